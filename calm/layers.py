@@ -1,0 +1,267 @@
+"""T5 1.1 building blocks (Flax linen), with the parameter names and axes of T5X's own network.
+
+Every module here is used by `network.Transformer`; nothing here knows of exits. Kernels are
+two-dimensional as in T5X ([emb_dim, heads * head_dim]), so its checkpoints restore unchanged.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen import partitioning
+from jaxtyping import Array, Float, Int
+
+Dtype = Any
+Initializer = Callable[..., Any]
+
+# Added to attention logits where attending is forbidden; finite, so that a row with
+# nothing to attend to yields a uniform distribution rather than NaN (as in T5X).
+MASK_BIAS = -1e10
+
+kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+attention_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+relpos_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+
+
+class Dense(nn.Module):
+  """A linear map without bias, `inputs @ kernel`.
+
+  Attributes:
+    features: width of the output.
+    axes: logical axis names of the kernel's two dimensions.
+    dtype: dtype of the computation; the kernel itself is float32.
+    init: initializer of the kernel.
+  """
+
+  features: int
+  axes: tuple[str, str]
+  dtype: Dtype = jnp.float32
+  init: Initializer = kernel_init
+
+  @nn.compact
+  def __call__(self, inputs: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+    kernel = partitioning.param_with_axes(
+      "kernel", self.init, (inputs.shape[-1], self.features), jnp.float32, axes=self.axes
+    )
+    return jnp.asarray(inputs, self.dtype) @ jnp.asarray(kernel, self.dtype)
+
+
+class LayerNorm(nn.Module):
+  """T5 layer norm: `x / sqrt(mean(x^2) + epsilon) * scale`, no mean subtracted, no bias."""
+
+  dtype: Dtype = jnp.float32
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*batch emb"]) -> Float[Array, "*batch emb"]:
+    scale = partitioning.param_with_axes(
+      "scale", nn.initializers.ones, (x.shape[-1],), jnp.float32, axes=("embed",)
+    )
+    x = jnp.asarray(x, jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+    return scale_by_vector(jnp.asarray(x, self.dtype), jnp.asarray(scale, self.dtype))
+
+
+def scale_by_vector(x: Float[Array, "*batch emb"], scale: Float[Array, " emb"]) -> jax.Array:
+  """Multiplies the last axis by a vector, with the ranks spelled out."""
+  return x * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+
+
+class Embed(nn.Module):
+  """Token embeddings, and their transpose as an output head where the head is tied."""
+
+  num_embeddings: int
+  features: int
+  dtype: Dtype = jnp.float32
+  one_hot: bool = True
+
+  def setup(self):
+    self.embedding = partitioning.param_with_axes(
+      "embedding",
+      nn.initializers.normal(stddev=1.0),
+      (self.num_embeddings, self.features),
+      jnp.float32,
+      axes=("vocab", "embed"),
+    )
+
+  def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch emb"]:
+    """Embeds tokens; a one-hot product partitions over devices, a gather is fast on one."""
+    table = jnp.asarray(self.embedding, self.dtype)
+    if self.one_hot:
+      return jax.nn.one_hot(tokens, self.num_embeddings, dtype=self.dtype) @ table
+    embedded = table[tokens]
+    return partitioning.with_sharding_constraint(embedded, ("batch", "length", "embed"))
+
+  def attend(self, x: Float[Array, "*batch emb"]) -> Float[Array, "*batch vocab"]:
+    """float32 logits of the tied head, before their scaling by 1 / sqrt(emb_dim)."""
+    return x @ jnp.asarray(self.embedding, jnp.float32).T
+
+
+class Mlp(nn.Module):
+  """Feed-forward block: one projection per activation, multiplied, then projected back."""
+
+  mlp_dim: int
+  activations: Sequence[str]
+  dropout_rate: float
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, inputs: Float[Array, "batch length emb"], *, deterministic: bool):
+    hidden = None
+    for index, activation in enumerate(self.activations):
+      name = "wi" if len(self.activations) == 1 else f"wi_{index}"
+      x = Dense(self.mlp_dim, ("embed", "mlp"), self.dtype, name=name)(inputs)
+      x = activation_fn(activation)(x)
+      hidden = x if hidden is None else hidden * x
+    assert hidden is not None, "`activations` must name at least one activation"
+    hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+      hidden, deterministic=deterministic
+    )
+    hidden = partitioning.with_sharding_constraint(hidden, ("batch", "length", "mlp"))
+    return Dense(inputs.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
+
+
+def activation_fn(name: str) -> Callable[[jax.Array], jax.Array]:
+  """`linear`, or any activation of `flax.linen` by name (`gelu` is the tanh form)."""
+  return (lambda x: x) if name == "linear" else getattr(nn, name)
+
+
+class Attention(nn.Module):
+  """T5 multi-head attention: no scaling by 1 / sqrt(head_dim), which the init absorbs.
+
+  With `decode`, keeps T5X's `cache` collection: `cached_key` and `cached_value`
+  [batch, heads, head_dim, length] and a scalar `cache_index`; the first call creates it
+  and later calls take one position each.
+  """
+
+  num_heads: int
+  head_dim: int
+  dropout_rate: float
+  dtype: Dtype = jnp.float32
+  float32_logits: bool = False
+
+  @nn.compact
+  def __call__(
+    self,
+    inputs_q: Float[Array, "batch query_length emb"],
+    inputs_kv: Float[Array, "batch key_length emb"],
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    deterministic: bool,
+    decode: bool = False,
+  ) -> Float[Array, "batch query_length emb"]:
+    query_init = lambda *args: attention_init(*args) / np.sqrt(self.head_dim)
+    query = self._project("query", inputs_q, query_init)
+    key = self._project("key", inputs_kv, attention_init)
+    value = self._project("value", inputs_kv, attention_init)
+    if decode:
+      key, value, mask, bias = self._through_cache(key, value, mask, bias)
+    weights = self._weights(query, key, mask, bias, deterministic)
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    mixed = mixed.reshape(*mixed.shape[:2], -1)
+    return Dense(
+      inputs_q.shape[-1], ("joined_kv", "embed"), self.dtype, attention_init, name="out"
+    )(mixed)
+
+  def _project(self, name: str, x: jax.Array, init: Initializer) -> jax.Array:
+    width = self.num_heads * self.head_dim
+    x = Dense(width, ("embed", "joined_kv"), self.dtype, init, name=name)(x)
+    x = x.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
+    return partitioning.with_sharding_constraint(x, ("batch", "length", "heads", "kv"))
+
+  def _weights(self, query, key, mask, bias, deterministic) -> jax.Array:
+    if self.float32_logits:
+      query, key = query.astype(jnp.float32), key.astype(jnp.float32)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key)
+    if mask is not None:
+      mask_bias = jnp.where(mask > 0, 0.0, MASK_BIAS).astype(self.dtype)
+      bias = mask_bias if bias is None else mask_bias + bias
+    if bias is not None:
+      logits = logits + bias.astype(logits.dtype)
+    weights = jax.nn.softmax(logits).astype(self.dtype)
+    return nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+      weights, deterministic=deterministic
+    )
+
+  def _through_cache(self, key, value, mask, bias):
+    """Writes this position into the cache; returns what the query may attend to."""
+    to_cache = lambda x: jnp.moveaxis(x, -3, -1)  # [b, len, heads, dim] -> [b, heads, dim, len]
+    ready = self.has_variable("cache", "cached_key")
+    cached_key = self.variable("cache", "cached_key", lambda: jnp.zeros_like(to_cache(key)))
+    cached_value = self.variable(
+      "cache", "cached_value", lambda: jnp.zeros_like(to_cache(value))
+    )
+    cache_index = self.variable("cache", "cache_index", lambda: jnp.array(0, jnp.int32))
+    if not ready:
+      return key, value, mask, bias
+    if key.shape[1] != 1:
+      raise ValueError(f"Expected one position a call with a cache. Got keys {key.shape}.")
+    index = cache_index.value
+    write = lambda cache, x: jax.lax.dynamic_update_slice_in_dim(cache, to_cache(x), index, -1)
+    cached_key.value = write(cached_key.value, key)
+    cached_value.value = write(cached_value.value, value)
+    cache_index.value = index + 1
+    past = (jnp.arange(cached_key.value.shape[-1]) <= index)[None, None, None, :]
+    mask = past if mask is None else jnp.logical_and(mask > 0, past)
+    if bias is not None:
+      bias = jax.lax.dynamic_slice_in_dim(bias, index, 1, axis=-2)
+    from_cache = lambda x: jnp.moveaxis(x, -1, -3)
+    return from_cache(cached_key.value), from_cache(cached_value.value), mask, bias
+
+
+class RelativePositionBiases(nn.Module):
+  """Learned attention bias per head and bucket of relative position, shared by a stack."""
+
+  num_heads: int
+  num_buckets: int
+  max_distance: int
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, query_length: int, key_length: int, bidirectional: bool) -> jax.Array:
+    """Returns biases [1, heads, query_length, key_length]."""
+    embedding = partitioning.param_with_axes(
+      "rel_embedding",
+      relpos_init,
+      (self.num_heads, self.num_buckets),
+      jnp.float32,
+      axes=("heads", "relpos_buckets"),
+    )
+    relative = np.arange(key_length)[None, :] - np.arange(query_length)[:, None]
+    buckets = relative_position_buckets(
+      relative, bidirectional, self.num_buckets, self.max_distance
+    )
+    # A product with a constant one-hot: its gradient is a product too, not a scatter.
+    one_hot = np.arange(self.num_buckets)[:, None] == buckets.reshape(1, -1)
+    biases = jnp.asarray(embedding, self.dtype) @ jnp.asarray(one_hot, self.dtype)
+    return biases.reshape(1, self.num_heads, query_length, key_length)
+
+
+def relative_position_buckets(
+  relative_position: np.ndarray, bidirectional: bool, num_buckets: int, max_distance: int
+) -> np.ndarray:
+  """Buckets of `key position - query position`: exact when near, logarithmic when far.
+
+  Half of the buckets (of each direction, where `bidirectional`) hold one distance each; the
+  other half grow geometrically up to `max_distance`, beyond which all share the last one
+  (Raffel et al. 2020, section 2.1). Not bidirectional: keys ahead share bucket 0.
+  """
+  distance = -relative_position
+  offset = np.zeros_like(distance)
+  if bidirectional:
+    num_buckets //= 2
+    offset = np.where(distance < 0, num_buckets, 0)
+    distance = np.abs(distance)
+  else:
+    distance = np.maximum(distance, 0)
+  num_exact = num_buckets // 2
+  epsilon = np.finfo(np.float32).eps
+  log_ratio = np.log(distance.astype(np.float32) / num_exact + epsilon)
+  log_ratio = log_ratio / np.log(max_distance / num_exact)
+  far = num_exact + (log_ratio * (num_buckets - num_exact)).astype(np.int32)
+  far = np.minimum(far, num_buckets - 1)
+  return (offset + np.where(distance < num_exact, distance, far)).astype(np.int32)
