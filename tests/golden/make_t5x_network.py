@@ -1,0 +1,199 @@
+"""Makes `t5x_network.npz` and `t5x_network.json` from the real T5X network.
+
+Needs T5X (https://github.com/google-research/t5x) with airio and jestimator on the import path;
+the tests that read the two files need none of them. Run from the repository root:
+
+  JAX_PLATFORMS=cpu python tests/golden/make_t5x_network.py
+
+Two small models, `gated` (gated GELU, a head of its own, as T5 1.1) and `tied` (ReLU, logits
+through the embedding, as T5 1.0). Keys of the JSON, for each of them:
+
+  config        fields of `T5Config`, dtype left out (float32)
+  params        {path: shape} of T5X's own `init`, paths joined by "/"
+  params_axes   {path: axis names}, the raw `AxisMetadata` of the collection
+  cache         {path: [shape, dtype]} after the cache-making call with `decode=True`
+and `versions`: those of jax, flax and t5x.
+
+Keys of the npz, each under "gated/" or "tied/":
+
+  params/PATH                                      drawn here; norm scales and biases are not 1
+  padded/{encoder_input_tokens, decoder_input_tokens, decoder_target_tokens}
+  padded/encoded [batch, input, emb_dim], padded/logits [batch, target, vocab] float32
+  padded/logits_bfloat16                           activations bfloat16, same parameters
+  packed/ the same tokens, plus {encoder,decoder}_{segment_ids,positions}, and logits
+  long/encoder_input_tokens, long/encoded          1 x 160: beyond `relpos_max_distance`
+  long/logits_last [1, 2, vocab]                   the last two of 160 decoder positions
+  decode/tokens [batch, steps], decode/logits [steps, batch, vocab]: one cached token a step,
+      over the encoder input of `padded`
+  decode/cache/PATH                                the cache after those steps
+Dropout is off throughout. Rows of padded targets end in 0; T5X masks those positions as queries
+too, so logits there are stored but mean nothing.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import t5x
+from flax import traverse_util
+from t5x.examples.t5 import network
+
+HERE = pathlib.Path(__file__).parent
+SIZES = dict(
+  vocab_size=64,
+  emb_dim=16,
+  num_heads=2,
+  num_encoder_layers=2,
+  num_decoder_layers=3,
+  head_dim=8,
+  mlp_dim=24,
+  dropout_rate=0.1,
+)
+CONFIGS = {
+  "gated": network.T5Config(**SIZES, mlp_activations=("gelu", "linear")),
+  "tied": network.T5Config(**SIZES, mlp_activations=("relu",), logits_via_embedding=True),
+}
+
+
+def _flat(tree) -> dict:
+  return traverse_util.flatten_dict(flax.core.unfreeze(tree), sep="/")
+
+
+def draw_params(shapes: dict, rng: np.random.RandomState) -> dict:
+  """Parameters on the scale of a trained T5: logits of a few units, visible position biases."""
+  params = {}
+  for path in sorted(shapes):
+    shape = shapes[path]
+    values = rng.standard_normal(shape)
+    if path.endswith("scale"):
+      values = 1 + 0.3 * values
+    elif path.endswith("kernel"):
+      values = values / np.sqrt(shape[0])
+      if "query" in path:
+        values = values / np.sqrt(SIZES["head_dim"])
+    params[path] = values.astype(np.float32)
+  return params
+
+
+def padded_batch(rng: np.random.RandomState) -> dict:
+  """Three rows of different lengths; the decoder input is the target shifted right."""
+  inputs, targets = np.zeros((3, 12), np.int32), np.zeros((3, 10), np.int32)
+  for row, (i, t) in enumerate([(12, 10), (7, 4), (1, 1)]):
+    inputs[row, :i], targets[row, :t] = rng.randint(3, 64, i), rng.randint(3, 64, t)
+  return dict(
+    encoder_input_tokens=inputs,
+    decoder_input_tokens=np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+    decoder_target_tokens=targets,
+  )
+
+
+def packed_batch(rng: np.random.RandomState) -> dict:
+  """Two rows of packed examples (three and two), padding at the end of the first."""
+  batch = {}
+  for side, length, rows in [
+    ("encoder", 14, [(5, 4, 3), (8, 6)]),
+    ("decoder", 11, [(4, 2, 3), (6, 5)]),
+  ]:
+    tokens, segments, positions = (np.zeros((2, length), np.int32) for _ in range(3))
+    for row, lengths in enumerate(rows):
+      start = 0
+      for segment, n in enumerate(lengths, start=1):
+        tokens[row, start : start + n] = rng.randint(3, 64, n)
+        segments[row, start : start + n] = segment
+        positions[row, start : start + n] = np.arange(n)
+        start += n
+    batch[f"{side}_{'input' if side == 'encoder' else 'target'}_tokens"] = tokens
+    batch[f"{side}_segment_ids"], batch[f"{side}_positions"] = segments, positions
+  shifted = np.pad(batch["decoder_target_tokens"], ((0, 0), (1, 0)))[:, :-1]
+  batch["decoder_input_tokens"] = np.where(batch["decoder_positions"] > 0, shifted, 0)
+  return batch
+
+
+def decode_steps(model, variables: dict, inputs: np.ndarray, tokens: np.ndarray) -> dict:
+  """Feeds `tokens` one by one through the cache, as T5X's `tokens_to_logits` does."""
+  ones = jnp.ones_like(tokens)
+  _, made = model.apply(
+    variables, jnp.ones_like(inputs), ones, ones, decode=True, enable_dropout=False,
+    mutable=["cache"],
+  )  # fmt: skip
+  cache = made["cache"]
+  empty = {k: [list(v.shape), str(v.dtype)] for k, v in _flat(cache).items()}
+  encoded = model.apply(variables, inputs, enable_dropout=False, method="encode")
+  logits = []
+  for step in range(tokens.shape[1]):
+    ids = tokens[:, step : step + 1]
+    step_logits, made = model.apply(
+      {**variables, "cache": cache}, encoded, inputs, ids, ids, enable_dropout=False,
+      decode=True, max_decode_length=tokens.shape[1], mutable=["cache"], method="decode",
+    )  # fmt: skip
+    cache = made["cache"]
+    logits.append(step_logits[:, 0])
+  return dict(empty=empty, logits=np.stack(logits), cache=_flat(cache))
+
+
+def make(config, seed: int) -> tuple[dict, dict]:
+  """One model's golden record: (what goes to the npz, what goes to the JSON)."""
+  model, rng = network.Transformer(config), np.random.RandomState(seed)
+  padded, packed = padded_batch(rng), packed_batch(rng)
+  init = model.init(
+    {"params": jax.random.key(0)}, **{k: jnp.asarray(v) for k, v in padded.items()},
+    enable_dropout=False,
+  )  # fmt: skip
+  shapes = {path: list(leaf.shape) for path, leaf in _flat(init["params"]).items()}
+  axes = {path: list(leaf.names) for path, leaf in _flat(init["params_axes"]).items()}
+  params = draw_params(shapes, rng)
+  variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
+
+  def logits(batch, config=config):
+    return network.Transformer(config).apply(variables, **batch, enable_dropout=False)
+
+  inputs = padded["encoder_input_tokens"]
+  long = rng.randint(3, 64, (1, 160)).astype(np.int32)
+  tokens = rng.randint(3, 64, (3, 6)).astype(np.int32)
+  tokens[:, 0] = 0
+  steps = decode_steps(model, variables, inputs, tokens)
+  half = dataclasses.replace(config, dtype=jnp.bfloat16)
+  encode = lambda x: model.apply(variables, x, enable_dropout=False, method="encode")  # noqa: E731
+  long_batch = dict(
+    encoder_input_tokens=long, decoder_input_tokens=long, decoder_target_tokens=long
+  )
+  arrays = {f"params/{path}": leaf for path, leaf in params.items()}
+  arrays |= {f"padded/{key}": value for key, value in padded.items()}
+  arrays |= {f"packed/{key}": value for key, value in packed.items()}
+  arrays |= {f"decode/cache/{path}": leaf for path, leaf in steps["cache"].items()}
+  arrays |= {
+    "padded/encoded": encode(inputs),
+    "padded/logits": logits(padded),
+    "padded/logits_bfloat16": logits(padded, half).astype(jnp.float32),
+    "packed/logits": logits(packed),
+    "long/encoder_input_tokens": long,
+    "long/encoded": encode(long),
+    "long/logits_last": logits(long_batch)[:, -2:],
+    "decode/tokens": tokens,
+    "decode/logits": steps["logits"],
+  }
+  fields = dataclasses.asdict(config)
+  del fields["dtype"]
+  trees = dict(config=fields, params=shapes, params_axes=axes, cache=steps["empty"])
+  return {key: np.asarray(value) for key, value in arrays.items()}, trees
+
+
+def main() -> None:
+  versions = dict(jax=jax.__version__, flax=flax.__version__, t5x=t5x.__version__)
+  arrays, trees = {}, {"versions": versions}
+  for seed, (name, config) in enumerate(CONFIGS.items()):
+    made, trees[name] = make(config, seed)
+    arrays |= {f"{name}/{key}": value for key, value in made.items()}
+  np.savez_compressed(HERE / "t5x_network.npz", **arrays)
+  text = json.dumps(trees, indent=1)
+  one_line = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
+  (HERE / "t5x_network.json").write_text(one_line + "\n")
+
+
+if __name__ == "__main__":
+  main()
