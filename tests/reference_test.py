@@ -1,0 +1,356 @@
+"""The yardstick itself: laws of decoding on toys, then numbers worked by hand."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from tests import reference, toys
+from tests import reference_network as network
+
+CONFIG = toys.Config()
+LENGTH = 8
+SCHEDULES = {"constant": reference.constant, "decaying": reference.decaying(4.0, LENGTH)}
+
+
+def model(config=CONFIG, seed=3, **options) -> reference.Model:
+  return reference.Model(toys.params(config, seed), config, config.num_pieces, **options)
+
+
+def prompts(batch=4, length=7, seed=5) -> np.ndarray:
+  return toys.prompts(seed, batch=batch, length=length, num_pieces=CONFIG.num_pieces)
+
+
+def dynamic(m, prompt, measure, threshold=reference.NEVER_EXIT, **options):
+  rule = reference.ExitRule(measure, threshold, **options)
+  return reference.decode_dynamic(m, prompt, rule, max_decode_length=LENGTH)
+
+
+def static(m, prompt, num_layers):
+  return reference.decode_static(m, prompt, num_layers, max_decode_length=LENGTH)
+
+
+def assert_same_row(a, b):
+  assert a.tokens == b.tokens
+  assert a.exit_layers == b.exit_layers
+  assert a.score == b.score
+  assert_same_memory(a.memory, b.memory)
+
+
+def assert_same_memory(a, b):
+  np.testing.assert_array_equal(np.array(a.keys), np.array(b.keys))
+  np.testing.assert_array_equal(np.array(a.values), np.array(b.values))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("measure", reference.MEASURES)
+@pytest.mark.parametrize("sharpness", [4.0, 1000.0])
+def test_never_exit_is_the_full_model(measure, schedule, sharpness):
+  params = toys.params(CONFIG, 3, sharpness=sharpness)
+  m = reference.Model(params, CONFIG, CONFIG.num_pieces)
+  for prompt in prompts(2):
+    early = dynamic(m, prompt, measure, schedule=SCHEDULES[schedule])
+    assert_same_row(early, static(m, prompt, CONFIG.num_decoder_layers))
+
+
+@pytest.mark.parametrize("allowed", [None, (2, 3), (3,)])
+@pytest.mark.parametrize("measure", reference.MEASURES)
+def test_threshold_zero_exits_at_the_first_allowed_layer(measure, allowed):
+  m = model()
+  for prompt in prompts(2):
+    early = dynamic(m, prompt, measure, 0.0, allowed_layers=allowed)
+    assert set(early.exit_layers) == {allowed[0] if allowed else 1}
+    assert set(early.rejected_confidences) == {0.0}
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_static_is_a_model_of_that_many_layers(num_layers):
+  m = model()
+  config = dataclasses.replace(CONFIG, num_decoder_layers=num_layers)
+  shallow = dataclasses.replace(m, config=config)
+  for prompt in prompts(2):
+    rows = static(m, prompt, num_layers), static(shallow, prompt, num_layers)
+    assert rows[0].tokens == rows[1].tokens
+    np.testing.assert_array_equal(rows[0].memory.keys[:num_layers], rows[1].memory.keys)
+    assert not any(rows[0].memory.keys[num_layers:])
+
+
+def test_the_oracle_emits_the_last_layers_token_at_each_step():
+  m = model(toys.Config(num_decoder_layers=6), seed=8)
+  exits = []
+  for prompt in prompts():
+    row = dynamic(m, prompt, "oracle")
+    exits += row.exit_layers
+    for token, layer, states in zip(row.tokens, row.exit_layers, row.states, strict=True):
+      predicted = [int(network.head_logits(m, i, states[i]).argmax()) for i in range(1, 7)]
+      assert token == predicted[-1]
+      assert predicted.index(token) + 1 == layer
+  assert len(set(exits)) > 2
+
+
+def skipped(row):
+  return [
+    (step, layer)
+    for step, exit_layer in enumerate(row.exit_layers)
+    for layer in range(exit_layer + 1, CONFIG.num_decoder_layers + 1)
+  ]
+
+
+@pytest.mark.parametrize("measure", ["softmax", "oracle"])
+def test_skipped_layers_remember_what_the_propagation_says(measure):
+  m = model()
+  count = 0
+  for prompt in prompts():
+    for propagation in reference.PROPAGATIONS:
+      threshold = reference.NEVER_EXIT if measure == "oracle" else 0.5
+      row = dynamic(m, prompt, measure, threshold, propagation=propagation)
+      for step, layer in skipped(row):
+        count += 1
+        exit_layer = row.exit_layers[step]
+        key, value = {
+          "hidden_state": network.self_projections(m, layer, row.states[step][exit_layer]),
+          "first_state": network.self_projections(m, layer, row.states[step][1]),
+          "copied_projections": network.self_projections(
+            m, exit_layer, row.states[step][exit_layer - 1]
+          ),
+        }[propagation]
+        np.testing.assert_array_equal(row.memory.keys[layer - 1][step], key)
+        np.testing.assert_array_equal(row.memory.values[layer - 1][step], value)
+      assert all(len(keys) == len(row.tokens) for keys in row.memory.keys)
+  assert count > 30
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("measure", reference.MEASURES)
+def test_confidences_stand_on_their_sides_of_the_threshold(measure, schedule):
+  m, last = model(), CONFIG.num_decoder_layers
+  threshold = 0.8 if measure == "state" else 0.5
+  exits = []
+  for prompt in prompts():
+    row = dynamic(m, prompt, measure, threshold, schedule=SCHEDULES[schedule])
+    exits += row.exit_layers
+    for step, exit_layer in enumerate(row.exit_layers):
+      limit = SCHEDULES[schedule](threshold, step)
+      seen = [
+        reference.MEASURES[measure](m, row.states[step], layer)
+        for layer in range(1, exit_layer + 1)
+      ]
+      assert row.confidences[step] == seen[-1]
+      assert row.rejected_confidences[step] == max([0.0, *seen[:-1]])
+      assert row.rejected_confidences[step] < limit
+      assert exit_layer == last or seen[-1] >= limit
+      compared = seen if exit_layer < last else seen[:-1]
+      assert row.threshold_gaps[step] == min(abs(c - limit) for c in compared)
+  assert len(set(exits)) > 2
+
+
+@pytest.mark.parametrize("measure", reference.MEASURES)
+def test_a_row_stays_while_no_refused_confidence_would_pass(measure):
+  m = model()
+  for prompt in prompts():
+    row = dynamic(m, prompt, measure)
+    lower = np.nextafter(max(row.rejected_confidences), 1.0)
+    assert_same_row(dynamic(m, prompt, measure, float(lower)), row)
+    passing = dynamic(m, prompt, measure, max(row.rejected_confidences))
+    first = row.rejected_confidences.index(max(row.rejected_confidences))
+    assert row.first_difference(passing.tokens, passing.exit_layers) == first
+
+
+def test_padding_changes_nothing():
+  m = model()
+  for prompt in prompts():
+    padded = np.concatenate([prompt, np.zeros(5, np.int32)])
+    assert_same_row(dynamic(m, padded, "softmax", 0.5), dynamic(m, prompt, "softmax", 0.5))
+  gap = network.encode(m, [5, 0, 7, 1])
+  assert not gap[1].any()
+  assert not np.allclose(gap[2], network.encode(m, [5, 7, 1])[1])  # Positions still count.
+
+
+def test_a_row_ends_at_end_of_text_or_at_the_limit():
+  m, rows = model(), prompts(8)
+  lengths = {len(static(m, prompt, 2).tokens) for prompt in rows}
+  assert LENGTH in lengths and min(lengths) < LENGTH
+  for prompt in rows:
+    tokens = static(m, prompt, 2).tokens
+    assert toys.EOS_ID not in tokens[:-1]
+    assert len(tokens) == LENGTH or tokens[-1] == toys.EOS_ID
+
+
+def test_ids_beyond_the_pieces_are_never_emitted_nor_counted():
+  m = model()
+  free = dataclasses.replace(m, num_pieces=None)
+  beyond = [t for p in prompts(8) for t in static(free, p, 2).tokens if t >= CONFIG.num_pieces]
+  assert beyond  # The toy would emit such ids.
+  for prompt in prompts(8):
+    row = static(m, prompt, 2)
+    assert max(row.tokens) < CONFIG.num_pieces
+    for logits in row.logits:
+      assert np.exp(network.log_softmax(logits))[CONFIG.num_pieces :].sum() == 0
+
+
+def test_scores_are_log_probabilities_in_nats():
+  row = dynamic(model(), prompts(1)[0], "softmax", 0.5)
+  by_hand = [
+    math.log(math.exp(logits[token]) / sum(math.exp(x) for x in logits))
+    for token, logits in zip(row.tokens, row.logits, strict=True)
+  ]
+  assert row.score == pytest.approx(sum(by_hand), rel=1e-5)
+
+
+def test_double_precision_agrees_but_for_ties():
+  for prompt in prompts():
+    single = dynamic(model(), prompt, "softmax", 0.5)
+    double = dynamic(model(dtype=np.float64), prompt, "softmax", 0.5)
+    step = double.first_difference(single.tokens, single.exit_layers)
+    assert step is None or double.is_tie(step)
+    assert double.logits[0].dtype == np.float64
+
+
+def test_layer_heads_and_tied_head_are_read():
+  per_layer = model(toys.Config(per_layer_heads=True))
+  state = network.embed(per_layer, 3)
+  normed = network.rms_norm(per_layer, state, "decoder", "decoder_norm")
+  kernel = per_layer.params["decoder"]["logits_dense_1"]["kernel"]
+  expected = (normed @ kernel)[: CONFIG.num_pieces]
+  np.testing.assert_array_equal(
+    network.head_logits(per_layer, 2, state)[: CONFIG.num_pieces], expected
+  )
+  tied = model(toys.Config(logits_via_embedding=True))
+  normed = network.rms_norm(tied, state, "decoder", "decoder_norm")
+  row = tied.params["token_embedder"]["embedding"][7]
+  assert network.head_logits(tied, 2, state)[7] == pytest.approx(normed @ row / 4, rel=1e-5)
+
+
+def test_first_difference_reads_padded_rows():
+  row = dynamic(model(), prompts(1)[0], "softmax", 0.5)
+  pad = [0] * 3
+  assert row.first_difference(row.tokens + pad, row.exit_layers + pad) is None
+  assert row.first_difference([*row.tokens[:2], 99], row.exit_layers) == 2
+  assert row.first_difference(row.tokens, [*row.exit_layers, 1]) == len(row.tokens)
+  assert row.first_difference(row.tokens[:-1], row.exit_layers) == len(row.tokens) - 1
+
+
+def test_ties_are_told_by_either_gap():
+  row = dynamic(model(), prompts(1)[0], "softmax", 0.5)
+  close = dataclasses.replace(row, logit_gaps=[1.0, 9e-6, 1.0], threshold_gaps=[1.1e-5, 1, 0])
+  assert [close.is_tie(step) for step in range(3)] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+  ("threshold", "temperature", "step", "expected"),
+  [
+    (0.5, 4.0, 0, 0.55),
+    (0.5, 4.0, 16, 0.4867879441),
+    (0.5, 4.0, 64, 0.4518315639),
+    (1.0, 4.0, 0, 1.0),
+    (1.0, 4.0, 16, 0.9367879441),
+    (0.0, 4.0, 0, 0.1),
+    (0.5, 0.0, 40, 0.55),
+    (math.inf, 4.0, 40, math.inf),
+  ],
+)
+def test_decaying_schedule_by_hand(threshold, temperature, step, expected):
+  assert reference.decaying(temperature, 64)(threshold, step) == pytest.approx(expected)
+
+
+BUCKETS = {
+  # Away by 16 * 8 ** (k / 16): 16, 18.2, 20.7, ... 112.4; keys after the query are distance 0.
+  False: {0: 0, 5: 0, -1: 1, -15: 15, -16: 16, -18: 16, -19: 17, -20: 17, -21: 18, -64: 26}
+  | {-112: 30, -113: 31, -127: 31, -128: 31, -1000: 31},
+  # Away by 8 * 2 ** (k / 2): 8, 11.3, 16, 22.6, 32, 45.3, 64, 90.5; after the query 16 more.
+  True: {0: 0, -1: 1, 1: 17, -7: 7, -8: 8, -11: 8, -12: 9, -16: 10, -32: 12, -64: 14}
+  | {64: 30, -90: 14, -91: 15, -128: 15, 500: 31},
+}
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_relative_buckets_by_hand(bidirectional):
+  for distance, bucket in BUCKETS[bidirectional].items():
+    assert network.relative_bucket(distance, bidirectional, 32, 128) == bucket, distance
+
+
+def test_measures_by_hand():
+  assert reference.cosine(np.array([3.0, 4.0]), np.array([4.0, 3.0])) == pytest.approx(0.96)
+  m = model(dtype=np.float64)
+  up, down = np.ones(16), -np.ones(16)
+  assert reference.state_confidence(m, [up, up, down], 2) == 0.0
+  assert reference.state_confidence(m, [up, up, down], 1) == 0.0
+  assert reference.state_confidence(m, [up, up, 2 * up], 2) == pytest.approx(1.0)
+  probabilities = np.exp(network.log_softmax(np.log([6.0, 1.0, 3.0])))
+  np.testing.assert_allclose(probabilities, [0.6, 0.1, 0.3])
+  assert network.top_two_gap(probabilities) == pytest.approx(0.3)
+
+
+def test_classifier_by_hand():
+  m = model()
+  m.params["decoder"]["exit_classifier"] = {
+    "kernel": np.full((16, 1), 0.25, np.float32),
+    "bias": np.array([-1.0], np.float32),
+  }
+  m.params["decoder"]["decoder_norm"]["scale"] = np.ones(16, np.float32)
+  state = np.full(16, 0.5, np.float32)
+  # Normed, the state is all ones: 16 / 4 - 1 = 3. Raw it is halves: 2 - 1 = 1.
+  assert reference.classifier_confidence(m, [state, state], 1) == pytest.approx(0.9525741)
+  raw = dataclasses.replace(m, raw_classifier=True)
+  assert reference.classifier_confidence(raw, [state, state], 1) == pytest.approx(0.7310586)
+
+
+def test_norm_activation_and_attention_by_hand():
+  m = reference.Model({"norm": {"scale": np.array([2.0, 0.5])}}, CONFIG, dtype=np.float64)
+  normed = network.rms_norm(m, np.array([3.0, 4.0]), "norm")
+  np.testing.assert_allclose(normed, [1.6970563, 0.5656854], rtol=1e-6)
+  gelu = network.activation(m, "gelu", np.array([1.0, -1.0, 0.0]))
+  np.testing.assert_allclose(gelu, [0.841192, -0.158808, 0.0], atol=1e-6)
+  # Four dimensions, so that a scale of 1/2 would show: logits ln 3 and 0, weights 3/4 and 1/4.
+  query = np.array([[math.log(3), 0, 0, 0]])
+  keys = [np.eye(4)[:1], np.zeros((1, 4))]
+  values = [np.full((1, 4), 8.0), np.zeros((1, 4))]
+  np.testing.assert_allclose(network.attend(query, keys, values, np.zeros((1, 2))), 6.0)
+  bias = np.array([[0.0, math.log(3)]])
+  np.testing.assert_allclose(network.attend(query, keys, values, bias), 4.0)
+
+
+def test_one_decoder_layer_by_hand():
+  config = toys.Config(
+    emb_dim=1, num_heads=1, head_dim=1, num_decoder_layers=1, mlp_activations=("relu",)
+  )
+
+  def kernels(**values):
+    return {name: {"kernel": np.array([[value]])} for name, value in values.items()}
+
+  one = {"scale": np.ones(1)}
+  layer = {
+    "pre_self_attention_layer_norm": one,
+    "self_attention": kernels(query=1, key=1, value=0.5, out=1),
+    "pre_cross_attention_layer_norm": one,
+    "encoder_decoder_attention": kernels(query=1, key=0.5 * math.log(3), value=4, out=1),
+    "pre_mlp_layer_norm": one,
+    "mlp": kernels(wi=2, wo=-0.25),
+  }
+  bias = {"rel_embedding": np.zeros((1, 32))}
+  params = {"decoder": {"layers_0": layer, "relpos_bias": bias}}
+  m = reference.Model(params, config, dtype=np.float64)
+  cross = network.cross_memory(m, [5, 1], np.array([[1.0], [-1.0]]))
+  memory = network.Memory([[]], [[]])
+  # In one dimension a norm leaves the sign. 2 + 0.5 from itself; + 4 (3/4 - 1/4) from the
+  # encoder; - 2/4 from the MLP.
+  out = network.decoder_layer(m, 1, np.array([2.0]), memory, cross)
+  np.testing.assert_allclose(out, 4.0, rtol=1e-6)
+  np.testing.assert_allclose(memory.values, 0.5, rtol=1e-6)
+
+
+def test_bad_arguments_are_named():
+  m, prompt = model(), prompts(1)[0]
+  with pytest.raises(ValueError, match="`measure`"):
+    reference.ExitRule("entropy")
+  with pytest.raises(ValueError, match="`threshold`"):
+    reference.ExitRule("state", 1.5)
+  with pytest.raises(ValueError, match="`propagation`"):
+    reference.ExitRule("state", 0.5, propagation="none")
+  with pytest.raises(ValueError, match="`allowed_layers`"):
+    dynamic(m, prompt, "state", 0.5, allowed_layers=(5,))
+  with pytest.raises(ValueError, match="`num_layers`"):
+    static(m, prompt, 0)
+  with pytest.raises(ValueError, match="`prompt`"):
+    network.encode(m, [0, 0])
