@@ -1,0 +1,179 @@
+"""Our network against golden files made with T5X's own (see golden/make_t5x_network.py)."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from calm import network
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+TREES = json.loads((GOLDEN / "t5x_network.json").read_text())
+ARRAYS = dict(np.load(GOLDEN / "t5x_network.npz"))
+MODELS = ("gated", "tied")
+# Exit parts with the axis names that they may use (T5X's Adafactor knows no others).
+EXIT_AXES = {
+  "decoder/exit_classifier/kernel_axes": ["embed", "mlp_activations"],
+  "decoder/exit_classifier/bias_axes": ["mlp_activations"],
+}
+PER_LAYER_AXES = {f"decoder/logits_dense_{i}/kernel_axes": ["embed", "vocab"] for i in range(2)}
+
+
+def config_of(name: str, **changes) -> network.T5Config:
+  return network.T5Config(**(TREES[name]["config"] | changes))
+
+
+def part(prefix: str) -> dict[str, np.ndarray]:
+  """Golden arrays under `prefix`, by what follows it."""
+  return {k.removeprefix(prefix): v for k, v in ARRAYS.items() if k.startswith(prefix)}
+
+
+def batch_of(prefix: str) -> dict[str, np.ndarray]:
+  fields = part(prefix)
+  return {k: v for k, v in fields.items() if k.endswith(("tokens", "ids", "positions"))}
+
+
+def variables_of(name: str) -> dict:
+  return {"params": traverse_util.unflatten_dict(part(f"{name}/params/"), sep="/")}
+
+
+def flat(tree) -> dict:
+  return traverse_util.flatten_dict(tree, sep="/")
+
+
+def initialise(config: network.T5Config) -> dict:
+  """Shapes of the whole `init`, computed without numbers."""
+  batch = batch_of("gated/padded/")
+  model = network.Transformer(config)
+  return jax.eval_shape(lambda: model.init(jax.random.key(0), **batch, enable_dropout=False))
+
+
+def apply(name: str, batch: dict, **changes) -> np.ndarray:
+  # The golden parameters hold no exit parts: the full-depth call must need none.
+  model = network.Transformer(config_of(name, **changes))
+  return np.asarray(model.apply(variables_of(name), **batch, enable_dropout=False))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_params_and_axes_without_exit_parts_are_those_of_t5x(name):
+  made = initialise(config_of(name, exit_classifier=False))
+  params = flat(made["params"])
+  assert {path: list(leaf.shape) for path, leaf in params.items()} == TREES[name]["params"]
+  assert {leaf.dtype for leaf in params.values()} == {np.dtype(np.float32)}
+  axes = {path: list(leaf.names) for path, leaf in flat(made["params_axes"]).items()}
+  assert axes == TREES[name]["params_axes"]
+
+
+@pytest.mark.parametrize(
+  ("changes", "added_axes"),
+  [({}, EXIT_AXES), ({"per_layer_heads": True}, EXIT_AXES | PER_LAYER_AXES)],
+)
+def test_exit_parts_are_the_only_additions(changes, added_axes):
+  made = initialise(config_of("gated", **changes))
+  axes = {path: list(leaf.names) for path, leaf in flat(made["params_axes"]).items()}
+  assert axes == TREES["gated"]["params_axes"] | added_axes
+  added = set(flat(made["params"])) - set(TREES["gated"]["params"])
+  assert added == {path.removesuffix("_axes") for path in added_axes}
+
+
+@pytest.mark.parametrize("one_hot", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_padded_logits_are_those_of_t5x(name, one_hot):
+  batch = batch_of(f"{name}/padded/")
+  ours = apply(name, batch, one_hot_embedding=one_hot)
+  real = batch["decoder_target_tokens"] > 0
+  assert ours.dtype == np.float32
+  np.testing.assert_allclose(ours[real], ARRAYS[f"{name}/padded/logits"][real], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_logits_are_those_of_t5x(name):
+  batch = batch_of(f"{name}/packed/")
+  ours = apply(name, batch)
+  real = batch["decoder_target_tokens"] > 0
+  np.testing.assert_allclose(ours[real], ARRAYS[f"{name}/packed/logits"][real], atol=1e-5)
+
+
+def test_packing_matters_to_the_golden_logits():
+  """Meta: without its segments the packed batch gives other logits by far."""
+  batch = batch_of("gated/packed/")
+  real = batch["decoder_target_tokens"] > 0
+  del batch["encoder_segment_ids"], batch["decoder_segment_ids"]
+  difference = np.abs(apply("gated", batch) - ARRAYS["gated/packed/logits"])[real]
+  assert difference.max() > 0.1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_activations_give_the_logits_of_t5x(name):
+  batch = batch_of(f"{name}/padded/")
+  real = batch["decoder_target_tokens"] > 0
+  ours = apply(name, batch, dtype="bfloat16")[real]
+  theirs = ARRAYS[f"{name}/padded/logits_bfloat16"][real]
+  rounding = np.abs(theirs - ARRAYS[f"{name}/padded/logits"][real]).max()
+  assert ours.dtype == np.float32
+  # The same casts at the same places: nearer to T5X than bfloat16 is to float32.
+  assert np.abs(ours - theirs).max() < rounding
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_encoder_states_are_those_of_t5x_also_beyond_the_last_position_bucket(name):
+  model = network.Transformer(config_of(name))
+  for kind in ("padded", "long"):
+    tokens = ARRAYS[f"{name}/{kind}/encoder_input_tokens"]
+    ours = model.apply(variables_of(name), tokens, enable_dropout=False, method="encode")
+    real = tokens > 0
+    theirs = ARRAYS[f"{name}/{kind}/encoded"]
+    np.testing.assert_allclose(np.asarray(ours)[real], theirs[real], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_far_into_a_long_target_are_those_of_t5x(name):
+  tokens = ARRAYS[f"{name}/long/encoder_input_tokens"]
+  batch = {
+    field: tokens
+    for field in ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+  }
+  theirs = ARRAYS[f"{name}/long/logits_last"]
+  np.testing.assert_allclose(apply(name, batch)[:, -2:], theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_cached_decoding_makes_the_cache_and_the_logits_of_t5x(name):
+  model, variables = network.Transformer(config_of(name)), variables_of(name)
+  inputs, tokens = (
+    ARRAYS[f"{name}/padded/encoder_input_tokens"],
+    ARRAYS[f"{name}/decode/tokens"],
+  )
+  # T5X shapes its caches with tokens of ones, some of them float.
+  ones = jnp.ones(tokens.shape, jnp.float32)
+  _, made = model.apply(
+    variables, jnp.ones_like(inputs), ones, ones, decode=True, enable_dropout=False,
+    mutable=["cache"],
+  )  # fmt: skip
+  cache = made["cache"]
+  shapes = {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in flat(cache).items()}
+  assert shapes == TREES[name]["cache"]
+  encoded = model.apply(variables, inputs, enable_dropout=False, method="encode")
+  for step, theirs in enumerate(ARRAYS[f"{name}/decode/logits"]):
+    ids = tokens[:, step : step + 1]
+    ours, made = model.apply(
+      {**variables, "cache": cache}, encoded, inputs, ids, ids, enable_dropout=False,
+      decode=True, max_decode_length=tokens.shape[1], mutable=["cache"], method="decode",
+    )  # fmt: skip
+    cache = made["cache"]
+    np.testing.assert_allclose(ours[:, 0], theirs, atol=1e-5)
+  for path, leaf in flat(cache).items():
+    np.testing.assert_allclose(leaf, ARRAYS[f"{name}/decode/cache/{path}"], atol=1e-5)
+
+
+def test_the_golden_config_is_ours_field_for_field():
+  ours = dataclasses.asdict(config_of("gated", mlp_activations=["gelu", "linear"]))
+  theirs = TREES["gated"]["config"]
+  assert {
+    k: list(v) if isinstance(v, tuple) else v for k, v in ours.items() if k in theirs
+  } == (theirs)
