@@ -1,0 +1,240 @@
+"""Training batches in numpy: the batch of step s is a pure function of (seed, s).
+
+Nothing is consumed: a run that was killed and resumed sees exactly the batches of an
+uninterrupted one, because batch s is computed from s alone (a permutation of the epoch's
+ids, cut into length buckets). No TensorFlow here.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+Batch = dict[str, np.ndarray]
+TokenPair = tuple[np.ndarray, np.ndarray]  # inputs, targets; each ends with EOS
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+  """Padded lengths, in tokens with EOS, of one compiled training program."""
+
+  input_length: int
+  target_length: int
+
+
+class Source(Protocol):
+  """Where batches come from: anything with a length in batches and a pure `batch`."""
+
+  def batch(self, step: int) -> Batch: ...
+
+
+class Ragged:
+  """Token sequences of many lengths in two flat arrays."""
+
+  def __init__(self, sequences: Iterable[Sequence[int]]):
+    sequences = [np.asarray(s, np.int32) for s in sequences]
+    self.lengths = np.array([len(s) for s in sequences], np.int64)
+    self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
+    self._tokens = np.concatenate(sequences) if sequences else np.zeros(0, np.int32)
+
+  def __len__(self) -> int:
+    return len(self.lengths)
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    return self._tokens[self._starts[index] : self._starts[index + 1]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervised:
+  """Length-bucketed batches of (inputs, targets) pairs.
+
+  Attributes:
+    inputs: token sequences, EOS included.
+    targets: token sequences, EOS included.
+    buckets: ascending; a pair goes to the first that holds it, the last one truncates.
+    batch_size: rows of every batch.
+    seed: seeds every epoch's permutation.
+  """
+
+  inputs: Ragged
+  targets: Ragged
+  buckets: tuple[Bucket, ...]
+  batch_size: int
+  seed: int
+
+  def __post_init__(self):
+    if len(self.inputs) < self.batch_size:
+      raise ValueError(
+        f"Expected at least `batch_size` = {self.batch_size} training examples. Got"
+        f" {len(self.inputs)}; lower `batch_size` or give more data."
+      )
+
+  @property
+  def batches_per_epoch(self) -> int:
+    return len(self.inputs) // self.batch_size
+
+  def batch(self, step: int) -> Batch:
+    epoch, index = divmod(step, self.batches_per_epoch)
+    rows, bucket = epoch_plan(self, epoch)[index]
+    pairs = [(self.inputs[row], self.targets[row]) for row in rows]
+    return pad_batch(pairs, bucket)
+
+  def bucket_of(self) -> np.ndarray:
+    """Index of the bucket of every example."""
+    fits = np.stack(
+      [
+        (self.inputs.lengths <= b.input_length) & (self.targets.lengths <= b.target_length)
+        for b in self.buckets
+      ]
+    )
+    fits[-1] = True
+    return np.argmax(fits, axis=0)
+
+
+@functools.lru_cache(maxsize=8)
+def _plan(seed: int, epoch: int, batch_size: int, buckets: bytes) -> list[tuple[np.ndarray, int]]:
+  rng = np.random.default_rng([seed, epoch])
+  bucket_of = np.frombuffer(buckets, np.int64)
+  order = rng.permutation(len(bucket_of))
+  plan, rest = [], np.zeros(0, np.int64)
+  for bucket in range(bucket_of.max() + 1):
+    # What does not fill a batch moves on to the next, longer bucket.
+    rows = np.concatenate([rest, order[bucket_of[order] == bucket]])
+    cut = len(rows) // batch_size * batch_size
+    plan += [(chunk, bucket) for chunk in rows[:cut].reshape(-1, batch_size)]
+    rest = rows[cut:]
+  return [plan[i] for i in rng.permutation(len(plan))]
+
+
+def epoch_plan(source: Supervised, epoch: int) -> list[tuple[np.ndarray, Bucket]]:
+  """Rows and bucket of every batch of one epoch, in order."""
+  key = source.bucket_of().astype(np.int64).tobytes()
+  plan = _plan(source.seed, epoch, source.batch_size, key)
+  return [(rows, source.buckets[bucket]) for rows, bucket in plan]
+
+
+def pad_batch(pairs: Sequence[TokenPair], bucket: Bucket) -> Batch:
+  """T5X's training features from pairs, truncated to the bucket (EOS kept) and padded by 0."""
+  inputs = np.zeros((len(pairs), bucket.input_length), np.int32)
+  targets = np.zeros((len(pairs), bucket.target_length), np.int32)
+  for row, (source, target) in enumerate(pairs):
+    _fill(inputs[row], source)
+    _fill(targets[row], target)
+  shifted = np.concatenate([np.zeros_like(targets[:, :1]), targets[:, :-1]], axis=1)
+  return {
+    "encoder_input_tokens": inputs,
+    "decoder_input_tokens": shifted,
+    "decoder_target_tokens": targets,
+    "decoder_loss_weights": (targets > 0).astype(np.float32),
+  }
+
+
+def _fill(row: np.ndarray, tokens: np.ndarray) -> None:
+  if len(tokens) > len(row):
+    tokens = np.concatenate([tokens[: len(row) - 1], tokens[-1:]])
+  row[: len(tokens)] = tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoising:
+  """T5 span corruption over plain texts (Raffel et al. 2020, section 3.1.4).
+
+  Each text is cut at a random offset to at most `length` tokens; spans of
+  `mean_span_length` tokens on average, `noise_density` of all, are replaced by sentinels
+  (`first_sentinel`, then downward); the target lists sentinel and span in turn.
+  """
+
+  texts: Ragged
+  length: int
+  batch_size: int
+  seed: int
+  first_sentinel: int
+  eos_id: int = 1
+  noise_density: float = 0.15
+  mean_span_length: float = 3.0
+
+  @property
+  def bucket(self) -> Bucket:
+    num_noise = round(self.length * self.noise_density)
+    num_spans = max(1, round(num_noise / self.mean_span_length))
+    return Bucket(self.length - num_noise + num_spans + 1, num_noise + num_spans + 1)
+
+  def batch(self, step: int) -> Batch:
+    per_epoch = len(self.texts) // self.batch_size
+    epoch, index = divmod(step, per_epoch)
+    order = _permutation(self.seed, epoch, len(self.texts))
+    rows = order[index * self.batch_size : (index + 1) * self.batch_size]
+    rng = np.random.default_rng([self.seed, step, 1])
+    return pad_batch([self._corrupt(self.texts[row], rng) for row in rows], self.bucket)
+
+  def _corrupt(self, tokens: np.ndarray, rng: np.random.Generator) -> TokenPair:
+    start = rng.integers(0, max(1, len(tokens) - self.length + 1))
+    tokens = tokens[start : start + self.length]
+    is_noise = noise_mask(len(tokens), self.noise_density, self.mean_span_length, rng)
+    eos = np.array([self.eos_id], np.int32)
+    inputs = replace_spans(tokens, is_noise, self.first_sentinel)
+    targets = replace_spans(tokens, ~is_noise, self.first_sentinel)
+    return np.concatenate([inputs, eos]), np.concatenate([targets, eos])
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+  return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+def noise_mask(
+  length: int, density: float, mean_span_length: float, rng: np.random.Generator
+) -> np.ndarray:
+  """Boolean [length]: alternating spans of kept and noise tokens, noise last."""
+  num_noise = min(max(round(length * density), 1), max(length - 1, 1))
+  num_spans = min(max(round(num_noise / mean_span_length), 1), max(length - num_noise, 1))
+  kept = _random_parts(max(length - num_noise, 0), num_spans, rng)
+  noise = _random_parts(num_noise, num_spans, rng)
+  lengths = np.stack([kept, noise], axis=1).reshape(-1)
+  return np.repeat(np.tile([False, True], num_spans), lengths)[:length]
+
+
+def _random_parts(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
+  """A uniformly random composition of `total` into `parts` positive numbers."""
+  if total < parts:
+    return np.array([total] + [0] * (parts - 1))
+  cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
+  return np.diff(np.concatenate([[0], cuts, [total]]))
+
+
+def replace_spans(tokens: np.ndarray, is_hidden: np.ndarray, first_sentinel: int) -> np.ndarray:
+  """Replaces each run of hidden tokens by one sentinel, numbered downward."""
+  starts = is_hidden & ~np.concatenate([[False], is_hidden[:-1]])
+  sentinels = first_sentinel + 1 - np.cumsum(starts)
+  replaced = np.where(starts, sentinels, tokens)
+  return replaced[starts | ~is_hidden].astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+  """Interleaves sources by a repeating pattern, so that any step finds its own batch.
+
+  Attributes:
+    sources: what is mixed.
+    counts: how many of every `sum(counts)` consecutive steps each source gets.
+    seed: seeds the order inside the pattern.
+  """
+
+  sources: tuple[Source, ...]
+  counts: tuple[int, ...]
+  seed: int
+
+  def batch(self, step: int) -> Batch:
+    pattern = np.repeat(np.arange(len(self.counts)), self.counts)
+    pattern = np.random.default_rng([self.seed, 2]).permutation(pattern)
+    period, offset = divmod(step, len(pattern))
+    source = int(pattern[offset])
+    local = period * self.counts[source] + int(np.sum(pattern[:offset] == source))
+    return self.sources[source].batch(local)
+
+
+def encode_all(texts: Iterable[str], encode: Callable[[str], list[int]], eos_id: int) -> Ragged:
+  """Token sequences with EOS of many texts."""
+  return Ragged([[*encode(text), eos_id] for text in texts])

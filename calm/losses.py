@@ -1,0 +1,172 @@
+"""Training losses: layer-weighted cross entropy (Eq. 6) and exit-classifier objectives.
+
+Everything here reads decoder_norm(d^i), [layers, batch, length, emb_dim], and a head kernel;
+one layer's logits live at a time. Padding carries weight 0 in every loss.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+
+class LayerMetrics(NamedTuple):
+  """Per-layer sums over real tokens (divide by the summed weights for means).
+
+  Attributes:
+    cross_entropy: negative log-likelihood in nats, [layers].
+    correct: number of argmaxes that equal the target, [layers].
+  """
+
+  cross_entropy: Float[Array, " layers"]
+  correct: Float[Array, " layers"]
+
+
+def layer_weights(num_layers: int) -> np.ndarray:
+  """Eq. 6's weights, w_i = i / sum_j j for layers i = 1 ... num_layers; they sum to 1."""
+  weights = np.arange(1, num_layers + 1, dtype=np.float32)
+  return weights / weights.sum()
+
+
+def last_layer_weights(num_layers: int) -> np.ndarray:
+  """All weight on the last layer: ordinary training, for comparison with Eq. 6."""
+  return np.eye(num_layers, dtype=np.float32)[-1]
+
+
+def _layer_terms(x, kernel, targets, weights, z_loss):
+  """Of one layer: logits' gradient, weighted loss, cross entropy and correct count."""
+  logits = x.astype(jnp.float32) @ kernel
+  log_z = jax.nn.logsumexp(logits, axis=-1)
+  label = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+  cross_entropy = jnp.sum((log_z - label) * weights)
+  loss = cross_entropy + z_loss * jnp.sum(jnp.square(log_z) * weights)
+  correct = jnp.sum((jnp.argmax(logits, axis=-1) == targets) * weights)
+  probabilities = jnp.exp(logits - log_z[:, None])
+  is_label = jnp.arange(logits.shape[-1])[None, :] == targets[:, None]
+  grad = probabilities * (1.0 + 2.0 * z_loss * log_z)[:, None] - is_label
+  return grad * weights[:, None], loss, cross_entropy, correct
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def layer_cross_entropy(
+  normed: Float[Array, "layers batch length emb"],
+  kernel: Float[Array, "emb vocab"],
+  targets: Int[Array, "batch length"],
+  token_weights: Float[Array, "batch length"],
+  weights: Float[Array, " layers"],
+  z_loss: float = 0.0,
+) -> tuple[Float[Array, ""], LayerMetrics]:
+  """Sum over tokens of sum_i w_i * (NLL_i + z_loss * log(Z_i)^2) under one shared head.
+
+  The forward pass computes the gradients while a layer's logits are at hand, so that no
+  [layers, batch, length, vocab] array ever exists and no head is multiplied out twice.
+
+  Args:
+    normed: decoder_norm(d^i) of each layer.
+    kernel: the shared output head.
+    targets: target tokens.
+    token_weights: 1 for real tokens, 0 for padding.
+    weights: Eq. 6's w_i (see `layer_weights`), or any others.
+    z_loss: T5X's penalty on log(Z)^2.
+
+  Returns:
+    The loss (a sum, not a mean) and `LayerMetrics`, which carry no gradient.
+  """
+  loss, metrics, _ = _layer_scan(normed, kernel, targets, token_weights, weights, z_loss, False)
+  return loss, metrics
+
+
+def _layer_scan(normed, kernel, targets, token_weights, weights, z_loss, with_gradients):
+  num_layers, _, _, emb_dim = normed.shape
+  flat = normed.reshape(num_layers, -1, emb_dim)
+  flat_targets, flat_weights = targets.reshape(-1), token_weights.reshape(-1)
+  kernel = kernel.astype(jnp.float32)
+
+  def one_layer(carry, inputs):
+    loss, kernel_grad = carry
+    x, weight = inputs
+    grad, layer_loss, cross_entropy, correct = _layer_terms(
+      x, kernel, flat_targets, flat_weights, z_loss
+    )
+    loss = loss + weight * layer_loss
+    x_grad = None
+    if with_gradients:
+      grad = grad * weight
+      kernel_grad = kernel_grad + x.astype(jnp.float32).T @ grad
+      x_grad = (grad @ kernel.T).astype(x.dtype)
+    return (loss, kernel_grad), (cross_entropy, correct, x_grad)
+
+  start = (jnp.zeros(()), jnp.zeros_like(kernel) if with_gradients else None)
+  (loss, kernel_grad), (cross_entropy, correct, x_grads) = lax.scan(
+    one_layer, start, (flat, weights.astype(jnp.float32))
+  )
+  metrics = LayerMetrics(cross_entropy, correct)
+  gradients = (x_grads.reshape(normed.shape), kernel_grad) if with_gradients else None
+  return loss, metrics, gradients
+
+
+def _cross_entropy_forward(normed, kernel, targets, token_weights, weights, z_loss):
+  loss, metrics, gradients = _layer_scan(
+    normed, kernel, targets, token_weights, weights, z_loss, True
+  )
+  return (loss, metrics), gradients
+
+
+def _cross_entropy_backward(z_loss, gradients, cotangents):
+  del z_loss
+  loss_cotangent, _ = cotangents
+  normed_grad, kernel_grad = gradients
+  return normed_grad * loss_cotangent, kernel_grad * loss_cotangent, None, None, None
+
+
+layer_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def layer_predictions(
+  normed: Float[Array, "layers batch length emb"], kernel: Float[Array, "emb vocab"]
+) -> Int[Array, "layers batch length"]:
+  """Every layer's argmax token, one layer's logits at a time."""
+  return lax.map(lambda x: jnp.argmax(x.astype(jnp.float32) @ kernel, axis=-1), normed)
+
+
+def classifier_loss(
+  exit_logits: Float[Array, "layers batch length"],
+  predictions: Int[Array, "layers batch length"],
+  token_weights: Float[Array, "batch length"],
+) -> Float[Array, ""]:
+  """Binary cross entropy against agreement with the last layer (paper section 3.5).
+
+  1 / (L - 1) sum_{i < L} sum_t BCE(sigmoid(exit_logits[i, t]), 1[argmax_i = argmax_L]),
+  summed over real tokens.
+  """
+  agrees = (predictions[:-1] == predictions[-1:]).astype(jnp.float32)
+  logits = exit_logits[:-1]
+  losses = jax.nn.softplus(logits) - agrees * logits
+  return jnp.sum(losses * token_weights[None]) / losses.shape[0]
+
+
+def geometric_classifier_loss(
+  exit_logits: Float[Array, "layers batch length"],
+  predictions: Int[Array, "layers batch length"],
+  token_weights: Float[Array, "batch length"],
+) -> Float[Array, ""]:
+  """The geometric-like objective of Elbayad et al. (2020), the paper's App. D baseline.
+
+  With q_i = sigmoid(exit_logits[i]) the probability to exit at layer i given that it was
+  reached, the exit layer is distributed as q_i prod_{j < i} (1 - q_j), the last layer taking
+  the rest; the loss is its cross entropy with the oracle's exit, the first layer whose argmax
+  is the last layer's. Summed over real tokens.
+  """
+  agrees = predictions == predictions[-1:]
+  oracle = jnp.argmax(agrees, axis=0)  # the last layer agrees with itself: always found
+  log_exit = jax.nn.log_sigmoid(exit_logits[:-1])
+  log_stay = jax.nn.log_sigmoid(-exit_logits[:-1])
+  nothing = jnp.zeros_like(exit_logits[:1])
+  reached = jnp.concatenate([nothing, jnp.cumsum(log_stay, axis=0)])
+  log_distribution = reached + jnp.concatenate([log_exit, nothing])
+  log_likelihood = jnp.take_along_axis(log_distribution, oracle[None], axis=0)[0]
+  return -jnp.sum(log_likelihood * token_weights)

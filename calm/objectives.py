@@ -1,0 +1,175 @@
+"""What a training stage minimises, and which parameters it may touch.
+
+An objective is a small frozen class with `loss` and `trains`; `training` knows no more of it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from calm import losses, network
+
+Params = Any
+Batch = dict[str, jax.Array]
+
+
+@struct.dataclass
+class BatchMetrics:
+  """Sums over one batch's real tokens; sums of sums are means of everything seen.
+
+  Attributes:
+    loss: the objective, summed, [].
+    weight: number of real tokens, [].
+    cross_entropy: negative log-likelihood a layer in nats, [layers].
+    correct: argmaxes that equal the target a layer, [layers].
+    layer_weight: tokens that each layer's sums are over, [layers].
+  """
+
+  loss: jax.Array
+  weight: jax.Array
+  cross_entropy: jax.Array
+  correct: jax.Array
+  layer_weight: jax.Array
+
+  def __add__(self, other: "BatchMetrics") -> "BatchMetrics":
+    return jax.tree.map(jnp.add, self, other)
+
+  def scalars(self) -> dict[str, float]:
+    """Means under TensorBoard names; layers not measured are left out."""
+    weight = max(float(self.weight), 1.0)
+    values = {"loss": float(self.loss) / weight}
+    for layer, seen in enumerate(np.asarray(self.layer_weight), start=1):
+      if seen > 0:
+        values[f"loss/layer_{layer}"] = float(self.cross_entropy[layer - 1]) / float(seen)
+        values[f"accuracy/layer_{layer}"] = float(self.correct[layer - 1]) / float(seen)
+    return values
+
+
+class Objective(Protocol):
+  """One training stage."""
+
+  def loss(
+    self, module: network.Transformer, params: Params, batch: Batch, rng: jax.Array | None
+  ) -> tuple[jax.Array, BatchMetrics]:
+    """The loss summed over real tokens, and metrics; `rng` None turns dropout off."""
+    ...
+
+  def trains(self, path: tuple[str, ...]) -> bool:
+    """Whether the parameter at this path of the tree may change."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerWeighted:
+  """Stage one: Eq. 6, sum_i w_i NLL_i over all decoder layers.
+
+  Attributes:
+    weights: number of layers -> w_i; Eq. 6's i / sum(i), or `losses.last_layer_weights`.
+    z_loss: T5X's penalty on log(Z)^2.
+    sampled_layers: None computes every layer's head. k draws k layers a step with
+      probabilities w_i instead: an unbiased estimate of Eq. 6 at k heads' cost, for machines
+      where the vocabulary head outweighs the layers.
+  """
+
+  weights: Callable[[int], np.ndarray] = losses.layer_weights
+  z_loss: float = 1e-4
+  sampled_layers: int | None = None
+
+  def loss(self, module, params, batch, rng):
+    normed = _normed_states(module, params, batch, rng)
+    num_layers = normed.shape[0]
+    weights = jnp.asarray(self.weights(num_layers))
+    if rng is None or self.sampled_layers is None:
+      chosen, chosen_weights = jnp.arange(num_layers), weights
+    else:
+      k = self.sampled_layers
+      chosen = jax.random.choice(jax.random.fold_in(rng, 1), num_layers, (k,), p=weights)
+      chosen_weights = jnp.full((k,), 1.0 / k)
+    token_weights = batch["decoder_loss_weights"]
+    loss, metrics = losses.layer_cross_entropy(
+      normed[chosen],
+      head_kernel(params, module.config),
+      batch["decoder_target_tokens"],
+      token_weights,
+      chosen_weights,
+      self.z_loss,
+    )
+    weight = jnp.sum(token_weights)
+    to_layers = lambda x: jnp.zeros(num_layers).at[chosen].add(x)
+    return loss, BatchMetrics(
+      loss=loss,
+      weight=weight,
+      cross_entropy=to_layers(metrics.cross_entropy),
+      correct=to_layers(metrics.correct),
+      layer_weight=to_layers(jnp.broadcast_to(weight, chosen.shape)),
+    )
+
+  def trains(self, path):
+    return "exit_classifier" not in path
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitClassifier:
+  """Stage two: the exit classifier alone, everything else frozen (paper section 3.5).
+
+  Attributes:
+    objective: `losses.classifier_loss` or `losses.geometric_classifier_loss`.
+  """
+
+  objective: Callable[..., jax.Array] = losses.classifier_loss
+
+  def loss(self, module, params, batch, rng):
+    del rng  # the features must be those of inference: no dropout
+    normed = jax.lax.stop_gradient(_normed_states(module, params, batch, None))
+    classifier = params["decoder"]["exit_classifier"]
+    logits = (normed.astype(jnp.float32) @ classifier["kernel"])[..., 0]
+    logits = logits + classifier["bias"][0]
+    predictions = losses.layer_predictions(normed, head_kernel(params, module.config))
+    token_weights = batch["decoder_loss_weights"]
+    loss = self.objective(logits, predictions, token_weights)
+    weight = jnp.sum(token_weights)
+    agrees = predictions == predictions[-1:]
+    hits = (logits > 0) == agrees
+    over_tokens = lambda x: jnp.sum(x * token_weights[None], axis=(1, 2))
+    return loss, BatchMetrics(
+      loss=loss,
+      weight=weight,
+      cross_entropy=over_tokens(jax.nn.softplus(logits) - agrees * logits),
+      correct=over_tokens(hits),
+      layer_weight=jnp.broadcast_to(weight, (normed.shape[0],)),
+    )
+
+  def trains(self, path):
+    return "exit_classifier" in path
+
+
+def head_kernel(params: Params, config: network.T5Config) -> jax.Array:
+  """The shared output head as [emb_dim, vocab], tied or not."""
+  if config.per_layer_heads:
+    raise NotImplementedError(
+      "Expected one head shared by all layers. Got `per_layer_heads`: its layers' losses are"
+      " not in this trainer; train with shared heads (the paper's choice)."
+    )
+  if config.logits_via_embedding:
+    table = params["token_embedder"]["embedding"]
+    return table.T / np.sqrt(config.emb_dim).astype(np.float32)
+  return params["decoder"]["logits_dense"]["kernel"]
+
+
+def _normed_states(module, params, batch, rng):
+  return module.apply(
+    {"params": params},
+    batch["encoder_input_tokens"],
+    batch["decoder_input_tokens"],
+    batch["decoder_target_tokens"],
+    batch.get("encoder_segment_ids"),
+    batch.get("decoder_segment_ids"),
+    enable_dropout=rng is not None,
+    rngs=None if rng is None else {"dropout": rng},
+    method="normed_states",
+  )
