@@ -1,0 +1,195 @@
+"""Vocabularies: round trips, seqio's ids, and messages for what is no vocabulary."""
+
+import copy
+import io
+import pathlib
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calm import vocabulary
+
+TEXTS = [
+  "the quick brown fox jumps over the lazy dog",
+  "a package that provides tools for the lazy package manager",
+  "pack my box with five dozen liquor jugs",
+] * 4
+
+
+def train(path: pathlib.Path, **options) -> pathlib.Path:
+  """A SentencePiece model of some forty pieces with T5's special ids."""
+  options = dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1) | options
+  writer = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(TEXTS),
+    model_writer=writer,
+    vocab_size=44,
+    normalization_rule_name="identity",
+    minloglevel=2,
+    **options,
+  )
+  path.write_bytes(writer.getvalue())
+  return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> pathlib.Path:
+  return train(tmp_path_factory.mktemp("vocabulary") / "tiny.model")
+
+
+@pytest.fixture(scope="module")
+def pieces(model) -> vocabulary.SentencePieceVocabulary:
+  return vocabulary.SentencePieceVocabulary(model)
+
+
+@given(st.text())
+def test_bytes_round_trip_any_text(text):
+  vocab = vocabulary.ByteVocabulary()
+  ids = vocab.encode(text)
+  assert all(3 <= i < 259 for i in ids)
+  assert vocab.decode(ids) == text
+
+
+@pytest.mark.parametrize("text", ["", *TEXTS[:3], "the <extra_id_0> dog <extra_id_1>"])
+def test_sentence_pieces_round_trip_text_of_their_alphabet(pieces, text):
+  ids = pieces.encode(text)
+  assert pieces.eos_id not in ids and pieces.pad_id not in ids
+  assert pieces.decode(ids) == text
+
+
+def test_decode_stops_at_eos_and_skips_padding(pieces):
+  for vocab in (pieces, vocabulary.ByteVocabulary()):
+    a, b = vocab.encode("lazy dog"), vocab.encode(" fox")
+    assert vocab.decode([0, *a, 0, 1, *b]) == "lazy dog"
+    assert vocab.decode(np.array([*a, 1, 0, 0], np.int32)) == "lazy dog"
+    assert vocab.decode([]) == vocab.decode([1]) == vocab.decode([0, 0]) == ""
+
+
+def test_hand_computed_byte_ids():
+  vocab = vocabulary.ByteVocabulary()
+  assert vocab.vocab_size == 384
+  assert vocab.encode("aé") == [97 + 3, 0xC3 + 3, 0xA9 + 3]
+  # Sentinels, the unknown token and half a character give no text.
+  assert vocab.decode([100, 2, 383, 0xC3 + 3]) == "a"
+
+
+def test_extra_ids_stand_at_the_end_and_count_downward(pieces):
+  size = pieces.vocab_size
+  assert size == 44 + 100
+  assert pieces.encode("<extra_id_0>") == [size - 1]
+  assert pieces.encode("<extra_id_99>") == [size - 100]
+  assert pieces.piece(size - 1).strip() == "<extra_id_0>"
+  assert vocabulary.ByteVocabulary().piece(383) == "<extra_id_0>"
+
+
+def test_pieces_join_to_the_text(pieces):
+  text = "the lazy dog"
+  joined = "".join(pieces.piece(i) for i in pieces.encode(text))
+  assert joined == " " + text
+
+
+def test_pieces_of_special_and_unused_ids(pieces):
+  byte = vocabulary.ByteVocabulary()
+  assert [byte.piece(i) for i in (0, 1, 2, 100, 0xC3 + 3, 999)] == [
+    "<pad>", "</s>", "<unk>", "a", "<0xC3>", "<unused_999>",
+  ]  # fmt: skip
+  assert [pieces.piece(i) for i in (0, 1, 2, 144)] == ["<pad>", "</s>", "<unk>", "<unused_144>"]
+
+
+def test_ids_beyond_the_pieces_decode_as_unknown(pieces):
+  assert pieces.decode([pieces.vocab_size]) == pieces.decode([pieces.unk_id])
+  with pytest.raises(ValueError, match=r"`ids`.*Got -1"):
+    pieces.decode([5, -1])
+
+
+def test_digest_is_of_the_content_not_of_the_path(model, pieces, tmp_path):
+  moved = tmp_path / "elsewhere.model"
+  moved.write_bytes(model.read_bytes())
+  same = vocabulary.SentencePieceVocabulary(moved)
+  assert same == pieces and same.digest() == pieces.digest() and len(same.digest()) == 64
+  others = [
+    vocabulary.SentencePieceVocabulary(model, extra_ids=99),
+    vocabulary.SentencePieceVocabulary(train(tmp_path / "bpe.model", model_type="bpe")),
+    vocabulary.ByteVocabulary(),
+    vocabulary.ByteVocabulary(extra_ids=0),
+  ]
+  assert len({pieces.digest(), *(other.digest() for other in others)}) == 5
+
+
+def test_vocabularies_copy_and_fit_the_protocol(pieces):
+  for vocab in (pieces, vocabulary.ByteVocabulary()):
+    assert isinstance(vocab, vocabulary.Vocabulary)
+    assert copy.deepcopy(vocab).encode("dog") == vocab.encode("dog")
+
+
+def test_missing_file(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"`path`.*missing"):
+    vocabulary.SentencePieceVocabulary(tmp_path / "none.model")
+
+
+@pytest.mark.parametrize("content", [b"", b"this is a text", b"\x00" * 64])
+def test_file_that_is_no_model(tmp_path, content):
+  path = tmp_path / "bad.model"
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=r"`path` to be a SentencePiece model.*bad.model"):
+    vocabulary.SentencePieceVocabulary(path)
+
+
+def test_truncated_model(tmp_path, model):
+  path = tmp_path / "cut.model"
+  path.write_bytes(model.read_bytes()[:-200])
+  with pytest.raises(ValueError, match=r"`path` to be a SentencePiece model"):
+    vocabulary.SentencePieceVocabulary(path)
+
+
+def test_model_with_other_special_ids(tmp_path):
+  path = train(tmp_path / "other.model", pad_id=-1, eos_id=2, unk_id=0, bos_id=1)
+  with pytest.raises(ValueError, match=r"padding id 0.*pad_id -1"):
+    vocabulary.SentencePieceVocabulary(path)
+
+
+def test_negative_extra_ids(model):
+  for make in (lambda: vocabulary.ByteVocabulary(-1),
+               lambda: vocabulary.SentencePieceVocabulary(model, -1)):  # fmt: skip
+    with pytest.raises(ValueError, match="`extra_ids`"):
+      make()
+
+
+def test_vocabulary_larger_than_the_model(pieces):
+  vocabulary.check_fits(pieces, 144)
+  vocabulary.check_fits(pieces, 256)
+  with pytest.raises(ValueError, match=r"at most 143 ids.*Got 144"):
+    vocabulary.check_fits(pieces, 143)
+
+
+@pytest.mark.tf
+@pytest.mark.filterwarnings("ignore")
+def test_ids_and_texts_are_those_of_seqio(model, pieces):
+  seqio = pytest.importorskip("seqio", reason="needs seqio (TensorFlow)")
+  pairs = [
+    (pieces, seqio.SentencePieceVocabulary(str(model), extra_ids=100)),
+    (vocabulary.ByteVocabulary(), seqio.ByteVocabulary(extra_ids=125)),
+  ]
+  for ours, theirs in pairs:
+    assert isinstance(theirs, vocabulary.Vocabulary)
+    for field in ("vocab_size", "pad_id", "eos_id", "unk_id"):
+      assert getattr(ours, field) == getattr(theirs, field)
+    for text in [*TEXTS[:3], "", "  two  spaces ", "é<extra_id_3>", "a <extra_id_99>ly zzz"]:
+      ids = ours.encode(text)
+      assert ids == theirs.encode(text)
+      assert ours.decode([*ids, 1, 5]) == theirs.decode([*ids, 1, 5])
+    assert vocabulary.from_seqio(theirs) == ours
+
+
+@pytest.mark.tf
+@pytest.mark.filterwarnings("ignore")
+def test_seqio_vocabularies_of_other_ids_are_refused(model):
+  seqio = pytest.importorskip("seqio", reason="needs seqio (TensorFlow)")
+  upward = seqio.SentencePieceVocabulary(str(model), extra_ids=100, reverse_extra_ids=False)
+  with pytest.raises(ValueError, match="downward"):
+    vocabulary.from_seqio(upward)
+  with pytest.raises(ValueError, match=r"`vocabulary`.*PassThroughVocabulary"):
+    vocabulary.from_seqio(seqio.PassThroughVocabulary(size=8))
