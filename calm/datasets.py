@@ -5,9 +5,9 @@ A file has one JSON object a line, UTF-8, plain or gzip:
     {"id": "syn/dconf", "source": "dconf", "input": "DConf is a ...", "target": ["simple ..."]}
 
 `input` is the text without a task prefix; `target` is a string or a list of accepted
-references, best first; `id` (a name that no other line has) and `source` (the cluster that a row
-comes from, say its document) may be missing, and so may `target` where only prompts are wanted.
-Other fields are ignored.
+references, best first; `id` (a name that no other line has) and `source` (the cluster that a
+row comes from, say its document) may be missing, and so may `target` where only prompts are
+wanted. Other fields are ignored.
 """
 
 import dataclasses
