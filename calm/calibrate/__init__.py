@@ -1,0 +1,45 @@
+"""Distribution-free calibration of early exits, on numpy and scipy alone.
+
+    generations        cached outputs per threshold, on disk and in memory (`load`)
+    generation_writer  writes them, resumable (`open_writer`)
+    sequence_losses    cached outputs -> losses [num_examples, num_thresholds]
+    p_values           losses -> p-value of "the expected loss exceeds the tolerance"
+    testing            p-values in a fixed order -> which thresholds are certified
+    calibration        all of it: `calibrate(losses, tolerance=..., error_rate=...)` ->
+      `Calibration`
+
+The shortest way, from losses of any origin:
+
+    from calm import calibrate
+    result = calibrate.calibrate(losses, [0.9, 0.8, 0.7], tolerance=0.1, error_rate=0.05)
+    result.threshold, result.guarantee
+"""
+
+from calm.calibrate.calibration import Calibration, calibrate
+from calm.calibrate.generations import load
+from calm.calibrate.procedures import Procedure, Provenance
+from calm.calibrate.records import GenerationsError, Prompt, Record
+from calm.calibrate.sequence_losses import (
+  SequenceLosses,
+  Support,
+  risk_losses,
+  textual_losses,
+)
+from calm.calibrate.thresholds import NEVER_EXIT, default_grid
+
+__all__ = [
+  'NEVER_EXIT',
+  'Calibration',
+  'GenerationsError',
+  'Procedure',
+  'Prompt',
+  'Provenance',
+  'Record',
+  'SequenceLosses',
+  'Support',
+  'calibrate',
+  'default_grid',
+  'load',
+  'risk_losses',
+  'textual_losses',
+]

@@ -1,0 +1,215 @@
+"""Writes cached generations so that a run can be killed at any moment and go on later."""
+
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from calm.calibrate import files, generations
+from calm.calibrate import records as records_lib
+from calm.calibrate import thresholds as thresholds_lib
+from calm.calibrate.procedures import Procedure, Provenance, describe_differences
+from calm.calibrate.records import GenerationsError, Prompt, Record
+
+
+class Writer:
+  """Appends records to a directory of cached generations; made by `open_writer`.
+
+  Attributes:
+    directory: where.
+    reports: what resuming found and repaired, one sentence each.
+  """
+
+  def __init__(self, directory: pathlib.Path, manifest: dict[str, Any]):
+    self.directory = directory
+    self.reports: list[str] = []
+    self._manifest = manifest
+    self._procedure = generations.manifest_procedure(manifest)
+    self._ids = frozenset(manifest['prompt_ids'])
+    self._thresholds = (thresholds_lib.NEVER_EXIT, *manifest['thresholds'])
+    self._done: dict[float, set[str]] = {}
+    for threshold in self._thresholds:
+      path = directory / generations.threshold_file(threshold)
+      self._done[threshold] = set()
+      if path.exists():
+        report = drop_partial_line(path)
+        self.reports += [report] if report else []
+        self._done[threshold] = set(generations.read_records(path, self._procedure))
+
+  def completed_ids(self, threshold: float) -> frozenset[str]:
+    """Ids that already have a record at `threshold` (`NEVER_EXIT` for the reference)."""
+    return frozenset(self._done[self._known(threshold)])
+
+  def completed_records(self, threshold: float) -> dict[str, Record]:
+    """The records already written at `threshold`, by id."""
+    path = self.directory / generations.threshold_file(self._known(threshold))
+    return generations.read_records(path, self._procedure) if path.exists() else {}
+
+  def append(self, threshold: float, records: Iterable[Record]) -> None:
+    """Appends whole records and hands them to the operating system before it returns.
+
+    Raises:
+      ValueError: `threshold` is not in the grid, an id is unknown or already written.
+    """
+    done = self._done[self._known(threshold)]
+    records = tuple(records)
+    names = [record.id for record in records]
+    odd = sorted(set(names) - self._ids)
+    twice = sorted({name for name in names if name in done or names.count(name) > 1})
+    if odd or twice:
+      raise ValueError(
+        f'`records` must be of prompts that have none at {threshold} yet; unknown ids'
+        f' {odd[:5]},'
+        f' ids already there {twice[:5]}.'
+      )
+    mark = generations.procedure_mark(self._procedure)
+    lines = [
+      records_lib.dump_line(
+        record.to_json() if mark is None else {**record.to_json(), 'procedure': mark}
+      )
+      for record in records
+    ]
+    with open(self.directory / generations.threshold_file(threshold), 'ab') as file:
+      file.write(''.join(lines).encode('utf-8'))
+      file.flush()
+    done.update(names)
+
+  def finish(self) -> None:
+    """Writes the checksums of all files into the manifest; call it when nothing is missing.
+
+    Raises:
+      ValueError: a prompt has no record at some threshold (sequential runs excepted).
+    """
+    for threshold in self._thresholds:
+      missing = len(self._ids - self._done[threshold])
+      if missing and not self._manifest['sequential']:
+        raise ValueError(
+          f'{self.directory}: {missing} prompts have no record at threshold'
+          f' {thresholds_lib.format_threshold(threshold)}; append them before `finish`.'
+        )
+    names = [
+      generations.PROMPTS,
+      *(generations.threshold_file(threshold) for threshold in self._thresholds),
+    ]
+    self._manifest['checksums'] = {
+      name: files.checksum(self.directory / name)
+      for name in names
+      if (self.directory / name).exists()
+    }
+    _write_manifest(self.directory, self._manifest)
+
+  def _known(self, threshold: float) -> float:
+    if threshold not in self._done:
+      grid = [thresholds_lib.format_threshold(value) for value in self._thresholds]
+      raise ValueError(f'`threshold` must be one of {grid}, got {threshold!r}.')
+    return threshold
+
+
+def drop_partial_line(path: pathlib.Path) -> str | None:
+  """Repairs the end of a file whose writer was killed; returns what was done, if anything."""
+  content = path.read_bytes()
+  if not content or content.endswith(b'\n'):
+    return None
+  start = content.rfind(b'\n') + 1
+  number = content.count(b'\n') + 1
+  if records_lib.parse_line(content[start:])[0] is not None:
+    with open(path, 'ab') as file:
+      file.write(b'\n')
+    return None
+  with open(path, 'r+b') as file:
+    file.truncate(start)
+  return (
+    f'{path}:{number}: the last line was cut off and has been dropped'
+    f' ({len(content) - start} bytes); its prompt will be decoded again.'
+  )
+
+
+def _write_manifest(directory: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+  files.write_atomically(
+    directory / generations.MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + '\n'
+  )
+
+
+def open_writer(
+  directory: str | pathlib.Path,
+  *,
+  prompts: Sequence[Prompt],
+  thresholds: Sequence[float] | np.ndarray,
+  procedure: Procedure | None,
+  provenance: Provenance | None = None,
+  sequential: bool = False,
+) -> Writer:
+  """Creates a directory of cached generations, or resumes it.
+
+  Args:
+    directory: where; made if missing.
+    prompts: in the order that losses will be tested in.
+    thresholds: the strictly descending grid, without `NEVER_EXIT` (the reference is always
+      there).
+    procedure: how the outputs are decoded, or None.
+    provenance: the story of the run.
+    sequential: whether the run may stop early, leaving a suffix of prompts out.
+
+  Returns:
+    A `Writer`; `reports` says what resuming repaired.
+
+  Raises:
+    GenerationsError: the directory holds another procedure, grid or prompts (the message names
+      the field), or is damaged.
+    OSError: it cannot be written.
+  """
+  directory = pathlib.Path(directory)
+  records_lib.check_unique(prompts)
+  manifest = {
+    'schema_version': generations.SCHEMA_VERSION,
+    'procedure': None if procedure is None else procedure.to_json(),
+    'provenance': (provenance or Provenance()).to_json(),
+    'thresholds': thresholds_lib.validate_grid(thresholds).tolist(),
+    'prompt_ids': [prompt.id for prompt in prompts],
+    'sequential': sequential,
+    'checksums': {},
+  }
+  prompt_text = ''.join(records_lib.dump_line(prompt.to_json()) for prompt in prompts)
+  if (directory / generations.MANIFEST).exists():
+    _check_same_run(directory, manifest, prompt_text)
+    manifest['provenance'] = generations.read_manifest(directory)['provenance']
+  else:
+    try:
+      directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise OSError(
+        f'cannot make {directory} ({error.strerror}); choose a folder that can be written.'
+      ) from error
+    files.write_atomically(directory / generations.PROMPTS, prompt_text)
+  # Resuming reopens a finished run: its checksums are written again by `finish`.
+  _write_manifest(directory, manifest)
+  return Writer(directory, manifest)
+
+
+def _check_same_run(directory: pathlib.Path, manifest: dict[str, Any], prompts: str) -> None:
+  there = generations.read_manifest(directory)
+  path = directory / generations.MANIFEST
+  way_out = ' Choose another folder, or the options of the run that is there.'
+  difference = describe_differences(
+    generations.manifest_procedure(there), generations.manifest_procedure(manifest)
+  )
+  if difference:
+    raise GenerationsError(f'{path}: was made by another procedure: {difference}.{way_out}')
+  for name in ('thresholds', 'prompt_ids', 'sequential'):
+    if there.get(name) != manifest[name]:
+      raise GenerationsError(
+        f'{path}: has other `{name}`: expected {_short(there.get(name))}, got'
+        f' {_short(manifest[name])}.{way_out}'
+      )
+  if (directory / generations.PROMPTS).read_text('utf-8') != prompts:
+    raise GenerationsError(
+      f'{directory / generations.PROMPTS}: the texts of the prompts are not those'
+      f' given.{way_out}'
+    )
+
+
+def _short(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 120 else f'{text[:100]}... ({len(value)} entries)'

@@ -1,0 +1,245 @@
+"""Cached generations: what a model said at every threshold, on disk and in memory.
+
+A directory holds
+
+    manifest.json            schema version, procedure, provenance, thresholds, prompt ids,
+    checksums prompts.jsonl            one prompt a line
+    threshold_never.jsonl    the full-depth reference
+    threshold_0.9.jsonl ...  one file a threshold, one record a line, in any order
+
+`generation_writer.open_writer` creates or resumes it, `load` reads it. A run killed at any
+moment loses at most the record it was writing.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from calm.calibrate import files
+from calm.calibrate import records as records_lib
+from calm.calibrate import thresholds as thresholds_lib
+from calm.calibrate.procedures import Procedure, Provenance
+from calm.calibrate.records import GenerationsError, Prompt, Record
+
+SCHEMA_VERSION = 1
+MANIFEST = 'manifest.json'
+PROMPTS = 'prompts.jsonl'
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generations:
+  """Cached generations in memory.
+
+  Attributes:
+    prompts: [num_examples], in the recorded order.
+    thresholds: [num_thresholds] float64, strictly descending.
+    records: per threshold (same order as `thresholds`) the records in the order of `prompts`;
+      in a sequential run a threshold may have a prefix only.
+    full: the full-depth reference, in the order of `prompts`.
+    procedure: how they were decoded; None for files from elsewhere.
+    provenance: their story.
+    sequential: whether the run was allowed to stop early.
+  """
+
+  prompts: tuple[Prompt, ...]
+  thresholds: np.ndarray
+  records: tuple[tuple[Record, ...], ...]
+  full: tuple[Record, ...]
+  procedure: Procedure | None = None
+  provenance: Provenance = dataclasses.field(default_factory=Provenance)
+  sequential: bool = False
+
+  @property
+  def ids(self) -> tuple[str, ...]:
+    """[num_examples] ids in the recorded order."""
+    return tuple(prompt.id for prompt in self.prompts)
+
+  @property
+  def references(self) -> tuple[tuple[str, ...], ...]:
+    """[num_examples] accepted references of each prompt."""
+    return tuple(prompt.targets for prompt in self.prompts)
+
+  @property
+  def groups(self) -> tuple[str, ...] | None:
+    """[num_examples] cluster of each prompt, or None where any prompt has none."""
+    groups = tuple(prompt.group for prompt in self.prompts)
+    return None if None in groups else groups  # type: ignore[return-value]
+
+  def layer_counts(self) -> tuple[np.ndarray, np.ndarray] | None:
+    """Decoder layers and tokens per prompt and threshold.
+
+    Returns:
+      (layers, tokens): two [num_examples, num_thresholds] int64 arrays: layers summed over real
+      tokens (EOS yes, padding no), and real tokens. None where a record has no `exit_layers` or
+      a sequential run left some out.
+    """
+    rows = [record.exit_layers for records in self.records for record in records]
+    if None in rows or len(rows) != len(self.prompts) * len(self.thresholds):
+      return None
+    shape = (len(self.thresholds), len(self.prompts))
+    layers = np.array([sum(row) for row in rows], np.int64).reshape(shape).T  # type: ignore
+    tokens = np.array([sum(map(bool, row)) for row in rows], np.int64)  # type: ignore
+    return layers, tokens.reshape(shape).T
+
+  def __repr__(self) -> str:
+    return (
+      f'Generations({len(self.prompts)} prompts, {len(self.thresholds)} thresholds'
+      f' {self.thresholds.tolist()}, procedure='
+      f'{None if self.procedure is None else self.procedure.digest()[:12]})'
+    )
+
+
+def threshold_file(threshold: float) -> str:
+  """Name of the file that holds the records of one threshold."""
+  return f'threshold_{thresholds_lib.format_threshold(threshold)}.jsonl'
+
+
+def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
+  """Reads and checks manifest.json.
+
+  Raises:
+    GenerationsError: it is missing, damaged, or of another schema version.
+  """
+  path = pathlib.Path(directory) / MANIFEST
+  try:
+    manifest = json.loads(path.read_text('utf-8'))
+  except FileNotFoundError as error:
+    raise GenerationsError(
+      f'{path}: not found; `directory` must be a folder of cached generations.'
+    ) from error
+  except (OSError, ValueError) as error:
+    raise GenerationsError(f'{path}: cannot be read as JSON ({error}).') from error
+  version = manifest.get('schema_version') if isinstance(manifest, dict) else None
+  if version != SCHEMA_VERSION:
+    raise GenerationsError(
+      f'{path}: `schema_version` must be {SCHEMA_VERSION}, got {version!r}; use the version of'
+      ' this'
+      ' package that wrote it, or generate again.'
+    )
+  return manifest
+
+
+def load(directory: str | pathlib.Path) -> Generations:
+  """Reads cached generations.
+
+  Args:
+    directory: a folder written by `generation_writer.open_writer`.
+
+  Raises:
+    GenerationsError: anything is missing, damaged, duplicated or mixed; the message names the
+      file and the line.
+  """
+  directory = pathlib.Path(directory)
+  manifest = read_manifest(directory)
+  _check_checksums(directory, manifest.get('checksums', {}))
+  by_id = {prompt.id: prompt for prompt in records_lib.read_prompts(directory / PROMPTS)}
+  ids = manifest['prompt_ids']
+  if set(ids) != set(by_id):
+    odd = sorted(set(ids) ^ set(by_id))[:5]
+    raise GenerationsError(
+      f'{directory / PROMPTS}: must have the ids of {MANIFEST}, these are in one only: {odd}.'
+    )
+  procedure = manifest_procedure(manifest)
+  grid = thresholds_lib.validate_grid(manifest['thresholds'])
+  sequential = bool(manifest.get('sequential', False))
+  columns = [
+    _read_threshold(directory, threshold, ids, procedure, sequential)
+    for threshold in [thresholds_lib.NEVER_EXIT, *grid]
+  ]
+  return Generations(
+    prompts=tuple(by_id[name] for name in ids),
+    thresholds=grid,
+    records=tuple(columns[1:]),
+    full=columns[0],
+    procedure=procedure,
+    provenance=Provenance.from_json(manifest.get('provenance') or {}),
+    sequential=sequential,
+  )
+
+
+def manifest_procedure(manifest: Mapping[str, Any]) -> Procedure | None:
+  """The procedure in a manifest, or None."""
+  value = manifest.get('procedure')
+  return None if value is None else Procedure.from_json(value)
+
+
+def procedure_mark(procedure: Procedure | None) -> str | None:
+  """The short digest that every record line carries, so that mixed files are found."""
+  return None if procedure is None else procedure.digest()[:16]
+
+
+def _check_checksums(directory: pathlib.Path, checksums: Mapping[str, str]) -> None:
+  for name, expected in checksums.items():
+    path = directory / name
+    if not path.is_file():
+      raise GenerationsError(f'{path}: is missing, although {MANIFEST} lists it.')
+    if files.checksum(path) != expected:
+      # The line-by-line check below says more when a line is damaged; a whole line edited by
+      # hand is found by the checksum alone.
+      for _ in records_lib.read_lines(path):
+        pass
+      raise GenerationsError(
+        f'{path}: its SHA-256 is not the one in {MANIFEST}: the file was changed after the run'
+        ' finished. Restore it or generate again.'
+      )
+
+
+def read_records(
+  path: str | pathlib.Path, procedure: Procedure | None = None
+) -> dict[str, Record]:
+  """Reads one file of records by id.
+
+  Raises:
+    GenerationsError: a line is no record, an id occurs twice, or a line belongs to another
+      procedure.
+  """
+  mark = procedure_mark(procedure)
+  found: dict[str, Record] = {}
+  for line in records_lib.read_lines(path):
+    try:
+      record = Record.from_json(line.value)
+    except (TypeError, ValueError) as error:
+      raise line.error(f'no record: {error}.') from error
+    if record.id in found:
+      raise line.error(f'the id {record.id!r} occurs twice in this file.')
+    if line.value.get('procedure') != mark:
+      raise line.error(
+        f'the record was made by procedure {line.value.get("procedure")!r}, the manifest says'
+        f' {mark!r}: outputs of two procedures are mixed.'
+      )
+    found[record.id] = record
+  return found
+
+
+def _read_threshold(
+  directory: pathlib.Path,
+  threshold: float,
+  ids: Sequence[str],
+  procedure: Procedure | None,
+  sequential: bool,
+) -> tuple[Record, ...]:
+  path = directory / threshold_file(threshold)
+  if sequential and not path.exists() and threshold != thresholds_lib.NEVER_EXIT:
+    return ()
+  found = read_records(path, procedure)
+  unknown = sorted(set(found) - set(ids))
+  if unknown:
+    raise GenerationsError(
+      f'{path}: has ids that are no prompts of the manifest: {unknown[:5]}.'
+    )
+  missing = [name for name in ids if name not in found]
+  if missing and not sequential:
+    raise GenerationsError(
+      f'{path}: {len(missing)} of {len(ids)} prompts have no record, first {missing[:5]}.'
+      ' Resume the run that wrote it.'
+    )
+  if missing != list(ids[len(found) :]):
+    raise GenerationsError(
+      f'{path}: in a sequential run only the last prompts of the order may be missing, but'
+      f' {missing[0]!r} is missing before prompts that are there.'
+    )
+  return tuple(found[name] for name in ids[: len(found)])

@@ -1,0 +1,150 @@
+"""The p-value methods that `calibrate` knows, as objects."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from calm.calibrate import betting, bounds, p_values
+from calm.calibrate.sequence_losses import Support
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+  """Losses as a method sees them.
+
+  Attributes:
+    values: [num_examples, num_thresholds], in the tested order.
+    support: declared range.
+    tolerance: risk tolerance.
+    error_rate: error probability.
+  """
+
+  values: np.ndarray
+  support: Support
+  tolerance: float
+  error_rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A way to p-values.
+
+  Attributes:
+    name: registry name.
+    log_p_values: Sample -> [num_thresholds] log p.
+    upper_bounds: Sample -> [num_thresholds] upper confidence bounds at `error_rate`.
+    refuses: Support -> why it does not fit, or ''.
+    ordered: whether p-values depend on the order of prompts.
+    clips: whether negative losses are set to 0 first (Eq. 11).
+    valid: whether the p-values are valid.
+  """
+
+  name: str
+  log_p_values: Callable[[Sample], np.ndarray]
+  upper_bounds: Callable[[Sample], np.ndarray]
+  refuses: Callable[[Support], str]
+  ordered: bool = False
+  clips: bool = False
+  valid: bool = True
+
+  def resolve(self, support: Support) -> 'Method':
+    """This method, if it fits losses of this support.
+
+    Raises:
+      ValueError: it does not.
+    """
+    reason = self.refuses(Support(binary=support.binary) if self.clips else support)
+    if reason:
+      raise ValueError(f'`method` {self.name!r} {reason}.')
+    return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Auto:
+  """Chooses by the declared support, never by values: binary is exact, all others bet."""
+
+  binary: str = 'binomial'
+  otherwise: str = 'betting'
+
+  def resolve(self, support: Support) -> Method:
+    """The method for losses of this support."""
+    return get_method(self.binary if support.binary else self.otherwise, support)
+
+
+def _refuses_signed(support: Support) -> str:
+  if support.lower < 0.0 or support.upper > 1.0:
+    return (
+      f'needs losses in [0, 1], the declared range is [{support.lower}, {support.upper}].'
+      ' Signed'
+      " losses go into 'betting'; 'paper' clips them at 0"
+    )
+  return ''
+
+
+def _refuses_all_but_binary(support: Support) -> str:
+  if not support.binary:
+    return "needs losses that are declared binary (0 or 1). Use 'convex_order' or 'betting'"
+  return ''
+
+
+def _refuses_nothing(support: Support) -> str:
+  del support
+  return ''
+
+
+def _of_sums(name: str, p_value: bounds.SumPValue, **fields) -> Method:
+  def log_p_values(sample: Sample) -> np.ndarray:
+    return p_value(sample.values.sum(axis=0), len(sample.values), sample.tolerance, log=True)
+
+  def upper_bounds(sample: Sample) -> np.ndarray:
+    return bounds.invert(
+      p_value, sample.values.sum(axis=0), len(sample.values), error_rate=sample.error_rate
+    )
+
+  return Method(name, log_p_values, upper_bounds, **{'refuses': _refuses_signed, **fields})
+
+
+def _of_bets(name: str, strategy: betting.Strategy) -> Method:
+  def log_p_values(sample: Sample) -> np.ndarray:
+    return p_values.betting(
+      sample.values,
+      sample.tolerance,
+      error_rate=sample.error_rate,
+      upper=sample.support.upper,
+      strategy=strategy,
+      log=True,
+    )
+
+  def upper_bounds(sample: Sample) -> np.ndarray:
+    return bounds.betting(
+      sample.values,
+      error_rate=sample.error_rate,
+      lower=sample.support.lower,
+      upper=sample.support.upper,
+      strategy=strategy,
+    )
+
+  return Method(name, log_p_values, upper_bounds, _refuses_nothing, ordered=True)
+
+
+METHODS: Mapping[str, Method | Auto] = {
+  'auto': Auto(),
+  'paper': _of_sums('paper', p_values.hoeffding_bentkus, clips=True),
+  'hoeffding': _of_sums('hoeffding', p_values.hoeffding),
+  'hoeffding_bentkus': _of_sums('hoeffding_bentkus', p_values.hoeffding_bentkus),
+  'convex_order': _of_sums('convex_order', p_values.convex_order),
+  'binomial': _of_sums('binomial', p_values.binomial, refuses=_refuses_all_but_binary),
+  'betting': _of_bets('betting', betting.PLUG_IN),
+}
+
+
+def get_method(name: str, support: Support) -> Method:
+  """The method of a name, checked against the declared support.
+
+  Raises:
+    ValueError: the name is unknown, or the method does not fit such losses.
+  """
+  if name not in METHODS:
+    raise ValueError(f'`method` must be one of {sorted(METHODS)}, got {name!r}.')
+  return METHODS[name].resolve(support)

@@ -1,0 +1,152 @@
+"""A metric over many (prediction, references) pairs: equal pairs once, all cores when it pays.
+
+Workers are plain child processes that speak JSON lines: nothing is pickled and the caller's own
+`__main__` is not run again, so that a script needs no guard and a notebook works.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from calm.calibrate import metrics
+
+Pair = tuple[str, tuple[str, ...]]
+Progress = Callable[[int, int], None]
+
+# Below this many seconds of work, starting processes costs more than it gives.
+_WORTH_SECONDS = 4.0
+_PROBE_PAIRS = 200
+
+
+def compute(
+  metric: metrics.Metric,
+  pairs: Sequence[Pair],
+  *,
+  workers: int | None = None,
+  progress: Progress | None = None,
+) -> np.ndarray:
+  """Similarity of every pair.
+
+  Args:
+    metric: a metric.
+    pairs: [num_pairs] (prediction, references).
+    workers: processes; 1 stays in this one; None starts one a core when what is left after the
+      first pairs would take more than a few seconds here.
+    progress: called with (different pairs done, different pairs in all).
+
+  Returns:
+    [num_pairs] float64 in [0, 1].
+
+  Raises:
+    ValueError: the metric refuses a pair.
+  """
+  unique = list(dict.fromkeys(pairs))
+  progress = progress or (lambda done, total: None)
+  found: list[float] = []
+  started = time.perf_counter()
+  while len(found) < len(unique):
+    chunk = unique[len(found) : len(found) + _PROBE_PAIRS]
+    found += [metric(*pair) for pair in chunk]
+    progress(len(found), len(unique))
+    rate = (time.perf_counter() - started) / len(found)
+    left = len(unique) - len(found)
+    wanted = workers or (os.cpu_count() or 1)
+    if left and wanted > 1 and (workers or rate * left > _WORTH_SECONDS) and _reachable(metric):
+      here = len(found)
+
+      def report(done: int, here: int = here) -> None:
+        progress(here + done, len(unique))
+
+      found += _in_processes(metric, unique[here:], wanted, report)
+  values = dict(zip(unique, found, strict=True))
+  return np.array([values[pair] for pair in pairs], dtype=np.float64)
+
+
+def _reachable(metric: metrics.Metric) -> bool:
+  """Whether a child process can find the metric by its name."""
+  if metric.name in metrics.METRICS:
+    return metrics.METRICS[metric.name] == metric
+  module = metric.name.partition(':')[0]
+  return ':' in metric.name and module != '__main__'
+
+
+def _in_processes(
+  metric: metrics.Metric, pairs: Sequence[Pair], workers: int, progress: Callable[[int], None]
+) -> list[float]:
+  size = max(1, min(1000, -(-len(pairs) // workers)))
+  chunks = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+  found: list[list[float]] = [[] for _ in chunks]
+  lock, done = threading.Lock(), 0
+
+  def work(first: int) -> None:
+    nonlocal done
+    with _Child(metric) as child:
+      for index in range(first, len(chunks), workers):
+        found[index] = child.ask(chunks[index])
+        with lock:
+          done += len(chunks[index])
+          progress(done)
+
+  # Each thread only waits for its child, so that threads are no bottleneck.
+  with concurrent.futures.ThreadPoolExecutor(workers) as threads:
+    for future in [threads.submit(work, first) for first in range(min(workers, len(chunks)))]:
+      future.result()
+  return [value for values in found for value in values]
+
+
+class _Child:
+  """One child process that answers a line of pairs with a line of values."""
+
+  def __init__(self, metric: metrics.Metric):
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    self._name = metric.name
+    self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
+    self._process = subprocess.Popen(
+      [sys.executable, '-c', f'from {__name__} import serve; serve()', metric.name],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=self._errors,
+      env={**os.environ, 'PYTHONPATH': path},
+    )
+
+  def __enter__(self) -> '_Child':
+    return self
+
+  def __exit__(self, *unused) -> None:
+    for stream in (self._process.stdin, self._process.stdout):
+      with contextlib.suppress(OSError):
+        stream.close()  # type: ignore[union-attr]
+    self._process.wait()
+    self._errors.close()
+
+  def ask(self, pairs: Sequence[Pair]) -> list[float]:
+    """The metric of each pair; ValueError with the child's last words if it died."""
+    answer = b''
+    with contextlib.suppress(OSError):
+      self._process.stdin.write(json.dumps(pairs).encode() + b'\n')  # type: ignore[union-attr]
+      self._process.stdin.flush()  # type: ignore[union-attr]
+      answer = self._process.stdout.readline()  # type: ignore[union-attr]
+    if not answer:
+      self._process.wait()
+      self._errors.seek(0)
+      last = self._errors.read().decode('utf-8', 'replace').strip().splitlines()[-1:]
+      raise ValueError(f'`metric` {self._name!r} failed in a child process: {" ".join(last)}')
+    return json.loads(answer)
+
+
+def serve() -> None:
+  """The child's side: answers lines of pairs with lines of values until its input ends."""
+  metric = metrics.get_metric(sys.argv[1])
+  for line in sys.stdin.buffer:
+    values = [metric(text, tuple(references)) for text, references in json.loads(line)]
+    sys.stdout.write(json.dumps(values) + '\n')
+    sys.stdout.flush()

@@ -1,0 +1,294 @@
+"""Text metrics: similarity of a prediction to its references, with a declared range.
+
+A metric that can calibrate is a mean over prompts of a bounded number. Each one here declares
+its bounds and whether it takes only two values; the tests look at the declaration, never at the
+values.
+"""
+
+import collections
+import dataclasses
+import functools
+import importlib
+import os
+import re
+import string
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+MetricFn = Callable[[str, Sequence[str]], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """A similarity in [0, 1]; larger is better.
+
+  Attributes:
+    name: name in the registry, or import path 'package.module:function'.
+    function: (prediction, references) -> similarity; the best over references.
+    binary: whether it takes only the values 0 and 1.
+  """
+
+  name: str
+  function: MetricFn
+  binary: bool = False
+
+  def __call__(self, prediction: str, references: Sequence[str]) -> float:
+    """Similarity of `prediction` to its best reference, 1 for equal texts.
+
+    Raises:
+      ValueError: there is no reference, or the metric leaves [0, 1].
+    """
+    if not references:
+      raise ValueError(
+        f'`references` must hold at least one text to compute {self.name!r}, got none.'
+      )
+    # Equal texts agree before any metric is asked: some give 0 to two empty texts.
+    if prediction in references:
+      return 1.0
+    value = float(self.function(prediction, references))
+    if not -1e-9 <= value <= 1.0 + 1e-9:
+      raise ValueError(
+        f'`metric` {self.name!r} must lie in [0, 1], got {value!r} for {prediction[:80]!r}'
+        ' against'
+        f' {list(references)[:2]!r}. Scale it inside the function.'
+      )
+    if self.binary and value not in (0.0, 1.0):
+      raise ValueError(f'`metric` {self.name!r} is declared binary but gave {value!r}.')
+    return min(1.0, max(0.0, value))
+
+
+_ASCII_WORD = re.compile(r'[a-z0-9]+')
+# Scripts written without spaces: every character is a word, or a whole sentence would be one.
+_UNSPACED = (
+  (0x0E00, 0x0EFF),  # Thai, Lao
+  (0x1000, 0x109F),  # Burmese
+  (0x1780, 0x17FF),  # Khmer
+  (0x3040, 0x30FF),  # Hiragana, Katakana
+  (0x3400, 0x4DBF),  # CJK
+  (0x4E00, 0x9FFF),
+  (0xF900, 0xFAFF),
+  (0x20000, 0x323AF),
+)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def unicode_words(text: str) -> tuple[str, ...]:
+  """Lower-case words of a text in any script.
+
+  ASCII text gives exactly rouge-score's words. Accented letters stay in their words, combining
+  marks belong to the letter before them, and scripts without spaces are cut into characters.
+  """
+  text = unicodedata.normalize('NFKC', text).lower()
+  if text.isascii():
+    return tuple(_ASCII_WORD.findall(text))
+  words, word = [], ''
+  for character in text:
+    category = unicodedata.category(character)
+    if category[0] == 'M':
+      if word:
+        word += character
+      elif words:
+        words[-1] += character
+      continue
+    code = ord(character)
+    alone = any(low <= code <= high for low, high in _UNSPACED)
+    if category[0] in 'LN' and not alone:
+      word += character
+      continue
+    if word:
+      words.append(word)
+      word = ''
+    if category[0] in 'LN':
+      words.append(character)
+  return tuple([*words, word] if word else words)
+
+
+def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+  """Length of the longest common subsequence, one big-integer step a word (Hyyro 2004)."""
+  positions: dict[str, int] = collections.defaultdict(int)
+  for index, word in enumerate(first):
+    positions[word] |= 1 << index
+  mask = (1 << len(first)) - 1
+  row = mask
+  for word in second:
+    matched = row & positions.get(word, 0)
+    row = ((row + matched) | (row - matched)) & mask
+  return len(first) - row.bit_count()
+
+
+def _f_measure(common: int, predicted: int, expected: int) -> float:
+  return 2.0 * common / (predicted + expected) if common else 0.0
+
+
+def rouge_l(prediction: str, references: Sequence[str]) -> float:
+  """ROUGE-L F-measure over `unicode_words`, best over references, in [0, 1] (Lin 2004)."""
+  words = unicode_words(prediction)
+  others = [unicode_words(reference) for reference in references]
+  return max(
+    _f_measure(_longest_common_subsequence(words, other), len(words), len(other))
+    for other in others
+  )
+
+
+@functools.cache
+def _rouge_scorer() -> Any:
+  from rouge_score import rouge_scorer
+
+  return rouge_scorer.RougeScorer(['rougeL'], use_stemmer=False)
+
+
+def rouge_l_rouge_score(prediction: str, references: Sequence[str]) -> float:
+  """ROUGE-L F-measure as the rouge-score package computes it: Latin letters and digits only."""
+  scorer = _rouge_scorer()
+  return max(scorer.score(text, prediction)['rougeL'].fmeasure for text in references)
+
+
+_ARTICLES = re.compile(r'\b(a|an|the)\b')
+_PUNCTUATION = str.maketrans('', '', string.punctuation)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def squad_normalize(text: str) -> str:
+  """SQuAD's answer normalisation: lower case, no punctuation, no articles, single spaces."""
+  return ' '.join(_ARTICLES.sub(' ', text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> float:
+  """1 if the normalised prediction equals a normalised reference, else 0 (SQuAD)."""
+  answer = squad_normalize(prediction)
+  return float(any(answer == squad_normalize(text) for text in references))
+
+
+def _token_f1(prediction: str, reference: str) -> float:
+  words, others = squad_normalize(prediction).split(), squad_normalize(reference).split()
+  if not words and not others:
+    return 1.0
+  common = sum((collections.Counter(words) & collections.Counter(others)).values())
+  return _f_measure(common, len(words), len(others))
+
+
+def token_f1(prediction: str, references: Sequence[str]) -> float:
+  """Token F1 after SQuAD's normalisation, best over references, in [0, 1]."""
+  return max(_token_f1(prediction, text) for text in references)
+
+
+@functools.cache
+def _chrf() -> Any:
+  import sacrebleu
+
+  return sacrebleu.CHRF()
+
+
+def chrf(prediction: str, references: Sequence[str]) -> float:
+  """chrF2 of one sentence (sacrebleu), divided by 100, best over references, in [0, 1]."""
+  return _chrf().sentence_score(prediction, list(references)).score / 100.0
+
+
+@functools.cache
+def _bleurt() -> Any:
+  path = os.environ.get('BLEURT_CHECKPOINT')
+  if not path:
+    raise ValueError(
+      "`metric` 'bleurt' needs the environment variable BLEURT_CHECKPOINT: the folder of a"
+      ' BLEURT'
+      ' checkpoint.'
+    )
+  try:
+    scorer = importlib.import_module('bleurt.score')
+  except ImportError as error:
+    raise ValueError(
+      "`metric` 'bleurt' needs the package bleurt, which is not installed. Install it, or use"
+      f' another metric: {sorted(METRICS)}.'
+    ) from error
+  return scorer.BleurtScorer(path)
+
+
+def bleurt(prediction: str, references: Sequence[str]) -> float:
+  """BLEURT cut to [0, 1] (it leaves that range at both ends), best over references."""
+  scores = _bleurt().score(
+    references=list(references), candidates=[prediction] * len(references)
+  )
+  return min(1.0, max(0.0, max(scores)))
+
+
+METRICS: Mapping[str, Metric] = {
+  metric.name: metric
+  for metric in (
+    Metric('rouge_l', rouge_l),
+    Metric('rouge_l_rouge_score', rouge_l_rouge_score),
+    Metric('token_f1', token_f1),
+    Metric('exact_match', exact_match, binary=True),
+    Metric('chrf', chrf),
+    Metric('bleurt', bleurt),
+  )
+}
+
+_CORPUS_METRICS = frozenset({'bleu', 'sacrebleu', 'corpus_bleu', 'perplexity'})
+
+
+def get_metric(name: str | Metric) -> Metric:
+  """A metric by registry name or import path.
+
+  Args:
+    name: a name of `METRICS`, a `Metric`, or 'package.module:function' with
+      `function(prediction, references) -> [0, 1]`. A function with a true attribute `binary`
+      declares values 0 and 1 only.
+
+  Raises:
+    ValueError: the name is unknown, cannot be imported, or names a corpus metric.
+  """
+  if isinstance(name, Metric):
+    return name
+  if name in METRICS:
+    return METRICS[name]
+  if name.lower() in _CORPUS_METRICS:
+    raise ValueError(
+      f'`metric` {name!r} is a number of a whole corpus, not a mean over prompts, so no risk of'
+      ' it'
+      " can be controlled prompt by prompt. Use 'chrf' or 'rouge_l'; `corpus_scores` reports"
+      ' BLEU'
+      ' beside.'
+    )
+  module_name, _, attribute = name.partition(':')
+  if not attribute:
+    raise ValueError(
+      f"`metric` must be one of {sorted(METRICS)} or an import path 'package.module:function',"
+      ' got'
+      f' {name!r}.'
+    )
+  try:
+    function = getattr(importlib.import_module(module_name), attribute)
+  except (ImportError, AttributeError) as error:
+    raise ValueError(f'`metric` {name!r} cannot be imported: {error}.') from error
+  if isinstance(function, Metric):
+    return function
+  return Metric(name, function, binary=bool(getattr(function, 'binary', False)))
+
+
+def corpus_scores(
+  predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, float]:
+  """Corpus BLEU and chrF (sacrebleu, 0 to 100), to be reported beside a calibrated loss.
+
+  Args:
+    predictions: [num_examples] texts.
+    references: [num_examples] accepted references of each.
+
+  Raises:
+    ValueError: a prompt has no reference, or the lengths differ.
+  """
+  import sacrebleu
+
+  if len(predictions) != len(references) or not predictions or not all(references):
+    raise ValueError(
+      '`references` must hold at least one text for each prediction, got'
+      f' {len(predictions)} predictions and {len(references)} lists of references.'
+    )
+  most = max(len(texts) for texts in references)
+  # sacrebleu wants one stream a reference number; a repeated reference changes nothing.
+  streams = [[texts[min(i, len(texts) - 1)] for texts in references] for i in range(most)]
+  return {
+    'bleu': sacrebleu.corpus_bleu(list(predictions), streams).score,
+    'chrf': sacrebleu.corpus_chrf(list(predictions), streams).score,
+  }

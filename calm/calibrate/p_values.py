@@ -1,0 +1,280 @@
+"""p-values for H: E[loss] > tolerance, one function a bound, vectorised over thresholds.
+
+Each valid function satisfies P(p <= u) <= u for every u in [0, 1] whenever H is true: for
+independent prompts, any distribution of losses in the declared range, and every sample size.
+Functions of the sum of losses take sums, not means (n * (k / n) is not always k in floating
+point). `betting` takes the losses themselves, in an order that was fixed before any of them was
+seen.
+
+Everything is computed in log space; `log=True` returns log p, which does not underflow.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special
+
+from calm.calibrate import betting as betting_lib
+
+# A sum of floats that stands for an integer may be off by rounding, never by more than this
+# share.
+_SNAP = 1e-9
+# Below this a binomial probability from `special.bdtr` is near the end of float64.
+_TINY = 1e-280
+
+
+def _check(sums, num_examples, tolerance) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  sums, sizes, tolerances = np.broadcast_arrays(
+    np.asarray(sums, np.float64), np.asarray(num_examples), np.asarray(tolerance, np.float64)
+  )
+  if np.any(sizes < 1) or np.any(sizes != np.floor(sizes)):
+    raise ValueError(f'`num_examples` must be whole and at least 1, got {num_examples!r}.')
+  if not np.all((tolerances > 0.0) & (tolerances < 1.0)):
+    raise ValueError(f'`tolerance` must be in (0, 1), got {tolerance!r}.')
+  slack = _SNAP * sizes
+  if not np.all((sums >= -slack) & (sums <= sizes + slack)):
+    raise ValueError(
+      '`sums` must be sums of `num_examples` losses in [0, 1] (no NaN), got'
+      f' {sums[~((sums >= -slack) & (sums <= sizes + slack))].flat[0]!r}. Signed losses go into'
+      ' `betting`, which needs no lower bound of 0.'
+    )
+  return np.clip(sums, 0.0, sizes), sizes.astype(np.int64), tolerances
+
+
+def _ceil(sums: np.ndarray) -> np.ndarray:
+  nearest = np.round(sums)
+  snapped = np.abs(sums - nearest) <= _SNAP * np.maximum(1.0, nearest)
+  return np.where(snapped, nearest, np.ceil(sums)).astype(np.int64)
+
+
+def _finish(log_p: np.ndarray, log: bool) -> np.ndarray:
+  log_p = np.minimum(log_p, 0.0)
+  return log_p if log else np.exp(log_p)
+
+
+def log_binomial_cdf_table(num_examples: int, probability: float) -> np.ndarray:
+  """log P(Binomial(num_examples, probability) <= j) for j = 0 ... num_examples, in O(n)."""
+  successes = np.arange(num_examples + 1, dtype=np.float64)
+  log_factorials = special.gammaln(successes + 1.0)
+  log_mass = (
+    log_factorials[-1]
+    - log_factorials
+    - log_factorials[::-1]
+    + successes * np.log(probability)
+    + successes[::-1] * np.log1p(-probability)
+  )
+  return np.minimum(np.logaddexp.accumulate(log_mass), 0.0)
+
+
+def _groups(*arrays: np.ndarray) -> Iterator[tuple[tuple[float, ...], np.ndarray]]:
+  """The different rows of broadcast arrays, each with the mask of where it stands."""
+  for row in dict.fromkeys(zip(*(array.ravel().tolist() for array in arrays), strict=True)):
+    yield row, np.logical_and.reduce([array == v for array, v in zip(arrays, row, strict=True)])
+
+
+def _log_binomial_cdf(counts: np.ndarray, sizes: np.ndarray, probabilities: np.ndarray):
+  cdf = np.asarray(special.bdtr(counts.astype(np.float64), sizes, probabilities))
+  tiny = ~(cdf > _TINY)
+  log_cdf = np.array(np.log(np.where(tiny, 1.0, cdf)))
+  if np.any(tiny):
+    for (size, probability), here in _groups(sizes, probabilities):
+      at = here & tiny
+      if np.any(at):
+        log_cdf[at] = log_binomial_cdf_table(int(size), probability)[counts[at]]
+  return np.minimum(log_cdf, 0.0)
+
+
+def hoeffding(
+  sums: npt.ArrayLike,
+  num_examples: npt.ArrayLike,
+  tolerance: npt.ArrayLike,
+  *,
+  log: bool = False,
+) -> np.ndarray:
+  """Hoeffding's p-value, Eq. 9 of the paper.
+
+      p = exp(-2 n max(0, tolerance - mean)^2)
+
+  Args:
+    sums: sum of losses in [0, 1]; any shape.
+    num_examples: prompts summed over (broadcast).
+    tolerance: risk tolerance in (0, 1) (broadcast).
+    log: whether to return log p.
+
+  Returns:
+    p in [0, 1] of the broadcast shape.
+
+  Raises:
+    ValueError: an argument leaves its range.
+
+  >>> hoeffding(5.0, 100, 0.1).round(4)
+  np.float64(0.6065)
+  """
+  sums, sizes, tolerances = _check(sums, num_examples, tolerance)
+  return _finish(-2.0 * sizes * np.maximum(0.0, tolerances - sums / sizes) ** 2, log)
+
+
+def hoeffding_bentkus(
+  sums: npt.ArrayLike,
+  num_examples: npt.ArrayLike,
+  tolerance: npt.ArrayLike,
+  *,
+  log: bool = False,
+) -> np.ndarray:
+  """The Hoeffding-Bentkus p-value, the paper's (section 4.2, footnote; Bates et al. 2021).
+
+      p = min(exp(-n KL(min(mean, tolerance) || tolerance)),  e P(Binomial(n, tolerance) <=
+      ceil(sum)))
+
+  It is 1 whenever mean >= tolerance. Arguments, result and errors are those of `hoeffding`.
+
+  >>> hoeffding_bentkus(5.0, 100, 0.1).round(4)
+  np.float64(0.1565)
+  """
+  sums, sizes, tolerances = _check(sums, num_examples, tolerance)
+  means = np.minimum(sums / sizes, tolerances)
+  divergence = special.rel_entr(means, tolerances) + special.rel_entr(1 - means, 1 - tolerances)
+  bentkus = 1.0 + _log_binomial_cdf(_ceil(sums), sizes, tolerances)
+  return _finish(np.minimum(-sizes * divergence, bentkus), log)
+
+
+def binomial(
+  sums: npt.ArrayLike,
+  num_examples: npt.ArrayLike,
+  tolerance: npt.ArrayLike,
+  *,
+  log: bool = False,
+) -> np.ndarray:
+  """The exact p-value for losses that are all 0 or 1.
+
+      p = P(Binomial(n, tolerance) <= sum)
+
+  Arguments, result and errors are those of `hoeffding`; `sums` must be whole too.
+
+  >>> binomial(5, 100, 0.1).round(4)
+  np.float64(0.0576)
+  """
+  sums, sizes, tolerances = _check(sums, num_examples, tolerance)
+  counts = _ceil(sums)
+  if np.any(np.abs(sums - counts) > _SNAP * np.maximum(1.0, counts)):
+    raise ValueError(
+      '`sums` must be whole numbers: `binomial` is for losses that are 0 or 1, got'
+      f' {sums[np.abs(sums - counts) > _SNAP].flat[0]!r}. Use `convex_order` or `betting`.'
+    )
+  return _finish(_log_binomial_cdf(counts, sizes, tolerances), log)
+
+
+def convex_order(
+  sums: npt.ArrayLike,
+  num_examples: npt.ArrayLike,
+  tolerance: npt.ArrayLike,
+  *,
+  log: bool = False,
+) -> np.ndarray:
+  """Bentkus's bound before it is relaxed to the factor e; never above `hoeffding_bentkus`.
+
+      p = min(1, min over whole h in (sum, n + 1] of  E[(h - B)_+] / (h - sum)),   B ~
+      Binomial(n, tolerance)
+
+  Why it is valid. A loss in [0, 1] with mean m is below Bernoulli(m) in convex order, so the
+  sum S of n independent losses of mean m > tolerance is below Binomial(n, m). For convex
+  decreasing (h - x)_+ this gives E[(h - S)_+] <= E[(h - Binomial(n, m))_+] <= E[(h - B)_+] =:
+  G(h). Let s be the largest value whose p is at most u: P(p <= u) = P(S <= s) <= G(h) / (h - s)
+  for every h > s by Markov, and the least of them is at most u. Between whole numbers G is
+  linear, so the minimum stands at a whole h. (Bentkus 2004, "On Hoeffding's inequalities",
+  Annals of Probability 32.)
+
+  Arguments, result and errors are those of `hoeffding`.
+
+  >>> convex_order(5.0, 100, 0.1).round(4)
+  np.float64(0.1105)
+  """
+  sums, sizes, tolerances = _check(sums, num_examples, tolerance)
+  log_p = np.zeros(sums.shape)
+  for (size, tolerance_), here in _groups(sizes, tolerances):
+    # E[(h - B)_+] is the sum of P(B <= j) over j < h; entry j of the table belongs to h = j +
+    # 1.
+    log_hinges = np.logaddexp.accumulate(log_binomial_cdf_table(int(size), tolerance_))
+    levels = np.arange(1.0, size + 2.0)
+    log_p[here] = [
+      np.min(log_hinges[int(total) :] - np.log(levels[int(total) :] - total))
+      for total in sums[here]
+    ]
+  return _finish(log_p, log)
+
+
+def betting(
+  losses: npt.ArrayLike,
+  tolerance: float,
+  *,
+  error_rate: float = 0.05,
+  upper: float = 1.0,
+  strategy: betting_lib.Strategy = betting_lib.PLUG_IN,
+  log: bool = False,
+) -> np.ndarray:
+  """A one-sided betting p-value (Waudby-Smith and Ramdas 2024; Ville's inequality).
+
+      wealth_t = product over i <= t of (1 + bet_i (tolerance - loss_i)),   p = 1 / max(1, max
+      over t wealth_t)
+
+  bet_i >= 0 depends on losses before i only and is at most a share of 1 / (upper - tolerance),
+  so that wealth stays positive; under H it is a supermartingale. Only the upper bound of losses
+  is used: signed differences in [-1, 1] go in as they are. The p-value is valid for every
+    level; `error_rate` only tunes
+  the bets.
+
+  Args:
+    losses: [num_examples] or [num_examples, num_thresholds], rows in the order fixed
+      beforehand.
+    tolerance: below `upper`.
+    error_rate: level the bets are tuned for, in (0, 1).
+    upper: declared upper bound of losses.
+    strategy: how bets are chosen.
+    log: whether to return log p.
+
+  Returns:
+    p in (0, 1], [] or [num_thresholds].
+
+  Raises:
+    ValueError: losses are empty, NaN or above `upper`, or another argument leaves its range.
+
+  >>> betting(np.zeros(100), 0.1).round(6)
+  np.float64(9.3e-05)
+  """
+  wealth = betting_lib.log_wealth(
+    losses, tolerance, error_rate=error_rate, upper=upper, strategy=strategy
+  )
+  return _finish(-np.maximum(0.0, wealth.max(axis=0)), log)
+
+
+def clt_not_valid(losses: npt.ArrayLike, tolerance: float, *, log: bool = False) -> np.ndarray:
+  """The normal approximation: NOT a valid p-value at any sample size; for comparison only.
+
+      p = P(Normal <= (mean - tolerance) sqrt(n) / standard deviation)
+
+  On mostly-zero losses it rejects true hypotheses up to several times too often. One prompt, or
+  losses without any spread, give p = 1.
+
+  Args:
+    losses: [num_examples] or [num_examples, num_thresholds].
+    tolerance: risk tolerance.
+    log: whether to return log p.
+
+  Raises:
+    ValueError: losses are empty or not finite.
+
+  >>> clt_not_valid([0.0, 0.2, 0.1, 0.0], 0.1).round(3)
+  np.float64(0.301)
+  """
+  losses = np.asarray(losses, np.float64)
+  if losses.ndim not in (1, 2) or not len(losses) or not np.isfinite(losses).all():
+    raise ValueError(
+      '`losses` must be finite, [num_examples] or [num_examples, num_thresholds], got shape'
+      f' {losses.shape}.'
+    )
+  size = len(losses)
+  spread = losses.std(axis=0, ddof=1) if size > 1 else np.zeros(losses.shape[1:])
+  has_spread = spread > 0.0
+  z = (losses.mean(axis=0) - tolerance) * np.sqrt(size) / np.where(has_spread, spread, 1.0)
+  return _finish(np.where(has_spread, special.log_ndtr(z), 0.0), log)

@@ -1,0 +1,172 @@
+"""What a calibration is valid for, and where its numbers came from.
+
+`Procedure` names everything that can change a decoded token. A promise calibrated under one
+procedure says nothing about another, so procedures are compared field by field. `Provenance`
+tells the story of the numbers; it is recorded and never compared.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+RULE_VERSION = 1
+
+
+def _plain(value: Any, name: str) -> Any:
+  """`value` as what JSON gives back: lists, dicts, finite numbers."""
+  try:
+    return json.loads(json.dumps(value, allow_nan=False))
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      f'`{name}` must hold JSON values only (finite numbers, text, lists, dicts), got'
+      f' {value!r}.'
+    ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Procedure:
+  """One exact way of decoding (frozen; compared field by field).
+
+  Attributes:
+    parameters_digest: digest of the parameter tree as decoded.
+    tokenizer_digest: digest of the vocabulary.
+    task_prefix: text put before every prompt.
+    max_input_length: tokens of a prompt that are read.
+    max_decode_length: most tokens that are generated.
+    eos_id: the token that ends a sequence.
+    measure: name of the confidence measure.
+    exit_layers: decoder layers (1-based) that may be exited at.
+    schedule: {'name': ..., and its numbers}.
+    propagation: how skipped layers get their keys and values.
+    shortlist: None, or {'digest': ..., 'size': ...} of the vocabulary shortlist.
+    heads: 'shared' or 'per_layer' output heads.
+    activation_dtype: dtype of activations.
+    decode_method: {'name': ..., and its numbers}.
+    batch_bucket: rows decoded together where they matter (below float32), else None.
+    rule_version: version of the exit rule itself.
+  """
+
+  parameters_digest: str
+  tokenizer_digest: str
+  task_prefix: str
+  max_input_length: int
+  max_decode_length: int
+  eos_id: int
+  measure: str
+  exit_layers: tuple[int, ...]
+  schedule: Mapping[str, Any]
+  propagation: str
+  shortlist: Mapping[str, Any] | None
+  heads: str
+  activation_dtype: str
+  decode_method: Mapping[str, Any]
+  batch_bucket: int | None = None
+  rule_version: int = RULE_VERSION
+
+  def __post_init__(self):
+    object.__setattr__(self, 'exit_layers', tuple(int(layer) for layer in self.exit_layers))
+    for name in ('schedule', 'shortlist', 'decode_method'):
+      object.__setattr__(self, name, _plain(getattr(self, name), name))
+    for name in ('schedule', 'decode_method'):
+      if not isinstance(getattr(self, name), dict) or 'name' not in getattr(self, name):
+        raise ValueError(f"`{name}` must be a dict with a 'name', got {getattr(self, name)!r}.")
+
+  def to_json(self) -> dict[str, Any]:
+    """All fields as JSON values."""
+    return _plain(dataclasses.asdict(self), 'procedure')
+
+  @classmethod
+  def from_json(cls, value: Mapping[str, Any]) -> 'Procedure':
+    """The inverse of `to_json`.
+
+    Raises:
+      ValueError: a field is missing or unknown.
+    """
+    _check_fields(cls, value, optional=())
+    return cls(**value)
+
+  def digest(self) -> str:
+    """SHA-256 (hexadecimal) of all fields; equal procedures have equal digests anywhere."""
+    canonical = json.dumps(self.to_json(), sort_keys=True, separators=(',', ':'))
+    return hashlib.sha256(canonical.encode('utf-8')).hexdigest()
+
+  def differences(self, other: 'Procedure') -> dict[str, tuple[Any, Any]]:
+    """Every field that differs: {name: (value here, value in `other`)}; empty if none does."""
+    ours, theirs = self.to_json(), other.to_json()
+    return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+
+
+def describe_differences(expected: Procedure | None, got: Procedure | None) -> str:
+  """One line that names each differing field, or '' when the two procedures are the same."""
+  if expected is None or got is None:
+    if expected is got:
+      return ''
+    present, absent = ('expected', 'got') if got is None else ('got', 'expected')
+    return f'the {present} side has a `procedure`, the {absent} side has none (null)'
+  return '; '.join(
+    f'`{name}`: expected {ours!r}, got {theirs!r}'
+    for name, (ours, theirs) in expected.differences(got).items()
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+  """Where numbers came from: recorded, never compared. Every field may be None.
+
+  Attributes:
+    metric: name or import path of the text metric.
+    references: what outputs were compared with ('full model' or 'targets').
+    grid: thresholds of the run.
+    num_examples: prompts of the run.
+    order: how prompts were ordered ('permuted' or 'given').
+    seed: seed of that order.
+    method: name of the p-value method.
+    versions: package versions {name: version}.
+    notes: anything else (command, data set, time).
+  """
+
+  metric: str | None = None
+  references: str | None = None
+  grid: tuple[float, ...] | None = None
+  num_examples: int | None = None
+  order: str | None = None
+  seed: str | None = None
+  method: str | None = None
+  versions: Mapping[str, str] | None = None
+  notes: Mapping[str, Any] | None = None
+
+  def __post_init__(self):
+    if self.grid is not None:
+      object.__setattr__(self, 'grid', tuple(float(threshold) for threshold in self.grid))
+    for name in ('versions', 'notes'):
+      object.__setattr__(self, name, _plain(getattr(self, name), name))
+
+  def to_json(self) -> dict[str, Any]:
+    """All fields as JSON values."""
+    return _plain(dataclasses.asdict(self), 'provenance')
+
+  @classmethod
+  def from_json(cls, value: Mapping[str, Any]) -> 'Provenance':
+    """The inverse of `to_json`; missing fields are None.
+
+    Raises:
+      ValueError: a field is unknown.
+    """
+    _check_fields(cls, value, optional=[field.name for field in dataclasses.fields(cls)])
+    return cls(**value)
+
+
+def _check_fields(cls, value: Any, optional) -> None:
+  kind = cls.__name__.lower()
+  if not isinstance(value, Mapping):
+    raise ValueError(f'`{kind}` must be a JSON object, got {value!r}.')
+  known = {field.name for field in dataclasses.fields(cls)}
+  unknown = sorted(set(value) - known)
+  missing = sorted(known - set(value) - set(optional))
+  if unknown or missing:
+    raise ValueError(
+      f'`{kind}` must have the fields {sorted(known)}; missing {missing}, unknown {unknown}.'
+      ' It was probably written by another version of this package.'
+    )

@@ -1,0 +1,125 @@
+"""Exit thresholds as numbers, as text and as grids.
+
+A token leaves the decoder at the first allowed layer whose confidence reaches the threshold.
+Confidences lie in [0, 1], so grids do too. `NEVER_EXIT` stands outside of every grid: it is the
+full model, which the threshold 1 is not (float32 confidences saturate to exactly 1.0).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+NEVER_EXIT = math.inf
+NEVER_EXIT_TEXT = 'never'
+
+
+def parse_threshold(value: str | float) -> float:
+  """Reads one threshold from the command line or from JSON.
+
+  Args:
+    value: a number in [0, 1], its text, or 'never'.
+
+  Returns:
+    The threshold, or `NEVER_EXIT`.
+
+  Raises:
+    ValueError: `value` is neither a number in [0, 1] nor 'never'.
+  """
+  if isinstance(value, str) and value.strip().lower() == NEVER_EXIT_TEXT:
+    return NEVER_EXIT
+  try:
+    threshold = float(value)
+  except (TypeError, ValueError):
+    threshold = math.nan
+  if threshold == NEVER_EXIT and not isinstance(value, str):
+    return NEVER_EXIT
+  if not 0.0 <= threshold <= 1.0:
+    raise ValueError(
+      f'`threshold` must be a number in [0, 1] or {NEVER_EXIT_TEXT!r} (the full model), got'
+      f' {value!r}.'
+    )
+  return threshold
+
+
+def format_threshold(threshold: float) -> str:
+  """The text that `parse_threshold` reads back as the same float."""
+  return NEVER_EXIT_TEXT if threshold == NEVER_EXIT else repr(float(threshold))
+
+
+def threshold_to_json(threshold: float) -> float | str:
+  """A JSON value: the number itself, or 'never' (JSON has no infinity)."""
+  return NEVER_EXIT_TEXT if threshold == NEVER_EXIT else float(threshold)
+
+
+def validate_grid(thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
+  """Checks a grid of thresholds to be tested from the safest to the fastest.
+
+  Args:
+    thresholds: [num_thresholds] numbers in [0, 1], strictly descending.
+
+  Returns:
+    [num_thresholds] float64.
+
+  Raises:
+    ValueError: the grid is empty, not one-dimensional, leaves [0, 1] (`NEVER_EXIT` is no grid
+      point: it needs no test), holds NaN, or does not strictly descend.
+  """
+  grid = np.asarray(thresholds, dtype=np.float64)
+  if grid.ndim != 1 or grid.size == 0:
+    raise ValueError(
+      '`thresholds` must be a non-empty one-dimensional grid, for example [0.9, 0.8, 0.7];'
+      f' got an array of shape {grid.shape}.'
+    )
+  outside = np.flatnonzero(~((grid >= 0.0) & (grid <= 1.0)))
+  if outside.size:
+    raise ValueError(
+      f'`thresholds` must lie in [0, 1], got {grid[outside[0]]} at position {outside[0]}.'
+      f' The full model ({NEVER_EXIT_TEXT!r}) is always the fallback and is no grid point.'
+    )
+  rising = np.flatnonzero(np.diff(grid) >= 0.0)
+  if rising.size:
+    first = rising[0]
+    raise ValueError(
+      '`thresholds` must descend strictly, from the safest to the fastest, got'
+      f' {grid[first]} before {grid[first + 1]} at positions {first} and {first + 1}.'
+      ' Sort the grid in descending order and drop duplicates.'
+    )
+  return grid
+
+
+def _even_grid() -> np.ndarray:
+  return np.round(np.arange(19, 0, -1) * 0.05, 2)
+
+
+def _toward_one_grid() -> np.ndarray:
+  # Neighbouring residual states differ by a few per cent or less, so cosines crowd near 1.
+  return np.round(1.0 - np.geomspace(1e-3, 0.5, 19), 6)
+
+
+_DEFAULT_GRIDS: Mapping[str, Callable[[], np.ndarray]] = {
+  'softmax': _even_grid,
+  'classifier': _even_grid,
+  'state': _toward_one_grid,
+}
+
+
+def default_grid(measure: str) -> np.ndarray:
+  """The grid of a confidence measure, fixed before any loss is seen.
+
+  Args:
+    measure: 'softmax' or 'classifier' (0.95, 0.90, ..., 0.05) or 'state' (19 points, 1 minus a
+      geometric sequence from 0.001 to 0.5, because cosines of residual states live near 1).
+
+  Returns:
+    [num_thresholds] float64, strictly descending.
+
+  Raises:
+    ValueError: there is no default grid for `measure`.
+  """
+  if measure not in _DEFAULT_GRIDS:
+    raise ValueError(
+      f'`measure` must be one of {sorted(_DEFAULT_GRIDS)}, got {measure!r}.'
+      ' For another measure choose a grid on validation prompts and pass it.'
+    )
+  return _DEFAULT_GRIDS[measure]()
