@@ -178,7 +178,7 @@ class Attention(nn.Module):
       query, key = query.astype(jnp.float32), key.astype(jnp.float32)
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key)
     if mask is not None:
-      mask_bias = jnp.where(mask > 0, 0.0, MASK_BIAS).astype(self.dtype)
+      mask_bias = jnp.where(mask.astype(bool), 0.0, MASK_BIAS).astype(self.dtype)
       bias = mask_bias if bias is None else mask_bias + bias
     if bias is not None:
       logits = logits + bias.astype(logits.dtype)
@@ -206,7 +206,7 @@ class Attention(nn.Module):
     cached_value.value = write(cached_value.value, value)
     cache_index.value = index + 1
     past = (jnp.arange(cached_key.value.shape[-1]) <= index)[None, None, None, :]
-    mask = past if mask is None else jnp.logical_and(mask > 0, past)
+    mask = past if mask is None else jnp.logical_and(mask.astype(bool), past)
     if bias is not None:
       bias = jax.lax.dynamic_slice_in_dim(bias, index, 1, axis=-2)
     from_cache = lambda x: jnp.moveaxis(x, -1, -3)

@@ -1,0 +1,309 @@
+"""One token through the decoder layers: exit rule and per-row stop.
+
+This module knows no network: it takes a `propagation.Layers` of callables. Rows are
+independent: a row that has left keeps its exit state while its batch mates go on, and the
+layers above write the keys and values of that state (paper section 3.2: d^k := d^j, k > j).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from calm import confidence as confidence_lib
+from calm import propagation as propagation_lib
+from calm import schedules
+
+
+@struct.dataclass
+class TokenExit:
+  """One token's outcome.
+
+  Attributes:
+    logits: float32 logits of the full head at the exit layer, [batch, vocab].
+    exit_layer: decoder layers run, 1-based, [batch] int32.
+    confidence: the measure at the exit layer, [batch] (0 where nothing was measured).
+    rejected_confidence: the highest confidence measured and refused, [batch], 0 if none.
+    rows: this position's keys and values, one entry a layer (of the layers in use).
+  """
+
+  logits: jax.Array
+  exit_layer: jax.Array
+  confidence: jax.Array
+  rejected_confidence: jax.Array
+  rows: tuple[propagation_lib.KeyValue, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicExits:
+  """Leave at the first allowed layer whose confidence reaches the threshold (Eq. 4).
+
+  Attributes:
+    measure: a `confidence.Measure`.
+    schedule: threshold and token index -> this token's threshold.
+    allowed: 1-based layers after which a token may leave, ascending; None allows every
+      layer. The last layer always ends a token.
+    propagation: what skipped layers store.
+  """
+
+  measure: confidence_lib.Measure
+  schedule: schedules.Schedule = schedules.Constant()
+  allowed: tuple[int, ...] | None = None
+  propagation: propagation_lib.Propagation = propagation_lib.ExitState()
+
+  def depth(self, num_layers: int) -> int:
+    """Decoder layers that keep a cache."""
+    return num_layers
+
+  def __call__(
+    self, layers: propagation_lib.Layers, hidden, active, threshold, generated
+  ) -> TokenExit:
+    """Runs one token of every active row. See `StepRule`."""
+    threshold = self.schedule(jnp.asarray(threshold, jnp.float32), generated)
+    walk = _Walk(layers, self, allowed_layers(self.allowed, layers.num_layers), threshold)
+    state = _initial_state(hidden, active)
+    state, rows = walk.from_layer(1, state)
+    logits = state.logits
+    if not walk.heads_inside:
+      logits = layers.logits(layers.num_layers, state.hidden)
+    return TokenExit(
+      logits,
+      jnp.where(active, state.exit_layer, 0),
+      jnp.where(active, state.confidence, 0.0),
+      jnp.where(active, state.rejected_confidence, 0.0),
+      rows,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticExit:
+  """Every token runs layers 1 ... `layer`; no confidence is computed (None: all layers).
+
+  The layers above are not in the program, so that this is a `layer`-layer model.
+  """
+
+  layer: int | None = None
+
+  def depth(self, num_layers: int) -> int:
+    """Decoder layers in the program."""
+    depth = self.layer or num_layers
+    if not 1 <= depth <= num_layers:
+      raise ValueError(f"Expected `layer` in 1 ... {num_layers}. Got {depth}.")
+    return depth
+
+  def __call__(
+    self, layers: propagation_lib.Layers, hidden, active, threshold, generated
+  ) -> TokenExit:
+    """Runs one token of every active row. See `StepRule`."""
+    del threshold, generated
+    depth = self.depth(layers.num_layers)
+    rows = []
+    for layer in range(1, depth + 1):
+      hidden, row = layers.run(layer, hidden)
+      rows.append(row)
+    zeros = jnp.zeros(active.shape, jnp.float32)
+    exit_layer = jnp.where(active, depth, 0).astype(jnp.int32)
+    return TokenExit(layers.logits(depth, hidden), exit_layer, zeros, zeros, tuple(rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class OracleExit:
+  """Leave at the first allowed layer whose argmax is the last layer's (section 3.3.1).
+
+  It runs every layer to know the answer and then stores the propagated states, not the
+  computed ones: an upper bound of what a measure could save, not a way to save.
+  """
+
+  allowed: tuple[int, ...] | None = None
+  propagation: propagation_lib.Propagation = propagation_lib.ExitState()
+
+  def depth(self, num_layers: int) -> int:
+    """Decoder layers that keep a cache."""
+    return num_layers
+
+  def __call__(
+    self, layers: propagation_lib.Layers, hidden, active, threshold, generated
+  ) -> TokenExit:
+    """Runs one token of every active row. See `StepRule`."""
+    del threshold, generated
+    allowed = allowed_layers(self.allowed, layers.num_layers)
+    states, rows, logits = [], [], []
+    for layer in range(1, layers.num_layers + 1):
+      hidden, row = layers.run(layer, hidden)
+      states.append(hidden)
+      rows.append(row)
+      if layer in allowed or layer == layers.num_layers:
+        logits.append((layer, layers.logits(layer, hidden)))
+    last_token = jnp.argmax(logits[-1][1], axis=-1)
+    exit_layer = jnp.full(active.shape, layers.num_layers, jnp.int32)
+    exit_logits, exit_hidden = logits[-1][1], states[-1]
+    for layer, candidate in reversed(logits[:-1]):
+      agrees = jnp.argmax(candidate, axis=-1) == last_token
+      exit_layer = jnp.where(agrees, layer, exit_layer)
+      exit_logits = jnp.where(agrees[:, None], candidate, exit_logits)
+      exit_hidden = jnp.where(agrees[:, None], states[layer - 1], exit_hidden)
+    memory, kept = None, []
+    for layer, row in enumerate(rows, start=1):
+      left = layer > exit_layer
+      if layer > 1:
+        row = propagation_lib.select_rows(
+          left, self.propagation.skipped(layer, exit_hidden, memory, layers), row
+        )
+      memory = self.propagation.remember(memory, layer, states[layer - 1], row, left)
+      kept.append(row)
+    ones = active.astype(jnp.float32)
+    exit_layer = jnp.where(active, exit_layer, 0)
+    return TokenExit(exit_logits, exit_layer, ones, jnp.zeros_like(ones), tuple(kept))
+
+
+class StepRule(Protocol):
+  """How one token goes through the layers: `DynamicExits`, `StaticExit` or `OracleExit`."""
+
+  def depth(self, num_layers: int) -> int:
+    """Decoder layers in the program, each with a cache."""
+    ...
+
+  def __call__(
+    self,
+    layers: propagation_lib.Layers,
+    hidden: Float[Array, "batch emb"],
+    active: jax.Array,
+    threshold: jax.Array,
+    generated: Int[Array, "..."],
+  ) -> TokenExit:
+    """Runs one token.
+
+    Args:
+      layers: the decoder at this position.
+      hidden: embedded input token, d^0.
+      active: rows that still generate, [batch] bool; others neither vote nor count.
+      threshold: lambda, [] or [batch], traced; `NEVER_EXIT` runs every layer.
+      generated: tokens that each row generated before this one, [] or [batch].
+    """
+    ...
+
+
+def allowed_layers(allowed: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
+  """The layers after which a token may leave, the last excluded; validated."""
+  if allowed is None:
+    return tuple(range(1, num_layers))
+  if any(not 1 <= layer <= num_layers for layer in allowed) or list(allowed) != sorted(
+    set(allowed)
+  ):
+    raise ValueError(
+      f"Expected `allowed` exit layers to be ascending within 1 ... {num_layers}."
+      f" Got {list(allowed)}."
+    )
+  return tuple(layer for layer in allowed if layer < num_layers)
+
+
+@struct.dataclass
+class _WalkState:
+  """Rows on their way up; `done` rows are frozen at their exit state."""
+
+  hidden: jax.Array
+  done: jax.Array
+  exit_layer: jax.Array
+  confidence: jax.Array
+  rejected_confidence: jax.Array
+  logits: jax.Array | None
+  memory: Any
+
+
+def _initial_state(hidden: jax.Array, active: jax.Array) -> _WalkState:
+  zeros = jnp.zeros(active.shape, jnp.float32)
+  return _WalkState(hidden, ~active, zeros.astype(jnp.int32), zeros, zeros, None, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+  """The nested conditionals of one token; the branches read caches and return rows."""
+
+  layers: propagation_lib.Layers
+  rule: DynamicExits
+  allowed: tuple[int, ...]
+  threshold: jax.Array
+
+  @property
+  def heads_inside(self) -> bool:
+    """Whether logits are chosen layer by layer rather than by one head after the chain."""
+    return self.rule.measure.uses_head or not self.layers.shared_head
+
+  def from_layer(
+    self, layer: int, state: _WalkState
+  ) -> tuple[_WalkState, tuple[propagation_lib.KeyValue, ...]]:
+    state, row = self._run(layer, state)
+    if layer == self.layers.num_layers:
+      return state, (row,)
+    deeper = lambda state: self.from_layer(layer + 1, state)
+    if layer not in self.allowed:
+      state, rows = deeper(state)
+    else:
+      state, rows = lax.cond(
+        jnp.all(state.done), lambda state: self._skip_from(layer + 1, state), deeper, state
+      )
+    return state, (row, *rows)
+
+  def _run(self, layer: int, state: _WalkState) -> tuple[_WalkState, propagation_lib.KeyValue]:
+    rule, layers, done = self.rule, self.layers, state.done
+    hidden, row = layers.run(layer, state.hidden)
+    if layer > 1 and not rule.propagation.exact_when_run:
+      skipped = rule.propagation.skipped(layer, state.hidden, state.memory, layers)
+      row = propagation_lib.select_rows(done, skipped, row)
+    hidden = jnp.where(done[:, None], state.hidden, hidden)
+    memory = rule.propagation.remember(state.memory, layer, hidden, row, done)
+    previous = state.hidden
+    state = state.replace(hidden=hidden, memory=memory)
+    last = layer == layers.num_layers
+    if last or layer in self.allowed:
+      state = self._decide(layer, state, previous, last)
+    return state, row
+
+  def _decide(
+    self, layer: int, state: _WalkState, previous: jax.Array, last: bool
+  ) -> _WalkState:
+    computed: list[jax.Array] = []
+
+    def logits():
+      if not computed:
+        computed.append(self.layers.logits(layer, state.hidden))
+      return computed[0]
+
+    exit_logit = lambda: self.layers.exit_logit(state.hidden)
+    view = confidence_lib.LayerView(layer, state.hidden, previous, logits, exit_logit)
+    confidence = self.rule.measure(view)
+    here = ~state.done
+    leaves = here if last else here & (confidence >= self.threshold)
+    refused = here & ~leaves
+    rejected = jnp.where(
+      refused, jnp.maximum(state.rejected_confidence, confidence), state.rejected_confidence
+    )
+    state = state.replace(
+      done=state.done | leaves,
+      exit_layer=jnp.where(leaves, layer, state.exit_layer),
+      confidence=jnp.where(leaves, confidence, state.confidence),
+      rejected_confidence=rejected,
+    )
+    if self.heads_inside:
+      state = state.replace(logits=_keep_logits(state.logits, leaves, logits))
+    return state
+
+  def _skip_from(
+    self, layer: int, state: _WalkState
+  ) -> tuple[_WalkState, tuple[propagation_lib.KeyValue, ...]]:
+    skipped = [
+      self.rule.propagation.skipped(k, state.hidden, state.memory, self.layers)
+      for k in range(layer, self.layers.num_layers + 1)
+    ]
+    return state, tuple(skipped)
+
+
+def _keep_logits(kept: jax.Array | None, leaves: jax.Array, logits: Callable[[], jax.Array]):
+  if kept is None:
+    return logits()
+  return jnp.where(leaves[:, None], logits(), kept)

@@ -1,0 +1,67 @@
+"""Threshold schedules: from the calibrated lambda to each token's own threshold."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+
+# "Never exit" is a value of its own: float32 margins do reach 1.0.
+NEVER_EXIT = math.inf
+
+
+class Schedule(Protocol):
+  """(threshold, number of tokens generated before this one) -> threshold of this token."""
+
+  name: ClassVar[str]
+
+  def __call__(self, threshold: jax.Array, generated: jax.Array) -> jax.Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+  """lambda itself for every token."""
+
+  name: ClassVar[str] = "constant"
+
+  def __call__(self, threshold, generated):
+    del generated
+    return threshold
+
+
+@dataclasses.dataclass(frozen=True)
+class Decaying:
+  """Eq. 5: clip_[0,1](0.9 lambda + 0.1 exp(-temperature * t / max_length)); inf stays inf.
+
+  Attributes:
+    temperature: the paper's tau, >= 0.
+    max_length: N, fixed here and never read off an array.
+  """
+
+  temperature: float
+  max_length: int
+  name: ClassVar[str] = "decaying"
+
+  def __post_init__(self):
+    if not self.temperature >= 0 or self.max_length < 1:
+      raise ValueError(
+        "Expected `temperature` >= 0 and `max_length` >= 1."
+        f" Got {self.temperature} and {self.max_length}."
+      )
+
+  def __call__(self, threshold, generated):
+    elapsed = jnp.asarray(generated, jnp.float32) / self.max_length
+    decay = 0.1 * jnp.exp(-self.temperature * elapsed)
+    clipped = jnp.clip(0.9 * threshold + decay, 0.0, 1.0)
+    # Before any clipping could turn "never" into 1.0, which saturated margins do reach.
+    return jnp.where(jnp.isinf(threshold), threshold, clipped)
+
+
+def schedule(name: str, **numbers: Any) -> Schedule:
+  """`constant`, or `decaying` with its `temperature` and `max_length`, by name."""
+  kinds: Mapping[str, Any] = {Constant.name: Constant, Decaying.name: Decaying}
+  if name not in kinds:
+    raise ValueError(f"Expected `schedule` to be one of {sorted(kinds)}. Got {name!r}.")
+  return kinds[name](**numbers)

@@ -1,0 +1,360 @@
+"""The decoder one position at a time, from weights laid out for decoding.
+
+The same mathematics as `network.Transformer`, as plain functions: matrices that meet the same
+input are fused, cross-attention keys and values are made once a prompt, caches have the
+layout that a step reads without transposing. Derived from the T5X-shaped parameters at load
+time and never saved.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from calm import layers as layers_lib
+from calm import network, propagation
+
+Params = Any
+
+
+@struct.dataclass
+class LayerWeights:
+  """One decoder layer.
+
+  Attributes:
+    self_norm, cross_norm, mlp_norm: scales [emb_dim].
+    query_key_value: [emb_dim, 3 * heads * head_dim].
+    self_out, cross_out: [heads * head_dim, emb_dim].
+    cross_query: [emb_dim, heads * head_dim].
+    cross_key_value: [emb_dim, 2 * heads * head_dim].
+    mlp_in: the MLP's input projections side by side, [emb_dim, activations * mlp_dim].
+    mlp_out: [mlp_dim, emb_dim].
+  """
+
+  self_norm: jax.Array
+  query_key_value: jax.Array
+  self_out: jax.Array
+  cross_norm: jax.Array
+  cross_query: jax.Array
+  cross_key_value: jax.Array
+  cross_out: jax.Array
+  mlp_norm: jax.Array
+  mlp_in: jax.Array
+  mlp_out: jax.Array
+
+
+@struct.dataclass
+class DecoderWeights:
+  """What a decode step reads.
+
+  Attributes:
+    embedding: [vocab, emb_dim], in the activation dtype.
+    relpos: relative-position embedding [heads, buckets].
+    layers: one `LayerWeights` a decoder layer.
+    decoder_norm: [emb_dim].
+    heads: output heads [emb_dim, num_pieces], float32: one for all layers, or one a layer.
+    exit_kernel: [emb_dim], or None without a classifier.
+    exit_bias: [], or None.
+  """
+
+  embedding: jax.Array
+  relpos: jax.Array
+  layers: tuple[LayerWeights, ...]
+  decoder_norm: jax.Array
+  heads: tuple[jax.Array, ...]
+  exit_kernel: jax.Array | None
+  exit_bias: jax.Array | None
+
+
+@struct.dataclass
+class Cache:
+  """Self-attention keys and values of one layer.
+
+  Attributes:
+    keys: [batch, heads, head_dim, length]: a query's dot products run along rows.
+    values: [batch, heads, length, head_dim].
+  """
+
+  keys: jax.Array
+  values: jax.Array
+
+
+@struct.dataclass
+class Encoded:
+  """One batch of prompts, ready to be decoded any number of times.
+
+  Attributes:
+    cross: per decoder layer, the prompt's keys [batch, heads, head_dim, input_length] and
+      values [batch, heads, input_length, head_dim].
+    bias: 0 at tokens, -1e10 at padding, [batch, 1, input_length].
+  """
+
+  cross: tuple[Cache, ...]
+  bias: jax.Array
+
+
+def decoder_weights(
+  params: Params, config: network.T5Config, num_pieces: int | None = None
+) -> DecoderWeights:
+  """Lays T5X-shaped parameters out for decoding.
+
+  Args:
+    params: the tree of `network.Transformer`.
+    config: its sizes; matrices are stored in `config.dtype`, heads in float32.
+    num_pieces: pieces of the vocabulary. Rows beyond are cut from the heads, which is the
+      same as logits of -inf for them, in decoding and in every confidence.
+  """
+  decoder, dtype = params["decoder"], jnp.dtype(config.dtype)
+  num_pieces = config.vocab_size if num_pieces is None else num_pieces
+  if not 0 < num_pieces <= config.vocab_size:
+    raise ValueError(
+      f"Expected a vocabulary of at most {config.vocab_size} pieces, the rows of the model's"
+      f" embedding. Got {num_pieces}; this vocabulary belongs to another model."
+    )
+  classifier = decoder.get("exit_classifier")
+  return DecoderWeights(
+    embedding=jnp.asarray(params["token_embedder"]["embedding"], dtype),
+    relpos=jnp.asarray(decoder["relpos_bias"]["rel_embedding"], dtype),
+    layers=tuple(
+      _layer_weights(decoder[f"layers_{i}"], config, dtype)
+      for i in range(config.num_decoder_layers)
+    ),
+    decoder_norm=jnp.asarray(decoder["decoder_norm"]["scale"], dtype),
+    heads=tuple(head[:, :num_pieces] for head in _head_kernels(params, config)),
+    exit_kernel=None if classifier is None else jnp.asarray(classifier["kernel"])[:, 0],
+    exit_bias=None if classifier is None else jnp.asarray(classifier["bias"])[0],
+  )
+
+
+def _layer_weights(layer: Params, config: network.T5Config, dtype) -> LayerWeights:
+  kernel = lambda block, name: jnp.asarray(layer[block][name]["kernel"], dtype)
+  beside = lambda block, names: jnp.concatenate([kernel(block, n) for n in names], axis=1)
+  scale = lambda name: jnp.asarray(layer[name]["scale"], dtype)
+  count = len(config.mlp_activations)
+  mlp_names = ["wi"] if count == 1 else [f"wi_{i}" for i in range(count)]
+  return LayerWeights(
+    self_norm=scale("pre_self_attention_layer_norm"),
+    query_key_value=beside("self_attention", ["query", "key", "value"]),
+    self_out=kernel("self_attention", "out"),
+    cross_norm=scale("pre_cross_attention_layer_norm"),
+    cross_query=kernel("encoder_decoder_attention", "query"),
+    cross_key_value=beside("encoder_decoder_attention", ["key", "value"]),
+    cross_out=kernel("encoder_decoder_attention", "out"),
+    mlp_norm=scale("pre_mlp_layer_norm"),
+    mlp_in=beside("mlp", mlp_names),
+    mlp_out=kernel("mlp", "wo"),
+  )
+
+
+def _head_kernels(params: Params, config: network.T5Config) -> list[jax.Array]:
+  if config.logits_via_embedding:
+    table = jnp.asarray(params["token_embedder"]["embedding"], jnp.float32)
+    return [table.T / np.sqrt(config.emb_dim).astype(np.float32)]
+  names = ["logits_dense"]
+  if config.per_layer_heads:
+    names = [f"logits_dense_{i}" for i in range(config.num_decoder_layers - 1)] + names
+  return [jnp.asarray(params["decoder"][name]["kernel"], jnp.float32) for name in names]
+
+
+def cross_attention_inputs(
+  weights: DecoderWeights,
+  config: network.T5Config,
+  encoded: Float[Array, "batch input_length emb"],
+  encoder_input_tokens: Int[Array, "batch input_length"],
+) -> Encoded:
+  """Every decoder layer's cross-attention keys and values, once a prompt."""
+  encoded = encoded.astype(config.dtype)
+  shape = (*encoded.shape[:2], 2, config.num_heads, config.head_dim)
+  cross = []
+  for layer in weights.layers:
+    both = (encoded @ layer.cross_key_value).reshape(shape)
+    cross.append(
+      Cache(
+        keys=jnp.transpose(both[:, :, 0], (0, 2, 3, 1)),
+        values=jnp.transpose(both[:, :, 1], (0, 2, 1, 3)),
+      )
+    )
+  bias = jnp.where(encoder_input_tokens > 0, 0.0, layers_lib.MASK_BIAS)[:, None, :]
+  return Encoded(tuple(cross), bias.astype(config.dtype))
+
+
+def empty_caches(
+  config: network.T5Config, batch_size: int, length: int, num_layers: int | None = None
+) -> tuple[Cache, ...]:
+  """Zeroed caches of the first `num_layers` layers (all by default)."""
+  heads, head_dim, dtype = config.num_heads, config.head_dim, jnp.dtype(config.dtype)
+  num_layers = config.num_decoder_layers if num_layers is None else num_layers
+  return tuple(
+    Cache(
+      jnp.zeros((batch_size, heads, head_dim, length), dtype),
+      jnp.zeros((batch_size, heads, length, head_dim), dtype),
+    )
+    for _ in range(num_layers)
+  )
+
+
+def write_rows(
+  caches: tuple[Cache, ...], rows: tuple[propagation.KeyValue, ...], position: jax.Array
+) -> tuple[Cache, ...]:
+  """Writes one position's keys and values, one update in place a layer."""
+  return tuple(
+    Cache(
+      lax.dynamic_update_slice_in_dim(cache.keys, row.key[..., None], position, axis=3),
+      lax.dynamic_update_slice_in_dim(cache.values, row.value[..., None, :], position, axis=2),
+    )
+    for cache, row in zip(caches, rows, strict=True)
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class BiasTable:
+  """Causal self-attention biases for every position, one slice a step.
+
+  Attributes:
+    extended: [heads, 2 * length]; the slice of `length` that begins at `length - 1 - t` has,
+      at key j, the bias of distance t - j for j < t and the mask elsewhere.
+    current: bias of a token with itself, [heads].
+    length: positions in the caches.
+  """
+
+  extended: jax.Array
+  current: jax.Array
+  length: int
+
+  def at(self, position: jax.Array) -> Float[Array, "heads length"]:
+    return lax.dynamic_slice_in_dim(
+      self.extended, self.length - 1 - position, self.length, axis=1
+    )
+
+
+def bias_table(weights: DecoderWeights, config: network.T5Config, length: int) -> BiasTable:
+  """Lays the relative-position biases out by distance."""
+  buckets = layers_lib.relative_position_buckets(
+    -np.arange(length), False, config.relpos_buckets, config.relpos_max_distance
+  )
+  by_distance = weights.relpos[:, buckets]  # [heads, length], at distance 0, 1, ...
+  masked = jnp.full(
+    (weights.relpos.shape[0], length + 1), layers_lib.MASK_BIAS, by_distance.dtype
+  )
+  extended = jnp.concatenate([by_distance[:, :0:-1], masked], axis=1)
+  return BiasTable(extended, by_distance[:, 0], length)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderStep:
+  """The decoder at one position: provides `propagation.Layers`.
+
+  Attributes:
+    weights: from `decoder_weights`.
+    config: the model's sizes.
+    encoded: the prompts.
+    caches: keys and values of the positions before this one; read only.
+    past_bias: [heads, length], from `BiasTable.at`.
+    current_bias: [heads].
+  """
+
+  weights: DecoderWeights
+  config: network.T5Config
+  encoded: Encoded
+  caches: tuple[Cache, ...]
+  past_bias: jax.Array
+  current_bias: jax.Array
+
+  def layers(self) -> propagation.Layers:
+    return propagation.Layers(
+      num_layers=self.config.num_decoder_layers,
+      run=self.run,
+      project=self.project,
+      logits=self.logits,
+      exit_logit=self.exit_logit,
+      shared_head=len(self.weights.heads) == 1,
+    )
+
+  def run(self, layer: int, hidden: jax.Array) -> tuple[jax.Array, propagation.KeyValue]:
+    """One decoder layer (Eq. 3): d^{i-1} [batch, emb_dim] -> d^i and its key and value."""
+    weights = self.weights.layers[layer - 1]
+    normed = rms_norm(hidden, weights.self_norm)
+    query, key, value = self._heads(normed @ weights.query_key_value, 3)
+    mixed = self._self_attention(layer, query, key, value)
+    hidden = hidden + mixed @ weights.self_out
+    normed = rms_norm(hidden, weights.cross_norm)
+    (query,) = self._heads(normed @ weights.cross_query, 1)
+    hidden = hidden + self._cross_attention(layer, query) @ weights.cross_out
+    normed = rms_norm(hidden, weights.mlp_norm)
+    hidden = hidden + self._mlp(normed @ weights.mlp_in) @ weights.mlp_out
+    return hidden, propagation.KeyValue(key, value)
+
+  def project(self, layer: int, hidden: jax.Array) -> propagation.KeyValue:
+    """Key and value that the layer makes of input state `hidden`, nothing else."""
+    weights = self.weights.layers[layer - 1]
+    width = self.config.num_heads * self.config.head_dim
+    normed = rms_norm(hidden, weights.self_norm)
+    key, value = self._heads(normed @ weights.query_key_value[:, width:], 2)
+    return propagation.KeyValue(key, value)
+
+  def logits(self, layer: int, hidden: jax.Array) -> jax.Array:
+    """float32 logits [batch, num_pieces] of the layer's full head."""
+    heads = self.weights.heads
+    head = heads[0] if len(heads) == 1 else heads[layer - 1]
+    return rms_norm(hidden, self.weights.decoder_norm).astype(jnp.float32) @ head
+
+  def exit_logit(self, hidden: jax.Array) -> jax.Array:
+    """Pre-sigmoid exit confidence [batch] from decoder_norm(d^i)."""
+    if self.weights.exit_kernel is None or self.weights.exit_bias is None:
+      raise ValueError(
+        "Expected a model with an exit classifier for the measure 'classifier'. Got none in"
+        " its parameters; train the second stage, or use the measure 'softmax' or 'state'."
+      )
+    normed = rms_norm(hidden, self.weights.decoder_norm).astype(jnp.float32)
+    return normed @ self.weights.exit_kernel + self.weights.exit_bias
+
+  def _heads(self, projected: jax.Array, count: int) -> list[jax.Array]:
+    shape = (projected.shape[0], count, self.config.num_heads, self.config.head_dim)
+    split = projected.reshape(shape)
+    return [split[:, i] for i in range(count)]
+
+  def _self_attention(self, layer, query, key, value) -> jax.Array:
+    cache = self.caches[layer - 1]
+    query, key_now = self._attention_dtype(query), self._attention_dtype(key)
+    past = jnp.einsum("bhd,bhdl->bhl", query, self._attention_dtype(cache.keys))
+    past = past + self.past_bias[None].astype(past.dtype)
+    now = jnp.sum(query * key_now, axis=-1, keepdims=True)
+    now = now + self.current_bias[None, :, None].astype(now.dtype)
+    # The current token is not in the cache yet: branches of the chain only read it.
+    weights = jax.nn.softmax(jnp.concatenate([past, now], axis=-1)).astype(value.dtype)
+    mixed = jnp.einsum("bhl,bhld->bhd", weights[..., :-1], cache.values)
+    mixed = mixed + weights[..., -1:] * value
+    return mixed.reshape(mixed.shape[0], -1)
+
+  def _cross_attention(self, layer, query) -> jax.Array:
+    cross = self.encoded.cross[layer - 1]
+    scores = jnp.einsum(
+      "bhd,bhdl->bhl", self._attention_dtype(query), self._attention_dtype(cross.keys)
+    )
+    weights = jax.nn.softmax(scores + self.encoded.bias.astype(scores.dtype))
+    mixed = jnp.einsum("bhl,bhld->bhd", weights.astype(query.dtype), cross.values)
+    return mixed.reshape(mixed.shape[0], -1)
+
+  def _attention_dtype(self, x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if self.config.float32_attention_logits else x
+
+  def _mlp(self, projected: jax.Array) -> jax.Array:
+    parts = jnp.split(projected, len(self.config.mlp_activations), axis=-1)
+    product = None
+    for part, name in zip(parts, self.config.mlp_activations, strict=True):
+      part = layers_lib.activation_fn(name)(part)
+      product = part if product is None else product * part
+    assert product is not None
+    return product
+
+
+def rms_norm(x: Float[Array, "batch emb"], scale: Float[Array, " emb"]) -> jax.Array:
+  """`layers.LayerNorm` without its module."""
+  wide = x.astype(jnp.float32)
+  wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
+  return wide.astype(x.dtype) * scale[None, :]
