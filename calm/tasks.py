@@ -1,0 +1,331 @@
+"""seqio tasks: JSON Lines files, the Debian data sets, and the paper's three from TFDS.
+
+Each function registers its task (or mixture) and returns the name, which is what T5X wants in
+`MIXTURE_OR_TASK_NAME`; calling it again with the same arguments is harmless, so a gin macro may
+be evaluated many times. Examples keep `id`, `references` (all accepted targets),
+`inputs_pretokenized` and `targets_pretokenized`; both features end with end-of-text, also where
+they were truncated. Importing this module loads TensorFlow.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from calm import datasets
+from calm.calibrate import metrics as text_metrics
+
+Tensors = Mapping[str, Any]
+MetricFn = Callable[[Sequence[Sequence[str]], Sequence[str]], dict[str, float]]
+
+_CORPUS = ("bleu", "chrf")
+# What each name was registered from, to tell a repeated call from another task of that name.
+_registered: dict[str, tuple[Any, ...]] = {}
+
+
+def metric_fn(name: str) -> MetricFn:
+  """One evaluation metric, as a seqio metric function.
+
+  Args:
+    name: `bleu` or `chrf` (of the corpus, sacrebleu), or any name that
+      `calm.calibrate.metrics.get_metric` knows, such as `rouge_l`, `token_f1` and
+      `exact_match` (mean over examples of the best over references).
+
+  Returns:
+    Function of (targets, predictions), `targets` being a list of references for each
+    prediction; gives {name: value in 0 to 100}.
+
+  Raises:
+    ValueError: if there is no such metric.
+  """
+  if name in _CORPUS:
+
+    def function(targets, predictions):
+      return {name: text_metrics.corpus_scores(predictions, targets)[name]}
+
+  else:
+    metric = text_metrics.get_metric(name)
+
+    def function(targets, predictions):
+      pairs = zip(predictions, targets, strict=True)
+      return {name: 100 * float(np.mean([metric(text, texts) for text, texts in pairs]))}
+
+  function.__name__ = name.replace(":", "_").replace(".", "_")
+  return function
+
+
+def references_or_text(text: str, *, example: Tensors, is_target: bool = False, **_) -> Any:
+  """seqio postprocessor: all references of a target; a prediction as it is."""
+  if not is_target:
+    return text
+  return [tf.compat.as_text(reference) for reference in example["references"]]
+
+
+class JsonlSource(seqio.DataSource):
+  """Examples of JSON Lines files, one file a split, read whole on first use.
+
+  Args:
+    paths: split -> file.
+    prefix: put before each input.
+  """
+
+  def __init__(self, paths: Mapping[str, str | os.PathLike[str]], prefix: str = ""):
+    super().__init__(splits=tuple(paths), caching_permitted=True)
+    self.paths = {split: os.fspath(path) for split, path in paths.items()}
+    self.prefix = prefix
+    self._examples: dict[str, list[datasets.Example]] = {}
+
+  @property
+  def supports_arbitrary_sharding(self) -> bool:
+    return True
+
+  def list_shards(self, split: str) -> Sequence[str]:
+    return [self.paths[split]]
+
+  def examples(self, split: str) -> list[datasets.Example]:
+    if split not in self._examples:
+      if split not in self.paths:
+        raise ValueError(f"No split `{split}`; expected one of {list(self.paths)}.")
+      self._examples[split] = datasets.read_examples(self.paths[split])
+    return self._examples[split]
+
+  def num_input_examples(self, split: str) -> int:
+    return len(self.examples(split))
+
+  def get_dataset(
+    self,
+    split: str = "train",
+    shuffle: bool = True,
+    seed: int | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    **_,
+  ) -> tf.data.Dataset:
+    shard = shard_info or seqio.ShardInfo(0, 1)
+    rows = self.examples(split)[shard.index :: shard.num_shards]
+    columns: Any = {
+      "id": [row.id for row in rows],
+      "source": [row.source or "" for row in rows],
+      "inputs": [self.prefix + row.input for row in rows],
+      "targets": [row.targets[0] for row in rows],
+      "references": tf.ragged.constant([list(row.targets) for row in rows], tf.string),
+    }
+    dataset = tf.data.Dataset.from_tensor_slices(columns)
+    # The files are sorted by id; seqio's own buffer would shuffle them only locally.
+    return dataset.shuffle(max(1, len(rows)), seed=seed) if shuffle else dataset
+
+
+def jsonl(
+  name: str,
+  paths: Mapping[str, str | os.PathLike[str]],
+  vocabulary: seqio.Vocabulary | str,
+  *,
+  prefix: str = "",
+  metrics: Sequence[str] = ("rouge_l",),
+) -> str:
+  """Registers JSON Lines files of {input, target} (see `calm.datasets`) as a task.
+
+  Args:
+    name: name to register.
+    paths: split -> file, such as {"train": "train.jsonl.gz", "validation": "dev.jsonl"}.
+    vocabulary: a seqio vocabulary, or the path of a SentencePiece model.
+    prefix: task prefix, put before each input.
+    metrics: names for `metric_fn`.
+
+  Returns:
+    `name`.
+
+  Raises:
+    ValueError: if `name` is taken by something else, or a metric is unknown. What is wrong
+      with a file is told when it is read.
+  """
+  source = JsonlSource(paths, prefix)
+  made_from = (tuple(source.paths.items()), prefix)
+  return _register(name, source, [], vocabulary, metrics, made_from)
+
+
+def debian(task: str, root: str | os.PathLike[str], vocabulary: seqio.Vocabulary | str) -> str:
+  """Registers one of the three Debian data sets.
+
+  Args:
+    task: `debian_synopsis`, `debian_enfr` or `debian_qa`; also the registered name.
+    root: folder that holds `<task>/{train,validation,test}.jsonl.gz`.
+    vocabulary: a seqio vocabulary, or the path of a SentencePiece model.
+
+  Returns:
+    `task`.
+
+  Raises:
+    ValueError: if there is no such task, or its name is taken by something else.
+  """
+  if task not in datasets.DEBIAN:
+    raise ValueError(f"`task` is {task!r}; expected one of {list(datasets.DEBIAN)}.")
+  known = datasets.DEBIAN[task]
+  paths = {
+    split: known.path(os.fspath(root), split) for split in ("train", "validation", "test")
+  }
+  return jsonl(task, paths, vocabulary, prefix=known.prefix, metrics=known.metrics)
+
+
+def debian_mixture(
+  root: str | os.PathLike[str], vocabulary: seqio.Vocabulary | str, *, name: str = "debian"
+) -> str:
+  """Registers all three Debian data sets, mixed in proportion to their training examples."""
+  members = [debian(task, root, vocabulary) for task in datasets.DEBIAN]
+  made_from = ("mixture", *(_registered[member] for member in members))
+  if not _is_same(name, made_from, seqio.MixtureRegistry):
+    seqio.MixtureRegistry.add(name, members, default_rate=seqio.mixing_rate_num_examples)
+    _registered[name] = made_from
+  return name
+
+
+def summarization_example(example: Tensors) -> dict[str, Any]:
+  """CNN/DailyMail of TFDS (`article`, `highlights`, `id`) -> `summarize: <article>`."""
+  return {
+    "id": example["id"],
+    "inputs": tf.strings.join(["summarize: ", example["article"]]),
+    "targets": example["highlights"],
+    "references": example["highlights"][tf.newaxis],
+  }
+
+
+def translation_example(example: Tensors) -> dict[str, Any]:
+  """WMT of TFDS (`en`, `fr`) -> `translate English to French: <en>`.
+
+  TFDS numbers no pairs, so `id` is a hash of the pair: equal pairs share it.
+  """
+  pair = tf.strings.join([example["en"], "\t", example["fr"]])
+  code = tf.strings.as_string(tf.strings.to_hash_bucket_fast(pair, 2**62))
+  return {
+    "id": tf.strings.join(["enfr/", code]),
+    "inputs": tf.strings.join(["translate English to French: ", example["en"]]),
+    "targets": example["fr"],
+    "references": example["fr"][tf.newaxis],
+  }
+
+
+def question_example(example: Tensors) -> dict[str, Any]:
+  """SQuAD of TFDS -> `question: <question> context: <context>`, as T5 was trained on it.
+
+  Reads `id`, `question`, `context` and `answers/text`. Like T5's own task it puts spaces around
+  ASCII punctuation, in the answers too; blanks at the ends go.
+  """
+  question, context = _spaced(example["question"]), _spaced(example["context"])
+  answers = _spaced(example["answers"]["text"])
+  return {
+    "id": example["id"],
+    "inputs": tf.strings.join(["question: ", question, " context: ", context]),
+    "targets": answers[0],
+    "references": answers,
+  }
+
+
+def _spaced(text: Any) -> Any:
+  text = tf.strings.regex_replace(text, r"([[:punct:]])", r" \1 ")
+  return tf.strings.strip(tf.strings.regex_replace(text, r"\s+", " "))
+
+
+def cnn_dailymail(
+  vocabulary: seqio.Vocabulary | str,
+  *,
+  tfds_name: str = "cnn_dailymail:3.4.0",
+  data_dir: str | None = None,
+) -> str:
+  """Registers CNN/DailyMail summarization from TFDS, as `calm_cnn_dailymail`.
+
+  Args:
+    vocabulary: a seqio vocabulary, or the path of a SentencePiece model.
+    tfds_name: name and version in TFDS.
+    data_dir: where TFDS keeps its data; None: its default.
+
+  Returns:
+    The registered name.
+  """
+  return _tfds(
+    "calm_cnn_dailymail", tfds_name, data_dir, summarization_example, vocabulary, ["rouge_l"]
+  )
+
+
+def wmt15_enfr(
+  vocabulary: seqio.Vocabulary | str,
+  *,
+  tfds_name: str = "wmt15_translate/fr-en:1.0.0",
+  data_dir: str | None = None,
+) -> str:
+  """Registers WMT15 English to French from TFDS, as `calm_wmt15_enfr`; see `cnn_dailymail`."""
+  return _tfds(
+    "calm_wmt15_enfr", tfds_name, data_dir, translation_example, vocabulary, ["bleu", "chrf"]
+  )
+
+
+def squad(
+  vocabulary: seqio.Vocabulary | str,
+  *,
+  tfds_name: str = "squad/v1.1:3.0.0",
+  data_dir: str | None = None,
+) -> str:
+  """Registers open-book SQuAD 1.1 from TFDS, as `calm_squad`; see `cnn_dailymail`."""
+  names = ["token_f1", "exact_match"]
+  return _tfds("calm_squad", tfds_name, data_dir, question_example, vocabulary, names)
+
+
+def _tfds(
+  name: str,
+  tfds_name: str,
+  data_dir: str | None,
+  preprocess: Callable[[Tensors], dict[str, Any]],
+  vocabulary: seqio.Vocabulary | str,
+  metrics: Sequence[str],
+) -> str:
+  source = seqio.TfdsDataSource(tfds_name=tfds_name, tfds_data_dir=data_dir)
+  mapped = functools.partial(
+    tf.data.Dataset.map, map_func=preprocess, num_parallel_calls=tf.data.AUTOTUNE
+  )
+  return _register(name, source, [mapped], vocabulary, metrics, (tfds_name, data_dir))
+
+
+def _register(
+  name: str,
+  source: Any,
+  preprocessors: Sequence[Callable[..., tf.data.Dataset]],
+  vocabulary: seqio.Vocabulary | str,
+  metrics: Sequence[str],
+  made_from: tuple[Any, ...],
+) -> str:
+  if isinstance(vocabulary, str | os.PathLike):
+    vocabulary = seqio.SentencePieceVocabulary(os.fspath(vocabulary))
+  made_from = (*made_from, tuple(metrics), vocabulary)
+  if _is_same(name, made_from, seqio.TaskRegistry):
+    return name
+  seqio.TaskRegistry.add(
+    name,
+    source=source,
+    preprocessors=[
+      *preprocessors,
+      seqio.preprocessors.tokenize,
+      seqio.CacheDatasetPlaceholder(),
+      seqio.preprocessors.append_eos_after_trim,
+    ],
+    output_features={
+      feature: seqio.Feature(vocabulary, add_eos=True) for feature in ("inputs", "targets")
+    },
+    postprocess_fn=references_or_text,
+    metric_fns=[metric_fn(metric) for metric in metrics],
+  )
+  _registered[name] = made_from
+  return name
+
+
+def _is_same(name: str, made_from: tuple[Any, ...], registry: Any) -> bool:
+  """Whether `name` is registered from these arguments already; an error if from others."""
+  if name not in registry.names():
+    return False
+  if _registered.get(name) == made_from:
+    return True
+  raise ValueError(
+    f"A seqio task or mixture `{name}` is registered already, from other arguments. Choose"
+    " another `name`, or remove that one from its registry first."
+  )

@@ -1,0 +1,268 @@
+"""seqio tasks: what an example becomes, whole pipelines, metrics and gin files."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+seqio = pytest.importorskip("seqio", reason="seqio (the `train` extra) is not installed")
+gin = pytest.importorskip("gin")
+tf = pytest.importorskip("tensorflow")
+
+from calm import datasets, tasks  # noqa: E402
+
+pytestmark = pytest.mark.tf
+
+BYTES = seqio.ByteVocabulary()
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs" / "tasks"
+LENGTHS = {"inputs": 64, "targets": 12}
+
+ROWS = [
+  {"id": "a", "source": "s", "input": "one two", "target": ["un deux", "1 2"]},
+  {"id": "b", "input": "three", "target": "trois"},
+  {"id": "c", "input": "four and some more", "target": "quatre, et encore"},
+]
+
+
+@pytest.fixture(autouse=True)
+def clean_registries():
+  before = {*seqio.TaskRegistry.names()}, {*seqio.MixtureRegistry.names()}
+  gin.clear_config()
+  yield
+  gin.clear_config()
+  for registry, names in zip((seqio.TaskRegistry, seqio.MixtureRegistry), before, strict=True):
+    for name in {*registry.names()} - names:
+      registry.remove(name)
+
+
+@pytest.fixture
+def rows_path(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+  return path
+
+
+def examples(task, split="test", **options):
+  options = {"sequence_length": LENGTHS, "shuffle": False, **options}
+  limit = options.pop("limit", -1)
+  return list(task.get_dataset(split=split, **options).take(limit).as_numpy_iterator())
+
+
+def from_rows(name, rows):
+  """A registered task with these rows in place of its TFDS data."""
+  columns = {key: [row[key] for row in rows] for key in rows[0]}
+  source = seqio.FunctionDataSource(
+    lambda split, shuffle_files: tf.data.Dataset.from_tensor_slices(columns), ["test"]
+  )
+  return seqio.TaskRegistry.get(name).replace(source=source)
+
+
+def ids(text):
+  return [*BYTES.encode(text), 1]
+
+
+def test_jsonl_keeps_texts_ids_and_references_and_ends_with_eos(rows_path):
+  name = tasks.jsonl("mine", {"test": rows_path}, BYTES, prefix="say: ")
+  first, second, third = examples(seqio.TaskRegistry.get(name))
+  assert first["inputs"].tolist() == ids("say: one two")
+  assert first["targets"].tolist() == ids("un deux")
+  assert first["inputs_pretokenized"] == b"say: one two"
+  assert first["targets_pretokenized"] == b"un deux"
+  assert first["references"].tolist() == [b"un deux", b"1 2"]
+  assert (first["id"], first["source"], second["id"], second["source"]) == (
+    b"a",
+    b"s",
+    b"b",
+    b"",
+  )
+  assert second["references"].tolist() == [b"trois"]
+  # Truncated texts end with end-of-text too.
+  assert third["targets"].tolist() == [*BYTES.encode("quatre, et encore")[:11], 1]
+
+
+def test_shards_are_disjoint_and_together_the_whole(rows_path):
+  task = seqio.TaskRegistry.get(tasks.jsonl("mine", {"test": rows_path}, BYTES))
+  shards = [
+    [row["id"] for row in examples(task, shard_info=seqio.ShardInfo(i, 2))] for i in range(2)
+  ]
+  assert shards == [[b"a", b"c"], [b"b"]]
+  assert task.num_input_examples("test") == 3
+
+
+def test_shuffling_follows_the_seed(tmp_path):
+  path = tmp_path / "many.jsonl"
+  rows = [{"id": f"{i:02}", "input": "x", "target": "y"} for i in range(50)]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+  task = seqio.TaskRegistry.get(tasks.jsonl("mine", {"test": path}, BYTES))
+  orders = [
+    [row["id"] for row in examples(task, shuffle=True, seed=seed)] for seed in (1, 1, 2)
+  ]
+  assert orders[0] == orders[1] != orders[2]
+  assert sorted(orders[0]) == sorted(orders[2])
+
+
+def test_a_bad_file_is_named_when_it_is_read(tmp_path):
+  path = tmp_path / "bad.jsonl"
+  path.write_bytes(b'{"input": "x", "target": "y"}\n{"input": 1}\n')
+  task = seqio.TaskRegistry.get(tasks.jsonl("mine", {"test": path}, BYTES))
+  with pytest.raises(ValueError, match=r"bad\.jsonl:2"):
+    examples(task)
+
+
+def test_registering_twice_is_harmless_unless_it_is_another_task(rows_path):
+  for _ in range(2):
+    assert tasks.jsonl("mine", {"test": rows_path}, BYTES) == "mine"
+  with pytest.raises(ValueError, match="`mine` is registered already"):
+    tasks.jsonl("mine", {"test": rows_path}, BYTES, prefix="other: ")
+  with pytest.raises(ValueError, match="`metric`"):
+    tasks.jsonl("odd", {"test": rows_path}, BYTES, metrics=["entropy"])
+
+
+def test_summarization_reads_tfds_fields():
+  rows = [{"id": "h1", "publisher": "x", "article": "Long.\nText", "highlights": "Short ."}]
+  task = from_rows(tasks.cnn_dailymail(BYTES), rows)
+  (row,) = examples(task)
+  assert row["inputs_pretokenized"] == b"summarize: Long.\nText"
+  assert row["targets_pretokenized"] == b"Short ."
+  assert row["references"].tolist() == [b"Short ."]
+  assert row["id"] == b"h1"
+  assert row["inputs"].tolist() == ids("summarize: Long.\nText")
+
+
+def test_translation_reads_tfds_fields():
+  rows = [{"en": "Hello.", "fr": "Bonjour."}, {"en": "Hello.", "fr": "Salut."}]
+  first, second = examples(from_rows(tasks.wmt15_enfr(BYTES), rows))
+  assert first["inputs_pretokenized"] == b"translate English to French: Hello."
+  assert second["targets_pretokenized"] == b"Salut."
+  assert first["id"] != second["id"] and first["id"].startswith(b"enfr/")
+
+
+def test_questions_are_spaced_as_t5_spaces_them():
+  example = {
+    "id": "q",
+    "title": "t",
+    "question": "Where is  St. John's?",
+    "context": "In (New) York.",
+    "answers": {"text": ["New York", "York."], "answer_start": [3, 9]},
+  }
+  row = tasks.question_example(tf.nest.map_structure(tf.constant, example))
+  assert row["inputs"] == b"question: Where is St . John ' s ? context: In ( New ) York ."
+  assert row["targets"] == b"New York"
+  assert row["references"].numpy().tolist() == [b"New York", b"York ."]
+  batched = {key: [value] for key, value in example.items() if key != "answers"}
+  batched["answers"] = {key: [value] for key, value in example["answers"].items()}
+  source = seqio.FunctionDataSource(
+    lambda split, shuffle_files: tf.data.Dataset.from_tensor_slices(batched), ["test"]
+  )
+  task = seqio.TaskRegistry.get(tasks.squad(BYTES)).replace(source=source)
+  (whole,) = examples(task)
+  assert whole["targets"].tolist() == ids("New York")
+  assert whole["id"] == b"q"
+
+
+def test_metrics_are_percentages_of_the_best_reference():
+  targets = [["the cat sat", "a dog"], ["Un café."]]
+  assert tasks.metric_fn("exact_match")(targets, ["A dog!", "un café"]) == {
+    "exact_match": 100.0
+  }
+  # Two of three words, then none: F1 of 2 * 2 / (2 + 2) with the article dropped is 1, and 0.
+  assert tasks.metric_fn("token_f1")(targets, ["cat sat", "no"]) == {"token_f1": 50.0}
+  # Longest common subsequence 2 of 2 and 3 words: F = 4 / 5; the other is equal.
+  rouge = tasks.metric_fn("rouge_l")(targets, ["cat sat", "Un café."])
+  assert rouge["rouge_l"] == pytest.approx(90.0)
+  for name in ("bleu", "chrf"):
+    same = tasks.metric_fn(name)(
+      [["a b c d e"], ["x", "f g h i j"]], ["a b c d e", "f g h i j"]
+    )
+    assert same[name] == pytest.approx(100.0)
+  # One wrong word of ten: precisions 9/10, 6/8, 3/6 and 2/4, no brevity penalty.
+  bleu = tasks.metric_fn("bleu")([["a b c d e"], ["f g h i j"]], ["a b c d e", "f g x i j"])
+  expected = 100 * (9 / 10 * 6 / 8 * 3 / 6 * 2 / 4) ** 0.25
+  assert bleu["bleu"] == pytest.approx(expected)
+
+
+def test_evaluation_scores_predictions_against_all_references(rows_path):
+  name = tasks.jsonl("mine", {"validation": rows_path}, BYTES, metrics=("exact_match", "chrf"))
+  evaluator = seqio.Evaluator(
+    name, feature_converter=seqio.EncDecFeatureConverter(pack=False), eval_split="validation"
+  )
+
+  def predict(dataset):
+    del dataset
+    texts = ["1 2", "trois", "wrong"]
+    padded = [np.array((ids(text) + [0] * 12)[:12]) for text in texts]
+    return list(enumerate(padded))
+
+  metrics, _ = evaluator.evaluate(compute_metrics=True, step=None, predict_fn=predict)
+  scores = metrics.result()[name]
+  assert scores["exact_match"] == pytest.approx(200 / 3)
+  assert 0 < scores["chrf"] < 100
+
+
+def test_feature_converter_takes_what_the_tasks_give(rows_path):
+  task = seqio.TaskRegistry.get(tasks.jsonl("mine", {"test": rows_path}, BYTES))
+  dataset = task.get_dataset(sequence_length=LENGTHS, split="test", shuffle=False)
+  converter = seqio.EncDecFeatureConverter(pack=False)
+  first = next(converter(dataset, task_feature_lengths=LENGTHS).as_numpy_iterator())
+  assert first["encoder_input_tokens"].tolist() == ids("one two") + [0] * 56
+  assert first["decoder_input_tokens"].tolist()[:3] == [0, *BYTES.encode("un")]
+  assert first["decoder_loss_weights"].sum() == len(ids("un deux"))
+
+
+@pytest.mark.parametrize("task", datasets.DEBIAN)
+def test_debian_tasks_tokenize_with_their_vocabulary(data_dir, task):
+  vocabulary = str(data_dir / "sentencepiece" / "debian_8000.model")
+  name = tasks.debian(task, data_dir, vocabulary)
+  lengths = {"inputs": 256, "targets": 160}
+  registered = seqio.TaskRegistry.get(name)
+  rows = examples(registered, "validation", sequence_length=lengths, limit=200)
+  prefix = datasets.DEBIAN[task].prefix or "question: "
+  model = seqio.SentencePieceVocabulary(vocabulary)
+  for row in rows:
+    assert row["inputs_pretokenized"].decode().startswith(prefix)
+    assert row["targets"][-1] == row["inputs"][-1] == 1
+    assert max(row["inputs"].max(), row["targets"].max()) < model.vocab_size
+    assert row["targets_pretokenized"] == row["references"][0]
+  assert len({row["id"] for row in rows}) == 200
+
+
+def test_debian_mixture_is_proportional_to_training_examples(data_dir):
+  name = tasks.debian_mixture(data_dir, str(data_dir / "sentencepiece" / "debian_8000.model"))
+  assert tasks.debian_mixture(data_dir, str(data_dir / "sentencepiece" / "debian_8000.model"))
+  mixture = seqio.MixtureRegistry.get(name)
+  rates = {task.name: mixture.get_rate(task) for task in mixture.tasks}
+  assert rates == {"debian_synopsis": 26525, "debian_enfr": 54541, "debian_qa": 28504}
+
+
+def test_unknown_debian_task_is_an_error():
+  with pytest.raises(ValueError, match="`task` is 'debian_xy'"):
+    tasks.debian("debian_xy", "data", BYTES)
+
+
+@pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.gin")))
+def test_gin_files_register_their_task(config, rows_path):
+  bindings = [
+    "from __gin__ import dynamic_registration",
+    "import seqio",
+    "VOCABULARY = @seqio.ByteVocabulary()",
+    f'DATA = "{rows_path.parent}"',
+    f'TRAIN = "{rows_path}"',
+    f'VALIDATION = "{rows_path}"',
+  ]
+  gin.add_config_file_search_path(str(CONFIGS.parents[1]))
+  if config == "debian":  # Its rates count the training examples, so there must be some.
+    for task in datasets.DEBIAN.values():
+      path = task.path(rows_path.parent, "train")
+      path.parent.mkdir()
+      path.with_suffix("").write_bytes(rows_path.read_bytes())
+  gin.parse_config(f'include "configs/tasks/{config}.gin"\n' + "\n".join(bindings))
+  name = gin.query_parameter("%MIXTURE_OR_TASK_NAME").scoped_configurable_fn()
+  registered = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+  assert name in registered
+  lengths = gin.query_parameter("%TASK_FEATURE_LENGTHS")
+  assert set(lengths) == {"inputs", "targets"}
+  provider = seqio.get_mixture_or_task(name)
+  assert provider.output_features["targets"].vocabulary == BYTES
+  if config == "jsonl":
+    assert np.array_equal(examples(provider, "train")[1]["targets"], ids("trois"))
