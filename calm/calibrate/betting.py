@@ -2,8 +2,8 @@
 
 Under that hypothesis each factor 1 + bet_i (tolerance - loss_i) has expectation at most 1 given
 the past, if bet_i >= 0 was chosen before loss_i was seen. Wealth is then a nonnegative
-supermartingale, and it ever reaches 1 / error_rate with probability at most error_rate (Ville
-1939), whenever one stops.
+supermartingale, and it ever reaches 1 / error_rate with probability at most error_rate,
+whenever one stops (Ville 1939).
 """
 
 import dataclasses
@@ -14,9 +14,37 @@ import numpy as np
 import numpy.typing as npt
 
 # Bets stop short of the largest that keeps wealth nonnegative: one loss of 1 must not ruin.
-CAP_SHARE = 0.75
-# What the running estimates hold before the first prompt.
-_PRIOR_VARIANCE = 0.25
+CAP_SHARE = 0.9
+# What the running variance holds before the first prompt: the largest of losses in [0, 1].
+PRIOR_VARIANCE = 0.25
+_LEAST_VARIANCE = 1e-12
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Design:
+  """What bets may depend on besides earlier losses; fixed before any loss is seen.
+
+  Attributes:
+    tolerance: the bound that is tested; a number or one a column.
+    error_rate: level the bets are tuned for.
+    planned_size: prompts that there will be at most.
+    upper: declared upper bound of losses.
+  """
+
+  tolerance: npt.ArrayLike
+  error_rate: float
+  planned_size: int
+  upper: float = 1.0
+
+  @property
+  def cap(self) -> np.ndarray:
+    """The largest bet."""
+    return CAP_SHARE / np.maximum(self.upper - np.asarray(self.tolerance), 1e-9)
+
+  @property
+  def target(self) -> float:
+    """log wealth that certifies."""
+    return math.log(1.0 / self.error_rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +53,12 @@ class Strategy:
 
   Attributes:
     name: what it is called in results.
-    bets: (losses [n, k], tolerance, cap, error_rate) -> bets [n, k] in [0, cap]; row i may
-      depend on rows before i of the same column, on the other arguments and on n alone.
-    any_level: whether p-values are useful at levels other than `error_rate`.
+    bets: (losses [n, k], design) -> bets [n, k] in [0, cap]; row i depends on rows before i of
+      the same column and on the design alone.
   """
 
   name: str
-  bets: Callable[[np.ndarray, npt.ArrayLike, npt.ArrayLike, float], np.ndarray]
-  any_level: bool = True
+  bets: Callable[[np.ndarray, Design], np.ndarray]
 
 
 def _before(running: np.ndarray, first: float) -> np.ndarray:
@@ -40,17 +66,35 @@ def _before(running: np.ndarray, first: float) -> np.ndarray:
   return np.concatenate([np.full_like(running[:1], first), running[:-1]])
 
 
-def _plug_in_bets(losses, tolerance, cap, error_rate) -> np.ndarray:
-  del tolerance  # only the cap depends on it
-  count = np.arange(1.0, len(losses) + 1.0)[:, None]
-  mean = np.cumsum(losses, axis=0) / (count + 1.0)
-  spread = _PRIOR_VARIANCE + np.cumsum((losses - mean) ** 2, axis=0)
-  variance = _before(spread / (count + 1.0), _PRIOR_VARIANCE)
-  target = math.sqrt(2.0 * math.log(1.0 / error_rate) / len(losses))
-  return np.minimum(target / np.sqrt(np.maximum(variance, 1e-12)), cap)
+def _variance_before(losses: np.ndarray) -> np.ndarray:
+  count = np.arange(2.0, len(losses) + 2.0)[:, None]
+  mean = np.cumsum(losses, axis=0) / count
+  variance = (PRIOR_VARIANCE + np.cumsum((losses - mean) ** 2, axis=0)) / count
+  return np.maximum(_before(variance, PRIOR_VARIANCE), _LEAST_VARIANCE)
 
 
+def _plug_in_bets(losses: np.ndarray, design: Design) -> np.ndarray:
+  scale = math.sqrt(2.0 * design.target / design.planned_size)
+  return np.minimum(scale / np.sqrt(_variance_before(losses)), design.cap)
+
+
+def _fixed_level_bets(losses: np.ndarray, design: Design) -> np.ndarray:
+  deviations = 1.0 / np.sqrt(_variance_before(losses))
+  bets = np.zeros_like(losses)
+  wealth = np.zeros(losses.shape[1])
+  for row, loss in enumerate(losses):
+    left = max(1, design.planned_size - row)
+    needed = np.maximum(design.target - wealth, 0.0)
+    bets[row] = np.minimum(np.sqrt(2.0 * needed / left) * deviations[row], design.cap)
+    wealth += np.log(1.0 + bets[row] * (design.tolerance - loss))
+  return bets
+
+
+# The bet of Waudby-Smith and Ramdas (2024) with a fixed sample size in mind.
 PLUG_IN = Strategy('plug_in', _plug_in_bets)
+# Recalculates what is still needed to reach 1 / error_rate and stops there (Voracek 2025): more
+# power at that one level, a useless p-value at any other.
+FIXED_LEVEL = Strategy('fixed_level', _fixed_level_bets)
 
 
 def check_losses(losses: npt.ArrayLike, upper: float) -> np.ndarray:
@@ -63,12 +107,13 @@ def check_losses(losses: npt.ArrayLike, upper: float) -> np.ndarray:
   if losses.ndim not in (1, 2) or not losses.size:
     raise ValueError(
       '`losses` must be [num_examples] or [num_examples, num_thresholds] with at least one row,'
-      ' got'
-      f' shape {losses.shape}.'
+      f' got shape {losses.shape}.'
     )
-  if not np.all(losses <= upper) or np.any(np.isneginf(losses)):
-    bad = losses[~(losses <= upper) | np.isneginf(losses)].flat[0]
-    raise ValueError(f'`losses` must be finite and at most `upper` = {upper}, got {bad!r}.')
+  bad = ~((losses <= upper) & (losses > -np.inf))
+  if np.any(bad):
+    raise ValueError(
+      f'`losses` must be finite and at most `upper` = {upper}, got {losses[bad].flat[0]!r}.'
+    )
   return losses
 
 
@@ -81,62 +126,50 @@ def check_levels(tolerance: float, error_rate: float, upper: float) -> None:
 
 
 def log_wealth(
-  losses: npt.ArrayLike,
-  tolerance: float,
-  *,
-  error_rate: float = 0.05,
-  upper: float = 1.0,
-  strategy: Strategy = PLUG_IN,
+  losses: npt.ArrayLike, design: Design, strategy: Strategy = PLUG_IN
 ) -> np.ndarray:
   """log wealth after each prompt.
 
   Args:
     losses: [num_examples] or [num_examples, num_thresholds], in the fixed order.
-    tolerance: below `upper`.
-    error_rate: level the bets are tuned for.
-    upper: declared upper bound of losses.
+    design: tolerance, level, planned size and upper bound.
     strategy: how bets are chosen.
 
   Returns:
     The shape of `losses`, in nats; wealth starts at 1 before the first row.
 
   Raises:
-    ValueError: losses are not finite or above `upper`, or another argument leaves its range.
+    ValueError: losses are not finite or above the upper bound, there are more of them than
+      planned, or the design leaves its range.
   """
-  losses = check_losses(losses, upper)
-  check_levels(tolerance, error_rate, upper)
+  losses = check_losses(losses, design.upper)
+  check_levels(float(np.max(design.tolerance)), design.error_rate, design.upper)
+  if len(losses) > design.planned_size:
+    raise ValueError(
+      f'`planned_size` must be at least the number of losses, got {design.planned_size} for'
+      f' {len(losses)}.'
+    )
   columns = losses.reshape(len(losses), -1)
-  bets = strategy.bets(columns, tolerance, CAP_SHARE / (upper - tolerance), error_rate)
-  wealth = np.cumsum(np.log(1.0 + bets * (tolerance - columns)), axis=0)
+  gains = design.tolerance - columns
+  wealth = np.cumsum(np.log(1.0 + strategy.bets(columns, design) * gains), axis=0)
   return wealth.reshape(losses.shape)
 
 
 def least_log_wealth(
-  losses: np.ndarray,
-  below: np.ndarray,
-  above: np.ndarray,
-  levels: tuple[float, float],
-  strategy: Strategy = PLUG_IN,
+  losses: np.ndarray, below: Design, above: Design, strategy: Strategy = PLUG_IN
 ) -> np.ndarray:
-  """A lower bound of log wealth, the same for every tolerance between `below` and `above`.
+  """A lower bound of log wealth, the same for every tolerance from `below`'s to `above`'s.
 
   Args:
     losses: [num_examples, num_thresholds].
-    below: [num_thresholds] lower ends of the intervals of tolerances.
-    above: [num_thresholds] upper ends, at most the upper bound of losses.
-    levels: (error_rate, upper bound of losses).
+    below: design with the lower ends of intervals of tolerances, [num_thresholds].
+    above: the same with the upper ends.
     strategy: how bets are chosen; bets may not fall as the tolerance grows.
 
   Returns:
     [num_examples, num_thresholds] nats.
   """
-  error_rate, upper = levels
-  caps = [CAP_SHARE / np.maximum(upper - end, 1e-9) for end in (below, above)]
-  least, most = (
-    strategy.bets(losses, end, cap, error_rate)
-    for end, cap in zip((below, above), caps, strict=True)
-  )
-  gains = below - losses
-  factors = 1.0 + np.where(gains >= 0.0, least, most) * gains
+  gains = below.tolerance - losses
+  bets = np.where(gains >= 0.0, strategy.bets(losses, below), strategy.bets(losses, above))
   # An interval that reaches far up may allow ruin; it is then not rejected.
-  return np.cumsum(np.log(np.maximum(factors, 1e-300)), axis=0)
+  return np.cumsum(np.log(np.maximum(1.0 + bets * gains, 1e-300)), axis=0)

@@ -66,15 +66,15 @@ def betting(
   error_rate: float,
   lower: float = 0.0,
   upper: float = 1.0,
-  strategy: betting_lib.Strategy = betting_lib.PLUG_IN,
+  planned_size: int | None = None,
   precision: float = 1e-4,
 ) -> np.ndarray:
-  """Upper bound from the betting p-value, valid at any time.
+  """Upper bound from the betting p-value; it holds whenever one stops.
 
   The set of rejected tolerances need not be an interval, because bets depend on the tolerance.
   So whole intervals are rejected from the top: for tolerances m in [a, b], bets lie in [bet(a),
-  bet(b)] and every factor is at least 1 + min(bet(a), bet(b) where a < loss) (a - loss). The
-  result is the lower end of the last interval rejected that way, and everything above it is
+  bet(b)] and every factor is at least 1 + bet(a) (a - loss) where a >= loss, else 1 + bet(b) (a
+  - loss). The result is the lower end of the last interval rejected so: all above it is
   rejected.
 
   Args:
@@ -82,7 +82,7 @@ def betting(
     error_rate: in (0, 1).
     lower: declared lower bound of losses.
     upper: declared upper bound of losses.
-    strategy: how bets are chosen; bets may not fall as the tolerance grows.
+    planned_size: prompts that were planned; None takes the number of losses.
     precision: intervals are halved down to this share of `upper - lower`.
 
   Returns:
@@ -94,17 +94,16 @@ def betting(
   losses = betting_lib.check_losses(losses, upper)
   betting_lib.check_levels(lower, error_rate, upper)
   columns = losses.reshape(len(losses), -1)
-  level = np.log(1.0 / error_rate)
+  size = planned_size or len(losses)
   bound = np.full(columns.shape[1], float(upper))
   step = (bound - np.maximum(columns.mean(axis=0), lower)) / 2.0
   least = precision * (upper - lower)
   while np.any(active := step > least):
-    below = bound[active] - step[active]
-    wealth = betting_lib.least_log_wealth(
-      columns[:, active], below, bound[active], (error_rate, upper), strategy
-    )
-    rejected = wealth.max(axis=0) >= level
-    bound[active] = np.where(rejected, below, bound[active])
-    step[active] = np.where(rejected, step[active], step[active] / 2.0)
-    step = np.minimum(step, np.maximum(bound - lower, 0.0) / 2.0)
+    above = betting_lib.Design(bound[active], error_rate, size, upper)
+    below = betting_lib.Design(bound[active] - step[active], error_rate, size, upper)
+    wealth = betting_lib.least_log_wealth(columns[:, active], below, above)
+    rejected = wealth.max(axis=0) >= above.target
+    bound[active] -= np.where(rejected, step[active], 0.0)
+    step[active] /= np.where(rejected, 1.0, 2.0)
+    step = np.minimum(step, (bound - lower) / 2.0)
   return bound.reshape(losses.shape[1:])

@@ -255,12 +255,8 @@ def calibrate(
     )
   if groups is not None:
     sample = ordering.cluster_means(sample, groups)
-  if chosen.clips:
-    sample = dataclasses.replace(
-      sample,
-      values=np.maximum(sample.values, 0.0),
-      support=Support(binary=sample.support.binary),
-    )
+  prepared, declared = chosen.prepare(sample.values, sample.support)
+  sample = dataclasses.replace(sample, values=prepared, support=declared)
   rows_order, seed = ordering.test_order(sample)
   values = sample.values[rows_order] if chosen.ordered else sample.values
   faults = _faults(sample)
@@ -275,7 +271,7 @@ def calibrate(
   result = testing.PROCEDURES[testing_procedure](np.exp(log_p), error_rate)
   return Calibration(
     threshold=_lowest(sample.thresholds, result.rejected),
-    reason=_reason(sample, result, faults, (tolerance, error_rate)),
+    reason=_reason(sample, result, faults, (tolerance, error_rate, testing_procedure)),
     tolerance=float(tolerance),
     error_rate=float(error_rate),
     method=chosen.name,
@@ -377,8 +373,8 @@ def _rows(losses, log_p, bound, result: testing.TestResult) -> tuple[Row, ...]:
   )
 
 
-def _reason(losses, result: testing.TestResult, faults: list[str], rates) -> str:
-  tolerance, error_rate = rates
+def _reason(losses, result: testing.TestResult, faults: list[str], test) -> str:
+  tolerance, error_rate, procedure = test
   grid, rejected = losses.thresholds, result.rejected
   first = int(np.argmin(rejected))
   if rejected.all():
@@ -387,11 +383,10 @@ def _reason(losses, result: testing.TestResult, faults: list[str], rates) -> str
   if rejected.any():
     lowest = _lowest(grid, rejected)
     return f'{lowest} is the lowest certified threshold; {grid[first]} is not certified{fault}.'
-  needed = planning.min_calibration_size(tolerance, error_rate, lower=losses.support.lower)
-  if len(losses.values) < needed:
-    return (
-      f'Nothing can be certified: {len(losses.values)} prompts are too few at tolerance'
-      f' {tolerance}'
-      f' and error rate {error_rate} whatever their losses; at least {needed} are needed.'
-    )
+  share = testing.first_share(procedure, len(grid))
+  refusal = planning.refusal(
+    len(losses.values), tolerance, error_rate * share, lower=losses.support.lower
+  )
+  if refusal:
+    return f'Nothing can be certified: {refusal}'
   return f'Nothing is certified: the first threshold {grid[first]} already fails{fault}.'

@@ -59,6 +59,12 @@ class Method:
       raise ValueError(f'`method` {self.name!r} {reason}.')
     return self
 
+  def prepare(self, values: np.ndarray, support: Support) -> tuple[np.ndarray, Support]:
+    """(losses as this method tests them, their support)."""
+    if not self.clips:
+      return values, support
+    return np.maximum(values, 0.0), Support(binary=support.binary)
+
 
 @dataclasses.dataclass(frozen=True)
 class Auto:
@@ -122,7 +128,6 @@ def _of_bets(name: str, strategy: betting.Strategy) -> Method:
       error_rate=sample.error_rate,
       lower=sample.support.lower,
       upper=sample.support.upper,
-      strategy=strategy,
     )
 
   return Method(name, log_p_values, upper_bounds, _refuses_nothing, ordered=True)
@@ -136,6 +141,7 @@ METHODS: Mapping[str, Method | Auto] = {
   'convex_order': _of_sums('convex_order', p_values.convex_order),
   'binomial': _of_sums('binomial', p_values.binomial, refuses=_refuses_all_but_binary),
   'betting': _of_bets('betting', betting.PLUG_IN),
+  'betting_fixed_level': _of_bets('betting_fixed_level', betting.FIXED_LEVEL),
 }
 
 

@@ -210,6 +210,7 @@ def betting(
   *,
   error_rate: float = 0.05,
   upper: float = 1.0,
+  planned_size: int | None = None,
   strategy: betting_lib.Strategy = betting_lib.PLUG_IN,
   log: bool = False,
 ) -> np.ndarray:
@@ -230,6 +231,8 @@ def betting(
     tolerance: below `upper`.
     error_rate: level the bets are tuned for, in (0, 1).
     upper: declared upper bound of losses.
+    planned_size: prompts that were planned; None takes the number of losses. A test that may
+      stop early must plan beforehand.
     strategy: how bets are chosen.
     log: whether to return log p.
 
@@ -242,9 +245,9 @@ def betting(
   >>> betting(np.zeros(100), 0.1).round(6)
   np.float64(9.3e-05)
   """
-  wealth = betting_lib.log_wealth(
-    losses, tolerance, error_rate=error_rate, upper=upper, strategy=strategy
-  )
+  losses = betting_lib.check_losses(losses, upper)
+  design = betting_lib.Design(tolerance, error_rate, planned_size or len(losses), upper)
+  wealth = betting_lib.log_wealth(losses, design, strategy)
   return _finish(-np.maximum(0.0, wealth.max(axis=0)), log)
 
 

@@ -1,6 +1,13 @@
 """How many calibration prompts are needed, before any is decoded."""
 
+import dataclasses
 import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from calm.calibrate import methods, testing
+from calm.calibrate.sequence_losses import SequenceLosses
 
 
 def min_calibration_size(tolerance: float, error_rate: float, *, lower: float = 0.0) -> int:
@@ -36,3 +43,98 @@ def min_calibration_size(tolerance: float, error_rate: float, *, lower: float = 
   # A whole number must not be rounded up by the last digit of two logarithms.
   nearest = round(size)
   return max(1, nearest if abs(size - nearest) < 1e-9 else math.ceil(size))
+
+
+def refusal(
+  num_examples: int, tolerance: float, error_rate: float, *, lower: float = 0.0
+) -> str:
+  """Why so few prompts cannot certify anything, and how many could; '' where they can.
+
+  Args:
+    num_examples: prompts there are.
+    tolerance: in (lower, 1).
+    error_rate: level of the first hypothesis that is tested.
+    lower: declared lower bound of losses.
+  """
+  needed = min_calibration_size(tolerance, error_rate, lower=lower)
+  if num_examples >= needed:
+    return ''
+  return (
+    f'{num_examples} prompts are too few at tolerance {tolerance} and error rate {error_rate},'
+    f' whatever their losses; at least {needed} are needed.'
+  )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PowerCurve:
+  """How likely a calibration set of some size certifies a threshold, judged by pilot losses.
+
+  Attributes:
+    sizes: [num_sizes] calibration sizes.
+    thresholds: [num_thresholds] grid.
+    power: [num_sizes, num_thresholds] share of draws that certified the threshold.
+    draws: calibration sets drawn per size.
+  """
+
+  sizes: tuple[int, ...]
+  thresholds: np.ndarray
+  power: np.ndarray
+  draws: int
+
+  def size_for(self, threshold: float, power: float = 0.8) -> int | None:
+    """The smallest size that certifies `threshold` with at least that power, or None."""
+    column = self.power[:, int(np.flatnonzero(self.thresholds == threshold)[0])]
+    enough = [size for size, share in zip(self.sizes, column, strict=True) if share >= power]
+    return min(enough, default=None)
+
+  def __str__(self) -> str:
+    head = 'prompts ' + ' '.join(f'{threshold:>7.4g}' for threshold in self.thresholds)
+    lines = [
+      f'{size:>7} ' + ' '.join(f'{100 * share:>6.0f}%' for share in row)
+      for size, row in zip(self.sizes, self.power, strict=True)
+    ]
+    return '\n'.join([head, *lines])
+
+
+def power_curve(
+  pilot: SequenceLosses,
+  sizes: Sequence[int],
+  *,
+  tolerance: float,
+  error_rate: float,
+  method: str = 'auto',
+  draws: int = 200,
+  seed: int = 0,
+) -> PowerCurve:
+  """Power of fixed sequence testing at several calibration sizes, from pilot losses.
+
+  Calibration sets are drawn with replacement from the pilot's rows. It is a forecast, not a
+  guarantee; pilot prompts (validation) must not be calibration prompts.
+
+  Args:
+    pilot: losses of pilot prompts on the grid that will be tested.
+    sizes: calibration sizes to try.
+    tolerance: delta, in (0, 1).
+    error_rate: epsilon, in (0, 1).
+    method: as for `calibrate`.
+    draws: calibration sets per size.
+    seed: of the draws.
+
+  Raises:
+    ValueError: a size is below 1, or `method` does not fit the losses.
+  """
+  if not len(sizes) or min(sizes) < 1 or draws < 1:
+    raise ValueError(
+      f'`sizes` must be at least 1 each and `draws` at least 1, got {sizes} and {draws}.'
+    )
+  chosen = methods.get_method(method, pilot.support)
+  values, support = chosen.prepare(pilot.values, pilot.support)
+  generator = np.random.default_rng(seed)
+  power = np.zeros((len(sizes), values.shape[1]))
+  for row, size in enumerate(sizes):
+    for _ in range(draws):
+      drawn = values[generator.integers(len(values), size=size)]
+      sample = methods.Sample(drawn, support, tolerance, error_rate)
+      p_values = np.exp(chosen.log_p_values(sample))
+      power[row] += testing.fixed_sequence(p_values, error_rate).rejected
+  return PowerCurve(tuple(sizes), np.asarray(pilot.thresholds), power / draws, draws)

@@ -255,3 +255,16 @@ PROCEDURES: Mapping[str, Procedure] = {
   'holm': holm,
   'bonferroni': bonferroni,
 }
+
+# Largest share of the error rate that any hypothesis starts with.
+_FIRST_SHARES: Mapping[str, Callable[[int], float]] = {
+  'fixed_sequence': lambda count: 1.0,
+  'fallback': lambda count: float(front_loaded_weights(count)[0]),
+  'holm': lambda count: 1.0 / count,
+  'bonferroni': lambda count: 1.0 / count,
+}
+
+
+def first_share(procedure: str, count: int) -> float:
+  """Share of the error rate at which a procedure of `PROCEDURES` tests its first hypothesis."""
+  return _FIRST_SHARES[procedure](count)

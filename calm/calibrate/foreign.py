@@ -1,0 +1,163 @@
+"""Outputs decoded elsewhere: T5X's `infer` files and plain {id, prediction} JSON Lines.
+
+Nothing says how such outputs were decoded, so `procedure` is None unless the caller states it.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from calm.calibrate import records as records_lib
+from calm.calibrate import thresholds as thresholds_lib
+from calm.calibrate.generations import Generations
+from calm.calibrate.procedures import Procedure, Provenance
+from calm.calibrate.records import GenerationsError, Line, Prompt, Record
+
+Path = str | pathlib.Path
+
+# T5X names features so; whatever else a line has is ignored.
+_INPUT, _TARGET = 'inputs_pretokenized', 'targets_pretokenized'
+
+
+def read_predictions(path: Path) -> tuple[tuple[Prompt, ...], tuple[Record, ...]]:
+  """Reads one file of outputs, of either form, line by line.
+
+  A T5X `infer` line ({"inputs": {...}, "prediction": ..., "aux": {...}}) gives the prompt too;
+  its id is `inputs.id` where the task kept one, else the line number. A plain line is
+  {"id": ..., "prediction": ...}; `input`, `targets`, `group` and the fields of `Record` are
+  read where they are there.
+
+  Args:
+    path: JSON Lines file.
+
+  Returns:
+    Prompts and records in the order of the file.
+
+  Raises:
+    GenerationsError: a line is neither, or an id occurs twice; the message names file and line.
+  """
+  prompts, records = {}, []
+  for line in records_lib.read_lines(path):
+    try:
+      prompt, record = _read_line(line)
+    except (TypeError, ValueError) as error:
+      raise line.error(
+        f'no output: {error}. Expected {{"id", "prediction"}} or a line of T5X infer.'
+      ) from error
+    if prompt.id in prompts:
+      raise line.error(f'the id {prompt.id!r} occurs twice in this file.')
+    prompts[prompt.id] = prompt
+    records.append(record)
+  if not records:
+    raise GenerationsError(f'{path}: there is no output in this file.')
+  return tuple(prompts.values()), tuple(records)
+
+
+def _read_line(line: Line) -> tuple[Prompt, Record]:
+  value = line.value
+  if isinstance(value.get('inputs'), Mapping):
+    features = value['inputs']
+    name = str(features.get('id', f'line {line.number}'))
+    return _t5x_prompt(name, features), Record.from_json(_t5x_record(name, value))
+  prompt = Prompt.from_json({'input': '', **value})
+  return prompt, Record.from_json(value)
+
+
+def _t5x_prompt(name: str, features: Mapping[str, Any]) -> Prompt:
+  targets = features.get('targets', features.get(_TARGET, ()))
+  texts = [targets] if isinstance(targets, str) else list(targets or ())
+  if not all(isinstance(text, str) for text in texts):
+    # With include_all_inputs `targets` are tokens; the text stands beside.
+    texts = [features[_TARGET]] if _TARGET in features else []
+  group = features.get('group', features.get('source'))
+  return Prompt.from_json(
+    {'id': name, 'input': features.get(_INPUT, ''), 'targets': texts, 'group': group}
+  )
+
+
+def _t5x_record(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+  record = {'id': name, 'prediction': value.get('prediction')}
+  aux = value.get('aux') or {}
+  for field in ('exit_layers', 'confidences', 'rejected_confidences'):
+    if field in aux:
+      record[field] = aux[field]
+  tokens = value.get('prediction_tokens')
+  layers = record.get('exit_layers')
+  if layers is not None:
+    # Padding has exit layer 0 and follows the real tokens.
+    length = sum(layer > 0 for layer in layers)
+    for field in ('exit_layers', 'confidences', 'rejected_confidences'):
+      if field in record:
+        record[field] = record[field][:length]
+    tokens = tokens if tokens is None or len(tokens) == length else None
+  if tokens is not None:
+    record['tokens'] = tokens
+  score = aux.get('scores', aux.get('score'))
+  if isinstance(score, int | float):
+    record['score'] = score
+  return record
+
+
+def gather(
+  full: Path,
+  by_threshold: Mapping[float, Path],
+  *,
+  prompts: Path | None = None,
+  procedure: Procedure | None = None,
+  provenance: Provenance | None = None,
+) -> Generations:
+  """Cached generations from one file a threshold, in any form `read_predictions` knows.
+
+  Args:
+    full: outputs of the full model.
+    by_threshold: {threshold: file}, thresholds in [0, 1].
+    prompts: JSON Lines of {id, input, targets, group}; None takes what `full` says.
+    procedure: how they were decoded, where the caller can vouch for it.
+    provenance: their story.
+
+  Returns:
+    `Generations` with prompts in the order of `prompts`, or of `full`.
+
+  Raises:
+    GenerationsError: a file is damaged, ids are missing or unknown somewhere, or a line that
+      goes by its number has another input than the same line of `full`.
+    ValueError: a threshold leaves [0, 1].
+  """
+  grid = thresholds_lib.validate_grid(sorted(by_threshold, reverse=True))
+  known, full_records = read_predictions(full)
+  if prompts is not None:
+    known = records_lib.read_prompts(prompts)
+  by_id = {prompt.id: prompt for prompt in known}
+  columns = [_align(full, known, full_records, by_id, by_id)]
+  for threshold in grid.tolist():
+    path = by_threshold[threshold]
+    others, records = read_predictions(path)
+    columns.append(_align(path, known, records, by_id, {other.id: other for other in others}))
+  return Generations(
+    prompts=known,
+    thresholds=np.asarray(grid),
+    records=tuple(columns[1:]),
+    full=columns[0],
+    procedure=procedure,
+    provenance=provenance or Provenance(),
+  )
+
+
+def _align(path: Path, known, records, by_id, others) -> tuple[Record, ...]:
+  found = {record.id: record for record in records}
+  missing = [prompt.id for prompt in known if prompt.id not in found]
+  unknown = [name for name in found if name not in by_id]
+  if missing or unknown:
+    raise GenerationsError(
+      f'{path}: must have one output of each of the {len(known)} prompts; missing'
+      f' {missing[:5]}, unknown {unknown[:5]}.'
+    )
+  for number, (name, other) in enumerate(others.items(), start=1):
+    if other.input and by_id[name].input and other.input != by_id[name].input:
+      raise GenerationsError(
+        f'{path}: output {number} (id {name!r}) belongs to the input {other.input[:60]!r}, but'
+        f' the prompt of that id is {by_id[name].input[:60]!r}: the files are not aligned.'
+      )
+  return tuple(found[prompt.id] for prompt in known)

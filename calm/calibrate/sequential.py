@@ -1,0 +1,245 @@
+"""Calibration that decodes no more prompts than it needs.
+
+Prompts come in a recorded order. At each threshold, from the safest down, wealth is followed
+prompt by prompt: it certifies as soon as it reaches 1 / error_rate, and it fails as soon as
+  even the lowest
+declared loss at the largest bet on all remaining prompts would not get it there. The first
+failure ends the grid (fixed sequence testing).
+
+Stopping early is valid only because the bet on prompt i is a function of the losses of prompts
+before i in the recorded order, of tolerance, error rate and the planned number alone.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from calm.calibrate import betting, bounds, testing
+from calm.calibrate import thresholds as thresholds_lib
+from calm.calibrate.calibration import Calibration, Row
+from calm.calibrate.procedures import Procedure, Provenance
+from calm.calibrate.sequence_losses import Support
+
+OPEN, CERTIFIED, FAILED = 'open', 'certified', 'failed'
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """Losses that are wanted next.
+
+  Attributes:
+    threshold: at which threshold.
+    start: first prompt, as a position in the recorded order.
+    stop: one past the last prompt.
+  """
+
+  threshold: float
+  start: int
+  stop: int
+
+
+class SequentialCalibration:
+  """Asks for losses and decides; see the module's description.
+
+  test = SequentialCalibration(grid, num_examples, tolerance=0.1, error_rate=0.05)
+  while (request := test.request(batch_size)) is not None:
+    test.add(losses_of(request))
+  calibration = test.calibration()
+  """
+
+  def __init__(
+    self,
+    thresholds: npt.ArrayLike,
+    planned_size: int,
+    *,
+    tolerance: float,
+    error_rate: float,
+    support: Support | None = None,
+  ):
+    """Starts with nothing seen.
+
+    Args:
+      thresholds: strictly descending grid.
+      planned_size: prompts that may be decoded at most.
+      tolerance: delta, in (0, 1).
+      error_rate: epsilon, in (0, 1).
+      support: declared range of losses; [0, 1] by default.
+
+    Raises:
+      ValueError: an argument leaves its range.
+    """
+    self.thresholds = thresholds_lib.validate_grid(np.asarray(thresholds))
+    self.support = support or Support()
+    betting.check_levels(tolerance, error_rate, self.support.upper)
+    if not 0.0 < tolerance or planned_size < 1:
+      raise ValueError(
+        '`tolerance` must be in (0, 1) and `planned_size` at least 1, got'
+        f' {tolerance!r} and {planned_size!r}.'
+      )
+    self.design = betting.Design(tolerance, error_rate, planned_size, self.support.upper)
+    self._losses: list[list[float]] = [[]]
+    self._states: list[str] = [OPEN]
+
+  @property
+  def finished(self) -> bool:
+    """Whether nothing more is wanted."""
+    return self._states[-1] != OPEN
+
+  def request(self, batch_size: int = 1) -> Request | None:
+    """The next prompts to decode, at most `batch_size` of them; None when all is decided."""
+    if self.finished:
+      return None
+    seen = len(self._losses[-1])
+    stop = min(seen + batch_size, self.design.planned_size)
+    return Request(float(self.thresholds[len(self._losses) - 1]), seen, stop)
+
+  def add(self, losses: Sequence[float] | np.ndarray) -> str:
+    """Takes the losses that `request` asked for, in the recorded order.
+
+    Losses after the one that decides are kept on record and not used.
+
+    Returns:
+      The state of their threshold: 'open', 'certified' or 'failed'.
+
+    Raises:
+      ValueError: nothing was asked for, there are more than planned, or a loss is NaN or out of
+        its declared range.
+    """
+    values = np.asarray(losses, np.float64)
+    column = self._losses[-1]
+    if self.finished or len(column) + len(values) > self.design.planned_size:
+      raise ValueError(
+        '`losses` must be those of the last `request`; got more than it asked for.'
+      )
+    low, high = self.support.lower, self.support.upper
+    inside = (values >= low) & (values <= high)
+    if not inside.all():
+      raise ValueError(
+        f'`losses` must lie in the declared range [{low}, {high}], got'
+        f' {values[~inside][0]!r} at prompt {len(column) + int(np.argmin(inside))} of the'
+        ' order.'
+      )
+    for value in values.tolist():
+      column.append(value)
+    used, state = decide(column, self.design, low)
+    del column[used:]
+    self._states[-1] = state
+    if state == CERTIFIED and len(self._losses) < len(self.thresholds):
+      self._losses.append([])
+      self._states.append(OPEN)
+    return state
+
+  def calibration(
+    self,
+    *,
+    kind: str = 'loss',
+    metric: str = 'unknown',
+    order: str = 'permuted',
+    seed: str = '',
+    procedure: Procedure | None = None,
+    provenance: Provenance | None = None,
+  ) -> Calibration:
+    """The outcome; p-values and bounds hold whenever one stops, means are left out.
+
+    Raises:
+      ValueError: losses are still wanted.
+    """
+    if not self.finished:
+      raise ValueError('`calibration` needs a finished test; `request` still asks for losses.')
+    rows = [self._row(index) for index in range(len(self.thresholds))]
+    certified = [row.threshold for row in rows if row.rejected]
+    p_values = np.array([row.p_value for row in rows])
+    visited = testing.fixed_sequence(p_values, self.design.error_rate).visited
+    return Calibration(
+      threshold=min(certified) if certified else thresholds_lib.NEVER_EXIT,
+      reason=self._reason(len(certified)),
+      tolerance=float(np.asarray(self.design.tolerance)),
+      error_rate=self.design.error_rate,
+      method='betting',
+      testing='fixed_sequence',
+      kind=kind,
+      metric=metric,
+      support=self.support,
+      num_examples=self.design.planned_size,
+      clusters=False,
+      rows=tuple(rows),
+      visited=visited,
+      order=order,
+      seed=seed,
+      sequential=True,
+      procedure=procedure,
+      provenance=provenance or Provenance(metric=metric, order=order, method='betting'),
+    )
+
+  def _row(self, index: int) -> Row:
+    threshold = float(self.thresholds[index])
+    losses = self._losses[index] if index < len(self._losses) else []
+    if not losses:
+      return Row(threshold, 0, math.nan, 1.0, 0.0, math.nan, 1.0, False)
+    wealth = betting.log_wealth(losses, self.design)
+    log_p = -max(0.0, float(wealth.max()))
+    bound = bounds.betting(
+      losses,
+      error_rate=self.design.error_rate,
+      lower=self.support.lower,
+      upper=self.support.upper,
+      planned_size=self.design.planned_size,
+    )
+    earlier = [self._row_p_value(before) for before in range(index)]
+    return Row(
+      threshold=threshold,
+      num_examples=len(losses),
+      # A mean that stopped when it looked good is no estimate.
+      mean=math.nan,
+      p_value=math.exp(log_p),
+      log_p_value=log_p,
+      upper_bound=float(bound),
+      adjusted_p_value=max([math.exp(log_p), *earlier]),
+      rejected=self._states[index] == CERTIFIED,
+    )
+
+  def _row_p_value(self, index: int) -> float:
+    return math.exp(
+      -max(0.0, float(betting.log_wealth(self._losses[index], self.design).max()))
+    )
+
+  def _reason(self, certified: int) -> str:
+    used = sum(len(column) for column in self._losses)
+    most = self.design.planned_size * len(self.thresholds)
+    cost = f' {used} of at most {most} losses were needed.'
+    if certified == len(self.thresholds):
+      return f'Every threshold of the grid is certified.{cost}'
+    failed = self.thresholds[certified]
+    seen = len(self._losses[certified])
+    why = f'{failed} could no longer be certified after {seen} prompts.{cost}'
+    if certified:
+      return f'{self.thresholds[certified - 1]} is the lowest certified threshold; {why}'
+    return f'Nothing is certified: the first threshold {why}'
+
+
+def decide(
+  losses: Sequence[float] | np.ndarray, design: betting.Design, lower: float
+) -> tuple[int, str]:
+  """How many losses settle the hypothesis, and how.
+
+  Args:
+    losses: those seen so far, in the recorded order.
+    design: tolerance, level, planned size, upper bound.
+    lower: declared lower bound of losses.
+
+  Returns:
+    (losses used, 'certified' | 'failed' | 'open').
+  """
+  wealth = betting.log_wealth(np.asarray(losses, np.float64), design)
+  left = design.planned_size - np.arange(1, len(wealth) + 1)
+  best_gain = float(np.log1p(design.cap * (np.asarray(design.tolerance) - lower)))
+  certifies = wealth >= design.target
+  hopeless = ~certifies & ((wealth + left * best_gain < design.target) | (left == 0))
+  settled = certifies | hopeless
+  if not settled.any():
+    return len(wealth), OPEN
+  first = int(np.argmax(settled))
+  return first + 1, CERTIFIED if certifies[first] else FAILED
