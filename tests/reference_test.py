@@ -270,6 +270,22 @@ def test_relative_buckets_by_hand(bidirectional):
     assert network.relative_bucket(distance, bidirectional, 32, 128) == bucket, distance
 
 
+def test_each_side_reads_its_own_bias_by_distance():
+  m, prompt = model(), prompts(1)[0]
+  tables = {
+    side: m.leaf(side, "relpos_bias", "rel_embedding") for side in ("encoder", "decoder")
+  }
+  encoder, decoder = (network.position_bias(m, side, 2, 4) for side in tables)
+  np.testing.assert_array_equal(encoder, tables["encoder"][:, [2, 1, 0, 17]])
+  np.testing.assert_array_equal(decoder, tables["decoder"][:, [2, 1, 0, 0]])
+  encoded, decoded = network.encode(m, prompt), static(m, prompt, 4).logits
+  tables["decoder"][:] = 0
+  np.testing.assert_array_equal(network.encode(m, prompt), encoded)
+  assert not np.allclose(static(m, prompt, 4).logits[1], decoded[1])
+  tables["encoder"][:] = 0
+  assert not np.allclose(network.encode(m, prompt), encoded)
+
+
 def test_measures_by_hand():
   assert reference.cosine(np.array([3.0, 4.0]), np.array([4.0, 3.0])) == pytest.approx(0.96)
   m = model(dtype=np.float64)
