@@ -52,7 +52,10 @@ class Row:
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> 'Row':
     """The inverse of `to_json`."""
-    return cls(**{name: math.nan if entry is None else entry for name, entry in value.items()})
+    fields: dict[str, Any] = {
+      name: math.nan if entry is None else entry for name, entry in value.items()
+    }
+    return cls(**fields)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Writer:
       path = directory / generations.threshold_file(threshold)
       self._done[threshold] = set()
       if path.exists():
-        report = drop_partial_line(path)
+        report = records_lib.drop_partial_line(path)
         self.reports += [report] if report else []
         self._done[threshold] = set(generations.read_records(path, self._procedure))
 
@@ -105,25 +105,6 @@ class Writer:
       grid = [thresholds_lib.format_threshold(value) for value in self._thresholds]
       raise ValueError(f'`threshold` must be one of {grid}, got {threshold!r}.')
     return threshold
-
-
-def drop_partial_line(path: pathlib.Path) -> str | None:
-  """Repairs the end of a file whose writer was killed; returns what was done, if anything."""
-  content = path.read_bytes()
-  if not content or content.endswith(b'\n'):
-    return None
-  start = content.rfind(b'\n') + 1
-  number = content.count(b'\n') + 1
-  if records_lib.parse_line(content[start:])[0] is not None:
-    with open(path, 'ab') as file:
-      file.write(b'\n')
-    return None
-  with open(path, 'r+b') as file:
-    file.truncate(start)
-  return (
-    f'{path}:{number}: the last line was cut off and has been dropped'
-    f' ({len(content) - start} bytes); its prompt will be decoded again.'
-  )
 
 
 def _write_manifest(directory: pathlib.Path, manifest: Mapping[str, Any]) -> None:

@@ -222,3 +222,22 @@ def check_unique(prompts: Sequence[Prompt]) -> dict[str, Prompt]:
       f' ids that occur more than once: {twice[:5]}.'
     )
   return by_id
+
+
+def drop_partial_line(path: pathlib.Path) -> str | None:
+  """Repairs the end of a file whose writer was killed; returns what was done, if anything."""
+  content = path.read_bytes()
+  if not content or content.endswith(b'\n'):
+    return None
+  start = content.rfind(b'\n') + 1
+  number = content.count(b'\n') + 1
+  if parse_line(content[start:])[0] is not None:
+    with open(path, 'ab') as file:
+      file.write(b'\n')
+    return None
+  with open(path, 'r+b') as file:
+    file.truncate(start)
+  return (
+    f'{path}:{number}: the last line was cut off and has been dropped'
+    f' ({len(content) - start} bytes).'
+  )

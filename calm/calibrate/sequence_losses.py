@@ -1,12 +1,13 @@
 """Cached generations -> losses [num_examples, num_thresholds] (Definitions 1 and 2)."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from calm.calibrate import metric_values, metrics
+from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import Generations
 from calm.calibrate.metric_values import Progress
 from calm.calibrate.procedures import Procedure
@@ -88,34 +89,6 @@ class SequenceLosses:
     )
 
 
-def _complete(generations: Generations) -> None:
-  short = [
-    threshold
-    for threshold, records in zip(generations.thresholds, generations.records, strict=True)
-    if len(records) < len(generations.prompts)
-  ]
-  if short or len(generations.full) < len(generations.prompts):
-    raise ValueError(
-      '`generations` must have a record of every prompt at every threshold; they are incomplete'
-      ' at'
-      f' {short[:5]}. A sequential run is tested by `sequential`, not as a fixed sample.'
-    )
-
-
-def _losses(
-  generations: Generations, values: np.ndarray, metric: Any, **fields
-) -> SequenceLosses:
-  return SequenceLosses(
-    values=values,
-    thresholds=generations.thresholds,
-    metric=metric.name,
-    ids=generations.ids,
-    groups=generations.groups,
-    procedure=generations.procedure,
-    **fields,
-  )
-
-
 def textual_losses(
   generations: Generations,
   *,
@@ -139,18 +112,7 @@ def textual_losses(
   Raises:
     ValueError: generations are incomplete, or the metric is no bounded mean or leaves [0, 1].
   """
-  metric = metrics.get_metric(metric)
-  _complete(generations)
-  pairs = [
-    (record.prediction, (full.prediction,))
-    for records in generations.records
-    for record, full in zip(records, generations.full, strict=True)
-  ]
-  similarity = metric_values.compute(metric, pairs, workers=workers, progress=progress)
-  values = 1.0 - similarity.reshape(len(generations.records), -1).T
-  return _losses(
-    generations, values, metric, kind='textual', support=Support(binary=metric.binary)
-  )
+  return compute(generations, 'textual', metric=metric, workers=workers, progress=progress)
 
 
 def risk_losses(
@@ -183,29 +145,135 @@ def risk_losses(
     ValueError: a prompt has no references, generations are incomplete, or the metric is no
       bounded mean or leaves [0, 1].
   """
+  kind = 'risk_signed' if signed else 'risk_clipped'
+  return compute(generations, kind, metric=metric, workers=workers, progress=progress)
+
+
+def compute(
+  generations: Generations,
+  kind: str,
+  *,
+  metric: str | metrics.Metric = 'rouge_l',
+  workers: int | None = None,
+  progress: Progress | None = None,
+) -> SequenceLosses:
+  """Losses of the kind 'textual', 'risk_signed' or 'risk_clipped'; see the functions above.
+
+  Raises:
+    ValueError: as above, or `kind` is unknown.
+  """
+  short = [
+    thresholds_lib.format_threshold(threshold)
+    for threshold, records in zip(
+      [*generations.thresholds, thresholds_lib.NEVER_EXIT],
+      [*generations.records, generations.full],
+      strict=True,
+    )
+    if len(records) < len(generations.prompts)
+  ]
+  if short:
+    raise ValueError(
+      '`generations` must have a record of every prompt at every threshold; they are incomplete'
+      f' at {short[:5]}. A sequential run is tested prompt by prompt: `prefix_losses`.'
+    )
   metric = metrics.get_metric(metric)
-  _complete(generations)
+  columns = prefix_losses(generations, kind, metric=metric, workers=workers, progress=progress)
+  return SequenceLosses(
+    values=np.stack(columns, axis=1),
+    thresholds=generations.thresholds,
+    support=kind_support(kind, metric),
+    kind=kind,
+    metric=metric.name,
+    ids=generations.ids,
+    groups=generations.groups,
+    procedure=generations.procedure,
+  )
+
+
+def prefix_losses(
+  generations: Generations,
+  kind: str,
+  *,
+  metric: str | metrics.Metric = 'rouge_l',
+  workers: int | None = None,
+  progress: Progress | None = None,
+) -> tuple[np.ndarray, ...]:
+  """Losses of a run that may have stopped early: per threshold a prefix of the recorded order.
+
+  Args:
+    generations: cached generations; a threshold may have records of the first prompts only.
+    kind: 'textual', 'risk_signed' or 'risk_clipped'.
+    metric: registry name, import path or `Metric`.
+    workers: processes; None decides by the work there is.
+    progress: called with (pairs done, pairs in all).
+
+  Returns:
+    [num_thresholds] arrays, each [records of that threshold].
+
+  Raises:
+    ValueError: a prompt has no references, a threshold has more records than the full model,
+      the metric is no bounded mean or leaves [0, 1], or `kind` is unknown.
+  """
+  definition = _definition(kind)
+  metric = metrics.get_metric(metric)
+  if max(map(len, generations.records)) > len(generations.full):
+    raise ValueError('`generations` must have full-model records for all prompts used.')
+  columns = (
+    generations.records if definition.textual else (generations.full, *generations.records)
+  )
+  references = (
+    [(record.prediction,) for record in generations.full]
+    if definition.textual
+    else _targets(generations)
+  )
+  pairs = [
+    (record.prediction, texts)
+    for records in columns
+    for record, texts in zip(records, references, strict=False)
+  ]
+  similarity = metric_values.compute(metric, pairs, workers=workers, progress=progress)
+  split = np.split(similarity, np.cumsum([len(records) for records in columns])[:-1])
+  if definition.textual:
+    return tuple(1.0 - values for values in split)
+  full, *early = split
+  differences = (full[: len(values)] - values for values in early)
+  return tuple(np.maximum(values, definition.floor) for values in differences)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Definition:
+  textual: bool
+  floor: float
+
+
+_DEFINITIONS: Mapping[str, _Definition] = {
+  'textual': _Definition(textual=True, floor=0.0),
+  'risk_signed': _Definition(textual=False, floor=-1.0),
+  'risk_clipped': _Definition(textual=False, floor=0.0),
+}
+
+
+def _definition(kind: str) -> _Definition:
+  if kind not in _DEFINITIONS:
+    raise ValueError(f'`kind` must be one of {sorted(_DEFINITIONS)}, got {kind!r}.')
+  return _DEFINITIONS[kind]
+
+
+def kind_support(kind: str, metric: str | metrics.Metric) -> Support:
+  """The declared range of losses of a kind and metric.
+
+  Raises:
+    ValueError: `kind` or `metric` is unknown.
+  """
+  floor = _definition(kind).floor
+  return Support(lower=floor, binary=metrics.get_metric(metric).binary and floor == 0.0)
+
+
+def _targets(generations: Generations) -> list[tuple[str, ...]]:
   bare = [prompt.id for prompt in generations.prompts if not prompt.targets]
   if bare:
     raise ValueError(
       '`generations` must have references (`targets`) for every prompt to compute a risk;'
       f' {len(bare)} have none, first {bare[:5]}. Without references use `textual_losses`.'
     )
-  pairs = [
-    (record.prediction, prompt.targets)
-    for records in (generations.full, *generations.records)
-    for record, prompt in zip(records, generations.prompts, strict=True)
-  ]
-  similarity = metric_values.compute(metric, pairs, workers=workers, progress=progress)
-  full, *early = similarity.reshape(len(generations.records) + 1, -1)
-  values = np.stack([full - values for values in early], axis=1)
-  if signed:
-    support = Support(lower=-1.0)
-    return _losses(generations, values, metric, kind='risk_signed', support=support)
-  return _losses(
-    generations,
-    np.maximum(values, 0.0),
-    metric,
-    kind='risk_clipped',
-    support=Support(binary=metric.binary),
-  )
+  return [prompt.targets for prompt in generations.prompts]

@@ -74,7 +74,7 @@ class SequentialCalibration:
     self.thresholds = thresholds_lib.validate_grid(np.asarray(thresholds))
     self.support = support or Support()
     betting.check_levels(tolerance, error_rate, self.support.upper)
-    if not 0.0 < tolerance or planned_size < 1:
+    if tolerance <= 0.0 or planned_size < 1:
       raise ValueError(
         '`tolerance` must be in (0, 1) and `planned_size` at least 1, got'
         f' {tolerance!r} and {planned_size!r}.'
