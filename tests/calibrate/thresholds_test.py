@@ -1,0 +1,81 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calm.calibrate import thresholds
+
+
+@given(st.floats(0.0, 1.0))
+def test_text_of_a_threshold_reads_back_as_the_same_float(threshold):
+  assert thresholds.parse_threshold(thresholds.format_threshold(threshold)) == threshold
+  assert thresholds.parse_threshold(thresholds.threshold_to_json(threshold)) == threshold
+
+
+@pytest.mark.parametrize('text', ['never', ' Never '])
+def test_never_is_infinity_and_no_number(text):
+  assert thresholds.parse_threshold(text) == math.inf == thresholds.NEVER_EXIT
+  assert thresholds.parse_threshold(math.inf) == thresholds.NEVER_EXIT
+  assert thresholds.format_threshold(math.inf) == 'never'
+  assert thresholds.threshold_to_json(math.inf) == 'never'
+
+
+@pytest.mark.parametrize('value', ['1.5', '-0.1', 'nan', 'inf', 'x', '', None, math.nan, 2.0])
+def test_anything_else_is_refused_by_name(value):
+  with pytest.raises(ValueError, match=r'`threshold` must be .* got'):
+    thresholds.parse_threshold(value)
+
+
+@given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=20, unique=True))
+def test_any_strictly_descending_grid_in_the_unit_interval_is_accepted(values):
+  grid = sorted(values, reverse=True)
+  np.testing.assert_array_equal(thresholds.validate_grid(grid), grid)
+
+
+@given(st.lists(st.floats(allow_nan=True), max_size=6))
+def test_any_other_grid_is_refused(values):
+  good = (
+    len(values) > 0
+    and all(0.0 <= v <= 1.0 for v in values)
+    and all(a > b for a, b in zip(values, values[1:], strict=False))
+  )
+  if good:
+    thresholds.validate_grid(values)
+  else:
+    with pytest.raises(ValueError, match='`thresholds`'):
+      thresholds.validate_grid(values)
+
+
+@pytest.mark.parametrize(
+  ('grid', 'message'),
+  [
+    ([], 'non-empty'),
+    ([[0.9, 0.8]], 'one-dimensional'),
+    ([math.inf, 0.5], 'no grid point'),
+    ([0.5, math.nan], r'nan at position 1'),
+    ([0.5, 0.5], 'descend strictly'),
+    ([0.5, 0.6], 'descending order'),
+    ([1.1, 0.6], r'\[0, 1\], got 1.1'),
+  ],
+)
+def test_errors_say_what_is_wrong_with_a_grid(grid, message):
+  with pytest.raises(ValueError, match=message):
+    thresholds.validate_grid(grid)
+
+
+def test_default_grids():
+  even = [0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5]
+  even += [0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05]
+  assert thresholds.default_grid('softmax').tolist() == even
+  assert thresholds.default_grid('classifier').tolist() == even
+  state = thresholds.default_grid('state')
+  assert state[0] == 0.999 and state[-1] == 0.5
+  gaps = 1.0 - state
+  np.testing.assert_allclose(gaps[1:] / gaps[:-1], gaps[1] / gaps[0], rtol=2e-3)
+  for measure in ('softmax', 'state'):
+    grid = thresholds.default_grid(measure)
+    np.testing.assert_array_equal(thresholds.validate_grid(grid), grid)
+  with pytest.raises(ValueError, match=r"`measure` must be one of .* got 'oracle'"):
+    thresholds.default_grid('oracle')
