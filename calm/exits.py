@@ -69,7 +69,7 @@ class DynamicExits:
     state = _initial_state(hidden, active)
     state, rows = walk.from_layer(1, state)
     logits = state.logits
-    if not walk.heads_inside:
+    if logits is None:  # no head was needed on the way: one for every row's exit state
       logits = layers.logits(layers.num_layers, state.hidden)
     return TokenExit(
       logits,
@@ -258,7 +258,7 @@ class _Walk:
     hidden = jnp.where(done[:, None], state.hidden, hidden)
     memory = rule.propagation.remember(state.memory, layer, hidden, row, done)
     previous = state.hidden
-    state = state.replace(hidden=hidden, memory=memory)
+    state = dataclasses.replace(state, hidden=hidden, memory=memory)
     last = layer == layers.num_layers
     if last or layer in self.allowed:
       state = self._decide(layer, state, previous, last)
@@ -283,14 +283,15 @@ class _Walk:
     rejected = jnp.where(
       refused, jnp.maximum(state.rejected_confidence, confidence), state.rejected_confidence
     )
-    state = state.replace(
+    state = dataclasses.replace(
+      state,
       done=state.done | leaves,
       exit_layer=jnp.where(leaves, layer, state.exit_layer),
       confidence=jnp.where(leaves, confidence, state.confidence),
       rejected_confidence=rejected,
     )
     if self.heads_inside:
-      state = state.replace(logits=_keep_logits(state.logits, leaves, logits))
+      state = dataclasses.replace(state, logits=_keep_logits(state.logits, leaves, logits))
     return state
 
   def _skip_from(

@@ -4,6 +4,7 @@ Static things (sizes, rule, lengths) live in the frozen `Program`; the threshold
 that a whole grid compiles once.
 """
 
+import collections
 import dataclasses
 import functools
 from typing import Any
@@ -16,6 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 from calm import decoding, exits, network, step
 
 Params = Any
+
+# Traces so far in this process by function name: a body below runs only to be compiled.
+TRACES: collections.Counter[str] = collections.Counter()
 
 
 @struct.dataclass
@@ -62,6 +66,7 @@ class Program:
     self, weights: ModelWeights, encoder_input_tokens: Int[Array, "batch input_length"]
   ) -> step.Encoded:
     """Encoder states' cross-attention keys and values; for any number of decodings."""
+    TRACES["encode"] += 1
     config = dataclasses.replace(self.config, one_hot_embedding=False)
     encoded = network.Transformer(config).apply(
       {"params": weights.encoder}, encoder_input_tokens, enable_dropout=False, method="encode"
@@ -108,6 +113,7 @@ class Program:
       active: rows that hold a prompt; the others are padding of the batch.
       threshold: lambda, [] or one a row; `schedules.NEVER_EXIT` runs every layer.
     """
+    TRACES["decode"] += 1
     return self.decode_state(weights, encoded, active, threshold).generation
 
   def bind(
@@ -116,12 +122,12 @@ class Program:
     """The decode loop's step for this model, these prompts and this threshold."""
     table = step.bias_table(weights, self.config, self.max_decode_length)
 
-    def take_step(current, position, active, caches):
+    def take_step(current, position, active, cache):
       decoder = step.DecoderStep(
-        weights, self.config, encoded, caches, table.at(position), table.current
+        weights, self.config, encoded, cache, table.at(position), table.current
       )
       hidden = weights.embedding[current]
       token_exit = self.rule(decoder.layers(), hidden, active, threshold, position)
-      return token_exit, step.write_rows(caches, token_exit.rows, position)
+      return token_exit, step.write_rows(cache, token_exit.rows, position)
 
     return take_step

@@ -1,0 +1,334 @@
+"""Prompts -> `Outputs`: a model, its vocabulary and, where there is one, its promise.
+
+    model = inference.load("packed", calibration="calibration.json")
+    outputs = model.generate(["A long description of a package ..."])
+
+Needs no TensorFlow, seqio or T5X.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from calm import (
+  checkpoints,
+  decoding,
+  exits,
+  network,
+  programs,
+  prompts,
+  propagation,
+  schedules,
+  step,
+)
+from calm import confidence as confidence_lib
+from calm import outputs as outputs_lib
+from calm.calibrate import Calibration, Procedure
+
+PACKED = pathlib.Path(__file__).parent / "assets"
+RULE_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeOptions:
+  """How prompts are decoded; all of it belongs to the `Procedure`, batch size excepted.
+
+  Attributes:
+    measure: confidence measure: 'softmax', 'state' or 'classifier'.
+    schedule: threshold schedule, `schedules.Constant()` or `schedules.Decaying(...)`.
+    exit_layers: 1-based layers after which a token may leave; None allows every layer.
+    propagation: what skipped layers store; 'exit_state' is the paper's.
+    task_prefix: text put before every prompt.
+    max_input_length: tokens of a prompt that are read, EOS included.
+    max_decode_length: most tokens generated, EOS included.
+    batch_size: prompts decoded together; results do not depend on it in float32.
+  """
+
+  measure: str = "softmax"
+  schedule: schedules.Schedule = schedules.Constant()
+  exit_layers: tuple[int, ...] | None = None
+  propagation: str = "exit_state"
+  task_prefix: str = ""
+  max_input_length: int = 512
+  max_decode_length: int = 64
+  batch_size: int = 8
+
+  def __post_init__(self):
+    for name in ("max_input_length", "max_decode_length", "batch_size"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"Expected `{name}` of at least 1. Got {getattr(self, name)}.")
+
+  @functools.cached_property
+  def rule(self) -> exits.DynamicExits:
+    """The exit rule that these options name."""
+    return exits.DynamicExits(
+      confidence_lib.measure(self.measure),
+      self.schedule,
+      self.exit_layers,
+      propagation.propagation(self.propagation),
+    )
+
+
+def options_of(procedure: Procedure, batch_size: int = 8) -> DecodeOptions:
+  """The options under which a calibration's outputs were decoded."""
+  return DecodeOptions(
+    measure=procedure.measure,
+    schedule=schedules.schedule(**procedure.schedule),
+    exit_layers=procedure.exit_layers,
+    propagation=procedure.propagation,
+    task_prefix=procedure.task_prefix,
+    max_input_length=procedure.max_input_length,
+    max_decode_length=procedure.max_decode_length,
+    batch_size=batch_size,
+  )
+
+
+def load(
+  path: str | pathlib.Path = "packed",
+  *,
+  calibration: Calibration | str | pathlib.Path | None = None,
+  void_guarantee: bool = False,
+  dtype: str | None = None,
+  **options: Any,
+) -> "Predictor":
+  """Opens a model for decoding.
+
+  Args:
+    path: a checkpoint directory of any format that `checkpoints.load` knows, or 'packed' for
+      the small model inside this package.
+    calibration: a `Calibration` or its JSON file. Its procedure sets the options that are not
+      given; a model or an option that differs from it is refused.
+    void_guarantee: decode under another procedure all the same, without the promise.
+    dtype: activation dtype, 'float32' or 'bfloat16'; None takes the checkpoint's.
+    **options: fields of `DecodeOptions`.
+
+  Raises:
+    ValueError: the calibration is for another procedure (the message names the fields), or the
+      checkpoint has no vocabulary.
+  """
+  directory = PACKED if str(path) == "packed" else pathlib.Path(path)
+  checkpoint = checkpoints.load(directory)
+  if checkpoint.vocabulary is None:
+    raise ValueError(
+      f"Expected a vocabulary beside the checkpoint in {directory}. Got none; save the model"
+      " with one (`checkpoints.save(..., vocabulary=...)`)."
+    )
+  config = checkpoint.config
+  if dtype is not None:
+    config = dataclasses.replace(config, dtype=dtype)
+  if isinstance(calibration, str | pathlib.Path):
+    calibration = Calibration.load(calibration)
+  given = {**stored_options(directory), **options}
+  if calibration is not None and calibration.procedure is not None:
+    base = options_of(calibration.procedure)
+    given = options
+  else:
+    base = DecodeOptions()
+  predictor = Predictor(
+    config=config,
+    params=checkpoint.params,
+    vocabulary=checkpoint.vocabulary,
+    options=dataclasses.replace(base, **given),
+    calibration=calibration,
+  )
+  if calibration is not None and not void_guarantee:
+    calibration.refuse_other(predictor.procedure)
+  return dataclasses.replace(predictor, calibration=None) if void_guarantee else predictor
+
+
+def stored_options(directory: pathlib.Path) -> dict[str, Any]:
+  """Decoding defaults that a checkpoint brings along in `inference.json`."""
+  path = directory / "inference.json"
+  return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Predictor:
+  """A model ready to decode.
+
+  Attributes:
+    config: the model's sizes.
+    params: its T5X-shaped parameter tree.
+    vocabulary: text <-> ids.
+    options: how prompts are decoded.
+    calibration: sets the threshold and carries the promise, or None.
+  """
+
+  config: network.T5Config
+  params: Mapping[str, Any] = dataclasses.field(repr=False)
+  vocabulary: Any = dataclasses.field(repr=False)
+  options: DecodeOptions
+  calibration: Calibration | None = None
+
+  @functools.cached_property
+  def weights(self) -> programs.ModelWeights:
+    """The parameters laid out for decoding."""
+    return programs.model_weights(self.params, self.config, self.vocabulary.vocab_size)
+
+  @functools.cached_property
+  def parameters_digest(self) -> str:
+    return checkpoints.parameters_digest(self.params)
+
+  @property
+  def eos_id(self) -> int:
+    eos_id = self.vocabulary.eos_id
+    return 1 if eos_id is None else eos_id
+
+  @property
+  def num_layers(self) -> int:
+    """Decoder layers."""
+    return self.config.num_decoder_layers
+
+  @property
+  def procedure(self) -> Procedure:
+    """What a calibration of this model's outputs is valid for."""
+    options = self.options
+    schedule = {"name": options.schedule.name, **dataclasses.asdict(options.schedule)}  # pyright: ignore[reportArgumentType]
+    allowed = exits.allowed_layers(options.exit_layers, self.num_layers)
+    return Procedure(
+      parameters_digest=self.parameters_digest,
+      tokenizer_digest=self.vocabulary.digest(),
+      task_prefix=options.task_prefix,
+      max_input_length=options.max_input_length,
+      max_decode_length=options.max_decode_length,
+      eos_id=self.eos_id,
+      measure=options.measure,
+      exit_layers=allowed,
+      schedule=schedule,
+      propagation=options.propagation,
+      shortlist=None,
+      heads="per_layer" if self.config.per_layer_heads else "shared",
+      activation_dtype=self.config.dtype,
+      decode_method={"name": "greedy"},
+      batch_bucket=None if self.config.dtype == "float32" else options.batch_size,
+      rule_version=RULE_VERSION,
+    )
+
+  def with_options(self, **options: Any) -> "Predictor":
+    """The same model under other options and without a calibration."""
+    changed = dataclasses.replace(self.options, **options)
+    return dataclasses.replace(self, options=changed, calibration=None)
+
+  def program(self, rule: exits.StepRule | None = None) -> programs.Program:
+    """The compiled program of a rule (the options' own by default)."""
+    return programs.Program(
+      self.config, rule or self.options.rule, self.options.max_decode_length, self.eos_id
+    )
+
+  def plan(self, texts: Sequence[str]) -> list[prompts.PromptBatch]:
+    """Tokenises prompts and groups them into batches."""
+    if isinstance(texts, str):
+      raise TypeError(
+        "Expected `texts` to be a list of prompts. Got one text; put it in a list."
+      )
+    tokens = prompts.tokenize(
+      texts,
+      self.vocabulary,
+      prefix=self.options.task_prefix,
+      max_input_length=self.options.max_input_length,
+      eos_id=self.eos_id,
+    )
+    return prompts.plan(
+      tokens,
+      batch_size=self.options.batch_size,
+      max_input_length=self.options.max_input_length,
+    )
+
+  def encode(self, batch: prompts.PromptBatch) -> step.Encoded:
+    """Encodes a batch once, for any number of thresholds."""
+    return self.program().encode(self.weights, jnp.asarray(batch.tokens))
+
+  def decode(
+    self,
+    encoded: step.Encoded,
+    active: np.ndarray,
+    threshold: float,
+    rule: exits.StepRule | None = None,
+  ) -> decoding.Generation:
+    """Decodes the active rows of an encoded batch; numpy arrays come back."""
+    generation = self.program(rule).decode(
+      self.weights, encoded, jnp.asarray(active), jnp.asarray(threshold, jnp.float32)
+    )
+    return jax.device_get(generation)
+
+  def generate(
+    self,
+    texts: Sequence[str],
+    *,
+    threshold: float | None = None,
+    rule: exits.StepRule | None = None,
+  ) -> outputs_lib.Outputs:
+    """Decodes prompts greedily.
+
+    Args:
+      texts: the prompts, without task prefix.
+      threshold: lambda in [0, 1], or `schedules.NEVER_EXIT`. None takes the calibrated one.
+        Any other threshold than the calibrated one carries no promise.
+      rule: another way through the layers, `exits.StaticExit(k)` or `exits.OracleExit()`;
+        these have no threshold.
+
+    Raises:
+      ValueError: there is neither a threshold nor a calibration nor a rule without one.
+    """
+    calibrated = None if rule is not None else self.calibration
+    if threshold is None and calibrated is not None:
+      threshold = calibrated.threshold
+    if threshold is None and rule is None:
+      raise ValueError(
+        "Expected `threshold`, or a model loaded with a `calibration`. Got neither; pass a"
+        " number in [0, 1], or calm.schedules.NEVER_EXIT for the full model."
+      )
+    if threshold is not None:
+      _check_threshold(threshold)
+    items, timing = self._run(
+      texts, schedules.NEVER_EXIT if threshold is None else threshold, rule
+    )
+    keeps = calibrated is not None and threshold == calibrated.threshold
+    guarantee = calibrated.guarantee if calibrated is not None and keeps else None
+    return outputs_lib.Outputs(tuple(items), self.num_layers, threshold, guarantee, timing)
+
+  def _run(self, texts, threshold: float, rule) -> tuple[list[outputs_lib.Output], Any]:
+    traced = programs.TRACES.total()
+    encode_seconds = decode_seconds = 0.0
+    items: list[Any] = [None] * len(texts)
+    for batch in self.plan(texts):
+      start = time.perf_counter()
+      encoded = jax.block_until_ready(self.encode(batch))
+      encode_seconds += time.perf_counter() - start
+      start = time.perf_counter()
+      generation = self.decode(encoded, batch.active, threshold, rule)
+      decode_seconds += time.perf_counter() - start
+      for i, row in enumerate(batch.rows):
+        items[row] = self.output(generation, i)
+    compilations = programs.TRACES.total() - traced
+    return items, outputs_lib.Timing(encode_seconds, decode_seconds, compilations)
+
+  def output(self, generation: decoding.Generation, row: int) -> outputs_lib.Output:
+    """One row of a generation as text with its exits."""
+    length = int(np.sum(np.asarray(generation.exit_layers[row]) > 0))
+    tokens = tuple(int(token) for token in generation.tokens[row][:length])
+    return outputs_lib.Output(
+      text=self.vocabulary.decode(list(tokens)),
+      tokens=tokens,
+      pieces=tuple(self.vocabulary.piece(token) for token in tokens),
+      exit_layers=tuple(int(layer) for layer in generation.exit_layers[row][:length]),
+      confidences=tuple(generation.confidences[row][:length]),
+      rejected_confidences=tuple(generation.rejected_confidences[row][:length]),
+      score=float(generation.scores[row]),
+      num_layers=self.num_layers,
+    )
+
+
+def _check_threshold(threshold: float) -> None:
+  if not (0.0 <= threshold <= 1.0 or threshold == schedules.NEVER_EXIT):
+    raise ValueError(
+      f"Expected `threshold` in [0, 1], or calm.schedules.NEVER_EXIT. Got {threshold!r}."
+    )

@@ -1,0 +1,160 @@
+"""What `inference` returns: texts with their exits, printable in terminals and notebooks."""
+
+import dataclasses
+import html
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+from calm import colours
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+  """One prompt's generated text and how deep each of its tokens went.
+
+  Attributes:
+    text: the decoded text.
+    tokens: generated ids, EOS included.
+    pieces: text of each token.
+    exit_layers: decoder layers run for each token, 1-based.
+    confidences: the measure at each token's exit, in [0, 1].
+    rejected_confidences: the highest confidence refused at each token, 0 if none.
+    score: log-probability of the tokens under the full head at their exit layer, nats.
+    num_layers: decoder layers of the model.
+  """
+
+  text: str
+  tokens: tuple[int, ...]
+  pieces: tuple[str, ...]
+  exit_layers: tuple[int, ...]
+  confidences: tuple[float, ...]
+  rejected_confidences: tuple[float, ...]
+  score: float
+  num_layers: int
+
+  @property
+  def mean_layers(self) -> float:
+    """Mean decoder layers a token (NaN without tokens)."""
+    count = len(self.exit_layers)
+    return sum(self.exit_layers) / count if count else float("nan")
+
+  @property
+  def visible(self) -> tuple[tuple[str, ...], tuple[int, ...], tuple[float, ...]]:
+    """Pieces, exit layers and confidences, with EOS shown as a mark."""
+    pieces = tuple("⏎" if token == 1 else piece for token, piece in self._pairs())
+    return pieces, self.exit_layers, self.confidences
+
+  def coloured(self, mode: colours.Mode | None = None) -> str:
+    """The text for a terminal, every token coloured by its exit layer."""
+    pieces, exit_layers, _ = self.visible
+    return colours.to_terminal(pieces, exit_layers, self.num_layers, mode=mode).strip()
+
+  def _pairs(self):
+    return zip(self.tokens, self.pieces, strict=True)
+
+  def __repr__(self) -> str:
+    return (
+      f"Output({self.text!r}, tokens={len(self.tokens)},"
+      f" mean_layers={self.mean_layers:.2f}/{self.num_layers})"
+    )
+
+  def _repr_html_(self) -> str:
+    pieces, exit_layers, confidences = self.visible
+    return colours.to_html(pieces, exit_layers, self.num_layers, confidences=confidences)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+  """Wall-clock of one `generate` call.
+
+  Attributes:
+    encode_seconds: encoder and cross-attention keys and values.
+    decode_seconds: the decode loops.
+    compilations: programs compiled during the call; times hold their compilation, so that a
+      call with none is the one to quote.
+  """
+
+  encode_seconds: float
+  decode_seconds: float
+  compilations: int
+
+  @property
+  def seconds(self) -> float:
+    """Encoding and decoding together."""
+    return self.encode_seconds + self.decode_seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs(Sequence[Output]):
+  """The outputs of a list of prompts, in its order.
+
+  Attributes:
+    items: one `Output` a prompt.
+    num_layers: decoder layers of the model.
+    threshold: the threshold decoded with (infinity: never exit), or None where the rule has
+      none.
+    guarantee: the calibration's promise in plain words, or None where there is none.
+    timing: wall-clock.
+  """
+
+  items: tuple[Output, ...]
+  num_layers: int
+  threshold: float | None
+  guarantee: str | None
+  timing: Timing
+
+  def __len__(self) -> int:
+    return len(self.items)
+
+  @overload
+  def __getitem__(self, index: int) -> Output: ...
+  @overload
+  def __getitem__(self, index: slice) -> tuple[Output, ...]: ...
+  def __getitem__(self, index):
+    return self.items[index]
+
+  def __iter__(self) -> Iterator[Output]:
+    return iter(self.items)
+
+  @property
+  def texts(self) -> list[str]:
+    """The decoded texts."""
+    return [output.text for output in self.items]
+
+  @property
+  def mean_layers(self) -> float:
+    """Mean decoder layers over every real token, EOS included (NaN without tokens)."""
+    layers = [layer for output in self.items for layer in output.exit_layers]
+    return sum(layers) / len(layers) if layers else float("nan")
+
+  def __repr__(self) -> str:
+    threshold = "none" if self.threshold is None else f"{self.threshold:g}"
+    head = (
+      f"{len(self)} outputs, threshold {threshold}, {self.mean_layers:.2f} of"
+      f" {self.num_layers} decoder layers a token"
+    )
+    shown = [f"  {output!r}" for output in self.items[:5]]
+    if len(self) > 5:
+      shown.append(f"  ... and {len(self) - 5} more")
+    return "\n".join([head, *shown])
+
+  def _repr_html_(self) -> str:
+    rows = [
+      colours.to_html(
+        *output.visible[:2],
+        self.num_layers,
+        confidences=output.confidences,
+        legend=False,
+      )
+      for output in self.items[:20]
+    ]
+    threshold = "none" if self.threshold is None else f"{self.threshold:g}"
+    head = (
+      f"{len(self)} outputs · threshold {threshold} · {self.mean_layers:.2f} of"
+      f" {self.num_layers} decoder layers a token"
+    )
+    if len(self) > 20:
+      rows.append(f"<p>… and {len(self) - 20} more</p>")
+    note = f"<p>{html.escape(self.guarantee)}</p>" if self.guarantee else ""
+    legend = colours.legend_html(self.num_layers)
+    return f"<div><p>{head}</p>{''.join(rows)}{legend}{note}</div>"

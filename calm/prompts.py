@@ -1,0 +1,88 @@
+"""Prompts as padded batches: tokenised, cut to length, bucketed for few compilations."""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from calm import vocabulary as vocabulary_lib
+
+# Padded input lengths; every one that occurs is a compiled program.
+INPUT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptBatch:
+  """Rows that are encoded and decoded together.
+
+  Attributes:
+    rows: positions of the prompts in the caller's list, [num_prompts].
+    tokens: token ids with EOS, 0 = pad, [batch, input_length] int32; rows beyond
+      `num_prompts` are padding.
+    active: True where a row holds a prompt, [batch].
+  """
+
+  rows: np.ndarray
+  tokens: np.ndarray
+  active: np.ndarray
+
+
+def tokenize(
+  texts: Sequence[str],
+  vocabulary: vocabulary_lib.Vocabulary,
+  *,
+  prefix: str,
+  max_input_length: int,
+  eos_id: int,
+) -> list[list[int]]:
+  """Token ids of each prompt, EOS last; prompts that are too long are cut, with a warning."""
+  tokens = [[*vocabulary.encode(prefix + text), eos_id] for text in texts]
+  too_long = sum(len(row) > max_input_length for row in tokens)
+  if too_long:
+    longest = max(map(len, tokens))
+    warnings.warn(
+      f"{too_long} of {len(tokens)} prompts have more than `max_input_length` ="
+      f" {max_input_length} tokens (the longest has {longest}) and were cut at their end;"
+      " raise `max_input_length` to read them whole.",
+      stacklevel=2,
+    )
+  return [
+    row if len(row) <= max_input_length else [*row[: max_input_length - 1], eos_id]
+    for row in tokens
+  ]
+
+
+def bucket_length(length: int, max_input_length: int) -> int:
+  """The padded length of a prompt: the next of `INPUT_BUCKETS`, at most the maximum."""
+  fitting = (bucket for bucket in INPUT_BUCKETS if bucket >= length)
+  return min(next(fitting, max_input_length), max_input_length)
+
+
+def bucket_size(rows: int, batch_size: int) -> int:
+  """The padded number of rows: the next power of two, at most `batch_size`."""
+  return min(2 ** math.ceil(math.log2(max(rows, 1))), batch_size)
+
+
+def plan(
+  tokens: Sequence[Sequence[int]], *, batch_size: int, max_input_length: int
+) -> list[PromptBatch]:
+  """Groups prompts of like length into batches; together they hold every prompt once."""
+  if batch_size < 1:
+    raise ValueError(f"Expected `batch_size` of at least 1. Got {batch_size}.")
+  lengths = np.array([bucket_length(len(row), max_input_length) for row in tokens], int)
+  batches = []
+  for length in np.unique(lengths):
+    members = np.flatnonzero(lengths == length)
+    for start in range(0, len(members), batch_size):
+      rows = members[start : start + batch_size]
+      batches.append(_pad(tokens, rows, int(length), bucket_size(len(rows), batch_size)))
+  return batches
+
+
+def _pad(tokens, rows: np.ndarray, length: int, size: int) -> PromptBatch:
+  padded = np.zeros((size, length), np.int32)
+  for i, row in enumerate(rows):
+    padded[i, : len(tokens[row])] = tokens[row]
+  return PromptBatch(rows, padded, np.arange(size) < len(rows))
