@@ -1,43 +1,22 @@
 """Vocabularies: round trips, seqio's ids, and messages for what is no vocabulary."""
 
 import copy
-import io
 import pathlib
 
 import numpy as np
 import pytest
-import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
 from calm import vocabulary
+from tests import toy_vocabulary
 
-TEXTS = [
-  "the quick brown fox jumps over the lazy dog",
-  "a package that provides tools for the lazy package manager",
-  "pack my box with five dozen liquor jugs",
-] * 4
-
-
-def train(path: pathlib.Path, **options) -> pathlib.Path:
-  """A SentencePiece model of some forty pieces with T5's special ids."""
-  options = dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1) | options
-  writer = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(TEXTS),
-    model_writer=writer,
-    vocab_size=44,
-    normalization_rule_name="identity",
-    minloglevel=2,
-    **options,
-  )
-  path.write_bytes(writer.getvalue())
-  return path
+TEXTS = toy_vocabulary.TEXTS
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> pathlib.Path:
-  return train(tmp_path_factory.mktemp("vocabulary") / "tiny.model")
+  return toy_vocabulary.train(tmp_path_factory.mktemp("vocabulary") / "tiny.model")
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +91,9 @@ def test_digest_is_of_the_content_not_of_the_path(model, pieces, tmp_path):
   assert same == pieces and same.digest() == pieces.digest() and len(same.digest()) == 64
   others = [
     vocabulary.SentencePieceVocabulary(model, extra_ids=99),
-    vocabulary.SentencePieceVocabulary(train(tmp_path / "bpe.model", model_type="bpe")),
+    vocabulary.SentencePieceVocabulary(
+      toy_vocabulary.train(tmp_path / "bpe.model", model_type="bpe")
+    ),
     vocabulary.ByteVocabulary(),
     vocabulary.ByteVocabulary(extra_ids=0),
   ]
@@ -146,7 +127,7 @@ def test_truncated_model(tmp_path, model):
 
 
 def test_model_with_other_special_ids(tmp_path):
-  path = train(tmp_path / "other.model", pad_id=-1, eos_id=2, unk_id=0, bos_id=1)
+  path = toy_vocabulary.train(tmp_path / "other.model", pad_id=-1, eos_id=2, unk_id=0, bos_id=1)
   with pytest.raises(ValueError, match=r"padding id 0.*pad_id -1"):
     vocabulary.SentencePieceVocabulary(path)
 

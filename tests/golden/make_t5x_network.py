@@ -158,7 +158,7 @@ def make(config, seed: int) -> tuple[dict, dict]:
   tokens[:, 0] = 0
   steps = decode_steps(model, variables, inputs, tokens)
   half = dataclasses.replace(config, dtype=jnp.bfloat16)
-  encode = lambda x: model.apply(variables, x, enable_dropout=False, method="encode")  # noqa: E731
+  encode = lambda x: model.apply(variables, x, enable_dropout=False, method="encode")
   long_batch = dict(
     encoder_input_tokens=long, decoder_input_tokens=long, decoder_target_tokens=long
   )

@@ -1,0 +1,182 @@
+"""Checkpoints: a model (configuration, parameters, vocabulary) from disk, and back.
+
+Our own format is a directory:
+  config.json            the fields of `network.T5Config`, and which format this is
+  params.safetensors     leaves by "/"-joined path; float32 or bfloat16 (read as float32)
+  vocabulary.json        which vocabulary, its digest (absent: none was given)
+  vocabulary.model       the SentencePiece model, where it is one
+`load` also opens Hugging Face directories (`huggingface`) and T5X checkpoints, legacy and
+Orbax (`t5x_checkpoints`), so that anything downstream sees one kind of `Checkpoint`.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from calm import huggingface, network, parameters, t5x_checkpoints, tensors
+from calm import vocabulary as vocabularies
+
+FORMAT = "calm checkpoint 1"
+_MODEL_FILE = "vocabulary.model"
+
+Vocabulary = vocabularies.SentencePieceVocabulary | vocabularies.ByteVocabulary
+parameters_digest = parameters.digest
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """A model as it was stored.
+
+  Attributes:
+    config: sizes and choices; `exit_classifier` tells whether `params` holds one.
+    params: the parameter tree of `config`, leaves float32 numpy arrays.
+    vocabulary: the vocabulary stored beside it, or None.
+  """
+
+  config: network.T5Config
+  params: dict[str, Any] = dataclasses.field(repr=False)
+  vocabulary: Vocabulary | None = None
+
+
+def save(
+  directory: str | pathlib.Path,
+  params: Mapping[str, Any],
+  config: network.T5Config,
+  *,
+  vocabulary: Vocabulary | None = None,
+  storage_dtype: str = "float32",
+) -> None:
+  """Writes our own format; an earlier checkpoint in `directory` is replaced only at the end.
+
+  Args:
+    directory: made if missing.
+    params: the tree of `config`; checked before anything is written.
+    vocabulary: stored in the directory, so that it is whole without other files.
+    storage_dtype: 'float32', or 'bfloat16' for half the size.
+
+  Raises:
+    ValueError: `params` is not the tree of `config` or not finite, the vocabulary is larger
+      than the embedding, or `storage_dtype` is unknown.
+    OSError: `directory` cannot be written.
+  """
+  directory = pathlib.Path(directory)
+  parameters.check(params, config)
+  writers = {}
+  if vocabulary is not None:
+    vocabularies.check_fits(vocabulary, config.vocab_size)
+    model = getattr(vocabulary, "model", None)
+    if model is not None:
+      writers[_MODEL_FILE] = lambda path: path.write_bytes(model)
+    writers["vocabulary.json"] = tensors.json_writer(_vocabulary_record(vocabulary))
+  writers["params.safetensors"] = tensors.safetensors_writer(
+    parameters.flatten(params), storage_dtype
+  )
+  fields = dataclasses.asdict(config)
+  writers["config.json"] = tensors.json_writer({"format": FORMAT, **fields})
+  tensors.write_together(directory, writers)
+  for name in {"vocabulary.json", _MODEL_FILE} - set(writers):
+    # Left by an earlier save with another vocabulary.
+    (directory / name).unlink(missing_ok=True)
+
+
+def load(
+  path: str | pathlib.Path,
+  *,
+  config: network.T5Config | None = None,
+  vocabulary: Vocabulary | None = None,
+) -> Checkpoint:
+  """Opens a checkpoint of any known format and checks it leaf by leaf.
+
+  Args:
+    path: a directory of our own format, of Hugging Face, or of T5X (the `checkpoint_N`
+      folder, or the folder above it, whose newest is taken).
+    config: replaces the stored configuration; for T5X, which stores none, it defaults to what
+      names and shapes tell (gated GELU or ReLU, 128 as `relpos_max_distance`).
+    vocabulary: replaces the stored vocabulary; T5X stores none.
+
+  Raises:
+    FileNotFoundError: `path`, or a file that belongs to it, is missing.
+    ValueError: no known format; a truncated file; a leaf that is missing, of no use, of the
+      wrong shape or not finite; a vocabulary larger than the embedding.
+  """
+  path = pathlib.Path(path)
+  if not path.is_dir():
+    raise FileNotFoundError(
+      f"Expected `path` to be a checkpoint directory. Got {str(path)!r}, which is"
+      f" {'a file' if path.exists() else 'missing'}; give the folder that holds config.json"
+      " (or a T5X checkpoint)."
+    )
+  stored, flat, stored_vocabulary = _read(path)
+  config = config or stored
+  params = parameters.unflatten(flat)
+  parameters.check(params, config)
+  vocabulary = vocabulary or stored_vocabulary
+  if vocabulary is not None:
+    vocabularies.check_fits(vocabulary, config.vocab_size)
+  return Checkpoint(config, params, vocabulary)
+
+
+def _read(
+  path: pathlib.Path,
+) -> tuple[network.T5Config, dict[str, np.ndarray], Vocabulary | None]:
+  """(configuration, {path: leaf}, vocabulary) of whichever format it is."""
+  if (path / "config.json").is_file():
+    fields = tensors.read_json(path / "config.json")
+    if "model_type" in fields:
+      config, flat = huggingface.read(path)
+      return config, flat, huggingface.read_vocabulary(path)
+    config = _config_of(fields, path)
+    flat = tensors.read_safetensors(path / "params.safetensors")
+    return config, flat, _read_vocabulary(path)
+  found = t5x_checkpoints.find(path)
+  if found is None:
+    names = sorted(child.name for child in path.iterdir())
+    raise ValueError(
+      "Expected `path` to be a checkpoint of this project, of Hugging Face (config.json in"
+      f" both) or of T5X. Got {str(path)!r} with {names[:6] or 'nothing in it'}; give the"
+      " folder that holds one."
+    )
+  flat = t5x_checkpoints.read(found)
+  return t5x_checkpoints.infer_config(flat), flat, None
+
+
+def _config_of(fields: dict[str, Any], path: pathlib.Path) -> network.T5Config:
+  known = {field.name for field in dataclasses.fields(network.T5Config)}
+  stored_format = fields.pop("format", None)
+  unknown = sorted(set(fields) - known)
+  if stored_format != FORMAT or unknown or "vocab_size" not in fields:
+    raise ValueError(
+      f"Expected `path` to hold a config.json with format {FORMAT!r} and fields of T5Config."
+      f" Got {str(path)!r} with format {stored_format!r}, unknown fields {unknown}; it was"
+      " written by another program or a newer version."
+    )
+  return network.T5Config(**fields)
+
+
+def _vocabulary_record(vocabulary: Vocabulary) -> dict[str, Any]:
+  kind = "sentencepiece" if hasattr(vocabulary, "model") else "bytes"
+  return {"kind": kind, "extra_ids": vocabulary.extra_ids, "digest": vocabulary.digest()}
+
+
+def _read_vocabulary(path: pathlib.Path) -> Vocabulary | None:
+  if not (path / "vocabulary.json").is_file():
+    return None
+  record = tensors.read_json(path / "vocabulary.json")
+  if record.get("kind") not in ("sentencepiece", "bytes"):
+    raise ValueError(
+      "Expected vocabulary.json to be of kind 'sentencepiece' or 'bytes'. Got"
+      f" {record.get('kind')!r} in {str(path)!r}; give `vocabulary` instead."
+    )
+  if record["kind"] == "bytes":
+    return vocabularies.ByteVocabulary(extra_ids=record["extra_ids"])
+  made = vocabularies.SentencePieceVocabulary(path / _MODEL_FILE, extra_ids=record["extra_ids"])
+  if made.digest() != record["digest"]:
+    raise ValueError(
+      f"Expected {_MODEL_FILE} to have the digest {record['digest'][:12]}... that was saved"
+      f" with it. Got {made.digest()[:12]}... in {str(path)!r}; the file was exchanged, and"
+      " other token ids would give other texts: put the saved one back."
+    )
+  return made

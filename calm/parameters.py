@@ -1,0 +1,101 @@
+"""Parameter trees by "/"-joined path: digest, checks against a configuration, exit parts."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from calm import network
+
+
+def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+  """{path: leaf} of a tree, paths "/"-joined: "decoder/decoder_norm/scale"."""
+  return traverse_util.flatten_dict(params, sep="/")
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """The tree of {path: leaf}."""
+  return traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def digest(params: Mapping[str, Any]) -> str:
+  """sha256 (hexadecimal) over the sorted paths, shapes, dtypes and bytes of a tree."""
+  made = hashlib.sha256()
+  for path, leaf in sorted(flatten(params).items()):
+    array = np.ascontiguousarray(leaf)
+    made.update(f"{path} {list(np.shape(leaf))} {array.dtype.name}\n".encode())
+    made.update(array.view(np.uint8).data if array.size else b"")
+  return made.hexdigest()
+
+
+def check(params: Mapping[str, Any], config: network.T5Config) -> None:
+  """Refuses parameters that are not the tree of `config`, or not numbers.
+
+  Raises:
+    ValueError: naming the first leaf that is missing, of no use to `config`, of another shape,
+      or holds NaN or infinity.
+  """
+  expected, got = expected_shapes(config), flatten(params)
+  for path, shape in expected.items():
+    if path not in got:
+      raise ValueError(
+        f"Expected `params` to hold the leaf {path!r} of shape {shape}. Got none;"
+        f" {_way_out(path)}."
+      )
+    if np.shape(got[path]) != shape:
+      raise ValueError(
+        f"Expected the leaf {path!r} of `params` to have shape {shape}. Got"
+        f" {np.shape(got[path])}; give the `config` that it was trained with."
+      )
+  unknown = sorted(set(got) - set(expected))
+  if unknown:
+    raise ValueError(
+      f"Expected `params` to hold the {len(expected)} leaves of `config`. Got also"
+      f" {unknown[0]!r} ({len(unknown)} such); {_way_out(unknown[0])}."
+    )
+  for path, leaf in got.items():
+    bad = np.size(leaf) - int(np.isfinite(np.asarray(leaf, np.float32)).sum())
+    if bad:
+      raise ValueError(
+        f"Expected finite `params`. Got {bad} of {np.size(leaf)} values NaN or infinite in the"
+        f" leaf {path!r}; the checkpoint is damaged or its training diverged: take an earlier"
+        " one."
+      )
+
+
+def expected_shapes(config: network.T5Config) -> dict[str, tuple[int, ...]]:
+  """{path: shape} of the parameters of `config`, computed without numbers."""
+  model, tokens = network.Transformer(config), jnp.ones((1, 1), jnp.int32)
+  made = jax.eval_shape(
+    lambda: model.init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)
+  )
+  return {path: leaf.shape for path, leaf in flatten(made["params"]).items()}
+
+
+def add_exit_parts(params: Mapping[str, Any], config: network.T5Config) -> dict[str, Any]:
+  """Fills in the exit parts that `config` has and `params` lack, ready for training them.
+
+  The classifier starts at zero (confidence 0.5 everywhere), as the network initialises it;
+  per-layer heads start as copies of the shared head, so that nothing changes at first.
+  """
+  flat = flatten(params)
+  for path, shape in expected_shapes(config).items():
+    if path in flat:
+      continue
+    if path.startswith("decoder/exit_classifier/"):
+      flat[path] = np.zeros(shape, np.float32)
+    elif path.startswith("decoder/logits_dense_") and "decoder/logits_dense/kernel" in flat:
+      flat[path] = np.array(flat["decoder/logits_dense/kernel"])
+  return unflatten(flat)
+
+
+def _way_out(path: str) -> str:
+  if path.startswith("decoder/exit_classifier"):
+    return "set `exit_classifier` of the config accordingly, or call `add_exit_parts`"
+  if path.startswith("decoder/logits_dense_"):
+    return "set `per_layer_heads` of the config accordingly, or call `add_exit_parts`"
+  return "the configuration is of another model, or the file of another kind"

@@ -1,0 +1,183 @@
+"""T5X checkpoints (legacy and Orbax) -> parameters by path, without T5X.
+
+The legacy format, in which the public T5 1.1 checkpoints are, is a msgpack file `checkpoint`
+whose large leaves are references to zarr arrays beside it. The Orbax format keeps the same
+train state under `state/`. Only the target's parameters are read, no optimizer state. Needs
+tensorstore, and Orbax for its format: both come with the `train` extra.
+"""
+
+import importlib
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import serialization, traverse_util
+
+from calm import network, parameters, tensors
+
+_STEP = re.compile(r"checkpoint_(\d+)")
+
+
+def find(path: pathlib.Path) -> pathlib.Path | None:
+  """The T5X checkpoint folder that `path` is or holds (its newest step), or None."""
+  if _is_legacy(path) or _orbax_state(path) is not None:
+    return path
+  steps = {
+    int(match[1]): child
+    for child in path.iterdir()
+    if (match := _STEP.fullmatch(child.name)) and child.is_dir()
+  }
+  return find(steps[max(steps)]) if steps else None
+
+
+def read(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """{path: float32 array} of the target's parameters.
+
+  Args:
+    path: what `find` returned.
+
+  Raises:
+    ImportError: tensorstore or Orbax is not installed.
+    ValueError: the files are damaged, or leaves are missing.
+  """
+  return _read_legacy(path) if _is_legacy(path) else _read_orbax(path)
+
+
+def infer_config(flat: Mapping[str, np.ndarray]) -> network.T5Config:
+  """The configuration that names and shapes tell; T5X stores none beside its checkpoints.
+
+  Not told by shapes, so assumed: gated layers are GELU (T5 1.1), others ReLU (T5 1.0), and
+  `relpos_max_distance` is 128, which T5X's network has fixed.
+
+  Raises:
+    ValueError: these are not the leaves of T5X's T5 network.
+  """
+  try:
+    vocab_size, emb_dim = flat["token_embedder/embedding"].shape
+    num_heads, relpos_buckets = flat["decoder/relpos_bias/rel_embedding"].shape
+    joined_kv = flat["decoder/layers_0/self_attention/query/kernel"].shape[1]
+    mlp_dim = flat["decoder/layers_0/mlp/wo/kernel"].shape[0]
+  except (KeyError, IndexError, ValueError) as error:
+    raise ValueError(
+      "Expected `path` to hold the parameters of T5X's own T5 network (t5x/examples/t5). Got"
+      f" {sorted(flat)[:4]}, lacking {error}; other architectures, scanned layers included, are"
+      " not read."
+    ) from error
+  gated = "decoder/layers_0/mlp/wi_0/kernel" in flat
+  return network.T5Config(
+    vocab_size=vocab_size,
+    emb_dim=emb_dim,
+    num_heads=num_heads,
+    num_encoder_layers=_count_layers(flat, "encoder"),
+    num_decoder_layers=_count_layers(flat, "decoder"),
+    head_dim=joined_kv // num_heads,
+    mlp_dim=mlp_dim,
+    mlp_activations=("gelu", "linear") if gated else ("relu",),
+    logits_via_embedding="decoder/logits_dense/kernel" not in flat,
+    per_layer_heads="decoder/logits_dense_0/kernel" in flat,
+    exit_classifier="decoder/exit_classifier/kernel" in flat,
+    relpos_buckets=relpos_buckets,
+  )
+
+
+def _count_layers(flat: Mapping[str, np.ndarray], side: str) -> int:
+  pattern = re.compile(rf"{side}/layers_(\d+)/")
+  return 1 + max(int(match[1]) for path in flat if (match := pattern.match(path)))
+
+
+def _is_legacy(path: pathlib.Path) -> bool:
+  return (path / "checkpoint").is_file() and _orbax_state(path) is None
+
+
+def _orbax_state(path: pathlib.Path) -> pathlib.Path | None:
+  """The folder that holds the train state itself."""
+  for folder in (path / "state", path):
+    if (folder / "_METADATA").is_file():
+      return folder
+  return None
+
+
+def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
+  try:
+    contents = serialization.msgpack_restore((path / "checkpoint").read_bytes())
+    target = contents["optimizer"]["target"]
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"Expected `path` to be a T5X checkpoint of version 2 or newer. Got {str(path)!r} whose"
+      f" msgpack does not open ({type(error).__name__}: {error}); it is truncated or of another"
+      " program: copy it again."
+    ) from error
+  leaves: dict[str, Any] = traverse_util.flatten_dict(
+    target, is_leaf=lambda _, node: _is_reference(node), sep="/"
+  )
+  # All reads are under way before the first is waited for; small leaves are in the msgpack.
+  reads = {
+    n: _open_zarr(path, leaf).read() for n, leaf in leaves.items() if _is_reference(leaf)
+  }
+  arrays = {name: reads[name].result() if name in reads else leaves[name] for name in leaves}
+  return {name: tensors.as_float32(name, array, path) for name, array in arrays.items()}
+
+
+def _is_reference(node: Any) -> bool:
+  """Whether a leaf of the msgpack is a tensorstore specification and not an array."""
+  return isinstance(node, dict) and {"driver", "kvstore"} <= set(node)
+
+
+def _open_zarr(path: pathlib.Path, reference: Mapping[str, Any]):
+  ts = _import("tensorstore")
+  # "path" stood beside the key-value store before tensorstore 0.1.14. Only the last component
+  # counts: the rest says where the checkpoint was written, be it a bucket.
+  stored = reference["kvstore"].get("path") or reference["path"]
+  folder = path / pathlib.PurePosixPath(stored).name
+  store = {"driver": "file", "path": f"{folder}/"}
+  try:
+    return ts.open({"driver": reference["driver"], "kvstore": store}, read=True).result()
+  except ValueError as error:
+    raise ValueError(
+      f"Expected `path` to hold the array {folder.name!r}, which its msgpack refers to. Got"
+      f" {str(path)!r} without it ({error}); copy the whole folder again."
+    ) from error
+
+
+def _read_orbax(path: pathlib.Path) -> dict[str, np.ndarray]:
+  ocp = _import("orbax.checkpoint")
+  state = _orbax_state(path)
+  assert state is not None
+  try:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      metadata = checkpointer.metadata(state.absolute()).item_metadata
+      if metadata is None:
+        raise ValueError("its arrays are not listed")
+      target = metadata.tree["target"]
+      wanted = traverse_util.unflatten_dict(
+        {
+          name: ocp.RestoreArgs(restore_type=np.ndarray)
+          for name in traverse_util.flatten_dict(target)
+        }
+      )
+      restored = checkpointer.restore(
+        state.absolute(),
+        args=ocp.args.PyTreeRestore(
+          item={"target": target}, restore_args={"target": wanted}, partial_restore=True
+        ),
+      )
+  except (ValueError, KeyError, OSError) as error:
+    raise ValueError(
+      "Expected `path` to be a T5X checkpoint in Orbax's format, with a `target`. Got"
+      f" {str(path)!r}, which Orbax does not open ({type(error).__name__}: {error}); copy the"
+      " whole folder again."
+    ) from error
+  flat = parameters.flatten(restored["target"])
+  return {name: tensors.as_float32(name, array, path) for name, array in flat.items()}
+
+
+def _import(name: str) -> Any:
+  try:
+    return importlib.import_module(name)
+  except ImportError as error:
+    raise ImportError(
+      f"Reading T5X checkpoints needs {name}, which is not installed; install the `train` extra"
+      " (`pip install 'calm-t5x[train]'`), or convert the checkpoint where it is."
+    ) from error

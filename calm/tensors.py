@@ -1,0 +1,135 @@
+"""Named arrays on disk: safetensors and JSON files, read with care and written together.
+
+Shared by the checkpoint formats, each of which has a file of its own.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+# What a parameter may be stored as; all are read as float32.
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
+STORAGE_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def as_float32(name: str, array: Any, path: pathlib.Path) -> np.ndarray:
+  """A stored leaf as float32.
+
+  Raises:
+    ValueError: it is not floating point (a quantised checkpoint), naming file and leaf.
+  """
+  array = np.asarray(array)
+  if array.dtype.name not in _FLOATS:
+    raise ValueError(
+      f"Expected the leaves of `path` {str(path)!r} to be one of {', '.join(_FLOATS)}. Got"
+      f" {array.dtype.name} for {name!r}; give an unquantised checkpoint."
+    )
+  return array.astype(np.float32)
+
+
+def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """All arrays of a safetensors file, as float32.
+
+  Raises:
+    FileNotFoundError: `path` is missing.
+    ValueError: the file is truncated or no safetensors file, or holds other than floats.
+  """
+  if not path.is_file():
+    raise FileNotFoundError(
+      f"Expected `path` to name a checkpoint with {path.name!r}. Got {str(path)!r}, which is"
+      " missing; download or save the checkpoint again."
+    )
+  try:
+    with safetensors.safe_open(path, framework="numpy") as file:
+      return {name: as_float32(name, file.get_tensor(name), path) for name in file.keys()}  # noqa: SIM118
+  except safetensors.SafetensorError as error:
+    raise ValueError(
+      f"Expected `path` to be a whole safetensors file. Got {str(path)!r}"
+      f" ({path.stat().st_size} bytes), truncated or of another kind ({error}); download or"
+      " save the checkpoint again."
+    ) from error
+
+
+def safetensors_writer(
+  tensors: Mapping[str, np.ndarray], storage_dtype: str = "float32", **metadata: str
+) -> Callable[[pathlib.Path], Any]:
+  """A writer for `write_together`; the arrays are cast to `storage_dtype`.
+
+  Raises:
+    ValueError: `storage_dtype` is not one of `STORAGE_DTYPES`.
+  """
+  if storage_dtype not in STORAGE_DTYPES:
+    raise ValueError(
+      f"Expected `storage_dtype` to be one of {', '.join(STORAGE_DTYPES)}. Got"
+      f" {storage_dtype!r}."
+    )
+  # safetensors writes the memory as it lies, so transposed views must be laid out anew.
+  cast = {
+    name: np.ascontiguousarray(np.asarray(array).astype(STORAGE_DTYPES[storage_dtype]))
+    for name, array in tensors.items()
+  }
+  return lambda path: safetensors.numpy.save_file(cast, path, metadata=metadata or None)
+
+
+def json_writer(value: Any) -> Callable[[pathlib.Path], Any]:
+  """A writer for `write_together`: indented JSON."""
+  text = json.dumps(value, indent=2) + "\n"
+  return lambda path: path.write_text(text, encoding="utf-8")
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """A JSON object.
+
+  Raises:
+    FileNotFoundError: `path` is missing.
+    ValueError: it is not a JSON object.
+  """
+  if not path.is_file():
+    raise FileNotFoundError(
+      f"Expected `path` to name a checkpoint with {path.name!r}. Got {str(path)!r}, which is"
+      " missing; download or save the checkpoint again."
+    )
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"Expected {str(path)!r} to be JSON in UTF-8. Got: {error}.") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"Expected {str(path)!r} to be a JSON object. Got {type(value).__name__}.")
+  return value
+
+
+def write_together(
+  directory: pathlib.Path, writers: Mapping[str, Callable[[pathlib.Path], Any]]
+) -> None:
+  """Writes several files of one directory, none of them ever seen half written.
+
+  All are written under temporary names first and renamed at the end, in the given order, so
+  that a full disk or a kill leaves an earlier checkpoint as it was.
+
+  Raises:
+    OSError: the directory cannot be written.
+  """
+  temporary = {name: directory / f".{name}.{os.getpid()}.tmp" for name in writers}
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, write in writers.items():
+      write(temporary[name])
+    for name, path in temporary.items():
+      os.replace(path, directory / name)
+  except (OSError, safetensors.SafetensorError) as error:
+    raise OSError(
+      f"Expected `directory` to be a folder that can be written. Got {str(directory)!r}"
+      f" ({error}); choose another or free some space."
+    ) from error
+  finally:
+    for path in temporary.values():
+      with contextlib.suppress(OSError):
+        path.unlink()

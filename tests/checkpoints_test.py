@@ -1,0 +1,274 @@
+"""Our own checkpoint format: what goes in comes out, and damage is named."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from calm import checkpoints, network, parameters, tensors, vocabulary
+from tests import toy_vocabulary
+
+CONFIG = network.T5Config(
+  vocab_size=64,
+  emb_dim=8,
+  num_heads=2,
+  num_encoder_layers=1,
+  num_decoder_layers=2,
+  head_dim=4,
+  mlp_dim=12,
+  mlp_activations=("gelu", "linear"),
+  dropout_rate=0.05,
+)
+
+
+def draw(config: network.T5Config = CONFIG, seed: int = 0) -> dict:
+  rng = np.random.default_rng(seed)
+  shapes = parameters.expected_shapes(config)
+  flat = {p: rng.standard_normal(s).astype(np.float32) for p, s in shapes.items()}
+  return parameters.unflatten(flat)
+
+
+def edit(params: dict, path: str, leaf) -> dict:
+  """`params` with one leaf exchanged, or removed where `leaf` is None."""
+  flat = parameters.flatten(params) | {path: leaf}
+  return parameters.unflatten({p: x for p, x in flat.items() if x is not None})
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory) -> vocabulary.SentencePieceVocabulary:
+  path = toy_vocabulary.train(tmp_path_factory.mktemp("vocabulary") / "tiny.model")
+  return vocabulary.SentencePieceVocabulary(path, extra_ids=20)
+
+
+@pytest.fixture
+def saved(tmp_path, pieces) -> pathlib.Path:
+  checkpoints.save(tmp_path / "model", draw(), CONFIG, vocabulary=pieces)
+  return tmp_path / "model"
+
+
+def test_loading_gives_back_what_was_saved(saved, pieces):
+  loaded = checkpoints.load(saved)
+  assert loaded.config == CONFIG
+  assert loaded.vocabulary == pieces
+  ours, theirs = parameters.flatten(loaded.params), parameters.flatten(draw())
+  assert ours.keys() == theirs.keys()
+  for path, leaf in ours.items():
+    assert leaf.dtype == np.float32
+    np.testing.assert_array_equal(leaf, theirs[path])
+  assert parameters.digest(loaded.params) == parameters.digest(draw())
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"per_layer_heads": True, "exit_classifier": False},
+    {"logits_via_embedding": True, "mlp_activations": ("relu",), "dtype": jnp.bfloat16},
+    {"relpos_buckets": 16, "relpos_max_distance": 64, "one_hot_embedding": False},
+  ],
+)
+def test_every_kind_of_configuration_round_trips(tmp_path, changes):
+  config = dataclasses.replace(CONFIG, **changes)
+  checkpoints.save(tmp_path, draw(config), config)
+  loaded = checkpoints.load(tmp_path)
+  assert loaded.config == config
+  assert loaded.vocabulary is None
+
+
+def test_bfloat16_storage_halves_the_file_and_rounds_once(tmp_path):
+  params = draw()
+  for dtype in ("float32", "bfloat16"):
+    checkpoints.save(tmp_path / dtype, params, CONFIG, storage_dtype=dtype)
+  sizes = [
+    (tmp_path / d / "params.safetensors").stat().st_size for d in ("float32", "bfloat16")
+  ]
+  header = 4000
+  assert abs(sizes[1] - sizes[0] / 2) < header
+  loaded = parameters.flatten(checkpoints.load(tmp_path / "bfloat16").params)
+  for path, leaf in parameters.flatten(params).items():
+    rounded = leaf.astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(loaded[path], rounded)
+
+
+def test_jax_leaves_and_transposed_views_are_saved_as_they_look(tmp_path):
+  path = "decoder/logits_dense/kernel"
+  view = np.arange(8 * 64, dtype=np.float32).reshape(64, 8).T
+  params = edit(draw(), path, view)
+  params = edit(params, "decoder/decoder_norm/scale", jnp.full(8, 2.0, jnp.bfloat16))
+  checkpoints.save(tmp_path, params, CONFIG)
+  loaded = parameters.flatten(checkpoints.load(tmp_path).params)
+  np.testing.assert_array_equal(loaded[path], view)
+  np.testing.assert_array_equal(loaded["decoder/decoder_norm/scale"], np.full(8, 2.0))
+
+
+def test_bytes_vocabulary_round_trips(tmp_path):
+  config = dataclasses.replace(CONFIG, vocab_size=384)
+  checkpoints.save(tmp_path, draw(config), config, vocabulary=vocabulary.ByteVocabulary())
+  assert checkpoints.load(tmp_path).vocabulary == vocabulary.ByteVocabulary()
+
+
+def test_saving_again_leaves_no_old_vocabulary(saved):
+  checkpoints.save(saved, draw(), CONFIG)
+  assert checkpoints.load(saved).vocabulary is None
+  assert {p.name for p in saved.iterdir()} == {"config.json", "params.safetensors"}
+
+
+def test_a_failing_save_leaves_the_earlier_checkpoint(saved, monkeypatch):
+  before = {p.name: p.read_bytes() for p in saved.iterdir()}
+
+  def full_disk(value):
+    def write(path):
+      path.write_text("half")
+      raise OSError(28, "No space left on device")
+
+    return write
+
+  monkeypatch.setattr(tensors, "json_writer", full_disk)
+  with pytest.raises(OSError, match=r"`directory`.*No space left"):
+    checkpoints.save(saved, draw(seed=1), CONFIG)
+  assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+def test_unwritable_folder(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(OSError, match=r"`directory` to be a folder that can be written"):
+    checkpoints.save(tmp_path / "file" / "model", draw(), CONFIG)
+
+
+def test_unknown_storage_dtype(tmp_path):
+  with pytest.raises(ValueError, match=r"`storage_dtype`.*float32, bfloat16.*'float16'"):
+    checkpoints.save(tmp_path, draw(), CONFIG, storage_dtype="float16")
+  assert not list(tmp_path.iterdir())
+
+
+WRONG_LEAVES = [
+  ("decoder/decoder_norm/scale", None, r"'decoder/decoder_norm/scale' of shape \(8,\).*none"),
+  ("decoder/layers_9/x", np.zeros(3, np.float32), r"Got also 'decoder/layers_9/x'"),
+  (
+    "decoder/logits_dense/kernel",
+    np.zeros((8, 63), np.float32),
+    r"logits_dense/kernel' .*shape \(8, 64\)\. Got \(8, 63\)",
+  ),
+  (
+    "encoder/encoder_norm/scale",
+    np.array([1, np.nan, 1, np.inf, 1, 1, 1, 1], np.float32),
+    r"2 of 8 values NaN or infinite.*'encoder/encoder_norm/scale'",
+  ),
+  ("decoder/exit_classifier/bias", None, r"exit_classifier/bias.*add_exit_parts"),
+  ("decoder/logits_dense_0/kernel", np.zeros((8, 64), np.float32), r"`per_layer_heads`"),
+]
+
+
+@pytest.mark.parametrize(("path", "leaf", "message"), WRONG_LEAVES)
+def test_wrong_leaves_are_named_when_saving_and_when_loading(saved, path, leaf, message):
+  params = edit(draw(), path, leaf)
+  before = (saved / "params.safetensors").read_bytes()
+  with pytest.raises(ValueError, match=message):
+    checkpoints.save(saved, params, CONFIG)
+  assert (saved / "params.safetensors").read_bytes() == before
+  safetensors.numpy.save_file(parameters.flatten(params), saved / "params.safetensors")
+  with pytest.raises(ValueError, match=message):
+    checkpoints.load(saved)
+
+
+def test_missing_paths_and_files(saved, tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"`path`.*missing"):
+    checkpoints.load(tmp_path / "nowhere")
+  with pytest.raises(FileNotFoundError, match=r"`path`.*a file"):
+    checkpoints.load(saved / "config.json")
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(ValueError, match=r"`path`.*nothing in it"):
+    checkpoints.load(tmp_path / "empty")
+  (saved / "params.safetensors").unlink()
+  with pytest.raises(FileNotFoundError, match=r"params.safetensors.*missing"):
+    checkpoints.load(saved)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 500, -1])
+def test_truncated_parameters(saved, keep):
+  path = saved / "params.safetensors"
+  path.write_bytes(path.read_bytes()[:keep])
+  with pytest.raises(ValueError, match=r"whole safetensors file.*truncated"):
+    checkpoints.load(saved)
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("{", r"config.json' to be JSON"),
+    ("[]", r"JSON object. Got list"),
+    ("{}", r"format 'calm checkpoint 1'.*format None"),
+    ('{"format": "calm checkpoint 1"}', r"fields of T5Config"),
+    ('{"format": "calm checkpoint 1", "vocab_size": 8, "zap": 1}', r"unknown fields \['zap'\]"),
+    ('{"format": "calm checkpoint 2", "vocab_size": 8}', r"newer version"),
+  ],
+)
+def test_damaged_configuration(saved, text, message):
+  (saved / "config.json").write_text(text)
+  with pytest.raises(ValueError, match=message):
+    checkpoints.load(saved)
+
+
+def test_vocabulary_larger_than_the_embedding(saved, pieces):
+  assert pieces.vocab_size == CONFIG.vocab_size
+  larger = dataclasses.replace(pieces, extra_ids=21)
+  with pytest.raises(ValueError, match=r"at most 64 ids.*Got 65"):
+    checkpoints.load(saved, vocabulary=larger)
+  with pytest.raises(ValueError, match=r"at most 64 ids.*Got 65"):
+    checkpoints.save(saved, draw(), CONFIG, vocabulary=larger)
+  smaller = dataclasses.replace(pieces, extra_ids=0)
+  assert checkpoints.load(saved, vocabulary=smaller).vocabulary == smaller
+
+
+def test_exchanged_vocabulary(saved):
+  toy_vocabulary.train(saved / "vocabulary.model", model_type="bpe")
+  with pytest.raises(ValueError, match=r"vocabulary.model to have the digest.*exchanged"):
+    checkpoints.load(saved)
+  (saved / "vocabulary.json").write_text('{"kind": "words"}')
+  with pytest.raises(ValueError, match=r"'sentencepiece' or 'bytes'.*'words'"):
+    checkpoints.load(saved)
+
+
+def test_digest_tells_paths_shapes_dtypes_and_values_apart():
+  leaf = np.arange(4, dtype=np.float32)
+  trees = [
+    {"a": leaf},
+    {"b": leaf},
+    {"a": leaf.reshape(2, 2)},
+    {"a": leaf.astype(np.float64)},
+    {"a": leaf.view(np.int32)},
+    {"a": leaf[::-1]},
+    {"a": leaf, "b": leaf},
+    {"a": {"a": leaf}},
+    {"a": np.float32(0)},
+    {"a": leaf[:0]},
+  ]
+  assert len({parameters.digest(tree) for tree in trees}) == len(trees)
+  # Order, memory layout and the kind of array do not matter.
+  assert parameters.digest({"a": leaf, "b": leaf}) == parameters.digest({"b": leaf, "a": leaf})
+  square = np.arange(4, dtype=np.float32).reshape(2, 2)
+  assert parameters.digest({"a": square.T}) == parameters.digest({"a": square.T.copy()})
+  assert parameters.digest({"a": leaf}) == parameters.digest({"a": jnp.asarray(leaf)})
+
+
+def test_exit_parts_are_added_where_missing_only():
+  plain = dataclasses.replace(CONFIG, exit_classifier=False)
+  full = dataclasses.replace(CONFIG, per_layer_heads=True)
+  params = draw(plain)
+  grown = parameters.add_exit_parts(params, full)
+  parameters.check(grown, full)
+  assert not grown["decoder"]["exit_classifier"]["kernel"].any()
+  head = params["decoder"]["logits_dense"]["kernel"]
+  np.testing.assert_array_equal(grown["decoder"]["logits_dense_0"]["kernel"], head)
+  again = parameters.add_exit_parts(draw(full), full)
+  assert parameters.digest(again) == parameters.digest(draw(full))
+
+
+def test_fields_on_disk_are_those_of_the_configuration(saved):
+  stored = json.loads((saved / "config.json").read_text())
+  assert stored.pop("format") == checkpoints.FORMAT
+  assert set(stored) == {field.name for field in dataclasses.fields(network.T5Config)}

@@ -1,0 +1,143 @@
+"""T5X checkpoints, made with the real T5X (golden/make_t5x_checkpoints.py), read without it."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+
+from calm import checkpoints, network, parameters, t5x_checkpoints
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+FORMATS = ("legacy", "orbax")
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory) -> pathlib.Path:
+  """legacy/ and orbax/, each a model directory with checkpoint_7/."""
+  for name in ("tensorstore", "orbax.checkpoint"):
+    pytest.importorskip(name, reason=f"T5X checkpoints need {name} (the `train` extra)")
+  root = tmp_path_factory.mktemp("t5x")
+  for name in FORMATS:
+    zipfile.ZipFile(GOLDEN / f"t5x_{name}.zip").extractall(root / name)
+  return root
+
+
+@pytest.fixture
+def copied(unpacked, tmp_path):
+  return lambda name: shutil.copytree(unpacked / name / "checkpoint_7", tmp_path / name)
+
+
+def expected() -> dict[str, np.ndarray]:
+  return dict(np.load(GOLDEN / "t5x_checkpoints.npz"))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("folder", [".", "checkpoint_7"])
+def test_parameters_are_read_bit_for_bit_and_give_the_logits_of_t5x(unpacked, name, folder):
+  golden = expected()
+  tokens, logits = golden.pop("tokens"), golden.pop("logits")
+  checkpoint = checkpoints.load(unpacked / name / folder)
+  flat = parameters.flatten(checkpoint.params)
+  assert flat.keys() == golden.keys()
+  for path, leaf in flat.items():
+    assert leaf.dtype == np.float32
+    np.testing.assert_array_equal(leaf, golden[path])
+  model = network.Transformer(checkpoint.config)
+  variables = {"params": checkpoint.params}
+  ours = model.apply(variables, tokens, tokens, tokens, enable_dropout=False)
+  np.testing.assert_allclose(ours, logits, atol=1e-5)
+
+
+def test_configuration_is_told_by_names_and_shapes():
+  golden = expected()
+  del golden["tokens"], golden["logits"]
+  config = network.T5Config(
+    vocab_size=32,
+    emb_dim=8,
+    num_heads=2,
+    num_encoder_layers=1,
+    num_decoder_layers=2,
+    head_dim=4,
+    mlp_dim=12,
+    mlp_activations=("gelu", "linear"),
+    exit_classifier=False,
+  )
+  assert t5x_checkpoints.infer_config(golden) == config
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    {"exit_classifier": True},
+    {"per_layer_heads": True, "num_decoder_layers": 11},
+    {"logits_via_embedding": True, "mlp_activations": ("relu",), "relpos_buckets": 16},
+    {"num_encoder_layers": 12},
+  ],
+)
+def test_inferred_configuration_round_trips(changes):
+  fields = dict(vocab_size=24, emb_dim=8, num_heads=2, head_dim=3, mlp_dim=10)
+  fields |= dict(mlp_activations=("gelu", "linear"), exit_classifier=False)
+  config = network.T5Config(**(fields | changes))
+  shapes = parameters.expected_shapes(config)
+  flat = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
+  assert t5x_checkpoints.infer_config(flat) == config
+
+
+def test_the_newest_step_is_taken(unpacked, tmp_path):
+  for step in (7, 12):
+    shutil.copytree(unpacked / "legacy" / "checkpoint_7", tmp_path / f"checkpoint_{step}")
+  (tmp_path / "checkpoint_100.orbax-checkpoint-tmp").mkdir()
+  assert t5x_checkpoints.find(tmp_path) == tmp_path / "checkpoint_12"
+  assert t5x_checkpoints.find(tmp_path / "checkpoint_7") == tmp_path / "checkpoint_7"
+  assert t5x_checkpoints.find(tmp_path / "checkpoint_100.orbax-checkpoint-tmp") is None
+
+
+def test_configuration_may_be_given(unpacked):
+  stored = checkpoints.load(unpacked / "legacy").config
+  wrong = network.T5Config(vocab_size=32, emb_dim=8)
+  assert checkpoints.load(unpacked / "legacy", config=stored).config == stored
+  with pytest.raises(ValueError, match=r"leaf '.*' .*shape"):
+    checkpoints.load(unpacked / "legacy", config=wrong)
+
+
+def test_truncated_msgpack(copied):
+  path = copied("legacy")
+  (path / "checkpoint").write_bytes((path / "checkpoint").read_bytes()[:200])
+  with pytest.raises(ValueError, match=r"`path`.*msgpack does not open.*truncated"):
+    checkpoints.load(path)
+
+
+def test_missing_array_is_named(copied):
+  path = copied("legacy")
+  shutil.rmtree(path / "target.decoder.logits_dense.kernel")
+  with pytest.raises(ValueError, match=r"target.decoder.logits_dense.kernel.*whole folder"):
+    checkpoints.load(path)
+
+
+def test_damaged_orbax(copied):
+  path = copied("orbax")
+  for file in (path / "state" / "d").iterdir():
+    file.write_bytes(file.read_bytes()[:10])
+  with pytest.raises(ValueError, match=r"`path`.*Orbax does not open"):
+    checkpoints.load(path)
+
+
+def test_other_architectures_are_refused():
+  scanned = {"token_embedder/embedding": np.zeros((4, 2)), "decoder/decoder/x": np.zeros(3)}
+  with pytest.raises(ValueError, match=r"T5X's own T5 network.*lacking 'decoder/relpos_bias"):
+    t5x_checkpoints.infer_config(scanned)
+
+
+def test_reading_imports_no_t5x_and_other_formats_no_orbax(unpacked):
+  code = (
+    "import sys; from calm import checkpoints;"
+    "assert not {'orbax.checkpoint', 'tensorstore'} & set(sys.modules);"
+    f"checkpoints.load({str(unpacked / 'legacy')!r});"
+    "assert not {'t5x', 'seqio', 'tensorflow', 'torch', 'transformers'} & set(sys.modules)"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True)
