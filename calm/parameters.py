@@ -1,6 +1,8 @@
 """Parameter trees by "/"-joined path: digest, checks against a configuration, exit parts."""
 
+import functools
 import hashlib
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,13 +69,16 @@ def check(params: Mapping[str, Any], config: network.T5Config) -> None:
       )
 
 
-def expected_shapes(config: network.T5Config) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=8)
+def expected_shapes(config: network.T5Config) -> Mapping[str, tuple[int, ...]]:
   """{path: shape} of the parameters of `config`, computed without numbers."""
   model, tokens = network.Transformer(config), jnp.ones((1, 1), jnp.int32)
   made = jax.eval_shape(
     lambda: model.init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)
   )
-  return {path: leaf.shape for path, leaf in flatten(made["params"]).items()}
+  shapes = {path: leaf.shape for path, leaf in flatten(made["params"]).items()}
+  # Read-only, because every caller gets the same one.
+  return types.MappingProxyType(shapes)
 
 
 def add_exit_parts(params: Mapping[str, Any], config: network.T5Config) -> dict[str, Any]:
