@@ -1,0 +1,7 @@
+"""`python -m calm`."""
+
+import sys
+
+from calm import cli
+
+sys.exit(cli.main())

@@ -1,0 +1,55 @@
+"""The `calm` command: train, generate, calibrate, infer, demo."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import calm
+
+DESCRIPTION = """\
+Confident Adaptive Language Modeling: a T5 whose tokens leave the decoder as soon as they are
+sure, with a promise about what that may cost.
+
+  calm demo                                    all of it on the packed model, in minutes
+  calm train     --gin_file=...                train the exits
+  calm generate  --prompts=... --output=DIR    decode at every threshold of a grid
+  calm calibrate DIR --tolerance=0.1           choose the threshold, with a guarantee
+  calm infer     --calibration=DIR/calibration.json --prompts=...
+"""
+
+COMMANDS = {
+  "train": "train a model with an exit at every decoder layer",
+  "generate": "decode prompts at full depth and at every threshold, into a folder",
+  "calibrate": "turn such a folder into a calibrated threshold (no JAX needed)",
+  "infer": "decode prompts under a calibrated threshold",
+  "demo": "the whole pipeline on the packed model and prompts",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command; returns the process's exit code."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  parser = argparse.ArgumentParser(
+    prog="calm",
+    description=DESCRIPTION,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("--version", action="version", version=f"calm {calm.__version__}")
+  commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+  chosen = next((word for word in argv if word in COMMANDS), None)
+  for name, summary in COMMANDS.items():
+    command = commands.add_parser(
+      name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if name == chosen:  # only the chosen command's module, and what it needs, is imported
+      module = importlib.import_module(f"calm.commands.{name}")
+      command.description = module.__doc__
+      module.add_arguments(command)
+      command.set_defaults(run=module.run)
+  arguments = parser.parse_args(argv)
+  return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

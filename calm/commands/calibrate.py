@@ -1,0 +1,153 @@
+"""Choose the lowest threshold that is certified to stay within the tolerance.
+
+Reads the folder that `calm generate` wrote (or JSON Lines files of anybody's) and writes
+calibration.json. Needs numpy and scipy only: no JAX.
+
+  calm calibrate runs/cache --tolerance=0.1 --error_rate=0.05
+  calm calibrate runs/cache --kind=risk_signed --metric=token_f1 --tolerance=0.02
+  calm calibrate --full=full.jsonl --outputs 0.9=a.jsonl 0.8=b.jsonl --output=calibration.json
+"""
+
+import argparse
+import pathlib
+
+from rich import console as rich_console
+from rich import progress as rich_progress
+from rich import table as rich_table
+
+from calm import calibrate as calibrate_lib
+from calm.calibrate import foreign, generations, planning, sequence_losses, thresholds
+from calm.commands import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Declares the command's options."""
+  parser.add_argument("directory", nargs="?", help="folder written by `calm generate`")
+  parser.add_argument("--full", help="JSON Lines of the full model's outputs, made elsewhere")
+  parser.add_argument(
+    "--outputs",
+    nargs="+",
+    metavar="THRESHOLD=FILE",
+    help="JSON Lines of outputs at each threshold, made elsewhere",
+  )
+  parser.add_argument("--tolerance", type=float, default=0.1, help="delta (default 0.1)")
+  parser.add_argument("--error_rate", type=float, default=0.05, help="epsilon (default 0.05)")
+  parser.add_argument(
+    "--kind",
+    choices=["textual", "risk_signed", "risk_clipped"],
+    default="textual",
+    help="loss: distance to the full model's text, or increase of the risk against references",
+  )
+  parser.add_argument(
+    "--metric", default="rouge_l", help="rouge_l, token_f1, exact_match, chrf or import.path:f"
+  )
+  parser.add_argument("--method", default="auto", help="auto, paper, betting, ... (p-values)")
+  parser.add_argument(
+    "--testing",
+    default="fixed_sequence",
+    help="fixed_sequence, fallback, holm or bonferroni",
+  )
+  parser.add_argument(
+    "--by_group", action="store_true", help="calibrate on means over each prompt's group"
+  )
+  parser.add_argument("--output", help="where to write (default DIRECTORY/calibration.json)")
+
+
+@common.user_errors
+def run(arguments: argparse.Namespace) -> int:
+  """Calibrates, prints the table and the promise, writes the file."""
+  console = rich_console.Console()
+  cached = _read(arguments)
+  support = sequence_losses.kind_support(arguments.kind, arguments.metric)
+  count = len(set(cached.groups or cached.ids)) if arguments.by_group else len(cached.ids)
+  refusal = planning.refusal(
+    count, arguments.tolerance, arguments.error_rate, lower=support.lower
+  )
+  if refusal:
+    console.print(f"[yellow]{refusal}[/yellow]")
+  with rich_progress.Progress(console=console, transient=True) as bar:
+    task = bar.add_task(f"{arguments.metric} losses", total=None)
+    losses = sequence_losses.compute(
+      cached,
+      arguments.kind,
+      metric=arguments.metric,
+      progress=lambda done, total: bar.update(task, completed=done, total=total),
+    )
+  result = calibrate_lib.calibrate(
+    losses,
+    tolerance=arguments.tolerance,
+    error_rate=arguments.error_rate,
+    method=arguments.method,
+    testing_procedure=arguments.testing,
+    groups=cached.groups if arguments.by_group else None,
+  )
+  output = pathlib.Path(
+    arguments.output or pathlib.Path(arguments.directory or ".") / "calibration.json"
+  )
+  result.save(output)
+  print_calibration(console, result, cached)
+  console.print(f"Written to {output}")
+  return 0
+
+
+def _read(arguments: argparse.Namespace) -> generations.Generations:
+  if arguments.directory and not (arguments.full or arguments.outputs):
+    return generations.load(arguments.directory)
+  if arguments.full and arguments.outputs and not arguments.directory:
+    files = {}
+    for pair in arguments.outputs:
+      threshold, _, path = pair.partition("=")
+      files[thresholds.parse_threshold(threshold)] = path
+    return foreign.gather(arguments.full, files)
+  raise ValueError(
+    "Expected the folder of `calm generate`, or both --full and --outputs. Got"
+    f" directory={arguments.directory!r}, --full={arguments.full!r},"
+    f" --outputs={arguments.outputs!r}."
+  )
+
+
+def print_calibration(
+  console: rich_console.Console,
+  result: calibrate_lib.Calibration,
+  cached: generations.Generations | None = None,
+) -> None:
+  """The table of the tested thresholds and the promise in words."""
+  layers = mean_layers(cached)
+  table = rich_table.Table(
+    title=f"{result.kind} loss, {result.metric}; p-values: {result.method}"
+  )
+  for name in ("threshold", "mean loss", "upper bound", "p-value", "certified"):
+    table.add_column(name, justify="right")
+  if layers:
+    table.add_column("layers / token", justify="right")
+  for row in result.rows:
+    cells = [
+      thresholds.format_threshold(row.threshold),
+      f"{row.mean:.4f}",
+      f"{row.upper_bound:.4f}",
+      f"{row.p_value:.3g}",
+      "yes" if row.rejected else "no",
+    ]
+    if layers:
+      cells.append(f"{layers[row.threshold]:.2f}")
+    style = "bold" if row.threshold == result.threshold else None
+    table.add_row(*cells, style=style)
+  console.print(table)
+  console.print(
+    f"Calibrated threshold: [bold]{thresholds.format_threshold(result.threshold)}[/bold]"
+    f" ({result.reason})"
+  )
+  console.print(result.guarantee)
+
+
+def mean_layers(cached: generations.Generations | None) -> dict[float, float]:
+  """Mean decoder layers a token at every threshold, where the outputs record exits."""
+  if cached is None:
+    return {}
+  counts = {}
+  for threshold, records in zip(cached.thresholds.tolist(), cached.records, strict=True):
+    layers = [layer for record in records for layer in record.exit_layers or ()]
+    if not layers:
+      return {}
+    counts[threshold] = sum(layers) / len(layers)
+  return counts

@@ -1,0 +1,106 @@
+"""What every command does alike: gin files, the compilation cache, errors as messages."""
+
+import argparse
+import functools
+import os
+import pathlib
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+# A mistake of the user's: one clear message, no traceback. Anything else is a bug of ours.
+USER_ERRORS = (ValueError, OSError, TypeError, ImportError, FloatingPointError)
+
+
+def user_errors(
+  run: Callable[[argparse.Namespace], int],
+) -> Callable[[argparse.Namespace], int]:
+  """Prints a user's error as one message and returns 2; CALM_DEBUG=1 shows the traceback."""
+
+  @functools.wraps(run)
+  def guarded(arguments: argparse.Namespace) -> int:
+    warnings.showwarning = _show_warning
+    try:
+      return run(arguments)
+    except ModuleNotFoundError as error:
+      print(f"calm: {missing_package(error)}", file=sys.stderr)
+    except USER_ERRORS as error:
+      if os.environ.get("CALM_DEBUG"):
+        raise
+      print(f"calm: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+      print("calm: stopped; run the same command again to go on.", file=sys.stderr)
+      return 130
+    return 2
+
+  return guarded
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+  """What to install for a package that is not there."""
+  extras = {
+    "decode": {"jax", "flax", "gin", "sentencepiece", "safetensors", "jaxtyping"},
+    "train": {"optax", "orbax", "clu", "seqio", "tensorflow"},
+    "report": {"matplotlib", "jinja2"},
+  }
+  name = (error.name or "").split(".")[0]
+  extra = next((extra for extra, names in extras.items() if name in names), None)
+  hint = f"pip install 'calm-t5x[{extra}]'" if extra else f"install {name!r}"
+  return f"this command needs the package {name!r}, which is not installed: {hint}."
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None):
+  del category, filename, lineno, line
+  print(f"calm: warning: {message}", file=file or sys.stderr)
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs on disk: the second run of a command starts at once."""
+  import jax
+
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
+    jax.config.update("jax_compilation_cache_dir", str(cache / "calm" / "xla"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def add_gin_arguments(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+  """Declares T5X's gin flags."""
+  parser.add_argument(
+    "--gin_file", action="append", default=[], required=required, help="gin file; repeatable"
+  )
+  parser.add_argument(
+    "--gin_bindings",
+    action="append",
+    default=[],
+    metavar="'A.b = 1'",
+    help="gin binding that overrides the files; repeatable",
+  )
+  parser.add_argument(
+    "--gin_search_paths", default="", help="folders to look for gin files in, comma-separated"
+  )
+
+
+def parse_gin(arguments: argparse.Namespace) -> None:
+  """Reads the gin files and bindings that were given."""
+  import gin
+
+  for path in [p for p in arguments.gin_search_paths.split(",") if p]:
+    gin.add_config_file_search_path(path)
+  gin.parse_config_files_and_bindings(arguments.gin_file, arguments.gin_bindings)
+
+
+def configured(
+  arguments: argparse.Namespace, function: Callable[..., Any]
+) -> Callable[..., Any]:
+  """The function with gin's bindings, where the files bind it; options given win."""
+  if not (arguments.gin_file or arguments.gin_bindings):
+    return function
+  import gin
+
+  parse_gin(arguments)
+  try:
+    return gin.get_configurable(function)
+  except ValueError:  # the files bind other things only
+    return function

@@ -1,0 +1,92 @@
+"""Decode prompts under a calibrated threshold, with the promise attached.
+
+A calibration that was made for another model or other options is refused.
+
+  calm infer --calibration=runs/cache/calibration.json --prompts=prompts.txt
+  calm infer --threshold=0.8 --prompts=prompts.jsonl --output=out.jsonl
+  echo "A long package description" | calm infer --threshold=never --prompts=- --colour
+"""
+
+import argparse
+import json
+import pathlib
+
+from rich import console as rich_console
+
+from calm.calibrate import Prompt, files, thresholds
+from calm.commands import common, model_flags
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Declares the command's options."""
+  model_flags.add_arguments(parser)
+  parser.add_argument("--calibration", help="calibration.json of `calm calibrate`")
+  parser.add_argument("--threshold", help="a number in [0, 1] or 'never', without a promise")
+  parser.add_argument(
+    "--void_guarantee",
+    action="store_true",
+    help="decode although the calibration is for another procedure; no promise holds",
+  )
+  parser.add_argument("--output", help="JSON Lines to write; default: texts to the screen")
+  parser.add_argument(
+    "--colour", action="store_true", help="colour every token by its exit layer"
+  )
+  common.add_gin_arguments(parser)
+
+
+@common.user_errors
+def run(arguments: argparse.Namespace) -> int:
+  """Decodes the prompts."""
+  if arguments.calibration is None and arguments.threshold is None:
+    raise ValueError(
+      "Expected `--calibration` or `--threshold`. Got neither; make a calibration with `calm"
+      " generate` and `calm calibrate`, or decode without a promise: --threshold=0.9."
+    )
+  common.use_compilation_cache()
+  from calm import inference
+
+  console = rich_console.Console(stderr=True)
+  load = common.configured(arguments, inference.load)
+  predictor = load(
+    arguments.model,
+    calibration=arguments.calibration,
+    void_guarantee=arguments.void_guarantee,
+    dtype=arguments.dtype,
+    **model_flags.decode_options(arguments),
+  )
+  prompts = model_flags.read_prompts(arguments.prompts, arguments.limit)
+  threshold = arguments.threshold
+  if threshold is not None:
+    threshold = thresholds.parse_threshold(threshold)
+  elif arguments.void_guarantee and arguments.calibration:
+    threshold = inference.Calibration.load(arguments.calibration).threshold
+  with console.status(f"decoding {len(prompts)} prompts"):
+    outputs = predictor.generate([prompt.input for prompt in prompts], threshold=threshold)
+  if arguments.output:
+    lines = [_line(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
+    files.write_atomically(pathlib.Path(arguments.output), "".join(lines))
+  else:
+    for output in outputs:
+      print(output.coloured() if arguments.colour else output.text)
+  timing = outputs.timing
+  assert outputs.threshold is not None
+  console.print(
+    f"{len(outputs)} prompts, threshold {thresholds.format_threshold(outputs.threshold)},"
+    f" {outputs.mean_layers:.2f} of {outputs.num_layers} decoder layers a token;"
+    f" encoder {timing.encode_seconds:.2f} s, decoder {timing.decode_seconds:.2f} s"
+    f" ({timing.compilations} programs compiled in that time)."
+  )
+  console.print(outputs.guarantee or "No guarantee: nothing was calibrated for this.")
+  return 0
+
+
+def _line(prompt: Prompt, output) -> str:
+  value = {
+    "id": prompt.id,
+    "prediction": output.text,
+    "tokens": list(output.tokens),
+    "exit_layers": list(output.exit_layers),
+    "confidences": [float(str(c)) for c in output.confidences],
+    "score": output.score,
+  }
+  return json.dumps(value, ensure_ascii=False) + "\n"

@@ -1,0 +1,91 @@
+"""Options that `calm generate` and `calm infer` share: the model and how it decodes."""
+
+import argparse
+import pathlib
+import sys
+from typing import Any
+
+from calm.calibrate import Prompt
+
+DECODE_OPTIONS = (
+  "measure",
+  "task_prefix",
+  "max_input_length",
+  "max_decode_length",
+  "batch_size",
+  "propagation",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Declares the options; None means: what gin, the calibration or the checkpoint say."""
+  parser.add_argument(
+    "--model",
+    default="packed",
+    help="checkpoint folder (ours, Hugging Face's or T5X's), or 'packed' (default)",
+  )
+  parser.add_argument(
+    "--prompts",
+    required=True,
+    help="JSON Lines of {id, input, target} (.gz too), or plain text, one prompt a line;"
+    " '-' reads plain text from standard input",
+  )
+  parser.add_argument("--limit", type=int, help="read only the first prompts")
+  parser.add_argument("--measure", help="softmax, state or classifier")
+  parser.add_argument(
+    "--temperature",
+    type=float,
+    help="decaying threshold (Eq. 5) with this tau, over max_decode_length; default: constant",
+  )
+  parser.add_argument(
+    "--exit_layers", help="layers after which a token may leave, like 2,4,6; default: all"
+  )
+  parser.add_argument("--propagation", help="exit_state (default), first_state, ...")
+  parser.add_argument("--task_prefix", help="text put before every prompt")
+  parser.add_argument("--max_input_length", type=int, help="tokens read of a prompt")
+  parser.add_argument("--max_decode_length", type=int, help="most tokens generated")
+  parser.add_argument("--batch_size", type=int, help="prompts decoded together (default 8)")
+  parser.add_argument("--dtype", help="activation dtype: float32 or bfloat16")
+
+
+def decode_options(arguments: argparse.Namespace) -> dict[str, Any]:
+  """The options that were given, as keyword arguments of `inference.load`."""
+  from calm import schedules
+
+  given = {name: getattr(arguments, name) for name in DECODE_OPTIONS}
+  options = {name: value for name, value in given.items() if value is not None}
+  if arguments.exit_layers:
+    options["exit_layers"] = tuple(int(layer) for layer in arguments.exit_layers.split(","))
+  if arguments.temperature is not None:
+    length = arguments.max_decode_length
+    if length is None:
+      raise ValueError(
+        "Expected `--max_decode_length` with `--temperature`: Eq. 5 decays over it. Got none."
+      )
+    options["schedule"] = schedules.Decaying(arguments.temperature, length)
+  return options
+
+
+def read_prompts(path: str, limit: int | None) -> list[Prompt]:
+  """Prompts from JSON Lines or plain text; see `--prompts`."""
+  from calm import datasets
+
+  if path == "-":
+    return _numbered(sys.stdin.read(), "stdin", limit)
+  file = pathlib.Path(path)
+  if file.suffix == ".txt":
+    try:
+      return _numbered(file.read_text("utf-8"), file.name, limit)
+    except UnicodeDecodeError as error:
+      raise ValueError(
+        f"Expected UTF-8 text in {file}. Got an invalid byte at {error.start}; convert it."
+      ) from error
+  examples = datasets.read_examples(file, limit=limit, require_target=False)
+  return [Prompt(e.id, e.input, e.targets, e.source) for e in examples]
+
+
+def _numbered(text: str, name: str, limit: int | None) -> list[Prompt]:
+  lines = [line for line in text.splitlines() if line.strip()][:limit]
+  if not lines:
+    raise ValueError(f"Expected one prompt a line in {name}. Got no line with text.")
+  return [Prompt(f"{name}/{i}", line) for i, line in enumerate(lines, start=1)]
