@@ -49,27 +49,27 @@ class Watch:
   sampling_rate: float
   seed: str
   support: Support = dataclasses.field(default_factory=Support)
-  kind: str = 'textual'
+  kind: str = "textual"
   calibration_digest: str | None = None
 
   def __post_init__(self):
     low, high = self.support.lower, self.support.upper
     for name, value, least, most in (
-      ('tolerance', self.tolerance, low, high),
-      ('alarm_level', self.alarm_level, 0.0, 1.0),
-      ('sampling_rate', self.sampling_rate, 0.0, math.nextafter(1.0, 2.0)),
+      ("tolerance", self.tolerance, low, high),
+      ("alarm_level", self.alarm_level, 0.0, 1.0),
+      ("sampling_rate", self.sampling_rate, 0.0, math.nextafter(1.0, 2.0)),
     ):
       if not least < value < most:
-        raise ValueError(f'`{name}` must be in ({least:.4g}, {most:.4g}), got {value!r}.')
+        raise ValueError(f"`{name}` must be in ({least:.4g}, {most:.4g}), got {value!r}.")
 
   def sampled(self, number: int) -> bool:
     """The coin of the served prompt of that number: the same everywhere, blind to text."""
-    digest = hashlib.sha256(f'{self.seed}/{number}'.encode()).digest()
-    return int.from_bytes(digest[:8], 'big') < self.sampling_rate * 2.0**64
+    digest = hashlib.sha256(f"{self.seed}/{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < self.sampling_rate * 2.0**64
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values."""
-    return {'schema_version': SCHEMA_VERSION, **dataclasses.asdict(self)}
+    return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Wealth:
     cap = _CAP_SHARE / (watch.tolerance - watch.support.lower)
     return min(max(gain, 0.0) / max(spread, 1e-12), cap)
 
-  def after(self, loss: float, watch: Watch) -> 'Wealth':
+  def after(self, loss: float, watch: Watch) -> "Wealth":
     """The state after one more loss."""
     wealth = self.log_wealth + math.log(1.0 + self.bet(watch) * (loss - watch.tolerance))
     weight = 1.0 / min(self.count + 2, _MEMORY)
@@ -154,7 +154,7 @@ class Monitor:
     """
     number = self._served
     check = self.watch.sampled(number)
-    self._write({'served': number, 'sampled': check})
+    self._write({"served": number, "sampled": check})
     self._count(number, check)
     return number, check
 
@@ -173,16 +173,16 @@ class Monitor:
         range.
     """
     self._check(number, loss)
-    self._write({'number': number, 'loss': float(loss)})
+    self._write({"number": number, "loss": float(loss)})
     self._settle(number, float(loss))
     return self.alarm
 
   def _check(self, number: int, loss: float) -> None:
     low, high = self.watch.support.lower, self.watch.support.upper
     if number not in self._waiting or number in self._losses:
-      raise ValueError(f'`number` must be a sampled prompt without a loss, got {number!r}.')
+      raise ValueError(f"`number` must be a sampled prompt without a loss, got {number!r}.")
     if not low <= loss <= high:
-      raise ValueError(f'`loss` must lie in the declared range [{low}, {high}], got {loss!r}.')
+      raise ValueError(f"`loss` must lie in the declared range [{low}, {high}], got {loss!r}.")
 
   def _count(self, number: int, check: bool) -> None:
     self._served = number + 1
@@ -195,28 +195,28 @@ class Monitor:
       self.wealth = self.wealth.after(self._losses.pop(self._waiting.pop(0)), self.watch)
 
   def _write(self, value: dict[str, Any]) -> None:
-    with open(self.path, 'ab') as file:
-      file.write(records_lib.dump_line(value).encode('utf-8'))
+    with open(self.path, "ab") as file:
+      file.write(records_lib.dump_line(value).encode("utf-8"))
       file.flush()
 
   def _replay(self, line: records_lib.Line) -> None:
     value = line.value
     try:
-      if 'served' in value:
-        if value['served'] != self._served:
-          raise ValueError(f'expected prompt {self._served}')
-        self._count(value['served'], bool(value['sampled']))
+      if "served" in value:
+        if value["served"] != self._served:
+          raise ValueError(f"expected prompt {self._served}")
+        self._count(value["served"], bool(value["sampled"]))
       else:
-        self._check(value['number'], value['loss'])
-        self._settle(value['number'], value['loss'])
+        self._check(value["number"], value["loss"])
+        self._settle(value["number"], value["loss"])
     except (KeyError, TypeError, ValueError) as error:
-      raise line.error(f'no line of a monitor: {error}.') from error
+      raise line.error(f"no line of a monitor: {error}.") from error
 
   def __repr__(self) -> str:
     return (
-      f'Monitor({self._served} served, {self.wealth.count} checked, wealth'
-      f' {math.exp(self.wealth.log_wealth):.4g}, alarm at {1.0 / self.watch.alarm_level:.4g}:'
-      f' {"ALARM" if self.alarm else "quiet"})'
+      f"Monitor({self._served} served, {self.wealth.count} checked, wealth"
+      f" {math.exp(self.wealth.log_wealth):.4g}, alarm at {1.0 / self.watch.alarm_level:.4g}:"
+      f" {'ALARM' if self.alarm else 'quiet'})"
     )
 
 
@@ -243,7 +243,7 @@ def open_monitor(path: str | pathlib.Path, watch: Watch) -> Monitor:
   if first is None or first.value != expected:
     got = None if first is None else first.value
     raise records_lib.GenerationsError(
-      f'{path}:1: holds another watch: expected {expected}, got {got}. Start a new file.'
+      f"{path}:1: holds another watch: expected {expected}, got {got}. Start a new file."
     )
   for line in lines:
     monitor._replay(line)

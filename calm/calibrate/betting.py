@@ -91,10 +91,10 @@ def _fixed_level_bets(losses: np.ndarray, design: Design) -> np.ndarray:
 
 
 # The bet of Waudby-Smith and Ramdas (2024) with a fixed sample size in mind.
-PLUG_IN = Strategy('plug_in', _plug_in_bets)
+PLUG_IN = Strategy("plug_in", _plug_in_bets)
 # Recalculates what is still needed to reach 1 / error_rate and stops there (Voracek 2025): more
 # power at that one level, a useless p-value at any other.
-FIXED_LEVEL = Strategy('fixed_level', _fixed_level_bets)
+FIXED_LEVEL = Strategy("fixed_level", _fixed_level_bets)
 
 
 def check_losses(losses: npt.ArrayLike, upper: float) -> np.ndarray:
@@ -106,13 +106,13 @@ def check_losses(losses: npt.ArrayLike, upper: float) -> np.ndarray:
   losses = np.asarray(losses, np.float64)
   if losses.ndim not in (1, 2) or not losses.size:
     raise ValueError(
-      '`losses` must be [num_examples] or [num_examples, num_thresholds] with at least one row,'
-      f' got shape {losses.shape}.'
+      "`losses` must be [num_examples] or [num_examples, num_thresholds] with at least one row,"
+      f" got shape {losses.shape}."
     )
   bad = ~((losses <= upper) & (losses > -np.inf))
   if np.any(bad):
     raise ValueError(
-      f'`losses` must be finite and at most `upper` = {upper}, got {losses[bad].flat[0]!r}.'
+      f"`losses` must be finite and at most `upper` = {upper}, got {losses[bad].flat[0]!r}."
     )
   return losses
 
@@ -120,9 +120,9 @@ def check_losses(losses: npt.ArrayLike, upper: float) -> np.ndarray:
 def check_levels(tolerance: float, error_rate: float, upper: float) -> None:
   """Raises ValueError unless `tolerance` < `upper` and `error_rate` is in (0, 1)."""
   if not (np.isfinite(tolerance) and tolerance < upper):
-    raise ValueError(f'`tolerance` must be below `upper` = {upper}, got {tolerance!r}.')
+    raise ValueError(f"`tolerance` must be below `upper` = {upper}, got {tolerance!r}.")
   if not 0.0 < error_rate < 1.0:
-    raise ValueError(f'`error_rate` must be in (0, 1), got {error_rate!r}.')
+    raise ValueError(f"`error_rate` must be in (0, 1), got {error_rate!r}.")
 
 
 def log_wealth(
@@ -146,8 +146,8 @@ def log_wealth(
   check_levels(float(np.max(design.tolerance)), design.error_rate, design.upper)
   if len(losses) > design.planned_size:
     raise ValueError(
-      f'`planned_size` must be at least the number of losses, got {design.planned_size} for'
-      f' {len(losses)}.'
+      f"`planned_size` must be at least the number of losses, got {design.planned_size} for"
+      f" {len(losses)}."
     )
   columns = losses.reshape(len(losses), -1)
   gains = design.tolerance - columns

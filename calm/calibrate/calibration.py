@@ -50,7 +50,7 @@ class Row:
     }
 
   @classmethod
-  def from_json(cls, value: Mapping[str, Any]) -> 'Row':
+  def from_json(cls, value: Mapping[str, Any]) -> "Row":
     """The inverse of `to_json`."""
     fields: dict[str, Any] = {
       name: math.nan if entry is None else entry for name, entry in value.items()
@@ -125,62 +125,62 @@ class Calibration:
     """
     if self.procedure is None:
       raise ValueError(
-        'the calibration has `procedure` null: it was made from outputs decoded elsewhere, so'
-        ' that'
-        ' nothing here can check that the promise holds for this model. Calibrate on outputs of'
-        ' this'
-        ' model, or say explicitly that the guarantee is void.'
+        "the calibration has `procedure` null: it was made from outputs decoded elsewhere, so"
+        " that"
+        " nothing here can check that the promise holds for this model. Calibrate on outputs of"
+        " this"
+        " model, or say explicitly that the guarantee is void."
       )
     difference = describe_differences(self.procedure, procedure)
     if difference:
       raise ValueError(
-        f'the calibration is for another procedure: {difference}. Calibrate again under this'
-        ' one, or'
-        ' say explicitly that the guarantee is void.'
+        f"the calibration is for another procedure: {difference}. Calibrate again under this"
+        " one, or"
+        " say explicitly that the guarantee is void."
       )
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values, and the guarantee for people who read the file."""
     value = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     return {
-      'schema_version': SCHEMA_VERSION,
+      "schema_version": SCHEMA_VERSION,
       **value,
-      'threshold': thresholds_lib.threshold_to_json(self.threshold),
-      'support': dataclasses.asdict(self.support),
-      'rows': [row.to_json() for row in self.rows],
-      'visited': list(self.visited),
-      'procedure': None if self.procedure is None else self.procedure.to_json(),
-      'provenance': self.provenance.to_json(),
-      'guarantee': self.guarantee,
+      "threshold": thresholds_lib.threshold_to_json(self.threshold),
+      "support": dataclasses.asdict(self.support),
+      "rows": [row.to_json() for row in self.rows],
+      "visited": list(self.visited),
+      "procedure": None if self.procedure is None else self.procedure.to_json(),
+      "provenance": self.provenance.to_json(),
+      "guarantee": self.guarantee,
     }
 
   @classmethod
-  def from_json(cls, value: Mapping[str, Any]) -> 'Calibration':
+  def from_json(cls, value: Mapping[str, Any]) -> "Calibration":
     """The inverse of `to_json`.
 
     Raises:
       ValueError: another schema version, or a field is missing or has no meaning.
     """
-    if not isinstance(value, Mapping) or value.get('schema_version') != SCHEMA_VERSION:
-      got = value.get('schema_version') if isinstance(value, Mapping) else type(value).__name__
+    if not isinstance(value, Mapping) or value.get("schema_version") != SCHEMA_VERSION:
+      got = value.get("schema_version") if isinstance(value, Mapping) else type(value).__name__
       raise ValueError(
-        f'`calibration` must have schema_version {SCHEMA_VERSION}, got {got!r}: calibrate'
-        ' again.'
+        f"`calibration` must have schema_version {SCHEMA_VERSION}, got {got!r}: calibrate"
+        " again."
       )
     names = {field.name for field in dataclasses.fields(cls)}
     missing = sorted(names - set(value))
     if missing:
-      raise ValueError(f'`calibration` lacks the fields {missing}; the file is damaged.')
-    procedure = value['procedure']
+      raise ValueError(f"`calibration` lacks the fields {missing}; the file is damaged.")
+    procedure = value["procedure"]
     return cls(
       **{
         **{name: value[name] for name in names},
-        'threshold': thresholds_lib.parse_threshold(value['threshold']),
-        'support': Support(**value['support']),
-        'rows': tuple(Row.from_json(row) for row in value['rows']),
-        'visited': tuple(value['visited']),
-        'procedure': None if procedure is None else Procedure.from_json(procedure),
-        'provenance': Provenance.from_json(value['provenance']),
+        "threshold": thresholds_lib.parse_threshold(value["threshold"]),
+        "support": Support(**value["support"]),
+        "rows": tuple(Row.from_json(row) for row in value["rows"]),
+        "visited": tuple(value["visited"]),
+        "procedure": None if procedure is None else Procedure.from_json(procedure),
+        "provenance": Provenance.from_json(value["provenance"]),
       }
     )
 
@@ -191,22 +191,22 @@ class Calibration:
       OSError: the file cannot be written.
     """
     text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
-    files.write_atomically(path, text + '\n')
+    files.write_atomically(path, text + "\n")
 
   @classmethod
-  def load(cls, path: str | pathlib.Path) -> 'Calibration':
+  def load(cls, path: str | pathlib.Path) -> "Calibration":
     """Reads what `save` wrote.
 
     Raises:
       ValueError: the file is missing, no JSON, or no calibration; the message names it.
     """
     try:
-      value = json.loads(pathlib.Path(path).read_text('utf-8'))
+      value = json.loads(pathlib.Path(path).read_text("utf-8"))
       return cls.from_json(value)
     except OSError as error:
-      raise ValueError(f'{path}: cannot be read ({error.strerror}).') from error
+      raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
     except (KeyError, TypeError, ValueError) as error:
-      raise ValueError(f'{path}: is no calibration: {error}') from error
+      raise ValueError(f"{path}: is no calibration: {error}") from error
 
 
 def calibrate(
@@ -215,8 +215,8 @@ def calibrate(
   *,
   tolerance: float,
   error_rate: float,
-  method: str = 'auto',
-  testing_procedure: str = 'fixed_sequence',
+  method: str = "auto",
+  testing_procedure: str = "fixed_sequence",
   groups: Sequence[str] | None = None,
   support: Support | None = None,
 ) -> Calibration:
@@ -250,19 +250,24 @@ def calibrate(
   """
   sample = _as_losses(losses, thresholds, support)
   _check_rates(tolerance, error_rate)
-  chosen = methods.get_method(method, sample.support)
+  faults = _faults(sample)
+  chosen = methods.get_method(method, ordering.unit_support(sample, groups))
   if testing_procedure not in testing.PROCEDURES:
     raise ValueError(
-      f'`testing_procedure` must be one of {sorted(testing.PROCEDURES)}, got'
-      f' {testing_procedure!r}.'
+      f"`testing_procedure` must be one of {sorted(testing.PROCEDURES)}, got"
+      f" {testing_procedure!r}."
     )
-  if groups is not None:
-    sample = ordering.cluster_means(sample, groups)
+  if not chosen.any_level and testing_procedure != "fixed_sequence":
+    raise ValueError(
+      f"`method` {chosen.name!r} bets for the level `error_rate` alone and needs"
+      f" `testing_procedure` 'fixed_sequence', got {testing_procedure!r}. Use 'betting'."
+    )
   prepared, declared = chosen.prepare(sample.values, sample.support)
   sample = dataclasses.replace(sample, values=prepared, support=declared)
+  if groups is not None:
+    sample = ordering.cluster_means(sample, groups)
   rows_order, seed = ordering.test_order(sample)
   values = sample.values[rows_order] if chosen.ordered else sample.values
-  faults = _faults(sample)
   usable = np.array([not fault for fault in faults])
   # Faulty columns are out; what is left leaves the range by rounding at most.
   inside = np.clip(values[:, usable], sample.support.lower, sample.support.upper)
@@ -286,12 +291,12 @@ def calibrate(
     clusters=groups is not None,
     rows=_rows(sample, log_p, bound, result),
     visited=result.visited,
-    order=sample.order if chosen.ordered else 'irrelevant',
+    order=sample.order if chosen.ordered else "irrelevant",
     seed=seed,
     procedure=sample.procedure,
     provenance=Provenance(
       metric=sample.metric,
-      references='full model' if sample.kind == 'textual' else 'targets',
+      references="full model" if sample.kind == "textual" else "targets",
       grid=tuple(sample.thresholds.tolist()),
       num_examples=len(values),
       order=sample.order,
@@ -302,36 +307,36 @@ def calibrate(
 
 
 def _check_rates(tolerance: float, error_rate: float) -> None:
-  for name, value in (('tolerance', tolerance), ('error_rate', error_rate)):
+  for name, value in (("tolerance", tolerance), ("error_rate", error_rate)):
     if not (isinstance(value, int | float | np.number) and 0.0 < value < 1.0):
       raise ValueError(
-        f'`{name}` must be in (0, 1), got {value!r}. `tolerance` (delta) bounds the expected'
-        ' loss,'
-        ' `error_rate` (epsilon) the probability that the bound fails.'
+        f"`{name}` must be in (0, 1), got {value!r}. `tolerance` (delta) bounds the expected"
+        " loss,"
+        " `error_rate` (epsilon) the probability that the bound fails."
       )
 
 
 def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
   if not isinstance(losses, SequenceLosses):
     if thresholds is None:
-      raise ValueError('`thresholds` must be given when `losses` is a plain array.')
+      raise ValueError("`thresholds` must be given when `losses` is a plain array.")
     losses = SequenceLosses(
-      np.asarray(losses, np.float64), np.asarray(thresholds), support or Support(), kind='loss'
+      np.asarray(losses, np.float64), np.asarray(thresholds), support or Support(), kind="loss"
     )
   elif support is not None and support != losses.support:
     raise ValueError(
-      f'`support` is declared by `losses` already as {losses.support}; leave it out.'
+      f"`support` is declared by `losses` already as {losses.support}; leave it out."
     )
   values = np.asarray(losses.values, np.float64)
   grid = thresholds_lib.validate_grid(losses.thresholds if thresholds is None else thresholds)
   if values.ndim != 2 or values.shape[1] != len(grid) or not len(values):
     raise ValueError(
-      f'`losses` must be [num_examples, num_thresholds] = [n, {len(grid)}] with n at least 1,'
-      ' got'
-      f' shape {values.shape}: one row a prompt, one column a threshold.'
+      f"`losses` must be [num_examples, num_thresholds] = [n, {len(grid)}] with n at least 1,"
+      " got"
+      f" shape {values.shape}: one row a prompt, one column a threshold."
     )
   if not np.array_equal(grid, np.asarray(losses.thresholds, np.float64)):
-    raise ValueError('`thresholds` must be those of `losses`; leave them out.')
+    raise ValueError("`thresholds` must be those of `losses`; leave them out.")
   return dataclasses.replace(losses, values=values, thresholds=grid)
 
 
@@ -345,12 +350,12 @@ def _faults(losses: SequenceLosses) -> list[str]:
     if losses.support.binary:
       bad |= (column != 0.0) & (column != 1.0)
     row = int(np.argmax(bad))
-    name = '' if losses.ids is None else f' (id {losses.ids[row]!r})'
-    wanted = '0 or 1' if losses.support.binary else f'in the declared range [{low}, {high}]'
+    name = "" if losses.ids is None else f" (id {losses.ids[row]!r})"
+    wanted = "0 or 1" if losses.support.binary else f"in the declared range [{low}, {high}]"
     faults.append(
-      f'the loss of row {row}{name} is {column[row]!r} and must be {wanted}'
+      f"the loss of row {row}{name} is {column[row]!r} and must be {wanted}"
       if bad.any()
-      else ''
+      else ""
     )
   return faults
 
@@ -381,15 +386,15 @@ def _reason(losses, result: testing.TestResult, faults: list[str], test) -> str:
   grid, rejected = losses.thresholds, result.rejected
   first = int(np.argmin(rejected))
   if rejected.all():
-    return f'Every threshold of the grid is certified; {grid[-1]} is the lowest.'
-  fault = f': {faults[first]}' if faults[first] else ''
+    return f"Every threshold of the grid is certified; {grid[-1]} is the lowest."
+  fault = f": {faults[first]}" if faults[first] else ""
   if rejected.any():
     lowest = _lowest(grid, rejected)
-    return f'{lowest} is the lowest certified threshold; {grid[first]} is not certified{fault}.'
+    return f"{lowest} is the lowest certified threshold; {grid[first]} is not certified{fault}."
   share = testing.first_share(procedure, len(grid))
   refusal = planning.refusal(
     len(losses.values), tolerance, error_rate * share, lower=losses.support.lower
   )
   if refusal:
-    return f'Nothing can be certified: {refusal}'
-  return f'Nothing is certified: the first threshold {grid[first]} already fails{fault}.'
+    return f"Nothing can be certified: {refusal}"
+  return f"Nothing is certified: the first threshold {grid[first]} already fails{fault}."

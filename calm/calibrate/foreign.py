@@ -18,7 +18,7 @@ from calm.calibrate.records import GenerationsError, Line, Prompt, Record
 Path = str | pathlib.Path
 
 # T5X names features so; whatever else a line has is ignored.
-_INPUT, _TARGET = 'inputs_pretokenized', 'targets_pretokenized'
+_INPUT, _TARGET = "inputs_pretokenized", "targets_pretokenized"
 
 
 def read_predictions(path: Path) -> tuple[tuple[Prompt, ...], tuple[Record, ...]]:
@@ -47,56 +47,56 @@ def read_predictions(path: Path) -> tuple[tuple[Prompt, ...], tuple[Record, ...]
         f'no output: {error}. Expected {{"id", "prediction"}} or a line of T5X infer.'
       ) from error
     if prompt.id in prompts:
-      raise line.error(f'the id {prompt.id!r} occurs twice in this file.')
+      raise line.error(f"the id {prompt.id!r} occurs twice in this file.")
     prompts[prompt.id] = prompt
     records.append(record)
   if not records:
-    raise GenerationsError(f'{path}: there is no output in this file.')
+    raise GenerationsError(f"{path}: there is no output in this file.")
   return tuple(prompts.values()), tuple(records)
 
 
 def _read_line(line: Line) -> tuple[Prompt, Record]:
   value = line.value
-  if isinstance(value.get('inputs'), Mapping):
-    features = value['inputs']
-    name = str(features.get('id', f'line {line.number}'))
+  if isinstance(value.get("inputs"), Mapping):
+    features = value["inputs"]
+    name = str(features.get("id", f"line {line.number}"))
     return _t5x_prompt(name, features), Record.from_json(_t5x_record(name, value))
-  prompt = Prompt.from_json({'input': '', **value})
+  prompt = Prompt.from_json({"input": "", **value})
   return prompt, Record.from_json(value)
 
 
 def _t5x_prompt(name: str, features: Mapping[str, Any]) -> Prompt:
-  targets = features.get('targets', features.get(_TARGET, ()))
+  targets = features.get("targets", features.get(_TARGET, ()))
   texts = [targets] if isinstance(targets, str) else list(targets or ())
   if not all(isinstance(text, str) for text in texts):
     # With include_all_inputs `targets` are tokens; the text stands beside.
     texts = [features[_TARGET]] if _TARGET in features else []
-  group = features.get('group', features.get('source'))
+  group = features.get("group", features.get("source"))
   return Prompt.from_json(
-    {'id': name, 'input': features.get(_INPUT, ''), 'targets': texts, 'group': group}
+    {"id": name, "input": features.get(_INPUT, ""), "targets": texts, "group": group}
   )
 
 
 def _t5x_record(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
-  record = {'id': name, 'prediction': value.get('prediction')}
-  aux = value.get('aux') or {}
-  for field in ('exit_layers', 'confidences', 'rejected_confidences'):
+  record = {"id": name, "prediction": value.get("prediction")}
+  aux = value.get("aux") or {}
+  for field in ("exit_layers", "confidences", "rejected_confidences"):
     if field in aux:
       record[field] = aux[field]
-  tokens = value.get('prediction_tokens')
-  layers = record.get('exit_layers')
+  tokens = value.get("prediction_tokens")
+  layers = record.get("exit_layers")
   if layers is not None:
     # Padding has exit layer 0 and follows the real tokens.
     length = sum(layer > 0 for layer in layers)
-    for field in ('exit_layers', 'confidences', 'rejected_confidences'):
+    for field in ("exit_layers", "confidences", "rejected_confidences"):
       if field in record:
         record[field] = record[field][:length]
     tokens = tokens if tokens is None or len(tokens) == length else None
   if tokens is not None:
-    record['tokens'] = tokens
-  score = aux.get('scores', aux.get('score'))
+    record["tokens"] = tokens
+  score = aux.get("scores", aux.get("score"))
   if isinstance(score, int | float):
-    record['score'] = score
+    record["score"] = score
   return record
 
 
@@ -151,13 +151,13 @@ def _align(path: Path, known, records, by_id, others) -> tuple[Record, ...]:
   unknown = [name for name in found if name not in by_id]
   if missing or unknown:
     raise GenerationsError(
-      f'{path}: must have one output of each of the {len(known)} prompts; missing'
-      f' {missing[:5]}, unknown {unknown[:5]}.'
+      f"{path}: must have one output of each of the {len(known)} prompts; missing"
+      f" {missing[:5]}, unknown {unknown[:5]}."
     )
   for number, (name, other) in enumerate(others.items(), start=1):
     if other.input and by_id[name].input and other.input != by_id[name].input:
       raise GenerationsError(
-        f'{path}: output {number} (id {name!r}) belongs to the input {other.input[:60]!r}, but'
-        f' the prompt of that id is {by_id[name].input[:60]!r}: the files are not aligned.'
+        f"{path}: output {number} (id {name!r}) belongs to the input {other.input[:60]!r}, but"
+        f" the prompt of that id is {by_id[name].input[:60]!r}: the files are not aligned."
       )
   return tuple(found[prompt.id] for prompt in known)

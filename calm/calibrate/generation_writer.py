@@ -27,8 +27,8 @@ class Writer:
     self.reports: list[str] = []
     self._manifest = manifest
     self._procedure = generations.manifest_procedure(manifest)
-    self._ids = frozenset(manifest['prompt_ids'])
-    self._thresholds = (thresholds_lib.NEVER_EXIT, *manifest['thresholds'])
+    self._ids = frozenset(manifest["prompt_ids"])
+    self._thresholds = (thresholds_lib.NEVER_EXIT, *manifest["thresholds"])
     self._done: dict[float, set[str]] = {}
     for threshold in self._thresholds:
       path = directory / generations.threshold_file(threshold)
@@ -60,19 +60,19 @@ class Writer:
     twice = sorted({name for name in names if name in done or names.count(name) > 1})
     if odd or twice:
       raise ValueError(
-        f'`records` must be of prompts that have none at {threshold} yet; unknown ids'
-        f' {odd[:5]},'
-        f' ids already there {twice[:5]}.'
+        f"`records` must be of prompts that have none at {threshold} yet; unknown ids"
+        f" {odd[:5]},"
+        f" ids already there {twice[:5]}."
       )
     mark = generations.procedure_mark(self._procedure)
     lines = [
       records_lib.dump_line(
-        record.to_json() if mark is None else {**record.to_json(), 'procedure': mark}
+        record.to_json() if mark is None else {**record.to_json(), "procedure": mark}
       )
       for record in records
     ]
-    with open(self.directory / generations.threshold_file(threshold), 'ab') as file:
-      file.write(''.join(lines).encode('utf-8'))
+    with open(self.directory / generations.threshold_file(threshold), "ab") as file:
+      file.write("".join(lines).encode("utf-8"))
       file.flush()
     done.update(names)
 
@@ -84,16 +84,16 @@ class Writer:
     """
     for threshold in self._thresholds:
       missing = len(self._ids - self._done[threshold])
-      if missing and not self._manifest['sequential']:
+      if missing and not self._manifest["sequential"]:
         raise ValueError(
-          f'{self.directory}: {missing} prompts have no record at threshold'
-          f' {thresholds_lib.format_threshold(threshold)}; append them before `finish`.'
+          f"{self.directory}: {missing} prompts have no record at threshold"
+          f" {thresholds_lib.format_threshold(threshold)}; append them before `finish`."
         )
     names = [
       generations.PROMPTS,
       *(generations.threshold_file(threshold) for threshold in self._thresholds),
     ]
-    self._manifest['checksums'] = {
+    self._manifest["checksums"] = {
       name: files.checksum(self.directory / name)
       for name in names
       if (self.directory / name).exists()
@@ -103,13 +103,13 @@ class Writer:
   def _known(self, threshold: float) -> float:
     if threshold not in self._done:
       grid = [thresholds_lib.format_threshold(value) for value in self._thresholds]
-      raise ValueError(f'`threshold` must be one of {grid}, got {threshold!r}.')
+      raise ValueError(f"`threshold` must be one of {grid}, got {threshold!r}.")
     return threshold
 
 
 def _write_manifest(directory: pathlib.Path, manifest: Mapping[str, Any]) -> None:
   files.write_atomically(
-    directory / generations.MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + '\n'
+    directory / generations.MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
   )
 
 
@@ -144,24 +144,24 @@ def open_writer(
   directory = pathlib.Path(directory)
   records_lib.check_unique(prompts)
   manifest = {
-    'schema_version': generations.SCHEMA_VERSION,
-    'procedure': None if procedure is None else procedure.to_json(),
-    'provenance': (provenance or Provenance()).to_json(),
-    'thresholds': thresholds_lib.validate_grid(thresholds).tolist(),
-    'prompt_ids': [prompt.id for prompt in prompts],
-    'sequential': sequential,
-    'checksums': {},
+    "schema_version": generations.SCHEMA_VERSION,
+    "procedure": None if procedure is None else procedure.to_json(),
+    "provenance": (provenance or Provenance()).to_json(),
+    "thresholds": thresholds_lib.validate_grid(thresholds).tolist(),
+    "prompt_ids": [prompt.id for prompt in prompts],
+    "sequential": sequential,
+    "checksums": {},
   }
-  prompt_text = ''.join(records_lib.dump_line(prompt.to_json()) for prompt in prompts)
+  prompt_text = "".join(records_lib.dump_line(prompt.to_json()) for prompt in prompts)
   if (directory / generations.MANIFEST).exists():
     _check_same_run(directory, manifest, prompt_text)
-    manifest['provenance'] = generations.read_manifest(directory)['provenance']
+    manifest["provenance"] = generations.read_manifest(directory)["provenance"]
   else:
     try:
       directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise OSError(
-        f'cannot make {directory} ({error.strerror}); choose a folder that can be written.'
+        f"cannot make {directory} ({error.strerror}); choose a folder that can be written."
       ) from error
     files.write_atomically(directory / generations.PROMPTS, prompt_text)
   # Resuming reopens a finished run: its checksums are written again by `finish`.
@@ -172,25 +172,25 @@ def open_writer(
 def _check_same_run(directory: pathlib.Path, manifest: dict[str, Any], prompts: str) -> None:
   there = generations.read_manifest(directory)
   path = directory / generations.MANIFEST
-  way_out = ' Choose another folder, or the options of the run that is there.'
+  way_out = " Choose another folder, or the options of the run that is there."
   difference = describe_differences(
     generations.manifest_procedure(there), generations.manifest_procedure(manifest)
   )
   if difference:
-    raise GenerationsError(f'{path}: was made by another procedure: {difference}.{way_out}')
-  for name in ('thresholds', 'prompt_ids', 'sequential'):
+    raise GenerationsError(f"{path}: was made by another procedure: {difference}.{way_out}")
+  for name in ("thresholds", "prompt_ids", "sequential"):
     if there.get(name) != manifest[name]:
       raise GenerationsError(
-        f'{path}: has other `{name}`: expected {_short(there.get(name))}, got'
-        f' {_short(manifest[name])}.{way_out}'
+        f"{path}: has other `{name}`: expected {_short(there.get(name))}, got"
+        f" {_short(manifest[name])}.{way_out}"
       )
-  if (directory / generations.PROMPTS).read_text('utf-8') != prompts:
+  if (directory / generations.PROMPTS).read_text("utf-8") != prompts:
     raise GenerationsError(
-      f'{directory / generations.PROMPTS}: the texts of the prompts are not those'
-      f' given.{way_out}'
+      f"{directory / generations.PROMPTS}: the texts of the prompts are not those"
+      f" given.{way_out}"
     )
 
 
 def _short(value: Any) -> str:
   text = repr(value)
-  return text if len(text) <= 120 else f'{text[:100]}... ({len(value)} entries)'
+  return text if len(text) <= 120 else f"{text[:100]}... ({len(value)} entries)"

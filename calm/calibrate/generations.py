@@ -26,8 +26,8 @@ from calm.calibrate.procedures import Procedure, Provenance
 from calm.calibrate.records import GenerationsError, Prompt, Record
 
 SCHEMA_VERSION = 1
-MANIFEST = 'manifest.json'
-PROMPTS = 'prompts.jsonl'
+MANIFEST = "manifest.json"
+PROMPTS = "prompts.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,15 +87,15 @@ class Generations:
 
   def __repr__(self) -> str:
     return (
-      f'Generations({len(self.prompts)} prompts, {len(self.thresholds)} thresholds'
-      f' {self.thresholds.tolist()}, procedure='
-      f'{None if self.procedure is None else self.procedure.digest()[:12]})'
+      f"Generations({len(self.prompts)} prompts, {len(self.thresholds)} thresholds"
+      f" {self.thresholds.tolist()}, procedure="
+      f"{None if self.procedure is None else self.procedure.digest()[:12]})"
     )
 
 
 def threshold_file(threshold: float) -> str:
   """Name of the file that holds the records of one threshold."""
-  return f'threshold_{thresholds_lib.format_threshold(threshold)}.jsonl'
+  return f"threshold_{thresholds_lib.format_threshold(threshold)}.jsonl"
 
 
 def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
@@ -106,19 +106,19 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
   """
   path = pathlib.Path(directory) / MANIFEST
   try:
-    manifest = json.loads(path.read_text('utf-8'))
+    manifest = json.loads(path.read_text("utf-8"))
   except FileNotFoundError as error:
     raise GenerationsError(
-      f'{path}: not found; `directory` must be a folder of cached generations.'
+      f"{path}: not found; `directory` must be a folder of cached generations."
     ) from error
   except (OSError, ValueError) as error:
-    raise GenerationsError(f'{path}: cannot be read as JSON ({error}).') from error
-  version = manifest.get('schema_version') if isinstance(manifest, dict) else None
+    raise GenerationsError(f"{path}: cannot be read as JSON ({error}).") from error
+  version = manifest.get("schema_version") if isinstance(manifest, dict) else None
   if version != SCHEMA_VERSION:
     raise GenerationsError(
-      f'{path}: `schema_version` must be {SCHEMA_VERSION}, got {version!r}; use the version of'
-      ' this'
-      ' package that wrote it, or generate again.'
+      f"{path}: `schema_version` must be {SCHEMA_VERSION}, got {version!r}; use the version of"
+      " this"
+      " package that wrote it, or generate again."
     )
   return manifest
 
@@ -135,17 +135,17 @@ def load(directory: str | pathlib.Path) -> Generations:
   """
   directory = pathlib.Path(directory)
   manifest = read_manifest(directory)
-  _check_checksums(directory, manifest.get('checksums', {}))
+  _check_checksums(directory, manifest.get("checksums", {}))
   by_id = {prompt.id: prompt for prompt in records_lib.read_prompts(directory / PROMPTS)}
-  ids = manifest['prompt_ids']
+  ids = manifest["prompt_ids"]
   if set(ids) != set(by_id):
     odd = sorted(set(ids) ^ set(by_id))[:5]
     raise GenerationsError(
-      f'{directory / PROMPTS}: must have the ids of {MANIFEST}, these are in one only: {odd}.'
+      f"{directory / PROMPTS}: must have the ids of {MANIFEST}, these are in one only: {odd}."
     )
   procedure = manifest_procedure(manifest)
-  grid = thresholds_lib.validate_grid(manifest['thresholds'])
-  sequential = bool(manifest.get('sequential', False))
+  grid = thresholds_lib.validate_grid(manifest["thresholds"])
+  sequential = bool(manifest.get("sequential", False))
   columns = [
     _read_threshold(directory, threshold, ids, procedure, sequential)
     for threshold in [thresholds_lib.NEVER_EXIT, *grid]
@@ -156,14 +156,14 @@ def load(directory: str | pathlib.Path) -> Generations:
     records=tuple(columns[1:]),
     full=columns[0],
     procedure=procedure,
-    provenance=Provenance.from_json(manifest.get('provenance') or {}),
+    provenance=Provenance.from_json(manifest.get("provenance") or {}),
     sequential=sequential,
   )
 
 
 def manifest_procedure(manifest: Mapping[str, Any]) -> Procedure | None:
   """The procedure in a manifest, or None."""
-  value = manifest.get('procedure')
+  value = manifest.get("procedure")
   return None if value is None else Procedure.from_json(value)
 
 
@@ -176,15 +176,15 @@ def _check_checksums(directory: pathlib.Path, checksums: Mapping[str, str]) -> N
   for name, expected in checksums.items():
     path = directory / name
     if not path.is_file():
-      raise GenerationsError(f'{path}: is missing, although {MANIFEST} lists it.')
+      raise GenerationsError(f"{path}: is missing, although {MANIFEST} lists it.")
     if files.checksum(path) != expected:
       # The line-by-line check below says more when a line is damaged; a whole line edited by
       # hand is found by the checksum alone.
       for _ in records_lib.read_lines(path):
         pass
       raise GenerationsError(
-        f'{path}: its SHA-256 is not the one in {MANIFEST}: the file was changed after the run'
-        ' finished. Restore it or generate again.'
+        f"{path}: its SHA-256 is not the one in {MANIFEST}: the file was changed after the run"
+        " finished. Restore it or generate again."
       )
 
 
@@ -203,13 +203,13 @@ def read_records(
     try:
       record = Record.from_json(line.value)
     except (TypeError, ValueError) as error:
-      raise line.error(f'no record: {error}.') from error
+      raise line.error(f"no record: {error}.") from error
     if record.id in found:
-      raise line.error(f'the id {record.id!r} occurs twice in this file.')
-    if line.value.get('procedure') != mark:
+      raise line.error(f"the id {record.id!r} occurs twice in this file.")
+    if line.value.get("procedure") != mark:
       raise line.error(
-        f'the record was made by procedure {line.value.get("procedure")!r}, the manifest says'
-        f' {mark!r}: outputs of two procedures are mixed.'
+        f"the record was made by procedure {line.value.get('procedure')!r}, the manifest says"
+        f" {mark!r}: outputs of two procedures are mixed."
       )
     found[record.id] = record
   return found
@@ -229,17 +229,17 @@ def _read_threshold(
   unknown = sorted(set(found) - set(ids))
   if unknown:
     raise GenerationsError(
-      f'{path}: has ids that are no prompts of the manifest: {unknown[:5]}.'
+      f"{path}: has ids that are no prompts of the manifest: {unknown[:5]}."
     )
   missing = [name for name in ids if name not in found]
   if missing and not sequential:
     raise GenerationsError(
-      f'{path}: {len(missing)} of {len(ids)} prompts have no record, first {missing[:5]}.'
-      ' Resume the run that wrote it.'
+      f"{path}: {len(missing)} of {len(ids)} prompts have no record, first {missing[:5]}."
+      " Resume the run that wrote it."
     )
   if missing != list(ids[len(found) :]):
     raise GenerationsError(
-      f'{path}: in a sequential run only the last prompts of the order may be missing, but'
-      f' {missing[0]!r} is missing before prompts that are there.'
+      f"{path}: in a sequential run only the last prompts of the order may be missing, but"
+      f" {missing[0]!r} is missing before prompts that are there."
     )
   return tuple(found[name] for name in ids[: len(found)])

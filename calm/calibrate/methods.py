@@ -37,7 +37,8 @@ class Method:
     refuses: Support -> why it does not fit, or ''.
     ordered: whether p-values depend on the order of prompts.
     clips: whether negative losses are set to 0 first (Eq. 11).
-    valid: whether the p-values are valid.
+    any_level: whether p-values mean anything at levels other than `error_rate`; if not, only
+      fixed sequence testing, which tests every hypothesis at that level, can use them.
   """
 
   name: str
@@ -46,9 +47,9 @@ class Method:
   refuses: Callable[[Support], str]
   ordered: bool = False
   clips: bool = False
-  valid: bool = True
+  any_level: bool = True
 
-  def resolve(self, support: Support) -> 'Method':
+  def resolve(self, support: Support) -> "Method":
     """This method, if it fits losses of this support.
 
     Raises:
@@ -56,7 +57,7 @@ class Method:
     """
     reason = self.refuses(Support(binary=support.binary) if self.clips else support)
     if reason:
-      raise ValueError(f'`method` {self.name!r} {reason}.')
+      raise ValueError(f"`method` {self.name!r} {reason}.")
     return self
 
   def prepare(self, values: np.ndarray, support: Support) -> tuple[np.ndarray, Support]:
@@ -70,8 +71,8 @@ class Method:
 class Auto:
   """Chooses by the declared support, never by values: binary is exact, all others bet."""
 
-  binary: str = 'binomial'
-  otherwise: str = 'betting'
+  binary: str = "binomial"
+  otherwise: str = "betting"
 
   def resolve(self, support: Support) -> Method:
     """The method for losses of this support."""
@@ -81,22 +82,22 @@ class Auto:
 def _refuses_signed(support: Support) -> str:
   if support.lower < 0.0 or support.upper > 1.0:
     return (
-      f'needs losses in [0, 1], the declared range is [{support.lower}, {support.upper}].'
-      ' Signed'
+      f"needs losses in [0, 1], the declared range is [{support.lower}, {support.upper}]."
+      " Signed"
       " losses go into 'betting'; 'paper' clips them at 0"
     )
-  return ''
+  return ""
 
 
 def _refuses_all_but_binary(support: Support) -> str:
   if not support.binary:
     return "needs losses that are declared binary (0 or 1). Use 'convex_order' or 'betting'"
-  return ''
+  return ""
 
 
 def _refuses_nothing(support: Support) -> str:
   del support
-  return ''
+  return ""
 
 
 def _of_sums(name: str, p_value: bounds.SumPValue, **fields) -> Method:
@@ -108,10 +109,10 @@ def _of_sums(name: str, p_value: bounds.SumPValue, **fields) -> Method:
       p_value, sample.values.sum(axis=0), len(sample.values), error_rate=sample.error_rate
     )
 
-  return Method(name, log_p_values, upper_bounds, **{'refuses': _refuses_signed, **fields})
+  return Method(name, log_p_values, upper_bounds, **{"refuses": _refuses_signed, **fields})
 
 
-def _of_bets(name: str, strategy: betting.Strategy) -> Method:
+def _of_bets(name: str, strategy: betting.Strategy, **fields) -> Method:
   def log_p_values(sample: Sample) -> np.ndarray:
     return p_values.betting(
       sample.values,
@@ -130,18 +131,18 @@ def _of_bets(name: str, strategy: betting.Strategy) -> Method:
       upper=sample.support.upper,
     )
 
-  return Method(name, log_p_values, upper_bounds, _refuses_nothing, ordered=True)
+  return Method(name, log_p_values, upper_bounds, _refuses_nothing, ordered=True, **fields)
 
 
 METHODS: Mapping[str, Method | Auto] = {
-  'auto': Auto(),
-  'paper': _of_sums('paper', p_values.hoeffding_bentkus, clips=True),
-  'hoeffding': _of_sums('hoeffding', p_values.hoeffding),
-  'hoeffding_bentkus': _of_sums('hoeffding_bentkus', p_values.hoeffding_bentkus),
-  'convex_order': _of_sums('convex_order', p_values.convex_order),
-  'binomial': _of_sums('binomial', p_values.binomial, refuses=_refuses_all_but_binary),
-  'betting': _of_bets('betting', betting.PLUG_IN),
-  'betting_fixed_level': _of_bets('betting_fixed_level', betting.FIXED_LEVEL),
+  "auto": Auto(),
+  "paper": _of_sums("paper", p_values.hoeffding_bentkus, clips=True),
+  "hoeffding": _of_sums("hoeffding", p_values.hoeffding),
+  "hoeffding_bentkus": _of_sums("hoeffding_bentkus", p_values.hoeffding_bentkus),
+  "convex_order": _of_sums("convex_order", p_values.convex_order),
+  "binomial": _of_sums("binomial", p_values.binomial, refuses=_refuses_all_but_binary),
+  "betting": _of_bets("betting", betting.PLUG_IN),
+  "betting_fixed_level": _of_bets("betting_fixed_level", betting.FIXED_LEVEL, any_level=False),
 }
 
 
@@ -152,5 +153,5 @@ def get_method(name: str, support: Support) -> Method:
     ValueError: the name is unknown, or the method does not fit such losses.
   """
   if name not in METHODS:
-    raise ValueError(f'`method` must be one of {sorted(METHODS)}, got {name!r}.')
+    raise ValueError(f"`method` must be one of {sorted(METHODS)}, got {name!r}.")
   return METHODS[name].resolve(support)

@@ -75,8 +75,8 @@ def _reachable(metric: metrics.Metric) -> bool:
   """Whether a child process can find the metric by its name."""
   if metric.name in metrics.METRICS:
     return metrics.METRICS[metric.name] == metric
-  module = metric.name.partition(':')[0]
-  return ':' in metric.name and module != '__main__'
+  module = metric.name.partition(":")[0]
+  return ":" in metric.name and module != "__main__"
 
 
 def _in_processes(
@@ -111,14 +111,14 @@ class _Child:
     self._name = metric.name
     self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
     self._process = subprocess.Popen(
-      [sys.executable, '-c', f'from {__name__} import serve; serve()', metric.name],
+      [sys.executable, "-c", f"from {__name__} import serve; serve()", metric.name],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=self._errors,
-      env={**os.environ, 'PYTHONPATH': path},
+      env={**os.environ, "PYTHONPATH": path},
     )
 
-  def __enter__(self) -> '_Child':
+  def __enter__(self) -> "_Child":
     return self
 
   def __exit__(self, *unused) -> None:
@@ -130,16 +130,16 @@ class _Child:
 
   def ask(self, pairs: Sequence[Pair]) -> list[float]:
     """The metric of each pair; ValueError with the child's last words if it died."""
-    answer = b''
+    answer = b""
     with contextlib.suppress(OSError):
-      self._process.stdin.write(json.dumps(pairs).encode() + b'\n')  # type: ignore[union-attr]
+      self._process.stdin.write(json.dumps(pairs).encode() + b"\n")  # type: ignore[union-attr]
       self._process.stdin.flush()  # type: ignore[union-attr]
       answer = self._process.stdout.readline()  # type: ignore[union-attr]
     if not answer:
       self._process.wait()
       self._errors.seek(0)
-      last = self._errors.read().decode('utf-8', 'replace').strip().splitlines()[-1:]
-      raise ValueError(f'`metric` {self._name!r} failed in a child process: {" ".join(last)}')
+      last = self._errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]
+      raise ValueError(f"`metric` {self._name!r} failed in a child process: {' '.join(last)}")
     return json.loads(answer)
 
 
@@ -148,5 +148,5 @@ def serve() -> None:
   metric = metrics.get_metric(sys.argv[1])
   for line in sys.stdin.buffer:
     values = [metric(text, tuple(references)) for text, references in json.loads(line)]
-    sys.stdout.write(json.dumps(values) + '\n')
+    sys.stdout.write(json.dumps(values) + "\n")
     sys.stdout.flush()

@@ -41,7 +41,7 @@ class Metric:
     """
     if not references:
       raise ValueError(
-        f'`references` must hold at least one text to compute {self.name!r}, got none.'
+        f"`references` must hold at least one text to compute {self.name!r}, got none."
       )
     # Equal texts agree before any metric is asked: some give 0 to two empty texts.
     if prediction in references:
@@ -49,16 +49,16 @@ class Metric:
     value = float(self.function(prediction, references))
     if not -1e-9 <= value <= 1.0 + 1e-9:
       raise ValueError(
-        f'`metric` {self.name!r} must lie in [0, 1], got {value!r} for {prediction[:80]!r}'
-        ' against'
-        f' {list(references)[:2]!r}. Scale it inside the function.'
+        f"`metric` {self.name!r} must lie in [0, 1], got {value!r} for {prediction[:80]!r}"
+        " against"
+        f" {list(references)[:2]!r}. Scale it inside the function."
       )
     if self.binary and value not in (0.0, 1.0):
-      raise ValueError(f'`metric` {self.name!r} is declared binary but gave {value!r}.')
+      raise ValueError(f"`metric` {self.name!r} is declared binary but gave {value!r}.")
     return min(1.0, max(0.0, value))
 
 
-_ASCII_WORD = re.compile(r'[a-z0-9]+')
+_ASCII_WORD = re.compile(r"[a-z0-9]+")
 # Scripts written without spaces: every character is a word, or a whole sentence would be one.
 _UNSPACED = (
   (0x0E00, 0x0EFF),  # Thai, Lao
@@ -79,13 +79,13 @@ def unicode_words(text: str) -> tuple[str, ...]:
   ASCII text gives exactly rouge-score's words. Accented letters stay in their words, combining
   marks belong to the letter before them, and scripts without spaces are cut into characters.
   """
-  text = unicodedata.normalize('NFKC', text).lower()
+  text = unicodedata.normalize("NFKC", text).lower()
   if text.isascii():
     return tuple(_ASCII_WORD.findall(text))
-  words, word = [], ''
+  words, word = [], ""
   for character in text:
     category = unicodedata.category(character)
-    if category[0] == 'M':
+    if category[0] == "M":
       if word:
         word += character
       elif words:
@@ -93,13 +93,13 @@ def unicode_words(text: str) -> tuple[str, ...]:
       continue
     code = ord(character)
     alone = any(low <= code <= high for low, high in _UNSPACED)
-    if category[0] in 'LN' and not alone:
+    if category[0] in "LN" and not alone:
       word += character
       continue
     if word:
       words.append(word)
-      word = ''
-    if category[0] in 'LN':
+      word = ""
+    if category[0] in "LN":
       words.append(character)
   return tuple([*words, word] if word else words)
 
@@ -135,23 +135,23 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
 def _rouge_scorer() -> Any:
   from rouge_score import rouge_scorer
 
-  return rouge_scorer.RougeScorer(['rougeL'], use_stemmer=False)
+  return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
 
 
 def rouge_l_rouge_score(prediction: str, references: Sequence[str]) -> float:
   """ROUGE-L F-measure as the rouge-score package computes it: Latin letters and digits only."""
   scorer = _rouge_scorer()
-  return max(scorer.score(text, prediction)['rougeL'].fmeasure for text in references)
+  return max(scorer.score(text, prediction)["rougeL"].fmeasure for text in references)
 
 
-_ARTICLES = re.compile(r'\b(a|an|the)\b')
-_PUNCTUATION = str.maketrans('', '', string.punctuation)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def squad_normalize(text: str) -> str:
   """SQuAD's answer normalisation: lower case, no punctuation, no articles, single spaces."""
-  return ' '.join(_ARTICLES.sub(' ', text.lower().translate(_PUNCTUATION)).split())
+  return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
@@ -187,19 +187,19 @@ def chrf(prediction: str, references: Sequence[str]) -> float:
 
 @functools.cache
 def _bleurt() -> Any:
-  path = os.environ.get('BLEURT_CHECKPOINT')
+  path = os.environ.get("BLEURT_CHECKPOINT")
   if not path:
     raise ValueError(
       "`metric` 'bleurt' needs the environment variable BLEURT_CHECKPOINT: the folder of a"
-      ' BLEURT'
-      ' checkpoint.'
+      " BLEURT"
+      " checkpoint."
     )
   try:
-    scorer = importlib.import_module('bleurt.score')
+    scorer = importlib.import_module("bleurt.score")
   except ImportError as error:
     raise ValueError(
       "`metric` 'bleurt' needs the package bleurt, which is not installed. Install it, or use"
-      f' another metric: {sorted(METRICS)}.'
+      f" another metric: {sorted(METRICS)}."
     ) from error
   return scorer.BleurtScorer(path)
 
@@ -215,16 +215,16 @@ def bleurt(prediction: str, references: Sequence[str]) -> float:
 METRICS: Mapping[str, Metric] = {
   metric.name: metric
   for metric in (
-    Metric('rouge_l', rouge_l),
-    Metric('rouge_l_rouge_score', rouge_l_rouge_score),
-    Metric('token_f1', token_f1),
-    Metric('exact_match', exact_match, binary=True),
-    Metric('chrf', chrf),
-    Metric('bleurt', bleurt),
+    Metric("rouge_l", rouge_l),
+    Metric("rouge_l_rouge_score", rouge_l_rouge_score),
+    Metric("token_f1", token_f1),
+    Metric("exact_match", exact_match, binary=True),
+    Metric("chrf", chrf),
+    Metric("bleurt", bleurt),
   )
 }
 
-_CORPUS_METRICS = frozenset({'bleu', 'sacrebleu', 'corpus_bleu', 'perplexity'})
+_CORPUS_METRICS = frozenset({"bleu", "sacrebleu", "corpus_bleu", "perplexity"})
 
 
 def get_metric(name: str | Metric) -> Metric:
@@ -244,26 +244,26 @@ def get_metric(name: str | Metric) -> Metric:
     return METRICS[name]
   if name.lower() in _CORPUS_METRICS:
     raise ValueError(
-      f'`metric` {name!r} is a number of a whole corpus, not a mean over prompts, so no risk of'
-      ' it'
+      f"`metric` {name!r} is a number of a whole corpus, not a mean over prompts, so no risk of"
+      " it"
       " can be controlled prompt by prompt. Use 'chrf' or 'rouge_l'; `corpus_scores` reports"
-      ' BLEU'
-      ' beside.'
+      " BLEU"
+      " beside."
     )
-  module_name, _, attribute = name.partition(':')
+  module_name, _, attribute = name.partition(":")
   if not attribute:
     raise ValueError(
       f"`metric` must be one of {sorted(METRICS)} or an import path 'package.module:function',"
-      ' got'
-      f' {name!r}.'
+      " got"
+      f" {name!r}."
     )
   try:
     function = getattr(importlib.import_module(module_name), attribute)
   except (ImportError, AttributeError) as error:
-    raise ValueError(f'`metric` {name!r} cannot be imported: {error}.') from error
+    raise ValueError(f"`metric` {name!r} cannot be imported: {error}.") from error
   if isinstance(function, Metric):
     return function
-  return Metric(name, function, binary=bool(getattr(function, 'binary', False)))
+  return Metric(name, function, binary=bool(getattr(function, "binary", False)))
 
 
 def corpus_scores(
@@ -282,13 +282,13 @@ def corpus_scores(
 
   if len(predictions) != len(references) or not predictions or not all(references):
     raise ValueError(
-      '`references` must hold at least one text for each prediction, got'
-      f' {len(predictions)} predictions and {len(references)} lists of references.'
+      "`references` must hold at least one text for each prediction, got"
+      f" {len(predictions)} predictions and {len(references)} lists of references."
     )
   most = max(len(texts) for texts in references)
   # sacrebleu wants one stream a reference number; a repeated reference changes nothing.
   streams = [[texts[min(i, len(texts) - 1)] for texts in references] for i in range(most)]
   return {
-    'bleu': sacrebleu.corpus_bleu(list(predictions), streams).score,
-    'chrf': sacrebleu.corpus_chrf(list(predictions), streams).score,
+    "bleu": sacrebleu.corpus_bleu(list(predictions), streams).score,
+    "chrf": sacrebleu.corpus_chrf(list(predictions), streams).score,
   }

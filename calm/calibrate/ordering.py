@@ -13,9 +13,9 @@ from calm.calibrate.sequence_losses import SequenceLosses, Support
 def order_seed(ids: Sequence[str], procedure: Procedure | None) -> str:
   """Hexadecimal seed made of sorted ids and procedure: nobody chooses it by its outcome."""
   digest = hashlib.sha256()
-  digest.update(b'null' if procedure is None else procedure.digest().encode('ascii'))
+  digest.update(b"null" if procedure is None else procedure.digest().encode("ascii"))
   for name in sorted(ids):
-    digest.update(b'\n' + name.encode('utf-8'))
+    digest.update(b"\n" + name.encode("utf-8"))
   return digest.hexdigest()[:16]
 
 
@@ -37,14 +37,31 @@ def permutation(ids: Sequence[str], procedure: Procedure | None) -> np.ndarray:
 def test_order(losses: SequenceLosses) -> tuple[np.ndarray, str]:
   """(row numbers in the tested order, hexadecimal seed) of `losses`."""
   count = len(losses.values)
-  ids = losses.ids or tuple(f'{row:09d}' for row in range(count))
+  ids = losses.ids or tuple(f"{row:09d}" for row in range(count))
   seed = order_seed(ids, losses.procedure)
-  if losses.order == 'given':
+  if losses.order == "given":
     return np.arange(count), seed
   return permutation(ids, losses.procedure), seed
 
 
 test_order.__test__ = False  # type: ignore[attr-defined]  # not a pytest function
+
+
+def unit_support(losses: SequenceLosses, groups: Sequence[str] | None) -> Support:
+  """Declared range of cluster means: means of several 0-or-1 losses are not 0 or 1.
+
+  Raises:
+    ValueError: `groups` has another length than `losses`.
+  """
+  if groups is None:
+    return losses.support
+  if len(groups) != len(losses.values):
+    raise ValueError(
+      f"`groups` must name the cluster of each of the {len(losses.values)} rows, got"
+      f" {len(groups)} names."
+    )
+  binary = losses.support.binary and len(set(groups)) == len(groups)
+  return Support(losses.support.lower, losses.support.upper, binary)
 
 
 def cluster_means(losses: SequenceLosses, groups: Sequence[str]) -> SequenceLosses:
@@ -57,21 +74,15 @@ def cluster_means(losses: SequenceLosses, groups: Sequence[str]) -> SequenceLoss
   Raises:
     ValueError: `groups` has another length.
   """
-  if len(groups) != len(losses.values):
-    raise ValueError(
-      f'`groups` must name the cluster of each of the {len(losses.values)} rows, got'
-      f' {len(groups)} names.'
-    )
+  support = unit_support(losses, groups)
   names, index = np.unique(np.asarray([str(group) for group in groups]), return_inverse=True)
   sizes = np.bincount(index).astype(np.float64)
   sums = np.zeros((len(names), losses.values.shape[1]))
   np.add.at(sums, index, losses.values)
-  # Means of several 0-or-1 losses are no longer 0 or 1.
-  binary = losses.support.binary and len(names) == len(groups)
   return dataclasses.replace(
     losses,
     values=sums / sizes[:, None],
-    support=Support(losses.support.lower, losses.support.upper, binary),
+    support=support,
     ids=tuple(names.tolist()),
     groups=None,
   )

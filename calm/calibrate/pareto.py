@@ -31,7 +31,7 @@ class Risk:
   values: np.ndarray
   tolerance: float
   support: Support = dataclasses.field(default_factory=Support)
-  method: str = 'auto'
+  method: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,9 +91,9 @@ def max_log_p_values(
     outside = ~((values >= support.lower) & (values <= support.upper))
     if outside.any():
       raise ValueError(
-        f'losses of a risk must lie in the declared range [{support.lower}, {support.upper}],'
-        ' got'
-        f' {values[outside].flat[0]!r}.'
+        f"losses of a risk must lie in the declared range [{support.lower}, {support.upper}],"
+        " got"
+        f" {values[outside].flat[0]!r}."
       )
     sample = methods.Sample(values, support, risk.tolerance, error_rate)
     found.append(method.log_p_values(sample))
@@ -128,17 +128,17 @@ def pareto_test(
   shapes = {np.shape(risk.values) for risk in risks}
   if len(shapes) != 1 or (shape := shapes.pop())[1:] != costs.shape or len(shape) != 2:
     raise ValueError(
-      '`risks` must hold losses [num_examples, num_configurations] of one shape with a cost for'
-      ' each'
-      f' configuration, got {[np.shape(risk.values) for risk in risks]} and costs'
-      f' {costs.shape}.'
+      "`risks` must hold losses [num_examples, num_configurations] of one shape with a cost for"
+      " each"
+      f" configuration, got {[np.shape(risk.values) for risk in risks]} and costs"
+      f" {costs.shape}."
     )
   chosen_rows = np.zeros(shape[0], bool)
   chosen_rows[np.asarray(optimization_rows)] = True
   first, second = np.flatnonzero(chosen_rows), np.flatnonzero(~chosen_rows)
   if not len(first) or not len(second):
     raise ValueError(
-      f'`optimization_rows` must leave rows on both sides, got {len(first)} of {shape[0]}.'
+      f"`optimization_rows` must leave rows on both sides, got {len(first)} of {shape[0]}."
     )
   means = np.stack([np.asarray(risk.values)[first].mean(axis=0) for risk in risks], axis=1)
   candidates = front(np.column_stack([means, costs]))

@@ -35,9 +35,9 @@ def min_calibration_size(tolerance: float, error_rate: float, *, lower: float = 
   [149, 59, 29, 11]
   """
   if not lower < tolerance < 1.0:
-    raise ValueError(f'`tolerance` must be in (`lower`, 1) = ({lower}, 1), got {tolerance!r}.')
+    raise ValueError(f"`tolerance` must be in (`lower`, 1) = ({lower}, 1), got {tolerance!r}.")
   if not 0.0 < error_rate < 1.0:
-    raise ValueError(f'`error_rate` must be in (0, 1), got {error_rate!r}.')
+    raise ValueError(f"`error_rate` must be in (0, 1), got {error_rate!r}.")
   share = (1.0 - tolerance) / (1.0 - lower)
   size = math.log(error_rate) / math.log(share)
   # A whole number must not be rounded up by the last digit of two logarithms.
@@ -58,10 +58,10 @@ def refusal(
   """
   needed = min_calibration_size(tolerance, error_rate, lower=lower)
   if num_examples >= needed:
-    return ''
+    return ""
   return (
-    f'{num_examples} prompts are too few at tolerance {tolerance} and error rate {error_rate},'
-    f' whatever their losses; at least {needed} are needed.'
+    f"{num_examples} prompts are too few at tolerance {tolerance} and error rate {error_rate},"
+    f" whatever their losses; at least {needed} are needed."
   )
 
 
@@ -88,12 +88,12 @@ class PowerCurve:
     return min(enough, default=None)
 
   def __str__(self) -> str:
-    head = 'prompts ' + ' '.join(f'{threshold:>7.4g}' for threshold in self.thresholds)
+    head = "prompts " + " ".join(f"{threshold:>7.4g}" for threshold in self.thresholds)
     lines = [
-      f'{size:>7} ' + ' '.join(f'{100 * share:>6.0f}%' for share in row)
+      f"{size:>7} " + " ".join(f"{100 * share:>6.0f}%" for share in row)
       for size, row in zip(self.sizes, self.power, strict=True)
     ]
-    return '\n'.join([head, *lines])
+    return "\n".join([head, *lines])
 
 
 def power_curve(
@@ -102,7 +102,7 @@ def power_curve(
   *,
   tolerance: float,
   error_rate: float,
-  method: str = 'auto',
+  method: str = "auto",
   draws: int = 200,
   seed: int = 0,
 ) -> PowerCurve:
@@ -125,7 +125,7 @@ def power_curve(
   """
   if not len(sizes) or min(sizes) < 1 or draws < 1:
     raise ValueError(
-      f'`sizes` must be at least 1 each and `draws` at least 1, got {sizes} and {draws}.'
+      f"`sizes` must be at least 1 each and `draws` at least 1, got {sizes} and {draws}."
     )
   chosen = methods.get_method(method, pilot.support)
   values, support = chosen.prepare(pilot.values, pilot.support)

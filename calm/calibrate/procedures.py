@@ -20,8 +20,8 @@ def _plain(value: Any, name: str) -> Any:
     return json.loads(json.dumps(value, allow_nan=False))
   except (TypeError, ValueError) as error:
     raise ValueError(
-      f'`{name}` must hold JSON values only (finite numbers, text, lists, dicts), got'
-      f' {value!r}.'
+      f"`{name}` must hold JSON values only (finite numbers, text, lists, dicts), got"
+      f" {value!r}."
     ) from error
 
 
@@ -66,19 +66,19 @@ class Procedure:
   rule_version: int = RULE_VERSION
 
   def __post_init__(self):
-    object.__setattr__(self, 'exit_layers', tuple(int(layer) for layer in self.exit_layers))
-    for name in ('schedule', 'shortlist', 'decode_method'):
+    object.__setattr__(self, "exit_layers", tuple(int(layer) for layer in self.exit_layers))
+    for name in ("schedule", "shortlist", "decode_method"):
       object.__setattr__(self, name, _plain(getattr(self, name), name))
-    for name in ('schedule', 'decode_method'):
-      if not isinstance(getattr(self, name), dict) or 'name' not in getattr(self, name):
+    for name in ("schedule", "decode_method"):
+      if not isinstance(getattr(self, name), dict) or "name" not in getattr(self, name):
         raise ValueError(f"`{name}` must be a dict with a 'name', got {getattr(self, name)!r}.")
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values."""
-    return _plain(dataclasses.asdict(self), 'procedure')
+    return _plain(dataclasses.asdict(self), "procedure")
 
   @classmethod
-  def from_json(cls, value: Mapping[str, Any]) -> 'Procedure':
+  def from_json(cls, value: Mapping[str, Any]) -> "Procedure":
     """The inverse of `to_json`.
 
     Raises:
@@ -89,10 +89,10 @@ class Procedure:
 
   def digest(self) -> str:
     """SHA-256 (hexadecimal) of all fields; equal procedures have equal digests anywhere."""
-    canonical = json.dumps(self.to_json(), sort_keys=True, separators=(',', ':'))
-    return hashlib.sha256(canonical.encode('utf-8')).hexdigest()
+    canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
-  def differences(self, other: 'Procedure') -> dict[str, tuple[Any, Any]]:
+  def differences(self, other: "Procedure") -> dict[str, tuple[Any, Any]]:
     """Every field that differs: {name: (value here, value in `other`)}; empty if none does."""
     ours, theirs = self.to_json(), other.to_json()
     return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
@@ -102,11 +102,11 @@ def describe_differences(expected: Procedure | None, got: Procedure | None) -> s
   """One line that names each differing field, or '' when the two procedures are the same."""
   if expected is None or got is None:
     if expected is got:
-      return ''
-    present, absent = ('expected', 'got') if got is None else ('got', 'expected')
-    return f'the {present} side has a `procedure`, the {absent} side has none (null)'
-  return '; '.join(
-    f'`{name}`: expected {ours!r}, got {theirs!r}'
+      return ""
+    present, absent = ("expected", "got") if got is None else ("got", "expected")
+    return f"the {present} side has a `procedure`, the {absent} side has none (null)"
+  return "; ".join(
+    f"`{name}`: expected {ours!r}, got {theirs!r}"
     for name, (ours, theirs) in expected.differences(got).items()
   )
 
@@ -139,16 +139,16 @@ class Provenance:
 
   def __post_init__(self):
     if self.grid is not None:
-      object.__setattr__(self, 'grid', tuple(float(threshold) for threshold in self.grid))
-    for name in ('versions', 'notes'):
+      object.__setattr__(self, "grid", tuple(float(threshold) for threshold in self.grid))
+    for name in ("versions", "notes"):
       object.__setattr__(self, name, _plain(getattr(self, name), name))
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values."""
-    return _plain(dataclasses.asdict(self), 'provenance')
+    return _plain(dataclasses.asdict(self), "provenance")
 
   @classmethod
-  def from_json(cls, value: Mapping[str, Any]) -> 'Provenance':
+  def from_json(cls, value: Mapping[str, Any]) -> "Provenance":
     """The inverse of `to_json`; missing fields are None.
 
     Raises:
@@ -161,12 +161,12 @@ class Provenance:
 def _check_fields(cls, value: Any, optional) -> None:
   kind = cls.__name__.lower()
   if not isinstance(value, Mapping):
-    raise ValueError(f'`{kind}` must be a JSON object, got {value!r}.')
+    raise ValueError(f"`{kind}` must be a JSON object, got {value!r}.")
   known = {field.name for field in dataclasses.fields(cls)}
   unknown = sorted(set(value) - known)
   missing = sorted(known - set(value) - set(optional))
   if unknown or missing:
     raise ValueError(
-      f'`{kind}` must have the fields {sorted(known)}; missing {missing}, unknown {unknown}.'
-      ' It was probably written by another version of this package.'
+      f"`{kind}` must have the fields {sorted(known)}; missing {missing}, unknown {unknown}."
+      " It was probably written by another version of this package."
     )

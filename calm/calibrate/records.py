@@ -30,23 +30,23 @@ class Prompt:
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values."""
-    return {**dataclasses.asdict(self), 'targets': list(self.targets)}
+    return {**dataclasses.asdict(self), "targets": list(self.targets)}
 
   @classmethod
-  def from_json(cls, value: Mapping[str, Any]) -> 'Prompt':
+  def from_json(cls, value: Mapping[str, Any]) -> "Prompt":
     """Reads `to_json`'s form, or a data-set row: {id, input, target, source}.
 
     Raises:
       ValueError: `id` or `input` is missing or no text, or targets are no texts.
     """
-    targets = value.get('targets', value.get('target', ()))
+    targets = value.get("targets", value.get("target", ()))
     targets = (targets,) if isinstance(targets, str) else tuple(targets or ())
-    group = value.get('group', value.get('source'))
-    _require_text(value, 'id')
-    _require_text(value, 'input')
+    group = value.get("group", value.get("source"))
+    _require_text(value, "id")
+    _require_text(value, "input")
     if not all(isinstance(target, str) for target in targets):
-      raise ValueError(f'`targets` must be a list of texts, got {targets!r}')
-    return cls(value['id'], value['input'], targets, None if group is None else str(group))
+      raise ValueError(f"`targets` must be a list of texts, got {targets!r}")
+    return cls(value["id"], value["input"], targets, None if group is None else str(group))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,21 +73,21 @@ class Record:
   score: float | None = None
 
   def __post_init__(self):
-    _require_text(vars(self), 'id')
-    _require_text(vars(self), 'prediction')
+    _require_text(vars(self), "id")
+    _require_text(vars(self), "prediction")
     lengths = {}
     for name, kind in _SEQUENCES.items():
       values = getattr(self, name)
       if values is not None:
         values = tuple(kind(value) for value in values)
         if not all(math.isfinite(value) for value in values):
-          raise ValueError(f'`{name}` of {self.id!r} must be finite, got {values!r}')
+          raise ValueError(f"`{name}` of {self.id!r} must be finite, got {values!r}")
         object.__setattr__(self, name, values)
         lengths[name] = len(values)
     if len(set(lengths.values())) > 1:
-      raise ValueError(f'the sequences of {self.id!r} must have one length, got {lengths}')
+      raise ValueError(f"the sequences of {self.id!r} must have one length, got {lengths}")
     if self.score is not None:
-      object.__setattr__(self, 'score', float(self.score))
+      object.__setattr__(self, "score", float(self.score))
 
   def to_json(self) -> dict[str, Any]:
     """The fields that are there, as JSON values."""
@@ -99,35 +99,35 @@ class Record:
     }
 
   @classmethod
-  def from_json(cls, value: Mapping[str, Any]) -> 'Record':
+  def from_json(cls, value: Mapping[str, Any]) -> "Record":
     """The inverse of `to_json`; unknown fields are ignored.
 
     Raises:
       ValueError: `id` or `prediction` is missing, or sequences disagree in length.
     """
-    _require_text(value, 'id')
-    _require_text(value, 'prediction')
+    _require_text(value, "id")
+    _require_text(value, "prediction")
     return cls(**{name: value[name] for name in _RECORD_FIELDS if name in value})
 
 
 def _shortest(value: Any) -> float:
   """A confidence as written: a numpy float32 keeps its short digits (0.9, not 0.89999998)."""
-  text = getattr(value, 'dtype', None)
+  text = getattr(value, "dtype", None)
   return float(str(value)) if text is not None else float(value)
 
 
 _SEQUENCES = {
-  'tokens': int,
-  'exit_layers': int,
-  'confidences': _shortest,
-  'rejected_confidences': _shortest,
+  "tokens": int,
+  "exit_layers": int,
+  "confidences": _shortest,
+  "rejected_confidences": _shortest,
 }
-_RECORD_FIELDS = ('id', 'prediction', *_SEQUENCES, 'score')
+_RECORD_FIELDS = ("id", "prediction", *_SEQUENCES, "score")
 
 
 def _require_text(value: Mapping[str, Any], name: str) -> None:
   if not isinstance(value.get(name), str):
-    raise ValueError(f'`{name}` must be a text, got {value.get(name)!r}')
+    raise ValueError(f"`{name}` must be a text, got {value.get(name)!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Line:
 
   def error(self, message: str) -> GenerationsError:
     """An error that names this line."""
-    return GenerationsError(f'{self.path}:{self.number}: {message}')
+    return GenerationsError(f"{self.path}:{self.number}: {message}")
 
 
 def read_lines(path: str | pathlib.Path) -> Iterator[Line]:
@@ -154,37 +154,37 @@ def read_lines(path: str | pathlib.Path) -> Iterator[Line]:
   try:
     content = path.read_bytes()
   except OSError as error:
-    raise GenerationsError(f'{path}: cannot be read ({error.strerror}).') from error
-  lines = content.split(b'\n')
+    raise GenerationsError(f"{path}: cannot be read ({error.strerror}).") from error
+  lines = content.split(b"\n")
   for number, raw in enumerate(lines, start=1):
     if not raw.strip():
       continue
     value, problem = parse_line(raw)
     if value is None:
       cut_off = number == len(lines)
-      hint = ' The last line is cut off: resume the run that wrote it.' if cut_off else ''
-      raise GenerationsError(f'{path}:{number}: expected a JSON object, {problem}.{hint}')
+      hint = " The last line is cut off: resume the run that wrote it." if cut_off else ""
+      raise GenerationsError(f"{path}:{number}: expected a JSON object, {problem}.{hint}")
     yield Line(path, number, value)
 
 
 def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
   """One line as (JSON object, ''), or (None, what is wrong)."""
   try:
-    value = json.loads(raw.decode('utf-8'), parse_constant=_refuse_constant)
+    value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
   except UnicodeDecodeError as error:
-    return None, f'got invalid UTF-8 at byte {error.start}'
+    return None, f"got invalid UTF-8 at byte {error.start}"
   except ValueError as error:
-    return None, f'got {raw[:60].decode("utf-8", "replace")!r} ({error})'
-  return (value, '') if isinstance(value, dict) else (None, f'got {type(value).__name__}')
+    return None, f"got {raw[:60].decode('utf-8', 'replace')!r} ({error})"
+  return (value, "") if isinstance(value, dict) else (None, f"got {type(value).__name__}")
 
 
 def _refuse_constant(name: str) -> float:
-  raise ValueError(f'{name} is not JSON')
+  raise ValueError(f"{name} is not JSON")
 
 
 def dump_line(value: Mapping[str, Any]) -> str:
   """One JSON Lines line, its newline included."""
-  return json.dumps(value, ensure_ascii=False, allow_nan=False) + '\n'
+  return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_prompts(path: str | pathlib.Path) -> tuple[Prompt, ...]:
@@ -198,12 +198,12 @@ def read_prompts(path: str | pathlib.Path) -> tuple[Prompt, ...]:
     try:
       prompt = Prompt.from_json(line.value)
     except (TypeError, ValueError) as error:
-      raise line.error(f'no prompt: {error}.') from error
+      raise line.error(f"no prompt: {error}.") from error
     if prompt.id in prompts:
-      raise line.error(f'the id {prompt.id!r} occurs twice; ids must be unique.')
+      raise line.error(f"the id {prompt.id!r} occurs twice; ids must be unique.")
     prompts[prompt.id] = prompt
   if not prompts:
-    raise GenerationsError(f'{path}: there is no prompt in this file.')
+    raise GenerationsError(f"{path}: there is no prompt in this file.")
   return tuple(prompts.values())
 
 
@@ -218,8 +218,8 @@ def check_unique(prompts: Sequence[Prompt]) -> dict[str, Prompt]:
     seen: set[str] = set()
     twice = sorted({p.id for p in prompts if p.id in seen or seen.add(p.id)})
     raise ValueError(
-      f'`prompts` must be at least one prompt with unique ids, got {len(prompts)} prompts;'
-      f' ids that occur more than once: {twice[:5]}.'
+      f"`prompts` must be at least one prompt with unique ids, got {len(prompts)} prompts;"
+      f" ids that occur more than once: {twice[:5]}."
     )
   return by_id
 
@@ -227,17 +227,17 @@ def check_unique(prompts: Sequence[Prompt]) -> dict[str, Prompt]:
 def drop_partial_line(path: pathlib.Path) -> str | None:
   """Repairs the end of a file whose writer was killed; returns what was done, if anything."""
   content = path.read_bytes()
-  if not content or content.endswith(b'\n'):
+  if not content or content.endswith(b"\n"):
     return None
-  start = content.rfind(b'\n') + 1
-  number = content.count(b'\n') + 1
+  start = content.rfind(b"\n") + 1
+  number = content.count(b"\n") + 1
   if parse_line(content[start:])[0] is not None:
-    with open(path, 'ab') as file:
-      file.write(b'\n')
+    with open(path, "ab") as file:
+      file.write(b"\n")
     return None
-  with open(path, 'r+b') as file:
+  with open(path, "r+b") as file:
     file.truncate(start)
   return (
-    f'{path}:{number}: the last line was cut off and has been dropped'
-    f' ({len(content) - start} bytes).'
+    f"{path}:{number}: the last line was cut off and has been dropped"
+    f" ({len(content) - start} bytes)."
   )

@@ -39,8 +39,8 @@ def reusable_tokens(record: Record, thresholds: npt.ArrayLike) -> int:
   values = np.asarray(thresholds, np.float32)
   if values.ndim != 1 or len(values) < len(refused):
     raise ValueError(
-      f'`thresholds` must hold a value for each of the {len(refused)} tokens of {record.id!r},'
-      f' got shape {values.shape}.'
+      f"`thresholds` must hold a value for each of the {len(refused)} tokens of {record.id!r},"
+      f" got shape {values.shape}."
     )
   exits_now = np.asarray(refused, np.float32) >= values[: len(refused)]
   return int(np.argmax(exits_now)) if exits_now.any() else len(refused)
@@ -68,21 +68,21 @@ class ReuseSummary:
   tokens: int = 0
   reused_tokens: int = 0
 
-  def __add__(self, other: 'ReuseSummary') -> 'ReuseSummary':
+  def __add__(self, other: "ReuseSummary") -> "ReuseSummary":
     ours, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
     return ReuseSummary(*(a + b for a, b in zip(ours, theirs, strict=True)))
 
   def __str__(self) -> str:
     return (
-      f'reused {self.whole} of {self.sequences} sequences whole'
-      f' ({_percent(self.whole, self.sequences)}) and {self.reused_tokens} of {self.tokens}'
-      ' tokens'
-      f' ({_percent(self.reused_tokens, self.tokens)})'
+      f"reused {self.whole} of {self.sequences} sequences whole"
+      f" ({_percent(self.whole, self.sequences)}) and {self.reused_tokens} of {self.tokens}"
+      " tokens"
+      f" ({_percent(self.reused_tokens, self.tokens)})"
     )
 
 
 def _percent(part: int, total: int) -> str:
-  return f'{100.0 * part / total:.1f} %' if total else 'none to reuse'
+  return f"{100.0 * part / total:.1f} %" if total else "none to reuse"
 
 
 def summarize(reused_tokens: Sequence[int], lengths: Iterable[int]) -> ReuseSummary:

@@ -30,11 +30,11 @@ class Support:
   def __post_init__(self):
     if not (np.isfinite([self.lower, self.upper]).all() and self.lower < self.upper):
       raise ValueError(
-        '`support` must have finite `lower` < `upper`, got'
-        f' [{self.lower}, {self.upper}]: an unbounded loss cannot be controlled.'
+        "`support` must have finite `lower` < `upper`, got"
+        f" [{self.lower}, {self.upper}]: an unbounded loss cannot be controlled."
       )
     if self.binary and (self.lower, self.upper) != (0.0, 1.0):
-      raise ValueError(f'a binary `support` must be [0, 1], got [{self.lower}, {self.upper}].')
+      raise ValueError(f"a binary `support` must be [0, 1], got [{self.lower}, {self.upper}].")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,21 +57,21 @@ class SequenceLosses:
   values: np.ndarray
   thresholds: np.ndarray
   support: Support = dataclasses.field(default_factory=Support)
-  kind: str = 'textual'
-  metric: str = 'unknown'
+  kind: str = "textual"
+  metric: str = "unknown"
   ids: tuple[str, ...] | None = None
   groups: tuple[str, ...] | None = None
   procedure: Procedure | None = None
-  order: str = 'permuted'
+  order: str = "permuted"
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
     return np.array(self.values, dtype=dtype, copy=copy)
 
-  def in_given_order(self) -> 'SequenceLosses':
+  def in_given_order(self) -> "SequenceLosses":
     """The same losses, to be tested in the order of their rows; the guarantee will say so."""
-    return dataclasses.replace(self, order='given')
+    return dataclasses.replace(self, order="given")
 
-  def rows(self, index: Sequence[int] | np.ndarray) -> 'SequenceLosses':
+  def rows(self, index: Sequence[int] | np.ndarray) -> "SequenceLosses":
     """The losses of some prompts, by row number."""
     index = np.asarray(index)
     return dataclasses.replace(
@@ -83,16 +83,16 @@ class SequenceLosses:
 
   def __repr__(self) -> str:
     return (
-      f'SequenceLosses({self.kind}, {self.metric}, {self.values.shape[0]} prompts x'
-      f' {self.values.shape[1]} thresholds, means'
-      f' {np.array2string(self.values.mean(axis=0), precision=4, threshold=6)})'
+      f"SequenceLosses({self.kind}, {self.metric}, {self.values.shape[0]} prompts x"
+      f" {self.values.shape[1]} thresholds, means"
+      f" {np.array2string(self.values.mean(axis=0), precision=4, threshold=6)})"
     )
 
 
 def textual_losses(
   generations: Generations,
   *,
-  metric: str | metrics.Metric = 'rouge_l',
+  metric: str | metrics.Metric = "rouge_l",
   workers: int | None = None,
   progress: Progress | None = None,
 ) -> SequenceLosses:
@@ -112,13 +112,13 @@ def textual_losses(
   Raises:
     ValueError: generations are incomplete, or the metric is no bounded mean or leaves [0, 1].
   """
-  return compute(generations, 'textual', metric=metric, workers=workers, progress=progress)
+  return compute(generations, "textual", metric=metric, workers=workers, progress=progress)
 
 
 def risk_losses(
   generations: Generations,
   *,
-  metric: str | metrics.Metric = 'rouge_l',
+  metric: str | metrics.Metric = "rouge_l",
   signed: bool = True,
   workers: int | None = None,
   progress: Progress | None = None,
@@ -145,7 +145,7 @@ def risk_losses(
     ValueError: a prompt has no references, generations are incomplete, or the metric is no
       bounded mean or leaves [0, 1].
   """
-  kind = 'risk_signed' if signed else 'risk_clipped'
+  kind = "risk_signed" if signed else "risk_clipped"
   return compute(generations, kind, metric=metric, workers=workers, progress=progress)
 
 
@@ -153,7 +153,7 @@ def compute(
   generations: Generations,
   kind: str,
   *,
-  metric: str | metrics.Metric = 'rouge_l',
+  metric: str | metrics.Metric = "rouge_l",
   workers: int | None = None,
   progress: Progress | None = None,
 ) -> SequenceLosses:
@@ -173,8 +173,8 @@ def compute(
   ]
   if short:
     raise ValueError(
-      '`generations` must have a record of every prompt at every threshold; they are incomplete'
-      f' at {short[:5]}. A sequential run is tested prompt by prompt: `prefix_losses`.'
+      "`generations` must have a record of every prompt at every threshold; they are incomplete"
+      f" at {short[:5]}. A sequential run is tested prompt by prompt: `prefix_losses`."
     )
   metric = metrics.get_metric(metric)
   columns = prefix_losses(generations, kind, metric=metric, workers=workers, progress=progress)
@@ -194,7 +194,7 @@ def prefix_losses(
   generations: Generations,
   kind: str,
   *,
-  metric: str | metrics.Metric = 'rouge_l',
+  metric: str | metrics.Metric = "rouge_l",
   workers: int | None = None,
   progress: Progress | None = None,
 ) -> tuple[np.ndarray, ...]:
@@ -217,7 +217,7 @@ def prefix_losses(
   definition = _definition(kind)
   metric = metrics.get_metric(metric)
   if max(map(len, generations.records)) > len(generations.full):
-    raise ValueError('`generations` must have full-model records for all prompts used.')
+    raise ValueError("`generations` must have full-model records for all prompts used.")
   columns = (
     generations.records if definition.textual else (generations.full, *generations.records)
   )
@@ -247,15 +247,15 @@ class _Definition:
 
 
 _DEFINITIONS: Mapping[str, _Definition] = {
-  'textual': _Definition(textual=True, floor=0.0),
-  'risk_signed': _Definition(textual=False, floor=-1.0),
-  'risk_clipped': _Definition(textual=False, floor=0.0),
+  "textual": _Definition(textual=True, floor=0.0),
+  "risk_signed": _Definition(textual=False, floor=-1.0),
+  "risk_clipped": _Definition(textual=False, floor=0.0),
 }
 
 
 def _definition(kind: str) -> _Definition:
   if kind not in _DEFINITIONS:
-    raise ValueError(f'`kind` must be one of {sorted(_DEFINITIONS)}, got {kind!r}.')
+    raise ValueError(f"`kind` must be one of {sorted(_DEFINITIONS)}, got {kind!r}.")
   return _DEFINITIONS[kind]
 
 
@@ -273,7 +273,7 @@ def _targets(generations: Generations) -> list[tuple[str, ...]]:
   bare = [prompt.id for prompt in generations.prompts if not prompt.targets]
   if bare:
     raise ValueError(
-      '`generations` must have references (`targets`) for every prompt to compute a risk;'
-      f' {len(bare)} have none, first {bare[:5]}. Without references use `textual_losses`.'
+      "`generations` must have references (`targets`) for every prompt to compute a risk;"
+      f" {len(bare)} have none, first {bare[:5]}. Without references use `textual_losses`."
     )
   return [prompt.targets for prompt in generations.prompts]

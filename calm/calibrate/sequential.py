@@ -23,7 +23,7 @@ from calm.calibrate.calibration import Calibration, Row
 from calm.calibrate.procedures import Procedure, Provenance
 from calm.calibrate.sequence_losses import Support
 
-OPEN, CERTIFIED, FAILED = 'open', 'certified', 'failed'
+OPEN, CERTIFIED, FAILED = "open", "certified", "failed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +76,8 @@ class SequentialCalibration:
     betting.check_levels(tolerance, error_rate, self.support.upper)
     if tolerance <= 0.0 or planned_size < 1:
       raise ValueError(
-        '`tolerance` must be in (0, 1) and `planned_size` at least 1, got'
-        f' {tolerance!r} and {planned_size!r}.'
+        "`tolerance` must be in (0, 1) and `planned_size` at least 1, got"
+        f" {tolerance!r} and {planned_size!r}."
       )
     self.design = betting.Design(tolerance, error_rate, planned_size, self.support.upper)
     self._losses: list[list[float]] = [[]]
@@ -112,15 +112,15 @@ class SequentialCalibration:
     column = self._losses[-1]
     if self.finished or len(column) + len(values) > self.design.planned_size:
       raise ValueError(
-        '`losses` must be those of the last `request`; got more than it asked for.'
+        "`losses` must be those of the last `request`; got more than it asked for."
       )
     low, high = self.support.lower, self.support.upper
     inside = (values >= low) & (values <= high)
     if not inside.all():
       raise ValueError(
-        f'`losses` must lie in the declared range [{low}, {high}], got'
-        f' {values[~inside][0]!r} at prompt {len(column) + int(np.argmin(inside))} of the'
-        ' order.'
+        f"`losses` must lie in the declared range [{low}, {high}], got"
+        f" {values[~inside][0]!r} at prompt {len(column) + int(np.argmin(inside))} of the"
+        " order."
       )
     for value in values.tolist():
       column.append(value)
@@ -135,10 +135,10 @@ class SequentialCalibration:
   def calibration(
     self,
     *,
-    kind: str = 'loss',
-    metric: str = 'unknown',
-    order: str = 'permuted',
-    seed: str = '',
+    kind: str = "loss",
+    metric: str = "unknown",
+    order: str = "permuted",
+    seed: str = "",
     procedure: Procedure | None = None,
     provenance: Provenance | None = None,
   ) -> Calibration:
@@ -148,7 +148,7 @@ class SequentialCalibration:
       ValueError: losses are still wanted.
     """
     if not self.finished:
-      raise ValueError('`calibration` needs a finished test; `request` still asks for losses.')
+      raise ValueError("`calibration` needs a finished test; `request` still asks for losses.")
     rows = [self._row(index) for index in range(len(self.thresholds))]
     certified = [row.threshold for row in rows if row.rejected]
     p_values = np.array([row.p_value for row in rows])
@@ -158,8 +158,8 @@ class SequentialCalibration:
       reason=self._reason(len(certified)),
       tolerance=float(np.asarray(self.design.tolerance)),
       error_rate=self.design.error_rate,
-      method='betting',
-      testing='fixed_sequence',
+      method="betting",
+      testing="fixed_sequence",
       kind=kind,
       metric=metric,
       support=self.support,
@@ -171,7 +171,7 @@ class SequentialCalibration:
       seed=seed,
       sequential=True,
       procedure=procedure,
-      provenance=provenance or Provenance(metric=metric, order=order, method='betting'),
+      provenance=provenance or Provenance(metric=metric, order=order, method="betting"),
     )
 
   def _row(self, index: int) -> Row:
@@ -209,15 +209,15 @@ class SequentialCalibration:
   def _reason(self, certified: int) -> str:
     used = sum(len(column) for column in self._losses)
     most = self.design.planned_size * len(self.thresholds)
-    cost = f' {used} of at most {most} losses were needed.'
+    cost = f" {used} of at most {most} losses were needed."
     if certified == len(self.thresholds):
-      return f'Every threshold of the grid is certified.{cost}'
+      return f"Every threshold of the grid is certified.{cost}"
     failed = self.thresholds[certified]
     seen = len(self._losses[certified])
-    why = f'{failed} could no longer be certified after {seen} prompts.{cost}'
+    why = f"{failed} could no longer be certified after {seen} prompts.{cost}"
     if certified:
-      return f'{self.thresholds[certified - 1]} is the lowest certified threshold; {why}'
-    return f'Nothing is certified: the first threshold {why}'
+      return f"{self.thresholds[certified - 1]} is the lowest certified threshold; {why}"
+    return f"Nothing is certified: the first threshold {why}"
 
 
 def decide(

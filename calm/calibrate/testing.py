@@ -37,12 +37,12 @@ def _check(p_values: npt.ArrayLike, error_rate: float) -> np.ndarray:
   p_values = np.asarray(p_values, np.float64)
   if p_values.ndim != 1 or not p_values.size:
     raise ValueError(
-      f'`p_values` must be a non-empty vector in the tested order, got shape {p_values.shape}.'
+      f"`p_values` must be a non-empty vector in the tested order, got shape {p_values.shape}."
     )
   if np.any((p_values < 0.0) | (p_values > 1.0)):
-    raise ValueError('`p_values` must lie in [0, 1] (or be NaN, which counts as 1).')
+    raise ValueError("`p_values` must lie in [0, 1] (or be NaN, which counts as 1).")
   if not 0.0 < error_rate < 1.0:
-    raise ValueError(f'`error_rate` must be in (0, 1), got {error_rate!r}.')
+    raise ValueError(f"`error_rate` must be in (0, 1), got {error_rate!r}.")
   return np.where(np.isnan(p_values), 1.0, p_values)
 
 
@@ -99,7 +99,7 @@ def holm(p_values: npt.ArrayLike, error_rate: float) -> TestResult:
     ValueError: p-values or `error_rate` leave their range.
   """
   p_values = _check(p_values, error_rate)
-  order = np.argsort(p_values, kind='stable')
+  order = np.argsort(p_values, kind="stable")
   count = len(p_values)
   steps = _divide(p_values[order], 1.0 / np.arange(count, 0, -1))
   adjusted = np.empty(count)
@@ -207,8 +207,8 @@ def check_weights(weights: npt.ArrayLike | None, count: int) -> np.ndarray:
   weights = np.asarray(weights, np.float64)
   if weights.shape != (count,) or not np.all(weights >= 0.0) or weights.sum() > 1.0 + 1e-12:
     raise ValueError(
-      f'`weights` must be {count} numbers of at least 0 with sum at most 1, got shape'
-      f' {weights.shape} and sum {weights.sum()}.'
+      f"`weights` must be {count} numbers of at least 0 with sum at most 1, got shape"
+      f" {weights.shape} and sum {weights.sum()}."
     )
   return weights
 
@@ -224,11 +224,11 @@ def check_transitions(transitions: npt.ArrayLike, count: int) -> np.ndarray:
   square = edges.shape == (count, count)
   if not square or not np.all(edges >= 0.0) or np.any(np.diagonal(edges) != 0.0):
     raise ValueError(
-      f'`transitions` must be [{count}, {count}] of at least 0 with a zero diagonal, got shape'
-      f' {edges.shape}.'
+      f"`transitions` must be [{count}, {count}] of at least 0 with a zero diagonal, got shape"
+      f" {edges.shape}."
     )
   if np.any(edges.sum(axis=1) > 1.0 + 1e-12):
-    raise ValueError(f'rows of `transitions` must sum to at most 1, got {edges.sum(axis=1)}.')
+    raise ValueError(f"rows of `transitions` must sum to at most 1, got {edges.sum(axis=1)}.")
   return edges
 
 
@@ -250,18 +250,18 @@ def front_loaded_weights(count: int, first: float = 0.5) -> np.ndarray:
 
 
 PROCEDURES: Mapping[str, Procedure] = {
-  'fixed_sequence': fixed_sequence,
-  'fallback': fallback,
-  'holm': holm,
-  'bonferroni': bonferroni,
+  "fixed_sequence": fixed_sequence,
+  "fallback": fallback,
+  "holm": holm,
+  "bonferroni": bonferroni,
 }
 
 # Largest share of the error rate that any hypothesis starts with.
 _FIRST_SHARES: Mapping[str, Callable[[int], float]] = {
-  'fixed_sequence': lambda count: 1.0,
-  'fallback': lambda count: float(front_loaded_weights(count)[0]),
-  'holm': lambda count: 1.0 / count,
-  'bonferroni': lambda count: 1.0 / count,
+  "fixed_sequence": lambda count: 1.0,
+  "fallback": lambda count: float(front_loaded_weights(count)[0]),
+  "holm": lambda count: 1.0 / count,
+  "bonferroni": lambda count: 1.0 / count,
 }
 
 

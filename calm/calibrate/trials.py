@@ -90,15 +90,16 @@ class _Pool:
   """Losses as one method tests them, with rows grouped into exchangeable units."""
 
   def __init__(self, losses: SequenceLosses, method: str, groups: Sequence[str] | None):
-    self.method = methods.get_method(method, losses.support)
+    low, high = losses.support.lower, losses.support.upper
+    if not np.all((losses.values >= low - 1e-9) & (losses.values <= high + 1e-9)):
+      raise ValueError(f"`losses` must lie in the declared range [{low}, {high}], without NaN.")
+    names = [str(row) for row in range(len(losses.values))] if groups is None else groups
+    self.method = methods.get_method(method, ordering.unit_support(losses, names))
     prepared, support = self.method.prepare(losses.values, losses.support)
     losses = dataclasses.replace(losses, values=prepared, support=support)
-    names = [str(row) for row in range(len(prepared))] if groups is None else groups
     self.units = ordering.cluster_means(losses, names)
     self.values = self.units.values
     low, high = support.lower, support.upper
-    if not np.all((self.values >= low - 1e-9) & (self.values <= high + 1e-9)):
-      raise ValueError(f'`losses` must lie in the declared range [{low}, {high}], without NaN.')
     self.values = np.clip(self.values, low, high)
     _, self.unit_of_row = np.unique(np.asarray([str(n) for n in names]), return_inverse=True)
 
@@ -115,7 +116,7 @@ def split_trials(
   tolerances: Sequence[float],
   *,
   error_rate: float,
-  method: str = 'auto',
+  method: str = "auto",
   layers: Layers | None = None,
   groups: Sequence[str] | None = None,
   trials: int = 50,
@@ -142,7 +143,7 @@ def split_trials(
   pool = _Pool(losses, method, groups)
   count = len(pool.values)
   if count < 2:
-    raise ValueError(f'`losses` must have at least 2 units to split, got {count}.')
+    raise ValueError(f"`losses` must have at least 2 units to split, got {count}.")
   cut = min(count - 1, max(1, round(0.8 * count)))
   generator = np.random.default_rng(seed)
   splits = [generator.permutation(count) for _ in range(trials)]
@@ -182,7 +183,7 @@ def _summarize_splits(tolerance: float, outcomes, thresholds: np.ndarray) -> Spl
     layers_mean=float(depths.mean()),
     layers_spread=float(depths.std()),
     certified_share=len(certified) / len(outcomes),
-    threshold_mean=float(np.mean(thresholds[certified])) if certified else float('nan'),
+    threshold_mean=float(np.mean(thresholds[certified])) if certified else float("nan"),
   )
 
 
@@ -191,7 +192,7 @@ def validity_trials(
   tolerances: Sequence[float],
   *,
   error_rate: float,
-  method: str = 'auto',
+  method: str = "auto",
   groups: Sequence[str] | None = None,
   calibration_size: int | None = None,
   trials: int = 200,

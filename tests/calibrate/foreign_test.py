@@ -7,79 +7,82 @@ from calm.calibrate.records import GenerationsError, Record
 
 
 def write(path, rows):
-  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   return path
 
 
 def t5x(text, prediction, **fields):
-  inputs = {'inputs_pretokenized': text, 'targets_pretokenized': f'target of {text}'}
-  return {'inputs': inputs, 'prediction': prediction, **fields}
+  inputs = {"inputs_pretokenized": text, "targets_pretokenized": f"target of {text}"}
+  return {"inputs": inputs, "prediction": prediction, **fields}
 
 
 def test_t5x_predict_files_go_by_line_number(tmp_path):
-  full = write(tmp_path / 'full.jsonl', [t5x('a', 'x y'), t5x('b', 'z')])
-  early = write(tmp_path / 'early.jsonl', [t5x('a', 'x y'), t5x('b', 'other')])
+  full = write(tmp_path / "full.jsonl", [t5x("a", "x y"), t5x("b", "z")])
+  early = write(tmp_path / "early.jsonl", [t5x("a", "x y"), t5x("b", "other")])
   loaded = foreign.gather(full, {0.5: early})
-  assert loaded.ids == ('line 1', 'line 2') and loaded.procedure is None
-  assert loaded.references == (('target of a',), ('target of b',))
+  assert loaded.ids == ("line 1", "line 2") and loaded.procedure is None
+  assert loaded.references == (("target of a",), ("target of b",))
   assert textual_losses(loaded).values.tolist() == [[0.0], [1.0]]
 
 
 def test_t5x_predict_with_aux_brings_exits_without_padding(tmp_path):
   aux = {
-    'exit_layers': [2, 3, 0, 0],
-    'confidences': [0.5, 0.0, 0.0, 0.0],
-    'rejected_confidences': [0.25, 0.5, 0.0, 0.0],
-    'scores': -1.5,
+    "exit_layers": [2, 3, 0, 0],
+    "confidences": [0.5, 0.0, 0.0, 0.0],
+    "rejected_confidences": [0.25, 0.5, 0.0, 0.0],
+    "scores": -1.5,
   }
-  rows = [t5x('a', 'x', aux=aux, prediction_tokens=[7, 1])]
-  _, (record,) = foreign.read_predictions(write(tmp_path / 'f.jsonl', rows))
-  assert record == Record('line 1', 'x', [7, 1], [2, 3], [0.5, 0.0], [0.25, 0.5], -1.5)
-  rows[0]['prediction_tokens'] = [7]  # T5X cuts tokens at the first 0, even a real one
-  _, (record,) = foreign.read_predictions(write(tmp_path / 'f.jsonl', rows))
+  rows = [t5x("a", "x", aux=aux, prediction_tokens=[7, 1])]
+  _, (record,) = foreign.read_predictions(write(tmp_path / "f.jsonl", rows))
+  assert record == Record("line 1", "x", [7, 1], [2, 3], [0.5, 0.0], [0.25, 0.5], -1.5)
+  rows[0]["prediction_tokens"] = [7]  # T5X cuts tokens at the first 0, even a real one
+  _, (record,) = foreign.read_predictions(write(tmp_path / "f.jsonl", rows))
   assert record.tokens is None and record.exit_layers == (2, 3)
 
 
 def test_t5x_features_may_hold_an_id_a_group_and_token_targets(tmp_path):
-  row = t5x('a', 'x')
-  row['inputs'] |= {'id': 7, 'source': 's', 'targets': [5, 6]}
-  ((prompt,), _) = foreign.read_predictions(write(tmp_path / 'f.jsonl', [row]))
-  assert (prompt.id, prompt.group, prompt.targets) == ('7', 's', ('target of a',))
-  del row['inputs']['targets_pretokenized']
-  ((prompt,), _) = foreign.read_predictions(write(tmp_path / 'f.jsonl', [row]))
+  row = t5x("a", "x")
+  row["inputs"] |= {"id": 7, "source": "s", "targets": [5, 6]}
+  ((prompt,), _) = foreign.read_predictions(write(tmp_path / "f.jsonl", [row]))
+  assert (prompt.id, prompt.group, prompt.targets) == ("7", "s", ("target of a",))
+  del row["inputs"]["targets_pretokenized"]
+  ((prompt,), _) = foreign.read_predictions(write(tmp_path / "f.jsonl", [row]))
   assert prompt.targets == ()
 
 
 def test_plain_files_need_id_and_prediction_only(tmp_path):
-  full = write(tmp_path / 'full.jsonl', [{'id': n, 'prediction': n} for n in 'ab'])
-  early = write(tmp_path / 'early.jsonl', [{'id': n, 'prediction': n} for n in 'ba'])
-  prompts = write(tmp_path / 'p.jsonl', [{'id': n, 'input': n, 'target': n} for n in 'ba'])
+  full = write(tmp_path / "full.jsonl", [{"id": n, "prediction": n} for n in "ab"])
+  early = write(tmp_path / "early.jsonl", [{"id": n, "prediction": n} for n in "ba"])
+  prompts = write(tmp_path / "p.jsonl", [{"id": n, "input": n, "target": n} for n in "ba"])
   loaded = foreign.gather(full, {0.5: early, 0.7: full}, prompts=prompts)
-  assert loaded.ids == ('b', 'a') and loaded.thresholds.tolist() == [0.7, 0.5]
-  assert [r.prediction for r in loaded.records[1]] == ['b', 'a']
-  assert loaded.references == (('b',), ('a',))
+  assert loaded.ids == ("b", "a") and loaded.thresholds.tolist() == [0.7, 0.5]
+  assert [r.prediction for r in loaded.records[1]] == ["b", "a"]
+  assert loaded.references == (("b",), ("a",))
 
 
 @pytest.mark.parametrize(
-  ('rows', 'message'),
+  ("rows", "message"),
   [
-    ([{'id': 'a', 'prediction': 'x'}] * 2, r"early.jsonl:2: the id 'a' occurs twice"),
-    ([{'id': 'a'}], r'early.jsonl:1: no output: `prediction` must be a text'),
-    ([{'inputs': {}, 'score': 1.0}], r'early.jsonl:1: no output'),
-    ([], 'early.jsonl: there is no output'),
-    ([{'id': 'b', 'prediction': 'x'}], r"missing \['a'\], unknown \['b'\]"),
-    ([{'id': 'a', 'input': 'other', 'prediction': 'x'}], "output 1 .* belongs to the input 'other'"),
+    ([{"id": "a", "prediction": "x"}] * 2, r"early.jsonl:2: the id 'a' occurs twice"),
+    ([{"id": "a"}], r"early.jsonl:1: no output: `prediction` must be a text"),
+    ([{"inputs": {}, "score": 1.0}], r"early.jsonl:1: no output"),
+    ([], "early.jsonl: there is no output"),
+    ([{"id": "b", "prediction": "x"}], r"missing \['a'\], unknown \['b'\]"),
+    (
+      [{"id": "a", "input": "other", "prediction": "x"}],
+      "output 1 .* belongs to the input 'other'",
+    ),
   ],
 )
 def test_errors_name_the_file(tmp_path, rows, message):
-  full = write(tmp_path / 'full.jsonl', [{'id': 'a', 'input': 'a', 'prediction': 'x'}])
-  early = write(tmp_path / 'early.jsonl', rows)
+  full = write(tmp_path / "full.jsonl", [{"id": "a", "input": "a", "prediction": "x"}])
+  early = write(tmp_path / "early.jsonl", rows)
   with pytest.raises(GenerationsError, match=message):
     foreign.gather(full, {0.5: early})
 
 
 def test_shuffled_t5x_files_are_found_by_their_inputs(tmp_path):
-  full = write(tmp_path / 'full.jsonl', [t5x('a', 'x'), t5x('b', 'y')])
-  early = write(tmp_path / 'early.jsonl', [t5x('b', 'y'), t5x('a', 'x')])
-  with pytest.raises(GenerationsError, match='not aligned'):
+  full = write(tmp_path / "full.jsonl", [t5x("a", "x"), t5x("b", "y")])
+  early = write(tmp_path / "early.jsonl", [t5x("b", "y"), t5x("a", "x")])
+  with pytest.raises(GenerationsError, match="not aligned"):
     foreign.gather(full, {0.5: early})

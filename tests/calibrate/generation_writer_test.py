@@ -20,41 +20,47 @@ def start(directory, **changes):
 
 
 def test_resuming_keeps_what_is_there_and_drops_a_cut_off_line(tmp_path):
-  writer = start(tmp_path, provenance=Provenance(metric='first'))
-  writer.append(0.9, [Record('id-000', 'x'), Record('id-001', 'y', exit_layers=[1])])
-  path = tmp_path / 'threshold_0.9.jsonl'
+  writer = start(tmp_path, provenance=Provenance(metric="first"))
+  writer.append(0.9, [Record("id-000", "x"), Record("id-001", "y", exit_layers=[1])])
+  path = tmp_path / "threshold_0.9.jsonl"
   path.write_bytes(path.read_bytes()[:-7])
-  again = start(tmp_path, provenance=Provenance(metric='second'))
-  assert again.completed_ids(0.9) == {'id-000'}
+  again = start(tmp_path, provenance=Provenance(metric="second"))
+  assert again.completed_ids(0.9) == {"id-000"}
   assert again.completed_ids(NEVER_EXIT) == frozenset() == again.completed_ids(0.5)
-  assert again.completed_records(0.9) == {'id-000': Record('id-000', 'x')}
+  assert again.completed_records(0.9) == {"id-000": Record("id-000", "x")}
   assert again.completed_records(0.5) == {}
   (report,) = again.reports
-  assert 'threshold_0.9.jsonl:2: the last line was cut off' in report
-  again.append(0.9, [Record('id-001', 'y')])
+  assert "threshold_0.9.jsonl:2: the last line was cut off" in report
+  again.append(0.9, [Record("id-001", "y")])
   assert start(tmp_path).reports == []
-  assert generations.read_manifest(tmp_path)['provenance']['metric'] == 'first'
+  assert generations.read_manifest(tmp_path)["provenance"]["metric"] == "first"
 
 
 def test_a_whole_line_that_only_lost_its_newline_is_kept(tmp_path):
-  start(tmp_path).append(0.9, [Record('id-000', 'x')])
-  path = tmp_path / 'threshold_0.9.jsonl'
+  start(tmp_path).append(0.9, [Record("id-000", "x")])
+  path = tmp_path / "threshold_0.9.jsonl"
   path.write_bytes(path.read_bytes()[:-1])
   again = start(tmp_path)
-  assert again.completed_ids(0.9) == {'id-000'} and again.reports == []
-  again.append(0.9, [Record('id-001', 'y')])
-  assert start(tmp_path).completed_ids(0.9) == {'id-000', 'id-001'}
+  assert again.completed_ids(0.9) == {"id-000"} and again.reports == []
+  again.append(0.9, [Record("id-001", "y")])
+  assert start(tmp_path).completed_ids(0.9) == {"id-000", "id-001"}
 
 
 @pytest.mark.parametrize(
-  ('change', 'message'),
+  ("change", "message"),
   [
-    ({'procedure': laws.procedure(measure='state')}, "`measure`: expected 'softmax', got 'state'"),
-    ({'procedure': None}, r'has none \(null\)'),
-    ({'thresholds': [0.9, 0.4]}, r'other `thresholds`: expected \[0.9, 0.5\], got \[0.9, 0.4\]'),
-    ({'prompts': laws.prompts(2)}, 'other `prompt_ids`'),
-    ({'prompts': laws.prompts(60)}, r'other `prompt_ids`.*\.\.\. \(60 entries\)'),
-    ({'sequential': True}, 'other `sequential`'),
+    (
+      {"procedure": laws.procedure(measure="state")},
+      "`measure`: expected 'softmax', got 'state'",
+    ),
+    ({"procedure": None}, r"has none \(null\)"),
+    (
+      {"thresholds": [0.9, 0.4]},
+      r"other `thresholds`: expected \[0.9, 0.5\], got \[0.9, 0.4\]",
+    ),
+    ({"prompts": laws.prompts(2)}, "other `prompt_ids`"),
+    ({"prompts": laws.prompts(60)}, r"other `prompt_ids`.*\.\.\. \(60 entries\)"),
+    ({"sequential": True}, "other `sequential`"),
   ],
 )
 def test_another_run_is_refused_and_the_field_is_named(tmp_path, change, message):
@@ -65,46 +71,48 @@ def test_another_run_is_refused_and_the_field_is_named(tmp_path, change, message
 
 def test_other_texts_under_the_same_ids_are_refused(tmp_path):
   start(tmp_path)
-  changed = [generations.Prompt(p.id, p.input + '!', p.targets, p.group) for p in laws.prompts(3)]
-  with pytest.raises(GenerationsError, match='the texts of the prompts are not those given'):
+  changed = [
+    generations.Prompt(p.id, p.input + "!", p.targets, p.group) for p in laws.prompts(3)
+  ]
+  with pytest.raises(GenerationsError, match="the texts of the prompts are not those given"):
     start(tmp_path, prompts=changed)
 
 
 def test_append_takes_each_prompt_once(tmp_path):
   writer = start(tmp_path)
-  writer.append(0.9, [Record('id-000', 'x')])
+  writer.append(0.9, [Record("id-000", "x")])
   for records in (
-    [Record('id-000', 'x')],
-    [Record('id-001', 'x'), Record('id-001', 'x')],
-    [Record('id-009', 'x')],
+    [Record("id-000", "x")],
+    [Record("id-001", "x"), Record("id-001", "x")],
+    [Record("id-009", "x")],
   ):
-    with pytest.raises(ValueError, match='`records` must be of prompts that have none at 0.9'):
+    with pytest.raises(ValueError, match="`records` must be of prompts that have none at 0.9"):
       writer.append(0.9, records)
   with pytest.raises(ValueError, match=r"`threshold` must be one of \['never', '0.9', '0.5'\]"):
     writer.append(0.7, [])
-  assert writer.completed_ids(0.9) == {'id-000'}
+  assert writer.completed_ids(0.9) == {"id-000"}
 
 
 def test_finish_needs_everything_and_reopening_clears_checksums(tmp_path):
   writer = start(tmp_path)
-  with pytest.raises(ValueError, match='3 prompts have no record at threshold never'):
+  with pytest.raises(ValueError, match="3 prompts have no record at threshold never"):
     writer.finish()
   for threshold in (NEVER_EXIT, *GRID):
-    writer.append(threshold, [Record(p.id, 'x') for p in laws.prompts(3)])
+    writer.append(threshold, [Record(p.id, "x") for p in laws.prompts(3)])
   writer.finish()
-  assert len(generations.read_manifest(tmp_path)['checksums']) == 4
+  assert len(generations.read_manifest(tmp_path)["checksums"]) == 4
   start(tmp_path)
-  assert generations.read_manifest(tmp_path)['checksums'] == {}
+  assert generations.read_manifest(tmp_path)["checksums"] == {}
   assert len(generations.load(tmp_path).full) == 3
 
 
 def test_folders_that_cannot_be_written_are_named(tmp_path):
-  (tmp_path / 'file').write_text('')
-  with pytest.raises(OSError, match='choose a folder that can be written'):
-    start(tmp_path / 'file' / 'below')
-  with pytest.raises(OSError, match=r'cannot write .*choose a folder'):
-    files.write_atomically(tmp_path / 'nowhere' / 'x.json', '')
-  assert list(tmp_path.iterdir()) == [tmp_path / 'file']
+  (tmp_path / "file").write_text("")
+  with pytest.raises(OSError, match="choose a folder that can be written"):
+    start(tmp_path / "file" / "below")
+  with pytest.raises(OSError, match=r"cannot write .*choose a folder"):
+    files.write_atomically(tmp_path / "nowhere" / "x.json", "")
+  assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_a_run_killed_at_any_moment_goes_on(tmp_path):
@@ -118,14 +126,18 @@ for p in laws.prompts(400):
   if p.id not in writer.completed_ids(0.9):
     writer.append(0.9, [Record(p.id, 'text ' * 200)])
 """
-  command = [sys.executable, '-c', code, str(tmp_path)]
+  command = [sys.executable, "-c", code, str(tmp_path)]
   for delay in (0.002, 0.005):
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': '.'})
+    child = subprocess.Popen(
+      command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."}
+    )
     child.stdout.readline()
     time.sleep(delay)
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()
-  subprocess.run(command, check=True, capture_output=True, env={**os.environ, 'PYTHONPATH': '.'})
-  found = generations.read_records(tmp_path / 'threshold_0.9.jsonl', laws.procedure())
+  subprocess.run(
+    command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": "."}
+  )
+  found = generations.read_records(tmp_path / "threshold_0.9.jsonl", laws.procedure())
   assert set(found) == {p.id for p in laws.prompts(400)}

@@ -19,7 +19,7 @@ def write(directory, procedure=None, *, grid=GRID, count=3, sequential=False, sh
   for threshold in (NEVER_EXIT, *grid):
     kept = rows[: dict(short).get(threshold, count)]
     if kept:
-      writer.append(threshold, [laws.record(p.id, f'{p.id} at {threshold}') for p in kept])
+      writer.append(threshold, [laws.record(p.id, f"{p.id} at {threshold}") for p in kept])
   return writer
 
 
@@ -33,24 +33,24 @@ def test_what_is_written_is_read_in_the_recorded_order(tmp_path):
     tmp_path, prompts=laws.prompts(3), thresholds=GRID, procedure=procedure
   )
   for threshold in (NEVER_EXIT, *GRID):
-    for name in ('id-002', 'id-000', 'id-001'):
-      writer.append(threshold, [Record(name, f'{name} {threshold}', exit_layers=[2, 1])])
+    for name in ("id-002", "id-000", "id-001"):
+      writer.append(threshold, [Record(name, f"{name} {threshold}", exit_layers=[2, 1])])
   writer.finish()
   loaded = generations.load(tmp_path)
-  assert loaded.ids == ('id-000', 'id-001', 'id-002')
+  assert loaded.ids == ("id-000", "id-001", "id-002")
   assert loaded.prompts == laws.prompts(3)
-  assert loaded.references == (('word0 same',), ('word1 same',), ('word2 same',))
-  assert loaded.groups == ('group-0', 'group-0', 'group-1')
+  assert loaded.references == (("word0 same",), ("word1 same",), ("word2 same",))
+  assert loaded.groups == ("group-0", "group-0", "group-1")
   assert loaded.thresholds.tolist() == GRID and loaded.procedure == procedure
-  assert [r.prediction for r in loaded.records[1]] == [f'{n} 0.5' for n in loaded.ids]
-  assert [r.prediction for r in loaded.full] == [f'{n} inf' for n in loaded.ids]
-  assert '3 prompts, 2 thresholds' in repr(loaded)
+  assert [r.prediction for r in loaded.records[1]] == [f"{n} 0.5" for n in loaded.ids]
+  assert [r.prediction for r in loaded.full] == [f"{n} inf" for n in loaded.ids]
+  assert "3 prompts, 2 thresholds" in repr(loaded)
 
 
 def test_layer_counts_leave_padding_out():
-  made = laws.generations(2, grid=(0.9,), texts=[['x', 'y']])
+  made = laws.generations(2, grid=(0.9,), texts=[["x", "y"]])
   assert made.layer_counts() is None
-  rows = (Record('a', 'x', exit_layers=[2, 3, 0]), Record('b', 'y', exit_layers=[4]))
+  rows = (Record("a", "x", exit_layers=[2, 3, 0]), Record("b", "y", exit_layers=[4]))
   layers, tokens = generations.Generations(
     made.prompts, made.thresholds, (rows,), made.full
   ).layer_counts()
@@ -60,7 +60,7 @@ def test_layer_counts_leave_padding_out():
 
 def test_groups_are_none_where_any_prompt_has_none():
   made = laws.generations(2)
-  bare = (*made.prompts[:1], generations.Prompt('b', 'i'))
+  bare = (*made.prompts[:1], generations.Prompt("b", "i"))
   assert generations.Generations(bare, made.thresholds, made.records, made.full).groups is None
 
 
@@ -70,17 +70,29 @@ def test_a_loaded_directory_without_a_procedure_is_from_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('name', 'change', 'message'),
+  ("name", "change", "message"),
   [
-    ('manifest.json', lambda b: b'', r'manifest.json: cannot be read as JSON'),
-    ('manifest.json', lambda b: b.replace(b'"schema_version": 1', b'"schema_version": 7'), 'got 7'),
-    ('manifest.json', lambda b: b'[]', '`schema_version` must be 1, got None'),
-    ('threshold_0.9.jsonl', lambda b: b[:-9], r'threshold_0.9.jsonl:3: .*cut off'),
-    ('threshold_0.9.jsonl', lambda b: b + b.splitlines(True)[0], r':4: the id .* occurs twice'),
-    ('threshold_0.9.jsonl', lambda b: b''.join(b.splitlines(True)[1:]), r"1 of 3.*'id-000'"),
-    ('threshold_0.9.jsonl', lambda b: b.replace(b'id-001', b'id-777'), r"no prompts.*id-777"),
-    ('threshold_0.9.jsonl', lambda b: b.replace(b'"prediction"', b'"other"', 1), r':1: no record'),
-    ('prompts.jsonl', lambda b: b.replace(b'id-001', b'id-777'), r'prompts.jsonl: must have the ids'),
+    ("manifest.json", lambda b: b"", r"manifest.json: cannot be read as JSON"),
+    (
+      "manifest.json",
+      lambda b: b.replace(b'"schema_version": 1', b'"schema_version": 7'),
+      "got 7",
+    ),
+    ("manifest.json", lambda b: b"[]", "`schema_version` must be 1, got None"),
+    ("threshold_0.9.jsonl", lambda b: b[:-9], r"threshold_0.9.jsonl:3: .*cut off"),
+    ("threshold_0.9.jsonl", lambda b: b + b.splitlines(True)[0], r":4: the id .* occurs twice"),
+    ("threshold_0.9.jsonl", lambda b: b"".join(b.splitlines(True)[1:]), r"1 of 3.*'id-000'"),
+    ("threshold_0.9.jsonl", lambda b: b.replace(b"id-001", b"id-777"), r"no prompts.*id-777"),
+    (
+      "threshold_0.9.jsonl",
+      lambda b: b.replace(b'"prediction"', b'"other"', 1),
+      r":1: no record",
+    ),
+    (
+      "prompts.jsonl",
+      lambda b: b.replace(b"id-001", b"id-777"),
+      r"prompts.jsonl: must have the ids",
+    ),
   ],
 )
 def test_damage_is_named_with_file_and_line(tmp_path, name, change, message):
@@ -91,44 +103,46 @@ def test_damage_is_named_with_file_and_line(tmp_path, name, change, message):
 
 
 def test_missing_files_are_named(tmp_path):
-  with pytest.raises(GenerationsError, match=r'manifest.json: not found'):
+  with pytest.raises(GenerationsError, match=r"manifest.json: not found"):
     generations.load(tmp_path)
   write(tmp_path).finish()
-  (tmp_path / 'threshold_0.5.jsonl').unlink()
-  with pytest.raises(GenerationsError, match=r'threshold_0.5.jsonl: is missing'):
+  (tmp_path / "threshold_0.5.jsonl").unlink()
+  with pytest.raises(GenerationsError, match=r"threshold_0.5.jsonl: is missing"):
     generations.load(tmp_path)
 
 
 def test_checksums_find_a_whole_line_that_was_edited(tmp_path):
   write(tmp_path).finish()
-  edit(tmp_path / 'threshold_0.5.jsonl', lambda b: b.replace(b'at 0.5', b'at 0.6', 1))
-  with pytest.raises(GenerationsError, match=r'threshold_0.5.jsonl: its SHA-256 is not'):
+  edit(tmp_path / "threshold_0.5.jsonl", lambda b: b.replace(b"at 0.5", b"at 0.6", 1))
+  with pytest.raises(GenerationsError, match=r"threshold_0.5.jsonl: its SHA-256 is not"):
     generations.load(tmp_path)
-  edit(tmp_path / 'threshold_0.5.jsonl', lambda b: b[:-5])
-  with pytest.raises(GenerationsError, match=r'threshold_0.5.jsonl:3: .*cut off'):
+  edit(tmp_path / "threshold_0.5.jsonl", lambda b: b[:-5])
+  with pytest.raises(GenerationsError, match=r"threshold_0.5.jsonl:3: .*cut off"):
     generations.load(tmp_path)
 
 
 def test_outputs_of_two_procedures_do_not_mix(tmp_path):
-  write(tmp_path / 'one', laws.procedure())
-  write(tmp_path / 'two', laws.procedure(measure='state'))
-  other = (tmp_path / 'two' / 'threshold_0.5.jsonl').read_bytes().splitlines(True)[1]
+  write(tmp_path / "one", laws.procedure())
+  write(tmp_path / "two", laws.procedure(measure="state"))
+  other = (tmp_path / "two" / "threshold_0.5.jsonl").read_bytes().splitlines(True)[1]
   edit(
-    tmp_path / 'one' / 'threshold_0.5.jsonl',
-    lambda b: b''.join([b.splitlines(True)[0], other, b.splitlines(True)[2]]),
+    tmp_path / "one" / "threshold_0.5.jsonl",
+    lambda b: b"".join([b.splitlines(True)[0], other, b.splitlines(True)[2]]),
   )
-  with pytest.raises(GenerationsError, match=r'threshold_0.5.jsonl:2: .* two procedures are mixed'):
-    generations.load(tmp_path / 'one')
+  with pytest.raises(
+    GenerationsError, match=r"threshold_0.5.jsonl:2: .* two procedures are mixed"
+  ):
+    generations.load(tmp_path / "one")
 
 
 def test_sequential_runs_may_lack_a_suffix_only(tmp_path):
-  write(tmp_path / 'a', sequential=True, short={0.9: 2, 0.5: 0}.items()).finish()
-  loaded = generations.load(tmp_path / 'a')
+  write(tmp_path / "a", sequential=True, short={0.9: 2, 0.5: 0}.items()).finish()
+  loaded = generations.load(tmp_path / "a")
   assert [len(rows) for rows in loaded.records] == [2, 0]
   assert loaded.sequential and loaded.layer_counts() is None
-  edit(tmp_path / 'a' / 'threshold_0.9.jsonl', lambda b: b.splitlines(True)[1])
-  manifest = json.loads((tmp_path / 'a' / 'manifest.json').read_text())
-  manifest['checksums'] = {}
-  files.write_atomically(tmp_path / 'a' / 'manifest.json', json.dumps(manifest))
+  edit(tmp_path / "a" / "threshold_0.9.jsonl", lambda b: b.splitlines(True)[1])
+  manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+  manifest["checksums"] = {}
+  files.write_atomically(tmp_path / "a" / "manifest.json", json.dumps(manifest))
   with pytest.raises(GenerationsError, match=r"only the last prompts .* 'id-000' is missing"):
-    generations.load(tmp_path / 'a')
+    generations.load(tmp_path / "a")

@@ -46,45 +46,46 @@ SIGNED_LAWS = (signed, signed_smooth)
 
 def procedure(**changes) -> Procedure:
   fields = dict(
-    parameters_digest='p' * 8,
-    tokenizer_digest='t' * 8,
-    task_prefix='summarize: ',
+    parameters_digest="p" * 8,
+    tokenizer_digest="t" * 8,
+    task_prefix="summarize: ",
     max_input_length=64,
     max_decode_length=16,
     eos_id=1,
-    measure='softmax',
+    measure="softmax",
     exit_layers=[1, 2, 3],
-    schedule={'name': 'constant'},
-    propagation='hidden_state',
+    schedule={"name": "constant"},
+    propagation="hidden_state",
     shortlist=None,
-    heads='shared',
-    activation_dtype='float32',
-    decode_method={'name': 'greedy'},
+    heads="shared",
+    activation_dtype="float32",
+    decode_method={"name": "greedy"},
   )
   return Procedure(**{**fields, **changes})
 
 
 def prompts(count, **fields):
   return tuple(
-    Prompt(f'id-{i:03d}', f'input {i}', (f'word{i} same',), f'group-{i // 2}', **fields)
+    Prompt(f"id-{i:03d}", f"input {i}", (f"word{i} same",), f"group-{i // 2}", **fields)
     for i in range(count)
   )
 
 
-def record(name, text='a b', **fields):
+def record(name, text="a b", **fields):
   return Record(name, text, **fields)
 
 
 def generations(count=4, grid=(0.9, 0.5), texts=None, **fields):
   """`texts[threshold position][row]`; the full model says 'word{i} same'."""
   rows = prompts(count)
-  texts = texts or [[f'word{i} same' for i in range(count)] for _ in grid]
+  texts = texts or [[f"word{i} same" for i in range(count)] for _ in grid]
   return Generations(
     prompts=rows,
     thresholds=np.array(grid),
     records=tuple(
-      tuple(record(p.id, text) for p, text in zip(rows, column, strict=False)) for column in texts
+      tuple(record(p.id, text) for p, text in zip(rows, column, strict=False))
+      for column in texts
     ),
-    full=tuple(record(p.id, f'word{i} same') for i, p in enumerate(rows)),
+    full=tuple(record(p.id, f"word{i} same") for i, p in enumerate(rows)),
     **fields,
   )

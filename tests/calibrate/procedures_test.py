@@ -7,20 +7,20 @@ from calm.calibrate import procedures
 from tests.calibrate import laws
 
 CHANGES = dict(
-  parameters_digest='q',
-  tokenizer_digest='u',
-  task_prefix='',
+  parameters_digest="q",
+  tokenizer_digest="u",
+  task_prefix="",
   max_input_length=65,
   max_decode_length=17,
   eos_id=2,
-  measure='state',
+  measure="state",
   exit_layers=(1, 2),
-  schedule={'name': 'decaying', 'temperature': 4.0, 'max_decode_length': 16},
-  propagation='projected',
-  shortlist={'digest': 'd', 'size': 100},
-  heads='per_layer',
-  activation_dtype='bfloat16',
-  decode_method={'name': 'sample', 'temperature': 0.5},
+  schedule={"name": "decaying", "temperature": 4.0, "max_decode_length": 16},
+  propagation="projected",
+  shortlist={"digest": "d", "size": 100},
+  heads="per_layer",
+  activation_dtype="bfloat16",
+  decode_method={"name": "sample", "temperature": 0.5},
   batch_bucket=8,
   rule_version=99,
 )
@@ -33,40 +33,40 @@ def test_every_field_is_compared_and_changes_the_digest():
     other = laws.procedure(**{name: value})
     assert list(base.differences(other)) == [name]
     assert base.digest() != other.digest()
-    assert f'`{name}`: expected' in procedures.describe_differences(base, other)
+    assert f"`{name}`: expected" in procedures.describe_differences(base, other)
 
 
 def test_same_fields_are_the_same_procedure_whatever_their_containers():
-  base = laws.procedure(exit_layers=[1, 2], decode_method={'name': 'sample', 'k': (1, 2)})
-  other = laws.procedure(exit_layers=(1, 2), decode_method={'k': [1, 2], 'name': 'sample'})
+  base = laws.procedure(exit_layers=[1, 2], decode_method={"name": "sample", "k": (1, 2)})
+  other = laws.procedure(exit_layers=(1, 2), decode_method={"k": [1, 2], "name": "sample"})
   assert base == other and base.digest() == other.digest() and not base.differences(other)
-  assert procedures.describe_differences(base, other) == ''
-  assert procedures.describe_differences(None, None) == ''
-  assert '(null)' in procedures.describe_differences(base, None)
-  assert '(null)' in procedures.describe_differences(None, base)
+  assert procedures.describe_differences(base, other) == ""
+  assert procedures.describe_differences(None, None) == ""
+  assert "(null)" in procedures.describe_differences(base, None)
+  assert "(null)" in procedures.describe_differences(None, base)
 
 
 def test_digest_does_not_drift():
   assert laws.procedure().digest() == (
-    '65cc22c6e0a9dfb10163733d6188342a91a1c5c674cfaf8114866c26c308bfb6'
+    "65cc22c6e0a9dfb10163733d6188342a91a1c5c674cfaf8114866c26c308bfb6"
   )
 
 
 def test_json_round_trip_through_text():
-  base = laws.procedure(shortlist={'digest': 'd', 'size': 10}, batch_bucket=4)
+  base = laws.procedure(shortlist={"digest": "d", "size": 10}, batch_bucket=4)
   assert procedures.Procedure.from_json(json.loads(json.dumps(base.to_json()))) == base
-  story = procedures.Provenance(metric='rouge_l', grid=[0.9, 0.8], versions={'numpy': '2'})
+  story = procedures.Provenance(metric="rouge_l", grid=[0.9, 0.8], versions={"numpy": "2"})
   assert procedures.Provenance.from_json(json.loads(json.dumps(story.to_json()))) == story
   assert procedures.Provenance.from_json({}) == procedures.Provenance()
 
 
 @pytest.mark.parametrize(
-  ('change', 'message'),
+  ("change", "message"),
   [
-    ({'schedule': {}}, "`schedule` must be a dict with a 'name'"),
-    ({'decode_method': 'greedy'}, "`decode_method` must be a dict with a 'name'"),
-    ({'schedule': {'name': 'x', 'tau': float('nan')}}, '`schedule` must hold JSON values'),
-    ({'shortlist': {'digest': object()}}, '`shortlist` must hold JSON values'),
+    ({"schedule": {}}, "`schedule` must be a dict with a 'name'"),
+    ({"decode_method": "greedy"}, "`decode_method` must be a dict with a 'name'"),
+    ({"schedule": {"name": "x", "tau": float("nan")}}, "`schedule` must hold JSON values"),
+    ({"shortlist": {"digest": object()}}, "`shortlist` must hold JSON values"),
   ],
 )
 def test_malformed_fields_are_refused(change, message):
@@ -76,11 +76,11 @@ def test_malformed_fields_are_refused(change, message):
 
 def test_missing_and_unknown_fields_are_named():
   value = laws.procedure().to_json()
-  del value['measure']
-  value['tau'] = 1
+  del value["measure"]
+  value["tau"] = 1
   with pytest.raises(ValueError, match=r"missing \['measure'\], unknown \['tau'\]"):
     procedures.Procedure.from_json(value)
   with pytest.raises(ValueError, match=r"unknown \['tau'\]"):
-    procedures.Provenance.from_json({'tau': 1})
-  with pytest.raises(ValueError, match='must be a JSON object'):
+    procedures.Provenance.from_json({"tau": 1})
+  with pytest.raises(ValueError, match="must be a JSON object"):
     procedures.Procedure.from_json([])

@@ -14,17 +14,17 @@ def test_text_of_a_threshold_reads_back_as_the_same_float(threshold):
   assert thresholds.parse_threshold(thresholds.threshold_to_json(threshold)) == threshold
 
 
-@pytest.mark.parametrize('text', ['never', ' Never '])
+@pytest.mark.parametrize("text", ["never", " Never "])
 def test_never_is_infinity_and_no_number(text):
   assert thresholds.parse_threshold(text) == math.inf == thresholds.NEVER_EXIT
   assert thresholds.parse_threshold(math.inf) == thresholds.NEVER_EXIT
-  assert thresholds.format_threshold(math.inf) == 'never'
-  assert thresholds.threshold_to_json(math.inf) == 'never'
+  assert thresholds.format_threshold(math.inf) == "never"
+  assert thresholds.threshold_to_json(math.inf) == "never"
 
 
-@pytest.mark.parametrize('value', ['1.5', '-0.1', 'nan', 'inf', 'x', '', None, math.nan, 2.0])
+@pytest.mark.parametrize("value", ["1.5", "-0.1", "nan", "inf", "x", "", None, math.nan, 2.0])
 def test_anything_else_is_refused_by_name(value):
-  with pytest.raises(ValueError, match=r'`threshold` must be .* got'):
+  with pytest.raises(ValueError, match=r"`threshold` must be .* got"):
     thresholds.parse_threshold(value)
 
 
@@ -44,20 +44,20 @@ def test_any_other_grid_is_refused(values):
   if good:
     thresholds.validate_grid(values)
   else:
-    with pytest.raises(ValueError, match='`thresholds`'):
+    with pytest.raises(ValueError, match="`thresholds`"):
       thresholds.validate_grid(values)
 
 
 @pytest.mark.parametrize(
-  ('grid', 'message'),
+  ("grid", "message"),
   [
-    ([], 'non-empty'),
-    ([[0.9, 0.8]], 'one-dimensional'),
-    ([math.inf, 0.5], 'no grid point'),
-    ([0.5, math.nan], r'nan at position 1'),
-    ([0.5, 0.5], 'descend strictly'),
-    ([0.5, 0.6], 'descending order'),
-    ([1.1, 0.6], r'\[0, 1\], got 1.1'),
+    ([], "non-empty"),
+    ([[0.9, 0.8]], "one-dimensional"),
+    ([math.inf, 0.5], "no grid point"),
+    ([0.5, math.nan], r"nan at position 1"),
+    ([0.5, 0.5], "descend strictly"),
+    ([0.5, 0.6], "descending order"),
+    ([1.1, 0.6], r"\[0, 1\], got 1.1"),
   ],
 )
 def test_errors_say_what_is_wrong_with_a_grid(grid, message):
@@ -68,14 +68,14 @@ def test_errors_say_what_is_wrong_with_a_grid(grid, message):
 def test_default_grids():
   even = [0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5]
   even += [0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05]
-  assert thresholds.default_grid('softmax').tolist() == even
-  assert thresholds.default_grid('classifier').tolist() == even
-  state = thresholds.default_grid('state')
+  assert thresholds.default_grid("softmax").tolist() == even
+  assert thresholds.default_grid("classifier").tolist() == even
+  state = thresholds.default_grid("state")
   assert state[0] == 0.999 and state[-1] == 0.5
   gaps = 1.0 - state
   np.testing.assert_allclose(gaps[1:] / gaps[:-1], gaps[1] / gaps[0], rtol=2e-3)
-  for measure in ('softmax', 'state'):
+  for measure in ("softmax", "state"):
     grid = thresholds.default_grid(measure)
     np.testing.assert_array_equal(thresholds.validate_grid(grid), grid)
   with pytest.raises(ValueError, match=r"`measure` must be one of .* got 'oracle'"):
-    thresholds.default_grid('oracle')
+    thresholds.default_grid("oracle")

@@ -1,0 +1,324 @@
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from calm.calibrate import (
+  NEVER_EXIT,
+  Calibration,
+  SequenceLosses,
+  Support,
+  calibrate,
+  calibration,
+  methods,
+  ordering,
+  p_values,
+  testing,
+)
+from tests.calibrate import laws
+
+GRID = np.array([0.9, 0.7, 0.5, 0.3])
+RATES = dict(tolerance=0.1, error_rate=0.05)
+
+
+def sample(count=300, means=(0.01, 0.03, 0.06, 0.2), seed=0, **fields):
+  generator = np.random.default_rng(seed)
+  values = np.stack([laws.mostly_zero(generator, mean, count) for mean in means], axis=1)
+  return SequenceLosses(values, GRID[: len(means)], **fields)
+
+
+def test_the_promise_holds_as_often_as_it_says():
+  """True risks 0.02, 0.08, 0.1 + and 0.05: FST must not pass the third, whatever comes after."""
+  wrong = {"auto": 0, "paper": 0, "convex_order": 0}
+  draws = 300
+  for seed in range(draws):
+    losses = sample(60, (0.02, 0.08, 0.1001, 0.05), seed=seed)
+    for method in wrong:
+      found = calibrate(losses, **{**RATES, "error_rate": 0.2}, method=method)
+      wrong[method] += found.threshold <= 0.5
+  assert all(count <= 0.2 * draws for count in wrong.values()), wrong
+
+
+def test_paper_is_clipping_hoeffding_bentkus_and_fixed_sequence():
+  values = sample().values - 0.02
+  losses = SequenceLosses(values, GRID, support=Support(lower=-1.0), kind="risk_signed")
+  found = calibrate(losses, **RATES, method="paper")
+  clipped = np.maximum(values, 0.0)
+  p = p_values.hoeffding_bentkus(clipped.sum(axis=0), 300, 0.1)
+  np.testing.assert_allclose(found.column("p_value"), p, rtol=1e-12)
+  np.testing.assert_allclose(found.column("mean"), clipped.mean(axis=0))
+  expected = testing.fixed_sequence(p, 0.05)
+  np.testing.assert_array_equal(found.column("rejected"), expected.rejected)
+  assert found.visited == expected.visited and found.threshold == GRID[expected.rejected].min()
+  assert found.method == "paper" and found.support == Support()
+
+
+def test_auto_goes_by_the_declared_support_never_by_values():
+  zeros = np.zeros((100, 4))
+  assert calibrate(zeros, GRID, **RATES).method == "betting"
+  assert calibrate(zeros, GRID, **RATES, support=Support(binary=True)).method == "binomial"
+  signed = calibrate(zeros, GRID, **RATES, support=Support(lower=-1.0))
+  assert signed.method == "betting"
+
+
+def test_rows_do_not_depend_on_how_the_file_was_sorted():
+  losses = sample(ids=tuple(f"id-{i}" for i in range(300)))
+  found = calibrate(losses, **RATES)
+  shuffled = losses.rows(np.random.default_rng(1).permutation(300))
+  again = calibrate(shuffled, **RATES)
+  np.testing.assert_array_equal(found.column("log_p_value"), again.column("log_p_value"))
+  assert found.seed == again.seed and found.order == "permuted"
+
+
+def test_the_order_comes_from_ids_and_procedure():
+  ids = [f"id-{i}" for i in range(50)]
+  first = ordering.permutation(ids, None)
+  assert sorted(first) == list(range(50)) and list(first) != list(range(50))
+  np.testing.assert_array_equal(first, ordering.permutation(ids, None))
+  assert list(ordering.permutation(ids, laws.procedure())) != list(first)
+  assert list(ordering.permutation(ids[1:], None)) != list(first[1:])
+  backwards = ordering.permutation(ids[::-1], None)
+  assert [ids[::-1][row] for row in backwards] == [ids[row] for row in first]
+
+
+def test_another_order_is_repeated_by_the_guarantee():
+  losses = sample()
+  given_order = calibrate(losses.in_given_order(), **RATES)
+  assert given_order.order == "given" and "order given by the caller" in given_order.guarantee
+  expected = p_values.betting(losses.values, 0.1)
+  np.testing.assert_allclose(given_order.column("p_value"), expected)
+  permuted = calibrate(losses, **RATES)
+  assert "order given" not in permuted.guarantee
+  assert permuted.column("p_value")[0] != expected[0]
+  assert calibrate(losses.in_given_order(), **RATES, method="paper").order == "irrelevant"
+
+
+@pytest.mark.parametrize("method", sorted({*methods.METHODS} - {"betting_fixed_level"}))
+@pytest.mark.parametrize("procedure", sorted(testing.PROCEDURES))
+def test_json_round_trip_through_a_file(tmp_path, method, procedure):
+  losses = SequenceLosses(
+    laws.bernoulli(np.random.default_rng(0), 0.01, (500, 4)),
+    GRID,
+    support=Support(binary=True),
+    kind="textual",
+    metric="exact_match",
+    procedure=laws.procedure(),
+  )
+  found = calibrate(losses, **RATES, method=method, testing_procedure=procedure)
+  assert found.certified
+  found.save(tmp_path / "calibration.json")
+  assert Calibration.load(tmp_path / "calibration.json") == found
+  value = json.loads((tmp_path / "calibration.json").read_text())
+  assert value["guarantee"] == found.guarantee and value["schema_version"] == 1
+  assert value["procedure"] == laws.procedure().to_json()
+
+
+def test_never_exit_is_spelled_in_json():
+  found = calibrate(np.ones((50, 4)), GRID, **RATES)
+  assert found.threshold == NEVER_EXIT and not found.certified
+  value = json.loads(json.dumps(found.to_json(), allow_nan=False))
+  assert value["threshold"] == "never"
+  assert Calibration.from_json(value) == found
+
+
+def test_files_that_are_no_calibration_are_refused(tmp_path):
+  path = tmp_path / "c.json"
+  good = calibrate(np.zeros((50, 4)), GRID, **RATES).to_json()
+  for content, message in (
+    (None, "cannot be read"),
+    ("{", "is no calibration"),
+    ("[]", "schema_version 1, got .list."),
+    (json.dumps({**good, "schema_version": 9}), "schema_version 1, got 9"),
+    (
+      json.dumps({k: v for k, v in good.items() if k != "rows"}),
+      r"lacks the fields \['rows'\]",
+    ),
+    (json.dumps({**good, "rows": [{}]}), "is no calibration"),
+    (json.dumps({**good, "threshold": 2.0}), "`threshold` must be"),
+  ):
+    if content is not None:
+      path.write_text(content)
+    with pytest.raises(ValueError, match=rf"c.json: .*{message}"):
+      Calibration.load(path)
+
+
+def test_failure_is_a_value_with_a_sentence():
+  few = calibrate(np.zeros((20, 4)), GRID, **RATES)
+  assert few.threshold == NEVER_EXIT
+  assert "20 prompts are too few" in few.reason and "at least 29 are needed" in few.reason
+  split = calibrate(np.zeros((40, 4)), GRID, **RATES, testing_procedure="holm")
+  assert "at least 42 are needed" in split.reason  # log(0.05 / 4) / log(0.9)
+  bad = calibrate(np.ones((100, 4)), GRID, **RATES)
+  assert bad.reason == "Nothing is certified: the first threshold 0.9 already fails."
+  assert "full model is used (never)" in bad.guarantee and bad.reason in bad.guarantee
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1.5, -0.1])
+def test_losses_that_cannot_be_tested_stop_the_grid_there(bad):
+  losses = sample(ids=tuple(f"id-{i}" for i in range(300)))
+  losses.values[7, 1] = bad
+  for method in ("auto", "paper", "convex_order"):
+    found = calibrate(losses, **RATES, method=method)
+    assert found.threshold == 0.9 and found.rows[1].p_value == 1.0
+    assert "row 7 (id 'id-7')" in found.reason and "0.7 is not certified" in found.reason
+    assert Calibration.from_json(json.loads(json.dumps(found.to_json()))).threshold == 0.9
+  losses.values[7, 0] = bad
+  assert calibrate(losses, **RATES).threshold == NEVER_EXIT
+  assert "must be in the declared range [0.0, 1.0]" in calibrate(losses, **RATES).reason
+
+
+def test_losses_declared_binary_must_be_0_or_1():
+  values = np.zeros((100, 4))
+  values[3, 2] = 0.5
+  found = calibrate(values, GRID, **RATES, support=Support(binary=True))
+  assert found.threshold == 0.7 and "the loss of row 3 is" in found.reason
+  assert "must be 0 or 1" in found.reason
+  values[:] = math.nan
+  assert calibrate(values, GRID, **RATES).threshold == NEVER_EXIT
+
+
+def test_rounding_at_the_ends_of_the_range_is_no_fault():
+  values = np.zeros((100, 4))
+  values[0] = 1.0 + 1e-12
+  assert calibrate(values, GRID, **RATES).threshold == 0.3
+
+
+def test_groups_are_cluster_means():
+  generator = np.random.default_rng(0)
+  values = laws.bernoulli(generator, 0.01, (180, 4))
+  groups = [f"g{i // 3}" for i in range(180)]
+  losses = SequenceLosses(values, GRID, support=Support(binary=True))
+  found = calibrate(losses, **RATES, groups=groups)
+  assert found.num_examples == 60 and found.clusters and found.method == "betting"
+  np.testing.assert_allclose(found.column("mean"), values.mean(axis=0))
+  assert "clusters of prompts" in found.guarantee
+  means = ordering.cluster_means(losses, groups)
+  row = means.ids.index("g7")
+  np.testing.assert_allclose(means.values[row], values[21:24].mean(axis=0))
+  values[0, 0] = 2.0  # no mean hides a loss that is out of its range
+  assert "the loss of row 0 is" in calibrate(losses, **RATES, groups=groups).reason
+  single = ordering.cluster_means(losses, [str(i) for i in range(180)])
+  assert single.support.binary
+  with pytest.raises(
+    ValueError, match="`groups` must name the cluster of each of the 180 rows"
+  ):
+    calibrate(losses, **RATES, groups=groups[1:])
+
+
+def test_guarantee_says_what_it_says_and_what_not():
+  found = calibrate(
+    sample(kind="textual", metric="rouge_l", procedure=laws.procedure()), **RATES
+  )
+  assert found.guarantee == (
+    "With probability at least 0.95 over the draw of the 300 calibration prompts, decoding with"
+    f" threshold {found.threshold} has an expected dissimilarity to the full model, 1 - rouge_l"
+    " between both outputs, of at most 0.1. This is a mean over prompts drawn like those: it"
+    " says"
+    " nothing of any single prompt, nor of prompts of another kind."
+  )
+  for kind, words in (
+    ("risk_signed", "over the full model of at most"),
+    ("risk_clipped", "(decreases counted as 0) of at most"),
+  ):
+    assert words in calibrate(sample(kind=kind), **RATES).guarantee
+  assert "the user answers" in calibrate(sample(), **RATES).guarantee
+
+
+def test_another_procedure_is_refused_by_field():
+  found = calibrate(sample(procedure=laws.procedure()), **RATES)
+  found.refuse_other(laws.procedure())
+  with pytest.raises(ValueError, match="`measure`: expected 'softmax', got 'state'"):
+    found.refuse_other(laws.procedure(measure="state"))
+  with pytest.raises(ValueError, match=r"has none \(null\)"):
+    found.refuse_other(None)
+  with pytest.raises(ValueError, match="`procedure` null"):
+    calibrate(sample(), **RATES).refuse_other(laws.procedure())
+
+
+def test_other_tests_than_fixed_sequence_return_the_lowest_certified():
+  means = (0.01, 0.4, 0.01, 0.4)
+  assert calibrate(sample(means=means), **RATES).threshold == 0.9
+  fallback = calibrate(sample(means=means), **RATES, testing_procedure="fallback")
+  assert fallback.threshold == 0.5 and fallback.testing == "fallback"
+  assert fallback.column("rejected").tolist() == [True, False, True, False]
+  full = calibrate(sample(means=(0.01,) * 4), **RATES)
+  assert full.threshold == 0.3 and full.reason.startswith("Every threshold")
+
+
+@given(
+  hnp.arrays(
+    np.float64,
+    hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=5),
+    elements=st.floats(-2.0, 2.0) | st.sampled_from([math.nan, math.inf, -math.inf]),
+  ),
+  st.lists(st.floats(-0.5, 1.5), max_size=5),
+  st.floats(-0.5, 1.5) | st.just(math.nan),
+  st.floats(-0.5, 1.5) | st.just(math.nan),
+  st.sampled_from(["auto", "paper", "convex_order"]),
+)
+def test_any_input_gives_a_calibration_or_a_clear_error(
+  values, grid, tolerance, error_rate, method
+):
+  try:
+    found = calibrate(values, grid, tolerance=tolerance, error_rate=error_rate, method=method)
+  except ValueError as error:
+    assert "`" in str(error)
+  else:
+    assert found.threshold == NEVER_EXIT or found.threshold in grid
+    assert Calibration.from_json(json.loads(json.dumps(found.to_json()))).rows is not None
+    assert 0 < tolerance < 1 and 0 < error_rate < 1 and values.shape[1] == len(grid)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"tolerance": 0.0}, r"`tolerance` must be in \(0, 1\), got 0.0.*delta.*epsilon"),
+    ({"error_rate": 1.0}, r"`error_rate` must be in \(0, 1\)"),
+    ({"tolerance": "0.1"}, r"`tolerance` must be in \(0, 1\), got '0.1'"),
+    ({"method": "best"}, "`method` must be one of .* got 'best'"),
+    ({"method": "binomial"}, r"`method` 'binomial' needs losses that are declared binary"),
+    ({"testing_procedure": "bh"}, "`testing_procedure` must be one of .* got 'bh'"),
+    (
+      {"method": "betting_fixed_level", "testing_procedure": "holm"},
+      "`method` 'betting_fixed_level' bets for the level `error_rate` alone",
+    ),
+    ({"thresholds": None}, "`thresholds` must be given"),
+    ({"thresholds": GRID[:3]}, r"\[n, 3\] with n at least 1, got shape \(30, 4\)"),
+    ({"losses": np.zeros((4, 30))}, r"one row a prompt, one column a threshold"),
+    ({"losses": np.zeros((0, 4))}, r"n at least 1"),
+    ({"losses": np.zeros(4)}, r"got shape \(4,\)"),
+    ({"support": Support(lower=-1.0), "method": "convex_order"}, "needs losses in .0, 1."),
+    ({"losses": sample(), "support": Support(lower=-1.0)}, "declared by `losses` already"),
+    ({"losses": sample(), "thresholds": GRID - 0.1}, "`thresholds` must be those of `losses`"),
+  ],
+)
+def test_arguments_are_checked(changes, message):
+  options = {"losses": np.zeros((30, 4)), "thresholds": GRID, **RATES, **changes}
+  losses, grid = options.pop("losses"), options.pop("thresholds")
+  with pytest.raises(ValueError, match=message):
+    calibrate(losses, grid, **options)
+
+
+def test_everything_is_recorded():
+  found = calibrate(sample(metric="rouge_l", kind="textual"), **RATES)
+  assert {field.name for field in dataclasses.fields(calibration.Row)} == {
+    "threshold",
+    "num_examples",
+    "mean",
+    "p_value",
+    "log_p_value",
+    "upper_bound",
+    "adjusted_p_value",
+    "rejected",
+  }
+  np.testing.assert_allclose(np.exp(found.column("log_p_value")), found.column("p_value"))
+  assert np.all(found.column("upper_bound") >= found.column("mean"))
+  assert found.column("num_examples").tolist() == [300] * 4
+  assert found.provenance.metric == "rouge_l" and found.provenance.references == "full model"
+  assert found.provenance.grid == tuple(GRID) and found.provenance.method == "betting"
+  assert len(found.seed) == 16 and found.visited == (0, 1, 2, 3)[: len(found.visited)]

@@ -1,0 +1,77 @@
+import os
+import time
+
+import numpy as np
+import pytest
+
+from calm.calibrate import metric_values, metrics
+
+ROUGE = metrics.METRICS["rouge_l"]
+PAIRS = [(f"a b {i % 7}", (f"a c {i % 5}",)) for i in range(600)]
+
+
+def test_equal_pairs_are_computed_once():
+  asked = []
+
+  def function(prediction, references):
+    asked.append((prediction, references))
+    return 0.5
+
+  metric_values.compute(metrics.Metric("counting", function), PAIRS)
+  assert len(asked) == len(set(asked)) == 35
+  assert metric_values.compute(ROUGE, []).shape == (0,)
+
+
+def test_processes_give_the_same_numbers_in_the_same_order():
+  different = [(f"a b {i}", (f"a c {i % 5} b",)) for i in range(450)]
+  seen = []
+  ours = metric_values.compute(ROUGE, different, workers=1)
+  theirs = metric_values.compute(
+    ROUGE, different, workers=2, progress=lambda done, total: seen.append((done, total))
+  )
+  np.testing.assert_array_equal(ours, theirs)
+  assert ours.tolist() == [ROUGE(*pair) for pair in different]
+  assert seen[0] == (200, 450) and seen[-1] == (450, 450) and seen == sorted(seen)
+
+
+def process_id(prediction, references):
+  del references
+  time.sleep(0.001)
+  return os.getpid() / 2**32 if prediction.startswith("x") else float(prediction)
+
+
+def test_processes_start_when_the_work_left_is_worth_it(monkeypatch):
+  metric = metrics.get_metric(f"{__name__}:process_id")
+  pairs = [(f"x{i}", ("",)) for i in range(205)]
+  own = os.getpid() / 2**32
+  assert set(metric_values.compute(metric, pairs)) == {own}
+  monkeypatch.setattr(metric_values, "_WORTH_SECONDS", 1e-4)
+  monkeypatch.setattr(os, "cpu_count", lambda: 2)
+  found = metric_values.compute(metric, pairs)
+  assert set(found[:200]) == {own} and own not in found[200:]
+
+
+def test_functions_without_an_import_path_stay_in_this_process():
+  pairs = [(f"x{i}", ("",)) for i in range(205)]
+  own = os.getpid() / 2**32
+  for metric in (
+    metrics.Metric("anything", process_id),
+    metrics.Metric("rouge_l", process_id),
+    metrics.Metric("__main__:process_id", process_id),
+  ):
+    assert set(metric_values.compute(metric, pairs, workers=2)) == {own}
+
+
+def test_an_error_in_a_child_is_reported():
+  metric = metrics.get_metric(f"{__name__}:process_id")
+  pairs = [(f"x{i}", ("",)) for i in range(200)] + [("3.0", ("",))] * 2
+  with pytest.raises(ValueError, match=r"failed in a child process: ValueError: .*must lie in"):
+    metric_values.compute(metric, pairs, workers=2)
+
+
+def test_the_childs_side_answers_line_by_line(monkeypatch, capsys):
+  lines = [b'[["a b", ["a b"]], ["a", ["b"]]]\n', b"[]\n"]
+  monkeypatch.setattr("sys.argv", ["child", "rouge_l"])
+  monkeypatch.setattr("sys.stdin", type("Input", (), {"buffer": lines}))
+  metric_values.serve()
+  assert capsys.readouterr().out == "[1.0, 0.0]\n[]\n"

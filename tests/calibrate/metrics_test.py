@@ -1,0 +1,176 @@
+import sys
+import types
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calm.calibrate import metrics
+
+WORDS = st.lists(st.sampled_from("abcd"), max_size=12).map(" ".join)
+
+
+def slow_longest_common_subsequence(first, second):
+  table = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
+  for i, a in enumerate(first):
+    for j, b in enumerate(second):
+      table[i + 1][j + 1] = table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
+  return table[-1][-1]
+
+
+@given(WORDS, WORDS)
+def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(first, second):
+  a, b = first.split(), second.split()
+  common = slow_longest_common_subsequence(a, b)
+  assert metrics._longest_common_subsequence(a, b) == common
+  expected = 2 * common / (len(a) + len(b)) if common else 0.0
+  assert metrics.rouge_l(first, [second]) == pytest.approx(expected, abs=1e-15)
+
+
+@given(st.text(alphabet=st.characters(max_codepoint=127), max_size=60), WORDS)
+def test_rouge_l_equals_rouge_score_on_ascii(first, second):
+  for a, b in ((first, second), (second, first)):
+    ours, theirs = metrics.rouge_l(a, [b]), metrics.rouge_l_rouge_score(a, [b])
+    assert ours == pytest.approx(theirs, abs=1e-12)
+
+
+@given(st.text(max_size=30), st.lists(st.text(max_size=30), min_size=1, max_size=3))
+def test_every_metric_stays_in_its_declared_range_and_equal_texts_agree(text, references):
+  for name in ("rouge_l", "token_f1", "exact_match", "chrf"):
+    metric = metrics.METRICS[name]
+    value = metric(text, references)
+    assert 0.0 <= value <= 1.0
+    assert not metric.binary or value in (0.0, 1.0)
+    assert metric(text, [*references, text]) == 1.0
+    assert metric(text, references[::-1]) == pytest.approx(value, abs=1e-12)
+    assert value == pytest.approx(max(metric(text, [other]) for other in references), abs=1e-12)
+
+
+def test_rouge_score_gives_zero_to_equal_texts_without_latin_words_and_we_do_not():
+  for text in ("", "Привет мир", "..."):
+    assert metrics.rouge_l_rouge_score(text, [text]) == 0.0
+    assert metrics.METRICS["rouge_l_rouge_score"](text, [text]) == 1.0
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    ("Full-Featured, GTK+ 3!", ("full", "featured", "gtk", "3")),
+    ("snake_case", ("snake", "case")),
+    ("Éléphant déjà", ("éléphant", "déjà")),
+    ("e\u0301te\u0301", ("été",)),
+    ("हिन्दी भाषा", ("हिन्दी", "भाषा")),
+    ("Привет, мир", ("привет", "мир")),
+    ("漢字 ab", ("漢", "字", "ab")),
+    ("ก่อน", ("ก่", "อ", "น")),
+    ("\u0301 x", ("x",)),
+    ("…", ()),
+  ],
+)
+def test_words_of_any_script(text, words):
+  assert metrics.unicode_words(text) == words
+
+
+def test_squad_metrics_by_hand():
+  assert metrics.squad_normalize("The  Cat, sat! ") == "cat sat"
+  assert metrics.exact_match("The cat.", ["dog", "a cat"]) == 1.0
+  assert metrics.exact_match("cats", ["cat"]) == 0.0
+  assert metrics.token_f1("the cat sat", ["cat sat down", "x"]) == pytest.approx(0.8)
+  assert metrics.token_f1("cat cat", ["cat"]) == pytest.approx(2 / 3)
+  assert metrics.token_f1("the", ["an"]) == 1.0
+  assert metrics.token_f1("the", ["cat"]) == 0.0
+
+
+def test_chrf_is_scaled_to_the_unit_interval():
+  assert metrics.chrf("abc", ["abc"]) == pytest.approx(1.0)
+  assert 0.0 < metrics.chrf("the cat sat", ["the cat sits"]) < 1.0
+
+
+def test_import_paths_and_errors():
+  path = "tests.calibrate.metrics_test:half"
+  metric = metrics.get_metric(path)
+  assert metric.name == path and not metric.binary and metric("a", ["b"]) == 0.5
+  assert metrics.get_metric("tests.calibrate.metrics_test:same_length").binary
+  assert metrics.get_metric("tests.calibrate.metrics_test:HALF") is HALF
+  assert metrics.get_metric(HALF) is HALF
+  for name, message in (
+    ("rouge", "must be one of .* or an import path 'package.module:function'"),
+    ("no_such_module:f", "cannot be imported"),
+    ("tests.calibrate.metrics_test:nothing", "cannot be imported"),
+    ("BLEU", "number of a whole corpus, not a mean over prompts"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      metrics.get_metric(name)
+
+
+def half(prediction, references):
+  del prediction, references
+  return 0.5
+
+
+def same_length(prediction, references):
+  return float(len(prediction) == len(references[0]))
+
+
+same_length.binary = True
+HALF = metrics.Metric("half", half)
+
+
+@pytest.mark.parametrize("value", [1.5, -0.5, float("nan")])
+def test_a_metric_that_leaves_its_range_is_refused(value):
+  metric = metrics.Metric("bad", lambda prediction, references: value)
+  with pytest.raises(ValueError, match=r"`metric` 'bad' must lie in \[0, 1\]"):
+    metric("a", ["b"])
+
+
+def test_rounding_at_the_ends_is_no_error():
+  assert metrics.Metric("m", lambda p, r: 1.0 + 1e-12)("a", ["b"]) == 1.0
+  assert metrics.Metric("m", lambda p, r: -1e-12)("a", ["b"]) == 0.0
+
+
+def test_declared_binary_is_held_to_it_and_references_are_needed():
+  with pytest.raises(ValueError, match="declared binary but gave 0.5"):
+    metrics.Metric("bad", half, binary=True)("a", ["b"])
+  with pytest.raises(ValueError, match="`references` must hold at least one text"):
+    HALF("a", [])
+
+
+def test_bleurt_is_used_when_it_is_there(monkeypatch):
+  metrics._bleurt.cache_clear()
+  monkeypatch.delenv("BLEURT_CHECKPOINT", raising=False)
+  with pytest.raises(ValueError, match="BLEURT_CHECKPOINT"):
+    metrics.bleurt("a", ["b"])
+  monkeypatch.setenv("BLEURT_CHECKPOINT", "folder")
+  monkeypatch.setitem(sys.modules, "bleurt.score", None)
+  with pytest.raises(ValueError, match="which is not installed"):
+    metrics.bleurt("a", ["b"])
+  module = types.ModuleType("bleurt.score")
+  scores = {"b": 1.2, "c": 0.3, "d": -0.4}
+
+  class BleurtScorer:
+    def __init__(self, checkpoint):
+      assert checkpoint == "folder"
+
+    def score(self, references, candidates):
+      assert len(references) == len(candidates)
+      return [scores[text] for text in references]
+
+  module.BleurtScorer = BleurtScorer
+  monkeypatch.setitem(sys.modules, "bleurt.score", module)
+  assert metrics.bleurt("a", ["b", "c"]) == 1.0
+  assert metrics.bleurt("a", ["d", "c"]) == 0.3
+  assert metrics.bleurt("a", ["d"]) == 0.0
+  metrics._bleurt.cache_clear()
+
+
+def test_corpus_scores_stand_beside():
+  scores = metrics.corpus_scores(
+    ["the cat sat on the mat"] * 2, [["the cat sat on the mat"]] * 2
+  )
+  assert scores == {"bleu": pytest.approx(100.0), "chrf": pytest.approx(100.0)}
+  uneven = [["the cat sat on the mat", "other"], ["another thing here"]]
+  scores = metrics.corpus_scores(["the cat sat on the mat", "x"], uneven)
+  assert 0.0 < scores["bleu"] < 100.0
+  for predictions, references in (([], []), (["a"], [[]]), (["a"], [])):
+    with pytest.raises(ValueError, match="`references` must hold at least one text for each"):
+      metrics.corpus_scores(predictions, references)

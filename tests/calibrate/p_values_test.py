@@ -1,0 +1,369 @@
+"""Validity first, exactly where laws can be enumerated, by seeded simulation elsewhere."""
+
+import doctest
+import fractions
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from calm.calibrate import betting, p_values
+from tests.calibrate import laws
+
+SUM_BASED = (
+  p_values.hoeffding,
+  p_values.hoeffding_bentkus,
+  p_values.convex_order,
+)
+LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5)
+TOLERANCES = st.floats(0.005, 0.9)
+
+
+def assert_super_uniform(p, weights):
+  """P(p <= u) <= u at every value u that p takes."""
+  order = np.argsort(p)
+  reached = np.cumsum(weights[order])
+  last_of_ties = np.append(np.diff(p[order]) > 1e-12, True)
+  assert np.all(reached[last_of_ties] <= p[order][last_of_ties] * (1 + 1e-9) + 1e-12)
+
+
+def test_doctests():
+  for module in (p_values,):
+    result = doctest.testmod(module)
+    assert result.attempted >= 5 and result.failed == 0
+
+
+@pytest.mark.parametrize("p_value", [*SUM_BASED, p_values.binomial], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("tolerance", [0.02, 0.1, 0.25, 0.6])
+def test_super_uniform_for_bernoulli_losses_exactly(p_value, tolerance):
+  for size in (1, 2, 3, 7, 10, 31, 100):
+    counts = np.arange(size + 1)
+    weights = stats.binom.pmf(counts, size, tolerance)
+    assert_super_uniform(p_value(counts, size, tolerance), weights)
+
+
+@pytest.mark.parametrize("p_value", SUM_BASED, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("top", [0.3, 0.55, 0.75])
+@pytest.mark.parametrize("bottom", [0.0, 0.05])
+def test_super_uniform_for_two_point_losses_exactly(p_value, top, bottom):
+  tolerance = 0.2
+  chance = (tolerance - bottom) / (top - bottom)
+  for size in (1, 2, 5, 12, 40):
+    counts = np.arange(size + 1)
+    weights = stats.binom.pmf(counts, size, chance)
+    sums = counts * top + (size - counts) * bottom
+    assert_super_uniform(p_value(sums, size, tolerance), weights)
+
+
+@pytest.mark.parametrize(
+  "strategy", [betting.PLUG_IN, betting.FIXED_LEVEL], ids=lambda s: s.name
+)
+@pytest.mark.parametrize(
+  ("values", "chances", "size"),
+  [
+    ((0.0, 1.0), (0.6, 0.4), 11),
+    ((0.0, 1.0), (0.9, 0.1), 11),
+    ((0.0, 0.5, 1.0), (0.5, 0.4, 0.1), 7),
+    ((-1.0, 0.0, 1.0), (0.2, 0.4, 0.4), 7),
+    ((-1.0, 1.0), (0.45, 0.55), 11),
+  ],
+)
+def test_betting_is_super_uniform_exactly(strategy, values, chances, size):
+  tolerance = float(np.dot(values, chances))
+  paths = np.array(list(itertools.product(range(len(values)), repeat=size)))
+  weights = np.array(chances)[paths].prod(axis=1)
+  losses = np.array(values)[paths].T
+  p = p_values.betting(losses, tolerance, error_rate=0.2, strategy=strategy)
+  assert weights.sum() == pytest.approx(1.0)
+  assert_super_uniform(p, weights)
+  design = betting.Design(tolerance, 0.2, size)
+  wealth = np.exp(betting.log_wealth(losses, design, strategy))
+  np.testing.assert_allclose(wealth @ weights, 1.0, rtol=1e-9)  # a martingale at the boundary
+
+
+def cases():
+  for law in laws.UNIT_LAWS:
+    for name in ("hoeffding", "hoeffding_bentkus", "convex_order", "betting", "fixed_level"):
+      yield law, name
+  yield laws.bernoulli, "binomial"
+  for law in laws.SIGNED_LAWS:
+    yield law, "betting"
+    yield law, "fixed_level"
+
+
+def compute(name, losses, tolerance):
+  if name == "fixed_level":
+    return p_values.betting(losses, tolerance, strategy=betting.FIXED_LEVEL)
+  if name == "betting":
+    return p_values.betting(losses, tolerance)
+  return getattr(p_values, name)(losses.sum(axis=0), len(losses), tolerance)
+
+
+@pytest.mark.parametrize(
+  ("law", "name"), list(cases()), ids=lambda v: getattr(v, "__name__", v)
+)
+@pytest.mark.parametrize("size", [1, 10, 100, 1000])
+def test_super_uniform_at_the_boundary_by_simulation(law, name, size):
+  draws = {1: 4000, 10: 4000, 100: 2000, 1000: 600}[size]
+  for tolerance in (0.05, 0.25):
+    generator = np.random.default_rng([size, int(100 * tolerance)])
+    losses = law(generator, tolerance, (size, draws))
+    p = compute(name, losses, tolerance)
+    assert p.shape == (draws,) and np.all((p > 0.0) & (p <= 1.0))
+    for level in LEVELS:
+      hits = int(np.sum(p <= level))
+      test = stats.binomtest(hits, draws, level, alternative="greater")
+      assert test.pvalue > 1e-5, (tolerance, level, hits / draws)
+
+
+def test_the_simulation_can_fail():
+  losses = laws.two_point(np.random.default_rng(0), 0.05, (100, 2000))
+  hits = int(np.sum(p_values.clt_not_valid(losses, 0.05) <= 0.05))
+  assert stats.binomtest(hits, 2000, 0.05, alternative="greater").pvalue < 1e-5
+
+
+@given(st.integers(1, 400), st.floats(0, 1), st.floats(0, 1), TOLERANCES)
+def test_p_does_not_fall_as_the_sum_grows(size, first, second, tolerance):
+  low, high = sorted([first * size, second * size])
+  for p_value in SUM_BASED:
+    assert p_value(low, size, tolerance) <= p_value(high, size, tolerance) * (1 + 1e-9)
+  low, high = math.floor(low), math.floor(high)
+  assert p_values.binomial(low, size, tolerance) <= p_values.binomial(high, size, tolerance)
+
+
+@given(st.integers(1, 400), st.floats(0, 1), TOLERANCES, TOLERANCES)
+def test_p_does_not_grow_with_the_tolerance(size, share, first, second):
+  low, high = sorted([first, second])
+  for p_value in SUM_BASED:
+    strict, loose = p_value(share * size, size, low), p_value(share * size, size, high)
+    assert loose <= strict * (1 + 1e-9)
+  count = math.floor(share * size)
+  loose = p_values.binomial(count, size, high)
+  assert loose <= p_values.binomial(count, size, low) * (1 + 1e-9)
+
+
+@given(st.integers(1, 300), st.integers(0, 300), st.floats(0, 1), TOLERANCES)
+def test_p_does_not_grow_with_more_prompts_of_loss_zero(size, more, share, tolerance):
+  total = share * size
+  for p_value in SUM_BASED:
+    assert p_value(total, size + more, tolerance) <= p_value(total, size, tolerance) * (
+      1 + 1e-9
+    )
+  total = math.floor(total)
+  fewer = p_values.binomial(total, size, tolerance)
+  assert p_values.binomial(total, size + more, tolerance) <= fewer * (1 + 1e-9)
+
+
+def test_at_a_fixed_mean_hoeffding_bentkus_is_not_monotone_in_the_size():
+  p = [float(p_values.hoeffding_bentkus(0.03 * n, n, 0.1)) for n in (100, 101)]
+  assert p[1] > p[0]  # the ceiling of the sum jumps from 3 to 4
+
+
+@given(st.integers(1, 300), st.floats(0, 1), TOLERANCES)
+def test_convex_order_is_never_above_hoeffding_bentkus(size, share, tolerance):
+  ours = p_values.convex_order(share * size, size, tolerance)
+  assert ours <= p_values.hoeffding_bentkus(share * size, size, tolerance) * (1 + 1e-9)
+  theirs = p_values.hoeffding(share * size, size, tolerance)
+  assert p_values.hoeffding_bentkus(share * size, size, tolerance) <= theirs * (1 + 1e-9)
+
+
+@given(st.integers(1, 300), st.floats(0, 1), TOLERANCES)
+def test_p_is_one_when_the_mean_reaches_the_tolerance(size, share, tolerance):
+  total = max(share, tolerance) * size
+  for p_value in SUM_BASED:
+    assert p_value(total, size, tolerance) == pytest.approx(1.0, abs=1e-9)
+  assert p_values.hoeffding_bentkus(total, size, tolerance) == 1.0
+
+
+@given(st.integers(1, 30), st.fractions(0, 1, max_denominator=8), st.integers(1, 15))
+def test_convex_order_equals_exact_fractions(size, share, sixteenths):
+  tolerance = fractions.Fraction(sixteenths, 16)
+  total = share * size
+  mass = [
+    math.comb(size, j) * tolerance**j * (1 - tolerance) ** (size - j) for j in range(size + 1)
+  ]
+  ratios = [
+    sum(mass[j] * (h - j) for j in range(h)) / (h - total)
+    for h in range(math.floor(total) + 1, size + 2)
+  ]
+  expected = float(min([fractions.Fraction(1), *ratios]))
+  found = p_values.convex_order(float(total), size, float(tolerance))
+  assert found == pytest.approx(expected, rel=1e-10)
+
+
+@given(st.integers(1, 200), st.floats(0, 1), TOLERANCES)
+def test_binomial_equals_the_sum_of_its_mass(size, share, tolerance):
+  count = math.floor(share * size)
+  expected = math.fsum(
+    math.comb(size, j) * tolerance**j * (1.0 - tolerance) ** (size - j)
+    for j in range(count + 1)
+  )
+  assert p_values.binomial(count, size, tolerance) == pytest.approx(expected, rel=1e-9)
+
+
+def test_hoeffding_bentkus_by_hand():
+  # n = 10, sum 0.5: KL term exp(-10 (0.05 log(0.05/0.3) + 0.95 log(0.95/0.7))), Bentkus e P(B
+  # <= 1)
+  divergence = 0.05 * math.log(0.05 / 0.3) + 0.95 * math.log(0.95 / 0.7)
+  bentkus = math.e * (0.7**10 + 10 * 0.3 * 0.7**9)
+  expected = min(math.exp(-10 * divergence), bentkus)
+  assert p_values.hoeffding_bentkus(0.5, 10, 0.3) == pytest.approx(expected, rel=1e-12)
+  # The Bentkus term is the smaller one here.
+  bentkus = math.e * stats.binom.cdf(50, 1000, 0.1)
+  assert p_values.hoeffding_bentkus(50, 1000, 0.1) == pytest.approx(bentkus, rel=1e-9)
+  divergence = 0.05 * math.log(0.5) + 0.95 * math.log(0.95 / 0.9)
+  assert bentkus < math.exp(-1000 * divergence)
+
+
+def test_hoeffding_by_hand():
+  assert p_values.hoeffding(2.0, 100, 0.1) == pytest.approx(math.exp(-200 * 0.08**2))
+  assert p_values.hoeffding(2.0, 100, 0.1, log=True) == pytest.approx(-200 * 0.08**2)
+  assert p_values.hoeffding(10.0, 100, 0.1) == 1.0
+
+
+def test_betting_by_hand():
+  # Before the first prompt the variance is 1/4, so the bet is sqrt(2 log 20 / n) / 0.5.
+  tolerance, losses = 0.5, np.array([0.2, 0.4])
+  first = min(math.sqrt(math.log(20.0)) / 0.5, 0.9 / 0.5)
+  mean = 0.2 / 2
+  second = min(math.sqrt(math.log(20.0)) / math.sqrt((0.25 + (0.2 - mean) ** 2) / 2), 0.9 / 0.5)
+  wealth = [1 + first * 0.3, (1 + first * 0.3) * (1 + second * 0.1)]
+  found = p_values.betting(losses, tolerance)
+  assert found == pytest.approx(1 / max(wealth), rel=1e-12)
+  assert p_values.betting(losses, tolerance, log=True) == pytest.approx(-math.log(max(wealth)))
+
+
+def test_small_bets_by_hand():
+  # With many prompts planned the cap does not bind.
+  losses = np.array([1.0, 0.0, 0.0])
+  scale = math.sqrt(2 * math.log(10.0) / 1000)
+  deviations = [math.sqrt(0.25), math.sqrt((0.25 + 0.25) / 2)]
+  deviations.append(math.sqrt((0.25 + 0.25 + (0.0 - 1 / 3) ** 2) / 3))
+  wealth = np.cumprod(1 + scale / np.array(deviations) * (0.3 - losses))
+  found = p_values.betting(losses, 0.3, error_rate=0.1, planned_size=1000)
+  assert found == pytest.approx(min(1.0, 1 / wealth.max()))
+  design = betting.Design(0.3, 0.1, 1000)
+  np.testing.assert_allclose(np.exp(betting.log_wealth(losses, design)), wealth)
+
+
+def test_columns_are_independent_and_vectorised():
+  losses = laws.mostly_zero(np.random.default_rng(3), 0.1, (50, 6))
+  for strategy in (betting.PLUG_IN, betting.FIXED_LEVEL):
+    whole = p_values.betting(losses, 0.2, strategy=strategy)
+    single = [p_values.betting(column, 0.2, strategy=strategy) for column in losses.T]
+    np.testing.assert_array_equal(whole, single)
+  sums = losses.sum(axis=0)
+  for p_value in SUM_BASED:
+    single = [p_value(total, 50, 0.2) for total in sums]
+    np.testing.assert_array_equal(p_value(sums, 50, 0.2), single)
+  several = p_values.convex_order(sums[:, None], [[50, 60]], [[0.1, 0.2]])
+  assert several.shape == (6, 2)
+  assert several[2, 1] == p_values.convex_order(sums[2], 60, 0.2)
+
+
+@given(st.permutations(range(12)))
+def test_sum_based_p_values_do_not_depend_on_the_order(order):
+  losses = np.linspace(0.0, 0.4, 12) ** 2
+  for p_value in SUM_BASED:
+    first = p_value(losses.sum(), 12, 0.2)
+    assert p_value(losses[order].sum(), 12, 0.2) == pytest.approx(first, rel=1e-12)
+
+
+def test_bets_see_the_past_only():
+  generator = np.random.default_rng(5)
+  losses = laws.signed(generator, 0.0, (40, 3))
+  for strategy in (betting.PLUG_IN, betting.FIXED_LEVEL):
+    design = betting.Design(0.1, 0.05, 40)
+    bets = strategy.bets(losses, design)
+    for row in (0, 1, 17, 39):
+      changed = losses.copy()
+      changed[row:] = generator.permutation(changed[row:]) * 0.5
+      np.testing.assert_array_equal(strategy.bets(changed, design)[: row + 1], bets[: row + 1])
+    assert np.all((bets >= 0.0) & (bets <= betting.CAP_SHARE / 0.9 + 1e-15))
+
+
+def test_fixed_level_bets_stop_at_their_level():
+  losses = np.zeros((200, 1))
+  p = p_values.betting(losses, 0.1, strategy=betting.FIXED_LEVEL)
+  assert 0.0 < 0.05 / 1.2 < p[0] <= 0.05 < 1.0
+  assert p_values.betting(losses, 0.1)[0] < 1e-6
+
+
+def test_large_samples_do_not_underflow_in_log_space():
+  size = 10**6
+  for p_value in (*SUM_BASED, p_values.binomial):
+    log_p = p_value(1000, size, 0.25, log=True)
+    assert np.isfinite(log_p) and log_p < -2e5 / 1.7 and p_value(1000, size, 0.25) == 0.0
+  exact = stats.binom.logpmf(1000, size, 0.25)  # the largest term of the lower tail
+  assert p_values.binomial(1000, size, 0.25, log=True) == pytest.approx(exact, rel=1e-4)
+  assert p_values.betting(np.zeros(20_000), 0.5, log=True) < -1000
+
+
+def test_tails_beyond_float64_join_the_rest():
+  counts = np.array([0, 5, 300])
+  logs = p_values.binomial(counts, [3000, 3000, 3000], 0.3, log=True)
+  table = p_values.log_binomial_cdf_table(3000, 0.3)
+  np.testing.assert_allclose(logs, table[counts], rtol=1e-10)
+  mixed = p_values.binomial([[0, 5], [0, 900]], 3000, [[0.3, 0.3], [0.4, 0.3]], log=True)
+  assert mixed[1, 0] == pytest.approx(3000 * math.log(0.6)) and mixed[1, 1] > -1.0
+  np.testing.assert_allclose(
+    np.exp(table), stats.binom.cdf(np.arange(3001), 3000, 0.3), atol=1e-9
+  )
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ((1.0, 0, 0.1), "`num_examples`"),
+    ((1.0, 2.5, 0.1), "`num_examples`"),
+    ((1.0, 10, 0.0), "`tolerance`"),
+    ((1.0, 10, 1.0), "`tolerance`"),
+    ((1.0, 10, math.nan), "`tolerance`"),
+    ((-0.5, 10, 0.1), "`sums`.*-0.5.*`betting`"),
+    ((10.5, 10, 0.1), "`sums`"),
+    (([0.0, math.nan], 10, 0.1), "`sums`.*nan"),
+  ],
+)
+def test_arguments_out_of_range_are_refused(arguments, message):
+  for p_value in (*SUM_BASED, p_values.binomial):
+    with pytest.raises(ValueError, match=message):
+      p_value(*arguments)
+
+
+def test_binomial_refuses_sums_that_are_not_whole():
+  with pytest.raises(ValueError, match=r"`sums` must be whole numbers.*1.5"):
+    p_values.binomial([1.0, 1.5], 10, 0.1)
+
+
+@pytest.mark.parametrize(
+  "losses", [[], [[[0.0]]], [0.0, math.nan], [math.inf], [-math.inf], [1.5]]
+)
+def test_losses_that_cannot_be_bet_on_are_refused(losses):
+  with pytest.raises(ValueError, match="`losses` must be"):
+    p_values.betting(losses, 0.1)
+  if losses != [1.5]:
+    with pytest.raises(ValueError, match="`losses` must be"):
+      p_values.clt_not_valid(losses, 0.1)
+
+
+def test_levels_of_bets_are_checked():
+  for changes in (
+    {"tolerance": 1.0},
+    {"tolerance": math.nan},
+    {"error_rate": 0.0},
+    {"error_rate": 1},
+  ):
+    with pytest.raises(ValueError, match="`tolerance` must be|`error_rate` must be"):
+      p_values.betting([0.0], **{"tolerance": 0.1, **changes})
+  with pytest.raises(ValueError, match="`planned_size` must be at least the number of losses"):
+    p_values.betting([0.0, 0.0], 0.1, planned_size=1)
+
+
+def test_clt_by_hand():
+  losses = np.array([0.0, 0.2, 0.1, 0.0])
+  z = (losses.mean() - 0.1) * 2 / losses.std(ddof=1)
+  assert p_values.clt_not_valid(losses, 0.1) == pytest.approx(stats.norm.cdf(z))
