@@ -1,7 +1,8 @@
 """Training losses: layer-weighted cross entropy (Eq. 6) and exit-classifier objectives.
 
-Everything here reads decoder_norm(d^i), [layers, batch, length, emb_dim], and a head kernel;
-one layer's logits live at a time. Padding carries weight 0 in every loss.
+Everything here reads decoder_norm(d^i), [layers, batch, length, emb_dim], and a head kernel,
+one for all layers or one a layer; one layer's logits live at a time. Padding carries weight 0
+in every loss.
 """
 
 import functools
@@ -44,30 +45,31 @@ def _layer_terms(x, kernel, targets, weights, z_loss):
   label = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
   cross_entropy = jnp.sum((log_z - label) * weights)
   loss = cross_entropy + z_loss * jnp.sum(jnp.square(log_z) * weights)
-  correct = jnp.sum((jnp.argmax(logits, axis=-1) == targets) * weights)
+  hits = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+  correct = jnp.sum(hits * weights)
   probabilities = jnp.exp(logits - log_z[:, None])
   is_label = jnp.arange(logits.shape[-1])[None, :] == targets[:, None]
-  grad = probabilities * (1.0 + 2.0 * z_loss * log_z)[:, None] - is_label
+  grad = probabilities * (1.0 + 2.0 * z_loss * log_z)[:, None] - is_label.astype(jnp.float32)
   return grad * weights[:, None], loss, cross_entropy, correct
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def layer_cross_entropy(
   normed: Float[Array, "layers batch length emb"],
-  kernel: Float[Array, "emb vocab"],
+  kernel: Float[Array, "emb vocab"] | Float[Array, "layers emb vocab"],
   targets: Int[Array, "batch length"],
   token_weights: Float[Array, "batch length"],
   weights: Float[Array, " layers"],
   z_loss: float = 0.0,
 ) -> tuple[Float[Array, ""], LayerMetrics]:
-  """Sum over tokens of sum_i w_i * (NLL_i + z_loss * log(Z_i)^2) under one shared head.
+  """Sum over tokens of sum_i w_i * (NLL_i + z_loss * log(Z_i)^2) (Eq. 6).
 
   The forward pass computes the gradients while a layer's logits are at hand, so that no
   [layers, batch, length, vocab] array ever exists and no head is multiplied out twice.
 
   Args:
     normed: decoder_norm(d^i) of each layer.
-    kernel: the shared output head.
+    kernel: the output head that all layers share, or each layer's own.
     targets: target tokens.
     token_weights: 1 for real tokens, 0 for padding.
     weights: Eq. 6's w_i (see `layer_weights`), or any others.
@@ -85,26 +87,34 @@ def _layer_scan(normed, kernel, targets, token_weights, weights, z_loss, with_gr
   flat = normed.reshape(num_layers, -1, emb_dim)
   flat_targets, flat_weights = targets.reshape(-1), token_weights.reshape(-1)
   kernel = kernel.astype(jnp.float32)
+  shared = kernel.ndim == 2
 
   def one_layer(carry, inputs):
-    loss, kernel_grad = carry
-    x, weight = inputs
+    loss, shared_grad = carry
+    x, weight, own_kernel = inputs
+    head = kernel if shared else own_kernel
     grad, layer_loss, cross_entropy, correct = _layer_terms(
-      x, kernel, flat_targets, flat_weights, z_loss
+      x, head, flat_targets, flat_weights, z_loss
     )
     loss = loss + weight * layer_loss
-    x_grad = None
+    x_grad, own_grad = None, None
     if with_gradients:
       grad = grad * weight
-      kernel_grad = kernel_grad + x.astype(jnp.float32).T @ grad
-      x_grad = (grad @ kernel.T).astype(x.dtype)
-    return (loss, kernel_grad), (cross_entropy, correct, x_grad)
+      head_grad = x.astype(jnp.float32).T @ grad
+      x_grad = (grad @ head.T).astype(x.dtype)
+      if shared:
+        shared_grad = shared_grad + head_grad
+      else:
+        own_grad = head_grad
+    return (loss, shared_grad), (cross_entropy, correct, x_grad, own_grad)
 
-  start = (jnp.zeros(()), jnp.zeros_like(kernel) if with_gradients else None)
-  (loss, kernel_grad), (cross_entropy, correct, x_grads) = lax.scan(
-    one_layer, start, (flat, weights.astype(jnp.float32))
+  start = (jnp.zeros(()), jnp.zeros_like(kernel) if with_gradients and shared else None)
+  rows = (flat, weights.astype(jnp.float32), None if shared else kernel)
+  (loss, shared_grad), (cross_entropy, correct, x_grads, own_grads) = lax.scan(
+    one_layer, start, rows
   )
   metrics = LayerMetrics(cross_entropy, correct)
+  kernel_grad = shared_grad if shared else own_grads
   gradients = (x_grads.reshape(normed.shape), kernel_grad) if with_gradients else None
   return loss, metrics, gradients
 
@@ -127,10 +137,14 @@ layer_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def layer_predictions(
-  normed: Float[Array, "layers batch length emb"], kernel: Float[Array, "emb vocab"]
+  normed: Float[Array, "layers batch length emb"],
+  kernel: Float[Array, "emb vocab"] | Float[Array, "layers emb vocab"],
 ) -> Int[Array, "layers batch length"]:
   """Every layer's argmax token, one layer's logits at a time."""
-  return lax.map(lambda x: jnp.argmax(x.astype(jnp.float32) @ kernel, axis=-1), normed)
+  argmax = lambda x, head: jnp.argmax(x.astype(jnp.float32) @ head, axis=-1)
+  if kernel.ndim == 2:
+    return lax.map(lambda x: argmax(x, kernel), normed)
+  return lax.map(lambda pair: argmax(*pair), (normed, kernel))
 
 
 def classifier_loss(

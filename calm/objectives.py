@@ -91,9 +91,10 @@ class LayerWeighted:
       chosen = jax.random.choice(jax.random.fold_in(rng, 1), num_layers, (k,), p=weights)
       chosen_weights = jnp.full((k,), 1.0 / k)
     token_weights = batch["decoder_loss_weights"]
+    kernel = head_kernel(params, module.config)
     loss, metrics = losses.layer_cross_entropy(
       normed[chosen],
-      head_kernel(params, module.config),
+      kernel if kernel.ndim == 2 else kernel[chosen],
       batch["decoder_target_tokens"],
       token_weights,
       chosen_weights,
@@ -133,8 +134,8 @@ class ExitClassifier:
     token_weights = batch["decoder_loss_weights"]
     loss = self.objective(logits, predictions, token_weights)
     weight = jnp.sum(token_weights)
-    agrees = predictions == predictions[-1:]
-    hits = (logits > 0) == agrees
+    agrees = (predictions == predictions[-1:]).astype(jnp.float32)
+    hits = ((logits > 0).astype(jnp.float32) == agrees).astype(jnp.float32)
     over_tokens = lambda x: jnp.sum(x * token_weights[None], axis=(1, 2))
     return loss, BatchMetrics(
       loss=loss,
@@ -149,12 +150,12 @@ class ExitClassifier:
 
 
 def head_kernel(params: Params, config: network.T5Config) -> jax.Array:
-  """The shared output head as [emb_dim, vocab], tied or not."""
+  """The output head that all layers share, [emb_dim, vocab], tied or not; or the layers' own,
+  [layers, emb_dim, vocab], where `per_layer_heads`."""
   if config.per_layer_heads:
-    raise NotImplementedError(
-      "Expected one head shared by all layers. Got `per_layer_heads`: its layers' losses are"
-      " not in this trainer; train with shared heads (the paper's choice)."
-    )
+    names = [f"logits_dense_{i}" for i in range(config.num_decoder_layers - 1)]
+    heads = [params["decoder"][name]["kernel"] for name in [*names, "logits_dense"]]
+    return jnp.stack(heads)
   if config.logits_via_embedding:
     table = params["token_embedder"]["embedding"]
     return table.T / np.sqrt(config.emb_dim).astype(np.float32)

@@ -1,0 +1,226 @@
+"""Eq. 6 and the exit-classifier losses against naive loops, and without their memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calm import losses
+
+LAYERS, BATCH, LENGTH, EMB, VOCAB = 3, 2, 5, 7, 11
+Z_LOSS = 0.01
+
+
+def draw(seed=0, per_layer=False):
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  token_weights = np.ones((BATCH, LENGTH), np.float32)
+  token_weights[1, 3:] = 0.0
+  kernel = normal(LAYERS, EMB, VOCAB) if per_layer else normal(EMB, VOCAB)
+  return {
+    "normed": normal(LAYERS, BATCH, LENGTH, EMB),
+    "kernel": kernel,
+    "targets": jnp.asarray(rng.integers(0, VOCAB, (BATCH, LENGTH)), jnp.int32),
+    "token_weights": jnp.asarray(token_weights),
+    "weights": jnp.asarray(losses.layer_weights(LAYERS)),
+  }
+
+
+def naive(normed, kernel, targets, token_weights, weights, z_loss):
+  """The same loss with all logits at once and JAX's own gradients."""
+  kernels = kernel if kernel.ndim == 3 else jnp.stack([kernel] * normed.shape[0])
+  logits = jnp.einsum("lbte,lev->lbtv", normed, kernels)
+  log_z = jax.nn.logsumexp(logits, axis=-1)
+  terms = log_z - labels_of(logits, targets) + z_loss * log_z**2
+  return jnp.sum(weights[:, None, None] * terms * token_weights[None])
+
+
+def labels_of(logits, targets):
+  is_label = jax.nn.one_hot(targets, VOCAB)
+  return jnp.sum(logits * is_label[None], axis=-1)
+
+
+def ours(normed, kernel, rest, z_loss=Z_LOSS):
+  return losses.layer_cross_entropy(
+    normed, kernel, rest["targets"], rest["token_weights"], rest["weights"], z_loss
+  )
+
+
+def gradients_of(function, data):
+  return jax.grad(function, argnums=(0, 1))(data["normed"], data["kernel"])
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("z_loss", [0.0, Z_LOSS])
+def test_layer_cross_entropy_is_the_naive_one_in_value_and_gradients(per_layer, z_loss):
+  data = draw(per_layer=per_layer)
+  value, _ = ours(data["normed"], data["kernel"], data, z_loss)
+  expected = lambda n, k: naive(
+    n, k, data["targets"], data["token_weights"], data["weights"], z_loss
+  )
+  np.testing.assert_allclose(value, expected(data["normed"], data["kernel"]), rtol=1e-5)
+  got = gradients_of(lambda n, k: 3.0 * ours(n, k, data, z_loss)[0], data)
+  for left, right in zip(got, gradients_of(expected, data), strict=True):
+    np.testing.assert_allclose(left, 3.0 * right, rtol=2e-4, atol=1e-5)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**20))
+def test_padding_has_no_influence(seed):
+  data, other = draw(seed), draw(seed + 1)
+  real = data["token_weights"] > 0
+  changed = {
+    **data,
+    "targets": jnp.where(real, data["targets"], other["targets"]),
+    "normed": jnp.where(real[None, ..., None], data["normed"], other["normed"]),
+  }
+  value, metrics = ours(data["normed"], data["kernel"], data)
+  value_2, metrics_2 = ours(changed["normed"], data["kernel"], changed)
+  assert value == value_2
+  np.testing.assert_array_equal(metrics.cross_entropy, metrics_2.cross_entropy)
+  np.testing.assert_array_equal(metrics.correct, metrics_2.correct)
+  normed_grad, kernel_grad = gradients_of(lambda n, k: ours(n, k, changed)[0], changed)
+  np.testing.assert_array_equal(jnp.where(real[None, ..., None], 0.0, normed_grad), 0.0)
+  _, kernel_grad_2 = gradients_of(lambda n, k: ours(n, k, data)[0], data)
+  np.testing.assert_array_equal(kernel_grad, kernel_grad_2)
+
+
+def buffer_sizes(jaxpr):
+  """Element counts of every value in a jaxpr and the jaxprs inside it."""
+  for equation in jaxpr.eqns:
+    yield from (np.prod(v.aval.shape, dtype=int) for v in equation.outvars)
+    for parameter in jax.tree.leaves(
+      list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+    ):
+      inner = getattr(parameter, "jaxpr", parameter)
+      if hasattr(inner, "eqns"):
+        yield from buffer_sizes(inner)
+
+
+def test_logits_of_all_layers_never_exist_at_once():
+  data = draw()
+  rest = (data["targets"], data["token_weights"], data["weights"])
+  all_logits = LAYERS * BATCH * LENGTH * VOCAB
+  function = lambda n, k: losses.layer_cross_entropy(n, k, *rest, Z_LOSS)[0]
+  largest = {}
+  for name, loss in {
+    "ours": function,
+    "naive": lambda n, k: naive(n, k, *rest, Z_LOSS),
+  }.items():
+    grad = jax.grad(loss, argnums=(0, 1))
+    largest[name] = max(
+      buffer_sizes(jax.make_jaxpr(grad)(data["normed"], data["kernel"]).jaxpr)
+    )
+  assert largest["ours"] < all_logits
+  assert largest["naive"] >= all_logits  # the search does find them where they are
+  predictions = jax.make_jaxpr(losses.layer_predictions)(data["normed"], data["kernel"])
+  assert max(buffer_sizes(predictions.jaxpr)) < all_logits
+
+
+def test_weights_are_those_of_equation_6():
+  np.testing.assert_allclose(losses.layer_weights(4), [0.1, 0.2, 0.3, 0.4], rtol=1e-6)
+  np.testing.assert_allclose(losses.layer_weights(8).sum(), 1.0, rtol=1e-6)
+  np.testing.assert_array_equal(losses.last_layer_weights(3), [0, 0, 1])
+
+
+def test_z_loss_by_hand():
+  # Two pieces with logits (0, 0): NLL = log 2 and log Z = log 2 at every layer.
+  value, metrics = losses.layer_cross_entropy(
+    jnp.zeros((2, 1, 1, 3)),
+    jnp.zeros((3, 2)),
+    jnp.array([[1]]),
+    jnp.ones((1, 1)),
+    jnp.array([0.25, 0.75]),
+    0.5,
+  )
+  np.testing.assert_allclose(value, np.log(2) + 0.5 * np.log(2) ** 2, rtol=1e-6)
+  np.testing.assert_allclose(metrics.cross_entropy, [np.log(2)] * 2, rtol=1e-6)
+  np.testing.assert_array_equal(metrics.correct, [0, 0])  # ties go to piece 0
+
+
+def test_metrics_are_sums_over_real_tokens():
+  data = draw(4)
+  _, metrics = ours(data["normed"], data["kernel"], data)
+  log_probabilities = jax.nn.log_softmax(data["normed"] @ data["kernel"])
+  label = np.asarray(labels_of(log_probabilities, data["targets"]))
+  real = np.asarray(data["token_weights"])
+  np.testing.assert_allclose(metrics.cross_entropy, -(label * real).sum((1, 2)), rtol=1e-5)
+  hits = np.asarray(log_probabilities).argmax(-1) == np.asarray(data["targets"])
+  np.testing.assert_array_equal(metrics.correct, (hits * real).sum((1, 2)))
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_predictions_are_the_argmax_of_each_layer(per_layer):
+  data = draw(5, per_layer)
+  kernels = data["kernel"] if per_layer else [data["kernel"]] * LAYERS
+  for layer, kernel in enumerate(kernels):
+    expected = (data["normed"][layer] @ kernel).argmax(-1)
+    got = losses.layer_predictions(data["normed"], data["kernel"])[layer]
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_classifier_loss_averages_over_the_layers_below_the_last():
+  # Layer 1 agrees with the last, layer 2 does not; probabilities 0.8 and 0.6.
+  predictions = jnp.array([[[5]], [[4]], [[5]]])
+  logit = lambda p: np.log(p / (1 - p))
+  exit_logits = jnp.array([[[logit(0.8)]], [[logit(0.6)]], [[123.0]]], jnp.float32)
+  value = losses.classifier_loss(exit_logits, predictions, jnp.ones((1, 1)))
+  np.testing.assert_allclose(value, -(np.log(0.8) + np.log(0.4)) / 2, rtol=1e-5)
+
+
+def naive_geometric(exit_logits, predictions, token_weights):
+  total = 0.0
+  for row, time in np.ndindex(*token_weights.shape):
+    stay, layers_here = 1.0, []
+    for layer in range(len(predictions) - 1):
+      q = 1 / (1 + np.exp(-exit_logits[layer, row, time]))
+      layers_here.append(stay * q)
+      stay *= 1 - q
+    layers_here.append(stay)
+    column = list(predictions[:, row, time])
+    oracle = column.index(column[-1])
+    total -= token_weights[row, time] * np.log(layers_here[oracle])
+  return total
+
+
+def naive_classifier(exit_logits, predictions, token_weights):
+  total, below = 0.0, len(predictions) - 1
+  for layer, row, time in np.ndindex(below, *token_weights.shape):
+    p = 1 / (1 + np.exp(-exit_logits[layer, row, time]))
+    agrees = predictions[layer, row, time] == predictions[-1, row, time]
+    total -= token_weights[row, time] * np.log(p if agrees else 1 - p) / below
+  return total
+
+
+@pytest.mark.parametrize(
+  ("function", "loops"),
+  [
+    (losses.classifier_loss, naive_classifier),
+    (losses.geometric_classifier_loss, naive_geometric),
+  ],
+)
+def test_classifier_losses_are_those_of_naive_loops_and_ignore_padding(function, loops):
+  rng = np.random.default_rng(0)
+  exit_logits = rng.standard_normal((4, BATCH, LENGTH)).astype(np.float32)
+  predictions = rng.integers(0, 3, (4, BATCH, LENGTH))
+  token_weights = np.array(draw()["token_weights"])
+  call = lambda: function(*map(jnp.asarray, (exit_logits, predictions, token_weights)))
+  value = call()
+  np.testing.assert_allclose(value, loops(exit_logits, predictions, token_weights), rtol=1e-5)
+  padded = token_weights == 0
+  exit_logits[:, padded] = 50.0
+  predictions[:, padded] = 9
+  np.testing.assert_allclose(call(), value, rtol=1e-6)
+
+
+def test_geometric_loss_by_hand():
+  # The first of two layers agrees with the last: it should exit there, with probability 0.25.
+  exit_logits = jnp.array([[[np.log(0.25 / 0.75)]], [[0.0]]], jnp.float32)
+  agree, differ = jnp.array([[[7]], [[7]]]), jnp.array([[[6]], [[7]]])
+  one = jnp.ones((1, 1))
+  value = losses.geometric_classifier_loss(exit_logits, agree, one)
+  np.testing.assert_allclose(value, -np.log(0.25), rtol=1e-5)
+  value = losses.geometric_classifier_loss(exit_logits, differ, one)
+  np.testing.assert_allclose(value, -np.log(0.75), rtol=1e-5)
