@@ -7,6 +7,7 @@ ids, cut into length buckets). No TensorFlow here.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
@@ -25,7 +26,7 @@ class Bucket:
 
 
 class Source(Protocol):
-  """Where batches come from: anything with a length in batches and a pure `batch`."""
+  """Where batches come from: step -> batch, a pure function."""
 
   def batch(self, step: int) -> Batch: ...
 
@@ -65,10 +66,15 @@ class Supervised:
   seed: int
 
   def __post_init__(self):
-    if len(self.inputs) < self.batch_size:
+    _check_enough(len(self.inputs), self.batch_size)
+    sizes = [dataclasses.astuple(bucket) for bucket in self.buckets]
+    ascends = all(
+      low <= high for a, b in itertools.pairwise(sizes) for low, high in zip(a, b, strict=True)
+    )
+    if not sizes or not ascends:
       raise ValueError(
-        f"Expected at least `batch_size` = {self.batch_size} training examples. Got"
-        f" {len(self.inputs)}; lower `batch_size` or give more data."
+        "Expected `buckets` to be one or more, ascending in both lengths. Got"
+        f" {sizes}; reorder them."
       )
 
   @property
@@ -77,12 +83,17 @@ class Supervised:
 
   def batch(self, step: int) -> Batch:
     epoch, index = divmod(step, self.batches_per_epoch)
-    rows, bucket = epoch_plan(self, epoch)[index]
-    pairs = [(self.inputs[row], self.targets[row]) for row in rows]
-    return pad_batch(pairs, bucket)
+    rows, bucket = self.epoch_plan(epoch)[index]
+    return pad_batch([(self.inputs[row], self.targets[row]) for row in rows], bucket)
 
+  def epoch_plan(self, epoch: int) -> list[tuple[np.ndarray, Bucket]]:
+    """Rows and bucket of every batch of one epoch, in order."""
+    plan = _plan(self.seed, epoch, self.batch_size, self.bucket_of.tobytes())
+    return [(rows, self.buckets[bucket]) for rows, bucket in plan]
+
+  @functools.cached_property
   def bucket_of(self) -> np.ndarray:
-    """Index of the bucket of every example."""
+    """Index of the first bucket that holds each example; of the last where none does."""
     fits = np.stack(
       [
         (self.inputs.lengths <= b.input_length) & (self.targets.lengths <= b.target_length)
@@ -90,11 +101,21 @@ class Supervised:
       ]
     )
     fits[-1] = True
-    return np.argmax(fits, axis=0)
+    return np.argmax(fits, axis=0).astype(np.int64)
+
+  def num_truncated(self) -> int:
+    """How many examples are longer than the last bucket."""
+    last = self.buckets[-1]
+    long = (self.inputs.lengths > last.input_length) | (
+      self.targets.lengths > last.target_length
+    )
+    return int(long.sum())
 
 
 @functools.lru_cache(maxsize=8)
-def _plan(seed: int, epoch: int, batch_size: int, buckets: bytes) -> list[tuple[np.ndarray, int]]:
+def _plan(
+  seed: int, epoch: int, batch_size: int, buckets: bytes
+) -> list[tuple[np.ndarray, int]]:
   rng = np.random.default_rng([seed, epoch])
   bucket_of = np.frombuffer(buckets, np.int64)
   order = rng.permutation(len(bucket_of))
@@ -106,13 +127,6 @@ def _plan(seed: int, epoch: int, batch_size: int, buckets: bytes) -> list[tuple[
     plan += [(chunk, bucket) for chunk in rows[:cut].reshape(-1, batch_size)]
     rest = rows[cut:]
   return [plan[i] for i in rng.permutation(len(plan))]
-
-
-def epoch_plan(source: Supervised, epoch: int) -> list[tuple[np.ndarray, Bucket]]:
-  """Rows and bucket of every batch of one epoch, in order."""
-  key = source.bucket_of().astype(np.int64).tobytes()
-  plan = _plan(source.seed, epoch, source.batch_size, key)
-  return [(rows, source.buckets[bucket]) for rows, bucket in plan]
 
 
 def pad_batch(pairs: Sequence[TokenPair], bucket: Bucket) -> Batch:
@@ -155,11 +169,22 @@ class Denoising:
   noise_density: float = 0.15
   mean_span_length: float = 3.0
 
+  def __post_init__(self):
+    _check_enough(len(self.texts), self.batch_size)
+
   @property
   def bucket(self) -> Bucket:
-    num_noise = round(self.length * self.noise_density)
-    num_spans = max(1, round(num_noise / self.mean_span_length))
+    num_noise, num_spans = self._num_noise, self.max_spans
     return Bucket(self.length - num_noise + num_spans + 1, num_noise + num_spans + 1)
+
+  @property
+  def max_spans(self) -> int:
+    """Sentinels that the longest text needs."""
+    return max(1, round(self._num_noise / self.mean_span_length))
+
+  @property
+  def _num_noise(self) -> int:
+    return round(self.length * self.noise_density)
 
   def batch(self, step: int) -> Batch:
     per_epoch = len(self.texts) // self.batch_size
@@ -177,6 +202,14 @@ class Denoising:
     inputs = replace_spans(tokens, is_noise, self.first_sentinel)
     targets = replace_spans(tokens, ~is_noise, self.first_sentinel)
     return np.concatenate([inputs, eos]), np.concatenate([targets, eos])
+
+
+def _check_enough(num_examples: int, batch_size: int) -> None:
+  if num_examples < batch_size:
+    raise ValueError(
+      f"Expected at least `batch_size` = {batch_size} training examples. Got {num_examples};"
+      " lower `batch_size` or give more data."
+    )
 
 
 @functools.lru_cache(maxsize=8)

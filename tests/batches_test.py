@@ -1,0 +1,230 @@
+"""Batches are pure functions of (seed, step) that use every example once an epoch."""
+
+import collections
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calm import batches
+
+EOS = 1
+SENTINEL = 99  # the first one; others count downward
+BUCKETS = (batches.Bucket(4, 4), batches.Bucket(8, 4), batches.Bucket(12, 6))
+
+
+def ragged(lengths):
+  """Sequence i begins with 1000 + i (so that it can be told) and ends with EOS."""
+  return batches.Ragged(
+    [[1000 + i, *range(2, n), EOS] for i, n in enumerate(lengths)]
+  )
+
+
+def supervised(num=29, seed=3, batch_size=4, buckets=BUCKETS):
+  rng = np.random.default_rng(0)
+  inputs, targets = ragged(rng.integers(2, 16, num)), ragged(rng.integers(2, 8, num))
+  return batches.Supervised(inputs, targets, buckets, batch_size, seed)
+
+
+def denoising(seed=5, batch_size=2, length=40):
+  texts = batches.Ragged([np.arange(100, 100 + n) for n in (16, 20, 40, 41, 90)])
+  return batches.Denoising(texts, length, batch_size, seed, first_sentinel=SENTINEL)
+
+
+def mixture():
+  return batches.Mixture((supervised(), denoising()), (3, 2), seed=0)
+
+
+def same(left, right):
+  assert left.keys() == right.keys()
+  return all(np.array_equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.parametrize("make", [supervised, denoising, mixture])
+def test_a_batch_depends_on_seed_and_step_alone(make):
+  in_order = [make().batch(step) for step in range(25)]
+  source = make()
+  for step in np.random.default_rng(1).permutation(25):
+    assert same(source.batch(int(step)), in_order[step])
+
+
+@pytest.mark.parametrize("make", [supervised, denoising])
+def test_another_seed_gives_other_batches(make):
+  firsts = [[make(seed=seed).batch(step) for step in range(3)] for seed in (1, 2)]
+  assert not all(same(a, b) for a, b in zip(*firsts, strict=True))
+
+
+def examples_seen(source, steps):
+  seen = collections.Counter()
+  for step in steps:
+    seen.update(source.batch(step)["encoder_input_tokens"][:, 0].tolist())
+  return seen
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(4, 40), st.integers(1, 4), st.integers(0, 3))
+def test_an_epoch_has_every_example_once_up_to_the_dropped_rest(num, batch_size, epoch):
+  source = supervised(num, batch_size=batch_size)
+  steps = range(source.batches_per_epoch * epoch, source.batches_per_epoch * (epoch + 1))
+  seen = examples_seen(source, steps)
+  assert set(seen.values()) == {1}
+  assert len(seen) == num - num % batch_size
+
+
+def test_epochs_drop_other_examples_and_come_in_another_order():
+  source = supervised()
+  per_epoch = source.batches_per_epoch
+  first, second = (
+    [examples_seen(source, [step]) for step in range(e * per_epoch, (e + 1) * per_epoch)]
+    for e in (0, 1)
+  )
+  assert first != second
+
+
+def test_an_example_goes_to_the_first_bucket_that_holds_it_or_one_longer():
+  source = supervised()
+  for rows, bucket in source.epoch_plan(0):
+    index = BUCKETS.index(bucket)
+    assert (source.bucket_of[rows] <= index).all()
+  for row, index in enumerate(source.bucket_of):
+    lengths = source.inputs.lengths[row], source.targets.lengths[row]
+    holds = [
+      lengths[0] <= bucket.input_length and lengths[1] <= bucket.target_length
+      for bucket in BUCKETS
+    ]
+    assert index == (holds.index(True) if any(holds) else len(BUCKETS) - 1)
+  # Only what does not fill a batch may move on.
+  moved = sum(
+    int((source.bucket_of[rows] < BUCKETS.index(bucket)).sum())
+    for rows, bucket in source.epoch_plan(0)
+  )
+  assert moved < source.batch_size * (len(BUCKETS) - 1)
+
+
+def test_padding_shift_and_weights():
+  pair = (np.array([5, 6, EOS]), np.array([7, EOS]))
+  batch = batches.pad_batch([pair], batches.Bucket(4, 3))
+  assert batch["encoder_input_tokens"].tolist() == [[5, 6, EOS, 0]]
+  assert batch["decoder_target_tokens"].tolist() == [[7, EOS, 0]]
+  assert batch["decoder_input_tokens"].tolist() == [[0, 7, EOS]]
+  assert batch["decoder_loss_weights"].tolist() == [[1, 1, 0]]
+
+
+def test_truncation_keeps_eos():
+  pair = (np.array([5, 6, 7, 8, EOS]), np.array([9, 10, 11, EOS]))
+  batch = batches.pad_batch([pair], batches.Bucket(3, 2))
+  assert batch["encoder_input_tokens"].tolist() == [[5, 6, EOS]]
+  assert batch["decoder_target_tokens"].tolist() == [[9, EOS]]
+  assert supervised(buckets=(batches.Bucket(2, 2),)).num_truncated() > 0
+  assert supervised(buckets=(batches.Bucket(16, 8),)).num_truncated() == 0
+
+
+def spans_of(tokens):
+  """{sentinel: what follows it}, and what stands before any sentinel."""
+  spans, current = {}, None
+  for token in tokens:
+    if SENTINEL - 20 < token <= SENTINEL:
+      current = token
+      spans[current] = []
+    else:
+      spans.setdefault(current, []).append(int(token))
+  return spans
+
+
+def reconstruct(inputs, targets):
+  hidden = spans_of(targets)
+  text = []
+  for token in inputs:
+    text += hidden[token] if token in hidden else [int(token)]
+  return text
+
+
+def real(row):
+  row = row[row > 0]
+  assert row[-1] == EOS and (row[:-1] != EOS).all()
+  return row[:-1]
+
+
+def test_span_corruption_hides_nothing_for_good():
+  source = denoising()
+  for step in range(10):
+    batch = source.batch(step)
+    rows = zip(batch["encoder_input_tokens"], batch["decoder_target_tokens"], strict=True)
+    for inputs, targets in rows:
+      inputs, targets = real(inputs), real(targets)
+      text = reconstruct(inputs, targets)
+      assert text == list(range(text[0], text[0] + len(text)))  # a stretch of a text
+      sentinels = [t for t in inputs if t <= SENTINEL]
+      assert sentinels == list(range(SENTINEL, SENTINEL - len(sentinels), -1))
+      assert sentinels == [t for t in targets if t <= SENTINEL]
+      assert len(text) <= source.length
+      assert len(targets) - len(sentinels) == round(0.15 * len(text))
+
+
+def test_the_longest_text_fills_its_bucket():
+  source = denoising(batch_size=5)
+  batch = source.batch(0)
+  assert (batch["encoder_input_tokens"] > 0).sum(1).max() == source.bucket.input_length
+  assert (batch["decoder_target_tokens"] > 0).sum(1).max() == source.bucket.target_length
+  assert source.max_spans == 2
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 200), st.floats(0.05, 0.6), st.floats(1.0, 8.0), st.integers(0, 2**20))
+def test_noise_mask_has_its_density_for_any_length(length, density, mean_span_length, seed):
+  mask = batches.noise_mask(length, density, mean_span_length, np.random.default_rng(seed))
+  assert len(mask) == length
+  assert mask.sum() == min(max(round(length * density), 1), max(length - 1, 1))
+  if length > 1:
+    assert not mask[0] and mask[-1]
+
+
+def test_noise_falls_on_every_position_but_the_first():
+  rng = np.random.default_rng(0)
+  mean = np.mean([batches.noise_mask(60, 0.15, 3.0, rng) for _ in range(2000)], axis=0)
+  np.testing.assert_allclose(mean.mean(), 0.15, atol=1e-6)
+  assert mean[0] == 0 and (mean[1:] > 0).all()
+
+
+class Counting:
+  """A source whose batch tells its name and step."""
+
+  def __init__(self, name):
+    self.name = name
+
+  def batch(self, step):
+    return {"name": self.name, "step": step}
+
+
+def test_mixture_keeps_its_proportions_and_skips_no_step_of_a_source():
+  mixed = batches.Mixture((Counting("a"), Counting("b"), Counting("c")), (5, 3, 2), seed=0)
+  got = [mixed.batch(step) for step in range(40)]
+  for start in range(0, 40, 10):
+    names = collections.Counter(b["name"] for b in got[start : start + 10])
+    assert names == {"a": 5, "b": 3, "c": 2}
+  for name, count in (("a", 20), ("b", 12), ("c", 8)):
+    assert [b["step"] for b in got if b["name"] == name] == list(range(count))
+
+
+def test_ragged_gives_back_what_it_was_given():
+  sequences = [[3, 4, EOS], [EOS], [5, EOS]]
+  made = batches.encode_all(["ab", "", "c"], lambda s: [ord(x) - 94 for x in s], EOS)
+  assert [list(made[i]) for i in range(len(made))] == sequences
+  assert made.lengths.tolist() == [3, 1, 2]
+  assert len(batches.Ragged([])) == 0
+
+
+def test_too_few_examples_are_refused():
+  with pytest.raises(ValueError, match=r"`batch_size` = 64 .* Got 29"):
+    supervised(batch_size=64)
+  with pytest.raises(ValueError, match=r"`batch_size` = 9 .* Got 5"):
+    denoising(batch_size=9)
+
+
+@pytest.mark.parametrize(
+  "buckets", [(), (batches.Bucket(8, 4), batches.Bucket(4, 8)), BUCKETS[::-1]]
+)
+def test_buckets_must_ascend(buckets):
+  with pytest.raises(ValueError, match="`buckets`"):
+    supervised(buckets=buckets)
