@@ -1,0 +1,214 @@
+"""The whole pipeline on the packed model: decode, calibrate, decode faster with a promise.
+
+Decodes the packed calibration prompts at full depth and over the grid, calibrates the
+threshold, then decodes prompts it has never seen and compares.
+
+  calm demo
+  calm demo --tolerance=0.25 --measure=softmax --output=runs/demo
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import statistics
+import tempfile
+from typing import Any
+
+from rich import console as rich_console
+from rich import progress as rich_progress
+from rich import table as rich_table
+
+from calm.calibrate import (
+  Calibration,
+  Procedure,
+  Prompt,
+  calibrate,
+  generation_writer,
+  generations,
+  metrics,
+  records,
+  sequence_losses,
+  thresholds,
+)
+from calm.commands import calibrate as calibrate_command
+from calm.commands import common
+
+# Fixed before the first run; another tolerance is the user's choice, not ours.
+TOLERANCE, ERROR_RATE = 0.1, 0.05
+MEASURE = "classifier"
+METRIC = "rouge_l"
+REPEATS = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Declares the command's options."""
+  parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="delta (default 0.1)")
+  parser.add_argument("--error_rate", type=float, default=ERROR_RATE, help="epsilon (0.05)")
+  parser.add_argument("--measure", default=MEASURE, help="classifier, softmax or state")
+  parser.add_argument("--model", default="packed", help="a checkpoint, or 'packed'")
+  parser.add_argument("--limit", type=int, help="use only the first prompts of each set")
+  parser.add_argument("--examples", type=int, default=4, help="outputs to show (default 4)")
+  parser.add_argument("--output", help="keep the generations in this folder (resumable)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """Full depth and calibrated early exit on the same unseen prompts, one at a time.
+
+  Attributes:
+    full, early: outputs of the last repeat.
+    full_times, early_times: (decode seconds, encode and decode seconds) of every repeat.
+    risk: mean loss of the early outputs against the full ones.
+    quality: mean metric against the references, full and early.
+  """
+
+  full: Any
+  early: Any
+  full_times: list[tuple[float, float]]
+  early_times: list[tuple[float, float]]
+  risk: float
+  quality: tuple[float, float]
+
+
+@common.user_errors
+def run(arguments: argparse.Namespace) -> int:
+  """Runs all steps and prints what they found."""
+  common.use_compilation_cache()
+  from calm import inference
+
+  console = rich_console.Console()
+  predictor = inference.load(arguments.model, measure=arguments.measure)
+  calibration_prompts = packed_prompts("calibration", arguments.limit)
+  unseen_prompts = packed_prompts("unseen", arguments.limit)
+  console.print(
+    f"[bold]1. Decode[/bold] {len(calibration_prompts)} calibration prompts at full depth and"
+    f" over the grid of the measure '{arguments.measure}'."
+  )
+  with tempfile.TemporaryDirectory() as scratch:
+    folder = pathlib.Path(arguments.output or scratch)
+    cached = generate_grid(console, predictor, calibration_prompts, folder)
+  console.print("\n[bold]2. Calibrate[/bold] the threshold on them.")
+  losses = sequence_losses.compute(cached, "textual", metric=METRIC)
+  calibration = calibrate(
+    losses, tolerance=arguments.tolerance, error_rate=arguments.error_rate
+  )
+  calibrate_command.print_calibration(console, calibration, cached)
+  if arguments.output:
+    calibration.save(pathlib.Path(arguments.output) / "calibration.json")
+  console.print(
+    f"\n[bold]3. Decode[/bold] {len(unseen_prompts)} unseen prompts, one at a time: full depth"
+    " and calibrated early exit, in turn."
+  )
+  result = compare(console, predictor, calibration, unseen_prompts)
+  print_comparison(console, calibration, result)
+  print_examples(console, unseen_prompts, result, arguments.examples)
+  return 0
+
+
+def packed_prompts(split: str, limit: int | None) -> tuple[Prompt, ...]:
+  """The packed prompts of a split ('calibration' or 'unseen'; no source is in both)."""
+  from calm import inference
+
+  return records.read_prompts(inference.PACKED / f"prompts_{split}.jsonl")[:limit]
+
+
+def generate_grid(
+  console: rich_console.Console, predictor, prompts, folder: pathlib.Path
+) -> generations.Generations:
+  """Decodes the prompts at every threshold, with a progress bar."""
+  from calm import grid
+
+  levels = [float(t) for t in thresholds.default_grid(predictor.options.measure)]
+  procedure: Procedure = predictor.procedure
+  writer = generation_writer.open_writer(
+    folder, prompts=prompts, thresholds=levels, procedure=procedure
+  )
+  with rich_progress.Progress(console=console) as bar:
+    task = bar.add_task("encode and decode")
+
+    def advance(threshold, number, count):
+      del threshold, number
+      bar.update(task, advance=1, total=count * (len(levels) + 1))
+
+    summary = grid.generate(predictor, prompts, levels, writer, progress=advance)
+  writer.finish()
+  console.print(f"{len(levels)} thresholds and full depth: {summary}.")
+  return generations.load(folder)
+
+
+def compare(
+  console: rich_console.Console, predictor, calibration: Calibration, prompts
+) -> Comparison:
+  """Times both models in turn; the first round compiles and is not counted."""
+  from calm import exits
+
+  one = predictor.with_options(batch_size=1)
+  texts = [prompt.input for prompt in prompts]
+  full = early = None
+  full_times, early_times = [], []
+  with console.status("decoding"):
+    for repeat in range(REPEATS + 1):
+      full = one.generate(texts, rule=exits.StaticExit())
+      early = one.generate(texts, threshold=calibration.threshold)
+      if repeat:
+        full_times.append((full.timing.decode_seconds, full.timing.seconds))
+        early_times.append((early.timing.decode_seconds, early.timing.seconds))
+  assert full is not None and early is not None
+  metric = metrics.get_metric(METRIC)
+  pairs = zip(early.texts, full.texts, strict=True)
+  risk = statistics.fmean(1.0 - metric(a, (b,)) for a, b in pairs)
+  quality = tuple(
+    100 * statistics.fmean(metric(t, p.targets) for t, p in zip(o.texts, prompts, strict=True))
+    for o in (full, early)
+  )
+  return Comparison(full, early, full_times, early_times, risk, (quality[0], quality[1]))
+
+
+def print_comparison(
+  console: rich_console.Console, calibration: Calibration, result: Comparison
+) -> None:
+  """Risk beside the tolerance, layers, seconds and their ratios."""
+  table = rich_table.Table()
+  for name in ("", "decoder layers / token", "decoder seconds", "end to end", "ROUGE-L"):
+    table.add_column(name, justify="left" if not name else "right")
+  rows = (
+    ("full depth", result.full, result.full_times, result.quality[0]),
+    ("early exit", result.early, result.early_times, result.quality[1]),
+  )
+  for name, outputs, times, quality in rows:
+    decode, both = (statistics.median(column) for column in zip(*times, strict=True))
+    table.add_row(
+      name, f"{outputs.mean_layers:.2f}", f"{decode:.3f}", f"{both:.3f}", f"{quality:.1f}"
+    )
+  decode, both = (
+    statistics.median(
+      f[i] / e[i] for f, e in zip(result.full_times, result.early_times, strict=True)
+    )
+    for i in (0, 1)
+  )
+  table.add_row("speed-up", "", f"x{decode:.2f}", f"x{both:.2f}", "")
+  console.print(table)
+  console.print(
+    f"Seconds: median of {REPEATS} rounds in turn, compilation excluded.\n"
+    f"Measured risk on the unseen prompts: [bold]{result.risk:.4f}[/bold]"
+    f" (tolerance {calibration.tolerance:g}); threshold"
+    f" {thresholds.format_threshold(calibration.threshold)}."
+  )
+
+
+def print_examples(console, prompts, result: Comparison, count: int) -> None:
+  """A few outputs, every token coloured by its exit layer, beside the full model's."""
+  from calm import colours
+
+  layers = result.early.num_layers
+  console.print(
+    f"\n[bold]4. Outputs[/bold], tokens coloured by decoder layers run ({layers} in all)"
+  )
+  print(colours.legend_terminal(layers))
+  for prompt, full, early in list(zip(prompts, result.full, result.early, strict=True))[:count]:
+    text = prompt.input if len(prompt.input) <= 160 else prompt.input[:157] + "..."
+    console.print(f"\n[dim]{prompt.id}[/dim]", highlight=False)
+    console.print(f"  prompt     {text}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"  reference  {prompt.targets[0]}", markup=False, highlight=False)
+    console.print(f"  full       {full.text}", markup=False, highlight=False)
+    print(f"  early      {early.coloured()}   ({early.mean_layers:.2f} layers)")
