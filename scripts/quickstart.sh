@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The main job in a fresh clone: decode, calibrate, decode faster with a promise, on the packed
+# model. Makes its own virtual environment (.venv); needs Python 3.11+ and a shell.
+#
+#   scripts/quickstart.sh
+#   scripts/quickstart.sh --tolerance=0.25 --error_rate=0.05
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [[ ! -f .venv/installed ]]; then
+  echo "Installing into .venv (once) ..."
+  "${PYTHON:-python3}" -m venv --clear .venv
+  .venv/bin/pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e '.[decode]'
+  touch .venv/installed
+fi
+exec .venv/bin/calm demo "$@"

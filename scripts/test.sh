@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Lint, types and every test, in virtual environments of its own. Needs Python 3.11+ and a shell.
+#
+#   scripts/test.sh             all of it
+#   scripts/test.sh -k exits    arguments go to pytest
+#
+# Environments live in .venv-test and .venv-calibrate and are made again when a requirement
+# changes. torch, transformers and T5X are not installed: golden files stand in for them.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python="${PYTHON:-python3}"
+constraints=scripts/constraints.txt
+
+environment() {  # environment DIR PIP-ARGUMENTS...
+  local dir="$1"; shift
+  local stamp
+  stamp="$(cat pyproject.toml "$constraints" | cksum) $*"
+  if [[ ! -f "$dir/stamp" || "$(cat "$dir/stamp")" != "$stamp" ]]; then
+    "$python" -m venv --clear "$dir"
+    "$dir/bin/pip" install --quiet --disable-pip-version-check -c "$constraints" "$@"
+    echo "$stamp" > "$dir/stamp"
+  fi
+}
+
+echo "== environments"
+environment .venv-test -e '.[train,report,test]'
+# Calibration promises to need numpy and scipy only: its tests run where nothing else is.
+environment .venv-calibrate . pytest hypothesis
+
+echo "== lint and types"
+.venv-test/bin/ruff format --check .
+.venv-test/bin/ruff check .
+.venv-test/bin/pyright --pythonpath .venv-test/bin/python
+
+echo "== calm.calibrate without JAX"
+.venv-calibrate/bin/python - <<'PYTHON'
+import importlib.util
+present = [m for m in ("jax", "flax", "tensorflow", "seqio") if importlib.util.find_spec(m)]
+assert not present, f"expected an environment without {present}"
+PYTHON
+.venv-calibrate/bin/python -m pytest -p no:cacheprovider tests/calibrate
+
+echo "== tests"
+exec .venv-test/bin/python -m pytest "$@"
