@@ -115,7 +115,10 @@ def init_state(
 
 
 def make_train_step(
-  module: network.Transformer, config: TrainConfig, objective: objectives.Objective, params: Params
+  module: network.Transformer,
+  config: TrainConfig,
+  objective: objectives.Objective,
+  params: Params,
 ) -> Callable[[TrainState, batches.Batch], tuple[TrainState, objectives.BatchMetrics]]:
   """The jitted update; the gradient is that of the mean loss over real tokens."""
   optimizer = make_optimizer(config, objective, params)
@@ -152,45 +155,44 @@ def make_eval_fn(
   return evaluate
 
 
-class BestSoFar:
-  """Early stopping on a validation scalar; its history lives in a JSON file beside the run."""
+class History:
+  """Validations so far, for early stopping; kept in a JSON file beside the run."""
 
   def __init__(self, path: pathlib.Path, metric: str, patience: int | None):
     self._path, self._metric, self._patience = path, metric, patience
-    self.history: list[dict[str, float]] = []
+    self.entries: list[dict[str, float]] = []
     if path.exists():
-      self.history = json.loads(path.read_text())
+      self.entries = json.loads(path.read_text())
 
   def update(self, step: int, scalars: dict[str, float]) -> bool:
     """Records a validation; True where it is the best so far."""
-    self.history = [entry for entry in self.history if entry["step"] < step]
-    self.history.append({"step": step, **scalars})
-    write_text(self._path, json.dumps(self.history, indent=1))
-    return self._best_index() == len(self.history) - 1
+    self.truncate(step - 1)
+    self.entries.append({"step": step, **scalars})
+    write_text(self._path, json.dumps(self.entries, indent=1))
+    return self._best_index() == len(self.entries) - 1
 
   def should_stop(self) -> bool:
-    if self._patience is None or not self.history:
+    if self._patience is None or not self.entries:
       return False
-    return len(self.history) - 1 - self._best_index() >= self._patience
+    return len(self.entries) - 1 - self._best_index() >= self._patience
 
   def truncate(self, step: int) -> None:
     """Forgets validations after the step that a run resumes from."""
-    self.history = [entry for entry in self.history if entry["step"] <= step]
+    self.entries = [entry for entry in self.entries if entry["step"] <= step]
 
   def _best_index(self) -> int:
-    values = np.array([entry.get(self._metric, np.nan) for entry in self.history])
+    values = np.array([entry.get(self._metric, np.nan) for entry in self.entries])
     if np.isnan(values).all():
       raise ValueError(
-        f"Expected `stop_metric` to be one of {sorted(self.history[-1])}. Got"
-        f" {self._metric!r}."
+        f"Expected `stop_metric` to be one of {sorted(self.entries[-1])}. Got {self._metric!r}."
       )
-    return int(np.nanargmin(values if self._metric.startswith("loss") else -values))
+    return int(np.nanargmin(values if "loss" in self._metric else -values))
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
   """Writes to a temporary name and renames, so that a kill leaves the old file or the new."""
   partial = path.with_name(path.name + ".partial")
-  partial.write_text(text)
+  partial.write_text(text, encoding="utf-8")
   partial.replace(path)
 
 
@@ -198,6 +200,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
 class Listener:
   """What the loop tells the outside world: a progress bar, TensorBoard, or nothing."""
 
+  on_start: Callable[[int, int], None] = lambda step, num_steps: None
   on_step: Callable[[int, dict[str, float]], None] = lambda step, scalars: None
   on_eval: Callable[[int, dict[str, float]], None] = lambda step, scalars: None
 
@@ -215,7 +218,7 @@ def fit(
   """Trains to `config.num_steps`, resuming from the newest checkpoint in `output_dir`.
 
   Args:
-    state: where a run without a checkpoint starts.
+    state: where a run without a checkpoint starts; donated, use what is returned.
     source: step -> batch.
     train_step: (state, batch) -> (state, metrics).
     evaluate: parameters -> validation scalars.
@@ -225,49 +228,112 @@ def fit(
 
   Returns:
     The state with the best validation scalar seen (the last one if none was measured).
+
+  Raises:
+    FloatingPointError: the loss is no longer finite; nothing of that is saved.
+    PermissionError, NotADirectoryError: `output_dir` cannot be written.
+    ValueError: `output_dir` holds a run of another model.
   """
   listener = listener or Listener()
-  output_dir.mkdir(parents=True, exist_ok=True)
-  best = BestSoFar(output_dir / "validation.json", config.stop_metric, config.patience)
-  with checkpointer(output_dir) as latest, checkpointer(output_dir, "best") as bests:
-    state = restore_latest(latest, state)
-    best.truncate(int(state.step))
-    running, seen = None, int(state.step)
-    while int(state.step) < config.num_steps and not best.should_stop():
-      state, metrics = train_step(state, source.batch(seen))
-      seen += 1
+  check_writable(output_dir)
+  with checkpointer(output_dir) as latest, checkpointer(output_dir, "best", 2) as bests:
+    keeper = _Keeper(latest, bests, evaluate, config, output_dir, listener)
+    state = keeper.resume(state)
+    step, running = int(state.step), None
+    listener.on_start(step, config.num_steps)
+    while step < config.num_steps and not keeper.history.should_stop():
+      state, metrics = train_step(state, source.batch(step))
+      step += 1
       running = metrics if running is None else running + metrics
-      if seen % config.log_every == 0 or seen == config.num_steps:
-        scalars = running.scalars()
-        _check_finite(scalars["loss"], seen, output_dir)
-        listener.on_step(seen, scalars)
+      at_validation = step % config.eval_every == 0 or step == config.num_steps
+      # A window never crosses a checkpoint: a resumed run reports the same windows.
+      if step % config.log_every == 0 or at_validation:
+        keeper.report(step, running.scalars())
         running = None
-      if seen % config.eval_every == 0 or seen == config.num_steps:
-        scalars = evaluate(state.params)
-        listener.on_eval(seen, scalars)
-        if scalars and best.update(seen, scalars):
-          save(bests, seen, {"params": state.params})
-        save(latest, seen, state)
-    step = bests.latest_step()
+      if at_validation:
+        keeper.validate_and_save(step, state)
+    return keeper.best(state)
+
+
+@dataclasses.dataclass
+class _Keeper:
+  """What a run writes: checkpoints (the newest and the best) and its validations."""
+
+  latest: Any
+  bests: Any
+  evaluate: Callable[[Params], dict[str, float]]
+  config: TrainConfig
+  output_dir: pathlib.Path
+  listener: Listener
+
+  def __post_init__(self):
+    path = self.output_dir / "validation.json"
+    self.history = History(path, self.config.stop_metric, self.config.patience)
+
+  def resume(self, state: TrainState) -> TrainState:
+    step = self.latest.latest_step()
+    if step is not None:
+      state = restore(self.latest, step, state)
+    reached = int(state.step)
+    self.history.truncate(reached)
+    # Killed between the best checkpoint and the newest: the best will be made again.
+    for ahead in [step for step in self.bests.all_steps() if step > reached]:
+      self.bests.delete(ahead)
+    return state
+
+  def report(self, step: int, scalars: dict[str, float]) -> None:
+    self._check_finite("training", scalars, step)
+    self.listener.on_step(step, scalars)
+
+  def validate_and_save(self, step: int, state: TrainState) -> None:
+    scalars = self.evaluate(state.params)
+    self._check_finite("validation", scalars, step)
+    self.listener.on_eval(step, scalars)
+    if scalars and self.history.update(step, scalars):
+      save(self.bests, step, {"params": state.params})
+    save(self.latest, step, state)
+
+  def best(self, state: TrainState) -> TrainState:
+    step = self.bests.latest_step()
     if step is None:
       return state
-    restored = restore(bests, step, {"params": state.params})
-    return state.replace(params=restored["params"])
+    return state.replace(params=restore(self.bests, step, {"params": state.params})["params"])
+
+  def _check_finite(self, which: str, scalars: dict[str, float], step: int) -> None:
+    loss = scalars.get("loss", 0.0)
+    if not np.isfinite(loss):
+      raise FloatingPointError(
+        f"Expected a finite {which} loss. Got {loss} by step {step}; lower the learning rate"
+        f" (`training.Schedule.peak`) and run again: training resumes from the last checkpoint"
+        f" in {self.output_dir}."
+      )
 
 
-def _check_finite(loss: float, step: int, output_dir: pathlib.Path) -> None:
-  if not np.isfinite(loss):
-    raise FloatingPointError(
-      f"Expected a finite training loss. Got {loss} by step {step}; lower the learning rate"
-      f" and run again: training resumes from the last checkpoint in {output_dir}."
-    )
+def check_writable(output_dir: pathlib.Path) -> None:
+  """Makes the folder, and refuses one that nothing can be written to before hours are spent.
+
+  Raises:
+    OSError: says which folder, and what to do.
+  """
+  try:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    probe = output_dir / ".writable"
+    probe.touch()
+    probe.unlink()
+  except OSError as error:
+    raise type(error)(
+      f"Expected `output_dir` to be a folder that can be written. Got {str(output_dir)!r}"
+      f" ({error.strerror}); choose another or change its permissions."
+    ) from error
 
 
-def checkpointer(output_dir: pathlib.Path, name: str = "checkpoints"):
-  """An Orbax manager that keeps the newest checkpoint (the best one, for name 'best')."""
+def checkpointer(output_dir: pathlib.Path, name: str = "checkpoints", max_to_keep: int = 1):
+  """An Orbax manager of one folder of the run; checkpoints appear whole or not at all."""
   import orbax.checkpoint as ocp
 
-  options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+  options = ocp.CheckpointManagerOptions(
+    max_to_keep=max_to_keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+  )
   return ocp.CheckpointManager((output_dir / name).absolute(), options=options)
 
 
@@ -279,13 +345,19 @@ def save(manager, step: int, tree: Any) -> None:
 
 
 def restore(manager, step: int, like: Any) -> Any:
-  """The checkpoint of a step, with the structure and shapes of `like`."""
+  """The checkpoint of a step, with the structure and shapes of `like`.
+
+  Raises:
+    ValueError: it holds another structure or other shapes.
+  """
   import orbax.checkpoint as ocp
 
   abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-  return manager.restore(step, args=ocp.args.StandardRestore(abstract))
-
-
-def restore_latest(manager, state: TrainState) -> TrainState:
-  step = manager.latest_step()
-  return state if step is None else restore(manager, step, state)
+  try:
+    return manager.restore(step, args=ocp.args.StandardRestore(abstract))
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"Expected {str(manager.directory)!r} to hold a run of this model and optimizer. Got"
+      f" another's at step {step} ({str(error)[:200]}); give another `output_dir`, or the"
+      " configuration that it was started with."
+    ) from error

@@ -1,0 +1,186 @@
+"""What each training stage minimises and touches."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import traverse_util
+
+from calm import losses, network, objectives, training
+from tests import toys
+
+TOY = toys.Config(num_decoder_layers=3, num_encoder_layers=1)
+
+
+def model_of(toy=TOY, dropout_rate=0.0):
+  config = network.T5Config(
+    **toys.network_fields(toy), dropout_rate=dropout_rate, one_hot_embedding=False
+  )
+  params = jax.tree.map(jnp.asarray, toys.params(toy, seed=1, sharpness=1.0))
+  return network.Transformer(config), params
+
+
+def batch_of(seed=2, batch=4):
+  rows = lambda seed, length: jnp.asarray(
+    toys.prompts(seed, batch=batch, length=length, num_pieces=TOY.num_pieces)
+  )
+  targets = rows(seed + 1, 6)
+  return {
+    "encoder_input_tokens": rows(seed, 7),
+    "decoder_input_tokens": jnp.pad(targets[:, :-1], ((0, 0), (1, 0))),
+    "decoder_target_tokens": targets,
+    "decoder_loss_weights": (targets > 0).astype(jnp.float32),
+  }
+
+
+def layer_losses(module, params, batch):
+  """Mean NLL of each layer by the network's own logits, one layer at a time."""
+  bound = module.bind({"params": params})
+  hidden = bound.hidden_states(
+    batch["encoder_input_tokens"],
+    batch["decoder_input_tokens"],
+    batch["decoder_target_tokens"],
+  )
+  weights = np.asarray(batch["decoder_loss_weights"])
+  values = []
+  for layer in range(1, hidden.shape[0] + 1):
+    logits = jax.nn.log_softmax(bound.decoder.logits(hidden[layer - 1], layer))
+    picked = np.take_along_axis(
+      np.asarray(logits), np.asarray(batch["decoder_target_tokens"])[..., None], -1
+    )
+    values.append(-float((picked[..., 0] * weights).sum()))
+  return np.array(values)
+
+
+@pytest.mark.parametrize(
+  "options", [{}, {"logits_via_embedding": True}, {"per_layer_heads": True}]
+)
+def test_stage_one_is_equation_6_over_the_networks_own_heads(options):
+  toy = toys.Config(num_decoder_layers=3, num_encoder_layers=1, **options)
+  module, params = model_of(toy)
+  batch = batch_of()
+  loss, metrics = objectives.LayerWeighted(z_loss=0.0).loss(module, params, batch, None)
+  expected = layer_losses(module, params, batch)
+  np.testing.assert_allclose(metrics.cross_entropy, expected, rtol=1e-4)
+  np.testing.assert_allclose(loss, expected @ np.array([1, 2, 3]) / 6, rtol=1e-4)
+  assert int(metrics.weight) == int((batch["decoder_target_tokens"] > 0).sum())
+
+
+def test_sampled_layers_are_an_unbiased_estimate(monkeypatch):
+  # The expectation over what may be drawn, each with its probability, is computed exactly.
+  module, params = model_of()
+  batch = batch_of()
+  weights = losses.layer_weights(3)
+  sampled = objectives.LayerWeighted(sampled_layers=2)
+  drawn = {}
+  monkeypatch.setattr(jax.random, "choice", lambda *args, **kw: drawn["layers"])
+  expectation = 0.0
+  for pair in itertools.product(range(3), repeat=2):
+    drawn["layers"] = jnp.array(pair)
+    loss, _ = sampled.loss(module, params, batch, jax.random.key(0))
+    expectation += weights[pair[0]] * weights[pair[1]] * float(loss)
+  everything, _ = objectives.LayerWeighted().loss(module, params, batch, None)
+  np.testing.assert_allclose(expectation, everything, rtol=1e-5)
+
+
+def test_layers_are_drawn_with_the_weights_of_equation_6():
+  module, params = model_of()
+  batch = batch_of(batch=2)
+  sampled = objectives.LayerWeighted(sampled_layers=64)
+  one = jax.jit(lambda key: sampled.loss(module, params, batch, key)[1].layer_weight)
+  counts = sum(np.asarray(one(jax.random.key(seed))) for seed in range(8))
+  # 512 draws: standard deviations of at most 0.022.
+  np.testing.assert_allclose(counts / counts.sum(), losses.layer_weights(3), atol=0.08)
+
+
+@pytest.mark.parametrize("sampled_layers", [None, 2])
+def test_stage_one_with_per_layer_heads_trains_every_sampled_head(sampled_layers):
+  toy = toys.Config(num_decoder_layers=3, num_encoder_layers=1, per_layer_heads=True)
+  module, params = model_of(toy)
+  objective = objectives.LayerWeighted(sampled_layers=sampled_layers)
+  loss = lambda p, key: objective.loss(module, p, batch_of(), key)
+  gradients, metrics = jax.grad(loss, has_aux=True)(params, jax.random.key(1))
+  names = ["logits_dense_0", "logits_dense_1", "logits_dense"]
+  moved = [bool(jnp.any(gradients["decoder"][name]["kernel"] != 0)) for name in names]
+  assert moved == (np.asarray(metrics.layer_weight) > 0).tolist()
+
+
+def gradients_by_path(objective, module, params, batch):
+  loss = lambda p: objective.loss(module, p, batch, jax.random.key(0))[0]
+  return traverse_util.flatten_dict(jax.grad(loss)(params))
+
+
+@pytest.mark.parametrize("loss", [losses.classifier_loss, losses.geometric_classifier_loss])
+@pytest.mark.parametrize("per_layer_heads", [False, True])
+def test_gradients_of_stage_two_are_exactly_zero_outside_the_classifier(loss, per_layer_heads):
+  toy = toys.Config(num_decoder_layers=3, num_encoder_layers=1, per_layer_heads=per_layer_heads)
+  module, params = model_of(toy, dropout_rate=0.5)
+  objective = objectives.ExitClassifier(loss)
+  for path, gradient in gradients_by_path(objective, module, params, batch_of()).items():
+    assert bool(jnp.any(gradient != 0)) == ("exit_classifier" in path), path
+
+
+def train(objective, module, params, steps=3):
+  optimizer = lambda rate: optax.adamw(rate, weight_decay=0.1)
+  config = training.TrainConfig(
+    num_steps=steps, schedule=training.Schedule(0.05, 1), optimizer=optimizer
+  )
+  step = training.make_train_step(module, config, objective, params)
+  state = training.init_state(jax.tree.map(jnp.copy, params), config, objective)
+  for seed in range(steps):
+    state, _ = step(state, batch_of(seed))
+  return traverse_util.flatten_dict(state.params)
+
+
+@pytest.mark.parametrize(
+  ("objective", "classifier_moves"),
+  [(objectives.ExitClassifier(), True), (objectives.LayerWeighted(), False)],
+)
+def test_weight_decay_never_reaches_what_a_stage_freezes(objective, classifier_moves):
+  module, params = model_of()
+  with jax.numpy_dtype_promotion("standard"):  # optax's own code promotes
+    trained = train(objective, module, params)
+  for path, before in traverse_util.flatten_dict(params).items():
+    if ("exit_classifier" in path) != classifier_moves:
+      np.testing.assert_array_equal(trained[path], before, err_msg=str(path))
+    else:
+      assert np.any(np.asarray(trained[path]) != np.asarray(before)), path
+
+
+def test_stage_two_reads_what_inference_reads():
+  module, params = model_of()
+  batch = batch_of()
+  _, metrics = objectives.ExitClassifier().loss(module, params, batch, None)
+  bound = module.bind({"params": params})
+  hidden = bound.hidden_states(
+    batch["encoder_input_tokens"],
+    batch["decoder_input_tokens"],
+    batch["decoder_target_tokens"],
+  )
+  logits = [np.asarray(bound.decoder.logits(h, i + 1)).argmax(-1) for i, h in enumerate(hidden)]
+  real = np.asarray(batch["decoder_loss_weights"])
+  exits = np.stack([np.asarray(bound.decoder.exit_logits(h)) for h in hidden]) > 0
+  hits = (exits == (np.stack(logits) == logits[-1])) * real
+  np.testing.assert_array_equal(metrics.correct, hits.sum((1, 2)))
+
+
+def test_dropout_needs_a_key_and_is_off_without():
+  module, params = model_of(dropout_rate=0.5)
+  objective = objectives.LayerWeighted()
+  value = lambda key: float(objective.loss(module, params, batch_of(), key)[0])
+  assert value(None) == value(None)
+  assert value(jax.random.key(0)) != value(jax.random.key(1))
+
+
+def test_metrics_add_up_to_means_and_leave_out_layers_never_seen():
+  make = lambda loss, weight, seen: objectives.BatchMetrics(
+    *map(jnp.asarray, (loss, weight)),
+    cross_entropy=jnp.array([seen, 0.0]),
+    correct=jnp.array([1.0, 0.0]),
+    layer_weight=jnp.array([weight, 0.0]),
+  )
+  scalars = (make(6.0, 2.0, 4.0) + make(2.0, 2.0, 0.0)).scalars()
+  assert scalars == {"loss": 2.0, "loss/layer_1": 1.0, "accuracy/layer_1": 0.5}

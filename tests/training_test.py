@@ -1,0 +1,222 @@
+"""The trainer: exact after SIGKILL, stops early, and says what is wrong."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
+
+from calm import batches, network, objectives, training
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def lenient_promotion():
+  with jax.numpy_dtype_promotion("standard"):  # optax's own code promotes
+    yield
+
+
+@dataclasses.dataclass
+class Toy:
+  """All that a run of a tiny network needs; also the script that is killed below."""
+
+  config: training.TrainConfig
+
+  def __post_init__(self):
+    rng = np.random.default_rng(0)
+    texts = [[*rng.integers(3, 20, n).tolist(), 1] for n in rng.integers(2, 9, 24)]
+    sequences = batches.Ragged(texts)
+    bucket = (batches.Bucket(10, 10),)
+    self.source = batches.Supervised(sequences, sequences, bucket, 4, seed=1)
+    self.module = network.Transformer(
+      network.T5Config(
+        vocab_size=20, emb_dim=8, num_heads=1, head_dim=8, mlp_dim=8, dropout_rate=0.1,
+        num_encoder_layers=1, num_decoder_layers=2, one_hot_embedding=False,
+      )
+    )  # fmt: skip
+    self.objective = objectives.LayerWeighted(sampled_layers=1)
+    self.losses = {}
+
+  def fit(self, output_dir, listener=None, evaluate=None):
+    params = training.init_params(self.module.config, seed=0)
+    step, default = compiled(self.module, self.config, self.objective, self.source.batch)
+    evaluate = evaluate or default
+    state = training.init_state(params, self.config, self.objective)
+    listener = listener or training.Listener(on_step=self.note)
+    return training.fit(
+      state, self.source, step, evaluate, self.config, output_dir=output_dir, listener=listener
+    )
+
+  def note(self, step, scalars):
+    self.losses[step] = scalars["loss"]
+
+
+_compiled = {}
+
+
+def compiled(module, config, objective, batch):
+  """Update and validation, traced once for all runs of one configuration."""
+  if (module, config) not in _compiled:
+    params = training.init_params(module.config, seed=0)
+    step = training.make_train_step(module, config, objective, params)
+    _compiled[module, config] = step, training.make_eval_fn(module, objective, [batch(0)])
+  return _compiled[module, config]
+
+
+# log_every does not divide eval_every: windows must still not cross a checkpoint.
+CONFIG = training.TrainConfig(num_steps=12, eval_every=5, log_every=3)
+
+SCRIPT = """
+import os, pathlib, signal, sys
+from calm import training
+from tests import training_test as t
+
+def note(step, scalars):
+  print(f"{step} {scalars['loss'].hex()}", flush=True)
+  if step == int(sys.argv[2]):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+t.Toy(t.CONFIG).fit(pathlib.Path(sys.argv[1]), training.Listener(on_step=note))
+"""
+
+
+def run_until_killed(output_dir, step):
+  environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+  environment["JAX_NUMPY_DTYPE_PROMOTION"] = "standard"
+  return subprocess.run(
+    [sys.executable, "-c", SCRIPT, str(output_dir), str(step)],
+    env=environment, capture_output=True, text=True, check=False, cwd=REPOSITORY,
+  )  # fmt: skip
+
+
+def windows(output):
+  pairs = [line.split() for line in output.splitlines()]
+  return {int(step): float.fromhex(loss) for step, loss in pairs}
+
+
+def leaves(state):
+  return jax.tree.leaves(jax.tree.map(np.asarray, state.params))
+
+
+def test_a_run_killed_twice_ends_as_if_it_never_was(tmp_path):
+  whole = Toy(CONFIG)
+  expected = whole.fit(tmp_path / "whole")
+  first = run_until_killed(tmp_path / "killed", 3)
+  assert first.returncode == -signal.SIGKILL, first.stderr
+  second = run_until_killed(tmp_path / "killed", 9)
+  assert second.returncode == -signal.SIGKILL, second.stderr
+  resumed = Toy(CONFIG)
+  state = resumed.fit(tmp_path / "killed")
+
+  assert list(windows(first.stdout)) == [3]  # nothing saved yet: begins again
+  assert list(windows(second.stdout)) == [3, 5, 6, 9]
+  assert list(resumed.losses) == [6, 9, 10, 12]  # from the checkpoint of step 5
+  seen = {**windows(first.stdout), **windows(second.stdout), **resumed.losses}
+  assert seen == whole.losses  # to the bit
+  for left, right in zip(leaves(state), leaves(expected), strict=True):
+    np.testing.assert_array_equal(left, right)
+  read = lambda name: json.loads((tmp_path / name / "validation.json").read_text())
+  assert read("killed") == read("whole")
+
+
+def test_killed_between_the_best_and_the_newest_checkpoint(tmp_path, monkeypatch):
+  expected = Toy(CONFIG).fit(tmp_path / "whole")
+  save = training.save
+
+  def save_and_die(manager, step, tree):
+    if step == 10 and manager.directory.name == "checkpoints":
+      raise KeyboardInterrupt
+    save(manager, step, tree)
+
+  monkeypatch.setattr(training, "save", save_and_die)
+  with pytest.raises(KeyboardInterrupt):
+    Toy(CONFIG).fit(tmp_path / "killed")
+  monkeypatch.undo()
+  state = Toy(CONFIG).fit(tmp_path / "killed")
+  for left, right in zip(leaves(state), leaves(expected), strict=True):
+    np.testing.assert_array_equal(left, right)
+
+
+def test_a_finished_run_runs_no_further(tmp_path):
+  first = Toy(CONFIG).fit(tmp_path)
+  again = Toy(CONFIG)
+  state = again.fit(tmp_path)
+  assert again.losses == {}
+  for left, right in zip(leaves(state), leaves(first), strict=True):
+    np.testing.assert_array_equal(left, right)
+
+
+def test_early_stopping_returns_the_best_parameters(tmp_path):
+  config = dataclasses.replace(CONFIG, num_steps=100, eval_every=2, patience=2)
+  values = iter([3.0, 1.0, 2.0, 1.5, 0.0])
+  kept = []
+
+  def evaluate(params):
+    kept.append(jax.tree.map(np.array, params))
+    return {"loss": next(values)}
+
+  state = Toy(config).fit(tmp_path, evaluate=evaluate)
+  assert len(kept) == 4 and int(state.step) == 8  # two validations without improvement
+  for left, right in zip(leaves(state), jax.tree.leaves(kept[1]), strict=True):
+    np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize(
+  ("metric", "values", "best"),
+  [("qa/loss", [2.0, 1.0, 3.0], 1), ("accuracy/layer_2", [0.1, 0.2, 0.3], 2)],
+)
+def test_losses_are_better_low_and_accuracies_high(tmp_path, metric, values, best):
+  history = training.History(tmp_path / "validation.json", metric, None)
+  improved = [history.update(step, {metric: value}) for step, value in enumerate(values)]
+  assert max(step for step, is_best in enumerate(improved) if is_best) == best
+
+
+def test_an_unknown_stop_metric_lists_the_known_ones(tmp_path):
+  history = training.History(tmp_path / "validation.json", "bleu", 1)
+  with pytest.raises(ValueError, match=r"`stop_metric`.*'loss'.*'bleu'"):
+    history.update(1, {"loss": 1.0})
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
+  config = dataclasses.replace(CONFIG, schedule=lambda steps: lambda step: jnp.nan)
+  with pytest.raises(FloatingPointError, match=r"finite .* loss. Got nan by step 3; lower the"):
+    Toy(config).fit(tmp_path)
+  assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_validation_that_is_not_finite_is_not_saved(tmp_path):
+  with pytest.raises(FloatingPointError, match="finite validation loss"):
+    Toy(CONFIG).fit(tmp_path, evaluate=lambda params: {"loss": float("inf")})
+  assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(OSError, match=r"`output_dir` to be a folder that can be written. Got .*"):
+    training.check_writable(tmp_path / "file" / "run")
+
+
+def test_another_model_in_the_folder_is_refused(tmp_path):
+  Toy(CONFIG).fit(tmp_path)
+  other = Toy(CONFIG)
+  wider = dataclasses.replace(other.module.config, mlp_dim=12)
+  other.module = network.Transformer(wider)
+  with pytest.raises(ValueError, match="give another `output_dir`"):
+    other.fit(tmp_path)
+
+
+def test_schedule_warms_up_and_decays():
+  rate = training.Schedule(peak=0.1, warmup_steps=10, final_fraction=0.1)(100)
+  np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(100)], [0, 0.05, 0.1, 0.01])
+  short = training.Schedule(peak=0.1, warmup_steps=10)(1)
+  assert np.isfinite(float(short(0)))
