@@ -25,9 +25,11 @@ def describe(calibration: "Calibration") -> str:
       f" it meets any tolerance by definition. {calibration.reason}"
     )
   loss = _KINDS.get(calibration.kind, "loss").format(metric=calibration.metric)
+  # A sequential run may stop before it has used them all.
+  most = "at most " if calibration.sequential else ""
   sentences = [
     f"With probability at least {1.0 - calibration.error_rate:.10g} over the draw of the"
-    f" {calibration.num_examples} calibration {unit}, decoding with threshold"
+    f" {most}{calibration.num_examples} calibration {unit}, decoding with threshold"
     f" {calibration.threshold:.10g} has an expected {loss} of at most"
     f" {calibration.tolerance:.10g}.",
     f"This is a mean over {unit} drawn like those: it says nothing of any single prompt, nor of"

@@ -129,7 +129,7 @@ def test_rounding_at_the_ends_is_no_error():
 
 
 def test_declared_binary_is_held_to_it_and_references_are_needed():
-  with pytest.raises(ValueError, match="declared binary but gave 0.5"):
+  with pytest.raises(ValueError, match=r"declared binary but gave 0.5"):
     metrics.Metric("bad", half, binary=True)("a", ["b"])
   with pytest.raises(ValueError, match="`references` must hold at least one text"):
     HALF("a", [])

@@ -357,7 +357,7 @@ def test_levels_of_bets_are_checked():
     {"error_rate": 0.0},
     {"error_rate": 1},
   ):
-    with pytest.raises(ValueError, match="`tolerance` must be|`error_rate` must be"):
+    with pytest.raises(ValueError, match=r"`tolerance` must be|`error_rate` must be"):
       p_values.betting([0.0], **{"tolerance": 0.1, **changes})
   with pytest.raises(ValueError, match="`planned_size` must be at least the number of losses"):
     p_values.betting([0.0, 0.0], 0.1, planned_size=1)

@@ -79,7 +79,7 @@ def test_errors():
   bare = type(made)(rows, made.thresholds, made.records, made.full)
   with pytest.raises(ValueError, match=r"1 have none, first \['id-000'\]"):
     sequence_losses.risk_losses(bare)
-  with pytest.raises(ValueError, match="`kind` must be one of .* got 'other'"):
+  with pytest.raises(ValueError, match=r"`kind` must be one of .* got 'other'"):
     sequence_losses.compute(made, "other")
   with pytest.raises(ValueError, match="whole corpus"):
     sequence_losses.textual_losses(made, metric="bleu")

@@ -31,7 +31,7 @@ def joint_laws():
 def test_family_wise_error_by_enumeration(name, tolerance):
   """Every outcome of 5 prompts, for laws with every pattern of true and false hypotheses."""
   error_rate, size = 0.2, 5
-  for count, law in joint_laws():
+  for _, law in joint_laws():
     # Move the law so that every hypothesis sits at, above or below its boundary.
     vectors, chances = np.array(list(law)), np.array(list(law.values()))
     means = chances @ vectors

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -39,7 +40,7 @@ def test_any_other_grid_is_refused(values):
   good = (
     len(values) > 0
     and all(0.0 <= v <= 1.0 for v in values)
-    and all(a > b for a, b in zip(values, values[1:], strict=False))
+    and all(a > b for a, b in itertools.pairwise(values))
   )
   if good:
     thresholds.validate_grid(values)

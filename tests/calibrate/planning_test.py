@@ -1,0 +1,79 @@
+import doctest
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calm.calibrate import SequenceLosses, Support, p_values, planning
+from tests.calibrate import laws
+
+
+@given(st.floats(0.01, 0.9), st.floats(0.001, 0.5))
+def test_it_is_exactly_where_losses_of_zero_certify(tolerance, error_rate):
+  size = planning.min_calibration_size(tolerance, error_rate)
+  level = math.log(error_rate) + 1e-8
+  assert p_values.binomial(0, size, tolerance, log=True) <= level
+  assert size == 1 or p_values.binomial(0, size - 1, tolerance, log=True) > level - 2e-8
+  assert p_values.convex_order(0, size, tolerance, log=True) <= level
+
+
+def test_numbers_of_the_literature_and_of_signed_losses():
+  assert doctest.testmod(planning).failed == 0
+  found = [planning.min_calibration_size(d, 0.05) for d in (0.02, 0.05, 0.1, 0.25)]
+  assert found == [149, 59, 29, 11]
+  assert planning.min_calibration_size(0.1, 0.05, lower=-1.0) == 4  # log 0.05 / log 0.45
+  assert planning.min_calibration_size(0.5, 0.25) == 2  # exactly log 0.25 / log 0.5
+  assert planning.min_calibration_size(0.5, 0.9) == 1
+
+
+@pytest.mark.parametrize(
+  "arguments", [(0.0, 0.05), (1.0, 0.05), (math.nan, 0.05), (0.1, 0.0), (0.1, 1.0)]
+)
+def test_arguments_are_checked(arguments):
+  with pytest.raises(ValueError, match=r"`tolerance` must be|`error_rate` must be"):
+    planning.min_calibration_size(*arguments)
+
+
+def test_refusals_say_how_many_would_do():
+  assert planning.refusal(29, 0.1, 0.05) == ""
+  assert "at least 29 are needed" in planning.refusal(28, 0.1, 0.05)
+  assert planning.refusal(28, 0.1, 0.05, lower=-1.0) == ""
+
+
+def pilot(means=(0.02, 0.05, 0.3), **fields):
+  generator = np.random.default_rng(0)
+  values = np.stack([laws.mostly_zero(generator, mean, 400) for mean in means], axis=1)
+  return SequenceLosses(values, np.array([0.9, 0.6, 0.3]), **fields)
+
+
+def test_power_grows_with_the_size_and_falls_along_the_grid():
+  curve = planning.power_curve(
+    pilot(), [20, 100, 400], tolerance=0.1, error_rate=0.05, draws=60
+  )
+  assert curve.power.shape == (3, 3)
+  assert np.all(np.diff(curve.power, axis=1) <= 0.0)  # fixed sequence: a prefix each time
+  assert curve.power[0, 0] < 0.2 < 0.9 < curve.power[2, 0] and np.all(curve.power[:, 2] == 0.0)
+  assert curve.size_for(0.9) in (100, 400) and curve.size_for(0.3) is None
+  assert str(curve).splitlines()[0].split() == ["prompts", "0.9", "0.6", "0.3"]
+  assert len(str(curve).splitlines()) == 4
+  again = planning.power_curve(
+    pilot(), [20, 100, 400], tolerance=0.1, error_rate=0.05, draws=60
+  )
+  np.testing.assert_array_equal(again.power, curve.power)
+
+
+def test_power_of_signed_losses_by_the_paper_clips_them():
+  values = pilot().values - 0.04
+  signed = SequenceLosses(values, np.array([0.9, 0.6, 0.3]), support=Support(lower=-1.0))
+  options = dict(tolerance=0.05, error_rate=0.05, draws=40)
+  ours = planning.power_curve(signed, [300], **options)
+  paper = planning.power_curve(signed, [300], **options, method="paper")
+  assert ours.power[0, 0] >= paper.power[0, 0]
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [10, -1]])
+def test_sizes_are_checked(sizes):
+  with pytest.raises(ValueError, match="`sizes` must be at least 1"):
+    planning.power_curve(pilot(), sizes, tolerance=0.1, error_rate=0.05)

@@ -1,0 +1,168 @@
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from calm.calibrate import (
+  NEVER_EXIT,
+  Calibration,
+  Support,
+  betting,
+  calibrate,
+  p_values,
+  sequential,
+)
+from tests.calibrate import laws
+
+GRID = np.array([0.9, 0.7, 0.5])
+RATES = dict(tolerance=0.1, error_rate=0.05)
+
+
+def run(values, batch=16, support=None, **rates):
+  """Feeds a complete table to a test; returns (test, losses asked for per threshold)."""
+  test = sequential.SequentialCalibration(
+    GRID[: values.shape[1]], len(values), support=support, **{**RATES, **rates}
+  )
+  asked = [0] * values.shape[1]
+  while (request := test.request(batch)) is not None:
+    column = GRID.tolist().index(request.threshold)
+    assert request.start == asked[column] < request.stop <= len(values)
+    asked[column] = request.stop
+    test.add(values[request.start : request.stop, column])
+  return test, asked
+
+
+def table(means, count=400, law=laws.mostly_zero, seed=0):
+  generator = np.random.default_rng(seed)
+  return np.stack([law(generator, mean, count) for mean in means], axis=1)
+
+
+def test_the_family_wise_error_is_kept_although_we_stop_when_we_like():
+  wrong, draws = 0, 400
+  for seed in range(draws):
+    test, _ = run(table((0.1001, 0.02), 100, seed=seed), error_rate=0.2)
+    wrong += test.calibration().certified
+  assert stats.binomtest(wrong, draws, 0.2, alternative="greater").pvalue > 1e-3
+
+
+def test_it_certifies_what_the_fixed_sample_certifies_with_fewer_prompts():
+  values = table((0.01, 0.02, 0.3))
+  test, asked = run(values, batch=1)
+  found = test.calibration(kind="textual", metric="rouge_l")
+  fixed = p_values.betting(values, 0.1)
+  assert found.threshold == 0.7 and found.column("rejected").tolist() == [1, 1, 0]
+  assert asked[0] < 200 and asked[1] < 300
+  for column in (0, 1):
+    used = found.rows[column].num_examples
+    assert used == asked[column]
+    prefix = betting.log_wealth(values[:used, column], betting.Design(0.1, 0.05, 400))
+    assert prefix[-1] >= np.log(20) and np.all(prefix[:-1] < np.log(20))
+    assert found.rows[column].p_value == pytest.approx(np.exp(-prefix[-1]))
+  assert np.all(fixed[:2] <= 0.05)
+  assert "0.7 is the lowest certified threshold; 0.5 could no longer" in found.reason
+
+
+def test_nothing_is_asked_beyond_the_first_failure():
+  test, asked = run(table((0.5, 0.0, 0.0)))
+  assert asked[0] < 400 and asked[1:] == [0, 0] and test.finished
+  found = test.calibration()
+  assert found.threshold == NEVER_EXIT and found.reason.startswith("Nothing is certified")
+  assert [row.num_examples for row in found.rows[1:]] == [0, 0]
+  assert found.rows[1].p_value == 1.0 and np.isnan(found.rows[1].upper_bound)
+  assert found.visited == (0,)
+
+
+@pytest.mark.parametrize("lower", [0.0, -1.0])
+def test_hopeless_is_hopeless(lower):
+  """Wherever it gives up, the lowest losses at the largest bets would not have certified."""
+  design = betting.Design(0.1, 0.05, 60)
+  generator = np.random.default_rng(1)
+  for _ in range(50):
+    losses = laws.bernoulli(generator, 0.4, 60)
+    used, state = sequential.decide(losses, design, lower)
+    assert state in (sequential.FAILED, sequential.CERTIFIED)
+    if state == sequential.FAILED and used < 60:
+      wealth = betting.log_wealth(losses[:used], design)[-1]
+      best = wealth + (60 - used) * np.log1p(design.cap * (0.1 - lower))
+      assert best < design.target
+      # One prompt earlier it still had a chance.
+      before = betting.log_wealth(losses[: used - 1], design)[-1] if used > 1 else 0.0
+      assert before + (61 - used) * np.log1p(design.cap * (0.1 - lower)) >= design.target
+  assert sequential.decide([0.0], design, lower) == (1, sequential.OPEN)
+  assert sequential.decide(np.ones(60) * 0.09, design, lower)[1] == sequential.FAILED
+
+
+def test_bets_do_not_see_later_rows():
+  design = betting.Design(0.1, 0.05, 400)
+  values = table((0.05,))
+  bets = betting.PLUG_IN.bets(values, design)
+  for row in (1, 50, 399):
+    later = values.copy()
+    later[row:] = np.random.default_rng(row).permutation(later[row:])
+    np.testing.assert_array_equal(
+      betting.PLUG_IN.bets(later, design)[: row + 1], bets[: row + 1]
+    )
+  # ... and not how many rows came so far either, only how many are planned.
+  np.testing.assert_array_equal(betting.PLUG_IN.bets(values[:50], design), bets[:50])
+
+
+def test_batches_do_not_change_the_outcome():
+  values = table((0.01, 0.05, 0.2))
+  rows = [run(values, batch=batch)[0].calibration().rows for batch in (1, 7, 400)]
+  for other in rows[1:]:
+    for a, b in zip(rows[0], other, strict=True):
+      assert (a.threshold, a.num_examples, a.p_value) == (
+        b.threshold,
+        b.num_examples,
+        b.p_value,
+      )
+
+
+def test_signed_losses_certify_sooner():
+  values = table((-0.2,), law=laws.signed)
+  test, asked = run(values, batch=1, support=Support(lower=-1.0))
+  found = test.calibration(kind="risk_signed")
+  assert found.certified and asked[0] < 100
+  assert found.reason.startswith("Every threshold of the grid is certified.")
+
+
+def test_results_are_marked_and_honest():
+  found = run(table((0.01, 0.01, 0.01)))[0].calibration(
+    order="given", seed="ab", procedure=laws.procedure()
+  )
+  assert found.sequential and found.method == "betting" and found.threshold == 0.5
+  assert np.isnan(found.column("mean")).all()
+  assert np.all(found.column("upper_bound") < 0.2)
+  assert np.all(found.column("upper_bound") > 0.0)
+  assert found.column("adjusted_p_value").tolist() == sorted(found.column("adjusted_p_value"))
+  assert "at most 400" in found.guarantee and "order given" in found.guarantee
+  text = json.dumps(found.to_json(), allow_nan=False)
+  back = Calibration.from_json(json.loads(text))
+  assert back.rows[0].p_value == found.rows[0].p_value and back.sequential
+  assert (
+    "at most"
+    not in calibrate(table((0.01,)), [0.9], **RATES).guarantee.split("over the")[1][:60]
+  )
+
+
+def test_misuse_is_refused():
+  for changes in ({"tolerance": 0.0}, {"tolerance": 1.0}, {"error_rate": 0.0}):
+    with pytest.raises(ValueError, match=r"`tolerance` must be|`error_rate` must be"):
+      sequential.SequentialCalibration(GRID, 10, **{**RATES, **changes})
+  with pytest.raises(ValueError, match="`planned_size` at least 1"):
+    sequential.SequentialCalibration(GRID, 0, **RATES)
+  with pytest.raises(ValueError, match="descend strictly"):
+    sequential.SequentialCalibration(GRID[::-1], 10, **RATES)
+  test = sequential.SequentialCalibration(GRID, 10, **RATES)
+  with pytest.raises(ValueError, match="more than it asked for"):
+    test.add(np.zeros(11))
+  for bad in (1.5, -0.1, np.nan):
+    with pytest.raises(ValueError, match=r"declared range .* at prompt 1 of the order"):
+      test.add([0.0, bad])
+  with pytest.raises(ValueError, match="needs a finished test"):
+    test.calibration()
+  assert test.add(np.zeros(10)) == sequential.FAILED  # 10 prompts cannot certify 0.1
+  assert test.request() is None
+  with pytest.raises(ValueError, match="more than it asked for"):
+    test.add([0.0])
