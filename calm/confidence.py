@@ -6,7 +6,7 @@ residuals is lazy: a measure that never asks for logits costs no vocabulary head
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ class LayerView:
   exit_logit: Callable[[], jax.Array]
 
 
+@runtime_checkable
 class Measure(Protocol):
   """A confidence measure. `uses_head` tells that it has computed the full logits."""
 

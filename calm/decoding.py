@@ -4,15 +4,19 @@ The step is bound by `inference` (or is a toy of a few lines in a test); it turn
 token into a `exits.TokenExit` and the caches after it.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
+
+# A generation is fetched from the device whole: then its arrays are numpy's.
+AnyArray = Array | np.ndarray
 
 
 @struct.dataclass
@@ -29,11 +33,11 @@ class Generation:
       their exit layer, temperature 1, [batch] in nats.
   """
 
-  tokens: Int[Array, "batch length"]
-  exit_layers: Int[Array, "batch length"]
-  confidences: Float[Array, "batch length"]
-  rejected_confidences: Float[Array, "batch length"]
-  scores: Float[Array, " batch"]
+  tokens: Int[AnyArray, "batch length"]
+  exit_layers: Int[AnyArray, "batch length"]
+  confidences: Float[AnyArray, "batch length"]
+  rejected_confidences: Float[AnyArray, "batch length"]
+  scores: Float[AnyArray, " batch"]
 
   @property
   def num_tokens(self) -> jax.Array:
@@ -65,6 +69,7 @@ class DecodingState:
   cache: Any
 
 
+@runtime_checkable
 class Step(Protocol):
   """(current [batch], position [], active [batch], cache) -> (`exits.TokenExit`, cache)."""
 

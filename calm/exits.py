@@ -7,7 +7,7 @@ layers above write the keys and values of that state (paper section 3.2: d^k := 
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +161,7 @@ class OracleExit:
     return TokenExit(exit_logits, exit_layer, ones, jnp.zeros_like(ones), tuple(kept))
 
 
+@runtime_checkable
 class StepRule(Protocol):
   """How one token goes through the layers: `DynamicExits`, `StaticExit` or `OracleExit`."""
 

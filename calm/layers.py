@@ -97,7 +97,7 @@ class Embed(nn.Module):
 
   def attend(self, x: Float[Array, "*batch emb"]) -> Float[Array, "*batch vocab"]:
     """float32 logits of the tied head, before their scaling by 1 / sqrt(emb_dim)."""
-    return x @ jnp.asarray(self.embedding, jnp.float32).T
+    return jnp.asarray(x, jnp.float32) @ jnp.asarray(self.embedding, jnp.float32).T
 
 
 class Mlp(nn.Module):

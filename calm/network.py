@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Num
 
 from calm import layers
 
@@ -162,13 +162,12 @@ class Decoder(nn.Module):
     """Raw residuals [batch, length, emb_dim] d^1 ... d^L after each layer."""
     length = length if decode and length else tokens.shape[-1]
     bias = self.relpos_bias(length, length, False)
+    tokens = jnp.asarray(tokens, jnp.int32)
     x = self.dropout(self.shared_embedding(tokens), deterministic=deterministic)
     x = x.astype(self.config.dtype)
     hidden = []
     for layer in self.layers:
-      x = layer(
-        x, encoded, mask, cross_mask, bias, deterministic=deterministic, decode=decode
-      )
+      x = layer(x, encoded, mask, cross_mask, bias, deterministic=deterministic, decode=decode)
       hidden.append(x)
     return hidden
 
@@ -239,8 +238,8 @@ class Transformer(nn.Module):
         "Expected `encoder_input_tokens` to be of shape (batch, length)."
         f" Got {encoder_input_tokens.shape}."
       )
-    # T5X may feed float tokens when it shapes its caches.
-    tokens = encoder_input_tokens.astype(jnp.int32)
+    # T5X may feed float tokens when it shapes its caches, as to the decoder.
+    tokens = jnp.asarray(encoder_input_tokens, jnp.int32)
     mask = attention_mask(tokens > 0, tokens > 0)
     if encoder_segment_ids is not None:
       mask &= segment_mask(encoder_segment_ids, encoder_segment_ids)
@@ -270,7 +269,7 @@ class Transformer(nn.Module):
     )
     return self.decoder(
       encoded,
-      decoder_input_tokens.astype(jnp.int32),
+      decoder_input_tokens,
       mask,
       cross_mask,
       deterministic=not enable_dropout,
@@ -369,26 +368,26 @@ def attention_mask(query_valid, key_valid) -> jax.Array:
 
 def segment_mask(query_segments, key_segments) -> jax.Array:
   """Boolean [batch, 1, query_length, key_length]: both ends in one packed example."""
-  return query_segments[:, None, :, None] == key_segments[:, None, None, :]
+  return jnp.equal(query_segments[:, None, :, None], key_segments[:, None, None, :])
 
 
 def decoder_masks(
-  encoder_input_tokens: Int[Array, "batch input_length"],
-  decoder_target_tokens: Int[Array, "batch length"],
+  encoder_input_tokens: Num[ArrayLike, "batch input_length"],
+  decoder_target_tokens: Num[ArrayLike, "batch length"],
   encoder_segment_ids=None,
   decoder_segment_ids=None,
   *,
   decode: bool = False,
 ) -> tuple[jax.Array | None, jax.Array]:
   """Self-attention mask (None with a cache) and cross-attention mask."""
-  source = encoder_input_tokens > 0
+  source = jnp.asarray(encoder_input_tokens) > 0
   if decode:
     if encoder_segment_ids is not None:
       raise ValueError(
         "Expected no packing while decoding. Got `encoder_segment_ids`; unpack the batch."
       )
     return None, attention_mask(jnp.ones_like(decoder_target_tokens, bool), source)
-  target = decoder_target_tokens > 0
+  target = jnp.asarray(decoder_target_tokens) > 0
   length = target.shape[-1]
   causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
   mask = causal & attention_mask(target, target)

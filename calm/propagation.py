@@ -5,7 +5,7 @@ Knows no network: `Layers` is what a decoder offers at one position, as callable
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ class Layers:
   shared_head: bool = True
 
 
+@runtime_checkable
 class Propagation(Protocol):
   """What the layers above an exit store for that token.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 NEVER_EXIT = math.inf
 
 
+@runtime_checkable
 class Schedule(Protocol):
   """(threshold, number of tokens generated before this one) -> threshold of this token."""
 

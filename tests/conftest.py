@@ -1,14 +1,49 @@
-"""Test-wide strictness: shapes may not broadcast in rank by accident, CPU only."""
+"""Test-wide strictness: CPU only, no promotion by accident, annotated shapes are checked."""
 
+import contextlib
+import importlib.util
 import os
 import pathlib
+import sys
 
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# JAX reads these when it is first imported: fixtures of any scope are under them.
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+# Modules whose jaxtyping annotations are checked at every call (`calibrate` has none).
+CHECKED = (
+  *("confidence", "decoding", "exits", "inference", "layers", "losses", "network"),
+  *("objectives", "outputs", "programs", "prompts", "propagation", "schedules", "step"),
+)
+
+
+def _check_annotations() -> None:
+  # The calibration tests also run where none of these is installed.
+  if all(importlib.util.find_spec(name) for name in ("jax", "jaxtyping", "beartype")):
+    import jaxtyping
+
+    jaxtyping.install_import_hook([f"calm.{name}" for name in CHECKED], "beartype.beartype")
+
+
+_check_annotations()
+
+
+@pytest.fixture(autouse=True)
+def promotion(request):
+  """Strict promotion is for our functions; tests of other frameworks' code are excused."""
+  foreign = any(request.node.get_closest_marker(name) for name in ("hf", "t5x", "tf"))
+  with contextlib.ExitStack() as stack:
+    if foreign and "jax" in sys.modules:
+      import jax
+
+      stack.enter_context(jax.numpy_rank_promotion("allow"))
+      stack.enter_context(jax.numpy_dtype_promotion("standard"))
+    yield
 
 
 @pytest.fixture(scope="session")
