@@ -175,7 +175,12 @@ def _read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
         " is never opened here; save the model as safetensors with transformers first."
       )
     return tensors.read_safetensors(path)
-  weight_map = tensors.read_json(index_path)["weight_map"]
+  weight_map = tensors.read_json(index_path).get("weight_map")
+  if not weight_map:
+    raise ValueError(
+      f"Expected {index_path.name!r} to hold a `weight_map`. Got none in {str(directory)!r};"
+      " download the checkpoint again."
+    )
   weights = {}
   for name in sorted(set(weight_map.values())):
     # The index is not trusted with where to look.

@@ -6,12 +6,14 @@ train state under `state/`. Only the target's parameters are read, no optimizer 
 tensorstore, and Orbax for its format: both come with the `train` extra.
 """
 
+import contextlib
 import importlib
 import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from flax import serialization, traverse_util
 
@@ -146,21 +148,14 @@ def _read_orbax(path: pathlib.Path) -> dict[str, np.ndarray]:
   state = _orbax_state(path)
   assert state is not None
   try:
-    with ocp.PyTreeCheckpointer() as checkpointer:
-      metadata = checkpointer.metadata(state.absolute()).item_metadata
-      if metadata is None:
-        raise ValueError("its arrays are not listed")
-      target = metadata.tree["target"]
-      wanted = traverse_util.unflatten_dict(
-        {
-          name: ocp.RestoreArgs(restore_type=np.ndarray)
-          for name in traverse_util.flatten_dict(target)
-        }
-      )
-      restored = checkpointer.restore(
+    # The handler alone: a checkpointer would look for T5X's own handlers of other items.
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+      target = handler.metadata(state.absolute()).tree["target"]
+      arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
+      restored = handler.restore(
         state.absolute(),
         args=ocp.args.PyTreeRestore(
-          item={"target": target}, restore_args={"target": wanted}, partial_restore=True
+          item={"target": target}, restore_args={"target": arrays}, partial_restore=True
         ),
       )
   except (ValueError, KeyError, OSError) as error:

@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -22,10 +23,12 @@ def run(directory: pathlib.Path, inputs) -> tuple[np.ndarray, np.ndarray]:
   checkpoint = checkpoints.load(directory)
   model = network.Transformer(checkpoint.config)
   variables = {"params": checkpoint.params}
-  tokens, decoder_tokens = inputs["input_ids"], inputs["decoder_input_ids"]
+  tokens, decoder_tokens = (
+    jnp.asarray(inputs[field], jnp.int32) for field in ("input_ids", "decoder_input_ids")
+  )
   encoded = model.apply(variables, tokens, enable_dropout=False, method="encode")
   # T5X masks by targets; all of these count.
-  targets = np.ones_like(decoder_tokens)
+  targets = jnp.ones_like(decoder_tokens)
   logits = model.apply(variables, tokens, decoder_tokens, targets, enable_dropout=False)
   return np.asarray(encoded), np.asarray(logits)
 
@@ -153,6 +156,9 @@ def test_missing_shard(tmp_path):
   directory = shutil.copytree(GOLDEN / "huggingface" / "flan_t5", tmp_path / "model")
   (directory / "model-00002-of-00002.safetensors").unlink()
   with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002"):
+    checkpoints.load(directory)
+  (directory / "model.safetensors.index.json").write_text("{}")
+  with pytest.raises(ValueError, match="`weight_map`"):
     checkpoints.load(directory)
 
 

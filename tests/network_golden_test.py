@@ -35,7 +35,8 @@ def part(prefix: str) -> dict[str, np.ndarray]:
 
 def batch_of(prefix: str) -> dict[str, np.ndarray]:
   fields = part(prefix)
-  return {k: v for k, v in fields.items() if k.endswith(("tokens", "ids", "positions"))}
+  fed = ("tokens", "ids", "positions")
+  return {k: jnp.asarray(v) for k, v in fields.items() if k.endswith(fed)}
 
 
 def variables_of(name: str) -> dict:
@@ -124,7 +125,7 @@ def test_bfloat16_activations_give_the_logits_of_t5x(name):
 def test_encoder_states_are_those_of_t5x_also_beyond_the_last_position_bucket(name):
   model = network.Transformer(config_of(name))
   for kind in ("padded", "long"):
-    tokens = ARRAYS[f"{name}/{kind}/encoder_input_tokens"]
+    tokens = jnp.asarray(ARRAYS[f"{name}/{kind}/encoder_input_tokens"])
     ours = model.apply(variables_of(name), tokens, enable_dropout=False, method="encode")
     real = tokens > 0
     theirs = ARRAYS[f"{name}/{kind}/encoded"]
@@ -133,7 +134,7 @@ def test_encoder_states_are_those_of_t5x_also_beyond_the_last_position_bucket(na
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_far_into_a_long_target_are_those_of_t5x(name):
-  tokens = ARRAYS[f"{name}/long/encoder_input_tokens"]
+  tokens = jnp.asarray(ARRAYS[f"{name}/long/encoder_input_tokens"])
   batch = {
     field: tokens
     for field in ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
@@ -145,10 +146,8 @@ def test_logits_far_into_a_long_target_are_those_of_t5x(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_cached_decoding_makes_the_cache_and_the_logits_of_t5x(name):
   model, variables = network.Transformer(config_of(name)), variables_of(name)
-  inputs, tokens = (
-    ARRAYS[f"{name}/padded/encoder_input_tokens"],
-    ARRAYS[f"{name}/decode/tokens"],
-  )
+  inputs = jnp.asarray(ARRAYS[f"{name}/padded/encoder_input_tokens"])
+  tokens = jnp.asarray(ARRAYS[f"{name}/decode/tokens"])
   # T5X shapes its caches with tokens of ones, some of them float.
   ones = jnp.ones(tokens.shape, jnp.float32)
   _, made = model.apply(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -39,7 +40,7 @@ def expected() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("folder", [".", "checkpoint_7"])
 def test_parameters_are_read_bit_for_bit_and_give_the_logits_of_t5x(unpacked, name, folder):
   golden = expected()
-  tokens, logits = golden.pop("tokens"), golden.pop("logits")
+  tokens, logits = jnp.asarray(golden.pop("tokens")), golden.pop("logits")
   checkpoint = checkpoints.load(unpacked / name / folder)
   flat = parameters.flatten(checkpoint.params)
   assert flat.keys() == golden.keys()
