@@ -116,9 +116,9 @@ def pareto_test(
     risks: at least one; all on the same rows and configurations.
     costs: [num_configurations] what to make small (layers per token); must not come from the
       test rows.
-    optimization_rows: row numbers of the optimization split; all other rows are tested, in the
-      order in which they stand, so that the two are disjoint whatever is passed. With clusters,
-      pass whole clusters.
+    optimization_rows: row numbers (or a mask) of the optimization split; all other rows are
+      tested, in the order in which they stand, so that the two are disjoint whatever is passed.
+      With clusters, pass whole clusters.
     error_rate: epsilon, in (0, 1).
 
   Raises:
@@ -134,7 +134,8 @@ def pareto_test(
       f" {costs.shape}."
     )
   chosen_rows = np.zeros(shape[0], bool)
-  chosen_rows[np.asarray(optimization_rows)] = True
+  picked = np.asarray(optimization_rows)
+  chosen_rows[picked if picked.dtype == bool else picked.astype(np.int64)] = True
   first, second = np.flatnonzero(chosen_rows), np.flatnonzero(~chosen_rows)
   if not len(first) or not len(second):
     raise ValueError(

@@ -6,7 +6,8 @@ Lowering the threshold changes nothing as long as no earlier layer would now exi
     the sequence is the same  iff  rejected_confidences[t] < threshold at the new setting, all t
 
 Up to the first t where this fails everything is the same, caches included; decoding goes on
-there. Comparisons are in float32, as in the decoder.
+there. Comparisons are in float32, as in the decoder. A refusal of 0 may also mean that nothing
+was refused, so at threshold 0 less is kept than could be.
 """
 
 import dataclasses

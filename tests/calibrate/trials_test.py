@@ -69,7 +69,7 @@ def test_split_trials_report_risk_layers_and_spread():
 
 
 def test_clusters_never_stand_on_both_sides():
-  """Copies of one prompt in both parts would make the test part look like the calibration part."""
+  """Copies of one prompt in both parts would make both look alike."""
   losses = pool(count=60)
   groups = [f"g{i // 6}" for i in range(60)]
   seen = []

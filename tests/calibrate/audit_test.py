@@ -1,0 +1,181 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from calm.calibrate import Support, audit
+from calm.calibrate.records import GenerationsError
+from tests.calibrate import laws
+
+
+def watch(**changes):
+  fields = dict(tolerance=0.1, alarm_level=0.05, sampling_rate=0.5, seed="coin")
+  return audit.Watch(**{**fields, **changes})
+
+
+def final(losses, watched):
+  wealth = audit.Wealth()
+  for loss in losses:
+    wealth = wealth.after(float(loss), watched)
+  return wealth
+
+
+@pytest.mark.parametrize(
+  ("values", "chances"),
+  [
+    ((0.0, 1.0), (0.7, 0.3)),
+    ((0.0, 0.5, 1.0), (0.5, 0.4, 0.1)),
+    ((-1.0, 0.0, 1.0), (0.2, 0.5, 0.3)),
+  ],
+)
+def test_false_alarms_by_enumeration(values, chances):
+  """At the boundary wealth is a martingale, so it ever reaches 1 / u with chance at most u."""
+  size = 7
+  mean = float(np.dot(values, chances))
+  watched = watch(tolerance=mean, support=Support(lower=min(values)))
+  ends, peaks, weights = [], [], []
+  for path in itertools.product(range(len(values)), repeat=size):
+    wealth = final(np.array(values)[list(path)], watched)
+    ends.append(math.exp(wealth.log_wealth))
+    peaks.append(math.exp(wealth.highest))
+    weights.append(np.prod(np.array(chances)[list(path)]))
+  weights, peaks = np.array(weights), np.array(peaks)
+  assert np.dot(ends, weights) == pytest.approx(1.0)
+  for level in (0.05, 0.2, 0.5, 0.8):
+    assert weights[peaks >= 1 / level].sum() <= level + 1e-12
+
+
+@pytest.mark.parametrize("law", [laws.bernoulli, laws.mostly_zero, laws.signed])
+def test_alarms_are_rare_while_the_promise_holds_and_sure_when_it_does_not(law):
+  support = Support(lower=-1.0 if law is laws.signed else 0.0)
+  watched = watch(alarm_level=0.1, support=support)
+  for mean, expect_alarm in ((0.1, False), (0.35, True)):
+    generator = np.random.default_rng(3)
+    alarms = 0
+    for _ in range(60):
+      wealth = final(law(generator, mean, 300), watched)
+      alarms += wealth.highest >= math.log(10)
+    if expect_alarm:
+      assert alarms >= 55
+    else:
+      assert stats.binomtest(alarms, 60, 0.1, alternative="greater").pvalue > 1e-3
+
+
+def test_a_good_past_does_not_hide_a_bad_present():
+  generator = np.random.default_rng(0)
+  losses = np.concatenate(
+    [laws.bernoulli(generator, 0.02, 3000), laws.bernoulli(generator, 0.4, 600)]
+  )
+  assert final(losses[:3000], watch()).highest < math.log(20)
+  assert final(losses, watch()).highest >= math.log(20)
+
+
+def test_wealth_stays_positive_at_the_lowest_losses():
+  for lower in (0.0, -1.0):
+    watched = watch(support=Support(lower=lower))
+    assert math.isfinite(final([1.0] * 5 + [lower] * 500, watched).log_wealth)
+    cap = 0.5 / (0.1 - lower)
+    assert audit.Wealth(mean=0.2, square=0.04).bet(watched) == pytest.approx(cap)
+
+
+def test_bets_by_hand():
+  watched = watch(tolerance=0.1)
+  assert audit.Wealth().bet(watched) == 0.0
+  wealth = audit.Wealth(mean=0.2, square=0.25)
+  assert wealth.bet(watched) == pytest.approx(0.1 / (0.25 - 0.04 + 0.01))
+  after = wealth.after(1.0, watched)
+  assert after.log_wealth == pytest.approx(math.log(1 + 0.1 / 0.22 * 0.9))
+  assert after.mean == pytest.approx(0.6) and after.square == pytest.approx(0.625)
+
+
+def test_the_coin_is_fair_recorded_and_blind():
+  for rate in (0.1, 0.5):
+    watched = watch(sampling_rate=rate)
+    flips = [watched.sampled(number) for number in range(4000)]
+    assert stats.binomtest(sum(flips), 4000, rate).pvalue > 1e-4
+    assert flips == [watched.sampled(number) for number in range(4000)]
+  assert all(watch(sampling_rate=1.0).sampled(number) for number in range(100))
+  other = [watch(seed="other").sampled(number) for number in range(100)]
+  assert other != [watch().sampled(number) for number in range(100)]
+
+
+def test_state_survives_restarts_and_kills(tmp_path):
+  path = tmp_path / "audit.jsonl"
+  watched = watch(calibration_digest="abc")
+  generator = np.random.default_rng(0)
+  monitor = audit.open_monitor(path, watched)
+  plain = audit.Wealth()
+  for step in range(200):
+    number, check = monitor.serve()
+    assert number == step and check == watched.sampled(number)
+    if check:
+      loss = float(generator.random() < 0.3)
+      monitor.record(number, loss)
+      plain = plain.after(loss, watched)
+    if step % 50 == 7:
+      path.write_bytes(path.read_bytes() + b'{"served": 9')  # killed while it wrote
+      monitor = audit.open_monitor(path, watched)
+  assert monitor.wealth == plain and monitor.served == 200
+  assert monitor.p_value == pytest.approx(math.exp(-plain.highest))
+  assert monitor.alarm == (plain.highest >= math.log(20)) and "ALARM" in repr(monitor)
+  assert "quiet" in repr(audit.open_monitor(tmp_path / "new.jsonl", watched))
+
+
+def test_late_losses_count_in_the_order_of_serving(tmp_path):
+  monitor = audit.open_monitor(tmp_path / "a.jsonl", watch(sampling_rate=1.0))
+  for _ in range(3):
+    monitor.serve()
+  monitor.record(2, 1.0)
+  assert monitor.wealth == audit.Wealth() and monitor.waiting == (0, 1, 2)
+  monitor.record(0, 0.0)
+  assert monitor.wealth.count == 1 and monitor.waiting == (1, 2)
+  monitor.record(1, 0.5)
+  assert monitor.wealth == final([0.0, 0.5, 1.0], monitor.watch) and monitor.waiting == ()
+  again = audit.open_monitor(tmp_path / "a.jsonl", watch(sampling_rate=1.0))
+  assert again.wealth == monitor.wealth
+
+
+def test_misuse_is_refused(tmp_path):
+  monitor = audit.open_monitor(tmp_path / "a.jsonl", watch(sampling_rate=1.0))
+  monitor.serve()
+  for number, loss, message in (
+    (5, 0.0, "`number` must be a sampled prompt"),
+    (0, 1.5, "`loss` must lie in the declared range"),
+    (0, math.nan, "`loss` must lie in the declared range"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      monitor.record(number, loss)
+  monitor.record(0, 0.0)
+  with pytest.raises(ValueError, match="`number`"):
+    monitor.record(0, 0.0)
+  for changes in (
+    {"tolerance": 0.0},
+    {"tolerance": 1.0},
+    {"alarm_level": 1.0},
+    {"sampling_rate": 0.0},
+    {"sampling_rate": 1.1},
+    {"tolerance": -1.0, "support": Support(lower=-1.0)},
+  ):
+    with pytest.raises(ValueError, match=r"must be in \("):
+      watch(**changes)
+
+
+def test_damage_is_named(tmp_path):
+  path = tmp_path / "a.jsonl"
+  audit.open_monitor(path, watch()).serve()
+  with pytest.raises(GenerationsError, match=r"a.jsonl:1: holds another watch"):
+    audit.open_monitor(path, watch(tolerance=0.2))
+  good = path.read_text()
+  for line in (
+    '{"served": 5, "sampled": true}',
+    '{"number": 77, "loss": 0.1}',
+    '{"loss": 0.1}',
+  ):
+    path.write_text(good + line + "\n")
+    with pytest.raises(GenerationsError, match=r"a.jsonl:3: no line of a monitor"):
+      audit.open_monitor(path, watch())
+  path.write_text("\n")
+  with pytest.raises(GenerationsError, match=r"a.jsonl:1: holds another watch"):
+    audit.open_monitor(path, watch())
