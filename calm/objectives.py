@@ -40,9 +40,9 @@ class BatchMetrics:
     return jax.tree.map(jnp.add, self, other)
 
   def scalars(self) -> dict[str, float]:
-    """Means under TensorBoard names; layers not measured are left out."""
+    """Means (and the token count) under TensorBoard names; layers not measured left out."""
     weight = max(float(self.weight), 1.0)
-    values = {"loss": float(self.loss) / weight}
+    values = {"loss": float(self.loss) / weight, "target_tokens": float(self.weight)}
     for layer, seen in enumerate(np.asarray(self.layer_weight), start=1):
       if seen > 0:
         values[f"loss/layer_{layer}"] = float(self.cross_entropy[layer - 1]) / float(seen)

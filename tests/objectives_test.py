@@ -183,4 +183,9 @@ def test_metrics_add_up_to_means_and_leave_out_layers_never_seen():
     layer_weight=jnp.array([weight, 0.0]),
   )
   scalars = (make(6.0, 2.0, 4.0) + make(2.0, 2.0, 0.0)).scalars()
-  assert scalars == {"loss": 2.0, "loss/layer_1": 1.0, "accuracy/layer_1": 0.5}
+  assert scalars == {
+    "loss": 2.0,
+    "target_tokens": 4.0,
+    "loss/layer_1": 1.0,
+    "accuracy/layer_1": 0.5,
+  }

@@ -1,0 +1,136 @@
+"""Trains a model with an exit at every decoder layer, or its exit classifier, from gin files.
+
+  calm train --gin_file=configs/runs/local_tiny.gin \\
+      --gin_bindings="TRAIN = 'rows.jsonl'" --gin_bindings="VOCABULARY_PATH = 'spiece.model'" \\
+      --output_dir=runs/tiny
+
+Killed or stopped, the same command goes on where it was, with the same losses as if it had
+never stopped. Scalars for TensorBoard go to the output folder, the model to its `model/`.
+"""
+
+import argparse
+import pathlib
+import time
+from typing import Any
+
+import calm
+from calm.commands import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Declares the options of `calm train`."""
+  common.add_gin_arguments(parser, required=True)
+  parser.add_argument("--output_dir", help="overrides `runs.train.output_dir`")
+  parser.add_argument(
+    "--no_tensorboard",
+    action="store_true",
+    help="write no TensorBoard scalars (saves TensorFlow's start)",
+  )
+
+
+@common.user_errors
+def run(arguments: argparse.Namespace) -> int:
+  """Runs `calm train`."""
+  import gin
+
+  for path in arguments.gin_file:
+    # Includes are written from the repository's root; a run's own files may lie elsewhere.
+    gin.add_config_file_search_path(str(pathlib.Path(path).absolute().parent))
+  gin.add_config_file_search_path(str(pathlib.Path(calm.__file__).parents[1]))
+  gin.clear_config()
+  common.use_compilation_cache()
+
+  from calm import runs
+
+  train = common.configured(arguments, runs.train)
+  options = {} if arguments.output_dir is None else {"output_dir": arguments.output_dir}
+  output_dir = pathlib.Path(_output_dir(arguments))
+  print(f"Checkpoints, validations and scalars: {output_dir}", flush=True)
+  with Monitor(output_dir, tensorboard=not arguments.no_tensorboard) as monitor:
+    exported = train(listener=monitor.listener, **options)
+  (output_dir / "config.gin").write_text(gin.config_str(), encoding="utf-8")
+  print(f"Model with the best validation: {exported}")
+  print(f"Decode with it:                 calm infer --model={exported} --prompts=...")
+  return 0
+
+
+def _output_dir(arguments: argparse.Namespace) -> str:
+  import gin
+
+  if arguments.output_dir is not None:
+    return arguments.output_dir
+  try:
+    return gin.query_parameter("calm.runs.train.output_dir")
+  except ValueError as error:
+    raise ValueError(
+      "Expected `--output_dir`, or `runs.train.output_dir` in the gin file, to name a folder"
+      " for the run. Got neither."
+    ) from error
+
+
+class Monitor:
+  """A progress bar and TensorBoard scalars; its `listener` is what `training.fit` tells."""
+
+  def __init__(self, output_dir: pathlib.Path, *, tensorboard: bool):
+    from rich import progress
+
+    from calm import training
+
+    self._bar = progress.Progress(
+      progress.TextColumn("step {task.completed}/{task.total}"),
+      progress.BarColumn(),
+      progress.TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s"),
+      progress.TimeRemainingColumn(),
+      transient=False,
+    )
+    self._task = self._bar.add_task("train", total=None, loss="-", rate="-")
+    self._output_dir, self._tensorboard = output_dir, tensorboard
+    self._writers: dict[str, Any] = {}
+    self._since = time.monotonic()
+    self.listener = training.Listener(self._start, self._step, self._eval)
+
+  def __enter__(self) -> "Monitor":
+    self._bar.start()
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._bar.stop()
+    for writer in self._writers.values():
+      writer.close()
+
+  def _start(self, step: int, num_steps: int) -> None:
+    self._bar.update(self._task, total=num_steps, completed=step)
+    if step:
+      self._bar.console.print(f"resumed at step {step}")
+    self._since = time.monotonic()
+
+  def _step(self, step: int, scalars: dict[str, float]) -> None:
+    now = time.monotonic()
+    rate = scalars["target_tokens"] / max(now - self._since, 1e-9)
+    self._since = now
+    loss = f"{scalars['loss']:.3f}"
+    self._bar.update(self._task, completed=step, loss=loss, rate=f"{rate:.0f}")
+    if not self._bar.console.is_terminal:
+      self._bar.console.print(f"{step} loss {loss} {rate:.0f} tokens/s")
+    self._write("train", step, {**scalars, "tokens_per_second": rate})
+
+  def _eval(self, step: int, scalars: dict[str, float]) -> None:
+    layers = [key for key in scalars if key.startswith("accuracy/layer_")]
+    shown = " ".join(f"{scalars[key]:.3f}" for key in layers)
+    text = f"{step} validation loss {scalars.get('loss', float('nan')):.4f}"
+    others = [f"{k} {v:.4f}" for k, v in scalars.items() if k.endswith("/loss")]
+    line = ", ".join([text, *others, f"accuracy by layer {shown}"])
+    self._bar.console.print(line, highlight=False, soft_wrap=True)
+    self._write("validation", step, scalars)
+    self._since = time.monotonic()
+
+  def _write(self, split: str, step: int, scalars: dict[str, float]) -> None:
+    if not self._tensorboard:
+      return
+    if split not in self._writers:
+      # Brings TensorFlow, which takes seconds to start.
+      from clu import metric_writers
+
+      self._writers[split] = metric_writers.SummaryWriter(str(self._output_dir / split))
+    self._writers[split].write_scalars(step, scalars)
+    self._writers[split].flush()

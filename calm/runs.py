@@ -1,0 +1,303 @@
+"""A training run from its parts, as gin files give them: data, model, objective, export.
+
+`calm train` calls `train`. Nothing here needs TensorFlow but `seqio_pairs`, which imports it
+when it is called.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from calm import (
+  batches,
+  checkpoints,
+  datasets,
+  network,
+  objectives,
+  parameters,
+  training,
+  vocabulary,
+)
+
+MODEL_FOLDER = "model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """What a run trains and validates on.
+
+  Attributes:
+    train: the source of training batches.
+    validation: name -> source; the first one's scalars are called plainly `loss`,
+      `accuracy/layer_8`, the others' `<name>/loss` and so on.
+    num_validation_batches: batches of each validation source, the same ones every time.
+  """
+
+  train: batches.Source
+  validation: Mapping[str, batches.Source] = dataclasses.field(default_factory=dict)
+  num_validation_batches: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+  """What is written beside the trained parameters, so that inference needs no options.
+
+  Attributes:
+    vocabulary: stored in the checkpoint.
+    task_prefix: text put before every prompt.
+    max_input_length: tokens of a prompt that are read, EOS included.
+    max_decode_length: most tokens generated, EOS included.
+    storage_dtype: 'float32', or 'bfloat16' for half the size.
+  """
+
+  vocabulary: checkpoints.Vocabulary
+  task_prefix: str = ""
+  max_input_length: int = 512
+  max_decode_length: int = 64
+  storage_dtype: str = "float32"
+
+  def write(self, directory: pathlib.Path, params: Any, config: network.T5Config) -> None:
+    checkpoints.save(
+      directory,
+      params,
+      config,
+      vocabulary=self.vocabulary,
+      storage_dtype=self.storage_dtype,
+    )
+    names = ("task_prefix", "max_input_length", "max_decode_length")
+    options = {name: getattr(self, name) for name in names}
+    training.write_text(directory / "inference.json", json.dumps(options, indent=1) + "\n")
+
+
+def train(
+  data: Data,
+  objective: objectives.Objective,
+  config: training.TrainConfig,
+  export: Export,
+  output_dir: str,
+  *,
+  model: network.T5Config | None = None,
+  initial: str | None = None,
+  listener: training.Listener | None = None,
+) -> pathlib.Path:
+  """Trains (or goes on training) and exports the parameters with the best validation.
+
+  Args:
+    data: training and validation batches.
+    objective: the training stage.
+    config: steps, learning rate, seed, validation and early stopping.
+    export: vocabulary and decoding limits that go with the parameters.
+    output_dir: checkpoints, validations, and the exported model in `model/`.
+    model: sizes; None takes those of `initial`.
+    initial: a checkpoint to start from (ours, Hugging Face's or T5X's), or the `output_dir`
+      of an earlier run; None starts from random parameters.
+    listener: told of scalars.
+
+  Returns:
+    The folder of the exported checkpoint.
+
+  Raises:
+    FileNotFoundError: there is no checkpoint at `initial`.
+    ValueError: neither `model` nor `initial`, or they do not fit; a vocabulary larger than the
+      model's. Errors of `training.fit` besides.
+  """
+  folder = pathlib.Path(output_dir)
+  training.check_writable(folder)
+  model, params = starting_point(model, initial, config.seed)
+  vocabulary.check_fits(export.vocabulary, model.vocab_size)
+  module = network.Transformer(model)
+  state = training.fit(
+    training.init_state(params, config, objective),
+    data.train,
+    training.make_train_step(module, config, objective, params),
+    evaluator(module, objective, data),
+    config,
+    output_dir=folder,
+    listener=listener,
+  )
+  target = folder / MODEL_FOLDER
+  export.write(target, jax.tree.map(np.asarray, state.params), model)
+  return target
+
+
+def starting_point(
+  model: network.T5Config | None, initial: str | None, seed: int
+) -> tuple[network.T5Config, Any]:
+  """Sizes and parameters at step 0; exit parts that `initial` lacks are added."""
+  if model is not None:
+    # Gin makes a subclass of what it configures: equality and hashing want the class itself.
+    model = network.T5Config(**dataclasses.asdict(model))
+  if initial is None:
+    if model is None:
+      raise ValueError(
+        "Expected `model` or `initial`: sizes to start from random parameters, or a checkpoint."
+        " Got neither; bind `runs.train.model` or `runs.train.initial`."
+      )
+    return model, training.init_params(model, seed)
+  stored = checkpoints.load(find_checkpoint(initial))
+  model = model or dataclasses.replace(stored.config, exit_classifier=True)
+  params = parameters.add_exit_parts(stored.params, model)
+  parameters.check(params, model)
+  return model, jax.tree.map(jnp.asarray, params)
+
+
+def find_checkpoint(initial: str) -> pathlib.Path:
+  """The checkpoint at `initial`, or the one that a run exported below it."""
+  path = pathlib.Path(initial)
+  exported = path / MODEL_FOLDER
+  if (exported / "config.json").is_file():
+    return exported
+  if (path / "validation.json").is_file():
+    raise FileNotFoundError(
+      f"Expected `initial` to be a finished run. Got {initial!r}, which has exported no"
+      f" {MODEL_FOLDER}/ yet; run its `calm train` command again, it goes on where it stopped."
+    )
+  return path
+
+
+def evaluator(module: network.Transformer, objective: objectives.Objective, data: Data):
+  """Parameters -> the validation scalars of every source of `data`."""
+  functions = {}
+  for name, source in data.validation.items():
+    rows = [source.batch(step) for step in range(data.num_validation_batches.get(name, 8))]
+    functions[name] = training.make_eval_fn(module, objective, rows)
+
+  def evaluate(params):
+    scalars = {}
+    for number, (name, function) in enumerate(functions.items()):
+      prefix = f"{name}/" if number else ""
+      scalars |= {prefix + key: value for key, value in function(params).items()}
+    return scalars
+
+  return evaluate
+
+
+def supervised(
+  path: str,
+  vocabulary: vocabulary.Vocabulary,
+  buckets: Sequence[tuple[int, int]],
+  batch_size: int,
+  *,
+  root: str = "",
+  prefix: str = "",
+  seed: int = 0,
+  every: int = 1,
+) -> batches.Supervised:
+  """Length-bucketed batches of one JSON Lines file (see `datasets`).
+
+  Args:
+    path: the file, below `root`.
+    vocabulary: text -> ids.
+    buckets: (input_length, target_length) in tokens with EOS, ascending.
+    batch_size: rows of a batch.
+    prefix: put before each input.
+    seed: seeds the order.
+    every: keep every n-th example only.
+  """
+  examples = datasets.read_examples(pathlib.Path(root) / path)[::every]
+  eos_id = vocabulary.eos_id
+  encode = vocabulary.encode
+  return batches.Supervised(
+    batches.encode_all([prefix + e.input for e in examples], encode, eos_id),
+    batches.encode_all([e.targets[0] for e in examples], encode, eos_id),
+    tuple(batches.Bucket(*bucket) for bucket in buckets),
+    batch_size,
+    seed,
+  )
+
+
+def denoising(
+  texts: Sequence[tuple[str, str]],
+  vocabulary: Any,
+  length: int,
+  batch_size: int,
+  *,
+  root: str = "",
+  seed: int = 0,
+  min_tokens: int = 16,
+) -> batches.Denoising:
+  """T5 span corruption over the inputs of JSON Lines files, each distinct text once.
+
+  Args:
+    texts: (file below `root`, marker): of each input, what follows the first marker; the
+      whole input where the marker is "".
+    vocabulary: text -> ids; its extra ids are the sentinels.
+    length: tokens of a text that are read, before corruption.
+    batch_size: rows of a batch.
+    seed: seeds order and corruption.
+    min_tokens: shorter texts are left out.
+  """
+  found: dict[str, None] = {}
+  for path, marker in texts:
+    for example in datasets.read_examples(pathlib.Path(root) / path, require_target=False):
+      found[example.input.split(marker, 1)[-1] if marker else example.input] = None
+  encoded = [tokens for tokens in map(vocabulary.encode, found) if len(tokens) >= min_tokens]
+  source = batches.Denoising(
+    batches.Ragged(encoded),
+    length,
+    batch_size,
+    seed,
+    first_sentinel=vocabulary.vocab_size - 1,
+    eos_id=vocabulary.eos_id,
+  )
+  if source.max_spans > vocabulary.extra_ids:
+    raise ValueError(
+      f"Expected a vocabulary with at least {source.max_spans} `extra_ids`, one a corrupted"
+      f" span of a text of {length} tokens. Got {vocabulary.extra_ids}; shorten `length`."
+    )
+  return source
+
+
+def seqio_pairs(
+  mixture_or_task_name: str,
+  buckets: Sequence[tuple[int, int]],
+  batch_size: int,
+  *,
+  split: str = "train",
+  seed: int = 0,
+  num_examples: int | None = None,
+) -> batches.Supervised:
+  """Length-bucketed batches of a registered seqio task or mixture, read whole once.
+
+  Args:
+    mixture_or_task_name: as `calm.tasks` and other modules register them.
+    buckets: (input_length, target_length) in tokens with EOS, ascending.
+    batch_size: rows of a batch.
+    split: of the task.
+    seed: seeds the order, and a mixture's draws.
+    num_examples: how many to read; needed for a mixture, which has no end.
+
+  Raises:
+    ValueError: a mixture without `num_examples`.
+  """
+  import seqio  # Brings TensorFlow: only those who train from seqio wait for it.
+
+  source = seqio.get_mixture_or_task(mixture_or_task_name)
+  is_mixture = isinstance(source, seqio.Mixture)
+  if is_mixture and num_examples is None:
+    raise ValueError(
+      f"Expected `num_examples` for the mixture {mixture_or_task_name!r}, which repeats its"
+      " tasks without end. Got None; bind `runs.seqio_pairs.num_examples`."
+    )
+  longest = dict(zip(("inputs", "targets"), buckets[-1], strict=True))
+  dataset = source.get_dataset(
+    sequence_length=longest,
+    split=split,
+    shuffle=is_mixture,
+    seed=seed,
+    num_epochs=None if is_mixture else 1,
+  )
+  rows = list(dataset.take(-1 if num_examples is None else num_examples).as_numpy_iterator())
+  return batches.Supervised(
+    batches.Ragged(row["inputs"] for row in rows),
+    batches.Ragged(row["targets"] for row in rows),
+    tuple(batches.Bucket(*bucket) for bucket in buckets),
+    batch_size,
+    seed,
+  )

@@ -1,0 +1,210 @@
+"""Runs from their parts, and `calm train` from gin to an exported checkpoint."""
+
+import argparse
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
+gin = pytest.importorskip("gin")
+
+from calm import checkpoints, network, objectives, runs, training, vocabulary  # noqa: E402
+from calm.commands import train  # noqa: E402
+from tests import toy_vocabulary  # noqa: E402
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs" / "runs"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch, tmp_path_factory):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+  keep = jax.config.jax_compilation_cache_dir
+  gin.clear_config()
+  with jax.numpy_dtype_promotion("standard"):  # optax's own code promotes
+    yield
+  gin.clear_config()
+  jax.config.update("jax_compilation_cache_dir", keep)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("rows")
+  model = toy_vocabulary.train(folder / "toy.model")
+  texts = [f"{text} {n}" for n in range(8) for text in dict.fromkeys(toy_vocabulary.TEXTS)]
+  rows = [{"input": text, "target": text.split()[-2]} for text in texts]
+  path = folder / "rows.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+  return path, model
+
+
+def arguments(gin_file, output_dir, *bindings, **options):
+  parser = argparse.ArgumentParser()
+  train.add_arguments(parser)
+  words = [f"--gin_file={gin_file}", "--no_tensorboard"]
+  words += [f"--gin_bindings={binding}" for binding in bindings]
+  words += [f"--output_dir={output_dir}"] if output_dir else []
+  made = parser.parse_args(words)
+  vars(made).update(options)
+  return made
+
+
+def bindings(files, num_steps=12):
+  return (
+    f"TRAIN = '{files[0]}'",
+    f"VOCABULARY_PATH = '{files[1]}'",
+    f"training.TrainConfig.num_steps = {num_steps}",
+    "network.T5Config.vocab_size = 160",
+    "training.TrainConfig.eval_every = 6",
+    "training.TrainConfig.log_every = 3",
+  )
+
+
+@pytest.fixture(scope="module")
+def stage_one(files, tmp_path_factory):
+  output_dir = tmp_path_factory.mktemp("stage_one")
+  gin.clear_config()
+  with jax.numpy_dtype_promotion("standard"):
+    code = train.run(arguments(CONFIGS / "local_tiny.gin", output_dir, *bindings(files)))
+  assert code == 0
+  return output_dir
+
+
+def test_the_command_trains_and_exports_a_model_that_loads(stage_one, files):
+  checkpoint = checkpoints.load(stage_one / "model")
+  assert checkpoint.config.num_decoder_layers == 3
+  assert checkpoint.vocabulary == vocabulary.SentencePieceVocabulary(files[1])
+  options = json.loads((stage_one / "model" / "inference.json").read_text())
+  assert options == {"task_prefix": "", "max_input_length": 64, "max_decode_length": 32}
+  history = json.loads((stage_one / "validation.json").read_text())
+  assert [entry["step"] for entry in history] == [6, 12]
+  assert history[1]["loss"] < history[0]["loss"] < np.log(160)
+  assert {"loss/layer_1", "accuracy/layer_3"} <= set(history[0])
+  assert "num_steps = 12" in (stage_one / "config.gin").read_text()
+
+
+def test_a_finished_run_is_only_exported_again(stage_one, files, capsys):
+  before = (stage_one / "model" / "params.safetensors").read_bytes()
+  args = arguments(CONFIGS / "local_tiny.gin", stage_one, *bindings(files))
+  assert train.run(args) == 0
+  assert "resumed at step 12" in capsys.readouterr().out
+  assert (stage_one / "model" / "params.safetensors").read_bytes() == before
+
+
+def test_stage_two_starts_from_the_run_of_stage_one(stage_one, files, tmp_path):
+  args = arguments(
+    CONFIGS / "local_tiny.gin",
+    tmp_path,
+    *bindings(files, num_steps=6),
+    "runs.train.model = None",
+    f"runs.train.initial = '{stage_one}'",
+    "runs.train.objective = @objectives.ExitClassifier()",
+  )
+  assert train.run(args) == 0
+  first, second = (checkpoints.load(path / "model") for path in (stage_one, tmp_path))
+  for path, leaf in jax.tree_util.tree_leaves_with_path(second.params):
+    before = first.params
+    for key in path:
+      before = before[key.key]
+    changed = bool(np.any(leaf != before))
+    assert changed == ("exit_classifier" in jax.tree_util.keystr(path)), path
+
+
+@pytest.mark.tf
+def test_scalars_reach_tensorboard(files, tmp_path):
+  pytest.importorskip("tensorflow")
+  monitor = train.Monitor(tmp_path, tensorboard=True)
+  with monitor:
+    monitor.listener.on_start(0, 3)
+    monitor.listener.on_step(3, {"loss": 2.0, "target_tokens": 5.0, "accuracy/layer_1": 0.5})
+    monitor.listener.on_eval(3, {"loss": 1.0, "accuracy/layer_1": 0.5, "qa/loss": 3.0})
+  for split in ("train", "validation"):
+    (events,) = (tmp_path / split).glob("events*")
+    assert b"accuracy/layer_1" in events.read_bytes()
+
+
+def test_mistakes_are_one_message_and_code_2(files, tmp_path, capsys):
+  cases = {
+    "does not exist": ("TRAIN = 'missing.jsonl'", f"VOCABULARY_PATH = '{files[1]}'"),
+    "SentencePiece": (f"TRAIN = '{files[0]}'", "VOCABULARY_PATH = 'missing.model'"),
+    "gin.REQUIRED": (f"TRAIN = '{files[0]}'",),
+  }
+  for message, given in cases.items():
+    gin.clear_config()
+    assert train.run(arguments(CONFIGS / "local_tiny.gin", tmp_path / "run", *given)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("calm: ") and "Traceback" not in error
+  gin.clear_config()
+  assert train.run(arguments(CONFIGS / "missing.gin", tmp_path)) == 2
+  assert "missing.gin" in capsys.readouterr().err
+  gin.clear_config()
+  assert train.run(arguments(CONFIGS / "local_tiny.gin", None, *bindings(files))) == 2
+  assert "--output_dir" in capsys.readouterr().err
+
+
+def test_an_unfinished_stage_one_is_told_from_a_checkpoint(tmp_path):
+  (tmp_path / "validation.json").write_text("[]")
+  with pytest.raises(FileNotFoundError, match="`initial` to be a finished run"):
+    runs.find_checkpoint(str(tmp_path))
+
+
+def test_neither_sizes_nor_checkpoint_is_refused():
+  with pytest.raises(ValueError, match="`model` or `initial`"):
+    runs.starting_point(None, None, 0)
+
+
+def test_exit_parts_are_added_to_a_checkpoint_without(tmp_path):
+  config = network.T5Config(
+    vocab_size=8, emb_dim=4, num_heads=1, head_dim=4, mlp_dim=4, num_encoder_layers=1,
+    num_decoder_layers=2, exit_classifier=False,
+  )  # fmt: skip
+  params = jax.tree.map(np.asarray, training.init_params(config, 0))
+  checkpoints.save(tmp_path, params, config)
+  made, params = runs.starting_point(None, str(tmp_path), 0)
+  assert made.exit_classifier and params["decoder"]["exit_classifier"]["kernel"].shape == (4, 1)
+
+
+def test_denoising_reads_what_follows_the_marker_and_each_text_once(files, tmp_path):
+  vocab = vocabulary.SentencePieceVocabulary(files[1])
+  texts = ["pack my box with five dozen jugs", "the quick brown fox jumps", "the lazy dog"]
+  rows = [{"input": f"question: what? context: {text}"} for text in [*texts[:2], texts[0]]]
+  (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  (tmp_path / "plain.jsonl").write_text(json.dumps({"input": texts[0]}) + "\n")
+  source = runs.denoising(
+    [("plain.jsonl", ""), ("qa.jsonl", " context: ")], vocab, 20, 1,
+    root=str(tmp_path), min_tokens=5,
+  )  # fmt: skip
+  assert [vocab.decode(source.texts[i]) for i in range(len(source.texts))] == texts[:2]
+  assert source.first_sentinel == vocab.vocab_size - 1
+
+
+def test_validation_names(files):
+  vocab = vocabulary.SentencePieceVocabulary(files[1])
+  source = runs.supervised(str(files[0]), vocab, ((64, 16),), 4)
+  config = network.T5Config(
+    vocab_size=160, emb_dim=4, num_heads=1, head_dim=4, mlp_dim=4, num_encoder_layers=1,
+    num_decoder_layers=2, one_hot_embedding=False,
+  )  # fmt: skip
+  data = runs.Data(source, {"rows": source, "again": source}, {"rows": 1, "again": 1})
+  evaluate = runs.evaluator(network.Transformer(config), objectives.LayerWeighted(), data)
+  scalars = evaluate(training.init_params(config, 0))
+  assert scalars["loss"] == scalars["again/loss"]
+  assert scalars["accuracy/layer_2"] == scalars["again/accuracy/layer_2"]
+
+
+@pytest.mark.tf
+def test_seqio_tasks_give_the_batches_of_their_files(files):
+  seqio = pytest.importorskip("seqio")
+  from calm import tasks
+
+  vocab = vocabulary.SentencePieceVocabulary(files[1])
+  name = tasks.jsonl("runs_test_rows", {"train": str(files[0])}, str(files[1]))
+  try:
+    ours = runs.supervised(str(files[0]), vocab, ((64, 16),), 4, seed=3)
+    theirs = runs.seqio_pairs(name, ((64, 16),), 4, seed=3)
+    for key, value in ours.batch(5).items():
+      np.testing.assert_array_equal(theirs.batch(5)[key], value, err_msg=key)
+  finally:
+    seqio.TaskRegistry.remove(name)
