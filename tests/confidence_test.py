@@ -1,0 +1,99 @@
+"""Confidence measures: laws, numbers by hand, and laziness."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import confidence
+
+
+def view(layer=2, hidden=((3.0, 4.0),), previous=((4.0, 3.0),), logits=None, exit_logit=None):
+  """A view whose lazy parts fail the test when nothing was given for them."""
+
+  def given(value):
+    def compute():
+      assert value is not None, "computed what the measure does not need"
+      return jnp.asarray(value, jnp.float32)
+
+    return compute
+
+  return confidence.LayerView(
+    layer, jnp.array(hidden), jnp.array(previous), given(logits), given(exit_logit)
+  )
+
+
+def test_softmax_margin_by_hand():
+  logits = jnp.log(jnp.array([[0.6, 0.1, 0.3], [0.5, 0.5, 0.0], [0.2, 0.7, 0.1]]))
+  np.testing.assert_allclose(confidence.softmax_margin(logits), [0.3, 0.0, 0.5], atol=1e-6)
+
+
+def test_softmax_margin_is_the_gap_of_sorted_probabilities():
+  logits = 4 * jax.random.normal(jax.random.key(0), (3, 50, 30))
+  top = jnp.sort(jax.nn.softmax(logits), axis=-1)[..., -2:]
+  margin = confidence.softmax_margin(logits)
+  np.testing.assert_allclose(margin, top[..., 1] - top[..., 0], atol=1e-6)
+  assert margin.shape == (3, 50)
+  assert margin.min() < 0.1 and margin.max() > 0.9
+  shifted = confidence.softmax_margin(logits + 1000.0)
+  np.testing.assert_allclose(shifted, margin, atol=1e-3)
+
+
+def test_ties_have_no_margin_and_far_gaps_saturate_at_exactly_one():
+  logits = jnp.array([[2.0, 2.0, 2.0], [0.0, 200.0, 0.0], [0.0, 20.0, 0.0]])
+  assert confidence.softmax_margin(logits).tolist() == [0.0, 1.0, 1.0]
+
+
+def test_logits_of_minus_infinity_count_for_nothing():
+  logits = jnp.array([[1.0, 0.2, 0.5]])
+  more = jnp.concatenate([logits, jnp.full((1, 4), -jnp.inf)], axis=-1)
+  margins = confidence.softmax_margin(more), confidence.softmax_margin(logits)
+  np.testing.assert_allclose(*margins, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_confidences_are_float32_whatever_comes_in(dtype):
+  x, y = jnp.ones((2, 8), dtype), jnp.ones((2, 8), dtype)
+  assert confidence.softmax_margin(x).dtype == jnp.float32
+  assert confidence.cosine_similarity(x, y).dtype == jnp.float32
+
+
+def test_cosine_by_hand():
+  hidden = jnp.array([[3.0, 4.0], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [3e3, 4e3]])
+  previous = jnp.array([[4.0, 3.0], [-1.0, 0.0], [0.0, 2.0], [1.0, 1.0], [3.0, 4.0]])
+  got = confidence.cosine_similarity(hidden, previous)
+  np.testing.assert_allclose(got, [0.96, 0.0, 0.0, 0.0, 1.0], atol=1e-6)
+
+
+def test_cosine_stays_within_its_range_and_ignores_scale():
+  hidden = jax.random.normal(jax.random.key(1), (1000, 16))
+  previous = hidden + 0.7 * jax.random.normal(jax.random.key(2), (1000, 16))
+  got = confidence.cosine_similarity(hidden, previous)
+  assert got.min() >= 0 and got.max() <= 1
+  scaled = confidence.cosine_similarity(300 * hidden, 0.01 * previous)
+  np.testing.assert_allclose(scaled, got, atol=1e-5)
+  assert confidence.cosine_similarity(hidden, hidden).max() <= 1
+
+
+def test_state_needs_a_layer_before_and_no_head():
+  measure = confidence.State()
+  np.testing.assert_allclose(measure(view(layer=2)), [0.96], atol=1e-6)
+  assert measure(view(layer=1)).tolist() == [0.0]
+
+
+def test_softmax_and_classifier_read_their_own_part_only():
+  logits = jnp.log(jnp.array([[0.6, 0.1, 0.3]]))
+  np.testing.assert_allclose(confidence.Softmax()(view(logits=logits)), [0.3], atol=1e-6)
+  got = confidence.Classifier()(view(exit_logit=[0.0, 3.0, -3.0]))
+  np.testing.assert_allclose(got, [0.5, 0.95257413, 0.04742587], atol=1e-6)
+
+
+def test_measures_are_found_by_name():
+  assert set(confidence.MEASURES) == {"softmax", "state", "classifier"}
+  for name, measure in confidence.MEASURES.items():
+    assert confidence.measure(name) is measure and measure.name == name
+  assert [m.uses_head for m in confidence.MEASURES.values()] == [True, False, False]
+  with pytest.raises(
+    ValueError, match=r"`measure`.*'classifier', 'softmax', 'state'.*'entropy'"
+  ):
+    confidence.measure("entropy")
