@@ -1,0 +1,93 @@
+"""Threshold schedules: Eq. 5 by hand, and what never may drift."""
+
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import schedules
+
+NEVER = schedules.NEVER_EXIT
+
+
+@pytest.mark.parametrize(
+  ("threshold", "temperature", "generated", "expected"),
+  [
+    (0.5, 4.0, 0, 0.55),  # 0.45 + 0.1
+    (0.5, 4.0, 16, 0.4867879441),  # 0.45 + 0.1 / e
+    (0.5, 4.0, 64, 0.4518315639),  # 0.45 + 0.1 / e^4
+    (1.0, 4.0, 0, 1.0),  # 0.9 + 0.1
+    (1.0, 4.0, 16, 0.9367879441),  # below 1 though lambda is 1
+    (0.0, 4.0, 0, 0.1),
+    (0.0, 4.0, 64, 0.0018315639),
+    (0.5, 0.0, 0, 0.55),  # tau = 0 is 0.9 lambda + 0.1, not lambda
+    (0.5, 0.0, 63, 0.55),
+  ],
+)
+def test_eq_5_by_hand(threshold, temperature, generated, expected):
+  schedule = schedules.Decaying(temperature, 64)
+  got = schedule(jnp.float32(threshold), jnp.int32(generated))
+  np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_no_temperature_is_another_schedule_than_constant():
+  thresholds = jnp.linspace(0, 1, 11)
+  got = schedules.Decaying(0.0, 10)(thresholds, jnp.int32(7))
+  np.testing.assert_allclose(got, 0.9 * thresholds + 0.1, rtol=1e-6)
+  assert schedules.Constant()(thresholds, jnp.int32(7)) is thresholds
+
+
+@pytest.mark.parametrize(
+  "schedule", [schedules.Constant(), schedules.Decaying(0.0, 8), schedules.Decaying(4.0, 8)]
+)
+def test_never_stays_infinite_and_only_never(schedule):
+  thresholds = jnp.array([1.0, NEVER, 0.0])
+  for generated in (0, 3, 100):
+    got = jax.jit(schedule)(thresholds, jnp.int32(generated))
+    assert jnp.isinf(got).tolist() == [False, True, False]
+    assert jnp.delete(got, 1, assume_unique_indices=True).max() <= 1
+
+
+def test_a_clipped_never_would_not_be_never():
+  """Meta: the clip of Eq. 5 alone turns infinity into 1.0, which margins do reach."""
+  assert jnp.clip(0.9 * jnp.float32(NEVER) + 0.1, 0.0, 1.0) == 1.0
+
+
+def test_thresholds_decay_with_the_tokens_and_rise_with_lambda():
+  schedule = schedules.Decaying(4.0, 16)
+  steps = schedule(jnp.float32(0.6), jnp.arange(40))
+  assert (jnp.diff(steps) < 0).all() and steps.min() > 0.54
+  grid = schedule(jnp.linspace(0, 1, 30), jnp.int32(5))
+  assert (jnp.diff(grid) > 0).all()
+
+
+def test_each_row_may_have_its_own_threshold_and_count():
+  got = schedules.Decaying(4.0, 64)(jnp.array([0.5, 0.0, NEVER]), jnp.array([16, 0, 3]))
+  np.testing.assert_allclose(got, [0.4867879441, 0.1, NEVER], rtol=1e-6)
+
+
+def test_length_is_a_number_of_the_schedule():
+  """N belongs to the calibrated procedure: nothing at the call can change it."""
+  assert list(inspect.signature(schedules.Decaying.__call__).parameters) == [
+    *("self", "threshold", "generated")
+  ]
+  short, long = schedules.Decaying(4.0, 8), schedules.Decaying(4.0, 16)
+  assert short(jnp.float32(0.5), jnp.int32(4)) == long(jnp.float32(0.5), jnp.int32(8))
+  assert short != long and hash(short) == hash(schedules.Decaying(4.0, 8))
+
+
+@pytest.mark.parametrize("numbers", [(-1.0, 8), (math.nan, 8), (4.0, 0)])
+def test_numbers_without_meaning_are_refused(numbers):
+  with pytest.raises(ValueError, match="`temperature` >= 0 and `max_length` >= 1"):
+    schedules.Decaying(*numbers)
+
+
+def test_schedules_by_name():
+  assert schedules.schedule("constant") == schedules.Constant()
+  made = schedules.schedule("decaying", temperature=2.0, max_length=9)
+  assert made == schedules.Decaying(2.0, 9)
+  with pytest.raises(ValueError, match=r"`schedule`.*\['constant', 'decaying'\].*'linear'"):
+    schedules.schedule("linear")
