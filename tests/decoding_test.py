@@ -1,0 +1,116 @@
+"""The decode loop on scripted steps: no network, every number by hand."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import decoding, exits
+
+VOCAB = 6
+EOS = 1
+SCRIPT = np.array([[4, 2, 1, 3], [5, 5, 5, 5], [1, 3, 3, 3]])
+LAYERS = np.array([[2, 1, 3, 9], [1, 1, 1, 2], [3, 9, 9, 9]])
+
+
+def scripted(script=SCRIPT, layers=LAYERS, gap=3.0):
+  """A step that emits a script; its cache records what it was fed."""
+
+  def step(current, position, active, cache):
+    logits = gap * jax.nn.one_hot(jnp.asarray(script)[:, position], VOCAB)
+    exit_layer = jnp.where(active, jnp.asarray(layers)[:, position], 0)
+    confidence = jnp.where(active, exit_layer / 10, 0.0)
+    token_exit = exits.TokenExit(logits, exit_layer, confidence, confidence / 2, ())
+    return token_exit, cache.at[:, position].set(current)
+
+  return step
+
+
+def decode(step=None, *, active=(True, True, True), length=4, **options):
+  cache = jnp.full((len(active), length), -1, jnp.int32)
+  return decoding.decode(
+    step or scripted(),
+    cache,
+    active=jnp.array(active),
+    max_decode_length=length,
+    eos_id=EOS,
+    **options,
+  )
+
+
+def test_rows_end_at_eos_or_at_the_limit_and_are_empty_after():
+  got = decode().generation
+  assert got.tokens.tolist() == [[4, 2, 1, 0], [5, 5, 5, 5], [1, 0, 0, 0]]
+  assert got.exit_layers.tolist() == [[2, 1, 3, 0], [1, 1, 1, 2], [3, 0, 0, 0]]
+  np.testing.assert_allclose(got.confidences, got.exit_layers / 10, rtol=1e-6)
+  np.testing.assert_allclose(got.rejected_confidences, got.exit_layers / 20, rtol=1e-6)
+  assert got.num_tokens.tolist() == [3, 4, 1]
+
+
+def test_means_count_real_tokens_eos_included():
+  assert decode().generation.mean_layers == pytest.approx((2 + 1 + 3 + 1 + 1 + 1 + 2 + 3) / 8)
+  assert decode(active=(False, False, False)).generation.mean_layers == 0
+
+
+def test_scores_sum_log_probabilities_of_the_real_tokens():
+  one = 3 - math.log(math.exp(3) + VOCAB - 1)
+  np.testing.assert_allclose(decode().generation.scores, [3 * one, 4 * one, one], rtol=1e-5)
+
+
+def test_each_step_reads_the_token_before_and_the_first_reads_zero():
+  fed = decode().cache
+  assert fed[0, :3].tolist() == [0, 4, 2]
+  assert fed[1].tolist() == [0, 5, 5, 5]
+
+
+def test_inactive_rows_stay_empty_and_do_not_hold_up_the_loop():
+  state = decode(active=(True, False, True))
+  alone = decode().generation
+  got = state.generation
+  for field in ("tokens", "exit_layers", "confidences", "rejected_confidences", "scores"):
+    assert not np.any(getattr(got, field)[1])
+    np.testing.assert_array_equal(getattr(got, field)[0], getattr(alone, field)[0])
+  # Row 1 would have run to the limit; the others are done after three tokens.
+  assert state.position == 3 and not state.active.any()
+  assert decode(active=(False, False, False)).position == 0
+
+
+def test_step_limit_is_traced_and_keeps_the_arrays_size():
+  traces = []
+
+  @jax.jit
+  def limited(limit):
+    traces.append(limit)
+    return decode(step_limit=limit).generation
+
+  for limit in range(5):
+    got = limited(jnp.int32(limit))
+    assert got.tokens.shape == (3, 4)
+    np.testing.assert_array_equal(got.num_tokens, np.minimum([3, 4, 1], limit))
+  assert len(traces) == 1
+
+
+def test_unfinished_rows_are_still_active():
+  state = decode(step_limit=jnp.int32(2))
+  assert state.active.tolist() == [True, True, False]
+  assert state.current.tolist() == [2, 5, 0]
+
+
+def test_jit_changes_nothing():
+  eager, compiled = decode().generation, jax.jit(decode)().generation
+  with jax.disable_jit():
+    python = decode().generation
+  for other in (compiled, python):
+    for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(other), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_the_greedy_token_is_the_argmax_with_its_log_probability():
+  logits = jnp.log(jnp.array([[0.2, 0.5, 0.3], [0.9, 0.05, 0.05]]))
+  token, log_probability = decoding.greedy_token(logits)
+  assert token.tolist() == [1, 0] and token.dtype == jnp.int32
+  np.testing.assert_allclose(log_probability, np.log([0.5, 0.9]), rtol=1e-5)
+  cut = decoding.greedy_token(jnp.array([[-jnp.inf, 0.0, -jnp.inf]]))
+  assert cut[0].tolist() == [1] and cut[1].tolist() == [0.0]
