@@ -1,0 +1,113 @@
+"""The direction of dependence: what importing loads, and which file may import what."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "calm"
+FRAMEWORKS = ("clu", "flax", "jax", "jaxlib", "optax", "orbax", "seqio", "t5x", "tensorflow")
+# Modules that know nothing of ours but these.
+MAY_IMPORT = {
+  "confidence": set(),
+  "schedules": set(),
+  "propagation": set(),
+  "losses": set(),
+  "layers": set(),
+  "colours": set(),
+  "vocabulary": set(),
+  "network": {"layers"},
+  "exits": {"confidence", "propagation", "schedules"},
+  "decoding": {"exits"},
+  "outputs": {"colours"},
+  "prompts": {"vocabulary"},
+  "step": {"layers", "network", "propagation"},
+}
+
+
+def loaded(statement: str) -> set[str]:
+  """Top-level modules that a fresh interpreter has after `statement`."""
+  code = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True
+  )
+  return set(done.stdout.split())
+
+
+def imported(path: pathlib.Path) -> set[str]:
+  """Dotted names that a file imports anywhere, `from a import b` as both a and a.b."""
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f"{path}: relative import"
+      names |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+  return names
+
+
+def importers(package: pathlib.Path, module: str) -> set[str]:
+  """Files of a package that import a module or anything under it."""
+  return {
+    path.relative_to(package).as_posix()
+    for path in package.rglob("*.py")
+    if any(name == module or name.startswith(module + ".") for name in imported(path))
+  }
+
+
+def test_importing_calm_loads_nothing():
+  assert loaded("import calm") - loaded("pass") == {"calm"}
+  assert not imported(PACKAGE / "__init__.py")
+
+
+def test_calibrating_needs_no_framework():
+  assert loaded("import calm.calibrate").isdisjoint(FRAMEWORKS)
+  every = [f"calm.calibrate.{path.stem}" for path in (PACKAGE / "calibrate").glob("[a-z]*.py")]
+  got = loaded("import " + ", ".join(every))
+  assert {"calm", "numpy"} <= got and got.isdisjoint(FRAMEWORKS)
+
+
+def test_inference_needs_no_tensorflow_seqio_or_t5x():
+  got = loaded("import calm.inference")
+  assert {"jax", "flax"} <= got
+  assert got.isdisjoint({"clu", "optax", "seqio", "t5x", "tensorflow"})
+
+
+@pytest.mark.parametrize(
+  ("statement", "name"), [("import jax", "jax"), ("import calm.network", "flax")]
+)
+def test_the_check_of_loaded_modules_can_fail(statement, name):
+  assert name in loaded(statement)
+
+
+def test_only_the_adapter_imports_t5x():
+  assert importers(PACKAGE, "t5x") <= {"models.py"}
+
+
+def test_the_check_of_importers_can_fail(tmp_path):
+  (tmp_path / "sub").mkdir()
+  (tmp_path / "a.py").write_text("import t5xyz\n")
+  (tmp_path / "sub" / "b.py").write_text("def f():\n  from t5x import models\n")
+  assert importers(tmp_path, "t5x") == {"sub/b.py"}
+
+
+def test_calibrate_knows_nothing_of_ours_outside_itself():
+  outside = {
+    (path.name, name)
+    for path in (PACKAGE / "calibrate").rglob("*.py")
+    for name in imported(path)
+    if name.startswith("calm.") and not name.startswith("calm.calibrate")
+  }
+  assert not outside
+
+
+@pytest.mark.parametrize("module", sorted(MAY_IMPORT))
+def test_dependence_goes_one_way(module):
+  ours = {
+    name.split(".")[1]
+    for name in imported(PACKAGE / f"{module}.py")
+    if name.startswith("calm.")
+  }
+  assert ours <= MAY_IMPORT[module]
