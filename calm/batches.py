@@ -35,10 +35,10 @@ class Ragged:
   """Token sequences of many lengths in two flat arrays."""
 
   def __init__(self, sequences: Iterable[Sequence[int]]):
-    sequences = [np.asarray(s, np.int32) for s in sequences]
-    self.lengths = np.array([len(s) for s in sequences], np.int64)
+    arrays = [np.asarray(s, np.int32) for s in sequences]
+    self.lengths = np.array([len(array) for array in arrays], np.int64)
     self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
-    self._tokens = np.concatenate(sequences) if sequences else np.zeros(0, np.int32)
+    self._tokens = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
 
   def __len__(self) -> int:
     return len(self.lengths)

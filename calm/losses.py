@@ -6,7 +6,7 @@ in every loss.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,6 @@ def _layer_terms(x, kernel, targets, weights, z_loss):
   return grad * weights[:, None], loss, cross_entropy, correct
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def layer_cross_entropy(
   normed: Float[Array, "layers batch length emb"],
   kernel: Float[Array, "emb vocab"] | Float[Array, "layers emb vocab"],
@@ -78,6 +77,12 @@ def layer_cross_entropy(
   Returns:
     The loss (a sum, not a mean) and `LayerMetrics`, which carry no gradient.
   """
+  result: Any = _cross_entropy(normed, kernel, targets, token_weights, weights, z_loss)
+  return result
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _cross_entropy(normed, kernel, targets, token_weights, weights, z_loss):
   loss, metrics, _ = _layer_scan(normed, kernel, targets, token_weights, weights, z_loss, False)
   return loss, metrics
 
@@ -115,8 +120,9 @@ def _layer_scan(normed, kernel, targets, token_weights, weights, z_loss, with_gr
   )
   metrics = LayerMetrics(cross_entropy, correct)
   kernel_grad = shared_grad if shared else own_grads
-  gradients = (x_grads.reshape(normed.shape), kernel_grad) if with_gradients else None
-  return loss, metrics, gradients
+  if x_grads is None:
+    return loss, metrics, None
+  return loss, metrics, (x_grads.reshape(normed.shape), kernel_grad)
 
 
 def _cross_entropy_forward(normed, kernel, targets, token_weights, weights, z_loss):
@@ -133,7 +139,7 @@ def _cross_entropy_backward(z_loss, gradients, cotangents):
   return normed_grad * loss_cotangent, kernel_grad * loss_cotangent, None, None, None
 
 
-layer_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def layer_predictions(

@@ -180,7 +180,7 @@ def evaluator(module: network.Transformer, objective: objectives.Objective, data
 
 def supervised(
   path: str,
-  vocabulary: vocabulary.Vocabulary,
+  vocabulary: checkpoints.Vocabulary,
   buckets: Sequence[tuple[int, int]],
   batch_size: int,
   *,
@@ -214,7 +214,7 @@ def supervised(
 
 def denoising(
   texts: Sequence[tuple[str, str]],
-  vocabulary: Any,
+  vocabulary: checkpoints.Vocabulary,
   length: int,
   batch_size: int,
   *,
@@ -285,9 +285,9 @@ def seqio_pairs(
       f"Expected `num_examples` for the mixture {mixture_or_task_name!r}, which repeats its"
       " tasks without end. Got None; bind `runs.seqio_pairs.num_examples`."
     )
-  longest = dict(zip(("inputs", "targets"), buckets[-1], strict=True))
+  inputs_length, targets_length = buckets[-1]
   dataset = source.get_dataset(
-    sequence_length=longest,
+    sequence_length={"inputs": inputs_length, "targets": targets_length},
     split=split,
     shuffle=is_mixture,
     seed=seed,

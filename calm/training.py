@@ -302,7 +302,8 @@ class _Keeper:
     step = self.bests.latest_step()
     if step is None:
       return state
-    return state.replace(params=restore(self.bests, step, {"params": state.params})["params"])
+    restored = restore(self.bests, step, {"params": state.params})
+    return TrainState(state.step, restored["params"], state.opt_state)
 
   def _check_finite(self, which: str, scalars: dict[str, float], step: int) -> None:
     loss = scalars.get("loss", 0.0)
