@@ -1,0 +1,139 @@
+"""Toy models bound to the decode engine and to the yardstick, each program compiled once."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from calm import decoding, exits, network, programs, schedules, step
+from tests import reference, toys
+
+LENGTH = 8
+PROMPTS = toys.prompts(2, batch=8, length=12, num_pieces=toys.Config().num_pieces)
+DECAYING = schedules.Decaying(temperature=4.0, max_length=LENGTH)
+PROPAGATIONS = {
+  "exit_state": "hidden_state",
+  "first_state": "first_state",
+  "copy_projections": "copied_projections",
+}
+
+# Toys compute in no time and compile for long: LLVM need not try hard. `programs_test` and
+# `inference_test` run the programs as users compile them.
+_decode_state = jax.jit(
+  programs.Program.decode_state,
+  static_argnums=0,
+  compiler_options={"xla_backend_optimization_level": 0},
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Toy:
+  """One random model: for the engine (`config`, `weights`) and for the yardstick."""
+
+  sizes: toys.Config
+  params: dict[str, Any]
+  config: network.T5Config
+  weights: programs.ModelWeights
+  reference: reference.Model
+
+
+@functools.cache
+def toy(seed: int = 1, sharpness: float = 4.0, dtype: str = "float32", **changes) -> Toy:
+  sizes = toys.Config(**changes)
+  params = toys.params(sizes, seed, sharpness=sharpness)
+  return of_params(params, sizes, dtype)
+
+
+def of_params(params: dict[str, Any], sizes: toys.Config, dtype: str = "float32") -> Toy:
+  config = network.T5Config(dtype=dtype, **toys.network_fields(sizes))
+  weights = programs.model_weights(params, config, sizes.num_pieces)
+  return Toy(sizes, params, config, weights, reference.Model(params, sizes, sizes.num_pieces))
+
+
+def encode(toy: Toy, prompts: np.ndarray = PROMPTS) -> step.Encoded:
+  """One encoding program for all rules."""
+  program = programs.Program(toy.config, exits.StaticExit(), LENGTH)
+  return program.encode(toy.weights, jnp.asarray(prompts))
+
+
+def run(
+  toy: Toy, rule: exits.StepRule, threshold=0.0, prompts=PROMPTS, active=None
+) -> decoding.DecodingState:
+  """Decodes `prompts`; the final state, caches included."""
+  active = jnp.ones(len(prompts), bool) if active is None else jnp.asarray(active)
+  return _decode_state(
+    programs.Program(toy.config, rule, LENGTH),
+    toy.weights,
+    encode(toy, prompts),
+    active,
+    jnp.asarray(threshold, jnp.float32),
+  )
+
+
+def reference_rows(toy: Toy, rule, threshold=0.0, prompts=PROMPTS) -> list[reference.Decoded]:
+  """What the yardstick makes of the same rule, row by row."""
+  if isinstance(rule, exits.StaticExit):
+    depth = rule.depth(toy.sizes.num_decoder_layers)
+    return [
+      reference.decode_static(toy.reference, prompt, depth, max_decode_length=LENGTH)
+      for prompt in prompts
+    ]
+  measure, schedule = "oracle", reference.constant
+  if isinstance(rule, exits.DynamicExits):
+    measure = rule.measure.name
+    if isinstance(rule.schedule, schedules.Decaying):
+      schedule = reference.decaying(rule.schedule.temperature, rule.schedule.max_length)
+  same = reference.ExitRule(
+    measure, threshold, schedule, rule.allowed, PROPAGATIONS[rule.propagation.name]
+  )
+  return [
+    reference.decode_dynamic(toy.reference, prompt, same, max_decode_length=LENGTH)
+    for prompt in prompts
+  ]
+
+
+def agreeing_rows(rows: list[reference.Decoded], generation: decoding.Generation) -> list[int]:
+  """Rows with the yardstick's tokens and exits; any other must begin with a tie, and few do."""
+  agreeing = []
+  for i, row in enumerate(rows):
+    at = row.first_difference(
+      np.asarray(generation.tokens[i]).tolist(), np.asarray(generation.exit_layers[i]).tolist()
+    )
+    assert at is None or row.is_tie(at), f"row {i} differs from token {at} on, and no tie"
+    if at is None:
+      agreeing.append(i)
+  assert len(rows) - len(agreeing) <= math.ceil(0.005 * len(rows))
+  return agreeing
+
+
+def assert_same_rows(
+  toy: Toy, a: decoding.DecodingState, b: decoding.DecodingState, rule, threshold=0.0, **options
+) -> None:
+  """Two programs decode the same: tokens, exits, confidences, scores and caches."""
+  rows = reference_rows(toy, rule, threshold, **options)
+  both = set(agreeing_rows(rows, a.generation)) & set(agreeing_rows(rows, b.generation))
+  for i in both:
+    assert_same_row(a, b, i, i)
+
+
+def assert_same_row(a: decoding.DecodingState, b: decoding.DecodingState, i: int, j: int):
+  """Row i of one state is row j of another, caches up to the last real token."""
+  left, right = a.generation, b.generation
+  for name in ("tokens", "exit_layers"):
+    np.testing.assert_array_equal(getattr(left, name)[i], getattr(right, name)[j])
+  np.testing.assert_allclose(left.scores[i], right.scores[j], rtol=1e-4, atol=1e-4)
+  length = int(left.num_tokens[i])
+  for cache, other in zip(a.cache, b.cache, strict=True):
+    keys = cache.keys[i, :, :, :length], other.keys[j, :, :, :length]
+    values = cache.values[i, :, :length], other.values[j, :, :length]
+    np.testing.assert_allclose(*keys, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-4)
+
+
+def assert_same_confidences(a: decoding.Generation, b: decoding.Generation, i: int, j: int):
+  for name in ("confidences", "rejected_confidences"):
+    np.testing.assert_allclose(getattr(a, name)[i], getattr(b, name)[j], atol=1e-4)
