@@ -1,0 +1,76 @@
+"""Prompts as batches: cut with a warning, bucketed, every prompt once."""
+
+import re
+
+import numpy as np
+import pytest
+
+from calm import prompts, vocabulary
+
+BYTES = vocabulary.ByteVocabulary(extra_ids=0)
+
+
+def tokenize(texts, *, prefix="", max_input_length=8):
+  return prompts.tokenize(
+    texts, BYTES, prefix=prefix, max_input_length=max_input_length, eos_id=1
+  )
+
+
+def test_prefix_text_and_eos():
+  assert tokenize(["b", ""], prefix="a") == [[100, 101, 1], [100, 1]]
+  assert tokenize([]) == []
+
+
+def test_long_prompts_are_cut_with_a_warning_that_counts():
+  texts = ["a" * 7, "b" * 8, "c" * 20]
+  expected = "2 of 3 prompts have more than `max_input_length` = 8 tokens (the longest has 21)"
+  with pytest.warns(UserWarning, match=re.escape(expected)):
+    rows = tokenize(texts)
+  assert [len(row) for row in rows] == [8, 8, 8]
+  assert rows[1] == [101] * 7 + [1]  # cut at the end, and EOS is still last
+  assert rows[0] == [100] * 7 + [1]  # just fits: untouched, not counted
+
+
+def test_prompts_that_fit_raise_no_warning():
+  assert tokenize(["a" * 7]) == [[100] * 7 + [1]]  # Warnings are errors in tests.
+
+
+@pytest.mark.parametrize(
+  ("length", "maximum", "expected"),
+  [(1, 512, 32), (32, 512, 32), (33, 512, 64), (33, 48, 48), (5, 8, 8), (5000, 6000, 6000)],
+)
+def test_bucketed_length(length, maximum, expected):
+  assert prompts.bucket_length(length, maximum) == expected
+
+
+@pytest.mark.parametrize(
+  ("rows", "size", "expected"), [(1, 8, 1), (3, 8, 4), (5, 8, 8), (5, 6, 6), (0, 8, 1)]
+)
+def test_bucketed_size(rows, size, expected):
+  assert prompts.bucket_size(rows, size) == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_batches_hold_every_prompt_once(batch_size):
+  rng = np.random.default_rng(0)
+  tokens = [
+    [*rng.integers(3, 99, size=size - 1).tolist(), 1] for size in rng.integers(1, 71, size=45)
+  ]
+  batches = prompts.plan(tokens, batch_size=batch_size, max_input_length=70)
+  rows = np.concatenate([batch.rows for batch in batches])
+  assert sorted(rows) == list(range(45))
+  assert {batch.tokens.shape[1] for batch in batches} == {32, 64, 70}
+  for batch in batches:
+    assert batch.tokens.dtype == np.int32
+    assert len(batch.rows) <= len(batch.tokens) <= batch_size
+    assert batch.active.tolist() == [i < len(batch.rows) for i in range(len(batch.tokens))]
+    assert not batch.tokens[len(batch.rows) :].any()
+    for i, row in enumerate(batch.rows):
+      assert batch.tokens[i, : len(tokens[row])].tolist() == list(tokens[row])
+      assert not batch.tokens[i, len(tokens[row]) :].any()
+
+
+def test_nothing_to_plan_and_no_room():
+  assert prompts.plan([], batch_size=8, max_input_length=64) == []
+  with pytest.raises(ValueError, match=r"`batch_size` of at least 1\. Got 0"):
+    prompts.plan([[1]], batch_size=0, max_input_length=64)
