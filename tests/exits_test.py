@@ -1,0 +1,272 @@
+"""Exit rules and propagation on a toy decoder of a few lines: no network.
+
+Every layer adds 1 to the state, which begins at 0: d^i = i. Layer i makes the key 10 i + d of
+its input state d (so 10 i + i - 1 where it ran) and the value of the opposite sign. Any head
+says the number in the state, so that the token is the layer whose state was read.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import exits, propagation, schedules
+
+L = 4
+NEVER = schedules.NEVER_EXIT
+# Confidence [layer, row]; row 0 clears 0.5 at layer 1, row 1 at 3, row 2 never before the last.
+TABLE = np.array(
+  [[0.5, 0.2, 0.1], [0.0, 0.4, 0.3], [0.9, 0.8, 0.2], [0.7, 0.6, 0.05]], np.float32
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+  """A measure that reads a table [layers, batch]."""
+
+  table: Any
+  uses_head: Any = False
+  name: ClassVar[str] = "given"
+
+  def __call__(self, view):
+    if self.uses_head:
+      view.logits()
+    return jnp.asarray(self.table)[view.layer - 1]
+
+
+def toy_layers(calls: list | None = None, *, shared_head=True) -> propagation.Layers:
+  calls = [] if calls is None else calls
+
+  def key_value(name, layer, hidden):
+    calls.append((name, layer))
+    key = (10.0 * layer + hidden)[:, None, :]
+    return propagation.KeyValue(key, -key)
+
+  def logits(layer, hidden):
+    calls.append(("logits", layer))
+    return 5.0 * jax.nn.one_hot(hidden[:, 0].astype(jnp.int32), L + 2)
+
+  return propagation.Layers(
+    num_layers=L,
+    run=lambda layer, hidden: (hidden + 1.0, key_value("run", layer, hidden)),
+    project=lambda layer, hidden: key_value("project", layer, hidden),
+    logits=logits,
+    exit_logit=lambda hidden: hidden[:, 0],
+    shared_head=shared_head,
+  )
+
+
+def take(rule, threshold: Any = 0.5, *, active=(True, True, True), layers=None):
+  """One token of every row."""
+  hidden = jnp.zeros((len(active), 2))
+  layers = layers or toy_layers()
+  return rule(layers, hidden, jnp.array(active), jnp.asarray(threshold), jnp.int32(0))
+
+
+def keys(token_exit) -> np.ndarray:
+  """[row, layer] first number of every key; values must be their negatives."""
+  for row in token_exit.rows:
+    np.testing.assert_array_equal(row.value, -row.key)
+  return np.stack([row.key[:, 0, 0] for row in token_exit.rows], axis=1)
+
+
+def tokens(token_exit) -> list[int]:
+  return jnp.argmax(token_exit.logits, axis=-1).tolist()
+
+
+def walk(confidences, threshold, allowed):
+  """(exit layer, confidence, rejected) of one row, by the definition."""
+  rejected = 0.0
+  for layer in range(1, L + 1):
+    if layer < L and layer not in allowed:
+      continue
+    if layer == L or confidences[layer - 1] >= threshold:
+      return layer, confidences[layer - 1], rejected
+    rejected = max(rejected, confidences[layer - 1])
+
+
+def test_rows_leave_at_the_first_layer_that_clears_the_threshold():
+  got = take(exits.DynamicExits(Given(TABLE)))
+  assert got.exit_layer.tolist() == [1, 3, 4]  # 0.5 >= 0.5 leaves.
+  np.testing.assert_allclose(got.confidence, [0.5, 0.8, 0.05])
+  np.testing.assert_allclose(got.rejected_confidence, [0.0, 0.4, 0.3])
+  assert tokens(got) == [1, 3, 4]
+
+
+@pytest.mark.parametrize("allowed", [None, (2,), (1, 3), (1, 4), ()])
+@pytest.mark.parametrize("shared_head", [True, False])
+@pytest.mark.parametrize("uses_head", [True, False])
+def test_the_rule_is_its_definition(uses_head, shared_head, allowed):
+  layers = toy_layers(shared_head=shared_head)
+
+  @jax.jit
+  def decide(table, threshold):
+    return take(
+      exits.DynamicExits(Given(table, uses_head), allowed=allowed), threshold, layers=layers
+    )
+
+  rng = np.random.default_rng(0)
+  seen = set()
+  for threshold in (0.0, 0.3, 0.6, 0.9, NEVER):
+    table = rng.uniform(size=(L, 3)).astype(np.float32)
+    got = decide(table, jnp.float32(threshold))
+    for row in range(3):
+      expected = walk(
+        table[:, row], threshold, allowed or range(1, L) if allowed is None else allowed
+      )
+      fields = got.exit_layer[row], got.confidence[row], got.rejected_confidence[row]
+      np.testing.assert_array_equal(fields, expected)
+      assert tokens(got)[row] == expected[0]
+      seen.add(expected[0])
+  assert allowed == () or len(seen) > 1
+
+
+@pytest.mark.parametrize(
+  ("name", "expected"),
+  [
+    # Rows leave at 1, 3 and 4. Where a layer ran: 10, 21, 32, 43.
+    ("exit_state", [[10, 21, 31, 41], [10, 21, 32, 43], [10, 21, 32, 43]]),
+    ("first_state", [[10, 21, 31, 41], [10, 21, 32, 41], [10, 21, 32, 43]]),
+    ("copy_projections", [[10, 10, 10, 10], [10, 21, 32, 32], [10, 21, 32, 43]]),
+  ],
+)
+def test_skipped_layers_store_what_the_propagation_says(name, expected):
+  rule = exits.DynamicExits(Given(TABLE), propagation=propagation.propagation(name))
+  np.testing.assert_array_equal(keys(take(rule)), expected)
+  # The same rows when the others have already left the batch.
+  for row in range(3):
+    active = np.arange(3) == row
+    np.testing.assert_array_equal(keys(take(rule, active=active))[row], expected[row])
+
+
+@pytest.mark.parametrize("name", propagation.PROPAGATIONS)
+def test_never_runs_every_layer(name):
+  ones = np.ones((L, 3), np.float32)
+  rule = exits.DynamicExits(Given(ones), propagation=propagation.propagation(name))
+  got = take(rule, NEVER)
+  assert got.exit_layer.tolist() == [L] * 3
+  np.testing.assert_array_equal(keys(got), [[10, 21, 32, 43]] * 3)
+  # A threshold of 1 is cleared by saturated confidences.
+  assert take(rule, 1.0).exit_layer.tolist() == [1] * 3
+
+
+def test_never_stays_never_under_eq_5():
+  rule = exits.DynamicExits(Given(np.ones((L, 3), np.float32)), schedules.Decaying(4.0, 8))
+  assert take(rule, NEVER).exit_layer.tolist() == [L] * 3
+  assert take(rule, 1.0).exit_layer.tolist() == [1] * 3
+
+
+def test_each_row_may_have_its_own_threshold():
+  got = take(exits.DynamicExits(Given(TABLE)), jnp.array([0.6, NEVER, 0.3]))
+  assert got.exit_layer.tolist() == [3, 4, 2]
+
+
+def test_inactive_rows_report_nothing():
+  rules = exits.DynamicExits(Given(TABLE)), exits.StaticExit(2), exits.OracleExit()
+  for rule in rules:
+    got = take(rule, active=(True, False, True))
+    assert got.exit_layer[1] == 0 and got.confidence[1] == 0
+    assert got.rejected_confidence[1] == 0
+    assert (got.exit_layer[jnp.array([0, 2])] > 0).all()
+
+
+@pytest.mark.parametrize(
+  ("active", "deepest"), [((True, False, False), 1), ((True, True, False), 3)]
+)
+def test_layers_above_the_deepest_active_row_do_not_run(active, deepest):
+  calls = []
+  with jax.disable_jit():
+    take(exits.DynamicExits(Given(TABLE)), active=active, layers=toy_layers(calls))
+  assert [layer for name, layer in calls if name == "run"] == list(range(1, deepest + 1))
+  projected = [layer for name, layer in calls if name == "project"]
+  assert projected == list(range(deepest + 1, L + 1))
+
+
+@pytest.mark.parametrize(
+  ("uses_head", "shared_head", "allowed", "expected"),
+  [
+    (False, True, None, [L]),  # one head, after the exit
+    (True, True, None, [1, 2, 3, 4]),
+    (True, True, (2,), [2, 4]),
+    (False, False, (2,), [2, 4]),  # the head depends on the exit layer
+  ],
+)
+def test_no_head_more_than_the_measure_needs(uses_head, shared_head, allowed, expected):
+  calls = []
+  rule = exits.DynamicExits(Given(TABLE, uses_head), allowed=allowed)
+  with jax.disable_jit():
+    take(rule, NEVER, layers=toy_layers(calls, shared_head=shared_head))
+  assert [layer for name, layer in calls if name == "logits"] == expected
+
+
+@pytest.mark.parametrize("depth", [1, 3, L, None])
+def test_static_exit_is_a_shallower_decoder(depth):
+  calls = []
+  rule = exits.StaticExit(depth)
+  got = take(rule, layers=toy_layers(calls))
+  layers = depth or L
+  assert got.exit_layer.tolist() == [layers] * 3 and tokens(got) == [layers] * 3
+  assert [name for name, _ in calls] == ["run"] * layers + ["logits"]
+  assert len(got.rows) == layers == rule.depth(L)
+  assert not got.confidence.any() and not got.rejected_confidence.any()
+
+
+@pytest.mark.parametrize("depth", [-1, L + 1])
+def test_static_exit_outside_of_the_model_is_refused(depth):
+  with pytest.raises(ValueError, match=rf"`layer` in 1 \.\.\. {L}\. Got {depth}"):
+    take(exits.StaticExit(depth))
+
+
+# Argmax of the layers, [layer, row]: the last says 2 in every row.
+SAID = np.array([[2, 0, 1], [0, 2, 1], [2, 1, 0], [2, 2, 2]])
+
+
+@pytest.mark.parametrize(
+  ("name", "expected"),
+  [
+    ("exit_state", [[10, 21, 31, 41], [10, 21, 32, 42], [10, 21, 32, 43]]),
+    ("first_state", [[10, 21, 31, 41], [10, 21, 31, 41], [10, 21, 32, 43]]),
+    ("copy_projections", [[10, 10, 10, 10], [10, 21, 21, 21], [10, 21, 32, 43]]),
+  ],
+)
+def test_the_oracle_leaves_where_the_last_layers_token_first_stands(name, expected):
+  said = lambda layer, hidden: layer * jax.nn.one_hot(jnp.asarray(SAID[layer - 1]), L + 2)
+  layers = dataclasses.replace(toy_layers(), logits=said)
+  rule = exits.OracleExit(propagation=propagation.propagation(name))
+  got = take(rule, layers=layers)
+  assert got.exit_layer.tolist() == [1, 2, 4]
+  assert tokens(got) == [2, 2, 2] and jnp.max(got.logits, axis=-1).tolist() == [1, 2, 4]
+  assert got.confidence.tolist() == [1, 1, 1]
+  if name == "exit_state":
+    # Row 1 leaves at 2: layers 3 and 4 store d^2.
+    expected = [[10, 21, 31, 41], [10, 21, 32, 42], [10, 21, 32, 43]]
+  np.testing.assert_array_equal(keys(got), expected)
+  allowed = take(dataclasses.replace(rule, allowed=(2, 3)), layers=layers)
+  assert allowed.exit_layer.tolist() == [3, 2, 4]
+
+
+def test_allowed_layers():
+  assert exits.allowed_layers(None, L) == (1, 2, 3)
+  assert exits.allowed_layers((2, 4), L) == (2,)
+  assert exits.allowed_layers([], L) == ()
+  for bad in ([0], [5], [2, 1], [2, 2]):
+    with pytest.raises(
+      ValueError, match=r"`allowed` exit layers to be ascending within 1 \.\.\. 4"
+    ):
+      exits.allowed_layers(bad, L)
+
+
+def test_propagations_are_found_by_name():
+  for name, made in propagation.PROPAGATIONS.items():
+    assert propagation.propagation(name) is made and made.name == name
+  with pytest.raises(ValueError, match=r"`propagation`.*'copy_projections'.*Got 'none'"):
+    propagation.propagation("none")
+
+
+def test_rules_are_hashable_statics():
+  rule = exits.DynamicExits(Given(()))
+  assert hash(rule) == hash(exits.DynamicExits(Given(())))
+  assert exits.StaticExit(1) != exits.StaticExit(2)
