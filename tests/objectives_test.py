@@ -36,6 +36,11 @@ def batch_of(seed=2, batch=4):
   }
 
 
+def loss_of(objective, module, params, batch, key=None):
+  """(loss, metrics) in one compilation."""
+  return jax.jit(lambda p, b, k: objective.loss(module, p, b, k))(params, batch, key)
+
+
 def layer_losses(module, params, batch):
   """Mean NLL of each layer by the network's own logits, one layer at a time."""
   bound = module.bind({"params": params})
@@ -62,7 +67,7 @@ def test_stage_one_is_equation_6_over_the_networks_own_heads(options):
   toy = toys.Config(num_decoder_layers=3, num_encoder_layers=1, **options)
   module, params = model_of(toy)
   batch = batch_of()
-  loss, metrics = objectives.LayerWeighted(z_loss=0.0).loss(module, params, batch, None)
+  loss, metrics = loss_of(objectives.LayerWeighted(z_loss=0.0), module, params, batch)
   expected = layer_losses(module, params, batch)
   np.testing.assert_allclose(metrics.cross_entropy, expected, rtol=1e-4)
   np.testing.assert_allclose(loss, expected @ np.array([1, 2, 3]) / 6, rtol=1e-4)
@@ -77,12 +82,17 @@ def test_sampled_layers_are_an_unbiased_estimate(monkeypatch):
   sampled = objectives.LayerWeighted(sampled_layers=2)
   drawn = {}
   monkeypatch.setattr(jax.random, "choice", lambda *args, **kw: drawn["layers"])
+
+  @jax.jit
+  def loss_of_layers(layers):
+    drawn["layers"] = layers
+    return sampled.loss(module, params, batch, jax.random.key(0))[0]
+
   expectation = 0.0
   for pair in itertools.product(range(3), repeat=2):
-    drawn["layers"] = jnp.array(pair)
-    loss, _ = sampled.loss(module, params, batch, jax.random.key(0))
+    loss = loss_of_layers(jnp.array(pair))
     expectation += weights[pair[0]] * weights[pair[1]] * float(loss)
-  everything, _ = objectives.LayerWeighted().loss(module, params, batch, None)
+  everything, _ = loss_of(objectives.LayerWeighted(), module, params, batch)
   np.testing.assert_allclose(expectation, everything, rtol=1e-5)
 
 
@@ -102,7 +112,7 @@ def test_stage_one_with_per_layer_heads_trains_every_sampled_head(sampled_layers
   module, params = model_of(toy)
   objective = objectives.LayerWeighted(sampled_layers=sampled_layers)
   loss = lambda p, key: objective.loss(module, p, batch_of(), key)
-  gradients, metrics = jax.grad(loss, has_aux=True)(params, jax.random.key(1))
+  gradients, metrics = jax.jit(jax.grad(loss, has_aux=True))(params, jax.random.key(1))
   names = ["logits_dense_0", "logits_dense_1", "logits_dense"]
   moved = [bool(jnp.any(gradients["decoder"][name]["kernel"] != 0)) for name in names]
   assert moved == (np.asarray(metrics.layer_weight) > 0).tolist()
@@ -110,7 +120,7 @@ def test_stage_one_with_per_layer_heads_trains_every_sampled_head(sampled_layers
 
 def gradients_by_path(objective, module, params, batch):
   loss = lambda p: objective.loss(module, p, batch, jax.random.key(0))[0]
-  return traverse_util.flatten_dict(jax.grad(loss)(params))
+  return traverse_util.flatten_dict(jax.jit(jax.grad(loss))(params))
 
 
 @pytest.mark.parametrize("loss", [losses.classifier_loss, losses.geometric_classifier_loss])
@@ -153,7 +163,7 @@ def test_weight_decay_never_reaches_what_a_stage_freezes(objective, classifier_m
 def test_stage_two_reads_what_inference_reads():
   module, params = model_of()
   batch = batch_of()
-  _, metrics = objectives.ExitClassifier().loss(module, params, batch, None)
+  _, metrics = loss_of(objectives.ExitClassifier(), module, params, batch)
   bound = module.bind({"params": params})
   hidden = bound.hidden_states(
     batch["encoder_input_tokens"],
@@ -170,7 +180,9 @@ def test_stage_two_reads_what_inference_reads():
 def test_dropout_needs_a_key_and_is_off_without():
   module, params = model_of(dropout_rate=0.5)
   objective = objectives.LayerWeighted()
-  value = lambda key: float(objective.loss(module, params, batch_of(), key)[0])
+  batch = batch_of()
+  jitted = jax.jit(lambda key: objective.loss(module, params, batch, key)[0])
+  value = lambda key: float(jitted(key))
   assert value(None) == value(None)
   assert value(jax.random.key(0)) != value(jax.random.key(1))
 
