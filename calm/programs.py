@@ -128,6 +128,16 @@ class Program:
       )
       hidden = weights.embedding[current]
       token_exit = self.rule(decoder.layers(), hidden, active, threshold, position)
-      return token_exit, step.write_rows(cache, token_exit.rows, position)
+      return token_exit, step.write_rows(cache, token_exit.rows, _after(position, token_exit))
 
     return take_step
+
+
+def _after(position: jax.Array, token_exit: exits.TokenExit) -> jax.Array:
+  """`position`, in a form that XLA can know only once the token is.
+
+  A cache that is read after its update was made would be copied whole at every step; tied to
+  the token (its argmax is what the loop computes anyway), the update waits for every read.
+  """
+  token = jnp.argmax(token_exit.logits, axis=-1).astype(jnp.int32)
+  return position + jnp.minimum(token[0], 0)
