@@ -73,9 +73,14 @@ def _variance_before(losses: np.ndarray) -> np.ndarray:
   return np.maximum(_before(variance, PRIOR_VARIANCE), _LEAST_VARIANCE)
 
 
-def _plug_in_bets(losses: np.ndarray, design: Design) -> np.ndarray:
+def free_bets(losses: np.ndarray, design: Design) -> np.ndarray:
+  """The plug-in bets before they are cut at `design.cap`; the tolerance plays no part."""
   scale = math.sqrt(2.0 * design.target / design.planned_size)
-  return np.minimum(scale / np.sqrt(_variance_before(losses)), design.cap)
+  return scale / np.sqrt(_variance_before(losses))
+
+
+def _plug_in_bets(losses: np.ndarray, design: Design) -> np.ndarray:
+  return np.minimum(free_bets(losses, design), design.cap)
 
 
 def _fixed_level_bets(losses: np.ndarray, design: Design) -> np.ndarray:
@@ -156,20 +161,20 @@ def log_wealth(
 
 
 def least_log_wealth(
-  losses: np.ndarray, below: Design, above: Design, strategy: Strategy = PLUG_IN
+  losses: np.ndarray, free: np.ndarray, below: Design, above: Design
 ) -> np.ndarray:
-  """A lower bound of log wealth, the same for every tolerance from `below`'s to `above`'s.
+  """A lower bound of plug-in log wealth for every tolerance from `below`'s to `above`'s.
 
   Args:
     losses: [num_examples, num_thresholds].
+    free: `free_bets` of them.
     below: design with the lower ends of intervals of tolerances, [num_thresholds].
-    above: the same with the upper ends.
-    strategy: how bets are chosen; bets may not fall as the tolerance grows.
+    above: the same with the upper ends; a larger tolerance has a larger cap.
 
   Returns:
     [num_examples, num_thresholds] nats.
   """
   gains = below.tolerance - losses
-  bets = np.where(gains >= 0.0, strategy.bets(losses, below), strategy.bets(losses, above))
+  bets = np.minimum(free, np.where(gains >= 0.0, below.cap, above.cap))
   # An interval that reaches far up may allow ruin; it is then not rejected.
   return np.cumsum(np.log(np.maximum(1.0 + bets * gains, 1e-300)), axis=0)

@@ -95,13 +95,14 @@ def betting(
   betting_lib.check_levels(lower, error_rate, upper)
   columns = losses.reshape(len(losses), -1)
   size = planned_size or len(losses)
+  free = betting_lib.free_bets(columns, betting_lib.Design(lower, error_rate, size, upper))
   bound = np.full(columns.shape[1], float(upper))
   step = (bound - np.maximum(columns.mean(axis=0), lower)) / 2.0
   least = precision * (upper - lower)
   while np.any(active := step > least):
     above = betting_lib.Design(bound[active], error_rate, size, upper)
     below = betting_lib.Design(bound[active] - step[active], error_rate, size, upper)
-    wealth = betting_lib.least_log_wealth(columns[:, active], below, above)
+    wealth = betting_lib.least_log_wealth(columns[:, active], free[:, active], below, above)
     rejected = wealth.max(axis=0) >= above.target
     bound[active] -= np.where(rejected, step[active], 0.0)
     step[active] /= np.where(rejected, 1.0, 2.0)

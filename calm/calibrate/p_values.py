@@ -9,6 +9,7 @@ seen.
 Everything is computed in log space; `log=True` returns log p, which does not underflow.
 """
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -53,14 +54,17 @@ def _finish(log_p: np.ndarray, log: bool) -> np.ndarray:
   return log_p if log else np.exp(log_p)
 
 
+@functools.lru_cache(maxsize=4)
+def _log_choose(num_examples: int) -> np.ndarray:
+  log_factorials = special.gammaln(np.arange(num_examples + 1) + 1.0)
+  return log_factorials[-1] - log_factorials - log_factorials[::-1]
+
+
 def log_binomial_cdf_table(num_examples: int, probability: float) -> np.ndarray:
   """log P(Binomial(num_examples, probability) <= j) for j = 0 ... num_examples, in O(n)."""
   successes = np.arange(num_examples + 1, dtype=np.float64)
-  log_factorials = special.gammaln(successes + 1.0)
   log_mass = (
-    log_factorials[-1]
-    - log_factorials
-    - log_factorials[::-1]
+    _log_choose(num_examples)
     + successes * np.log(probability)
     + successes[::-1] * np.log1p(-probability)
   )
@@ -245,8 +249,9 @@ def betting(
   >>> float(betting(np.zeros(100), 0.1).round(6))
   8e-05
   """
-  losses = betting_lib.check_losses(losses, upper)
-  design = betting_lib.Design(tolerance, error_rate, planned_size or len(losses), upper)
+  losses = np.asarray(losses, np.float64)
+  size = planned_size or (len(losses) if losses.ndim else 0)
+  design = betting_lib.Design(tolerance, error_rate, size, upper)
   wealth = betting_lib.log_wealth(losses, design, strategy)
   return _finish(-np.maximum(0.0, wealth.max(axis=0)), log)
 

@@ -183,8 +183,6 @@ def _close(weights: np.ndarray, edges: np.ndarray, chosen: int, open_: np.ndarra
   edges = np.divide(
     joined, loops[:, None], out=np.zeros_like(edges), where=loops[:, None] > 1e-12
   )
-  edges[~open_] = 0.0
-  edges[:, ~open_] = 0.0
   np.fill_diagonal(edges, 0.0)
   return weights, edges
 

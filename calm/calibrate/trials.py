@@ -86,6 +86,10 @@ class Layers:
   full_depth: int
 
 
+# Columns whose p-values are computed at once.
+_BLOCK = 5
+
+
 class _Pool:
   """Losses as one method tests them, with rows grouped into exchangeable units."""
 
@@ -103,12 +107,25 @@ class _Pool:
     self.values = np.clip(self.values, low, high)
     _, self.unit_of_row = np.unique(np.asarray([str(n) for n in names]), return_inverse=True)
 
-  def choose(self, rows: np.ndarray, tolerance: float, error_rate: float) -> int | None:
-    """Column of the lowest threshold certified on some units, or None."""
-    sample = methods.Sample(self.values[rows], self.units.support, tolerance, error_rate)
-    p_values = np.exp(self.method.log_p_values(sample))
-    rejected = testing.fixed_sequence(p_values, error_rate).rejected
-    return int(rejected.sum()) - 1 if rejected.any() else None
+  def choose(
+    self, rows: np.ndarray, tolerances: Sequence[float], error_rate: float
+  ) -> list[int | None]:
+    """Per tolerance the column of the lowest threshold certified on some units, or None."""
+    drawn = self.values[rows]
+    return [self._lowest(drawn, tolerance, error_rate) for tolerance in tolerances]
+
+  def _lowest(self, drawn: np.ndarray, tolerance: float, error_rate: float) -> int | None:
+    # Fixed sequence testing stops at the first failure: columns beyond it need no p-value.
+    certified = 0
+    for start in range(0, drawn.shape[1], _BLOCK):
+      block = drawn[:, start : start + _BLOCK]
+      sample = methods.Sample(block, self.units.support, tolerance, error_rate)
+      p_values = np.exp(self.method.log_p_values(sample))
+      passed = int(testing.fixed_sequence(p_values, error_rate).rejected.sum())
+      certified += passed
+      if passed < block.shape[1]:
+        break
+    return certified - 1 if certified else None
 
 
 def split_trials(
@@ -147,27 +164,31 @@ def split_trials(
   cut = min(count - 1, max(1, round(0.8 * count)))
   generator = np.random.default_rng(seed)
   splits = [generator.permutation(count) for _ in range(trials)]
-  results = []
-  for tolerance in tolerances:
-    outcomes = [
-      _split_outcome(pool, split, cut, (tolerance, error_rate), layers) for split in splits
-    ]
-    results.append(_summarize_splits(tolerance, outcomes, pool.units.thresholds))
-  return tuple(results)
+  outcomes = [
+    _split_outcomes(pool, split, cut, tolerances, error_rate, layers) for split in splits
+  ]
+  return tuple(
+    _summarize_splits(tolerance, list(column), pool.units.thresholds)
+    for tolerance, column in zip(tolerances, zip(*outcomes, strict=True), strict=True)
+  )
 
 
-def _split_outcome(pool: _Pool, split, cut: int, rates, layers: Layers | None):
-  chosen = pool.choose(split[:cut], *rates)
+def _split_outcomes(pool: _Pool, split, cut: int, tolerances, error_rate: float, layers):
+  chosen = pool.choose(split[:cut], tolerances, error_rate)
   test = split[cut:]
-  risk = 0.0 if chosen is None else float(pool.values[test, chosen].mean())
+  rows = np.isin(pool.unit_of_row, test)
+  return [_test_outcome(pool, column, test, rows, layers) for column in chosen]
+
+
+def _test_outcome(pool: _Pool, column: int | None, test, rows, layers: Layers | None):
+  risk = 0.0 if column is None else float(pool.values[test, column].mean())
   if layers is None:
     depth = np.nan
-  elif chosen is None:
+  elif column is None:
     depth = float(layers.full_depth)
   else:
-    rows = np.isin(pool.unit_of_row, test)
-    depth = layers.layers[rows, chosen].sum() / layers.tokens[rows, chosen].sum()
-  return chosen, risk, depth
+    depth = layers.layers[rows, column].sum() / layers.tokens[rows, column].sum()
+  return column, risk, depth
 
 
 def _summarize_splits(tolerance: float, outcomes, thresholds: np.ndarray) -> SplitTrials:
@@ -224,9 +245,9 @@ def validity_trials(
   size = calibration_size or len(pool.values)
   generator = np.random.default_rng(seed)
   draws = [generator.integers(len(pool.values), size=size) for _ in range(trials)]
+  outcomes = [pool.choose(draw, tolerances, error_rate) for draw in draws]
   results = []
-  for tolerance in tolerances:
-    chosen = [pool.choose(draw, tolerance, error_rate) for draw in draws]
+  for tolerance, chosen in zip(tolerances, zip(*outcomes, strict=True), strict=True):
     certified = [column for column in chosen if column is not None]
     violations = int(np.sum(true_risk[certified] > tolerance)) if certified else 0
     interval = stats.binomtest(violations, trials).proportion_ci(0.95)

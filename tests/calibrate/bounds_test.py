@@ -85,7 +85,8 @@ def test_least_log_wealth_is_below_every_wealth_of_its_interval():
   losses = laws.signed(np.random.default_rng(6), 0.1, (80, 5))
   below = betting.Design(np.full(5, 0.15), 0.05, 80)
   above = betting.Design(np.full(5, 0.45), 0.05, 80)
-  least = betting.least_log_wealth(losses, below, above)
+  free = betting.free_bets(losses, below)
+  least = betting.least_log_wealth(losses, free, below, above)
   for tolerance in np.linspace(0.15, 0.45, 31):
     wealth = betting.log_wealth(losses, betting.Design(tolerance, 0.05, 80))
     assert np.all(least <= wealth + 1e-12)
@@ -96,3 +97,7 @@ def test_levels_are_checked():
     bounds.invert(p_values.hoeffding, 1.0, 10, error_rate=1.0)
   with pytest.raises(ValueError, match="`error_rate`"):
     bounds.betting([0.0], error_rate=0.0)
+
+
+def test_a_level_above_one_half_does_not_go_below_the_mean():
+  assert bounds.invert(p_values.binomial, 50, 100, error_rate=0.99) == 0.5

@@ -27,7 +27,7 @@ def loaded_by(code):
 
 
 def test_importing_it_loads_numpy_and_scipy_alone():
-  modules = "audit foreign generation_writer pareto reuse sequential trials".split()
+  modules = ["audit", "foreign", "generation_writer", "pareto", "reuse", "sequential", "trials"]
   code = "import calm.calibrate\n" + "\n".join(f"import calm.calibrate.{m}" for m in modules)
   assert loaded_by(code) == "[]"
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from calm.calibrate import SequenceLosses, Support, trials
+from calm.calibrate import NEVER_EXIT, SequenceLosses, Support, calibrate, trials
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.7, 0.5])
@@ -75,9 +75,9 @@ def test_clusters_never_stand_on_both_sides():
   seen = []
 
   class Spy(trials._Pool):
-    def choose(self, rows, tolerance, error_rate):
+    def choose(self, rows, tolerances, error_rate):
       seen.append(set(rows.tolist()))
-      return 0
+      return [0] * len(tolerances)
 
   original = trials._Pool
   trials._Pool = Spy
@@ -106,6 +106,20 @@ def test_clustered_binary_losses_bet_and_paper_clips_before_it_averages():
   clipped = trials._Pool(signed, "paper", groups)
   expected = np.maximum(signed.values, 0).reshape(250, 2, 3).mean(axis=1)
   np.testing.assert_allclose(np.sort(clipped.values, axis=0), np.sort(expected, axis=0))
+
+
+def test_blocks_of_columns_choose_what_calibrate_chooses():
+  generator = np.random.default_rng(0)
+  values = generator.random((300, 17)) * np.linspace(0.0, 0.5, 17)
+  losses = SequenceLosses(values, np.linspace(0.95, 0.1, 17)).in_given_order()
+  made = trials._Pool(losses, "auto", [f"{i:03d}" for i in range(300)])
+  tolerances = [0.001, 0.05, 0.1, 0.2, 0.4]
+  for tolerance, column in zip(
+    tolerances, made.choose(np.arange(300), tolerances, 0.05), strict=True
+  ):
+    found = calibrate(losses, tolerance=tolerance, error_rate=0.05)
+    expected = NEVER_EXIT if column is None else losses.thresholds[column]
+    assert found.threshold == expected
 
 
 def test_bad_pools_are_refused():

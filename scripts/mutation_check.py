@@ -1,0 +1,221 @@
+"""Breaks `calm.calibrate` on purpose, one place at a time, and counts what the tests notice.
+
+    python scripts/mutation_check.py                    # p_values and testing
+    python scripts/mutation_check.py --module betting --tests p_values_test bounds_test
+
+Each mutant swaps one operator, comparison, constant or call (min for max, ...). It is killed
+when a test fails or runs out of time. Survivors are listed with their line; the exit status is
+1 if there are any that `EQUIVALENT` does not explain.
+"""
+
+import argparse
+import ast
+import copy
+import importlib.abc
+import importlib.util
+import os
+import pathlib
+import signal
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TESTS = {
+  "p_values": ("p_values_test", "pitfalls_test", "bounds_test", "package_test"),
+  "testing": ("testing_test", "pitfalls_test", "calibration_test"),
+}
+TIME_LIMIT = 180
+
+_SWAPS = {
+  ast.Add: ast.Sub,
+  ast.Sub: ast.Add,
+  ast.Mult: ast.Div,
+  ast.Div: ast.Mult,
+  ast.Pow: ast.Mult,
+  ast.Lt: ast.LtE,
+  ast.LtE: ast.Lt,
+  ast.Gt: ast.GtE,
+  ast.GtE: ast.Gt,
+  ast.Eq: ast.NotEq,
+  ast.NotEq: ast.Eq,
+  ast.BitOr: ast.BitAnd,
+  ast.BitAnd: ast.BitOr,
+  ast.And: ast.Or,
+  ast.Or: ast.And,
+}
+_NAMES = {
+  "minimum": "maximum",
+  "maximum": "minimum",
+  "min": "max",
+  "max": "min",
+  "argmin": "argmax",
+  "any": "all",
+  "all": "any",
+  "ceil": "floor",
+  "floor": "ceil",
+  "zeros": "ones",
+  "ones": "zeros",
+}
+
+# Mutants that change no result, by module and the text of the line: why no test can see them.
+EQUIVALENT: dict[tuple[str, str], str] = {
+  (
+    "testing",
+    "TestResult.__test__ = False  # type: ignore[attr-defined]  # not a pytest class [False ->"
+    " True]",
+  ): "a hint for pytest alone",
+}
+
+
+def mutate(node: ast.AST) -> str:
+  """Changes `node` in place; returns what was done, or '' if this node has no mutation."""
+  if isinstance(node, ast.BinOp | ast.AugAssign | ast.BoolOp) and type(node.op) in _SWAPS:
+    old, node.op = type(node.op).__name__, _SWAPS[type(node.op)]()
+    return f"{old} -> {type(node.op).__name__}"
+  if isinstance(node, ast.Compare) and type(node.ops[0]) in _SWAPS:
+    old, node.ops[0] = type(node.ops[0]).__name__, _SWAPS[type(node.ops[0])]()
+    return f"{old} -> {type(node.ops[0]).__name__}"
+  if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.Invert | ast.Not):
+    old, node.op = type(node.op).__name__, ast.UAdd()
+    return f"{old} dropped"
+  if isinstance(node, ast.Constant) and isinstance(node.value, bool):
+    node.value = not node.value
+    return f"{not node.value} -> {node.value}"
+  if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+    old, node.value = node.value, node.value + 1
+    return f"{old} -> {node.value}"
+  if isinstance(node, ast.Attribute) and node.attr in _NAMES:
+    old, node.attr = node.attr, _NAMES[node.attr]
+    return f"{old} -> {node.attr}"
+  return ""
+
+
+def mutants(source: str):
+  """Every (line number, what was done, changed tree) of a module; annotations stay."""
+  tree = ast.parse(source)
+  count = len(list(ast.walk(tree)))
+  skipped = {
+    id(inner)
+    for node in ast.walk(tree)
+    for part in (getattr(node, "annotation", None), getattr(node, "returns", None))
+    if part is not None
+    for inner in ast.walk(part)
+  }
+  raised = {
+    id(inner)
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Raise)
+    for inner in ast.walk(node)
+  }
+  originals = list(ast.walk(tree))
+  for index in range(count):
+    if id(originals[index]) in skipped | raised:
+      continue
+    changed = copy.deepcopy(tree)
+    node = list(ast.walk(changed))[index]
+    done = mutate(node)
+    if done:
+      yield getattr(node, "lineno", 0), done, ast.fix_missing_locations(changed)
+
+
+class Substitute(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+  """Imports a changed tree in place of one module."""
+
+  def __init__(self, name: str, tree: ast.Module, path: pathlib.Path):
+    self._name, self._tree, self._path = name, tree, path
+
+  def find_spec(self, fullname, path=None, target=None):
+    """A spec for the substituted module alone."""
+    del path, target
+    if fullname != self._name:
+      return None
+    return importlib.util.spec_from_loader(fullname, self, origin=str(self._path))
+
+  def exec_module(self, module):
+    """Runs the changed tree."""
+    module.__file__ = str(self._path)
+    exec(compile(self._tree, str(self._path), "exec"), module.__dict__)
+
+
+def survives(name: str, tree: ast.Module, path: pathlib.Path, tests: list[str]) -> bool:
+  """Whether all tests pass on a mutant; in a forked child, with numpy and pytest loaded."""
+  import pytest
+
+  child = os.fork()
+  if child == 0:
+    signal.alarm(TIME_LIMIT)
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    sys.meta_path.insert(0, Substitute(name, tree, path))
+    # The plain exit keeps a mutant's leftovers (threads, handlers) out of the verdict.
+    os._exit(
+      int(
+        pytest.main(
+          [
+            "-x",
+            "-q",
+            "-W",
+            "ignore::pytest.PytestAssertRewriteWarning",
+            "-p",
+            "no:cacheprovider",
+            "--assert=plain",
+            *tests,
+          ]
+        )
+      )
+    )
+  return os.waitpid(child, 0)[1] == 0
+
+
+def check(module: str, names: tuple[str, ...]) -> int:
+  """Runs all mutants of one module, prints the score and returns unexplained survivors."""
+  path = ROOT / "calm" / "calibrate" / f"{module}.py"
+  source = path.read_text("utf-8")
+  tests = [str(ROOT / "tests" / "calibrate" / f"{name}.py") for name in names]
+  full_name = f"calm.calibrate.{module}"
+  if not survives(full_name, ast.parse(source), path, tests):
+    raise SystemExit(f"{module}: the tests fail without any mutation.")
+  total, killed, explained, unexplained = 0, 0, 0, 0
+  started = time.perf_counter()
+  for line, done, tree in mutants(source):
+    total += 1
+    if not survives(full_name, tree, path, tests):
+      killed += 1
+      continue
+    text = source.splitlines()[line - 1].strip()
+    why = EQUIVALENT.get((module, f"{text} [{done}]"))
+    explained += why is not None
+    unexplained += why is None
+    print(
+      f"  survived {path.name}:{line}: {done}: {text}{f' ({why})' if why else ''}", flush=True
+    )
+  print(
+    f"{module}: {killed} of {total} mutants killed, {explained} equivalent, {unexplained} left"
+    f" ({time.perf_counter() - started:.0f} s)",
+    flush=True,
+  )
+  return unexplained
+
+
+def main() -> None:
+  """Command line."""
+  parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+  parser.add_argument("--module", help="one module of calm.calibrate (default: %(default)s)")
+  parser.add_argument("--tests", nargs="+", help="test modules in tests/calibrate")
+  options = parser.parse_args()
+  os.chdir(ROOT)
+  sys.path.insert(0, str(ROOT))
+  # Loaded once, before any child is forked; nothing of the project is.
+  import hypothesis.strategies  # noqa: F401
+  import numpy  # noqa: F401
+  import pytest  # noqa: F401
+  import scipy.stats  # noqa: F401
+
+  chosen = [options.module] if options.module else list(TESTS)
+  left = sum(check(module, tuple(options.tests or TESTS[module])) for module in chosen)
+  raise SystemExit(1 if left else 0)
+
+
+if __name__ == "__main__":
+  main()
