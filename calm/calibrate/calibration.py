@@ -252,30 +252,15 @@ def calibrate(
   _check_rates(tolerance, error_rate)
   faults = _faults(sample)
   chosen = methods.get_method(method, ordering.unit_support(sample, groups))
-  if testing_procedure not in testing.PROCEDURES:
-    raise ValueError(
-      f"`testing_procedure` must be one of {sorted(testing.PROCEDURES)}, got"
-      f" {testing_procedure!r}."
-    )
-  if not chosen.any_level and testing_procedure != "fixed_sequence":
-    raise ValueError(
-      f"`method` {chosen.name!r} bets for the level `error_rate` alone and needs"
-      f" `testing_procedure` 'fixed_sequence', got {testing_procedure!r}. Use 'betting'."
-    )
+  _check_procedure(chosen, testing_procedure)
   prepared, declared = chosen.prepare(sample.values, sample.support)
   sample = dataclasses.replace(sample, values=prepared, support=declared)
   if groups is not None:
     sample = ordering.cluster_means(sample, groups)
-  rows_order, seed = ordering.test_order(sample)
-  values = sample.values[rows_order] if chosen.ordered else sample.values
-  usable = np.array([not fault for fault in faults])
-  # Faulty columns are out; what is left leaves the range by rounding at most.
-  inside = np.clip(values[:, usable], sample.support.lower, sample.support.upper)
-  evidence = methods.Sample(inside, sample.support, tolerance, error_rate)
-  log_p, bound = np.zeros(len(faults)), np.full(len(faults), np.nan)
-  if usable.any():
-    log_p[usable] = chosen.log_p_values(evidence)
-    bound[usable] = chosen.upper_bounds(evidence)
+  order, seed = ordering.tested_order(sample)
+  values = sample.values[order] if chosen.ordered else sample.values
+  rates = methods.Sample(values, sample.support, tolerance, error_rate)
+  log_p, bound = _evidence(chosen, rates, np.array([not fault for fault in faults]))
   result = testing.PROCEDURES[testing_procedure](np.exp(log_p), error_rate)
   return Calibration(
     threshold=_lowest(sample.thresholds, result.rejected),
@@ -294,16 +279,33 @@ def calibrate(
     order=sample.order if chosen.ordered else "irrelevant",
     seed=seed,
     procedure=sample.procedure,
-    provenance=Provenance(
-      metric=sample.metric,
-      references="full model" if sample.kind == "textual" else "targets",
-      grid=tuple(sample.thresholds.tolist()),
-      num_examples=len(values),
-      order=sample.order,
-      seed=seed,
-      method=chosen.name,
-    ),
+    provenance=_provenance(sample, chosen, seed),
   )
+
+
+def _provenance(sample: SequenceLosses, method: methods.Method, seed: str) -> Provenance:
+  return Provenance(
+    metric=sample.metric,
+    references="full model" if sample.kind == "textual" else "targets",
+    grid=tuple(sample.thresholds.tolist()),
+    num_examples=len(sample.values),
+    order=sample.order,
+    seed=seed,
+    method=method.name,
+  )
+
+
+def _check_procedure(chosen: methods.Method, testing_procedure: str) -> None:
+  if testing_procedure not in testing.PROCEDURES:
+    raise ValueError(
+      f"`testing_procedure` must be one of {sorted(testing.PROCEDURES)}, got"
+      f" {testing_procedure!r}."
+    )
+  if not chosen.any_level and testing_procedure != "fixed_sequence":
+    raise ValueError(
+      f"`method` {chosen.name!r} bets for the level `error_rate` alone and needs"
+      f" `testing_procedure` 'fixed_sequence', got {testing_procedure!r}. Use 'betting'."
+    )
 
 
 def _check_rates(tolerance: float, error_rate: float) -> None:
@@ -360,11 +362,23 @@ def _faults(losses: SequenceLosses) -> list[str]:
   return faults
 
 
+def _evidence(method: methods.Method, sample: methods.Sample, usable: np.ndarray):
+  """(log p, upper bounds); columns that are not usable have p = 1 and no bound."""
+  log_p, bound = np.zeros(len(usable)), np.full(len(usable), np.nan)
+  if usable.any():
+    # What is left leaves the range by rounding at most.
+    inside = np.clip(sample.values[:, usable], sample.support.lower, sample.support.upper)
+    sample = dataclasses.replace(sample, values=inside)
+    log_p[usable] = method.log_p_values(sample)
+    bound[usable] = method.upper_bounds(sample)
+  return log_p, bound
+
+
 def _lowest(grid: np.ndarray, rejected: np.ndarray) -> float:
   return float(grid[rejected].min()) if rejected.any() else thresholds_lib.NEVER_EXIT
 
 
-def _rows(losses, log_p, bound, result: testing.TestResult) -> tuple[Row, ...]:
+def _rows(losses, log_p, bound, result: testing.Rejections) -> tuple[Row, ...]:
   means = losses.values.mean(axis=0)
   return tuple(
     Row(
@@ -381,7 +395,7 @@ def _rows(losses, log_p, bound, result: testing.TestResult) -> tuple[Row, ...]:
   )
 
 
-def _reason(losses, result: testing.TestResult, faults: list[str], test) -> str:
+def _reason(losses, result: testing.Rejections, faults: list[str], test) -> str:
   tolerance, error_rate, procedure = test
   grid, rejected = losses.thresholds, result.rejected
   first = int(np.argmin(rejected))

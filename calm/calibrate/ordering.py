@@ -34,7 +34,7 @@ def permutation(ids: Sequence[str], procedure: Procedure | None) -> np.ndarray:
   return by_name[generator.permutation(len(ids))]
 
 
-def test_order(losses: SequenceLosses) -> tuple[np.ndarray, str]:
+def tested_order(losses: SequenceLosses) -> tuple[np.ndarray, str]:
   """(row numbers in the tested order, hexadecimal seed) of `losses`."""
   count = len(losses.values)
   ids = losses.ids or tuple(f"{row:09d}" for row in range(count))
@@ -42,9 +42,6 @@ def test_order(losses: SequenceLosses) -> tuple[np.ndarray, str]:
   if losses.order == "given":
     return np.arange(count), seed
   return permutation(ids, losses.procedure), seed
-
-
-test_order.__test__ = False  # type: ignore[attr-defined]  # not a pytest function
 
 
 def unit_support(losses: SequenceLosses, groups: Sequence[str] | None) -> Support:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TestResult:
+class Rejections:
   """What a procedure decided.
 
   Attributes:
@@ -28,9 +28,7 @@ class TestResult:
   visited: tuple[int, ...]
 
 
-TestResult.__test__ = False  # type: ignore[attr-defined]  # not a pytest class
-
-Procedure = Callable[[npt.ArrayLike, float], TestResult]
+Procedure = Callable[[npt.ArrayLike, float], Rejections]
 
 
 def _check(p_values: npt.ArrayLike, error_rate: float) -> np.ndarray:
@@ -46,7 +44,7 @@ def _check(p_values: npt.ArrayLike, error_rate: float) -> np.ndarray:
   return np.where(np.isnan(p_values), 1.0, p_values)
 
 
-def fixed_sequence(p_values: npt.ArrayLike, error_rate: float) -> TestResult:
+def fixed_sequence(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
   """Tests in order at the full level and stops at the first hypothesis that is not rejected.
 
   Args:
@@ -66,12 +64,12 @@ def fixed_sequence(p_values: npt.ArrayLike, error_rate: float) -> TestResult:
   adjusted = np.maximum.accumulate(p_values)
   rejected = adjusted <= error_rate
   visited = min(int(rejected.sum()) + 1, len(p_values))
-  return TestResult(rejected, adjusted, tuple(range(visited)))
+  return Rejections(rejected, adjusted, tuple(range(visited)))
 
 
 def bonferroni(
   p_values: npt.ArrayLike, error_rate: float, *, weights: npt.ArrayLike | None = None
-) -> TestResult:
+) -> Rejections:
   """Rejects where p <= weight * error_rate.
 
   Args:
@@ -85,10 +83,10 @@ def bonferroni(
   p_values = _check(p_values, error_rate)
   weights = check_weights(weights, len(p_values))
   adjusted = _divide(p_values, weights)
-  return TestResult(adjusted <= error_rate, adjusted, tuple(range(len(p_values))))
+  return Rejections(adjusted <= error_rate, adjusted, tuple(range(len(p_values))))
 
 
-def holm(p_values: npt.ArrayLike, error_rate: float) -> TestResult:
+def holm(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
   """Holm's step-down procedure: the smallest p at error_rate / k, the next at / (k - 1), ...
 
   Args:
@@ -106,12 +104,12 @@ def holm(p_values: npt.ArrayLike, error_rate: float) -> TestResult:
   adjusted[order] = np.maximum.accumulate(steps)
   rejected = adjusted <= error_rate
   visited = order[: min(int(rejected.sum()) + 1, count)]
-  return TestResult(rejected, adjusted, tuple(visited.tolist()))
+  return Rejections(rejected, adjusted, tuple(visited.tolist()))
 
 
 def fallback(
   p_values: npt.ArrayLike, error_rate: float, *, weights: npt.ArrayLike | None = None
-) -> TestResult:
+) -> Rejections:
   """Fixed order with a level for each; a rejection hands its whole level to the next.
 
   One bad hypothesis does not end the test, as it ends `fixed_sequence` (weights 1, 0, 0, ...).
@@ -138,7 +136,7 @@ def graphical(
   *,
   weights: npt.ArrayLike,
   transitions: npt.ArrayLike,
-) -> TestResult:
+) -> Rejections:
   """Sequentially rejective graphs: fixed sequence, fallback and Holm are special cases.
 
   Hypothesis j holds the level weights[j] * error_rate. When it is rejected its level flows
@@ -172,7 +170,7 @@ def graphical(
     open_[chosen] = False
     weights, edges = _close(weights, edges, chosen, open_)
   rejected = adjusted <= error_rate
-  return TestResult(rejected, adjusted, tuple(visited))
+  return Rejections(rejected, adjusted, tuple(visited))
 
 
 def _close(weights: np.ndarray, edges: np.ndarray, chosen: int, open_: np.ndarray):

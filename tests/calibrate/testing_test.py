@@ -183,6 +183,7 @@ def test_equality_with_the_level_rejects():
     ([], 0.05, "`p_values` must be a non-empty vector"),
     ([[0.1]], 0.05, "`p_values` must be a non-empty vector"),
     ([1.5], 0.05, r"`p_values` must lie in \[0, 1\]"),
+    ([0.1, 1.5], 0.05, r"`p_values` must lie in \[0, 1\]"),
     ([-0.1], 0.05, r"`p_values` must lie in \[0, 1\]"),
     ([0.1], 0.0, "`error_rate` must be in"),
     ([0.1], 1.0, "`error_rate` must be in"),
