@@ -320,8 +320,8 @@ class Predictor:
       tokens=tokens,
       pieces=tuple(self.vocabulary.piece(token) for token in tokens),
       exit_layers=tuple(int(layer) for layer in generation.exit_layers[row][:length]),
-      confidences=tuple(generation.confidences[row][:length]),
-      rejected_confidences=tuple(generation.rejected_confidences[row][:length]),
+      confidences=tuple(generation.confidences[row][:length].tolist()),
+      rejected_confidences=tuple(generation.rejected_confidences[row][:length].tolist()),
       score=float(generation.scores[row]),
       num_layers=self.num_layers,
     )
