@@ -13,6 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+def _no_shortlist() -> jax.Array:
+  raise ValueError("Expected a view with `shortlist_logits`. Got none.")
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerView:
   """What a measure may look at after decoder layer `layer`.
@@ -23,6 +27,7 @@ class LayerView:
     previous: the raw residual d^{i-1} (the embedding at layer 1), [batch, emb_dim].
     logits: () -> float32 logits of the full head at this layer, [batch, vocab].
     exit_logit: () -> pre-sigmoid output of the exit classifier, [batch].
+    shortlist_logits: () -> float32 logits of the shortlist only, [batch, shortlist].
   """
 
   layer: int
@@ -30,14 +35,25 @@ class LayerView:
   previous: jax.Array
   logits: Callable[[], jax.Array]
   exit_logit: Callable[[], jax.Array]
+  shortlist_logits: Callable[[], jax.Array] = _no_shortlist
 
 
 @runtime_checkable
 class Measure(Protocol):
-  """A confidence measure. `uses_head` tells that it has computed the full logits."""
+  """A confidence measure.
+
+  Attributes:
+    name: its name on command lines and in files.
+    uses_head: whether it computes the full logits, which the exit then need not.
+    bound: view -> a cheaper confidence to be cleared first, [batch]; where it fails, the
+      token stays without the measure itself being asked. None: there is none.
+  """
 
   name: ClassVar[str]
   uses_head: ClassVar[bool]
+
+  @property
+  def bound(self) -> Callable[[LayerView], jax.Array] | None: ...
 
   def __call__(self, view: LayerView) -> jax.Array: ...
 
@@ -72,9 +88,30 @@ class Softmax:
 
   name: ClassVar[str] = "softmax"
   uses_head: ClassVar[bool] = True
+  bound = None
 
   def __call__(self, view: LayerView) -> jax.Array:
     return softmax_margin(view.logits())
+
+
+@dataclasses.dataclass(frozen=True)
+class Shortlist:
+  """`softmax_margin` over a short list of likely tokens first, then over the full head.
+
+  If the most likely token is on the list, the list's margin is never below the full one (the
+  second logit and the normaliser can only shrink): a filter without misses, and the exits are
+  those of `Softmax`. If it is not, the token may leave later. What is emitted always comes
+  from the full head.
+  """
+
+  name: ClassVar[str] = "shortlist"
+  uses_head: ClassVar[bool] = True
+
+  def __call__(self, view: LayerView) -> jax.Array:
+    return softmax_margin(view.logits())
+
+  def bound(self, view: LayerView) -> jax.Array:
+    return softmax_margin(view.shortlist_logits())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +120,7 @@ class State:
 
   name: ClassVar[str] = "state"
   uses_head: ClassVar[bool] = False
+  bound = None
 
   def __call__(self, view: LayerView) -> jax.Array:
     if view.layer == 1:  # d^0 is the embedding: there is no layer before to agree with
@@ -96,12 +134,15 @@ class Classifier:
 
   name: ClassVar[str] = "classifier"
   uses_head: ClassVar[bool] = False
+  bound = None
 
   def __call__(self, view: LayerView) -> jax.Array:
     return jax.nn.sigmoid(view.exit_logit())
 
 
-MEASURES: Mapping[str, Measure] = {m.name: m for m in (Softmax(), State(), Classifier())}
+MEASURES: Mapping[str, Measure] = {
+  m.name: m for m in (Softmax(), Shortlist(), State(), Classifier())
+}
 
 
 def measure(name: str) -> Measure:

@@ -268,32 +268,65 @@ class _Walk:
   def _decide(
     self, layer: int, state: _WalkState, previous: jax.Array, last: bool
   ) -> _WalkState:
-    computed: list[jax.Array] = []
-
-    def logits():
-      if not computed:
-        computed.append(self.layers.logits(layer, state.hidden))
-      return computed[0]
-
-    exit_logit = lambda: self.layers.exit_logit(state.hidden)
-    view = confidence_lib.LayerView(layer, state.hidden, previous, logits, exit_logit)
-    confidence = self.rule.measure(view)
     here = ~state.done
+    confidence, logits = self._measure(layer, state, previous, last)
     leaves = here if last else here & (confidence >= self.threshold)
     refused = here & ~leaves
     rejected = jnp.where(
       refused, jnp.maximum(state.rejected_confidence, confidence), state.rejected_confidence
     )
-    state = dataclasses.replace(
+    if self.heads_inside:
+      kept = state.logits
+      logits = logits() if kept is None else jnp.where(leaves[:, None], logits(), kept)
+      state = dataclasses.replace(state, logits=logits)
+    return dataclasses.replace(
       state,
       done=state.done | leaves,
       exit_layer=jnp.where(leaves, layer, state.exit_layer),
       confidence=jnp.where(leaves, confidence, state.confidence),
       rejected_confidence=rejected,
     )
-    if self.heads_inside:
-      state = dataclasses.replace(state, logits=_keep_logits(state.logits, leaves, logits))
-    return state
+
+  def _measure(
+    self, layer: int, state: _WalkState, previous: jax.Array, last: bool
+  ) -> tuple[jax.Array, Callable[[], jax.Array]]:
+    """Confidence of every row after `layer`, and its logits, computed only if asked for."""
+    measure, layers = self.rule.measure, self.layers
+    head = lambda: layers.logits(layer, state.hidden)
+    view = confidence_lib.LayerView(
+      layer,
+      state.hidden,
+      previous,
+      logits=head,
+      exit_logit=lambda: layers.exit_logit(state.hidden),
+      shortlist_logits=lambda: layers.shortlist_logits(state.hidden),
+    )
+    if not last and measure.bound is not None:
+      return self._verify(view, state, measure.bound(view))
+    if measure.uses_head:
+      logits = head()
+      head = lambda: logits  # one product for the measure and for the token
+      view = dataclasses.replace(view, logits=head)
+    return measure(view), head
+
+  def _verify(
+    self, view: confidence_lib.LayerView, state: _WalkState, bound: jax.Array
+  ) -> tuple[jax.Array, Callable[[], jax.Array]]:
+    """Asks the measure itself only where its cheap bound clears the threshold."""
+    passes = ~state.done & (bound >= self.threshold)
+    kept = state.logits
+    if kept is None:
+      shape = jax.eval_shape(view.logits)
+      kept = jnp.zeros(shape.shape, shape.dtype)
+
+    def verify(kept):
+      del kept
+      logits = view.logits()
+      confidence = self.rule.measure(dataclasses.replace(view, logits=lambda: logits))
+      return jnp.where(passes, confidence, bound), logits
+
+    confidence, logits = lax.cond(jnp.any(passes), verify, lambda kept: (bound, kept), kept)
+    return confidence, lambda: logits
 
   def _skip_from(
     self, layer: int, state: _WalkState
@@ -303,9 +336,3 @@ class _Walk:
       for k in range(layer, self.layers.num_layers + 1)
     ]
     return state, tuple(skipped)
-
-
-def _keep_logits(kept: jax.Array | None, leaves: jax.Array, logits: Callable[[], jax.Array]):
-  if kept is None:
-    return logits()
-  return jnp.where(leaves[:, None], logits(), kept)

@@ -8,6 +8,7 @@ Needs no TensorFlow, seqio or T5X.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 import time
@@ -46,6 +47,7 @@ class DecodeOptions:
     schedule: threshold schedule, `schedules.Constant()` or `schedules.Decaying(...)`.
     exit_layers: 1-based layers after which a token may leave; None allows every layer.
     propagation: what skipped layers store; 'exit_state' is the paper's.
+    shortlist: token ids, most likely first, for the measure 'shortlist'.
     task_prefix: text put before every prompt.
     max_input_length: tokens of a prompt that are read, EOS included.
     max_decode_length: most tokens generated, EOS included.
@@ -56,6 +58,7 @@ class DecodeOptions:
   schedule: schedules.Schedule = schedules.Constant()
   exit_layers: tuple[int, ...] | None = None
   propagation: str = "exit_state"
+  shortlist: tuple[int, ...] | None = None
   task_prefix: str = ""
   max_input_length: int = 512
   max_decode_length: int = 64
@@ -77,17 +80,24 @@ class DecodeOptions:
     )
 
 
-def options_of(procedure: Procedure, batch_size: int = 8) -> DecodeOptions:
-  """The options under which a calibration's outputs were decoded."""
+def options_of(procedure: Procedure, shortlist: tuple[int, ...] | None = None) -> DecodeOptions:
+  """The options under which a calibration's outputs were decoded.
+
+  Args:
+    procedure: what the calibration recorded.
+    shortlist: the checkpoint's list of likely tokens; the procedure says how many of them.
+  """
+  size = procedure.shortlist["size"] if procedure.shortlist else None
   return DecodeOptions(
     measure=procedure.measure,
     schedule=schedules.schedule(**procedure.schedule),
     exit_layers=procedure.exit_layers,
     propagation=procedure.propagation,
+    shortlist=None if shortlist is None else shortlist[:size],
     task_prefix=procedure.task_prefix,
     max_input_length=procedure.max_input_length,
     max_decode_length=procedure.max_decode_length,
-    batch_size=batch_size,
+    batch_size=procedure.batch_bucket or DecodeOptions.batch_size,
   )
 
 
@@ -121,22 +131,23 @@ def load(
       f"Expected a vocabulary beside the checkpoint in {directory}. Got none; save the model"
       " with one (`checkpoints.save(..., vocabulary=...)`)."
     )
+  if isinstance(calibration, str | pathlib.Path):
+    calibration = Calibration.load(calibration)
+  stored = stored_options(directory)
+  procedure = None if calibration is None else calibration.procedure
+  if procedure is None:
+    base = dataclasses.replace(DecodeOptions(), **stored)
+  else:
+    base = options_of(procedure, stored.get("shortlist"))
+    dtype = dtype or procedure.activation_dtype
   config = checkpoint.config
   if dtype is not None:
     config = dataclasses.replace(config, dtype=dtype)
-  if isinstance(calibration, str | pathlib.Path):
-    calibration = Calibration.load(calibration)
-  given = {**stored_options(directory), **options}
-  if calibration is not None and calibration.procedure is not None:
-    base = options_of(calibration.procedure)
-    given = options
-  else:
-    base = DecodeOptions()
   predictor = Predictor(
     config=config,
     params=checkpoint.params,
     vocabulary=checkpoint.vocabulary,
-    options=dataclasses.replace(base, **given),
+    options=dataclasses.replace(base, **options),
     calibration=calibration,
   )
   if calibration is not None and not void_guarantee:
@@ -144,10 +155,17 @@ def load(
   return dataclasses.replace(predictor, calibration=None) if void_guarantee else predictor
 
 
+def shortlist_record(options: DecodeOptions) -> dict[str, Any]:
+  """The shortlist as a `Procedure` names it."""
+  ids = np.asarray(options.shortlist or (), np.int64)
+  return {"digest": hashlib.sha256(ids.tobytes()).hexdigest(), "size": len(ids)}
+
+
 def stored_options(directory: pathlib.Path) -> dict[str, Any]:
   """Decoding defaults that a checkpoint brings along in `inference.json`."""
   path = directory / "inference.json"
-  return json.loads(path.read_text("utf-8")) if path.exists() else {}
+  stored = json.loads(path.read_text("utf-8")) if path.exists() else {}
+  return {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -171,7 +189,10 @@ class Predictor:
   @functools.cached_property
   def weights(self) -> programs.ModelWeights:
     """The parameters laid out for decoding."""
-    return programs.model_weights(self.params, self.config, self.vocabulary.vocab_size)
+    shortlist = self.options.shortlist if self.options.rule.measure.bound else None
+    return programs.model_weights(
+      self.params, self.config, self.vocabulary.vocab_size, shortlist
+    )
 
   @functools.cached_property
   def parameters_digest(self) -> str:
@@ -204,7 +225,7 @@ class Predictor:
       exit_layers=allowed,
       schedule=schedule,
       propagation=options.propagation,
-      shortlist=None,
+      shortlist=shortlist_record(options) if options.rule.measure.bound else None,
       heads="per_layer" if self.config.per_layer_heads else "shared",
       activation_dtype=self.config.dtype,
       decode_method={"name": "greedy"},

@@ -7,6 +7,7 @@ that a whole grid compiles once.
 import collections
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -36,12 +37,16 @@ class ModelWeights:
 
 
 def model_weights(
-  params: Params, config: network.T5Config, num_pieces: int | None = None
+  params: Params,
+  config: network.T5Config,
+  num_pieces: int | None = None,
+  shortlist: Sequence[int] | None = None,
 ) -> ModelWeights:
   """Lays a T5X-shaped tree out for inference; see `step.decoder_weights`."""
   encoder = {name: params[name] for name in ("token_embedder", "encoder")}
   return ModelWeights(
-    jax.tree.map(jnp.asarray, encoder), step.decoder_weights(params, config, num_pieces)
+    jax.tree.map(jnp.asarray, encoder),
+    step.decoder_weights(params, config, num_pieces, shortlist),
   )
 
 

@@ -20,6 +20,15 @@ class KeyValue:
   value: jax.Array
 
 
+def no_shortlist(hidden: jax.Array) -> jax.Array:
+  """What a model without a shortlist says when it is asked for one."""
+  del hidden
+  raise ValueError(
+    "Expected a shortlist of likely tokens for the measure 'shortlist'. Got a model without;"
+    " give `shortlist` (token ids), or use the measure 'softmax'."
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Layers:
   """What exits need of a decoder at one position; layers are 1-based.
@@ -31,6 +40,7 @@ class Layers:
     logits: (i, d^i) -> float32 logits [batch, vocab] of layer i's full head.
     exit_logit: d^i -> pre-sigmoid exit confidence [batch].
     shared_head: whether `logits` is one and the same head for every layer.
+    shortlist_logits: d^i -> float32 logits [batch, shortlist] of likely tokens only.
   """
 
   num_layers: int
@@ -39,6 +49,7 @@ class Layers:
   logits: Callable[[int, jax.Array], jax.Array]
   exit_logit: Callable[[jax.Array], jax.Array]
   shared_head: bool = True
+  shortlist_logits: Callable[[jax.Array], jax.Array] = no_shortlist
 
 
 @runtime_checkable

@@ -7,6 +7,7 @@ time and never saved.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -60,6 +61,7 @@ class DecoderWeights:
     heads: output heads [emb_dim, num_pieces], float32: one for all layers, or one a layer.
     exit_kernel: [emb_dim], or None without a classifier.
     exit_bias: [], or None.
+    shortlist: columns of the shared head for likely tokens, [emb_dim, shortlist], or None.
   """
 
   embedding: jax.Array
@@ -69,6 +71,7 @@ class DecoderWeights:
   heads: tuple[jax.Array, ...]
   exit_kernel: jax.Array | None
   exit_bias: jax.Array | None
+  shortlist: jax.Array | None = None
 
 
 @struct.dataclass
@@ -99,7 +102,10 @@ class Encoded:
 
 
 def decoder_weights(
-  params: Params, config: network.T5Config, num_pieces: int | None = None
+  params: Params,
+  config: network.T5Config,
+  num_pieces: int | None = None,
+  shortlist: Sequence[int] | None = None,
 ) -> DecoderWeights:
   """Lays T5X-shaped parameters out for decoding.
 
@@ -108,6 +114,7 @@ def decoder_weights(
     config: its sizes; matrices are stored in `config.dtype`, heads in float32.
     num_pieces: pieces of the vocabulary. Rows beyond are cut from the heads, which is the
       same as logits of -inf for them, in decoding and in every confidence.
+    shortlist: token ids for the measure 'shortlist'.
   """
   decoder, dtype = params["decoder"], jnp.dtype(config.dtype)
   num_pieces = config.vocab_size if num_pieces is None else num_pieces
@@ -117,6 +124,7 @@ def decoder_weights(
       f" embedding. Got {num_pieces}; this vocabulary belongs to another model."
     )
   classifier = decoder.get("exit_classifier")
+  heads = tuple(head[:, :num_pieces] for head in _head_kernels(params, config))
   return DecoderWeights(
     embedding=jnp.asarray(params["token_embedder"]["embedding"], dtype),
     relpos=jnp.asarray(decoder["relpos_bias"]["rel_embedding"], dtype),
@@ -125,9 +133,10 @@ def decoder_weights(
       for i in range(config.num_decoder_layers)
     ),
     decoder_norm=jnp.asarray(decoder["decoder_norm"]["scale"], dtype),
-    heads=tuple(head[:, :num_pieces] for head in _head_kernels(params, config)),
+    heads=heads,
     exit_kernel=None if classifier is None else jnp.asarray(classifier["kernel"])[:, 0],
     exit_bias=None if classifier is None else jnp.asarray(classifier["bias"])[0],
+    shortlist=None if shortlist is None else _shortlist_head(heads, shortlist),
   )
 
 
@@ -159,6 +168,19 @@ def _head_kernels(params: Params, config: network.T5Config) -> list[jax.Array]:
   if config.per_layer_heads:
     names = [f"logits_dense_{i}" for i in range(config.num_decoder_layers - 1)] + names
   return [jnp.asarray(params["decoder"][name]["kernel"], jnp.float32) for name in names]
+
+
+def _shortlist_head(heads: Sequence[jax.Array], shortlist: Sequence[int]) -> jax.Array:
+  ids, num_pieces = np.asarray(shortlist, np.int64), heads[0].shape[1]
+  if len(heads) > 1:
+    raise ValueError("Expected one output head for a `shortlist`. Got one head a layer.")
+  distinct = len(np.unique(ids)) == len(ids)
+  if len(ids) < 2 or not distinct or ids.min() < 0 or ids.max() >= num_pieces:
+    raise ValueError(
+      f"Expected `shortlist` to be two or more different token ids below {num_pieces}."
+      f" Got {len(ids)} ids, {ids[:5].tolist()} ...; make it from this vocabulary."
+    )
+  return heads[0][:, ids]
 
 
 def cross_attention_inputs(
@@ -273,6 +295,7 @@ class DecoderStep:
       logits=self.logits,
       exit_logit=self.exit_logit,
       shared_head=len(self.weights.heads) == 1,
+      shortlist_logits=self.shortlist_logits,
     )
 
   def run(self, layer: int, hidden: jax.Array) -> tuple[jax.Array, propagation.KeyValue]:
@@ -302,6 +325,13 @@ class DecoderStep:
     heads = self.weights.heads
     head = heads[0] if len(heads) == 1 else heads[layer - 1]
     return rms_norm(hidden, self.weights.decoder_norm).astype(jnp.float32) @ head
+
+  def shortlist_logits(self, hidden: jax.Array) -> jax.Array:
+    """float32 logits [batch, shortlist] of the shortlist only."""
+    if self.weights.shortlist is None:
+      return propagation.no_shortlist(hidden)
+    normed = rms_norm(hidden, self.weights.decoder_norm).astype(jnp.float32)
+    return normed @ self.weights.shortlist
 
   def exit_logit(self, hidden: jax.Array) -> jax.Array:
     """Pre-sigmoid exit confidence [batch] from decoder_norm(d^i)."""
