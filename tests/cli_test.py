@@ -1,0 +1,235 @@
+"""The `calm` command on a toy model: the pipeline, and every kind of bad input by name."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from calm import checkpoints, cli, network, vocabulary
+from calm.calibrate import Calibration, generations
+from tests import toys
+
+SIZES = toys.Config(vocab_size=264, num_pieces=259, num_decoder_layers=3)
+DECODE = ["--max_input_length=32", "--max_decode_length=6", "--batch_size=2"]
+TEXTS = ["a few words", "another prompt", "b", "the fourth one", "the end"]
+
+
+def save_model(directory, params=None):
+  checkpoints.save(
+    directory,
+    toys.params(SIZES, 1) if params is None else params,
+    network.T5Config(**toys.network_fields(SIZES)),
+    vocabulary=vocabulary.ByteVocabulary(extra_ids=0),
+  )
+  return directory
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  return save_model(tmp_path_factory.mktemp("cli") / "model")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+  path = tmp_path_factory.mktemp("cli") / "prompts.jsonl"
+  rows = [{"id": f"p{i}", "input": t, "target": [t]} for i, t in enumerate(TEXTS)]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path
+
+
+@pytest.fixture(autouse=True)
+def cache_in_tmp(monkeypatch, tmp_path):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+
+
+def generate(model, prompts, output, *more):
+  options = ["--thresholds=0.9,0.5", *DECODE, *more]
+  return cli.main(
+    ["generate", f"--model={model}", f"--prompts={prompts}", f"--output={output}", *options]
+  )
+
+
+@pytest.fixture(scope="module")
+def cached(model, prompts, tmp_path_factory):
+  output = tmp_path_factory.mktemp("cli") / "cache"
+  assert generate(model, prompts, output) == 0
+  return output
+
+
+def failure(capsys, arguments) -> str:
+  assert cli.main(arguments) == 2
+  return capsys.readouterr().err
+
+
+def test_generate_calibrate_infer(model, prompts, cached, tmp_path, capsys):
+  loaded = generations.load(cached)
+  assert loaded.ids == tuple(f"p{i}" for i in range(len(TEXTS)))
+  assert [len(records) for records in loaded.records] == [len(TEXTS)] * 2
+  saved = tmp_path / "calibration.json"
+  # Five prompts certify a tolerance of 0.7 at most: (1 - 0.7)^5 is below 0.05.
+  arguments = ["--tolerance=0.7", f"--output={saved}"]
+  assert cli.main(["calibrate", str(cached), *arguments]) == 0
+  calibration = Calibration.load(saved)
+  assert calibration.certified
+  assert calibration.procedure == loaded.procedure
+  out = tmp_path / "out.jsonl"
+  infer = ["infer", f"--model={model}", f"--prompts={prompts}", f"--calibration={saved}"]
+  capsys.readouterr()
+  assert cli.main([*infer, f"--output={out}"]) == 0
+  assert "With probability at least" in " ".join(capsys.readouterr().err.split())
+  lines = [json.loads(line) for line in out.read_text().splitlines()]
+  column = loaded.thresholds.tolist().index(calibration.threshold)
+  expected = [record.prediction for record in loaded.records[column]]
+  assert [line["prediction"] for line in lines] == expected
+
+
+def test_infer_refuses_another_procedure(model, prompts, cached, tmp_path, capsys):
+  saved = tmp_path / "calibration.json"
+  assert cli.main(["calibrate", str(cached), "--tolerance=0.7", f"--output={saved}"]) == 0
+  infer = ["infer", f"--model={model}", f"--prompts={prompts}", f"--calibration={saved}"]
+  assert "`measure`" in failure(capsys, [*infer, "--measure=state"])
+  assert cli.main([*infer, "--measure=state", "--void_guarantee"]) == 0
+  assert "No guarantee" in capsys.readouterr().err
+
+
+def test_killed_generate_goes_on(model, prompts, cached, tmp_path):
+  cut = tmp_path / "cut"
+  shutil.copytree(cached, cut)
+  file = cut / generations.threshold_file(0.5)
+  whole = file.read_bytes()
+  file.write_bytes(whole[: len(whole) // 2])
+  manifest = json.loads((cut / generations.MANIFEST).read_text())
+  manifest["checksums"] = {}
+  (cut / generations.MANIFEST).write_text(json.dumps(manifest))
+  assert generate(model, prompts, cut) == 0
+  ours, theirs = generations.load(cut), generations.load(cached)
+  by_id = lambda records: {record.id: record for record in records}
+  assert [by_id(r) for r in ours.records] == [by_id(r) for r in theirs.records]
+
+
+def test_reuse_and_plain_decoding_give_identical_caches(model, prompts, cached, tmp_path):
+  plain = tmp_path / "plain"
+  assert generate(model, prompts, plain, "--no_reuse") == 0
+  assert generations.load(plain).records == generations.load(cached).records
+
+
+def test_one_prompt_and_standard_input(model, tmp_path, capsys, monkeypatch):
+  import io
+
+  monkeypatch.setattr(sys, "stdin", io.StringIO("one prompt\n"))
+  arguments = ["--prompts=-", "--threshold=never", *DECODE]
+  assert cli.main(["infer", f"--model={model}", *arguments]) == 0
+  captured = capsys.readouterr()
+  assert len(captured.out.splitlines()) >= 1
+  assert "1 prompts, threshold never, 3.00 of 3" in captured.err
+
+
+@pytest.mark.parametrize(
+  ("option", "words"),
+  [
+    ("--thresholds=0.5,0.9", "descending"),
+    ("--thresholds=1.5,0.9", "[0, 1]"),
+    ("--measure=entropy", "`measure`"),
+    ("--propagation=none", "`propagation`"),
+    ("--exit_layers=9", "`allowed` exit layers"),
+    ("--batch_size=0", "`batch_size`"),
+    ("--temperature=-1", "`temperature`"),
+  ],
+)
+def test_bad_options_are_named(model, prompts, tmp_path, capsys, option, words):
+  arguments = ["generate", f"--model={model}", f"--prompts={prompts}", *DECODE, option]
+  assert words in failure(capsys, [*arguments, f"--output={tmp_path / 'out'}"])
+  assert not (tmp_path / "out" / generations.MANIFEST).exists()
+
+
+@pytest.mark.parametrize("option", ["--tolerance=0", "--tolerance=1.2", "--error_rate=0"])
+def test_rates_outside_their_range(cached, capsys, option):
+  name = option[2:].split("=")[0]
+  assert f"`{name}`" in failure(capsys, ["calibrate", str(cached), option])
+
+
+def test_too_few_prompts_are_said_before_the_work(cached, tmp_path, capsys):
+  output = f"--output={tmp_path / 'c.json'}"
+  assert cli.main(["calibrate", str(cached), "--tolerance=0.1", output]) == 0
+  text = " ".join(capsys.readouterr().out.split())
+  assert "5 prompts are too few" in text
+  assert "at least 29 are needed" in text
+  assert not Calibration.load(tmp_path / "c.json").certified
+
+
+def test_bad_prompt_files(model, tmp_path, capsys):
+  infer = ["infer", f"--model={model}", "--threshold=0.5"]
+  empty, latin = tmp_path / "empty.jsonl", tmp_path / "latin.jsonl"
+  empty.write_text("")
+  latin.write_bytes(b'{"id": "a", "input": "caf\xe9"}\n')
+  assert "empty.jsonl" in failure(capsys, [*infer, f"--prompts={empty}"])
+  assert "UTF-8" in failure(capsys, [*infer, f"--prompts={latin}"])
+  assert "missing.jsonl" in failure(capsys, [*infer, f"--prompts={tmp_path / 'missing.jsonl'}"])
+
+
+def test_bad_checkpoints(model, prompts, tmp_path, capsys):
+  infer = ["infer", f"--prompts={prompts}", "--threshold=0.5"]
+  assert "missing" in failure(capsys, [*infer, f"--model={tmp_path / 'nowhere'}"])
+  cut = tmp_path / "cut"
+  shutil.copytree(model, cut)
+  weights = (cut / "params.safetensors").read_bytes()
+  (cut / "params.safetensors").write_bytes(weights[: len(weights) // 2])
+  assert "params.safetensors" in failure(capsys, [*infer, f"--model={cut}"])
+  big = tmp_path / "big"
+  shutil.copytree(model, big)
+  record = json.loads((big / "vocabulary.json").read_text())
+  (big / "vocabulary.json").write_text(json.dumps(record | {"extra_ids": 125}))
+  assert "264" in failure(capsys, [*infer, f"--model={big}"])
+
+
+def test_parameters_that_are_not_numbers(prompts, tmp_path, capsys):
+  from safetensors import numpy as safetensors
+
+  model = save_model(tmp_path / "nan")
+  tensors = safetensors.load_file(model / "params.safetensors")
+  tensors["decoder/decoder_norm/scale"][0] = np.nan
+  safetensors.save_file(tensors, model / "params.safetensors")
+  message = failure(
+    capsys, ["infer", f"--model={model}", f"--prompts={prompts}", "--threshold=0.5"]
+  )
+  assert "decoder/decoder_norm/scale" in message
+
+
+def test_unwritable_output(model, prompts, tmp_path, capsys):
+  blocked = tmp_path / "file"
+  blocked.write_text("")
+  arguments = ["generate", f"--model={model}", f"--prompts={prompts}", *DECODE]
+  message = failure(capsys, [*arguments, f"--output={blocked / 'below'}"])
+  assert str(blocked) in message
+
+
+def test_neither_calibration_nor_threshold(prompts, capsys):
+  assert "`--calibration` or `--threshold`" in failure(
+    capsys, ["infer", f"--prompts={prompts}"]
+  )
+
+
+def test_help_of_every_command_teaches():
+  for command in cli.COMMANDS:
+    made = subprocess.run(
+      [sys.executable, "-m", "calm", command, "--help"], capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    assert f"calm {command}" in made.stdout.split("usage:")[1]
+
+
+def test_calibrate_needs_no_jax(cached, tmp_path):
+  script = (
+    "import sys\n"
+    "from calm import cli\n"
+    f"code = cli.main(['calibrate', {str(cached)!r}, '--tolerance=0.7',"
+    f" '--output={tmp_path / 'c.json'}'])\n"
+    "loaded = {'jax', 'flax', 'tensorflow', 'seqio'} & set(sys.modules)\n"
+    "sys.exit(code or str(loaded) * bool(loaded))\n"
+  )
+  made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+  assert made.returncode == 0, made.stderr
