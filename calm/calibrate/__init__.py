@@ -7,6 +7,13 @@
     testing            p-values in a fixed order -> which thresholds are certified
     calibration        all of it: `calibrate(losses, tolerance=..., error_rate=...)` ->
       `Calibration`
+    planning           how many prompts are needed, before any is decoded
+    sequential         stops decoding prompts as soon as the outcome is clear
+    reuse              what a generation at one threshold says about a lower one
+    pareto             one choice among many configurations, several risks at once
+    trials             the paper's 50 splits, and whether the promise holds as often as it says
+    audit              a watch on a deployed threshold
+    foreign            outputs of T5X infer and of anything else
 
 The shortest way, from losses of any origin:
 
@@ -16,6 +23,7 @@ The shortest way, from losses of any origin:
 """
 
 from calm.calibrate.calibration import Calibration, calibrate
+from calm.calibrate.generation_writer import open_writer
 from calm.calibrate.generations import load
 from calm.calibrate.procedures import Procedure, Provenance
 from calm.calibrate.records import GenerationsError, Prompt, Record
@@ -40,6 +48,7 @@ __all__ = [
   "calibrate",
   "default_grid",
   "load",
+  "open_writer",
   "risk_losses",
   "textual_losses",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import scipy
 
 from calm.calibrate import files, methods, ordering, planning, testing
 from calm.calibrate import thresholds as thresholds_lib
@@ -292,6 +293,7 @@ def _provenance(sample: SequenceLosses, method: methods.Method, seed: str) -> Pr
     order=sample.order,
     seed=seed,
     method=method.name,
+    versions={"numpy": np.__version__, "scipy": scipy.__version__},
   )
 
 
