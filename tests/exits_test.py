@@ -30,6 +30,7 @@ class Given:
   table: Any
   uses_head: Any = False
   name: ClassVar[str] = "given"
+  bound: ClassVar[Any] = None
 
   def __call__(self, view):
     if self.uses_head:
@@ -63,7 +64,8 @@ def take(rule, threshold: Any = 0.5, *, active=(True, True, True), layers=None):
   """One token of every row."""
   hidden = jnp.zeros((len(active), 2))
   layers = layers or toy_layers()
-  return rule(layers, hidden, jnp.array(active), jnp.asarray(threshold), jnp.int32(0))
+  decide = jax.jit(lambda *args: rule(layers, *args))
+  return decide(hidden, jnp.array(active), jnp.asarray(threshold), jnp.int32(0))
 
 
 def keys(token_exit) -> np.ndarray:
