@@ -1,0 +1,180 @@
+"""The one-position decoder against the network and the numpy yardstick, on the same tree."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import layers as layers_lib
+from calm import network, step
+from tests import engine, reference_network
+
+LENGTH = 6
+PROMPTS = engine.PROMPTS[:3]
+TOKENS = np.random.default_rng(0).integers(3, 40, size=(3, LENGTH)).astype(np.int32)
+VARIANTS = {
+  "untied": {},
+  "tied": {"logits_via_embedding": True},
+  "relu": {"mlp_activations": ("relu",)},
+  "per_layer_heads": {"per_layer_heads": True},
+}
+
+
+# One small program for all positions, compiled without trying hard.
+@functools.partial(
+  jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
+)
+def one_position(config, weights, encoded, caches, tokens, position):
+  """(hidden, logits, exit logit, row, projected row) of every layer, and the new caches."""
+  table = step.bias_table(weights.decoder, config, LENGTH)
+  decoder = step.DecoderStep(
+    weights.decoder, config, encoded, caches, table.at(position), table.current
+  )
+  hidden, column = weights.decoder.embedding[tokens], []
+  for i in range(1, config.num_decoder_layers + 1):
+    projected = decoder.project(i, hidden)
+    hidden, row = decoder.run(i, hidden)
+    column.append(
+      (hidden, decoder.logits(i, hidden), decoder.exit_logit(hidden), row, projected)
+    )
+  return column, step.write_rows(caches, tuple(part[3] for part in column), position)
+
+
+def by_steps(toy):
+  """d^i, logits and exit logits, each [layer, batch, length, ...]; caches; pairs of rows."""
+  encoded, out = engine.encode(toy, PROMPTS), []
+  caches = step.empty_caches(toy.config, len(PROMPTS), LENGTH)
+  for t in range(LENGTH):
+    column, caches = one_position(
+      toy.config, toy.weights, encoded, caches, jnp.asarray(TOKENS[:, t]), jnp.int32(t)
+    )
+    out.append(column)
+  stack = lambda k: np.stack([np.stack([part[k] for part in c]) for c in out], axis=2)
+  pairs = [part[3:] for column in out for part in column]
+  return stack(0), stack(1), stack(2), caches, pairs
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def teacher_forced(config, params):
+  model, variables = network.Transformer(config), {"params": params}
+  hidden = model.apply(
+    variables, PROMPTS, TOKENS, jnp.ones_like(TOKENS), method="hidden_states"
+  )
+  heads = lambda model, states: (
+    jnp.stack([model.decoder.logits(x, i) for i, x in enumerate(states, start=1)]),
+    jnp.stack([model.decoder.exit_logits(x) for x in states]),
+  )
+  return hidden, *model.apply(variables, hidden, method=heads)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_steps_are_the_network_position_by_position(variant):
+  toy = engine.toy(**VARIANTS[variant])
+  ours = by_steps(toy)
+  hidden, logits, exit_logits = teacher_forced(toy.config, toy.params)
+  np.testing.assert_allclose(ours[0], hidden, rtol=1e-4, atol=1e-3)
+  assert ours[1].dtype == jnp.float32 and ours[1].shape[-1] == toy.sizes.num_pieces
+  np.testing.assert_allclose(ours[1], logits[..., : toy.sizes.num_pieces], atol=1e-3)
+  np.testing.assert_allclose(ours[2], exit_logits, atol=1e-3)
+
+
+def test_projecting_makes_the_keys_and_values_of_running():
+  toy = engine.toy()
+  *_, caches, pairs = by_steps(toy)
+  assert len(pairs) == LENGTH * 4
+  for ran, projected in pairs:
+    np.testing.assert_allclose(ran.key, projected.key, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ran.value, projected.value, rtol=1e-5, atol=1e-5)
+  # Positions lie along the last axis of keys and the second last of values.
+  for i, cache in enumerate(caches):
+    for t in range(LENGTH):
+      row = pairs[4 * t + i][0]
+      np.testing.assert_array_equal(cache.keys[..., t], row.key)
+      np.testing.assert_array_equal(cache.values[..., t, :], row.value)
+
+
+def decoder_step(toy) -> step.DecoderStep:
+  table = step.bias_table(toy.weights.decoder, toy.config, LENGTH)
+  return step.DecoderStep(
+    toy.weights.decoder,
+    toy.config,
+    engine.encode(toy, PROMPTS),
+    step.empty_caches(toy.config, len(PROMPTS), LENGTH),
+    table.at(jnp.int32(0)),
+    table.current,
+  )
+
+
+def test_projections_are_those_of_the_yardstick():
+  toy = engine.toy()
+  states = np.random.default_rng(1).normal(size=(3, 16)).astype(np.float32)
+  decoder = decoder_step(toy)
+  for layer in range(1, 5):
+    got = decoder.project(layer, jnp.asarray(states))
+    for row, state in enumerate(states):
+      key, value = reference_network.self_projections(toy.reference, layer, state)
+      np.testing.assert_allclose(got.key[row], key, rtol=1e-4, atol=1e-5)
+      np.testing.assert_allclose(got.value[row], value, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_of_each_layer_are_its_own_heads_where_there_are_heads():
+  states = jnp.asarray(np.random.default_rng(1).normal(size=(3, 16)), jnp.float32)
+  shared, own = decoder_step(engine.toy()), decoder_step(engine.toy(per_layer_heads=True))
+  assert shared.layers().shared_head and not own.layers().shared_head
+  np.testing.assert_array_equal(shared.logits(1, states), shared.logits(4, states))
+  assert not np.allclose(own.logits(1, states), own.logits(4, states))
+
+
+def test_biases_by_distance_with_the_future_masked():
+  toy, length = engine.toy(), 200  # beyond the distance where buckets end
+  table = step.bias_table(toy.weights.decoder, toy.config, length)
+  rel = toy.params["decoder"]["relpos_bias"]["rel_embedding"]
+  for t in (0, 1, 17, 199):
+    got = np.asarray(table.at(jnp.int32(t)))
+    expected = reference_network.position_bias(toy.reference, "decoder", t, t)
+    np.testing.assert_array_equal(got[:, :t], expected)
+    assert (got[:, t:] == layers_lib.MASK_BIAS).all()
+  np.testing.assert_array_equal(table.current, rel[:, 0])
+
+
+def test_padding_of_the_prompt_is_masked_and_nothing_else():
+  toy = engine.toy()
+  encoded = engine.encode(toy, PROMPTS)
+  expected = np.where(PROMPTS > 0, 0.0, layers_lib.MASK_BIAS).astype(np.float32)
+  np.testing.assert_array_equal(encoded.bias[:, 0], expected)
+  assert (expected < 0).any()
+  shapes = {(cache.keys.shape, cache.values.shape) for cache in encoded.cross}
+  assert shapes == {((3, 2, 8, 12), (3, 2, 12, 8))} and len(encoded.cross) == 4
+
+
+def test_heads_end_at_the_pieces_of_the_vocabulary():
+  toy = engine.toy()
+  kernel = toy.params["decoder"]["logits_dense"]["kernel"]
+  (head,) = toy.weights.decoder.heads
+  np.testing.assert_array_equal(head, kernel[:, :40])
+  whole = step.decoder_weights(toy.params, toy.config)
+  assert whole.heads[0].shape == (16, 48)
+
+
+@pytest.mark.parametrize("pieces", [0, 49])
+def test_a_vocabulary_larger_than_the_model_is_refused(pieces):
+  toy = engine.toy()
+  with pytest.raises(ValueError, match=rf"at most 48 pieces.*Got {pieces}; this vocabulary"):
+    step.decoder_weights(toy.params, toy.config, pieces)
+
+
+def test_a_model_without_classifier_says_so():
+  decoder = decoder_step(engine.toy(exit_classifier=False))
+  with pytest.raises(ValueError, match="exit classifier for the measure 'classifier'"):
+    decoder.exit_logit(jnp.ones((3, 16)))
+
+
+def test_float32_attention_in_a_bfloat16_model():
+  toy = engine.toy(dtype="bfloat16")
+  states = jnp.ones((3, 16), jnp.bfloat16)
+  decoder = decoder_step(toy)
+  assert decoder.logits(2, states).dtype == decoder.exit_logit(states).dtype == jnp.float32
+  hidden, row = decoder.run(1, states)
+  assert hidden.dtype == row.key.dtype == row.value.dtype == jnp.bfloat16
