@@ -1,0 +1,146 @@
+"""The T5 network: causality by gradients, padding, exits, and what it refuses.
+
+`network_golden_test` holds trees, logits and caches against T5X's own.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import network
+from tests import engine, reference_network, toys
+
+INPUTS = np.array([[5, 6, 7, 1, 0, 0]], np.int32)
+# No token twice nor in the prompt, so that a row of the embedding is a position.
+TOKENS = np.array([[20, 21, 22, 23, 24]], np.int32)
+ALL_REAL = np.ones_like(TOKENS)
+GATHER = dataclasses.replace(engine.toy().config, one_hot_embedding=False)
+
+
+def apply(*args, params=None, config=GATHER, method=None, **options):
+  model = network.Transformer(config)
+  options.setdefault("enable_dropout", False)
+  params = engine.toy().params if params is None else params
+  return model.apply({"params": params}, *args, method=method, **options)
+
+
+def influence(inputs=INPUTS, targets=ALL_REAL) -> np.ndarray:
+  """Largest |d logits[t] / d embedding| by t and token id, [length, vocab]."""
+  params = engine.toy().params
+  mix = np.random.default_rng(0).normal(size=48).astype(np.float32)
+
+  def mixed(table):
+    changed = {**params, "token_embedder": {"embedding": table}}
+    return apply(inputs, TOKENS, targets, params=changed)[0] @ mix
+
+  table = jnp.asarray(params["token_embedder"]["embedding"])
+  return np.abs(jax.jit(jax.jacrev(mixed))(table)).max(axis=-1)
+
+
+def test_no_token_sees_later_ones_and_none_sees_padding():
+  gradients = influence()
+  by_position = gradients[:, TOKENS[0]]
+  later = np.triu(np.ones((5, 5), bool), 1)
+  assert (by_position[later] == 0).all()
+  assert (by_position[~later] > 0).all()
+  assert (gradients[:, 0] == 0).all()  # padding of the prompt
+  assert (gradients[:, INPUTS[0, :4]] > 0).all()
+
+
+def test_padding_does_have_a_gradient_where_it_is_not_masked():
+  """Meta: the same token id inside the prompt is seen."""
+  inputs = INPUTS.copy()
+  inputs[0, 4:] = 9
+  assert (influence(inputs)[:, 9] > 0).all()
+
+
+def test_logits_do_not_depend_on_padding_or_mates():
+  alone = apply(INPUTS, TOKENS, ALL_REAL)
+  padded = np.pad(INPUTS, [(0, 1), (0, 4)])
+  padded[1] = 7
+  tokens, targets = (np.pad(x, [(0, 1), (0, 3)]) for x in (TOKENS, ALL_REAL))
+  tokens[1], targets[1] = 8, 1
+  mixed = apply(padded, tokens, targets)
+  np.testing.assert_allclose(mixed[:1, :5], alone, atol=1e-4)
+
+
+def test_encoder_states_are_those_of_the_yardstick():
+  got = np.asarray(apply(engine.PROMPTS, method="encode"))
+  for row, prompt in enumerate(engine.PROMPTS):
+    expected = reference_network.encode(engine.toy().reference, prompt)
+    real = prompt > 0
+    np.testing.assert_allclose(got[row][real], expected[real], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_the_last_layers_states_through_its_head_are_the_logits(heads):
+  toy = engine.toy(per_layer_heads=heads)
+  args, options = (INPUTS, TOKENS, ALL_REAL), {"params": toy.params, "config": toy.config}
+  model, variables = network.Transformer(toy.config), {"params": toy.params}
+  hidden = model.apply(variables, *args, method="hidden_states")
+  normed = apply(*args, **options, method="normed_states")
+  logits = lambda layer: model.apply(
+    variables, hidden[layer - 1], method=lambda model, x: model.decoder.logits(x, layer)
+  )
+  np.testing.assert_allclose(logits(4), apply(*args, **options), atol=1e-5)
+  assert hidden.shape == normed.shape == (4, 1, 5, 16)
+  name = "logits_dense_1" if heads else "logits_dense"
+  expected = normed[1] @ toy.params["decoder"][name]["kernel"]
+  np.testing.assert_allclose(logits(2), expected, atol=1e-5)
+
+
+def test_the_exit_classifier_reads_normed_states():
+  toy, model = engine.toy(), network.Transformer(engine.toy().config)
+  variables = {"params": toy.params}
+  hidden = model.apply(variables, INPUTS, TOKENS, ALL_REAL, method="hidden_states")
+  normed = apply(INPUTS, TOKENS, ALL_REAL, method="normed_states")
+  classifier = toy.params["decoder"]["exit_classifier"]
+  got = model.apply(variables, hidden, method=lambda model, x: model.decoder.exit_logits(x))
+  expected = (normed @ classifier["kernel"])[..., 0] + classifier["bias"][0]
+  np.testing.assert_allclose(got, expected, atol=1e-4)
+  assert got.dtype == jnp.float32
+
+
+def test_dropout_is_drawn_only_where_asked():
+  args = INPUTS, TOKENS, ALL_REAL
+  draw = lambda seed: apply(*args, enable_dropout=True, rngs={"dropout": jax.random.key(seed)})
+  np.testing.assert_array_equal(draw(0), draw(0))
+  assert not np.allclose(draw(0), draw(1))
+  assert not np.allclose(draw(0), apply(*args))
+
+
+def test_toys_have_the_networks_tree():
+  for changes in ({}, {"per_layer_heads": True}, {"logits_via_embedding": True}):
+    toy = engine.toy(**changes)
+    model = network.Transformer(toy.config)
+    made = jax.eval_shape(
+      lambda model=model: model.init(
+        jax.random.key(0), INPUTS, TOKENS, ALL_REAL, enable_dropout=False
+      )
+    )
+    shapes = jax.tree.map(lambda leaf: leaf.shape, made["params"])
+    assert shapes == jax.tree.map(lambda leaf: leaf.shape, toy.params)
+
+
+def test_configurations_are_hashable_and_of_one_form():
+  fields = toys.network_fields(toys.Config())
+  ours = network.T5Config(
+    **fields | {"mlp_activations": ["gelu", "linear"]}, dtype=jnp.bfloat16
+  )
+  theirs = network.T5Config(**fields, dtype="bfloat16")
+  assert ours == theirs and hash(ours) == hash(theirs) and ours.dtype == "bfloat16"
+
+
+def test_a_tied_head_cannot_be_one_a_layer():
+  with pytest.raises(ValueError, match="`per_layer_heads` without `logits_via_embedding`"):
+    network.T5Config(vocab_size=8, per_layer_heads=True, logits_via_embedding=True)
+
+
+def test_bad_shapes_and_packed_decoding_are_refused():
+  with pytest.raises(ValueError, match=r"`encoder_input_tokens`.*\(batch, length\).*\(6,\)"):
+    apply(INPUTS[0], method="encode")
+  with pytest.raises(ValueError, match="no packing while decoding"):
+    network.decoder_masks(INPUTS, TOKENS, np.ones_like(INPUTS), ALL_REAL, decode=True)
