@@ -229,7 +229,22 @@ def test_calibrate_needs_no_jax(cached, tmp_path):
     f"code = cli.main(['calibrate', {str(cached)!r}, '--tolerance=0.7',"
     f" '--output={tmp_path / 'c.json'}'])\n"
     "loaded = {'jax', 'flax', 'tensorflow', 'seqio'} & set(sys.modules)\n"
-    "sys.exit(code or str(loaded) * bool(loaded))\n"
+    "sys.exit(str(loaded) if loaded else code)\n"
   )
   made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
   assert made.returncode == 0, made.stderr
+
+
+def test_until_certified_stops_early_and_replays(model, prompts, tmp_path):
+  output = tmp_path / "sequential"
+  rates = ["--tolerance=0.7", "--error_rate=0.2"]
+  assert generate(model, prompts, output, "--until-certified", *rates) == 0
+  decided = Calibration.load(output / "calibration.json")
+  cached = generations.load(output)
+  assert cached.sequential
+  assert decided.sequential
+  # Two losses of 0 have wealth (1 / 0.3)^2 > 1 / 0.2: five prompts are never needed.
+  assert len(cached.records[0]) < len(TEXTS)
+  again = tmp_path / "again.json"
+  assert cli.main(["calibrate", str(output), *rates, f"--output={again}"]) == 0
+  assert Calibration.load(again) == decided

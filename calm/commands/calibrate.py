@@ -16,7 +16,14 @@ from rich import progress as rich_progress
 from rich import table as rich_table
 
 from calm import calibrate as calibrate_lib
-from calm.calibrate import foreign, generations, planning, sequence_losses, thresholds
+from calm.calibrate import (
+  foreign,
+  generations,
+  planning,
+  replay,
+  sequence_losses,
+  thresholds,
+)
 from calm.commands import common
 
 
@@ -65,6 +72,17 @@ def run(arguments: argparse.Namespace) -> int:
   )
   if refusal:
     console.print(f"[yellow]{refusal}[/yellow]")
+  result = (_replay if cached.sequential else _calibrate)(arguments, console, cached)
+  output = pathlib.Path(
+    arguments.output or pathlib.Path(arguments.directory or ".") / "calibration.json"
+  )
+  result.save(output)
+  print_calibration(console, result, cached)
+  console.print(f"Written to {output}")
+  return 0
+
+
+def _calibrate(arguments, console, cached) -> calibrate_lib.Calibration:
   with rich_progress.Progress(console=console, transient=True) as bar:
     task = bar.add_task(f"{arguments.metric} losses", total=None)
     losses = sequence_losses.compute(
@@ -73,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
       metric=arguments.metric,
       progress=lambda done, total: bar.update(task, completed=done, total=total),
     )
-  result = calibrate_lib.calibrate(
+  return calibrate_lib.calibrate(
     losses,
     tolerance=arguments.tolerance,
     error_rate=arguments.error_rate,
@@ -81,13 +99,18 @@ def run(arguments: argparse.Namespace) -> int:
     testing_procedure=arguments.testing,
     groups=cached.groups if arguments.by_group else None,
   )
-  output = pathlib.Path(
-    arguments.output or pathlib.Path(arguments.directory or ".") / "calibration.json"
+
+
+def _replay(arguments, console, cached) -> calibrate_lib.Calibration:
+  """A run that stopped early is tested prompt by prompt, as it was decoded."""
+  del console
+  return replay.replay(
+    cached,
+    tolerance=arguments.tolerance,
+    error_rate=arguments.error_rate,
+    kind=arguments.kind,
+    metric=arguments.metric,
   )
-  result.save(output)
-  print_calibration(console, result, cached)
-  console.print(f"Written to {output}")
-  return 0
 
 
 def _read(arguments: argparse.Namespace) -> generations.Generations:

@@ -5,6 +5,7 @@ prompt is encoded once, and the grid compiles once.
 
   calm generate --prompts=prompts.jsonl --output=runs/cache
   calm generate --model=my_model --prompts=dev.jsonl.gz --measure=classifier --output=runs/cache
+  calm generate --prompts=prompts.jsonl --output=runs/cache --until-certified --tolerance=0.1
 """
 
 import argparse
@@ -13,7 +14,14 @@ import pathlib
 from rich import console as rich_console
 from rich import progress as rich_progress
 
-from calm.calibrate import Provenance, generation_writer, thresholds
+from calm.calibrate import (
+  Provenance,
+  generation_writer,
+  sequence_losses,
+  sequential,
+  thresholds,
+)
+from calm.commands import calibrate as calibrate_command
 from calm.commands import common, model_flags
 
 
@@ -28,6 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--no_reuse", action="store_true", help="decode every sequence, even where it cannot change"
   )
+  parser.add_argument(
+    "--until-certified",
+    action="store_true",
+    help="stop as soon as the calibration is decided, and write calibration.json",
+  )
+  calibration = parser.add_argument_group("with --until-certified")
+  calibration.add_argument("--tolerance", type=float, default=0.1, help="delta (default 0.1)")
+  calibration.add_argument("--error_rate", type=float, default=0.05, help="epsilon (0.05)")
+  calibration.add_argument("--kind", default="textual", help="textual or risk_signed")
+  calibration.add_argument("--metric", default="rouge_l", help="the text metric")
   common.add_gin_arguments(parser)
 
 
@@ -35,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
   """Generates the whole grid."""
   common.use_compilation_cache()
-  from calm import grid, inference
+  from calm import inference, until_certified
 
   console = rich_console.Console()
   load = common.configured(arguments, inference.load)
@@ -44,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
   )
   prompts = model_flags.read_prompts(arguments.prompts, arguments.limit)
   levels = parse_grid(arguments.thresholds, predictor.options.measure)
+  if arguments.until_certified:
+    prompts = until_certified.in_order(predictor, prompts)
   writer = generation_writer.open_writer(
     pathlib.Path(arguments.output),
     prompts=prompts,
@@ -52,35 +72,71 @@ def run(arguments: argparse.Namespace) -> int:
     provenance=Provenance(
       grid=tuple(levels), num_examples=len(prompts), notes={"model": str(arguments.model)}
     ),
+    sequential=arguments.until_certified,
   )
   for report in writer.reports:
     console.print(f"[yellow]{report}[/yellow]")
-  with rich_progress.Progress(
-    *rich_progress.Progress.get_default_columns(),
-    rich_progress.TimeElapsedColumn(),
-    console=console,
-  ) as bar:
-    task = bar.add_task(f"{len(prompts)} prompts x {len(levels) + 1} thresholds")
+  whole = _until_certified if arguments.until_certified else _grid
+  whole(arguments, console, predictor, prompts, levels, writer)
+  return 0
+
+
+def _bar(console: rich_console.Console) -> rich_progress.Progress:
+  columns = rich_progress.Progress.get_default_columns()
+  return rich_progress.Progress(*columns, rich_progress.TimeElapsedColumn(), console=console)
+
+
+def _grid(arguments, console, predictor, prompts, levels, writer) -> None:
+  from calm import grid
+
+  with _bar(console) as bar:
+    task = bar.add_task(f"{len(prompts)} prompts x {len(levels) + 1} thresholds", total=None)
 
     def advance(threshold, number, count):
-      text = thresholds.format_threshold(threshold)
-      done = bar.tasks[0].completed + 1
-      bar.update(
-        task, completed=done, total=count * (len(levels) + 1), description=f"threshold {text}"
-      )
+      del number
+      text = f"threshold {thresholds.format_threshold(threshold)}"
+      bar.update(task, advance=1, total=count * (len(levels) + 1), description=text)
 
+    reuse = not arguments.no_reuse
     summary = grid.generate(
-      predictor,
-      prompts,
-      levels,
-      writer,
-      reuse_records=not arguments.no_reuse,
-      progress=advance,
+      predictor, prompts, levels, writer, reuse_records=reuse, progress=advance
     )
   writer.finish()
   console.print(f"{len(prompts)} prompts, {len(levels)} thresholds and full depth: {summary}.")
   console.print(f"Written to {arguments.output}; next: calm calibrate {arguments.output}")
-  return 0
+
+
+def _until_certified(arguments, console, predictor, prompts, levels, writer) -> None:
+  from calm import until_certified
+
+  test = sequential.SequentialCalibration(
+    levels,
+    len(prompts),
+    tolerance=arguments.tolerance,
+    error_rate=arguments.error_rate,
+    support=sequence_losses.kind_support(arguments.kind, arguments.metric),
+  )
+  with _bar(console) as bar:
+    task = bar.add_task("first threshold", total=len(prompts))
+
+    def advance(threshold, done, planned):
+      text = f"threshold {thresholds.format_threshold(threshold)}"
+      bar.update(task, completed=done, total=planned, description=text)
+
+    calibration = until_certified.generate(
+      predictor,
+      prompts,
+      writer,
+      test,
+      kind=arguments.kind,
+      metric=arguments.metric,
+      progress=advance,
+    )
+  writer.finish()
+  path = pathlib.Path(arguments.output) / "calibration.json"
+  calibration.save(path)
+  calibrate_command.print_calibration(console, calibration)
+  console.print(f"Written to {path}")
 
 
 def parse_grid(text: str | None, measure: str) -> list[float]:

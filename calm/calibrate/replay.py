@@ -1,0 +1,46 @@
+"""The calibration of a run that stopped early, from its folder."""
+
+from calm.calibrate import ordering, sequence_losses, sequential
+from calm.calibrate.calibration import Calibration
+from calm.calibrate.generations import Generations
+
+
+def replay(
+  cached: Generations, *, tolerance: float, error_rate: float, kind: str, metric: str
+) -> Calibration:
+  """Tests a sequential run prompt by prompt, as it was decoded.
+
+  Args:
+    cached: a sequential run; prompts are in the order of the test.
+    tolerance: delta, in (0, 1).
+    error_rate: epsilon, in (0, 1).
+    kind: 'textual', 'risk_signed' or 'risk_clipped'.
+    metric: name or import path of the text metric.
+
+  Raises:
+    ValueError: at these rates the test would have asked for more prompts than the run has.
+  """
+  columns = sequence_losses.prefix_losses(cached, kind, metric=metric)
+  test = sequential.SequentialCalibration(
+    cached.thresholds,
+    len(cached.prompts),
+    tolerance=tolerance,
+    error_rate=error_rate,
+    support=sequence_losses.kind_support(kind, metric),
+  )
+  thresholds = cached.thresholds.tolist()
+  while (request := test.request(1)) is not None:
+    column = columns[thresholds.index(request.threshold)]
+    if request.start >= len(column):
+      raise ValueError(
+        f"Expected a sequential run for `tolerance` {tolerance} and `error_rate` {error_rate}."
+        f" Got one that stopped earlier, at threshold {request.threshold} after {len(column)}"
+        " prompts; generate again with these rates, or calibrate with the run's own."
+      )
+    test.add(column[request.start : request.stop])
+  return test.calibration(
+    kind=kind,
+    metric=metric,
+    seed=ordering.order_seed(cached.ids, cached.procedure),
+    procedure=cached.procedure,
+  )
