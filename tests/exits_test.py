@@ -38,6 +38,23 @@ class Given:
     return jnp.asarray(self.table)[view.layer - 1]
 
 
+@dataclasses.dataclass(frozen=True)
+class Bounded:
+  """A measure with a cheaper one before it, both from tables [layers, batch]."""
+
+  table: Any
+  bounds: Any
+  uses_head: Any = True
+  name: ClassVar[str] = "bounded"
+
+  def __call__(self, view):
+    view.logits()
+    return jnp.asarray(self.table)[view.layer - 1]
+
+  def bound(self, view):
+    return jnp.asarray(self.bounds)[view.layer - 1]
+
+
 def toy_layers(calls: list | None = None, *, shared_head=True) -> propagation.Layers:
   calls = [] if calls is None else calls
 
@@ -202,6 +219,30 @@ def test_no_head_more_than_the_measure_needs(uses_head, shared_head, allowed, ex
   with jax.disable_jit():
     take(rule, NEVER, layers=toy_layers(calls, shared_head=shared_head))
   assert [layer for name, layer in calls if name == "logits"] == expected
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.4, 0.7, NEVER])
+def test_a_cheaper_bound_is_cleared_first(threshold):
+  table, bounds = np.random.default_rng(3).uniform(size=(2, L, 8)).astype(np.float32)
+  got = take(exits.DynamicExits(Bounded(table, bounds)), threshold, active=(True,) * 8)
+  for row in range(8):
+    # What failed is what is known of a layer: the bound, or else the measure.
+    known = np.where(bounds < threshold, bounds, table)[:, row]
+    known[-1] = table[-1, row]
+    expected = walk(known, threshold, range(1, L))
+    fields = got.exit_layer[row], got.confidence[row], got.rejected_confidence[row]
+    np.testing.assert_array_equal(fields, expected)
+    assert tokens(got)[row] == expected[0]
+
+
+def test_where_the_bound_fails_in_every_row_no_head_runs():
+  bounds = np.array([[0.1] * 3, [0.6, 0.1, 0.1], [0.1] * 3, [0.1] * 3], np.float32)
+  calls = []
+  with jax.disable_jit():
+    take(exits.DynamicExits(Bounded(TABLE, bounds)), layers=toy_layers(calls))
+  heads = {layer for name, layer in calls if name == "logits"}
+  assert heads & {2, 4} == {2, 4}
+  assert 3 not in heads
 
 
 @pytest.mark.parametrize("depth", [1, 3, L, None])
