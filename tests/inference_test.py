@@ -1,0 +1,227 @@
+"""Prompts in, outputs out: a tiny checkpoint of bytes, its procedure and its promise."""
+
+import dataclasses
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from calm import calibrate, checkpoints, exits, inference, network, schedules, vocabulary
+from tests import outputs_test, toys
+
+SIZES = toys.Config(vocab_size=264, num_pieces=259, num_encoder_layers=1, num_decoder_layers=3)
+OPTIONS = {"max_input_length": 64, "max_decode_length": 6, "batch_size": 4}
+NEVER = schedules.NEVER_EXIT
+# Two padded lengths, so that batches are not in the order of the prompts.
+TEXTS = ["a", "b" * 40, "", "some words", "c" * 50, "é & <b>"]
+
+
+def save(directory, seed=1, with_vocabulary=True):
+  config = network.T5Config(**toys.network_fields(SIZES))
+  checkpoints.save(
+    directory,
+    toys.params(SIZES, seed),
+    config,
+    vocabulary=vocabulary.ByteVocabulary(extra_ids=0) if with_vocabulary else None,
+  )
+  return directory
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+  return save(tmp_path_factory.mktemp("model") / "toy")
+
+
+@pytest.fixture(scope="module")
+def model(directory):
+  return inference.load(directory, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def calibration(model):
+  grid = [0.9, 0.6, 0.3]
+  made = calibrate.calibrate(np.zeros((200, 3)), grid, tolerance=0.1, error_rate=0.05)
+  assert made.threshold == 0.3
+  return dataclasses.replace(made, procedure=model.procedure)
+
+
+@pytest.fixture(scope="module")
+def generated(model):
+  return model.generate(TEXTS, threshold=0.6)
+
+
+def rows(outputs):
+  return [(output.tokens, output.exit_layers) for output in outputs]
+
+
+def test_outputs_come_in_the_order_of_the_prompts(model, generated):
+  backwards = model.generate(TEXTS[::-1], threshold=0.6)
+  assert rows(backwards)[::-1] == rows(generated)
+  assert len(set(rows(generated))) > 3
+  assert model.generate([], threshold=0.6).texts == []
+
+
+def test_an_output_is_whole(model, generated):
+  layers = set()
+  for output in generated:
+    count = len(output.tokens)
+    lengths = {len(getattr(output, name)) for name in ("pieces", "exit_layers", "confidences")}
+    assert lengths == {count} and 1 <= count <= 6
+    assert 1 not in output.tokens[:-1] and (count == 6 or output.tokens[-1] == 1)
+    assert max(output.tokens) < SIZES.num_pieces
+    assert output.text == model.vocabulary.decode(output.tokens)
+    assert all(0 <= c <= 1 for c in output.confidences + output.rejected_confidences)
+    assert output.score < 0 and output.num_layers == 3
+    layers |= set(output.exit_layers)
+  assert layers <= {1, 2, 3} and len(layers) > 1
+
+
+def test_never_exit_is_full_depth(model):
+  never = model.generate(TEXTS, threshold=NEVER)
+  full = model.generate(TEXTS, rule=exits.StaticExit())
+  assert rows(never) == rows(full)
+  assert never.mean_layers == full.mean_layers == 3
+  assert never.threshold == NEVER and full.threshold is None
+  assert model.generate(TEXTS, threshold=0.0).mean_layers == 1
+
+
+def test_a_second_call_compiles_nothing(model, generated):
+  again = model.generate(TEXTS, threshold=0.7)
+  assert again.timing.compilations == 0
+  assert again.timing.encode_seconds > 0 and again.timing.decode_seconds > 0
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},
+    {"measure": "state", "schedule": schedules.Decaying(4.0, 6), "task_prefix": "say: "},
+    {"exit_layers": (2,), "propagation": "first_state", "max_decode_length": 9},
+    {"measure": "classifier", "schedule": schedules.Decaying(0.0, 3), "max_input_length": 7},
+  ],
+)
+def test_a_procedure_gives_the_options_it_was_made_with(model, options):
+  procedure = model.with_options(**options).procedure
+  stored = calibrate.Procedure.from_json(json.loads(json.dumps(procedure.to_json())))
+  back = inference.options_of(stored)
+  assert dataclasses.replace(model, options=back).procedure == procedure
+
+
+def test_every_option_but_the_batch_size_belongs_to_the_procedure(model):
+  changes = {
+    "measure": "state",
+    "schedule": schedules.Decaying(4.0, 6),
+    "exit_layers": (2,),
+    "propagation": "first_state",
+    "task_prefix": "x",
+    "max_input_length": 9,
+    "max_decode_length": 9,
+  }
+  fields = {field.name for field in dataclasses.fields(inference.DecodeOptions)}
+  assert fields == {*changes, "batch_size", "shortlist"}
+  for name, value in changes.items():
+    other = model.with_options(**{name: value}).procedure
+    assert set(model.procedure.differences(other)) == {name}
+  assert model.with_options(batch_size=1).procedure == model.procedure
+
+
+def test_below_float32_the_batch_size_belongs_too(directory):
+  narrow = inference.load(directory, dtype="bfloat16", **OPTIONS)
+  assert narrow.procedure.activation_dtype == "bfloat16" and narrow.procedure.batch_bucket == 4
+  assert inference.options_of(narrow.procedure).batch_size == 4
+
+
+def test_a_calibrated_model_serves_its_threshold_and_its_promise(
+  model, directory, calibration, tmp_path
+):
+  calibration.save(tmp_path / "calibration.json")
+  served = inference.load(directory, calibration=tmp_path / "calibration.json")
+  assert served.procedure == model.procedure
+  served = dataclasses.replace(served, options=model.options)
+  got = served.generate(TEXTS)
+  assert got.threshold == 0.3 and got.guarantee == calibration.guarantee
+  assert rows(got) == rows(model.generate(TEXTS, threshold=0.3))
+  assert served.generate(TEXTS, threshold=0.3).guarantee == calibration.guarantee
+  assert served.generate(TEXTS, threshold=0.6).guarantee is None
+  assert served.generate(TEXTS, rule=exits.StaticExit()).guarantee is None
+  assert served.with_options(measure="state").calibration is None
+
+
+@pytest.mark.parametrize(
+  ("option", "value"),
+  [("measure", "state"), ("task_prefix", "say: "), ("max_decode_length", 7)],
+)
+def test_a_calibration_of_another_procedure_is_refused_by_field(
+  directory, calibration, option, value
+):
+  with pytest.raises(ValueError, match=rf"another procedure: `{option}`: expected .*, got"):
+    inference.load(directory, calibration=calibration, **{option: value})
+  void = inference.load(
+    directory, calibration=calibration, void_guarantee=True, **{option: value}
+  )
+  assert void.calibration is None and getattr(void.options, option) == value
+
+
+def test_a_calibration_of_another_model_is_refused(calibration, tmp_path):
+  other = save(tmp_path / "other", seed=2)
+  with pytest.raises(ValueError, match="another procedure: `parameters_digest`"):
+    inference.load(other, calibration=calibration)
+
+
+def test_a_calibration_of_unknown_origin_is_refused(directory, calibration):
+  foreign = dataclasses.replace(calibration, procedure=None)
+  with pytest.raises(ValueError, match="`procedure` null"):
+    inference.load(directory, calibration=foreign)
+  assert inference.load(directory, calibration=foreign, void_guarantee=True).calibration is None
+
+
+def test_a_model_without_vocabulary_is_refused(tmp_path):
+  bare = save(tmp_path / "bare", with_vocabulary=False)
+  with pytest.raises(ValueError, match="Expected a vocabulary beside the checkpoint"):
+    inference.load(bare)
+
+
+@pytest.mark.parametrize("threshold", [1.5, -0.1, math.nan, -math.inf])
+def test_thresholds_outside_of_the_range_are_refused(model, threshold):
+  expected = rf"`threshold` in \[0, 1\], or calm.schedules.NEVER_EXIT. Got {threshold}"
+  with pytest.raises(ValueError, match=expected):
+    model.generate(TEXTS, threshold=threshold)
+
+
+def test_no_threshold_and_no_list_are_refused(model):
+  with pytest.raises(ValueError, match="Expected `threshold`, or a model loaded with a"):
+    model.generate(TEXTS)
+  with pytest.raises(TypeError, match=r"`texts` to be a list of prompts\. Got one text"):
+    model.generate("a", threshold=0.5)
+
+
+@pytest.mark.parametrize("name", ["max_input_length", "max_decode_length", "batch_size"])
+def test_sizes_below_one_are_refused(name):
+  with pytest.raises(ValueError, match=f"`{name}` of at least 1. Got 0"):
+    inference.DecodeOptions(**{name: 0})
+
+
+def test_prompts_that_are_too_long_are_cut_with_a_warning(model):
+  short = ["ok"] * 4
+  with pytest.warns(UserWarning, match=re.escape("2 of 6 prompts have more than")):
+    got = model.generate(["x" * 64, *short, "y" * 99], threshold=0.6)
+  # 63 bytes and EOS are what is read.
+  assert rows(got) == rows(model.generate(["x" * 63, *short, "y" * 63], threshold=0.6))
+
+
+def test_a_checkpoint_may_bring_its_own_defaults(tmp_path):
+  path = save(tmp_path / "toy")
+  (path / "inference.json").write_text(json.dumps({"task_prefix": "p: ", "batch_size": 2}))
+  options = inference.load(path, batch_size=3).options
+  assert options.task_prefix == "p: " and options.batch_size == 3
+
+
+def test_outputs_fit_terminals_and_notebooks(model, generated):
+  assert repr(generated).startswith("6 outputs, threshold 0.6, ")
+  page = outputs_test.Page(generated._repr_html_())
+  assert set(page.tags) == {"div", "p", "span"}
+  for output in generated:
+    assert outputs_test.Page(output._repr_html_()).text
+  assert "params" not in repr(model) and len(repr(model)) < 1500
