@@ -1,0 +1,273 @@
+"""Laws of whole programs on toys: what early exit may and may not change."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import confidence, exits, network, programs, propagation, schedules
+from tests import engine, toys
+
+NEVER = schedules.NEVER_EXIT
+MEASURES = tuple(map(confidence.measure, ("softmax", "state", "classifier")))
+SCHEDULES = {"constant": schedules.Constant(), "decaying": engine.DECAYING}
+STATIC = exits.StaticExit()
+SOFTMAX = exits.DynamicExits(confidence.Softmax())
+BATCH = len(engine.PROMPTS)
+
+
+def by_name(measure) -> str:
+  return measure.name
+
+
+def program(rule, toy=None) -> programs.Program:
+  return programs.Program((toy or engine.toy()).config, rule, engine.LENGTH)
+
+
+def decode(rule, threshold, toy=None):
+  """Through the program as users compile it."""
+  toy = toy or engine.toy()
+  active, threshold = jnp.ones(BATCH, bool), jnp.asarray(threshold, jnp.float32)
+  return program(rule, toy).decode(toy.weights, engine.encode(toy), active, threshold)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("measure", MEASURES, ids=by_name)
+def test_never_exit_is_the_full_model_caches_included(measure, schedule):
+  rule = exits.DynamicExits(measure, SCHEDULES[schedule])
+  for sharpness in (4.0, 1000.0):
+    toy = engine.toy(sharpness=sharpness)
+    never, full = engine.run(toy, rule, NEVER), engine.run(toy, STATIC)
+    engine.assert_same_rows(toy, never, full, STATIC)
+
+
+def test_a_threshold_of_one_is_not_never():
+  """Meta: the saturated toy leaves early at 1.0, and Eq. 5 makes less than 1 of it."""
+  saturated = engine.run(engine.toy(sharpness=1000.0), SOFTMAX, 1.0).generation
+  assert saturated.mean_layers < 3
+  decaying = exits.DynamicExits(confidence.Classifier(), engine.DECAYING)
+  assert engine.run(engine.toy(), decaying, 1.0).generation.mean_layers < 4
+
+
+@pytest.mark.parametrize("propagated", propagation.PROPAGATIONS.values(), ids=by_name)
+def test_never_exit_propagates_nothing(propagated):
+  toy, rule = engine.toy(), exits.DynamicExits(confidence.Classifier(), propagation=propagated)
+  engine.assert_same_rows(toy, engine.run(toy, rule, NEVER), engine.run(toy, STATIC), STATIC)
+
+
+@pytest.mark.parametrize("allowed", [None, (3,)])
+@pytest.mark.parametrize("measure", MEASURES, ids=by_name)
+def test_threshold_zero_leaves_at_the_first_allowed_layer(measure, allowed):
+  got = engine.run(engine.toy(), exits.DynamicExits(measure, allowed=allowed), 0.0).generation
+  real = np.asarray(got.tokens) != 0
+  assert real.sum() > BATCH
+  expected = np.where(real, allowed[0] if allowed else 1, 0)
+  np.testing.assert_array_equal(got.exit_layers, expected)
+  assert not got.rejected_confidences.any()
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_static_k_is_a_model_of_k_layers(depth):
+  toy = engine.toy()
+  sliced = {**toy.params, "decoder": dict(toy.params["decoder"])}
+  for i in range(depth, toy.sizes.num_decoder_layers):
+    del sliced["decoder"][f"layers_{i}"]
+  sizes = dataclasses.replace(toy.sizes, num_decoder_layers=depth)
+  shallow = engine.run(engine.of_params(sliced, sizes), STATIC)
+  rule = exits.StaticExit(depth)
+  engine.assert_same_rows(toy, engine.run(toy, rule), shallow, rule)
+  assert len(shallow.cache) == depth
+
+
+def rows_of(rule, prompts, active=None):
+  return engine.run(engine.toy(), rule, 0.6, prompts=prompts, active=active)
+
+
+@pytest.mark.parametrize("rule", [SOFTMAX, STATIC], ids=["softmax", "static"])
+def test_rows_do_not_depend_on_mates_padding_or_batch_size(rule):
+  prompts, everything = engine.PROMPTS, rows_of(rule, engine.PROMPTS)
+  rows = engine.reference_rows(engine.toy(), rule, 0.6)
+  sure = engine.agreeing_rows(rows, everything.generation)
+  order = np.random.default_rng(0).permutation(BATCH)
+  padded = np.pad(prompts, [(0, 0), (0, 5)])
+  others = [
+    (rows_of(rule, prompts[order]), order),
+    (rows_of(rule, padded), range(BATCH)),
+    (rows_of(rule, prompts[2:5]), (2, 3, 4)),
+    (rows_of(rule, prompts[7:8]), (7,)),
+  ]
+  for state, originals in others:
+    for j, i in enumerate(originals):
+      if i in sure:
+        engine.assert_same_row(everything, state, i, j)
+        engine.assert_same_confidences(everything.generation, state.generation, i, j)
+
+
+@pytest.mark.parametrize("rule", [SOFTMAX, STATIC], ids=["softmax", "static"])
+def test_inactive_rows_are_empty_and_change_nothing(rule):
+  active = np.arange(BATCH) % 3 != 1
+  prompts = np.where(active[:, None], engine.PROMPTS, 0)
+  state, everything = rows_of(rule, prompts, active), rows_of(rule, engine.PROMPTS)
+  for field in ("tokens", "exit_layers", "confidences", "rejected_confidences", "scores"):
+    assert not np.asarray(getattr(state.generation, field))[~active].any()
+  for i in np.flatnonzero(active):
+    engine.assert_same_row(everything, state, i, i)
+
+
+def test_a_shortlist_of_everything_is_softmax_and_a_part_never_leaves_earlier():
+  toy, rule = engine.toy(), exits.DynamicExits(confidence.measure("shortlist"))
+
+  def run(ids, threshold):
+    weights = programs.model_weights(toy.params, toy.config, toy.sizes.num_pieces, ids)
+    return engine.run(dataclasses.replace(toy, weights=weights), rule, threshold)
+
+  everything, part = tuple(range(40)), tuple(range(0, 40, 3))
+  softmax = engine.run(toy, SOFTMAX, 0.6)
+  engine.assert_same_rows(toy, run(everything, 0.6), softmax, SOFTMAX, 0.6)
+  engine.assert_same_rows(toy, run(part, NEVER), engine.run(toy, STATIC), STATIC)
+  # Of the first token, which has no past: the same state is asked by both.
+  layers = run(part, 0.6).generation.exit_layers[:, 0]
+  assert (layers >= softmax.generation.exit_layers[:, 0]).all()
+  assert set(np.asarray(run(part, 0.0).generation.exit_layers).ravel().tolist()) <= {0, 1}
+
+
+def test_a_whole_grid_is_one_trace():
+  # Another length than elsewhere, so that nothing was compiled before.
+  toy = engine.toy()
+  fresh = programs.Program(toy.config, SOFTMAX, engine.LENGTH - 1)
+  encoded, active = engine.encode(toy), jnp.ones(BATCH, bool)
+  before = programs.TRACES["decode"]
+  grid = [NEVER, 1.0, *np.linspace(0.95, 0.05, 19), 0.0]
+  made = [fresh.decode(toy.weights, encoded, active, jnp.float32(x)) for x in grid]
+  assert programs.TRACES["decode"] == before + 1
+  means = [float(generation.mean_layers) for generation in made]
+  assert means[0] == 4 and means[-1] == 1 and len(set(means)) > 5
+  # A threshold a row: one trace more, and each row as at its own threshold.
+  rows = jnp.array([NEVER, 1.0, *np.linspace(0.9, 0.1, BATCH - 2)], jnp.float32)
+  many = fresh.decode(toy.weights, encoded, active, rows)
+  fresh.decode(toy.weights, encoded, active, rows[::-1])
+  assert programs.TRACES["decode"] == before + 2
+  for i, threshold in enumerate(rows):
+    one = fresh.decode(toy.weights, encoded, active, threshold)
+    np.testing.assert_array_equal(one.tokens[i], many.tokens[i])
+    np.testing.assert_array_equal(one.exit_layers[i], many.exit_layers[i])
+  assert programs.TRACES["decode"] == before + 2
+
+
+def test_traces_do_count():
+  """Meta: another static is another trace."""
+  toy, before = engine.toy(num_decoder_layers=1), programs.TRACES["decode"]
+  for length in (2, 3):
+    programs.Program(toy.config, STATIC, length).decode(
+      toy.weights, engine.encode(toy), jnp.ones(BATCH, bool), jnp.float32(0)
+    )
+  assert programs.TRACES["decode"] == before + 2
+
+
+def test_jit_changes_nothing():
+  toy = engine.toy(num_decoder_layers=2, num_encoder_layers=1)
+  small = programs.Program(toy.config, SOFTMAX, 2)
+  tokens, active = jnp.asarray(engine.PROMPTS[1:3]), jnp.ones(2, bool)
+
+  def decode():
+    encoded = small.encode(toy.weights, tokens)
+    return small.decode(toy.weights, encoded, active, jnp.float32(0.5))
+
+  compiled = decode()
+  with jax.disable_jit():
+    eager = decode()
+  for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(compiled), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def teacher_forced(config, params, tokens):
+  """Logits [layers, batch, length, vocab] of the network on emitted tokens, every layer's."""
+  fed = jnp.pad(tokens, [(0, 0), (1, 0)])[:, :-1]
+  model, variables = network.Transformer(config), {"params": params}
+  # Targets only tell which positions are real; the first input is the padding token.
+  hidden = model.apply(variables, engine.PROMPTS, fed, tokens, method="hidden_states")
+  head = lambda model, states: jnp.stack(
+    [model.decoder.logits(state, layer) for layer, state in enumerate(states, start=1)]
+  )
+  return model.apply(variables, hidden, method=head)
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_cached_decoding_is_teacher_forced_decoding(depth):
+  toy = engine.toy()
+  got = engine.run(toy, exits.StaticExit(depth)).generation
+  logits = teacher_forced(toy.config, toy.params, got.tokens)[depth - 1]
+  logits = logits[..., : toy.sizes.num_pieces]
+  tokens, real = np.asarray(got.tokens), np.asarray(got.exit_layers) > 0
+  np.testing.assert_array_equal(np.argmax(logits, axis=-1)[real], tokens[real])
+  chosen = np.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
+  np.testing.assert_allclose(got.scores, np.where(real, chosen, 0).sum(1), atol=1e-3)
+
+
+def test_a_tokens_logits_are_the_full_heads_at_its_exit_layer():
+  """The first token has no past, so that no earlier exit can have changed its state."""
+  toy, seen = engine.toy(), set()
+  for threshold in (0.3, 0.6, 0.9):
+    got = engine.run(toy, SOFTMAX, threshold).generation
+    logits = np.asarray(teacher_forced(toy.config, toy.params, got.tokens))
+    for row, layer in enumerate(np.asarray(got.exit_layers)[:, 0].tolist()):
+      seen.add(layer)
+      at_exit = logits[layer - 1, row, 0, : toy.sizes.num_pieces]
+      assert np.argmax(at_exit) == got.tokens[row, 0]
+  assert len(seen) > 1
+
+
+def heads_and_branches(rule) -> tuple[int, int, bool]:
+  """(heads, conditionals, whether confidence code is named) in a program's lowered text."""
+  toy = engine.toy()
+  args = toy.weights, engine.encode(toy), jnp.ones(BATCH, bool), jnp.float32(0)
+  leaves, tree = jax.tree.flatten(args)
+  run = lambda leaves: program(rule).decode(*jax.tree.unflatten(tree, leaves))
+  lowered = jax.jit(run).lower(leaves)
+  head = rf"dot_general.*-> tensor<{BATCH}x{toy.sizes.num_pieces}xf32>"
+  text = lowered.as_text(debug_info=True)
+  branches = len(re.findall(r"stablehlo\.(?:case|if)\b", text))
+  return len(re.findall(head, text)), branches, "confidence.py" in text
+
+
+def test_full_depth_holds_one_head_and_no_confidence_code():
+  assert heads_and_branches(STATIC) == (1, 0, False)
+  assert heads_and_branches(exits.StaticExit(2)) == (1, 0, False)
+
+
+def test_the_detector_finds_heads_and_confidence_code():
+  """Meta: a dynamic program has what the static one must not have."""
+  assert heads_and_branches(SOFTMAX) == (4, 3, True)
+  heads, branches, confident = heads_and_branches(exits.DynamicExits(confidence.State()))
+  assert (heads, branches, confident) == (1, 3, True)
+
+
+def test_compiled_programs_agree_with_the_yardstick():
+  for rule, threshold in ((SOFTMAX, 0.6), (STATIC, 0.0)):
+    rows = engine.reference_rows(engine.toy(), rule, threshold)
+    assert engine.agreeing_rows(rows, decode(rule, threshold))
+
+
+def test_bfloat16_runs_with_float32_logits_and_confidences():
+  toy, narrow = engine.toy(), engine.toy(dtype="bfloat16")
+  assert narrow.weights.decoder.embedding.dtype == jnp.bfloat16
+  assert {head.dtype for head in narrow.weights.decoder.heads} == {jnp.dtype("float32")}
+  state = engine.run(narrow, SOFTMAX, 0.6)
+  for field in ("confidences", "rejected_confidences", "scores"):
+    assert getattr(state.generation, field).dtype == jnp.float32
+  assert {cache.keys.dtype for cache in state.cache} == {jnp.dtype("bfloat16")}
+  # Agreement is measured, not promised: rounding of 2^-8 decides many toys' tokens.
+  first = state.generation.tokens[:, 0] == engine.run(toy, SOFTMAX, 0.6).generation.tokens[:, 0]
+  assert first.mean() >= 0.5
+
+
+def test_prompts_of_nothing_but_eos():
+  prompts = np.full((1, 3), toys.EOS_ID, np.int32)
+  rows = engine.reference_rows(engine.toy(), SOFTMAX, 0.6, prompts=prompts)
+  got = engine.run(engine.toy(), SOFTMAX, 0.6, prompts=prompts).generation
+  assert engine.agreeing_rows(rows, got) == [0]
