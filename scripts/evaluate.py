@@ -1,0 +1,33 @@
+"""Scores a model's full-depth outputs (or a static depth's) against references.
+
+  python scripts/evaluate.py --prompts=test.jsonl.gz --metrics rouge_l
+  python scripts/evaluate.py --model=my_model --prompts=dev.jsonl --metrics token_f1 exact_match
+"""
+
+import argparse
+import statistics
+
+from calm import exits, inference
+from calm.calibrate import metrics
+from calm.commands import common, model_flags
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  model_flags.add_arguments(parser)
+  parser.add_argument("--layers", type=int, help="static depth (default: all decoder layers)")
+  parser.add_argument("--metrics", nargs="+", default=["rouge_l"], help="names or import paths")
+  arguments = parser.parse_args()
+  common.use_compilation_cache()
+  model = inference.load(arguments.model, **model_flags.decode_options(arguments))
+  prompts = model_flags.read_prompts(arguments.prompts, arguments.limit)
+  texts = [prompt.input for prompt in prompts]
+  outputs = model.generate(texts, rule=exits.StaticExit(arguments.layers))
+  for name in arguments.metrics:
+    metric = metrics.get_metric(name)
+    scores = [metric(o.text, p.targets) for o, p in zip(outputs, prompts, strict=True)]
+    print(f"{name}: {100 * statistics.fmean(scores):.2f} on {len(prompts)} prompts")
+
+
+if __name__ == "__main__":
+  main()
