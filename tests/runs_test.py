@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -148,6 +151,29 @@ def test_an_unfinished_stage_one_is_told_from_a_checkpoint(tmp_path):
   (tmp_path / "validation.json").write_text("[]")
   with pytest.raises(FileNotFoundError, match="`initial` to be a finished run"):
     runs.find_checkpoint(str(tmp_path))
+
+
+def test_bindings_may_name_every_choice(files, tmp_path):
+  # In a process of its own: here, other tests' gin files have made the names known.
+  code = (
+    "import sys; from calm import cli; "
+    "sys.exit(cli.main(['train', '--no_tensorboard', *sys.argv[1:]]))"
+  )
+  given = [
+    *bindings(files, num_steps=1),
+    "runs.train.objective = @objectives.ExitClassifier()",
+    "objectives.ExitClassifier.objective = @losses.geometric_classifier_loss",
+    "training.TrainConfig.optimizer = @training.adam",
+  ]
+  words = [f"--gin_file={CONFIGS / 'local_tiny.gin'}", f"--output_dir={tmp_path}"]
+  words += [f"--gin_bindings={binding}" for binding in given]
+  environment = {**os.environ, "JAX_NUMPY_DTYPE_PROMOTION": "standard"}
+  done = subprocess.run(
+    [sys.executable, "-c", code, *words],
+    capture_output=True, text=True, check=False, env=environment, cwd=CONFIGS.parents[1],
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / "model" / "config.json").exists()
 
 
 def test_neither_sizes_nor_checkpoint_is_refused():

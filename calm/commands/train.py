@@ -16,6 +16,23 @@ from typing import Any
 import calm
 from calm.commands import common
 
+# Bindings on the command line see only what a gin file has named before them: these always.
+CHOICES = """
+from __gin__ import dynamic_registration
+
+from calm import losses
+from calm import objectives
+from calm import runs
+from calm import training
+
+CHOICES = [
+  @objectives.LayerWeighted, @objectives.ExitClassifier, @losses.layer_weights,
+  @losses.last_layer_weights, @losses.classifier_loss, @losses.geometric_classifier_loss,
+  @training.adafactor, @training.adam, @training.Schedule,
+  @runs.supervised, @runs.denoising, @runs.seqio_pairs,
+]
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the options of `calm train`."""
@@ -37,8 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     # Includes are written from the repository's root; a run's own files may lie elsewhere.
     gin.add_config_file_search_path(str(pathlib.Path(path).absolute().parent))
   gin.add_config_file_search_path(str(pathlib.Path(calm.__file__).parents[1]))
-  gin.clear_config()
   common.use_compilation_cache()
+  gin.parse_config(CHOICES)
+  gin.clear_config()  # the names stay known
 
   from calm import runs
 
