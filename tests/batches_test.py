@@ -16,9 +16,7 @@ BUCKETS = (batches.Bucket(4, 4), batches.Bucket(8, 4), batches.Bucket(12, 6))
 
 def ragged(lengths):
   """Sequence i begins with 1000 + i (so that it can be told) and ends with EOS."""
-  return batches.Ragged(
-    [[1000 + i, *range(2, n), EOS] for i, n in enumerate(lengths)]
-  )
+  return batches.Ragged([[1000 + i, *range(2, n), EOS] for i, n in enumerate(lengths)])
 
 
 def supervised(num=29, seed=3, batch_size=4, buckets=BUCKETS):
