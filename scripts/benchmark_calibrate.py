@@ -68,7 +68,7 @@ def main() -> None:
     clock(
       f"calibrate, method {method}",
       2.0,
-      lambda m=method: calibrate(losses, grid, **RATES, method=m),
+      lambda m=method: calibrate(losses, grid, tolerance=0.1, error_rate=0.05, method=m),
     )
   pool = SequenceLosses(losses[:2000, ::5], grid[::5])
   tolerances = np.linspace(0.01, 0.3, 20).tolist()

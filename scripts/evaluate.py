@@ -1,7 +1,7 @@
 """Scores a model's full-depth outputs (or a static depth's) against references.
 
-  python scripts/evaluate.py --prompts=test.jsonl.gz --metrics rouge_l
-  python scripts/evaluate.py --model=my_model --prompts=dev.jsonl --metrics token_f1 exact_match
+python scripts/evaluate.py --prompts=test.jsonl.gz --metrics rouge_l
+python scripts/evaluate.py --model=my_model --prompts=dev.jsonl --metrics token_f1 exact_match
 """
 
 import argparse
@@ -13,7 +13,7 @@ from calm.commands import common, model_flags
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description="Scores outputs against references.")
   model_flags.add_arguments(parser)
   parser.add_argument("--layers", type=int, help="static depth (default: all decoder layers)")
   parser.add_argument("--metrics", nargs="+", default=["rouge_l"], help="names or import paths")

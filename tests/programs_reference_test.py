@@ -16,7 +16,7 @@ EXIT, FIRST, COPY = (
 TIED = {"logits_via_embedding": True}
 RELU = {"mlp_activations": ("relu",)}
 HEADS = {"per_layer_heads": True}
-# Every measure meets every schedule and propagation, every propagation some subset of the exits,
+# Every measure meets every schedule and propagation, each propagation some subset of exits,
 # and every head and MLP occurs. Not every combination: each is a program to compile.
 DYNAMIC = [
   (SOFTMAX, CONSTANT, None, EXIT, {}),

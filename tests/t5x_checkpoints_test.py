@@ -1,5 +1,6 @@
 """T5X checkpoints, made with the real T5X (golden/make_t5x_checkpoints.py), read without it."""
 
+import gc
 import pathlib
 import shutil
 import subprocess
@@ -11,6 +12,16 @@ import numpy as np
 import pytest
 
 from calm import checkpoints, network, parameters, t5x_checkpoints
+
+# Orbax leaves tasks without an owner when a restore fails, as some tests here make it do.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def collect_orphans():
+  yield
+  gc.collect()
+
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FORMATS = ("legacy", "orbax")

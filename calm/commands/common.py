@@ -41,7 +41,7 @@ def missing_package(error: ModuleNotFoundError) -> str:
   """What to install for a package that is not there."""
   extras = {
     "decode": {"jax", "flax", "gin", "sentencepiece", "safetensors", "jaxtyping"},
-    "train": {"optax", "orbax", "clu", "seqio", "tensorflow"},
+    "train": {"optax", "orbax", "clu", "seqio", "tensorboard", "tensorflow"},
     "report": {"matplotlib", "jinja2"},
   }
   name = (error.name or "").split(".")[0]

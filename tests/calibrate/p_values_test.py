@@ -176,7 +176,9 @@ def test_p_is_one_when_the_mean_reaches_the_tolerance(size, share, tolerance):
   total = max(share, tolerance) * size
   for p_value in SUM_BASED:
     assert p_value(total, size, tolerance) == pytest.approx(1.0, abs=1e-9)
-  assert p_values.hoeffding_bentkus(total, size, tolerance) == 1.0
+  # tolerance * size / size may come out a rounding below the tolerance.
+  if total / size >= tolerance:
+    assert p_values.hoeffding_bentkus(total, size, tolerance) == 1.0
 
 
 @given(st.integers(1, 30), st.fractions(0, 1, max_denominator=8), st.integers(1, 15))
