@@ -223,16 +223,15 @@ def test_a_tokens_logits_are_the_full_heads_at_its_exit_layer():
 
 
 def heads_and_branches(rule) -> tuple[int, int, bool]:
-  """(heads, conditionals, whether confidence code is named) in a program's lowered text."""
+  """(heads, conditionals, whether confidence code is named) in a program's compiled HLO."""
   toy = engine.toy()
   args = toy.weights, engine.encode(toy), jnp.ones(BATCH, bool), jnp.float32(0)
   leaves, tree = jax.tree.flatten(args)
   run = lambda leaves: program(rule).decode(*jax.tree.unflatten(tree, leaves))
-  lowered = jax.jit(run).lower(leaves)
-  head = rf"dot_general.*-> tensor<{BATCH}x{toy.sizes.num_pieces}xf32>"
-  text = lowered.as_text(debug_info=True)
-  branches = len(re.findall(r"stablehlo\.(?:case|if)\b", text))
-  return len(re.findall(head, text)), branches, "confidence.py" in text
+  text = jax.jit(run).lower(leaves).compile().as_text()
+  head = rf"f32\[{BATCH},{toy.sizes.num_pieces}\]\S* dot\("
+  branches = re.findall(r"= .* conditional\(", text)
+  return len(re.findall(head, text)), len(branches), "confidence.py" in text
 
 
 def test_full_depth_holds_one_head_and_no_confidence_code():
@@ -261,9 +260,12 @@ def test_bfloat16_runs_with_float32_logits_and_confidences():
   for field in ("confidences", "rejected_confidences", "scores"):
     assert getattr(state.generation, field).dtype == jnp.float32
   assert {cache.keys.dtype for cache in state.cache} == {jnp.dtype("bfloat16")}
-  # Agreement is measured, not promised: rounding of 2^-8 decides many toys' tokens.
-  first = state.generation.tokens[:, 0] == engine.run(toy, SOFTMAX, 0.6).generation.tokens[:, 0]
-  assert first.mean() >= 0.5
+  # Agreement is measured, not promised (seed 4 keeps 3 rows of 8, seed 1 all of them).
+  wide = engine.run(toy, SOFTMAX, 0.6).generation
+  same = (state.generation.tokens == wide.tokens).all(axis=1)
+  assert same.mean() >= 0.5
+  rounding = jnp.abs(state.generation.confidences - wide.confidences)[same].max()
+  assert 1e-4 < rounding < 0.2  # it is bfloat16 that was computed
 
 
 def test_prompts_of_nothing_but_eos():

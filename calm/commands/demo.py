@@ -36,6 +36,8 @@ from calm.commands import common
 # Fixed before the first run; another tolerance is the user's choice, not ours.
 TOLERANCE, ERROR_RATE = 0.1, 0.05
 MEASURE = "classifier"
+# Where the packed model's classifier crosses such tolerances on the validation split.
+GRIDS = {"classifier": tuple(percent / 100 for percent in range(99, 79, -1))}
 METRIC = "rouge_l"
 REPEATS = 3
 
@@ -118,7 +120,8 @@ def generate_grid(
   """Decodes the prompts at every threshold, with a progress bar."""
   from calm import grid
 
-  levels = [float(t) for t in thresholds.default_grid(predictor.options.measure)]
+  measure = predictor.options.measure
+  levels = [float(t) for t in GRIDS.get(measure) or thresholds.default_grid(measure)]
   procedure: Procedure = predictor.procedure
   writer = generation_writer.open_writer(
     folder, prompts=prompts, thresholds=levels, procedure=procedure
