@@ -248,3 +248,25 @@ def test_until_certified_stops_early_and_replays(model, prompts, tmp_path):
   again = tmp_path / "again.json"
   assert cli.main(["calibrate", str(output), *rates, f"--output={again}"]) == 0
   assert Calibration.load(again) == decided
+
+
+def test_gin_files_configure_decoding(model, prompts, tmp_path):
+  file = tmp_path / "decode.gin"
+  file.write_text(
+    "from __gin__ import dynamic_registration\n"
+    "from calm import inference\n"
+    "from calm import schedules\n"
+    "inference.load:\n"
+    "  measure = 'state'\n"
+    "  schedule = @schedules.Decaying()\n"
+    "schedules.Decaying:\n"
+    "  temperature = 4.0\n"
+    "  max_length = 6\n"
+  )
+  output = tmp_path / "out"
+  binding = "--gin_bindings=schedules.Decaying.temperature = 2.0"
+  assert generate(model, prompts, output, f"--gin_file={file}", binding) == 0
+  procedure = generations.load(output).procedure
+  assert procedure is not None
+  assert procedure.measure == "state"
+  assert procedure.schedule == {"name": "decaying", "temperature": 2.0, "max_length": 6}
