@@ -35,7 +35,6 @@ from calm import outputs as outputs_lib
 from calm.calibrate import Calibration, Procedure
 
 PACKED = pathlib.Path(__file__).parent / "assets"
-RULE_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +229,6 @@ class Predictor:
       activation_dtype=self.config.dtype,
       decode_method={"name": "greedy"},
       batch_bucket=None if self.config.dtype == "float32" else options.batch_size,
-      rule_version=RULE_VERSION,
     )
 
   def with_options(self, **options: Any) -> "Predictor":
