@@ -115,7 +115,8 @@ def load(
       the small model inside this package.
     calibration: a `Calibration` or its JSON file. Its procedure sets the options that are not
       given; a model or an option that differs from it is refused.
-    void_guarantee: decode under another procedure all the same, without the promise.
+    void_guarantee: decode under another procedure all the same: the calibrated threshold
+      stays, the promise goes.
     dtype: activation dtype, 'float32' or 'bfloat16'; None takes the checkpoint's.
     **options: fields of `DecodeOptions`.
 
@@ -147,11 +148,12 @@ def load(
     params=checkpoint.params,
     vocabulary=checkpoint.vocabulary,
     options=dataclasses.replace(base, **options),
-    calibration=calibration,
+    calibration=None if void_guarantee else calibration,
+    threshold=None if calibration is None else calibration.threshold,
   )
-  if calibration is not None and not void_guarantee:
-    calibration.refuse_other(predictor.procedure)
-  return dataclasses.replace(predictor, calibration=None) if void_guarantee else predictor
+  if predictor.calibration is not None:
+    predictor.calibration.refuse_other(predictor.procedure)
+  return predictor
 
 
 def shortlist_record(options: DecodeOptions) -> dict[str, Any]:
@@ -176,7 +178,8 @@ class Predictor:
     params: its T5X-shaped parameter tree.
     vocabulary: text <-> ids.
     options: how prompts are decoded.
-    calibration: sets the threshold and carries the promise, or None.
+    calibration: carries the promise, or None.
+    threshold: what `generate` decodes with where it is given none; a calibration's.
   """
 
   config: network.T5Config
@@ -184,6 +187,7 @@ class Predictor:
   vocabulary: Any = dataclasses.field(repr=False)
   options: DecodeOptions
   calibration: Calibration | None = None
+  threshold: float | None = None
 
   @functools.cached_property
   def weights(self) -> programs.ModelWeights:
@@ -234,7 +238,7 @@ class Predictor:
   def with_options(self, **options: Any) -> "Predictor":
     """The same model under other options and without a calibration."""
     changed = dataclasses.replace(self.options, **options)
-    return dataclasses.replace(self, options=changed, calibration=None)
+    return dataclasses.replace(self, options=changed, calibration=None, threshold=None)
 
   def program(self, rule: exits.StepRule | None = None) -> programs.Program:
     """The compiled program of a rule (the options' own by default)."""
@@ -298,8 +302,8 @@ class Predictor:
       ValueError: there is neither a threshold nor a calibration nor a rule without one.
     """
     calibrated = None if rule is not None else self.calibration
-    if threshold is None and calibrated is not None:
-      threshold = calibrated.threshold
+    if threshold is None and rule is None:
+      threshold = self.threshold
     if threshold is None and rule is None:
       raise ValueError(
         "Expected `threshold`, or a model loaded with a `calibration`. Got neither; pass a"
@@ -343,6 +347,7 @@ class Predictor:
       rejected_confidences=tuple(generation.rejected_confidences[row][:length].tolist()),
       score=float(generation.scores[row]),
       num_layers=self.num_layers,
+      eos_id=self.eos_id,
     )
 
 

@@ -21,6 +21,7 @@ class Output:
     rejected_confidences: the highest confidence refused at each token, 0 if none.
     score: log-probability of the tokens under the full head at their exit layer, nats.
     num_layers: decoder layers of the model.
+    eos_id: the token that ends a text.
   """
 
   text: str
@@ -31,6 +32,7 @@ class Output:
   rejected_confidences: tuple[float, ...]
   score: float
   num_layers: int
+  eos_id: int = 1
 
   @property
   def mean_layers(self) -> float:
@@ -41,7 +43,7 @@ class Output:
   @property
   def visible(self) -> tuple[tuple[str, ...], tuple[int, ...], tuple[float, ...]]:
     """Pieces, exit layers and confidences, with EOS shown as a mark."""
-    pieces = tuple("⏎" if token == 1 else piece for token, piece in self._pairs())
+    pieces = tuple("⏎" if token == self.eos_id else piece for token, piece in self._pairs())
     return pieces, self.exit_layers, self.confidences
 
   def coloured(self, mode: colours.Mode | None = None) -> str:

@@ -162,6 +162,8 @@ def test_a_calibration_of_another_procedure_is_refused_by_field(
     directory, calibration=calibration, void_guarantee=True, **{option: value}
   )
   assert void.calibration is None and getattr(void.options, option) == value
+  outputs = void.generate(TEXTS[:1])
+  assert outputs.threshold == calibration.threshold and outputs.guarantee is None
 
 
 def test_a_calibration_of_another_model_is_refused(calibration, tmp_path):

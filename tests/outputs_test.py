@@ -1,5 +1,6 @@
 """What a terminal and a notebook show of outputs."""
 
+import dataclasses
 import html.parser
 import math
 
@@ -53,6 +54,12 @@ def several(count=2, threshold: float | None = 0.5, guarantee: str | None = GUAR
   timing = outputs.Timing(0.5, 1.25, 0)
   items = tuple(output(f"text {i}", (1, 2, 3)) for i in range(count))
   return outputs.Outputs(items, 4, threshold, guarantee, timing)
+
+
+def test_the_models_own_end_of_text_is_the_one_that_is_marked():
+  assert output().visible[0] == ("a", " <b>", " & c", "⏎")
+  other = dataclasses.replace(output(), eos_id=7)
+  assert other.visible[0] == ("a", " <b>", "⏎", "</s>")
 
 
 def test_the_checker_can_fail():

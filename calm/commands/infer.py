@@ -58,8 +58,6 @@ def run(arguments: argparse.Namespace) -> int:
   threshold = arguments.threshold
   if threshold is not None:
     threshold = thresholds.parse_threshold(threshold)
-  elif arguments.void_guarantee and arguments.calibration:
-    threshold = inference.Calibration.load(arguments.calibration).threshold
   with console.status(f"decoding {len(prompts)} prompts"):
     outputs = predictor.generate([prompt.input for prompt in prompts], threshold=threshold)
   if arguments.output:
