@@ -23,7 +23,8 @@ MAY_IMPORT = {
   "decoding": {"exits"},
   "outputs": {"colours"},
   "prompts": {"vocabulary"},
-  "step": {"layers", "network", "propagation"},
+  "step": {"layers", "network", "propagation", "weights"},
+  "weights": {"network"},
 }
 
 

@@ -1,0 +1,146 @@
+"""T5X-shaped parameters laid out for decoding: made once, at load time, and never saved."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from calm import network
+
+Params = Any
+
+
+@struct.dataclass
+class LayerWeights:
+  """One decoder layer.
+
+  Attributes:
+    self_norm, cross_norm, mlp_norm: scales [emb_dim].
+    query_key_value: [emb_dim, 3 * heads * head_dim].
+    self_out, cross_out: [heads * head_dim, emb_dim].
+    cross_query: [emb_dim, heads * head_dim].
+    cross_key_value: [emb_dim, 2 * heads * head_dim].
+    mlp_in: the MLP's input projections side by side, [emb_dim, activations * mlp_dim].
+    mlp_out: [mlp_dim, emb_dim].
+  """
+
+  self_norm: jax.Array
+  query_key_value: jax.Array
+  self_out: jax.Array
+  cross_norm: jax.Array
+  cross_query: jax.Array
+  cross_key_value: jax.Array
+  cross_out: jax.Array
+  mlp_norm: jax.Array
+  mlp_in: jax.Array
+  mlp_out: jax.Array
+
+
+@struct.dataclass
+class DecoderWeights:
+  """What a decode step reads.
+
+  Attributes:
+    embedding: [vocab, emb_dim], in the activation dtype.
+    relpos: relative-position embedding [heads, buckets].
+    layers: one `LayerWeights` a decoder layer.
+    decoder_norm: [emb_dim].
+    heads: output heads [emb_dim, num_pieces], float32: one for all layers, or one a layer.
+    exit_kernel: [emb_dim], or None without a classifier.
+    exit_bias: [], or None.
+    shortlist: columns of the shared head for likely tokens, [emb_dim, shortlist], or None.
+  """
+
+  embedding: jax.Array
+  relpos: jax.Array
+  layers: tuple[LayerWeights, ...]
+  decoder_norm: jax.Array
+  heads: tuple[jax.Array, ...]
+  exit_kernel: jax.Array | None
+  exit_bias: jax.Array | None
+  shortlist: jax.Array | None = None
+
+
+def decoder_weights(
+  params: Params,
+  config: network.T5Config,
+  num_pieces: int | None = None,
+  shortlist: Sequence[int] | None = None,
+) -> DecoderWeights:
+  """Lays T5X-shaped parameters out for decoding.
+
+  Args:
+    params: the tree of `network.Transformer`.
+    config: its sizes; matrices are stored in `config.dtype`, heads in float32.
+    num_pieces: pieces of the vocabulary. Rows beyond are cut from the heads, which is the
+      same as logits of -inf for them, in decoding and in every confidence.
+    shortlist: token ids for the measure 'shortlist'.
+  """
+  decoder, dtype = params["decoder"], jnp.dtype(config.dtype)
+  num_pieces = config.vocab_size if num_pieces is None else num_pieces
+  if not 0 < num_pieces <= config.vocab_size:
+    raise ValueError(
+      f"Expected a vocabulary of at most {config.vocab_size} pieces, the rows of the model's"
+      f" embedding. Got {num_pieces}; this vocabulary belongs to another model."
+    )
+  classifier = decoder.get("exit_classifier")
+  heads = tuple(head[:, :num_pieces] for head in _head_kernels(params, config))
+  return DecoderWeights(
+    embedding=jnp.asarray(params["token_embedder"]["embedding"], dtype),
+    relpos=jnp.asarray(decoder["relpos_bias"]["rel_embedding"], dtype),
+    layers=tuple(
+      _layer_weights(decoder[f"layers_{i}"], config, dtype)
+      for i in range(config.num_decoder_layers)
+    ),
+    decoder_norm=jnp.asarray(decoder["decoder_norm"]["scale"], dtype),
+    heads=heads,
+    exit_kernel=None if classifier is None else jnp.asarray(classifier["kernel"])[:, 0],
+    exit_bias=None if classifier is None else jnp.asarray(classifier["bias"])[0],
+    shortlist=None if shortlist is None else _shortlist_head(heads, shortlist),
+  )
+
+
+def _layer_weights(layer: Params, config: network.T5Config, dtype) -> LayerWeights:
+  kernel = lambda block, name: jnp.asarray(layer[block][name]["kernel"], dtype)
+  beside = lambda block, names: jnp.concatenate([kernel(block, n) for n in names], axis=1)
+  scale = lambda name: jnp.asarray(layer[name]["scale"], dtype)
+  count = len(config.mlp_activations)
+  mlp_names = ["wi"] if count == 1 else [f"wi_{i}" for i in range(count)]
+  return LayerWeights(
+    self_norm=scale("pre_self_attention_layer_norm"),
+    query_key_value=beside("self_attention", ["query", "key", "value"]),
+    self_out=kernel("self_attention", "out"),
+    cross_norm=scale("pre_cross_attention_layer_norm"),
+    cross_query=kernel("encoder_decoder_attention", "query"),
+    cross_key_value=beside("encoder_decoder_attention", ["key", "value"]),
+    cross_out=kernel("encoder_decoder_attention", "out"),
+    mlp_norm=scale("pre_mlp_layer_norm"),
+    mlp_in=beside("mlp", mlp_names),
+    mlp_out=kernel("mlp", "wo"),
+  )
+
+
+def _head_kernels(params: Params, config: network.T5Config) -> list[jax.Array]:
+  if config.logits_via_embedding:
+    table = jnp.asarray(params["token_embedder"]["embedding"], jnp.float32)
+    return [table.T / np.sqrt(config.emb_dim).astype(np.float32)]
+  names = ["logits_dense"]
+  if config.per_layer_heads:
+    names = [f"logits_dense_{i}" for i in range(config.num_decoder_layers - 1)] + names
+  return [jnp.asarray(params["decoder"][name]["kernel"], jnp.float32) for name in names]
+
+
+def _shortlist_head(heads: Sequence[jax.Array], shortlist: Sequence[int]) -> jax.Array:
+  ids, num_pieces = np.asarray(shortlist, np.int64), heads[0].shape[1]
+  if len(heads) > 1:
+    raise ValueError("Expected one output head for a `shortlist`. Got one head a layer.")
+  distinct = len(np.unique(ids)) == len(ids)
+  if len(ids) < 2 or not distinct or ids.min() < 0 or ids.max() >= num_pieces:
+    raise ValueError(
+      f"Expected `shortlist` to be two or more different token ids below {num_pieces}."
+      f" Got {len(ids)} ids, {ids[:5].tolist()} ...; make it from this vocabulary."
+    )
+  return heads[0][:, ids]
