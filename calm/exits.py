@@ -6,8 +6,8 @@ layers above write the keys and values of that state (paper section 3.2: d^k := 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from calm import confidence as confidence_lib
 from calm import propagation as propagation_lib
 from calm import schedules
+from calm import walk as walk_lib
 
 
 @struct.dataclass
@@ -29,7 +30,8 @@ class TokenExit:
     exit_layer: decoder layers run, 1-based, [batch] int32.
     confidence: the measure at the exit layer, [batch] (0 where nothing was measured).
     rejected_confidence: the highest confidence measured and refused, [batch], 0 if none.
-    rows: this position's keys and values, one entry a layer (of the layers in use).
+    rows: this position's keys and values, one entry a layer (of the layers in use), or none
+      where the engine has written them itself.
   """
 
   logits: jax.Array
@@ -64,20 +66,31 @@ class DynamicExits:
     self, layers: propagation_lib.Layers, hidden, active, threshold, generated
   ) -> TokenExit:
     """Runs one token of every active row. See `StepRule`."""
+    walk = self.walk(layers, threshold, generated)
+    state, rows = _NestedWalk(walk).from_layer(1, walk_lib.start(hidden, active))
+    return token_exit(walk, state, active, rows)
+
+  def walk(self, layers: propagation_lib.Layers, threshold, generated) -> walk_lib.Walk:
+    """What this rule decides at one position, for an engine that runs the layers itself."""
     threshold = self.schedule(jnp.asarray(threshold, jnp.float32), generated)
-    walk = _Walk(layers, self, allowed_layers(self.allowed, layers.num_layers), threshold)
-    state = _initial_state(hidden, active)
-    state, rows = walk.from_layer(1, state)
-    logits = state.logits
-    if logits is None:  # no head was needed on the way: one for every row's exit state
-      logits = layers.logits(layers.num_layers, state.hidden)
-    return TokenExit(
-      logits,
-      jnp.where(active, state.exit_layer, 0),
-      jnp.where(active, state.confidence, 0.0),
-      jnp.where(active, state.rejected_confidence, 0.0),
-      rows,
-    )
+    allowed = allowed_layers(self.allowed, layers.num_layers)
+    return walk_lib.Walk(layers, self.measure, self.propagation, allowed, threshold)
+
+
+def token_exit(
+  walk: walk_lib.Walk,
+  state: walk_lib.WalkState,
+  active: jax.Array,
+  rows: tuple[propagation_lib.KeyValue, ...] = (),
+) -> TokenExit:
+  """The outcome of a walk that is over; rows that were not active report nothing."""
+  return TokenExit(
+    walk.logits(state),
+    jnp.where(active, state.exit_layer, 0),
+    jnp.where(active, state.confidence, 0.0),
+    jnp.where(active, state.rejected_confidence, 0.0),
+    rows,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,136 +216,35 @@ def allowed_layers(allowed: Sequence[int] | None, num_layers: int) -> tuple[int,
   return tuple(layer for layer in allowed if layer < num_layers)
 
 
-@struct.dataclass
-class _WalkState:
-  """Rows on their way up; `done` rows are frozen at their exit state."""
-
-  hidden: jax.Array
-  done: jax.Array
-  exit_layer: jax.Array
-  confidence: jax.Array
-  rejected_confidence: jax.Array
-  logits: jax.Array | None
-  memory: Any
-
-
-def _initial_state(hidden: jax.Array, active: jax.Array) -> _WalkState:
-  zeros = jnp.zeros(active.shape, jnp.float32)
-  return _WalkState(hidden, ~active, zeros.astype(jnp.int32), zeros, zeros, None, None)
-
-
 @dataclasses.dataclass(frozen=True)
-class _Walk:
+class _NestedWalk:
   """The nested conditionals of one token; the branches read caches and return rows."""
 
-  layers: propagation_lib.Layers
-  rule: DynamicExits
-  allowed: tuple[int, ...]
-  threshold: jax.Array
-
-  @property
-  def heads_inside(self) -> bool:
-    """Whether logits are chosen layer by layer rather than by one head after the chain."""
-    return self.rule.measure.uses_head or not self.layers.shared_head
+  walk: walk_lib.Walk
 
   def from_layer(
-    self, layer: int, state: _WalkState
-  ) -> tuple[_WalkState, tuple[propagation_lib.KeyValue, ...]]:
-    state, row = self._run(layer, state)
-    if layer == self.layers.num_layers:
+    self, layer: int, state: walk_lib.WalkState
+  ) -> tuple[walk_lib.WalkState, tuple[propagation_lib.KeyValue, ...]]:
+    walk = self.walk
+    hidden, row = walk.layers.run(layer, state.hidden)
+    row = walk.stored(layer, state, row)
+    state = walk.after(layer, state, hidden, row)
+    if layer == walk.layers.num_layers:
       return state, (row,)
     deeper = lambda state: self.from_layer(layer + 1, state)
-    if layer not in self.allowed:
+    if layer not in walk.allowed:
       state, rows = deeper(state)
     else:
-      state, rows = lax.cond(
-        jnp.all(state.done), lambda state: self._skip_from(layer + 1, state), deeper, state
-      )
+      skip = lambda state: self._skip_from(layer + 1, state)
+      state, rows = lax.cond(jnp.all(state.done), skip, deeper, state)
     return state, (row, *rows)
 
-  def _run(self, layer: int, state: _WalkState) -> tuple[_WalkState, propagation_lib.KeyValue]:
-    rule, layers, done = self.rule, self.layers, state.done
-    hidden, row = layers.run(layer, state.hidden)
-    if layer > 1 and not rule.propagation.exact_when_run:
-      skipped = rule.propagation.skipped(layer, state.hidden, state.memory, layers)
-      row = propagation_lib.select_rows(done, skipped, row)
-    hidden = jnp.where(done[:, None], state.hidden, hidden)
-    memory = rule.propagation.remember(state.memory, layer, hidden, row, done)
-    previous = state.hidden
-    state = dataclasses.replace(state, hidden=hidden, memory=memory)
-    last = layer == layers.num_layers
-    if last or layer in self.allowed:
-      state = self._decide(layer, state, previous, last)
-    return state, row
-
-  def _decide(
-    self, layer: int, state: _WalkState, previous: jax.Array, last: bool
-  ) -> _WalkState:
-    here = ~state.done
-    confidence, logits = self._measure(layer, state, previous, last)
-    leaves = here if last else here & (confidence >= self.threshold)
-    refused = here & ~leaves
-    rejected = jnp.where(
-      refused, jnp.maximum(state.rejected_confidence, confidence), state.rejected_confidence
-    )
-    if self.heads_inside:
-      kept = state.logits
-      logits = logits() if kept is None else jnp.where(leaves[:, None], logits(), kept)
-      state = dataclasses.replace(state, logits=logits)
-    return dataclasses.replace(
-      state,
-      done=state.done | leaves,
-      exit_layer=jnp.where(leaves, layer, state.exit_layer),
-      confidence=jnp.where(leaves, confidence, state.confidence),
-      rejected_confidence=rejected,
-    )
-
-  def _measure(
-    self, layer: int, state: _WalkState, previous: jax.Array, last: bool
-  ) -> tuple[jax.Array, Callable[[], jax.Array]]:
-    """Confidence of every row after `layer`, and its logits, computed only if asked for."""
-    measure, layers = self.rule.measure, self.layers
-    head = lambda: layers.logits(layer, state.hidden)
-    view = confidence_lib.LayerView(
-      layer,
-      state.hidden,
-      previous,
-      logits=head,
-      exit_logit=lambda: layers.exit_logit(state.hidden),
-      shortlist_logits=lambda: layers.shortlist_logits(state.hidden),
-    )
-    if not last and measure.bound is not None:
-      return self._verify(view, state, measure.bound(view))
-    if measure.uses_head:
-      logits = head()
-      head = lambda: logits  # one product for the measure and for the token
-      view = dataclasses.replace(view, logits=head)
-    return measure(view), head
-
-  def _verify(
-    self, view: confidence_lib.LayerView, state: _WalkState, bound: jax.Array
-  ) -> tuple[jax.Array, Callable[[], jax.Array]]:
-    """Asks the measure itself only where its cheap bound clears the threshold."""
-    passes = ~state.done & (bound >= self.threshold)
-    kept = state.logits
-    if kept is None:
-      shape = jax.eval_shape(view.logits)
-      kept = jnp.zeros(shape.shape, shape.dtype)
-
-    def verify(kept):
-      del kept
-      logits = view.logits()
-      confidence = self.rule.measure(dataclasses.replace(view, logits=lambda: logits))
-      return jnp.where(passes, confidence, bound), logits
-
-    confidence, logits = lax.cond(jnp.any(passes), verify, lambda kept: (bound, kept), kept)
-    return confidence, lambda: logits
-
   def _skip_from(
-    self, layer: int, state: _WalkState
-  ) -> tuple[_WalkState, tuple[propagation_lib.KeyValue, ...]]:
+    self, layer: int, state: walk_lib.WalkState
+  ) -> tuple[walk_lib.WalkState, tuple[propagation_lib.KeyValue, ...]]:
+    walk = self.walk
     skipped = [
-      self.rule.propagation.skipped(k, state.hidden, state.memory, self.layers)
-      for k in range(layer, self.layers.num_layers + 1)
+      walk.propagation.skipped(k, state.hidden, state.memory, walk.layers)
+      for k in range(layer, walk.layers.num_layers + 1)
     ]
     return state, tuple(skipped)

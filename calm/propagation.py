@@ -71,6 +71,10 @@ class Propagation(Protocol):
     """Keys and values of a skipped layer, for rows that left with state `hidden`."""
     ...
 
+  def projected(self, hidden: jax.Array, memory: Any) -> jax.Array | None:
+    """The state that every skipped layer projects, [batch, emb_dim]; None if none does."""
+    ...
+
 
 @dataclasses.dataclass(frozen=True)
 class ExitState:
@@ -84,6 +88,9 @@ class ExitState:
 
   def skipped(self, layer, hidden, memory, layers):
     return layers.project(layer, hidden)
+
+  def projected(self, hidden, memory):
+    return hidden
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +106,9 @@ class FirstState:
   def skipped(self, layer, hidden, memory, layers):
     return layers.project(layer, memory)
 
+  def projected(self, hidden, memory):
+    return memory
+
 
 @dataclasses.dataclass(frozen=True)
 class CopyProjections:
@@ -112,6 +122,9 @@ class CopyProjections:
 
   def skipped(self, layer, hidden, memory, layers):
     return memory
+
+  def projected(self, hidden, memory):
+    return None
 
 
 PROPAGATIONS: Mapping[str, Propagation] = {

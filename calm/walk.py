@@ -1,0 +1,159 @@
+"""Rows on their way up the layers: who leaves where. Knows no network and no control flow.
+
+`exits.DynamicExits` walks with nested conditionals over whole tokens, `deferred` with one
+conditional loop a layer; what happens after a layer is the same, and is here.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from calm import confidence as confidence_lib
+from calm import propagation as propagation_lib
+
+
+@struct.dataclass
+class WalkState:
+  """One token of every row; `done` rows are frozen at their exit state.
+
+  Attributes:
+    hidden: the raw residual, of `done` rows at their exit, [batch, emb].
+    done: rows that left or never took part, [batch] bool.
+    exit_layer: decoder layers run, 0 until a row leaves, [batch] int32.
+    confidence: the measure at the exit layer, [batch].
+    rejected_confidence: the highest confidence refused so far, [batch].
+    logits: of the full head at the exit layer, [batch, vocab]; None until one was computed.
+    memory: the propagation's own.
+  """
+
+  hidden: jax.Array
+  done: jax.Array
+  exit_layer: jax.Array
+  confidence: jax.Array
+  rejected_confidence: jax.Array
+  logits: jax.Array | None
+  memory: Any
+
+
+def start(hidden: jax.Array, active: jax.Array) -> WalkState:
+  """Every row before layer 1; rows that are not active count as done."""
+  zeros = jnp.zeros(active.shape, jnp.float32)
+  return WalkState(hidden, ~active, zeros.astype(jnp.int32), zeros, zeros, None, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+  """What one token's layers decide.
+
+  Attributes:
+    layers: the decoder at this position.
+    measure: the confidence.
+    propagation: what skipped layers store.
+    allowed: layers after which a row may leave, the last excluded.
+    threshold: this token's, [] or [batch].
+  """
+
+  layers: propagation_lib.Layers
+  measure: confidence_lib.Measure
+  propagation: propagation_lib.Propagation
+  allowed: tuple[int, ...]
+  threshold: jax.Array
+
+  @property
+  def heads_inside(self) -> bool:
+    """Whether logits are chosen layer by layer rather than by one head after the chain."""
+    return self.measure.uses_head or not self.layers.shared_head
+
+  def stored(
+    self, layer: int, state: WalkState, row: propagation_lib.KeyValue
+  ) -> propagation_lib.KeyValue:
+    """What a layer that runs stores: `row`, and the propagated one for rows that had left."""
+    if layer == 1 or self.propagation.exact_when_run:
+      return row
+    skipped = self.propagation.skipped(layer, state.hidden, state.memory, self.layers)
+    return propagation_lib.select_rows(state.done, skipped, row)
+
+  def after(
+    self, layer: int, state: WalkState, hidden: jax.Array, row: propagation_lib.KeyValue
+  ) -> WalkState:
+    """The state after `layer`, which made `hidden` and stored `row`."""
+    done, previous = state.done, state.hidden
+    hidden = jnp.where(done[:, None], previous, hidden)
+    memory = self.propagation.remember(state.memory, layer, hidden, row, done)
+    state = dataclasses.replace(state, hidden=hidden, memory=memory)
+    last = layer == self.layers.num_layers
+    return (
+      self._decide(layer, state, previous, last) if last or layer in self.allowed else state
+    )
+
+  def logits(self, state: WalkState) -> jax.Array:
+    """Logits at every row's exit, after the last layer that ran."""
+    if state.logits is not None:
+      return state.logits
+    return self.layers.logits(self.layers.num_layers, state.hidden)
+
+  def _decide(self, layer: int, state: WalkState, previous: jax.Array, last: bool) -> WalkState:
+    here = ~state.done
+    confidence, logits = self._measure(layer, state, previous, last)
+    leaves = here if last else here & (confidence >= self.threshold)
+    refused = here & ~leaves
+    rejected = jnp.where(
+      refused, jnp.maximum(state.rejected_confidence, confidence), state.rejected_confidence
+    )
+    if self.heads_inside:
+      kept = state.logits
+      logits = logits() if kept is None else jnp.where(leaves[:, None], logits(), kept)
+      state = dataclasses.replace(state, logits=logits)
+    return dataclasses.replace(
+      state,
+      done=state.done | leaves,
+      exit_layer=jnp.where(leaves, layer, state.exit_layer),
+      confidence=jnp.where(leaves, confidence, state.confidence),
+      rejected_confidence=rejected,
+    )
+
+  def _measure(
+    self, layer: int, state: WalkState, previous: jax.Array, last: bool
+  ) -> tuple[jax.Array, Callable[[], jax.Array]]:
+    """Confidence of every row after `layer`, and its logits, computed only if asked for."""
+    measure, layers = self.measure, self.layers
+    head = lambda: layers.logits(layer, state.hidden)
+    view = confidence_lib.LayerView(
+      layer,
+      state.hidden,
+      previous,
+      logits=head,
+      exit_logit=lambda: layers.exit_logit(state.hidden),
+      shortlist_logits=lambda: layers.shortlist_logits(state.hidden),
+    )
+    if not last and measure.bound is not None:
+      return self._verify(view, state, measure.bound(view))
+    if measure.uses_head:
+      logits = head()
+      head = lambda: logits  # one product for the measure and for the token
+      view = dataclasses.replace(view, logits=head)
+    return measure(view), head
+
+  def _verify(
+    self, view: confidence_lib.LayerView, state: WalkState, bound: jax.Array
+  ) -> tuple[jax.Array, Callable[[], jax.Array]]:
+    """Asks the measure itself only where its cheap bound clears the threshold."""
+    passes = ~state.done & (bound >= self.threshold)
+    kept = state.logits
+    if kept is None:
+      shape = jax.eval_shape(view.logits)
+      kept = jnp.zeros(shape.shape, shape.dtype)
+
+    def verify(kept):
+      del kept
+      logits = view.logits()
+      confidence = self.measure(dataclasses.replace(view, logits=lambda: logits))
+      return jnp.where(passes, confidence, bound), logits
+
+    confidence, logits = lax.cond(jnp.any(passes), verify, lambda kept: (bound, kept), kept)
+    return confidence, lambda: logits
