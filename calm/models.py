@@ -1,0 +1,317 @@
+"""The adapter to T5X: the only file of this package that imports it.
+
+    from calm import models            # in a gin file, in place of `from t5x import models`
+
+`EncoderDecoderModel` is T5X's, trained at every decoder layer and decoded with early exit in
+T5X's own loops. T5X is not on the package index; its README says how to install it.
+"""
+
+import dataclasses
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+
+try:
+  import clu.metrics as clu_metrics
+  from t5x import decoding as t5x_decoding  # pyright: ignore[reportMissingImports]
+  from t5x import losses as t5x_losses  # pyright: ignore[reportMissingImports]
+  from t5x import metrics as t5x_metrics  # pyright: ignore[reportMissingImports]
+  from t5x import models as t5x_models  # pyright: ignore[reportMissingImports]
+  from t5x import optimizers as t5x_optimizers  # pyright: ignore[reportMissingImports]
+except ModuleNotFoundError as error:
+  raise ModuleNotFoundError(
+    f"calm.models needs T5X, and {error.name!r} is not installed; install T5X from its"
+    " repository (https://github.com/google-research/t5x), or train with `calm train`.",
+    name=error.name,
+  ) from error
+
+from calm import confidence, exits, network, objectives, programs, schedules, step, t5x_loops
+
+Params = Any
+Batch = Mapping[str, jax.Array]
+
+greedy_decode = t5x_loops.greedy_decode
+
+
+class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
+  """T5X's encoder-decoder model with an exit at every decoder layer."""
+
+  def __init__(
+    self,
+    module: nn.Module,
+    input_vocabulary: Any,
+    output_vocabulary: Any,
+    optimizer_def: Any,
+    decode_fn: Any = t5x_decoding.beam_search,
+    feature_converter_cls: Any = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    loss_normalizing_factor: Any = None,
+    default_decoder_params: t5x_models.DecoderParams | None = None,
+    *,
+    rule: exits.StepRule | None = None,
+    threshold: float = schedules.NEVER_EXIT,
+    shortlist: Sequence[int] | None = None,
+    objective: objectives.Objective | None = None,
+  ):
+    """T5X's arguments, and what early exit adds.
+
+    Args:
+      module: `calm.network.Transformer`, or T5X's own T5 1.1 `network.Transformer`, which is
+        built anew from its `config`.
+      input_vocabulary: as in T5X.
+      output_vocabulary: as in T5X; embedding rows beyond its pieces are never emitted.
+      optimizer_def: as in T5X; `exit_classifier_optimizer` for stage two.
+      decode_fn: T5X's `beam_search` or `temperature_sample`, or `greedy_decode`.
+      feature_converter_cls: as in T5X.
+      label_smoothing: 0 only.
+      z_loss: as in T5X.
+      loss_normalizing_factor: as in T5X.
+      default_decoder_params: as in T5X.
+      rule: how a token goes through the layers; None is the paper's softmax confidence.
+      threshold: lambda where `decoder_params` gives none. At `NEVER_EXIT` nothing is measured:
+        the program is the full model's.
+      shortlist: likely tokens, for the measure 'shortlist'.
+      objective: the training stage; None is Eq. 6 with this `z_loss`.
+
+    Raises:
+      ValueError: another architecture, label smoothing, or a threshold outside [0, 1].
+    """
+    if label_smoothing:
+      raise ValueError(
+        f"Expected `label_smoothing` of 0. Got {label_smoothing}; the layer-weighted loss has"
+        " none: leave it out."
+      )
+    _check_threshold(threshold)
+    super().__init__(
+      module=network.Transformer(config_of(module)),
+      input_vocabulary=input_vocabulary,
+      output_vocabulary=output_vocabulary,
+      optimizer_def=optimizer_def,
+      decode_fn=decode_fn,
+      feature_converter_cls=feature_converter_cls,
+      label_smoothing=label_smoothing,
+      z_loss=z_loss,
+      loss_normalizing_factor=loss_normalizing_factor,
+      default_decoder_params=default_decoder_params,
+    )
+    self.rule = rule or exits.DynamicExits(confidence.Softmax())
+    self.threshold = threshold
+    self.shortlist = shortlist
+    self.objective = objective or objectives.LayerWeighted(z_loss=z_loss)
+
+  @property
+  def config(self) -> network.T5Config:
+    """The model's sizes."""
+    return self.module.config
+
+  def loss_fn(self, params: Params, batch: Batch, dropout_rng: jax.Array | None):
+    """The objective's loss and its metrics, layer by layer, under T5X's names.
+
+    `accuracy` and `cross_ent_loss` are those of the last layer, as T5X's own model reports;
+    `accuracy/layer_i` and `loss/layer_i` are each layer's, per token.
+    """
+    factor, weights = t5x_losses.get_loss_normalizing_factor_and_weights(
+      self._loss_normalizing_factor, batch
+    )
+    if weights is None:
+      weights = jnp.ones(batch["decoder_target_tokens"].shape, jnp.float32)
+    weighted = {**batch, "decoder_loss_weights": jnp.asarray(weights, jnp.float32)}
+    loss, sums = self.objective.loss(self.module, params, weighted, dropout_rng)
+    if factor is not None:
+      loss = loss / factor
+    return loss, _metrics(loss, sums, weighted)
+
+  def predict_batch_with_aux(
+    self,
+    params: Params,
+    batch: Batch,
+    rng: jax.Array | None = None,
+    decoder_params: MutableMapping[str, Any] | None = None,
+    return_all_decodes: bool | None = None,
+    num_decodes: int | None = None,
+    prompt_with_targets: bool = False,
+  ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """Decodes a batch with early exit, in T5X's own loop or in `greedy_decode`.
+
+    Args:
+      params: as in T5X.
+      batch: as in T5X.
+      rng: as in T5X.
+      decoder_params: as in T5X; left as it is. `threshold` (lambda, [] or [batch], may be
+        traced) is taken out of it: the decode function never sees it.
+      return_all_decodes: as in T5X.
+      num_decodes: as in T5X.
+      prompt_with_targets: as in T5X; the prefix runs at full depth and is not counted.
+
+    Returns:
+      Tokens [batch, length] (or [batch, num_decodes, length]), and `scores` [batch],
+      `threshold` [batch], `exit_layers`, `confidences` and `rejected_confidences` [batch,
+      length] (or with the axis of decodes after the first). Without a threshold nothing was
+      measured, and the last two are left out.
+    """
+    defaults = self._default_decoder_params
+    return_all = (
+      defaults.return_all_decodes if return_all_decodes is None else return_all_decodes
+    )
+    num_decodes = defaults.num_decodes if num_decodes is None else num_decodes
+    options = _with_rng(dict(decoder_params or {}), rng)
+    rule, threshold = self._depth(options.pop("threshold", None))
+    eos_id = options.setdefault("eos_id", self.output_vocabulary.eos_id or 1)
+    prefix = self._prefix(batch["decoder_input_tokens"], prompt_with_targets)
+
+    weights = programs.model_weights(params, self.config, self._num_pieces, self.shortlist)
+    encoded = self._encode(params, weights, batch["encoder_input_tokens"])
+    rows = t5x_loops.make_rows(encoded, prefix, threshold, eos_id, num_decodes)
+    loop = t5x_loops.Loop(self.config, rule, prefix.shape[1])
+    decodes, scores, *same_pass = self._decode_fn(
+      inputs=prefix,
+      cache=loop.empty_cache(prefix.shape[0]),
+      tokens_to_logits=loop.bind(weights.decoder, rows, eos_id),
+      num_decodes=num_decodes,
+      cache_offset=0,
+      **options,
+    )
+    found = self._exits(loop, weights.decoder, rows, decodes, eos_id, same_pass)
+    threshold = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), prefix.shape[:1])
+    pick = (lambda x: x) if return_all else (lambda x: x[:, -1])
+    aux = {"scores": scores, **found}
+    return pick(decodes), {"threshold": threshold, **jax.tree.map(pick, aux)}
+
+  @property
+  def _num_pieces(self) -> int:
+    return self.output_vocabulary.vocab_size
+
+  def _depth(self, threshold: Any) -> tuple[exits.StepRule, Any]:
+    """The rule to run and the threshold to report; the full model's where nothing exits."""
+    given = threshold is not None
+    if not given:
+      threshold = self.threshold
+    dynamic = isinstance(self.rule, exits.DynamicExits)
+    if dynamic and not given and threshold == schedules.NEVER_EXIT:
+      return exits.StaticExit(), threshold
+    return self.rule, threshold
+
+  def _prefix(self, decoder_input_tokens: jax.Array, prompt_with_targets: bool) -> jax.Array:
+    if not prompt_with_targets:
+      return jnp.zeros_like(decoder_input_tokens)
+    # As T5X does: an EOS at the prompt's end would end it.
+    is_eos = decoder_input_tokens == self.output_vocabulary.eos_id
+    return jnp.where(is_eos, 0, decoder_input_tokens)
+
+  def _encode(self, params, weights: programs.ModelWeights, tokens: jax.Array) -> step.Encoded:
+    encoded = self.module.apply(
+      {"params": params}, tokens, enable_dropout=False, method="encode"
+    )
+    return step.cross_attention_inputs(weights.decoder, self.config, encoded, tokens)
+
+  def _exits(self, loop, weights, rows, decodes, eos_id, same_pass) -> dict[str, jax.Array]:
+    """Exits in the order of the decodes, [batch, num_decodes, length]."""
+    flat = decodes.reshape(-1, decodes.shape[-1])
+    shaped = lambda x: x.reshape(decodes.shape)
+    if isinstance(loop.rule, exits.StaticExit):
+      depth = loop.rule.depth(self.config.num_decoder_layers)
+      return {"exit_layers": shaped(t5x_loops.full_depth(flat, rows, eos_id, depth))}
+    found = same_pass[0] if same_pass else loop.replay(weights, rows, flat, eos_id)
+    fields = dataclasses.fields(found)
+    return {field.name: shaped(getattr(found, field.name)) for field in fields}
+
+
+def config_of(module: nn.Module) -> network.T5Config:
+  """The sizes of T5X's own T5 1.1 network, or of ours, as our configuration.
+
+  Raises:
+    ValueError: the module is of another architecture.
+  """
+  theirs: Any = getattr(module, "config", None)
+  if theirs is None or not hasattr(theirs, "emb_dim") or hasattr(theirs, "scan_layers"):
+    raise ValueError(
+      "Expected `module` to be calm.network.Transformer, or the Transformer of T5X's"
+      f" examples/t5/network.py. Got {type(module).__module__}.{type(module).__name__};"
+      " scanned layers and Flaxformer's architectures have other parameter trees."
+    )
+  known = {field.name for field in dataclasses.fields(network.T5Config)}
+  given = {name: getattr(theirs, name) for name in known if hasattr(theirs, name)}
+  return network.T5Config(**given)
+
+
+def early_exit(model: t5x_models.EncoderDecoderModel, **added: Any) -> EncoderDecoderModel:
+  """A T5X model, as it is configured, with early exit.
+
+  For a gin file that includes one of T5X's own: `MODEL = @calm_models.early_exit()`, as
+  configs/runs/early_exit.gin binds it.
+
+  Args:
+    model: T5X's `EncoderDecoderModel` over its T5 1.1 network.
+    **added: `rule`, `threshold`, `shortlist` and `objective` of `EncoderDecoderModel`.
+  """
+  return EncoderDecoderModel(
+    module=model.module,
+    input_vocabulary=model.input_vocabulary,
+    output_vocabulary=model.output_vocabulary,
+    optimizer_def=model.optimizer_def,
+    decode_fn=model.decode_fn,
+    feature_converter_cls=model.FEATURE_CONVERTER_CLS,
+    label_smoothing=model._label_smoothing,
+    z_loss=model._z_loss,
+    loss_normalizing_factor=model._loss_normalizing_factor,
+    default_decoder_params=model._default_decoder_params,
+    **added,
+  )
+
+
+def exit_classifier_optimizer(optimizer: Any) -> t5x_optimizers.MultiOptimizer:
+  """Stage two's optimizer: the exit classifier alone; no other parameter is touched."""
+  chosen = traverse_util.ModelParamTraversal(lambda path, _: "exit_classifier" in path)
+  return t5x_optimizers.MultiOptimizer([(chosen, optimizer)])
+
+
+def _with_rng(options: dict[str, Any], rng: jax.Array | None) -> dict[str, Any]:
+  if rng is None:
+    return options
+  if options.get("decode_rng") is not None:
+    raise ValueError(
+      "Expected one random key. Got `rng` and `decoder_params['decode_rng']`; leave one out."
+    )
+  return {**options, "decode_rng": rng}
+
+
+def _check_threshold(threshold: float) -> None:
+  if not (0.0 <= threshold <= 1.0 or threshold == schedules.NEVER_EXIT):
+    raise ValueError(
+      f"Expected `threshold` in [0, 1], or calm.schedules.NEVER_EXIT. Got {threshold!r}."
+    )
+
+
+def _metrics(loss: jax.Array, sums: objectives.BatchMetrics, batch: Batch) -> dict[str, Any]:
+  targets, mask = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+  segment_ids = {
+    name.removesuffix("_segment_ids"): ids
+    for name, ids in batch.items()
+    if name.endswith("_segment_ids")
+  } or {name: batch[name] != 0 for name in ("encoder_input_tokens", "decoder_target_tokens")}
+  metrics = t5x_models.compute_base_metrics(
+    # No logits are kept: a stand-in of one class, whose accuracy is replaced below.
+    logits=jnp.zeros((*targets.shape, 1), jnp.float32),
+    targets=targets,
+    mask=mask,
+    loss=loss,
+    segment_ids=segment_ids,
+  )
+  kind: Any = clu_metrics.Average
+  average = lambda total, count: kind(total=total, count=count)
+  last = sums.cross_entropy[-1]
+  metrics |= {
+    "accuracy": average(sums.correct[-1], sums.layer_weight[-1]),
+    "cross_ent_loss": t5x_metrics.AveragePerStep(total=last),
+    "cross_ent_loss_per_all_target_tokens": average(last, jnp.array(targets.size)),
+  }
+  for i in range(sums.correct.shape[0]):
+    count = sums.layer_weight[i]
+    metrics[f"accuracy/layer_{i + 1}"] = average(sums.correct[i], count)
+    metrics[f"loss/layer_{i + 1}"] = average(sums.cross_entropy[i], count)
+  return metrics

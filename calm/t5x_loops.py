@@ -1,0 +1,325 @@
+"""Early exit inside decode loops that belong to somebody else: T5X's sampling and beam search.
+
+Those loops know a function "tokens to logits" and a cache. They tile, flatten and gather every
+leaf of the cache along axis 0, except the scalar `cache_index`; so every leaf here has its row
+axis first, and what never changes (cross-attention keys and values, the prompt) is bound into
+the function instead. They return tokens and scores only; exits come from `replay`, one
+teacher-forced pass over what was returned. This module does not import T5X.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from calm import decoding, exits, network, schedules, step
+
+LoopCache = dict[str, Any]
+
+
+@struct.dataclass
+class Exits:
+  """How deep the tokens of returned sequences went; prefixes and padding are 0.
+
+  Attributes:
+    exit_layers: decoder layers run, 1-based, [rows, length] int32.
+    confidences: the measure at the exit layer, [rows, length].
+    rejected_confidences: the highest confidence measured and refused, [rows, length].
+  """
+
+  exit_layers: jax.Array
+  confidences: jax.Array
+  rejected_confidences: jax.Array
+
+
+@struct.dataclass
+class LoopState:
+  """What our own loop tells "tokens to logits"; the fields of T5X's `DecodingState`.
+
+  Attributes:
+    cur_index: position of the loop, [rows].
+    sequences: BOS, the prefix and what was generated, [rows, length].
+    cur_token: the token at `cur_index`, [rows, 1].
+    cache: see `Loop.empty_cache`.
+  """
+
+  cur_index: jax.Array
+  sequences: jax.Array
+  cur_token: jax.Array
+  cache: LoopCache
+
+
+@struct.dataclass
+class Rows:
+  """What is known of every row before it is decoded, row by row.
+
+  Attributes:
+    encoded: the inputs' cross-attention keys and values.
+    forced: at position i, whether the token after it is the prefix's, [rows, length] bool.
+    generated: free positions before position i, [rows, length] int32.
+    num_eos: EOS tokens in the prefix, which end nothing, [rows] int32.
+    threshold: lambda, [rows] float32.
+  """
+
+  encoded: step.Encoded
+  forced: Bool[Array, "rows length"]
+  generated: Int[Array, "rows length"]
+  num_eos: Int[Array, " rows"]
+  threshold: Float[Array, " rows"]
+
+
+def make_rows(
+  encoded: step.Encoded,
+  prefix: Int[Array, "batch length"],
+  threshold: Float[Array, "..."],
+  eos_id: int | Int[Array, ""],
+  num_decodes: int = 1,
+) -> Rows:
+  """Rows of a batch, each prompt `num_decodes` times in a row, as T5X's loops lay them out.
+
+  Args:
+    encoded: from `step.cross_attention_inputs`.
+    prefix: BOS (0), then tokens to be forced, 0 where the model is free.
+    threshold: lambda, [] or [batch].
+    eos_id: the token that ends a row.
+    num_decodes: sequences a prompt.
+  """
+  following = jnp.pad(prefix[:, 1:], ((0, 0), (0, 1)))
+  forced = following != 0
+  free = jnp.logical_not(forced).astype(jnp.int32)
+  threshold = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), prefix.shape[:1])
+  rows = Rows(
+    encoded=encoded,
+    forced=forced,
+    generated=jnp.cumsum(free, axis=1) - free,
+    num_eos=jnp.sum(prefix == eos_id, axis=1),
+    threshold=threshold,
+  )
+  return (
+    rows if num_decodes == 1 else jax.tree.map(lambda x: jnp.repeat(x, num_decodes, 0), rows)
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+  """The early-exit step as T5X's loops call it; static, like `programs.Program`.
+
+  Attributes:
+    config: the model's sizes.
+    rule: how a token goes through the layers.
+    length: positions in the caches.
+  """
+
+  config: network.T5Config
+  rule: exits.StepRule
+  length: int
+
+  def empty_cache(self, batch_size: int) -> LoopCache:
+    """A cache that T5X's loops can tile, flatten and gather: plain dictionaries of arrays."""
+    caches = step.empty_caches(
+      self.config, batch_size, self.length, self.rule.depth(self.config.num_decoder_layers)
+    )
+    floats = jnp.zeros((batch_size, self.length), jnp.float32)
+    return {
+      "cache_index": jnp.array(0, jnp.int32),
+      "exits": {
+        "exit_layers": jnp.zeros((batch_size, self.length), jnp.int32),
+        "confidences": floats,
+        "rejected_confidences": floats,
+      },
+      **{
+        f"layers_{i}": {"past_keys": cache.keys, "past_values": cache.values}
+        for i, cache in enumerate(caches)
+      },
+    }
+
+  def bind(
+    self, weights: Any, rows: Rows, eos_id: int | jax.Array
+  ) -> Callable[[Any], tuple[jax.Array, LoopCache]]:
+    """The function that T5X's loops call with their `DecodingState` at every position."""
+    table = step.bias_table(weights, self.config, self.length)
+
+    def tokens_to_logits(state) -> tuple[jax.Array, LoopCache]:
+      # The prefix may hold EOS tokens; one more than those was generated, and ends the row.
+      num_eos = jnp.sum(state.sequences == eos_id, axis=1)
+      active = num_eos <= rows.num_eos
+      return self._step(weights, rows, table, state.cur_token[:, 0], active, state.cache)
+
+    return tokens_to_logits
+
+  def _step(self, weights, rows: Rows, table, current, active, cache: LoopCache):
+    position = cache["cache_index"]
+    at = lambda array: lax.dynamic_index_in_dim(array, position, 1, keepdims=False)
+    forced = at(rows.forced)
+    # A forced token is context, not output: it is written at full depth and never counted.
+    threshold = jnp.where(forced, schedules.NEVER_EXIT, rows.threshold)
+    caches = _layer_caches(cache)
+    decoder = step.DecoderStep(
+      weights, self.config, rows.encoded, caches, table.at(position), table.current
+    )
+    hidden = weights.embedding[current]
+    token_exit = self.rule(decoder.layers(), hidden, active, threshold, at(rows.generated))
+    caches = step.write_rows(caches, token_exit.rows, _after(position, token_exit.logits))
+    counted = active & jnp.logical_not(forced)
+    seen = {
+      "exit_layers": token_exit.exit_layer,
+      "confidences": token_exit.confidence,
+      "rejected_confidences": token_exit.rejected_confidence,
+    }
+    new_cache = {
+      "cache_index": position + 1,
+      "exits": {
+        name: _put(array, position, jnp.where(counted, seen[name], 0).astype(array.dtype))
+        for name, array in cache["exits"].items()
+      },
+      **{
+        f"layers_{i}": {"past_keys": layer.keys, "past_values": layer.values}
+        for i, layer in enumerate(caches)
+      },
+    }
+    return token_exit.logits, new_cache
+
+  def replay(
+    self,
+    weights: Any,
+    rows: Rows,
+    tokens: Int[Array, "rows length"],
+    eos_id: int | jax.Array,
+  ) -> Exits:
+    """The exits of sequences that some loop returned, by feeding them to the same step.
+
+    Args:
+      weights: the decoder, from `programs.model_weights`.
+      rows: as they were decoded.
+      tokens: prefix, generated tokens, padding.
+      eos_id: the token that ended them.
+    """
+    real = real_tokens(tokens, rows, eos_id)
+    inputs = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
+    table = step.bias_table(weights, self.config, self.length)
+
+    def unfinished(cache):
+      position = cache["cache_index"]
+      ahead = jnp.arange(self.length)[None, :] >= position
+      return (position < self.length) & jnp.any(real & ahead)
+
+    def advance(cache):
+      position = cache["cache_index"]
+      at = lambda array: lax.dynamic_index_in_dim(array, position, 1, keepdims=False)
+      return self._step(weights, rows, table, at(inputs), at(real), cache)[1]
+
+    cache = lax.while_loop(unfinished, advance, self.empty_cache(tokens.shape[0]))
+    return Exits(**cache["exits"])
+
+
+def real_tokens(
+  tokens: Int[Array, "rows length"], rows: Rows, eos_id: int | jax.Array
+) -> Bool[Array, "rows length"]:
+  """Which tokens a row really has: its prefix, and what it generated up to EOS.
+
+  A row without a generated EOS ends with its last token that is not padding.
+  """
+  is_eos = (tokens == eos_id).astype(jnp.int32)
+  before = jnp.cumsum(is_eos, axis=1) - is_eos
+  last = jnp.max(jnp.where(tokens != 0, jnp.arange(tokens.shape[1])[None, :], -1), axis=1)
+  inside = jnp.arange(tokens.shape[1])[None, :] <= last[:, None]
+  return inside & (before <= rows.num_eos[:, None])
+
+
+def full_depth(tokens, rows: Rows, eos_id, num_layers: int) -> jax.Array:
+  """Exit layers [rows, length] of sequences whose every token ran `num_layers` layers."""
+  counted = real_tokens(tokens, rows, eos_id) & jnp.logical_not(rows.forced)
+  return jnp.where(counted, num_layers, 0).astype(jnp.int32)
+
+
+def greedy_decode(
+  inputs: Int[Array, "batch length"],
+  cache: LoopCache,
+  tokens_to_logits: Callable[[LoopState], tuple[jax.Array, LoopCache]],
+  eos_id: int,
+  num_decodes: int = 1,
+  decode_rng: Any = None,
+  cache_offset: int = 0,
+) -> tuple[jax.Array, jax.Array, Exits]:
+  """Greedy decoding with its exits from the same pass: a T5X `decode_fn` for our model.
+
+  Unlike T5X's `temperature_sample` at temperature 0 it scores: log-probabilities of the
+  generated tokens under the full head at their exit layer, nats.
+
+  Args:
+    inputs: the prefix, from BOS on, 0 where the model is free.
+    cache: from `Loop.empty_cache`.
+    tokens_to_logits: from `Loop.bind`.
+    eos_id: the token that ends a row.
+    num_decodes: 1.
+    decode_rng: not used.
+    cache_offset: not used.
+
+  Returns:
+    Tokens [batch, 1, length], scores [batch, 1], and `Exits` of [batch, length].
+  """
+  del decode_rng, cache_offset
+  if num_decodes != 1:
+    raise ValueError(
+      f"Expected `num_decodes` of 1 for greedy decoding. Got {num_decodes}; use T5X's"
+      " `decoding.temperature_sample` or `decoding.beam_search`."
+    )
+  batch_size, length = inputs.shape
+  given = jnp.pad(inputs[:, 1:], ((0, 0), (0, 2)))
+  sequences = jnp.pad(inputs, ((0, 0), (0, 1)))
+  num_eos = jnp.sum(sequences == eos_id, axis=1)
+  start = LoopState(
+    jnp.zeros((batch_size,), jnp.int32),
+    sequences,
+    jnp.zeros((batch_size, 1), jnp.int32),
+    cache,
+  )
+
+  def is_active(state: LoopState):
+    return jnp.sum(state.sequences == eos_id, axis=1) <= num_eos
+
+  def unfinished(carry):
+    state, _ = carry
+    return (state.cur_index[0] < length) & jnp.any(is_active(state))
+
+  def advance(carry):
+    state, scores = carry
+    position, active = state.cur_index[0], is_active(state)
+    logits, new_cache = tokens_to_logits(state)
+    token, log_probability = decoding.greedy_token(logits)
+    following = lax.dynamic_index_in_dim(given, position, 1, keepdims=False)
+    free = following == 0
+    token = jnp.where(active, jnp.where(free, token, following), 0)
+    state = LoopState(
+      state.cur_index + 1,
+      _put(state.sequences, position + 1, token),
+      token[:, None],
+      new_cache,
+    )
+    return state, scores + jnp.where(active & free, log_probability, 0.0)
+
+  scores = jnp.zeros((batch_size,), jnp.float32)
+  state, scores = lax.while_loop(unfinished, advance, (start, scores))
+  return state.sequences[:, None, 1:], scores[:, None], Exits(**state.cache["exits"])
+
+
+def _layer_caches(cache: LoopCache) -> tuple[step.Cache, ...]:
+  names = sorted(
+    (name for name in cache if name.startswith("layers_")), key=lambda n: int(n[7:])
+  )
+  return tuple(step.Cache(cache[n]["past_keys"], cache[n]["past_values"]) for n in names)
+
+
+def _put(array: jax.Array, position: jax.Array, column: jax.Array) -> jax.Array:
+  return lax.dynamic_update_slice_in_dim(array, column[:, None], position, axis=1)
+
+
+def _after(position: jax.Array, logits: jax.Array) -> jax.Array:
+  """`position`, known to XLA only once the logits are: else it copies caches read late."""
+  token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  return position + jnp.minimum(token[0], 0)

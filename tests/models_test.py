@@ -1,0 +1,305 @@
+"""Our model in T5X: the same network, losses and loops as T5X's own, and early exit in them."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import confidence, exits, losses, objectives, parameters, schedules
+from tests import engine, t5x_setup
+
+models = t5x_setup.import_models()
+pytestmark = t5x_setup.MARKS
+
+NEVER = schedules.NEVER_EXIT
+BATCH = len(engine.PROMPTS)
+
+
+def greedy(**options):
+  from t5x import decoding
+
+  fixed = dict(temperature=0.0, topk=0, rescale_log_probs=False)
+  return functools.partial(decoding.temperature_sample, **fixed, **options)
+
+
+def compiled(function):
+  """Toys compile for long and compute in no time."""
+  return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def predictor(model, **arguments):
+  """The jitted prediction: (params, batch, decoder_params) -> tokens, aux."""
+  return compiled(
+    lambda params, batch, options: model.predict_batch_with_aux(
+      params, batch, decoder_params=options, **arguments
+    )
+  )
+
+
+def loss_of(model, params, batch):
+  """Loss and computed metrics; T5X's timing metrics need a clock and are left out."""
+
+  def run(params, batch):
+    loss, metrics = model.loss_fn(params, batch, None)
+    return loss, {k: v.compute() for k, v in metrics.items() if "timing" not in k}
+
+  return compiled(run)(params, batch)
+
+
+def lambdas(value) -> dict:
+  return {"threshold": jnp.asarray(value, jnp.float32)}
+
+
+def assert_close(got, expected, atol=2e-5):
+  np.testing.assert_allclose(np.asarray(got), np.asarray(expected), atol=atol, rtol=1e-4)
+
+
+def test_the_tree_is_that_of_t5x_with_the_classifier_alone_added():
+  toy, shapes = engine.toy(), {"encoder_input_tokens": (2, 5), "decoder_input_tokens": (2, 4)}
+  ours, theirs = (
+    jax.eval_shape(lambda m=m: m.get_initial_variables(jax.random.key(0), shapes))
+    for m in (t5x_setup.model(toy), t5x_setup.t5x_model(toy))
+  )
+  for name in ("params", "params_axes"):
+    mine, expected = (parameters.flatten(tree[name]) for tree in (ours, theirs))
+    added = {path for path in mine if "exit_classifier" in path}
+    assert added and set(mine) - added == set(expected)
+    shape_of = lambda leaf: getattr(leaf, "shape", leaf)
+    assert all(shape_of(mine[path]) == shape_of(leaf) for path, leaf in expected.items())
+
+
+def test_full_depth_logits_are_those_of_t5x():
+  toy, batch = engine.toy(), t5x_setup.training_batch(engine.toy())
+  both = lambda model: compiled(
+    lambda *inputs: (model._compute_logits(*inputs), model.score_batch(*inputs))
+  )
+  logits, scores = both(t5x_setup.model(toy))(t5x_setup.params(toy), batch)
+  expected, their_scores = both(t5x_setup.t5x_model(toy))(t5x_setup.t5x_params(toy), batch)
+  assert np.std(expected) > 1
+  assert_close(logits, expected, atol=1e-4)
+  assert_close(scores, their_scores, atol=1e-4)
+
+
+def test_our_module_is_taken_as_it_is_and_strangers_are_refused():
+  from flax import linen as nn
+
+  toy = engine.toy()
+  assert models.config_of(t5x_setup.t5x_module(toy)) == toy.config
+  ours = models.network.Transformer(toy.config)
+  assert t5x_setup.model(toy, module=ours).config == toy.config
+  with pytest.raises(ValueError, match="Got flax"):
+    models.config_of(nn.Dense(2))
+  with pytest.raises(ValueError, match="label_smoothing"):
+    t5x_setup.model(toy, label_smoothing=0.1)
+  with pytest.raises(ValueError, match="threshold"):
+    t5x_setup.model(toy, threshold=1.5)
+
+
+@pytest.mark.parametrize(
+  "factor", [None, 7.0, "NUM_REAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE"]
+)
+def test_the_last_layer_alone_is_t5x_loss_and_accuracy(factor):
+  toy, batch = engine.toy(), t5x_setup.training_batch(engine.toy())
+  options = dict(z_loss=1e-3, loss_normalizing_factor=factor)
+  objective = objectives.LayerWeighted(losses.last_layer_weights, z_loss=1e-3)
+  ours = t5x_setup.model(toy, objective=objective, **options)
+  loss, metrics = loss_of(ours, t5x_setup.params(toy), batch)
+  theirs = t5x_setup.t5x_model(toy, **options)
+  expected, expected_metrics = loss_of(theirs, t5x_setup.t5x_params(toy), batch)
+  assert_close(loss, expected)
+  for name in ("loss", "loss_per_nonpadding_target_token"):
+    assert_close(metrics[name], expected_metrics[name])
+  if factor != "AVERAGE_PER_SEQUENCE":  # T5X drops the fractions of such weights there
+    assert_close(metrics["accuracy"], expected_metrics["accuracy"])
+
+
+def test_stage_one_is_equation_6_and_reports_every_layer():
+  toy, batch = engine.toy(), t5x_setup.training_batch(engine.toy())
+  loss, metrics = loss_of(t5x_setup.model(toy), t5x_setup.params(toy), batch)
+  layers = range(1, toy.config.num_decoder_layers + 1)
+  each = [float(metrics[f"loss/layer_{i}"]) for i in layers]
+  tokens = float(jnp.sum(batch["decoder_loss_weights"]))
+  assert np.std(each) > 0.05
+  assert_close(loss / tokens, np.dot(each, losses.layer_weights(len(each))))
+  assert metrics["accuracy"] == metrics["accuracy/layer_4"]
+  own, _ = loss_of(t5x_setup.t5x_model(toy), t5x_setup.t5x_params(toy), batch)
+  assert_close(each[-1] * tokens, own)
+
+
+def test_stage_two_moves_the_classifier_alone():
+  toy, batch = engine.toy(), t5x_setup.training_batch(engine.toy())
+  model = t5x_setup.model(toy, objective=objectives.ExitClassifier())
+  grads = compiled(jax.grad(lambda p: model.loss_fn(p, batch, None)[0]))(t5x_setup.params(toy))
+  moved = {path for path, leaf in parameters.flatten(grads).items() if np.any(leaf)}
+  assert moved == {"decoder/exit_classifier/kernel", "decoder/exit_classifier/bias"}
+
+
+def test_without_a_threshold_it_is_t5x_own_model_token_for_token():
+  toy, batch = engine.toy(), t5x_setup.batch()
+  ours = t5x_setup.model(toy, pieces=toy.sizes.vocab_size, decode_fn=greedy())
+  theirs = t5x_setup.t5x_model(toy, decode_fn=greedy())
+  got, aux = predictor(ours)(t5x_setup.params(toy), batch, {})
+  expected, scores = predictor(theirs)(t5x_setup.t5x_params(toy), batch, {})
+  np.testing.assert_array_equal(got, expected)
+  assert_close(aux["scores"], scores["scores"])
+  assert set(np.unique(aux["exit_layers"])) <= {0, 4} and aux["exit_layers"][0, 0] == 4
+  assert set(aux) == {"scores", "threshold", "exit_layers"}, "what is not measured is left out"
+  assert np.all(np.isinf(aux["threshold"]))
+
+
+@pytest.mark.parametrize("decode_fn", [greedy, lambda: models.greedy_decode])
+@pytest.mark.parametrize("measure", ["softmax", "state"])
+def test_early_exit_is_that_of_our_decoder_exit_for_exit(measure, decode_fn):
+  toy, rule = engine.toy(), exits.DynamicExits(confidence.measure(measure), engine.DECAYING)
+  predict = predictor(t5x_setup.model(toy, rule=rule, decode_fn=decode_fn()))
+  means = []
+  for threshold in (0.3, 0.7, NEVER):
+    expected = engine.run(toy, rule, threshold).generation
+    got, aux = predict(t5x_setup.params(toy), t5x_setup.batch(), lambdas(threshold))
+    np.testing.assert_array_equal(got, expected.tokens)
+    for name in ("exit_layers", "confidences", "rejected_confidences", "scores"):
+      assert_close(aux[name], getattr(expected, name))
+    assert_close(aux["threshold"], np.full(BATCH, threshold))
+    means.append(float(expected.mean_layers))
+  assert means[0] < means[1] < means[2] == 4.0
+  assert predict._cache_size() == 1, "a whole grid is one compilation"
+
+
+def test_decoder_params_stay_as_they_are_and_the_threshold_stays_here():
+  toy, seen = engine.toy(), {}
+
+  def spy(**arguments):
+    seen.update(arguments)
+    return models.greedy_decode(**arguments)
+
+  given = {"threshold": 0.5, "eos_id": 1}
+  t5x_setup.model(toy, decode_fn=spy).predict_batch_with_aux(
+    t5x_setup.params(toy), t5x_setup.batch(), decoder_params=given
+  )
+  assert given == {"threshold": 0.5, "eos_id": 1}
+  assert "threshold" not in seen and seen["eos_id"] == 1
+  key = jax.random.key(0)
+  with pytest.raises(ValueError, match="one random key"):
+    t5x_setup.model(toy).predict_batch_with_aux(
+      t5x_setup.params(toy), t5x_setup.batch(), rng=key, decoder_params={"decode_rng": key}
+    )
+
+
+def test_sampling_returns_the_exits_that_its_loop_had():
+  """Replay against a cache leaf, read in the last `state_callback_fn` call."""
+  from t5x import decoding
+
+  seen = []
+
+  def keep(state):
+    jax.debug.callback(
+      lambda *arrays: seen.append([np.asarray(a) for a in arrays]),
+      state.sequences,
+      state.cache["exits"]["exit_layers"],
+      state.cache["exits"]["rejected_confidences"],
+    )
+    return state
+
+  sample = functools.partial(
+    decoding.temperature_sample, temperature=0.7, topk=5, state_callback_fn=keep
+  )
+  toy = engine.toy()
+  model = t5x_setup.model(toy, decode_fn=sample)
+  options = {**lambdas(0.4), "decode_rng": jax.random.key(3)}
+  predict = predictor(model, num_decodes=3, return_all_decodes=True)
+  decodes, aux = jax.block_until_ready(
+    predict(t5x_setup.params(toy), t5x_setup.batch(), options)
+  )
+  jax.effects_barrier()
+  assert decodes.shape == (BATCH, 3, t5x_setup.LENGTH) == aux["exit_layers"].shape
+  assert aux["scores"].shape == (BATCH, 3) and aux["threshold"].shape == (BATCH,)
+  sequences, layers, rejected = seen[-1]
+  by_tokens = {
+    (i // 3, *row[1:-1]): (depth, refused)
+    for i, (row, depth, refused) in enumerate(zip(sequences, layers, rejected, strict=True))
+  }
+  different = {tuple(row) for row in np.asarray(decodes).reshape(-1, t5x_setup.LENGTH)}
+  assert len(different) > BATCH, "a prompt's samples differ"
+  for i, j in np.ndindex(BATCH, 3):
+    depth, refused = by_tokens[(i, *np.asarray(decodes[i, j]))]
+    np.testing.assert_array_equal(aux["exit_layers"][i, j], depth)
+    assert_close(aux["rejected_confidences"][i, j], refused)
+  assert 1 < np.mean(layers[layers > 0]) < 4
+
+
+def test_beam_search_is_t5x_own_at_full_depth_and_exits_follow_its_order():
+  from t5x import decoding
+
+  toy, batch = engine.toy(), t5x_setup.batch()
+  options = dict(num_decodes=4, return_all_decodes=True)
+  theirs = t5x_setup.t5x_model(toy, decode_fn=decoding.beam_search)
+  expected, scores = predictor(theirs, **options)(t5x_setup.t5x_params(toy), batch, {})
+  model = t5x_setup.model(toy, pieces=toy.sizes.vocab_size, decode_fn=decoding.beam_search)
+  predict = predictor(model, **options)
+  got, aux = predict(t5x_setup.params(toy), batch, lambdas(NEVER))
+  np.testing.assert_array_equal(got, expected)
+  assert_close(aux["scores"], scores["scores"])
+  decodes, early = predict(t5x_setup.params(toy), batch, lambdas(0.4))
+  real = np.asarray(decodes) > 0
+  layers = np.asarray(early["exit_layers"])
+  assert np.all((layers > 0) == real) and 1 < layers[real].mean() < 4
+  # Each beam's exits are those of the same sequence decoded as the only one of its prompt.
+
+
+def repeat_given(*, tokens, **unused):
+  """A decode function that returns what it is given."""
+  del unused
+  return tokens[:, None], jnp.zeros((tokens.shape[0], 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstTokenOnly:
+  """A schedule by which the first generated token leaves at once and no other ever does."""
+
+  name = "first_token_only"
+
+  def __call__(self, threshold, generated):
+    return jnp.where(generated == 0, jnp.minimum(threshold, 0.0), NEVER)
+
+
+@pytest.mark.parametrize("loop", ["sample", "beam", "ours"])
+def test_a_prefix_runs_at_full_depth_is_not_counted_and_t_starts_after_it(loop):
+  from t5x import decoding
+
+  decode_fn = {"sample": greedy(), "beam": decoding.beam_search, "ours": models.greedy_decode}
+  toy = engine.toy()
+  rule = exits.DynamicExits(confidence.Softmax(), FirstTokenOnly())
+  model = t5x_setup.model(toy, rule=rule, decode_fn=decode_fn[loop])
+  lengths = np.arange(BATCH) % 4
+  prefix = np.full((BATCH, t5x_setup.LENGTH), 5)
+  prefix[np.arange(t5x_setup.LENGTH)[None] > lengths[:, None]] = 0
+  prefix[:, 0] = 0
+  batch = t5x_setup.batch() | {"decoder_input_tokens": jnp.asarray(prefix)}
+  run = predictor(model, prompt_with_targets=True, num_decodes=2 if loop == "beam" else 1)
+  tokens, aux = run(t5x_setup.params(toy), batch, lambdas(0.5))
+  layers = np.asarray(aux["exit_layers"])
+  for row, k in enumerate(lengths):
+    np.testing.assert_array_equal(tokens[row, :k], 5)
+    np.testing.assert_array_equal(layers[row, :k], 0)
+    assert layers[row, k] == 1
+    rest = layers[row, k + 1 :]
+    assert set(rest[rest > 0]) <= {4}
+  if loop == "sample":
+    theirs = t5x_setup.t5x_model(toy, decode_fn=greedy())
+    ours = t5x_setup.model(toy, pieces=toy.sizes.vocab_size, decode_fn=greedy())
+    never, _ = predictor(ours, prompt_with_targets=True)(t5x_setup.params(toy), batch, {})
+    full, _ = predictor(theirs, prompt_with_targets=True)(t5x_setup.t5x_params(toy), batch, {})
+    np.testing.assert_array_equal(never, full)
+
+
+def test_ids_beyond_the_vocabulary_are_never_emitted():
+  toy = engine.toy()
+  tokens, _ = predictor(t5x_setup.model(toy, decode_fn=models.greedy_decode))(
+    t5x_setup.params(toy), t5x_setup.batch(), {}
+  )
+  assert np.max(tokens) < toy.sizes.num_pieces < toy.sizes.vocab_size
+  theirs = t5x_setup.t5x_model(toy, decode_fn=greedy())
+  assert np.max(predictor(theirs)(t5x_setup.t5x_params(toy), t5x_setup.batch(), {})[0]) >= 40
