@@ -340,7 +340,11 @@ def checkpointer(output_dir: pathlib.Path, name: str = "checkpoints", max_to_kee
   options = ocp.CheckpointManagerOptions(
     max_to_keep=max_to_keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
   )
-  return ocp.CheckpointManager((output_dir / name).absolute(), options=options)
+  return ocp.CheckpointManager(
+    (output_dir / name).absolute(),
+    options=options,
+    item_handlers=ocp.StandardCheckpointHandler(),
+  )
 
 
 def save(manager, step: int, tree: Any) -> None:
@@ -358,12 +362,22 @@ def restore(manager, step: int, like: Any) -> Any:
   """
   import orbax.checkpoint as ocp
 
-  abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-  try:
-    return manager.restore(step, args=ocp.args.StandardRestore(abstract))
-  except (KeyError, TypeError, ValueError) as error:
+  # Orbax would begin to read all leaves, and leave the others' reads behind at the first misfit.
+  stored, expected = _shapes(manager.item_metadata(step)), _shapes(like)
+  misfits = [path for path in expected if stored.get(path) != expected[path]]
+  if misfits:
+    path = misfits[0]
     raise ValueError(
-      f"Expected {str(manager.directory)!r} to hold a run of this model and optimizer. Got"
-      f" another's at step {step} ({str(error)[:200]}); give another `output_dir`, or the"
-      " configuration that it was started with."
-    ) from error
+      f"Expected {str(manager.directory)!r} to hold a run of this model and optimizer, with"
+      f" {path!r} of shape {expected[path]}. Got {stored.get(path, 'none')} at step {step}; give"
+      " another `output_dir`, or the configuration that it was started with."
+    )
+  abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+  return manager.restore(step, args=ocp.args.StandardRestore(abstract))
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """{path: shape} of a tree or of Orbax's description of one."""
+  leaves, _ = jax.tree.flatten_with_path(getattr(tree, "tree", tree))
+  named = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+  return {named(path): tuple(leaf.shape) for path, leaf in leaves}

@@ -18,9 +18,6 @@ pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not
 
 from calm import batches, network, objectives, training
 
-# Orbax leaves tasks without an owner when a restore fails, as some tests here make it do.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 
 @pytest.fixture(autouse=True)
 def collect_orphans():
