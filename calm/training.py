@@ -362,15 +362,15 @@ def restore(manager, step: int, like: Any) -> Any:
   """
   import orbax.checkpoint as ocp
 
-  # Orbax would begin to read all leaves, and leave the others' reads behind at the first misfit.
+  # Orbax reads all leaves at once, and leaves the other reads behind at the first misfit.
   stored, expected = _shapes(manager.item_metadata(step)), _shapes(like)
   misfits = [path for path in expected if stored.get(path) != expected[path]]
   if misfits:
     path = misfits[0]
     raise ValueError(
       f"Expected {str(manager.directory)!r} to hold a run of this model and optimizer, with"
-      f" {path!r} of shape {expected[path]}. Got {stored.get(path, 'none')} at step {step}; give"
-      " another `output_dir`, or the configuration that it was started with."
+      f" {path!r} of shape {expected[path]}. Got {stored.get(path, 'none')} at step {step};"
+      " give another `output_dir`, or the configuration that it was started with."
     )
   abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
   return manager.restore(step, args=ocp.args.StandardRestore(abstract))
