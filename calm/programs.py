@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from calm import decoding, exits, network, step
+from calm import decoding, deferred, engines, exits, network, step
 
 Params = Any
 
@@ -59,12 +59,15 @@ class Program:
     rule: how a token goes through the layers.
     max_decode_length: most tokens generated a prompt.
     eos_id: the token that ends a row.
+    engine: how the loop's steps run; the results do not depend on it. None takes the fastest
+      for the rule.
   """
 
   config: network.T5Config
   rule: exits.StepRule
   max_decode_length: int
   eos_id: int = 1
+  engine: engines.Engine | None = None
 
   @functools.partial(jax.jit, static_argnums=0)
   def encode(
@@ -86,21 +89,16 @@ class Program:
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
   ) -> decoding.DecodingState:
-    """Decodes greedily and returns the final state, caches included (not compiled)."""
-    take_step = self.bind(weights.decoder, encoded, threshold)
-    caches = step.empty_caches(
-      self.config,
-      active.shape[0],
-      self.max_decode_length,
-      self.rule.depth(self.config.num_decoder_layers),
-    )
-    return decoding.decode(
-      take_step,
-      caches,
+    """Decodes greedily and returns the final state, caches filled (not compiled)."""
+    bound = self.bind(weights.decoder, encoded, threshold)
+    state = decoding.decode(
+      bound.take_step,
+      bound.empty,
       active=active,
       max_decode_length=self.max_decode_length,
       eos_id=self.eos_id,
     )
+    return dataclasses.replace(state, cache=bound.flush(state.cache, state.position))
 
   @functools.partial(jax.jit, static_argnums=0)
   def decode(
@@ -123,26 +121,14 @@ class Program:
 
   def bind(
     self, weights: step.DecoderWeights, encoded: step.Encoded, threshold: jax.Array
-  ) -> decoding.Step:
-    """The decode loop's step for this model, these prompts and this threshold."""
-    table = step.bias_table(weights, self.config, self.max_decode_length)
-
-    def take_step(current, position, active, cache):
-      decoder = step.DecoderStep(
-        weights, self.config, encoded, cache, table.at(position), table.current
-      )
-      hidden = weights.embedding[current]
-      token_exit = self.rule(decoder.layers(), hidden, active, threshold, position)
-      return token_exit, step.write_rows(cache, token_exit.rows, _after(position, token_exit))
-
-    return take_step
+  ) -> engines.Bound:
+    """The engine at work on these prompts at this threshold."""
+    task = engines.Task(
+      self.config, self.rule, weights, encoded, threshold, self.max_decode_length
+    )
+    return (self.engine or default_engine(self.rule))(task)
 
 
-def _after(position: jax.Array, token_exit: exits.TokenExit) -> jax.Array:
-  """`position`, in a form that XLA can know only once the token is.
-
-  A cache that is read after its update was made would be copied whole at every step; tied to
-  the token (its argmax is what the loop computes anyway), the update waits for every read.
-  """
-  token = jnp.argmax(token_exit.logits, axis=-1).astype(jnp.int32)
-  return position + jnp.minimum(token[0], 0)
+def default_engine(rule: exits.StepRule) -> engines.Engine:
+  """The fastest engine of a rule."""
+  return deferred.Deferred() if deferred.can_defer(rule) else engines.Eager()

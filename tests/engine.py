@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import decoding, exits, network, programs, schedules, step
+from calm import decoding, engines, exits, network, programs, schedules, step
 from tests import reference, toys
 
 LENGTH = 8
@@ -60,12 +60,17 @@ def encode(toy: Toy, prompts: np.ndarray = PROMPTS) -> step.Encoded:
 
 
 def run(
-  toy: Toy, rule: exits.StepRule, threshold=0.0, prompts=PROMPTS, active=None
+  toy: Toy,
+  rule: exits.StepRule,
+  threshold=0.0,
+  prompts=PROMPTS,
+  active=None,
+  engine: engines.Engine | None = None,
 ) -> decoding.DecodingState:
   """Decodes `prompts`; the final state, caches included."""
   active = jnp.ones(len(prompts), bool) if active is None else jnp.asarray(active)
   return _decode_state(
-    programs.Program(toy.config, rule, LENGTH),
+    programs.Program(toy.config, rule, LENGTH, engine=engine),
     toy.weights,
     encode(toy, prompts),
     active,
@@ -136,3 +141,38 @@ def assert_same_row(a: decoding.DecodingState, b: decoding.DecodingState, i: int
 def assert_same_confidences(a: decoding.Generation, b: decoding.Generation, i: int, j: int):
   for name in ("confidences", "rejected_confidences"):
     np.testing.assert_allclose(getattr(a, name)[i], getattr(b, name)[j], atol=1e-4)
+
+
+def compare(toy, rule, threshold, prompts=PROMPTS, engine=None) -> np.ndarray:
+  """Holds everything of one run against the yardstick; exit layers of the real tokens."""
+  state = run(toy, rule, threshold, prompts, engine=engine)
+  rows = reference_rows(toy, rule, threshold, prompts)
+  got = state.generation
+  for i in agreeing_rows(rows, got):
+    row, length = rows[i], len(rows[i].tokens)
+    assert not np.asarray(got.tokens)[i, length:].any()
+    assert not np.asarray(got.confidences)[i, length:].any()
+    np.testing.assert_allclose(got.confidences[i, :length], row.confidences, atol=1e-4)
+    np.testing.assert_allclose(
+      got.rejected_confidences[i, :length], row.rejected_confidences, atol=1e-4
+    )
+    np.testing.assert_allclose(got.scores[i], row.score, rtol=1e-4, atol=1e-4)
+    compare_memory(state.cache, row, i, length)
+  layers = np.asarray(got.exit_layers)
+  return layers[layers > 0]
+
+
+def compare_memory(caches, row, i: int, length: int) -> None:
+  """Keys and values of every layer and position, skipped ones included."""
+  for layer, cache in enumerate(caches):
+    keys = np.moveaxis(np.asarray(cache.keys[i]), -1, 0)[:length]
+    values = np.moveaxis(np.asarray(cache.values[i]), -2, 0)[:length]
+    np.testing.assert_allclose(keys, np.stack(row.memory.keys[layer]), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(values, np.stack(row.memory.values[layer]), rtol=1e-4, atol=1e-4)
+
+
+def decode_loop(bound: engines.Bound, active) -> decoding.DecodingState:
+  """The loop without the engine's `flush`."""
+  return decoding.decode(
+    bound.take_step, bound.empty, active=active, max_decode_length=LENGTH, eos_id=toys.EOS_ID
+  )

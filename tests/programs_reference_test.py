@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from calm import confidence, exits, propagation, schedules
+from calm import confidence, engines, exits, propagation, schedules
 from tests import engine
 
 SOFTMAX, STATE, CLASSIFIER = (
@@ -40,40 +40,16 @@ def name_of(value) -> str:
   return getattr(value, "name", str(value))
 
 
-def compare(toy, rule, threshold) -> np.ndarray:
-  """Holds everything of one run against the yardstick; exit layers of the real tokens."""
-  state, rows = engine.run(toy, rule, threshold), engine.reference_rows(toy, rule, threshold)
-  got = state.generation
-  for i in engine.agreeing_rows(rows, got):
-    row, length = rows[i], len(rows[i].tokens)
-    assert not np.asarray(got.tokens)[i, length:].any()
-    assert not np.asarray(got.confidences)[i, length:].any()
-    np.testing.assert_allclose(got.confidences[i, :length], row.confidences, atol=1e-4)
-    np.testing.assert_allclose(
-      got.rejected_confidences[i, :length], row.rejected_confidences, atol=1e-4
-    )
-    np.testing.assert_allclose(got.scores[i], row.score, rtol=1e-4, atol=1e-4)
-    compare_memory(state.cache, row, i, length)
-  layers = np.asarray(got.exit_layers)
-  return layers[layers > 0]
-
-
-def compare_memory(caches, row, i: int, length: int) -> None:
-  """Keys and values of every layer and position, skipped ones included."""
-  for layer, cache in enumerate(caches):
-    keys = np.moveaxis(np.asarray(cache.keys[i]), -1, 0)[:length]
-    values = np.moveaxis(np.asarray(cache.values[i]), -2, 0)[:length]
-    np.testing.assert_allclose(keys, np.stack(row.memory.keys[layer]), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(values, np.stack(row.memory.values[layer]), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize(
   ("measure", "schedule", "allowed", "propagated", "changes"), DYNAMIC, ids=name_of
 )
 def test_dynamic_exits(measure, schedule, allowed, propagated, changes):
   rule = exits.DynamicExits(measure, schedule, allowed, propagated)
   toy = engine.toy(**changes)
-  layers = [compare(toy, rule, x) for x in (0.3, 0.6, 0.9, schedules.NEVER_EXIT)]
+  eager = engines.Eager()
+  layers = [
+    engine.compare(toy, rule, x, engine=eager) for x in (0.3, 0.6, 0.9, schedules.NEVER_EXIT)
+  ]
   assert len(set(np.concatenate(layers[:-1]).tolist())) >= 2
   assert set(layers[-1].tolist()) == {4}
 
@@ -81,7 +57,9 @@ def test_dynamic_exits(measure, schedule, allowed, propagated, changes):
 @pytest.mark.parametrize("changes", [{}, TIED, RELU, HEADS], ids=name_of)
 @pytest.mark.parametrize("depth", [2, None])
 def test_static_exits(depth, changes):
-  assert set(compare(engine.toy(**changes), exits.StaticExit(depth), 0.0)) == {depth or 4}
+  assert set(engine.compare(engine.toy(**changes), exits.StaticExit(depth), 0.0)) == {
+    depth or 4
+  }
 
 
 @pytest.mark.parametrize(
@@ -92,7 +70,9 @@ def test_static_exits(depth, changes):
 def test_oracle(allowed, propagated, changes):
   # A seed whose layers agree with the last one now and then. Random heads of one's own a layer
   # do not, so that per-layer heads have no case here.
-  layers = compare(engine.toy(seed=8, **changes), exits.OracleExit(allowed, propagated), 0.0)
+  layers = engine.compare(
+    engine.toy(seed=8, **changes), exits.OracleExit(allowed, propagated), 0.0
+  )
   assert len(set(layers.tolist())) >= 2
 
 
@@ -103,6 +83,6 @@ def test_the_comparison_can_fail():
   copied = engine.reference_rows(toy, exits.DynamicExits(SOFTMAX, CONSTANT, None, COPY), 0.6)
   with pytest.raises(AssertionError):
     for i, row in enumerate(copied):
-      compare_memory(state.cache, row, i, len(row.tokens))
+      engine.compare_memory(state.cache, row, i, len(row.tokens))
   with pytest.raises(AssertionError, match="no tie"):
     engine.agreeing_rows(engine.reference_rows(toy, rule, 0.3), state.generation)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import confidence, exits, network, programs, propagation, schedules
+from calm import confidence, engines, exits, network, programs, propagation, schedules
 from tests import engine, toys
 
 NEVER = schedules.NEVER_EXIT
@@ -222,12 +222,13 @@ def test_a_tokens_logits_are_the_full_heads_at_its_exit_layer():
   assert len(seen) > 1
 
 
-def heads_and_branches(rule) -> tuple[int, int, bool]:
+def heads_and_branches(rule, made=None) -> tuple[int, int, bool]:
   """(heads, conditionals, whether confidence code is named) in a program's compiled HLO."""
   toy = engine.toy()
   args = toy.weights, engine.encode(toy), jnp.ones(BATCH, bool), jnp.float32(0)
   leaves, tree = jax.tree.flatten(args)
-  run = lambda leaves: program(rule).decode(*jax.tree.unflatten(tree, leaves))
+  chosen = dataclasses.replace(program(rule), engine=made)
+  run = lambda leaves: chosen.decode(*jax.tree.unflatten(tree, leaves))
   text = jax.jit(run).lower(leaves).compile().as_text()
   head = rf"f32\[{BATCH},{toy.sizes.num_pieces}\]\S* dot\("
   branches = re.findall(r"= .* conditional\(", text)
@@ -241,9 +242,10 @@ def test_full_depth_holds_one_head_and_no_confidence_code():
 
 def test_the_detector_finds_heads_and_confidence_code():
   """Meta: a dynamic program has what the static one must not have."""
-  assert heads_and_branches(SOFTMAX) == (4, 3, True)
-  heads, branches, confident = heads_and_branches(exits.DynamicExits(confidence.State()))
-  assert (heads, branches, confident) == (1, 3, True)
+  assert heads_and_branches(SOFTMAX) == (4, 0, True)
+  state = exits.DynamicExits(confidence.State())
+  assert heads_and_branches(state) == (1, 0, True)
+  assert heads_and_branches(state, engines.Eager()) == (1, 3, True)
 
 
 def test_compiled_programs_agree_with_the_yardstick():

@@ -1,0 +1,207 @@
+"""Exits whose skipped layers are filled later, many positions in one matrix product.
+
+A skipped layer's keys and values are a function of the exit state alone (section 3.2), so it is
+enough to keep that state, [batch, length, emb], and to remember per layer how far its cache is
+filled. A layer that some row needs first projects what is pending, then runs for every row;
+one that no row needs does nothing. The numbers are those of `engines.Eager`, and a layer's
+projection matrices are read once instead of once a token, or never.
+
+Each layer is a loop of at most one turn over its own cache: unlike the branches of a
+conditional, a loop's body may update a buffer in place.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from calm import engines, exits, propagation, step
+from calm import walk as walk_lib
+
+
+@struct.dataclass
+class LayerFill:
+  """One layer's cache and how far it is filled.
+
+  Attributes:
+    cache: keys and values of positions 0 ... filled - 1.
+    filled: [] int32.
+  """
+
+  cache: step.Cache
+  filled: jax.Array
+
+
+@struct.dataclass
+class DeferredCache:
+  """What the loop carries.
+
+  Attributes:
+    layers: one `LayerFill` a layer.
+    states: what skipped layers project, by position, [batch, length, emb].
+  """
+
+  layers: tuple[LayerFill, ...]
+  states: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+  """Skipped layers are filled when a token first needs them. For `exits.DynamicExits`.
+
+  Attributes:
+    chunk_rows: states (rows times positions) that are projected in one product, about; where
+      that many are not pending, an eighth of it. A bound on work, not on what is pending.
+  """
+
+  chunk_rows: int = 32
+
+  def __call__(self, task: engines.Task) -> engines.Bound:
+    if not isinstance(task.rule, exits.DynamicExits):
+      raise TypeError(
+        "Expected `exits.DynamicExits` for the engine `Deferred`. Got"
+        f" {type(task.rule).__name__}; use `engines.Eager`."
+      )
+    if not can_defer(task.rule):
+      raise ValueError(
+        "Expected a propagation that projects a state, for the engine `Deferred`. Got"
+        f" {task.rule.propagation.name!r}; use `engines.Eager`."
+      )
+    bound = _BoundDeferred(task, task.rule, self._chunks(task))
+    return engines.Bound(bound.empty(), bound.take_step, bound.flush)
+
+  def _chunks(self, task: engines.Task) -> tuple[int, ...]:
+    """Positions of one product, descending."""
+    large = self.chunk_rows // task.batch_size
+    sizes = {max(1, min(large, task.length)), max(1, min(large // 8, task.length))}
+    return tuple(sorted(sizes, reverse=True))
+
+
+def can_defer(rule: exits.StepRule) -> bool:
+  """Whether skipped layers project a state, which can wait."""
+  if not isinstance(rule, exits.DynamicExits):
+    return False
+  something = jnp.zeros(())
+  return rule.propagation.projected(something, something) is not None
+
+
+def run_if(predicate: jax.Array, body: Callable[[Any], Any], carry: Any) -> Any:
+  """`body(carry)` where `predicate`, else `carry`; arrays may be updated in place."""
+  once = lambda pair: (jnp.zeros((), bool), body(pair[1]))
+  return lax.while_loop(lambda pair: pair[0], once, (predicate, carry))[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _BoundDeferred:
+  task: engines.Task
+  rule: exits.DynamicExits
+  chunks: tuple[int, ...]
+
+  def empty(self) -> DeferredCache:
+    task, zero = self.task, jnp.zeros((), jnp.int32)
+    shape = task.batch_size, task.length, task.config.emb_dim
+    fills = tuple(LayerFill(cache, zero) for cache in task.empty_caches())
+    return DeferredCache(fills, jnp.zeros(shape, jnp.dtype(task.config.dtype)))
+
+  def take_step(self, current, position, active, cache: DeferredCache):
+    decoder = self._decoder(position)
+    walk = self.rule.walk(decoder.layers(), self.task.threshold, position)
+    state = walk_lib.start(self.task.weights.embedding[current], active)
+    fills: list[LayerFill] = []
+    for segment in segments(walk.allowed, walk.layers.num_layers):
+      carry = state, tuple(cache.layers[k - 1] for k in segment)
+      body = lambda carry, segment=segment: self._run(
+        walk, decoder, segment, position, cache.states, carry
+      )
+      needed = jnp.any(~state.done)
+      state, made = body(carry) if segment[0] == 1 else run_if(needed, body, carry)
+      fills += made
+    stored = self.rule.propagation.projected(state.hidden, state.memory)
+    assert stored is not None  # `Deferred` asked
+    states = lax.dynamic_update_slice_in_dim(cache.states, stored[:, None], position, axis=1)
+    return exits.token_exit(walk, state, active), DeferredCache(tuple(fills), states)
+
+  def flush(self, cache: DeferredCache, position: jax.Array) -> tuple[step.Cache, ...]:
+    """Every layer's cache with positions 0 ... position - 1 filled."""
+    decoder = self._decoder(jnp.zeros((), jnp.int32))
+    return tuple(
+      self._fill(decoder, layer, fill, position, cache.states).cache
+      for layer, fill in enumerate(cache.layers, start=1)
+    )
+
+  def _decoder(self, position: jax.Array) -> step.DecoderStep:
+    task = self.task
+    table = step.bias_table(task.weights, task.config, task.length)
+    through = table.through(position)
+    return step.DecoderStep(task.weights, task.config, task.encoded, (), through, table.current)
+
+  def _run(self, walk: walk_lib.Walk, decoder, segment, position, states, carry):
+    """The layers from one possible exit to the next, for every row."""
+    state, fills = carry
+    made = []
+    for layer, fill in zip(segment, fills, strict=True):
+      state, fill = self._run_layer(walk, decoder, layer, position, states, state, fill)
+      made.append(fill)
+    return state, tuple(made)
+
+  def _run_layer(self, walk, decoder, layer, position, states, state, fill):
+    if layer > segments(walk.allowed, walk.layers.num_layers)[0][-1]:
+      fill = self._fill(decoder, layer, fill, position, states)
+
+    def store(row: propagation.KeyValue) -> step.Cache:
+      row = walk.stored(layer, state, row)
+      return step.write_rows((fill.cache,), (row,), position)[0]
+
+    hidden, row, written = decoder.run_storing(layer, state.hidden, store)
+    return walk.after(layer, state, hidden, row), LayerFill(written, position + 1)
+
+  def _fill(self, decoder, layer, fill: LayerFill, position, states) -> LayerFill:
+    """Projects what is pending of a layer, chunk by chunk."""
+    for chunk in self.chunks:
+      least = 1 if chunk == self.chunks[-1] else chunk
+
+      def pending(fill: LayerFill, least=least) -> jax.Array:
+        return position - fill.filled >= least
+
+      def project(fill: LayerFill, chunk=chunk) -> LayerFill:
+        return _project(decoder, layer, fill, states, chunk)
+
+      fill = lax.while_loop(pending, project, fill)
+    return LayerFill(fill.cache, position)
+
+
+def segments(allowed: Sequence[int], num_layers: int) -> list[tuple[int, ...]]:
+  """Runs of layers between which a row may leave: (1, 2), (3,), ... for allowed 2, 3, ..."""
+  ends = [*allowed, num_layers]
+  starts = [1, *(end + 1 for end in allowed)]
+  return [tuple(range(a, b + 1)) for a, b in zip(starts, ends, strict=True)]
+
+
+def _project(decoder, layer: int, fill: LayerFill, states, chunk: int) -> LayerFill:
+  """Fills `chunk` positions from `fill.filled` on; what lies beyond the pending ones is noise
+  that is written over before it is read."""
+  length = states.shape[1]
+  start = jnp.minimum(fill.filled, length - chunk)
+  window = lax.dynamic_slice_in_dim(states, start, chunk, axis=1)
+  row = decoder.project(layer, window.reshape(-1, window.shape[-1]))
+  split = lambda x: x.reshape(states.shape[0], chunk, *x.shape[1:])
+  keys = jnp.transpose(split(row.key), (0, 2, 3, 1))
+  values = jnp.transpose(split(row.value), (0, 2, 1, 3))
+  # Near the end the chunk begins before `filled`: what is there stays.
+  new = start + jnp.arange(chunk) >= fill.filled
+  return LayerFill(
+    step.Cache(
+      _merge(fill.cache.keys, keys, new[None, None, None, :], start, axis=3),
+      _merge(fill.cache.values, values, new[None, None, :, None], start, axis=2),
+    ),
+    fill.filled + chunk,
+  )
+
+
+def _merge(cache, update, new, start, axis: int) -> jax.Array:
+  old = lax.dynamic_slice_in_dim(cache, start, update.shape[axis], axis=axis)
+  return lax.dynamic_update_slice_in_dim(cache, jnp.where(new, update, old), start, axis=axis)

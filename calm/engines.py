@@ -1,0 +1,95 @@
+"""Ways of running the decode loop's steps; all of them decode the same.
+
+An engine is a small frozen class. Bound to a `Task` it offers the loop's step, what the loop
+carries, and the caches as if every layer had run at every token.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from calm import decoding, exits, network, step
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What is decoded.
+
+  Attributes:
+    config: the model's sizes.
+    rule: how a token goes through the layers.
+    weights: the decoder.
+    encoded: the prompts.
+    threshold: lambda, [] or [batch].
+    length: most tokens generated, the size of the caches.
+  """
+
+  config: network.T5Config
+  rule: exits.StepRule
+  weights: step.DecoderWeights
+  encoded: step.Encoded
+  threshold: jax.Array
+  length: int
+
+  @property
+  def batch_size(self) -> int:
+    return self.encoded.bias.shape[0]
+
+  def empty_caches(self) -> tuple[step.Cache, ...]:
+    depth = self.rule.depth(self.config.num_decoder_layers)
+    return step.empty_caches(self.config, self.batch_size, self.length, depth)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+  """An engine at work.
+
+  Attributes:
+    empty: what the loop carries before the first token.
+    take_step: the loop's step.
+    flush: (what the loop carries, position) -> every layer's cache, filled up to `position`.
+  """
+
+  empty: Any
+  take_step: decoding.Step
+  flush: Callable[[Any, jax.Array], tuple[step.Cache, ...]]
+
+
+@runtime_checkable
+class Engine(Protocol):
+  """`Eager`, `deferred.Deferred` or another."""
+
+  def __call__(self, task: Task) -> Bound:
+    """Binds the engine to a task."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Eager:
+  """Skipped layers are filled at every token. The plain engine, and the one for any rule."""
+
+  def __call__(self, task: Task) -> Bound:
+    table = step.bias_table(task.weights, task.config, task.length)
+
+    def take_step(current, position, active, cache):
+      decoder = step.DecoderStep(
+        task.weights, task.config, task.encoded, cache, table.at(position), table.current
+      )
+      hidden = task.weights.embedding[current]
+      made = task.rule(decoder.layers(), hidden, active, task.threshold, position)
+      return made, step.write_rows(cache, made.rows, _after(position, made))
+
+    return Bound(task.empty_caches(), take_step, lambda caches, position: caches)
+
+
+def _after(position: jax.Array, made: exits.TokenExit) -> jax.Array:
+  """`position`, in a form that XLA can know only once the token is.
+
+  A cache that is read after its update was made would be copied whole at every step; tied to
+  the token (its argmax is what the loop computes anyway), the update waits for every read.
+  """
+  token = jnp.argmax(made.logits, axis=-1).astype(jnp.int32)
+  return position + jnp.minimum(token[0], 0)
