@@ -1,0 +1,204 @@
+"""Costs of decoding: against XLA's own count, against sums by hand, composed with exits."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import confidence, costs, exits, network, programs, step
+from tests import toys
+
+# Wide enough that what is not counted (norms, softmaxes, gelu) stays small.
+CONFIG = network.T5Config(
+  vocab_size=512,
+  emb_dim=192,
+  num_heads=3,
+  head_dim=64,
+  num_encoder_layers=2,
+  num_decoder_layers=3,
+  mlp_dim=256,
+  mlp_activations=("gelu", "linear"),
+)
+INPUT, CACHE = 48, 32
+COSTS = costs.decoding_costs(CONFIG, input_length=INPUT, cache_length=CACHE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+  """What XLA says of one compiled program."""
+
+  flops: float
+  bytes: float
+
+
+def compiled(function, *arguments) -> Counted:
+  # As leaves: JAX describes arguments by trees of its own, which our annotations refuse.
+  leaves, tree = jax.tree.flatten(arguments)
+  flat = jax.jit(lambda *leaves: function(*jax.tree.unflatten(tree, leaves)))
+  # LLVM, which comes after the program that is counted, need not try hard.
+  options = {"xla_backend_optimization_level": 0}
+  analysis = flat.lower(*leaves).compile(options).cost_analysis()
+  return Counted(analysis["flops"], analysis["bytes accessed"])
+
+
+@functools.cache
+def weights() -> programs.ModelWeights:
+  return programs.model_weights(toys.params(CONFIG, 0), CONFIG, shortlist=range(64))
+
+
+@functools.cache
+def xla_step(piece, batch: int) -> Counted:
+  """One piece of a step, `piece(layers, hidden [batch, emb])`, straight-line."""
+  program = programs.Program(CONFIG, exits.StaticExit(), CACHE)
+  encoded = program.encode(weights(), jnp.ones((batch, INPUT), jnp.int32))
+
+  def run(weights, encoded, caches, hidden, position):
+    table = step.bias_table(weights, CONFIG, CACHE)
+    decoder = step.DecoderStep(
+      weights, CONFIG, encoded, caches, table.at(position), table.current
+    )
+    return piece(decoder.layers(), hidden)
+
+  caches = step.empty_caches(CONFIG, batch, CACHE)
+  hidden = jnp.zeros((batch, CONFIG.emb_dim))
+  return compiled(run, weights().decoder, encoded, caches, hidden, jnp.asarray(3))
+
+
+@functools.cache
+def static(depth: int):
+  """The step of `exits.StaticExit(depth)`."""
+  rule, zero = exits.StaticExit(depth), jnp.asarray(0)
+  return lambda layers, hidden: rule(
+    layers, hidden, jnp.ones(hidden.shape[0], bool), jnp.asarray(0.0), zero
+  )
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_flops_of_the_static_step_are_xlas(batch):
+  two, three = xla_step(static(2), batch), xla_step(static(3), batch)
+  assert three.flops == pytest.approx(COSTS.full.flops * batch, rel=0.02)
+  assert three.flops - two.flops == pytest.approx(COSTS.layer.flops * batch, rel=0.02)
+
+
+def test_bytes_of_the_static_step_are_xlas():
+  two, three = xla_step(static(2), 1), xla_step(static(3), 1)
+  assert three.bytes == pytest.approx(COSTS.full.bytes, rel=0.05)
+  assert three.bytes - two.bytes == pytest.approx(COSTS.layer.bytes, rel=0.05)
+
+
+PIECES = {
+  "head": lambda layers, hidden: layers.logits(3, hidden),
+  "propagation": lambda layers, hidden: layers.project(2, hidden),
+  "measured": lambda layers, hidden: layers.shortlist_logits(hidden),
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces_are_xlas(name):
+  got = xla_step(PIECES[name], 1)
+  expected = getattr(by_hand(confidence.Shortlist(), shortlist=64), name)
+  assert got.flops == pytest.approx(expected.flops, rel=0.1)
+  if name != "propagation":  # which XLA copies out of the fused matrix when it stands alone
+    assert got.bytes == pytest.approx(expected.bytes, rel=0.15)
+
+
+def test_cross_attention_is_xlas():
+  """The whole of it grows by the input alone: two inputs, the difference."""
+  longer = costs.decoding_costs(CONFIG, input_length=2 * INPUT, cache_length=CACHE)
+  grown = longer.cross_attention.flops - COSTS.cross_attention.flops
+  width = CONFIG.num_heads * CONFIG.head_dim
+  cache = step.Cache(jnp.zeros((1, 3, 64, INPUT)), jnp.zeros((1, 3, INPUT, 64)))
+  query = jnp.zeros((1, 3, 64))
+
+  def attend(query, cache):
+    scores = jnp.einsum("bhd,bhdl->bhl", query, cache.keys)
+    return jnp.einsum("bhl,bhld->bhd", scores, cache.values)
+
+  assert grown == pytest.approx(compiled(attend, query, cache).flops, rel=0.02)
+  assert longer.layer.row_bytes - COSTS.layer.row_bytes == 2 * width * INPUT * 4
+
+
+def test_the_encoder_is_xlas():
+  program = programs.Program(CONFIG, exits.StaticExit(), CACHE)
+  got = compiled(program.encode, weights(), jnp.ones((2, INPUT), jnp.int32))
+  cost = costs.encoder_cost(CONFIG, INPUT)
+  # Norms, softmaxes and gelu weigh more here: there are so many positions.
+  assert got.flops == pytest.approx(2 * cost.flops, rel=0.05)
+
+
+def by_hand(measure, shortlist=0, allowed=None):
+  rule = exits.DynamicExits(measure, allowed=allowed)
+  return costs.decoding_costs(
+    CONFIG, input_length=INPUT, cache_length=CACHE, rule=rule, shortlist=shortlist
+  )
+
+
+def test_what_each_measure_adds_at_an_exit():
+  layers = COSTS.layer.flops * 2 + COSTS.propagation.flops
+  head = COSTS.head.flops
+  flops = lambda *args, **kwargs: by_hand(*args, **kwargs).early(2).flops - layers
+  assert flops(confidence.Softmax()) == 2 * head
+  assert flops(confidence.Softmax(), allowed=(2,)) == head
+  assert flops(confidence.Shortlist(), shortlist=64) == head + 2 * (2 * 192 * 64)
+  assert flops(confidence.Classifier()) == head + 2 * (2 * 192)
+  assert flops(confidence.State()) == head + 2 * (6 * 192)
+
+
+def test_the_last_layer_always_costs_one_head_of_its_own():
+  full = COSTS.full.flops
+  assert by_hand(confidence.Softmax()).early(3).flops == full + 2 * COSTS.head.flops
+  assert by_hand(confidence.Classifier(), allowed=()).early(3).flops == full
+
+
+def test_a_static_model_propagates_nothing():
+  rule = exits.StaticExit(1)
+  one = costs.decoding_costs(CONFIG, input_length=INPUT, cache_length=CACHE, rule=rule)
+  assert one.early(1) == one.static(1) == COSTS.layer + COSTS.head
+
+
+def test_bfloat16_halves_everything_but_the_head():
+  half = costs.decoding_costs(
+    dataclasses.replace(CONFIG, dtype="bfloat16"), input_length=INPUT, cache_length=CACHE
+  )
+  assert half.layer.bytes * 2 == COSTS.layer.bytes and half.head == COSTS.head
+  assert half.layer.flops == COSTS.layer.flops
+
+
+def test_totals_compose_with_recorded_exits_and_skip_padding():
+  classifier = by_hand(confidence.Classifier())
+  rows = np.array([[1, 3, 0, 0], [2, 2, 2, 0]])
+  got = costs.totals(classifier, rows)
+  assert got.tokens == 5
+  early = classifier.early(1) + classifier.early(2) * 3 + classifier.early(3)
+  assert got.early.flops == pytest.approx(early.flops)
+  assert got.full.bytes == 5 * COSTS.full.bytes
+  assert got.flops_ratio == pytest.approx(got.full.flops / early.flops)
+  assert got == costs.totals(classifier, [(1, 3), (2, 2, 2)])
+  assert "MFLOP a token" in str(got)
+
+
+def test_no_tokens_have_no_ratio():
+  none = costs.totals(COSTS, [])
+  assert none.tokens == 0 and np.isnan(none.flops_ratio) and np.isnan(none.bytes_ratio)
+  assert str(none) == "no tokens"
+
+
+def test_a_batch_reads_a_layer_once_for_all_its_rows():
+  plain = by_hand(confidence.Classifier())
+  one = costs.batch_bytes(plain, np.array([[2, 0], [0, 0]]))
+  two = costs.batch_bytes(plain, np.array([[2, 0], [1, 0]]))
+  matrices = plain.static(2).weight_bytes + plain.propagation.weight_bytes
+  rows = lambda run, skipped: (
+    plain.layer.row_bytes * run + plain.propagation.row_bytes * skipped
+  )
+  assert one == matrices + rows(2, 1)
+  assert two == matrices + rows(3, 3)
+
+
+@pytest.mark.parametrize("layer", [0, 4])
+def test_an_exit_beyond_the_model_is_refused(layer):
+  with pytest.raises(ValueError, match=r"Expected `exit_layer` in 1 \.\.\. 3\. Got"):
+    COSTS.early(layer)
