@@ -1,0 +1,42 @@
+"""Checkpoints of ours in T5X's terms: sizes and a seqio vocabulary for gin files.
+
+This module does not import T5X; `stored_vocabulary` imports seqio, which brings TensorFlow.
+"""
+
+import pathlib
+from typing import Any
+
+from calm import checkpoints, inference, network
+
+
+def stored_checkpoint(checkpoint: str = "packed") -> checkpoints.Checkpoint:
+  """The model in the box ('packed'), or the checkpoint in a folder."""
+  folder = inference.PACKED if checkpoint == "packed" else pathlib.Path(checkpoint)
+  return checkpoints.load(folder)
+
+
+def stored_config(checkpoint: str = "packed") -> network.T5Config:
+  """The sizes of a checkpoint, for `network.Transformer.config`."""
+  return stored_checkpoint(checkpoint).config
+
+
+def stored_vocabulary(checkpoint: str = "packed") -> Any:
+  """The vocabulary of a checkpoint as seqio's, for tasks and models.
+
+  Raises:
+    ValueError: the checkpoint holds no vocabulary.
+  """
+  import seqio
+
+  vocabulary = stored_checkpoint(checkpoint).vocabulary
+  if vocabulary is None:
+    raise ValueError(
+      f"Expected a vocabulary in the checkpoint {checkpoint!r}. Got none; bind `VOCABULARY` to"
+      " a seqio vocabulary instead."
+    )
+  if not hasattr(vocabulary, "model"):
+    return seqio.ByteVocabulary(extra_ids=vocabulary.extra_ids)
+  folder = inference.PACKED if checkpoint == "packed" else pathlib.Path(checkpoint)
+  return seqio.SentencePieceVocabulary(
+    str(folder / "vocabulary.model"), extra_ids=vocabulary.extra_ids
+  )

@@ -1,0 +1,113 @@
+"""Every gin file for T5X's scripts parses, finalises, and builds the model that it says."""
+
+import re
+import sys
+import types
+
+import pytest
+
+from calm import exits, network, objectives, schedules
+from tests import configs_test, t5x_setup
+
+models = t5x_setup.import_models()
+pytestmark = t5x_setup.MARKS
+
+import gin  # noqa: E402
+
+REPOSITORY, CONFIGS = configs_test.REPOSITORY, configs_test.CONFIGS
+RUNS = [path for path in sorted((CONFIGS / "runs").glob("*.gin")) if configs_test.of_t5x(path)]
+# Files that others include; they are parsed with those.
+PARTS = ("local.gin", "paper.gin", "early_exit.gin", "t5x_model.gin", "t5x_stored_model.gin")
+WHOLE = [path for path in RUNS if path.name not in PARTS]
+
+
+@pytest.fixture(autouse=True)
+def gin_of_t5x(monkeypatch):
+  """T5X's scripts bind `__main__`, which they are when they run."""
+  from t5x import eval as t5x_eval
+  from t5x import infer, train
+
+  main = types.ModuleType("__main__")
+  main.train, main.infer, main.evaluate = train.train, infer.infer, t5x_eval.evaluate
+  main.write_inferences_to_file = infer.write_inferences_to_file
+  monkeypatch.setitem(sys.modules, "__main__", main)
+  for folder in (REPOSITORY, t5x_setup.t5x_root()):
+    gin.add_config_file_search_path(str(folder))
+  gin.clear_config()
+  yield
+  gin.clear_config()
+
+
+def parse(*names, **given):
+  files = [str(CONFIGS / name) for name in names]
+  gin.parse_config_files_and_bindings(files, [f"{k} = {v!r}" for k, v in given.items()])
+
+
+def required(path):
+  """What the included T5X file, or ours, leaves open."""
+  whole = configs_test.text_of(path)
+  for name in re.findall(r'^include "(t5x/.+)"$', whole, re.MULTILINE):
+    whole = (t5x_setup.t5x_root() / name).read_text() + whole
+  open_ones = set(re.findall(r"^(\w+) = %gin.REQUIRED", whole, re.MULTILINE))
+  bound = set(re.findall(r"^(\w+) = (?!%gin.REQUIRED)", whole, re.MULTILINE))
+  return open_ones - bound - {"MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS"}
+
+
+def parse_run(path):
+  """A run with a network and a task beside it, as its header says."""
+  names = [f"runs/{path.name}"]
+  text = configs_test.text_of(path)
+  if "network.Transformer.config = " not in text:
+    names = ["models/tiny.gin", *names]
+  if "tasks." not in text:
+    names += ["tasks/debian_synopsis.gin"]
+  given = {name: "x" for name in required(path)}
+  parse(*names, **{"DATA": "x", **given, "TRAIN_STEPS": 3})
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
+def test_parses_finalises_and_says_what_must_be_set(path):
+  text = path.read_text()
+  assert text.startswith("#")
+  for name in required(path):
+    assert name in text.split("from __gin__")[0], f"{name} must be set, the header is silent"
+  parse_run(path)
+  assert gin.config_str()
+
+
+def use_a_vocabulary_without_a_file():
+  with gin.unlock_config():
+    gin.parse_config(
+      "from __gin__ import dynamic_registration\nimport seqio\n"
+      "VOCABULARY = @seqio.PassThroughVocabulary()\n"
+      "seqio.PassThroughVocabulary.size = 32128\nseqio.PassThroughVocabulary.eos_id = 1"
+    )
+
+
+def built(path):
+  """MODEL of a run, with a vocabulary that needs no file."""
+  parse_run(path)
+  use_a_vocabulary_without_a_file()
+  return gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
+def test_builds_our_model(path):
+  model = built(path)
+  assert isinstance(model, models.EncoderDecoderModel)
+  assert isinstance(model.config, network.T5Config)
+  assert isinstance(model.rule, exits.DynamicExits)
+  assert model.threshold == schedules.NEVER_EXIT
+  stage_two = "exit_classifier" in path.name
+  assert isinstance(model.objective, objectives.ExitClassifier) == stage_two
+
+
+@pytest.mark.parametrize(("size", "layers"), [("small", 8), ("base", 12)])
+def test_the_papers_runs_are_the_papers(size, layers):
+  for task, temperature in (("cnn_dailymail", 4.0), ("wmt15_enfr", 4.0), ("squad", 0.0)):
+    gin.clear_config()
+    model = built(CONFIGS / "runs" / f"paper_{task}_{size}.gin")
+    assert model.config.num_decoder_layers == layers and model.config.dtype == "bfloat16"
+    assert model.rule.schedule.temperature == temperature
+    assert model._loss_normalizing_factor == 2048 * 114
+    assert gin.query_parameter("BATCH_SIZE/macro.value") == 128
