@@ -1,4 +1,4 @@
-"""The `calm` command: train, generate, calibrate, infer, demo."""
+"""The `calm` command: train, generate, calibrate, infer, demo, report."""
 
 import argparse
 import importlib
@@ -16,6 +16,7 @@ sure, with a promise about what that may cost.
   calm generate  --prompts=... --output=DIR    decode at every threshold of a grid
   calm calibrate DIR --tolerance=0.1           choose the threshold, with a guarantee
   calm infer     --calibration=DIR/calibration.json --prompts=...
+  calm report    --data=... --output=DIR       the paper's tables and figures, on one page
 """
 
 COMMANDS = {
@@ -24,6 +25,7 @@ COMMANDS = {
   "calibrate": "turn such a folder into a calibrated threshold (no JAX needed)",
   "infer": "decode prompts under a calibrated threshold",
   "demo": "the whole pipeline on the packed model and prompts",
+  "report": "every table and figure of the paper, for a model and its data",
 }
 
 

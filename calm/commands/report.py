@@ -1,0 +1,166 @@
+"""Every table and figure of the paper from a model and data: one page, figures, tables.
+
+Decodes validation prompts (trade-offs, grids) and test prompts (calibration, unseen prompts),
+measures seconds, and writes into --output:
+
+  index.html       everything on one page that needs no network; open it in any browser
+  figures/         each figure as SVG and PNG
+  tables/          each table as CSV and Markdown
+  cache/           generations and results: the same command goes on, or draws again, from here
+
+The data folder has one folder a task (debian_synopsis, debian_qa, debian_enfr) with
+validation.jsonl.gz and test.jsonl.gz in it.
+
+  calm report --data=data --output=runs/report --tasks=synopsis --limit=50    a first look
+  calm report --data=data --output=runs/report                                all tasks, whole
+  calm report --model=my_model --data=data --tasks synopsis qa enfr --output=runs/report
+  calm report --data=data --output=runs/report --measures classifier --timed=40 --rounds=5
+
+Seconds are worth what the machine was free of while they were measured; --retime measures
+them again.
+"""
+
+import argparse
+import contextlib
+import pathlib
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+
+from rich import console as rich_console
+from rich import progress as rich_progress
+
+import calm
+from calm.commands import common
+
+TASKS = ("debian_synopsis", "debian_qa", "debian_enfr")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Declares the command's options."""
+  parser.add_argument("--model", default="packed", help="checkpoint folder, or 'packed'")
+  parser.add_argument("--data", required=True, help="folder of the data sets")
+  parser.add_argument("--output", required=True, help="folder to write (resumed if it exists)")
+  parser.add_argument(
+    "--tasks", nargs="+", default=list(TASKS), help="tasks, like synopsis qa enfr (default all)"
+  )
+  parser.add_argument(
+    "--limit", type=int, help="prompts of each split (default: one of every source)"
+  )
+  parser.add_argument(
+    "--measures",
+    nargs="+",
+    default=["softmax", "shortlist", "classifier", "state"],
+    help="confidence measures (default: all that the model has)",
+  )
+  parser.add_argument("--batch_size", type=int, default=8, help="prompts decoded together (8)")
+  parser.add_argument("--error_rate", type=float, default=0.05, help="epsilon (0.05)")
+  parser.add_argument("--examples", type=int, default=6, help="outputs to show a task (6)")
+  timing = parser.add_argument_group("seconds")
+  timing.add_argument(
+    "--timed", type=int, default=16, help="prompts decoded alone, one after another (16)"
+  )
+  timing.add_argument("--rounds", type=int, default=3, help="times each; the median counts (3)")
+  timing.add_argument(
+    "--retime", action="store_true", help="forget the seconds measured before"
+  )
+
+
+@common.user_errors
+def run(arguments: argparse.Namespace) -> int:
+  """Runs the experiments of every task and writes the report."""
+  common.use_compilation_cache()
+  # What is missing should be said before an hour of decoding, not after it.
+  from calm.report import document, page, terminal, write
+
+  console = rich_console.Console()
+  output = pathlib.Path(arguments.output)
+  start = time.monotonic()
+  with _steps(console) as announce:
+    reports, predictor = _experiments(arguments, output / "cache", announce)
+  facts = _facts(arguments, predictor, time.monotonic() - start)
+  sections = document.sections(reports)
+  made = page.Page(f"calm report: {arguments.model}", facts, sections, predictor.num_layers)
+  written = write.write(output, made)
+  terminal.print_report(console, reports)
+  console.print(f"\n{written}. Open {output / 'index.html'}", highlight=False)
+  return 0
+
+
+def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, announce):
+  """(one report a task, the predictor of the last)."""
+  from calm import inference
+  from calm.experiments import suite, task_settings
+
+  tasks = [task_settings.task(name) for name in arguments.tasks]
+  options = suite.Options(
+    limit=arguments.limit,
+    timed=arguments.timed,
+    rounds=arguments.rounds,
+    examples=arguments.examples,
+    error_rate=arguments.error_rate,
+    measures=tuple(arguments.measures),
+  )
+  loaded = inference.load(arguments.model, batch_size=arguments.batch_size)
+  reports = []
+  for settings in tasks:
+    predictor = loaded.with_options(
+      task_prefix=settings.prefix,
+      max_input_length=settings.max_input_length,
+      max_decode_length=settings.max_decode_length,
+    )
+    if arguments.retime:
+      for old in (cache / "results" / settings.name).glob("seconds-*.json"):
+        old.unlink()
+    reports.append(
+      suite.Suite(
+        predictor, settings, pathlib.Path(arguments.data), cache, options, announce
+      ).run()
+    )
+  return reports, loaded
+
+
+@contextlib.contextmanager
+def _steps(console: rich_console.Console) -> Iterator:
+  """One bar for the step at work; steps that were cached never show."""
+  columns = rich_progress.Progress.get_default_columns()
+  with rich_progress.Progress(
+    *columns, rich_progress.TimeElapsedColumn(), console=console, transient=True
+  ) as bar:
+    task = bar.add_task("", total=1.0, visible=False)
+
+    def announce(text: str):
+      def progress(share: float, what: str) -> None:
+        bar.update(task, completed=share, description=f"{text} · {what}", visible=True)
+
+      bar.reset(task, total=1.0, description=text, visible=False)
+      return progress
+
+    yield announce
+
+
+def _facts(arguments: argparse.Namespace, predictor, seconds: float):
+  """What the page says about its making."""
+  import jax
+
+  config = predictor.config
+  sizes = (
+    f"{config.num_encoder_layers} encoder and {config.num_decoder_layers} decoder layers,"
+    f" emb_dim {config.emb_dim}, mlp_dim {config.mlp_dim}, {config.num_heads} heads,"
+    f" {config.vocab_size} rows of vocabulary, {config.dtype}"
+  )
+  limit = "one of every source" if arguments.limit is None else str(arguments.limit)
+  command = ["calm", *sys.argv[1:]] if sys.argv[1:2] == ["report"] else ["calm", "report"]
+  return (
+    ("model", str(arguments.model)),
+    ("sizes", sizes),
+    ("parameters", predictor.procedure.parameters_digest[:16]),
+    ("prompts of each split", limit),
+    ("command", shlex.join(command)),
+    ("machine", f"{jax.devices()[0].device_kind}, {platform.machine()}, JAX {jax.__version__}"),
+    ("calm", calm.__version__),
+    ("this run", f"{seconds:.0f} s; what was cached before is not in it"),
+    ("written", time.strftime("%Y-%m-%d")),
+  )

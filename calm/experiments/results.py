@@ -1,0 +1,117 @@
+"""Results as JSON files, found again by what they depend on.
+
+A result is a frozen dataclass of numbers, texts, tuples and other such dataclasses. The file
+name holds a digest of everything that the result depends on (procedure, prompts, options), so
+that a report goes on where it was stopped and draws again without computing.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from calm.calibrate import Prompt, files
+
+# Raised whenever an experiment's numbers change their meaning: older files are not read again.
+VERSION = 1
+
+T = TypeVar("T")
+
+
+def to_json(value: Any) -> Any:
+  """A result as JSON values; NaN is null and infinity (never exit) is "never"."""
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+  if isinstance(value, Mapping):
+    return {str(key): to_json(entry) for key, entry in value.items()}
+  if isinstance(value, list | tuple):
+    return [to_json(entry) for entry in value]
+  if isinstance(value, float):
+    return None if math.isnan(value) else "never" if value == math.inf else value
+  if value is None or isinstance(value, bool | int | str):
+    return value
+  raise TypeError(f"Expected numbers, texts, tuples and dataclasses. Got {value!r}.")
+
+
+def from_json(kind: Any, value: Any) -> Any:
+  """The inverse of `to_json` for a result of the annotated type `kind`.
+
+  Raises:
+    TypeError: a field is missing, unknown or of another type.
+  """
+  origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+  if origin in (typing.Union, types.UnionType):
+    if value is None and type(None) in arguments:
+      return None
+    return from_json(next(a for a in arguments if a is not type(None)), value)
+  if origin is tuple:
+    if len(arguments) == 2 and arguments[1] is ...:
+      return tuple(from_json(arguments[0], entry) for entry in value)
+    return tuple(from_json(a, entry) for a, entry in zip(arguments, value, strict=True))
+  if isinstance(origin, type) and issubclass(origin, Mapping):
+    return {key: from_json(arguments[1], entry) for key, entry in value.items()}
+  if dataclasses.is_dataclass(kind):
+    hints, make = typing.get_type_hints(kind), typing.cast(Callable[..., Any], kind)
+    return make(**{name: from_json(hints[name], entry) for name, entry in value.items()})
+  if kind is float:
+    return math.nan if value is None else math.inf if value == "never" else float(value)
+  if isinstance(value, kind):
+    return value
+  raise TypeError(f"Expected {kind.__name__} in a stored result. Got {value!r}.")
+
+
+def digest(value: Any) -> str:
+  """SHA-256 (hexadecimal, 16 digits) of JSON values; the same anywhere."""
+  text = json.dumps(to_json(value), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+  return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+  """Digest of prompts with their references, in order."""
+  return digest([prompt.to_json() for prompt in prompts])
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """A folder of results.
+
+  Attributes:
+    folder: made when the first result is stored.
+  """
+
+  folder: pathlib.Path
+
+  def path(self, name: str, key: Mapping[str, Any]) -> pathlib.Path:
+    """Where the result `name` that depends on `key` lies."""
+    marked = {"experiment": name, "version": VERSION, **key}
+    return self.folder / f"{name}-{digest(marked)}.json"
+
+  def get(self, kind: type[T], name: str, key: Mapping[str, Any], make: Callable[[], T]) -> T:
+    """The stored result, or the one that `make` gives, stored.
+
+    Args:
+      kind: type of the result.
+      name: of the experiment; begins the file's name.
+      key: JSON values that the result depends on, all of them.
+      make: computes it.
+    """
+    path = self.path(name, key)
+    if path.exists():
+      try:
+        return from_json(kind, json.loads(path.read_text("utf-8"))["result"])
+      except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+          f"Expected a stored result of {name} in {path}. Got something else ({error}); delete"
+          " the file to have it computed again."
+        ) from error
+    result = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = {"experiment": name, "key": to_json(dict(key)), "result": to_json(result)}
+    files.write_atomically(path, json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
+    # As it will be read again, so that the first run and the second one draw the same.
+    return from_json(kind, to_json(result))
