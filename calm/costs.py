@@ -115,6 +115,9 @@ class Totals:
   full: Cost
   early: Cost
 
+  def __add__(self, other: "Totals") -> "Totals":
+    return Totals(self.tokens + other.tokens, self.full + other.full, self.early + other.early)
+
   @property
   def flops_ratio(self) -> float:
     """FLOPs of full depth over those of the exits taken (NaN without tokens)."""
@@ -130,10 +133,9 @@ class Totals:
       return "no tokens"
     early, full = self.early * (1 / self.tokens), self.full * (1 / self.tokens)
     return (
-      f"{early.flops / 1e6:.2f} of {full.flops / 1e6:.2f} MFLOP a token"
-      f" (x{self.flops_ratio:.2f} fewer), {early.bytes / 1e6:.2f} of"
-      f" {full.bytes / 1e6:.2f} MB read and written a token, one row at a time"
-      f" (x{self.bytes_ratio:.2f} fewer)"
+      f"{early.flops / 1e6:.2f} MFLOP a token against {full.flops / 1e6:.2f} at full depth"
+      f" (x{self.flops_ratio:.2f}), {early.bytes / 1e6:.2f} MB read and written a token, one"
+      f" row at a time, against {full.bytes / 1e6:.2f} (x{self.bytes_ratio:.2f})"
     )
 
 

@@ -31,6 +31,7 @@ from calm import (
   step,
 )
 from calm import confidence as confidence_lib
+from calm import costs as costs_lib
 from calm import outputs as outputs_lib
 from calm.calibrate import Calibration, Procedure
 
@@ -330,11 +331,36 @@ class Predictor:
       generation = self.decode(encoded, batch.active, threshold, rule)
       decode_seconds += time.perf_counter() - start
       for i, row in enumerate(batch.rows):
-        items[row] = self.output(generation, i)
+        items[row] = self.output(generation, i, batch.tokens.shape[1])
     compilations = programs.TRACES.total() - traced
     return items, outputs_lib.Timing(encode_seconds, decode_seconds, compilations)
 
-  def output(self, generation: decoding.Generation, row: int) -> outputs_lib.Output:
+  def costs(
+    self, outputs: Sequence[outputs_lib.Output], rule: exits.StepRule | None = None
+  ) -> costs_lib.Totals:
+    """FLOPs and bytes of outputs that `generate` made, at full depth and at their exits.
+
+    Args:
+      outputs: the outputs, or some of them.
+      rule: the rule that they were decoded with; None is the options' own.
+    """
+    total = costs_lib.Totals(0, costs_lib.Cost(), costs_lib.Cost())
+    for length in sorted({output.input_length for output in outputs}):
+      pieces = costs_lib.decoding_costs(
+        self.config,
+        input_length=length,
+        cache_length=self.options.max_decode_length,
+        rule=rule or self.options.rule,
+        num_pieces=self.vocabulary.vocab_size,
+        shortlist=len(self.options.shortlist or ()),
+      )
+      rows = [output.exit_layers for output in outputs if output.input_length == length]
+      total += costs_lib.totals(pieces, rows)
+    return total
+
+  def output(
+    self, generation: decoding.Generation, row: int, input_length: int = 0
+  ) -> outputs_lib.Output:
     """One row of a generation as text with its exits."""
     length = int(np.sum(np.asarray(generation.exit_layers[row]) > 0))
     tokens = tuple(int(token) for token in generation.tokens[row][:length])
@@ -348,6 +374,7 @@ class Predictor:
       score=float(generation.scores[row]),
       num_layers=self.num_layers,
       eos_id=self.eos_id,
+      input_length=input_length,
     )
 
 

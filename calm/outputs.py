@@ -22,6 +22,7 @@ class Output:
     score: log-probability of the tokens under the full head at their exit layer, nats.
     num_layers: decoder layers of the model.
     eos_id: the token that ends a text.
+    input_length: positions of the prompt as it was encoded, padding included.
   """
 
   text: str
@@ -33,6 +34,7 @@ class Output:
   score: float
   num_layers: int
   eos_id: int = 1
+  input_length: int = 0
 
   @property
   def mean_layers(self) -> float:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import confidence, costs, exits, network, programs, step
+from calm import confidence, costs, exits, inference, network, programs, step
 from tests import toys
 
 # Wide enough that what is not counted (norms, softmaxes, gelu) stays small.
@@ -202,3 +202,14 @@ def test_a_batch_reads_a_layer_once_for_all_its_rows():
 def test_an_exit_beyond_the_model_is_refused(layer):
   with pytest.raises(ValueError, match=r"Expected `exit_layer` in 1 \.\.\. 3\. Got"):
     COSTS.early(layer)
+
+
+def test_outputs_of_a_model_cost_what_their_exits_say():
+  model = inference.load("packed", measure="classifier", max_decode_length=8, batch_size=2)
+  outputs = model.generate(["A library to read ZIP archives.", "A game. " * 30], threshold=0.9)
+  assert {output.input_length for output in outputs} == {32, 128}
+  got = model.costs(outputs)
+  by_output = [model.costs([output]) for output in outputs]
+  assert got.early.flops == pytest.approx(sum(part.early.flops for part in by_output))
+  assert got.tokens == sum(len(output.tokens) for output in outputs)
+  assert got.flops_ratio > 1

@@ -74,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     f" encoder {timing.encode_seconds:.2f} s, decoder {timing.decode_seconds:.2f} s"
     f" ({timing.compilations} programs compiled in that time)."
   )
+  console.print(f"Costs by formula, decoder only: {predictor.costs(outputs)}.")
   console.print(outputs.guarantee or "No guarantee: nothing was calibrated for this.")
   return 0
 
