@@ -7,21 +7,26 @@ T5X's own loops. T5X is not on the package index; its README says how to install
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import core as flax_core
 from flax import linen as nn
 from flax import traverse_util
 
 try:
   import clu.metrics as clu_metrics
+  from t5x import checkpoints as t5x_checkpoints  # pyright: ignore[reportMissingImports]
   from t5x import decoding as t5x_decoding  # pyright: ignore[reportMissingImports]
   from t5x import losses as t5x_losses  # pyright: ignore[reportMissingImports]
   from t5x import metrics as t5x_metrics  # pyright: ignore[reportMissingImports]
   from t5x import models as t5x_models  # pyright: ignore[reportMissingImports]
   from t5x import optimizers as t5x_optimizers  # pyright: ignore[reportMissingImports]
+  from t5x import partitioning as t5x_partitioning  # pyright: ignore[reportMissingImports]
+  from t5x import train_state as t5x_train_state  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as error:
   raise ModuleNotFoundError(
     f"calm.models needs T5X, and {error.name!r} is not installed; install T5X from its"
@@ -268,6 +273,34 @@ def exit_classifier_optimizer(optimizer: Any) -> t5x_optimizers.MultiOptimizer:
   """Stage two's optimizer: the exit classifier alone; no other parameter is touched."""
   chosen = traverse_util.ModelParamTraversal(lambda path, _: "exit_classifier" in path)
   return t5x_optimizers.MultiOptimizer([(chosen, optimizer)])
+
+
+def save_t5x_checkpoint(
+  params: Params, config: network.T5Config, directory: str, *, train_step: int = 0
+) -> str:
+  """Writes parameters as a T5X checkpoint, for `INITIAL_CHECKPOINT_PATH`.
+
+  Args:
+    params: the tree of `config`.
+    config: sizes.
+    directory: made if missing; `checkpoint_<train_step>` appears in it.
+    train_step: the step that T5X counts on from.
+
+  Returns:
+    The checkpoint's folder. It holds no optimizer state.
+  """
+  tokens = jnp.ones((1, 1), jnp.int32)
+  init = functools.partial(network.Transformer(config).init, enable_dropout=False)
+  variables = jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)
+  partitioner = t5x_partitioning.PjitPartitioner(num_partitions=1)
+  state = t5x_train_state.InferenceState.create(flax_core.freeze(variables))
+  state = state.replace(
+    step=jnp.asarray(train_step, jnp.int32),
+    params=flax_core.freeze(jax.tree.map(jnp.asarray, dict(params))),
+  )
+  checkpointer = t5x_checkpoints.Checkpointer(state, partitioner, directory)
+  checkpointer.save(state)
+  return f"{directory}/checkpoint_{train_step}"
 
 
 def _with_rng(options: dict[str, Any], rng: jax.Array | None) -> dict[str, Any]:
