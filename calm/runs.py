@@ -4,6 +4,7 @@
 when it is called.
 """
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -54,6 +55,7 @@ class Export:
     max_input_length: tokens of a prompt that are read, EOS included.
     max_decode_length: most tokens generated, EOS included.
     storage_dtype: 'float32', or 'bfloat16' for half the size.
+    shortlist: token ids for the measure 'shortlist', most likely first (`frequent_tokens`).
   """
 
   vocabulary: checkpoints.Vocabulary
@@ -61,6 +63,7 @@ class Export:
   max_input_length: int = 512
   max_decode_length: int = 64
   storage_dtype: str = "float32"
+  shortlist: Sequence[int] = ()
 
   def write(self, directory: pathlib.Path, params: Any, config: network.T5Config) -> None:
     checkpoints.save(
@@ -71,7 +74,9 @@ class Export:
       storage_dtype=self.storage_dtype,
     )
     names = ("task_prefix", "max_input_length", "max_decode_length")
-    options = {name: getattr(self, name) for name in names}
+    options: dict[str, Any] = {name: getattr(self, name) for name in names}
+    if self.shortlist:
+      options["shortlist"] = list(self.shortlist)
     training.write_text(directory / "inference.json", json.dumps(options, indent=1) + "\n")
 
 
@@ -210,6 +215,30 @@ def supervised(
     batch_size,
     seed,
   )
+
+
+def frequent_tokens(
+  paths: Sequence[str], vocabulary: checkpoints.Vocabulary, size: int, *, root: str = ""
+) -> tuple[int, ...]:
+  """A shortlist from training targets: the `size` tokens seen most often, EOS included.
+
+  Args:
+    paths: JSON Lines files, below `root`; the first target of each example is read. Each file
+      weighs the same, however long its texts.
+    vocabulary: text -> ids.
+    size: most tokens on the list.
+  """
+  shares: collections.Counter[int] = collections.Counter()
+  for path in paths:
+    examples = datasets.read_examples(pathlib.Path(root) / path)
+    counts = collections.Counter(vocabulary.eos_id for _ in examples)
+    for example in examples:
+      counts.update(vocabulary.encode(example.targets[0]))
+    total = counts.total()
+    for token, count in counts.items():
+      shares[token] += count / total  # pyright: ignore[reportArgumentType]
+  # Ties by id, so that the same files give the same list.
+  return tuple(sorted(shares, key=lambda token: (-shares[token], token))[:size])
 
 
 def denoising(

@@ -206,6 +206,28 @@ def test_denoising_reads_what_follows_the_marker_and_each_text_once(files, tmp_p
   assert source.first_sentinel == vocab.vocab_size - 1
 
 
+def test_a_shortlist_is_the_targets_most_frequent_tokens(files, tmp_path):
+  words = vocabulary.SentencePieceVocabulary(files[1], extra_ids=4)
+  for name, targets in (("a", ["fox fox", "fox"]), ("b", ["dog"] * 100)):
+    rows = [json.dumps({"input": "x", "target": target}) + "\n" for target in targets]
+    (tmp_path / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+  names = ["a.jsonl", "b.jsonl"]
+  found = runs.frequent_tokens(names, words, 1000, root=str(tmp_path))
+  fox, dog = words.encode("fox fox"), words.encode("dog")
+  assert set(found) == {words.eos_id, *fox, *dog}
+  counts = {t: (fox + words.encode("fox")).count(t) / (3 * len(fox) // 2 + 2) for t in fox}
+  by_share = sorted(counts, key=lambda t: (-counts[t], t))
+  assert [t for t in found if t in counts and t not in dog] == [
+    t for t in by_share if t not in dog
+  ]
+  assert runs.frequent_tokens(names, words, 2, root=str(tmp_path)) == found[:2]
+  model = network.T5Config(vocab_size=64, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=8)
+  export = runs.Export(words, shortlist=found)
+  export.write(tmp_path / "model", training.init_params(model, 0), model)
+  stored = json.loads((tmp_path / "model" / "inference.json").read_text("utf-8"))
+  assert stored["shortlist"] == list(found)
+
+
 def test_validation_names(files):
   vocab = vocabulary.SentencePieceVocabulary(files[1])
   source = runs.supervised(str(files[0]), vocab, ((64, 16),), 4)
