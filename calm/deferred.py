@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from calm import engines, exits, propagation, step
+from calm import engines, exits, step
 from calm import walk as walk_lib
 
 
@@ -71,7 +71,8 @@ class Deferred:
         "Expected a propagation that projects a state, for the engine `Deferred`. Got"
         f" {task.rule.propagation.name!r}; use `engines.Eager`."
       )
-    bound = _BoundDeferred(task, task.rule, self._chunks(task))
+    table = step.bias_table(task.weights, task.config, task.length)
+    bound = _BoundDeferred(task, task.rule, self._chunks(task), table)
     return engines.Bound(bound.empty(), bound.take_step, bound.flush)
 
   def _chunks(self, task: engines.Task) -> tuple[int, ...]:
@@ -100,6 +101,7 @@ class _BoundDeferred:
   task: engines.Task
   rule: exits.DynamicExits
   chunks: tuple[int, ...]
+  table: step.BiasTable
 
   def empty(self) -> DeferredCache:
     task, zero = self.task, jnp.zeros((), jnp.int32)
@@ -134,30 +136,31 @@ class _BoundDeferred:
     )
 
   def _decoder(self, position: jax.Array) -> step.DecoderStep:
-    task = self.task
-    table = step.bias_table(task.weights, task.config, task.length)
-    through = table.through(position)
-    return step.DecoderStep(task.weights, task.config, task.encoded, (), through, table.current)
+    task, table = self.task, self.table
+    return step.DecoderStep(
+      task.weights, task.config, task.encoded, (), table.at(position), table.current
+    )
 
   def _run(self, walk: walk_lib.Walk, decoder, segment, position, states, carry):
     """The layers from one possible exit to the next, for every row."""
     state, fills = carry
     made = []
     for layer, fill in zip(segment, fills, strict=True):
-      state, fill = self._run_layer(walk, decoder, layer, position, states, state, fill)
+      if segment[0] > 1:  # the layers before the first exit are never behind
+        fill = self._fill(decoder, layer, fill, position, states)
+      state, fill = self._run_layer(walk, decoder, layer, position, state, fill)
       made.append(fill)
     return state, tuple(made)
 
-  def _run_layer(self, walk, decoder, layer, position, states, state, fill):
-    if layer > segments(walk.allowed, walk.layers.num_layers)[0][-1]:
-      fill = self._fill(decoder, layer, fill, position, states)
-
-    def store(row: propagation.KeyValue) -> step.Cache:
-      row = walk.stored(layer, state, row)
-      return step.write_rows((fill.cache,), (row,), position)[0]
-
-    hidden, row, written = decoder.run_storing(layer, state.hidden, store)
-    return walk.after(layer, state, hidden, row), LayerFill(written, position + 1)
+  def _run_layer(self, walk, decoder, layer, position, state, fill):
+    # Of the caches a layer reads its own only.
+    decoder = dataclasses.replace(decoder, caches=(fill.cache,) * layer)
+    hidden, row = decoder.run(layer, state.hidden)
+    row = walk.stored(layer, state, row)
+    made = walk.after(layer, state, hidden, row)
+    end = engines.after(position, hidden)
+    (cache,) = step.write_rows((fill.cache,), (row,), end)
+    return made, LayerFill(cache, position + 1)
 
   def _fill(self, decoder, layer, fill: LayerFill, position, states) -> LayerFill:
     """Projects what is pending of a layer, chunk by chunk."""

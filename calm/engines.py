@@ -80,16 +80,16 @@ class Eager:
       )
       hidden = task.weights.embedding[current]
       made = task.rule(decoder.layers(), hidden, active, task.threshold, position)
-      return made, step.write_rows(cache, made.rows, _after(position, made))
+      return made, step.write_rows(cache, made.rows, after(position, made.logits))
 
     return Bound(task.empty_caches(), take_step, lambda caches, position: caches)
 
 
-def _after(position: jax.Array, made: exits.TokenExit) -> jax.Array:
-  """`position`, in a form that XLA can know only once the token is.
+def after(position: jax.Array, made: jax.Array) -> jax.Array:
+  """`position`, in a form that XLA can know only once it has `made` (any float array).
 
   A cache that is read after its update was made would be copied whole at every step; tied to
-  the token (its argmax is what the loop computes anyway), the update waits for every read.
+  what the reads lead to, the update waits for every one of them.
   """
-  token = jnp.argmax(made.logits, axis=-1).astype(jnp.int32)
-  return position + jnp.minimum(token[0], 0)
+  first = made.reshape(-1)[0].astype(jnp.float32)
+  return position + jnp.minimum(jnp.abs(first), 0.0).astype(jnp.int32)

@@ -6,7 +6,6 @@ have the layout that a step reads without transposing.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -122,15 +121,6 @@ class BiasTable:
       self.extended, self.length - 1 - position, self.length, axis=1
     )
 
-  def through(self, position: jax.Array) -> Float[Array, "heads length"]:
-    """Of the keys up to `position`, its own included."""
-    own = self.length - 1  # where distance 0 lies; `at` masks it
-    before, after = self.extended[:, :own], self.extended[:, own + 1 :]
-    with_current = jnp.concatenate([before, self.current[:, None], after], axis=1)
-    return lax.dynamic_slice_in_dim(
-      with_current, self.length - 1 - position, self.length, axis=1
-    )
-
 
 def bias_table(weights: DecoderWeights, config: network.T5Config, length: int) -> BiasTable:
   """Lays the relative-position biases out by distance."""
@@ -178,29 +168,23 @@ class DecoderStep:
 
   def run(self, layer: int, hidden: jax.Array) -> tuple[jax.Array, propagation.KeyValue]:
     """One decoder layer (Eq. 3): d^{i-1} [batch, emb_dim] -> d^i and its key and value."""
-    query, row = self._query_key_value(layer, hidden)
-    mixed = self._self_attention(layer, query, row.key, row.value)
-    return self._after_self_attention(layer, hidden, mixed), row
-
-  def run_storing(
-    self, layer: int, hidden: jax.Array, store: Callable[[propagation.KeyValue], Cache]
-  ) -> tuple[jax.Array, propagation.KeyValue, Cache]:
-    """As `run`, but the current key and value go into the cache before they are attended to.
-
-    For engines that own the cache of a layer while it runs: read after its update, it is
-    updated in place. `past_bias` must come from `BiasTable.through`.
-    """
-    query, row = self._query_key_value(layer, hidden)
-    cache = store(row)
-    mixed = self._attend(query, cache, self.past_bias[None])
-    return self._after_self_attention(layer, hidden, mixed), row, cache
+    weights = self.weights.layers[layer - 1]
+    normed = rms_norm(hidden, weights.self_norm)
+    (query,) = self._heads(normed @ weights.query, 1)
+    key, value = self._heads(normed @ weights.key_value, 2)
+    hidden = hidden + self._self_attention(layer, query, key, value) @ weights.self_out
+    normed = rms_norm(hidden, weights.cross_norm)
+    (query,) = self._heads(normed @ weights.cross_query, 1)
+    hidden = hidden + self._cross_attention(layer, query) @ weights.cross_out
+    normed = rms_norm(hidden, weights.mlp_norm)
+    hidden = hidden + self._mlp(normed @ weights.mlp_in) @ weights.mlp_out
+    return hidden, propagation.KeyValue(key, value)
 
   def project(self, layer: int, hidden: jax.Array) -> propagation.KeyValue:
     """Key and value that the layer makes of input state `hidden`, nothing else."""
     weights = self.weights.layers[layer - 1]
-    width = self.config.num_heads * self.config.head_dim
     normed = rms_norm(hidden, weights.self_norm)
-    key, value = self._heads(normed @ weights.query_key_value[:, width:], 2)
+    key, value = self._heads(normed @ weights.key_value, 2)
     return propagation.KeyValue(key, value)
 
   def logits(self, layer: int, hidden: jax.Array) -> jax.Array:
@@ -244,28 +228,13 @@ class DecoderStep:
     mixed = mixed + weights[..., -1:] * value
     return mixed.reshape(mixed.shape[0], -1)
 
-  def _query_key_value(self, layer, hidden) -> tuple[jax.Array, propagation.KeyValue]:
-    weights = self.weights.layers[layer - 1]
-    normed = rms_norm(hidden, weights.self_norm)
-    query, key, value = self._heads(normed @ weights.query_key_value, 3)
-    return query, propagation.KeyValue(key, value)
-
-  def _after_self_attention(self, layer, hidden, mixed) -> jax.Array:
-    weights = self.weights.layers[layer - 1]
-    hidden = hidden + mixed @ weights.self_out
-    normed = rms_norm(hidden, weights.cross_norm)
-    (query,) = self._heads(normed @ weights.cross_query, 1)
-    mixed = self._attend(query, self.encoded.cross[layer - 1], self.encoded.bias)
-    hidden = hidden + mixed @ weights.cross_out
-    normed = rms_norm(hidden, weights.mlp_norm)
-    return hidden + self._mlp(normed @ weights.mlp_in) @ weights.mlp_out
-
-  def _attend(self, query, cache: Cache, bias) -> jax.Array:
-    """Mixed values [batch, heads * head_dim] of everything in `cache`."""
-    keys = self._attention_dtype(cache.keys)
-    scores = jnp.einsum("bhd,bhdl->bhl", self._attention_dtype(query), keys)
-    weights = jax.nn.softmax(scores + bias.astype(scores.dtype))
-    mixed = jnp.einsum("bhl,bhld->bhd", weights.astype(query.dtype), cache.values)
+  def _cross_attention(self, layer, query) -> jax.Array:
+    cross = self.encoded.cross[layer - 1]
+    scores = jnp.einsum(
+      "bhd,bhdl->bhl", self._attention_dtype(query), self._attention_dtype(cross.keys)
+    )
+    weights = jax.nn.softmax(scores + self.encoded.bias.astype(scores.dtype))
+    mixed = jnp.einsum("bhl,bhld->bhd", weights.astype(query.dtype), cross.values)
     return mixed.reshape(mixed.shape[0], -1)
 
   def _attention_dtype(self, x: jax.Array) -> jax.Array:

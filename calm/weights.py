@@ -19,7 +19,9 @@ class LayerWeights:
 
   Attributes:
     self_norm, cross_norm, mlp_norm: scales [emb_dim].
-    query_key_value: [emb_dim, 3 * heads * head_dim].
+    query: [emb_dim, heads * head_dim].
+    key_value: [emb_dim, 2 * heads * head_dim]; apart, because filling a skipped layer reads
+      it alone and XLA would copy it out of a wider matrix every time.
     self_out, cross_out: [heads * head_dim, emb_dim].
     cross_query: [emb_dim, heads * head_dim].
     cross_key_value: [emb_dim, 2 * heads * head_dim].
@@ -28,7 +30,8 @@ class LayerWeights:
   """
 
   self_norm: jax.Array
-  query_key_value: jax.Array
+  query: jax.Array
+  key_value: jax.Array
   self_out: jax.Array
   cross_norm: jax.Array
   cross_query: jax.Array
@@ -111,7 +114,8 @@ def _layer_weights(layer: Params, config: network.T5Config, dtype) -> LayerWeigh
   mlp_names = ["wi"] if count == 1 else [f"wi_{i}" for i in range(count)]
   return LayerWeights(
     self_norm=scale("pre_self_attention_layer_norm"),
-    query_key_value=beside("self_attention", ["query", "key", "value"]),
+    query=kernel("self_attention", "query"),
+    key_value=beside("self_attention", ["key", "value"]),
     self_out=kernel("self_attention", "out"),
     cross_norm=scale("pre_cross_attention_layer_norm"),
     cross_query=kernel("encoder_decoder_attention", "query"),
