@@ -39,8 +39,9 @@ def compiled(function, *arguments) -> Counted:
   leaves, tree = jax.tree.flatten(arguments)
   flat = jax.jit(lambda *leaves: function(*jax.tree.unflatten(tree, leaves)))
   # LLVM, which comes after the program that is counted, need not try hard.
-  options = {"xla_backend_optimization_level": 0}
-  analysis = flat.lower(*leaves).compile(options).cost_analysis()
+  quickly: dict = {"xla_backend_optimization_level": 0}
+  analysis = flat.lower(*leaves).compile(compiler_options=quickly).cost_analysis()
+  assert analysis is not None
   return Counted(analysis["flops"], analysis["bytes accessed"])
 
 

@@ -1,0 +1,346 @@
+"""How fast decoding is: one command, one table.
+
+Full depth, static k, and dynamic exits of every measure with exits forced to known depths (so
+that the depth is the same whatever the weights) and to a mixed trace; other people's decoders
+on the same weights where they are installed. Every repeat runs every row once, so that drift
+hits all alike; compilation is excluded and reported. The floor of a row is its weights and
+caches (`calm.costs`) at the speed at which memory was read in the same run.
+
+  python scripts/benchmark.py --output=runs/benchmark
+  python scripts/benchmark.py --shapes=small --batch_sizes=1 --measures=classifier --peers=
+  python scripts/benchmark.py --shapes=packed --thresholds=0.95,0.9 --batch_sizes=1,8
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+import warnings
+from importlib import metadata
+from typing import Any
+
+import benchmark_models as models
+import benchmark_peers as peers
+import benchmark_systems as systems
+import jax
+import numpy as np
+
+from calm import costs, exits
+from calm.calibrate import files
+
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "ctranslate2")
+
+
+@dataclasses.dataclass
+class Row:
+  """One row of the table; times are of the decoder alone, in milliseconds a step.
+
+  Attributes:
+    setting, system: where and what.
+    peer: somebody else's.
+    layers: mean decoder layers a token.
+    median, low, high: milliseconds a step, over the repeats.
+    end_to_end: the same with the encoder, median.
+    compile_seconds: the first run less a later one.
+    floor: milliseconds a step that reading weights and caches takes; None for peers.
+    over_static: time over that of the static model of the same mean depth.
+    over_full: time over that of our full depth.
+    agreement: share of tokens equal to our full depth's; None where depths differ.
+  """
+
+  setting: str
+  system: str
+  peer: bool
+  layers: float | None
+  median: float
+  low: float
+  high: float
+  end_to_end: float | None
+  compile_seconds: float
+  floor: float | None = None
+  over_static: float | None = None
+  over_full: float | None = None
+  agreement: float | None = None
+
+
+@dataclasses.dataclass
+class Times:
+  """What was measured of one system.
+
+  Attributes:
+    system: the row.
+    decoded: its outputs, checked.
+    first: seconds of the first run, which compiles.
+    decode, encode: seconds of each repeat; `encode` is empty where it is not timed.
+  """
+
+  system: systems.System
+  decoded: systems.Decoded
+  first: float
+  decode: list[float] = dataclasses.field(default_factory=list)
+  encode: list[float] = dataclasses.field(default_factory=list)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+  """The command line."""
+  words = lambda text: tuple(part for part in text.split(",") if part)
+  ints = lambda text: tuple(int(part) for part in words(text))
+  floats = lambda text: tuple(float(part) for part in words(text))
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+  add("--shapes", type=words, default=("small", "base", "packed"), help=str(models.SHAPES))
+  add("--batch_sizes", type=ints, default=(1, 8, 32))
+  add("--input_lengths", type=ints, default=(128, 512))
+  add("--decode_lengths", type=ints, default=(64, 512))
+  add("--depths", type=ints, default=(1, 2, 4), help="static and forced exits")
+  add("--measures", type=words, default=("classifier", "state", "shortlist", "softmax"))
+  add("--thresholds", type=floats, default=(), help="real exits too, at these thresholds")
+  add("--systems", type=words, default=(), help="only rows that contain one of these words")
+  add("--peers", type=words, default=tuple(peer.name for peer in peers.PEERS))
+  add("--repeats", type=int, default=7)
+  add("--num_prompts", type=int, default=16, help="prompts of the packed model")
+  add("--shortlist", type=int, default=512, help="tokens on a random model's shortlist")
+  add("--dtype", default="float32", help="ours and T5X's: float32 or bfloat16")
+  add("--output", help="writes OUTPUT.json and OUTPUT.md")
+  parsed = parser.parse_args(arguments)
+  unknown = set(parsed.shapes) - set(models.SHAPES)
+  if unknown or parsed.repeats < 1:
+    parser.error(f"Expected shapes among {models.SHAPES} and a repeat or more. Got {unknown}.")
+  return parsed
+
+
+def machine() -> dict[str, Any]:
+  """What it ran on."""
+  name = platform.processor() or platform.machine()
+  cpu = pathlib.Path("/proc/cpuinfo")
+  if cpu.exists():
+    models_ = [line for line in cpu.read_text().splitlines() if line.startswith("model name")]
+    name = models_[0].partition(":")[2].strip() if models_ else name
+  device = jax.devices()[0]
+  return {
+    "cpu": name,
+    "cores": len(os.sched_getaffinity(0)),
+    "device": f"{device.platform}: {device.device_kind}",
+    "load_before": os.getloadavg()[0],
+    "python": platform.python_version(),
+    "versions": {p: _version(p) for p in PACKAGES if _version(p)},
+    "command": " ".join(sys.argv),
+  }
+
+
+def _version(package: str) -> str | None:
+  try:
+    return metadata.version(package)
+  except metadata.PackageNotFoundError:
+    return None
+
+
+def rows_of(setting: models.Setting, options: argparse.Namespace, log) -> list[Row]:
+  """Times everything that is asked for in one setting."""
+  model = models.load(setting.shape, options.dtype, options.shortlist)
+  ours = systems.Ours(model, setting)
+  thresholds = options.thresholds if setting.shape == "packed" else ()
+  everything = ours.systems(options.depths, options.measures, thresholds)
+  for peer in peers.PEERS:
+    if peer.name in options.peers and not peers.not_installed(*peer.packages):
+      everything += peer.systems(model, setting, options.depths)
+  wanted = [
+    system
+    for i, system in enumerate(everything)
+    if i == 0 or not options.systems or any(word in system.name for word in options.systems)
+  ]
+  times = [_first_run(system, log) for system in wanted]
+  step_bytes = _step_bytes(ours)
+  memory = systems.Memory(max(int(step_bytes), 1 << 26), len(os.sched_getaffinity(0)))
+  speeds = []
+  for repeat in range(options.repeats):
+    log(f"  repeat {repeat + 1} of {options.repeats}")
+    speeds.append(memory.bytes_per_second())
+    turn = repeat % len(times)
+    for time_ in times[turn:] + times[:turn]:
+      _run(time_)
+  return _table(setting, model, times, statistics.median(speeds))
+
+
+def _step_bytes(ours: systems.Ours) -> float:
+  pieces = ours.system("", exits.StaticExit(), None).pieces
+  assert pieces is not None
+  return pieces.full.weight_bytes
+
+
+def _first_run(system: systems.System, log) -> Times:
+  log(f"  compile {system.name}")
+  start = time.perf_counter()
+  decoded = system.decode()
+  first = time.perf_counter() - start
+  if system.exact is not None:
+    assert decoded.exit_layers is not None
+    for got, expected in zip(decoded.exit_layers, system.exact, strict=True):
+      np.testing.assert_array_equal(got, expected, err_msg=f"exits of {system.name}")
+  if system.encode is not None:
+    system.encode()
+  return Times(system, decoded, first)
+
+
+def _run(times: Times) -> None:
+  start = time.perf_counter()
+  times.system.decode()
+  middle = time.perf_counter()
+  times.decode.append(middle - start)
+  if times.system.encode is not None:
+    times.system.encode()
+    times.encode.append(time.perf_counter() - middle)
+
+
+def _table(setting, model: models.Model, times: list[Times], speed: float) -> list[Row]:
+  """Seconds as milliseconds a step, beside the static models and the floor."""
+  full = times[0]
+  rows = [_row(setting, model, t, full, speed) for t in times]
+  static = {
+    t.system.measured_layers: row.median
+    for t, row in zip(times, rows, strict=True)
+    if not t.system.peer and t.system.measured_layers is not None
+  }
+  depths = sorted(static)
+  for row in rows:
+    row.over_full = row.median / rows[0].median
+    within = row.layers is not None and depths[0] <= row.layers <= depths[-1]
+    if not row.peer and within and len(depths) > 1:
+      at = np.interp(row.layers or 0.0, depths, [static[depth] for depth in depths])
+      row.over_static = row.median / float(at)
+  return rows
+
+
+def _row(setting, model: models.Model, times: Times, full: Times, speed: float) -> Row:
+  system, decoded = times.system, times.decoded
+  steps = sum(int(lengths(tokens, model.eos_id).max()) for tokens in decoded.tokens)
+  decode, divisor = list(times.decode), steps
+  encode = times.encode or (full.encode if not system.peer else [])
+  if system.by_difference:
+    decode = [d - e for d, e in zip(times.decode, times.encode, strict=True)]
+    divisor = max(steps - len(decoded.tokens), 1)
+  if system.by_difference:
+    end_to_end = statistics.median(times.decode) / steps
+  else:
+    end_to_end = (statistics.median(times.decode) + statistics.median(encode)) / steps
+  layers = system.measured_layers
+  if layers is None and decoded.exit_layers is not None:
+    taken = np.concatenate([e.ravel() for e in decoded.exit_layers])
+    layers = float(taken[taken > 0].mean())
+  floor = None
+  if system.pieces is not None and decoded.exit_layers is not None:
+    moved = sum(costs.batch_bytes(system.pieces, e) for e in decoded.exit_layers)
+    floor = 1e3 * moved / speed / steps
+  comparable = layers == full.system.measured_layers
+  return Row(
+    setting=str(setting),
+    system=system.name,
+    peer=system.peer,
+    layers=layers,
+    median=1e3 * statistics.median(decode) / divisor,
+    low=1e3 * min(decode) / divisor,
+    high=1e3 * max(decode) / divisor,
+    end_to_end=1e3 * end_to_end,
+    compile_seconds=max(times.first - statistics.median(times.decode), 0.0),
+    floor=floor,
+    agreement=agreement(decoded, full.decoded, model.eos_id) if comparable else None,
+  )
+
+
+def lengths(tokens: np.ndarray, eos_id: int) -> np.ndarray:
+  """Tokens of each row, EOS included, [batch]."""
+  tokens = np.asarray(tokens)
+  ended = tokens == eos_id
+  return np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, tokens.shape[1])
+
+
+def agreement(got: systems.Decoded, full: systems.Decoded, eos_id: int) -> float:
+  """Share of the full depth's tokens that the other decoder has at the same place."""
+  equal = count = 0
+  for ours, theirs in zip(full.tokens, got.tokens, strict=True):
+    real = np.arange(ours.shape[1]) < lengths(ours, eos_id)[:, None]
+    equal += int((np.asarray(ours) == np.asarray(theirs))[real].sum())
+    count += int(real.sum())
+  return equal / count
+
+
+def markdown(rows: list[Row], about: dict[str, Any]) -> str:
+  """The table, one block a setting."""
+  versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+  lines = [
+    f"{about['cpu']}, {about['cores']} cores; {about['device']}; {versions}."
+    f" Load when it began: {about['load_before']:.1f}. `{about['command']}`",
+    "",
+    "Milliseconds a decode step: median of the repeats (lowest - highest), encoder excluded.",
+  ]
+  lines += [f"Not installed: {peer}." for peer in about["not_installed"]]
+  for setting in dict.fromkeys(row.setting for row in rows):
+    lines += [
+      "",
+      f"**{setting}**",
+      "",
+      "| system | layers | ms a step | spread | x static | x full | x floor | end to end |"
+      " compile s | tokens equal |",
+      "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [_markdown_row(row) for row in rows if row.setting == setting]
+  return "\n".join(lines) + "\n"
+
+
+def _markdown_row(row: Row) -> str:
+  number = lambda value, places=2: "" if value is None else f"{value:.{places}f}"
+  over_floor = None if row.floor is None else row.median / row.floor
+  share = "" if row.agreement is None else f"{100 * row.agreement:.1f} %"
+  cells = [
+    f"*{row.system}*" if row.peer else row.system,
+    number(row.layers),
+    number(row.median),
+    f"{row.low:.2f} - {row.high:.2f}",
+    *(number(value) for value in (row.over_static, row.over_full, over_floor)),
+    number(row.end_to_end),
+    number(row.compile_seconds, 1),
+    share,
+  ]
+  return "| " + " | ".join(cells) + " |"
+
+
+def main(arguments: list[str] | None = None) -> int:
+  """Runs the whole table; what is done is written after every setting."""
+  options = parse(arguments)
+  # Compilation is reported: it must not come from disk.
+  warnings.filterwarnings("ignore")  # peers' own
+  jax.config.update("jax_enable_compilation_cache", False)
+  log = lambda text: print(text, file=sys.stderr, flush=True)
+  about = machine()
+  wanted = [peer for peer in peers.PEERS if peer.name in options.peers]
+  missing = {peer.name: peers.not_installed(*peer.packages) for peer in wanted}
+  about["not_installed"] = [f"{name} ({why})" for name, why in missing.items() if why]
+  rows: list[Row] = []
+  settings = models.grid(
+    options.shapes,
+    options.batch_sizes,
+    options.input_lengths,
+    options.decode_lengths,
+    options.num_prompts,
+  )
+  for number, setting in enumerate(settings, start=1):
+    log(f"{setting} ({number} of {len(settings)})")
+    rows += rows_of(setting, options, log)
+    if options.output:
+      table = {"about": about, "rows": [dataclasses.asdict(row) for row in rows]}
+      path = pathlib.Path(options.output)
+      files.write_atomically(path.with_suffix(".json"), json.dumps(table, indent=1) + "\n")
+      files.write_atomically(path.with_suffix(".md"), markdown(rows, about))
+  print(markdown(rows, about))
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,235 @@
+"""What `benchmark.py` decodes: models, prompts, and exits that are forced to known depths."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from calm import confidence, datasets, exits, inference, network, parameters, programs, prompts
+
+GATED = {"mlp_activations": ("gelu", "linear")}
+SIZES: Mapping[str, dict[str, Any]] = {
+  "tiny": {
+    **{"vocab_size": 96, "emb_dim": 16, "num_heads": 2, "head_dim": 8, "mlp_dim": 24},
+    **{"num_encoder_layers": 2, "num_decoder_layers": 4, **GATED},
+  },
+  "small": {
+    **{"vocab_size": 32128, "emb_dim": 512, "num_heads": 6, "head_dim": 64, "mlp_dim": 1024},
+    **{"num_encoder_layers": 8, "num_decoder_layers": 8, **GATED},
+  },
+  "base": {
+    **{"vocab_size": 32128, "emb_dim": 768, "num_heads": 12, "head_dim": 64, "mlp_dim": 2048},
+    **{"num_encoder_layers": 12, "num_decoder_layers": 12, **GATED},
+  },
+}
+SHAPES = (*SIZES, "packed")
+NO_EOS = -1  # random weights would end rows at random
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """One model, as ours and as what peers export from.
+
+  Attributes:
+    name: one of `SHAPES`.
+    config: its sizes.
+    params: the T5X-shaped tree.
+    weights: the same laid out for decoding, with a shortlist.
+    shortlist: token ids, most likely first.
+    eos_id: what ends a row.
+    num_pieces: columns of the head.
+    predictor: the packed model's, for its prompts.
+  """
+
+  name: str
+  config: network.T5Config
+  params: dict[str, Any]
+  weights: programs.ModelWeights
+  shortlist: tuple[int, ...]
+  eos_id: int
+  num_pieces: int
+  predictor: inference.Predictor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """One block of the table.
+
+  Attributes:
+    shape: one of `SHAPES`.
+    batch_size: rows.
+    input_length: padded prompt.
+    decode_length: steps, the size of the caches.
+    num_prompts: prompts of the packed model; random prompts are one batch.
+  """
+
+  shape: str
+  batch_size: int
+  input_length: int
+  decode_length: int
+  num_prompts: int = 16
+
+  def __str__(self) -> str:
+    return (
+      f"{self.shape}, B={self.batch_size}, input {self.input_length},"
+      f" max_decode_length {self.decode_length}"
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def load(shape: str, dtype: str, shortlist: int) -> Model:
+  """The model of a shape; random weights are drawn as T5X initialises them."""
+  if shape == "packed":
+    predictor = inference.load("packed", measure="shortlist", dtype=dtype)
+    assert predictor.options.shortlist is not None
+    return Model(
+      shape,
+      predictor.config,
+      dict(predictor.params),
+      predictor.weights,
+      predictor.options.shortlist,
+      predictor.eos_id,
+      predictor.vocabulary.vocab_size,
+      predictor,
+    )
+  config = network.T5Config(**SIZES[shape], dtype=dtype)
+  params, ids = random_params(config), tuple(range(3, 3 + shortlist))
+  weights = programs.model_weights(params, config, None, ids)
+  return Model(shape, config, params, weights, ids, NO_EOS, config.vocab_size)
+
+
+def random_params(config: network.T5Config, seed: int = 0) -> dict[str, Any]:
+  """Random parameters of T5's scales, from numpy."""
+  generator = np.random.default_rng(seed)
+
+  def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
+    if path.endswith("scale"):
+      return np.ones(shape, np.float32)
+    fan_in = 1 if path.endswith("embedding") else shape[0]
+    if "/query/" in path:
+      fan_in *= config.head_dim  # attention logits are not scaled in T5
+    drawn = generator.standard_normal(shape, np.float32) / np.float32(np.sqrt(fan_in))
+    if path.endswith("logits_dense/kernel"):
+      drawn[:, :3] = 0.0  # padding and the end are never the argmax: all rows are full
+    return drawn
+
+  shapes = parameters.expected_shapes(config)
+  return parameters.unflatten({path: draw(path, shape) for path, shape in shapes.items()})
+
+
+def batches(model: Model, setting: Setting) -> list[np.ndarray]:
+  """Prompts [batch, input_length] int32: real ones for the packed model."""
+  if model.predictor is None:
+    generator = np.random.default_rng(1)
+    size = (setting.batch_size, setting.input_length)
+    return [generator.integers(3, model.config.vocab_size, size).astype(np.int32)]
+  path = inference.PACKED / "prompts_unseen.jsonl"
+  examples = datasets.read_examples(path, limit=setting.num_prompts)
+  rows = prompts.tokenize(
+    [example.input for example in examples],
+    model.predictor.vocabulary,
+    prefix=model.predictor.options.task_prefix,
+    max_input_length=setting.input_length,
+    eos_id=model.eos_id,
+  )
+  padded = np.zeros((len(rows), setting.input_length), np.int32)
+  for target, row in zip(padded, rows, strict=True):
+    target[: len(row)] = row
+  whole = len(rows) // setting.batch_size * setting.batch_size
+  if not whole:
+    raise ValueError(
+      f"Expected at least {setting.batch_size} prompts for a batch. Got {len(rows)}."
+    )
+  return list(padded[:whole].reshape(-1, setting.batch_size, setting.input_length))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+  """A threshold schedule that says at which layer each token leaves, exactly.
+
+  The traced threshold is the row's place in the trace, so that a row keeps its depths
+  wherever an engine puts it. With `ForcedMeasure` only.
+
+  Attributes:
+    depths: exit layers, taken in turn and repeated.
+    num_layers: L.
+  """
+
+  depths: tuple[int, ...]
+  num_layers: int
+  name = "trace"
+
+  def __call__(self, threshold: jax.Array, generated: jax.Array) -> jax.Array:
+    table = (jnp.asarray(self.depths, jnp.float32) - 0.5) / (self.num_layers + 1)
+    return table[(threshold.astype(jnp.int32) + generated) % len(self.depths)]
+
+  def depths_of(self, rows: int, length: int) -> np.ndarray:
+    """The exit layer of every token, [rows, length]."""
+    places = starts(rows).astype(int)[:, None] + np.arange(length)
+    return np.asarray(self.depths)[places % len(self.depths)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ForcedMeasure:
+  """A measure whose cost is paid and whose answer is the layer: (layer +- 1/4) / (L + 1).
+
+  The measured value moves the result within a quarter of a layer, so that a compiler has to
+  compute it, and never over a threshold of `Trace`, which lies half a layer below.
+
+  Attributes:
+    inner: the measure.
+    num_layers: L.
+  """
+
+  inner: confidence.Measure
+  num_layers: int
+
+  @property
+  def name(self) -> str:
+    return self.inner.name
+
+  @property
+  def uses_head(self) -> bool:
+    return self.inner.uses_head
+
+  @property
+  def bound(self):
+    inner = self.inner.bound
+    return None if inner is None else lambda view: self._level(view, inner(view))
+
+  def __call__(self, view: confidence.LayerView) -> jax.Array:
+    return self._level(view, self.inner(view))
+
+  def _level(self, view: confidence.LayerView, value: jax.Array) -> jax.Array:
+    return (view.layer - 0.25 + 0.5 * jnp.clip(value, 0.0, 1.0)) / (self.num_layers + 1)
+
+
+def forced(measure: str, depths: tuple[int, ...], num_layers: int) -> exits.DynamicExits:
+  """The rule whose tokens leave at `depths` in turn, measuring at every layer."""
+  inner = confidence.measure(measure)
+  return exits.DynamicExits(
+    ForcedMeasure(inner, num_layers),  # pyright: ignore[reportArgumentType]
+    Trace(depths, num_layers),  # pyright: ignore[reportArgumentType]
+  )
+
+
+def starts(rows: int) -> np.ndarray:
+  """Where each row begins in a trace."""
+  return np.arange(rows, dtype=np.float32) * 61
+
+
+def mixed_depths(num_layers: int, seed: int = 2) -> tuple[int, ...]:
+  """Geometric exit layers, mean about 2.4: most tokens shallow, some at full depth."""
+  drawn = np.random.default_rng(seed).geometric(0.42, size=997)
+  return tuple(int(depth) for depth in np.minimum(drawn, num_layers))
+
+
+def grid(shapes, batch_sizes, input_lengths, decode_lengths, num_prompts) -> list[Setting]:
+  """Every setting asked for; models outermost, so that each is loaded once."""
+  product = itertools.product(shapes, input_lengths, decode_lengths, batch_sizes)
+  return [Setting(s, b, i, d, max(num_prompts, b)) for s, i, d, b in product]

@@ -1,0 +1,168 @@
+"""Ours, as `benchmark.py` times it: full depth, static k, forced and real exits, engines."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+
+import benchmark_models as models
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from calm import confidence, costs, engines, exits, programs, step
+
+# Ways of running the loop; a rule's own default is what `inference` takes.
+ENGINES: dict[str, engines.Engine | None] = {"default": None, "eager": engines.Eager()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+  """What one run made.
+
+  Attributes:
+    tokens: one [batch, length] array a batch of prompts.
+    exit_layers: the same for exits; None where the system has none.
+  """
+
+  tokens: list[np.ndarray]
+  exit_layers: list[np.ndarray] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+  """One row of the table.
+
+  Attributes:
+    name: what it is.
+    decode: decodes every batch and waits for the result.
+    encode: encodes every batch and waits; None where the time of another row is the same.
+    pieces: costs of a step, for the floor; None for peers.
+    measured_layers: layers that every token runs, where they are known beforehand.
+    by_difference: `decode` encodes too, and `encode` decodes one token: the decoder's time is
+      their difference, over a step less.
+    exact: exits that must come out, one [batch, length] array a batch, or None.
+    peer: somebody else's.
+  """
+
+  name: str
+  decode: Callable[[], Decoded]
+  encode: Callable[[], object] | None = None
+  pieces: costs.DecodingCosts | None = None
+  measured_layers: float | None = None
+  by_difference: bool = False
+  exact: list[np.ndarray] | None = None
+  peer: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ours:
+  """Makes the systems of one model in one setting."""
+
+  model: models.Model
+  setting: models.Setting
+
+  @functools.cached_property
+  def tokens(self) -> list[jax.Array]:
+    """The prompts, a batch an array."""
+    return [jnp.asarray(batch) for batch in models.batches(self.model, self.setting)]
+
+  @functools.cached_property
+  def encoded(self) -> list[step.Encoded]:
+    """The prompts encoded once, for every rule."""
+    return self.encode()
+
+  def systems(
+    self, depths: Sequence[int], measures: Sequence[str], thresholds: Sequence[float]
+  ) -> list[System]:
+    """Full depth, the static models, then the dynamic exits of every measure and engine."""
+    num_layers = self.model.config.num_decoder_layers
+    depths = [depth for depth in depths if depth < num_layers]
+    made = [self.system("full depth", exits.StaticExit(), num_layers, encode=True)]
+    made += [self.system(f"static {k}", exits.StaticExit(k), k) for k in depths]
+    forced: dict[str, tuple[int, ...]] = {f"forced {k}": (k,) for k in depths}
+    forced["mixed"] = models.mixed_depths(num_layers)
+    forced["never"] = (num_layers,)
+    for measure in measures:
+      for engine in ENGINES:
+        for name, trace in forced.items():
+          made.append(self.forced(f"{measure}, {name}", measure, trace, engine))
+        for threshold in thresholds:
+          rule = exits.DynamicExits(confidence.measure(measure))
+          name = f"{measure}, threshold {threshold:g}, {engine}"
+          made.append(self.system(name, rule, None, threshold, engine))
+    return made
+
+  def forced(self, name: str, measure: str, depths: tuple[int, ...], engine: str) -> System:
+    """Exits at known layers; the run checks that they came out."""
+    rule = models.forced(measure, depths, self.model.config.num_decoder_layers)
+    rows, length = self.setting.batch_size, self.setting.decode_length
+    made = self.system(f"{name}, {engine}", rule, None, models.starts(rows), engine)
+    if self.model.eos_id != models.NO_EOS:  # rows end where they end
+      return made
+    trace = models.Trace(depths, self.model.config.num_decoder_layers)
+    expected = trace.depths_of(rows, length)
+    return dataclasses.replace(made, exact=[expected] * len(self.tokens))
+
+  def system(
+    self,
+    name: str,
+    rule: exits.StepRule,
+    measured_layers: float | None,
+    threshold: float | np.ndarray = 0.0,
+    engine: str = "default",
+    encode: bool = False,
+  ) -> System:
+    """One rule under one engine."""
+    program = self._program(rule, engine)
+    limit = jnp.asarray(threshold, jnp.float32)
+    active = jnp.ones(self.setting.batch_size, bool)
+
+    def decode() -> Decoded:
+      made = [
+        program.decode(self.model.weights, encoded, active, limit) for encoded in self.encoded
+      ]
+      made = jax.device_get(made)
+      return Decoded([m.tokens for m in made], [m.exit_layers for m in made])
+
+    pieces = costs.decoding_costs(
+      self.model.config,
+      input_length=self.setting.input_length,
+      cache_length=self.setting.decode_length,
+      num_pieces=self.model.num_pieces,
+    )
+    return System(
+      name, decode, self.encode if encode else None, pieces, measured_layers=measured_layers
+    )
+
+  def _program(self, rule, engine="default") -> programs.Program:
+    model, length = self.model, self.setting.decode_length
+    return programs.Program(model.config, rule, length, model.eos_id, engine=ENGINES[engine])
+
+  def encode(self) -> list[step.Encoded]:
+    """Encoder and cross-attention keys and values of every batch."""
+    program = self._program(exits.StaticExit())
+    encoded = [program.encode(self.model.weights, tokens) for tokens in self.tokens]
+    return jax.block_until_ready(encoded)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Memory:
+  """Reads a buffer as large as a model's decoder: what bounds a step from below."""
+
+  num_bytes: int
+  threads: int
+
+  @functools.cached_property
+  def parts(self) -> list[np.ndarray]:
+    """The buffer, a part a thread."""
+    return np.array_split(np.ones(self.num_bytes // 4, np.float32), self.threads)
+
+  def bytes_per_second(self) -> float:
+    """One reading by all threads, each over a part of its own."""
+    with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
+      list(pool.map(np.size, self.parts))
+      start = time.perf_counter()
+      list(pool.map(lambda part: np.dot(part, part), self.parts))
+      return self.num_bytes / (time.perf_counter() - start)

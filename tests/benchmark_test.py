@@ -1,0 +1,113 @@
+"""The benchmark at a tiny shape: forced exits come out, tables are whole, peers are named."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
+TINY = ("--shapes=tiny", "--batch_sizes=2", "--input_lengths=16", "--decode_lengths=6")
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+  """The scripts as modules, as `python scripts/benchmark.py` finds them."""
+  monkeypatch.syspath_prepend(str(SCRIPTS))
+  import benchmark
+  import benchmark_models
+  import benchmark_peers
+  import benchmark_systems
+
+  yield {
+    "benchmark": benchmark,
+    "models": benchmark_models,
+    "peers": benchmark_peers,
+    "systems": benchmark_systems,
+  }
+  jax.config.update("jax_enable_compilation_cache", True)
+  for name in [name for name in sys.modules if name.startswith("benchmark")]:
+    del sys.modules[name]
+
+
+def test_one_command_makes_one_table(scripts, tmp_path, capsys):
+  benchmark = scripts["benchmark"]
+  path = tmp_path / "table"
+  options = ("--depths=1", "--measures=classifier", "--repeats=2", "--shortlist=8", "--peers=")
+  chosen = "--systems=static,mixed"
+  assert benchmark.main([*TINY, *options, chosen, f"--output={path}"]) == 0
+  table = json.loads(path.with_suffix(".json").read_text())
+  rows = {row["system"]: row for row in table["rows"]}
+  assert {"full depth", "static 1", "classifier, mixed, default"} <= set(rows)
+  assert rows["full depth"]["layers"] == 4 and rows["static 1"]["layers"] == 1
+  mixed = rows["classifier, mixed, default"]
+  assert 1 < mixed["layers"] < 4
+  for row in rows.values():
+    assert 0 < row["low"] <= row["median"] <= row["high"] and row["compile_seconds"] >= 0
+    assert row["floor"] > 0
+  assert mixed["over_static"] > 0 and rows["static 1"]["over_static"] == pytest.approx(1)
+  assert rows["full depth"]["agreement"] == 1 and mixed["agreement"] is None
+  about = table["about"]
+  assert about["cores"] >= 1 and "jax" in about["versions"]
+  printed = capsys.readouterr().out
+  assert printed.strip() == path.with_suffix(".md").read_text().strip()
+  assert "| classifier, mixed, default |" in printed
+
+
+@pytest.mark.parametrize("measure", ["state", "shortlist"])
+def test_forced_exits_are_exact_for_every_row_and_token(scripts, measure):
+  models, systems = scripts["models"], scripts["systems"]
+  setting = models.Setting("tiny", 3, 16, 6)
+  ours = systems.Ours(models.load("tiny", "float32", 8), setting)
+  system = ours.forced("mixed", measure, models.mixed_depths(4), "default")
+  (got,) = system.decode().exit_layers
+  np.testing.assert_array_equal(got, system.exact[0])
+  assert len(np.unique(got)) > 2
+  assert (got[0] != got[1]).any()
+
+
+def test_a_forced_measure_depends_on_what_it_measures(scripts):
+  """Meta: a measure whose value could not matter might not be computed."""
+  models = scripts["models"]
+
+  @dataclasses.dataclass(frozen=True)
+  class Given:
+    name, uses_head, bound = "given", False, None
+
+    def __call__(self, view):
+      return view.hidden
+
+  forced = models.ForcedMeasure(Given(), 4)
+  view = lambda value: dataclasses.make_dataclass("View", ["layer", "hidden"])(
+    2, jnp.asarray(value)
+  )
+  low, high = forced(view(0.0)), forced(view(1.0))
+  assert low < high
+  trace = models.Trace((2, 3), 4)
+  two, three = (trace(jnp.asarray(0.0), jnp.asarray(t)) for t in (0, 1))
+  assert two <= low and high < three
+
+
+def test_a_peer_that_is_not_there_is_named(scripts):
+  peers = scripts["peers"]
+  assert peers.not_installed("json") is None
+  assert "no_such_package" in peers.not_installed("json", "no_such_package")
+  assert {"t5x", "t5x_calm", "transformers", "ctranslate2"} == {p.name for p in peers.PEERS}
+
+
+def test_rows_are_counted_to_their_end(scripts):
+  benchmark, decoded = scripts["benchmark"], scripts["systems"].Decoded
+  tokens = np.array([[5, 1, 0, 0], [5, 6, 7, 8]])
+  np.testing.assert_array_equal(benchmark.lengths(tokens, 1), [2, 4])
+  other = np.array([[5, 1, 9, 9], [5, 6, 7, 9]])
+  assert benchmark.agreement(decoded([other]), decoded([tokens]), 1) == pytest.approx(5 / 6)
+
+
+def test_an_unknown_shape_is_refused(scripts, capsys):
+  with pytest.raises(SystemExit):
+    scripts["benchmark"].parse(["--shapes=huge"])
+  assert "Expected shapes among" in capsys.readouterr().err
