@@ -26,6 +26,8 @@ MAY_IMPORT = {
   "prompts": {"vocabulary"},
   "step": {"layers", "network", "propagation", "weights"},
   "weights": {"network"},
+  "engines": {"decoding", "exits", "network", "step"},
+  "deferred": {"engines", "exits", "step", "walk"},
 }
 
 

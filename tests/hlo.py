@@ -1,0 +1,99 @@
+"""Reads compiled HLO: which operations run inside loops, and how large their results are."""
+
+import dataclasses
+import re
+
+import numpy as np
+
+# No computation of their own, or in place by definition of the loop.
+FREE = {
+  "parameter",
+  "get-tuple-element",
+  "tuple",
+  "while",
+  "conditional",
+  "bitcast",
+  "constant",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+  """One instruction.
+
+  Attributes:
+    opcode: `copy`, `fusion`, ...
+    elements: numbers in its result; 0 for tuples.
+    calls: computations that it runs.
+    is_root: whether it is its computation's result.
+    text: the line.
+  """
+
+  opcode: str
+  elements: int
+  calls: tuple[str, ...]
+  is_root: bool
+  text: str
+
+
+def computations(text: str) -> dict[str, list[Operation]]:
+  """Instructions of every computation of a module's text."""
+  out: dict[str, list[Operation]] = {}
+  name = ""
+  for line in text.splitlines():
+    header = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+    if header:
+      name = header[1]
+      out[name] = []
+    found = re.match(r"\s+(ROOT )?%?[\w.\-]+ = (\(.*?\) |\S+ )([\w\-]+)\(", line)
+    if found:
+      shape = re.match(r"\w+\[([\d,]*)\]", found[2])
+      sizes = [int(x) for x in shape[1].split(",") if x] if shape else [0]
+      listed = (
+        r"(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+      )
+      calls = re.findall(listed, line)
+      for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
+        calls += re.findall(r"%?([\w.\-]+)", group)
+      operation = Operation(found[3], int(np.prod(sizes)), tuple(calls), bool(found[1]), line)
+      out[name].append(operation)
+  return out
+
+
+def in_loops(text: str) -> list[Operation]:
+  """Instructions that run in the body of some `while`, those inside fusions left out."""
+  module = computations(text)
+  todo = [
+    call
+    for operations in module.values()
+    for operation in operations
+    if operation.opcode == "while"
+    for call in operation.calls
+  ]
+  seen: set[str] = set()
+  while todo:
+    name = todo.pop()
+    if name in seen:
+      continue
+    seen.add(name)
+    for operation in module[name]:
+      if operation.opcode in ("while", "conditional", "call"):
+        todo += operation.calls
+  return [operation for name in sorted(seen) for operation in module[name]]
+
+
+def large(text: str, elements: int) -> list[Operation]:
+  """Operations in loops that make `elements` numbers or more; updates in place are none."""
+  module = computations(text)
+
+  def in_place(operation: Operation) -> bool:
+    if operation.opcode != "fusion":
+      return operation.opcode in FREE | {"dynamic-update-slice"}
+    (root,) = (inner for inner in module[operation.calls[0]] if inner.is_root)
+    # A reshape of the updated buffer moves nothing.
+    opcodes = {inner.opcode for inner in module[operation.calls[0]]}
+    return root.opcode == "dynamic-update-slice" or (
+      root.opcode == "bitcast" and "dynamic-update-slice" in opcodes
+    )
+
+  return [x for x in in_loops(text) if x.elements >= elements and not in_place(x)]

@@ -1,0 +1,83 @@
+"""No cache-sized buffer is made in the decode loop (performance.md), read off compiled HLO."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from calm import confidence, deferred, engines, exits, programs
+from tests import engine, hlo
+
+LENGTH = 512
+SHALLOW = exits.DynamicExits(confidence.Classifier())
+
+
+def compiled(rule, made) -> str:
+  """A toy's decode at B = 8 and length 512, as users compile it."""
+  toy = engine.toy(num_decoder_layers=3, num_encoder_layers=1)
+  program = programs.Program(toy.config, rule, LENGTH, engine=made)
+  args = toy.weights, engine.encode(toy), jnp.ones(8, bool), jnp.float32(0)
+  leaves, tree = jax.tree.flatten(args)
+  run = lambda leaves: program.decode(*jax.tree.unflatten(tree, leaves))
+  return jax.jit(run).lower(leaves).compile().as_text()
+
+
+def half_a_layers_cache() -> int:
+  config = engine.toy().config
+  return 8 * config.num_heads * config.head_dim * LENGTH  # its keys: half of keys and values
+
+
+@pytest.mark.parametrize(
+  ("rule", "made"),
+  [
+    (SHALLOW, deferred.Deferred()),
+    (SHALLOW, engines.Eager()),
+    (exits.StaticExit(), engines.Eager()),
+  ],
+  ids=["deferred", "eager", "static"],
+)
+def test_no_operation_in_the_loop_makes_half_of_a_layers_cache(rule, made):
+  text = compiled(rule, made)
+  assert not [operation.text for operation in hlo.large(text, half_a_layers_cache())]
+  # Meta: the loop was found, and in it the updates in place that are excused.
+  sizes = [operation.elements for operation in hlo.in_loops(text)]
+  assert max(sizes) >= half_a_layers_cache() and len(sizes) > 100
+
+
+def test_the_check_finds_caches_that_are_copied(monkeypatch):
+  """Meta: where nothing ties the update to the reads, XLA copies the cache."""
+  monkeypatch.setattr(engines, "after", lambda position, made: position)
+  text = compiled(exits.DynamicExits(confidence.State()), engines.Eager())
+  opcodes = {operation.opcode for operation in hlo.large(text, half_a_layers_cache())}
+  assert "copy" in opcodes
+
+
+def test_the_parser_reads_loops_and_fusions():
+  text = """
+%fused (p: f32[4,8]) -> f32[4,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  ROOT %d = f32[4,8]{1,0} dynamic-update-slice(%p, %p, %p)
+}
+%other (p: f32[4,8]) -> f32[4,8] {
+  %q = f32[4,8]{1,0} parameter(0)
+  ROOT %e = f32[4,8]{1,0} exponential(%q)
+}
+%body (t: (f32[4,8], s32[])) -> (f32[4,8], s32[]) {
+  %t = (f32[4,8]{1,0}, s32[]) parameter(0)
+  %a = f32[4,8]{1,0} fusion(%t), kind=kLoop, calls=%fused
+  %b = f32[4,8]{1,0} fusion(%a), kind=kLoop, calls=%other
+  ROOT %c = (f32[4,8]{1,0}, s32[]) tuple(%b, %b)
+}
+%condition (t: (f32[4,8], s32[])) -> pred[] {
+  ROOT %k = pred[] constant(true)
+}
+ENTRY %main (p: f32[4,8]) -> (f32[4,8], s32[]) {
+  %x = f32[4,8]{1,0} copy(%p)
+  ROOT %w = (f32[4,8]{1,0}, s32[]) while(%x), condition=%condition, body=%body
+}
+"""
+  assert [x.calls for x in hlo.large(text, 32)] == [("other",)]
+  assert [x.opcode for x in hlo.large(text, 33)] == []
+  assert {x.opcode for x in hlo.in_loops(text)} == {"parameter", "fusion", "tuple", "constant"}
+  assert dataclasses.asdict(hlo.computations(text)["main"][0])["opcode"] == "copy"
