@@ -34,7 +34,17 @@ except ModuleNotFoundError as error:
     name=error.name,
   ) from error
 
-from calm import confidence, exits, network, objectives, programs, schedules, step, t5x_loops
+from calm import (
+  confidence,
+  engines,
+  exits,
+  network,
+  objectives,
+  programs,
+  schedules,
+  step,
+  t5x_loops,
+)
 
 Params = Any
 Batch = Mapping[str, jax.Array]
@@ -62,6 +72,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     threshold: float = schedules.NEVER_EXIT,
     shortlist: Sequence[int] | None = None,
     objective: objectives.Objective | None = None,
+    engine: engines.Engine | None = None,
   ):
     """T5X's arguments, and what early exit adds.
 
@@ -82,6 +93,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
         the program is the full model's.
       shortlist: likely tokens, for the measure 'shortlist'.
       objective: the training stage; None is Eq. 6 with this `z_loss`.
+      engine: how decode steps run, as in `programs.Program`; None takes the fastest.
 
     Raises:
       ValueError: another architecture, label smoothing, or a threshold outside [0, 1].
@@ -108,6 +120,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     self.threshold = threshold
     self.shortlist = shortlist
     self.objective = objective or objectives.LayerWeighted(z_loss=z_loss)
+    self.engine = engine
 
   @property
   def config(self) -> network.T5Config:
@@ -172,10 +185,10 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     weights = programs.model_weights(params, self.config, self._num_pieces, self.shortlist)
     encoded = self._encode(params, weights, batch["encoder_input_tokens"])
     rows = t5x_loops.make_rows(encoded, prefix, threshold, eos_id, num_decodes)
-    loop = t5x_loops.Loop(self.config, rule, prefix.shape[1])
+    loop = t5x_loops.Loop(self.config, rule, prefix.shape[1], self.engine)
     decodes, scores, *same_pass = self._decode_fn(
       inputs=prefix,
-      cache=loop.empty_cache(prefix.shape[0]),
+      cache=loop.empty_cache(weights.decoder, rows, prefix.shape[0]),
       tokens_to_logits=loop.bind(weights.decoder, rows, eos_id),
       num_decodes=num_decodes,
       cache_offset=0,

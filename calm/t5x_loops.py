@@ -9,7 +9,7 @@ teacher-forced pass over what was returned. This module does not import T5X.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from calm import decoding, exits, network, schedules, step
+from calm import decoding, engines, exits, network, programs, schedules, step
 
 LoopCache = dict[str, Any]
 
@@ -106,6 +106,22 @@ def make_rows(
 
 
 @dataclasses.dataclass(frozen=True)
+class AfterPrefix:
+  """A schedule of free tokens: t starts after the prefix, which itself never exits early.
+
+  A forced token is context, not output: what it stores is stored at full depth.
+  """
+
+  inner: schedules.Schedule
+  rows: Rows
+  name: ClassVar[str] = "after_prefix"
+
+  def __call__(self, threshold, position):
+    here = self.inner(threshold, _at(self.rows.generated, position))
+    return jnp.where(_at(self.rows.forced, position), schedules.NEVER_EXIT, here)
+
+
+@dataclasses.dataclass(frozen=True)
 class Loop:
   """The early-exit step as T5X's loops call it; static, like `programs.Program`.
 
@@ -113,76 +129,52 @@ class Loop:
     config: the model's sizes.
     rule: how a token goes through the layers.
     length: positions in the caches.
+    engine: how steps run, or None for the fastest of the rule; results do not depend on it.
   """
 
   config: network.T5Config
   rule: exits.StepRule
   length: int
+  engine: engines.Engine | None = None
 
-  def empty_cache(self, batch_size: int) -> LoopCache:
-    """A cache that T5X's loops can tile, flatten and gather: plain dictionaries of arrays."""
-    caches = step.empty_caches(
-      self.config, batch_size, self.length, self.rule.depth(self.config.num_decoder_layers)
-    )
+  def _bound(self, weights: Any, rows: Rows) -> engines.Bound:
+    rule = self.rule
+    if isinstance(rule, exits.DynamicExits):
+      rule = dataclasses.replace(rule, schedule=AfterPrefix(rule.schedule, rows))
+    task = engines.Task(self.config, rule, weights, rows.encoded, rows.threshold, self.length)
+    return (self.engine or programs.default_engine(rule))(task)
+
+  def empty_cache(self, weights: Any, rows: Rows, batch_size: int) -> LoopCache:
+    """A cache that T5X's loops can tile, flatten and gather: plain dictionaries of arrays.
+
+    Args:
+      weights: the decoder, from `programs.model_weights`.
+      rows: from `make_rows`.
+      batch_size: rows of the cache: of the batch, before a loop of T5X's multiplies them.
+    """
+    empty = self._bound(weights, rows).empty
+    empty = jax.tree.map(lambda x: x[:batch_size] if x.ndim else x, empty)
     floats = jnp.zeros((batch_size, self.length), jnp.float32)
-    return {
-      "cache_index": jnp.array(0, jnp.int32),
-      "exits": {
-        "exit_layers": jnp.zeros((batch_size, self.length), jnp.int32),
-        "confidences": floats,
-        "rejected_confidences": floats,
-      },
-      **{
-        f"layers_{i}": {"past_keys": cache.keys, "past_values": cache.values}
-        for i, cache in enumerate(caches)
-      },
+    seen = {
+      "exit_layers": jnp.zeros((batch_size, self.length), jnp.int32),
+      "confidences": floats,
+      "rejected_confidences": floats,
     }
+    return _to_loop(jnp.array(0, jnp.int32), seen, empty)
 
   def bind(
     self, weights: Any, rows: Rows, eos_id: int | jax.Array
   ) -> Callable[[Any], tuple[jax.Array, LoopCache]]:
     """The function that T5X's loops call with their `DecodingState` at every position."""
-    table = step.bias_table(weights, self.config, self.length)
+    bound = self._bound(weights, rows)
 
     def tokens_to_logits(state) -> tuple[jax.Array, LoopCache]:
       # The prefix may hold EOS tokens; one more than those was generated, and ends the row.
       num_eos = jnp.sum(state.sequences == eos_id, axis=1)
       active = num_eos <= rows.num_eos
-      return self._step(weights, rows, table, state.cur_token[:, 0], active, state.cache)
+      return _step(bound, rows, state.cur_token[:, 0], active, state.cache)
 
     return tokens_to_logits
-
-  def _step(self, weights, rows: Rows, table, current, active, cache: LoopCache):
-    position = cache["cache_index"]
-    at = lambda array: lax.dynamic_index_in_dim(array, position, 1, keepdims=False)
-    forced = at(rows.forced)
-    # A forced token is context, not output: it is written at full depth and never counted.
-    threshold = jnp.where(forced, schedules.NEVER_EXIT, rows.threshold)
-    caches = _layer_caches(cache)
-    decoder = step.DecoderStep(
-      weights, self.config, rows.encoded, caches, table.at(position), table.current
-    )
-    hidden = weights.embedding[current]
-    token_exit = self.rule(decoder.layers(), hidden, active, threshold, at(rows.generated))
-    caches = step.write_rows(caches, token_exit.rows, _after(position, token_exit.logits))
-    counted = active & jnp.logical_not(forced)
-    seen = {
-      "exit_layers": token_exit.exit_layer,
-      "confidences": token_exit.confidence,
-      "rejected_confidences": token_exit.rejected_confidence,
-    }
-    new_cache = {
-      "cache_index": position + 1,
-      "exits": {
-        name: _put(array, position, jnp.where(counted, seen[name], 0).astype(array.dtype))
-        for name, array in cache["exits"].items()
-      },
-      **{
-        f"layers_{i}": {"past_keys": layer.keys, "past_values": layer.values}
-        for i, layer in enumerate(caches)
-      },
-    }
-    return token_exit.logits, new_cache
 
   def replay(
     self,
@@ -199,9 +191,9 @@ class Loop:
       tokens: prefix, generated tokens, padding.
       eos_id: the token that ended them.
     """
+    bound = self._bound(weights, rows)
     real = real_tokens(tokens, rows, eos_id)
     inputs = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
-    table = step.bias_table(weights, self.config, self.length)
 
     def unfinished(cache):
       position = cache["cache_index"]
@@ -210,11 +202,46 @@ class Loop:
 
     def advance(cache):
       position = cache["cache_index"]
-      at = lambda array: lax.dynamic_index_in_dim(array, position, 1, keepdims=False)
-      return self._step(weights, rows, table, at(inputs), at(real), cache)[1]
+      return _step(bound, rows, _at(inputs, position), _at(real, position), cache)[1]
 
-    cache = lax.while_loop(unfinished, advance, self.empty_cache(tokens.shape[0]))
-    return Exits(**cache["exits"])
+    cache = self.empty_cache(weights, rows, tokens.shape[0])
+    return Exits(**lax.while_loop(unfinished, advance, cache)["exits"])
+
+
+def _step(bound: engines.Bound, rows: Rows, current, active, cache: LoopCache):
+  """One position of every row -> logits and the cache after it."""
+  position = cache["cache_index"]
+  carried = _from_loop(cache, bound.empty)
+  made, carried = bound.take_step(current, position, active, carried)
+  counted = active & jnp.logical_not(_at(rows.forced, position))
+  columns = {
+    "exit_layers": made.exit_layer,
+    "confidences": made.confidence,
+    "rejected_confidences": made.rejected_confidence,
+  }
+  seen = {
+    name: _put(array, position, jnp.where(counted, columns[name], 0).astype(array.dtype))
+    for name, array in cache["exits"].items()
+  }
+  return made.logits, _to_loop(position + 1, seen, carried)
+
+
+def _to_loop(position: jax.Array, seen: dict[str, jax.Array], carried: Any) -> LoopCache:
+  """T5X goes by the names of leaves: those called `cache_index` have no row axis."""
+  leaves = jax.tree.leaves(carried)
+  name = lambda leaf: "per_row" if leaf.ndim else "cache_index"
+  return {
+    "cache_index": position,
+    "exits": seen,
+    **{f"carried_{i}": {name(leaf): leaf} for i, leaf in enumerate(leaves)},
+  }
+
+
+def _from_loop(cache: LoopCache, like: Any) -> Any:
+  """What the engine carries, in its own structure."""
+  structure = jax.tree.structure(like)
+  leaves = [next(iter(cache[f"carried_{i}"].values())) for i in range(structure.num_leaves)]
+  return jax.tree.unflatten(structure, leaves)
 
 
 def real_tokens(
@@ -308,18 +335,9 @@ def greedy_decode(
   return state.sequences[:, None, 1:], scores[:, None], Exits(**state.cache["exits"])
 
 
-def _layer_caches(cache: LoopCache) -> tuple[step.Cache, ...]:
-  names = sorted(
-    (name for name in cache if name.startswith("layers_")), key=lambda n: int(n[7:])
-  )
-  return tuple(step.Cache(cache[n]["past_keys"], cache[n]["past_values"]) for n in names)
+def _at(array: jax.Array, position: jax.Array) -> jax.Array:
+  return lax.dynamic_index_in_dim(array, position, 1, keepdims=False)
 
 
 def _put(array: jax.Array, position: jax.Array, column: jax.Array) -> jax.Array:
   return lax.dynamic_update_slice_in_dim(array, column[:, None], position, axis=1)
-
-
-def _after(position: jax.Array, logits: jax.Array) -> jax.Array:
-  """`position`, known to XLA only once the logits are: else it copies caches read late."""
-  token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  return position + jnp.minimum(token[0], 0)

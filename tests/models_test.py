@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import confidence, exits, losses, objectives, parameters, schedules
+from calm import confidence, deferred, engines, exits, losses, objectives, parameters, schedules
 from tests import engine, t5x_setup
 
 models = t5x_setup.import_models()
@@ -16,6 +16,7 @@ pytestmark = t5x_setup.MARKS
 
 NEVER = schedules.NEVER_EXIT
 BATCH = len(engine.PROMPTS)
+ENGINES = {"eager": engines.Eager(), "deferred": deferred.Deferred()}
 
 
 def greedy(**options):
@@ -188,7 +189,8 @@ def test_decoder_params_stay_as_they_are_and_the_threshold_stays_here():
     )
 
 
-def test_sampling_returns_the_exits_that_its_loop_had():
+@pytest.mark.parametrize("run_by", ENGINES)
+def test_sampling_returns_the_exits_that_its_loop_had(run_by):
   """Replay against a cache leaf, read in the last `state_callback_fn` call."""
   from t5x import decoding
 
@@ -207,7 +209,7 @@ def test_sampling_returns_the_exits_that_its_loop_had():
     decoding.temperature_sample, temperature=0.7, topk=5, state_callback_fn=keep
   )
   toy = engine.toy()
-  model = t5x_setup.model(toy, decode_fn=sample)
+  model = t5x_setup.model(toy, decode_fn=sample, engine=ENGINES[run_by])
   options = {**lambdas(0.4), "decode_rng": jax.random.key(3)}
   predict = predictor(model, num_decodes=3, return_all_decodes=True)
   decodes, aux = jax.block_until_ready(
@@ -230,14 +232,16 @@ def test_sampling_returns_the_exits_that_its_loop_had():
   assert 1 < np.mean(layers[layers > 0]) < 4
 
 
-def test_beam_search_is_t5x_own_at_full_depth_and_exits_follow_its_order():
+@pytest.mark.parametrize("run_by", ENGINES)
+def test_beam_search_is_t5x_own_at_full_depth_and_exits_follow_its_order(run_by):
   from t5x import decoding
 
   toy, batch = engine.toy(), t5x_setup.batch()
   options = dict(num_decodes=4, return_all_decodes=True)
   theirs = t5x_setup.t5x_model(toy, decode_fn=decoding.beam_search)
   expected, scores = predictor(theirs, **options)(t5x_setup.t5x_params(toy), batch, {})
-  model = t5x_setup.model(toy, pieces=toy.sizes.vocab_size, decode_fn=decoding.beam_search)
+  arguments = dict(pieces=toy.sizes.vocab_size, engine=ENGINES[run_by])
+  model = t5x_setup.model(toy, decode_fn=decoding.beam_search, **arguments)
   predict = predictor(model, **options)
   got, aux = predict(t5x_setup.params(toy), batch, lambdas(NEVER))
   np.testing.assert_array_equal(got, expected)

@@ -1,0 +1,120 @@
+"""Early exit as other loops call it, without T5X: the cache they may shuffle, and replay."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import confidence, deferred, engines, exits, schedules, t5x_loops
+from tests import engine
+
+NEVER = schedules.NEVER_EXIT
+RULE = exits.DynamicExits(confidence.Softmax(), engine.DECAYING)
+ENGINES = {"eager": engines.Eager(), "deferred": deferred.Deferred()}
+EOS = 1
+
+
+def compiled(function):
+  return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def bound(toy, name, prefix=None, num_decodes=1, threshold=0.4):
+  encoded = engine.encode(toy)
+  empty = jnp.zeros((len(engine.PROMPTS), engine.LENGTH), jnp.int32)
+  prefix = empty if prefix is None else jnp.asarray(prefix, jnp.int32)
+  rows = t5x_loops.make_rows(encoded, prefix, threshold, EOS, num_decodes)
+  loop = t5x_loops.Loop(toy.config, RULE, engine.LENGTH, ENGINES[name])
+  return loop, rows, prefix
+
+
+def decoded(toy, name, threshold, prefix=None):
+  """(tokens, scores, exits of the same pass, exits by replay)."""
+
+  def run(weights, threshold):
+    loop, rows, given = bound(toy, name, prefix, threshold=threshold)
+    tokens, scores, same_pass = t5x_loops.greedy_decode(
+      given,
+      loop.empty_cache(weights, rows, len(given)),
+      loop.bind(weights, rows, EOS),
+      EOS,
+    )
+    return tokens[:, 0], scores[:, 0], same_pass, loop.replay(weights, rows, tokens[:, 0], EOS)
+
+  return compiled(run)(toy.weights.decoder, jnp.asarray(threshold, jnp.float32))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_it_is_our_own_decoder_and_replay_finds_the_same_exits(name):
+  toy, expected = engine.toy(), engine.run(engine.toy(), RULE, 0.6).generation
+  tokens, scores, *both = decoded(toy, name, 0.6)
+  np.testing.assert_array_equal(tokens, expected.tokens)
+  np.testing.assert_allclose(scores, expected.scores, atol=1e-4)
+  for found in both:
+    for name, field in (
+      ("exit_layers", found.exit_layers),
+      ("confidences", found.confidences),
+      ("rejected_confidences", found.rejected_confidences),
+    ):
+      np.testing.assert_allclose(field, getattr(expected, name), atol=1e-4)
+  assert 1 < expected.mean_layers < 4 and np.any(expected.tokens == EOS)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_leaf_of_the_cache_has_its_rows_first_and_is_finite(name):
+  toy = engine.toy()
+  loop, rows, _ = bound(toy, name, num_decodes=3)
+  cache = loop.empty_cache(toy.weights.decoder, rows, 8)
+  excluded = ("cache_index", "cached_bias", "position_embedder_index")
+  for path, leaf in jax.tree.leaves_with_path(cache):
+    assert all(isinstance(key, jax.tree_util.DictKey) for key in path)
+    assert leaf.shape[:1] == (8,) if path[-1].key not in excluded else leaf.ndim == 0
+    assert np.all(np.isfinite(leaf))
+  assert cache["cache_index"].shape == ()
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_shuffling_the_rows_of_a_cache_shuffles_what_follows(name):
+  """What beam search does between two steps."""
+  toy, order = engine.toy(), np.array([3, 3, 0, 1, 7, 6, 5, 2])
+  loop, rows, prefix = bound(toy, name)
+  weights = toy.weights.decoder
+  same_prompt = dataclasses.replace(
+    rows, encoded=jax.tree.map(lambda x: jnp.repeat(x[:1], 8, 0), rows.encoded)
+  )
+  step = compiled(loop.bind(weights, same_prompt, EOS))
+  tokens = [jnp.arange(5, 13)[:, None], jnp.arange(20, 28)[:, None]]
+  state = lambda token, cache: t5x_loops.LoopState(None, prefix, token, cache)
+  _, cache = step(state(tokens[0], loop.empty_cache(weights, same_prompt, 8)))
+  shuffled = jax.tree.map(lambda x: x[order] if x.ndim else x, cache)
+  logits, _ = step(state(tokens[1], cache))
+  got, after = step(state(tokens[1][order], shuffled))
+  np.testing.assert_allclose(got, logits[order], atol=1e-4)
+  assert after["cache_index"] == 2
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_prefix_with_an_eos_ends_nothing_and_is_not_counted(name):
+  prefix = np.zeros((8, engine.LENGTH), int)
+  prefix[::2, 1:4] = [7, EOS, 9]
+  tokens, _, same_pass, replayed = decoded(engine.toy(), name, 0.0, prefix)
+  np.testing.assert_array_equal(tokens[::2, :3], prefix[::2, 1:4])
+  for found in (same_pass, replayed):
+    assert np.all(found.exit_layers[::2, :3] == 0) and np.all(found.exit_layers[::2, 3] > 0)
+    assert np.all(found.exit_layers[1::2, 0] > 0)
+  np.testing.assert_array_equal(same_pass.exit_layers, replayed.exit_layers)
+
+
+def test_real_tokens_end_with_the_generated_eos_or_the_last_that_is_not_padding():
+  tokens = jnp.array([[5, 1, 0, 0], [5, 6, 0, 0], [1, 7, 1, 9], [0, 0, 0, 0], [5, 0, 6, 0]])
+  rows = dataclasses.replace(
+    bound(engine.toy(), "eager")[1], num_eos=jnp.array([0, 0, 1, 0, 0])
+  )
+  got = np.sum(t5x_loops.real_tokens(tokens, rows, EOS), axis=1)
+  np.testing.assert_array_equal(got, [2, 2, 3, 0, 3])
+
+
+def test_greedy_decoding_refuses_several_decodes():
+  with pytest.raises(ValueError, match="num_decodes"):
+    t5x_loops.greedy_decode(jnp.zeros((1, 2), jnp.int32), {}, lambda s: s, EOS, num_decodes=3)

@@ -1,0 +1,63 @@
+"""Stage two under T5X's trainer and optimizers, and its checkpoints in our own readers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import checkpoints, objectives, parameters
+from tests import engine, t5x_setup
+
+models = t5x_setup.import_models()
+pytestmark = t5x_setup.MARKS
+
+
+def with_decay():
+  from t5x import adafactor
+
+  return adafactor.Adafactor(
+    learning_rate=1e-2, weight_decay_rate=0.1, multiply_by_parameter_scale=False
+  )
+
+
+def after_steps(optimizer, steps=3) -> dict[str, np.ndarray]:
+  """Parameters by path after T5X's own training step of stage two."""
+  from t5x import train_state, trainer
+
+  toy, batch = engine.toy(), t5x_setup.training_batch(engine.toy())
+  model = t5x_setup.model(
+    toy, optimizer_def=optimizer, objective=objectives.ExitClassifier(), z_loss=1e-3
+  )
+  shapes = {name: array.shape for name, array in batch.items()}
+  variables = jax.eval_shape(lambda: model.get_initial_variables(jax.random.key(0), shapes))
+  variables = dict(variables) | {"params": t5x_setup.params(toy)}
+  state = train_state.FlaxOptimTrainState.create(optimizer, variables)
+
+  def one(state, key):
+    return trainer.train_with_lr(state, batch, jnp.float32(0.01), key, model, None)[0]
+
+  step = jax.jit(one, compiler_options={"xla_backend_optimization_level": 0})
+  for i in range(steps):
+    state = step(state, jax.random.key(i))
+  return parameters.flatten(jax.device_get(state.params))
+
+
+def test_only_the_classifier_changes_bit_for_bit_weight_decay_or_not():
+  before = parameters.flatten(engine.toy().params)
+  changed = lambda after: {p for p in before if not np.array_equal(before[p], after[p])}
+  ours = changed(after_steps(models.exit_classifier_optimizer(with_decay())))
+  assert ours == {"decoder/exit_classifier/kernel", "decoder/exit_classifier/bias"}
+  # Meta: frozen gradients alone do not freeze, the decay moves everything.
+  assert len(changed(after_steps(with_decay()))) > len(before) / 2
+
+
+@pytest.mark.parametrize("step", [0, 7])
+def test_an_exported_checkpoint_is_ours_again_bit_for_bit(tmp_path, step):
+  toy = engine.toy()
+  made = models.save_t5x_checkpoint(toy.params, toy.config, str(tmp_path), train_step=step)
+  assert made == f"{tmp_path}/checkpoint_{step}"
+  stored = checkpoints.load(made)
+  assert stored.config == toy.config
+  expected = parameters.flatten(toy.params)
+  for path, leaf in parameters.flatten(stored.params).items():
+    np.testing.assert_array_equal(leaf, expected[path])
