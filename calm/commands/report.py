@@ -92,10 +92,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, announce):
   """(one report a task, the predictor of the last)."""
   from calm import inference
-  from calm.experiments import suite, task_settings
+  from calm.experiments import bench, suite, task_settings
 
   tasks = [task_settings.task(name) for name in arguments.tasks]
-  options = suite.Options(
+  options = bench.Options(
     limit=arguments.limit,
     timed=arguments.timed,
     rounds=arguments.rounds,
@@ -124,7 +124,7 @@ def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, announce):
 
 @contextlib.contextmanager
 def _steps(console: rich_console.Console) -> Iterator:
-  """One bar for the step at work; steps that were cached never show."""
+  """One bar for the step at work, or a line where there is no terminal."""
   columns = rich_progress.Progress.get_default_columns()
   with rich_progress.Progress(
     *columns, rich_progress.TimeElapsedColumn(), console=console, transient=True
@@ -132,7 +132,13 @@ def _steps(console: rich_console.Console) -> Iterator:
     task = bar.add_task("", total=1.0, visible=False)
 
     def announce(text: str):
+      told = console.is_terminal
+
       def progress(share: float, what: str) -> None:
+        nonlocal told
+        if not told:
+          console.print(text, highlight=False)
+          told = True
         bar.update(task, completed=share, description=f"{text} · {what}", visible=True)
 
       bar.reset(task, total=1.0, description=text, visible=False)

@@ -9,9 +9,9 @@ from calm.experiments import scores
 
 # What a reader calls them, and the paper's ROUGE-L on CNN/DM.
 TITLES: Mapping[str, tuple[str, str]] = {
-  "exit_state": ("oracle, d^j to the skipped layers", "38.24"),
-  "first_state": ("oracle, d^1 always", "38.31"),
-  "copy_projections": ("oracle, K^j and V^j copied", "23.02"),
+  "exit_state": ("oracle, dʲ to the skipped layers", "38.24"),
+  "first_state": ("oracle, d¹ always", "38.31"),
+  "copy_projections": ("oracle, Kʲ and Vʲ copied", "23.02"),
 }
 PAPER_FULL = "38.32"
 

@@ -2,52 +2,28 @@
 
 import dataclasses
 import functools
-import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 from calm import costs, exits, inference, schedules
 from calm import prompts as prompts_lib
-from calm.calibrate import Prompt, Record, generations
+from calm.calibrate import Prompt
 from calm.experiments import (
+  bench,
+  decay,
   decode,
   examples,
   gains,
-  grids,
   lengths,
+  models,
+  perturbations,
+  propagation,
   results,
   scores,
   task_settings,
   timing,
   tradeoff,
+  validity,
 )
-
-MEASURES = ("softmax", "shortlist", "classifier", "state")
-
-# What is about to be done -> where its progress goes.
-Announce = Callable[[str], decode.Progress]
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """How much is done.
-
-  Attributes:
-    limit: prompts of each split; None: one of every source.
-    timed: prompts decoded alone for the seconds.
-    rounds: repeats of each timing.
-    examples: outputs to show.
-    error_rate: epsilon.
-    seed: draws the prompts.
-    measures: confidence measures; the model must have them.
-  """
-
-  limit: int | None = None
-  timed: int = 16
-  rounds: int = 3
-  examples: int = 6
-  error_rate: float = 0.05
-  seed: int = 0
-  measures: tuple[str, ...] = MEASURES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +37,13 @@ class TaskReport:
     lengths: Table 1.
     tradeoff: Fig. 3.
     gains: Table 2.
+    perturbations: Fig. 2a.
+    decay: Fig. 2b and 2c.
+    propagations: section 3.3.1.
+    validity: App. B.
     examples: Fig. 4, one entry a measure.
+    classifiers: App. D, or None without a second classifier.
+    objectives: what Eq. 6 costs and gives, or None without a second model.
   """
 
   settings: task_settings.TaskSettings
@@ -70,38 +52,26 @@ class TaskReport:
   lengths: lengths.Lengths
   tradeoff: tradeoff.TradeOff
   gains: gains.Gains
+  perturbations: perturbations.Perturbations
+  decay: decay.Decay
+  propagations: propagation.Propagations
+  validity: validity.Validity
   examples: tuple[examples.Examples, ...]
-
-
-def available(predictor: inference.Predictor, measures: Sequence[str]) -> tuple[str, ...]:
-  """The measures that a model can compute, in the order given."""
-  lacking = set()
-  if not predictor.config.exit_classifier:
-    lacking.add("classifier")
-  if predictor.options.shortlist is None:
-    lacking.add("shortlist")
-  return tuple(measure for measure in measures if measure not in lacking)
+  classifiers: models.Comparison | None
+  objectives: models.Comparison | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Suite:
-  """One task's prompts, decoded and measured step by step.
+class Suite(bench.Bench):
+  """The experiments of one task.
 
   Attributes:
-    predictor: the model under the task's prefix and lengths.
-    settings: the task.
-    data: folder of the data sets.
-    folder: where generations and results are kept.
-    options: how much is done.
-    announce: told before every step.
+    geometric: the same model with an exit classifier trained Elbayad's way, or None.
+    last_layer: a model trained without Eq. 6, or None.
   """
 
-  predictor: inference.Predictor
-  settings: task_settings.TaskSettings
-  data: pathlib.Path
-  folder: pathlib.Path
-  options: Options = Options()
-  announce: Announce = lambda text: decode.silent
+  geometric: inference.Predictor | None = None
+  last_layer: inference.Predictor | None = None
 
   def run(self) -> TaskReport:
     """All experiments, in an order that reuses what came before."""
@@ -112,102 +82,14 @@ class Suite:
       lengths=self.output_lengths,
       tradeoff=self.quality_and_cost,
       gains=self.calibrated_gains,
+      perturbations=self.perturbed_tokens,
+      decay=self.schedules_compared,
+      propagations=self.oracles,
+      validity=self.promises_kept,
       examples=self.shown_examples,
+      classifiers=self.classifiers_compared,
+      objectives=self.objectives_compared,
     )
-
-  @property
-  def measures(self) -> tuple[str, ...]:
-    """Confidence measures that the model has."""
-    return available(self.predictor, self.options.measures)
-
-  @functools.cached_property
-  def validation(self) -> tuple[Prompt, ...]:
-    """Prompts on which grids are chosen and trade-offs shown."""
-    return self._prompts("validation")
-
-  @functools.cached_property
-  def test(self) -> tuple[Prompt, ...]:
-    """Prompts to calibrate on and, after those, unseen ones."""
-    return self._prompts("test")
-
-  def _prompts(self, split: str) -> tuple[Prompt, ...]:
-    return task_settings.read_prompts(
-      self.data, self.settings, split, limit=self.options.limit, seed=self.options.seed
-    )
-
-  def model(self, measure: str, **options) -> inference.Predictor:
-    """The predictor under a measure (and other options), with batches of one shape."""
-    return self.whole.with_options(measure=measure, **options)
-
-  @functools.cached_property
-  def whole(self) -> inference.Predictor:
-    """The predictor with batches of one shape."""
-    return decode.one_shape(self.predictor)
-
-  @functools.cached_property
-  def timed_model(self) -> inference.Predictor:
-    """A predictor whose weights serve every measure."""
-    measure = "shortlist" if "shortlist" in self.measures else self.measures[0]
-    return self.predictor.with_options(measure=measure)
-
-  def result(self, kind, name: str, make, *, prompts: Sequence[Prompt], **key):
-    """A result that depends on the model, the task, some prompts and `key`."""
-    cache = results.Cache(self.folder / "results" / self.settings.name)
-    everything = {
-      "procedure": self.predictor.procedure.to_json(),
-      "metric": self.settings.metric,
-      "prompts": results.prompts_digest(prompts),
-      **key,
-    }
-    return cache.get(kind, name, everything, make)
-
-  def records(
-    self, name: str, rule: exits.StepRule | None, prompts: Sequence[Prompt], measure: str = ""
-  ) -> tuple[Record, ...]:
-    """Prompts under a rule, or under a measure's own at `NEVER_EXIT`; cached."""
-    model = self.model(measure) if measure else self.whole
-
-    def make() -> tuple[Record, ...]:
-      progress = self.announce(f"{self.settings.title}: {name}")
-      return decode.with_rule(model, prompts, rule, progress=progress)
-
-    key = {"rule": repr(rule), "measure": measure}
-    slug = name.replace(" ", "_").replace("'", "")
-    return self.result(tuple[Record, ...], f"records-{slug}", make, prompts=prompts, **key)
-
-  def grid(self, measure: str) -> tuple[float, ...]:
-    """The measure's grid, chosen on validation prompts."""
-    records = self.records(f"grid of {measure}", None, self.validation, measure)
-    return grids.from_validation(records, measure)
-
-  def decoded(self, measure: str, prompts: Sequence[Prompt]) -> generations.Generations:
-    """Prompts over a measure's grid; cached and resumable."""
-    progress = self.announce(f"{self.settings.title}: grid of {measure}")
-    return decode.on_grid(
-      self.model(measure),
-      prompts,
-      self.grid(measure),
-      self.folder / "generations" / self.settings.name,
-      progress=progress,
-    )
-
-  @functools.cached_property
-  def validation_grids(self) -> Mapping[str, generations.Generations]:
-    """Measure -> validation prompts over its grid."""
-    return {measure: self.decoded(measure, self.validation) for measure in self.measures}
-
-  @functools.cached_property
-  def test_grids(self) -> Mapping[str, generations.Generations]:
-    """Measure -> test prompts over its grid."""
-    return {measure: self.decoded(measure, self.test) for measure in self.measures}
-
-  @functools.cached_property
-  def static(self) -> dict[int, tuple[Record, ...]]:
-    """Depth -> validation prompts through that many layers."""
-    return {
-      depth: self.records(f"static {depth}", exits.StaticExit(depth), self.validation)
-      for depth in range(1, self.predictor.num_layers + 1)
-    }
 
   @functools.cached_property
   def output_lengths(self) -> lengths.Lengths:
@@ -220,33 +102,6 @@ class Suite:
       self.predictor.vocabulary.encode,
       options.max_input_length,
     )
-
-  def rule(self, measure: str) -> exits.DynamicExits:
-    """The exit rule of a measure."""
-    return self.model(measure).options.rule
-
-  def time(self, name: str, prompts: Sequence[Prompt], settings) -> timing.Timings:
-    """Measured seconds; cached."""
-
-    def make() -> timing.Timings:
-      progress = self.announce(f"{self.settings.title}: seconds, {name}")
-      return timing.measure(
-        self.timed_model, prompts, settings, rounds=self.options.rounds, progress=progress
-      )
-
-    key = {
-      "settings": [[s.name, s.threshold] for s in settings],
-      "rounds": self.options.rounds,
-    }
-    return self.result(timing.Timings, f"seconds-{name}", make, prompts=prompts, **key)
-
-  def timed_settings(self, thresholds: Mapping[str, Sequence[float]]) -> list[timing.Setting]:
-    """A setting for every measure and threshold."""
-    return [
-      timing.Setting(measure, self.rule(measure), float(threshold))
-      for measure, levels in thresholds.items()
-      for threshold in levels
-    ]
 
   @functools.cached_property
   def quality_and_cost(self) -> tradeoff.TradeOff:
@@ -354,3 +209,112 @@ class Suite:
       if row.measure == measure and row.target.consistency == "textual"
     ]
     return min(thresholds, default=schedules.NEVER_EXIT)
+
+  @property
+  def ablated(self) -> tuple[Prompt, ...]:
+    """The validation prompts of Fig. 2."""
+    return self.validation[: self.options.ablated]
+
+  @functools.cached_property
+  def perturbed_tokens(self) -> perturbations.Perturbations:
+    """Fig. 2a."""
+    full = self.static[self.predictor.num_layers][: len(self.ablated)]
+    return self.result(
+      perturbations.Perturbations,
+      "perturbations",
+      lambda: perturbations.perturbations(
+        self.whole,
+        self.ablated,
+        full,
+        self.settings.metric,
+        progress=self.announce(f"{self.settings.title}: perturbed tokens"),
+      ),
+      prompts=self.ablated,
+      rules=repr(perturbations.RULES),
+    )
+
+  @functools.cached_property
+  def schedules_compared(self) -> decay.Decay:
+    """Fig. 2b and 2c, with the paper's measure there."""
+    length = self.predictor.options.max_decode_length
+    levels = decay.search_grid(self.options.step)
+    measure = self.measures[0]
+
+    def make() -> decay.Decay:
+      cached = {
+        name: self.over(
+          self.model(measure, schedule=schedule), self.ablated, levels, f"schedule {name}"
+        )
+        for name, schedule in decay.kinds(length).items()
+      }
+      return decay.decay(
+        self.ablated,
+        cached,
+        self.static[self.predictor.num_layers][: len(self.ablated)],
+        self.settings.metric,
+        measure=measure,
+        max_length=length,
+        step=self.options.step,
+      )
+
+    return self.result(
+      decay.Decay,
+      "decay",
+      make,
+      prompts=self.ablated,
+      grid=levels,
+      kinds=repr(decay.kinds(length)),
+      measure=measure,
+    )
+
+  @functools.cached_property
+  def oracles(self) -> propagation.Propagations:
+    """Section 3.3.1."""
+    records = {
+      name: self.records(
+        "oracle" if name == "exit_state" else f"oracle {name}", rule, self.validation
+      )
+      for name, rule in propagation.rules().items()
+    }
+    full = self.static[self.predictor.num_layers]
+    return propagation.propagations(self.validation, records, full, self.settings.metric)
+
+  @functools.cached_property
+  def promises_kept(self) -> validity.Validity:
+    """App. B."""
+    return self.result(
+      validity.Validity,
+      "validity",
+      lambda: validity.validity(
+        self.test_grids,
+        self.predictor.num_layers,
+        self.settings.metric,
+        error_rate=self.options.error_rate,
+        progress=self.announce(f"{self.settings.title}: repeated calibration"),
+      ),
+      prompts=self.test,
+      grids={measure: self.grid(measure) for measure in self.measures},
+      tolerances=validity.TOLERANCES,
+      error_rate=self.options.error_rate,
+    )
+
+  @functools.cached_property
+  def classifiers_compared(self) -> models.Comparison | None:
+    """App. D."""
+    if self.geometric is None:
+      return None
+    other = dataclasses.replace(self, predictor=self.geometric)
+    cached = {
+      models.PER_LAYER: self.decoded("classifier", self.validation),
+      models.GEOMETRIC: other.decoded("classifier", self.validation),
+    }
+    return models.classifiers(self.validation, cached, self.settings.metric)
+
+  @functools.cached_property
+  def objectives_compared(self) -> models.Comparison | None:
+    """What Eq. 6 costs at full depth, and gives below it."""
+    if self.last_layer is None:
+      return None
+    other = dataclasses.replace(self, predictor=self.last_layer)
+    depths = {models.ALL_LAYERS: self.static, models.LAST_LAYER: other.static}
+    return models.objectives(self.validation, depths, self.settings.metric)

@@ -1,51 +1,12 @@
 """Task reports -> sections: what stands on the page, in which order and with which words."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
-from calm.experiments import examples, gains, suite, tradeoff
-from calm.report import figures
+from calm.experiments import gains, suite, tradeoff
+from calm.report import ablations, figures
 from calm.report.figures import Figure
+from calm.report.section import Panel, Section
 from calm.report.tables import Table, number, percent, threshold, times
-
-
-@dataclasses.dataclass(frozen=True)
-class Panel:
-  """The coloured outputs of one task under every measure.
-
-  Attributes:
-    task: its name.
-    title: of the task.
-    metric: of D and R.
-    measures: one entry a measure.
-  """
-
-  task: str
-  title: str
-  metric: str
-  measures: tuple[examples.Examples, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-  """One part of the page.
-
-  Attributes:
-    name: anchor.
-    title: heading.
-    text: paragraphs.
-    figures: side by side where there is room.
-    tables: below the figures.
-    panels: coloured outputs.
-  """
-
-  name: str
-  title: str
-  text: tuple[str, ...] = ()
-  figures: tuple[Figure, ...] = ()
-  tables: tuple[Table, ...] = ()
-  panels: tuple[Panel, ...] = ()
-
 
 Reports = Sequence[suite.TaskReport]
 
@@ -57,9 +18,18 @@ def sections(reports: Reports) -> tuple[Section, ...]:
     quality_and_cost,
     calibrated_gains,
     coloured_outputs,
+    ablations.promises_kept,
+    ablations.oracles,
+    ablations.perturbed_tokens,
+    ablations.schedules_compared,
+    ablations.trainings_compared,
     output_lengths,
+    ablations.claims_checked,
   )
-  return tuple(build(reports) for build in builders)
+  made = (build(reports) for build in builders)
+  return tuple(
+    section for section in made if section.figures or section.tables or section.panels
+  )
 
 
 def summary(reports: Reports) -> Section:
@@ -214,7 +184,7 @@ def gains_table(report: suite.TaskReport) -> Table:
   """Table 2 for one task."""
   found, settings = report.gains, report.settings
   names = [method.name for method in gains.METHODS]
-  columns = ("threshold", "risk", "layers", "FLOPs r.", "decode", "end to end")
+  columns = ("λ", "risk", "layers", "FLOPs", "decode", "total")
   rows = tuple(
     (
       row.target.consistency,
@@ -233,8 +203,10 @@ def gains_table(report: suite.TaskReport) -> Table:
     note=(
       f"{found.num_calibration} calibration prompts, {found.num_unseen} unseen ones; ε ="
       f" {found.error_rate:g} in every cell by itself; losses from {settings.metric_title}."
-      f" Speed-ups: {found.num_timed} unseen prompts, each decoded alone. “never”: nothing was"
-      " certified, so the full model serves."
+      " λ: the calibrated threshold; “never”: nothing was certified, so the full model serves."
+      " FLOPs: of the full model over these, decoder only (calm.costs). Decode, total: the full"
+      " model's seconds over these, without and with the encoder, measured on"
+      f" {found.num_timed} unseen prompts, each decoded alone."
     ),
     text_columns=3,
   )

@@ -10,7 +10,7 @@ import markupsafe
 
 from calm import colours
 from calm.experiments import examples, results
-from calm.report.document import Panel, Section
+from calm.report.section import Panel, Section
 from calm.report.tables import number, threshold, times
 
 

@@ -21,6 +21,7 @@ class Table:
     groups: (head above, columns it spans), or none; together they span all columns.
     note: how to read it.
     text_columns: columns that hold words, aligned left, from the first on.
+    wrap: whether cells hold sentences, which break into lines.
   """
 
   name: str
@@ -30,6 +31,7 @@ class Table:
   groups: tuple[tuple[str, int], ...] = ()
   note: str = ""
   text_columns: int = 1
+  wrap: bool = False
 
   def __post_init__(self):
     if any(len(row) != len(self.columns) for row in self.rows):

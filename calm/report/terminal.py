@@ -1,5 +1,6 @@
 """The main table and the coloured outputs in a terminal."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TextIO, cast
 
@@ -23,9 +24,23 @@ def print_report(
     outputs: examples a task.
   """
   for report in reports:
-    print_table(console, document.gains_table(report))
+    print_table(console, narrow(document.gains_table(report)))
     for measure in report.examples[:1]:
       print_examples(console, measure, outputs)
+
+
+def narrow(table: Table) -> Table:
+  """Table 2 with the last method's columns only: both do not fit a terminal."""
+  (_, words), *_, (method, span) = table.groups
+  shown = [*range(words), *range(len(table.columns) - span, len(table.columns))]
+  pick = lambda cells: tuple(cells[i] for i in shown)
+  return dataclasses.replace(
+    table,
+    title=f"{table.title}, {method}",
+    columns=pick(table.columns),
+    rows=tuple(pick(row) for row in table.rows),
+    groups=(),
+  )
 
 
 def print_table(console: rich_console.Console, table: Table) -> None:
