@@ -22,6 +22,7 @@ import numpy as np
 from calm import (
   checkpoints,
   decoding,
+  devices,
   exits,
   network,
   programs,
@@ -40,7 +41,7 @@ PACKED = pathlib.Path(__file__).parent / "assets"
 
 @dataclasses.dataclass(frozen=True)
 class DecodeOptions:
-  """How prompts are decoded; all of it belongs to the `Procedure`, batch size excepted.
+  """How prompts are decoded; all of it belongs to the `Procedure`, but for the last two.
 
   Attributes:
     measure: confidence measure: 'softmax', 'state' or 'classifier'.
@@ -51,7 +52,9 @@ class DecodeOptions:
     task_prefix: text put before every prompt.
     max_input_length: tokens of a prompt that are read, EOS included.
     max_decode_length: most tokens generated, EOS included.
-    batch_size: prompts decoded together; results do not depend on it in float32.
+    batch_size: prompts that a device decodes together; results do not depend on it in
+      float32.
+    num_devices: devices that the prompts are spread over; results do not depend on it.
   """
 
   measure: str = "softmax"
@@ -63,9 +66,10 @@ class DecodeOptions:
   max_input_length: int = 512
   max_decode_length: int = 64
   batch_size: int = 8
+  num_devices: int = 1
 
   def __post_init__(self):
-    for name in ("max_input_length", "max_decode_length", "batch_size"):
+    for name in ("max_input_length", "max_decode_length", "batch_size", "num_devices"):
       if getattr(self, name) < 1:
         raise ValueError(f"Expected `{name}` of at least 1. Got {getattr(self, name)}.")
 
@@ -194,9 +198,11 @@ class Predictor:
   def weights(self) -> programs.ModelWeights:
     """The parameters laid out for decoding."""
     shortlist = self.options.shortlist if self.options.rule.measure.bound else None
-    return programs.model_weights(
+    weights = programs.model_weights(
       self.params, self.config, self.vocabulary.vocab_size, shortlist
     )
+    sharded = self.sharded()
+    return weights if sharded is None else sharded.replicate(weights)
 
   @functools.cached_property
   def parameters_digest(self) -> str:
@@ -247,6 +253,11 @@ class Predictor:
       self.config, rule or self.options.rule, self.options.max_decode_length, self.eos_id
     )
 
+  def sharded(self, rule: exits.StepRule | None = None) -> devices.ShardedProgram | None:
+    """`program` spread over the options' devices; None where there is one."""
+    count = self.options.num_devices
+    return None if count == 1 else devices.ShardedProgram(self.program(rule), count)
+
   def plan(self, texts: Sequence[str]) -> list[prompts.PromptBatch]:
     """Tokenises prompts and groups them into batches."""
     if isinstance(texts, str):
@@ -262,13 +273,14 @@ class Predictor:
     )
     return prompts.plan(
       tokens,
-      batch_size=self.options.batch_size,
+      batch_size=self.options.batch_size * self.options.num_devices,
       max_input_length=self.options.max_input_length,
     )
 
   def encode(self, batch: prompts.PromptBatch) -> step.Encoded:
     """Encodes a batch once, for any number of thresholds."""
-    return self.program().encode(self.weights, jnp.asarray(batch.tokens))
+    program = self.sharded() or self.program()
+    return program.encode(self.weights, jnp.asarray(batch.tokens))
 
   def decode(
     self,
@@ -278,7 +290,8 @@ class Predictor:
     rule: exits.StepRule | None = None,
   ) -> decoding.Generation:
     """Decodes the active rows of an encoded batch; numpy arrays come back."""
-    generation = self.program(rule).decode(
+    program = self.sharded(rule) or self.program(rule)
+    generation = program.decode(
       self.weights, encoded, jnp.asarray(active), jnp.asarray(threshold, jnp.float32)
     )
     return jax.device_get(generation)

@@ -98,7 +98,8 @@ def load(shape: str, dtype: str, shortlist: int) -> Model:
       predictor,
     )
   config = network.T5Config(**SIZES[shape], dtype=dtype)
-  params, ids = random_params(config), tuple(range(3, 3 + shortlist))
+  params = random_params(config)
+  ids = tuple(range(3, 3 + min(shortlist, config.vocab_size // 2)))
   weights = programs.model_weights(params, config, None, ids)
   return Model(shape, config, params, weights, ids, NO_EOS, config.vocab_size)
 

@@ -26,6 +26,11 @@ from calm import huggingface
 START = 0  # what every decoder reads first
 
 
+def imported(name: str) -> Any:
+  """A package that may not be there when this file is checked."""
+  return importlib.import_module(name)
+
+
 def not_installed(*packages: str) -> str | None:
   """The first package that cannot be imported and why, or None."""
   for package in packages:
@@ -59,8 +64,7 @@ def _t5x_params(model: models.Model) -> dict[str, Any]:
 
 
 def _t5x_network(model: models.Model) -> Any:
-  from t5x.examples.t5 import network
-
+  network = imported("t5x.examples.t5.network")
   config = model.config
   names = [name for name in network.T5Config.__dataclass_fields__ if name != "dtype"]
   given = {name: getattr(config, name) for name in names}
@@ -68,9 +72,7 @@ def _t5x_network(model: models.Model) -> Any:
 
 
 def _vocabulary(model: models.Model) -> Any:
-  import seqio
-
-  return seqio.PassThroughVocabulary(model.config.vocab_size, max(model.eos_id, 0))
+  return imported("seqio").PassThroughVocabulary(model.config.vocab_size, max(model.eos_id, 0))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,11 +143,9 @@ class T5xLoop:
 def t5x_systems(model, setting, depths) -> list[System]:
   """T5X's own network in T5X's own loop; a static k is the network of k layers."""
   del depths
-  from t5x import decoding
-  from t5x import models as t5x_models
-
+  decoding, t5x_models = imported("t5x.decoding"), imported("t5x.models")
   words, module = _vocabulary(model), _t5x_network(model)
-  theirs = t5x_models.EncoderDecoderModel(module, words, words, optimizer_def=None)  # pyright: ignore[reportArgumentType]
+  theirs = t5x_models.EncoderDecoderModel(module, words, words, optimizer_def=None)
   loop = T5xLoop(
     model, setting, module, theirs._compute_logits_from_slice, decoding.temperature_sample
   )
@@ -158,9 +158,8 @@ CALM_METHODS = ("softmax_diff_approx", "softmax_max", "state")
 
 def t5x_calm_systems(model, setting, depths) -> list[System]:
   """t5x/contrib/calm over flaxformer: exits forced by `min_exit`, threshold 0."""
-  from t5x.contrib.calm import decoding
-  from t5x.contrib.calm import models as calm_models
-
+  decoding = imported("t5x.contrib.calm.decoding")
+  calm_models = imported("t5x.contrib.calm.models")
   words, module, made = _vocabulary(model), _flaxformer(model), []
   num_layers = model.config.num_decoder_layers
   methods = [m for m in CALM_METHODS if m != "state" or setting.batch_size == 1]
@@ -170,7 +169,7 @@ def t5x_calm_systems(model, setting, depths) -> list[System]:
         module,
         words,
         words,
-        optimizer_def=None,  # pyright: ignore[reportArgumentType]
+        optimizer_def=None,
         apply_early_inference=True,
         decoder_layers=num_layers,
         conf_method=method,
@@ -187,9 +186,7 @@ def t5x_calm_systems(model, setting, depths) -> list[System]:
 
 def _flaxformer(model: models.Model) -> Any:
   """Their CALM network of the model's sizes, from their own gin files."""
-  import flaxformer
-  import gin
-
+  flaxformer, gin = imported("flaxformer"), imported("gin")
   root = pathlib.Path(flaxformer.__file__).parents[1]
   config = model.config
   bindings = {
@@ -226,13 +223,11 @@ def exported(model: models.Model) -> Iterator[pathlib.Path]:
 def transformers_systems(model, setting, depths) -> list[System]:
   """transformers' `generate`, greedy, with its cache."""
   del depths
-  import torch
-  import transformers
-
+  torch, transformers = imported("torch"), imported("transformers")
   transformers.logging.set_verbosity_error()
   transformers.utils.logging.disable_progress_bar()
   with exported(model) as path:
-    theirs: Any = transformers.T5ForConditionalGeneration.from_pretrained(path)
+    theirs = transformers.T5ForConditionalGeneration.from_pretrained(path)
   theirs.eval()
   batches = [torch.tensor(b.astype(np.int64)) for b in models.batches(model, setting)]
   ends = None if model.eos_id < 0 else model.eos_id
@@ -271,8 +266,7 @@ def transformers_systems(model, setting, depths) -> list[System]:
 def ctranslate2_systems(model, setting, depths) -> list[System]:
   """CTranslate2, float32, greedy; its encoder cannot be timed alone."""
   del depths
-  import ctranslate2
-
+  ctranslate2 = imported("ctranslate2")
   with exported(model) as path, tempfile.TemporaryDirectory() as directory:
     names = [f"t{i}" for i in range(model.config.vocab_size)]
     names[:3] = ["<pad>", "</s>", "<unk>"]
@@ -315,7 +309,7 @@ def ctranslate2_systems(model, setting, depths) -> list[System]:
 
 def _converter(path: pathlib.Path, names: list[str]) -> Any:
   """Their converter of transformers' models, without asking for a tokenizer."""
-  from ctranslate2.converters import transformers as theirs
+  theirs = imported("ctranslate2.converters.transformers")
 
   class Tokenizer:
     """What the loader reads of one."""

@@ -13,6 +13,7 @@ DECODE_OPTIONS = (
   "max_input_length",
   "max_decode_length",
   "batch_size",
+  "num_devices",
   "propagation",
 )
 
@@ -44,7 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--task_prefix", help="text put before every prompt")
   parser.add_argument("--max_input_length", type=int, help="tokens read of a prompt")
   parser.add_argument("--max_decode_length", type=int, help="most tokens generated")
-  parser.add_argument("--batch_size", type=int, help="prompts decoded together (default 8)")
+  parser.add_argument(
+    "--batch_size", type=int, help="prompts that a device decodes together (default 8)"
+  )
+  parser.add_argument(
+    "--num_devices", type=int, help="devices that the prompts are spread over (default 1)"
+  )
   parser.add_argument("--dtype", help="activation dtype: float32 or bfloat16")
 
 

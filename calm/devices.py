@@ -1,0 +1,102 @@
+"""Prompts over several devices: every device runs a decode loop of its own.
+
+Under plain `jit` a conditional is one decision for the whole mesh, so that every device would
+run as deep and as long as the deepest row anywhere. Under `shard_map` a device knows its own
+rows only, and nothing is exchanged: the results are those of one device (design: rows are
+independent), and each loop ends when its own rows have ended.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import sharding
+
+from calm import decoding, programs, step
+
+AXIS = "prompts"
+# Rows of every leaf of a batch lie along its first axis.
+ROWS, REPLICATED = sharding.PartitionSpec(AXIS), sharding.PartitionSpec()
+
+
+@functools.cache
+def mesh(num_devices: int) -> sharding.Mesh:
+  """The first devices of this process as a mesh of one axis.
+
+  Raises:
+    ValueError: there are not that many.
+  """
+  devices = jax.local_devices()
+  if not 1 <= num_devices <= len(devices):
+    raise ValueError(
+      f"Expected `num_devices` in 1 ... {len(devices)}, the devices that JAX sees. Got"
+      f" {num_devices}; on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N."
+    )
+  return sharding.Mesh(np.asarray(devices[:num_devices]), (AXIS,))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardedProgram:
+  """A `programs.Program` whose batches are split over devices.
+
+  Attributes:
+    program: what every device runs on its rows.
+    num_devices: devices.
+  """
+
+  program: programs.Program
+  num_devices: int
+
+  def replicate(self, weights: programs.ModelWeights) -> programs.ModelWeights:
+    """The weights on every device, once for all calls."""
+    return jax.device_put(weights, sharding.NamedSharding(mesh(self.num_devices), REPLICATED))
+
+  def encode(
+    self, weights: programs.ModelWeights, encoder_input_tokens: jax.Array
+  ) -> step.Encoded:
+    """As `Program.encode`; the rows are padded to a multiple of the devices."""
+    rows = self._rows(encoder_input_tokens.shape[0])
+    return self._encode(weights, _pad(encoder_input_tokens, rows))
+
+  def decode(
+    self,
+    weights: programs.ModelWeights,
+    encoded: step.Encoded,
+    active: jax.Array,
+    threshold: jax.Array,
+  ) -> decoding.Generation:
+    """As `Program.decode`, for as many rows as `active` has."""
+    rows, threshold = self._rows(len(active)), jnp.asarray(threshold)
+    if threshold.ndim:
+      threshold = _pad(threshold, rows)
+    made = self._decode(weights, encoded, _pad(active, rows), threshold)
+    return jax.tree.map(lambda leaf: leaf[: len(active)], made)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def _encode(self, weights, tokens) -> Any:
+    return self._sharded(self.program.encode, REPLICATED, ROWS)(weights, tokens)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def _decode(self, weights, encoded, active, threshold) -> Any:
+    limit = ROWS if threshold.ndim else REPLICATED
+    decode = self._sharded(self.program.decode, REPLICATED, ROWS, ROWS, limit)
+    return decode(weights, encoded, active, threshold)
+
+  def _sharded(self, function, *specs):
+    # Loops of different lengths on different devices are what this is for: nothing is checked
+    # to vary alike.
+    return jax.shard_map(
+      function, mesh=mesh(self.num_devices), in_specs=specs, out_specs=ROWS, check_vma=False
+    )
+
+  def _rows(self, rows: int) -> int:
+    return -(-rows // self.num_devices) * self.num_devices
+
+
+def _pad(array: jax.Array, rows: int) -> jax.Array:
+  """Zeros below, up to `rows` rows."""
+  missing = rows - array.shape[0]
+  return jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))

@@ -1,0 +1,93 @@
+"""Prompts over eight virtual CPU devices: the same results as on one."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from calm import devices, inference
+
+# Run by a fresh interpreter: the number of devices is fixed when JAX starts.
+CHILD = """
+import json, sys
+import jax, jax.numpy as jnp
+from calm import confidence, devices, exits, inference, programs
+from tests import engine
+
+
+found = {"devices": jax.device_count()}
+texts = ["A library to read ZIP archives.", "A game.", "Fonts, many fonts."] * 3
+options = {"measure": "classifier", "max_decode_length": 10, "batch_size": 2}
+one = inference.load("packed", **options)
+many = one.with_options(num_devices=8)
+made = [model.generate(texts, threshold=0.9) for model in (one, many)]
+found["outputs"] = [[[o.tokens, o.exit_layers] for o in outputs] for outputs in made]
+found["procedures"] = one.procedure == many.procedure
+
+toy = engine.toy()
+rule = exits.DynamicExits(confidence.Classifier())
+program = devices.ShardedProgram(programs.Program(toy.config, rule, 4), 8)
+weights = program.replicate(toy.weights)
+encoded = program.encode(weights, jnp.ones((11, 6), jnp.int32))
+found["split"] = all(leaf.sharding.spec[0] == "prompts" for leaf in jax.tree.leaves(encoded))
+rows = program.decode(weights, encoded, jnp.ones(11, bool), jnp.linspace(0.0, 1.0, 11))
+alone = program.program.decode(
+  toy.weights, jax.device_get(encoded), jnp.ones(16, bool), jnp.linspace(0.0, 1.5, 16)
+)
+found["a threshold a row"] = [rows.exit_layers.tolist(), alone.exit_layers[:11].tolist()]
+arguments = (weights, encoded, jnp.ones(16, bool), jnp.asarray(0.9))
+compiled = devices.ShardedProgram._decode.lower(program, *arguments).compile()
+found["program"] = compiled.as_text()
+json.dump(found, open(sys.argv[1], "w"))
+"""
+COLLECTIVES = r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\b"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+  path = tmp_path_factory.mktemp("devices") / "found.json"
+  flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+  done = subprocess.run(
+    [sys.executable, "-c", CHILD, str(path)],
+    cwd=pathlib.Path(__file__).parents[1],
+    env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    timeout=600,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  return json.loads(path.read_text())
+
+
+def test_eight_devices_give_the_results_of_one(found):
+  assert found["devices"] == 8
+  one, many = found["outputs"]
+  assert one == many
+  depths = {layer for _, exit_layers in one for layer in exit_layers}
+  assert len(depths) > 2, "every token left at the same layer: nothing was compared"
+  rows, alone = found["a threshold a row"]
+  assert rows == alone
+
+
+def test_the_number_of_devices_is_no_part_of_the_procedure(found):
+  assert found["procedures"]
+
+
+def test_rows_are_split_and_nothing_is_exchanged(found):
+  assert found["split"]
+  assert "while" in found["program"]
+  assert not re.search(COLLECTIVES, found["program"])
+
+
+def test_more_devices_than_there_are_is_refused():
+  count = jax.local_device_count() + 1
+  with pytest.raises(ValueError, match=r"Expected `num_devices` in 1 .* XLA_FLAGS"):
+    devices.mesh(count)
+  with pytest.raises(ValueError, match="Expected `num_devices` of at least 1"):
+    inference.DecodeOptions(num_devices=0)
