@@ -61,25 +61,31 @@ class Deferred:
   chunk_rows: int = 32
 
   def __call__(self, task: engines.Task) -> engines.Bound:
-    if not isinstance(task.rule, exits.DynamicExits):
-      raise TypeError(
-        "Expected `exits.DynamicExits` for the engine `Deferred`. Got"
-        f" {type(task.rule).__name__}; use `engines.Eager`."
-      )
-    if not can_defer(task.rule):
-      raise ValueError(
-        "Expected a propagation that projects a state, for the engine `Deferred`. Got"
-        f" {task.rule.propagation.name!r}; use `engines.Eager`."
-      )
-    table = step.bias_table(task.weights, task.config, task.length)
-    bound = _BoundDeferred(task, task.rule, self._chunks(task), table)
+    bound = bind(task, self.chunk_rows)
     return engines.Bound(bound.empty(), bound.take_step, bound.flush)
 
-  def _chunks(self, task: engines.Task) -> tuple[int, ...]:
-    """Positions of one product, descending."""
-    large = self.chunk_rows // task.batch_size
-    sizes = {max(1, min(large, task.length)), max(1, min(large // 8, task.length))}
-    return tuple(sorted(sizes, reverse=True))
+
+def bind(task: engines.Task, chunk_rows: int) -> "BoundDeferred":
+  """Deferred filling of a task, for engines that walk the layers in their own way.
+
+  Raises:
+    TypeError: the rule is not `exits.DynamicExits`.
+    ValueError: its propagation projects no state.
+  """
+  if not isinstance(task.rule, exits.DynamicExits):
+    raise TypeError(
+      "Expected `exits.DynamicExits` for an engine that defers. Got"
+      f" {type(task.rule).__name__}; use `engines.Eager`."
+    )
+  if not can_defer(task.rule):
+    raise ValueError(
+      "Expected a propagation that projects a state, for an engine that defers. Got"
+      f" {task.rule.propagation.name!r}; use `engines.Eager`."
+    )
+  large = chunk_rows // task.batch_size
+  sizes = {max(1, min(size, task.length)) for size in (large, large // 8)}
+  table = step.bias_table(task.weights, task.config, task.length)
+  return BoundDeferred(task, task.rule, tuple(sorted(sizes, reverse=True)), table)
 
 
 def can_defer(rule: exits.StepRule) -> bool:
@@ -97,7 +103,16 @@ def run_if(predicate: jax.Array, body: Callable[[Any], Any], carry: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class _BoundDeferred:
+class BoundDeferred:
+  """Deferred filling at work.
+
+  Attributes:
+    task: what is decoded.
+    rule: its rule.
+    chunks: positions projected in one product, descending.
+    table: biases by position.
+  """
+
   task: engines.Task
   rule: exits.DynamicExits
   chunks: tuple[int, ...]
@@ -110,7 +125,7 @@ class _BoundDeferred:
     return DeferredCache(fills, jnp.zeros(shape, jnp.dtype(task.config.dtype)))
 
   def take_step(self, current, position, active, cache: DeferredCache):
-    decoder = self._decoder(position)
+    decoder = self.decoder(position)
     walk = self.rule.walk(decoder.layers(), self.task.threshold, position)
     state = walk_lib.start(self.task.weights.embedding[current], active)
     fills: list[LayerFill] = []
@@ -122,20 +137,24 @@ class _BoundDeferred:
       needed = jnp.any(~state.done)
       state, made = body(carry) if segment[0] == 1 else run_if(needed, body, carry)
       fills += made
-    stored = self.rule.propagation.projected(state.hidden, state.memory)
-    assert stored is not None  # `Deferred` asked
-    states = lax.dynamic_update_slice_in_dim(cache.states, stored[:, None], position, axis=1)
+    states = self.stored(cache.states, state, position)
     return exits.token_exit(walk, state, active), DeferredCache(tuple(fills), states)
+
+  def stored(self, states: jax.Array, state: walk_lib.WalkState, position) -> jax.Array:
+    """`states` with what the layers that were skipped at `position` will project."""
+    projected = self.rule.propagation.projected(state.hidden, state.memory)
+    assert projected is not None  # `bind` asked
+    return lax.dynamic_update_slice_in_dim(states, projected[:, None], position, axis=1)
 
   def flush(self, cache: DeferredCache, position: jax.Array) -> tuple[step.Cache, ...]:
     """Every layer's cache with positions 0 ... position - 1 filled."""
-    decoder = self._decoder(jnp.zeros((), jnp.int32))
+    decoder = self.decoder(jnp.zeros((), jnp.int32))
     return tuple(
-      self._fill(decoder, layer, fill, position, cache.states).cache
+      self.fill(decoder, layer, fill, position, cache.states).cache
       for layer, fill in enumerate(cache.layers, start=1)
     )
 
-  def _decoder(self, position: jax.Array) -> step.DecoderStep:
+  def decoder(self, position: jax.Array) -> step.DecoderStep:
     task, table = self.task, self.table
     return step.DecoderStep(
       task.weights, task.config, task.encoded, (), table.at(position), table.current
@@ -147,7 +166,7 @@ class _BoundDeferred:
     made = []
     for layer, fill in zip(segment, fills, strict=True):
       if segment[0] > 1:  # the layers before the first exit are never behind
-        fill = self._fill(decoder, layer, fill, position, states)
+        fill = self.fill(decoder, layer, fill, position, states)
       state, fill = self._run_layer(walk, decoder, layer, position, state, fill)
       made.append(fill)
     return state, tuple(made)
@@ -162,19 +181,21 @@ class _BoundDeferred:
     (cache,) = step.write_rows((fill.cache,), (row,), end)
     return made, LayerFill(cache, position + 1)
 
-  def _fill(self, decoder, layer, fill: LayerFill, position, states) -> LayerFill:
-    """Projects what is pending of a layer, chunk by chunk."""
+  def fill(
+    self, decoder, layer: int, fill: LayerFill, position, states, needed: Any = True
+  ) -> LayerFill:
+    """Projects what is pending of a layer, chunk by chunk, if it is needed."""
     for chunk in self.chunks:
       least = 1 if chunk == self.chunks[-1] else chunk
 
       def pending(fill: LayerFill, least=least) -> jax.Array:
-        return position - fill.filled >= least
+        return (position - fill.filled >= least) & needed
 
       def project(fill: LayerFill, chunk=chunk) -> LayerFill:
         return _project(decoder, layer, fill, states, chunk)
 
       fill = lax.while_loop(pending, project, fill)
-    return LayerFill(fill.cache, position)
+    return LayerFill(fill.cache, jnp.where(needed, position, fill.filled))
 
 
 def segments(allowed: Sequence[int], num_layers: int) -> list[tuple[int, ...]]:

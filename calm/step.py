@@ -168,17 +168,23 @@ class DecoderStep:
 
   def run(self, layer: int, hidden: jax.Array) -> tuple[jax.Array, propagation.KeyValue]:
     """One decoder layer (Eq. 3): d^{i-1} [batch, emb_dim] -> d^i and its key and value."""
+    row = self.project(layer, hidden)
+    return self.run_projected(layer, hidden, row), row
+
+  def run_projected(
+    self, layer: int, hidden: jax.Array, row: propagation.KeyValue
+  ) -> jax.Array:
+    """d^i of d^{i-1} [batch, emb_dim] and the key and value that the layer projects of it."""
     weights = self.weights.layers[layer - 1]
     normed = rms_norm(hidden, weights.self_norm)
     (query,) = self._heads(normed @ weights.query, 1)
-    key, value = self._heads(normed @ weights.key_value, 2)
-    hidden = hidden + self._self_attention(layer, query, key, value) @ weights.self_out
+    mixed = self.self_attention(layer, query, row)
+    hidden = hidden + mixed @ weights.self_out
     normed = rms_norm(hidden, weights.cross_norm)
     (query,) = self._heads(normed @ weights.cross_query, 1)
-    hidden = hidden + self._cross_attention(layer, query) @ weights.cross_out
+    hidden = hidden + self.cross_attention(layer, query) @ weights.cross_out
     normed = rms_norm(hidden, weights.mlp_norm)
-    hidden = hidden + self._mlp(normed @ weights.mlp_in) @ weights.mlp_out
-    return hidden, propagation.KeyValue(key, value)
+    return hidden + self._mlp(normed @ weights.mlp_in) @ weights.mlp_out
 
   def project(self, layer: int, hidden: jax.Array) -> propagation.KeyValue:
     """Key and value that the layer makes of input state `hidden`, nothing else."""
@@ -215,9 +221,12 @@ class DecoderStep:
     split = projected.reshape(shape)
     return [split[:, i] for i in range(count)]
 
-  def _self_attention(self, layer, query, key, value) -> jax.Array:
-    cache = self.caches[layer - 1]
-    query, key_now = self._attention_dtype(query), self._attention_dtype(key)
+  def self_attention(
+    self, layer: int, query: jax.Array, row: propagation.KeyValue
+  ) -> jax.Array:
+    """Mixed values [batch, heads * head_dim] of the past and of the current token, `row`."""
+    cache, value = self.caches[layer - 1], row.value
+    query, key_now = self._attention_dtype(query), self._attention_dtype(row.key)
     past = jnp.einsum("bhd,bhdl->bhl", query, self._attention_dtype(cache.keys))
     past = past + self.past_bias[None].astype(past.dtype)
     now = jnp.sum(query * key_now, axis=-1, keepdims=True)
@@ -228,7 +237,8 @@ class DecoderStep:
     mixed = mixed + weights[..., -1:] * value
     return mixed.reshape(mixed.shape[0], -1)
 
-  def _cross_attention(self, layer, query) -> jax.Array:
+  def cross_attention(self, layer: int, query: jax.Array) -> jax.Array:
+    """Mixed values [batch, heads * head_dim] of the prompt."""
     cross = self.encoded.cross[layer - 1]
     scores = jnp.einsum(
       "bhd,bhdl->bhl", self._attention_dtype(query), self._attention_dtype(cross.keys)

@@ -28,6 +28,7 @@ MAY_IMPORT = {
   "weights": {"network"},
   "engines": {"decoding", "exits", "network", "step"},
   "deferred": {"engines", "exits", "step", "walk"},
+  "compacted": {"deferred", "engines", "exits", "propagation", "step", "walk"},
 }
 
 

@@ -1,0 +1,197 @@
+"""Batches whose rows leave at different layers: the rows that stay are moved together.
+
+With one exit for a whole batch, every layer runs for all rows as long as one of them stays.
+Here a layer runs on the next smaller bucket (0, 1, 2, 4, ... rows) that holds those that do:
+one `lax.switch` a layer, one after another. Tokens stay in step, so a layer's caches are
+filled alike for all rows, later where nobody needed it (`deferred`). What a row gets does not
+depend on the bucket that it was computed in.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from calm import deferred, engines, exits, propagation, step
+from calm import walk as walk_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Compacted:
+  """Layers run on the rows that need them. For `exits.DynamicExits` and several rows.
+
+  Attributes:
+    chunk_rows: see `deferred.Deferred`.
+    buckets: numbers of rows that a layer is compiled for, below the batch size; None: every
+      power of two. Fewer compile faster.
+    copied_part: buckets of at most this part of the batch read caches that were copied
+      together; larger ones attend in all rows, which moves less.
+  """
+
+  chunk_rows: int = 32
+  buckets: tuple[int, ...] | None = None
+  copied_part: float = 0.25
+
+  def __call__(self, task: engines.Task) -> engines.Bound:
+    base = deferred.bind(task, self.chunk_rows)
+    bound = _BoundCompacted(base, self.sizes(task.batch_size), self.copied_part)
+    return engines.Bound(base.empty(), bound.take_step, base.flush)
+
+  def sizes(self, batch_size: int) -> tuple[int, ...]:
+    """0, the buckets that are smaller than the batch, and the batch."""
+    buckets = self.buckets
+    if buckets is None:
+      buckets = tuple(2**i for i in range(math.ceil(math.log2(batch_size))))
+    return (0, *sorted({size for size in buckets if 0 < size < batch_size}), batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Which rows a bucket holds; those that stay come first, in their order.
+
+  Attributes:
+    order: the bucket's rows, [bucket] int32.
+    rank: where each row lies, [batch] int32; beyond the bucket where it is not in it.
+  """
+
+  order: jax.Array
+  rank: jax.Array
+
+  def take(self, tree: Any) -> Any:
+    """The bucket's rows of arrays [batch, ...]."""
+    return jax.tree.map(lambda x: x[self.order], tree)
+
+  def spread(self, tree: Any) -> Any:
+    """Arrays [bucket, ...] as [batch, ...]; rows that are not in the bucket hold anything."""
+    return jax.tree.map(lambda x: x[jnp.minimum(self.rank, len(self.order) - 1)], tree)
+
+  def put(self, whole: Any, part: Any) -> Any:
+    """`whole` with the bucket's rows from `part`."""
+    inside = self.rank < len(self.order)
+    return propagation.select_rows(inside, self.spread(part), whole)
+
+  def copy(self, tree: Any) -> Any:
+    """As `take`, row after row: for large rows, which a gather would move by the number."""
+    rows = [self.order[i] for i in range(len(self.order))]
+    one = lambda x, row: lax.dynamic_slice_in_dim(x, row, 1, axis=0)
+    return jax.tree.map(lambda x: jnp.concatenate([one(x, row) for row in rows]), tree)
+
+
+def compact(stays: jax.Array, size: int) -> Rows:
+  """The bucket of `size` rows that begins with those that stay."""
+  stays = stays.astype(jnp.int32)
+  # Places without a sort: those that stay by their number, then the others by theirs.
+  before = jnp.cumsum(stays) - stays
+  others = jnp.cumsum(1 - stays) - (1 - stays)
+  rank = jnp.where(stays > 0, before, jnp.sum(stays) + others)
+  numbers = jnp.arange(len(stays), dtype=jnp.int32)
+  is_at = rank[None, :] == numbers[:size, None]
+  order = jnp.sum(jnp.where(is_at, numbers[None, :], 0), axis=1)
+  return Rows(order.astype(jnp.int32), rank.astype(jnp.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class _SpreadStep(step.DecoderStep):
+  """A bucket's step whose attention runs in all rows of the batch, where the caches lie."""
+
+  rows: Rows = dataclasses.field(kw_only=True)
+
+  def self_attention(self, layer, query, row):
+    query, row = self.rows.spread((query, row))
+    return self.rows.take(super().self_attention(layer, query, row))
+
+  def cross_attention(self, layer, query):
+    return self.rows.take(super().cross_attention(layer, self.rows.spread(query)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _BoundCompacted:
+  base: deferred.BoundDeferred
+  sizes: tuple[int, ...]
+  copied_part: float
+
+  def take_step(self, current, position, active, cache: deferred.DeferredCache):
+    base, task = self.base, self.base.task
+    decoder = base.decoder(position)
+    walk = base.rule.walk(decoder.layers(), task.threshold, position)
+    state = _complete(walk, walk_lib.start(task.weights.embedding[current], active))
+    fills: list[deferred.LayerFill] = []
+    for segment in deferred.segments(walk.allowed, walk.layers.num_layers):
+      stays = ~state.done
+      needed = jnp.any(stays)
+      before = [
+        base.fill(decoder, k, cache.layers[k - 1], position, cache.states, needed)
+        for k in segment
+      ]
+      decoder = dataclasses.replace(
+        decoder, caches=(*(fill.cache for fill in fills), *(fill.cache for fill in before))
+      )
+      state, rows = self._switch(walk, decoder, segment, state, stays)
+      end = engines.after(position, state.hidden)
+      caches = step.write_rows(tuple(fill.cache for fill in before), rows, end)
+      filled = [jnp.where(needed, position + 1, fill.filled) for fill in before]
+      fills += map(deferred.LayerFill, caches, filled)
+    states = base.stored(cache.states, state, position)
+    return exits.token_exit(walk, state, active), deferred.DeferredCache(tuple(fills), states)
+
+  def _switch(self, walk, decoder, segment, state, stays):
+    """The segment on the smallest bucket that holds the rows that stay."""
+    branches = [
+      lambda state, stays, size=size: self._run(walk, decoder, segment, state, stays, size)
+      for size in self.sizes
+    ]
+    larger = jnp.sum(stays) > jnp.array(self.sizes[:-1])
+    return lax.switch(jnp.sum(larger), branches, state, stays)
+
+  def _run(self, walk: walk_lib.Walk, decoder, segment, state, stays, size: int):
+    """(state, rows that the segment's layers store) with `size` rows run."""
+    if size == 0:  # nothing is stored: what this writes is written over by a fill
+      config = self.base.task.config
+      shape = len(stays), config.num_heads, config.head_dim
+      zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
+      row = propagation.KeyValue(zeros, zeros)
+      return state, (row,) * len(segment)
+    whole = size == self.base.task.batch_size
+    rows = None if whole else compact(stays, size)
+    stored = []
+    for layer in segment:
+      row = decoder.project(layer, state.hidden)
+      state, row = self._run_layer(walk, decoder, layer, state, row, rows)
+      stored.append(row)
+    return state, tuple(stored)
+
+  def _run_layer(self, walk: walk_lib.Walk, decoder, layer, state, row, rows: Rows | None):
+    kept = walk.stored(layer, state, row)
+    if rows is None:
+      hidden = decoder.run_projected(layer, state.hidden, row)
+      return walk.after(layer, state, hidden, kept), kept
+    part, part_row = rows.take((state, row))
+    hidden = self._bucket(decoder, layer, rows).run_projected(layer, part.hidden, part_row)
+    threshold = walk.threshold if walk.threshold.ndim == 0 else rows.take(walk.threshold)
+    part = dataclasses.replace(walk, threshold=threshold).after(layer, part, hidden, part_row)
+    return rows.put(state, part), kept
+
+  def _bucket(self, decoder: step.DecoderStep, layer: int, rows: Rows) -> step.DecoderStep:
+    if len(rows.order) > self.copied_part * len(rows.rank):
+      fields = {f.name: getattr(decoder, f.name) for f in dataclasses.fields(step.DecoderStep)}
+      return _SpreadStep(**fields, rows=rows)
+    cache, cross = rows.copy((decoder.caches[layer - 1], decoder.encoded.cross[layer - 1]))
+    encoded = step.Encoded((cross,) * layer, rows.copy(decoder.encoded.bias))
+    return dataclasses.replace(decoder, caches=(cache,) * layer, encoded=encoded)
+
+
+def _complete(walk: walk_lib.Walk, state: walk_lib.WalkState) -> walk_lib.WalkState:
+  """With zeros for what the first layers would set: a switch changes no structure."""
+  layers = walk.layers
+
+  def made(hidden):
+    row = layers.project(1, hidden)
+    memory = walk.propagation.remember(None, 1, hidden, row, state.done)
+    return layers.logits(1, hidden) if walk.heads_inside else None, memory
+
+  shapes = jax.eval_shape(made, state.hidden)
+  logits, memory = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  return dataclasses.replace(state, logits=logits, memory=memory)

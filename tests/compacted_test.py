@@ -1,0 +1,59 @@
+"""Compacted batches: each row as the yardstick decodes it alone, caches included."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import compacted, confidence, exits, propagation, schedules
+from tests import engine
+
+SOFTMAX, STATE, CLASSIFIER = (
+  confidence.MEASURES[name] for name in ("softmax", "state", "classifier")
+)
+FIRST = propagation.propagation("first_state")
+ENGINE = compacted.Compacted()
+
+
+@pytest.mark.parametrize(
+  ("rule", "made"),
+  [
+    (exits.DynamicExits(CLASSIFIER), ENGINE),
+    (exits.DynamicExits(SOFTMAX, engine.DECAYING, allowed=(2, 3)), ENGINE),
+    (
+      exits.DynamicExits(STATE, propagation=FIRST, allowed=(1, 3)),
+      compacted.Compacted(chunk_rows=512, buckets=(3,), copied_part=0.0),
+    ),
+  ],
+  ids=["classifier", "softmax", "first_state"],
+)
+def test_the_yardstick_caches_included(rule, made):
+  toy, seen = engine.toy(), set()
+  for threshold in (0.3, 0.6, 0.9, schedules.NEVER_EXIT):
+    seen |= set(engine.compare(toy, rule, threshold, engine=made).tolist())
+  assert len(seen) >= 2
+
+
+def test_each_row_keeps_its_own_threshold():
+  toy, rule = engine.toy(), exits.DynamicExits(CLASSIFIER)
+  thresholds = np.linspace(0.2, 0.9, len(engine.PROMPTS)).astype(np.float32)
+  together = engine.run(toy, rule, thresholds, engine=ENGINE)
+  for i, threshold in enumerate(thresholds):
+    engine.assert_same_row(together, engine.run(toy, rule, threshold), i, i)
+
+
+def test_a_bucket_begins_with_the_rows_that_stay():
+  stays = jnp.array([False, True, False, True, True, False])
+  rows = compacted.compact(stays, 4)
+  assert rows.order.tolist() == [1, 3, 4, 0]
+  assert rows.rank.tolist() == [3, 0, 4, 1, 2, 5]
+  tens = 10 * jnp.arange(6)
+  assert rows.take(tens).tolist() == rows.copy(tens).tolist() == [10, 30, 40, 0]
+  assert rows.put(tens, jnp.array([1, 2, 3, 4])).tolist() == [4, 1, 20, 2, 3, 50]
+  assert rows.spread(jnp.array([1, 2, 3, 4]))[jnp.array([1, 3, 4, 0])].tolist() == [1, 2, 3, 4]
+
+
+def test_bucket_sizes():
+  assert ENGINE.sizes(8) == (0, 1, 2, 4, 8)
+  assert ENGINE.sizes(6) == (0, 1, 2, 4, 6)
+  assert ENGINE.sizes(1) == (0, 1)
+  assert compacted.Compacted(buckets=(16, 4)).sizes(8) == (0, 4, 8)
