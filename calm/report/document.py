@@ -50,7 +50,7 @@ def summary(reports: Reports) -> Section:
     )
   table = Table(
     name="summary",
-    title="At a glance",
+    title="Tasks",
     columns=(
       "task",
       "metric",
