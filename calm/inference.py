@@ -275,6 +275,8 @@ class Predictor:
       tokens,
       batch_size=self.options.batch_size * self.options.num_devices,
       max_input_length=self.options.max_input_length,
+      # The size is part of the procedure there: another one rounds otherwise.
+      whole_batches=self.config.dtype != "float32",
     )
 
   def encode(self, batch: prompts.PromptBatch) -> step.Encoded:

@@ -66,9 +66,16 @@ def bucket_size(rows: int, batch_size: int) -> int:
 
 
 def plan(
-  tokens: Sequence[Sequence[int]], *, batch_size: int, max_input_length: int
+  tokens: Sequence[Sequence[int]],
+  *,
+  batch_size: int,
+  max_input_length: int,
+  whole_batches: bool = False,
 ) -> list[PromptBatch]:
-  """Groups prompts of like length into batches; together they hold every prompt once."""
+  """Groups prompts of like length into batches; together they hold every prompt once.
+
+  With `whole_batches` every batch is padded to `batch_size`, not to a power of two below.
+  """
   if batch_size < 1:
     raise ValueError(f"Expected `batch_size` of at least 1. Got {batch_size}.")
   lengths = np.array([bucket_length(len(row), max_input_length) for row in tokens], int)
@@ -77,7 +84,8 @@ def plan(
     members = np.flatnonzero(lengths == length)
     for start in range(0, len(members), batch_size):
       rows = members[start : start + batch_size]
-      batches.append(_pad(tokens, rows, int(length), bucket_size(len(rows), batch_size)))
+      size = batch_size if whole_batches else bucket_size(len(rows), batch_size)
+      batches.append(_pad(tokens, rows, int(length), size))
   return batches
 
 

@@ -120,7 +120,7 @@ def test_every_option_but_the_batch_size_belongs_to_the_procedure(model):
     "max_decode_length": 9,
   }
   fields = {field.name for field in dataclasses.fields(inference.DecodeOptions)}
-  assert fields == {*changes, "batch_size", "shortlist"}
+  assert fields == {*changes, "batch_size", "num_devices", "shortlist"}
   for name, value in changes.items():
     other = model.with_options(**{name: value}).procedure
     assert set(model.procedure.differences(other)) == {name}
@@ -131,6 +131,12 @@ def test_below_float32_the_batch_size_belongs_too(directory):
   narrow = inference.load(directory, dtype="bfloat16", **OPTIONS)
   assert narrow.procedure.activation_dtype == "bfloat16" and narrow.procedure.batch_bucket == 4
   assert inference.options_of(narrow.procedure).batch_size == 4
+
+
+def test_below_float32_every_batch_has_the_size_that_the_procedure_names(directory):
+  sizes = lambda model: {len(batch.active) for batch in model.plan(["short"] * 5)}
+  assert sizes(inference.load(directory, **OPTIONS)) == {4, 1}
+  assert sizes(inference.load(directory, dtype="bfloat16", **OPTIONS)) == {4}
 
 
 def test_a_calibrated_model_serves_its_threshold_and_its_promise(
