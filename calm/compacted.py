@@ -38,7 +38,7 @@ class Compacted:
   def __call__(self, task: engines.Task) -> engines.Bound:
     base = deferred.bind(task, self.chunk_rows)
     bound = _BoundCompacted(base, self.sizes(task.batch_size), self.copied_part)
-    return engines.Bound(base.empty(), bound.take_step, base.flush)
+    return engines.Bound(base.empty(), bound.take_step, base.resume, base.flush)
 
   def sizes(self, batch_size: int) -> tuple[int, ...]:
     """0, the buckets that are smaller than the batch, and the batch."""
@@ -131,7 +131,8 @@ class _BoundCompacted:
       )
       state, rows = self._switch(walk, decoder, segment, state, stays)
       end = engines.after(position, state.hidden)
-      caches = step.write_rows(tuple(fill.cache for fill in before), rows, end)
+      old = tuple(fill.cache for fill in before)
+      caches = step.write_rows(old, rows, end, task.keeps(position))
       filled = [jnp.where(needed, position + 1, fill.filled) for fill in before]
       fills += map(deferred.LayerFill, caches, filled)
     states = base.stored(cache.states, state, position)

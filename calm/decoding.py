@@ -4,6 +4,7 @@ The step is bound by `inference` (or is a toy of a few lines in a test); it turn
 token into a `exits.TokenExit` and the caches after it.
 """
 
+import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -59,6 +60,7 @@ class DecodingState:
     current: the last token, which the next step reads, [batch].
     active: rows that still generate, [batch] bool.
     generation: filled up to `position`.
+    log_probabilities: of the emitted tokens, which `Generation.scores` sums, [batch, length].
     cache: the step's own.
   """
 
@@ -66,6 +68,7 @@ class DecodingState:
   current: Int[Array, " batch"]
   active: Bool[Array, " batch"]
   generation: Generation
+  log_probabilities: Float[AnyArray, "batch length"]
   cache: Any
 
 
@@ -108,34 +111,110 @@ def decode(
     The final state; its `generation` holds the result.
   """
   batch_size = active.shape[0]
-  limit = max_decode_length if step_limit is None else step_limit
+  zeros = jnp.zeros((batch_size,), jnp.int32)
   state = DecodingState(
     position=jnp.array(0, jnp.int32),
-    current=jnp.zeros((batch_size,), jnp.int32),
+    current=zeros,
     active=active,
     generation=empty_generation(batch_size, max_decode_length),
+    log_probabilities=jnp.zeros((batch_size, max_decode_length), jnp.float32),
     cache=cache,
   )
+  limit = max_decode_length if step_limit is None else step_limit
+  return _loop(step, state, eos_id, limit)
+
+
+def resume(
+  step: Step,
+  state: DecodingState,
+  cache: Any,
+  *,
+  active: Bool[Array, " batch"],
+  resume_at: Int[Array, " batch"],
+  eos_id: int,
+) -> DecodingState:
+  """Decodes again from some token of each row on; what lies before it stays as it is.
+
+  Args:
+    step: runs one position; it must leave the cache of a row alone before its `resume_at`.
+    state: of an earlier run.
+    cache: what the step starts from at the least `resume_at` of the active rows.
+    active: rows to decode; the others stay as they are.
+    resume_at: the first position to decode of each row, below its length (0: all of it).
+    eos_id: the token that ends a row.
+  """
+  length = state.generation.tokens.shape[1]
+  columns = jnp.arange(length)[None, :]
+  kept = ~active[:, None] | (columns < resume_at[:, None])
+  old = state.generation
+  blank = lambda array: jnp.where(kept, array, jnp.zeros((), array.dtype))
+  log_probabilities = blank(state.log_probabilities)
+  generation = Generation(
+    *map(blank, (old.tokens, old.exit_layers, old.confidences, old.rejected_confidences)),
+    scores=jnp.sum(log_probabilities, axis=-1),
+  )
+  start = DecodingState(
+    position=jnp.min(jnp.where(active, resume_at, length)).astype(jnp.int32),
+    current=jnp.zeros_like(state.current),
+    active=active,
+    generation=generation,
+    log_probabilities=log_probabilities,
+    cache=cache,
+  )
+  start = dataclasses.replace(start, current=_last_token(start))
+  return _loop(step, start, eos_id, length, resume_at)
+
+
+def _last_token(state: DecodingState) -> jax.Array:
+  """The token before `position` of every row, 0 at the beginning."""
+  at = jnp.maximum(state.position - 1, 0)
+  token = lax.dynamic_index_in_dim(state.generation.tokens, at, axis=1, keepdims=False)
+  return jnp.where(state.position > 0, token, 0)
+
+
+def _loop(
+  step: Step, state: DecodingState, eos_id: int, limit, resume_at: jax.Array | None = None
+) -> DecodingState:
+  """Steps until every row has ended; with `resume_at`, rows wait for their position."""
 
   def unfinished(state: DecodingState):
     return (state.position < limit) & jnp.any(state.active)
 
   def advance(state: DecodingState) -> DecodingState:
-    token_exit, cache = step(state.current, state.position, state.active, state.cache)
-    token, log_probability = greedy_token(token_exit.logits)
-    token = jnp.where(state.active, token, 0)
-    generation = record(
-      state.generation, state.position, state.active, token, log_probability, token_exit
+    decodes = state.active
+    if resume_at is not None:
+      decodes = decodes & (state.position >= resume_at)
+    made, cache = step(state.current, state.position, decodes, state.cache)
+    token, log_probability = greedy_token(made.logits)
+    token, log_probability = (
+      jnp.where(decodes, token, 0),
+      jnp.where(decodes, log_probability, 0),
     )
-    return DecodingState(
+    generation = state.generation
+    state = dataclasses.replace(
+      state,
       position=state.position + 1,
       current=token,
-      active=state.active & (token != eos_id),
-      generation=generation,
+      active=state.active & ~(decodes & (token == eos_id)),
+      generation=record(generation, state.position, decodes, token, log_probability, made),
+      log_probabilities=_put(state.log_probabilities, log_probability, state.position, decodes),
       cache=cache,
     )
+    if resume_at is None:
+      return state
+    # Where every row waits, the loop goes on at the first that does not.
+    first = jnp.min(jnp.where(state.active, resume_at, limit)).astype(jnp.int32)
+    state = dataclasses.replace(state, position=jnp.maximum(state.position, first))
+    return dataclasses.replace(state, current=_last_token(state))
 
   return lax.while_loop(unfinished, advance, state)
+
+
+def _put(array, column, position, decodes) -> jax.Array:
+  """`array` [batch, length] with one position of the rows that decode."""
+  old = lax.dynamic_index_in_dim(array, position, axis=1, keepdims=False)
+  column = jnp.where(decodes, column.astype(array.dtype), old)
+  return lax.dynamic_update_slice_in_dim(array, column[:, None], position, axis=1)
 
 
 def greedy_token(
@@ -155,13 +234,9 @@ def record(
   log_probability: jax.Array,
   token_exit: exits.TokenExit,
 ) -> Generation:
-  """Writes one position of every active row."""
+  """Writes one position of every active row; the others stay."""
 
-  def put(array, column):
-    return lax.dynamic_update_slice_in_dim(
-      array, column[:, None].astype(array.dtype), position, axis=1
-    )
-
+  put = lambda array, column: _put(array, column, position, active)
   return Generation(
     tokens=put(generation.tokens, token),
     exit_layers=put(generation.exit_layers, token_exit.exit_layer),

@@ -62,7 +62,7 @@ class Deferred:
 
   def __call__(self, task: engines.Task) -> engines.Bound:
     bound = bind(task, self.chunk_rows)
-    return engines.Bound(bound.empty(), bound.take_step, bound.flush)
+    return engines.Bound(bound.empty(), bound.take_step, bound.resume, bound.flush)
 
 
 def bind(task: engines.Task, chunk_rows: int) -> "BoundDeferred":
@@ -119,9 +119,13 @@ class BoundDeferred:
   table: step.BiasTable
 
   def empty(self) -> DeferredCache:
-    task, zero = self.task, jnp.zeros((), jnp.int32)
+    return self.resume(self.task.empty_caches(), jnp.zeros((), jnp.int32))
+
+  def resume(self, caches: tuple[step.Cache, ...], position: jax.Array) -> DeferredCache:
+    """With caches that are filled up to `position`, and where `task.kept` says beyond it."""
+    task = self.task
     shape = task.batch_size, task.length, task.config.emb_dim
-    fills = tuple(LayerFill(cache, zero) for cache in task.empty_caches())
+    fills = tuple(LayerFill(cache, position) for cache in caches)
     return DeferredCache(fills, jnp.zeros(shape, jnp.dtype(task.config.dtype)))
 
   def take_step(self, current, position, active, cache: DeferredCache):
@@ -178,7 +182,7 @@ class BoundDeferred:
     row = walk.stored(layer, state, row)
     made = walk.after(layer, state, hidden, row)
     end = engines.after(position, hidden)
-    (cache,) = step.write_rows((fill.cache,), (row,), end)
+    (cache,) = step.write_rows((fill.cache,), (row,), end, self.task.keeps(position))
     return made, LayerFill(cache, position + 1)
 
   def fill(
@@ -192,7 +196,7 @@ class BoundDeferred:
         return (position - fill.filled >= least) & needed
 
       def project(fill: LayerFill, chunk=chunk) -> LayerFill:
-        return _project(decoder, layer, fill, states, chunk)
+        return _project(decoder, layer, fill, states, chunk, self.task.kept)
 
       fill = lax.while_loop(pending, project, fill)
     return LayerFill(fill.cache, jnp.where(needed, position, fill.filled))
@@ -205,7 +209,9 @@ def segments(allowed: Sequence[int], num_layers: int) -> list[tuple[int, ...]]:
   return [tuple(range(a, b + 1)) for a, b in zip(starts, ends, strict=True)]
 
 
-def _project(decoder, layer: int, fill: LayerFill, states, chunk: int) -> LayerFill:
+def _project(
+  decoder, layer: int, fill: LayerFill, states, chunk: int, kept: jax.Array | None
+) -> LayerFill:
   """Fills `chunk` positions from `fill.filled` on; what lies beyond the pending ones is noise
   that is written over before it is read."""
   length = states.shape[1]
@@ -216,11 +222,14 @@ def _project(decoder, layer: int, fill: LayerFill, states, chunk: int) -> LayerF
   keys = jnp.transpose(split(row.key), (0, 2, 3, 1))
   values = jnp.transpose(split(row.value), (0, 2, 1, 3))
   # Near the end the chunk begins before `filled`: what is there stays.
-  new = start + jnp.arange(chunk) >= fill.filled
+  positions = (start + jnp.arange(chunk))[None, :]
+  new = positions >= fill.filled
+  if kept is not None:
+    new = new & (positions >= kept[:, None])
   return LayerFill(
     step.Cache(
-      _merge(fill.cache.keys, keys, new[None, None, None, :], start, axis=3),
-      _merge(fill.cache.values, values, new[None, None, :, None], start, axis=2),
+      _merge(fill.cache.keys, keys, new[:, None, None, :], start, axis=3),
+      _merge(fill.cache.values, values, new[:, None, :, None], start, axis=2),
     ),
     fill.filled + chunk,
   )

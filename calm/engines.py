@@ -25,6 +25,8 @@ class Task:
     encoded: the prompts.
     threshold: lambda, [] or [batch].
     length: most tokens generated, the size of the caches.
+    kept: positions of each row that are decoded already and that nothing may write over,
+      [batch]; None: none.
   """
 
   config: network.T5Config
@@ -33,10 +35,15 @@ class Task:
   encoded: step.Encoded
   threshold: jax.Array
   length: int
+  kept: jax.Array | None = None
 
   @property
   def batch_size(self) -> int:
     return self.encoded.bias.shape[0]
+
+  def keeps(self, position: jax.Array) -> jax.Array | None:
+    """The rows that are decoded already at `position`, [batch] bool."""
+    return None if self.kept is None else position < self.kept
 
   def empty_caches(self) -> tuple[step.Cache, ...]:
     depth = self.rule.depth(self.config.num_decoder_layers)
@@ -50,11 +57,13 @@ class Bound:
   Attributes:
     empty: what the loop carries before the first token.
     take_step: the loop's step.
+    resume: (every layer's cache, position) -> what the loop carries to go on from there.
     flush: (what the loop carries, position) -> every layer's cache, filled up to `position`.
   """
 
   empty: Any
   take_step: decoding.Step
+  resume: Callable[[tuple[step.Cache, ...], jax.Array], Any]
   flush: Callable[[Any, jax.Array], tuple[step.Cache, ...]]
 
 
@@ -80,9 +89,11 @@ class Eager:
       )
       hidden = task.weights.embedding[current]
       made = task.rule(decoder.layers(), hidden, active, task.threshold, position)
-      return made, step.write_rows(cache, made.rows, after(position, made.logits))
+      end = after(position, made.logits)
+      return made, step.write_rows(cache, made.rows, end, task.keeps(position))
 
-    return Bound(task.empty_caches(), take_step, lambda caches, position: caches)
+    same = lambda caches, position: caches
+    return Bound(task.empty_caches(), take_step, resume=same, flush=same)
 
 
 def after(position: jax.Array, made: jax.Array) -> jax.Array:

@@ -119,12 +119,61 @@ class Program:
     TRACES["decode"] += 1
     return self.decode_state(weights, encoded, active, threshold).generation
 
+  @functools.partial(jax.jit, static_argnums=0)
+  def decode_whole(
+    self,
+    weights: ModelWeights,
+    encoded: step.Encoded,
+    active: Bool[Array, " batch"],
+    threshold: Float[Array, "..."],
+  ) -> decoding.DecodingState:
+    """As `decode`, with the caches of every layer, for `resume`."""
+    TRACES["decode"] += 1
+    return self.decode_state(weights, encoded, active, threshold)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def resume(
+    self,
+    weights: ModelWeights,
+    encoded: step.Encoded,
+    state: decoding.DecodingState,
+    active: Bool[Array, " batch"],
+    threshold: Float[Array, "..."],
+    resume_at: Int[Array, " batch"],
+  ) -> decoding.DecodingState:
+    """Decodes again from some token of each row on (`calibrate.reuse` says from which).
+
+    Args:
+      weights: the model.
+      encoded: from `encode`.
+      state: from `decode_whole` or `resume`, of the same prompts.
+      active: rows to decode; the others stay as they are in `state`.
+      threshold: lambda, [] or one a row.
+      resume_at: the first token of each row that may differ from `state`.
+    """
+    TRACES["resume"] += 1
+    kept = jnp.where(active, resume_at, self.max_decode_length)
+    bound = self.bind(weights.decoder, encoded, threshold, kept)
+    made = decoding.resume(
+      bound.take_step,
+      state,
+      bound.resume(state.cache, jnp.min(kept).astype(jnp.int32)),
+      active=active,
+      resume_at=resume_at,
+      eos_id=self.eos_id,
+    )
+    return dataclasses.replace(made, cache=bound.flush(made.cache, made.position))
+
   def bind(
-    self, weights: step.DecoderWeights, encoded: step.Encoded, threshold: jax.Array
+    self,
+    weights: step.DecoderWeights,
+    encoded: step.Encoded,
+    threshold: jax.Array,
+    kept: jax.Array | None = None,
   ) -> engines.Bound:
-    """The engine at work on these prompts at this threshold."""
+    """The engine at work on these prompts at this threshold; `kept` as in `engines.Task`."""
     task = engines.Task(
-      self.config, self.rule, weights, encoded, threshold, self.max_decode_length
+      self.config, self.rule, weights, encoded, threshold, self.max_decode_length, kept
     )
     return (self.engine or default_engine(self.rule))(task)
 

@@ -88,14 +88,28 @@ def empty_caches(
 
 
 def write_rows(
-  caches: tuple[Cache, ...], rows: tuple[propagation.KeyValue, ...], position: jax.Array
+  caches: tuple[Cache, ...],
+  rows: tuple[propagation.KeyValue, ...],
+  position: jax.Array,
+  keeps: jax.Array | None = None,
 ) -> tuple[Cache, ...]:
-  """Writes one position's keys and values, one update in place a layer."""
+  """Writes one position's keys and values, one update in place a layer.
+
+  Args:
+    caches, rows: one entry a layer.
+    position: where.
+    keeps: rows of the batch that stay as they are, [batch] bool; None: none does.
+  """
+
+  def put(cache, row, axis):
+    row = jnp.expand_dims(row, axis)
+    if keeps is not None:
+      old = lax.dynamic_slice_in_dim(cache, position, 1, axis=axis)
+      row = jnp.where(keeps[:, None, None, None], old, row)
+    return lax.dynamic_update_slice_in_dim(cache, row, position, axis=axis)
+
   return tuple(
-    Cache(
-      lax.dynamic_update_slice_in_dim(cache.keys, row.key[..., None], position, axis=3),
-      lax.dynamic_update_slice_in_dim(cache.values, row.value[..., None, :], position, axis=2),
-    )
+    Cache(put(cache.keys, row.key, 3), put(cache.values, row.value, 2))
     for cache, row in zip(caches, rows, strict=True)
   )
 
