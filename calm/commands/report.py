@@ -15,6 +15,7 @@ validation.jsonl.gz and test.jsonl.gz in it.
   calm report --data=data --output=runs/report                                all tasks, whole
   calm report --model=my_model --data=data --tasks synopsis qa enfr --output=runs/report
   calm report --data=data --output=runs/report --measures classifier --timed=40 --rounds=5
+  calm report --data=data --output=runs/report --geometric_model=runs/elbayad/model
 
 Seconds are worth what the machine was free of while they were measured; --retime measures
 them again.
@@ -55,6 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default=["softmax", "shortlist", "classifier", "state"],
     help="confidence measures (default: all that the model has)",
   )
+  parser.add_argument(
+    "--step", type=float, default=0.02, help="between the thresholds of Fig. 2c (0.02)"
+  )
+  parser.add_argument(
+    "--ablated", type=int, default=200, help="validation prompts of Fig. 2 (200)"
+  )
+  parser.add_argument("--geometric_model", help="classifier trained Elbayad's way, for App. D")
+  parser.add_argument("--last_layer_model", help="a model trained without Eq. 6")
   parser.add_argument("--batch_size", type=int, default=8, help="prompts decoded together (8)")
   parser.add_argument("--error_rate", type=float, default=0.05, help="epsilon (0.05)")
   parser.add_argument("--examples", type=int, default=6, help="outputs to show a task (6)")
@@ -100,26 +109,44 @@ def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, announce):
     timed=arguments.timed,
     rounds=arguments.rounds,
     examples=arguments.examples,
+    ablated=arguments.ablated,
+    step=arguments.step,
     error_rate=arguments.error_rate,
     measures=tuple(arguments.measures),
   )
-  loaded = inference.load(arguments.model, batch_size=arguments.batch_size)
+  models = {
+    name: inference.load(path, batch_size=arguments.batch_size)
+    for name, path in (
+      ("predictor", arguments.model),
+      ("geometric", arguments.geometric_model),
+      ("last_layer", arguments.last_layer_model),
+    )
+    if path
+  }
   reports = []
   for settings in tasks:
-    predictor = loaded.with_options(
-      task_prefix=settings.prefix,
-      max_input_length=settings.max_input_length,
-      max_decode_length=settings.max_decode_length,
-    )
+    chosen = {
+      name: model.with_options(
+        task_prefix=settings.prefix,
+        max_input_length=settings.max_input_length,
+        max_decode_length=settings.max_decode_length,
+      )
+      for name, model in models.items()
+    }
     if arguments.retime:
       for old in (cache / "results" / settings.name).glob("seconds-*.json"):
         old.unlink()
     reports.append(
       suite.Suite(
-        predictor, settings, pathlib.Path(arguments.data), cache, options, announce
+        settings=settings,
+        data=pathlib.Path(arguments.data),
+        folder=cache,
+        options=options,
+        announce=announce,
+        **chosen,
       ).run()
     )
-  return reports, loaded
+  return reports, models["predictor"]
 
 
 @contextlib.contextmanager

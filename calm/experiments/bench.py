@@ -49,7 +49,13 @@ def available(predictor: inference.Predictor, measures: Sequence[str]) -> tuple[
     lacking.add("classifier")
   if predictor.options.shortlist is None:
     lacking.add("shortlist")
-  return tuple(measure for measure in measures if measure not in lacking)
+  found = tuple(measure for measure in measures if measure not in lacking)
+  if not found:
+    raise ValueError(
+      f"Expected a measure that the model has. Got {list(measures)}; it lacks"
+      f" {sorted(lacking)}."
+    )
+  return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

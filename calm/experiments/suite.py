@@ -61,6 +61,32 @@ class TaskReport:
   objectives: models.Comparison | None
 
 
+def flops_reduction(
+  predictor: inference.Predictor,
+  measure: str,
+  exit_layers: Sequence[Sequence[int]],
+  input_length: int,
+) -> float:
+  """Decoder FLOPs of the full model over those of recorded exits (`calm.costs`).
+
+  Args:
+    predictor: the model.
+    measure: what the exits were decided by; its own cost counts.
+    exit_layers: of the real tokens of every output.
+    input_length: positions of the padded prompt.
+  """
+  options = predictor.with_options(measure=measure).options
+  step = costs.decoding_costs(
+    predictor.config,
+    input_length=input_length,
+    cache_length=options.max_decode_length,
+    rule=options.rule,
+    num_pieces=predictor.vocabulary.vocab_size,
+    shortlist=len(options.shortlist or ()),
+  )
+  return costs.totals(step, exit_layers).flops_ratio
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Suite(bench.Bench):
   """The experiments of one task.
@@ -132,19 +158,10 @@ class Suite(bench.Bench):
     )
 
   def flops_reduction(self, measure: str, exit_layers: Sequence[Sequence[int]]) -> float:
-    """Decoder FLOPs of the full model over those of recorded exits (`calm.costs`)."""
-    model = self.model(measure)
-    options = model.options
+    """`flops_reduction` at the padded length of a prompt of mean length."""
     read = round(self.output_lengths.inputs.mean) + 1
-    step = costs.decoding_costs(
-      model.config,
-      input_length=prompts_lib.bucket_length(read, options.max_input_length),
-      cache_length=options.max_decode_length,
-      rule=options.rule,
-      num_pieces=model.vocabulary.vocab_size,
-      shortlist=len(options.shortlist or ()),
-    )
-    return costs.totals(step, exit_layers).flops_ratio
+    padded = prompts_lib.bucket_length(read, self.predictor.options.max_input_length)
+    return flops_reduction(self.predictor, measure, exit_layers, padded)
 
   @functools.cached_property
   def calibrated_gains(self) -> gains.Gains:
