@@ -8,7 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import confidence, deferred, engines, exits, losses, objectives, parameters, schedules
+from calm import (
+  compacted,
+  confidence,
+  deferred,
+  engines,
+  exits,
+  losses,
+  objectives,
+  parameters,
+  schedules,
+)
 from tests import engine, t5x_setup
 
 models = t5x_setup.import_models()
@@ -16,7 +26,11 @@ pytestmark = t5x_setup.MARKS
 
 NEVER = schedules.NEVER_EXIT
 BATCH = len(engine.PROMPTS)
-ENGINES = {"eager": engines.Eager(), "deferred": deferred.Deferred()}
+ENGINES = {
+  "eager": engines.Eager(),
+  "deferred": deferred.Deferred(),
+  "compacted": compacted.Compacted(buckets=(2,)),
+}
 
 
 def greedy(**options):

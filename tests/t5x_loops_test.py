@@ -7,12 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import confidence, deferred, engines, exits, schedules, t5x_loops
+from calm import compacted, confidence, deferred, engines, exits, schedules, t5x_loops
 from tests import engine
 
 NEVER = schedules.NEVER_EXIT
 RULE = exits.DynamicExits(confidence.Softmax(), engine.DECAYING)
-ENGINES = {"eager": engines.Eager(), "deferred": deferred.Deferred()}
+ENGINES = {
+  "eager": engines.Eager(),
+  "deferred": deferred.Deferred(),
+  "compacted": compacted.Compacted(buckets=(2,)),
+}
 EOS = 1
 
 
