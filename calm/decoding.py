@@ -151,7 +151,7 @@ def resume(
   log_probabilities = blank(state.log_probabilities)
   generation = Generation(
     *map(blank, (old.tokens, old.exit_layers, old.confidences, old.rejected_confidences)),
-    scores=jnp.sum(log_probabilities, axis=-1),
+    scores=old.scores,
   )
   start = DecodingState(
     position=jnp.min(jnp.where(active, resume_at, length)).astype(jnp.int32),
@@ -162,7 +162,10 @@ def resume(
     cache=cache,
   )
   start = dataclasses.replace(start, current=_last_token(start))
-  return _loop(step, start, eos_id, length, resume_at)
+  end = _loop(step, start, eos_id, length, resume_at)
+  # Summed at the end, so that the score does not depend on where decoding went on.
+  scores = jnp.sum(end.log_probabilities, axis=-1)
+  return dataclasses.replace(end, generation=dataclasses.replace(end.generation, scores=scores))
 
 
 def _last_token(state: DecodingState) -> jax.Array:

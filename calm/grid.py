@@ -1,15 +1,17 @@
 """Prompts x thresholds -> cached generations: one encoding a prompt, one compilation a grid.
 
 The first pass never exits but measures; a sequence whose refused confidences all stay below
-the next threshold is the same there and is not decoded again (`calibrate.reuse`).
+the next threshold is the same there and is not decoded again, any other from the first token
+on where they do not (`calibrate.reuse`).
 """
 
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import inference, schedules, step
+from calm import decoding, inference, schedules, step
 from calm import prompts as prompts_lib
 from calm.calibrate import Prompt, Record, generation_writer, reuse
 
@@ -35,7 +37,7 @@ def generate(
     prompts: the prompts; their ids name the records.
     thresholds: strictly descending, without `NEVER_EXIT`.
     writer: from `generation_writer.open_writer` with the same prompts and thresholds.
-    reuse_records: take over sequences that a lower threshold cannot change.
+    reuse_records: take over what a lower threshold cannot change: sequences, and beginnings.
     progress: told after every batch and threshold.
 
   Returns:
@@ -46,16 +48,13 @@ def generate(
   summary = reuse.ReuseSummary()
   for number, batch in enumerate(batches):
     ids = [prompts[row].id for row in batch.rows]
-    encoded, previous = None, dict[str, Record]()
+    work, previous = _Batch(predictor, batch, ids, reuse_records), dict[str, Record]()
     for threshold in levels:
       done = writer.completed_records(threshold)
       records = {i: done[i] for i in ids if i in done}
       missing = [i for i in ids if i not in records]
       if missing:
-        if encoded is None:
-          encoded = predictor.encode(batch)
-        sources = previous if reuse_records else {}
-        made, reused = _decode(predictor, encoded, batch, ids, missing, threshold, sources)
+        made, reused = work.decode(missing, threshold, previous if reuse_records else {})
         writer.append(threshold, made)
         records.update({record.id: record for record in made})
         if threshold != schedules.NEVER_EXIT:
@@ -66,28 +65,68 @@ def generate(
   return summary
 
 
-def _decode(
-  predictor: inference.Predictor,
-  encoded: step.Encoded,
-  batch: prompts_lib.PromptBatch,
-  ids: Sequence[str],
-  missing: Sequence[str],
-  threshold: float,
-  previous: dict[str, Record],
-) -> tuple[list[Record], reuse.ReuseSummary]:
-  """The missing records of one batch at one threshold, and what was taken over."""
-  values = schedule_values(predictor, threshold)
-  kept = [i for i in missing if i in previous and reuse.is_reusable(previous[i], values)]
-  fresh = set(missing) - set(kept)
-  active = batch.active & np.isin(np.arange(len(batch.active)), [ids.index(i) for i in fresh])
-  made = {i: previous[i] for i in kept}
-  if fresh:
-    generation = predictor.decode(encoded, active, threshold)
-    made.update({i: record(predictor, generation, ids.index(i), i) for i in fresh})
-  records = [made[i] for i in missing]
-  lengths = [len(r.tokens or ()) for r in records]
-  reused = [len(r.tokens or ()) if r.id in kept else 0 for r in records]
-  return records, reuse.summarize(reused, lengths)
+class _Batch:
+  """Prompts that are decoded together, threshold after threshold.
+
+  What was decoded stays on the device with its caches: at a lower threshold a sequence is the
+  same up to the first token that would now leave earlier, and decoding goes on there.
+  """
+
+  def __init__(
+    self,
+    predictor: inference.Predictor,
+    batch: prompts_lib.PromptBatch,
+    ids: Sequence[str],
+    resumes: bool,
+  ):
+    self._predictor, self._batch, self._ids = predictor, batch, ids
+    self._resumes = resumes
+    self._encoded: step.Encoded | None = None
+    self._state: decoding.DecodingState | None = None
+
+  def decode(
+    self, missing: Sequence[str], threshold: float, previous: dict[str, Record]
+  ) -> tuple[list[Record], reuse.ReuseSummary]:
+    """The missing records at one threshold, and what was taken over."""
+    values = schedule_values(self._predictor, threshold)
+    kept = [i for i in missing if i in previous and reuse.is_reusable(previous[i], values)]
+    fresh = [i for i in missing if i not in kept]
+    made = {i: previous[i] for i in kept}
+    begins: dict[str, int] = {}
+    if fresh:
+      generation, begins = self._run(fresh, threshold, values)
+      made.update({i: self._record(generation, i) for i in fresh})
+    records = [made[i] for i in missing]
+    lengths = [len(r.tokens or ()) for r in records]
+    reused = [len(r.tokens or ()) if r.id in kept else begins.get(r.id, 0) for r in records]
+    return records, reuse.summarize(reused, lengths)
+
+  def _run(
+    self, fresh: Sequence[str], threshold: float, values: np.ndarray
+  ) -> tuple[decoding.Generation, dict[str, int]]:
+    """The rows' generation, and how many of its tokens were not decoded again."""
+    if self._encoded is None:
+      self._encoded = self._predictor.encode(self._batch)
+    active = np.zeros(len(self._batch.active), bool)
+    active[[self._ids.index(i) for i in fresh]] = True
+    if self._predictor.options.num_devices > 1:  # each would need its own loop's state
+      return self._predictor.decode(self._encoded, active, threshold), {}
+    resume_at = np.zeros(len(active), np.int32)
+    if self._state is not None and self._resumes:
+      before = jax.device_get(self._state.generation)
+      for i in fresh:
+        record = self._record(before, i)
+        same = reuse.reusable_tokens(record, values)
+        # The last token is decoded again whatever the records say: there is a row to run.
+        resume_at[self._ids.index(i)] = max(0, min(same, len(record.tokens or ()) - 1))
+    self._state = self._predictor.resume(
+      self._encoded, self._state, active, threshold, resume_at
+    )
+    begins = {i: int(resume_at[self._ids.index(i)]) for i in fresh}
+    return jax.device_get(self._state.generation), begins
+
+  def _record(self, generation: decoding.Generation, prompt_id: str) -> Record:
+    return record(self._predictor, generation, self._ids.index(prompt_id), prompt_id)
 
 
 def schedule_values(predictor: inference.Predictor, threshold: float) -> np.ndarray:

@@ -23,6 +23,7 @@ from calm import (
   checkpoints,
   decoding,
   devices,
+  engines,
   exits,
   network,
   programs,
@@ -41,7 +42,7 @@ PACKED = pathlib.Path(__file__).parent / "assets"
 
 @dataclasses.dataclass(frozen=True)
 class DecodeOptions:
-  """How prompts are decoded; all of it belongs to the `Procedure`, but for the last two.
+  """How prompts are decoded; all of it belongs to the `Procedure`, but for the last three.
 
   Attributes:
     measure: confidence measure: 'softmax', 'state' or 'classifier'.
@@ -55,6 +56,8 @@ class DecodeOptions:
     batch_size: prompts that a device decodes together; results do not depend on it in
       float32.
     num_devices: devices that the prompts are spread over; results do not depend on it.
+    engine: how decode steps run, `compacted.Compacted()` for large batches of mixed depths;
+      results do not depend on it. None takes the default for the rule.
   """
 
   measure: str = "softmax"
@@ -67,6 +70,7 @@ class DecodeOptions:
   max_decode_length: int = 64
   batch_size: int = 8
   num_devices: int = 1
+  engine: engines.Engine | None = None
 
   def __post_init__(self):
     for name in ("max_input_length", "max_decode_length", "batch_size", "num_devices"):
@@ -250,7 +254,11 @@ class Predictor:
   def program(self, rule: exits.StepRule | None = None) -> programs.Program:
     """The compiled program of a rule (the options' own by default)."""
     return programs.Program(
-      self.config, rule or self.options.rule, self.options.max_decode_length, self.eos_id
+      self.config,
+      rule or self.options.rule,
+      self.options.max_decode_length,
+      self.eos_id,
+      self.options.engine if rule is None else None,
     )
 
   def sharded(self, rule: exits.StepRule | None = None) -> devices.ShardedProgram | None:
@@ -297,6 +305,33 @@ class Predictor:
       self.weights, encoded, jnp.asarray(active), jnp.asarray(threshold, jnp.float32)
     )
     return jax.device_get(generation)
+
+  def resume(
+    self,
+    encoded: step.Encoded,
+    state: decoding.DecodingState | None,
+    active: np.ndarray,
+    threshold: float,
+    resume_at: np.ndarray,
+  ) -> decoding.DecodingState:
+    """Decodes the active rows from some token of each on; see `programs.Program.resume`.
+
+    Args:
+      encoded: from `encode`, on one device.
+      state: what an earlier call returned for the same prompts; None: nothing yet.
+      active: rows to decode, [batch]; the others stay as they are.
+      threshold: lambda.
+      resume_at: the first token of each row that may differ from `state`, [batch].
+    """
+    program = self.program()
+    return program.resume(
+      self.weights,
+      encoded,
+      program.nothing_yet(len(active)) if state is None else state,
+      jnp.asarray(active),
+      jnp.asarray(threshold, jnp.float32),
+      jnp.asarray(resume_at, jnp.int32),
+    )
 
   def generate(
     self,

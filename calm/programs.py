@@ -119,17 +119,19 @@ class Program:
     TRACES["decode"] += 1
     return self.decode_state(weights, encoded, active, threshold).generation
 
-  @functools.partial(jax.jit, static_argnums=0)
-  def decode_whole(
-    self,
-    weights: ModelWeights,
-    encoded: step.Encoded,
-    active: Bool[Array, " batch"],
-    threshold: Float[Array, "..."],
-  ) -> decoding.DecodingState:
-    """As `decode`, with the caches of every layer, for `resume`."""
-    TRACES["decode"] += 1
-    return self.decode_state(weights, encoded, active, threshold)
+  def nothing_yet(self, batch_size: int) -> decoding.DecodingState:
+    """What `resume` starts from where nothing was decoded yet."""
+    depth = self.rule.depth(self.config.num_decoder_layers)
+    length, row = self.max_decode_length, jnp.zeros((batch_size,), jnp.int32)
+    generation = decoding.empty_generation(batch_size, length)
+    return decoding.DecodingState(
+      position=jnp.zeros((), jnp.int32),
+      current=row,
+      active=row > 0,
+      generation=generation,
+      log_probabilities=jnp.zeros((batch_size, length), jnp.float32),
+      cache=step.empty_caches(self.config, batch_size, length, depth),
+    )
 
   @functools.partial(jax.jit, static_argnums=0)
   def resume(
@@ -146,7 +148,7 @@ class Program:
     Args:
       weights: the model.
       encoded: from `encode`.
-      state: from `decode_whole` or `resume`, of the same prompts.
+      state: from `resume` or `nothing_yet`, of the same prompts.
       active: rows to decode; the others stay as they are in `state`.
       threshold: lambda, [] or one a row.
       resume_at: the first token of each row that may differ from `state`.

@@ -1,0 +1,52 @@
+"""A grid decoded from where each sequence changes: the same records, fewer steps."""
+
+import pytest
+
+from calm import grid, inference, programs, schedules
+from calm.calibrate import Prompt, Provenance, generation_writer
+from tests import inference_test
+
+THRESHOLDS = [0.9, 0.6, 0.3]
+PROMPTS = [Prompt(str(i), text) for i, text in enumerate(inference_test.TEXTS)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  directory = inference_test.save(tmp_path_factory.mktemp("model") / "toy")
+  return inference.load(directory, **{**inference_test.OPTIONS, "max_input_length": 32})
+
+
+def decode(model, directory, monkeypatch, **options):
+  """(what was reused, records by threshold, steps that the loops began at)."""
+  begun = []
+  resume = inference.Predictor.resume
+
+  def counted(self, encoded, state, active, threshold, resume_at):
+    begun.append(resume_at[active].tolist())
+    return resume(self, encoded, state, active, threshold, resume_at)
+
+  monkeypatch.setattr(inference.Predictor, "resume", counted)
+  provenance = Provenance(grid=tuple(THRESHOLDS), num_examples=len(PROMPTS))
+  writer = generation_writer.open_writer(
+    directory,
+    prompts=PROMPTS,
+    thresholds=THRESHOLDS,
+    procedure=model.procedure,
+    provenance=provenance,
+  )
+  summary = grid.generate(model, PROMPTS, THRESHOLDS, writer, **options)
+  levels = [schedules.NEVER_EXIT, *THRESHOLDS]
+  return summary, [writer.completed_records(x) for x in levels], begun
+
+
+@pytest.mark.filterwarnings("ignore:.*prompts have more than")
+def test_beginnings_are_taken_over_and_the_records_are_the_same(model, tmp_path, monkeypatch):
+  traces = programs.TRACES["resume"]
+  summary, records, begun = decode(model, tmp_path / "reused", monkeypatch)
+  assert programs.TRACES["resume"] - traces <= 2  # a batch of 4 and one of 2, whole grid
+  # Meta: some sequence was decoded on from its middle, and some token was saved by that.
+  middles = sum(at for batch in begun for at in batch)
+  assert middles > 0 and summary.reused_tokens >= middles
+  plain, again, anew = decode(model, tmp_path / "plain", monkeypatch, reuse_records=False)
+  assert plain.reused_tokens == 0 and not any(at for batch in anew for at in batch)
+  assert records == again
