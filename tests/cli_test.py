@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from calm import checkpoints, cli, network, vocabulary
-from calm.calibrate import Calibration, generations
+from calm.calibrate import Calibration, generations, sequence_losses
 from tests import toys
 
 SIZES = toys.Config(vocab_size=264, num_pieces=259, num_decoder_layers=3)
@@ -152,13 +152,36 @@ def test_rates_outside_their_range(cached, capsys, option):
   assert f"`{name}`" in failure(capsys, ["calibrate", str(cached), option])
 
 
-def test_too_few_prompts_are_said_before_the_work(cached, tmp_path, capsys):
+def test_too_few_prompts_are_refused_before_the_work(cached, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(sequence_losses, "compute", None)  # any work would fail
   output = f"--output={tmp_path / 'c.json'}"
-  assert cli.main(["calibrate", str(cached), "--tolerance=0.1", output]) == 0
-  text = " ".join(capsys.readouterr().out.split())
+  text = failure(capsys, ["calibrate", str(cached), "--tolerance=0.1", output])
   assert "5 prompts are too few" in text
   assert "at least 29 are needed" in text
+  rates = ["--tolerance=0.5", "--testing=bonferroni", output]
+  assert "at least 6 are needed" in failure(capsys, ["calibrate", str(cached), *rates])
+  assert not (tmp_path / "c.json").exists()
+
+
+def test_signed_losses_are_refused_below_their_floor_only(cached, tmp_path, capsys):
+  arguments = ["calibrate", str(cached), "--kind=risk_signed", "--metric=token_f1"]
+  output = f"--output={tmp_path / 'c.json'}"
+  assert "at least 6 are needed" in failure(capsys, [*arguments, "--error_rate=0.01", output])
+  assert cli.main([*arguments, output]) == 0
+  text = " ".join(capsys.readouterr().out.split())
+  assert (
+    "where nothing changes, no method can with fewer than 29" in text and "20% changed" in text
+  )
   assert not Calibration.load(tmp_path / "c.json").certified
+
+
+def test_a_pilot_tells_the_power_before_the_work(cached, tmp_path, capsys):
+  output = f"--output={tmp_path / 'c.json'}"
+  pilot = [f"--pilot={cached}", "--tolerance=0.7"]
+  assert cli.main(["calibrate", str(cached), *pilot, output]) == 0
+  text = capsys.readouterr().out
+  assert text.index("Power by prompts") < text.index("mean loss")
+  assert "20 " in text and "prompts" in text
 
 
 def test_bad_prompt_files(model, tmp_path, capsys):

@@ -270,18 +270,25 @@ def calibrate(
     error_rate=float(error_rate),
     method=chosen.name,
     testing=testing_procedure,
-    kind=sample.kind,
-    metric=sample.metric,
-    support=sample.support,
-    num_examples=len(values),
-    clusters=groups is not None,
     rows=_rows(sample, log_p, bound, result),
     visited=result.visited,
     order=sample.order if chosen.ordered else "irrelevant",
     seed=seed,
-    procedure=sample.procedure,
+    clusters=groups is not None,
     provenance=_provenance(sample, chosen, seed),
+    **_described(sample),
   )
+
+
+def _described(sample: SequenceLosses) -> dict[str, Any]:
+  """What the losses say of themselves."""
+  return {
+    "kind": sample.kind,
+    "metric": sample.metric,
+    "support": sample.support,
+    "num_examples": len(sample.values),
+    "procedure": sample.procedure,
+  }
 
 
 def _provenance(sample: SequenceLosses, method: methods.Method, seed: str) -> Provenance:

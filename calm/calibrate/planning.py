@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from calm.calibrate import methods, testing
-from calm.calibrate.sequence_losses import SequenceLosses
+from calm.calibrate.sequence_losses import SequenceLosses, Support
 
 
 def min_calibration_size(tolerance: float, error_rate: float, *, lower: float = 0.0) -> int:
@@ -17,8 +17,7 @@ def min_calibration_size(tolerance: float, error_rate: float, *, lower: float = 
 
   With fewer, losses that are `lower` on every prompt are still too likely under a true risk
   above tolerance: of the losses in [lower, 1] with mean `tolerance`, the one that takes only
-    the two ends is
-  `lower` n times with probability ((1 - tolerance) / (1 - lower))^n.
+  the two ends is `lower` n times with probability ((1 - tolerance) / (1 - lower))^n.
 
   Args:
     tolerance: in (lower, 1).
@@ -63,6 +62,46 @@ def refusal(
     f"{num_examples} prompts are too few at tolerance {tolerance} and error rate {error_rate},"
     f" whatever their losses; at least {needed} are needed."
   )
+
+
+def forecast(
+  num_examples: int, tolerance: float, error_rate: float, *, method: str = "auto"
+) -> str:
+  """What to expect of so few signed losses; '' where unchanged outputs would certify.
+
+  Signed losses have a floor far below that of losses in [0, 1], but outputs that are never
+  better certify no earlier. The forecast is a power curve on losses made up for it: the exit
+  changes no prompt, or a share of them, as often for the better as for the worse.
+
+  Args:
+    num_examples: prompts there are.
+    tolerance: in (0, 1).
+    error_rate: level of the first hypothesis that is tested.
+    method: as for `calibration.calibrate`.
+  """
+  unchanged = min_calibration_size(tolerance, error_rate)
+  sizes = tuple(sorted({num_examples, unchanged, 2 * unchanged, 4 * unchanged}))
+  table = {}
+  for share in (0.0, 0.1, 0.2, 0.4):
+    values = np.zeros((200, 1))
+    values[: round(100 * share)], values[100 : 100 + round(100 * share)] = 0.5, -0.5
+    pilot = SequenceLosses(values, np.array([0.5]), Support(lower=-1.0))
+    curve = power_curve(
+      pilot, sizes, tolerance=tolerance, error_rate=error_rate, method=method, draws=100
+    )
+    table[share] = dict(zip(sizes, curve.power[:, 0], strict=True))
+  if table[0.0][num_examples] == 1.0:
+    return ""
+  lines = [
+    f"{num_examples} prompts certify a signed loss at tolerance {tolerance} and error rate"
+    f" {error_rate} only if outputs get better: where nothing changes, no method can with"
+    f" fewer than {unchanged}. Power by prompts, where that share of them changes by 0.5, half"
+    " of those for the worse:"
+  ]
+  for share, powers in table.items():
+    cells = [f"{size}: {100 * power:.0f}%" for size, power in powers.items()]
+    lines.append(f"  {100 * share:>3.0f}% changed   " + "   ".join(cells))
+  return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ from calm.calibrate import (
   planning,
   replay,
   sequence_losses,
+  testing,
   thresholds,
 )
 from calm.commands import common
@@ -57,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--by_group", action="store_true", help="calibrate on means over each prompt's group"
   )
+  parser.add_argument(
+    "--pilot",
+    help="folder of `calm generate` for other prompts, on the same grid (the validation"
+    " split): prints first how likely so many prompts certify each threshold",
+  )
   parser.add_argument("--output", help="where to write (default DIRECTORY/calibration.json)")
 
 
@@ -65,13 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
   """Calibrates, prints the table and the promise, writes the file."""
   console = rich_console.Console()
   cached = _read(arguments)
-  support = sequence_losses.kind_support(arguments.kind, arguments.metric)
-  count = len(set(cached.groups or cached.ids)) if arguments.by_group else len(cached.ids)
-  refusal = planning.refusal(
-    count, arguments.tolerance, arguments.error_rate, lower=support.lower
-  )
-  if refusal:
-    console.print(f"[yellow]{refusal}[/yellow]")
+  _plan(arguments, console, cached)
   result = (_replay if cached.sequential else _calibrate)(arguments, console, cached)
   output = pathlib.Path(
     arguments.output or pathlib.Path(arguments.directory or ".") / "calibration.json"
@@ -80,6 +80,34 @@ def run(arguments: argparse.Namespace) -> int:
   print_calibration(console, result, cached)
   console.print(f"Written to {output}")
   return 0
+
+
+def _plan(arguments, console, cached: generations.Generations) -> None:
+  """Refuses, before any work, where nothing could be certified; warns where little could."""
+  support = sequence_losses.kind_support(arguments.kind, arguments.metric)
+  units = cached.groups if arguments.by_group and cached.groups else cached.ids
+  count, name = len(set(units)), arguments.testing
+  share = testing.first_share(name, len(cached.thresholds)) if name in testing.PROCEDURES else 1
+  rates = (arguments.tolerance, arguments.error_rate * share)
+  refusal = planning.refusal(count, *rates, lower=support.lower)
+  if refusal:
+    raise ValueError(refusal)
+  if arguments.pilot:
+    pilot = sequence_losses.compute(
+      generations.load(arguments.pilot), arguments.kind, metric=arguments.metric
+    )
+    curve = planning.power_curve(
+      pilot,
+      [count, 2 * count, 4 * count],
+      tolerance=rates[0],
+      error_rate=rates[1],
+      method=arguments.method,
+    )
+    console.print(f"Power by prompts and threshold, judged by {arguments.pilot}:\n{curve}")
+  elif support.lower < 0.0:
+    forecast = planning.forecast(count, *rates, method=arguments.method)
+    if forecast:
+      console.print(f"[yellow]{forecast}[/yellow]")
 
 
 def _calibrate(arguments, console, cached) -> calibrate_lib.Calibration:

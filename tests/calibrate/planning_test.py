@@ -77,3 +77,17 @@ def test_power_of_signed_losses_by_the_paper_clips_them():
 def test_sizes_are_checked(sizes):
   with pytest.raises(ValueError, match="`sizes` must be at least 1"):
     planning.power_curve(pilot(), sizes, tolerance=0.1, error_rate=0.05)
+
+
+def test_signed_losses_are_forecast_below_the_size_that_no_change_needs():
+  assert planning.forecast(58, 0.1, 0.05) == ""
+  text = planning.forecast(10, 0.1, 0.05)
+  assert text.startswith("10 prompts certify a signed loss") and "fewer than 29" in text
+  rows = [line.split("changed")[1] for line in text.splitlines()[1:]]
+  power = [[int(cell.split(":")[1]) for cell in row.split("%")[:-1]] for row in rows]
+  # Unchanged outputs are all alike: certified or not. Change, even as often for the better,
+  # costs power; prompts buy it back.
+  assert len(power) == 4 and set(power[0]) == {0, 100}
+  for few, more, many, most in power:
+    assert few <= 5 and more <= many <= most
+  assert power[0][2] > power[1][2] > power[3][2]
