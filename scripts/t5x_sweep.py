@@ -9,6 +9,7 @@ threshold, checksums. A run that was stopped goes on where it was. Needs T5X.
       --gin.CHECKPOINT_PATH="'runs/two/checkpoint_400'" --gin.OUTPUT_DIR="'runs/cache'"
 """
 
+import inspect
 import itertools
 import pathlib
 import tempfile
@@ -154,9 +155,9 @@ def prompt_of(example: dict[str, Any], task_prefix: str) -> Prompt:
 
 def procedure_of(model, params, dataset_cfg, task_prefix: str) -> Procedure:
   """What the outputs are valid for: the very record that `calm infer` makes of this model."""
-  if model.decode_fn is not models.greedy_decode or not isinstance(
-    model.rule, exits.DynamicExits
-  ):
+  # Gin wraps what it configures.
+  greedy = inspect.unwrap(model.decode_fn) is models.greedy_decode
+  if not greedy or not isinstance(model.rule, exits.DynamicExits):
     raise ValueError(
       "Expected `decode_fn` models.greedy_decode and a `rule` exits.DynamicExits. Got"
       f" {model.decode_fn} and {model.rule}; sampled outputs have no calibration here."
