@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from calm import confidence, deferred, engines, exits, programs
+from calm import compacted, confidence, deferred, engines, exits, programs
 from tests import engine, hlo
 
 LENGTH = 512
@@ -32,10 +32,11 @@ def half_a_layers_cache() -> int:
   ("rule", "made"),
   [
     (SHALLOW, deferred.Deferred()),
+    (SHALLOW, compacted.Compacted()),
     (SHALLOW, engines.Eager()),
     (exits.StaticExit(), engines.Eager()),
   ],
-  ids=["deferred", "eager", "static"],
+  ids=["deferred", "compacted", "eager", "static"],
 )
 def test_no_operation_in_the_loop_makes_half_of_a_layers_cache(rule, made):
   text = compiled(rule, made)

@@ -8,7 +8,16 @@ import re
 import numpy as np
 import pytest
 
-from calm import calibrate, checkpoints, exits, inference, network, schedules, vocabulary
+from calm import (
+  calibrate,
+  checkpoints,
+  engines,
+  exits,
+  inference,
+  network,
+  schedules,
+  vocabulary,
+)
 from tests import outputs_test, toys
 
 SIZES = toys.Config(vocab_size=264, num_pieces=259, num_encoder_layers=1, num_decoder_layers=3)
@@ -61,6 +70,13 @@ def test_outputs_come_in_the_order_of_the_prompts(model, generated):
   assert rows(backwards)[::-1] == rows(generated)
   assert len(set(rows(generated))) > 3
   assert model.generate([], threshold=0.6).texts == []
+
+
+def test_the_engine_is_an_option_that_changes_nothing(model, generated):
+  other = model.with_options(engine=engines.Eager())
+  assert other.program().engine == engines.Eager() and model.program().engine is None
+  assert rows(other.generate(TEXTS, threshold=0.6)) == rows(generated)
+  assert other.procedure == model.procedure
 
 
 def test_an_output_is_whole(model, generated):
