@@ -5,8 +5,7 @@
     sequence_losses    cached outputs -> losses [num_examples, num_thresholds]
     p_values           losses -> p-value of "the expected loss exceeds the tolerance"
     testing            p-values in a fixed order -> which thresholds are certified
-    calibration        all of it: `calibrate(losses, tolerance=..., error_rate=...)` ->
-      `Calibration`
+    calibration        all of it: `calibrate(losses, ...)` -> `Calibration`
     planning           how many prompts are needed, before any is decoded
     sequential         stops decoding prompts as soon as the outcome is clear
     reuse              what a generation at one threshold says about a lower one

@@ -4,13 +4,12 @@ A coin decides for every served prompt whether the full model runs on it too. Th
 seed and the prompt's number, nothing of its text or output. From the losses of sampled prompts
 a gambler bets that the risk is above the tolerance:
 
-    wealth = product of (1 + bet_i (loss_i - tolerance)),   0 <= bet_i <= 0.5 / (tolerance -
-    lower)
+    wealth = product of (1 + bet_i (loss_i - tolerance))
+    0 <= bet_i <= 0.5 / (tolerance - lower)
 
 As long as E[loss_i | past] <= tolerance, wealth is a nonnegative supermartingale: it ever
 reaches 1 / alarm_level with probability at most alarm_level (Ville 1939). Losses count in the
-order of serving, however late they come: an order of arrival could depend on the losses
-  themselves.
+order of serving, however late they come: an order of arrival could depend on the losses.
 """
 
 import dataclasses
@@ -25,8 +24,7 @@ from calm.calibrate.sequence_losses import Support
 
 SCHEMA_VERSION = 1
 _CAP_SHARE = 0.5
-# Bets remember about this many sampled losses, so that an old good time does not hide a bad new
-# one.
+# Bets remember about this many losses, so that a good old time does not hide a bad new one.
 _MEMORY = 200
 
 

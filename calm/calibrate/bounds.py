@@ -72,10 +72,10 @@ def betting(
   """Upper bound from the betting p-value; it holds whenever one stops.
 
   The set of rejected tolerances need not be an interval, because bets depend on the tolerance.
-  So whole intervals are rejected from the top: for tolerances m in [a, b], bets lie in [bet(a),
-  bet(b)] and every factor is at least 1 + bet(a) (a - loss) where a >= loss, else 1 + bet(b) (a
-  - loss). The result is the lower end of the last interval rejected so: all above it is
-  rejected.
+  So whole intervals are rejected from the top: for tolerances m in [a, b], bets lie in
+  [bet(a), bet(b)] and every factor is at least 1 + bet(a) (a - loss) where a >= loss, else
+  1 + bet(b) (a - loss). The result is the lower end of the last interval rejected so: all above
+  it is rejected.
 
   Args:
     losses: [num_examples] or [num_examples, num_thresholds], in the fixed order.

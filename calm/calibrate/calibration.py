@@ -127,17 +127,14 @@ class Calibration:
     if self.procedure is None:
       raise ValueError(
         "the calibration has `procedure` null: it was made from outputs decoded elsewhere, so"
-        " that"
-        " nothing here can check that the promise holds for this model. Calibrate on outputs of"
-        " this"
-        " model, or say explicitly that the guarantee is void."
+        " that nothing here can check that the promise holds for this model. Calibrate on"
+        " outputs of this model, or say explicitly that the guarantee is void."
       )
     difference = describe_differences(self.procedure, procedure)
     if difference:
       raise ValueError(
         f"the calibration is for another procedure: {difference}. Calibrate again under this"
-        " one, or"
-        " say explicitly that the guarantee is void."
+        " one, or say explicitly that the guarantee is void."
       )
 
   def to_json(self) -> dict[str, Any]:
@@ -242,8 +239,7 @@ def calibrate(
 
   Returns:
     A `Calibration`. Failure is a value: `threshold` is `NEVER_EXIT` and `reason` says why (too
-      few
-    prompts, nothing certified, NaN losses, losses out of their range).
+    few prompts, nothing certified, NaN losses, losses out of their range).
 
   Raises:
     ValueError: an argument is malformed (shapes, grid, tolerance, error rate, names), or
@@ -322,8 +318,7 @@ def _check_rates(tolerance: float, error_rate: float) -> None:
     if not (isinstance(value, int | float | np.number) and 0.0 < value < 1.0):
       raise ValueError(
         f"`{name}` must be in (0, 1), got {value!r}. `tolerance` (delta) bounds the expected"
-        " loss,"
-        " `error_rate` (epsilon) the probability that the bound fails."
+        " loss, `error_rate` (epsilon) the probability that the bound fails."
       )
 
 
@@ -343,8 +338,7 @@ def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
   if values.ndim != 2 or values.shape[1] != len(grid) or not len(values):
     raise ValueError(
       f"`losses` must be [num_examples, num_thresholds] = [n, {len(grid)}] with n at least 1,"
-      " got"
-      f" shape {values.shape}: one row a prompt, one column a threshold."
+      f" got shape {values.shape}: one row a prompt, one column a threshold."
     )
   if not np.array_equal(grid, np.asarray(losses.thresholds, np.float64)):
     raise ValueError("`thresholds` must be those of `losses`; leave them out.")

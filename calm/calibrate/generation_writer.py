@@ -61,8 +61,7 @@ class Writer:
     if odd or twice:
       raise ValueError(
         f"`records` must be of prompts that have none at {threshold} yet; unknown ids"
-        f" {odd[:5]},"
-        f" ids already there {twice[:5]}."
+        f" {odd[:5]}, ids already there {twice[:5]}."
       )
     mark = generations.procedure_mark(self._procedure)
     lines = [

@@ -2,8 +2,8 @@
 
 A directory holds
 
-    manifest.json            schema version, procedure, provenance, thresholds, prompt ids,
-    checksums prompts.jsonl            one prompt a line
+    manifest.json            schema version, procedure, provenance, thresholds, checksums
+    prompts.jsonl            one prompt a line
     threshold_never.jsonl    the full-depth reference
     threshold_0.9.jsonl ...  one file a threshold, one record a line, in any order
 
@@ -117,8 +117,7 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
   if version != SCHEMA_VERSION:
     raise GenerationsError(
       f"{path}: `schema_version` must be {SCHEMA_VERSION}, got {version!r}; use the version of"
-      " this"
-      " package that wrote it, or generate again."
+      " this package that wrote it, or generate again."
     )
   return manifest
 

@@ -38,13 +38,11 @@ def describe(calibration: "Calibration") -> str:
   if calibration.order == "given":
     sentences.append(
       "The test saw prompts in the order given by the caller, who answers for its having been"
-      " fixed"
-      " before any loss was seen."
+      " fixed before any loss was seen."
     )
   if calibration.procedure is None:
     sentences.append(
       "The outputs were decoded elsewhere: the user answers for their being decoded as they"
-      " will be"
-      " served."
+      " will be served."
     )
   return " ".join(sentences)

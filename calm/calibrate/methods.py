@@ -83,8 +83,7 @@ def _refuses_signed(support: Support) -> str:
   if support.lower < 0.0 or support.upper > 1.0:
     return (
       f"needs losses in [0, 1], the declared range is [{support.lower}, {support.upper}]."
-      " Signed"
-      " losses go into 'betting'; 'paper' clips them at 0"
+      " Signed losses go into 'betting'; 'paper' clips them at 0"
     )
   return ""
 

@@ -50,8 +50,7 @@ class Metric:
     if not -1e-9 <= value <= 1.0 + 1e-9:
       raise ValueError(
         f"`metric` {self.name!r} must lie in [0, 1], got {value!r} for {prediction[:80]!r}"
-        " against"
-        f" {list(references)[:2]!r}. Scale it inside the function."
+        f" against {list(references)[:2]!r}. Scale it inside the function."
       )
     if self.binary and value not in (0.0, 1.0):
       raise ValueError(f"`metric` {self.name!r} is declared binary but gave {value!r}.")
@@ -191,8 +190,7 @@ def _bleurt() -> Any:
   if not path:
     raise ValueError(
       "`metric` 'bleurt' needs the environment variable BLEURT_CHECKPOINT: the folder of a"
-      " BLEURT"
-      " checkpoint."
+      " BLEURT checkpoint."
     )
   try:
     scorer = importlib.import_module("bleurt.score")
@@ -245,17 +243,14 @@ def get_metric(name: str | Metric) -> Metric:
   if name.lower() in _CORPUS_METRICS:
     raise ValueError(
       f"`metric` {name!r} is a number of a whole corpus, not a mean over prompts, so no risk of"
-      " it"
-      " can be controlled prompt by prompt. Use 'chrf' or 'rouge_l'; `corpus_scores` reports"
-      " BLEU"
-      " beside."
+      " it can be controlled prompt by prompt. Use 'chrf' or 'rouge_l'; `corpus_scores` reports"
+      " BLEU beside."
     )
   module_name, _, attribute = name.partition(":")
   if not attribute:
     raise ValueError(
       f"`metric` must be one of {sorted(METRICS)} or an import path 'package.module:function',"
-      " got"
-      f" {name!r}."
+      f" got {name!r}."
     )
   try:
     function = getattr(importlib.import_module(module_name), attribute)

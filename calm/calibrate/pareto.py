@@ -92,8 +92,7 @@ def max_log_p_values(
     if outside.any():
       raise ValueError(
         f"losses of a risk must lie in the declared range [{support.lower}, {support.upper}],"
-        " got"
-        f" {values[outside].flat[0]!r}."
+        f" got {values[outside].flat[0]!r}."
       )
     sample = methods.Sample(values, support, risk.tolerance, error_rate)
     found.append(method.log_p_values(sample))
@@ -129,8 +128,7 @@ def pareto_test(
   if len(shapes) != 1 or (shape := shapes.pop())[1:] != costs.shape or len(shape) != 2:
     raise ValueError(
       "`risks` must hold losses [num_examples, num_configurations] of one shape with a cost for"
-      " each"
-      f" configuration, got {[np.shape(risk.values) for risk in risks]} and costs"
+      f" each configuration, got {[np.shape(risk.values) for risk in risks]} and costs"
       f" {costs.shape}."
     )
   chosen_rows = np.zeros(shape[0], bool)

@@ -77,8 +77,7 @@ class ReuseSummary:
     return (
       f"reused {self.whole} of {self.sequences} sequences whole"
       f" ({_percent(self.whole, self.sequences)}) and {self.reused_tokens} of {self.tokens}"
-      " tokens"
-      f" ({_percent(self.reused_tokens, self.tokens)})"
+      f" tokens ({_percent(self.reused_tokens, self.tokens)})"
     )
 
 

@@ -2,9 +2,8 @@
 
 Prompts come in a recorded order. At each threshold, from the safest down, wealth is followed
 prompt by prompt: it certifies as soon as it reaches 1 / error_rate, and it fails as soon as
-  even the lowest
-declared loss at the largest bet on all remaining prompts would not get it there. The first
-failure ends the grid (fixed sequence testing).
+even the lowest declared loss at the largest bet on all remaining prompts would not get it
+there. The first failure ends the grid (fixed sequence testing).
 
 Stopping early is valid only because the bet on prompt i is a function of the losses of prompts
 before i in the recorded order, of tolerance, error rate and the planned number alone.

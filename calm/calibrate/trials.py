@@ -3,13 +3,11 @@
 Two different questions, two functions:
 
 (a) `split_trials`: the paper's 50 random 80/20 splits. Mean and spread of test risk and of
-layers.
-    A test risk above the tolerance is partly noise of the test split, so nothing here is called
-    a violation.
+    layers. A test risk above the tolerance is partly noise of the test split, so nothing here
+    is called a violation.
 (b) `validity_trials`: calibration sets drawn with replacement from the pool, whose own mean is
-the
-    true risk of that draw. The share of draws whose chosen threshold exceeds the tolerance is
-    the share of violations, to be compared with the error rate.
+    the true risk of that draw. The share of draws whose chosen threshold exceeds the tolerance
+    is the share of violations, to be compared with the error rate.
 """
 
 import dataclasses

@@ -37,5 +37,5 @@ def test_the_check_can_fail():
 
 
 def test_its_names_are_there():
-  assert sorted(calibrate.__all__) == list(calibrate.__all__) or set(calibrate.__all__)
+  assert len(set(calibrate.__all__)) == len(calibrate.__all__) > 10
   assert all(hasattr(calibrate, name) for name in calibrate.__all__)
