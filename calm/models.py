@@ -170,7 +170,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       Tokens [batch, length] (or [batch, num_decodes, length]), and `scores` [batch],
       `threshold` [batch], `exit_layers`, `confidences` and `rejected_confidences` [batch,
       length] (or with the axis of decodes after the first). Without a threshold nothing was
-      measured, and the last two are left out.
+      measured: `scores` and `exit_layers` only.
     """
     defaults = self._default_decoder_params
     return_all = (
@@ -195,10 +195,12 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       **options,
     )
     found = self._exits(loop, weights.decoder, rows, decodes, eos_id, same_pass)
-    threshold = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), prefix.shape[:1])
     pick = (lambda x: x) if return_all else (lambda x: x[:, -1])
-    aux = {"scores": scores, **found}
-    return pick(decodes), {"threshold": threshold, **jax.tree.map(pick, aux)}
+    aux = jax.tree.map(pick, {"scores": scores, **found})
+    if isinstance(rule, exits.DynamicExits):
+      # Never without one: infer.py writes it as JSON, which has no infinity.
+      aux["threshold"] = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), prefix.shape[:1])
+    return pick(decodes), aux
 
   @property
   def _num_pieces(self) -> int:

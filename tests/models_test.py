@@ -161,8 +161,7 @@ def test_without_a_threshold_it_is_t5x_own_model_token_for_token():
   np.testing.assert_array_equal(got, expected)
   assert_close(aux["scores"], scores["scores"])
   assert set(np.unique(aux["exit_layers"])) <= {0, 4} and aux["exit_layers"][0, 0] == 4
-  assert set(aux) == {"scores", "threshold", "exit_layers"}, "what is not measured is left out"
-  assert np.all(np.isinf(aux["threshold"]))
+  assert set(aux) == {"scores", "exit_layers"}, "what is not measured is left out"
 
 
 @pytest.mark.parametrize("decode_fn", [greedy, lambda: models.greedy_decode])
