@@ -136,7 +136,9 @@ def _cross_entropy_backward(z_loss, gradients, cotangents):
   del z_loss
   loss_cotangent, _ = cotangents
   normed_grad, kernel_grad = gradients
-  return normed_grad * loss_cotangent, kernel_grad * loss_cotangent, None, None, None
+  # A gradient has its input's dtype, bfloat16 where activations are.
+  scaled = normed_grad.astype(jnp.float32) * loss_cotangent
+  return scaled.astype(normed_grad.dtype), kernel_grad * loss_cotangent, None, None, None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -127,6 +127,18 @@ def test_logits_of_all_layers_never_exist_at_once():
   assert max(buffer_sizes(predictions.jaxpr)) < all_logits
 
 
+def test_gradients_have_the_dtype_of_bfloat16_activations():
+  arguments = draw()
+  arguments["normed"] = arguments["normed"].astype(jnp.bfloat16)
+  loss = lambda normed, kernel: losses.layer_cross_entropy(
+    **(arguments | {"normed": normed, "kernel": kernel})
+  )[0]
+  grads = jax.grad(lambda x, k: loss(2 * x, k), argnums=(0, 1))(
+    arguments["normed"], arguments["kernel"]
+  )
+  assert [grad.dtype for grad in grads] == [jnp.bfloat16, jnp.float32]
+
+
 def test_weights_are_those_of_equation_6():
   np.testing.assert_allclose(losses.layer_weights(4), [0.1, 0.2, 0.3, 0.4], rtol=1e-6)
   np.testing.assert_allclose(losses.layer_weights(8).sum(), 1.0, rtol=1e-6)
