@@ -35,10 +35,9 @@ def promises_kept(reports: Reports) -> Section:
     "validity",
     "Does the promise hold? (App. B)",
     text=(
-      "Left: 50 random splits of the test prompts, 80 % to calibrate on and 20 % to look at."
-      " The risk that is found stays below its tolerance, the dotted line, by as much as the"
-      " test of the threshold is cautious. Right: calibration sets drawn with replacement, so"
-      " that the"
+      "Risk: 50 random splits of the test prompts, 80 % to calibrate on and 20 % to look at."
+      " What is found stays below the tolerance, the dotted line, by as much as the test of the"
+      " threshold is cautious. Failures: calibration sets drawn with replacement, so that the"
       " true risk is known. The share of sets whose threshold breaks the tolerance must not"
       " exceed ε; bars are 95 % intervals.",
     ),

@@ -180,6 +180,7 @@ def quality_against_seconds(
     axes.set_xlabel("measured decode time a prompt, ms")
     axes.set_ylabel(f"{metric} against references")
     axes.set_xlim(left=0)
+    axes.locator_params(axis="x", nbins=6)
 
   figure = draw(name, title, "", paint)
   caption = (
