@@ -82,8 +82,9 @@ def bind(task: engines.Task, chunk_rows: int) -> "BoundDeferred":
       "Expected a propagation that projects a state, for an engine that defers. Got"
       f" {task.rule.propagation.name!r}; use `engines.Eager`."
     )
-  large = chunk_rows // task.batch_size
-  sizes = {max(1, min(size, task.length)) for size in (large, large // 8)}
+  # Beyond a third of the longest text a chunk would mostly project what is not there.
+  large = min(chunk_rows // task.batch_size, task.length // 3)
+  sizes = {max(1, size) for size in (large, large // 8)}
   table = step.bias_table(task.weights, task.config, task.length)
   return BoundDeferred(task, task.rule, tuple(sorted(sizes, reverse=True)), table)
 
