@@ -136,7 +136,7 @@ def test_every_option_but_the_batch_size_belongs_to_the_procedure(model):
     "max_decode_length": 9,
   }
   fields = {field.name for field in dataclasses.fields(inference.DecodeOptions)}
-  assert fields == {*changes, "batch_size", "num_devices", "shortlist"}
+  assert fields == {*changes, "batch_size", "num_devices", "engine", "shortlist"}
   for name, value in changes.items():
     other = model.with_options(**{name: value}).procedure
     assert set(model.procedure.differences(other)) == {name}
