@@ -1,0 +1,206 @@
+"""The whole way with T5X's own scripts, each in a process of its own, with few steps."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from calm import calibrate, checkpoints, inference, parameters
+from calm.calibrate import foreign
+from tests import t5x_setup
+
+models = t5x_setup.import_models()
+pytestmark = t5x_setup.MARKS
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+LENGTHS = {"inputs": 32, "targets": 8}
+GRID = (0.8, 0.5)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> pathlib.Path:
+  """A folder with a tiny Debian task in it, made of the prompts in the box."""
+  folder = tmp_path_factory.mktemp("t5x_runs")
+  task = folder / "data" / "debian_synopsis"
+  task.mkdir(parents=True)
+  lines = (inference.PACKED / "prompts_calibration.jsonl").read_text("utf-8").splitlines()
+  rows = [json.loads(line) for line in lines]
+  rows = [row | {"target": row["targets"], "source": row["group"]} for row in rows]
+  cuts = {"train": rows[:32], "validation": rows[32:40], "test": rows[40:52]}
+  for split, chosen in cuts.items():
+    text = "".join(json.dumps(row) + "\n" for row in chosen)
+    (task / f"{split}.jsonl").write_text(text, "utf-8")
+  return folder
+
+
+def run(script, *files, devices=1, **bindings):
+  """One of T5X's scripts, or ours over T5X, as a user starts it."""
+  command = [sys.executable, "-W", "ignore", *script.split()]
+  command += ["--gin_search_paths=."] if files else []
+  command += [f"--gin_file={file}" for file in files]
+  command += [f"--gin.{name}={value!r}" for name, value in bindings.items()]
+  flags = f"--xla_force_host_platform_device_count={devices}"
+  env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
+  for name in ("JAX_NUMPY_RANK_PROMOTION", "JAX_NUMPY_DTYPE_PROMOTION"):
+    env.pop(name, None)
+  done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+  assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+  return done.stdout
+
+
+def train(work, name, initial, steps, which=""):
+  run(
+    "-m t5x.train",
+    f"configs/runs/local_debian{which}.gin",
+    "configs/tasks/debian_synopsis.gin",
+    DATA=str(work / "data"),
+    MODEL_DIR=str(work / name),
+    INITIAL_CHECKPOINT_PATH=str(initial),
+    TRAIN_STEPS=steps,
+    TASK_FEATURE_LENGTHS=LENGTHS,
+    BATCH_SIZE=8,
+    EVAL_STEPS=1,
+    EVAL_PERIOD=2,
+    **{"utils.SaveCheckpointConfig.period": 2},
+  )
+  return work / name / f"checkpoint_{steps}"
+
+
+@pytest.fixture(scope="module")
+def trained(work):
+  """Checkpoints of the model in the box, of stage one and of stage two."""
+  run("scripts/to_t5x.py --output=" + str(work / "packed"))
+  start = work / "packed" / "checkpoint_0"
+  one = train(work, "one", start, 2)
+  return start, one, train(work, "two", one, 4, "_exit_classifier")
+
+
+def leaves(path):
+  return parameters.flatten(checkpoints.load(path).params)
+
+
+def test_two_stages_train_what_they_should_and_open_without_t5x(trained):
+  start, one, two = map(leaves, trained)
+  changed = lambda a, b: {path for path in a if not np.array_equal(a[path], b[path])}
+  classifier = {"decoder/exit_classifier/kernel", "decoder/exit_classifier/bias"}
+  assert changed(one, two) == classifier
+  first = changed(start, one)
+  assert len(first - classifier) == len(one) - 2, "stage one trains everything else"
+
+
+def test_a_stopped_run_goes_on_where_it_was(trained, work):
+  _, one, _ = trained
+  before = leaves(one)
+  after = leaves(train(work, "one", work / "packed" / "checkpoint_0", 4))
+  assert any(not np.array_equal(before[path], after[path]) for path in before)
+
+
+def infer(work, checkpoint, threshold):
+  name = f"infer_{threshold}"
+  given = {} if threshold is None else {"THRESHOLD": threshold}
+  run(
+    "-m t5x.infer",
+    "configs/runs/local_debian_infer.gin",
+    "configs/tasks/debian_synopsis.gin",
+    DATA=str(work / "data"),
+    CHECKPOINT_PATH=str(checkpoint),
+    INFER_OUTPUT_DIR=str(work / name),
+    TASK_FEATURE_LENGTHS=LENGTHS,
+    **{"utils.DatasetConfig.batch_size": 8},
+    **given,
+  )
+  (file,) = (work / name).glob("*predict_with_aux.jsonl*-of-00001")
+  return file
+
+
+@pytest.fixture(scope="module")
+def swept(work, trained) -> pathlib.Path:
+  run(
+    "scripts/t5x_sweep.py",
+    "configs/runs/local_debian_sweep.gin",
+    "configs/tasks/debian_synopsis.gin",
+    DATA=str(work / "data"),
+    CHECKPOINT_PATH=str(trained[2]),
+    OUTPUT_DIR=str(work / "cache"),
+    THRESHOLDS=GRID,
+    TASK_FEATURE_LENGTHS=LENGTHS,
+    BATCH_SIZE=8,
+  )
+  return work / "cache"
+
+
+def test_infer_writes_what_calibrate_reads_and_the_sweep_says_the_same(work, trained, swept):
+  files = {t: infer(work, trained[2], t) for t in (None, GRID[1])}
+  cached = calibrate.load(swept)
+  got = foreign.gather(files[None], {GRID[1]: files[GRID[1]]})
+  assert got.ids == cached.ids and len(got.ids) == 12
+  assert got.references == cached.references
+  for a, b in zip(got.records[0], cached.records[1], strict=True):
+    assert (a.prediction, a.exit_layers) == (b.prediction, b.exit_layers)
+  for a, b in zip(got.full, cached.full, strict=True):
+    assert (a.prediction, a.exit_layers) == (b.prediction, b.exit_layers)
+    assert set(a.exit_layers) == {8} and a.rejected_confidences is None
+  assert got.procedure is None and cached.procedure is not None
+
+
+def test_the_procedure_is_that_of_calm_infer_and_so_are_the_outputs(work, trained, swept):
+  cached = calibrate.load(swept)
+  checkpoint = checkpoints.load(trained[2])
+  predictor = inference.Predictor(
+    checkpoint.config,
+    checkpoint.params,
+    checkpoints.load(inference.PACKED).vocabulary,
+    inference.options_of(cached.procedure),
+  )
+  assert predictor.procedure.differences(cached.procedure) == {}
+  outputs = predictor.generate([p.input for p in cached.prompts], threshold=GRID[0])
+  for output, record in zip(outputs, cached.records[0], strict=True):
+    assert (output.text, output.exit_layers) == (record.prediction, record.exit_layers)
+  means = [
+    np.mean(np.concatenate([r.exit_layers for r in column])) for column in cached.records
+  ]
+  assert means[1] <= means[0] < 8
+
+
+def test_one_line_after_t5x_own_small_gin_trains_on_two_partitions(work):
+  """T5X's small.gin, its bindings shrunk; the included line makes the model ours."""
+  mine = work / "mine.gin"
+  mine.write_text(
+    "from __gin__ import dynamic_registration\n"
+    "from calm import t5x_files\n"
+    "from t5x.examples.t5 import network\n"
+    'include "t5x/examples/t5/t5_1_1/small.gin"\n'
+    'include "t5x/configs/runs/pretrain.gin"\n'
+    'include "configs/runs/early_exit.gin"\n'
+    'include "configs/runs/local.gin"\n'
+    'include "configs/tasks/debian_synopsis.gin"\n'
+    "VOCABULARY = @t5x_files.stored_vocabulary()\n"
+    "network.T5Config.num_encoder_layers = 1\n"
+    "network.T5Config.num_decoder_layers = 2\n"
+    "network.T5Config.emb_dim = 32\n"
+    "network.T5Config.mlp_dim = 64\n"
+  )
+  run(
+    "-m t5x.train",
+    str(mine),
+    devices=2,
+    DATA=str(work / "data"),
+    MODEL_DIR=str(work / "small"),
+    TRAIN_STEPS=1,
+    DROPOUT_RATE=0.1,
+    TASK_FEATURE_LENGTHS=LENGTHS,
+    BATCH_SIZE=8,
+    EVAL_STEPS=1,
+    EVAL_PERIOD=1,
+    USE_CACHED_TASKS=False,
+    **{"partitioning.PjitPartitioner.num_partitions": 2},
+    **{"utils.SaveCheckpointConfig.period": 1},
+  )
+  checkpoint = checkpoints.load(work / "small" / "checkpoint_1")
+  config = checkpoint.config
+  assert (config.emb_dim, config.num_heads, config.num_decoder_layers) == (32, 6, 2)
+  assert config.exit_classifier and config.vocab_size == 32128
