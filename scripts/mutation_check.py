@@ -61,6 +61,34 @@ _NAMES = {
 # Mutants that change no result, by module and the text of the line: why no test can see them.
 EQUIVALENT: dict[tuple[str, str], str] = {
   ("p_values", "_TINY = 1e-280 [1e-280 -> 1.0]"): "the table gives the same number as bdtr",
+  ("p_values", "tiny = ~(cdf > _TINY) [Gt -> GtE]"): "as above, at one value",
+  (
+    "p_values",
+    "snapped = np.abs(sums - nearest) <= _SNAP * np.maximum(1.0, nearest) [LtE -> Lt]",
+  ): "another sum only where it is off by the whole slack",
+  (
+    "p_values",
+    "if np.any(np.abs(sums - counts) > _SNAP * np.maximum(1.0, counts)): [Gt -> GtE]",
+  ): "another sum only where it is off by the whole slack",
+  (
+    "testing",
+    "return np.where(np.isnan(p_values), 1.0, p_values) [1.0 -> 2.0]",
+  ): "every p / weight is cut at 1 afterwards",
+  ("testing", "adjusted = np.ones(len(p_values)) [ones -> zeros]"): "all entries are set",
+  (
+    "testing",
+    "weights = np.where(open_, weights + weights[chosen] * edges[chosen], 0.0) [0.0 -> 1.0]",
+  ): "weights of closed hypotheses are not read",
+  ("testing", "np.fill_diagonal(edges, 0.0) [0.0 -> 1.0]"): "the diagonal is not read",
+  (
+    "testing",
+    "if weights.shape != (count,) or not np.all(weights >= 0.0) or weights.sum() > 1.0 + 1e-12:"
+    " [Gt -> GtE]",
+  ): "another sum only where it is off by the whole slack",
+  (
+    "testing",
+    "if np.any(edges.sum(axis=1) > 1.0 + 1e-12): [Gt -> GtE]",
+  ): "another sum only where it is off by the whole slack",
 }
 
 

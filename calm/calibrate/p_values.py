@@ -18,8 +18,7 @@ from scipy import special
 
 from calm.calibrate import betting as betting_lib
 
-# A sum of floats that stands for an integer may be off by rounding, never by more than this
-# share.
+# A sum of floats that stands for an integer may be off by rounding, by this share at most.
 _SNAP = 1e-9
 # Below this a binomial probability from `special.bdtr` is near the end of float64.
 _TINY = 1e-280
@@ -178,8 +177,8 @@ def convex_order(
 ) -> np.ndarray:
   """Bentkus's bound before it is relaxed to the factor e; never above `hoeffding_bentkus`.
 
-      p = min(1, min over whole h in (sum, n + 1] of  E[(h - B)_+] / (h - sum)),   B ~
-      Binomial(n, tolerance)
+      p = min(1, min over whole h in (sum, n + 1] of  E[(h - B)_+] / (h - sum))
+      B ~ Binomial(n, tolerance)
 
   Why it is valid. A loss in [0, 1] with mean m is below Bernoulli(m) in convex order, so the
   sum S of n independent losses of mean m > tolerance is below Binomial(n, m). For convex
@@ -195,10 +194,9 @@ def convex_order(
   0.0914
   """
   sums, sizes, tolerances = _check(sums, num_examples, tolerance)
-  log_p = np.zeros(sums.shape)
+  log_p = np.empty(sums.shape)
   for (size, tolerance_), here in _groups(sizes, tolerances):
-    # E[(h - B)_+] is the sum of P(B <= j) over j < h; entry j of the table belongs to h = j +
-    # 1.
+    # E[(h - B)_+] is the sum of P(B <= j) over j < h: entry j of the table is of h = j + 1.
     log_hinges = np.logaddexp.accumulate(log_binomial_cdf_table(int(size), tolerance_))
     levels = np.arange(1.0, size + 2.0)
     log_p[here] = [

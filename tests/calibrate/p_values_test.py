@@ -369,3 +369,21 @@ def test_clt_by_hand():
   losses = np.array([0.0, 0.2, 0.1, 0.0])
   z = (losses.mean() - 0.1) * 2 / losses.std(ddof=1)
   assert p_values.clt_not_valid(losses, 0.1) == pytest.approx(stats.norm.cdf(z))
+
+
+def test_the_slack_of_a_sum_grows_with_the_sum():
+  """Sums of many floats are off by more than those of few, and are whole all the same."""
+  assert p_values.hoeffding_bentkus(1000.0 + 5e-7, 1000, 0.1) == 1.0  # within [0, n]
+  near, whole = (
+    p_values.hoeffding_bentkus(total, 10_000, 0.2, log=True) for total in (1000 + 5e-7, 1000)
+  )
+  beyond = p_values.hoeffding_bentkus(1000 + 5e-5, 10_000, 0.2, log=True)
+  assert near == pytest.approx(float(whole), rel=1e-9) and beyond > whole + 0.1
+
+
+@pytest.mark.parametrize("size", [3, 10, 1000])
+def test_the_table_of_a_distribution_ends_at_one_and_never_above(size):
+  for probability in (0.1, 0.5, 0.7):
+    table = p_values.log_binomial_cdf_table(size, probability)
+    assert np.all(np.diff(table) >= 0.0) and table[-1] == pytest.approx(0.0, abs=1e-11)
+    assert np.all(table <= 0.0)

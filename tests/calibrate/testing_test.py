@@ -225,3 +225,8 @@ def test_first_shares_are_the_largest_initial_weights():
   assert set(testing._FIRST_SHARES) == set(testing.PROCEDURES)
   np.testing.assert_allclose(testing.front_loaded_weights(3), [0.5, 0.25, 0.25])
   np.testing.assert_allclose(testing.complete_graph(1), [[0.0]])
+
+
+def test_adjusted_p_values_end_at_one():
+  for procedure in testing.PROCEDURES.values():
+    assert procedure([0.9, 1.0, float("nan")], 0.1).adjusted_p_values.max() == 1.0
