@@ -48,6 +48,7 @@ class Row:
     end_to_end: the same with the encoder, median.
     compile_seconds: the first run less a later one.
     floor: milliseconds a step that reading weights and caches takes; None for peers.
+    gigabytes_per_second: the speed of the floor, the fastest reading of the run.
     over_static: time over that of the static model of the same mean depth.
     over_full: time over that of our full depth.
     agreement: share of tokens equal to our full depth's; None where depths differ.
@@ -63,6 +64,7 @@ class Row:
   end_to_end: float | None
   compile_seconds: float
   floor: float | None = None
+  gigabytes_per_second: float = 0.0
   over_static: float | None = None
   over_full: float | None = None
   agreement: float | None = None
@@ -101,6 +103,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   add("--decode_lengths", type=ints, default=(64, 512))
   add("--depths", type=ints, default=(1, 2, 4), help="static and forced exits")
   add("--measures", type=words, default=("classifier", "state", "shortlist", "softmax"))
+  add("--engines", type=words, default=tuple(systems.ENGINES), help="ways of running the loop")
   add("--thresholds", type=floats, default=(), help="real exits too, at these thresholds")
   add("--systems", type=words, default=(), help="only rows that contain one of these words")
   add("--peers", type=words, default=tuple(peer.name for peer in peers.PEERS))
@@ -147,7 +150,7 @@ def rows_of(setting: models.Setting, options: argparse.Namespace, log) -> list[R
   model = models.load(setting.shape, options.dtype, options.shortlist)
   ours = systems.Ours(model, setting)
   thresholds = options.thresholds if setting.shape == "packed" else ()
-  everything = ours.systems(options.depths, options.measures, thresholds)
+  everything = ours.systems(options.depths, options.measures, thresholds, options.engines)
   for peer in peers.PEERS:
     if peer.name in options.peers and not peers.not_installed(*peer.packages):
       everything += peer.systems(model, setting, options.depths)
@@ -158,7 +161,7 @@ def rows_of(setting: models.Setting, options: argparse.Namespace, log) -> list[R
   ]
   times = [_first_run(system, log) for system in wanted]
   step_bytes = _step_bytes(ours)
-  memory = systems.Memory(max(int(step_bytes), 1 << 26), len(os.sched_getaffinity(0)))
+  memory = systems.Memory(max(int(step_bytes), 1 << 26))
   speeds = []
   for repeat in range(options.repeats):
     log(f"  repeat {repeat + 1} of {options.repeats}")
@@ -166,7 +169,7 @@ def rows_of(setting: models.Setting, options: argparse.Namespace, log) -> list[R
     turn = repeat % len(times)
     for time_ in times[turn:] + times[:turn]:
       _run(time_)
-  return _table(setting, model, times, statistics.median(speeds))
+  return _table(setting, model, times, max(speeds))
 
 
 def _step_bytes(ours: systems.Ours) -> float:
@@ -250,6 +253,7 @@ def _row(setting, model: models.Model, times: Times, full: Times, speed: float) 
     end_to_end=1e3 * end_to_end,
     compile_seconds=max(times.first - statistics.median(times.decode), 0.0),
     floor=floor,
+    gigabytes_per_second=speed / 1e9,
     agreement=agreement(decoded, full.decoded, model.eos_id) if comparable else None,
   )
 
@@ -284,7 +288,7 @@ def markdown(rows: list[Row], about: dict[str, Any]) -> str:
   for setting in dict.fromkeys(row.setting for row in rows):
     lines += [
       "",
-      f"**{setting}**",
+      f"**{setting}** (memory was read at {_speed(rows, setting):.1f} GB/s)",
       "",
       "| system | layers | ms a step | spread | x static | x full | x floor | end to end |"
       " compile s | tokens equal |",
@@ -292,6 +296,10 @@ def markdown(rows: list[Row], about: dict[str, Any]) -> str:
     ]
     lines += [_markdown_row(row) for row in rows if row.setting == setting]
   return "\n".join(lines) + "\n"
+
+
+def _speed(rows: list[Row], setting: str) -> float:
+  return next(row.gigabytes_per_second for row in rows if row.setting == setting)
 
 
 def _markdown_row(row: Row) -> str:

@@ -1,6 +1,5 @@
 """Ours, as `benchmark.py` times it: full depth, static k, forced and real exits, engines."""
 
-import concurrent.futures
 import dataclasses
 import functools
 import time
@@ -11,10 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import confidence, costs, engines, exits, programs, step
+from calm import compacted, confidence, costs, engines, exits, programs, step
 
 # Ways of running the loop; a rule's own default is what `inference` takes.
-ENGINES: dict[str, engines.Engine | None] = {"default": None, "eager": engines.Eager()}
+ENGINES: dict[str, engines.Engine | None] = {
+  "default": None,
+  "eager": engines.Eager(),
+  "compacted": compacted.Compacted(),
+}
+
+
+def worthwhile(names: Sequence[str], batch_size: int) -> list[str]:
+  """Engines worth a row: there is nothing to compact in one row."""
+  return [name for name in names if name != "compacted" or batch_size > 1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +82,11 @@ class Ours:
     return self.encode()
 
   def systems(
-    self, depths: Sequence[int], measures: Sequence[str], thresholds: Sequence[float]
+    self,
+    depths: Sequence[int],
+    measures: Sequence[str],
+    thresholds: Sequence[float],
+    engines: Sequence[str],
   ) -> list[System]:
     """Full depth, the static models, then the dynamic exits of every measure and engine."""
     num_layers = self.model.config.num_decoder_layers
@@ -85,7 +97,7 @@ class Ours:
     forced["mixed"] = models.mixed_depths(num_layers)
     forced["never"] = (num_layers,)
     for measure in measures:
-      for engine in ENGINES:
+      for engine in worthwhile(engines, self.setting.batch_size):
         for name, trace in forced.items():
           made.append(self.forced(f"{measure}, {name}", measure, trace, engine))
         for threshold in thresholds:
@@ -147,22 +159,33 @@ class Ours:
     return jax.block_until_ready(encoded)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Memory:
-  """Reads a buffer as large as a model's decoder: what bounds a step from below."""
+  """Reads as many weights as a model's decoder has: what bounds a step from below.
+
+  Attributes:
+    num_bytes: float32 weights of one step.
+  """
 
   num_bytes: int
-  threads: int
 
   @functools.cached_property
-  def parts(self) -> list[np.ndarray]:
-    """The buffer, a part a thread."""
-    return np.array_split(np.ones(self.num_bytes // 4, np.float32), self.threads)
+  def matrix(self) -> jax.Array:
+    """The weights; a product with one row reads each of them once."""
+    return jnp.ones((512, max(self.num_bytes // (4 * 512), 1)), jnp.float32)
 
-  def bytes_per_second(self) -> float:
-    """One reading by all threads, each over a part of its own."""
-    with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
-      list(pool.map(np.size, self.parts))
+  def bytes_per_second(self, readings: int = 5) -> float:
+    """The fastest of some readings: interruptions are no part of a bound."""
+    row = jnp.ones((1, 512), jnp.float32)
+    jax.block_until_ready(_product(row, self.matrix))
+    seconds = []
+    for _ in range(readings):
       start = time.perf_counter()
-      list(pool.map(lambda part: np.dot(part, part), self.parts))
-      return self.num_bytes / (time.perf_counter() - start)
+      jax.block_until_ready(_product(row, self.matrix))
+      seconds.append(time.perf_counter() - start)
+    return self.matrix.nbytes / min(seconds)
+
+
+@jax.jit
+def _product(row: jax.Array, matrix: jax.Array) -> jax.Array:
+  return row @ matrix

@@ -38,6 +38,7 @@ def test_one_command_makes_one_table(scripts, tmp_path, capsys):
   benchmark = scripts["benchmark"]
   path = tmp_path / "table"
   options = ("--depths=1", "--measures=classifier", "--repeats=2", "--shortlist=8", "--peers=")
+  options = (*options, "--engines=default")
   chosen = "--systems=static,mixed"
   assert benchmark.main([*TINY, *options, chosen, f"--output={path}"]) == 0
   table = json.loads(path.with_suffix(".json").read_text())
