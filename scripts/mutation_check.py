@@ -87,6 +87,11 @@ EQUIVALENT: dict[tuple[str, str], str] = {
   ): "another sum only where it is off by the whole slack",
   (
     "testing",
+    "joined, loops[:, None], out=np.zeros_like(edges), where=loops[:, None] > 1e-12"
+    " [Gt -> GtE]",
+  ): "another edge only where a loop is short of 1 by the whole slack",
+  (
+    "testing",
     "if np.any(edges.sum(axis=1) > 1.0 + 1e-12): [Gt -> GtE]",
   ): "another sum only where it is off by the whole slack",
 }
