@@ -27,9 +27,12 @@ def gin_of_t5x(monkeypatch):
   from t5x import eval as t5x_eval
   from t5x import infer, train
 
+  from scripts import t5x_sweep
+
   main = types.ModuleType("__main__")
   main.train, main.infer, main.evaluate = train.train, infer.infer, t5x_eval.evaluate
   main.write_inferences_to_file = infer.write_inferences_to_file
+  main.sweep = t5x_sweep.sweep
   monkeypatch.setitem(sys.modules, "__main__", main)
   for folder in (REPOSITORY, t5x_setup.t5x_root()):
     gin.add_config_file_search_path(str(folder))
