@@ -15,6 +15,7 @@ from tests import t5x_setup
 
 models = t5x_setup.import_models()
 pytestmark = t5x_setup.MARKS
+collect_orphans = t5x_setup.collect_orphans
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 LENGTHS = {"inputs": 32, "targets": 8}

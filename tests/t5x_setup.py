@@ -1,6 +1,7 @@
 """Toy models in T5X: ours and T5X's own over the same parameters; skips where T5X is absent."""
 
 import functools
+import gc
 import importlib.util
 import pathlib
 import warnings
@@ -16,6 +17,13 @@ from tests import engine, toys
 REASON = "needs T5X, which is installed from its own repository (see the README)"
 LENGTH = engine.LENGTH
 MARKS = [pytest.mark.t5x, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(autouse=True)
+def collect_orphans():
+  """Orbax leaves event loops without an owner: they go here, where warnings are ignored."""
+  yield
+  gc.collect()
 
 
 def import_models() -> Any:

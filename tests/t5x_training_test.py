@@ -10,6 +10,7 @@ from tests import engine, t5x_setup
 
 models = t5x_setup.import_models()
 pytestmark = t5x_setup.MARKS
+collect_orphans = t5x_setup.collect_orphans
 
 
 def with_decay():
