@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -95,6 +95,33 @@ def add_exit_parts(params: Mapping[str, Any], config: network.T5Config) -> dict[
       flat[path] = np.zeros(shape, np.float32)
     elif path.startswith("decoder/logits_dense_") and "decoder/logits_dense/kernel" in flat:
       flat[path] = np.array(flat["decoder/logits_dense/kernel"])
+  return unflatten(flat)
+
+
+def renew(
+  params: Mapping[str, Any], fresh: Mapping[str, Any], parts: Sequence[str]
+) -> dict[str, Any]:
+  """`params` with the named parts taken from `fresh`, a tree of the same paths.
+
+  Args:
+    params: the tree to keep the rest of.
+    fresh: where the parts come from.
+    parts: names of the tree, or "/"-joined paths of them: "exit_classifier",
+      "decoder/layers_0/mlp".
+
+  Raises:
+    ValueError: a part that no path of `params` has.
+  """
+  flat, values = flatten(params), flatten(fresh)
+  for part in parts:
+    chosen = [path for path in flat if f"/{part}/" in f"/{path}/"]
+    if not chosen:
+      names = sorted({name for path in flat for name in path.split("/")[:2]})
+      raise ValueError(
+        f"Expected `fresh` to name parts of the parameter tree (one of {', '.join(names)}, or"
+        f" a path below). Got {part!r}, which no parameter's path holds."
+      )
+    flat |= {path: values[path] for path in chosen}
   return unflatten(flat)
 
 

@@ -89,6 +89,7 @@ def train(
   *,
   model: network.T5Config | None = None,
   initial: str | None = None,
+  fresh: Sequence[str] = (),
   listener: training.Listener | None = None,
 ) -> pathlib.Path:
   """Trains (or goes on training) and exports the parameters with the best validation.
@@ -102,6 +103,8 @@ def train(
     model: sizes; None takes those of `initial`.
     initial: a checkpoint to start from (ours, Hugging Face's or T5X's), or the `output_dir`
       of an earlier run; None starts from random parameters.
+    fresh: parts of the parameter tree of `initial` that start anew: ("exit_classifier",) to
+      train stage two again on a checkpoint that has been through it.
     listener: told of scalars.
 
   Returns:
@@ -109,12 +112,12 @@ def train(
 
   Raises:
     FileNotFoundError: there is no checkpoint at `initial`.
-    ValueError: neither `model` nor `initial`, or they do not fit; a vocabulary larger than the
-      model's. Errors of `training.fit` besides.
+    ValueError: neither `model` nor `initial`, or they do not fit; a part in `fresh` that
+      the tree lacks; a vocabulary larger than the model's. Errors of `training.fit` besides.
   """
   folder = pathlib.Path(output_dir)
   training.check_writable(folder)
-  model, params = starting_point(model, initial, config.seed)
+  model, params = starting_point(model, initial, config.seed, fresh)
   vocabulary.check_fits(export.vocabulary, model.vocab_size)
   module = network.Transformer(model)
   state = training.fit(
@@ -132,9 +135,13 @@ def train(
 
 
 def starting_point(
-  model: network.T5Config | None, initial: str | None, seed: int
+  model: network.T5Config | None,
+  initial: str | None,
+  seed: int,
+  fresh: Sequence[str] = (),
 ) -> tuple[network.T5Config, Any]:
-  """Sizes and parameters at step 0; exit parts that `initial` lacks are added."""
+  """Sizes and parameters at step 0; exit parts that `initial` lacks are added, and the parts
+  in `fresh` begin as they would without `initial`."""
   if model is not None:
     # Gin makes a subclass of what it configures: equality and hashing want the class itself.
     model = network.T5Config(**dataclasses.asdict(model))
@@ -149,6 +156,10 @@ def starting_point(
   model = model or dataclasses.replace(stored.config, exit_classifier=True)
   params = parameters.add_exit_parts(stored.params, model)
   parameters.check(params, model)
+  if fresh:
+    # A tuple of one without its comma is a string: that one part is meant.
+    parts = (fresh,) if isinstance(fresh, str) else fresh
+    params = parameters.renew(params, training.init_params(model, seed), parts)
   return model, jax.tree.map(jnp.asarray, params)
 
 

@@ -14,7 +14,15 @@ import pytest
 pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
 gin = pytest.importorskip("gin")
 
-from calm import checkpoints, network, objectives, runs, training, vocabulary  # noqa: E402
+from calm import (  # noqa: E402
+  checkpoints,
+  network,
+  objectives,
+  parameters,
+  runs,
+  training,
+  vocabulary,
+)
 from calm.commands import train  # noqa: E402
 from tests import toy_vocabulary  # noqa: E402
 
@@ -190,6 +198,30 @@ def test_exit_parts_are_added_to_a_checkpoint_without(tmp_path):
   checkpoints.save(tmp_path, params, config)
   made, params = runs.starting_point(None, str(tmp_path), 0)
   assert made.exit_classifier and params["decoder"]["exit_classifier"]["kernel"].shape == (4, 1)
+
+
+def test_named_parts_start_anew_and_the_rest_stays(stage_one):
+  stored = checkpoints.load(stage_one / "model")
+  params = parameters.unflatten(
+    {
+      path: leaf + 1 if "exit_classifier" in path else leaf
+      for path, leaf in parameters.flatten(stored.params).items()
+    }
+  )
+  trained = stage_one / "with_classifier"
+  checkpoints.save(trained, params, stored.config)
+  _, made = runs.starting_point(None, str(trained), 0, ("exit_classifier",))
+  for path, leaf in parameters.flatten(made).items():
+    same = bool(np.all(leaf == parameters.flatten(params)[path]))
+    assert same == ("exit_classifier" not in path), path
+  assert not np.any(made["decoder"]["exit_classifier"]["kernel"])
+  _, again = runs.starting_point(None, str(trained), 0, "decoder/exit_classifier")
+  assert parameters.digest(again) == parameters.digest(made)
+
+
+def test_a_part_to_start_anew_that_is_not_there_is_named(stage_one):
+  with pytest.raises(ValueError, match=r"`fresh`.*exit_classifier.*Got 'classifier'"):
+    runs.starting_point(None, str(stage_one), 0, ("classifier",))
 
 
 def test_denoising_reads_what_follows_the_marker_and_each_text_once(files, tmp_path):
