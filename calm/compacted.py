@@ -38,7 +38,7 @@ class Compacted:
   def __call__(self, task: engines.Task) -> engines.Bound:
     base = deferred.bind(task, self.chunk_rows)
     bound = _BoundCompacted(base, self.sizes(task.batch_size), self.copied_part)
-    return engines.Bound(base.empty(), bound.take_step, base.resume, base.flush)
+    return base.engine(bound.take_step)
 
   def sizes(self, batch_size: int) -> tuple[int, ...]:
     """0, the buckets that are smaller than the batch, and the batch."""
@@ -116,7 +116,7 @@ class _BoundCompacted:
   def take_step(self, current, position, active, cache: deferred.DeferredCache):
     base, task = self.base, self.base.task
     decoder = base.decoder(position)
-    walk = base.rule.walk(decoder.layers(), task.threshold, position)
+    walk = base.walk(decoder, position)
     state = _complete(walk, walk_lib.start(task.weights.embedding[current], active))
     fills: list[deferred.LayerFill] = []
     for segment in deferred.segments(walk.allowed, walk.layers.num_layers):
@@ -181,7 +181,10 @@ class _BoundCompacted:
       return _SpreadStep(**fields, rows=rows)
     cache, cross = rows.copy((decoder.caches[layer - 1], decoder.encoded.cross[layer - 1]))
     encoded = step.Encoded((cross,) * layer, rows.copy(decoder.encoded.bias))
-    return dataclasses.replace(decoder, caches=(cache,) * layer, encoded=encoded)
+    bias = decoder.past_bias if decoder.past_bias.ndim == 2 else rows.take(decoder.past_bias)
+    return dataclasses.replace(
+      decoder, caches=(cache,) * layer, encoded=encoded, past_bias=bias
+    )
 
 
 def _complete(walk: walk_lib.Walk, state: walk_lib.WalkState) -> walk_lib.WalkState:

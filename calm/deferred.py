@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from calm import engines, exits, step
+from calm import decoding, engines, exits, step
 from calm import walk as walk_lib
 
 
@@ -62,7 +62,7 @@ class Deferred:
 
   def __call__(self, task: engines.Task) -> engines.Bound:
     bound = bind(task, self.chunk_rows)
-    return engines.Bound(bound.empty(), bound.take_step, bound.resume, bound.flush)
+    return bound.engine()
 
 
 def bind(task: engines.Task, chunk_rows: int) -> "BoundDeferred":
@@ -119,6 +119,11 @@ class BoundDeferred:
   chunks: tuple[int, ...]
   table: step.BiasTable
 
+  def engine(self, take_step: decoding.Step | None = None) -> engines.Bound:
+    """The engine, with the walk of another one where that is given."""
+    take_step = take_step or self.take_step
+    return engines.Bound(self.empty(), take_step, self.resume, self.flush, self.shift)
+
   def empty(self) -> DeferredCache:
     return self.resume(self.task.empty_caches(), jnp.zeros((), jnp.int32))
 
@@ -131,7 +136,7 @@ class BoundDeferred:
 
   def take_step(self, current, position, active, cache: DeferredCache):
     decoder = self.decoder(position)
-    walk = self.rule.walk(decoder.layers(), self.task.threshold, position)
+    walk = self.walk(decoder, position)
     state = walk_lib.start(self.task.weights.embedding[current], active)
     fills: list[LayerFill] = []
     for segment in segments(walk.allowed, walk.layers.num_layers):
@@ -159,11 +164,21 @@ class BoundDeferred:
       for layer, fill in enumerate(cache.layers, start=1)
     )
 
+  def shift(self, cache: DeferredCache, by: jax.Array) -> DeferredCache:
+    """See `engines.Bound`; what was pending before `by` is not needed any more."""
+    caches = engines.shifted(tuple(fill.cache for fill in cache.layers), by)
+    filled = (jnp.maximum(fill.filled - by, 0) for fill in cache.layers)
+    fills = tuple(map(LayerFill, caches, filled))
+    return DeferredCache(fills, engines.shift_positions(cache.states, by, 1))
+
   def decoder(self, position: jax.Array) -> step.DecoderStep:
     task, table = self.task, self.table
-    return step.DecoderStep(
-      task.weights, task.config, task.encoded, (), table.at(position), table.current
-    )
+    bias = table.at(position, task.starts)
+    return step.DecoderStep(task.weights, task.config, task.encoded, (), bias, table.current)
+
+  def walk(self, decoder: step.DecoderStep, position: jax.Array) -> walk_lib.Walk:
+    generated = self.task.generated(position)
+    return self.rule.walk(decoder.layers(), self.task.threshold, generated)
 
   def _run(self, walk: walk_lib.Walk, decoder, segment, position, states, carry):
     """The layers from one possible exit to the next, for every row."""

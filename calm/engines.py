@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from calm import decoding, exits, network, step
 
@@ -24,9 +25,11 @@ class Task:
     weights: the decoder.
     encoded: the prompts.
     threshold: lambda, [] or [batch].
-    length: most tokens generated, the size of the caches.
+    length: positions in the caches.
     kept: positions of each row that are decoded already and that nothing may write over,
       [batch]; None: none.
+    starts: position of each row's first token, [batch], where rows do not begin together
+      (`refill`); None: 0.
   """
 
   config: network.T5Config
@@ -36,6 +39,7 @@ class Task:
   threshold: jax.Array
   length: int
   kept: jax.Array | None = None
+  starts: jax.Array | None = None
 
   @property
   def batch_size(self) -> int:
@@ -44,6 +48,10 @@ class Task:
   def keeps(self, position: jax.Array) -> jax.Array | None:
     """The rows that are decoded already at `position`, [batch] bool."""
     return None if self.kept is None else position < self.kept
+
+  def generated(self, position: jax.Array) -> jax.Array:
+    """Tokens that each row has generated before `position`, [] or [batch]."""
+    return position if self.starts is None else position - self.starts
 
   def empty_caches(self) -> tuple[step.Cache, ...]:
     depth = self.rule.depth(self.config.num_decoder_layers)
@@ -59,12 +67,14 @@ class Bound:
     take_step: the loop's step.
     resume: (every layer's cache, position) -> what the loop carries to go on from there.
     flush: (what the loop carries, position) -> every layer's cache, filled up to `position`.
+    shift: (what the loop carries, by) -> the same, position `by` now the first.
   """
 
   empty: Any
   take_step: decoding.Step
   resume: Callable[[tuple[step.Cache, ...], jax.Array], Any]
   flush: Callable[[Any, jax.Array], tuple[step.Cache, ...]]
+  shift: Callable[[Any, jax.Array], Any]
 
 
 @runtime_checkable
@@ -85,15 +95,35 @@ class Eager:
 
     def take_step(current, position, active, cache):
       decoder = step.DecoderStep(
-        task.weights, task.config, task.encoded, cache, table.at(position), table.current
+        task.weights,
+        task.config,
+        task.encoded,
+        cache,
+        table.at(position, task.starts),
+        table.current,
       )
       hidden = task.weights.embedding[current]
-      made = task.rule(decoder.layers(), hidden, active, task.threshold, position)
+      generated = task.generated(position)
+      made = task.rule(decoder.layers(), hidden, active, task.threshold, generated)
       end = after(position, made.logits)
       return made, step.write_rows(cache, made.rows, end, task.keeps(position))
 
     same = lambda caches, position: caches
-    return Bound(task.empty_caches(), take_step, resume=same, flush=same)
+    return Bound(task.empty_caches(), take_step, resume=same, flush=same, shift=shifted)
+
+
+def shifted(caches: tuple[step.Cache, ...], by: jax.Array) -> tuple[step.Cache, ...]:
+  """Caches whose position `by` is now the first; what lies beyond the last is 0."""
+  move = lambda cache: step.Cache(
+    shift_positions(cache.keys, by, 3), shift_positions(cache.values, by, 2)
+  )
+  return tuple(map(move, caches))
+
+
+def shift_positions(array: jax.Array, by: jax.Array, axis: int) -> jax.Array:
+  """`array` from index `by` of an axis on, with zeros behind."""
+  longer = jnp.concatenate([array, jnp.zeros_like(array)], axis=axis)
+  return lax.dynamic_slice_in_dim(longer, by, array.shape[axis], axis=axis)
 
 
 def after(position: jax.Array, made: jax.Array) -> jax.Array:

@@ -129,11 +129,23 @@ class BiasTable:
   current: jax.Array
   length: int
 
-  def at(self, position: jax.Array) -> Float[Array, "heads length"]:
-    """Of the keys before `position`, which are in the cache while its own is not yet."""
-    return lax.dynamic_slice_in_dim(
+  def at(self, position: jax.Array, starts: jax.Array | None = None) -> jax.Array:
+    """Of the keys before `position`, which are in the cache while its own is not yet.
+
+    Args:
+      position: [].
+      starts: position of each row's first key, [batch]; None: 0.
+
+    Returns:
+      [heads, length]; with `starts` [batch, heads, length], earlier keys masked too.
+    """
+    bias = lax.dynamic_slice_in_dim(
       self.extended, self.length - 1 - position, self.length, axis=1
     )
+    if starts is None:
+      return bias
+    other = jnp.arange(self.length)[None, None, :] < starts[:, None, None]
+    return jnp.where(other, jnp.asarray(layers_lib.MASK_BIAS, bias.dtype), bias)
 
 
 def bias_table(weights: DecoderWeights, config: network.T5Config, length: int) -> BiasTable:
@@ -158,7 +170,7 @@ class DecoderStep:
     config: the model's sizes.
     encoded: the prompts.
     caches: keys and values of the positions before this one; read only.
-    past_bias: [heads, length], from `BiasTable.at`.
+    past_bias: [heads, length] or [batch, heads, length], from `BiasTable.at`.
     current_bias: [heads].
   """
 
@@ -242,7 +254,8 @@ class DecoderStep:
     cache, value = self.caches[layer - 1], row.value
     query, key_now = self._attention_dtype(query), self._attention_dtype(row.key)
     past = jnp.einsum("bhd,bhdl->bhl", query, self._attention_dtype(cache.keys))
-    past = past + self.past_bias[None].astype(past.dtype)
+    bias = self.past_bias if self.past_bias.ndim == 3 else self.past_bias[None]
+    past = past + bias.astype(past.dtype)
     now = jnp.sum(query * key_now, axis=-1, keepdims=True)
     now = now + self.current_bias[None, :, None].astype(now.dtype)
     # The current token is not in the cache yet: branches of the chain only read it.

@@ -27,7 +27,7 @@ MAY_IMPORT = {
   "step": {"layers", "network", "propagation", "weights"},
   "weights": {"network"},
   "engines": {"decoding", "exits", "network", "step"},
-  "deferred": {"engines", "exits", "step", "walk"},
+  "deferred": {"decoding", "engines", "exits", "step", "walk"},
   "compacted": {"deferred", "engines", "exits", "propagation", "step", "walk"},
 }
 
