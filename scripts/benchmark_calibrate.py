@@ -31,7 +31,7 @@ def clock(name: str, target: float | None, work: Callable[[], Any]) -> None:
   work()
   seconds, used = time.perf_counter() - started, time.process_time() - used
   aim = "" if target is None else f"  target {target:g}"
-  print(f"{name:<52} {seconds:8.3f} s, {used:7.3f} s of CPU{aim}", flush=True)
+  print(f"{name:<58} {seconds:8.3f} s, {used:7.3f} s of CPU{aim}", flush=True)
 
 
 def texts(generator: np.random.Generator, rows: int, words: int = 12) -> list[str]:
@@ -73,12 +73,14 @@ def main() -> None:
   pool = SequenceLosses(losses[:2000, ::5], grid[::5])
   tolerances = np.linspace(0.01, 0.3, 20).tolist()
 
-  def three_measures() -> None:
+  def three_measures(method: str) -> None:
     for _ in range(3):
-      trials.split_trials(pool, tolerances, error_rate=0.05)
-      trials.validity_trials(pool, tolerances, error_rate=0.05)
+      trials.split_trials(pool, tolerances, error_rate=0.05, method=method)
+      trials.validity_trials(pool, tolerances, error_rate=0.05, method=method)
 
-  clock("trials (a) and (b): 3 measures x 20 tolerances", 30.0, three_measures)
+  for method in ("auto", "paper", "convex_order"):
+    name = f"trials (a) and (b), {method}: 3 measures x 20 tolerances"
+    clock(name, 30.0, lambda m=method: three_measures(m))
   rows = 40_000
   pairs = [
     (early, (full,))

@@ -18,6 +18,8 @@ CAP_SHARE = 0.9
 # What the running variance holds before the first prompt: the largest of losses in [0, 1].
 PRIOR_VARIANCE = 0.25
 _LEAST_VARIANCE = 1e-12
+# Rows, and pairs of a column and a tolerance, whose wealth is followed at once in `certifies`.
+_BLOCK, _PAIRS = 64, 1024
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -158,6 +160,40 @@ def log_wealth(
   gains = design.tolerance - columns
   wealth = np.cumsum(np.log(1.0 + strategy.bets(columns, design) * gains), axis=0)
   return wealth.reshape(losses.shape)
+
+
+def certifies(losses: np.ndarray, columns: np.ndarray, design: Design) -> np.ndarray:
+  """Whether plug-in wealth ever reaches the target, for many columns and tolerances.
+
+  The answer of `log_wealth(losses[:, columns], design).max(axis=0) >= design.target`, sooner:
+  bets before the cap are shared by all tolerances of a column, logarithms are taken once in a
+  block of rows, and pairs that have got there leave.
+
+  Args:
+    losses: [num_examples, num_columns], in the fixed order.
+    columns: [num_pairs] column of each pair.
+    design: `tolerance` is [num_pairs].
+
+  Returns:
+    [num_pairs] bool.
+  """
+  free = free_bets(losses, design)
+  tolerance, cap = np.asarray(design.tolerance), design.cap
+  wealth, reached = np.zeros(len(columns)), np.zeros(len(columns), bool)
+  for start in range(0, len(losses), _BLOCK):
+    rows = slice(start, start + _BLOCK)
+    (going,) = np.nonzero(~reached)
+    for part in np.split(going, range(_PAIRS, len(going), _PAIRS)):
+      at = columns[part]
+      factors = np.minimum(free[rows][:, at], cap[part])
+      factors *= tolerance[part] - losses[rows][:, at]
+      factors += 1.0
+      # Every factor is at least 0.1, so that nothing underflows; what overflows has got there.
+      with np.errstate(over="ignore"):
+        running = np.multiply.accumulate(factors, axis=0)
+      reached[part] = wealth[part] + np.log(running.max(axis=0)) >= design.target
+      wealth[part] += np.log(running[-1])
+  return reached
 
 
 def least_log_wealth(

@@ -4,9 +4,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from calm.calibrate import betting, bounds, p_values
 from calm.calibrate.sequence_losses import Support
+
+# Pairs of a column and a tolerance that are tested at once; their losses should fit a cache.
+_PAIRS = 256
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -16,14 +20,20 @@ class Sample:
   Attributes:
     values: [num_examples, num_thresholds], in the tested order.
     support: declared range.
-    tolerance: risk tolerance.
+    tolerance: risk tolerance, a number or one a column.
     error_rate: error probability.
   """
 
   values: np.ndarray
   support: Support
-  tolerance: float
+  tolerance: npt.ArrayLike
   error_rate: float
+
+  def pairs(self, columns: np.ndarray, part: slice = slice(None)) -> "Sample":
+    """The sample whose column i is column `columns[i]` here, with tolerance i."""
+    tolerance = np.asarray(self.tolerance)[part]
+    values = self.values[:, columns[part]]
+    return dataclasses.replace(self, values=values, tolerance=tolerance)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +49,7 @@ class Method:
     clips: whether negative losses are set to 0 first (Eq. 11).
     any_level: whether p-values mean anything at levels other than `error_rate`; if not, only
       fixed sequence testing, which tests every hypothesis at that level, can use them.
+    quick: a faster way to the answers of `certifies`, or None.
   """
 
   name: str
@@ -48,6 +59,23 @@ class Method:
   ordered: bool = False
   clips: bool = False
   any_level: bool = True
+  quick: Callable[[Sample, np.ndarray], np.ndarray] | None = None
+
+  def certifies(self, sample: Sample, columns: np.ndarray) -> np.ndarray:
+    """Whether p <= error_rate, for many pairs of a column and a tolerance.
+
+    Args:
+      sample: losses, and a tolerance for each pair.
+      columns: [num_pairs] column of each pair.
+
+    Returns:
+      [num_pairs] bool, that of `log_p_values` on each pair's column at its tolerance.
+    """
+    if self.quick is not None:
+      return self.quick(sample, columns)
+    parts = [slice(i, i + _PAIRS) for i in range(0, len(columns), _PAIRS)]
+    found = [self.log_p_values(sample.pairs(columns, part)) for part in parts]
+    return np.exp(np.concatenate([np.zeros(0), *found])) <= sample.error_rate
 
   def resolve(self, support: Support) -> "Method":
     """This method, if it fits losses of this support.
@@ -108,7 +136,12 @@ def _of_sums(name: str, p_value: bounds.SumPValue, **fields) -> Method:
       p_value, sample.values.sum(axis=0), len(sample.values), error_rate=sample.error_rate
     )
 
-  return Method(name, log_p_values, upper_bounds, **{"refuses": _refuses_signed, **fields})
+  def quick(sample: Sample, columns: np.ndarray) -> np.ndarray:
+    sums = sample.values.sum(axis=0)[columns]
+    return p_value(sums, len(sample.values), sample.tolerance) <= sample.error_rate
+
+  fields = {"refuses": _refuses_signed, "quick": quick, **fields}
+  return Method(name, log_p_values, upper_bounds, **fields)
 
 
 def _of_bets(name: str, strategy: betting.Strategy, **fields) -> Method:
@@ -133,6 +166,12 @@ def _of_bets(name: str, strategy: betting.Strategy, **fields) -> Method:
   return Method(name, log_p_values, upper_bounds, _refuses_nothing, ordered=True, **fields)
 
 
+def _bets_certify(sample: Sample, columns: np.ndarray) -> np.ndarray:
+  size, upper = len(sample.values), sample.support.upper
+  design = betting.Design(sample.tolerance, sample.error_rate, size, upper)
+  return betting.certifies(sample.values, columns, design)
+
+
 METHODS: Mapping[str, Method | Auto] = {
   "auto": Auto(),
   "paper": _of_sums("paper", p_values.hoeffding_bentkus, clips=True),
@@ -140,7 +179,7 @@ METHODS: Mapping[str, Method | Auto] = {
   "hoeffding_bentkus": _of_sums("hoeffding_bentkus", p_values.hoeffding_bentkus),
   "convex_order": _of_sums("convex_order", p_values.convex_order),
   "binomial": _of_sums("binomial", p_values.binomial, refuses=_refuses_all_but_binary),
-  "betting": _of_bets("betting", betting.PLUG_IN),
+  "betting": _of_bets("betting", betting.PLUG_IN, quick=_bets_certify),
   "betting_fixed_level": _of_bets("betting_fixed_level", betting.FIXED_LEVEL, any_level=False),
 }
 

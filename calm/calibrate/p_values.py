@@ -208,7 +208,7 @@ def convex_order(
 
 def betting(
   losses: npt.ArrayLike,
-  tolerance: float,
+  tolerance: npt.ArrayLike,
   *,
   error_rate: float = 0.05,
   upper: float = 1.0,
@@ -230,7 +230,7 @@ def betting(
   Args:
     losses: [num_examples] or [num_examples, num_thresholds], rows in the order fixed
       beforehand.
-    tolerance: below `upper`.
+    tolerance: below `upper`; a number, or [num_thresholds].
     error_rate: level the bets are tuned for, in (0, 1).
     upper: declared upper bound of losses.
     planned_size: prompts that were planned; None takes the number of losses. A test that may

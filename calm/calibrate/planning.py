@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from calm.calibrate import methods, testing
+from calm.calibrate.pool import Pool
 from calm.calibrate.sequence_losses import SequenceLosses, Support
 
 
@@ -160,20 +160,18 @@ def power_curve(
     seed: of the draws.
 
   Raises:
-    ValueError: a size is below 1, or `method` does not fit the losses.
+    ValueError: a size is below 1, losses leave their range, or `method` does not fit them.
   """
   if not len(sizes) or min(sizes) < 1 or draws < 1:
     raise ValueError(
       f"`sizes` must be at least 1 each and `draws` at least 1, got {sizes} and {draws}."
     )
-  chosen = methods.get_method(method, pilot.support)
-  values, support = chosen.prepare(pilot.values, pilot.support)
+  pool = Pool(pilot, method)
   generator = np.random.default_rng(seed)
-  power = np.zeros((len(sizes), values.shape[1]))
-  for row, size in enumerate(sizes):
-    for _ in range(draws):
-      drawn = values[generator.integers(len(values), size=size)]
-      sample = methods.Sample(drawn, support, tolerance, error_rate)
-      p_values = np.exp(chosen.log_p_values(sample))
-      power[row] += testing.fixed_sequence(p_values, error_rate).rejected
-  return PowerCurve(tuple(sizes), np.asarray(pilot.thresholds), power / draws, draws)
+  columns = np.arange(pool.values.shape[1])
+  power = []
+  for size in sizes:
+    sets = generator.integers(len(pool.values), size=(draws, size))
+    lowest = pool.choose(sets, [tolerance], error_rate)
+    power.append(np.mean(lowest >= columns, axis=0))
+  return PowerCurve(tuple(sizes), pool.thresholds, np.stack(power), draws)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from calm.calibrate import methods, ordering, testing
+from calm.calibrate.pool import Pool
 from calm.calibrate.sequence_losses import SequenceLosses
 
 
@@ -84,48 +84,6 @@ class Layers:
   full_depth: int
 
 
-# Columns whose p-values are computed at once.
-_BLOCK = 5
-
-
-class _Pool:
-  """Losses as one method tests them, with rows grouped into exchangeable units."""
-
-  def __init__(self, losses: SequenceLosses, method: str, groups: Sequence[str] | None):
-    low, high = losses.support.lower, losses.support.upper
-    if not np.all((losses.values >= low - 1e-9) & (losses.values <= high + 1e-9)):
-      raise ValueError(f"`losses` must lie in the declared range [{low}, {high}], without NaN.")
-    names = [str(row) for row in range(len(losses.values))] if groups is None else groups
-    self.method = methods.get_method(method, ordering.unit_support(losses, names))
-    prepared, support = self.method.prepare(losses.values, losses.support)
-    losses = dataclasses.replace(losses, values=prepared, support=support)
-    self.units = ordering.cluster_means(losses, names)
-    self.values = self.units.values
-    low, high = support.lower, support.upper
-    self.values = np.clip(self.values, low, high)
-    _, self.unit_of_row = np.unique(np.asarray([str(n) for n in names]), return_inverse=True)
-
-  def choose(
-    self, rows: np.ndarray, tolerances: Sequence[float], error_rate: float
-  ) -> list[int | None]:
-    """Per tolerance the column of the lowest threshold certified on some units, or None."""
-    drawn = self.values[rows]
-    return [self._lowest(drawn, tolerance, error_rate) for tolerance in tolerances]
-
-  def _lowest(self, drawn: np.ndarray, tolerance: float, error_rate: float) -> int | None:
-    # Fixed sequence testing stops at the first failure: columns beyond it need no p-value.
-    certified = 0
-    for start in range(0, drawn.shape[1], _BLOCK):
-      block = drawn[:, start : start + _BLOCK]
-      sample = methods.Sample(block, self.units.support, tolerance, error_rate)
-      p_values = np.exp(self.method.log_p_values(sample))
-      passed = int(testing.fixed_sequence(p_values, error_rate).rejected.sum())
-      certified += passed
-      if passed < block.shape[1]:
-        break
-    return certified - 1 if certified else None
-
-
 def split_trials(
   losses: SequenceLosses,
   tolerances: Sequence[float],
@@ -155,36 +113,33 @@ def split_trials(
   Raises:
     ValueError: the pool has fewer than 2 units, or losses leave their range.
   """
-  pool = _Pool(losses, method, groups)
+  pool = Pool(losses, method, groups)
   count = len(pool.values)
   if count < 2:
     raise ValueError(f"`losses` must have at least 2 units to split, got {count}.")
   cut = min(count - 1, max(1, round(0.8 * count)))
   generator = np.random.default_rng(seed)
-  splits = [generator.permutation(count) for _ in range(trials)]
+  splits = np.stack([generator.permutation(count) for _ in range(trials)])
+  chosen = pool.choose(splits[:, :cut], tolerances, error_rate)
   outcomes = [
-    _split_outcomes(pool, split, cut, tolerances, error_rate, layers) for split in splits
+    [_test_outcome(pool, column, test, layers) for column in columns]
+    for test, columns in zip(splits[:, cut:], chosen.tolist(), strict=True)
   ]
   return tuple(
-    _summarize_splits(tolerance, list(column), pool.units.thresholds)
+    _summarize_splits(tolerance, list(column), pool.thresholds)
     for tolerance, column in zip(tolerances, zip(*outcomes, strict=True), strict=True)
   )
 
 
-def _split_outcomes(pool: _Pool, split, cut: int, tolerances, error_rate: float, layers):
-  chosen = pool.choose(split[:cut], tolerances, error_rate)
-  test = split[cut:]
-  rows = np.isin(pool.unit_of_row, test)
-  return [_test_outcome(pool, column, test, rows, layers) for column in chosen]
-
-
-def _test_outcome(pool: _Pool, column: int | None, test, rows, layers: Layers | None):
-  risk = 0.0 if column is None else float(pool.values[test, column].mean())
+def _test_outcome(pool: Pool, column: int, test: np.ndarray, layers: Layers | None):
+  """(column, mean loss, layers a token) on test units; column -1 is the full model."""
+  risk = 0.0 if column < 0 else float(pool.values[test, column].mean())
   if layers is None:
     depth = np.nan
-  elif column is None:
+  elif column < 0:
     depth = float(layers.full_depth)
   else:
+    rows = np.isin(pool.unit_of_row, test)
     depth = layers.layers[rows, column].sum() / layers.tokens[rows, column].sum()
   return column, risk, depth
 
@@ -193,7 +148,7 @@ def _summarize_splits(tolerance: float, outcomes, thresholds: np.ndarray) -> Spl
   chosen = [outcome[0] for outcome in outcomes]
   risks = np.array([outcome[1] for outcome in outcomes])
   depths = np.array([outcome[2] for outcome in outcomes])
-  certified = [column for column in chosen if column is not None]
+  certified = [column for column in chosen if column >= 0]
   return SplitTrials(
     tolerance=float(tolerance),
     trials=len(outcomes),
@@ -238,26 +193,30 @@ def validity_trials(
   Raises:
     ValueError: losses leave their range.
   """
-  pool = _Pool(losses, method, groups)
-  true_risk = pool.values.mean(axis=0)
+  pool = Pool(losses, method, groups)
   size = calibration_size or len(pool.values)
   generator = np.random.default_rng(seed)
-  draws = [generator.integers(len(pool.values), size=size) for _ in range(trials)]
-  outcomes = [pool.choose(draw, tolerances, error_rate) for draw in draws]
-  results = []
-  for tolerance, chosen in zip(tolerances, zip(*outcomes, strict=True), strict=True):
-    certified = [column for column in chosen if column is not None]
-    violations = int(np.sum(true_risk[certified] > tolerance)) if certified else 0
-    interval = stats.binomtest(violations, trials).proportion_ci(0.95)
-    results.append(
-      ValidityTrials(
-        tolerance=float(tolerance),
-        error_rate=error_rate,
-        trials=trials,
-        violations=violations,
-        share=violations / trials,
-        interval=(float(interval.low), float(interval.high)),
-        certified_share=len(certified) / trials,
-      )
-    )
-  return tuple(results)
+  draws = np.stack([generator.integers(len(pool.values), size=size) for _ in range(trials)])
+  chosen = pool.choose(draws, tolerances, error_rate)
+  # The last entry is what -1 reads: the full model, whose loss is 0 by definition.
+  true_risk = np.append(pool.values.mean(axis=0), 0.0)
+  return tuple(
+    _summarize_draws(float(tolerance), error_rate, columns, true_risk)
+    for tolerance, columns in zip(tolerances, chosen.T, strict=True)
+  )
+
+
+def _summarize_draws(
+  tolerance: float, error_rate: float, chosen: np.ndarray, true_risk: np.ndarray
+) -> ValidityTrials:
+  violations = int(np.sum((chosen >= 0) & (true_risk[chosen] > tolerance)))
+  interval = stats.binomtest(violations, len(chosen)).proportion_ci(0.95)
+  return ValidityTrials(
+    tolerance=tolerance,
+    error_rate=error_rate,
+    trials=len(chosen),
+    violations=violations,
+    share=violations / len(chosen),
+    interval=(float(interval.low), float(interval.high)),
+    certified_share=float(np.mean(chosen >= 0)),
+  )
