@@ -1,14 +1,18 @@
 """Generation that stops as soon as calibration can decide (`calm generate --until-certified`).
 
 Thresholds are taken from the safest down, prompts in an order fixed by their ids and the
-procedure; the first threshold that can no longer be certified ends the run.
+procedure; the first threshold that can no longer be certified ends the run. Prompts are encoded
+once for all thresholds, as far as memory goes, and what a lower threshold cannot change is not
+decoded again.
 """
 
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
-from calm import grid, inference, schedules
+from calm import grid, inference, schedules, step
+from calm import prompts as prompts_lib
 from calm.calibrate import (
   Calibration,
   Prompt,
@@ -16,18 +20,34 @@ from calm.calibrate import (
   generation_writer,
   generations,
   ordering,
+  reuse,
   sequence_losses,
   sequential,
 )
 
-# (threshold, prompts decided on at it, planned prompts)
+# (threshold, units decided on at it, planned units)
 Progress = Callable[[float, int, int], None]
 
+# Encoded prompts are kept for lower thresholds up to so many bytes; others are encoded again.
+KEPT_BYTES = 2**30
 
-def in_order(predictor: inference.Predictor, prompts: Sequence[Prompt]) -> list[Prompt]:
-  """The prompts in the order in which the test sees them."""
-  rows = ordering.permutation([prompt.id for prompt in prompts], predictor.procedure)
-  return [prompts[row] for row in rows]
+
+def in_order(
+  predictor: inference.Predictor, prompts: Sequence[Prompt], *, by_group: bool = False
+) -> list[Prompt]:
+  """The prompts in the order in which the test sees them.
+
+  Args:
+    predictor: the model; its procedure is part of the order's seed.
+    prompts: [num_prompts] prompts.
+    by_group: whether clusters are the units of the test; their prompts then stand together.
+
+  Raises:
+    ValueError: `by_group`, and a prompt has no group.
+  """
+  ids = [prompt.id for prompt in prompts]
+  groups = ordering.prompt_groups(prompts) if by_group else None
+  return [prompts[row] for row in ordering.decoding_order(ids, groups, predictor.procedure)]
 
 
 def generate(
@@ -39,48 +59,111 @@ def generate(
   kind: str,
   metric: str,
   progress: Progress | None = None,
+  kept_bytes: int = KEPT_BYTES,
 ) -> Calibration:
   """Decodes what the test asks for, into `writer`, until it has decided.
 
   Args:
     predictor: the model.
-    prompts: from `in_order`; `test` planned for all of them.
-    writer: opened with these prompts, the test's thresholds and `sequential=True`.
-    test: decides what is decoded next.
+    prompts: from `in_order`; by group where `test.clusters`.
+    writer: opened with these prompts, the test's thresholds, `sequential=True` and
+      `by_group=test.clusters`.
+    test: decides what is decoded next; planned for all prompts, or for all clusters.
     kind: 'textual', 'risk_signed' or 'risk_clipped'.
     metric: name or import path of the text metric.
     progress: told after every batch.
+    kept_bytes: memory for encoded prompts; those beyond it are encoded again at every
+      threshold.
 
   Returns:
     The calibration; its p-values and bounds hold although the run stopped when it pleased.
   """
-  ids = [prompt.id for prompt in prompts]
-  while (request := test.request(predictor.options.batch_size)) is not None:
-    chunk = prompts[request.start : request.stop]
-    full = _records(predictor, chunk, schedules.NEVER_EXIT, writer)
-    early = _records(predictor, chunk, request.threshold, writer)
-    test.add(_losses(chunk, request.threshold, early, full, kind, metric))
+  groups = ordering.prompt_groups(prompts) if test.clusters else None
+  units = ordering.consecutive_units(len(prompts), groups)
+  decoder = _Decoder(predictor, prompts, writer, kept_bytes)
+  # As many units as fill a batch; the same ones at every threshold.
+  batch_size = max(1, predictor.options.batch_size * len(units) // len(prompts))
+  while (request := test.request(batch_size)) is not None:
+    wanted = units[request.start : request.stop]
+    rows = slice(wanted[0].start, wanted[-1].stop)
+    full = decoder.records(rows, schedules.NEVER_EXIT)
+    early = decoder.records(rows, request.threshold)
+    losses = _losses(prompts[rows], request.threshold, early, full, kind, metric)
+    test.add(ordering.unit_means(losses, wanted))
     if progress is not None:
-      progress(request.threshold, request.stop, len(prompts))
+      progress(request.threshold, request.stop, len(units))
+  names = ordering.unit_names([prompt.id for prompt in prompts], groups)
   return test.calibration(
     kind=kind,
     metric=metric,
-    seed=ordering.order_seed(ids, predictor.procedure),
+    seed=ordering.order_seed(names, predictor.procedure),
     procedure=predictor.procedure,
   )
 
 
-def _records(predictor, chunk, threshold: float, writer) -> list[Record]:
-  """The chunk's records at one threshold: from the writer where it has them, else decoded."""
-  done = writer.completed_records(threshold)
-  missing = [prompt for prompt in chunk if prompt.id not in done]
-  made: dict[str, Record] = {}
-  for batch in predictor.plan([prompt.input for prompt in missing]) if missing else []:
-    generation = predictor.decode(predictor.encode(batch), batch.active, threshold)
-    for i, row in enumerate(batch.rows):
-      made[missing[row].id] = grid.record(predictor, generation, i, missing[row].id)
-  writer.append(threshold, [made[prompt.id] for prompt in missing])
-  return [made[prompt.id] if prompt.id in made else done[prompt.id] for prompt in chunk]
+class _Decoder:
+  """Records of prompts at thresholds, each from the cheapest source there is.
+
+  That is the writer (a run that goes on), the record at the threshold before where no token
+  would now leave earlier, or the model.
+  """
+
+  def __init__(self, predictor, prompts: Sequence[Prompt], writer, kept_bytes: int):
+    self._predictor, self._prompts, self._writer = predictor, prompts, writer
+    self._room = kept_bytes
+    self._done: dict[float, dict[str, Record]] = {}
+    self._encoded: dict[int, list[tuple[prompts_lib.PromptBatch, step.Encoded]]] = {}
+
+  def records(self, rows: slice, threshold: float) -> list[Record]:
+    """The records of some prompts at one threshold; they are in the writer then."""
+    if threshold not in self._done:
+      self._done[threshold] = self._writer.completed_records(threshold)
+    done = self._done[threshold]
+    ids = [prompt.id for prompt in self._prompts[rows]]
+    missing = [name for name in ids if name not in done]
+    made = self._unchanged(missing, threshold)
+    made.update(self._decode(rows, {*missing} - {*made}, threshold))
+    self._writer.append(threshold, [made[name] for name in missing])
+    done.update(made)
+    return [done[name] for name in ids]
+
+  def _unchanged(self, names: Sequence[str], threshold: float) -> dict[str, Record]:
+    """Records of higher thresholds that are the same at this one."""
+    values = grid.schedule_values(self._predictor, threshold)
+    # The last threshold before this one says most: it has the fewest refusals.
+    levels = [level for level in sorted(self._done) if level > threshold]
+    before = {
+      name: next(self._done[level][name] for level in levels if name in self._done[level])
+      for name in names
+      if levels
+    }
+    return {
+      name: record for name, record in before.items() if reuse.is_reusable(record, values)
+    }
+
+  def _decode(self, rows: slice, names: set[str], threshold: float) -> dict[str, Record]:
+    made = {}
+    for batch, encoded in self._batches(rows) if names else ():
+      ids = [self._prompts[rows.start + row].id for row in batch.rows]
+      active = batch.active.copy()
+      active[: len(ids)] = [name in names for name in ids]
+      if active.any():
+        generation = self._predictor.decode(encoded, active, threshold)
+        for i in np.flatnonzero(active).tolist():
+          made[ids[i]] = grid.record(self._predictor, generation, i, ids[i])
+    return made
+
+  def _batches(self, rows: slice) -> list[tuple[prompts_lib.PromptBatch, step.Encoded]]:
+    """The prompts encoded, and kept while there is room."""
+    if rows.start in self._encoded:
+      return self._encoded[rows.start]
+    planned = self._predictor.plan([prompt.input for prompt in self._prompts[rows]])
+    batches = [(batch, self._predictor.encode(batch)) for batch in planned]
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves([encoded for _, encoded in batches]))
+    if size <= self._room:
+      self._room -= size
+      self._encoded[rows.start] = batches
+    return batches
 
 
 def _losses(chunk, threshold: float, early, full, kind: str, metric: str) -> np.ndarray:

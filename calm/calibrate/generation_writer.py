@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from calm.calibrate import files, generations
+from calm.calibrate import files, generations, ordering
 from calm.calibrate import records as records_lib
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.procedures import Procedure, Provenance, describe_differences
@@ -120,6 +120,7 @@ def open_writer(
   procedure: Procedure | None,
   provenance: Provenance | None = None,
   sequential: bool = False,
+  by_group: bool = False,
 ) -> Writer:
   """Creates a directory of cached generations, or resumes it.
 
@@ -131,6 +132,7 @@ def open_writer(
     procedure: how the outputs are decoded, or None.
     provenance: the story of the run.
     sequential: whether the run may stop early, leaving a suffix of prompts out.
+    by_group: whether such a run is tested on clusters; the prompts of one stand together then.
 
   Returns:
     A `Writer`; `reports` says what resuming repaired.
@@ -138,10 +140,13 @@ def open_writer(
   Raises:
     GenerationsError: the directory holds another procedure, grid or prompts (the message names
       the field), or is damaged.
+    ValueError: ids occur twice, or `by_group` and a cluster's prompts do not stand together.
     OSError: it cannot be written.
   """
   directory = pathlib.Path(directory)
   records_lib.check_unique(prompts)
+  if by_group:
+    ordering.consecutive_units(len(prompts), ordering.prompt_groups(prompts))
   manifest = {
     "schema_version": generations.SCHEMA_VERSION,
     "procedure": None if procedure is None else procedure.to_json(),
@@ -149,6 +154,7 @@ def open_writer(
     "thresholds": thresholds_lib.validate_grid(thresholds).tolist(),
     "prompt_ids": [prompt.id for prompt in prompts],
     "sequential": sequential,
+    "by_group": by_group,
     "checksums": {},
   }
   prompt_text = "".join(records_lib.dump_line(prompt.to_json()) for prompt in prompts)
@@ -177,7 +183,9 @@ def _check_same_run(directory: pathlib.Path, manifest: dict[str, Any], prompts: 
   )
   if difference:
     raise GenerationsError(f"{path}: was made by another procedure: {difference}.{way_out}")
-  for name in ("thresholds", "prompt_ids", "sequential"):
+  # Older manifests do not say `by_group`.
+  there = {"by_group": False, **there}
+  for name in ("thresholds", "prompt_ids", "sequential", "by_group"):
     if there.get(name) != manifest[name]:
       raise GenerationsError(
         f"{path}: has other `{name}`: expected {_short(there.get(name))}, got"

@@ -43,6 +43,7 @@ class Generations:
     procedure: how they were decoded; None for files from elsewhere.
     provenance: their story.
     sequential: whether the run was allowed to stop early.
+    by_group: whether a sequential run was tested on clusters, whose prompts stand together.
   """
 
   prompts: tuple[Prompt, ...]
@@ -52,6 +53,7 @@ class Generations:
   procedure: Procedure | None = None
   provenance: Provenance = dataclasses.field(default_factory=Provenance)
   sequential: bool = False
+  by_group: bool = False
 
   @property
   def ids(self) -> tuple[str, ...]:
@@ -157,6 +159,7 @@ def load(directory: str | pathlib.Path) -> Generations:
     procedure=procedure,
     provenance=Provenance.from_json(manifest.get("provenance") or {}),
     sequential=sequential,
+    by_group=bool(manifest.get("by_group", False)),
   )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from calm.calibrate.procedures import Procedure
+from calm.calibrate.records import Prompt
 from calm.calibrate.sequence_losses import SequenceLosses, Support
 
 
@@ -32,6 +33,80 @@ def permutation(ids: Sequence[str], procedure: Procedure | None) -> np.ndarray:
   by_name = np.array(sorted(range(len(ids)), key=ids.__getitem__), dtype=np.int64)
   generator = np.random.Generator(np.random.PCG64(int(order_seed(ids, procedure), 16)))
   return by_name[generator.permutation(len(ids))]
+
+
+def prompt_groups(prompts: Sequence[Prompt]) -> tuple[str, ...]:
+  """[num_prompts] cluster of each prompt.
+
+  Raises:
+    ValueError: a prompt has none.
+  """
+  bare = [prompt.id for prompt in prompts if prompt.group is None]
+  if bare:
+    raise ValueError(
+      f"`prompts` must all have a `group` to be tested by group; {len(bare)} have none, first"
+      f" {bare[:5]}. Give each its group (or source), or test by prompt."
+    )
+  return tuple(str(prompt.group) for prompt in prompts)
+
+
+def unit_names(ids: Sequence[str], groups: Sequence[str] | None) -> tuple[str, ...]:
+  """Names of the exchangeable units: prompts, or clusters where there are `groups`."""
+  return tuple(ids) if groups is None else tuple(sorted(set(groups)))
+
+
+def decoding_order(
+  ids: Sequence[str], groups: Sequence[str] | None, procedure: Procedure | None
+) -> np.ndarray:
+  """Row numbers in the order of a sequential run.
+
+  Units are permuted as `calibrate` permutes them; the prompts of a cluster stand together,
+  sorted by id, so that a run that stops leaves whole clusters.
+
+  Args:
+    ids: [num_examples] unique ids.
+    groups: [num_examples] cluster of each, or None where prompts are the units.
+    procedure: how outputs are decoded, or None.
+
+  Returns:
+    [num_examples] row numbers.
+  """
+  if groups is None:
+    return permutation(ids, procedure)
+  names = unit_names(ids, groups)
+  order = permutation(names, procedure).tolist()
+  place = {names[row]: position for position, row in enumerate(order)}
+  rows = sorted(range(len(ids)), key=lambda row: (place[groups[row]], ids[row]))
+  return np.array(rows, np.int64)
+
+
+def consecutive_units(count: int, groups: Sequence[str] | None) -> tuple[slice, ...]:
+  """Rows of each unit, where the rows of a cluster stand together.
+
+  Args:
+    count: rows.
+    groups: [count] cluster of each row; None makes every row its own unit.
+
+  Raises:
+    ValueError: a cluster stands in two places.
+  """
+  if groups is None:
+    return tuple(slice(row, row + 1) for row in range(count))
+  starts = [row for row in range(count) if row == 0 or groups[row] != groups[row - 1]]
+  if len(starts) != len(set(groups)):
+    raise ValueError(
+      "`groups` must have the rows of each cluster together to be tested in their order, got"
+      f" {len(set(groups))} clusters in {len(starts)} places. Use `decoding_order`."
+    )
+  ends = [*starts[1:], count]
+  return tuple(slice(start, end) for start, end in zip(starts, ends, strict=True))
+
+
+def unit_means(losses: np.ndarray, units: Sequence[slice]) -> np.ndarray:
+  """[num_units] mean loss of consecutive units, the first of which begins at `losses[0]`."""
+  starts = np.array([unit.start for unit in units]) - units[0].start
+  sizes = np.array([unit.stop - unit.start for unit in units])
+  return np.add.reduceat(np.asarray(losses, np.float64), starts) / sizes
 
 
 def tested_order(losses: SequenceLosses) -> tuple[np.ndarray, str]:

@@ -8,7 +8,7 @@ from calm.calibrate.generations import Generations
 def replay(
   cached: Generations, *, tolerance: float, error_rate: float, kind: str, metric: str
 ) -> Calibration:
-  """Tests a sequential run prompt by prompt, as it was decoded.
+  """Tests a sequential run prompt by prompt, or cluster by cluster, as it was decoded.
 
   Args:
     cached: a sequential run; prompts are in the order of the test.
@@ -21,26 +21,30 @@ def replay(
     ValueError: at these rates the test would have asked for more prompts than the run has.
   """
   columns = sequence_losses.prefix_losses(cached, kind, metric=metric)
+  groups = ordering.prompt_groups(cached.prompts) if cached.by_group else None
+  units = ordering.consecutive_units(len(cached.prompts), groups)
   test = sequential.SequentialCalibration(
     cached.thresholds,
-    len(cached.prompts),
+    len(units),
     tolerance=tolerance,
     error_rate=error_rate,
     support=sequence_losses.kind_support(kind, metric),
+    clusters=cached.by_group,
   )
   thresholds = cached.thresholds.tolist()
   while (request := test.request(1)) is not None:
     column = columns[thresholds.index(request.threshold)]
-    if request.start >= len(column):
+    unit = units[request.start]
+    if unit.stop > len(column):
       raise ValueError(
         f"Expected a sequential run for `tolerance` {tolerance} and `error_rate` {error_rate}."
         f" Got one that stopped earlier, at threshold {request.threshold} after {len(column)}"
         " prompts; generate again with these rates, or calibrate with the run's own."
       )
-    test.add(column[request.start : request.stop])
+    test.add([column[unit].mean()])
   return test.calibration(
     kind=kind,
     metric=metric,
-    seed=ordering.order_seed(cached.ids, cached.procedure),
+    seed=ordering.order_seed(ordering.unit_names(cached.ids, groups), cached.procedure),
     procedure=cached.procedure,
   )

@@ -6,7 +6,9 @@ even the lowest declared loss at the largest bet on all remaining prompts would 
 there. The first failure ends the grid (fixed sequence testing).
 
 Stopping early is valid only because the bet on prompt i is a function of the losses of prompts
-before i in the recorded order, of tolerance, error rate and the planned number alone.
+before i in the recorded order, of tolerance, error rate and the planned number alone. Where
+prompts come in clusters, "prompt" reads "cluster" throughout and a loss is a cluster's mean:
+all prompts of a cluster are decoded before its mean is bet on.
 """
 
 import dataclasses
@@ -57,21 +59,27 @@ class SequentialCalibration:
     tolerance: float,
     error_rate: float,
     support: Support | None = None,
+    clusters: bool = False,
   ):
     """Starts with nothing seen.
 
     Args:
       thresholds: strictly descending grid.
-      planned_size: prompts that may be decoded at most.
+      planned_size: prompts (or clusters) that may be decoded at most.
       tolerance: delta, in (0, 1).
       error_rate: epsilon, in (0, 1).
       support: declared range of losses; [0, 1] by default.
+      clusters: whether the losses that will be added are means of clusters of prompts, which
+        are the exchangeable units then.
 
     Raises:
       ValueError: an argument leaves its range.
     """
     self.thresholds = thresholds_lib.validate_grid(np.asarray(thresholds))
+    self.clusters = clusters
     self.support = support or Support()
+    if clusters:  # means of several 0-or-1 losses are not 0 or 1
+      self.support = Support(self.support.lower, self.support.upper)
     betting.check_levels(tolerance, error_rate, self.support.upper)
     if tolerance <= 0.0 or planned_size < 1:
       raise ValueError(
@@ -163,7 +171,7 @@ class SequentialCalibration:
       metric=metric,
       support=self.support,
       num_examples=self.design.planned_size,
-      clusters=False,
+      clusters=self.clusters,
       rows=tuple(rows),
       visited=visited,
       order=order,

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -61,6 +62,7 @@ def test_a_whole_line_that_only_lost_its_newline_is_kept(tmp_path):
     ({"prompts": laws.prompts(2)}, "other `prompt_ids`"),
     ({"prompts": laws.prompts(60)}, r"other `prompt_ids`.*\.\.\. \(60 entries\)"),
     ({"sequential": True}, "other `sequential`"),
+    ({"by_group": True}, "other `by_group`: expected False, got True"),
   ],
 )
 def test_another_run_is_refused_and_the_field_is_named(tmp_path, change, message):
@@ -76,6 +78,24 @@ def test_other_texts_under_the_same_ids_are_refused(tmp_path):
   ]
   with pytest.raises(GenerationsError, match="the texts of the prompts are not those given"):
     start(tmp_path, prompts=changed)
+
+
+def test_clusters_of_a_run_by_group_stand_together_and_are_recorded(tmp_path):
+  writer = start(tmp_path, sequential=True, by_group=True)
+  writer.append(NEVER_EXIT, [Record("id-000", "x")])
+  assert generations.load(tmp_path).by_group
+  rows = laws.prompts(3)  # of the groups 0, 0, 1
+  with pytest.raises(ValueError, match="2 clusters in 3 places"):
+    start(tmp_path / "other", prompts=(rows[0], rows[2], rows[1]), by_group=True)
+
+
+def test_a_run_from_before_groups_goes_on(tmp_path):
+  start(tmp_path)
+  manifest = generations.read_manifest(tmp_path)
+  del manifest["by_group"]
+  files.write_atomically(tmp_path / "manifest.json", json.dumps(manifest))
+  start(tmp_path)
+  assert not generations.read_manifest(tmp_path)["by_group"]
 
 
 def test_append_takes_each_prompt_once(tmp_path):

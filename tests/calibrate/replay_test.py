@@ -5,7 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 
-from calm.calibrate import NEVER_EXIT, ordering, replay, sequence_losses, sequential
+from calm.calibrate import (
+  NEVER_EXIT,
+  betting,
+  calibrate,
+  ordering,
+  replay,
+  sequence_losses,
+  sequential,
+)
 from tests.calibrate import laws
 
 COUNT = 120
@@ -57,6 +65,56 @@ def test_it_is_the_calibration_of_the_run_itself():
   assert found.to_json() == expected.to_json()
   assert found.sequential and found.threshold == 0.9
   assert found.support.binary and found.column("rejected").tolist() == [True, False]
+
+
+def clustered():
+  """A complete run by group, two prompts a cluster, in the order of the test."""
+  made = complete()
+  rows = ordering.decoding_order(made.ids, ordering.prompt_groups(made.prompts), made.procedure)
+  return dataclasses.replace(
+    made,
+    prompts=tuple(made.prompts[row] for row in rows),
+    records=tuple(tuple(column[row] for row in rows) for column in made.records),
+    full=tuple(made.full[row] for row in rows),
+    sequential=True,
+    by_group=True,
+  )
+
+
+def test_a_run_by_group_is_tested_on_cluster_means():
+  cached = clustered()
+  found = replay.replay(cached, **LOSS, **RATES)
+  assert found.clusters and found.num_examples == COUNT // 2 and found.threshold == 0.9
+  assert not found.support.binary and found.sequential
+  used = found.rows[0].num_examples
+  assert 0 < used < COUNT // 2
+  # It needs whole clusters: one prompt less, and the last cluster is not there.
+  enough = dataclasses.replace(
+    cached, records=(cached.records[0][: 2 * used], cached.records[1])
+  )
+  assert replay.replay(enough, **LOSS, **RATES) == found
+  short = (cached.records[0][: 2 * used - 1], cached.records[1])
+  with pytest.raises(ValueError, match=r"stopped earlier, at threshold 0\.9"):
+    replay.replay(dataclasses.replace(cached, records=short), **LOSS, **RATES)
+
+
+def test_clusters_are_tested_in_the_order_that_calibrate_tests_them():
+  cached = clustered()
+  losses = sequence_losses.textual_losses(
+    dataclasses.replace(cached, sequential=False), metric="exact_match"
+  )
+  fixed = calibrate(losses, **RATES, groups=losses.groups)
+  found = replay.replay(cached, **LOSS, **RATES)
+  assert found.seed == fixed.seed and found.num_examples == fixed.num_examples
+  used = found.rows[0].num_examples
+  groups = ordering.prompt_groups(cached.prompts)
+  means = ordering.unit_means(losses.values[:, 1], ordering.consecutive_units(COUNT, groups))
+  wealth = betting.log_wealth(means, betting.Design(0.1, 0.05, COUNT // 2))
+  assert fixed.rows[1].log_p_value == pytest.approx(-max(0.0, wealth.max()), abs=1e-12)
+  assert found.rows[1].log_p_value == pytest.approx(
+    -max(0.0, wealth[: found.rows[1].num_examples].max())
+  )
+  assert used < COUNT // 2
 
 
 @pytest.mark.parametrize("rates", [{"tolerance": 0.03}, {"error_rate": 0.001}])

@@ -10,6 +10,7 @@ from calm.calibrate import (
   Support,
   betting,
   calibrate,
+  ordering,
   p_values,
   sequential,
 )
@@ -144,6 +145,35 @@ def test_results_are_marked_and_honest():
     "at most"
     not in calibrate(table((0.01,)), [0.9], **RATES).guarantee.split("over the")[1][:60]
   )
+
+
+def test_cluster_means_are_the_units_and_are_not_binary():
+  """Copies in a cluster count once: 3 prompts of loss 0 each do not certify like 3 prompts."""
+  values = np.repeat(laws.bernoulli(np.random.default_rng(3), 0.02, 60), 3)
+  units = ordering.consecutive_units(180, [str(row // 3) for row in range(180)])
+  means = ordering.unit_means(values, units)
+  np.testing.assert_array_equal(means, values[::3])
+  test = sequential.SequentialCalibration(
+    [0.9], len(units), support=Support(binary=True), clusters=True, **RATES
+  )
+  while (request := test.request(4)) is not None:
+    test.add(means[request.start : request.stop])
+  found = test.calibration(metric="exact_match")
+  assert found.clusters and found.num_examples == 60 and not found.support.binary
+  assert "at most 60 calibration clusters of prompts" in found.guarantee
+  assert found.rows[0].num_examples == sequential.decide(means, test.design, 0.0)[0]
+
+
+def test_family_wise_error_with_clusters_of_copies():
+  """Tested prompt by prompt, copies would certify a true hypothesis too often."""
+  wrong = {True: 0, False: 0}
+  for seed in range(300):
+    means = laws.bernoulli(np.random.default_rng(seed), 0.1001, 40)
+    for clusters in wrong:
+      losses = means if clusters else np.repeat(means, 10)
+      wrong[clusters] += run(losses[:, None], error_rate=0.2)[0].calibration().certified
+  assert stats.binomtest(wrong[True], 300, 0.2, alternative="greater").pvalue > 1e-3
+  assert stats.binomtest(wrong[False], 300, 0.2, alternative="greater").pvalue < 1e-6
 
 
 def test_misuse_is_refused():
