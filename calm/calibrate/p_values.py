@@ -85,7 +85,7 @@ def _log_binomial_cdf(counts: np.ndarray, sizes: np.ndarray, probabilities: np.n
       at = here & tiny
       if np.any(at):
         log_cdf[at] = log_binomial_cdf_table(int(size), probability)[counts[at]]
-  return np.minimum(log_cdf, 0.0)
+  return log_cdf
 
 
 def hoeffding(

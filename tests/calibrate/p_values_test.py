@@ -312,6 +312,7 @@ def test_tails_beyond_float64_join_the_rest():
   np.testing.assert_allclose(logs, table[counts], rtol=1e-10)
   mixed = p_values.binomial([[0, 5], [0, 900]], 3000, [[0.3, 0.3], [0.4, 0.3]], log=True)
   assert mixed[1, 0] == pytest.approx(3000 * math.log(0.6)) and mixed[1, 1] > -1.0
+  np.testing.assert_allclose(mixed[0], table[[0, 5]], rtol=1e-10)
   np.testing.assert_allclose(
     np.exp(table), stats.binom.cdf(np.arange(3001), 3000, 0.3), atol=1e-9
   )
@@ -322,6 +323,9 @@ def test_tails_beyond_float64_join_the_rest():
   [
     ((1.0, 0, 0.1), "`num_examples`"),
     ((1.0, 2.5, 0.1), "`num_examples`"),
+    ((1.0, [10, 0], 0.1), "`num_examples`"),
+    ((1.0, [2.5, 10], 0.1), "`num_examples`"),
+    ((1.0, 10, [0.1, 1.0]), "`tolerance`"),
     ((1.0, 10, 0.0), "`tolerance`"),
     ((1.0, 10, 1.0), "`tolerance`"),
     ((1.0, 10, math.nan), "`tolerance`"),
@@ -334,6 +338,11 @@ def test_arguments_out_of_range_are_refused(arguments, message):
   for p_value in (*SUM_BASED, p_values.binomial):
     with pytest.raises(ValueError, match=message):
       p_value(*arguments)
+
+
+def test_binomial_takes_large_sums_that_rounding_has_moved():
+  moved = p_values.binomial(1e6 + 1e-4, 4 * 10**6, 0.251, log=True)
+  assert moved == p_values.binomial(1e6, 4 * 10**6, 0.251, log=True)
 
 
 def test_binomial_refuses_sums_that_are_not_whole():
