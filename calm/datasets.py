@@ -184,4 +184,11 @@ def _text(value: Any, name: str, where: str) -> str:
     raise ValueError(
       f"{where}: expected `{name}` to be a string, got {type(value).__name__} {value!r:.60}."
     )
+  try:
+    value.encode("utf-8")
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f"{where}: `{name}` has half of a surrogate pair, {value[error.start]!r}, at character"
+      f" {error.start + 1}. Write the character whole, or its pair of escapes."
+    ) from error
   return value

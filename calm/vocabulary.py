@@ -97,6 +97,7 @@ class SentencePieceVocabulary:
 
   def encode(self, s: str, /) -> list[int]:
     """Token ids of a text, without EOS."""
+    _utf8(s)
     return self._processor.encode(s)
 
   def decode(self, ids: Iterable[int], /) -> str:
@@ -139,7 +140,7 @@ class ByteVocabulary:
 
   def encode(self, s: str, /) -> list[int]:
     """Token ids of a text, one a byte of its UTF-8, without EOS."""
-    return [byte + 3 for byte in s.encode("utf-8")]
+    return [byte + 3 for byte in _utf8(s)]
 
   def decode(self, ids: Iterable[int], /) -> str:
     """Text of the bytes before the first EOS; tokens that are no bytes are skipped.
@@ -244,6 +245,16 @@ def _with_extra_pieces(model: bytes, extra_ids: int) -> bytes:
     piece += bytes([0x15]) + struct.pack("<f", 0.0) + bytes([0x18, _USER_DEFINED])
     model += bytes([0x0A, len(piece)]) + piece
   return model
+
+
+def _utf8(text: str) -> bytes:
+  try:
+    return text.encode("utf-8")
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      "Expected a text that UTF-8 can hold. Got half of a surrogate pair,"
+      f" {text[error.start]!r}, at character {error.start + 1}; read the text as UTF-8."
+    ) from error
 
 
 def _until_eos(ids: Iterable[int], eos_id: int, pad_id: int) -> list[int]:

@@ -47,6 +47,12 @@ def test_decode_stops_at_eos_and_skips_padding(pieces):
     assert vocab.decode([]) == vocab.decode([1]) == vocab.decode([0, 0]) == ""
 
 
+def test_half_a_character_is_no_text(pieces):
+  for vocab in (pieces, vocabulary.ByteVocabulary()):
+    with pytest.raises(ValueError, match=r"surrogate pair, '\\ud83d', at character 3"):
+      vocab.encode("ab\ud83d")
+
+
 def test_hand_computed_byte_ids():
   vocab = vocabulary.ByteVocabulary()
   assert vocab.vocab_size == 384
