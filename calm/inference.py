@@ -9,7 +9,6 @@ Needs no TensorFlow, seqio or T5X.
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from calm import (
   propagation,
   schedules,
   step,
+  tensors,
 )
 from calm import confidence as confidence_lib
 from calm import costs as costs_lib
@@ -172,9 +172,19 @@ def shortlist_record(options: DecodeOptions) -> dict[str, Any]:
 
 
 def stored_options(directory: pathlib.Path) -> dict[str, Any]:
-  """Decoding defaults that a checkpoint brings along in `inference.json`."""
+  """Decoding defaults that a checkpoint brings along in `inference.json`.
+
+  Raises:
+    ValueError: it is damaged, or names what is no option.
+  """
   path = directory / "inference.json"
-  stored = json.loads(path.read_text("utf-8")) if path.exists() else {}
+  stored = tensors.read_json(path) if path.exists() else {}
+  unknown = sorted(set(stored) - {field.name for field in dataclasses.fields(DecodeOptions)})
+  if unknown:
+    raise ValueError(
+      f"Expected {str(path)!r} to name fields of `DecodeOptions`. Got {unknown}; it was written"
+      " by another program or a newer version."
+    )
   return {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
 
 

@@ -1,5 +1,6 @@
 """The `calm` command on a toy model: the pipeline, and every kind of bad input by name."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -118,14 +119,12 @@ def test_reuse_and_plain_decoding_give_identical_caches(model, prompts, cached, 
 
 
 def test_one_prompt_and_standard_input(model, tmp_path, capsys, monkeypatch):
-  import io
-
-  monkeypatch.setattr(sys, "stdin", io.StringIO("one prompt\n"))
+  monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one prompt\n")))
   arguments = ["--prompts=-", "--threshold=never", *DECODE]
   assert cli.main(["infer", f"--model={model}", *arguments]) == 0
   captured = capsys.readouterr()
   assert len(captured.out.splitlines()) >= 1
-  assert "1 prompts, threshold never, 3.00 of 3" in captured.err
+  assert "1 prompt, threshold never, 3.00 of 3" in captured.err
 
 
 @pytest.mark.parametrize(
@@ -136,6 +135,11 @@ def test_one_prompt_and_standard_input(model, tmp_path, capsys, monkeypatch):
     ("--measure=entropy", "`measure`"),
     ("--propagation=none", "`propagation`"),
     ("--exit_layers=9", "`allowed` exit layers"),
+    ("--exit_layers=two", "`--exit_layers`"),
+    ("--dtype=float17", "`dtype`"),
+    ("--limit=0", "`--limit`"),
+    ("--thresholds=never,0.9", "[0, 1]"),
+    ("--gin_file=missing.gin", "`--gin_file`"),
     ("--batch_size=0", "`batch_size`"),
     ("--temperature=-1", "`temperature`"),
   ],
@@ -184,6 +188,38 @@ def test_a_pilot_tells_the_power_before_the_work(cached, tmp_path, capsys):
   assert "20 " in text and "prompts" in text
 
 
+def test_rates_are_checked_before_anything_is_decoded(model, prompts, tmp_path, capsys):
+  output = tmp_path / "out"
+  for command, option, words in (
+    ("demo", "--tolerance=2", "`tolerance`"),
+    ("demo", "--error_rate=0", "`error_rate`"),
+    ("demo", "--limit=3", "3 prompts are too few"),
+    ("demo", "--limit=0", "`--limit`"),
+    ("generate", "--error_rate=1", "`error_rate`"),
+    ("generate", "--tolerance=0.1", "5 prompts are too few"),
+  ):
+    options = [f"--model={model}", f"--output={output}", option]
+    if command == "generate":
+      options += [f"--prompts={prompts}", "--until-certified", *DECODE]
+    assert words in failure(capsys, [command, *options])
+  assert not output.exists()
+
+
+def test_bytes_that_are_no_text_are_no_prompts(model, tmp_path, capsys, monkeypatch):
+  infer = ["infer", f"--model={model}", "--threshold=0.5"]
+  content = b"fine\ncaf\xe9\n"
+  (tmp_path / "latin.txt").write_bytes(content)
+  monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+  for path, name in (("-", "stdin"), (tmp_path / "latin.txt", "latin.txt")):
+    message = failure(capsys, [*infer, f"--prompts={path}"])
+    assert f"0xe9 in line 2 of {name}" in message
+  (tmp_path / "half.jsonl").write_text('{"input": "half of \\ud83d"}\n')
+  message = failure(capsys, [*infer, f"--prompts={tmp_path / 'half.jsonl'}"])
+  assert "half.jsonl:1" in message and "character 9" in message
+  (tmp_path / "blank.txt").write_text("\n \n")
+  assert "no line with text" in failure(capsys, [*infer, f"--prompts={tmp_path / 'blank.txt'}"])
+
+
 def test_bad_prompt_files(model, tmp_path, capsys):
   infer = ["infer", f"--model={model}", "--threshold=0.5"]
   empty, latin = tmp_path / "empty.jsonl", tmp_path / "latin.jsonl"
@@ -196,12 +232,19 @@ def test_bad_prompt_files(model, tmp_path, capsys):
 
 def test_bad_checkpoints(model, prompts, tmp_path, capsys):
   infer = ["infer", f"--prompts={prompts}", "--threshold=0.5"]
-  assert "missing" in failure(capsys, [*infer, f"--model={tmp_path / 'nowhere'}"])
+  message = failure(capsys, [*infer, f"--model={tmp_path / 'nowhere'}"])
+  assert "`--model`" in message and "missing" in message
   cut = tmp_path / "cut"
   shutil.copytree(model, cut)
   weights = (cut / "params.safetensors").read_bytes()
   (cut / "params.safetensors").write_bytes(weights[: len(weights) // 2])
   assert "params.safetensors" in failure(capsys, [*infer, f"--model={cut}"])
+  options = tmp_path / "options"
+  shutil.copytree(model, options)
+  for text, words in (('{"a', "JSON"), ('{"beams": 4}', "['beams']")):
+    (options / "inference.json").write_text(text)
+    message = failure(capsys, [*infer, f"--model={options}"])
+    assert "inference.json" in message and words in message
   big = tmp_path / "big"
   shutil.copytree(model, big)
   record = json.loads((big / "vocabulary.json").read_text())
@@ -228,6 +271,11 @@ def test_unwritable_output(model, prompts, tmp_path, capsys):
   arguments = ["generate", f"--model={model}", f"--prompts={prompts}", *DECODE]
   message = failure(capsys, [*arguments, f"--output={blocked / 'below'}"])
   assert str(blocked) in message
+  # Of one file, before it is decoded: the model is not even looked for.
+  infer = ["infer", "--model=nowhere", f"--prompts={prompts}", "--threshold=0.5"]
+  for output in (blocked / "out.jsonl", tmp_path / "none" / "out.jsonl", tmp_path):
+    message = failure(capsys, [*infer, f"--output={output}"])
+    assert "`--output`" in message and str(output) in message
 
 
 def test_neither_calibration_nor_threshold(prompts, capsys):

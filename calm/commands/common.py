@@ -1,12 +1,13 @@
 """What every command does alike: gin files, the compilation cache, errors as messages."""
 
 import argparse
+import contextlib
 import functools
 import os
 import pathlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # A mistake of the user's: one clear message, no traceback. Anything else is a bug of ours.
@@ -35,6 +36,38 @@ def user_errors(
     return 2
 
   return guarded
+
+
+@contextlib.contextmanager
+def called(flag: str) -> Iterator[None]:
+  """Errors about a function's `path` speak of the flag that it was given by."""
+  try:
+    yield
+  except (ValueError, OSError) as error:
+    text = str(error)
+    if "`path`" not in text:
+      raise
+    raise type(error)(text.replace("`path`", f"`{flag}`")) from error
+
+
+def check_output(path: str | pathlib.Path) -> None:
+  """Refuses a file that cannot be written, before the work that would be lost with it.
+
+  Raises:
+    OSError: says which file, and what to do.
+  """
+  path = pathlib.Path(path)
+  probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
+  try:
+    if path.is_dir():
+      raise IsADirectoryError(None, "Is a directory")
+    probe.touch()
+    probe.unlink()
+  except OSError as error:
+    raise type(error)(
+      f"Expected `--output` to be a file that can be written. Got {str(path)!r}"
+      f" ({error.strerror}); choose another, or make its folder."
+    ) from error
 
 
 def missing_package(error: ModuleNotFoundError) -> str:
@@ -88,7 +121,13 @@ def parse_gin(arguments: argparse.Namespace) -> None:
 
   for path in [p for p in arguments.gin_search_paths.split(",") if p]:
     gin.add_config_file_search_path(path)
-  gin.parse_config_files_and_bindings(arguments.gin_file, arguments.gin_bindings)
+  try:
+    gin.parse_config_files_and_bindings(arguments.gin_file, arguments.gin_bindings)
+  except OSError as error:
+    raise FileNotFoundError(
+      f"Expected `--gin_file` to name a gin file. Got {' '.join(arguments.gin_file)}: {error}"
+      " `--gin_search_paths` adds folders to look in."
+    ) from error
 
 
 def configured(

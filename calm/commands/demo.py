@@ -26,6 +26,7 @@ from calm.calibrate import (
   generation_writer,
   generations,
   metrics,
+  planning,
   records,
   sequence_losses,
   thresholds,
@@ -76,12 +77,18 @@ class Comparison:
 def run(arguments: argparse.Namespace) -> int:
   """Runs all steps and prints what they found."""
   common.use_compilation_cache()
+  calibration_prompts = packed_prompts("calibration", arguments.limit)
+  unseen_prompts = packed_prompts("unseen", arguments.limit)
+  refusal = planning.refusal(
+    len(calibration_prompts), arguments.tolerance, arguments.error_rate
+  )
+  if refusal:
+    raise ValueError(refusal)
   from calm import inference
 
   console = rich_console.Console()
-  predictor = inference.load(arguments.model, measure=arguments.measure)
-  calibration_prompts = packed_prompts("calibration", arguments.limit)
-  unseen_prompts = packed_prompts("unseen", arguments.limit)
+  with common.called("--model"):
+    predictor = inference.load(arguments.model, measure=arguments.measure)
   console.print(
     f"[bold]1. Decode[/bold] {len(calibration_prompts)} calibration prompts at full depth and"
     f" over the grid of the measure '{arguments.measure}'."
@@ -111,6 +118,8 @@ def packed_prompts(split: str, limit: int | None) -> tuple[Prompt, ...]:
   """The packed prompts of a split ('calibration' or 'unseen'; no source is in both)."""
   from calm import inference
 
+  if limit is not None and limit < 1:
+    raise ValueError(f"Expected `--limit` of at least 1. Got {limit}; leave it out for all.")
   return records.read_prompts(inference.PACKED / f"prompts_{split}.jsonl")[:limit]
 
 

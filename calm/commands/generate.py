@@ -17,6 +17,7 @@ from rich import progress as rich_progress
 from calm.calibrate import (
   Provenance,
   generation_writer,
+  planning,
   sequence_losses,
   sequential,
   thresholds,
@@ -52,18 +53,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @common.user_errors
 def run(arguments: argparse.Namespace) -> int:
   """Generates the whole grid."""
+  prompts = model_flags.read_prompts(arguments.prompts, arguments.limit)
   common.use_compilation_cache()
   from calm import inference, until_certified
 
   console = rich_console.Console()
   load = common.configured(arguments, inference.load)
-  predictor = load(
-    arguments.model, dtype=arguments.dtype, **model_flags.decode_options(arguments)
-  )
-  prompts = model_flags.read_prompts(arguments.prompts, arguments.limit)
+  with common.called("--model"):
+    predictor = load(
+      arguments.model, dtype=arguments.dtype, **model_flags.decode_options(arguments)
+    )
   levels = parse_grid(arguments.thresholds, predictor.options.measure)
+  test = None
   if arguments.until_certified:
     prompts = until_certified.in_order(predictor, prompts)
+    test = _test(arguments, levels, len(prompts))
   writer = generation_writer.open_writer(
     pathlib.Path(arguments.output),
     prompts=prompts,
@@ -72,12 +76,14 @@ def run(arguments: argparse.Namespace) -> int:
     provenance=Provenance(
       grid=tuple(levels), num_examples=len(prompts), notes={"model": str(arguments.model)}
     ),
-    sequential=arguments.until_certified,
+    sequential=test is not None,
   )
   for report in writer.reports:
     console.print(f"[yellow]{report}[/yellow]")
-  whole = _until_certified if arguments.until_certified else _grid
-  whole(arguments, console, predictor, prompts, levels, writer)
+  if test is None:
+    _grid(arguments, console, predictor, prompts, levels, writer)
+  else:
+    _until_certified(arguments, console, predictor, prompts, test, writer)
   return 0
 
 
@@ -106,16 +112,21 @@ def _grid(arguments, console, predictor, prompts, levels, writer) -> None:
   console.print(f"Written to {arguments.output}; next: calm calibrate {arguments.output}")
 
 
-def _until_certified(arguments, console, predictor, prompts, levels, writer) -> None:
+def _test(arguments, levels, num_prompts: int) -> sequential.SequentialCalibration:
+  """What `--until-certified` asks, refused before any work where it cannot be answered."""
+  support = sequence_losses.kind_support(arguments.kind, arguments.metric)
+  rates = (arguments.tolerance, arguments.error_rate)
+  refusal = planning.refusal(num_prompts, *rates, lower=support.lower)
+  if refusal:
+    raise ValueError(refusal)
+  return sequential.SequentialCalibration(
+    levels, num_prompts, tolerance=rates[0], error_rate=rates[1], support=support
+  )
+
+
+def _until_certified(arguments, console, predictor, prompts, test, writer) -> None:
   from calm import until_certified
 
-  test = sequential.SequentialCalibration(
-    levels,
-    len(prompts),
-    tolerance=arguments.tolerance,
-    error_rate=arguments.error_rate,
-    support=sequence_losses.kind_support(arguments.kind, arguments.metric),
-  )
   with _bar(console) as bar:
     task = bar.add_task("first threshold", total=len(prompts))
 

@@ -42,22 +42,25 @@ def run(arguments: argparse.Namespace) -> int:
       "Expected `--calibration` or `--threshold`. Got neither; make a calibration with `calm"
       " generate` and `calm calibrate`, or decode without a promise: --threshold=0.9."
     )
+  threshold = arguments.threshold
+  if threshold is not None:
+    threshold = thresholds.parse_threshold(threshold)
+  if arguments.output:
+    common.check_output(arguments.output)
+  prompts = model_flags.read_prompts(arguments.prompts, arguments.limit)
   common.use_compilation_cache()
   from calm import inference
 
   console = rich_console.Console(stderr=True)
   load = common.configured(arguments, inference.load)
-  predictor = load(
-    arguments.model,
-    calibration=arguments.calibration,
-    void_guarantee=arguments.void_guarantee,
-    dtype=arguments.dtype,
-    **model_flags.decode_options(arguments),
-  )
-  prompts = model_flags.read_prompts(arguments.prompts, arguments.limit)
-  threshold = arguments.threshold
-  if threshold is not None:
-    threshold = thresholds.parse_threshold(threshold)
+  with common.called("--model"):
+    predictor = load(
+      arguments.model,
+      calibration=arguments.calibration,
+      void_guarantee=arguments.void_guarantee,
+      dtype=arguments.dtype,
+      **model_flags.decode_options(arguments),
+    )
   with console.status(f"decoding {len(prompts)} prompts"):
     outputs = predictor.generate([prompt.input for prompt in prompts], threshold=threshold)
   if arguments.output:
@@ -68,15 +71,28 @@ def run(arguments: argparse.Namespace) -> int:
       print(output.coloured() if arguments.colour else output.text)
   timing = outputs.timing
   assert outputs.threshold is not None
+  shown = thresholds.format_threshold(outputs.threshold)
   console.print(
-    f"{len(outputs)} prompts, threshold {thresholds.format_threshold(outputs.threshold)},"
+    f"{_count(len(outputs), 'prompt')}, threshold {shown},"
     f" {outputs.mean_layers:.2f} of {outputs.num_layers} decoder layers a token;"
     f" encoder {timing.encode_seconds:.2f} s, decoder {timing.decode_seconds:.2f} s"
-    f" ({timing.compilations} programs compiled in that time)."
+    f" ({_count(timing.compilations, 'program')} compiled in that time)."
   )
   console.print(f"Costs by formula, decoder only: {predictor.costs(outputs)}.")
-  console.print(outputs.guarantee or "No guarantee: nothing was calibrated for this.")
+  console.print(outputs.guarantee or f"No guarantee: {_why_none(arguments)}.")
   return 0
+
+
+def _count(number: int, thing: str) -> str:
+  return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def _why_none(arguments: argparse.Namespace) -> str:
+  if arguments.calibration is None:
+    return "nothing was calibrated for this"
+  if arguments.void_guarantee:
+    return "--void_guarantee was given"
+  return "the calibration is for another threshold than --threshold"
 
 
 def _line(prompt: Prompt, output) -> str:

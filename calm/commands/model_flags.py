@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from calm.calibrate import Prompt
+from calm.commands import common
 
 DECODE_OPTIONS = (
   "measure",
@@ -28,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--prompts",
     required=True,
-    help="JSON Lines of {id, input, target} (.gz too), or plain text, one prompt a line;"
-    " '-' reads plain text from standard input",
+    help="JSON Lines of {id, input, target} (.gz too), or plain text (.txt), one prompt a"
+    " line; '-' reads plain text from standard input",
   )
   parser.add_argument("--limit", type=int, help="read only the first prompts")
   parser.add_argument("--measure", help="softmax, state or classifier")
@@ -61,7 +62,7 @@ def decode_options(arguments: argparse.Namespace) -> dict[str, Any]:
   given = {name: getattr(arguments, name) for name in DECODE_OPTIONS}
   options = {name: value for name, value in given.items() if value is not None}
   if arguments.exit_layers:
-    options["exit_layers"] = tuple(int(layer) for layer in arguments.exit_layers.split(","))
+    options["exit_layers"] = _layers(arguments.exit_layers)
   if arguments.temperature is not None:
     length = arguments.max_decode_length
     if length is None:
@@ -76,22 +77,40 @@ def read_prompts(path: str, limit: int | None) -> list[Prompt]:
   """Prompts from JSON Lines or plain text; see `--prompts`."""
   from calm import datasets
 
+  if limit is not None and limit < 1:
+    raise ValueError(f"Expected `--limit` of at least 1. Got {limit}; leave it out for all.")
   if path == "-":
-    return _numbered(sys.stdin.read(), "stdin", limit)
+    return _numbered(sys.stdin.buffer.read(), "stdin", limit)
   file = pathlib.Path(path)
-  if file.suffix == ".txt":
-    try:
-      return _numbered(file.read_text("utf-8"), file.name, limit)
-    except UnicodeDecodeError as error:
-      raise ValueError(
-        f"Expected UTF-8 text in {file}. Got an invalid byte at {error.start}; convert it."
-      ) from error
-  examples = datasets.read_examples(file, limit=limit, require_target=False)
+  with common.called("--prompts"):
+    if file.suffix == ".txt" and file.is_file():
+      return _numbered(file.read_bytes(), file.name, limit)
+    examples = datasets.read_examples(file, limit=limit, require_target=False)
   return [Prompt(e.id, e.input, e.targets, e.source) for e in examples]
 
 
-def _numbered(text: str, name: str, limit: int | None) -> list[Prompt]:
-  lines = [line for line in text.splitlines() if line.strip()][:limit]
+def _numbered(content: bytes, name: str, limit: int | None) -> list[Prompt]:
+  try:
+    text = content.decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    number = content.count(b"\n", 0, error.start) + 1
+    raise ValueError(
+      f"Expected `--prompts` of UTF-8 text. Got the byte 0x{content[error.start]:02x} in line"
+      f" {number} of {name}; save the text as UTF-8."
+    ) from error
+  # Not `splitlines`, which ends a prompt at characters that are no ends of lines.
+  lines = [line.strip("\r") for line in text.split("\n") if line.strip()][:limit]
   if not lines:
-    raise ValueError(f"Expected one prompt a line in {name}. Got no line with text.")
+    raise ValueError(
+      f"Expected `--prompts` with one prompt a line. Got no line with text in {name}."
+    )
   return [Prompt(f"{name}/{i}", line) for i, line in enumerate(lines, start=1)]
+
+
+def _layers(text: str) -> tuple[int, ...]:
+  try:
+    return tuple(int(layer) for layer in text.split(","))
+  except ValueError as error:
+    raise ValueError(
+      f"Expected `--exit_layers` to be layers like 2,4,6. Got {text!r}; the first layer is 1."
+    ) from error
