@@ -64,6 +64,46 @@ EQUIVALENT: dict[tuple[str, str], str] = {
   ("p_values", "tiny = ~(cdf > _TINY) [Gt -> GtE]"): "as above, at one value",
   (
     "p_values",
+    "log_cdf = np.array(np.log(np.where(tiny, 1.0, cdf))) [1.0 -> 2.0]",
+  ): "the table replaces these entries",
+  (
+    "p_values",
+    "if np.any(sizes < 1) or np.any(sizes != np.floor(sizes)): [floor -> ceil]",
+  ): "whole numbers are those that either leaves alone",
+  (
+    "p_values",
+    "if not np.all((sums >= -slack) & (sums <= sizes + slack)): [GtE -> Gt]",
+  ): "another sum only where it is off by the whole slack",
+  (
+    "p_values",
+    "if not np.all((sums >= -slack) & (sums <= sizes + slack)): [LtE -> Lt]",
+  ): "another sum only where it is off by the whole slack",
+  (
+    "p_values",
+    "snapped = np.abs(sums - nearest) <= _SNAP * np.maximum(1.0, nearest) [1.0 -> 2.0]",
+  ): "other sums next to 0 and 1 only, where Bentkus's term is above Hoeffding's: at 1 that is"
+  " n d (1 - d)^(n - 1) / (1 - 1 / n)^(n - 1), at most e times P(B = 1)",
+  (
+    "p_values",
+    "for row in dict.fromkeys(zip(*(array.ravel().tolist() for array in arrays), strict=True)):"
+    " [True -> False]",
+  ): "the arrays have one shape",
+  (
+    "p_values",
+    "yield row, np.logical_and.reduce([array == v for array, v in zip(arrays, row,"
+    " strict=True)]) [True -> False]",
+  ): "a row has a value of each array",
+  (
+    "p_values",
+    "z = (losses.mean(axis=0) - tolerance) * np.sqrt(size) / np.where(has_spread, spread, 1.0)"
+    " [1.0 -> 2.0]",
+  ): "z is not read where there is no spread",
+  (
+    "p_values",
+    "return _finish(np.where(has_spread, special.log_ndtr(z), 0.0), log) [0.0 -> 1.0]",
+  ): "log p is cut at 0 afterwards",
+  (
+    "p_values",
     "snapped = np.abs(sums - nearest) <= _SNAP * np.maximum(1.0, nearest) [LtE -> Lt]",
   ): "another sum only where it is off by the whole slack",
   (

@@ -248,7 +248,7 @@ def betting(
   8e-05
   """
   losses = np.asarray(losses, np.float64)
-  size = planned_size or (len(losses) if losses.ndim else 0)
+  size = planned_size or len(np.atleast_1d(losses))
   design = betting_lib.Design(tolerance, error_rate, size, upper)
   wealth = betting_lib.log_wealth(losses, design, strategy)
   return _finish(-np.maximum(0.0, wealth.max(axis=0)), log)
@@ -280,7 +280,7 @@ def clt_not_valid(losses: npt.ArrayLike, tolerance: float, *, log: bool = False)
       f" {losses.shape}."
     )
   size = len(losses)
-  spread = losses.std(axis=0, ddof=1) if size > 1 else np.zeros(losses.shape[1:])
+  spread = losses.std(axis=0, ddof=1) if size > 1 else np.zeros_like(losses[0])
   has_spread = spread > 0.0
   z = (losses.mean(axis=0) - tolerance) * np.sqrt(size) / np.where(has_spread, spread, 1.0)
   return _finish(np.where(has_spread, special.log_ndtr(z), 0.0), log)

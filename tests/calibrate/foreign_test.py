@@ -38,6 +38,9 @@ def test_t5x_predict_with_aux_brings_exits_without_padding(tmp_path):
   rows[0]["prediction_tokens"] = [7]  # T5X cuts tokens at the first 0, even a real one
   _, (record,) = foreign.read_predictions(write(tmp_path / "f.jsonl", rows))
   assert record.tokens is None and record.exit_layers == (2, 3)
+  del aux["confidences"]  # a model that does not report them
+  _, (record,) = foreign.read_predictions(write(tmp_path / "f.jsonl", rows))
+  assert record.confidences is None and record.exit_layers == (2, 3)
 
 
 def test_t5x_features_may_hold_an_id_a_group_and_token_targets(tmp_path):

@@ -313,6 +313,8 @@ def test_tails_beyond_float64_join_the_rest():
   mixed = p_values.binomial([[0, 5], [0, 900]], 3000, [[0.3, 0.3], [0.4, 0.3]], log=True)
   assert mixed[1, 0] == pytest.approx(3000 * math.log(0.6)) and mixed[1, 1] > -1.0
   np.testing.assert_allclose(mixed[0], table[[0, 5]], rtol=1e-10)
+  beside = p_values.binomial([0, 1500], 3000, [0.3, 0.5], log=True)  # one tail is not so small
+  assert beside[0] == logs[0] and beside[1] == p_values.binomial(1500, 3000, 0.5, log=True)
   np.testing.assert_allclose(
     np.exp(table), stats.binom.cdf(np.arange(3001), 3000, 0.3), atol=1e-9
   )
@@ -346,6 +348,8 @@ def test_binomial_takes_large_sums_that_rounding_has_moved():
 
 
 def test_binomial_refuses_sums_that_are_not_whole():
+  with pytest.raises(ValueError, match=r"`sums` must be whole numbers"):
+    p_values.binomial(1.0 - 1.5e-9, 10, 0.1)  # more than rounding
   with pytest.raises(ValueError, match=r"`sums` must be whole numbers.*1.5"):
     p_values.binomial([1.0, 1.5], 10, 0.1)
 
@@ -378,6 +382,8 @@ def test_clt_by_hand():
   losses = np.array([0.0, 0.2, 0.1, 0.0])
   z = (losses.mean() - 0.1) * 2 / losses.std(ddof=1)
   assert p_values.clt_not_valid(losses, 0.1) == pytest.approx(stats.norm.cdf(z))
+  # Two prompts have a spread: 0.1 / sqrt(2), about a mean that is 0.1 below the tolerance.
+  assert p_values.clt_not_valid([0.0, 0.1], 0.15) == pytest.approx(stats.norm.cdf(-2.0))
 
 
 def test_the_slack_of_a_sum_grows_with_the_sum():
