@@ -323,10 +323,10 @@ def test_tails_beyond_float64_join_the_rest():
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    ((1.0, 0, 0.1), "`num_examples`"),
-    ((1.0, 2.5, 0.1), "`num_examples`"),
-    ((1.0, [10, 0], 0.1), "`num_examples`"),
-    ((1.0, [2.5, 10], 0.1), "`num_examples`"),
+    ((0.0, 0, 0.1), "`num_examples` must be whole"),
+    ((1.0, 2.5, 0.1), "`num_examples` must be whole"),
+    ((0.0, [10, 0], 0.1), "`num_examples` must be whole"),
+    ((1.0, [2.5, 10], 0.1), "`num_examples` must be whole"),
     ((1.0, 10, [0.1, 1.0]), "`tolerance`"),
     ((1.0, 10, 0.0), "`tolerance`"),
     ((1.0, 10, 1.0), "`tolerance`"),
