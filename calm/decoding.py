@@ -223,10 +223,13 @@ def _put(array, column, position, decodes) -> jax.Array:
 def greedy_token(
   logits: Float[Array, "batch vocab"],
 ) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
-  """The argmax and its log-probability at temperature 1, in nats."""
-  token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  top = jnp.max(logits, axis=-1)
-  return token, top - jax.nn.logsumexp(logits, axis=-1)
+  """The argmax (the first of equals) and its log-probability at temperature 1, in nats."""
+  num_tokens = logits.shape[-1]
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  # A minimum over places runs in vector registers, where `argmax` runs element by element.
+  place = jnp.where(logits == top, jnp.arange(num_tokens, dtype=jnp.int32), num_tokens - 1)
+  total = jnp.sum(jnp.exp(logits - top), axis=-1)
+  return jnp.min(place, axis=-1), -jnp.log(total)
 
 
 def record(
