@@ -17,7 +17,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from calm import decoding, engines, exits, network, programs, schedules, step
+from calm import decoding, engines, exits, network, programs, propagation, schedules, step
 
 LoopCache = dict[str, Any]
 
@@ -122,6 +122,24 @@ class AfterPrefix:
 
 
 @dataclasses.dataclass(frozen=True)
+class DeepInPrefix:
+  """A rule without a schedule (the oracle's), whose forced tokens run all of its layers."""
+
+  inner: exits.StepRule
+  rows: Rows
+
+  def depth(self, num_layers: int) -> int:
+    return self.inner.depth(num_layers)
+
+  def __call__(self, layers, hidden, active, threshold, generated) -> exits.TokenExit:
+    arguments = (layers, hidden, active, threshold, generated)
+    # Both run the same layers, which XLA computes once.
+    deep = exits.StaticExit(self.depth(layers.num_layers))(*arguments)
+    forced = _at(self.rows.forced, generated)
+    return propagation.select_rows(forced, deep, self.inner(*arguments))
+
+
+@dataclasses.dataclass(frozen=True)
 class Loop:
   """The early-exit step as T5X's loops call it; static, like `programs.Program`.
 
@@ -141,6 +159,8 @@ class Loop:
     rule = self.rule
     if isinstance(rule, exits.DynamicExits):
       rule = dataclasses.replace(rule, schedule=AfterPrefix(rule.schedule, rows))
+    elif not isinstance(rule, exits.StaticExit):  # all of whose tokens run all its layers
+      rule = DeepInPrefix(rule, rows)
     task = engines.Task(self.config, rule, weights, rows.encoded, rows.threshold, self.length)
     return (self.engine or programs.default_engine(rule))(task)
 

@@ -109,6 +109,31 @@ def test_a_prefix_with_an_eos_ends_nothing_and_is_not_counted():
   np.testing.assert_array_equal(same_pass.exit_layers, replayed.exit_layers)
 
 
+def caches_after(rule, tokens, forced) -> list[np.ndarray]:
+  """Keys and values after every position of `tokens` was fed, forced or free."""
+  toy, prefix = engine.toy(), jnp.asarray(tokens * forced, jnp.int32)
+  rows = t5x_loops.make_rows(engine.encode(toy), prefix, 0.0, EOS)
+  loop = t5x_loops.Loop(toy.config, rule, engine.LENGTH, engines.Eager())
+  step = compiled(loop.bind(toy.weights.decoder, rows, EOS))
+  cache = loop.empty_cache(toy.weights.decoder, rows, len(tokens))
+  for i in range(engine.LENGTH - 1):
+    current = jnp.asarray(tokens[:, i : i + 1], jnp.int32)
+    _, cache = step(t5x_loops.LoopState(None, prefix, current, cache))
+  carried = {name: leaf for name, leaf in cache.items() if name.startswith("carried_")}
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(carried)]
+
+
+def test_a_prefix_runs_every_layer_under_the_oracle_too():
+  tokens = np.arange(8 * engine.LENGTH).reshape(8, -1) % 30 + 5
+  tokens[:, 0] = 0
+  full = caches_after(exits.StaticExit(), tokens, 1)
+  for oracle in (exits.OracleExit(), exits.DynamicExits(confidence.Softmax())):
+    same = lambda a, b: all(np.allclose(x, y, atol=1e-5) for x, y in zip(a, b, strict=True))
+    assert same(caches_after(oracle, tokens, 1), full)
+    # Meta: the same tokens, had the model been free to choose them, leave early.
+    assert not same(caches_after(oracle, tokens, 0), full)
+
+
 def test_real_tokens_end_with_the_generated_eos_or_the_last_that_is_not_padding():
   tokens = jnp.array([[5, 1, 0, 0], [5, 6, 0, 0], [1, 7, 1, 9], [0, 0, 0, 0], [5, 0, 6, 0]])
   rows = dataclasses.replace(
