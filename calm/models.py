@@ -164,7 +164,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
         traced) is taken out of it: the decode function never sees it.
       return_all_decodes: as in T5X.
       num_decodes: as in T5X.
-      prompt_with_targets: as in T5X; the prefix runs at full depth and is not counted.
+      prompt_with_targets: as in T5X; the prefix runs every layer of the rule, is not counted,
+        and schedules count tokens from its end.
 
     Returns:
       Tokens [batch, length] (or [batch, num_decodes, length]), and `scores` [batch],
@@ -267,7 +268,7 @@ def early_exit(model: t5x_models.EncoderDecoderModel, **added: Any) -> EncoderDe
 
   Args:
     model: T5X's `EncoderDecoderModel` over its T5 1.1 network.
-    **added: `rule`, `threshold`, `shortlist` and `objective` of `EncoderDecoderModel`.
+    **added: `rule`, `threshold`, `shortlist`, `objective` and `engine` of ours.
   """
   return EncoderDecoderModel(
     module=model.module,
@@ -319,6 +320,11 @@ def save_t5x_checkpoint(
 
 
 def _with_rng(options: dict[str, Any], rng: jax.Array | None) -> dict[str, Any]:
+  if options.get("initial_index") is not None:
+    raise ValueError(
+      "Expected decoding from the first position. Got `decoder_params['initial_index']`, which"
+      " wants a filled cache; give the prefix as targets, with `prompt_with_targets`."
+    )
   if rng is None:
     return options
   if options.get("decode_rng") is not None:

@@ -17,7 +17,9 @@ from calm import (
   losses,
   objectives,
   parameters,
+  programs,
   schedules,
+  t5x_loops,
 )
 from tests import engine, t5x_setup
 
@@ -152,16 +154,19 @@ def test_stage_two_moves_the_classifier_alone():
   assert moved == {"decoder/exit_classifier/kernel", "decoder/exit_classifier/bias"}
 
 
-def test_without_a_threshold_it_is_t5x_own_model_token_for_token():
+def test_at_full_depth_it_is_t5x_own_model_token_for_token():
   toy, batch = engine.toy(), t5x_setup.batch()
-  ours = t5x_setup.model(toy, pieces=toy.sizes.vocab_size, decode_fn=greedy())
   theirs = t5x_setup.t5x_model(toy, decode_fn=greedy())
-  got, aux = predictor(ours)(t5x_setup.params(toy), batch, {})
   expected, scores = predictor(theirs)(t5x_setup.t5x_params(toy), batch, {})
-  np.testing.assert_array_equal(got, expected)
-  assert_close(aux["scores"], scores["scores"])
-  assert set(np.unique(aux["exit_layers"])) <= {0, 4} and aux["exit_layers"][0, 0] == 4
-  assert set(aux) == {"scores", "exit_layers"}, "what is not measured is left out"
+  ours = t5x_setup.model(toy, pieces=toy.sizes.vocab_size, decode_fn=greedy())
+  for options in ({}, lambdas(NEVER)):
+    got, aux = predictor(ours)(t5x_setup.params(toy), batch, options)
+    np.testing.assert_array_equal(got, expected)
+    assert_close(aux["scores"], scores["scores"])
+    assert np.std(scores["scores"]) > 0, "T5X scores nothing where it rescales"
+    assert set(np.unique(aux["exit_layers"])) <= {0, 4} and aux["exit_layers"][0, 0] == 4
+    measured = {"threshold", "confidences", "rejected_confidences"} if options else set()
+    assert set(aux) == {"scores", "exit_layers"} | measured, "what is not measured is left out"
 
 
 @pytest.mark.parametrize("decode_fn", [greedy, lambda: models.greedy_decode])
@@ -195,6 +200,10 @@ def test_decoder_params_stay_as_they_are_and_the_threshold_stays_here():
   )
   assert given == {"threshold": 0.5, "eos_id": 1}
   assert "threshold" not in seen and seen["eos_id"] == 1
+  with pytest.raises(ValueError, match="prompt_with_targets"):
+    t5x_setup.model(toy).predict_batch_with_aux(
+      t5x_setup.params(toy), t5x_setup.batch(), decoder_params={"initial_index": jnp.zeros(8)}
+    )
   key = jax.random.key(0)
   with pytest.raises(ValueError, match="one random key"):
     t5x_setup.model(toy).predict_batch_with_aux(
@@ -263,13 +272,30 @@ def test_beam_search_is_t5x_own_at_full_depth_and_exits_follow_its_order(run_by)
   real = np.asarray(decodes) > 0
   layers = np.asarray(early["exit_layers"])
   assert np.all((layers > 0) == real) and 1 < layers[real].mean() < 4
-  # Each beam's exits are those of the same sequence decoded as the only one of its prompt.
+  # Replay is told whole sequences; here each is fed token by token, as T5X's loops do.
+  alone = fed(toy, model.rule, 0.4, np.repeat(engine.PROMPTS, 4, axis=0), flat(decodes))
+  for name, found in alone.items():
+    assert_close(flat(early[name])[flat(real)], found[flat(real)])
 
 
-def repeat_given(*, tokens, **unused):
-  """A decode function that returns what it is given."""
-  del unused
-  return tokens[:, None], jnp.zeros((tokens.shape[0], 1))
+def flat(decodes) -> np.ndarray:
+  """[batch, num_decodes, length] -> [rows, length]."""
+  return np.asarray(decodes).reshape(-1, t5x_setup.LENGTH)
+
+
+def fed(toy, rule, threshold, prompts, sequences) -> dict[str, jax.Array]:
+  """Exits of sequences, each fed to the step as the only one of its prompt."""
+  given = jnp.pad(jnp.asarray(sequences), ((0, 0), (1, 0)))[:, :-1]
+  free = jnp.zeros_like(given)
+  rows = t5x_loops.make_rows(engine.encode(toy, prompts), free, threshold, 1)
+  loop = t5x_loops.Loop(toy.config, rule, t5x_setup.LENGTH, engines.Eager())
+  weights = programs.model_weights(toy.params, toy.config, toy.sizes.vocab_size).decoder
+  step = compiled(loop.bind(weights, rows, 1))
+  cache = loop.empty_cache(weights, rows, len(given))
+  for i in range(t5x_setup.LENGTH):
+    so_far = jnp.where(jnp.arange(t5x_setup.LENGTH)[None] <= i, given, 0)
+    _, cache = step(t5x_loops.LoopState(None, so_far, given[:, i : i + 1], cache))
+  return cache["exits"]
 
 
 @dataclasses.dataclass(frozen=True)
