@@ -17,7 +17,10 @@ import gin  # noqa: E402
 REPOSITORY, CONFIGS = configs_test.REPOSITORY, configs_test.CONFIGS
 RUNS = [path for path in sorted((CONFIGS / "runs").glob("*.gin")) if configs_test.of_t5x(path)]
 # Files that others include; they are parsed with those.
-PARTS = ("local.gin", "paper.gin", "early_exit.gin", "t5x_model.gin", "t5x_stored_model.gin")
+PARTS = (
+  *("local.gin", "paper.gin", "early_exit.gin", "t5x_model.gin", "t5x_stored_model.gin"),
+  "exit_classifier.gin",
+)
 WHOLE = [path for path in RUNS if path.name not in PARTS]
 
 
@@ -56,14 +59,15 @@ def required(path):
   return open_ones - bound - {"MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS"}
 
 
-def parse_run(path):
-  """A run with a network and a task beside it, as its header says."""
+def parse_run(path, *after):
+  """A run with a network and a task beside it, as its header says, and files after it."""
   names = [f"runs/{path.name}"]
   text = configs_test.text_of(path)
   if "network.Transformer.config = " not in text:
     names = ["models/tiny.gin", *names]
   if "tasks." not in text:
     names += ["tasks/debian_synopsis.gin"]
+  names += [f"runs/{name}.gin" for name in after]
   given = {name: "x" for name in required(path)}
   parse(*names, **{"DATA": "x", **given, "TRAIN_STEPS": 3})
 
@@ -87,9 +91,9 @@ def use_a_vocabulary_without_a_file():
     )
 
 
-def built(path):
+def built(path, *after):
   """MODEL of a run, with a vocabulary that needs no file."""
-  parse_run(path)
+  parse_run(path, *after)
   use_a_vocabulary_without_a_file()
   return gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
 
@@ -114,3 +118,41 @@ def test_the_papers_runs_are_the_papers(size, layers):
     assert model.rule.schedule.temperature == temperature
     assert model._loss_normalizing_factor == 2048 * 114
     assert gin.query_parameter("BATCH_SIZE/macro.value") == 128
+
+
+def test_the_papers_second_stage_keeps_what_its_first_was_set_to():
+  path = CONFIGS / "runs" / "paper_squad_small.gin"
+  model = built(path, "exit_classifier")
+  assert isinstance(model.objective, objectives.ExitClassifier)
+  assert [type(o).__name__ for o in model.optimizer_def.sub_optimizers] == ["Adafactor"]
+  assert model._loss_normalizing_factor == 2048 * 114 and model.config.dtype == "bfloat16"
+  assert gin.query_parameter("BATCH_SIZE/macro.value") == 128
+
+
+@pytest.mark.parametrize("run", ["infer", "eval", "sweep"])
+def test_decoding_takes_the_papers_schedule(run):
+  path = CONFIGS / "runs" / f"{run}.gin"
+  numbers = {"schedules.Decaying.temperature": 4.0, "schedules.Decaying.max_length": 512}
+  given = {name: "x" for name in required(path)} | {"DATA": "x"} | numbers
+  names = ("models/small.gin", f"runs/{run}.gin", "tasks/debian_synopsis.gin")
+  parse(*names, "runs/decaying.gin", **given)
+  use_a_vocabulary_without_a_file()
+  model = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
+  assert model.rule.schedule == schedules.Decaying(4.0, 512)
+
+
+def test_12_files_that_import_what_is_gone_do_not_parse():
+  """`calm_metacls_t5_1_1_base.gin` of Flaxformer does, and names a measure that is none."""
+  path = CONFIGS / "runs" / "finetune_exit_classifier.gin"
+  parse_run(path)
+  for line in ("from flax import optim", "from prompt_tuning import optim"):
+    gin.clear_config()
+    with pytest.raises(ImportError):
+      gin.parse_config(f"from __gin__ import dynamic_registration\n{line}")
+  gin.clear_config()
+  with pytest.raises((AttributeError, ValueError), match="softmax_of_what"):
+    gin.parse_config(
+      "from __gin__ import dynamic_registration\n"
+      "from calm import confidence\nfrom calm import exits\n"
+      "exits.DynamicExits.measure = @confidence.softmax_of_what()"
+    )
