@@ -1,0 +1,187 @@
+"""What the gin files restore, through T5X's own utilities: as `t5x/train.py` starts a run."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import objectives, parameters
+from tests import engine, t5x_configs_test, t5x_setup
+
+models = t5x_setup.import_models()
+pytestmark = t5x_setup.MARKS
+collect_orphans = t5x_setup.collect_orphans
+gin_of_t5x = t5x_configs_test.gin_of_t5x
+
+import gin  # noqa: E402
+
+TOY = dict(num_encoder_layers=1, num_decoder_layers=2)
+CLASSIFIER = {"decoder/exit_classifier/kernel", "decoder/exit_classifier/bias"}
+FORMATS = ("legacy", "orbax")
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+  """Toys compile for long and compute in no time."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+def initializer_of(model) -> Any:
+  from t5x import partitioning, utils
+
+  batch = t5x_setup.training_batch(engine.toy(**TOY))
+  shapes = {name: array.shape for name, array in batch.items()}
+  return utils.TrainStateInitializer(
+    model.optimizer_def,
+    model.get_initial_variables,
+    shapes,
+    partitioning.PjitPartitioner(num_partitions=1),
+  )
+
+
+def trained(model, state, steps: int) -> Any:
+  """T5X's own training steps."""
+  from t5x import trainer
+
+  batch = t5x_setup.training_batch(engine.toy(**TOY))
+
+  def one(state, key):
+    return trainer.train_with_lr(state, batch, jnp.float32(0.01), key, model, None)[0]
+
+  step = jax.jit(one, compiler_options={"xla_backend_optimization_level": 0})
+  for i in range(steps):
+    state = step(state, jax.random.PRNGKey(i))
+  return state
+
+
+def saved(model, state, folder, layout: str) -> str:
+  """The folder of a checkpoint that T5X has written, in its own format or Orbax's."""
+  from t5x import checkpoints
+
+  initializer = initializer_of(model)
+  arguments = (initializer.global_train_state_shape, initializer._partitioner)
+  if layout == "legacy":
+    checkpoints.Checkpointer(*arguments, str(folder)).save(state)
+  else:
+    manager = checkpoints.OrbaxCheckpointManagerInterface(str(folder), *arguments)
+    manager.save(state)
+    manager.close()
+  return str(folder / f"checkpoint_{int(state.step)}")
+
+
+def started(run: str, path: str, **bindings) -> tuple[Any, Any]:
+  """The model of a gin file and the state that a run of it starts from."""
+  from t5x import utils
+
+  given = {"MODEL_DIR": "x", "INITIAL_CHECKPOINT_PATH": path, "TRAIN_STEPS": 9, "DATA": "x"}
+  t5x_configs_test.parse("models/tiny.gin", run, "tasks/debian_synopsis.gin", **given)
+  t5x_configs_test.use_a_vocabulary_without_a_file()
+  with gin.unlock_config():
+    for name, value in (toy_sizes() | bindings).items():
+      gin.bind_parameter(name, value)
+  model = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
+  config = gin.get_configurable(utils.RestoreCheckpointConfig)()
+  initializer = initializer_of(model)
+  state, _ = utils.create_checkpoint_manager_and_restore(
+    initializer,
+    initializer._partitioner,
+    config,
+    path,
+    jax.random.PRNGKey(0),
+    use_orbax=True,
+  )
+  return model, state
+
+
+def toy_sizes() -> dict[str, Any]:
+  sizes = engine.toy(**TOY).config
+  names = ("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim", "dropout_rate")
+  names += ("num_encoder_layers", "num_decoder_layers", "mlp_activations")
+  return {f"network.T5Config.{name}": getattr(sizes, name) for name in names}
+
+
+def leaves(tree) -> dict[str, np.ndarray]:
+  return parameters.flatten(jax.device_get(tree))
+
+
+def assert_equal_leaves(got, expected):
+  assert got.keys() == expected.keys()
+  for path, leaf in expected.items():
+    np.testing.assert_array_equal(got[path], leaf, err_msg=path)
+
+
+def state_leaves(state) -> dict[str, Any]:
+  """Optimizer state by path; what no optimizer looks after has none."""
+  states = state.state_dict()["state"]["param_states"]
+  return {path: leaf for path, leaf in leaves(states).items() if leaf is not None}
+
+
+def two_steps(model) -> tuple[Any, Any]:
+  """A model and its state after two steps of Adafactor."""
+  return model, trained(model, initializer_of(model).from_scratch(jax.random.PRNGKey(7)), 2)
+
+
+@functools.cache
+def of_t5x() -> tuple[Any, Any]:
+  """T5X's own model of a toy's sizes, which has no classifier."""
+  return two_steps(t5x_setup.t5x_model(engine.toy(**TOY)))
+
+
+@functools.cache
+def after_stage_one() -> tuple[Any, Any]:
+  return two_steps(t5x_setup.model(engine.toy(**TOY)))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_t5x_own_checkpoint_restores_and_the_exit_parts_start_fresh(tmp_path, layout):
+  theirs, expected = of_t5x()
+  path = saved(theirs, expected, tmp_path, layout)
+  _, state = started("runs/finetune.gin", path)
+  assert int(state.step) == 2
+  params, before = leaves(state.params), leaves(expected.params)
+  assert set(params) - set(before) == CLASSIFIER
+  assert not any(np.any(params.pop(path)) for path in CLASSIFIER)
+  assert_equal_leaves(params, before)
+  optimizer, kept = state_leaves(state), state_leaves(expected)
+  added = {path for path in optimizer if "exit_classifier" in path}
+  assert added and not any(np.any(optimizer.pop(path)) for path in added)
+  assert_equal_leaves(optimizer, kept)
+  assert any(np.any(leaf) for leaf in kept.values())
+
+
+def test_without_the_transformation_that_checkpoint_is_refused(tmp_path):
+  path = saved(*of_t5x(), tmp_path, "legacy")
+  with pytest.raises(ValueError, match="exit_classifier"):
+    started(
+      "runs/finetune.gin",
+      path,
+      **{
+        "utils.RestoreCheckpointConfig.fallback_to_scratch": False,
+        "utils.RestoreCheckpointConfig.state_transformation_fns": (),
+      },
+    )
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_stage_two_restores_the_target_alone_and_freezes_it_bit_for_bit(tmp_path, layout):
+  stage_one, expected = after_stage_one()
+  path = saved(stage_one, expected, tmp_path, layout)
+  decay = {"adafactor.Adafactor.weight_decay_rate": 0.1}
+  model, state = started("runs/finetune_exit_classifier.gin", path, **decay)
+  assert isinstance(model.objective, objectives.ExitClassifier)
+  assert model.optimizer_def.sub_optimizers[0].hyper_params.weight_decay_rate == 0.1
+  before = leaves(state.params)
+  assert_equal_leaves(before, leaves(expected.params))
+  assert any(np.any(leaf) for leaf in state_leaves(expected).values())
+  optimizer = state_leaves(state)
+  assert optimizer and all("exit_classifier" in path for path in optimizer)
+  assert not any(np.any(leaf) for leaf in optimizer.values()), "its state starts fresh"
+  after = leaves(trained(model, state, 3).params)
+  assert {
+    path for path in before if not np.array_equal(before[path], after[path])
+  } == CLASSIFIER
