@@ -1,8 +1,6 @@
 """Eight virtual devices generate what one generates, data-parallel and model-parallel."""
 
 import json
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -15,7 +13,6 @@ from tests import engine, t5x_setup
 models = t5x_setup.import_models()
 pytestmark = t5x_setup.MARKS
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
 THRESHOLDS = (0.4, float("inf"))
 RULE = exits.DynamicExits(confidence.Softmax())
 # Runs in a process of its own: the number of devices is fixed when JAX starts.
@@ -58,16 +55,11 @@ print("FOUND" + json.dumps([jax.device_count(), found]))
 
 @pytest.fixture(scope="module")
 def found():
-  env = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-    "PYTHONPATH": str(REPOSITORY),
-  }
-  for name in ("JAX_NUMPY_RANK_PROMOTION", "JAX_NUMPY_DTYPE_PROMOTION"):
-    env.pop(name, None)
+  flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
   done = subprocess.run(
     [sys.executable, "-W", "ignore", "-c", SCRIPT],
-    cwd=REPOSITORY,
-    env=env,
+    cwd=t5x_setup.REPOSITORY,
+    env=t5x_setup.environment(XLA_FLAGS=flags),
     capture_output=True,
     text=True,
   )

@@ -1,7 +1,6 @@
 """The whole way with T5X's own scripts, each in a process of its own, with few steps."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -17,7 +16,7 @@ models = t5x_setup.import_models()
 pytestmark = t5x_setup.MARKS
 collect_orphans = t5x_setup.collect_orphans
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
+REPOSITORY = t5x_setup.REPOSITORY
 LENGTHS = {"inputs": 32, "targets": 8}
 GRID = (0.8, 0.5)
 
@@ -39,18 +38,16 @@ def work(tmp_path_factory) -> pathlib.Path:
 
 
 def run(script, *files, devices=1, **bindings):
-  """One of T5X's scripts, or ours over T5X, as a user starts it."""
+  """One of T5X's scripts, or ours over T5X, as a user starts it; all that it printed."""
   command = [sys.executable, "-W", "ignore", *script.split()]
   command += ["--gin_search_paths=."] if files else []
   command += [f"--gin_file={file}" for file in files]
   command += [f"--gin.{name}={value!r}" for name, value in bindings.items()]
   flags = f"--xla_force_host_platform_device_count={devices}"
-  env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
-  for name in ("JAX_NUMPY_RANK_PROMOTION", "JAX_NUMPY_DTYPE_PROMOTION"):
-    env.pop(name, None)
+  env = t5x_setup.environment(XLA_FLAGS=flags, JAX_LOG_COMPILES="1")
   done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
-  assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-  return done.stdout
+  assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
+  return done.stdout + done.stderr
 
 
 def train(work, name, initial, steps, which=""):
@@ -120,7 +117,7 @@ def infer(work, checkpoint, threshold):
 
 @pytest.fixture(scope="module")
 def swept(work, trained) -> pathlib.Path:
-  run(
+  log = run(
     "scripts/t5x_sweep.py",
     "configs/runs/local_debian_sweep.gin",
     "configs/tasks/debian_synopsis.gin",
@@ -131,6 +128,7 @@ def swept(work, trained) -> pathlib.Path:
     TASK_FEATURE_LENGTHS=LENGTHS,
     BATCH_SIZE=8,
   )
+  assert log.count("Finished XLA compilation of jit(predict)") == 1, "a grid compiles once"
   return work / "cache"
 
 
@@ -165,6 +163,72 @@ def test_the_procedure_is_that_of_calm_infer_and_so_are_the_outputs(work, traine
     np.mean(np.concatenate([r.exit_layers for r in column])) for column in cached.records
   ]
   assert means[1] <= means[0] < 8
+
+
+def test_eval_measures_the_outputs_of_its_threshold(work, trained, swept):
+  run(
+    "-m t5x.eval",
+    "configs/runs/local_debian_eval.gin",
+    "configs/tasks/debian_synopsis.gin",
+    DATA=str(work / "data"),
+    CHECKPOINT_PATH=str(trained[2]),
+    EVAL_OUTPUT_DIR=str(work / "eval"),
+    THRESHOLD=GRID[1],
+    TASK_FEATURE_LENGTHS=LENGTHS,
+    **{"utils.DatasetConfig.batch_size": 8},
+  )
+  cached, folder = calibrate.load(swept), work / "eval" / "inference_eval"
+  (metrics,) = (folder / "debian_synopsis-metrics.jsonl").read_text("utf-8").splitlines()
+  pairs = list(zip(cached.records[1], cached.prompts, strict=True))
+  rouge = calibrate.metrics.get_metric("rouge_l")
+  scores = [rouge(record.prediction, prompt.targets) for record, prompt in pairs]
+  assert json.loads(metrics)["rouge_l"] == pytest.approx(100 * np.mean(scores))
+  (outputs,) = folder.glob("debian_synopsis-0*.jsonl")
+  lines = [json.loads(line) for line in outputs.read_text("utf-8").splitlines()]
+  assert [line["prediction"] for line in lines] == [record.prediction for record, _ in pairs]
+
+
+def test_calm_infer_opens_what_was_trained_here_without_t5x(work, trained, swept):
+  model = work / "model"
+  run(f"scripts/from_t5x.py --checkpoint={trained[2]} --output={model}")
+  cached = calibrate.load(swept)
+  prompts = work / "prompts.jsonl"
+  rows = [{"id": p.id, "input": p.input} for p in cached.prompts]
+  prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+  code = (
+    "import sys; from calm import cli; sys.modules['t5x'] = sys.modules['seqio'] = None;"
+    "sys.exit(cli.main(sys.argv[1:]))"
+  )
+  options = "--measure=classifier --threshold=0.5 --max_input_length=32 --max_decode_length=8"
+  command = [sys.executable, "-W", "ignore", "-c", code, "infer", *options.split()]
+  command += ["--task_prefix=summarize: ", f"--model={model}"]
+  command += [f"--prompts={prompts}", f"--output={work / 'out.jsonl'}"]
+  done = subprocess.run(command, env=t5x_setup.environment(), capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout + done.stderr
+  lines = (work / "out.jsonl").read_text("utf-8").splitlines()
+  predictions = {row["id"]: row["prediction"] for row in map(json.loads, lines)}
+  assert predictions == {r.id: r.prediction for r in cached.records[1]}
+
+
+def test_the_tiny_run_trains_from_random_parameters(work):
+  rows = str(work / "data" / "debian_synopsis" / "train.jsonl")
+  log = run(
+    "-m t5x.train",
+    "configs/runs/local_tiny_t5x.gin",
+    "configs/tasks/jsonl.gin",
+    TRAIN=rows,
+    VALIDATION=rows,
+    VOCABULARY_PATH=str(inference.PACKED / "vocabulary.model"),
+    MODEL_DIR=str(work / "tiny"),
+    TRAIN_STEPS=3,
+    TASK_FEATURE_LENGTHS=LENGTHS,
+    EVAL_STEPS=1,
+    EVAL_PERIOD=3,
+    **{"utils.SaveCheckpointConfig.period": 3},
+  )
+  config = checkpoints.load(work / "tiny" / "checkpoint_3").config
+  assert (config.emb_dim, config.num_decoder_layers) == (32, 3)
+  assert "accuracy/layer_3" in log
 
 
 def test_one_line_after_t5x_own_small_gin_trains_on_two_partitions(work):

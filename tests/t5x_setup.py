@@ -3,6 +3,7 @@
 import functools
 import gc
 import importlib.util
+import os
 import pathlib
 import warnings
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from tests import engine, toys
 
 REASON = "needs T5X, which is installed from its own repository (see the README)"
+REPOSITORY = pathlib.Path(__file__).parents[1]
 LENGTH = engine.LENGTH
 MARKS = [pytest.mark.t5x, pytest.mark.filterwarnings("ignore")]
 
@@ -38,6 +40,15 @@ def t5x_root() -> pathlib.Path:
   spec = importlib.util.find_spec("t5x")
   assert spec is not None and spec.origin is not None
   return pathlib.Path(spec.origin).parents[1]
+
+
+def environment(**variables: str) -> dict[str, str]:
+  """Of a process of T5X's own: without the tests' strictness, and with T5X where it is here."""
+  paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+  env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables
+  for name in ("JAX_NUMPY_RANK_PROMOTION", "JAX_NUMPY_DTYPE_PROMOTION"):
+    env.pop(name, None)
+  return env
 
 
 @functools.cache
