@@ -29,21 +29,24 @@ COMMANDS = {
 }
 
 
+def _formatter(prog: str) -> argparse.HelpFormatter:
+  """Descriptions as they are written, and room for an option before its help."""
+  return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns the process's exit code."""
   argv = list(sys.argv[1:] if argv is None else argv)
   parser = argparse.ArgumentParser(
     prog="calm",
     description=DESCRIPTION,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+    formatter_class=_formatter,
   )
   parser.add_argument("--version", action="version", version=f"calm {calm.__version__}")
   commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
   chosen = next((word for word in argv if word in COMMANDS), None)
   for name, summary in COMMANDS.items():
-    command = commands.add_parser(
-      name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    command = commands.add_parser(name, help=summary, formatter_class=_formatter)
     if name == chosen:  # only the chosen command's module, and what it needs, is imported
       module = importlib.import_module(f"calm.commands.{name}")
       command.description = module.__doc__

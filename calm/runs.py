@@ -166,6 +166,11 @@ def starting_point(
 def find_checkpoint(initial: str) -> pathlib.Path:
   """The checkpoint at `initial`, or the one that a run exported below it."""
   path = pathlib.Path(initial)
+  if not path.is_dir():
+    raise FileNotFoundError(
+      "Expected `initial` to be the folder of a checkpoint or of a finished run. Got"
+      f" {initial!r}, which is {'a file' if path.exists() else 'missing'}."
+    )
   exported = path / MODEL_FOLDER
   if (exported / "config.json").is_file():
     return exported

@@ -159,6 +159,8 @@ def test_an_unfinished_stage_one_is_told_from_a_checkpoint(tmp_path):
   (tmp_path / "validation.json").write_text("[]")
   with pytest.raises(FileNotFoundError, match="`initial` to be a finished run"):
     runs.find_checkpoint(str(tmp_path))
+  with pytest.raises(FileNotFoundError, match=r"`initial`.*nowhere.*missing"):
+    runs.find_checkpoint(str(tmp_path / "nowhere"))
 
 
 def test_bindings_may_name_every_choice(files, tmp_path):

@@ -19,6 +19,7 @@ from calm import calibrate as calibrate_lib
 from calm.calibrate import (
   foreign,
   generations,
+  methods,
   planning,
   replay,
   sequence_losses,
@@ -31,39 +32,56 @@ from calm.commands import common
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the command's options."""
   parser.add_argument("directory", nargs="?", help="folder written by `calm generate`")
-  parser.add_argument("--full", help="JSON Lines of the full model's outputs, made elsewhere")
+  parser.add_argument(
+    "--full", metavar="FILE", help="JSON Lines of the full model's outputs, made elsewhere"
+  )
   parser.add_argument(
     "--outputs",
     nargs="+",
     metavar="THRESHOLD=FILE",
     help="JSON Lines of outputs at each threshold, made elsewhere",
   )
-  parser.add_argument("--tolerance", type=float, default=0.1, help="delta (default 0.1)")
-  parser.add_argument("--error_rate", type=float, default=0.05, help="epsilon (default 0.05)")
+  rate = {"type": float, "metavar": "RATE"}
+  parser.add_argument("--tolerance", default=0.1, help="delta (default 0.1)", **rate)
+  parser.add_argument("--error_rate", default=0.05, help="epsilon (default 0.05)", **rate)
   parser.add_argument(
     "--kind",
     choices=["textual", "risk_signed", "risk_clipped"],
     default="textual",
-    help="loss: distance to the full model's text, or increase of the risk against references",
+    help="loss: distance to the full model's text (textual, the default), or increase of the"
+    " risk against references",
   )
   parser.add_argument(
-    "--metric", default="rouge_l", help="rouge_l, token_f1, exact_match, chrf or import.path:f"
+    "--metric",
+    default="rouge_l",
+    metavar="NAME",
+    help="rouge_l (default), token_f1, exact_match, chrf, or import.path:function",
   )
-  parser.add_argument("--method", default="auto", help="auto, paper, betting, ... (p-values)")
+  parser.add_argument(
+    "--method",
+    default="auto",
+    metavar="NAME",
+    help=f"p-values: {', '.join(methods.METHODS)} (default auto: betting, or binomial where"
+    " losses are 0 or 1)",
+  )
   parser.add_argument(
     "--testing",
     default="fixed_sequence",
-    help="fixed_sequence, fallback, holm or bonferroni",
+    metavar="NAME",
+    help=f"{', '.join(testing.PROCEDURES)} (default fixed_sequence)",
   )
   parser.add_argument(
     "--by_group", action="store_true", help="calibrate on means over each prompt's group"
   )
   parser.add_argument(
     "--pilot",
+    metavar="DIR",
     help="folder of `calm generate` for other prompts, on the same grid (the validation"
     " split): prints first how likely so many prompts certify each threshold",
   )
-  parser.add_argument("--output", help="where to write (default DIRECTORY/calibration.json)")
+  parser.add_argument(
+    "--output", metavar="FILE", help="where to write (default DIRECTORY/calibration.json)"
+  )
 
 
 @common.user_errors

@@ -101,7 +101,12 @@ def use_compilation_cache() -> None:
 def add_gin_arguments(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
   """Declares T5X's gin flags."""
   parser.add_argument(
-    "--gin_file", action="append", default=[], required=required, help="gin file; repeatable"
+    "--gin_file",
+    action="append",
+    default=[],
+    required=required,
+    metavar="FILE",
+    help="gin file; repeatable",
   )
   parser.add_argument(
     "--gin_bindings",
@@ -111,7 +116,10 @@ def add_gin_arguments(parser: argparse.ArgumentParser, *, required: bool = False
     help="gin binding that overrides the files; repeatable",
   )
   parser.add_argument(
-    "--gin_search_paths", default="", help="folders to look for gin files in, comma-separated"
+    "--gin_search_paths",
+    default="",
+    metavar="DIRS",
+    help="folders to look for gin files in, comma-separated",
   )
 
 

@@ -45,13 +45,26 @@ REPEATS = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the command's options."""
-  parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="delta (default 0.1)")
-  parser.add_argument("--error_rate", type=float, default=ERROR_RATE, help="epsilon (0.05)")
-  parser.add_argument("--measure", default=MEASURE, help="classifier, softmax or state")
-  parser.add_argument("--model", default="packed", help="a checkpoint, or 'packed'")
-  parser.add_argument("--limit", type=int, help="use only the first prompts of each set")
-  parser.add_argument("--examples", type=int, default=4, help="outputs to show (default 4)")
-  parser.add_argument("--output", help="keep the generations in this folder (resumable)")
+  rate = {"type": float, "metavar": "RATE"}
+  parser.add_argument("--tolerance", default=TOLERANCE, help="delta (default 0.1)", **rate)
+  parser.add_argument("--error_rate", default=ERROR_RATE, help="epsilon (default 0.05)", **rate)
+  parser.add_argument(
+    "--measure",
+    default=MEASURE,
+    metavar="NAME",
+    help="classifier (default), softmax, shortlist or state",
+  )
+  parser.add_argument(
+    "--model", default="packed", metavar="FOLDER", help="a checkpoint, or 'packed' (default)"
+  )
+  number = {"type": int, "metavar": "N"}
+  parser.add_argument("--limit", help="use only the first N prompts of each set", **number)
+  parser.add_argument(
+    "--examples", default=4, help="outputs to show at the end (default 4)", **number
+  )
+  parser.add_argument(
+    "--output", metavar="DIR", help="keep the generations in this folder (resumable)"
+  )
 
 
 @dataclasses.dataclass(frozen=True)

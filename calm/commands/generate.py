@@ -5,7 +5,7 @@ prompt is encoded once, and the grid compiles once.
 
   calm generate --prompts=prompts.jsonl --output=runs/cache
   calm generate --model=my_model --prompts=dev.jsonl.gz --measure=classifier --output=runs/cache
-  calm generate --prompts=prompts.jsonl --output=runs/cache --until-certified --tolerance=0.1
+  calm generate --prompts=prompts.jsonl --output=runs/cache --until_certified --tolerance=0.1
 """
 
 import argparse
@@ -29,24 +29,32 @@ from calm.commands import common, model_flags
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the command's options."""
   model_flags.add_arguments(parser)
-  parser.add_argument("--output", required=True, help="folder to write (resumed if it exists)")
+  parser.add_argument(
+    "--output", required=True, metavar="DIR", help="folder to write (resumed if it exists)"
+  )
   parser.add_argument(
     "--thresholds",
+    metavar="LIST",
     help="descending, like 0.9,0.8,0.7; default: the measure's own grid",
   )
   parser.add_argument(
     "--no_reuse", action="store_true", help="decode every sequence, even where it cannot change"
   )
   parser.add_argument(
-    "--until-certified",
+    *("--until_certified", "--until-certified"),
     action="store_true",
     help="stop as soon as the calibration is decided, and write calibration.json",
   )
-  calibration = parser.add_argument_group("with --until-certified")
-  calibration.add_argument("--tolerance", type=float, default=0.1, help="delta (default 0.1)")
-  calibration.add_argument("--error_rate", type=float, default=0.05, help="epsilon (0.05)")
-  calibration.add_argument("--kind", default="textual", help="textual or risk_signed")
-  calibration.add_argument("--metric", default="rouge_l", help="the text metric")
+  calibration = parser.add_argument_group("with --until_certified, as for `calm calibrate`")
+  rate = {"type": float, "metavar": "RATE"}
+  calibration.add_argument("--tolerance", default=0.1, help="delta (default 0.1)", **rate)
+  calibration.add_argument("--error_rate", default=0.05, help="epsilon (default 0.05)", **rate)
+  calibration.add_argument(
+    "--kind", default="textual", metavar="NAME", help="textual (default) or risk_signed"
+  )
+  calibration.add_argument(
+    "--metric", default="rouge_l", metavar="NAME", help="the text metric (default rouge_l)"
+  )
   common.add_gin_arguments(parser)
 
 
@@ -113,7 +121,7 @@ def _grid(arguments, console, predictor, prompts, levels, writer) -> None:
 
 
 def _test(arguments, levels, num_prompts: int) -> sequential.SequentialCalibration:
-  """What `--until-certified` asks, refused before any work where it cannot be answered."""
+  """What `--until_certified` asks, refused before any work where it cannot be answered."""
   support = sequence_losses.kind_support(arguments.kind, arguments.metric)
   rates = (arguments.tolerance, arguments.error_rate)
   refusal = planning.refusal(num_prompts, *rates, lower=support.lower)

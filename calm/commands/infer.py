@@ -20,14 +20,20 @@ from calm.commands import common, model_flags
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the command's options."""
   model_flags.add_arguments(parser)
-  parser.add_argument("--calibration", help="calibration.json of `calm calibrate`")
-  parser.add_argument("--threshold", help="a number in [0, 1] or 'never', without a promise")
+  parser.add_argument(
+    "--calibration", metavar="FILE", help="calibration.json of `calm calibrate`"
+  )
+  parser.add_argument(
+    "--threshold", metavar="T", help="a number in [0, 1] or 'never', without a promise"
+  )
   parser.add_argument(
     "--void_guarantee",
     action="store_true",
     help="decode although the calibration is for another procedure; no promise holds",
   )
-  parser.add_argument("--output", help="JSON Lines to write; default: texts to the screen")
+  parser.add_argument(
+    "--output", metavar="FILE", help="JSON Lines to write; default: texts to the screen"
+  )
   parser.add_argument(
     "--colour", action="store_true", help="colour every token by its exit layer"
   )

@@ -24,35 +24,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--model",
     default="packed",
+    metavar="FOLDER",
     help="checkpoint folder (ours, Hugging Face's or T5X's), or 'packed' (default)",
   )
   parser.add_argument(
     "--prompts",
     required=True,
+    metavar="FILE",
     help="JSON Lines of {id, input, target} (.gz too), or plain text (.txt), one prompt a"
     " line; '-' reads plain text from standard input",
   )
-  parser.add_argument("--limit", type=int, help="read only the first prompts")
-  parser.add_argument("--measure", help="softmax, state or classifier")
+  parser.add_argument("--limit", type=int, metavar="N", help="read only the first N prompts")
+  parser.add_argument(
+    "--measure",
+    metavar="NAME",
+    help="softmax (default), state, shortlist, or classifier, which is trained",
+  )
   parser.add_argument(
     "--temperature",
     type=float,
+    metavar="TAU",
     help="decaying threshold (Eq. 5) with this tau, over max_decode_length; default: constant",
   )
   parser.add_argument(
-    "--exit_layers", help="layers after which a token may leave, like 2,4,6; default: all"
-  )
-  parser.add_argument("--propagation", help="exit_state (default), first_state, ...")
-  parser.add_argument("--task_prefix", help="text put before every prompt")
-  parser.add_argument("--max_input_length", type=int, help="tokens read of a prompt")
-  parser.add_argument("--max_decode_length", type=int, help="most tokens generated")
-  parser.add_argument(
-    "--batch_size", type=int, help="prompts that a device decodes together (default 8)"
+    "--exit_layers",
+    metavar="LAYERS",
+    help="layers after which a token may leave, like 2,4,6; default: all",
   )
   parser.add_argument(
-    "--num_devices", type=int, help="devices that the prompts are spread over (default 1)"
+    "--propagation",
+    metavar="NAME",
+    help="what skipped layers store: exit_state (default), first_state, copy_projections",
   )
-  parser.add_argument("--dtype", help="activation dtype: float32 or bfloat16")
+  # Whole numbers and texts that a checkpoint or a calibration brings along.
+  for name, type_, metavar, text in (
+    ("task_prefix", str, "TEXT", "put before every prompt"),
+    ("max_input_length", int, "N", "tokens read of a prompt"),
+    ("max_decode_length", int, "N", "most tokens generated"),
+    ("batch_size", int, "N", "prompts that a device decodes together (default 8)"),
+    ("num_devices", int, "N", "devices that the prompts are spread over (default 1)"),
+    ("dtype", str, "NAME", "activation dtype: float32 or bfloat16"),
+  ):
+    parser.add_argument(f"--{name}", type=type_, metavar=metavar, help=text)
 
 
 def decode_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -37,7 +37,11 @@ CHOICES = [
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the options of `calm train`."""
   common.add_gin_arguments(parser, required=True)
-  parser.add_argument("--output_dir", help="overrides `runs.train.output_dir`")
+  parser.add_argument(
+    "--output_dir",
+    metavar="DIR",
+    help="folder of the run (gone on with if it exists); overrides `runs.train.output_dir`",
+  )
   parser.add_argument(
     "--no_tensorboard",
     action="store_true",
@@ -101,7 +105,8 @@ class Monitor:
       progress.TimeRemainingColumn(),
       transient=False,
     )
-    self._task = self._bar.add_task("train", total=None, loss="-", rate="-")
+    # Nothing to see before the loop starts: mistakes are found until then.
+    self._task = self._bar.add_task("train", visible=False, loss="-", rate="-")
     self._output_dir, self._tensorboard = output_dir, tensorboard
     self._writers: dict[str, Any] = {}
     self._since = time.monotonic()
@@ -117,7 +122,7 @@ class Monitor:
       writer.close()
 
   def _start(self, step: int, num_steps: int) -> None:
-    self._bar.update(self._task, total=num_steps, completed=step)
+    self._bar.update(self._task, total=num_steps, completed=step, visible=True)
     if step:
       self._bar.console.print(f"resumed at step {step}")
     self._since = time.monotonic()
