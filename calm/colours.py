@@ -20,6 +20,8 @@ _CIVIDIS = (
   *("#00224e", "#123570", "#3b496c", "#575d6d", "#707173"),
   *("#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"),
 )
+# JupyterLab, VS Code and Colab, where they are dark.
+_DARK_PAGES = '[data-jp-theme-light="false"],.vscode-dark,.vscode-high-contrast,[theme="dark"]'
 _RESET = "\x1b[0m"
 _CUBE = (0, 95, 135, 175, 215, 255)
 
@@ -105,7 +107,7 @@ def to_html(
   num_layers: int,
   *,
   confidences: Sequence[float] | None = None,
-  dark: bool = False,
+  dark: bool | None = False,
   legend: bool = True,
 ) -> str:
   """A `<div>` of one coloured `<span>` a token; styles are inline, nothing is fetched.
@@ -115,7 +117,8 @@ def to_html(
     exit_layers: decoder layers that each token took, 1-based; 0 (padding) is left out.
     num_layers: decoder layers of the model.
     confidences: confidence at each token's exit, in [0, 1]; shown in the tooltips.
-    dark: for a dark page.
+    dark: for a dark page. None: for a notebook, light or dark as its page is; the legend then
+      brings what tells the two apart, and without it colours are those of a light page.
     legend: append the legend.
 
   Returns:
@@ -129,31 +132,51 @@ def to_html(
       f"Expected one of `confidences` for each of `pieces`, got {len(confidences)} for"
       f" {len(pieces)}."
     )
-  colours = scale(num_layers, dark=dark)
+  styles = _styles(num_layers, dark)
   spans = []
   for i, text, layer in _checked(pieces, exit_layers, num_layers):
     title = f"layer {layer} of {num_layers}"
     if confidences is not None:
       title += f", confidence {confidences[i]:.2f}"
-    spans.append(_span(text, colours[layer - 1], title))
+    spans.append(_span(text, styles[layer - 1], title))
   body = f'<div style="white-space:pre-wrap;line-height:1.7">{"".join(spans)}</div>'
   if not legend:
     return body
   return f"<div>{body}{legend_html(num_layers, dark=dark)}</div>"
 
 
-def _span(text: str, background: str, title: str) -> str:
-  style = f"background:{background};color:{text_colour(background)};padding:1px 0"
+def _styles(num_layers: int, dark: bool | None) -> list[str]:
+  """The inline style of a token of each layer, first layer first."""
+  pairs = [(back, text_colour(back)) for back in scale(num_layers, dark=bool(dark))]
+  if dark is None:
+    pairs = [
+      (f"var(--calm-{num_layers}-{i},{back})", f"var(--calm-{num_layers}-{i}-ink,{ink})")
+      for i, (back, ink) in enumerate(pairs, start=1)
+    ]
+  return [f"background:{back};color:{ink};padding:1px 0" for back, ink in pairs]
+
+
+def _dark_page_style(num_layers: int) -> str:
+  """Sets the variables of `_styles` on dark pages; where it is stripped, light colours stay."""
+  values = "".join(
+    f"--calm-{num_layers}-{i}:{back};--calm-{num_layers}-{i}-ink:{text_colour(back)};"
+    for i, back in enumerate(scale(num_layers, dark=True), start=1)
+  )
+  return f"<style>{_DARK_PAGES}{{{values}}}</style>"
+
+
+def _span(text: str, style: str, title: str) -> str:
   return f'<span style="{style}" title="{html.escape(title)}">{html.escape(text)}</span>'
 
 
-def legend_html(num_layers: int, *, dark: bool = False) -> str:
-  """The scale with its numbers, as HTML."""
+def legend_html(num_layers: int, *, dark: bool | None = False) -> str:
+  """The scale with its numbers, as HTML; `dark` as for `to_html`."""
   swatches = "".join(
-    _span(f" {i} ", colour, f"layer {i} of {num_layers}")
-    for i, colour in enumerate(scale(num_layers, dark=dark), start=1)
+    _span(f" {i} ", style, f"layer {i} of {num_layers}")
+    for i, style in enumerate(_styles(num_layers, dark), start=1)
   )
   return (
+    f"{_dark_page_style(num_layers) if dark is None else ''}"
     '<div style="white-space:pre-wrap;font-size:85%;margin-top:4px">'
     f"decoder layers per token: {swatches}</div>"
   )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import overload
 
 from calm import colours
+from calm.calibrate.thresholds import format_threshold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +45,18 @@ class Output:
 
   @property
   def visible(self) -> tuple[tuple[str, ...], tuple[int, ...], tuple[float, ...]]:
-    """Pieces, exit layers and confidences, with EOS shown as a mark."""
-    pieces = tuple("⏎" if token == self.eos_id else piece for token, piece in self._pairs())
-    return pieces, self.exit_layers, self.confidences
+    """Pieces, exit layers and confidences, with EOS shown as a mark.
+
+    The space before the first word, which is no part of the text, is left out.
+    """
+    pieces = ["⏎" if token == self.eos_id else piece for token, piece in self._pairs()]
+    pieces[:1] = [piece.lstrip(" ") or piece for piece in pieces[:1]]
+    return tuple(pieces), self.exit_layers, self.confidences
 
   def coloured(self, mode: colours.Mode | None = None) -> str:
     """The text for a terminal, every token coloured by its exit layer."""
     pieces, exit_layers, _ = self.visible
-    return colours.to_terminal(pieces, exit_layers, self.num_layers, mode=mode).strip()
+    return colours.to_terminal(pieces, exit_layers, self.num_layers, mode=mode)
 
   def _pairs(self):
     return zip(self.tokens, self.pieces, strict=True)
@@ -64,7 +69,9 @@ class Output:
 
   def _repr_html_(self) -> str:
     pieces, exit_layers, confidences = self.visible
-    return colours.to_html(pieces, exit_layers, self.num_layers, confidences=confidences)
+    return colours.to_html(
+      pieces, exit_layers, self.num_layers, confidences=confidences, dark=None
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,12 +138,14 @@ class Outputs(Sequence[Output]):
     layers = [layer for output in self.items for layer in output.exit_layers]
     return sum(layers) / len(layers) if layers else float("nan")
 
+  def _heading(self, separator: str) -> str:
+    threshold = "none" if self.threshold is None else format_threshold(self.threshold)
+    count = "1 output" if len(self) == 1 else f"{len(self)} outputs"
+    layers = f"{self.mean_layers:.2f} of {self.num_layers} decoder layers a token"
+    return separator.join([count, f"threshold {threshold}", layers])
+
   def __repr__(self) -> str:
-    threshold = "none" if self.threshold is None else f"{self.threshold:g}"
-    head = (
-      f"{len(self)} outputs, threshold {threshold}, {self.mean_layers:.2f} of"
-      f" {self.num_layers} decoder layers a token"
-    )
+    head = self._heading(", ")
     shown = [f"  {output!r}" for output in self.items[:5]]
     if len(self) > 5:
       shown.append(f"  ... and {len(self) - 5} more")
@@ -148,17 +157,14 @@ class Outputs(Sequence[Output]):
         *output.visible[:2],
         self.num_layers,
         confidences=output.confidences,
+        dark=None,
         legend=False,
       )
       for output in self.items[:20]
     ]
-    threshold = "none" if self.threshold is None else f"{self.threshold:g}"
-    head = (
-      f"{len(self)} outputs · threshold {threshold} · {self.mean_layers:.2f} of"
-      f" {self.num_layers} decoder layers a token"
-    )
+    head = self._heading(" · ")
     if len(self) > 20:
       rows.append(f"<p>… and {len(self) - 20} more</p>")
     note = f"<p>{html.escape(self.guarantee)}</p>" if self.guarantee else ""
-    legend = colours.legend_html(self.num_layers)
+    legend = colours.legend_html(self.num_layers, dark=None)
     return f"<div><p>{head}</p>{''.join(rows)}{legend}{note}</div>"

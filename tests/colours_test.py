@@ -110,6 +110,20 @@ def test_html_legend_numbers_every_layer():
   assert all(c in style for c, (_, _, style) in zip(scale, with_legend[1:], strict=True))
 
 
+def test_a_notebook_page_chooses_light_or_dark():
+  page = colours.to_html(["x"], [2], 6, dark=None)
+  (rule,) = re.findall(r"<style>(.*)</style>", page)
+  assert 'data-jp-theme-light="false"' in rule and ".vscode-dark" in rule
+  light, dark = colours.scale(6), colours.scale(6, dark=True)
+  spans = Spans(page.replace(f"<style>{rule}</style>", "")).found
+  for layer, (_, _, style) in zip([2, *range(1, 7)], spans, strict=True):
+    back, ink = light[layer - 1], colours.text_colour(light[layer - 1])
+    name = f"--calm-6-{layer}"
+    assert f"background:var({name},{back});color:var({name}-ink,{ink})" in style
+    on_dark = dark[layer - 1]
+    assert f"{name}:{on_dark};{name}-ink:{colours.text_colour(on_dark)};" in rule
+
+
 def test_no_generated_text_can_steer_the_terminal():
   out = colours.to_terminal(["\x1b[2Jx\r", "ok"], [1, 1], 2, mode="plain")
   assert out == "[1]�[2Jx�ok"

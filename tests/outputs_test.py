@@ -33,7 +33,8 @@ class Page(html.parser.HTMLParser):
     assert self.open and self.open.pop() == tag
 
   def handle_data(self, data):
-    self.text += data
+    if "style" not in self.open:
+      self.text += data
 
 
 def output(text=TEXT, layers=(1, 4, 2, 3)) -> outputs.Output:
@@ -86,6 +87,13 @@ def test_coloured_text_for_terminals():
   assert "\x1b[48;5;" in output().coloured("256")
 
 
+def test_the_space_before_the_first_word_is_not_shown():
+  first = dataclasses.replace(output(), pieces=(" a", " <b>", " & c", "</s>"))
+  assert first.visible[0] == ("a", " <b>", " & c", "⏎")
+  blank = dataclasses.replace(output(), pieces=(" ", "b", " & c", "</s>"))
+  assert blank.visible[0][0] == " "  # a token of its own stays to be seen
+
+
 def test_one_output_as_html():
   page = Page(output()._repr_html_())
   assert page.text.startswith("a <b> & c⏎")
@@ -109,7 +117,8 @@ def test_means_weigh_tokens_not_texts():
 
 
 @pytest.mark.parametrize(
-  ("threshold", "words"), [(0.5, "threshold 0.5"), (math.inf, "inf"), (None, "threshold none")]
+  ("threshold", "words"),
+  [(0.5, "threshold 0.5"), (math.inf, "threshold never"), (None, "threshold none")],
 )
 def test_outputs_in_words(threshold, words):
   shown = repr(several(7, threshold)).split("\n")
@@ -117,6 +126,7 @@ def test_outputs_in_words(threshold, words):
   assert "2.00 of 4 decoder layers a token" in shown[0]
   assert len(shown) == 7 and shown[-1] == "  ... and 2 more"
   assert len(repr(several(5)).split("\n")) == 6
+  assert repr(several(1)).startswith("1 output, ")
 
 
 def test_outputs_as_html():
