@@ -75,7 +75,7 @@ def decode_options(arguments: argparse.Namespace) -> dict[str, Any]:
   given = {name: getattr(arguments, name) for name in DECODE_OPTIONS}
   options = {name: value for name, value in given.items() if value is not None}
   if arguments.exit_layers:
-    options["exit_layers"] = _layers(arguments.exit_layers)
+    options["exit_layers"] = parse_layers(arguments.exit_layers)
   if arguments.temperature is not None:
     length = arguments.max_decode_length
     if length is None:
@@ -120,7 +120,7 @@ def _numbered(content: bytes, name: str, limit: int | None) -> list[Prompt]:
   return [Prompt(f"{name}/{i}", line) for i, line in enumerate(lines, start=1)]
 
 
-def _layers(text: str) -> tuple[int, ...]:
+def parse_layers(text: str) -> tuple[int, ...]:
   try:
     return tuple(int(layer) for layer in text.split(","))
   except ValueError as error:
