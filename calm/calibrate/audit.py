@@ -17,8 +17,10 @@ import hashlib
 import json
 import math
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from calm.calibrate import metrics
 from calm.calibrate import records as records_lib
 from calm.calibrate.sequence_losses import Support
 
@@ -111,8 +113,10 @@ class Wealth:
 class Monitor:
   """Keeps one watch in an append-only file; made by `open_monitor`.
 
-  number, check = monitor.serve()       # for every served prompt
-  if check: monitor.record(number, loss)  # now or later
+  if monitor.check(texts, full_model): ...  # textual losses: served outputs, batch by batch
+
+  number, sampled = monitor.serve()         # any loss: for every served prompt
+  if sampled: monitor.record(number, loss)  # now or later
   if monitor.alarm: ...
   """
 
@@ -131,7 +135,11 @@ class Monitor:
 
   @property
   def waiting(self) -> tuple[int, ...]:
-    """Numbers of sampled prompts whose losses have not arrived or wait for earlier ones."""
+    """Numbers of sampled prompts whose losses have not arrived or wait for earlier ones.
+
+    A loss that will never come (a run was killed between `serve` and `record`) holds up all
+    later ones. Record it as the lowest declared loss: that makes no false alarm more likely.
+    """
     return tuple(self._waiting)
 
   @property
@@ -173,6 +181,49 @@ class Monitor:
     self._check(number, loss)
     self._write({"number": number, "loss": float(loss)})
     self._settle(number, float(loss))
+    return self.alarm
+
+  def check(
+    self,
+    predictions: Sequence[str],
+    full_model: Callable[[list[int]], Sequence[str]],
+    metric: str | metrics.Metric = "rouge_l",
+  ) -> bool:
+    """Counts served outputs, re-runs the full model on some, and bets on how they differ.
+
+        loss = 1 - metric(served, [full model's])   (Def. 1), of the prompts that the coin picks
+
+    For a risk against references, which come later, use `serve` and `record`.
+
+    Args:
+      predictions: [num_prompts] texts as served, in that order.
+      full_model: positions in `predictions` -> the full model's texts of those prompts; called
+        once, or not at all.
+      metric: registry name, import path or `Metric`.
+
+    Returns:
+      `alarm`.
+
+    Raises:
+      ValueError: the watch is on another kind of loss, or `full_model` returns another number
+        of texts than it was asked for.
+    """
+    if self.watch.kind != "textual":
+      raise ValueError(
+        f"`check` computes textual losses, the watch is on {self.watch.kind!r}: use `serve` and"
+        " `record`."
+      )
+    metric = metrics.get_metric(metric)
+    numbers = [self.serve() for _ in predictions]
+    rows = [row for row, (_, sampled) in enumerate(numbers) if sampled]
+    texts = full_model(rows) if rows else []
+    if len(texts) != len(rows):
+      raise ValueError(
+        f"`full_model` must return a text for each of the {len(rows)} positions, got"
+        f" {len(texts)}. The prompts wait for their losses: `waiting`."
+      )
+    for row, text in zip(rows, texts, strict=True):
+      self.record(numbers[row][0], 1.0 - metric(predictions[row], [text]))
     return self.alarm
 
   def _check(self, number: int, loss: float) -> None:
@@ -224,6 +275,9 @@ def open_monitor(path: str | pathlib.Path, watch: Watch) -> Monitor:
   Args:
     path: append-only JSON Lines file; a line cut off by a kill is dropped.
     watch: what is watched; must be that of the file.
+
+  Returns:
+    A `Monitor` with everything that the file says already counted.
 
   Raises:
     GenerationsError: the file is damaged or of another watch; the message names file and line.

@@ -137,6 +137,39 @@ def test_late_losses_count_in_the_order_of_serving(tmp_path):
   assert again.wealth == monitor.wealth
 
 
+def test_the_full_model_runs_on_the_sampled_prompts_alone(tmp_path):
+  monitor = audit.open_monitor(tmp_path / "a.jsonl", watch())
+  asked = []
+
+  def full_model(rows):
+    asked.append(rows)
+    return ["a b c" if row % 3 else "else" for row in rows]
+
+  alarms = [monitor.check(["a b c"] * 20, full_model) for _ in range(8)]
+  picked = [number for number in range(160) if watch().sampled(number)]
+  assert [20 * i + row for i, rows in enumerate(asked) for row in rows] == picked
+  losses = [0.0 if number % 20 % 3 else 1.0 for number in picked]
+  assert monitor.wealth == final(losses, watch()) and monitor.served == 160
+  # A third of the outputs differ, not a tenth.
+  assert alarms == sorted(alarms) and not alarms[0] and monitor.alarm and not monitor.waiting
+  assert audit.open_monitor(tmp_path / "a.jsonl", watch()).wealth == monitor.wealth
+
+
+def test_the_full_model_is_not_called_for_nothing_and_its_answers_are_counted(tmp_path):
+  rare = audit.open_monitor(tmp_path / "a.jsonl", watch(sampling_rate=1e-9))
+  assert not rare.check(["x"] * 5, lambda rows: pytest.fail("called")) and rare.served == 5
+  all_of_them = audit.open_monitor(tmp_path / "b.jsonl", watch(sampling_rate=1.0))
+  with pytest.raises(ValueError, match="each of the 2 positions, got 1"):
+    all_of_them.check(["x", "y"], lambda rows: ["x"])
+  assert all_of_them.waiting == (0, 1)
+  all_of_them.record(0, 0.0)  # losses that never come count as the lowest
+  all_of_them.record(1, 0.0)
+  assert not all_of_them.check(["x"], lambda rows: ["x"], "exact_match")
+  signed = watch(kind="risk_signed", support=Support(lower=-1.0))
+  with pytest.raises(ValueError, match=r"the watch is on 'risk_signed': use `serve`"):
+    audit.open_monitor(tmp_path / "c.jsonl", signed).check(["x"], lambda rows: ["x"])
+
+
 def test_misuse_is_refused(tmp_path):
   monitor = audit.open_monitor(tmp_path / "a.jsonl", watch(sampling_rate=1.0))
   monitor.serve()
