@@ -54,6 +54,12 @@ def refusal(
     tolerance: in (lower, 1).
     error_rate: level of the first hypothesis that is tested.
     lower: declared lower bound of losses.
+
+  Returns:
+    A sentence, or ''.
+
+  Raises:
+    ValueError: `tolerance` or `error_rate` leaves its range.
   """
   needed = min_calibration_size(tolerance, error_rate, lower=lower)
   if num_examples >= needed:
@@ -78,6 +84,12 @@ def forecast(
     tolerance: in (0, 1).
     error_rate: level of the first hypothesis that is tested.
     method: as for `calibration.calibrate`.
+
+  Returns:
+    A sentence with a table under it, or ''.
+
+  Raises:
+    ValueError: an argument leaves its range.
   """
   unchanged = min_calibration_size(tolerance, error_rate)
   sizes = tuple(sorted({num_examples, unchanged, 2 * unchanged, 4 * unchanged}))
@@ -142,13 +154,14 @@ def power_curve(
   tolerance: float,
   error_rate: float,
   method: str = "auto",
+  groups: Sequence[str] | None = None,
   draws: int = 200,
   seed: int = 0,
 ) -> PowerCurve:
   """Power of fixed sequence testing at several calibration sizes, from pilot losses.
 
-  Calibration sets are drawn with replacement from the pilot's rows. It is a forecast, not a
-  guarantee; pilot prompts (validation) must not be calibration prompts.
+  Calibration sets are drawn with replacement from the pilot's rows or clusters. It is a
+  forecast, not a guarantee; pilot prompts (validation) must not be calibration prompts.
 
   Args:
     pilot: losses of pilot prompts on the grid that will be tested.
@@ -156,8 +169,12 @@ def power_curve(
     tolerance: delta, in (0, 1).
     error_rate: epsilon, in (0, 1).
     method: as for `calibrate`.
+    groups: [num_examples] cluster of each pilot row; sizes are then numbers of clusters.
     draws: calibration sets per size.
     seed: of the draws.
+
+  Returns:
+    A `PowerCurve`.
 
   Raises:
     ValueError: a size is below 1, losses leave their range, or `method` does not fit them.
@@ -166,7 +183,7 @@ def power_curve(
     raise ValueError(
       f"`sizes` must be at least 1 each and `draws` at least 1, got {sizes} and {draws}."
     )
-  pool = Pool(pilot, method)
+  pool = Pool(pilot, method, groups)
   generator = np.random.default_rng(seed)
   columns = np.arange(pool.values.shape[1])
   power = []

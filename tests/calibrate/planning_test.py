@@ -73,6 +73,19 @@ def test_power_of_signed_losses_by_the_paper_clips_them():
   assert ours.power[0, 0] >= paper.power[0, 0]
 
 
+def test_power_of_clusters_counts_copies_once():
+  one = pilot()
+  values, groups = np.repeat(one.values, 5, axis=0), [str(row // 5) for row in range(2000)]
+  copied = SequenceLosses(values, one.thresholds)
+  options = dict(tolerance=0.1, error_rate=0.05, draws=60)
+  curve = planning.power_curve(copied, [20, 100], groups=groups, **options)
+  plain = planning.power_curve(one, [20, 100], **options)
+  np.testing.assert_allclose(curve.power, plain.power, atol=0.25)
+  assert curve.power[0, 0] < 0.2
+  with pytest.raises(ValueError, match="declared range"):
+    planning.power_curve(SequenceLosses(values - 1.0, one.thresholds), [20], **options)
+
+
 @pytest.mark.parametrize("sizes", [[], [0], [10, -1]])
 def test_sizes_are_checked(sizes):
   with pytest.raises(ValueError, match="`sizes` must be at least 1"):
