@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from calm.calibrate import betting, p_values
@@ -340,6 +341,33 @@ def test_arguments_out_of_range_are_refused(arguments, message):
   for p_value in (*SUM_BASED, p_values.binomial):
     with pytest.raises(ValueError, match=message):
       p_value(*arguments)
+
+
+ANY_NUMBER = st.floats(-2.0, 3.0) | st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 1.0])
+
+
+@given(
+  hnp.arrays(
+    np.float64, hnp.array_shapes(max_dims=3, min_side=0, max_side=4), elements=ANY_NUMBER
+  ),
+  st.integers(-1, 6),
+  ANY_NUMBER,
+)
+def test_any_input_gives_p_values_or_a_clear_error(values, size, tolerance):
+  def checked(compute, shape):
+    try:
+      p = compute()
+    except ValueError as error:
+      assert "`" in str(error)
+    else:
+      assert p.shape == shape and np.all((p >= 0.0) & (p <= 1.0))
+
+  for p_value in (*SUM_BASED, p_values.binomial):
+    checked(lambda f=p_value: f(values, size, tolerance), values.shape)
+  for strategy in (betting.PLUG_IN, betting.FIXED_LEVEL):
+    checked(
+      lambda s=strategy: p_values.betting(values, tolerance, strategy=s), values.shape[1:]
+    )
 
 
 def test_binomial_takes_large_sums_that_rounding_has_moved():

@@ -9,6 +9,18 @@ from hypothesis import strategies as st
 
 from calm.calibrate import p_values, testing
 
+
+def gate(p_values, error_rate):
+  """A graph that is none of the special cases: the first opens all others, which feed back."""
+  count = len(p_values)
+  edges = np.zeros((count, count))
+  edges[0, 1:] = 1.0 / max(1, count - 1)
+  edges[1:, 0] = 0.5
+  weights = np.concatenate([[0.7], np.full(count - 1, 0.3 / max(1, count - 1))])
+  return testing.graphical(p_values, error_rate, weights=weights, transitions=edges)
+
+
+PROCEDURES = {**testing.PROCEDURES, "graph": gate}
 P_VALUES = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=6)
 
 
@@ -26,7 +38,7 @@ def joint_laws():
       yield count, dict(zip(vectors, chances, strict=True))
 
 
-@pytest.mark.parametrize("name", sorted(testing.PROCEDURES))
+@pytest.mark.parametrize("name", sorted(PROCEDURES))
 @pytest.mark.parametrize("tolerance", [0.4, 0.5])
 def test_family_wise_error_by_enumeration(name, tolerance):
   """Every outcome of 5 prompts, for laws with every pattern of true and false hypotheses."""
@@ -48,7 +60,7 @@ def test_family_wise_error_by_enumeration(name, tolerance):
     wrong = 0.0
     for sums, weight in outcomes.items():
       p = p_values.binomial(np.array(sums), size, tolerance)
-      wrong += weight * bool((testing.PROCEDURES[name](p, error_rate).rejected & true).any())
+      wrong += weight * bool((PROCEDURES[name](p, error_rate).rejected & true).any())
     assert wrong <= error_rate + 1e-9, (law, wrong)
 
 
@@ -61,7 +73,7 @@ def _multinomial(ways):
   return result
 
 
-@pytest.mark.parametrize("name", sorted(testing.PROCEDURES))
+@pytest.mark.parametrize("name", sorted(PROCEDURES))
 @pytest.mark.parametrize("true", list(itertools.product([False, True], repeat=3))[1:])
 def test_family_wise_error_with_uniform_p_values_and_any_pattern_of_truth(name, true):
   """True hypotheses: independent, equal or opposite p-values on a grid; false ones: p = 0."""
@@ -77,7 +89,7 @@ def test_family_wise_error_with_uniform_p_values_and_any_pattern_of_truth(name, 
     for values in family:
       p = np.zeros(3)
       p[mask] = np.minimum(values, 1.0)
-      wrong += bool(testing.PROCEDURES[name](p, error_rate).rejected[mask].any())
+      wrong += bool(PROCEDURES[name](p, error_rate).rejected[mask].any())
     assert wrong / len(family) <= error_rate + 1e-12
 
 
