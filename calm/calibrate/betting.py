@@ -76,7 +76,21 @@ def _variance_before(losses: np.ndarray) -> np.ndarray:
 
 
 def free_bets(losses: np.ndarray, design: Design) -> np.ndarray:
-  """The plug-in bets before they are cut at `design.cap`; the tolerance plays no part."""
+  """The plug-in bets before they are cut at `design.cap`; the tolerance plays no part.
+
+      bet_i = sqrt(2 log(1 / error_rate) / (planned_size variance_i))
+      variance_i = (1/4 + sum over j < i of (loss_j - mean_j)^2) / i,  mean_j of losses up to j
+      with one loss of 0 before the first
+
+  (Waudby-Smith and Ramdas 2024, with 0 for their prior mean of 1/2: losses are small.)
+
+  Args:
+    losses: [num_examples, num_thresholds], in the fixed order.
+    design: level and planned size.
+
+  Returns:
+    [num_examples, num_thresholds], above 0; row i depends on rows before i alone.
+  """
   scale = math.sqrt(2.0 * design.target / design.planned_size)
   return scale / np.sqrt(_variance_before(losses))
 
@@ -106,6 +120,13 @@ FIXED_LEVEL = Strategy("fixed_level", _fixed_level_bets)
 
 def check_losses(losses: npt.ArrayLike, upper: float) -> np.ndarray:
   """Losses as float64, checked.
+
+  Args:
+    losses: [num_examples] or [num_examples, num_thresholds].
+    upper: declared upper bound.
+
+  Returns:
+    The losses, of the same shape.
 
   Raises:
     ValueError: they are empty, NaN, infinite, above `upper`, or no vector or matrix.

@@ -187,6 +187,10 @@ METHODS: Mapping[str, Method | Auto] = {
 def get_method(name: str, support: Support) -> Method:
   """The method of a name, checked against the declared support.
 
+  Args:
+    name: a name of `METHODS`; 'auto' chooses by `support`.
+    support: declared range of the losses.
+
   Raises:
     ValueError: the name is unknown, or the method does not fit such losses.
   """

@@ -121,7 +121,10 @@ def _f_measure(common: int, predicted: int, expected: int) -> float:
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
-  """ROUGE-L F-measure over `unicode_words`, best over references, in [0, 1] (Lin 2004)."""
+  """ROUGE-L F-measure over `unicode_words`, best over references, in [0, 1] (Lin 2004).
+
+  2 LCS(prediction, reference) / (words of prediction + words of reference)
+  """
   words = unicode_words(prediction)
   others = [unicode_words(reference) for reference in references]
   return max(
@@ -168,7 +171,12 @@ def _token_f1(prediction: str, reference: str) -> float:
 
 
 def token_f1(prediction: str, references: Sequence[str]) -> float:
-  """Token F1 after SQuAD's normalisation, best over references, in [0, 1]."""
+  """Token F1 after SQuAD's normalisation, best over references, in [0, 1].
+
+      2 common tokens / (tokens of prediction + tokens of reference)
+
+  (Rajpurkar et al. 2016.)
+  """
   return max(_token_f1(prediction, text) for text in references)
 
 
@@ -180,7 +188,12 @@ def _chrf() -> Any:
 
 
 def chrf(prediction: str, references: Sequence[str]) -> float:
-  """chrF2 of one sentence (sacrebleu), divided by 100, best over references, in [0, 1]."""
+  """chrF2 of one sentence (sacrebleu), divided by 100, best over references, in [0, 1].
+
+      (1 + 4) precision recall / (4 precision + recall)   of character 1- to 6-grams
+
+  (Popovic 2015.)
+  """
   return _chrf().sentence_score(prediction, list(references)).score / 100.0
 
 
@@ -269,6 +282,9 @@ def corpus_scores(
   Args:
     predictions: [num_examples] texts.
     references: [num_examples] accepted references of each.
+
+  Returns:
+    {'bleu': ..., 'chrf': ...}.
 
   Raises:
     ValueError: a prompt has no reference, or the lengths differ.

@@ -12,7 +12,15 @@ from calm.calibrate.sequence_losses import SequenceLosses, Support
 
 
 def order_seed(ids: Sequence[str], procedure: Procedure | None) -> str:
-  """Hexadecimal seed made of sorted ids and procedure: nobody chooses it by its outcome."""
+  """Hexadecimal seed made of sorted ids and procedure: nobody chooses it by its outcome.
+
+  Args:
+    ids: names of the exchangeable units.
+    procedure: how outputs were decoded, or None.
+
+  Returns:
+    16 hexadecimal digits of a SHA-256.
+  """
   digest = hashlib.sha256()
   digest.update(b"null" if procedure is None else procedure.digest().encode("ascii"))
   for name in sorted(ids):
@@ -87,6 +95,9 @@ def consecutive_units(count: int, groups: Sequence[str] | None) -> tuple[slice, 
     count: rows.
     groups: [count] cluster of each row; None makes every row its own unit.
 
+  Returns:
+    [num_units] slices that follow one another.
+
   Raises:
     ValueError: a cluster stands in two places.
   """
@@ -122,6 +133,10 @@ def tested_order(losses: SequenceLosses) -> tuple[np.ndarray, str]:
 def unit_support(losses: SequenceLosses, groups: Sequence[str] | None) -> Support:
   """Declared range of cluster means: means of several 0-or-1 losses are not 0 or 1.
 
+  Args:
+    losses: losses of prompts.
+    groups: [num_examples] cluster names; None leaves prompts alone.
+
   Raises:
     ValueError: `groups` has another length than `losses`.
   """
@@ -142,6 +157,9 @@ def cluster_means(losses: SequenceLosses, groups: Sequence[str]) -> SequenceLoss
   Args:
     losses: [num_examples, num_thresholds] losses.
     groups: [num_examples] cluster names.
+
+  Returns:
+    [num_clusters, num_thresholds] losses, clusters sorted by name.
 
   Raises:
     ValueError: `groups` has another length.

@@ -60,7 +60,15 @@ def _log_choose(num_examples: int) -> np.ndarray:
 
 
 def log_binomial_cdf_table(num_examples: int, probability: float) -> np.ndarray:
-  """log P(Binomial(num_examples, probability) <= j) for j = 0 ... num_examples, in O(n)."""
+  """log P(Binomial(num_examples, probability) <= j) for j = 0 ... num_examples, in O(n).
+
+  Args:
+    num_examples: n, at least 1.
+    probability: in (0, 1).
+
+  Returns:
+    [num_examples + 1], non-decreasing, at most 0.
+  """
   successes = np.arange(num_examples + 1, dtype=np.float64)
   log_mass = (
     _log_choose(num_examples)
@@ -221,8 +229,9 @@ def betting(
       wealth_t = product over i <= t of (1 + bet_i (tolerance - loss_i)),   p = 1 / max(1, max
       over t wealth_t)
 
-  bet_i >= 0 depends on losses before i only and is at most a share of 1 / (upper - tolerance),
-  so that wealth stays positive; under H it is a supermartingale. Only the upper bound of losses
+  bet_i >= 0 depends on losses before i only and is at most 0.9 / (upper - tolerance), so that
+  wealth stays positive; under H it is a supermartingale. `betting.free_bets` has the default
+  bets before that cut. Only the upper bound of losses
   is used: signed differences in [-1, 1] go in as they are. The p-value is valid for every
     level; `error_rate` only tunes
   the bets.

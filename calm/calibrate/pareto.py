@@ -82,6 +82,12 @@ def max_log_p_values(
     rows: rows used, in the tested order.
     configurations: columns used.
     error_rate: level that bets are tuned for.
+
+  Returns:
+    [len(configurations)], at most 0.
+
+  Raises:
+    ValueError: losses leave their declared range, or a method does not fit them.
   """
   found = []
   for risk in risks:
@@ -117,8 +123,13 @@ def pareto_test(
       test rows.
     optimization_rows: row numbers (or a mask) of the optimization split; all other rows are
       tested, in the order in which they stand, so that the two are disjoint whatever is passed.
-      With clusters, pass whole clusters.
     error_rate: epsilon, in (0, 1).
+
+  Rows must be exchangeable units: where prompts come in clusters, pass cluster means
+  (`ordering.cluster_means`). The order of rows must not come from their losses.
+
+  Returns:
+    A `ParetoResult`.
 
   Raises:
     ValueError: shapes disagree, a split is empty, or losses leave their declared range.

@@ -17,6 +17,9 @@ def replay(
     kind: 'textual', 'risk_signed' or 'risk_clipped'.
     metric: name or import path of the text metric.
 
+  Returns:
+    The calibration that the run itself wrote, if at the same rates.
+
   Raises:
     ValueError: at these rates the test would have asked for more prompts than the run has.
   """

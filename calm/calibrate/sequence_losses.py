@@ -159,6 +159,16 @@ def compute(
 ) -> SequenceLosses:
   """Losses of the kind 'textual', 'risk_signed' or 'risk_clipped'; see the functions above.
 
+  Args:
+    generations: complete cached generations.
+    kind: the kind.
+    metric: registry name, import path or `Metric`.
+    workers: processes; None decides by the work there is.
+    progress: called with (pairs done, pairs in all).
+
+  Returns:
+    [num_examples, num_thresholds] losses.
+
   Raises:
     ValueError: as above, or `kind` is unknown.
   """

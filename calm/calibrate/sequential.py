@@ -151,6 +151,17 @@ class SequentialCalibration:
   ) -> Calibration:
     """The outcome; p-values and bounds hold whenever one stops, means are left out.
 
+    Args:
+      kind: what the loss is.
+      metric: name of the text metric.
+      order: 'permuted' by `seed`, or 'given'.
+      seed: hexadecimal seed of the order.
+      procedure: how outputs were decoded, or None.
+      provenance: the story of the numbers.
+
+    Returns:
+      A `Calibration` with `sequential` set.
+
     Raises:
       ValueError: losses are still wanted.
     """

@@ -47,6 +47,8 @@ def _check(p_values: npt.ArrayLike, error_rate: float) -> np.ndarray:
 def fixed_sequence(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
   """Tests in order at the full level and stops at the first hypothesis that is not rejected.
 
+      adjusted p_j = max over i <= j of p_i
+
   Args:
     p_values: [num_hypotheses] in the order fixed beforehand.
     error_rate: family-wise error rate, in (0, 1).
@@ -70,12 +72,15 @@ def fixed_sequence(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
 def bonferroni(
   p_values: npt.ArrayLike, error_rate: float, *, weights: npt.ArrayLike | None = None
 ) -> Rejections:
-  """Rejects where p <= weight * error_rate.
+  """Rejects where p <= weight * error_rate; adjusted p = min(1, p / weight).
 
   Args:
     p_values: [num_hypotheses].
     error_rate: family-wise error rate, in (0, 1).
     weights: [num_hypotheses], at least 0, sum at most 1; equal by default.
+
+  Returns:
+    `Rejections` of [num_hypotheses].
 
   Raises:
     ValueError: an argument leaves its range.
@@ -89,9 +94,16 @@ def bonferroni(
 def holm(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
   """Holm's step-down procedure: the smallest p at error_rate / k, the next at / (k - 1), ...
 
+      adjusted p of the j-th smallest = max over i <= j of min(1, (k - i + 1) p_(i))
+
+  (Holm 1979.)
+
   Args:
     p_values: [num_hypotheses]; their order does not matter.
     error_rate: family-wise error rate, in (0, 1).
+
+  Returns:
+    `Rejections` of [num_hypotheses].
 
   Raises:
     ValueError: p-values or `error_rate` leave their range.
@@ -120,6 +132,9 @@ def fallback(
     error_rate: family-wise error rate, in (0, 1).
     weights: [num_hypotheses], at least 0, sum at most 1; by default half on the first
       hypothesis and the rest spread evenly.
+
+  Returns:
+    `Rejections` of [num_hypotheses].
 
   Raises:
     ValueError: an argument leaves its range.
@@ -151,6 +166,9 @@ def graphical(
     weights: [num_hypotheses], at least 0, sum at most 1.
     transitions: [num_hypotheses, num_hypotheses], at least 0, zero diagonal, rows sum to at
       most 1.
+
+  Returns:
+    `Rejections` of [num_hypotheses].
 
   Raises:
     ValueError: an argument leaves its range.
