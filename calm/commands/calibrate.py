@@ -120,6 +120,7 @@ def _plan(arguments, console, cached: generations.Generations) -> None:
       tolerance=rates[0],
       error_rate=rates[1],
       method=arguments.method,
+      groups=pilot.groups if arguments.by_group else None,
     )
     console.print(f"Power by prompts and threshold, judged by {arguments.pilot}:\n{curve}")
   elif support.lower < 0.0:
@@ -150,6 +151,13 @@ def _calibrate(arguments, console, cached) -> calibrate_lib.Calibration:
 def _replay(arguments, console, cached) -> calibrate_lib.Calibration:
   """A run that stopped early is tested prompt by prompt, as it was decoded."""
   del console
+  if arguments.by_group != cached.by_group:
+    tested = "by group" if cached.by_group else "by prompt"
+    raise ValueError(
+      f"Expected `--by_group` as the run that stopped early had it: it was decided {tested}, in"
+      f" an order made for that. Got by_group={arguments.by_group}; change the flag, or"
+      " generate again."
+    )
   return replay.replay(
     cached,
     tolerance=arguments.tolerance,

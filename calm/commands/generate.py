@@ -17,6 +17,7 @@ from rich import progress as rich_progress
 from calm.calibrate import (
   Provenance,
   generation_writer,
+  ordering,
   planning,
   sequence_losses,
   sequential,
@@ -55,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   calibration.add_argument(
     "--metric", default="rouge_l", metavar="NAME", help="the text metric (default rouge_l)"
   )
+  calibration.add_argument(
+    "--by_group", action="store_true", help="calibrate on means over each prompt's group"
+  )
   common.add_gin_arguments(parser)
 
 
@@ -74,8 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
   levels = parse_grid(arguments.thresholds, predictor.options.measure)
   test = None
   if arguments.until_certified:
-    prompts = until_certified.in_order(predictor, prompts)
-    test = _test(arguments, levels, len(prompts))
+    prompts = until_certified.in_order(predictor, prompts, by_group=arguments.by_group)
+    groups = ordering.prompt_groups(prompts) if arguments.by_group else None
+    test = _test(arguments, levels, len(ordering.consecutive_units(len(prompts), groups)))
   writer = generation_writer.open_writer(
     pathlib.Path(arguments.output),
     prompts=prompts,
@@ -85,6 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
       grid=tuple(levels), num_examples=len(prompts), notes={"model": str(arguments.model)}
     ),
     sequential=test is not None,
+    by_group=test is not None and test.clusters,
   )
   for report in writer.reports:
     console.print(f"[yellow]{report}[/yellow]")
@@ -120,15 +126,20 @@ def _grid(arguments, console, predictor, prompts, levels, writer) -> None:
   console.print(f"Written to {arguments.output}; next: calm calibrate {arguments.output}")
 
 
-def _test(arguments, levels, num_prompts: int) -> sequential.SequentialCalibration:
+def _test(arguments, levels, num_units: int) -> sequential.SequentialCalibration:
   """What `--until_certified` asks, refused before any work where it cannot be answered."""
   support = sequence_losses.kind_support(arguments.kind, arguments.metric)
   rates = (arguments.tolerance, arguments.error_rate)
-  refusal = planning.refusal(num_prompts, *rates, lower=support.lower)
+  refusal = planning.refusal(num_units, *rates, lower=support.lower)
   if refusal:
     raise ValueError(refusal)
   return sequential.SequentialCalibration(
-    levels, num_prompts, tolerance=rates[0], error_rate=rates[1], support=support
+    levels,
+    num_units,
+    tolerance=rates[0],
+    error_rate=rates[1],
+    support=support,
+    clusters=arguments.by_group,
   )
 
 
