@@ -28,7 +28,7 @@ class Options:
     examples: outputs to show.
     error_rate: epsilon.
     seed: draws the prompts.
-    measures: confidence measures; the model must have them.
+    measures: confidence measures; the model must have them. See `under` for their names.
   """
 
   limit: int | None = None
@@ -42,6 +42,20 @@ class Options:
   measures: tuple[str, ...] = MEASURES
 
 
+def under(predictor: inference.Predictor, name: str, **options) -> inference.Predictor:
+  """The predictor under a measure by its name here.
+
+  Args:
+    predictor: the model.
+    name: 'softmax', or 'softmax@2,4' for exits after those layers only.
+    **options: other fields of `inference.DecodeOptions`.
+  """
+  measure, _, layers = name.partition("@")
+  if layers:
+    options["exit_layers"] = tuple(int(layer) for layer in layers.split(","))
+  return predictor.with_options(measure=measure, **options)
+
+
 def available(predictor: inference.Predictor, measures: Sequence[str]) -> tuple[str, ...]:
   """The measures that a model can compute, in the order given."""
   lacking = set()
@@ -49,7 +63,7 @@ def available(predictor: inference.Predictor, measures: Sequence[str]) -> tuple[
     lacking.add("classifier")
   if predictor.options.shortlist is None:
     lacking.add("shortlist")
-  found = tuple(measure for measure in measures if measure not in lacking)
+  found = tuple(name for name in measures if name.partition("@")[0] not in lacking)
   if not found:
     raise ValueError(
       f"Expected a measure that the model has. Got {list(measures)}; it lacks"
@@ -100,7 +114,7 @@ class Bench:
 
   def model(self, measure: str, **options) -> inference.Predictor:
     """The predictor under a measure (and other options), with batches of one shape."""
-    return self.whole.with_options(measure=measure, **options)
+    return under(self.whole, measure, **options)
 
   @functools.cached_property
   def whole(self) -> inference.Predictor:
@@ -111,7 +125,7 @@ class Bench:
   def timed_model(self) -> inference.Predictor:
     """A predictor whose weights serve every measure."""
     measure = "shortlist" if "shortlist" in self.measures else self.measures[0]
-    return self.predictor.with_options(measure=measure)
+    return under(self.predictor, measure)
 
   def result(self, kind, name: str, make, *, prompts: Sequence[Prompt], **key):
     """A result that depends on the model, the task, some prompts and `key`."""
@@ -141,7 +155,7 @@ class Bench:
   def grid(self, measure: str) -> tuple[float, ...]:
     """The measure's grid, chosen on validation prompts."""
     records = self.records(f"grid of {measure}", None, self.validation, measure)
-    return grids.from_validation(records, measure)
+    return grids.from_validation(records, measure.partition("@")[0])
 
   def decoded(self, measure: str, prompts: Sequence[Prompt]) -> generations.Generations:
     """Prompts over a measure's grid; cached and resumable."""

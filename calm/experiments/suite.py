@@ -75,7 +75,7 @@ def flops_reduction(
     exit_layers: of the real tokens of every output.
     input_length: positions of the padded prompt.
   """
-  options = predictor.with_options(measure=measure).options
+  options = bench.under(predictor, measure).options
   step = costs.decoding_costs(
     predictor.config,
     input_length=input_length,

@@ -56,7 +56,7 @@ def risk_figure(report: suite.TaskReport) -> Figure:
 
   def paint(axes: mpl_axes.Axes) -> None:
     for entry in _methods(report, "auto"):
-      style = figures.STYLES[entry.measure]
+      style = figures.style_of(entry.measure)
       axes.errorbar(
         [split.tolerance for split in entry.splits],
         [split.risk_mean for split in entry.splits],
@@ -89,7 +89,7 @@ def violations_figure(report: suite.TaskReport) -> Figure:
   def paint(axes: mpl_axes.Axes) -> None:
     entries = _methods(report, "auto")
     for turn, entry in enumerate(entries):
-      style = figures.STYLES[entry.measure]
+      style = figures.style_of(entry.measure)
       shares = [100 * trial.share for trial in entry.validity]
       low = [100 * max(0.0, trial.share - trial.interval[0]) for trial in entry.validity]
       high = [100 * max(0.0, trial.interval[1] - trial.share) for trial in entry.validity]

@@ -132,7 +132,7 @@ def curve_table(report: suite.TaskReport) -> Table:
   """The numbers behind Fig. 3."""
   rows = tuple(
     (
-      figures.STYLES[curve.name].title,
+      figures.style_of(curve.name).title,
       threshold(point.threshold) if curve.name in report.measures else "–",
       number(point.scores.layers),
       percent(point.scores.quality),

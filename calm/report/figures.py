@@ -41,6 +41,19 @@ STYLES: Mapping[str, Style] = {
   tradeoff.ORACLE: Style("#c2588f", "*", "none", "oracle"),
 }
 
+# For measures that may leave after some layers only ('softmax@2,4').
+_VARIANTS = (("#b8860b", "v"), ("#56b4e9", "P"), ("#404040", "h"))
+
+
+def style_of(name: str) -> Style:
+  """The style of a series by its name; a variant of a measure has one of its own."""
+  if name in STYLES:
+    return STYLES[name]
+  measure, _, layers = name.partition("@")
+  colour, marker = _VARIANTS[sum(map(ord, layers)) % len(_VARIANTS)]
+  return Style(colour, marker, "-", f"{STYLES[measure].title}, exits {layers}")
+
+
 _RC: dict[Any, Any] = {
   "font.size": 10,
   "font.family": "sans-serif",
@@ -122,7 +135,7 @@ def draw(name: str, title: str, caption: str, paint: Callable[[mpl_axes.Axes], N
 
 def plot(axes: mpl_axes.Axes, name: str, x: Sequence[float], y: Sequence[float]) -> None:
   """One series in its style."""
-  style = STYLES[name]
+  style = style_of(name)
   size = 11 if style.marker == "*" else None
   axes.plot(
     x,
