@@ -250,3 +250,9 @@ def record(
     rejected_confidences=put(generation.rejected_confidences, token_exit.rejected_confidence),
     scores=generation.scores + jnp.where(active, log_probability, 0.0),
   )
+
+
+def shift_positions(array: jax.Array, by: jax.Array, axis: int) -> jax.Array:
+  """`array` from index `by` of an axis on, with zeros behind."""
+  longer = jnp.concatenate([array, jnp.zeros_like(array)], axis=axis)
+  return lax.dynamic_slice_in_dim(longer, by, array.shape[axis], axis=axis)

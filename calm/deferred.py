@@ -169,7 +169,7 @@ class BoundDeferred:
     caches = engines.shifted(tuple(fill.cache for fill in cache.layers), by)
     filled = (jnp.maximum(fill.filled - by, 0) for fill in cache.layers)
     fills = tuple(map(LayerFill, caches, filled))
-    return DeferredCache(fills, engines.shift_positions(cache.states, by, 1))
+    return DeferredCache(fills, decoding.shift_positions(cache.states, by, axis=1))
 
   def decoder(self, position: jax.Array) -> step.DecoderStep:
     task, table = self.task, self.table

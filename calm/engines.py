@@ -10,7 +10,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from calm import decoding, exits, network, step
 
@@ -115,15 +114,10 @@ class Eager:
 def shifted(caches: tuple[step.Cache, ...], by: jax.Array) -> tuple[step.Cache, ...]:
   """Caches whose position `by` is now the first; what lies beyond the last is 0."""
   move = lambda cache: step.Cache(
-    shift_positions(cache.keys, by, 3), shift_positions(cache.values, by, 2)
+    decoding.shift_positions(cache.keys, by, axis=3),
+    decoding.shift_positions(cache.values, by, axis=2),
   )
   return tuple(map(move, caches))
-
-
-def shift_positions(array: jax.Array, by: jax.Array, axis: int) -> jax.Array:
-  """`array` from index `by` of an axis on, with zeros behind."""
-  longer = jnp.concatenate([array, jnp.zeros_like(array)], axis=axis)
-  return lax.dynamic_slice_in_dim(longer, by, array.shape[axis], axis=axis)
 
 
 def after(position: jax.Array, made: jax.Array) -> jax.Array:

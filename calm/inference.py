@@ -23,8 +23,10 @@ from calm import (
   devices,
   exits,
   network,
+  pools,
   programs,
   prompts,
+  refill,
   schedules,
   step,
 )
@@ -277,7 +279,7 @@ class Predictor:
         " number in [0, 1], or calm.schedules.NEVER_EXIT for the full model."
       )
     if threshold is not None:
-      _check_threshold(threshold)
+      schedules.check_threshold(threshold)
     items, timing = self._run(
       texts, schedules.NEVER_EXIT if threshold is None else threshold, rule
     )
@@ -287,19 +289,29 @@ class Predictor:
 
   def _run(self, texts, threshold: float, rule) -> tuple[list[outputs_lib.Output], Any]:
     traced = programs.TRACES.total()
-    encode_seconds = decode_seconds = 0.0
-    items: list[Any] = [None] * len(texts)
-    for batch in self.plan(texts):
+    encode_seconds = seconds = 0.0
+
+    def encode(batch: prompts.PromptBatch) -> step.Encoded:
+      nonlocal encode_seconds
       start = time.perf_counter()
       encoded = jax.block_until_ready(self.encode(batch))
       encode_seconds += time.perf_counter() - start
+      return encoded
+
+    items: list[Any] = [None] * len(texts)
+    for batches in prompts.together(self.plan(texts), pooled=self.options.refill):
       start = time.perf_counter()
-      generation = self.decode(encoded, batch.active, threshold, rule)
-      decode_seconds += time.perf_counter() - start
-      for i, row in enumerate(batch.rows):
-        items[row] = self.output(generation, i, batch.tokens.shape[1])
+      if len(batches) > 1:
+        pool = pools.PoolProgram(self.program(rule))
+        generation = pool.decode(self.weights, batches, threshold, encode)
+      else:
+        generation = self.decode(encode(batches[0]), batches[0].active, threshold, rule)
+      seconds += time.perf_counter() - start
+      for i, row in enumerate(np.concatenate([batch.rows for batch in batches])):
+        items[row] = self.output(generation, i, batches[0].tokens.shape[1])
     compilations = programs.TRACES.total() - traced
-    return items, outputs_lib.Timing(encode_seconds, decode_seconds, compilations)
+    timing = outputs_lib.Timing(encode_seconds, seconds - encode_seconds, compilations)
+    return items, timing
 
   def costs(
     self, outputs: Sequence[outputs_lib.Output], rule: exits.StepRule | None = None
@@ -311,11 +323,12 @@ class Predictor:
       rule: the rule that they were decoded with; None is the options' own.
     """
     total = costs_lib.Totals(0, costs_lib.Cost(), costs_lib.Cost())
+    limit = self.options.max_decode_length
     for length in sorted({output.input_length for output in outputs}):
       pieces = costs_lib.decoding_costs(
         self.config,
         input_length=length,
-        cache_length=self.options.max_decode_length,
+        cache_length=refill.num_slots(limit) if self.options.refill else limit,
         rule=rule or self.options.rule,
         num_pieces=self.vocabulary.vocab_size,
         shortlist=len(self.options.shortlist or ()),
@@ -341,11 +354,4 @@ class Predictor:
       num_layers=self.num_layers,
       eos_id=self.eos_id,
       input_length=input_length,
-    )
-
-
-def _check_threshold(threshold: float) -> None:
-  if not (0.0 <= threshold <= 1.0 or threshold == schedules.NEVER_EXIT):
-    raise ValueError(
-      f"Expected `threshold` in [0, 1], or calm.schedules.NEVER_EXIT. Got {threshold!r}."
     )

@@ -15,7 +15,7 @@ from calm.calibrate import Procedure
 
 @dataclasses.dataclass(frozen=True)
 class DecodeOptions:
-  """How prompts are decoded; all of it belongs to the `Procedure`, but for the last three.
+  """How prompts are decoded; all of it belongs to the `Procedure`, but for the last four.
 
   Attributes:
     measure: confidence measure: 'softmax', 'state' or 'classifier'.
@@ -31,6 +31,8 @@ class DecodeOptions:
     num_devices: devices that the prompts are spread over; results do not depend on it.
     engine: how decode steps run, `compacted.Compacted()` for large batches of mixed depths;
       results do not depend on it. None takes the default for the rule.
+    refill: whether `generate` puts the next prompt into a row whose text has ended, for lists
+      that are longer than a batch. On one device; results do not depend on it in float32.
   """
 
   measure: str = "softmax"
@@ -44,11 +46,16 @@ class DecodeOptions:
   batch_size: int = 8
   num_devices: int = 1
   engine: engines.Engine | None = None
+  refill: bool = False
 
   def __post_init__(self):
     for name in ("max_input_length", "max_decode_length", "batch_size", "num_devices"):
       if getattr(self, name) < 1:
         raise ValueError(f"Expected `{name}` of at least 1. Got {getattr(self, name)}.")
+    if self.refill and self.num_devices > 1:
+      raise ValueError(
+        f"Expected `num_devices` of 1 with `refill`. Got {self.num_devices}; leave one out."
+      )
 
   @functools.cached_property
   def rule(self) -> exits.DynamicExits:

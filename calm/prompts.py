@@ -1,6 +1,7 @@
 """Prompts as padded batches: tokenised, cut to length, bucketed for few compilations."""
 
 import dataclasses
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -87,6 +88,16 @@ def plan(
       size = batch_size if whole_batches else bucket_size(len(rows), batch_size)
       batches.append(_pad(tokens, rows, int(length), size))
   return batches
+
+
+def together(
+  batches: Sequence[PromptBatch], *, pooled: bool = False
+) -> list[list[PromptBatch]]:
+  """Batches that share a pool of rows: those of one padded length, or each alone."""
+  if not pooled:
+    return [[batch] for batch in batches]
+  groups = itertools.groupby(batches, key=lambda batch: batch.tokens.shape[1])
+  return [list(group) for _, group in groups]
 
 
 def _pad(tokens, rows: np.ndarray, length: int, size: int) -> PromptBatch:

@@ -66,3 +66,11 @@ def schedule(name: str, **numbers: Any) -> Schedule:
   if name not in kinds:
     raise ValueError(f"Expected `schedule` to be one of {sorted(kinds)}. Got {name!r}.")
   return kinds[name](**numbers)
+
+
+def check_threshold(threshold: float) -> None:
+  """ValueError where a threshold is neither in [0, 1] nor `NEVER_EXIT`."""
+  if not (0.0 <= threshold <= 1.0 or threshold == NEVER_EXIT):
+    raise ValueError(
+      f"Expected `threshold` in [0, 1], or calm.schedules.NEVER_EXIT. Got {threshold!r}."
+    )

@@ -18,7 +18,17 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 # Modules whose jaxtyping annotations are checked at every call (`calibrate` has none).
 CHECKED = (
   *("confidence", "decoding", "exits", "inference", "layers", "losses", "network"),
-  *("objectives", "outputs", "programs", "prompts", "propagation", "schedules", "step"),
+  *(
+    "objectives",
+    "outputs",
+    "programs",
+    "pools",
+    "prompts",
+    "propagation",
+    "refill",
+    "schedules",
+    "step",
+  ),
 )
 
 

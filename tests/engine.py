@@ -147,8 +147,16 @@ def compare(toy, rule, threshold, prompts=PROMPTS, engine=None) -> np.ndarray:
   """Holds everything of one run against the yardstick; exit layers of the real tokens."""
   state = run(toy, rule, threshold, prompts, engine=engine)
   rows = reference_rows(toy, rule, threshold, prompts)
-  got = state.generation
-  for i in agreeing_rows(rows, got):
+  for i in compare_generation(rows, state.generation):
+    compare_memory(state.cache, rows[i], i, len(rows[i].tokens))
+  layers = np.asarray(state.generation.exit_layers)
+  return layers[layers > 0]
+
+
+def compare_generation(rows: list[reference.Decoded], got: decoding.Generation) -> list[int]:
+  """Holds a generation against the yardstick; the rows without a tie."""
+  agreeing = agreeing_rows(rows, got)
+  for i in agreeing:
     row, length = rows[i], len(rows[i].tokens)
     assert not np.asarray(got.tokens)[i, length:].any()
     assert not np.asarray(got.confidences)[i, length:].any()
@@ -157,9 +165,7 @@ def compare(toy, rule, threshold, prompts=PROMPTS, engine=None) -> np.ndarray:
       got.rejected_confidences[i, :length], row.rejected_confidences, atol=1e-4
     )
     np.testing.assert_allclose(got.scores[i], row.score, rtol=1e-4, atol=1e-4)
-    compare_memory(state.cache, row, i, length)
-  layers = np.asarray(got.exit_layers)
-  return layers[layers > 0]
+  return agreeing
 
 
 def compare_memory(caches, row, i: int, length: int) -> None:

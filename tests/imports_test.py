@@ -22,6 +22,7 @@ MAY_IMPORT = {
   "exits": {"confidence", "propagation", "schedules", "walk"},
   "walk": {"confidence", "propagation"},
   "decoding": {"exits"},
+  "refill": {"decoding"},
   "outputs": {"colours"},
   "prompts": {"vocabulary"},
   "step": {"layers", "network", "propagation", "weights"},

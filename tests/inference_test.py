@@ -79,6 +79,34 @@ def test_the_engine_is_an_option_that_changes_nothing(model, generated):
   assert other.procedure == model.procedure
 
 
+def test_refilled_rows_change_nothing(model):
+  # More prompts of either padded length than rows.
+  texts, rule = [text + str(i) for i in range(3) for text in TEXTS], exits.StaticExit()
+  plain = model.generate(texts, rule=rule)
+  other = model.with_options(refill=True, batch_size=3)
+  got = other.generate(texts, rule=rule)
+  assert rows(got) == rows(plain) and len({len(output.tokens) for output in got}) > 1
+  np.testing.assert_allclose([o.score for o in got], [o.score for o in plain], rtol=1e-4)
+  assert [o.input_length for o in got] == [o.input_length for o in plain]
+  # One program each a length: encode, advance, take in and, where slots ran out, shift.
+  assert 2 * 3 <= got.timing.compilations <= 2 * 4
+  again = other.generate(texts[::-1], rule=rule)
+  assert rows(again) == rows(plain)[::-1] and again.timing.compilations <= 2
+  assert again.timing.encode_seconds > 0 and again.timing.decode_seconds > 0
+  assert rows(other.generate(texts[:2], rule=rule)) == rows(plain)[:2]
+  assert other.procedure == model.procedure
+  # Its caches are longer, and a step reads them whole.
+  assert other.costs(got).full.bytes > model.costs(plain).full.bytes
+
+
+def test_rows_are_not_refilled_where_that_could_change_results(directory):
+  narrow = inference.load(directory, dtype="bfloat16", refill=True, **OPTIONS)
+  with pytest.raises(ValueError, match=r"in float32 for rows that are refilled.*Got bfloat16"):
+    narrow.generate(["short"] * 5, threshold=0.5)
+  with pytest.raises(ValueError, match=r"`num_devices` of 1 with `refill`\. Got 2"):
+    inference.DecodeOptions(num_devices=2, refill=True)
+
+
 def test_an_output_is_whole(model, generated):
   layers = set()
   for output in generated:
@@ -136,7 +164,7 @@ def test_every_option_but_the_batch_size_belongs_to_the_procedure(model):
     "max_decode_length": 9,
   }
   fields = {field.name for field in dataclasses.fields(inference.DecodeOptions)}
-  assert fields == {*changes, "batch_size", "num_devices", "engine", "shortlist"}
+  assert fields == {*changes, "batch_size", "num_devices", "engine", "refill", "shortlist"}
   for name, value in changes.items():
     other = model.with_options(**{name: value}).procedure
     assert set(model.procedure.differences(other)) == {name}

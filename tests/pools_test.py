@@ -1,0 +1,99 @@
+"""Refilled rows of toy networks: each text as the yardstick decodes it alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from calm import (
+  compacted,
+  confidence,
+  deferred,
+  engines,
+  exits,
+  pools,
+  programs,
+  prompts,
+  schedules,
+)
+from tests import engine, hlo, hlo_test, toys
+
+NEVER = schedules.NEVER_EXIT
+PROMPTS = toys.prompts(5, batch=23, length=12, num_pieces=toys.Config().num_pieces)
+SOFTMAX, STATE, CLASSIFIER = (
+  confidence.MEASURES[name] for name in ("softmax", "state", "classifier")
+)
+COMPACTED = compacted.Compacted(buckets=(2,), copied_part=0.5)
+
+
+@functools.cache
+def uneven_toy() -> engine.Toy:
+  """Texts of one token up to the limit."""
+  sizes = toys.Config()
+  params = toys.params(sizes, seed=1)
+  params["decoder"]["logits_dense"]["kernel"][:, toys.EOS_ID] *= 4
+  return engine.of_params(params, sizes)
+
+
+def decode(toy, rule, threshold, made=None, tokens=PROMPTS, size=4):
+  program = programs.Program(toy.config, rule, engine.LENGTH, engine=made)
+  rows = [row[row > 0].tolist() for row in tokens]
+  batches = prompts.plan(rows, batch_size=size, max_input_length=12)
+  encode = lambda batch: program.encode(toy.weights, jnp.asarray(batch.tokens))
+  return pools.PoolProgram(program).decode(toy.weights, batches, threshold, encode)
+
+
+@pytest.mark.parametrize(
+  ("rule", "made"),
+  [
+    (exits.DynamicExits(CLASSIFIER), deferred.Deferred(8)),
+    (exits.DynamicExits(SOFTMAX, engine.DECAYING), engines.Eager()),
+    (exits.DynamicExits(STATE, engine.DECAYING, (2, 3)), COMPACTED),
+    (exits.StaticExit(), engines.Eager()),
+  ],
+  ids=["deferred", "eager", "compacted", "static"],
+)
+def test_the_yardstick(rule, made):
+  toy, seen, lengths = uneven_toy(), set(), set()
+  traced = programs.TRACES["advance"]
+  thresholds = (0.0,) if isinstance(rule, exits.StaticExit) else (0.3, 0.6, 0.9, NEVER)
+  for threshold in thresholds:
+    got = decode(toy, rule, threshold, made)
+    engine.compare_generation(engine.reference_rows(toy, rule, threshold, PROMPTS), got)
+    seen |= set(got.exit_layers[got.exit_layers > 0].tolist())
+    lengths |= set((got.exit_layers > 0).sum(axis=1).tolist())
+  assert len(seen) >= min(2, len(thresholds))
+  assert {1, engine.LENGTH} < lengths
+  assert programs.TRACES["advance"] == traced + 1
+
+
+@pytest.mark.parametrize(("count", "size"), [(5, 1), (3, 4)])
+def test_one_row_and_more_rows_than_prompts(count, size):
+  toy, rule, tokens = uneven_toy(), exits.DynamicExits(CLASSIFIER), PROMPTS[:count]
+  got = decode(toy, rule, 0.6, deferred.Deferred(8), tokens, size)
+  rows = engine.reference_rows(toy, rule, 0.6, tokens)
+  assert engine.compare_generation(rows, got) == list(range(count))
+
+
+@pytest.mark.parametrize(
+  "rule", [hlo_test.SHALLOW, exits.StaticExit()], ids=["deferred", "static"]
+)
+def test_no_operation_in_the_loop_makes_half_of_a_layers_cache(rule):
+  toy = engine.toy(num_decoder_layers=3, num_encoder_layers=1)
+  pool = pools.PoolProgram(programs.Program(toy.config, rule, hlo_test.LENGTH))
+  rows, room = pool.empty(toy.weights, engine.encode(toy))
+  kept, tree = jax.tree.flatten((toy.weights, room, jnp.float32(0), jnp.int32(1)))
+  given, pool_tree = jax.tree.flatten(rows)
+
+  def run(kept, given):
+    weights, room, *numbers = jax.tree.unflatten(tree, kept)
+    return pool.advance(weights, room, jax.tree.unflatten(pool_tree, given), *numbers)
+
+  text = jax.jit(run, donate_argnums=1).lower(kept, given).compile().as_text() or ""
+  assert not [op.text for op in hlo.large(text, hlo_test.half_a_layers_cache())]
+  sizes = [operation.elements for operation in hlo.in_loops(text)]
+  assert max(sizes) >= hlo_test.half_a_layers_cache()
+  # Outside of the loop neither: the caches that came in are the ones that go out.
+  copies = [op for ops in hlo.computations(text).values() for op in ops if op.opcode == "copy"]
+  assert not [op.text for op in copies if op.elements >= hlo_test.half_a_layers_cache()]
