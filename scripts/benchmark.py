@@ -106,6 +106,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   add("--engines", type=words, default=tuple(systems.ENGINES), help="ways of running the loop")
   add("--thresholds", type=floats, default=(), help="real exits too, at these thresholds")
   add("--systems", type=words, default=(), help="only rows that contain one of these words")
+  add("--brief", type=words, default=(), help="the same, where a length is not the least")
+  add("--exit_layers", type=ints, default=None, help="where --thresholds may leave; all")
   add("--peers", type=words, default=tuple(peer.name for peer in peers.PEERS))
   add("--repeats", type=int, default=7)
   add("--num_prompts", type=int, default=16, help="prompts of the packed model")
@@ -150,14 +152,17 @@ def rows_of(setting: models.Setting, options: argparse.Namespace, log) -> list[R
   model = models.load(setting.shape, options.dtype, options.shortlist)
   ours = systems.Ours(model, setting)
   thresholds = options.thresholds if setting.shape == "packed" else ()
-  everything = ours.systems(options.depths, options.measures, thresholds, options.engines)
+  everything = ours.systems(
+    options.depths, options.measures, thresholds, options.engines, options.exit_layers
+  )
   for peer in peers.PEERS:
     if peer.name in options.peers and not peers.not_installed(*peer.packages):
       everything += peer.systems(model, setting, options.depths)
+  words = chosen_words(setting, options)
   wanted = [
     system
     for i, system in enumerate(everything)
-    if i == 0 or not options.systems or any(word in system.name for word in options.systems)
+    if i == 0 or not words or any(word in system.name for word in words)
   ]
   times = [_first_run(system, log) for system in wanted]
   step_bytes = _step_bytes(ours)
@@ -170,6 +175,14 @@ def rows_of(setting: models.Setting, options: argparse.Namespace, log) -> list[R
     for time_ in times[turn:] + times[:turn]:
       _run(time_)
   return _table(setting, model, times, max(speeds))
+
+
+def chosen_words(setting: models.Setting, options: argparse.Namespace) -> tuple[str, ...]:
+  """What the rows of a setting contain one of; () for all rows."""
+  least = min(options.input_lengths), min(options.decode_lengths)
+  if options.brief and (setting.input_length, setting.decode_length) != least:
+    return options.brief
+  return options.systems
 
 
 def _step_bytes(ours: systems.Ours) -> float:

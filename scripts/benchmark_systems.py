@@ -87,6 +87,7 @@ class Ours:
     measures: Sequence[str],
     thresholds: Sequence[float],
     engines: Sequence[str],
+    exit_layers: tuple[int, ...] | None = None,
   ) -> list[System]:
     """Full depth, the static models, then the dynamic exits of every measure and engine."""
     num_layers = self.model.config.num_decoder_layers
@@ -101,7 +102,7 @@ class Ours:
         for name, trace in forced.items():
           made.append(self.forced(f"{measure}, {name}", measure, trace, engine))
         for threshold in thresholds:
-          rule = exits.DynamicExits(confidence.measure(measure))
+          rule = exits.DynamicExits(confidence.measure(measure), allowed=exit_layers)
           name = f"{measure}, threshold {threshold:g}, {engine}"
           made.append(self.system(name, rule, None, threshold, engine))
     return made
