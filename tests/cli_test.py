@@ -86,6 +86,13 @@ def test_generate_calibrate_infer(model, prompts, cached, tmp_path, capsys):
   column = loaded.thresholds.tolist().index(calibration.threshold)
   expected = [record.prediction for record in loaded.records[column]]
   assert [line["prediction"] for line in lines] == expected
+  refilled = tmp_path / "refilled.jsonl"
+  options = ["--refill", "--batch_size=2", f"--output={refilled}"]
+  assert cli.main([*infer, *options]) == 0
+  of = lambda line: (line["id"], line["tokens"], line["exit_layers"])
+  assert [of(json.loads(line)) for line in refilled.read_text().splitlines()] == [
+    of(line) for line in lines
+  ]
 
 
 def test_infer_refuses_another_procedure(model, prompts, cached, tmp_path, capsys):

@@ -32,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="decode although the calibration is for another procedure; no promise holds",
   )
   parser.add_argument(
+    "--refill",
+    action="store_true",
+    help="put the next prompt into a row whose text has ended: fewer steps for long lists"
+    " (one device, float32)",
+  )
+  parser.add_argument(
     "--output", metavar="FILE", help="JSON Lines to write; default: texts to the screen"
   )
   parser.add_argument(
@@ -59,13 +65,16 @@ def run(arguments: argparse.Namespace) -> int:
 
   console = rich_console.Console(stderr=True)
   load = common.configured(arguments, inference.load)
+  options = model_flags.decode_options(arguments)
+  if arguments.refill:
+    options["refill"] = True
   with common.called("--model"):
     predictor = load(
       arguments.model,
       calibration=arguments.calibration,
       void_guarantee=arguments.void_guarantee,
       dtype=arguments.dtype,
-      **model_flags.decode_options(arguments),
+      **options,
     )
   with console.status(f"decoding {len(prompts)} prompts"):
     outputs = predictor.generate([prompt.input for prompt in prompts], threshold=threshold)
