@@ -103,7 +103,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
         f"Expected `label_smoothing` of 0. Got {label_smoothing}; the layer-weighted loss has"
         " none: leave it out."
       )
-    _check_threshold(threshold)
+    schedules.check_threshold(threshold)
     super().__init__(
       module=network.Transformer(config_of(module)),
       input_vocabulary=input_vocabulary,
@@ -332,13 +332,6 @@ def _with_rng(options: dict[str, Any], rng: jax.Array | None) -> dict[str, Any]:
       "Expected one random key. Got `rng` and `decoder_params['decode_rng']`; leave one out."
     )
   return {**options, "decode_rng": rng}
-
-
-def _check_threshold(threshold: float) -> None:
-  if not (0.0 <= threshold <= 1.0 or threshold == schedules.NEVER_EXIT):
-    raise ValueError(
-      f"Expected `threshold` in [0, 1], or calm.schedules.NEVER_EXIT. Got {threshold!r}."
-    )
 
 
 def _metrics(loss: jax.Array, sums: objectives.BatchMetrics, batch: Batch) -> dict[str, Any]:

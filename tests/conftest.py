@@ -18,17 +18,8 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 # Modules whose jaxtyping annotations are checked at every call (`calibrate` has none).
 CHECKED = (
   *("confidence", "decoding", "exits", "inference", "layers", "losses", "network"),
-  *(
-    "objectives",
-    "outputs",
-    "programs",
-    "pools",
-    "prompts",
-    "propagation",
-    "refill",
-    "schedules",
-    "step",
-  ),
+  *("objectives", "options", "outputs", "pools", "programs", "prompts", "propagation"),
+  *("refill", "schedules", "step"),
 )
 
 
