@@ -80,18 +80,18 @@ def test_the_engine_is_an_option_that_changes_nothing(model, generated):
 
 
 def test_refilled_rows_change_nothing(model):
-  # More prompts of either padded length than rows.
-  texts, rule = [text + str(i) for i in range(3) for text in TEXTS], exits.StaticExit()
+  # More prompts of the one padded length than rows, and two of the other, which are a batch.
+  texts, rule = [*TEXTS, *(f"text {i}" for i in range(8))], exits.StaticExit()
   plain = model.generate(texts, rule=rule)
-  other = model.with_options(refill=True, batch_size=3)
+  other = model.with_options(refill=True)
   got = other.generate(texts, rule=rule)
   assert rows(got) == rows(plain) and len({len(output.tokens) for output in got}) > 1
   np.testing.assert_allclose([o.score for o in got], [o.score for o in plain], rtol=1e-4)
   assert [o.input_length for o in got] == [o.input_length for o in plain]
-  # One program each a length: encode, advance, take in and, where slots ran out, shift.
-  assert 2 * 3 <= got.timing.compilations <= 2 * 4
+  # The prompts were encoded before: advance, take in and, where slots ran out, shift.
+  assert 2 <= got.timing.compilations <= 3
   again = other.generate(texts[::-1], rule=rule)
-  assert rows(again) == rows(plain)[::-1] and again.timing.compilations <= 2
+  assert rows(again) == rows(plain)[::-1] and again.timing.compilations <= 1
   assert again.timing.encode_seconds > 0 and again.timing.decode_seconds > 0
   assert rows(other.generate(texts[:2], rule=rule)) == rows(plain)[:2]
   assert other.procedure == model.procedure

@@ -27,6 +27,21 @@ SOFTMAX, STATE, CLASSIFIER = (
 COMPACTED = compacted.Compacted(buckets=(2,), copied_part=0.5)
 
 
+def quick(method, *donated: str):
+  """Compiled without LLVM trying hard: toys compute in no time and compile for long."""
+  options = {"xla_backend_optimization_level": 0}
+  return jax.jit(
+    method.__wrapped__, static_argnums=0, donate_argnames=donated, compiler_options=options
+  )
+
+
+class QuickPool(pools.PoolProgram):
+  empty = quick(pools.PoolProgram.empty)
+  advance = quick(pools.PoolProgram.advance, "pool")
+  take_in = quick(pools.PoolProgram.take_in, "pool", "encoded")
+  shift = quick(pools.PoolProgram.shift, "pool")
+
+
 @functools.cache
 def uneven_toy() -> engine.Toy:
   """Texts of one token up to the limit."""
@@ -41,7 +56,7 @@ def decode(toy, rule, threshold, made=None, tokens=PROMPTS, size=4):
   rows = [row[row > 0].tolist() for row in tokens]
   batches = prompts.plan(rows, batch_size=size, max_input_length=12)
   encode = lambda batch: program.encode(toy.weights, jnp.asarray(batch.tokens))
-  return pools.PoolProgram(program).decode(toy.weights, batches, threshold, encode)
+  return QuickPool(program).decode(toy.weights, batches, threshold, encode)
 
 
 @pytest.mark.parametrize(
