@@ -16,6 +16,7 @@ validation.jsonl.gz and test.jsonl.gz in it.
   calm report --model=my_model --data=data --tasks synopsis qa enfr --output=runs/report
   calm report --data=data --output=runs/report --measures classifier --timed=40 --rounds=5
   calm report --data=data --output=runs/report --geometric_model=runs/elbayad/model
+  calm report --data=data --output=runs/report --measures softmax softmax@2,4 classifier
 
 Seconds are worth what the machine was free of while they were measured; --retime measures
 them again.
@@ -54,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--measures",
     nargs="+",
     default=["softmax", "shortlist", "classifier", "state"],
-    help="confidence measures (default: all that the model has)",
+    help="confidence measures (default: all that the model has); softmax@2,4 may leave after"
+    " those layers only",
   )
   parser.add_argument(
     "--step", type=float, default=0.02, help="between the thresholds of Fig. 2c (0.02)"
@@ -64,6 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument("--geometric_model", help="classifier trained Elbayad's way, for App. D")
   parser.add_argument("--last_layer_model", help="a model trained without Eq. 6")
+  parser.add_argument(
+    "--all_layers_model", help="the same trained with Eq. 6, beside it (default --model)"
+  )
+  parser.add_argument(
+    "--objective_tasks",
+    nargs="+",
+    help="tasks that these two were trained on (default: those of --tasks)",
+  )
   parser.add_argument("--batch_size", type=int, default=8, help="prompts decoded together (8)")
   parser.add_argument("--error_rate", type=float, default=0.05, help="epsilon (0.05)")
   parser.add_argument("--examples", type=int, default=6, help="outputs to show a task (6)")
@@ -104,6 +114,7 @@ def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, announce):
   from calm.experiments import bench, suite, task_settings
 
   tasks = [task_settings.task(name) for name in arguments.tasks]
+  compared = [task_settings.task(name) for name in arguments.objective_tasks or ()] or tasks
   options = bench.Options(
     limit=arguments.limit,
     timed=arguments.timed,
@@ -120,6 +131,7 @@ def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, announce):
       ("predictor", arguments.model),
       ("geometric", arguments.geometric_model),
       ("last_layer", arguments.last_layer_model),
+      ("all_layers", arguments.all_layers_model),
     )
     if path
   }
@@ -132,6 +144,7 @@ def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, announce):
         max_decode_length=settings.max_decode_length,
       )
       for name, model in models.items()
+      if settings in compared or name not in ("last_layer", "all_layers")
     }
     if arguments.retime:
       for old in (cache / "results" / settings.name).glob("seconds-*.json"):

@@ -94,10 +94,12 @@ class Suite(bench.Bench):
   Attributes:
     geometric: the same model with an exit classifier trained Elbayad's way, or None.
     last_layer: a model trained without Eq. 6, or None.
+    all_layers: a model trained like `last_layer`, but with Eq. 6; None: the predictor.
   """
 
   geometric: inference.Predictor | None = None
   last_layer: inference.Predictor | None = None
+  all_layers: inference.Predictor | None = None
 
   def run(self) -> TaskReport:
     """All experiments, in an order that reuses what came before."""
@@ -332,6 +334,7 @@ class Suite(bench.Bench):
     """What Eq. 6 costs at full depth, and gives below it."""
     if self.last_layer is None:
       return None
+    with_eq_6 = dataclasses.replace(self, predictor=self.all_layers or self.predictor)
     other = dataclasses.replace(self, predictor=self.last_layer)
-    depths = {models.ALL_LAYERS: self.static, models.LAST_LAYER: other.static}
+    depths = {models.ALL_LAYERS: with_eq_6.static, models.LAST_LAYER: other.static}
     return models.objectives(self.validation, depths, self.settings.metric)
