@@ -23,7 +23,7 @@ MAY_IMPORT = {
   "walk": {"confidence", "propagation"},
   "decoding": {"exits"},
   "refill": {"decoding"},
-  "outputs": {"colours"},
+  "outputs": {"calibrate", "colours"},
   "prompts": {"vocabulary"},
   "step": {"layers", "network", "propagation", "weights"},
   "weights": {"network"},

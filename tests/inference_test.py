@@ -273,7 +273,7 @@ def test_a_checkpoint_may_bring_its_own_defaults(tmp_path):
 def test_outputs_fit_terminals_and_notebooks(model, generated):
   assert repr(generated).startswith("6 outputs, threshold 0.6, ")
   page = outputs_test.Page(generated._repr_html_())
-  assert set(page.tags) == {"div", "p", "span"}
+  assert set(page.tags) == {"div", "p", "span", "style"}
   for output in generated:
     assert outputs_test.Page(output._repr_html_()).text
   assert "params" not in repr(model) and len(repr(model)) < 1500
