@@ -65,9 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument(
     "--exit_layers",
-    default=EXIT_LAYERS,
     metavar="LAYERS",
-    help="layers after which a token may leave (default 2,4), or all",
+    help="layers after which a token may leave, like 2,4 (default for 'packed'), or all",
   )
   parser.add_argument(
     "--model", default="packed", metavar="FOLDER", help="a checkpoint, or 'packed' (default)"
@@ -116,14 +115,12 @@ def run(arguments: argparse.Namespace) -> int:
 
   console = rich_console.Console()
   with common.called("--model"):
-    layers = None
-  if arguments.exit_layers != "all":
-    layers = model_flags.parse_layers(arguments.exit_layers)
+    named = arguments.exit_layers or (EXIT_LAYERS if arguments.model == "packed" else "all")
+  layers = None if named == "all" else model_flags.parse_layers(named)
   predictor = inference.load(arguments.model, measure=arguments.measure, exit_layers=layers)
   console.print(
     f"[bold]1. Decode[/bold] {len(calibration_prompts)} calibration prompts at full depth and"
-    f" over the grid of the measure '{arguments.measure}', exits after layers"
-    f" {arguments.exit_layers}."
+    f" over the grid of the measure '{arguments.measure}', exits after layers {named}."
   )
   with tempfile.TemporaryDirectory() as scratch:
     folder = pathlib.Path(arguments.output or scratch)
