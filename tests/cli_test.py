@@ -127,10 +127,11 @@ def test_reuse_and_plain_decoding_give_identical_caches(model, prompts, cached, 
 
 def test_one_prompt_and_standard_input(model, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one prompt\n")))
-  arguments = ["--prompts=-", "--threshold=never", *DECODE]
+  arguments = ["--prompts=-", "--threshold=never", "--colour", *DECODE]
   assert cli.main(["infer", f"--model={model}", *arguments]) == 0
   captured = capsys.readouterr()
   assert len(captured.out.splitlines()) >= 1
+  assert captured.out.startswith("[3]") and "[n]: the text that follows" in captured.err
   assert "1 prompt, threshold never, 3.00 of 3" in captured.err
 
 
@@ -210,6 +211,22 @@ def test_rates_are_checked_before_anything_is_decoded(model, prompts, tmp_path, 
       options += [f"--prompts={prompts}", "--until-certified", *DECODE]
     assert words in failure(capsys, [command, *options])
   assert not output.exists()
+
+
+def test_demo_decodes_calibrates_and_compares(model, tmp_path, capsys):
+  short = tmp_path / "short"
+  shutil.copytree(model, short)
+  (short / "inference.json").write_text('{"max_decode_length": 4, "max_input_length": 1024}')
+  output = tmp_path / "demo"
+  arguments = ["demo", f"--model={short}", f"--output={output}", "--limit=2", "--examples=1"]
+  assert cli.main([*arguments, "--tolerance=0.9", "--error_rate=0.2"]) == 0
+  text = capsys.readouterr().out
+  steps = ("1. Decode", "2. Calibrate", "3. Decode", "speed-up", "Measured risk", "4. Outputs")
+  assert [text.index(step) for step in steps] == sorted(text.index(step) for step in steps)
+  for word in ("certified", "full depth", "early exit", "tolerance 0.9", "reference", "early "):
+    assert word in text, word
+  assert Calibration.load(output / "calibration.json").procedure is not None
+  assert len(generations.load(output).thresholds) == 20
 
 
 def test_bytes_that_are_no_text_are_no_prompts(model, tmp_path, capsys, monkeypatch):

@@ -114,10 +114,10 @@ def run(arguments: argparse.Namespace) -> int:
   from calm import inference
 
   console = rich_console.Console()
-  with common.called("--model"):
-    named = arguments.exit_layers or (EXIT_LAYERS if arguments.model == "packed" else "all")
+  named = arguments.exit_layers or (EXIT_LAYERS if arguments.model == "packed" else "all")
   layers = None if named == "all" else model_flags.parse_layers(named)
-  predictor = inference.load(arguments.model, measure=arguments.measure, exit_layers=layers)
+  with common.called("--model"):
+    predictor = inference.load(arguments.model, measure=arguments.measure, exit_layers=layers)
   console.print(
     f"[bold]1. Decode[/bold] {len(calibration_prompts)} calibration prompts at full depth and"
     f" over the grid of the measure '{arguments.measure}', exits after layers {named}."

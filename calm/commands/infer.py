@@ -10,9 +10,11 @@ A calibration that was made for another model or other options is refused.
 import argparse
 import json
 import pathlib
+import sys
 
 from rich import console as rich_console
 
+from calm import colours
 from calm.calibrate import Prompt, files, thresholds
 from calm.commands import common, model_flags
 
@@ -63,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
   common.use_compilation_cache()
   from calm import inference
 
-  console = rich_console.Console(stderr=True)
+  console = rich_console.Console(stderr=True, highlight=False)
   load = common.configured(arguments, inference.load)
   options = model_flags.decode_options(arguments)
   if arguments.refill:
@@ -84,6 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
   else:
     for output in outputs:
       print(output.coloured() if arguments.colour else output.text)
+    if arguments.colour:
+      print(colours.legend_terminal(outputs.num_layers), file=sys.stderr)
   timing = outputs.timing
   assert outputs.threshold is not None
   shown = thresholds.format_threshold(outputs.threshold)
