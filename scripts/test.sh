@@ -27,18 +27,33 @@ environment .venv-test -e '.[train,report,test]'
 # Calibration promises to need numpy and scipy only: its tests run where nothing else is.
 environment .venv-calibrate . pytest hypothesis
 
+without_jax() {
+  .venv-calibrate/bin/python - <<'PYTHON'
+import importlib.util
+present = [m for m in ("jax", "flax", "tensorflow", "seqio") if importlib.util.find_spec(m)]
+assert not present, f"expected an environment without {present}"
+PYTHON
+  .venv-calibrate/bin/python -m pytest -p no:cacheprovider tests/calibrate
+}
+
+# Neither these tests nor the type checker use more than one core: they run side by side.
+log="$(mktemp)"
+(set -e; without_jax) > "$log" 2>&1 &
+calibrate=$!
+trap 'kill "$calibrate" 2> /dev/null || true; rm -f "$log"' EXIT
+
 echo "== lint and types"
 .venv-test/bin/ruff format --check .
 .venv-test/bin/ruff check .
 .venv-test/bin/pyright --pythonpath .venv-test/bin/python
 
 echo "== calm.calibrate without JAX"
-.venv-calibrate/bin/python - <<'PYTHON'
-import importlib.util
-present = [m for m in ("jax", "flax", "tensorflow", "seqio") if importlib.util.find_spec(m)]
-assert not present, f"expected an environment without {present}"
-PYTHON
-.venv-calibrate/bin/python -m pytest -p no:cacheprovider tests/calibrate
+status=0
+wait "$calibrate" || status=$?
+cat "$log"
+[[ $status == 0 ]] || exit "$status"
+rm "$log"
+trap - EXIT
 
 echo "== tests"
 exec .venv-test/bin/python -m pytest "$@"
