@@ -93,10 +93,14 @@ class TrainConfig:
 
 def init_params(config: network.T5Config, seed: int) -> Params:
   """Fresh parameters of a model."""
+  return _init(config, jax.random.key(seed))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(config: network.T5Config, key: jax.Array) -> Params:
   tokens = jnp.ones((1, 2), jnp.int32)
-  module = network.Transformer(config)
-  init = lambda key: module.init(key, tokens, tokens, tokens, enable_dropout=False)["params"]
-  return jax.jit(init)(jax.random.key(seed))
+  made = network.Transformer(config).init(key, tokens, tokens, tokens, enable_dropout=False)
+  return made["params"]
 
 
 def make_optimizer(

@@ -56,7 +56,9 @@ def by_steps(toy):
   return stack(0), stack(1), stack(2), caches, pairs
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(
+  jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
+)
 def teacher_forced(config, params):
   model, variables = network.Transformer(config), {"params": params}
   hidden = model.apply(

@@ -74,11 +74,13 @@ _compiled = {}
 
 def compiled(module, config, objective, batch):
   """Update and validation, traced once for all runs of one configuration."""
-  if (module, config) not in _compiled:
+  # Of a configuration, the update knows no more than this.
+  key = module, config.num_steps, config.schedule, config.optimizer, config.seed
+  if key not in _compiled:
     params = training.init_params(module.config, seed=0)
     step = training.make_train_step(module, config, objective, params)
-    _compiled[module, config] = step, training.make_eval_fn(module, objective, [batch(0)])
-  return _compiled[module, config]
+    _compiled[key] = step, training.make_eval_fn(module, objective, [batch(0)])
+  return _compiled[key]
 
 
 # log_every does not divide eval_every: windows must still not cross a checkpoint.
@@ -98,9 +100,21 @@ t.Toy(t.CONFIG).fit(pathlib.Path(sys.argv[1]), training.Listener(on_step=note))
 """
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """(folder, toy, leaves at the end) of a run that nobody stopped; tests only read it."""
+  folder = tmp_path_factory.mktemp("training") / "whole"
+  toy = Toy(CONFIG)
+  with jax.numpy_dtype_promotion("standard"):
+    return folder, toy, leaves(toy.fit(folder))
+
+
 def run_until_killed(output_dir, step):
   environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
   environment["JAX_NUMPY_DTYPE_PROMOTION"] = "standard"
+  # As `calm train` does: what was compiled before the kill is not compiled again.
+  environment["JAX_COMPILATION_CACHE_DIR"] = str(output_dir.parent / "xla")
+  environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
   return subprocess.run(
     [sys.executable, "-c", SCRIPT, str(output_dir), str(step)],
     env=environment, capture_output=True, text=True, check=False, cwd=REPOSITORY,
@@ -116,9 +130,8 @@ def leaves(state):
   return jax.tree.leaves(jax.tree.map(np.asarray, state.params))
 
 
-def test_a_run_killed_twice_ends_as_if_it_never_was(tmp_path):
-  whole = Toy(CONFIG)
-  expected = whole.fit(tmp_path / "whole")
+def test_a_run_killed_twice_ends_as_if_it_never_was(whole, tmp_path):
+  folder, uninterrupted, expected = whole
   first = run_until_killed(tmp_path / "killed", 3)
   assert first.returncode == -signal.SIGKILL, first.stderr
   second = run_until_killed(tmp_path / "killed", 9)
@@ -130,15 +143,15 @@ def test_a_run_killed_twice_ends_as_if_it_never_was(tmp_path):
   assert list(windows(second.stdout)) == [3, 5, 6, 9]
   assert list(resumed.losses) == [6, 9, 10, 12]  # from the checkpoint of step 5
   seen = {**windows(first.stdout), **windows(second.stdout), **resumed.losses}
-  assert seen == whole.losses  # to the bit
-  for left, right in zip(leaves(state), leaves(expected), strict=True):
+  assert seen == uninterrupted.losses  # to the bit
+  for left, right in zip(leaves(state), expected, strict=True):
     np.testing.assert_array_equal(left, right)
-  read = lambda name: json.loads((tmp_path / name / "validation.json").read_text())
-  assert read("killed") == read("whole")
+  read = lambda run: json.loads((run / "validation.json").read_text())
+  assert read(tmp_path / "killed") == read(folder)
 
 
-def test_killed_between_the_best_and_the_newest_checkpoint(tmp_path, monkeypatch):
-  expected = Toy(CONFIG).fit(tmp_path / "whole")
+def test_killed_between_the_best_and_the_newest_checkpoint(whole, tmp_path, monkeypatch):
+  *_, expected = whole
   save = training.save
 
   def save_and_die(manager, step, tree):
@@ -151,21 +164,21 @@ def test_killed_between_the_best_and_the_newest_checkpoint(tmp_path, monkeypatch
     Toy(CONFIG).fit(tmp_path / "killed")
   monkeypatch.undo()
   state = Toy(CONFIG).fit(tmp_path / "killed")
-  for left, right in zip(leaves(state), leaves(expected), strict=True):
+  for left, right in zip(leaves(state), expected, strict=True):
     np.testing.assert_array_equal(left, right)
 
 
-def test_a_finished_run_runs_no_further(tmp_path):
-  first = Toy(CONFIG).fit(tmp_path)
+def test_a_finished_run_runs_no_further(whole):
+  folder, _, expected = whole
   again = Toy(CONFIG)
-  state = again.fit(tmp_path)
+  state = again.fit(folder)
   assert again.losses == {}
-  for left, right in zip(leaves(state), leaves(first), strict=True):
+  for left, right in zip(leaves(state), expected, strict=True):
     np.testing.assert_array_equal(left, right)
 
 
 def test_early_stopping_returns_the_best_parameters(tmp_path):
-  config = dataclasses.replace(CONFIG, num_steps=100, eval_every=2, patience=2)
+  config = dataclasses.replace(CONFIG, eval_every=2, patience=2)
   values = iter([3.0, 1.0, 2.0, 1.5, 0.0])
   kept = []
 
@@ -214,13 +227,13 @@ def test_an_output_folder_that_cannot_be_written_is_named(tmp_path):
     training.check_writable(tmp_path / "file" / "run")
 
 
-def test_another_model_in_the_folder_is_refused(tmp_path):
-  Toy(CONFIG).fit(tmp_path)
+def test_another_model_in_the_folder_is_refused(whole):
+  folder, *_ = whole
   other = Toy(CONFIG)
   wider = dataclasses.replace(other.module.config, mlp_dim=12)
   other.module = network.Transformer(wider)
   with pytest.raises(ValueError, match="give another `output_dir`"):
-    other.fit(tmp_path)
+    other.fit(folder)
 
 
 def test_schedule_warms_up_and_decays():
