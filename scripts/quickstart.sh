@@ -6,10 +6,11 @@
 #   scripts/quickstart.sh --tolerance=0.25 --error_rate=0.05
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [[ ! -f .venv/installed ]]; then
-  echo "Installing into .venv (once) ..."
+stamp="$(cat pyproject.toml scripts/constraints.txt | cksum)"
+if [[ ! -f .venv/installed || "$(cat .venv/installed)" != "$stamp" ]]; then
+  echo "Installing into .venv (again only when requirements change) ..."
   "${PYTHON:-python3}" -m venv --clear .venv
   .venv/bin/pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e '.[decode]'
-  touch .venv/installed
+  echo "$stamp" > .venv/installed
 fi
 exec .venv/bin/calm demo "$@"
