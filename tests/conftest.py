@@ -34,6 +34,28 @@ def _check_annotations() -> None:
 _check_annotations()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_dropped():
+  """A compiled program maps memory in many pieces, of which a process may have 65,530: each
+  module's programs go when its tests have run."""
+  yield
+  if "jax" in sys.modules:
+    sys.modules["jax"].clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch, tmp_path_factory):
+  """A command keeps its compiled programs on disk for its own test, and not at home."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+  yield
+  jax = sys.modules.get("jax")
+  if jax is not None and jax.config.jax_compilation_cache_dir is not None:
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture(autouse=True)
 def promotion(request):
   """Strict promotion is for our functions; tests of other frameworks' code are excused."""

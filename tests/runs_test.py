@@ -30,14 +30,11 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs" / "runs"
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch, tmp_path_factory):
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-  keep = jax.config.jax_compilation_cache_dir
+def environment():
   gin.clear_config()
   with jax.numpy_dtype_promotion("standard"):  # optax's own code promotes
     yield
   gin.clear_config()
-  jax.config.update("jax_compilation_cache_dir", keep)
 
 
 @pytest.fixture(scope="module")
