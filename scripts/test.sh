@@ -56,5 +56,5 @@ rm "$log"
 trap - EXIT
 
 echo "== tests"
-# Those of calm.calibrate have just run.
-exec .venv-test/bin/python -m pytest "${@:---ignore=tests/calibrate}"
+# Those of calm.calibrate have just run. Most of the time goes to compilation, on one core.
+exec .venv-test/bin/python -m pytest -n 2 --dist loadfile "${@:---ignore=tests/calibrate}"
