@@ -96,7 +96,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       engine: how decode steps run, as in `programs.Program`; None takes the fastest.
 
     Raises:
-      ValueError: another architecture, label smoothing, or a threshold outside [0, 1].
+      ValueError: another architecture, label smoothing, a threshold outside [0, 1], or one
+        that the rule would not look at.
     """
     if label_smoothing:
       raise ValueError(
@@ -104,6 +105,12 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
         " none: leave it out."
       )
     schedules.check_threshold(threshold)
+    rule = rule or exits.DynamicExits(confidence.Softmax())
+    if threshold != schedules.NEVER_EXIT and not isinstance(rule, exits.DynamicExits):
+      raise ValueError(
+        f"Expected no `threshold` with {type(rule).__name__}, which compares none. Got"
+        f" {threshold}; leave it out, or choose `exits.DynamicExits`."
+      )
     super().__init__(
       module=network.Transformer(config_of(module)),
       input_vocabulary=input_vocabulary,
@@ -116,7 +123,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       loss_normalizing_factor=loss_normalizing_factor,
       default_decoder_params=default_decoder_params,
     )
-    self.rule = rule or exits.DynamicExits(confidence.Softmax())
+    self.rule = rule
     self.threshold = threshold
     self.shortlist = shortlist
     self.objective = objective or objectives.LayerWeighted(z_loss=z_loss)

@@ -113,6 +113,9 @@ def test_our_module_is_taken_as_it_is_and_strangers_are_refused():
     t5x_setup.model(toy, label_smoothing=0.1)
   with pytest.raises(ValueError, match="threshold"):
     t5x_setup.model(toy, threshold=1.5)
+  for rule in (exits.OracleExit(), exits.StaticExit(2)):
+    with pytest.raises(ValueError, match=f"no `threshold` with {type(rule).__name__}"):
+      t5x_setup.model(toy, rule=rule, threshold=0.5)
 
 
 @pytest.mark.parametrize(

@@ -128,13 +128,15 @@ class Calibration:
       raise ValueError(
         "the calibration has `procedure` null: it was made from outputs decoded elsewhere, so"
         " that nothing here can check that the promise holds for this model. Calibrate on"
-        " outputs of this model, or say explicitly that the guarantee is void."
+        " outputs of this model, or say that the guarantee is void (`--void_guarantee`, or"
+        " `void_guarantee=True`)."
       )
     difference = describe_differences(self.procedure, procedure)
     if difference:
       raise ValueError(
         f"the calibration is for another procedure: {difference}. Calibrate again under this"
-        " one, or say explicitly that the guarantee is void."
+        " one, or say that the guarantee is void (`--void_guarantee`, or"
+        " `void_guarantee=True`)."
       )
 
   def to_json(self) -> dict[str, Any]:
