@@ -345,6 +345,28 @@ def test_until_certified_stops_early_and_replays(model, prompts, tmp_path):
   assert Calibration.load(again) == decided
 
 
+def test_until_certified_by_group_replays_by_group(model, prompts, tmp_path, capsys):
+  rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+  grouped = tmp_path / "grouped.jsonl"
+  sources = ["one", "one", "two", "two", "three"]
+  lines = [json.dumps(row | {"source": s}) for row, s in zip(rows, sources, strict=True)]
+  grouped.write_text("\n".join(lines) + "\n")
+  rates = ["--tolerance=0.9", "--error_rate=0.2"]
+  early = ["--until-certified", "--by_group", *rates]
+  output = tmp_path / "sequential"
+  assert generate(model, grouped, output, *early) == 0
+  decided, cached = Calibration.load(output / "calibration.json"), generations.load(output)
+  assert decided.sequential and decided.clusters and cached.by_group
+  assert decided.certified and decided.num_examples == 3
+  again = tmp_path / "again.json"
+  replayed = ["calibrate", str(output), *rates, f"--output={again}"]
+  assert "--by_group" in failure(capsys, replayed)
+  assert cli.main([*replayed, "--by_group"]) == 0
+  assert Calibration.load(again) == decided
+  bare = ["generate", f"--model={model}", f"--prompts={prompts}", "--output", str(again)]
+  assert "group" in failure(capsys, [*bare, "--thresholds=0.9,0.5", *DECODE, *early])
+
+
 def test_gin_files_configure_decoding(model, prompts, tmp_path):
   file = tmp_path / "decode.gin"
   file.write_text(
