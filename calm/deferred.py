@@ -235,22 +235,17 @@ def _project(
   window = lax.dynamic_slice_in_dim(states, start, chunk, axis=1)
   row = decoder.project(layer, window.reshape(-1, window.shape[-1]))
   split = lambda x: x.reshape(states.shape[0], chunk, *x.shape[1:])
-  keys = jnp.transpose(split(row.key), (0, 2, 3, 1))
-  values = jnp.transpose(split(row.value), (0, 2, 1, 3))
   # Near the end the chunk begins before `filled`: what is there stays.
   positions = (start + jnp.arange(chunk))[None, :]
   new = positions >= fill.filled
   if kept is not None:
     new = new & (positions >= kept[:, None])
-  return LayerFill(
-    step.Cache(
-      _merge(fill.cache.keys, keys, new[:, None, None, :], start, axis=3),
-      _merge(fill.cache.values, values, new[:, None, :, None], start, axis=2),
-    ),
-    fill.filled + chunk,
-  )
 
+  def merge(cache, update):
+    update = jnp.transpose(split(update), (0, 2, 1, 3))
+    old = lax.dynamic_slice_in_dim(cache, start, chunk, axis=2)
+    update = jnp.where(new[:, None, :, None], update, old)
+    return lax.dynamic_update_slice_in_dim(cache, update, start, axis=2)
 
-def _merge(cache, update, new, start, axis: int) -> jax.Array:
-  old = lax.dynamic_slice_in_dim(cache, start, update.shape[axis], axis=axis)
-  return lax.dynamic_update_slice_in_dim(cache, jnp.where(new, update, old), start, axis=axis)
+  made = step.Cache(merge(fill.cache.keys, row.key), merge(fill.cache.values, row.value))
+  return LayerFill(made, fill.filled + chunk)

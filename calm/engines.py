@@ -113,11 +113,7 @@ class Eager:
 
 def shifted(caches: tuple[step.Cache, ...], by: jax.Array) -> tuple[step.Cache, ...]:
   """Caches whose position `by` is now the first; what lies beyond the last is 0."""
-  move = lambda cache: step.Cache(
-    decoding.shift_positions(cache.keys, by, axis=3),
-    decoding.shift_positions(cache.values, by, axis=2),
-  )
-  return tuple(map(move, caches))
+  return jax.tree.map(lambda x: decoding.shift_positions(x, by, axis=2), caches)
 
 
 def after(position: jax.Array, made: jax.Array) -> jax.Array:

@@ -111,11 +111,11 @@ def test_cross_attention_is_xlas():
   longer = costs.decoding_costs(CONFIG, input_length=2 * INPUT, cache_length=CACHE)
   grown = longer.cross_attention.flops - COSTS.cross_attention.flops
   width = CONFIG.num_heads * CONFIG.head_dim
-  cache = step.Cache(jnp.zeros((1, 3, 64, INPUT)), jnp.zeros((1, 3, INPUT, 64)))
+  cache = step.Cache(jnp.zeros((1, 3, INPUT, 64)), jnp.zeros((1, 3, INPUT, 64)))
   query = jnp.zeros((1, 3, 64))
 
   def attend(query, cache):
-    scores = jnp.einsum("bhd,bhdl->bhl", query, cache.keys)
+    scores = jnp.einsum("bhd,bhld->bhl", query, cache.keys)
     return jnp.einsum("bhl,bhld->bhd", scores, cache.values)
 
   assert grown == pytest.approx(compiled(attend, query, cache).flops, rel=0.02)

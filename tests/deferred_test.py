@@ -65,7 +65,7 @@ def test_layers_that_nobody_needs_stay_empty_until_flush():
     assert fill.filled == 0 and not fill.cache.keys.any() and not fill.cache.values.any()
   flushed = engine.run(engine.toy(), rule, 0.0, engine=ENGINES[32])
   eager = engine.run(engine.toy(), rule, 0.0, engine=engines.Eager())
-  assert all(cache.keys[..., 0].any() for cache in flushed.cache)
+  assert all(cache.keys[..., 0, :].any() for cache in flushed.cache)
   for i in range(len(engine.PROMPTS)):
     engine.assert_same_row(flushed, eager, i, i)
     engine.assert_same_confidences(flushed.generation, eager.generation, i, i)

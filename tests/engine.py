@@ -132,7 +132,7 @@ def assert_same_row(a: decoding.DecodingState, b: decoding.DecodingState, i: int
   np.testing.assert_allclose(left.scores[i], right.scores[j], rtol=1e-4, atol=1e-4)
   length = int(left.num_tokens[i])
   for cache, other in zip(a.cache, b.cache, strict=True):
-    keys = cache.keys[i, :, :, :length], other.keys[j, :, :, :length]
+    keys = cache.keys[i, :, :length], other.keys[j, :, :length]
     values = cache.values[i, :, :length], other.values[j, :, :length]
     np.testing.assert_allclose(*keys, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-4)
@@ -171,7 +171,7 @@ def compare_generation(rows: list[reference.Decoded], got: decoding.Generation) 
 def compare_memory(caches, row, i: int, length: int) -> None:
   """Keys and values of every layer and position, skipped ones included."""
   for layer, cache in enumerate(caches):
-    keys = np.moveaxis(np.asarray(cache.keys[i]), -1, 0)[:length]
+    keys = np.moveaxis(np.asarray(cache.keys[i]), -2, 0)[:length]
     values = np.moveaxis(np.asarray(cache.values[i]), -2, 0)[:length]
     np.testing.assert_allclose(keys, np.stack(row.memory.keys[layer]), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(values, np.stack(row.memory.values[layer]), rtol=1e-4, atol=1e-4)

@@ -89,11 +89,11 @@ def test_projecting_makes_the_keys_and_values_of_running():
   for ran, projected in pairs:
     np.testing.assert_allclose(ran.key, projected.key, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(ran.value, projected.value, rtol=1e-5, atol=1e-5)
-  # Positions lie along the last axis of keys and the second last of values.
+  # Positions lie along the second last axis.
   for i, cache in enumerate(caches):
     for t in range(LENGTH):
       row = pairs[4 * t + i][0]
-      np.testing.assert_array_equal(cache.keys[..., t], row.key)
+      np.testing.assert_array_equal(cache.keys[..., t, :], row.key)
       np.testing.assert_array_equal(cache.values[..., t, :], row.value)
 
 
@@ -159,7 +159,7 @@ def test_padding_of_the_prompt_is_masked_and_nothing_else():
   np.testing.assert_array_equal(encoded.bias[:, 0], expected)
   assert (expected < 0).any()
   shapes = {(cache.keys.shape, cache.values.shape) for cache in encoded.cross}
-  assert shapes == {((3, 2, 8, 12), (3, 2, 12, 8))} and len(encoded.cross) == 4
+  assert shapes == {((3, 2, 12, 8), (3, 2, 12, 8))} and len(encoded.cross) == 4
 
 
 def test_heads_end_at_the_pieces_of_the_vocabulary():
