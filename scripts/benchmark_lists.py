@@ -1,0 +1,115 @@
+r"""What long prompt lists cost: a threshold grid with and without reuse, and refilled rows.
+
+  python scripts/benchmark_lists.py --prompts=data/debian_synopsis/validation.jsonl.gz \
+      --limit=256 --batch_size=32 --measure=softmax --exit_layers=2,4 --threshold=0.2
+
+Seconds of the encoder and the decoder together, texts made and files written included. Every
+repeat runs every row once, so that drift hits all alike; a first round, which compiles, is not
+counted. A grid is twenty thresholds and full depth, where no other is given.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from calm import exits, grid, inference
+from calm.calibrate import files, generation_writer
+from calm.commands import generate, model_flags
+
+
+def grid_run(model: inference.Predictor, prompts, levels, *, reuse: bool) -> Callable[[], Any]:
+  """A run over the whole grid into a folder of its own; returns how much was reused."""
+
+  def run():
+    with tempfile.TemporaryDirectory() as folder:
+      writer = generation_writer.open_writer(
+        pathlib.Path(folder) / "grid",
+        prompts=prompts,
+        thresholds=levels,
+        procedure=model.procedure,
+      )
+      return grid.generate(model, prompts, levels, writer, reuse_records=reuse)
+
+  return run
+
+
+def rows(model: inference.Predictor, prompts, levels, threshold: float | None):
+  """name -> what is timed."""
+  texts = [prompt.input for prompt in prompts]
+  refilled = model.with_options(refill=True)
+  full = exits.StaticExit()
+  made = {
+    "full depth": lambda: model.generate(texts, rule=full),
+    "full depth, rows refilled": lambda: refilled.generate(texts, rule=full),
+    "grid without reuse": grid_run(model, prompts, levels, reuse=False),
+    "grid with reuse": grid_run(model, prompts, levels, reuse=True),
+  }
+  if threshold is not None:
+    name = f"threshold {threshold:g}"
+    made[name] = lambda: model.generate(texts, threshold=threshold)
+    made[f"{name}, rows refilled"] = lambda: refilled.generate(texts, threshold=threshold)
+  return made
+
+
+def measure(made: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+  """Seconds of every repeat; the first round is left out."""
+  seconds: dict[str, list[float]] = {name: [] for name in made}
+  for repeat in range(repeats + 1):
+    for name, run in made.items():
+      start = time.perf_counter()
+      run()
+      spent = time.perf_counter() - start
+      print(f"{name}: {spent:.2f} s" + ("" if repeat else ", not counted"), file=sys.stderr)
+      if repeat:
+        seconds[name].append(spent)
+  return seconds
+
+
+def table(seconds: dict[str, list[float]]) -> str:
+  """Medians, the range, and each over full depth."""
+  full = statistics.median(seconds["full depth"])
+  lines = ["| run | seconds | range | over full depth |", "|---|---:|---:|---:|"]
+  for name, values in seconds.items():
+    middle = statistics.median(values)
+    spread = f"{min(values):.2f} - {max(values):.2f}"
+    lines.append(f"| {name} | {middle:.2f} | {spread} | {middle / full:.2f} |")
+  with_reuse, without = (
+    statistics.median(seconds[f"grid {kind} reuse"]) for kind in ("with", "without")
+  )
+  lines += ["", f"The grid with reuse takes {with_reuse / without:.2f} of the time without."]
+  return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+  """Times the rows, prints the table, and writes the seconds where asked."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  model_flags.add_arguments(parser)
+  parser.add_argument("--thresholds", help="strictly descending, comma-separated")
+  parser.add_argument("--threshold", type=float, help="one to time a list at, with refill")
+  parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
+  flags = parser.parse_args(arguments)
+  if flags.repeats < 1:
+    parser.error(f"Expected `--repeats` of 1 or more. Got {flags.repeats}.")
+  model = inference.load(flags.model, **model_flags.decode_options(flags))
+  prompts = model_flags.read_prompts(flags.prompts, flags.limit)
+  levels = generate.parse_grid(flags.thresholds, model.options.measure)
+  seconds = measure(rows(model, prompts, levels, flags.threshold), flags.repeats)
+  print(f"{len(prompts)} prompts, batches of {model.options.batch_size}\n")
+  print(table(seconds))
+  if flags.output:
+    about = {"prompts": len(prompts), "thresholds": list(levels), "seconds": seconds}
+    files.write_atomically(flags.output, json.dumps(about, indent=1) + "\n")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

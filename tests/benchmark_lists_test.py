@@ -1,0 +1,44 @@
+"""The script that times prompt lists, on a toy model."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+from calm import checkpoints, network, vocabulary
+from tests import toys
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "benchmark_lists.py"
+SIZES = toys.Config(vocab_size=264, num_pieces=259, num_decoder_layers=3)
+
+
+def test_lists_are_timed_with_and_without_reuse_and_refill(tmp_path):
+  checkpoints.save(
+    tmp_path / "model",
+    toys.params(SIZES, 1),
+    network.T5Config(**toys.network_fields(SIZES)),
+    vocabulary=vocabulary.ByteVocabulary(extra_ids=0),
+  )
+  rows = [{"id": f"p{i}", "input": "a b c"[: i + 1], "target": ["a"]} for i in range(5)]
+  prompts, made = tmp_path / "prompts.jsonl", tmp_path / "lists.json"
+  prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  options = ["--max_input_length=16", "--max_decode_length=4", "--batch_size=2"]
+  result = subprocess.run(
+    [
+      *(sys.executable, str(SCRIPT), f"--model={tmp_path / 'model'}", f"--prompts={prompts}"),
+      *(*options, "--thresholds=0.9,0.5", "--threshold=0.5"),
+      *("--repeats=2", f"--output={made}"),
+    ],
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  assert result.returncode == 0, result.stderr
+  seconds = json.loads(made.read_text())["seconds"]
+  names = ["full depth", "threshold 0.5"]
+  grids = ["grid without reuse", "grid with reuse"]
+  assert set(seconds) == {*names, *(f"{name}, rows refilled" for name in names), *grids}
+  assert all(len(values) == 2 and min(values) > 0 for values in seconds.values())
+  assert "5 prompts, batches of 2" in result.stdout
+  assert "| full depth |" in result.stdout and "of the time without." in result.stdout
