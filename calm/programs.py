@@ -7,7 +7,7 @@ that a whole grid compiles once.
 import collections
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from calm import decoding, deferred, engines, exits, network, step
+from calm import compacted, decoding, deferred, engines, exits, network, step
 
 Params = Any
 
@@ -178,6 +178,25 @@ class Program:
       self.config, self.rule, weights, encoded, threshold, self.max_decode_length, kept
     )
     return (self.engine or default_engine(self.rule))(task)
+
+
+# Names on the command line; all engines decode the same.
+ENGINES: Mapping[str, engines.Engine] = {
+  "eager": engines.Eager(),
+  "deferred": deferred.Deferred(),
+  "compacted": compacted.Compacted(),
+}
+
+
+def engine(name: str) -> engines.Engine:
+  """The engine of a name.
+
+  Raises:
+    ValueError: there is none of that name.
+  """
+  if name not in ENGINES:
+    raise ValueError(f"Expected `engine` to be one of {sorted(ENGINES)}. Got {name!r}.")
+  return ENGINES[name]
 
 
 def default_engine(rule: exits.StepRule) -> engines.Engine:

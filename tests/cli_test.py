@@ -125,6 +125,17 @@ def test_reuse_and_plain_decoding_give_identical_caches(model, prompts, cached, 
   assert generations.load(plain).records == generations.load(cached).records
 
 
+def test_engines_give_identical_caches(model, prompts, cached, tmp_path):
+  """Up to the rounding of confidences: texts, tokens and exits."""
+  of = lambda folder: [
+    [(r.id, r.prediction, r.tokens, r.exit_layers) for r in records]
+    for records in generations.load(folder).records
+  ]
+  for engine in ("eager", "compacted"):
+    assert generate(model, prompts, tmp_path / engine, f"--engine={engine}") == 0
+    assert of(tmp_path / engine) == of(cached)
+
+
 def test_one_prompt_and_standard_input(model, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one prompt\n")))
   arguments = ["--prompts=-", "--threshold=never", "--colour", *DECODE]
@@ -150,6 +161,7 @@ def test_one_prompt_and_standard_input(model, tmp_path, capsys, monkeypatch):
     ("--gin_file=missing.gin", "`--gin_file`"),
     ("--batch_size=0", "`batch_size`"),
     ("--temperature=-1", "`temperature`"),
+    ("--engine=steam", "['compacted', 'deferred', 'eager']"),
   ],
 )
 def test_bad_options_are_named(model, prompts, tmp_path, capsys, option, words):

@@ -56,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     metavar="NAME",
     help="what skipped layers store: exit_state (default), first_state, copy_projections",
   )
+  parser.add_argument(
+    "--engine",
+    metavar="NAME",
+    help="how steps run; texts are the same: deferred (default); compacted, faster for batches"
+    " of 8 and more whose tokens leave at different layers, slower to compile; eager",
+  )
   # Whole numbers and texts that a checkpoint or a calibration brings along.
   for name, type_, metavar, text in (
     ("task_prefix", str, "TEXT", "put before every prompt"),
@@ -70,12 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def decode_options(arguments: argparse.Namespace) -> dict[str, Any]:
   """The options that were given, as keyword arguments of `inference.load`."""
-  from calm import schedules
+  from calm import programs, schedules
 
   given = {name: getattr(arguments, name) for name in DECODE_OPTIONS}
   options = {name: value for name, value in given.items() if value is not None}
   if arguments.exit_layers:
     options["exit_layers"] = parse_layers(arguments.exit_layers)
+  if arguments.engine is not None:
+    options["engine"] = programs.engine(arguments.engine)
   if arguments.temperature is not None:
     length = arguments.max_decode_length
     if length is None:
