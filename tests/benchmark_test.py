@@ -95,9 +95,9 @@ def test_a_forced_measure_depends_on_what_it_measures(scripts):
 
 def test_the_packed_model_has_real_prompts(scripts):
   models = scripts["models"]
-  setting = models.Setting("packed", 2, 64, 8, num_prompts=4)
+  setting = models.Setting("packed", 2, 256, 8, num_prompts=4)
   made = models.batches(models.load("packed", "float32", 8), setting)
-  assert [batch.shape for batch in made] == [(2, 64)] * 2
+  assert [batch.shape for batch in made] == [(2, 256)] * 2
   assert all((batch[:, 0] > 2).all() and (batch == 1).any() for batch in made)
 
 
