@@ -55,7 +55,7 @@ class ShardedProgram:
     return jax.device_put(weights, sharding.NamedSharding(mesh(self.num_devices), REPLICATED))
 
   def encode(
-    self, weights: programs.ModelWeights, encoder_input_tokens: jax.Array
+    self, weights: programs.ModelWeights, encoder_input_tokens: jax.Array | np.ndarray
   ) -> step.Encoded:
     """As `Program.encode`; the rows are padded to a multiple of the devices."""
     rows = self._rows(encoder_input_tokens.shape[0])
@@ -65,8 +65,8 @@ class ShardedProgram:
     self,
     weights: programs.ModelWeights,
     encoded: step.Encoded,
-    active: jax.Array,
-    threshold: jax.Array,
+    active: jax.Array | np.ndarray,
+    threshold: jax.Array | np.ndarray,
   ) -> decoding.Generation:
     """As `Program.decode`, for as many rows as `active` has."""
     rows, threshold = self._rows(len(active)), jnp.asarray(threshold)
@@ -96,7 +96,7 @@ class ShardedProgram:
     return -(-rows // self.num_devices) * self.num_devices
 
 
-def _pad(array: jax.Array, rows: int) -> jax.Array:
+def _pad(array: jax.Array | np.ndarray, rows: int) -> jax.Array:
   """Zeros below, up to `rows` rows."""
   missing = rows - array.shape[0]
   return jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
