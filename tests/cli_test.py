@@ -170,6 +170,12 @@ def test_bad_options_are_named(model, prompts, tmp_path, capsys, option, words):
   assert not (tmp_path / "out" / generations.MANIFEST).exists()
 
 
+def test_a_missing_gin_file_is_one_message(tmp_path, capsys, caplog):
+  arguments = ["train", "--gin_file=missing.gin", f"--output_dir={tmp_path}"]
+  assert "Got missing.gin" in failure(capsys, arguments)
+  assert caplog.text == ""
+
+
 @pytest.mark.parametrize("option", ["--tolerance=0", "--tolerance=1.2", "--error_rate=0"])
 def test_rates_outside_their_range(cached, capsys, option):
   name = option[2:].split("=")[0]

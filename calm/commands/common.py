@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import logging
 import os
 import pathlib
 import sys
@@ -129,6 +130,9 @@ def parse_gin(arguments: argparse.Namespace) -> None:
 
   for path in [p for p in arguments.gin_search_paths.split(",") if p]:
     gin.add_config_file_search_path(path)
+  # gin logs every place where a file is not; the error below names them all.
+  tried = lambda record: not record.getMessage().startswith("Path not found")
+  logging.getLogger().addFilter(tried)
   try:
     gin.parse_config_files_and_bindings(arguments.gin_file, arguments.gin_bindings)
   except OSError as error:
@@ -136,6 +140,8 @@ def parse_gin(arguments: argparse.Namespace) -> None:
       f"Expected `--gin_file` to name a gin file. Got {' '.join(arguments.gin_file)}: {error}"
       " `--gin_search_paths` adds folders to look in."
     ) from error
+  finally:
+    logging.getLogger().removeFilter(tried)
 
 
 def configured(
