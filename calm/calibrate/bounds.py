@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-import scipy
+from scipy import optimize
 
 from calm.calibrate import betting as betting_lib
 
@@ -55,10 +55,7 @@ def _invert_one(p_value: SumPValue, total: float, num_examples: int, level: floa
     return 1.0
   if excess(low) <= 0.0:
     return low
-  # SciPy loads its parts when they are asked for: this one takes a third of a second, and
-  # decoding under a calibration never needs it.
-  find_root = scipy.optimize.brentq  # type: ignore
-  root = float(find_root(excess, low, _MOST, xtol=_PRECISION / 4))
+  root = float(optimize.brentq(excess, low, _MOST, xtol=_PRECISION / 4))  # type: ignore
   # The root may lie a hair on the unrejected side; the bound may not.
   return min(1.0, root + _PRECISION)
 
