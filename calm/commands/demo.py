@@ -37,8 +37,8 @@ from calm.commands import common, model_flags
 
 # Fixed before the first run; another tolerance is the user's choice, not ours.
 TOLERANCE, ERROR_RATE = 0.1, 0.05
-# Chosen on the validation split, like the grids: after its first two layers the packed model is
-# wrong more often than any measure notices, and every layer that asks the head costs a head.
+# Chosen on the validation split, like the grids: a layer that asks the head costs a head, and
+# the packed model's first two are wrong too often to be worth one.
 MEASURE, EXIT_LAYERS = "softmax", "3,4"
 # Where the packed model's measures cross such tolerances.
 GRIDS = {
