@@ -1,18 +1,18 @@
 """Batches whose rows leave at different layers: the rows that stay are moved together.
 
 With one exit for a whole batch, every layer runs for all rows as long as one of them stays.
-Here a layer runs on the next smaller bucket (0, 1, 2, 4, ... rows) that holds those that do:
+Here a layer runs on the smallest bucket (0, 2, 8, 32 rows, say) that holds those that do:
 one `lax.switch` a layer, one after another. Tokens stay in step, so a layer's caches are
 filled alike for all rows, later where nobody needed it (`deferred`). What a row gets does not
 depend on the bucket that it was computed in.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 
 from calm import deferred, engines, exits, propagation, step
@@ -25,15 +25,22 @@ class Compacted:
 
   Attributes:
     chunk_rows: see `deferred.Deferred`.
-    buckets: numbers of rows that a layer is compiled for, below the batch size; None: every
-      power of two. Fewer compile faster.
+    ratio: each bucket is the next larger one by this, from the batch down: 4 makes 2, 8 and 32
+      of 32 rows. Every bucket is one more program a layer: more fit better, fewer compile
+      faster.
+    buckets: numbers of rows that a layer is compiled for, in place of what `ratio` says.
     copied_part: buckets of at most this part of the batch read caches that were copied
       together; larger ones attend in all rows, which moves less.
   """
 
   chunk_rows: int = 32
+  ratio: int = 4
   buckets: tuple[int, ...] | None = None
   copied_part: float = 0.25
+
+  def __post_init__(self):
+    if self.ratio < 2:
+      raise ValueError(f"Expected `ratio` of at least 2. Got {self.ratio}.")
 
   def __call__(self, task: engines.Task) -> engines.Bound:
     base = deferred.bind(task, self.chunk_rows)
@@ -44,11 +51,12 @@ class Compacted:
     """0, the buckets that are smaller than the batch, and the batch."""
     buckets = self.buckets
     if buckets is None:
-      buckets = tuple(2**i for i in range(math.ceil(math.log2(batch_size))))
+      steps = range(1, batch_size.bit_length())
+      buckets = tuple(batch_size // self.ratio**i for i in steps)
     return (0, *sorted({size for size in buckets if 0 < size < batch_size}), batch_size)
 
 
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Rows:
   """Which rows a bucket holds; those that stay come first, in their order.
 
@@ -60,35 +68,42 @@ class Rows:
   order: jax.Array
   rank: jax.Array
 
+  def first(self, size: int) -> "Rows":
+    """The bucket of the first `size` rows of this one."""
+    return Rows(self.order[:size], self.rank)
+
   def take(self, tree: Any) -> Any:
     """The bucket's rows of arrays [batch, ...]."""
-    return jax.tree.map(lambda x: x[self.order], tree)
+    return jax.tree.map(lambda x: _rows(x, self.order), tree)
 
   def spread(self, tree: Any) -> Any:
     """Arrays [bucket, ...] as [batch, ...]; rows that are not in the bucket hold anything."""
-    return jax.tree.map(lambda x: x[jnp.minimum(self.rank, len(self.order) - 1)], tree)
-
-  def put(self, whole: Any, part: Any) -> Any:
-    """`whole` with the bucket's rows from `part`."""
-    inside = self.rank < len(self.order)
-    return propagation.select_rows(inside, self.spread(part), whole)
+    places = jnp.minimum(self.rank, len(self.order) - 1)
+    return jax.tree.map(lambda x: _rows(x, places), tree)
 
   def copy(self, tree: Any) -> Any:
     """As `take`, row after row: for large rows, which a gather would move by the number."""
     rows = [self.order[i] for i in range(len(self.order))]
-    one = lambda x, row: lax.dynamic_slice_in_dim(x, row, 1, axis=0)
+    one = lambda x, row: lax.dynamic_slice_in_dim(
+      x, row, 1, axis=0, allow_negative_indices=False
+    )
     return jax.tree.map(lambda x: jnp.concatenate([one(x, row) for row in rows]), tree)
 
 
-def compact(stays: jax.Array, size: int) -> Rows:
-  """The bucket of `size` rows that begins with those that stay."""
+def _rows(x: jax.Array, numbers: jax.Array) -> jax.Array:
+  """`x[numbers]`, without what it takes to count from the end or to check bounds."""
+  return x.at[numbers].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def compact(stays: jax.Array) -> Rows:
+  """All rows, those that stay first."""
   stays = stays.astype(jnp.int32)
   # Places without a sort: those that stay by their number, then the others by theirs.
   before = jnp.cumsum(stays) - stays
   others = jnp.cumsum(1 - stays) - (1 - stays)
   rank = jnp.where(stays > 0, before, jnp.sum(stays) + others)
   numbers = jnp.arange(len(stays), dtype=jnp.int32)
-  is_at = rank[None, :] == numbers[:size, None]
+  is_at = rank[None, :] == numbers[:, None]
   order = jnp.sum(jnp.where(is_at, numbers[None, :], 0), axis=1)
   return Rows(order.astype(jnp.int32), rank.astype(jnp.int32))
 
@@ -140,40 +155,55 @@ class _BoundCompacted:
 
   def _switch(self, walk, decoder, segment, state, stays):
     """The segment on the smallest bucket that holds the rows that stay."""
+    rows = compact(stays)
     branches = [
-      lambda state, stays, size=size: self._run(walk, decoder, segment, state, stays, size)
-      for size in self.sizes
+      lambda state, rows, size=size: self._run(walk, decoder, segment, state, rows.first(size))
+      for size in self.sizes[1:-1]
+    ]
+    branches = [
+      lambda state, rows: self._run_none(segment, state),
+      *branches,
+      lambda state, rows: self._run_all(walk, decoder, segment, state),
     ]
     larger = jnp.sum(stays) > jnp.array(self.sizes[:-1])
-    return lax.switch(jnp.sum(larger), branches, state, stays)
+    return lax.switch(jnp.sum(larger), branches, state, rows)
 
-  def _run(self, walk: walk_lib.Walk, decoder, segment, state, stays, size: int):
-    """(state, rows that the segment's layers store) with `size` rows run."""
-    if size == 0:  # nothing is stored: what this writes is written over by a fill
-      config = self.base.task.config
-      shape = len(stays), config.num_heads, config.head_dim
-      zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
-      row = propagation.KeyValue(zeros, zeros)
-      return state, (row,) * len(segment)
-    whole = size == self.base.task.batch_size
-    rows = None if whole else compact(stays, size)
+  def _run_none(self, segment, state):
+    """Nothing is stored: what this writes is written over by a fill."""
+    config = self.base.task.config
+    shape = self.base.task.batch_size, config.num_heads, config.head_dim
+    zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
+    return state, (propagation.KeyValue(zeros, zeros),) * len(segment)
+
+  def _run_all(self, walk: walk_lib.Walk, decoder, segment, state):
+    """(state, rows that the segment's layers store), every row run."""
     stored = []
     for layer in segment:
-      row = decoder.project(layer, state.hidden)
-      state, row = self._run_layer(walk, decoder, layer, state, row, rows)
+      hidden, row = decoder.run(layer, state.hidden)
+      row = walk.stored(layer, state, row)
+      state = walk.after(layer, state, hidden, row)
       stored.append(row)
     return state, tuple(stored)
 
-  def _run_layer(self, walk: walk_lib.Walk, decoder, layer, state, row, rows: Rows | None):
-    kept = walk.stored(layer, state, row)
-    if rows is None:
-      hidden = decoder.run_projected(layer, state.hidden, row)
-      return walk.after(layer, state, hidden, kept), kept
-    part, part_row = rows.take((state, row))
-    hidden = self._bucket(decoder, layer, rows).run_projected(layer, part.hidden, part_row)
+  def _run(self, walk: walk_lib.Walk, decoder, segment, state, rows: Rows):
+    """(state, rows that the segment's layers store) with the bucket run; all rows store."""
     threshold = walk.threshold if walk.threshold.ndim == 0 else rows.take(walk.threshold)
-    part = dataclasses.replace(walk, threshold=threshold).after(layer, part, hidden, part_row)
-    return rows.put(state, part), kept
+    inside = dataclasses.replace(walk, threshold=threshold)
+    stays, part = ~state.done, _part(state, rows)
+    stored = []
+    for layer in segment:
+      row = decoder.project(layer, state.hidden)
+      kept, part_row = walk.stored(layer, state, row), rows.take(row)
+      hidden = self._bucket(decoder, layer, rows).run_projected(layer, part.hidden, part_row)
+      part = inside.after(layer, part, hidden, part_row)
+      hidden = propagation.select_rows(stays, rows.spread(part.hidden), state.hidden)
+      state = dataclasses.replace(state, hidden=hidden)
+      stored.append(kept)
+    # Rows that had left stay as they are; what `_part` made up is refused or written here.
+    made = dataclasses.replace(part, hidden=None)
+    whole = dataclasses.replace(state, hidden=None)
+    whole = propagation.select_rows(stays, rows.spread(made), whole)
+    return dataclasses.replace(whole, hidden=state.hidden), tuple(stored)
 
   def _bucket(self, decoder: step.DecoderStep, layer: int, rows: Rows) -> step.DecoderStep:
     if len(rows.order) > self.copied_part * len(rows.rank):
@@ -185,6 +215,17 @@ class _BoundCompacted:
     return dataclasses.replace(
       decoder, caches=(cache,) * layer, encoded=encoded, past_bias=bias
     )
+
+
+def _part(state: walk_lib.WalkState, rows: Rows) -> walk_lib.WalkState:
+  """The bucket's rows. Of those that stay nothing about their exit is known yet."""
+  hidden, done, rejected, memory = rows.take(
+    (state.hidden, state.done, state.rejected_confidence, state.memory)
+  )
+  zeros = jnp.zeros(done.shape, jnp.float32)
+  return walk_lib.WalkState(
+    hidden, done, zeros.astype(jnp.int32), zeros, rejected, None, memory
+  )
 
 
 def _complete(walk: walk_lib.Walk, state: walk_lib.WalkState) -> walk_lib.WalkState:

@@ -29,8 +29,8 @@ class DecodeOptions:
     batch_size: prompts that a device decodes together; results do not depend on it in
       float32.
     num_devices: devices that the prompts are spread over; results do not depend on it.
-    engine: how decode steps run, `compacted.Compacted()` for large batches of mixed depths;
-      results do not depend on it. None takes the default for the rule.
+    engine: how decode steps run; results do not depend on it. None takes the fastest for the
+      rule and the batch (`programs.default_engine`).
     refill: whether `generate` puts the next prompt into a row whose text has ended, for lists
       that are longer than a batch. On one device; results do not depend on it in float32.
   """

@@ -128,18 +128,16 @@ class PoolProgram:
   ) -> engines.Bound:
     """The engine at work on the prompts in the rows, which began at the slots `starts`."""
     program = self.program
-    engine = program.engine or programs.default_engine(program.rule)
-    return engine(
-      engines.Task(
-        program.config,
-        program.rule,
-        weights.decoder,
-        encoded,
-        threshold,
-        self.slots,
-        starts=starts,
-      )
+    task = engines.Task(
+      program.config,
+      program.rule,
+      weights.decoder,
+      encoded,
+      threshold,
+      self.slots,
+      starts=starts,
     )
+    return (program.engine or programs.default_engine(program.rule, task.batch_size))(task)
 
 
 class _Run:

@@ -60,7 +60,7 @@ class Program:
     max_decode_length: most tokens generated a prompt.
     eos_id: the token that ends a row.
     engine: how the loop's steps run; the results do not depend on it. None takes the fastest
-      for the rule.
+      for the rule and the batch (`default_engine`).
   """
 
   config: network.T5Config
@@ -177,8 +177,11 @@ class Program:
     task = engines.Task(
       self.config, self.rule, weights, encoded, threshold, self.max_decode_length, kept
     )
-    return (self.engine or default_engine(self.rule))(task)
+    return (self.engine or default_engine(self.rule, task.batch_size))(task)
 
+
+# From this batch on, the layers that rows save by leaving pay for moving those that stay.
+MANY_ROWS = 8
 
 # Names on the command line; all engines decode the same.
 ENGINES: Mapping[str, engines.Engine] = {
@@ -199,6 +202,8 @@ def engine(name: str) -> engines.Engine:
   return ENGINES[name]
 
 
-def default_engine(rule: exits.StepRule) -> engines.Engine:
-  """The fastest engine of a rule."""
-  return deferred.Deferred() if deferred.can_defer(rule) else engines.Eager()
+def default_engine(rule: exits.StepRule, batch_size: int) -> engines.Engine:
+  """The engine that is fastest for a rule and a number of rows."""
+  if not deferred.can_defer(rule):
+    return engines.Eager()
+  return compacted.Compacted() if batch_size >= MANY_ROWS else deferred.Deferred()

@@ -75,16 +75,23 @@ def plan(
 ) -> list[PromptBatch]:
   """Groups prompts of like length into batches; together they hold every prompt once.
 
-  With `whole_batches` every batch is padded to `batch_size`, not to a power of two below.
+  What is left of one length when its batches are full goes along with the next, if that is at
+  most twice as long: padding costs less than compiling a program for a few rows.
+
+  With `whole_batches` every batch is padded to `batch_size`, not to a power of two below, and
+  every prompt to its own bucket, so that no prompt is computed otherwise in another list.
   """
   if batch_size < 1:
     raise ValueError(f"Expected `batch_size` of at least 1. Got {batch_size}.")
   lengths = np.array([bucket_length(len(row), max_input_length) for row in tokens], int)
-  batches = []
-  for length in np.unique(lengths):
-    members = np.flatnonzero(lengths == length)
-    for start in range(0, len(members), batch_size):
-      rows = members[start : start + batch_size]
+  batches, waiting = [], np.zeros(0, int)
+  for length, following in itertools.pairwise([*np.unique(lengths), np.inf]):
+    members = np.concatenate([waiting, np.flatnonzero(lengths == length)])
+    goes_along = not whole_batches and following <= 2 * length
+    taken = len(members) - (len(members) % batch_size if goes_along else 0)
+    waiting = members[taken:]
+    for start in range(0, taken, batch_size):
+      rows = members[start : min(start + batch_size, taken)]
       size = batch_size if whole_batches else bucket_size(len(rows), batch_size)
       batches.append(_pad(tokens, rows, int(length), size))
   return batches

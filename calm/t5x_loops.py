@@ -162,7 +162,7 @@ class Loop:
     elif not isinstance(rule, exits.StaticExit):  # all of whose tokens run all its layers
       rule = DeepInPrefix(rule, rows)
     task = engines.Task(self.config, rule, weights, rows.encoded, rows.threshold, self.length)
-    return (self.engine or programs.default_engine(rule))(task)
+    return (self.engine or programs.default_engine(rule, task.batch_size))(task)
 
   def empty_cache(self, weights: Any, rows: Rows, batch_size: int) -> LoopCache:
     """A cache that T5X's loops can tile, flatten and gather: plain dictionaries of arrays.

@@ -10,19 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import compacted, confidence, costs, engines, exits, programs, step
+from calm import compacted, confidence, costs, deferred, engines, exits, programs, step
 
 # Ways of running the loop; a rule's own default is what `inference` takes.
 ENGINES: dict[str, engines.Engine | None] = {
   "default": None,
   "eager": engines.Eager(),
-  "compacted": compacted.Compacted(),
+  "deferred": deferred.Deferred(),  # every layer that a row needs, for all rows
+  "fitted": compacted.Compacted(ratio=2),
 }
 
 
 def worthwhile(names: Sequence[str], batch_size: int) -> list[str]:
-  """Engines worth a row: there is nothing to compact in one row."""
-  return [name for name in names if name != "compacted" or batch_size > 1]
+  """Engines worth a row: those for many rows are the default, or nothing, for few."""
+  few = batch_size < programs.MANY_ROWS
+  return [name for name in names if not few or name not in ("deferred", "fitted")]
 
 
 @dataclasses.dataclass(frozen=True)

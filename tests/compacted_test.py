@@ -12,13 +12,14 @@ SOFTMAX, STATE, CLASSIFIER = (
 )
 FIRST = propagation.propagation("first_state")
 ENGINE = compacted.Compacted()
+FITTED = compacted.Compacted(ratio=2)
 
 
 @pytest.mark.parametrize(
   ("rule", "made"),
   [
     (exits.DynamicExits(CLASSIFIER), ENGINE),
-    (exits.DynamicExits(SOFTMAX, engine.DECAYING, allowed=(2, 3)), ENGINE),
+    (exits.DynamicExits(SOFTMAX, engine.DECAYING, allowed=(2, 3)), FITTED),
     (
       exits.DynamicExits(STATE, propagation=FIRST, allowed=(1, 3)),
       compacted.Compacted(chunk_rows=512, buckets=(3,), copied_part=0.0),
@@ -43,17 +44,21 @@ def test_each_row_keeps_its_own_threshold():
 
 def test_a_bucket_begins_with_the_rows_that_stay():
   stays = jnp.array([False, True, False, True, True, False])
-  rows = compacted.compact(stays, 4)
+  assert compacted.compact(stays).order.tolist() == [1, 3, 4, 0, 2, 5]
+  rows = compacted.compact(stays).first(4)
   assert rows.order.tolist() == [1, 3, 4, 0]
   assert rows.rank.tolist() == [3, 0, 4, 1, 2, 5]
   tens = 10 * jnp.arange(6)
   assert rows.take(tens).tolist() == rows.copy(tens).tolist() == [10, 30, 40, 0]
-  assert rows.put(tens, jnp.array([1, 2, 3, 4])).tolist() == [4, 1, 20, 2, 3, 50]
   assert rows.spread(jnp.array([1, 2, 3, 4]))[jnp.array([1, 3, 4, 0])].tolist() == [1, 2, 3, 4]
 
 
 def test_bucket_sizes():
-  assert ENGINE.sizes(8) == (0, 1, 2, 4, 8)
-  assert ENGINE.sizes(6) == (0, 1, 2, 4, 6)
+  assert ENGINE.sizes(32) == (0, 2, 8, 32)
+  assert ENGINE.sizes(8) == (0, 2, 8)
+  assert ENGINE.sizes(6) == (0, 1, 6)
   assert ENGINE.sizes(1) == (0, 1)
+  assert compacted.Compacted(ratio=2).sizes(8) == (0, 1, 2, 4, 8)
   assert compacted.Compacted(buckets=(16, 4)).sizes(8) == (0, 4, 8)
+  with pytest.raises(ValueError, match=r"Expected `ratio` of at least 2\. Got 1"):
+    compacted.Compacted(ratio=1)

@@ -60,6 +60,8 @@ def test_batches_hold_every_prompt_once(batch_size):
   rows = np.concatenate([batch.rows for batch in batches])
   assert sorted(rows) == list(range(45))
   assert {batch.tokens.shape[1] for batch in batches} == {32, 64, 70}
+  # One shape a length, and one for what is left at the end.
+  assert len({batch.tokens.shape for batch in batches}) <= 4
   for batch in batches:
     assert batch.tokens.dtype == np.int32
     assert len(batch.rows) <= len(batch.tokens) <= batch_size
@@ -68,6 +70,26 @@ def test_batches_hold_every_prompt_once(batch_size):
     for i, row in enumerate(batch.rows):
       assert batch.tokens[i, : len(tokens[row])].tolist() == list(tokens[row])
       assert not batch.tokens[i, len(tokens[row]) :].any()
+
+
+def test_what_is_left_of_a_length_goes_along_with_the_next_within_twice():
+  tokens = [[1] * length for length in (32, 20, 9, 60, 64, 500)]
+  planned = lambda **options: [
+    (batch.tokens.shape, batch.rows.tolist())
+    for batch in prompts.plan(tokens, batch_size=2, max_input_length=512, **options)
+  ]
+  assert planned() == [
+    ((2, 32), [0, 1]),
+    ((2, 64), [2, 3]),
+    ((1, 64), [4]),  # 512 is too far
+    ((1, 512), [5]),
+  ]
+  assert planned(whole_batches=True) == [
+    ((2, 32), [0, 1]),
+    ((2, 32), [2]),
+    ((2, 64), [3, 4]),
+    ((2, 512), [5]),
+  ]
 
 
 def test_nothing_to_plan_and_no_room():
