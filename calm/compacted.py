@@ -199,11 +199,8 @@ class _BoundCompacted:
       hidden = propagation.select_rows(stays, rows.spread(part.hidden), state.hidden)
       state = dataclasses.replace(state, hidden=hidden)
       stored.append(kept)
-    # Rows that had left stay as they are; what `_part` made up is refused or written here.
-    made = dataclasses.replace(part, hidden=None)
-    whole = dataclasses.replace(state, hidden=None)
-    whole = propagation.select_rows(stays, rows.spread(made), whole)
-    return dataclasses.replace(whole, hidden=state.hidden), tuple(stored)
+    # Rows that had left stay as they are.
+    return propagation.select_rows(stays, rows.spread(part), state), tuple(stored)
 
   def _bucket(self, decoder: step.DecoderStep, layer: int, rows: Rows) -> step.DecoderStep:
     if len(rows.order) > self.copied_part * len(rows.rank):
