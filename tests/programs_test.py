@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import confidence, engines, exits, network, programs, propagation, schedules
+from calm import confidence, deferred, engines, exits, network, programs, propagation, schedules
 from tests import engine, toys
 
 NEVER = schedules.NEVER_EXIT
@@ -242,9 +242,10 @@ def test_full_depth_holds_one_head_and_no_confidence_code():
 
 def test_the_detector_finds_heads_and_confidence_code():
   """Meta: a dynamic program has what the static one must not have."""
-  assert heads_and_branches(SOFTMAX) == (4, 0, True)
+  assert heads_and_branches(SOFTMAX) == (4, 4, True)  # one choice of a bucket a layer
   state = exits.DynamicExits(confidence.State())
-  assert heads_and_branches(state) == (1, 0, True)
+  assert heads_and_branches(state) == (1, 4, True)
+  assert heads_and_branches(state, deferred.Deferred()) == (1, 0, True)
   assert heads_and_branches(state, engines.Eager()) == (1, 3, True)
 
 
