@@ -54,8 +54,8 @@ class Deferred:
   """Skipped layers are filled when a token first needs them. For `exits.DynamicExits`.
 
   Attributes:
-    chunk_rows: states (rows times positions) that are projected in one product, about; where
-      that many are not pending, an eighth of it. A bound on work, not on what is pending.
+    chunk_rows: states (rows times positions) that are projected in one product, about, where
+      more than one position is pending. A bound on work, not on what is pending.
   """
 
   chunk_rows: int = 32
@@ -82,9 +82,9 @@ def bind(task: engines.Task, chunk_rows: int) -> "BoundDeferred":
       "Expected a propagation that projects a state, for an engine that defers. Got"
       f" {task.rule.propagation.name!r}; use `engines.Eager`."
     )
-  # Beyond a third of the longest text a chunk would mostly project what is not there.
-  large = min(chunk_rows // task.batch_size, task.length // 3)
-  sizes = {max(1, size) for size in (large, large // 8)}
+  # Eight rows cost about what two do: a product that small takes the time to read its matrix.
+  large = min(chunk_rows // task.batch_size, 8, task.length)
+  sizes = {max(1, large), 1}
   table = step.bias_table(task.weights, task.config, task.length)
   return BoundDeferred(task, task.rule, tuple(sorted(sizes, reverse=True)), table)
 
@@ -206,7 +206,7 @@ class BoundDeferred:
   ) -> LayerFill:
     """Projects what is pending of a layer, chunk by chunk, if it is needed."""
     for chunk in self.chunks:
-      least = 1 if chunk == self.chunks[-1] else chunk
+      least = min(chunk, 2)
 
       def pending(fill: LayerFill, least=least) -> jax.Array:
         return (position - fill.filled >= least) & needed
