@@ -47,7 +47,9 @@ class Row:
     median, low, high: milliseconds a step, over the repeats.
     end_to_end: the same with the encoder, median.
     compile_seconds: the first run less a later one.
-    floor: milliseconds a step that reading weights and caches takes; None for peers.
+    megaflops: of a token, from `calm.costs` and the exits taken; None for peers.
+    megabytes: weights and caches that a step must read and write; None for peers.
+    floor: milliseconds a step that this takes; None for peers.
     gigabytes_per_second: the speed of the floor, the fastest reading of the run.
     over_static: time over that of the static model of the same mean depth.
     over_full: time over that of our full depth.
@@ -63,6 +65,8 @@ class Row:
   high: float
   end_to_end: float | None
   compile_seconds: float
+  megaflops: float | None = None
+  megabytes: float | None = None
   floor: float | None = None
   gigabytes_per_second: float = 0.0
   over_static: float | None = None
@@ -250,10 +254,12 @@ def _row(setting, model: models.Model, times: Times, full: Times, speed: float) 
   if layers is None and decoded.exit_layers is not None:
     taken = np.concatenate([e.ravel() for e in decoded.exit_layers])
     layers = float(taken[taken > 0].mean())
-  floor = None
+  megaflops = megabytes = floor = None
   if system.pieces is not None and decoded.exit_layers is not None:
     moved = sum(costs.batch_bytes(system.pieces, e) for e in decoded.exit_layers)
-    floor = 1e3 * moved / speed / steps
+    megabytes, floor = moved / steps / 1e6, 1e3 * moved / speed / steps
+    total = costs.totals(system.pieces, decoded.exit_layers)
+    megaflops = total.early.flops / total.tokens / 1e6
   comparable = layers == full.system.measured_layers
   return Row(
     setting=str(setting),
@@ -265,6 +271,8 @@ def _row(setting, model: models.Model, times: Times, full: Times, speed: float) 
     high=1e3 * max(decode) / divisor,
     end_to_end=1e3 * end_to_end,
     compile_seconds=max(times.first - statistics.median(times.decode), 0.0),
+    megaflops=megaflops,
+    megabytes=megabytes,
     floor=floor,
     gigabytes_per_second=speed / 1e9,
     agreement=agreement(decoded, full.decoded, model.eos_id) if comparable else None,
@@ -303,9 +311,9 @@ def markdown(rows: list[Row], about: dict[str, Any]) -> str:
       "",
       f"**{setting}** (memory was read at {_speed(rows, setting):.1f} GB/s)",
       "",
-      "| system | layers | ms a step | spread | x static | x full | x floor | end to end |"
-      " compile s | tokens equal |",
-      "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+      "| system | layers | MFLOP a token | MB a step | ms a step | spread | x static | x full |"
+      " x floor | end to end | compile s | tokens equal |",
+      "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [_markdown_row(row) for row in rows if row.setting == setting]
   return "\n".join(lines) + "\n"
@@ -322,6 +330,8 @@ def _markdown_row(row: Row) -> str:
   cells = [
     f"*{row.system}*" if row.peer else row.system,
     number(row.layers),
+    number(row.megaflops, 1),
+    number(row.megabytes, 1),
     number(row.median),
     f"{row.low:.2f} - {row.high:.2f}",
     *(number(value) for value in (row.over_static, row.over_full, over_floor)),

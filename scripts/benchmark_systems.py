@@ -145,7 +145,9 @@ class Ours:
       self.model.config,
       input_length=self.setting.input_length,
       cache_length=self.setting.decode_length,
+      rule=rule,
       num_pieces=self.model.num_pieces,
+      shortlist=len(self.model.shortlist),
     )
     return System(
       name, decode, self.encode if encode else None, pieces, measured_layers=measured_layers

@@ -49,8 +49,11 @@ def test_one_command_makes_one_table(scripts, tmp_path, capsys):
   assert 1 < mixed["layers"] < 4
   for row in rows.values():
     assert 0 < row["low"] <= row["median"] <= row["high"] and row["compile_seconds"] >= 0
-    assert row["floor"] > 0
+    assert row["floor"] > 0 and row["megabytes"] > 0
   assert mixed["over_static"] > 0 and rows["static 1"]["over_static"] == pytest.approx(1)
+  static, full = rows["static 1"], rows["full depth"]
+  assert static["megaflops"] < mixed["megaflops"] < full["megaflops"]
+  assert static["megabytes"] < full["megabytes"]
   assert rows["full depth"]["agreement"] == 1 and mixed["agreement"] is None
   about = table["about"]
   assert about["cores"] >= 1 and "jax" in about["versions"]
