@@ -5,16 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import (
-  compacted,
-  confidence,
-  deferred,
-  engines,
-  exits,
-  programs,
-  propagation,
-  schedules,
-)
+from calm import confidence, deferred, engines, exits, programs, propagation, schedules
 from tests import engine
 
 SOFTMAX, STATE, CLASSIFIER = (
@@ -23,7 +14,6 @@ SOFTMAX, STATE, CLASSIFIER = (
 FIRST = propagation.propagation("first_state")
 # Of 8 rows: chunks of 4 and 1 positions, of 1, and of the whole length (which overlaps).
 ENGINES = {rows: deferred.Deferred(rows) for rows in (32, 1, 512)}
-EAGER, DEFERRED = engines.Eager(), deferred.Deferred()
 RULES = [
   (exits.DynamicExits(SOFTMAX, engine.DECAYING), 32),
   (exits.DynamicExits(STATE, allowed=(2, 3)), 512),
@@ -89,13 +79,7 @@ def test_rules_and_propagations_that_have_nothing_to_defer_are_refused():
   with pytest.raises(ValueError, match=r"projects a state.*'copy_projections'; use"):
     engine.run(toy, copies, engine=ENGINES[32])
   for rule in (exits.StaticExit(), exits.OracleExit(), copies):
-    assert programs.default_engine(rule, 1) == programs.default_engine(rule, 8) == EAGER
-
-
-def test_the_default_engine_moves_rows_where_there_are_many():
-  rule = exits.DynamicExits(SOFTMAX)
-  assert programs.default_engine(rule, 1) == programs.default_engine(rule, 7) == DEFERRED
-  assert programs.default_engine(rule, 8) == compacted.Compacted()
+    assert not deferred.can_defer(rule)
 
 
 def test_segments_end_where_rows_may_leave():

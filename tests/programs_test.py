@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import confidence, deferred, engines, exits, network, programs, propagation, schedules
+from calm import (
+  compacted,
+  confidence,
+  deferred,
+  engines,
+  exits,
+  network,
+  programs,
+  propagation,
+  schedules,
+)
 from tests import engine, toys
 
 NEVER = schedules.NEVER_EXIT
@@ -220,6 +230,17 @@ def test_a_tokens_logits_are_the_full_heads_at_its_exit_layer():
       at_exit = logits[layer - 1, row, 0, : toy.sizes.num_pieces]
       assert np.argmax(at_exit) == got.tokens[row, 0]
   assert len(seen) > 1
+
+
+def test_the_default_engine_moves_rows_where_there_are_many():
+  chosen = lambda rule: [programs.default_engine(rule, size) for size in (1, 7, 8, 32)]
+  few, many = deferred.Deferred(), compacted.Compacted()
+  assert chosen(SOFTMAX) == [few, few, many, many]
+  copies = exits.DynamicExits(
+    confidence.Softmax(), propagation=propagation.propagation("copy_projections")
+  )
+  for rule in (STATIC, exits.OracleExit(), copies):  # nothing that could wait
+    assert chosen(rule) == [engines.Eager()] * 4
 
 
 def heads_and_branches(rule, made=None) -> tuple[int, int, bool]:
