@@ -10,16 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from calm.calibrate import (
-  SequenceLosses,
-  betting,
-  bounds,
-  calibrate,
-  metric_values,
-  metrics,
-  p_values,
-  trials,
-)
+from calm.calibrate import SequenceLosses, calibrate, metric_values, metrics, trials
+from calm.calibrate.evidence import betting, bounds, p_values
 
 PROMPTS, THRESHOLDS = 10_000, 100
 RATES = {"tolerance": 0.1, "error_rate": 0.05}

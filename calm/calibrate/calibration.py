@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import scipy
 
-from calm.calibrate import files, methods, ordering, planning, testing
+from calm.calibrate import files, ordering, planning
 from calm.calibrate import thresholds as thresholds_lib
+from calm.calibrate.evidence import methods
+from calm.calibrate.evidence import multiple_testing as testing
 from calm.calibrate.guarantee import describe
 from calm.calibrate.procedures import Procedure, Provenance, describe_differences
 from calm.calibrate.sequence_losses import SequenceLosses, Support

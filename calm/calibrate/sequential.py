@@ -18,9 +18,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from calm.calibrate import betting, bounds, testing
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.calibration import Calibration, Row
+from calm.calibrate.evidence import betting, bounds, multiple_testing
 from calm.calibrate.procedures import Procedure, Provenance
 from calm.calibrate.sequence_losses import Support
 
@@ -170,7 +170,7 @@ class SequentialCalibration:
     rows = [self._row(index) for index in range(len(self.thresholds))]
     certified = [row.threshold for row in rows if row.rejected]
     p_values = np.array([row.p_value for row in rows])
-    visited = testing.fixed_sequence(p_values, self.design.error_rate).visited
+    visited = multiple_testing.fixed_sequence(p_values, self.design.error_rate).visited
     return Calibration(
       threshold=min(certified) if certified else thresholds_lib.NEVER_EXIT,
       reason=self._reason(len(certified)),

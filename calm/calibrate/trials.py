@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from calm.calibrate.pool import Pool
+from calm.calibrate.evidence.draws import Pool
 from calm.calibrate.sequence_losses import SequenceLosses
 
 

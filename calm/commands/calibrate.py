@@ -16,16 +16,8 @@ from rich import progress as rich_progress
 from rich import table as rich_table
 
 from calm import calibrate as calibrate_lib
-from calm.calibrate import (
-  foreign,
-  generations,
-  methods,
-  planning,
-  replay,
-  sequence_losses,
-  testing,
-  thresholds,
-)
+from calm.calibrate import foreign, generations, planning, replay, sequence_losses, thresholds
+from calm.calibrate.evidence import methods, multiple_testing
 from calm.commands import common
 
 
@@ -68,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--testing",
     default="fixed_sequence",
     metavar="NAME",
-    help=f"{', '.join(testing.PROCEDURES)} (default fixed_sequence)",
+    help=f"{', '.join(multiple_testing.PROCEDURES)} (default fixed_sequence)",
   )
   parser.add_argument(
     "--by_group", action="store_true", help="calibrate on means over each prompt's group"
@@ -105,7 +97,11 @@ def _plan(arguments, console, cached: generations.Generations) -> None:
   support = sequence_losses.kind_support(arguments.kind, arguments.metric)
   units = cached.groups if arguments.by_group and cached.groups else cached.ids
   count, name = len(set(units)), arguments.testing
-  share = testing.first_share(name, len(cached.thresholds)) if name in testing.PROCEDURES else 1
+  share = (
+    multiple_testing.first_share(name, len(cached.thresholds))
+    if name in multiple_testing.PROCEDURES
+    else 1
+  )
   rates = (arguments.tolerance, arguments.error_rate * share)
   refusal = planning.refusal(count, *rates, lower=support.lower)
   if refusal:

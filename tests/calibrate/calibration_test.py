@@ -15,11 +15,9 @@ from calm.calibrate import (
   Support,
   calibrate,
   calibration,
-  methods,
   ordering,
-  p_values,
-  testing,
 )
+from calm.calibrate.evidence import methods, multiple_testing, p_values
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.7, 0.5, 0.3])
@@ -52,7 +50,7 @@ def test_paper_is_clipping_hoeffding_bentkus_and_fixed_sequence():
   p = p_values.hoeffding_bentkus(clipped.sum(axis=0), 300, 0.1)
   np.testing.assert_allclose(found.column("p_value"), p, rtol=1e-12)
   np.testing.assert_allclose(found.column("mean"), clipped.mean(axis=0))
-  expected = testing.fixed_sequence(p, 0.05)
+  expected = multiple_testing.fixed_sequence(p, 0.05)
   np.testing.assert_array_equal(found.column("rejected"), expected.rejected)
   assert found.visited == expected.visited and found.threshold == GRID[expected.rejected].min()
   assert found.method == "paper" and found.support == Support()
@@ -99,7 +97,7 @@ def test_another_order_is_repeated_by_the_guarantee():
 
 
 @pytest.mark.parametrize("method", sorted({*methods.METHODS} - {"betting_fixed_level"}))
-@pytest.mark.parametrize("procedure", sorted(testing.PROCEDURES))
+@pytest.mark.parametrize("procedure", sorted(multiple_testing.PROCEDURES))
 def test_json_round_trip_through_a_file(tmp_path, method, procedure):
   losses = SequenceLosses(
     laws.bernoulli(np.random.default_rng(0), 0.01, (500, 4)),

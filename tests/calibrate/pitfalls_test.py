@@ -10,20 +10,16 @@ from calm.calibrate import (
   NEVER_EXIT,
   SequenceLosses,
   Support,
-  betting,
-  bounds,
   calibrate,
   default_grid,
   metrics,
   ordering,
-  p_values,
-  pareto,
   planning,
   sequence_losses,
-  testing,
   thresholds,
   trials,
 )
+from calm.calibrate.evidence import betting, bounds, multiple_testing, p_values, pareto
 from tests.calibrate import laws
 
 RATES = dict(tolerance=0.1, error_rate=0.05)
@@ -149,24 +145,30 @@ def test_12_log_p_survives_where_p_underflows():
 
 
 def test_13_a_p_value_equal_to_the_error_rate_rejects():
-  assert testing.fixed_sequence([0.05], 0.05).rejected[0]
-  assert not testing.fixed_sequence([1 - 0.95], 0.05).rejected[0]  # 0.050000000000000044
+  assert multiple_testing.fixed_sequence([0.05], 0.05).rejected[0]
+  assert not multiple_testing.fixed_sequence([1 - 0.95], 0.05).rejected[
+    0
+  ]  # 0.050000000000000044
 
 
 def test_14_fixed_sequence_returns_the_last_that_passed_and_stops_at_the_first_that_failed():
   generator = np.random.default_rng(0)
   values = np.stack([laws.bernoulli(generator, m, 2000) for m in (0.01, 0.3, 0.01)], axis=1)
   assert calibrate(values, GRID, **RATES).threshold == 0.9  # neither 0.7 nor 0.5
-  assert testing.fixed_sequence([0.001, 0.9, 0.001], 0.05).rejected.tolist() == [1, 0, 0]
+  assert multiple_testing.fixed_sequence([0.001, 0.9, 0.001], 0.05).rejected.tolist() == [
+    1,
+    0,
+    0,
+  ]
 
 
 def test_15_no_procedure_hands_out_more_than_its_error_rate():
   for count in range(1, 40):
-    assert testing.front_loaded_weights(count).sum() <= 1 + 1e-12
-    assert testing.check_weights(None, count).sum() <= 1 + 1e-12
-    assert np.all(testing.complete_graph(count).sum(axis=1) <= 1 + 1e-12)
+    assert multiple_testing.front_loaded_weights(count).sum() <= 1 + 1e-12
+    assert multiple_testing.check_weights(None, count).sum() <= 1 + 1e-12
+    assert np.all(multiple_testing.complete_graph(count).sum(axis=1) <= 1 + 1e-12)
   with pytest.raises(ValueError, match="sum at most 1"):
-    testing.fallback([0.1] * 3, 0.05, weights=[0.5, 0.5, 0.5])
+    multiple_testing.fallback([0.1] * 3, 0.05, weights=[0.5, 0.5, 0.5])
 
 
 def test_16_neither_order_nor_grid_comes_from_calibration_losses():
@@ -184,10 +186,10 @@ def test_16_neither_order_nor_grid_comes_from_calibration_losses():
 
 def test_17_one_nan_is_p_one_and_leaves_the_others_alone():
   p = [0.001, math.nan, 0.002]
-  assert testing.holm(p, 0.05).rejected.tolist() == [True, False, True]
-  assert testing.bonferroni(p, 0.05).rejected.tolist() == [True, False, True]
-  assert testing.fixed_sequence(p, 0.05).rejected.tolist() == [True, False, False]
-  assert testing.holm(p, 0.05).adjusted_p_values[1] == 1.0
+  assert multiple_testing.holm(p, 0.05).rejected.tolist() == [True, False, True]
+  assert multiple_testing.bonferroni(p, 0.05).rejected.tolist() == [True, False, True]
+  assert multiple_testing.fixed_sequence(p, 0.05).rejected.tolist() == [True, False, False]
+  assert multiple_testing.holm(p, 0.05).adjusted_p_values[1] == 1.0
 
 
 def test_18_a_grid_certified_whole_returns_its_lowest_threshold():

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm.calibrate import SequenceLosses, Support, p_values, planning
+from calm.calibrate import SequenceLosses, Support, planning
+from calm.calibrate.evidence import p_values
 from tests.calibrate import laws
 
 

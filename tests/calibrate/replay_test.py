@@ -5,15 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from calm.calibrate import (
-  NEVER_EXIT,
-  betting,
-  calibrate,
-  ordering,
-  replay,
-  sequence_losses,
-  sequential,
-)
+from calm.calibrate import NEVER_EXIT, calibrate, ordering, replay, sequence_losses, sequential
+from calm.calibrate.evidence import betting
 from tests.calibrate import laws
 
 COUNT = 120

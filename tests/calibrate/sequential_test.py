@@ -4,16 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from calm.calibrate import (
-  NEVER_EXIT,
-  Calibration,
-  Support,
-  betting,
-  calibrate,
-  ordering,
-  p_values,
-  sequential,
-)
+from calm.calibrate import NEVER_EXIT, Calibration, Support, calibrate, ordering, sequential
+from calm.calibrate.evidence import betting, p_values
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.7, 0.5])

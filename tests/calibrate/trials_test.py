@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 
 from calm.calibrate import SequenceLosses, trials
-from calm.calibrate import pool as pool_lib
+from calm.calibrate.evidence import draws as pool_lib
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.7, 0.5])
@@ -34,7 +34,7 @@ def test_violations_stay_within_the_error_rate(method):
 
 def test_a_wrong_method_would_be_caught(monkeypatch):
   """With p-values that ignore chance (mean below tolerance: 0) violations exceed the rate."""
-  from calm.calibrate import methods
+  from calm.calibrate.evidence import methods
 
   naive = methods.Method(
     "naive",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from calm.calibrate import betting, p_values
+from calm.calibrate.evidence import betting, p_values
 from tests.calibrate import laws
 
 SUM_BASED = (

@@ -5,17 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm.calibrate import (
-  NEVER_EXIT,
-  SequenceLosses,
-  Support,
-  betting,
-  calibrate,
-  methods,
-  p_values,
-  testing,
-)
-from calm.calibrate import pool as pool_lib
+from calm.calibrate import NEVER_EXIT, SequenceLosses, Support, calibrate
+from calm.calibrate.evidence import betting, methods, multiple_testing, p_values
+from calm.calibrate.evidence import draws as pool_lib
 from tests.calibrate import laws
 
 GRID = np.linspace(0.95, 0.1, 17)
@@ -36,7 +28,7 @@ def one_at_a_time(pool, draws, tolerances, error_rate):
     for j, tolerance in enumerate(tolerances):
       sample = methods.Sample(pool.values[rows], pool.support, tolerance, error_rate)
       p = np.exp(pool.method.log_p_values(sample))
-      chosen[i, j] = testing.fixed_sequence(p, error_rate).rejected.sum() - 1
+      chosen[i, j] = multiple_testing.fixed_sequence(p, error_rate).rejected.sum() - 1
   return chosen
 
 

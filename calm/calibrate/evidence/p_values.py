@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special
 
-from calm.calibrate import betting as betting_lib
+from calm.calibrate.evidence import betting as betting_lib
 
 # A sum of floats that stands for an integer may be off by rounding, by this share at most.
 _SNAP = 1e-9

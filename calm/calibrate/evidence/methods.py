@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from calm.calibrate import betting, bounds, p_values
+from calm.calibrate.evidence import betting, bounds, p_values
 from calm.calibrate.sequence_losses import Support
 
 # Pairs of a column and a tolerance that are tested at once; their losses should fit a cache.

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from calm.calibrate import betting, bounds, p_values
+from calm.calibrate.evidence import betting, bounds, p_values
 from tests.calibrate import laws
 
 SUM_BASED = (

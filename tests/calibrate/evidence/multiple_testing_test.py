@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from calm.calibrate import p_values, testing
+from calm.calibrate.evidence import multiple_testing, p_values
 
 
 def gate(p_values, error_rate):
@@ -17,10 +17,10 @@ def gate(p_values, error_rate):
   edges[0, 1:] = 1.0 / max(1, count - 1)
   edges[1:, 0] = 0.5
   weights = np.concatenate([[0.7], np.full(count - 1, 0.3 / max(1, count - 1))])
-  return testing.graphical(p_values, error_rate, weights=weights, transitions=edges)
+  return multiple_testing.graphical(p_values, error_rate, weights=weights, transitions=edges)
 
 
-PROCEDURES = {**testing.PROCEDURES, "graph": gate}
+PROCEDURES = {**multiple_testing.PROCEDURES, "graph": gate}
 P_VALUES = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=6)
 
 
@@ -103,20 +103,23 @@ def test_special_cases_equal_their_graphs(p, error_rate):
   count = len(p)
   first = np.eye(count)[0]
   even = np.full(count, 1 / count)
-  graph = testing.graphical
+  graph = multiple_testing.graphical
   same(
-    testing.fixed_sequence(p, error_rate),
-    graph(p, error_rate, weights=first, transitions=testing.chain(count)),
+    multiple_testing.fixed_sequence(p, error_rate),
+    graph(p, error_rate, weights=first, transitions=multiple_testing.chain(count)),
   )
   same(
-    testing.holm(p, error_rate),
-    graph(p, error_rate, weights=even, transitions=testing.complete_graph(count)),
+    multiple_testing.holm(p, error_rate),
+    graph(p, error_rate, weights=even, transitions=multiple_testing.complete_graph(count)),
   )
   same(
-    testing.bonferroni(p, error_rate),
+    multiple_testing.bonferroni(p, error_rate),
     graph(p, error_rate, weights=even, transitions=np.zeros((count, count))),
   )
-  same(testing.fixed_sequence(p, error_rate), testing.fallback(p, error_rate, weights=first))
+  same(
+    multiple_testing.fixed_sequence(p, error_rate),
+    multiple_testing.fallback(p, error_rate, weights=first),
+  )
 
 
 @given(P_VALUES, st.data())
@@ -129,13 +132,13 @@ def test_fallback_equals_its_definition(p, data):
     assume(level == 0.0 or abs(value - level) > 1e-12)  # rounding decides ties
     expected.append(bool(level > 0.0 and value <= level))
     carried = level if expected[-1] else 0.0
-  found = testing.fallback(p, 0.3, weights=weights)
+  found = multiple_testing.fallback(p, 0.3, weights=weights)
   assert found.rejected.tolist() == expected
 
 
 @given(P_VALUES, st.floats(0.01, 0.5), st.floats(0.01, 0.5))
 def test_adjusted_p_values_decide_at_every_level(p, first, second):
-  for procedure in testing.PROCEDURES.values():
+  for procedure in multiple_testing.PROCEDURES.values():
     low, high = procedure(p, min(first, second)), procedure(p, max(first, second))
     np.testing.assert_array_equal(low.adjusted_p_values, high.adjusted_p_values)
     np.testing.assert_array_equal(low.rejected, low.adjusted_p_values <= min(first, second))
@@ -146,36 +149,38 @@ def test_adjusted_p_values_decide_at_every_level(p, first, second):
 
 @given(P_VALUES)
 def test_holm_rejects_all_that_bonferroni_does_and_ignores_the_order(p):
-  holm, bonferroni = testing.holm(p, 0.2), testing.bonferroni(p, 0.2)
+  holm, bonferroni = multiple_testing.holm(p, 0.2), multiple_testing.bonferroni(p, 0.2)
   assert np.all(holm.rejected >= bonferroni.rejected)
-  np.testing.assert_array_equal(testing.holm(p[::-1], 0.2).rejected, holm.rejected[::-1])
+  np.testing.assert_array_equal(
+    multiple_testing.holm(p[::-1], 0.2).rejected, holm.rejected[::-1]
+  )
 
 
 def test_numbers_by_hand():
   p = [0.01, 0.03, 0.2, 0.001]
-  fixed = testing.fixed_sequence(p, 0.05)
+  fixed = multiple_testing.fixed_sequence(p, 0.05)
   assert fixed.rejected.tolist() == [True, True, False, False]
   assert fixed.adjusted_p_values.tolist() == [0.01, 0.03, 0.2, 0.2]
   assert fixed.visited == (0, 1, 2)
-  holm = testing.holm(p, 0.05)
+  holm = multiple_testing.holm(p, 0.05)
   np.testing.assert_allclose(holm.adjusted_p_values, [0.03, 0.06, 0.2, 0.004])
   assert holm.rejected.tolist() == [True, False, False, True] and holm.visited == (3, 0, 1)
-  bonferroni = testing.bonferroni(p, 0.05)
+  bonferroni = multiple_testing.bonferroni(p, 0.05)
   np.testing.assert_allclose(bonferroni.adjusted_p_values, [0.04, 0.12, 0.8, 0.004])
   assert bonferroni.visited == (0, 1, 2, 3)
-  weighted = testing.bonferroni(p, 0.05, weights=[0.0, 0.9, 0.0, 0.1])
+  weighted = multiple_testing.bonferroni(p, 0.05, weights=[0.0, 0.9, 0.0, 0.1])
   np.testing.assert_allclose(weighted.adjusted_p_values, [1.0, 0.03 / 0.9, 1.0, 0.01])
   # Fallback: half the level first; the third fails and the fourth keeps its own share.
-  fallback = testing.fallback(p, 0.06)
+  fallback = multiple_testing.fallback(p, 0.06)
   assert fallback.rejected.tolist() == [True, True, False, True]
-  even = testing.fallback([0.2, 0.02], 0.05, weights=[0.5, 0.5])
+  even = multiple_testing.fallback([0.2, 0.02], 0.05, weights=[0.5, 0.5])
   assert even.rejected.tolist() == [False, True]
 
 
 def test_a_graph_by_hand():
   # Two primary and two secondary hypotheses (Bretz et al. 2009, figure 4 with these numbers).
   edges = [[0, 0.5, 0.5, 0], [0.5, 0, 0, 0.5], [0, 1, 0, 0], [1, 0, 0, 0]]
-  result = testing.graphical(
+  result = multiple_testing.graphical(
     [0.02, 0.055, 0.012, 0.1], 0.05, weights=[0.5, 0.5, 0, 0], transitions=edges
   )
   # 0.02 <= 0.025; then 2 holds 0.0125 and falls, handing all to 1: 0.055 > 0.05 stays.
@@ -185,7 +190,7 @@ def test_a_graph_by_hand():
 
 
 def test_equality_with_the_level_rejects():
-  for procedure in testing.PROCEDURES.values():
+  for procedure in multiple_testing.PROCEDURES.values():
     assert procedure([0.05], 0.05).rejected.tolist() == [True]
     assert procedure([np.nextafter(0.05, 1)], 0.05).rejected.tolist() == [False]
 
@@ -204,14 +209,14 @@ def test_equality_with_the_level_rejects():
   ],
 )
 def test_arguments_out_of_range_are_refused(p, error_rate, message):
-  for procedure in testing.PROCEDURES.values():
+  for procedure in multiple_testing.PROCEDURES.values():
     with pytest.raises(ValueError, match=message):
       procedure(p, error_rate)
 
 
 @pytest.mark.parametrize("weights", [[1.0], [0.6, 0.6], [-0.1, 0.5], [float("nan"), 0.5]])
 def test_bad_weights_are_refused(weights):
-  for procedure in (testing.bonferroni, testing.fallback):
+  for procedure in (multiple_testing.bonferroni, multiple_testing.fallback):
     with pytest.raises(ValueError, match="`weights` must be 2 numbers"):
       procedure([0.1, 0.2], 0.05, weights=weights)
 
@@ -227,18 +232,25 @@ def test_bad_weights_are_refused(weights):
 )
 def test_bad_transitions_are_refused(edges, message):
   with pytest.raises(ValueError, match=message):
-    testing.graphical([0.1, 0.2], 0.05, weights=[0.5, 0.5], transitions=edges)
+    multiple_testing.graphical([0.1, 0.2], 0.05, weights=[0.5, 0.5], transitions=edges)
 
 
 def test_first_shares_are_the_largest_initial_weights():
-  assert testing.first_share("fixed_sequence", 5) == 1.0
-  assert testing.first_share("fallback", 5) == 0.5 and testing.first_share("fallback", 1) == 1.0
-  assert testing.first_share("holm", 5) == testing.first_share("bonferroni", 5) == 0.2
-  assert set(testing._FIRST_SHARES) == set(testing.PROCEDURES)
-  np.testing.assert_allclose(testing.front_loaded_weights(3), [0.5, 0.25, 0.25])
-  np.testing.assert_allclose(testing.complete_graph(1), [[0.0]])
+  assert multiple_testing.first_share("fixed_sequence", 5) == 1.0
+  assert (
+    multiple_testing.first_share("fallback", 5) == 0.5
+    and multiple_testing.first_share("fallback", 1) == 1.0
+  )
+  assert (
+    multiple_testing.first_share("holm", 5)
+    == multiple_testing.first_share("bonferroni", 5)
+    == 0.2
+  )
+  assert set(multiple_testing._FIRST_SHARES) == set(multiple_testing.PROCEDURES)
+  np.testing.assert_allclose(multiple_testing.front_loaded_weights(3), [0.5, 0.25, 0.25])
+  np.testing.assert_allclose(multiple_testing.complete_graph(1), [[0.0]])
 
 
 def test_adjusted_p_values_end_at_one():
-  for procedure in testing.PROCEDURES.values():
+  for procedure in multiple_testing.PROCEDURES.values():
     assert procedure([0.9, 1.0, float("nan")], 0.1).adjusted_p_values.max() == 1.0

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from calm.calibrate import methods, testing
+from calm.calibrate.evidence import methods, multiple_testing
 from calm.calibrate.sequence_losses import Support
 
 
@@ -155,7 +155,7 @@ def pareto_test(
   guesses = max_log_p_values(risks, first, candidates, error_rate)
   order = candidates[np.lexsort((costs[candidates], guesses))]
   p_values = np.exp(max_log_p_values(risks, second, order, error_rate))
-  rejected = testing.fixed_sequence(p_values, error_rate).rejected
+  rejected = multiple_testing.fixed_sequence(p_values, error_rate).rejected
   certified = order[rejected]
   return ParetoResult(
     chosen=int(certified[np.argmin(costs[certified])]) if len(certified) else None,

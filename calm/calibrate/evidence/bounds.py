@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import optimize
 
-from calm.calibrate import betting as betting_lib
+from calm.calibrate.evidence import betting as betting_lib
 
 SumPValue = Callable[..., np.ndarray]
 

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from calm.calibrate import Support, p_values, pareto
+from calm.calibrate import Support
+from calm.calibrate.evidence import p_values, pareto
 from tests.calibrate import laws
 
 POINTS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=12)

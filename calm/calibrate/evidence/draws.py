@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from calm.calibrate import methods, ordering
+from calm.calibrate import ordering
+from calm.calibrate.evidence import methods
 from calm.calibrate.sequence_losses import SequenceLosses
 
 

@@ -1,0 +1,1 @@
+"""What losses prove: p-values, confidence bounds and the tests that share an error rate."""
