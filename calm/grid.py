@@ -13,7 +13,9 @@ import numpy as np
 
 from calm import decoding, inference, schedules, step
 from calm import prompts as prompts_lib
-from calm.calibrate import Prompt, Record, generation_writer, reuse
+from calm.calibrate import Prompt, Record
+from calm.calibrate.generations import reuse
+from calm.calibrate.generations import writer as writer_lib
 
 # (threshold just finished, batch number, number of batches)
 Progress = Callable[[float, int, int], None]
@@ -23,7 +25,7 @@ def generate(
   predictor: inference.Predictor,
   prompts: Sequence[Prompt],
   thresholds: Sequence[float],
-  writer: generation_writer.Writer,
+  writer: writer_lib.Writer,
   *,
   reuse_records: bool = True,
   progress: Progress | None = None,

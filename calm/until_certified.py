@@ -13,17 +13,9 @@ import numpy as np
 
 from calm import grid, inference, schedules, step
 from calm import prompts as prompts_lib
-from calm.calibrate import (
-  Calibration,
-  Prompt,
-  Record,
-  generation_writer,
-  generations,
-  ordering,
-  reuse,
-  sequence_losses,
-  sequential,
-)
+from calm.calibrate import Calibration, Prompt, Record, generations, sequence_losses, sequential
+from calm.calibrate.generations import order, reuse
+from calm.calibrate.generations import writer as writer_lib
 
 # (threshold, units decided on at it, planned units)
 Progress = Callable[[float, int, int], None]
@@ -46,14 +38,14 @@ def in_order(
     ValueError: `by_group`, and a prompt has no group.
   """
   ids = [prompt.id for prompt in prompts]
-  groups = ordering.prompt_groups(prompts) if by_group else None
-  return [prompts[row] for row in ordering.decoding_order(ids, groups, predictor.procedure)]
+  groups = order.prompt_groups(prompts) if by_group else None
+  return [prompts[row] for row in order.decoding_order(ids, groups, predictor.procedure)]
 
 
 def generate(
   predictor: inference.Predictor,
   prompts: Sequence[Prompt],
-  writer: generation_writer.Writer,
+  writer: writer_lib.Writer,
   test: sequential.SequentialCalibration,
   *,
   kind: str,
@@ -78,8 +70,8 @@ def generate(
   Returns:
     The calibration; its p-values and bounds hold although the run stopped when it pleased.
   """
-  groups = ordering.prompt_groups(prompts) if test.clusters else None
-  units = ordering.consecutive_units(len(prompts), groups)
+  groups = order.prompt_groups(prompts) if test.clusters else None
+  units = order.consecutive_units(len(prompts), groups)
   decoder = _Decoder(predictor, prompts, writer, kept_bytes)
   # As many units as fill a batch; the same ones at every threshold.
   batch_size = max(1, predictor.options.batch_size * len(units) // len(prompts))
@@ -89,14 +81,14 @@ def generate(
     full = decoder.records(rows, schedules.NEVER_EXIT)
     early = decoder.records(rows, request.threshold)
     losses = _losses(prompts[rows], request.threshold, early, full, kind, metric)
-    test.add(ordering.unit_means(losses, wanted))
+    test.add(order.unit_means(losses, wanted))
     if progress is not None:
       progress(request.threshold, request.stop, len(units))
-  names = ordering.unit_names([prompt.id for prompt in prompts], groups)
+  names = order.unit_names([prompt.id for prompt in prompts], groups)
   return test.calibration(
     kind=kind,
     metric=metric,
-    seed=ordering.order_seed(names, predictor.procedure),
+    seed=order.order_seed(names, predictor.procedure),
     procedure=predictor.procedure,
   )
 

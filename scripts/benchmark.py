@@ -31,7 +31,7 @@ import jax
 import numpy as np
 
 from calm import costs, exits
-from calm.calibrate import files
+from calm.calibrate.generations import files
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "ctranslate2")
 

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from typing import Any
 
 from calm import exits, grid, inference
-from calm.calibrate import files, generation_writer
+from calm.calibrate.generations import files
+from calm.calibrate.generations import writer as writer_lib
 from calm.commands import generate, model_flags
 
 
@@ -28,7 +29,7 @@ def grid_run(model: inference.Predictor, prompts, levels, *, reuse: bool) -> Cal
 
   def run():
     with tempfile.TemporaryDirectory() as folder:
-      writer = generation_writer.open_writer(
+      writer = writer_lib.open_writer(
         pathlib.Path(folder) / "grid",
         prompts=prompts,
         thresholds=levels,

@@ -3,7 +3,8 @@
 import pytest
 
 from calm import grid, inference, programs, schedules
-from calm.calibrate import Prompt, Provenance, generation_writer
+from calm.calibrate import Prompt, Provenance
+from calm.calibrate.generations import writer as writer_lib
 from tests import inference_test
 
 THRESHOLDS = [0.9, 0.6, 0.3]
@@ -27,7 +28,7 @@ def decode(model, directory, monkeypatch, **options):
 
   monkeypatch.setattr(inference.Predictor, "resume", counted)
   provenance = Provenance(grid=tuple(THRESHOLDS), num_examples=len(PROMPTS))
-  writer = generation_writer.open_writer(
+  writer = writer_lib.open_writer(
     directory,
     prompts=PROMPTS,
     thresholds=THRESHOLDS,

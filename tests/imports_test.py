@@ -70,7 +70,10 @@ def test_importing_calm_loads_nothing():
 
 def test_calibrating_needs_no_framework():
   assert loaded("import calm.calibrate").isdisjoint(FRAMEWORKS)
-  every = [f"calm.calibrate.{path.stem}" for path in (PACKAGE / "calibrate").glob("[a-z]*.py")]
+  every = [
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    for path in (PACKAGE / "calibrate").rglob("[a-z]*.py")
+  ]
   got = loaded("import " + ", ".join(every))
   assert {"calm", "numpy"} <= got and got.isdisjoint(FRAMEWORKS)
 

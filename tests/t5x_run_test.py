@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from calm import calibrate, checkpoints, inference, parameters
-from calm.calibrate import foreign
+from calm.calibrate.generations import foreign
 from tests import t5x_setup
 
 models = t5x_setup.import_models()

@@ -7,15 +7,9 @@ import numpy as np
 import pytest
 
 from calm import inference, schedules, until_certified
-from calm.calibrate import (
-  Prompt,
-  generation_writer,
-  generations,
-  ordering,
-  replay,
-  sequence_losses,
-  sequential,
-)
+from calm.calibrate import Prompt, generations, replay, sequence_losses, sequential
+from calm.calibrate.generations import order
+from calm.calibrate.generations import writer as writer_lib
 from tests import inference_test
 
 THRESHOLDS = [0.9, 0.6, 0.3]
@@ -55,7 +49,7 @@ def calls(monkeypatch):
 def run(model, folder, *, by_group=False, rates=RATES, **options):
   """(calibration, cached generations) of a run into `folder`."""
   prompts = until_certified.in_order(model, PROMPTS, by_group=by_group)
-  writer = generation_writer.open_writer(
+  writer = writer_lib.open_writer(
     folder,
     prompts=prompts,
     thresholds=THRESHOLDS,
@@ -63,8 +57,8 @@ def run(model, folder, *, by_group=False, rates=RATES, **options):
     sequential=True,
     by_group=by_group,
   )
-  units = ordering.unit_names(
-    [p.id for p in prompts], ordering.prompt_groups(prompts) if by_group else None
+  units = order.unit_names(
+    [p.id for p in prompts], order.prompt_groups(prompts) if by_group else None
   )
   test = sequential.SequentialCalibration(
     THRESHOLDS, len(units), clusters=by_group, support=LOSS_SUPPORT, **rates
@@ -124,9 +118,9 @@ def test_clusters_are_decoded_whole_and_tested_on_their_means(model, tmp_path):
   # The first threshold's bets are those of `calibrate` on the same clusters and order.
   count = found.rows[0].num_examples
   losses = sequence_losses.prefix_losses(cached, **LOSS)[0]
-  means = ordering.unit_means(
+  means = order.unit_means(
     losses,
-    ordering.consecutive_units(
+    order.consecutive_units(
       len(losses), [prompt.group for prompt in cached.prompts[: len(losses)]]
     ),
   )

@@ -22,10 +22,10 @@ The shortest way, from losses of any origin:
 """
 
 from calm.calibrate.calibration import Calibration, calibrate
-from calm.calibrate.generation_writer import open_writer
-from calm.calibrate.generations import load
-from calm.calibrate.procedures import Procedure, Provenance
-from calm.calibrate.records import GenerationsError, Prompt, Record
+from calm.calibrate.generations.cached import load
+from calm.calibrate.generations.procedures import Procedure, Provenance
+from calm.calibrate.generations.records import GenerationsError, Prompt, Record
+from calm.calibrate.generations.writer import open_writer
 from calm.calibrate.sequence_losses import (
   SequenceLosses,
   Support,

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from calm.calibrate import metrics
-from calm.calibrate import records as records_lib
+from calm.calibrate.generations import records as records_lib
 from calm.calibrate.sequence_losses import Support
 
 SCHEMA_VERSION = 1

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import scipy
 
-from calm.calibrate import files, ordering, planning
+from calm.calibrate import planning
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.evidence import methods
 from calm.calibrate.evidence import multiple_testing as testing
+from calm.calibrate.generations import files
+from calm.calibrate.generations import order as order_lib
+from calm.calibrate.generations.procedures import Procedure, Provenance, describe_differences
 from calm.calibrate.guarantee import describe
-from calm.calibrate.procedures import Procedure, Provenance, describe_differences
 from calm.calibrate.sequence_losses import SequenceLosses, Support
 
 SCHEMA_VERSION = 1
@@ -252,13 +254,13 @@ def calibrate(
   sample = _as_losses(losses, thresholds, support)
   _check_rates(tolerance, error_rate)
   faults = _faults(sample)
-  chosen = methods.get_method(method, ordering.unit_support(sample, groups))
+  chosen = methods.get_method(method, order_lib.unit_support(sample, groups))
   _check_procedure(chosen, testing_procedure)
   prepared, declared = chosen.prepare(sample.values, sample.support)
   sample = dataclasses.replace(sample, values=prepared, support=declared)
   if groups is not None:
-    sample = ordering.cluster_means(sample, groups)
-  order, seed = ordering.tested_order(sample)
+    sample = order_lib.cluster_means(sample, groups)
+  order, seed = order_lib.tested_order(sample)
   values = sample.values[order] if chosen.ordered else sample.values
   rates = methods.Sample(values, sample.support, tolerance, error_rate)
   log_p, bound = _evidence(chosen, rates, np.array([not fault for fault in faults]))

@@ -1,8 +1,9 @@
 """The calibration of a run that stopped early, from its folder."""
 
-from calm.calibrate import ordering, sequence_losses, sequential
+from calm.calibrate import sequence_losses, sequential
 from calm.calibrate.calibration import Calibration
-from calm.calibrate.generations import Generations
+from calm.calibrate.generations import order
+from calm.calibrate.generations.cached import Generations
 
 
 def replay(
@@ -24,8 +25,8 @@ def replay(
     ValueError: at these rates the test would have asked for more prompts than the run has.
   """
   columns = sequence_losses.prefix_losses(cached, kind, metric=metric)
-  groups = ordering.prompt_groups(cached.prompts) if cached.by_group else None
-  units = ordering.consecutive_units(len(cached.prompts), groups)
+  groups = order.prompt_groups(cached.prompts) if cached.by_group else None
+  units = order.consecutive_units(len(cached.prompts), groups)
   test = sequential.SequentialCalibration(
     cached.thresholds,
     len(units),
@@ -48,6 +49,6 @@ def replay(
   return test.calibration(
     kind=kind,
     metric=metric,
-    seed=ordering.order_seed(ordering.unit_names(cached.ids, groups), cached.procedure),
+    seed=order.order_seed(order.unit_names(cached.ids, groups), cached.procedure),
     procedure=cached.procedure,
   )

@@ -8,9 +8,9 @@ import numpy as np
 
 from calm.calibrate import metric_values, metrics
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import Generations
+from calm.calibrate.generations.cached import Generations
+from calm.calibrate.generations.procedures import Procedure
 from calm.calibrate.metric_values import Progress
-from calm.calibrate.procedures import Procedure
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,14 +24,14 @@ from calm.calibrate import (
   Procedure,
   Prompt,
   calibrate,
-  generation_writer,
   generations,
   metrics,
   planning,
-  records,
   sequence_losses,
   thresholds,
 )
+from calm.calibrate.generations import records
+from calm.calibrate.generations import writer as writer_lib
 from calm.commands import calibrate as calibrate_command
 from calm.commands import common, model_flags
 
@@ -161,7 +161,7 @@ def generate_grid(
   measure = predictor.options.measure
   levels = [float(t) for t in GRIDS.get(measure) or thresholds.default_grid(measure)]
   procedure: Procedure = predictor.procedure
-  writer = generation_writer.open_writer(
+  writer = writer_lib.open_writer(
     folder, prompts=prompts, thresholds=levels, procedure=procedure
   )
   with rich_progress.Progress(console=console) as bar:

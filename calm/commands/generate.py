@@ -14,15 +14,9 @@ import pathlib
 from rich import console as rich_console
 from rich import progress as rich_progress
 
-from calm.calibrate import (
-  Provenance,
-  generation_writer,
-  ordering,
-  planning,
-  sequence_losses,
-  sequential,
-  thresholds,
-)
+from calm.calibrate import Provenance, planning, sequence_losses, sequential, thresholds
+from calm.calibrate.generations import order
+from calm.calibrate.generations import writer as writer_lib
 from calm.commands import calibrate as calibrate_command
 from calm.commands import common, model_flags
 
@@ -79,9 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
   test = None
   if arguments.until_certified:
     prompts = until_certified.in_order(predictor, prompts, by_group=arguments.by_group)
-    groups = ordering.prompt_groups(prompts) if arguments.by_group else None
-    test = _test(arguments, levels, len(ordering.consecutive_units(len(prompts), groups)))
-  writer = generation_writer.open_writer(
+    groups = order.prompt_groups(prompts) if arguments.by_group else None
+    test = _test(arguments, levels, len(order.consecutive_units(len(prompts), groups)))
+  writer = writer_lib.open_writer(
     pathlib.Path(arguments.output),
     prompts=prompts,
     thresholds=levels,

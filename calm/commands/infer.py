@@ -15,7 +15,8 @@ import sys
 from rich import console as rich_console
 
 from calm import colours
-from calm.calibrate import Prompt, files, thresholds
+from calm.calibrate import Prompt, thresholds
+from calm.calibrate.generations import files
 from calm.commands import common, model_flags
 
 

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from calm import exits, grid, inference, prompts, schedules, step
-from calm.calibrate import Prompt, Record, generation_writer, generations
+from calm.calibrate import Prompt, Record, generations
+from calm.calibrate.generations import writer as writer_lib
 from calm.experiments import results
 
 # (share done in [0, 1], what is being done)
@@ -68,7 +69,7 @@ def on_grid(
   path = folder / f"{procedure.measure}-{results.digest(key)}"
   if (path / generations.MANIFEST).exists() and generations.read_manifest(path)["checksums"]:
     return generations.load(path)
-  writer = generation_writer.open_writer(
+  writer = writer_lib.open_writer(
     path, prompts=examples, thresholds=thresholds, procedure=procedure
   )
 

@@ -15,7 +15,8 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from calm.calibrate import Prompt, files
+from calm.calibrate import Prompt
+from calm.calibrate.generations import files
 
 # Raised whenever an experiment's numbers change their meaning: older files are not read again.
 VERSION = 1

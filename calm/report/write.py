@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-from calm.calibrate import files
+from calm.calibrate.generations import files
 from calm.report import page as page_lib
 
 

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from calm.calibrate import Support, audit
-from calm.calibrate.records import GenerationsError
+from calm.calibrate.generations.records import GenerationsError
 from tests.calibrate import laws
 
 

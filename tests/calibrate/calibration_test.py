@@ -15,9 +15,9 @@ from calm.calibrate import (
   Support,
   calibrate,
   calibration,
-  ordering,
 )
 from calm.calibrate.evidence import methods, multiple_testing, p_values
+from calm.calibrate.generations import order
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.7, 0.5, 0.3])
@@ -75,12 +75,12 @@ def test_rows_do_not_depend_on_how_the_file_was_sorted():
 
 def test_the_order_comes_from_ids_and_procedure():
   ids = [f"id-{i}" for i in range(50)]
-  first = ordering.permutation(ids, None)
+  first = order.permutation(ids, None)
   assert sorted(first) == list(range(50)) and list(first) != list(range(50))
-  np.testing.assert_array_equal(first, ordering.permutation(ids, None))
-  assert list(ordering.permutation(ids, laws.procedure())) != list(first)
-  assert list(ordering.permutation(ids[1:], None)) != list(first[1:])
-  backwards = ordering.permutation(ids[::-1], None)
+  np.testing.assert_array_equal(first, order.permutation(ids, None))
+  assert list(order.permutation(ids, laws.procedure())) != list(first)
+  assert list(order.permutation(ids[1:], None)) != list(first[1:])
+  backwards = order.permutation(ids[::-1], None)
   assert [ids[::-1][row] for row in backwards] == [ids[row] for row in first]
 
 
@@ -195,12 +195,12 @@ def test_groups_are_cluster_means():
   assert found.num_examples == 60 and found.clusters and found.method == "betting"
   np.testing.assert_allclose(found.column("mean"), values.mean(axis=0))
   assert "clusters of prompts" in found.guarantee
-  means = ordering.cluster_means(losses, groups)
+  means = order.cluster_means(losses, groups)
   row = means.ids.index("g7")
   np.testing.assert_allclose(means.values[row], values[21:24].mean(axis=0))
   values[0, 0] = 2.0  # no mean hides a loss that is out of its range
   assert "the loss of row 0 is" in calibrate(losses, **RATES, groups=groups).reason
-  single = ordering.cluster_means(losses, [str(i) for i in range(180)])
+  single = order.cluster_means(losses, [str(i) for i in range(180)])
   assert single.support.binary
   with pytest.raises(
     ValueError, match="`groups` must name the cluster of each of the 180 rows"

@@ -13,13 +13,13 @@ from calm.calibrate import (
   calibrate,
   default_grid,
   metrics,
-  ordering,
   planning,
   sequence_losses,
   thresholds,
   trials,
 )
 from calm.calibrate.evidence import betting, bounds, multiple_testing, p_values, pareto
+from calm.calibrate.generations import order
 from tests.calibrate import laws
 
 RATES = dict(tolerance=0.1, error_rate=0.05)
@@ -279,4 +279,4 @@ def test_25_a_metric_outside_its_declared_range_is_an_error():
 def test_the_smallest_calibration_set_is_known_beforehand():
   assert planning.min_calibration_size(0.05, 0.05) == 59
   assert default_grid("softmax")[0] == 0.95
-  assert len(ordering.order_seed(["a"], None)) == 16
+  assert len(order.order_seed(["a"], None)) == 16

@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from calm.calibrate import NEVER_EXIT, calibrate, ordering, replay, sequence_losses, sequential
+from calm.calibrate import NEVER_EXIT, calibrate, replay, sequence_losses, sequential
 from calm.calibrate.evidence import betting
+from calm.calibrate.generations import order
 from tests.calibrate import laws
 
 COUNT = 120
@@ -52,7 +53,7 @@ def test_it_is_the_calibration_of_the_run_itself():
   found = replay.replay(cached, **LOSS, **RATES)
   expected = test.calibration(
     **LOSS,
-    seed=ordering.order_seed(cached.ids, cached.procedure),
+    seed=order.order_seed(cached.ids, cached.procedure),
     procedure=cached.procedure,
   )
   assert found.to_json() == expected.to_json()
@@ -63,7 +64,7 @@ def test_it_is_the_calibration_of_the_run_itself():
 def clustered():
   """A complete run by group, two prompts a cluster, in the order of the test."""
   made = complete()
-  rows = ordering.decoding_order(made.ids, ordering.prompt_groups(made.prompts), made.procedure)
+  rows = order.decoding_order(made.ids, order.prompt_groups(made.prompts), made.procedure)
   return dataclasses.replace(
     made,
     prompts=tuple(made.prompts[row] for row in rows),
@@ -100,8 +101,8 @@ def test_clusters_are_tested_in_the_order_that_calibrate_tests_them():
   found = replay.replay(cached, **LOSS, **RATES)
   assert found.seed == fixed.seed and found.num_examples == fixed.num_examples
   used = found.rows[0].num_examples
-  groups = ordering.prompt_groups(cached.prompts)
-  means = ordering.unit_means(losses.values[:, 1], ordering.consecutive_units(COUNT, groups))
+  groups = order.prompt_groups(cached.prompts)
+  means = order.unit_means(losses.values[:, 1], order.consecutive_units(COUNT, groups))
   wealth = betting.log_wealth(means, betting.Design(0.1, 0.05, COUNT // 2))
   assert fixed.rows[1].log_p_value == pytest.approx(-max(0.0, wealth.max()), abs=1e-12)
   assert found.rows[1].log_p_value == pytest.approx(

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from calm.calibrate import Support, calibrate, sequence_losses
-from calm.calibrate.records import Prompt
+from calm.calibrate.generations.records import Prompt
 from tests.calibrate import laws
 
 TEXTS = [["word0 same", "word1 other"], ["x y", "word1 same"]]

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from calm.calibrate import NEVER_EXIT, Calibration, Support, calibrate, ordering, sequential
+from calm.calibrate import NEVER_EXIT, Calibration, Support, calibrate, sequential
 from calm.calibrate.evidence import betting, p_values
+from calm.calibrate.generations import order
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.7, 0.5])
@@ -142,8 +143,8 @@ def test_results_are_marked_and_honest():
 def test_cluster_means_are_the_units_and_are_not_binary():
   """Copies in a cluster count once: 3 prompts of loss 0 each do not certify like 3 prompts."""
   values = np.repeat(laws.bernoulli(np.random.default_rng(3), 0.02, 60), 3)
-  units = ordering.consecutive_units(180, [str(row // 3) for row in range(180)])
-  means = ordering.unit_means(values, units)
+  units = order.consecutive_units(180, [str(row // 3) for row in range(180)])
+  means = order.unit_means(values, units)
   np.testing.assert_array_equal(means, values[::3])
   test = sequential.SequentialCalibration(
     [0.9], len(units), support=Support(binary=True), clusters=True, **RATES

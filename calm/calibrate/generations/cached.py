@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from calm.calibrate import files
-from calm.calibrate import records as records_lib
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.procedures import Procedure, Provenance
-from calm.calibrate.records import GenerationsError, Prompt, Record
+from calm.calibrate.generations import files
+from calm.calibrate.generations import records as records_lib
+from calm.calibrate.generations.procedures import Procedure, Provenance
+from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"

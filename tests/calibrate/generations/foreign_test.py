@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from calm.calibrate import foreign, textual_losses
-from calm.calibrate.records import GenerationsError, Record
+from calm.calibrate import textual_losses
+from calm.calibrate.generations import foreign
+from calm.calibrate.generations.records import GenerationsError, Record
 
 
 def write(path, rows):

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from calm.calibrate.records import Record
+from calm.calibrate.generations.records import Record
 
 
 def reusable_tokens(record: Record, thresholds: npt.ArrayLike) -> int:

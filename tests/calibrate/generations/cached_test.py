@@ -3,8 +3,10 @@ import json
 import numpy as np
 import pytest
 
-from calm.calibrate import NEVER_EXIT, files, generation_writer, generations
-from calm.calibrate.records import GenerationsError, Record
+from calm.calibrate import NEVER_EXIT, generations
+from calm.calibrate.generations import files
+from calm.calibrate.generations import writer as writer_lib
+from calm.calibrate.generations.records import GenerationsError, Record
 from tests.calibrate import laws
 
 GRID = [0.9, 0.5]
@@ -13,7 +15,7 @@ GRID = [0.9, 0.5]
 def write(directory, procedure=None, *, grid=GRID, count=3, sequential=False, short=()):
   """A finished run; `short` maps thresholds to how many records they get."""
   rows = laws.prompts(count)
-  writer = generation_writer.open_writer(
+  writer = writer_lib.open_writer(
     directory, prompts=rows, thresholds=grid, procedure=procedure, sequential=sequential
   )
   for threshold in (NEVER_EXIT, *grid):
@@ -29,7 +31,7 @@ def edit(path, change):
 
 def test_what_is_written_is_read_in_the_recorded_order(tmp_path):
   procedure = laws.procedure()
-  writer = generation_writer.open_writer(
+  writer = writer_lib.open_writer(
     tmp_path, prompts=laws.prompts(3), thresholds=GRID, procedure=procedure
   )
   for threshold in (NEVER_EXIT, *GRID):

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm.calibrate import NEVER_EXIT, reuse
-from calm.calibrate.records import Record
+from calm.calibrate import NEVER_EXIT
+from calm.calibrate.generations import reuse
+from calm.calibrate.generations.records import Record
 
 LAYERS, LENGTH, ALLOWED = 5, 12, (1, 3, 4)
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from calm.calibrate import records
+from calm.calibrate.generations import records
 
 
 def test_float32_confidences_keep_their_short_digits_and_their_value():

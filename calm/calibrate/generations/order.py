@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from calm.calibrate.procedures import Procedure
-from calm.calibrate.records import Prompt
+from calm.calibrate.generations.procedures import Procedure
+from calm.calibrate.generations.records import Prompt
 from calm.calibrate.sequence_losses import SequenceLosses, Support
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from calm.calibrate import records as records_lib
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import Generations
-from calm.calibrate.procedures import Procedure, Provenance
-from calm.calibrate.records import GenerationsError, Line, Prompt, Record
+from calm.calibrate.generations import records as records_lib
+from calm.calibrate.generations.cached import Generations
+from calm.calibrate.generations.procedures import Procedure, Provenance
+from calm.calibrate.generations.records import GenerationsError, Line, Prompt, Record
 
 Path = str | pathlib.Path
 

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from calm.calibrate import procedures
+from calm.calibrate.generations import procedures
 from tests.calibrate import laws
 
 CHANGES = dict(

@@ -7,9 +7,11 @@ import time
 
 import pytest
 
-from calm.calibrate import NEVER_EXIT, files, generation_writer, generations
-from calm.calibrate.procedures import Provenance
-from calm.calibrate.records import GenerationsError, Record
+from calm.calibrate import NEVER_EXIT, generations
+from calm.calibrate.generations import files
+from calm.calibrate.generations import writer as writer_lib
+from calm.calibrate.generations.procedures import Provenance
+from calm.calibrate.generations.records import GenerationsError, Record
 from tests.calibrate import laws
 
 GRID = [0.9, 0.5]
@@ -17,7 +19,7 @@ GRID = [0.9, 0.5]
 
 def start(directory, **changes):
   options = dict(prompts=laws.prompts(3), thresholds=GRID, procedure=laws.procedure())
-  return generation_writer.open_writer(directory, **{**options, **changes})
+  return writer_lib.open_writer(directory, **{**options, **changes})
 
 
 def test_resuming_keeps_what_is_there_and_drops_a_cut_off_line(tmp_path):

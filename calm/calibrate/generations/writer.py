@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from calm.calibrate import files, generations, ordering
-from calm.calibrate import records as records_lib
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.procedures import Procedure, Provenance, describe_differences
-from calm.calibrate.records import GenerationsError, Prompt, Record
+from calm.calibrate.generations import cached, files, order
+from calm.calibrate.generations import records as records_lib
+from calm.calibrate.generations.procedures import Procedure, Provenance, describe_differences
+from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 
 
 class Writer:
@@ -26,17 +26,17 @@ class Writer:
     self.directory = directory
     self.reports: list[str] = []
     self._manifest = manifest
-    self._procedure = generations.manifest_procedure(manifest)
+    self._procedure = cached.manifest_procedure(manifest)
     self._ids = frozenset(manifest["prompt_ids"])
     self._thresholds = (thresholds_lib.NEVER_EXIT, *manifest["thresholds"])
     self._done: dict[float, set[str]] = {}
     for threshold in self._thresholds:
-      path = directory / generations.threshold_file(threshold)
+      path = directory / cached.threshold_file(threshold)
       self._done[threshold] = set()
       if path.exists():
         report = records_lib.drop_partial_line(path)
         self.reports += [report] if report else []
-        self._done[threshold] = set(generations.read_records(path, self._procedure))
+        self._done[threshold] = set(cached.read_records(path, self._procedure))
 
   def completed_ids(self, threshold: float) -> frozenset[str]:
     """Ids that already have a record at `threshold` (`NEVER_EXIT` for the reference)."""
@@ -44,8 +44,8 @@ class Writer:
 
   def completed_records(self, threshold: float) -> dict[str, Record]:
     """The records already written at `threshold`, by id."""
-    path = self.directory / generations.threshold_file(self._known(threshold))
-    return generations.read_records(path, self._procedure) if path.exists() else {}
+    path = self.directory / cached.threshold_file(self._known(threshold))
+    return cached.read_records(path, self._procedure) if path.exists() else {}
 
   def append(self, threshold: float, records: Iterable[Record]) -> None:
     """Appends whole records and hands them to the operating system before it returns.
@@ -63,14 +63,14 @@ class Writer:
         f"`records` must be of prompts that have none at {threshold} yet; unknown ids"
         f" {odd[:5]}, ids already there {twice[:5]}."
       )
-    mark = generations.procedure_mark(self._procedure)
+    mark = cached.procedure_mark(self._procedure)
     lines = [
       records_lib.dump_line(
         record.to_json() if mark is None else {**record.to_json(), "procedure": mark}
       )
       for record in records
     ]
-    with open(self.directory / generations.threshold_file(threshold), "ab") as file:
+    with open(self.directory / cached.threshold_file(threshold), "ab") as file:
       file.write("".join(lines).encode("utf-8"))
       file.flush()
     done.update(names)
@@ -89,8 +89,8 @@ class Writer:
           f" {thresholds_lib.format_threshold(threshold)}; append them before `finish`."
         )
     names = [
-      generations.PROMPTS,
-      *(generations.threshold_file(threshold) for threshold in self._thresholds),
+      cached.PROMPTS,
+      *(cached.threshold_file(threshold) for threshold in self._thresholds),
     ]
     self._manifest["checksums"] = {
       name: files.checksum(self.directory / name)
@@ -108,7 +108,7 @@ class Writer:
 
 def _write_manifest(directory: pathlib.Path, manifest: Mapping[str, Any]) -> None:
   files.write_atomically(
-    directory / generations.MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    directory / cached.MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
   )
 
 
@@ -146,9 +146,9 @@ def open_writer(
   directory = pathlib.Path(directory)
   records_lib.check_unique(prompts)
   if by_group:
-    ordering.consecutive_units(len(prompts), ordering.prompt_groups(prompts))
+    order.consecutive_units(len(prompts), order.prompt_groups(prompts))
   manifest = {
-    "schema_version": generations.SCHEMA_VERSION,
+    "schema_version": cached.SCHEMA_VERSION,
     "procedure": None if procedure is None else procedure.to_json(),
     "provenance": (provenance or Provenance()).to_json(),
     "thresholds": thresholds_lib.validate_grid(thresholds).tolist(),
@@ -158,9 +158,9 @@ def open_writer(
     "checksums": {},
   }
   prompt_text = "".join(records_lib.dump_line(prompt.to_json()) for prompt in prompts)
-  if (directory / generations.MANIFEST).exists():
+  if (directory / cached.MANIFEST).exists():
     _check_same_run(directory, manifest, prompt_text)
-    manifest["provenance"] = generations.read_manifest(directory)["provenance"]
+    manifest["provenance"] = cached.read_manifest(directory)["provenance"]
   else:
     try:
       directory.mkdir(parents=True, exist_ok=True)
@@ -168,18 +168,18 @@ def open_writer(
       raise OSError(
         f"cannot make {directory} ({error.strerror}); choose a folder that can be written."
       ) from error
-    files.write_atomically(directory / generations.PROMPTS, prompt_text)
+    files.write_atomically(directory / cached.PROMPTS, prompt_text)
   # Resuming reopens a finished run: its checksums are written again by `finish`.
   _write_manifest(directory, manifest)
   return Writer(directory, manifest)
 
 
 def _check_same_run(directory: pathlib.Path, manifest: dict[str, Any], prompts: str) -> None:
-  there = generations.read_manifest(directory)
-  path = directory / generations.MANIFEST
+  there = cached.read_manifest(directory)
+  path = directory / cached.MANIFEST
   way_out = " Choose another folder, or the options of the run that is there."
   difference = describe_differences(
-    generations.manifest_procedure(there), generations.manifest_procedure(manifest)
+    cached.manifest_procedure(there), cached.manifest_procedure(manifest)
   )
   if difference:
     raise GenerationsError(f"{path}: was made by another procedure: {difference}.{way_out}")
@@ -191,10 +191,9 @@ def _check_same_run(directory: pathlib.Path, manifest: dict[str, Any], prompts: 
         f"{path}: has other `{name}`: expected {_short(there.get(name))}, got"
         f" {_short(manifest[name])}.{way_out}"
       )
-  if (directory / generations.PROMPTS).read_text("utf-8") != prompts:
+  if (directory / cached.PROMPTS).read_text("utf-8") != prompts:
     raise GenerationsError(
-      f"{directory / generations.PROMPTS}: the texts of the prompts are not those"
-      f" given.{way_out}"
+      f"{directory / cached.PROMPTS}: the texts of the prompts are not those given.{way_out}"
     )
 
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm.calibrate import Prompt, SequenceLosses, ordering
+from calm.calibrate import Prompt, SequenceLosses
+from calm.calibrate.generations import order
 from tests.calibrate import laws
 
 GROUPS = st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=20)
@@ -15,19 +16,19 @@ GROUPS = st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=20)
 def test_clusters_stand_together_in_the_order_that_calibrate_tests_them(groups):
   ids = [f"id-{row:02d}" for row in range(len(groups))]
   procedure = laws.procedure()
-  rows = ordering.decoding_order(ids, groups, procedure)
+  rows = order.decoding_order(ids, groups, procedure)
   assert sorted(rows.tolist()) == list(range(len(groups)))
   ordered = [groups[row] for row in rows]
-  units = ordering.consecutive_units(len(rows), ordered)
+  units = order.consecutive_units(len(rows), ordered)
   values = np.random.default_rng(0).random((len(groups), 1))
   losses = SequenceLosses(values, np.array([0.5]), ids=tuple(ids), procedure=procedure)
-  means = ordering.cluster_means(losses, groups)
-  tested, seed = ordering.tested_order(means)
+  means = order.cluster_means(losses, groups)
+  tested, seed = order.tested_order(means)
   assert [ordered[unit.start] for unit in units] == [means.ids[row] for row in tested]
   np.testing.assert_allclose(
-    ordering.unit_means(values[rows, 0], units), means.values[tested, 0], rtol=1e-12
+    order.unit_means(values[rows, 0], units), means.values[tested, 0], rtol=1e-12
   )
-  assert seed == ordering.order_seed(ordering.unit_names(ids, groups), procedure)
+  assert seed == order.order_seed(order.unit_names(ids, groups), procedure)
 
 
 @given(GROUPS, st.randoms(use_true_random=False))
@@ -37,24 +38,24 @@ def test_the_order_does_not_depend_on_how_the_prompts_are_stored(groups, random)
   orders = []
   for stored in (rows, shuffled):
     ids, names = zip(*stored, strict=True)
-    orders.append([ids[row] for row in ordering.decoding_order(ids, names, None)])
+    orders.append([ids[row] for row in order.decoding_order(ids, names, None)])
   assert orders[0] == orders[1]
 
 
 def test_without_groups_every_prompt_is_a_unit():
   ids = [f"id-{row}" for row in range(9)]
   np.testing.assert_array_equal(
-    ordering.decoding_order(ids, None, None), ordering.permutation(ids, None)
+    order.decoding_order(ids, None, None), order.permutation(ids, None)
   )
-  assert ordering.consecutive_units(2, None) == (slice(0, 1), slice(1, 2))
+  assert order.consecutive_units(2, None) == (slice(0, 1), slice(1, 2))
   np.testing.assert_array_equal(
-    ordering.unit_means([0.25, 0.5], ordering.consecutive_units(2, None)), [0.25, 0.5]
+    order.unit_means([0.25, 0.5], order.consecutive_units(2, None)), [0.25, 0.5]
   )
-  assert ordering.unit_names(ids, None) == tuple(ids)
+  assert order.unit_names(ids, None) == tuple(ids)
 
 
 def test_scattered_clusters_and_prompts_without_a_group_are_refused():
   with pytest.raises(ValueError, match="2 clusters in 3 places"):
-    ordering.consecutive_units(3, ["a", "b", "a"])
+    order.consecutive_units(3, ["a", "b", "a"])
   with pytest.raises(ValueError, match=r"1 have none, first \['y'\]"):
-    ordering.prompt_groups([Prompt("x", "", (), "g"), Prompt("y", "")])
+    order.prompt_groups([Prompt("x", "", (), "g"), Prompt("y", "")])

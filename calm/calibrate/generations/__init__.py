@@ -1,0 +1,25 @@
+"""Cached outputs: one record per prompt and threshold, on disk and in memory."""
+
+from calm.calibrate.generations.cached import (
+  MANIFEST,
+  PROMPTS,
+  SCHEMA_VERSION,
+  Generations,
+  load,
+  manifest_procedure,
+  read_manifest,
+  read_records,
+  threshold_file,
+)
+
+__all__ = [
+  "MANIFEST",
+  "PROMPTS",
+  "SCHEMA_VERSION",
+  "Generations",
+  "load",
+  "manifest_procedure",
+  "read_manifest",
+  "read_records",
+  "threshold_file",
+]
