@@ -38,7 +38,7 @@ def generate(
     predictor: the model.
     prompts: the prompts; their ids name the records.
     thresholds: strictly descending, without `NEVER_EXIT`.
-    writer: from `generation_writer.open_writer` with the same prompts and thresholds.
+    writer: from `writer.open_writer` with the same prompts and thresholds.
     reuse_records: take over what a lower threshold cannot change: sequences, and beginnings.
     progress: told after every batch and threshold.
 

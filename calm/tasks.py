@@ -17,7 +17,7 @@ import seqio
 import tensorflow as tf
 
 from calm import datasets
-from calm.calibrate import metrics as text_metrics
+from calm.calibrate.losses import metrics as text_metrics
 
 Tensors = Mapping[str, Any]
 MetricFn = Callable[[Sequence[Sequence[str]], Sequence[str]], dict[str, float]]
@@ -32,7 +32,7 @@ def metric_fn(name: str) -> MetricFn:
 
   Args:
     name: `bleu` or `chrf` (of the corpus, sacrebleu), or any name that
-      `calm.calibrate.metrics.get_metric` knows, such as `rouge_l`, `token_f1` and
+      `calm.calibrate.losses.metrics.get_metric` knows, such as `rouge_l`, `token_f1` and
       `exact_match` (mean over examples of the best over references).
 
   Returns:

@@ -13,9 +13,10 @@ import numpy as np
 
 from calm import grid, inference, schedules, step
 from calm import prompts as prompts_lib
-from calm.calibrate import Calibration, Prompt, Record, generations, sequence_losses, sequential
+from calm.calibrate import Calibration, Prompt, Record, generations, sequential
 from calm.calibrate.generations import order, reuse
 from calm.calibrate.generations import writer as writer_lib
+from calm.calibrate.losses import sequence_losses
 
 # (threshold, units decided on at it, planned units)
 Progress = Callable[[float, int, int], None]

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from calm.calibrate import SequenceLosses, calibrate, metric_values, metrics, trials
+from calm.calibrate import SequenceLosses, calibrate, trials
 from calm.calibrate.evidence import betting, bounds, p_values
+from calm.calibrate.losses import metric_values, metrics
 
 PROMPTS, THRESHOLDS = 10_000, 100
 RATES = {"tolerance": 0.1, "error_rate": 0.05}

@@ -13,7 +13,8 @@ import argparse
 
 import numpy as np
 
-from calm.calibrate import calibrate, generations, sequence_losses, thresholds, trials
+from calm.calibrate import calibrate, generations, thresholds, trials
+from calm.calibrate.losses import sequence_losses
 
 HEADER = (
   "tolerance",

@@ -8,7 +8,7 @@ import argparse
 import statistics
 
 from calm import exits, inference
-from calm.calibrate import metrics
+from calm.calibrate.losses import metrics
 from calm.commands import common, model_flags
 
 

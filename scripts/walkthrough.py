@@ -14,8 +14,8 @@ import pathlib
 import tempfile
 
 from calm import calibrate, colours, exits, inference
-from calm.calibrate import sequence_losses
 from calm.calibrate.generations import records
+from calm.calibrate.losses import sequence_losses
 from calm.experiments import decode, scores
 
 parser = argparse.ArgumentParser(description="A walk through calm on the packed model.")

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from calm import checkpoints, cli, network, vocabulary
-from calm.calibrate import Calibration, generations, sequence_losses
+from calm.calibrate import Calibration, generations
+from calm.calibrate.losses import sequence_losses
 from tests import toys
 
 SIZES = toys.Config(vocab_size=264, num_pieces=259, num_decoder_layers=3)

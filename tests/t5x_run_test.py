@@ -10,6 +10,7 @@ import pytest
 
 from calm import calibrate, checkpoints, inference, parameters
 from calm.calibrate.generations import foreign
+from calm.calibrate.losses import metrics as text_metrics
 from tests import t5x_setup
 
 models = t5x_setup.import_models()
@@ -181,7 +182,7 @@ def test_eval_measures_the_outputs_of_its_threshold(work, trained, swept):
   cached, folder = calibrate.load(swept), work / "eval" / "inference_eval"
   (metrics,) = (folder / "debian_synopsis-metrics.jsonl").read_text("utf-8").splitlines()
   pairs = list(zip(cached.records[1], cached.prompts, strict=True))
-  rouge = calibrate.metrics.get_metric("rouge_l")
+  rouge = text_metrics.get_metric("rouge_l")
   scores = [rouge(record.prediction, prompt.targets) for record, prompt in pairs]
   assert json.loads(metrics)["rouge_l"] == pytest.approx(100 * np.mean(scores))
   (outputs,) = folder.glob("debian_synopsis-0*.jsonl")

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from calm import inference, schedules, until_certified
-from calm.calibrate import Prompt, generations, replay, sequence_losses, sequential
+from calm.calibrate import Prompt, generations, replay, sequential
 from calm.calibrate.generations import order
 from calm.calibrate.generations import writer as writer_lib
+from calm.calibrate.losses import sequence_losses
 from tests import inference_test
 
 THRESHOLDS = [0.9, 0.6, 0.3]

@@ -26,7 +26,7 @@ from calm.calibrate.generations.cached import load
 from calm.calibrate.generations.procedures import Procedure, Provenance
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 from calm.calibrate.generations.writer import open_writer
-from calm.calibrate.sequence_losses import (
+from calm.calibrate.losses.sequence_losses import (
   SequenceLosses,
   Support,
   risk_losses,

@@ -20,9 +20,9 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from calm.calibrate import metrics
 from calm.calibrate.generations import records as records_lib
-from calm.calibrate.sequence_losses import Support
+from calm.calibrate.losses import metrics
+from calm.calibrate.losses.sequence_losses import Support
 
 SCHEMA_VERSION = 1
 _CAP_SHARE = 0.5

@@ -18,7 +18,7 @@ from calm.calibrate.generations import files
 from calm.calibrate.generations import order as order_lib
 from calm.calibrate.generations.procedures import Procedure, Provenance, describe_differences
 from calm.calibrate.guarantee import describe
-from calm.calibrate.sequence_losses import SequenceLosses, Support
+from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
 
 SCHEMA_VERSION = 1
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from calm.calibrate.evidence.draws import Pool
-from calm.calibrate.sequence_losses import SequenceLosses, Support
+from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
 
 
 def min_calibration_size(tolerance: float, error_rate: float, *, lower: float = 0.0) -> int:

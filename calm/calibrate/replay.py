@@ -1,9 +1,10 @@
 """The calibration of a run that stopped early, from its folder."""
 
-from calm.calibrate import sequence_losses, sequential
+from calm.calibrate import sequential
 from calm.calibrate.calibration import Calibration
 from calm.calibrate.generations import order
 from calm.calibrate.generations.cached import Generations
+from calm.calibrate.losses import sequence_losses
 
 
 def replay(

@@ -22,7 +22,7 @@ from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.calibration import Calibration, Row
 from calm.calibrate.evidence import betting, bounds, multiple_testing
 from calm.calibrate.generations.procedures import Procedure, Provenance
-from calm.calibrate.sequence_losses import Support
+from calm.calibrate.losses.sequence_losses import Support
 
 OPEN, CERTIFIED, FAILED = "open", "certified", "failed"
 

@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from calm.calibrate.evidence.draws import Pool
-from calm.calibrate.sequence_losses import SequenceLosses
+from calm.calibrate.losses.sequence_losses import SequenceLosses
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,10 @@ from rich import progress as rich_progress
 from rich import table as rich_table
 
 from calm import calibrate as calibrate_lib
-from calm.calibrate import generations, planning, replay, sequence_losses, thresholds
+from calm.calibrate import generations, planning, replay, thresholds
 from calm.calibrate.evidence import methods, multiple_testing
 from calm.calibrate.generations import foreign
+from calm.calibrate.losses import sequence_losses
 from calm.commands import common
 
 

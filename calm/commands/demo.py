@@ -25,13 +25,12 @@ from calm.calibrate import (
   Prompt,
   calibrate,
   generations,
-  metrics,
   planning,
-  sequence_losses,
   thresholds,
 )
 from calm.calibrate.generations import records
 from calm.calibrate.generations import writer as writer_lib
+from calm.calibrate.losses import metrics, sequence_losses
 from calm.commands import calibrate as calibrate_command
 from calm.commands import common, model_flags
 

@@ -14,9 +14,10 @@ import pathlib
 from rich import console as rich_console
 from rich import progress as rich_progress
 
-from calm.calibrate import Provenance, planning, sequence_losses, sequential, thresholds
+from calm.calibrate import Provenance, planning, sequential, thresholds
 from calm.calibrate.generations import order
 from calm.calibrate.generations import writer as writer_lib
+from calm.calibrate.losses import sequence_losses
 from calm.commands import calibrate as calibrate_command
 from calm.commands import common, model_flags
 

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from calm import schedules
-from calm.calibrate import Prompt, Record, generations, metrics
+from calm.calibrate import Prompt, Record, generations
+from calm.calibrate.losses import metrics
 from calm.experiments import timing
 
 

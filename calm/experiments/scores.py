@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from calm.calibrate import Record, metric_values, metrics
+from calm.calibrate import Record
+from calm.calibrate.losses import metric_values, metrics
 
 
 @dataclasses.dataclass(frozen=True)

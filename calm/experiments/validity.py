@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from calm.calibrate import generations, sequence_losses, trials
+from calm.calibrate import generations, trials
+from calm.calibrate.losses import sequence_losses
 from calm.experiments import decode
 
 TOLERANCES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)

@@ -12,14 +12,13 @@ from calm.calibrate import (
   Support,
   calibrate,
   default_grid,
-  metrics,
   planning,
-  sequence_losses,
   thresholds,
   trials,
 )
 from calm.calibrate.evidence import betting, bounds, multiple_testing, p_values, pareto
 from calm.calibrate.generations import order
+from calm.calibrate.losses import metrics, sequence_losses
 from tests.calibrate import laws
 
 RATES = dict(tolerance=0.1, error_rate=0.05)

@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from calm.calibrate import NEVER_EXIT, calibrate, replay, sequence_losses, sequential
+from calm.calibrate import NEVER_EXIT, calibrate, replay, sequential
 from calm.calibrate.evidence import betting
 from calm.calibrate.generations import order
+from calm.calibrate.losses import sequence_losses
 from tests.calibrate import laws
 
 COUNT = 120

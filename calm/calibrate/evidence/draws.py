@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from calm.calibrate.evidence import methods
 from calm.calibrate.generations import order
-from calm.calibrate.sequence_losses import SequenceLosses
+from calm.calibrate.losses.sequence_losses import SequenceLosses
 
 
 class Pool:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calm.calibrate.evidence import betting, bounds, p_values
-from calm.calibrate.sequence_losses import Support
+from calm.calibrate.losses.sequence_losses import Support
 
 # Pairs of a column and a tolerance that are tested at once; their losses should fit a cache.
 _PAIRS = 256

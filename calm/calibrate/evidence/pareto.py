@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calm.calibrate.evidence import methods, multiple_testing
-from calm.calibrate.sequence_losses import Support
+from calm.calibrate.losses.sequence_losses import Support
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

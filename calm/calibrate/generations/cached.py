@@ -7,7 +7,7 @@ A directory holds
     threshold_never.jsonl    the full-depth reference
     threshold_0.9.jsonl ...  one file a threshold, one record a line, in any order
 
-`generation_writer.open_writer` creates or resumes it, `load` reads it. A run killed at any
+`writer.open_writer` creates or resumes it, `load` reads it. A run killed at any
 moment loses at most the record it was writing.
 """
 
@@ -128,7 +128,7 @@ def load(directory: str | pathlib.Path) -> Generations:
   """Reads cached generations.
 
   Args:
-    directory: a folder written by `generation_writer.open_writer`.
+    directory: a folder written by `writer.open_writer`.
 
   Raises:
     GenerationsError: anything is missing, damaged, duplicated or mixed; the message names the

@@ -8,7 +8,7 @@ import numpy as np
 
 from calm.calibrate.generations.procedures import Procedure
 from calm.calibrate.generations.records import Prompt
-from calm.calibrate.sequence_losses import SequenceLosses, Support
+from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
 
 
 def order_seed(ids: Sequence[str], procedure: Procedure | None) -> str:

@@ -6,7 +6,7 @@ import pytest
 from calm.calibrate import NEVER_EXIT, generations
 from calm.calibrate.generations import files
 from calm.calibrate.generations import writer as writer_lib
-from calm.calibrate.generations.records import GenerationsError, Record
+from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 from tests.calibrate import laws
 
 GRID = [0.9, 0.5]
@@ -62,7 +62,7 @@ def test_layer_counts_leave_padding_out():
 
 def test_groups_are_none_where_any_prompt_has_none():
   made = laws.generations(2)
-  bare = (*made.prompts[:1], generations.Prompt("b", "i"))
+  bare = (*made.prompts[:1], Prompt("b", "i"))
   assert generations.Generations(bare, made.thresholds, made.records, made.full).groups is None
 
 

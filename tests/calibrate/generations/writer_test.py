@@ -11,7 +11,7 @@ from calm.calibrate import NEVER_EXIT, generations
 from calm.calibrate.generations import files
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.generations.procedures import Provenance
-from calm.calibrate.generations.records import GenerationsError, Record
+from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 from tests.calibrate import laws
 
 GRID = [0.9, 0.5]
@@ -75,9 +75,7 @@ def test_another_run_is_refused_and_the_field_is_named(tmp_path, change, message
 
 def test_other_texts_under_the_same_ids_are_refused(tmp_path):
   start(tmp_path)
-  changed = [
-    generations.Prompt(p.id, p.input + "!", p.targets, p.group) for p in laws.prompts(3)
-  ]
+  changed = [Prompt(p.id, p.input + "!", p.targets, p.group) for p in laws.prompts(3)]
   with pytest.raises(GenerationsError, match="the texts of the prompts are not those given"):
     start(tmp_path, prompts=changed)
 
@@ -139,7 +137,8 @@ def test_folders_that_cannot_be_written_are_named(tmp_path):
 
 def test_a_run_killed_at_any_moment_goes_on(tmp_path):
   code = """
-from tests.calibrate import generation_writer_test as t, laws
+from tests.calibrate import laws
+from tests.calibrate.generations import writer_test as t
 from calm.calibrate import Record
 import sys
 writer = t.start(sys.argv[1], prompts=laws.prompts(400))

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from calm.calibrate import metric_values, metrics
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations.cached import Generations
 from calm.calibrate.generations.procedures import Procedure
-from calm.calibrate.metric_values import Progress
+from calm.calibrate.losses import metric_values, metrics
+from calm.calibrate.losses.metric_values import Progress
 
 
 @dataclasses.dataclass(frozen=True)

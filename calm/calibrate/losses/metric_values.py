@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from calm.calibrate import metrics
+from calm.calibrate.losses import metrics
 
 Pair = tuple[str, tuple[str, ...]]
 Progress = Callable[[int, int], None]

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from calm.calibrate import Support, calibrate, sequence_losses
+from calm.calibrate import Support, calibrate
 from calm.calibrate.generations.records import Prompt
+from calm.calibrate.losses import sequence_losses
 from tests.calibrate import laws
 
 TEXTS = [["word0 same", "word1 other"], ["x y", "word1 same"]]
@@ -12,7 +13,7 @@ def test_equal_texts_lose_nothing_before_any_metric_is_called():
   def never(prediction, references):
     raise AssertionError("the metric was called")
 
-  from calm.calibrate.metrics import Metric
+  from calm.calibrate.losses.metrics import Metric
 
   losses = sequence_losses.textual_losses(laws.generations(3), metric=Metric("never", never))
   np.testing.assert_array_equal(losses.values, np.zeros((3, 2)))

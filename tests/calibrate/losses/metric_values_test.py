@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from calm.calibrate import metric_values, metrics
+from calm.calibrate.losses import metric_values, metrics
 
 ROUGE = metrics.METRICS["rouge_l"]
 PAIRS = [(f"a b {i % 7}", (f"a c {i % 5}",)) for i in range(600)]

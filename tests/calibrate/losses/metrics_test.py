@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm.calibrate import metrics
+from calm.calibrate.losses import metrics
 
 WORDS = st.lists(st.sampled_from("abcd"), max_size=12).map(" ".join)
 
@@ -87,16 +87,16 @@ def test_chrf_is_scaled_to_the_unit_interval():
 
 
 def test_import_paths_and_errors():
-  path = "tests.calibrate.metrics_test:half"
+  path = "tests.calibrate.losses.metrics_test:half"
   metric = metrics.get_metric(path)
   assert metric.name == path and not metric.binary and metric("a", ["b"]) == 0.5
-  assert metrics.get_metric("tests.calibrate.metrics_test:same_length").binary
-  assert metrics.get_metric("tests.calibrate.metrics_test:HALF") is HALF
+  assert metrics.get_metric("tests.calibrate.losses.metrics_test:same_length").binary
+  assert metrics.get_metric("tests.calibrate.losses.metrics_test:HALF") is HALF
   assert metrics.get_metric(HALF) is HALF
   for name, message in (
     ("rouge", "must be one of .* or an import path 'package.module:function'"),
     ("no_such_module:f", "cannot be imported"),
-    ("tests.calibrate.metrics_test:nothing", "cannot be imported"),
+    ("tests.calibrate.losses.metrics_test:nothing", "cannot be imported"),
     ("BLEU", "number of a whole corpus, not a mean over prompts"),
   ):
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,1 @@
+"""Outputs -> losses: text metrics, their values in parallel, losses per prompt or cluster."""
