@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from calm import deferred, engines, exits, propagation, step
-from calm import walk as walk_lib
+from calm import deferred, engines, exits, step
+from calm.exits import propagation
+from calm.exits import walk as walk_lib
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from calm import confidence as confidence_lib
 from calm import exits, network
+from calm.exits import confidence as confidence_lib
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from flax import struct
 from jax import lax
 
 from calm import decoding, engines, exits, step
-from calm import walk as walk_lib
+from calm.exits import walk as walk_lib
 
 
 @struct.dataclass

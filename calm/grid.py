@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import decoding, inference, schedules, step
+from calm import decoding, inference, step
 from calm import prompts as prompts_lib
 from calm.calibrate import Prompt, Record
 from calm.calibrate.generations import reuse
 from calm.calibrate.generations import writer as writer_lib
+from calm.exits import schedules
 
 # (threshold just finished, batch number, number of batches)
 Progress = Callable[[float, int, int], None]

@@ -26,12 +26,12 @@ from calm import (
   programs,
   prompts,
   refill,
-  schedules,
   step,
 )
 from calm import costs as costs_lib
 from calm import outputs as outputs_lib
 from calm.calibrate import Calibration, Procedure
+from calm.exits import schedules
 from calm.options import DecodeOptions as DecodeOptions
 from calm.options import options_of as options_of
 from calm.options import shortlist_record, stored_options
@@ -276,7 +276,7 @@ class Predictor:
     if threshold is None and rule is None:
       raise ValueError(
         "Expected `threshold`, or a model loaded with a `calibration`. Got neither; pass a"
-        " number in [0, 1], or calm.schedules.NEVER_EXIT for the full model."
+        " number in [0, 1], or calm.exits.schedules.NEVER_EXIT for the full model."
       )
     if threshold is not None:
       schedules.check_threshold(threshold)

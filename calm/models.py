@@ -34,17 +34,8 @@ except ModuleNotFoundError as error:
     name=error.name,
   ) from error
 
-from calm import (
-  confidence,
-  engines,
-  exits,
-  network,
-  objectives,
-  programs,
-  schedules,
-  step,
-  t5x_loops,
-)
+from calm import engines, exits, network, objectives, programs, step, t5x_loops
+from calm.exits import confidence, schedules
 
 Params = Any
 Batch = Mapping[str, jax.Array]

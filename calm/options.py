@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from calm import confidence as confidence_lib
-from calm import engines, exits, propagation, schedules, tensors
+from calm import engines, exits, tensors
 from calm.calibrate import Procedure
+from calm.exits import confidence as confidence_lib
+from calm.exits import propagation, schedules
 
 
 @dataclasses.dataclass(frozen=True)

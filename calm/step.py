@@ -15,7 +15,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from calm import layers as layers_lib
-from calm import network, propagation
+from calm import network
+from calm.exits import propagation
 
 # Here under their old names too, for those who bind a step.
 from calm.weights import DecoderWeights as DecoderWeights

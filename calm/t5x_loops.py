@@ -17,7 +17,8 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from calm import decoding, engines, exits, network, programs, propagation, schedules, step
+from calm import decoding, engines, exits, network, programs, step
+from calm.exits import propagation, schedules
 
 LoopCache = dict[str, Any]
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import confidence, datasets, exits, inference, network, parameters, programs, prompts
+from calm import datasets, exits, inference, network, parameters, programs, prompts
+from calm.exits import confidence
 
 GATED = {"mlp_activations": ("gelu", "linear")}
 SIZES: Mapping[str, dict[str, Any]] = {

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import compacted, confidence, costs, deferred, engines, exits, programs, step
+from calm import compacted, costs, deferred, engines, exits, programs, step
+from calm.exits import confidence
 
 # Ways of running the loop; a rule's own default is what `inference` takes.
 ENGINES: dict[str, engines.Engine | None] = {

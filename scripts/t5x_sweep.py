@@ -25,9 +25,10 @@ from absl import flags
 from flax import core as flax_core
 from t5x import gin_utils, partitioning, utils  # pyright: ignore[reportMissingImports]
 
-from calm import exits, inference, models, schedules
+from calm import exits, inference, models
 from calm import vocabulary as vocabularies
 from calm.calibrate import Procedure, Prompt, Provenance, Record, default_grid, open_writer
+from calm.exits import schedules
 
 
 def sweep(

@@ -391,7 +391,7 @@ def test_gin_files_configure_decoding(model, prompts, tmp_path):
   file.write_text(
     "from __gin__ import dynamic_registration\n"
     "from calm import inference\n"
-    "from calm import schedules\n"
+    "from calm.exits import schedules\n"
     "inference.load:\n"
     "  measure = 'state'\n"
     "  schedule = @schedules.Decaying()\n"

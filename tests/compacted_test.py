@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import compacted, confidence, exits, propagation, schedules
+from calm import compacted, exits
+from calm.exits import confidence, propagation, schedules
 from tests import engine
 
 SOFTMAX, STATE, CLASSIFIER = (

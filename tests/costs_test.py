@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import confidence, costs, exits, inference, network, programs, step
+from calm import costs, exits, inference, network, programs, step
+from calm.exits import confidence
 from tests import toys
 
 # Wide enough that what is not counted (norms, softmaxes, gelu) stays small.

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import confidence, deferred, engines, exits, programs, propagation, schedules
+from calm import deferred, engines, exits, programs
+from calm.exits import confidence, propagation, schedules
 from tests import engine
 
 SOFTMAX, STATE, CLASSIFIER = (

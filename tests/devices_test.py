@@ -16,7 +16,8 @@ from calm import devices, inference
 CHILD = """
 import json, sys
 import jax, jax.numpy as jnp
-from calm import confidence, devices, exits, inference, programs
+from calm import devices, exits, inference, programs
+from calm.exits import confidence
 from tests import engine
 
 

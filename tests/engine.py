@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import decoding, engines, exits, network, programs, schedules, step
+from calm import decoding, engines, exits, network, programs, step
+from calm.exits import schedules
 from tests import reference, toys
 
 LENGTH = 8

@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("jax", reason="needs the extra 'decode'")
 
-from calm import schedules
 from calm.calibrate import Record, default_grid
+from calm.exits import schedules
 from calm.experiments import (
   claims,
   decay,

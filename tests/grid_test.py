@@ -2,9 +2,10 @@
 
 import pytest
 
-from calm import grid, inference, programs, schedules
+from calm import grid, inference, programs
 from calm.calibrate import Prompt, Provenance
 from calm.calibrate.generations import writer as writer_lib
+from calm.exits import schedules
 from tests import inference_test
 
 THRESHOLDS = [0.9, 0.6, 0.3]

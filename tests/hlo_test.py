@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from calm import compacted, confidence, deferred, engines, exits, programs
+from calm import compacted, deferred, engines, exits, programs
+from calm.exits import confidence
 from tests import engine, hlo
 
 LENGTH = 512

@@ -8,16 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from calm import (
-  calibrate,
-  checkpoints,
-  engines,
-  exits,
-  inference,
-  network,
-  schedules,
-  vocabulary,
-)
+from calm import calibrate, checkpoints, engines, exits, inference, network, vocabulary
+from calm.exits import schedules
 from tests import outputs_test, toys
 
 SIZES = toys.Config(vocab_size=264, num_pieces=259, num_encoder_layers=1, num_decoder_layers=3)
@@ -237,7 +229,7 @@ def test_a_model_without_vocabulary_is_refused(tmp_path):
 
 @pytest.mark.parametrize("threshold", [1.5, -0.1, math.nan, -math.inf])
 def test_thresholds_outside_of_the_range_are_refused(model, threshold):
-  expected = rf"`threshold` in \[0, 1\], or calm.schedules.NEVER_EXIT. Got {threshold}"
+  expected = rf"`threshold` in \[0, 1\], or calm.exits.schedules.NEVER_EXIT. Got {threshold}"
   with pytest.raises(ValueError, match=expected):
     model.generate(TEXTS, threshold=threshold)
 

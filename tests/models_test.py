@@ -10,7 +10,6 @@ import pytest
 
 from calm import (
   compacted,
-  confidence,
   deferred,
   engines,
   exits,
@@ -18,9 +17,9 @@ from calm import (
   objectives,
   parameters,
   programs,
-  schedules,
   t5x_loops,
 )
+from calm.exits import confidence, schedules
 from tests import engine, t5x_setup
 
 models = t5x_setup.import_models()

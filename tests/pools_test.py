@@ -6,17 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from calm import (
-  compacted,
-  confidence,
-  deferred,
-  engines,
-  exits,
-  pools,
-  programs,
-  prompts,
-  schedules,
-)
+from calm import compacted, deferred, engines, exits, pools, programs, prompts
+from calm.exits import confidence, schedules
 from tests import engine, hlo, hlo_test, toys
 
 NEVER = schedules.NEVER_EXIT

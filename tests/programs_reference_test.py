@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from calm import confidence, engines, exits, propagation, schedules
+from calm import engines, exits
+from calm.exits import confidence, propagation, schedules
 from tests import engine
 
 SOFTMAX, STATE, CLASSIFIER = (

@@ -9,17 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import (
-  compacted,
-  confidence,
-  deferred,
-  engines,
-  exits,
-  network,
-  programs,
-  propagation,
-  schedules,
-)
+from calm import compacted, deferred, engines, exits, network, programs
+from calm.exits import confidence, propagation, schedules
 from tests import engine, toys
 
 NEVER = schedules.NEVER_EXIT

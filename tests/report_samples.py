@@ -4,8 +4,8 @@ import functools
 
 import numpy as np
 
-from calm import schedules
 from calm.calibrate import Prompt, Record, generations
+from calm.exits import schedules
 from calm.experiments import (
   decay,
   examples,

@@ -5,16 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import (
-  compacted,
-  confidence,
-  deferred,
-  engines,
-  exits,
-  programs,
-  propagation,
-  schedules,
-)
+from calm import compacted, deferred, engines, exits, programs
+from calm.exits import confidence, propagation, schedules
 from tests import engine
 
 GRID = (0.9, 0.7, 0.5, 0.3, 0.1)

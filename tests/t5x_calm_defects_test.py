@@ -15,17 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import (
-  confidence,
-  exits,
-  losses,
-  network,
-  objectives,
-  parameters,
-  propagation,
-  schedules,
-  t5x_loops,
-)
+from calm import exits, losses, network, objectives, parameters, t5x_loops
+from calm.exits import confidence, propagation, schedules
 from tests import engine, t5x_setup
 
 needs_t5x = lambda test: functools.reduce(lambda f, mark: mark(f), t5x_setup.MARKS, test)

@@ -6,7 +6,8 @@ import types
 
 import pytest
 
-from calm import exits, network, objectives, schedules
+from calm import exits, network, objectives
+from calm.exits import schedules
 from tests import configs_test, t5x_setup
 
 models = t5x_setup.import_models()
@@ -153,6 +154,6 @@ def test_12_files_that_import_what_is_gone_do_not_parse():
   with pytest.raises((AttributeError, ValueError), match="softmax_of_what"):
     gin.parse_config(
       "from __gin__ import dynamic_registration\n"
-      "from calm import confidence\nfrom calm import exits\n"
+      "from calm import exits\nfrom calm.exits import confidence\n"
       "exits.DynamicExits.measure = @confidence.softmax_of_what()"
     )

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import compacted, confidence, deferred, engines, exits, schedules, t5x_loops
+from calm import compacted, deferred, engines, exits, t5x_loops
+from calm.exits import confidence, schedules
 from tests import engine
 
 NEVER = schedules.NEVER_EXIT

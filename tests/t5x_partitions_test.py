@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from calm import confidence, exits
+from calm import exits
+from calm.exits import confidence
 from tests import engine, t5x_setup
 
 models = t5x_setup.import_models()

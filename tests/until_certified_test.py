@@ -6,11 +6,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from calm import inference, schedules, until_certified
+from calm import inference, until_certified
 from calm.calibrate import Prompt, generations, replay, sequential
 from calm.calibrate.generations import order
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import sequence_losses
+from calm.exits import schedules
 from tests import inference_test
 
 THRESHOLDS = [0.9, 0.6, 0.3]

@@ -76,7 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def decode_options(arguments: argparse.Namespace) -> dict[str, Any]:
   """The options that were given, as keyword arguments of `inference.load`."""
-  from calm import programs, schedules
+  from calm import programs
+  from calm.exits import schedules
 
   given = {name: getattr(arguments, name) for name in DECODE_OPTIONS}
   options = {name: value for name, value in given.items() if value is not None}

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from calm import schedules
 from calm.calibrate import Prompt, Record, generations
+from calm.exits import schedules
 from calm.experiments import scores, tradeoff
 
 CONSTANT = "constant"

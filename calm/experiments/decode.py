@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from calm import exits, grid, inference, prompts, schedules, step
+from calm import exits, grid, inference, prompts, step
 from calm.calibrate import Prompt, Record, generations
 from calm.calibrate.generations import writer as writer_lib
+from calm.exits import schedules
 from calm.experiments import results
 
 # (share done in [0, 1], what is being done)

@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from calm import schedules
 from calm.calibrate import Prompt, Record, generations
 from calm.calibrate.losses import metrics
+from calm.exits import schedules
 from calm.experiments import timing
 
 

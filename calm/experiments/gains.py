@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from calm import calibrate as calibrate_lib
-from calm import schedules
 from calm.calibrate import generations
 from calm.calibrate.losses import sequence_losses
+from calm.exits import schedules
 from calm.experiments import timing
 
 # (measure, exit layers of the real tokens of every output) -> decoder FLOPs of the full model

@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from calm import exits, propagation
+from calm import exits
 from calm.calibrate import Prompt, Record
+from calm.exits import propagation
 from calm.experiments import scores
 
 # What a reader calls them, and the paper's ROUGE-L on CNN/DM.

@@ -4,9 +4,10 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from calm import costs, exits, inference, schedules
+from calm import costs, exits, inference
 from calm import prompts as prompts_lib
 from calm.calibrate import Prompt
+from calm.exits import schedules
 from calm.experiments import (
   bench,
   decay,

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from calm import exits, inference, schedules
+from calm import exits, inference
 from calm.calibrate import Prompt
+from calm.exits import schedules
 from calm.experiments import decode
 
 FULL = "full depth"

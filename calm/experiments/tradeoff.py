@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from calm import schedules
 from calm.calibrate import Prompt, Record, generations
+from calm.exits import schedules
 from calm.experiments import scores, timing
 
 STATIC, ORACLE = "static", "oracle"

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import exits, propagation, schedules
+from calm import exits
+from calm.exits import propagation, schedules
 
 L = 4
 NEVER = schedules.NEVER_EXIT

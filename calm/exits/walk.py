@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from calm import confidence as confidence_lib
-from calm import propagation as propagation_lib
+from calm.exits import confidence as confidence_lib
+from calm.exits import propagation as propagation_lib
 
 
 @struct.dataclass

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import schedules
+from calm.exits import schedules
 
 NEVER = schedules.NEVER_EXIT
 

@@ -15,10 +15,10 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from calm import confidence as confidence_lib
-from calm import propagation as propagation_lib
-from calm import schedules
-from calm import walk as walk_lib
+from calm.exits import confidence as confidence_lib
+from calm.exits import propagation as propagation_lib
+from calm.exits import schedules
+from calm.exits import walk as walk_lib
 
 
 @struct.dataclass

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import confidence
+from calm.exits import confidence
 
 
 def view(layer=2, hidden=((3.0, 4.0),), previous=((4.0, 3.0),), logits=None, exit_logit=None):

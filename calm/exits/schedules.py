@@ -72,5 +72,5 @@ def check_threshold(threshold: float) -> None:
   """ValueError where a threshold is neither in [0, 1] nor `NEVER_EXIT`."""
   if not (0.0 <= threshold <= 1.0 or threshold == NEVER_EXIT):
     raise ValueError(
-      f"Expected `threshold` in [0, 1], or calm.schedules.NEVER_EXIT. Got {threshold!r}."
+      f"Expected `threshold` in [0, 1], or calm.exits.schedules.NEVER_EXIT. Got {threshold!r}."
     )

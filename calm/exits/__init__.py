@@ -1,0 +1,21 @@
+"""When a token leaves the decoder: rules, confidence measures, schedules, skipped layers."""
+
+from calm.exits.rules import (
+  DynamicExits,
+  OracleExit,
+  StaticExit,
+  StepRule,
+  TokenExit,
+  allowed_layers,
+  token_exit,
+)
+
+__all__ = [
+  "DynamicExits",
+  "OracleExit",
+  "StaticExit",
+  "StepRule",
+  "TokenExit",
+  "allowed_layers",
+  "token_exit",
+]
