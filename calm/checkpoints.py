@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from calm import huggingface, network, parameters, t5x_checkpoints, tensors
-from calm import vocabulary as vocabularies
+from calm.data import vocabulary as vocabularies
 
 FORMAT = "calm checkpoint 1"
 _MODEL_FILE = "vocabulary.model"

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm import decoding, inference, step
-from calm import prompts as prompts_lib
 from calm.calibrate import Prompt, Record
 from calm.calibrate.generations import reuse
 from calm.calibrate.generations import writer as writer_lib
+from calm.data import prompt_batches as prompts_lib
 from calm.exits import schedules
 
 # (threshold just finished, batch number, number of batches)

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from calm import network, parameters, tensors, vocabulary
+from calm import network, parameters, tensors
+from calm.data import vocabulary
 
 MODEL_TYPES = ("t5", "mt5")
 # Their activation -> ours. flax's gelu is the tanh approximation, their "gelu_new".

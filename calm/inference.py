@@ -16,21 +16,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from calm import (
-  checkpoints,
-  decoding,
-  devices,
-  exits,
-  network,
-  pools,
-  programs,
-  prompts,
-  refill,
-  step,
-)
+from calm import checkpoints, decoding, devices, exits, network, pools, programs, refill, step
 from calm import costs as costs_lib
 from calm import outputs as outputs_lib
 from calm.calibrate import Calibration, Procedure
+from calm.data import prompt_batches
 from calm.exits import schedules
 from calm.options import DecodeOptions as DecodeOptions
 from calm.options import options_of as options_of
@@ -183,20 +173,20 @@ class Predictor:
     count = self.options.num_devices
     return None if count == 1 else devices.ShardedProgram(self.program(rule), count)
 
-  def plan(self, texts: Sequence[str]) -> list[prompts.PromptBatch]:
+  def plan(self, texts: Sequence[str]) -> list[prompt_batches.PromptBatch]:
     """Tokenises prompts and groups them into batches."""
     if isinstance(texts, str):
       raise TypeError(
         "Expected `texts` to be a list of prompts. Got one text; put it in a list."
       )
-    tokens = prompts.tokenize(
+    tokens = prompt_batches.tokenize(
       texts,
       self.vocabulary,
       prefix=self.options.task_prefix,
       max_input_length=self.options.max_input_length,
       eos_id=self.eos_id,
     )
-    return prompts.plan(
+    return prompt_batches.plan(
       tokens,
       batch_size=self.options.batch_size * self.options.num_devices,
       max_input_length=self.options.max_input_length,
@@ -204,7 +194,7 @@ class Predictor:
       whole_batches=self.config.dtype != "float32",
     )
 
-  def encode(self, batch: prompts.PromptBatch) -> step.Encoded:
+  def encode(self, batch: prompt_batches.PromptBatch) -> step.Encoded:
     """Encodes a batch once, for any number of thresholds."""
     program = self.sharded() or self.program()
     return program.encode(self.weights, batch.tokens)
@@ -291,7 +281,7 @@ class Predictor:
     traced = programs.TRACES.total()
     encode_seconds = seconds = 0.0
 
-    def encode(batch: prompts.PromptBatch) -> step.Encoded:
+    def encode(batch: prompt_batches.PromptBatch) -> step.Encoded:
       nonlocal encode_seconds
       start = time.perf_counter()
       encoded = jax.block_until_ready(self.encode(batch))
@@ -299,7 +289,7 @@ class Predictor:
       return encoded
 
     items: list[Any] = [None] * len(texts)
-    for batches in prompts.together(self.plan(texts), pooled=self.options.refill):
+    for batches in prompt_batches.together(self.plan(texts), pooled=self.options.refill):
       start = time.perf_counter()
       if len(batches) > 1:
         pool = pools.PoolProgram(self.program(rule))

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import decoding, engines, programs, prompts, refill, step
+from calm import decoding, engines, programs, refill, step
+from calm.data import prompt_batches
 
-Encode = Callable[[prompts.PromptBatch], step.Encoded]
+Encode = Callable[[prompt_batches.PromptBatch], step.Encoded]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class PoolProgram:
   def decode(
     self,
     weights: programs.ModelWeights,
-    batches: Sequence[prompts.PromptBatch],
+    batches: Sequence[prompt_batches.PromptBatch],
     threshold: float,
     encode: Encode,
   ) -> decoding.Generation:
@@ -206,8 +207,8 @@ class _Run:
     self.generation.scores[prompt] = generation.scores[row]
 
 
-def _widened(batch: prompts.PromptBatch, size: int) -> prompts.PromptBatch:
+def _widened(batch: prompt_batches.PromptBatch, size: int) -> prompt_batches.PromptBatch:
   """Padded to `size` rows, so that every batch of a list is encoded by one program."""
   missing = size - len(batch.active)
   tokens = np.pad(batch.tokens, ((0, missing), (0, 0)))
-  return prompts.PromptBatch(batch.rows, tokens, np.pad(batch.active, (0, missing)))
+  return prompt_batches.PromptBatch(batch.rows, tokens, np.pad(batch.active, (0, missing)))

@@ -15,16 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import (
-  batches,
-  checkpoints,
-  datasets,
-  network,
-  objectives,
-  parameters,
-  training,
-  vocabulary,
-)
+from calm import checkpoints, network, objectives, parameters, training
+from calm.data import datasets, training_batches, vocabulary
 
 MODEL_FOLDER = "model"
 
@@ -40,8 +32,8 @@ class Data:
     num_validation_batches: batches of each validation source, the same ones every time.
   """
 
-  train: batches.Source
-  validation: Mapping[str, batches.Source] = dataclasses.field(default_factory=dict)
+  train: training_batches.Source
+  validation: Mapping[str, training_batches.Source] = dataclasses.field(default_factory=dict)
   num_validation_batches: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -209,7 +201,7 @@ def supervised(
   prefix: str = "",
   seed: int = 0,
   every: int = 1,
-) -> batches.Supervised:
+) -> training_batches.Supervised:
   """Length-bucketed batches of one JSON Lines file (see `datasets`).
 
   Args:
@@ -224,10 +216,10 @@ def supervised(
   examples = datasets.read_examples(pathlib.Path(root) / path)[::every]
   eos_id = vocabulary.eos_id
   encode = vocabulary.encode
-  return batches.Supervised(
-    batches.encode_all([prefix + e.input for e in examples], encode, eos_id),
-    batches.encode_all([e.targets[0] for e in examples], encode, eos_id),
-    tuple(batches.Bucket(*bucket) for bucket in buckets),
+  return training_batches.Supervised(
+    training_batches.encode_all([prefix + e.input for e in examples], encode, eos_id),
+    training_batches.encode_all([e.targets[0] for e in examples], encode, eos_id),
+    tuple(training_batches.Bucket(*bucket) for bucket in buckets),
     batch_size,
     seed,
   )
@@ -266,7 +258,7 @@ def denoising(
   root: str = "",
   seed: int = 0,
   min_tokens: int = 16,
-) -> batches.Denoising:
+) -> training_batches.Denoising:
   """T5 span corruption over the inputs of JSON Lines files, each distinct text once.
 
   Args:
@@ -283,8 +275,8 @@ def denoising(
     for example in datasets.read_examples(pathlib.Path(root) / path, require_target=False):
       found[example.input.split(marker, 1)[-1] if marker else example.input] = None
   encoded = [tokens for tokens in map(vocabulary.encode, found) if len(tokens) >= min_tokens]
-  source = batches.Denoising(
-    batches.Ragged(encoded),
+  source = training_batches.Denoising(
+    training_batches.Ragged(encoded),
     length,
     batch_size,
     seed,
@@ -307,11 +299,11 @@ def seqio_pairs(
   split: str = "train",
   seed: int = 0,
   num_examples: int | None = None,
-) -> batches.Supervised:
+) -> training_batches.Supervised:
   """Length-bucketed batches of a registered seqio task or mixture, read whole once.
 
   Args:
-    mixture_or_task_name: as `calm.tasks` and other modules register them.
+    mixture_or_task_name: as `calm.data.seqio_tasks` and other modules register them.
     buckets: (input_length, target_length) in tokens with EOS, ascending.
     batch_size: rows of a batch.
     split: of the task.
@@ -339,10 +331,10 @@ def seqio_pairs(
     num_epochs=None if is_mixture else 1,
   )
   rows = list(dataset.take(-1 if num_examples is None else num_examples).as_numpy_iterator())
-  return batches.Supervised(
-    batches.Ragged(row["inputs"] for row in rows),
-    batches.Ragged(row["targets"] for row in rows),
-    tuple(batches.Bucket(*bucket) for bucket in buckets),
+  return training_batches.Supervised(
+    training_batches.Ragged(row["inputs"] for row in rows),
+    training_batches.Ragged(row["targets"] for row in rows),
+    tuple(training_batches.Bucket(*bucket) for bucket in buckets),
     batch_size,
     seed,
   )

@@ -17,7 +17,8 @@ import numpy as np
 import optax
 from flax import struct, traverse_util
 
-from calm import batches, network, objectives
+from calm import network, objectives
+from calm.data import training_batches
 
 Params = Any
 
@@ -128,7 +129,7 @@ def make_train_step(
   config: TrainConfig,
   objective: objectives.Objective,
   params: Params,
-) -> Callable[[TrainState, batches.Batch], tuple[TrainState, objectives.BatchMetrics]]:
+) -> Callable[[TrainState, training_batches.Batch], tuple[TrainState, objectives.BatchMetrics]]:
   """The jitted update; the gradient is that of the mean loss over real tokens."""
   optimizer = make_optimizer(config, objective, params)
 
@@ -216,7 +217,7 @@ class Listener:
 
 def fit(
   state: TrainState,
-  source: batches.Source,
+  source: training_batches.Source,
   train_step: Callable[..., tuple[TrainState, objectives.BatchMetrics]],
   evaluate: Callable[[Params], dict[str, float]],
   config: TrainConfig,

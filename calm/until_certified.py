@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 from calm import grid, inference, step
-from calm import prompts as prompts_lib
 from calm.calibrate import Calibration, Prompt, Record, generations, sequential
 from calm.calibrate.generations import order, reuse
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import sequence_losses
+from calm.data import prompt_batches as prompts_lib
 from calm.exits import schedules
 
 # (threshold, units decided on at it, planned units)

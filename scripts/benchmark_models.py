@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import datasets, exits, inference, network, parameters, programs, prompts
+from calm import exits, inference, network, parameters, programs
+from calm.data import datasets, prompt_batches
 from calm.exits import confidence
 
 GATED = {"mlp_activations": ("gelu", "linear")}
@@ -132,7 +133,7 @@ def batches(model: Model, setting: Setting) -> list[np.ndarray]:
     return [generator.integers(3, model.config.vocab_size, size).astype(np.int32)]
   path = inference.PACKED / "prompts_unseen.jsonl"
   examples = datasets.read_examples(path, limit=setting.num_prompts, require_target=False)
-  rows = prompts.tokenize(
+  rows = prompt_batches.tokenize(
     [example.input for example in examples],
     model.predictor.vocabulary,
     prefix=model.predictor.options.task_prefix,

@@ -11,7 +11,7 @@ import argparse
 
 import sentencepiece
 
-from calm import datasets
+from calm.data import datasets
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ import pathlib
 import subprocess
 import sys
 
-from calm import checkpoints, network, vocabulary
+from calm import checkpoints, network
+from calm.data import vocabulary
 from tests import toys
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "benchmark_lists.py"

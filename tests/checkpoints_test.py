@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from calm import checkpoints, network, parameters, tensors, vocabulary
+from calm import checkpoints, network, parameters, tensors
+from calm.data import vocabulary
 from tests import toy_vocabulary
 
 CONFIG = network.T5Config(

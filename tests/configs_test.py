@@ -8,7 +8,7 @@ import pytest
 
 gin = pytest.importorskip("gin")
 
-from calm import network, parameters  # noqa: E402
+from calm import network, parameters
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"

@@ -10,8 +10,9 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 pytest.importorskip("matplotlib", reason="needs the extra 'report'")
 pytest.importorskip("jinja2", reason="needs the extra 'report'")
 
-from calm import checkpoints, cli, exits, inference, network, vocabulary
+from calm import checkpoints, cli, exits, inference, network
 from calm.calibrate import Prompt
+from calm.data import vocabulary
 from calm.experiments import decode, perturbations, suite, task_settings, timing
 from tests import toys
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from calm import checkpoints, huggingface, network, vocabulary
+from calm import checkpoints, huggingface, network
+from calm.data import vocabulary
 from tests import toy_vocabulary
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "calm"
 FRAMEWORKS = ("clu", "flax", "jax", "jaxlib", "optax", "orbax", "seqio", "t5x", "tensorflow")
-# The floors of the house, from the top: a folder imports itself and folders below its own floor.
+# The floors of the house, from the top: a folder imports itself and what lies below its floor.
 FLOORS = (
   {"commands"},
   {"paper", "t5x"},

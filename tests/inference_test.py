@@ -8,7 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from calm import calibrate, checkpoints, engines, exits, inference, network, vocabulary
+from calm import calibrate, checkpoints, engines, exits, inference, network
+from calm.data import vocabulary
 from calm.exits import schedules
 from tests import outputs_test, toys
 

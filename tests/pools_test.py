@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from calm import compacted, deferred, engines, exits, pools, programs, prompts
+from calm import compacted, deferred, engines, exits, pools, programs
+from calm.data import prompt_batches
 from calm.exits import confidence, schedules
 from tests import engine, hlo, hlo_test, toys
 
@@ -45,7 +46,7 @@ def uneven_toy() -> engine.Toy:
 def decode(toy, rule, threshold, made=None, tokens=PROMPTS, size=4):
   program = programs.Program(toy.config, rule, engine.LENGTH, engine=made)
   rows = [row[row > 0].tolist() for row in tokens]
-  batches = prompts.plan(rows, batch_size=size, max_input_length=12)
+  batches = prompt_batches.plan(rows, batch_size=size, max_input_length=12)
   encode = lambda batch: program.encode(toy.weights, jnp.asarray(batch.tokens))
   return QuickPool(program).decode(toy.weights, batches, threshold, encode)
 

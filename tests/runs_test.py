@@ -14,17 +14,10 @@ import pytest
 pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
 gin = pytest.importorskip("gin")
 
-from calm import (  # noqa: E402
-  checkpoints,
-  network,
-  objectives,
-  parameters,
-  runs,
-  training,
-  vocabulary,
-)
-from calm.commands import train  # noqa: E402
-from tests import toy_vocabulary  # noqa: E402
+from calm import checkpoints, network, objectives, parameters, runs, training
+from calm.commands import train
+from calm.data import vocabulary
+from tests import toy_vocabulary
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs" / "runs"
 
@@ -276,10 +269,10 @@ def test_validation_names(files):
 @pytest.mark.tf
 def test_seqio_tasks_give_the_batches_of_their_files(files):
   seqio = pytest.importorskip("seqio")
-  from calm import tasks
+  from calm.data import seqio_tasks
 
   vocab = vocabulary.SentencePieceVocabulary(files[1])
-  name = tasks.jsonl("runs_test_rows", {"train": str(files[0])}, str(files[1]))
+  name = seqio_tasks.jsonl("runs_test_rows", {"train": str(files[0])}, str(files[1]))
   try:
     ours = runs.supervised(str(files[0]), vocab, ((64, 16),), 4, seed=3)
     theirs = runs.seqio_pairs(name, ((64, 16),), 4, seed=3)

@@ -13,7 +13,7 @@ from tests import configs_test, t5x_setup
 models = t5x_setup.import_models()
 pytestmark = t5x_setup.MARKS
 
-import gin  # noqa: E402
+import gin
 
 REPOSITORY, CONFIGS = configs_test.REPOSITORY, configs_test.CONFIGS
 RUNS = [path for path in sorted((CONFIGS / "runs").glob("*.gin")) if configs_test.of_t5x(path)]

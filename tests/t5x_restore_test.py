@@ -16,7 +16,7 @@ pytestmark = t5x_setup.MARKS
 collect_orphans = t5x_setup.collect_orphans
 gin_of_t5x = t5x_configs_test.gin_of_t5x
 
-import gin  # noqa: E402
+import gin
 
 TOY = dict(num_encoder_layers=1, num_decoder_layers=2)
 CLASSIFIER = {"decoder/exit_classifier/kernel", "decoder/exit_classifier/bias"}

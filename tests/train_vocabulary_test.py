@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from calm import vocabulary
+from calm.data import vocabulary
 from tests import toy_vocabulary
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"

@@ -16,7 +16,8 @@ import pytest
 
 pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
 
-from calm import batches, network, objectives, training
+from calm import network, objectives, training
+from calm.data import training_batches
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +44,9 @@ class Toy:
   def __post_init__(self):
     rng = np.random.default_rng(0)
     texts = [[*rng.integers(3, 20, n).tolist(), 1] for n in rng.integers(2, 9, 24)]
-    sequences = batches.Ragged(texts)
-    bucket = (batches.Bucket(10, 10),)
-    self.source = batches.Supervised(sequences, sequences, bucket, 4, seed=1)
+    sequences = training_batches.Ragged(texts)
+    bucket = (training_batches.Bucket(10, 10),)
+    self.source = training_batches.Supervised(sequences, sequences, bucket, 4, seed=1)
     self.module = network.Transformer(
       network.T5Config(
         vocab_size=20, emb_dim=8, num_heads=1, head_dim=8, mlp_dim=8, dropout_rate=0.1,

@@ -97,7 +97,7 @@ def decode_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def read_prompts(path: str, limit: int | None) -> list[Prompt]:
   """Prompts from JSON Lines or plain text; see `--prompts`."""
-  from calm import datasets
+  from calm.data import datasets
 
   if limit is not None and limit < 1:
     raise ValueError(f"Expected `--limit` of at least 1. Got {limit}; leave it out for all.")

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from calm import exits, grid, inference, prompts, step
+from calm import exits, grid, inference, step
 from calm.calibrate import Prompt, Record, generations
 from calm.calibrate.generations import writer as writer_lib
+from calm.data import prompt_batches
 from calm.exits import schedules
 from calm.experiments import results
 
@@ -92,7 +93,7 @@ class OneShape(inference.Predictor):
   what comes out is the same.
   """
 
-  def plan(self, texts: Sequence[str]) -> list[prompts.PromptBatch]:
+  def plan(self, texts: Sequence[str]) -> list[prompt_batches.PromptBatch]:
     size, length = self.options.batch_size, self.options.max_input_length
     order = sorted(super().plan(texts), key=lambda batch: batch.tokens.shape[1])
     rows = np.concatenate([batch.rows for batch in order]) if order else np.zeros(0, int)
@@ -114,10 +115,10 @@ def one_shape(predictor: inference.Predictor) -> OneShape:
   return OneShape(**{field.name: getattr(predictor, field.name) for field in fields})
 
 
-def _padded(rows: np.ndarray, tokens: np.ndarray, size: int) -> prompts.PromptBatch:
+def _padded(rows: np.ndarray, tokens: np.ndarray, size: int) -> prompt_batches.PromptBatch:
   whole = np.zeros((size, tokens.shape[1]), np.int32)
   whole[: len(tokens)] = tokens
-  return prompts.PromptBatch(rows, whole, np.arange(size) < len(rows))
+  return prompt_batches.PromptBatch(rows, whole, np.arange(size) < len(rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +132,7 @@ class EncodedPrompt:
   """
 
   id: str
-  batch: prompts.PromptBatch
+  batch: prompt_batches.PromptBatch
   encoded: step.Encoded
 
 

@@ -5,8 +5,8 @@ import functools
 from collections.abc import Sequence
 
 from calm import costs, exits, inference
-from calm import prompts as prompts_lib
 from calm.calibrate import Prompt
+from calm.data import prompt_batches as prompts_lib
 from calm.exits import schedules
 from calm.experiments import (
   bench,

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from calm import datasets
 from calm.calibrate import Prompt
+from calm.data import datasets
 
 
 @dataclasses.dataclass(frozen=True)

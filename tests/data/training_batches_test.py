@@ -7,31 +7,35 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calm import batches
+from calm.data import training_batches
 
 EOS = 1
 SENTINEL = 99  # the first one; others count downward
-BUCKETS = (batches.Bucket(4, 4), batches.Bucket(8, 4), batches.Bucket(12, 6))
+BUCKETS = (
+  training_batches.Bucket(4, 4),
+  training_batches.Bucket(8, 4),
+  training_batches.Bucket(12, 6),
+)
 
 
 def ragged(lengths):
   """Sequence i begins with 1000 + i (so that it can be told) and ends with EOS."""
-  return batches.Ragged([[1000 + i, *range(2, n), EOS] for i, n in enumerate(lengths)])
+  return training_batches.Ragged([[1000 + i, *range(2, n), EOS] for i, n in enumerate(lengths)])
 
 
 def supervised(num=29, seed=3, batch_size=4, buckets=BUCKETS):
   rng = np.random.default_rng(0)
   inputs, targets = ragged(rng.integers(2, 16, num)), ragged(rng.integers(2, 8, num))
-  return batches.Supervised(inputs, targets, buckets, batch_size, seed)
+  return training_batches.Supervised(inputs, targets, buckets, batch_size, seed)
 
 
 def denoising(seed=5, batch_size=2, length=40):
-  texts = batches.Ragged([np.arange(100, 100 + n) for n in (16, 20, 40, 41, 90)])
-  return batches.Denoising(texts, length, batch_size, seed, first_sentinel=SENTINEL)
+  texts = training_batches.Ragged([np.arange(100, 100 + n) for n in (16, 20, 40, 41, 90)])
+  return training_batches.Denoising(texts, length, batch_size, seed, first_sentinel=SENTINEL)
 
 
 def mixture():
-  return batches.Mixture((supervised(), denoising()), (3, 2), seed=0)
+  return training_batches.Mixture((supervised(), denoising()), (3, 2), seed=0)
 
 
 def same(left, right):
@@ -102,7 +106,7 @@ def test_an_example_goes_to_the_first_bucket_that_holds_it_or_one_longer():
 
 def test_padding_shift_and_weights():
   pair = (np.array([5, 6, EOS]), np.array([7, EOS]))
-  batch = batches.pad_batch([pair], batches.Bucket(4, 3))
+  batch = training_batches.pad_batch([pair], training_batches.Bucket(4, 3))
   assert batch["encoder_input_tokens"].tolist() == [[5, 6, EOS, 0]]
   assert batch["decoder_target_tokens"].tolist() == [[7, EOS, 0]]
   assert batch["decoder_input_tokens"].tolist() == [[0, 7, EOS]]
@@ -111,11 +115,11 @@ def test_padding_shift_and_weights():
 
 def test_truncation_keeps_eos():
   pair = (np.array([5, 6, 7, 8, EOS]), np.array([9, 10, 11, EOS]))
-  batch = batches.pad_batch([pair], batches.Bucket(3, 2))
+  batch = training_batches.pad_batch([pair], training_batches.Bucket(3, 2))
   assert batch["encoder_input_tokens"].tolist() == [[5, 6, EOS]]
   assert batch["decoder_target_tokens"].tolist() == [[9, EOS]]
-  assert supervised(buckets=(batches.Bucket(2, 2),)).num_truncated() > 0
-  assert supervised(buckets=(batches.Bucket(16, 8),)).num_truncated() == 0
+  assert supervised(buckets=(training_batches.Bucket(2, 2),)).num_truncated() > 0
+  assert supervised(buckets=(training_batches.Bucket(16, 8),)).num_truncated() == 0
 
 
 def spans_of(tokens):
@@ -171,7 +175,9 @@ def test_the_longest_text_fills_its_bucket():
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 200), st.floats(0.05, 0.6), st.floats(1.0, 8.0), st.integers(0, 2**20))
 def test_noise_mask_has_its_density_for_any_length(length, density, mean_span_length, seed):
-  mask = batches.noise_mask(length, density, mean_span_length, np.random.default_rng(seed))
+  mask = training_batches.noise_mask(
+    length, density, mean_span_length, np.random.default_rng(seed)
+  )
   assert len(mask) == length
   assert mask.sum() == min(max(round(length * density), 1), max(length - 1, 1))
   if length > 1:
@@ -180,7 +186,7 @@ def test_noise_mask_has_its_density_for_any_length(length, density, mean_span_le
 
 def test_noise_falls_on_every_position_but_the_first():
   rng = np.random.default_rng(0)
-  mean = np.mean([batches.noise_mask(60, 0.15, 3.0, rng) for _ in range(2000)], axis=0)
+  mean = np.mean([training_batches.noise_mask(60, 0.15, 3.0, rng) for _ in range(2000)], axis=0)
   np.testing.assert_allclose(mean.mean(), 0.15, atol=1e-6)
   assert mean[0] == 0 and (mean[1:] > 0).all()
 
@@ -196,7 +202,9 @@ class Counting:
 
 
 def test_mixture_keeps_its_proportions_and_skips_no_step_of_a_source():
-  mixed = batches.Mixture((Counting("a"), Counting("b"), Counting("c")), (5, 3, 2), seed=0)
+  mixed = training_batches.Mixture(
+    (Counting("a"), Counting("b"), Counting("c")), (5, 3, 2), seed=0
+  )
   got = [mixed.batch(step) for step in range(40)]
   for start in range(0, 40, 10):
     names = collections.Counter(b["name"] for b in got[start : start + 10])
@@ -207,10 +215,10 @@ def test_mixture_keeps_its_proportions_and_skips_no_step_of_a_source():
 
 def test_ragged_gives_back_what_it_was_given():
   sequences = [[3, 4, EOS], [EOS], [5, EOS]]
-  made = batches.encode_all(["ab", "", "c"], lambda s: [ord(x) - 94 for x in s], EOS)
+  made = training_batches.encode_all(["ab", "", "c"], lambda s: [ord(x) - 94 for x in s], EOS)
   assert [list(made[i]) for i in range(len(made))] == sequences
   assert made.lengths.tolist() == [3, 1, 2]
-  assert len(batches.Ragged([])) == 0
+  assert len(training_batches.Ragged([])) == 0
 
 
 def test_too_few_examples_are_refused():
@@ -221,7 +229,7 @@ def test_too_few_examples_are_refused():
 
 
 @pytest.mark.parametrize(
-  "buckets", [(), (batches.Bucket(8, 4), batches.Bucket(4, 8)), BUCKETS[::-1]]
+  "buckets", [(), (training_batches.Bucket(8, 4), training_batches.Bucket(4, 8)), BUCKETS[::-1]]
 )
 def test_buckets_must_ascend(buckets):
   with pytest.raises(ValueError, match="`buckets`"):

@@ -10,12 +10,12 @@ seqio = pytest.importorskip("seqio", reason="seqio (the `train` extra) is not in
 gin = pytest.importorskip("gin")
 tf = pytest.importorskip("tensorflow")
 
-from calm import datasets, tasks  # noqa: E402
+from calm.data import datasets, seqio_tasks
 
 pytestmark = pytest.mark.tf
 
 BYTES = seqio.ByteVocabulary()
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs" / "tasks"
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs" / "tasks"
 LENGTHS = {"inputs": 64, "targets": 12}
 
 ROWS = [
@@ -63,7 +63,7 @@ def ids(text):
 
 
 def test_jsonl_keeps_texts_ids_and_references_and_ends_with_eos(rows_path):
-  name = tasks.jsonl("mine", {"test": rows_path}, BYTES, prefix="say: ")
+  name = seqio_tasks.jsonl("mine", {"test": rows_path}, BYTES, prefix="say: ")
   first, second, third = examples(seqio.TaskRegistry.get(name))
   assert first["inputs"].tolist() == ids("say: one two")
   assert first["targets"].tolist() == ids("un deux")
@@ -82,7 +82,7 @@ def test_jsonl_keeps_texts_ids_and_references_and_ends_with_eos(rows_path):
 
 
 def test_shards_are_disjoint_and_together_the_whole(rows_path):
-  task = seqio.TaskRegistry.get(tasks.jsonl("mine", {"test": rows_path}, BYTES))
+  task = seqio.TaskRegistry.get(seqio_tasks.jsonl("mine", {"test": rows_path}, BYTES))
   shards = [
     [row["id"] for row in examples(task, shard_info=seqio.ShardInfo(i, 2))] for i in range(2)
   ]
@@ -94,7 +94,7 @@ def test_shuffling_follows_the_seed(tmp_path):
   path = tmp_path / "many.jsonl"
   rows = [{"id": f"{i:02}", "input": "x", "target": "y"} for i in range(50)]
   path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-  task = seqio.TaskRegistry.get(tasks.jsonl("mine", {"test": path}, BYTES))
+  task = seqio.TaskRegistry.get(seqio_tasks.jsonl("mine", {"test": path}, BYTES))
   orders = [
     [row["id"] for row in examples(task, shuffle=True, seed=seed)] for seed in (1, 1, 2)
   ]
@@ -105,23 +105,23 @@ def test_shuffling_follows_the_seed(tmp_path):
 def test_a_bad_file_is_named_when_it_is_read(tmp_path):
   path = tmp_path / "bad.jsonl"
   path.write_bytes(b'{"input": "x", "target": "y"}\n{"input": 1}\n')
-  task = seqio.TaskRegistry.get(tasks.jsonl("mine", {"test": path}, BYTES))
+  task = seqio.TaskRegistry.get(seqio_tasks.jsonl("mine", {"test": path}, BYTES))
   with pytest.raises(ValueError, match=r"bad\.jsonl:2"):
     examples(task)
 
 
 def test_registering_twice_is_harmless_unless_it_is_another_task(rows_path):
   for _ in range(2):
-    assert tasks.jsonl("mine", {"test": rows_path}, BYTES) == "mine"
+    assert seqio_tasks.jsonl("mine", {"test": rows_path}, BYTES) == "mine"
   with pytest.raises(ValueError, match="`mine` is registered already"):
-    tasks.jsonl("mine", {"test": rows_path}, BYTES, prefix="other: ")
+    seqio_tasks.jsonl("mine", {"test": rows_path}, BYTES, prefix="other: ")
   with pytest.raises(ValueError, match="`metric`"):
-    tasks.jsonl("odd", {"test": rows_path}, BYTES, metrics=["entropy"])
+    seqio_tasks.jsonl("odd", {"test": rows_path}, BYTES, metrics=["entropy"])
 
 
 def test_summarization_reads_tfds_fields():
   rows = [{"id": "h1", "publisher": "x", "article": "Long.\nText", "highlights": "Short ."}]
-  task = from_rows(tasks.cnn_dailymail(BYTES), rows)
+  task = from_rows(seqio_tasks.cnn_dailymail(BYTES), rows)
   (row,) = examples(task)
   assert row["inputs_pretokenized"] == b"summarize: Long.\nText"
   assert row["targets_pretokenized"] == b"Short ."
@@ -132,7 +132,7 @@ def test_summarization_reads_tfds_fields():
 
 def test_translation_reads_tfds_fields():
   rows = [{"en": "Hello.", "fr": "Bonjour."}, {"en": "Hello.", "fr": "Salut."}]
-  first, second = examples(from_rows(tasks.wmt15_enfr(BYTES), rows))
+  first, second = examples(from_rows(seqio_tasks.wmt15_enfr(BYTES), rows))
   assert first["inputs_pretokenized"] == b"translate English to French: Hello."
   assert second["targets_pretokenized"] == b"Salut."
   assert first["id"] != second["id"] and first["id"].startswith(b"enfr/")
@@ -146,7 +146,7 @@ def test_questions_are_spaced_as_t5_spaces_them():
     "context": "In (New) York.",
     "answers": {"text": ["New York", "York."], "answer_start": [3, 9]},
   }
-  row = tasks.question_example(tf.nest.map_structure(tf.constant, example))
+  row = seqio_tasks.question_example(tf.nest.map_structure(tf.constant, example))
   assert row["inputs"] == b"question: Where is St . John ' s ? context: In ( New ) York ."
   assert row["targets"] == b"New York"
   assert row["references"].numpy().tolist() == [b"New York", b"York ."]
@@ -155,7 +155,7 @@ def test_questions_are_spaced_as_t5_spaces_them():
   source = seqio.FunctionDataSource(
     lambda split, shuffle_files: tf.data.Dataset.from_tensor_slices(batched), ["test"]
   )
-  task = seqio.TaskRegistry.get(tasks.squad(BYTES)).replace(source=source)
+  task = seqio.TaskRegistry.get(seqio_tasks.squad(BYTES)).replace(source=source)
   (whole,) = examples(task)
   assert whole["targets"].tolist() == ids("New York")
   assert whole["id"] == b"q"
@@ -163,27 +163,31 @@ def test_questions_are_spaced_as_t5_spaces_them():
 
 def test_metrics_are_percentages_of_the_best_reference():
   targets = [["the cat sat", "a dog"], ["Un café."]]
-  assert tasks.metric_fn("exact_match")(targets, ["A dog!", "un café"]) == {
+  assert seqio_tasks.metric_fn("exact_match")(targets, ["A dog!", "un café"]) == {
     "exact_match": 100.0
   }
   # Two of three words, then none: F1 of 2 * 2 / (2 + 2) with the article dropped is 1, and 0.
-  assert tasks.metric_fn("token_f1")(targets, ["cat sat", "no"]) == {"token_f1": 50.0}
+  assert seqio_tasks.metric_fn("token_f1")(targets, ["cat sat", "no"]) == {"token_f1": 50.0}
   # Longest common subsequence 2 of 2 and 3 words: F = 4 / 5; the other is equal.
-  rouge = tasks.metric_fn("rouge_l")(targets, ["cat sat", "Un café."])
+  rouge = seqio_tasks.metric_fn("rouge_l")(targets, ["cat sat", "Un café."])
   assert rouge["rouge_l"] == pytest.approx(90.0)
   for name in ("bleu", "chrf"):
-    same = tasks.metric_fn(name)(
+    same = seqio_tasks.metric_fn(name)(
       [["a b c d e"], ["x", "f g h i j"]], ["a b c d e", "f g h i j"]
     )
     assert same[name] == pytest.approx(100.0)
   # One wrong word of ten: precisions 9/10, 6/8, 3/6 and 2/4, no brevity penalty.
-  bleu = tasks.metric_fn("bleu")([["a b c d e"], ["f g h i j"]], ["a b c d e", "f g x i j"])
+  bleu = seqio_tasks.metric_fn("bleu")(
+    [["a b c d e"], ["f g h i j"]], ["a b c d e", "f g x i j"]
+  )
   expected = 100 * (9 / 10 * 6 / 8 * 3 / 6 * 2 / 4) ** 0.25
   assert bleu["bleu"] == pytest.approx(expected)
 
 
 def test_evaluation_scores_predictions_against_all_references(rows_path):
-  name = tasks.jsonl("mine", {"validation": rows_path}, BYTES, metrics=("exact_match", "chrf"))
+  name = seqio_tasks.jsonl(
+    "mine", {"validation": rows_path}, BYTES, metrics=("exact_match", "chrf")
+  )
   evaluator = seqio.Evaluator(
     name, feature_converter=seqio.EncDecFeatureConverter(pack=False), eval_split="validation"
   )
@@ -201,7 +205,7 @@ def test_evaluation_scores_predictions_against_all_references(rows_path):
 
 
 def test_feature_converter_takes_what_the_tasks_give(rows_path):
-  task = seqio.TaskRegistry.get(tasks.jsonl("mine", {"test": rows_path}, BYTES))
+  task = seqio.TaskRegistry.get(seqio_tasks.jsonl("mine", {"test": rows_path}, BYTES))
   dataset = task.get_dataset(sequence_length=LENGTHS, split="test", shuffle=False)
   converter = seqio.EncDecFeatureConverter(pack=False)
   first = next(converter(dataset, task_feature_lengths=LENGTHS).as_numpy_iterator())
@@ -213,7 +217,7 @@ def test_feature_converter_takes_what_the_tasks_give(rows_path):
 @pytest.mark.parametrize("task", datasets.DEBIAN)
 def test_debian_tasks_tokenize_with_their_vocabulary(data_dir, task):
   vocabulary = str(data_dir / "sentencepiece" / "debian_8000.model")
-  name = tasks.debian(task, data_dir, vocabulary)
+  name = seqio_tasks.debian(task, data_dir, vocabulary)
   lengths = {"inputs": 256, "targets": 160}
   registered = seqio.TaskRegistry.get(name)
   rows = examples(registered, "validation", sequence_length=lengths, limit=200)
@@ -228,8 +232,12 @@ def test_debian_tasks_tokenize_with_their_vocabulary(data_dir, task):
 
 
 def test_debian_mixture_is_proportional_to_training_examples(data_dir):
-  name = tasks.debian_mixture(data_dir, str(data_dir / "sentencepiece" / "debian_8000.model"))
-  assert tasks.debian_mixture(data_dir, str(data_dir / "sentencepiece" / "debian_8000.model"))
+  name = seqio_tasks.debian_mixture(
+    data_dir, str(data_dir / "sentencepiece" / "debian_8000.model")
+  )
+  assert seqio_tasks.debian_mixture(
+    data_dir, str(data_dir / "sentencepiece" / "debian_8000.model")
+  )
   mixture = seqio.MixtureRegistry.get(name)
   rates = {task.name: mixture.get_rate(task) for task in mixture.tasks}
   assert rates == {"debian_synopsis": 26525, "debian_enfr": 54541, "debian_qa": 28504}
@@ -237,7 +245,7 @@ def test_debian_mixture_is_proportional_to_training_examples(data_dir):
 
 def test_unknown_debian_task_is_an_error():
   with pytest.raises(ValueError, match="`task` is 'debian_xy'"):
-    tasks.debian("debian_xy", "data", BYTES)
+    seqio_tasks.debian("debian_xy", "data", BYTES)
 
 
 @pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.gin")))

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from calm import datasets
+from calm.data import datasets
 
 ROWS = [
   {"id": "a", "source": "s", "kind": "k", "input": "un café", "target": ["coffee", "a café"]},
@@ -142,9 +142,9 @@ def test_debian_sets_are_read_whole(data_dir, name, split, count):
 
 def test_reading_loads_neither_tensorflow_nor_jax():
   code = (
-    "import sys, calm.datasets;"
+    "import sys, calm.data.datasets;"
     "bad = {'tensorflow', 'jax', 'seqio', 'numpy'} & set(sys.modules); assert not bad, bad"
   )
   subprocess.run(
-    [sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parents[1]
+    [sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parents[2]
   )

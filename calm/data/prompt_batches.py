@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from calm import vocabulary as vocabulary_lib
+from calm.data import vocabulary as vocabulary_lib
 
 # Padded input lengths; every one that occurs is a compiled program.
 INPUT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096)

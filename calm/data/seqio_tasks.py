@@ -16,8 +16,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from calm import datasets
 from calm.calibrate.losses import metrics as text_metrics
+from calm.data import datasets
 
 Tensors = Mapping[str, Any]
 MetricFn = Callable[[Sequence[Sequence[str]], Sequence[str]], dict[str, float]]
@@ -126,7 +126,7 @@ def jsonl(
   prefix: str = "",
   metrics: Sequence[str] = ("rouge_l",),
 ) -> str:
-  """Registers JSON Lines files of {input, target} (see `calm.datasets`) as a task.
+  """Registers JSON Lines files of {input, target} (see `calm.data.datasets`) as a task.
 
   Args:
     name: name to register.

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm import vocabulary
+from calm.data import vocabulary
 from tests import toy_vocabulary
 
 TEXTS = toy_vocabulary.TEXTS

@@ -5,13 +5,13 @@ import re
 import numpy as np
 import pytest
 
-from calm import prompts, vocabulary
+from calm.data import prompt_batches, vocabulary
 
 BYTES = vocabulary.ByteVocabulary(extra_ids=0)
 
 
 def tokenize(texts, *, prefix="", max_input_length=8):
-  return prompts.tokenize(
+  return prompt_batches.tokenize(
     texts, BYTES, prefix=prefix, max_input_length=max_input_length, eos_id=1
   )
 
@@ -40,14 +40,14 @@ def test_prompts_that_fit_raise_no_warning():
   [(1, 512, 32), (32, 512, 32), (33, 512, 64), (33, 48, 48), (5, 8, 8), (5000, 6000, 6000)],
 )
 def test_bucketed_length(length, maximum, expected):
-  assert prompts.bucket_length(length, maximum) == expected
+  assert prompt_batches.bucket_length(length, maximum) == expected
 
 
 @pytest.mark.parametrize(
   ("rows", "size", "expected"), [(1, 8, 1), (3, 8, 4), (5, 8, 8), (5, 6, 6), (0, 8, 1)]
 )
 def test_bucketed_size(rows, size, expected):
-  assert prompts.bucket_size(rows, size) == expected
+  assert prompt_batches.bucket_size(rows, size) == expected
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
@@ -56,7 +56,7 @@ def test_batches_hold_every_prompt_once(batch_size):
   tokens = [
     [*rng.integers(3, 99, size=size - 1).tolist(), 1] for size in rng.integers(1, 71, size=45)
   ]
-  batches = prompts.plan(tokens, batch_size=batch_size, max_input_length=70)
+  batches = prompt_batches.plan(tokens, batch_size=batch_size, max_input_length=70)
   rows = np.concatenate([batch.rows for batch in batches])
   assert sorted(rows) == list(range(45))
   assert {batch.tokens.shape[1] for batch in batches} == {32, 64, 70}
@@ -76,7 +76,7 @@ def test_what_is_left_of_a_length_goes_along_with_the_next_within_twice():
   tokens = [[1] * length for length in (32, 20, 9, 60, 64, 500)]
   planned = lambda **options: [
     (batch.tokens.shape, batch.rows.tolist())
-    for batch in prompts.plan(tokens, batch_size=2, max_input_length=512, **options)
+    for batch in prompt_batches.plan(tokens, batch_size=2, max_input_length=512, **options)
   ]
   assert planned() == [
     ((2, 32), [0, 1]),
@@ -93,6 +93,6 @@ def test_what_is_left_of_a_length_goes_along_with_the_next_within_twice():
 
 
 def test_nothing_to_plan_and_no_room():
-  assert prompts.plan([], batch_size=8, max_input_length=64) == []
+  assert prompt_batches.plan([], batch_size=8, max_input_length=64) == []
   with pytest.raises(ValueError, match=r"`batch_size` of at least 1\. Got 0"):
-    prompts.plan([[1]], batch_size=0, max_input_length=64)
+    prompt_batches.plan([[1]], batch_size=0, max_input_length=64)

@@ -45,7 +45,7 @@ class TextTask:
   Attributes:
     name: its folder, and its name in a mixture.
     prefix: what T5 reads before the input to know the task.
-    metrics: names that `calm.tasks.metric_fn` knows, the first being the usual one.
+    metrics: names that `calm.data.seqio_tasks.metric_fn` knows, the first being the usual one.
   """
 
   name: str
