@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from calm import huggingface, network, parameters, t5x_checkpoints, tensors
+from calm import huggingface, t5x_checkpoints, tensors
 from calm.data import vocabulary as vocabularies
+from calm.t5 import network, parameters
 
 FORMAT = "calm checkpoint 1"
 _MODEL_FILE = "vocabulary.model"

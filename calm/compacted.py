@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from calm import deferred, engines, exits, step
+from calm import deferred, engines, exits
 from calm.exits import propagation
 from calm.exits import walk as walk_lib
+from calm.t5 import decoder as decoder_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ def compact(stays: jax.Array) -> Rows:
 
 
 @dataclasses.dataclass(frozen=True)
-class _SpreadStep(step.DecoderStep):
+class _SpreadStep(decoder_lib.DecoderStep):
   """A bucket's step whose attention runs in all rows of the batch, where the caches lie."""
 
   rows: Rows = dataclasses.field(kw_only=True)
@@ -148,7 +149,7 @@ class _BoundCompacted:
       state, rows = self._switch(walk, decoder, segment, state, stays)
       end = engines.after(position, state.hidden)
       old = tuple(fill.cache for fill in before)
-      caches = step.write_rows(old, rows, end, task.keeps(position))
+      caches = decoder_lib.write_rows(old, rows, end, task.keeps(position))
       filled = [jnp.where(needed, position + 1, fill.filled) for fill in before]
       fills += map(deferred.LayerFill, caches, filled)
     states = base.stored(cache.states, state, position)
@@ -203,12 +204,16 @@ class _BoundCompacted:
     # Rows that had left stay as they are.
     return propagation.select_rows(stays, rows.spread(part), state), tuple(stored)
 
-  def _bucket(self, decoder: step.DecoderStep, layer: int, rows: Rows) -> step.DecoderStep:
+  def _bucket(
+    self, decoder: decoder_lib.DecoderStep, layer: int, rows: Rows
+  ) -> decoder_lib.DecoderStep:
     if len(rows.order) > self.copied_part * len(rows.rank):
-      fields = {f.name: getattr(decoder, f.name) for f in dataclasses.fields(step.DecoderStep)}
+      fields = {
+        f.name: getattr(decoder, f.name) for f in dataclasses.fields(decoder_lib.DecoderStep)
+      }
       return _SpreadStep(**fields, rows=rows)
     cache, cross = rows.copy((decoder.caches[layer - 1], decoder.encoded.cross[layer - 1]))
-    encoded = step.Encoded((cross,) * layer, rows.copy(decoder.encoded.bias))
+    encoded = decoder_lib.Encoded((cross,) * layer, rows.copy(decoder.encoded.bias))
     bias = decoder.past_bias if decoder.past_bias.ndim == 2 else rows.take(decoder.past_bias)
     return dataclasses.replace(
       decoder, caches=(cache,) * layer, encoded=encoded, past_bias=bias

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from calm import decoding, engines, exits, step
+from calm import decoding, engines, exits
 from calm.exits import walk as walk_lib
+from calm.t5 import decoder as decoder_lib
 
 
 @struct.dataclass
@@ -32,7 +33,7 @@ class LayerFill:
     filled: [] int32.
   """
 
-  cache: step.Cache
+  cache: decoder_lib.Cache
   filled: jax.Array
 
 
@@ -85,7 +86,7 @@ def bind(task: engines.Task, chunk_rows: int) -> "BoundDeferred":
   # Eight rows cost about what two do: a product that small takes the time to read its matrix.
   large = min(chunk_rows // task.batch_size, 8, task.length)
   sizes = {max(1, large), 1}
-  table = step.bias_table(task.weights, task.config, task.length)
+  table = decoder_lib.bias_table(task.weights, task.config, task.length)
   return BoundDeferred(task, task.rule, tuple(sorted(sizes, reverse=True)), table)
 
 
@@ -117,7 +118,7 @@ class BoundDeferred:
   task: engines.Task
   rule: exits.DynamicExits
   chunks: tuple[int, ...]
-  table: step.BiasTable
+  table: decoder_lib.BiasTable
 
   def engine(self, take_step: decoding.Step | None = None) -> engines.Bound:
     """The engine, with the walk of another one where that is given."""
@@ -127,7 +128,7 @@ class BoundDeferred:
   def empty(self) -> DeferredCache:
     return self.resume(self.task.empty_caches(), jnp.zeros((), jnp.int32))
 
-  def resume(self, caches: tuple[step.Cache, ...], position: jax.Array) -> DeferredCache:
+  def resume(self, caches: tuple[decoder_lib.Cache, ...], position: jax.Array) -> DeferredCache:
     """With caches that are filled up to `position`, and where `task.kept` says beyond it."""
     task = self.task
     shape = task.batch_size, task.length, task.config.emb_dim
@@ -156,7 +157,7 @@ class BoundDeferred:
     assert projected is not None  # `bind` asked
     return lax.dynamic_update_slice_in_dim(states, projected[:, None], position, axis=1)
 
-  def flush(self, cache: DeferredCache, position: jax.Array) -> tuple[step.Cache, ...]:
+  def flush(self, cache: DeferredCache, position: jax.Array) -> tuple[decoder_lib.Cache, ...]:
     """Every layer's cache with positions 0 ... position - 1 filled."""
     decoder = self.decoder(jnp.zeros((), jnp.int32))
     return tuple(
@@ -171,12 +172,14 @@ class BoundDeferred:
     fills = tuple(map(LayerFill, caches, filled))
     return DeferredCache(fills, decoding.shift_positions(cache.states, by, axis=1))
 
-  def decoder(self, position: jax.Array) -> step.DecoderStep:
+  def decoder(self, position: jax.Array) -> decoder_lib.DecoderStep:
     task, table = self.task, self.table
     bias = table.at(position, task.starts)
-    return step.DecoderStep(task.weights, task.config, task.encoded, (), bias, table.current)
+    return decoder_lib.DecoderStep(
+      task.weights, task.config, task.encoded, (), bias, table.current
+    )
 
-  def walk(self, decoder: step.DecoderStep, position: jax.Array) -> walk_lib.Walk:
+  def walk(self, decoder: decoder_lib.DecoderStep, position: jax.Array) -> walk_lib.Walk:
     generated = self.task.generated(position)
     return self.rule.walk(decoder.layers(), self.task.threshold, generated)
 
@@ -198,7 +201,7 @@ class BoundDeferred:
     row = walk.stored(layer, state, row)
     made = walk.after(layer, state, hidden, row)
     end = engines.after(position, hidden)
-    (cache,) = step.write_rows((fill.cache,), (row,), end, self.task.keeps(position))
+    (cache,) = decoder_lib.write_rows((fill.cache,), (row,), end, self.task.keeps(position))
     return made, LayerFill(cache, position + 1)
 
   def fill(
@@ -247,5 +250,5 @@ def _project(
     update = jnp.where(new[:, None, :, None], update, old)
     return lax.dynamic_update_slice_in_dim(cache, update, start, axis=2)
 
-  made = step.Cache(merge(fill.cache.keys, row.key), merge(fill.cache.values, row.value))
+  made = decoder_lib.Cache(merge(fill.cache.keys, row.key), merge(fill.cache.values, row.value))
   return LayerFill(made, fill.filled + chunk)

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import sharding
 
-from calm import decoding, programs, step
+from calm import decoding, programs
+from calm.t5 import decoder
 
 AXIS = "prompts"
 # Rows of every leaf of a batch lie along its first axis.
@@ -56,7 +57,7 @@ class ShardedProgram:
 
   def encode(
     self, weights: programs.ModelWeights, encoder_input_tokens: jax.Array | np.ndarray
-  ) -> step.Encoded:
+  ) -> decoder.Encoded:
     """As `Program.encode`; the rows are padded to a multiple of the devices."""
     rows = self._rows(encoder_input_tokens.shape[0])
     return self._encode(weights, _pad(encoder_input_tokens, rows))
@@ -64,7 +65,7 @@ class ShardedProgram:
   def decode(
     self,
     weights: programs.ModelWeights,
-    encoded: step.Encoded,
+    encoded: decoder.Encoded,
     active: jax.Array | np.ndarray,
     threshold: jax.Array | np.ndarray,
   ) -> decoding.Generation:

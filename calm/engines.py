@@ -11,7 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from calm import decoding, exits, network, step
+from calm import decoding, exits
+from calm.t5 import decoder as decoder_lib
+from calm.t5 import network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Task:
 
   config: network.T5Config
   rule: exits.StepRule
-  weights: step.DecoderWeights
-  encoded: step.Encoded
+  weights: decoder_lib.DecoderWeights
+  encoded: decoder_lib.Encoded
   threshold: jax.Array
   length: int
   kept: jax.Array | None = None
@@ -52,9 +54,9 @@ class Task:
     """Tokens that each row has generated before `position`, [] or [batch]."""
     return position if self.starts is None else position - self.starts
 
-  def empty_caches(self) -> tuple[step.Cache, ...]:
+  def empty_caches(self) -> tuple[decoder_lib.Cache, ...]:
     depth = self.rule.depth(self.config.num_decoder_layers)
-    return step.empty_caches(self.config, self.batch_size, self.length, depth)
+    return decoder_lib.empty_caches(self.config, self.batch_size, self.length, depth)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +73,8 @@ class Bound:
 
   empty: Any
   take_step: decoding.Step
-  resume: Callable[[tuple[step.Cache, ...], jax.Array], Any]
-  flush: Callable[[Any, jax.Array], tuple[step.Cache, ...]]
+  resume: Callable[[tuple[decoder_lib.Cache, ...], jax.Array], Any]
+  flush: Callable[[Any, jax.Array], tuple[decoder_lib.Cache, ...]]
   shift: Callable[[Any, jax.Array], Any]
 
 
@@ -90,10 +92,10 @@ class Eager:
   """Skipped layers are filled at every token. The plain engine, and the one for any rule."""
 
   def __call__(self, task: Task) -> Bound:
-    table = step.bias_table(task.weights, task.config, task.length)
+    table = decoder_lib.bias_table(task.weights, task.config, task.length)
 
     def take_step(current, position, active, cache):
-      decoder = step.DecoderStep(
+      decoder = decoder_lib.DecoderStep(
         task.weights,
         task.config,
         task.encoded,
@@ -105,13 +107,15 @@ class Eager:
       generated = task.generated(position)
       made = task.rule(decoder.layers(), hidden, active, task.threshold, generated)
       end = after(position, made.logits)
-      return made, step.write_rows(cache, made.rows, end, task.keeps(position))
+      return made, decoder_lib.write_rows(cache, made.rows, end, task.keeps(position))
 
     same = lambda caches, position: caches
     return Bound(task.empty_caches(), take_step, resume=same, flush=same, shift=shifted)
 
 
-def shifted(caches: tuple[step.Cache, ...], by: jax.Array) -> tuple[step.Cache, ...]:
+def shifted(
+  caches: tuple[decoder_lib.Cache, ...], by: jax.Array
+) -> tuple[decoder_lib.Cache, ...]:
   """Caches whose position `by` is now the first; what lies beyond the last is 0."""
   return jax.tree.map(lambda x: decoding.shift_positions(x, by, axis=2), caches)
 

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import decoding, inference, step
+from calm import decoding, inference
 from calm.calibrate import Prompt, Record
 from calm.calibrate.generations import reuse
 from calm.calibrate.generations import writer as writer_lib
 from calm.data import prompt_batches as prompts_lib
 from calm.exits import schedules
+from calm.t5 import decoder
 
 # (threshold just finished, batch number, number of batches)
 Progress = Callable[[float, int, int], None]
@@ -84,7 +85,7 @@ class _Batch:
   ):
     self._predictor, self._batch, self._ids = predictor, batch, ids
     self._resumes = resumes
-    self._encoded: step.Encoded | None = None
+    self._encoded: decoder.Encoded | None = None
     self._state: decoding.DecodingState | None = None
 
   def decode(

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from calm import network, parameters, tensors
+from calm import tensors
 from calm.data import vocabulary
+from calm.t5 import network, parameters
 
 MODEL_TYPES = ("t5", "mt5")
 # Their activation -> ours. flax's gelu is the tanh approximation, their "gelu_new".

@@ -16,8 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from calm import checkpoints, decoding, devices, exits, network, pools, programs, refill, step
-from calm import costs as costs_lib
+from calm import checkpoints, decoding, devices, exits, pools, programs, refill
 from calm import outputs as outputs_lib
 from calm.calibrate import Calibration, Procedure
 from calm.data import prompt_batches
@@ -25,6 +24,8 @@ from calm.exits import schedules
 from calm.options import DecodeOptions as DecodeOptions
 from calm.options import options_of as options_of
 from calm.options import shortlist_record, stored_options
+from calm.t5 import costs as costs_lib
+from calm.t5 import decoder, network
 
 PACKED = pathlib.Path(__file__).parent / "assets"
 
@@ -194,14 +195,14 @@ class Predictor:
       whole_batches=self.config.dtype != "float32",
     )
 
-  def encode(self, batch: prompt_batches.PromptBatch) -> step.Encoded:
+  def encode(self, batch: prompt_batches.PromptBatch) -> decoder.Encoded:
     """Encodes a batch once, for any number of thresholds."""
     program = self.sharded() or self.program()
     return program.encode(self.weights, batch.tokens)
 
   def decode(
     self,
-    encoded: step.Encoded,
+    encoded: decoder.Encoded,
     active: np.ndarray,
     threshold: float,
     rule: exits.StepRule | None = None,
@@ -216,7 +217,7 @@ class Predictor:
 
   def resume(
     self,
-    encoded: step.Encoded,
+    encoded: decoder.Encoded,
     state: decoding.DecodingState | None,
     active: np.ndarray,
     threshold: float,
@@ -281,7 +282,7 @@ class Predictor:
     traced = programs.TRACES.total()
     encode_seconds = seconds = 0.0
 
-    def encode(batch: prompt_batches.PromptBatch) -> step.Encoded:
+    def encode(batch: prompt_batches.PromptBatch) -> decoder.Encoded:
       nonlocal encode_seconds
       start = time.perf_counter()
       encoded = jax.block_until_ready(self.encode(batch))

@@ -34,8 +34,9 @@ except ModuleNotFoundError as error:
     name=error.name,
   ) from error
 
-from calm import engines, exits, network, objectives, programs, step, t5x_loops
+from calm import engines, exits, objectives, programs, t5x_loops
 from calm.exits import confidence, schedules
+from calm.t5 import decoder, network
 
 Params = Any
 Batch = Mapping[str, jax.Array]
@@ -68,7 +69,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     """T5X's arguments, and what early exit adds.
 
     Args:
-      module: `calm.network.Transformer`, or T5X's own T5 1.1 `network.Transformer`, which is
+      module: `calm.t5.network.Transformer`, or T5X's own T5 1.1 `network.Transformer`, which is
         built anew from its `config`.
       input_vocabulary: as in T5X.
       output_vocabulary: as in T5X; embedding rows beyond its pieces are never emitted.
@@ -222,11 +223,13 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     is_eos = decoder_input_tokens == self.output_vocabulary.eos_id
     return jnp.where(is_eos, 0, decoder_input_tokens)
 
-  def _encode(self, params, weights: programs.ModelWeights, tokens: jax.Array) -> step.Encoded:
+  def _encode(
+    self, params, weights: programs.ModelWeights, tokens: jax.Array
+  ) -> decoder.Encoded:
     encoded = self.module.apply(
       {"params": params}, tokens, enable_dropout=False, method="encode"
     )
-    return step.cross_attention_inputs(weights.decoder, self.config, encoded, tokens)
+    return decoder.cross_attention_inputs(weights.decoder, self.config, encoded, tokens)
 
   def _exits(self, loop, weights, rows, decodes, eos_id, same_pass) -> dict[str, jax.Array]:
     """Exits in the order of the decodes, [batch, num_decodes, length]."""
@@ -249,7 +252,7 @@ def config_of(module: nn.Module) -> network.T5Config:
   theirs: Any = getattr(module, "config", None)
   if theirs is None or not hasattr(theirs, "emb_dim") or hasattr(theirs, "scan_layers"):
     raise ValueError(
-      "Expected `module` to be calm.network.Transformer, or the Transformer of T5X's"
+      "Expected `module` to be calm.t5.network.Transformer, or the Transformer of T5X's"
       f" examples/t5/network.py. Got {type(module).__module__}.{type(module).__name__};"
       " scanned layers and Flaxformer's architectures have other parameter trees."
     )

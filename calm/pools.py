@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import decoding, engines, programs, refill, step
+from calm import decoding, engines, programs, refill
 from calm.data import prompt_batches
+from calm.t5 import decoder
 
-Encode = Callable[[prompt_batches.PromptBatch], step.Encoded]
+Encode = Callable[[prompt_batches.PromptBatch], decoder.Encoded]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +78,8 @@ class PoolProgram:
 
   @functools.partial(jax.jit, static_argnums=0)
   def empty(
-    self, weights: programs.ModelWeights, waiting: step.Encoded
-  ) -> tuple[refill.Pool, step.Encoded]:
+    self, weights: programs.ModelWeights, waiting: decoder.Encoded
+  ) -> tuple[refill.Pool, decoder.Encoded]:
     """A pool of free rows, as many as prompts wait, and room for their prompts."""
     rows = waiting.bias.shape[0]
     encoded = jax.tree.map(jnp.zeros_like, waiting)
@@ -89,7 +90,7 @@ class PoolProgram:
   def advance(
     self,
     weights: programs.ModelWeights,
-    encoded: step.Encoded,
+    encoded: decoder.Encoded,
     pool: refill.Pool,
     threshold: jax.Array,
     min_free: jax.Array,
@@ -106,15 +107,19 @@ class PoolProgram:
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnames=("pool", "encoded"))
   def take_in(
-    self, pool: refill.Pool, encoded: step.Encoded, waiting: step.Encoded, source: jax.Array
-  ) -> tuple[refill.Pool, step.Encoded]:
+    self,
+    pool: refill.Pool,
+    encoded: decoder.Encoded,
+    waiting: decoder.Encoded,
+    source: jax.Array,
+  ) -> tuple[refill.Pool, decoder.Encoded]:
     """See `refill.take_in`."""
     programs.TRACES["take_in"] += 1
     return refill.take_in(pool, encoded, waiting, source)
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnames="pool")
   def shift(
-    self, weights: programs.ModelWeights, encoded: step.Encoded, pool: refill.Pool
+    self, weights: programs.ModelWeights, encoded: decoder.Encoded, pool: refill.Pool
   ) -> refill.Pool:
     """See `refill.shift`."""
     programs.TRACES["shift"] += 1
@@ -123,7 +128,7 @@ class PoolProgram:
   def bind(
     self,
     weights: programs.ModelWeights,
-    encoded: step.Encoded,
+    encoded: decoder.Encoded,
     threshold: jax.Array,
     starts: jax.Array,
   ) -> engines.Bound:
@@ -156,7 +161,7 @@ class _Run:
     self._taken = 0
     self._pool: refill.Pool | None = None
 
-  def take_all(self, waiting: step.Encoded, count: int) -> None:
+  def take_all(self, waiting: decoder.Encoded, count: int) -> None:
     """Takes the first `count` prompts of `waiting` in, as soon as there are rows for them."""
     if self._pool is None:
       self._pool, self._encoded = self._program.empty(self._weights, waiting)

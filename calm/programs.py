@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from calm import compacted, decoding, deferred, engines, exits, network, step
+from calm import compacted, decoding, deferred, engines, exits
+from calm.t5 import decoder as decoder_lib
+from calm.t5 import network
 
 Params = Any
 
@@ -33,7 +35,7 @@ class ModelWeights:
   """
 
   encoder: Params
-  decoder: step.DecoderWeights
+  decoder: decoder_lib.DecoderWeights
 
 
 def model_weights(
@@ -46,7 +48,7 @@ def model_weights(
   encoder = {name: params[name] for name in ("token_embedder", "encoder")}
   return ModelWeights(
     jax.tree.map(jnp.asarray, encoder),
-    step.decoder_weights(params, config, num_pieces, shortlist),
+    decoder_lib.decoder_weights(params, config, num_pieces, shortlist),
   )
 
 
@@ -72,7 +74,7 @@ class Program:
   @functools.partial(jax.jit, static_argnums=0)
   def encode(
     self, weights: ModelWeights, encoder_input_tokens: Int[Array, "batch input_length"]
-  ) -> step.Encoded:
+  ) -> decoder_lib.Encoded:
     """Encoder states' cross-attention keys and values; for any number of decodings."""
     TRACES["encode"] += 1
     config = dataclasses.replace(self.config, one_hot_embedding=False)
@@ -80,12 +82,14 @@ class Program:
       {"params": weights.encoder}, encoder_input_tokens, enable_dropout=False, method="encode"
     )
     assert isinstance(encoded, jax.Array)
-    return step.cross_attention_inputs(weights.decoder, config, encoded, encoder_input_tokens)
+    return decoder_lib.cross_attention_inputs(
+      weights.decoder, config, encoded, encoder_input_tokens
+    )
 
   def decode_state(
     self,
     weights: ModelWeights,
-    encoded: step.Encoded,
+    encoded: decoder_lib.Encoded,
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
   ) -> decoding.DecodingState:
@@ -104,7 +108,7 @@ class Program:
   def decode(
     self,
     weights: ModelWeights,
-    encoded: step.Encoded,
+    encoded: decoder_lib.Encoded,
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
   ) -> decoding.Generation:
@@ -130,14 +134,14 @@ class Program:
       active=row > 0,
       generation=generation,
       log_probabilities=jnp.zeros((batch_size, length), jnp.float32),
-      cache=step.empty_caches(self.config, batch_size, length, depth),
+      cache=decoder_lib.empty_caches(self.config, batch_size, length, depth),
     )
 
   @functools.partial(jax.jit, static_argnums=0)
   def resume(
     self,
     weights: ModelWeights,
-    encoded: step.Encoded,
+    encoded: decoder_lib.Encoded,
     state: decoding.DecodingState,
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
@@ -168,8 +172,8 @@ class Program:
 
   def bind(
     self,
-    weights: step.DecoderWeights,
-    encoded: step.Encoded,
+    weights: decoder_lib.DecoderWeights,
+    encoded: decoder_lib.Encoded,
     threshold: jax.Array,
     kept: jax.Array | None = None,
   ) -> engines.Bound:

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import checkpoints, network, objectives, parameters, training
+from calm import checkpoints, objectives, training
 from calm.data import datasets, training_batches, vocabulary
+from calm.t5 import network, parameters
 
 MODEL_FOLDER = "model"
 

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from flax import serialization, traverse_util
 
-from calm import network, parameters, tensors
+from calm import tensors
+from calm.t5 import network, parameters
 
 _STEP = re.compile(r"checkpoint_(\d+)")
 

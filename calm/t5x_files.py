@@ -6,7 +6,8 @@ This module does not import T5X; `stored_vocabulary` imports seqio, which brings
 import pathlib
 from typing import Any
 
-from calm import checkpoints, inference, network
+from calm import checkpoints, inference
+from calm.t5 import network
 
 
 def stored_checkpoint(checkpoint: str = "packed") -> checkpoints.Checkpoint:

@@ -17,8 +17,9 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from calm import decoding, engines, exits, network, programs, step
+from calm import decoding, engines, exits, programs
 from calm.exits import propagation, schedules
+from calm.t5 import decoder, network
 
 LoopCache = dict[str, Any]
 
@@ -67,7 +68,7 @@ class Rows:
     threshold: lambda, [rows] float32.
   """
 
-  encoded: step.Encoded
+  encoded: decoder.Encoded
   forced: Bool[Array, "rows length"]
   generated: Int[Array, "rows length"]
   num_eos: Int[Array, " rows"]
@@ -75,7 +76,7 @@ class Rows:
 
 
 def make_rows(
-  encoded: step.Encoded,
+  encoded: decoder.Encoded,
   prefix: Int[Array, "batch length"],
   threshold: Float[Array, "..."],
   eos_id: int | Int[Array, ""],

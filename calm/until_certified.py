@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from calm import grid, inference, step
+from calm import grid, inference
 from calm.calibrate import Calibration, Prompt, Record, generations, sequential
 from calm.calibrate.generations import order, reuse
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import sequence_losses
 from calm.data import prompt_batches as prompts_lib
 from calm.exits import schedules
+from calm.t5 import decoder as decoder_lib
 
 # (threshold, units decided on at it, planned units)
 Progress = Callable[[float, int, int], None]
@@ -106,7 +107,7 @@ class _Decoder:
     self._predictor, self._prompts, self._writer = predictor, prompts, writer
     self._room = kept_bytes
     self._done: dict[float, dict[str, Record]] = {}
-    self._encoded: dict[int, list[tuple[prompts_lib.PromptBatch, step.Encoded]]] = {}
+    self._encoded: dict[int, list[tuple[prompts_lib.PromptBatch, decoder_lib.Encoded]]] = {}
 
   def records(self, rows: slice, threshold: float) -> list[Record]:
     """The records of some prompts at one threshold; they are in the writer then."""
@@ -147,7 +148,7 @@ class _Decoder:
           made[ids[i]] = grid.record(self._predictor, generation, i, ids[i])
     return made
 
-  def _batches(self, rows: slice) -> list[tuple[prompts_lib.PromptBatch, step.Encoded]]:
+  def _batches(self, rows: slice) -> list[tuple[prompts_lib.PromptBatch, decoder_lib.Encoded]]:
     """The prompts encoded, and kept while there is room."""
     if rows.start in self._encoded:
       return self._encoded[rows.start]

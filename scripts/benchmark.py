@@ -4,7 +4,7 @@ Full depth, static k, and dynamic exits of every measure with exits forced to kn
 that the depth is the same whatever the weights) and to a mixed trace; other people's decoders
 on the same weights where they are installed. Every repeat runs every row once, so that drift
 hits all alike; compilation is excluded and reported. The floor of a row is its weights and
-caches (`calm.costs`) at the speed at which memory was read in the same run.
+caches (`calm.t5.costs`) at the speed at which memory was read in the same run.
 
   python scripts/benchmark.py --output=runs/benchmark
   python scripts/benchmark.py --shapes=small --batch_sizes=1 --measures=classifier --peers=
@@ -30,8 +30,9 @@ import benchmark_systems as systems
 import jax
 import numpy as np
 
-from calm import costs, exits
+from calm import exits
 from calm.calibrate.generations import files
+from calm.t5 import costs
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "ctranslate2")
 
@@ -47,7 +48,7 @@ class Row:
     median, low, high: milliseconds a step, over the repeats.
     end_to_end: the same with the encoder, median.
     compile_seconds: the first run less a later one.
-    megaflops: of a token, from `calm.costs` and the exits taken; None for peers.
+    megaflops: of a token, from `calm.t5.costs` and the exits taken; None for peers.
     megabytes: weights and caches that a step must read and write; None for peers.
     floor: milliseconds a step that this takes; None for peers.
     gigabytes_per_second: the speed of the floor, the fastest reading of the run.

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import exits, inference, network, parameters, programs
+from calm import exits, inference, programs
 from calm.data import datasets, prompt_batches
 from calm.exits import confidence
+from calm.t5 import network, parameters
 
 GATED = {"mlp_activations": ("gelu", "linear")}
 SIZES: Mapping[str, dict[str, Any]] = {

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import compacted, costs, deferred, engines, exits, programs, step
+from calm import compacted, deferred, engines, exits, programs
 from calm.exits import confidence
+from calm.t5 import costs, decoder
 
 # Ways of running the loop; a rule's own default is what `inference` takes.
 ENGINES: dict[str, engines.Engine | None] = {
@@ -80,7 +81,7 @@ class Ours:
     return [jnp.asarray(batch) for batch in models.batches(self.model, self.setting)]
 
   @functools.cached_property
-  def encoded(self) -> list[step.Encoded]:
+  def encoded(self) -> list[decoder.Encoded]:
     """The prompts encoded once, for every rule."""
     return self.encode()
 
@@ -158,7 +159,7 @@ class Ours:
     model, length = self.model, self.setting.decode_length
     return programs.Program(model.config, rule, length, model.eos_id, engine=ENGINES[engine])
 
-  def encode(self) -> list[step.Encoded]:
+  def encode(self) -> list[decoder.Encoded]:
     """Encoder and cross-attention keys and values of every batch."""
     program = self._program(exits.StaticExit())
     encoded = [program.encode(self.model.weights, tokens) for tokens in self.tokens]

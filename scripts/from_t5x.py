@@ -9,7 +9,8 @@ no T5X.
 
 import argparse
 
-from calm import checkpoints, parameters, t5x_files
+from calm import checkpoints, t5x_files
+from calm.t5 import parameters
 
 
 def main() -> None:

@@ -9,7 +9,8 @@ Needs T5X.
 import argparse
 import dataclasses
 
-from calm import models, parameters, t5x_files
+from calm import models, t5x_files
+from calm.t5 import parameters
 
 
 def main() -> None:

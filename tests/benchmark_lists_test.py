@@ -5,8 +5,9 @@ import pathlib
 import subprocess
 import sys
 
-from calm import checkpoints, network
+from calm import checkpoints
 from calm.data import vocabulary
+from calm.t5 import network
 from tests import toys
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "benchmark_lists.py"

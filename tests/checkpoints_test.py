@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from calm import checkpoints, network, parameters, tensors
+from calm import checkpoints, tensors
 from calm.data import vocabulary
+from calm.t5 import network, parameters
 from tests import toy_vocabulary
 
 CONFIG = network.T5Config(

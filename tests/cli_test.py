@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import pytest
 
-from calm import checkpoints, cli, network
+from calm import checkpoints, cli
 from calm.calibrate import Calibration, generations
 from calm.calibrate.losses import sequence_losses
 from calm.data import vocabulary
+from calm.t5 import network
 from tests import toys
 
 SIZES = toys.Config(vocab_size=264, num_pieces=259, num_decoder_layers=3)

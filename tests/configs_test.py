@@ -8,7 +8,7 @@ import pytest
 
 gin = pytest.importorskip("gin")
 
-from calm import network, parameters
+from calm.t5 import network, parameters
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import decoding, engines, exits, network, programs, step
+from calm import decoding, engines, exits, programs
 from calm.exits import schedules
+from calm.t5 import decoder, network
 from tests import reference, toys
 
 LENGTH = 8
@@ -54,7 +55,7 @@ def of_params(params: dict[str, Any], sizes: toys.Config, dtype: str = "float32"
   return Toy(sizes, params, config, weights, reference.Model(params, sizes, sizes.num_pieces))
 
 
-def encode(toy: Toy, prompts: np.ndarray = PROMPTS) -> step.Encoded:
+def encode(toy: Toy, prompts: np.ndarray = PROMPTS) -> decoder.Encoded:
   """One encoding program for all rules."""
   program = programs.Program(toy.config, exits.StaticExit(), LENGTH)
   return program.encode(toy.weights, jnp.asarray(prompts))

@@ -10,10 +10,11 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 pytest.importorskip("matplotlib", reason="needs the extra 'report'")
 pytest.importorskip("jinja2", reason="needs the extra 'report'")
 
-from calm import checkpoints, cli, exits, inference, network
+from calm import checkpoints, cli, exits, inference
 from calm.calibrate import Prompt
 from calm.data import vocabulary
 from calm.experiments import decode, perturbations, suite, task_settings, timing
+from calm.t5 import network
 from tests import toys
 
 SIZES = toys.Config(vocab_size=264, num_pieces=259, num_encoder_layers=1, num_decoder_layers=2)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from calm import checkpoints, huggingface, network
+from calm import checkpoints, huggingface
 from calm.data import vocabulary
+from calm.t5 import network
 from tests import toy_vocabulary
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

@@ -75,7 +75,7 @@ def test_inference_needs_no_tensorflow_seqio_or_t5x():
 
 
 @pytest.mark.parametrize(
-  ("statement", "name"), [("import jax", "jax"), ("import calm.network", "flax")]
+  ("statement", "name"), [("import jax", "jax"), ("import calm.t5.network", "flax")]
 )
 def test_the_check_of_loaded_modules_can_fail(statement, name):
   assert name in loaded(statement)

@@ -8,9 +8,10 @@ import re
 import numpy as np
 import pytest
 
-from calm import calibrate, checkpoints, engines, exits, inference, network
+from calm import calibrate, checkpoints, engines, exits, inference
 from calm.data import vocabulary
 from calm.exits import schedules
+from calm.t5 import network
 from tests import outputs_test, toys
 
 SIZES = toys.Config(vocab_size=264, num_pieces=259, num_encoder_layers=1, num_decoder_layers=3)

@@ -9,7 +9,8 @@ import optax
 import pytest
 from flax import traverse_util
 
-from calm import losses, network, objectives, training
+from calm import losses, objectives, training
+from calm.t5 import network
 from tests import toys
 
 TOY = toys.Config(num_decoder_layers=3, num_encoder_layers=1)

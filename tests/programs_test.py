@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import compacted, deferred, engines, exits, network, programs
+from calm import compacted, deferred, engines, exits, programs
 from calm.exits import confidence, propagation, schedules
+from calm.t5 import network
 from tests import engine, toys
 
 NEVER = schedules.NEVER_EXIT

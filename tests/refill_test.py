@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import decoding, engines, exits, pools, programs, refill, step
+from calm import decoding, engines, exits, pools, programs, refill
 from calm.data import prompt_batches
+from calm.t5 import decoder
 from tests import engine
 
 VOCAB, EOS, WRONG = 8, 1, 7
@@ -79,7 +80,7 @@ def decode(script: np.ndarray, size: int, free_part: float):
   numbers = np.arange(1, len(script) + 1, dtype=np.int32)[:, None]
   tokens = [row.tolist() for row in numbers]
   batches = prompt_batches.plan(tokens, batch_size=size, max_input_length=1)
-  encode = lambda batch: step.Encoded((), jnp.asarray(batch.tokens)[:, None, :])
+  encode = lambda batch: decoder.Encoded((), jnp.asarray(batch.tokens)[:, None, :])
   return program, program.decode(TOY.weights, batches, 0.0, encode)
 
 

@@ -14,9 +14,10 @@ import pytest
 pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
 gin = pytest.importorskip("gin")
 
-from calm import checkpoints, network, objectives, parameters, runs, training
+from calm import checkpoints, objectives, runs, training
 from calm.commands import train
 from calm.data import vocabulary
+from calm.t5 import network, parameters
 from tests import toy_vocabulary
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs" / "runs"

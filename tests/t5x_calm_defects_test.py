@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import exits, losses, network, objectives, parameters, t5x_loops
+from calm import exits, losses, objectives, t5x_loops
 from calm.exits import confidence, propagation, schedules
+from calm.t5 import network, parameters
 from tests import engine, t5x_setup
 
 needs_t5x = lambda test: functools.reduce(lambda f, mark: mark(f), t5x_setup.MARKS, test)
@@ -299,7 +300,7 @@ def test_19_the_classifier_has_a_parameter_a_feature_and_reads_the_normed_state(
 
 
 def engine_step(toy, weights):
-  from calm import step
+  from calm.t5 import decoder as step
 
   table = step.bias_table(weights, toy.config, engine.LENGTH)
   return step.DecoderStep(
@@ -383,7 +384,7 @@ def test_23_a_grid_of_thresholds_compiles_once():
 
 
 def test_24_cross_attention_is_projected_before_the_loop_and_not_in_it():
-  from calm import step
+  from calm.t5 import decoder as step
 
   toy = engine.toy()
   weights, encoded = toy.weights.decoder, engine.encode(toy)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import checkpoints, network, parameters, t5x_checkpoints
+from calm import checkpoints, t5x_checkpoints
+from calm.t5 import network, parameters
 
 # Orbax leaves tasks without an owner when a restore fails, as some tests here make it do.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

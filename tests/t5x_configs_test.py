@@ -6,8 +6,9 @@ import types
 
 import pytest
 
-from calm import exits, network, objectives
+from calm import exits, objectives
 from calm.exits import schedules
+from calm.t5 import network
 from tests import configs_test, t5x_setup
 
 models = t5x_setup.import_models()

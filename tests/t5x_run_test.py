@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from calm import calibrate, checkpoints, inference, parameters
+from calm import calibrate, checkpoints, inference
 from calm.calibrate.generations import foreign
 from calm.calibrate.losses import metrics as text_metrics
+from calm.t5 import parameters
 from tests import t5x_setup
 
 models = t5x_setup.import_models()

@@ -16,8 +16,9 @@ import pytest
 
 pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
 
-from calm import network, objectives, training
+from calm import objectives, training
 from calm.data import training_batches
+from calm.t5 import network
 
 
 @pytest.fixture(autouse=True)

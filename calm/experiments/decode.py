@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from calm import exits, grid, inference, step
+from calm import exits, grid, inference
 from calm.calibrate import Prompt, Record, generations
 from calm.calibrate.generations import writer as writer_lib
 from calm.data import prompt_batches
 from calm.exits import schedules
 from calm.experiments import results
+from calm.t5 import decoder
 
 # (share done in [0, 1], what is being done)
 Progress = Callable[[float, str], None]
@@ -133,7 +134,7 @@ class EncodedPrompt:
 
   id: str
   batch: prompt_batches.PromptBatch
-  encoded: step.Encoded
+  encoded: decoder.Encoded
 
 
 def one_by_one(

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from calm import costs, exits, inference
+from calm import exits, inference
 from calm.calibrate import Prompt
 from calm.data import prompt_batches as prompts_lib
 from calm.exits import schedules
@@ -25,6 +25,7 @@ from calm.experiments import (
   tradeoff,
   validity,
 )
+from calm.t5 import costs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ def flops_reduction(
   exit_layers: Sequence[Sequence[int]],
   input_length: int,
 ) -> float:
-  """Decoder FLOPs of the full model over those of recorded exits (`calm.costs`).
+  """Decoder FLOPs of the full model over those of recorded exits (`calm.t5.costs`).
 
   Args:
     predictor: the model.

@@ -204,8 +204,8 @@ def gains_table(report: suite.TaskReport) -> Table:
       f"{found.num_calibration} calibration prompts, {found.num_unseen} unseen ones; ε ="
       f" {found.error_rate:g} in every cell by itself; losses from {settings.metric_title}."
       " λ: the calibrated threshold; “never”: nothing was certified, so the full model serves."
-      " FLOPs: of the full model over these, decoder only (calm.costs). Decode, total: the full"
-      " model's seconds over these, without and with the encoder, measured on"
+      " FLOPs: of the full model over these, decoder only (calm.t5.costs). Decode, total: the"
+      " full model's seconds over these, without and with the encoder, measured on"
       f" {found.num_timed} unseen prompts, each decoded alone."
     ),
     text_columns=3,

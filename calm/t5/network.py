@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax.linen import partitioning
 from jaxtyping import Array, ArrayLike, Float, Num
 
-from calm import layers
+from calm.t5 import layers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import network
+from calm.t5 import network
 from tests import engine, reference_network, toys
 
 INPUTS = np.array([[5, 6, 7, 1, 0, 0]], np.int32)

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import costs, exits, inference, network, programs, step
+from calm import exits, inference, programs
 from calm.exits import confidence
+from calm.t5 import costs, network
+from calm.t5 import decoder as decoder_lib
 from tests import toys
 
 # Wide enough that what is not counted (norms, softmaxes, gelu) stays small.
@@ -58,13 +60,13 @@ def xla_step(piece, batch: int) -> Counted:
   encoded = program.encode(weights(), jnp.ones((batch, INPUT), jnp.int32))
 
   def run(weights, encoded, caches, hidden, position):
-    table = step.bias_table(weights, CONFIG, CACHE)
-    decoder = step.DecoderStep(
+    table = decoder_lib.bias_table(weights, CONFIG, CACHE)
+    decoder = decoder_lib.DecoderStep(
       weights, CONFIG, encoded, caches, table.at(position), table.current
     )
     return piece(decoder.layers(), hidden)
 
-  caches = step.empty_caches(CONFIG, batch, CACHE)
+  caches = decoder_lib.empty_caches(CONFIG, batch, CACHE)
   hidden = jnp.zeros((batch, CONFIG.emb_dim))
   return compiled(run, weights().decoder, encoded, caches, hidden, jnp.asarray(3))
 
@@ -112,7 +114,7 @@ def test_cross_attention_is_xlas():
   longer = costs.decoding_costs(CONFIG, input_length=2 * INPUT, cache_length=CACHE)
   grown = longer.cross_attention.flops - COSTS.cross_attention.flops
   width = CONFIG.num_heads * CONFIG.head_dim
-  cache = step.Cache(jnp.zeros((1, 3, INPUT, 64)), jnp.zeros((1, 3, INPUT, 64)))
+  cache = decoder_lib.Cache(jnp.zeros((1, 3, INPUT, 64)), jnp.zeros((1, 3, INPUT, 64)))
   query = jnp.zeros((1, 3, 64))
 
   def attend(query, cache):

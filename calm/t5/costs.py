@@ -16,8 +16,9 @@ from collections.abc import Iterable, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from calm import exits, network
+from calm import exits
 from calm.exits import confidence as confidence_lib
+from calm.t5 import network
 
 
 @dataclasses.dataclass(frozen=True)

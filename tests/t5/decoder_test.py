@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import layers as layers_lib
-from calm import network, step
+from calm.t5 import decoder as decoder_lib
+from calm.t5 import layers as layers_lib
+from calm.t5 import network
 from tests import engine, reference_network
 
 LENGTH = 6
@@ -28,8 +29,8 @@ VARIANTS = {
 )
 def one_position(config, weights, encoded, caches, tokens, position):
   """(hidden, logits, exit logit, row, projected row) of every layer, and the new caches."""
-  table = step.bias_table(weights.decoder, config, LENGTH)
-  decoder = step.DecoderStep(
+  table = decoder_lib.bias_table(weights.decoder, config, LENGTH)
+  decoder = decoder_lib.DecoderStep(
     weights.decoder, config, encoded, caches, table.at(position), table.current
   )
   hidden, column = weights.decoder.embedding[tokens], []
@@ -39,13 +40,13 @@ def one_position(config, weights, encoded, caches, tokens, position):
     column.append(
       (hidden, decoder.logits(i, hidden), decoder.exit_logit(hidden), row, projected)
     )
-  return column, step.write_rows(caches, tuple(part[3] for part in column), position)
+  return column, decoder_lib.write_rows(caches, tuple(part[3] for part in column), position)
 
 
 def by_steps(toy):
   """d^i, logits and exit logits, each [layer, batch, length, ...]; caches; pairs of rows."""
   encoded, out = engine.encode(toy, PROMPTS), []
-  caches = step.empty_caches(toy.config, len(PROMPTS), LENGTH)
+  caches = decoder_lib.empty_caches(toy.config, len(PROMPTS), LENGTH)
   for t in range(LENGTH):
     column, caches = one_position(
       toy.config, toy.weights, encoded, caches, jnp.asarray(TOKENS[:, t]), jnp.int32(t)
@@ -97,13 +98,13 @@ def test_projecting_makes_the_keys_and_values_of_running():
       np.testing.assert_array_equal(cache.values[..., t, :], row.value)
 
 
-def decoder_step(toy) -> step.DecoderStep:
-  table = step.bias_table(toy.weights.decoder, toy.config, LENGTH)
-  return step.DecoderStep(
+def decoder_step(toy) -> decoder_lib.DecoderStep:
+  table = decoder_lib.bias_table(toy.weights.decoder, toy.config, LENGTH)
+  return decoder_lib.DecoderStep(
     toy.weights.decoder,
     toy.config,
     engine.encode(toy, PROMPTS),
-    step.empty_caches(toy.config, len(PROMPTS), LENGTH),
+    decoder_lib.empty_caches(toy.config, len(PROMPTS), LENGTH),
     table.at(jnp.int32(0)),
     table.current,
   )
@@ -131,7 +132,7 @@ def test_logits_of_each_layer_are_its_own_heads_where_there_are_heads():
 
 def test_biases_by_distance_with_the_future_masked():
   toy, length = engine.toy(), 200  # beyond the distance where buckets end
-  table = step.bias_table(toy.weights.decoder, toy.config, length)
+  table = decoder_lib.bias_table(toy.weights.decoder, toy.config, length)
   rel = toy.params["decoder"]["relpos_bias"]["rel_embedding"]
   for t in (0, 1, 17, 199):
     got = np.asarray(table.at(jnp.int32(t)))
@@ -143,7 +144,7 @@ def test_biases_by_distance_with_the_future_masked():
 
 def test_keys_before_a_rows_start_are_masked_too():
   toy = engine.toy()
-  table = step.bias_table(toy.weights.decoder, toy.config, LENGTH)
+  table = decoder_lib.bias_table(toy.weights.decoder, toy.config, LENGTH)
   for t in (0, 3, LENGTH - 1):
     plain = np.asarray(table.at(jnp.int32(t)))
     got = table.at(jnp.int32(t), jnp.array([0, 2, t]))
@@ -167,7 +168,7 @@ def test_heads_end_at_the_pieces_of_the_vocabulary():
   kernel = toy.params["decoder"]["logits_dense"]["kernel"]
   (head,) = toy.weights.decoder.heads
   np.testing.assert_array_equal(head, kernel[:, :40])
-  whole = step.decoder_weights(toy.params, toy.config)
+  whole = decoder_lib.decoder_weights(toy.params, toy.config)
   assert whole.heads[0].shape == (16, 48)
 
 
@@ -175,7 +176,7 @@ def test_heads_end_at_the_pieces_of_the_vocabulary():
 def test_a_vocabulary_larger_than_the_model_is_refused(pieces):
   toy = engine.toy()
   with pytest.raises(ValueError, match=rf"at most 48 pieces.*Got {pieces}; this vocabulary"):
-    step.decoder_weights(toy.params, toy.config, pieces)
+    decoder_lib.decoder_weights(toy.params, toy.config, pieces)
 
 
 def test_a_model_without_classifier_says_so():

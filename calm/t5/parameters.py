@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from calm import network
+from calm.t5 import network
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:

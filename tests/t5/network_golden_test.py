@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from calm import network
+from calm.t5 import network
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TREES = json.loads((GOLDEN / "t5x_network.json").read_text())
 ARRAYS = dict(np.load(GOLDEN / "t5x_network.npz"))
 MODELS = ("gated", "tied")

@@ -14,14 +14,14 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from calm import layers as layers_lib
-from calm import network
 from calm.exits import propagation
+from calm.t5 import layers as layers_lib
+from calm.t5 import network
 
 # Here under their old names too, for those who bind a step.
-from calm.weights import DecoderWeights as DecoderWeights
-from calm.weights import LayerWeights as LayerWeights
-from calm.weights import decoder_weights as decoder_weights
+from calm.t5.decoder_weights import DecoderWeights as DecoderWeights
+from calm.t5.decoder_weights import LayerWeights as LayerWeights
+from calm.t5.decoder_weights import decoder_weights as decoder_weights
 
 
 @struct.dataclass

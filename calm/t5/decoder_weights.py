@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from calm import network
+from calm.t5 import network
 
 Params = Any
 
