@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from calm import engines, exits, tensors
+from calm import engines, exits
 from calm.calibrate import Procedure
+from calm.checkpoints import files
 from calm.exits import confidence as confidence_lib
 from calm.exits import propagation, schedules
 
@@ -103,7 +104,7 @@ def stored_options(directory: pathlib.Path) -> dict[str, Any]:
     ValueError: it is damaged, or names what is no option.
   """
   path = directory / "inference.json"
-  stored = tensors.read_json(path) if path.exists() else {}
+  stored = files.read_json(path) if path.exists() else {}
   unknown = sorted(set(stored) - {field.name for field in dataclasses.fields(DecodeOptions)})
   if unknown:
     raise ValueError(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from benchmark_systems import Decoded, System
 
-from calm import huggingface
+from calm.checkpoints import huggingface
 
 START = 0  # what every decoder reads first
 

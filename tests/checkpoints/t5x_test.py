@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import checkpoints, t5x_checkpoints
+from calm import checkpoints
+from calm.checkpoints import t5x
 from calm.t5 import network, parameters
 
 # Orbax leaves tasks without an owner when a restore fails, as some tests here make it do.
@@ -24,7 +25,7 @@ def collect_orphans():
   gc.collect()
 
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 FORMATS = ("legacy", "orbax")
 
 
@@ -79,7 +80,7 @@ def test_configuration_is_told_by_names_and_shapes():
     mlp_activations=("gelu", "linear"),
     exit_classifier=False,
   )
-  assert t5x_checkpoints.infer_config(golden) == config
+  assert t5x.infer_config(golden) == config
 
 
 @pytest.mark.parametrize(
@@ -98,16 +99,16 @@ def test_inferred_configuration_round_trips(changes):
   config = network.T5Config(**(fields | changes))
   shapes = parameters.expected_shapes(config)
   flat = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
-  assert t5x_checkpoints.infer_config(flat) == config
+  assert t5x.infer_config(flat) == config
 
 
 def test_the_newest_step_is_taken(unpacked, tmp_path):
   for step in (7, 12):
     shutil.copytree(unpacked / "legacy" / "checkpoint_7", tmp_path / f"checkpoint_{step}")
   (tmp_path / "checkpoint_100.orbax-checkpoint-tmp").mkdir()
-  assert t5x_checkpoints.find(tmp_path) == tmp_path / "checkpoint_12"
-  assert t5x_checkpoints.find(tmp_path / "checkpoint_7") == tmp_path / "checkpoint_7"
-  assert t5x_checkpoints.find(tmp_path / "checkpoint_100.orbax-checkpoint-tmp") is None
+  assert t5x.find(tmp_path) == tmp_path / "checkpoint_12"
+  assert t5x.find(tmp_path / "checkpoint_7") == tmp_path / "checkpoint_7"
+  assert t5x.find(tmp_path / "checkpoint_100.orbax-checkpoint-tmp") is None
 
 
 def test_configuration_may_be_given(unpacked):
@@ -143,7 +144,7 @@ def test_damaged_orbax(copied):
 def test_other_architectures_are_refused():
   scanned = {"token_embedder/embedding": np.zeros((4, 2)), "decoder/decoder/x": np.zeros(3)}
   with pytest.raises(ValueError, match=r"T5X's own T5 network.*lacking 'decoder/relpos_bias"):
-    t5x_checkpoints.infer_config(scanned)
+    t5x.infer_config(scanned)
 
 
 def test_reading_imports_no_t5x_and_other_formats_no_orbax(unpacked):

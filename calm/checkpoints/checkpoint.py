@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from calm import huggingface, t5x_checkpoints, tensors
+from calm.checkpoints import files, huggingface, t5x
 from calm.data import vocabulary as vocabularies
 from calm.t5 import network, parameters
 
@@ -71,13 +71,13 @@ def save(
     model = getattr(vocabulary, "model", None)
     if model is not None:
       writers[_MODEL_FILE] = lambda path: path.write_bytes(model)
-    writers["vocabulary.json"] = tensors.json_writer(_vocabulary_record(vocabulary))
-  writers["params.safetensors"] = tensors.safetensors_writer(
+    writers["vocabulary.json"] = files.json_writer(_vocabulary_record(vocabulary))
+  writers["params.safetensors"] = files.safetensors_writer(
     parameters.flatten(params), storage_dtype
   )
   fields = dataclasses.asdict(config)
-  writers["config.json"] = tensors.json_writer({"format": FORMAT, **fields})
-  tensors.write_together(directory, writers)
+  writers["config.json"] = files.json_writer({"format": FORMAT, **fields})
+  files.write_together(directory, writers)
   for name in {"vocabulary.json", _MODEL_FILE} - set(writers):
     # Left by an earlier save with another vocabulary.
     (directory / name).unlink(missing_ok=True)
@@ -125,14 +125,14 @@ def _read(
 ) -> tuple[network.T5Config, dict[str, np.ndarray], Vocabulary | None]:
   """(configuration, {path: leaf}, vocabulary) of whichever format it is."""
   if (path / "config.json").is_file():
-    fields = tensors.read_json(path / "config.json")
+    fields = files.read_json(path / "config.json")
     if "model_type" in fields:
       config, flat = huggingface.read(path)
       return config, flat, huggingface.read_vocabulary(path)
     config = _config_of(fields, path)
-    flat = tensors.read_safetensors(path / "params.safetensors")
+    flat = files.read_safetensors(path / "params.safetensors")
     return config, flat, _read_vocabulary(path)
-  found = t5x_checkpoints.find(path)
+  found = t5x.find(path)
   if found is None:
     names = sorted(child.name for child in path.iterdir())
     raise ValueError(
@@ -140,8 +140,8 @@ def _read(
       f" both) or of T5X. Got {str(path)!r} with {names[:6] or 'nothing in it'}; give the"
       " folder that holds one."
     )
-  flat = t5x_checkpoints.read(found)
-  return t5x_checkpoints.infer_config(flat), flat, None
+  flat = t5x.read(found)
+  return t5x.infer_config(flat), flat, None
 
 
 def _config_of(fields: dict[str, Any], path: pathlib.Path) -> network.T5Config:
@@ -165,7 +165,7 @@ def _vocabulary_record(vocabulary: Vocabulary) -> dict[str, Any]:
 def _read_vocabulary(path: pathlib.Path) -> Vocabulary | None:
   if not (path / "vocabulary.json").is_file():
     return None
-  record = tensors.read_json(path / "vocabulary.json")
+  record = files.read_json(path / "vocabulary.json")
   if record.get("kind") not in ("sentencepiece", "bytes"):
     raise ValueError(
       "Expected vocabulary.json to be of kind 'sentencepiece' or 'bytes'. Got"

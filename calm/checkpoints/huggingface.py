@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from calm import tensors
+from calm.checkpoints import files
 from calm.data import vocabulary
 from calm.t5 import network, parameters
 
@@ -44,7 +44,7 @@ def read(directory: pathlib.Path) -> tuple[network.T5Config, dict[str, np.ndarra
     ValueError: another kind of model, an option that T5X's network does not have, or weights
       whose names are not those of this kind of model.
   """
-  theirs = tensors.read_json(directory / "config.json")
+  theirs = files.read_json(directory / "config.json")
   _check_config(theirs)
   weights = _read_weights(directory)
   embedding, head = _take_embedding_and_head(weights)
@@ -65,10 +65,10 @@ def read_vocabulary(
 ) -> vocabulary.SentencePieceVocabulary | vocabulary.ByteVocabulary | None:
   """The vocabulary beside a model, or None (a lone `tokenizer.json` is not read)."""
   options_path, model_path = directory / "tokenizer_config.json", directory / "spiece.model"
-  options = tensors.read_json(options_path) if options_path.is_file() else {}
+  options = files.read_json(options_path) if options_path.is_file() else {}
   if model_path.is_file():
     # mT5's model file holds its extra ids already.
-    kind = tensors.read_json(directory / "config.json").get("model_type")
+    kind = files.read_json(directory / "config.json").get("model_type")
     extra_ids = options.get("extra_ids", 0 if kind == "mt5" else 100)
     return vocabulary.SentencePieceVocabulary(model_path, extra_ids=extra_ids)
   if str(options.get("tokenizer_class", "")).startswith("ByT5"):
@@ -111,10 +111,10 @@ def write(
   if not config.logits_via_embedding:
     weights[_HEAD] = np.asarray(flat["decoder/logits_dense/kernel"]).T
   writers = {
-    "model.safetensors": tensors.safetensors_writer(weights, storage_dtype, format="pt"),
-    "config.json": tensors.json_writer(their_config),
+    "model.safetensors": files.safetensors_writer(weights, storage_dtype, format="pt"),
+    "config.json": files.json_writer(their_config),
   }
-  tensors.write_together(directory, writers)
+  files.write_together(directory, writers)
 
 
 def names(config: network.T5Config) -> dict[str, str]:
@@ -176,8 +176,8 @@ def _read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
         f"Expected `path` to hold {path.name!r}. Got {pickled[0].name!r} only, a pickle, which"
         " is never opened here; save the model as safetensors with transformers first."
       )
-    return tensors.read_safetensors(path)
-  weight_map = tensors.read_json(index_path).get("weight_map")
+    return files.read_safetensors(path)
+  weight_map = files.read_json(index_path).get("weight_map")
   if not weight_map:
     raise ValueError(
       f"Expected {index_path.name!r} to hold a `weight_map`. Got none in {str(directory)!r};"
@@ -186,7 +186,7 @@ def _read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
   weights = {}
   for name in sorted(set(weight_map.values())):
     # The index is not trusted with where to look.
-    weights |= tensors.read_safetensors(directory / pathlib.Path(name).name)
+    weights |= files.read_safetensors(directory / pathlib.Path(name).name)
   return weights
 
 

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from calm import checkpoints, huggingface
+from calm import checkpoints
+from calm.checkpoints import huggingface
 from calm.data import vocabulary
 from calm.t5 import network
 from tests import toy_vocabulary
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 KINDS = ("t5_1_0", "t5_1_1", "flan_t5", "mt5", "byt5", "t5_1_1_resaved")
 TOLERANCE = 1e-4
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import serialization, traverse_util
 
-from calm import tensors
+from calm.checkpoints import files
 from calm.t5 import network, parameters
 
 _STEP = re.compile(r"checkpoint_(\d+)")
@@ -120,7 +120,7 @@ def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
     n: _open_zarr(path, leaf).read() for n, leaf in leaves.items() if _is_reference(leaf)
   }
   arrays = {name: reads[name].result() if name in reads else leaves[name] for name in leaves}
-  return {name: tensors.as_float32(name, array, path) for name, array in arrays.items()}
+  return {name: files.as_float32(name, array, path) for name, array in arrays.items()}
 
 
 def _is_reference(node: Any) -> bool:
@@ -166,7 +166,7 @@ def _read_orbax(path: pathlib.Path) -> dict[str, np.ndarray]:
       " whole folder again."
     ) from error
   flat = parameters.flatten(restored["target"])
-  return {name: tensors.as_float32(name, array, path) for name, array in flat.items()}
+  return {name: files.as_float32(name, array, path) for name, array in flat.items()}
 
 
 def _import(name: str) -> Any:

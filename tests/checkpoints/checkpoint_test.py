@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from calm import checkpoints, tensors
+from calm import checkpoints
+from calm.checkpoints import files
 from calm.data import vocabulary
 from calm.t5 import network, parameters
 from tests import toy_vocabulary
@@ -129,7 +130,7 @@ def test_a_failing_save_leaves_the_earlier_checkpoint(saved, monkeypatch):
 
     return write
 
-  monkeypatch.setattr(tensors, "json_writer", full_disk)
+  monkeypatch.setattr(files, "json_writer", full_disk)
   with pytest.raises(OSError, match=r"`directory`.*No space left"):
     checkpoints.save(saved, draw(seed=1), CONFIG)
   assert {p.name: p.read_bytes() for p in saved.iterdir()} == before

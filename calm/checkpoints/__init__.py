@@ -1,0 +1,12 @@
+"""Models on disk: our folders, Hugging Face's, T5X's."""
+
+from calm.checkpoints.checkpoint import (
+  FORMAT,
+  Checkpoint,
+  Vocabulary,
+  load,
+  parameters_digest,
+  save,
+)
+
+__all__ = ["FORMAT", "Checkpoint", "Vocabulary", "load", "parameters_digest", "save"]
