@@ -34,7 +34,8 @@ except ModuleNotFoundError as error:
     name=error.name,
   ) from error
 
-from calm import engines, exits, objectives, programs, t5x_loops
+from calm import exits, objectives, programs, t5x_loops
+from calm.decode import engines
 from calm.exits import confidence, schedules
 from calm.t5 import decoder, network
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from calm import engines, exits
+from calm import exits
 from calm.calibrate import Procedure
 from calm.checkpoints import files
+from calm.decode import engines
 from calm.exits import confidence as confidence_lib
 from calm.exits import propagation, schedules
 

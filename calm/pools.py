@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import decoding, engines, programs, refill
+from calm import decoding, programs, refill
 from calm.data import prompt_batches
+from calm.decode import engines
 from calm.t5 import decoder
 
 Encode = Callable[[prompt_batches.PromptBatch], decoder.Encoded]

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from calm import compacted, decoding, deferred, engines, exits
+from calm import decoding, exits
+from calm.decode import engines
+from calm.decode.engines import compacted, deferred
 from calm.t5 import decoder as decoder_lib
 from calm.t5 import network
 

@@ -17,7 +17,8 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from calm import decoding, engines, exits, programs
+from calm import decoding, exits, programs
+from calm.decode import engines
 from calm.exits import propagation, schedules
 from calm.t5 import decoder, network
 

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import compacted, deferred, engines, exits, programs
+from calm import exits, programs
+from calm.decode import engines
+from calm.decode.engines import compacted, deferred
 from calm.exits import confidence
 from calm.t5 import costs, decoder
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import decoding, engines, exits, programs
+from calm import decoding, exits, programs
+from calm.decode import engines
 from calm.exits import schedules
 from calm.t5 import decoder, network
 from tests import reference, toys

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from calm import compacted, deferred, engines, exits, programs
+from calm import exits, programs
+from calm.decode import engines
+from calm.decode.engines import compacted, deferred
 from calm.exits import confidence
 from tests import engine, hlo
 

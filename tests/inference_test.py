@@ -8,8 +8,9 @@ import re
 import numpy as np
 import pytest
 
-from calm import calibrate, checkpoints, engines, exits, inference
+from calm import calibrate, checkpoints, exits, inference
 from calm.data import vocabulary
+from calm.decode import engines
 from calm.exits import schedules
 from calm.t5 import network
 from tests import outputs_test, toys

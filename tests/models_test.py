@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import compacted, deferred, engines, exits, losses, objectives, programs, t5x_loops
+from calm import exits, losses, objectives, programs, t5x_loops
+from calm.decode import engines
+from calm.decode.engines import compacted, deferred
 from calm.exits import confidence, schedules
 from calm.t5 import parameters
 from tests import engine, t5x_setup

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from calm import compacted, deferred, engines, exits, pools, programs
+from calm import exits, pools, programs
 from calm.data import prompt_batches
+from calm.decode import engines
+from calm.decode.engines import compacted, deferred
 from calm.exits import confidence, schedules
 from tests import engine, hlo, hlo_test, toys
 

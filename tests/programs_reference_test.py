@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from calm import engines, exits
+from calm import exits
+from calm.decode import engines
 from calm.exits import confidence, propagation, schedules
 from tests import engine
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import decoding, engines, exits, pools, programs, refill
+from calm import decoding, exits, pools, programs, refill
 from calm.data import prompt_batches
+from calm.decode import engines
 from calm.t5 import decoder
 from tests import engine
 

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import compacted, deferred, engines, exits, programs
+from calm import exits, programs
+from calm.decode import engines
+from calm.decode.engines import compacted, deferred
 from calm.exits import confidence, propagation, schedules
 from tests import engine
 

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import compacted, deferred, engines, exits, t5x_loops
+from calm import exits, t5x_loops
+from calm.decode import engines
+from calm.decode.engines import compacted, deferred
 from calm.exits import confidence, schedules
 from tests import engine
 

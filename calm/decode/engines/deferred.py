@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from calm import decoding, engines, exits
+from calm import decoding, exits
+from calm.decode.engines import engine as engine_lib
 from calm.exits import walk as walk_lib
 from calm.t5 import decoder as decoder_lib
 
@@ -61,12 +62,12 @@ class Deferred:
 
   chunk_rows: int = 32
 
-  def __call__(self, task: engines.Task) -> engines.Bound:
+  def __call__(self, task: engine_lib.Task) -> engine_lib.Bound:
     bound = bind(task, self.chunk_rows)
     return bound.engine()
 
 
-def bind(task: engines.Task, chunk_rows: int) -> "BoundDeferred":
+def bind(task: engine_lib.Task, chunk_rows: int) -> "BoundDeferred":
   """Deferred filling of a task, for engines that walk the layers in their own way.
 
   Raises:
@@ -115,15 +116,15 @@ class BoundDeferred:
     table: biases by position.
   """
 
-  task: engines.Task
+  task: engine_lib.Task
   rule: exits.DynamicExits
   chunks: tuple[int, ...]
   table: decoder_lib.BiasTable
 
-  def engine(self, take_step: decoding.Step | None = None) -> engines.Bound:
+  def engine(self, take_step: decoding.Step | None = None) -> engine_lib.Bound:
     """The engine, with the walk of another one where that is given."""
     take_step = take_step or self.take_step
-    return engines.Bound(self.empty(), take_step, self.resume, self.flush, self.shift)
+    return engine_lib.Bound(self.empty(), take_step, self.resume, self.flush, self.shift)
 
   def empty(self) -> DeferredCache:
     return self.resume(self.task.empty_caches(), jnp.zeros((), jnp.int32))
@@ -167,7 +168,7 @@ class BoundDeferred:
 
   def shift(self, cache: DeferredCache, by: jax.Array) -> DeferredCache:
     """See `engines.Bound`; what was pending before `by` is not needed any more."""
-    caches = engines.shifted(tuple(fill.cache for fill in cache.layers), by)
+    caches = engine_lib.shifted(tuple(fill.cache for fill in cache.layers), by)
     filled = (jnp.maximum(fill.filled - by, 0) for fill in cache.layers)
     fills = tuple(map(LayerFill, caches, filled))
     return DeferredCache(fills, decoding.shift_positions(cache.states, by, axis=1))
@@ -200,7 +201,7 @@ class BoundDeferred:
     hidden, row = decoder.run(layer, state.hidden)
     row = walk.stored(layer, state, row)
     made = walk.after(layer, state, hidden, row)
-    end = engines.after(position, hidden)
+    end = engine_lib.after(position, hidden)
     (cache,) = decoder_lib.write_rows((fill.cache,), (row,), end, self.task.keeps(position))
     return made, LayerFill(cache, position + 1)
 

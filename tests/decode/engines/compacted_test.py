@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import compacted, exits
+from calm import exits
+from calm.decode.engines import compacted
 from calm.exits import confidence, propagation, schedules
 from tests import engine
 

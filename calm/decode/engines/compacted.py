@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from calm import deferred, engines, exits
+from calm import exits
+from calm.decode.engines import deferred, engine
 from calm.exits import propagation
 from calm.exits import walk as walk_lib
 from calm.t5 import decoder as decoder_lib
@@ -44,7 +45,7 @@ class Compacted:
     if self.ratio < 2:
       raise ValueError(f"Expected `ratio` of at least 2. Got {self.ratio}.")
 
-  def __call__(self, task: engines.Task) -> engines.Bound:
+  def __call__(self, task: engine.Task) -> engine.Bound:
     base = deferred.bind(task, self.chunk_rows)
     bound = _BoundCompacted(base, self.sizes(task.batch_size), self.copied_part)
     return base.engine(bound.take_step)
@@ -147,7 +148,7 @@ class _BoundCompacted:
         decoder, caches=(*(fill.cache for fill in fills), *(fill.cache for fill in before))
       )
       state, rows = self._switch(walk, decoder, segment, state, stays)
-      end = engines.after(position, state.hidden)
+      end = engine.after(position, state.hidden)
       old = tuple(fill.cache for fill in before)
       caches = decoder_lib.write_rows(old, rows, end, task.keeps(position))
       filled = [jnp.where(needed, position + 1, fill.filled) for fill in before]

@@ -1,0 +1,1 @@
+"""Prompts to generations: the loop, compiled programs, engines, pools of rows."""
