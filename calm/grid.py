@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import decoding, inference
+from calm import inference
 from calm.calibrate import Prompt, Record
 from calm.calibrate.generations import reuse
 from calm.calibrate.generations import writer as writer_lib
 from calm.data import prompt_batches as prompts_lib
+from calm.decode import loop
 from calm.exits import schedules
 from calm.t5 import decoder
 
@@ -86,7 +87,7 @@ class _Batch:
     self._predictor, self._batch, self._ids = predictor, batch, ids
     self._resumes = resumes
     self._encoded: decoder.Encoded | None = None
-    self._state: decoding.DecodingState | None = None
+    self._state: loop.DecodingState | None = None
 
   def decode(
     self, missing: Sequence[str], threshold: float, previous: dict[str, Record]
@@ -107,7 +108,7 @@ class _Batch:
 
   def _run(
     self, fresh: Sequence[str], threshold: float, values: np.ndarray
-  ) -> tuple[decoding.Generation, dict[str, int]]:
+  ) -> tuple[loop.Generation, dict[str, int]]:
     """The rows' generation, and how many of its tokens were not decoded again."""
     if self._encoded is None:
       self._encoded = self._predictor.encode(self._batch)
@@ -129,7 +130,7 @@ class _Batch:
     begins = {i: int(resume_at[self._ids.index(i)]) for i in fresh}
     return jax.device_get(self._state.generation), begins
 
-  def _record(self, generation: decoding.Generation, prompt_id: str) -> Record:
+  def _record(self, generation: loop.Generation, prompt_id: str) -> Record:
     return record(self._predictor, generation, self._ids.index(prompt_id), prompt_id)
 
 

@@ -16,10 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from calm import checkpoints, decoding, devices, exits, pools, programs, refill
+from calm import checkpoints, exits
 from calm import outputs as outputs_lib
 from calm.calibrate import Calibration, Procedure
 from calm.data import prompt_batches
+from calm.decode import loop, pool_program
+from calm.decode import pool as pool_lib
+from calm.decode import program as program_lib
+from calm.decode import sharded as sharded_lib
 from calm.exits import schedules
 from calm.options import DecodeOptions as DecodeOptions
 from calm.options import options_of as options_of
@@ -107,10 +111,10 @@ class Predictor:
   threshold: float | None = None
 
   @functools.cached_property
-  def weights(self) -> programs.ModelWeights:
+  def weights(self) -> program_lib.ModelWeights:
     """The parameters laid out for decoding."""
     shortlist = self.options.shortlist if self.options.rule.measure.bound else None
-    weights = programs.model_weights(
+    weights = program_lib.model_weights(
       self.params, self.config, self.vocabulary.vocab_size, shortlist
     )
     sharded = self.sharded()
@@ -159,9 +163,9 @@ class Predictor:
     changed = dataclasses.replace(self.options, **options)
     return dataclasses.replace(self, options=changed, calibration=None, threshold=None)
 
-  def program(self, rule: exits.StepRule | None = None) -> programs.Program:
+  def program(self, rule: exits.StepRule | None = None) -> program_lib.Program:
     """The compiled program of a rule (the options' own by default)."""
-    return programs.Program(
+    return program_lib.Program(
       self.config,
       rule or self.options.rule,
       self.options.max_decode_length,
@@ -169,10 +173,10 @@ class Predictor:
       self.options.engine if rule is None else None,
     )
 
-  def sharded(self, rule: exits.StepRule | None = None) -> devices.ShardedProgram | None:
+  def sharded(self, rule: exits.StepRule | None = None) -> sharded_lib.ShardedProgram | None:
     """`program` spread over the options' devices; None where there is one."""
     count = self.options.num_devices
-    return None if count == 1 else devices.ShardedProgram(self.program(rule), count)
+    return None if count == 1 else sharded_lib.ShardedProgram(self.program(rule), count)
 
   def plan(self, texts: Sequence[str]) -> list[prompt_batches.PromptBatch]:
     """Tokenises prompts and groups them into batches."""
@@ -206,7 +210,7 @@ class Predictor:
     active: np.ndarray,
     threshold: float,
     rule: exits.StepRule | None = None,
-  ) -> decoding.Generation:
+  ) -> loop.Generation:
     """Decodes the active rows of an encoded batch; numpy arrays come back."""
     program = self.sharded(rule) or self.program(rule)
     # Numpy values go to the device inside the call: a tenth of a millisecond less a batch.
@@ -218,11 +222,11 @@ class Predictor:
   def resume(
     self,
     encoded: decoder.Encoded,
-    state: decoding.DecodingState | None,
+    state: loop.DecodingState | None,
     active: np.ndarray,
     threshold: float,
     resume_at: np.ndarray,
-  ) -> decoding.DecodingState:
+  ) -> loop.DecodingState:
     """Decodes the active rows from some token of each on; see `programs.Program.resume`.
 
     Args:
@@ -279,7 +283,7 @@ class Predictor:
     return outputs_lib.Outputs(tuple(items), self.num_layers, threshold, guarantee, timing)
 
   def _run(self, texts, threshold: float, rule) -> tuple[list[outputs_lib.Output], Any]:
-    traced = programs.TRACES.total()
+    traced = program_lib.TRACES.total()
     encode_seconds = seconds = 0.0
 
     def encode(batch: prompt_batches.PromptBatch) -> decoder.Encoded:
@@ -293,14 +297,14 @@ class Predictor:
     for batches in prompt_batches.together(self.plan(texts), pooled=self.options.refill):
       start = time.perf_counter()
       if len(batches) > 1:
-        pool = pools.PoolProgram(self.program(rule))
+        pool = pool_program.PoolProgram(self.program(rule))
         generation = pool.decode(self.weights, batches, threshold, encode)
       else:
         generation = self.decode(encode(batches[0]), batches[0].active, threshold, rule)
       seconds += time.perf_counter() - start
       for i, row in enumerate(np.concatenate([batch.rows for batch in batches])):
         items[row] = self.output(generation, i, batches[0].tokens.shape[1])
-    compilations = programs.TRACES.total() - traced
+    compilations = program_lib.TRACES.total() - traced
     timing = outputs_lib.Timing(encode_seconds, seconds - encode_seconds, compilations)
     return items, timing
 
@@ -319,7 +323,7 @@ class Predictor:
       pieces = costs_lib.decoding_costs(
         self.config,
         input_length=length,
-        cache_length=refill.num_slots(limit) if self.options.refill else limit,
+        cache_length=pool_lib.num_slots(limit) if self.options.refill else limit,
         rule=rule or self.options.rule,
         num_pieces=self.vocabulary.vocab_size,
         shortlist=len(self.options.shortlist or ()),
@@ -329,7 +333,7 @@ class Predictor:
     return total
 
   def output(
-    self, generation: decoding.Generation, row: int, input_length: int = 0
+    self, generation: loop.Generation, row: int, input_length: int = 0
   ) -> outputs_lib.Output:
     """One row of a generation as text with its exits."""
     length = int(np.sum(np.asarray(generation.exit_layers[row]) > 0))

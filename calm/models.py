@@ -34,8 +34,8 @@ except ModuleNotFoundError as error:
     name=error.name,
   ) from error
 
-from calm import exits, objectives, programs, t5x_loops
-from calm.decode import engines
+from calm import exits, objectives, t5x_loops
+from calm.decode import engines, program
 from calm.exits import confidence, schedules
 from calm.t5 import decoder, network
 
@@ -183,7 +183,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     eos_id = options.setdefault("eos_id", self.output_vocabulary.eos_id or 1)
     prefix = self._prefix(batch["decoder_input_tokens"], prompt_with_targets)
 
-    weights = programs.model_weights(params, self.config, self._num_pieces, self.shortlist)
+    weights = program.model_weights(params, self.config, self._num_pieces, self.shortlist)
     encoded = self._encode(params, weights, batch["encoder_input_tokens"])
     rows = t5x_loops.make_rows(encoded, prefix, threshold, eos_id, num_decodes)
     loop = t5x_loops.Loop(self.config, rule, prefix.shape[1], self.engine)
@@ -225,7 +225,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     return jnp.where(is_eos, 0, decoder_input_tokens)
 
   def _encode(
-    self, params, weights: programs.ModelWeights, tokens: jax.Array
+    self, params, weights: program.ModelWeights, tokens: jax.Array
   ) -> decoder.Encoded:
     encoded = self.module.apply(
       {"params": params}, tokens, enable_dropout=False, method="encode"

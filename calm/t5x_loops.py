@@ -17,8 +17,8 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from calm import decoding, exits, programs
-from calm.decode import engines
+from calm import exits
+from calm.decode import engines, loop, program
 from calm.exits import propagation, schedules
 from calm.t5 import decoder, network
 
@@ -165,7 +165,7 @@ class Loop:
     elif not isinstance(rule, exits.StaticExit):  # all of whose tokens run all its layers
       rule = DeepInPrefix(rule, rows)
     task = engines.Task(self.config, rule, weights, rows.encoded, rows.threshold, self.length)
-    return (self.engine or programs.default_engine(rule, task.batch_size))(task)
+    return (self.engine or program.default_engine(rule, task.batch_size))(task)
 
   def empty_cache(self, weights: Any, rows: Rows, batch_size: int) -> LoopCache:
     """A cache that T5X's loops can tile, flatten and gather: plain dictionaries of arrays.
@@ -341,7 +341,7 @@ def greedy_decode(
     state, scores = carry
     position, active = state.cur_index[0], is_active(state)
     logits, new_cache = tokens_to_logits(state)
-    token, log_probability = decoding.greedy_token(logits)
+    token, log_probability = loop.greedy_token(logits)
     following = lax.dynamic_index_in_dim(given, position, 1, keepdims=False)
     free = following == 0
     token = jnp.where(active, jnp.where(free, token, following), 0)

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import exits, inference, programs
+from calm import exits, inference
 from calm.data import datasets, prompt_batches
+from calm.decode import program
 from calm.exits import confidence
 from calm.t5 import network, parameters
 
@@ -52,7 +53,7 @@ class Model:
   name: str
   config: network.T5Config
   params: dict[str, Any]
-  weights: programs.ModelWeights
+  weights: program.ModelWeights
   shortlist: tuple[int, ...]
   eos_id: int
   num_pieces: int
@@ -103,7 +104,7 @@ def load(shape: str, dtype: str, shortlist: int) -> Model:
   config = network.T5Config(**SIZES[shape], dtype=dtype)
   params = random_params(config)
   ids = tuple(range(3, 3 + min(shortlist, config.vocab_size // 2)))
-  weights = programs.model_weights(params, config, None, ids)
+  weights = program.model_weights(params, config, None, ids)
   return Model(shape, config, params, weights, ids, NO_EOS, config.vocab_size)
 
 

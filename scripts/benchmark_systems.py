@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import exits, programs
+from calm import exits
 from calm.decode import engines
+from calm.decode import program as program_lib
 from calm.decode.engines import compacted, deferred
 from calm.exits import confidence
 from calm.t5 import costs, decoder
@@ -27,7 +28,7 @@ ENGINES: dict[str, engines.Engine | None] = {
 
 def worthwhile(names: Sequence[str], batch_size: int) -> list[str]:
   """Engines worth a row: those for many rows are the default, or nothing, for few."""
-  few = batch_size < programs.MANY_ROWS
+  few = batch_size < program_lib.MANY_ROWS
   return [name for name in names if not few or name not in ("deferred", "fitted")]
 
 
@@ -157,9 +158,9 @@ class Ours:
       name, decode, self.encode if encode else None, pieces, measured_layers=measured_layers
     )
 
-  def _program(self, rule, engine="default") -> programs.Program:
+  def _program(self, rule, engine="default") -> program_lib.Program:
     model, length = self.model, self.setting.decode_length
-    return programs.Program(model.config, rule, length, model.eos_id, engine=ENGINES[engine])
+    return program_lib.Program(model.config, rule, length, model.eos_id, engine=ENGINES[engine])
 
   def encode(self) -> list[decoder.Encoded]:
     """Encoder and cross-attention keys and values of every batch."""

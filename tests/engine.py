@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import decoding, exits, programs
-from calm.decode import engines
+from calm import exits
+from calm.decode import engines, loop
+from calm.decode import program as program_lib
 from calm.exits import schedules
 from calm.t5 import decoder, network
 from tests import reference, toys
@@ -26,7 +27,7 @@ PROPAGATIONS = {
 # Toys compute in no time and compile for long: LLVM need not try hard. `programs_test` and
 # `inference_test` run the programs as users compile them.
 _decode_state = jax.jit(
-  programs.Program.decode_state,
+  program_lib.Program.decode_state,
   static_argnums=0,
   compiler_options={"xla_backend_optimization_level": 0},
 )
@@ -39,7 +40,7 @@ class Toy:
   sizes: toys.Config
   params: dict[str, Any]
   config: network.T5Config
-  weights: programs.ModelWeights
+  weights: program_lib.ModelWeights
   reference: reference.Model
 
 
@@ -52,13 +53,13 @@ def toy(seed: int = 1, sharpness: float = 4.0, dtype: str = "float32", **changes
 
 def of_params(params: dict[str, Any], sizes: toys.Config, dtype: str = "float32") -> Toy:
   config = network.T5Config(dtype=dtype, **toys.network_fields(sizes))
-  weights = programs.model_weights(params, config, sizes.num_pieces)
+  weights = program_lib.model_weights(params, config, sizes.num_pieces)
   return Toy(sizes, params, config, weights, reference.Model(params, sizes, sizes.num_pieces))
 
 
 def encode(toy: Toy, prompts: np.ndarray = PROMPTS) -> decoder.Encoded:
   """One encoding program for all rules."""
-  program = programs.Program(toy.config, exits.StaticExit(), LENGTH)
+  program = program_lib.Program(toy.config, exits.StaticExit(), LENGTH)
   return program.encode(toy.weights, jnp.asarray(prompts))
 
 
@@ -69,11 +70,11 @@ def run(
   prompts=PROMPTS,
   active=None,
   engine: engines.Engine | None = None,
-) -> decoding.DecodingState:
+) -> loop.DecodingState:
   """Decodes `prompts`; the final state, caches included."""
   active = jnp.ones(len(prompts), bool) if active is None else jnp.asarray(active)
   return _decode_state(
-    programs.Program(toy.config, rule, LENGTH, engine=engine),
+    program_lib.Program(toy.config, rule, LENGTH, engine=engine),
     toy.weights,
     encode(toy, prompts),
     active,
@@ -103,7 +104,7 @@ def reference_rows(toy: Toy, rule, threshold=0.0, prompts=PROMPTS) -> list[refer
   ]
 
 
-def agreeing_rows(rows: list[reference.Decoded], generation: decoding.Generation) -> list[int]:
+def agreeing_rows(rows: list[reference.Decoded], generation: loop.Generation) -> list[int]:
   """Rows with the yardstick's tokens and exits; any other must begin with a tie, and few do."""
   agreeing = []
   for i, row in enumerate(rows):
@@ -118,7 +119,7 @@ def agreeing_rows(rows: list[reference.Decoded], generation: decoding.Generation
 
 
 def assert_same_rows(
-  toy: Toy, a: decoding.DecodingState, b: decoding.DecodingState, rule, threshold=0.0, **options
+  toy: Toy, a: loop.DecodingState, b: loop.DecodingState, rule, threshold=0.0, **options
 ) -> None:
   """Two programs decode the same: tokens, exits, confidences, scores and caches."""
   rows = reference_rows(toy, rule, threshold, **options)
@@ -127,7 +128,7 @@ def assert_same_rows(
     assert_same_row(a, b, i, i)
 
 
-def assert_same_row(a: decoding.DecodingState, b: decoding.DecodingState, i: int, j: int):
+def assert_same_row(a: loop.DecodingState, b: loop.DecodingState, i: int, j: int):
   """Row i of one state is row j of another, caches up to the last real token."""
   left, right = a.generation, b.generation
   for name in ("tokens", "exit_layers"):
@@ -141,7 +142,7 @@ def assert_same_row(a: decoding.DecodingState, b: decoding.DecodingState, i: int
     np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-4)
 
 
-def assert_same_confidences(a: decoding.Generation, b: decoding.Generation, i: int, j: int):
+def assert_same_confidences(a: loop.Generation, b: loop.Generation, i: int, j: int):
   for name in ("confidences", "rejected_confidences"):
     np.testing.assert_allclose(getattr(a, name)[i], getattr(b, name)[j], atol=1e-4)
 
@@ -156,7 +157,7 @@ def compare(toy, rule, threshold, prompts=PROMPTS, engine=None) -> np.ndarray:
   return layers[layers > 0]
 
 
-def compare_generation(rows: list[reference.Decoded], got: decoding.Generation) -> list[int]:
+def compare_generation(rows: list[reference.Decoded], got: loop.Generation) -> list[int]:
   """Holds a generation against the yardstick; the rows without a tie."""
   agreeing = agreeing_rows(rows, got)
   for i in agreeing:
@@ -180,8 +181,8 @@ def compare_memory(caches, row, i: int, length: int) -> None:
     np.testing.assert_allclose(values, np.stack(row.memory.values[layer]), rtol=1e-4, atol=1e-4)
 
 
-def decode_loop(bound: engines.Bound, active) -> decoding.DecodingState:
+def decode_loop(bound: engines.Bound, active) -> loop.DecodingState:
   """The loop without the engine's `flush`."""
-  return decoding.decode(
+  return loop.decode(
     bound.take_step, bound.empty, active=active, max_decode_length=LENGTH, eos_id=toys.EOS_ID
   )

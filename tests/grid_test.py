@@ -2,9 +2,10 @@
 
 import pytest
 
-from calm import grid, inference, programs
+from calm import grid, inference
 from calm.calibrate import Prompt, Provenance
 from calm.calibrate.generations import writer as writer_lib
+from calm.decode import program
 from calm.exits import schedules
 from tests import inference_test
 
@@ -43,9 +44,9 @@ def decode(model, directory, monkeypatch, **options):
 
 @pytest.mark.filterwarnings("ignore:.*prompts have more than")
 def test_beginnings_are_taken_over_and_the_records_are_the_same(model, tmp_path, monkeypatch):
-  traces = programs.TRACES["resume"]
+  traces = program.TRACES["resume"]
   summary, records, begun = decode(model, tmp_path / "reused", monkeypatch)
-  assert programs.TRACES["resume"] - traces <= 2  # a batch of 4 and one of 2, whole grid
+  assert program.TRACES["resume"] - traces <= 2  # a batch of 4 and one of 2, whole grid
   # Meta: some sequence was decoded on from its middle, and some token was saved by that.
   middles = sum(at for batch in begun for at in batch)
   assert middles > 0 and summary.reused_tokens >= middles

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import exits, losses, objectives, programs, t5x_loops
-from calm.decode import engines
+from calm import exits, losses, objectives, t5x_loops
+from calm.decode import engines, program
 from calm.decode.engines import compacted, deferred
 from calm.exits import confidence, schedules
 from calm.t5 import parameters
@@ -284,7 +284,7 @@ def fed(toy, rule, threshold, prompts, sequences) -> dict[str, jax.Array]:
   free = jnp.zeros_like(given)
   rows = t5x_loops.make_rows(engine.encode(toy, prompts), free, threshold, 1)
   loop = t5x_loops.Loop(toy.config, rule, t5x_setup.LENGTH, engines.Eager())
-  weights = programs.model_weights(toy.params, toy.config, toy.sizes.vocab_size).decoder
+  weights = program.model_weights(toy.params, toy.config, toy.sizes.vocab_size).decoder
   step = compiled(loop.bind(weights, rows, 1))
   cache = loop.empty_cache(weights, rows, len(given))
   for i in range(t5x_setup.LENGTH):

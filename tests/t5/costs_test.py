@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import exits, inference, programs
+from calm import exits, inference
+from calm.decode import program as program_lib
 from calm.exits import confidence
 from calm.t5 import costs, network
 from calm.t5 import decoder as decoder_lib
@@ -49,14 +50,14 @@ def compiled(function, *arguments) -> Counted:
 
 
 @functools.cache
-def weights() -> programs.ModelWeights:
-  return programs.model_weights(toys.params(CONFIG, 0), CONFIG, shortlist=range(64))
+def weights() -> program_lib.ModelWeights:
+  return program_lib.model_weights(toys.params(CONFIG, 0), CONFIG, shortlist=range(64))
 
 
 @functools.cache
 def xla_step(piece, batch: int) -> Counted:
   """One piece of a step, `piece(layers, hidden [batch, emb])`, straight-line."""
-  program = programs.Program(CONFIG, exits.StaticExit(), CACHE)
+  program = program_lib.Program(CONFIG, exits.StaticExit(), CACHE)
   encoded = program.encode(weights(), jnp.ones((batch, INPUT), jnp.int32))
 
   def run(weights, encoded, caches, hidden, position):
@@ -126,7 +127,7 @@ def test_cross_attention_is_xlas():
 
 
 def test_the_encoder_is_xlas():
-  program = programs.Program(CONFIG, exits.StaticExit(), CACHE)
+  program = program_lib.Program(CONFIG, exits.StaticExit(), CACHE)
   got = compiled(program.encode, weights(), jnp.ones((2, INPUT), jnp.int32))
   cost = costs.encoder_cost(CONFIG, INPUT)
   # Norms, softmaxes and gelu weigh more here: there are so many positions.

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from calm import decoding, exits
+from calm import exits
+from calm.decode import loop
 from calm.decode.engines import engine as engine_lib
 from calm.exits import walk as walk_lib
 from calm.t5 import decoder as decoder_lib
@@ -121,7 +122,7 @@ class BoundDeferred:
   chunks: tuple[int, ...]
   table: decoder_lib.BiasTable
 
-  def engine(self, take_step: decoding.Step | None = None) -> engine_lib.Bound:
+  def engine(self, take_step: loop.Step | None = None) -> engine_lib.Bound:
     """The engine, with the walk of another one where that is given."""
     take_step = take_step or self.take_step
     return engine_lib.Bound(self.empty(), take_step, self.resume, self.flush, self.shift)
@@ -171,7 +172,7 @@ class BoundDeferred:
     caches = engine_lib.shifted(tuple(fill.cache for fill in cache.layers), by)
     filled = (jnp.maximum(fill.filled - by, 0) for fill in cache.layers)
     fills = tuple(map(LayerFill, caches, filled))
-    return DeferredCache(fills, decoding.shift_positions(cache.states, by, axis=1))
+    return DeferredCache(fills, loop.shift_positions(cache.states, by, axis=1))
 
   def decoder(self, position: jax.Array) -> decoder_lib.DecoderStep:
     task, table = self.task, self.table

@@ -11,7 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from calm import decoding, exits
+from calm import exits
+from calm.decode import loop
 from calm.t5 import decoder as decoder_lib
 from calm.t5 import network
 
@@ -72,7 +73,7 @@ class Bound:
   """
 
   empty: Any
-  take_step: decoding.Step
+  take_step: loop.Step
   resume: Callable[[tuple[decoder_lib.Cache, ...], jax.Array], Any]
   flush: Callable[[Any, jax.Array], tuple[decoder_lib.Cache, ...]]
   shift: Callable[[Any, jax.Array], Any]
@@ -117,7 +118,7 @@ def shifted(
   caches: tuple[decoder_lib.Cache, ...], by: jax.Array
 ) -> tuple[decoder_lib.Cache, ...]:
   """Caches whose position `by` is now the first; what lies beyond the last is 0."""
-  return jax.tree.map(lambda x: decoding.shift_positions(x, by, axis=2), caches)
+  return jax.tree.map(lambda x: loop.shift_positions(x, by, axis=2), caches)
 
 
 def after(position: jax.Array, made: jax.Array) -> jax.Array:

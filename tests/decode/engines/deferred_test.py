@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import exits, programs
+from calm import exits
 from calm.decode import engines
+from calm.decode import program as program_lib
 from calm.decode.engines import deferred
 from calm.exits import confidence, propagation, schedules
 from tests import engine
@@ -51,7 +52,7 @@ def loop_state(rule, threshold, made):
   toy = engine.toy()
 
   def decode(weights, encoded):
-    program = programs.Program(toy.config, rule, engine.LENGTH, engine=made)
+    program = program_lib.Program(toy.config, rule, engine.LENGTH, engine=made)
     bound = program.bind(weights, encoded, jnp.float32(threshold))
     active = jnp.ones(len(engine.PROMPTS), bool)
     return engine.decode_loop(bound, active)

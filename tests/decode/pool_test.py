@@ -7,20 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import decoding, exits, pools, programs, refill
+from calm import exits
 from calm.data import prompt_batches
-from calm.decode import engines
+from calm.decode import engines, loop, pool_program
+from calm.decode import pool as pool_lib
+from calm.decode import program as program_lib
 from calm.t5 import decoder
 from tests import engine
 
 VOCAB, EOS, WRONG = 8, 1, 7
 LENGTH = 4
 TOY = engine.toy()  # its network is not run
-NO_NETWORK = programs.Program(TOY.config, exits.StaticExit(), LENGTH, EOS)
+NO_NETWORK = program_lib.Program(TOY.config, exits.StaticExit(), LENGTH, EOS)
 
 
 @dataclasses.dataclass(frozen=True)
-class Scripted(pools.PoolProgram):
+class Scripted(pool_program.PoolProgram):
   """Prompt p becomes script[p]; a row that was fed or kept anything else says `WRONG`.
 
   The cache remembers who wrote each slot: a row's own prompt from its start on.
@@ -48,7 +50,7 @@ class Scripted(pools.PoolProgram):
       return exits.TokenExit(logits, layer, confidence, confidence / 2, ()), cache
 
     empty = jnp.full((len(prompt), self.slots), -1)
-    shift = lambda cache, by: decoding.shift_positions(cache, by, axis=1)
+    shift = lambda cache, by: loop.shift_positions(cache, by, axis=1)
     return engines.Bound(empty, take_step, lambda c, p: c, lambda c, p: c, shift)
 
   def advance(self, weights, encoded, pool, threshold, min_free):
@@ -120,7 +122,7 @@ def test_fewer_steps_than_in_batches():
 
 
 def test_a_row_takes_its_prompt_and_the_others_keep_theirs():
-  pool = refill.empty_pool(jnp.zeros(()), batch_size=4, slots=6)
+  pool = pool_lib.empty_pool(jnp.zeros(()), batch_size=4, slots=6)
   pool = dataclasses.replace(
     pool,
     slot=jnp.int32(5),
@@ -130,14 +132,14 @@ def test_a_row_takes_its_prompt_and_the_others_keep_theirs():
     generation=dataclasses.replace(pool.generation, scores=jnp.arange(4.0)),
   )
   held, waiting = jnp.arange(8).reshape(4, 2), 10 + jnp.arange(6).reshape(3, 2)
-  got, encoded = refill.take_in(pool, (held,), (waiting,), jnp.array([-1, 2, -1, 0]))
+  got, encoded = pool_lib.take_in(pool, (held,), (waiting,), jnp.array([-1, 2, -1, 0]))
   assert encoded[0].tolist() == [[0, 1], [14, 15], [4, 5], [10, 11]]
   assert got.starts.tolist() == [1, 5, 3, 5] and got.current.tolist() == [5, 0, 7, 0]
   assert got.active.all() and got.generation.scores.tolist() == [0, 0, 2, 0]
 
 
 def test_moving_down_keeps_what_active_rows_need():
-  pool = refill.empty_pool(jnp.arange(6).reshape(1, 6), batch_size=2, slots=6)
+  pool = pool_lib.empty_pool(jnp.arange(6).reshape(1, 6), batch_size=2, slots=6)
   marks = jnp.arange(12).reshape(2, 6)
   pool = dataclasses.replace(
     pool,
@@ -146,10 +148,10 @@ def test_moving_down_keeps_what_active_rows_need():
     active=jnp.array([True, False]),
     generation=dataclasses.replace(pool.generation, tokens=marks),
   )
-  by_axis = lambda cache, by: decoding.shift_positions(cache, by, axis=1)
-  got = refill.shift(pool, by_axis)
+  by_axis = lambda cache, by: loop.shift_positions(cache, by, axis=1)
+  got = pool_lib.shift(pool, by_axis)
   assert got.slot == 2 and got.starts.tolist() == [0, -4]
   assert got.generation.tokens.tolist() == [[4, 5, 0, 0, 0, 0], [10, 11, 0, 0, 0, 0]]
   assert got.cache.tolist() == [[4, 5, 0, 0, 0, 0]]
   idle = dataclasses.replace(pool, active=jnp.zeros(2, bool))
-  assert refill.shift(idle, by_axis).slot == 0
+  assert pool_lib.shift(idle, by_axis).slot == 0

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import exits, programs
+from calm import exits
 from calm.decode import engines
+from calm.decode import program as program_lib
 from calm.decode.engines import compacted, deferred
 from calm.exits import confidence, propagation, schedules
 from calm.t5 import network
@@ -28,8 +29,8 @@ def by_name(measure) -> str:
   return measure.name
 
 
-def program(rule, toy=None) -> programs.Program:
-  return programs.Program((toy or engine.toy()).config, rule, engine.LENGTH)
+def program(rule, toy=None) -> program_lib.Program:
+  return program_lib.Program((toy or engine.toy()).config, rule, engine.LENGTH)
 
 
 def decode(rule, threshold, toy=None):
@@ -126,7 +127,7 @@ def test_a_shortlist_of_everything_is_softmax_and_a_part_never_leaves_earlier():
   toy, rule = engine.toy(), exits.DynamicExits(confidence.measure("shortlist"))
 
   def run(ids, threshold):
-    weights = programs.model_weights(toy.params, toy.config, toy.sizes.num_pieces, ids)
+    weights = program_lib.model_weights(toy.params, toy.config, toy.sizes.num_pieces, ids)
     return engine.run(dataclasses.replace(toy, weights=weights), rule, threshold)
 
   everything, part = tuple(range(40)), tuple(range(0, 40, 3))
@@ -142,39 +143,39 @@ def test_a_shortlist_of_everything_is_softmax_and_a_part_never_leaves_earlier():
 def test_a_whole_grid_is_one_trace():
   # Another length than elsewhere, so that nothing was compiled before.
   toy = engine.toy()
-  fresh = programs.Program(toy.config, SOFTMAX, engine.LENGTH - 1)
+  fresh = program_lib.Program(toy.config, SOFTMAX, engine.LENGTH - 1)
   encoded, active = engine.encode(toy), jnp.ones(BATCH, bool)
-  before = programs.TRACES["decode"]
+  before = program_lib.TRACES["decode"]
   grid = [NEVER, 1.0, *np.linspace(0.95, 0.05, 19), 0.0]
   made = [fresh.decode(toy.weights, encoded, active, jnp.float32(x)) for x in grid]
-  assert programs.TRACES["decode"] == before + 1
+  assert program_lib.TRACES["decode"] == before + 1
   means = [float(generation.mean_layers) for generation in made]
   assert means[0] == 4 and means[-1] == 1 and len(set(means)) > 5
   # A threshold a row: one trace more, and each row as at its own threshold.
   rows = jnp.array([NEVER, 1.0, *np.linspace(0.9, 0.1, BATCH - 2)], jnp.float32)
   many = fresh.decode(toy.weights, encoded, active, rows)
   fresh.decode(toy.weights, encoded, active, rows[::-1])
-  assert programs.TRACES["decode"] == before + 2
+  assert program_lib.TRACES["decode"] == before + 2
   for i, threshold in enumerate(rows):
     one = fresh.decode(toy.weights, encoded, active, threshold)
     np.testing.assert_array_equal(one.tokens[i], many.tokens[i])
     np.testing.assert_array_equal(one.exit_layers[i], many.exit_layers[i])
-  assert programs.TRACES["decode"] == before + 2
+  assert program_lib.TRACES["decode"] == before + 2
 
 
 def test_traces_do_count():
   """Meta: another static is another trace."""
-  toy, before = engine.toy(num_decoder_layers=1), programs.TRACES["decode"]
+  toy, before = engine.toy(num_decoder_layers=1), program_lib.TRACES["decode"]
   for length in (2, 3):
-    programs.Program(toy.config, STATIC, length).decode(
+    program_lib.Program(toy.config, STATIC, length).decode(
       toy.weights, engine.encode(toy), jnp.ones(BATCH, bool), jnp.float32(0)
     )
-  assert programs.TRACES["decode"] == before + 2
+  assert program_lib.TRACES["decode"] == before + 2
 
 
 def test_jit_changes_nothing():
   toy = engine.toy(num_decoder_layers=2, num_encoder_layers=1)
-  small = programs.Program(toy.config, SOFTMAX, 2)
+  small = program_lib.Program(toy.config, SOFTMAX, 2)
   tokens, active = jnp.asarray(engine.PROMPTS[1:3]), jnp.ones(2, bool)
 
   def decode():
@@ -227,7 +228,7 @@ def test_a_tokens_logits_are_the_full_heads_at_its_exit_layer():
 
 
 def test_the_default_engine_moves_rows_where_there_are_many():
-  chosen = lambda rule: [programs.default_engine(rule, size) for size in (1, 7, 8, 32)]
+  chosen = lambda rule: [program_lib.default_engine(rule, size) for size in (1, 7, 8, 32)]
   few, many = deferred.Deferred(), compacted.Compacted()
   assert chosen(SOFTMAX) == [few, few, many, many]
   copies = exits.DynamicExits(

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from calm import exits, programs
+from calm import exits
 from calm.decode import engines
+from calm.decode import program as program_lib
 from calm.decode.engines import compacted, deferred
 from calm.exits import confidence
-from tests import engine, hlo
+from tests import engine
+from tests.decode import hlo
 
 LENGTH = 512
 SHALLOW = exits.DynamicExits(confidence.Classifier())
@@ -19,7 +21,7 @@ SHALLOW = exits.DynamicExits(confidence.Classifier())
 def compiled(rule, made) -> str:
   """A toy's decode at B = 8 and length 512, as users compile it."""
   toy = engine.toy(num_decoder_layers=3, num_encoder_layers=1)
-  program = programs.Program(toy.config, rule, LENGTH, engine=made)
+  program = program_lib.Program(toy.config, rule, LENGTH, engine=made)
   args = toy.weights, engine.encode(toy), jnp.ones(8, bool), jnp.float32(0)
   leaves, tree = jax.tree.flatten(args)
   run = lambda leaves: program.decode(*jax.tree.unflatten(tree, leaves))

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import sharding
 
-from calm import decoding, programs
+from calm.decode import loop
+from calm.decode import program as program_lib
 from calm.t5 import decoder
 
 AXIS = "prompts"
@@ -48,15 +49,15 @@ class ShardedProgram:
     num_devices: devices.
   """
 
-  program: programs.Program
+  program: program_lib.Program
   num_devices: int
 
-  def replicate(self, weights: programs.ModelWeights) -> programs.ModelWeights:
+  def replicate(self, weights: program_lib.ModelWeights) -> program_lib.ModelWeights:
     """The weights on every device, once for all calls."""
     return jax.device_put(weights, sharding.NamedSharding(mesh(self.num_devices), REPLICATED))
 
   def encode(
-    self, weights: programs.ModelWeights, encoder_input_tokens: jax.Array | np.ndarray
+    self, weights: program_lib.ModelWeights, encoder_input_tokens: jax.Array | np.ndarray
   ) -> decoder.Encoded:
     """As `Program.encode`; the rows are padded to a multiple of the devices."""
     rows = self._rows(encoder_input_tokens.shape[0])
@@ -64,11 +65,11 @@ class ShardedProgram:
 
   def decode(
     self,
-    weights: programs.ModelWeights,
+    weights: program_lib.ModelWeights,
     encoded: decoder.Encoded,
     active: jax.Array | np.ndarray,
     threshold: jax.Array | np.ndarray,
-  ) -> decoding.Generation:
+  ) -> loop.Generation:
     """As `Program.decode`, for as many rows as `active` has."""
     rows, threshold = self._rows(len(active)), jnp.asarray(threshold)
     if threshold.ndim:

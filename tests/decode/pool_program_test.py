@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from calm import exits, pools, programs
+from calm import exits
 from calm.data import prompt_batches
-from calm.decode import engines
+from calm.decode import engines, pool_program
+from calm.decode import program as program_lib
 from calm.decode.engines import compacted, deferred
 from calm.exits import confidence, schedules
-from tests import engine, hlo, hlo_test, toys
+from tests import engine, toys
+from tests.decode import hlo, hlo_test
 
 NEVER = schedules.NEVER_EXIT
 PROMPTS = toys.prompts(5, batch=23, length=12, num_pieces=toys.Config().num_pieces)
@@ -29,11 +31,11 @@ def quick(method, *donated: str):
   )
 
 
-class QuickPool(pools.PoolProgram):
-  empty = quick(pools.PoolProgram.empty)
-  advance = quick(pools.PoolProgram.advance, "pool")
-  take_in = quick(pools.PoolProgram.take_in, "pool", "encoded")
-  shift = quick(pools.PoolProgram.shift, "pool")
+class QuickPool(pool_program.PoolProgram):
+  empty = quick(pool_program.PoolProgram.empty)
+  advance = quick(pool_program.PoolProgram.advance, "pool")
+  take_in = quick(pool_program.PoolProgram.take_in, "pool", "encoded")
+  shift = quick(pool_program.PoolProgram.shift, "pool")
 
 
 @functools.cache
@@ -46,7 +48,7 @@ def uneven_toy() -> engine.Toy:
 
 
 def decode(toy, rule, threshold, made=None, tokens=PROMPTS, size=4):
-  program = programs.Program(toy.config, rule, engine.LENGTH, engine=made)
+  program = program_lib.Program(toy.config, rule, engine.LENGTH, engine=made)
   rows = [row[row > 0].tolist() for row in tokens]
   batches = prompt_batches.plan(rows, batch_size=size, max_input_length=12)
   encode = lambda batch: program.encode(toy.weights, jnp.asarray(batch.tokens))
@@ -65,7 +67,7 @@ def decode(toy, rule, threshold, made=None, tokens=PROMPTS, size=4):
 )
 def test_the_yardstick(rule, made):
   toy, seen, lengths = uneven_toy(), set(), set()
-  traced = programs.TRACES["advance"]
+  traced = program_lib.TRACES["advance"]
   thresholds = (0.0,) if isinstance(rule, exits.StaticExit) else (0.3, 0.6, 0.9, NEVER)
   for threshold in thresholds:
     got = decode(toy, rule, threshold, made)
@@ -74,7 +76,7 @@ def test_the_yardstick(rule, made):
     lengths |= set((got.exit_layers > 0).sum(axis=1).tolist())
   assert len(seen) >= min(2, len(thresholds))
   assert {1, engine.LENGTH} < lengths
-  assert programs.TRACES["advance"] == traced + 1
+  assert program_lib.TRACES["advance"] == traced + 1
 
 
 @pytest.mark.parametrize(("count", "size"), [(5, 1), (3, 4)])
@@ -90,7 +92,7 @@ def test_one_row_and_more_rows_than_prompts(count, size):
 )
 def test_no_operation_in_the_loop_makes_half_of_a_layers_cache(rule):
   toy = engine.toy(num_decoder_layers=3, num_encoder_layers=1)
-  pool = pools.PoolProgram(programs.Program(toy.config, rule, hlo_test.LENGTH))
+  pool = pool_program.PoolProgram(program_lib.Program(toy.config, rule, hlo_test.LENGTH))
   rows, room = pool.empty(toy.weights, engine.encode(toy))
   kept, tree = jax.tree.flatten((toy.weights, room, jnp.float32(0), jnp.int32(1)))
   given, pool_tree = jax.tree.flatten(rows)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import decoding, exits
+from calm import exits
+from calm.decode import loop
 
 VOCAB = 6
 EOS = 1
@@ -30,7 +31,7 @@ def scripted(script=SCRIPT, layers=LAYERS, gap=3.0):
 
 def decode(step=None, *, active=(True, True, True), length=4, **options):
   cache = jnp.full((len(active), length), -1, jnp.int32)
-  return decoding.decode(
+  return loop.decode(
     step or scripted(),
     cache,
     active=jnp.array(active),
@@ -109,8 +110,8 @@ def test_jit_changes_nothing():
 
 def test_the_greedy_token_is_the_argmax_with_its_log_probability():
   logits = jnp.log(jnp.array([[0.2, 0.5, 0.3], [0.9, 0.05, 0.05]]))
-  token, log_probability = decoding.greedy_token(logits)
+  token, log_probability = loop.greedy_token(logits)
   assert token.tolist() == [1, 0] and token.dtype == jnp.int32
   np.testing.assert_allclose(log_probability, np.log([0.5, 0.9]), rtol=1e-5)
-  cut = decoding.greedy_token(jnp.array([[-jnp.inf, 0.0, -jnp.inf]]))
+  cut = loop.greedy_token(jnp.array([[-jnp.inf, 0.0, -jnp.inf]]))
   assert cut[0].tolist() == [1] and cut[1].tolist() == [0.0]

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from calm import decoding, exits
-from calm.decode import engines
+from calm import exits
+from calm.decode import engines, loop
 from calm.decode.engines import compacted, deferred
 from calm.t5 import decoder as decoder_lib
 from calm.t5 import network
@@ -94,10 +94,10 @@ class Program:
     encoded: decoder_lib.Encoded,
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
-  ) -> decoding.DecodingState:
+  ) -> loop.DecodingState:
     """Decodes greedily and returns the final state, caches filled (not compiled)."""
     bound = self.bind(weights.decoder, encoded, threshold)
-    state = decoding.decode(
+    state = loop.decode(
       bound.take_step,
       bound.empty,
       active=active,
@@ -113,7 +113,7 @@ class Program:
     encoded: decoder_lib.Encoded,
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
-  ) -> decoding.Generation:
+  ) -> loop.Generation:
     """Decodes greedily.
 
     Args:
@@ -125,12 +125,12 @@ class Program:
     TRACES["decode"] += 1
     return self.decode_state(weights, encoded, active, threshold).generation
 
-  def nothing_yet(self, batch_size: int) -> decoding.DecodingState:
+  def nothing_yet(self, batch_size: int) -> loop.DecodingState:
     """What `resume` starts from where nothing was decoded yet."""
     depth = self.rule.depth(self.config.num_decoder_layers)
     length, row = self.max_decode_length, jnp.zeros((batch_size,), jnp.int32)
-    generation = decoding.empty_generation(batch_size, length)
-    return decoding.DecodingState(
+    generation = loop.empty_generation(batch_size, length)
+    return loop.DecodingState(
       position=jnp.zeros((), jnp.int32),
       current=row,
       active=row > 0,
@@ -144,11 +144,11 @@ class Program:
     self,
     weights: ModelWeights,
     encoded: decoder_lib.Encoded,
-    state: decoding.DecodingState,
+    state: loop.DecodingState,
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
     resume_at: Int[Array, " batch"],
-  ) -> decoding.DecodingState:
+  ) -> loop.DecodingState:
     """Decodes again from some token of each row on (`calibrate.reuse` says from which).
 
     Args:
@@ -162,7 +162,7 @@ class Program:
     TRACES["resume"] += 1
     kept = jnp.where(active, resume_at, self.max_decode_length)
     bound = self.bind(weights.decoder, encoded, threshold, kept)
-    made = decoding.resume(
+    made = loop.resume(
       bound.take_step,
       state,
       bound.resume(state.cache, jnp.min(kept).astype(jnp.int32)),

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import exits, programs
+from calm import exits
 from calm.decode import engines
+from calm.decode import program as program_lib
 from calm.decode.engines import compacted, deferred
 from calm.exits import confidence, propagation, schedules
 from tests import engine
@@ -42,7 +43,7 @@ def first_exits(generation, threshold) -> np.ndarray:
 def test_a_descending_grid_from_where_each_row_changes(name):
   rule, made = CASES[name]
   toy = engine.toy()
-  program = programs.Program(toy.config, rule, engine.LENGTH, engine=made)
+  program = program_lib.Program(toy.config, rule, engine.LENGTH, engine=made)
   encoded = engine.encode(toy)
   state = engine.run(toy, rule, schedules.NEVER_EXIT, engine=made)
   saved, waits = 0, 0
@@ -75,7 +76,7 @@ def test_a_kept_prefix_is_not_looked_at_again():
   """Meta: from the wrong token on, the result is another."""
   rule, made = CASES["deferred"]
   toy = engine.toy()
-  program = programs.Program(toy.config, rule, engine.LENGTH, engine=made)
+  program = program_lib.Program(toy.config, rule, engine.LENGTH, engine=made)
   state = engine.run(toy, rule, schedules.NEVER_EXIT, engine=made)
   active, late = (
     jnp.ones(len(engine.PROMPTS), bool),

@@ -10,13 +10,16 @@ import sys
 import jax
 import pytest
 
-from calm import devices, inference
+from calm import inference
+from calm.decode import sharded
 
 # Run by a fresh interpreter: the number of devices is fixed when JAX starts.
 CHILD = """
 import json, sys
 import jax, jax.numpy as jnp
-from calm import devices, exits, inference, programs
+from calm import exits, inference
+from calm.decode import sharded
+from calm.decode.program import Program
 from calm.exits import confidence
 from tests import engine
 
@@ -32,7 +35,7 @@ found["procedures"] = one.procedure == many.procedure
 
 toy = engine.toy()
 rule = exits.DynamicExits(confidence.Classifier())
-program = devices.ShardedProgram(programs.Program(toy.config, rule, 4), 8)
+program = sharded.ShardedProgram(Program(toy.config, rule, 4), 8)
 weights = program.replicate(toy.weights)
 encoded = program.encode(weights, jnp.ones((11, 6), jnp.int32))
 found["split"] = all(leaf.sharding.spec[0] == "prompts" for leaf in jax.tree.leaves(encoded))
@@ -42,7 +45,7 @@ alone = program.program.decode(
 )
 found["a threshold a row"] = [rows.exit_layers.tolist(), alone.exit_layers[:11].tolist()]
 arguments = (weights, encoded, jnp.ones(16, bool), jnp.asarray(0.9))
-compiled = devices.ShardedProgram._decode.lower(program, *arguments).compile()
+compiled = sharded.ShardedProgram._decode.lower(program, *arguments).compile()
 found["program"] = compiled.as_text()
 json.dump(found, open(sys.argv[1], "w"))
 """
@@ -55,7 +58,7 @@ def found(tmp_path_factory):
   flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
   done = subprocess.run(
     [sys.executable, "-c", CHILD, str(path)],
-    cwd=pathlib.Path(__file__).parents[1],
+    cwd=pathlib.Path(__file__).parents[2],
     env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
@@ -89,6 +92,6 @@ def test_rows_are_split_and_nothing_is_exchanged(found):
 def test_more_devices_than_there_are_is_refused():
   count = jax.local_device_count() + 1
   with pytest.raises(ValueError, match=r"Expected `num_devices` in 1 .* XLA_FLAGS"):
-    devices.mesh(count)
+    sharded.mesh(count)
   with pytest.raises(ValueError, match="Expected `num_devices` of at least 1"):
     inference.DecodeOptions(num_devices=0)

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import decoding, programs, refill
 from calm.data import prompt_batches
-from calm.decode import engines
+from calm.decode import engines, loop
+from calm.decode import pool as pool_lib
+from calm.decode import program as program_lib
 from calm.t5 import decoder
 
 Encode = Callable[[prompt_batches.PromptBatch], decoder.Encoded]
@@ -35,7 +36,7 @@ class PoolProgram:
     ValueError: the activations are narrower: which rows run together would change results.
   """
 
-  program: programs.Program
+  program: program_lib.Program
   free_part: float = 0.25
 
   def __post_init__(self):
@@ -49,15 +50,15 @@ class PoolProgram:
   @property
   def slots(self) -> int:
     """Positions of the caches."""
-    return refill.num_slots(self.program.max_decode_length)
+    return pool_lib.num_slots(self.program.max_decode_length)
 
   def decode(
     self,
-    weights: programs.ModelWeights,
+    weights: program_lib.ModelWeights,
     batches: Sequence[prompt_batches.PromptBatch],
     threshold: float,
     encode: Encode,
-  ) -> decoding.Generation:
+  ) -> loop.Generation:
     """Decodes prompts of one padded length, as `Program.decode` would.
 
     Args:
@@ -79,26 +80,26 @@ class PoolProgram:
 
   @functools.partial(jax.jit, static_argnums=0)
   def empty(
-    self, weights: programs.ModelWeights, waiting: decoder.Encoded
-  ) -> tuple[refill.Pool, decoder.Encoded]:
+    self, weights: program_lib.ModelWeights, waiting: decoder.Encoded
+  ) -> tuple[pool_lib.Pool, decoder.Encoded]:
     """A pool of free rows, as many as prompts wait, and room for their prompts."""
     rows = waiting.bias.shape[0]
     encoded = jax.tree.map(jnp.zeros_like, waiting)
     cache = self.bind(weights, encoded, jnp.zeros(()), jnp.zeros(rows, jnp.int32)).empty
-    return refill.empty_pool(cache, rows, self.slots), encoded
+    return pool_lib.empty_pool(cache, rows, self.slots), encoded
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnames="pool")
   def advance(
     self,
-    weights: programs.ModelWeights,
+    weights: program_lib.ModelWeights,
     encoded: decoder.Encoded,
-    pool: refill.Pool,
+    pool: pool_lib.Pool,
     threshold: jax.Array,
     min_free: jax.Array,
-  ) -> refill.Pool:
+  ) -> pool_lib.Pool:
     """See `refill.advance`."""
-    programs.TRACES["advance"] += 1
-    return refill.advance(
+    program_lib.TRACES["advance"] += 1
+    return pool_lib.advance(
       self.bind(weights, encoded, threshold, pool.starts).take_step,
       pool,
       eos_id=self.program.eos_id,
@@ -109,26 +110,26 @@ class PoolProgram:
   @functools.partial(jax.jit, static_argnums=0, donate_argnames=("pool", "encoded"))
   def take_in(
     self,
-    pool: refill.Pool,
+    pool: pool_lib.Pool,
     encoded: decoder.Encoded,
     waiting: decoder.Encoded,
     source: jax.Array,
-  ) -> tuple[refill.Pool, decoder.Encoded]:
+  ) -> tuple[pool_lib.Pool, decoder.Encoded]:
     """See `refill.take_in`."""
-    programs.TRACES["take_in"] += 1
-    return refill.take_in(pool, encoded, waiting, source)
+    program_lib.TRACES["take_in"] += 1
+    return pool_lib.take_in(pool, encoded, waiting, source)
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnames="pool")
   def shift(
-    self, weights: programs.ModelWeights, encoded: decoder.Encoded, pool: refill.Pool
-  ) -> refill.Pool:
+    self, weights: program_lib.ModelWeights, encoded: decoder.Encoded, pool: pool_lib.Pool
+  ) -> pool_lib.Pool:
     """See `refill.shift`."""
-    programs.TRACES["shift"] += 1
-    return refill.shift(pool, self.bind(weights, encoded, jnp.zeros(()), pool.starts).shift)
+    program_lib.TRACES["shift"] += 1
+    return pool_lib.shift(pool, self.bind(weights, encoded, jnp.zeros(()), pool.starts).shift)
 
   def bind(
     self,
-    weights: programs.ModelWeights,
+    weights: program_lib.ModelWeights,
     encoded: decoder.Encoded,
     threshold: jax.Array,
     starts: jax.Array,
@@ -144,7 +145,7 @@ class PoolProgram:
       self.slots,
       starts=starts,
     )
-    return (program.engine or programs.default_engine(program.rule, task.batch_size))(task)
+    return (program.engine or program_lib.default_engine(program.rule, task.batch_size))(task)
 
 
 class _Run:
@@ -157,10 +158,10 @@ class _Run:
   def __init__(self, program: PoolProgram, weights, threshold, total: int):
     self._program, self._weights = program, weights
     self._threshold = jnp.asarray(threshold, jnp.float32)
-    empty = decoding.empty_generation(total, program.program.max_decode_length)
+    empty = loop.empty_generation(total, program.program.max_decode_length)
     self.generation = jax.tree.map(np.array, empty)
     self._taken = 0
-    self._pool: refill.Pool | None = None
+    self._pool: pool_lib.Pool | None = None
 
   def take_all(self, waiting: decoder.Encoded, count: int) -> None:
     """Takes the first `count` prompts of `waiting` in, as soon as there are rows for them."""
@@ -203,7 +204,7 @@ class _Run:
         pool = self._program.shift(self._weights, self._encoded, pool)
       self._pool = pool
 
-  def _take_out(self, generation: decoding.Generation, row: int, start: int) -> None:
+  def _take_out(self, generation: loop.Generation, row: int, start: int) -> None:
     """Copies the text of a row that has ended to its prompt's place."""
     prompt = self._tenants[row]
     length = int(np.sum(np.asarray(generation.exit_layers[row, start:]) > 0))

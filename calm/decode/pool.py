@@ -18,7 +18,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from calm import decoding
+from calm.decode import loop
 
 
 @struct.dataclass
@@ -38,7 +38,7 @@ class Pool:
   starts: Int[Array, " batch"]
   current: Int[Array, " batch"]
   active: Bool[Array, " batch"]
-  generation: decoding.Generation
+  generation: loop.Generation
   cache: Any
 
 
@@ -51,12 +51,12 @@ def num_slots(max_decode_length: int) -> int:
 def empty_pool(cache: Any, batch_size: int, slots: int) -> Pool:
   """A pool of free rows; `cache` is what the step starts from."""
   zeros = jnp.zeros((batch_size,), jnp.int32)
-  empty = decoding.empty_generation(batch_size, slots)
+  empty = loop.empty_generation(batch_size, slots)
   return Pool(jnp.zeros((), jnp.int32), zeros, zeros, zeros > 0, empty, cache)
 
 
 def advance(
-  step: decoding.Step,
+  step: loop.Step,
   pool: Pool,
   *,
   eos_id: int,
@@ -80,10 +80,10 @@ def advance(
   def one(now: Pool) -> Pool:
     active = now.active
     made, cache = step(now.current, now.slot, active, now.cache)
-    token, log_probability = decoding.greedy_token(made.logits)
+    token, log_probability = loop.greedy_token(made.logits)
     token, log_probability = jnp.where(active, token, 0), jnp.where(active, log_probability, 0)
     ends = (token == eos_id) | (now.slot + 1 - now.starts >= max_decode_length)
-    generation = decoding.record(now.generation, now.slot, active, token, log_probability, made)
+    generation = loop.record(now.generation, now.slot, active, token, log_probability, made)
     return Pool(now.slot + 1, now.starts, token, active & ~ends, generation, cache)
 
   return lax.while_loop(goes_on, one, pool)
@@ -136,8 +136,8 @@ def shift(pool: Pool, shift_cache: Callable[[Any, jax.Array], Any]) -> Pool:
   """
   by = jnp.min(jnp.where(pool.active, pool.starts, pool.slot))
   old = pool.generation
-  move = lambda array: decoding.shift_positions(array, by, axis=1)
-  generation = decoding.Generation(
+  move = lambda array: loop.shift_positions(array, by, axis=1)
+  generation = loop.Generation(
     *map(move, (old.tokens, old.exit_layers, old.confidences, old.rejected_confidences)),
     scores=old.scores,
   )
