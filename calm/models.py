@@ -34,10 +34,11 @@ except ModuleNotFoundError as error:
     name=error.name,
   ) from error
 
-from calm import exits, objectives, t5x_loops
+from calm import exits, t5x_loops
 from calm.decode import engines, program
 from calm.exits import confidence, schedules
 from calm.t5 import decoder, network
+from calm.training import objectives
 
 Params = Any
 Batch = Mapping[str, jax.Array]

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import exits, losses, objectives, t5x_loops
+from calm import exits, t5x_loops
 from calm.decode import engines, program
 from calm.decode.engines import compacted, deferred
 from calm.exits import confidence, schedules
 from calm.t5 import parameters
+from calm.training import losses, objectives
 from tests import engine, t5x_setup
 
 models = t5x_setup.import_models()

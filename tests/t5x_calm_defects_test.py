@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import exits, losses, objectives, t5x_loops
+from calm import exits, t5x_loops
 from calm.exits import confidence, propagation, schedules
 from calm.t5 import network, parameters
+from calm.training import losses, objectives
 from tests import engine, t5x_setup
 
 needs_t5x = lambda test: functools.reduce(lambda f, mark: mark(f), t5x_setup.MARKS, test)

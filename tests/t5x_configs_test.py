@@ -6,9 +6,10 @@ import types
 
 import pytest
 
-from calm import exits, objectives
+from calm import exits
 from calm.exits import schedules
 from calm.t5 import network
+from calm.training import objectives
 from tests import configs_test, t5x_setup
 
 models = t5x_setup.import_models()

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import objectives
 from calm.t5 import parameters
+from calm.training import objectives
 from tests import engine, t5x_configs_test, t5x_setup
 
 models = t5x_setup.import_models()

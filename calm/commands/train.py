@@ -20,16 +20,16 @@ from calm.commands import common
 CHOICES = """
 from __gin__ import dynamic_registration
 
-from calm import losses
-from calm import objectives
-from calm import runs
 from calm import training
+from calm.training import losses
+from calm.training import objectives
+from calm.training import run
 
 CHOICES = [
   @objectives.LayerWeighted, @objectives.ExitClassifier, @losses.layer_weights,
   @losses.last_layer_weights, @losses.classifier_loss, @losses.geometric_classifier_loss,
   @training.adafactor, @training.adam, @training.Schedule,
-  @runs.supervised, @runs.denoising, @runs.seqio_pairs,
+  @run.supervised, @run.denoising, @run.seqio_pairs,
 ]
 """
 
@@ -62,9 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
   gin.parse_config(CHOICES)
   gin.clear_config()  # the names stay known
 
-  from calm import runs
+  from calm.training import run as run_lib
 
-  train = common.configured(arguments, runs.train)
+  train = common.configured(arguments, run_lib.train)
   options = {} if arguments.output_dir is None else {"output_dir": arguments.output_dir}
   output_dir = pathlib.Path(_output_dir(arguments))
   print(f"Checkpoints, validations and scalars: {output_dir}", flush=True)
@@ -82,7 +82,7 @@ def _output_dir(arguments: argparse.Namespace) -> str:
   if arguments.output_dir is not None:
     return arguments.output_dir
   try:
-    return gin.query_parameter("calm.runs.train.output_dir")
+    return gin.query_parameter("calm.training.run.train.output_dir")
   except ValueError as error:
     raise ValueError(
       "Expected `--output_dir`, or `runs.train.output_dir` in the gin file, to name a folder"

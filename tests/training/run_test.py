@@ -14,13 +14,14 @@ import pytest
 pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
 gin = pytest.importorskip("gin")
 
-from calm import checkpoints, objectives, runs, training
+from calm import checkpoints, training
 from calm.commands import train
 from calm.data import vocabulary
 from calm.t5 import network, parameters
+from calm.training import objectives, run
 from tests import toy_vocabulary
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs" / "runs"
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs" / "runs"
 
 
 @pytest.fixture(autouse=True)
@@ -149,9 +150,9 @@ def test_mistakes_are_one_message_and_code_2(files, tmp_path, capsys):
 def test_an_unfinished_stage_one_is_told_from_a_checkpoint(tmp_path):
   (tmp_path / "validation.json").write_text("[]")
   with pytest.raises(FileNotFoundError, match="`initial` to be a finished run"):
-    runs.find_checkpoint(str(tmp_path))
+    run.find_checkpoint(str(tmp_path))
   with pytest.raises(FileNotFoundError, match=r"`initial`.*nowhere.*missing"):
-    runs.find_checkpoint(str(tmp_path / "nowhere"))
+    run.find_checkpoint(str(tmp_path / "nowhere"))
 
 
 def test_bindings_may_name_every_choice(files, tmp_path):
@@ -179,7 +180,7 @@ def test_bindings_may_name_every_choice(files, tmp_path):
 
 def test_neither_sizes_nor_checkpoint_is_refused():
   with pytest.raises(ValueError, match="`model` or `initial`"):
-    runs.starting_point(None, None, 0)
+    run.starting_point(None, None, 0)
 
 
 def test_exit_parts_are_added_to_a_checkpoint_without(tmp_path):
@@ -189,7 +190,7 @@ def test_exit_parts_are_added_to_a_checkpoint_without(tmp_path):
   )  # fmt: skip
   params = jax.tree.map(np.asarray, training.init_params(config, 0))
   checkpoints.save(tmp_path, params, config)
-  made, params = runs.starting_point(None, str(tmp_path), 0)
+  made, params = run.starting_point(None, str(tmp_path), 0)
   assert made.exit_classifier and params["decoder"]["exit_classifier"]["kernel"].shape == (4, 1)
 
 
@@ -203,18 +204,18 @@ def test_named_parts_start_anew_and_the_rest_stays(stage_one):
   )
   trained = stage_one / "with_classifier"
   checkpoints.save(trained, params, stored.config)
-  _, made = runs.starting_point(None, str(trained), 0, ("exit_classifier",))
+  _, made = run.starting_point(None, str(trained), 0, ("exit_classifier",))
   for path, leaf in parameters.flatten(made).items():
     same = bool(np.all(leaf == parameters.flatten(params)[path]))
     assert same == ("exit_classifier" not in path), path
   assert not np.any(made["decoder"]["exit_classifier"]["kernel"])
-  _, again = runs.starting_point(None, str(trained), 0, "decoder/exit_classifier")
+  _, again = run.starting_point(None, str(trained), 0, "decoder/exit_classifier")
   assert parameters.digest(again) == parameters.digest(made)
 
 
 def test_a_part_to_start_anew_that_is_not_there_is_named(stage_one):
   with pytest.raises(ValueError, match=r"`fresh`.*exit_classifier.*Got 'classifier'"):
-    runs.starting_point(None, str(stage_one), 0, ("classifier",))
+    run.starting_point(None, str(stage_one), 0, ("classifier",))
 
 
 def test_denoising_reads_what_follows_the_marker_and_each_text_once(files, tmp_path):
@@ -223,7 +224,7 @@ def test_denoising_reads_what_follows_the_marker_and_each_text_once(files, tmp_p
   rows = [{"input": f"question: what? context: {text}"} for text in [*texts[:2], texts[0]]]
   (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
   (tmp_path / "plain.jsonl").write_text(json.dumps({"input": texts[0]}) + "\n")
-  source = runs.denoising(
+  source = run.denoising(
     [("plain.jsonl", ""), ("qa.jsonl", " context: ")], vocab, 20, 1,
     root=str(tmp_path), min_tokens=5,
   )  # fmt: skip
@@ -237,7 +238,7 @@ def test_a_shortlist_is_the_targets_most_frequent_tokens(files, tmp_path):
     rows = [json.dumps({"input": "x", "target": target}) + "\n" for target in targets]
     (tmp_path / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
   names = ["a.jsonl", "b.jsonl"]
-  found = runs.frequent_tokens(names, words, 1000, root=str(tmp_path))
+  found = run.frequent_tokens(names, words, 1000, root=str(tmp_path))
   fox, dog = words.encode("fox fox"), words.encode("dog")
   assert set(found) == {words.eos_id, *fox, *dog}
   counts = {t: (fox + words.encode("fox")).count(t) / (3 * len(fox) // 2 + 2) for t in fox}
@@ -245,9 +246,9 @@ def test_a_shortlist_is_the_targets_most_frequent_tokens(files, tmp_path):
   assert [t for t in found if t in counts and t not in dog] == [
     t for t in by_share if t not in dog
   ]
-  assert runs.frequent_tokens(names, words, 2, root=str(tmp_path)) == found[:2]
+  assert run.frequent_tokens(names, words, 2, root=str(tmp_path)) == found[:2]
   model = network.T5Config(vocab_size=64, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=8)
-  export = runs.Export(words, shortlist=found)
+  export = run.Export(words, shortlist=found)
   export.write(tmp_path / "model", training.init_params(model, 0), model)
   stored = json.loads((tmp_path / "model" / "inference.json").read_text("utf-8"))
   assert stored["shortlist"] == list(found)
@@ -255,13 +256,13 @@ def test_a_shortlist_is_the_targets_most_frequent_tokens(files, tmp_path):
 
 def test_validation_names(files):
   vocab = vocabulary.SentencePieceVocabulary(files[1])
-  source = runs.supervised(str(files[0]), vocab, ((64, 16),), 4)
+  source = run.supervised(str(files[0]), vocab, ((64, 16),), 4)
   config = network.T5Config(
     vocab_size=160, emb_dim=4, num_heads=1, head_dim=4, mlp_dim=4, num_encoder_layers=1,
     num_decoder_layers=2, one_hot_embedding=False,
   )  # fmt: skip
-  data = runs.Data(source, {"rows": source, "again": source}, {"rows": 1, "again": 1})
-  evaluate = runs.evaluator(network.Transformer(config), objectives.LayerWeighted(), data)
+  data = run.Data(source, {"rows": source, "again": source}, {"rows": 1, "again": 1})
+  evaluate = run.evaluator(network.Transformer(config), objectives.LayerWeighted(), data)
   scalars = evaluate(training.init_params(config, 0))
   assert scalars["loss"] == scalars["again/loss"]
   assert scalars["accuracy/layer_2"] == scalars["again/accuracy/layer_2"]
@@ -275,8 +276,8 @@ def test_seqio_tasks_give_the_batches_of_their_files(files):
   vocab = vocabulary.SentencePieceVocabulary(files[1])
   name = seqio_tasks.jsonl("runs_test_rows", {"train": str(files[0])}, str(files[1]))
   try:
-    ours = runs.supervised(str(files[0]), vocab, ((64, 16),), 4, seed=3)
-    theirs = runs.seqio_pairs(name, ((64, 16),), 4, seed=3)
+    ours = run.supervised(str(files[0]), vocab, ((64, 16),), 4, seed=3)
+    theirs = run.seqio_pairs(name, ((64, 16),), 4, seed=3)
     for key, value in ours.batch(5).items():
       np.testing.assert_array_equal(theirs.batch(5)[key], value, err_msg=key)
   finally:

@@ -17,9 +17,9 @@ import numpy as np
 import optax
 from flax import struct, traverse_util
 
-from calm import objectives
 from calm.data import training_batches
 from calm.t5 import network
+from calm.training import objectives
 
 Params = Any
 

@@ -16,9 +16,10 @@ import pytest
 
 pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
 
-from calm import objectives, training
+from calm import training
 from calm.data import training_batches
 from calm.t5 import network
+from calm.training import loop, objectives
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def collect_orphans():
   gc.collect()
 
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
+REPOSITORY = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +162,7 @@ def test_killed_between_the_best_and_the_newest_checkpoint(whole, tmp_path, monk
       raise KeyboardInterrupt
     save(manager, step, tree)
 
-  monkeypatch.setattr(training, "save", save_and_die)
+  monkeypatch.setattr(loop, "save", save_and_die)
   with pytest.raises(KeyboardInterrupt):
     Toy(CONFIG).fit(tmp_path / "killed")
   monkeypatch.undo()

@@ -9,8 +9,9 @@ import optax
 import pytest
 from flax import traverse_util
 
-from calm import losses, objectives, training
+from calm import training
 from calm.t5 import network
+from calm.training import losses, objectives
 from tests import toys
 
 TOY = toys.Config(num_decoder_layers=3, num_encoder_layers=1)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calm import losses
+from calm.training import losses
 
 LAYERS, BATCH, LENGTH, EMB, VOCAB = 3, 2, 5, 7, 11
 Z_LOSS = 0.01

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import checkpoints, objectives, training
+from calm import checkpoints
 from calm.data import datasets, training_batches, vocabulary
 from calm.t5 import network, parameters
+from calm.training import loop, objectives
 
 MODEL_FOLDER = "model"
 
@@ -70,20 +71,20 @@ class Export:
     options: dict[str, Any] = {name: getattr(self, name) for name in names}
     if self.shortlist:
       options["shortlist"] = list(self.shortlist)
-    training.write_text(directory / "inference.json", json.dumps(options, indent=1) + "\n")
+    loop.write_text(directory / "inference.json", json.dumps(options, indent=1) + "\n")
 
 
 def train(
   data: Data,
   objective: objectives.Objective,
-  config: training.TrainConfig,
+  config: loop.TrainConfig,
   export: Export,
   output_dir: str,
   *,
   model: network.T5Config | None = None,
   initial: str | None = None,
   fresh: Sequence[str] = (),
-  listener: training.Listener | None = None,
+  listener: loop.Listener | None = None,
 ) -> pathlib.Path:
   """Trains (or goes on training) and exports the parameters with the best validation.
 
@@ -109,14 +110,14 @@ def train(
       the tree lacks; a vocabulary larger than the model's. Errors of `training.fit` besides.
   """
   folder = pathlib.Path(output_dir)
-  training.check_writable(folder)
+  loop.check_writable(folder)
   model, params = starting_point(model, initial, config.seed, fresh)
   vocabulary.check_fits(export.vocabulary, model.vocab_size)
   module = network.Transformer(model)
-  state = training.fit(
-    training.init_state(params, config, objective),
+  state = loop.fit(
+    loop.init_state(params, config, objective),
     data.train,
-    training.make_train_step(module, config, objective, params),
+    loop.make_train_step(module, config, objective, params),
     evaluator(module, objective, data),
     config,
     output_dir=folder,
@@ -144,7 +145,7 @@ def starting_point(
         "Expected `model` or `initial`: sizes to start from random parameters, or a checkpoint."
         " Got neither; bind `runs.train.model` or `runs.train.initial`."
       )
-    return model, training.init_params(model, seed)
+    return model, loop.init_params(model, seed)
   stored = checkpoints.load(find_checkpoint(initial))
   model = model or dataclasses.replace(stored.config, exit_classifier=True)
   params = parameters.add_exit_parts(stored.params, model)
@@ -152,7 +153,7 @@ def starting_point(
   if fresh:
     # A tuple of one without its comma is a string: that one part is meant.
     parts = (fresh,) if isinstance(fresh, str) else fresh
-    params = parameters.renew(params, training.init_params(model, seed), parts)
+    params = parameters.renew(params, loop.init_params(model, seed), parts)
   return model, jax.tree.map(jnp.asarray, params)
 
 
@@ -180,7 +181,7 @@ def evaluator(module: network.Transformer, objective: objectives.Objective, data
   functions = {}
   for name, source in data.validation.items():
     rows = [source.batch(step) for step in range(data.num_validation_batches.get(name, 8))]
-    functions[name] = training.make_eval_fn(module, objective, rows)
+    functions[name] = loop.make_eval_fn(module, objective, rows)
 
   def evaluate(params):
     scalars = {}

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from calm import losses
 from calm.t5 import network
+from calm.training import losses
 
 Params = Any
 Batch = dict[str, jax.Array]

@@ -1,0 +1,43 @@
+"""Stage one (Eq. 6) and stage two (the exit classifier): objectives, updates, runs."""
+
+from calm.training.loop import (
+  History,
+  Listener,
+  Schedule,
+  TrainConfig,
+  TrainState,
+  adafactor,
+  adam,
+  check_writable,
+  checkpointer,
+  fit,
+  init_params,
+  init_state,
+  make_eval_fn,
+  make_optimizer,
+  make_train_step,
+  restore,
+  save,
+  write_text,
+)
+
+__all__ = [
+  "History",
+  "Listener",
+  "Schedule",
+  "TrainConfig",
+  "TrainState",
+  "adafactor",
+  "adam",
+  "check_writable",
+  "checkpointer",
+  "fit",
+  "init_params",
+  "init_state",
+  "make_eval_fn",
+  "make_optimizer",
+  "make_train_step",
+  "restore",
+  "save",
+  "write_text",
+]
