@@ -18,10 +18,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from calm import exits, grid, inference
+from calm import exits, inference
 from calm.calibrate.generations import files
 from calm.calibrate.generations import writer as writer_lib
 from calm.commands import generate, model_flags
+from calm.inference import grid
 
 
 def grid_run(model: inference.Predictor, prompts, levels, *, reuse: bool) -> Callable[[], Any]:

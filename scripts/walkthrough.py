@@ -13,10 +13,11 @@ import collections
 import pathlib
 import tempfile
 
-from calm import calibrate, colours, exits, inference
+from calm import calibrate, exits, inference
 from calm.calibrate.generations import records
 from calm.calibrate.losses import sequence_losses
 from calm.experiments import decode, scores
+from calm.inference import colours
 
 parser = argparse.ArgumentParser(description="A walk through calm on the packed model.")
 parser.add_argument("--prompts", type=int, default=60, help="calibration prompts (60)")

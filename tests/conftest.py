@@ -17,9 +17,10 @@ os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 # Modules whose jaxtyping annotations are checked at every call (`calibrate` has none).
 CHECKED = (
-  *("confidence", "decoding", "exits", "inference", "layers", "losses", "network"),
-  *("objectives", "options", "outputs", "pools", "programs", "prompts", "propagation"),
-  *("refill", "schedules", "step"),
+  *("data.prompt_batches", "decode.loop", "decode.pool", "decode.pool_program"),
+  *("decode.program", "exits.confidence", "exits.propagation", "exits.rules"),
+  *("exits.schedules", "inference.options", "inference.outputs", "inference.predictor"),
+  *("t5.decoder", "t5.layers", "t5.network", "training.losses", "training.objectives"),
 )
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 
 import rich.console
 
-from calm import colours
+from calm.inference import colours
 from calm.report import document, figures, page, tables, terminal, write
 from tests import report_samples
 

@@ -155,7 +155,7 @@ def generate_grid(
   console: rich_console.Console, predictor, prompts, folder: pathlib.Path
 ) -> generations.Generations:
   """Decodes the prompts at every threshold, with a progress bar."""
-  from calm import grid
+  from calm.inference import grid
 
   measure = predictor.options.measure
   levels = [float(t) for t in GRIDS.get(measure) or thresholds.default_grid(measure)]
@@ -238,7 +238,7 @@ def print_comparison(
 
 def print_examples(console, prompts, result: Comparison, count: int) -> None:
   """A few outputs, every token coloured by its exit layer, beside the full model's."""
-  from calm import colours
+  from calm.inference import colours
 
   layers = result.early.num_layers
   console.print(

@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
   """Generates the whole grid."""
   prompts = model_flags.read_prompts(arguments.prompts, arguments.limit)
   common.use_compilation_cache()
-  from calm import inference, until_certified
+  from calm import inference
+  from calm.inference import until_certified
 
   console = rich_console.Console()
   load = common.configured(arguments, inference.load)
@@ -102,7 +103,7 @@ def _bar(console: rich_console.Console) -> rich_progress.Progress:
 
 
 def _grid(arguments, console, predictor, prompts, levels, writer) -> None:
-  from calm import grid
+  from calm.inference import grid
 
   with _bar(console) as bar:
     task = bar.add_task(f"{len(prompts)} prompts x {len(levels) + 1} thresholds", total=None)
@@ -139,7 +140,7 @@ def _test(arguments, levels, num_units: int) -> sequential.SequentialCalibration
 
 
 def _until_certified(arguments, console, predictor, prompts, test, writer) -> None:
-  from calm import until_certified
+  from calm.inference import until_certified
 
   with _bar(console) as bar:
     task = bar.add_task("first threshold", total=len(prompts))

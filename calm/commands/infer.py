@@ -14,10 +14,10 @@ import sys
 
 from rich import console as rich_console
 
-from calm import colours
 from calm.calibrate import Prompt, thresholds
 from calm.calibrate.generations import files
 from calm.commands import common, model_flags
+from calm.inference import colours
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--output_dir",
     metavar="DIR",
-    help="folder of the run (gone on with if it exists); overrides `runs.train.output_dir`",
+    help="folder of the run (gone on with if it exists); overrides `run.train.output_dir`",
   )
   parser.add_argument(
     "--no_tensorboard",
@@ -85,7 +85,7 @@ def _output_dir(arguments: argparse.Namespace) -> str:
     return gin.query_parameter("calm.training.run.train.output_dir")
   except ValueError as error:
     raise ValueError(
-      "Expected `--output_dir`, or `runs.train.output_dir` in the gin file, to name a folder"
+      "Expected `--output_dir`, or `run.train.output_dir` in the gin file, to name a folder"
       " for the run. Got neither."
     ) from error
 

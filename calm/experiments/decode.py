@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from calm import exits, grid, inference
+from calm import exits, inference
 from calm.calibrate import Prompt, Record, generations
 from calm.calibrate.generations import writer as writer_lib
 from calm.data import prompt_batches
 from calm.exits import schedules
 from calm.experiments import results
+from calm.inference import grid
 from calm.t5 import decoder
 
 # (share done in [0, 1], what is being done)

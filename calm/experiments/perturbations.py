@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import exits, grid, inference
+from calm import exits, inference
 from calm.calibrate import Prompt, Record
 from calm.experiments import decode, scores
+from calm.inference import grid
 
 SAMPLING, LAYER = "sampling", "layer"
 

@@ -8,8 +8,8 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from calm import colours
 from calm.experiments import examples, results
+from calm.inference import colours
 from calm.report.section import Panel, Section
 from calm.report.tables import number, threshold, times
 

@@ -7,8 +7,8 @@ from typing import TextIO, cast
 from rich import console as rich_console
 from rich import table as rich_table
 
-from calm import colours
 from calm.experiments import examples, suite
+from calm.inference import colours
 from calm.report import document, page
 from calm.report.tables import Table, number, threshold, times
 

@@ -143,7 +143,7 @@ def starting_point(
     if model is None:
       raise ValueError(
         "Expected `model` or `initial`: sizes to start from random parameters, or a checkpoint."
-        " Got neither; bind `runs.train.model` or `runs.train.initial`."
+        " Got neither; bind `run.train.model` or `runs.train.initial`."
       )
     return model, loop.init_params(model, seed)
   stored = checkpoints.load(find_checkpoint(initial))
@@ -322,7 +322,7 @@ def seqio_pairs(
   if is_mixture and num_examples is None:
     raise ValueError(
       f"Expected `num_examples` for the mixture {mixture_or_task_name!r}, which repeats its"
-      " tasks without end. Got None; bind `runs.seqio_pairs.num_examples`."
+      " tasks without end. Got None; bind `run.seqio_pairs.num_examples`."
     )
   inputs_length, targets_length = buckets[-1]
   dataset = source.get_dataset(

@@ -92,7 +92,7 @@ CONFIG = training.TrainConfig(num_steps=12, eval_every=5, log_every=3)
 SCRIPT = """
 import os, pathlib, signal, sys
 from calm import training
-from tests import training_test as t
+from tests.training import loop_test as t
 
 def note(step, scalars):
   print(f"{step} {scalars['loss'].hex()}", flush=True)

@@ -101,9 +101,9 @@ def test_stage_two_starts_from_the_run_of_stage_one(stage_one, files, tmp_path):
     CONFIGS / "local_tiny.gin",
     tmp_path,
     *bindings(files, num_steps=6),
-    "runs.train.model = None",
-    f"runs.train.initial = '{stage_one}'",
-    "runs.train.objective = @objectives.ExitClassifier()",
+    "run.train.model = None",
+    f"run.train.initial = '{stage_one}'",
+    "run.train.objective = @objectives.ExitClassifier()",
   )
   assert train.run(args) == 0
   first, second = (checkpoints.load(path / "model") for path in (stage_one, tmp_path))
@@ -163,7 +163,7 @@ def test_bindings_may_name_every_choice(files, tmp_path):
   )
   given = [
     *bindings(files, num_steps=1),
-    "runs.train.objective = @objectives.ExitClassifier()",
+    "run.train.objective = @objectives.ExitClassifier()",
     "objectives.ExitClassifier.objective = @losses.geometric_classifier_loss",
     "training.TrainConfig.optimizer = @training.adam",
   ]

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from calm import outputs
+from calm.inference import outputs
 
 TEXT = "a <b> & c"
 GUARANTEE = 'with 95 % the loss is < 0.1 & "small"'

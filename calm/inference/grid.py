@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import inference
 from calm.calibrate import Prompt, Record
 from calm.calibrate.generations import reuse
 from calm.calibrate.generations import writer as writer_lib
 from calm.data import prompt_batches as prompts_lib
 from calm.decode import loop
 from calm.exits import schedules
+from calm.inference import predictor as predictor_lib
 from calm.t5 import decoder
 
 # (threshold just finished, batch number, number of batches)
@@ -25,7 +25,7 @@ Progress = Callable[[float, int, int], None]
 
 
 def generate(
-  predictor: inference.Predictor,
+  predictor: predictor_lib.Predictor,
   prompts: Sequence[Prompt],
   thresholds: Sequence[float],
   writer: writer_lib.Writer,
@@ -79,7 +79,7 @@ class _Batch:
 
   def __init__(
     self,
-    predictor: inference.Predictor,
+    predictor: predictor_lib.Predictor,
     batch: prompts_lib.PromptBatch,
     ids: Sequence[str],
     resumes: bool,
@@ -134,14 +134,14 @@ class _Batch:
     return record(self._predictor, generation, self._ids.index(prompt_id), prompt_id)
 
 
-def schedule_values(predictor: inference.Predictor, threshold: float) -> np.ndarray:
+def schedule_values(predictor: predictor_lib.Predictor, threshold: float) -> np.ndarray:
   """The schedule's threshold at every token, in float32 as the decoder has it."""
   positions = jnp.arange(predictor.options.max_decode_length)
   values = predictor.options.schedule(jnp.asarray(threshold, jnp.float32), positions)
   return np.broadcast_to(np.asarray(values), positions.shape)
 
 
-def record(predictor: inference.Predictor, generation, row: int, prompt_id: str) -> Record:
+def record(predictor: predictor_lib.Predictor, generation, row: int, prompt_id: str) -> Record:
   """One row of a generation as a record on disk."""
   output = predictor.output(generation, row)
   return Record(

@@ -17,7 +17,6 @@ import jax
 import numpy as np
 
 from calm import checkpoints, exits
-from calm import outputs as outputs_lib
 from calm.calibrate import Calibration, Procedure
 from calm.data import prompt_batches
 from calm.decode import loop, pool_program
@@ -25,13 +24,14 @@ from calm.decode import pool as pool_lib
 from calm.decode import program as program_lib
 from calm.decode import sharded as sharded_lib
 from calm.exits import schedules
-from calm.options import DecodeOptions as DecodeOptions
-from calm.options import options_of as options_of
-from calm.options import shortlist_record, stored_options
+from calm.inference import outputs as outputs_lib
+from calm.inference.options import DecodeOptions as DecodeOptions
+from calm.inference.options import options_of as options_of
+from calm.inference.options import shortlist_record, stored_options
 from calm.t5 import costs as costs_lib
 from calm.t5 import decoder, network
 
-PACKED = pathlib.Path(__file__).parent / "assets"
+PACKED = pathlib.Path(__file__).parents[1] / "assets"
 
 
 def load(

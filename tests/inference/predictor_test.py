@@ -13,7 +13,8 @@ from calm.data import vocabulary
 from calm.decode import engines
 from calm.exits import schedules
 from calm.t5 import network
-from tests import outputs_test, toys
+from tests import toys
+from tests.inference import outputs_test
 
 SIZES = toys.Config(vocab_size=264, num_pieces=259, num_encoder_layers=1, num_decoder_layers=3)
 OPTIONS = {"max_input_length": 64, "max_decode_length": 6, "batch_size": 4}

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from calm import grid, inference
 from calm.calibrate import Calibration, Prompt, Record, generations, sequential
 from calm.calibrate.generations import order, reuse
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import sequence_losses
 from calm.data import prompt_batches as prompts_lib
 from calm.exits import schedules
+from calm.inference import grid
+from calm.inference import predictor as predictor_lib
 from calm.t5 import decoder as decoder_lib
 
 # (threshold, units decided on at it, planned units)
@@ -28,7 +29,7 @@ KEPT_BYTES = 2**30
 
 
 def in_order(
-  predictor: inference.Predictor, prompts: Sequence[Prompt], *, by_group: bool = False
+  predictor: predictor_lib.Predictor, prompts: Sequence[Prompt], *, by_group: bool = False
 ) -> list[Prompt]:
   """The prompts in the order in which the test sees them.
 
@@ -46,7 +47,7 @@ def in_order(
 
 
 def generate(
-  predictor: inference.Predictor,
+  predictor: predictor_lib.Predictor,
   prompts: Sequence[Prompt],
   writer: writer_lib.Writer,
   test: sequential.SequentialCalibration,

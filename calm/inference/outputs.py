@@ -5,8 +5,8 @@ import html
 from collections.abc import Iterator, Sequence
 from typing import overload
 
-from calm import colours
 from calm.calibrate.thresholds import format_threshold
+from calm.inference import colours
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from calm import colours
+from calm.inference import colours
 
 DEPTHS = [1, 2, 4, 8, 12, 24]
 

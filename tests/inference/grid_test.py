@@ -2,21 +2,22 @@
 
 import pytest
 
-from calm import grid, inference
+from calm import inference
 from calm.calibrate import Prompt, Provenance
 from calm.calibrate.generations import writer as writer_lib
 from calm.decode import program
 from calm.exits import schedules
-from tests import inference_test
+from calm.inference import grid
+from tests.inference import predictor_test
 
 THRESHOLDS = [0.9, 0.6, 0.3]
-PROMPTS = [Prompt(str(i), text) for i, text in enumerate(inference_test.TEXTS)]
+PROMPTS = [Prompt(str(i), text) for i, text in enumerate(predictor_test.TEXTS)]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-  directory = inference_test.save(tmp_path_factory.mktemp("model") / "toy")
-  return inference.load(directory, **{**inference_test.OPTIONS, "max_input_length": 32})
+  directory = predictor_test.save(tmp_path_factory.mktemp("model") / "toy")
+  return inference.load(directory, **{**predictor_test.OPTIONS, "max_input_length": 32})
 
 
 def decode(model, directory, monkeypatch, **options):

@@ -6,13 +6,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from calm import inference, until_certified
+from calm import inference
 from calm.calibrate import Prompt, generations, replay, sequential
 from calm.calibrate.generations import order
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import sequence_losses
 from calm.exits import schedules
-from tests import inference_test
+from calm.inference import until_certified
+from tests.inference import predictor_test
 
 THRESHOLDS = [0.9, 0.6, 0.3]
 # One padded length and whole batches, so that a run compiles once.
@@ -25,8 +26,8 @@ RATES = {"tolerance": 0.8, "error_rate": 0.3}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-  directory = inference_test.save(tmp_path_factory.mktemp("model") / "toy")
-  return inference.load(directory, **inference_test.OPTIONS)
+  directory = predictor_test.save(tmp_path_factory.mktemp("model") / "toy")
+  return inference.load(directory, **predictor_test.OPTIONS)
 
 
 @pytest.fixture
