@@ -21,7 +21,7 @@ from t5x import adafactor, decoding  # pyright: ignore[reportMissingImports]
 from t5x import models as t5x_models  # pyright: ignore[reportMissingImports]
 from t5x.examples.t5 import network as t5x_network  # pyright: ignore[reportMissingImports]
 
-from calm import models
+from calm.t5x import models
 
 SHAPES = {
   "tiny": dict(emb_dim=128, num_heads=4, head_dim=32, mlp_dim=256, num_layers=4),

@@ -9,8 +9,9 @@ no T5X.
 
 import argparse
 
-from calm import checkpoints, t5x_files
+from calm import checkpoints
 from calm.t5 import parameters
+from calm.t5x import stored as stored_lib
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
   parser.add_argument("--like", default="packed", help="packed, or a folder of ours")
   parser.add_argument("--output", required=True, help="folder to write")
   arguments = parser.parse_args()
-  like = t5x_files.stored_checkpoint(arguments.like)
+  like = stored_lib.stored_checkpoint(arguments.like)
   stored = checkpoints.load(arguments.checkpoint)
   parameters.check(stored.params, like.config)
   checkpoints.save(arguments.output, stored.params, like.config, vocabulary=like.vocabulary)

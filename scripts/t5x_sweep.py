@@ -25,10 +25,11 @@ from absl import flags
 from flax import core as flax_core
 from t5x import gin_utils, partitioning, utils  # pyright: ignore[reportMissingImports]
 
-from calm import exits, inference, models
+from calm import exits, inference
 from calm.calibrate import Procedure, Prompt, Provenance, Record, default_grid, open_writer
 from calm.data import vocabulary as vocabularies
 from calm.exits import schedules
+from calm.t5x import models
 
 
 def sweep(

@@ -9,8 +9,9 @@ Needs T5X.
 import argparse
 import dataclasses
 
-from calm import models, t5x_files
 from calm.t5 import parameters
+from calm.t5x import models
+from calm.t5x import stored as stored_lib
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
   parser.add_argument("--output", required=True, help="folder to write checkpoint_<step> into")
   parser.add_argument("--step", type=int, default=0, help="the step that T5X counts on from")
   arguments = parser.parse_args()
-  stored = t5x_files.stored_checkpoint(arguments.checkpoint)
+  stored = stored_lib.stored_checkpoint(arguments.checkpoint)
   config = dataclasses.replace(stored.config, exit_classifier=True)
   params = parameters.add_exit_parts(stored.params, config)
   print(models.save_t5x_checkpoint(params, config, arguments.output, train_step=arguments.step))

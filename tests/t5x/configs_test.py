@@ -10,10 +10,11 @@ from calm import exits
 from calm.exits import schedules
 from calm.t5 import network
 from calm.training import objectives
-from tests import configs_test, t5x_setup
+from tests import configs_test
+from tests.t5x import setup
 
-models = t5x_setup.import_models()
-pytestmark = t5x_setup.MARKS
+models = setup.import_models()
+pytestmark = setup.MARKS
 
 import gin
 
@@ -40,7 +41,7 @@ def gin_of_t5x(monkeypatch):
   main.write_inferences_to_file = infer.write_inferences_to_file
   main.sweep = t5x_sweep.sweep
   monkeypatch.setitem(sys.modules, "__main__", main)
-  for folder in (REPOSITORY, t5x_setup.t5x_root()):
+  for folder in (REPOSITORY, setup.t5x_root()):
     gin.add_config_file_search_path(str(folder))
   gin.clear_config()
   yield
@@ -56,7 +57,7 @@ def required(path):
   """What the included T5X file, or ours, leaves open."""
   whole = configs_test.text_of(path)
   for name in re.findall(r'^include "(t5x/.+)"$', whole, re.MULTILINE):
-    whole = (t5x_setup.t5x_root() / name).read_text() + whole
+    whole = (setup.t5x_root() / name).read_text() + whole
   open_ones = set(re.findall(r"^(\w+) = %gin.REQUIRED", whole, re.MULTILINE))
   bound = set(re.findall(r"^(\w+) = (?!%gin.REQUIRED)", whole, re.MULTILINE))
   return open_ones - bound - {"MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS"}

@@ -8,16 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import exits, t5x_loops
+from calm import exits
 from calm.decode import engines, program
 from calm.decode.engines import compacted, deferred
 from calm.exits import confidence, schedules
 from calm.t5 import parameters
+from calm.t5x import loops
 from calm.training import losses, objectives
-from tests import engine, t5x_setup
+from tests import engine
+from tests.t5x import setup
 
-models = t5x_setup.import_models()
-pytestmark = t5x_setup.MARKS
+models = setup.import_models()
+pytestmark = setup.MARKS
 
 NEVER = schedules.NEVER_EXIT
 BATCH = len(engine.PROMPTS)
@@ -71,7 +73,7 @@ def test_the_tree_is_that_of_t5x_with_the_classifier_alone_added():
   toy, shapes = engine.toy(), {"encoder_input_tokens": (2, 5), "decoder_input_tokens": (2, 4)}
   ours, theirs = (
     jax.eval_shape(lambda m=m: m.get_initial_variables(jax.random.key(0), shapes))
-    for m in (t5x_setup.model(toy), t5x_setup.t5x_model(toy))
+    for m in (setup.model(toy), setup.t5x_model(toy))
   )
   for name in ("params", "params_axes"):
     mine, expected = (parameters.flatten(tree[name]) for tree in (ours, theirs))
@@ -82,12 +84,12 @@ def test_the_tree_is_that_of_t5x_with_the_classifier_alone_added():
 
 
 def test_full_depth_logits_are_those_of_t5x():
-  toy, batch = engine.toy(), t5x_setup.training_batch(engine.toy())
+  toy, batch = engine.toy(), setup.training_batch(engine.toy())
   both = lambda model: compiled(
     lambda *inputs: (model._compute_logits(*inputs), model.score_batch(*inputs))
   )
-  logits, scores = both(t5x_setup.model(toy))(t5x_setup.params(toy), batch)
-  expected, their_scores = both(t5x_setup.t5x_model(toy))(t5x_setup.t5x_params(toy), batch)
+  logits, scores = both(setup.model(toy))(setup.params(toy), batch)
+  expected, their_scores = both(setup.t5x_model(toy))(setup.t5x_params(toy), batch)
   assert np.std(expected) > 1
   assert_close(logits, expected, atol=1e-4)
   assert_close(scores, their_scores, atol=1e-4)
@@ -97,31 +99,31 @@ def test_our_module_is_taken_as_it_is_and_strangers_are_refused():
   from flax import linen as nn
 
   toy = engine.toy()
-  assert models.config_of(t5x_setup.t5x_module(toy)) == toy.config
+  assert models.config_of(setup.t5x_module(toy)) == toy.config
   ours = models.network.Transformer(toy.config)
-  assert t5x_setup.model(toy, module=ours).config == toy.config
+  assert setup.model(toy, module=ours).config == toy.config
   with pytest.raises(ValueError, match="Got flax"):
     models.config_of(nn.Dense(2))
   with pytest.raises(ValueError, match="label_smoothing"):
-    t5x_setup.model(toy, label_smoothing=0.1)
+    setup.model(toy, label_smoothing=0.1)
   with pytest.raises(ValueError, match="threshold"):
-    t5x_setup.model(toy, threshold=1.5)
+    setup.model(toy, threshold=1.5)
   for rule in (exits.OracleExit(), exits.StaticExit(2)):
     with pytest.raises(ValueError, match=f"no `threshold` with {type(rule).__name__}"):
-      t5x_setup.model(toy, rule=rule, threshold=0.5)
+      setup.model(toy, rule=rule, threshold=0.5)
 
 
 @pytest.mark.parametrize(
   "factor", [None, 7.0, "NUM_REAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE"]
 )
 def test_the_last_layer_alone_is_t5x_loss_and_accuracy(factor):
-  toy, batch = engine.toy(), t5x_setup.training_batch(engine.toy())
+  toy, batch = engine.toy(), setup.training_batch(engine.toy())
   options = dict(z_loss=1e-3, loss_normalizing_factor=factor)
   objective = objectives.LayerWeighted(losses.last_layer_weights, z_loss=1e-3)
-  ours = t5x_setup.model(toy, objective=objective, **options)
-  loss, metrics = loss_of(ours, t5x_setup.params(toy), batch)
-  theirs = t5x_setup.t5x_model(toy, **options)
-  expected, expected_metrics = loss_of(theirs, t5x_setup.t5x_params(toy), batch)
+  ours = setup.model(toy, objective=objective, **options)
+  loss, metrics = loss_of(ours, setup.params(toy), batch)
+  theirs = setup.t5x_model(toy, **options)
+  expected, expected_metrics = loss_of(theirs, setup.t5x_params(toy), batch)
   assert_close(loss, expected)
   for name in ("loss", "loss_per_nonpadding_target_token"):
     assert_close(metrics[name], expected_metrics[name])
@@ -130,33 +132,33 @@ def test_the_last_layer_alone_is_t5x_loss_and_accuracy(factor):
 
 
 def test_stage_one_is_equation_6_and_reports_every_layer():
-  toy, batch = engine.toy(), t5x_setup.training_batch(engine.toy())
-  loss, metrics = loss_of(t5x_setup.model(toy), t5x_setup.params(toy), batch)
+  toy, batch = engine.toy(), setup.training_batch(engine.toy())
+  loss, metrics = loss_of(setup.model(toy), setup.params(toy), batch)
   layers = range(1, toy.config.num_decoder_layers + 1)
   each = [float(metrics[f"loss/layer_{i}"]) for i in layers]
   tokens = float(jnp.sum(batch["decoder_loss_weights"]))
   assert np.std(each) > 0.05
   assert_close(loss / tokens, np.dot(each, losses.layer_weights(len(each))))
   assert metrics["accuracy"] == metrics["accuracy/layer_4"]
-  own, _ = loss_of(t5x_setup.t5x_model(toy), t5x_setup.t5x_params(toy), batch)
+  own, _ = loss_of(setup.t5x_model(toy), setup.t5x_params(toy), batch)
   assert_close(each[-1] * tokens, own)
 
 
 def test_stage_two_moves_the_classifier_alone():
-  toy, batch = engine.toy(), t5x_setup.training_batch(engine.toy())
-  model = t5x_setup.model(toy, objective=objectives.ExitClassifier())
-  grads = compiled(jax.grad(lambda p: model.loss_fn(p, batch, None)[0]))(t5x_setup.params(toy))
+  toy, batch = engine.toy(), setup.training_batch(engine.toy())
+  model = setup.model(toy, objective=objectives.ExitClassifier())
+  grads = compiled(jax.grad(lambda p: model.loss_fn(p, batch, None)[0]))(setup.params(toy))
   moved = {path for path, leaf in parameters.flatten(grads).items() if np.any(leaf)}
   assert moved == {"decoder/exit_classifier/kernel", "decoder/exit_classifier/bias"}
 
 
 def test_at_full_depth_it_is_t5x_own_model_token_for_token():
-  toy, batch = engine.toy(), t5x_setup.batch()
-  theirs = t5x_setup.t5x_model(toy, decode_fn=greedy())
-  expected, scores = predictor(theirs)(t5x_setup.t5x_params(toy), batch, {})
-  ours = t5x_setup.model(toy, pieces=toy.sizes.vocab_size, decode_fn=greedy())
+  toy, batch = engine.toy(), setup.batch()
+  theirs = setup.t5x_model(toy, decode_fn=greedy())
+  expected, scores = predictor(theirs)(setup.t5x_params(toy), batch, {})
+  ours = setup.model(toy, pieces=toy.sizes.vocab_size, decode_fn=greedy())
   for options in ({}, lambdas(NEVER)):
-    got, aux = predictor(ours)(t5x_setup.params(toy), batch, options)
+    got, aux = predictor(ours)(setup.params(toy), batch, options)
     np.testing.assert_array_equal(got, expected)
     assert_close(aux["scores"], scores["scores"])
     assert np.std(scores["scores"]) > 0, "T5X scores nothing where it rescales"
@@ -169,11 +171,11 @@ def test_at_full_depth_it_is_t5x_own_model_token_for_token():
 @pytest.mark.parametrize("measure", ["softmax", "state"])
 def test_early_exit_is_that_of_our_decoder_exit_for_exit(measure, decode_fn):
   toy, rule = engine.toy(), exits.DynamicExits(confidence.measure(measure), engine.DECAYING)
-  predict = predictor(t5x_setup.model(toy, rule=rule, decode_fn=decode_fn()))
+  predict = predictor(setup.model(toy, rule=rule, decode_fn=decode_fn()))
   means = []
   for threshold in (0.3, 0.7, NEVER):
     expected = engine.run(toy, rule, threshold).generation
-    got, aux = predict(t5x_setup.params(toy), t5x_setup.batch(), lambdas(threshold))
+    got, aux = predict(setup.params(toy), setup.batch(), lambdas(threshold))
     np.testing.assert_array_equal(got, expected.tokens)
     for name in ("exit_layers", "confidences", "rejected_confidences", "scores"):
       assert_close(aux[name], getattr(expected, name))
@@ -191,19 +193,19 @@ def test_decoder_params_stay_as_they_are_and_the_threshold_stays_here():
     return models.greedy_decode(**arguments)
 
   given = {"threshold": 0.5, "eos_id": 1}
-  t5x_setup.model(toy, decode_fn=spy).predict_batch_with_aux(
-    t5x_setup.params(toy), t5x_setup.batch(), decoder_params=given
+  setup.model(toy, decode_fn=spy).predict_batch_with_aux(
+    setup.params(toy), setup.batch(), decoder_params=given
   )
   assert given == {"threshold": 0.5, "eos_id": 1}
   assert "threshold" not in seen and seen["eos_id"] == 1
   with pytest.raises(ValueError, match="prompt_with_targets"):
-    t5x_setup.model(toy).predict_batch_with_aux(
-      t5x_setup.params(toy), t5x_setup.batch(), decoder_params={"initial_index": jnp.zeros(8)}
+    setup.model(toy).predict_batch_with_aux(
+      setup.params(toy), setup.batch(), decoder_params={"initial_index": jnp.zeros(8)}
     )
   key = jax.random.key(0)
   with pytest.raises(ValueError, match="one random key"):
-    t5x_setup.model(toy).predict_batch_with_aux(
-      t5x_setup.params(toy), t5x_setup.batch(), rng=key, decoder_params={"decode_rng": key}
+    setup.model(toy).predict_batch_with_aux(
+      setup.params(toy), setup.batch(), rng=key, decoder_params={"decode_rng": key}
     )
 
 
@@ -227,21 +229,19 @@ def test_sampling_returns_the_exits_that_its_loop_had(run_by):
     decoding.temperature_sample, temperature=0.7, topk=5, state_callback_fn=keep
   )
   toy = engine.toy()
-  model = t5x_setup.model(toy, decode_fn=sample, engine=ENGINES[run_by])
+  model = setup.model(toy, decode_fn=sample, engine=ENGINES[run_by])
   options = {**lambdas(0.4), "decode_rng": jax.random.key(3)}
   predict = predictor(model, num_decodes=3, return_all_decodes=True)
-  decodes, aux = jax.block_until_ready(
-    predict(t5x_setup.params(toy), t5x_setup.batch(), options)
-  )
+  decodes, aux = jax.block_until_ready(predict(setup.params(toy), setup.batch(), options))
   jax.effects_barrier()
-  assert decodes.shape == (BATCH, 3, t5x_setup.LENGTH) == aux["exit_layers"].shape
+  assert decodes.shape == (BATCH, 3, setup.LENGTH) == aux["exit_layers"].shape
   assert aux["scores"].shape == (BATCH, 3) and aux["threshold"].shape == (BATCH,)
   sequences, layers, rejected = seen[-1]
   by_tokens = {
     (i // 3, *row[1:-1]): (depth, refused)
     for i, (row, depth, refused) in enumerate(zip(sequences, layers, rejected, strict=True))
   }
-  different = {tuple(row) for row in np.asarray(decodes).reshape(-1, t5x_setup.LENGTH)}
+  different = {tuple(row) for row in np.asarray(decodes).reshape(-1, setup.LENGTH)}
   assert len(different) > BATCH, "a prompt's samples differ"
   for i, j in np.ndindex(BATCH, 3):
     depth, refused = by_tokens[(i, *np.asarray(decodes[i, j]))]
@@ -254,17 +254,17 @@ def test_sampling_returns_the_exits_that_its_loop_had(run_by):
 def test_beam_search_is_t5x_own_at_full_depth_and_exits_follow_its_order(run_by):
   from t5x import decoding
 
-  toy, batch = engine.toy(), t5x_setup.batch()
+  toy, batch = engine.toy(), setup.batch()
   options = dict(num_decodes=4, return_all_decodes=True)
-  theirs = t5x_setup.t5x_model(toy, decode_fn=decoding.beam_search)
-  expected, scores = predictor(theirs, **options)(t5x_setup.t5x_params(toy), batch, {})
+  theirs = setup.t5x_model(toy, decode_fn=decoding.beam_search)
+  expected, scores = predictor(theirs, **options)(setup.t5x_params(toy), batch, {})
   arguments = dict(pieces=toy.sizes.vocab_size, engine=ENGINES[run_by])
-  model = t5x_setup.model(toy, decode_fn=decoding.beam_search, **arguments)
+  model = setup.model(toy, decode_fn=decoding.beam_search, **arguments)
   predict = predictor(model, **options)
-  got, aux = predict(t5x_setup.params(toy), batch, lambdas(NEVER))
+  got, aux = predict(setup.params(toy), batch, lambdas(NEVER))
   np.testing.assert_array_equal(got, expected)
   assert_close(aux["scores"], scores["scores"])
-  decodes, early = predict(t5x_setup.params(toy), batch, lambdas(0.4))
+  decodes, early = predict(setup.params(toy), batch, lambdas(0.4))
   real = np.asarray(decodes) > 0
   layers = np.asarray(early["exit_layers"])
   assert np.all((layers > 0) == real) and 1 < layers[real].mean() < 4
@@ -276,21 +276,21 @@ def test_beam_search_is_t5x_own_at_full_depth_and_exits_follow_its_order(run_by)
 
 def flat(decodes) -> np.ndarray:
   """[batch, num_decodes, length] -> [rows, length]."""
-  return np.asarray(decodes).reshape(-1, t5x_setup.LENGTH)
+  return np.asarray(decodes).reshape(-1, setup.LENGTH)
 
 
 def fed(toy, rule, threshold, prompts, sequences) -> dict[str, jax.Array]:
   """Exits of sequences, each fed to the step as the only one of its prompt."""
   given = jnp.pad(jnp.asarray(sequences), ((0, 0), (1, 0)))[:, :-1]
   free = jnp.zeros_like(given)
-  rows = t5x_loops.make_rows(engine.encode(toy, prompts), free, threshold, 1)
-  loop = t5x_loops.Loop(toy.config, rule, t5x_setup.LENGTH, engines.Eager())
+  rows = loops.make_rows(engine.encode(toy, prompts), free, threshold, 1)
+  loop = loops.Loop(toy.config, rule, setup.LENGTH, engines.Eager())
   weights = program.model_weights(toy.params, toy.config, toy.sizes.vocab_size).decoder
   step = compiled(loop.bind(weights, rows, 1))
   cache = loop.empty_cache(weights, rows, len(given))
-  for i in range(t5x_setup.LENGTH):
-    so_far = jnp.where(jnp.arange(t5x_setup.LENGTH)[None] <= i, given, 0)
-    _, cache = step(t5x_loops.LoopState(None, so_far, given[:, i : i + 1], cache))
+  for i in range(setup.LENGTH):
+    so_far = jnp.where(jnp.arange(setup.LENGTH)[None] <= i, given, 0)
+    _, cache = step(loops.LoopState(None, so_far, given[:, i : i + 1], cache))
   return cache["exits"]
 
 
@@ -311,14 +311,14 @@ def test_a_prefix_runs_at_full_depth_is_not_counted_and_t_starts_after_it(loop):
   decode_fn = {"sample": greedy(), "beam": decoding.beam_search, "ours": models.greedy_decode}
   toy = engine.toy()
   rule = exits.DynamicExits(confidence.Softmax(), FirstTokenOnly())
-  model = t5x_setup.model(toy, rule=rule, decode_fn=decode_fn[loop])
+  model = setup.model(toy, rule=rule, decode_fn=decode_fn[loop])
   lengths = np.arange(BATCH) % 4
-  prefix = np.full((BATCH, t5x_setup.LENGTH), 5)
-  prefix[np.arange(t5x_setup.LENGTH)[None] > lengths[:, None]] = 0
+  prefix = np.full((BATCH, setup.LENGTH), 5)
+  prefix[np.arange(setup.LENGTH)[None] > lengths[:, None]] = 0
   prefix[:, 0] = 0
-  batch = t5x_setup.batch() | {"decoder_input_tokens": jnp.asarray(prefix)}
+  batch = setup.batch() | {"decoder_input_tokens": jnp.asarray(prefix)}
   run = predictor(model, prompt_with_targets=True, num_decodes=2 if loop == "beam" else 1)
-  tokens, aux = run(t5x_setup.params(toy), batch, lambdas(0.5))
+  tokens, aux = run(setup.params(toy), batch, lambdas(0.5))
   layers = np.asarray(aux["exit_layers"])
   for row, k in enumerate(lengths):
     np.testing.assert_array_equal(tokens[row, :k], 5)
@@ -327,18 +327,18 @@ def test_a_prefix_runs_at_full_depth_is_not_counted_and_t_starts_after_it(loop):
     rest = layers[row, k + 1 :]
     assert set(rest[rest > 0]) <= {4}
   if loop == "sample":
-    theirs = t5x_setup.t5x_model(toy, decode_fn=greedy())
-    ours = t5x_setup.model(toy, pieces=toy.sizes.vocab_size, decode_fn=greedy())
-    never, _ = predictor(ours, prompt_with_targets=True)(t5x_setup.params(toy), batch, {})
-    full, _ = predictor(theirs, prompt_with_targets=True)(t5x_setup.t5x_params(toy), batch, {})
+    theirs = setup.t5x_model(toy, decode_fn=greedy())
+    ours = setup.model(toy, pieces=toy.sizes.vocab_size, decode_fn=greedy())
+    never, _ = predictor(ours, prompt_with_targets=True)(setup.params(toy), batch, {})
+    full, _ = predictor(theirs, prompt_with_targets=True)(setup.t5x_params(toy), batch, {})
     np.testing.assert_array_equal(never, full)
 
 
 def test_ids_beyond_the_vocabulary_are_never_emitted():
   toy = engine.toy()
-  tokens, _ = predictor(t5x_setup.model(toy, decode_fn=models.greedy_decode))(
-    t5x_setup.params(toy), t5x_setup.batch(), {}
+  tokens, _ = predictor(setup.model(toy, decode_fn=models.greedy_decode))(
+    setup.params(toy), setup.batch(), {}
   )
   assert np.max(tokens) < toy.sizes.num_pieces < toy.sizes.vocab_size
-  theirs = t5x_setup.t5x_model(toy, decode_fn=greedy())
-  assert np.max(predictor(theirs)(t5x_setup.t5x_params(toy), t5x_setup.batch(), {})[0]) >= 40
+  theirs = setup.t5x_model(toy, decode_fn=greedy())
+  assert np.max(predictor(theirs)(setup.t5x_params(toy), setup.batch(), {})[0]) >= 40

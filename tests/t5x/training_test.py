@@ -8,11 +8,12 @@ import pytest
 from calm import checkpoints
 from calm.t5 import parameters
 from calm.training import objectives
-from tests import engine, t5x_setup
+from tests import engine
+from tests.t5x import setup
 
-models = t5x_setup.import_models()
-pytestmark = t5x_setup.MARKS
-collect_orphans = t5x_setup.collect_orphans
+models = setup.import_models()
+pytestmark = setup.MARKS
+collect_orphans = setup.collect_orphans
 
 
 def with_decay():
@@ -27,13 +28,13 @@ def after_steps(optimizer, steps=3) -> dict[str, np.ndarray]:
   """Parameters by path after T5X's own training step of stage two."""
   from t5x import train_state, trainer
 
-  toy, batch = engine.toy(), t5x_setup.training_batch(engine.toy())
-  model = t5x_setup.model(
+  toy, batch = engine.toy(), setup.training_batch(engine.toy())
+  model = setup.model(
     toy, optimizer_def=optimizer, objective=objectives.ExitClassifier(), z_loss=1e-3
   )
   shapes = {name: array.shape for name, array in batch.items()}
   variables = jax.eval_shape(lambda: model.get_initial_variables(jax.random.key(0), shapes))
-  variables = dict(variables) | {"params": t5x_setup.params(toy)}
+  variables = dict(variables) | {"params": setup.params(toy)}
   state = train_state.FlaxOptimTrainState.create(optimizer, variables)
 
   def one(state, key):

@@ -9,10 +9,11 @@ import pytest
 
 from calm import exits
 from calm.exits import confidence
-from tests import engine, t5x_setup
+from tests import engine
+from tests.t5x import setup
 
-models = t5x_setup.import_models()
-pytestmark = t5x_setup.MARKS
+models = setup.import_models()
+pytestmark = setup.MARKS
 
 THRESHOLDS = (0.4, float("inf"))
 RULE = exits.DynamicExits(confidence.Softmax())
@@ -21,7 +22,8 @@ SCRIPT = """
 import json, sys
 import flax, jax, numpy as np
 from t5x import partitioning, utils
-from tests import engine, t5x_partitions_test as here, t5x_setup
+from tests import engine
+from tests.t5x import partitions_test as here, setup
 
 toy = engine.toy(num_heads=4)
 found = {}
@@ -30,15 +32,15 @@ for partitions in (1, 2, 4):
   grid = np.array(jax.devices()).reshape(-1, partitions)
   partitioning.get_cpu_mesh = lambda: jax.sharding.Mesh(grid, ["data", "model"])
   partitioner = partitioning.PjitPartitioner(num_partitions=partitions)
-  model = t5x_setup.model(toy, rule=here.RULE, decode_fn=here.models.greedy_decode)
-  batch = {name: np.asarray(x) for name, x in t5x_setup.batch().items()}
+  model = setup.model(toy, rule=here.RULE, decode_fn=here.models.greedy_decode)
+  batch = {name: np.asarray(x) for name, x in setup.batch().items()}
   shapes = {name: x.shape for name, x in batch.items()}
   shapes["decoder_target_tokens"] = shapes["decoder_input_tokens"]
   init = model.get_initial_variables
   initializer = utils.TrainStateInitializer(None, init, shapes, partitioner)
   axes = initializer.train_state_axes.params
   place = partitioner.partition(lambda p: p, in_axis_resources=(None,), out_axis_resources=axes)
-  params = place(flax.core.freeze(jax.tree.map(np.asarray, t5x_setup.params(toy))))
+  params = place(flax.core.freeze(jax.tree.map(np.asarray, setup.params(toy))))
   kernel = params["decoder"]["layers_0"]["self_attention"]["query"]["kernel"]
   predict = lambda p, b, t: model.predict_batch_with_aux(p, b, decoder_params={"threshold": t})
   step = partitioner.partition(
@@ -59,8 +61,8 @@ def found():
   flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
   done = subprocess.run(
     [sys.executable, "-W", "ignore", "-c", SCRIPT],
-    cwd=t5x_setup.REPOSITORY,
-    env=t5x_setup.environment(XLA_FLAGS=flags),
+    cwd=setup.REPOSITORY,
+    env=setup.environment(XLA_FLAGS=flags),
     capture_output=True,
     text=True,
   )

@@ -12,13 +12,13 @@ from calm import calibrate, checkpoints, inference
 from calm.calibrate.generations import foreign
 from calm.calibrate.losses import metrics as text_metrics
 from calm.t5 import parameters
-from tests import t5x_setup
+from tests.t5x import setup
 
-models = t5x_setup.import_models()
-pytestmark = t5x_setup.MARKS
-collect_orphans = t5x_setup.collect_orphans
+models = setup.import_models()
+pytestmark = setup.MARKS
+collect_orphans = setup.collect_orphans
 
-REPOSITORY = t5x_setup.REPOSITORY
+REPOSITORY = setup.REPOSITORY
 LENGTHS = {"inputs": 32, "targets": 8}
 GRID = (0.8, 0.5)
 
@@ -46,7 +46,7 @@ def run(script, *files, devices=1, **bindings):
   command += [f"--gin_file={file}" for file in files]
   command += [f"--gin.{name}={value!r}" for name, value in bindings.items()]
   flags = f"--xla_force_host_platform_device_count={devices}"
-  env = t5x_setup.environment(XLA_FLAGS=flags, JAX_LOG_COMPILES="1")
+  env = setup.environment(XLA_FLAGS=flags, JAX_LOG_COMPILES="1")
   done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
   assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
   return done.stdout + done.stderr
@@ -206,7 +206,7 @@ def test_calm_infer_opens_what_was_trained_here_without_t5x(work, trained, swept
   command = [sys.executable, "-W", "ignore", "-c", code, "infer", *options.split()]
   command += ["--task_prefix=summarize: ", f"--model={model}"]
   command += [f"--prompts={prompts}", f"--output={work / 'out.jsonl'}"]
-  done = subprocess.run(command, env=t5x_setup.environment(), capture_output=True, text=True)
+  done = subprocess.run(command, env=setup.environment(), capture_output=True, text=True)
   assert done.returncode == 0, done.stdout + done.stderr
   lines = (work / "out.jsonl").read_text("utf-8").splitlines()
   predictions = {row["id"]: row["prediction"] for row in map(json.loads, lines)}
@@ -239,14 +239,14 @@ def test_one_line_after_t5x_own_small_gin_trains_on_two_partitions(work):
   mine = work / "mine.gin"
   mine.write_text(
     "from __gin__ import dynamic_registration\n"
-    "from calm import t5x_files\n"
+    "from calm.t5x import stored\n"
     "from t5x.examples.t5 import network\n"
     'include "t5x/examples/t5/t5_1_1/small.gin"\n'
     'include "t5x/configs/runs/pretrain.gin"\n'
     'include "configs/runs/early_exit.gin"\n'
     'include "configs/runs/local.gin"\n'
     'include "configs/tasks/debian_synopsis.gin"\n'
-    "VOCABULARY = @t5x_files.stored_vocabulary()\n"
+    "VOCABULARY = @stored.stored_vocabulary()\n"
     "network.T5Config.num_encoder_layers = 1\n"
     "network.T5Config.num_decoder_layers = 2\n"
     "network.T5Config.emb_dim = 32\n"

@@ -16,7 +16,7 @@ import pytest
 from tests import engine, toys
 
 REASON = "needs T5X, which is installed from its own repository (see the README)"
-REPOSITORY = pathlib.Path(__file__).parents[1]
+REPOSITORY = pathlib.Path(__file__).parents[2]
 LENGTH = engine.LENGTH
 MARKS = [pytest.mark.t5x, pytest.mark.filterwarnings("ignore")]
 
@@ -29,10 +29,10 @@ def collect_orphans():
 
 
 def import_models() -> Any:
-  """calm.models; its import runs T5X's, which warns. Skips the module without T5X."""
+  """calm.t5x.models; its import runs T5X's, which warns. Skips the module without T5X."""
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    return pytest.importorskip("calm.models", reason=REASON)
+    return pytest.importorskip("calm.t5x.models", reason=REASON)
 
 
 def t5x_root() -> pathlib.Path:

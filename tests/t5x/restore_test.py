@@ -10,12 +10,13 @@ import pytest
 
 from calm.t5 import parameters
 from calm.training import objectives
-from tests import engine, t5x_configs_test, t5x_setup
+from tests import engine
+from tests.t5x import configs_test, setup
 
-models = t5x_setup.import_models()
-pytestmark = t5x_setup.MARKS
-collect_orphans = t5x_setup.collect_orphans
-gin_of_t5x = t5x_configs_test.gin_of_t5x
+models = setup.import_models()
+pytestmark = setup.MARKS
+collect_orphans = setup.collect_orphans
+gin_of_t5x = configs_test.gin_of_t5x
 
 import gin
 
@@ -35,7 +36,7 @@ def quick_compilation():
 def initializer_of(model) -> Any:
   from t5x import partitioning, utils
 
-  batch = t5x_setup.training_batch(engine.toy(**TOY))
+  batch = setup.training_batch(engine.toy(**TOY))
   shapes = {name: array.shape for name, array in batch.items()}
   return utils.TrainStateInitializer(
     model.optimizer_def,
@@ -49,7 +50,7 @@ def trained(model, state, steps: int) -> Any:
   """T5X's own training steps."""
   from t5x import trainer
 
-  batch = t5x_setup.training_batch(engine.toy(**TOY))
+  batch = setup.training_batch(engine.toy(**TOY))
 
   def one(state, key):
     return trainer.train_with_lr(state, batch, jnp.float32(0.01), key, model, None)[0]
@@ -80,8 +81,8 @@ def started(run: str, path: str, **bindings) -> tuple[Any, Any]:
   from t5x import utils
 
   given = {"MODEL_DIR": "x", "INITIAL_CHECKPOINT_PATH": path, "TRAIN_STEPS": 9, "DATA": "x"}
-  t5x_configs_test.parse("models/tiny.gin", run, "tasks/debian_synopsis.gin", **given)
-  t5x_configs_test.use_a_vocabulary_without_a_file()
+  configs_test.parse("models/tiny.gin", run, "tasks/debian_synopsis.gin", **given)
+  configs_test.use_a_vocabulary_without_a_file()
   with gin.unlock_config():
     for name, value in (toy_sizes() | bindings).items():
       gin.bind_parameter(name, value)
@@ -130,12 +131,12 @@ def two_steps(model) -> tuple[Any, Any]:
 @functools.cache
 def of_t5x() -> tuple[Any, Any]:
   """T5X's own model of a toy's sizes, which has no classifier."""
-  return two_steps(t5x_setup.t5x_model(engine.toy(**TOY)))
+  return two_steps(setup.t5x_model(engine.toy(**TOY)))
 
 
 @functools.cache
 def after_stage_one() -> tuple[Any, Any]:
-  return two_steps(t5x_setup.model(engine.toy(**TOY)))
+  return two_steps(setup.model(engine.toy(**TOY)))
 
 
 @pytest.mark.parametrize("layout", FORMATS)

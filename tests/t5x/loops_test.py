@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import exits, t5x_loops
+from calm import exits
 from calm.decode import engines
 from calm.decode.engines import compacted, deferred
 from calm.exits import confidence, schedules
+from calm.t5x import loops
 from tests import engine
 
 NEVER = schedules.NEVER_EXIT
@@ -31,8 +32,8 @@ def bound(toy, name, prefix=None, num_decodes=1, threshold=0.4):
   encoded = engine.encode(toy)
   empty = jnp.zeros((len(engine.PROMPTS), engine.LENGTH), jnp.int32)
   prefix = empty if prefix is None else jnp.asarray(prefix, jnp.int32)
-  rows = t5x_loops.make_rows(encoded, prefix, threshold, EOS, num_decodes)
-  loop = t5x_loops.Loop(toy.config, RULE, engine.LENGTH, ENGINES[name])
+  rows = loops.make_rows(encoded, prefix, threshold, EOS, num_decodes)
+  loop = loops.Loop(toy.config, RULE, engine.LENGTH, ENGINES[name])
   return loop, rows, prefix
 
 
@@ -41,7 +42,7 @@ def decoded(toy, name, threshold, prefix=None):
 
   def run(weights, threshold):
     loop, rows, given = bound(toy, name, prefix, threshold=threshold)
-    tokens, scores, same_pass = t5x_loops.greedy_decode(
+    tokens, scores, same_pass = loops.greedy_decode(
       given,
       loop.empty_cache(weights, rows, len(given)),
       loop.bind(weights, rows, EOS),
@@ -92,7 +93,7 @@ def test_shuffling_the_rows_of_a_cache_shuffles_what_follows(name):
   )
   step = compiled(loop.bind(weights, same_prompt, EOS))
   tokens = [jnp.arange(5, 13)[:, None], jnp.arange(20, 28)[:, None]]
-  state = lambda token, cache: t5x_loops.LoopState(None, prefix, token, cache)
+  state = lambda token, cache: loops.LoopState(None, prefix, token, cache)
   _, cache = step(state(tokens[0], loop.empty_cache(weights, same_prompt, 8)))
   shuffled = jax.tree.map(lambda x: x[order] if x.ndim else x, cache)
   logits, _ = step(state(tokens[1], cache))
@@ -115,13 +116,13 @@ def test_a_prefix_with_an_eos_ends_nothing_and_is_not_counted():
 def caches_after(rule, tokens, forced) -> list[np.ndarray]:
   """Keys and values after every position of `tokens` was fed, forced or free."""
   toy, prefix = engine.toy(), jnp.asarray(tokens * forced, jnp.int32)
-  rows = t5x_loops.make_rows(engine.encode(toy), prefix, 0.0, EOS)
-  loop = t5x_loops.Loop(toy.config, rule, engine.LENGTH, engines.Eager())
+  rows = loops.make_rows(engine.encode(toy), prefix, 0.0, EOS)
+  loop = loops.Loop(toy.config, rule, engine.LENGTH, engines.Eager())
   step = compiled(loop.bind(toy.weights.decoder, rows, EOS))
   cache = loop.empty_cache(toy.weights.decoder, rows, len(tokens))
   for i in range(engine.LENGTH - 1):
     current = jnp.asarray(tokens[:, i : i + 1], jnp.int32)
-    _, cache = step(t5x_loops.LoopState(None, prefix, current, cache))
+    _, cache = step(loops.LoopState(None, prefix, current, cache))
   carried = {name: leaf for name, leaf in cache.items() if name.startswith("carried_")}
   return [np.asarray(leaf) for leaf in jax.tree.leaves(carried)]
 
@@ -142,10 +143,10 @@ def test_real_tokens_end_with_the_generated_eos_or_the_last_that_is_not_padding(
   rows = dataclasses.replace(
     bound(engine.toy(), "eager")[1], num_eos=jnp.array([0, 0, 1, 0, 0])
   )
-  got = np.sum(t5x_loops.real_tokens(tokens, rows, EOS), axis=1)
+  got = np.sum(loops.real_tokens(tokens, rows, EOS), axis=1)
   np.testing.assert_array_equal(got, [2, 2, 3, 0, 3])
 
 
 def test_greedy_decoding_refuses_several_decodes():
   with pytest.raises(ValueError, match="num_decodes"):
-    t5x_loops.greedy_decode(jnp.zeros((1, 2), jnp.int32), {}, lambda s: s, EOS, num_decodes=3)
+    loops.greedy_decode(jnp.zeros((1, 2), jnp.int32), {}, lambda s: s, EOS, num_decodes=3)

@@ -15,13 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import exits, t5x_loops
+from calm import exits
 from calm.exits import confidence, propagation, schedules
 from calm.t5 import network, parameters
+from calm.t5x import loops
 from calm.training import losses, objectives
-from tests import engine, t5x_setup
+from tests import engine
+from tests.t5x import setup
 
-needs_t5x = lambda test: functools.reduce(lambda f, mark: mark(f), t5x_setup.MARKS, test)
+needs_t5x = lambda test: functools.reduce(lambda f, mark: mark(f), setup.MARKS, test)
 RULE = exits.DynamicExits(confidence.Softmax())
 L = 4
 
@@ -51,12 +53,12 @@ def test_1_the_state_of_the_layer_left_is_propagated():
 
 
 def test_2_the_threshold_decays_along_the_sequence():
-  rows = t5x_loops.make_rows(
+  rows = loops.make_rows(
     engine.encode(engine.toy()), jnp.zeros((8, engine.LENGTH), jnp.int32), 0.5, 1
   )
 
   def decays(rows):
-    schedule = t5x_loops.AfterPrefix(engine.DECAYING, rows)
+    schedule = loops.AfterPrefix(engine.DECAYING, rows)
     values = [float(schedule(jnp.float32(0.5), i)[0]) for i in range(engine.LENGTH)]
     assert np.all(np.diff(values) < 0)
 
@@ -74,12 +76,12 @@ def test_3_the_schedule_is_equation_5():
 
 
 def test_4_padding_touches_no_hidden_feature_of_a_real_token():
-  toy, batch = engine.toy(), t5x_setup.training_batch(engine.toy())
+  toy, batch = engine.toy(), setup.training_batch(engine.toy())
   mask = batch["decoder_loss_weights"]
   module = network.Transformer(toy.config)
   objective = objectives.LayerWeighted()
 
-  params = t5x_setup.params(toy)
+  params = setup.params(toy)
 
   def is_the_sum_of_its_rows(objective):
     whole, _ = objective.loss(module, params, batch, None)
@@ -160,11 +162,11 @@ def test_8_exits_are_written_where_the_row_is_and_nothing_after_its_end(monkeypa
   prefix[:, 0] = 0
 
   def counts_what_each_row_generated(put):
-    monkeypatch.setattr(t5x_loops, "_put", put)
-    rows = t5x_loops.make_rows(engine.encode(toy), jnp.asarray(prefix), 0.6, 1)
-    loop, weights = t5x_loops.Loop(toy.config, RULE, engine.LENGTH), toy.weights.decoder
+    monkeypatch.setattr(loops, "_put", put)
+    rows = loops.make_rows(engine.encode(toy), jnp.asarray(prefix), 0.6, 1)
+    loop, weights = loops.Loop(toy.config, RULE, engine.LENGTH), toy.weights.decoder
     cache = loop.empty_cache(weights, rows, 8)
-    decodes, _, found = t5x_loops.greedy_decode(
+    decodes, _, found = loops.greedy_decode(
       jnp.asarray(prefix), cache, loop.bind(weights, rows, 1), 1
     )
     tokens, layers = np.asarray(decodes[:, 0]), np.asarray(found.exit_layers)
@@ -173,7 +175,7 @@ def test_8_exits_are_written_where_the_row_is_and_nothing_after_its_end(monkeypa
     assert np.all((layers > 0) == ~(ended | given)) and given.any()
     assert ended.any(), "some row ends before the others"
 
-  put = t5x_loops._put
+  put = loops._put
   counts_what_each_row_generated(put)
 
   def outer_product(array, position, column):
@@ -207,21 +209,21 @@ def test_9_rows_leave_by_themselves():
 @needs_t5x
 def test_10_the_full_model_is_a_baseline_of_its_own():
   """Theirs, the real one, over T5X's own network: it raises before it returns anything."""
-  t5x_setup.import_models()
+  setup.import_models()
   from t5x import adafactor
   from t5x.contrib.calm import models as their_models
 
-  toy, words = engine.toy(), t5x_setup.vocabulary(engine.toy().sizes.vocab_size)
+  toy, words = engine.toy(), setup.vocabulary(engine.toy().sizes.vocab_size)
   optimizer = adafactor.Adafactor(learning_rate=1e-3)
 
   def returns_full_depth(model, params):
-    tokens, aux = model.predict_batch_with_aux(params, t5x_setup.batch())
+    tokens, aux = model.predict_batch_with_aux(params, setup.batch())
     layers = np.asarray(aux["exit_layers"])
     assert layers.shape == tokens.shape and set(np.unique(layers)) <= {0, L}
 
-  returns_full_depth(t5x_setup.model(toy, decode_fn=t5x_greedy()), t5x_setup.params(toy))
+  returns_full_depth(setup.model(toy, decode_fn=t5x_greedy()), setup.params(toy))
   theirs = their_models.EncoderDecoderModel(
-    t5x_setup.t5x_module(toy),
+    setup.t5x_module(toy),
     words,
     words,
     optimizer,
@@ -229,7 +231,7 @@ def test_10_the_full_model_is_a_baseline_of_its_own():
     apply_early_inference=False,
   )
   with pytest.raises(TypeError, match="list indices"):
-    returns_full_depth(theirs, t5x_setup.t5x_params(toy))
+    returns_full_depth(theirs, setup.t5x_params(toy))
 
 
 def t5x_greedy():
@@ -259,19 +261,19 @@ def test_11_the_oracle_may_skip_exits_and_a_position_is_written_once():
 
 @needs_t5x
 def test_13_beam_search_runs_with_early_exit(monkeypatch):
-  t5x_setup.import_models()
+  setup.import_models()
   from t5x import decoding
 
   toy = engine.toy()
 
   def searches(contract):
-    bind = t5x_loops.Loop.bind
+    bind = loops.Loop.bind
     with monkeypatch.context() as patch:
-      patch.setattr(t5x_loops.Loop, "bind", lambda *a: contract(bind(*a)))
-      model = t5x_setup.model(toy, decode_fn=decoding.beam_search)
+      patch.setattr(loops.Loop, "bind", lambda *a: contract(bind(*a)))
+      model = setup.model(toy, decode_fn=decoding.beam_search)
       tokens, aux = model.predict_batch_with_aux(
-        t5x_setup.params(toy),
-        t5x_setup.batch(),
+        setup.params(toy),
+        setup.batch(),
         decoder_params={"threshold": 0.4},
         return_all_decodes=True,
         num_decodes=2,
@@ -366,9 +368,9 @@ def test_22_no_array_holds_every_layers_logits():
 
 @needs_t5x
 def test_23_a_grid_of_thresholds_compiles_once():
-  models, toy = t5x_setup.import_models(), engine.toy()
-  model = t5x_setup.model(toy, rule=RULE, decode_fn=models.greedy_decode)
-  params, batch = t5x_setup.params(toy), t5x_setup.batch()
+  models, toy = setup.import_models(), engine.toy()
+  model = setup.model(toy, rule=RULE, decode_fn=models.greedy_decode)
+  params, batch = setup.params(toy), setup.batch()
   quick = {"xla_backend_optimization_level": 0}
 
   def predict(params, batch, threshold):
@@ -390,14 +392,14 @@ def test_24_cross_attention_is_projected_before_the_loop_and_not_in_it():
   toy = engine.toy()
   weights, encoded = toy.weights.decoder, engine.encode(toy)
   prefix = jnp.zeros((8, engine.LENGTH), jnp.int32)
-  loop = t5x_loops.Loop(toy.config, RULE, engine.LENGTH)
+  loop = loops.Loop(toy.config, RULE, engine.LENGTH)
   states = jnp.ones((8, toys_length(encoded), toy.config.emb_dim))
   joined = 2 * toy.config.num_heads * toy.config.head_dim
 
   def one_step(project, states):
     made = project(states)
-    rows = t5x_loops.make_rows(made, prefix, 0.5, 1)
-    state = t5x_loops.LoopState(
+    rows = loops.make_rows(made, prefix, 0.5, 1)
+    state = loops.LoopState(
       None, prefix, prefix[:, :1], loop.empty_cache(weights, rows, len(prefix))
     )
     return loop.bind(weights, rows, 1)(state)[0]

@@ -1,6 +1,6 @@
 """The adapter to T5X: the only file of this package that imports it.
 
-    from calm import models            # in a gin file, in place of `from t5x import models`
+    from calm.t5x import models        # in a gin file, in place of `from t5x import models`
 
 `EncoderDecoderModel` is T5X's, trained at every decoder layer and decoded with early exit in
 T5X's own loops. T5X is not on the package index; its README says how to install it.
@@ -11,6 +11,8 @@ import functools
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
+# Where T5X is missing, the type checker takes this folder for it.
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 import jax
 import jax.numpy as jnp
 from flax import core as flax_core
@@ -19,31 +21,32 @@ from flax import traverse_util
 
 try:
   import clu.metrics as clu_metrics
-  from t5x import checkpoints as t5x_checkpoints  # pyright: ignore[reportMissingImports]
-  from t5x import decoding as t5x_decoding  # pyright: ignore[reportMissingImports]
-  from t5x import losses as t5x_losses  # pyright: ignore[reportMissingImports]
-  from t5x import metrics as t5x_metrics  # pyright: ignore[reportMissingImports]
-  from t5x import models as t5x_models  # pyright: ignore[reportMissingImports]
-  from t5x import optimizers as t5x_optimizers  # pyright: ignore[reportMissingImports]
-  from t5x import partitioning as t5x_partitioning  # pyright: ignore[reportMissingImports]
-  from t5x import train_state as t5x_train_state  # pyright: ignore[reportMissingImports]
+  from t5x import checkpoints as t5x_checkpoints
+  from t5x import decoding as t5x_decoding
+  from t5x import losses as t5x_losses
+  from t5x import metrics as t5x_metrics
+  from t5x import models as t5x_models
+  from t5x import optimizers as t5x_optimizers
+  from t5x import partitioning as t5x_partitioning
+  from t5x import train_state as t5x_train_state
 except ModuleNotFoundError as error:
   raise ModuleNotFoundError(
-    f"calm.models needs T5X, and {error.name!r} is not installed; install T5X from its"
+    f"calm.t5x.models needs T5X, and {error.name!r} is not installed; install T5X from its"
     " repository (https://github.com/google-research/t5x), or train with `calm train`.",
     name=error.name,
   ) from error
 
-from calm import exits, t5x_loops
+from calm import exits
 from calm.decode import engines, program
 from calm.exits import confidence, schedules
 from calm.t5 import decoder, network
+from calm.t5x import loops
 from calm.training import objectives
 
 Params = Any
 Batch = Mapping[str, jax.Array]
 
-greedy_decode = t5x_loops.greedy_decode
+greedy_decode = loops.greedy_decode
 
 
 class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
@@ -186,8 +189,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
 
     weights = program.model_weights(params, self.config, self._num_pieces, self.shortlist)
     encoded = self._encode(params, weights, batch["encoder_input_tokens"])
-    rows = t5x_loops.make_rows(encoded, prefix, threshold, eos_id, num_decodes)
-    loop = t5x_loops.Loop(self.config, rule, prefix.shape[1], self.engine)
+    rows = loops.make_rows(encoded, prefix, threshold, eos_id, num_decodes)
+    loop = loops.Loop(self.config, rule, prefix.shape[1], self.engine)
     decodes, scores, *same_pass = self._decode_fn(
       inputs=prefix,
       cache=loop.empty_cache(weights.decoder, rows, prefix.shape[0]),
@@ -239,7 +242,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     shaped = lambda x: x.reshape(decodes.shape)
     if isinstance(loop.rule, exits.StaticExit):
       depth = loop.rule.depth(self.config.num_decoder_layers)
-      return {"exit_layers": shaped(t5x_loops.full_depth(flat, rows, eos_id, depth))}
+      return {"exit_layers": shaped(loops.full_depth(flat, rows, eos_id, depth))}
     found = same_pass[0] if same_pass else loop.replay(weights, rows, flat, eos_id)
     fields = dataclasses.fields(found)
     return {field.name: shaped(getattr(found, field.name)) for field in fields}
