@@ -16,8 +16,8 @@ import tempfile
 from calm import calibrate, exits, inference
 from calm.calibrate.generations import records
 from calm.calibrate.losses import sequence_losses
-from calm.experiments import decode, scores
 from calm.inference import colours
+from calm.paper.bench import decode, scores
 
 parser = argparse.ArgumentParser(description="A walk through calm on the packed model.")
 parser.add_argument("--prompts", type=int, default=60, help="calibration prompts (60)")

@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
   """Runs the experiments of every task and writes the report."""
   common.use_compilation_cache()
   # What is missing should be said before an hour of decoding, not after it.
-  from calm.report import document, page, terminal, write
+  from calm.paper.report import document, page, terminal, write
 
   console = rich_console.Console()
   output = pathlib.Path(arguments.output)
@@ -111,10 +111,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, announce):
   """(one report a task, the predictor of the last)."""
   from calm import inference
-  from calm.experiments import bench, suite, task_settings
+  from calm.paper.bench import bench
+  from calm.paper.bench import tasks as tasks_lib
+  from calm.paper.experiments import suite
 
-  tasks = [task_settings.task(name) for name in arguments.tasks]
-  compared = [task_settings.task(name) for name in arguments.objective_tasks or ()] or tasks
+  tasks = [tasks_lib.task(name) for name in arguments.tasks]
+  compared = [tasks_lib.task(name) for name in arguments.objective_tasks or ()] or tasks
   options = bench.Options(
     limit=arguments.limit,
     timed=arguments.timed,

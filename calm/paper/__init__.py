@@ -1,0 +1,1 @@
+"""The paper's tables and figures: `bench` measures, `experiments` gathers, `report` draws."""

@@ -1,0 +1,1 @@
+"""What every experiment measures with: decoding, timing, grids, scores, cached results."""

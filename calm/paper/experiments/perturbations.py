@@ -1,0 +1,169 @@
+"""Fig. 2a: one wrong token at each position, and what it does to the whole output."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from calm import exits, inference
+from calm.calibrate import Prompt, Record
+from calm.inference import grid
+from calm.paper.bench import decode, scores
+
+SAMPLING, LAYER = "sampling", "layer"
+
+
+@dataclasses.dataclass(frozen=True)
+class PerturbedRule:
+  """Full depth, but for one token: an `exits.StepRule` whose threshold is that token's index.
+
+  Attributes:
+    layer: emits this layer's own prediction there (layer-based); None: the token of `rank`.
+    rank: of the last layer's tokens, 1 = the most likely (sampling-based).
+  """
+
+  layer: int | None = None
+  rank: int = 10
+
+  def depth(self, num_layers: int) -> int:
+    """Decoder layers in the program."""
+    return num_layers
+
+  def __call__(self, layers, hidden, active, threshold, generated) -> exits.TokenExit:
+    """Runs one token of every active row. See `exits.StepRule`."""
+    rows, other = [], None
+    for layer in range(1, layers.num_layers + 1):
+      hidden, row = layers.run(layer, hidden)
+      rows.append(row)
+      if layer == self.layer:
+        other = layers.logits(layer, hidden)
+    logits = layers.logits(layers.num_layers, hidden)
+    other = self._ranked(logits) if other is None else other
+    here = jnp.asarray(generated, jnp.float32) == jnp.asarray(threshold, jnp.float32)
+    here = jnp.broadcast_to(here, active.shape)
+    zeros = jnp.zeros(active.shape, jnp.float32)
+    return exits.TokenExit(
+      jnp.where(here[:, None], other, logits),
+      jnp.where(active, layers.num_layers, 0).astype(jnp.int32),
+      zeros,
+      zeros,
+      tuple(rows),
+    )
+
+  def _ranked(self, logits: jax.Array) -> jax.Array:
+    """Logits whose argmax is the token of that rank."""
+    rank = min(self.rank, logits.shape[-1])
+    token = jax.lax.top_k(logits, rank)[1][:, rank - 1]
+    chosen = jax.nn.one_hot(token, logits.shape[-1], dtype=bool)
+    return jnp.where(chosen, jnp.max(logits, axis=-1, keepdims=True) + 1.0, logits)
+
+
+RULES = {SAMPLING: PerturbedRule(), LAYER: PerturbedRule(layer=1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+  """One kind of perturbation at one position.
+
+  Attributes:
+    position: index of the token, 0 for the first.
+    prompts: outputs that have a token there; the others are left out.
+    changed: share of those whose text changed, in [0, 1].
+    similarity: mean metric against the unperturbed text.
+    quality: mean metric against the references.
+    full_quality: the same of the unperturbed texts of these prompts.
+  """
+
+  position: int
+  prompts: int
+  changed: float
+  similarity: float
+  quality: float
+  full_quality: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Perturbations:
+  """Fig. 2a for one task.
+
+  Attributes:
+    metric: bounded metric.
+    num_prompts: validation prompts.
+    sampling: the last layer's 10th-ranked token at each position.
+    layer: the first layer's prediction at each position.
+  """
+
+  metric: str
+  num_prompts: int
+  sampling: tuple[Position, ...]
+  layer: tuple[Position, ...]
+
+
+def positions(full: Sequence[Record], most: int = 16) -> tuple[int, ...]:
+  """Positions to perturb: evenly spaced, as far as a quarter of the outputs reach."""
+  reach = int(np.percentile([len(record.tokens or ()) for record in full], 75))
+  return tuple(sorted({int(p) for p in np.linspace(0, max(0, reach - 1), min(most, reach))}))
+
+
+def perturbations(
+  predictor: inference.Predictor,
+  prompts: Sequence[Prompt],
+  full: Sequence[Record],
+  metric: str,
+  *,
+  at: Sequence[int] | None = None,
+  progress: decode.Progress = decode.silent,
+) -> Perturbations:
+  """Perturbs every output at every position, in both ways.
+
+  Args:
+    predictor: the model.
+    prompts: with references.
+    full: the full model's records of these prompts.
+    metric: a bounded metric.
+    at: token indices; None: `positions`.
+    progress: told after every batch.
+  """
+  at = positions(full) if at is None else tuple(at)
+  found: dict[tuple[str, int], dict[int, Record]] = {
+    (kind, position): {} for kind in RULES for position in at
+  }
+  lengths = np.array([len(record.tokens or ()) for record in full])
+  batches = predictor.plan([prompt.input for prompt in prompts])
+  for number, batch in enumerate(batches):
+    encoded = predictor.encode(batch)
+    for (kind, position), records in found.items():
+      reaches = np.zeros(len(batch.active), bool)
+      reaches[: len(batch.rows)] = lengths[batch.rows] > position
+      if not reaches.any():
+        continue
+      made = predictor.decode(encoded, reaches, float(position), RULES[kind])
+      for i in np.flatnonzero(reaches):
+        row = int(batch.rows[i])
+        records[row] = grid.record(predictor, made, int(i), prompts[row].id)
+    progress((number + 1) / len(batches), f"batch {number + 1} of {len(batches)}")
+
+  def summed(kind: str) -> tuple[Position, ...]:
+    return tuple(_position(p, found[kind, p], prompts, full, metric) for p in at)
+
+  return Perturbations(metric, len(prompts), summed(SAMPLING), summed(LAYER))
+
+
+def _position(position: int, records: dict[int, Record], prompts, full, metric) -> Position:
+  rows = sorted(records)
+  made, before = [records[row] for row in rows], [full[row] for row in rows]
+  references = [prompts[row].targets for row in rows]
+  return Position(
+    position=position,
+    prompts=len(rows),
+    changed=float(
+      np.mean([a.prediction != b.prediction for a, b in zip(made, before, strict=True)])
+    ),
+    similarity=float(
+      scores.similarities(made, [(record.prediction,) for record in before], metric).mean()
+    ),
+    quality=float(scores.similarities(made, references, metric).mean()),
+    full_quality=float(scores.similarities(before, references, metric).mean()),
+  )

@@ -1,0 +1,430 @@
+"""Sections beyond the main results: promises, oracles, wrong tokens, schedules, trainings."""
+
+from collections.abc import Sequence
+
+from matplotlib import axes as mpl_axes
+
+from calm.paper.experiments import claims, propagations, suite, trainings, validity
+from calm.paper.report import figures
+from calm.paper.report.figures import INK, Figure
+from calm.paper.report.section import Section
+from calm.paper.report.tables import Table, number, percent, threshold
+
+Reports = Sequence[suite.TaskReport]
+
+# Series that are no measures: (colour, marker, line).
+_LINES = (
+  ("#0072b2", "o", "-"),
+  ("#d55e00", "s", "--"),
+  ("#009e73", "^", "-."),
+)
+
+
+def _plot(axes: mpl_axes.Axes, turn: int, x, y, label: str, **options) -> None:
+  colour, marker, line = _LINES[turn % len(_LINES)]
+  drawn = {"color": colour, "marker": marker, "linestyle": line, "label": label, **options}
+  axes.plot(x, y, **drawn)
+
+
+def promises_kept(reports: Reports) -> Section:
+  """App. B: both figures of validity."""
+  drawn = [
+    figure for report in reports for figure in (risk_figure(report), violations_figure(report))
+  ]
+  return Section(
+    "validity",
+    "Does the promise hold? (App. B)",
+    text=(
+      "Risk: 50 random splits of the test prompts, 80 % to calibrate on and 20 % to look at."
+      " What is found stays below the tolerance, the dotted line, by as much as the test of the"
+      " threshold is cautious. Failures: calibration sets drawn with replacement, so that the"
+      " true risk is known. The share of sets whose threshold breaks the tolerance must not"
+      " exceed ε; bars are 95 % intervals.",
+    ),
+    figures=tuple(drawn),
+    tables=tuple(validity_table(report) for report in reports),
+  )
+
+
+def _methods(report: suite.TaskReport, method: str) -> list[validity.MethodTrials]:
+  return [entry for entry in report.validity.trials if entry.method == method]
+
+
+def risk_figure(report: suite.TaskReport) -> Figure:
+  """Figure (a), method 'auto': mean and spread of the risk on the test part."""
+  found = report.validity
+
+  def paint(axes: mpl_axes.Axes) -> None:
+    for entry in _methods(report, "auto"):
+      style = figures.style_of(entry.measure)
+      axes.errorbar(
+        [split.tolerance for split in entry.splits],
+        [split.risk_mean for split in entry.splits],
+        yerr=[split.risk_spread for split in entry.splits],
+        color=style.colour,
+        marker=style.marker,
+        linestyle=style.line,
+        elinewidth=0.8,
+        capsize=2,
+        label=style.title,
+      )
+    top = max(split.tolerance for entry in found.trials for split in entry.splits)
+    axes.plot([0, top], [0, top], color=INK, linewidth=0.8, linestyle=":")
+    axes.set_xlabel("tolerance δ")
+    axes.set_ylabel("risk on the test part")
+
+  return figures.draw(
+    f"validity_risk_{report.settings.name}",
+    f"{report.settings.title}: risk against tolerance",
+    f"{found.num_prompts} prompts, textual consistency, method auto. Bars: standard deviation"
+    " over 50 splits, which is partly the test part's own noise.",
+    paint,
+  )
+
+
+def violations_figure(report: suite.TaskReport) -> Figure:
+  """Figure (b), method 'auto': share of violations with its interval."""
+  found = report.validity
+
+  def paint(axes: mpl_axes.Axes) -> None:
+    entries = _methods(report, "auto")
+    for turn, entry in enumerate(entries):
+      style = figures.style_of(entry.measure)
+      shares = [100 * trial.share for trial in entry.validity]
+      low = [100 * max(0.0, trial.share - trial.interval[0]) for trial in entry.validity]
+      high = [100 * max(0.0, trial.interval[1] - trial.share) for trial in entry.validity]
+      shift = 0.004 * (turn - (len(entries) - 1) / 2)  # or the bars would cover each other
+      axes.errorbar(
+        [trial.tolerance + shift for trial in entry.validity],
+        shares,
+        yerr=[low, high],
+        color=style.colour,
+        marker=style.marker,
+        linestyle="none",
+        elinewidth=0.8,
+        capsize=2,
+        label=style.title,
+      )
+    axes.axhline(100 * found.error_rate, color=INK, linewidth=0.8, linestyle=":")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tolerance δ")
+    axes.set_ylabel("violations, % of the draws")
+
+  draws = found.trials[0].validity[0].trials if found.trials else 0
+  return figures.draw(
+    f"validity_share_{report.settings.name}",
+    f"{report.settings.title}: how often the promise fails",
+    f"{draws} calibration sets of {found.calibration_size} prompts, method auto. Dotted: ε."
+    " The promise fails by chance in at most that share.",
+    paint,
+  )
+
+
+def validity_table(report: suite.TaskReport) -> Table:
+  """Both figures as numbers, all methods."""
+  rows = tuple(
+    (
+      entry.measure,
+      entry.method,
+      f"{split.tolerance:g}",
+      number(split.risk_mean, 3),
+      number(split.risk_spread, 3),
+      number(split.layers_mean),
+      number(split.layers_spread),
+      percent(split.certified_share, 0),
+      percent(trial.share),
+      f"{percent(trial.interval[0])} - {percent(trial.interval[1])}",
+    )
+    for entry in report.validity.trials
+    for split, trial in zip(entry.splits, entry.validity, strict=True)
+  )
+  return Table(
+    name=f"validity_{report.settings.name}",
+    title=f"{report.settings.title}: risk, layers and violations per δ",
+    columns=(
+      *("measure", "method", "δ", "risk", "± s.d.", "layers", "± s.d.", "certified, %"),
+      *("violations, %", "95 % interval"),
+    ),
+    groups=(("", 3), ("50 splits, 80 / 20", 5), ("draws from a known pool", 2)),
+    rows=rows,
+    text_columns=2,
+  )
+
+
+def oracles(reports: Reports) -> Section:
+  """Section 3.3.1."""
+  rows = []
+  for report in reports:
+    found = report.propagations
+    rows.append(
+      (
+        report.settings.title,
+        "full model",
+        *_score_cells(found.full),
+        "100.0",
+        propagations.PAPER_FULL,
+      )
+    )
+    for variant in found.variants:
+      title, paper = propagations.TITLES[variant.name]
+      rows.append(
+        (
+          report.settings.title,
+          title,
+          *_score_cells(variant.scores),
+          percent(variant.identical),
+          paper,
+        )
+      )
+  table = Table(
+    name="propagation",
+    title="What skipped layers store",
+    columns=(
+      "task",
+      "exits",
+      "layers",
+      "quality",
+      "like the full model",
+      "same text, %",
+      "paper",
+    ),
+    rows=tuple(rows),
+    note=(
+      "The oracle leaves at the first layer whose first choice is the last layer's, so that"
+      " only what the skipped layers store can change the text. Paper: ROUGE-L on CNN/DM, at"
+      " 1.53 of 8 layers."
+    ),
+    text_columns=2,
+  )
+  return Section("oracles", "State propagation (section 3.3.1)", tables=(table,))
+
+
+def _score_cells(scored) -> tuple[str, str, str]:
+  return number(scored.layers), percent(scored.quality), percent(scored.similarity)
+
+
+def perturbed_tokens(reports: Reports) -> Section:
+  """Fig. 2a."""
+  return Section(
+    "perturbations",
+    "One wrong token (Fig. 2a)",
+    text=(
+      "One token of an output is replaced, by the last layer's 10th choice (sampling-based) or"
+      " by the first layer's own choice (layer-based), and decoding goes on at full depth. Only"
+      " outputs that have a token at that position count.",
+    ),
+    figures=tuple(_perturbation_figure(report) for report in reports),
+    tables=tuple(_perturbation_table(report) for report in reports),
+  )
+
+
+def _perturbation_figure(report: suite.TaskReport) -> Figure:
+  found = report.perturbations
+
+  def paint(axes: mpl_axes.Axes) -> None:
+    for turn, (label, points) in enumerate(
+      (("layer-based", found.layer), ("sampling-based", found.sampling))
+    ):
+      x = [point.position + 1 for point in points]
+      _plot(axes, turn, x, [100 * point.similarity for point in points], label)
+    axes.set_xlabel("position of the replaced token")
+    axes.set_ylabel(f"{report.settings.metric_title}, to the unperturbed text")
+    axes.set_ylim(top=101)
+
+  return figures.draw(
+    f"fig2a_{report.settings.name}",
+    f"{report.settings.title}: one wrong token",
+    f"{found.num_prompts} validation prompts; fewer at later positions (see the table).",
+    paint,
+  )
+
+
+def _perturbation_table(report: suite.TaskReport) -> Table:
+  found = report.perturbations
+  rows = tuple(
+    (
+      kind,
+      str(point.position + 1),
+      str(point.prompts),
+      percent(point.changed),
+      percent(point.similarity),
+      percent(point.quality),
+      percent(point.full_quality),
+    )
+    for kind, points in (("layer-based", found.layer), ("sampling-based", found.sampling))
+    for point in points
+  )
+  return Table(
+    name=f"fig2a_{report.settings.name}",
+    title=f"{report.settings.title}: the numbers of Fig. 2a",
+    columns=(
+      *("replaced by", "position", "prompts", "texts changed, %", "like unperturbed"),
+      *("quality", "quality before"),
+    ),
+    rows=rows,
+  )
+
+
+def schedules_compared(reports: Reports) -> Section:
+  """Fig. 2b and 2c."""
+  drawn = [_values_figure(reports[0])] if reports else []
+  drawn += [_decay_figure(report) for report in reports]
+  return Section(
+    "schedules",
+    "Decaying thresholds (Fig. 2b, 2c)",
+    text=(
+      "The threshold that each token has to clear, and what it buys. Eq. 5 with τ = 0 is 0.9 λ"
+      " + 0.1 for every token, which is another thing than the constant λ: the same trade-off"
+      " at other values of λ.",
+    ),
+    figures=tuple(drawn),
+    tables=tuple(_decay_table(report) for report in reports),
+  )
+
+
+def _values_figure(report: suite.TaskReport) -> Figure:
+  found = report.decay
+
+  def paint(axes: mpl_axes.Axes) -> None:
+    for turn, values in enumerate(found.values):
+      x = list(range(len(values.values)))
+      _plot(axes, turn, x, values.values, values.name, markevery=max(1, len(x) // 8))
+    axes.set_xlabel("token")
+    axes.set_ylabel("its threshold")
+    axes.set_ylim(0.6, 1.0)
+
+  shown = found.values[0].threshold if found.values else float("nan")
+  return figures.draw(
+    "fig2b",
+    f"Thresholds for λ = {shown:g}",
+    f"Eq. 5 over N = {found.max_length} tokens.",
+    paint,
+  )
+
+
+def _decay_figure(report: suite.TaskReport) -> Figure:
+  found = report.decay
+
+  def paint(axes: mpl_axes.Axes) -> None:
+    for turn, curve in enumerate(found.curves):
+      scored = [point.scores for point in curve.points]
+      _plot(
+        axes,
+        turn,
+        [s.layers for s in scored],
+        [100 * s.similarity for s in scored],
+        curve.name,
+        markersize=3,
+      )
+    axes.set_xlabel("mean decoder layers a token")
+    axes.set_ylabel(f"{report.settings.metric_title}, to the full model's text")
+
+  return figures.draw(
+    f"fig2c_{report.settings.name}",
+    f"{report.settings.title}: schedules",
+    f"{found.num_prompts} validation prompts, measure {found.measure}, λ in steps of"
+    f" {found.step:g}.",
+    paint,
+  )
+
+
+def _decay_table(report: suite.TaskReport) -> Table:
+  rows = tuple(
+    (
+      curve.name,
+      threshold(point.threshold),
+      number(point.scores.layers),
+      percent(point.scores.similarity),
+      percent(point.scores.quality),
+    )
+    for curve in report.decay.curves
+    for point in curve.points
+  )
+  return Table(
+    name=f"fig2c_{report.settings.name}",
+    title=f"{report.settings.title}: the numbers of Fig. 2c",
+    columns=("schedule", "λ", "layers", "like the full model", "quality"),
+    rows=rows,
+  )
+
+
+def trainings_compared(reports: Reports) -> Section:
+  """App. D and the cost of Eq. 6, where the models are given."""
+  drawn = []
+  for report in reports:
+    name, title = report.settings.name, report.settings.title
+    if report.classifiers is not None:
+      drawn.append(
+        _comparison_figure(
+          report.classifiers,
+          f"classifiers_{name}",
+          f"{title}: two ways to train the classifier",
+          report.settings.metric_title,
+        )
+      )
+    if report.objectives is not None:
+      drawn.append(
+        _comparison_figure(
+          report.objectives,
+          f"objectives_{name}",
+          f"{title}: static depths under two objectives",
+          report.settings.metric_title,
+        )
+      )
+  return Section(
+    "trainings",
+    "Trainings side by side (App. D, Eq. 6)",
+    text=(
+      "The exit classifier trained per layer or in Elbayad's geometric-like way, over its grid;"
+      " and a model trained on every layer (Eq. 6) or on the last one only, cut at each depth.",
+    ),
+    figures=tuple(drawn),
+  )
+
+
+def _comparison_figure(
+  found: trainings.Comparison, name: str, title: str, metric: str
+) -> Figure:
+  def paint(axes: mpl_axes.Axes) -> None:
+    for turn, curve in enumerate(found.curves):
+      scored = [point.scores for point in curve.points]
+      x, y = [s.layers for s in scored], [100 * s.quality for s in scored]
+      _plot(axes, turn, x, y, curve.name)
+    axes.set_xlabel("mean decoder layers a token")
+    axes.set_ylabel(f"{metric} against references")
+
+  return figures.draw(name, title, f"{found.num_prompts} validation prompts.", paint)
+
+
+_MARKS = {True: "agrees", False: "differs", None: "cannot tell"}
+
+
+def claims_checked(reports: Reports) -> Section:
+  """The paper's sentences beside our numbers."""
+  rows = []
+  for claim in claims.CLAIMS:
+    for report in reports:
+      finding = claim.check(report)
+      rows.append(
+        (
+          claim.text,
+          claim.paper,
+          report.settings.title,
+          _MARKS[finding.agrees],
+          finding.found,
+        )
+      )
+  table = Table(
+    name="claims",
+    title="What the paper says, and what was found",
+    columns=("the paper", "its numbers", "task", "here", "numbers here"),
+    rows=tuple(rows),
+    note=(
+      "Decided by fixed rules on the numbers of this page (calm/paper/experiments/claims.py), not"
+      " by hand. Models, tasks and machine are other than the paper's: a small T5 on short Debian"
+      " texts, seconds on this machine instead of estimates for TPU v3."
+    ),
+    text_columns=5,
+    wrap=True,
+  )
+  return Section("claims", "Where this agrees with the paper", tables=(table,))

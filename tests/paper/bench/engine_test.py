@@ -1,0 +1,190 @@
+"""What the experiments decode, on a toy model: wrong tokens, one shape, seconds, all of it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+pytest.importorskip("jax", reason="needs the extra 'decode'")
+pytest.importorskip("matplotlib", reason="needs the extra 'report'")
+pytest.importorskip("jinja2", reason="needs the extra 'report'")
+
+from calm import checkpoints, cli, exits, inference
+from calm.calibrate import Prompt
+from calm.data import vocabulary
+from calm.paper.bench import decode, tasks, timing
+from calm.paper.experiments import perturbations, suite
+from calm.t5 import network
+from tests import toys
+
+SIZES = toys.Config(vocab_size=264, num_pieces=259, num_encoder_layers=1, num_decoder_layers=2)
+TEXTS = ["a few words", "another", "b", "one that is longer than others", "the end", "é"]
+PROMPTS = [Prompt(f"p{i}", text, (text,)) for i, text in enumerate(TEXTS)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  path = tmp_path_factory.mktemp("experiments") / "model"
+  checkpoints.save(
+    path,
+    toys.params(SIZES, 1),
+    network.T5Config(**toys.network_fields(SIZES)),
+    vocabulary=vocabulary.ByteVocabulary(extra_ids=0),
+  )
+  return path
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+  return inference.load(
+    folder, measure="softmax", max_input_length=40, max_decode_length=6, batch_size=4
+  )
+
+
+@pytest.fixture(scope="module")
+def model(plain):
+  return decode.one_shape(plain)
+
+
+@pytest.fixture(scope="module")
+def full(model):
+  return decode.with_rule(model, PROMPTS, exits.StaticExit())
+
+
+def tokens(records):
+  return [record.tokens for record in records]
+
+
+def test_one_shape_is_one_shape_and_the_same_text(plain, model, full):
+  batches = model.plan(TEXTS)
+  assert {batch.tokens.shape for batch in batches} == {(4, 40)}
+  assert sorted(row for batch in batches for row in batch.rows) == list(range(6))
+  assert [batch.active.sum() for batch in batches] == [4, 2]
+  assert len({batch.tokens.shape for batch in plain.plan(TEXTS)}) > 1
+  assert tokens(full) == tokens(decode.with_rule(plain, PROMPTS, exits.StaticExit()))
+  assert [record.id for record in full] == [prompt.id for prompt in PROMPTS]
+  assert isinstance(model.with_options(measure="state"), decode.OneShape)
+  assert model.plan([]) == []
+
+
+@pytest.mark.parametrize("position", [0, 2])
+def test_one_token_is_the_tenth_choice_and_what_came_before_stays(model, full, position):
+  rule = perturbations.RULES[perturbations.SAMPLING]
+  changed = decode.with_rule(model, PROMPTS, rule, float(position))
+  reached = [row for row, record in enumerate(full) if len(record.tokens) > position]
+  assert len(reached) > 2
+  for row in reached:
+    before, after = full[row].tokens, changed[row].tokens
+    assert after[:position] == before[:position] and after[position] != before[position]
+  # The tenth choice: nine tokens are likelier there.
+  first = perturbations.PerturbedRule(rank=1)
+  assert tokens(decode.with_rule(model, PROMPTS, first, float(position))) == tokens(full)
+
+
+def test_one_token_is_the_first_layers_own(model):
+  rule = perturbations.RULES[perturbations.LAYER]
+  changed = decode.with_rule(model, PROMPTS, rule, 0.0)
+  shallow = decode.with_rule(model, PROMPTS, exits.StaticExit(1))
+  assert [r.tokens[0] for r in changed] == [r.tokens[0] for r in shallow]
+
+
+def test_perturbed_outputs_are_compared_where_they_have_that_token(model, full):
+  made = perturbations.perturbations(model, PROMPTS, full, "rouge_l", at=(0, 5))
+  first, last = made.sampling
+  assert first.prompts == 6 and first.changed > 0.5
+  assert last.prompts == sum(len(record.tokens) > 5 for record in full)
+  assert [point.position for point in made.layer] == [0, 5]
+  assert 0 <= first.similarity <= 1 and 0 <= first.quality <= 1
+
+
+def test_seconds_are_of_every_setting_and_every_prompt(plain):
+  settings = [
+    timing.Setting("softmax", plain.options.rule, 0.5),
+    timing.Setting("static 1", exits.StaticExit(1)),
+  ]
+  asked = decode.of_one_length(plain, PROMPTS, 2)
+  assert len(asked) == 2
+  told = []
+  made = timing.measure(
+    plain, asked, settings, rounds=2, progress=lambda share, text: told.append(share)
+  )
+  assert [row.name for row in made.rows] == ["full depth", "softmax", "static 1"]
+  assert all(len(r.prompt_seconds) == 2 and min(r.prompt_seconds) > 0 for r in made.rows)
+  assert made.rows[0].speedup == 1.0 and made.full_seconds == made.rows[0].decode_seconds
+  assert [made.rows[0].layers, made.rows[2].layers] == [2.0, 1.0]
+  assert made.encode_seconds > 0 and told[-1] == 1.0
+
+
+def small_tasks(monkeypatch, data):
+  """Tasks as short as the toy; their names and metrics stay."""
+  import dataclasses
+
+  monkeypatch.setattr(
+    tasks,
+    "TASKS",
+    {
+      name: dataclasses.replace(task, max_input_length=80, max_decode_length=5)
+      for name, task in tasks.TASKS.items()
+    },
+  )
+  for name in ("debian_synopsis", "debian_qa", "debian_enfr"):
+    (data / name).mkdir(parents=True)
+    for split in ("validation", "test"):
+      rows = [
+        {"id": f"{split}{i}", "source": f"{split}{i}", "input": f"w{i} {t}", "target": [t]}
+        for i, t in enumerate(TEXTS)
+      ]
+      lines = "".join(json.dumps(row) + "\n" for row in rows)
+      (data / name / f"{split}.jsonl").write_text(lines, "utf-8")
+
+
+def test_one_command_makes_the_report_and_goes_on(folder, tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+  data, output = tmp_path / "data", tmp_path / "report"
+  small_tasks(monkeypatch, data)
+  command = [
+    *("report", f"--model={folder}", f"--data={data}", f"--output={output}", "--tasks", "enfr"),
+    *("--limit=6", "--measures", "softmax", "--timed=1", "--rounds=1", "--examples=2"),
+    *("--step=0.25", f"--geometric_model={folder}", f"--last_layer_model={folder}"),
+  ]
+  assert cli.main(command) == 0
+  first = capsys.readouterr().out
+  assert "translation: oracle" in first and "Table 2" in first
+  page = (output / "index.html").read_text("utf-8")
+  assert "Trainings side by side" in page and 'data-panel="debian_enfr"' in page
+  made = sorted(path.name for path in output.rglob("*.csv"))
+  assert "table2_debian_enfr.csv" in made and "table1.csv" in made
+  stored = {path: path.read_bytes() for path in (output / "cache").rglob("*.json*")}
+
+  assert cli.main(command) == 0
+  second = capsys.readouterr().out
+  # Nothing is decoded or timed again: no step is announced.
+  assert "translation: oracle" not in second and "seconds" not in second.split("Table 2")[0]
+  assert {p: p.read_bytes() for p in (output / "cache").rglob("*.json*")} == stored
+
+
+def test_unknown_tasks_and_missing_data_are_named(folder, tmp_path, capsys):
+  def run(*more):
+    code = cli.main(["report", f"--model={folder}", f"--output={tmp_path / 'o'}", *more])
+    return code, capsys.readouterr().err
+
+  code, said = run(f"--data={tmp_path}", "--tasks=squad")
+  assert code == 2 and "Expected a task of" in said
+  code, said = run(f"--data={tmp_path / 'none'}", "--tasks=qa")
+  assert code == 2 and "debian_qa" in said and "does not exist" in said
+
+
+def test_measures_that_a_model_lacks_are_left_out(plain):
+  from calm.paper.bench import bench
+
+  assert bench.available(plain, bench.MEASURES) == ("softmax", "classifier", "state")
+  with pytest.raises(ValueError, match="a measure that the model has"):
+    bench.available(plain, ["shortlist"])
+
+
+def test_flops_reductions_are_those_of_the_cost_model(plain):
+  assert suite.flops_reduction(plain, "classifier", [[2, 2]], 32) < 1.0  # it pays the measure
+  saved = suite.flops_reduction(plain, "classifier", [[2, 1, 1, 1]], 32)
+  assert 1.0 < saved < 2.0 and not math.isnan(saved)
+  assert np.isclose(saved, suite.flops_reduction(plain, "classifier", [[2, 1], [1, 1]], 32))

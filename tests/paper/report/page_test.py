@@ -1,0 +1,183 @@
+"""The page, its figures and tables from made-up results; no model is decoded."""
+
+import csv
+import html.parser
+import io
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="needs the extra 'report'")
+pytest.importorskip("jinja2", reason="needs the extra 'report'")
+pytest.importorskip("jax", reason="needs the extra 'decode'")
+
+import rich.console
+
+from calm.inference import colours
+from calm.paper.report import document, figures, page, tables, terminal, write
+from tests.paper.report import samples
+
+
+@pytest.fixture(scope="module")
+def sections():
+  return document.sections([samples.report()])
+
+
+@pytest.fixture(scope="module")
+def made(sections):
+  return page.Page("made <up>", (("model", "none & <nothing>"),), sections, 4)
+
+
+@pytest.fixture(scope="module")
+def text(made):
+  return page.render(made)
+
+
+class Outline(html.parser.HTMLParser):
+  """Ids, links, tags and the addresses that a page would fetch."""
+
+  VOID = {"meta", "link", "input", "br", "path", "use"}
+
+  def __init__(self, text: str):
+    super().__init__()
+    self.ids: list[str] = []
+    self.references: list[str] = []
+    self.fetched: list[str] = []
+    self.open: list[str] = []
+    self.feed(text)
+    self.close()
+
+  def handle_starttag(self, tag, attrs):
+    for name, value in attrs:
+      if name == "id":
+        self.ids.append(value)
+      if name in ("href", "xlink:href") and value.startswith("#"):
+        self.references.append(value[1:])
+      elif name in ("src", "href", "xlink:href") and not value.startswith("data:"):
+        self.fetched.append(value)
+    if tag not in self.VOID:
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    self.handle_starttag(tag, attrs)
+    if tag not in self.VOID:
+      self.open.pop()
+
+  def handle_endtag(self, tag):
+    if tag not in self.VOID:
+      assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_fetches_nothing(text):
+  outline = Outline(text)
+  assert not outline.open
+  assert not outline.fetched and "@import" not in text and "url(http" not in text
+  assert len(outline.ids) == len(set(outline.ids))
+  assert set(outline.references) <= set(outline.ids)
+  used = set(re.findall(r"url\(#([^)]+)\)", text))
+  assert used and used <= set(outline.ids)
+  assert "<up>" not in text and "none &amp; &lt;nothing&gt;" in text
+  assert "</script>" not in re.sub(r"</script>\n", "", text)  # not from a prompt's text
+
+
+def test_every_section_is_there(sections, text):
+  names = [section.name for section in sections]
+  assert names == [
+    *("summary", "tradeoff", "gains", "outputs", "validity", "oracles", "perturbations"),
+    *("schedules", "trainings", "lengths", "claims"),
+  ]
+  for section in sections:
+    assert section.figures or section.tables or section.panels
+    for figure in section.figures:
+      assert f'<figure id="{figure.name}"' in text
+    for table in section.tables:
+      assert f'<table id="table-{table.name}"' in text
+
+
+def test_layer_colours_are_those_of_the_package(text):
+  for dark in (False, True):
+    for layer, colour in enumerate(colours.scale(4, dark=dark), start=1):
+      assert f"--back-{layer}: {colour}; --front-{layer}: {colours.text_colour(colour)}" in text
+
+
+def test_the_slider_has_what_the_generations_have(sections):
+  (panel,) = next(section.panels for section in sections if section.panels)
+  data = json.loads(page._script_data(page.panel_data(panel)))
+  softmax = data["measures"][0]
+  assert softmax["thresholds"] == list(samples.GRID) and softmax["chosen"] == 1
+  at_lowest = softmax["items"][0][2]
+  record = samples.record(0, 1, wrong=True)
+  assert at_lowest["l"] == list(record.exit_layers) and len(at_lowest["p"]) == len(
+    record.tokens
+  )
+  assert at_lowest["p"][0][0] != " " and at_lowest["p"][1][0] == " "
+  assert at_lowest["s"] == pytest.approx(4 / 1.1, abs=1e-3)  # p0 was timed
+  assert softmax["items"][1][2]["s"] is None
+
+
+def test_figures_take_the_pages_ink(sections):
+  for section in sections:
+    for figure in section.figures:
+      ElementTree.fromstring(figure.svg)
+      assert figure.png.startswith(b"\x89PNG")
+      assert figures.INK in figure.svg and figures.INK not in figure.inline
+      assert "currentColor" in figure.inline and "<?xml" not in figure.inline
+      head = figure.inline[: figure.inline.index(">")]
+      assert "viewBox" in head and "height=" not in head and "width=" not in head
+
+
+def test_the_same_results_draw_the_same(sections, text, made):
+  again = document.sections([samples.report()])
+  assert page.render(page.Page(made.title, made.facts, again, 4)) == text
+
+
+def test_tables_read_back(sections):
+  for section in sections:
+    for table in section.tables:
+      rows = list(csv.reader(io.StringIO(table.csv)))
+      assert rows[0] == list(table.heads) and rows[1:] == [list(row) for row in table.rows]
+      assert table.markdown.count("\n| ") == len(table.rows) + 2
+  (table,) = next(s.tables for s in sections if s.name == "gains")
+  assert table.heads[3] == "method paper: λ" and table.heads[-1] == "method auto: total"
+
+
+def test_a_crooked_table_is_refused():
+  with pytest.raises(ValueError, match="2 cells in every row of 'x'"):
+    tables.Table("x", "X", ("a", "b"), (("1",),))
+  with pytest.raises(ValueError, match="`groups` of 'x' to span"):
+    tables.Table("x", "X", ("a", "b"), (), groups=(("g", 1),))
+
+
+@pytest.mark.parametrize(
+  ("value", "shown"), [(float("nan"), "–"), (1.234, "1.23"), (0.0, "0.00")]
+)
+def test_numbers(value, shown):
+  assert tables.number(value) == shown
+
+
+def test_thresholds_and_ratios():
+  assert tables.threshold(float("inf")) == "never" and tables.threshold(0.95) == "0.95"
+  assert tables.times(1.314) == "×1.31" and tables.percent(0.251) == "25.1"
+
+
+def test_files_are_written(tmp_path, made, sections):
+  said = write.write(tmp_path / "report", made)
+  drawn = [figure for section in sections for figure in section.figures]
+  assert said.startswith(f"{len(drawn)} figures")
+  assert (tmp_path / "report" / "index.html").read_text("utf-8") == page.render(made)
+  names = {path.name for path in (tmp_path / "report" / "figures").iterdir()}
+  assert names == {f"{f.name}.{ending}" for f in drawn for ending in ("svg", "png")}
+  assert (tmp_path / "report" / "tables" / "table2_debian_synopsis.md").exists()
+
+
+def test_the_terminal_shows_the_table_and_the_outputs():
+  file = io.StringIO()
+  console = rich.console.Console(file=file, width=100)
+  terminal.print_report(console, [samples.report()])
+  shown = file.getvalue()
+  assert "textual" in shown and "layers" in shown and "…" not in shown
+  assert "measure softmax, threshold 0.6" in shown
+  # No colour in a file: layers in brackets.
+  assert "[4]" in shown and "[2]" in shown and "\x1b" not in shown
