@@ -2,6 +2,6 @@
 
 import sys
 
-from calm import cli
+from calm.commands import cli
 
 sys.exit(cli.main())

@@ -19,7 +19,6 @@ FLOORS = (
   {"data", "exits"},
   {"calibrate"},
 )
-UNMOVED = {"commands", "experiments", "report"}  # what is still to be moved
 FOLDERS = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
@@ -111,7 +110,7 @@ def upward(package: pathlib.Path) -> set[tuple[str, str]]:
       if not name.startswith("calm."):
         continue
       there = name.split(".")[1]
-      if there == here.parts[0] or here.parts[0] in UNMOVED:
+      if there == here.parts[0]:
         continue
       if FOLDERS.get(there, -1) <= FOLDERS[here.parts[0]]:
         found.add((here.as_posix(), there))

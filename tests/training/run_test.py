@@ -158,7 +158,7 @@ def test_an_unfinished_stage_one_is_told_from_a_checkpoint(tmp_path):
 def test_bindings_may_name_every_choice(files, tmp_path):
   # In a process of its own: here, other tests' gin files have made the names known.
   code = (
-    "import sys; from calm import cli; "
+    "import sys; from calm.commands import cli; "
     "sys.exit(cli.main(['train', '--no_tensorboard', *sys.argv[1:]]))"
   )
   given = [

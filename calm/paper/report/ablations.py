@@ -420,9 +420,9 @@ def claims_checked(reports: Reports) -> Section:
     columns=("the paper", "its numbers", "task", "here", "numbers here"),
     rows=tuple(rows),
     note=(
-      "Decided by fixed rules on the numbers of this page (calm/paper/experiments/claims.py), not"
-      " by hand. Models, tasks and machine are other than the paper's: a small T5 on short Debian"
-      " texts, seconds on this machine instead of estimates for TPU v3."
+      "Decided by fixed rules on the numbers of this page (calm/paper/experiments/claims.py),"
+      " not by hand. Models, tasks and machine are other than the paper's: a small T5 on short"
+      " Debian texts, seconds on this machine instead of estimates for TPU v3."
     ),
     text_columns=5,
     wrap=True,

@@ -10,8 +10,9 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 pytest.importorskip("matplotlib", reason="needs the extra 'report'")
 pytest.importorskip("jinja2", reason="needs the extra 'report'")
 
-from calm import checkpoints, cli, exits, inference
+from calm import checkpoints, exits, inference
 from calm.calibrate import Prompt
+from calm.commands import cli
 from calm.data import vocabulary
 from calm.paper.bench import decode, tasks, timing
 from calm.paper.experiments import perturbations, suite

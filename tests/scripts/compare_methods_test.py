@@ -8,7 +8,7 @@ import numpy as np
 
 from calm.calibrate import Prompt, Record, open_writer
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "compare_methods.py"
+SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "compare_methods.py"
 LEVELS = [0.9, 0.5]
 
 

@@ -10,7 +10,7 @@ from calm.data import vocabulary
 from calm.t5 import network
 from tests import toys
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "benchmark_lists.py"
+SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "benchmark_lists.py"
 SIZES = toys.Config(vocab_size=264, num_pieces=259, num_decoder_layers=3)
 
 

@@ -11,7 +11,7 @@ import pytest
 from calm.data import vocabulary
 from tests import toy_vocabulary
 
-SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
+SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 
 
 def run(name, *arguments):

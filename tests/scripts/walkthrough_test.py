@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs the extra 'report'")
 pytest.importorskip("jax", reason="needs the extra 'decode'")
 
-SCRIPT = pathlib.Path(__file__).resolve().parent.parent / "scripts" / "walkthrough.py"
+SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "walkthrough.py"
 
 
 def test_it_has_cells_and_says_what_they_do():

@@ -9,9 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from calm import checkpoints, cli
+from calm import checkpoints
 from calm.calibrate import Calibration, generations
 from calm.calibrate.losses import sequence_losses
+from calm.commands import cli
 from calm.data import vocabulary
 from calm.t5 import network
 from tests import toys
@@ -341,7 +342,7 @@ def test_help_of_every_command_teaches():
 def test_calibrate_needs_no_jax(cached, tmp_path):
   script = (
     "import sys\n"
-    "from calm import cli\n"
+    "from calm.commands import cli\n"
     f"code = cli.main(['calibrate', {str(cached)!r}, '--tolerance=0.7',"
     f" '--output={tmp_path / 'c.json'}'])\n"
     "loaded = {'jax', 'flax', 'tensorflow', 'seqio'} & set(sys.modules)\n"

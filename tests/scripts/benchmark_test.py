@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
+SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 TINY = ("--shapes=tiny", "--batch_sizes=2", "--input_lengths=16", "--decode_lengths=6")
 
 
