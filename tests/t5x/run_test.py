@@ -199,7 +199,8 @@ def test_calm_infer_opens_what_was_trained_here_without_t5x(work, trained, swept
   rows = [{"id": p.id, "input": p.input} for p in cached.prompts]
   prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
   code = (
-    "import sys; from calm.commands import cli; sys.modules['t5x'] = sys.modules['seqio'] = None;"
+    "import sys; from calm.commands import cli;"
+    "sys.modules['t5x'] = sys.modules['seqio'] = None;"
     "sys.exit(cli.main(sys.argv[1:]))"
   )
   options = "--measure=classifier --threshold=0.5 --max_input_length=32 --max_decode_length=8"
