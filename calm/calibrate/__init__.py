@@ -1,18 +1,13 @@
 """Distribution-free calibration of early exits, on numpy and scipy alone.
 
-    generations        cached outputs per threshold, on disk and in memory (`load`)
-    generation_writer  writes them, resumable (`open_writer`)
-    sequence_losses    cached outputs -> losses [num_examples, num_thresholds]
-    p_values           losses -> p-value of "the expected loss exceeds the tolerance"
-    testing            p-values in a fixed order -> which thresholds are certified
-    calibration        all of it: `calibrate(losses, ...)` -> `Calibration`
-    planning           how many prompts are needed, before any is decoded
-    sequential         stops decoding prompts as soon as the outcome is clear
-    reuse              what a generation at one threshold says about a lower one
-    pareto             one choice among many configurations, several risks at once
-    trials             the paper's 50 splits, and whether the promise holds as often as it says
-    audit              a watch on a deployed threshold
-    foreign            outputs of T5X infer and of anything else
+    generations   cached outputs per threshold, on disk and in memory (`load`, `open_writer`)
+    losses        cached outputs -> losses [num_examples, num_thresholds]
+    evidence      losses -> p-value of "the expected loss exceeds the tolerance" -> certified?
+    certify       all of it: `calibrate(losses, ...)` -> `calibration.Calibration`
+    planning      how many prompts are needed, before any is decoded
+    sequential    stops decoding prompts as soon as the outcome is clear
+    trials        the paper's 50 splits, and whether the promise holds as often as it says
+    audit         a watch on a deployed threshold
 
 The shortest way, from losses of any origin:
 
@@ -21,7 +16,8 @@ The shortest way, from losses of any origin:
     result.threshold, result.guarantee
 """
 
-from calm.calibrate.calibration import Calibration, calibrate
+from calm.calibrate.calibration import Calibration
+from calm.calibrate.certify import calibrate
 from calm.calibrate.generations.cached import load
 from calm.calibrate.generations.procedures import Procedure, Provenance
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record

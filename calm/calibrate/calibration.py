@@ -1,26 +1,26 @@
-"""Losses -> a calibrated threshold with a promise (paper, section 4; Proposition 1)."""
+"""The record of a calibration: a threshold, all that it stands on, and the promise in words."""
 
 import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import scipy
 
-from calm.calibrate import planning
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.evidence import methods
-from calm.calibrate.evidence import multiple_testing as testing
 from calm.calibrate.generations import files
-from calm.calibrate.generations import order as order_lib
 from calm.calibrate.generations.procedures import Procedure, Provenance, describe_differences
-from calm.calibrate.guarantee import describe
-from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
+from calm.calibrate.losses.sequence_losses import Support
 
 SCHEMA_VERSION = 1
+_KINDS = {
+  "textual": "dissimilarity to the full model, 1 - {metric} between both outputs,",
+  "risk_signed": "increase of the risk, 1 - {metric} against references, over the full model",
+  "risk_clipped": "increase of the risk, 1 - {metric} against references, over the full model"
+  " (decreases counted as 0)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,211 +213,34 @@ class Calibration:
       raise ValueError(f"{path}: is no calibration: {error}") from error
 
 
-def calibrate(
-  losses: SequenceLosses | np.ndarray | Sequence[Sequence[float]],
-  thresholds: Sequence[float] | np.ndarray | None = None,
-  *,
-  tolerance: float,
-  error_rate: float,
-  method: str = "auto",
-  testing_procedure: str = "fixed_sequence",
-  groups: Sequence[str] | None = None,
-  support: Support | None = None,
-) -> Calibration:
-  """Chooses the lowest threshold whose expected loss is certified to be within the tolerance.
-
-  With probability at least 1 - error_rate over the calibration prompts, every certified
-  threshold has E[loss] <= tolerance (paper, Eq. 7 and Proposition 1).
-
-  Args:
-    losses: [num_examples, num_thresholds], rows are exchangeable prompts; best a
-      `SequenceLosses`, which carries its declared support, ids and procedure.
-    thresholds: [num_thresholds], strictly descending, chosen before any loss was seen; None
-      takes those of a `SequenceLosses`.
-    tolerance: delta, in (0, 1), in the unit of the loss.
-    error_rate: epsilon, in (0, 1).
-    method: 'auto' (binary support: 'binomial', else 'betting'), 'paper' (Eq. 11,
-      Hoeffding-Bentkus), 'betting', 'convex_order', 'hoeffding_bentkus', 'hoeffding' or
-      'binomial'.
-    testing_procedure: 'fixed_sequence', 'fallback', 'holm' or 'bonferroni'.
-    groups: [num_examples] cluster of each row; the test is then on cluster means.
-    support: declared range of plain arrays; [0, 1] by default.
-
-  Returns:
-    A `Calibration`. Failure is a value: `threshold` is `NEVER_EXIT` and `reason` says why (too
-    few prompts, nothing certified, NaN losses, losses out of their range).
-
-  Raises:
-    ValueError: an argument is malformed (shapes, grid, tolerance, error rate, names), or
-      `method` does not fit the declared support.
-  """
-  sample = _as_losses(losses, thresholds, support)
-  _check_rates(tolerance, error_rate)
-  faults = _faults(sample)
-  chosen = methods.get_method(method, order_lib.unit_support(sample, groups))
-  _check_procedure(chosen, testing_procedure)
-  prepared, declared = chosen.prepare(sample.values, sample.support)
-  sample = dataclasses.replace(sample, values=prepared, support=declared)
-  if groups is not None:
-    sample = order_lib.cluster_means(sample, groups)
-  order, seed = order_lib.tested_order(sample)
-  values = sample.values[order] if chosen.ordered else sample.values
-  rates = methods.Sample(values, sample.support, tolerance, error_rate)
-  log_p, bound = _evidence(chosen, rates, np.array([not fault for fault in faults]))
-  result = testing.PROCEDURES[testing_procedure](np.exp(log_p), error_rate)
-  return Calibration(
-    threshold=_lowest(sample.thresholds, result.rejected),
-    reason=_reason(sample, result, faults, (tolerance, error_rate, testing_procedure)),
-    tolerance=float(tolerance),
-    error_rate=float(error_rate),
-    method=chosen.name,
-    testing=testing_procedure,
-    rows=_rows(sample, log_p, bound, result),
-    visited=result.visited,
-    order=sample.order if chosen.ordered else "irrelevant",
-    seed=seed,
-    clusters=groups is not None,
-    provenance=_provenance(sample, chosen, seed),
-    **_described(sample),
-  )
-
-
-def _described(sample: SequenceLosses) -> dict[str, Any]:
-  """What the losses say of themselves."""
-  return {
-    "kind": sample.kind,
-    "metric": sample.metric,
-    "support": sample.support,
-    "num_examples": len(sample.values),
-    "procedure": sample.procedure,
-  }
-
-
-def _provenance(sample: SequenceLosses, method: methods.Method, seed: str) -> Provenance:
-  return Provenance(
-    metric=sample.metric,
-    references="full model" if sample.kind == "textual" else "targets",
-    grid=tuple(sample.thresholds.tolist()),
-    num_examples=len(sample.values),
-    order=sample.order,
-    seed=seed,
-    method=method.name,
-    versions={"numpy": np.__version__, "scipy": scipy.__version__},
-  )
-
-
-def _check_procedure(chosen: methods.Method, testing_procedure: str) -> None:
-  if testing_procedure not in testing.PROCEDURES:
-    raise ValueError(
-      f"`testing_procedure` must be one of {sorted(testing.PROCEDURES)}, got"
-      f" {testing_procedure!r}."
+def describe(calibration: Calibration) -> str:
+  """What is promised, over what, with which probability, and what is not promised."""
+  unit = "clusters of prompts" if calibration.clusters else "prompts"
+  if not calibration.certified:
+    return (
+      "No threshold is certified, so the full model is used"
+      f" ({thresholds_lib.NEVER_EXIT_TEXT});"
+      f" it meets any tolerance by definition. {calibration.reason}"
     )
-  if not chosen.any_level and testing_procedure != "fixed_sequence":
-    raise ValueError(
-      f"`method` {chosen.name!r} bets for the level `error_rate` alone and needs"
-      f" `testing_procedure` 'fixed_sequence', got {testing_procedure!r}. Use 'betting'."
+  loss = _KINDS.get(calibration.kind, "loss").format(metric=calibration.metric)
+  # A sequential run may stop before it has used them all.
+  most = "at most " if calibration.sequential else ""
+  sentences = [
+    f"With probability at least {1.0 - calibration.error_rate:.10g} over the draw of the"
+    f" {most}{calibration.num_examples} calibration {unit}, decoding with threshold"
+    f" {calibration.threshold:.10g} has an expected {loss} of at most"
+    f" {calibration.tolerance:.10g}.",
+    f"This is a mean over {unit} drawn like those: it says nothing of any single prompt, nor of"
+    " prompts of another kind.",
+  ]
+  if calibration.order == "given":
+    sentences.append(
+      "The test saw prompts in the order given by the caller, who answers for its having been"
+      " fixed before any loss was seen."
     )
-
-
-def _check_rates(tolerance: float, error_rate: float) -> None:
-  for name, value in (("tolerance", tolerance), ("error_rate", error_rate)):
-    if not (isinstance(value, int | float | np.number) and 0.0 < value < 1.0):
-      raise ValueError(
-        f"`{name}` must be in (0, 1), got {value!r}. `tolerance` (delta) bounds the expected"
-        " loss, `error_rate` (epsilon) the probability that the bound fails."
-      )
-
-
-def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
-  if not isinstance(losses, SequenceLosses):
-    if thresholds is None:
-      raise ValueError("`thresholds` must be given when `losses` is a plain array.")
-    losses = SequenceLosses(
-      np.asarray(losses, np.float64), np.asarray(thresholds), support or Support(), kind="loss"
+  if calibration.procedure is None:
+    sentences.append(
+      "The outputs were decoded elsewhere: the user answers for their being decoded as they"
+      " will be served."
     )
-  elif support is not None and support != losses.support:
-    raise ValueError(
-      f"`support` is declared by `losses` already as {losses.support}; leave it out."
-    )
-  values = np.asarray(losses.values, np.float64)
-  grid = thresholds_lib.validate_grid(losses.thresholds if thresholds is None else thresholds)
-  if values.ndim != 2 or values.shape[1] != len(grid) or not len(values):
-    raise ValueError(
-      f"`losses` must be [num_examples, num_thresholds] = [n, {len(grid)}] with n at least 1,"
-      f" got shape {values.shape}: one row a prompt, one column a threshold."
-    )
-  if not np.array_equal(grid, np.asarray(losses.thresholds, np.float64)):
-    raise ValueError("`thresholds` must be those of `losses`; leave them out.")
-  return dataclasses.replace(losses, values=values, thresholds=grid)
-
-
-def _faults(losses: SequenceLosses) -> list[str]:
-  """Per threshold why its losses cannot be tested, or ''."""
-  low, high = losses.support.lower, losses.support.upper
-  values = losses.values
-  faults = []
-  for column in values.T:
-    bad = ~((column >= low - 1e-9) & (column <= high + 1e-9))
-    if losses.support.binary:
-      bad |= (column != 0.0) & (column != 1.0)
-    row = int(np.argmax(bad))
-    name = "" if losses.ids is None else f" (id {losses.ids[row]!r})"
-    wanted = "0 or 1" if losses.support.binary else f"in the declared range [{low}, {high}]"
-    faults.append(
-      f"the loss of row {row}{name} is {column[row]!r} and must be {wanted}"
-      if bad.any()
-      else ""
-    )
-  return faults
-
-
-def _evidence(method: methods.Method, sample: methods.Sample, usable: np.ndarray):
-  """(log p, upper bounds); columns that are not usable have p = 1 and no bound."""
-  log_p, bound = np.zeros(len(usable)), np.full(len(usable), np.nan)
-  if usable.any():
-    # What is left leaves the range by rounding at most.
-    inside = np.clip(sample.values[:, usable], sample.support.lower, sample.support.upper)
-    sample = dataclasses.replace(sample, values=inside)
-    log_p[usable] = method.log_p_values(sample)
-    bound[usable] = method.upper_bounds(sample)
-  return log_p, bound
-
-
-def _lowest(grid: np.ndarray, rejected: np.ndarray) -> float:
-  return float(grid[rejected].min()) if rejected.any() else thresholds_lib.NEVER_EXIT
-
-
-def _rows(losses, log_p, bound, result: testing.Rejections) -> tuple[Row, ...]:
-  means = losses.values.mean(axis=0)
-  return tuple(
-    Row(
-      threshold=float(losses.thresholds[j]),
-      num_examples=len(losses.values),
-      mean=float(means[j]) if math.isfinite(means[j]) else math.nan,
-      p_value=float(np.exp(log_p[j])),
-      log_p_value=float(log_p[j]),
-      upper_bound=float(bound[j]),
-      adjusted_p_value=float(result.adjusted_p_values[j]),
-      rejected=bool(result.rejected[j]),
-    )
-    for j in range(len(losses.thresholds))
-  )
-
-
-def _reason(losses, result: testing.Rejections, faults: list[str], test) -> str:
-  tolerance, error_rate, procedure = test
-  grid, rejected = losses.thresholds, result.rejected
-  first = int(np.argmin(rejected))
-  if rejected.all():
-    return f"Every threshold of the grid is certified; {grid[-1]} is the lowest."
-  fault = f": {faults[first]}" if faults[first] else ""
-  if rejected.any():
-    lowest = _lowest(grid, rejected)
-    return f"{lowest} is the lowest certified threshold; {grid[first]} is not certified{fault}."
-  share = testing.first_share(procedure, len(grid))
-  refusal = planning.refusal(
-    len(losses.values), tolerance, error_rate * share, lower=losses.support.lower
-  )
-  if refusal:
-    return f"Nothing can be certified: {refusal}"
-  return f"Nothing is certified: the first threshold {grid[first]} already fails{fault}."
+  return " ".join(sentences)

@@ -16,7 +16,7 @@ from rich import progress as rich_progress
 from rich import table as rich_table
 
 from calm import calibrate as calibrate_lib
-from calm.calibrate import generations, planning, replay, thresholds
+from calm.calibrate import generations, planning, sequential, thresholds
 from calm.calibrate.evidence import methods, multiple_testing
 from calm.calibrate.generations import foreign
 from calm.calibrate.losses import sequence_losses
@@ -156,7 +156,7 @@ def _replay(arguments, console, cached) -> calibrate_lib.Calibration:
       f" an order made for that. Got by_group={arguments.by_group}; change the flag, or"
       " generate again."
     )
-  return replay.replay(
+  return sequential.replay(
     cached,
     tolerance=arguments.tolerance,
     error_rate=arguments.error_rate,

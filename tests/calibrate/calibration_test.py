@@ -18,6 +18,7 @@ from calm.calibrate import (
 )
 from calm.calibrate.evidence import methods, multiple_testing, p_values
 from calm.calibrate.generations import order
+from calm.calibrate.losses import clusters
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.7, 0.5, 0.3])
@@ -195,12 +196,12 @@ def test_groups_are_cluster_means():
   assert found.num_examples == 60 and found.clusters and found.method == "betting"
   np.testing.assert_allclose(found.column("mean"), values.mean(axis=0))
   assert "clusters of prompts" in found.guarantee
-  means = order.cluster_means(losses, groups)
+  means = clusters.cluster_means(losses, groups)
   row = means.ids.index("g7")
   np.testing.assert_allclose(means.values[row], values[21:24].mean(axis=0))
   values[0, 0] = 2.0  # no mean hides a loss that is out of its range
   assert "the loss of row 0 is" in calibrate(losses, **RATES, groups=groups).reason
-  single = order.cluster_means(losses, [str(i) for i in range(180)])
+  single = clusters.cluster_means(losses, [str(i) for i in range(180)])
   assert single.support.binary
   with pytest.raises(
     ValueError, match="`groups` must name the cluster of each of the 180 rows"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from calm import inference
-from calm.calibrate import Prompt, generations, replay, sequential
+from calm.calibrate import Prompt, generations, sequential
 from calm.calibrate.generations import order
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import sequence_losses
@@ -117,7 +117,7 @@ def test_clusters_are_decoded_whole_and_tested_on_their_means(model, tmp_path):
   assert found.clusters and found.num_examples == len(TEXTS) // 4 and cached.by_group
   assert len({prompt.group for prompt in cached.prompts[:4]}) == 1
   assert all(len(records) % 4 == 0 for records in cached.records)
-  assert replay.replay(cached, **LOSS, **RATES) == found
+  assert sequential.replay(cached, **LOSS, **RATES) == found
   # The first threshold's bets are those of `calibrate` on the same clusters and order.
   count = found.rows[0].num_examples
   losses = sequence_losses.prefix_losses(cached, **LOSS)[0]

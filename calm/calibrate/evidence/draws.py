@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calm.calibrate.evidence import methods
-from calm.calibrate.generations import order
+from calm.calibrate.losses import clusters
 from calm.calibrate.losses.sequence_losses import SequenceLosses
 
 
@@ -43,10 +43,10 @@ class Pool:
     if not np.all((losses.values >= low - 1e-9) & (losses.values <= high + 1e-9)):
       raise ValueError(f"`losses` must lie in the declared range [{low}, {high}], without NaN.")
     names = [str(row) for row in range(len(losses.values))] if groups is None else groups
-    self.method = methods.get_method(method, order.unit_support(losses, names))
+    self.method = methods.get_method(method, clusters.unit_support(losses, names))
     prepared, support = self.method.prepare(losses.values, losses.support)
     losses = dataclasses.replace(losses, values=prepared, support=support)
-    units = order.cluster_means(losses, names)
+    units = clusters.cluster_means(losses, names)
     self.values = np.clip(units.values, support.lower, support.upper)
     self.thresholds, self.support = np.asarray(units.thresholds), units.support
     _, self.unit_of_row = np.unique([str(name) for name in names], return_inverse=True)

@@ -126,7 +126,7 @@ def pareto_test(
     error_rate: epsilon, in (0, 1).
 
   Rows must be exchangeable units: where prompts come in clusters, pass cluster means
-  (`ordering.cluster_means`). The order of rows must not come from their losses.
+  (`clusters.cluster_means`). The order of rows must not come from their losses.
 
   Returns:
     A `ParetoResult`.

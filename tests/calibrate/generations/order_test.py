@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from calm.calibrate import Prompt, SequenceLosses
 from calm.calibrate.generations import order
+from calm.calibrate.losses import clusters
 from tests.calibrate import laws
 
 GROUPS = st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=20)
@@ -22,8 +23,8 @@ def test_clusters_stand_together_in_the_order_that_calibrate_tests_them(groups):
   units = order.consecutive_units(len(rows), ordered)
   values = np.random.default_rng(0).random((len(groups), 1))
   losses = SequenceLosses(values, np.array([0.5]), ids=tuple(ids), procedure=procedure)
-  means = order.cluster_means(losses, groups)
-  tested, seed = order.tested_order(means)
+  means = clusters.cluster_means(losses, groups)
+  tested, seed = clusters.tested_order(means)
   assert [ordered[unit.start] for unit in units] == [means.ids[row] for row in tested]
   np.testing.assert_allclose(
     order.unit_means(values[rows, 0], units), means.values[tested, 0], rtol=1e-12

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from calm.calibrate import NEVER_EXIT, calibrate, replay, sequential
+from calm.calibrate import NEVER_EXIT, calibrate, sequential
 from calm.calibrate.evidence import betting
 from calm.calibrate.generations import order
 from calm.calibrate.losses import sequence_losses
@@ -51,7 +51,7 @@ def test_it_is_the_calibration_of_the_run_itself():
   cached, test = stopped()
   lengths = [len(records) for records in cached.records]
   assert 0 < lengths[1] < lengths[0] < COUNT  # it did stop early, twice
-  found = replay.replay(cached, **LOSS, **RATES)
+  found = sequential.replay(cached, **LOSS, **RATES)
   expected = test.calibration(
     **LOSS,
     seed=order.order_seed(cached.ids, cached.procedure),
@@ -78,7 +78,7 @@ def clustered():
 
 def test_a_run_by_group_is_tested_on_cluster_means():
   cached = clustered()
-  found = replay.replay(cached, **LOSS, **RATES)
+  found = sequential.replay(cached, **LOSS, **RATES)
   assert found.clusters and found.num_examples == COUNT // 2 and found.threshold == 0.9
   assert not found.support.binary and found.sequential
   used = found.rows[0].num_examples
@@ -87,10 +87,10 @@ def test_a_run_by_group_is_tested_on_cluster_means():
   enough = dataclasses.replace(
     cached, records=(cached.records[0][: 2 * used], cached.records[1])
   )
-  assert replay.replay(enough, **LOSS, **RATES) == found
+  assert sequential.replay(enough, **LOSS, **RATES) == found
   short = (cached.records[0][: 2 * used - 1], cached.records[1])
   with pytest.raises(ValueError, match=r"stopped earlier, at threshold 0\.9"):
-    replay.replay(dataclasses.replace(cached, records=short), **LOSS, **RATES)
+    sequential.replay(dataclasses.replace(cached, records=short), **LOSS, **RATES)
 
 
 def test_clusters_are_tested_in_the_order_that_calibrate_tests_them():
@@ -99,7 +99,7 @@ def test_clusters_are_tested_in_the_order_that_calibrate_tests_them():
     dataclasses.replace(cached, sequential=False), metric="exact_match"
   )
   fixed = calibrate(losses, **RATES, groups=losses.groups)
-  found = replay.replay(cached, **LOSS, **RATES)
+  found = sequential.replay(cached, **LOSS, **RATES)
   assert found.seed == fixed.seed and found.num_examples == fixed.num_examples
   used = found.rows[0].num_examples
   groups = order.prompt_groups(cached.prompts)
@@ -116,7 +116,7 @@ def test_clusters_are_tested_in_the_order_that_calibrate_tests_them():
 def test_stricter_rates_would_have_asked_for_more(rates):
   cached, _ = stopped()
   with pytest.raises(ValueError, match=r"stopped earlier, at threshold 0.9 after") as caught:
-    replay.replay(cached, **LOSS, **{**RATES, **rates})
+    sequential.replay(cached, **LOSS, **{**RATES, **rates})
   assert f"after {len(cached.records[0])} prompts; generate again" in str(caught.value)
 
 
@@ -126,6 +126,6 @@ def test_a_run_that_certified_nothing_replays_as_such():
   cached = dataclasses.replace(
     bad, records=(bad.records[0], ()), full=everything.full, sequential=True
   )
-  found = replay.replay(cached, **LOSS, **RATES)
+  found = sequential.replay(cached, **LOSS, **RATES)
   assert found.threshold == NEVER_EXIT
   assert found.rows[0].num_examples < COUNT and np.isnan(found.rows[1].mean)
