@@ -1,5 +1,6 @@
 """Validity first, exactly where laws can be enumerated, by seeded simulation elsewhere."""
 
+import decimal
 import doctest
 import fractions
 import itertools
@@ -368,6 +369,28 @@ def test_any_input_gives_p_values_or_a_clear_error(values, size, tolerance):
     checked(
       lambda s=strategy: p_values.betting(values, tolerance, strategy=s), values.shape[1:]
     )
+
+
+def exact_binomial_cdf(count, size, probability):
+  """The sum of the mass in 50 digits, from its largest term down."""
+  with decimal.localcontext() as context:
+    context.prec = 50
+    success = decimal.Decimal(probability)
+    failure = 1 - success
+    term = decimal.Decimal(math.comb(size, count)) * success**count * failure ** (size - count)
+    total = decimal.Decimal(0)
+    while count >= 0 and term > total * decimal.Decimal("1e-40"):
+      total += term
+      term *= decimal.Decimal(count) / (size - count + 1) * failure / success
+      count -= 1
+    return float(total)
+
+
+@pytest.mark.parametrize(("count", "tolerance"), [(4950, 0.05), (9900, 0.1), (24_900, 0.25)])
+def test_binomial_is_exact_for_many_prompts(count, tolerance):
+  expected = exact_binomial_cdf(count, 10**5, tolerance)
+  assert p_values.binomial(count, 10**5, tolerance) == pytest.approx(expected, rel=1e-13)
+  assert p_values.binomial(10**5, 10**5, tolerance) == 1.0
 
 
 def test_binomial_takes_large_sums_that_rounding_has_moved():
