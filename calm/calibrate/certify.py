@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from calm.calibrate.calibration import Calibration, Row
 from calm.calibrate.evidence import methods
 from calm.calibrate.evidence import multiple_testing as testing
 from calm.calibrate.generations.procedures import Provenance
-from calm.calibrate.losses import clusters
+from calm.calibrate.losses import checks, clusters
 from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
 
 
@@ -28,6 +29,7 @@ def calibrate(
   testing_procedure: str = "fixed_sequence",
   groups: Sequence[str] | None = None,
   support: Support | None = None,
+  seed: str | None = None,
 ) -> Calibration:
   """Chooses the lowest threshold whose expected loss is certified to be within the tolerance.
 
@@ -45,8 +47,12 @@ def calibrate(
       Hoeffding-Bentkus), 'betting', 'convex_order', 'hoeffding_bentkus', 'hoeffding' or
       'binomial'.
     testing_procedure: 'fixed_sequence', 'fallback', 'holm' or 'bonferroni'.
-    groups: [num_examples] cluster of each row; the test is then on cluster means.
+    groups: [num_examples] cluster of each row; the test is then on cluster means. None takes
+      those of a `SequenceLosses`, which has none after `.ungrouped()`.
     support: declared range of plain arrays; [0, 1] by default.
+    seed: of the order of a betting test, from an earlier `Calibration` of the same losses, to
+      repeat it. None makes it of ids, contents and procedure, or where rows are of few kinds
+      draws it. Trying several until one certifies breaks the promise.
 
   Returns:
     A `Calibration`. Failure is a value: `threshold` is `NEVER_EXIT` and `reason` says why (too
@@ -59,13 +65,18 @@ def calibrate(
   sample = _as_losses(losses, thresholds, support)
   _check_rates(tolerance, error_rate)
   faults = _faults(sample)
+  groups = clusters.declared_groups(sample) if groups is None else groups
   chosen = methods.get_method(method, clusters.unit_support(sample, groups))
   _check_procedure(chosen, testing_procedure)
+  if groups is None:
+    _warn(sample, chosen.ordered)
+  if chosen.ordered:
+    sample = clusters.with_contents(sample)
   prepared, declared = chosen.prepare(sample.values, sample.support)
   sample = dataclasses.replace(sample, values=prepared, support=declared)
   if groups is not None:
     sample = clusters.cluster_means(sample, groups)
-  order, seed = clusters.tested_order(sample)
+  order, seed = clusters.tested_order(sample, seed)
   values = sample.values[order] if chosen.ordered else sample.values
   rates = methods.Sample(values, sample.support, tolerance, error_rate)
   log_p, bound = _evidence(chosen, rates, np.array([not fault for fault in faults]))
@@ -137,23 +148,35 @@ def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
   if not isinstance(losses, SequenceLosses):
     if thresholds is None:
       raise ValueError("`thresholds` must be given when `losses` is a plain array.")
-    losses = SequenceLosses(
-      np.asarray(losses, np.float64), np.asarray(thresholds), support or Support(), kind="loss"
-    )
-  elif support is not None and support != losses.support:
+    return SequenceLosses(losses, thresholds, support or Support(), kind="loss")
+  if support is not None and support != losses.support:
     raise ValueError(
       f"`support` is declared by `losses` already as {losses.support}; leave it out."
     )
-  values = np.asarray(losses.values, np.float64)
-  grid = thresholds_lib.validate_grid(losses.thresholds if thresholds is None else thresholds)
-  if values.ndim != 2 or values.shape[1] != len(grid) or not len(values):
-    raise ValueError(
-      f"`losses` must be [num_examples, num_thresholds] = [n, {len(grid)}] with n at least 1,"
-      f" got shape {values.shape}: one row a prompt, one column a threshold."
+  if thresholds is not None:
+    grid = thresholds_lib.validate_grid(thresholds)
+    if not np.array_equal(grid, losses.thresholds):
+      raise ValueError("`thresholds` must be those of `losses`; leave them out.")
+  return losses
+
+
+def _warn(sample: SequenceLosses, ordered: bool) -> None:
+  """Says where the table itself suggests that prompts are no independent draws."""
+  finite = sample.values[np.isfinite(sample.values).all(axis=1)]
+  if not len(finite):
+    return
+  if ordered and sample.order == "given" and checks.looks_sorted(finite):
+    warnings.warn(
+      "the order given follows the losses, and a betting test in such an order proves nothing:"
+      " leave `in_given_order` out, or give an order that was fixed before any loss was seen.",
+      stacklevel=3,
     )
-  if not np.array_equal(grid, np.asarray(losses.thresholds, np.float64)):
-    raise ValueError("`thresholds` must be those of `losses`; leave them out.")
-  return dataclasses.replace(losses, values=values, thresholds=grid)
+  if checks.looks_copied(finite):
+    warnings.warn(
+      "every row of losses occurs at least twice: copies of one prompt count once. Give them"
+      " one of the `groups`.",
+      stacklevel=3,
+    )
 
 
 def _faults(losses: SequenceLosses) -> list[str]:

@@ -169,7 +169,8 @@ def power_curve(
     tolerance: delta, in (0, 1).
     error_rate: epsilon, in (0, 1).
     method: as for `calibrate`.
-    groups: [num_examples] cluster of each pilot row; sizes are then numbers of clusters.
+    groups: [num_examples] cluster of each pilot row (None: those of `pilot`, if any); sizes are
+      then numbers of clusters.
     draws: calibration sets per size.
     seed: of the draws.
 

@@ -309,6 +309,10 @@ def replay(
   return test.calibration(
     kind=kind,
     metric=metric,
-    seed=order.order_seed(order.unit_names(cached.ids, groups), cached.procedure),
+    seed=order.order_seed(
+      order.unit_names(cached.ids, groups),
+      cached.procedure,
+      order.prompts_digest(cached.prompts),
+    ),
     procedure=cached.procedure,
   )

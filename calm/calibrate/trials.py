@@ -103,7 +103,7 @@ def split_trials(
     error_rate: epsilon.
     method: as for `calibrate`.
     layers: layer counts, to report layers per token.
-    groups: [num_examples] cluster of each row; None makes every row its own.
+    groups: [num_examples] cluster of each row; None takes those of `losses`, if any.
     trials: splits.
     seed: of the splits; the same splits serve all tolerances.
 
@@ -182,7 +182,7 @@ def validity_trials(
     tolerances: deltas, each its own test.
     error_rate: epsilon.
     method: as for `calibrate`.
-    groups: [num_examples] cluster of each row; None makes every row its own.
+    groups: [num_examples] cluster of each row; None takes those of `losses`, if any.
     calibration_size: units per calibration set; None takes as many as the pool has.
     trials: calibration sets.
     seed: of the draws; the same draws serve all tolerances.

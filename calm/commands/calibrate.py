@@ -9,6 +9,7 @@ calibration.json. Needs numpy and scipy only: no JAX.
 """
 
 import argparse
+import dataclasses
 import pathlib
 
 from rich import console as rich_console
@@ -18,7 +19,7 @@ from rich import table as rich_table
 from calm import calibrate as calibrate_lib
 from calm.calibrate import generations, planning, sequential, thresholds
 from calm.calibrate.evidence import methods, multiple_testing
-from calm.calibrate.generations import foreign
+from calm.calibrate.generations import foreign, order
 from calm.calibrate.losses import sequence_losses
 from calm.commands import common
 
@@ -97,8 +98,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _plan(arguments, console, cached: generations.Generations) -> None:
   """Refuses, before any work, where nothing could be certified; warns where little could."""
   support = sequence_losses.kind_support(arguments.kind, arguments.metric)
-  units = cached.groups if arguments.by_group and cached.groups else cached.ids
+  units = order.prompt_groups(cached.prompts) if arguments.by_group else cached.ids
   count, name = len(set(units)), arguments.testing
+  clusters = len(set(order.known_groups(cached.prompts) or cached.ids))
+  if not arguments.by_group and clusters < len(cached.ids):
+    console.print(
+      f"[yellow]The {len(cached.ids)} prompts come in {clusters} groups and are taken for"
+      " independent all the same; --by_group promises over groups.[/yellow]"
+    )
   share = (
     multiple_testing.first_share(name, len(cached.thresholds))
     if name in multiple_testing.PROCEDURES
@@ -109,16 +116,13 @@ def _plan(arguments, console, cached: generations.Generations) -> None:
   if refusal:
     raise ValueError(refusal)
   if arguments.pilot:
-    pilot = sequence_losses.compute(
-      generations.load(arguments.pilot), arguments.kind, metric=arguments.metric
-    )
+    pilot = _losses(arguments, generations.load(arguments.pilot))
     curve = planning.power_curve(
       pilot,
       [count, 2 * count, 4 * count],
       tolerance=rates[0],
       error_rate=rates[1],
       method=arguments.method,
-      groups=pilot.groups if arguments.by_group else None,
     )
     console.print(f"Power by prompts and threshold, judged by {arguments.pilot}:\n{curve}")
   elif support.lower < 0.0:
@@ -130,11 +134,8 @@ def _plan(arguments, console, cached: generations.Generations) -> None:
 def _calibrate(arguments, console, cached) -> calibrate_lib.Calibration:
   with rich_progress.Progress(console=console, transient=True) as bar:
     task = bar.add_task(f"{arguments.metric} losses", total=None)
-    losses = sequence_losses.compute(
-      cached,
-      arguments.kind,
-      metric=arguments.metric,
-      progress=lambda done, total: bar.update(task, completed=done, total=total),
+    losses = _losses(
+      arguments, cached, lambda done, total: bar.update(task, completed=done, total=total)
     )
   return calibrate_lib.calibrate(
     losses,
@@ -142,8 +143,16 @@ def _calibrate(arguments, console, cached) -> calibrate_lib.Calibration:
     error_rate=arguments.error_rate,
     method=arguments.method,
     testing_procedure=arguments.testing,
-    groups=cached.groups if arguments.by_group else None,
   )
+
+
+def _losses(arguments, cached, progress=None) -> sequence_losses.SequenceLosses:
+  """Losses as the flags want them; `--by_group` refuses prompts that have no group."""
+  losses = sequence_losses.compute(
+    cached, arguments.kind, metric=arguments.metric, progress=progress
+  )
+  groups = order.prompt_groups(cached.prompts) if arguments.by_group else None
+  return dataclasses.replace(losses, groups=groups)
 
 
 def _replay(arguments, console, cached) -> calibrate_lib.Calibration:

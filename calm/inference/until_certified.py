@@ -43,7 +43,9 @@ def in_order(
   """
   ids = [prompt.id for prompt in prompts]
   groups = order.prompt_groups(prompts) if by_group else None
-  return [prompts[row] for row in order.decoding_order(ids, groups, predictor.procedure)]
+  contents = order.prompts_digest(prompts)
+  rows = order.decoding_order(ids, groups, predictor.procedure, contents)
+  return [prompts[row] for row in rows]
 
 
 def generate(
@@ -92,7 +94,7 @@ def generate(
   return test.calibration(
     kind=kind,
     metric=metric,
-    seed=order.order_seed(names, predictor.procedure),
+    seed=order.order_seed(names, predictor.procedure, order.prompts_digest(prompts)),
     procedure=predictor.procedure,
   )
 

@@ -54,7 +54,7 @@ def test_it_is_the_calibration_of_the_run_itself():
   found = sequential.replay(cached, **LOSS, **RATES)
   expected = test.calibration(
     **LOSS,
-    seed=order.order_seed(cached.ids, cached.procedure),
+    seed=order.order_seed(cached.ids, cached.procedure, order.prompts_digest(cached.prompts)),
     procedure=cached.procedure,
   )
   assert found.to_json() == expected.to_json()
@@ -65,7 +65,9 @@ def test_it_is_the_calibration_of_the_run_itself():
 def clustered():
   """A complete run by group, two prompts a cluster, in the order of the test."""
   made = complete()
-  rows = order.decoding_order(made.ids, order.prompt_groups(made.prompts), made.procedure)
+  groups = order.prompt_groups(made.prompts)
+  contents = order.prompts_digest(made.prompts)
+  rows = order.decoding_order(made.ids, groups, made.procedure, contents)
   return dataclasses.replace(
     made,
     prompts=tuple(made.prompts[row] for row in rows),

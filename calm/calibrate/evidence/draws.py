@@ -33,7 +33,8 @@ class Pool:
     Args:
       losses: on a strictly descending grid.
       method: as for `calibrate`.
-      groups: [num_examples] cluster of each row; None makes every row its own.
+      groups: [num_examples] cluster of each row; None takes those of `losses`, without which
+        every row is its own.
 
     Raises:
       ValueError: losses leave their range, `method` does not fit them, or `groups` has another
@@ -42,6 +43,7 @@ class Pool:
     low, high = losses.support.lower, losses.support.upper
     if not np.all((losses.values >= low - 1e-9) & (losses.values <= high + 1e-9)):
       raise ValueError(f"`losses` must lie in the declared range [{low}, {high}], without NaN.")
+    groups = clusters.declared_groups(losses) if groups is None else groups
     names = [str(row) for row in range(len(losses.values))] if groups is None else groups
     self.method = methods.get_method(method, clusters.unit_support(losses, names))
     prepared, support = self.method.prepare(losses.values, losses.support)

@@ -83,7 +83,9 @@ class Method:
     Raises:
       ValueError: it does not.
     """
-    reason = self.refuses(Support(binary=support.binary) if self.clips else support)
+    # Clipping at 0 is the method; clipping at 1 would hide losses that it was not made for.
+    clipped = Support(0.0, max(1.0, support.upper), support.binary)
+    reason = self.refuses(clipped if self.clips else support)
     if reason:
       raise ValueError(f"`method` {self.name!r} {reason}.")
     return self
@@ -109,9 +111,14 @@ class Auto:
 
 def _refuses_signed(support: Support) -> str:
   if support.lower < 0.0 or support.upper > 1.0:
+    way_out = (
+      "Divide losses and tolerance by the upper end, or use 'betting'"
+      if support.upper > 1.0
+      else "Signed losses go into 'betting'; 'paper' clips them at 0"
+    )
     return (
       f"needs losses in [0, 1], the declared range is [{support.lower}, {support.upper}]."
-      " Signed losses go into 'betting'; 'paper' clips them at 0"
+      f" {way_out}"
     )
   return ""
 

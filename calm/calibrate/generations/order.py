@@ -1,7 +1,15 @@
-"""The order in which a test sees prompts, and clusters of prompts."""
+"""The order in which a test sees prompts, and clusters of prompts.
+
+A betting test is valid if its order has nothing to do with losses. The order in which prompts
+happen to be stored may have (a file sorted by difficulty, or by loss), and then a permutation
+that names or their number alone decide is one fixed permutation of a sorted list: it certifies
+falsely. So the seed is made of names AND of what the prompts say, and whoever sorted the file
+did not know it. Places come from SHA-256, not from a random generator's stream, which may
+change from one version to the next.
+"""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -9,36 +17,69 @@ from calm.calibrate.generations.procedures import Procedure
 from calm.calibrate.generations.records import Prompt
 
 
-def order_seed(ids: Sequence[str], procedure: Procedure | None) -> str:
-  """Hexadecimal seed made of sorted ids and procedure: nobody chooses it by its outcome.
+def contents_digest(contents: Iterable[bytes]) -> str:
+  """SHA-256 (hexadecimal) of several contents, whatever their order."""
+  digests = np.array([hashlib.sha256(content).digest() for content in contents], "S32")
+  return hashlib.sha256(np.sort(digests).tobytes()).hexdigest()
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+  """What prompts say, as a digest that depends neither on their order nor on their names."""
+  return contents_digest(prompt.input.encode("utf-8") for prompt in prompts)
+
+
+def order_seed(ids: Sequence[str], procedure: Procedure | None, contents: str = "") -> str:
+  """Hexadecimal seed of sorted ids, procedure and contents: nobody chooses it by its outcome.
 
   Args:
     ids: names of the exchangeable units.
     procedure: how outputs were decoded, or None.
+    contents: digest of what the prompts say, or of their losses.
 
   Returns:
     16 hexadecimal digits of a SHA-256.
   """
   digest = hashlib.sha256()
   digest.update(b"null" if procedure is None else procedure.digest().encode("ascii"))
+  digest.update(contents.encode("ascii"))
   for name in sorted(ids):
     digest.update(b"\n" + name.encode("utf-8"))
   return digest.hexdigest()[:16]
 
 
-def permutation(ids: Sequence[str], procedure: Procedure | None) -> np.ndarray:
+def seeded_order(names: Sequence[str], seed: str) -> np.ndarray:
+  """Row numbers sorted by SHA-256 of seed and name.
+
+  Args:
+    names: [num_examples] unique names.
+    seed: of `order_seed`.
+
+  Returns:
+    [num_examples] row numbers.
+  """
+  start = hashlib.sha256(seed.encode("utf-8") + b"\n")
+  keys = []
+  for name in names:
+    key = start.copy()
+    key.update(name.encode("utf-8"))
+    keys.append(key.digest())
+  return np.argsort(np.array(keys, "S32"), kind="stable")
+
+
+def permutation(
+  ids: Sequence[str], procedure: Procedure | None, contents: str = ""
+) -> np.ndarray:
   """Row numbers in the tested order; it does not depend on how the prompts are stored.
 
   Args:
     ids: [num_examples] unique ids.
     procedure: how outputs were decoded, or None.
+    contents: as for `order_seed`.
 
   Returns:
     [num_examples] row numbers.
   """
-  by_name = np.array(sorted(range(len(ids)), key=ids.__getitem__), dtype=np.int64)
-  generator = np.random.Generator(np.random.PCG64(int(order_seed(ids, procedure), 16)))
-  return by_name[generator.permutation(len(ids))]
+  return seeded_order(ids, order_seed(ids, procedure, contents))
 
 
 def prompt_groups(prompts: Sequence[Prompt]) -> tuple[str, ...]:
@@ -56,13 +97,28 @@ def prompt_groups(prompts: Sequence[Prompt]) -> tuple[str, ...]:
   return tuple(str(prompt.group) for prompt in prompts)
 
 
+def known_groups(prompts: Sequence[Prompt]) -> tuple[str, ...] | None:
+  """[num_prompts] cluster of each prompt, or None where no prompt has one.
+
+  A prompt without a group beside prompts that have one is a cluster of its own.
+  """
+  if all(prompt.group is None for prompt in prompts):
+    return None
+  return tuple(
+    f"prompt {prompt.id}" if prompt.group is None else prompt.group for prompt in prompts
+  )
+
+
 def unit_names(ids: Sequence[str], groups: Sequence[str] | None) -> tuple[str, ...]:
   """Names of the exchangeable units: prompts, or clusters where there are `groups`."""
   return tuple(ids) if groups is None else tuple(sorted(set(groups)))
 
 
 def decoding_order(
-  ids: Sequence[str], groups: Sequence[str] | None, procedure: Procedure | None
+  ids: Sequence[str],
+  groups: Sequence[str] | None,
+  procedure: Procedure | None,
+  contents: str = "",
 ) -> np.ndarray:
   """Row numbers in the order of a sequential run.
 
@@ -73,14 +129,15 @@ def decoding_order(
     ids: [num_examples] unique ids.
     groups: [num_examples] cluster of each, or None where prompts are the units.
     procedure: how outputs are decoded, or None.
+    contents: `prompts_digest` of the prompts.
 
   Returns:
     [num_examples] row numbers.
   """
   if groups is None:
-    return permutation(ids, procedure)
+    return permutation(ids, procedure, contents)
   names = unit_names(ids, groups)
-  order = permutation(names, procedure).tolist()
+  order = permutation(names, procedure, contents).tolist()
   place = {names[row]: position for position, row in enumerate(order)}
   rows = sorted(range(len(ids)), key=lambda row: (place[groups[row]], ids[row]))
   return np.array(rows, np.int64)

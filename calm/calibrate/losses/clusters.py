@@ -1,22 +1,57 @@
 """The tested order of losses, and losses of whole clusters."""
 
 import dataclasses
+import secrets
 from collections.abc import Sequence
 
 import numpy as np
 
 from calm.calibrate.generations import order as order_lib
+from calm.calibrate.losses import checks
 from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
 
+# Tables with fewer kinds of rows than this hardly tell one draw of prompts from another.
+_FEW_KINDS = 8
 
-def tested_order(losses: SequenceLosses) -> tuple[np.ndarray, str]:
-  """(row numbers in the tested order, hexadecimal seed) of `losses`."""
+
+def with_contents(losses: SequenceLosses) -> SequenceLosses:
+  """`losses` with a digest of their rows, where nothing is known of what the prompts say.
+
+  Rows of few kinds (0 or 1 at one threshold) say too little: the seed would be a function of
+  their counts, and a table stored sorted would be tested in one fixed order for each. Their
+  contents are then drawn from the operating system's entropy; the seed is recorded.
+  """
+  if losses.contents:
+    return losses
+  values = losses.values + 0.0  # -0 is 0
+  contents = order_lib.contents_digest(row.tobytes() for row in values)
+  kinds = len(np.unique(values[: 100 * _FEW_KINDS], axis=0))
+  if 1 < kinds <= _FEW_KINDS:
+    kinds = len({row.tobytes() for row in values})
+  if 1 < kinds <= _FEW_KINDS:
+    contents = secrets.token_hex(32)
+  return dataclasses.replace(losses, contents=contents)
+
+
+def tested_order(losses: SequenceLosses, seed: str | None = None) -> tuple[np.ndarray, str]:
+  """(row numbers in the tested order, hexadecimal seed) of `losses`.
+
+  Args:
+    losses: with `contents` (`with_contents`).
+    seed: a seed that was recorded before; None makes it.
+  """
   count = len(losses.values)
   ids = losses.ids or tuple(f"{row:09d}" for row in range(count))
-  seed = order_lib.order_seed(ids, losses.procedure)
+  seed = seed or order_lib.order_seed(ids, losses.procedure, losses.contents)
   if losses.order == "given":
     return np.arange(count), seed
-  return order_lib.permutation(ids, losses.procedure), seed
+  return order_lib.seeded_order(ids, seed), seed
+
+
+def declared_groups(losses: SequenceLosses) -> tuple[str, ...] | None:
+  """The groups that `losses` carry, or None where each prompt is a cluster of its own."""
+  groups = losses.groups
+  return None if groups is None or len(set(groups)) == len(groups) else groups
 
 
 def unit_support(losses: SequenceLosses, groups: Sequence[str] | None) -> Support:
@@ -27,15 +62,11 @@ def unit_support(losses: SequenceLosses, groups: Sequence[str] | None) -> Suppor
     groups: [num_examples] cluster names; None leaves prompts alone.
 
   Raises:
-    ValueError: `groups` has another length than `losses`.
+    ValueError: `groups` has another length than `losses`, or a row has none.
   """
   if groups is None:
     return losses.support
-  if len(groups) != len(losses.values):
-    raise ValueError(
-      f"`groups` must name the cluster of each of the {len(losses.values)} rows, got"
-      f" {len(groups)} names."
-    )
+  groups = checks.check_groups(groups, len(losses.values))
   binary = losses.support.binary and len(set(groups)) == len(groups)
   return Support(losses.support.lower, losses.support.upper, binary)
 
@@ -48,13 +79,18 @@ def cluster_means(losses: SequenceLosses, groups: Sequence[str]) -> SequenceLoss
     groups: [num_examples] cluster names.
 
   Returns:
-    [num_clusters, num_thresholds] losses, clusters sorted by name.
+    [num_clusters, num_thresholds] losses, clusters sorted by name, or by where they begin if
+    rows are tested in the given order.
 
   Raises:
-    ValueError: `groups` has another length.
+    ValueError: `groups` has another length, or a row has none.
   """
   support = unit_support(losses, groups)
-  names, index = np.unique(np.asarray([str(group) for group in groups]), return_inverse=True)
+  groups = checks.check_groups(groups, len(losses.values))
+  names, first, index = np.unique(np.asarray(groups), return_index=True, return_inverse=True)
+  if losses.order == "given":
+    places = np.argsort(first)
+    names, index = names[places], np.argsort(places)[index]
   sizes = np.bincount(index).astype(np.float64)
   sums = np.zeros((len(names), losses.values.shape[1]))
   np.add.at(sums, index, losses.values)

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from calm.calibrate import thresholds as thresholds_lib
+from calm.calibrate.generations import order as order_lib
 from calm.calibrate.generations.cached import Generations
 from calm.calibrate.generations.procedures import Procedure
-from calm.calibrate.losses import metric_values, metrics
+from calm.calibrate.losses import checks, metric_values, metrics
 from calm.calibrate.losses.metric_values import Progress
 
 
@@ -41,6 +42,8 @@ class Support:
 class SequenceLosses:
   """Losses of every prompt at every threshold, and what they are losses of.
 
+  Everything that is tested passes through here and is checked here, once.
+
   Attributes:
     values: [num_examples, num_thresholds] float64.
     thresholds: [num_thresholds] float64, strictly descending.
@@ -48,10 +51,17 @@ class SequenceLosses:
     kind: 'textual', 'risk_clipped' or 'risk_signed'.
     metric: name of the text metric.
     ids: [num_examples] prompt ids.
-    groups: [num_examples] cluster of each prompt, or None.
+    groups: [num_examples] cluster of each prompt, or None; `calibrate` tests cluster means
+      then (`ungrouped` takes prompts for independent).
     procedure: how the outputs were decoded, or None.
-    order: 'permuted' (tests that depend on the order see a permutation seeded by the sorted ids
-      and the procedure) or 'given' (rows as they are).
+    order: 'permuted' (tests that depend on the order see a permutation seeded by the sorted
+      ids, the contents and the procedure) or 'given' (rows as they are).
+    contents: digest of what the prompts say, or '' where that is not known.
+
+  Raises:
+    ValueError: `values` is no table of real numbers with a row a prompt and a column a
+      threshold, the grid does not descend in [0, 1], ids are not unique texts, or a group is
+      missing. Losses that leave the support are no error here: `calibrate` says so in words.
   """
 
   values: np.ndarray
@@ -63,6 +73,27 @@ class SequenceLosses:
   groups: tuple[str, ...] | None = None
   procedure: Procedure | None = None
   order: str = "permuted"
+  contents: str = ""
+
+  def __post_init__(self):
+    values = checks.as_numbers(self.values, "losses")
+    grid = thresholds_lib.validate_grid(checks.as_numbers(self.thresholds, "thresholds"))
+    if values.ndim != 2 or values.shape[1] != len(grid) or not len(values):
+      raise ValueError(
+        f"`losses` must be [num_examples, num_thresholds] = [n, {len(grid)}] with n at least"
+        f" 1, got shape {values.shape}: one row a prompt, one column a threshold."
+      )
+    if not isinstance(self.support, Support):
+      raise ValueError(f"Expected `support` to be a `Support`. Got {self.support!r}.")
+    if self.order not in ("permuted", "given"):
+      raise ValueError(f"`order` must be 'permuted' or 'given', got {self.order!r}.")
+    checked = {"values": values, "thresholds": grid}
+    if self.ids is not None:
+      checked["ids"] = checks.check_ids(self.ids, len(values))
+    if self.groups is not None:
+      checked["groups"] = checks.check_groups(self.groups, len(values))
+    for name, value in checked.items():
+      object.__setattr__(self, name, value)
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
     return np.array(self.values, dtype=dtype, copy=copy)
@@ -70,6 +101,11 @@ class SequenceLosses:
   def in_given_order(self) -> "SequenceLosses":
     """The same losses, to be tested in the order of their rows; the guarantee will say so."""
     return dataclasses.replace(self, order="given")
+
+  def ungrouped(self) -> "SequenceLosses":
+    """The same losses, each prompt taken for independent; the promise is then false for
+    prompts that come in clusters."""
+    return dataclasses.replace(self, groups=None)
 
   def rows(self, index: Sequence[int] | np.ndarray) -> "SequenceLosses":
     """The losses of some prompts, by row number."""
@@ -195,8 +231,11 @@ def compute(
     kind=kind,
     metric=metric.name,
     ids=generations.ids,
-    groups=generations.groups,
+    groups=order_lib.known_groups(generations.prompts),
     procedure=generations.procedure,
+    contents=order_lib.prompts_digest(generations.prompts)
+    if all(prompt.input for prompt in generations.prompts)
+    else "",
   )
 
 

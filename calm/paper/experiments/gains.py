@@ -176,7 +176,10 @@ def _kind(target: Target, method: Method) -> str:
 def _gain(losses, cut: int, target: Target, method: str, error_rate: float, depth) -> Gain:
   count = len(losses.values)
   found = calibrate_lib.calibrate(
-    losses.rows(range(cut)), tolerance=target.tolerance, error_rate=error_rate, method=method
+    losses.ungrouped().rows(range(cut)),
+    tolerance=target.tolerance,
+    error_rate=error_rate,
+    method=method,
   )
   unseen, seen = losses.values[cut:count], losses.values[:cut]
   column = _column(losses.thresholds, found.threshold)

@@ -78,7 +78,7 @@ def validity(
   size = min(calibration_size, count)
   found = []
   for number, (measure, cached) in enumerate(grids.items()):
-    losses = sequence_losses.compute(cached, "textual", metric=metric)
+    losses = sequence_losses.compute(cached, "textual", metric=metric).ungrouped()
     counts = cached.layer_counts()
     layers = None if counts is None else trials.Layers(*counts, full_depth=num_layers)
     for turn, method in enumerate(methods):

@@ -102,4 +102,7 @@ def test_rows_and_order_travel_with_the_losses():
 
 def test_losses_feed_calibrate():
   losses = sequence_losses.textual_losses(laws.generations(40))
-  assert calibrate(losses, tolerance=0.1, error_rate=0.05).threshold == 0.5
+  found = calibrate(losses.ungrouped(), tolerance=0.1, error_rate=0.05)
+  assert found.threshold == 0.5 and found.num_examples == 40 and not found.clusters
+  grouped = calibrate(losses, tolerance=0.1, error_rate=0.05)  # two prompts a group
+  assert grouped.num_examples == 20 and grouped.clusters

@@ -1,0 +1,113 @@
+"""What a table of losses must be before anything reads it: numbers, names, clusters."""
+
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def as_numbers(values: Any, name: str) -> np.ndarray:
+  """Real numbers as float64; an array of float64 is returned as it is.
+
+  Raises:
+    ValueError: `values` is masked (what is under a mask is not known), complex, text or
+      objects, or ragged.
+  """
+  if np.ma.isMaskedArray(values):
+    raise ValueError(
+      f"Expected `{name}` without a mask. Got a masked array; leave out the masked prompts, or"
+      " give each a loss."
+    )
+  try:
+    array = np.asarray(values)
+  except ValueError as error:
+    raise ValueError(
+      f"Expected `{name}` to be a table of numbers. Got rows of several lengths ({error})."
+    ) from error
+  if array.dtype.kind not in "fiub":
+    raise ValueError(
+      f"Expected `{name}` to be real numbers. Got an array of {array.dtype}; convert it, for"
+      " example with `.astype(float)`, where that loses nothing."
+    )
+  return np.asarray(array, np.float64)
+
+
+def check_ids(ids: Sequence[str], count: int) -> tuple[str, ...]:
+  """Ids of `count` prompts.
+
+  Raises:
+    ValueError: another number of them, one is no text, or one occurs twice.
+  """
+  names = tuple(ids)
+  if len(names) != count:
+    raise ValueError(f"Expected `ids` for each of the {count} rows. Got {len(names)}.")
+  odd = [name for name in names if not isinstance(name, str)]
+  if odd:
+    raise ValueError(
+      f"Expected `ids` to be texts. Got {odd[0]!r} ({type(odd[0]).__name__}); use `str(id)`."
+    )
+  if len(set(names)) != count:
+    seen: set[str] = set()
+    twice = sorted({name for name in names if name in seen or seen.add(name)})
+    raise ValueError(
+      f"Expected `ids` to be unique. Got {twice[:5]} more than once; several rows of one prompt"
+      " are a cluster: give them ids of their own and one of the `groups`."
+    )
+  return tuple(str(name) for name in names)
+
+
+def check_groups(groups: Sequence[Any], count: int) -> tuple[str, ...]:
+  """The cluster of each of `count` prompts, as texts.
+
+  Raises:
+    ValueError: another number of them, or one is missing (None, NaN) or no name.
+  """
+  if isinstance(groups, str) or len(groups) != count:
+    raise ValueError(
+      f"`groups` must name the cluster of each of the {count} rows, got {len(groups)} names."
+    )
+  bare = [
+    row
+    for row, group in enumerate(groups)
+    if isinstance(group, bool) or not isinstance(group, str | numbers.Integral)
+  ]
+  if bare:
+    raise ValueError(
+      f"Expected `groups` to name the cluster of every row. Got {groups[bare[0]]!r} at row"
+      f" {bare[0]} and {len(bare)} rows without a name; give each a cluster (its own id if it"
+      " has none), or leave these prompts out: together they would pass for one cluster."
+    )
+  return tuple(str(group) for group in groups)
+
+
+def looks_sorted(values: np.ndarray) -> bool:
+  """Whether rows stand in an order that follows their losses.
+
+      |r| sqrt(n - 1) > 4,   r Spearman's correlation of row number and mean loss
+
+  Rows in an order that has nothing to do with losses look so once in 10,000 tables.
+
+  Args:
+    values: [num_examples, num_thresholds] finite losses.
+  """
+  means = values.mean(axis=1)
+  _, place, sizes = np.unique(means, return_inverse=True, return_counts=True)
+  if len(sizes) < 2:
+    return False
+  ranks = (np.cumsum(sizes) - (sizes - 1) / 2.0)[place]  # equal losses share a rank
+  correlation = float(np.corrcoef(np.arange(len(ranks)), ranks)[0, 1])
+  return abs(correlation) * np.sqrt(len(ranks) - 1.0) > 4.0
+
+
+def looks_copied(values: np.ndarray) -> bool:
+  """Whether every row of more than eight kinds stands there at least twice.
+
+  Rows that are 0, 1 or -1 throughout are common and say nothing; of the others, independent
+  prompts hardly ever leave none alone.
+  """
+  told = values[~np.isin(values, (-1.0, 0.0, 1.0)).all(axis=1)]
+  if len(told) <= 16:
+    return False
+  _, counts = np.unique(told, axis=0, return_counts=True)
+  return len(counts) > 8 and bool((counts > 1).all())

@@ -1,0 +1,130 @@
+"""Edges at which a promise used to break: declared ranges, groups, ids, tables of all kinds."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from calm.calibrate import SequenceLosses, Support, calibrate, trials
+from calm.calibrate.evidence import draws
+from tests.calibrate import laws
+
+GRID = np.array([0.9, 0.5])
+RATES = dict(tolerance=0.1, error_rate=0.05)
+
+
+def zeros(count=60, **fields):
+  return SequenceLosses(np.zeros((count, 2)), GRID, **fields)
+
+
+@pytest.mark.parametrize("method", ["paper", "hoeffding_bentkus", "convex_order", "hoeffding"])
+def test_losses_above_1_are_not_clipped_to_1(method):
+  wide = Support(0.0, 2.0)
+  generator = np.random.default_rng(0)
+  values = 2.0 * laws.bernoulli(generator, 0.045, (400, 1))  # risk 0.09
+  with pytest.raises(ValueError, match=r"range is \[0.0, 2.0\]. Divide losses and tolerance"):
+    calibrate(values, [0.5], tolerance=0.08, error_rate=0.05, support=wide, method=method)
+  losses = SequenceLosses(values, [0.5], support=wide)
+  with pytest.raises(ValueError, match="Divide losses and tolerance"):
+    trials.validity_trials(losses, [0.08], error_rate=0.05, method=method)
+  found = calibrate(values / 2.0, [0.5], tolerance=0.04, error_rate=0.05, method=method)
+  assert not found.certified
+
+
+def test_the_paper_still_clips_signed_losses_at_0():
+  values = np.full((100, 1), -0.5)
+  found = calibrate(values, [0.5], **RATES, support=Support(lower=-1.0), method="paper")
+  assert found.rows[0].mean == 0.0 and found.certified
+
+
+def test_groups_that_losses_carry_are_used():
+  generator = np.random.default_rng(0)
+  wrong = 0
+  for _ in range(40):
+    values = np.repeat(laws.bernoulli(generator, 0.11, (40, 1)), 10, axis=0)
+    groups = tuple(f"g{row // 10}" for row in range(400))
+    losses = SequenceLosses(values, [0.5], groups=groups)
+    wrong += calibrate(losses, **RATES).certified
+  assert wrong <= 6  # .27 of draws when they were ignored
+  found = calibrate(losses, **RATES)
+  assert found.clusters and found.num_examples == 40
+  assert len(draws.Pool(losses, "auto").values) == 40
+  prompts = losses.ungrouped()
+  assert calibrate(prompts, **RATES).num_examples == len(draws.Pool(prompts, "auto").values)
+
+
+def test_a_cluster_of_one_prompt_each_is_no_cluster():
+  found = calibrate(zeros(groups=tuple(f"g{row}" for row in range(60))), **RATES)
+  assert not found.clusters and found.num_examples == 60
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, 1.5, True, ["a"]])
+def test_a_missing_group_is_refused_and_not_one_cluster(missing):
+  values = np.concatenate([np.zeros((100, 1)), np.ones((1000, 1))])
+  groups = [*(f"g{row}" for row in range(100)), *[missing] * 1000]
+  with pytest.raises(ValueError, match=r"`groups` to name the cluster of every row.*row 100"):
+    calibrate(values, [0.5], **RATES, groups=groups)
+  with pytest.raises(ValueError, match="1000 rows without a name"):
+    SequenceLosses(values, [0.5], groups=groups)
+  with pytest.raises(ValueError, match="`groups` to name"):
+    draws.Pool(SequenceLosses(values, [0.5]), "auto", groups)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"ids": tuple(f"p{i}" for i in range(30))}, "`ids` for each of the 60 rows. Got 30"),
+    ({"ids": ("a",) * 60}, r"`ids` to be unique. Got \['a'\] more than once"),
+    ({"ids": tuple(range(60))}, r"`ids` to be texts. Got 0 \(int\)"),
+    ({"groups": ("a",) * 59}, "each of the 60 rows, got 59"),
+    ({"order": "sorted"}, "`order` must be 'permuted' or 'given'"),
+    ({"support": (0, 1)}, "`support` to be a `Support`"),
+    ({"support": {"lower": 0}}, "`support` to be a `Support`"),
+  ],
+)
+def test_losses_are_checked_where_they_are_made(fields, message):
+  with pytest.raises(ValueError, match=message):
+    zeros(**fields)
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(zeros(), **fields)
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    (np.ma.masked_array(np.zeros((60, 2)), mask=np.eye(60, 2)), "masked"),
+    (np.zeros((60, 2), complex), "real numbers. Got an array of complex128"),
+    (np.zeros((60, 2), object), "real numbers. Got an array of object"),
+    (np.full((60, 2), "0.1"), "real numbers. Got an array of <U3"),
+    ([[0.0], [0.0, 1.0]], "rows of several lengths"),
+    (np.zeros(60), r"one row a prompt, one column a threshold"),
+    (np.zeros((0, 2)), "n at least 1"),
+  ],
+)
+def test_only_tables_of_real_numbers_are_losses(values, message):
+  with pytest.raises(ValueError, match=message):
+    calibrate(values, GRID, **RATES)
+  with pytest.raises(ValueError, match=message):
+    SequenceLosses(values, GRID)
+
+
+@pytest.mark.parametrize("kind", [bool, np.float16, np.int64, np.float32])
+def test_tables_of_other_numbers_are_converted(kind):
+  found = calibrate(np.zeros((60, 2), kind, order="F"), GRID, **RATES)
+  assert found == calibrate(np.zeros((60, 2)), GRID, **RATES)
+
+
+def test_clusters_in_the_given_order_are_tested_in_the_given_order():
+  # Names would sort the other way round: z, y, x, ...
+  names = [f"{25 - row:02d}" for row in range(26) for _ in range(2)]
+  values = np.repeat(laws.mostly_zero(np.random.default_rng(0), 0.05, (26, 1)), 2, axis=0)
+  losses = SequenceLosses(values, [0.5]).in_given_order()
+  found = calibrate(losses, tolerance=0.2, error_rate=0.05, groups=names)
+  plain = calibrate(
+    SequenceLosses(values[::2], [0.5]).in_given_order(), tolerance=0.2, error_rate=0.05
+  )
+  assert found.rows[0].log_p_value == plain.rows[0].log_p_value
+  backwards = SequenceLosses(values[::-1], [0.5]).in_given_order()
+  other = calibrate(backwards, tolerance=0.2, error_rate=0.05, groups=names[::-1])
+  assert other.rows[0].log_p_value != found.rows[0].log_p_value
