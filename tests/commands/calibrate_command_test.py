@@ -1,4 +1,4 @@
-"""`calm calibrate` on JSON Lines files alone: groups, promises, files that were tampered with."""
+"""`calm calibrate` on JSON Lines files alone: groups, promises, tampered files."""
 
 import json
 
@@ -31,9 +31,8 @@ def outputs(folder, count=80, groups=None, wrong=()):
 
 def test_by_group_refuses_a_prompt_without_a_group(tmp_path, capsys):
   groups = [f"g{row // 4}" for row in range(80)]
-  assert (
-    cli.main(["calibrate", *outputs(tmp_path, groups=[*groups[:-1], None]), "--by_group"]) == 2
-  )
+  bare = outputs(tmp_path, groups=[*groups[:-1], None])
+  assert cli.main(["calibrate", *bare, "--by_group"]) == 2
   error = capsys.readouterr().err
   assert "all have a `group`" in error and "p79" in error
   rates = ["--tolerance=0.2", "--by_group"]
@@ -48,7 +47,7 @@ def test_groups_that_are_not_used_are_spoken_of(tmp_path, capsys):
   assert "80 prompts come in 20 groups" in " ".join(capsys.readouterr().out.split())
   assert Calibration.load(tmp_path / "calibration.json").num_examples == 80
   assert cli.main(["calibrate", *outputs(tmp_path)]) == 0
-  assert "groups" not in capsys.readouterr().out
+  assert "prompts come in" not in capsys.readouterr().out
 
 
 def test_the_same_files_give_the_same_calibration(tmp_path):

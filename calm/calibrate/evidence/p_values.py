@@ -3,8 +3,9 @@
 Each valid function satisfies P(p <= u) <= u for every u in [0, 1] whenever H is true: for
 independent prompts, any distribution of losses in the declared range, and every sample size.
 Functions of the sum of losses take sums, not means (n * (k / n) is not always k in floating
-point). `betting` takes the losses themselves, in an order that was fixed before any of them was
-seen.
+point) and hold in whatever order prompts are stored. `betting` takes the losses themselves and
+needs their order to be exchangeable: rows sorted by loss, or by anything that goes with it,
+break it, however fixed that order was. `calibrate` permutes rows for it.
 
 Everything is computed in log space; `log=True` returns log p, which does not underflow.
 """
