@@ -87,7 +87,7 @@ class SequenceLosses:
       raise ValueError(f"Expected `support` to be a `Support`. Got {self.support!r}.")
     if self.order not in ("permuted", "given"):
       raise ValueError(f"`order` must be 'permuted' or 'given', got {self.order!r}.")
-    checked = {"values": values, "thresholds": grid}
+    checked: dict[str, Any] = {"values": values, "thresholds": grid}
     if self.ids is not None:
       checked["ids"] = checks.check_ids(self.ids, len(values))
     if self.groups is not None:
