@@ -36,17 +36,8 @@ from calm.commands import common, model_flags
 
 # Fixed before the first run; another tolerance is the user's choice, not ours.
 TOLERANCE, ERROR_RATE = 0.1, 0.05
-# Chosen on the validation split, like the grids: a layer that asks the head costs a head, and
-# the packed model's first two are wrong too often to be worth one.
-MEASURE, EXIT_LAYERS = "softmax", "3,4"
-# Where the packed model's measures cross such tolerances.
-GRIDS = {
-  "softmax": tuple(
-    percent / 100
-    for percent in (50, 45, 40, 35, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 5, 4, 2)
-  ),
-  "classifier": tuple(percent / 100 for percent in range(99, 79, -1)),
-}
+# Where another measure of the packed model crosses such tolerances.
+GRIDS = {"classifier": tuple(percent / 100 for percent in range(99, 79, -1))}
 METRIC = "rouge_l"
 REPEATS = 3
 
@@ -58,14 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--error_rate", default=ERROR_RATE, help="epsilon (default 0.05)", **rate)
   parser.add_argument(
     "--measure",
-    default=MEASURE,
     metavar="NAME",
-    help="softmax (default), classifier, shortlist or state",
+    help="softmax, classifier, shortlist or state (default: the model's own)",
   )
   parser.add_argument(
     "--exit_layers",
     metavar="LAYERS",
-    help="layers after which a token may leave, like 2,4 (default for 'packed'), or all",
+    help="layers after which a token may leave, like 2,4, or all (default: the model's own)",
   )
   parser.add_argument(
     "--model", default="packed", metavar="FOLDER", help="a checkpoint, or 'packed' (default)"
@@ -113,13 +103,18 @@ def run(arguments: argparse.Namespace) -> int:
   from calm import inference
 
   console = rich_console.Console()
-  named = arguments.exit_layers or (EXIT_LAYERS if arguments.model == "packed" else "all")
-  layers = None if named == "all" else model_flags.parse_layers(named)
+  options = {}
+  if arguments.measure:
+    options["measure"] = arguments.measure
+  if named := arguments.exit_layers:
+    options["exit_layers"] = None if named == "all" else model_flags.parse_layers(named)
   with common.called("--model"):
-    predictor = inference.load(arguments.model, measure=arguments.measure, exit_layers=layers)
+    predictor = inference.load(arguments.model, **options)
+  allowed = predictor.options.exit_layers
+  shown = "all" if allowed is None else ",".join(map(str, allowed))
   console.print(
     f"[bold]1. Decode[/bold] {len(calibration_prompts)} calibration prompts at full depth and"
-    f" over the grid of the measure '{arguments.measure}', exits after layers {named}."
+    f" over the grid of the measure '{predictor.options.measure}', exits after layers {shown}."
   )
   with tempfile.TemporaryDirectory() as scratch:
     folder = pathlib.Path(arguments.output or scratch)
@@ -158,7 +153,8 @@ def generate_grid(
   from calm.inference import grid
 
   measure = predictor.options.measure
-  levels = [float(t) for t in GRIDS.get(measure) or thresholds.default_grid(measure)]
+  own = predictor.options.grid or GRIDS.get(measure) or thresholds.default_grid(measure)
+  levels = [float(t) for t in own]
   procedure: Procedure = predictor.procedure
   writer = writer_lib.open_writer(
     folder, prompts=prompts, thresholds=levels, procedure=procedure

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--thresholds",
     metavar="LIST",
-    help="descending, like 0.9,0.8,0.7; default: the measure's own grid",
+    help="descending, like 0.9,0.8,0.7; default: the model's own grid, or the measure's",
   )
   parser.add_argument(
     "--no_reuse", action="store_true", help="decode every sequence, even where it cannot change"
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     predictor = load(
       arguments.model, dtype=arguments.dtype, **model_flags.decode_options(arguments)
     )
-  levels = parse_grid(arguments.thresholds, predictor.options.measure)
+  levels = parse_grid(arguments.thresholds, predictor.options)
   test = None
   if arguments.until_certified:
     prompts = until_certified.in_order(predictor, prompts, by_group=arguments.by_group)
@@ -165,9 +165,9 @@ def _until_certified(arguments, console, predictor, prompts, test, writer) -> No
   console.print(f"Written to {path}")
 
 
-def parse_grid(text: str | None, measure: str) -> list[float]:
-  """A grid given as text, or the measure's default."""
+def parse_grid(text: str | None, options) -> list[float]:
+  """A grid given as text, or that of a model's options, or their measure's default."""
   if text is None:
-    return [float(t) for t in thresholds.default_grid(measure)]
+    return list(options.grid or thresholds.default_grid(options.measure).tolist())
   values = [thresholds.parse_threshold(part) for part in text.split(",")]
   return [float(t) for t in thresholds.validate_grid(values)]

@@ -1,7 +1,9 @@
 """Decode prompts under a calibrated threshold, with the promise attached.
 
-A calibration that was made for another model or other options is refused.
+A calibration that was made for another model or other options is refused. A model folder that
+`calm fit` made brings its own: it is served under its promise with no further options.
 
+  calm infer --model=mine --prompts=prompts.txt
   calm infer --calibration=runs/cache/calibration.json --prompts=prompts.txt
   calm infer --threshold=0.8 --prompts=prompts.jsonl --output=out.jsonl
   echo "A long package description" | calm infer --threshold=never --prompts=- --colour
@@ -52,10 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @common.user_errors
 def run(arguments: argparse.Namespace) -> int:
   """Decodes the prompts."""
-  if arguments.calibration is None and arguments.threshold is None:
+  own = pathlib.Path(arguments.model) / "calibration.json"
+  if arguments.calibration is None and arguments.threshold is None and not own.is_file():
     raise ValueError(
-      "Expected `--calibration` or `--threshold`. Got neither; make a calibration with `calm"
-      " generate` and `calm calibrate`, or decode without a promise: --threshold=0.9."
+      "Expected `--calibration` or `--threshold`. Got neither, and no calibration.json in the"
+      " folder of `--model`; make one with `calm fit`, or with `calm generate` and `calm"
+      " calibrate`, or decode without a promise: --threshold=0.9."
     )
   threshold = arguments.threshold
   if threshold is not None:
@@ -109,7 +113,7 @@ def _count(number: int, thing: str) -> str:
 
 def _why_none(arguments: argparse.Namespace) -> str:
   if arguments.calibration is None:
-    return "nothing was calibrated for this"
+    return "nothing was calibrated for these options and this threshold"
   if arguments.void_guarantee:
     return "--void_guarantee was given"
   return "the calibration is for another threshold than --threshold"

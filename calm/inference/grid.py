@@ -6,6 +6,7 @@ on where they do not (`calibrate.reuse`).
 """
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,17 @@ from calm.calibrate.generations import writer as writer_lib
 from calm.data import prompt_batches as prompts_lib
 from calm.decode import loop
 from calm.exits import schedules
-from calm.inference import predictor as predictor_lib
 from calm.t5 import decoder
+
+if TYPE_CHECKING:  # the predictor itself decodes grids
+  from calm.inference import predictor as predictor_lib
 
 # (threshold just finished, batch number, number of batches)
 Progress = Callable[[float, int, int], None]
 
 
 def generate(
-  predictor: predictor_lib.Predictor,
+  predictor: "predictor_lib.Predictor",
   prompts: Sequence[Prompt],
   thresholds: Sequence[float],
   writer: writer_lib.Writer,
@@ -79,7 +82,7 @@ class _Batch:
 
   def __init__(
     self,
-    predictor: predictor_lib.Predictor,
+    predictor: "predictor_lib.Predictor",
     batch: prompts_lib.PromptBatch,
     ids: Sequence[str],
     resumes: bool,
@@ -134,14 +137,16 @@ class _Batch:
     return record(self._predictor, generation, self._ids.index(prompt_id), prompt_id)
 
 
-def schedule_values(predictor: predictor_lib.Predictor, threshold: float) -> np.ndarray:
+def schedule_values(predictor: "predictor_lib.Predictor", threshold: float) -> np.ndarray:
   """The schedule's threshold at every token, in float32 as the decoder has it."""
   positions = jnp.arange(predictor.options.max_decode_length)
   values = predictor.options.schedule(jnp.asarray(threshold, jnp.float32), positions)
   return np.broadcast_to(np.asarray(values), positions.shape)
 
 
-def record(predictor: predictor_lib.Predictor, generation, row: int, prompt_id: str) -> Record:
+def record(
+  predictor: "predictor_lib.Predictor", generation, row: int, prompt_id: str
+) -> Record:
   """One row of a generation as a record on disk."""
   output = predictor.output(generation, row)
   return Record(

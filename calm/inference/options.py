@@ -18,7 +18,7 @@ from calm.exits import propagation, schedules
 
 @dataclasses.dataclass(frozen=True)
 class DecodeOptions:
-  """How prompts are decoded; all of it belongs to the `Procedure`, but for the last four.
+  """How prompts are decoded; all of it belongs to the `Procedure`, but for the last five.
 
   Attributes:
     measure: confidence measure: 'softmax', 'state' or 'classifier'.
@@ -36,6 +36,8 @@ class DecodeOptions:
       rule and the batch (`programs.default_engine`).
     refill: whether `generate` puts the next prompt into a row whose text has ended, for lists
       that are longer than a batch. On one device; results do not depend on it in float32.
+    grid: thresholds to decode at where none are given, descending, chosen for this measure,
+      layers and schedule; None takes the measure's own (`thresholds.default_grid`).
   """
 
   measure: str = "softmax"
@@ -50,6 +52,7 @@ class DecodeOptions:
   num_devices: int = 1
   engine: engines.Engine | None = None
   refill: bool = False
+  grid: tuple[float, ...] | None = None
 
   def __post_init__(self):
     for name in ("max_input_length", "max_decode_length", "batch_size", "num_devices"):
@@ -69,6 +72,25 @@ class DecodeOptions:
       self.exit_layers,
       propagation.propagation(self.propagation),
     )
+
+
+# What was chosen for one measure, and what the grid was chosen for.
+_OF_THE_MEASURE = ("exit_layers", "schedule", "propagation")
+
+
+def change(options: DecodeOptions, **given: Any) -> DecodeOptions:
+  """The options with some of them given.
+
+  Layers, schedule and grid belong together, as a model folder brings them: whoever names a
+  measure gets that measure's own defaults, and a grid goes with what it was made for.
+  """
+  base: dict[str, Any] = {}
+  if "measure" in given:
+    plain = DecodeOptions()
+    base = {name: getattr(plain, name) for name in _OF_THE_MEASURE}
+  if {"measure", *_OF_THE_MEASURE} & set(given):
+    base["grid"] = None
+  return dataclasses.replace(options, **{**base, **given})
 
 
 def options_of(procedure: Procedure, shortlist: tuple[int, ...] | None = None) -> DecodeOptions:
@@ -112,4 +134,34 @@ def stored_options(directory: pathlib.Path) -> dict[str, Any]:
       f"Expected {str(path)!r} to name fields of `DecodeOptions`. Got {unknown}; it was written"
       " by another program or a newer version."
     )
-  return {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+  stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+  if "schedule" in stored:
+    stored["schedule"] = _schedule(stored["schedule"], path)
+  return stored
+
+
+def _schedule(value: Any, path: pathlib.Path) -> schedules.Schedule:
+  try:
+    return schedules.schedule(**value)
+  except TypeError as error:
+    raise ValueError(
+      f"Expected `schedule` in {str(path)!r} to be a name and its numbers. Got {value!r}"
+      f" ({error}); it was written by another program or a newer version."
+    ) from error
+
+
+def to_stored(options: DecodeOptions) -> dict[str, Any]:
+  """The options as `inference.json` keeps them; what says nothing is left out."""
+  plain = DecodeOptions()
+  names = ("measure", "exit_layers", "propagation", "batch_size", "shortlist", "grid")
+  limits = ("task_prefix", "max_input_length", "max_decode_length")
+  stored: dict[str, Any] = {name: getattr(options, name) for name in limits}
+  for name in names:
+    value = getattr(options, name)
+    if name == "measure" or value != getattr(plain, name):
+      stored[name] = list(value) if isinstance(value, tuple) else value
+  schedule = options.schedule
+  if schedule != plain.schedule:
+    numbers = dataclasses.asdict(schedule)  # pyright: ignore[reportArgumentType]
+    stored["schedule"] = {"name": schedule.name, **numbers}
+  return stored

@@ -17,20 +17,24 @@ import jax
 import numpy as np
 
 from calm import checkpoints, exits
-from calm.calibrate import Calibration, Procedure
+from calm.calibrate import Calibration, Procedure, Prompt
+from calm.calibrate.generations.procedures import describe_differences
 from calm.data import prompt_batches
 from calm.decode import loop, pool_program
 from calm.decode import pool as pool_lib
 from calm.decode import program as program_lib
 from calm.decode import sharded as sharded_lib
 from calm.exits import schedules
+from calm.inference import certified
 from calm.inference import outputs as outputs_lib
 from calm.inference.options import DecodeOptions as DecodeOptions
+from calm.inference.options import change, shortlist_record, stored_options
 from calm.inference.options import options_of as options_of
-from calm.inference.options import shortlist_record, stored_options
 from calm.t5 import costs as costs_lib
 from calm.t5 import decoder, network
 
+# What a folder with a promise holds beside the model.
+CALIBRATION = "calibration.json"
 PACKED = pathlib.Path(__file__).parents[1] / "assets"
 
 
@@ -48,7 +52,9 @@ def load(
     path: a checkpoint directory of any format that `checkpoints.load` knows, or 'packed' for
       the small model inside this package.
     calibration: a `Calibration` or its JSON file. Its procedure sets the options that are not
-      given; a model or an option that differs from it is refused.
+      given; a model or an option that differs from it is refused. None takes the
+      `calibration.json` of the model's own folder, where there is one and no option that is
+      given differs from it.
     void_guarantee: decode under another procedure all the same: the calibrated threshold
       stays, the promise goes.
     dtype: activation dtype, 'float32' or 'bfloat16'; None takes the checkpoint's.
@@ -81,12 +87,30 @@ def load(
     config=config,
     params=checkpoint.params,
     vocabulary=checkpoint.vocabulary,
-    options=dataclasses.replace(base, **options),
-    calibration=None if void_guarantee else calibration,
-    threshold=None if calibration is None else calibration.threshold,
+    options=change(base, **options),
   )
-  if predictor.calibration is not None:
-    predictor.calibration.refuse_other(predictor.procedure)
+  if calibration is None:
+    own = directory / CALIBRATION
+    given = bool(options) or dtype is not None
+    return _under_its_own(predictor, own, given) if own.exists() else predictor
+  if not void_guarantee:
+    return predictor.under(calibration)
+  return dataclasses.replace(predictor, threshold=calibration.threshold)
+
+
+def _under_its_own(
+  predictor: "Predictor", path: pathlib.Path, options_given: bool
+) -> "Predictor":
+  """The model under the calibration of its folder, where that is for it as it is opened."""
+  calibration = Calibration.load(path)
+  difference = describe_differences(calibration.procedure, predictor.procedure)
+  if not difference:
+    return predictor.under(calibration)
+  if not options_given:  # the folder disagrees with itself
+    raise ValueError(
+      f"Expected {str(path)!r} to be for the model beside it. Got one for another procedure:"
+      f" {difference}; calibrate again, or take the file away to decode without a promise."
+    )
   return predictor
 
 
@@ -160,8 +184,34 @@ class Predictor:
 
   def with_options(self, **options: Any) -> "Predictor":
     """The same model under other options and without a calibration."""
-    changed = dataclasses.replace(self.options, **options)
+    changed = change(self.options, **options)
     return dataclasses.replace(self, options=changed, calibration=None, threshold=None)
+
+  def under(self, calibration: Calibration) -> "Predictor":
+    """The same model under a calibration: its threshold is the default, its promise goes along.
+
+    Raises:
+      ValueError: the calibration is for another procedure; the message names the fields.
+    """
+    calibration.refuse_other(self.procedure)
+    threshold = calibration.threshold
+    return dataclasses.replace(self, calibration=calibration, threshold=threshold)
+
+  def calibrate(
+    self, prompts: Sequence[Prompt] | Sequence[str], *, tolerance: float, **options: Any
+  ) -> "Predictor":
+    """The same model under the threshold that is certified on these prompts.
+
+    Args:
+      prompts: exchangeable prompts like those to come, which nothing was chosen on.
+      tolerance: delta, in (0, 1).
+      **options: `error_rate`, `consistency`, `metric`, `thresholds`; see `certified.certify`.
+
+    Returns:
+      A predictor whose `generate` needs no threshold; the promise is in `calibration`.
+    """
+    made, _ = certified.certify(self, prompts, tolerance=tolerance, **options)
+    return self.under(made)
 
   def program(self, rule: exits.StepRule | None = None) -> program_lib.Program:
     """The compiled program of a rule (the options' own by default)."""
@@ -275,6 +325,8 @@ class Predictor:
       )
     if threshold is not None:
       schedules.check_threshold(threshold)
+    if threshold == schedules.NEVER_EXIT:  # the full model itself: no confidence is computed
+      rule = rule or exits.StaticExit()
     items, timing = self._run(
       texts, schedules.NEVER_EXIT if threshold is None else threshold, rule
     )

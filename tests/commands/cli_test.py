@@ -238,7 +238,8 @@ def test_rates_are_checked_before_anything_is_decoded(model, prompts, tmp_path, 
 def test_demo_decodes_calibrates_and_compares(model, tmp_path, capsys):
   short = tmp_path / "short"
   shutil.copytree(model, short)
-  (short / "inference.json").write_text('{"max_decode_length": 4, "max_input_length": 1024}')
+  own = {"max_decode_length": 4, "max_input_length": 1024, "grid": [0.9, 0.6, 0.3]}
+  (short / "inference.json").write_text(json.dumps(own))
   output = tmp_path / "demo"
   arguments = ["demo", f"--model={short}", f"--output={output}", "--limit=2", "--examples=1"]
   assert cli.main([*arguments, "--tolerance=0.9", "--error_rate=0.2"]) == 0
@@ -248,7 +249,7 @@ def test_demo_decodes_calibrates_and_compares(model, tmp_path, capsys):
   for word in ("certified", "full depth", "early exit", "tolerance 0.9", "reference", "early "):
     assert word in text, word
   assert Calibration.load(output / "calibration.json").procedure is not None
-  assert len(generations.load(output).thresholds) == 20
+  assert generations.load(output).thresholds.tolist() == own["grid"]
 
 
 def test_bytes_that_are_no_text_are_no_prompts(model, tmp_path, capsys, monkeypatch):

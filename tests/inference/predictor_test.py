@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from calm import calibrate, checkpoints, exits, inference
 from calm.data import vocabulary
 from calm.decode import engines
 from calm.exits import schedules
+from calm.inference import options as options_lib
 from calm.t5 import network
 from tests import toys
 from tests.inference import outputs_test
@@ -160,7 +162,15 @@ def test_every_option_but_the_batch_size_belongs_to_the_procedure(model):
     "max_decode_length": 9,
   }
   fields = {field.name for field in dataclasses.fields(inference.DecodeOptions)}
-  assert fields == {*changes, "batch_size", "num_devices", "engine", "refill", "shortlist"}
+  assert fields == {
+    *changes,
+    "batch_size",
+    "num_devices",
+    "engine",
+    "refill",
+    "shortlist",
+    "grid",
+  }
   for name, value in changes.items():
     other = model.with_options(**{name: value}).procedure
     assert set(model.procedure.differences(other)) == {name}
@@ -264,6 +274,52 @@ def test_a_checkpoint_may_bring_its_own_defaults(tmp_path):
   (path / "inference.json").write_text(json.dumps({"task_prefix": "p: ", "batch_size": 2}))
   options = inference.load(path, batch_size=3).options
   assert options.task_prefix == "p: " and options.batch_size == 3
+
+
+def test_defaults_that_belong_together_stay_together(tmp_path):
+  path = save(tmp_path / "toy")
+  chosen = inference.DecodeOptions(
+    measure="state",
+    exit_layers=(2,),
+    schedule=schedules.Decaying(4.0, 8),
+    grid=(0.9, 0.8),
+    task_prefix="p: ",
+  )
+  (path / "inference.json").write_text(json.dumps(options_lib.to_stored(chosen)))
+  assert inference.load(path).options == chosen
+  assert inference.load(path, batch_size=3).options == dataclasses.replace(chosen, batch_size=3)
+  # Another measure has its own layers and grid; other layers want another grid.
+  other = inference.load(path, measure="softmax").options
+  assert other == inference.DecodeOptions(task_prefix="p: ")
+  deeper = inference.load(path, exit_layers=(1, 2)).options
+  assert deeper == dataclasses.replace(chosen, exit_layers=(1, 2), grid=None)
+  (path / "inference.json").write_text(json.dumps({"schedule": {"name": "constant", "x": 1}}))
+  with pytest.raises(ValueError, match=r"`schedule` in .*inference\.json"):
+    inference.load(path)
+
+
+def test_a_folder_serves_under_its_own_calibration(directory, model, calibration, tmp_path):
+  folder = tmp_path / "mine"
+  shutil.copytree(directory, folder)
+  calibration.save(folder / "calibration.json")
+  (folder / "inference.json").write_text(json.dumps(options_lib.to_stored(model.options)))
+  served = inference.load(folder)
+  assert served.calibration == calibration and served.threshold == calibration.threshold
+  assert served.generate(TEXTS[:1]).guarantee == calibration.guarantee
+  # Another way of decoding has no promise, and that is no error of the folder's.
+  assert inference.load(folder, measure="state").calibration is None
+  toys_params = toys.params(SIZES, 2)
+  checkpoints.save(folder, toys_params, model.config, vocabulary=model.vocabulary)
+  with pytest.raises(ValueError, match=r"for the model beside it.*`parameters_digest`"):
+    inference.load(folder)
+
+
+def test_never_exit_serves_the_full_model_itself(model):
+  """No confidence in its program: the threshold infinity through the rule would pay for all."""
+  got = model.generate(TEXTS, threshold=NEVER)
+  full = model.generate(TEXTS, rule=exits.StaticExit())
+  assert rows(got) == rows(full) and got.threshold == NEVER
+  assert all(not any(output.rejected_confidences) for output in got)
 
 
 def test_outputs_fit_terminals_and_notebooks(model, generated):

@@ -1,0 +1,51 @@
+"""A grid decoded and certified in one call: `Predictor.calibrate`."""
+
+import pytest
+
+from calm import inference
+from calm.calibrate import Prompt, generations
+from calm.inference import certified
+from tests.inference import predictor_test
+
+TEXTS = [f"{word} {i}" for i in range(20) for word in ("a", "the words")]
+RATES = {"tolerance": 0.9, "thresholds": [0.9, 0.5]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  directory = predictor_test.save(tmp_path_factory.mktemp("model") / "toy")
+  return inference.load(directory, **{**predictor_test.OPTIONS, "max_input_length": 32})
+
+
+def test_a_model_calibrates_itself_on_texts(model):
+  served = model.calibrate(TEXTS, **RATES)
+  calibration = served.calibration
+  assert calibration.procedure == model.procedure and calibration.certified
+  assert calibration.num_examples == len(TEXTS) and calibration.tolerance == 0.9
+  assert [row.threshold for row in calibration.rows] == [0.9, 0.5]
+  outputs = served.generate(TEXTS[:4])
+  assert outputs.threshold == calibration.threshold
+  assert outputs.guarantee == calibration.guarantee
+
+
+def test_the_grid_of_the_model_is_taken_and_generations_are_kept(model, tmp_path):
+  with_grid = model.with_options(grid=(0.8, 0.7))
+  prompts = [Prompt(str(i), text, (text,)) for i, text in enumerate(TEXTS)]
+  folder = tmp_path / "cache"
+  options = {"tolerance": 0.9, "consistency": "risk", "metric": "token_f1", "folder": folder}
+  calibration, cached = certified.certify(with_grid, prompts, **options)
+  assert [row.threshold for row in calibration.rows] == [0.8, 0.7]
+  assert calibration.kind == "risk_signed" and calibration.metric == "token_f1"
+  assert generations.load(folder).records == cached.records
+
+
+def test_what_cannot_be_certified_is_refused_before_any_decoding(model, monkeypatch):
+  monkeypatch.setattr(inference.Predictor, "encode", None)
+  with pytest.raises(ValueError, match="at least 29 are needed"):
+    model.calibrate(TEXTS[:5], tolerance=0.1)
+  with pytest.raises(ValueError, match=r"references .*40 without"):
+    model.calibrate(TEXTS, tolerance=0.9, consistency="risk")
+  with pytest.raises(ValueError, match="`consistency` to be one of"):
+    model.calibrate(TEXTS, tolerance=0.9, consistency="textul")
+  with pytest.raises(TypeError, match="put it in a list"):
+    model.calibrate("one text", tolerance=0.9)
