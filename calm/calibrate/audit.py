@@ -20,6 +20,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from calm.calibrate.generations import files
 from calm.calibrate.generations import records as records_lib
 from calm.calibrate.losses import metrics
 from calm.calibrate.losses.sequence_losses import Support
@@ -244,9 +245,7 @@ class Monitor:
       self.wealth = self.wealth.after(self._losses.pop(self._waiting.pop(0)), self.watch)
 
   def _write(self, value: dict[str, Any]) -> None:
-    with open(self.path, "ab") as file:
-      file.write(records_lib.dump_line(value).encode("utf-8"))
-      file.flush()
+    files.append(self.path, records_lib.dump_line(value).encode("utf-8"))
 
   def _replay(self, line: records_lib.Line) -> None:
     value = line.value

@@ -5,7 +5,6 @@ Shared by the checkpoint formats, each of which has a file of its own.
 
 import contextlib
 import json
-import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +13,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from calm.calibrate.generations import files as safe
 
 # What a parameter may be stored as; all are read as float32.
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -117,19 +118,21 @@ def write_together(
   Raises:
     OSError: the directory cannot be written.
   """
-  temporary = {name: directory / f".{name}.{os.getpid()}.tmp" for name in writers}
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    for name, write in writers.items():
-      write(temporary[name])
-    for name, path in temporary.items():
-      os.replace(path, directory / name)
+    with contextlib.ExitStack() as stack:
+      whole = []
+      for name, write in writers.items():
+        target = safe.destination(directory / name)
+        if target is None:
+          raise PermissionError(None, f"{name} is there and is no regular file")
+        partial = stack.enter_context(safe.temporary(target))
+        write(partial)
+        whole.append((partial, target))
+      for partial, target in whole:
+        safe.put(partial, target)
   except (OSError, safetensors.SafetensorError) as error:
     raise OSError(
       f"Expected `directory` to be a folder that can be written. Got {str(directory)!r}"
-      f" ({error}); choose another or free some space."
+      f" ({getattr(error, 'strerror', None) or error}); choose another or free some space."
     ) from error
-  finally:
-    for path in temporary.values():
-      with contextlib.suppress(OSError):
-        path.unlink()

@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from calm.calibrate.generations import files
+
 # A mistake of the user's: one clear message, no traceback. Anything else is a bug of ours.
 USER_ERRORS = (ValueError, OSError, TypeError, ImportError, FloatingPointError)
 
@@ -57,13 +59,10 @@ def check_output(path: str | pathlib.Path) -> None:
   Raises:
     OSError: says which file, and what to do.
   """
-  path = pathlib.Path(path)
-  probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
   try:
-    if path.is_dir():
-      raise IsADirectoryError(None, "Is a directory")
-    probe.touch()
-    probe.unlink()
+    if (target := files.destination(path)) is not None:
+      with files.temporary(target):
+        pass
   except OSError as error:
     raise type(error)(
       f"Expected `--output` to be a file that can be written. Got {str(path)!r}"

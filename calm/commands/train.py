@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 import calm
+from calm.calibrate.generations import files
 from calm.commands import common
 
 # Bindings on the command line see only what a gin file has named before them: these always.
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
   print(f"Checkpoints, validations and scalars: {output_dir}", flush=True)
   with Monitor(output_dir, tensorboard=not arguments.no_tensorboard) as monitor:
     exported = train(listener=monitor.listener, **options)
-  (output_dir / "config.gin").write_text(gin.config_str(), encoding="utf-8")
+  files.write_atomically(output_dir / "config.gin", gin.config_str())
   print(f"Model with the best validation: {exported}")
   print(f"Decode with it:                 calm infer --model={exported} --prompts=...")
   return 0

@@ -18,7 +18,6 @@ from calm.training.loop import (
   make_train_step,
   restore,
   save,
-  write_text,
 )
 
 __all__ = [
@@ -39,5 +38,4 @@ __all__ = [
   "make_train_step",
   "restore",
   "save",
-  "write_text",
 ]

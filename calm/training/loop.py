@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from flax import struct, traverse_util
 
+from calm.calibrate.generations import files
 from calm.data import training_batches
 from calm.t5 import network
 from calm.training import objectives
@@ -179,7 +180,7 @@ class History:
     """Records a validation; True where it is the best so far."""
     self.truncate(step - 1)
     self.entries.append({"step": step, **scalars})
-    write_text(self._path, json.dumps(self.entries, indent=1))
+    files.write_atomically(self._path, json.dumps(self.entries, indent=1))
     return self._best_index() == len(self.entries) - 1
 
   def should_stop(self) -> bool:
@@ -198,13 +199,6 @@ class History:
         f"Expected `stop_metric` to be one of {sorted(self.entries[-1])}. Got {self._metric!r}."
       )
     return int(np.nanargmin(values if "loss" in self._metric else -values))
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes to a temporary name and renames, so that a kill leaves the old file or the new."""
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(text, encoding="utf-8")
-  partial.replace(path)
 
 
 @dataclasses.dataclass
@@ -329,9 +323,8 @@ def check_writable(output_dir: pathlib.Path) -> None:
   """
   try:
     output_dir.mkdir(parents=True, exist_ok=True)
-    probe = output_dir / ".writable"
-    probe.touch()
-    probe.unlink()
+    with files.temporary(output_dir / "writable"):
+      pass
   except OSError as error:
     raise type(error)(
       f"Expected `output_dir` to be a folder that can be written. Got {str(output_dir)!r}"

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm import checkpoints
+from calm.calibrate.generations import files
 from calm.data import datasets, training_batches, vocabulary
 from calm.t5 import network, parameters
 from calm.training import loop, objectives
@@ -71,7 +72,7 @@ class Export:
     options: dict[str, Any] = {name: getattr(self, name) for name in names}
     if self.shortlist:
       options["shortlist"] = list(self.shortlist)
-    loop.write_text(directory / "inference.json", json.dumps(options, indent=1) + "\n")
+    files.write_atomically(directory / "inference.json", json.dumps(options, indent=1) + "\n")
 
 
 def train(

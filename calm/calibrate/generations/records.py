@@ -7,6 +7,8 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from calm.calibrate.generations import files
+
 
 class GenerationsError(ValueError):
   """Cached generations that cannot be used; the message names the file and the line."""
@@ -232,8 +234,7 @@ def drop_partial_line(path: pathlib.Path) -> str | None:
   start = content.rfind(b"\n") + 1
   number = content.count(b"\n") + 1
   if parse_line(content[start:])[0] is not None:
-    with open(path, "ab") as file:
-      file.write(b"\n")
+    files.append(path, b"\n")
     return None
   with open(path, "r+b") as file:
     file.truncate(start)

@@ -70,9 +70,8 @@ class Writer:
       )
       for record in records
     ]
-    with open(self.directory / cached.threshold_file(threshold), "ab") as file:
-      file.write("".join(lines).encode("utf-8"))
-      file.flush()
+    path = self.directory / cached.threshold_file(threshold)
+    files.append(path, "".join(lines).encode("utf-8"))
     done.update(names)
 
   def finish(self) -> None:

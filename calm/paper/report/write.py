@@ -1,6 +1,5 @@
-"""A page with its figures and tables as files, each under a temporary name first."""
+"""A page with its figures and tables as files."""
 
-import os
 import pathlib
 
 from calm.calibrate.generations import files
@@ -19,15 +18,9 @@ def write(output: pathlib.Path, page: page_lib.Page) -> str:
     (output / folder).mkdir(parents=True, exist_ok=True)
   for figure in figures:
     files.write_atomically(output / "figures" / f"{figure.name}.svg", figure.svg)
-    _write_bytes(output / "figures" / f"{figure.name}.png", figure.png)
+    files.write_atomically(output / "figures" / f"{figure.name}.png", figure.png)
   for table in tables:
     files.write_atomically(output / "tables" / f"{table.name}.csv", table.csv)
     files.write_atomically(output / "tables" / f"{table.name}.md", table.markdown)
   files.write_atomically(output / "index.html", page_lib.render(page))
   return f"{len(figures)} figures, {len(tables)} tables and one page are in {output}"
-
-
-def _write_bytes(path: pathlib.Path, content: bytes) -> None:
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  temporary.write_bytes(content)
-  os.replace(temporary, path)

@@ -130,7 +130,7 @@ def test_folders_that_cannot_be_written_are_named(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(OSError, match="choose a folder that can be written"):
     start(tmp_path / "file" / "below")
-  with pytest.raises(OSError, match=r"cannot write .*choose a folder"):
+  with pytest.raises(OSError, match=r"x.json.*No such file.*choose a folder that can"):
     files.write_atomically(tmp_path / "nowhere" / "x.json", "")
   assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
