@@ -13,22 +13,21 @@ import numpy as np
 from calm import exits
 from calm.decode import engines
 from calm.decode import program as program_lib
-from calm.decode.engines import compacted, deferred
 from calm.exits import confidence
-from calm.t5 import costs, decoder
+from calm.t5 import caches, costs
 
 # Ways of running the loop; a rule's own default is what `inference` takes.
 ENGINES: dict[str, engines.Engine | None] = {
   "default": None,
   "eager": engines.Eager(),
-  "deferred": deferred.Deferred(),  # every layer that a row needs, for all rows
-  "fitted": compacted.Compacted(ratio=2),
+  "deferred": engines.Deferred(),  # every layer that a row needs, for all rows
+  "fitted": engines.Compacted(ratio=2),
 }
 
 
 def worthwhile(names: Sequence[str], batch_size: int) -> list[str]:
   """Engines worth a row: those for many rows are the default, or nothing, for few."""
-  few = batch_size < program_lib.MANY_ROWS
+  few = batch_size < engines.MANY_ROWS
   return [name for name in names if not few or name not in ("deferred", "fitted")]
 
 
@@ -84,7 +83,7 @@ class Ours:
     return [jnp.asarray(batch) for batch in models.batches(self.model, self.setting)]
 
   @functools.cached_property
-  def encoded(self) -> list[decoder.Encoded]:
+  def encoded(self) -> list[caches.Encoded]:
     """The prompts encoded once, for every rule."""
     return self.encode()
 
@@ -162,7 +161,7 @@ class Ours:
     model, length = self.model, self.setting.decode_length
     return program_lib.Program(model.config, rule, length, model.eos_id, engine=ENGINES[engine])
 
-  def encode(self) -> list[decoder.Encoded]:
+  def encode(self) -> list[caches.Encoded]:
     """Encoder and cross-attention keys and values of every batch."""
     program = self._program(exits.StaticExit())
     encoded = [program.encode(self.model.weights, tokens) for tokens in self.tokens]

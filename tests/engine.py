@@ -12,7 +12,8 @@ from calm import exits
 from calm.decode import engines, loop
 from calm.decode import program as program_lib
 from calm.exits import schedules
-from calm.t5 import decoder, network
+from calm.t5 import caches as caches_lib
+from calm.t5 import network
 from tests import reference, toys
 
 LENGTH = 8
@@ -57,7 +58,7 @@ def of_params(params: dict[str, Any], sizes: toys.Config, dtype: str = "float32"
   return Toy(sizes, params, config, weights, reference.Model(params, sizes, sizes.num_pieces))
 
 
-def encode(toy: Toy, prompts: np.ndarray = PROMPTS) -> decoder.Encoded:
+def encode(toy: Toy, prompts: np.ndarray = PROMPTS) -> caches_lib.Encoded:
   """One encoding program for all rules."""
   program = program_lib.Program(toy.config, exits.StaticExit(), LENGTH)
   return program.encode(toy.weights, jnp.asarray(prompts))

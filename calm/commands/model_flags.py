@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def decode_options(arguments: argparse.Namespace) -> dict[str, Any]:
   """The options that were given, as keyword arguments of `inference.load`."""
-  from calm.decode import program
+  from calm.decode import engines
   from calm.exits import schedules
 
   given = {name: getattr(arguments, name) for name in DECODE_OPTIONS}
@@ -84,7 +84,7 @@ def decode_options(arguments: argparse.Namespace) -> dict[str, Any]:
   if arguments.exit_layers:
     options["exit_layers"] = parse_layers(arguments.exit_layers)
   if arguments.engine is not None:
-    options["engine"] = program.engine(arguments.engine)
+    options["engine"] = engines.by_name(arguments.engine)
   if arguments.temperature is not None:
     length = arguments.max_decode_length
     if length is None:

@@ -25,12 +25,13 @@ from calm import training
 from calm.training import losses
 from calm.training import objectives
 from calm.training import run
+from calm.training import sources
 
 CHOICES = [
   @objectives.LayerWeighted, @objectives.ExitClassifier, @losses.layer_weights,
   @losses.last_layer_weights, @losses.classifier_loss, @losses.geometric_classifier_loss,
   @training.adafactor, @training.adam, @training.Schedule,
-  @run.supervised, @run.denoising, @run.seqio_pairs,
+  @sources.supervised, @sources.denoising, @sources.seqio_pairs,
 ]
 """
 

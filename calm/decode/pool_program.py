@@ -18,9 +18,9 @@ from calm.data import prompt_batches
 from calm.decode import engines, loop
 from calm.decode import pool as pool_lib
 from calm.decode import program as program_lib
-from calm.t5 import decoder
+from calm.t5 import caches
 
-Encode = Callable[[prompt_batches.PromptBatch], decoder.Encoded]
+Encode = Callable[[prompt_batches.PromptBatch], caches.Encoded]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +80,8 @@ class PoolProgram:
 
   @functools.partial(jax.jit, static_argnums=0)
   def empty(
-    self, weights: program_lib.ModelWeights, waiting: decoder.Encoded
-  ) -> tuple[pool_lib.Pool, decoder.Encoded]:
+    self, weights: program_lib.ModelWeights, waiting: caches.Encoded
+  ) -> tuple[pool_lib.Pool, caches.Encoded]:
     """A pool of free rows, as many as prompts wait, and room for their prompts."""
     rows = waiting.bias.shape[0]
     encoded = jax.tree.map(jnp.zeros_like, waiting)
@@ -92,7 +92,7 @@ class PoolProgram:
   def advance(
     self,
     weights: program_lib.ModelWeights,
-    encoded: decoder.Encoded,
+    encoded: caches.Encoded,
     pool: pool_lib.Pool,
     threshold: jax.Array,
     min_free: jax.Array,
@@ -111,17 +111,17 @@ class PoolProgram:
   def take_in(
     self,
     pool: pool_lib.Pool,
-    encoded: decoder.Encoded,
-    waiting: decoder.Encoded,
+    encoded: caches.Encoded,
+    waiting: caches.Encoded,
     source: jax.Array,
-  ) -> tuple[pool_lib.Pool, decoder.Encoded]:
+  ) -> tuple[pool_lib.Pool, caches.Encoded]:
     """See `refill.take_in`."""
     program_lib.TRACES["take_in"] += 1
     return pool_lib.take_in(pool, encoded, waiting, source)
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnames="pool")
   def shift(
-    self, weights: program_lib.ModelWeights, encoded: decoder.Encoded, pool: pool_lib.Pool
+    self, weights: program_lib.ModelWeights, encoded: caches.Encoded, pool: pool_lib.Pool
   ) -> pool_lib.Pool:
     """See `refill.shift`."""
     program_lib.TRACES["shift"] += 1
@@ -130,7 +130,7 @@ class PoolProgram:
   def bind(
     self,
     weights: program_lib.ModelWeights,
-    encoded: decoder.Encoded,
+    encoded: caches.Encoded,
     threshold: jax.Array,
     starts: jax.Array,
   ) -> engines.Bound:
@@ -145,7 +145,7 @@ class PoolProgram:
       self.slots,
       starts=starts,
     )
-    return (program.engine or program_lib.default_engine(program.rule, task.batch_size))(task)
+    return engines.bind(task, program.engine)
 
 
 class _Run:
@@ -163,7 +163,7 @@ class _Run:
     self._taken = 0
     self._pool: pool_lib.Pool | None = None
 
-  def take_all(self, waiting: decoder.Encoded, count: int) -> None:
+  def take_all(self, waiting: caches.Encoded, count: int) -> None:
     """Takes the first `count` prompts of `waiting` in, as soon as there are rows for them."""
     if self._pool is None:
       self._pool, self._encoded = self._program.empty(self._weights, waiting)

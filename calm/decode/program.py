@@ -7,7 +7,7 @@ that a whole grid compiles once.
 import collections
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,9 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
 from calm.decode import engines, loop
-from calm.decode.engines import compacted, deferred
-from calm.t5 import decoder as decoder_lib
-from calm.t5 import network
+from calm.t5 import caches, decoder_weights, network
 
 Params = Any
 
@@ -37,7 +35,7 @@ class ModelWeights:
   """
 
   encoder: Params
-  decoder: decoder_lib.DecoderWeights
+  decoder: decoder_weights.DecoderWeights
 
 
 def model_weights(
@@ -50,7 +48,7 @@ def model_weights(
   encoder = {name: params[name] for name in ("token_embedder", "encoder")}
   return ModelWeights(
     jax.tree.map(jnp.asarray, encoder),
-    decoder_lib.decoder_weights(params, config, num_pieces, shortlist),
+    decoder_weights.decoder_weights(params, config, num_pieces, shortlist),
   )
 
 
@@ -76,7 +74,7 @@ class Program:
   @functools.partial(jax.jit, static_argnums=0)
   def encode(
     self, weights: ModelWeights, encoder_input_tokens: Int[Array, "batch input_length"]
-  ) -> decoder_lib.Encoded:
+  ) -> caches.Encoded:
     """Encoder states' cross-attention keys and values; for any number of decodings."""
     TRACES["encode"] += 1
     config = dataclasses.replace(self.config, one_hot_embedding=False)
@@ -84,14 +82,12 @@ class Program:
       {"params": weights.encoder}, encoder_input_tokens, enable_dropout=False, method="encode"
     )
     assert isinstance(encoded, jax.Array)
-    return decoder_lib.cross_attention_inputs(
-      weights.decoder, config, encoded, encoder_input_tokens
-    )
+    return caches.cross_attention_inputs(weights.decoder, config, encoded, encoder_input_tokens)
 
   def decode_state(
     self,
     weights: ModelWeights,
-    encoded: decoder_lib.Encoded,
+    encoded: caches.Encoded,
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
   ) -> loop.DecodingState:
@@ -110,7 +106,7 @@ class Program:
   def decode(
     self,
     weights: ModelWeights,
-    encoded: decoder_lib.Encoded,
+    encoded: caches.Encoded,
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
   ) -> loop.Generation:
@@ -136,14 +132,14 @@ class Program:
       active=row > 0,
       generation=generation,
       log_probabilities=jnp.zeros((batch_size, length), jnp.float32),
-      cache=decoder_lib.empty_caches(self.config, batch_size, length, depth),
+      cache=caches.empty_caches(self.config, batch_size, length, depth),
     )
 
   @functools.partial(jax.jit, static_argnums=0)
   def resume(
     self,
     weights: ModelWeights,
-    encoded: decoder_lib.Encoded,
+    encoded: caches.Encoded,
     state: loop.DecodingState,
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
@@ -174,8 +170,8 @@ class Program:
 
   def bind(
     self,
-    weights: decoder_lib.DecoderWeights,
-    encoded: decoder_lib.Encoded,
+    weights: decoder_weights.DecoderWeights,
+    encoded: caches.Encoded,
     threshold: jax.Array,
     kept: jax.Array | None = None,
   ) -> engines.Bound:
@@ -183,33 +179,4 @@ class Program:
     task = engines.Task(
       self.config, self.rule, weights, encoded, threshold, self.max_decode_length, kept
     )
-    return (self.engine or default_engine(self.rule, task.batch_size))(task)
-
-
-# From this batch on, the layers that rows save by leaving pay for moving those that stay.
-MANY_ROWS = 8
-
-# Names on the command line; all engines decode the same.
-ENGINES: Mapping[str, engines.Engine] = {
-  "eager": engines.Eager(),
-  "deferred": deferred.Deferred(),
-  "compacted": compacted.Compacted(),
-}
-
-
-def engine(name: str) -> engines.Engine:
-  """The engine of a name.
-
-  Raises:
-    ValueError: there is none of that name.
-  """
-  if name not in ENGINES:
-    raise ValueError(f"Expected `engine` to be one of {sorted(ENGINES)}. Got {name!r}.")
-  return ENGINES[name]
-
-
-def default_engine(rule: exits.StepRule, batch_size: int) -> engines.Engine:
-  """The engine that is fastest for a rule and a number of rows."""
-  if not deferred.can_defer(rule):
-    return engines.Eager()
-  return compacted.Compacted() if batch_size >= MANY_ROWS else deferred.Deferred()
+    return engines.bind(task, self.engine)

@@ -17,7 +17,7 @@ from jax import sharding
 
 from calm.decode import loop
 from calm.decode import program as program_lib
-from calm.t5 import decoder
+from calm.t5 import caches
 
 AXIS = "prompts"
 # Rows of every leaf of a batch lie along its first axis.
@@ -58,7 +58,7 @@ class ShardedProgram:
 
   def encode(
     self, weights: program_lib.ModelWeights, encoder_input_tokens: jax.Array | np.ndarray
-  ) -> decoder.Encoded:
+  ) -> caches.Encoded:
     """As `Program.encode`; the rows are padded to a multiple of the devices."""
     rows = self._rows(encoder_input_tokens.shape[0])
     return self._encode(weights, _pad(encoder_input_tokens, rows))
@@ -66,7 +66,7 @@ class ShardedProgram:
   def decode(
     self,
     weights: program_lib.ModelWeights,
-    encoded: decoder.Encoded,
+    encoded: caches.Encoded,
     active: jax.Array | np.ndarray,
     threshold: jax.Array | np.ndarray,
   ) -> loop.Generation:

@@ -1,55 +1,12 @@
-"""What the layers above an exit store for that token (paper section 3.2 and 3.3.1).
-
-Knows no network: `Layers` is what a decoder offers at one position, as callables.
-"""
+"""What the layers above an exit store for that token (paper section 3.2 and 3.3.1)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
-from flax import struct
 
-
-@struct.dataclass
-class KeyValue:
-  """One position's self-attention key and value at one layer, [batch, heads, head_dim]."""
-
-  key: jax.Array
-  value: jax.Array
-
-
-def no_shortlist(hidden: jax.Array) -> jax.Array:
-  """What a model without a shortlist says when it is asked for one."""
-  del hidden
-  raise ValueError(
-    "Expected a shortlist of likely tokens for the measure 'shortlist'. Got a model without;"
-    " give `shortlist` (token ids), or use the measure 'softmax'."
-  )
-
-
-@dataclasses.dataclass(frozen=True)
-class Layers:
-  """What exits need of a decoder at one position; layers are 1-based.
-
-  Attributes:
-    num_layers: L.
-    run: (i, d^{i-1}) -> (d^i, this position's `KeyValue` at layer i).
-    project: (i, d) -> `KeyValue` that layer i makes of input state d.
-    logits: (i, d^i) -> float32 logits [batch, vocab] of layer i's full head.
-    exit_logit: d^i -> pre-sigmoid exit confidence [batch].
-    shared_head: whether `logits` is one and the same head for every layer.
-    shortlist_logits: d^i -> float32 logits [batch, shortlist] of likely tokens only.
-  """
-
-  num_layers: int
-  run: Callable[[int, jax.Array], tuple[jax.Array, KeyValue]]
-  project: Callable[[int, jax.Array], KeyValue]
-  logits: Callable[[int, jax.Array], jax.Array]
-  exit_logit: Callable[[jax.Array], jax.Array]
-  shared_head: bool = True
-  shortlist_logits: Callable[[jax.Array], jax.Array] = no_shortlist
+from calm.exits.layers import KeyValue, Layers, select_rows
 
 
 @runtime_checkable
@@ -139,12 +96,3 @@ def propagation(name: str) -> Propagation:
       f"Expected `propagation` to be one of {sorted(PROPAGATIONS)}. Got {name!r}."
     )
   return PROPAGATIONS[name]
-
-
-def select_rows(condition: jax.Array, if_true: Any, if_false: Any) -> Any:
-  """`jnp.where` over the leading row axis of every leaf."""
-
-  def pick(a, b):
-    return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - 1)), a, b)
-
-  return jax.tree.map(pick, if_true, if_false)

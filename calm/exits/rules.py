@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from calm.exits import confidence as confidence_lib
+from calm.exits import layers as layers_lib
 from calm.exits import propagation as propagation_lib
 from calm.exits import schedules
 from calm.exits import walk as walk_lib
@@ -38,7 +39,7 @@ class TokenExit:
   exit_layer: jax.Array
   confidence: jax.Array
   rejected_confidence: jax.Array
-  rows: tuple[propagation_lib.KeyValue, ...]
+  rows: tuple[layers_lib.KeyValue, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +64,14 @@ class DynamicExits:
     return num_layers
 
   def __call__(
-    self, layers: propagation_lib.Layers, hidden, active, threshold, generated
+    self, layers: layers_lib.Layers, hidden, active, threshold, generated
   ) -> TokenExit:
     """Runs one token of every active row. See `StepRule`."""
     walk = self.walk(layers, threshold, generated)
     state, rows = _NestedWalk(walk).from_layer(1, walk_lib.start(hidden, active))
     return token_exit(walk, state, active, rows)
 
-  def walk(self, layers: propagation_lib.Layers, threshold, generated) -> walk_lib.Walk:
+  def walk(self, layers: layers_lib.Layers, threshold, generated) -> walk_lib.Walk:
     """What this rule decides at one position, for an engine that runs the layers itself."""
     threshold = self.schedule(jnp.asarray(threshold, jnp.float32), generated)
     allowed = allowed_layers(self.allowed, layers.num_layers)
@@ -81,7 +82,7 @@ def token_exit(
   walk: walk_lib.Walk,
   state: walk_lib.WalkState,
   active: jax.Array,
-  rows: tuple[propagation_lib.KeyValue, ...] = (),
+  rows: tuple[layers_lib.KeyValue, ...] = (),
 ) -> TokenExit:
   """The outcome of a walk that is over; rows that were not active report nothing."""
   return TokenExit(
@@ -110,7 +111,7 @@ class StaticExit:
     return depth
 
   def __call__(
-    self, layers: propagation_lib.Layers, hidden, active, threshold, generated
+    self, layers: layers_lib.Layers, hidden, active, threshold, generated
   ) -> TokenExit:
     """Runs one token of every active row. See `StepRule`."""
     del threshold, generated
@@ -140,7 +141,7 @@ class OracleExit:
     return num_layers
 
   def __call__(
-    self, layers: propagation_lib.Layers, hidden, active, threshold, generated
+    self, layers: layers_lib.Layers, hidden, active, threshold, generated
   ) -> TokenExit:
     """Runs one token of every active row. See `StepRule`."""
     del threshold, generated
@@ -164,7 +165,7 @@ class OracleExit:
     for layer, row in enumerate(rows, start=1):
       left = layer > exit_layer
       if layer > 1:
-        row = propagation_lib.select_rows(
+        row = layers_lib.select_rows(
           left, self.propagation.skipped(layer, exit_hidden, memory, layers), row
         )
       memory = self.propagation.remember(memory, layer, states[layer - 1], row, left)
@@ -184,7 +185,7 @@ class StepRule(Protocol):
 
   def __call__(
     self,
-    layers: propagation_lib.Layers,
+    layers: layers_lib.Layers,
     hidden: Float[Array, "batch emb"],
     active: jax.Array,
     threshold: jax.Array,
@@ -224,7 +225,7 @@ class _NestedWalk:
 
   def from_layer(
     self, layer: int, state: walk_lib.WalkState
-  ) -> tuple[walk_lib.WalkState, tuple[propagation_lib.KeyValue, ...]]:
+  ) -> tuple[walk_lib.WalkState, tuple[layers_lib.KeyValue, ...]]:
     walk = self.walk
     hidden, row = walk.layers.run(layer, state.hidden)
     row = walk.stored(layer, state, row)
@@ -241,7 +242,7 @@ class _NestedWalk:
 
   def _skip_from(
     self, layer: int, state: walk_lib.WalkState
-  ) -> tuple[walk_lib.WalkState, tuple[propagation_lib.KeyValue, ...]]:
+  ) -> tuple[walk_lib.WalkState, tuple[layers_lib.KeyValue, ...]]:
     walk = self.walk
     skipped = [
       walk.propagation.skipped(k, state.hidden, state.memory, walk.layers)

@@ -14,6 +14,7 @@ from flax import struct
 from jax import lax
 
 from calm.exits import confidence as confidence_lib
+from calm.exits import layers as layers_lib
 from calm.exits import propagation as propagation_lib
 
 
@@ -58,7 +59,7 @@ class Walk:
     threshold: this token's, [] or [batch].
   """
 
-  layers: propagation_lib.Layers
+  layers: layers_lib.Layers
   measure: confidence_lib.Measure
   propagation: propagation_lib.Propagation
   allowed: tuple[int, ...]
@@ -70,16 +71,16 @@ class Walk:
     return self.measure.uses_head or not self.layers.shared_head
 
   def stored(
-    self, layer: int, state: WalkState, row: propagation_lib.KeyValue
-  ) -> propagation_lib.KeyValue:
+    self, layer: int, state: WalkState, row: layers_lib.KeyValue
+  ) -> layers_lib.KeyValue:
     """What a layer that runs stores: `row`, and the propagated one for rows that had left."""
     if layer == 1 or self.propagation.exact_when_run:
       return row
     skipped = self.propagation.skipped(layer, state.hidden, state.memory, self.layers)
-    return propagation_lib.select_rows(state.done, skipped, row)
+    return layers_lib.select_rows(state.done, skipped, row)
 
   def after(
-    self, layer: int, state: WalkState, hidden: jax.Array, row: propagation_lib.KeyValue
+    self, layer: int, state: WalkState, hidden: jax.Array, row: layers_lib.KeyValue
   ) -> WalkState:
     """The state after `layer`, which made `hidden` and stored `row`."""
     done, previous = state.done, state.hidden

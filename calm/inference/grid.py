@@ -18,7 +18,7 @@ from calm.calibrate.generations import writer as writer_lib
 from calm.data import prompt_batches as prompts_lib
 from calm.decode import loop
 from calm.exits import schedules
-from calm.t5 import decoder
+from calm.t5 import caches
 
 if TYPE_CHECKING:  # the predictor itself decodes grids
   from calm.inference import predictor as predictor_lib
@@ -89,7 +89,7 @@ class _Batch:
   ):
     self._predictor, self._batch, self._ids = predictor, batch, ids
     self._resumes = resumes
-    self._encoded: decoder.Encoded | None = None
+    self._encoded: caches.Encoded | None = None
     self._state: loop.DecodingState | None = None
 
   def decode(

@@ -30,8 +30,8 @@ from calm.inference import outputs as outputs_lib
 from calm.inference.options import DecodeOptions as DecodeOptions
 from calm.inference.options import change, shortlist_record, stored_options
 from calm.inference.options import options_of as options_of
+from calm.t5 import caches, network
 from calm.t5 import costs as costs_lib
-from calm.t5 import decoder, network
 
 # What a folder with a promise holds beside the model.
 CALIBRATION = "calibration.json"
@@ -249,14 +249,14 @@ class Predictor:
       whole_batches=self.config.dtype != "float32",
     )
 
-  def encode(self, batch: prompt_batches.PromptBatch) -> decoder.Encoded:
+  def encode(self, batch: prompt_batches.PromptBatch) -> caches.Encoded:
     """Encodes a batch once, for any number of thresholds."""
     program = self.sharded() or self.program()
     return program.encode(self.weights, batch.tokens)
 
   def decode(
     self,
-    encoded: decoder.Encoded,
+    encoded: caches.Encoded,
     active: np.ndarray,
     threshold: float,
     rule: exits.StepRule | None = None,
@@ -271,7 +271,7 @@ class Predictor:
 
   def resume(
     self,
-    encoded: decoder.Encoded,
+    encoded: caches.Encoded,
     state: loop.DecodingState | None,
     active: np.ndarray,
     threshold: float,
@@ -338,7 +338,7 @@ class Predictor:
     traced = program_lib.TRACES.total()
     encode_seconds = seconds = 0.0
 
-    def encode(batch: prompt_batches.PromptBatch) -> decoder.Encoded:
+    def encode(batch: prompt_batches.PromptBatch) -> caches.Encoded:
       nonlocal encode_seconds
       start = time.perf_counter()
       encoded = jax.block_until_ready(self.encode(batch))

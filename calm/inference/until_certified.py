@@ -19,7 +19,7 @@ from calm.data import prompt_batches as prompts_lib
 from calm.exits import schedules
 from calm.inference import grid
 from calm.inference import predictor as predictor_lib
-from calm.t5 import decoder as decoder_lib
+from calm.t5 import caches
 
 # (threshold, units decided on at it, planned units)
 Progress = Callable[[float, int, int], None]
@@ -110,7 +110,7 @@ class _Decoder:
     self._predictor, self._prompts, self._writer = predictor, prompts, writer
     self._room = kept_bytes
     self._done: dict[float, dict[str, Record]] = {}
-    self._encoded: dict[int, list[tuple[prompts_lib.PromptBatch, decoder_lib.Encoded]]] = {}
+    self._encoded: dict[int, list[tuple[prompts_lib.PromptBatch, caches.Encoded]]] = {}
 
   def records(self, rows: slice, threshold: float) -> list[Record]:
     """The records of some prompts at one threshold; they are in the writer then."""
@@ -151,7 +151,7 @@ class _Decoder:
           made[ids[i]] = grid.record(self._predictor, generation, i, ids[i])
     return made
 
-  def _batches(self, rows: slice) -> list[tuple[prompts_lib.PromptBatch, decoder_lib.Encoded]]:
+  def _batches(self, rows: slice) -> list[tuple[prompts_lib.PromptBatch, caches.Encoded]]:
     """The prompts encoded, and kept while there is room."""
     if rows.start in self._encoded:
       return self._encoded[rows.start]

@@ -1,8 +1,8 @@
 """The decoder one position at a time, from weights laid out for decoding.
 
 The same mathematics as `network.Transformer`, as plain functions: matrices that meet the same
-input are fused (`weights`), cross-attention keys and values are made once a prompt, caches
-have the layout that a step reads without transposing.
+input are fused (`decoder_weights`), cross-attention keys and values are made once a prompt, and
+`caches` has the layout that a step reads without transposing.
 """
 
 import dataclasses
@@ -10,101 +10,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from calm.exits import propagation
+from calm.exits.layers import KeyValue, Layers, no_shortlist
 from calm.t5 import layers as layers_lib
 from calm.t5 import network
-
-# Here under their old names too, for those who bind a step.
-from calm.t5.decoder_weights import DecoderWeights as DecoderWeights
-from calm.t5.decoder_weights import LayerWeights as LayerWeights
-from calm.t5.decoder_weights import decoder_weights as decoder_weights
-
-
-@struct.dataclass
-class Cache:
-  """Self-attention keys and values of one layer.
-
-  With the length last, as a dot product of keys might like it, every number of a position
-  would lie in a cache line of its own, and writing one take ten times as long.
-
-  Attributes:
-    keys, values: [batch, heads, length, head_dim].
-  """
-
-  keys: jax.Array
-  values: jax.Array
-
-
-@struct.dataclass
-class Encoded:
-  """One batch of prompts, ready to be decoded any number of times.
-
-  Attributes:
-    cross: per decoder layer, the prompt's keys and values,
-      [batch, heads, input_length, head_dim].
-    bias: 0 at tokens, -1e10 at padding, [batch, 1, input_length].
-  """
-
-  cross: tuple[Cache, ...]
-  bias: jax.Array
-
-
-def cross_attention_inputs(
-  weights: DecoderWeights,
-  config: network.T5Config,
-  encoded: Float[Array, "batch input_length emb"],
-  encoder_input_tokens: Int[Array, "batch input_length"],
-) -> Encoded:
-  """Every decoder layer's cross-attention keys and values, once a prompt."""
-  encoded = encoded.astype(config.dtype)
-  shape = (*encoded.shape[:2], 2, config.num_heads, config.head_dim)
-  cross = []
-  for layer in weights.layers:
-    both = (encoded @ layer.cross_key_value).reshape(shape)
-    cross.append(Cache(*jnp.transpose(both, (2, 0, 3, 1, 4))))
-  bias = jnp.where(encoder_input_tokens > 0, 0.0, layers_lib.MASK_BIAS)[:, None, :]
-  return Encoded(tuple(cross), bias.astype(config.dtype))
-
-
-def empty_caches(
-  config: network.T5Config, batch_size: int, length: int, num_layers: int | None = None
-) -> tuple[Cache, ...]:
-  """Zeroed caches of the first `num_layers` layers (all by default)."""
-  heads, head_dim, dtype = config.num_heads, config.head_dim, jnp.dtype(config.dtype)
-  num_layers = config.num_decoder_layers if num_layers is None else num_layers
-  empty = lambda: jnp.zeros((batch_size, heads, length, head_dim), dtype)
-  return tuple(Cache(empty(), empty()) for _ in range(num_layers))
-
-
-def write_rows(
-  caches: tuple[Cache, ...],
-  rows: tuple[propagation.KeyValue, ...],
-  position: jax.Array,
-  keeps: jax.Array | None = None,
-) -> tuple[Cache, ...]:
-  """Writes one position's keys and values, one update in place a layer.
-
-  Args:
-    caches, rows: one entry a layer.
-    position: where.
-    keeps: rows of the batch that stay as they are, [batch] bool; None: none does.
-  """
-
-  def put(cache, row):
-    row = row[:, :, None]
-    if keeps is not None:
-      old = lax.dynamic_slice_in_dim(cache, position, 1, axis=2)
-      row = jnp.where(keeps[:, None, None, None], old, row)
-    return lax.dynamic_update_slice_in_dim(cache, row, position, axis=2)
-
-  return tuple(
-    Cache(put(cache.keys, row.key), put(cache.values, row.value))
-    for cache, row in zip(caches, rows, strict=True)
-  )
+from calm.t5.caches import Cache, Encoded
+from calm.t5.decoder_weights import DecoderWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +69,7 @@ def bias_table(weights: DecoderWeights, config: network.T5Config, length: int) -
 
 @dataclasses.dataclass(frozen=True)
 class DecoderStep:
-  """The decoder at one position: provides `propagation.Layers`.
+  """The decoder at one position: provides `exits.layers.Layers`.
 
   Attributes:
     weights: from `decoder_weights`.
@@ -174,8 +87,8 @@ class DecoderStep:
   past_bias: jax.Array
   current_bias: jax.Array
 
-  def layers(self) -> propagation.Layers:
-    return propagation.Layers(
+  def layers(self) -> Layers:
+    return Layers(
       num_layers=self.config.num_decoder_layers,
       run=self.run,
       project=self.project,
@@ -185,14 +98,12 @@ class DecoderStep:
       shortlist_logits=self.shortlist_logits,
     )
 
-  def run(self, layer: int, hidden: jax.Array) -> tuple[jax.Array, propagation.KeyValue]:
+  def run(self, layer: int, hidden: jax.Array) -> tuple[jax.Array, KeyValue]:
     """One decoder layer (Eq. 3): d^{i-1} [batch, emb_dim] -> d^i and its key and value."""
     row = self.project(layer, hidden)
     return self.run_projected(layer, hidden, row), row
 
-  def run_projected(
-    self, layer: int, hidden: jax.Array, row: propagation.KeyValue
-  ) -> jax.Array:
+  def run_projected(self, layer: int, hidden: jax.Array, row: KeyValue) -> jax.Array:
     """d^i of d^{i-1} [batch, emb_dim] and the key and value that the layer projects of it."""
     weights = self.weights.layers[layer - 1]
     normed = rms_norm(hidden, weights.self_norm)
@@ -205,12 +116,12 @@ class DecoderStep:
     normed = rms_norm(hidden, weights.mlp_norm)
     return hidden + self._mlp(normed @ weights.mlp_in) @ weights.mlp_out
 
-  def project(self, layer: int, hidden: jax.Array) -> propagation.KeyValue:
+  def project(self, layer: int, hidden: jax.Array) -> KeyValue:
     """Key and value that the layer makes of input state `hidden`, nothing else."""
     weights = self.weights.layers[layer - 1]
     normed = rms_norm(hidden, weights.self_norm)
     key, value = self._heads(normed @ weights.key_value, 2)
-    return propagation.KeyValue(key, value)
+    return KeyValue(key, value)
 
   def logits(self, layer: int, hidden: jax.Array) -> jax.Array:
     """float32 logits [batch, num_pieces] of the layer's full head."""
@@ -221,7 +132,7 @@ class DecoderStep:
   def shortlist_logits(self, hidden: jax.Array) -> jax.Array:
     """float32 logits [batch, shortlist] of the shortlist only."""
     if self.weights.shortlist is None:
-      return propagation.no_shortlist(hidden)
+      return no_shortlist(hidden)
     normed = rms_norm(hidden, self.weights.decoder_norm).astype(jnp.float32)
     return normed @ self.weights.shortlist
 
@@ -240,9 +151,7 @@ class DecoderStep:
     split = projected.reshape(shape)
     return [split[:, i] for i in range(count)]
 
-  def self_attention(
-    self, layer: int, query: jax.Array, row: propagation.KeyValue
-  ) -> jax.Array:
+  def self_attention(self, layer: int, query: jax.Array, row: KeyValue) -> jax.Array:
     """Mixed values [batch, heads * head_dim] of the past and of the current token, `row`."""
     cache, value = self.caches[layer - 1], row.value
     query, key_now = self._attention_dtype(query), self._attention_dtype(row.key)

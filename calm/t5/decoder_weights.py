@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from calm.t5 import network
+from calm.t5 import network, parameters
 
 Params = Any
 
@@ -90,7 +90,7 @@ def decoder_weights(
       f" embedding. Got {num_pieces}; this vocabulary belongs to another model."
     )
   classifier = decoder.get("exit_classifier")
-  heads = tuple(head[:, :num_pieces] for head in _head_kernels(params, config))
+  heads = tuple(head[:, :num_pieces] for head in parameters.head_kernels(params, config))
   return DecoderWeights(
     embedding=jnp.asarray(params["token_embedder"]["embedding"], dtype),
     relpos=jnp.asarray(decoder["relpos_bias"]["rel_embedding"], dtype),
@@ -125,16 +125,6 @@ def _layer_weights(layer: Params, config: network.T5Config, dtype) -> LayerWeigh
     mlp_in=beside("mlp", mlp_names),
     mlp_out=kernel("mlp", "wo"),
   )
-
-
-def _head_kernels(params: Params, config: network.T5Config) -> list[jax.Array]:
-  if config.logits_via_embedding:
-    table = jnp.asarray(params["token_embedder"]["embedding"], jnp.float32)
-    return [table.T / np.sqrt(config.emb_dim).astype(np.float32)]
-  names = ["logits_dense"]
-  if config.per_layer_heads:
-    names = [f"logits_dense_{i}" for i in range(config.num_decoder_layers - 1)] + names
-  return [jnp.asarray(params["decoder"][name]["kernel"], jnp.float32) for name in names]
 
 
 def _shortlist_head(heads: Sequence[jax.Array], shortlist: Sequence[int]) -> jax.Array:

@@ -131,3 +131,18 @@ def _way_out(path: str) -> str:
   if path.startswith("decoder/logits_dense_"):
     return "set `per_layer_heads` of the config accordingly, or call `add_exit_parts`"
   return "the configuration is of another model, or the file of another kind"
+
+
+def head_kernels(params: Mapping[str, Any], config: network.T5Config) -> tuple[jax.Array, ...]:
+  """The output heads, float32 [emb_dim, vocab]: one for all layers (tied or not), or L of them.
+
+  Tied: embedding.T / sqrt(emb_dim), as T5X scales it. `network.Decoder.logits` applies the same
+  heads inside flax.
+  """
+  if config.logits_via_embedding:
+    table = jnp.asarray(params["token_embedder"]["embedding"], jnp.float32)
+    return (table.T / np.sqrt(config.emb_dim).astype(np.float32),)
+  names = ["logits_dense"]
+  if config.per_layer_heads:
+    names = [f"logits_dense_{i}" for i in range(config.num_decoder_layers - 1)] + names
+  return tuple(jnp.asarray(params["decoder"][name]["kernel"], jnp.float32) for name in names)

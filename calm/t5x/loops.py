@@ -18,9 +18,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
-from calm.decode import engines, loop, program
-from calm.exits import propagation, schedules
-from calm.t5 import decoder, network
+from calm.decode import engines, loop
+from calm.exits import layers as layers_lib
+from calm.exits import schedules
+from calm.t5 import caches, network
 
 LoopCache = dict[str, Any]
 
@@ -69,7 +70,7 @@ class Rows:
     threshold: lambda, [rows] float32.
   """
 
-  encoded: decoder.Encoded
+  encoded: caches.Encoded
   forced: Bool[Array, "rows length"]
   generated: Int[Array, "rows length"]
   num_eos: Int[Array, " rows"]
@@ -77,7 +78,7 @@ class Rows:
 
 
 def make_rows(
-  encoded: decoder.Encoded,
+  encoded: caches.Encoded,
   prefix: Int[Array, "batch length"],
   threshold: Float[Array, "..."],
   eos_id: int | Int[Array, ""],
@@ -139,7 +140,7 @@ class DeepInPrefix:
     # Both run the same layers, which XLA computes once.
     deep = exits.StaticExit(self.depth(layers.num_layers))(*arguments)
     forced = _at(self.rows.forced, generated)
-    return propagation.select_rows(forced, deep, self.inner(*arguments))
+    return layers_lib.select_rows(forced, deep, self.inner(*arguments))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +166,7 @@ class Loop:
     elif not isinstance(rule, exits.StaticExit):  # all of whose tokens run all its layers
       rule = DeepInPrefix(rule, rows)
     task = engines.Task(self.config, rule, weights, rows.encoded, rows.threshold, self.length)
-    return (self.engine or program.default_engine(rule, task.batch_size))(task)
+    return engines.bind(task, self.engine)
 
   def empty_cache(self, weights: Any, rows: Rows, batch_size: int) -> LoopCache:
     """A cache that T5X's loops can tile, flatten and gather: plain dictionaries of arrays.

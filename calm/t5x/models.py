@@ -39,7 +39,7 @@ except ModuleNotFoundError as error:
 from calm import exits
 from calm.decode import engines, program
 from calm.exits import confidence, schedules
-from calm.t5 import decoder, network
+from calm.t5 import caches, network
 from calm.t5x import loops
 from calm.training import objectives
 
@@ -228,13 +228,11 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     is_eos = decoder_input_tokens == self.output_vocabulary.eos_id
     return jnp.where(is_eos, 0, decoder_input_tokens)
 
-  def _encode(
-    self, params, weights: program.ModelWeights, tokens: jax.Array
-  ) -> decoder.Encoded:
+  def _encode(self, params, weights: program.ModelWeights, tokens: jax.Array) -> caches.Encoded:
     encoded = self.module.apply(
       {"params": params}, tokens, enable_dropout=False, method="encode"
     )
-    return decoder.cross_attention_inputs(weights.decoder, self.config, encoded, tokens)
+    return caches.cross_attention_inputs(weights.decoder, self.config, encoded, tokens)
 
   def _exits(self, loop, weights, rows, decodes, eos_id, same_pass) -> dict[str, jax.Array]:
     """Exits in the order of the decodes, [batch, num_decodes, length]."""

@@ -5,166 +5,20 @@ and resumes exactly: batch, dropout and learning rate of step s depend on (seed,
 """
 
 import dataclasses
-import functools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import struct, traverse_util
 
 from calm.calibrate.generations import files
 from calm.data import training_batches
-from calm.t5 import network
 from calm.training import objectives
+from calm.training.saving import check_writable, checkpointer, restore, save
+from calm.training.updates import TrainConfig, TrainState
 
 Params = Any
-
-
-@struct.dataclass
-class TrainState:
-  """Everything a resumed run needs.
-
-  Attributes:
-    step: updates made so far, [].
-    params: the parameter tree.
-    opt_state: the optimizer's state.
-  """
-
-  step: jax.Array
-  params: Params
-  opt_state: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-  """Linear warm-up to `peak`, then cosine decay to `peak * final_fraction` at `num_steps`."""
-
-  peak: float = 3e-2
-  warmup_steps: int = 100
-  final_fraction: float = 0.05
-
-  def __call__(self, num_steps: int) -> optax.Schedule:
-    return optax.warmup_cosine_decay_schedule(
-      init_value=0.0,
-      peak_value=self.peak,
-      warmup_steps=min(self.warmup_steps, max(num_steps - 1, 0)),
-      decay_steps=max(num_steps, 1),
-      end_value=self.peak * self.final_fraction,
-    )
-
-
-def adafactor(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-  """Adafactor with T5's settings: updates scaled by the parameter, no momentum."""
-  return optax.adafactor(learning_rate, multiply_by_parameter_scale=True)
-
-
-def adam(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-  """Adam; for the exit classifier, whose zero start Adafactor's scaling would hold back."""
-  return optax.adam(learning_rate)
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-  """One run.
-
-  Attributes:
-    num_steps: updates in all, also of a resumed run.
-    schedule: learning rate.
-    optimizer: learning-rate schedule -> optax transformation.
-    seed: seeds initialisation, dropout and sampled layers.
-    eval_every: steps between validations (a checkpoint is written with each).
-    log_every: steps between TensorBoard scalars.
-    stop_metric: validation scalar watched for early stopping (lower is better for names
-      that begin with 'loss', higher for others).
-    patience: validations without improvement before the run stops; None never stops.
-  """
-
-  num_steps: int
-  schedule: Callable[[int], optax.Schedule] = Schedule()
-  optimizer: Callable[..., optax.GradientTransformation] = adafactor
-  seed: int = 0
-  eval_every: int = 200
-  log_every: int = 20
-  stop_metric: str = "loss"
-  patience: int | None = None
-
-
-def init_params(config: network.T5Config, seed: int) -> Params:
-  """Fresh parameters of a model."""
-  return _init(config, jax.random.key(seed))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _init(config: network.T5Config, key: jax.Array) -> Params:
-  tokens = jnp.ones((1, 2), jnp.int32)
-  made = network.Transformer(config).init(key, tokens, tokens, tokens, enable_dropout=False)
-  return made["params"]
-
-
-def make_optimizer(
-  config: TrainConfig, objective: objectives.Objective, params: Params
-) -> optax.GradientTransformation:
-  """The optimizer over what the objective trains; everything else never changes."""
-  transform = config.optimizer(config.schedule(config.num_steps))
-  paths = traverse_util.flatten_dict(params)
-  labels = traverse_util.unflatten_dict(
-    {path: "train" if objective.trains(path) else "freeze" for path in paths}
-  )
-  return optax.partition({"train": transform, "freeze": optax.set_to_zero()}, labels)
-
-
-def init_state(
-  params: Params, config: TrainConfig, objective: objectives.Objective
-) -> TrainState:
-  """Step 0 of a run that starts from these parameters."""
-  optimizer = make_optimizer(config, objective, params)
-  return TrainState(jnp.array(0, jnp.int32), params, optimizer.init(params))
-
-
-def make_train_step(
-  module: network.Transformer,
-  config: TrainConfig,
-  objective: objectives.Objective,
-  params: Params,
-) -> Callable[[TrainState, training_batches.Batch], tuple[TrainState, objectives.BatchMetrics]]:
-  """The jitted update; the gradient is that of the mean loss over real tokens."""
-  optimizer = make_optimizer(config, objective, params)
-
-  @functools.partial(jax.jit, donate_argnums=(0,))
-  def train_step(state, batch):
-    rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
-
-    def mean_loss(params):
-      loss, metrics = objective.loss(module, params, batch, rng)
-      return loss / jnp.maximum(metrics.weight, 1.0), metrics
-
-    grads, metrics = jax.grad(mean_loss, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), metrics
-
-  return train_step
-
-
-def make_eval_fn(
-  module: network.Transformer, objective: objectives.Objective, eval_batches: Sequence[Any]
-) -> Callable[[Params], dict[str, float]]:
-  """Validation scalars of a parameter tree, without dropout and over every layer."""
-  one = jax.jit(lambda params, batch: objective.loss(module, params, batch, None)[1])
-
-  def evaluate(params):
-    total = None
-    for batch in eval_batches:
-      metrics = one(params, batch)
-      total = metrics if total is None else total + metrics
-    return {} if total is None else total.scalars()
-
-  return evaluate
 
 
 class History:
@@ -313,70 +167,3 @@ class _Keeper:
         f" (`training.Schedule.peak`) and run again: training resumes from the last checkpoint"
         f" in {self.output_dir}."
       )
-
-
-def check_writable(output_dir: pathlib.Path) -> None:
-  """Makes the folder, and refuses one that nothing can be written to before hours are spent.
-
-  Raises:
-    OSError: says which folder, and what to do.
-  """
-  try:
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with files.temporary(output_dir / "writable"):
-      pass
-  except OSError as error:
-    raise type(error)(
-      f"Expected `output_dir` to be a folder that can be written. Got {str(output_dir)!r}"
-      f" ({error.strerror}); choose another or change its permissions."
-    ) from error
-
-
-def checkpointer(output_dir: pathlib.Path, name: str = "checkpoints", max_to_keep: int = 1):
-  """An Orbax manager of one folder of the run; checkpoints appear whole or not at all."""
-  import orbax.checkpoint as ocp
-
-  options = ocp.CheckpointManagerOptions(
-    max_to_keep=max_to_keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
-  )
-  return ocp.CheckpointManager(
-    (output_dir / name).absolute(),
-    options=options,
-    item_handlers=ocp.StandardCheckpointHandler(),
-  )
-
-
-def save(manager, step: int, tree: Any) -> None:
-  import orbax.checkpoint as ocp
-
-  manager.save(step, args=ocp.args.StandardSave(tree), force=True)
-  manager.wait_until_finished()
-
-
-def restore(manager, step: int, like: Any) -> Any:
-  """The checkpoint of a step, with the structure and shapes of `like`.
-
-  Raises:
-    ValueError: it holds another structure or other shapes.
-  """
-  import orbax.checkpoint as ocp
-
-  # Orbax reads all leaves at once, and leaves the other reads behind at the first misfit.
-  stored, expected = _shapes(manager.item_metadata(step)), _shapes(like)
-  misfits = [path for path in expected if stored.get(path) != expected[path]]
-  if misfits:
-    path = misfits[0]
-    raise ValueError(
-      f"Expected {str(manager.directory)!r} to hold a run of this model and optimizer, with"
-      f" {path!r} of shape {expected[path]}. Got {stored.get(path, 'none')} at step {step};"
-      " give another `output_dir`, or the configuration that it was started with."
-    )
-  abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-  return manager.restore(step, args=ocp.args.StandardRestore(abstract))
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  """{path: shape} of a tree or of Orbax's description of one."""
-  leaves, _ = jax.tree.flatten_with_path(getattr(tree, "tree", tree))
-  named = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-  return {named(path): tuple(leaf.shape) for path, leaf in leaves}

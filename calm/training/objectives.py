@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from calm.t5 import network
+from calm.t5 import network, parameters
 from calm.training import losses
 
 Params = Any
@@ -92,7 +92,7 @@ class LayerWeighted:
       chosen = jax.random.choice(jax.random.fold_in(rng, 1), num_layers, (k,), p=weights)
       chosen_weights = jnp.full((k,), 1.0 / k)
     token_weights = batch["decoder_loss_weights"]
-    kernel = head_kernel(params, module.config)
+    kernel = _heads(params, module.config)
     loss, metrics = losses.layer_cross_entropy(
       normed[chosen],
       kernel if kernel.ndim == 2 else kernel[chosen],
@@ -131,7 +131,7 @@ class ExitClassifier:
     classifier = params["decoder"]["exit_classifier"]
     logits = (normed.astype(jnp.float32) @ classifier["kernel"])[..., 0]
     logits = logits + classifier["bias"][0]
-    predictions = losses.layer_predictions(normed, head_kernel(params, module.config))
+    predictions = losses.layer_predictions(normed, _heads(params, module.config))
     token_weights = batch["decoder_loss_weights"]
     loss = self.objective(logits, predictions, token_weights)
     weight = jnp.sum(token_weights)
@@ -150,17 +150,10 @@ class ExitClassifier:
     return "exit_classifier" in path
 
 
-def head_kernel(params: Params, config: network.T5Config) -> jax.Array:
-  """The output head that all layers share, [emb_dim, vocab], tied or not; or the layers' own,
-  [layers, emb_dim, vocab], where `per_layer_heads`."""
-  if config.per_layer_heads:
-    names = [f"logits_dense_{i}" for i in range(config.num_decoder_layers - 1)]
-    heads = [params["decoder"][name]["kernel"] for name in [*names, "logits_dense"]]
-    return jnp.stack(heads)
-  if config.logits_via_embedding:
-    table = params["token_embedder"]["embedding"]
-    return table.T / np.sqrt(config.emb_dim).astype(np.float32)
-  return params["decoder"]["logits_dense"]["kernel"]
+def _heads(params: Params, config: network.T5Config) -> jax.Array:
+  """[emb_dim, vocab], or [layers, emb_dim, vocab] where every layer has a head of its own."""
+  kernels = parameters.head_kernels(params, config)
+  return kernels[0] if len(kernels) == 1 else jnp.stack(kernels)
 
 
 def _normed_states(module, params, batch, rng):

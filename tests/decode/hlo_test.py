@@ -9,7 +9,6 @@ import pytest
 from calm import exits
 from calm.decode import engines
 from calm.decode import program as program_lib
-from calm.decode.engines import compacted, deferred
 from calm.decode.engines import engine as engine_lib
 from calm.exits import confidence
 from tests import engine
@@ -37,8 +36,8 @@ def half_a_layers_cache() -> int:
 @pytest.mark.parametrize(
   ("rule", "made"),
   [
-    (SHALLOW, deferred.Deferred()),
-    (SHALLOW, compacted.Compacted()),
+    (SHALLOW, engines.Deferred()),
+    (SHALLOW, engines.Compacted()),
     (SHALLOW, engines.Eager()),
     (exits.StaticExit(), engines.Eager()),
   ],

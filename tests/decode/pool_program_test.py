@@ -10,7 +10,6 @@ from calm import exits
 from calm.data import prompt_batches
 from calm.decode import engines, pool_program
 from calm.decode import program as program_lib
-from calm.decode.engines import compacted, deferred
 from calm.exits import confidence, schedules
 from tests import engine, toys
 from tests.decode import hlo, hlo_test
@@ -20,7 +19,7 @@ PROMPTS = toys.prompts(5, batch=23, length=12, num_pieces=toys.Config().num_piec
 SOFTMAX, STATE, CLASSIFIER = (
   confidence.MEASURES[name] for name in ("softmax", "state", "classifier")
 )
-COMPACTED = compacted.Compacted(buckets=(2,), copied_part=0.5)
+COMPACTED = engines.Compacted(buckets=(2,), copied_part=0.5)
 
 
 def quick(method, *donated: str):
@@ -58,7 +57,7 @@ def decode(toy, rule, threshold, made=None, tokens=PROMPTS, size=4):
 @pytest.mark.parametrize(
   ("rule", "made"),
   [
-    (exits.DynamicExits(CLASSIFIER), deferred.Deferred(8)),
+    (exits.DynamicExits(CLASSIFIER), engines.Deferred(8)),
     (exits.DynamicExits(SOFTMAX, engine.DECAYING), engines.Eager()),
     (exits.DynamicExits(STATE, engine.DECAYING, (2, 3)), COMPACTED),
     (exits.StaticExit(), engines.Eager()),
@@ -82,7 +81,7 @@ def test_the_yardstick(rule, made):
 @pytest.mark.parametrize(("count", "size"), [(5, 1), (3, 4)])
 def test_one_row_and_more_rows_than_prompts(count, size):
   toy, rule, tokens = uneven_toy(), exits.DynamicExits(CLASSIFIER), PROMPTS[:count]
-  got = decode(toy, rule, 0.6, deferred.Deferred(8), tokens, size)
+  got = decode(toy, rule, 0.6, engines.Deferred(8), tokens, size)
   rows = engine.reference_rows(toy, rule, 0.6, tokens)
   assert engine.compare_generation(rows, got) == list(range(count))
 

@@ -12,7 +12,7 @@ from calm.data import prompt_batches
 from calm.decode import engines, loop, pool_program
 from calm.decode import pool as pool_lib
 from calm.decode import program as program_lib
-from calm.t5 import decoder
+from calm.t5 import caches
 from tests import engine
 
 VOCAB, EOS, WRONG = 8, 1, 7
@@ -83,7 +83,7 @@ def decode(script: np.ndarray, size: int, free_part: float):
   numbers = np.arange(1, len(script) + 1, dtype=np.int32)[:, None]
   tokens = [row.tolist() for row in numbers]
   batches = prompt_batches.plan(tokens, batch_size=size, max_input_length=1)
-  encode = lambda batch: decoder.Encoded((), jnp.asarray(batch.tokens)[:, None, :])
+  encode = lambda batch: caches.Encoded((), jnp.asarray(batch.tokens)[:, None, :])
   return program, program.decode(TOY.weights, batches, 0.0, encode)
 
 

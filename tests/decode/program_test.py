@@ -12,7 +12,6 @@ import pytest
 from calm import exits
 from calm.decode import engines
 from calm.decode import program as program_lib
-from calm.decode.engines import compacted, deferred
 from calm.exits import confidence, propagation, schedules
 from calm.t5 import network
 from tests import engine, toys
@@ -228,8 +227,8 @@ def test_a_tokens_logits_are_the_full_heads_at_its_exit_layer():
 
 
 def test_the_default_engine_moves_rows_where_there_are_many():
-  chosen = lambda rule: [program_lib.default_engine(rule, size) for size in (1, 7, 8, 32)]
-  few, many = deferred.Deferred(), compacted.Compacted()
+  chosen = lambda rule: [engines.default_engine(rule, size) for size in (1, 7, 8, 32)]
+  few, many = engines.Deferred(), engines.Compacted()
   assert chosen(SOFTMAX) == [few, few, many, many]
   copies = exits.DynamicExits(
     confidence.Softmax(), propagation=propagation.propagation("copy_projections")
@@ -261,7 +260,7 @@ def test_the_detector_finds_heads_and_confidence_code():
   assert heads_and_branches(SOFTMAX) == (4, 4, True)  # one choice of a bucket a layer
   state = exits.DynamicExits(confidence.State())
   assert heads_and_branches(state) == (1, 4, True)
-  assert heads_and_branches(state, deferred.Deferred()) == (1, 0, True)
+  assert heads_and_branches(state, engines.Deferred()) == (1, 0, True)
   assert heads_and_branches(state, engines.Eager()) == (1, 3, True)
 
 

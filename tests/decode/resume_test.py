@@ -8,7 +8,6 @@ import pytest
 from calm import exits
 from calm.decode import engines
 from calm.decode import program as program_lib
-from calm.decode.engines import compacted, deferred
 from calm.exits import confidence, propagation, schedules
 from tests import engine
 
@@ -18,10 +17,10 @@ FIRST = propagation.propagation("first_state")
 COPY = propagation.propagation("copy_projections")
 CASES = {
   "eager": (exits.DynamicExits(confidence.Classifier(), propagation=COPY), engines.Eager()),
-  "deferred": (CLASSIFIER, deferred.Deferred()),
+  "deferred": (CLASSIFIER, engines.Deferred()),
   "compacted": (
     exits.DynamicExits(confidence.Classifier(), propagation=FIRST),
-    compacted.Compacted(buckets=(2,)),
+    engines.Compacted(buckets=(2,)),
   ),
 }
 

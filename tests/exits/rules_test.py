@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from calm import exits
+from calm.exits import layers as layers_lib
 from calm.exits import propagation, schedules
 
 L = 4
@@ -56,19 +57,19 @@ class Bounded:
     return jnp.asarray(self.bounds)[view.layer - 1]
 
 
-def toy_layers(calls: list | None = None, *, shared_head=True) -> propagation.Layers:
+def toy_layers(calls: list | None = None, *, shared_head=True) -> layers_lib.Layers:
   calls = [] if calls is None else calls
 
   def key_value(name, layer, hidden):
     calls.append((name, layer))
     key = (10.0 * layer + hidden)[:, None, :]
-    return propagation.KeyValue(key, -key)
+    return layers_lib.KeyValue(key, -key)
 
   def logits(layer, hidden):
     calls.append(("logits", layer))
     return 5.0 * jax.nn.one_hot(hidden[:, 0].astype(jnp.int32), L + 2)
 
-  return propagation.Layers(
+  return layers_lib.Layers(
     num_layers=L,
     run=lambda layer, hidden: (hidden + 1.0, key_value("run", layer, hidden)),
     project=lambda layer, hidden: key_value("project", layer, hidden),

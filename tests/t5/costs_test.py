@@ -11,6 +11,7 @@ import pytest
 from calm import exits, inference
 from calm.decode import program as program_lib
 from calm.exits import confidence
+from calm.t5 import caches as caches_lib
 from calm.t5 import costs, network
 from calm.t5 import decoder as decoder_lib
 from tests import toys
@@ -67,7 +68,7 @@ def xla_step(piece, batch: int) -> Counted:
     )
     return piece(decoder.layers(), hidden)
 
-  caches = decoder_lib.empty_caches(CONFIG, batch, CACHE)
+  caches = caches_lib.empty_caches(CONFIG, batch, CACHE)
   hidden = jnp.zeros((batch, CONFIG.emb_dim))
   return compiled(run, weights().decoder, encoded, caches, hidden, jnp.asarray(3))
 
@@ -115,7 +116,7 @@ def test_cross_attention_is_xlas():
   longer = costs.decoding_costs(CONFIG, input_length=2 * INPUT, cache_length=CACHE)
   grown = longer.cross_attention.flops - COSTS.cross_attention.flops
   width = CONFIG.num_heads * CONFIG.head_dim
-  cache = decoder_lib.Cache(jnp.zeros((1, 3, INPUT, 64)), jnp.zeros((1, 3, INPUT, 64)))
+  cache = caches_lib.Cache(jnp.zeros((1, 3, INPUT, 64)), jnp.zeros((1, 3, INPUT, 64)))
   query = jnp.zeros((1, 3, 64))
 
   def attend(query, cache):

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from calm.t5 import caches as caches_lib
 from calm.t5 import decoder as decoder_lib
+from calm.t5 import decoder_weights, network
 from calm.t5 import layers as layers_lib
-from calm.t5 import network
 from tests import engine, reference_network
 
 LENGTH = 6
@@ -40,13 +41,13 @@ def one_position(config, weights, encoded, caches, tokens, position):
     column.append(
       (hidden, decoder.logits(i, hidden), decoder.exit_logit(hidden), row, projected)
     )
-  return column, decoder_lib.write_rows(caches, tuple(part[3] for part in column), position)
+  return column, caches_lib.write_rows(caches, tuple(part[3] for part in column), position)
 
 
 def by_steps(toy):
   """d^i, logits and exit logits, each [layer, batch, length, ...]; caches; pairs of rows."""
   encoded, out = engine.encode(toy, PROMPTS), []
-  caches = decoder_lib.empty_caches(toy.config, len(PROMPTS), LENGTH)
+  caches = caches_lib.empty_caches(toy.config, len(PROMPTS), LENGTH)
   for t in range(LENGTH):
     column, caches = one_position(
       toy.config, toy.weights, encoded, caches, jnp.asarray(TOKENS[:, t]), jnp.int32(t)
@@ -104,7 +105,7 @@ def decoder_step(toy) -> decoder_lib.DecoderStep:
     toy.weights.decoder,
     toy.config,
     engine.encode(toy, PROMPTS),
-    decoder_lib.empty_caches(toy.config, len(PROMPTS), LENGTH),
+    caches_lib.empty_caches(toy.config, len(PROMPTS), LENGTH),
     table.at(jnp.int32(0)),
     table.current,
   )
@@ -168,7 +169,7 @@ def test_heads_end_at_the_pieces_of_the_vocabulary():
   kernel = toy.params["decoder"]["logits_dense"]["kernel"]
   (head,) = toy.weights.decoder.heads
   np.testing.assert_array_equal(head, kernel[:, :40])
-  whole = decoder_lib.decoder_weights(toy.params, toy.config)
+  whole = decoder_weights.decoder_weights(toy.params, toy.config)
   assert whole.heads[0].shape == (16, 48)
 
 
@@ -176,7 +177,7 @@ def test_heads_end_at_the_pieces_of_the_vocabulary():
 def test_a_vocabulary_larger_than_the_model_is_refused(pieces):
   toy = engine.toy()
   with pytest.raises(ValueError, match=rf"at most 48 pieces.*Got {pieces}; this vocabulary"):
-    decoder_lib.decoder_weights(toy.params, toy.config, pieces)
+    decoder_weights.decoder_weights(toy.params, toy.config, pieces)
 
 
 def test_a_model_without_classifier_says_so():

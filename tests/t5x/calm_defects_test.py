@@ -17,7 +17,7 @@ import pytest
 
 from calm import exits
 from calm.exits import confidence, propagation, schedules
-from calm.t5 import network, parameters
+from calm.t5 import caches, network, parameters
 from calm.t5x import loops
 from calm.training import losses, objectives
 from tests import engine
@@ -106,7 +106,7 @@ class ScrambledMask:
     mask = batch["decoder_loss_weights"]
     scrambled = normed * np.resize(np.asarray(mask)[..., None], normed.shape)
     weights = jnp.asarray(losses.layer_weights(normed.shape[0]))
-    kernel = objectives.head_kernel(params, module.config)
+    kernel = parameters.head_kernels(params, module.config)[0]
     targets = batch["decoder_target_tokens"]
     return losses.layer_cross_entropy(scrambled, kernel, targets, mask, weights)
 
@@ -387,7 +387,6 @@ def test_23_a_grid_of_thresholds_compiles_once():
 
 
 def test_24_cross_attention_is_projected_before_the_loop_and_not_in_it():
-  from calm.t5 import decoder as step
 
   toy = engine.toy()
   weights, encoded = toy.weights.decoder, engine.encode(toy)
@@ -409,7 +408,7 @@ def test_24_cross_attention_is_projected_before_the_loop_and_not_in_it():
     assert f"f32[8,{states.shape[1]},{joined}]" not in text
 
   projects_nothing(lambda states: encoded)
-  again = lambda states: step.cross_attention_inputs(
+  again = lambda states: caches.cross_attention_inputs(
     weights, toy.config, states, jnp.asarray(engine.PROMPTS)
   )
   assert fails(projects_nothing, again)

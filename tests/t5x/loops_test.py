@@ -9,7 +9,6 @@ import pytest
 
 from calm import exits
 from calm.decode import engines
-from calm.decode.engines import compacted, deferred
 from calm.exits import confidence, schedules
 from calm.t5x import loops
 from tests import engine
@@ -18,8 +17,8 @@ NEVER = schedules.NEVER_EXIT
 RULE = exits.DynamicExits(confidence.Softmax(), engine.DECAYING)
 ENGINES = {
   "eager": engines.Eager(),
-  "deferred": deferred.Deferred(),
-  "compacted": compacted.Compacted(buckets=(2,)),
+  "deferred": engines.Deferred(),
+  "compacted": engines.Compacted(buckets=(2,)),
 }
 EOS = 1
 

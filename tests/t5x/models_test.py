@@ -10,7 +10,6 @@ import pytest
 
 from calm import exits
 from calm.decode import engines, program
-from calm.decode.engines import compacted, deferred
 from calm.exits import confidence, schedules
 from calm.t5 import parameters
 from calm.t5x import loops
@@ -25,8 +24,8 @@ NEVER = schedules.NEVER_EXIT
 BATCH = len(engine.PROMPTS)
 ENGINES = {
   "eager": engines.Eager(),
-  "deferred": deferred.Deferred(),
-  "compacted": compacted.Compacted(buckets=(2,)),
+  "deferred": engines.Deferred(),
+  "compacted": engines.Compacted(buckets=(2,)),
 }
 
 

@@ -18,7 +18,7 @@ from calm import checkpoints, training
 from calm.commands import train
 from calm.data import vocabulary
 from calm.t5 import network, parameters
-from calm.training import objectives, run
+from calm.training import objectives, run, sources
 from tests import toy_vocabulary
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs" / "runs"
@@ -224,7 +224,7 @@ def test_denoising_reads_what_follows_the_marker_and_each_text_once(files, tmp_p
   rows = [{"input": f"question: what? context: {text}"} for text in [*texts[:2], texts[0]]]
   (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
   (tmp_path / "plain.jsonl").write_text(json.dumps({"input": texts[0]}) + "\n")
-  source = run.denoising(
+  source = sources.denoising(
     [("plain.jsonl", ""), ("qa.jsonl", " context: ")], vocab, 20, 1,
     root=str(tmp_path), min_tokens=5,
   )  # fmt: skip
@@ -238,7 +238,7 @@ def test_a_shortlist_is_the_targets_most_frequent_tokens(files, tmp_path):
     rows = [json.dumps({"input": "x", "target": target}) + "\n" for target in targets]
     (tmp_path / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
   names = ["a.jsonl", "b.jsonl"]
-  found = run.frequent_tokens(names, words, 1000, root=str(tmp_path))
+  found = sources.frequent_tokens(names, words, 1000, root=str(tmp_path))
   fox, dog = words.encode("fox fox"), words.encode("dog")
   assert set(found) == {words.eos_id, *fox, *dog}
   counts = {t: (fox + words.encode("fox")).count(t) / (3 * len(fox) // 2 + 2) for t in fox}
@@ -246,7 +246,7 @@ def test_a_shortlist_is_the_targets_most_frequent_tokens(files, tmp_path):
   assert [t for t in found if t in counts and t not in dog] == [
     t for t in by_share if t not in dog
   ]
-  assert run.frequent_tokens(names, words, 2, root=str(tmp_path)) == found[:2]
+  assert sources.frequent_tokens(names, words, 2, root=str(tmp_path)) == found[:2]
   model = network.T5Config(vocab_size=64, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=8)
   export = run.Export(words, shortlist=found)
   export.write(tmp_path / "model", training.init_params(model, 0), model)
@@ -256,7 +256,7 @@ def test_a_shortlist_is_the_targets_most_frequent_tokens(files, tmp_path):
 
 def test_validation_names(files):
   vocab = vocabulary.SentencePieceVocabulary(files[1])
-  source = run.supervised(str(files[0]), vocab, ((64, 16),), 4)
+  source = sources.supervised(str(files[0]), vocab, ((64, 16),), 4)
   config = network.T5Config(
     vocab_size=160, emb_dim=4, num_heads=1, head_dim=4, mlp_dim=4, num_encoder_layers=1,
     num_decoder_layers=2, one_hot_embedding=False,
@@ -276,8 +276,8 @@ def test_seqio_tasks_give_the_batches_of_their_files(files):
   vocab = vocabulary.SentencePieceVocabulary(files[1])
   name = seqio_tasks.jsonl("runs_test_rows", {"train": str(files[0])}, str(files[1]))
   try:
-    ours = run.supervised(str(files[0]), vocab, ((64, 16),), 4, seed=3)
-    theirs = run.seqio_pairs(name, ((64, 16),), 4, seed=3)
+    ours = sources.supervised(str(files[0]), vocab, ((64, 16),), 4, seed=3)
+    theirs = sources.seqio_pairs(name, ((64, 16),), 4, seed=3)
     for key, value in ours.batch(5).items():
       np.testing.assert_array_equal(theirs.batch(5)[key], value, err_msg=key)
   finally:

@@ -1,5 +1,23 @@
 """How the layers of one step are run, and when skipped ones are filled: the same results."""
 
-from calm.decode.engines.engine import Bound, Eager, Engine, Task, after, shifted
+from calm.decode.engines.choice import ENGINES, MANY_ROWS, bind, by_name, default_engine
+from calm.decode.engines.compacted import Compacted
+from calm.decode.engines.deferred import Deferred
+from calm.decode.engines.eager import Eager
+from calm.decode.engines.engine import Bound, Engine, Task, after, shifted
 
-__all__ = ["Bound", "Eager", "Engine", "Task", "after", "shifted"]
+__all__ = [
+  "ENGINES",
+  "MANY_ROWS",
+  "Bound",
+  "Compacted",
+  "Deferred",
+  "Eager",
+  "Engine",
+  "Task",
+  "after",
+  "bind",
+  "by_name",
+  "default_engine",
+  "shifted",
+]

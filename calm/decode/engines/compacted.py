@@ -17,8 +17,9 @@ from jax import lax
 
 from calm import exits
 from calm.decode.engines import deferred, engine
-from calm.exits import propagation
+from calm.exits import layers as layers_lib
 from calm.exits import walk as walk_lib
+from calm.t5 import caches as caches_lib
 from calm.t5 import decoder as decoder_lib
 
 
@@ -150,7 +151,7 @@ class _BoundCompacted:
       state, rows = self._switch(walk, decoder, segment, state, stays)
       end = engine.after(position, state.hidden)
       old = tuple(fill.cache for fill in before)
-      caches = decoder_lib.write_rows(old, rows, end, task.keeps(position))
+      caches = caches_lib.write_rows(old, rows, end, task.keeps(position))
       filled = [jnp.where(needed, position + 1, fill.filled) for fill in before]
       fills += map(deferred.LayerFill, caches, filled)
     states = base.stored(cache.states, state, position)
@@ -176,7 +177,7 @@ class _BoundCompacted:
     config = self.base.task.config
     shape = self.base.task.batch_size, config.num_heads, config.head_dim
     zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
-    return state, (propagation.KeyValue(zeros, zeros),) * len(segment)
+    return state, (layers_lib.KeyValue(zeros, zeros),) * len(segment)
 
   def _run_all(self, walk: walk_lib.Walk, decoder, segment, state):
     """(state, rows that the segment's layers store), every row run."""
@@ -199,11 +200,11 @@ class _BoundCompacted:
       kept, part_row = walk.stored(layer, state, row), rows.take(row)
       hidden = self._bucket(decoder, layer, rows).run_projected(layer, part.hidden, part_row)
       part = inside.after(layer, part, hidden, part_row)
-      hidden = propagation.select_rows(stays, rows.spread(part.hidden), state.hidden)
+      hidden = layers_lib.select_rows(stays, rows.spread(part.hidden), state.hidden)
       state = dataclasses.replace(state, hidden=hidden)
       stored.append(kept)
     # Rows that had left stay as they are.
-    return propagation.select_rows(stays, rows.spread(part), state), tuple(stored)
+    return layers_lib.select_rows(stays, rows.spread(part), state), tuple(stored)
 
   def _bucket(
     self, decoder: decoder_lib.DecoderStep, layer: int, rows: Rows
@@ -214,7 +215,7 @@ class _BoundCompacted:
       }
       return _SpreadStep(**fields, rows=rows)
     cache, cross = rows.copy((decoder.caches[layer - 1], decoder.encoded.cross[layer - 1]))
-    encoded = decoder_lib.Encoded((cross,) * layer, rows.copy(decoder.encoded.bias))
+    encoded = caches_lib.Encoded((cross,) * layer, rows.copy(decoder.encoded.bias))
     bias = decoder.past_bias if decoder.past_bias.ndim == 2 else rows.take(decoder.past_bias)
     return dataclasses.replace(
       decoder, caches=(cache,) * layer, encoded=encoded, past_bias=bias

@@ -23,6 +23,7 @@ from calm import exits
 from calm.decode import loop
 from calm.decode.engines import engine as engine_lib
 from calm.exits import walk as walk_lib
+from calm.t5 import caches as caches_lib
 from calm.t5 import decoder as decoder_lib
 
 
@@ -35,7 +36,7 @@ class LayerFill:
     filled: [] int32.
   """
 
-  cache: decoder_lib.Cache
+  cache: caches_lib.Cache
   filled: jax.Array
 
 
@@ -130,7 +131,7 @@ class BoundDeferred:
   def empty(self) -> DeferredCache:
     return self.resume(self.task.empty_caches(), jnp.zeros((), jnp.int32))
 
-  def resume(self, caches: tuple[decoder_lib.Cache, ...], position: jax.Array) -> DeferredCache:
+  def resume(self, caches: tuple[caches_lib.Cache, ...], position: jax.Array) -> DeferredCache:
     """With caches that are filled up to `position`, and where `task.kept` says beyond it."""
     task = self.task
     shape = task.batch_size, task.length, task.config.emb_dim
@@ -159,7 +160,7 @@ class BoundDeferred:
     assert projected is not None  # `bind` asked
     return lax.dynamic_update_slice_in_dim(states, projected[:, None], position, axis=1)
 
-  def flush(self, cache: DeferredCache, position: jax.Array) -> tuple[decoder_lib.Cache, ...]:
+  def flush(self, cache: DeferredCache, position: jax.Array) -> tuple[caches_lib.Cache, ...]:
     """Every layer's cache with positions 0 ... position - 1 filled."""
     decoder = self.decoder(jnp.zeros((), jnp.int32))
     return tuple(
@@ -203,7 +204,7 @@ class BoundDeferred:
     row = walk.stored(layer, state, row)
     made = walk.after(layer, state, hidden, row)
     end = engine_lib.after(position, hidden)
-    (cache,) = decoder_lib.write_rows((fill.cache,), (row,), end, self.task.keeps(position))
+    (cache,) = caches_lib.write_rows((fill.cache,), (row,), end, self.task.keeps(position))
     return made, LayerFill(cache, position + 1)
 
   def fill(
@@ -252,5 +253,5 @@ def _project(
     update = jnp.where(new[:, None, :, None], update, old)
     return lax.dynamic_update_slice_in_dim(cache, update, start, axis=2)
 
-  made = decoder_lib.Cache(merge(fill.cache.keys, row.key), merge(fill.cache.values, row.value))
+  made = caches_lib.Cache(merge(fill.cache.keys, row.key), merge(fill.cache.values, row.value))
   return LayerFill(made, fill.filled + chunk)

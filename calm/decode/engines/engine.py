@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from calm import exits
 from calm.decode import loop
-from calm.t5 import decoder as decoder_lib
-from calm.t5 import network
+from calm.t5 import caches as caches_lib
+from calm.t5 import decoder_weights, network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Task:
 
   config: network.T5Config
   rule: exits.StepRule
-  weights: decoder_lib.DecoderWeights
-  encoded: decoder_lib.Encoded
+  weights: decoder_weights.DecoderWeights
+  encoded: caches_lib.Encoded
   threshold: jax.Array
   length: int
   kept: jax.Array | None = None
@@ -55,9 +55,9 @@ class Task:
     """Tokens that each row has generated before `position`, [] or [batch]."""
     return position if self.starts is None else position - self.starts
 
-  def empty_caches(self) -> tuple[decoder_lib.Cache, ...]:
+  def empty_caches(self) -> tuple[caches_lib.Cache, ...]:
     depth = self.rule.depth(self.config.num_decoder_layers)
-    return decoder_lib.empty_caches(self.config, self.batch_size, self.length, depth)
+    return caches_lib.empty_caches(self.config, self.batch_size, self.length, depth)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,49 +74,23 @@ class Bound:
 
   empty: Any
   take_step: loop.Step
-  resume: Callable[[tuple[decoder_lib.Cache, ...], jax.Array], Any]
-  flush: Callable[[Any, jax.Array], tuple[decoder_lib.Cache, ...]]
+  resume: Callable[[tuple[caches_lib.Cache, ...], jax.Array], Any]
+  flush: Callable[[Any, jax.Array], tuple[caches_lib.Cache, ...]]
   shift: Callable[[Any, jax.Array], Any]
 
 
 @runtime_checkable
 class Engine(Protocol):
-  """`Eager`, `deferred.Deferred` or another."""
+  """`Eager`, `Deferred`, `Compacted` or another."""
 
   def __call__(self, task: Task) -> Bound:
     """Binds the engine to a task."""
     ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Eager:
-  """Skipped layers are filled at every token. The plain engine, and the one for any rule."""
-
-  def __call__(self, task: Task) -> Bound:
-    table = decoder_lib.bias_table(task.weights, task.config, task.length)
-
-    def take_step(current, position, active, cache):
-      decoder = decoder_lib.DecoderStep(
-        task.weights,
-        task.config,
-        task.encoded,
-        cache,
-        table.at(position, task.starts),
-        table.current,
-      )
-      hidden = task.weights.embedding[current]
-      generated = task.generated(position)
-      made = task.rule(decoder.layers(), hidden, active, task.threshold, generated)
-      end = after(position, made.logits)
-      return made, decoder_lib.write_rows(cache, made.rows, end, task.keeps(position))
-
-    same = lambda caches, position: caches
-    return Bound(task.empty_caches(), take_step, resume=same, flush=same, shift=shifted)
-
-
 def shifted(
-  caches: tuple[decoder_lib.Cache, ...], by: jax.Array
-) -> tuple[decoder_lib.Cache, ...]:
+  caches: tuple[caches_lib.Cache, ...], by: jax.Array
+) -> tuple[caches_lib.Cache, ...]:
   """Caches whose position `by` is now the first; what lies beyond the last is 0."""
   return jax.tree.map(lambda x: loop.shift_positions(x, by, axis=2), caches)
 

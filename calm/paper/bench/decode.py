@@ -14,7 +14,7 @@ from calm.data import prompt_batches
 from calm.exits import schedules
 from calm.inference import grid
 from calm.paper.bench import results
-from calm.t5 import decoder
+from calm.t5 import caches
 
 # (share done in [0, 1], what is being done)
 Progress = Callable[[float, str], None]
@@ -135,7 +135,7 @@ class EncodedPrompt:
 
   id: str
   batch: prompt_batches.PromptBatch
-  encoded: decoder.Encoded
+  encoded: caches.Encoded
 
 
 def one_by_one(

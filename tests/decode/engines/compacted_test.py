@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from calm import exits
+from calm.decode import engines
 from calm.decode.engines import compacted
 from calm.exits import confidence, propagation, schedules
 from tests import engine
@@ -13,8 +14,8 @@ SOFTMAX, STATE, CLASSIFIER = (
   confidence.MEASURES[name] for name in ("softmax", "state", "classifier")
 )
 FIRST = propagation.propagation("first_state")
-ENGINE = compacted.Compacted()
-FITTED = compacted.Compacted(ratio=2)
+ENGINE = engines.Compacted()
+FITTED = engines.Compacted(ratio=2)
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ FITTED = compacted.Compacted(ratio=2)
     (exits.DynamicExits(SOFTMAX, engine.DECAYING, allowed=(2, 3)), FITTED),
     (
       exits.DynamicExits(STATE, propagation=FIRST, allowed=(1, 3)),
-      compacted.Compacted(chunk_rows=512, buckets=(3,), copied_part=0.0),
+      engines.Compacted(chunk_rows=512, buckets=(3,), copied_part=0.0),
     ),
   ],
   ids=["classifier", "softmax", "first_state"],
@@ -60,7 +61,7 @@ def test_bucket_sizes():
   assert ENGINE.sizes(8) == (0, 2, 8)
   assert ENGINE.sizes(6) == (0, 1, 6)
   assert ENGINE.sizes(1) == (0, 1)
-  assert compacted.Compacted(ratio=2).sizes(8) == (0, 1, 2, 4, 8)
-  assert compacted.Compacted(buckets=(16, 4)).sizes(8) == (0, 4, 8)
+  assert engines.Compacted(ratio=2).sizes(8) == (0, 1, 2, 4, 8)
+  assert engines.Compacted(buckets=(16, 4)).sizes(8) == (0, 4, 8)
   with pytest.raises(ValueError, match=r"Expected `ratio` of at least 2\. Got 1"):
-    compacted.Compacted(ratio=1)
+    engines.Compacted(ratio=1)

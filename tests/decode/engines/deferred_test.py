@@ -17,7 +17,7 @@ SOFTMAX, STATE, CLASSIFIER = (
 )
 FIRST = propagation.propagation("first_state")
 # Of 8 rows: chunks of 4 and 1 positions, of 1, and of the whole length (which overlaps).
-ENGINES = {rows: deferred.Deferred(rows) for rows in (32, 1, 512)}
+ENGINES = {rows: engines.Deferred(rows) for rows in (32, 1, 512)}
 RULES = [
   (exits.DynamicExits(SOFTMAX, engine.DECAYING), 32),
   (exits.DynamicExits(STATE, allowed=(2, 3)), 512),
@@ -41,7 +41,7 @@ def test_one_row_alone_leaves_layers_pending(rows):
   changes = 0
   for i in range(len(engine.PROMPTS)):
     layers = engine.compare(
-      toy, rule, 0.6, engine.PROMPTS[i : i + 1], engine=deferred.Deferred(rows)
+      toy, rule, 0.6, engine.PROMPTS[i : i + 1], engine=engines.Deferred(rows)
     )
     changes += (np.diff(layers) > 0).sum()
   assert changes > 3

@@ -1,0 +1,33 @@
+"""The plain engine: skipped layers are filled at every token."""
+
+import dataclasses
+
+from calm.decode.engines.engine import Bound, Task, after, shifted
+from calm.t5 import caches
+from calm.t5 import decoder as decoder_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Eager:
+  """Skipped layers are filled at every token. The plain engine, and the one for any rule."""
+
+  def __call__(self, task: Task) -> Bound:
+    table = decoder_lib.bias_table(task.weights, task.config, task.length)
+
+    def take_step(current, position, active, cache):
+      decoder = decoder_lib.DecoderStep(
+        task.weights,
+        task.config,
+        task.encoded,
+        cache,
+        table.at(position, task.starts),
+        table.current,
+      )
+      hidden = task.weights.embedding[current]
+      generated = task.generated(position)
+      made = task.rule(decoder.layers(), hidden, active, task.threshold, generated)
+      end = after(position, made.logits)
+      return made, caches.write_rows(cache, made.rows, end, task.keeps(position))
+
+    same = lambda caches, position: caches
+    return Bound(task.empty_caches(), take_step, resume=same, flush=same, shift=shifted)

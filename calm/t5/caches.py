@@ -1,0 +1,95 @@
+"""Where keys and values lie: self-attention caches, and cross-attention once a prompt."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from calm.exits.layers import KeyValue
+from calm.t5 import layers as layers_lib
+from calm.t5 import network
+from calm.t5.decoder_weights import DecoderWeights
+
+
+@struct.dataclass
+class Cache:
+  """Self-attention keys and values of one layer.
+
+  With the length last, as a dot product of keys might like it, every number of a position
+  would lie in a cache line of its own, and writing one take ten times as long.
+
+  Attributes:
+    keys, values: [batch, heads, length, head_dim].
+  """
+
+  keys: jax.Array
+  values: jax.Array
+
+
+@struct.dataclass
+class Encoded:
+  """One batch of prompts, ready to be decoded any number of times.
+
+  Attributes:
+    cross: per decoder layer, the prompt's keys and values,
+      [batch, heads, input_length, head_dim].
+    bias: 0 at tokens, -1e10 at padding, [batch, 1, input_length].
+  """
+
+  cross: tuple[Cache, ...]
+  bias: jax.Array
+
+
+def cross_attention_inputs(
+  weights: DecoderWeights,
+  config: network.T5Config,
+  encoded: Float[Array, "batch input_length emb"],
+  encoder_input_tokens: Int[Array, "batch input_length"],
+) -> Encoded:
+  """Every decoder layer's cross-attention keys and values, once a prompt."""
+  encoded = encoded.astype(config.dtype)
+  shape = (*encoded.shape[:2], 2, config.num_heads, config.head_dim)
+  cross = []
+  for layer in weights.layers:
+    both = (encoded @ layer.cross_key_value).reshape(shape)
+    cross.append(Cache(*jnp.transpose(both, (2, 0, 3, 1, 4))))
+  bias = jnp.where(encoder_input_tokens > 0, 0.0, layers_lib.MASK_BIAS)[:, None, :]
+  return Encoded(tuple(cross), bias.astype(config.dtype))
+
+
+def empty_caches(
+  config: network.T5Config, batch_size: int, length: int, num_layers: int | None = None
+) -> tuple[Cache, ...]:
+  """Zeroed caches of the first `num_layers` layers (all by default)."""
+  heads, head_dim, dtype = config.num_heads, config.head_dim, jnp.dtype(config.dtype)
+  num_layers = config.num_decoder_layers if num_layers is None else num_layers
+  empty = lambda: jnp.zeros((batch_size, heads, length, head_dim), dtype)
+  return tuple(Cache(empty(), empty()) for _ in range(num_layers))
+
+
+def write_rows(
+  caches: tuple[Cache, ...],
+  rows: tuple[KeyValue, ...],
+  position: jax.Array,
+  keeps: jax.Array | None = None,
+) -> tuple[Cache, ...]:
+  """Writes one position's keys and values, one update in place a layer.
+
+  Args:
+    caches, rows: one entry a layer.
+    position: where.
+    keeps: rows of the batch that stay as they are, [batch] bool; None: none does.
+  """
+
+  def put(cache, row):
+    row = row[:, :, None]
+    if keeps is not None:
+      old = lax.dynamic_slice_in_dim(cache, position, 1, axis=2)
+      row = jnp.where(keeps[:, None, None, None], old, row)
+    return lax.dynamic_update_slice_in_dim(cache, row, position, axis=2)
+
+  return tuple(
+    Cache(put(cache.keys, row.key), put(cache.values, row.value))
+    for cache, row in zip(caches, rows, strict=True)
+  )

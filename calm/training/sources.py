@@ -1,0 +1,159 @@
+"""Where batches come from: rows of files, texts to denoise, seqio tasks; the shortlist."""
+
+import collections
+import pathlib
+from collections.abc import Sequence
+
+from calm import checkpoints
+from calm.data import datasets, training_batches
+
+MODEL_FOLDER = "model"
+
+
+def supervised(
+  path: str,
+  vocabulary: checkpoints.Vocabulary,
+  buckets: Sequence[tuple[int, int]],
+  batch_size: int,
+  *,
+  root: str = "",
+  prefix: str = "",
+  seed: int = 0,
+  every: int = 1,
+) -> training_batches.Supervised:
+  """Length-bucketed batches of one JSON Lines file (see `datasets`).
+
+  Args:
+    path: the file, below `root`.
+    vocabulary: text -> ids.
+    buckets: (input_length, target_length) in tokens with EOS, ascending.
+    batch_size: rows of a batch.
+    prefix: put before each input.
+    seed: seeds the order.
+    every: keep every n-th example only.
+  """
+  examples = datasets.read_examples(pathlib.Path(root) / path)[::every]
+  eos_id = vocabulary.eos_id
+  encode = vocabulary.encode
+  return training_batches.Supervised(
+    training_batches.encode_all([prefix + e.input for e in examples], encode, eos_id),
+    training_batches.encode_all([e.targets[0] for e in examples], encode, eos_id),
+    tuple(training_batches.Bucket(*bucket) for bucket in buckets),
+    batch_size,
+    seed,
+  )
+
+
+def frequent_tokens(
+  paths: Sequence[str], vocabulary: checkpoints.Vocabulary, size: int, *, root: str = ""
+) -> tuple[int, ...]:
+  """A shortlist from training targets: the `size` tokens seen most often, EOS included.
+
+  Args:
+    paths: JSON Lines files, below `root`; the first target of each example is read. Each file
+      weighs the same, however long its texts.
+    vocabulary: text -> ids.
+    size: most tokens on the list.
+  """
+  shares: collections.Counter[int] = collections.Counter()
+  for path in paths:
+    examples = datasets.read_examples(pathlib.Path(root) / path)
+    counts = collections.Counter(vocabulary.eos_id for _ in examples)
+    for example in examples:
+      counts.update(vocabulary.encode(example.targets[0]))
+    total = counts.total()
+    for token, count in counts.items():
+      shares[token] += count / total  # pyright: ignore[reportArgumentType]
+  # Ties by id, so that the same files give the same list.
+  return tuple(sorted(shares, key=lambda token: (-shares[token], token))[:size])
+
+
+def denoising(
+  texts: Sequence[tuple[str, str]],
+  vocabulary: checkpoints.Vocabulary,
+  length: int,
+  batch_size: int,
+  *,
+  root: str = "",
+  seed: int = 0,
+  min_tokens: int = 16,
+) -> training_batches.Denoising:
+  """T5 span corruption over the inputs of JSON Lines files, each distinct text once.
+
+  Args:
+    texts: (file below `root`, marker): of each input, what follows the first marker; the
+      whole input where the marker is "".
+    vocabulary: text -> ids; its extra ids are the sentinels.
+    length: tokens of a text that are read, before corruption.
+    batch_size: rows of a batch.
+    seed: seeds order and corruption.
+    min_tokens: shorter texts are left out.
+  """
+  found: dict[str, None] = {}
+  for path, marker in texts:
+    for example in datasets.read_examples(pathlib.Path(root) / path, require_target=False):
+      found[example.input.split(marker, 1)[-1] if marker else example.input] = None
+  encoded = [tokens for tokens in map(vocabulary.encode, found) if len(tokens) >= min_tokens]
+  source = training_batches.Denoising(
+    training_batches.Ragged(encoded),
+    length,
+    batch_size,
+    seed,
+    first_sentinel=vocabulary.vocab_size - 1,
+    eos_id=vocabulary.eos_id,
+  )
+  if source.max_spans > vocabulary.extra_ids:
+    raise ValueError(
+      f"Expected a vocabulary with at least {source.max_spans} `extra_ids`, one a corrupted"
+      f" span of a text of {length} tokens. Got {vocabulary.extra_ids}; shorten `length`."
+    )
+  return source
+
+
+def seqio_pairs(
+  mixture_or_task_name: str,
+  buckets: Sequence[tuple[int, int]],
+  batch_size: int,
+  *,
+  split: str = "train",
+  seed: int = 0,
+  num_examples: int | None = None,
+) -> training_batches.Supervised:
+  """Length-bucketed batches of a registered seqio task or mixture, read whole once.
+
+  Args:
+    mixture_or_task_name: as `calm.data.seqio_tasks` and other modules register them.
+    buckets: (input_length, target_length) in tokens with EOS, ascending.
+    batch_size: rows of a batch.
+    split: of the task.
+    seed: seeds the order, and a mixture's draws.
+    num_examples: how many to read; needed for a mixture, which has no end.
+
+  Raises:
+    ValueError: a mixture without `num_examples`.
+  """
+  import seqio  # Brings TensorFlow: only those who train from seqio wait for it.
+
+  source = seqio.get_mixture_or_task(mixture_or_task_name)
+  is_mixture = isinstance(source, seqio.Mixture)
+  if is_mixture and num_examples is None:
+    raise ValueError(
+      f"Expected `num_examples` for the mixture {mixture_or_task_name!r}, which repeats its"
+      " tasks without end. Got None; bind `sources.seqio_pairs.num_examples`."
+    )
+  inputs_length, targets_length = buckets[-1]
+  dataset = source.get_dataset(
+    sequence_length={"inputs": inputs_length, "targets": targets_length},
+    split=split,
+    shuffle=is_mixture,
+    seed=seed,
+    num_epochs=None if is_mixture else 1,
+  )
+  rows = list(dataset.take(-1 if num_examples is None else num_examples).as_numpy_iterator())
+  return training_batches.Supervised(
+    training_batches.Ragged(row["inputs"] for row in rows),
+    training_batches.Ragged(row["targets"] for row in rows),
+    tuple(training_batches.Bucket(*bucket) for bucket in buckets),
+    batch_size,
+    seed,
+  )
