@@ -216,11 +216,15 @@ class Calibration:
 def describe(calibration: Calibration) -> str:
   """What is promised, over what, with which probability, and what is not promised."""
   unit = "clusters of prompts" if calibration.clusters else "prompts"
+  full = (
+    "its loss against itself is 0 by definition."
+    if calibration.kind in _KINDS
+    else "nothing is promised of its loss."
+  )
   if not calibration.certified:
     return (
       "No threshold is certified, so the full model is used"
-      f" ({thresholds_lib.NEVER_EXIT_TEXT});"
-      f" it meets any tolerance by definition. {calibration.reason}"
+      f" ({thresholds_lib.NEVER_EXIT_TEXT}); {full} {calibration.reason}"
     )
   loss = _KINDS.get(calibration.kind, "loss").format(metric=calibration.metric)
   # A sequential run may stop before it has used them all.
@@ -231,7 +235,8 @@ def describe(calibration: Calibration) -> str:
     f" {calibration.threshold:.10g} has an expected {loss} of at most"
     f" {calibration.tolerance:.10g}.",
     f"This is a mean over {unit} drawn like those: it says nothing of any single prompt, nor of"
-    " prompts of another kind.",
+    " prompts of another kind. It holds if grid, method, tolerance and error rate were fixed"
+    " before these losses were seen.",
   ]
   if calibration.order == "given":
     sentences.append(

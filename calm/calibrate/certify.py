@@ -83,7 +83,9 @@ def calibrate(
   result = testing.PROCEDURES[testing_procedure](np.exp(log_p), error_rate)
   return Calibration(
     threshold=_lowest(sample.thresholds, result.rejected),
-    reason=_reason(sample, result, faults, (tolerance, error_rate, testing_procedure)),
+    reason=_reason(
+      sample, result, faults, (tolerance, error_rate, testing_procedure, chosen.name)
+    ),
     tolerance=float(tolerance),
     error_rate=float(error_rate),
     method=chosen.name,
@@ -192,7 +194,7 @@ def _faults(losses: SequenceLosses) -> list[str]:
     name = "" if losses.ids is None else f" (id {losses.ids[row]!r})"
     wanted = "0 or 1" if losses.support.binary else f"in the declared range [{low}, {high}]"
     faults.append(
-      f"the loss of row {row}{name} is {column[row]!r} and must be {wanted}"
+      f"the loss of row {row}{name} is {float(column[row])!r} and must be {wanted}"
       if bad.any()
       else ""
     )
@@ -233,7 +235,7 @@ def _rows(losses, log_p, bound, result: testing.Rejections) -> tuple[Row, ...]:
 
 
 def _reason(losses, result: testing.Rejections, faults: list[str], test) -> str:
-  tolerance, error_rate, procedure = test
+  tolerance, error_rate, procedure, method = test
   grid, rejected = losses.thresholds, result.rejected
   first = int(np.argmin(rejected))
   if rejected.all():
@@ -244,7 +246,12 @@ def _reason(losses, result: testing.Rejections, faults: list[str], test) -> str:
     return f"{lowest} is the lowest certified threshold; {grid[first]} is not certified{fault}."
   share = testing.first_share(procedure, len(grid))
   refusal = planning.refusal(
-    len(losses.values), tolerance, error_rate * share, lower=losses.support.lower
+    len(losses.values),
+    tolerance,
+    error_rate,
+    support=losses.support,
+    method=method,
+    share=share,
   )
   if refusal:
     return f"Nothing can be certified: {refusal}"

@@ -6,23 +6,30 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from calm.calibrate.evidence import methods
 from calm.calibrate.evidence.draws import Pool
 from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
 
+# Where a method's own size is sought no further: nobody calibrates on more prompts.
+_MOST_PROMPTS = 10**6
 
-def min_calibration_size(tolerance: float, error_rate: float, *, lower: float = 0.0) -> int:
+
+def min_calibration_size(
+  tolerance: float, error_rate: float, *, lower: float = 0.0, upper: float = 1.0
+) -> int:
   """The fewest prompts with which any valid method can certify anything.
 
-      n >= log(error_rate) / log((1 - tolerance) / (1 - lower))
+      n >= log(error_rate) / log((upper - tolerance) / (upper - lower))
 
   With fewer, losses that are `lower` on every prompt are still too likely under a true risk
-  above tolerance: of the losses in [lower, 1] with mean `tolerance`, the one that takes only
-  the two ends is `lower` n times with probability ((1 - tolerance) / (1 - lower))^n.
+  above tolerance: of the losses in [lower, upper] with mean `tolerance`, the one that takes
+  only the two ends is `lower` n times with that share to the n.
 
   Args:
-    tolerance: in (lower, 1).
+    tolerance: in (lower, upper).
     error_rate: level of the first hypothesis that is tested, in (0, 1).
     lower: declared lower bound of losses; -1 for signed differences.
+    upper: declared upper bound of losses.
 
   Returns:
     Prompts, at least 1.
@@ -33,41 +40,127 @@ def min_calibration_size(tolerance: float, error_rate: float, *, lower: float = 
   >>> [min_calibration_size(tolerance, 0.05) for tolerance in (0.02, 0.05, 0.1, 0.25)]
   [149, 59, 29, 11]
   """
-  if not lower < tolerance < 1.0:
-    raise ValueError(f"`tolerance` must be in (`lower`, 1) = ({lower}, 1), got {tolerance!r}.")
+  if not lower < tolerance < upper:
+    raise ValueError(
+      f"`tolerance` must be in (`lower`, {upper:g}) = ({lower}, {upper}), got {tolerance!r}."
+    )
   if not 0.0 < error_rate < 1.0:
     raise ValueError(f"`error_rate` must be in (0, 1), got {error_rate!r}.")
-  share = (1.0 - tolerance) / (1.0 - lower)
-  size = math.log(error_rate) / math.log(share)
+  size = math.log(error_rate) / math.log1p(-(tolerance - lower) / (upper - lower))
   # A whole number must not be rounded up by the last digit of two logarithms.
   nearest = round(size)
   return max(1, nearest if abs(size - nearest) < 1e-9 else math.ceil(size))
 
 
+def method_size(
+  method: str,
+  tolerance: float,
+  error_rate: float,
+  *,
+  support: Support | None = None,
+  share: float = 1.0,
+) -> int | None:
+  """The fewest prompts with which one method certifies losses that are the lowest throughout.
+
+  `min_calibration_size` is what no valid method can do without; a method may need more
+  (betting stops short of the largest bet, so that one loss of 1 does not ruin it).
+
+  Args:
+    method: as for `calibrate`.
+    tolerance: delta, in (lower, upper).
+    error_rate: epsilon, in (0, 1).
+    support: declared range of losses; [0, 1] by default.
+    share: of the error rate at which the first hypothesis is tested.
+
+  Returns:
+    Prompts, or None where a million are not enough.
+
+  Raises:
+    ValueError: an argument leaves its range, or the method does not fit the support.
+
+  >>> method_size("convex_order", 0.1, 0.05)
+  29
+  """
+  support = support or Support()
+  chosen = methods.get_method(method, support)
+  lowest, declared = chosen.prepare(np.full((1, 1), support.lower), support)
+
+  def certifies(size: int) -> bool:
+    losses = np.full((size, 1), lowest[0, 0])
+    sample = methods.Sample(losses, declared, tolerance, error_rate)
+    return float(chosen.log_p_values(sample)[0]) <= math.log(error_rate * share) + 1e-12
+
+  floor = min_calibration_size(
+    tolerance, error_rate * share, lower=declared.lower, upper=declared.upper
+  )
+  if floor > _MOST_PROMPTS:
+    return None
+  few, enough = floor - 1, floor
+  while not certifies(enough):
+    few, enough = enough, 2 * enough
+    if enough > _MOST_PROMPTS:
+      return None
+  while enough - few > 1:
+    middle = (few + enough) // 2
+    few, enough = (few, middle) if certifies(middle) else (middle, enough)
+  return enough
+
+
 def refusal(
-  num_examples: int, tolerance: float, error_rate: float, *, lower: float = 0.0
+  num_examples: int,
+  tolerance: float,
+  error_rate: float,
+  *,
+  lower: float = 0.0,
+  support: Support | None = None,
+  method: str | None = None,
+  share: float = 1.0,
 ) -> str:
   """Why so few prompts cannot certify anything, and how many could; '' where they can.
 
   Args:
     num_examples: prompts there are.
-    tolerance: in (lower, 1).
-    error_rate: level of the first hypothesis that is tested.
-    lower: declared lower bound of losses.
+    tolerance: in (lower, upper).
+    error_rate: epsilon.
+    lower: declared lower bound of losses, where no `support` is given.
+    support: declared range of losses.
+    method: as for `calibrate`; None asks what no valid method can do without.
+    share: of the error rate at which the first hypothesis is tested.
 
   Returns:
     A sentence, or ''.
 
   Raises:
-    ValueError: `tolerance` or `error_rate` leaves its range.
+    ValueError: `tolerance` or `error_rate` leaves its range, or the method does not fit.
   """
-  needed = min_calibration_size(tolerance, error_rate, lower=lower)
-  if num_examples >= needed:
+  support = support or Support(lower=lower)
+  # 'paper' counts improvements as 0.
+  least = max(support.lower, 0.0) if method == "paper" else support.lower
+  if not least < tolerance < support.upper:
+    return ""  # not a matter of how many prompts
+  needed = min_calibration_size(tolerance, error_rate * share, lower=least, upper=support.upper)
+  rates = f"at tolerance {tolerance} and error rate {error_rate * share}"
+  if num_examples < needed:
+    more = "" if method is None else _own_size(method, tolerance, error_rate, support, share)
+    return (
+      f"{num_examples} prompts are too few {rates}, whatever their losses; at least {needed}"
+      f" are needed{more}."
+    )
+  if method is None:
     return ""
+  own = method_size(method, tolerance, error_rate, support=support, share=share)
+  if own is not None and num_examples >= own:
+    return ""
+  wanted = f"at least {own}" if own else f"more than {_MOST_PROMPTS}"
   return (
-    f"{num_examples} prompts are too few at tolerance {tolerance} and error rate {error_rate},"
-    f" whatever their losses; at least {needed} are needed."
+    f"{num_examples} prompts are too few {rates} for the method {method!r}, whatever their"
+    f" losses; {wanted} are needed."
   )
+
+
+def _own_size(method, tolerance, error_rate, support, share) -> str:
+  own = method_size(method, tolerance, error_rate, support=support, share=share)
+  return f", {own} by the method {method!r}" if own is not None else ""
 
 
 def forecast(
@@ -91,7 +184,9 @@ def forecast(
   Raises:
     ValueError: an argument leaves its range.
   """
-  unchanged = min_calibration_size(tolerance, error_rate)
+  # Outputs that never change lose 0 throughout, whatever they might have gained.
+  floor = method_size(method, tolerance, error_rate)
+  unchanged = floor or min_calibration_size(tolerance, error_rate)
   sizes = tuple(sorted({num_examples, unchanged, 2 * unchanged, 4 * unchanged}))
   table = {}
   for share in (0.0, 0.1, 0.2, 0.4):
@@ -106,8 +201,8 @@ def forecast(
     return ""
   lines = [
     f"{num_examples} prompts certify a signed loss at tolerance {tolerance} and error rate"
-    f" {error_rate} only if outputs get better: where nothing changes, no method can with"
-    f" fewer than {unchanged}. Power by prompts, where that share of them changes by 0.5, half"
+    f" {error_rate} only if outputs get better: where nothing changes, {method!r} cannot"
+    f" with fewer than {unchanged}. Power by prompts, where that share of them changes by 0.5, half"
     " of those for the worse:"
   ]
   for share, powers in table.items():

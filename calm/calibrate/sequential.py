@@ -13,6 +13,7 @@ all prompts of a cluster are decoded before its mean is bet on.
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,6 +27,9 @@ from calm.calibrate.generations.cached import Generations
 from calm.calibrate.generations.procedures import Procedure, Provenance
 from calm.calibrate.losses import sequence_losses
 from calm.calibrate.losses.sequence_losses import Support
+
+# Losses leave their range by rounding at most so far.
+_SLACK = 1e-9
 
 OPEN, CERTIFIED, FAILED = "open", "certified", "failed"
 
@@ -84,14 +88,16 @@ class SequentialCalibration:
     if clusters:  # means of several 0-or-1 losses are not 0 or 1
       self.support = Support(self.support.lower, self.support.upper)
     betting.check_levels(tolerance, error_rate, self.support.upper)
-    if tolerance <= 0.0 or planned_size < 1:
+    whole = isinstance(planned_size, numbers.Integral) and not isinstance(planned_size, bool)
+    if tolerance <= 0.0 or not whole or planned_size < 1:
       raise ValueError(
-        "`tolerance` must be in (0, 1) and `planned_size` at least 1, got"
+        "`tolerance` must be in (0, 1) and `planned_size` at least 1 and whole, got"
         f" {tolerance!r} and {planned_size!r}."
       )
     self.design = betting.Design(tolerance, error_rate, planned_size, self.support.upper)
     self._losses: list[list[float]] = [[]]
     self._states: list[str] = [OPEN]
+    self._carried = _Carried()
 
   @property
   def finished(self) -> bool:
@@ -99,7 +105,13 @@ class SequentialCalibration:
     return self._states[-1] != OPEN
 
   def request(self, batch_size: int = 1) -> Request | None:
-    """The next prompts to decode, at most `batch_size` of them; None when all is decided."""
+    """The next prompts to decode, at most `batch_size` of them; None when all is decided.
+
+    Raises:
+      ValueError: `batch_size` is not a whole number of at least 1.
+    """
+    if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
+      raise ValueError(f"`batch_size` must be at least 1 and whole, got {batch_size!r}.")
     if self.finished:
       return None
     seen = len(self._losses[-1])
@@ -125,21 +137,22 @@ class SequentialCalibration:
         "`losses` must be those of the last `request`; got more than it asked for."
       )
     low, high = self.support.lower, self.support.upper
-    inside = (values >= low) & (values <= high)
+    inside = (values >= low - _SLACK) & (values <= high + _SLACK)
     if not inside.all():
       raise ValueError(
         f"`losses` must lie in the declared range [{low}, {high}], got"
-        f" {values[~inside][0]!r} at prompt {len(column) + int(np.argmin(inside))} of the"
+        f" {float(values[~inside][0])!r} at prompt {len(column) + int(np.argmin(inside))} of the"
         " order."
       )
-    for value in values.tolist():
-      column.append(value)
-    used, state = decide(column, self.design, low)
-    del column[used:]
+    values = np.clip(values, low, high)
+    wealth = self._carried.add(values, self.design)
+    used, state = _settle(wealth, len(column), self.design, low)
+    column.extend(values[:used].tolist())
     self._states[-1] = state
     if state == CERTIFIED and len(self._losses) < len(self.thresholds):
       self._losses.append([])
       self._states.append(OPEN)
+      self._carried = _Carried()
     return state
 
   def calibration(
@@ -254,8 +267,49 @@ def decide(
   Returns:
     (losses used, 'certified' | 'failed' | 'open').
   """
-  wealth = betting.log_wealth(np.asarray(losses, np.float64), design)
-  left = design.planned_size - np.arange(1, len(wealth) + 1)
+  return _settle(betting.log_wealth(np.asarray(losses, np.float64), design), 0, design, lower)
+
+
+@dataclasses.dataclass
+class _Carried:
+  """Plug-in wealth so far, so that a batch costs what the batch is long.
+
+  Attributes:
+    total: sum of losses.
+    spread: sum of squared deviations, as `betting.free_bets` takes them.
+    seen: losses so far.
+    log_wealth: nats.
+  """
+
+  total: float = 0.0
+  spread: float = 0.0
+  seen: int = 0
+  log_wealth: float = 0.0
+
+  def add(self, losses: np.ndarray, design: betting.Design) -> np.ndarray:
+    """log wealth after each of the next losses; that of `betting.log_wealth` on all of them."""
+    if not len(losses):
+      return np.zeros(0)
+    counts = np.arange(self.seen + 2.0, self.seen + len(losses) + 2.0)
+    # Sums go on from what they were, term by term, so that batches change no digit.
+    totals = np.cumsum(np.concatenate([[self.total], losses]))[1:]
+    squares = (losses - totals / counts) ** 2
+    spreads = np.cumsum(np.concatenate([[self.spread], squares]))
+    variance = (betting.PRIOR_VARIANCE + spreads[:-1]) / (counts - 1.0)
+    scale = math.sqrt(2.0 * design.target / design.planned_size)
+    free = scale / np.sqrt(np.maximum(variance, betting.LEAST_VARIANCE))
+    gains = np.log(1.0 + np.minimum(free, design.cap) * (design.tolerance - losses))
+    wealth = np.cumsum(np.concatenate([[self.log_wealth], gains]))[1:]
+    self.total, self.spread = float(totals[-1]), float(spreads[-1])
+    self.seen, self.log_wealth = self.seen + len(losses), float(wealth[-1])
+    return wealth
+
+
+def _settle(
+  wealth: np.ndarray, before: int, design: betting.Design, lower: float
+) -> tuple[int, str]:
+  """(losses used of those just added, state), from the wealth after each of them."""
+  left = design.planned_size - before - np.arange(1, len(wealth) + 1)
   best_gain = float(np.log1p(design.cap * (np.asarray(design.tolerance) - lower)))
   certifies = wealth >= design.target
   hopeless = ~certifies & ((wealth + left * best_gain < design.target) | (left == 0))

@@ -84,6 +84,16 @@ class Layers:
   full_depth: int
 
 
+def _check_rates(tolerances: Sequence[float], error_rate: float, trials: int) -> None:
+  """Raises ValueError unless tolerances and error rate are in (0, 1) and trials at least 1."""
+  for name, values in (("tolerances", tuple(tolerances)), ("error_rate", (error_rate,))):
+    odd = [value for value in values if not 0.0 < value < 1.0]
+    if odd or not values:
+      raise ValueError(f"`{name}` must be in (0, 1), got {odd[0] if odd else 'none'}.")
+  if trials < 1:
+    raise ValueError(f"`trials` must be at least 1, got {trials!r}.")
+
+
 def split_trials(
   losses: SequenceLosses,
   tolerances: Sequence[float],
@@ -111,8 +121,9 @@ def split_trials(
     One `SplitTrials` a tolerance.
 
   Raises:
-    ValueError: the pool has fewer than 2 units, or losses leave their range.
+    ValueError: the pool has fewer than 2 units, losses leave their range, or a rate does.
   """
+  _check_rates(tolerances, error_rate, trials)
   pool = Pool(losses, method, groups)
   count = len(pool.values)
   if count < 2:
@@ -191,8 +202,11 @@ def validity_trials(
     One `ValidityTrials` a tolerance.
 
   Raises:
-    ValueError: losses leave their range.
+    ValueError: losses leave their range, or a rate does.
   """
+  _check_rates(tolerances, error_rate, trials)
+  if calibration_size is not None and calibration_size < 1:
+    raise ValueError(f"`calibration_size` must be at least 1, got {calibration_size!r}.")
   pool = Pool(losses, method, groups)
   size = calibration_size or len(pool.values)
   generator = np.random.default_rng(seed)

@@ -17,7 +17,7 @@ from rich import progress as rich_progress
 from rich import table as rich_table
 
 from calm import calibrate as calibrate_lib
-from calm.calibrate import generations, planning, sequential, thresholds
+from calm.calibrate import Support, generations, planning, sequential, thresholds
 from calm.calibrate.evidence import methods, multiple_testing
 from calm.calibrate.generations import foreign, order
 from calm.calibrate.losses import sequence_losses
@@ -112,7 +112,14 @@ def _plan(arguments, console, cached: generations.Generations) -> None:
     else 1
   )
   rates = (arguments.tolerance, arguments.error_rate * share)
-  refusal = planning.refusal(count, *rates, lower=support.lower)
+  refusal = planning.refusal(
+    count,
+    arguments.tolerance,
+    arguments.error_rate,
+    support=support if count == len(cached.ids) else Support(support.lower, support.upper),
+    method="betting" if cached.sequential else arguments.method,
+    share=share,
+  )
   if refusal:
     raise ValueError(refusal)
   if arguments.pilot:

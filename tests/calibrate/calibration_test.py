@@ -217,8 +217,8 @@ def test_guarantee_says_what_it_says_and_what_not():
     "With probability at least 0.95 over the draw of the 300 calibration prompts, decoding with"
     f" threshold {found.threshold} has an expected dissimilarity to the full model, 1 - rouge_l"
     " between both outputs, of at most 0.1. This is a mean over prompts drawn like those: it"
-    " says"
-    " nothing of any single prompt, nor of prompts of another kind."
+    " says nothing of any single prompt, nor of prompts of another kind. It holds if grid,"
+    " method, tolerance and error rate were fixed before these losses were seen."
   )
   for kind, words in (
     ("risk_signed", "over the full model of at most"),

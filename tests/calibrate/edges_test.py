@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+import time
 
 import numpy as np
 import pytest
 
-from calm.calibrate import SequenceLosses, Support, calibrate, trials
-from calm.calibrate.evidence import draws
+from calm.calibrate import SequenceLosses, Support, calibrate, sequential, trials
+from calm.calibrate.evidence import draws, p_values, pareto
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.5])
@@ -128,3 +129,80 @@ def test_clusters_in_the_given_order_are_tested_in_the_given_order():
   backwards = SequenceLosses(values[::-1], [0.5]).in_given_order()
   other = calibrate(backwards, tolerance=0.2, error_rate=0.05, groups=names[::-1])
   assert other.rows[0].log_p_value != found.rows[0].log_p_value
+
+
+def test_the_full_model_is_promised_nothing_where_losses_say_nothing_of_it():
+  plain = calibrate(np.ones((100, 1)), [0.5], **RATES)
+  assert "nothing is promised of its loss" in plain.guarantee
+  textual = calibrate(SequenceLosses(np.ones((100, 1)), [0.5], kind="textual"), **RATES)
+  assert "against itself is 0 by definition" in textual.guarantee
+
+
+def test_the_promise_says_what_was_fixed_before():
+  text = calibrate(np.zeros((100, 1)), [0.5], **RATES).guarantee
+  assert "grid, method, tolerance and error rate were fixed before these losses" in text
+
+
+@pytest.mark.parametrize("bad", [math.nan, 1.5, -0.1, 0.0, 1.0])
+def test_trials_refuse_rates_that_are_none(bad):
+  losses = SequenceLosses(np.zeros((60, 1)), [0.5])
+  for run in (trials.split_trials, trials.validity_trials):
+    with pytest.raises(ValueError, match=r"`tolerances` must be in \(0, 1\), got"):
+      run(losses, [0.1, bad], error_rate=0.05)
+    with pytest.raises(ValueError, match=r"`error_rate` must be in \(0, 1\), got"):
+      run(losses, [0.1], error_rate=bad)
+    with pytest.raises(ValueError, match="`tolerances` must be in"):
+      run(losses, [], error_rate=0.05)
+    with pytest.raises(ValueError, match="`trials` must be at least 1"):
+      run(losses, [0.1], error_rate=0.05, trials=0)
+  with pytest.raises(ValueError, match="`calibration_size` must be at least 1"):
+    trials.validity_trials(losses, [0.1], error_rate=0.05, calibration_size=0)
+
+
+def test_a_sequential_run_asks_for_something_and_plans_for_a_whole_number():
+  for size in (2.5, math.nan, True, "9"):
+    with pytest.raises(ValueError, match="`planned_size` at least 1 and whole"):
+      sequential.SequentialCalibration([0.5], size, **RATES)
+  test = sequential.SequentialCalibration([0.5], 60, **RATES)
+  for batch in (0, -1, 2.5):
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
+      test.request(batch)
+  test.add([1.0 + 1e-12, -1e-12])  # rounding is no fault
+  with pytest.raises(ValueError, match=r"got 1.1 at prompt 2"):
+    test.add([1.1])
+
+
+def test_a_sequential_run_is_linear_in_prompts():
+  """Wealth is carried on: as many losses again take no more than about as long again."""
+  test = sequential.SequentialCalibration([0.5], 40_000, tolerance=0.1, error_rate=0.05)
+  seconds = []
+  for _ in range(2):
+    started = time.process_time()
+    for _ in range(4_000):
+      assert test.add([0.1]) == sequential.OPEN
+    seconds.append(time.process_time() - started)
+  assert seconds[1] < 2.0 * seconds[0] + 0.05
+
+
+def test_pareto_refuses_costs_that_are_unknown():
+  risk = pareto.Risk(np.zeros((100, 2)), 0.1)
+  for bad in (math.nan, math.inf):
+    with pytest.raises(ValueError, match=rf"`costs` must be finite, got {bad}"):
+      pareto.pareto_test([risk], [1.0, bad], optimization_rows=range(50), error_rate=0.05)
+  over = pareto.Risk(np.full((100, 1), 1.0 + 1e-12), 0.1)
+  found = pareto.pareto_test([over], [1.0], optimization_rows=range(50), error_rate=0.05)
+  assert found.chosen is None
+
+
+def test_messages_show_plain_numbers():
+  values = np.zeros((60, 2))
+  values[3, 0] = math.nan
+  assert "is nan and must" in calibrate(values, GRID, **RATES).reason
+  for call in (
+    lambda: p_values.betting([math.nan], 0.1),
+    lambda: p_values.hoeffding(np.array([2.0]), 1, 0.1),
+    lambda: p_values.binomial(np.array([0.5]), 1, 0.1),
+  ):
+    with pytest.raises(ValueError, match="got") as caught:
+      call()
+    assert "np.float64" not in str(caught.value)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm.calibrate import SequenceLosses, Support, planning
+from calm.calibrate import SequenceLosses, Support, calibrate, planning
 from calm.calibrate.evidence import p_values
 from tests.calibrate import laws
 
@@ -105,3 +105,53 @@ def test_signed_losses_are_forecast_below_the_size_that_no_change_needs():
   for few, more, many, most in power:
     assert few <= 5 and more <= many <= most
   assert power[0][2] > power[1][2] > power[3][2]
+
+
+@pytest.mark.parametrize("method", ["auto", "paper", "hoeffding", "convex_order", "betting"])
+@pytest.mark.parametrize("tolerance", [0.02, 0.1, 0.25])
+def test_a_method_needs_what_calibrate_needs(method, tolerance):
+  """All-zero prompts, one more or fewer than planned."""
+  rates = dict(tolerance=tolerance, error_rate=0.05)
+  size = planning.method_size(method, **rates)
+  assert size >= planning.min_calibration_size(**rates)
+  few = calibrate(np.zeros((size - 1, 1)), [0.5], **rates, method=method)
+  assert not few.certified and f"{size - 1} prompts are too few" in few.reason
+  assert calibrate(np.zeros((size, 1)), [0.5], **rates, method=method).certified
+  assert str(size) in planning.refusal(size - 1, **rates, method=method)
+  assert planning.refusal(size, **rates, method=method) == ""
+
+
+@pytest.mark.parametrize("support", [Support(0.0, 0.5), Support(-1.0, 1.0), Support(-0.5, 2.0)])
+def test_a_range_needs_what_calibrate_needs(support):
+  rates = dict(tolerance=0.1, error_rate=0.05)
+  size = planning.method_size("auto", **rates, support=support)
+  ends = dict(lower=support.lower, upper=support.upper)
+  assert size >= planning.min_calibration_size(**rates, **ends)
+  lowest = np.full((size, 1), support.lower)
+  assert calibrate(lowest, [0.5], **rates, support=support).certified
+  few = calibrate(lowest[1:], [0.5], **rates, support=support)
+  assert not few.certified and str(size) in few.reason
+
+
+def test_a_share_of_the_error_rate_needs_more():
+  whole = planning.method_size("auto", 0.1, 0.05)
+  assert planning.method_size("auto", 0.1, 0.05, share=0.25) > whole
+  holm = calibrate(
+    np.zeros((50, 4)),
+    [0.9, 0.7, 0.5, 0.3],
+    tolerance=0.1,
+    error_rate=0.05,
+    testing_procedure="holm",
+  )
+  size = planning.method_size("auto", 0.1, 0.05, share=0.25)
+  assert holm.certified == (size <= 50)
+
+
+def test_no_number_of_prompts_is_enough_for_next_to_nothing():
+  assert planning.min_calibration_size(1e-300, 0.05) > 10**299
+  assert planning.method_size("auto", 1e-300, 0.05) is None
+  assert planning.method_size("hoeffding", 1e-5, 0.05) is None
+  found = calibrate(np.zeros((20, 1)), [0.5], tolerance=1e-300, error_rate=0.05)
+  assert "20 prompts are too few" in found.reason
+  text = planning.refusal(400_000, 1e-5, 0.05, method="hoeffding")
+  assert "for the method 'hoeffding'" in text and "more than 1000000 are needed" in text

@@ -113,6 +113,16 @@ def test_batches_do_not_change_the_outcome():
       )
 
 
+def test_wealth_carried_on_is_wealth_taken_at_once():
+  values = table((0.11,), 300)[:, 0]
+  design = betting.Design(0.1, 0.05, 300)
+  whole = betting.log_wealth(values, design)
+  for batch in (1, 7, 300):
+    carried = sequential._Carried()
+    parts = [carried.add(values[i : i + batch], design) for i in range(0, 300, batch)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
 def test_signed_losses_certify_sooner():
   values = table((-0.2,), law=laws.signed)
   test, asked = run(values, batch=1, support=Support(lower=-1.0))

@@ -17,7 +17,7 @@ import numpy.typing as npt
 CAP_SHARE = 0.9
 # What the running variance holds before the first prompt: the largest of losses in [0, 1].
 PRIOR_VARIANCE = 0.25
-_LEAST_VARIANCE = 1e-12
+LEAST_VARIANCE = 1e-12
 # Rows, and pairs of a column and a tolerance, whose wealth is followed at once in `certifies`.
 _BLOCK, _PAIRS = 64, 1024
 
@@ -72,7 +72,7 @@ def _variance_before(losses: np.ndarray) -> np.ndarray:
   count = np.arange(2.0, len(losses) + 2.0)[:, None]
   mean = np.cumsum(losses, axis=0) / count
   variance = (PRIOR_VARIANCE + np.cumsum((losses - mean) ** 2, axis=0)) / count
-  return np.maximum(_before(variance, PRIOR_VARIANCE), _LEAST_VARIANCE)
+  return np.maximum(_before(variance, PRIOR_VARIANCE), LEAST_VARIANCE)
 
 
 def free_bets(losses: np.ndarray, design: Design) -> np.ndarray:
@@ -140,7 +140,7 @@ def check_losses(losses: npt.ArrayLike, upper: float) -> np.ndarray:
   bad = ~((losses <= upper) & (losses > -np.inf))
   if np.any(bad):
     raise ValueError(
-      f"`losses` must be finite and at most `upper` = {upper}, got {losses[bad].flat[0]!r}."
+      f"`losses` must be finite and at most `upper` = {upper}, got {float(losses[bad].flat[0])!r}."
     )
   return losses
 

@@ -37,7 +37,7 @@ def _check(sums, num_examples, tolerance) -> tuple[np.ndarray, np.ndarray, np.nd
   if not np.all((sums >= -slack) & (sums <= sizes + slack)):
     raise ValueError(
       "`sums` must be sums of `num_examples` losses in [0, 1] (no NaN), got"
-      f" {sums[~((sums >= -slack) & (sums <= sizes + slack))].flat[0]!r}. Signed losses go into"
+      f" {float(sums[~((sums >= -slack) & (sums <= sizes + slack))].flat[0])!r}. Signed losses go into"
       " `betting`, which needs no lower bound of 0."
     )
   return np.clip(sums, 0.0, sizes), sizes.astype(np.int64), tolerances
@@ -176,7 +176,7 @@ def binomial(
   if np.any(np.abs(sums - counts) > _SNAP * np.maximum(1.0, counts)):
     raise ValueError(
       "`sums` must be whole numbers: `binomial` is for losses that are 0 or 1, got"
-      f" {sums[np.abs(sums - counts) > _SNAP].flat[0]!r}. Use `convex_order` or `betting`."
+      f" {float(sums[np.abs(sums - counts) > _SNAP].flat[0])!r}. Use `convex_order` or `betting`."
     )
   return _finish(_log_binomial_cdf(counts, sizes, tolerances), log)
 

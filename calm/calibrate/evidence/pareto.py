@@ -94,12 +94,13 @@ def max_log_p_values(
     method = methods.get_method(risk.method, risk.support)
     values, support = method.prepare(np.asarray(risk.values, np.float64), risk.support)
     values = values[np.ix_(np.asarray(rows), np.asarray(configurations))]
-    outside = ~((values >= support.lower) & (values <= support.upper))
+    outside = ~((values >= support.lower - 1e-9) & (values <= support.upper + 1e-9))
     if outside.any():
       raise ValueError(
         f"losses of a risk must lie in the declared range [{support.lower}, {support.upper}],"
-        f" got {values[outside].flat[0]!r}."
+        f" got {float(values[outside].flat[0])!r}."
       )
+    values = np.clip(values, support.lower, support.upper)
     sample = methods.Sample(values, support, risk.tolerance, error_rate)
     found.append(method.log_p_values(sample))
   return np.max(found, axis=0)
@@ -135,6 +136,11 @@ def pareto_test(
     ValueError: shapes disagree, a split is empty, or losses leave their declared range.
   """
   costs = np.asarray(costs, np.float64)
+  if not np.isfinite(costs).all():
+    raise ValueError(
+      f"`costs` must be finite, got {float(costs[~np.isfinite(costs)].flat[0])!r}: a"
+      " configuration of unknown cost cannot be called the cheapest."
+    )
   shapes = {np.shape(risk.values) for risk in risks}
   if len(shapes) != 1 or (shape := shapes.pop())[1:] != costs.shape or len(shape) != 2:
     raise ValueError(
