@@ -81,11 +81,10 @@ def calibrate(
   rates = methods.Sample(values, sample.support, tolerance, error_rate)
   log_p, bound = _evidence(chosen, rates, np.array([not fault for fault in faults]))
   result = testing.PROCEDURES[testing_procedure](np.exp(log_p), error_rate)
+  test = (tolerance, error_rate, testing_procedure, chosen.name)
   return Calibration(
     threshold=_lowest(sample.thresholds, result.rejected),
-    reason=_reason(
-      sample, result, faults, (tolerance, error_rate, testing_procedure, chosen.name)
-    ),
+    reason=_reason(sample, result, faults, test),
     tolerance=float(tolerance),
     error_rate=float(error_rate),
     method=chosen.name,

@@ -202,8 +202,8 @@ def forecast(
   lines = [
     f"{num_examples} prompts certify a signed loss at tolerance {tolerance} and error rate"
     f" {error_rate} only if outputs get better: where nothing changes, {method!r} cannot"
-    f" with fewer than {unchanged}. Power by prompts, where that share of them changes by 0.5, half"
-    " of those for the worse:"
+    f" with fewer than {unchanged}. Power by prompts, where that share of them changes by 0.5,"
+    " half of those for the worse:"
   ]
   for share, powers in table.items():
     cells = [f"{size}: {100 * power:.0f}%" for size, power in powers.items()]

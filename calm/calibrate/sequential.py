@@ -141,8 +141,8 @@ class SequentialCalibration:
     if not inside.all():
       raise ValueError(
         f"`losses` must lie in the declared range [{low}, {high}], got"
-        f" {float(values[~inside][0])!r} at prompt {len(column) + int(np.argmin(inside))} of the"
-        " order."
+        f" {float(values[~inside][0])!r} at prompt {len(column) + int(np.argmin(inside))} of"
+        " the order."
       )
     values = np.clip(values, low, high)
     wealth = self._carried.add(values, self.design)

@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
   calibration_prompts = packed_prompts("calibration", arguments.limit)
   unseen_prompts = packed_prompts("unseen", arguments.limit)
   refusal = planning.refusal(
-    len(calibration_prompts), arguments.tolerance, arguments.error_rate
+    len(calibration_prompts), arguments.tolerance, arguments.error_rate, method="auto"
   )
   if refusal:
     raise ValueError(refusal)

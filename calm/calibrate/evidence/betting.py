@@ -139,9 +139,8 @@ def check_losses(losses: npt.ArrayLike, upper: float) -> np.ndarray:
     )
   bad = ~((losses <= upper) & (losses > -np.inf))
   if np.any(bad):
-    raise ValueError(
-      f"`losses` must be finite and at most `upper` = {upper}, got {float(losses[bad].flat[0])!r}."
-    )
+    odd = float(losses[bad].flat[0])
+    raise ValueError(f"`losses` must be finite and at most `upper` = {upper}, got {odd!r}.")
   return losses
 
 

@@ -35,10 +35,10 @@ def _check(sums, num_examples, tolerance) -> tuple[np.ndarray, np.ndarray, np.nd
     raise ValueError(f"`tolerance` must be in (0, 1), got {tolerance!r}.")
   slack = _SNAP * sizes
   if not np.all((sums >= -slack) & (sums <= sizes + slack)):
+    odd = float(sums[~((sums >= -slack) & (sums <= sizes + slack))].flat[0])
     raise ValueError(
       "`sums` must be sums of `num_examples` losses in [0, 1] (no NaN), got"
-      f" {float(sums[~((sums >= -slack) & (sums <= sizes + slack))].flat[0])!r}. Signed losses go into"
-      " `betting`, which needs no lower bound of 0."
+      f" {odd!r}. Signed losses go into `betting`, which needs no lower bound of 0."
     )
   return np.clip(sums, 0.0, sizes), sizes.astype(np.int64), tolerances
 
@@ -174,9 +174,10 @@ def binomial(
   sums, sizes, tolerances = _check(sums, num_examples, tolerance)
   counts = _ceil(sums)
   if np.any(np.abs(sums - counts) > _SNAP * np.maximum(1.0, counts)):
+    odd = float(sums[np.abs(sums - counts) > _SNAP].flat[0])
     raise ValueError(
       "`sums` must be whole numbers: `binomial` is for losses that are 0 or 1, got"
-      f" {float(sums[np.abs(sums - counts) > _SNAP].flat[0])!r}. Use `convex_order` or `betting`."
+      f" {odd!r}. Use `convex_order` or `betting`."
     )
   return _finish(_log_binomial_cdf(counts, sizes, tolerances), log)
 
