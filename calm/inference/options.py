@@ -120,6 +120,17 @@ def shortlist_record(options: DecodeOptions) -> dict[str, Any]:
   return {"digest": hashlib.sha256(ids.tobytes()).hexdigest(), "size": len(ids)}
 
 
+# Fields of a network's configuration that decoding does not read, or that stand in the
+# procedure under a name of their own.
+_NOT_DECODED = ("dtype", "dropout_rate", "one_hot_embedding", "exit_classifier")
+
+
+def configuration_record(config: Any) -> dict[str, Any]:
+  """The network's sizes and choices as a `Procedure` names them."""
+  fields = dataclasses.asdict(config)
+  return {name: value for name, value in fields.items() if name not in _NOT_DECODED}
+
+
 def stored_options(directory: pathlib.Path) -> dict[str, Any]:
   """Decoding defaults that a checkpoint brings along in `inference.json`.
 

@@ -28,7 +28,12 @@ from calm.exits import schedules
 from calm.inference import certified
 from calm.inference import outputs as outputs_lib
 from calm.inference.options import DecodeOptions as DecodeOptions
-from calm.inference.options import change, shortlist_record, stored_options
+from calm.inference.options import (
+  change,
+  configuration_record,
+  shortlist_record,
+  stored_options,
+)
 from calm.inference.options import options_of as options_of
 from calm.t5 import caches, network
 from calm.t5 import costs as costs_lib
@@ -180,6 +185,7 @@ class Predictor:
       activation_dtype=self.config.dtype,
       decode_method={"name": "greedy"},
       batch_bucket=None if self.config.dtype == "float32" else options.batch_size,
+      configuration=configuration_record(self.config),
     )
 
   def with_options(self, **options: Any) -> "Predictor":

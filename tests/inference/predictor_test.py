@@ -228,6 +228,14 @@ def test_a_calibration_of_another_model_is_refused(calibration, tmp_path):
     inference.load(other, calibration=calibration)
 
 
+def test_a_calibration_of_another_architecture_is_refused(directory, calibration, tmp_path):
+  other = shutil.copytree(directory, tmp_path / "other")
+  config = json.loads((other / "config.json").read_text())
+  (other / "config.json").write_text(json.dumps({**config, "relpos_max_distance": 20}))
+  with pytest.raises(ValueError, match=r"`configuration`: expected \{'relpos_max_distance': 1"):
+    inference.load(other, calibration=calibration)
+
+
 def test_a_calibration_of_unknown_origin_is_refused(directory, calibration):
   foreign = dataclasses.replace(calibration, procedure=None)
   with pytest.raises(ValueError, match="`procedure` null"):

@@ -46,6 +46,9 @@ class Procedure:
     decode_method: {'name': ..., and its numbers}.
     batch_bucket: rows decoded together where they matter (below float32), else None.
     rule_version: version of the exit rule itself.
+    configuration: every size and choice of the network as decoded (activations, buckets of
+      relative positions, ...), which the parameters alone do not tell; None in files of
+      versions that did not record it, which nothing can be compared with then.
   """
 
   parameters_digest: str
@@ -64,18 +67,23 @@ class Procedure:
   decode_method: Mapping[str, Any]
   batch_bucket: int | None = None
   rule_version: int = RULE_VERSION
+  configuration: Mapping[str, Any] | None = None
 
   def __post_init__(self):
     object.__setattr__(self, "exit_layers", tuple(int(layer) for layer in self.exit_layers))
-    for name in ("schedule", "shortlist", "decode_method"):
+    for name in ("schedule", "shortlist", "decode_method", "configuration"):
       object.__setattr__(self, name, _plain(getattr(self, name), name))
     for name in ("schedule", "decode_method"):
       if not isinstance(getattr(self, name), dict) or "name" not in getattr(self, name):
         raise ValueError(f"`{name}` must be a dict with a 'name', got {getattr(self, name)!r}.")
 
   def to_json(self) -> dict[str, Any]:
-    """All fields as JSON values."""
-    return _plain(dataclasses.asdict(self), "procedure")
+    """All fields as JSON values; without `configuration` where it is not known."""
+    value = _plain(dataclasses.asdict(self), "procedure")
+    if self.configuration is None:
+      # What was digested before there was such a field keeps its digest.
+      del value["configuration"]
+    return value
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> "Procedure":
@@ -84,7 +92,7 @@ class Procedure:
     Raises:
       ValueError: a field is missing or unknown.
     """
-    _check_fields(cls, value, optional=())
+    _check_fields(cls, value, optional=("configuration",))
     return cls(**value)
 
   def digest(self) -> str:
@@ -95,7 +103,19 @@ class Procedure:
   def differences(self, other: "Procedure") -> dict[str, tuple[Any, Any]]:
     """Every field that differs: {name: (value here, value in `other`)}; empty if none does."""
     ours, theirs = self.to_json(), other.to_json()
-    return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+    found = {
+      name: (ours[name], theirs[name])
+      for name in ours
+      if name in theirs and ours[name] != theirs[name]
+    }
+    if "configuration" in found:  # the entries that differ say more than the whole
+      found["configuration"] = _different_entries(*found["configuration"])
+    return found
+
+
+def _different_entries(ours: Any, theirs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+  names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+  return {n: ours.get(n) for n in names}, {n: theirs.get(n) for n in names}
 
 
 def describe_differences(expected: Procedure | None, got: Procedure | None) -> str:

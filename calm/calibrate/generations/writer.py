@@ -159,7 +159,10 @@ def open_writer(
   prompt_text = "".join(records_lib.dump_line(prompt.to_json()) for prompt in prompts)
   if (directory / cached.MANIFEST).exists():
     _check_same_run(directory, manifest, prompt_text)
-    manifest["provenance"] = cached.read_manifest(directory)["provenance"]
+    there = cached.read_manifest(directory)
+    manifest["provenance"] = there["provenance"]
+    # Its records are marked with the procedure as it was written then.
+    manifest["procedure"] = there["procedure"]
   else:
     try:
       directory.mkdir(parents=True, exist_ok=True)

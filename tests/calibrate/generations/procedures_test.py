@@ -23,14 +23,16 @@ CHANGES = dict(
   decode_method={"name": "sample", "temperature": 0.5},
   batch_bucket=8,
   rule_version=99,
+  configuration={"relpos_max_distance": 20, "emb_dim": 8},
 )
+BASE = laws.procedure(configuration={"relpos_max_distance": 128, "emb_dim": 8})
 
 
 def test_every_field_is_compared_and_changes_the_digest():
-  base = laws.procedure()
+  base = BASE
   assert set(CHANGES) == {field.name for field in dataclasses.fields(base)}
   for name, value in CHANGES.items():
-    other = laws.procedure(**{name: value})
+    other = dataclasses.replace(base, **{name: value})
     assert list(base.differences(other)) == [name]
     assert base.digest() != other.digest()
     assert f"`{name}`: expected" in procedures.describe_differences(base, other)
@@ -44,6 +46,20 @@ def test_same_fields_are_the_same_procedure_whatever_their_containers():
   assert procedures.describe_differences(None, None) == ""
   assert "(null)" in procedures.describe_differences(base, None)
   assert "(null)" in procedures.describe_differences(None, base)
+
+
+def test_a_difference_of_configurations_names_the_entries():
+  other = dataclasses.replace(BASE, configuration=CHANGES["configuration"])
+  text = procedures.describe_differences(BASE, other)
+  assert "{'relpos_max_distance': 128}, got {'relpos_max_distance': 20}" in text
+
+
+def test_files_from_before_the_configuration_are_still_read():
+  old = laws.procedure()
+  assert "configuration" not in old.to_json()
+  assert procedures.Procedure.from_json(old.to_json()) == old
+  assert procedures.describe_differences(old, BASE) == ""
+  assert old.digest() != BASE.digest()
 
 
 def test_digest_does_not_drift():
