@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
   if flags.repeats < 1:
     parser.error(f"Expected `--repeats` of 1 or more. Got {flags.repeats}.")
   model = inference.load(flags.model, **model_flags.decode_options(flags))
-  prompts = model_flags.read_prompts(flags.prompts, flags.limit)
+  prompts = list(model_flags.open_prompts(flags))
   levels = generate.parse_grid(flags.thresholds, model.options)
   seconds = measure(rows(model, prompts, levels, flags.threshold), flags.repeats)
   print(f"{len(prompts)} prompts, batches of {model.options.batch_size}\n")

@@ -20,7 +20,7 @@ def main() -> None:
   arguments = parser.parse_args()
   common.use_compilation_cache()
   model = inference.load(arguments.model, **model_flags.decode_options(arguments))
-  prompts = model_flags.read_prompts(arguments.prompts, arguments.limit)
+  prompts = list(model_flags.open_prompts(arguments))
   texts = [prompt.input for prompt in prompts]
   outputs = model.generate(texts, rule=exits.StaticExit(arguments.layers))
   for name in arguments.metrics:

@@ -35,11 +35,14 @@ class Checkpoint:
     config: sizes and choices; `exit_classifier` tells whether `params` holds one.
     params: the parameter tree of `config`, leaves float32 numpy arrays.
     vocabulary: the vocabulary stored beside it, or None.
+    exits_trained: False where no layer but the last can have learned to write, as in Hugging
+      Face's models and T5X's own; None where nothing tells.
   """
 
   config: network.T5Config
   params: dict[str, Any] = dataclasses.field(repr=False)
   vocabulary: Vocabulary | None = None
+  exits_trained: bool | None = None
 
 
 def save(
@@ -111,13 +114,16 @@ def load(
       " (or a T5X checkpoint)."
     )
   stored, flat, stored_vocabulary = _read(path)
+  foreign = not (path / "params.safetensors").is_file()
+  has_exit_parts = stored.exit_classifier or stored.per_layer_heads
   config = config or stored
   params = parameters.unflatten(flat)
   parameters.check(params, config)
   vocabulary = vocabulary or stored_vocabulary
   if vocabulary is not None:
     vocabularies.check_fits(vocabulary, config.vocab_size)
-  return Checkpoint(config, params, vocabulary)
+  trained = False if foreign and not has_exit_parts else None
+  return Checkpoint(config, params, vocabulary, trained)
 
 
 def _read(

@@ -17,6 +17,10 @@ from calm.calibrate.generations import files
 USER_ERRORS = (ValueError, OSError, TypeError, ImportError, FloatingPointError)
 
 
+class StoppedError(Exception):
+  """The user stopped the command; the message says what is kept."""
+
+
 def user_errors(
   run: Callable[[argparse.Namespace], int],
 ) -> Callable[[argparse.Namespace], int]:
@@ -27,12 +31,18 @@ def user_errors(
     warnings.showwarning = _show_warning
     try:
       return run(arguments)
+    except BrokenPipeError:  # its reader has what it wanted, like `head`
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      return 0
     except ModuleNotFoundError as error:
       print(f"calm: {missing_package(error)}", file=sys.stderr)
     except USER_ERRORS as error:
       if os.environ.get("CALM_DEBUG"):
         raise
       print(f"calm: {error}", file=sys.stderr)
+    except StoppedError as error:
+      print(f"calm: {error}.", file=sys.stderr)
+      return 130
     except KeyboardInterrupt:
       print("calm: stopped; run the same command again to go on.", file=sys.stderr)
       return 130
@@ -62,7 +72,8 @@ def check_output(path: str | pathlib.Path) -> None:
   try:
     if (target := files.destination(path)) is not None:
       with files.temporary(target):
-        pass
+        if target.exists() and not os.access(target, os.W_OK):
+          raise PermissionError(None, "it may not be written")
   except OSError as error:
     raise type(error)(
       f"Expected `--output` to be a file that can be written. Got {str(path)!r}"

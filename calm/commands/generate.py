@@ -60,12 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @common.user_errors
 def run(arguments: argparse.Namespace) -> int:
   """Generates the whole grid."""
-  prompts = model_flags.read_prompts(arguments.prompts, arguments.limit)
+  opened = model_flags.open_prompts(arguments)
+  prompts = list(opened)
   common.use_compilation_cache()
   from calm import inference
   from calm.inference import until_certified
 
   console = rich_console.Console()
+  console.print(f"{opened.taken}.", markup=False, highlight=False)
   load = common.configured(arguments, inference.load)
   with common.called("--model"):
     predictor = load(

@@ -6,30 +6,48 @@ A calibration that was made for another model or other options is refused. A mod
   calm infer --model=mine --prompts=prompts.txt
   calm infer --calibration=runs/cache/calibration.json --prompts=prompts.txt
   calm infer --threshold=0.8 --prompts=prompts.jsonl --output=out.jsonl
-  echo "A long package description" | calm infer --threshold=never --prompts=- --colour
+  calm infer --threshold=0.8 --prompts=rows.csv --input_key=review --output=- | head -3
+  echo "A long package description" | calm infer --threshold=never --prompts=- --color
+
+--output takes JSON Lines of {id, prediction, tokens, exit_layers, confidences, score}, in the
+order of the prompts, as they are made. A file takes its place when it is whole; until then it
+is FILE.partial, and after a kill or Ctrl-C the same command goes on from there.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import pathlib
 import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from rich import console as rich_console
 
-from calm.calibrate import Prompt, thresholds
-from calm.calibrate.generations import files
-from calm.commands import common, model_flags
+from calm.calibrate import NEVER_EXIT, Prompt, thresholds
+from calm.commands import common, model_flags, results, showing
+from calm.data import prompt_batches
 from calm.inference import colours
+
+# Prompts go to the model so many batches at a time, fewer where that takes too long.
+FIRST_BATCHES, MOST_BATCHES, MOST_BATCHES_REFILLED, CHUNK_SECONDS = 4, 16, 64, 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the command's options."""
   model_flags.add_arguments(parser)
   parser.add_argument(
-    "--calibration", metavar="FILE", help="calibration.json of `calm calibrate`"
+    "--calibration",
+    metavar="FILE",
+    help="calibration.json of `calm calibrate` (default: the model's own, if it has one)",
   )
   parser.add_argument(
-    "--threshold", metavar="T", help="a number in [0, 1] or 'never', without a promise"
+    "--threshold",
+    metavar="T",
+    help="a number in [0, 1], or 'never' for the full-depth program; without a promise",
   )
   parser.add_argument(
     "--void_guarantee",
@@ -43,10 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     " (one device, float32)",
   )
   parser.add_argument(
-    "--output", metavar="FILE", help="JSON Lines to write; default: texts to the screen"
+    "--output",
+    metavar="FILE",
+    help="JSON Lines to write: a file (resumed if it was stopped), a pipe or device, or '-' for"
+    " standard output; default: texts to the screen",
   )
   parser.add_argument(
-    "--colour", action="store_true", help="colour every token by its exit layer"
+    *("--colour", "--color"), action="store_true", help="color every token by its exit layer"
   )
   common.add_gin_arguments(parser)
 
@@ -54,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @common.user_errors
 def run(arguments: argparse.Namespace) -> int:
   """Decodes the prompts."""
+  start = time.monotonic()
   own = pathlib.Path(arguments.model) / "calibration.json"
   if arguments.calibration is None and arguments.threshold is None and not own.is_file():
     raise ValueError(
@@ -66,45 +88,157 @@ def run(arguments: argparse.Namespace) -> int:
     threshold = thresholds.parse_threshold(threshold)
   if arguments.output:
     common.check_output(arguments.output)
-  prompts = model_flags.read_prompts(arguments.prompts, arguments.limit)
+  console = rich_console.Console(stderr=True, highlight=False)
+  prompts = model_flags.open_prompts(arguments)
+  console.print(f"{prompts.taken}.", markup=False)
+  predictor = _load(arguments, threshold)
+  predictor.weights  # noqa: B018 (laid out now, or it would count as decoding)
+  threshold = predictor.threshold if threshold is None else threshold
+  if threshold is None:
+    raise ValueError(
+      f"Expected `--threshold` beside options that the calibration of {own.parent} is not for."
+      " Got none; give one, or leave the options out."
+    )
+  work = _Work(predictor, threshold, console, len(prompts), time.monotonic() - start)
+  if arguments.output:
+    about = {
+      "threshold": thresholds.format_threshold(threshold),
+      **predictor.procedure.to_json(),
+    }
+    with results.open_results(arguments.output, about) as opened:
+      work.to_results(prompts, opened)
+  else:
+    work.to_screen(prompts, arguments.colour)
+  work.report(arguments)
+  return 0
+
+
+def _load(arguments: argparse.Namespace, threshold: float | None):
   common.use_compilation_cache()
   from calm import inference
 
-  console = rich_console.Console(stderr=True, highlight=False)
   load = common.configured(arguments, inference.load)
   options = model_flags.decode_options(arguments)
   if arguments.refill:
     options["refill"] = True
-  with common.called("--model"):
-    predictor = load(
+  with common.called("--model"), warnings.catch_warnings():
+    if threshold == NEVER_EXIT:
+      warnings.simplefilter("ignore", inference.UntrainedExits)
+    return load(
       arguments.model,
       calibration=arguments.calibration,
       void_guarantee=arguments.void_guarantee,
       dtype=arguments.dtype,
       **options,
     )
-  with console.status(f"decoding {len(prompts)} prompts"):
-    outputs = predictor.generate([prompt.input for prompt in prompts], threshold=threshold)
-  if arguments.output:
-    lines = [_line(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
-    files.write_atomically(pathlib.Path(arguments.output), "".join(lines))
-  else:
-    for output in outputs:
-      print(output.coloured() if arguments.colour else output.text)
-    if arguments.colour:
-      print(colours.legend_terminal(outputs.num_layers), file=sys.stderr)
-  timing = outputs.timing
-  assert outputs.threshold is not None
-  shown = thresholds.format_threshold(outputs.threshold)
-  console.print(
-    f"{_count(len(outputs), 'prompt')}, threshold {shown},"
-    f" {outputs.mean_layers:.2f} of {outputs.num_layers} decoder layers a token;"
-    f" encoder {timing.encode_seconds:.2f} s, decoder {timing.decode_seconds:.2f} s"
-    f" ({_count(timing.compilations, 'program')} compiled in that time)."
-  )
-  console.print(f"Costs by formula, decoder only: {predictor.costs(outputs)}.")
-  console.print(outputs.guarantee or f"No guarantee: {_why_none(arguments)}.")
-  return 0
+
+
+class _Work:
+  """Decodes chunk after chunk and adds up what there is to report."""
+
+  def __init__(self, predictor, threshold: float, console, count: int, startup: float):
+    from calm.inference import outputs
+    from calm.t5 import costs
+
+    self._predictor, self._threshold, self._console = predictor, threshold, console
+    self._count, self._startup = count, startup
+    self._done = self._tokens = self._layers = 0
+    self._timing = outputs.Timing(0.0, 0.0, 0)
+    self._costs = costs.Totals(0, costs.Cost(), costs.Cost())
+    self._cut: list[prompt_batches.CutPrompts] = []
+    self._guarantee: str | None = None
+
+  def to_results(self, prompts: Iterable[Prompt], opened: results.Results) -> None:
+    """Lines of JSON, as they are made."""
+    pending = opened.pending(prompts)
+    if opened.report:
+      self._console.print(opened.report, markup=False)
+    try:
+      with showing.counting(self._console, self._count, "prompts", done=opened.done) as counter:
+        for chunk, outputs in self._decode(pending, counter):
+          opened.write(chunk, [_line(*pair) for pair in zip(chunk, outputs, strict=True)])
+    except KeyboardInterrupt:
+      done = f"stopped after {opened.done} of {self._count} prompts; {opened.stopped}"
+      raise common.StoppedError(done) from None
+
+  def to_screen(self, prompts: Iterable[Prompt], coloured: bool) -> None:
+    """Texts, as they are made."""
+    try:
+      with showing.counting(self._console, self._count, "prompts") as counter:
+        for _, outputs in self._decode(iter(prompts), counter):
+          # The texts would be printed into the bar.
+          with counter.hidden() if sys.stdout.isatty() else contextlib.nullcontext():
+            for output in outputs:
+              print(output.coloured() if coloured else output.text)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+      raise common.StoppedError(
+        f"stopped after {self._done} of {self._count} prompts; with --output=FILE the same"
+        " command would go on"
+      ) from None
+    if coloured:
+      print(colours.legend_terminal(self._predictor.num_layers), file=sys.stderr)
+
+  def _decode(
+    self, prompts: Iterator[Prompt], counter: showing.Counter
+  ) -> Iterator[tuple[Sequence[Prompt], Any]]:
+    """(prompts, outputs), so many at a time that memory and what a kill costs are bounded."""
+    options = self._predictor.options
+    batch = options.batch_size * options.num_devices
+    most = MOST_BATCHES_REFILLED if options.refill else MOST_BATCHES
+    batches = FIRST_BATCHES
+    while chunk := list(itertools.islice(prompts, batches * batch)):
+      with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        outputs = self._predictor.generate([p.input for p in chunk], threshold=self._threshold)
+      self._add(outputs, caught)
+      yield chunk, outputs
+      counter.add(len(chunk), outputs.timing.compile_seconds)
+      affordable = int(CHUNK_SECONDS / max(outputs.timing.seconds, 1e-9) * len(chunk) / batch)
+      batches = max(1, min(most, 4 * batches, affordable))
+
+  def _add(self, outputs, caught: Sequence[warnings.WarningMessage]) -> None:
+    self._done += len(outputs)
+    self._tokens += sum(len(output.exit_layers) for output in outputs)
+    self._layers += sum(sum(output.exit_layers) for output in outputs)
+    self._timing += outputs.timing
+    rule = self._predictor.served_rule(self._threshold)
+    self._costs += self._predictor.costs(outputs, rule)
+    self._guarantee = outputs.guarantee
+    for warning in caught:
+      if isinstance(warning.message, prompt_batches.CutPrompts):
+        self._cut.append(warning.message)
+      else:
+        warnings.warn_explicit(
+          warning.message, warning.category, warning.filename, warning.lineno
+        )
+
+  def report(self, arguments: argparse.Namespace) -> None:
+    """What it took, and the promise."""
+    say = lambda text: self._console.print(text, markup=False)
+    if self._cut:
+      cut, last = sum(each.cut for each in self._cut), self._cut[-1]
+      longest = max(each.longest for each in self._cut)
+      say(f"Warning: {prompt_batches.CutPrompts(cut, self._done, longest, last.limit)}")
+    timing, layers = self._timing, self._predictor.num_layers
+    mean = self._layers / self._tokens if self._tokens else float("nan")
+    threshold = thresholds.format_threshold(self._threshold)
+    say(
+      f"{_count(self._done, 'prompt')}, threshold {threshold},"
+      f" {mean:.2f} of {layers} decoder layers a token."
+    )
+    say(
+      f"{timing.seconds:.2f} s: encoder {timing.encode_seconds:.2f} s, decoder"
+      f" {timing.decode_seconds:.2f} s ({showing.rate(self._done, timing.seconds)}); besides,"
+      f" start-up {self._startup:.1f} s and compilation {timing.compile_seconds:.1f} s"
+      f" ({_count(timing.compilations, 'program')})."
+    )
+    if self._tokens:
+      say(f"Costs by formula, decoder only: {self._costs}.")
+    if self._threshold == NEVER_EXIT and not self._guarantee:
+      say("This was the full model: there is nothing that a guarantee would be about.")
+    else:
+      say(self._guarantee or f"No guarantee: {_why_none(arguments)}.")
 
 
 def _count(number: int, thing: str) -> str:
@@ -112,10 +246,10 @@ def _count(number: int, thing: str) -> str:
 
 
 def _why_none(arguments: argparse.Namespace) -> str:
-  if arguments.calibration is None:
-    return "nothing was calibrated for these options and this threshold"
   if arguments.void_guarantee:
     return "--void_guarantee was given"
+  if arguments.calibration is None:
+    return "nothing was calibrated for these options and this threshold"
   return "the calibration is for another threshold than --threshold"
 
 

@@ -1,12 +1,10 @@
 """Options that `calm generate` and `calm infer` share: the model and how it decodes."""
 
 import argparse
-import pathlib
-import sys
 from typing import Any
 
-from calm.calibrate import Prompt
 from calm.commands import common
+from calm.data import prompt_files, row_formats
 
 DECODE_OPTIONS = (
   "measure",
@@ -31,8 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--prompts",
     required=True,
     metavar="FILE",
-    help="JSON Lines of {id, input, target} (.gz too), or plain text (.txt), one prompt a"
-    " line; '-' reads plain text from standard input",
+    help="JSON Lines, a JSON array, plain text (a prompt a line), CSV, TSV or Parquet, any of"
+    " them gzipped; '-' reads standard input. What was taken for what is said once",
+  )
+  parser.add_argument(
+    "--input_key",
+    metavar="KEY",
+    help="key or column of the text (default: the first of input, inputs, prompt, text)",
+  )
+  parser.add_argument(
+    "--prompts_format",
+    choices=list(row_formats.FORMATS),
+    metavar="NAME",
+    help="jsonl, json, text, csv, tsv or parquet (default: told by the name, or the content)",
   )
   parser.add_argument("--limit", type=int, metavar="N", help="read only the first N prompts")
   parser.add_argument(
@@ -95,38 +104,18 @@ def decode_options(arguments: argparse.Namespace) -> dict[str, Any]:
   return options
 
 
-def read_prompts(path: str, limit: int | None) -> list[Prompt]:
-  """Prompts from JSON Lines or plain text; see `--prompts`."""
-  from calm.data import datasets
-
+def open_prompts(arguments: argparse.Namespace) -> prompt_files.PromptFile:
+  """The prompts that the options name, checked and counted."""
+  limit = arguments.limit
   if limit is not None and limit < 1:
     raise ValueError(f"Expected `--limit` of at least 1. Got {limit}; leave it out for all.")
-  if path == "-":
-    return _numbered(sys.stdin.buffer.read(), "stdin", limit)
-  file = pathlib.Path(path)
   with common.called("--prompts"):
-    if file.suffix == ".txt" and file.is_file():
-      return _numbered(file.read_bytes(), file.name, limit)
-    examples = datasets.read_examples(file, limit=limit, require_target=False)
-  return [Prompt(e.id, e.input, e.targets, e.source) for e in examples]
-
-
-def _numbered(content: bytes, name: str, limit: int | None) -> list[Prompt]:
-  try:
-    text = content.decode("utf-8-sig")
-  except UnicodeDecodeError as error:
-    number = content.count(b"\n", 0, error.start) + 1
-    raise ValueError(
-      f"Expected `--prompts` of UTF-8 text. Got the byte 0x{content[error.start]:02x} in line"
-      f" {number} of {name}; save the text as UTF-8."
-    ) from error
-  # Not `splitlines`, which ends a prompt at characters that are no ends of lines.
-  lines = [line.strip("\r") for line in text.split("\n") if line.strip()][:limit]
-  if not lines:
-    raise ValueError(
-      f"Expected `--prompts` with one prompt a line. Got no line with text in {name}."
+    return prompt_files.open_prompts(
+      arguments.prompts,
+      limit=limit,
+      input_key=arguments.input_key,
+      format=arguments.prompts_format,
     )
-  return [Prompt(f"{name}/{i}", line) for i, line in enumerate(lines, start=1)]
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

@@ -30,6 +30,24 @@ class PromptBatch:
   active: np.ndarray
 
 
+class CutPrompts(UserWarning):
+  """Prompts were cut to `max_input_length`.
+
+  Attributes:
+    cut, count: prompts that were cut, of how many.
+    longest: tokens of the longest.
+    limit: `max_input_length`.
+  """
+
+  def __init__(self, cut: int, count: int, longest: int, limit: int):
+    super().__init__(
+      f"{cut} of {count} prompts have more than `max_input_length` = {limit} tokens (the"
+      f" longest has {longest}) and were cut at their end; raise `max_input_length` to read"
+      " them whole."
+    )
+    self.cut, self.count, self.longest, self.limit = cut, count, longest, limit
+
+
 def tokenize(
   texts: Sequence[str],
   vocabulary: vocabulary_lib.Vocabulary,
@@ -43,12 +61,7 @@ def tokenize(
   too_long = sum(len(row) > max_input_length for row in tokens)
   if too_long:
     longest = max(map(len, tokens))
-    warnings.warn(
-      f"{too_long} of {len(tokens)} prompts have more than `max_input_length` ="
-      f" {max_input_length} tokens (the longest has {longest}) and were cut at their end;"
-      " raise `max_input_length` to read them whole.",
-      stacklevel=2,
-    )
+    warnings.warn(CutPrompts(too_long, len(tokens), longest, max_input_length), stacklevel=2)
   return [
     row if len(row) <= max_input_length else [*row[: max_input_length - 1], eos_id]
     for row in tokens

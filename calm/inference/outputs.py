@@ -79,20 +79,26 @@ class Timing:
   """Wall-clock of one `generate` call.
 
   Attributes:
-    encode_seconds: encoder and cross-attention keys and values.
-    decode_seconds: the decode loops.
-    compilations: programs compiled during the call; times hold their compilation, so that a
-      call with none is the one to quote.
+    encode_seconds: encoder and cross-attention keys and values, compiling left out.
+    decode_seconds: the decode loops, compiling left out.
+    compilations: programs compiled during the call; one with none is the one to quote.
+    compile_seconds: what tracing and compiling them took.
   """
 
   encode_seconds: float
   decode_seconds: float
   compilations: int
+  compile_seconds: float = 0.0
 
   @property
   def seconds(self) -> float:
     """Encoding and decoding together."""
     return self.encode_seconds + self.decode_seconds
+
+  def __add__(self, other: "Timing") -> "Timing":
+    """Of two calls together."""
+    pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+    return Timing(*(ours + theirs for ours, theirs in pairs))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ Needs no TensorFlow, seqio or T5X.
 import dataclasses
 import functools
 import pathlib
-import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +25,7 @@ from calm.decode import pool as pool_lib
 from calm.decode import program as program_lib
 from calm.decode import sharded as sharded_lib
 from calm.exits import schedules
-from calm.inference import certified
+from calm.inference import certified, compiling
 from calm.inference import outputs as outputs_lib
 from calm.inference.options import DecodeOptions as DecodeOptions
 from calm.inference.options import (
@@ -41,6 +41,10 @@ from calm.t5 import costs as costs_lib
 # What a folder with a promise holds beside the model.
 CALIBRATION = "calibration.json"
 PACKED = pathlib.Path(__file__).parents[1] / "assets"
+
+
+class UntrainedExits(UserWarning):
+  """No decoder layer but the last has learned to write tokens."""
 
 
 def load(
@@ -94,6 +98,8 @@ def load(
     vocabulary=checkpoint.vocabulary,
     options=change(base, **options),
   )
+  if checkpoint.exits_trained is False and calibration is None:
+    _warn_of_untrained_exits(directory)
   if calibration is None:
     own = directory / CALIBRATION
     given = bool(options) or dtype is not None
@@ -101,6 +107,18 @@ def load(
   if not void_guarantee:
     return predictor.under(calibration)
   return dataclasses.replace(predictor, threshold=calibration.threshold)
+
+
+def _warn_of_untrained_exits(directory: pathlib.Path) -> None:
+  if not (directory / CALIBRATION).exists():
+    warnings.warn(
+      UntrainedExits(
+        f"the exits of {directory} were never trained: only its last decoder layer has learned"
+        " to write, so tokens that leave before it are often wrong. Train them (`calm fit`, or"
+        " `calm train`), or decode at full depth (the threshold 'never')."
+      ),
+      stacklevel=3,
+    )
 
 
 def _under_its_own(
@@ -314,7 +332,8 @@ class Predictor:
     Args:
       texts: the prompts, without task prefix.
       threshold: lambda in [0, 1], or `schedules.NEVER_EXIT`. None takes the calibrated one.
-        Any other threshold than the calibrated one carries no promise.
+        Any other threshold than the calibrated one carries no promise. `NEVER_EXIT` runs the
+        full-depth program, which pays for no confidence.
       rule: another way through the layers, `exits.StaticExit(k)` or `exits.OracleExit()`;
         these have no threshold.
 
@@ -331,39 +350,40 @@ class Predictor:
       )
     if threshold is not None:
       schedules.check_threshold(threshold)
-    if threshold == schedules.NEVER_EXIT:  # the full model itself: no confidence is computed
-      rule = rule or exits.StaticExit()
-    items, timing = self._run(
-      texts, schedules.NEVER_EXIT if threshold is None else threshold, rule
-    )
+    items, timing = self._run(texts, threshold, rule or self.served_rule(threshold))
     keeps = calibrated is not None and threshold == calibrated.threshold
     guarantee = calibrated.guarantee if calibrated is not None and keeps else None
     return outputs_lib.Outputs(tuple(items), self.num_layers, threshold, guarantee, timing)
 
-  def _run(self, texts, threshold: float, rule) -> tuple[list[outputs_lib.Output], Any]:
-    traced = program_lib.TRACES.total()
-    encode_seconds = seconds = 0.0
+  def served_rule(self, threshold: float | None) -> exits.StepRule | None:
+    """The rule that `generate` runs a threshold with: None is the options' own.
+
+    Where no token can leave early, no confidence is asked for: that is the full-depth program.
+    """
+    return exits.StaticExit() if threshold == schedules.NEVER_EXIT else None
+
+  def _run(self, texts, threshold: float | None, rule) -> tuple[list[outputs_lib.Output], Any]:
+    traced, clock = program_lib.TRACES.total(), compiling.Clock()
 
     def encode(batch: prompt_batches.PromptBatch) -> caches.Encoded:
-      nonlocal encode_seconds
-      start = time.perf_counter()
-      encoded = jax.block_until_ready(self.encode(batch))
-      encode_seconds += time.perf_counter() - start
-      return encoded
+      with clock.phase("encode"):
+        return jax.block_until_ready(self.encode(batch))
 
+    threshold = schedules.NEVER_EXIT if threshold is None else threshold
     items: list[Any] = [None] * len(texts)
     for batches in prompt_batches.together(self.plan(texts), pooled=self.options.refill):
-      start = time.perf_counter()
-      if len(batches) > 1:
-        pool = pool_program.PoolProgram(self.program(rule))
-        generation = pool.decode(self.weights, batches, threshold, encode)
-      else:
-        generation = self.decode(encode(batches[0]), batches[0].active, threshold, rule)
-      seconds += time.perf_counter() - start
+      with clock.phase("decode"):
+        if len(batches) > 1:
+          pool = pool_program.PoolProgram(self.program(rule))
+          generation = pool.decode(self.weights, batches, threshold, encode)
+        else:
+          generation = self.decode(encode(batches[0]), batches[0].active, threshold, rule)
       for i, row in enumerate(np.concatenate([batch.rows for batch in batches])):
         items[row] = self.output(generation, i, batches[0].tokens.shape[1])
     compilations = program_lib.TRACES.total() - traced
-    timing = outputs_lib.Timing(encode_seconds, seconds - encode_seconds, compilations)
+    timing = outputs_lib.Timing(
+      clock.seconds["encode"], clock.seconds["decode"], compilations, clock.compile_seconds
+    )
     return items, timing
 
   def costs(

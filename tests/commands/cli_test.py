@@ -19,6 +19,8 @@ from tests import toys
 
 SIZES = toys.Config(vocab_size=264, num_pieces=259, num_decoder_layers=3)
 DECODE = ["--max_input_length=32", "--max_decode_length=6", "--batch_size=2"]
+# Five prompts certify little: one loss of 1 among them has a p-value of 0.19 against 0.7.
+CERTIFIES = ["--tolerance=0.7", "--error_rate=0.2"]
 TEXTS = ["a few words", "another prompt", "b", "the fourth one", "the end"]
 
 
@@ -75,9 +77,7 @@ def test_generate_calibrate_infer(model, prompts, cached, tmp_path, capsys):
   assert loaded.ids == tuple(f"p{i}" for i in range(len(TEXTS)))
   assert [len(records) for records in loaded.records] == [len(TEXTS)] * 2
   saved = tmp_path / "calibration.json"
-  # Five prompts certify a tolerance of 0.7 at most: (1 - 0.7)^5 is below 0.05.
-  arguments = ["--tolerance=0.7", f"--output={saved}"]
-  assert cli.main(["calibrate", str(cached), *arguments]) == 0
+  assert cli.main(["calibrate", str(cached), *CERTIFIES, f"--output={saved}"]) == 0
   calibration = Calibration.load(saved)
   assert calibration.certified
   assert calibration.procedure == loaded.procedure
@@ -101,7 +101,7 @@ def test_generate_calibrate_infer(model, prompts, cached, tmp_path, capsys):
 
 def test_infer_refuses_another_procedure(model, prompts, cached, tmp_path, capsys):
   saved = tmp_path / "calibration.json"
-  assert cli.main(["calibrate", str(cached), "--tolerance=0.7", f"--output={saved}"]) == 0
+  assert cli.main(["calibrate", str(cached), *CERTIFIES, f"--output={saved}"]) == 0
   infer = ["infer", f"--model={model}", f"--prompts={prompts}", f"--calibration={saved}"]
   assert "`measure`" in failure(capsys, [*infer, "--measure=state"])
   assert cli.main([*infer, "--measure=state", "--void_guarantee"]) == 0
@@ -257,9 +257,9 @@ def test_bytes_that_are_no_text_are_no_prompts(model, tmp_path, capsys, monkeypa
   content = b"fine\ncaf\xe9\n"
   (tmp_path / "latin.txt").write_bytes(content)
   monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-  for path, name in (("-", "stdin"), (tmp_path / "latin.txt", "latin.txt")):
+  for path, name in (("-", "standard input"), (tmp_path / "latin.txt", "latin.txt")):
     message = failure(capsys, [*infer, f"--prompts={path}"])
-    assert f"0xe9 in line 2 of {name}" in message
+    assert "0xe9 in line 2 of " in message and name in message
   (tmp_path / "half.jsonl").write_text('{"input": "half of \\ud83d"}\n')
   message = failure(capsys, [*infer, f"--prompts={tmp_path / 'half.jsonl'}"])
   assert "half.jsonl:1" in message and "character 9" in message
@@ -361,8 +361,7 @@ def test_until_certified_stops_early_and_replays(model, prompts, tmp_path):
   cached = generations.load(output)
   assert cached.sequential
   assert decided.sequential
-  # Two losses of 0 have wealth (1 / 0.3)^2 > 1 / 0.2: five prompts are never needed.
-  assert len(cached.records[0]) < len(TEXTS)
+  assert sum(map(len, cached.records)) < 2 * len(TEXTS)
   again = tmp_path / "again.json"
   assert cli.main(["calibrate", str(output), *rates, f"--output={again}"]) == 0
   assert Calibration.load(again) == decided

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -126,6 +127,10 @@ def test_never_exit_is_full_depth(model):
   assert rows(never) == rows(full)
   assert never.mean_layers == full.mean_layers == 3
   assert never.threshold == NEVER and full.threshold is None
+  # The very same program, which measures nothing; on the exit path the layers are asked.
+  assert full.timing.compilations == 0
+  assert not any(any(output.rejected_confidences) for output in never)
+  assert any(any(o.rejected_confidences) for o in model.generate(TEXTS, threshold=1.0))
   assert model.generate(TEXTS, threshold=0.0).mean_layers == 1
 
 
@@ -133,6 +138,17 @@ def test_a_second_call_compiles_nothing(model, generated):
   again = model.generate(TEXTS, threshold=0.7)
   assert again.timing.compilations == 0
   assert again.timing.encode_seconds > 0 and again.timing.decode_seconds > 0
+  assert again.timing.compile_seconds == 0
+
+
+def test_seconds_leave_compiling_out(model):
+  first = model.with_options(max_decode_length=5)
+  start = time.perf_counter()
+  timing = first.generate(TEXTS, threshold=0.7).timing
+  assert timing.compilations and timing.compile_seconds > timing.seconds > 0
+  assert timing.seconds + timing.compile_seconds <= time.perf_counter() - start
+  both = timing + first.generate(TEXTS, threshold=0.7).timing
+  assert both.seconds > timing.seconds and both.compilations == timing.compilations
 
 
 @pytest.mark.parametrize(

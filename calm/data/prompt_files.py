@@ -1,0 +1,279 @@
+"""Prompts from files as people have them, and from standard input, one at a time.
+
+JSON Lines, a JSON array, plain text (a prompt a line), CSV, TSV or Parquet, any of them
+gzipped. The text of a row stands under `input`, `inputs`, `prompt` or `text`, or under a key
+that is given; `id`, `target` (or `targets`, `reference`, `references`) and `source` (or
+`group`) are read where they are there. `PromptFile.taken` says what was taken for what.
+
+A file is read twice: once to check and count it before any work, and once for the work, so that
+memory does not grow with its length. What cannot be read twice is kept on the disk meanwhile.
+"""
+
+import contextlib
+import dataclasses
+import gzip
+import itertools
+import json
+import os
+import pathlib
+import re
+import shutil
+import stat
+import sys
+import tempfile
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+from calm.calibrate import Prompt
+from calm.data import row_formats
+
+INPUT_KEYS = ("input", "inputs", "prompt", "text")
+_TARGET_KEYS = ("target", "targets", "reference", "references")
+_GROUP_KEYS = ("source", "group")
+_GZIP_MAGIC = b"\x1f\x8b"
+_SUFFIXES = {
+  **{".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".csv": "csv"},
+  **{".tsv": "tsv", ".tab": "tsv", ".parquet": "parquet", ".pq": "parquet"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptFile:
+  """Prompts that were checked and counted; iterate over them, as often as you like.
+
+  Attributes:
+    name: the file, for messages; 'standard input' for that.
+    format: a name of `row_formats.FORMATS`.
+    input_key: where a row has its text; None where rows are texts.
+    count: prompts there are.
+    rows: reads the rows anew.
+    limit: prompts wanted, or None for all.
+  """
+
+  name: str
+  format: str
+  input_key: str | None
+  count: int
+  rows: Callable[[], Iterator[row_formats.Row]] = dataclasses.field(repr=False)
+  limit: int | None = None
+
+  @property
+  def taken(self) -> str:
+    """What was taken for what, like `prompts.csv: 12 prompts, CSV, column 'text'`."""
+    count = "1 prompt" if self.count == 1 else f"{self.count} prompts"
+    parts = [count, row_formats.FORMATS[self.format]]
+    if self.input_key is not None:
+      place = "column" if self.format in ("csv", "tsv", "parquet") else "key"
+      parts.append(f"{place} {self.input_key!r}")
+    return f"{self.name}: {', '.join(parts)}"
+
+  def __len__(self) -> int:
+    return self.count
+
+  def __iter__(self) -> Iterator[Prompt]:
+    for row in itertools.islice(self.rows(), self.limit):
+      yield _prompt(row, self.input_key)
+
+
+def open_prompts(
+  path: str | os.PathLike,
+  *,
+  limit: int | None = None,
+  input_key: str | None = None,
+  format: str | None = None,
+) -> PromptFile:
+  """Checks and counts the prompts of a file.
+
+  Args:
+    path: a file, a pipe, or '-' for standard input.
+    limit: take the first so many prompts; None: all.
+    input_key: where a row has its text; None: the first of `INPUT_KEYS` that the first row has.
+    format: a name of `row_formats.FORMATS`; None: told by the name, then by the content.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: there is no prompt, or a row is damaged, lacks its text or repeats an id; the
+      message names file and line.
+  """
+  if limit is not None and limit < 1:
+    raise ValueError(f"Expected `limit` of at least 1, or None for all. Got {limit}.")
+  if format is not None and format not in row_formats.FORMATS:
+    raise ValueError(
+      f"Expected the format to be one of {', '.join(row_formats.FORMATS)}. Got {format!r}."
+    )
+  source = _Source(path)
+  format = format or _format(source)
+  rows = lambda: _rows(source, format)
+  count, seen = 0, set()
+  for row in itertools.islice(rows(), limit):
+    if not count:
+      input_key = _input_key(row, input_key)
+    prompt = _prompt(row, input_key)
+    # Hashes alone, or the names of a long file would fill the memory.
+    if isinstance(row.value, Mapping) and row.value.get("id") not in (None, ""):
+      if hash(prompt.id) in seen:
+        raise row.error(
+          f"`id` {prompt.id!r} is that of an earlier row already. Give every row its own, or"
+          " leave `id` out to have rows numbered"
+        )
+      seen.add(hash(prompt.id))
+    count += 1
+  if not count:
+    raise ValueError(
+      f"Expected {source.name} to hold prompts. Got no examples: no line with text, or no row,"
+      f" read as {row_formats.FORMATS[format]}."
+    )
+  return PromptFile(source.name, format, input_key, count, rows, limit)
+
+
+class _Source:
+  """A file that can be opened as often as one likes."""
+
+  def __init__(self, path: str | os.PathLike):
+    self.path = pathlib.Path(path)
+    self._kept: BinaryIO | None = None
+    if str(path) == "-":
+      self.name, self.stem = "standard input", "stdin"
+      self._keep(sys.stdin.buffer)
+      return
+    self.name, self.stem = str(path), self.path.name.split(".")[0]
+    try:
+      mode = os.stat(path).st_mode
+    except OSError as error:
+      raise type(error)(
+        f"Expected `path` to name a file of prompts. Got {str(path)!r}, which does not exist or"
+        f" cannot be read ({error.strerror}); '-' reads standard input."
+      ) from error
+    if stat.S_ISDIR(mode):
+      raise IsADirectoryError(
+        f"Expected `path` to name a file of prompts. Got {str(path)!r}, a folder; name a file"
+        " in it."
+      )
+    if not stat.S_ISREG(mode):
+      with open(path, "rb") as file:
+        self._keep(file)
+
+  def _keep(self, stream: BinaryIO) -> None:
+    if stream.isatty():
+      print("Prompts, one a line; end with Ctrl-D:", file=sys.stderr)
+    kept = self._kept = tempfile.TemporaryFile()  # noqa: SIM115 (closed with its source)
+    weakref.finalize(self, kept.close)
+    shutil.copyfileobj(stream, kept)
+
+  @contextlib.contextmanager
+  def open(self) -> Iterator[BinaryIO]:
+    """The bytes from the beginning on, unpacked."""
+    with contextlib.ExitStack() as stack:
+      file = self._kept or stack.enter_context(self.path.open("rb"))
+      file.seek(0)
+      packed = file.read(2) == _GZIP_MAGIC
+      file.seek(0)
+      if not packed:
+        yield file
+        return
+      try:
+        yield stack.enter_context(gzip.GzipFile(fileobj=file, mode="rb"))  # pyright: ignore[reportReturnType]
+      except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(
+          f"{self.name}: the gzip data are damaged or cut off ({error}). Copy the file again."
+        ) from error
+
+
+def _rows(source: _Source, format: str) -> Iterator[row_formats.Row]:
+  with source.open() as file:
+    yield from row_formats.READERS[format](file, source.name, source.stem)
+
+
+def _format(source: _Source) -> str:
+  """What a file is, by its name; where that does not tell, by how it begins."""
+  suffixes = [suffix.lower() for suffix in source.path.suffixes if suffix.lower() != ".gz"]
+  named = _SUFFIXES.get(suffixes[-1]) if suffixes else None
+  if named:
+    return named
+  with source.open() as file:
+    head = file.read(2**16)
+  if head.startswith(b"PAR1"):
+    return "parquet"
+  text = head.decode("utf-8-sig", "replace").lstrip()
+  if re.match(r'\[\s*[{"\]]', text):
+    return "json"
+  line, ended, _ = text.partition("\n")
+  if suffixes[-1:] == [".json"] or _is_object(line, whole=bool(ended) or len(head) < 2**16):
+    return "jsonl"
+  return "text"
+
+
+def _is_object(line: str, *, whole: bool) -> bool:
+  if not whole:  # a line that is longer than what was looked at
+    return re.match(r'\{\s*"', line) is not None
+  try:
+    return isinstance(json.loads(line), dict)
+  except ValueError:
+    return False
+
+
+def _input_key(row: row_formats.Row, wanted: str | None) -> str | None:
+  """Where the rows of a file have their text, told by the first of them."""
+  if isinstance(row.value, str):
+    if wanted is not None:
+      raise row.error(f"expected rows with a key {wanted!r}, got a text; leave the key out")
+    return None
+  keys = INPUT_KEYS if wanted is None else (wanted,)
+  found = next((key for key in keys if key in row.value), None)
+  if found is None:
+    raise row.error(
+      f"no {' or '.join(f'`{key}`' for key in keys)}; the row has {list(row.value)[:12]}. Name"
+      " the one with the text: `--input_key`"
+    )
+  return found
+
+
+def _prompt(row: row_formats.Row, input_key: str | None) -> Prompt:
+  if isinstance(row.value, str) != (input_key is None):
+    raise row.error("expected all rows to be objects, or all to be texts, got both")
+  if isinstance(row.value, str):
+    return Prompt(row.name, _text(row, None, row.value))
+  assert input_key is not None
+  if input_key not in row.value:
+    raise row.error(f"no field `{input_key}`; the row has {list(row.value)[:12]}")
+  name = row.value.get("id")
+  group = _first(row.value, _GROUP_KEYS)
+  return Prompt(
+    row.name if name in (None, "") else _text(row, "id", _named(name)),
+    _text(row, input_key, row.value[input_key]),
+    _targets(row),
+    None if group is None else _text(row, "source", _named(group)),
+  )
+
+
+def _targets(row: row_formats.Row) -> tuple[str, ...]:
+  found = _first(row.value, _TARGET_KEYS)  # pyright: ignore[reportArgumentType]
+  texts = [] if found is None else found if isinstance(found, list) else [found]
+  return tuple(_text(row, "target", text) for text in texts)
+
+
+def _first(value: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
+  return next((value[key] for key in keys if value.get(key) is not None), None)
+
+
+def _named(value: Any) -> Any:
+  """A whole number as a name is its digits."""
+  return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _text(row: row_formats.Row, key: str | None, value: Any) -> str:
+  called = "the text" if key is None else f"`{key}`"
+  if not isinstance(value, str):
+    raise row.error(
+      f"expected {called} to be a string, got {type(value).__name__} {value!r:.60}"
+    )
+  try:
+    value.encode("utf-8")
+  except UnicodeEncodeError as error:
+    raise row.error(
+      f"{called} has half of a surrogate pair, {value[error.start]!r}, at character"
+      f" {error.start + 1}. Write the character whole, or its pair of escapes"
+    ) from error
+  return value

@@ -1,0 +1,225 @@
+"""Rows of a file, one at a time: JSON Lines, a JSON array, plain text, CSV, TSV, Parquet."""
+
+import codecs
+import csv
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+# What each is called in messages.
+FORMATS = {
+  "jsonl": "JSON Lines",
+  "json": "a JSON array",
+  "text": "plain text, a prompt a line",
+  "csv": "CSV",
+  "tsv": "TSV",
+  "parquet": "Parquet",
+}
+_READ = 2**16
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One row.
+
+  Attributes:
+    value: fields by name, or a bare text.
+    name: an id for a row that has none of its own.
+    where: file and line, for messages.
+  """
+
+  value: Mapping[str, Any] | str
+  name: str
+  where: str
+
+  def error(self, message: str) -> ValueError:
+    """An error that names file and line."""
+    return ValueError(f"{self.where}: {message}.")
+
+
+def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
+  """(1-based number, text with its end) of every line.
+
+  Lines end at newlines only: `splitlines` would end a prompt at characters that are no ends.
+  """
+  for number, line in enumerate(file, start=1):
+    try:
+      # Some editors put a byte order mark before the first line.
+      yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+      raise ValueError(
+        f"Expected prompts in UTF-8. Got invalid UTF-8, the byte 0x{line[error.start]:02x} in"
+        f" line {number} of {name}; save the text as UTF-8."
+      ) from error
+
+
+def json_lines(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
+  """One JSON object, or text, a line."""
+  for number, line in _lines(file, name):
+    if not line.strip():
+      continue
+    where = f"{name}:{number}"
+    try:
+      value = json.loads(line)
+    except json.JSONDecodeError as error:
+      raise ValueError(
+        f"{where}: invalid JSON at column {error.colno}: {error.msg}. Expected one object a"
+        " line; where these are plain texts, say so: `--prompts_format=text`."
+      ) from error
+    yield _checked(Row(value, f"{stem}/{number}", where))
+
+
+def json_array(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
+  """A JSON array of objects or texts, read element by element."""
+  pieces = _Pieces(file, name)
+  if pieces.next_character() != "[":
+    raise ValueError(f"{name}: expected a JSON array, `[` at its beginning.")
+  pieces.drop(1)
+  number, first = 0, True
+  while (character := pieces.next_character()) != "]":
+    if not first:
+      if character != ",":
+        raise ValueError(
+          f"{name}: expected `,` or `]` after element {number} of the JSON array, got"
+          f" {character or 'the end of the file'!r}."
+        )
+      pieces.drop(1)
+    number, first = number + 1, False
+    where = f"{name}, element {number}"
+    yield _checked(Row(pieces.take(where), f"{stem}/{number}", where))
+
+
+class _Pieces:
+  """A text of which only a part is in memory."""
+
+  def __init__(self, file: BinaryIO, name: str):
+    self._file, self._name = file, name
+    self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    self._text, self._ended = "", False
+
+  def next_character(self) -> str:
+    """The next that is no space; '' at the end."""
+    while True:
+      self._text = self._text.lstrip()
+      if self._text or not self._more(_READ):
+        return self._text[:1]
+
+  def drop(self, count: int) -> None:
+    self._text = self._text[count:]
+
+  def take(self, where: str) -> Any:
+    """The next value."""
+    self.next_character()
+    size = _READ
+    while True:
+      try:
+        value, end = json.JSONDecoder().raw_decode(self._text)
+      except json.JSONDecodeError as error:
+        if self._more(size):
+          size *= 2
+          continue
+        raise ValueError(
+          f"{where}: invalid JSON: {error.msg}, or the file is cut off."
+        ) from error
+      self.drop(end)
+      return value
+
+  def _more(self, size: int) -> bool:
+    """Whether there was more to read."""
+    if self._ended:
+      return False
+    content = self._file.read(size)
+    self._ended = not content
+    try:
+      self._text += self._decoder.decode(content, final=self._ended)
+    except UnicodeDecodeError as error:
+      raise ValueError(
+        f"Expected prompts in UTF-8. Got the byte 0x{error.object[error.start]:02x} in"
+        f" {self._name}; save the text as UTF-8."
+      ) from error
+    return not self._ended
+
+
+def _checked(row: Row) -> Row:
+  if not isinstance(row.value, Mapping | str):
+    raise row.error(f"expected a JSON object or a text, got {type(row.value).__name__}")
+  return row
+
+
+def plain_text(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
+  """A prompt a line; blank lines are none."""
+  called = stem if name == "standard input" else name.replace("\\", "/").rpartition("/")[2]
+  count = 0
+  for number, line in _lines(file, name):
+    if line.strip():
+      count += 1
+      yield Row(line.rstrip("\n").strip("\r"), f"{called}/{count}", f"{name}:{number}")
+
+
+def _table(delimiter: str) -> Callable[[BinaryIO, str, str], Iterator[Row]]:
+  def read(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
+    # The default limit of a field, 128 KiB, is shorter than documents are.
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.reader(
+      (line for _, line in _lines(file, name)), delimiter=delimiter, strict=True
+    )
+    try:
+      header = next(rows, None)
+      if header is None:
+        return
+      if len(set(header)) < len(header):
+        raise ValueError(f"{name}: expected columns of different names, got {header}.")
+      for number, cells in enumerate((row for row in rows if row), start=1):
+        row = Row({}, f"{stem}/{number}", f"{name}:{rows.line_num}")
+        if len(cells) != len(header):
+          raise row.error(
+            f"expected {len(header)} columns as in the header, got {len(cells)}; quote texts"
+            f" that hold {delimiter!r}"
+          )
+        yield dataclasses.replace(row, value=dict(zip(header, cells, strict=True)))
+    except csv.Error as error:
+      raise ValueError(f"{name}:{rows.line_num}: {error}.") from error
+
+  return read
+
+
+def parquet(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
+  """Rows of a Parquet file, a batch of them in memory (needs pyarrow)."""
+  try:
+    import pyarrow
+    from pyarrow import parquet as pyarrow_parquet
+  except ImportError as error:
+    raise ImportError(
+      f"Expected the package pyarrow to read {name}. Got none; `pip install pyarrow`, or save"
+      " the rows as JSON Lines."
+    ) from error
+  try:
+    table = pyarrow_parquet.ParquetFile(file)
+    wanted = [field.name for field in table.schema_arrow if _is_plain(field.type)]
+    number = 0
+    for batch in table.iter_batches(batch_size=1024, columns=wanted):
+      for value in batch.to_pylist():
+        number += 1
+        yield Row(value, f"{stem}/{number}", f"{name}, row {number}")
+  except pyarrow.ArrowException as error:
+    raise ValueError(f"{name}: no whole Parquet file ({error}). Copy it again.") from error
+
+
+def _is_plain(kind: Any) -> bool:
+  """Whether a column may hold texts, numbers or lists of them: images and the like are left."""
+  from pyarrow import types
+
+  if types.is_list(kind) or types.is_large_list(kind):
+    kind = kind.value_type
+  return not (types.is_nested(kind) or types.is_binary(kind) or types.is_large_binary(kind))
+
+
+READERS: Mapping[str, Callable[[BinaryIO, str, str], Iterator[Row]]] = {
+  "jsonl": json_lines,
+  "json": json_array,
+  "text": plain_text,
+  "csv": _table(","),
+  "tsv": _table("\t"),
+  "parquet": parquet,
+}

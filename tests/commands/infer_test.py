@@ -1,0 +1,228 @@
+"""`calm infer` as people use it: where its lines go, and how it goes on after a kill."""
+
+import dataclasses
+import io
+import json
+import os
+import stat
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from calm import calibrate, inference
+from calm.calibrate.generations import files
+from calm.commands import cli, infer, showing
+from calm.inference import predictor
+from tests.commands import cli_test
+
+DECODE = [*cli_test.DECODE, "--threshold=never"]
+TEXTS = [f"text {i}" for i in range(7)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  return cli_test.save_model(tmp_path_factory.mktemp("infer") / "model")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+  path = tmp_path_factory.mktemp("infer") / "prompts.csv"
+  path.write_text("id,review\n" + "".join(f"p{i},{text}\n" for i, text in enumerate(TEXTS)))
+  return path
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch, tmp_path):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  monkeypatch.setattr(infer, "FIRST_BATCHES", 1)
+  monkeypatch.setattr(infer, "MOST_BATCHES", 1)
+
+
+@pytest.fixture
+def calm_infer(model, prompts):
+  def run(*more, code=0):
+    named = [f"--model={model}", f"--prompts={prompts}", "--input_key=review"]
+    assert cli.main(["infer", *named, *DECODE, *map(str, more)]) == code
+
+  return run
+
+
+@pytest.fixture
+def expected(calm_infer, tmp_path):
+  calm_infer(f"--output={tmp_path / 'expected.jsonl'}")
+  return (tmp_path / "expected.jsonl").read_text()
+
+
+def ids(text: str) -> list[str]:
+  return [json.loads(line)["id"] for line in text.splitlines()]
+
+
+def test_lines_stand_in_the_order_of_the_prompts(expected):
+  assert ids(expected) == [f"p{i}" for i in range(7)]
+
+
+def stop_after(monkeypatch, chunks: int, half: bytes = b"") -> None:
+  """Ctrl-C while the chunk after so many is written, of which `half` has got there."""
+  append, done = files.append, []
+
+  def stopped(path, content):
+    if len(done) == chunks:
+      append(path, half)
+      raise KeyboardInterrupt
+    done.append(content)
+    append(path, content)
+
+  monkeypatch.setattr(files, "append", stopped)
+
+
+def count_prompts(monkeypatch) -> list[int]:
+  counts, generate = [], predictor.Predictor.generate
+
+  def counted(self, texts, **options):
+    counts.append(len(texts))
+    return generate(self, texts, **options)
+
+  monkeypatch.setattr(predictor.Predictor, "generate", counted)
+  return counts
+
+
+def test_a_stopped_run_goes_on_where_it_was(
+  calm_infer, expected, tmp_path, monkeypatch, capsys
+):
+  output = tmp_path / "out.jsonl"
+  output.write_text("an earlier result\n")
+  with monkeypatch.context() as patched:
+    stop_after(patched, 2, half=b'{"id": "p4", "pre')
+    calm_infer(f"--output={output}", code=130)
+  said = " ".join(capsys.readouterr().err.split())
+  assert "stopped after 4 of 7 prompts; the same command goes on" in said
+  assert output.read_text() == "an earlier result\n"
+  counts = count_prompts(monkeypatch)
+  calm_infer(f"--output={output}")
+  assert sum(counts) == 3
+  assert output.read_text() == expected
+  assert "4 prompts' outputs already" in " ".join(capsys.readouterr().err.split())
+  assert not [
+    path.name for path in tmp_path.iterdir() if path.name.startswith((".", "out.jsonl."))
+  ]
+
+
+@pytest.mark.parametrize(
+  ("change", "why"),
+  [
+    ("--threshold=0.5", "another threshold"),
+    ("--max_decode_length=3", "another max_decode_length"),
+    ("--prompts=other.csv", "other prompts"),
+    ("state", "says nothing of itself"),
+  ],
+)
+def test_another_command_starts_anew_and_keeps_what_there_was(
+  calm_infer, prompts, tmp_path, monkeypatch, capsys, change, why
+):
+  output = tmp_path / "out.jsonl"
+  with monkeypatch.context() as patched:
+    stop_after(patched, 1)
+    calm_infer(f"--output={output}", code=130)
+  partial = (tmp_path / "out.jsonl.partial").read_text()
+  other = tmp_path / "other.csv"
+  other.write_text(prompts.read_text().replace("text 1", "another text"))
+  if change == "state":
+    (tmp_path / "out.jsonl.partial.json").write_text("[]")
+  change = change.replace("other.csv", str(other)) if change != "state" else "--threshold=never"
+  calm_infer(f"--output={output}", change)
+  assert why in " ".join(capsys.readouterr().err.split())
+  assert (tmp_path / "out.jsonl.partial.old").read_text() == partial
+  assert ids(output.read_text()) == [f"p{i}" for i in range(7)]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_written_to_and_stays(calm_infer, expected, tmp_path):
+  pipe, got = tmp_path / "pipe", []
+  os.mkfifo(pipe)
+  reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
+  reader.start()
+  calm_infer(f"--output={pipe}")
+  reader.join()
+  assert got == [expected] and stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+@pytest.mark.parametrize("output", ["-", "/dev/stdout"])
+def test_standard_output_gets_the_lines_and_nothing_else(calm_infer, expected, capfd, output):
+  capfd.readouterr()
+  calm_infer(f"--output={output}")
+  assert capfd.readouterr().out == expected
+
+
+def test_a_device_stays_a_device(calm_infer):
+  calm_infer("--output=/dev/null")
+  assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_links_are_followed(calm_infer, expected, tmp_path):
+  (tmp_path / "folder").mkdir()
+  link, file = tmp_path / "link", tmp_path / "folder" / "file.jsonl"
+  link.symlink_to("folder/file.jsonl")
+  for _ in range(2):  # to be made, then there
+    calm_infer(f"--output={link}")
+    assert link.is_symlink() and file.read_text() == expected
+    file.write_text("older\n")
+
+
+def test_a_reader_that_has_enough_is_no_error(calm_infer, capfd, monkeypatch):
+  def gone(self, prompts, lines):
+    raise BrokenPipeError(32, "Broken pipe")
+
+  with monkeypatch.context() as patched, open(os.devnull, "w") as stdout:
+    patched.setattr("calm.commands.results.Stream.write", gone)
+    patched.setattr(sys, "stdout", stdout)
+    calm_infer("--output=-")
+  assert "Broken pipe" not in capfd.readouterr().err
+
+
+def test_what_was_taken_and_what_it_took_is_said_once(calm_infer, capsys):
+  calm_infer("--max_input_length=6")
+  said = " ".join(capsys.readouterr().err.split())
+  assert said.count("7 prompts, CSV, column 'review'") == 1
+  assert said.count("have more than `max_input_length`") == 1
+  assert "Warning: 7 of 7 prompts have more than `max_input_length` = 6 tokens" in said
+  assert "start-up" in said and "compilation" in said and "the full model" in said
+
+
+def test_json_lines_on_standard_input_are_not_texts(model, monkeypatch, capsys):
+  content = json.dumps({"id": "x", "prompt": "a text"}).encode() + b"\n"
+  monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+  assert cli.main(["infer", f"--model={model}", "--prompts=-", "--output=-", *DECODE]) == 0
+  made = capsys.readouterr()
+  assert ids(made.out) == ["x"]
+  assert "standard input: 1 prompt, JSON Lines, key 'prompt'" in " ".join(made.err.split())
+
+
+def test_the_models_own_calibration_is_served(prompts, tmp_path, capsys):
+  model = cli_test.save_model(tmp_path / "fitted")
+  named = [f"--model={model}", f"--prompts={prompts}", "--input_key=review", "--limit=1"]
+  made = calibrate.calibrate(np.zeros((200, 1)), [0.9], tolerance=0.1, error_rate=0.05)
+  procedure = inference.load(model).procedure
+  dataclasses.replace(made, procedure=procedure).save(model / "calibration.json")
+  assert "`--threshold` beside options" in cli_test.failure(
+    capsys, ["infer", *named, "--measure=state"]
+  )
+  assert cli.main(["infer", *named, "--output=-"]) == 0
+  assert made.guarantee.split(".")[0] in " ".join(capsys.readouterr().err.split())
+
+
+def test_counts_rates_and_time_left_without_a_terminal(monkeypatch, capsys):
+  from rich import console
+
+  now = [100.0]
+  monkeypatch.setattr(showing.time, "monotonic", lambda: now[0])
+  with showing.counting(console.Console(), 50, "prompts", done=10) as counter:
+    now[0] += 30
+    counter.add(20, idle_seconds=10)  # compiling, which the rest need not do
+    now[0] += 1
+    counter.add(5)
+  said = capsys.readouterr().out
+  assert said == "30 of 50 prompts, 1.0 a second, 0:20 left\n"
+  assert showing.rate(3, 60) == "3.0 a minute" and showing.clock(3725) == "1:02:05"

@@ -1,0 +1,199 @@
+"""Prompts from every kind of file, and what is said of a damaged one."""
+
+import gzip
+import io
+import json
+import os
+import sys
+import threading
+
+import pytest
+
+from calm.calibrate import Prompt
+from calm.data import prompt_files, row_formats
+
+ROWS = [
+  {"id": "a", "input": "one, two", "target": ["eins", "uns"], "source": "x"},
+  {"id": "b", "input": "three\u2028four", "target": "drei"},
+]
+PROMPTS = [
+  Prompt("a", "one, two", ("eins", "uns"), "x"),
+  Prompt("b", "three\u2028four", ("drei",)),
+]
+
+
+def lines(rows) -> bytes:
+  return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def write(folder, name: str, content: bytes):
+  path = folder / name
+  path.write_bytes(content)
+  return path
+
+
+def on_stdin(monkeypatch, content: bytes) -> None:
+  monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.ndjson", "rows.json", "rows", "rows.dat"])
+@pytest.mark.parametrize("pack", [lambda content: content, gzip.compress])
+def test_json_lines_by_name_or_content(tmp_path, name, pack):
+  opened = prompt_files.open_prompts(write(tmp_path, name, pack(b"\n" + lines(ROWS))))
+  assert (opened.format, len(opened), opened.input_key) == ("jsonl", 2, "input")
+  assert list(opened) == PROMPTS == list(opened)
+  assert opened.taken.endswith(f"{name}: 2 prompts, JSON Lines, key 'input'")
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_read_element_by_element(tmp_path, indent, monkeypatch):
+  monkeypatch.setattr(row_formats, "_READ", 7)  # elements and characters are cut anywhere
+  content = json.dumps(ROWS, indent=indent, ensure_ascii=False).encode()
+  opened = prompt_files.open_prompts(write(tmp_path, "rows.json", content))
+  assert (opened.format, list(opened)) == ("json", PROMPTS)
+  texts = write(tmp_path, "texts.json", b'["one", "two"]')
+  assert list(prompt_files.open_prompts(texts)) == [
+    Prompt("texts/1", "one"),
+    Prompt("texts/2", "two"),
+  ]
+
+
+def test_plain_text_is_a_prompt_a_line(tmp_path):
+  path = write(tmp_path, "some.txt", b"\xef\xbb\xbf[1] one\r\n\n{two\xe2\x80\xa8lines\n")
+  opened = prompt_files.open_prompts(path)
+  assert list(opened) == [
+    Prompt("some.txt/1", "[1] one"),
+    Prompt("some.txt/2", "{two\u2028lines"),
+  ]
+  assert opened.taken.endswith("some.txt: 2 prompts, plain text, a prompt a line")
+
+
+def test_tables_have_a_named_column(tmp_path):
+  content = b'id,text,target\n7,"one, ""two""\nlines",eins\n\n8,three,\n'
+  opened = prompt_files.open_prompts(write(tmp_path, "rows.csv", content))
+  assert list(opened) == [
+    Prompt("7", 'one, "two"\nlines', ("eins",)),
+    Prompt("8", "three", ("",)),
+  ]
+  assert "CSV, column 'text'" in opened.taken
+  tsv = write(tmp_path, "rows.tsv", b"number\treview\n1\tgood, very\n")
+  assert list(prompt_files.open_prompts(tsv, input_key="review")) == [
+    Prompt("rows/1", "good, very")
+  ]
+
+
+def test_parquet_leaves_other_columns_alone(tmp_path):
+  pyarrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  table = pyarrow.table(
+    {
+      "id": [1, 2],
+      "prompt": ["one", "two"],
+      "targets": [["eins"], ["zwei", "zwo"]],
+      "image": [b"\x00", b"\x01"],
+    }
+  )
+  parquet.write_table(table, tmp_path / "rows.bin")
+  opened = prompt_files.open_prompts(tmp_path / "rows.bin")
+  assert opened.format == "parquet" and "column 'prompt'" in opened.taken
+  assert list(opened) == [Prompt("1", "one", ("eins",)), Prompt("2", "two", ("zwei", "zwo"))]
+  with pytest.raises(ValueError, match=r"rows\.bin, row 1: no `image`"):
+    prompt_files.open_prompts(tmp_path / "rows.bin", input_key="image")
+  cut = write(tmp_path, "cut.parquet", (tmp_path / "rows.bin").read_bytes()[:-9])
+  with pytest.raises(ValueError, match="no whole Parquet file"):
+    prompt_files.open_prompts(cut)
+
+
+@pytest.mark.parametrize(
+  ("content", "format", "texts"),
+  [
+    (lines(ROWS), "jsonl", ["one, two", "three\u2028four"]),
+    (json.dumps(ROWS).encode(), "json", ["one, two", "three\u2028four"]),
+    (gzip.compress(lines(ROWS)), "jsonl", ["one, two", "three\u2028four"]),
+    (b"{not json}\n", "text", ["{not json}"]),
+    (b"[Note] a text\n", "text", ["[Note] a text"]),
+    (b"12\n", "text", ["12"]),
+    (lines([{"input": "x" * 2**17}]), "jsonl", ["x" * 2**17]),
+  ],
+)
+def test_standard_input_is_told_by_how_it_begins(monkeypatch, content, format, texts):
+  on_stdin(monkeypatch, content)
+  opened = prompt_files.open_prompts("-")
+  assert opened.format == format and opened.taken.startswith("standard input: ")
+  # Twice: it is checked whole before the work, and read again for it.
+  assert [prompt.input for prompt in opened] == texts == [prompt.input for prompt in opened]
+
+
+def test_what_standard_input_is_can_be_said(monkeypatch):
+  on_stdin(monkeypatch, lines(ROWS))
+  as_text = prompt_files.open_prompts("-", format="text")
+  assert [prompt.id for prompt in as_text] == ["stdin/1", "stdin/2"]
+  on_stdin(monkeypatch, b"text\nfirst\n")
+  assert list(prompt_files.open_prompts("-", format="csv")) == [Prompt("stdin/1", "first")]
+  with pytest.raises(ValueError, match=r"one of jsonl, json.*Got 'xml'"):
+    prompt_files.open_prompts("-", format="xml")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_named_pipe_is_read_once(tmp_path):
+  pipe = tmp_path / "pipe"
+  os.mkfifo(pipe)
+  writer = threading.Thread(target=lambda: pipe.write_bytes(lines(ROWS)))
+  writer.start()
+  opened = prompt_files.open_prompts(pipe)
+  writer.join()
+  assert list(opened) == PROMPTS == list(opened)
+
+
+def test_the_limit_leaves_the_rest_unread(tmp_path):
+  path = write(tmp_path, "rows.jsonl", lines(ROWS) + b"no json\n")
+  assert list(prompt_files.open_prompts(path, limit=2)) == PROMPTS
+  with pytest.raises(ValueError, match=r"rows\.jsonl:3: invalid JSON"):
+    prompt_files.open_prompts(path)
+
+
+def test_keys_are_the_same_in_every_row(tmp_path):
+  for key in prompt_files.INPUT_KEYS:
+    path = write(tmp_path, "one.jsonl", lines([{key: "a", "other": "b"}]))
+    assert [prompt.input for prompt in prompt_files.open_prompts(path)] == ["a"]
+  both = write(tmp_path, "both.jsonl", lines([{"text": "a", "input": "b"}]))
+  assert prompt_files.open_prompts(both).input_key == "input"
+  named = prompt_files.open_prompts(both, input_key="text")
+  assert [prompt.input for prompt in named] == ["a"]
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "message"),
+  [
+    ("a.jsonl", b"", r"a\.jsonl to hold prompts"),
+    ("a.txt", b" \n", "no line with text"),
+    ("a.csv", b"input\n", "no row, read as CSV"),
+    ("a.csv", b"x,y\n1,2\n", r"a\.csv:2: no `input` or.*the row has \['x', 'y'\].*--input_key"),
+    ("a.csv", b"input,y\n1,2\n3\n", r"a\.csv:3: expected 2 columns.*got 1"),
+    ("a.csv", b"input,input\n1,2\n", "different names"),
+    ("a.csv", b'input,b\n"1,2\n', r"a\.csv:2: unexpected end"),
+    ("a.jsonl", lines([{"input": "a"}, {"text": "b"}]), r"a\.jsonl:2: no field `input`"),
+    ("a.jsonl", lines([{"input": "a"}, "b"]), r"a\.jsonl:2: expected all rows.*got both"),
+    ("a.jsonl", lines([{"input": 3}]), r"a\.jsonl:1: expected `input` to be a string, got int"),
+    ("a.jsonl", b"[1]\n", r"a\.jsonl:1: expected a JSON object or a text, got list"),
+    ("a.jsonl", lines([ROWS[0], ROWS[0]]), r"a\.jsonl:2: `id` 'a' is that of an earlier row"),
+    ("a.jsonl", b'{"input": "\xe9"}\n', "0xe9 in line 1 of"),
+    ("a.json", b'[{"input": "\xe9"}]', "0xe9 in"),
+    ("a.json", b'[{"input": "a"} {"input": "b"}]', r"`,` or `]` after element 1"),
+    ("a.json", b'[{"input": "a"},', r"element 2: invalid JSON.*cut off"),
+    ("a.json", b'[{"input": "a"}', r"after element 1.*the end of the file"),
+    ("a.jsonl", gzip.compress(lines(ROWS))[:-12], "gzip data are damaged"),
+    ("a.jsonl", b'{"input": "half of \\ud83d"}\n', r"a\.jsonl:1: .*surrogate.*character 9"),
+  ],
+)
+def test_damage_is_named_with_its_line(tmp_path, name, content, message):
+  with pytest.raises(ValueError, match=message):
+    prompt_files.open_prompts(write(tmp_path, name, content))
+
+
+def test_what_is_no_file(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"`path`.*missing\.jsonl.*does not exist"):
+    prompt_files.open_prompts(tmp_path / "missing.jsonl")
+  with pytest.raises(IsADirectoryError, match="a folder; name a file"):
+    prompt_files.open_prompts(tmp_path)
