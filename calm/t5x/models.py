@@ -8,6 +8,7 @@ T5X's own loops. T5X is not on the package index; its README says how to install
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -22,7 +23,6 @@ from flax import traverse_util
 try:
   import clu.metrics as clu_metrics
   from t5x import checkpoints as t5x_checkpoints
-  from t5x import decoding as t5x_decoding
   from t5x import losses as t5x_losses
   from t5x import metrics as t5x_metrics
   from t5x import models as t5x_models
@@ -40,13 +40,17 @@ from calm import exits
 from calm.decode import engines, program
 from calm.exits import confidence, schedules
 from calm.t5 import caches, network
-from calm.t5x import loops
+from calm.t5x import bindings, loops, shards, sizes
 from calm.training import objectives
 
 Params = Any
 Batch = Mapping[str, jax.Array]
 
 greedy_decode = loops.greedy_decode
+config_of = sizes.config_of
+
+# Decoders larger than this are decoded across devices: half of a TPU v3 core's memory.
+ROWS_APART_BYTES = 8 * 2**30
 
 
 class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
@@ -54,14 +58,14 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
 
   def __init__(
     self,
-    module: nn.Module,
-    input_vocabulary: Any,
-    output_vocabulary: Any,
-    optimizer_def: Any,
-    decode_fn: Any = t5x_decoding.beam_search,
+    module: nn.Module | None = None,
+    input_vocabulary: Any = None,
+    output_vocabulary: Any = None,
+    optimizer_def: Any = None,
+    decode_fn: Any = None,
     feature_converter_cls: Any = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    label_smoothing: float | None = None,
+    z_loss: float | None = None,
     loss_normalizing_factor: Any = None,
     default_decoder_params: t5x_models.DecoderParams | None = None,
     *,
@@ -70,12 +74,16 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     shortlist: Sequence[int] | None = None,
     objective: objectives.Objective | None = None,
     engine: engines.Engine | None = None,
+    split_rows: bool | None = None,
   ):
     """T5X's arguments, and what early exit adds.
 
+    Of T5X's arguments those that are None are what gin binds for T5X's own class, or its
+    defaults; what gin binds for T5X's methods holds for this model's.
+
     Args:
       module: `calm.t5.network.Transformer`, or T5X's own T5 1.1 `network.Transformer`, which is
-        built anew from its `config`.
+        built anew from its `config`: with an exit classifier only where something needs it.
       input_vocabulary: as in T5X.
       output_vocabulary: as in T5X; embedding rows beyond its pieces are never emitted.
       optimizer_def: as in T5X; `exit_classifier_optimizer` for stage two.
@@ -90,26 +98,19 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
         the program is the full model's.
       shortlist: likely tokens, for the measure 'shortlist'.
       objective: the training stage; None is Eq. 6 with this `z_loss`.
-      engine: how decode steps run, as in `programs.Program`; None takes the fastest.
+      engine: how decode steps run, as in `program.Program`; None takes the fastest for the
+        rows that a device decodes.
+      split_rows: on a mesh, whether each device decodes rows of its own with the decoder's
+        weights whole, exchanging nothing; otherwise every step is the whole mesh's, as T5X's
+        are. None splits where those weights take at most `ROWS_APART_BYTES`.
 
     Raises:
+      TypeError: one of the first four is neither given nor bound.
       ValueError: another architecture, label smoothing, a threshold outside [0, 1], or one
         that the rule would not look at.
     """
-    if label_smoothing:
-      raise ValueError(
-        f"Expected `label_smoothing` of 0. Got {label_smoothing}; the layer-weighted loss has"
-        " none: leave it out."
-      )
-    schedules.check_threshold(threshold)
-    rule = rule or exits.DynamicExits(confidence.Softmax())
-    if threshold != schedules.NEVER_EXIT and not isinstance(rule, exits.DynamicExits):
-      raise ValueError(
-        f"Expected no `threshold` with {type(rule).__name__}, which compares none. Got"
-        f" {threshold}; leave it out, or choose `exits.DynamicExits`."
-      )
-    super().__init__(
-      module=network.Transformer(config_of(module)),
+    given = dict(
+      module=module,
       input_vocabulary=input_vocabulary,
       output_vocabulary=output_vocabulary,
       optimizer_def=optimizer_def,
@@ -120,11 +121,30 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       loss_normalizing_factor=loss_normalizing_factor,
       default_decoder_params=default_decoder_params,
     )
+    theirs = bindings.resolve(given, t5x_models.EncoderDecoderModel, tuple(given)[:4])
+    if theirs.get("label_smoothing"):
+      raise ValueError(
+        f"Expected `label_smoothing` of 0. Got {theirs['label_smoothing']}; the layer-weighted"
+        " loss has none: leave it out."
+      )
+    schedules.check_threshold(threshold)
+    rule = rule or exits.DynamicExits(confidence.Softmax())
+    if threshold != schedules.NEVER_EXIT and not isinstance(rule, exits.DynamicExits):
+      raise ValueError(
+        f"Expected no `threshold` with {type(rule).__name__}, which compares none. Got"
+        f" {threshold}; leave it out, or choose `exits.DynamicExits`."
+      )
+    objective = objective or objectives.LayerWeighted(z_loss=theirs.get("z_loss", 0.0))
+    needs_classifier = sizes.needs_classifier(rule, objective)
+    theirs["module"] = network.Transformer(config_of(theirs["module"], needs_classifier))
+    super().__init__(**theirs)
+    bindings.bind_methods(self, t5x_models.EncoderDecoderModel)
     self.rule = rule
     self.threshold = threshold
     self.shortlist = shortlist
-    self.objective = objective or objectives.LayerWeighted(z_loss=z_loss)
+    self.objective = objective
     self.engine = engine
+    self.split_rows = split_rows
 
   @property
   def config(self) -> network.T5Config:
@@ -182,30 +202,64 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       defaults.return_all_decodes if return_all_decodes is None else return_all_decodes
     )
     num_decodes = defaults.num_decodes if num_decodes is None else num_decodes
-    options = _with_rng(dict(decoder_params or {}), rng)
+    options = shards.with_rng(dict(decoder_params or {}), rng)
     rule, threshold = self._depth(options.pop("threshold", None))
-    eos_id = options.setdefault("eos_id", self.output_vocabulary.eos_id or 1)
+    options.setdefault("eos_id", self.output_vocabulary.eos_id or 1)
     prefix = self._prefix(batch["decoder_input_tokens"], prompt_with_targets)
+    mesh, num_rows = _context_mesh(), prefix.shape[0]
 
     weights = program.model_weights(params, self.config, self._num_pieces, self.shortlist)
     encoded = self._encode(params, weights, batch["encoder_input_tokens"])
+    threshold = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), (num_rows,))
+    axes = shards.row_axes(mesh, num_rows) if self._splits_rows(weights.decoder) else ()
+    # Of engines across devices, the plain one exchanges least.
+    engine = self.engine or (engines.Eager() if mesh.size > 1 and not axes else None)
+    loop = loops.Loop(self.config, rule, prefix.shape[1], engine)
+    # Traced values go in as arguments; the others are part of the program.
+    traced = {
+      k: x for k, x in options.items() if isinstance(x, jax.Array) and k != "decode_rng"
+    }
+    static = {k: x for k, x in options.items() if k not in traced and k != "decode_rng"}
+    decode = functools.partial(self._decode_rows, loop, num_decodes, static)
+    decodes, aux = shards.over_rows(decode, mesh, axes)(
+      (weights.decoder, traced), (prefix, encoded, threshold), self._rng(options)
+    )
+    pick = (lambda x: x) if return_all else (lambda x: x[:, -1])
+    aux = jax.tree.map(pick, aux)
+    if isinstance(rule, exits.DynamicExits):
+      # Never without one: infer.py writes it as JSON, which has no infinity.
+      aux["threshold"] = threshold
+    return pick(decodes), aux
+
+  def _decode_rows(self, loop, num_decodes, static, shared, batch, rng):
+    """Decodes of the rows that this function is given, and what is known of them."""
+    (weights, traced), (prefix, encoded, threshold) = shared, batch
+    options = {**static, **traced} | ({} if rng is None else {"decode_rng": rng})
+    eos_id = options["eos_id"]
     rows = loops.make_rows(encoded, prefix, threshold, eos_id, num_decodes)
-    loop = loops.Loop(self.config, rule, prefix.shape[1], self.engine)
     decodes, scores, *same_pass = self._decode_fn(
       inputs=prefix,
-      cache=loop.empty_cache(weights.decoder, rows, prefix.shape[0]),
-      tokens_to_logits=loop.bind(weights.decoder, rows, eos_id),
+      cache=loop.empty_cache(weights, rows, prefix.shape[0]),
+      tokens_to_logits=loop.bind(weights, rows, eos_id),
       num_decodes=num_decodes,
       cache_offset=0,
       **options,
     )
-    found = self._exits(loop, weights.decoder, rows, decodes, eos_id, same_pass)
-    pick = (lambda x: x) if return_all else (lambda x: x[:, -1])
-    aux = jax.tree.map(pick, {"scores": scores, **found})
-    if isinstance(rule, exits.DynamicExits):
-      # Never without one: infer.py writes it as JSON, which has no infinity.
-      aux["threshold"] = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), prefix.shape[:1])
-    return pick(decodes), aux
+    found = self._exits(loop, weights, rows, decodes, eos_id, same_pass)
+    return decodes, {"scores": scores, **found}
+
+  def _rng(self, options: Mapping[str, Any]) -> Any:
+    """The key of the decode function, its own default where it takes one; None otherwise."""
+    given = options.get("decode_rng")
+    if given is None and "decode_rng" in inspect.signature(self._decode_fn).parameters:
+      return jax.random.PRNGKey(0)
+    return given
+
+  def _splits_rows(self, weights: Any) -> bool:
+    if self.split_rows is not None:
+      return self.split_rows
+    sizes = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
+    return sum(sizes) <= ROWS_APART_BYTES
 
   @property
   def _num_pieces(self) -> int:
@@ -246,24 +300,6 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     return {field.name: shaped(getattr(found, field.name)) for field in fields}
 
 
-def config_of(module: nn.Module) -> network.T5Config:
-  """The sizes of T5X's own T5 1.1 network, or of ours, as our configuration.
-
-  Raises:
-    ValueError: the module is of another architecture.
-  """
-  theirs: Any = getattr(module, "config", None)
-  if theirs is None or not hasattr(theirs, "emb_dim") or hasattr(theirs, "scan_layers"):
-    raise ValueError(
-      "Expected `module` to be calm.t5.network.Transformer, or the Transformer of T5X's"
-      f" examples/t5/network.py. Got {type(module).__module__}.{type(module).__name__};"
-      " scanned layers and Flaxformer's architectures have other parameter trees."
-    )
-  known = {field.name for field in dataclasses.fields(network.T5Config)}
-  given = {name: getattr(theirs, name) for name in known if hasattr(theirs, name)}
-  return network.T5Config(**given)
-
-
 def early_exit(model: t5x_models.EncoderDecoderModel, **added: Any) -> EncoderDecoderModel:
   """A T5X model, as it is configured, with early exit.
 
@@ -272,9 +308,12 @@ def early_exit(model: t5x_models.EncoderDecoderModel, **added: Any) -> EncoderDe
 
   Args:
     model: T5X's `EncoderDecoderModel` over its T5 1.1 network.
-    **added: `rule`, `threshold`, `shortlist`, `objective` and `engine` of ours.
+    **added: what `EncoderDecoderModel` takes besides T5X's arguments.
   """
-  return EncoderDecoderModel(
+  theirs = t5x_models.EncoderDecoderModel
+  bindings.refuse_subclass(model, theirs)
+  # As gin configures our class: what is bound for it, here or in exit_classifier.gin, holds.
+  return bindings.configured(EncoderDecoderModel)(
     module=model.module,
     input_vocabulary=model.input_vocabulary,
     output_vocabulary=model.output_vocabulary,
@@ -323,19 +362,10 @@ def save_t5x_checkpoint(
   return f"{directory}/checkpoint_{train_step}"
 
 
-def _with_rng(options: dict[str, Any], rng: jax.Array | None) -> dict[str, Any]:
-  if options.get("initial_index") is not None:
-    raise ValueError(
-      "Expected decoding from the first position. Got `decoder_params['initial_index']`, which"
-      " wants a filled cache; give the prefix as targets, with `prompt_with_targets`."
-    )
-  if rng is None:
-    return options
-  if options.get("decode_rng") is not None:
-    raise ValueError(
-      "Expected one random key. Got `rng` and `decoder_params['decode_rng']`; leave one out."
-    )
-  return {**options, "decode_rng": rng}
+def _context_mesh() -> Any:
+  """The mesh that a partitioned step runs on: T5X's partitioner enters it."""
+  mesh = t5x_partitioning.pxla.thread_resources.env.physical_mesh
+  return jax.sharding.get_abstract_mesh() if mesh.empty else mesh
 
 
 def _metrics(loss: jax.Array, sums: objectives.BatchMetrics, batch: Batch) -> dict[str, Any]:

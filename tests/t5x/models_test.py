@@ -22,6 +22,7 @@ pytestmark = setup.MARKS
 
 NEVER = schedules.NEVER_EXIT
 BATCH = len(engine.PROMPTS)
+BY_CLASSIFIER = exits.DynamicExits(confidence.Classifier())
 ENGINES = {
   "eager": engines.Eager(),
   "deferred": engines.Deferred(),
@@ -72,7 +73,7 @@ def test_the_tree_is_that_of_t5x_with_the_classifier_alone_added():
   toy, shapes = engine.toy(), {"encoder_input_tokens": (2, 5), "decoder_input_tokens": (2, 4)}
   ours, theirs = (
     jax.eval_shape(lambda m=m: m.get_initial_variables(jax.random.key(0), shapes))
-    for m in (setup.model(toy), setup.t5x_model(toy))
+    for m in (setup.model(toy, rule=BY_CLASSIFIER), setup.t5x_model(toy))
   )
   for name in ("params", "params_axes"):
     mine, expected = (parameters.flatten(tree[name]) for tree in (ours, theirs))
@@ -99,6 +100,9 @@ def test_our_module_is_taken_as_it_is_and_strangers_are_refused():
 
   toy = engine.toy()
   assert models.config_of(setup.t5x_module(toy)) == toy.config
+  assert setup.model(toy, rule=BY_CLASSIFIER).config == toy.config
+  without = dataclasses.replace(toy.config, exit_classifier=False)
+  assert setup.model(toy).config == without, "nothing needs one: the tree is T5X's own"
   ours = models.network.Transformer(toy.config)
   assert setup.model(toy, module=ours).config == toy.config
   with pytest.raises(ValueError, match="Got flax"):

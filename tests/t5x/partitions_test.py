@@ -1,8 +1,10 @@
 """Eight virtual devices generate what one generates, data-parallel and model-parallel."""
 
+import functools
 import json
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,22 +19,44 @@ pytestmark = setup.MARKS
 
 THRESHOLDS = (0.4, float("inf"))
 RULE = exits.DynamicExits(confidence.Softmax())
+# name -> partitions of the model, decode function, arguments of the model and of decoding.
+GREEDY = {
+  "data": (1, "ours", {}, {}),
+  "data_model": (2, "ours", {}, {}),
+  "whole_mesh": (4, "ours", {"split_rows": False}, {}),
+}
+OTHERS = {
+  "sample": (2, "sample", {}, {"num_decodes": 2, "return_all_decodes": True}),
+  "beam": (1, "beam", {}, {"num_decodes": 2, "return_all_decodes": True}),
+}
+
+
+def model(decode: str, **arguments: Any) -> Any:
+  from t5x import decoding
+
+  sample = functools.partial(decoding.temperature_sample, temperature=0.7, topk=5)
+  known = {"ours": models.greedy_decode, "sample": sample, "beam": decoding.beam_search}
+  toy = engine.toy(num_heads=4)
+  return setup.model(toy, rule=RULE, decode_fn=known[decode], **arguments)
+
+
 # Runs in a process of its own: the number of devices is fixed when JAX starts.
 SCRIPT = """
-import json, sys
+import json
 import flax, jax, numpy as np
 from t5x import partitioning, utils
 from tests import engine
+from tests.decode import hlo
 from tests.t5x import partitions_test as here, setup
 
 toy = engine.toy(num_heads=4)
 found = {}
-for partitions in (1, 2, 4):
+for name, (partitions, decode, arguments, options) in {**here.GREEDY, **here.OTHERS}.items():
   # On a CPU T5X puts every device on its model axis, whatever num_partitions says.
   grid = np.array(jax.devices()).reshape(-1, partitions)
   partitioning.get_cpu_mesh = lambda: jax.sharding.Mesh(grid, ["data", "model"])
   partitioner = partitioning.PjitPartitioner(num_partitions=partitions)
-  model = setup.model(toy, rule=here.RULE, decode_fn=here.models.greedy_decode)
+  model = here.model(decode, **arguments)
   batch = {name: np.asarray(x) for name, x in setup.batch().items()}
   shapes = {name: x.shape for name, x in batch.items()}
   shapes["decoder_target_tokens"] = shapes["decoder_input_tokens"]
@@ -42,16 +66,27 @@ for partitions in (1, 2, 4):
   place = partitioner.partition(lambda p: p, in_axis_resources=(None,), out_axis_resources=axes)
   params = place(flax.core.freeze(jax.tree.map(np.asarray, setup.params(toy))))
   kernel = params["decoder"]["layers_0"]["self_attention"]["query"]["kernel"]
-  predict = lambda p, b, t: model.predict_batch_with_aux(p, b, decoder_params={"threshold": t})
+  predict = lambda p, b, t: model.predict_batch_with_aux(
+    p, b, decoder_params={"threshold": t}, **options
+  )
   step = partitioner.partition(
     predict,
     in_axis_resources=(axes, partitioner.data_partition_spec, None),
     out_axis_resources=None,
   )
-  found[partitions] = {"shard": list(kernel.addressable_shards[0].data.shape)}
+  run = step.lower(params, batch, np.float32(0.4)).compile()
+  kinds = ("all-", "collective", "reduce-scatter")
+  moved = [x.opcode for x in hlo.in_loops(run.as_text()) if x.opcode.startswith(kinds)]
+  found[name] = {
+    "shard": list(kernel.addressable_shards[0].data.shape), "collectives": sorted(set(moved)),
+  }
+  of = lambda made: [made[0].tolist(), made[1]["exit_layers"].tolist()]
   for threshold in here.THRESHOLDS:
-    tokens, aux = jax.device_get(step(params, batch, np.float32(threshold)))
-    found[partitions][str(threshold)] = [tokens.tolist(), aux["exit_layers"].tolist()]
+    made = jax.device_get(step(params, batch, np.float32(threshold)))
+    found[name][str(threshold)] = of(made)
+  if name in here.OTHERS:
+    one = jax.jit(predict)(setup.params(toy), batch, np.float32(0.4))
+    found[name]["one"] = of(jax.device_get(one))
 print("FOUND" + json.dumps([jax.device_count(), found]))
 """
 
@@ -67,20 +102,37 @@ def found():
     text=True,
   )
   assert done.returncode == 0, done.stderr[-4000:]
-  devices, by_partitions = json.loads(done.stdout.split("FOUND")[1])
+  devices, by_name = json.loads(done.stdout.split("FOUND")[1])
   assert devices == 8
-  return by_partitions
+  return by_name
 
 
-@pytest.mark.parametrize("partitions", ["1", "2", "4"])
-def test_generations_are_those_of_one_device_up_to_ties(found, partitions):
+@pytest.mark.parametrize("name", GREEDY)
+def test_generations_are_those_of_one_device_up_to_ties(found, name):
   toy = engine.toy(num_heads=4)
   width = toy.config.num_heads * toy.config.head_dim
-  assert found[partitions]["shard"] == [toy.config.emb_dim, width // int(partitions)]
+  assert found[name]["shard"] == [toy.config.emb_dim, width // GREEDY[name][0]]
   for threshold in THRESHOLDS:
-    tokens, layers = map(np.array, found[partitions][str(threshold)])
+    tokens, layers = map(np.array, found[name][str(threshold)])
     state = engine.run(toy, RULE, threshold)
     rows = engine.reference_rows(toy, RULE, threshold)
     for i in engine.agreeing_rows(rows, state.generation):
       at = rows[i].first_difference(tokens[i].tolist(), layers[i].tolist())
       assert at is None or rows[i].is_tie(at)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_t5x_own_loops_draw_and_search_as_on_one_device(found, name):
+  tokens, layers = map(np.array, found[name]["0.4"])
+  expected, expected_layers = map(np.array, found[name]["one"])
+  assert tokens.shape[:2] == (len(engine.PROMPTS), 2)
+  assert len({tuple(row) for row in tokens.reshape(-1, tokens.shape[-1])}) > len(tokens)
+  np.testing.assert_array_equal(tokens, expected)
+  np.testing.assert_array_equal(layers, expected_layers)
+  assert 1 < layers[layers > 0].mean() < 4
+
+
+@pytest.mark.parametrize("name", [*GREEDY, *OTHERS])
+def test_nothing_is_exchanged_while_rows_are_decoded(found, name):
+  """But where the whole mesh decodes as one, which shows that the law can fail."""
+  assert bool(found[name]["collectives"]) == (name == "whole_mesh")

@@ -136,7 +136,8 @@ def of_t5x() -> tuple[Any, Any]:
 
 @functools.cache
 def after_stage_one() -> tuple[Any, Any]:
-  return two_steps(setup.model(engine.toy(**TOY)))
+  toy = engine.toy(**TOY)
+  return two_steps(setup.model(toy, module=models.network.Transformer(toy.config)))
 
 
 @pytest.mark.parametrize("layout", FORMATS)

@@ -1,0 +1,84 @@
+"""Gin's bindings of T5X's model class, which ours honours: nothing bound there is ignored.
+
+Users bind `models.EncoderDecoderModel` of T5X, and its methods, in files that they do not want
+to touch. Our class is another configurable to gin; what theirs was bound to is read here.
+This module does not import T5X.
+"""
+
+import functools
+import inspect
+from typing import Any
+
+import gin
+
+
+def of(configurable: Any) -> dict[str, Any]:
+  """What a function or class is bound to, references resolved; {} where gin knows none."""
+  try:
+    return gin.get_bindings(configurable)  # pyright: ignore[reportPrivateImportUsage]
+  except ValueError:  # not registered
+    return {}
+
+
+def configured(configurable: Any) -> Any:
+  """A function or class as gin configures it; as it is where nothing binds it."""
+  try:
+    return gin.get_configurable(configurable)  # pyright: ignore[reportPrivateImportUsage]
+  except ValueError:
+    return configurable
+
+
+def resolve(given: dict[str, Any], theirs: type, required: tuple[str, ...]) -> dict[str, Any]:
+  """Arguments of a class in place of T5X's, from those that were given and T5X's bindings.
+
+  Args:
+    given: arguments by name; None is not given.
+    theirs: T5X's class.
+    required: names that have no default.
+
+  Raises:
+    TypeError: a required one is neither given nor bound.
+  """
+  found = {name: value for name, value in given.items() if value is not None}
+  if len(found) < len(given):
+    found = {k: v for k, v in of(theirs).items() if k in given} | found
+  missing = [name for name in required if name not in found]
+  if missing:
+    raise TypeError(
+      f"Expected {', '.join(f'`{name}`' for name in missing)} of EncoderDecoderModel. Got"
+      " none; give them, or bind them for T5X's class or for this one in a gin file."
+    )
+  return found
+
+
+def bind_methods(model: Any, theirs: type) -> None:
+  """Gives a model's methods what gin binds for T5X's methods of the same names.
+
+  What gin binds for the model's own methods goes before it.
+  """
+  for name, method in inspect.getmembers(theirs, inspect.isfunction):
+    if name.startswith("__"):
+      continue
+    ours = inspect.unwrap(getattr(type(model), name))
+    own = {} if ours is method else of(ours)
+    bound = {key: value for key, value in of(method).items() if key not in own}
+    if bound:
+      setattr(model, name, functools.partial(getattr(model, name), **bound))
+
+
+def refuse_subclass(model: Any, theirs: type) -> None:
+  """Raises for a model of a class that changes T5X's: ours would leave the changes out.
+
+  Raises:
+    TypeError: it is of a subclass other than gin's own.
+  """
+  for cls in type(model).__mro__:
+    if cls is theirs:
+      return
+    # Gin's subclasses take the name of what they configure.
+    if (cls.__module__, cls.__qualname__) != (theirs.__module__, theirs.__qualname__):
+      break
+  raise TypeError(
+    f"Expected `model` to be T5X's EncoderDecoderModel. Got {type(model).__qualname__}, whose"
+    " own methods would be lost; derive it from calm.t5x.models.EncoderDecoderModel instead."
+  )

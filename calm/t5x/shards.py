@@ -1,0 +1,151 @@
+"""Rows belong to their device: decode loops under `shard_map` over a mesh.
+
+In T5X's partitioned step a conditional is one decision of the whole mesh: every device would
+run as deep and as long as the deepest row anywhere, and an engine that moves rows would move
+them between devices. Here each device decodes rows of its own, with the decoder's weights
+whole, and ends its own loop; nothing is exchanged until all have ended. Weights that lie along
+the model axis are gathered once a batch, and rows are split along that axis too: loops of
+different lengths with the compiler's collectives inside would wait for each other for ever
+(XLA's collective-permute has every device of the mesh come). This module does not import T5X.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import sharding
+from jax.extend import random as random_impls
+
+# The axes that T5X's partitioner lays batches along; 'replica' where there are several slices.
+DATA_AXES = ("replica", "data")
+
+
+def row_axes(mesh: Any, num_rows: Any) -> tuple[str, ...]:
+  """The axes of a mesh along which rows are split: all, or its data axes, or none.
+
+  Args:
+    mesh: the partitioner's, possibly empty.
+    num_rows: rows of the batch, which the axes' sizes must divide; may be symbolic
+      (`jax.export`), which is never split.
+  """
+  every = tuple(name for name in mesh.axis_names if mesh.shape[name] > 1)
+  for axes in (every, tuple(name for name in every if name in DATA_AXES)):
+    size = math.prod(mesh.shape[name] for name in axes)
+    if axes and isinstance(num_rows, int) and num_rows % size == 0:
+      return axes
+  return ()
+
+
+def over_rows(
+  function: Callable[[Any, Any, Any], Any], mesh: Any, axes: tuple[str, ...]
+) -> Callable[[Any, Any, Any], Any]:
+  """`function`(shared, rows, rng), each device with its own rows.
+
+  Args:
+    function: `rows` and what it returns are trees of arrays [rows, ...]; `shared` is a tree of
+      arrays that every device sees whole; `rng` is a key or None.
+    mesh: the partitioner's.
+    axes: from `row_axes`; devices along the others do the same.
+
+  Returns:
+    A function of the same arguments and results; `function` itself where there is nothing to
+    split. A threefry key draws for every row what it would draw on one device; keys of other
+    generators draw independently, but otherwise than on one device.
+  """
+  if not axes:
+    return function
+
+  def local(shared, rows, rng):
+    return function(shared, rows, of_shard(rng, jax.lax.axis_index(axes)))
+
+  whole, split = sharding.PartitionSpec(), sharding.PartitionSpec(axes)
+  # Loops of different lengths on different devices are what this is for: nothing is checked to
+  # vary alike.
+  return jax.shard_map(
+    local, mesh=mesh, in_specs=(whole, split, whole), out_specs=split, check_vma=False
+  )
+
+
+def with_rng(options: dict[str, Any], rng: jax.Array | None) -> dict[str, Any]:
+  """`decoder_params` with the key of the call, as T5X takes it.
+
+  Raises:
+    ValueError: there are two keys, or an index to start from.
+  """
+  if options.get("initial_index") is not None:
+    raise ValueError(
+      "Expected decoding from the first position. Got `decoder_params['initial_index']`, which"
+      " wants a filled cache; give the prefix as targets, with `prompt_with_targets`."
+    )
+  if rng is None:
+    return options
+  if options.get("decode_rng") is not None:
+    raise ValueError(
+      "Expected one random key. Got `rng` and `decoder_params['decode_rng']`; leave one out."
+    )
+  return {**options, "decode_rng": rng}
+
+
+def of_shard(key: Any, index: jax.Array) -> Any:
+  """A key whose draws of arrays [the shard's rows, ...] are those rows of the batch's draws."""
+  if key is None:
+    return None
+  typed = (
+    key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+  )
+  is_threefry = str(jax.random.key_impl(typed)) == "threefry2x32"
+  if not is_threefry or not jax.config.jax_threefry_partitionable:
+    return jax.random.fold_in(key, index)
+  data = jnp.concatenate([jax.random.key_data(typed), index[None].astype(jnp.uint32)])
+  return jax.random.wrap_key_data(data, impl=_SHARD_IMPL)
+
+
+def _threefry(key: jax.Array) -> jax.Array:
+  return jax.random.wrap_key_data(key[:2], impl="threefry2x32")
+
+
+def _with_shard(keys: jax.Array, key: jax.Array) -> jax.Array:
+  """Raw threefry keys [..., 2] with the shard of `key`, [..., 3]."""
+  shard = jnp.broadcast_to(key[2:], (*keys.shape[:-1], 1))
+  return jnp.concatenate([keys, shard], axis=-1)
+
+
+def _seed(seed: jax.Array) -> jax.Array:
+  data = jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
+  return jnp.concatenate([data, jnp.zeros((1,), jnp.uint32)])
+
+
+def _split(key: jax.Array, shape: Any) -> jax.Array:
+  return _with_shard(jax.random.key_data(jax.random.split(_threefry(key), shape)), key)
+
+
+def _fold_in(key: jax.Array, data: jax.Array) -> jax.Array:
+  return _with_shard(jax.random.key_data(jax.random.fold_in(_threefry(key), data)), key)
+
+
+def _random_bits(key: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.Array:
+  """Threefry's bits, counted on from where the shards before this one end."""
+  size = math.prod(shape)
+  if bit_width > 32:
+    raise NotImplementedError("Expected draws of at most 32 bits a number. Got 64.")
+  # Counters are pairs of 32-bit words; the place of an element in the whole batch is one.
+  place = jnp.arange(size, dtype=jnp.uint32) + key[2] * jnp.uint32(size % 2**32)
+  high = jnp.zeros((size,), jnp.uint32)
+  words = random_impls.threefry2x32_p.bind(
+    jnp.broadcast_to(key[0], high.shape), jnp.broadcast_to(key[1], high.shape), high, place
+  )
+  bits = (words[0] ^ words[1]).reshape(shape)
+  return bits.astype(jnp.dtype(f"uint{bit_width}"))
+
+
+_SHARD_IMPL = random_impls.define_prng_impl(
+  key_shape=(3,),
+  seed=_seed,
+  split=_split,
+  random_bits=_random_bits,
+  fold_in=_fold_in,
+  name="threefry2x32_of_shard",
+  tag="fry_of_shard",
+)

@@ -1,0 +1,156 @@
+"""What users bind for T5X's own class holds for the model with exits, or is refused."""
+
+import functools
+
+import gin
+import jax
+import numpy as np
+import pytest
+
+from calm import exits
+from calm.exits import confidence, schedules
+from calm.t5x import bindings
+from calm.training import objectives
+from tests import engine
+from tests.t5x import configs_test, setup
+
+models = setup.import_models()
+pytestmark = setup.MARKS
+gin_of_t5x = configs_test.gin_of_t5x
+
+SMALL = 'include "t5x/examples/t5/t5_1_1/small.gin"'
+FINETUNE, INFER = (f'include "t5x/configs/runs/{name}.gin"' for name in ("finetune", "infer"))
+OURS = 'include "configs/runs/early_exit.gin"'
+NETWORK = """
+import seqio
+from t5x.examples.t5 import network
+DROPOUT_RATE = 0.0
+VOCABULARY = @seqio.PassThroughVocabulary()
+seqio.PassThroughVocabulary.size = 40
+seqio.PassThroughVocabulary.eos_id = 1
+network.T5Config:
+  vocab_size = 44
+  emb_dim = 16
+  num_heads = 2
+  head_dim = 8
+  num_encoder_layers = 1
+  num_decoder_layers = 3
+  mlp_dim = 16
+"""
+
+
+def model_of(*lines: str):
+  """MODEL of a user's file."""
+  text = "\n".join(["from __gin__ import dynamic_registration", *lines])
+  imports = [line for line in text.split("\n") if line.startswith(("import", "from"))]
+  others = [line for line in text.split("\n") if not line.startswith(("import", "from"))]
+  gin.parse_config("\n".join([*imports, *others]))
+  return gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
+
+
+def test_one_line_honours_what_is_bound_for_t5x_class_and_its_methods():
+  model = model_of(
+    SMALL,
+    "from t5x import models",
+    "from t5x import decoding",
+    "models.EncoderDecoderModel.predict_batch_with_aux.num_decodes = 4",
+    "models.EncoderDecoderModel.predict_batch_with_aux.return_all_decodes = True",
+    "models.EncoderDecoderModel.decode_fn = @decoding.temperature_sample",
+    "decoding.temperature_sample.temperature = 0.5",
+    "Z_LOSS = 0.25",
+    OURS,
+    "THRESHOLD = 0.4",
+    NETWORK,
+  )
+  assert isinstance(model, models.EncoderDecoderModel)
+  assert model.threshold == 0.4 and model.objective == objectives.LayerWeighted(z_loss=0.25)
+  batch = setup.batch(engine.PROMPTS[:2], length=4)
+  shapes = {name: x.shape for name, x in batch.items()}
+  params = jax.eval_shape(lambda: model.get_initial_variables(jax.random.key(0), shapes))
+  tokens, aux = jax.eval_shape(model.predict_batch_with_aux, params["params"], batch)
+  assert tokens.shape == (2, 4, 4) == aux["exit_layers"].shape
+  given = functools.partial(model.predict_batch_with_aux, return_all_decodes=False)
+  assert jax.eval_shape(given, params["params"], batch)[0].shape == (2, 4)
+
+
+def test_stage_two_and_the_papers_schedule_hold_after_the_one_line():
+  model = model_of(
+    SMALL,
+    FINETUNE,
+    OURS,
+    'include "configs/runs/exit_classifier.gin"',
+    'include "configs/runs/decaying.gin"',
+    "from calm.exits import schedules",
+    "schedules.Decaying.temperature = 4.0",
+    "schedules.Decaying.max_length = 512",
+    NETWORK,
+  )
+  assert isinstance(model.objective, objectives.ExitClassifier)
+  assert model.config.exit_classifier, "it is trained"
+  assert type(model.optimizer_def).__name__ == "MultiOptimizer"
+  assert model.rule.schedule == schedules.Decaying(4.0, 512)
+
+
+def test_without_a_need_for_it_there_is_no_classifier_and_one_line_says_so(caplog):
+  model = model_of(SMALL, INFER, OURS, NETWORK)
+  assert not model.config.exit_classifier
+  (line,) = [r for r in caplog.messages if "exit classifier" in r]
+  assert "\n" not in line
+  gin.clear_config()
+  measured = (
+    "from calm import exits",
+    "from calm.exits import confidence",
+    "exits.DynamicExits.measure = @confidence.Classifier()",
+  )
+  assert model_of(SMALL, INFER, OURS, *measured, NETWORK).config.exit_classifier
+
+
+def test_replacing_the_import_is_enough():
+  lines = (
+    SMALL,
+    "from calm.t5x import models",  # was: from t5x import models
+    "MODEL = @models.EncoderDecoderModel()",
+    "models.EncoderDecoderModel.predict_batch_with_aux.num_decodes = 2",
+    "models.EncoderDecoderModel.threshold = 0.5",
+    "Z_LOSS = 0.5",
+  )
+  model = model_of(*lines, NETWORK)
+  assert isinstance(model, models.EncoderDecoderModel)
+  assert (model.threshold, model._z_loss, model.config.emb_dim) == (0.5, 0.5, 16)
+  signature = gin.get_bindings(models.EncoderDecoderModel.predict_batch_with_aux)
+  assert signature == {"num_decodes": 2}
+
+
+def test_what_would_be_ignored_is_refused():
+  from t5x import models as t5x_models
+
+  class Mine(t5x_models.EncoderDecoderModel):
+    def loss_fn(self, params, batch, dropout_rng):
+      raise AssertionError
+
+  toy = engine.toy()
+  words = setup.vocabulary(40)
+  with pytest.raises(TypeError, match=r"Got .*Mine, whose own methods would be lost"):
+    models.early_exit(Mine(setup.t5x_module(toy), words, words, None))
+  with pytest.raises(TypeError, match="Expected `module`, `input_vocabulary`"):
+    models.EncoderDecoderModel(optimizer_def=1, output_vocabulary=words)
+  with pytest.raises(ValueError, match="label_smoothing"):
+    model_of(SMALL, "LABEL_SMOOTHING = 0.1", OURS, NETWORK)
+
+
+def test_bindings_of_our_own_methods_go_before_those_of_t5x():
+  from t5x import models as t5x_models
+
+  model = model_of(
+    SMALL,
+    OURS,
+    "from calm.t5x import models as calm_models",
+    "from t5x import models",
+    "models.EncoderDecoderModel.predict_batch_with_aux.num_decodes = 4",
+    "calm_models.EncoderDecoderModel.predict_batch_with_aux.num_decodes = 2",
+    NETWORK,
+  )
+  assert bindings.of(t5x_models.EncoderDecoderModel.predict_batch_with_aux)
+  assert not isinstance(model.predict_batch_with_aux, functools.partial)
+  assert np.isinf(model.threshold) and isinstance(model.rule, exits.DynamicExits)
+  assert model.rule.measure == confidence.Softmax()

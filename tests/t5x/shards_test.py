@@ -1,0 +1,45 @@
+"""Keys of shards draw what one device draws; rows are split along axes that divide them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm.t5x import shards
+
+SHARDS, ROWS = 3, 2
+
+
+def draws(key, rows):
+  first, second = jax.random.split(key)
+  shape = (rows, 5)
+  return (
+    jax.random.uniform(first, shape),
+    jax.random.categorical(jax.random.fold_in(second, 7), jnp.zeros(shape)),
+    jax.random.bits(second, shape, "uint16"),
+  )
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+def test_shards_draw_what_one_device_draws(make):
+  whole = draws(make(3), SHARDS * ROWS)
+  parts = [draws(shards.of_shard(make(3), jnp.array(i)), ROWS) for i in range(SHARDS)]
+  for expected, *got in zip(whole, *parts, strict=True):
+    np.testing.assert_array_equal(np.concatenate(got), expected)
+
+
+def test_other_generators_draw_apart():
+  key = jax.random.key(3, impl="unsafe_rbg")
+  parts = [draws(shards.of_shard(key, jnp.array(i)), ROWS)[0] for i in range(SHARDS)]
+  assert not np.any(np.asarray(parts[0]) == np.asarray(parts[1]))
+  assert shards.of_shard(None, jnp.array(0)) is None
+
+
+def test_rows_are_split_along_axes_that_divide_them():
+  mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
+  assert shards.row_axes(mesh, 16) == ("data", "model")
+  assert shards.row_axes(mesh, 12) == ("data",)
+  assert shards.row_axes(mesh, 3) == ()
+  assert shards.row_axes(mesh, object()) == (), "a symbolic batch is never split"
+  assert shards.row_axes(jax.sharding.AbstractMesh((1, 4), ("data", "model")), 6) == ()
+  assert shards.row_axes(jax.sharding.AbstractMesh((), ()), 8) == ()
