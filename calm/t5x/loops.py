@@ -87,7 +87,7 @@ def make_rows(
   """Rows of a batch, each prompt `num_decodes` times in a row, as T5X's loops lay them out.
 
   Args:
-    encoded: from `step.cross_attention_inputs`.
+    encoded: from `decoder.cross_attention_inputs`.
     prefix: BOS (0), then tokens to be forced, 0 where the model is free.
     threshold: lambda, [] or [batch].
     eos_id: the token that ends a row.
@@ -145,7 +145,7 @@ class DeepInPrefix:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-  """The early-exit step as T5X's loops call it; static, like `programs.Program`.
+  """The early-exit step as T5X's loops call it; static, like `program.Program`.
 
   Attributes:
     config: the model's sizes.
@@ -172,7 +172,7 @@ class Loop:
     """A cache that T5X's loops can tile, flatten and gather: plain dictionaries of arrays.
 
     Args:
-      weights: the decoder, from `programs.model_weights`.
+      weights: the decoder, from `program.model_weights`.
       rows: from `make_rows`.
       batch_size: rows of the cache: of the batch, before a loop of T5X's multiplies them.
     """
@@ -210,7 +210,7 @@ class Loop:
     """The exits of sequences that some loop returned, by feeding them to the same step.
 
     Args:
-      weights: the decoder, from `programs.model_weights`.
+      weights: the decoder, from `program.model_weights`.
       rows: as they were decoded.
       tokens: prefix, generated tokens, padding.
       eos_id: the token that ended them.

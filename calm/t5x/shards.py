@@ -96,7 +96,7 @@ def of_shard(key: Any, index: jax.Array) -> Any:
     key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
   )
   is_threefry = str(jax.random.key_impl(typed)) == "threefry2x32"
-  if not is_threefry or not jax.config.jax_threefry_partitionable:
+  if not is_threefry or not jax.config.read("jax_threefry_partitionable"):
     return jax.random.fold_in(key, index)
   data = jnp.concatenate([jax.random.key_data(typed), index[None].astype(jnp.uint32)])
   return jax.random.wrap_key_data(data, impl=_SHARD_IMPL)
@@ -121,7 +121,7 @@ def _split(key: jax.Array, shape: Any) -> jax.Array:
   return _with_shard(jax.random.key_data(jax.random.split(_threefry(key), shape)), key)
 
 
-def _fold_in(key: jax.Array, data: jax.Array) -> jax.Array:
+def _fold_in(key: jax.Array, data: Any) -> jax.Array:
   return _with_shard(jax.random.key_data(jax.random.fold_in(_threefry(key), data)), key)
 
 
