@@ -87,7 +87,7 @@ def make_rows(
   """Rows of a batch, each prompt `num_decodes` times in a row, as T5X's loops lay them out.
 
   Args:
-    encoded: from `decoder.cross_attention_inputs`.
+    encoded: from `caches.cross_attention_inputs`.
     prefix: BOS (0), then tokens to be forced, 0 where the model is free.
     threshold: lambda, [] or [batch].
     eos_id: the token that ends a row.

@@ -96,7 +96,8 @@ def of_shard(key: Any, index: jax.Array) -> Any:
     key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
   )
   is_threefry = str(jax.random.key_impl(typed)) == "threefry2x32"
-  if not is_threefry or not jax.config.read("jax_threefry_partitionable"):
+  partitionable = jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
+  if not is_threefry or not partitionable:
     return jax.random.fold_in(key, index)
   data = jnp.concatenate([jax.random.key_data(typed), index[None].astype(jnp.uint32)])
   return jax.random.wrap_key_data(data, impl=_SHARD_IMPL)
