@@ -18,7 +18,7 @@ import numpy as np
 
 from calm.checkpoints import files, huggingface, t5x
 from calm.data import vocabulary as vocabularies
-from calm.t5 import network, parameters
+from calm.t5 import limits, network, parameters
 
 FORMAT = "calm checkpoint 1"
 _MODEL_FILE = "vocabulary.model"
@@ -160,7 +160,8 @@ def _config_of(fields: dict[str, Any], path: pathlib.Path) -> network.T5Config:
       f" Got {str(path)!r} with format {stored_format!r}, unknown fields {unknown}; it was"
       " written by another program or a newer version."
     )
-  return network.T5Config(**fields)
+  with files.naming(path / "config.json"):
+    return network.T5Config(**limits.check(fields))
 
 
 def _vocabulary_record(vocabulary: Vocabulary) -> dict[str, Any]:
@@ -177,13 +178,16 @@ def _read_vocabulary(path: pathlib.Path) -> Vocabulary | None:
       "Expected vocabulary.json to be of kind 'sentencepiece' or 'bytes'. Got"
       f" {record.get('kind')!r} in {str(path)!r}; give `vocabulary` instead."
     )
-  if record["kind"] == "bytes":
-    return vocabularies.ByteVocabulary(extra_ids=record["extra_ids"])
-  made = vocabularies.SentencePieceVocabulary(path / _MODEL_FILE, extra_ids=record["extra_ids"])
-  if made.digest() != record["digest"]:
+  with files.naming(path / "vocabulary.json"):
+    extra_ids: Any = record.get("extra_ids")
+    if record["kind"] == "bytes":
+      return vocabularies.ByteVocabulary(extra_ids=extra_ids)
+    made = vocabularies.SentencePieceVocabulary(path / _MODEL_FILE, extra_ids=extra_ids)
+  digest = str(record.get("digest"))
+  if made.digest() != digest:
     raise ValueError(
-      f"Expected {_MODEL_FILE} to have the digest {record['digest'][:12]}... that was saved"
-      f" with it. Got {made.digest()[:12]}... in {str(path)!r}; the file was exchanged, and"
-      " other token ids would give other texts: put the saved one back."
+      f"Expected {_MODEL_FILE} to have the digest {digest[:12]}... that was saved with it. Got"
+      f" {made.digest()[:12]}... in {str(path)!r}; the file was exchanged, and other token ids"
+      " would give other texts: put the saved one back."
     )
   return made

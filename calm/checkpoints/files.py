@@ -6,7 +6,7 @@ Shared by the checkpoint formats, each of which has a file of its own.
 import contextlib
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -99,12 +99,23 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       " missing; download or save the checkpoint again."
     )
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = safe.parse_json(path.read_bytes())
   except ValueError as error:
-    raise ValueError(f"Expected {str(path)!r} to be JSON in UTF-8. Got: {error}.") from error
+    raise ValueError(
+      f"Expected {str(path)!r} to be JSON in UTF-8. Got: {error}; copy or download it again."
+    ) from error
   if not isinstance(value, dict):
     raise ValueError(f"Expected {str(path)!r} to be a JSON object. Got {type(value).__name__}.")
   return value
+
+
+@contextlib.contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+  """Errors about what a file says name the file."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
 
 
 def write_together(

@@ -20,9 +20,22 @@ import numpy as np
 
 from calm.checkpoints import files
 from calm.data import vocabulary
-from calm.t5 import network, parameters
+from calm.t5 import limits, network, parameters
 
 MODEL_TYPES = ("t5", "mt5")
+# Our field -> theirs; those that a file may lack have T5's defaults in both.
+_FIELDS = {
+  "vocab_size": "vocab_size",
+  "emb_dim": "d_model",
+  "head_dim": "d_kv",
+  "mlp_dim": "d_ff",
+  "num_heads": "num_heads",
+  "num_encoder_layers": "num_layers",
+  "num_decoder_layers": "num_decoder_layers",
+  "dropout_rate": "dropout_rate",
+  "relpos_buckets": "relative_attention_num_buckets",
+  "relpos_max_distance": "relative_attention_max_distance",
+}
 # Their activation -> ours. flax's gelu is the tanh approximation, their "gelu_new".
 _ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "silu": "silu", "swish": "silu"}
 _EMBEDDING, _HEAD = "shared.weight", "lm_head.weight"
@@ -45,7 +58,9 @@ def read(directory: pathlib.Path) -> tuple[network.T5Config, dict[str, np.ndarra
       whose names are not those of this kind of model.
   """
   theirs = files.read_json(directory / "config.json")
-  _check_config(theirs)
+  with files.naming(directory / "config.json"):
+    _check_config(theirs)
+    _config(theirs, logits_via_embedding=False)  # before any weight is read
   weights = _read_weights(directory)
   embedding, head = _take_embedding_and_head(weights)
   scaled = _scales_decoder_states(theirs)
@@ -178,15 +193,26 @@ def _read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
       )
     return files.read_safetensors(path)
   weight_map = files.read_json(index_path).get("weight_map")
-  if not weight_map:
+  if not (isinstance(weight_map, dict) and weight_map) or not all(
+    isinstance(name, str) and name.endswith(".safetensors") for name in weight_map.values()
+  ):
     raise ValueError(
-      f"Expected {index_path.name!r} to hold a `weight_map`. Got none in {str(directory)!r};"
-      " download the checkpoint again."
+      f"Expected {index_path.name!r} to hold a `weight_map` of weights to .safetensors files."
+      f" Got {repr(weight_map)[:60]} in {str(directory)!r}; download the checkpoint again."
     )
-  weights = {}
+  weights: dict[str, np.ndarray] = {}
   for name in sorted(set(weight_map.values())):
     # The index is not trusted with where to look.
-    weights |= files.read_safetensors(directory / pathlib.Path(name).name)
+    shard = files.read_safetensors(directory / pathlib.PurePosixPath(name).name)
+    listed = {weight for weight, place in weight_map.items() if place == name}
+    if set(shard) != listed:
+      odd = sorted(set(shard) ^ listed)
+      raise ValueError(
+        f"Expected {name!r} to hold the weights that {index_path.name!r} lists for it. Got"
+        f" {len(odd)} that are in one of the two only, as {odd[0]!r}, in {str(directory)!r};"
+        " download the checkpoint again."
+      )
+    weights |= shard
   return weights
 
 
@@ -235,7 +261,7 @@ def _check_config(theirs: Mapping[str, Any]) -> None:
   }
   for field, (allowed, default) in fixed.items():
     value = theirs.get(field, default)
-    if value not in allowed:
+    if isinstance(value, bool | list | dict) or value not in allowed:
       raise ValueError(
         f"Expected `{field}` in config.json to be {' or '.join(repr(a) for a in allowed)} (T5,"
         f" Flan-T5, mT5 or ByT5). Got {value!r}; such a model computes another function."
@@ -247,20 +273,14 @@ def _config(theirs: Mapping[str, Any], *, logits_via_embedding: bool) -> network
   missing = [field for field in sizes if field not in theirs]
   if missing:
     raise ValueError(f"Expected config.json to give {', '.join(sizes)}. Missing: {missing}.")
+  options = {"relpos_buckets": 32, "relpos_max_distance": 128}
+  options |= {ours: theirs[name] for ours, name in _FIELDS.items() if name in theirs}
+  if theirs.get("num_decoder_layers") is None:  # as many as the encoder has
+    options["num_decoder_layers"] = theirs["num_layers"]
   return network.T5Config(
-    vocab_size=theirs["vocab_size"],
-    emb_dim=theirs["d_model"],
-    head_dim=theirs["d_kv"],
-    mlp_dim=theirs["d_ff"],
-    num_heads=theirs["num_heads"],
-    num_encoder_layers=theirs["num_layers"],
-    # Absent or null means as many as the encoder has.
-    num_decoder_layers=theirs.get("num_decoder_layers") or theirs["num_layers"],
+    **limits.check(options, _FIELDS),
     mlp_activations=_activations(theirs),
-    dropout_rate=theirs.get("dropout_rate", 0.1),
     logits_via_embedding=logits_via_embedding,
-    relpos_buckets=theirs.get("relative_attention_num_buckets", 32),
-    relpos_max_distance=theirs.get("relative_attention_max_distance", 128),
     exit_classifier=False,
   )
 
@@ -268,6 +288,10 @@ def _config(theirs: Mapping[str, Any], *, logits_via_embedding: bool) -> network
 def _activations(theirs: Mapping[str, Any]) -> tuple[str, ...]:
   default = "gated-gelu" if theirs["model_type"] == "mt5" else "relu"
   kind = theirs.get("feed_forward_proj", default)
+  if not isinstance(kind, str):
+    raise ValueError(
+      f"Expected `feed_forward_proj` to be a name. Got {kind!r}; T5 1.1 has 'gated-gelu'."
+    )
   # transformers means the tanh approximation by "gated-gelu", and by no other "gelu".
   name = "gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-")
   if name not in _ACTIVATIONS:

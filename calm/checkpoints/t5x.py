@@ -8,6 +8,7 @@ tensorstore, and Orbax for its format: both come with the `train` extra.
 
 import contextlib
 import importlib
+import math
 import pathlib
 import re
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from flax import serialization, traverse_util
 from calm.checkpoints import files
 from calm.t5 import network, parameters
 
+# No compressor of theirs makes less of more than this.
+_SMALL, _MOST_COMPRESSION = 2**20, 1100
 _STEP = re.compile(r"checkpoint_(\d+)")
 
 
@@ -62,6 +65,7 @@ def infer_config(flat: Mapping[str, np.ndarray]) -> network.T5Config:
     num_heads, relpos_buckets = flat["decoder/relpos_bias/rel_embedding"].shape
     joined_kv = flat["decoder/layers_0/self_attention/query/kernel"].shape[1]
     mlp_dim = flat["decoder/layers_0/mlp/wo/kernel"].shape[0]
+    layers = [_count_layers(flat, side) for side in ("encoder", "decoder")]
   except (KeyError, IndexError, ValueError) as error:
     raise ValueError(
       "Expected `path` to hold the parameters of T5X's own T5 network (t5x/examples/t5). Got"
@@ -73,9 +77,9 @@ def infer_config(flat: Mapping[str, np.ndarray]) -> network.T5Config:
     vocab_size=vocab_size,
     emb_dim=emb_dim,
     num_heads=num_heads,
-    num_encoder_layers=_count_layers(flat, "encoder"),
-    num_decoder_layers=_count_layers(flat, "decoder"),
-    head_dim=joined_kv // num_heads,
+    num_encoder_layers=layers[0],
+    num_decoder_layers=layers[1],
+    head_dim=joined_kv // max(num_heads, 1),
     mlp_dim=mlp_dim,
     mlp_activations=("gelu", "linear") if gated else ("relu",),
     logits_via_embedding="decoder/logits_dense/kernel" not in flat,
@@ -106,7 +110,7 @@ def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     contents = serialization.msgpack_restore((path / "checkpoint").read_bytes())
     target = contents["optimizer"]["target"]
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise ValueError(
       f"Expected `path` to be a T5X checkpoint of version 2 or newer. Got {str(path)!r} whose"
       f" msgpack does not open ({type(error).__name__}: {error}); it is truncated or of another"
@@ -115,9 +119,14 @@ def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
   leaves: dict[str, Any] = traverse_util.flatten_dict(
     target, is_leaf=lambda _, node: _is_reference(node), sep="/"
   )
+  if not isinstance(target, dict) or not all(isinstance(name, str) for name in leaves):
+    raise ValueError(
+      f"Expected the `target` of {str(path)!r} to be a tree of parameters. Got"
+      f" {type(target).__name__}; copy the checkpoint again."
+    )
   # All reads are under way before the first is waited for; small leaves are in the msgpack.
   reads = {
-    n: _open_zarr(path, leaf).read() for n, leaf in leaves.items() if _is_reference(leaf)
+    n: _open_zarr(path, n, leaf).read() for n, leaf in leaves.items() if _is_reference(leaf)
   }
   arrays = {name: reads[name].result() if name in reads else leaves[name] for name in leaves}
   return {name: files.as_float32(name, array, path) for name, array in arrays.items()}
@@ -128,20 +137,40 @@ def _is_reference(node: Any) -> bool:
   return isinstance(node, dict) and {"driver", "kvstore"} <= set(node)
 
 
-def _open_zarr(path: pathlib.Path, reference: Mapping[str, Any]):
+def _open_zarr(path: pathlib.Path, name: str, reference: Mapping[str, Any]):
   ts = _import("tensorstore")
   # "path" stood beside the key-value store before tensorstore 0.1.14. Only the last component
   # counts: the rest says where the checkpoint was written, be it a bucket.
-  stored = reference["kvstore"].get("path") or reference["path"]
-  folder = path / pathlib.PurePosixPath(stored).name
+  store = reference["kvstore"]
+  stored = (store.get("path") if isinstance(store, dict) else None) or reference.get("path")
+  folder = path / pathlib.PurePosixPath(str(stored)).name
+  if folder.name != f"target.{name.replace('/', '.')}" or reference["driver"] != "zarr":
+    raise ValueError(
+      f"Expected the leaf {name!r} of {str(path)!r} to be in the zarr array of its name. Got"
+      f" {reference['driver']!r} {folder.name!r}; parameters under other names would be taken"
+      " for one another: copy the checkpoint again."
+    )
   store = {"driver": "file", "path": f"{folder}/"}
   try:
-    return ts.open({"driver": reference["driver"], "kvstore": store}, read=True).result()
+    opened = ts.open({"driver": "zarr", "kvstore": store}, read=True).result()
   except ValueError as error:
     raise ValueError(
       f"Expected `path` to hold the array {folder.name!r}, which its msgpack refers to. Got"
       f" {str(path)!r} without it ({error}); copy the whole folder again."
     ) from error
+  _check_size(folder, math.prod(opened.shape) * 4)
+  return opened
+
+
+def _check_size(folder: pathlib.Path, size: int) -> None:
+  """Refuses arrays that their files cannot hold, before memory is taken for them."""
+  stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+  if size > _SMALL + _MOST_COMPRESSION * stored:
+    raise ValueError(
+      f"Expected {str(folder)!r} to hold the arrays that its metadata describe. Got {stored}"
+      f" bytes for arrays of {size}; the metadata are damaged, or files are missing: copy the"
+      " whole folder again."
+    )
 
 
 def _read_orbax(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -152,6 +181,8 @@ def _read_orbax(path: pathlib.Path) -> dict[str, np.ndarray]:
     # The handler alone: a checkpointer would look for T5X's own handlers of other items.
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
       target = handler.metadata(state.absolute()).tree["target"]
+      sizes = [math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(target)]
+      _check_size(state, sum(sizes))
       arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
       restored = handler.restore(
         state.absolute(),

@@ -18,7 +18,12 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from calm.calibrate.generations import files
+
 _GZIP_MAGIC = b"\x1f\x8b"
+# Texts pack to a third or a tenth; files up to so many bytes may do as they like.
+_UNPACKED, _RATIO = 2**28, 200
+_LONGEST_LINE = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +130,7 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
   number = 0
   try:
     with gzip.open(path, "rb") if packed else path.open("rb") as file:
-      for number, line in enumerate(file, start=1):
+      for number, line in enumerate(_bounded(file, path), start=1):
         if line.strip():
           yield number, line
   except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -133,6 +138,24 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
       f"{path}: the gzip data are damaged or cut off after line {number} ({error})."
       " Copy the file again."
     ) from error
+
+
+def _bounded(file: Any, path: pathlib.Path) -> Iterator[bytes]:
+  """Lines, none so long and not so many of them that a small file fills the memory.
+
+  Raises:
+    ValueError: a line of more than 64 MiB, or gzip that unpacks to 200 times its size.
+  """
+  total, most = 0, _UNPACKED + _RATIO * path.stat().st_size
+  while line := file.readline(_LONGEST_LINE + 1):
+    total += len(line)
+    if len(line) > _LONGEST_LINE or total > most:
+      raise ValueError(
+        f"Expected {str(path)!r} to hold lines of at most {_LONGEST_LINE} bytes, and at most"
+        f" {_RATIO} times its size when unpacked. Got more; it is no file of prompts, or made"
+        " to fill the memory."
+      )
+    yield line
 
 
 def _object(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
@@ -145,11 +168,15 @@ def _object(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
       f" (0x{line[error.start]:02x}). Save the file as UTF-8."
     ) from error
   try:
-    fields = json.loads(text)
+    fields = files.parse_json(text)
   except json.JSONDecodeError as error:
     raise ValueError(
       f"{path}:{number}: invalid JSON at column {error.colno}: {error.msg}. Expected one"
       " object a line."
+    ) from error
+  except ValueError as error:
+    raise ValueError(
+      f"{path}:{number}: expected JSON, got {error}. Write the line again."
     ) from error
   if not isinstance(fields, dict):
     raise ValueError(

@@ -18,6 +18,7 @@ import sentencepiece
 # The sentencepiece.ModelProto.SentencePiece.Type of pieces that are matched before any other.
 _USER_DEFINED = 4
 _WORD_START = "▁"
+_MOST_EXTRA_IDS = 2**14
 
 
 @runtime_checkable
@@ -281,5 +282,12 @@ def _digest(content: bytes, extra_ids: int) -> str:
 
 
 def _check_extra_ids(extra_ids: int) -> None:
-  if extra_ids < 0:
-    raise ValueError(f"Expected `extra_ids` to be 0 or more. Got {extra_ids}.")
+  if not isinstance(extra_ids, int) or isinstance(extra_ids, bool):
+    raise ValueError(
+      f"Expected `extra_ids` to be a whole number. Got {extra_ids!r}; T5 has 100."
+    )
+  if not 0 <= extra_ids <= _MOST_EXTRA_IDS:
+    raise ValueError(
+      f"Expected `extra_ids` to be 0 or more, and at most {_MOST_EXTRA_IDS}. Got {extra_ids};"
+      " T5 has 100, ByT5 125, mT5 0."
+    )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -46,10 +47,13 @@ class Decaying:
   name: ClassVar[str] = "decaying"
 
   def __post_init__(self):
-    if not self.temperature >= 0 or self.max_length < 1:
+    given = (self.temperature, self.max_length)
+    if not all(isinstance(n, numbers.Real) and math.isfinite(n) for n in given) or not (
+      self.temperature >= 0 and self.max_length >= 1
+    ):
       raise ValueError(
-        "Expected `temperature` >= 0 and `max_length` >= 1."
-        f" Got {self.temperature} and {self.max_length}."
+        "Expected `temperature` >= 0 and `max_length` >= 1, both finite."
+        f" Got {self.temperature!r} and {self.max_length!r}; Eq. 5's figures have 0 to 8."
       )
 
   def __call__(self, threshold, generated):
@@ -60,12 +64,12 @@ class Decaying:
     return jnp.where(jnp.isinf(threshold), threshold, clipped)
 
 
-def schedule(name: str, **numbers: Any) -> Schedule:
+def schedule(name: str, **options: Any) -> Schedule:
   """`constant`, or `decaying` with its `temperature` and `max_length`, by name."""
   kinds: Mapping[str, Any] = {Constant.name: Constant, Decaying.name: Decaying}
   if name not in kinds:
     raise ValueError(f"Expected `schedule` to be one of {sorted(kinds)}. Got {name!r}.")
-  return kinds[name](**numbers)
+  return kinds[name](**options)
 
 
 def check_threshold(threshold: float) -> None:

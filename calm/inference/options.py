@@ -14,6 +14,7 @@ from calm.checkpoints import files
 from calm.decode import engines
 from calm.exits import confidence as confidence_lib
 from calm.exits import propagation, schedules
+from calm.t5 import limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,7 @@ class DecodeOptions:
 
   def __post_init__(self):
     for name in ("max_input_length", "max_decode_length", "batch_size", "num_devices"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"Expected `{name}` of at least 1. Got {getattr(self, name)}.")
+      limits.whole(name, getattr(self, name), 1, limits.LONGEST, "give a number in that range")
     if self.refill and self.num_devices > 1:
       raise ValueError(
         f"Expected `num_devices` of 1 with `refill`. Got {self.num_devices}; leave one out."

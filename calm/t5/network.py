@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax.linen import partitioning
 from jaxtyping import Array, ArrayLike, Float, Num
 
-from calm.t5 import layers
+from calm.t5 import layers, limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,26 +52,13 @@ class T5Config:
 
   def __post_init__(self):
     # Gin gives lists and dtypes by name or object; a hashable static wants one form.
-    object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
-    object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+    for name, value in limits.check(dataclasses.asdict(self)).items():
+      object.__setattr__(self, name, value)
     if self.per_layer_heads and self.logits_via_embedding:
       raise ValueError(
         "Expected `per_layer_heads` without `logits_via_embedding`: a tied head is shared by"
         " all layers. Got both; turn one off."
       )
-
-
-def _dtype_name(dtype: Any) -> str:
-  try:
-    found = jnp.dtype(dtype)
-  except TypeError:
-    found = None
-  if found is None or not jnp.issubdtype(found, jnp.floating):
-    raise ValueError(
-      f"Expected `dtype` to be a floating-point type. Got {dtype!r}; take 'float32', or"
-      " 'bfloat16' for less memory."
-    )
-  return found.name
 
 
 class EncoderLayer(nn.Module):

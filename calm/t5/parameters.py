@@ -13,6 +13,9 @@ from flax import traverse_util
 
 from calm.t5 import network
 
+# More than any published model has: looked for before they are traced.
+_MANY_LAYERS = 48
+
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
   """{path: leaf} of a tree, paths "/"-joined: "decoder/decoder_norm/scale"."""
@@ -20,7 +23,20 @@ def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """The tree of {path: leaf}."""
+  """The tree of {path: leaf}.
+
+  Raises:
+    ValueError: a path goes on where another ends.
+  """
+  for path in flat:
+    above = path
+    while "/" in above:
+      above = above.rpartition("/")[0]
+      if above in flat:
+        raise ValueError(
+          f"Expected leaves of one tree. Got {above!r}, and {path!r} below it; the checkpoint"
+          " is damaged: copy it again."
+        )
   return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
@@ -41,7 +57,9 @@ def check(params: Mapping[str, Any], config: network.T5Config) -> None:
     ValueError: naming the first leaf that is missing, of no use to `config`, of another shape,
       or holds NaN or infinity.
   """
-  expected, got = expected_shapes(config), flatten(params)
+  got = flatten(params)
+  _check_last_layers(got, config)
+  expected = expected_shapes(config)
   for path, shape in expected.items():
     if path not in got:
       raise ValueError(
@@ -66,6 +84,20 @@ def check(params: Mapping[str, Any], config: network.T5Config) -> None:
         f"Expected finite `params`. Got {bad} of {np.size(leaf)} values NaN or infinite in the"
         f" leaf {path!r}; the checkpoint is damaged or its training diverged: take an earlier"
         " one."
+      )
+
+
+def _check_last_layers(flat: Mapping[str, Any], config: network.T5Config) -> None:
+  """Before the shapes of hundreds of layers are computed that a damaged number asks for."""
+  for side, count in (
+    ("encoder", config.num_encoder_layers),
+    ("decoder", config.num_decoder_layers),
+  ):
+    last = f"{side}/layers_{count - 1}/"
+    if count > _MANY_LAYERS and not any(path.startswith(last) for path in flat):
+      raise ValueError(
+        f"Expected `params` to hold leaves of {last!r}, the last of `num_{side}_layers`. Got"
+        " none; the configuration is of another model, or the file of another kind."
       )
 
 

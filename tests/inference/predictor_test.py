@@ -281,7 +281,7 @@ def test_no_threshold_and_no_list_are_refused(model):
 
 @pytest.mark.parametrize("name", ["max_input_length", "max_decode_length", "batch_size"])
 def test_sizes_below_one_are_refused(name):
-  with pytest.raises(ValueError, match=f"`{name}` of at least 1. Got 0"):
+  with pytest.raises(ValueError, match=rf"`{name}` to be in 1 \.\.\. 65536. Got 0; give"):
     inference.DecodeOptions(**{name: 0})
 
 

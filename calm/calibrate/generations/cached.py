@@ -12,7 +12,6 @@ moment loses at most the record it was writing.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -108,7 +107,7 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
   """
   path = pathlib.Path(directory) / MANIFEST
   try:
-    manifest = json.loads(path.read_text("utf-8"))
+    manifest = files.parse_json(path.read_bytes())
   except FileNotFoundError as error:
     raise GenerationsError(
       f"{path}: not found; `directory` must be a folder of cached generations."

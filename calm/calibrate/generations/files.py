@@ -9,6 +9,8 @@ that the link names; devices, pipes and sockets are written to, and `-` is stand
 import contextlib
 import errno
 import hashlib
+import json
+import math
 import os
 import pathlib
 import re
@@ -18,7 +20,7 @@ import stat
 import sys
 import time
 from collections.abc import Collection, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from calm.calibrate.generations import locks
 
@@ -30,6 +32,8 @@ _ABANDONED_SECONDS = 3600
 _LONGEST_NAME = 120
 # What a full disk, quota or limit says in the middle of writing.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+# What a number must hold to be beyond float64.
+_HUGE = re.compile(r"[0-9][eE]\+?[0-9]{3}|[0-9]{309}")
 _BINARY = getattr(os, "O_BINARY", 0)
 
 
@@ -159,6 +163,32 @@ def sweep(directory: pathlib.Path) -> list[str]:
           os.unlink(entry.path)
           removed.append(entry.name)
   return sorted(removed)
+
+
+def parse_json(content: str | bytes) -> Any:
+  """A JSON value, of UTF-8 where bytes are given.
+
+  Raises:
+    ValueError: no UTF-8, no JSON (NaN and infinities are none), a number beyond float64, or
+      too deep to be read.
+  """
+  text = content.decode("utf-8") if isinstance(content, bytes) else content
+  # Python reads 1e400 as infinity. To look at every number takes long: only where one may be.
+  number = _finite if _HUGE.search(text) else None
+  try:
+    return json.loads(text, parse_constant=_refuse_constant, parse_float=number)
+  except RecursionError:
+    raise ValueError("lists or objects in one another, too deep to be read") from None
+
+
+def _refuse_constant(name: str) -> float:
+  raise ValueError(f"{name} is not JSON")
+
+
+def _finite(digits: str) -> float:
+  if not math.isfinite(value := float(digits)):
+    raise ValueError(f"the number {digits[:40]} is beyond float64")
+  return value
 
 
 def checksum(path: str | pathlib.Path) -> str:

@@ -172,16 +172,12 @@ def read_lines(path: str | pathlib.Path) -> Iterator[Line]:
 def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
   """One line as (JSON object, ''), or (None, what is wrong)."""
   try:
-    value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+    value = files.parse_json(raw)
   except UnicodeDecodeError as error:
     return None, f"got invalid UTF-8 at byte {error.start}"
   except ValueError as error:
     return None, f"got {raw[:60].decode('utf-8', 'replace')!r} ({error})"
   return (value, "") if isinstance(value, dict) else (None, f"got {type(value).__name__}")
-
-
-def _refuse_constant(name: str) -> float:
-  raise ValueError(f"{name} is not JSON")
 
 
 def dump_line(value: Mapping[str, Any]) -> str:

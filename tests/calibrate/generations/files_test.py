@@ -132,7 +132,7 @@ def limited(code: str, folder: pathlib.Path, size: int = 4096) -> str:
   limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
   text = f"from calm.calibrate.generations import files\n{code}"
   done = subprocess.run(
-    [sys.executable, "-c", text, str(folder)],
+    [sys.executable, "-B", "-c", text, str(folder)],
     preexec_fn=limit,
     capture_output=True,
     text=True,

@@ -1,0 +1,167 @@
+"""One table of bounds for every configuration, whichever file it comes from."""
+
+import dataclasses
+import json
+import time
+
+import numpy as np
+import pytest
+
+from calm import checkpoints
+from calm.checkpoints import huggingface, t5x
+from calm.t5 import limits, network, parameters
+
+# Every published size, T5-11B and UL2 included, is far within.
+PUBLISHED = [
+  dict(vocab_size=32128, emb_dim=1024, num_heads=128, head_dim=128, mlp_dim=65536),
+  dict(vocab_size=250112, emb_dim=4096, num_heads=64, head_dim=64, mlp_dim=10240),
+  dict(vocab_size=32128, emb_dim=4096, num_heads=16, head_dim=256, mlp_dim=16384),
+]
+WRONG = {
+  "vocab_size": [0, -1, 10**9, 1.5, "8", None, True, [8]],
+  "emb_dim": [0, 10**7],
+  "num_heads": [0, 10**7],
+  "num_encoder_layers": [0, 10**7, -3],
+  "num_decoder_layers": [0, 10**7],
+  "head_dim": [0, 10**7],
+  "mlp_dim": [0, 10**7],
+  "relpos_buckets": [0, 2, 10**7],
+  "relpos_max_distance": [0, 16, -1],
+  "dropout_rate": ["x", 1.0, -0.1, float("nan"), float("inf"), None, True],
+  "mlp_activations": ["relu", [], ["softmax"], ["Dense"], [3], None, {"relu": 1}, ["relu"] * 5],
+  "dtype": ["int8", "float64", "words", None, [], {}],
+  "exit_classifier": ["yes", 1, None],
+}
+CASES = [(name, value) for name, values in WRONG.items() for value in values]
+
+
+@pytest.mark.parametrize("sizes", PUBLISHED)
+def test_published_models_are_within(sizes):
+  layers = dict(num_encoder_layers=32, num_decoder_layers=32)
+  config = network.T5Config(**sizes, **layers, mlp_activations=("gelu", "linear"))
+  assert config.emb_dim == sizes["emb_dim"]
+
+
+def test_what_gin_and_numpy_give_takes_one_form():
+  given = dict(
+    vocab_size=np.int64(8), dropout_rate=0, mlp_activations=["relu"], dtype=np.float32
+  )
+  made = limits.check(given)
+  assert made == dict(
+    vocab_size=8, dropout_rate=0.0, mlp_activations=("relu",), dtype="float32"
+  )
+  assert type(made["vocab_size"]) is int
+
+
+@pytest.mark.parametrize(("name", "value"), CASES)
+def test_out_of_bounds(name, value):
+  message = rf"^Expected `{name}` .*Got .*; "
+  with pytest.raises(ValueError, match=message):
+    limits.check({"relpos_buckets": 32, "relpos_max_distance": 128, name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("emb_dim", 10**7), ("dropout_rate", 1.0)])
+def test_a_configuration_cannot_be_made_otherwise(name, value):
+  with pytest.raises(ValueError, match=f"^Expected `{name}`"):
+    network.T5Config(**{"vocab_size": 8, name: value})
+
+
+def test_all_of_it_is_bounded_too():
+  most = {name: most for name, (_, most) in limits.SIZES.items()}
+  with pytest.raises(ValueError, match=r"at most .* parameters. Got about .*; one of them"):
+    network.T5Config(**most)
+
+
+# What JSON can say.
+SAID = [(n, v) for n, v in CASES if not (isinstance(v, float) and not np.isfinite(v))]
+
+
+def write(path, value) -> None:
+  path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize(("name", "value"), SAID)
+def test_our_files_have_these_limits_before_weights_are_read(tmp_path, name, value):
+  fields = dataclasses.asdict(network.T5Config(vocab_size=8)) | {name: value}
+  write(tmp_path / "config.json", {"format": checkpoints.FORMAT, **fields})
+  with pytest.raises(ValueError, match=rf"config.json: Expected `{name}`"):
+    checkpoints.load(tmp_path)
+
+
+THEIRS = {
+  "model_type": "t5",
+  **dict(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2),
+}
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    (n, v)
+    for n, v in SAID
+    if n in huggingface._FIELDS and (n, v) != ("num_decoder_layers", None)
+  ],
+)
+def test_their_files_have_these_limits_before_weights_are_read(tmp_path, name, value):
+  theirs = huggingface._FIELDS[name]
+  write(tmp_path / "config.json", {**THEIRS, theirs: value})
+  with pytest.raises(ValueError, match=rf"config.json: Expected `{theirs}`"):
+    checkpoints.load(tmp_path)
+
+
+def test_shapes_of_t5x_have_these_limits():
+  wide = np.broadcast_to(np.float32(0), (8, 2**17))
+  flat = {
+    "token_embedder/embedding": wide,
+    "decoder/relpos_bias/rel_embedding": np.zeros((2, 32)),
+    "decoder/layers_0/self_attention/query/kernel": np.zeros((8, 8)),
+    "decoder/layers_0/mlp/wo/kernel": np.zeros((8, 8)),
+    "encoder/layers_0/mlp/wo/kernel": np.zeros((8, 8)),
+  }
+  with pytest.raises(ValueError, match="`emb_dim` to be in 1"):
+    t5x.infer_config(flat)
+  flat["encoder/layers_99999/mlp/wo/kernel"] = np.zeros(1)
+  flat["token_embedder/embedding"] = np.zeros((8, 8))
+  with pytest.raises(ValueError, match="`num_encoder_layers` to be in 1"):
+    t5x.infer_config(flat)
+
+
+def test_a_layer_count_that_the_file_does_not_hold_is_found_at_once(tmp_path):
+  config = network.T5Config(vocab_size=8, num_decoder_layers=256)
+  start = time.monotonic()
+  with pytest.raises(ValueError, match=r"'decoder/layers_255/'.*num_decoder_layers"):
+    parameters.check({"token_embedder": {"embedding": np.zeros((8, 512))}}, config)
+  assert time.monotonic() - start < 1
+
+
+def test_a_leaf_below_a_leaf_is_refused():
+  with pytest.raises(ValueError, match="'a/b', and 'a/b/c' below it"):
+    parameters.unflatten({"a/b/c": 1, "a/b": 2, "a/bc": 3})
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("[" * 100_000, "too deep"),
+    ('{"vocab_size": 1e400}', "1e400 is beyond float64"),
+    ('{"vocab_size": NaN}', "NaN is not JSON"),
+    ('{"vocab_size": ' + "9" * 400 + ".0}", "is beyond float64"),
+    ('{"vocab_size": ' + "9" * 5000 + "}", "integer string conversion"),
+    ("\\udc80", "config.json' to be JSON"),
+  ],
+)
+def test_json_that_python_reads_too_gladly(tmp_path, text, message):
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(ValueError, match=message):
+    checkpoints.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "index",
+  [[], "x", {"a": 3}, {"a": "model.bin"}, {"shared.weight": "absent.safetensors"}, 7],
+)
+def test_an_index_of_another_type(tmp_path, index):
+  write(tmp_path / "config.json", THEIRS)
+  write(tmp_path / "model.safetensors.index.json", {"weight_map": index})
+  with pytest.raises((ValueError, FileNotFoundError), match=r"Expected .*; download"):
+    checkpoints.load(tmp_path)
