@@ -1,15 +1,68 @@
 """Confident Adaptive Language Modeling: early exits for T5, with a promise.
 
-The pipeline, module by module (each step's result is the next one's first argument):
+One token's path, from the loop to the promise:
 
-  text -> `vocabulary` -> tokens -> `network.Transformer.encode` -> encoder states
-  one token through the decoder layers until `confidence` clears the threshold -> `exits`
-  one sequence -> `decoding` (knows no network) bound to a model by `inference`
-  generations at every threshold of a grid, on disk -> `calibrate.generations`
-  generations -> losses -> p-values -> tested thresholds -> `calibrate.calibration`
-  a calibrated threshold -> served by `inference`, with the guarantee attached
+  1. `calm.decode.loop.decode` asks for one token per row and position;
+  2. `calm.exits.rules.DynamicExits` walks it up the layers of `calm.t5.decoder.DecoderStep`;
+  3. `calm.exits.confidence.Softmax` is held against Eq. 5, `calm.exits.schedules.Decaying`;
+  4. `calm.exits.propagation.ExitState` is what the skipped layers get (section 3.2);
+  5. `calm.decode.engines.Deferred` says when, and `calm.t5.caches.write_rows` writes it;
+  6. `calm.calibrate.certify.calibrate` turns the texts' losses into a threshold and a promise.
 
-`calm.calibrate` needs numpy and scipy only. Importing `calm` imports nothing.
+Importing `calm` imports nothing; its names are loaded when they are first used.
+`calm.calibrate` needs numpy and scipy only.
 """
 
 __version__ = "0.1.0"
+
+# Public name -> where it is: a module, or `module:attribute`.
+_NAMES = {
+  "NEVER_EXIT": "calm.calibrate:NEVER_EXIT",
+  "Calibration": "calm.calibrate:Calibration",
+  "DecodeOptions": "calm.inference:DecodeOptions",
+  "Predictor": "calm.inference:Predictor",
+  "calibrate": "calm.calibrate",
+  "checkpoints": "calm.checkpoints",
+  "data": "calm.data",
+  "decode": "calm.decode",
+  "exits": "calm.exits",
+  "inference": "calm.inference",
+  "load": "calm.inference:load",
+  "t5": "calm.t5",
+  "training": "calm.training",
+}
+__all__ = [*_NAMES]
+
+TYPE_CHECKING = False  # what type checkers take for true, without importing `typing`
+if TYPE_CHECKING:
+  from calm import calibrate as calibrate
+  from calm import checkpoints as checkpoints
+  from calm import data as data
+  from calm import decode as decode
+  from calm import exits as exits
+  from calm import inference as inference
+  from calm import t5 as t5
+  from calm import training as training
+  from calm.calibrate import NEVER_EXIT as NEVER_EXIT
+  from calm.calibrate import Calibration as Calibration
+  from calm.inference import DecodeOptions as DecodeOptions
+  from calm.inference import Predictor as Predictor
+  from calm.inference import load as load
+
+
+def __getattr__(name: str) -> object:
+  """Loads a public name on its first use."""
+  if name not in _NAMES:
+    raise AttributeError(
+      f"module 'calm' has no attribute {name!r}; it has {', '.join(_NAMES)}."
+    )
+  import importlib
+
+  module, _, attribute = _NAMES[name].partition(":")
+  value = importlib.import_module(module)
+  return globals().setdefault(name, getattr(value, attribute) if attribute else value)
+
+
+def __dir__() -> list[str]:
+  """Every public name, loaded or not, for tab completion."""
+  return sorted({*globals(), *_NAMES})

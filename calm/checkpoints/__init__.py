@@ -1,5 +1,6 @@
 """Models on disk: our folders, Hugging Face's, T5X's."""
 
+from calm.checkpoints import files, huggingface, t5x
 from calm.checkpoints.checkpoint import (
   FORMAT,
   Checkpoint,
@@ -9,4 +10,14 @@ from calm.checkpoints.checkpoint import (
   save,
 )
 
-__all__ = ["FORMAT", "Checkpoint", "Vocabulary", "load", "parameters_digest", "save"]
+__all__ = [
+  "FORMAT",
+  "Checkpoint",
+  "Vocabulary",
+  "files",
+  "huggingface",
+  "load",
+  "parameters_digest",
+  "save",
+  "t5x",
+]

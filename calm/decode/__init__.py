@@ -1,1 +1,18 @@
 """Prompts to generations: the loop, compiled programs, engines, pools of rows."""
+
+from calm.decode import engines, loop, pool, pool_program, program, sharded
+from calm.decode.loop import Generation
+from calm.decode.program import ModelWeights, Program, model_weights
+
+__all__ = [
+  "Generation",
+  "ModelWeights",
+  "Program",
+  "engines",
+  "loop",
+  "model_weights",
+  "pool",
+  "pool_program",
+  "program",
+  "sharded",
+]

@@ -5,6 +5,7 @@ token into a `exits.TokenExit` and the caches after it.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -121,7 +122,7 @@ def decode(
     cache=cache,
   )
   limit = max_decode_length if step_limit is None else step_limit
-  return _loop(step, state, eos_id, limit)
+  return _loop(lambda state: _advance(step, state, state.active, eos_id), state, limit)
 
 
 def resume(
@@ -162,7 +163,15 @@ def resume(
     cache=cache,
   )
   start = dataclasses.replace(start, current=_last_token(start))
-  end = _loop(step, start, eos_id, length, resume_at)
+
+  def advance(state: DecodingState) -> DecodingState:
+    state = _advance(step, state, state.active & (state.position >= resume_at), eos_id)
+    # Where every row waits, the loop goes on at the first that does not.
+    first = jnp.min(jnp.where(state.active, resume_at, length)).astype(jnp.int32)
+    state = dataclasses.replace(state, position=jnp.maximum(state.position, first))
+    return dataclasses.replace(state, current=_last_token(state))
+
+  end = _loop(advance, start, length)
   # Summed at the end, so that the score does not depend on where decoding went on.
   scores = jnp.sum(end.log_probabilities, axis=-1)
   return dataclasses.replace(end, generation=dataclasses.replace(end.generation, scores=scores))
@@ -175,41 +184,30 @@ def _last_token(state: DecodingState) -> jax.Array:
   return jnp.where(state.position > 0, token, 0)
 
 
-def _loop(
-  step: Step, state: DecodingState, eos_id: int, limit, resume_at: jax.Array | None = None
+def _advance(
+  step: Step, state: DecodingState, decodes: Bool[Array, " batch"], eos_id: int
 ) -> DecodingState:
-  """Steps until every row has ended; with `resume_at`, rows wait for their position."""
+  """One position of the rows that decode; the others wait, or have ended."""
+  made, cache = step(state.current, state.position, decodes, state.cache)
+  emitted = emit(made.logits, decodes)
+  return dataclasses.replace(
+    state,
+    position=state.position + 1,
+    current=emitted.token,
+    active=state.active & ~(decodes & (emitted.token == eos_id)),
+    generation=record(state.generation, state.position, decodes, emitted, made),
+    log_probabilities=_put(
+      state.log_probabilities, emitted.log_probability, state.position, decodes
+    ),
+    cache=cache,
+  )
 
-  def unfinished(state: DecodingState):
-    return (state.position < limit) & jnp.any(state.active)
 
-  def advance(state: DecodingState) -> DecodingState:
-    decodes = state.active
-    if resume_at is not None:
-      decodes = decodes & (state.position >= resume_at)
-    made, cache = step(state.current, state.position, decodes, state.cache)
-    token, log_probability = greedy_token(made.logits)
-    token, log_probability = (
-      jnp.where(decodes, token, 0),
-      jnp.where(decodes, log_probability, 0),
-    )
-    generation = state.generation
-    state = dataclasses.replace(
-      state,
-      position=state.position + 1,
-      current=token,
-      active=state.active & ~(decodes & (token == eos_id)),
-      generation=record(generation, state.position, decodes, token, log_probability, made),
-      log_probabilities=_put(state.log_probabilities, log_probability, state.position, decodes),
-      cache=cache,
-    )
-    if resume_at is None:
-      return state
-    # Where every row waits, the loop goes on at the first that does not.
-    first = jnp.min(jnp.where(state.active, resume_at, limit)).astype(jnp.int32)
-    state = dataclasses.replace(state, position=jnp.maximum(state.position, first))
-    return dataclasses.replace(state, current=_last_token(state))
-
+def _loop(
+  advance: Callable[[DecodingState], DecodingState], state: DecodingState, limit: Any
+) -> DecodingState:
+  """Steps until every row has ended."""
+  unfinished = lambda state: (state.position < limit) & jnp.any(state.active)
   return lax.while_loop(unfinished, advance, state)
 
 
@@ -232,23 +230,41 @@ def greedy_token(
   return jnp.min(place, axis=-1), -jnp.log(total)
 
 
+@struct.dataclass
+class Emitted:
+  """What rows say at one position.
+
+  Attributes:
+    token: [batch] int32, 0 of rows that do not decode.
+    log_probability: of that token at temperature 1, nats, [batch]; 0 of rows that do not.
+  """
+
+  token: jax.Array
+  log_probability: jax.Array
+
+
+def emit(logits: Float[Array, "batch vocab"], decodes: Bool[Array, " batch"]) -> Emitted:
+  """The greedy token of the rows that decode."""
+  token, log_probability = greedy_token(logits)
+  return Emitted(jnp.where(decodes, token, 0), jnp.where(decodes, log_probability, 0.0))
+
+
 def record(
   generation: Generation,
   position: jax.Array,
   active: jax.Array,
-  token: jax.Array,
-  log_probability: jax.Array,
+  emitted: Emitted,
   token_exit: exits.TokenExit,
 ) -> Generation:
   """Writes one position of every active row; the others stay."""
 
   put = lambda array, column: _put(array, column, position, active)
   return Generation(
-    tokens=put(generation.tokens, token),
+    tokens=put(generation.tokens, emitted.token),
     exit_layers=put(generation.exit_layers, token_exit.exit_layer),
     confidences=put(generation.confidences, token_exit.confidence),
     rejected_confidences=put(generation.rejected_confidences, token_exit.rejected_confidence),
-    scores=generation.scores + jnp.where(active, log_probability, 0.0),
+    scores=generation.scores + jnp.where(active, emitted.log_probability, 0.0),
   )
 
 

@@ -80,11 +80,10 @@ def advance(
   def one(now: Pool) -> Pool:
     active = now.active
     made, cache = step(now.current, now.slot, active, now.cache)
-    token, log_probability = loop.greedy_token(made.logits)
-    token, log_probability = jnp.where(active, token, 0), jnp.where(active, log_probability, 0)
-    ends = (token == eos_id) | (now.slot + 1 - now.starts >= max_decode_length)
-    generation = loop.record(now.generation, now.slot, active, token, log_probability, made)
-    return Pool(now.slot + 1, now.starts, token, active & ~ends, generation, cache)
+    emitted = loop.emit(made.logits, active)
+    ends = (emitted.token == eos_id) | (now.slot + 1 - now.starts >= max_decode_length)
+    generation = loop.record(now.generation, now.slot, active, emitted, made)
+    return Pool(now.slot + 1, now.starts, emitted.token, active & ~ends, generation, cache)
 
   return lax.while_loop(goes_on, one, pool)
 

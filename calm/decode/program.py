@@ -44,7 +44,17 @@ def model_weights(
   num_pieces: int | None = None,
   shortlist: Sequence[int] | None = None,
 ) -> ModelWeights:
-  """Lays a T5X-shaped tree out for inference; see `step.decoder_weights`."""
+  """Lays a T5X-shaped tree out for inference.
+
+  Args:
+    params: the tree.
+    config: its sizes.
+    num_pieces: pieces of the vocabulary; rows beyond them are never emitted. None: all rows.
+    shortlist: likely token ids, for the measure 'shortlist'; None: no such head.
+
+  Raises:
+    ValueError: `num_pieces` or `shortlist` does not fit the model.
+  """
   encoder = {name: params[name] for name in ("token_embedder", "encoder")}
   return ModelWeights(
     jax.tree.map(jnp.asarray, encoder),

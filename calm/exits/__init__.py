@@ -1,5 +1,6 @@
 """When a token leaves the decoder: rules, confidence measures, schedules, skipped layers."""
 
+from calm.exits import confidence, layers, propagation, schedules, walk
 from calm.exits.rules import (
   DynamicExits,
   OracleExit,
@@ -17,5 +18,10 @@ __all__ = [
   "StepRule",
   "TokenExit",
   "allowed_layers",
+  "confidence",
+  "layers",
+  "propagation",
+  "schedules",
   "token_exit",
+  "walk",
 ]

@@ -14,11 +14,13 @@ class Propagation(Protocol):
   """What the layers above an exit store for that token.
 
   `exact_when_run` tells that running a layer on the frozen exit state already yields the
-  keys and values that `skipped` would.
+  keys and values that `skipped` would; `projects_state` that skipped layers project one state,
+  which can wait until a layer is needed.
   """
 
   name: ClassVar[str]
   exact_when_run: ClassVar[bool]
+  projects_state: ClassVar[bool]
 
   def remember(self, memory: Any, layer: int, hidden: jax.Array, row: KeyValue, done) -> Any:
     """Updates the strategy's memory after `layer`; `done` rows had left before it."""
@@ -39,6 +41,7 @@ class ExitState:
 
   name: ClassVar[str] = "exit_state"
   exact_when_run: ClassVar[bool] = True
+  projects_state: ClassVar[bool] = True
 
   def remember(self, memory, layer, hidden, row, done):
     return None
@@ -56,6 +59,7 @@ class FirstState:
 
   name: ClassVar[str] = "first_state"
   exact_when_run: ClassVar[bool] = False
+  projects_state: ClassVar[bool] = True
 
   def remember(self, memory, layer, hidden, row, done):
     return hidden if layer == 1 else memory
@@ -73,6 +77,7 @@ class CopyProjections:
 
   name: ClassVar[str] = "copy_projections"
   exact_when_run: ClassVar[bool] = False
+  projects_state: ClassVar[bool] = False
 
   def remember(self, memory, layer, hidden, row, done):
     return row if memory is None else select_rows(done, memory, row)

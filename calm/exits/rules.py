@@ -84,7 +84,14 @@ def token_exit(
   active: jax.Array,
   rows: tuple[layers_lib.KeyValue, ...] = (),
 ) -> TokenExit:
-  """The outcome of a walk that is over; rows that were not active report nothing."""
+  """The outcome of a walk that is over.
+
+  Args:
+    walk: what decided.
+    state: where every row is.
+    active: rows that took part, [batch] bool; the others report nothing.
+    rows: keys and values to be written, one a layer; empty where the engine wrote them.
+  """
   return TokenExit(
     walk.logits(state),
     jnp.where(active, state.exit_layer, 0),
@@ -131,6 +138,10 @@ class OracleExit:
 
   It runs every layer to know the answer and then stores the propagated states, not the
   computed ones: an upper bound of what a measure could save, not a way to save.
+
+  Attributes:
+    allowed: layers after which a token may leave, 1-based; None: all.
+    propagation: what the layers above an exit store.
   """
 
   allowed: tuple[int, ...] | None = None
@@ -146,33 +157,51 @@ class OracleExit:
     """Runs one token of every active row. See `StepRule`."""
     del threshold, generated
     allowed = allowed_layers(self.allowed, layers.num_layers)
-    states, rows, logits = [], [], []
-    for layer in range(1, layers.num_layers + 1):
-      hidden, row = layers.run(layer, hidden)
-      states.append(hidden)
-      rows.append(row)
-      if layer in allowed or layer == layers.num_layers:
-        logits.append((layer, layers.logits(layer, hidden)))
-    last_token = jnp.argmax(logits[-1][1], axis=-1)
-    exit_layer = jnp.full(active.shape, layers.num_layers, jnp.int32)
-    exit_logits, exit_hidden = logits[-1][1], states[-1]
-    for layer, candidate in reversed(logits[:-1]):
-      agrees = jnp.argmax(candidate, axis=-1) == last_token
-      exit_layer = jnp.where(agrees, layer, exit_layer)
-      exit_logits = jnp.where(agrees[:, None], candidate, exit_logits)
-      exit_hidden = jnp.where(agrees[:, None], states[layer - 1], exit_hidden)
-    memory, kept = None, []
-    for layer, row in enumerate(rows, start=1):
-      left = layer > exit_layer
-      if layer > 1:
-        row = layers_lib.select_rows(
-          left, self.propagation.skipped(layer, exit_hidden, memory, layers), row
-        )
-      memory = self.propagation.remember(memory, layer, states[layer - 1], row, left)
-      kept.append(row)
+    ran = self._every_layer(layers, hidden)
+    last = ran[-1]
+    answer = jnp.argmax(last.logits, axis=-1)
+    exit_layer = jnp.full(active.shape, last.layer, jnp.int32)
+    exit_logits, exit_hidden = last.logits, last.hidden
+    for one in reversed([one for one in ran[:-1] if one.layer in allowed]):
+      agrees = jnp.argmax(one.logits, axis=-1) == answer
+      exit_layer = jnp.where(agrees, one.layer, exit_layer)
+      exit_logits = jnp.where(agrees[:, None], one.logits, exit_logits)
+      exit_hidden = jnp.where(agrees[:, None], one.hidden, exit_hidden)
+    rows = self._stored(layers, ran, exit_layer, exit_hidden)
     ones = active.astype(jnp.float32)
     exit_layer = jnp.where(active, exit_layer, 0)
-    return TokenExit(exit_logits, exit_layer, ones, jnp.zeros_like(ones), tuple(kept))
+    return TokenExit(exit_logits, exit_layer, ones, jnp.zeros_like(ones), rows)
+
+  def _every_layer(self, layers: layers_lib.Layers, hidden) -> "tuple[_Ran, ...]":
+    ran = []
+    for layer in range(1, layers.num_layers + 1):
+      hidden, row = layers.run(layer, hidden)
+      ran.append(_Ran(layer, hidden, row, layers.logits(layer, hidden)))
+    return tuple(ran)
+
+  def _stored(
+    self, layers: layers_lib.Layers, ran: "tuple[_Ran, ...]", exit_layer, exit_hidden
+  ) -> tuple[layers_lib.KeyValue, ...]:
+    """Each layer's row, above the exit the propagated one."""
+    memory, stored = None, []
+    for one in ran:
+      left, row = one.layer > exit_layer, one.row
+      if one.layer > 1:
+        skipped = self.propagation.skipped(one.layer, exit_hidden, memory, layers)
+        row = layers_lib.select_rows(left, skipped, row)
+      memory = self.propagation.remember(memory, one.layer, one.hidden, row, left)
+      stored.append(row)
+    return tuple(stored)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ran:
+  """One layer that the oracle ran."""
+
+  layer: int
+  hidden: jax.Array
+  row: layers_lib.KeyValue
+  logits: jax.Array
 
 
 @runtime_checkable
@@ -204,7 +233,15 @@ class StepRule(Protocol):
 
 
 def allowed_layers(allowed: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
-  """The layers after which a token may leave, the last excluded; validated."""
+  """The layers after which a token may leave, the last excluded.
+
+  Args:
+    allowed: ascending 1-based layers; None: all.
+    num_layers: L.
+
+  Raises:
+    ValueError: they are not ascending, or not within 1 ... L.
+  """
   if allowed is None:
     return tuple(range(1, num_layers))
   if any(not 1 <= layer <= num_layers for layer in allowed) or list(allowed) != sorted(

@@ -1,11 +1,10 @@
 """Rows on their way up the layers: who leaves where. Knows no network and no control flow.
 
-`exits.DynamicExits` walks with nested conditionals over whole tokens, `deferred` with one
-conditional loop a layer; what happens after a layer is the same, and is here.
+`exits.DynamicExits` walks with nested conditionals over whole tokens, `engines.Deferred` with
+one conditional loop a layer; what happens after a layer is the same, and is here.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,6 +44,19 @@ def start(hidden: jax.Array, active: jax.Array) -> WalkState:
   """Every row before layer 1; rows that are not active count as done."""
   zeros = jnp.zeros(active.shape, jnp.float32)
   return WalkState(hidden, ~active, zeros.astype(jnp.int32), zeros, zeros, None, None)
+
+
+@struct.dataclass
+class Measured:
+  """What a layer was found to say.
+
+  Attributes:
+    confidence: of every row, [batch].
+    logits: of the full head, [batch, vocab]; None where one head after the chain will do.
+  """
+
+  confidence: jax.Array
+  logits: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,49 +112,45 @@ class Walk:
 
   def _decide(self, layer: int, state: WalkState, previous: jax.Array, last: bool) -> WalkState:
     here = ~state.done
-    confidence, logits = self._measure(layer, state, previous, last)
-    leaves = here if last else here & (confidence >= self.threshold)
+    measured = self._measure(layer, state, previous, last)
+    leaves = here if last else here & (measured.confidence >= self.threshold)
     refused = here & ~leaves
-    rejected = jnp.where(
-      refused, jnp.maximum(state.rejected_confidence, confidence), state.rejected_confidence
-    )
-    if self.heads_inside:
-      kept = state.logits
-      logits = logits() if kept is None else jnp.where(leaves[:, None], logits(), kept)
-      state = dataclasses.replace(state, logits=logits)
+    worse = jnp.maximum(state.rejected_confidence, measured.confidence)
+    logits = measured.logits
+    if logits is not None and state.logits is not None:
+      logits = jnp.where(leaves[:, None], logits, state.logits)
     return dataclasses.replace(
       state,
       done=state.done | leaves,
       exit_layer=jnp.where(leaves, layer, state.exit_layer),
-      confidence=jnp.where(leaves, confidence, state.confidence),
-      rejected_confidence=rejected,
+      confidence=jnp.where(leaves, measured.confidence, state.confidence),
+      rejected_confidence=jnp.where(refused, worse, state.rejected_confidence),
+      logits=logits,
     )
 
-  def _measure(
-    self, layer: int, state: WalkState, previous: jax.Array, last: bool
-  ) -> tuple[jax.Array, Callable[[], jax.Array]]:
-    """Confidence of every row after `layer`, and its logits, computed only if asked for."""
-    measure, layers = self.measure, self.layers
-    head = lambda: layers.logits(layer, state.hidden)
+  def _measure(self, layer: int, state: WalkState, previous: jax.Array, last: bool) -> Measured:
+    """Confidence of every row after `layer`, and its logits where they are chosen inside."""
+    head = lambda: self.layers.logits(layer, state.hidden)
     view = confidence_lib.LayerView(
       layer,
       state.hidden,
       previous,
       logits=head,
-      exit_logit=lambda: layers.exit_logit(state.hidden),
-      shortlist_logits=lambda: layers.shortlist_logits(state.hidden),
+      exit_logit=lambda: self.layers.exit_logit(state.hidden),
+      shortlist_logits=lambda: self.layers.shortlist_logits(state.hidden),
     )
-    if not last and measure.bound is not None:
-      return self._verify(view, state, measure.bound(view))
-    if measure.uses_head:
-      logits = head()
-      head = lambda: logits  # one product for the measure and for the token
-      view = dataclasses.replace(view, logits=head)
-    return measure(view), head
+    if not last and self.measure.bound is not None:
+      return self._verify(view, state, self.measure.bound(view))
+    return self._with_logits(view) if self.heads_inside else Measured(self.measure(view), None)
+
+  def _with_logits(self, view: confidence_lib.LayerView) -> Measured:
+    """One product of the head for the measure and for the token."""
+    logits = view.logits()
+    return Measured(self.measure(dataclasses.replace(view, logits=lambda: logits)), logits)
 
   def _verify(
     self, view: confidence_lib.LayerView, state: WalkState, bound: jax.Array
-  ) -> tuple[jax.Array, Callable[[], jax.Array]]:
+  ) -> Measured:
     """Asks the measure itself only where its cheap bound clears the threshold."""
     passes = ~state.done & (bound >= self.threshold)
     kept = state.logits
@@ -152,9 +160,7 @@ class Walk:
 
     def verify(kept):
       del kept
-      logits = view.logits()
-      confidence = self.measure(dataclasses.replace(view, logits=lambda: logits))
-      return jnp.where(passes, confidence, bound), logits
+      made = self._with_logits(view)
+      return dataclasses.replace(made, confidence=jnp.where(passes, made.confidence, bound))
 
-    confidence, logits = lax.cond(jnp.any(passes), verify, lambda kept: (bound, kept), kept)
-    return confidence, lambda: logits
+    return lax.cond(jnp.any(passes), verify, lambda kept: Measured(bound, kept), kept)

@@ -1,6 +1,18 @@
 """A model that decodes under a threshold: one prompt, a grid, or until the outcome is clear."""
 
+from calm.inference import colours, grid, outputs, until_certified
 from calm.inference.options import DecodeOptions, options_of
 from calm.inference.predictor import PACKED, Predictor, UntrainedExits, load
 
-__all__ = ["PACKED", "DecodeOptions", "Predictor", "UntrainedExits", "load", "options_of"]
+__all__ = [
+  "PACKED",
+  "DecodeOptions",
+  "Predictor",
+  "UntrainedExits",
+  "colours",
+  "grid",
+  "load",
+  "options_of",
+  "outputs",
+  "until_certified",
+]

@@ -6,6 +6,8 @@ input are fused (`decoder_weights`), cross-attention keys and values are made on
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +69,60 @@ def bias_table(weights: DecoderWeights, config: network.T5Config, length: int) -
   return BiasTable(extended, by_distance[:, 0], length)
 
 
+@runtime_checkable
+class Attends(Protocol):
+  """`Attention`, or what runs one for other rows."""
+
+  def to_past(self, query: jax.Array, row: KeyValue) -> jax.Array: ...
+
+  def to_prompt(self, query: jax.Array) -> jax.Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+  """What one layer's attention reads, of a batch or of some of its rows.
+
+  Attributes:
+    cache: keys and values of the positions before this one; read only.
+    past_bias: of those keys, [heads, length] or [batch, heads, length].
+    current_bias: of the current token with itself, [heads].
+    cross: keys and values of the prompts.
+    cross_bias: of those keys, [batch, 1, input_length].
+    float32: whether scores are float32 whatever the activation dtype.
+  """
+
+  cache: Cache
+  past_bias: jax.Array
+  current_bias: jax.Array
+  cross: Cache
+  cross_bias: jax.Array
+  float32: bool
+
+  def to_past(self, query: jax.Array, row: KeyValue) -> jax.Array:
+    """Mixed values [batch, heads * head_dim] of the past and of the current token, `row`."""
+    value, query, key_now = row.value, self._scored(query), self._scored(row.key)
+    past = jnp.einsum("bhd,bhld->bhl", query, self._scored(self.cache.keys))
+    bias = self.past_bias if self.past_bias.ndim == 3 else self.past_bias[None]
+    past = past + bias.astype(past.dtype)
+    now = jnp.sum(query * key_now, axis=-1, keepdims=True)
+    now = now + self.current_bias[None, :, None].astype(now.dtype)
+    # The current token is not in the cache yet: branches of the chain only read it.
+    weights = jax.nn.softmax(jnp.concatenate([past, now], axis=-1)).astype(value.dtype)
+    mixed = jnp.einsum("bhl,bhld->bhd", weights[..., :-1], self.cache.values)
+    mixed = mixed + weights[..., -1:] * value
+    return mixed.reshape(mixed.shape[0], -1)
+
+  def to_prompt(self, query: jax.Array) -> jax.Array:
+    """Mixed values [batch, heads * head_dim] of the prompt."""
+    scores = jnp.einsum("bhd,bhld->bhl", self._scored(query), self._scored(self.cross.keys))
+    weights = jax.nn.softmax(scores + self.cross_bias.astype(scores.dtype))
+    mixed = jnp.einsum("bhl,bhld->bhd", weights.astype(query.dtype), self.cross.values)
+    return mixed.reshape(mixed.shape[0], -1)
+
+  def _scored(self, x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if self.float32 else x
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderStep:
   """The decoder at one position: provides `exits.layers.Layers`.
@@ -75,7 +131,6 @@ class DecoderStep:
     weights: from `decoder_weights`.
     config: the model's sizes.
     encoded: the prompts.
-    caches: keys and values of the positions before this one; read only.
     past_bias: [heads, length] or [batch, heads, length], from `BiasTable.at`.
     current_bias: [heads].
   """
@@ -83,14 +138,15 @@ class DecoderStep:
   weights: DecoderWeights
   config: network.T5Config
   encoded: Encoded
-  caches: tuple[Cache, ...]
   past_bias: jax.Array
   current_bias: jax.Array
 
-  def layers(self) -> Layers:
+  def layers(self, caches: Sequence[Cache]) -> Layers:
+    """What exits need, with every layer's cache; an engine that brings each layer its cache
+    when it runs gives none here."""
     return Layers(
       num_layers=self.config.num_decoder_layers,
-      run=self.run,
+      run=lambda layer, hidden: self.run(layer, hidden, caches[layer - 1]),
       project=self.project,
       logits=self.logits,
       exit_logit=self.exit_logit,
@@ -98,21 +154,33 @@ class DecoderStep:
       shortlist_logits=self.shortlist_logits,
     )
 
-  def run(self, layer: int, hidden: jax.Array) -> tuple[jax.Array, KeyValue]:
+  def attention(self, layer: int, cache: Cache) -> Attention:
+    """What a layer attends to, `cache` being its own."""
+    return Attention(
+      cache,
+      self.past_bias,
+      self.current_bias,
+      self.encoded.cross[layer - 1],
+      self.encoded.bias,
+      self.config.float32_attention_logits,
+    )
+
+  def run(self, layer: int, hidden: jax.Array, cache: Cache) -> tuple[jax.Array, KeyValue]:
     """One decoder layer (Eq. 3): d^{i-1} [batch, emb_dim] -> d^i and its key and value."""
     row = self.project(layer, hidden)
-    return self.run_projected(layer, hidden, row), row
+    return self.run_projected(layer, hidden, row, self.attention(layer, cache)), row
 
-  def run_projected(self, layer: int, hidden: jax.Array, row: KeyValue) -> jax.Array:
-    """d^i of d^{i-1} [batch, emb_dim] and the key and value that the layer projects of it."""
+  def run_projected(
+    self, layer: int, hidden: jax.Array, row: KeyValue, attention: Attends
+  ) -> jax.Array:
+    """d^i of d^{i-1} [batch, emb_dim], given what the layer projects of it and attends to."""
     weights = self.weights.layers[layer - 1]
     normed = rms_norm(hidden, weights.self_norm)
     (query,) = self._heads(normed @ weights.query, 1)
-    mixed = self.self_attention(layer, query, row)
-    hidden = hidden + mixed @ weights.self_out
+    hidden = hidden + attention.to_past(query, row) @ weights.self_out
     normed = rms_norm(hidden, weights.cross_norm)
     (query,) = self._heads(normed @ weights.cross_query, 1)
-    hidden = hidden + self.cross_attention(layer, query) @ weights.cross_out
+    hidden = hidden + attention.to_prompt(query) @ weights.cross_out
     normed = rms_norm(hidden, weights.mlp_norm)
     return hidden + self._mlp(normed @ weights.mlp_in) @ weights.mlp_out
 
@@ -150,34 +218,6 @@ class DecoderStep:
     shape = (projected.shape[0], count, self.config.num_heads, self.config.head_dim)
     split = projected.reshape(shape)
     return [split[:, i] for i in range(count)]
-
-  def self_attention(self, layer: int, query: jax.Array, row: KeyValue) -> jax.Array:
-    """Mixed values [batch, heads * head_dim] of the past and of the current token, `row`."""
-    cache, value = self.caches[layer - 1], row.value
-    query, key_now = self._attention_dtype(query), self._attention_dtype(row.key)
-    past = jnp.einsum("bhd,bhld->bhl", query, self._attention_dtype(cache.keys))
-    bias = self.past_bias if self.past_bias.ndim == 3 else self.past_bias[None]
-    past = past + bias.astype(past.dtype)
-    now = jnp.sum(query * key_now, axis=-1, keepdims=True)
-    now = now + self.current_bias[None, :, None].astype(now.dtype)
-    # The current token is not in the cache yet: branches of the chain only read it.
-    weights = jax.nn.softmax(jnp.concatenate([past, now], axis=-1)).astype(value.dtype)
-    mixed = jnp.einsum("bhl,bhld->bhd", weights[..., :-1], cache.values)
-    mixed = mixed + weights[..., -1:] * value
-    return mixed.reshape(mixed.shape[0], -1)
-
-  def cross_attention(self, layer: int, query: jax.Array) -> jax.Array:
-    """Mixed values [batch, heads * head_dim] of the prompt."""
-    cross = self.encoded.cross[layer - 1]
-    scores = jnp.einsum(
-      "bhd,bhld->bhl", self._attention_dtype(query), self._attention_dtype(cross.keys)
-    )
-    weights = jax.nn.softmax(scores + self.encoded.bias.astype(scores.dtype))
-    mixed = jnp.einsum("bhl,bhld->bhd", weights.astype(query.dtype), cross.values)
-    return mixed.reshape(mixed.shape[0], -1)
-
-  def _attention_dtype(self, x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32) if self.config.float32_attention_logits else x
 
   def _mlp(self, projected: jax.Array) -> jax.Array:
     parts = jnp.split(projected, len(self.config.mlp_activations), axis=-1)

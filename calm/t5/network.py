@@ -25,6 +25,14 @@ class T5Config:
   Attributes:
     vocab_size: rows of the embedding (may exceed the pieces of the vocabulary).
     dtype: activation dtype; parameters, logits and confidences are float32.
+    emb_dim: width of the residual stream.
+    num_heads, head_dim: attention heads and the size of each.
+    num_encoder_layers, num_decoder_layers: layers of either stack.
+    mlp_dim: hidden units of a feed-forward block.
+    dropout_rate: in [0, 1), in training only.
+    float32_attention_logits: attention scores in float32 whatever `dtype`.
+    relpos_buckets, relpos_max_distance: relative-position buckets, and the distance from which
+      on all positions share the last one.
     mlp_activations: ('gelu', 'linear') is T5 1.1's gated GELU, ('relu',) is T5 1.0.
     logits_via_embedding: tie the output head to the embedding (T5 1.0).
     one_hot_embedding: embed by a one-hot product (partitioned training) or by a gather.
@@ -217,7 +225,12 @@ class ExitClassifier(nn.Module):
 
 
 class Transformer(nn.Module):
-  """Encoder-decoder with T5X's signatures, and every decoder layer's states beside them."""
+  """Encoder-decoder with T5X's signatures, and every decoder layer's states beside them.
+
+  Attributes:
+    config: sizes and choices.
+    name, parent: flax's own.
+  """
 
   config: T5Config
 

@@ -342,17 +342,17 @@ def greedy_decode(
     state, scores = carry
     position, active = state.cur_index[0], is_active(state)
     logits, new_cache = tokens_to_logits(state)
-    token, log_probability = loop.greedy_token(logits)
-    following = lax.dynamic_index_in_dim(given, position, 1, keepdims=False)
+    emitted = loop.emit(logits, active)
+    following = jnp.where(active, _at(given, position), 0)
     free = following == 0
-    token = jnp.where(active, jnp.where(free, token, following), 0)
+    token = jnp.where(free, emitted.token, following)
     state = LoopState(
       state.cur_index + 1,
       _put(state.sequences, position + 1, token),
       token[:, None],
       new_cache,
     )
-    return state, scores + jnp.where(active & free, log_probability, 0.0)
+    return state, scores + jnp.where(free, emitted.log_probability, 0.0)
 
   scores = jnp.zeros((batch_size,), jnp.float32)
   state, scores = lax.while_loop(unfinished, advance, (start, scores))

@@ -1,7 +1,7 @@
 """Stage one (Eq. 6) and stage two (the exit classifier): objectives, updates, runs."""
 
 from calm.training.loop import History, Listener, fit
-from calm.training.saving import check_writable, checkpointer, restore, save
+from calm.training.saving import check_writable
 from calm.training.updates import (
   Schedule,
   TrainConfig,
@@ -24,13 +24,14 @@ __all__ = [
   "adafactor",
   "adam",
   "check_writable",
-  "checkpointer",
   "fit",
   "init_params",
   "init_state",
+  "losses",
   "make_eval_fn",
   "make_optimizer",
   "make_train_step",
-  "restore",
-  "save",
+  "objectives",
+  "run",
+  "sources",
 ]

@@ -57,7 +57,13 @@ class History:
 
 @dataclasses.dataclass
 class Listener:
-  """What the loop tells the outside world: a progress bar, TensorBoard, or nothing."""
+  """What the loop tells the outside world: a progress bar, TensorBoard, or nothing.
+
+  Attributes:
+    on_start: (step it starts from, steps in all).
+    on_step: (step, training scalars), every `log_every` steps.
+    on_eval: (step, validation scalars).
+  """
 
   on_start: Callable[[int, int], None] = lambda step, num_steps: None
   on_step: Callable[[int, dict[str, float]], None] = lambda step, scalars: None

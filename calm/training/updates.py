@@ -34,7 +34,13 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """Linear warm-up to `peak`, then cosine decay to `peak * final_fraction` at `num_steps`."""
+  """Linear warm-up, then cosine decay to `num_steps`.
+
+  Attributes:
+    peak: learning rate at the end of the warm-up.
+    warmup_steps: steps from 0 to `peak`.
+    final_fraction: of `peak`, at the last step.
+  """
 
   peak: float = 3e-2
   warmup_steps: int = 100
@@ -101,7 +107,13 @@ def _init(config: network.T5Config, key: jax.Array) -> Params:
 def make_optimizer(
   config: TrainConfig, objective: objectives.Objective, params: Params
 ) -> optax.GradientTransformation:
-  """The optimizer over what the objective trains; everything else never changes."""
+  """The optimizer over what the objective trains; everything else never changes.
+
+  Args:
+    config: schedule and optimizer.
+    objective: says which parameters it trains.
+    params: the tree.
+  """
   transform = config.optimizer(config.schedule(config.num_steps))
   paths = traverse_util.flatten_dict(params)
   labels = traverse_util.unflatten_dict(
@@ -113,7 +125,13 @@ def make_optimizer(
 def init_state(
   params: Params, config: TrainConfig, objective: objectives.Objective
 ) -> TrainState:
-  """Step 0 of a run that starts from these parameters."""
+  """Step 0 of a run.
+
+  Args:
+    params: where it starts from.
+    config: schedule and optimizer.
+    objective: says which parameters it trains.
+  """
   optimizer = make_optimizer(config, objective, params)
   return TrainState(jnp.array(0, jnp.int32), params, optimizer.init(params))
 
@@ -124,7 +142,17 @@ def make_train_step(
   objective: objectives.Objective,
   params: Params,
 ) -> Callable[[TrainState, training_batches.Batch], tuple[TrainState, objectives.BatchMetrics]]:
-  """The jitted update; the gradient is that of the mean loss over real tokens."""
+  """The jitted update; the gradient is that of the mean loss over real tokens.
+
+  Args:
+    module: the network.
+    config: schedule, optimizer, and the seed of dropout and sampled layers.
+    objective: what is minimised.
+    params: a tree of the model's structure.
+
+  Returns:
+    (state, batch) -> (state, sums over the batch's real tokens); the state is donated.
+  """
   optimizer = make_optimizer(config, objective, params)
 
   @functools.partial(jax.jit, donate_argnums=(0,))
@@ -146,7 +174,13 @@ def make_train_step(
 def make_eval_fn(
   module: network.Transformer, objective: objectives.Objective, eval_batches: Sequence[Any]
 ) -> Callable[[Params], dict[str, float]]:
-  """Validation scalars of a parameter tree, without dropout and over every layer."""
+  """Validation scalars of a parameter tree, without dropout and over every layer.
+
+  Args:
+    module: the network.
+    objective: what is measured.
+    eval_batches: validation batches; none gives no scalars.
+  """
   one = jax.jit(lambda params, batch: objective.loss(module, params, batch, None)[1])
 
   def evaluate(params):

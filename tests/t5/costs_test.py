@@ -64,9 +64,9 @@ def xla_step(piece, batch: int) -> Counted:
   def run(weights, encoded, caches, hidden, position):
     table = decoder_lib.bias_table(weights, CONFIG, CACHE)
     decoder = decoder_lib.DecoderStep(
-      weights, CONFIG, encoded, caches, table.at(position), table.current
+      weights, CONFIG, encoded, table.at(position), table.current
     )
-    return piece(decoder.layers(), hidden)
+    return piece(decoder.layers(caches), hidden)
 
   caches = caches_lib.empty_caches(CONFIG, batch, CACHE)
   hidden = jnp.zeros((batch, CONFIG.emb_dim))

@@ -32,12 +32,12 @@ def one_position(config, weights, encoded, caches, tokens, position):
   """(hidden, logits, exit logit, row, projected row) of every layer, and the new caches."""
   table = decoder_lib.bias_table(weights.decoder, config, LENGTH)
   decoder = decoder_lib.DecoderStep(
-    weights.decoder, config, encoded, caches, table.at(position), table.current
+    weights.decoder, config, encoded, table.at(position), table.current
   )
   hidden, column = weights.decoder.embedding[tokens], []
   for i in range(1, config.num_decoder_layers + 1):
     projected = decoder.project(i, hidden)
-    hidden, row = decoder.run(i, hidden)
+    hidden, row = decoder.run(i, hidden, caches[i - 1])
     column.append(
       (hidden, decoder.logits(i, hidden), decoder.exit_logit(hidden), row, projected)
     )
@@ -105,7 +105,6 @@ def decoder_step(toy) -> decoder_lib.DecoderStep:
     toy.weights.decoder,
     toy.config,
     engine.encode(toy, PROMPTS),
-    caches_lib.empty_caches(toy.config, len(PROMPTS), LENGTH),
     table.at(jnp.int32(0)),
     table.current,
   )

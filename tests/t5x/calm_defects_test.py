@@ -303,11 +303,11 @@ def test_19_the_classifier_has_a_parameter_a_feature_and_reads_the_normed_state(
 
 
 def engine_step(toy, weights):
-  from calm.t5 import decoder as step
+  from calm.t5 import decoder
 
-  table = step.bias_table(weights, toy.config, engine.LENGTH)
-  return step.DecoderStep(
-    weights, toy.config, engine.encode(toy), (), table.at(jnp.array(0)), table.current
+  table = decoder.bias_table(weights, toy.config, engine.LENGTH)
+  return decoder.DecoderStep(
+    weights, toy.config, engine.encode(toy), table.at(jnp.array(0)), table.current
   )
 
 

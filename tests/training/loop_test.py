@@ -155,7 +155,7 @@ def test_a_run_killed_twice_ends_as_if_it_never_was(whole, tmp_path):
 
 def test_killed_between_the_best_and_the_newest_checkpoint(whole, tmp_path, monkeypatch):
   *_, expected = whole
-  save = training.save
+  save = loop.save
 
   def save_and_die(manager, step, tree):
     if step == 10 and manager.directory.name == "checkpoints":

@@ -1,1 +1,8 @@
 """Outputs -> losses: text metrics, their values in parallel, losses per prompt or cluster."""
+
+__all__ = [
+  "clusters",
+  "metric_values",
+  "metrics",
+  "sequence_losses",
+]

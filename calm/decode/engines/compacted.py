@@ -113,17 +113,27 @@ def compact(stays: jax.Array) -> Rows:
 
 
 @dataclasses.dataclass(frozen=True)
-class _SpreadStep(decoder_lib.DecoderStep):
-  """A bucket's step whose attention runs in all rows of the batch, where the caches lie."""
+class _Spread:
+  """A bucket's attention, run in all rows of the batch, where the caches lie."""
 
-  rows: Rows = dataclasses.field(kw_only=True)
+  whole: decoder_lib.Attention
+  rows: Rows
 
-  def self_attention(self, layer, query, row):
+  def to_past(self, query: jax.Array, row: layers_lib.KeyValue) -> jax.Array:
     query, row = self.rows.spread((query, row))
-    return self.rows.take(super().self_attention(layer, query, row))
+    return self.rows.take(self.whole.to_past(query, row))
 
-  def cross_attention(self, layer, query):
-    return self.rows.take(super().cross_attention(layer, self.rows.spread(query)))
+  def to_prompt(self, query: jax.Array) -> jax.Array:
+    return self.rows.take(self.whole.to_prompt(self.rows.spread(query)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+  """One layer about to run: the decoder at this position, and the layer's own cache."""
+
+  decoder: decoder_lib.DecoderStep
+  layer: int
+  cache: caches_lib.Cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,60 +155,60 @@ class _BoundCompacted:
         base.fill(decoder, k, cache.layers[k - 1], position, cache.states, needed)
         for k in segment
       ]
-      decoder = dataclasses.replace(
-        decoder, caches=(*(fill.cache for fill in fills), *(fill.cache for fill in before))
-      )
-      state, rows = self._switch(walk, decoder, segment, state, stays)
-      end = engine.after(position, state.hidden)
       old = tuple(fill.cache for fill in before)
+      steps = tuple(_Step(decoder, *pair) for pair in zip(segment, old, strict=True))
+      state, rows = self._switch(walk, steps, state, stays)
+      end = engine.after(position, state.hidden)
       caches = caches_lib.write_rows(old, rows, end, task.keeps(position))
       filled = [jnp.where(needed, position + 1, fill.filled) for fill in before]
       fills += map(deferred.LayerFill, caches, filled)
     states = base.stored(cache.states, state, position)
     return exits.token_exit(walk, state, active), deferred.DeferredCache(tuple(fills), states)
 
-  def _switch(self, walk, decoder, segment, state, stays):
+  def _switch(self, walk, steps: tuple[_Step, ...], state, stays):
     """The segment on the smallest bucket that holds the rows that stay."""
     rows = compact(stays)
     branches = [
-      lambda state, rows, size=size: self._run(walk, decoder, segment, state, rows.first(size))
+      lambda state, rows, size=size: self._run(walk, steps, state, rows.first(size))
       for size in self.sizes[1:-1]
     ]
     branches = [
-      lambda state, rows: self._run_none(segment, state),
+      lambda state, rows: self._run_none(steps, state),
       *branches,
-      lambda state, rows: self._run_all(walk, decoder, segment, state),
+      lambda state, rows: self._run_all(walk, steps, state),
     ]
     larger = jnp.sum(stays) > jnp.array(self.sizes[:-1])
     return lax.switch(jnp.sum(larger), branches, state, rows)
 
-  def _run_none(self, segment, state):
+  def _run_none(self, steps, state):
     """Nothing is stored: what this writes is written over by a fill."""
     config = self.base.task.config
     shape = self.base.task.batch_size, config.num_heads, config.head_dim
     zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
-    return state, (layers_lib.KeyValue(zeros, zeros),) * len(segment)
+    return state, (layers_lib.KeyValue(zeros, zeros),) * len(steps)
 
-  def _run_all(self, walk: walk_lib.Walk, decoder, segment, state):
+  def _run_all(self, walk: walk_lib.Walk, steps: tuple[_Step, ...], state):
     """(state, rows that the segment's layers store), every row run."""
     stored = []
-    for layer in segment:
-      hidden, row = decoder.run(layer, state.hidden)
-      row = walk.stored(layer, state, row)
-      state = walk.after(layer, state, hidden, row)
+    for step in steps:
+      hidden, row = step.decoder.run(step.layer, state.hidden, step.cache)
+      row = walk.stored(step.layer, state, row)
+      state = walk.after(step.layer, state, hidden, row)
       stored.append(row)
     return state, tuple(stored)
 
-  def _run(self, walk: walk_lib.Walk, decoder, segment, state, rows: Rows):
+  def _run(self, walk: walk_lib.Walk, steps: tuple[_Step, ...], state, rows: Rows):
     """(state, rows that the segment's layers store) with the bucket run; all rows store."""
     threshold = walk.threshold if walk.threshold.ndim == 0 else rows.take(walk.threshold)
     inside = dataclasses.replace(walk, threshold=threshold)
     stays, part = ~state.done, _part(state, rows)
     stored = []
-    for layer in segment:
+    for step in steps:
+      layer, decoder = step.layer, step.decoder
       row = decoder.project(layer, state.hidden)
       kept, part_row = walk.stored(layer, state, row), rows.take(row)
-      hidden = self._bucket(decoder, layer, rows).run_projected(layer, part.hidden, part_row)
+      attention = self._attention(decoder.attention(layer, step.cache), rows)
+      hidden = decoder.run_projected(layer, part.hidden, part_row, attention)
       part = inside.after(layer, part, hidden, part_row)
       hidden = layers_lib.select_rows(stays, rows.spread(part.hidden), state.hidden)
       state = dataclasses.replace(state, hidden=hidden)
@@ -206,19 +216,16 @@ class _BoundCompacted:
     # Rows that had left stay as they are.
     return layers_lib.select_rows(stays, rows.spread(part), state), tuple(stored)
 
-  def _bucket(
-    self, decoder: decoder_lib.DecoderStep, layer: int, rows: Rows
-  ) -> decoder_lib.DecoderStep:
+  def _attention(self, whole: decoder_lib.Attention, rows: Rows) -> decoder_lib.Attends:
+    """The bucket's attention: over copies of its caches, or in all rows of the batch."""
     if len(rows.order) > self.copied_part * len(rows.rank):
-      fields = {
-        f.name: getattr(decoder, f.name) for f in dataclasses.fields(decoder_lib.DecoderStep)
-      }
-      return _SpreadStep(**fields, rows=rows)
-    cache, cross = rows.copy((decoder.caches[layer - 1], decoder.encoded.cross[layer - 1]))
-    encoded = caches_lib.Encoded((cross,) * layer, rows.copy(decoder.encoded.bias))
-    bias = decoder.past_bias if decoder.past_bias.ndim == 2 else rows.take(decoder.past_bias)
+      return _Spread(whole, rows)
+    cache, cross, cross_bias = rows.copy((whole.cache, whole.cross, whole.cross_bias))
+    past_bias = whole.past_bias
+    if past_bias.ndim == 3:
+      past_bias = rows.take(past_bias)
     return dataclasses.replace(
-      decoder, caches=(cache,) * layer, encoded=encoded, past_bias=bias
+      whole, cache=cache, cross=cross, cross_bias=cross_bias, past_bias=past_bias
     )
 
 

@@ -95,10 +95,7 @@ def bind(task: engine_lib.Task, chunk_rows: int) -> "BoundDeferred":
 
 def can_defer(rule: exits.StepRule) -> bool:
   """Whether skipped layers project a state, which can wait."""
-  if not isinstance(rule, exits.DynamicExits):
-    return False
-  something = jnp.zeros(())
-  return rule.propagation.projected(something, something) is not None
+  return isinstance(rule, exits.DynamicExits) and rule.propagation.projects_state
 
 
 def run_if(predicate: jax.Array, body: Callable[[Any], Any], carry: Any) -> Any:
@@ -178,13 +175,11 @@ class BoundDeferred:
   def decoder(self, position: jax.Array) -> decoder_lib.DecoderStep:
     task, table = self.task, self.table
     bias = table.at(position, task.starts)
-    return decoder_lib.DecoderStep(
-      task.weights, task.config, task.encoded, (), bias, table.current
-    )
+    return decoder_lib.DecoderStep(task.weights, task.config, task.encoded, bias, table.current)
 
   def walk(self, decoder: decoder_lib.DecoderStep, position: jax.Array) -> walk_lib.Walk:
     generated = self.task.generated(position)
-    return self.rule.walk(decoder.layers(), self.task.threshold, generated)
+    return self.rule.walk(decoder.layers(()), self.task.threshold, generated)
 
   def _run(self, walk: walk_lib.Walk, decoder, segment, position, states, carry):
     """The layers from one possible exit to the next, for every row."""
@@ -198,9 +193,7 @@ class BoundDeferred:
     return state, tuple(made)
 
   def _run_layer(self, walk, decoder, layer, position, state, fill):
-    # Of the caches a layer reads its own only.
-    decoder = dataclasses.replace(decoder, caches=(fill.cache,) * layer)
-    hidden, row = decoder.run(layer, state.hidden)
+    hidden, row = decoder.run(layer, state.hidden, fill.cache)
     row = walk.stored(layer, state, row)
     made = walk.after(layer, state, hidden, row)
     end = engine_lib.after(position, hidden)

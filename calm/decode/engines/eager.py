@@ -19,13 +19,12 @@ class Eager:
         task.weights,
         task.config,
         task.encoded,
-        cache,
         table.at(position, task.starts),
         table.current,
       )
       hidden = task.weights.embedding[current]
       generated = task.generated(position)
-      made = task.rule(decoder.layers(), hidden, active, task.threshold, generated)
+      made = task.rule(decoder.layers(cache), hidden, active, task.threshold, generated)
       end = after(position, made.logits)
       return made, caches.write_rows(cache, made.rows, end, task.keeps(position))
 

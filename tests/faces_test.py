@@ -1,0 +1,148 @@
+"""The package's faces: lazy names, documented, exampled; and what is in none stays private."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import math
+import pathlib
+import pkgutil
+import re
+import textwrap
+
+import pytest
+
+jax = pytest.importorskip("jax", reason="the faces of decoding need JAX")
+
+import calm
+
+PACKAGE = pathlib.Path(calm.__file__).parent
+# Rooms whose face needs what may be missing (T5X, matplotlib) or is the command line.
+CLOSED = ("calm.t5x", "calm.paper", "calm.commands", "calm.__main__")
+FACES = sorted(
+  module.name
+  for module in pkgutil.walk_packages(calm.__path__, "calm.")
+  if module.ispkg and not module.name.startswith(CLOSED)
+)
+
+
+def exported(face):
+  """{name: value} of a face's `__all__`, modules among them."""
+  module = importlib.import_module(face)
+  values = {}
+  for name in module.__all__:
+    value = getattr(module, name, None)
+    values[name] = importlib.import_module(f"{face}.{name}") if value is None else value
+  return values
+
+
+def documented():
+  """(where, value) of every public function and class that a face names itself."""
+  found = {}
+  for face in ["calm", *FACES]:
+    for name, value in exported(face).items():
+      if inspect.isfunction(value) or inspect.isclass(value):
+        found[value.__module__, value.__qualname__] = (f"{face}.{name}", value)
+  return list(found.values())
+
+
+def lacks(value):
+  """What the docstring of a public function or class should tell and does not."""
+  text, faults = inspect.getdoc(value) or "", []
+  if not text or text.startswith(f"{getattr(value, '__name__', '')}("):
+    return ["docstring"]
+  if inspect.isclass(value):
+    fields = [name for name in getattr(value, "__annotations__", {}) if name[0] != "_"]
+    faults += [f for f in fields if len(fields) > 1 and not re.search(rf"\b{f}\b", text)]
+  else:
+    raised = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(value))))
+    if any(isinstance(node, ast.Raise) for node in raised) and "Raises:" not in text:
+      faults.append("Raises:")
+    parameters = [p for p in inspect.signature(value).parameters if p not in ("self", "cls")]
+    if len(parameters) > 2 and "Args:" not in text:
+      faults.append("Args:")
+  return faults
+
+
+def test_every_face_lists_what_it_has():
+  assert len(FACES) > 8
+  for face in FACES:
+    names = list(importlib.import_module(face).__all__)
+    assert len(names) == len(set(names)) and exported(face)
+
+
+def test_calm_lists_and_loads_its_names():
+  assert set(calm.__all__) <= set(dir(calm))
+  assert calm.load is calm.inference.load and math.isinf(calm.NEVER_EXIT)
+  assert calm.calibrate.calibrate.__module__ == "calm.calibrate.certify"
+  with pytest.raises(AttributeError, match=r"no attribute 'nothing'; it has .*load"):
+    calm.nothing  # noqa: B018
+
+
+def test_type_checkers_see_every_lazy_name():
+  source = (PACKAGE / "__init__.py").read_text("utf-8")
+  (block,) = (n for n in ast.parse(source).body if isinstance(n, ast.If))
+  seen = {alias.asname for node in block.body for alias in node.names}
+  assert seen == set(calm.__all__)
+  assert (PACKAGE / "py.typed").exists()
+
+
+def test_the_path_of_a_token_names_what_is_there():
+  path = [line for line in calm.__doc__.splitlines() if re.match(r"  \d\. ", line)]
+  assert len(path) == 6
+  names = re.findall(r"`(calm\.[\w.]+)`", "\n".join(path))
+  assert len(names) >= 8
+  for name in names:
+    module, _, attribute = name.rpartition(".")
+    assert hasattr(importlib.import_module(module), attribute), name
+
+
+@pytest.mark.parametrize(
+  ("where", "value"), documented(), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_public_names_are_documented(where, value):
+  assert not lacks(value), f"{where}: its docstring lacks {lacks(value)}"
+
+
+def test_the_check_of_docstrings_can_fail():
+  def fails(one, two, three):
+    """Adds."""
+    raise ValueError
+
+  assert lacks(fails) == ["Raises:", "Args:"]
+
+
+def test_every_example_runs():
+  count = 0
+  for module in pkgutil.walk_packages(calm.__path__, "calm."):
+    if module.name.startswith(CLOSED) or module.name.endswith("seqio_tasks"):
+      continue
+    result = doctest.testmod(importlib.import_module(module.name))
+    assert not result.failed, module.name
+    count += result.attempted
+  assert count >= 3
+
+
+def strangers():
+  """(file, name) of what a file takes from another room and no face offers."""
+  faces = {face: set(importlib.import_module(face).__all__) for face in FACES}
+  found = set()
+  for path in PACKAGE.rglob("*/*.py"):
+    room = path.relative_to(PACKAGE).parts[0]
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+      if not isinstance(node, ast.ImportFrom) or not str(node.module).startswith("calm."):
+        continue
+      module = str(node.module)
+      if module.split(".")[1] == room or module.startswith(CLOSED):
+        continue
+      parent, _, leaf = module.rpartition(".")
+      for alias in node.names:
+        inside = module in faces and alias.name in faces[module]
+        beneath = module not in faces and leaf in faces.get(parent, ()) and alias.name[0] != "_"
+        if not inside and not beneath:
+          found.add((path.relative_to(PACKAGE).as_posix(), f"{module}.{alias.name}"))
+  return found
+
+
+def test_what_no_face_offers_stays_in_its_room():
+  assert not strangers()
