@@ -54,7 +54,6 @@ def importers(package: pathlib.Path, module: str) -> set[str]:
 
 def test_importing_calm_loads_nothing():
   assert loaded("import calm") - loaded("pass") == {"calm"}
-  assert not imported(PACKAGE / "__init__.py")
 
 
 def test_calibrating_needs_no_framework():

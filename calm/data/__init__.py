@@ -3,11 +3,20 @@
 `seqio_tasks` loads TensorFlow and is imported by its own name only.
 """
 
-from calm.data import datasets, prompt_batches, training_batches, vocabulary
+from calm.data import (
+  datasets,
+  prompt_batches,
+  prompt_files,
+  row_formats,
+  training_batches,
+  vocabulary,
+)
 
 __all__ = [
   "datasets",
   "prompt_batches",
+  "prompt_files",
+  "row_formats",
   "seqio_tasks",
   "training_batches",
   "vocabulary",

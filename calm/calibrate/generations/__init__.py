@@ -21,6 +21,7 @@ __all__ = [
   "files",
   "foreign",
   "load",
+  "locks",
   "manifest_procedure",
   "order",
   "procedures",
