@@ -1,6 +1,6 @@
 """The T5 network: for training as T5X writes it, and one position at a time for decoding."""
 
-from calm.t5 import caches, costs, decoder, decoder_weights, layers, network, parameters
+from calm.t5 import caches, costs, decoder, decoder_weights, layers, limits, network, parameters
 from calm.t5.network import T5Config, Transformer
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
   "decoder",
   "decoder_weights",
   "layers",
+  "limits",
   "network",
   "parameters",
 ]
