@@ -72,7 +72,7 @@ class Program:
     max_decode_length: most tokens generated a prompt.
     eos_id: the token that ends a row.
     engine: how the loop's steps run; the results do not depend on it. None takes the fastest
-      for the rule and the batch (`default_engine`).
+      for the rule, the rows and the platform (`default_engine`).
   """
 
   config: network.T5Config

@@ -34,7 +34,7 @@ class DecodeOptions:
       float32.
     num_devices: devices that the prompts are spread over; results do not depend on it.
     engine: how decode steps run; results do not depend on it. None takes the fastest for the
-      rule and the batch (`engines.default_engine`).
+      rule, the rows and the platform (`engines.default_engine`).
     refill: whether `generate` puts the next prompt into a row whose text has ended, for lists
       that are longer than a batch. On one device; results do not depend on it in float32.
     grid: thresholds to decode at where none are given, descending, chosen for this measure,

@@ -226,17 +226,6 @@ def test_a_tokens_logits_are_the_full_heads_at_its_exit_layer():
   assert len(seen) > 1
 
 
-def test_the_default_engine_moves_rows_where_there_are_many():
-  chosen = lambda rule: [engines.default_engine(rule, size) for size in (1, 7, 8, 32)]
-  few, many = engines.Deferred(), engines.Compacted()
-  assert chosen(SOFTMAX) == [few, few, many, many]
-  copies = exits.DynamicExits(
-    confidence.Softmax(), propagation=propagation.propagation("copy_projections")
-  )
-  for rule in (STATIC, exits.OracleExit(), copies):  # nothing that could wait
-    assert chosen(rule) == [engines.Eager()] * 4
-
-
 def heads_and_branches(rule, made=None) -> tuple[int, int, bool]:
   """(heads, conditionals, whether confidence code is named) in a program's compiled HLO."""
   toy = engine.toy()

@@ -1,14 +1,32 @@
-"""Which engine runs a task: the one asked for, or the fastest for its rule and rows."""
+"""Which engine runs a task: the one asked for, or the fastest where it runs."""
 
 from collections.abc import Mapping
+from typing import Any
+
+import jax
 
 from calm import exits
 from calm.decode.engines import compacted, deferred
 from calm.decode.engines.eager import Eager
 from calm.decode.engines.engine import Bound, Engine, Task
 
-# From this batch on, the layers that rows save by leaving pay for moving those that stay.
+# From this batch on, the layers that rows save by leaving pay for moving those that stay, on
+# a CPU.
 MANY_ROWS = 8
+
+# By platform, (from this many rows on, engine), ascending.
+#
+# cpu: measured (the tables of the benchmarks).
+# tpu: compiled for TPU v3, estimated by its compiler, T5 1.1 small. Rows are not worth moving:
+# at 8 rows and length 512 a layer costs 237 thousand cycles on 2 gathered rows and 191 on all
+# 8, because its whole keys and values are laid out anew to gather from them; at 32 rows and
+# length 64, 130 on 2 rows, 229 on all. Nor is filling late: at 1 row it lays seven weight
+# matrices out anew at every token (a further layer 77 where `Eager` pays 53), and at 8 rows and
+# length 64 a further layer costs 94, `Eager`'s 86.
+_BY_PLATFORM: Mapping[str, tuple[tuple[int, Engine], ...]] = {
+  "cpu": ((1, deferred.Deferred()), (MANY_ROWS, compacted.Compacted())),
+  "tpu": ((1, Eager()),),
+}
 
 
 # Names on the command line; all engines decode the same.
@@ -30,11 +48,20 @@ def by_name(name: str) -> Engine:
   return ENGINES[name]
 
 
-def default_engine(rule: exits.StepRule, batch_size: int) -> Engine:
-  """The engine that is fastest for a rule and a number of rows."""
-  if not deferred.can_defer(rule):
+def default_engine(rule: exits.StepRule, rows: Any, platform: str | None = None) -> Engine:
+  """The engine that is fastest for a rule and a number of rows on a platform.
+
+  Args:
+    rule: how a token goes through the layers.
+    rows: of the batch, or of one shard of it; where it is symbolic (`jax.export`), `Eager`,
+      which need not know it.
+    platform: 'cpu', 'tpu', ...; None: JAX's default. Platforms that nothing is known of are
+      treated like a CPU.
+  """
+  if not deferred.can_defer(rule) or not isinstance(rows, int):
     return Eager()
-  return compacted.Compacted() if batch_size >= MANY_ROWS else deferred.Deferred()
+  known = _BY_PLATFORM.get(platform or jax.default_backend(), _BY_PLATFORM["cpu"])
+  return [engine for least, engine in known if least <= max(rows, 1)][-1]
 
 
 def bind(task: Task, engine: Engine | None = None) -> Bound:
