@@ -43,8 +43,9 @@ def calibrate(
       takes those of a `SequenceLosses`.
     tolerance: delta, in (0, 1), in the unit of the loss.
     error_rate: epsilon, in (0, 1).
-    method: 'auto' (binary support: 'binomial', else 'betting'), 'paper' (Eq. 11,
-      Hoeffding-Bentkus), 'betting', 'convex_order', 'hoeffding_bentkus', 'hoeffding' or
+    method: 'auto' (binary support: 'binomial'; else 'betting_fixed_level' for fixed sequence
+      testing, 'betting' for all other procedures), 'paper' (Eq. 11, Hoeffding-Bentkus),
+      'betting', 'betting_fixed_level', 'convex_order', 'hoeffding_bentkus', 'hoeffding' or
       'binomial'.
     testing_procedure: 'fixed_sequence', 'fallback', 'holm' or 'bonferroni'.
     groups: [num_examples] cluster of each row; the test is then on cluster means. None takes
@@ -66,7 +67,9 @@ def calibrate(
   _check_rates(tolerance, error_rate)
   faults = _faults(sample)
   groups = clusters.declared_groups(sample) if groups is None else groups
-  chosen = methods.get_method(method, clusters.unit_support(sample, groups))
+  several_levels = testing_procedure != "fixed_sequence"
+  units = clusters.unit_support(sample, groups)
+  chosen = methods.get_method(method, units, any_level=several_levels)
   _check_procedure(chosen, testing_procedure)
   if groups is None:
     _warn(sample, chosen.ordered)
@@ -77,9 +80,9 @@ def calibrate(
   if groups is not None:
     sample = clusters.cluster_means(sample, groups)
   order, seed = clusters.tested_order(sample, seed)
-  values = sample.values[order] if chosen.ordered else sample.values
-  rates = methods.Sample(values, sample.support, tolerance, error_rate)
-  log_p, bound = _evidence(chosen, rates, np.array([not fault for fault in faults]))
+  order = order if chosen.ordered else None
+  rates = methods.Sample(sample.values, sample.support, tolerance, error_rate, order)
+  log_p, bound = chosen.evidence(rates, np.array([not fault for fault in faults]))
   result = testing.PROCEDURES[testing_procedure](np.exp(log_p), error_rate)
   test = (tolerance, error_rate, testing_procedure, chosen.name)
   return Calibration(
@@ -198,18 +201,6 @@ def _faults(losses: SequenceLosses) -> list[str]:
       else ""
     )
   return faults
-
-
-def _evidence(method: methods.Method, sample: methods.Sample, usable: np.ndarray):
-  """(log p, upper bounds); columns that are not usable have p = 1 and no bound."""
-  log_p, bound = np.zeros(len(usable)), np.full(len(usable), np.nan)
-  if usable.any():
-    # What is left leaves the range by rounding at most.
-    inside = np.clip(sample.values[:, usable], sample.support.lower, sample.support.upper)
-    sample = dataclasses.replace(sample, values=inside)
-    log_p[usable] = method.log_p_values(sample)
-    bound[usable] = method.upper_bounds(sample)
-  return log_p, bound
 
 
 def _lowest(grid: np.ndarray, rejected: np.ndarray) -> float:

@@ -82,7 +82,7 @@ def method_size(
   29
   """
   support = support or Support()
-  chosen = methods.get_method(method, support)
+  chosen = methods.get_method(method, support, any_level=share < 1.0)
   lowest, declared = chosen.prepare(np.full((1, 1), support.lower), support)
 
   def certifies(size: int) -> bool:

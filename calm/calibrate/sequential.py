@@ -221,6 +221,7 @@ class SequentialCalibration:
       lower=self.support.lower,
       upper=self.support.upper,
       planned_size=self.design.planned_size,
+      tolerance=float(np.asarray(self.design.tolerance)),
     )
     earlier = [self._row_p_value(before) for before in range(index)]
     return Row(
@@ -276,7 +277,7 @@ class _Carried:
 
   Attributes:
     total: sum of losses.
-    spread: sum of squared deviations, as `betting.free_bets` takes them.
+    spread: sum of squared deviations, as `strategies.plug_in_bets` takes them.
     seen: losses so far.
     log_wealth: nats.
   """

@@ -59,10 +59,15 @@ def test_paper_is_clipping_hoeffding_bentkus_and_fixed_sequence():
 
 def test_auto_goes_by_the_declared_support_never_by_values():
   zeros = np.zeros((100, 4))
-  assert calibrate(zeros, GRID, **RATES).method == "betting"
-  assert calibrate(zeros, GRID, **RATES, support=Support(binary=True)).method == "binomial"
-  signed = calibrate(zeros, GRID, **RATES, support=Support(lower=-1.0))
-  assert signed.method == "betting"
+  for procedure, bets in (
+    ("fixed_sequence", "betting_fixed_level"),
+    ("holm", "betting"),
+    ("fallback", "betting"),
+  ):
+    options = {**RATES, "testing_procedure": procedure}
+    assert calibrate(zeros, GRID, **options).method == bets
+    assert calibrate(zeros, GRID, **options, support=Support(binary=True)).method == "binomial"
+    assert calibrate(zeros, GRID, **options, support=Support(lower=-1.0)).method == bets
 
 
 def test_rows_do_not_depend_on_how_the_file_was_sorted():
@@ -87,11 +92,11 @@ def test_the_order_comes_from_ids_and_procedure():
 
 def test_another_order_is_repeated_by_the_guarantee():
   losses = sample()
-  given_order = calibrate(losses.in_given_order(), **RATES)
+  given_order = calibrate(losses.in_given_order(), **RATES, method="betting")
   assert given_order.order == "given" and "order given by the caller" in given_order.guarantee
   expected = p_values.betting(losses.values, 0.1)
   np.testing.assert_allclose(given_order.column("p_value"), expected)
-  permuted = calibrate(losses, **RATES)
+  permuted = calibrate(losses, **RATES, method="betting")
   assert "order given" not in permuted.guarantee
   assert permuted.column("p_value")[0] != expected[0]
   assert calibrate(losses.in_given_order(), **RATES, method="paper").order == "irrelevant"
@@ -193,7 +198,7 @@ def test_groups_are_cluster_means():
   groups = [f"g{i // 3}" for i in range(180)]
   losses = SequenceLosses(values, GRID, support=Support(binary=True))
   found = calibrate(losses, **RATES, groups=groups)
-  assert found.num_examples == 60 and found.clusters and found.method == "betting"
+  assert found.num_examples == 60 and found.clusters and found.method == "betting_fixed_level"
   np.testing.assert_allclose(found.column("mean"), values.mean(axis=0))
   assert "clusters of prompts" in found.guarantee
   means = clusters.cluster_means(losses, groups)
@@ -319,5 +324,6 @@ def test_everything_is_recorded():
   assert np.all(found.column("upper_bound") >= found.column("mean"))
   assert found.column("num_examples").tolist() == [300] * 4
   assert found.provenance.metric == "rouge_l" and found.provenance.references == "full model"
-  assert found.provenance.grid == tuple(GRID) and found.provenance.method == "betting"
+  assert found.provenance.grid == tuple(GRID)
+  assert found.provenance.method == "betting_fixed_level"
   assert len(found.seed) == 16 and found.visited == (0, 1, 2, 3)[: len(found.visited)]

@@ -100,7 +100,7 @@ def test_clusters_are_tested_in_the_order_that_calibrate_tests_them():
   losses = sequence_losses.textual_losses(
     dataclasses.replace(cached, sequential=False), metric="exact_match"
   )
-  fixed = calibrate(losses, **RATES, groups=losses.groups)
+  fixed = calibrate(losses, **RATES, groups=losses.groups, method="betting")
   found = sequential.replay(cached, **LOSS, **RATES)
   assert found.seed == fixed.seed and found.num_examples == fixed.num_examples
   used = found.rows[0].num_examples

@@ -4,6 +4,7 @@ The bound at `error_rate` is the largest tolerance that is not rejected: P(E[los
 at most `error_rate`, for one threshold at a time (not for the whole grid at once).
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -67,15 +68,21 @@ def betting(
   lower: float = 0.0,
   upper: float = 1.0,
   planned_size: int | None = None,
+  tolerance: float | None = None,
+  strategy: betting_lib.Strategy = betting_lib.PLUG_IN,
   precision: float = 1e-4,
 ) -> np.ndarray:
   """Upper bound from the betting p-value; it holds whenever one stops.
 
-  The set of rejected tolerances need not be an interval, because bets depend on the tolerance.
-  So whole intervals are rejected from the top: for tolerances m in [a, b], bets lie in
-  [bet(a), bet(b)] and every factor is at least 1 + bet(a) (a - loss) where a >= loss, else
-  1 + bet(b) (a - loss). The result is the lower end of the last interval rejected so: all above
-  it is rejected.
+  Bets b before the cut do not depend on the tolerance m for which wealth is followed, only on
+  the one that was tested. Cut at c / (upper - m), every factor grows with m:
+
+      1 + min(b, c / (upper - m)) (m - loss)
+
+  because (m - loss) / (upper - m) and m - loss do, and because the minimum is a maximum where
+  m < loss. So wealth grows with m, what is rejected is an interval up to `upper`, and its lower
+  end is found by halving, from the tested tolerance on. The bound is at most `tolerance`
+  exactly where the test rejects.
 
   Args:
     losses: [num_examples] or [num_examples, num_thresholds], in the fixed order.
@@ -83,28 +90,32 @@ def betting(
     lower: declared lower bound of losses.
     upper: declared upper bound of losses.
     planned_size: prompts that were planned; None takes the number of losses.
-    precision: intervals are halved down to this share of `upper - lower`.
+    tolerance: the tolerance that was tested; bets may aim at it.
+    strategy: how bets are chosen.
+    precision: how far the bound may lie above that lower end, as a share of `upper - lower`.
 
   Returns:
     [] or [num_thresholds], in (lower, upper].
 
   Raises:
-    ValueError: losses leave their range, or `error_rate` does.
+    ValueError: losses leave their range, `error_rate` does, or bets need a tolerance to aim at.
   """
   losses = betting_lib.check_losses(losses, upper)
   betting_lib.check_levels(lower, error_rate, upper)
+  if tolerance is None and strategy.aims:
+    raise ValueError(f"`tolerance` must be given: the bets of {strategy.name!r} aim at it.")
   columns = losses.reshape(len(losses), -1)
-  size = planned_size or len(losses)
-  free = betting_lib.free_bets(columns, betting_lib.Design(lower, error_rate, size, upper))
-  bound = np.full(columns.shape[1], float(upper))
-  step = (bound - np.maximum(columns.mean(axis=0), lower)) / 2.0
-  least = precision * (upper - lower)
-  while np.any(active := step > least):
-    above = betting_lib.Design(bound[active], error_rate, size, upper)
-    below = betting_lib.Design(bound[active] - step[active], error_rate, size, upper)
-    wealth = betting_lib.least_log_wealth(columns[:, active], free[:, active], below, above)
-    rejected = wealth.max(axis=0) >= above.target
-    bound[active] -= np.where(rejected, step[active], 0.0)
-    step[active] /= np.where(rejected, 1.0, 2.0)
-    step = np.minimum(step, (bound - lower) / 2.0)
-  return bound.reshape(losses.shape[1:])
+  count = columns.shape[1]
+  tested = lower if tolerance is None else tolerance
+  design = strategy.design(tested, error_rate, planned_size or len(losses), upper)
+  free = strategy.free(columns, design)
+  low, high = np.full(count, float(lower)), np.full(count, float(upper))
+  middle = (low + high) / 2.0 if tolerance is None else np.full(count, float(tolerance))
+  while np.any(active := high - low > precision * (upper - lower)):
+    (at,) = np.nonzero(active)
+    tried = dataclasses.replace(design, tolerance=middle[at])
+    rejected = betting_lib.reaches(columns, free, at, tried)
+    high[at] = np.where(rejected, middle[at], high[at])
+    low[at] = np.where(rejected, low[at], middle[at])
+    middle = (low + high) / 2.0
+  return high.reshape(losses.shape[1:])

@@ -11,6 +11,8 @@ from calm.calibrate.losses.sequence_losses import Support
 
 # Pairs of a column and a tolerance that are tested at once; their losses should fit a cache.
 _PAIRS = 256
+# Losses that are copied at once: a table of any length is tested in memory of its own size.
+_CELLS = 2**20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -18,22 +20,32 @@ class Sample:
   """Losses as a method sees them.
 
   Attributes:
-    values: [num_examples, num_thresholds], in the tested order.
+    values: [num_examples, num_thresholds], in the tested order if `order` is None.
     support: declared range.
     tolerance: risk tolerance, a number or one a column.
     error_rate: error probability.
+    order: [num_examples] rows in the tested order, for `Method.evidence`.
   """
 
   values: np.ndarray
   support: Support
   tolerance: npt.ArrayLike
   error_rate: float
+  order: np.ndarray | None = None
 
   def pairs(self, columns: np.ndarray, part: slice = slice(None)) -> "Sample":
     """The sample whose column i is column `columns[i]` here, with tolerance i."""
     tolerance = np.asarray(self.tolerance)[part]
     values = self.values[:, columns[part]]
     return dataclasses.replace(self, values=values, tolerance=tolerance)
+
+  def block(self, columns: np.ndarray) -> "Sample":
+    """Some columns in the tested order; what leaves the range by rounding is put back."""
+    values = self.values[:, columns]
+    if self.order is not None:
+      values = values[self.order]
+    np.clip(values, self.support.lower, self.support.upper, out=values)
+    return dataclasses.replace(self, values=values, order=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +89,39 @@ class Method:
     found = [self.log_p_values(sample.pairs(columns, part)) for part in parts]
     return np.exp(np.concatenate([np.zeros(0), *found])) <= sample.error_rate
 
-  def resolve(self, support: Support) -> "Method":
+  def evidence(self, sample: Sample, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """p-values and upper bounds that say the same, a few columns at a time.
+
+    Args:
+      sample: losses at one tolerance.
+      usable: [num_thresholds] bool, columns whose losses can be tested.
+
+    Returns:
+      (log p, upper bounds), [num_thresholds] each; the bound is at most the tolerance exactly
+      where p <= error_rate. Columns that are not usable have p = 1 and no bound (NaN).
+    """
+    log_p, bound = np.zeros(len(usable)), np.full(len(usable), np.nan)
+    (columns,) = np.nonzero(usable)
+    step = max(1, _CELLS // len(sample.values))
+    for start in range(0, len(columns), step):
+      part = columns[start : start + step]
+      block = sample.block(part)
+      log_p[part] = self.log_p_values(block)
+      bound[part] = self.upper_bounds(block)
+    # Both are of one test, and p falls as the tolerance grows: they can only disagree by the
+    # precision of a search.
+    tolerance = float(np.asarray(sample.tolerance))
+    above = np.maximum(bound, np.nextafter(tolerance, np.inf))
+    rejected = np.exp(log_p) <= sample.error_rate
+    return log_p, np.where(rejected, np.minimum(bound, tolerance), above)
+
+  def resolve(self, support: Support, *, any_level: bool = False) -> "Method":
     """This method, if it fits losses of this support.
 
     Raises:
       ValueError: it does not.
     """
+    del any_level
     # Clipping at 0 is the method; clipping at 1 would hide losses that it was not made for.
     clipped = Support(0.0, max(1.0, support.upper), support.binary)
     reason = self.refuses(clipped if self.clips else support)
@@ -99,14 +138,19 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Auto:
-  """Chooses by the declared support, never by values: binary is exact, all others bet."""
+  """Chooses by the declared support, never by values: binary is exact, all others bet.
+
+  Where every hypothesis is tested at one level (fixed sequence testing), bets are made for it.
+  """
 
   binary: str = "binomial"
-  otherwise: str = "betting"
+  one_level: str = "betting_fixed_level"
+  any_level: str = "betting"
 
-  def resolve(self, support: Support) -> Method:
-    """The method for losses of this support."""
-    return get_method(self.binary if support.binary else self.otherwise, support)
+  def resolve(self, support: Support, *, any_level: bool = False) -> Method:
+    """The method for losses of this support; see `get_method`."""
+    bets = self.any_level if any_level else self.one_level
+    return get_method(self.binary if support.binary else bets, support)
 
 
 def _refuses_signed(support: Support) -> str:
@@ -168,15 +212,17 @@ def _of_bets(name: str, strategy: betting.Strategy, **fields) -> Method:
       error_rate=sample.error_rate,
       lower=sample.support.lower,
       upper=sample.support.upper,
+      tolerance=float(np.asarray(sample.tolerance)),
+      strategy=strategy,
     )
 
-  return Method(name, log_p_values, upper_bounds, _refuses_nothing, ordered=True, **fields)
+  def quick(sample: Sample, columns: np.ndarray) -> np.ndarray:
+    size, upper = len(sample.values), sample.support.upper
+    design = strategy.design(sample.tolerance, sample.error_rate, size, upper)
+    return betting.certifies(sample.values, columns, design, strategy)
 
-
-def _bets_certify(sample: Sample, columns: np.ndarray) -> np.ndarray:
-  size, upper = len(sample.values), sample.support.upper
-  design = betting.Design(sample.tolerance, sample.error_rate, size, upper)
-  return betting.certifies(sample.values, columns, design)
+  fields = {"ordered": True, "quick": quick, **fields}
+  return Method(name, log_p_values, upper_bounds, _refuses_nothing, **fields)
 
 
 METHODS: Mapping[str, Method | Auto] = {
@@ -186,21 +232,23 @@ METHODS: Mapping[str, Method | Auto] = {
   "hoeffding_bentkus": _of_sums("hoeffding_bentkus", p_values.hoeffding_bentkus),
   "convex_order": _of_sums("convex_order", p_values.convex_order),
   "binomial": _of_sums("binomial", p_values.binomial, refuses=_refuses_all_but_binary),
-  "betting": _of_bets("betting", betting.PLUG_IN, quick=_bets_certify),
+  "betting": _of_bets("betting", betting.PLUG_IN),
   "betting_fixed_level": _of_bets("betting_fixed_level", betting.FIXED_LEVEL, any_level=False),
 }
 
 
-def get_method(name: str, support: Support) -> Method:
+def get_method(name: str, support: Support, *, any_level: bool = False) -> Method:
   """The method of a name, checked against the declared support.
 
   Args:
-    name: a name of `METHODS`; 'auto' chooses by `support`.
+    name: a name of `METHODS`; 'auto' chooses by `support` and `any_level`.
     support: declared range of the losses.
+    any_level: whether 'auto' needs p-values that mean something at every level (Holm, graphs),
+      not at `error_rate` alone (fixed sequence testing).
 
   Raises:
     ValueError: the name is unknown, or the method does not fit such losses.
   """
   if name not in METHODS:
     raise ValueError(f"`method` must be one of {sorted(METHODS)}, got {name!r}.")
-  return METHODS[name].resolve(support)
+  return METHODS[name].resolve(support, any_level=any_level)

@@ -235,12 +235,10 @@ def betting(
       wealth_t = product over i <= t of (1 + bet_i (tolerance - loss_i)),   p = 1 / max(1, max
       over t wealth_t)
 
-  bet_i >= 0 depends on losses before i only and is at most 0.9 / (upper - tolerance), so that
-  wealth stays positive; under H it is a supermartingale. `betting.free_bets` has the default
-  bets before that cut. Only the upper bound of losses
-  is used: signed differences in [-1, 1] go in as they are. The p-value is valid for every
-    level; `error_rate` only tunes
-  the bets.
+  bet_i >= 0 depends on losses before i only and is at most 0.9 / (upper - tolerance), or 0.99
+  of it, so that wealth stays positive; under H it is a supermartingale. `strategies` has the
+  bets before that cut. Only the upper bound of losses is used: signed differences in [-1, 1] go
+  in as they are. The p-value is valid for every level; `error_rate` only tunes the bets.
 
   Args:
     losses: [num_examples] or [num_examples, num_thresholds], rows in the order fixed
@@ -264,7 +262,7 @@ def betting(
   """
   losses = np.asarray(losses, np.float64)
   size = planned_size or len(np.atleast_1d(losses))
-  design = betting_lib.Design(tolerance, error_rate, size, upper)
+  design = strategy.design(tolerance, error_rate, size, upper)
   wealth = betting_lib.log_wealth(losses, design, strategy)
   return _finish(-np.maximum(0.0, wealth.max(axis=0)), log)
 

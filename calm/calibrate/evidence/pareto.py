@@ -73,7 +73,12 @@ def front(objectives: npt.ArrayLike) -> np.ndarray:
 
 
 def max_log_p_values(
-  risks: Sequence[Risk], rows: npt.ArrayLike, configurations: npt.ArrayLike, error_rate: float
+  risks: Sequence[Risk],
+  rows: npt.ArrayLike,
+  configurations: npt.ArrayLike,
+  error_rate: float,
+  *,
+  any_level: bool = True,
 ) -> np.ndarray:
   """Largest log p over risks: a p-value of "some risk exceeds its tolerance".
 
@@ -82,6 +87,8 @@ def max_log_p_values(
     rows: rows used, in the tested order.
     configurations: columns used.
     error_rate: level that bets are tuned for.
+    any_level: whether 'auto' must give p-values that can be compared and tested at any level,
+      or at `error_rate` alone.
 
   Returns:
     [len(configurations)], at most 0.
@@ -91,7 +98,7 @@ def max_log_p_values(
   """
   found = []
   for risk in risks:
-    method = methods.get_method(risk.method, risk.support)
+    method = methods.get_method(risk.method, risk.support, any_level=any_level)
     values, support = method.prepare(np.asarray(risk.values, np.float64), risk.support)
     values = values[np.ix_(np.asarray(rows), np.asarray(configurations))]
     outside = ~((values >= support.lower - 1e-9) & (values <= support.upper + 1e-9))
@@ -160,7 +167,7 @@ def pareto_test(
   candidates = front(np.column_stack([means, costs]))
   guesses = max_log_p_values(risks, first, candidates, error_rate)
   order = candidates[np.lexsort((costs[candidates], guesses))]
-  p_values = np.exp(max_log_p_values(risks, second, order, error_rate))
+  p_values = np.exp(max_log_p_values(risks, second, order, error_rate, any_level=False))
   rejected = multiple_testing.fixed_sequence(p_values, error_rate).rejected
   certified = order[rejected]
   return ParetoResult(

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from calm.calibrate.evidence import betting, bounds, p_values
+from calm.calibrate import Support
+from calm.calibrate.evidence import betting, bounds, methods, p_values
 from tests.calibrate import laws
 
 SUM_BASED = (
@@ -13,6 +14,7 @@ SUM_BASED = (
   p_values.convex_order,
   p_values.binomial,
 )
+STRATEGIES = (betting.PLUG_IN, betting.FIXED_LEVEL)
 
 
 @pytest.mark.parametrize("p_value", SUM_BASED, ids=lambda f: f.__name__)
@@ -81,15 +83,44 @@ def test_planned_size_makes_bets_smaller_and_bounds_wider():
   assert planned > bounds.betting(losses, error_rate=0.05)
 
 
-def test_least_log_wealth_is_below_every_wealth_of_its_interval():
-  losses = laws.signed(np.random.default_rng(6), 0.1, (80, 5))
-  below = betting.Design(np.full(5, 0.15), 0.05, 80)
-  above = betting.Design(np.full(5, 0.45), 0.05, 80)
-  free = betting.free_bets(losses, below)
-  least = betting.least_log_wealth(losses, free, below, above)
-  for tolerance in np.linspace(0.15, 0.45, 31):
-    wealth = betting.log_wealth(losses, betting.Design(tolerance, 0.05, 80))
-    assert np.all(least <= wealth + 1e-12)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s.name)
+@pytest.mark.parametrize("law", [laws.mostly_zero, laws.signed], ids=lambda f: f.__name__)
+def test_wealth_of_bets_that_aim_elsewhere_grows_with_the_tolerance(strategy, law):
+  """So that rejected tolerances are an interval, and halving finds its end."""
+  losses = law(np.random.default_rng(6), 0.1, (80, 5))
+  free = strategy.free(losses, strategy.design(0.15, 0.05, 80))
+  before = np.full(losses.shape, -np.inf)
+  for tolerance in np.linspace(0.001, 0.999, 80):
+    cap = strategy.design(tolerance, 0.05, 80).cap
+    wealth = np.cumsum(np.log1p(np.minimum(free, cap) * (tolerance - losses)), axis=0)
+    assert np.all(before <= wealth + 1e-12)
+    before = wealth
+
+
+ALL_METHODS = sorted({*methods.METHODS} - {"auto"})
+
+
+@pytest.mark.parametrize("name", ALL_METHODS)
+@given(
+  st.integers(0, 10**6),
+  st.sampled_from([1, 2, 30, 150]),
+  st.floats(0.003, 0.9),
+  st.sampled_from([0.01, 0.05, 0.3]),
+  st.sampled_from([laws.bernoulli, laws.mostly_zero, laws.signed]),
+)
+def test_bounds_agree_with_decisions(name, seed, size, tolerance, error_rate, law):
+  generator = np.random.default_rng(seed)
+  if name == "binomial":
+    law = laws.bernoulli
+  lower = -1.0 if law is laws.signed and name.startswith("betting") else 0.0
+  means = tolerance * np.array([0.1, 0.5, 0.8, 0.95, 1.0, 1.05])
+  losses = np.stack([law(generator, mean, size) for mean in means], axis=1)
+  losses = np.clip(losses, lower, 1.0)
+  support = Support(lower, binary=name == "binomial")
+  sample = methods.Sample(losses, support, tolerance, error_rate)
+  log_p, bound = methods.get_method(name, support).evidence(sample, np.ones(6, bool))
+  np.testing.assert_array_equal(bound <= tolerance, np.exp(log_p) <= error_rate)
+  assert np.all((bound > lower) & (bound <= 1.0))
 
 
 def test_levels_are_checked():
@@ -97,6 +128,8 @@ def test_levels_are_checked():
     bounds.invert(p_values.hoeffding, 1.0, 10, error_rate=1.0)
   with pytest.raises(ValueError, match="`error_rate`"):
     bounds.betting([0.0], error_rate=0.0)
+  with pytest.raises(ValueError, match="`tolerance` must be given: the bets of 'fixed_level'"):
+    bounds.betting([0.0], error_rate=0.1, strategy=betting.FIXED_LEVEL)
 
 
 def test_a_level_above_one_half_does_not_go_below_the_mean():

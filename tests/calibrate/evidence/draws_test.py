@@ -102,7 +102,7 @@ def test_clustered_binary_losses_bet_and_paper_clips_before_it_averages():
   binary = losses(laws.bernoulli, support=Support(binary=True))
   groups = [str(i // 2) for i in range(240)]
   made = pool_lib.Pool(binary, "auto", groups)
-  assert made.method.name == "betting" and made.values.shape == (120, 17)
+  assert made.method.name == "betting_fixed_level" and made.values.shape == (120, 17)
   assert pool_lib.Pool(binary, "auto").method.name == "binomial"
   signed = losses(laws.signed, support=Support(lower=-1.0))
   clipped = pool_lib.Pool(signed, "paper", groups)

@@ -281,20 +281,72 @@ def test_bets_see_the_past_only():
   generator = np.random.default_rng(5)
   losses = laws.signed(generator, 0.0, (40, 3))
   for strategy in (betting.PLUG_IN, betting.FIXED_LEVEL):
-    design = betting.Design(0.1, 0.05, 40)
+    design = strategy.design(0.1, 0.05, 40)
     bets = strategy.bets(losses, design)
     for row in (0, 1, 17, 39):
       changed = losses.copy()
       changed[row:] = generator.permutation(changed[row:]) * 0.5
       np.testing.assert_array_equal(strategy.bets(changed, design)[: row + 1], bets[: row + 1])
-    assert np.all((bets >= 0.0) & (bets <= betting.CAP_SHARE / 0.9 + 1e-15))
+    assert np.all((bets >= 0.0) & (bets <= strategy.cap_share / 0.9 + 1e-15))
 
 
-def test_fixed_level_bets_stop_at_their_level():
-  losses = np.zeros((200, 1))
-  p = p_values.betting(losses, 0.1, strategy=betting.FIXED_LEVEL)
-  assert 0.0 < 0.05 / 1.2 < p[0] <= 0.05 < 1.0
-  assert p_values.betting(losses, 0.1)[0] < 1e-6
+def hedge_by_hand(losses, tolerance, error_rate, planned):
+  """One column, its wealth looked at before every loss; see `strategies.Hedge`."""
+  target, pace = math.log(1 / error_rate), math.sqrt(2 * math.log(1 / error_rate) / planned)
+  wealth, highest, squares, total = 0.0, 0.0, 8 * tolerance * (1 - tolerance), 0.0
+  bets, deviations = [], []
+  for row, loss in enumerate(losses):
+    deviation = math.sqrt(squares / (row + 8))
+    chance = min(1.0, error_rate * math.exp(wealth))
+    if highest < target and chance > error_rate**2:
+      z = stats.norm.ppf(chance)
+      bet = stats.norm.pdf(z) / (chance * deviation * math.sqrt(planned - row))
+    else:
+      bet = pace / deviation
+    bets.append(bet)
+    deviations.append(deviation)
+    wealth += math.log(1 + min(bet, 0.99 / (1 - tolerance)) * (tolerance - loss))
+    highest = max(highest, wealth)
+    total += loss
+    squares += (loss - total / (row + 2)) ** 2
+  return np.array(bets), highest, np.array(deviations)
+
+
+@pytest.mark.parametrize(("mean", "reached"), [(0.01, True), (0.1, False), (0.3, False)])
+@pytest.mark.parametrize("error_rate", [0.05, 0.3])
+def test_the_hedge_by_hand(mean, reached, error_rate):
+  losses = laws.mostly_zero(np.random.default_rng(8), mean, 90)
+  bets, highest, _ = hedge_by_hand(losses, 0.1, error_rate, 120)
+  design = betting.FIXED_LEVEL.design(0.1, error_rate, 120)
+  found = betting.FIXED_LEVEL.free(losses[:, None], design)[:, 0]
+  # Where wealth is nearly there the chance is nearly 1, and its digits cancel.
+  np.testing.assert_allclose(found, bets, rtol=1e-6, atol=1e-6)
+  p = p_values.betting(
+    losses, 0.1, error_rate=error_rate, planned_size=120, strategy=betting.FIXED_LEVEL
+  )
+  assert p == pytest.approx(math.exp(-highest), rel=1e-6) and reached == (p <= error_rate)
+  assert (
+    betting.certifies(losses[:, None], np.array([0]), design, betting.FIXED_LEVEL) == reached
+  )
+
+
+def test_the_hedge_looks_at_its_wealth_less_often_where_many_prompts_are_left():
+  losses = laws.mostly_zero(np.random.default_rng(8), 0.05, 400)
+  _, _, deviations = hedge_by_hand(losses, 0.1, 0.05, 400)
+  design = betting.FIXED_LEVEL.design(0.1, 0.05, 400)
+  aims = betting.FIXED_LEVEL.free(losses[:, None], design)[:, 0] * deviations
+  # 400 // 64 = 6 prompts are bet on before the second look, 394 // 64 = 6 before the third.
+  np.testing.assert_allclose(aims[:6], aims[0])
+  np.testing.assert_allclose(aims[6:12], aims[6])
+  assert not math.isclose(aims[0], aims[6]) and not math.isclose(aims[6], aims[12])
+
+
+def test_a_huge_need_does_not_underflow():
+  losses = np.ones((3000, 1))
+  design = betting.FIXED_LEVEL.design(0.5, 1e-300, 3000)
+  bets = betting.FIXED_LEVEL.bets(losses, design)
+  assert np.all(np.isfinite(bets)) and np.all(bets > 0.0)
+  assert p_values.betting(losses, 0.5, error_rate=1e-300, strategy=betting.FIXED_LEVEL) == 1.0
 
 
 def test_large_samples_do_not_underflow_in_log_space():

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from calm.calibrate import Support
-from calm.calibrate.evidence import p_values, pareto
+from calm.calibrate.evidence import betting, p_values, pareto
 from tests.calibrate import laws
 
 POINTS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=12)
@@ -36,7 +36,11 @@ def test_the_cheapest_certified_configuration_is_chosen():
   assert found.chosen == 1 and found.num_examples == 200
   assert found.order[-1] == 0 and not found.rejected[-1]  # the riskiest comes last
   rest = values[200:, found.order]
-  np.testing.assert_allclose(found.p_values, p_values.betting(rest, 0.1))
+  expected = p_values.betting(rest, 0.1, strategy=betting.FIXED_LEVEL)
+  np.testing.assert_allclose(found.p_values, expected)
+  # They were put in order by p-values that can be compared.
+  guesses = p_values.betting(values[:200], 0.1)
+  assert np.all(np.diff(guesses[list(found.order)]) >= 0.0)
 
 
 def test_several_risks_need_all_their_tolerances():
