@@ -119,6 +119,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   add("--shortlist", type=int, default=512, help="tokens on a random model's shortlist")
   add("--dtype", default="float32", help="ours and T5X's: float32 or bfloat16")
   add("--output", help="writes OUTPUT.json and OUTPUT.md")
+  add("--results", help="writes scripts/results/RESULTS.json, for scripts/tables.py")
   parsed = parser.parse_args(arguments)
   unknown = set(parsed.shapes) - set(models.SHAPES)
   if unknown or parsed.repeats < 1:
@@ -320,6 +321,27 @@ def markdown(rows: list[Row], about: dict[str, Any]) -> str:
   return "\n".join(lines) + "\n"
 
 
+def result(rows: list[Row], about: dict[str, Any]) -> dict[str, Any]:
+  """The rows as `scripts/tables.py` shows them."""
+  columns = {
+    "setting": lambda row: row.setting,
+    "system": lambda row: row.system,
+    "layers": lambda row: row.layers,
+    "ms a step": lambda row: row.median,
+    "over static": lambda row: row.over_static,
+    "over full depth": lambda row: row.over_full,
+    "with the encoder": lambda row: row.end_to_end,
+    "compile s": lambda row: row.compile_seconds,
+  }
+  return {
+    "command": about["command"],
+    "columns": list(columns),
+    "rows": [[read(row) for read in columns.values()] for row in rows],
+    "versions": about["versions"],
+    "machine": f"{about['cpu']}, {about['cores']} cores",
+  }
+
+
 def _speed(rows: list[Row], setting: str) -> float:
   return next(row.gigabytes_per_second for row in rows if row.setting == setting)
 
@@ -371,6 +393,9 @@ def main(arguments: list[str] | None = None) -> int:
       files.write_atomically(path.with_suffix(".json"), json.dumps(table, indent=1) + "\n")
       files.write_atomically(path.with_suffix(".md"), markdown(rows, about))
   print(markdown(rows, about))
+  if options.results:
+    path = pathlib.Path(__file__).parent / "results" / f"{options.results}.json"
+    files.write_atomically(path, json.dumps(result(rows, about), indent=1) + "\n")
   return 0
 
 
