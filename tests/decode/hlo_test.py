@@ -9,7 +9,7 @@ import pytest
 from calm import exits
 from calm.decode import engines
 from calm.decode import program as program_lib
-from calm.decode.engines import engine as engine_lib
+from calm.decode.engines import eager
 from calm.exits import confidence
 from tests import engine
 from tests.decode import hlo
@@ -53,7 +53,7 @@ def test_no_operation_in_the_loop_makes_half_of_a_layers_cache(rule, made):
 
 def test_the_check_finds_caches_that_are_copied(monkeypatch):
   """Meta: where nothing ties the update to the reads, XLA copies the cache."""
-  monkeypatch.setattr(engine_lib, "after", lambda position, made: position)
+  monkeypatch.setattr(eager, "after", lambda position, made: position)
   text = compiled(exits.DynamicExits(confidence.State()), engines.Eager())
   opcodes = {operation.opcode for operation in hlo.large(text, half_a_layers_cache())}
   assert "copy" in opcodes

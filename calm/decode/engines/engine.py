@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from calm import exits
 from calm.decode import loop
@@ -99,7 +100,10 @@ def after(position: jax.Array, made: jax.Array) -> jax.Array:
   """`position`, in a form that XLA can know only once it has `made` (any float array).
 
   A cache that is read after its update was made would be copied whole at every step; tied to
-  what the reads lead to, the update waits for every one of them.
+  what the reads lead to, the update waits for every one of them. `lax.optimization_barrier`
+  says the same, but XLA:CPU drops it before it decides on copies: with it the tests of the
+  compiled loop (hlo_test) find them.
   """
-  first = made.reshape(-1)[0].astype(jnp.float32)
-  return position + jnp.minimum(jnp.abs(first), 0.0).astype(jnp.int32)
+  bits = lax.bitcast_convert_type(made.reshape(-1)[0].astype(jnp.float32), jnp.int32)
+  # Without its lowest bit and shifted, it is never negative, whatever the float is: adds 0.
+  return position + jnp.minimum(lax.shift_right_logical(bits, 1), 0)
