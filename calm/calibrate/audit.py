@@ -1,17 +1,20 @@
 """A watch on a deployed threshold: an alarm, valid at any time, when the risk is too high.
 
 A coin decides for every served prompt whether the full model runs on it too. The coin knows a
-seed and the prompt's number, nothing of its text or output. From the losses of sampled prompts
-a gambler bets that the risk is above the tolerance:
+seed and the prompt's number or id, nothing of its text or output. From the losses of sampled
+prompts gamblers bet that the risk is above the tolerance, one who begins at every loss:
 
-    wealth = product of (1 + bet_i (loss_i - tolerance))
-    0 <= bet_i <= 0.5 / (tolerance - lower)
+    wealth = sum over k of weight_k product over i >= k of (1 + bet_i (loss_i - tolerance))
+    0 <= bet_i <= 0.5 / (tolerance - lower),   weight_0 about 1/2, weight_k ~ 1 / (k log(k)^2)
 
-As long as E[loss_i | past] <= tolerance, wealth is a nonnegative supermartingale: it ever
-reaches 1 / alarm_level with probability at most alarm_level (Ville 1939). Losses count in the
-order of serving, however late they come: an order of arrival could depend on the losses.
+As long as E[loss_i | past] <= tolerance, wealth is a nonnegative supermartingale that starts at
+1, the sum of all weights: it ever reaches 1 / alarm_level with probability at most alarm_level
+(Ville 1939). Who begins late has lost nothing in a long good time, so that a change is seen
+however long it was in coming. Losses count in the order of serving, however late they come: an
+order of arrival could depend on the losses.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,12 +23,13 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from calm.calibrate.generations import files
+from calm.calibrate.generations import files, locks
 from calm.calibrate.generations import records as records_lib
 from calm.calibrate.losses import metrics
 from calm.calibrate.losses.sequence_losses import Support
 
-SCHEMA_VERSION = 1
+# Version 1 had the first gambler alone; its files go on so.
+SCHEMA_VERSION = 2
 _CAP_SHARE = 0.5
 # Bets remember about this many losses, so that a good old time does not hide a bad new one.
 _MEMORY = 200
@@ -63,9 +67,9 @@ class Watch:
       if not least < value < most:
         raise ValueError(f"`{name}` must be in ({least:.4g}, {most:.4g}), got {value!r}.")
 
-  def sampled(self, number: int) -> bool:
-    """The coin of the served prompt of that number: the same everywhere, blind to text."""
-    digest = hashlib.sha256(f"{self.seed}/{number}".encode()).digest()
+  def sampled(self, name: int | str) -> bool:
+    """The coin of the prompt of that number or id: the same everywhere, blind to text."""
+    digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < self.sampling_rate * 2.0**64
 
   def to_json(self) -> dict[str, Any]:
@@ -79,17 +83,24 @@ class Wealth:
 
   Attributes:
     count: losses seen.
-    log_wealth: nats.
+    log_started: log wealth of the gamblers who have begun, nats.
     highest: largest log wealth so far.
     mean: running mean with a memory.
     square: running mean of squared losses.
+    restarts: whether gamblers begin after the first loss too.
   """
 
   count: int = 0
-  log_wealth: float = 0.0
+  log_started: float = -math.inf
   highest: float = 0.0
   mean: float = 0.0
   square: float = 0.25
+  restarts: bool = True
+
+  @property
+  def log_wealth(self) -> float:
+    """Nats; of all gamblers, those who are still to begin included."""
+    return _log_add(self.log_started, _log_waiting(self.count, self.restarts))
 
   def bet(self, watch: Watch) -> float:
     """The next bet; from earlier losses alone."""
@@ -100,15 +111,39 @@ class Wealth:
 
   def after(self, loss: float, watch: Watch) -> "Wealth":
     """The state after one more loss."""
-    wealth = self.log_wealth + math.log(1.0 + self.bet(watch) * (loss - watch.tolerance))
+    factor = math.log(1.0 + self.bet(watch) * (loss - watch.tolerance))
+    started = _log_add(self.log_started, _log_weight(self.count, self.restarts)) + factor
+    wealth = _log_add(started, _log_waiting(self.count + 1, self.restarts))
     weight = 1.0 / min(self.count + 2, _MEMORY)
-    return Wealth(
+    return dataclasses.replace(
+      self,
       count=self.count + 1,
-      log_wealth=wealth,
+      log_started=started,
       highest=max(self.highest, wealth),
       mean=self.mean + weight * (loss - self.mean),
       square=self.square + weight * (loss**2 - self.square),
     )
+
+
+def _log_waiting(count: int, restarts: bool) -> float:
+  """log of the weight of all gamblers who begin at loss `count` or later: 1 at 0."""
+  if count == 0:
+    return 0.0
+  return math.log(0.5 * math.log(2.0) / math.log(count + 2.0)) if restarts else -math.inf
+
+
+def _log_weight(count: int, restarts: bool) -> float:
+  """log of the weight of the gambler who begins at loss `count`: what is waiting less."""
+  if not restarts:
+    return 0.0 if count == 0 else -math.inf
+  late = 0.5 * math.log(2.0) * math.log1p(1.0 / (count + 2.0))
+  late /= math.log(count + 2.0) * math.log(count + 3.0)
+  return math.log(0.5 + late if count == 0 else late)
+
+
+def _log_add(first: float, second: float) -> float:
+  high, low = max(first, second), min(first, second)
+  return high if low == -math.inf else high + math.log1p(math.exp(low - high))
 
 
 class Monitor:
@@ -121,10 +156,11 @@ class Monitor:
   if monitor.alarm: ...
   """
 
-  def __init__(self, path: pathlib.Path, watch: Watch):
+  def __init__(self, path: pathlib.Path, watch: Watch, lock: locks.Lock | None = None):
     self.path = path
     self.watch = watch
     self.wealth = Wealth()
+    self._lock = lock
     self._served = 0
     self._waiting: list[int] = []
     self._losses: dict[int, float] = {}
@@ -153,14 +189,17 @@ class Monitor:
     """Anytime p-value of "the risk is at most the tolerance"."""
     return math.exp(-self.wealth.highest)
 
-  def serve(self) -> tuple[int, bool]:
+  def serve(self, name: str | None = None) -> tuple[int, bool]:
     """Counts a served prompt.
+
+    Args:
+      name: its id, by which the coin picks it; None takes its number.
 
     Returns:
       (its number, whether the full model should run on it too).
     """
     number = self._served
-    check = self.watch.sampled(number)
+    check = self.watch.sampled(number if name is None else name)
     self._write({"served": number, "sampled": check})
     self._count(number, check)
     return number, check
@@ -189,6 +228,7 @@ class Monitor:
     predictions: Sequence[str],
     full_model: Callable[[list[int]], Sequence[str]],
     metric: str | metrics.Metric = "rouge_l",
+    names: Sequence[str] | None = None,
   ) -> bool:
     """Counts served outputs, re-runs the full model on some, and bets on how they differ.
 
@@ -201,6 +241,7 @@ class Monitor:
       full_model: positions in `predictions` -> the full model's texts of those prompts; called
         once, or not at all.
       metric: registry name, import path or `Metric`.
+      names: [num_prompts] ids by which the coin picks; None takes numbers.
 
     Returns:
       `alarm`.
@@ -215,7 +256,8 @@ class Monitor:
         " `record`."
       )
     metric = metrics.get_metric(metric)
-    numbers = [self.serve() for _ in predictions]
+    named = [None] * len(predictions) if names is None else names
+    numbers = [self.serve(name) for _, name in zip(predictions, named, strict=True)]
     rows = [row for row, (_, sampled) in enumerate(numbers) if sampled]
     texts = full_model(rows) if rows else []
     if len(texts) != len(rows):
@@ -272,26 +314,32 @@ def open_monitor(path: str | pathlib.Path, watch: Watch) -> Monitor:
   """Starts a monitor, or goes on with the one whose state the file holds.
 
   Args:
-    path: append-only JSON Lines file; a line cut off by a kill is dropped.
+    path: append-only JSON Lines file; a line cut off by a kill is dropped, and what a full disk
+      left of a line before the next one.
     watch: what is watched; must be that of the file.
 
   Returns:
-    A `Monitor` with everything that the file says already counted.
+    A `Monitor` with everything that the file says already counted. The file is its alone: a
+    second process is refused until this one ends or lets go of the monitor.
 
   Raises:
+    LockedError: another process writes the file; the message names it.
     GenerationsError: the file is damaged or of another watch; the message names file and line.
     OSError: it cannot be written.
   """
   path = pathlib.Path(path)
-  monitor = Monitor(path, watch)
+  monitor = Monitor(path, watch, locks.lock(path))
   if not path.exists() or not path.stat().st_size:
     monitor._write(watch.to_json())
     return monitor
   records_lib.drop_partial_line(path)
+  _unglue(path)
   lines = records_lib.read_lines(path)
   first = next(lines, None)
   expected = json.loads(json.dumps(watch.to_json()))
-  if first is None or first.value != expected:
+  if first is not None and first.value == {**expected, "schema_version": 1}:
+    monitor.wealth = Wealth(restarts=False)
+  elif first is None or first.value != expected:
     got = None if first is None else first.value
     raise records_lib.GenerationsError(
       f"{path}:1: holds another watch: expected {expected}, got {got}. Start a new file."
@@ -299,3 +347,21 @@ def open_monitor(path: str | pathlib.Path, watch: Watch) -> Monitor:
   for line in lines:
     monitor._replay(line)
   return monitor
+
+
+def _unglue(path: pathlib.Path) -> None:
+  """Takes out what is left of lines that a full disk cut off, each before a whole one."""
+  content = path.read_bytes()
+  lines = content.split(b"\n")
+  mended = [_last_whole(line) for line in lines]
+  if mended != lines:
+    with contextlib.suppress(UnicodeDecodeError):  # it is damaged otherwise, and will be named
+      files.write_atomically(path, b"\n".join(mended).decode("utf-8"))
+
+
+def _last_whole(raw: bytes) -> bytes:
+  """A line as it is, if it is whole or hopeless; else the whole line at its end."""
+  if not raw.strip() or records_lib.parse_line(raw)[0] is not None:
+    return raw
+  start = raw.rfind(b'{"')
+  return raw[start:] if start > 0 and records_lib.parse_line(raw[start:])[0] else raw

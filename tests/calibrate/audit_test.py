@@ -1,5 +1,8 @@
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -86,7 +89,17 @@ def test_bets_by_hand():
   wealth = audit.Wealth(mean=0.2, square=0.25)
   assert wealth.bet(watched) == pytest.approx(0.1 / (0.25 - 0.04 + 0.01))
   after = wealth.after(1.0, watched)
-  assert after.log_wealth == pytest.approx(math.log(1 + 0.1 / 0.22 * 0.9))
+  # Half of the weight and a bit begins at once, the rest waits.
+  waiting = 0.5 * math.log(2) / math.log(3)
+  factor = 1 + 0.1 / 0.22 * 0.9
+  assert after.log_wealth == pytest.approx(math.log((1 - waiting) * factor + waiting))
+  second = after.after(0.4, watched)
+  gain = 1 + after.bet(watched) * 0.3
+  later = 0.5 * math.log(2) / math.log(4)
+  by_hand = ((1 - waiting) * factor + waiting - later) * gain + later
+  assert second.log_wealth == pytest.approx(math.log(by_hand))
+  alone = audit.Wealth(mean=0.2, square=0.25, restarts=False).after(1.0, watched)
+  assert alone.log_wealth == pytest.approx(math.log(factor))
   assert after.mean == pytest.approx(0.6) and after.square == pytest.approx(0.625)
 
 
@@ -212,3 +225,103 @@ def test_damage_is_named(tmp_path):
   path.write_text("\n")
   with pytest.raises(GenerationsError, match=r"a.jsonl:1: holds another watch"):
     audit.open_monitor(path, watch())
+
+
+def first_alarm(losses, watched, **start):
+  wealth = audit.Wealth(**start)
+  for number, loss in enumerate(losses.tolist(), start=1):
+    wealth = wealth.after(loss, watched)
+    if wealth.highest >= math.log(1 / watched.alarm_level):
+      return number
+  return math.inf
+
+
+def test_a_long_good_time_delays_an_alarm_little():
+  """Wealth that bleeds for long makes the first gambler late, not those who begin later."""
+  delays = []
+  for seed in range(5):
+    generator = np.random.default_rng(seed)
+    good = laws.bernoulli(generator, 0.085, 12_000)
+    bad = laws.bernoulli(generator, 0.2, 4000)
+    losses = np.concatenate([good, bad])
+    late, alone = (
+      first_alarm(losses, watch(), restarts=restarts) - len(good) for restarts in (True, False)
+    )
+    fresh = first_alarm(bad, watch())
+    assert 0 < late <= alone
+    delays.append((fresh, late, alone))
+  fresh, late, alone = np.median(delays, axis=0)
+  assert late < 6 * fresh and late < alone
+
+
+def test_all_weights_sum_to_one():
+  for restarts in (True, False):
+    weights = [math.exp(audit._log_weight(k, restarts)) for k in range(2000)]
+    waiting = math.exp(audit._log_waiting(2000, restarts))
+    assert math.fsum(weights) + waiting == pytest.approx(1.0, abs=1e-12)
+
+
+def test_a_file_from_before_restarts_goes_on_as_it_was(tmp_path):
+  path = tmp_path / "a.jsonl"
+  monitor = audit.open_monitor(path, watch(sampling_rate=1.0))
+  losses = [1.0, 0.0, 1.0, 1.0]
+  for loss in losses:
+    monitor.record(monitor.serve()[0], loss)
+  path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 1'))
+  again = audit.open_monitor(path, watch(sampling_rate=1.0))
+  plain = audit.Wealth(restarts=False)
+  for loss in losses:
+    plain = plain.after(loss, watch())
+  assert again.wealth == plain != monitor.wealth
+
+
+def test_the_coin_may_go_by_ids(tmp_path):
+  monitor = audit.open_monitor(tmp_path / "a.jsonl", watch())
+  names = [f"id-{i}" for i in range(50)]
+  asked = []
+  monitor.check(["x"] * 50, lambda rows: asked.extend(rows) or ["x"] * len(rows), names=names)
+  assert asked == [i for i, name in enumerate(names) if watch().sampled(name)]
+  assert 10 < len(asked) < 40 and monitor.served == 50
+
+
+def test_what_a_full_disk_left_is_taken_out(tmp_path):
+  path = tmp_path / "a.jsonl"
+  monitor = audit.open_monitor(path, watch(sampling_rate=1.0))
+  for loss in (0.0, 1.0, 0.5):
+    monitor.record(monitor.serve()[0], loss)
+  whole = path.read_text()
+  lines = whole.splitlines(keepends=True)
+  glued = [
+    *lines[:3],
+    lines[3][:9] + lines[3],
+    lines[4][:3] + lines[4],
+    *lines[5:],
+    lines[5][:7],
+  ]
+  path.write_text("".join(glued))
+  again = audit.open_monitor(path, watch(sampling_rate=1.0))
+  assert again.wealth == monitor.wealth and path.read_text() == whole
+
+
+def test_a_second_process_is_refused_by_name_until_the_first_lets_go(tmp_path):
+  path = tmp_path / "a.jsonl"
+  script = (
+    "import sys; from calm.calibrate import audit\n"
+    "watch = audit.Watch(0.1, 0.05, 1.0, 'coin')\n"
+    "try: audit.open_monitor(sys.argv[1], watch).serve()\n"
+    "except OSError as error: print(error)\n"
+  )
+
+  def other():
+    made = subprocess.run(
+      [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True
+    )
+    return made.stdout
+
+  monitor = audit.open_monitor(path, watch(sampling_rate=1.0))
+  monitor.serve()
+  assert f"process {os.getpid()}" in other()
+  assert path.read_text().count("served") == 1
+  del monitor
+  (tmp_path / ".a.jsonl.lock").write_text('{"process": "00000000-1-1"}')  # of a killed one
+  assert other() == "" and path.read_text().count("served") == 2
