@@ -1,0 +1,51 @@
+"""The shortest way through everything: also run with the newest JAX (scripts/test.sh)."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax", reason="the smoke group decodes: it needs JAX")
+
+import jax.numpy as jnp
+
+import calm
+from calm import checkpoints, t5
+
+PROMPTS = ["A library to read ZIP archives.", "A puzzle game for the desktop."]
+
+
+@pytest.fixture(scope="module")
+def model():
+  return calm.load("packed")
+
+
+def test_a_model_is_loaded_decodes_and_leaves_early(model):
+  full = model.generate(PROMPTS, threshold=calm.NEVER_EXIT)
+  early = model.generate(PROMPTS, threshold=0.0)
+  assert full.mean_layers == model.num_layers and all(full.texts)
+  assert early.mean_layers < full.mean_layers
+  again = model.generate(PROMPTS, threshold=0.0)
+  assert [o.tokens for o in again] == [o.tokens for o in early]
+
+
+def test_losses_are_calibrated():
+  losses = np.tile([[0.0, 0.0], [0.0, 1.0]], (80, 1))
+  found = calm.calibrate.calibrate(losses, [0.9, 0.5], tolerance=0.1, error_rate=0.05)
+  assert found.threshold == 0.9 and "0.95" in found.guarantee
+
+
+def test_logits_are_those_of_the_golden_file():
+  folder = pathlib.Path(__file__).parent / "golden" / "huggingface" / "t5_1_1"
+  checkpoint, expected = checkpoints.load(folder), np.load(folder / "expected.npz")
+  tokens, decoder_tokens = (
+    jnp.asarray(expected[name], jnp.int32) for name in ("input_ids", "decoder_input_ids")
+  )
+  logits = t5.Transformer(checkpoint.config).apply(
+    {"params": checkpoint.params},
+    tokens,
+    decoder_tokens,
+    jnp.ones_like(decoder_tokens),
+    enable_dropout=False,
+  )
+  assert np.abs(np.asarray(logits) - expected["logits"]).max() < 1e-4
