@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from calm.calibrate.evidence import methods
-from calm.calibrate.evidence.draws import Pool
+from calm.calibrate.evidence.draws import Draws
 from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
 
 # Where a method's own size is sought no further: nobody calibrates on more prompts.
@@ -279,7 +279,7 @@ def power_curve(
     raise ValueError(
       f"`sizes` must be at least 1 each and `draws` at least 1, got {sizes} and {draws}."
     )
-  pool = Pool(pilot, method, groups)
+  pool = Draws(pilot, method, groups)
   generator = np.random.default_rng(seed)
   columns = np.arange(pool.values.shape[1])
   power = []

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from calm.calibrate.evidence.draws import Pool
+from calm.calibrate.evidence.draws import Draws
 from calm.calibrate.losses.sequence_losses import SequenceLosses
 
 
@@ -124,7 +124,7 @@ def split_trials(
     ValueError: the pool has fewer than 2 units, losses leave their range, or a rate does.
   """
   _check_rates(tolerances, error_rate, trials)
-  pool = Pool(losses, method, groups)
+  pool = Draws(losses, method, groups)
   count = len(pool.values)
   if count < 2:
     raise ValueError(f"`losses` must have at least 2 units to split, got {count}.")
@@ -142,7 +142,7 @@ def split_trials(
   )
 
 
-def _test_outcome(pool: Pool, column: int, test: np.ndarray, layers: Layers | None):
+def _test_outcome(pool: Draws, column: int, test: np.ndarray, layers: Layers | None):
   """(column, mean loss, layers a token) on test units; column -1 is the full model."""
   risk = 0.0 if column < 0 else float(pool.values[test, column].mean())
   if layers is None:
@@ -207,7 +207,7 @@ def validity_trials(
   _check_rates(tolerances, error_rate, trials)
   if calibration_size is not None and calibration_size < 1:
     raise ValueError(f"`calibration_size` must be at least 1, got {calibration_size!r}.")
-  pool = Pool(losses, method, groups)
+  pool = Draws(losses, method, groups)
   size = calibration_size or len(pool.values)
   generator = np.random.default_rng(seed)
   draws = np.stack([generator.integers(len(pool.values), size=size) for _ in range(trials)])

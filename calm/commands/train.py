@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
   options = {} if arguments.output_dir is None else {"output_dir": arguments.output_dir}
   output_dir = pathlib.Path(_output_dir(arguments))
   print(f"Checkpoints, validations and scalars: {output_dir}", flush=True)
-  with Monitor(output_dir, tensorboard=not arguments.no_tensorboard) as monitor:
+  with Progress(output_dir, tensorboard=not arguments.no_tensorboard) as monitor:
     exported = train(listener=monitor.listener, **options)
   files.write_atomically(output_dir / "config.gin", gin.config_str())
   print(f"Model with the best validation: {exported}")
@@ -92,7 +92,7 @@ def _output_dir(arguments: argparse.Namespace) -> str:
     ) from error
 
 
-class Monitor:
+class Progress:
   """A progress bar and TensorBoard scalars; its `listener` is what `training.fit` tells."""
 
   def __init__(self, output_dir: pathlib.Path, *, tensorboard: bool):
@@ -114,7 +114,7 @@ class Monitor:
     self._since = time.monotonic()
     self.listener = training.Listener(self._start, self._step, self._eval)
 
-  def __enter__(self) -> "Monitor":
+  def __enter__(self) -> "Progress":
     self._bar.start()
     return self
 

@@ -8,7 +8,6 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from calm import exits
 from calm.decode import engines, loop
 from calm.t5 import caches, decoder_weights, network
-
-Params = Any
+from calm.t5.parameters import Params
 
 # Traces so far in this process by function name: a body below runs only to be compiled.
 TRACES: collections.Counter[str] = collections.Counter()

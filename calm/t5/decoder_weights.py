@@ -1,7 +1,6 @@
 """T5X-shaped parameters laid out for decoding: made once, at load time, and never saved."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,7 @@ import numpy as np
 from flax import struct
 
 from calm.t5 import network, parameters
-
-Params = Any
+from calm.t5.parameters import Params
 
 
 @struct.dataclass

@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         output_head(cfg, name=f"logits_dense_{i}") for i in range(cfg.num_decoder_layers - 1)
       ]
     if cfg.exit_classifier:
-      self.exit_classifier = ExitClassifier()
+      self.exit_classifier = ExitHead()
 
   def __call__(
     self, encoded, tokens, mask, cross_mask, *, deterministic, decode=False, length=None
@@ -205,7 +205,7 @@ class Decoder(nn.Module):
         head(hidden)
 
 
-class ExitClassifier(nn.Module):
+class ExitHead(nn.Module):
   """One linear map emb_dim -> 1, shared by all layers (paper section 3.5)."""
 
   @nn.compact

@@ -40,10 +40,10 @@ from calm import exits
 from calm.decode import engines, program
 from calm.exits import confidence, schedules
 from calm.t5 import caches, network
+from calm.t5.parameters import Params
 from calm.t5x import bindings, loops, shards, sizes
 from calm.training import objectives
 
-Params = Any
 Batch = Mapping[str, jax.Array]
 
 greedy_decode = loops.greedy_decode

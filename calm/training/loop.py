@@ -14,11 +14,10 @@ import numpy as np
 
 from calm.calibrate.generations import files
 from calm.data import training_batches
+from calm.t5.parameters import Params
 from calm.training import objectives
 from calm.training.saving import check_writable, checkpointer, restore, save
 from calm.training.updates import TrainConfig, TrainState
-
-Params = Any
 
 
 class History:

@@ -5,7 +5,7 @@ An objective is a small frozen class with `loss` and `trains`; `training` knows 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,9 @@ import numpy as np
 from flax import struct
 
 from calm.t5 import network, parameters
+from calm.t5.parameters import Params
 from calm.training import losses
 
-Params = Any
 Batch = dict[str, jax.Array]
 
 

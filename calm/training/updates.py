@@ -12,9 +12,8 @@ from flax import struct, traverse_util
 
 from calm.data import training_batches
 from calm.t5 import network
+from calm.t5.parameters import Params
 from calm.training import objectives
-
-Params = Any
 
 
 @struct.dataclass

@@ -50,9 +50,9 @@ def test_groups_that_losses_carry_are_used():
   assert wrong <= 6  # .27 of draws when they were ignored
   found = calibrate(losses, **RATES)
   assert found.clusters and found.num_examples == 40
-  assert len(draws.Pool(losses, "auto").values) == 40
+  assert len(draws.Draws(losses, "auto").values) == 40
   prompts = losses.ungrouped()
-  assert calibrate(prompts, **RATES).num_examples == len(draws.Pool(prompts, "auto").values)
+  assert calibrate(prompts, **RATES).num_examples == len(draws.Draws(prompts, "auto").values)
 
 
 def test_a_cluster_of_one_prompt_each_is_no_cluster():
@@ -69,7 +69,7 @@ def test_a_missing_group_is_refused_and_not_one_cluster(missing):
   with pytest.raises(ValueError, match="1000 rows without a name"):
     SequenceLosses(values, [0.5], groups=groups)
   with pytest.raises(ValueError, match="`groups` to name"):
-    draws.Pool(SequenceLosses(values, [0.5]), "auto", groups)
+    draws.Draws(SequenceLosses(values, [0.5]), "auto", groups)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from calm.calibrate.losses import clusters
 from calm.calibrate.losses.sequence_losses import SequenceLosses
 
 
-class Pool:
+class Draws:
   """Losses as one method tests them, with rows grouped into exchangeable units.
 
   Attributes:

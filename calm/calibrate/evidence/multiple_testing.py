@@ -28,7 +28,7 @@ class Rejections:
   visited: tuple[int, ...]
 
 
-Procedure = Callable[[npt.ArrayLike, float], Rejections]
+MultipleTest = Callable[[npt.ArrayLike, float], Rejections]
 
 
 def _check(p_values: npt.ArrayLike, error_rate: float) -> np.ndarray:
@@ -263,7 +263,7 @@ def front_loaded_weights(count: int, first: float = 0.5) -> np.ndarray:
   return np.concatenate([[first], np.full(count - 1, (1.0 - first) / (count - 1))])
 
 
-PROCEDURES: Mapping[str, Procedure] = {
+PROCEDURES: Mapping[str, MultipleTest] = {
   "fixed_sequence": fixed_sequence,
   "fallback": fallback,
   "holm": holm,

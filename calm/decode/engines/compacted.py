@@ -61,7 +61,7 @@ class Compacted:
 
 
 @struct.dataclass
-class Rows:
+class Bucket:
   """Which rows a bucket holds; those that stay come first, in their order.
 
   Attributes:
@@ -72,9 +72,9 @@ class Rows:
   order: jax.Array
   rank: jax.Array
 
-  def first(self, size: int) -> "Rows":
+  def first(self, size: int) -> "Bucket":
     """The bucket of the first `size` rows of this one."""
-    return Rows(self.order[:size], self.rank)
+    return Bucket(self.order[:size], self.rank)
 
   def take(self, tree: Any) -> Any:
     """The bucket's rows of arrays [batch, ...]."""
@@ -99,7 +99,7 @@ def _rows(x: jax.Array, numbers: jax.Array) -> jax.Array:
   return x.at[numbers].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
-def compact(stays: jax.Array) -> Rows:
+def compact(stays: jax.Array) -> Bucket:
   """All rows, those that stay first."""
   stays = stays.astype(jnp.int32)
   # Places without a sort: those that stay by their number, then the others by theirs.
@@ -109,7 +109,7 @@ def compact(stays: jax.Array) -> Rows:
   numbers = jnp.arange(len(stays), dtype=jnp.int32)
   is_at = rank[None, :] == numbers[:, None]
   order = jnp.sum(jnp.where(is_at, numbers[None, :], 0), axis=1)
-  return Rows(order.astype(jnp.int32), rank.astype(jnp.int32))
+  return Bucket(order.astype(jnp.int32), rank.astype(jnp.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ class _Spread:
   """A bucket's attention, run in all rows of the batch, where the caches lie."""
 
   whole: decoder_lib.Attention
-  rows: Rows
+  rows: Bucket
 
   def to_past(self, query: jax.Array, row: layers_lib.KeyValue) -> jax.Array:
     query, row = self.rows.spread((query, row))
@@ -197,7 +197,7 @@ class _BoundCompacted:
       stored.append(row)
     return state, tuple(stored)
 
-  def _run(self, walk: walk_lib.Walk, steps: tuple[_Step, ...], state, rows: Rows):
+  def _run(self, walk: walk_lib.Walk, steps: tuple[_Step, ...], state, rows: Bucket):
     """(state, rows that the segment's layers store) with the bucket run; all rows store."""
     threshold = walk.threshold if walk.threshold.ndim == 0 else rows.take(walk.threshold)
     inside = dataclasses.replace(walk, threshold=threshold)
@@ -216,7 +216,7 @@ class _BoundCompacted:
     # Rows that had left stay as they are.
     return layers_lib.select_rows(stays, rows.spread(part), state), tuple(stored)
 
-  def _attention(self, whole: decoder_lib.Attention, rows: Rows) -> decoder_lib.Attends:
+  def _attention(self, whole: decoder_lib.Attention, rows: Bucket) -> decoder_lib.Attends:
     """The bucket's attention: over copies of its caches, or in all rows of the batch."""
     if len(rows.order) > self.copied_part * len(rows.rank):
       return _Spread(whole, rows)
@@ -229,7 +229,7 @@ class _BoundCompacted:
     )
 
 
-def _part(state: walk_lib.WalkState, rows: Rows) -> walk_lib.WalkState:
+def _part(state: walk_lib.WalkState, rows: Bucket) -> walk_lib.WalkState:
   """The bucket's rows. Of those that stay nothing about their exit is known yet."""
   hidden, done, rejected, memory = rows.take(
     (state.hidden, state.done, state.rejected_confidence, state.memory)

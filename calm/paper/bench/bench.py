@@ -129,7 +129,7 @@ class Bench:
 
   def result(self, kind, name: str, make, *, prompts: Sequence[Prompt], **key):
     """A result that depends on the model, the task, some prompts and `key`."""
-    cache = results.Cache(self.folder / "results" / self.settings.name)
+    cache = results.ResultCache(self.folder / "results" / self.settings.name)
     everything = {
       "procedure": self.predictor.procedure.to_json(),
       "metric": self.settings.metric,

@@ -78,7 +78,7 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cache:
+class ResultCache:
   """A folder of results.
 
   Attributes:

@@ -35,7 +35,7 @@ class Level:
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
+class ShownExample:
   """One prompt under one measure.
 
   Attributes:
@@ -71,7 +71,7 @@ class Examples:
   num_layers: int
   thresholds: tuple[float, ...]
   chosen: int
-  items: tuple[Example, ...]
+  items: tuple[ShownExample, ...]
 
 
 def examples(
@@ -116,7 +116,7 @@ def examples(
   )
 
 
-def _example(cached, measure, row: int, piece, metric, eos_id: int, times) -> Example:
+def _example(cached, measure, row: int, piece, metric, eos_id: int, times) -> ShownExample:
   prompt: Prompt = cached.prompts[row]
   full: Record = cached.full[row]
   timed = times.get(prompt.id)
@@ -135,7 +135,7 @@ def _example(cached, measure, row: int, piece, metric, eos_id: int, times) -> Ex
       speedup=found.speedup if found else float("nan"),
     )
 
-  return Example(
+  return ShownExample(
     id=prompt.id,
     input=prompt.input,
     reference=prompt.targets[0] if prompt.targets else "",

@@ -70,7 +70,7 @@ def test_what_is_no_result_is_refused():
 
 
 def test_a_result_is_computed_once_per_key(tmp_path):
-  cache = results.Cache(tmp_path / "new" / "folder")
+  cache = results.ResultCache(tmp_path / "new" / "folder")
   calls = []
 
   def make():
@@ -85,14 +85,14 @@ def test_a_result_is_computed_once_per_key(tmp_path):
 
 
 def test_a_new_version_of_the_numbers_is_computed_anew(tmp_path, monkeypatch):
-  cache = results.Cache(tmp_path)
+  cache = results.ResultCache(tmp_path)
   cache.get(Outer, "thing", {}, outer)
   monkeypatch.setattr(results, "VERSION", results.VERSION + 1)
   assert cache.get(Outer, "thing", {}, lambda: outer(9.0)).inner.value == 9.0
 
 
 def test_a_damaged_file_is_named(tmp_path):
-  cache = results.Cache(tmp_path)
+  cache = results.ResultCache(tmp_path)
   cache.get(Outer, "thing", {}, outer)
   path = cache.path("thing", {})
   path.write_text(path.read_text("utf-8")[:-40], "utf-8")
