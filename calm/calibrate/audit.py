@@ -33,6 +33,8 @@ SCHEMA_VERSION = 2
 _CAP_SHARE = 0.5
 # Bets remember about this many losses, so that a good old time does not hide a bad new one.
 _MEMORY = 200
+# Of the weight, what is left for gamblers who do not begin at once.
+_LATE_SHARE = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,16 +131,18 @@ def _log_waiting(count: int, restarts: bool) -> float:
   """log of the weight of all gamblers who begin at loss `count` or later: 1 at 0."""
   if count == 0:
     return 0.0
-  return math.log(0.5 * math.log(2.0) / math.log(count + 2.0)) if restarts else -math.inf
+  return (
+    math.log(_LATE_SHARE * math.log(2.0) / math.log(count + 2.0)) if restarts else -math.inf
+  )
 
 
 def _log_weight(count: int, restarts: bool) -> float:
   """log of the weight of the gambler who begins at loss `count`: what is waiting less."""
   if not restarts:
     return 0.0 if count == 0 else -math.inf
-  late = 0.5 * math.log(2.0) * math.log1p(1.0 / (count + 2.0))
+  late = _LATE_SHARE * math.log(2.0) * math.log1p(1.0 / (count + 2.0))
   late /= math.log(count + 2.0) * math.log(count + 3.0)
-  return math.log(0.5 + late if count == 0 else late)
+  return math.log(1.0 - _LATE_SHARE + late if count == 0 else late)
 
 
 def _log_add(first: float, second: float) -> float:

@@ -28,7 +28,7 @@ from typing import Any
 from rich import console as rich_console
 
 from calm.calibrate import NEVER_EXIT, Prompt, thresholds
-from calm.commands import common, model_flags, results, showing
+from calm.commands import common, model_flags, monitoring, results, showing
 from calm.data import prompt_batches
 from calm.inference import colours
 
@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     *("--colour", "--color"), action="store_true", help="color every token by its exit layer"
   )
+  monitoring.add_arguments(parser)
   common.add_gin_arguments(parser)
 
 
@@ -100,6 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
       " Got none; give one, or leave the options out."
     )
   work = _Work(predictor, threshold, console, len(prompts), time.monotonic() - start)
+  work.monitored = monitoring.open_monitored(arguments, predictor, threshold)
   if arguments.output:
     about = {
       "threshold": thresholds.format_threshold(threshold),
@@ -110,7 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
   else:
     work.to_screen(prompts, arguments.colour)
   work.report(arguments)
-  return 0
+  alarm = work.monitored is not None and work.monitored.alarm
+  return monitoring.ALARM_STATUS if alarm and arguments.fail_on_alarm else 0
 
 
 def _load(arguments: argparse.Namespace, threshold: float | None):
@@ -135,6 +138,8 @@ def _load(arguments: argparse.Namespace, threshold: float | None):
 
 class _Work:
   """Decodes chunk after chunk and adds up what there is to report."""
+
+  monitored: monitoring.Monitored | None = None
 
   def __init__(self, predictor, threshold: float, console, count: int, startup: float):
     from calm.inference import outputs
@@ -193,6 +198,8 @@ class _Work:
         outputs = self._predictor.generate([p.input for p in chunk], threshold=self._threshold)
       self._add(outputs, caught)
       yield chunk, outputs
+      if self.monitored is not None:  # what was served is safe by now
+        self.monitored.check(chunk, outputs)
       counter.add(len(chunk), outputs.timing.compile_seconds)
       affordable = int(CHUNK_SECONDS / max(outputs.timing.seconds, 1e-9) * len(chunk) / batch)
       batches = max(1, min(most, 4 * batches, affordable))
@@ -239,6 +246,8 @@ class _Work:
       say("This was the full model: there is nothing that a guarantee would be about.")
     else:
       say(self._guarantee or f"No guarantee: {_why_none(arguments)}.")
+    if self.monitored is not None:
+      say(self.monitored.report())
 
 
 def _count(number: int, thing: str) -> str:

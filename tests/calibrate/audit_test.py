@@ -89,13 +89,13 @@ def test_bets_by_hand():
   wealth = audit.Wealth(mean=0.2, square=0.25)
   assert wealth.bet(watched) == pytest.approx(0.1 / (0.25 - 0.04 + 0.01))
   after = wealth.after(1.0, watched)
-  # Half of the weight and a bit begins at once, the rest waits.
-  waiting = 0.5 * math.log(2) / math.log(3)
+  # Of three quarters of the weight a share waits, all else begins at once.
+  waiting = 0.75 * math.log(2) / math.log(3)
   factor = 1 + 0.1 / 0.22 * 0.9
   assert after.log_wealth == pytest.approx(math.log((1 - waiting) * factor + waiting))
   second = after.after(0.4, watched)
   gain = 1 + after.bet(watched) * 0.3
-  later = 0.5 * math.log(2) / math.log(4)
+  later = 0.75 * math.log(2) / math.log(4)
   by_hand = ((1 - waiting) * factor + waiting - later) * gain + later
   assert second.log_wealth == pytest.approx(math.log(by_hand))
   alone = audit.Wealth(mean=0.2, square=0.25, restarts=False).after(1.0, watched)

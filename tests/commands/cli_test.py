@@ -12,7 +12,7 @@ import pytest
 from calm import checkpoints
 from calm.calibrate import Calibration, generations
 from calm.calibrate.losses import sequence_losses
-from calm.commands import cli
+from calm.commands import cli, monitoring
 from calm.data import vocabulary
 from calm.t5 import network
 from tests import toys
@@ -323,6 +323,24 @@ def test_unwritable_output(model, prompts, tmp_path, capsys):
   for output in (blocked / "out.jsonl", tmp_path / "none" / "out.jsonl", tmp_path):
     message = failure(capsys, [*infer, f"--output={output}"])
     assert "`--output`" in message and str(output) in message
+
+
+def test_a_promise_is_watched_while_it_is_served(model, prompts, cached, tmp_path, capsys):
+  saved, state = tmp_path / "calibration.json", tmp_path / "monitor.jsonl"
+  assert cli.main(["calibrate", str(cached), *CERTIFIES, f"--output={saved}"]) == 0
+  infer = ["infer", f"--model={model}", f"--prompts={prompts}", f"--calibration={saved}"]
+  watched = [*infer, f"--monitor={state}", "--monitor_share=1", "--fail_on_alarm"]
+  assert cli.main(watched) == 0
+  assert "Monitor: 5 of these prompts were decoded at full depth too" in (
+    " ".join(capsys.readouterr().err.split())
+  )
+  for line in range(40):  # the promise has been broken since
+    with open(state, "a") as file:
+      file.write(f'{{"served": {5 + line}, "sampled": true}}\n')
+      file.write(f'{{"number": {5 + line}, "loss": 1.0}}\n')
+  assert cli.main(watched) == monitoring.ALARM_STATUS
+  assert "ALARM" in capsys.readouterr().err
+  assert cli.main([*infer, f"--monitor={state}", "--monitor_share=1"]) == 0
 
 
 def test_neither_calibration_nor_threshold(prompts, capsys):

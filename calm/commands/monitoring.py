@@ -1,0 +1,142 @@
+"""`calm infer --monitor`: a share of the prompts is decoded at full depth too, and watched."""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from calm.calibrate import NEVER_EXIT, Calibration, Prompt, audit
+from calm.calibrate.losses import metrics
+
+# Exit status of a run with an alarm, where it was asked for.
+ALARM_STATUS = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Declares the options of a monitor."""
+  parser.add_argument(
+    "--monitor",
+    metavar="FILE",
+    help="watch the promise while it is served: decode a share of the prompts at full depth"
+    " too, bet on how the texts differ, and keep the bets in this file from run to run",
+  )
+  parser.add_argument(
+    "--monitor_share",
+    type=float,
+    default=0.05,
+    metavar="SHARE",
+    help="share of prompts, chosen by a hash of their ids, that --monitor checks"
+    " (default 0.05)",
+  )
+  parser.add_argument(
+    "--monitor_level",
+    type=float,
+    default=0.05,
+    metavar="LEVEL",
+    help="probability that --monitor ever raises a false alarm (default 0.05)",
+  )
+  parser.add_argument(
+    "--fail_on_alarm",
+    action="store_true",
+    help=f"end with exit status {ALARM_STATUS} if the monitor has raised its alarm",
+  )
+
+
+class Monitored:
+  """A monitor and the model that it asks."""
+
+  def __init__(self, predictor: Any, monitor: audit.Monitor, metric: str):
+    self._predictor, self._monitor = predictor, monitor
+    self._metric = metrics.get_metric(metric)
+    self._before = monitor.wealth.count
+    self._lost = monitor.waiting
+    for number in self._lost:
+      # Its run was killed before the loss was known; this makes no false alarm more likely.
+      monitor.record(number, monitor.watch.support.lower)
+
+  @property
+  def alarm(self) -> bool:
+    """Whether the risk has been shown to exceed the tolerance, in this run or before."""
+    return self._monitor.alarm
+
+  def check(self, prompts: Sequence[Prompt], outputs: Sequence[Any]) -> None:
+    """Counts served outputs, and decodes those at full depth that the coin picks."""
+
+    def full_model(rows: list[int]) -> list[str]:
+      texts = [prompts[row].input for row in rows]
+      return [output.text for output in self._predictor.generate(texts, threshold=NEVER_EXIT)]
+
+    self._monitor.check(
+      [output.text for output in outputs],
+      full_model,
+      self._metric,
+      names=[prompt.id for prompt in prompts],
+    )
+
+  def report(self) -> str:
+    """What is known by now, in words."""
+    monitor, watch = self._monitor, self._monitor.watch
+    checked = monitor.wealth.count
+    count = (
+      f"Monitor: {checked - self._before} of these prompts were decoded at full depth too,"
+      f" {checked} of {monitor.served} so far; evidence against the promise: p ="
+      f" {monitor.p_value:.3g}."
+    )
+    lost = (
+      f" {len(self._lost)} of a run that was killed count as unchanged." if self._lost else ""
+    )
+    if not monitor.alarm:
+      return f"{count}{lost} No alarm."
+    return (
+      f"{count}{lost} ALARM: the expected loss of the prompts that are served has been above"
+      f" {watch.tolerance:.10g} (a false alarm, ever, has probability at most"
+      f" {watch.alarm_level:.10g}). Calibrate again on prompts like these."
+    )
+
+
+def open_monitored(
+  arguments: argparse.Namespace, predictor: Any, threshold: float
+) -> Monitored | None:
+  """The monitor that was asked for, or None.
+
+  Raises:
+    ValueError: there is no promise that full-depth texts can check, or an option leaves its
+      range.
+    LockedError: another process writes the monitor's file.
+  """
+  if arguments.monitor is None:
+    if arguments.fail_on_alarm:
+      raise ValueError("Expected `--monitor` beside `--fail_on_alarm`. Got none; name a file.")
+    return None
+  promise = _promise(predictor.calibration, threshold)
+  watch = audit.Watch(
+    tolerance=promise.tolerance,
+    alarm_level=arguments.monitor_level,
+    sampling_rate=arguments.monitor_share,
+    seed=_digest(promise),
+    support=promise.support,
+    calibration_digest=_digest(promise),
+  )
+  return Monitored(predictor, audit.open_monitor(arguments.monitor, watch), promise.metric)
+
+
+def _promise(calibration: Calibration | None, threshold: float) -> Calibration:
+  if calibration is None or calibration.threshold != threshold or threshold == NEVER_EXIT:
+    raise ValueError(
+      "Expected `--monitor` with a calibration and its own threshold. Got no promise to watch;"
+      " name a calibration.json that certified a threshold, and leave `--threshold` out."
+    )
+  if calibration.kind != "textual" or calibration.clusters:
+    unit = "clusters of prompts" if calibration.clusters else "prompts"
+    raise ValueError(
+      "Expected `--monitor` with a promise on the textual loss of single prompts, which texts"
+      f" at full depth show. Got {calibration.kind!r} over {unit}; record such losses yourself:"
+      " `calm.calibrate.audit`."
+    )
+  return calibration
+
+
+def _digest(calibration: Calibration) -> str:
+  text = json.dumps(calibration.to_json(), sort_keys=True, ensure_ascii=False)
+  return hashlib.sha256(text.encode()).hexdigest()[:32]

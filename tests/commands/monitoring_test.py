@@ -1,0 +1,102 @@
+"""`calm infer --monitor` without a model: what is checked, what is said, what is refused."""
+
+import argparse
+import types
+
+import pytest
+
+from calm import calibrate
+from calm.calibrate import audit
+from calm.commands import monitoring
+
+TEXTS = [f"text {i}" for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def promise():
+  zeros = [[0.0] for _ in range(60)]
+  made = calibrate.calibrate(zeros, [0.5], tolerance=0.1, error_rate=0.05, method="paper")
+  return types.SimpleNamespace(
+    **{**vars(made), "kind": "textual", "metric": "exact_match"}, to_json=made.to_json
+  )
+
+
+class Full:
+  """A model whose full-depth text is the prompt, and who keeps what it was asked."""
+
+  def __init__(self, calibration):
+    self.calibration, self.asked = calibration, []
+
+  def generate(self, texts, threshold):
+    assert threshold == calibrate.NEVER_EXIT
+    self.asked += texts
+    return [types.SimpleNamespace(text=text) for text in texts]
+
+
+def arguments(*options):
+  parser = argparse.ArgumentParser()
+  monitoring.add_arguments(parser)
+  return parser.parse_args([str(option) for option in options])
+
+
+def serve(monitored, texts):
+  prompts = [calibrate.Prompt(f"id-{text}", text) for text in TEXTS]
+  monitored.check(prompts, [types.SimpleNamespace(text=text) for text in texts])
+
+
+def test_a_share_of_the_prompts_is_decoded_at_full_depth(promise, tmp_path):
+  model = Full(promise)
+  options = arguments("--monitor", tmp_path / "m.jsonl", "--monitor_share=0.4")
+  monitored = monitoring.open_monitored(options, model, 0.5)
+  serve(monitored, TEXTS)
+  coin = audit.open_monitor(tmp_path / "m.jsonl", monitored._monitor.watch).watch
+  picked = [text for text in TEXTS if coin.sampled(f"id-{text}")]
+  assert model.asked == picked and 5 < len(picked) < 30 and not monitored.alarm
+  report = monitored.report()
+  assert f"{len(picked)} of these prompts" in report and "No alarm." in report
+  again = monitoring.open_monitored(options, model, 0.5)
+  serve(again, TEXTS)
+  assert f"{len(picked)} of these prompts" in again.report()
+  assert f"{2 * len(picked)} of 80 so far" in again.report()
+
+
+def test_texts_that_differ_raise_the_alarm(promise, tmp_path):
+  options = arguments("--monitor", tmp_path / "m.jsonl", "--monitor_share=1")
+  monitored = monitoring.open_monitored(options, Full(promise), 0.5)
+  serve(monitored, ["another"] * 40)
+  assert monitored.alarm and "ALARM: the expected loss" in monitored.report()
+  assert "above 0.1" in monitored.report()
+
+
+def test_a_killed_run_holds_nothing_up(promise, tmp_path):
+  options = arguments("--monitor", tmp_path / "m.jsonl", "--monitor_share=1")
+  monitored = monitoring.open_monitored(options, Full(promise), 0.5)
+  monitored._monitor.serve("id-0")
+  again = monitoring.open_monitored(options, Full(promise), 0.5)
+  assert "1 of a run that was killed" in again.report()
+  serve(again, TEXTS)
+  assert again._monitor.wealth.count == 41
+
+
+def test_what_texts_cannot_show_is_refused(promise, tmp_path):
+  options = arguments("--monitor", tmp_path / "m.jsonl")
+  other = lambda **fields: Full(types.SimpleNamespace(**{**vars(promise), **fields}))
+  for model, threshold in (
+    (Full(None), 0.5),
+    (Full(promise), 0.4),
+    (other(threshold=calibrate.NEVER_EXIT), calibrate.NEVER_EXIT),
+  ):
+    with pytest.raises(
+      ValueError, match="`--monitor` with a calibration and its own threshold"
+    ):
+      monitoring.open_monitored(options, model, threshold)
+  for model in (other(kind="risk_signed"), other(clusters=True)):
+    with pytest.raises(ValueError, match="textual loss of single prompts"):
+      monitoring.open_monitored(options, model, 0.5)
+  with pytest.raises(ValueError, match="Expected `--monitor` beside `--fail_on_alarm`"):
+    monitoring.open_monitored(arguments("--fail_on_alarm"), Full(promise), 0.5)
+  assert monitoring.open_monitored(arguments(), Full(promise), 0.5) is None
+  with pytest.raises(ValueError, match="`sampling_rate` must be in"):
+    shares = arguments("--monitor", tmp_path / "m.jsonl", "--monitor_share=0")
+    monitoring.open_monitored(shares, Full(promise), 0.5)
+  assert not list(tmp_path.iterdir())
