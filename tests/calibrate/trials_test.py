@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 
 from calm.calibrate import SequenceLosses, trials
-from calm.calibrate.evidence import draws as pool_lib
+from calm.calibrate.evidence import draws as draws_lib
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.7, 0.5])
@@ -73,12 +73,12 @@ def test_clusters_never_stand_on_both_sides(monkeypatch):
   groups = [f"g{i // 6}" for i in range(60)]
   seen = []
 
-  class Spy(pool_lib.Pool):
+  class Spy(draws_lib.Draws):
     def choose(self, draws, tolerances, error_rate):
       seen.append(set(draws[0].tolist()))
       return np.zeros((len(draws), len(tolerances)), int)
 
-  monkeypatch.setattr(trials, "Pool", Spy)
+  monkeypatch.setattr(trials, "Draws", Spy)
   layers = trials.Layers(np.arange(180).reshape(60, 3), np.ones((60, 3)), 8)
   (found,) = trials.split_trials(
     losses, [0.1], error_rate=0.05, groups=groups, trials=1, layers=layers

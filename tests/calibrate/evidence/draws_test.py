@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from calm.calibrate import NEVER_EXIT, SequenceLosses, Support, calibrate
 from calm.calibrate.evidence import betting, methods, multiple_testing, p_values
-from calm.calibrate.evidence import draws as pool_lib
+from calm.calibrate.evidence import draws as draws_lib
 from tests.calibrate import laws
 
 GRID = np.linspace(0.95, 0.1, 17)
@@ -39,7 +39,7 @@ def test_lockstep_chooses_what_one_set_at_a_time_chooses(method, error_rate, siz
   made = losses(laws.bernoulli, support=Support(binary=True))
   if method != "binomial":
     made = losses()
-  pool = pool_lib.Draws(made, method)
+  pool = draws_lib.Draws(made, method)
   draws = np.random.default_rng(size).integers(len(pool.values), size=(12, size))
   found = pool.choose(draws, TOLERANCES, error_rate)
   expected = one_at_a_time(pool, draws, TOLERANCES, error_rate)
@@ -49,7 +49,7 @@ def test_lockstep_chooses_what_one_set_at_a_time_chooses(method, error_rate, siz
 
 @pytest.mark.parametrize("method", ["auto", "paper"])
 def test_lockstep_on_signed_losses(method):
-  pool = pool_lib.Draws(
+  pool = draws_lib.Draws(
     losses(laws.signed, means=(-0.2, 0.3), support=Support(lower=-1.0)), method
   )
   draws = np.random.default_rng(0).integers(len(pool.values), size=(12, 150))
@@ -60,10 +60,10 @@ def test_lockstep_on_signed_losses(method):
 
 def test_a_set_that_failed_takes_no_part_any_more():
   values = np.stack([np.zeros(100), np.ones(100), np.zeros(100)], axis=1)
-  pool = pool_lib.Draws(SequenceLosses(values, GRID[:3]), "auto")
+  pool = draws_lib.Draws(SequenceLosses(values, GRID[:3]), "auto")
   sets = np.arange(100)[None]
   assert pool.choose(sets, [0.1, 0.001], 0.05).tolist() == [[0, -1]]
-  assert pool_lib.Draws(SequenceLosses(1.0 - values, GRID[:3]), "auto").choose(
+  assert draws_lib.Draws(SequenceLosses(1.0 - values, GRID[:3]), "auto").choose(
     sets, [0.1], 0.05
   ).tolist() == [[-1]]
 
@@ -101,11 +101,11 @@ def test_wealth_beyond_float64_certifies_and_ruin_does_not_underflow():
 def test_clustered_binary_losses_bet_and_paper_clips_before_it_averages():
   binary = losses(laws.bernoulli, support=Support(binary=True))
   groups = [str(i // 2) for i in range(240)]
-  made = pool_lib.Draws(binary, "auto", groups)
+  made = draws_lib.Draws(binary, "auto", groups)
   assert made.method.name == "betting_fixed_level" and made.values.shape == (120, 17)
-  assert pool_lib.Draws(binary, "auto").method.name == "binomial"
+  assert draws_lib.Draws(binary, "auto").method.name == "binomial"
   signed = losses(laws.signed, support=Support(lower=-1.0))
-  clipped = pool_lib.Draws(signed, "paper", groups)
+  clipped = draws_lib.Draws(signed, "paper", groups)
   expected = np.maximum(signed.values, 0).reshape(120, 2, 17).mean(axis=1)
   np.testing.assert_allclose(np.sort(clipped.values, axis=0), np.sort(expected, axis=0))
   np.testing.assert_allclose(clipped.values[clipped.unit_of_row[34]], expected[17])
@@ -113,7 +113,7 @@ def test_clustered_binary_losses_bet_and_paper_clips_before_it_averages():
 
 def test_a_pool_chooses_what_calibrate_chooses():
   made = losses(count=300).in_given_order()
-  pool = pool_lib.Draws(made, "auto", [f"{i:03d}" for i in range(300)])
+  pool = draws_lib.Draws(made, "auto", [f"{i:03d}" for i in range(300)])
   (columns,) = pool.choose(np.arange(300)[None], TOLERANCES, 0.05)
   for tolerance, column in zip(TOLERANCES, columns, strict=True):
     found = calibrate(made, tolerance=tolerance, error_rate=0.05)
