@@ -19,7 +19,13 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 CHECKED = (
   *("data.prompt_batches", "decode.loop", "decode.pool", "decode.pool_program"),
   *("decode.program", "exits.confidence", "exits.propagation", "exits.rules"),
-  *("exits.schedules", "inference.options", "inference.outputs", "inference.predictor"),
+  *(
+    "exits.schedules",
+    "inference.options",
+    "inference.outputs",
+    "inference.predictor",
+    "inference.opening",
+  ),
   *("t5.decoder", "t5.layers", "t5.network", "training.losses", "training.objectives"),
 )
 

@@ -3,6 +3,7 @@
 from calm.checkpoints import files, huggingface, t5x
 from calm.checkpoints.checkpoint import (
   FORMAT,
+  PACKED,
   Checkpoint,
   Vocabulary,
   load,
@@ -12,6 +13,7 @@ from calm.checkpoints.checkpoint import (
 
 __all__ = [
   "FORMAT",
+  "PACKED",
   "Checkpoint",
   "Vocabulary",
   "files",

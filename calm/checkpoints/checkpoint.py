@@ -21,6 +21,8 @@ from calm.data import vocabulary as vocabularies
 from calm.t5 import limits, network, parameters
 
 FORMAT = "calm checkpoint 1"
+# The small model inside this package.
+PACKED = pathlib.Path(__file__).parents[1] / "assets"
 _MODEL_FILE = "vocabulary.model"
 
 Vocabulary = vocabularies.SentencePieceVocabulary | vocabularies.ByteVocabulary

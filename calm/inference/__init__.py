@@ -1,8 +1,10 @@
 """A model that decodes under a threshold: one prompt, a grid, or until the outcome is clear."""
 
+from calm.checkpoints import PACKED
 from calm.inference import colours, grid, outputs, until_certified
+from calm.inference.opening import UntrainedExits, load
 from calm.inference.options import DecodeOptions, options_of
-from calm.inference.predictor import PACKED, Predictor, UntrainedExits, load
+from calm.inference.predictor import Predictor
 
 __all__ = [
   "PACKED",

@@ -2,7 +2,7 @@
 
 The parameter tree and the call signatures are those of T5X's own T5 1.1 network; the exit
 parts (`decoder/exit_classifier`, and `decoder/logits_dense_{i}` with per-layer heads) are the
-only additions. This module serves training and T5X; `step` decodes from the same parameters.
+only additions. This module serves training and T5X; `decoder` decodes from the same.
 """
 
 import dataclasses

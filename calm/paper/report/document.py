@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from calm.paper.experiments import gains, suite, tradeoff
-from calm.paper.report import ablations, figures
+from calm.paper.report import ablations, figures, promises
 from calm.paper.report.figures import Figure
 from calm.paper.report.section import Panel, Section
 from calm.paper.report.tables import Table, number, percent, threshold, times
@@ -18,7 +18,7 @@ def sections(reports: Reports) -> tuple[Section, ...]:
     quality_and_cost,
     calibrated_gains,
     coloured_outputs,
-    ablations.promises_kept,
+    promises.promises_kept,
     ablations.oracles,
     ablations.perturbed_tokens,
     ablations.schedules_compared,

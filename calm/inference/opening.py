@@ -1,0 +1,107 @@
+"""Opening a model for decoding, with its promise where its folder has one."""
+
+import dataclasses
+import pathlib
+import warnings
+from typing import Any
+
+from calm import checkpoints
+from calm.calibrate import Calibration
+from calm.calibrate.generations.procedures import describe_differences
+from calm.inference.options import DecodeOptions, change, options_of, stored_options
+from calm.inference.predictor import Predictor
+
+# What a folder with a promise holds beside the model.
+CALIBRATION = "calibration.json"
+
+
+class UntrainedExits(UserWarning):
+  """No decoder layer but the last has learned to write tokens."""
+
+
+def load(
+  path: str | pathlib.Path = "packed",
+  *,
+  calibration: Calibration | str | pathlib.Path | None = None,
+  void_guarantee: bool = False,
+  dtype: str | None = None,
+  **options: Any,
+) -> Predictor:
+  """Opens a model for decoding.
+
+  Args:
+    path: a checkpoint directory of any format that `checkpoints.load` knows, or 'packed' for
+      the small model inside this package.
+    calibration: a `Calibration` or its JSON file. Its procedure sets the options that are not
+      given; a model or an option that differs from it is refused. None takes the
+      `calibration.json` of the model's own folder, where there is one and no option that is
+      given differs from it.
+    void_guarantee: decode under another procedure all the same: the calibrated threshold
+      stays, the promise goes.
+    dtype: activation dtype, 'float32' or 'bfloat16'; None takes the checkpoint's.
+    **options: fields of `DecodeOptions`.
+
+  Raises:
+    ValueError: the calibration is for another procedure (the message names the fields), or the
+      checkpoint has no vocabulary.
+  """
+  directory = checkpoints.PACKED if str(path) == "packed" else pathlib.Path(path)
+  checkpoint = checkpoints.load(directory)
+  if checkpoint.vocabulary is None:
+    raise ValueError(
+      f"Expected a vocabulary beside the checkpoint in {directory}. Got none; save the model"
+      " with one (`checkpoints.save(..., vocabulary=...)`)."
+    )
+  if isinstance(calibration, str | pathlib.Path):
+    calibration = Calibration.load(calibration)
+  stored = stored_options(directory)
+  procedure = None if calibration is None else calibration.procedure
+  if procedure is None:
+    base = dataclasses.replace(DecodeOptions(), **stored)
+  else:
+    base = options_of(procedure, stored.get("shortlist"))
+    dtype = dtype or procedure.activation_dtype
+  config = checkpoint.config
+  if dtype is not None:
+    config = dataclasses.replace(config, dtype=dtype)
+  predictor = Predictor(
+    config=config,
+    params=checkpoint.params,
+    vocabulary=checkpoint.vocabulary,
+    options=change(base, **options),
+  )
+  if checkpoint.exits_trained is False and calibration is None:
+    _warn_of_untrained_exits(directory)
+  if calibration is None:
+    own = directory / CALIBRATION
+    given = bool(options) or dtype is not None
+    return _under_its_own(predictor, own, given) if own.exists() else predictor
+  if not void_guarantee:
+    return predictor.under(calibration)
+  return dataclasses.replace(predictor, threshold=calibration.threshold)
+
+
+def _warn_of_untrained_exits(directory: pathlib.Path) -> None:
+  if not (directory / CALIBRATION).exists():
+    warnings.warn(
+      UntrainedExits(
+        f"the exits of {directory} were never trained: only its last decoder layer has learned"
+        " to write, so tokens that leave before it are often wrong. Train them (`calm fit`, or"
+        " `calm train`), or decode at full depth (the threshold 'never')."
+      ),
+      stacklevel=3,
+    )
+
+
+def _under_its_own(predictor: Predictor, path: pathlib.Path, options_given: bool) -> Predictor:
+  """The model under the calibration of its folder, where that is for it as it is opened."""
+  calibration = Calibration.load(path)
+  difference = describe_differences(calibration.procedure, predictor.procedure)
+  if not difference:
+    return predictor.under(calibration)
+  if not options_given:  # the folder disagrees with itself
+    raise ValueError(
+      f"Expected {str(path)!r} to be for the model beside it. Got one for another procedure:"
+      f" {difference}; calibrate again, or take the file away to decode without a promise."
+    )
+  return predictor
