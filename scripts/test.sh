@@ -4,8 +4,8 @@
 #   scripts/test.sh             all of it
 #   scripts/test.sh -k exits    arguments go to pytest
 #
-# Environments live in .venv-test and .venv-calibrate and are made again when a requirement
-# changes. torch, transformers and T5X are not installed: golden files stand in for them.
+# Environments live in .venv-test, .venv-calibrate and .venv-tpu and are made again when a
+# requirement changes. torch, transformers and T5X are not installed: golden files stand in.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
@@ -26,6 +26,10 @@ echo "== environments"
 environment .venv-test -e '.[train,report,test]'
 # Calibration promises to need numpy and scipy only: its tests run where nothing else is.
 environment .venv-calibrate . pytest hypothesis
+# The TPU's compiler, which needs no TPU, is made for this platform only.
+if [[ "$(uname -sm)" == "Linux x86_64" ]]; then
+  environment .venv-tpu -e '.[tpu]' pytest beartype
+fi
 
 without_jax() {
   .venv-calibrate/bin/python - <<'PYTHON'
@@ -76,6 +80,13 @@ trap - EXIT
 
 echo "== the smoke group with the newest JAX"
 newest
+
+if [[ -d .venv-tpu ]]; then
+  echo "== compiled for a TPU"
+  SECONDS=0
+  .venv-tpu/bin/python -m pytest -p no:cacheprovider -rsx tests/tpu
+  echo "tests/tpu took $SECONDS s"
+fi
 
 echo "== tests"
 # Those of calm.calibrate have just run. Most of the time goes to compilation, on one core.

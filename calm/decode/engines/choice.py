@@ -17,12 +17,13 @@ MANY_ROWS = 8
 # By platform, (from this many rows on, engine), ascending.
 #
 # cpu: measured (the tables of the benchmarks).
-# tpu: compiled for TPU v3, estimated by its compiler, T5 1.1 small. Rows are not worth moving:
-# at 8 rows and length 512 a layer costs 237 thousand cycles on 2 gathered rows and 191 on all
-# 8, because its whole keys and values are laid out anew to gather from them; at 32 rows and
-# length 64, 130 on 2 rows, 229 on all. Nor is filling late: at 1 row it lays seven weight
-# matrices out anew at every token (a further layer 77 where `Eager` pays 53), and at 8 rows and
-# length 64 a further layer costs 94, `Eager`'s 86.
+# tpu: compiled for TPU v3, estimated by its compiler, T5 1.1 small (scripts/README.md).
+# Moving rows does not pay: at 8 rows and length 512 a layer costs 237 thousand cycles on 2
+# gathered rows and 191 on all 8, because its whole keys and values are laid out anew to
+# gather from them; at 32 rows and length 64, 130 on 2 rows, 229 on all. Filling late is
+# level at 8 rows and length 64 (exit at 1 / 4 / 8: 186 / 480 / 872, fills not counted;
+# `Eager` 229 / 494 / 844), and the row that goes deepest decides; at 1 row it lays seven
+# weight matrices out anew at every token.
 _BY_PLATFORM: Mapping[str, tuple[tuple[int, Engine], ...]] = {
   "cpu": ((1, deferred.Deferred()), (MANY_ROWS, compacted.Compacted())),
   "tpu": ((1, Eager()),),

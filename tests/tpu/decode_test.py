@@ -1,0 +1,74 @@
+"""Laws of the decode loop as a TPU's compiler lays it out (nothing is run; no TPU is needed).
+
+Real widths, since layouts depend on them, but few layers and a small vocabulary.
+"""
+
+import functools
+
+import pytest
+
+pytest.importorskip("jax")
+import tpu_hlo
+import tpu_report
+
+from calm import exits
+from calm.decode import engines
+from calm.exits import confidence
+
+pytestmark = pytest.mark.skipif(bool(tpu_report.available()), reason=tpu_report.available())
+
+TOPOLOGY, LAYERS = "v3:2x2", 3
+CONFIG = tpu_report.configuration(
+  "small", num_decoder_layers=LAYERS, num_encoder_layers=1, vocab_size=2048
+)
+ROWS, INPUT, LENGTH = 8, 128, 512
+# The smallest weight matrix of a layer; an activation is far smaller, a cache larger.
+WEIGHT = CONFIG.emb_dim * CONFIG.num_heads * CONFIG.head_dim
+
+
+def default() -> str:
+  """The name of a TPU's default engine."""
+  engine = engines.default_engine(exits.DynamicExits(confidence.Classifier()), ROWS, "tpu")
+  return {made: name for name, made in engines.ENGINES.items()}[engine]
+
+
+@functools.cache
+def compiled(name: str) -> tpu_report.Compiled:
+  return tpu_report.compiled(TOPOLOGY, CONFIG, name, LAYERS, (ROWS, INPUT, LENGTH))
+
+
+def program(name: str) -> tpu_report.Compiled:
+  return compiled(default() if name == "default" else name)
+
+
+@pytest.mark.parametrize("name", ["static", "default"])
+def test_the_token_loop_moves_no_cache_and_no_weight(name):
+  module = program(name).module
+  assert not [x.text for x in tpu_hlo.moved(module, WEIGHT)]
+  assert not tpu_hlo.collectives(module)
+  # Meta: the loop was found, with the updates of the caches in it.
+  sizes = [x.elements for x in module.within(module.token_loop())]
+  assert max(sizes) >= program(name).half_cache and len(sizes) > 100
+
+
+def test_the_check_finds_weights_and_caches_that_are_moved():
+  """Meta: `Compacted` gathers rows of caches, which is why it is no default here."""
+  assert tpu_hlo.moved(compiled("compacted").module, WEIGHT)
+
+
+def test_a_token_costs_more_cycles_the_deeper_it_goes():
+  name = default()
+  path = tpu_report.PATHS[name]
+  cycles = [tpu_hlo.step_cycles(program(name).module, path, k) for k in (1, 2, 3)]
+  full = tpu_hlo.step_cycles(program("static").module, tpu_report.PATHS["static"])
+  assert 0 < cycles[0] < cycles[1] < cycles[2]
+  assert cycles[0] < full < 2 * cycles[2]
+
+
+@pytest.mark.xfail(
+  strict=True, reason="a head's 64 numbers take the room of 128: caches need another layout"
+)
+@pytest.mark.parametrize("name", ["static", "default"])
+def test_temporaries_are_little_more_than_the_caches(name):
+  made = program(name)
+  assert made.temporaries <= 1.3 * made.caches
