@@ -9,21 +9,22 @@ teacher-forced pass over what was returned. This module does not import T5X.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from calm import exits
 from calm.decode import engines, loop
-from calm.exits import layers as layers_lib
-from calm.exits import schedules
-from calm.t5 import caches, network
+from calm.t5 import network
+from calm.t5x import prefixes
 
 LoopCache = dict[str, Any]
+Rows = prefixes.Rows
+make_rows = prefixes.make_rows
 
 
 @struct.dataclass
@@ -58,91 +59,6 @@ class LoopState:
   cache: LoopCache
 
 
-@struct.dataclass
-class Rows:
-  """What is known of every row before it is decoded, row by row.
-
-  Attributes:
-    encoded: the inputs' cross-attention keys and values.
-    forced: at position i, whether the token after it is the prefix's, [rows, length] bool.
-    generated: free positions before position i, [rows, length] int32.
-    num_eos: EOS tokens in the prefix, which end nothing, [rows] int32.
-    threshold: lambda, [rows] float32.
-  """
-
-  encoded: caches.Encoded
-  forced: Bool[Array, "rows length"]
-  generated: Int[Array, "rows length"]
-  num_eos: Int[Array, " rows"]
-  threshold: Float[Array, " rows"]
-
-
-def make_rows(
-  encoded: caches.Encoded,
-  prefix: Int[Array, "batch length"],
-  threshold: Float[Array, "..."],
-  eos_id: int | Int[Array, ""],
-  num_decodes: int = 1,
-) -> Rows:
-  """Rows of a batch, each prompt `num_decodes` times in a row, as T5X's loops lay them out.
-
-  Args:
-    encoded: from `caches.cross_attention_inputs`.
-    prefix: BOS (0), then tokens to be forced, 0 where the model is free.
-    threshold: lambda, [] or [batch].
-    eos_id: the token that ends a row.
-    num_decodes: sequences a prompt.
-  """
-  following = jnp.pad(prefix[:, 1:], ((0, 0), (0, 1)))
-  forced = following != 0
-  free = jnp.logical_not(forced).astype(jnp.int32)
-  threshold = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), prefix.shape[:1])
-  rows = Rows(
-    encoded=encoded,
-    forced=forced,
-    generated=jnp.cumsum(free, axis=1) - free,
-    num_eos=jnp.sum(prefix == eos_id, axis=1),
-    threshold=threshold,
-  )
-  return (
-    rows if num_decodes == 1 else jax.tree.map(lambda x: jnp.repeat(x, num_decodes, 0), rows)
-  )
-
-
-@dataclasses.dataclass(frozen=True)
-class AfterPrefix:
-  """A schedule of free tokens: t starts after the prefix, which itself never exits early.
-
-  A forced token is context, not output: what it stores is stored at full depth.
-  """
-
-  inner: schedules.Schedule
-  rows: Rows
-  name: ClassVar[str] = "after_prefix"
-
-  def __call__(self, threshold, position):
-    here = self.inner(threshold, _at(self.rows.generated, position))
-    return jnp.where(_at(self.rows.forced, position), schedules.NEVER_EXIT, here)
-
-
-@dataclasses.dataclass(frozen=True)
-class DeepInPrefix:
-  """A rule without a schedule (the oracle's), whose forced tokens run all of its layers."""
-
-  inner: exits.StepRule
-  rows: Rows
-
-  def depth(self, num_layers: int) -> int:
-    return self.inner.depth(num_layers)
-
-  def __call__(self, layers, hidden, active, threshold, generated) -> exits.TokenExit:
-    arguments = (layers, hidden, active, threshold, generated)
-    # Both run the same layers, which XLA computes once.
-    deep = exits.StaticExit(self.depth(layers.num_layers))(*arguments)
-    forced = _at(self.rows.forced, generated)
-    return layers_lib.select_rows(forced, deep, self.inner(*arguments))
-
-
 @dataclasses.dataclass(frozen=True)
 class Loop:
   """The early-exit step as T5X's loops call it; static, like `program.Program`.
@@ -162,9 +78,9 @@ class Loop:
   def _bound(self, weights: Any, rows: Rows) -> engines.Bound:
     rule = self.rule
     if isinstance(rule, exits.DynamicExits):
-      rule = dataclasses.replace(rule, schedule=AfterPrefix(rule.schedule, rows))
+      rule = dataclasses.replace(rule, schedule=prefixes.AfterPrefix(rule.schedule, rows))
     elif not isinstance(rule, exits.StaticExit):  # all of whose tokens run all its layers
-      rule = DeepInPrefix(rule, rows)
+      rule = prefixes.DeepInPrefix(rule, rows)
     task = engines.Task(self.config, rule, weights, rows.encoded, rows.threshold, self.length)
     return engines.bind(task, self.engine)
 
@@ -226,10 +142,43 @@ class Loop:
 
     def advance(cache):
       position = cache["cache_index"]
-      return _step(bound, rows, _at(inputs, position), _at(real, position), cache)[1]
+      return _step(
+        bound, rows, prefixes.at(inputs, position), prefixes.at(real, position), cache
+      )[1]
 
     cache = self.empty_cache(weights, rows, tokens.shape[0])
     return Exits(**lax.while_loop(unfinished, advance, cache)["exits"])
+
+  def exits_of(
+    self, weights: Any, rows: Rows, decodes: jax.Array, eos_id: Any, same_pass: list[Exits]
+  ) -> dict[str, jax.Array]:
+    """Exits in the order of the decodes, [batch, num_decodes, length], by name.
+
+    Args:
+      weights: as in `replay`.
+      rows: as they were decoded.
+      decodes: sequences [batch, num_decodes, length].
+      eos_id: the token that ended them.
+      same_pass: what the loop itself returned of them, if it did.
+
+    Raises:
+      ValueError: the decodes are longer than the caches.
+    """
+    # Beam search may be told to stop before the targets' length.
+    length = decodes.shape[-1]
+    if length > self.length:
+      raise ValueError(
+        f"Expected `max_decode_len` of at most {self.length}, the targets' length, for which"
+        f" caches are made. Got {length}; give longer targets."
+      )
+    flat = jnp.pad(decodes.reshape(-1, length), ((0, 0), (0, self.length - length)))
+    shaped = lambda x: x[:, :length].reshape(decodes.shape)
+    if isinstance(self.rule, exits.StaticExit):
+      depth = self.rule.depth(self.config.num_decoder_layers)
+      return {"exit_layers": shaped(full_depth(flat, rows, eos_id, depth))}
+    found = same_pass[0] if same_pass else self.replay(weights, rows, flat, eos_id)
+    fields = dataclasses.fields(found)
+    return {field.name: shaped(getattr(found, field.name)) for field in fields}
 
 
 def _step(bound: engines.Bound, rows: Rows, current, active, cache: LoopCache):
@@ -237,7 +186,7 @@ def _step(bound: engines.Bound, rows: Rows, current, active, cache: LoopCache):
   position = cache["cache_index"]
   carried = _from_loop(cache, bound.empty)
   made, carried = bound.take_step(current, position, active, carried)
-  counted = active & jnp.logical_not(_at(rows.forced, position))
+  counted = active & jnp.logical_not(prefixes.at(rows.forced, position))
   columns = {
     "exit_layers": made.exit_layer,
     "confidences": made.confidence,
@@ -343,7 +292,7 @@ def greedy_decode(
     position, active = state.cur_index[0], is_active(state)
     logits, new_cache = tokens_to_logits(state)
     emitted = loop.emit(logits, active)
-    following = jnp.where(active, _at(given, position), 0)
+    following = jnp.where(active, prefixes.at(given, position), 0)
     free = following == 0
     token = jnp.where(free, emitted.token, following)
     state = LoopState(
@@ -357,10 +306,6 @@ def greedy_decode(
   scores = jnp.zeros((batch_size,), jnp.float32)
   state, scores = lax.while_loop(unfinished, advance, (start, scores))
   return state.sequences[:, None, 1:], scores[:, None], Exits(**state.cache["exits"])
-
-
-def _at(array: jax.Array, position: jax.Array) -> jax.Array:
-  return lax.dynamic_index_in_dim(array, position, 1, keepdims=False)
 
 
 def _put(array: jax.Array, position: jax.Array, column: jax.Array) -> jax.Array:

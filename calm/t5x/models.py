@@ -6,9 +6,7 @@
 T5X's own loops. T5X is not on the package index; its README says how to install it.
 """
 
-import dataclasses
 import functools
-import inspect
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -16,6 +14,7 @@ from typing import Any
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import core as flax_core
 from flax import linen as nn
 from flax import traverse_util
@@ -41,16 +40,13 @@ from calm.decode import engines, program
 from calm.exits import confidence, schedules
 from calm.t5 import caches, network
 from calm.t5.parameters import Params
-from calm.t5x import bindings, loops, shards, sizes
+from calm.t5x import bindings, loops, prefixes, shards, sizes, stored
 from calm.training import objectives
 
 Batch = Mapping[str, jax.Array]
 
 greedy_decode = loops.greedy_decode
 config_of = sizes.config_of
-
-# Decoders larger than this are decoded across devices: half of a TPU v3 core's memory.
-ROWS_APART_BYTES = 8 * 2**30
 
 
 class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
@@ -102,7 +98,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
         rows that a device decodes.
       split_rows: on a mesh, whether each device decodes rows of its own with the decoder's
         weights whole, exchanging nothing; otherwise every step is the whole mesh's, as T5X's
-        are. None splits where those weights take at most `ROWS_APART_BYTES`.
+        are. None splits where those weights take at most `shards.APART_BYTES`.
 
     Raises:
       TypeError: one of the first four is neither given nor bound.
@@ -164,9 +160,10 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       weights = jnp.ones(batch["decoder_target_tokens"].shape, jnp.float32)
     weighted = {**batch, "decoder_loss_weights": jnp.asarray(weights, jnp.float32)}
     loss, sums = self.objective.loss(self.module, params, weighted, dropout_rng)
+    penalty = sizes.z_loss(self.objective, sums, dropout_rng is not None)
     if factor is not None:
-      loss = loss / factor
-    return loss, _metrics(loss, sums, weighted)
+      loss, penalty = loss / factor, penalty / factor
+    return loss, _metrics(loss, penalty, sums, weighted)
 
   def predict_batch_with_aux(
     self,
@@ -205,24 +202,23 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     options = shards.with_rng(dict(decoder_params or {}), rng)
     rule, threshold = self._depth(options.pop("threshold", None))
     options.setdefault("eos_id", self.output_vocabulary.eos_id or 1)
-    prefix = self._prefix(batch["decoder_input_tokens"], prompt_with_targets)
+    eos_id = self.output_vocabulary.eos_id
+    prefix = prefixes.prefix_of(batch["decoder_input_tokens"], eos_id, prompt_with_targets)
     mesh, num_rows = _context_mesh(), prefix.shape[0]
 
     weights = program.model_weights(params, self.config, self._num_pieces, self.shortlist)
     encoded = self._encode(params, weights, batch["encoder_input_tokens"])
     threshold = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), (num_rows,))
-    axes = shards.row_axes(mesh, num_rows) if self._splits_rows(weights.decoder) else ()
-    # Of engines across devices, the plain one exchanges least.
-    engine = self.engine or (engines.Eager() if mesh.size > 1 and not axes else None)
+    apart = shards.fits(weights.decoder) if self.split_rows is None else self.split_rows
+    axes = shards.row_axes(mesh, num_rows) if apart else ()
+    engine = shards.engine_over(self.engine, num_rows, apart=bool(axes) or mesh.size <= 1)
     loop = loops.Loop(self.config, rule, prefix.shape[1], engine)
-    # Traced values go in as arguments; the others are part of the program.
-    traced = {
-      k: x for k, x in options.items() if isinstance(x, jax.Array) and k != "decode_rng"
-    }
-    static = {k: x for k, x in options.items() if k not in traced and k != "decode_rng"}
+    traced, static = shards.split_options(options)
     decode = functools.partial(self._decode_rows, loop, num_decodes, static)
     decodes, aux = shards.over_rows(decode, mesh, axes)(
-      (weights.decoder, traced), (prefix, encoded, threshold), self._rng(options)
+      (weights.decoder, traced),
+      (prefix, encoded, threshold),
+      shards.key_of(options, self._decode_fn),
     )
     pick = (lambda x: x) if return_all else (lambda x: x[:, -1])
     aux = jax.tree.map(pick, aux)
@@ -231,12 +227,23 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       aux["threshold"] = threshold
     return pick(decodes), aux
 
+  def predict_batch_with_exits(
+    self, params: Params, batch: Batch, **options: Any
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`predict_batch_with_aux` as a tuple of fixed length: tokens, scores and exit layers.
+
+    For exports (`CustomInferenceMode.model_fn_name`, or `jax.export`), whose 'predict' mode
+    expects tokens and scores alone. The batch size may be symbolic.
+    """
+    tokens, aux = self.predict_batch_with_aux(params, batch, **options)
+    return tokens, aux["scores"], aux["exit_layers"]
+
   def _decode_rows(self, loop, num_decodes, static, shared, batch, rng):
     """Decodes of the rows that this function is given, and what is known of them."""
     (weights, traced), (prefix, encoded, threshold) = shared, batch
     options = {**static, **traced} | ({} if rng is None else {"decode_rng": rng})
     eos_id = options["eos_id"]
-    rows = loops.make_rows(encoded, prefix, threshold, eos_id, num_decodes)
+    rows = prefixes.make_rows(encoded, prefix, threshold, eos_id, num_decodes)
     decodes, scores, *same_pass = self._decode_fn(
       inputs=prefix,
       cache=loop.empty_cache(weights, rows, prefix.shape[0]),
@@ -245,21 +252,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       cache_offset=0,
       **options,
     )
-    found = self._exits(loop, weights, rows, decodes, eos_id, same_pass)
+    found = loop.exits_of(weights, rows, decodes, eos_id, same_pass)
     return decodes, {"scores": scores, **found}
-
-  def _rng(self, options: Mapping[str, Any]) -> Any:
-    """The key of the decode function, its own default where it takes one; None otherwise."""
-    given = options.get("decode_rng")
-    if given is None and "decode_rng" in inspect.signature(self._decode_fn).parameters:
-      return jax.random.PRNGKey(0)
-    return given
-
-  def _splits_rows(self, weights: Any) -> bool:
-    if self.split_rows is not None:
-      return self.split_rows
-    sizes = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
-    return sum(sizes) <= ROWS_APART_BYTES
 
   @property
   def _num_pieces(self) -> int:
@@ -270,34 +264,19 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     given = threshold is not None
     if not given:
       threshold = self.threshold
+    elif not isinstance(threshold, jax.core.Tracer):
+      for value in np.ravel(threshold):
+        schedules.check_threshold(float(value))
     dynamic = isinstance(self.rule, exits.DynamicExits)
     if dynamic and not given and threshold == schedules.NEVER_EXIT:
       return exits.StaticExit(), threshold
     return self.rule, threshold
-
-  def _prefix(self, decoder_input_tokens: jax.Array, prompt_with_targets: bool) -> jax.Array:
-    if not prompt_with_targets:
-      return jnp.zeros_like(decoder_input_tokens)
-    # As T5X does: an EOS at the prompt's end would end it.
-    is_eos = decoder_input_tokens == self.output_vocabulary.eos_id
-    return jnp.where(is_eos, 0, decoder_input_tokens)
 
   def _encode(self, params, weights: program.ModelWeights, tokens: jax.Array) -> caches.Encoded:
     encoded = self.module.apply(
       {"params": params}, tokens, enable_dropout=False, method="encode"
     )
     return caches.cross_attention_inputs(weights.decoder, self.config, encoded, tokens)
-
-  def _exits(self, loop, weights, rows, decodes, eos_id, same_pass) -> dict[str, jax.Array]:
-    """Exits in the order of the decodes, [batch, num_decodes, length]."""
-    flat = decodes.reshape(-1, decodes.shape[-1])
-    shaped = lambda x: x.reshape(decodes.shape)
-    if isinstance(loop.rule, exits.StaticExit):
-      depth = loop.rule.depth(self.config.num_decoder_layers)
-      return {"exit_layers": shaped(loops.full_depth(flat, rows, eos_id, depth))}
-    found = same_pass[0] if same_pass else loop.replay(weights, rows, flat, eos_id)
-    fields = dataclasses.fields(found)
-    return {field.name: shaped(getattr(found, field.name)) for field in fields}
 
 
 def early_exit(model: t5x_models.EncoderDecoderModel, **added: Any) -> EncoderDecoderModel:
@@ -326,6 +305,16 @@ def early_exit(model: t5x_models.EncoderDecoderModel, **added: Any) -> EncoderDe
     default_decoder_params=model._default_decoder_params,
     **added,
   )
+
+
+def __getattr__(name: str) -> Any:
+  """What else T5X's module holds, for files that import this one in its place."""
+  if name in ("DecoderOnlyModel", "PrefixLanguageModel"):
+    raise AttributeError(
+      f"Expected models.EncoderDecoderModel. Got models.{name}, which has no exits here; import"
+      " t5x.models for it."
+    )
+  return getattr(t5x_models, name)
 
 
 def exit_classifier_optimizer(optimizer: Any) -> t5x_optimizers.MultiOptimizer:
@@ -357,6 +346,7 @@ def save_t5x_checkpoint(
     step=jnp.asarray(train_step, jnp.int32),
     params=flax_core.freeze(jax.tree.map(jnp.asarray, dict(params))),
   )
+  directory = stored.absolute_path(directory)
   checkpointer = t5x_checkpoints.Checkpointer(state, partitioner, directory)
   checkpointer.save(state)
   return f"{directory}/checkpoint_{train_step}"
@@ -368,7 +358,9 @@ def _context_mesh() -> Any:
   return jax.sharding.get_abstract_mesh() if mesh.empty else mesh
 
 
-def _metrics(loss: jax.Array, sums: objectives.BatchMetrics, batch: Batch) -> dict[str, Any]:
+def _metrics(
+  loss: jax.Array, z_loss: jax.Array, sums: objectives.BatchMetrics, batch: Batch
+) -> dict[str, Any]:
   targets, mask = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
   segment_ids = {
     name.removesuffix("_segment_ids"): ids
@@ -381,6 +373,7 @@ def _metrics(loss: jax.Array, sums: objectives.BatchMetrics, batch: Batch) -> di
     targets=targets,
     mask=mask,
     loss=loss,
+    z_loss=z_loss,
     segment_ids=segment_ids,
   )
   kind: Any = clu_metrics.Average

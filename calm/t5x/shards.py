@@ -9,6 +9,7 @@ different lengths with the compiler's collectives inside would wait for each oth
 (XLA's collective-permute has every device of the mesh come). This module does not import T5X.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +19,19 @@ import jax.numpy as jnp
 from jax import sharding
 from jax.extend import random as random_impls
 
+from calm.decode import engines
+
 # The axes that T5X's partitioner lays batches along; 'replica' where there are several slices.
 DATA_AXES = ("replica", "data")
+
+# Decoders larger than this are decoded across devices: half of a TPU v3 core's memory.
+APART_BYTES = 8 * 2**30
+
+
+def fits(weights: Any) -> bool:
+  """Whether every device can hold these weights whole."""
+  sizes = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
+  return sum(sizes) <= APART_BYTES
 
 
 def row_axes(mesh: Any, num_rows: Any) -> tuple[str, ...]:
@@ -68,6 +80,31 @@ def over_rows(
   )
 
 
+def engine_over(
+  engine: engines.Engine | None, num_rows: Any, apart: bool
+) -> engines.Engine | None:
+  """The engine of a batch; None is the fastest for its rows.
+
+  Args:
+    engine: the one asked for.
+    num_rows: rows of the batch; may be symbolic, which only the plain engine takes.
+    apart: whether every device has rows of its own; where steps are the whole mesh's, the plain
+      engine exchanges least.
+
+  Raises:
+    ValueError: the one asked for does not take symbolic sizes.
+  """
+  symbolic = not isinstance(num_rows, int)
+  if engine is None and (symbolic or not apart):
+    return engines.Eager()
+  if symbolic and not isinstance(engine, engines.Eager):
+    raise ValueError(
+      "Expected engines.Eager for a symbolic batch size. Got"
+      f" {type(engine).__name__}, which asks for it; leave `engine` out."
+    )
+  return engine
+
+
 def with_rng(options: dict[str, Any], rng: jax.Array | None) -> dict[str, Any]:
   """`decoder_params` with the key of the call, as T5X takes it.
 
@@ -86,6 +123,22 @@ def with_rng(options: dict[str, Any], rng: jax.Array | None) -> dict[str, Any]:
       "Expected one random key. Got `rng` and `decoder_params['decode_rng']`; leave one out."
     )
   return {**options, "decode_rng": rng}
+
+
+def key_of(options: dict[str, Any], decode_fn: Callable[..., Any]) -> Any:
+  """The key of a decode function, T5X's default where it takes one; None where it does not."""
+  given = options.get("decode_rng")
+  if given is None and "decode_rng" in inspect.signature(decode_fn).parameters:
+    return jax.random.PRNGKey(0)
+  return given
+
+
+def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Options of a decode function without its key: traced ones, which go in as arguments, and
+  static ones, which are part of the program."""
+  rest = {name: value for name, value in options.items() if name != "decode_rng"}
+  traced = {name: value for name, value in rest.items() if isinstance(value, jax.Array)}
+  return traced, {name: value for name, value in rest.items() if name not in traced}
 
 
 def of_shard(key: Any, index: jax.Array) -> Any:

@@ -3,6 +3,7 @@
 This module does not import T5X; `stored_vocabulary` imports seqio, which brings TensorFlow.
 """
 
+import os
 import pathlib
 from typing import Any
 
@@ -19,6 +20,11 @@ def stored_checkpoint(checkpoint: str = "packed") -> checkpoints.Checkpoint:
 def stored_config(checkpoint: str = "packed") -> network.T5Config:
   """The sizes of a checkpoint, for `network.Transformer.config`."""
   return stored_checkpoint(checkpoint).config
+
+
+def absolute_path(path: str) -> str:
+  """A run's folder as T5X wants it: a relative path fails at its second checkpoint."""
+  return path if "://" in path else os.path.abspath(path)
 
 
 def stored_vocabulary(checkpoint: str = "packed") -> Any:

@@ -128,7 +128,9 @@ def test_the_last_layer_alone_is_t5x_loss_and_accuracy(factor):
   theirs = setup.t5x_model(toy, **options)
   expected, expected_metrics = loss_of(theirs, setup.t5x_params(toy), batch)
   assert_close(loss, expected)
-  for name in ("loss", "loss_per_nonpadding_target_token"):
+  penalties = ("z_loss", "z_loss_per_all_target_tokens")
+  assert metrics["z_loss"] > 0
+  for name in ("loss", "loss_per_nonpadding_target_token", *penalties):
     assert_close(metrics[name], expected_metrics[name])
   if factor != "AVERAGE_PER_SEQUENCE":  # T5X drops the fractions of such weights there
     assert_close(metrics["accuracy"], expected_metrics["accuracy"])
@@ -275,6 +277,54 @@ def test_beam_search_is_t5x_own_at_full_depth_and_exits_follow_its_order(run_by)
   alone = fed(toy, model.rule, 0.4, np.repeat(engine.PROMPTS, 4, axis=0), flat(decodes))
   for name, found in alone.items():
     assert_close(flat(early[name])[flat(real)], found[flat(real)])
+
+
+def test_beam_search_may_stop_before_the_targets_length():
+  from t5x import decoding
+
+  toy, short = engine.toy(), setup.LENGTH - 2
+  options = dict(num_decodes=2, return_all_decodes=True)
+  model = setup.model(toy, pieces=toy.sizes.vocab_size, decode_fn=decoding.beam_search)
+
+  def run(model, params, length, **given):
+    predict = functools.partial(model.predict_batch_with_aux, **options)
+    limit = {"max_decode_len": length}
+    step = compiled(lambda p, b: predict(p, b, decoder_params={**limit, **given}))
+    return step(params, setup.batch())
+
+  theirs = setup.t5x_model(toy, decode_fn=decoding.beam_search)
+  expected, _ = run(theirs, setup.t5x_params(toy), short)
+  full, _ = run(model, setup.params(toy), short, threshold=NEVER)
+  assert full.shape == (BATCH, 2, short)
+  np.testing.assert_array_equal(full, expected)
+  tokens, aux = run(model, setup.params(toy), short, threshold=0.4)
+  assert np.all((aux["exit_layers"] > 0) == (np.asarray(tokens) > 0))
+  with pytest.raises(ValueError, match="`max_decode_len` of at most"):
+    run(model, setup.params(toy), setup.LENGTH + 1)
+
+
+def test_thresholds_that_are_none_are_refused():
+  model, toy = setup.model(engine.toy(), decode_fn=models.greedy_decode), engine.toy()
+  for wrong in (-1.0, np.float32(1.5), np.array([0.5] * (BATCH - 1) + [-0.1])):
+    with pytest.raises(ValueError, match="Expected `threshold` in"):
+      model.predict_batch_with_aux(
+        setup.params(toy), setup.batch(), decoder_params={"threshold": wrong}
+      )
+
+
+def test_what_another_network_or_model_has_is_refused_and_the_rest_of_t5x_is_here():
+  from t5x import models as t5x_models
+  from t5x.contrib.gpu.t5 import network as gpu_network
+
+  sizes = dict(vocab_size=44, emb_dim=16, num_heads=2, head_dim=8, mlp_dim=16)
+  scaled = gpu_network.T5Config(**sizes, scale_attn_logits=True)
+  with pytest.raises(ValueError, match="scale_attn_logits of False"):
+    models.config_of(gpu_network.Transformer(scaled))
+  plain = gpu_network.Transformer(gpu_network.T5Config(**sizes))
+  assert models.config_of(plain).emb_dim == 16
+  with pytest.raises(AttributeError, match=r"Got models.DecoderOnlyModel"):
+    _ = models.DecoderOnlyModel
+  assert models.DecoderParams is t5x_models.DecoderParams
 
 
 def flat(decodes) -> np.ndarray:

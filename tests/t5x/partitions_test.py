@@ -64,7 +64,7 @@ for name, (partitions, decode, arguments, options) in {**here.GREEDY, **here.OTH
   initializer = utils.TrainStateInitializer(None, init, shapes, partitioner)
   axes = initializer.train_state_axes.params
   place = partitioner.partition(lambda p: p, in_axis_resources=(None,), out_axis_resources=axes)
-  params = place(flax.core.freeze(jax.tree.map(np.asarray, setup.params(toy))))
+  params = place(flax.core.freeze(jax.tree.map(np.asarray, setup.t5x_params(toy))))
   kernel = params["decoder"]["layers_0"]["self_attention"]["query"]["kernel"]
   predict = lambda p, b, t: model.predict_batch_with_aux(
     p, b, decoder_params={"threshold": t}, **options
@@ -85,7 +85,7 @@ for name, (partitions, decode, arguments, options) in {**here.GREEDY, **here.OTH
     made = jax.device_get(step(params, batch, np.float32(threshold)))
     found[name][str(threshold)] = of(made)
   if name in here.OTHERS:
-    one = jax.jit(predict)(setup.params(toy), batch, np.float32(0.4))
+    one = jax.jit(predict)(setup.t5x_params(toy), batch, np.float32(0.4))
     found[name]["one"] = of(jax.device_get(one))
 print("FOUND" + json.dumps([jax.device_count(), found]))
 """

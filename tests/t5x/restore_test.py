@@ -33,13 +33,13 @@ def quick_compilation():
   jax.config.update("jax_disable_most_optimizations", False)
 
 
-def initializer_of(model) -> Any:
+def initializer_of(model, optimizer: bool = True) -> Any:
   from t5x import partitioning, utils
 
   batch = setup.training_batch(engine.toy(**TOY))
   shapes = {name: array.shape for name, array in batch.items()}
   return utils.TrainStateInitializer(
-    model.optimizer_def,
+    model.optimizer_def if optimizer else None,
     model.get_initial_variables,
     shapes,
     partitioning.PjitPartitioner(num_partitions=1),
@@ -188,3 +188,57 @@ def test_stage_two_restores_the_target_alone_and_freezes_it_bit_for_bit(tmp_path
   assert {
     path for path in before if not np.array_equal(before[path], after[path])
   } == CLASSIFIER
+
+
+def of_t5x_files(path: str, run: str, *after: str) -> tuple[Any, Any]:
+  """Model and first state of T5X's small.gin and one of its runs, with the documented line."""
+  from t5x import utils
+
+  lines = ["from __gin__ import dynamic_registration", "import seqio"]
+  lines += ["from t5x.examples.t5 import network"]
+  lines += ['include "t5x/examples/t5/t5_1_1/small.gin"']
+  lines += [f'include "t5x/configs/runs/{run}.gin"', 'include "configs/runs/early_exit.gin"']
+  lines += [f'include "configs/runs/{name}.gin"' for name in after]
+  lines += [f"{name} = {value!r}" for name, value in toy_sizes().items()]
+  lines += ["VOCABULARY = @seqio.PassThroughVocabulary()", "network.T5Config.dtype = 'float32'"]
+  lines += ["seqio.PassThroughVocabulary.size = 40", "seqio.PassThroughVocabulary.eos_id = 1"]
+  name = "CHECKPOINT_PATH" if run == "infer" else "INITIAL_CHECKPOINT_PATH"
+  gin.parse_config("\n".join([*lines, f"{name} = {path!r}"]))
+  model = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
+  config = gin.get_configurable(utils.RestoreCheckpointConfig)()
+  if run == "infer":  # as infer.py does
+    config.strict = False
+  initializer = initializer_of(model, optimizer=run != "infer")
+  state, _ = utils.create_checkpoint_manager_and_restore(
+    initializer,
+    initializer._partitioner,
+    config,
+    path,
+    None if run == "infer" else jax.random.PRNGKey(0),
+    use_orbax=True,
+  )
+  return model, state
+
+
+@pytest.mark.parametrize(("run", "layout"), [("finetune", "legacy"), ("infer", "orbax")])
+def test_t5x_own_files_restore_with_nothing_but_the_documented_line(tmp_path, run, layout):
+  for name, (model, expected) in {"theirs": of_t5x(), "ours": after_stage_one()}.items():
+    gin.clear_config()
+    (tmp_path / name).mkdir()
+    path = saved(model, expected, tmp_path / name, layout)
+    _, state = of_t5x_files(path, run)
+    dtype = jnp.bfloat16 if run == "infer" else jnp.float32
+    before = {k: jnp.asarray(x, dtype) for k, x in leaves(expected.params).items()}
+    # A classifier that nothing measures stays where it is.
+    without = {k: x for k, x in before.items() if k not in CLASSIFIER}
+    assert_equal_leaves(leaves(state.params), without)
+    assert int(state.step) == 2
+
+
+def test_stage_two_after_the_documented_line_trains_a_fresh_classifier(tmp_path):
+  path = saved(*of_t5x(), tmp_path, "legacy")
+  model, state = of_t5x_files(path, "finetune", "exit_classifier")
+  before = leaves(state.params)
+  assert set(before) - set(leaves(of_t5x()[1].params)) == CLASSIFIER
+  after = leaves(trained(model, state, 3).params)
+  assert {k for k in before if not np.array_equal(before[k], after[k])} == CLASSIFIER

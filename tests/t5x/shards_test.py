@@ -43,3 +43,8 @@ def test_rows_are_split_along_axes_that_divide_them():
   assert shards.row_axes(mesh, object()) == (), "a symbolic batch is never split"
   assert shards.row_axes(jax.sharding.AbstractMesh((1, 4), ("data", "model")), 6) == ()
   assert shards.row_axes(jax.sharding.AbstractMesh((), ()), 8) == ()
+
+
+def test_weights_are_gathered_where_a_device_holds_them():
+  large = jax.ShapeDtypeStruct((2, shards.APART_BYTES // 4), jnp.float32)
+  assert shards.fits({"a": jnp.zeros(3)}) and not shards.fits({"a": large})

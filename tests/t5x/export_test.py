@@ -1,0 +1,53 @@
+"""A model for serving without its Python: `jax.export`, with any batch size."""
+
+import jax
+import numpy as np
+import pytest
+from jax import export
+
+from calm.decode import engines
+from tests import engine
+from tests.t5x import setup
+
+models = setup.import_models()
+pytestmark = setup.MARKS
+
+
+@pytest.mark.parametrize("decode", ["ours", "beam"])
+def test_a_round_trip_takes_any_batch_size(decode):
+  from t5x import decoding
+
+  decode_fn = {"ours": models.greedy_decode, "beam": decoding.beam_search}[decode]
+  toy = engine.toy()
+  model = setup.model(toy, decode_fn=decode_fn, threshold=0.4)
+  params, batch = setup.params(toy), setup.batch()
+  predict = jax.jit(model.predict_batch_with_exits)
+  (rows,) = export.symbolic_shape("rows")
+  symbolic = {
+    name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch.items()
+  }
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+  stored = export.export(predict)(like, symbolic).serialize()
+  opened = export.deserialize(stored)
+  expected = predict(params, batch)
+  for size in (len(engine.PROMPTS), 3):
+    part = {name: x[:size] for name, x in batch.items()}
+    tokens, scores, layers = opened.call(params, part)
+    np.testing.assert_array_equal(tokens, expected[0][:size])
+    np.testing.assert_allclose(scores, expected[1][:size], atol=1e-4)
+    np.testing.assert_array_equal(layers, expected[2][:size])
+  assert 1 < np.mean(layers[layers > 0]) < 4
+
+
+def test_an_engine_that_asks_the_batch_size_is_refused_by_name():
+  toy = engine.toy()
+  model = setup.model(
+    toy, decode_fn=models.greedy_decode, threshold=0.4, engine=engines.Compacted()
+  )
+  (rows,) = export.symbolic_shape("rows")
+  like = {
+    name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
+    for name, x in setup.batch().items()
+  }
+  with pytest.raises(ValueError, match=r"Expected engines.Eager .* Got Compacted"):
+    jax.eval_shape(model.predict_batch_with_exits, setup.params(toy), like)
