@@ -1,12 +1,17 @@
 """Decode a task at full depth and at every threshold of a grid, in T5X, with one compilation.
 
 The folder it writes is what `calm calibrate` reads: a manifest with the procedure, one file a
-threshold, checksums. A run that was stopped goes on where it was. Needs T5X.
+threshold, checksums. A run that was stopped goes on where it was. Any seqio task or mixture of
+text; examples without `id` are numbered by line, those of a mixture are named by task. Needs
+T5X.
 
   python scripts/t5x_sweep.py --gin_search_paths=. \
       --gin_file=configs/runs/local_debian_sweep.gin \
       --gin_file=configs/tasks/debian_synopsis.gin --gin.DATA="'data'" \
       --gin.CHECKPOINT_PATH="'runs/two/checkpoint_400'" --gin.OUTPUT_DIR="'runs/cache'"
+
+On several hosts start it once a host; with --coordinator_address, --process_count and
+--process_index where JAX does not find its peers by itself. The first process writes.
 """
 
 import inspect
@@ -23,6 +28,7 @@ import seqio
 import tensorflow as tf
 from absl import flags
 from flax import core as flax_core
+from jax.experimental import multihost_utils
 from t5x import gin_utils, partitioning, utils  # pyright: ignore[reportMissingImports]
 
 from calm import exits, inference
@@ -30,6 +36,7 @@ from calm.calibrate import Procedure, Prompt, Provenance, Record, default_grid, 
 from calm.data import vocabulary as vocabularies
 from calm.exits import schedules
 from calm.t5x import models
+from calm.training import configs
 
 
 def sweep(
@@ -46,7 +53,7 @@ def sweep(
 
   Args:
     model: decodes greedily (`models.greedy_decode`) by an `exits.DynamicExits` rule.
-    dataset_cfg: T5X's; its task keeps `id`.
+    dataset_cfg: T5X's, of a task or a mixture.
     partitioner: T5X's.
     restore_checkpoint_cfg: T5X's.
     output_dir: folder to write.
@@ -56,34 +63,51 @@ def sweep(
   """
   params, step = load(model, dataset_cfg, partitioner, restore_checkpoint_cfg)
   examples = list(itertools.islice(read(dataset_cfg, model), limit))
-  prompts = [prompt_of(example, task_prefix) for example, _ in examples]
+  prompts = [prompt_of(model, example, name, task_prefix) for example, _, name in examples]
   procedure = procedure_of(model, params, dataset_cfg, task_prefix)
   levels = list(default_grid(procedure.measure) if thresholds is None else thresholds)
-  writer = open_writer(
-    output_dir,
-    prompts=prompts,
-    thresholds=levels,
-    procedure=procedure,
-    provenance=Provenance(
+  writer = None
+  if jax.process_index() == 0:
+    provenance = Provenance(
       grid=tuple(levels),
       num_examples=len(prompts),
       notes={"checkpoint": str(restore_checkpoint_cfg.path)},
-    ),
-  )
-  size = dataset_cfg.batch_size
-  for start in range(0, len(examples), size):
+    )
+    writer = open_writer(
+      output_dir, prompts=prompts, thresholds=levels, procedure=procedure, provenance=provenance
+    )
+  size, depths = dataset_cfg.batch_size, (schedules.NEVER_EXIT, *levels)
+  starts = range(0, len(examples), size)
+  missing = missing_ids(writer, depths, [p.id for p in prompts], size)
+  for i, start in enumerate(starts):
     rows = examples[start : start + size]
     ids = [prompt.id for prompt in prompts[start : start + size]]
-    batch = batch_of([features for _, features in rows], size)
-    for threshold in (schedules.NEVER_EXIT, *levels):
-      missing = set(ids) - writer.completed_ids(threshold)
-      if missing:
-        tokens, aux = jax.device_get(step(params, batch, np.float32(threshold)))
+    batch = batch_of([features for _, features, _ in rows], size)
+    for j, threshold in enumerate(depths):
+      if not missing[i, j]:
+        continue
+      tokens, aux = step(params, batch, np.float32(threshold))
+      if writer:
+        wanted = set(ids) - writer.completed_ids(threshold)
         records = [record_of(model, tokens, aux, row, name) for row, name in enumerate(ids)]
-        writer.append(threshold, [record for record in records if record.id in missing])
-    print(f"{min(start + size, len(examples))} of {len(examples)} prompts", flush=True)
-  writer.finish()
-  print(f"Written to {output_dir}; next: calm calibrate {output_dir}")
+        writer.append(threshold, [record for record in records if record.id in wanted])
+    if writer:
+      print(f"{min(start + size, len(examples))} of {len(examples)} prompts", flush=True)
+  if writer:
+    writer.finish()
+    print(f"Written to {output_dir}; next: calm calibrate {output_dir}")
+
+
+def missing_ids(writer: Any, depths: Sequence[float], ids: Sequence[str], size: int) -> Any:
+  """Whether a batch lacks a record at a threshold, [batches, thresholds]; as all agree."""
+  missing = np.zeros((-(-len(ids) // size), len(depths)), bool)
+  if writer:
+    done = [writer.completed_ids(threshold) for threshold in depths]
+    for i, j in np.ndindex(missing.shape):
+      missing[i, j] = not set(ids[i * size : (i + 1) * size]) <= done[j]
+  if jax.process_count() > 1:
+    missing = multihost_utils.broadcast_one_to_all(missing)
+  return np.asarray(missing)
 
 
 def load(model, dataset_cfg, partitioner, restore_checkpoint_cfg) -> tuple[Any, Any]:
@@ -118,22 +142,41 @@ def load(model, dataset_cfg, partitioner, restore_checkpoint_cfg) -> tuple[Any, 
     ),
     out_axis_resources=None,
   )  # fmt: skip
-  return state.params, step
+  if jax.process_count() == 1:
+    return state.params, lambda *given: jax.device_get(step(*given))
+  layout, whole = partitioner.get_data_layout(size), jax.sharding.PartitionSpec()
+  own = size // layout.num_shards
+  specs = (partitioner.data_partition_spec, whole)
+
+  def on_all_hosts(params, batch, threshold):
+    # Global arrays, as T5X's `get_infer_fn` makes them: each host brings the rows it holds.
+    rows = slice(layout.shard_id * own, (layout.shard_id + 1) * own)
+    local = {name: x[rows] for name, x in batch.items()}, threshold
+    given = multihost_utils.host_local_array_to_global_array(local, partitioner.mesh, specs)
+    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), step(params, *given))
+
+  return state.params, on_all_hosts
 
 
-def read(dataset_cfg, model) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
-  """Pairs of a task's example and the model's features of it, in the order of the split."""
-  task = seqio.get_mixture_or_task(dataset_cfg.mixture_or_task_name)
-  examples = task.get_dataset(
-    sequence_length=dataset_cfg.task_feature_lengths,
-    split=dataset_cfg.split,
-    shuffle=False,
-    num_epochs=1,
-    use_cached=dataset_cfg.use_cached,
-    seed=dataset_cfg.seed,
-  )
-  features = model.FEATURE_CONVERTER_CLS(pack=False)(examples, dataset_cfg.task_feature_lengths)
-  return zip(examples.as_numpy_iterator(), features.as_numpy_iterator(), strict=True)
+def read(dataset_cfg, model) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray], str]]:
+  """(example, the model's features of it, its name), task after task, in the split's order."""
+  mixture = seqio.get_mixture_or_task(dataset_cfg.mixture_or_task_name)
+  tasks = seqio.get_subtasks(mixture)
+  for task in tasks:
+    examples = task.get_dataset(
+      sequence_length=dataset_cfg.task_feature_lengths,
+      split=dataset_cfg.split,
+      shuffle=False,
+      num_epochs=1,
+      use_cached=dataset_cfg.use_cached,
+      seed=dataset_cfg.seed,
+    )
+    converter = model.FEATURE_CONVERTER_CLS(pack=False)
+    features = converter(examples, dataset_cfg.task_feature_lengths)
+    pairs = zip(examples.as_numpy_iterator(), features.as_numpy_iterator(), strict=True)
+    for line, (example, feature) in enumerate(pairs):
+      name = text_of(example["id"]) if "id" in example else str(line)
+      yield example, feature, name if len(tasks) == 1 else f"{task.name}/{name}"
 
 
 def batch_of(features: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
@@ -143,15 +186,27 @@ def batch_of(features: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, 
   return {name: np.pad(x, [(0, missing), (0, 0)]) for name, x in stacked.items()}
 
 
-def prompt_of(example: dict[str, Any], task_prefix: str) -> Prompt:
+def text_of(value: Any) -> str:
+  """A string tensor as text; numbers (TFDS has ids of them) as they are written."""
+  return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
+def prompt_of(model, example: dict[str, Any], name: str, task_prefix: str) -> Prompt:
   """The prompt as `calm infer` would be given it."""
-  text = lambda value: value.decode("utf-8")
-  targets = example.get("references", [example["targets_pretokenized"]])
+
+  def text(feature: str) -> str:
+    kept = example.get(f"{feature}_pretokenized")
+    if kept is not None:
+      return text_of(kept)
+    return model.output_vocabulary.decode([int(i) for i in example[feature]])
+
+  references = example.get("references")
+  targets = [text("targets")] if references is None else map(text_of, references)
   return Prompt(
-    id=text(example["id"]),
-    input=text(example["inputs_pretokenized"]).removeprefix(task_prefix),
-    targets=tuple(text(target) for target in targets),
-    group=text(example["source"]) or None if "source" in example else None,
+    id=name,
+    input=text("inputs").removeprefix(task_prefix),
+    targets=tuple(targets),
+    group=text_of(example["source"]) or None if "source" in example else None,
   )
 
 
@@ -176,6 +231,8 @@ def procedure_of(model, params, dataset_cfg, task_prefix: str) -> Procedure:
     max_decode_length=lengths["targets"],
     batch_size=dataset_cfg.batch_size,
   )
+  if jax.process_count() > 1:
+    params = multihost_utils.process_allgather(params, tiled=True)
   tree = flax_core.unfreeze(jax.device_get(params))
   return inference.Predictor(model.config, tree, our_vocabulary(model), options).procedure
 
@@ -205,9 +262,15 @@ def record_of(model, tokens, aux: dict[str, np.ndarray], row: int, name: str) ->
 
 
 def main(_: Sequence[str]) -> None:
+  known = flags.FLAGS
+  if known.coordinator_address:
+    jax.distributed.initialize(
+      known.coordinator_address, known.process_count, known.process_index
+    )
   configured: Any = gin.configurable(sweep)  # pyright: ignore[reportCallIssue]
+  t5x_root = str(pathlib.Path(partitioning.__file__).parents[1])
   gin_utils.parse_gin_flags(
-    [*flags.FLAGS.gin_search_paths, str(pathlib.Path(partitioning.__file__).parents[1])],
+    [*flags.FLAGS.gin_search_paths, str(configs.root()), t5x_root],
     flags.FLAGS.gin_file,
     flags.FLAGS.gin_bindings,
   )
@@ -218,4 +281,7 @@ if __name__ == "__main__":
   flags.DEFINE_multi_string("gin_file", None, "gin files, later ones win")
   flags.DEFINE_multi_string("gin_bindings", [], "single bindings; also as --gin.NAME=VALUE")
   flags.DEFINE_list("gin_search_paths", ["."], "folders that gin files are looked for in")
+  flags.DEFINE_string("coordinator_address", None, "of the first process: address:port")
+  flags.DEFINE_integer("process_count", None, "processes")
+  flags.DEFINE_integer("process_index", None, "of this process, from 0")
   gin_utils.run(main)
