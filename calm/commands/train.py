@@ -13,7 +13,6 @@ import pathlib
 import time
 from typing import Any
 
-import calm
 from calm.calibrate.generations import files
 from calm.commands import common
 
@@ -56,10 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
   """Runs `calm train`."""
   import gin
 
+  from calm.training import configs
+
   for path in arguments.gin_file:
     # Includes are written from the repository's root; a run's own files may lie elsewhere.
     gin.add_config_file_search_path(str(pathlib.Path(path).absolute().parent))
-  gin.add_config_file_search_path(str(pathlib.Path(calm.__file__).parents[1]))
+  gin.add_config_file_search_path(str(configs.root()))
   common.use_compilation_cache()
   gin.parse_config(CHOICES)
   gin.clear_config()  # the names stay known

@@ -160,3 +160,25 @@ def test_12_files_that_import_what_is_gone_do_not_parse():
       "from calm import exits\nfrom calm.exits import confidence\n"
       "exits.DynamicExits.measure = @confidence.softmax_of_what()"
     )
+
+
+@pytest.mark.parametrize("name", ["small", "base", "large"])
+def test_networks_are_t5x_own(name):
+  """Sizes and activation dtype, as T5X's files of the same names bind them."""
+  from t5x.examples.t5 import network as t5x_network
+
+  gin.parse_config(
+    "from __gin__ import dynamic_registration\n"
+    f'include "t5x/examples/t5/t5_1_1/{name}.gin"\nDROPOUT_RATE = 0.1'
+  )
+  theirs = gin.get_bindings(t5x_network.T5Config)
+  gin.clear_config()
+  parse(f"models/{name}.gin")
+  ours = gin.get_bindings(network.T5Config)
+  assert theirs.items() <= ours.items()
+  assert set(ours) - set(theirs) == {"one_hot_embedding", "exit_classifier"}
+
+
+def test_a_run_that_goes_on_reads_other_batches():
+  parse_run(CONFIGS / "runs" / "local_debian.gin")
+  assert gin.query_parameter("train/utils.DatasetConfig.seed") is None
