@@ -221,8 +221,8 @@ def measure_meshes(meshes: list[str], repeats: int) -> None:
     "rows": rows,
     "versions": {name: importlib.metadata.version(name) for name in names}
     | {"python": sys.version.split()[0], "t5x": "cc342d4"},
-    "machine": f"{os.cpu_count()} CPU cores, shared; ms a batch with its encoder (full depth over"
-    " it)",
+    "machine": f"{os.cpu_count()} CPU cores, shared; ms a batch with its encoder (full depth"
+    " over it)",
   }
   RESULTS.parent.mkdir(exist_ok=True)
   RESULTS.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
