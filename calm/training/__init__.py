@@ -24,6 +24,7 @@ __all__ = [
   "adafactor",
   "adam",
   "check_writable",
+  "configs",
   "fit",
   "init_params",
   "init_state",
