@@ -4,6 +4,8 @@
     losses        cached outputs -> losses [num_examples, num_thresholds]
     evidence      losses -> p-value of "the expected loss exceeds the tolerance" -> certified?
     certify       all of it: `calibrate(losses, ...)` -> `calibration.Calibration`
+    promises      what can be promised besides the mean: quantiles, groups, tails, costs, ...
+    verification  what a calibration's file must be before its promise is spoken
     planning      how many prompts are needed, before any is decoded
     sequential    stops decoding prompts as soon as the outcome is clear
     trials        the paper's 50 splits, and whether the promise holds as often as it says
@@ -16,6 +18,7 @@ The shortest way, from losses of any origin:
     result.threshold, result.guarantee
 """
 
+from calm.calibrate import promises
 from calm.calibrate.calibration import Calibration
 from calm.calibrate.certify import calibrate
 from calm.calibrate.generations.cached import load
@@ -49,6 +52,7 @@ __all__ = [
   "losses",
   "open_writer",
   "planning",
+  "promises",
   "risk_losses",
   "sequential",
   "textual_losses",

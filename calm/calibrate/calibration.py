@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from calm.calibrate import promises, verification
 from calm.calibrate import thresholds as thresholds_lib
+from calm.calibrate.decision import Evidence
 from calm.calibrate.generations import files
 from calm.calibrate.generations.procedures import Procedure, Provenance, describe_differences
 from calm.calibrate.losses.sequence_losses import Support
+from calm.calibrate.promises import Mean, Promise
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = verification.SCHEMA_VERSION
 _KINDS = {
   "textual": "dissimilarity to the full model, 1 - {metric} between both outputs,",
   "risk_signed": "increase of the risk, 1 - {metric} against references, over the full model",
@@ -87,6 +90,10 @@ class Calibration:
     sequential: whether prompts stopped being decoded when the outcome was clear.
     procedure: how outputs were decoded; None when they came from elsewhere.
     provenance: the story of the numbers.
+    promise: what is bounded; the mean loss by default.
+    parts: evidence of each test of the promise, where there is more than one; `rows` then hold
+      what the least certain of them found.
+    losses_digest: SHA-256 of the losses that were tested, '' in a sequential run.
   """
 
   threshold: float
@@ -107,6 +114,9 @@ class Calibration:
   sequential: bool = False
   procedure: Procedure | None = None
   provenance: Provenance = dataclasses.field(default_factory=Provenance)
+  promise: Promise = dataclasses.field(default_factory=Mean)
+  parts: tuple[Evidence, ...] = ()
+  losses_digest: str = ""
 
   @property
   def certified(self) -> bool:
@@ -143,10 +153,15 @@ class Calibration:
         " `void_guarantee=True`)."
       )
 
+  @property
+  def digest(self) -> str:
+    """SHA-256 (hexadecimal) of everything that is stored; see `verification.digest`."""
+    return self.to_json()["digest"]
+
   def to_json(self) -> dict[str, Any]:
-    """All fields as JSON values, and the guarantee for people who read the file."""
+    """All fields as JSON values, the guarantee for people who read the file, and a digest."""
     value = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-    return {
+    value = {
       "schema_version": SCHEMA_VERSION,
       **value,
       "threshold": thresholds_lib.threshold_to_json(self.threshold),
@@ -155,38 +170,46 @@ class Calibration:
       "visited": list(self.visited),
       "procedure": None if self.procedure is None else self.procedure.to_json(),
       "provenance": self.provenance.to_json(),
+      "promise": self.promise.to_json(),
+      "parts": [part.to_json() for part in self.parts],
       "guarantee": self.guarantee,
     }
+    return {**value, "digest": verification.digest(value)}
 
   @classmethod
-  def from_json(cls, value: Mapping[str, Any]) -> "Calibration":
-    """The inverse of `to_json`.
+  def from_json(
+    cls, value: Mapping[str, Any], *, expect_digest: str | None = None
+  ) -> "Calibration":
+    """The inverse of `to_json`; the decision is made again from the stored rows.
+
+    Args:
+      value: JSON values.
+      expect_digest: what the digest must be, from whoever made the calibration; None asks only
+        that it is the one of these values.
 
     Raises:
-      ValueError: another schema version, or a field is missing or has no meaning.
+      ValueError: another schema version, a field is missing or has no meaning, or the fields
+        contradict one another or the digest.
     """
-    if not isinstance(value, Mapping) or value.get("schema_version") != SCHEMA_VERSION:
-      got = value.get("schema_version") if isinstance(value, Mapping) else type(value).__name__
-      raise ValueError(
-        f"`calibration` must have schema_version {SCHEMA_VERSION}, got {got!r}: calibrate"
-        " again."
-      )
-    names = {field.name for field in dataclasses.fields(cls)}
-    missing = sorted(names - set(value))
-    if missing:
-      raise ValueError(f"`calibration` lacks the fields {missing}; the file is damaged.")
+    verification.check_fields(value, {field.name for field in dataclasses.fields(cls)})
+    verification.check_digest(value, expect_digest)
+    known = {field.name for field in dataclasses.fields(cls)} & set(value)
     procedure = value["procedure"]
-    return cls(
+    found = cls(
       **{
-        **{name: value[name] for name in names},
+        **{name: value[name] for name in known},
         "threshold": thresholds_lib.parse_threshold(value["threshold"]),
         "support": Support(**value["support"]),
         "rows": tuple(Row.from_json(row) for row in value["rows"]),
         "visited": tuple(value["visited"]),
         "procedure": None if procedure is None else Procedure.from_json(procedure),
         "provenance": Provenance.from_json(value["provenance"]),
+        "promise": promises.from_json(value.get("promise", Mean().to_json())),
+        "parts": tuple(Evidence.from_json(part) for part in value.get("parts", ())),
       }
     )
+    verification.check_decision(found)
+    return found
 
   def save(self, path: str | pathlib.Path) -> None:
     """Writes JSON under a temporary name and renames it.
@@ -198,45 +221,45 @@ class Calibration:
     files.write_atomically(path, text + "\n")
 
   @classmethod
-  def load(cls, path: str | pathlib.Path) -> "Calibration":
-    """Reads what `save` wrote.
+  def load(cls, path: str | pathlib.Path, *, expect_digest: str | None = None) -> "Calibration":
+    """Reads what `save` wrote, and checks it as `from_json` does.
 
     Raises:
       ValueError: the file is missing, no JSON, or no calibration; the message names it.
     """
     try:
-      value = json.loads(pathlib.Path(path).read_text("utf-8"))
-      return cls.from_json(value)
+      value = verification.read(pathlib.Path(path))
+      return cls.from_json(value, expect_digest=expect_digest)
     except OSError as error:
       raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
       raise ValueError(f"{path}: is no calibration: {error}") from error
 
 
 def describe(calibration: Calibration) -> str:
   """What is promised, over what, with which probability, and what is not promised."""
   unit = "clusters of prompts" if calibration.clusters else "prompts"
-  full = (
-    "its loss against itself is 0 by definition."
-    if calibration.kind in _KINDS
-    else "nothing is promised of its loss."
-  )
   if not calibration.certified:
+    full = (
+      "its loss against itself is 0 by definition."
+      if calibration.kind in _KINDS
+      else "nothing is promised of its loss."
+    )
     return (
       "No threshold is certified, so the full model is used"
       f" ({thresholds_lib.NEVER_EXIT_TEXT}); {full} {calibration.reason}"
     )
   loss = _KINDS.get(calibration.kind, "loss").format(metric=calibration.metric)
+  promise = calibration.promise
   # A sequential run may stop before it has used them all.
   most = "at most " if calibration.sequential else ""
   sentences = [
     f"With probability at least {1.0 - calibration.error_rate:.10g} over the draw of the"
     f" {most}{calibration.num_examples} calibration {unit}, decoding with threshold"
-    f" {calibration.threshold:.10g} has an expected {loss} of at most"
-    f" {calibration.tolerance:.10g}.",
-    f"This is a mean over {unit} drawn like those: it says nothing of any single prompt, nor of"
-    " prompts of another kind. It holds if grid, method, tolerance and error rate were fixed"
-    " before these losses were seen.",
+    f" {calibration.threshold:.10g} has {promise.statement(calibration, loss)}.",
+    promise.limits(unit),
+    "It holds if grid, method, tolerance and error rate were fixed before these losses were"
+    " seen.",
   ]
   if calibration.order == "given":
     sentences.append(

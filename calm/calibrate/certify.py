@@ -1,17 +1,19 @@
 """Losses -> a calibrated threshold with a promise (paper, section 4; Proposition 1)."""
 
 import dataclasses
-import math
+import hashlib
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import scipy
 
-from calm.calibrate import planning
+import calm
+from calm.calibrate import decision as decision_lib
+from calm.calibrate import planning, promises
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.calibration import Calibration, Row
+from calm.calibrate.decision import Decision, Evidence
 from calm.calibrate.evidence import methods
 from calm.calibrate.evidence import multiple_testing as testing
 from calm.calibrate.generations.procedures import Provenance
@@ -20,21 +22,24 @@ from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
 
 
 def calibrate(
-  losses: SequenceLosses | np.ndarray | Sequence[Sequence[float]],
+  losses: SequenceLosses | np.ndarray | Sequence[Sequence[float]] | None = None,
   thresholds: Sequence[float] | np.ndarray | None = None,
   *,
-  tolerance: float,
+  tolerance: float | None = None,
   error_rate: float,
   method: str = "auto",
   testing_procedure: str = "fixed_sequence",
   groups: Sequence[str] | None = None,
   support: Support | None = None,
+  promise: promises.Promise | None = None,
+  risks: Sequence[promises.Risk] | None = None,
   seed: str | None = None,
 ) -> Calibration:
   """Chooses the lowest threshold whose expected loss is certified to be within the tolerance.
 
   With probability at least 1 - error_rate over the calibration prompts, every certified
-  threshold has E[loss] <= tolerance (paper, Eq. 7 and Proposition 1).
+  threshold has E[loss] <= tolerance (paper, Eq. 7 and Proposition 1), or keeps what `promise`
+  says instead.
 
   Args:
     losses: [num_examples, num_thresholds], rows are exchangeable prompts; best a
@@ -51,6 +56,8 @@ def calibrate(
     groups: [num_examples] cluster of each row; the test is then on cluster means. None takes
       those of a `SequenceLosses`, which has none after `.ungrouped()`.
     support: declared range of plain arrays; [0, 1] by default.
+    promise: what is bounded, one of `promises`; None is the mean loss.
+    risks: several losses, each with its tolerance, instead of `losses` and `tolerance`.
     seed: of the order of a betting test, from an earlier `Calibration` of the same losses, to
       repeat it. None makes it of ids, contents and procedure, or where rows are of few kinds
       draws it. Trying several until one certifies breaks the promise.
@@ -63,66 +70,187 @@ def calibrate(
     ValueError: an argument is malformed (shapes, grid, tolerance, error rate, names), or
       `method` does not fit the declared support.
   """
+  losses, tolerance, promise = _what(losses, tolerance, promise, risks)
   sample = _as_losses(losses, thresholds, support)
   _check_rates(tolerance, error_rate)
-  faults = _faults(sample)
   groups = clusters.declared_groups(sample) if groups is None else groups
-  several_levels = testing_procedure != "fixed_sequence"
-  units = clusters.unit_support(sample, groups)
-  chosen = methods.get_method(method, units, any_level=several_levels)
-  _check_procedure(chosen, testing_procedure)
-  if groups is None:
-    _warn(sample, chosen.ordered)
-  if chosen.ordered:
-    sample = clusters.with_contents(sample)
-  prepared, declared = chosen.prepare(sample.values, sample.support)
-  sample = dataclasses.replace(sample, values=prepared, support=declared)
   if groups is not None:
-    sample = clusters.cluster_means(sample, groups)
-  order, seed = clusters.tested_order(sample, seed)
-  order = order if chosen.ordered else None
-  rates = methods.Sample(sample.values, sample.support, tolerance, error_rate, order)
-  log_p, bound = chosen.evidence(rates, np.array([not fault for fault in faults]))
-  result = testing.PROCEDURES[testing_procedure](np.exp(log_p), error_rate)
-  test = (tolerance, error_rate, testing_procedure, chosen.name)
+    groups = checks.check_groups(groups, len(sample.values))
+  sample = dataclasses.replace(sample, groups=groups)
+  run = _Run(method, testing_procedure, error_rate, seed)
+  parts = promise.parts(sample, tolerance)
+  ordered = any(run.method_of(part.losses, groups).ordered for part in parts)
+  if ordered:
+    sample = clusters.with_contents(sample)
+  tested = [_test(part, sample, run) for part in parts]
+  if groups is None:
+    _warn(sample, ordered)
+  evidence = tuple(found.evidence for found in tested)
+  decision = decision_lib.decide(evidence, testing_procedure, error_rate)
+  grid, first = sample.thresholds, tested[0]
   return Calibration(
-    threshold=_lowest(sample.thresholds, result.rejected),
-    reason=_reason(sample, result, faults, test),
+    threshold=_lowest(grid, decision.rejected),
+    reason=_reason(grid, decision, tested, run),
     tolerance=float(tolerance),
     error_rate=float(error_rate),
-    method=chosen.name,
+    method=first.evidence.method,
     testing=testing_procedure,
-    rows=_rows(sample, log_p, bound, result),
-    visited=result.visited,
-    order=sample.order if chosen.ordered else "irrelevant",
-    seed=seed,
+    kind=sample.kind,
+    metric=sample.metric,
+    support=first.evidence.support,
+    num_examples=len(sample.values) if groups is None else len(set(groups)),
     clusters=groups is not None,
-    provenance=_provenance(sample, chosen, seed),
-    **_described(sample),
+    rows=_rows(grid, evidence, decision),
+    visited=decision.visited,
+    order=sample.order if ordered else "irrelevant",
+    seed=first.seed,
+    procedure=sample.procedure,
+    provenance=_provenance(sample, first),
+    promise=promise,
+    parts=() if _is_plain(evidence) else evidence,
+    losses_digest=_digest(sample),
   )
 
 
-def _described(sample: SequenceLosses) -> dict[str, Any]:
-  """What the losses say of themselves."""
-  return {
-    "kind": sample.kind,
-    "metric": sample.metric,
-    "support": sample.support,
-    "num_examples": len(sample.values),
-    "procedure": sample.procedure,
-  }
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """What all parts of a promise are tested with."""
+
+  method: str
+  procedure: str
+  error_rate: float
+  seed: str | None
+
+  def method_of(self, losses: SequenceLosses, groups) -> methods.Method:
+    """The p-value method for such losses."""
+    several_levels = self.procedure != "fixed_sequence"
+    units = clusters.unit_support(losses, groups)
+    return methods.get_method(self.method, units, any_level=several_levels)
 
 
-def _provenance(sample: SequenceLosses, method: methods.Method, seed: str) -> Provenance:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Tested:
+  """Evidence of one part, and what else there is to say of it."""
+
+  evidence: Evidence
+  faults: list[str]
+  seed: str
+
+
+def _what(losses, tolerance, promise, risks):
+  """(losses, tolerance, promise), of whichever of the arguments were given."""
+  if risks is None:
+    if losses is None or tolerance is None:
+      raise ValueError("Expected `losses` and `tolerance`, or `risks`. Got neither.")
+    return losses, tolerance, promise or promises.Mean()
+  if losses is not None or tolerance is not None or promise is not None:
+    raise ValueError(
+      "Expected `risks` alone: each brings its losses and its tolerance. Got `losses`,"
+      " `tolerance` or `promise` beside."
+    )
+  several = promises.as_promise(risks)
+  return risks[0].losses, risks[0].tolerance, several
+
+
+def _is_plain(evidence: Sequence[Evidence]) -> bool:
+  """Whether the rows of a calibration say all that there is."""
+  return len(evidence) == 1
+
+
+def _test(part: promises.Part, sample: SequenceLosses, run: _Run) -> _Tested:
+  """Tests one part, column by column where other rows count at each threshold."""
+  losses = dataclasses.replace(
+    part.losses, contents=sample.contents, groups=sample.groups, order=sample.order
+  )
+  chosen = run.method_of(losses, losses.groups)
+  _check_procedure(chosen, run.procedure)
+  faults = _faults(losses)
+  _, declared = chosen.prepare(losses.values[:1], losses.support)
+  seed = run.seed or clusters.order_seed(losses)
+  size = losses.values.shape[1]
+  counts, log_p = np.zeros(size, np.int64), np.zeros(size)
+  means, bounds = np.full(size, np.nan), np.full(size, np.nan)
+  for places in _alike(part.rows, size):
+    some = _subset(losses, part.rows, places)
+    if some is None:  # nobody is there to testify
+      continue
+    prepared, support = chosen.prepare(some.values, some.support)
+    some = _units(dataclasses.replace(some, values=prepared, support=support))
+    order, _ = clusters.tested_order(some, seed)
+    order = order if chosen.ordered else None
+    level = run.error_rate * part.share
+    rates = methods.Sample(some.values, some.support, part.tolerance, level, order)
+    usable = np.array([not faults[place] for place in places])
+    log_p[places], bounds[places] = chosen.evidence(rates, usable)
+    means[places], counts[places] = some.values.mean(axis=0), len(some.values)
+  evidence = Evidence(
+    name=part.name,
+    tolerance=float(part.tolerance),
+    method=chosen.name,
+    support=dataclasses.replace(declared, binary=declared.binary and losses.groups is None),
+    share=part.share,
+    ascending=part.ascending,
+    num_examples=tuple(counts.tolist()),
+    means=tuple(np.where(np.isfinite(means), means, np.nan).tolist()),
+    log_p_values=tuple(log_p.tolist()),
+    upper_bounds=tuple(bounds.tolist()),
+  )
+  return _Tested(evidence, faults, seed)
+
+
+def _units(losses: SequenceLosses) -> SequenceLosses:
+  """Prompts, or means of clusters."""
+  return losses if losses.groups is None else clusters.cluster_means(losses, losses.groups)
+
+
+def _alike(rows: np.ndarray | None, size: int) -> list[list[int]]:
+  """Thresholds at which the same rows count, which are tested at once."""
+  if rows is None:
+    return [list(range(size))]
+  found: dict[bytes, list[int]] = {}
+  for column in range(size):
+    found.setdefault(np.packbits(rows[:, column]).tobytes(), []).append(column)
+  return list(found.values())
+
+
+def _subset(losses, rows: np.ndarray | None, places: list[int]) -> SequenceLosses | None:
+  """The rows that count at some thresholds, and these alone; None where there are none."""
+  if rows is None:
+    return losses
+  index = np.flatnonzero(rows[:, places[0]])
+  if not len(index):
+    return None
+  some = losses.rows(index)
+  if some.ids is None:  # a row keeps its place among all rows
+    some = dataclasses.replace(some, ids=tuple(f"{row:09d}" for row in index.tolist()))
+  return dataclasses.replace(
+    some, values=some.values[:, places], thresholds=losses.thresholds[places]
+  )
+
+
+def _digest(sample: SequenceLosses) -> str:
+  """SHA-256 (hexadecimal) of grid, ids and losses as they were given."""
+  digest = hashlib.sha256()
+  for array in (sample.thresholds, sample.values):
+    digest.update(np.ascontiguousarray(array, "<f8").tobytes())
+  digest.update("\n".join(sample.ids or ()).encode("utf-8"))
+  return digest.hexdigest()
+
+
+def _provenance(sample: SequenceLosses, tested: _Tested) -> Provenance:
   return Provenance(
     metric=sample.metric,
     references="full model" if sample.kind == "textual" else "targets",
     grid=tuple(sample.thresholds.tolist()),
-    num_examples=len(sample.values),
+    num_examples=max(tested.evidence.num_examples),
     order=sample.order,
-    seed=seed,
-    method=method.name,
-    versions={"numpy": np.__version__, "scipy": scipy.__version__},
+    seed=tested.seed,
+    method=tested.evidence.method,
+    versions={
+      "calm": calm.__version__,
+      "numpy": np.__version__,
+      "scipy": scipy.__version__,
+    },
   )
 
 
@@ -207,42 +335,53 @@ def _lowest(grid: np.ndarray, rejected: np.ndarray) -> float:
   return float(grid[rejected].min()) if rejected.any() else thresholds_lib.NEVER_EXIT
 
 
-def _rows(losses, log_p, bound, result: testing.Rejections) -> tuple[Row, ...]:
-  means = losses.values.mean(axis=0)
+def _rows(grid, evidence: Sequence[Evidence], decision: Decision) -> tuple[Row, ...]:
+  """What the least certain part found at each threshold."""
   return tuple(
     Row(
-      threshold=float(losses.thresholds[j]),
-      num_examples=len(losses.values),
-      mean=float(means[j]) if math.isfinite(means[j]) else math.nan,
-      p_value=float(np.exp(log_p[j])),
-      log_p_value=float(log_p[j]),
-      upper_bound=float(bound[j]),
-      adjusted_p_value=float(result.adjusted_p_values[j]),
-      rejected=bool(result.rejected[j]),
+      threshold=float(grid[j]),
+      num_examples=evidence[worst].num_examples[j],
+      mean=evidence[worst].means[j],
+      p_value=float(np.exp(decision.log_p_values[j])),
+      log_p_value=float(decision.log_p_values[j]),
+      upper_bound=evidence[worst].upper_bounds[j],
+      adjusted_p_value=float(decision.adjusted_p_values[j]),
+      rejected=bool(decision.rejected[j]),
     )
-    for j in range(len(losses.thresholds))
+    for j, worst in enumerate(decision.worst.tolist())
   )
 
 
-def _reason(losses, result: testing.Rejections, faults: list[str], test) -> str:
-  tolerance, error_rate, procedure, method = test
-  grid, rejected = losses.thresholds, result.rejected
-  first = int(np.argmin(rejected))
+def _reason(grid, decision: Decision, tested: Sequence[_Tested], run: _Run) -> str:
+  rejected = decision.rejected
   if rejected.all():
     return f"Every threshold of the grid is certified; {grid[-1]} is the lowest."
-  fault = f": {faults[first]}" if faults[first] else ""
+  first = int(np.argmin(rejected))
+  worst = tested[decision.worst[first]]
+  name = f" ({worst.evidence.name})" if worst.evidence.name else ""
+  fault = f"{name}: {worst.faults[first]}" if worst.faults[first] else name
   if rejected.any():
     lowest = _lowest(grid, rejected)
-    return f"{lowest} is the lowest certified threshold; {grid[first]} is not certified{fault}."
-  share = testing.first_share(procedure, len(grid))
-  refusal = planning.refusal(
-    len(losses.values),
-    tolerance,
-    error_rate,
-    support=losses.support,
-    method=method,
-    share=share,
-  )
-  if refusal:
-    return f"Nothing can be certified: {refusal}"
+    beyond = grid[np.flatnonzero(rejected)[-1] + 1 :]
+    shown = grid[first] if not rejected[0] or not len(beyond) else beyond[0]
+    return f"{lowest} is the lowest certified threshold; {shown} is not certified{fault}."
+  for found in tested:
+    few = _too_few(found.evidence, run, len(grid))
+    if few:
+      return f"Nothing can be certified: {few}"
   return f"Nothing is certified: the first threshold {grid[first]} already fails{fault}."
+
+
+def _too_few(part: Evidence, run: _Run, count: int) -> str:
+  """Why a part has too few prompts to certify anything, or ''."""
+  if not part.support.lower < part.tolerance < part.support.upper:
+    return ""  # no matter of how many
+  text = planning.refusal(
+    max(part.num_examples),
+    part.tolerance,
+    run.error_rate * part.share,
+    support=part.support,
+    method=part.method,
+    share=testing.first_share(run.procedure, count),
+  )
+  return (text and part.name and f"{part.name}: {text}") or text

@@ -136,8 +136,6 @@ def refusal(
   support = support or Support(lower=lower)
   # 'paper' counts improvements as 0.
   least = max(support.lower, 0.0) if method == "paper" else support.lower
-  if not least < tolerance < support.upper:
-    return ""  # not a matter of how many prompts
   needed = min_calibration_size(tolerance, error_rate * share, lower=least, upper=support.upper)
   rates = f"at tolerance {tolerance} and error rate {error_rate * share}"
   if num_examples < needed:

@@ -118,7 +118,7 @@ def test_json_round_trip_through_a_file(tmp_path, method, procedure):
   found.save(tmp_path / "calibration.json")
   assert Calibration.load(tmp_path / "calibration.json") == found
   value = json.loads((tmp_path / "calibration.json").read_text())
-  assert value["guarantee"] == found.guarantee and value["schema_version"] == 1
+  assert value["guarantee"] == found.guarantee and value["schema_version"] == 2
   assert value["procedure"] == laws.procedure().to_json()
 
 
@@ -136,14 +136,14 @@ def test_files_that_are_no_calibration_are_refused(tmp_path):
   for content, message in (
     (None, "cannot be read"),
     ("{", "is no calibration"),
-    ("[]", "schema_version 1, got .list."),
-    (json.dumps({**good, "schema_version": 9}), "schema_version 1, got 9"),
+    ("[]", "schema_version 2 or 1, got .list."),
+    (json.dumps({**good, "schema_version": 9}), "schema_version 2 or 1, got 9"),
     (
       json.dumps({k: v for k, v in good.items() if k != "rows"}),
       r"lacks the fields \['rows'\]",
     ),
     (json.dumps({**good, "rows": [{}]}), "is no calibration"),
-    (json.dumps({**good, "threshold": 2.0}), "`threshold` must be"),
+    (json.dumps({**good, "threshold": 2.0}), "Expected `digest`"),
   ):
     if content is not None:
       path.write_text(content)

@@ -204,7 +204,7 @@ def test_signed_losses_are_refused_below_their_floor_only(cached, tmp_path, caps
   assert cli.main([*arguments, output]) == 0
   text = " ".join(capsys.readouterr().out.split())
   assert (
-    "where nothing changes, no method can with fewer than 29" in text and "20% changed" in text
+    "where nothing changes, 'auto' cannot with fewer than" in text and "20% changed" in text
   )
   assert not Calibration.load(tmp_path / "c.json").certified
 

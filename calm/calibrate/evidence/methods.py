@@ -62,6 +62,7 @@ class Method:
     any_level: whether p-values mean anything at levels other than `error_rate`; if not, only
       fixed sequence testing, which tests every hypothesis at that level, can use them.
     quick: a faster way to the answers of `certifies`, or None.
+    p_value: (sum, number, tolerance) -> p, where that is all it depends on.
   """
 
   name: str
@@ -72,6 +73,7 @@ class Method:
   clips: bool = False
   any_level: bool = True
   quick: Callable[[Sample, np.ndarray], np.ndarray] | None = None
+  p_value: bounds.SumPValue | None = None
 
   def certifies(self, sample: Sample, columns: np.ndarray) -> np.ndarray:
     """Whether p <= error_rate, for many pairs of a column and a tolerance.
@@ -191,7 +193,7 @@ def _of_sums(name: str, p_value: bounds.SumPValue, **fields) -> Method:
     sums = sample.values.sum(axis=0)[columns]
     return p_value(sums, len(sample.values), sample.tolerance) <= sample.error_rate
 
-  fields = {"refuses": _refuses_signed, "quick": quick, **fields}
+  fields = {"refuses": _refuses_signed, "quick": quick, "p_value": p_value, **fields}
   return Method(name, log_p_values, upper_bounds, **fields)
 
 

@@ -33,6 +33,16 @@ def with_contents(losses: SequenceLosses) -> SequenceLosses:
   return dataclasses.replace(losses, contents=contents)
 
 
+def _names(losses: SequenceLosses) -> tuple[str, ...]:
+  return losses.ids or tuple(f"{row:09d}" for row in range(len(losses.values)))
+
+
+def order_seed(losses: SequenceLosses) -> str:
+  """Hexadecimal seed of the order in which rows, or clusters, are tested."""
+  names = order_lib.unit_names(_names(losses), losses.groups)
+  return order_lib.order_seed(names, losses.procedure, losses.contents)
+
+
 def tested_order(losses: SequenceLosses, seed: str | None = None) -> tuple[np.ndarray, str]:
   """(row numbers in the tested order, hexadecimal seed) of `losses`.
 
@@ -40,12 +50,10 @@ def tested_order(losses: SequenceLosses, seed: str | None = None) -> tuple[np.nd
     losses: with `contents` (`with_contents`).
     seed: a seed that was recorded before; None makes it.
   """
-  count = len(losses.values)
-  ids = losses.ids or tuple(f"{row:09d}" for row in range(count))
-  seed = seed or order_lib.order_seed(ids, losses.procedure, losses.contents)
+  seed = seed or order_seed(losses)
   if losses.order == "given":
-    return np.arange(count), seed
-  return order_lib.seeded_order(ids, seed), seed
+    return np.arange(len(losses.values)), seed
+  return order_lib.seeded_order(_names(losses), seed), seed
 
 
 def declared_groups(losses: SequenceLosses) -> tuple[str, ...] | None:

@@ -1,0 +1,108 @@
+"""Several risks at once, each within its own tolerance."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from calm.calibrate.losses.sequence_losses import SequenceLosses
+from calm.calibrate.promises.promise import Part, Promise, Test
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Risk:
+  """One of several risks.
+
+  Attributes:
+    losses: of the same prompts on the same grid as the others.
+    tolerance: bound on their expectation.
+    name: in words; '' takes the losses' kind and metric.
+  """
+
+  losses: SequenceLosses
+  tolerance: float
+  name: str = ""
+
+  @property
+  def called(self) -> str:
+    """The name in words."""
+    return self.name or f"{self.losses.kind} loss ({self.losses.metric})"
+
+
+@dataclasses.dataclass(frozen=True)
+class SeveralRisks(Promise):
+  """E[loss of risk r] <= tolerance of r, for every r.
+
+      p = max over risks
+
+  Attributes:
+    names: of the risks.
+    tolerances: of the risks.
+    risks: the tables.
+  """
+
+  names: tuple[str, ...] = ()
+  tolerances: tuple[float, ...] = ()
+  risks: Sequence[Risk] | None = dataclasses.field(default=None, repr=False, compare=False)
+  name: ClassVar[str] = "several_risks"
+
+  def __post_init__(self):
+    if self.risks is not None:
+      object.__setattr__(self, "names", tuple(risk.called for risk in self.risks))
+      object.__setattr__(self, "tolerances", tuple(float(r.tolerance) for r in self.risks))
+    if not self.names or len(self.names) != len(self.tolerances):
+      raise ValueError("Expected `risks` to hold at least one `Risk`. Got none.")
+    if len(set(self.names)) != len(self.names):
+      raise ValueError(f"Expected `risks` of different names. Got {list(self.names)}.")
+
+  def tests(self, tolerance, support):
+    """Each of the risks, all in one range."""
+    del tolerance
+    pairs = zip(self.names, self.tolerances, strict=True)
+    return tuple(Test(name, bound, support) for name, bound in pairs)
+
+  def parts(self, losses, tolerance):
+    """Each of the risks."""
+    del tolerance
+    if self.risks is None:
+      raise ValueError("Expected `risks` with their tables. Got a promise read from a file.")
+    for risk in self.risks:
+      same = np.array_equal(risk.losses.thresholds, losses.thresholds)
+      if (
+        len(risk.losses.values) != len(losses.values)
+        or not same
+        or risk.losses.ids != losses.ids
+      ):
+        raise ValueError(
+          f"Expected `risks` of the same prompts on the same grid. Got others in"
+          f" {risk.called!r}."
+        )
+    return tuple(Part(risk.called, risk.losses, risk.tolerance) for risk in self.risks)
+
+  def statement(self, calibration, loss):
+    """Each mean with its bound."""
+    del calibration, loss
+    pairs = zip(self.names, self.tolerances, strict=True)
+    return "expected values of " + " and ".join(
+      f"{name} of at most {bound:.10g}" for name, bound in pairs
+    )
+
+  def limits(self, unit):
+    """Means, each of them."""
+    return (
+      f"These are means over {unit} drawn like those: they say nothing of any single prompt,"
+      " nor of prompts of another kind."
+    )
+
+
+def as_promise(risks: Sequence[Any]) -> SeveralRisks:
+  """`risks` of `calibrate`.
+
+  Raises:
+    ValueError: one is no `Risk`.
+  """
+  odd = [risk for risk in risks if not isinstance(risk, Risk)]
+  if odd:
+    raise ValueError(f"Expected `risks` to be a list of `Risk`. Got {type(odd[0]).__name__}.")
+  return SeveralRisks(risks=tuple(risks))

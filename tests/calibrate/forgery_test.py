@@ -1,0 +1,259 @@
+"""A calibration cannot be edited: every forgery is refused, by the name of what is wrong."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+
+from calm.calibrate import (
+  Calibration,
+  SequenceLosses,
+  Support,
+  calibrate,
+  promises,
+  verification,
+)
+from tests.calibrate import laws
+
+GRID = [0.9, 0.5, 0.12]
+RATES = dict(tolerance=0.1, error_rate=0.05)
+
+
+def made(method="auto", **fields):
+  generator = np.random.default_rng(0)
+  means = (0.01, 0.02, 0.3)
+  values = np.stack([laws.mostly_zero(generator, mean, 300) for mean in means], axis=1)
+  losses = SequenceLosses(
+    values, GRID, kind="textual", metric="rouge_l", procedure=laws.procedure()
+  )
+  return calibrate(losses, **{**RATES, **fields}, method=method)
+
+
+HONEST = made().to_json()
+PAPER = made("paper").to_json()
+
+
+def edited(value, path, new):
+  """`value` with one entry changed; `path` names it, dots between."""
+  value = copy.deepcopy(value)
+  here = value
+  *way, last = path.split(".")
+  for name in way:
+    here = here[int(name) if name.isdigit() else name]
+  here[int(last) if last.isdigit() else last] = new
+  return value
+
+
+# path, new value: each changes what is promised, or what is printed.
+FORGERIES = [
+  ("threshold", 0.02),
+  ("threshold", 0.12),
+  ("threshold", "never"),
+  ("threshold", "0.5"),
+  ("tolerance", 0.0001),
+  ("tolerance", 0.05),
+  ("tolerance", 0.2),
+  ("tolerance", 1.5),
+  ("tolerance", -0.1),
+  ("tolerance", "0.1"),
+  ("tolerance", True),
+  ("tolerance", None),
+  ("error_rate", 0.0001),
+  ("error_rate", 0.0),
+  ("error_rate", 2),
+  ("num_examples", 30_000),
+  ("num_examples", 30),
+  ("num_examples", -1),
+  ("num_examples", 2.5),
+  ("metric", "exact_match"),
+  ("metric", "rouge_l\x1b[31m of nothing\x1b[0m"),
+  ("metric", "x" * 5000),
+  ("metric", "a\nWith probability 1"),
+  ("metric", "\u202egnihton"),
+  ("metric", ["rouge_l"]),
+  ("kind", "risk_signed"),
+  ("kind", "\x1b]0;title\x07"),
+  ("reason", "\x1b[2J"),
+  ("reason", "all is well"),
+  ("guarantee", "With probability 1 nothing is ever lost."),
+  ("method", "magic"),
+  ("method", "clt_not_valid"),
+  ("method", "auto"),
+  ("method", "hoeffding"),
+  ("testing", "none"),
+  ("testing", "bonferroni"),
+  ("order", "given"),
+  ("order", "sorted"),
+  ("seed", "not hexadecimal"),
+  ("seed", "0123456789abcdef"),
+  ("clusters", True),
+  ("clusters", "no"),
+  ("sequential", True),
+  ("support", {"lower": 0.0, "upper": 1.0}),
+  ("support", None),
+  ("support.upper", 0.5),
+  ("support.lower", -1.0),
+  ("support.upper", 1e400),
+  ("support.binary", 1),
+  ("rows", []),
+  ("rows", {}),
+  ("rows", "rows"),
+  ("rows.0", {}),
+  ("rows.0.p_value", 1.0),
+  ("rows.2.p_value", 0.0),
+  ("rows.2.log_p_value", -100.0),
+  ("rows.2.log_p_value", 1.0),
+  ("rows.2.adjusted_p_value", 0.0),
+  ("rows.2.rejected", True),
+  ("rows.0.rejected", False),
+  ("rows.0.rejected", 1),
+  ("rows.0.mean", 0.2),
+  ("rows.0.mean", math.nan),
+  ("rows.0.mean", "0"),
+  ("rows.0.upper_bound", -1.0),
+  ("rows.0.threshold", 0.01),
+  ("rows.0.threshold", 1.5),
+  ("rows.0.num_examples", 10**9),
+  ("visited", [0]),
+  ("visited", ["0"]),
+  ("visited", 3),
+  ("parts", [{}]),
+  ("parts", None),
+  ("promise", {"name": "quantile", "share": 0.99}),
+  ("promise", {"name": "mean", "share": 0.99}),
+  ("promise", {"name": "nothing"}),
+  ("promise", "mean"),
+  ("procedure.measure", "state"),
+  ("procedure", None),
+  ("procedure", []),
+  ("provenance", []),
+  ("provenance.metric", "other"),
+  ("losses_digest", "00"),
+  ("losses_digest", "zz"),
+  ("digest", "0" * 64),
+  ("digest", None),
+  ("schema_version", 3),
+  ("schema_version", True),
+  ("schema_version", "2"),
+]
+
+
+@pytest.mark.parametrize("honest", [HONEST, PAPER], ids=["betting", "paper"])
+@pytest.mark.parametrize(("path", "new"), FORGERIES)
+def test_every_forgery_is_refused_with_a_named_error(honest, path, new, tmp_path):
+  file = tmp_path / "calibration.json"
+  file.write_text(json.dumps(edited(honest, path, new)))
+  with pytest.raises(ValueError, match=r"calibration\.json: is no calibration: ") as caught:
+    Calibration.load(file)
+  text = str(caught.value)
+  assert text.isprintable(), "no escape of the file's reaches the terminal"
+  assert "Expected" in text or "must be" in text or "must have" in text
+  assert len(text) < 1500
+
+
+# Refused although the digest was written anew: they contradict the other fields.
+CONTRADICTIONS = [
+  ("threshold", 0.02, "`threshold` 0.5"),
+  ("threshold", "never", "`threshold` 0.5"),
+  ("tolerance", 0.0001, "smallest that 300 prompts"),
+  ("error_rate", 1e-30, "`rejected` False"),
+  ("num_examples", 30, "`num_examples` = 30"),
+  ("rows.0.num_examples", 20, "smallest that 20 prompts"),
+  ("rows.0.p_value", 1.0, "`p_value`"),
+  ("rows.2.log_p_value", -1.0, "`p_value`"),
+  ("rows.0.rejected", False, "`rejected` True"),
+  ("rows.2.rejected", True, "`rejected` False"),
+  ("rows.2.adjusted_p_value", 0.01, "`adjusted_p_value`"),
+  ("rows.0.threshold", 0.01, "strictly descending"),
+  ("testing", "bonferroni", "`adjusted_p_value`"),
+  ("visited", [0], "`visited`"),
+  ("promise", {"name": "quantile", "share": 0.5}, "binary `support` for the promise"),
+  ("support.upper", 0.05, r"`tolerance` in "),
+  ("support.lower", 0.05, "Expected"),
+]
+
+
+@pytest.mark.parametrize(("path", "new", "message"), CONTRADICTIONS)
+def test_contradictions_are_found_without_a_digest(path, new, message):
+  value = edited(HONEST, path, new)
+  value["digest"] = verification.digest(value)
+  with pytest.raises(ValueError, match=message):
+    Calibration.from_json(value)
+
+
+@pytest.mark.parametrize(
+  ("path", "new"), [("tolerance", 0.08), ("rows.0.mean", 0.001), ("method", "hoeffding")]
+)
+def test_methods_of_sums_are_computed_again(path, new):
+  value = edited(PAPER, path, new)
+  value["digest"] = verification.digest(value)
+  with pytest.raises(ValueError, match=r"Expected log p .* the file was edited"):
+    Calibration.from_json(value)
+
+
+def test_all_p_values_1_and_no_certified_row_serve_nothing():
+  value = copy.deepcopy(HONEST)
+  for row in value["rows"]:
+    row.update(p_value=1.0, log_p_value=0.0, adjusted_p_value=1.0, rejected=False)
+  value.update(visited=[0], digest="")
+  value["digest"] = verification.digest(value)
+  with pytest.raises(ValueError, match="`threshold` 'never'"):
+    Calibration.from_json(value)
+  value["threshold"] = "never"
+  value["digest"] = verification.digest(value)
+  assert "No threshold is certified" in Calibration.from_json(value).guarantee
+
+
+def test_files_of_version_1_are_read_and_their_decision_made_again():
+  value = {k: v for k, v in HONEST.items() if k not in ("digest", *verification.NEW_FIELDS)}
+  value["schema_version"] = 1
+  back = Calibration.from_json(value)
+  assert back.threshold == 0.5 and back.promise == promises.Mean()
+  with pytest.raises(ValueError, match=r"`threshold` 0\.5"):
+    Calibration.from_json({**value, "threshold": 0.02})
+  with pytest.raises(ValueError, match="without or with other fields"):
+    Calibration.from_json({**HONEST, "schema_version": 1})
+
+
+def test_the_sentence_is_made_and_never_read():
+  value = {**HONEST, "guarantee": "Nothing is ever lost."}
+  value["digest"] = verification.digest(value)
+  back = Calibration.from_json(value)
+  assert back.guarantee == made().guarantee and "ever lost" not in back.guarantee
+
+
+def test_a_digest_can_be_expected(tmp_path):
+  found = made()
+  found.save(tmp_path / "c.json")
+  digest = found.digest
+  assert Calibration.load(tmp_path / "c.json", expect_digest=digest.upper()) == found
+  with pytest.raises(ValueError, match="it is another one, or was edited"):
+    Calibration.load(tmp_path / "c.json", expect_digest="0" * 64)
+  assert json.loads((tmp_path / "c.json").read_text())["digest"] == digest
+  assert made(error_rate=0.04).digest != digest
+
+
+@pytest.mark.parametrize(
+  "text", ["[" * 100_000, '{"schema_version": NaN}', "\x00", '"' + "x" * 200, "12", ""]
+)
+def test_files_that_are_no_such_json_are_refused(tmp_path, text):
+  (tmp_path / "c.json").write_text(text)
+  with pytest.raises(ValueError, match=r"c\.json: is no calibration: "):
+    Calibration.load(tmp_path / "c.json")
+
+
+def test_a_huge_file_is_not_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(verification, "_MOST_BYTES", 10)
+  (tmp_path / "c.json").write_text(json.dumps(HONEST))
+  with pytest.raises(ValueError, match="Expected a file of at most 10 bytes"):
+    Calibration.load(tmp_path / "c.json")
+
+
+def test_p_equal_to_the_error_rate_goes_either_way():
+  """0.25 = 0.5 ** 2, to the last digit or not: what was decided then is believed."""
+  found = calibrate(
+    np.zeros((2, 1)), [0.5], tolerance=0.5, error_rate=0.25, support=Support(binary=True)
+  )
+  assert found.certified and Calibration.from_json(found.to_json()) == found
