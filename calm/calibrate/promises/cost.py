@@ -31,6 +31,7 @@ class Cost(Promise):
     share: of the error rate that the cost may use.
     unit: what is counted, in words.
     costs: [num_examples, num_thresholds] ratio of each text, in [0, 1].
+    name: in files and on the command line.
   """
 
   at_most: float = 0.5

@@ -27,6 +27,7 @@ class EveryGroup(Promise):
   Attributes:
     groups: names, sorted; made of `labels`.
     labels: [num_examples] group of each prompt.
+    name: in files and on the command line.
   """
 
   groups: tuple[str, ...] = ()

@@ -22,6 +22,7 @@ class KnownMixture(Promise):
   Attributes:
     most: declared upper bound of weights, at least 1.
     weights: [num_examples] w of each prompt.
+    name: in files and on the command line.
   """
 
   most: float = 1.0

@@ -20,6 +20,7 @@ class Quantile(Promise):
 
   Attributes:
     share: of texts, in (0, 1).
+    name: in files and on the command line.
   """
 
   share: float = 0.95

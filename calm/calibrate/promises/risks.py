@@ -40,6 +40,7 @@ class SeveralRisks(Promise):
     names: of the risks.
     tolerances: of the risks.
     risks: the tables.
+    name: in files and on the command line.
   """
 
   names: tuple[str, ...] = ()

@@ -22,6 +22,7 @@ class TailMean(Promise):
   Attributes:
     beta: share of texts that are not counted, in (0, 1).
     start: where the tail begins, in the unit of the loss.
+    name: in files and on the command line.
   """
 
   beta: float = 0.9
