@@ -95,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
   common.use_compilation_cache()
   calibration_prompts = packed_prompts("calibration", arguments.limit)
   unseen_prompts = packed_prompts("unseen", arguments.limit)
+  planning.min_calibration_size(arguments.tolerance, arguments.error_rate)  # refuses bad rates
   refusal = planning.refusal(
     len(calibration_prompts), arguments.tolerance, arguments.error_rate, method="auto"
   )

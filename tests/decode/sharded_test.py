@@ -93,5 +93,5 @@ def test_more_devices_than_there_are_is_refused():
   count = jax.local_device_count() + 1
   with pytest.raises(ValueError, match=r"Expected `num_devices` in 1 .* XLA_FLAGS"):
     sharded.mesh(count)
-  with pytest.raises(ValueError, match="Expected `num_devices` of at least 1"):
+  with pytest.raises(ValueError, match="Expected `num_devices` to be in 1"):
     inference.DecodeOptions(num_devices=0)

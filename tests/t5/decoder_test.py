@@ -125,7 +125,7 @@ def test_projections_are_those_of_the_yardstick():
 def test_logits_of_each_layer_are_its_own_heads_where_there_are_heads():
   states = jnp.asarray(np.random.default_rng(1).normal(size=(3, 16)), jnp.float32)
   shared, own = decoder_step(engine.toy()), decoder_step(engine.toy(per_layer_heads=True))
-  assert shared.layers().shared_head and not own.layers().shared_head
+  assert shared.layers(()).shared_head and not own.layers(()).shared_head
   np.testing.assert_array_equal(shared.logits(1, states), shared.logits(4, states))
   assert not np.allclose(own.logits(1, states), own.logits(4, states))
 
@@ -190,5 +190,6 @@ def test_float32_attention_in_a_bfloat16_model():
   states = jnp.ones((3, 16), jnp.bfloat16)
   decoder = decoder_step(toy)
   assert decoder.logits(2, states).dtype == decoder.exit_logit(states).dtype == jnp.float32
-  hidden, row = decoder.run(1, states)
+  cache, *_ = caches_lib.empty_caches(toy.config, 3, LENGTH)
+  hidden, row = decoder.run(1, states, cache)
   assert hidden.dtype == row.key.dtype == row.value.dtype == jnp.bfloat16

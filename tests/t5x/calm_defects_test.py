@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from calm import exits
-from calm.exits import confidence, propagation, schedules
+from calm.exits import confidence, propagation, rules, schedules
 from calm.t5 import caches, network, parameters
 from calm.t5x import loops, prefixes
 from calm.training import losses, objectives
@@ -135,7 +135,7 @@ class OneArgmax(exits.OracleExit):
 
   def __call__(self, *arguments):
     of_the_batch = lambda x, axis: jnp.broadcast_to(jnp.argmax(x), x.shape[:1])
-    with mock.patch.object(exits, "jnp", types.SimpleNamespace(**vars(jnp))) as shim:
+    with mock.patch.object(rules, "jnp", types.SimpleNamespace(**vars(jnp))) as shim:
       shim.argmax = of_the_batch
       return super().__call__(*arguments)
 

@@ -4,7 +4,6 @@ import ast
 import os
 import pathlib
 import re
-import resource
 import secrets
 import socket
 import subprocess
@@ -129,11 +128,10 @@ def test_a_planted_link_is_never_followed(tmp_path, monkeypatch):
 
 def limited(code: str, folder: pathlib.Path, size: int = 4096) -> str:
   """What a process prints that may write no file beyond `size` bytes."""
-  limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-  text = f"from calm.calibrate.generations import files\n{code}"
+  limit = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
+  text = f"{limit}\nfrom calm.calibrate.generations import files\n{code}"
   done = subprocess.run(
     [sys.executable, "-B", "-c", text, str(folder)],
-    preexec_fn=limit,
     capture_output=True,
     text=True,
     cwd=PACKAGE.parent,

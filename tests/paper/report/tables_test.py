@@ -79,7 +79,7 @@ def test_gains_calibrate_on_one_part_and_look_at_the_other(report):
   assert len(found.rows) == len(gains.TARGETS) * len(MEASURES)
   row = next(r for r in found.rows if r.target == gains.Target("textual", 0.1))
   paper, auto = row.gains
-  assert (paper.method, auto.method) == ("paper", "betting")
+  assert (paper.method, auto.method) == ("paper", "betting_fixed_level")
   assert auto.threshold == 0.6 and 0 < auto.risk < 0.1
   cached = samples.cached()
   exits = [r.exit_layers for r in cached.records[1][48:]]
