@@ -10,10 +10,15 @@ is then the true risk, with its 95 % interval. Needs numpy and scipy only.
 """
 
 import argparse
+import json
+import pathlib
+import sys
 
 import numpy as np
+import scipy
 
 from calm.calibrate import calibrate, generations, thresholds, trials
+from calm.calibrate.generations import files
 from calm.calibrate.losses import sequence_losses
 
 HEADER = (
@@ -78,6 +83,7 @@ def main() -> None:
   parser.add_argument("--metric", default="rouge_l")
   parser.add_argument("--splits", type=int, default=50)
   parser.add_argument("--draws", type=int, default=500)
+  parser.add_argument("--output", help="JSON file of the table, for scripts/tables.py")
   arguments = parser.parse_args()
   cached = generations.load(arguments.directory)
   losses = sequence_losses.compute(cached, arguments.kind, metric=arguments.metric)
@@ -92,8 +98,20 @@ def main() -> None:
   print(f"{len(cached.ids)} prompts, {units} units, {arguments.kind} {arguments.metric}\n")
   print("| " + " | ".join(HEADER) + " |")
   print("|" + " --- |" * len(HEADER))
-  for row in table_rows(losses, layers, arguments, groups):
+  rows = table_rows(losses, layers, arguments, groups)
+  for row in rows:
     print("| " + " | ".join(row) + " |")
+  if arguments.output:
+    command = " ".join(["python", "scripts/compare_methods.py", *sys.argv[1:]])
+    value = {
+      "command": command,
+      "columns": HEADER,
+      "align": ["left"] * len(HEADER),
+      "rows": rows,
+      "versions": {"numpy": np.__version__, "scipy": scipy.__version__},
+    }
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    files.write_atomically(pathlib.Path(arguments.output), text)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Breaks `calm.calibrate` on purpose, one place at a time, and counts what the tests notice.
 
-    python scripts/mutation_check.py                    # p_values and testing
-    python scripts/mutation_check.py --module betting --tests p_values_test bounds_test
+    python scripts/mutation_check.py                    # every module of `TESTS`
+    python scripts/mutation_check.py --module evidence/betting --every 5
 
 Each mutant swaps one operator, comparison, constant or call (min for max, ...). It is killed
 when a test fails or runs out of time. Survivors are listed with their line; the exit status is
@@ -13,6 +13,7 @@ import ast
 import copy
 import importlib.abc
 import importlib.util
+import itertools
 import os
 import pathlib
 import signal
@@ -21,8 +22,10 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TESTS = {
-  "p_values": ("p_values_test", "pitfalls_test", "bounds_test"),
-  "testing": ("testing_test", "pitfalls_test"),
+  "evidence/p_values": ("evidence/p_values_test", "pitfalls_test", "evidence/bounds_test"),
+  "evidence/multiple_testing": ("evidence/multiple_testing_test", "pitfalls_test"),
+  "evidence/betting": ("evidence/p_values_test", "evidence/bounds_test", "evidence/draws_test"),
+  "evidence/strategies": ("evidence/p_values_test", "evidence/bounds_test"),
 }
 # Seconds of CPU, so that a busy machine does not decide.
 TIME_LIMIT = 60
@@ -111,27 +114,30 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     "if np.any(np.abs(sums - counts) > _SNAP * np.maximum(1.0, counts)): [Gt -> GtE]",
   ): "another sum only where it is off by the whole slack",
   (
-    "testing",
+    "multiple_testing",
     "return np.where(np.isnan(p_values), 1.0, p_values) [1.0 -> 2.0]",
   ): "every p / weight is cut at 1 afterwards",
-  ("testing", "adjusted = np.ones(len(p_values)) [ones -> zeros]"): "all entries are set",
   (
-    "testing",
+    "multiple_testing",
+    "adjusted = np.ones(len(p_values)) [ones -> zeros]",
+  ): "all entries are set",
+  (
+    "multiple_testing",
     "weights = np.where(open_, weights + weights[chosen] * edges[chosen], 0.0) [0.0 -> 1.0]",
   ): "weights of closed hypotheses are not read",
-  ("testing", "np.fill_diagonal(edges, 0.0) [0.0 -> 1.0]"): "the diagonal is not read",
+  ("multiple_testing", "np.fill_diagonal(edges, 0.0) [0.0 -> 1.0]"): "the diagonal is not read",
   (
-    "testing",
+    "multiple_testing",
     "if weights.shape != (count,) or not np.all(weights >= 0.0) or weights.sum() > 1.0 + 1e-12:"
     " [Gt -> GtE]",
   ): "another sum only where it is off by the whole slack",
   (
-    "testing",
+    "multiple_testing",
     "joined, loops[:, None], out=np.zeros_like(edges), where=loops[:, None] > 1e-12"
     " [Gt -> GtE]",
   ): "another edge only where a loop is short of 1 by the whole slack",
   (
-    "testing",
+    "multiple_testing",
     "if np.any(edges.sum(axis=1) > 1.0 + 1e-12): [Gt -> GtE]",
   ): "another sum only where it is off by the whole slack",
 }
@@ -245,23 +251,23 @@ def survives(name: str, tree: ast.Module, path: pathlib.Path, tests: list[str]) 
   return os.waitpid(child, 0)[1] == 0
 
 
-def check(module: str, names: tuple[str, ...]) -> int:
-  """Runs all mutants of one module, prints the score and returns unexplained survivors."""
+def check(module: str, names: tuple[str, ...], every: int = 1) -> int:
+  """Runs mutants of one module, prints the score and returns unexplained survivors."""
   path = ROOT / "calm" / "calibrate" / f"{module}.py"
   source = path.read_text("utf-8")
   tests = [str(ROOT / "tests" / "calibrate" / f"{name}.py") for name in names]
-  full_name = f"calm.calibrate.{module}"
+  full_name = f"calm.calibrate.{module.replace('/', '.')}"
   if not survives(full_name, ast.parse(source), path, tests):
     raise SystemExit(f"{module}: the tests fail without any mutation.")
   total, killed, explained, unexplained = 0, 0, 0, 0
   started = time.perf_counter()
-  for line, done, tree in mutants(source):
+  for line, done, tree in itertools.islice(mutants(source), 0, None, every):
     total += 1
     if not survives(full_name, tree, path, tests):
       killed += 1
       continue
     text = source.splitlines()[line - 1].strip()
-    why = EQUIVALENT.get((module, f"{text} [{done}]"))
+    why = EQUIVALENT.get((path.stem, f"{text} [{done}]"))
     explained += why is not None
     unexplained += why is None
     print(
@@ -280,6 +286,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
   parser.add_argument("--module", help="one module of calm.calibrate (default: %(default)s)")
   parser.add_argument("--tests", nargs="+", help="test modules in tests/calibrate")
+  parser.add_argument("--every", type=int, default=1, help="take one mutant of so many")
   options = parser.parse_args()
   os.chdir(ROOT)
   sys.path.insert(0, str(ROOT))
@@ -290,7 +297,9 @@ def main() -> None:
   import scipy.stats  # noqa: F401
 
   chosen = [options.module] if options.module else list(TESTS)
-  left = sum(check(module, tuple(options.tests or TESTS[module])) for module in chosen)
+  left = sum(
+    check(module, tuple(options.tests or TESTS[module]), options.every) for module in chosen
+  )
   raise SystemExit(1 if left else 0)
 
 

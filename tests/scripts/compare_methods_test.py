@@ -1,5 +1,6 @@
 """The script that puts calibration methods side by side."""
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -33,10 +34,13 @@ def write_cache(folder, count=120):
 def test_the_table_has_each_methods_threshold_layers_and_violations(tmp_path):
   write_cache(tmp_path / "cache")
   command = [sys.executable, str(SCRIPT), str(tmp_path / "cache"), "--tolerances", "0.1", "0.5"]
-  command += ["--splits", "5", "--draws", "20"]
+  command += ["--splits", "5", "--draws", "20", f"--output={tmp_path / 'table.json'}"]
   result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
   assert result.returncode == 0, result.stderr
   lines = result.stdout.splitlines()
+  written = json.loads((tmp_path / "table.json").read_text())
+  assert ["| " + " | ".join(row) + " |" for row in written["rows"]] == lines[4:]
+  assert written["columns"][0] == "tolerance" and "compare_methods.py" in written["command"]
   assert lines[0] == "120 prompts, 60 units, textual rouge_l"
   rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
   assert [row[:4] for row in rows] == [
