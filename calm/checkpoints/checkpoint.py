@@ -4,7 +4,8 @@ Our own format is a directory:
   config.json            the fields of `network.T5Config`, and which format this is
   params.safetensors     leaves by "/"-joined path; float32 or bfloat16 (read as float32)
   vocabulary.json        which vocabulary, its digest (absent: none was given)
-  vocabulary.model       the SentencePiece model, where it is one
+  vocabulary.model       the SentencePiece model, or
+  tokenizer.json         the tokenizer of a Hugging Face folder, where it is one
 `load` also opens Hugging Face directories (`huggingface`) and T5X checkpoints, legacy and
 Orbax (`t5x_checkpoints`), so that anything downstream sees one kind of `Checkpoint`.
 """
@@ -16,16 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from calm.checkpoints import files, huggingface, t5x
+from calm.checkpoints import files, huggingface, stored_vocabulary, t5x
 from calm.data import vocabulary as vocabularies
 from calm.t5 import limits, network, parameters
 
 FORMAT = "calm checkpoint 1"
 # The small model inside this package.
 PACKED = pathlib.Path(__file__).parents[1] / "assets"
-_MODEL_FILE = "vocabulary.model"
-
-Vocabulary = vocabularies.SentencePieceVocabulary | vocabularies.ByteVocabulary
+Vocabulary = stored_vocabulary.Vocabulary
 parameters_digest = parameters.digest
 
 
@@ -73,17 +72,14 @@ def save(
   writers = {}
   if vocabulary is not None:
     vocabularies.check_fits(vocabulary, config.vocab_size)
-    model = getattr(vocabulary, "model", None)
-    if model is not None:
-      writers[_MODEL_FILE] = lambda path: path.write_bytes(model)
-    writers["vocabulary.json"] = files.json_writer(_vocabulary_record(vocabulary))
+    writers |= stored_vocabulary.writers(vocabulary)
   writers["params.safetensors"] = files.safetensors_writer(
     parameters.flatten(params), storage_dtype
   )
   fields = dataclasses.asdict(config)
   writers["config.json"] = files.json_writer({"format": FORMAT, **fields})
   files.write_together(directory, writers)
-  for name in {"vocabulary.json", _MODEL_FILE} - set(writers):
+  for name in set(stored_vocabulary.NAMES) - set(writers):
     # Left by an earlier save with another vocabulary.
     (directory / name).unlink(missing_ok=True)
 
@@ -139,7 +135,7 @@ def _read(
       return config, flat, huggingface.read_vocabulary(path)
     config = _config_of(fields, path)
     flat = files.read_safetensors(path / "params.safetensors")
-    return config, flat, _read_vocabulary(path)
+    return config, flat, stored_vocabulary.read(path)
   found = t5x.find(path)
   if found is None:
     names = sorted(child.name for child in path.iterdir())
@@ -164,32 +160,3 @@ def _config_of(fields: dict[str, Any], path: pathlib.Path) -> network.T5Config:
     )
   with files.naming(path / "config.json"):
     return network.T5Config(**limits.check(fields))
-
-
-def _vocabulary_record(vocabulary: Vocabulary) -> dict[str, Any]:
-  kind = "sentencepiece" if hasattr(vocabulary, "model") else "bytes"
-  return {"kind": kind, "extra_ids": vocabulary.extra_ids, "digest": vocabulary.digest()}
-
-
-def _read_vocabulary(path: pathlib.Path) -> Vocabulary | None:
-  if not (path / "vocabulary.json").is_file():
-    return None
-  record = files.read_json(path / "vocabulary.json")
-  if record.get("kind") not in ("sentencepiece", "bytes"):
-    raise ValueError(
-      "Expected vocabulary.json to be of kind 'sentencepiece' or 'bytes'. Got"
-      f" {record.get('kind')!r} in {str(path)!r}; give `vocabulary` instead."
-    )
-  with files.naming(path / "vocabulary.json"):
-    extra_ids: Any = record.get("extra_ids")
-    if record["kind"] == "bytes":
-      return vocabularies.ByteVocabulary(extra_ids=extra_ids)
-    made = vocabularies.SentencePieceVocabulary(path / _MODEL_FILE, extra_ids=extra_ids)
-  digest = str(record.get("digest"))
-  if made.digest() != digest:
-    raise ValueError(
-      f"Expected {_MODEL_FILE} to have the digest {digest[:12]}... that was saved with it. Got"
-      f" {made.digest()[:12]}... in {str(path)!r}; the file was exchanged, and other token ids"
-      " would give other texts: put the saved one back."
-    )
-  return made

@@ -1,7 +1,8 @@
 """Hugging Face T5 checkpoints <-> T5X's parameter tree, without torch or transformers.
 
-Read: T5 1.0, T5 1.1, Flan-T5, mT5 and ByT5 directories, that is `config.json` beside
-`model.safetensors` (whole, or in shards listed by `model.safetensors.index.json`). The layers
+Read: T5 1.0 and 1.1, LM-adapted, Flan-T5, mT5, ByT5, CodeT5, umT5, Pile-T5 and MADLAD-400, that
+is `config.json` (and `generation_config.json`) beside `model.safetensors` (whole, or in shards
+listed by `model.safetensors.index.json`), with `spiece.model` or `tokenizer.json`. The layers
 compute the same functions; the differences are of names and layout: linear weights are stored
 [out, in] there and [in, out] here, relative position biases [buckets, heads] there and
 [heads, buckets] here.
@@ -10,19 +11,24 @@ The head takes care. Whether `lm_head` is tied is told by the weights alone (con
 transformers 5 call every T5 tied); whether decoder states are scaled by emb_dim**-0.5 before
 it is told by the configuration. T5X ties and scales together, so every other combination is
 folded into an untied head.
+
+So do ids. The network takes token 0 for padding and for what decoding starts from. A model with
+other ids (MADLAD-400: 0 is `<unk>` and starts, 1 is padding) has those rows exchanged, and its
+vocabulary with them (`tokenizer_files.Renumbered`).
 """
 
 import pathlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from calm.checkpoints import files
-from calm.data import vocabulary
+from calm.checkpoints import files, stored_vocabulary
+from calm.data import tokenizer_files, vocabulary
 from calm.t5 import limits, network, parameters
 
-MODEL_TYPES = ("t5", "mt5")
+MODEL_TYPES = ("t5", "mt5", "umt5")
 # Our field -> theirs; those that a file may lack have T5's defaults in both.
 _FIELDS = {
   "vocab_size": "vocab_size",
@@ -42,6 +48,22 @@ _EMBEDDING, _HEAD = "shared.weight", "lm_head.weight"
 _COPIES_OF_EMBEDDING = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 # A leftover of early T5 1.0 conversions that no implementation reads.
 _UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+_RELPOS = "relative_attention_bias.weight"
+_IDS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
+# What makes transformers decode otherwise than greedily, and what leaves it at that.
+_GREEDY: Mapping[str, tuple[Any, ...]] = {
+  "num_beams": (None, 1),
+  "do_sample": (None, False),
+  "repetition_penalty": (None, 1, 1.0),
+  "no_repeat_ngram_size": (None, 0),
+  "min_length": (None, 0),
+  "min_new_tokens": (None, 0),
+  "forced_bos_token_id": (None,),
+  "forced_eos_token_id": (None,),
+  "suppress_tokens": (None, []),
+  "begin_suppress_tokens": (None, []),
+  "bad_words_ids": (None, []),
+}
 _PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
 
 
@@ -57,38 +79,91 @@ def read(directory: pathlib.Path) -> tuple[network.T5Config, dict[str, np.ndarra
     ValueError: another kind of model, an option that T5X's network does not have, or weights
       whose names are not those of this kind of model.
   """
-  theirs = files.read_json(directory / "config.json")
+  theirs = _read_config(directory)
   with files.naming(directory / "config.json"):
     _check_config(theirs)
     _config(theirs, logits_via_embedding=False)  # before any weight is read
+  _warn_unless_greedy(directory)
   weights = _read_weights(directory)
   embedding, head = _take_embedding_and_head(weights)
   scaled = _scales_decoder_states(theirs)
-  tied = head is None and scaled
+  pad, start = _padding_and_start(theirs)
+  tied = head is None and scaled and not (pad or start)
   config = _config(theirs, logits_via_embedding=tied)
   params = _rename(weights, config)
-  params["token_embedder/embedding"] = embedding
+  order = np.arange(len(embedding))
+  order[[0, pad]] = order[[pad, 0]]
+  rows = embedding[order]
+  rows[0] = embedding[start]
+  params["token_embedder/embedding"] = rows
   if not tied:
-    head = embedding if head is None else head
+    head = (embedding if head is None else head)[order]
     kernel = head.T * config.emb_dim**-0.5 if scaled else head.T
     params["decoder/logits_dense/kernel"] = np.array(kernel, np.float32)
   return config, params
 
 
-def read_vocabulary(
-  directory: pathlib.Path,
-) -> vocabulary.SentencePieceVocabulary | vocabulary.ByteVocabulary | None:
-  """The vocabulary beside a model, or None (a lone `tokenizer.json` is not read)."""
+def _read_config(directory: pathlib.Path) -> dict[str, Any]:
+  """config.json with the ids that generation goes by, where they stand apart."""
+  theirs = files.read_json(directory / "config.json")
+  generation = _generation(directory)
+  theirs |= {name: generation[name] for name in _IDS if generation.get(name) is not None}
+  return theirs
+
+
+def _generation(directory: pathlib.Path) -> dict[str, Any]:
+  path = directory / "generation_config.json"
+  return files.read_json(path) if path.is_file() else {}
+
+
+def _warn_unless_greedy(directory: pathlib.Path) -> None:
+  generation = _generation(directory)
+  other = [
+    f"{name}={generation[name]!r}"
+    for name, greedy in _GREEDY.items()
+    if generation.get(name) not in greedy
+  ]
+  if other:
+    warnings.warn(
+      f"generation_config.json of {directory} asks for {', '.join(other)}; decoding here is"
+      " greedy and leaves that out.",
+      stacklevel=5,
+    )
+
+
+def _padding_and_start(theirs: Mapping[str, Any]) -> tuple[int, int]:
+  """Ids of padding and of what decoding starts from, which is padding unless it is named."""
+  pad = theirs.get("pad_token_id") or 0
+  start = theirs.get("decoder_start_token_id")
+  return pad, pad if start is None else start
+
+
+def read_vocabulary(directory: pathlib.Path) -> stored_vocabulary.Vocabulary | None:
+  """The vocabulary beside a model, with padding 0, or None."""
+  theirs = _read_config(directory)
+  pad, _ = _padding_and_start(theirs)
+  made = _read_vocabulary(directory, theirs, pad)
+  return tokenizer_files.Renumbered(made, pad) if made is not None and pad else made
+
+
+def _read_vocabulary(directory: pathlib.Path, theirs: Mapping[str, Any], pad: int):
   options_path, model_path = directory / "tokenizer_config.json", directory / "spiece.model"
   options = files.read_json(options_path) if options_path.is_file() else {}
   if model_path.is_file():
-    # mT5's model file holds its extra ids already.
-    kind = files.read_json(directory / "config.json").get("model_type")
-    extra_ids = options.get("extra_ids", 0 if kind == "mt5" else 100)
-    return vocabulary.SentencePieceVocabulary(model_path, extra_ids=extra_ids)
+    # The model files of mT5 and its kin hold their extra ids already.
+    default = 100 if theirs.get("model_type") == "t5" and not pad else 0
+    return vocabulary.SentencePieceVocabulary(
+      model_path, extra_ids=options.get("extra_ids", default), padded=not pad
+    )
   if str(options.get("tokenizer_class", "")).startswith("ByT5"):
     return vocabulary.ByteVocabulary(extra_ids=options.get("extra_ids", 125))
-  return None
+  path = directory / "tokenizer.json"
+  if not path.is_file():
+    return None
+  eos = theirs.get("eos_token_id", 1)
+  return tokenizer_files.TokenizerVocabulary(
+    path, eos_id=eos[0] if isinstance(eos, list) else eos, pad_id=pad
+  )
 
 
 def write(
@@ -139,8 +214,9 @@ def names(config: network.T5Config) -> dict[str, str]:
   for side, num_layers in sides.items():
     for i in range(num_layers):
       pairs |= _layer_names(f"{side}/layers_{i}", f"{side}.block.{i}.layer", config)
-    first = f"{side}.block.0.layer.0.SelfAttention"
-    pairs[f"{side}/relpos_bias/rel_embedding"] = f"{first}.relative_attention_bias.weight"
+    if not config.relpos_per_layer:
+      first = f"{side}.block.0.layer.0.SelfAttention"
+      pairs[f"{side}/relpos_bias/rel_embedding"] = f"{first}.{_RELPOS}"
     pairs[f"{side}/{side}_norm/scale"] = f"{side}.final_layer_norm.weight"
   return pairs
 
@@ -159,6 +235,8 @@ def _layer_names(ours: str, theirs: str, config: network.T5Config) -> dict[str, 
     for projection, letter in _PROJECTIONS.items():
       path = f"{ours}/{block}/{projection}/kernel"
       pairs[path] = f"{theirs}.{k}.{their_block}.{letter}.weight"
+  if config.relpos_per_layer:
+    pairs[f"{ours}/relpos_bias/rel_embedding"] = f"{theirs}.0.SelfAttention.{_RELPOS}"
   last = len(blocks)
   pairs[f"{ours}/pre_mlp_layer_norm/scale"] = f"{theirs}.{last}.layer_norm.weight"
   for dense in ("wi_0", "wi_1", "wo") if len(config.mlp_activations) == 2 else ("wi", "wo"):
@@ -256,15 +334,20 @@ def _check_config(theirs: Mapping[str, Any]) -> None:
   fixed = {
     "model_type": (MODEL_TYPES, None),
     "layer_norm_epsilon": ((1e-6,), 1e-6),
-    "pad_token_id": ((0, None), 0),
-    "decoder_start_token_id": ((0, None), 0),
   }
   for field, (allowed, default) in fixed.items():
     value = theirs.get(field, default)
     if isinstance(value, bool | list | dict) or value not in allowed:
       raise ValueError(
-        f"Expected `{field}` in config.json to be {' or '.join(repr(a) for a in allowed)} (T5,"
-        f" Flan-T5, mT5 or ByT5). Got {value!r}; such a model computes another function."
+        f"Expected `{field}` in config.json to be {' or '.join(repr(a) for a in allowed)} (the"
+        f" T5 family). Got {value!r}; such a model computes another function."
+      )
+  for field in ("pad_token_id", "decoder_start_token_id"):
+    value, rows = theirs.get(field), theirs.get("vocab_size", 0)
+    if value is not None and not (isinstance(value, int) and 0 <= value < max(rows, 1)):
+      raise ValueError(
+        f"Expected `{field}` in config.json to be one of the {rows} rows of the embedding. Got"
+        f" {value!r}; save the model again."
       )
 
 
@@ -282,11 +365,12 @@ def _config(theirs: Mapping[str, Any], *, logits_via_embedding: bool) -> network
     mlp_activations=_activations(theirs),
     logits_via_embedding=logits_via_embedding,
     exit_classifier=False,
+    relpos_per_layer=theirs["model_type"] == "umt5",
   )
 
 
 def _activations(theirs: Mapping[str, Any]) -> tuple[str, ...]:
-  default = "gated-gelu" if theirs["model_type"] == "mt5" else "relu"
+  default = "relu" if theirs["model_type"] == "t5" else "gated-gelu"
   kind = theirs.get("feed_forward_proj", default)
   if not isinstance(kind, str):
     raise ValueError(
@@ -312,8 +396,8 @@ def _their_config(config: network.T5Config) -> dict[str, Any]:
       f" 'linear'. Got {config.mlp_activations}; save in this project's own format instead."
     )
   return {
-    "architectures": ["T5ForConditionalGeneration"],
-    "model_type": "t5",
+    "architectures": [f"{'UM' * config.relpos_per_layer}T5ForConditionalGeneration"],
+    "model_type": "umt5" if config.relpos_per_layer else "t5",
     "vocab_size": config.vocab_size,
     "d_model": config.emb_dim,
     "d_kv": config.head_dim,

@@ -84,7 +84,7 @@ def check_output(path: str | pathlib.Path) -> None:
 def missing_package(error: ModuleNotFoundError) -> str:
   """What to install for a package that is not there."""
   extras = {
-    "decode": {"jax", "flax", "gin", "sentencepiece", "safetensors", "jaxtyping"},
+    "decode": {"jax", "flax", "gin", "sentencepiece", "safetensors", "jaxtyping", "tokenizers"},
     "train": {"optax", "orbax", "clu", "seqio", "tensorboard", "tensorflow"},
     "report": {"matplotlib", "jinja2"},
   }

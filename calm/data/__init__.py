@@ -8,6 +8,7 @@ from calm.data import (
   prompt_batches,
   prompt_files,
   row_formats,
+  tokenizer_files,
   training_batches,
   vocabulary,
 )
@@ -18,6 +19,7 @@ __all__ = [
   "prompt_files",
   "row_formats",
   "seqio_tasks",
+  "tokenizer_files",
   "training_batches",
   "vocabulary",
 ]

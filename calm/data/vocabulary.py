@@ -56,6 +56,8 @@ class SentencePieceVocabulary:
     path: the model file; two vocabularies are equal when its bytes and `extra_ids` are.
     extra_ids: number of `<extra_id_N>` pieces after the model's own (100 for T5; 0 for mT5,
       whose model file already holds them).
+    padded: whether padding must be 0, as it is in all of T5's models; where it is not
+      (MADLAD-400), `tokenizer_files.Renumbered` makes it so.
 
   Raises:
     FileNotFoundError: there is no file at `path`.
@@ -65,6 +67,7 @@ class SentencePieceVocabulary:
 
   path: str | os.PathLike = dataclasses.field(compare=False)
   extra_ids: int = 100
+  padded: bool = True
   model: bytes = dataclasses.field(init=False, repr=False)
   _processor: Any = dataclasses.field(init=False, repr=False, compare=False)
 
@@ -77,7 +80,8 @@ class SentencePieceVocabulary:
         " missing; give the path of a `.model` file (T5 calls it `spiece.model`)."
       )
     object.__setattr__(self, "model", path.read_bytes())
-    object.__setattr__(self, "_processor", _load(self.model, self.extra_ids, path))
+    processor = _load(self.model, self.extra_ids, path, padded=self.padded)
+    object.__setattr__(self, "_processor", processor)
 
   @property
   def vocab_size(self) -> int:
@@ -98,12 +102,12 @@ class SentencePieceVocabulary:
 
   def encode(self, s: str, /) -> list[int]:
     """Token ids of a text, without EOS."""
-    _utf8(s)
+    check_utf8(s)
     return self._processor.encode(s)
 
   def decode(self, ids: Iterable[int], /) -> str:
     """Text of the ids before the first EOS; padding is skipped, ids of no piece are unknown."""
-    kept = _until_eos(ids, self.eos_id, self.pad_id)
+    kept = until_eos(ids, self.eos_id, self.pad_id)
     return self._processor.decode([i if i < self.vocab_size else self.unk_id for i in kept])
 
   def piece(self, token_id: int, /) -> str:
@@ -141,14 +145,14 @@ class ByteVocabulary:
 
   def encode(self, s: str, /) -> list[int]:
     """Token ids of a text, one a byte of its UTF-8, without EOS."""
-    return [byte + 3 for byte in _utf8(s)]
+    return [byte + 3 for byte in check_utf8(s)]
 
   def decode(self, ids: Iterable[int], /) -> str:
     """Text of the bytes before the first EOS; tokens that are no bytes are skipped.
 
     A character cut off by the end of the sequence is dropped, as in seqio.
     """
-    kept = _until_eos(ids, self.eos_id, self.pad_id)
+    kept = until_eos(ids, self.eos_id, self.pad_id)
     return bytes(i - 3 for i in kept if 3 <= i < 259).decode("utf-8", errors="ignore")
 
   def piece(self, token_id: int, /) -> str:
@@ -214,7 +218,7 @@ def check_fits(vocabulary: Vocabulary, num_rows: int) -> None:
     )
 
 
-def _load(model: bytes, extra_ids: int, path: pathlib.Path):
+def _load(model: bytes, extra_ids: int, path: pathlib.Path, *, padded: bool):
   processor = sentencepiece.SentencePieceProcessor()
   try:
     # The bare model first: appended pieces would make a model of any readable rubbish.
@@ -225,7 +229,7 @@ def _load(model: bytes, extra_ids: int, path: pathlib.Path):
       f"Expected `path` to be a SentencePiece model. Got {str(path)!r} ({len(model)} bytes),"
       f" which cannot be parsed ({error}); fetch the file again or give another."
     ) from error
-  if processor.pad_id() != 0 or processor.eos_id() < 0:
+  if (padded and processor.pad_id() != 0) or processor.eos_id() < 0:
     raise ValueError(
       "Expected `path` to be a SentencePiece model with padding id 0 and an EOS piece, as T5's"
       f" are. Got {str(path)!r} with pad_id {processor.pad_id()} and eos_id"
@@ -248,7 +252,12 @@ def _with_extra_pieces(model: bytes, extra_ids: int) -> bytes:
   return model
 
 
-def _utf8(text: str) -> bytes:
+def check_utf8(text: str) -> bytes:
+  """A text's UTF-8.
+
+  Raises:
+    ValueError: it holds half of a surrogate pair.
+  """
   try:
     return text.encode("utf-8")
   except UnicodeEncodeError as error:
@@ -258,7 +267,12 @@ def _utf8(text: str) -> bytes:
     ) from error
 
 
-def _until_eos(ids: Iterable[int], eos_id: int, pad_id: int) -> list[int]:
+def until_eos(ids: Iterable[int], eos_id: int, pad_id: int) -> list[int]:
+  """The ids before the first EOS, without padding.
+
+  Raises:
+    ValueError: an id is below 0.
+  """
   kept = []
   for token_id in map(int, ids):
     if token_id == eos_id:

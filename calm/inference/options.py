@@ -121,8 +121,11 @@ def shortlist_record(options: DecodeOptions) -> dict[str, Any]:
 
 
 # Fields of a network's configuration that decoding does not read, or that stand in the
-# procedure under a name of their own.
-_NOT_DECODED = ("dtype", "dropout_rate", "one_hot_embedding", "exit_classifier")
+# procedure under a name of their own, or that the tree of its parameters tells.
+_NOT_DECODED = (
+  *("dtype", "dropout_rate", "one_hot_embedding"),
+  *("exit_classifier", "relpos_per_layer"),
+)
 
 
 def configuration_record(config: Any) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from calm.t5.decoder_weights import DecoderWeights
 class BiasTable:
   """Causal self-attention biases for every position, one slice a step.
 
+  Each is a tuple of one for all layers, or of one a layer (`T5Config.relpos_per_layer`).
+
   Attributes:
     extended: [heads, 2 * length]; the slice of `length` that begins at `length - 1 - t` has,
       at key j, the bias of distance t - j for j < t and the mask elsewhere.
@@ -33,11 +35,11 @@ class BiasTable:
     length: positions in the caches.
   """
 
-  extended: jax.Array
-  current: jax.Array
+  extended: tuple[jax.Array, ...]
+  current: tuple[jax.Array, ...]
   length: int
 
-  def at(self, position: jax.Array, starts: jax.Array | None = None) -> jax.Array:
+  def at(self, position: jax.Array, starts: jax.Array | None = None) -> tuple[jax.Array, ...]:
     """Of the keys before `position`, which are in the cache while its own is not yet.
 
     Args:
@@ -47,13 +49,16 @@ class BiasTable:
     Returns:
       [heads, length]; with `starts` [batch, heads, length], earlier keys masked too.
     """
-    bias = lax.dynamic_slice_in_dim(
-      self.extended, self.length - 1 - position, self.length, axis=1
+    first = self.length - 1 - position
+    biases = tuple(
+      lax.dynamic_slice_in_dim(extended, first, self.length, axis=1)
+      for extended in self.extended
     )
     if starts is None:
-      return bias
+      return biases
     other = jnp.arange(self.length)[None, None, :] < starts[:, None, None]
-    return jnp.where(other, jnp.asarray(layers_lib.MASK_BIAS, bias.dtype), bias)
+    masked = jnp.asarray(layers_lib.MASK_BIAS, biases[0].dtype)
+    return tuple(jnp.where(other, masked, bias) for bias in biases)
 
 
 def bias_table(weights: DecoderWeights, config: network.T5Config, length: int) -> BiasTable:
@@ -61,12 +66,16 @@ def bias_table(weights: DecoderWeights, config: network.T5Config, length: int) -
   buckets = layers_lib.relative_position_buckets(
     -np.arange(length), False, config.relpos_buckets, config.relpos_max_distance
   )
-  by_distance = weights.relpos[:, buckets]  # [heads, length], at distance 0, 1, ...
+  # [heads, length], at distance 0, 1, ...
+  by_distance = [relpos[:, buckets] for relpos in weights.relpos]
   masked = jnp.full(
-    (weights.relpos.shape[0], length + 1), layers_lib.MASK_BIAS, by_distance.dtype
+    (by_distance[0].shape[0], length + 1), layers_lib.MASK_BIAS, by_distance[0].dtype
   )
-  extended = jnp.concatenate([by_distance[:, :0:-1], masked], axis=1)
-  return BiasTable(extended, by_distance[:, 0], length)
+  return BiasTable(
+    tuple(jnp.concatenate([bias[:, :0:-1], masked], axis=1) for bias in by_distance),
+    tuple(bias[:, 0] for bias in by_distance),
+    length,
+  )
 
 
 @runtime_checkable
@@ -131,15 +140,16 @@ class DecoderStep:
     weights: from `decoder_weights`.
     config: the model's sizes.
     encoded: the prompts.
-    past_bias: [heads, length] or [batch, heads, length], from `BiasTable.at`.
-    current_bias: [heads].
+    past_bias: [heads, length] or [batch, heads, length], from `BiasTable.at`; one for all
+      layers, or one a layer.
+    current_bias: [heads], likewise.
   """
 
   weights: DecoderWeights
   config: network.T5Config
   encoded: Encoded
-  past_bias: jax.Array
-  current_bias: jax.Array
+  past_bias: tuple[jax.Array, ...]
+  current_bias: tuple[jax.Array, ...]
 
   def layers(self, caches: Sequence[Cache]) -> Layers:
     """What exits need, with every layer's cache; an engine that brings each layer its cache
@@ -156,10 +166,11 @@ class DecoderStep:
 
   def attention(self, layer: int, cache: Cache) -> Attention:
     """What a layer attends to, `cache` being its own."""
+    own = layer - 1 if len(self.past_bias) > 1 else 0
     return Attention(
       cache,
-      self.past_bias,
-      self.current_bias,
+      self.past_bias[own],
+      self.current_bias[own],
       self.encoded.cross[layer - 1],
       self.encoded.bias,
       self.config.float32_attention_logits,

@@ -46,7 +46,7 @@ class DecoderWeights:
 
   Attributes:
     embedding: [vocab, emb_dim], in the activation dtype.
-    relpos: relative-position embedding [heads, buckets].
+    relpos: relative-position embeddings [heads, buckets]: one for all layers, or one a layer.
     layers: one `LayerWeights` a decoder layer.
     decoder_norm: [emb_dim].
     heads: output heads [emb_dim, num_pieces], float32: one for all layers, or one a layer.
@@ -56,7 +56,7 @@ class DecoderWeights:
   """
 
   embedding: jax.Array
-  relpos: jax.Array
+  relpos: tuple[jax.Array, ...]
   layers: tuple[LayerWeights, ...]
   decoder_norm: jax.Array
   heads: tuple[jax.Array, ...]
@@ -91,7 +91,14 @@ def decoder_weights(
   heads = tuple(head[:, :num_pieces] for head in parameters.head_kernels(params, config))
   return DecoderWeights(
     embedding=jnp.asarray(params["token_embedder"]["embedding"], dtype),
-    relpos=jnp.asarray(decoder["relpos_bias"]["rel_embedding"], dtype),
+    relpos=tuple(
+      jnp.asarray(part["relpos_bias"]["rel_embedding"], dtype)
+      for part in (
+        [decoder[f"layers_{i}"] for i in range(config.num_decoder_layers)]
+        if config.relpos_per_layer
+        else [decoder]
+      )
+    ),
     layers=tuple(
       _layer_weights(decoder[f"layers_{i}"], config, dtype)
       for i in range(config.num_decoder_layers)

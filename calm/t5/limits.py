@@ -29,6 +29,7 @@ FLAGS = (
   "one_hot_embedding",
   "per_layer_heads",
   "exit_classifier",
+  "relpos_per_layer",
 )
 ACTIVATIONS = (
   *("celu", "elu", "gelu", "hard_sigmoid", "hard_silu", "hard_swish", "hard_tanh"),

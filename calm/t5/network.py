@@ -38,6 +38,8 @@ class T5Config:
     one_hot_embedding: embed by a one-hot product (partitioned training) or by a gather.
     per_layer_heads: one output head a decoder layer instead of one for all.
     exit_classifier: whether the tree holds the early-exit classifier (emb_dim + 1 numbers).
+    relpos_per_layer: relative-position biases of every layer's own (umT5, Pile-T5, T5X's
+      scalable T5) instead of one embedding for all layers of a side.
   """
 
   vocab_size: int
@@ -57,6 +59,7 @@ class T5Config:
   exit_classifier: bool = True
   relpos_buckets: int = 32
   relpos_max_distance: int = 128
+  relpos_per_layer: bool = False
 
   def __post_init__(self):
     # Gin gives lists and dtypes by name or object; a hashable static wants one form.
@@ -78,6 +81,8 @@ class EncoderLayer(nn.Module):
   def __call__(self, inputs, mask, bias, *, deterministic: bool):
     cfg = self.config
     drop = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+    if cfg.relpos_per_layer:
+      bias = relpos(cfg)(inputs.shape[-2], inputs.shape[-2], True)
     x = layers.LayerNorm(cfg.dtype, name="pre_attention_layer_norm")(inputs)
     x = attention(cfg, "attention")(x, x, mask, bias, deterministic=deterministic)
     x = inputs + drop(x, deterministic=deterministic)
@@ -97,6 +102,8 @@ class DecoderLayer(nn.Module):
   ):
     cfg = self.config
     drop = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+    if cfg.relpos_per_layer:
+      bias = relpos(cfg)(bias, bias, False)  # only the length was given
     x = layers.LayerNorm(cfg.dtype, name="pre_self_attention_layer_norm")(inputs)
     x = attention(cfg, "self_attention")(
       x, x, mask, bias, deterministic=deterministic, decode=decode
@@ -121,7 +128,8 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(self, tokens, mask, *, deterministic: bool):
     cfg = self.config
-    bias = relpos(cfg)(tokens.shape[-1], tokens.shape[-1], True)
+    length = tokens.shape[-1]
+    bias = None if cfg.relpos_per_layer else relpos(cfg)(length, length, True)
     x = self.shared_embedding(tokens)
     x = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(x, deterministic=deterministic)
     x = x.astype(cfg.dtype)
@@ -139,7 +147,8 @@ class Decoder(nn.Module):
 
   def setup(self):
     cfg = self.config
-    self.relpos_bias = relpos(cfg, name=None)
+    if not cfg.relpos_per_layer:
+      self.relpos_bias = relpos(cfg, name=None)
     self.layers = [DecoderLayer(cfg) for _ in range(cfg.num_decoder_layers)]
     self.decoder_norm = layers.LayerNorm(cfg.dtype)
     self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
@@ -169,7 +178,8 @@ class Decoder(nn.Module):
   ) -> list[jax.Array]:
     """Raw residuals [batch, length, emb_dim] d^1 ... d^L after each layer."""
     length = length if decode and length else tokens.shape[-1]
-    bias = self.relpos_bias(length, length, False)
+    per_layer = self.config.relpos_per_layer
+    bias = length if per_layer else self.relpos_bias(length, length, False)
     tokens = jnp.asarray(tokens, jnp.int32)
     x = self.dropout(self.shared_embedding(tokens), deterministic=deterministic)
     x = x.astype(self.config.dtype)

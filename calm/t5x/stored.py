@@ -8,6 +8,7 @@ import pathlib
 from typing import Any
 
 from calm import checkpoints, inference
+from calm.data import vocabulary as vocabularies
 from calm.t5 import network
 
 
@@ -41,9 +42,11 @@ def stored_vocabulary(checkpoint: str = "packed") -> Any:
       f"Expected a vocabulary in the checkpoint {checkpoint!r}. Got none; bind `VOCABULARY` to"
       " a seqio vocabulary instead."
     )
-  if not hasattr(vocabulary, "model"):
+  if isinstance(vocabulary, vocabularies.ByteVocabulary):
     return seqio.ByteVocabulary(extra_ids=vocabulary.extra_ids)
-  folder = inference.PACKED if checkpoint == "packed" else pathlib.Path(checkpoint)
-  return seqio.SentencePieceVocabulary(
-    str(folder / "vocabulary.model"), extra_ids=vocabulary.extra_ids
-  )
+  if not isinstance(vocabulary, vocabularies.SentencePieceVocabulary):
+    raise ValueError(
+      f"Expected the checkpoint {checkpoint!r} to have SentencePiece's or bytes' vocabulary, as"
+      f" seqio has. Got {type(vocabulary).__name__}; bind `VOCABULARY` to one of your own."
+    )
+  return seqio.SentencePieceVocabulary(str(vocabulary.path), extra_ids=vocabulary.extra_ids)

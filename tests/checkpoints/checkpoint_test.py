@@ -232,7 +232,7 @@ def test_exchanged_vocabulary(saved):
   with pytest.raises(ValueError, match=r"vocabulary.model to have the digest.*exchanged"):
     checkpoints.load(saved)
   (saved / "vocabulary.json").write_text('{"kind": "words"}')
-  with pytest.raises(ValueError, match=r"'sentencepiece' or 'bytes'.*'words'"):
+  with pytest.raises(ValueError, match=r"'sentencepiece', 'tokenizer', 'bytes'.*'words'"):
     checkpoints.load(saved)
 
 

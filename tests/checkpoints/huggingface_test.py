@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from calm import checkpoints
+from calm import calibrate, checkpoints, inference
 from calm.checkpoints import huggingface
 from calm.data import vocabulary
-from calm.t5 import network
+from calm.decode.engines import choice
+from calm.t5 import network, parameters
 from tests import toy_vocabulary
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-KINDS = ("t5_1_0", "t5_1_1", "flan_t5", "mt5", "byt5", "t5_1_1_resaved")
+KINDS = (
+  *("t5_1_0", "t5_1_1", "flan_t5", "mt5", "byt5", "t5_1_1_resaved"),
+  *("t5_lm_adapt", "madlad", "umt5", "pile_t5", "codet5"),
+)
 TOLERANCE = 1e-4
 
 
@@ -36,9 +40,20 @@ def run(directory: pathlib.Path, inputs) -> tuple[np.ndarray, np.ndarray]:
   return np.asarray(encoded), np.asarray(logits)
 
 
+def with_padding_0(directory: pathlib.Path, expected) -> dict[str, np.ndarray]:
+  """The same where padding is another id: it and 0 change places, and 0 no more starts."""
+  pad = json.loads((directory / "config.json").read_text()).get("pad_token_id", 0)
+  order = np.arange(expected["logits"].shape[-1])
+  order[[0, pad]] = order[[pad, 0]]
+  made = dict(expected) | {"logits": expected["logits"][..., order]}
+  return made | {"input_ids": order[expected["input_ids"]]}
+
+
 def assert_equal_outputs(directory: pathlib.Path, expected) -> None:
+  expected = with_padding_0(directory, expected)
   encoded, logits = run(directory, expected)
   real = expected["attention_mask"] > 0
+  assert (expected["input_ids"][real] > 0).all()
   assert np.abs(encoded - expected["encoded"])[real].max() < TOLERANCE
   assert np.abs(logits - expected["logits"]).max() < TOLERANCE
 
@@ -71,12 +86,13 @@ def test_what_each_kind_becomes():
   configs = {kind: huggingface.read(GOLDEN / "huggingface" / kind)[0] for kind in KINDS}
   assert configs["t5_1_0"].mlp_activations == ("relu",)
   assert configs["t5_1_0"].logits_via_embedding
-  for kind in KINDS[1:]:
+  for kind in set(KINDS) - {"t5_1_0", "codet5"}:
     assert configs[kind].mlp_activations == ("gelu", "linear")
     assert not configs[kind].logits_via_embedding
   byt5 = configs["byt5"]
   assert (byt5.vocab_size, byt5.num_encoder_layers, byt5.num_decoder_layers) == (384, 3, 1)
   assert not any(config.exit_classifier for config in configs.values())
+  assert {kind for kind in KINDS if configs[kind].relpos_per_layer} == {"umt5", "pile_t5"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,10 +139,11 @@ def test_tied_head_stored_beside_the_embedding_stays_tied(tmp_path):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"model_type": "umt5"}, r"`model_type`.*'t5' or 'mt5'.*'umt5'"),
+    ({"model_type": "longt5"}, r"`model_type`.*'t5' or 'mt5' or 'umt5'.*'longt5'"),
+    ({"model_type": "umt5"}, r"1 missing|2 missing.*relative_attention_bias"),
     ({"layer_norm_epsilon": 1e-5}, r"`layer_norm_epsilon`.*1e-05"),
-    ({"pad_token_id": 3}, r"`pad_token_id`.*Got 3"),
-    ({"decoder_start_token_id": 2}, r"`decoder_start_token_id`.*Got 2"),
+    ({"pad_token_id": 48}, r"`pad_token_id`.*48 rows.*Got 48"),
+    ({"decoder_start_token_id": -1}, r"`decoder_start_token_id`.*Got -1"),
     ({"feed_forward_proj": "gelu"}, r"`feed_forward_proj`.*'gelu'"),
     ({"num_layers": 3}, r"missing.*encoder.block.2"),
     ({"num_layers": 1}, r"unknown.*encoder.block.1"),
@@ -201,6 +218,126 @@ def test_sentence_pieces_beside_the_model(copied, kind, extra_ids):
   assert huggingface.read_vocabulary(copied).extra_ids == extra_ids
   (copied / "tokenizer_config.json").write_text('{"extra_ids": 7}')
   assert huggingface.read_vocabulary(copied).extra_ids == 7
+
+
+def test_another_start_is_the_row_that_decoding_begins_with(copied):
+  """As of a model that starts with a token of its own."""
+  edit_config(copied, decoder_start_token_id=5)
+  inputs = dict(np.load(copied / "expected.npz"))
+  moved = checkpoints.load(copied).params["token_embedder"]["embedding"]
+  plain = checkpoints.load(GOLDEN / "huggingface" / "t5_1_1").params["token_embedder"]
+  np.testing.assert_array_equal(moved[0], plain["embedding"][5])
+  np.testing.assert_array_equal(moved[1:], plain["embedding"][1:])
+  started = run(copied, inputs)[1]
+  inputs["decoder_input_ids"][:, 0] = 5
+  np.testing.assert_allclose(
+    started, run(GOLDEN / "huggingface" / "t5_1_1", inputs)[1], atol=1e-5
+  )
+
+
+@pytest.mark.parametrize("kind", ["codet5", "pile_t5", "t5_lm_adapt"])
+def test_a_lone_tokenizer_gives_transformers_ids_and_texts(kind, tmp_path):
+  pytest.importorskip("tokenizers")
+  checkpoint = checkpoints.load(GOLDEN / "huggingface" / kind)
+  rows = json.loads((GOLDEN / "huggingface" / kind / "expected.json").read_text("utf-8"))
+  made = checkpoint.vocabulary
+  for row in rows:
+    assert [*made.encode(row["text"]), made.eos_id] == row["ids"]
+    if "extra_id" not in row["text"]:  # of T5's sentinels transformers can make no text
+      assert made.decode([*row["ids"], 7]) == row["decoded"]
+  plain = rows[0]
+  assert made.decode(plain["ids"]) == plain["decoded"] == plain["text"]
+  assert plain["text"] in "".join(map(made.piece, plain["ids"]))
+  # Stored beside a checkpoint of our own it is the same.
+  checkpoints.save(tmp_path, checkpoint.params, checkpoint.config, vocabulary=made)
+  again = checkpoints.load(tmp_path).vocabulary
+  assert again == made and again.digest() == made.digest()
+  (tmp_path / "tokenizer.json").write_bytes(made.model + b"\n")
+  with pytest.raises(ValueError, match="was exchanged"):
+    checkpoints.load(tmp_path)
+
+
+def test_sentinels_are_text_and_other_special_tokens_are_not():
+  pytest.importorskip("tokenizers")
+  made = huggingface.read_vocabulary(GOLDEN / "huggingface" / "t5_lm_adapt")
+  ids = made.encode("the <extra_id_1> cat")
+  assert made.extra_ids == 4 and made.vocab_size - 2 in ids
+  assert "<extra_id_1>" in made.decode([0, *ids, 1, 5]) and "<pad>" not in made.decode([0])
+  assert made.piece(0) == "<pad>" and made.piece(ids[0]) == " the"
+  assert made.piece(99) == "<unused_99>"
+  with pytest.raises(ValueError, match="surrogate"):
+    made.encode("\ud83d")
+
+
+def test_ids_change_places_where_padding_is_not_0(copied, tmp_path):
+  edit_config(copied, pad_token_id=1, eos_token_id=2, vocab_size=48)
+  toy_vocabulary.train(copied / "spiece.model", pad_id=-1, unk_id=0, bos_id=1, eos_id=2)
+  base = vocabulary.SentencePieceVocabulary(copied / "spiece.model", 0, padded=False)
+  made = huggingface.read_vocabulary(copied)
+  assert (made.pad_id, made.eos_id, made.unk_id) == (0, 2, 1)
+  text = "the cat \u732b"
+  ids = made.encode(text)
+  assert 0 in base.encode(text) and 0 not in ids and 1 in ids
+  assert made.decode([*ids, 0, 2, 7]) == base.decode(base.encode(text))
+  assert made.piece(0) == base.piece(1) and made.piece(5) == base.piece(5)
+  assert made.digest() != base.digest() and made.vocab_size == base.vocab_size
+  config = network.T5Config(vocab_size=made.vocab_size, emb_dim=4, num_heads=1, head_dim=4)
+  params = {p: np.zeros(s, np.float32) for p, s in parameters.expected_shapes(config).items()}
+  checkpoints.save(tmp_path / "own", parameters.unflatten(params), config, vocabulary=made)
+  assert checkpoints.load(tmp_path / "own").vocabulary == made
+
+
+def test_generation_that_is_not_greedy_is_said(copied):
+  (copied / "generation_config.json").write_text('{"num_beams": 4, "do_sample": false}')
+  with pytest.warns(UserWarning, match=r"asks for num_beams=4; decoding here is greedy"):
+    checkpoints.load(copied)
+
+
+def test_ids_may_stand_in_the_generation_config_alone(copied):
+  config = json.loads((copied / "config.json").read_text())
+  del config["pad_token_id"], config["decoder_start_token_id"]
+  (copied / "config.json").write_text(json.dumps(config))
+  (copied / "generation_config.json").write_text('{"pad_token_id": 3, "eos_token_id": 2}')
+  plain = checkpoints.load(GOLDEN / "huggingface" / "t5_1_1").params["token_embedder"]
+  moved = checkpoints.load(copied).params["token_embedder"]["embedding"]
+  # What decoding starts from is padding, unless it is named.
+  np.testing.assert_array_equal(moved[[0, 3]], plain["embedding"][[3, 0]])
+
+
+def test_untrained_exits_are_said_when_a_model_is_opened():
+  pytest.importorskip("tokenizers")
+  directory = GOLDEN / "huggingface" / "t5_lm_adapt"
+  assert checkpoints.load(directory).exits_trained is False
+  with pytest.warns(inference.UntrainedExits, match="the exits of .* were never trained"):
+    model = inference.load(directory, max_decode_length=4, max_input_length=32)
+  made = model.generate(["the cat sat"], threshold=calibrate.NEVER_EXIT)
+  assert made.mean_layers == 2 and len(made[0].tokens) <= 4
+
+
+def test_a_bias_in_every_layer_is_decoded_as_the_network_computes_it():
+  pytest.importorskip("tokenizers")
+  directory = GOLDEN / "huggingface" / "pile_t5"
+  with pytest.warns(inference.UntrainedExits):
+    model = inference.load(directory, max_decode_length=8, max_input_length=32, batch_size=4)
+  texts = ["the cat sat", "on the mat"]
+  full = model.generate(texts, threshold=calibrate.NEVER_EXIT)
+  for output, text in zip(full, texts, strict=True):
+    inputs = jnp.array([[*model.vocabulary.encode(text), model.eos_id]])
+    decoder_inputs = jnp.array([[0, *output.tokens[:-1]]])
+    logits = network.Transformer(model.config).apply(
+      {"params": model.params},
+      *(inputs, decoder_inputs, jnp.ones_like(decoder_inputs)),
+      enable_dropout=False,
+    )
+    best = np.argmax(logits[0, :, : model.vocabulary.vocab_size], axis=-1)
+    assert tuple(best.tolist()) == output.tokens
+  rows = lambda outputs: [(output.tokens, output.exit_layers) for output in outputs]
+  threshold = float(np.median([c for o in full for c in o.confidences] + [0.05]))
+  every = [
+    rows(model.with_options(engine=engine).generate(texts, threshold=threshold))
+    for engine in choice.ENGINES.values()
+  ]
+  assert every[0] == every[1] == every[2]
 
 
 @pytest.fixture(scope="module")

@@ -135,19 +135,19 @@ def test_biases_by_distance_with_the_future_masked():
   table = decoder_lib.bias_table(toy.weights.decoder, toy.config, length)
   rel = toy.params["decoder"]["relpos_bias"]["rel_embedding"]
   for t in (0, 1, 17, 199):
-    got = np.asarray(table.at(jnp.int32(t)))
+    (got,) = map(np.asarray, table.at(jnp.int32(t)))
     expected = reference_network.position_bias(toy.reference, "decoder", t, t)
     np.testing.assert_array_equal(got[:, :t], expected)
     assert (got[:, t:] == layers_lib.MASK_BIAS).all()
-  np.testing.assert_array_equal(table.current, rel[:, 0])
+  np.testing.assert_array_equal(table.current[0], rel[:, 0])
 
 
 def test_keys_before_a_rows_start_are_masked_too():
   toy = engine.toy()
   table = decoder_lib.bias_table(toy.weights.decoder, toy.config, LENGTH)
   for t in (0, 3, LENGTH - 1):
-    plain = np.asarray(table.at(jnp.int32(t)))
-    got = table.at(jnp.int32(t), jnp.array([0, 2, t]))
+    (plain,) = map(np.asarray, table.at(jnp.int32(t)))
+    (got,) = table.at(jnp.int32(t), jnp.array([0, 2, t]))
     for row, start in zip(np.asarray(got), (0, 2, t), strict=True):
       np.testing.assert_array_equal(row[:, start:], plain[:, start:])
       assert (row[:, :start] == layers_lib.MASK_BIAS).all()
