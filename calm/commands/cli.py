@@ -1,9 +1,12 @@
 """The `calm` command: train, generate, calibrate, infer, demo, report."""
 
 import argparse
+import difflib
 import importlib
+import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import calm
 
@@ -34,10 +37,47 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
   return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30)
 
 
+class _Parser(argparse.ArgumentParser):
+  """Names what was probably meant where a word is not known."""
+
+  def parse_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    arguments, unknown = self.parse_known_args(args, namespace)
+    if unknown:
+      known = [option for options in self._commands() for option in options]
+      self.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown[0], known)}")
+    return arguments
+
+  def error(self, message: str):
+    found = re.search(r"argument COMMAND: invalid choice: '([^']*)'", message)
+    super().error(message + (_meant(found[1], COMMANDS) if found else ""))
+
+  def _commands(self) -> Iterator[Sequence[str]]:
+    """The options of the command that was chosen: the others have none but --help."""
+    for action in self._actions:
+      if isinstance(action, argparse._SubParsersAction):
+        for command in action.choices.values():
+          yield list(command._option_string_actions)
+
+
+def _meant(word: str, known: Iterable[str]) -> str:
+  close = difflib.get_close_matches(word.partition("=")[0], list(known), 1)
+  return f"; did you mean {close[0]}?" if close else ""
+
+
+def _underscored(word: str) -> str:
+  """`--input-key=x` as `--input_key=x`: both are written, the names here have underscores."""
+  if not re.match(r"--[a-z][\w-]*(=|$)", word):
+    return word
+  name, equals, value = word.partition("=")
+  return "--" + name[2:].replace("-", "_") + equals + value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns the process's exit code."""
   argv = list(sys.argv[1:] if argv is None else argv)
-  parser = argparse.ArgumentParser(
+  # Read when TensorFlow starts: its notes on its build are no news of ours.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  parser = _Parser(
     prog="calm",
     description=DESCRIPTION,
     formatter_class=_formatter,
@@ -52,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       command.description = module.__doc__
       module.add_arguments(command)
       command.set_defaults(run=module.run)
-  arguments = parser.parse_args(argv)
+  arguments = parser.parse_args([_underscored(word) for word in argv])
   return arguments.run(arguments)
 
 

@@ -10,6 +10,7 @@ never stopped. Scalars for TensorBoard go to the output folder, the model to its
 
 import argparse
 import pathlib
+import shlex
 import time
 from typing import Any
 
@@ -75,7 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
     exported = train(listener=monitor.listener, **options)
   files.write_atomically(output_dir / "config.gin", gin.config_str())
   print(f"Model with the best validation: {exported}")
-  print(f"Decode with it:                 calm infer --model={exported} --prompts=...")
+  model = shlex.quote(str(exported))
+  print(
+    f"Decode with it: echo 'a text' | calm infer --model={model} --threshold=0.9 --prompts=-"
+  )
   return 0
 
 

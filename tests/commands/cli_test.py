@@ -349,6 +349,29 @@ def test_neither_calibration_nor_threshold(prompts, capsys):
   )
 
 
+def test_dashes_are_underscores_and_colour_is_color(model, prompts, capsys):
+  named = [f"--model={model}", f"--prompts={prompts}", "--threshold=never", "--limit=1"]
+  dashed = [option.replace("max_", "max-").replace("_length", "-length") for option in DECODE]
+  assert cli.main(["infer", *named, *dashed, "--color"]) == 0
+  # Values stay as they are.
+  assert "Got 'a-b'" in failure(capsys, ["infer", *named, "--exit-layers=a-b"])
+
+
+@pytest.mark.parametrize(
+  ("arguments", "meant"),
+  [
+    (["calibrate", "runs", "--tolerence=0.2"], "did you mean --tolerance?"),
+    (["infer", "--prompts=-", "--treshold", "never"], "did you mean --threshold?"),
+    (["calbrate", "runs"], "did you mean calibrate?"),
+    (["calibrate", "runs", "--zzz"], "unrecognized arguments: --zzz\n"),
+  ],
+)
+def test_what_was_probably_meant_is_named(capsys, arguments, meant):
+  with pytest.raises(SystemExit, match="2"):
+    cli.main(arguments)
+  assert meant in capsys.readouterr().err
+
+
 def test_help_of_every_command_teaches():
   for command in cli.COMMANDS:
     made = subprocess.run(
