@@ -154,7 +154,7 @@ def _what(losses, tolerance, promise, risks):
 
 def _is_plain(evidence: Sequence[Evidence]) -> bool:
   """Whether the rows of a calibration say all that there is."""
-  return len(evidence) == 1
+  return len(evidence) == 1 and not evidence[0].name
 
 
 def _test(part: promises.Part, sample: SequenceLosses, run: _Run) -> _Tested:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from calm.calibrate import promises
 from calm.calibrate.evidence import methods
 from calm.calibrate.evidence.draws import Draws
 from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
@@ -104,6 +105,37 @@ def method_size(
     middle = (few + enough) // 2
     few, enough = (few, middle) if certifies(middle) else (middle, enough)
   return enough
+
+
+def promise_size(
+  promise: promises.Promise,
+  tolerance: float,
+  error_rate: float,
+  *,
+  support: Support | None = None,
+  method: str = "auto",
+) -> dict[str, int | None]:
+  """The fewest prompts with which each test of a promise certifies the lowest losses.
+
+  Args:
+    promise: what is to be promised; its data may be missing.
+    tolerance: delta, in (0, 1).
+    error_rate: epsilon, in (0, 1).
+    support: declared range of losses; [0, 1] by default.
+    method: as for `calibrate`.
+
+  Returns:
+    {name of the test: prompts of its own, or None where a million are not enough}.
+
+  Raises:
+    ValueError: as `method_size`.
+  """
+  return {
+    test.name: method_size(
+      method, test.tolerance, error_rate * test.share, support=test.support
+    )
+    for test in promise.tests(tolerance, support or Support())
+  }
 
 
 def refusal(

@@ -27,7 +27,7 @@ from typing import Any
 
 from rich import console as rich_console
 
-from calm.calibrate import NEVER_EXIT, Prompt, thresholds
+from calm.calibrate import NEVER_EXIT, Calibration, Prompt, thresholds
 from calm.commands import common, model_flags, monitoring, results, showing
 from calm.data import prompt_batches
 from calm.inference import colours
@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--calibration",
     metavar="FILE",
     help="calibration.json of `calm calibrate` (default: the model's own, if it has one)",
+  )
+  parser.add_argument(
+    "--expect_digest",
+    metavar="HEX",
+    help="refuse the calibration unless this is its digest, as `calm calibrate` printed it",
   )
   parser.add_argument(
     "--threshold",
@@ -129,7 +134,7 @@ def _load(arguments: argparse.Namespace, threshold: float | None):
       warnings.simplefilter("ignore", inference.UntrainedExits)
     return load(
       arguments.model,
-      calibration=arguments.calibration,
+      calibration=_calibration(arguments),
       void_guarantee=arguments.void_guarantee,
       dtype=arguments.dtype,
       **options,
@@ -252,6 +257,15 @@ class _Work:
 
 def _count(number: int, thing: str) -> str:
   return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def _calibration(arguments: argparse.Namespace):
+  """What `load` is to take: the file, or what it holds where a digest is expected."""
+  if arguments.expect_digest is None:
+    return arguments.calibration
+  if arguments.calibration is None:
+    raise ValueError("Expected `--calibration` beside `--expect_digest`. Got none.")
+  return Calibration.load(arguments.calibration, expect_digest=arguments.expect_digest)
 
 
 def _why_none(arguments: argparse.Namespace) -> str:

@@ -2,7 +2,7 @@
 
 import json
 
-from calm.calibrate import Calibration
+from calm.calibrate import Calibration, promises
 from calm.commands import cli
 
 
@@ -57,3 +57,71 @@ def test_the_same_files_give_the_same_calibration(tmp_path):
     found = (tmp_path / "calibration.json").read_text()
   assert cli.main(["calibrate", *arguments, "--metric=token_f1", "--tolerance=0.3"]) == 0
   assert (tmp_path / "calibration.json").read_text() == found
+
+
+def test_promises_are_named_by_flags(tmp_path, capsys):
+  files = outputs(tmp_path, count=120, wrong=range(0, 120, 20))
+  saved = tmp_path / "calibration.json"
+  base = ["calibrate", *files, "--metric=token_f1", "--tolerance=0.2"]
+  assert cli.main([*base, "--promise=quantile", "--share=0.85"]) == 0
+  found = Calibration.load(saved)
+  assert found.certified and found.promise == promises.Quantile(0.85)
+  assert "for at least 85 % of texts" in " ".join(capsys.readouterr().out.split())
+  rows = [{"id": f"p{row}", "label": "xy"[row % 2]} for row in range(120)]
+  labels = write(tmp_path, rows, "labels.jsonl")
+  assert cli.main([*base, "--promise=every_group", f"--labels={labels}"]) == 0
+  assert Calibration.load(saved).promise.groups == ("x", "y")
+  assert cli.main([*base, "--promise=tail_mean", "--beta=0.5", "--start=0.01"]) == 0
+  assert Calibration.load(saved).promise.name == "tail_mean"
+  capsys.readouterr()
+  few = write(tmp_path, rows[1:], "few.jsonl")
+  for flags, words in (
+    (["--promise=every_group"], "`--labels` for"),
+    (["--promise=every_group", f"--labels={few}"], "Got none for 1, first ['p0']"),
+    (["--promise=cost"], "outputs with `exit_layers`"),
+    (["--promise=early_exits"], "outputs with `exit_layers`"),
+    (["--promise=quantile", "--share=2"], "`share`"),
+  ):
+    assert cli.main([*base, *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_calibration_is_verified_from_its_outputs(tmp_path, capsys):
+  files = outputs(tmp_path, count=120, wrong=(3, 50))
+  saved = tmp_path / "calibration.json"
+  for flags in ([], ["--promise=quantile", "--share=0.8"], ["--method=paper"]):
+    assert cli.main(["calibrate", *files, *flags]) == 0
+    before = saved.read_bytes()
+    assert cli.main(["calibrate", *files, f"--verify={saved}"]) == 0
+    assert saved.read_bytes() == before
+    assert Calibration.load(saved).digest in "".join(capsys.readouterr().out.split())
+  other = tmp_path / "other"
+  other.mkdir()
+  changed = outputs(other, count=120, wrong=(3, 51))
+  assert cli.main(["calibrate", *changed, f"--verify={saved}"]) == 2
+  assert "losses_digest" in capsys.readouterr().err
+
+
+def test_references_are_wanted_only_where_texts_differ(tmp_path, capsys):
+  arguments = outputs(tmp_path, count=80, wrong=(3, 50))
+  full = tmp_path / "full.jsonl"
+  rows = [json.loads(line) for line in full.read_text().splitlines()]
+  write(tmp_path, [{**row, "targets": []} for row in rows], "full.jsonl")
+  risk = ["calibrate", *arguments, "--kind=risk_clipped", "--metric=token_f1"]
+  assert cli.main(risk) == 2
+  assert "2 have none, first ['p3', 'p50']" in capsys.readouterr().err
+  wanted = tmp_path / "wanted.jsonl"
+  assert cli.main([*risk, f"--list_unlabelled={wanted}"]) == 0
+  asked = [json.loads(line) for line in wanted.read_text().splitlines()]
+  assert [(row["id"], row["full"], row["early"]) for row in asked] == [
+    ("p3", "a b c", ["x"]),
+    ("p50", "a b c", ["x"]),
+  ]
+  told = write(tmp_path, [{**row, "targets": ["a b c"]} for row in asked], "told.jsonl")
+  assert cli.main([*risk, f"--references={told}"]) == 0
+  some = Calibration.load(tmp_path / "calibration.json")
+  write(tmp_path, rows, "full.jsonl")
+  assert cli.main(risk) == 0
+  assert Calibration.load(tmp_path / "calibration.json") == some  # as if all had been labelled
+  stray = write(tmp_path, [{"id": "nobody", "targets": ["x"]}], "stray.jsonl")
+  assert cli.main([*risk, f"--references={stray}"]) == 2

@@ -135,7 +135,7 @@ def load(directory: str | pathlib.Path) -> Generations:
   """
   directory = pathlib.Path(directory)
   manifest = read_manifest(directory)
-  _check_checksums(directory, manifest.get("checksums", {}))
+  check_checksums(directory, manifest.get("checksums", {}))
   by_id = {prompt.id: prompt for prompt in records_lib.read_prompts(directory / PROMPTS)}
   ids = manifest["prompt_ids"]
   if set(ids) != set(by_id):
@@ -173,7 +173,8 @@ def procedure_mark(procedure: Procedure | None) -> str | None:
   return None if procedure is None else procedure.digest()[:16]
 
 
-def _check_checksums(directory: pathlib.Path, checksums: Mapping[str, str]) -> None:
+def check_checksums(directory: pathlib.Path, checksums: Mapping[str, str]) -> None:
+  """Raises GenerationsError unless every file that is listed is as it was listed."""
   for name, expected in checksums.items():
     path = directory / name
     if not path.is_file():

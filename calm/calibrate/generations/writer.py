@@ -160,6 +160,8 @@ def open_writer(
   if (directory / cached.MANIFEST).exists():
     _check_same_run(directory, manifest, prompt_text)
     there = cached.read_manifest(directory)
+    # Records that were edited must not be written into new checksums.
+    cached.check_checksums(directory, there.get("checksums") or {})
     manifest["provenance"] = there["provenance"]
     # Its records are marked with the procedure as it was written then.
     manifest["procedure"] = there["procedure"]

@@ -168,7 +168,8 @@ def risk_losses(
   prompts whose output improves.
 
   Args:
-    generations: complete cached generations; every prompt has references.
+    generations: complete cached generations; every prompt whose text differs from the full
+      model's at some threshold has references (`unlabelled` names those that have none).
     metric: registry name, import path or `Metric`.
     signed: which of the two.
     workers: processes; None decides by the work there is.
@@ -267,26 +268,63 @@ def prefix_losses(
   metric = metrics.get_metric(metric)
   if max(map(len, generations.records)) > len(generations.full):
     raise ValueError("`generations` must have full-model records for all prompts used.")
-  columns = (
-    generations.records if definition.textual else (generations.full, *generations.records)
-  )
-  references = (
-    [(record.prediction,) for record in generations.full]
-    if definition.textual
-    else _targets(generations)
-  )
+  options = {"workers": workers, "progress": progress}
+  if not definition.textual:
+    return _risks(generations, definition.floor, metric, options)
   pairs = [
-    (record.prediction, texts)
-    for records in columns
-    for record, texts in zip(records, references, strict=False)
+    (record.prediction, (full.prediction,))
+    for records in generations.records
+    for record, full in zip(records, generations.full, strict=False)
   ]
-  similarity = metric_values.compute(metric, pairs, workers=workers, progress=progress)
-  split = np.split(similarity, np.cumsum([len(records) for records in columns])[:-1])
-  if definition.textual:
-    return tuple(1.0 - values for values in split)
-  full, *early = split
-  differences = (full[: len(values)] - values for values in early)
-  return tuple(np.maximum(values, definition.floor) for values in differences)
+  similarity = metric_values.compute(metric, pairs, **options)
+  lengths = np.cumsum([len(records) for records in generations.records])[:-1]
+  return tuple(1.0 - values for values in np.split(similarity, lengths))
+
+
+def _risks(generations: Generations, floor: float, metric, options) -> tuple[np.ndarray, ...]:
+  """Risk differences; 0, without a reference or a call of the metric, where texts are equal."""
+  changed = changed_rows(generations)
+  rows = np.unique(np.concatenate([np.zeros(0, np.int64), *changed]))
+  place = {int(row): position for position, row in enumerate(rows)}
+  targets = _targets(generations, rows)
+  texts = [(generations.full[row].prediction, targets[int(row)]) for row in rows]
+  for records, differing in zip(generations.records, changed, strict=True):
+    texts += [(records[row].prediction, targets[int(row)]) for row in differing]
+  similarity = metric_values.compute(metric, texts, **options)
+  full, early = similarity[: len(rows)], similarity[len(rows) :]
+  columns = []
+  for records, differing in zip(generations.records, changed, strict=True):
+    column = np.zeros(len(records))
+    column[differing] = full[[place[int(row)] for row in differing]] - early[: len(differing)]
+    early = early[len(differing) :]
+    columns.append(np.maximum(column, floor))
+  return tuple(columns)
+
+
+def changed_rows(generations: Generations) -> tuple[np.ndarray, ...]:
+  """Per threshold the rows whose text differs from the full model's."""
+  return tuple(
+    np.array(
+      [
+        row
+        for row, (early, full) in enumerate(zip(records, generations.full, strict=False))
+        if early.prediction != full.prediction
+      ],
+      np.int64,
+    )
+    for records in generations.records
+  )
+
+
+def unlabelled(generations: Generations) -> tuple[str, ...]:
+  """Ids of prompts that need references for a risk and have none.
+
+  Where the early text equals the full one, both have the same risk whatever the references, so
+  that the difference is exactly 0; only prompts whose text differs at some threshold need any.
+  """
+  rows = np.unique(np.concatenate([np.zeros(0, np.int64), *changed_rows(generations)]))
+  prompts = generations.prompts
+  return tuple(prompts[row].id for row in rows if not prompts[row].targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,11 +356,12 @@ def kind_support(kind: str, metric: str | metrics.Metric) -> Support:
   return Support(lower=floor, binary=metrics.get_metric(metric).binary and floor == 0.0)
 
 
-def _targets(generations: Generations) -> list[tuple[str, ...]]:
-  bare = [prompt.id for prompt in generations.prompts if not prompt.targets]
+def _targets(generations: Generations, rows: np.ndarray) -> dict[int, tuple[str, ...]]:
+  bare = unlabelled(generations)
   if bare:
     raise ValueError(
-      "`generations` must have references (`targets`) for every prompt to compute a risk;"
-      f" {len(bare)} have none, first {bare[:5]}. Without references use `textual_losses`."
+      "`generations` must have references (`targets`) for every prompt whose text differs from"
+      f" the full model's to compute a risk; {len(bare)} have none, first {list(bare[:5])}."
+      " `--list_unlabelled` writes them all. Without references use `textual_losses`."
     )
-  return [prompt.targets for prompt in generations.prompts]
+  return {int(row): generations.prompts[row].targets for row in rows}

@@ -39,6 +39,25 @@ def test_resuming_keeps_what_is_there_and_drops_a_cut_off_line(tmp_path):
   assert generations.read_manifest(tmp_path)["provenance"]["metric"] == "first"
 
 
+@pytest.mark.parametrize("name", ["threshold_0.9.jsonl", "prompts.jsonl"])
+def test_resuming_launders_no_tampered_file(tmp_path, name):
+  """New checksums would be those of the edited records."""
+  writer = start(tmp_path)
+  for threshold in (NEVER_EXIT, 0.9, 0.5):
+    writer.append(threshold, [Record(f"id-00{row}", "x") for row in range(3)])
+  writer.finish()
+  start(tmp_path).finish()  # untouched, it is opened and closed again
+  manifest = (tmp_path / "manifest.json").read_bytes()
+  path = tmp_path / name
+  before = path.read_bytes()
+  path.write_bytes(before.replace(b'"x"', b'"y"') if name[0] == "t" else before + b"\n")
+  with pytest.raises(GenerationsError):
+    start(tmp_path)
+  assert (tmp_path / "manifest.json").read_bytes() == manifest
+  path.write_bytes(before)
+  start(tmp_path)
+
+
 def test_a_whole_line_that_only_lost_its_newline_is_kept(tmp_path):
   start(tmp_path).append(0.9, [Record("id-000", "x")])
   path = tmp_path / "threshold_0.9.jsonl"

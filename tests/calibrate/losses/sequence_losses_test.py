@@ -75,7 +75,7 @@ def test_prefixes_of_a_sequential_run():
 
 
 def test_errors():
-  made = laws.generations(2)
+  made = laws.generations(2, texts=[["else", "word1 same"]] * 2)
   rows = (Prompt("id-000", "i"), made.prompts[1])
   bare = type(made)(rows, made.thresholds, made.records, made.full)
   with pytest.raises(ValueError, match=r"1 have none, first \['id-000'\]"):
