@@ -4,7 +4,8 @@
 
 L is the loss by the costly label (a reference, a judge), f a prediction of it that costs
 nothing (the textual loss, a cheap judge) and may be as wrong as it likes: a bad one costs
-power, never validity, at any number of prompts (arXiv 2502.04294). Whether a prompt is labelled must be drawn before its loss is known, with the probability that is then declared.
+power, never validity, at any number of prompts (arXiv 2502.04294). Whether a prompt is labelled
+must be drawn before its loss is known, with the probability that is then declared.
 """
 
 import dataclasses
