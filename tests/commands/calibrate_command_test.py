@@ -1,9 +1,12 @@
 """`calm calibrate` on JSON Lines files alone: groups, promises, tampered files."""
 
+import argparse
 import json
 
+import pytest
+
 from calm.calibrate import Calibration, promises
-from calm.commands import cli
+from calm.commands import cli, infer
 
 
 def write(folder, rows, name):
@@ -125,3 +128,18 @@ def test_references_are_wanted_only_where_texts_differ(tmp_path, capsys):
   assert Calibration.load(tmp_path / "calibration.json") == some  # as if all had been labelled
   stray = write(tmp_path, [{"id": "nobody", "targets": ["x"]}], "stray.jsonl")
   assert cli.main([*risk, f"--references={stray}"]) == 2
+
+
+def test_infer_can_expect_a_digest(tmp_path):
+  assert cli.main(["calibrate", *outputs(tmp_path)]) == 0
+  path = str(tmp_path / "calibration.json")
+  digest = Calibration.load(path).digest
+  given = argparse.Namespace(calibration=path, expect_digest=digest)
+  assert infer._calibration(given) == Calibration.load(path)
+  assert infer._calibration(argparse.Namespace(calibration=path, expect_digest=None)) == path
+  for calibration, expected, words in (
+    (path, "0" * 64, "another one"),
+    (None, digest, "beside"),
+  ):
+    with pytest.raises(ValueError, match=words):
+      infer._calibration(argparse.Namespace(calibration=calibration, expect_digest=expected))
