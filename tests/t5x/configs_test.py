@@ -28,6 +28,22 @@ PARTS = (
 WHOLE = [path for path in RUNS if path.name not in PARTS]
 
 
+def forget(module: str) -> None:
+  """Takes a module's configurables out of gin's registry, as in a process that is new.
+
+  T5X's small.gin says `network.T5Config` without an import: gin must know but one of that name.
+  """
+  from gin import config
+
+  for selector, known in list(config._REGISTRY.items()):
+    if selector.startswith(module):
+      config._REGISTRY.pop(selector)
+      for original in [
+        key for key, value in config._INVERSE_REGISTRY.items() if value is known
+      ]:
+        del config._INVERSE_REGISTRY[original]
+
+
 @pytest.fixture(autouse=True)
 def gin_of_t5x(monkeypatch):
   """T5X's scripts bind `__main__`, which they are when they run."""
@@ -44,6 +60,7 @@ def gin_of_t5x(monkeypatch):
   for folder in (REPOSITORY, setup.t5x_root()):
     gin.add_config_file_search_path(str(folder))
   gin.clear_config()
+  forget("calm.t5.network")
   yield
   gin.clear_config()
 
