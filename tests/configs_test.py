@@ -54,7 +54,7 @@ def test_parses_and_finalises(path):
   if "tasks" in path.parts:
     pytest.importorskip("seqio", reason="seqio (the `train` extra) is not installed")
   text = text_of(path)
-  assert text.startswith("#"), "a header says what must be set"
+  assert text.startswith("#"), "a header says what to be set"
   required = [name for name in MACROS if f"%{name}" in text or f"{name} = %gin" in text]
   # A header may bind a macro in its example.
   given = [name for name in required if not re.search(rf"^{name} = @", text, re.MULTILINE)]

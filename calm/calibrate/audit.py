@@ -67,7 +67,9 @@ class Watch:
       ("sampling_rate", self.sampling_rate, 0.0, math.nextafter(1.0, 2.0)),
     ):
       if not least < value < most:
-        raise ValueError(f"`{name}` must be in ({least:.4g}, {most:.4g}), got {value!r}.")
+        raise ValueError(
+          f"Expected `{name}` to be in ({least:.4g}, {most:.4g}), got {value!r}."
+        )
 
   def sampled(self, name: int | str) -> bool:
     """The coin of the prompt of that number or id: the same everywhere, blind to text."""
@@ -266,7 +268,7 @@ class Monitor:
     texts = full_model(rows) if rows else []
     if len(texts) != len(rows):
       raise ValueError(
-        f"`full_model` must return a text for each of the {len(rows)} positions, got"
+        f"Expected `full_model` to return a text for each of the {len(rows)} positions, got"
         f" {len(texts)}. The prompts wait for their losses: `waiting`."
       )
     for row, text in zip(rows, texts, strict=True):
@@ -276,9 +278,13 @@ class Monitor:
   def _check(self, number: int, loss: float) -> None:
     low, high = self.watch.support.lower, self.watch.support.upper
     if number not in self._waiting or number in self._losses:
-      raise ValueError(f"`number` must be a sampled prompt without a loss, got {number!r}.")
+      raise ValueError(
+        f"Expected `number` to be a sampled prompt without a loss, got {number!r}."
+      )
     if not low <= loss <= high:
-      raise ValueError(f"`loss` must lie in the declared range [{low}, {high}], got {loss!r}.")
+      raise ValueError(
+        f"Expected `loss` to lie in the declared range [{low}, {high}], got {loss!r}."
+      )
 
   def _count(self, number: int, check: bool) -> None:
     self._served = number + 1

@@ -257,7 +257,7 @@ def _provenance(sample: SequenceLosses, tested: _Tested) -> Provenance:
 def _check_procedure(chosen: methods.Method, testing_procedure: str) -> None:
   if testing_procedure not in testing.PROCEDURES:
     raise ValueError(
-      f"`testing_procedure` must be one of {sorted(testing.PROCEDURES)}, got"
+      f"Expected `testing_procedure` to be one of {sorted(testing.PROCEDURES)}, got"
       f" {testing_procedure!r}."
     )
   if not chosen.any_level and testing_procedure != "fixed_sequence":
@@ -271,7 +271,8 @@ def _check_rates(tolerance: float, error_rate: float) -> None:
   for name, value in (("tolerance", tolerance), ("error_rate", error_rate)):
     if not (isinstance(value, int | float | np.number) and 0.0 < value < 1.0):
       raise ValueError(
-        f"`{name}` must be in (0, 1), got {value!r}. `tolerance` (delta) bounds the expected"
+        f"Expected `{name}` to be in (0, 1), got {value!r}. `tolerance` (delta) bounds the"
+        " expected"
         " loss, `error_rate` (epsilon) the probability that the bound fails."
       )
 
@@ -279,7 +280,7 @@ def _check_rates(tolerance: float, error_rate: float) -> None:
 def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
   if not isinstance(losses, SequenceLosses):
     if thresholds is None:
-      raise ValueError("`thresholds` must be given when `losses` is a plain array.")
+      raise ValueError("Expected `thresholds` to be given when `losses` is a plain array.")
     return SequenceLosses(losses, thresholds, support or Support(), kind="loss")
   if support is not None and support != losses.support:
     raise ValueError(
@@ -288,7 +289,7 @@ def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
   if thresholds is not None:
     grid = thresholds_lib.validate_grid(thresholds)
     if not np.array_equal(grid, losses.thresholds):
-      raise ValueError("`thresholds` must be those of `losses`; leave them out.")
+      raise ValueError("Expected `thresholds` to be those of `losses`; leave them out.")
   return losses
 
 

@@ -43,10 +43,11 @@ def min_calibration_size(
   """
   if not lower < tolerance < upper:
     raise ValueError(
-      f"`tolerance` must be in (`lower`, {upper:g}) = ({lower}, {upper}), got {tolerance!r}."
+      f"Expected `tolerance` to be in (`lower`, {upper:g}) = ({lower}, {upper}), got"
+      f" {tolerance!r}."
     )
   if not 0.0 < error_rate < 1.0:
-    raise ValueError(f"`error_rate` must be in (0, 1), got {error_rate!r}.")
+    raise ValueError(f"Expected `error_rate` to be in (0, 1), got {error_rate!r}.")
   size = math.log(error_rate) / math.log1p(-(tolerance - lower) / (upper - lower))
   # A whole number must not be rounded up by the last digit of two logarithms.
   nearest = round(size)
@@ -307,7 +308,7 @@ def power_curve(
   """
   if not len(sizes) or min(sizes) < 1 or draws < 1:
     raise ValueError(
-      f"`sizes` must be at least 1 each and `draws` at least 1, got {sizes} and {draws}."
+      f"Expected `sizes` to be at least 1 each and `draws` at least 1, got {sizes} and {draws}."
     )
   pool = Draws(pilot, method, groups)
   generator = np.random.default_rng(seed)

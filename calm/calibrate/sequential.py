@@ -91,7 +91,7 @@ class SequentialCalibration:
     whole = isinstance(planned_size, numbers.Integral) and not isinstance(planned_size, bool)
     if tolerance <= 0.0 or not whole or planned_size < 1:
       raise ValueError(
-        "`tolerance` must be in (0, 1) and `planned_size` at least 1 and whole, got"
+        "Expected `tolerance` to be in (0, 1) and `planned_size` at least 1 and whole, got"
         f" {tolerance!r} and {planned_size!r}."
       )
     self.design = betting.Design(tolerance, error_rate, planned_size, self.support.upper)
@@ -111,7 +111,7 @@ class SequentialCalibration:
       ValueError: `batch_size` is not a whole number of at least 1.
     """
     if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
-      raise ValueError(f"`batch_size` must be at least 1 and whole, got {batch_size!r}.")
+      raise ValueError(f"Expected `batch_size` to be at least 1 and whole, got {batch_size!r}.")
     if self.finished:
       return None
     seen = len(self._losses[-1])
@@ -134,13 +134,13 @@ class SequentialCalibration:
     column = self._losses[-1]
     if self.finished or len(column) + len(values) > self.design.planned_size:
       raise ValueError(
-        "`losses` must be those of the last `request`; got more than it asked for."
+        "Expected `losses` to be those of the last `request`; got more than it asked for."
       )
     low, high = self.support.lower, self.support.upper
     inside = (values >= low - _SLACK) & (values <= high + _SLACK)
     if not inside.all():
       raise ValueError(
-        f"`losses` must lie in the declared range [{low}, {high}], got"
+        f"Expected `losses` to lie in the declared range [{low}, {high}], got"
         f" {float(values[~inside][0])!r} at prompt {len(column) + int(np.argmin(inside))} of"
         " the order."
       )

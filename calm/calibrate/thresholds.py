@@ -36,7 +36,8 @@ def parse_threshold(value: str | float) -> float:
     return NEVER_EXIT
   if not 0.0 <= threshold <= 1.0:
     raise ValueError(
-      f"`threshold` must be a number in [0, 1] or {NEVER_EXIT_TEXT!r} (the full model), got"
+      f"Expected `threshold` to be a number in [0, 1] or {NEVER_EXIT_TEXT!r} (the full model),"
+      " got"
       f" {value!r}."
     )
   return threshold
@@ -68,20 +69,22 @@ def validate_grid(thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
   grid = np.asarray(thresholds, dtype=np.float64)
   if grid.ndim != 1 or grid.size == 0:
     raise ValueError(
-      "`thresholds` must be a non-empty one-dimensional grid, for example [0.9, 0.8, 0.7];"
+      "Expected `thresholds` to be a non-empty one-dimensional grid, for example [0.9, 0.8,"
+      " 0.7];"
       f" got an array of shape {grid.shape}."
     )
   outside = np.flatnonzero(~((grid >= 0.0) & (grid <= 1.0)))
   if outside.size:
     raise ValueError(
-      f"`thresholds` must lie in [0, 1], got {grid[outside[0]]} at position {outside[0]}."
+      f"Expected `thresholds` to lie in [0, 1], got {grid[outside[0]]} at position"
+      f" {outside[0]}."
       f" The full model ({NEVER_EXIT_TEXT!r}) is always the fallback and is no grid point."
     )
   rising = np.flatnonzero(np.diff(grid) >= 0.0)
   if rising.size:
     first = rising[0]
     raise ValueError(
-      "`thresholds` must descend strictly, from the safest to the fastest, got"
+      "Expected `thresholds` to descend strictly, from the safest to the fastest, got"
       f" {grid[first]} before {grid[first + 1]} at positions {first} and {first + 1}."
       " Sort the grid in descending order and drop duplicates."
     )
@@ -121,7 +124,7 @@ def default_grid(measure: str) -> np.ndarray:
   """
   if measure not in _DEFAULT_GRIDS:
     raise ValueError(
-      f"`measure` must be one of {sorted(_DEFAULT_GRIDS)}, got {measure!r}."
+      f"Expected `measure` to be one of {sorted(_DEFAULT_GRIDS)}, got {measure!r}."
       " For another measure choose a grid on validation prompts and pass it."
     )
   return _DEFAULT_GRIDS[measure]()

@@ -89,9 +89,9 @@ def _check_rates(tolerances: Sequence[float], error_rate: float, trials: int) ->
   for name, values in (("tolerances", tuple(tolerances)), ("error_rate", (error_rate,))):
     odd = [value for value in values if not 0.0 < value < 1.0]
     if odd or not values:
-      raise ValueError(f"`{name}` must be in (0, 1), got {odd[0] if odd else 'none'}.")
+      raise ValueError(f"Expected `{name}` to be in (0, 1), got {odd[0] if odd else 'none'}.")
   if trials < 1:
-    raise ValueError(f"`trials` must be at least 1, got {trials!r}.")
+    raise ValueError(f"Expected `trials` to be at least 1, got {trials!r}.")
 
 
 def split_trials(
@@ -127,7 +127,7 @@ def split_trials(
   pool = Draws(losses, method, groups)
   count = len(pool.values)
   if count < 2:
-    raise ValueError(f"`losses` must have at least 2 units to split, got {count}.")
+    raise ValueError(f"Expected `losses` to have at least 2 units to split, got {count}.")
   cut = min(count - 1, max(1, round(0.8 * count)))
   generator = np.random.default_rng(seed)
   splits = np.stack([generator.permutation(count) for _ in range(trials)])
@@ -206,7 +206,7 @@ def validity_trials(
   """
   _check_rates(tolerances, error_rate, trials)
   if calibration_size is not None and calibration_size < 1:
-    raise ValueError(f"`calibration_size` must be at least 1, got {calibration_size!r}.")
+    raise ValueError(f"Expected `calibration_size` to be at least 1, got {calibration_size!r}.")
   pool = Draws(losses, method, groups)
   size = calibration_size or len(pool.values)
   generator = np.random.default_rng(seed)

@@ -198,7 +198,7 @@ def check_fields(value: Any, names: set[str]) -> None:
   if isinstance(version, bool) or version not in _READ:
     got = version if isinstance(value, Mapping) else type(value).__name__
     raise ValueError(
-      f"`calibration` must have schema_version {SCHEMA_VERSION} or 1, got {got!r:.100}:"
+      f"Expected `calibration` to have schema_version {SCHEMA_VERSION} or 1, got {got!r:.100}:"
       " calibrate again."
     )
   names = names if version >= 2 else names - NEW_FIELDS

@@ -116,7 +116,7 @@ class Mlp(nn.Module):
       x = Dense(self.mlp_dim, ("embed", "mlp"), self.dtype, name=name)(inputs)
       x = activation_fn(activation)(x)
       hidden = x if hidden is None else hidden * x
-    assert hidden is not None, "`activations` must name at least one activation"
+    assert hidden is not None, "Expected `activations` to name at least one activation"
     hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
       hidden, deterministic=deterministic
     )

@@ -187,9 +187,9 @@ def test_misuse_is_refused(tmp_path):
   monitor = audit.open_monitor(tmp_path / "a.jsonl", watch(sampling_rate=1.0))
   monitor.serve()
   for number, loss, message in (
-    (5, 0.0, "`number` must be a sampled prompt"),
-    (0, 1.5, "`loss` must lie in the declared range"),
-    (0, math.nan, "`loss` must lie in the declared range"),
+    (5, 0.0, "`number` to be a sampled prompt"),
+    (0, 1.5, "`loss` to lie in the declared range"),
+    (0, math.nan, "`loss` to lie in the declared range"),
   ):
     with pytest.raises(ValueError, match=message):
       monitor.record(number, loss)
@@ -204,7 +204,7 @@ def test_misuse_is_refused(tmp_path):
     {"sampling_rate": 1.1},
     {"tolerance": -1.0, "support": Support(lower=-1.0)},
   ):
-    with pytest.raises(ValueError, match=r"must be in \("):
+    with pytest.raises(ValueError, match=r"to be in \("):
       watch(**changes)
 
 

@@ -208,9 +208,7 @@ def test_groups_are_cluster_means():
   assert "the loss of row 0 is" in calibrate(losses, **RATES, groups=groups).reason
   single = clusters.cluster_means(losses, [str(i) for i in range(180)])
   assert single.support.binary
-  with pytest.raises(
-    ValueError, match="`groups` must name the cluster of each of the 180 rows"
-  ):
+  with pytest.raises(ValueError, match="`groups` to name the cluster of each of the 180 rows"):
     calibrate(losses, **RATES, groups=groups[1:])
 
 
@@ -281,24 +279,24 @@ def test_any_input_gives_a_calibration_or_a_clear_error(
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"tolerance": 0.0}, r"`tolerance` must be in \(0, 1\), got 0.0.*delta.*epsilon"),
-    ({"error_rate": 1.0}, r"`error_rate` must be in \(0, 1\)"),
-    ({"tolerance": "0.1"}, r"`tolerance` must be in \(0, 1\), got '0.1'"),
-    ({"method": "best"}, "`method` must be one of .* got 'best'"),
+    ({"tolerance": 0.0}, r"`tolerance` to be in \(0, 1\), got 0.0.*delta.*epsilon"),
+    ({"error_rate": 1.0}, r"`error_rate` to be in \(0, 1\)"),
+    ({"tolerance": "0.1"}, r"`tolerance` to be in \(0, 1\), got '0.1'"),
+    ({"method": "best"}, "`method` to be one of .* got 'best'"),
     ({"method": "binomial"}, r"`method` 'binomial' needs losses that are declared binary"),
-    ({"testing_procedure": "bh"}, "`testing_procedure` must be one of .* got 'bh'"),
+    ({"testing_procedure": "bh"}, "`testing_procedure` to be one of .* got 'bh'"),
     (
       {"method": "betting_fixed_level", "testing_procedure": "holm"},
       "`method` 'betting_fixed_level' bets for the level `error_rate` alone",
     ),
-    ({"thresholds": None}, "`thresholds` must be given"),
+    ({"thresholds": None}, "`thresholds` to be given"),
     ({"thresholds": GRID[:3]}, r"\[n, 3\] with n at least 1, got shape \(30, 4\)"),
     ({"losses": np.zeros((4, 30))}, r"one row a prompt, one column a threshold"),
     ({"losses": np.zeros((0, 4))}, r"n at least 1"),
     ({"losses": np.zeros(4)}, r"got shape \(4,\)"),
     ({"support": Support(lower=-1.0), "method": "convex_order"}, "needs losses in .0, 1."),
     ({"losses": sample(), "support": Support(lower=-1.0)}, "declared by `losses` already"),
-    ({"losses": sample(), "thresholds": GRID - 0.1}, "`thresholds` must be those of `losses`"),
+    ({"losses": sample(), "thresholds": GRID - 0.1}, "`thresholds` to be those of `losses`"),
   ],
 )
 def test_arguments_are_checked(changes, message):

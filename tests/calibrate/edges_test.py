@@ -79,7 +79,7 @@ def test_a_missing_group_is_refused_and_not_one_cluster(missing):
     ({"ids": ("a",) * 60}, r"`ids` to be unique. Got \['a'\] more than once"),
     ({"ids": tuple(range(60))}, r"`ids` to be texts. Got 0 \(int\)"),
     ({"groups": ("a",) * 59}, "each of the 60 rows, got 59"),
-    ({"order": "sorted"}, "`order` must be 'permuted' or 'given'"),
+    ({"order": "sorted"}, "`order` to be 'permuted' or 'given'"),
     ({"support": (0, 1)}, "`support` to be a `Support`"),
     ({"support": {"lower": 0}}, "`support` to be a `Support`"),
   ],
@@ -147,15 +147,15 @@ def test_the_promise_says_what_was_fixed_before():
 def test_trials_refuse_rates_that_are_none(bad):
   losses = SequenceLosses(np.zeros((60, 1)), [0.5])
   for run in (trials.split_trials, trials.validity_trials):
-    with pytest.raises(ValueError, match=r"`tolerances` must be in \(0, 1\), got"):
+    with pytest.raises(ValueError, match=r"`tolerances` to be in \(0, 1\), got"):
       run(losses, [0.1, bad], error_rate=0.05)
-    with pytest.raises(ValueError, match=r"`error_rate` must be in \(0, 1\), got"):
+    with pytest.raises(ValueError, match=r"`error_rate` to be in \(0, 1\), got"):
       run(losses, [0.1], error_rate=bad)
-    with pytest.raises(ValueError, match="`tolerances` must be in"):
+    with pytest.raises(ValueError, match="`tolerances` to be in"):
       run(losses, [], error_rate=0.05)
-    with pytest.raises(ValueError, match="`trials` must be at least 1"):
+    with pytest.raises(ValueError, match="`trials` to be at least 1"):
       run(losses, [0.1], error_rate=0.05, trials=0)
-  with pytest.raises(ValueError, match="`calibration_size` must be at least 1"):
+  with pytest.raises(ValueError, match="`calibration_size` to be at least 1"):
     trials.validity_trials(losses, [0.1], error_rate=0.05, calibration_size=0)
 
 
@@ -165,7 +165,7 @@ def test_a_sequential_run_asks_for_something_and_plans_for_a_whole_number():
       sequential.SequentialCalibration([0.5], size, **RATES)
   test = sequential.SequentialCalibration([0.5], 60, **RATES)
   for batch in (0, -1, 2.5):
-    with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
+    with pytest.raises(ValueError, match="`batch_size` to be at least 1"):
       test.request(batch)
   test.add([1.0 + 1e-12, -1e-12])  # rounding is no fault
   with pytest.raises(ValueError, match=r"got 1.1 at prompt 2"):
@@ -187,7 +187,7 @@ def test_a_sequential_run_is_linear_in_prompts():
 def test_pareto_refuses_costs_that_are_unknown():
   risk = pareto.Risk(np.zeros((100, 2)), 0.1)
   for bad in (math.nan, math.inf):
-    with pytest.raises(ValueError, match=rf"`costs` must be finite, got {bad}"):
+    with pytest.raises(ValueError, match=rf"`costs` to be finite, got {bad}"):
       pareto.pareto_test([risk], [1.0, bad], optimization_rows=range(50), error_rate=0.05)
   over = pareto.Risk(np.full((100, 1), 1.0 + 1e-12), 0.1)
   found = pareto.pareto_test([over], [1.0], optimization_rows=range(50), error_rate=0.05)

@@ -33,7 +33,7 @@ def test_numbers_of_the_literature_and_of_signed_losses():
   "arguments", [(0.0, 0.05), (1.0, 0.05), (math.nan, 0.05), (0.1, 0.0), (0.1, 1.0)]
 )
 def test_arguments_are_checked(arguments):
-  with pytest.raises(ValueError, match=r"`tolerance` must be|`error_rate` must be"):
+  with pytest.raises(ValueError, match=r"`tolerance` to be|`error_rate` to be"):
     planning.min_calibration_size(*arguments)
 
 
@@ -89,7 +89,7 @@ def test_power_of_clusters_counts_copies_once():
 
 @pytest.mark.parametrize("sizes", [[], [0], [10, -1]])
 def test_sizes_are_checked(sizes):
-  with pytest.raises(ValueError, match="`sizes` must be at least 1"):
+  with pytest.raises(ValueError, match="`sizes` to be at least 1"):
     planning.power_curve(pilot(), sizes, tolerance=0.1, error_rate=0.05)
 
 

@@ -181,7 +181,7 @@ def test_family_wise_error_with_clusters_of_copies():
 
 def test_misuse_is_refused():
   for changes in ({"tolerance": 0.0}, {"tolerance": 1.0}, {"error_rate": 0.0}):
-    with pytest.raises(ValueError, match=r"`tolerance` must be|`error_rate` must be"):
+    with pytest.raises(ValueError, match=r"`tolerance` to be|`error_rate` to be"):
       sequential.SequentialCalibration(GRID, 10, **{**RATES, **changes})
   with pytest.raises(ValueError, match="`planned_size` at least 1"):
     sequential.SequentialCalibration(GRID, 0, **RATES)

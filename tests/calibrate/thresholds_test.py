@@ -25,7 +25,7 @@ def test_never_is_infinity_and_no_number(text):
 
 @pytest.mark.parametrize("value", ["1.5", "-0.1", "nan", "inf", "x", "", None, math.nan, 2.0])
 def test_anything_else_is_refused_by_name(value):
-  with pytest.raises(ValueError, match=r"`threshold` must be .* got"):
+  with pytest.raises(ValueError, match=r"`threshold` to be .* got"):
     thresholds.parse_threshold(value)
 
 
@@ -78,5 +78,5 @@ def test_default_grids():
   for measure in ("softmax", "state"):
     grid = thresholds.default_grid(measure)
     np.testing.assert_array_equal(thresholds.validate_grid(grid), grid)
-  with pytest.raises(ValueError, match=r"`measure` must be one of .* got 'oracle'"):
+  with pytest.raises(ValueError, match=r"`measure` to be one of .* got 'oracle'"):
     thresholds.default_grid("oracle")

@@ -96,7 +96,7 @@ def test_what_texts_cannot_show_is_refused(promise, tmp_path):
   with pytest.raises(ValueError, match="Expected `--monitor` beside `--fail_on_alarm`"):
     monitoring.open_monitored(arguments("--fail_on_alarm"), Full(promise), 0.5)
   assert monitoring.open_monitored(arguments(), Full(promise), 0.5) is None
-  with pytest.raises(ValueError, match="`sampling_rate` must be in"):
+  with pytest.raises(ValueError, match="`sampling_rate` to be in"):
     shares = arguments("--monitor", tmp_path / "m.jsonl", "--monitor_share=0")
     monitoring.open_monitored(shares, Full(promise), 0.5)
   assert not list(tmp_path.iterdir())

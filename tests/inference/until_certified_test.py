@@ -133,5 +133,5 @@ def test_clusters_are_decoded_whole_and_tested_on_their_means(model, tmp_path):
 
 def test_prompts_without_a_group_are_refused_by_group(model):
   bare = [dataclasses.replace(PROMPTS[0], group=None), *PROMPTS[1:]]
-  with pytest.raises(ValueError, match=r"must all have a `group` .*'p0'"):
+  with pytest.raises(ValueError, match=r"to all have a `group` .*'p0'"):
     until_certified.in_order(model, bare, by_group=True)

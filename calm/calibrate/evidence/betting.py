@@ -59,22 +59,25 @@ def check_losses(losses: npt.ArrayLike, upper: float) -> np.ndarray:
   losses = np.asarray(losses, np.float64)
   if losses.ndim not in (1, 2) or not losses.size:
     raise ValueError(
-      "`losses` must be [num_examples] or [num_examples, num_thresholds] with at least one row,"
+      "Expected `losses` to be [num_examples] or [num_examples, num_thresholds] with at least"
+      " one row,"
       f" got shape {losses.shape}."
     )
   bad = ~((losses <= upper) & (losses > -np.inf))
   if np.any(bad):
     odd = float(losses[bad].flat[0])
-    raise ValueError(f"`losses` must be finite and at most `upper` = {upper}, got {odd!r}.")
+    raise ValueError(
+      f"Expected `losses` to be finite and at most `upper` = {upper}, got {odd!r}."
+    )
   return losses
 
 
 def check_levels(tolerance: float, error_rate: float, upper: float) -> None:
   """Raises ValueError unless `tolerance` < `upper` and `error_rate` is in (0, 1)."""
   if not (np.isfinite(tolerance) and tolerance < upper):
-    raise ValueError(f"`tolerance` must be below `upper` = {upper}, got {tolerance!r}.")
+    raise ValueError(f"Expected `tolerance` to be below `upper` = {upper}, got {tolerance!r}.")
   if not 0.0 < error_rate < 1.0:
-    raise ValueError(f"`error_rate` must be in (0, 1), got {error_rate!r}.")
+    raise ValueError(f"Expected `error_rate` to be in (0, 1), got {error_rate!r}.")
 
 
 def log_wealth(
@@ -98,7 +101,8 @@ def log_wealth(
   check_levels(float(np.max(design.tolerance)), design.error_rate, design.upper)
   if len(losses) > design.planned_size:
     raise ValueError(
-      f"`planned_size` must be at least the number of losses, got {design.planned_size} for"
+      f"Expected `planned_size` to be at least the number of losses, got {design.planned_size}"
+      " for"
       f" {len(losses)}."
     )
   columns = losses.reshape(len(losses), -1)

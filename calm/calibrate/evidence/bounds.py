@@ -103,7 +103,9 @@ def betting(
   losses = betting_lib.check_losses(losses, upper)
   betting_lib.check_levels(lower, error_rate, upper)
   if tolerance is None and strategy.aims:
-    raise ValueError(f"`tolerance` must be given: the bets of {strategy.name!r} aim at it.")
+    raise ValueError(
+      f"Expected `tolerance` to be given: the bets of {strategy.name!r} aim at it."
+    )
   columns = losses.reshape(len(losses), -1)
   count = columns.shape[1]
   tested = lower if tolerance is None else tolerance

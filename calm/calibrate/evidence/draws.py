@@ -42,7 +42,9 @@ class Draws:
     """
     low, high = losses.support.lower, losses.support.upper
     if not np.all((losses.values >= low - 1e-9) & (losses.values <= high + 1e-9)):
-      raise ValueError(f"`losses` must lie in the declared range [{low}, {high}], without NaN.")
+      raise ValueError(
+        f"Expected `losses` to lie in the declared range [{low}, {high}], without NaN."
+      )
     groups = clusters.declared_groups(losses) if groups is None else groups
     names = [str(row) for row in range(len(losses.values))] if groups is None else groups
     self.method = methods.get_method(method, clusters.unit_support(losses, names))

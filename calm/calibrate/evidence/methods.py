@@ -252,5 +252,5 @@ def get_method(name: str, support: Support, *, any_level: bool = False) -> Metho
     ValueError: the name is unknown, or the method does not fit such losses.
   """
   if name not in METHODS:
-    raise ValueError(f"`method` must be one of {sorted(METHODS)}, got {name!r}.")
+    raise ValueError(f"Expected `method` to be one of {sorted(METHODS)}, got {name!r}.")
   return METHODS[name].resolve(support, any_level=any_level)

@@ -35,12 +35,13 @@ def _check(p_values: npt.ArrayLike, error_rate: float) -> np.ndarray:
   p_values = np.asarray(p_values, np.float64)
   if p_values.ndim != 1 or not p_values.size:
     raise ValueError(
-      f"`p_values` must be a non-empty vector in the tested order, got shape {p_values.shape}."
+      "Expected `p_values` to be a non-empty vector in the tested order, got shape"
+      f" {p_values.shape}."
     )
   if np.any((p_values < 0.0) | (p_values > 1.0)):
-    raise ValueError("`p_values` must lie in [0, 1] (or be NaN, which counts as 1).")
+    raise ValueError("Expected `p_values` to lie in [0, 1] (or be NaN, which counts as 1).")
   if not 0.0 < error_rate < 1.0:
-    raise ValueError(f"`error_rate` must be in (0, 1), got {error_rate!r}.")
+    raise ValueError(f"Expected `error_rate` to be in (0, 1), got {error_rate!r}.")
   return np.where(np.isnan(p_values), 1.0, p_values)
 
 
@@ -221,7 +222,7 @@ def check_weights(weights: npt.ArrayLike | None, count: int) -> np.ndarray:
   weights = np.asarray(weights, np.float64)
   if weights.shape != (count,) or not np.all(weights >= 0.0) or weights.sum() > 1.0 + 1e-12:
     raise ValueError(
-      f"`weights` must be {count} numbers of at least 0 with sum at most 1, got shape"
+      f"Expected `weights` to be {count} numbers of at least 0 with sum at most 1, got shape"
       f" {weights.shape} and sum {weights.sum()}."
     )
   return weights
@@ -238,11 +239,14 @@ def check_transitions(transitions: npt.ArrayLike, count: int) -> np.ndarray:
   square = edges.shape == (count, count)
   if not square or not np.all(edges >= 0.0) or np.any(np.diagonal(edges) != 0.0):
     raise ValueError(
-      f"`transitions` must be [{count}, {count}] of at least 0 with a zero diagonal, got shape"
+      f"Expected `transitions` to be [{count}, {count}] of at least 0 with a zero diagonal,"
+      " got shape"
       f" {edges.shape}."
     )
   if np.any(edges.sum(axis=1) > 1.0 + 1e-12):
-    raise ValueError(f"rows of `transitions` must sum to at most 1, got {edges.sum(axis=1)}.")
+    raise ValueError(
+      f"Expected rows of `transitions` to sum to at most 1, got {edges.sum(axis=1)}."
+    )
   return edges
 
 

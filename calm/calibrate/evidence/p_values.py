@@ -30,14 +30,16 @@ def _check(sums, num_examples, tolerance) -> tuple[np.ndarray, np.ndarray, np.nd
     np.asarray(sums, np.float64), np.asarray(num_examples), np.asarray(tolerance, np.float64)
   )
   if np.any(sizes < 1) or np.any(sizes != np.floor(sizes)):
-    raise ValueError(f"`num_examples` must be whole and at least 1, got {num_examples!r}.")
+    raise ValueError(
+      f"Expected `num_examples` to be whole and at least 1, got {num_examples!r}."
+    )
   if not np.all((tolerances > 0.0) & (tolerances < 1.0)):
-    raise ValueError(f"`tolerance` must be in (0, 1), got {tolerance!r}.")
+    raise ValueError(f"Expected `tolerance` to be in (0, 1), got {tolerance!r}.")
   slack = _SNAP * sizes
   if not np.all((sums >= -slack) & (sums <= sizes + slack)):
     odd = float(sums[~((sums >= -slack) & (sums <= sizes + slack))].flat[0])
     raise ValueError(
-      "`sums` must be sums of `num_examples` losses in [0, 1] (no NaN), got"
+      "Expected `sums` to be sums of `num_examples` losses in [0, 1] (no NaN), got"
       f" {odd!r}. Signed losses go into `betting`, which needs no lower bound of 0."
     )
   return np.clip(sums, 0.0, sizes), sizes.astype(np.int64), tolerances
@@ -176,7 +178,7 @@ def binomial(
   if np.any(np.abs(sums - counts) > _SNAP * np.maximum(1.0, counts)):
     odd = float(sums[np.abs(sums - counts) > _SNAP].flat[0])
     raise ValueError(
-      "`sums` must be whole numbers: `binomial` is for losses that are 0 or 1, got"
+      "Expected `sums` to be whole numbers: `binomial` is for losses that are 0 or 1, got"
       f" {odd!r}. Use `convex_order` or `betting`."
     )
   return _finish(_log_binomial_cdf(counts, sizes, tolerances), log)
@@ -289,7 +291,8 @@ def clt_not_valid(losses: npt.ArrayLike, tolerance: float, *, log: bool = False)
   losses = np.asarray(losses, np.float64)
   if losses.ndim not in (1, 2) or not len(losses) or not np.isfinite(losses).all():
     raise ValueError(
-      "`losses` must be finite, [num_examples] or [num_examples, num_thresholds], got shape"
+      "Expected `losses` to be finite, [num_examples] or [num_examples, num_thresholds], got"
+      " shape"
       f" {losses.shape}."
     )
   size = len(losses)

@@ -104,7 +104,8 @@ def max_log_p_values(
     outside = ~((values >= support.lower - 1e-9) & (values <= support.upper + 1e-9))
     if outside.any():
       raise ValueError(
-        f"losses of a risk must lie in the declared range [{support.lower}, {support.upper}],"
+        f"Expected losses of a risk to lie in the declared range [{support.lower},"
+        f" {support.upper}],"
         f" got {float(values[outside].flat[0])!r}."
       )
     values = np.clip(values, support.lower, support.upper)
@@ -145,13 +146,14 @@ def pareto_test(
   costs = np.asarray(costs, np.float64)
   if not np.isfinite(costs).all():
     raise ValueError(
-      f"`costs` must be finite, got {float(costs[~np.isfinite(costs)].flat[0])!r}: a"
+      f"Expected `costs` to be finite, got {float(costs[~np.isfinite(costs)].flat[0])!r}: a"
       " configuration of unknown cost cannot be called the cheapest."
     )
   shapes = {np.shape(risk.values) for risk in risks}
   if len(shapes) != 1 or (shape := shapes.pop())[1:] != costs.shape or len(shape) != 2:
     raise ValueError(
-      "`risks` must hold losses [num_examples, num_configurations] of one shape with a cost for"
+      "Expected `risks` to hold losses [num_examples, num_configurations] of one shape with a"
+      " cost for"
       f" each configuration, got {[np.shape(risk.values) for risk in risks]} and costs"
       f" {costs.shape}."
     )
@@ -161,7 +163,8 @@ def pareto_test(
   first, second = np.flatnonzero(chosen_rows), np.flatnonzero(~chosen_rows)
   if not len(first) or not len(second):
     raise ValueError(
-      f"`optimization_rows` must leave rows on both sides, got {len(first)} of {shape[0]}."
+      f"Expected `optimization_rows` to leave rows on both sides, got {len(first)} of"
+      f" {shape[0]}."
     )
   means = np.stack([np.asarray(risk.values)[first].mean(axis=0) for risk in risks], axis=1)
   candidates = front(np.column_stack([means, costs]))

@@ -110,14 +110,15 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
     manifest = files.parse_json(path.read_bytes())
   except FileNotFoundError as error:
     raise GenerationsError(
-      f"{path}: not found; `directory` must be a folder of cached generations."
+      f"{path}: not found; expected `directory` to be a folder of cached generations."
     ) from error
   except (OSError, ValueError) as error:
     raise GenerationsError(f"{path}: cannot be read as JSON ({error}).") from error
   version = manifest.get("schema_version") if isinstance(manifest, dict) else None
   if version != SCHEMA_VERSION:
     raise GenerationsError(
-      f"{path}: `schema_version` must be {SCHEMA_VERSION}, got {version!r}; use the version of"
+      f"{path}: expected `schema_version` to be {SCHEMA_VERSION}, got {version!r}; use the"
+      " version of"
       " this package that wrote it, or generate again."
     )
   return manifest

@@ -91,7 +91,8 @@ def prompt_groups(prompts: Sequence[Prompt]) -> tuple[str, ...]:
   bare = [prompt.id for prompt in prompts if prompt.group is None]
   if bare:
     raise ValueError(
-      f"`prompts` must all have a `group` to be tested by group; {len(bare)} have none, first"
+      f"Expected `prompts` to all have a `group` to be tested by group; {len(bare)} have none,"
+      " first"
       f" {bare[:5]}. Give each its group (or source), or test by prompt."
     )
   return tuple(str(prompt.group) for prompt in prompts)
@@ -161,7 +162,8 @@ def consecutive_units(count: int, groups: Sequence[str] | None) -> tuple[slice, 
   starts = [row for row in range(count) if row == 0 or groups[row] != groups[row - 1]]
   if len(starts) != len(set(groups)):
     raise ValueError(
-      "`groups` must have the rows of each cluster together to be tested in their order, got"
+      "Expected `groups` to have the rows of each cluster together to be tested in their"
+      " order, got"
       f" {len(set(groups))} clusters in {len(starts)} places. Use `decoding_order`."
     )
   ends = [*starts[1:], count]

@@ -20,7 +20,7 @@ def _plain(value: Any, name: str) -> Any:
     return json.loads(json.dumps(value, allow_nan=False))
   except (TypeError, ValueError) as error:
     raise ValueError(
-      f"`{name}` must hold JSON values only (finite numbers, text, lists, dicts), got"
+      f"Expected `{name}` to hold JSON values only (finite numbers, text, lists, dicts), got"
       f" {value!r}."
     ) from error
 
@@ -75,7 +75,9 @@ class Procedure:
       object.__setattr__(self, name, _plain(getattr(self, name), name))
     for name in ("schedule", "decode_method"):
       if not isinstance(getattr(self, name), dict) or "name" not in getattr(self, name):
-        raise ValueError(f"`{name}` must be a dict with a 'name', got {getattr(self, name)!r}.")
+        raise ValueError(
+          f"Expected `{name}` to be a dict with a 'name', got {getattr(self, name)!r}."
+        )
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values; without `configuration` where it is not known."""
@@ -181,12 +183,13 @@ class Provenance:
 def _check_fields(cls, value: Any, optional) -> None:
   kind = cls.__name__.lower()
   if not isinstance(value, Mapping):
-    raise ValueError(f"`{kind}` must be a JSON object, got {value!r}.")
+    raise ValueError(f"Expected `{kind}` to be a JSON object, got {value!r}.")
   known = {field.name for field in dataclasses.fields(cls)}
   unknown = sorted(set(value) - known)
   missing = sorted(known - set(value) - set(optional))
   if unknown or missing:
     raise ValueError(
-      f"`{kind}` must have the fields {sorted(known)}; missing {missing}, unknown {unknown}."
+      f"Expected `{kind}` to have the fields {sorted(known)}; missing {missing}, unknown"
+      f" {unknown}."
       " It was probably written by another version of this package."
     )

@@ -47,7 +47,7 @@ class Prompt:
     _require_text(value, "id")
     _require_text(value, "input")
     if not all(isinstance(target, str) for target in targets):
-      raise ValueError(f"`targets` must be a list of texts, got {targets!r}")
+      raise ValueError(f"Expected `targets` to be a list of texts, got {targets!r}")
     return cls(value["id"], value["input"], targets, None if group is None else str(group))
 
 
@@ -83,11 +83,13 @@ class Record:
       if values is not None:
         values = tuple(kind(value) for value in values)
         if not all(math.isfinite(value) for value in values):
-          raise ValueError(f"`{name}` of {self.id!r} must be finite, got {values!r}")
+          raise ValueError(f"Expected `{name}` of {self.id!r} to be finite, got {values!r}")
         object.__setattr__(self, name, values)
         lengths[name] = len(values)
     if len(set(lengths.values())) > 1:
-      raise ValueError(f"the sequences of {self.id!r} must have one length, got {lengths}")
+      raise ValueError(
+        f"Expected the sequences of {self.id!r} to have one length, got {lengths}"
+      )
     if self.score is not None:
       object.__setattr__(self, "score", float(self.score))
 
@@ -129,7 +131,7 @@ _RECORD_FIELDS = ("id", "prediction", *_SEQUENCES, "score")
 
 def _require_text(value: Mapping[str, Any], name: str) -> None:
   if not isinstance(value.get(name), str):
-    raise ValueError(f"`{name}` must be a text, got {value.get(name)!r}")
+    raise ValueError(f"Expected `{name}` to be a text, got {value.get(name)!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +218,8 @@ def check_unique(prompts: Sequence[Prompt]) -> dict[str, Prompt]:
     seen: set[str] = set()
     twice = sorted({p.id for p in prompts if p.id in seen or seen.add(p.id)})
     raise ValueError(
-      f"`prompts` must be at least one prompt with unique ids, got {len(prompts)} prompts;"
+      f"Expected `prompts` to be at least one prompt with unique ids, got {len(prompts)}"
+      " prompts;"
       f" ids that occur more than once: {twice[:5]}."
     )
   return by_id

@@ -40,7 +40,8 @@ def reusable_tokens(record: Record, thresholds: npt.ArrayLike) -> int:
   values = np.asarray(thresholds, np.float32)
   if values.ndim != 1 or len(values) < len(refused):
     raise ValueError(
-      f"`thresholds` must hold a value for each of the {len(refused)} tokens of {record.id!r},"
+      f"Expected `thresholds` to hold a value for each of the {len(refused)} tokens of"
+      f" {record.id!r},"
       f" got shape {values.shape}."
     )
   exits_now = np.asarray(refused, np.float32) >= values[: len(refused)]

@@ -60,7 +60,7 @@ class Writer:
     twice = sorted({name for name in names if name in done or names.count(name) > 1})
     if odd or twice:
       raise ValueError(
-        f"`records` must be of prompts that have none at {threshold} yet; unknown ids"
+        f"Expected `records` to be of prompts that have none at {threshold} yet; unknown ids"
         f" {odd[:5]}, ids already there {twice[:5]}."
       )
     mark = cached.procedure_mark(self._procedure)
@@ -101,7 +101,7 @@ class Writer:
   def _known(self, threshold: float) -> float:
     if threshold not in self._done:
       grid = [thresholds_lib.format_threshold(value) for value in self._thresholds]
-      raise ValueError(f"`threshold` must be one of {grid}, got {threshold!r}.")
+      raise ValueError(f"Expected `threshold` to be one of {grid}, got {threshold!r}.")
     return threshold
 
 

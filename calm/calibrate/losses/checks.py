@@ -65,7 +65,8 @@ def check_groups(groups: Sequence[Any], count: int) -> tuple[str, ...]:
   """
   if isinstance(groups, str) or len(groups) != count:
     raise ValueError(
-      f"`groups` must name the cluster of each of the {count} rows, got {len(groups)} names."
+      f"Expected `groups` to name the cluster of each of the {count} rows, got {len(groups)}"
+      " names."
     )
   bare = [
     row

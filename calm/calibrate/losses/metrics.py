@@ -41,7 +41,7 @@ class Metric:
     """
     if not references:
       raise ValueError(
-        f"`references` must hold at least one text to compute {self.name!r}, got none."
+        f"Expected `references` to hold at least one text to compute {self.name!r}, got none."
       )
     # Equal texts agree before any metric is asked: some give 0 to two empty texts.
     if prediction in references:
@@ -49,7 +49,8 @@ class Metric:
     value = float(self.function(prediction, references))
     if not -1e-9 <= value <= 1.0 + 1e-9:
       raise ValueError(
-        f"`metric` {self.name!r} must lie in [0, 1], got {value!r} for {prediction[:80]!r}"
+        f"Expected `metric` {self.name!r} to lie in [0, 1], got {value!r} for"
+        f" {prediction[:80]!r}"
         f" against {list(references)[:2]!r}. Scale it inside the function."
       )
     if self.binary and value not in (0.0, 1.0):
@@ -262,7 +263,8 @@ def get_metric(name: str | Metric) -> Metric:
   module_name, _, attribute = name.partition(":")
   if not attribute:
     raise ValueError(
-      f"`metric` must be one of {sorted(METRICS)} or an import path 'package.module:function',"
+      f"Expected `metric` to be one of {sorted(METRICS)} or an import path"
+      " 'package.module:function',"
       f" got {name!r}."
     )
   try:
@@ -293,7 +295,7 @@ def corpus_scores(
 
   if len(predictions) != len(references) or not predictions or not all(references):
     raise ValueError(
-      "`references` must hold at least one text for each prediction, got"
+      "Expected `references` to hold at least one text for each prediction, got"
       f" {len(predictions)} predictions and {len(references)} lists of references."
     )
   most = max(len(texts) for texts in references)

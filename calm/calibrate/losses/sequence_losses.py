@@ -31,11 +31,13 @@ class Support:
   def __post_init__(self):
     if not (np.isfinite([self.lower, self.upper]).all() and self.lower < self.upper):
       raise ValueError(
-        "`support` must have finite `lower` < `upper`, got"
+        "Expected `support` to have finite `lower` < `upper`, got"
         f" [{self.lower}, {self.upper}]: an unbounded loss cannot be controlled."
       )
     if self.binary and (self.lower, self.upper) != (0.0, 1.0):
-      raise ValueError(f"a binary `support` must be [0, 1], got [{self.lower}, {self.upper}].")
+      raise ValueError(
+        f"Expected a binary `support` to be [0, 1], got [{self.lower}, {self.upper}]."
+      )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,13 +82,14 @@ class SequenceLosses:
     grid = thresholds_lib.validate_grid(checks.as_numbers(self.thresholds, "thresholds"))
     if values.ndim != 2 or values.shape[1] != len(grid) or not len(values):
       raise ValueError(
-        f"`losses` must be [num_examples, num_thresholds] = [n, {len(grid)}] with n at least"
+        f"Expected `losses` to be [num_examples, num_thresholds] = [n, {len(grid)}] with n at"
+        " least"
         f" 1, got shape {values.shape}: one row a prompt, one column a threshold."
       )
     if not isinstance(self.support, Support):
       raise ValueError(f"Expected `support` to be a `Support`. Got {self.support!r}.")
     if self.order not in ("permuted", "given"):
-      raise ValueError(f"`order` must be 'permuted' or 'given', got {self.order!r}.")
+      raise ValueError(f"Expected `order` to be 'permuted' or 'given', got {self.order!r}.")
     checked: dict[str, Any] = {"values": values, "thresholds": grid}
     if self.ids is not None:
       checked["ids"] = checks.check_ids(self.ids, len(values))
@@ -220,7 +223,8 @@ def compute(
   ]
   if short:
     raise ValueError(
-      "`generations` must have a record of every prompt at every threshold; they are incomplete"
+      "Expected `generations` to have a record of every prompt at every threshold; they are"
+      " incomplete"
       f" at {short[:5]}. A sequential run is tested prompt by prompt: `prefix_losses`."
     )
   metric = metrics.get_metric(metric)
@@ -267,7 +271,7 @@ def prefix_losses(
   definition = _definition(kind)
   metric = metrics.get_metric(metric)
   if max(map(len, generations.records)) > len(generations.full):
-    raise ValueError("`generations` must have full-model records for all prompts used.")
+    raise ValueError("Expected `generations` to have full-model records for all prompts used.")
   options = {"workers": workers, "progress": progress}
   if not definition.textual:
     return _risks(generations, definition.floor, metric, options)
@@ -342,7 +346,7 @@ _DEFINITIONS: Mapping[str, _Definition] = {
 
 def _definition(kind: str) -> _Definition:
   if kind not in _DEFINITIONS:
-    raise ValueError(f"`kind` must be one of {sorted(_DEFINITIONS)}, got {kind!r}.")
+    raise ValueError(f"Expected `kind` to be one of {sorted(_DEFINITIONS)}, got {kind!r}.")
   return _DEFINITIONS[kind]
 
 
@@ -360,7 +364,8 @@ def _targets(generations: Generations, rows: np.ndarray) -> dict[int, tuple[str,
   bare = unlabelled(generations)
   if bare:
     raise ValueError(
-      "`generations` must have references (`targets`) for every prompt whose text differs from"
+      "Expected `generations` to have references (`targets`) for every prompt whose text"
+      " differs from"
       f" the full model's to compute a risk; {len(bare)} have none, first {list(bare[:5])}."
       " `--list_unlabelled` writes them all. Without references use `textual_losses`."
     )

@@ -198,14 +198,14 @@ def test_equality_with_the_level_rejects():
 @pytest.mark.parametrize(
   ("p", "error_rate", "message"),
   [
-    ([], 0.05, "`p_values` must be a non-empty vector"),
-    ([[0.1]], 0.05, "`p_values` must be a non-empty vector"),
-    ([1.5], 0.05, r"`p_values` must lie in \[0, 1\]"),
-    ([0.1, 1.5], 0.05, r"`p_values` must lie in \[0, 1\]"),
-    ([-0.1], 0.05, r"`p_values` must lie in \[0, 1\]"),
-    ([0.1], 0.0, "`error_rate` must be in"),
-    ([0.1], 1.0, "`error_rate` must be in"),
-    ([0.1], float("nan"), "`error_rate` must be in"),
+    ([], 0.05, "`p_values` to be a non-empty vector"),
+    ([[0.1]], 0.05, "`p_values` to be a non-empty vector"),
+    ([1.5], 0.05, r"`p_values` to lie in \[0, 1\]"),
+    ([0.1, 1.5], 0.05, r"`p_values` to lie in \[0, 1\]"),
+    ([-0.1], 0.05, r"`p_values` to lie in \[0, 1\]"),
+    ([0.1], 0.0, "`error_rate` to be in"),
+    ([0.1], 1.0, "`error_rate` to be in"),
+    ([0.1], float("nan"), "`error_rate` to be in"),
   ],
 )
 def test_arguments_out_of_range_are_refused(p, error_rate, message):
@@ -217,7 +217,7 @@ def test_arguments_out_of_range_are_refused(p, error_rate, message):
 @pytest.mark.parametrize("weights", [[1.0], [0.6, 0.6], [-0.1, 0.5], [float("nan"), 0.5]])
 def test_bad_weights_are_refused(weights):
   for procedure in (multiple_testing.bonferroni, multiple_testing.fallback):
-    with pytest.raises(ValueError, match="`weights` must be 2 numbers"):
+    with pytest.raises(ValueError, match="`weights` to be 2 numbers"):
       procedure([0.1, 0.2], 0.05, weights=weights)
 
 
@@ -227,7 +227,7 @@ def test_bad_weights_are_refused(weights):
     ([[0.0]], "zero diagonal"),
     ([[0.5, 0.5], [0.0, 0.0]], "zero diagonal"),
     ([[0.0, -1.0], [0.0, 0.0]], "zero diagonal"),
-    ([[0.0, 1.5], [0.0, 0.0]], "must sum to at most 1"),
+    ([[0.0, 1.5], [0.0, 0.0]], "to sum to at most 1"),
   ],
 )
 def test_bad_transitions_are_refused(edges, message):

@@ -377,10 +377,10 @@ def test_tails_beyond_float64_join_the_rest():
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    ((0.0, 0, 0.1), "`num_examples` must be whole"),
-    ((1.0, 2.5, 0.1), "`num_examples` must be whole"),
-    ((0.0, [10, 0], 0.1), "`num_examples` must be whole"),
-    ((1.0, [2.5, 10], 0.1), "`num_examples` must be whole"),
+    ((0.0, 0, 0.1), "`num_examples` to be whole"),
+    ((1.0, 2.5, 0.1), "`num_examples` to be whole"),
+    ((0.0, [10, 0], 0.1), "`num_examples` to be whole"),
+    ((1.0, [2.5, 10], 0.1), "`num_examples` to be whole"),
     ((1.0, 10, [0.1, 1.0]), "`tolerance`"),
     ((1.0, 10, 0.0), "`tolerance`"),
     ((1.0, 10, 1.0), "`tolerance`"),
@@ -451,9 +451,9 @@ def test_binomial_takes_large_sums_that_rounding_has_moved():
 
 
 def test_binomial_refuses_sums_that_are_not_whole():
-  with pytest.raises(ValueError, match=r"`sums` must be whole numbers"):
+  with pytest.raises(ValueError, match=r"`sums` to be whole numbers"):
     p_values.binomial(1.0 - 1.5e-9, 10, 0.1)  # more than rounding
-  with pytest.raises(ValueError, match=r"`sums` must be whole numbers.*1.5"):
+  with pytest.raises(ValueError, match=r"`sums` to be whole numbers.*1.5"):
     p_values.binomial([1.0, 1.5], 10, 0.1)
 
 
@@ -461,10 +461,10 @@ def test_binomial_refuses_sums_that_are_not_whole():
   "losses", [[], [[[0.0]]], [0.0, math.nan], [math.inf], [-math.inf], [1.5]]
 )
 def test_losses_that_cannot_be_bet_on_are_refused(losses):
-  with pytest.raises(ValueError, match="`losses` must be"):
+  with pytest.raises(ValueError, match="`losses` to be"):
     p_values.betting(losses, 0.1)
   if losses != [1.5]:
-    with pytest.raises(ValueError, match="`losses` must be"):
+    with pytest.raises(ValueError, match="`losses` to be"):
       p_values.clt_not_valid(losses, 0.1)
 
 
@@ -475,9 +475,9 @@ def test_levels_of_bets_are_checked():
     {"error_rate": 0.0},
     {"error_rate": 1},
   ):
-    with pytest.raises(ValueError, match=r"`tolerance` must be|`error_rate` must be"):
+    with pytest.raises(ValueError, match=r"`tolerance` to be|`error_rate` to be"):
       p_values.betting([0.0], **{"tolerance": 0.1, **changes})
-  with pytest.raises(ValueError, match="`planned_size` must be at least the number of losses"):
+  with pytest.raises(ValueError, match="`planned_size` to be at least the number of losses"):
     p_values.betting([0.0, 0.0], 0.1, planned_size=1)
 
 

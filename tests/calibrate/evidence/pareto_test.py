@@ -89,10 +89,10 @@ def test_misuse_is_refused():
     ([good, pareto.Risk(values[:10], 0.1)], [1.0, 2.0]),
     ([pareto.Risk(values[0], 0.1)], [1.0, 2.0]),
   ):
-    with pytest.raises(ValueError, match="`risks` must hold losses"):
+    with pytest.raises(ValueError, match="`risks` to hold losses"):
       pareto.pareto_test(risks, costs, **options)
   for rows in ([], range(400)):
-    with pytest.raises(ValueError, match="`optimization_rows` must leave rows on both sides"):
+    with pytest.raises(ValueError, match="`optimization_rows` to leave rows on both sides"):
       pareto.pareto_test([good], [1.0, 2.0], optimization_rows=rows, error_rate=0.05)
   with pytest.raises(ValueError, match="declared range"):
     pareto.pareto_test([pareto.Risk(values - 0.5, 0.1)], [1.0, 2.0], **options)

@@ -80,7 +80,7 @@ def test_a_loaded_directory_without_a_procedure_is_from_elsewhere(tmp_path):
       lambda b: b.replace(b'"schema_version": 1', b'"schema_version": 7'),
       "got 7",
     ),
-    ("manifest.json", lambda b: b"[]", "`schema_version` must be 1, got None"),
+    ("manifest.json", lambda b: b"[]", "`schema_version` to be 1, got None"),
     ("threshold_0.9.jsonl", lambda b: b[:-9], r"threshold_0.9.jsonl:3: .*cut off"),
     ("threshold_0.9.jsonl", lambda b: b + b.splitlines(True)[0], r":4: the id .* occurs twice"),
     ("threshold_0.9.jsonl", lambda b: b"".join(b.splitlines(True)[1:]), r"1 of 3.*'id-000'"),

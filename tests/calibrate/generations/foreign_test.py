@@ -68,7 +68,7 @@ def test_plain_files_need_id_and_prediction_only(tmp_path):
   ("rows", "message"),
   [
     ([{"id": "a", "prediction": "x"}] * 2, r"early.jsonl:2: the id 'a' occurs twice"),
-    ([{"id": "a"}], r"early.jsonl:1: no output: `prediction` must be a text"),
+    ([{"id": "a"}], r"early.jsonl:1: no output: Expected `prediction` to be a text"),
     ([{"inputs": {}, "score": 1.0}], r"early.jsonl:1: no output"),
     ([], "early.jsonl: there is no output"),
     ([{"id": "b", "prediction": "x"}], r"missing \['a'\], unknown \['b'\]"),

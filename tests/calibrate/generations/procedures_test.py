@@ -79,10 +79,10 @@ def test_json_round_trip_through_text():
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"schedule": {}}, "`schedule` must be a dict with a 'name'"),
-    ({"decode_method": "greedy"}, "`decode_method` must be a dict with a 'name'"),
-    ({"schedule": {"name": "x", "tau": float("nan")}}, "`schedule` must hold JSON values"),
-    ({"shortlist": {"digest": object()}}, "`shortlist` must hold JSON values"),
+    ({"schedule": {}}, "`schedule` to be a dict with a 'name'"),
+    ({"decode_method": "greedy"}, "`decode_method` to be a dict with a 'name'"),
+    ({"schedule": {"name": "x", "tau": float("nan")}}, "`schedule` to hold JSON values"),
+    ({"shortlist": {"digest": object()}}, "`shortlist` to hold JSON values"),
   ],
 )
 def test_malformed_fields_are_refused(change, message):
@@ -98,5 +98,5 @@ def test_missing_and_unknown_fields_are_named():
     procedures.Procedure.from_json(value)
   with pytest.raises(ValueError, match=r"unknown \['tau'\]"):
     procedures.Provenance.from_json({"tau": 1})
-  with pytest.raises(ValueError, match="must be a JSON object"):
+  with pytest.raises(ValueError, match="to be a JSON object"):
     procedures.Procedure.from_json([])

@@ -30,11 +30,11 @@ def test_prompts_read_data_set_rows_too():
 @pytest.mark.parametrize(
   ("value", "message"),
   [
-    ({"prediction": "x"}, "`id` must be a text"),
-    ({"id": "a"}, "`prediction` must be a text"),
-    ({"id": "a", "prediction": 3}, "`prediction` must be a text"),
+    ({"prediction": "x"}, "`id` to be a text"),
+    ({"id": "a"}, "`prediction` to be a text"),
+    ({"id": "a", "prediction": 3}, "`prediction` to be a text"),
     ({"id": "a", "prediction": "x", "tokens": [1], "exit_layers": [1, 2]}, "one length"),
-    ({"id": "a", "prediction": "x", "confidences": [float("nan")]}, "must be finite"),
+    ({"id": "a", "prediction": "x", "confidences": [float("nan")]}, "to be finite"),
   ],
 )
 def test_bad_records_are_refused(value, message):
@@ -51,8 +51,8 @@ def test_bad_records_are_refused(value, message):
     (b'{"id": "a", "inp\n{"id": "b", "input": "i"}\n', r":1: expected a JSON object, got"),
     (b'{"id": "a", "input": "\xff"}\n', r":1: .*invalid UTF-8 at byte 22"),
     (b'{"id": "a", "input": NaN}\n', r":1: .*NaN is not JSON"),
-    (b'{"id": "a"}\n', r":1: no prompt: `input` must be a text"),
-    (b'{"id": "a", "input": "i", "target": [1]}\n', r":1: .*`targets` must be a list of texts"),
+    (b'{"id": "a"}\n', r":1: no prompt: Expected `input` to be a text"),
+    (b'{"id": "a", "input": "i", "target": [1]}\n', r":1: .*`targets` to be a list of texts"),
     (b'{"id": "a", "input": "i", "target": 1}\n', r":1: no prompt"),
     (b"\n", "there is no prompt"),
   ],
@@ -79,7 +79,5 @@ def test_prompts_need_unique_ids():
   one = records.Prompt("a", "i")
   assert records.check_unique([one]) == {"a": one}
   for bad in ([], [one, one]):
-    with pytest.raises(
-      ValueError, match="`prompts` must be at least one prompt with unique ids"
-    ):
+    with pytest.raises(ValueError, match="`prompts` to be at least one prompt with unique ids"):
       records.check_unique(bad)

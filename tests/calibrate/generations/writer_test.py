@@ -125,9 +125,9 @@ def test_append_takes_each_prompt_once(tmp_path):
     [Record("id-001", "x"), Record("id-001", "x")],
     [Record("id-009", "x")],
   ):
-    with pytest.raises(ValueError, match=r"`records` must be of prompts that have none at 0.9"):
+    with pytest.raises(ValueError, match=r"`records` to be of prompts that have none at 0.9"):
       writer.append(0.9, records)
-  with pytest.raises(ValueError, match=r"`threshold` must be one of \['never', '0.9', '0.5'\]"):
+  with pytest.raises(ValueError, match=r"`threshold` to be one of \['never', '0.9', '0.5'\]"):
     writer.append(0.7, [])
   assert writer.completed_ids(0.9) == {"id-000"}
 

@@ -94,7 +94,7 @@ def test_import_paths_and_errors():
   assert metrics.get_metric("tests.calibrate.losses.metrics_test:HALF") is HALF
   assert metrics.get_metric(HALF) is HALF
   for name, message in (
-    ("rouge", "must be one of .* or an import path 'package.module:function'"),
+    ("rouge", "to be one of .* or an import path 'package.module:function'"),
     ("no_such_module:f", "cannot be imported"),
     ("tests.calibrate.losses.metrics_test:nothing", "cannot be imported"),
     ("BLEU", "number of a whole corpus, not a mean over prompts"),
@@ -119,7 +119,7 @@ HALF = metrics.Metric("half", half)
 @pytest.mark.parametrize("value", [1.5, -0.5, float("nan")])
 def test_a_metric_that_leaves_its_range_is_refused(value):
   metric = metrics.Metric("bad", lambda prediction, references: value)
-  with pytest.raises(ValueError, match=r"`metric` 'bad' must lie in \[0, 1\]"):
+  with pytest.raises(ValueError, match=r"`metric` 'bad' to lie in \[0, 1\]"):
     metric("a", ["b"])
 
 
@@ -131,7 +131,7 @@ def test_rounding_at_the_ends_is_no_error():
 def test_declared_binary_is_held_to_it_and_references_are_needed():
   with pytest.raises(ValueError, match=r"declared binary but gave 0.5"):
     metrics.Metric("bad", half, binary=True)("a", ["b"])
-  with pytest.raises(ValueError, match="`references` must hold at least one text"):
+  with pytest.raises(ValueError, match="`references` to hold at least one text"):
     HALF("a", [])
 
 
@@ -172,5 +172,5 @@ def test_corpus_scores_stand_beside():
   scores = metrics.corpus_scores(["the cat sat on the mat", "x"], uneven)
   assert 0.0 < scores["bleu"] < 100.0
   for predictions, references in (([], []), (["a"], [[]]), (["a"], [])):
-    with pytest.raises(ValueError, match="`references` must hold at least one text for each"):
+    with pytest.raises(ValueError, match="`references` to hold at least one text for each"):
       metrics.corpus_scores(predictions, references)

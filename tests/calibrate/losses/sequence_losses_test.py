@@ -80,14 +80,14 @@ def test_errors():
   bare = type(made)(rows, made.thresholds, made.records, made.full)
   with pytest.raises(ValueError, match=r"1 have none, first \['id-000'\]"):
     sequence_losses.risk_losses(bare)
-  with pytest.raises(ValueError, match=r"`kind` must be one of .* got 'other'"):
+  with pytest.raises(ValueError, match=r"`kind` to be one of .* got 'other'"):
     sequence_losses.compute(made, "other")
   with pytest.raises(ValueError, match="whole corpus"):
     sequence_losses.textual_losses(made, metric="bleu")
   for fields in ({"lower": 1.0}, {"upper": np.inf}, {"lower": np.nan}):
-    with pytest.raises(ValueError, match="`support` must have finite"):
+    with pytest.raises(ValueError, match="`support` to have finite"):
       Support(**fields)
-  with pytest.raises(ValueError, match=r"a binary `support` must be \[0, 1\]"):
+  with pytest.raises(ValueError, match=r"a binary `support` to be \[0, 1\]"):
     Support(lower=-1.0, binary=True)
 
 
