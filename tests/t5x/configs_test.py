@@ -31,7 +31,8 @@ WHOLE = [path for path in RUNS if path.name not in PARTS]
 def forget(module: str) -> None:
   """Takes a module's configurables out of gin's registry, as in a process that is new.
 
-  T5X's small.gin says `network.T5Config` without an import: gin must know but one of that name.
+  T5X's small.gin says `network.T5Config` without an import, and tests bind that name: gin must
+  know but one of it.
   """
   from gin import config
 
@@ -61,6 +62,7 @@ def gin_of_t5x(monkeypatch):
     gin.add_config_file_search_path(str(folder))
   gin.clear_config()
   forget("calm.t5.network")
+  forget("t5x.examples.t5.network")
   yield
   gin.clear_config()
 
