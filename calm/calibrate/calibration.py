@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from calm.calibrate import promises, verification
+from calm.calibrate import promises, verification, views
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.decision import Evidence
 from calm.calibrate.generations import files
@@ -131,6 +131,14 @@ class Calibration:
   def column(self, name: str) -> np.ndarray:
     """One field of `rows` as an array [num_thresholds]."""
     return np.array([getattr(row, name) for row in self.rows])
+
+  def to_frame(self, library: str = "pandas") -> Any:
+    """`rows` as a DataFrame of 'pandas' or 'polars'; see `views.to_frame`."""
+    return views.to_frame(self, library)
+
+  def plot(self, axes: Any = None) -> Any:
+    """Losses, bounds and what is certified, by matplotlib; see `views.plot`."""
+    return views.plot(self, axes)
 
   def refuse_other(self, procedure: Procedure | None) -> None:
     """Does nothing if the promise holds for outputs decoded by `procedure`.
