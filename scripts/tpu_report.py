@@ -36,6 +36,7 @@ from calm.calibrate.generations import files
 from calm.decode import engines
 from calm.decode import program as program_lib
 from calm.exits import confidence
+from calm.t5 import caches as caches_lib
 from calm.t5 import network
 
 OUTPUT = pathlib.Path(__file__).parent / "results" / "tpu.json"
@@ -124,7 +125,8 @@ def compiled(
   leaves, tree = jax.tree.flatten(lowered(config, program, rows, input_length))
   leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there) for x in leaves]
   run = lambda leaves: program.decode(*jax.tree.unflatten(tree, leaves))
-  made = jax.jit(run).lower(leaves).compile()
+  with caches_lib.laid_out_for("tpu"):
+    made = jax.jit(run).lower(leaves).compile()
   half = rows * length * config.num_heads * config.head_dim
   width = jnp.dtype(config.dtype).itemsize
   caches = 2 * half * width * rule.depth(config.num_decoder_layers)

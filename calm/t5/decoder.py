@@ -110,14 +110,14 @@ class Attention:
   def to_past(self, query: jax.Array, row: KeyValue) -> jax.Array:
     """Mixed values [batch, heads * head_dim] of the past and of the current token, `row`."""
     value, query, key_now = row.value, self._scored(query), self._scored(row.key)
-    past = jnp.einsum("bhd,bhld->bhl", query, self._scored(self.cache.keys))
+    past = _scores(query, self._scored(self.cache.keys))
     bias = self.past_bias if self.past_bias.ndim == 3 else self.past_bias[None]
     past = past + bias.astype(past.dtype)
     now = jnp.sum(query * key_now, axis=-1, keepdims=True)
     now = now + self.current_bias[None, :, None].astype(now.dtype)
     # The current token is not in the cache yet: branches of the chain only read it.
     weights = jax.nn.softmax(jnp.concatenate([past, now], axis=-1)).astype(value.dtype)
-    mixed = jnp.einsum("bhl,bhld->bhd", weights[..., :-1], self.cache.values)
+    mixed = _mixed(weights[..., :-1], self.cache.values)
     mixed = mixed + weights[..., -1:] * value
     return mixed.reshape(mixed.shape[0], -1)
 
@@ -130,6 +130,29 @@ class Attention:
 
   def _scored(self, x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) if self.float32 else x
+
+
+def _scores(query: jax.Array, keys: jax.Array) -> jax.Array:
+  """[batch, heads, length] of queries [batch, heads, head_dim]."""
+  if keys.ndim == 4:
+    return jnp.einsum("bhd,bhld->bhl", query, keys)
+  # Heads side by side: a query that is 0 at the others' numbers, so that no key is moved.
+  wide = query[:, :, None] * _own_head(query)[None, :, :, None]
+  return jnp.einsum("bhc,blc->bhl", wide.reshape(*query.shape[:2], -1), keys)
+
+
+def _mixed(weights: jax.Array, values: jax.Array) -> jax.Array:
+  """Values mixed by weights [batch, heads, length]: [batch, heads, head_dim]."""
+  if values.ndim == 4:
+    return jnp.einsum("bhl,bhld->bhd", weights, values)
+  every = jnp.einsum("bhl,blc->bhc", weights, values)
+  every = every.reshape(*every.shape[:2], weights.shape[1], -1)
+  return jnp.sum(every * _own_head(weights)[None, :, :, None], axis=2)
+
+
+def _own_head(x: jax.Array) -> jax.Array:
+  """1 where a head of [batch, heads, ...] meets itself, [heads, heads]."""
+  return jnp.eye(x.shape[1], dtype=x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

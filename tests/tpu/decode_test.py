@@ -65,10 +65,10 @@ def test_a_token_costs_more_cycles_the_deeper_it_goes():
   assert cycles[0] < full < 2 * cycles[2]
 
 
-@pytest.mark.xfail(
-  strict=True, reason="a head's 64 numbers take the room of 128: caches need another layout"
-)
-@pytest.mark.parametrize("name", ["static", "default"])
+MORE = pytest.mark.xfail(strict=True, reason="branches of conditionals keep copies: 1.43 times")
+
+
+@pytest.mark.parametrize("name", ["static", pytest.param("default", marks=MORE)])
 def test_temporaries_are_little_more_than_the_caches(name):
   made = program(name)
   assert made.temporaries <= 1.3 * made.caches

@@ -241,10 +241,12 @@ def _project(
     new = new & (positions >= kept[:, None])
 
   def merge(cache, update):
-    update = jnp.transpose(split(update), (0, 2, 1, 3))
-    old = lax.dynamic_slice_in_dim(cache, start, chunk, axis=2)
-    update = jnp.where(new[:, None, :, None], update, old)
-    return lax.dynamic_update_slice_in_dim(cache, update, start, axis=2)
+    axis = cache.ndim - 2
+    update = caches_lib.as_positions(split(update), cache)
+    old = lax.dynamic_slice_in_dim(cache, start, chunk, axis=axis)
+    pending = new[:, :, None] if axis == 1 else new[:, None, :, None]
+    update = jnp.where(pending, update, old)
+    return lax.dynamic_update_slice_in_dim(cache, update, start, axis=axis)
 
   made = caches_lib.Cache(merge(fill.cache.keys, row.key), merge(fill.cache.values, row.value))
   return LayerFill(made, fill.filled + chunk)

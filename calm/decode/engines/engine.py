@@ -93,7 +93,7 @@ def shifted(
   caches: tuple[caches_lib.Cache, ...], by: jax.Array
 ) -> tuple[caches_lib.Cache, ...]:
   """Caches whose position `by` is now the first; what lies beyond the last is 0."""
-  return jax.tree.map(lambda x: loop.shift_positions(x, by, axis=2), caches)
+  return jax.tree.map(lambda x: loop.shift_positions(x, by, axis=x.ndim - 2), caches)
 
 
 def after(position: jax.Array, made: jax.Array) -> jax.Array:

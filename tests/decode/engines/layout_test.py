@@ -1,0 +1,90 @@
+"""Where heads lie side by side in the caches, as on a TPU, every engine decodes the same."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import exits
+from calm.decode import engines
+from calm.decode import program as program_lib
+from calm.exits import confidence
+from calm.exits.layers import KeyValue
+from calm.t5 import caches as caches_lib
+from tests import engine
+
+HEADS = jnp.arange(2 * 3 * 4 * 5, dtype=jnp.float32).reshape(2, 3, 4, 5)
+
+
+def decoded(name: str, platform: str):
+  """The final state with the caches of a platform, traced anew; the caches heads apart."""
+  toy = engine.toy()
+  rule = exits.DynamicExits(confidence.Classifier())
+  made = engines.by_name(name)
+  program = program_lib.Program(toy.config, rule, engine.LENGTH, engine=made)
+  run = lambda *args: program.decode_state(toy.weights, *args)
+  args = engine.encode(toy), jnp.ones(len(engine.PROMPTS), bool), jnp.float32(0.5)
+  with caches_lib.laid_out_for(platform):
+    options = {"xla_backend_optimization_level": 0}
+    state = jax.jit(run, compiler_options=options)(*args)
+  if platform == "tpu":
+    assert all(cache.keys.ndim == 3 for cache in state.cache)
+    apart = lambda x: _apart(x, toy.config.num_heads)
+    state = state.replace(cache=jax.tree.map(apart, state.cache))
+  return state
+
+
+def _apart(beside: jax.Array, heads: int) -> jax.Array:
+  split = beside.reshape(*beside.shape[:2], heads, -1)
+  return jnp.transpose(split, (0, 2, 1, 3))
+
+
+def _beside(apart: jax.Array) -> jax.Array:
+  return jnp.transpose(apart, (0, 2, 1, 3)).reshape(apart.shape[0], apart.shape[2], -1)
+
+
+@functools.cache
+def plain():
+  return decoded("eager", "cpu")
+
+
+@pytest.mark.parametrize("name", sorted(engines.ENGINES))
+def test_heads_side_by_side_change_nothing(name):
+  state = decoded(name, "tpu")
+  layers = set(np.asarray(state.generation.exit_layers).ravel().tolist())
+  assert len(layers - {0}) > 1
+  for i in range(len(engine.PROMPTS)):
+    engine.assert_same_row(state, plain(), i, i)
+    engine.assert_same_confidences(state.generation, plain().generation, i, i)
+
+
+def test_positions_are_shifted_in_either_layout():
+  shift = lambda x: engines.shifted((caches_lib.Cache(x, x),), jnp.int32(2))[0].keys
+  assert shift(HEADS).any()
+  np.testing.assert_array_equal(_apart(shift(_beside(HEADS)), 3), shift(HEADS))
+
+
+def test_rows_that_stay_are_kept_in_either_layout():
+  row = KeyValue(HEADS[:, :, 0] + 1, HEADS[:, :, 1] + 1)
+  keeps = jnp.array([True, False])
+  write = lambda x: caches_lib.write_rows(
+    (caches_lib.Cache(x, x),), (row,), jnp.int32(3), keeps
+  )[0]
+  apart, beside = write(HEADS), write(_beside(HEADS))
+  np.testing.assert_array_equal(apart.keys[0], HEADS[0])
+  np.testing.assert_array_equal(apart.keys[1, :, 3], row.key[1])
+  np.testing.assert_array_equal(_apart(beside.keys, 3), apart.keys)
+  np.testing.assert_array_equal(_apart(beside.values, 3), apart.values)
+
+
+def test_the_layout_is_the_platforms():
+  toy = engine.toy()
+  shapes = {}
+  for platform in ("cpu", "tpu"):
+    with caches_lib.laid_out_for(platform):
+      shapes[platform] = caches_lib.empty_caches(toy.config, 2, 7, 1)[0].keys.shape
+  heads, dim = toy.config.num_heads, toy.config.head_dim
+  assert shapes == {"cpu": (2, heads, 7, dim), "tpu": (2, 7, heads * dim)}
+  assert not caches_lib.heads_beside() or jax.default_backend() == "tpu"
