@@ -7,7 +7,6 @@ so that it saves less.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm.data import prompt_batches
-from calm.decode import engines, loop
+from calm.decode import compiled, engines, loop
 from calm.decode import pool as pool_lib
 from calm.decode import program as program_lib
 from calm.t5 import caches
@@ -78,7 +77,7 @@ class PoolProgram:
     run.finish()
     return run.generation
 
-  @functools.partial(jax.jit, static_argnums=0)
+  @compiled.method()
   def empty(
     self, weights: program_lib.ModelWeights, waiting: caches.Encoded
   ) -> tuple[pool_lib.Pool, caches.Encoded]:
@@ -88,7 +87,7 @@ class PoolProgram:
     cache = self.bind(weights, encoded, jnp.zeros(()), jnp.zeros(rows, jnp.int32)).empty
     return pool_lib.empty_pool(cache, rows, self.slots), encoded
 
-  @functools.partial(jax.jit, static_argnums=0, donate_argnames="pool")
+  @compiled.method(donate_argnames="pool")
   def advance(
     self,
     weights: program_lib.ModelWeights,
@@ -107,7 +106,7 @@ class PoolProgram:
       min_free=min_free,
     )
 
-  @functools.partial(jax.jit, static_argnums=0, donate_argnames=("pool", "encoded"))
+  @compiled.method(donate_argnames=("pool", "encoded"))
   def take_in(
     self,
     pool: pool_lib.Pool,
@@ -119,7 +118,7 @@ class PoolProgram:
     program_lib.TRACES["take_in"] += 1
     return pool_lib.take_in(pool, encoded, waiting, source)
 
-  @functools.partial(jax.jit, static_argnums=0, donate_argnames="pool")
+  @compiled.method(donate_argnames="pool")
   def shift(
     self, weights: program_lib.ModelWeights, encoded: caches.Encoded, pool: pool_lib.Pool
   ) -> pool_lib.Pool:

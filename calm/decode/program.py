@@ -6,7 +6,6 @@ that a whole grid compiles once.
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -15,7 +14,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
-from calm.decode import engines, loop
+from calm.decode import compiled, engines, loop
 from calm.t5 import caches, decoder_weights, network
 from calm.t5.parameters import Params
 
@@ -79,7 +78,7 @@ class Program:
   eos_id: int = 1
   engine: engines.Engine | None = None
 
-  @functools.partial(jax.jit, static_argnums=0)
+  @compiled.method()
   def encode(
     self, weights: ModelWeights, encoder_input_tokens: Int[Array, "batch input_length"]
   ) -> caches.Encoded:
@@ -110,7 +109,7 @@ class Program:
     )
     return dataclasses.replace(state, cache=bound.flush(state.cache, state.position))
 
-  @functools.partial(jax.jit, static_argnums=0)
+  @compiled.method()
   def decode(
     self,
     weights: ModelWeights,
@@ -143,7 +142,7 @@ class Program:
       cache=caches.empty_caches(self.config, batch_size, length, depth),
     )
 
-  @functools.partial(jax.jit, static_argnums=0)
+  @compiled.method()
   def resume(
     self,
     weights: ModelWeights,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import sharding
 
-from calm.decode import loop
+from calm.decode import compiled, loop
 from calm.decode import program as program_lib
 from calm.t5 import caches
 
@@ -77,11 +77,11 @@ class ShardedProgram:
     made = self._decode(weights, encoded, _pad(active, rows), threshold)
     return jax.tree.map(lambda leaf: leaf[: len(active)], made)
 
-  @functools.partial(jax.jit, static_argnums=0)
+  @compiled.method()
   def _encode(self, weights, tokens) -> Any:
     return self._sharded(self.program.encode, REPLICATED, ROWS)(weights, tokens)
 
-  @functools.partial(jax.jit, static_argnums=0)
+  @compiled.method()
   def _decode(self, weights, encoded, active, threshold) -> Any:
     limit = ROWS if threshold.ndim else REPLICATED
     decode = self._sharded(self.program.decode, REPLICATED, ROWS, ROWS, limit)

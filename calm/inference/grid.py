@@ -58,8 +58,7 @@ def generate(
     ids = [prompts[row].id for row in batch.rows]
     work, previous = _Batch(predictor, batch, ids, reuse_records), dict[str, Record]()
     for threshold in levels:
-      done = writer.completed_records(threshold)
-      records = {i: done[i] for i in ids if i in done}
+      records = writer.completed_records(threshold, ids)
       missing = [i for i in ids if i not in records]
       if missing:
         made, reused = work.decode(missing, threshold, previous if reuse_records else {})

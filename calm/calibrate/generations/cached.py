@@ -13,7 +13,7 @@ moment loses at most the record it was writing.
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -200,12 +200,36 @@ def read_records(
     GenerationsError: a line is no record, an id occurs twice, or a line belongs to another
       procedure.
   """
+  return {record.id: record for _, record in _records(path, procedure)}
+
+
+def record_offsets(
+  path: str | pathlib.Path, procedure: Procedure | None = None
+) -> dict[str, int]:
+  """Where the line of each id begins, in bytes; checks what `read_records` checks."""
+  return {record.id: line.offset for line, record in _records(path, procedure)}
+
+
+def read_records_at(path: str | pathlib.Path, offsets: Iterable[int]) -> dict[str, Record]:
+  """The records of some lines, without reading the others."""
+  found = {}
+  with open(path, "rb") as file:
+    for offset in offsets:
+      file.seek(offset)
+      record = Record.from_json(files.parse_json(file.readline()))
+      found[record.id] = record
+  return found
+
+
+def _records(
+  path: str | pathlib.Path, procedure: Procedure | None
+) -> Iterator[tuple[records_lib.Line, Record]]:
   mark = procedure_mark(procedure)
-  found: dict[str, Record] = {}
+  found: set[str] = set()
   for line in records_lib.read_lines(path):
     try:
       record = Record.from_json(line.value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
       raise line.error(f"no record: {error}.") from error
     if record.id in found:
       raise line.error(f"the id {record.id!r} occurs twice in this file.")
@@ -214,8 +238,8 @@ def read_records(
         f"the record was made by procedure {line.value.get('procedure')!r}, the manifest says"
         f" {mark!r}: outputs of two procedures are mixed."
       )
-    found[record.id] = record
-  return found
+    found.add(record.id)
+    yield line, record
 
 
 def _read_threshold(

@@ -115,7 +115,15 @@ def lock(target: str | pathlib.Path) -> Lock:
   mine = _held.get(f"{os.getpid()} {path}")
   if mine is not None and mine.release.alive:
     return mine
-  descriptor = _acquire(path, target)
+  try:
+    descriptor = _acquire(path, target)
+  except LockedError:
+    raise
+  except OSError as error:
+    raise type(error)(
+      f"Expected {str(target)!r} to be a place that can be written. Got: {error.strerror} for"
+      f" {path.name!r}; choose another, or change its permissions."
+    ) from error
   about = {"process": str(this_process()), "command": _command(), "since": _now()}
   os.ftruncate(descriptor, 0)
   os.write(descriptor, json.dumps(about).encode())

@@ -136,11 +136,12 @@ def _require_text(value: Mapping[str, Any], name: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-  """One line of a file that holds a JSON object."""
+  """One line of a file that holds a JSON object; `offset` is where it begins, in bytes."""
 
   path: pathlib.Path
   number: int
   value: dict[str, Any]
+  offset: int = 0
 
   def error(self, message: str) -> GenerationsError:
     """An error that names this line."""
@@ -160,7 +161,9 @@ def read_lines(path: str | pathlib.Path) -> Iterator[Line]:
   except OSError as error:
     raise GenerationsError(f"{path}: cannot be read ({error.strerror}).") from error
   lines = content.split(b"\n")
+  offset = following = 0
   for number, raw in enumerate(lines, start=1):
+    offset, following = following, following + len(raw) + 1
     if not raw.strip():
       continue
     value, problem = parse_line(raw)
@@ -168,7 +171,7 @@ def read_lines(path: str | pathlib.Path) -> Iterator[Line]:
       cut_off = number == len(lines)
       hint = " The last line is cut off: resume the run that wrote it." if cut_off else ""
       raise GenerationsError(f"{path}:{number}: expected a JSON object, {problem}.{hint}")
-    yield Line(path, number, value)
+    yield Line(path, number, value, offset)
 
 
 def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import cached, files, order
+from calm.calibrate.generations import cached, files, locks, order
 from calm.calibrate.generations import records as records_lib
 from calm.calibrate.generations.procedures import Procedure, Provenance, describe_differences
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
@@ -22,30 +22,40 @@ class Writer:
     reports: what resuming found and repaired, one sentence each.
   """
 
-  def __init__(self, directory: pathlib.Path, manifest: dict[str, Any]):
+  def __init__(self, directory: pathlib.Path, manifest: dict[str, Any], lock: locks.Lock):
     self.directory = directory
+    self._lock = lock  # held until `finish`, or as long as this object lives
     self.reports: list[str] = []
     self._manifest = manifest
     self._procedure = cached.manifest_procedure(manifest)
     self._ids = frozenset(manifest["prompt_ids"])
     self._thresholds = (thresholds_lib.NEVER_EXIT, *manifest["thresholds"])
-    self._done: dict[float, set[str]] = {}
+    # Where each record begins in its file.
+    self._done: dict[float, dict[str, int]] = {}
     for threshold in self._thresholds:
       path = directory / cached.threshold_file(threshold)
-      self._done[threshold] = set()
+      self._done[threshold] = {}
       if path.exists():
         report = records_lib.drop_partial_line(path)
         self.reports += [report] if report else []
-        self._done[threshold] = set(cached.read_records(path, self._procedure))
+        self._done[threshold] = cached.record_offsets(path, self._procedure)
 
   def completed_ids(self, threshold: float) -> frozenset[str]:
     """Ids that already have a record at `threshold` (`NEVER_EXIT` for the reference)."""
     return frozenset(self._done[self._known(threshold)])
 
-  def completed_records(self, threshold: float) -> dict[str, Record]:
-    """The records already written at `threshold`, by id."""
-    path = self.directory / cached.threshold_file(self._known(threshold))
-    return cached.read_records(path, self._procedure) if path.exists() else {}
+  def completed_records(
+    self, threshold: float, ids: Iterable[str] | None = None
+  ) -> dict[str, Record]:
+    """The records already written at `threshold`, by id; those of `ids`, or all.
+
+    Only the lines that are asked for are read: as many calls as there are batches read the
+    file once.
+    """
+    done = self._done[self._known(threshold)]
+    offsets = [done[name] for name in (done if ids is None else ids) if name in done]
+    path = self.directory / cached.threshold_file(threshold)
+    return cached.read_records_at(path, offsets) if offsets else {}
 
   def append(self, threshold: float, records: Iterable[Record]) -> None:
     """Appends whole records and hands them to the operating system before it returns.
@@ -71,8 +81,11 @@ class Writer:
       for record in records
     ]
     path = self.directory / cached.threshold_file(threshold)
-    files.append(path, "".join(lines).encode("utf-8"))
-    done.update(names)
+    begin = path.stat().st_size if path.exists() else 0
+    files.append(path, b"".join(encoded := [line.encode("utf-8") for line in lines]))
+    for name, line in zip(names, encoded, strict=True):
+      done[name] = begin
+      begin += len(line)
 
   def finish(self) -> None:
     """Writes the checksums of all files into the manifest; call it when nothing is missing.
@@ -81,7 +94,7 @@ class Writer:
       ValueError: a prompt has no record at some threshold (sequential runs excepted).
     """
     for threshold in self._thresholds:
-      missing = len(self._ids - self._done[threshold])
+      missing = len(self._ids - set(self._done[threshold]))
       if missing and not self._manifest["sequential"]:
         raise ValueError(
           f"{self.directory}: {missing} prompts have no record at threshold"
@@ -97,6 +110,7 @@ class Writer:
       if (self.directory / name).exists()
     }
     _write_manifest(self.directory, self._manifest)
+    self._lock.release()
 
   def _known(self, threshold: float) -> float:
     if threshold not in self._done:
@@ -140,6 +154,7 @@ def open_writer(
     GenerationsError: the directory holds another procedure, grid or prompts (the message names
       the field), or is damaged.
     ValueError: ids occur twice, or `by_group` and a cluster's prompts do not stand together.
+    locks.LockedError: another process writes there.
     OSError: it cannot be written.
   """
   directory = pathlib.Path(directory)
@@ -157,6 +172,13 @@ def open_writer(
     "checksums": {},
   }
   prompt_text = "".join(records_lib.dump_line(prompt.to_json()) for prompt in prompts)
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise OSError(
+      f"cannot make {directory} ({error.strerror}); choose a folder that can be written."
+    ) from error
+  lock = locks.lock(directory)
   if (directory / cached.MANIFEST).exists():
     _check_same_run(directory, manifest, prompt_text)
     there = cached.read_manifest(directory)
@@ -166,16 +188,10 @@ def open_writer(
     # Its records are marked with the procedure as it was written then.
     manifest["procedure"] = there["procedure"]
   else:
-    try:
-      directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise OSError(
-        f"cannot make {directory} ({error.strerror}); choose a folder that can be written."
-      ) from error
     files.write_atomically(directory / cached.PROMPTS, prompt_text)
   # Resuming reopens a finished run: its checksums are written again by `finish`.
   _write_manifest(directory, manifest)
-  return Writer(directory, manifest)
+  return Writer(directory, manifest, lock)
 
 
 def _check_same_run(directory: pathlib.Path, manifest: dict[str, Any], prompts: str) -> None:

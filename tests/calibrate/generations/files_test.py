@@ -128,7 +128,7 @@ def test_a_planted_link_is_never_followed(tmp_path, monkeypatch):
 
 def limited(code: str, folder: pathlib.Path, size: int = 4096) -> str:
   """What a process prints that may write no file beyond `size` bytes."""
-  limit = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
+  limit = f"import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
   text = f"{limit}\nfrom calm.calibrate.generations import files\n{code}"
   done = subprocess.run(
     [sys.executable, "-B", "-c", text, str(folder)],
@@ -145,7 +145,7 @@ def limited(code: str, folder: pathlib.Path, size: int = 4096) -> str:
 def test_a_full_disk_leaves_the_old_file(tmp_path, pieces):
   (tmp_path / "a.txt").write_text("whole")
   code = (
-    f"import sys\nwith files.replacing(sys.argv[1] + '/a.txt') as file:\n"
+    f"with files.replacing(sys.argv[1] + '/a.txt') as file:\n"
     f"  for _ in range({pieces}): file.write(b'x' * (9000 // {pieces}))"
   )
   message = limited(code, tmp_path)
@@ -156,7 +156,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, pieces):
 def test_a_full_disk_cuts_no_line_in_half(tmp_path):
   path = tmp_path / "lines"
   path.write_bytes(b"a line of 20 bytes..\n" * 190)
-  code = "import sys; files.append(sys.argv[1] + '/lines', b'x' * 500 + b'\\n')"
+  code = "files.append(sys.argv[1] + '/lines', b'x' * 500 + b'\\n')"
   assert "its 3990 bytes from before are kept" in limited(code, tmp_path)
   assert path.read_bytes() == b"a line of 20 bytes..\n" * 190
   files.append(path, b"the next line\n")

@@ -1,5 +1,6 @@
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -8,7 +9,8 @@ import time
 import pytest
 
 from calm.calibrate import NEVER_EXIT, generations
-from calm.calibrate.generations import files
+from calm.calibrate.generations import cached, files, locks
+from calm.calibrate.generations import records as records_lib
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.generations.procedures import Provenance
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
@@ -66,6 +68,55 @@ def test_a_whole_line_that_only_lost_its_newline_is_kept(tmp_path):
   assert again.completed_ids(0.9) == {"id-000"} and again.reports == []
   again.append(0.9, [Record("id-001", "y")])
   assert start(tmp_path).completed_ids(0.9) == {"id-000", "id-001"}
+
+
+def test_records_are_read_once_however_many_batches_ask(tmp_path, monkeypatch):
+  ids = [f"id-{i:03d}" for i in range(200)]
+  writer = start(tmp_path, prompts=laws.prompts(200))
+  writer.append(0.9, [Record(name, f"é {name}", tokens=(i,)) for i, name in enumerate(ids)])
+  again = start(tmp_path, prompts=laws.prompts(200))
+  read = []
+  at = cached.read_records_at
+  monkeypatch.setattr(cached, "read_records_at", lambda path, o: read.extend(o) or at(path, o))
+  monkeypatch.setattr(
+    records_lib, "read_lines", lambda path: pytest.fail("reads the whole file")
+  )
+  for first in range(0, 200, 8):
+    got = again.completed_records(0.9, ids[first : first + 8])
+    assert [r.prediction for r in got.values()] == [f"é {n}" for n in ids[first : first + 8]]
+    assert again.completed_records(0.5, ids[first : first + 8]) == {}
+  again.append(0.5, [Record("id-007", "later"), Record("id-003", "on")])
+  again.append(0.5, [Record("id-001", "and on")])
+  assert again.completed_records(0.5, ["id-003", "id-001", "id-009"]) == {
+    "id-003": Record("id-003", "on"),
+    "id-001": Record("id-001", "and on"),
+  }
+  assert sorted(read[:200]) == sorted(set(read[:200]))  # each line once
+
+
+def test_a_second_writer_is_refused_until_the_first_ends(tmp_path):
+  code = (
+    "import sys\nfrom tests.calibrate.generations import writer_test\n"
+    "held = writer_test.start(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+  )
+  first = subprocess.Popen(
+    [sys.executable, "-c", code, str(tmp_path)],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+    cwd=pathlib.Path(__file__).parents[3],
+  )
+  try:
+    assert first.stdout is not None and first.stdout.readline() == "held\n"
+    with pytest.raises(
+      locks.LockedError, match=f"one writer at a time. Got process {first.pid}"
+    ):
+      start(tmp_path)
+  finally:
+    first.kill()
+    first.communicate()
+  writer = start(tmp_path)
+  writer.append(0.9, [Record("id-000", "x")])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,89 @@
+"""The compiled programs that this process keeps: the one place that makes them, and drops them.
+
+Every compiled program holds memory maps (about 250 on a CPU), of which a process may have so
+many (65,530 on Linux); beyond them XLA ends with "Failed to materialize symbols". So a program
+is kept per method, object and shape of its arguments, and what was not used for longest makes
+room for the next.
+"""
+
+import collections
+import contextlib
+import functools
+import pathlib
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+
+# More than a list of prompts has padded sizes (eight lengths by a few numbers of rows).
+LIMIT = 128
+# Part of the memory maps of a process that may be in use before programs are dropped.
+MAPS_PART = 0.5
+
+_kept: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
+_lock = threading.Lock()
+
+
+class Method:
+  """A compiled method of a hashable object, which is static; made by `method`."""
+
+  def __init__(self, function: Callable[..., Any], **options: Any):
+    functools.update_wrapper(self, function)
+    self._function, self._options = function, options
+
+  def __get__(self, instance: Any, owner: type | None = None) -> Any:
+    return self if instance is None else functools.partial(self, instance)
+
+  def __call__(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
+    return self._compiled(instance, args, kwargs)(*args, **kwargs)
+
+  def _compiled(self, instance: Any, args: Any, kwargs: Any) -> Any:
+    shapes = tuple(getattr(leaf, "shape", ()) for leaf in jax.tree.leaves((args, kwargs)))
+    key = (self._function.__qualname__, instance, shapes)
+    with _lock:
+      made = _kept.get(key)
+      if made is None:
+        _make_room()
+        made = jax.jit(functools.partial(self._function, instance), **self._options)
+        _kept[key] = made
+      _kept.move_to_end(key)
+    return made
+
+
+def method(**options: Any) -> Callable[[Callable[..., Any]], Method]:
+  """Decorates a method to be compiled once for every object and shape of its arguments.
+
+  Args:
+    **options: of `jax.jit`, `donate_argnames` for example.
+  """
+  return functools.partial(Method, **options)
+
+
+def _make_room() -> None:
+  """Drops the programs that were not used for longest, so that another one fits."""
+  while len(_kept) >= LIMIT:
+    _kept.popitem(last=False)[1].clear_cache()
+  while len(_kept) > 1 and maps_part() > MAPS_PART:
+    for _ in range(1 + len(_kept) // 4):
+      _kept.popitem(last=False)[1].clear_cache()
+
+
+def maps_part() -> float:
+  """Memory maps of this process, of those it may have; 0 where the system does not tell."""
+  with contextlib.suppress(OSError, ValueError):
+    most = int(pathlib.Path("/proc/sys/vm/max_map_count").read_text())
+    return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n") / most
+  return 0.0
+
+
+def num_kept() -> int:
+  """Programs that are kept now."""
+  return len(_kept)
+
+
+def drop_all() -> None:
+  """Lets go of all of them; what is used again is compiled again."""
+  with _lock:
+    while _kept:
+      _kept.popitem()[1].clear_cache()

@@ -1,0 +1,89 @@
+"""Programs are compiled once a shape, and kept within a bound, oldest dropped first."""
+
+import dataclasses
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm.decode import compiled
+
+TRACED = []
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+  factor: float
+
+  @compiled.method()
+  def times(self, x, *, shift=0.0):
+    """Multiplies."""
+    TRACED.append((self.factor, x.shape))
+    return jax.lax.fori_loop(0, 3, lambda _, y: y * self.factor + shift, x)
+
+  @compiled.method(donate_argnames="x")
+  def eaten(self, x):
+    return x + 1
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+  # Other tests' programs stay: theirs are compiled again at most.
+  monkeypatch.setattr(compiled, "_kept", type(compiled._kept)())
+  TRACED.clear()
+
+
+def test_a_shape_is_compiled_once():
+  for _ in range(3):
+    np.testing.assert_allclose(Toy(2.0).times(np.ones(3, np.float32)), 8 * np.ones(3))
+    np.testing.assert_allclose(
+      Toy(2.0).times(np.ones(3, np.float32), shift=1.0), 15 * np.ones(3)
+    )
+  Toy.times(Toy(3.0), np.ones(3, np.float32))
+  assert TRACED == [(2.0, (3,)), (2.0, (3,)), (3.0, (3,))] and compiled.num_kept() == 3
+  assert Toy.times.__doc__ == "Multiplies."
+
+
+def test_options_of_jit_are_passed_on():
+  x = jnp.ones(3)
+  Toy(1.0).eaten(x)
+  assert x.is_deleted()
+
+
+def test_the_oldest_is_dropped_and_made_again(monkeypatch):
+  monkeypatch.setattr(compiled, "LIMIT", 2)
+  run = lambda n: Toy(1.0).times(np.ones(n, np.float32))
+  for n in (1, 2, 1, 3):  # 2 was not used for longest
+    run(n)
+  assert compiled.num_kept() == 2
+  run(1)
+  assert [shape for _, shape in TRACED] == [(1,), (2,), (3,)]
+  run(2)
+  assert [shape for _, shape in TRACED] == [(1,), (2,), (3,), (2,)]
+  compiled.drop_all()
+  assert compiled.num_kept() == 0
+
+
+def test_programs_make_room_when_memory_maps_run_short(monkeypatch):
+  for n in range(1, 9):
+    Toy(1.0).times(np.ones(n, np.float32))
+  monkeypatch.setattr(compiled, "maps_part", lambda: 0.9 if compiled.num_kept() > 2 else 0.4)
+  Toy(1.0).times(np.ones(9, np.float32))
+  assert compiled.num_kept() == 3
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="no /proc/self/maps here")
+def test_maps_and_file_descriptors_stay_flat(monkeypatch):
+  monkeypatch.setattr(compiled, "LIMIT", 4)
+  count = lambda: pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
+  seen, opened = [], []
+  for n in range(1, 41):
+    Toy(1.0).times(np.ones(n, np.float32)).block_until_ready()
+    seen.append(count())
+    opened.append(len(os.listdir("/proc/self/fd")))
+  # Forty programs that were all kept hold about 250 maps more from the tenth on.
+  assert max(seen[10:]) - seen[9] < 80, seen
+  assert opened[-1] <= opened[9] + 1
