@@ -16,6 +16,7 @@ import pathlib
 
 import numpy as np
 from rich import console as rich_console
+from rich import markup as rich_markup
 from rich import progress as rich_progress
 from rich import table as rich_table
 
@@ -25,6 +26,7 @@ from calm.calibrate.evidence import methods, multiple_testing
 from calm.calibrate.generations import files, foreign, order, records
 from calm.calibrate.losses import sequence_losses
 from calm.commands import common
+from calm.data.visible import visible
 
 # Promises that flags can describe; the others need tables, from Python.
 PROMISES = ("mean", "quantile", "every_group", "early_exits", "tail_mean", "cost")
@@ -147,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
   )
   result.save(output)
   print_calibration(console, result, cached)
-  console.print(f"Written to {output}, digest {result.digest}")
+  console.print(f"Written to {visible(output)}, digest {result.digest}", markup=False)
   return 0
 
 
@@ -192,7 +194,10 @@ def _plan(arguments, console, cached: generations.Generations) -> None:
       error_rate=rates[1],
       method=arguments.method,
     )
-    console.print(f"Power by prompts and threshold, judged by {arguments.pilot}:\n{curve}")
+    console.print(
+      f"Power by prompts and threshold, judged by {visible(arguments.pilot)}:\n{curve}",
+      markup=False,
+    )
   elif support.lower < 0.0:
     forecast = planning.forecast(count, *rates, method=arguments.method)
     if forecast:
@@ -404,7 +409,9 @@ def print_calibration(
   """The table of the tested thresholds and the promise in words."""
   layers = mean_layers(cached)
   table = rich_table.Table(
-    title=f"{result.kind} loss, {result.metric}; p-values: {result.method}"
+    title=rich_markup.escape(
+      visible(f"{result.kind} loss, {result.metric}; p-values: {result.method}")
+    )
   )
   for name in ("threshold", "mean loss", "upper bound", "p-value", "certified"):
     table.add_column(name, justify="right")
@@ -425,9 +432,9 @@ def print_calibration(
   console.print(table)
   console.print(
     f"Calibrated threshold: [bold]{thresholds.format_threshold(result.threshold)}[/bold]"
-    f" ({result.reason})"
+    f" ({rich_markup.escape(visible(result.reason))})"
   )
-  console.print(result.guarantee)
+  console.print(visible(result.guarantee), markup=False)
 
 
 def mean_layers(cached: generations.Generations | None) -> dict[float, float]:

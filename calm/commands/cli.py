@@ -20,6 +20,11 @@ sure, with a promise about what that may cost.
   calm calibrate DIR --tolerance=0.1           choose the threshold, with a guarantee
   calm infer     --calibration=DIR/calibration.json --prompts=...
   calm report    --data=... --output=DIR       the paper's tables and figures, on one page
+
+What is trusted: gin files, gin bindings and `--metric module:function` run code by design, as
+your shell does; use those that you would run. Everything else is data, from whomever: models
+(nothing is ever unpickled), vocabularies, prompts, generations and calibrations are checked and
+refused with their file and line, and none of them is executed. No network is used.
 """
 
 COMMANDS = {

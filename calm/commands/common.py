@@ -6,12 +6,17 @@ import functools
 import logging
 import os
 import pathlib
+import re
+import signal
 import sys
+import threading
+import tokenize
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from calm.calibrate.generations import files
+from calm.data.visible import visible
 
 # A mistake of the user's: one clear message, no traceback. Anything else is a bug of ours.
 USER_ERRORS = (ValueError, OSError, TypeError, ImportError, FloatingPointError)
@@ -21,34 +26,92 @@ class StoppedError(Exception):
   """The user stopped the command; the message says what is kept."""
 
 
+class Terminated(KeyboardInterrupt):
+  """SIGTERM came: the command ends as after Ctrl-C, with the exit code of its own."""
+
+
+# What holds of a command that was stopped, where it says nothing more exact itself.
+_STOPPED = {
+  "generate": "stopped; what was decoded is kept, and the same command goes on from there",
+  "report": "stopped; what was decoded is kept, and the same command goes on from there",
+  "train": "stopped; the same command goes on from its last checkpoint, if there is one",
+}
+_NOTHING = "stopped; files that were there are as they were, and the same command starts anew"
+
+
 def user_errors(
   run: Callable[[argparse.Namespace], int],
 ) -> Callable[[argparse.Namespace], int]:
-  """Prints a user's error as one message and returns 2; CALM_DEBUG=1 shows the traceback."""
+  """Prints a user's error as one message and returns 2; CALM_DEBUG=1 shows the traceback.
+
+  SIGINT and SIGTERM end the command with one line that says what is kept.
+  """
 
   @functools.wraps(run)
   def guarded(arguments: argparse.Namespace) -> int:
     warnings.showwarning = _show_warning
+    stopped = 130
     try:
-      return run(arguments)
+      with _terminated():
+        return run(arguments)
     except BrokenPipeError:  # its reader has what it wanted, like `head`
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
       return 0
     except ModuleNotFoundError as error:
-      print(f"calm: {missing_package(error)}", file=sys.stderr)
-    except USER_ERRORS as error:
-      if os.environ.get("CALM_DEBUG"):
+      _say(missing_package(error))
+    except (*USER_ERRORS, RuntimeError, MemoryError) as error:
+      if os.environ.get("CALM_DEBUG") or not _is_the_users(error):
         raise
-      print(f"calm: {error}", file=sys.stderr)
+      _say(_message(error))
     except StoppedError as error:
-      print(f"calm: {error}.", file=sys.stderr)
-      return 130
-    except KeyboardInterrupt:
-      print("calm: stopped; run the same command again to go on.", file=sys.stderr)
-      return 130
+      _say(f"{error}.")
+      return 143 if isinstance(error.__context__, Terminated) else stopped
+    except KeyboardInterrupt as error:
+      _say(f"{_STOPPED.get(getattr(arguments, 'command', ''), _NOTHING)}.")
+      return 143 if isinstance(error, Terminated) else stopped
     return 2
 
   return guarded
+
+
+def _say(text: str) -> None:
+  print(f"calm: {visible(text)}", file=sys.stderr)
+
+
+def _is_the_users(error: Exception) -> bool:
+  return (
+    isinstance(error, (*USER_ERRORS, MemoryError, RecursionError))
+    or "RESOURCE_EXHAUSTED" in str(error)[:200]
+  )
+
+
+def _message(error: Exception) -> str:
+  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:200]:
+    return (
+      "Expected a model and options that fit the memory. Got more; lower --batch_size or"
+      " --max_decode_length, or take a smaller model."
+    )
+  if isinstance(error, RecursionError):
+    return "Expected files and bindings of a few levels. Got too many in one another."
+  return str(error)
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[None]:
+  """SIGTERM as an exception in the block; only a process's main thread may ask for that."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+
+  def stop(number, frame):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough, while files are put away
+    raise Terminated
+
+  before = signal.signal(signal.SIGTERM, stop)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -96,7 +159,7 @@ def missing_package(error: ModuleNotFoundError) -> str:
 
 def _show_warning(message, category, filename, lineno, file=None, line=None):
   del category, filename, lineno, line
-  print(f"calm: warning: {message}", file=file or sys.stderr)
+  print(f"calm: warning: {visible(message)}", file=file or sys.stderr)
 
 
 def use_compilation_cache() -> None:
@@ -117,7 +180,8 @@ def add_gin_arguments(parser: argparse.ArgumentParser, *, required: bool = False
     default=[],
     required=required,
     metavar="FILE",
-    help="gin file; repeatable",
+    help="gin file; repeatable. Gin files and bindings are programs: they import and call what"
+    " they name, so use only those that you would run",
   )
   parser.add_argument(
     "--gin_bindings",
@@ -135,7 +199,11 @@ def add_gin_arguments(parser: argparse.ArgumentParser, *, required: bool = False
 
 
 def parse_gin(arguments: argparse.Namespace) -> None:
-  """Reads the gin files and bindings that were given."""
+  """Reads the gin files and bindings that were given.
+
+  Raises:
+    ValueError: in one line, where: the file and the line, or the binding.
+  """
   import gin
 
   for path in [p for p in arguments.gin_search_paths.split(",") if p]:
@@ -147,11 +215,44 @@ def parse_gin(arguments: argparse.Namespace) -> None:
     gin.parse_config_files_and_bindings(arguments.gin_file, arguments.gin_bindings)
   except OSError as error:
     raise FileNotFoundError(
-      f"Expected `--gin_file` to name a gin file. Got {' '.join(arguments.gin_file)}: {error}"
-      " `--gin_search_paths` adds folders to look in."
+      f"Expected `--gin_file` to name a gin file. Got {' '.join(arguments.gin_file)}:"
+      f" {' '.join(str(error).split())} `--gin_search_paths` adds folders to look in."
     ) from error
+  except ModuleNotFoundError as error:
+    if error.name and error.name.split(".")[0] in ("seqio", "tensorflow", "t5x", "optax"):
+      raise
+    raise ValueError(_gin_message(arguments, error)) from error
+  except Exception as error:
+    raise ValueError(_gin_message(arguments, error)) from error
   finally:
     logging.getLogger().removeFilter(tried)
+
+
+_GIN_PLACE = re.compile(r'In (?:file "(?P<file>[^"]*)"|bindings string), line (?P<line>[0-9]+)')
+
+
+def _gin_message(arguments: argparse.Namespace, error: Exception) -> str:
+  """One line: where, and what."""
+  if isinstance(error, RecursionError):
+    what, found = "files that include themselves, or values too deep in one another", None
+  else:
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    if isinstance(error, tokenize.TokenError):  # (what, (line, column))
+      text = str(error.args[0])
+    found = _GIN_PLACE.search(str(error))
+    what = " ".join(text.split("\n  In ")[0].split())[:300]
+  if isinstance(error, SyntaxError) and error.lineno:
+    place = f"{error.filename or '--gin_bindings'}:{error.lineno}"
+  elif found:
+    place = f"{found['file'] or '--gin_bindings'}:{found['line']}"
+  elif isinstance(error, tokenize.TokenError) and len(error.args) > 1:
+    place = f"{' '.join(arguments.gin_file) or '--gin_bindings'}:{error.args[1][0]}"
+  else:
+    place = " ".join([*arguments.gin_file, *arguments.gin_bindings])[:200]
+  return (
+    f"Expected `--gin_file` and `--gin_bindings` that gin can read. Got, in {place}: {what};"
+    " correct that line."
+  )
 
 
 def configured(

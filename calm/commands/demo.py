@@ -33,6 +33,7 @@ from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import metrics, sequence_losses
 from calm.commands import calibrate as calibrate_command
 from calm.commands import common, model_flags
+from calm.data.visible import visible
 
 # Fixed before the first run; another tolerance is the user's choice, not ours.
 TOLERANCE, ERROR_RATE = 0.1, 0.05
@@ -244,8 +245,10 @@ def print_examples(console, prompts, result: Comparison, count: int) -> None:
   print(colours.legend_terminal(layers))
   for prompt, full, early in list(zip(prompts, result.full, result.early, strict=True))[:count]:
     text = prompt.input if len(prompt.input) <= 160 else prompt.input[:157] + "..."
-    console.print(f"\n[dim]{prompt.id}[/dim]", highlight=False)
-    console.print(f"  prompt     {text}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"  reference  {prompt.targets[0]}", markup=False, highlight=False)
-    console.print(f"  full       {full.text}", markup=False, highlight=False)
+    console.print(f"\n{visible(prompt.id)}", style="dim", markup=False, highlight=False)
+    console.print(
+      f"  prompt     {visible(text)}", markup=False, highlight=False, soft_wrap=True
+    )
+    console.print(f"  reference  {visible(prompt.targets[0])}", markup=False, highlight=False)
+    console.print(f"  full       {visible(full.text)}", markup=False, highlight=False)
     print(f"  early      {early.coloured()}   ({early.mean_layers:.2f} layers)")

@@ -20,6 +20,7 @@ from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import sequence_losses
 from calm.commands import calibrate as calibrate_command
 from calm.commands import common, model_flags
+from calm.data.visible import visible
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     by_group=test is not None and test.clusters,
   )
   for report in writer.reports:
-    console.print(f"[yellow]{report}[/yellow]")
+    console.print(visible(report), style="yellow", markup=False)
   if test is None:
     _grid(arguments, console, predictor, prompts, levels, writer)
   else:
@@ -121,7 +122,8 @@ def _grid(arguments, console, predictor, prompts, levels, writer) -> None:
     )
   writer.finish()
   console.print(f"{len(prompts)} prompts, {len(levels)} thresholds and full depth: {summary}.")
-  console.print(f"Written to {arguments.output}; next: calm calibrate {arguments.output}")
+  output = visible(arguments.output)
+  console.print(f"Written to {output}; next: calm calibrate {output}", markup=False)
 
 
 def _test(arguments, levels, num_units: int) -> sequential.SequentialCalibration:
@@ -164,7 +166,7 @@ def _until_certified(arguments, console, predictor, prompts, test, writer) -> No
   path = pathlib.Path(arguments.output) / "calibration.json"
   calibration.save(path)
   calibrate_command.print_calibration(console, calibration)
-  console.print(f"Written to {path}")
+  console.print(f"Written to {visible(path)}", markup=False)
 
 
 def parse_grid(text: str | None, options) -> list[float]:

@@ -30,6 +30,7 @@ from rich import console as rich_console
 from calm.calibrate import NEVER_EXIT, Calibration, Prompt, thresholds
 from calm.commands import common, model_flags, monitoring, results, showing
 from calm.data import prompt_batches
+from calm.data.visible import visible
 from calm.inference import colours
 
 # Prompts go to the model so many batches at a time, fewer where that takes too long.
@@ -96,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     common.check_output(arguments.output)
   console = rich_console.Console(stderr=True, highlight=False)
   prompts = model_flags.open_prompts(arguments)
-  console.print(f"{prompts.taken}.", markup=False)
+  console.print(f"{visible(prompts.taken)}.", markup=False)
   predictor = _load(arguments, threshold)
   predictor.weights  # noqa: B018 (laid out now, or it would count as decoding)
   threshold = predictor.threshold if threshold is None else threshold
@@ -162,7 +163,7 @@ class _Work:
     """Lines of JSON, as they are made."""
     pending = opened.pending(prompts)
     if opened.report:
-      self._console.print(opened.report, markup=False)
+      self._console.print(visible(opened.report), markup=False)
     try:
       with showing.counting(self._console, self._count, "prompts", done=opened.done) as counter:
         for chunk, outputs in self._decode(pending, counter):
@@ -179,7 +180,8 @@ class _Work:
           # The texts would be printed into the bar.
           with counter.hidden() if sys.stdout.isatty() else contextlib.nullcontext():
             for output in outputs:
-              print(output.coloured() if coloured else output.text)
+              text = visible(output.text) if sys.stdout.isatty() else output.text
+              print(output.coloured() if coloured else text)
             sys.stdout.flush()
     except KeyboardInterrupt:
       raise common.StoppedError(

@@ -36,6 +36,7 @@ from rich import progress as rich_progress
 
 import calm
 from calm.commands import common
+from calm.data.visible import visible
 
 TASKS = ("debian_synopsis", "debian_qa", "debian_enfr")
 
@@ -104,7 +105,8 @@ def run(arguments: argparse.Namespace) -> int:
   made = page.Page(f"calm report: {arguments.model}", facts, sections, predictor.num_layers)
   written = write.write(output, made)
   terminal.print_report(console, reports)
-  console.print(f"\n{written}. Open {output / 'index.html'}", highlight=False)
+  done = visible(f"\n{written}. Open {output / 'index.html'}")
+  console.print(done, markup=False, highlight=False)
   return 0
 
 
@@ -179,7 +181,7 @@ def _steps(console: rich_console.Console) -> Iterator:
       def progress(share: float, what: str) -> None:
         nonlocal told
         if not told:
-          console.print(text, highlight=False)
+          console.print(text, markup=False, highlight=False)
           told = True
         bar.update(task, completed=share, description=f"{text} · {what}", visible=True)
 

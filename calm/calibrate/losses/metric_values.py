@@ -103,15 +103,48 @@ def _in_processes(
   return [value for values in found for value in values]
 
 
+# Loads this package, and the user's own metric, from where the parent has them.
+_CHILD = f"""
+import importlib.util, json, sys, types
+for name, origin, folders in json.loads(sys.argv[2]):
+  if origin is None:
+    module = types.ModuleType(name)
+    module.__path__ = folders
+  else:
+    spec = importlib.util.spec_from_file_location(
+      name, origin, submodule_search_locations=folders
+    )
+    module = importlib.util.module_from_spec(spec)
+  sys.modules[name] = module
+  if origin is not None:
+    spec.loader.exec_module(module)
+from {__name__} import serve
+serve()
+"""
+
+
+def _place(name: str) -> tuple[str, str | None, list[str] | None]:
+  """(name, file, folders) of the package or module that a metric's import path begins with."""
+  top = name.partition(":")[0].partition(".")[0]
+  module = sys.modules[top]
+  folders = getattr(module, "__path__", None)
+  origin = getattr(module, "__file__", None)
+  return top, origin, None if folders is None else [os.path.abspath(f) for f in folders]
+
+
 class _Child:
   """One child process that answers a line of pairs with a line of values."""
 
   def __init__(self, metric: metrics.Metric):
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     self._name = metric.name
+    # The folder that one happens to be in is no place to import from: a scipy.py lies there.
+    here = os.path.realpath(os.getcwd())
+    path = os.pathsep.join(e for e in sys.path if e and os.path.realpath(e) != here)
+    named = ":" in metric.name and ".py:" not in metric.name
+    known = [_place("calm"), *([_place(metric.name)] if named else [])]
     self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
     self._process = subprocess.Popen(
-      [sys.executable, "-c", f"from {__name__} import serve; serve()", metric.name],
+      [sys.executable, "-P", "-c", _CHILD, metric.name, json.dumps(known)],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=self._errors,

@@ -8,10 +8,13 @@ values.
 import collections
 import dataclasses
 import functools
+import hashlib
 import importlib
+import importlib.util
 import os
 import re
 import string
+import sys
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -239,11 +242,27 @@ METRICS: Mapping[str, Metric] = {
 _CORPUS_METRICS = frozenset({"bleu", "sacrebleu", "corpus_bleu", "perplexity"})
 
 
+def _module(name: str) -> Any:
+  """A module by its import name, or by the path of its file, wherever that is."""
+  if not name.endswith(".py"):
+    return importlib.import_module(name)
+  path = os.path.abspath(name)
+  known = f"calm_metric_{hashlib.sha256(path.encode()).hexdigest()[:16]}"
+  if known not in sys.modules:
+    spec = importlib.util.spec_from_file_location(known, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[known] = module
+  return sys.modules[known]
+
+
 def get_metric(name: str | Metric) -> Metric:
   """A metric by registry name or import path.
 
   Args:
-    name: a name of `METRICS`, a `Metric`, or 'package.module:function' with
+    name: a name of `METRICS`, a `Metric`, 'folder/file.py:function' or
+      'package.module:function', which are imported (trust them as any program), with
       `function(prediction, references) -> [0, 1]`. A function with a true attribute `binary`
       declares values 0 and 1 only.
 
@@ -268,8 +287,8 @@ def get_metric(name: str | Metric) -> Metric:
       f" got {name!r}."
     )
   try:
-    function = getattr(importlib.import_module(module_name), attribute)
-  except (ImportError, AttributeError) as error:
+    function = getattr(_module(module_name), attribute)
+  except (ImportError, AttributeError, OSError, SyntaxError) as error:
     raise ValueError(f"`metric` {name!r} cannot be imported: {error}.") from error
   if isinstance(function, Metric):
     return function

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from typing import TextIO, cast
 
 from rich import console as rich_console
+from rich import markup as rich_markup
 from rich import table as rich_table
 
+from calm.data.visible import visible
 from calm.inference import colours
 from calm.paper.experiments import examples, suite
 from calm.paper.report import document, page
@@ -53,10 +55,10 @@ def print_table(console: rich_console.Console, table: Table) -> None:
     if previous is not None and row[: table.text_columns - 1] != previous:
       drawn.add_section()
     previous = row[: table.text_columns - 1]
-    drawn.add_row(*row)
+    drawn.add_row(*(rich_markup.escape(visible(cell)) for cell in row))
   console.print(drawn)
   if table.note:
-    console.print(table.note, style="dim", highlight=False)
+    console.print(visible(table.note), style="dim", markup=False, highlight=False)
 
 
 def print_examples(console: rich_console.Console, found: examples.Examples, count: int) -> None:
@@ -72,9 +74,11 @@ def print_examples(console: rich_console.Console, found: examples.Examples, coun
     level = item.levels[level_at]
     pieces = page.visible(level.pieces)
     text = colours.to_terminal(pieces, level.exit_layers, found.num_layers, mode=mode)
-    console.print(f"\n[dim]{item.id}[/dim]", highlight=False)
+    console.print(f"\n{visible(item.id)}", style="dim", markup=False, highlight=False)
     for name, value in (("reference", item.reference), ("full", item.full)):
-      console.print(f"  {name:<10} {value}", markup=False, highlight=False, soft_wrap=True)
+      console.print(
+        f"  {name:<10} {visible(value)}", markup=False, highlight=False, soft_wrap=True
+      )
     print(f"  {'early':<10} {text}", file=console.file)
     console.print(
       f"  D {number(level.distance)}, R {number(level.risk_difference)}, {level.layers:.2f}"

@@ -1,4 +1,7 @@
 import os
+import pathlib
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -75,3 +78,27 @@ def test_the_childs_side_answers_line_by_line(monkeypatch, capsys):
   monkeypatch.setattr("sys.stdin", type("Input", (), {"buffer": lines}))
   metric_values.serve()
   assert capsys.readouterr().out == "[1.0, 0.0]\n[]\n"
+
+
+def test_the_folder_that_one_is_in_is_no_module_path(tmp_path):
+  for name in ("scipy", "numpy", "unicodedata2", "json", "calm"):
+    (tmp_path / f"{name}.py").write_text("open('imported', 'w').close()\n")
+  (tmp_path / "own.py").write_text(
+    "def same(text, references): return float(text == references[0])\n"
+  )
+  code = (
+    "import os, sys, numpy; from calm.calibrate.losses import metric_values, metrics\n"
+    f"os.chdir({str(tmp_path)!r}); sys.path.insert(0, '')\n"
+    "pairs = [(f'x{i}', (f'x{i % 203}',)) for i in range(206)]\n"
+    "for name in ('rouge_l', './own.py:same'):\n"
+    "  metric = metrics.get_metric(name)\n"
+    "  print(metric_values.compute(metric, pairs, workers=2).sum())"
+  )
+  done = subprocess.run(
+    [sys.executable, "-P", "-c", code],
+    capture_output=True,
+    text=True,
+    env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[3])},
+  )
+  assert done.stdout == "203.0\n203.0\n", done.stderr
+  assert not (tmp_path / "imported").exists()
