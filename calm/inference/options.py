@@ -148,10 +148,36 @@ def stored_options(directory: pathlib.Path) -> dict[str, Any]:
       f"Expected {str(path)!r} to name fields of `DecodeOptions`. Got {unknown}; it was written"
       " by another program or a newer version."
     )
+  with files.naming(path):
+    for name, value in stored.items():
+      _check_stored(name, value)
   stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+  if stored.get("grid") is not None:
+    stored["grid"] = tuple(map(float, stored["grid"]))
   if "schedule" in stored:
     stored["schedule"] = _schedule(stored["schedule"], path)
   return stored
+
+
+def _check_stored(name: str, value: Any) -> None:
+  """The types of `DecodeOptions`, of a file that anybody may have written."""
+  if name in ("max_input_length", "max_decode_length", "batch_size", "num_devices"):
+    limits.whole(name, value, 1, limits.LONGEST)
+  elif name in ("exit_layers", "shortlist") and value is not None:
+    if not isinstance(value, list):
+      raise ValueError(f"Expected `{name}` to be a list of whole numbers. Got {value!r}.")
+    for number in value:
+      limits.whole(name, number, 0, limits.SIZES["vocab_size"][1])
+  elif name == "grid" and value is not None:
+    numbers = isinstance(value, list) and all(type(v) in (int, float) for v in value)
+    if not numbers or not all(0 <= v <= 1 for v in value):
+      raise ValueError(f"Expected `{name}` to be a list of numbers in [0, 1]. Got {value!r}.")
+  elif name in ("measure", "propagation", "task_prefix") and not isinstance(value, str):
+    raise ValueError(f"Expected `{name}` to be a text. Got {value!r}.")
+  elif name == "refill" and not isinstance(value, bool):
+    raise ValueError(f"Expected `{name}` to be true or false. Got {value!r}.")
+  elif name == "engine":
+    raise ValueError(f"Expected no `{name}` in a file: it changes no result. Got {value!r}.")
 
 
 def _schedule(value: Any, path: pathlib.Path) -> schedules.Schedule:

@@ -113,7 +113,9 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
       f"{path}: not found; expected `directory` to be a folder of cached generations."
     ) from error
   except (OSError, ValueError) as error:
-    raise GenerationsError(f"{path}: cannot be read as JSON ({error}).") from error
+    raise GenerationsError(
+      f"{path}: cannot be read as JSON: expected an object, got {error}."
+    ) from error
   version = manifest.get("schema_version") if isinstance(manifest, dict) else None
   if version != SCHEMA_VERSION:
     raise GenerationsError(
@@ -121,7 +123,38 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
       " version of"
       " this package that wrote it, or generate again."
     )
+  _check_fields(manifest, path)
   return manifest
+
+
+def _check_fields(manifest: Mapping[str, Any], path: pathlib.Path) -> None:
+  """Fields of the types that everything after this counts on."""
+  text = lambda value: isinstance(value, str)
+  number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
+  listed = lambda value, kind: isinstance(value, list) and all(map(kind, value))
+  checks = {
+    "prompt_ids": (
+      "a list of different texts",
+      lambda v: listed(v, text) and len({*v}) == len(v),
+    ),
+    "thresholds": ("a list of numbers", lambda v: listed(v, number)),
+    "checksums": (
+      "an object of texts",
+      lambda v: (
+        isinstance(v, dict) and all(map(text, v.values())) and not any("/" in n for n in v)
+      ),
+    ),
+    "procedure": ("an object or null", lambda v: v is None or isinstance(v, dict)),
+    "provenance": ("an object or null", lambda v: v is None or isinstance(v, dict)),
+    "sequential": ("true or false", lambda v: isinstance(v, bool)),
+    "by_group": ("true or false", lambda v: isinstance(v, bool)),
+  }
+  for name, (kind, holds) in checks.items():
+    if name not in manifest and name not in ("prompt_ids", "thresholds"):
+      continue
+    if name not in manifest or not holds(manifest[name]):
+      got = repr(manifest[name])[:80] if name in manifest else "none"
+      raise GenerationsError(f"{path}: expected `{name}` to be {kind}, got {got}.")
 
 
 def load(directory: str | pathlib.Path) -> Generations:
@@ -157,7 +190,7 @@ def load(directory: str | pathlib.Path) -> Generations:
     records=tuple(columns[1:]),
     full=columns[0],
     procedure=procedure,
-    provenance=Provenance.from_json(manifest.get("provenance") or {}),
+    provenance=_provenance(manifest),
     sequential=sequential,
     by_group=bool(manifest.get("by_group", False)),
   )
@@ -166,7 +199,23 @@ def load(directory: str | pathlib.Path) -> Generations:
 def manifest_procedure(manifest: Mapping[str, Any]) -> Procedure | None:
   """The procedure in a manifest, or None."""
   value = manifest.get("procedure")
-  return None if value is None else Procedure.from_json(value)
+  try:
+    return None if value is None else Procedure.from_json(value)
+  except (TypeError, ValueError, KeyError, AttributeError) as error:
+    raise GenerationsError(
+      f"{MANIFEST}: expected `procedure` to be that of a run, got one with a field that is not:"
+      f" {error}"
+    ) from error
+
+
+def _provenance(manifest: Mapping[str, Any]) -> Provenance:
+  try:
+    return Provenance.from_json(manifest.get("provenance") or {})
+  except (TypeError, ValueError, KeyError, AttributeError) as error:
+    raise GenerationsError(
+      f"{MANIFEST}: expected `provenance` to be the story of a run, got a field that is none:"
+      f" {error}"
+    ) from error
 
 
 def procedure_mark(procedure: Procedure | None) -> str | None:
@@ -235,8 +284,8 @@ def _records(
       raise line.error(f"the id {record.id!r} occurs twice in this file.")
     if line.value.get("procedure") != mark:
       raise line.error(
-        f"the record was made by procedure {line.value.get('procedure')!r}, the manifest says"
-        f" {mark!r}: outputs of two procedures are mixed."
+        f"expected a record of the manifest's procedure {mark!r}, got one that was made by"
+        f" procedure {line.value.get('procedure')!r}: outputs of two procedures are mixed."
       )
     found.add(record.id)
     yield line, record

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from calm.calibrate.generations import files
@@ -42,6 +42,8 @@ class Prompt:
       ValueError: `id` or `input` is missing or no text, or targets are no texts.
     """
     targets = value.get("targets", value.get("target", ()))
+    if not isinstance(targets, str | list | tuple | None):
+      raise ValueError(f"`targets` must be a list of texts, got {targets!r}")
     targets = (targets,) if isinstance(targets, str) else tuple(targets or ())
     group = value.get("group", value.get("source"))
     _require_text(value, "id")
@@ -81,7 +83,14 @@ class Record:
     for name, kind in _SEQUENCES.items():
       values = getattr(self, name)
       if values is not None:
-        values = tuple(kind(value) for value in values)
+        if isinstance(values, str | dict) or not isinstance(values, Iterable):
+          raise ValueError(f"`{name}` must be a list of numbers, got {values!r}")
+        try:
+          values = tuple(kind(value) for value in values)
+        except (TypeError, ValueError, OverflowError) as error:
+          raise ValueError(
+            f"`{name}` must be a list of numbers, got one that is {error}"
+          ) from None
         if not all(math.isfinite(value) for value in values):
           raise ValueError(f"Expected `{name}` of {self.id!r} to be finite, got {values!r}")
         object.__setattr__(self, name, values)
@@ -91,7 +100,10 @@ class Record:
         f"Expected the sequences of {self.id!r} to have one length, got {lengths}"
       )
     if self.score is not None:
-      object.__setattr__(self, "score", float(self.score))
+      try:
+        object.__setattr__(self, "score", float(self.score))
+      except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"`score` must be a number, got {self.score!r}") from None
 
   def to_json(self) -> dict[str, Any]:
     """The fields that are there, as JSON values."""
@@ -206,7 +218,7 @@ def read_prompts(path: str | pathlib.Path) -> tuple[Prompt, ...]:
       raise line.error(f"the id {prompt.id!r} occurs twice; ids must be unique.")
     prompts[prompt.id] = prompt
   if not prompts:
-    raise GenerationsError(f"{path}: there is no prompt in this file.")
+    raise GenerationsError(f"{path}: expected a line for every prompt, got none.")
   return tuple(prompts.values())
 
 

@@ -1,0 +1,249 @@
+r"""Kills commands at random moments (SIGKILL), starts them again, and counts what was lost.
+
+  python scripts/chaos.py                              25 kills each, the table, and the JSON
+  python scripts/chaos.py --commands infer --kills 3 --output=
+
+Each command runs once undisturbed. Then it is started and killed after a random part of that
+time, and started again in the same folder, until it was killed often enough; when it ends
+meanwhile, what it wrote is compared and it begins anew.
+
+lost: lines of the undisturbed run that are missing at the end. doubled: lines that are there
+more than once. different: other lines or bytes. torn: files that were not whole after a kill,
+where they must always be. left: temporary files after the last run.
+"""
+
+import argparse
+import collections
+import dataclasses
+import json
+import pathlib
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import calm
+from calm.calibrate.generations import files
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+ASSETS = ROOT / "calm" / "assets"
+COLUMNS = [
+  "command",
+  "kills",
+  "runs that ended",
+  "lost",
+  "doubled",
+  "different",
+  "torn",
+  "left",
+]
+
+MONITOR = """
+import sys, time
+from calm.calibrate import audit
+watch = audit.Watch(tolerance=0.2, alarm_level=0.01, sampling_rate=0.5, seed="chaos")
+monitor = audit.open_monitor(sys.argv[1], watch)
+for number in monitor.waiting:
+  monitor.record(number, (number % 7) / 50)
+while monitor.served < 40000:
+  number, sampled = monitor.serve()
+  if sampled:
+    monitor.record(number, (number % 7) / 50)
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """One command and what to look at afterwards.
+
+  Attributes:
+    arguments: folder -> what is run.
+    results: names of the files, below the folder, that are compared in the end.
+    whole: names of files that are whole whenever they are there.
+  """
+
+  arguments: Callable[[pathlib.Path], list[str]]
+  results: tuple[str, ...]
+  whole: tuple[str, ...] = ()
+
+
+def calm_command(*words: str) -> list[str]:
+  return [sys.executable, "-m", "calm", *words]
+
+
+def trials(base: pathlib.Path) -> dict[str, Trial]:
+  """The commands, on prompts of the packed model; `base` is for what they share."""
+  prompts = base / "prompts.jsonl"
+  rows = (ASSETS / "prompts_calibration.jsonl").read_text("utf-8").splitlines()[:48]
+  targets = [{"target": json.loads(row)["targets"], **json.loads(row)} for row in rows]
+  text = "".join(json.dumps(row) + "\n" for row in targets)
+  files.write_atomically(prompts, text)
+  short = ["--max_decode_length=12", "--max_input_length=64", f"--prompts={prompts}"]
+  grid = ["--thresholds=0.8,0.5"]
+  cache = base / "cache"
+  levels = tuple(f"cache/threshold_{name}.jsonl" for name in ("never", "0.8", "0.5"))
+  train = [
+    f"--gin_file={ROOT / 'configs' / 'runs' / 'local_tiny.gin'}",
+    f"--gin_bindings=TRAIN = '{prompts}'",
+    f"--gin_bindings=VOCABULARY_PATH = '{ASSETS / 'vocabulary.model'}'",
+    "--gin_bindings=training.TrainConfig.num_steps = 60",
+    "--gin_bindings=training.TrainConfig.eval_every = 10",
+    "--no_tensorboard",
+  ]
+  calibrate = ["--tolerance=0.9", "--error_rate=0.5"]
+  return {
+    "generate": Trial(
+      lambda at: calm_command("generate", *short, *grid, f"--output={at / 'cache'}"),
+      levels,
+      ("cache/manifest.json",),
+    ),
+    "calibrate": Trial(
+      lambda at: calm_command(
+        "calibrate", str(cache), *calibrate, f"--output={at / 'calibration.json'}"
+      ),
+      ("calibration.json",),
+      ("calibration.json",),
+    ),
+    "infer": Trial(
+      lambda at: calm_command(
+        "infer", *short, "--threshold=0.5", f"--output={at / 'out.jsonl'}"
+      ),
+      ("out.jsonl",),
+      ("out.jsonl",),
+    ),
+    "train": Trial(
+      lambda at: calm_command("train", *train, f"--output_dir={at / 'run'}"),
+      ("run/model/params.safetensors", "run/validation.json"),
+      ("run/model/config.json", "run/validation.json"),
+    ),
+    "monitor": Trial(
+      lambda at: [sys.executable, "-c", MONITOR, str(at / "monitor.jsonl")], ("monitor.jsonl",)
+    ),
+  }
+
+
+def run(trial: Trial, folder: pathlib.Path, seconds: float | None = None) -> bool:
+  """Runs it to its end, or for some seconds; True where it ended.
+
+  Raises:
+    RuntimeError: it failed.
+  """
+  with tempfile.TemporaryFile() as errors:
+    process = subprocess.Popen(
+      trial.arguments(folder), stdout=subprocess.DEVNULL, stderr=errors, cwd=ROOT
+    )
+    try:
+      code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+      process.kill()
+      process.wait()
+      return False
+    if code:
+      errors.seek(0)
+      raise RuntimeError(f"{trial.arguments(folder)}: {errors.read().decode()[-2000:]}")
+  return True
+
+
+def compare(
+  trial: Trial, folder: pathlib.Path, undisturbed: pathlib.Path
+) -> collections.Counter:
+  """What is lost, doubled and different against the undisturbed run."""
+  found: collections.Counter = collections.Counter()
+  for name in trial.results:
+    ours, theirs = (at / name for at in (folder, undisturbed))
+    if not name.endswith(".jsonl"):
+      found["different"] += not ours.exists() or ours.read_bytes() != theirs.read_bytes()
+      continue
+    lines = [at.read_bytes().splitlines() for at in (ours, theirs)]
+    counts, wanted = (collections.Counter(part) for part in lines)
+    found["lost"] += sum((wanted - counts).values())
+    found["doubled"] += sum(n - 1 for n in counts.values() if n > 1)
+    found["different"] += sum(1 for line in counts if line not in wanted)
+  return found
+
+
+def torn(trial: Trial, folder: pathlib.Path) -> int:
+  """Files that have to be whole JSON, or JSON lines, and are not."""
+  found = 0
+  for path in (folder / name for name in trial.whole):
+    if not path.exists():
+      continue
+    try:
+      text = path.read_text("utf-8")
+      for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
+        json.loads(part)
+    except ValueError:
+      found += 1
+  return found
+
+
+def chaos(name: str, trial: Trial, base: pathlib.Path, kills: int, rng: random.Random) -> list:
+  """One row of the table."""
+  undisturbed = base / name / "undisturbed"
+  undisturbed.mkdir(parents=True)
+  start = time.monotonic()
+  run(trial, undisturbed)
+  seconds = time.monotonic() - start
+  totals: collections.Counter = collections.Counter()
+  killed = ended = number = 0
+  while True:
+    folder = base / name / f"run{number}"
+    folder.mkdir(exist_ok=True)
+    last = killed == kills
+    if run(trial, folder, None if last else rng.uniform(0.1, 1.0) * seconds):
+      totals += compare(trial, folder, undisturbed)
+      totals["left"] += sum(1 for path in folder.rglob(".*.tmp") if path.is_file())
+      shutil.rmtree(folder)
+      ended, number = ended + 1, number + 1
+      if last:
+        break
+    else:
+      killed += 1
+      totals["torn"] += torn(trial, folder)
+  return [name, killed, ended, *(totals[column] for column in COLUMNS[3:])]
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--commands", nargs="+", help="some of them (default: all)")
+  parser.add_argument("--kills", type=int, default=25, help="of each (25)")
+  parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+  parser.add_argument(
+    "--output",
+    default=str(ROOT / "scripts" / "results" / "chaos.json"),
+    help="JSON; '' for none",
+  )
+  flags = parser.parse_args()
+  rng = random.Random(flags.seed)
+  with tempfile.TemporaryDirectory() as folder:
+    base = pathlib.Path(folder)
+    table = trials(base)
+    unknown = sorted(set(flags.commands or ()) - set(table))
+    if unknown or flags.kills < 1:
+      parser.error(f"--commands are some of {sorted(table)}, --kills at least 1")
+    chosen = flags.commands or list(table)
+    if "calibrate" in chosen:
+      run(table["generate"], base)
+    rows = []
+    for name in chosen:
+      rows.append(chaos(name, table[name], base, flags.kills, rng))
+      print(dict(zip(COLUMNS, rows[-1], strict=True)), flush=True)
+  result = {
+    "command": f"python scripts/chaos.py --kills={flags.kills}",
+    "columns": COLUMNS,
+    "rows": rows,
+    "versions": {"calm": calm.__version__, "python": platform.python_version()},
+  }
+  if flags.output:
+    files.write_atomically(flags.output, json.dumps(result, indent=1) + "\n")
+  return int(any(sum(row[3:]) for row in rows))
+
+
+if __name__ == "__main__":
+  sys.exit(main())
