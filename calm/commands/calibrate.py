@@ -24,9 +24,9 @@ from calm import calibrate as calibrate_lib
 from calm.calibrate import Support, generations, planning, promises, sequential, thresholds
 from calm.calibrate.evidence import methods, multiple_testing
 from calm.calibrate.generations import files, foreign, order, records
+from calm.calibrate.generations.shown import visible
 from calm.calibrate.losses import sequence_losses
 from calm.commands import common
-from calm.data.visible import visible
 
 # Promises that flags can describe; the others need tables, from Python.
 PROMISES = ("mean", "quantile", "every_group", "early_exits", "tail_mean", "cost")

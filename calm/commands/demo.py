@@ -30,10 +30,10 @@ from calm.calibrate import (
 )
 from calm.calibrate.generations import records
 from calm.calibrate.generations import writer as writer_lib
+from calm.calibrate.generations.shown import visible
 from calm.calibrate.losses import metrics, sequence_losses
 from calm.commands import calibrate as calibrate_command
 from calm.commands import common, model_flags
-from calm.data.visible import visible
 
 # Fixed before the first run; another tolerance is the user's choice, not ours.
 TOLERANCE, ERROR_RATE = 0.1, 0.05

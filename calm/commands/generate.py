@@ -17,10 +17,10 @@ from rich import progress as rich_progress
 from calm.calibrate import Provenance, planning, sequential, thresholds
 from calm.calibrate.generations import order
 from calm.calibrate.generations import writer as writer_lib
+from calm.calibrate.generations.shown import visible
 from calm.calibrate.losses import sequence_losses
 from calm.commands import calibrate as calibrate_command
 from calm.commands import common, model_flags
-from calm.data.visible import visible
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

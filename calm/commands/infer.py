@@ -28,9 +28,9 @@ from typing import Any
 from rich import console as rich_console
 
 from calm.calibrate import NEVER_EXIT, Calibration, Prompt, thresholds
+from calm.calibrate.generations.shown import visible
 from calm.commands import common, model_flags, monitoring, results, showing
 from calm.data import prompt_batches
-from calm.data.visible import visible
 from calm.inference import colours
 
 # Prompts go to the model so many batches at a time, fewer where that takes too long.

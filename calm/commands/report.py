@@ -35,8 +35,8 @@ from rich import console as rich_console
 from rich import progress as rich_progress
 
 import calm
+from calm.calibrate.generations.shown import visible
 from calm.commands import common
-from calm.data.visible import visible
 
 TASKS = ("debian_synopsis", "debian_qa", "debian_enfr")
 

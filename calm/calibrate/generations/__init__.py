@@ -29,6 +29,7 @@ __all__ = [
   "read_records",
   "records",
   "reuse",
+  "shown",
   "threshold_file",
   "writer",
 ]

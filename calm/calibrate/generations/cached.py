@@ -197,7 +197,11 @@ def load(directory: str | pathlib.Path) -> Generations:
 
 
 def manifest_procedure(manifest: Mapping[str, Any]) -> Procedure | None:
-  """The procedure in a manifest, or None."""
+  """The procedure in a manifest, or None.
+
+  Raises:
+    GenerationsError: it has a field that is none of a procedure's.
+  """
   value = manifest.get("procedure")
   try:
     return None if value is None else Procedure.from_json(value)

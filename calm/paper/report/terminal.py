@@ -8,7 +8,7 @@ from rich import console as rich_console
 from rich import markup as rich_markup
 from rich import table as rich_table
 
-from calm.data.visible import visible
+from calm.calibrate.generations.shown import visible
 from calm.inference import colours
 from calm.paper.experiments import examples, suite
 from calm.paper.report import document, page

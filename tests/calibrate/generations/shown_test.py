@@ -2,7 +2,7 @@
 
 import pytest
 
-from calm.data.visible import visible
+from calm.calibrate.generations.shown import visible
 
 
 @pytest.mark.parametrize(
