@@ -15,6 +15,7 @@ Confident Adaptive Language Modeling: a T5 whose tokens leave the decoder as soo
 sure, with a promise about what that may cost.
 
   calm demo                                    all of it on the packed model, in minutes
+  calm fit       --model=... --train=rows.jsonl --output=mine     everything, from rows
   calm train     --gin_file=...                train the exits
   calm generate  --prompts=... --output=DIR    decode at every threshold of a grid
   calm calibrate DIR --tolerance=0.1           choose the threshold, with a guarantee
@@ -28,6 +29,7 @@ refused with their file and line, and none of them is executed. No network is us
 """
 
 COMMANDS = {
+  "fit": "a T5 and rows -> a folder that serves early exits under a promise",
   "train": "train a model with an exit at every decoder layer",
   "generate": "decode prompts at full depth and at every threshold, into a folder",
   "calibrate": "turn such a folder into a calibrated threshold (no JAX needed)",

@@ -2,11 +2,12 @@
 
 from calm.checkpoints import PACKED
 from calm.inference import colours, grid, outputs, until_certified
-from calm.inference.opening import UntrainedExits, load
+from calm.inference.opening import CALIBRATION, UntrainedExits, load
 from calm.inference.options import DecodeOptions, options_of
 from calm.inference.predictor import Predictor
 
 __all__ = [
+  "CALIBRATION",
   "PACKED",
   "DecodeOptions",
   "Predictor",

@@ -75,7 +75,8 @@ def load(
   if calibration is None:
     own = directory / CALIBRATION
     given = bool(options) or dtype is not None
-    return _under_its_own(predictor, own, given) if own.exists() else predictor
+    kept = own.exists() and not void_guarantee
+    return _under_its_own(predictor, own, given) if kept else predictor
   if not void_guarantee:
     return predictor.under(calibration)
   return dataclasses.replace(predictor, threshold=calibration.threshold)

@@ -1,0 +1,135 @@
+"""From a T5 and a file of rows to a folder that serves early exits under a promise.
+
+Splits the rows by group, trains the exits, chooses measure, layers and grid by measured
+seconds, certifies a threshold on rows that nothing was chosen on, and looks at the last part
+once. Where no threshold is both certified and faster, the folder serves full depth. A run that
+was stopped goes on with the same command.
+
+  calm fit --model=flan-t5-small/ --train=rows.jsonl --tolerance=0.1 --output=mine
+  calm fit --model=packed --train=rows.jsonl --stages=none --output=mine
+  calm fit --model=flan-t5-small/ --train=rows.jsonl --consistency=risk --metric=token_f1 \\
+      --budget=30m --output=mine
+  echo "a long text" | calm infer --model=mine --prompts=-
+"""
+
+import argparse
+import contextlib
+import shlex
+from collections.abc import Iterator
+
+from rich import console as rich_console
+from rich import progress as rich_progress
+
+from calm.commands import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Declares the command's options."""
+  parser.add_argument(
+    "--model", required=True, metavar="FOLDER", help="checkpoint, or 'packed'"
+  )
+  parser.add_argument(
+    "--train",
+    required=True,
+    metavar="FILE",
+    help="JSON Lines of {input, target, source}; rows that the model was not trained on, where"
+    " --stages=none",
+  )
+  parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+  rate = {"type": float, "metavar": "RATE"}
+  parser.add_argument("--tolerance", default=0.1, help="delta (default 0.1)", **rate)
+  parser.add_argument("--error_rate", default=0.05, help="epsilon (default 0.05)", **rate)
+  parser.add_argument(
+    "--stages",
+    default="both",
+    metavar="NAME",
+    help="what is trained: both (default), one (Eq. 6), two (the exit classifier), none (the"
+    " model's exits are trained)",
+  )
+  parser.add_argument(
+    "--consistency",
+    default="textual",
+    metavar="NAME",
+    help="textual (default): distance to the full model's text; risk: loss of quality against"
+    " the targets",
+  )
+  parser.add_argument(
+    "--metric",
+    default="rouge_l",
+    metavar="NAME",
+    help="rouge_l (default), token_f1, exact_match, chrf, or import.path:function",
+  )
+  parser.add_argument(
+    "--budget", metavar="TIME", help="time for training, like 30m (default: the recipe's steps)"
+  )
+  parser.add_argument("--prefix", metavar="TEXT", help="put before every input (default: own)")
+  parser.add_argument("--seed", type=int, default=0, metavar="N", help="of splits and training")
+  parser.add_argument(
+    "--batch_size",
+    type=int,
+    default=8,
+    metavar="N",
+    help="prompts decoded together (default 8)",
+  )
+
+
+@common.user_errors
+def run(arguments: argparse.Namespace) -> int:
+  """Fits, and prints what was found and what to run next."""
+  common.use_compilation_cache()
+  from calm import fitting
+
+  console = rich_console.Console(highlight=False)
+  names = (
+    "tolerance",
+    "error_rate",
+    "stages",
+    "consistency",
+    "metric",
+    "prefix",
+    "seed",
+    "batch_size",
+  )
+  options = {name: getattr(arguments, name) for name in names}
+  if arguments.budget is not None:
+    options["budget"] = fitting.parse_budget(arguments.budget)
+  with _listener(console) as listener:
+    served = fitting.fit(
+      arguments.model, arguments.train, output=arguments.output, listener=listener, **options
+    )
+  assert served.calibration is not None
+  console.print(served.calibration.guarantee)
+  console.print(f"Summary: {arguments.output}/summary.md and summary.html")
+  console.print("Next, with prompts on standard input:", soft_wrap=True)
+  # A command that works as it stands.
+  print(f"calm infer --model={shlex.quote(arguments.output)} --prompts=-", flush=True)
+  return 0
+
+
+@contextlib.contextmanager
+def _listener(console: rich_console.Console) -> Iterator:
+  """A bar for the step at work, with the time that is left; sentences stay above it."""
+  from calm import fitting
+
+  columns = (
+    rich_progress.TextColumn("{task.description}"),
+    rich_progress.BarColumn(),
+    rich_progress.TaskProgressColumn(),
+    rich_progress.TimeElapsedColumn(),
+    rich_progress.TextColumn("left"),
+    rich_progress.TimeRemainingColumn(),
+  )
+  with rich_progress.Progress(*columns, console=console, transient=True) as bar:
+    task = bar.add_task("", total=1.0, visible=False)
+
+    def step(title: str):
+      bar.reset(task, total=1.0, description=title, visible=True)
+      if not console.is_terminal:
+        console.print(title)
+
+      def progress(share: float, text: str) -> None:
+        bar.update(task, completed=share, description=f"{title} · {text}")
+
+      return progress
+
+    yield fitting.Listener(say=lambda text: console.print(text, soft_wrap=True), step=step)

@@ -1,0 +1,9 @@
+"""From a T5 and a file of rows to a folder that serves early exits under a promise.
+
+model = fit("flan-t5-small", "rows.jsonl", tolerance=0.1, output="mine")
+"""
+
+from calm.fitting.options import FitOptions, parse_budget
+from calm.fitting.run import Listener, fit
+
+__all__ = ["FitOptions", "Listener", "fit", "parse_budget"]

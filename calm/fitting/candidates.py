@@ -1,0 +1,177 @@
+"""Ways to leave the decoder: measure, layers and schedule, ranked before any is decoded."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from calm import inference
+from calm.exits import confidence, schedules
+from calm.fitting import probe as probe_lib
+from calm.t5 import costs as costs_lib
+
+# The paper's tau of Eq. 5 (its Fig. 4 takes 4 for the tasks with long texts).
+TEMPERATURE = 4.0
+# Layers that sets are made of, in deep decoders: a few evenly spread ones.
+_MOST_LAYERS = 7
+_NUM_QUANTILES = 48
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """One way to leave.
+
+  Attributes:
+    measure: name of the confidence measure.
+    exit_layers: layers after which a token may leave, 1-based.
+    temperature: tau of a decaying threshold (Eq. 5); None: constant.
+  """
+
+  measure: str
+  exit_layers: tuple[int, ...]
+  temperature: float | None = None
+
+  def options(self, max_decode_length: int) -> dict[str, Any]:
+    """As fields of `DecodeOptions`."""
+    schedule: schedules.Schedule = schedules.Constant()
+    if self.temperature is not None:
+      schedule = schedules.Decaying(self.temperature, max_decode_length)
+    return {"measure": self.measure, "exit_layers": self.exit_layers, "schedule": schedule}
+
+  def __str__(self) -> str:
+    layers = ",".join(map(str, self.exit_layers))
+    decays = "" if self.temperature is None else f", decaying with tau {self.temperature:g}"
+    return f"{self.measure} after layers {layers}{decays}"
+
+
+def measures(predictor: inference.Predictor) -> tuple[str, ...]:
+  """The measures that a model has: the classifier where it is trained, and so on."""
+  classifier = predictor.params["decoder"].get("exit_classifier")
+  trained = classifier is not None and bool(np.any(np.asarray(classifier["kernel"])))
+  has = {"shortlist": bool(predictor.options.shortlist), "classifier": trained}
+  return tuple(name for name in confidence.MEASURES if has.get(name, True))
+
+
+def layer_sets(num_layers: int) -> tuple[tuple[int, ...], ...]:
+  """Sets of layers worth a look: all, from one on, one alone, and pairs."""
+  spread = np.linspace(1, num_layers - 1, min(_MOST_LAYERS, num_layers - 1))
+  layers = sorted({round(float(layer)) for layer in spread})
+  sets = [tuple(range(first, num_layers)) for first in layers]
+  sets += [tuple(layers[start:]) for start in range(len(layers))]
+  sets += [(layer,) for layer in layers]
+  sets += list(itertools.combinations(layers, 2))
+  return tuple(dict.fromkeys(sets))
+
+
+def simulate(
+  probe: probe_lib.Probe, candidate: Candidate, thresholds: np.ndarray, max_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Exit layers, and texts' loss, at every threshold, if states were not propagated.
+
+  Returns:
+    (exit_layers [num_thresholds, num_tokens], loss [num_thresholds]): the loss is the mean over
+    texts of the share of tokens that another word would stand for.
+  """
+  layers = np.array([*candidate.exit_layers, probe.num_layers])
+  name = "softmax" if candidate.measure == "shortlist" else candidate.measure
+  sure = probe.confidences[name][:, layers - 1].copy()
+  sure[:, -1] = np.inf
+  levels = thresholds[:, None]
+  if candidate.temperature is not None:
+    decay = np.exp(-candidate.temperature * probe.positions / max_length)
+    levels = np.clip(0.9 * levels + 0.1 * decay[None], 0.0, 1.0)
+  choice = np.argmax(sure[None] >= levels[..., None], axis=-1)
+  wrong = ~np.take_along_axis(probe.agrees[:, layers - 1], choice.T, axis=1).T
+  lengths = np.bincount(probe.rows)
+  sums = np.stack([np.bincount(probe.rows, row, len(lengths)) for row in wrong.astype(float)])
+  real = lengths > 0
+  return layers[choice], (sums[:, real] / lengths[real]).mean(axis=1)
+
+
+def possible_thresholds(probe: probe_lib.Probe, candidate: Candidate) -> np.ndarray:
+  """Thresholds between which tokens change their layer: quantiles of what is measured."""
+  name = "softmax" if candidate.measure == "shortlist" else candidate.measure
+  layers = np.array(candidate.exit_layers)
+  values = np.sort(probe.confidences[name][:, layers - 1].ravel())
+  quantiles = np.quantile(values, np.linspace(1.0, 0.0, _NUM_QUANTILES + 2)[1:-1])
+  levels = np.unique(np.round(quantiles, 6))[::-1]
+  return levels[(levels > 0.0) & (levels <= 1.0)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranked:
+  """A candidate's forecast at the lowest threshold within the tolerance.
+
+  Attributes:
+    candidate: the way to leave.
+    bytes: moved a token, over full depth's.
+    layers: decoder layers a token.
+  """
+
+  candidate: Candidate
+  bytes: float
+  layers: float
+
+
+def rank(
+  predictor: inference.Predictor, probe: probe_lib.Probe, tolerance: float, input_length: int
+) -> list[Ranked]:
+  """All candidates, the cheapest first."""
+  length = predictor.options.max_decode_length
+  found = []
+  for measure in measures(predictor):
+    for layers in layer_sets(probe.num_layers):
+      for temperature in (None, TEMPERATURE):
+        candidate = Candidate(measure, layers, temperature)
+        levels = possible_thresholds(probe, candidate)
+        if not len(levels):  # the measure is 0 there, as the state's is after layer 1
+          continue
+        depth, loss = simulate(probe, candidate, levels, length)
+        within = np.flatnonzero(loss <= tolerance)
+        exit_layers = depth[within[-1]] if len(within) else np.full(1, probe.num_layers)
+        moved = _bytes(predictor, candidate, exit_layers, input_length)
+        found.append(Ranked(candidate, moved, float(exit_layers.mean())))
+  return sorted(found, key=lambda entry: entry.bytes)
+
+
+def _bytes(
+  predictor, candidate: Candidate, exit_layers: np.ndarray, input_length: int
+) -> float:
+  options = predictor.with_options(
+    **candidate.options(predictor.options.max_decode_length)
+  ).options
+  costs = costs_lib.decoding_costs(
+    predictor.config,
+    input_length=input_length,
+    cache_length=options.max_decode_length,
+    rule=options.rule,
+    num_pieces=predictor.vocabulary.vocab_size,
+    shortlist=len(options.shortlist or ()),
+  )
+  counts = np.bincount(exit_layers, minlength=costs.num_layers + 1)
+  moved = sum(
+    costs.early(int(layer)).bytes * int(counts[layer]) for layer in np.flatnonzero(counts)
+  )
+  return float(moved / (costs.full.bytes * counts.sum()))
+
+
+def finalists(ranked: Sequence[Ranked], most: int) -> list[Candidate]:
+  """What is decoded and timed: the best of every measure, then the best of all others."""
+  chosen: list[Candidate] = []
+  for entry in ranked:
+    if all(entry.candidate.measure != other.measure for other in chosen):
+      chosen.append(entry.candidate)
+  for entry in ranked:
+    same = [c for c in chosen if c.measure == entry.candidate.measure]
+    layers = {c.exit_layers for c in same}
+    if len(chosen) >= most:
+      break
+    if len(same) < 3 and entry.candidate.exit_layers not in layers:
+      chosen.append(entry.candidate)
+  # The other schedule of what ranks first: texts are short or long, seconds will tell.
+  first = ranked[0].candidate
+  other = TEMPERATURE if first.temperature is None else None
+  chosen.append(dataclasses.replace(first, temperature=other))
+  return list(dict.fromkeys(chosen))

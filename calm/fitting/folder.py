@@ -1,0 +1,170 @@
+"""The folder that a fit writes: a model that serves itself, and the story of how it was made.
+
+config.json, params.safetensors, vocabulary.*   the model
+inference.json      prefix, lengths, measure, layers, schedule and grid
+calibration.json    the promise, or that full depth is served and why
+summary.md, .html   the numbers, the curve, texts coloured by exit layer
+splits/             which row went where
+fit/                training runs, gin files, generations and results: a stopped run goes on
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import calm
+from calm import checkpoints, inference
+from calm.calibrate import Calibration, Provenance, Support
+from calm.calibrate import thresholds as thresholds_lib
+from calm.calibrate.generations import files
+from calm.calibrate.losses import sequence_losses
+from calm.fitting import summary
+from calm.fitting.options import FitOptions
+from calm.fitting.result import Result
+from calm.fitting.seconds import Seconds
+from calm.inference import options as options_lib
+from calm.paper.bench import results
+
+_REQUEST = "request.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+  """An output folder at work.
+
+  Attributes:
+    path: what is served in the end.
+    work: what only a later run of the same request reads.
+    cache: results of finished steps.
+  """
+
+  path: pathlib.Path
+  work: pathlib.Path
+  cache: results.Cache
+
+  @classmethod
+  def open(cls, path: pathlib.Path, request: Mapping[str, Any]) -> "Folder":
+    """Makes the folder, or goes on in it.
+
+    Raises:
+      ValueError: it holds the fit of another request (names the difference), or other things.
+      OSError: it cannot be written.
+    """
+    work = path / "fit"
+    there = work / _REQUEST
+    request = json.loads(json.dumps(results.to_json(request)))
+    if there.is_file():
+      _check_same(json.loads(there.read_text("utf-8")), request, path)
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+      what = "has other files in it" if path.is_dir() else "is a file"
+      raise ValueError(
+        f"Expected `output` to be a new folder, or one that a fit has begun. Got {str(path)!r},"
+        f" which {what}; choose another name."
+      )
+    else:
+      try:
+        work.mkdir(parents=True, exist_ok=True)
+      except OSError as error:
+        raise type(error)(
+          f"Expected `output` to be a folder that can be written. Got {str(path)!r}"
+          f" ({error.strerror}); choose another."
+        ) from error
+      files.write_atomically(there, json.dumps(request, indent=1) + "\n")
+    return cls(path, work, results.Cache(work / "results"))
+
+  def write(
+    self,
+    predictor: inference.Predictor,
+    result: Result,
+    calibration: Calibration,
+    options: FitOptions,
+  ) -> None:
+    """Writes the model, its defaults, its promise, and the summary."""
+    checkpoints.save(
+      self.path, predictor.params, predictor.config, vocabulary=predictor.vocabulary
+    )
+    stored = json.dumps(options_lib.to_stored(predictor.options), indent=1)
+    files.write_atomically(self.path / "inference.json", stored + "\n")
+    calibration.save(self.path / inference.CALIBRATION)
+    whole = {"calm": calm.__version__, "options": dataclasses.asdict(options)}
+    text = json.dumps({**whole, **results.to_json(result)}, indent=1, ensure_ascii=False)
+    files.write_atomically(self.work / "result.json", text + "\n")
+    for name, page in summary.pages(result, options, str(self.path)).items():
+      files.write_atomically(self.path / name, page)
+
+
+def _check_same(there: Any, request: Any, path: pathlib.Path) -> None:
+  before = there.get("options", {})
+  differing = [
+    f"`{name}` ({before.get(name)!r} there, {value!r} now)"
+    for name, value in request["options"].items()
+    if before.get(name) != value
+  ]
+  if there.get("model") != request["model"]:
+    differing.append("the model's parameters")
+  if there.get("rows") != request["rows"]:
+    differing.append("the rows")
+  if differing:
+    raise ValueError(
+      f"Expected `output` to be a new folder, or one of the same fit. Got {str(path)!r}, whose"
+      f" fit had other options: {', '.join(differing)}; choose another folder, or give the same"
+      " again."
+    )
+
+
+def served(
+  calibration: Calibration | None,
+  predictor: inference.Predictor,
+  options: FitOptions,
+  reason: str,
+  measured: Seconds | None,
+) -> Calibration:
+  """The calibration that goes into the folder, with what was measured noted in it.
+
+  Args:
+    calibration: of the calibration part; None where nothing was worth certifying.
+    predictor: the model as it is served.
+    options: what the fit is asked for.
+    reason: why full depth is served; '' where the certified threshold is.
+    measured: seconds on the last part.
+  """
+  if calibration is None:
+    calibration = _nothing_tested(predictor, options)
+  if reason:
+    never = thresholds_lib.NEVER_EXIT
+    calibration = dataclasses.replace(calibration, threshold=never, reason=_sentence(reason))
+  if measured is None:
+    return calibration
+  notes = {**(calibration.provenance.notes or {}), "seconds": results.to_json(measured)}
+  provenance = dataclasses.replace(calibration.provenance, notes=notes)
+  return dataclasses.replace(calibration, provenance=provenance)
+
+
+def _sentence(text: str) -> str:
+  return text[:1].upper() + text[1:]
+
+
+def _nothing_tested(predictor: inference.Predictor, options: FitOptions) -> Calibration:
+  metric, kind = options.metric, options.kind
+  support: Support = sequence_losses.kind_support(kind, metric)
+  return Calibration(
+    threshold=thresholds_lib.NEVER_EXIT,
+    reason="",
+    tolerance=options.tolerance,
+    error_rate=options.error_rate,
+    method="none",
+    testing="none",
+    kind=kind,
+    metric=metric,
+    support=support,
+    num_examples=0,
+    clusters=False,
+    rows=(),
+    visited=(),
+    order="irrelevant",
+    seed="",
+    procedure=predictor.procedure,
+    provenance=Provenance(metric=metric),
+  )

@@ -1,0 +1,108 @@
+"""The last part: seconds, risk and quality, looked at once, after everything is decided."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from calm import exits, inference
+from calm.calibrate import Prompt, Record, generations
+from calm.calibrate.losses import metrics, sequence_losses
+from calm.fitting import result as result_lib
+from calm.fitting.options import FitOptions
+from calm.paper.bench import decode, scores
+
+Progress = Callable[[float, str], None]
+EXAMPLES = 6
+_NORMAL = 1.96
+
+
+def mean(values: np.ndarray) -> result_lib.Mean:
+  """Mean and 95 % interval of values, one a prompt."""
+  spread = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
+  margin = _NORMAL * spread / len(values) ** 0.5
+  return result_lib.Mean(float(values.mean()), margin, len(values))
+
+
+def quality(
+  records: Sequence[Record], prompts: Sequence[Prompt], metric: str
+) -> result_lib.Mean | None:
+  """Mean metric against references; None where a prompt has none."""
+  if not all(prompt.targets for prompt in prompts):
+    return None
+  references = [prompt.targets for prompt in prompts]
+  return mean(scores.similarities(records, references, metric))
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+  """The last part decoded."""
+
+  last: result_lib.LastLook
+  examples: tuple[result_lib.Example, ...]
+
+
+def look(
+  predictor: inference.Predictor,
+  original: inference.Predictor | None,
+  prompts: Sequence[Prompt],
+  options: FitOptions,
+  threshold: float,
+  progress: Progress,
+) -> Look:
+  """Decodes the last part at full depth and under the threshold.
+
+  Args:
+    predictor: the model that is served, under its options.
+    original: the model before training; None where nothing was trained.
+    prompts: the last part.
+    options: what the fit is asked for.
+    threshold: served; `NEVER_EXIT` for full depth.
+    progress: told of the share done.
+  """
+  static = exits.StaticExit()
+  predictor = decode.one_shape(predictor)
+  full = decode.with_rule(predictor, prompts, static)
+  progress(0.3, "full depth decoded")
+  early = full
+  if np.isfinite(threshold):
+    early = decode.with_rule(predictor, prompts, threshold=threshold)
+  progress(0.6, "exits decoded")
+  before = (
+    full if original is None else decode.with_rule(decode.one_shape(original), prompts, static)
+  )
+  exit_quality = quality(early, prompts, options.metric) if np.isfinite(threshold) else None
+  found = result_lib.LastLook(
+    quality_original=quality(before, prompts, options.metric),
+    quality_full=quality(full, prompts, options.metric),
+    quality_early=exit_quality,
+    risk=risk(prompts, full, early, options) if np.isfinite(threshold) else None,
+    layers=scores.mean_layers(early),
+  )
+  shown = [_example(predictor, *row) for row in zip(prompts, full, early, strict=True)]
+  return Look(found, tuple(shown[:EXAMPLES]))
+
+
+def risk(prompts, full, early, options: FitOptions) -> result_lib.Mean:
+  """The controlled loss on these prompts."""
+  pair = generations.Generations(
+    tuple(prompts), np.array([0.5]), (tuple(early),), tuple(full)
+  )  # one column: the threshold is only its name
+  metric = metrics.get_metric(options.metric)
+  return mean(sequence_losses.prefix_losses(pair, options.kind, metric=metric)[0])
+
+
+def _example(predictor, prompt: Prompt, full: Record, early: Record) -> result_lib.Example:
+  tokens = early.tokens or ()
+  return result_lib.Example(
+    prompt=prompt.input,
+    reference=prompt.targets[0] if prompt.targets else "",
+    full=full.prediction,
+    text=early.prediction,
+    pieces=tuple(
+      "⏎" if token == predictor.eos_id else predictor.vocabulary.piece(token)
+      for token in tokens
+    ),
+    exit_layers=early.exit_layers or (),
+    confidences=early.confidences or (),
+  )

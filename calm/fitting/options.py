@@ -1,0 +1,83 @@
+"""What a fit is asked for."""
+
+import dataclasses
+import re
+
+from calm.calibrate.losses import metrics
+from calm.inference import certified
+
+STAGES = ("both", "none", "one", "two")
+
+
+@dataclasses.dataclass(frozen=True)
+class FitOptions:
+  """A fit's question; with the rows and the model it names everything that comes out.
+
+  Attributes:
+    tolerance: delta, in (0, 1).
+    error_rate: epsilon, in (0, 1).
+    stages: what is trained: 'both', 'one' (Eq. 6 over the layers), 'two' (the exit classifier,
+      everything else frozen) or 'none' (a model whose exits are trained).
+    consistency: 'textual' (distance to the full model's text) or 'risk' (loss of quality
+      against the rows' targets).
+    metric: name or import path of the text metric.
+    prefix: text put before every input; None takes the model's own.
+    budget: seconds that training may take; None trains as many steps as the recipe has.
+    seed: of splits, training and draws.
+    batch_size: prompts decoded together where nothing is timed.
+  """
+
+  tolerance: float = 0.1
+  error_rate: float = 0.05
+  stages: str = "both"
+  consistency: str = "textual"
+  metric: str = "rouge_l"
+  prefix: str | None = None
+  budget: float | None = None
+  seed: int = 0
+  batch_size: int = 8
+
+  def __post_init__(self):
+    for name in ("tolerance", "error_rate"):
+      if not 0.0 < getattr(self, name) < 1.0:
+        raise ValueError(f"Expected `{name}` in (0, 1). Got {getattr(self, name)}.")
+    if self.stages not in STAGES:
+      raise ValueError(
+        f"Expected `stages` to be one of {', '.join(STAGES)}. Got {self.stages!r}."
+      )
+    if self.budget is not None and not self.budget > 0:
+      raise ValueError(f"Expected `budget` above 0 seconds. Got {self.budget}.")
+    certified.kind_of(self.consistency)
+    metrics.get_metric(self.metric)
+
+  @property
+  def kind(self) -> str:
+    """The loss that is controlled."""
+    return certified.kind_of(self.consistency)
+
+  @property
+  def trains(self) -> tuple[str, ...]:
+    """The stages to train, in order."""
+    return {"both": ("one", "two"), "none": ()}.get(self.stages, (self.stages,))
+
+  @property
+  def needs_targets(self) -> bool:
+    """Whether rows without references are of no use."""
+    return bool(self.trains) or self.consistency != "textual"
+
+
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def parse_budget(text: str) -> float:
+  """Seconds of '90s', '30m', '1.5h', '1h30m'.
+
+  Raises:
+    ValueError: the text is no time.
+  """
+  parts = re.findall(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip().lower())
+  seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+  rest = re.sub(r"(\d+(?:\.\d+)?)\s*([smh]?)|\s", "", text.strip().lower())
+  if rest or not seconds > 0:
+    raise ValueError(f"Expected `budget` to be a time like 90s, 30m or 1h30m. Got {text!r}.")
+  return seconds

@@ -1,0 +1,144 @@
+"""What a fit found, as a record of numbers that are written, shown and read again."""
+
+import dataclasses
+
+from calm.calibrate import thresholds as thresholds_lib
+from calm.fitting.choose import Choice
+from calm.fitting.seconds import Seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+  """A mean over prompts with the half-width of its 95 % interval (normal)."""
+
+  value: float
+  margin: float
+  count: int
+
+  def __str__(self) -> str:
+    return f"{self.value:.3f} ± {self.margin:.3f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class LastLook:
+  """The last part, which nothing was chosen or certified on.
+
+  Attributes:
+    quality_original: metric against references, the model as it was given, at full depth.
+    quality_full: the trained model at full depth; the same where nothing was trained.
+    quality_early: under the calibrated threshold; None where full depth is served.
+    risk: the controlled loss, whose mean is promised; None likewise.
+    layers: decoder layers a token under the calibrated threshold.
+  """
+
+  quality_original: Mean | None
+  quality_full: Mean | None
+  quality_early: Mean | None
+  risk: Mean | None
+  layers: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """One threshold of the calibration part.
+
+  Attributes:
+    threshold: lambda.
+    layers: decoder layers a token.
+    risk: mean loss.
+    bound: upper bound of the expected loss, for this threshold alone.
+    certified: whether the test passed it.
+    count: prompts.
+  """
+
+  threshold: float
+  layers: float
+  risk: float
+  bound: float
+  certified: bool
+  count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """One prompt of the last part, shown."""
+
+  prompt: str
+  reference: str
+  full: str
+  text: str
+  pieces: tuple[str, ...]
+  exit_layers: tuple[int, ...]
+  confidences: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """One training stage.
+
+  Attributes:
+    name: 'one' or 'two'.
+    steps: updates made.
+    seconds: wall-clock of this run.
+    losses: (step, validation loss) of every validation.
+    note: what more time would buy.
+  """
+
+  name: str
+  steps: int
+  seconds: float
+  losses: tuple[tuple[int, float], ...]
+  note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """A fit.
+
+  Attributes:
+    model: where the model came from.
+    sizes: rows of every part, in words.
+    num_layers: decoder layers.
+    trained: the stages.
+    choice: what the validation part said.
+    threshold: served; `NEVER_EXIT` where full depth is.
+    reason: why full depth is served; '' where it is not.
+    guarantee: the promise in words.
+    certified_threshold: the lowest certified, also where it is not served.
+    curve: the thresholds that were tested.
+    seconds: on the last part; None where nothing was certified.
+    last: the last look.
+    examples: some of its prompts.
+  """
+
+  model: str
+  sizes: str
+  num_layers: int
+  trained: tuple[Trained, ...]
+  choice: Choice
+  threshold: float
+  reason: str
+  guarantee: str
+  certified_threshold: float
+  curve: tuple[Point, ...]
+  seconds: Seconds | None
+  last: LastLook
+  examples: tuple[Example, ...]
+
+  @property
+  def serves_exits(self) -> bool:
+    """Whether calibrated exits are served, and not full depth."""
+    return self.threshold != thresholds_lib.NEVER_EXIT
+
+  def headline(self, tolerance: float) -> str:
+    """The result in one sentence."""
+    if not self.serves_exits:
+      return f"Full depth is served: {self.reason}"
+    assert self.seconds is not None and self.last.risk is not None
+    batch = self.seconds.batched
+    more = "" if batch is None else f" (x{batch.speedup:.2f} in batches of {batch.batch_size})"
+    return (
+      f"Decodes x{self.seconds.single.speedup:.2f} as fast as full depth{more}, at"
+      f" {self.last.layers:.2f} of {self.num_layers} layers a token; measured risk"
+      f" {self.last.risk} on {self.last.risk.count} prompts where {tolerance:g} is promised."
+    )

@@ -1,0 +1,284 @@
+"""Rows and a model -> a folder that serves early exits under a promise."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from calm import inference
+from calm.calibrate import Calibration, Prompt
+from calm.calibrate import thresholds as thresholds_lib
+from calm.calibrate.losses import sequence_losses
+from calm.data import datasets
+from calm.fitting import choose as choose_lib
+from calm.fitting import folder as folder_lib
+from calm.fitting import last as last_lib
+from calm.fitting import lengths, seconds, summary
+from calm.fitting import splits as splits_lib
+from calm.fitting.options import FitOptions
+from calm.fitting.result import Point, Result, Trained
+from calm.inference import certified
+from calm.paper.bench import decode, results
+
+STEPS = ("train", "choose", "certify", "look", "write")
+
+
+@dataclasses.dataclass(frozen=True)
+class Listener:
+  """What a fit tells the outside world.
+
+  Attributes:
+    say: a sentence worth keeping.
+    step: (title) -> progress, which is told the share done and what is being done.
+    train: (stage, steps) -> the listener of `training.fit`; None tells nothing.
+  """
+
+  say: Callable[[str], None] = lambda text: None
+  step: Callable[[str], Callable[[float, str], None]] = lambda title: lambda share, text: None
+  train: Callable[[str], Any] | None = None
+
+
+def fit(
+  model: str | pathlib.Path,
+  train: str | pathlib.Path | Sequence[Prompt],
+  *,
+  output: str | pathlib.Path,
+  tolerance: float = 0.1,
+  listener: Listener | None = None,
+  **options: Any,
+) -> inference.Predictor:
+  """Trains exits, chooses how to leave, certifies a threshold, and writes one folder.
+
+  The rows are split by group; nothing is chosen on the prompts that certify, and the last part
+  is looked at once, in the end. A run that was stopped goes on when it is called again.
+
+  Args:
+    model: a checkpoint folder of any known format, or 'packed'.
+    train: rows of {input, target, source}: a JSON Lines file, or `Prompt`s.
+    output: the folder to write; a run of the same request in it goes on.
+    tolerance: delta, in (0, 1).
+    listener: told of progress.
+    **options: fields of `FitOptions`.
+
+  Returns:
+    The model in `output`, under its promise; its full-depth program where no threshold is both
+    certified and faster.
+
+  Raises:
+    ValueError: rows or options that cannot do (before any work), or an `output` of another
+      request.
+    OSError: `output` cannot be written.
+  """
+  wishes = FitOptions(tolerance=tolerance, **options)
+  return Fit.open(model, train, pathlib.Path(output), wishes, listener or Listener()).run()
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """One fit at work; see `fit`."""
+
+  source: inference.Predictor
+  model: str
+  splits: splits_lib.Splits
+  folder: folder_lib.Folder
+  options: FitOptions
+  listener: Listener
+
+  @classmethod
+  def open(
+    cls,
+    model: str | pathlib.Path,
+    train: str | pathlib.Path | Sequence[Prompt],
+    output: pathlib.Path,
+    options: FitOptions,
+    listener: Listener,
+  ) -> "Fit":
+    """Everything that may be wrong is found here, before any work."""
+    rows = read_rows(train, options)
+    support = sequence_losses.kind_support(options.kind, options.metric)
+    splits = splits_lib.split(
+      rows,
+      trains=bool(options.trains),
+      tolerance=options.tolerance,
+      error_rate=options.error_rate,
+      lower=support.lower,
+      seed=options.seed,
+    )
+    source = inference.load(model, void_guarantee=True)
+    fitted = lengths.of_rows(source, rows, options.prefix)
+    source = source.with_options(batch_size=options.batch_size, **fitted)
+    request = {
+      "model": source.parameters_digest,
+      "rows": results.prompts_digest(rows),
+      "options": dataclasses.asdict(options),
+    }
+    folder = folder_lib.Folder.open(output, request)
+    splits_lib.write(output / "splits", splits)
+    return cls(source, str(model), splits, folder, options, listener)
+
+  def run(self) -> inference.Predictor:
+    """All steps; those that an earlier run finished are taken from its folder."""
+    self.listener.say(f"Rows: {self.splits}. Written to {self.folder.path / 'splits'}.")
+    predictor, trained = self._train()
+    choice = self._choose(predictor)
+    if choice.best is not None:
+      predictor = predictor.with_options(
+        **choice.best.candidate.options(predictor.options.max_decode_length), grid=choice.grid
+      )
+    calibration, curve = self._certify(predictor, choice)
+    result, served = self._look(predictor, trained, choice, calibration)
+    result = dataclasses.replace(result, curve=curve)
+    self.folder.write(predictor, result, served, self.options)
+    self.listener.say(result.headline(self.options.tolerance))
+    return inference.load(self.folder.path)
+
+  def _train(self) -> tuple[inference.Predictor, tuple[Trained, ...]]:
+    if self.options.trains:
+      raise NotImplementedError("training the stages comes with the next change")
+    return self.source, ()
+
+  def _choose(self, predictor: inference.Predictor) -> choose_lib.Choice:
+    progress = self.listener.step("Choose measure, layers and grid")
+    choice = self.folder.cache.get(
+      choose_lib.Choice,
+      "choice",
+      {"model": predictor.parameters_digest},
+      lambda: choose_lib.choose(
+        predictor,
+        self.splits.validation,
+        self.options,
+        len(self.splits.calibration),
+        self.folder.work / "validation",
+        progress,
+      ),
+    )
+    for line in summary.tried_lines(choice):
+      self.listener.say(line)
+    return choice
+
+  def _certify(
+    self, predictor, choice: choose_lib.Choice
+  ) -> tuple[Calibration | None, tuple[Point, ...]]:
+    """The calibration of the chosen way to leave, and its curve; None where there is none."""
+    if choice.best is None:
+      return None, ()
+    progress = self.listener.step("Certify the threshold")
+    count = len(choice.grid) + 1
+
+    def advance(threshold: float, number: int, batches: int) -> None:
+      done = 0 if threshold == thresholds_lib.NEVER_EXIT else choice.grid.index(threshold) + 1
+      shown = thresholds_lib.format_threshold(threshold)
+      share = (number * count + done + 1) / (batches * count)
+      progress(share, f"batch {number + 1} of {batches}, threshold {shown}")
+
+    calibration, cached = certified.certify(
+      # One compiled program for all lengths; rows do not depend on their padding.
+      decode.one_shape(predictor.with_options(batch_size=2 * self.options.batch_size)),
+      self.splits.calibration,
+      tolerance=self.options.tolerance,
+      error_rate=self.options.error_rate,
+      consistency=self.options.consistency,
+      metric=self.options.metric,
+      folder=self.folder.work / "calibration",
+      progress=advance,
+    )
+    depths = choose_lib.mean_depths(cached)
+    return calibration, tuple(
+      Point(row.threshold, depth, row.mean, row.upper_bound, row.rejected, row.num_examples)
+      for row, depth in zip(calibration.rows, depths, strict=True)
+    )
+
+  def _look(self, predictor, trained, choice, calibration: Calibration | None):
+    """(the result, the calibration that is served)."""
+    progress = self.listener.step("Look at the last part")
+    certified_threshold = (
+      thresholds_lib.NEVER_EXIT if calibration is None else calibration.threshold
+    )
+    prompts, measured = self.splits.last, None
+    if np.isfinite(certified_threshold):
+      measured = self.folder.cache.get(
+        seconds.Seconds,
+        "seconds",
+        {"procedure": predictor.procedure.to_json(), "threshold": certified_threshold},
+        lambda: seconds.measure(
+          predictor, prompts, certified_threshold, lambda s, t: progress(0.6 * s, t)
+        ),
+      )
+    reason = why_full_depth(choice, calibration, measured)
+    threshold = thresholds_lib.NEVER_EXIT if reason else certified_threshold
+    look = last_lib.look(
+      predictor,
+      self.source if trained else None,
+      prompts,
+      self.options,
+      threshold,
+      lambda s, t: progress(0.6 + 0.4 * s, t),
+    )
+    served = folder_lib.served(calibration, predictor, self.options, reason, measured)
+    result = Result(
+      model=self.model,
+      sizes=str(self.splits),
+      num_layers=predictor.num_layers,
+      trained=trained,
+      choice=choice,
+      threshold=threshold,
+      reason=reason,
+      guarantee=served.guarantee,
+      certified_threshold=certified_threshold,
+      curve=(),
+      seconds=measured,
+      last=look.last,
+      examples=look.examples,
+    )
+    return result, served
+
+
+def why_full_depth(
+  choice: choose_lib.Choice, calibration: Calibration | None, measured: seconds.Seconds | None
+) -> str:
+  """Why exits are not served; '' where a threshold is both certified and faster."""
+  if choice.best is None:
+    best = max((t.speedup for t in choice.tried if np.isfinite(t.speedup)), default=None)
+    if best is None:
+      return "no measure stays within the tolerance on the validation part at any threshold."
+    return (
+      "no way to leave that stays within the tolerance was faster on the validation part (the"
+      f" best decoded x{best:.2f} as fast)."
+    )
+  if calibration is None or not calibration.certified:
+    return "no threshold is certified. " + ("" if calibration is None else calibration.reason)
+  if measured is not None and measured.slower:
+    return (
+      f"threshold {calibration.threshold:g} is certified but was not faster on the last part"
+      f" ({measured.slower}, medians of rounds in turn)."
+    )
+  return ""
+
+
+def read_rows(
+  train: str | pathlib.Path | Sequence[Prompt], options: FitOptions
+) -> tuple[Prompt, ...]:
+  """Rows of a file, or those given, checked.
+
+  Raises:
+    ValueError: rows without references where they are needed, or ids that occur twice.
+  """
+  if isinstance(train, str | pathlib.Path):
+    examples = datasets.read_examples(train, require_target=options.needs_targets)
+    return tuple(Prompt(e.id, e.input, e.targets, e.source) for e in examples)
+  rows = tuple(train)
+  bare = [row.id for row in rows if not row.targets]
+  if bare and options.needs_targets:
+    raise ValueError(
+      f"Expected `train` to be rows with references (`targets`). Got {len(bare)} of {len(rows)}"
+      f" without, first {bare[:3]}; give them, or take stages='none' with textual consistency."
+    )
+  ids = [row.id for row in rows]
+  if len(set(ids)) < len(ids):
+    raise ValueError(
+      f"Expected `train` to be rows with ids of their own. Got {len(ids) - len(set(ids))} ids"
+      " twice; number them."
+    )
+  return rows

@@ -1,0 +1,215 @@
+"""A fit from rows to a folder that serves itself, on a toy of bytes; and what is refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib", reason="matplotlib (the `report` extra) is not installed")
+
+from calm import exits, fitting, inference
+from calm.calibrate import Calibration, Prompt
+from calm.calibrate import thresholds as thresholds_lib
+from calm.fitting import candidates, choose, folder, last, run, seconds
+from tests.inference import predictor_test
+
+WORDS = ["a few words", "another text", "say it", "the fourth", "b"]
+ROWS = [
+  Prompt(f"r{i}", f"{WORDS[i % 5]} {i}", (f"{WORDS[i % 3]}",), f"g{i}") for i in range(45)
+]
+LEAVES = candidates.Candidate("softmax", (1,))
+OPTIONS = {"tolerance": 0.5, "stages": "none", "batch_size": 4, "metric": "chrf"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  return predictor_test.save(tmp_path_factory.mktemp("model") / "toy")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_rounds():
+  """Seconds are looked at for their form here, not for their size."""
+  patch = pytest.MonkeyPatch()
+  patch.setattr(choose, "TIMED", 2)
+  patch.setattr(choose, "ROUNDS", 1)
+  patch.setattr(choose, "FINALISTS", 1)
+  patch.setattr(candidates, "measures", lambda predictor: ("softmax",))
+  patch.setattr(seconds, "PROMPTS", 2)
+  patch.setattr(seconds, "ROUNDS", 1)
+  yield
+  patch.undo()
+
+
+@pytest.fixture(scope="module")
+def always_faster():
+  """Whatever was measured, exits are taken to be faster: a toy's seconds are noise."""
+  patch = pytest.MonkeyPatch()
+  measured, timed = seconds.measure, choose._timed
+
+  def measure(*arguments):
+    found = measured(*arguments)
+    return dataclasses.replace(
+      found, single=dataclasses.replace(found.single, speedup=1.5), batched=None
+    )
+
+  def faster(*arguments):
+    tried, full = timed(*arguments)
+    return [
+      dataclasses.replace(entry, speedup=1.5 if np.isfinite(entry.threshold) else np.nan)
+      for entry in tried
+    ], full
+
+  patch.setattr(seconds, "measure", measure)
+  patch.setattr(choose, "_timed", faster)
+  yield patch
+  patch.undo()
+
+
+@pytest.fixture(scope="module")
+def made(model, always_faster, tmp_path_factory):
+  output = tmp_path_factory.mktemp("fit") / "mine"
+  said = []
+  served = fitting.fit(
+    model, ROWS, output=output, listener=fitting.Listener(say=said.append), **OPTIONS
+  )
+  return output, served, said
+
+
+def test_the_folder_serves_itself_under_its_promise(made, model):
+  output, served, said = made
+  opened = inference.load(output)
+  calibration = Calibration.load(output / "calibration.json")
+  assert opened.calibration == calibration == served.calibration
+  assert calibration.procedure == opened.procedure and calibration.certified
+  assert opened.options.grid == tuple(row.threshold for row in calibration.rows)
+  assert opened.parameters_digest == inference.load(model).parameters_digest
+  outputs = opened.generate(["a few words"])
+  assert outputs.threshold == calibration.threshold
+  assert outputs.guarantee == calibration.guarantee
+  assert calibration.provenance.notes["seconds"]["single"]["speedup"] == 1.5
+  assert any("(chosen)" in line for line in said) and "Rows: train 0" in said[0]
+
+
+def test_the_summary_says_what_was_found(made):
+  output, served, _ = made
+  markdown = (output / "summary.md").read_text("utf-8")
+  page = (output / "summary.html").read_text("utf-8")
+  for text in (markdown, page):
+    assert "Decodes x1.50 as fast as full depth" in text
+    assert f"calm infer --model={output}" in text
+    assert "(chosen)" in markdown and "With probability at least 0.95" in text
+  assert (
+    "<svg" in page
+    and "layer 1 of 3" in page
+    and "http" not in page.replace("http://www.w3.org", "")
+  )
+  result = json.loads((output / "fit" / "result.json").read_text("utf-8"))
+  assert result["last"]["risk"]["count"] == 11
+  assert result["threshold"] == served.threshold
+
+
+def test_a_stopped_fit_goes_on_and_another_request_is_refused(
+  made, model, always_faster, monkeypatch
+):
+  output, served, _ = made
+  with pytest.raises(ValueError, match=r"`tolerance` \(0\.5 there, 0\.6 now\)"):
+    fitting.fit(model, ROWS, output=output, **{**OPTIONS, "tolerance": 0.6})
+  with pytest.raises(ValueError, match="the rows"):
+    fitting.fit(model, ROWS[:-1], output=output, **OPTIONS)
+  monkeypatch.setattr(choose, "choose", None)  # what is done is not done again
+  monkeypatch.setattr(seconds, "measure", None)
+  again = fitting.fit(model, ROWS, output=output, **OPTIONS)
+  assert again.calibration == served.calibration
+
+
+def test_full_depth_is_served_where_exits_are_not_faster(
+  made, model, always_faster, monkeypatch
+):
+  output, served, _ = made
+  slow = seconds.Pair(1, 2, 1.0, 1.2, 0.83, 0.9)
+  predictor = served.with_options()
+  choice = choose.Choice((), None, (), 1.0, 20, 2)
+  assert "no measure stays within" in run.why_full_depth(choice, None, None)
+  tried = choose.Tried(LEAVES, (0.5,), (0.1,), (1.0,), 0.5, 1.0, 0.9)
+  slower = dataclasses.replace(choice, tried=(tried,))
+  assert "x0.90" in run.why_full_depth(slower, None, None)
+  chosen = dataclasses.replace(slower, chosen=0)
+  measured = seconds.Seconds(slow, None)
+  reason = run.why_full_depth(chosen, served.calibration, measured)
+  assert "certified but was not faster" in reason and "x0.83" in reason
+  wishes = fitting.FitOptions(**OPTIONS)
+  stored = folder.served(served.calibration, predictor, wishes, reason, measured)
+  assert stored.threshold == thresholds_lib.NEVER_EXIT
+  assert (
+    "although a threshold is certified" in stored.guarantee and reason[1:] in stored.guarantee
+  )
+  # It is served without further options, and as the full-depth program.
+  full = predictor.under(stored)
+  texts = ["a few words", "say it"]
+  got, static = full.generate(texts), predictor.generate(texts, rule=exits.StaticExit())
+  assert got.texts == static.texts and got.mean_layers == full.num_layers
+  nothing = folder.served(None, predictor, wishes, "no measure does.", None)
+  nothing.save(output.parent / "never.json")
+  assert Calibration.load(output.parent / "never.json") == nothing
+  assert "No measure does." in nothing.guarantee
+
+
+@pytest.mark.parametrize(
+  ("changed", "words"),
+  [
+    ({"stages": "both!"}, "`stages`"),
+    ({"tolerance": 0.0}, "`tolerance`"),
+    ({"consistency": "text"}, "`consistency`"),
+    ({"metric": "rogue"}, "`metric`"),
+    ({"budget": 0.0}, "`budget`"),
+  ],
+)
+def test_options_without_meaning_are_named_before_any_work(model, tmp_path, changed, words):
+  with pytest.raises(ValueError, match=words):
+    fitting.fit(model, ROWS, output=tmp_path / "out", **{**OPTIONS, **changed})
+  assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_cannot_do_are_named_before_any_work(model, tmp_path):
+  fit = lambda rows, **more: fitting.fit(
+    model, rows, output=tmp_path / "out", **{**OPTIONS, **more}
+  )
+  with pytest.raises(ValueError, match=r"at least 35 rows .*Got 1;"):
+    fit(ROWS[:1])
+  with pytest.raises(ValueError, match=r"at least 59 rows .*29 to calibrate on"):
+    fit(ROWS, tolerance=0.1)
+  bare = [dataclasses.replace(row, targets=()) for row in ROWS]
+  with pytest.raises(ValueError, match=r"references .*45 of 45 without"):
+    fit(bare, consistency="risk")
+  with pytest.raises(ValueError, match="1 ids twice"):
+    fit([*ROWS, ROWS[0]])
+  file = tmp_path / "rows.jsonl"
+  file.write_text('{"input": "a"}\n')
+  with pytest.raises(ValueError, match="no field `target`"):
+    fit(file, stages="both")
+  assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_other_files_is_left_alone(model, tmp_path):
+  (tmp_path / "mine").mkdir()
+  (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+  (tmp_path / "file").write_text("")
+  for name in ("mine", "file"):
+    with pytest.raises(ValueError, match="`output` to be a new folder"):
+      fitting.fit(model, ROWS, output=tmp_path / name, **OPTIONS)
+  assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_budgets_are_times():
+  read = [fitting.parse_budget(text) for text in ("90", "90s", "30m", "1.5h", "1h30m")]
+  assert read == [90, 90, 1800, 5400, 5400]
+  for text in ("", "soon", "-3m", "5 apples"):
+    with pytest.raises(ValueError, match="`budget`"):
+      fitting.parse_budget(text)
+
+
+def test_means_have_intervals():
+  found = last.mean(np.array([0.0, 1.0] * 50))
+  assert found.value == 0.5 and found.count == 100
+  assert found.margin == pytest.approx(1.96 * 0.5025 / 10, rel=1e-3)

@@ -1,0 +1,78 @@
+"""Rows into parts: by group, the same for the same seed, refused where they are too few."""
+
+import json
+
+import pytest
+
+from calm.calibrate import Prompt
+from calm.data import datasets
+from calm.fitting import splits
+
+RATES = {"tolerance": 0.5, "error_rate": 0.05}  # five prompts certify at least
+
+
+def rows(count, per_group=1):
+  return [
+    Prompt(f"r{i}", f"text {i}", (f"target {i}",), f"g{i // per_group}") for i in range(count)
+  ]
+
+
+def names(part):
+  return {row.group for row in part}
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_no_group_is_in_two_parts_and_those_that_measure_have_one_row_a_group(trains):
+  made = splits.split(rows(400, per_group=2), trains=trains, **RATES)
+  parts = [names(getattr(made, name)) for name in splits.PARTS]
+  assert sum(map(len, parts)) == len(set().union(*parts)) and made.num_groups == 200
+  for name in splits.PARTS[1:]:
+    part = getattr(made, name)
+    assert len(names(part)) == len(part) >= 5
+  assert len(made.train) == (2 * len(names(made.train)) if trains else 0)
+  assert bool(made.train) == trains
+  if trains:
+    assert set().union(*parts) == names(rows(400, per_group=2))
+
+
+def test_the_draw_is_the_seeds_and_not_the_order_of_the_file():
+  given = rows(120)
+  made = splits.split(given, trains=True, **RATES)
+  again = splits.split(given[::-1], trains=True, **RATES)
+  ids = lambda s: [{row.id for row in getattr(s, name)} for name in splits.PARTS]
+  assert ids(made) == ids(again)
+  assert made.calibration == again.calibration
+  assert ids(made) != ids(splits.split(given, trains=True, seed=1, **RATES))
+
+
+def test_rows_that_repeat_an_input_stay_in_one_part():
+  given = rows(100)
+  twins = [Prompt(f"t{i}", f"text  {i} ", ("other",), f"h{i}") for i in range(100)]
+  made = splits.split([*given, *twins], trains=True, **RATES)
+  assert made.num_repeats == 100 and made.num_groups == 100
+  texts = lambda part: {" ".join(row.input.split()) for row in part}
+  parts = [texts(getattr(made, name)) for name in splits.PARTS]
+  assert sum(map(len, parts)) == len(set().union(*parts)) == 100
+  assert "100 repeat another's input" in str(made)
+
+
+@pytest.mark.parametrize(("trains", "needed"), [(True, 70), (False, 35)])
+def test_too_few_rows_say_how_many_are_needed(trains, needed):
+  # 5 to calibrate, 20 to choose, 10 to look at; as many again to train.
+  with pytest.raises(ValueError, match=rf"at least {needed} rows .*Got {needed - 1}"):
+    splits.split(rows(needed - 1), trains=trains, **RATES)
+  made = splits.split(rows(needed), trains=trains, **RATES)
+  assert len(made.calibration) >= 5 and len(made.validation) == 20 and len(made.last) == 10
+  with pytest.raises(ValueError, match=r"29 to calibrate on.*Got 1;"):
+    splits.split(rows(1), trains=trains, tolerance=0.1, error_rate=0.05)
+
+
+def test_what_is_written_is_read_by_training(tmp_path):
+  made = splits.split(rows(80), trains=True, **RATES)
+  splits.write(tmp_path, made)
+  for name in splits.PARTS:
+    read = datasets.read_examples(tmp_path / f"{name}.jsonl")
+    got = [Prompt(e.id, e.input, e.targets, e.source) for e in read]
+    assert got == list(getattr(made, name))
+  line = json.loads((tmp_path / "last.jsonl").read_text().splitlines()[0])
+  assert set(line) == {"id", "source", "input", "target"}
