@@ -15,14 +15,12 @@ from calm.data import datasets
 from calm.fitting import choose as choose_lib
 from calm.fitting import folder as folder_lib
 from calm.fitting import last as last_lib
-from calm.fitting import lengths, seconds, summary
+from calm.fitting import lengths, seconds, stages, summary
 from calm.fitting import splits as splits_lib
 from calm.fitting.options import FitOptions
 from calm.fitting.result import Point, Result, Trained
 from calm.inference import certified
 from calm.paper.bench import decode, results
-
-STEPS = ("train", "choose", "certify", "look", "write")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +30,10 @@ class Listener:
   Attributes:
     say: a sentence worth keeping.
     step: (title) -> progress, which is told the share done and what is being done.
-    train: (stage, steps) -> the listener of `training.fit`; None tells nothing.
   """
 
   say: Callable[[str], None] = lambda text: None
   step: Callable[[str], Callable[[float, str], None]] = lambda title: lambda share, text: None
-  train: Callable[[str], Any] | None = None
 
 
 def fit(
@@ -72,7 +68,7 @@ def fit(
     OSError: `output` cannot be written.
   """
   wishes = FitOptions(tolerance=tolerance, **options)
-  return Fit.open(model, train, pathlib.Path(output), wishes, listener or Listener()).run()
+  return Fit.open(str(model), train, pathlib.Path(output), wishes, listener or Listener()).run()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +131,30 @@ class Fit:
     return inference.load(self.folder.path)
 
   def _train(self) -> tuple[inference.Predictor, tuple[Trained, ...]]:
-    if self.options.trains:
-      raise NotImplementedError("training the stages comes with the next change")
-    return self.source, ()
+    """The trained model under its limits, and what its stages did."""
+    predictor, initial, done = self.source, _directory(self.model), []
+    for name in self.options.trains:
+      stage = stages.Stage(
+        name=name,
+        initial=initial,
+        model=predictor,
+        splits=self.splits,
+        rows_folder=self.folder.path / "splits",
+        folder=self.folder.work / f"stage_{name}",
+        options=self.options,
+      )
+      progress = self.listener.step(f"Train stage {name}")
+      done.append(
+        self.folder.cache.get(
+          Trained,
+          f"stage_{name}",
+          {"initial": str(initial)},
+          lambda stage=stage, progress=progress: stage.train(progress, self.listener.say),
+        )
+      )
+      initial = stage.exported
+      predictor = inference.load(initial, batch_size=self.options.batch_size)
+    return predictor, tuple(done)
 
   def _choose(self, predictor: inference.Predictor) -> choose_lib.Choice:
     progress = self.listener.step("Choose measure, layers and grid")
@@ -233,6 +250,10 @@ class Fit:
       examples=look.examples,
     )
     return result, served
+
+
+def _directory(model: str) -> pathlib.Path:
+  return inference.PACKED if model == "packed" else pathlib.Path(model)
 
 
 def why_full_depth(

@@ -1,0 +1,241 @@
+"""Stage one (Eq. 6) and stage two (the exit classifier), as gin files that `calm train` runs.
+
+A stage's file is written before it begins and read by what trains, so that what is in the
+folder is what ran; a stage that was stopped goes on from its checkpoint.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jinja2
+import numpy as np
+
+from calm import inference, training
+from calm.calibrate.generations import files
+from calm.data import training_batches
+from calm.fitting import recipes
+from calm.fitting.options import FitOptions
+from calm.fitting.result import Trained
+from calm.fitting.splits import Splits
+from calm.t5 import network
+from calm.training import loop, objectives, run
+
+Progress = Callable[[float, str], None]
+OBJECTIVES = {"one": "LayerWeighted", "two": "ExitClassifier"}
+RECIPES = {"one": recipes.stage_one, "two": recipes.stage_two}
+# Shares of the budget, where both stages train.
+_SHARES = {"one": 0.8, "two": 0.2}
+_VALIDATIONS = 8
+_DENOISING_LENGTH, _LEAST_TEXT = 96, 16
+_PILOT_STEPS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One stage to train.
+
+  Attributes:
+    name: 'one' or 'two'.
+    initial: the checkpoint that it starts from.
+    model: the same, opened under its limits and prefix.
+    splits: rows.
+    rows_folder: where `splits.write` wrote them.
+    folder: of the run; the gin file lies beside it.
+    options: what the fit is asked for.
+  """
+
+  name: str
+  initial: pathlib.Path
+  model: inference.Predictor
+  splits: Splits
+  rows_folder: pathlib.Path
+  folder: pathlib.Path
+  options: FitOptions
+
+  @property
+  def gin_file(self) -> pathlib.Path:
+    return self.folder.with_suffix(".gin")
+
+  @property
+  def exported(self) -> pathlib.Path:
+    """The trained model."""
+    return self.folder / run.MODEL_FOLDER
+
+  def train(self, progress: Progress, say: Callable[[str], None]) -> Trained:
+    """Trains, or goes on; writes the gin file first where there is none yet."""
+    start = time.monotonic()
+    if not self.gin_file.exists():
+      files.write_atomically(self.gin_file, self._gin(progress, say))
+    seen: dict[str, int] = {"steps": 0, "of": 1}
+
+    def begun(step: int, num_steps: int) -> None:
+      seen.update(steps=step, of=num_steps)
+
+    def advance(step: int, scalars: dict[str, float]) -> None:
+      seen["steps"] = step
+      progress(step / seen["of"], f"step {step} of {seen['of']}, loss {scalars['loss']:.3f}")
+
+    _run_gin(self.gin_file, self.folder, loop.Listener(on_start=begun, on_step=advance))
+    history = json.loads((self.folder / "validation.json").read_text("utf-8"))
+    losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in history)
+    seconds = time.monotonic() - start
+    note = more_time(losses, seconds)
+    say(f"Stage {self.name}: {losses[-1][0]} steps. {note}")
+    return Trained(self.name, losses[-1][0], seconds, losses, note)
+
+  def _gin(self, progress: Progress, say: Callable[[str], None]) -> str:
+    """The gin file, with as many steps as the budget has room for."""
+    recipe = RECIPES[self.name](self.model.config, len(self.splits.train))
+    buckets = self._buckets()
+    num_steps = recipe.num_steps
+    if self.options.budget is not None:
+      share = _SHARES[self.name] if len(self.options.trains) > 1 else 1.0
+      progress(0.0, "timing a few steps")
+      compile_seconds, seconds = self._pilot(recipe, buckets)
+      room = share * self.options.budget - compile_seconds
+      num_steps = int(np.clip(room / seconds, 2, 10 * recipe.num_steps))
+      say(
+        f"Stage {self.name}: {seconds:.2f} s a step, {num_steps} steps in the budget (the"
+        f" recipe has {recipe.num_steps}:"
+        f" {_duration(recipe.num_steps * seconds + compile_seconds)})."
+      )
+    eval_every = max(1, -(-num_steps // _VALIDATIONS))
+    validation = len(self.splits.validation)
+    validation_batch = min(recipe.batch_size, validation)
+    sizes = dataclasses.asdict(self.model.config)
+    sizes |= {"dropout_rate": recipe.dropout_rate, "exit_classifier": True}
+    return (
+      _environment()
+      .get_template("stage.gin.j2")
+      .render(
+        name=self.name,
+        file=self.gin_file,
+        train=str((self.rows_folder / "train.jsonl").absolute()),
+        validation=str((self.rows_folder / "validation.jsonl").absolute()),
+        initial=str(self.initial.absolute()),
+        sizes=sizes | {"one_hot_embedding": False},
+        fresh=("exit_classifier",) if self.name == "two" else (),
+        objective=OBJECTIVES[self.name],
+        recipe=recipe,
+        num_steps=num_steps,
+        warmup_steps=min(recipe.warmup_steps, num_steps // 5),
+        seed=self.options.seed,
+        eval_every=eval_every,
+        log_every=max(1, min(10, eval_every)),
+        validation_batches=max(1, validation // validation_batch),
+        validation_batch=validation_batch,
+        prefix=self.model.options.task_prefix,
+        buckets=buckets,
+        denoises=self._denoises(recipe),
+        denoising_length=_DENOISING_LENGTH,
+      )
+    )
+
+  def _tokens(self) -> tuple[list[list[int]], list[list[int]]]:
+    encode, eos_id = self.model.vocabulary.encode, self.model.eos_id
+    prefix = self.model.options.task_prefix
+    rows = self.splits.train
+    inputs = [[*encode(prefix + row.input), eos_id] for row in rows]
+    return inputs, [[*encode(row.targets[0]), eos_id] for row in rows]
+
+  def _buckets(self) -> tuple[tuple[int, int], ...]:
+    inputs, targets = self._tokens()
+    options = self.model.options
+    limits = (options.max_input_length, options.max_decode_length)
+    return recipes.buckets([*map(len, inputs)], [*map(len, targets)], limits)
+
+  def _denoises(self, recipe: recipes.Recipe) -> bool:
+    """Whether span corruption has the sentinels and the texts that it needs."""
+    sentinels = getattr(self.model.vocabulary, "extra_ids", 0)
+    encode = self.model.vocabulary.encode
+    texts = {row.input for row in self.splits.train}
+    long = sum(len(encode(text)) >= _LEAST_TEXT for text in texts)
+    enough = long >= recipe.batch_size and sentinels >= _DENOISING_LENGTH * 0.15 / 3 + 1
+    return bool(recipe.denoising) and enough
+
+  def _pilot(self, recipe: recipes.Recipe, buckets) -> tuple[float, float]:
+    """(seconds to compile, seconds a step) of the training that is to come."""
+    inputs, targets = self._tokens()
+    source = training_batches.Supervised(
+      training_batches.Ragged(inputs),
+      training_batches.Ragged(targets),
+      tuple(training_batches.Bucket(*bucket) for bucket in buckets),
+      recipe.batch_size,
+      self.options.seed,
+    )
+    plan = source.epoch_plan(0)
+    config = training.TrainConfig(
+      num_steps=100,
+      schedule=training.Schedule(peak=0.0, warmup_steps=1),
+      optimizer=getattr(training, recipe.optimizer),
+    )
+    objective: Any = objectives.ExitClassifier()
+    if self.name == "one":
+      objective = objectives.LayerWeighted(sampled_layers=recipe.sampled_layers)
+    model = dataclasses.replace(
+      self.model.config, exit_classifier=True, dropout_rate=recipe.dropout_rate
+    )
+    _, params = run.starting_point(model, str(self.initial), 0)
+    step = loop.make_train_step(network.Transformer(model), config, objective, params)
+    state = loop.init_state(params, config, objective)
+    compiling = total = 0.0
+    for bucket in dict.fromkeys(bucket for _, bucket in plan):
+      index = next(i for i, (_, other) in enumerate(plan) if other == bucket)
+      batch, times = source.batch(index), []
+      for _ in range(1 + _PILOT_STEPS):
+        begin = time.perf_counter()
+        state, metrics = step(state, batch)
+        jax.block_until_ready(metrics)
+        times.append(time.perf_counter() - begin)
+      share = sum(other == bucket for _, other in plan) / len(plan)
+      compiling += times[0] - min(times[1:])
+      total += share * min(times[1:])
+    return compiling, total
+
+
+def _run_gin(file: pathlib.Path, output_dir: pathlib.Path, listener: loop.Listener) -> None:
+  import gin
+
+  gin.clear_config()
+  try:
+    gin.parse_config_files_and_bindings([str(file)], [])
+    gin.get_configurable(run.train)(listener=listener, output_dir=str(output_dir))
+  finally:
+    gin.clear_config()
+
+
+def more_time(losses: tuple[tuple[int, float], ...], seconds: float) -> str:
+  """What the validation loss did, and what as much time again would buy."""
+  first, last = losses[0], losses[-1]
+  best = min(losses, key=lambda entry: entry[1])
+  if len(losses) < 3:
+    return f"Validation loss {best[1]:.3f}."
+  text = f"Validation loss {first[1]:.3f} at step {first[0]}, best {best[1]:.3f} at {best[0]}"
+  middle = losses[len(losses) // 2]
+  gained = middle[1] - best[1]
+  if best[0] < last[0]:
+    return f"{text}; more steps would buy nothing."
+  return (
+    f"{text}; the second half of the steps bought {gained:.3f}: as much again"
+    f" ({_duration(seconds)}) would buy less than that."
+  )
+
+
+def _duration(seconds: float) -> str:
+  return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _environment() -> jinja2.Environment:
+  environment = jinja2.Environment(
+    loader=jinja2.PackageLoader("calm.fitting", "templates"),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+  )
+  environment.filters["gin"] = repr
+  return environment

@@ -1,0 +1,130 @@
+"""Stages as gin files that train, resume and scale to a budget; recipes by size."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
+
+from calm import checkpoints, fitting, inference
+from calm.calibrate import Prompt
+from calm.fitting import lengths, recipes, splits, stages
+from calm.t5 import network
+from tests.inference import predictor_test
+
+ROWS = [Prompt(f"r{i}", f"say {i % 7} {i}", (f"{i % 7}",), f"g{i}") for i in range(80)]
+
+
+@pytest.fixture(autouse=True)
+def promotion_of_optax():
+  with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
+@pytest.fixture(scope="module")
+def parts():
+  return splits.split(ROWS, trains=True, tolerance=0.5, error_rate=0.05)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+  return predictor_test.save(tmp_path_factory.mktemp("model") / "toy")
+
+
+@pytest.fixture
+def stage(directory, parts, tmp_path, monkeypatch):
+  """Few steps of few rows; the recipe's numbers are tested by themselves."""
+  monkeypatch.setattr(recipes, "batch_size", lambda rows: 4)
+  short = lambda recipe: lambda *given: dataclasses.replace(recipe(*given), num_steps=4)
+  monkeypatch.setattr(stages, "RECIPES", {k: short(v) for k, v in stages.RECIPES.items()})
+  splits.write(tmp_path / "splits", parts)
+  model = inference.load(directory)
+  model = model.with_options(**lengths.of_rows(model, ROWS, "p: "))
+  return lambda name, **options: stages.Stage(
+    name,
+    directory,
+    model,
+    parts,
+    tmp_path / "splits",
+    tmp_path / f"stage_{name}",
+    fitting.FitOptions(stages=name, **options),
+  )
+
+
+def test_both_stages_train_what_they_should_and_write_what_ran(stage, directory):
+  told, said = [], []
+  one = stage("one")
+  done = one.train(lambda share, text: told.append((share, text)), said.append)
+  assert done.steps == 4 and told[-1][0] == 1.0 and "step 4 of 4" in told[-1][1]
+  assert [step for step, _ in done.losses] == [1, 2, 3, 4]
+  text = one.gin_file.read_text()
+  for line in ("num_steps = 4", "prefix = 'p: '", "@objectives.LayerWeighted()"):
+    assert line in text
+  trained = inference.load(one.exported)
+  assert trained.options.task_prefix == "p: " and trained.options.shortlist
+  two = dataclasses.replace(stage("two"), initial=one.exported, model=trained)
+  two.train(lambda share, text: None, said.append)
+  first, second = (checkpoints.load(s.exported).params for s in (one, two))
+  differs = lambda path, leaf: bool(np.any(leaf != _at(first, path)))
+  changed = {
+    jax.tree_util.keystr(path)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(second)
+    if differs(path, leaf)
+  }
+  assert changed and all("exit_classifier" in path for path in changed)
+  before = checkpoints.load(directory).params["decoder"]["layers_0"]["mlp"]["wo"]["kernel"]
+  assert np.any(before != first["decoder"]["layers_0"]["mlp"]["wo"]["kernel"])
+  # A finished stage trains no step more, whatever the recipe says by now.
+  again = one.train(lambda share, text: None, said.append)
+  assert again.losses == done.losses
+
+
+def _at(tree, path):
+  for key in path:
+    tree = tree[key.key]
+  return tree
+
+
+def test_a_budget_sets_the_steps_and_says_what_the_recipe_would_take(stage):
+  said = []
+  made = stage("two", budget=3600.0)
+  text = made._gin(lambda share, text: None, said.append)
+  assert "num_steps = 40\n" in text  # at most ten times the recipe's
+  assert "the recipe has 4:" in said[0]
+  assert "num_steps = 2\n" in stage("two", budget=1e-3)._gin(lambda s, t: None, said.append)
+
+
+def test_recipes_by_size_are_the_papers_and_the_packed_models():
+  small = checkpoints.load(inference.PACKED).config
+  base = network.T5Config(
+    vocab_size=32128,
+    emb_dim=768,
+    num_heads=12,
+    mlp_dim=2048,
+    num_encoder_layers=12,
+    num_decoder_layers=12,
+    mlp_activations=("gelu", "linear"),
+  )
+  leaves = jax.tree.leaves(checkpoints.load(inference.PACKED).params)
+  assert recipes.num_parameters(small) == pytest.approx(sum(x.size for x in leaves), rel=0.01)
+  assert 2.4e8 < recipes.num_parameters(base) < 2.6e8
+  tuned = recipes.stage_one(base, 10_000)
+  assert (tuned.peak, tuned.final_fraction, tuned.dropout_rate) == (1e-3, 1.0, 0.1)
+  assert tuned.denoising == 0 and tuned.num_steps == 3 * 10_000 // 64
+  box = recipes.stage_one(small, 10_000)
+  assert box.peak == 1e-2 and box.dropout_rate == 0.05 and box.denoising == 1
+
+
+def test_buckets_ascend_to_the_limits():
+  made = recipes.buckets(range(1, 101), range(1, 21), (96, 24))
+  assert made == ((40, 24), (80, 24), (96, 24))
+  assert recipes.buckets([5] * 9, [3] * 9, (8, 8)) == ((8, 8),)
+
+
+def test_what_more_time_would_buy():
+  falling = tuple((i, 2.0 - 0.1 * i) for i in range(1, 9))
+  text = stages.more_time(falling, 600.0)
+  assert "1.900 at step 1" in text and "bought 0.300" in text and "(10 min)" in text
+  assert "buy nothing" in stages.more_time(((1, 2.0), (2, 1.0), (3, 1.5)), 60.0)
