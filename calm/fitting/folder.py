@@ -42,7 +42,7 @@ class Folder:
 
   path: pathlib.Path
   work: pathlib.Path
-  cache: results.Cache
+  cache: results.ResultCache
 
   @classmethod
   def open(cls, path: pathlib.Path, request: Mapping[str, Any]) -> "Folder":
@@ -72,7 +72,7 @@ class Folder:
           f" ({error.strerror}); choose another."
         ) from error
       files.write_atomically(there, json.dumps(request, indent=1) + "\n")
-    return cls(path, work, results.Cache(work / "results"))
+    return cls(path, work, results.ResultCache(work / "results"))
 
   def write(
     self,

@@ -15,8 +15,7 @@ import numpy as np
 from calm import inference
 from calm.calibrate import Record
 from calm.exits import confidence
-from calm.t5 import network
-from calm.training import objectives
+from calm.t5 import network, parameters
 
 _BATCH = 16
 _BUCKET = 8
@@ -112,11 +111,11 @@ def _reader(config: network.T5Config, measures: tuple[str, ...], num_pieces: int
     shifted = jnp.concatenate([jnp.zeros_like(targets[:, :1]), targets[:, :-1]], axis=1)
     states: Any = module.apply({"params": params}, inputs, shifted, targets, method=_states)
     hidden, normed = states
-    kernel = objectives.head_kernel(params, config)
+    heads = parameters.head_kernels(params, config)
     last = None
     columns = []
     for layer in range(config.num_decoder_layers - 1, -1, -1):
-      head = kernel[layer] if config.per_layer_heads else kernel
+      head = heads[layer] if config.per_layer_heads else heads[0]
       logits = (normed[layer].astype(jnp.float32) @ head)[..., :num_pieces]
       best = jnp.argmax(logits, axis=-1)
       last = best if last is None else last

@@ -181,8 +181,8 @@ class Stage:
       self.model.config, exit_classifier=True, dropout_rate=recipe.dropout_rate
     )
     _, params = run.starting_point(model, str(self.initial), 0)
-    step = loop.make_train_step(network.Transformer(model), config, objective, params)
-    state = loop.init_state(params, config, objective)
+    step = training.make_train_step(network.Transformer(model), config, objective, params)
+    state = training.init_state(params, config, objective)
     compiling = total = 0.0
     for bucket in dict.fromkeys(bucket for _, bucket in plan):
       index = next(i for i, (_, other) in enumerate(plan) if other == bucket)

@@ -1,6 +1,7 @@
 """Where batches come from: rows of files, texts to denoise, seqio tasks; the shortlist."""
 
 import collections
+import functools
 import pathlib
 from collections.abc import Sequence
 
@@ -66,6 +67,13 @@ def frequent_tokens(
       shares[token] += count / total  # pyright: ignore[reportArgumentType]
   # Ties by id, so that the same files give the same list.
   return tuple(sorted(shares, key=lambda token: (-shares[token], token))[:size])
+
+
+@functools.lru_cache(maxsize=1)
+def stored_vocabulary(path: str) -> checkpoints.Vocabulary | None:
+  """The vocabulary in the folder of a checkpoint, or of a run that exported one."""
+  exported = pathlib.Path(path) / "model"
+  return checkpoints.load(exported if exported.is_dir() else path).vocabulary
 
 
 def denoising(
