@@ -26,6 +26,8 @@ _NAMES = {
   "data": "calm.data",
   "decode": "calm.decode",
   "exits": "calm.exits",
+  "fit": "calm.fitting:fit",
+  "fitting": "calm.fitting",
   "inference": "calm.inference",
   "load": "calm.inference:load",
   "t5": "calm.t5",
@@ -40,11 +42,13 @@ if TYPE_CHECKING:
   from calm import data as data
   from calm import decode as decode
   from calm import exits as exits
+  from calm import fitting as fitting
   from calm import inference as inference
   from calm import t5 as t5
   from calm import training as training
   from calm.calibrate import NEVER_EXIT as NEVER_EXIT
   from calm.calibrate import Calibration as Calibration
+  from calm.fitting import fit as fit
   from calm.inference import DecodeOptions as DecodeOptions
   from calm.inference import Predictor as Predictor
   from calm.inference import load as load
