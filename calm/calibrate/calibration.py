@@ -253,10 +253,9 @@ def describe(calibration: Calibration) -> str:
       if calibration.kind in _KINDS
       else "nothing is promised of its loss."
     )
-    tested = any(row.rejected for row in calibration.rows)  # and left for another reason
     return (
-      f"{'A' if tested else 'No'} threshold is certified, {'but' if tested else 'so'} the full"
-      f" model is used ({thresholds_lib.NEVER_EXIT_TEXT}); {full} {calibration.reason}"
+      "No threshold is certified, so the full model is used"
+      f" ({thresholds_lib.NEVER_EXIT_TEXT}); {full} {calibration.reason}"
     )
   loss = _KINDS.get(calibration.kind, "loss").format(metric=calibration.metric)
   promise = calibration.promise

@@ -97,8 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
     served = fitting.fit(
       arguments.model, arguments.train, output=arguments.output, listener=listener, **options
     )
-  assert served.calibration is not None
-  console.print(served.calibration.guarantee)
+  if served.calibration is not None:
+    console.print(served.calibration.guarantee)
   console.print(f"Summary: {arguments.output}/summary.md and summary.html")
   console.print("Next, with prompts on standard input:", soft_wrap=True)
   # A command that works as it stands.

@@ -84,7 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
   """Decodes the prompts."""
   start = time.monotonic()
   own = pathlib.Path(arguments.model) / "calibration.json"
-  if arguments.calibration is None and arguments.threshold is None and not own.is_file():
+  serves_itself = own.is_file() or own.with_name("full_depth.json").is_file()
+  if arguments.calibration is None and arguments.threshold is None and not serves_itself:
     raise ValueError(
       "Expected `--calibration` or `--threshold`. Got neither, and no calibration.json in the"
       " folder of `--model`; make one with `calm fit`, or with `calm generate` and `calm"

@@ -16,10 +16,8 @@ from typing import Any
 
 import calm
 from calm import checkpoints, inference
-from calm.calibrate import Calibration, Provenance, Support
-from calm.calibrate import thresholds as thresholds_lib
+from calm.calibrate import Calibration
 from calm.calibrate.generations import files
-from calm.calibrate.losses import sequence_losses
 from calm.fitting import summary
 from calm.fitting.options import FitOptions
 from calm.fitting.result import Result
@@ -78,7 +76,7 @@ class Folder:
     self,
     predictor: inference.Predictor,
     result: Result,
-    calibration: Calibration,
+    calibration: Calibration | None,
     options: FitOptions,
   ) -> None:
     """Writes the model, its defaults, its promise, and the summary."""
@@ -87,7 +85,11 @@ class Folder:
     )
     stored = json.dumps(options_lib.to_stored(predictor.options), indent=1)
     files.write_atomically(self.path / "inference.json", stored + "\n")
-    calibration.save(self.path / inference.CALIBRATION)
+    if calibration is not None:
+      calibration.save(self.path / inference.CALIBRATION)
+    else:
+      text = json.dumps({"reason": result.reason}, indent=1, ensure_ascii=False)
+      files.write_atomically(self.path / inference.FULL_DEPTH, text + "\n")
     whole = {"calm": calm.__version__, "options": dataclasses.asdict(options)}
     text = json.dumps({**whole, **results.to_json(result)}, indent=1, ensure_ascii=False)
     files.write_atomically(self.work / "result.json", text + "\n")
@@ -115,56 +117,20 @@ def _check_same(there: Any, request: Any, path: pathlib.Path) -> None:
 
 
 def served(
-  calibration: Calibration | None,
-  predictor: inference.Predictor,
-  options: FitOptions,
-  reason: str,
-  measured: Seconds | None,
-) -> Calibration:
+  calibration: Calibration | None, reason: str, measured: Seconds | None
+) -> Calibration | None:
   """The calibration that goes into the folder, with what was measured noted in it.
 
   Args:
     calibration: of the calibration part; None where nothing was worth certifying.
-    predictor: the model as it is served.
-    options: what the fit is asked for.
     reason: why full depth is served; '' where the certified threshold is.
     measured: seconds on the last part.
+
+  Returns:
+    None where full depth is served.
   """
-  if calibration is None:
-    calibration = _nothing_tested(predictor, options)
-  if reason:
-    never = thresholds_lib.NEVER_EXIT
-    calibration = dataclasses.replace(calibration, threshold=never, reason=_sentence(reason))
-  if measured is None:
-    return calibration
+  if calibration is None or reason:
+    return None
   notes = {**(calibration.provenance.notes or {}), "seconds": results.to_json(measured)}
   provenance = dataclasses.replace(calibration.provenance, notes=notes)
   return dataclasses.replace(calibration, provenance=provenance)
-
-
-def _sentence(text: str) -> str:
-  return text[:1].upper() + text[1:]
-
-
-def _nothing_tested(predictor: inference.Predictor, options: FitOptions) -> Calibration:
-  metric, kind = options.metric, options.kind
-  support: Support = sequence_losses.kind_support(kind, metric)
-  return Calibration(
-    threshold=thresholds_lib.NEVER_EXIT,
-    reason="",
-    tolerance=options.tolerance,
-    error_rate=options.error_rate,
-    method="none",
-    testing="none",
-    kind=kind,
-    metric=metric,
-    support=support,
-    num_examples=0,
-    clusters=False,
-    rows=(),
-    visited=(),
-    order="irrelevant",
-    seed="",
-    procedure=predictor.procedure,
-    provenance=Provenance(metric=metric),
-  )

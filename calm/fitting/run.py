@@ -233,7 +233,7 @@ class Fit:
       threshold,
       lambda s, t: progress(0.6 + 0.4 * s, t),
     )
-    served = folder_lib.served(calibration, predictor, self.options, reason, measured)
+    served = folder_lib.served(calibration, reason, measured)
     result = Result(
       model=self.model,
       sizes=str(self.splits),
@@ -242,7 +242,7 @@ class Fit:
       choice=choice,
       threshold=threshold,
       reason=reason,
-      guarantee=served.guarantee,
+      guarantee="" if served is None else served.guarantee,
       certified_threshold=certified_threshold,
       curve=(),
       seconds=measured,

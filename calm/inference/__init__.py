@@ -2,12 +2,13 @@
 
 from calm.checkpoints import PACKED
 from calm.inference import colours, grid, outputs, until_certified
-from calm.inference.opening import CALIBRATION, UntrainedExits, load
+from calm.inference.opening import CALIBRATION, FULL_DEPTH, UntrainedExits, load
 from calm.inference.options import DecodeOptions, options_of
 from calm.inference.predictor import Predictor
 
 __all__ = [
   "CALIBRATION",
+  "FULL_DEPTH",
   "PACKED",
   "DecodeOptions",
   "Predictor",

@@ -6,13 +6,15 @@ import warnings
 from typing import Any
 
 from calm import checkpoints
-from calm.calibrate import Calibration
+from calm.calibrate import NEVER_EXIT, Calibration
 from calm.calibrate.generations.procedures import describe_differences
 from calm.inference.options import DecodeOptions, change, options_of, stored_options
 from calm.inference.predictor import Predictor
 
 # What a folder with a promise holds beside the model.
 CALIBRATION = "calibration.json"
+# Or this, where full depth is what it should be served with.
+FULL_DEPTH = "full_depth.json"
 
 
 class UntrainedExits(UserWarning):
@@ -76,6 +78,8 @@ def load(
     own = directory / CALIBRATION
     given = bool(options) or dtype is not None
     kept = own.exists() and not void_guarantee
+    if (directory / FULL_DEPTH).exists() and not kept:
+      return dataclasses.replace(predictor, threshold=NEVER_EXIT)
     return _under_its_own(predictor, own, given) if kept else predictor
   if not void_guarantee:
     return predictor.under(calibration)

@@ -12,6 +12,8 @@ from calm import exits, fitting, inference
 from calm.calibrate import Calibration, Prompt
 from calm.calibrate import thresholds as thresholds_lib
 from calm.fitting import candidates, choose, folder, last, run, seconds
+from calm.fitting import result as result_lib
+from calm.paper.bench import results
 from tests.inference import predictor_test
 
 WORDS = ["a few words", "another text", "say it", "the fourth", "b"]
@@ -138,21 +140,26 @@ def test_full_depth_is_served_where_exits_are_not_faster(
   measured = seconds.Seconds(slow, None)
   reason = run.why_full_depth(chosen, served.calibration, measured)
   assert "certified but was not faster" in reason and "x0.83" in reason
-  wishes = fitting.FitOptions(**OPTIONS)
-  stored = folder.served(served.calibration, predictor, wishes, reason, measured)
-  assert stored.threshold == thresholds_lib.NEVER_EXIT
-  assert (
-    "although a threshold is certified" in stored.guarantee and reason[1:] in stored.guarantee
-  )
+  assert folder.served(served.calibration, reason, measured) is None
   # It is served without further options, and as the full-depth program.
-  full = predictor.under(stored)
+  whole = folder.Folder(output.parent / "whole", output.parent / "whole" / "fit", None)
+  whole.work.mkdir(parents=True)
+  result = dataclasses.replace(
+    _result(output), reason=reason, threshold=thresholds_lib.NEVER_EXIT
+  )
+  whole.write(predictor, result, None, fitting.FitOptions(**OPTIONS))
+  full = inference.load(whole.path)
   texts = ["a few words", "say it"]
   got, static = full.generate(texts), predictor.generate(texts, rule=exits.StaticExit())
   assert got.texts == static.texts and got.mean_layers == full.num_layers
-  nothing = folder.served(None, predictor, wishes, "no measure does.", None)
-  nothing.save(output.parent / "never.json")
-  assert Calibration.load(output.parent / "never.json") == nothing
-  assert "No measure does." in nothing.guarantee
+  assert "Full depth is served: threshold" in (whole.path / "summary.md").read_text("utf-8")
+
+
+def _result(output):
+  """The result that a fit wrote, read again."""
+  stored = json.loads((output / "fit" / "result.json").read_text("utf-8"))
+  fields = {field.name for field in dataclasses.fields(result_lib.Result)}
+  return results.from_json(result_lib.Result, {k: v for k, v in stored.items() if k in fields})
 
 
 @pytest.mark.parametrize(
