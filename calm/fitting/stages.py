@@ -23,7 +23,7 @@ from calm.fitting.options import FitOptions
 from calm.fitting.result import Trained
 from calm.fitting.splits import Splits
 from calm.t5 import network
-from calm.training import loop, objectives, run
+from calm.training import objectives, run
 
 Progress = Callable[[float, str], None]
 OBJECTIVES = {"one": "LayerWeighted", "two": "ExitClassifier"}
@@ -80,7 +80,7 @@ class Stage:
       seen["steps"] = step
       progress(step / seen["of"], f"step {step} of {seen['of']}, loss {scalars['loss']:.3f}")
 
-    _run_gin(self.gin_file, self.folder, loop.Listener(on_start=begun, on_step=advance))
+    _run_gin(self.gin_file, self.folder, training.Listener(on_start=begun, on_step=advance))
     history = json.loads((self.folder / "validation.json").read_text("utf-8"))
     losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in history)
     seconds = time.monotonic() - start
@@ -198,7 +198,7 @@ class Stage:
     return compiling, total
 
 
-def _run_gin(file: pathlib.Path, output_dir: pathlib.Path, listener: loop.Listener) -> None:
+def _run_gin(file: pathlib.Path, output_dir: pathlib.Path, listener: training.Listener) -> None:
   import gin
 
   gin.clear_config()
