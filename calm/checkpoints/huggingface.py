@@ -344,7 +344,8 @@ def _check_config(theirs: Mapping[str, Any]) -> None:
       )
   for field in ("pad_token_id", "decoder_start_token_id"):
     value, rows = theirs.get(field), theirs.get("vocab_size", 0)
-    if value is not None and not (isinstance(value, int) and 0 <= value < max(rows, 1)):
+    rows = rows if type(rows) is int else 2**31  # which is refused below
+    if value is not None and not (type(value) is int and 0 <= value < max(rows, 1)):
       raise ValueError(
         f"Expected `{field}` in config.json to be one of the {rows} rows of the embedding. Got"
         f" {value!r}; save the model again."

@@ -218,7 +218,9 @@ def read_prompts(path: str | pathlib.Path) -> tuple[Prompt, ...]:
       raise line.error(f"the id {prompt.id!r} occurs twice; ids must be unique.")
     prompts[prompt.id] = prompt
   if not prompts:
-    raise GenerationsError(f"{path}: expected a line for every prompt, got none.")
+    raise GenerationsError(
+      f"{path}: expected a line for every prompt, got none: there is no prompt in it."
+    )
   return tuple(prompts.values())
 
 
