@@ -1,8 +1,8 @@
 """Malformed and forged input, generated: every field of every file that is read, exchanged.
 
 A table of documents, each with the function that reads it; a generator of exchanges. What comes
-back is an error that says what was expected where, or the value as it was given; never a
-traceback of another kind, never a wait, never another value.
+back is an error that says what was expected where, or a value; never a traceback of another
+kind, never a wait. Whether an accepted value is the right one, the readers' own tests ask.
 """
 
 import collections
