@@ -38,6 +38,10 @@ class Method:
   def __call__(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
     return self._compiled(instance, args, kwargs)(*args, **kwargs)
 
+  def lower(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
+    """As `jax.jit(...).lower`, for who reads the compiled program."""
+    return self._compiled(instance, args, kwargs).lower(*args, **kwargs)
+
   def _compiled(self, instance: Any, args: Any, kwargs: Any) -> Any:
     shapes = tuple(getattr(leaf, "shape", ()) for leaf in jax.tree.leaves((args, kwargs)))
     key = (self._function.__qualname__, instance, shapes)

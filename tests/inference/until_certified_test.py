@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -104,6 +105,9 @@ def test_a_run_that_was_killed_goes_on_without_decoding_again(model, tmp_path, c
   (tmp_path / "part").mkdir()
   for file in (tmp_path / "whole").iterdir():
     (tmp_path / "part" / file.name).write_bytes(file.read_bytes())
+  # A run that did not end has no checksums yet.
+  manifest = tmp_path / "part" / generations.MANIFEST
+  manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "checksums": {}}))
   path = tmp_path / "part" / generations.threshold_file(0.9)
   path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:-2]) + b'{"id": "p')
   calls.clear()

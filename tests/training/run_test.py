@@ -118,7 +118,7 @@ def test_stage_two_starts_from_the_run_of_stage_one(stage_one, files, tmp_path):
 @pytest.mark.tf
 def test_scalars_reach_tensorboard(files, tmp_path):
   pytest.importorskip("tensorflow")
-  monitor = train.Monitor(tmp_path, tensorboard=True)
+  monitor = train.Progress(tmp_path, tensorboard=True)
   with monitor:
     monitor.listener.on_start(0, 3)
     monitor.listener.on_step(3, {"loss": 2.0, "target_tokens": 5.0, "accuracy/layer_1": 0.5})
