@@ -31,7 +31,7 @@ from calm.calibrate import NEVER_EXIT, Calibration, Prompt, thresholds
 from calm.calibrate.generations.shown import visible
 from calm.commands import common, model_flags, monitoring, results, showing
 from calm.data import prompt_batches
-from calm.inference import colours
+from calm.inference import colours, costs
 
 # Prompts go to the model so many batches at a time, fewer where that takes too long.
 FIRST_BATCHES, MOST_BATCHES, MOST_BATCHES_REFILLED, CHUNK_SECONDS = 4, 16, 64, 10.0
@@ -218,7 +218,7 @@ class _Work:
     self._layers += sum(sum(output.exit_layers) for output in outputs)
     self._timing += outputs.timing
     rule = self._predictor.served_rule(self._threshold)
-    self._costs += self._predictor.costs(outputs, rule)
+    self._costs += costs.totals(self._predictor, outputs, rule)
     self._guarantee = outputs.guarantee
     for warning in caught:
       if isinstance(warning.message, prompt_batches.CutPrompts):

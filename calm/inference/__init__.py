@@ -1,10 +1,20 @@
 """A model that decodes under a threshold: one prompt, a grid, or until the outcome is clear."""
 
 from calm.checkpoints import PACKED
-from calm.inference import certified, colours, grid, options, outputs, until_certified
+from calm.inference import (
+  certified,
+  colours,
+  costs,
+  grid,
+  options,
+  outputs,
+  procedures,
+  until_certified,
+)
 from calm.inference.opening import CALIBRATION, FULL_DEPTH, UntrainedExits, load
-from calm.inference.options import DecodeOptions, options_of
+from calm.inference.options import DecodeOptions
 from calm.inference.predictor import Predictor
+from calm.inference.procedures import options_of
 
 __all__ = [
   "CALIBRATION",
@@ -15,10 +25,12 @@ __all__ = [
   "UntrainedExits",
   "certified",
   "colours",
+  "costs",
   "grid",
   "load",
   "options",
   "options_of",
   "outputs",
+  "procedures",
   "until_certified",
 ]

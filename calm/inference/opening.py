@@ -8,8 +8,9 @@ from typing import Any
 from calm import checkpoints
 from calm.calibrate import NEVER_EXIT, Calibration
 from calm.calibrate.generations.procedures import describe_differences
-from calm.inference.options import DecodeOptions, change, options_of, stored_options
+from calm.inference.options import DecodeOptions, change, stored_options
 from calm.inference.predictor import Predictor
+from calm.inference.procedures import options_of
 
 # What a folder with a promise holds beside the model.
 CALIBRATION = "calibration.json"

@@ -1,15 +1,11 @@
-"""How prompts are decoded: options, of one's own, of a procedure or beside a checkpoint."""
+"""How prompts are decoded: options, of one's own or from the file beside a checkpoint."""
 
 import dataclasses
 import functools
-import hashlib
 import pathlib
 from typing import Any
 
-import numpy as np
-
 from calm import exits
-from calm.calibrate import Procedure
 from calm.checkpoints import files
 from calm.decode import engines
 from calm.exits import confidence as confidence_lib
@@ -91,47 +87,6 @@ def change(options: DecodeOptions, **given: Any) -> DecodeOptions:
   if {"measure", *_OF_THE_MEASURE} & set(given):
     base["grid"] = None
   return dataclasses.replace(options, **{**base, **given})
-
-
-def options_of(procedure: Procedure, shortlist: tuple[int, ...] | None = None) -> DecodeOptions:
-  """The options under which a calibration's outputs were decoded.
-
-  Args:
-    procedure: what the calibration recorded.
-    shortlist: the checkpoint's list of likely tokens; the procedure says how many of them.
-  """
-  size = procedure.shortlist["size"] if procedure.shortlist else None
-  return DecodeOptions(
-    measure=procedure.measure,
-    schedule=schedules.schedule(**procedure.schedule),
-    exit_layers=procedure.exit_layers,
-    propagation=procedure.propagation,
-    shortlist=None if shortlist is None else shortlist[:size],
-    task_prefix=procedure.task_prefix,
-    max_input_length=procedure.max_input_length,
-    max_decode_length=procedure.max_decode_length,
-    batch_size=procedure.batch_bucket or DecodeOptions.batch_size,
-  )
-
-
-def shortlist_record(options: DecodeOptions) -> dict[str, Any]:
-  """The shortlist as a `Procedure` names it."""
-  ids = np.asarray(options.shortlist or (), np.int64)
-  return {"digest": hashlib.sha256(ids.tobytes()).hexdigest(), "size": len(ids)}
-
-
-# Fields of a network's configuration that decoding does not read, or that stand in the
-# procedure under a name of their own, or that the tree of its parameters tells.
-_NOT_DECODED = (
-  *("dtype", "dropout_rate", "one_hot_embedding"),
-  *("exit_classifier", "relpos_per_layer"),
-)
-
-
-def configuration_record(config: Any) -> dict[str, Any]:
-  """The network's sizes and choices as a `Procedure` names them."""
-  fields = dataclasses.asdict(config)
-  return {name: value for name, value in fields.items() if name not in _NOT_DECODED}
 
 
 def stored_options(directory: pathlib.Path) -> dict[str, Any]:

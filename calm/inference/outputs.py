@@ -5,7 +5,11 @@ import html
 from collections.abc import Iterator, Sequence
 from typing import overload
 
+import numpy as np
+
+from calm import checkpoints
 from calm.calibrate.thresholds import format_threshold
+from calm.decode import loop
 from calm.inference import colours
 
 
@@ -72,6 +76,41 @@ class Output:
     return colours.to_html(
       pieces, exit_layers, self.num_layers, confidences=confidences, dark=None
     )
+
+
+def from_generation(
+  generation: loop.Generation,
+  row: int,
+  vocabulary: checkpoints.Vocabulary,
+  *,
+  num_layers: int,
+  eos_id: int,
+  input_length: int = 0,
+) -> Output:
+  """One row of a generation as text with its exits.
+
+  Args:
+    generation: numpy arrays [batch, max_decode_length]; scores [batch].
+    row: which row of the batch.
+    vocabulary: ids -> text.
+    num_layers: decoder layers of the model.
+    eos_id: the token that ends a text.
+    input_length: positions of the prompt as it was encoded, padding included.
+  """
+  length = int(np.sum(np.asarray(generation.exit_layers[row]) > 0))
+  tokens = tuple(int(token) for token in generation.tokens[row][:length])
+  return Output(
+    text=vocabulary.decode(list(tokens)),
+    tokens=tokens,
+    pieces=tuple(vocabulary.piece(token) for token in tokens),
+    exit_layers=tuple(int(layer) for layer in generation.exit_layers[row][:length]),
+    confidences=tuple(generation.confidences[row][:length].tolist()),
+    rejected_confidences=tuple(generation.rejected_confidences[row][:length].tolist()),
+    score=float(generation.scores[row]),
+    num_layers=num_layers,
+    eos_id=eos_id,
+    input_length=input_length,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

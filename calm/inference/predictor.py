@@ -18,21 +18,13 @@ from calm import checkpoints, exits
 from calm.calibrate import Calibration, Procedure, Prompt
 from calm.data import prompt_batches
 from calm.decode import loop, pool_program
-from calm.decode import pool as pool_lib
 from calm.decode import program as program_lib
 from calm.decode import sharded as sharded_lib
 from calm.exits import schedules
-from calm.inference import certified, compiling
+from calm.inference import certified, compiling, procedures
 from calm.inference import outputs as outputs_lib
-from calm.inference.options import DecodeOptions as DecodeOptions
-from calm.inference.options import (
-  change,
-  configuration_record,
-  shortlist_record,
-)
-from calm.inference.options import options_of as options_of
+from calm.inference.options import DecodeOptions, change
 from calm.t5 import caches, network
-from calm.t5 import costs as costs_lib
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,26 +74,12 @@ class Predictor:
   @property
   def procedure(self) -> Procedure:
     """What a calibration of this model's outputs is valid for."""
-    options = self.options
-    schedule = {"name": options.schedule.name, **dataclasses.asdict(options.schedule)}  # pyright: ignore[reportArgumentType]
-    allowed = exits.allowed_layers(options.exit_layers, self.num_layers)
-    return Procedure(
+    return procedures.procedure(
+      self.config,
+      self.options,
       parameters_digest=self.parameters_digest,
       tokenizer_digest=self.vocabulary.digest(),
-      task_prefix=options.task_prefix,
-      max_input_length=options.max_input_length,
-      max_decode_length=options.max_decode_length,
       eos_id=self.eos_id,
-      measure=options.measure,
-      exit_layers=allowed,
-      schedule=schedule,
-      propagation=options.propagation,
-      shortlist=shortlist_record(options) if options.rule.measure.bound else None,
-      heads="per_layer" if self.config.per_layer_heads else "shared",
-      activation_dtype=self.config.dtype,
-      decode_method={"name": "greedy"},
-      batch_bucket=None if self.config.dtype == "float32" else options.batch_size,
-      configuration=configuration_record(self.config),
     )
 
   def with_options(self, **options: Any) -> "Predictor":
@@ -248,10 +226,10 @@ class Predictor:
       )
     if threshold is not None:
       schedules.check_threshold(threshold)
-    items, timing = self._run(texts, threshold, rule or self.served_rule(threshold))
-    keeps = calibrated is not None and threshold == calibrated.threshold
-    guarantee = calibrated.guarantee if calibrated is not None and keeps else None
-    return outputs_lib.Outputs(tuple(items), self.num_layers, threshold, guarantee, timing)
+    decoded = self._decode_texts(texts, threshold, rule or self.served_rule(threshold))
+    if calibrated is None or threshold != calibrated.threshold:
+      return decoded
+    return dataclasses.replace(decoded, guarantee=calibrated.guarantee)
 
   def served_rule(self, threshold: float | None) -> exits.StepRule | None:
     """The rule that `generate` runs a threshold with: None is the options' own.
@@ -260,68 +238,46 @@ class Predictor:
     """
     return exits.StaticExit() if threshold == schedules.NEVER_EXIT else None
 
-  def _run(self, texts, threshold: float | None, rule) -> tuple[list[outputs_lib.Output], Any]:
+  def _decode_texts(
+    self, texts: Sequence[str], threshold: float | None, rule: exits.StepRule | None
+  ) -> outputs_lib.Outputs:
+    """Prompts through batches or a pool of rows, in the order of the list and timed."""
     traced, clock = program_lib.TRACES.total(), compiling.Clock()
-
-    def encode(batch: prompt_batches.PromptBatch) -> caches.Encoded:
-      with clock.phase("encode"):
-        return jax.block_until_ready(self.encode(batch))
-
-    threshold = schedules.NEVER_EXIT if threshold is None else threshold
-    items: list[Any] = [None] * len(texts)
+    encode = functools.partial(self._timed_encode, clock)
+    level = schedules.NEVER_EXIT if threshold is None else threshold
+    items: dict[int, outputs_lib.Output] = {}
     for batches in prompt_batches.together(self.plan(texts), pooled=self.options.refill):
       with clock.phase("decode"):
         if len(batches) > 1:
           pool = pool_program.PoolProgram(self.program(rule))
-          generation = pool.decode(self.weights, batches, threshold, encode)
+          generation = pool.decode(self.weights, batches, level, encode)
         else:
-          generation = self.decode(encode(batches[0]), batches[0].active, threshold, rule)
+          generation = self.decode(encode(batches[0]), batches[0].active, level, rule)
       for i, row in enumerate(np.concatenate([batch.rows for batch in batches])):
-        items[row] = self.output(generation, i, batches[0].tokens.shape[1])
-    compilations = program_lib.TRACES.total() - traced
+        items[int(row)] = self.output(generation, i, batches[0].tokens.shape[1])
     timing = outputs_lib.Timing(
-      clock.seconds["encode"], clock.seconds["decode"], compilations, clock.compile_seconds
+      clock.seconds["encode"],
+      clock.seconds["decode"],
+      program_lib.TRACES.total() - traced,
+      clock.compile_seconds,
     )
-    return items, timing
+    in_order = tuple(items[row] for row in range(len(texts)))
+    return outputs_lib.Outputs(in_order, self.num_layers, threshold, None, timing)
 
-  def costs(
-    self, outputs: Sequence[outputs_lib.Output], rule: exits.StepRule | None = None
-  ) -> costs_lib.Totals:
-    """FLOPs and bytes of outputs that `generate` made, at full depth and at their exits.
-
-    Args:
-      outputs: the outputs, or some of them.
-      rule: the rule that they were decoded with; None is the options' own.
-    """
-    total = costs_lib.Totals(0, costs_lib.Cost(), costs_lib.Cost())
-    limit = self.options.max_decode_length
-    for length in sorted({output.input_length for output in outputs}):
-      pieces = costs_lib.decoding_costs(
-        self.config,
-        input_length=length,
-        cache_length=pool_lib.num_slots(limit) if self.options.refill else limit,
-        rule=rule or self.options.rule,
-        num_pieces=self.vocabulary.vocab_size,
-        shortlist=len(self.options.shortlist or ()),
-      )
-      rows = [output.exit_layers for output in outputs if output.input_length == length]
-      total += costs_lib.totals(pieces, rows)
-    return total
+  def _timed_encode(
+    self, clock: compiling.Clock, batch: prompt_batches.PromptBatch
+  ) -> caches.Encoded:
+    with clock.phase("encode"):
+      return jax.block_until_ready(self.encode(batch))
 
   def output(
     self, generation: loop.Generation, row: int, input_length: int = 0
   ) -> outputs_lib.Output:
-    """One row of a generation as text with its exits."""
-    length = int(np.sum(np.asarray(generation.exit_layers[row]) > 0))
-    tokens = tuple(int(token) for token in generation.tokens[row][:length])
-    return outputs_lib.Output(
-      text=self.vocabulary.decode(list(tokens)),
-      tokens=tokens,
-      pieces=tuple(self.vocabulary.piece(token) for token in tokens),
-      exit_layers=tuple(int(layer) for layer in generation.exit_layers[row][:length]),
-      confidences=tuple(generation.confidences[row][:length].tolist()),
-      rejected_confidences=tuple(generation.rejected_confidences[row][:length].tolist()),
-      score=float(generation.scores[row]),
+    """One row of a generation as text with its exits; see `outputs.from_generation`."""
+    return outputs_lib.from_generation(
+      generation,
+      row,
+      self.vocabulary,
       num_layers=self.num_layers,
       eos_id=self.eos_id,
       input_length=input_length,

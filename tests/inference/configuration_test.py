@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from calm.inference import options
+from calm.inference import procedures
 from calm.t5 import network
 
 BASE = network.T5Config(vocab_size=32, mlp_activations=("gelu", "linear"))
@@ -27,12 +27,12 @@ OTHER = {
 
 @pytest.mark.parametrize("name", sorted(OTHER))
 def test_every_choice_of_the_network_is_recorded(name):
-  other = options.configuration_record(dataclasses.replace(BASE, **{name: OTHER[name]}))
-  base = options.configuration_record(BASE)
+  other = procedures.configuration_record(dataclasses.replace(BASE, **{name: OTHER[name]}))
+  base = procedures.configuration_record(BASE)
   assert {key for key in base if base[key] != other[key]} == {name}
 
 
 def test_nothing_else_is_there():
   """A new field of the configuration is recorded, or named as one that decoding ignores."""
   names = {field.name for field in dataclasses.fields(network.T5Config)}
-  assert names == set(OTHER) | set(options._NOT_DECODED)
+  assert names == set(OTHER) | set(procedures._NOT_DECODED)

@@ -95,7 +95,8 @@ def test_refilled_rows_change_nothing(model):
   assert rows(other.generate(texts[:2], rule=rule)) == rows(plain)[:2]
   assert other.procedure == model.procedure
   # Its caches are longer, and a step reads them whole.
-  assert other.costs(got).full.bytes > model.costs(plain).full.bytes
+  costs = inference.costs
+  assert costs.totals(other, got).full.bytes > costs.totals(model, plain).full.bytes
 
 
 def test_rows_are_not_refilled_where_that_could_change_results(directory):

@@ -214,8 +214,8 @@ def test_outputs_of_a_model_cost_what_their_exits_say():
   model = inference.load("packed", measure="classifier", max_decode_length=8, batch_size=2)
   outputs = model.generate(["A library to read ZIP archives.", "A game. " * 30], threshold=0.9)
   assert {output.input_length for output in outputs} == {32, 128}
-  got = model.costs(outputs)
-  by_output = [model.costs([output]) for output in outputs]
+  got = inference.costs.totals(model, outputs)
+  by_output = [inference.costs.totals(model, [output]) for output in outputs]
   assert got.early.flops == pytest.approx(sum(part.early.flops for part in by_output))
   assert got.tokens == sum(len(output.tokens) for output in outputs)
   assert got.flops_ratio > 1

@@ -1,0 +1,41 @@
+"""What outputs took: FLOPs and bytes at full depth and at their exits."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from calm import exits
+from calm.decode import pool
+from calm.inference import outputs as outputs_lib
+from calm.t5 import costs as costs_lib
+
+if TYPE_CHECKING:
+  from calm.inference import predictor as predictor_lib
+
+
+def totals(
+  predictor: "predictor_lib.Predictor",
+  outputs: Sequence[outputs_lib.Output],
+  rule: exits.StepRule | None = None,
+) -> costs_lib.Totals:
+  """FLOPs and bytes of outputs that a model's `generate` made.
+
+  Args:
+    predictor: the model under its options.
+    outputs: the outputs, or some of them.
+    rule: the rule that they were decoded with; None is the options' own.
+  """
+  total = costs_lib.Totals(0, costs_lib.Cost(), costs_lib.Cost())
+  options = predictor.options
+  limit = options.max_decode_length
+  for length in sorted({output.input_length for output in outputs}):
+    pieces = costs_lib.decoding_costs(
+      predictor.config,
+      input_length=length,
+      cache_length=pool.num_slots(limit) if options.refill else limit,
+      rule=rule or options.rule,
+      num_pieces=predictor.vocabulary.vocab_size,
+      shortlist=len(options.shortlist or ()),
+    )
+    rows = [output.exit_layers for output in outputs if output.input_length == length]
+    total += costs_lib.totals(pieces, rows)
+  return total

@@ -1,0 +1,92 @@
+"""What a calibration is valid for: the `Procedure` of a model under its options, and back."""
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from calm import exits
+from calm.calibrate import Procedure
+from calm.exits import schedules
+from calm.inference.options import DecodeOptions
+from calm.t5 import network
+
+
+def procedure(
+  config: network.T5Config,
+  options: DecodeOptions,
+  *,
+  parameters_digest: str,
+  tokenizer_digest: str,
+  eos_id: int,
+) -> Procedure:
+  """What a calibration of a model's outputs is valid for.
+
+  Args:
+    config: the model's sizes and choices.
+    options: how its prompts are decoded; those that change no result are left out.
+    parameters_digest: of the parameter tree as decoded (`checkpoints.parameters_digest`).
+    tokenizer_digest: of the vocabulary.
+    eos_id: the token that ends a text.
+  """
+  schedule = {"name": options.schedule.name, **dataclasses.asdict(options.schedule)}  # pyright: ignore[reportArgumentType]
+  return Procedure(
+    parameters_digest=parameters_digest,
+    tokenizer_digest=tokenizer_digest,
+    task_prefix=options.task_prefix,
+    max_input_length=options.max_input_length,
+    max_decode_length=options.max_decode_length,
+    eos_id=eos_id,
+    measure=options.measure,
+    exit_layers=exits.allowed_layers(options.exit_layers, config.num_decoder_layers),
+    schedule=schedule,
+    propagation=options.propagation,
+    shortlist=shortlist_record(options) if options.rule.measure.bound else None,
+    heads="per_layer" if config.per_layer_heads else "shared",
+    activation_dtype=config.dtype,
+    decode_method={"name": "greedy"},
+    batch_bucket=None if config.dtype == "float32" else options.batch_size,
+    configuration=configuration_record(config),
+  )
+
+
+def options_of(procedure: Procedure, shortlist: tuple[int, ...] | None = None) -> DecodeOptions:
+  """The options under which a calibration's outputs were decoded.
+
+  Args:
+    procedure: what the calibration recorded.
+    shortlist: the checkpoint's list of likely tokens; the procedure says how many of them.
+  """
+  size = procedure.shortlist["size"] if procedure.shortlist else None
+  return DecodeOptions(
+    measure=procedure.measure,
+    schedule=schedules.schedule(**procedure.schedule),
+    exit_layers=procedure.exit_layers,
+    propagation=procedure.propagation,
+    shortlist=None if shortlist is None else shortlist[:size],
+    task_prefix=procedure.task_prefix,
+    max_input_length=procedure.max_input_length,
+    max_decode_length=procedure.max_decode_length,
+    batch_size=procedure.batch_bucket or DecodeOptions.batch_size,
+  )
+
+
+def shortlist_record(options: DecodeOptions) -> dict[str, Any]:
+  """The shortlist as a `Procedure` names it."""
+  ids = np.asarray(options.shortlist or (), np.int64)
+  return {"digest": hashlib.sha256(ids.tobytes()).hexdigest(), "size": len(ids)}
+
+
+# Fields of a network's configuration that decoding does not read, or that stand in the
+# procedure under a name of their own, or that the tree of its parameters tells.
+_NOT_DECODED = (
+  *("dtype", "dropout_rate", "one_hot_embedding"),
+  *("exit_classifier", "relpos_per_layer"),
+)
+
+
+def configuration_record(config: network.T5Config) -> dict[str, Any]:
+  """The network's sizes and choices as a `Procedure` names them."""
+  fields = dataclasses.asdict(config)
+  return {name: value for name, value in fields.items() if name not in _NOT_DECODED}
