@@ -26,7 +26,15 @@ CHECKED = (
     "inference.predictor",
     "inference.opening",
   ),
-  *("t5.decoder", "t5.layers", "t5.network", "training.losses", "training.objectives"),
+  *(
+    "t5.decoder",
+    "t5.layers",
+    "t5.masks",
+    "t5.network",
+    "t5.stacks",
+    "training.losses",
+    "training.objectives",
+  ),
 )
 
 

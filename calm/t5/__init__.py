@@ -1,17 +1,33 @@
 """The T5 network: for training as T5X writes it, and one position at a time for decoding."""
 
-from calm.t5 import caches, costs, decoder, decoder_weights, layers, limits, network, parameters
-from calm.t5.network import T5Config, Transformer
+from calm.t5 import (
+  caches,
+  config,
+  costs,
+  decoder,
+  decoder_weights,
+  layers,
+  limits,
+  masks,
+  network,
+  parameters,
+  stacks,
+)
+from calm.t5.config import T5Config
+from calm.t5.network import Transformer
 
 __all__ = [
   "T5Config",
   "Transformer",
   "caches",
+  "config",
   "costs",
   "decoder",
   "decoder_weights",
   "layers",
   "limits",
+  "masks",
   "network",
   "parameters",
+  "stacks",
 ]
