@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from calm import checkpoints
-from calm.checkpoints import huggingface, t5x
+from calm.checkpoints import huggingface_config, t5x
 from calm.t5 import limits, network, parameters
 
 # Every published size, T5-11B and UL2 included, is far within.
@@ -99,11 +99,11 @@ THEIRS = {
   [
     (n, v)
     for n, v in SAID
-    if n in huggingface._FIELDS and (n, v) != ("num_decoder_layers", None)
+    if n in huggingface_config.FIELDS and (n, v) != ("num_decoder_layers", None)
   ],
 )
 def test_their_files_have_these_limits_before_weights_are_read(tmp_path, name, value):
-  theirs = huggingface._FIELDS[name]
+  theirs = huggingface_config.FIELDS[name]
   write(tmp_path / "config.json", {**THEIRS, theirs: value})
   with pytest.raises(ValueError, match=rf"config.json: Expected `{theirs}`"):
     checkpoints.load(tmp_path)
