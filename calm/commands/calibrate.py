@@ -10,30 +10,37 @@ calibration.json. Needs numpy and scipy only: no JAX.
 
 import argparse
 import dataclasses
-import json
-import math
 import pathlib
 
-import numpy as np
 from rich import console as rich_console
-from rich import markup as rich_markup
 from rich import progress as rich_progress
-from rich import table as rich_table
 
 from calm import calibrate as calibrate_lib
-from calm.calibrate import Support, generations, planning, promises, sequential, thresholds
+from calm.calibrate import Support, generations, planning, sequential, thresholds
 from calm.calibrate.evidence import methods, multiple_testing
-from calm.calibrate.generations import files, foreign, order, records
+from calm.calibrate.generations import foreign, order
 from calm.calibrate.generations.shown import visible
 from calm.calibrate.losses import sequence_losses
-from calm.commands import common
-
-# Promises that flags can describe; the others need tables, from Python.
-PROMISES = ("mean", "quantile", "every_group", "early_exits", "tail_mean", "cost")
+from calm.commands import certificate, common, promise_flags, references, verifying
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the command's options."""
+  _add_outputs(parser)
+  _add_test(parser)
+  promise_flags.add_arguments(parser)
+  references.add_arguments(parser)
+  parser.add_argument(
+    "--verify",
+    metavar="FILE",
+    help="make this calibration.json again from the outputs and compare; writes nothing",
+  )
+  parser.add_argument(
+    "--output", metavar="FILE", help="where to write (default DIRECTORY/calibration.json)"
+  )
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("directory", nargs="?", help="folder written by `calm generate`")
   parser.add_argument(
     "--full", metavar="FILE", help="JSON Lines of the full model's outputs, made elsewhere"
@@ -44,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     metavar="THRESHOLD=FILE",
     help="JSON Lines of outputs at each threshold, made elsewhere",
   )
+
+
+def _add_test(parser: argparse.ArgumentParser) -> None:
   rate = {"type": float, "metavar": "RATE"}
   parser.add_argument("--tolerance", default=0.1, help="delta (default 0.1)", **rate)
   parser.add_argument("--error_rate", default=0.05, help="epsilon (default 0.05)", **rate)
@@ -82,53 +92,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="folder of `calm generate` for other prompts, on the same grid (the validation"
     " split): prints first how likely so many prompts certify each threshold",
   )
-  parser.add_argument(
-    "--promise",
-    choices=[name for name in promises.PROMISES if name in PROMISES],
-    default="mean",
-    help="what is bounded (default: the mean loss; README of calm/calibrate)",
-  )
-  numbers = {"type": float, "metavar": "X"}
-  parser.add_argument(
-    "--share", default=0.95, help="quantile: share of texts within the tolerance", **numbers
-  )
-  parser.add_argument(
-    "--labels", metavar="FILE", help="every_group: JSON Lines of {id, label}, one a prompt"
-  )
-  parser.add_argument(
-    "--depths", metavar="T,T", help="early_exits: mean layers a token, rising, as 3,5"
-  )
-  parser.add_argument(
-    "--beta", default=0.9, help="tail_mean: share of texts that are not counted", **numbers
-  )
-  parser.add_argument(
-    "--start",
-    default=0.0,
-    help="tail_mean: where the tail begins, from other prompts",
-    **numbers,
-  )
-  parser.add_argument(
-    "--at_most", default=2 / 3, help="cost: layers a token over all layers", **numbers
-  )
-  parser.add_argument(
-    "--references",
-    metavar="FILE",
-    help="JSON Lines of {id, targets}: references of prompts that have none yet",
-  )
-  parser.add_argument(
-    "--list_unlabelled",
-    metavar="FILE",
-    help="write the prompts that a risk needs references for, and stop: those whose text"
-    " differs from the full model's at some threshold (equal texts lose 0 whatever they are)",
-  )
-  parser.add_argument(
-    "--verify",
-    metavar="FILE",
-    help="make this calibration.json again from the outputs and compare; writes nothing",
-  )
-  parser.add_argument(
-    "--output", metavar="FILE", help="where to write (default DIRECTORY/calibration.json)"
-  )
 
 
 @common.user_errors
@@ -137,18 +100,18 @@ def run(arguments: argparse.Namespace) -> int:
   console = rich_console.Console()
   cached = _read(arguments)
   if arguments.references:
-    cached = _with_references(cached, arguments.references)
+    cached = references.with_references(cached, arguments.references)
   if arguments.list_unlabelled:
-    return _list_unlabelled(arguments, console, cached)
+    return references.list_unlabelled(arguments, console, cached)
   if arguments.verify:
     return _verify(arguments, console, cached)
   _plan(arguments, console, cached)
-  result = (_replay if cached.sequential else _calibrate)(arguments, console, cached)
+  result = _make(arguments, console, cached)
   output = pathlib.Path(
     arguments.output or pathlib.Path(arguments.directory or ".") / "calibration.json"
   )
   result.save(output)
-  print_calibration(console, result, cached)
+  certificate.print_calibration(console, result, cached)
   console.print(f"Written to {visible(output)}, digest {result.digest}", markup=False)
   return 0
 
@@ -216,125 +179,15 @@ def _calibrate(arguments, console, cached) -> calibrate_lib.Calibration:
     error_rate=arguments.error_rate,
     method=arguments.method,
     testing_procedure=arguments.testing,
-    promise=_promise(arguments, cached),
+    promise=promise_flags.promise_of(arguments, cached),
   )
-
-
-def _promise(arguments, cached: generations.Generations) -> promises.Promise:
-  """The promise that the flags name, with what it needs of the outputs.
-
-  Raises:
-    ValueError: a flag is missing, or the outputs do not say what it needs.
-  """
-  if arguments.promise == "quantile":
-    return promises.Quantile(arguments.share)
-  if arguments.promise == "tail_mean":
-    return promises.TailMean(arguments.beta, arguments.start)
-  if arguments.promise == "every_group":
-    return promises.EveryGroup(labels=_labels(arguments, cached))
-  if arguments.promise == "mean":
-    return promises.Mean()
-  counts = cached.layer_counts()
-  deepest = max((max(record.exit_layers or (0,)) for record in cached.full), default=0)
-  if counts is None or deepest < 1:
-    raise ValueError(
-      f"Expected outputs with `exit_layers` for --promise={arguments.promise}. Got none; use"
-      " outputs of `calm generate`."
-    )
-  layers, tokens = counts
-  depths = layers / np.maximum(tokens, 1)
-  if arguments.promise == "cost":
-    return promises.Cost(arguments.at_most, costs=depths / deepest)
-  if not arguments.depths:
-    raise ValueError("Expected `--depths` for --promise=early_exits. Got none, as in 3,5.")
-  limits = tuple(float(text) for text in arguments.depths.split(","))
-  return promises.EarlyExits(limits, depths=depths)
-
-
-def _labels(arguments, cached: generations.Generations) -> list[str]:
-  if not arguments.labels:
-    raise ValueError(
-      "Expected `--labels` for --promise=every_group. Got none; give a file of {id, label}."
-    )
-  found = {}
-  for line in records.read_lines(arguments.labels):
-    name, label = line.value.get("id"), line.value.get("label")
-    if not isinstance(name, str) or not isinstance(label, str) or name in found:
-      raise line.error(f"expected an `id` that is new and a `label`, got {line.value!r:.100}")
-    found[name] = label
-  missing = [name for name in cached.ids if name not in found]
-  if missing:
-    raise ValueError(
-      f"Expected `--labels` to name every prompt. Got none for {len(missing)}, first"
-      f" {missing[:5]}."
-    )
-  return [found[name] for name in cached.ids]
-
-
-def _list_unlabelled(arguments, console, cached: generations.Generations) -> int:
-  """Writes what a person, or a judge, has to look at: prompts and their different texts."""
-  wanted = set(sequence_losses.unlabelled(cached))
-  lines = []
-  for row, prompt in enumerate(cached.prompts):
-    if prompt.id in wanted:
-      texts = [column[row].prediction for column in cached.records if row < len(column)]
-      value = {
-        "id": prompt.id,
-        "input": prompt.input,
-        "full": cached.full[row].prediction,
-        "early": list(dict.fromkeys(texts)),
-        "targets": [],
-      }
-      lines.append(json.dumps(value, ensure_ascii=False) + "\n")
-  files.write_atomically(arguments.list_unlabelled, "".join(lines))
-  console.print(
-    f"{len(lines)} of {len(cached.prompts)} prompts need references and have none; written to"
-    f" {arguments.list_unlabelled}. Fill in `targets`, then: --references=FILE."
-  )
-  return 0
-
-
-def _with_references(cached: generations.Generations, path: str) -> generations.Generations:
-  """The prompts with the references of a file, where they had none.
-
-  Raises:
-    ValueError: a line is no {id, targets}, or names no prompt.
-  """
-  found = {}
-  for line in records.read_lines(path):
-    name, targets = line.value.get("id"), line.value.get("targets")
-    texts = [targets] if isinstance(targets, str) else targets
-    if name not in cached.ids or not isinstance(texts, list):
-      raise line.error(f"expected `id` of a prompt and `targets`, got {line.value!r:.100}")
-    if not all(isinstance(text, str) for text in texts):
-      raise line.error(f"expected `targets` to be texts, got {texts!r:.100}")
-    found[name] = tuple(texts)
-  prompts = tuple(
-    prompt if prompt.targets else dataclasses.replace(prompt, targets=found.get(prompt.id, ()))
-    for prompt in cached.prompts
-  )
-  return dataclasses.replace(cached, prompts=prompts)
 
 
 def _verify(arguments, console, cached: generations.Generations) -> int:
   """Makes a calibration again, by its own rates and method, and says what differs."""
   told = calibrate_lib.Calibration.load(arguments.verify)
-  arguments.tolerance, arguments.error_rate = told.tolerance, told.error_rate
-  arguments.kind, arguments.metric = told.kind, told.metric
-  arguments.method, arguments.testing = told.method, told.testing
-  arguments.by_group = told.clusters
-  arguments.promise = told.promise.name
-  for name, value in told.promise.to_json().items():
-    if name == "limits_of_depth":
-      arguments.depths = ",".join(map(repr, value))
-    elif name in ("share", "beta", "start", "at_most"):
-      setattr(arguments, name, value)
-  again = (_replay if cached.sequential else _calibrate)(arguments, console, cached)
-  ours, theirs = again.to_json(), told.to_json()
-  ignored = {"digest", "provenance", "guarantee", "reason"}
-  differ = [
-    name for name in ours if name not in ignored and not _same(ours[name], theirs[name])
-  ]
+  verifying.take_over(arguments, told)
+  differ = verifying.differences(told, _make(arguments, console, cached))
   if differ:
     raise ValueError(
       f"Expected {arguments.verify} to be what these outputs give. Got other fields {differ}:"
@@ -345,16 +198,9 @@ def _verify(arguments, console, cached: generations.Generations) -> int:
   return 0
 
 
-def _same(ours, theirs) -> bool:
-  """Equal JSON, numbers to nine digits (libraries differ in the last ones)."""
-  if isinstance(ours, dict) and isinstance(theirs, dict):
-    return set(ours) == set(theirs) and all(_same(ours[key], theirs[key]) for key in ours)
-  if isinstance(ours, list) and isinstance(theirs, list):
-    pairs = zip(ours, theirs, strict=False)
-    return len(ours) == len(theirs) and all(_same(a, b) for a, b in pairs)
-  if isinstance(ours, float) and isinstance(theirs, float):
-    return math.isclose(ours, theirs, rel_tol=1e-9, abs_tol=1e-12)
-  return ours == theirs
+def _make(arguments, console, cached: generations.Generations) -> calibrate_lib.Calibration:
+  """The calibration, tested as the outputs were decoded: whole, or prompt by prompt."""
+  return (_replay if cached.sequential else _calibrate)(arguments, console, cached)
 
 
 def _losses(arguments, cached, progress=None) -> sequence_losses.SequenceLosses:
@@ -399,52 +245,3 @@ def _read(arguments: argparse.Namespace) -> generations.Generations:
     f" directory={arguments.directory!r}, --full={arguments.full!r},"
     f" --outputs={arguments.outputs!r}."
   )
-
-
-def print_calibration(
-  console: rich_console.Console,
-  result: calibrate_lib.Calibration,
-  cached: generations.Generations | None = None,
-) -> None:
-  """The table of the tested thresholds and the promise in words."""
-  layers = mean_layers(cached)
-  table = rich_table.Table(
-    title=rich_markup.escape(
-      visible(f"{result.kind} loss, {result.metric}; p-values: {result.method}")
-    )
-  )
-  for name in ("threshold", "mean loss", "upper bound", "p-value", "certified"):
-    table.add_column(name, justify="right")
-  if layers:
-    table.add_column("layers / token", justify="right")
-  for row in result.rows:
-    cells = [
-      thresholds.format_threshold(row.threshold),
-      f"{row.mean:.4f}",
-      f"{row.upper_bound:.4f}",
-      f"{row.p_value:.3g}",
-      "yes" if row.rejected else "no",
-    ]
-    if layers:
-      cells.append(f"{layers[row.threshold]:.2f}")
-    style = "bold" if row.threshold == result.threshold else None
-    table.add_row(*cells, style=style)
-  console.print(table)
-  console.print(
-    f"Calibrated threshold: [bold]{thresholds.format_threshold(result.threshold)}[/bold]"
-    f" ({rich_markup.escape(visible(result.reason))})"
-  )
-  console.print(visible(result.guarantee), markup=False)
-
-
-def mean_layers(cached: generations.Generations | None) -> dict[float, float]:
-  """Mean decoder layers a token at every threshold, where the outputs record exits."""
-  if cached is None:
-    return {}
-  counts = {}
-  for threshold, column in zip(cached.thresholds.tolist(), cached.records, strict=True):
-    layers = [layer for record in column for layer in record.exit_layers or ()]
-    if not layers:
-      return {}
-    counts[threshold] = sum(layers) / len(layers)
-  return counts

@@ -32,8 +32,7 @@ from calm.calibrate.generations import records
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.generations.shown import visible
 from calm.calibrate.losses import metrics, sequence_losses
-from calm.commands import calibrate as calibrate_command
-from calm.commands import common, model_flags
+from calm.commands import certificate, common, model_flags
 
 # Fixed before the first run; another tolerance is the user's choice, not ours.
 TOLERANCE, ERROR_RATE = 0.1, 0.05
@@ -126,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
   calibration = calibrate(
     losses, tolerance=arguments.tolerance, error_rate=arguments.error_rate
   )
-  calibrate_command.print_calibration(console, calibration, cached)
+  certificate.print_calibration(console, calibration, cached)
   if arguments.output:
     calibration.save(pathlib.Path(arguments.output) / "calibration.json")
   console.print(

@@ -19,8 +19,7 @@ from calm.calibrate.generations import order
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.generations.shown import visible
 from calm.calibrate.losses import sequence_losses
-from calm.commands import calibrate as calibrate_command
-from calm.commands import common, model_flags
+from calm.commands import certificate, common, model_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -165,7 +164,7 @@ def _until_certified(arguments, console, predictor, prompts, test, writer) -> No
   writer.finish()
   path = pathlib.Path(arguments.output) / "calibration.json"
   calibration.save(path)
-  calibrate_command.print_calibration(console, calibration)
+  certificate.print_calibration(console, calibration)
   console.print(f"Written to {visible(path)}", markup=False)
 
 

@@ -1,0 +1,39 @@
+"""`calm calibrate --verify`: what a calibration says, against one that is made again."""
+
+import argparse
+import math
+
+from calm.calibrate import Calibration
+
+
+def take_over(arguments: argparse.Namespace, told: Calibration) -> None:
+  """Sets the flags to those that a calibration was made with."""
+  arguments.tolerance, arguments.error_rate = told.tolerance, told.error_rate
+  arguments.kind, arguments.metric = told.kind, told.metric
+  arguments.method, arguments.testing = told.method, told.testing
+  arguments.by_group = told.clusters
+  arguments.promise = told.promise.name
+  for name, value in told.promise.to_json().items():
+    if name == "limits_of_depth":
+      arguments.depths = ",".join(map(repr, value))
+    elif name in ("share", "beta", "start", "at_most"):
+      setattr(arguments, name, value)
+
+
+def differences(told: Calibration, again: Calibration) -> list[str]:
+  """Fields that differ; digests, provenance and sentences follow from the others."""
+  ours, theirs = again.to_json(), told.to_json()
+  ignored = {"digest", "provenance", "guarantee", "reason"}
+  return [name for name in ours if name not in ignored and not _same(ours[name], theirs[name])]
+
+
+def _same(ours, theirs) -> bool:
+  """Equal JSON, numbers to nine digits (libraries differ in the last ones)."""
+  if isinstance(ours, dict) and isinstance(theirs, dict):
+    return set(ours) == set(theirs) and all(_same(ours[key], theirs[key]) for key in ours)
+  if isinstance(ours, list) and isinstance(theirs, list):
+    pairs = zip(ours, theirs, strict=False)
+    return len(ours) == len(theirs) and all(_same(a, b) for a, b in pairs)
+  if isinstance(ours, float) and isinstance(theirs, float):
+    return math.isclose(ours, theirs, rel_tol=1e-9, abs_tol=1e-12)
+  return ours == theirs
