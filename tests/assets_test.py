@@ -7,6 +7,8 @@ import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 ASSETS = REPOSITORY / "calm" / "assets"
+GOLDEN = REPOSITORY / "tests" / "golden"
+FAMILIES = sorted(path for path in (GOLDEN / "huggingface").iterdir() if path.is_dir())
 
 
 def prompts(split: str) -> list[dict]:
@@ -14,12 +16,24 @@ def prompts(split: str) -> list[dict]:
   return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.mark.parametrize(
-  ("folder", "most_bytes"), [(ASSETS, 24e6), (REPOSITORY / "tests" / "golden", 1.5e6)]
-)
-def test_files_stay_small(folder, most_bytes):
-  files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
-  assert files and sum(path.stat().st_size for path in files) <= most_bytes
+def size(*paths: pathlib.Path) -> int:
+  files = [f for path in paths for f in (path.rglob("*") if path.is_dir() else [path])]
+  return sum(f.stat().st_size for f in files if f.is_file() and f.suffix != ".pyc")
+
+
+def test_the_model_in_the_box_stays_small():
+  assert 0 < size(ASSETS) <= 24e6
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda path: path.name)
+def test_golden_files_of_a_family_of_checkpoints_stay_small(family):
+  """Weights, tokenizer and logits: as many families as there are, each within a bound."""
+  assert 0 < size(family) <= 100e3
+
+
+def test_the_other_golden_files_stay_small():
+  others = [path for path in GOLDEN.iterdir() if path.name != "huggingface"]
+  assert 0 < size(*others) <= 450e3
 
 
 def test_the_model_in_the_box_has_layers_to_leave_and_a_classifier():

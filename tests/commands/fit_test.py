@@ -2,7 +2,7 @@
 
 import json
 
-from tests.commands import cli_test
+from tests.commands import toy
 
 
 def test_mistakes_are_one_message(tmp_path, capsys):
@@ -11,14 +11,14 @@ def test_mistakes_are_one_message(tmp_path, capsys):
     "".join(json.dumps({"input": f"t {i}", "target": "x"}) + "\n" for i in range(9))
   )
   base = ["fit", "--model=nowhere", f"--train={rows}", f"--output={tmp_path / 'out'}"]
-  assert "at least 118 rows" in cli_test.failure(capsys, base)
-  assert "`stages`" in cli_test.failure(capsys, [*base, "--stages=three"])
-  assert "`budget`" in cli_test.failure(capsys, [*base, "--budget=soon"])
-  assert "missing.jsonl" in cli_test.failure(capsys, [*base, "--train=missing.jsonl"])
+  assert "at least 118 rows" in toy.failure(capsys, base)
+  assert "`stages`" in toy.failure(capsys, [*base, "--stages=three"])
+  assert "`budget`" in toy.failure(capsys, [*base, "--budget=soon"])
+  assert "missing.jsonl" in toy.failure(capsys, [*base, "--train=missing.jsonl"])
   assert not (tmp_path / "out").exists()
 
 
 def test_a_model_folder_without_a_promise_asks_for_one(tmp_path, capsys):
-  model = cli_test.save_model(tmp_path / "model")
+  model = toy.save_model(tmp_path / "model")
   arguments = ["infer", f"--model={model}", "--prompts=-"]
-  assert "calm fit" in cli_test.failure(capsys, arguments)
+  assert "calm fit" in toy.failure(capsys, arguments)

@@ -15,15 +15,10 @@ from calm import calibrate, inference
 from calm.calibrate.generations import files
 from calm.commands import cli, infer, showing
 from calm.inference import predictor
-from tests.commands import cli_test
+from tests.commands import toy
 
-DECODE = [*cli_test.DECODE, "--threshold=never"]
+DECODE = [*toy.DECODE, "--threshold=never"]
 TEXTS = [f"text {i}" for i in range(7)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-  return cli_test.save_model(tmp_path_factory.mktemp("infer") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -201,12 +196,12 @@ def test_json_lines_on_standard_input_are_not_texts(model, monkeypatch, capsys):
 
 
 def test_the_models_own_calibration_is_served(prompts, tmp_path, capsys):
-  model = cli_test.save_model(tmp_path / "fitted")
+  model = toy.save_model(tmp_path / "fitted")
   named = [f"--model={model}", f"--prompts={prompts}", "--input_key=review", "--limit=1"]
   made = calibrate.calibrate(np.zeros((200, 1)), [0.9], tolerance=0.1, error_rate=0.05)
   procedure = inference.load(model).procedure
   dataclasses.replace(made, procedure=procedure).save(model / "calibration.json")
-  assert "`--threshold` beside options" in cli_test.failure(
+  assert "`--threshold` beside options" in toy.failure(
     capsys, ["infer", *named, "--measure=state"]
   )
   assert cli.main(["infer", *named, "--output=-"]) == 0

@@ -1,0 +1,33 @@
+"""One toy model, its prompts and what it generated, for all tests of commands."""
+
+import json
+
+import pytest
+
+from tests.commands import toy
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+  return toy.save_model(tmp_path_factory.mktemp("cli") / "model")
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+  path = tmp_path_factory.mktemp("cli") / "prompts.jsonl"
+  rows = [{"id": f"p{i}", "input": t, "target": [t]} for i, t in enumerate(toy.TEXTS)]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path
+
+
+@pytest.fixture
+def cache_in_tmp(monkeypatch, tmp_path):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+
+
+@pytest.fixture(scope="session")
+def cached(model, prompts, tmp_path_factory):
+  output = tmp_path_factory.mktemp("cli") / "cache"
+  assert toy.generate(model, prompts, output) == 0
+  return output
