@@ -27,6 +27,7 @@ from typing import Any
 import benchmark_models as models
 import benchmark_peers as peers
 import benchmark_systems as systems
+import benchmark_table as table
 import jax
 import numpy as np
 
@@ -35,44 +36,6 @@ from calm.calibrate.generations import files
 from calm.t5 import costs
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "ctranslate2")
-
-
-@dataclasses.dataclass
-class Row:
-  """One row of the table; times are of the decoder alone, in milliseconds a step.
-
-  Attributes:
-    setting, system: where and what.
-    peer: somebody else's.
-    layers: mean decoder layers a token.
-    median, low, high: milliseconds a step, over the repeats.
-    end_to_end: the same with the encoder, median.
-    compile_seconds: the first run less a later one.
-    megaflops: of a token, from `calm.t5.costs` and the exits taken; None for peers.
-    megabytes: weights and caches that a step must read and write; None for peers.
-    floor: milliseconds a step that this takes; None for peers.
-    gigabytes_per_second: the speed of the floor, the fastest reading of the run.
-    over_static: time over that of the static model of the same mean depth.
-    over_full: time over that of our full depth.
-    agreement: share of tokens equal to our full depth's; None where depths differ.
-  """
-
-  setting: str
-  system: str
-  peer: bool
-  layers: float | None
-  median: float
-  low: float
-  high: float
-  end_to_end: float | None
-  compile_seconds: float
-  megaflops: float | None = None
-  megabytes: float | None = None
-  floor: float | None = None
-  gigabytes_per_second: float = 0.0
-  over_static: float | None = None
-  over_full: float | None = None
-  agreement: float | None = None
 
 
 @dataclasses.dataclass
@@ -153,7 +116,7 @@ def _version(package: str) -> str | None:
     return None
 
 
-def rows_of(setting: models.Setting, options: argparse.Namespace, log) -> list[Row]:
+def rows_of(setting: models.Setting, options: argparse.Namespace, log) -> list[table.Row]:
   """Times everything that is asked for in one setting."""
   model = models.load(setting.shape, options.dtype, options.shortlist)
   ours = systems.Ours(model, setting)
@@ -221,7 +184,7 @@ def _run(times: Times) -> None:
     times.encode.append(time.perf_counter() - middle)
 
 
-def _table(setting, model: models.Model, times: list[Times], speed: float) -> list[Row]:
+def _table(setting, model: models.Model, times: list[Times], speed: float) -> list[table.Row]:
   """Seconds as milliseconds a step, beside the static models and the floor."""
   full = times[0]
   rows = [_row(setting, model, t, full, speed) for t in times]
@@ -240,7 +203,7 @@ def _table(setting, model: models.Model, times: list[Times], speed: float) -> li
   return rows
 
 
-def _row(setting, model: models.Model, times: Times, full: Times, speed: float) -> Row:
+def _row(setting, model: models.Model, times: Times, full: Times, speed: float) -> table.Row:
   system, decoded = times.system, times.decoded
   steps = sum(int(lengths(tokens, model.eos_id).max()) for tokens in decoded.tokens)
   decode, divisor = list(times.decode), steps
@@ -263,7 +226,7 @@ def _row(setting, model: models.Model, times: Times, full: Times, speed: float) 
     total = costs.totals(system.pieces, decoded.exit_layers)
     megaflops = total.early.flops / total.tokens / 1e6
   comparable = layers == full.system.measured_layers
-  return Row(
+  return table.Row(
     setting=str(setting),
     system=system.name,
     peer=system.peer,
@@ -298,73 +261,6 @@ def agreement(got: systems.Decoded, full: systems.Decoded, eos_id: int) -> float
   return equal / count
 
 
-def markdown(rows: list[Row], about: dict[str, Any]) -> str:
-  """The table, one block a setting."""
-  versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-  lines = [
-    f"{about['cpu']}, {about['cores']} cores; {about['device']}; {versions}."
-    f" Load when it began: {about['load_before']:.1f}. `{about['command']}`",
-    "",
-    "Milliseconds a decode step: median of the repeats (lowest - highest), encoder excluded.",
-  ]
-  lines += [f"Not installed: {peer}." for peer in about["not_installed"]]
-  for setting in dict.fromkeys(row.setting for row in rows):
-    lines += [
-      "",
-      f"**{setting}** (memory was read at {_speed(rows, setting):.1f} GB/s)",
-      "",
-      "| system | layers | MFLOP a token | MB a step | ms a step | spread | x static | x full |"
-      " x floor | end to end | compile s | tokens equal |",
-      "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    lines += [_markdown_row(row) for row in rows if row.setting == setting]
-  return "\n".join(lines) + "\n"
-
-
-def result(rows: list[Row], about: dict[str, Any]) -> dict[str, Any]:
-  """The rows as `scripts/tables.py` shows them."""
-  columns = {
-    "setting": lambda row: row.setting,
-    "system": lambda row: row.system,
-    "layers": lambda row: row.layers,
-    "ms a step": lambda row: row.median,
-    "over static": lambda row: row.over_static,
-    "over full depth": lambda row: row.over_full,
-    "with the encoder": lambda row: row.end_to_end,
-    "compile s": lambda row: row.compile_seconds,
-  }
-  return {
-    "command": about["command"],
-    "columns": list(columns),
-    "rows": [[read(row) for read in columns.values()] for row in rows],
-    "versions": about["versions"],
-    "machine": f"{about['cpu']}, {about['cores']} cores",
-  }
-
-
-def _speed(rows: list[Row], setting: str) -> float:
-  return next(row.gigabytes_per_second for row in rows if row.setting == setting)
-
-
-def _markdown_row(row: Row) -> str:
-  number = lambda value, places=2: "" if value is None else f"{value:.{places}f}"
-  over_floor = None if row.floor is None else row.median / row.floor
-  share = "" if row.agreement is None else f"{100 * row.agreement:.1f} %"
-  cells = [
-    f"*{row.system}*" if row.peer else row.system,
-    number(row.layers),
-    number(row.megaflops, 1),
-    number(row.megabytes, 1),
-    number(row.median),
-    f"{row.low:.2f} - {row.high:.2f}",
-    *(number(value) for value in (row.over_static, row.over_full, over_floor)),
-    number(row.end_to_end),
-    number(row.compile_seconds, 1),
-    share,
-  ]
-  return "| " + " | ".join(cells) + " |"
-
-
 def main(arguments: list[str] | None = None) -> int:
   """Runs the whole table; what is done is written after every setting."""
   options = parse(arguments)
@@ -376,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
   wanted = [peer for peer in peers.PEERS if peer.name in options.peers]
   missing = {peer.name: peers.not_installed(*peer.packages) for peer in wanted}
   about["not_installed"] = [f"{name} ({why})" for name, why in missing.items() if why]
-  rows: list[Row] = []
+  rows: list[table.Row] = []
   settings = models.grid(
     options.shapes,
     options.batch_sizes,
@@ -388,14 +284,14 @@ def main(arguments: list[str] | None = None) -> int:
     log(f"{setting} ({number} of {len(settings)})")
     rows += rows_of(setting, options, log)
     if options.output:
-      table = {"about": about, "rows": [dataclasses.asdict(row) for row in rows]}
+      stored = {"about": about, "rows": [dataclasses.asdict(row) for row in rows]}
       path = pathlib.Path(options.output)
-      files.write_atomically(path.with_suffix(".json"), json.dumps(table, indent=1) + "\n")
-      files.write_atomically(path.with_suffix(".md"), markdown(rows, about))
-  print(markdown(rows, about))
+      files.write_atomically(path.with_suffix(".json"), json.dumps(stored, indent=1) + "\n")
+      files.write_atomically(path.with_suffix(".md"), table.markdown(rows, about))
+  print(table.markdown(rows, about))
   if options.results:
     path = pathlib.Path(__file__).parent / "results" / f"{options.results}.json"
-    files.write_atomically(path, json.dumps(result(rows, about), indent=1) + "\n")
+    files.write_atomically(path, json.dumps(table.result(rows, about), indent=1) + "\n")
   return 0
 
 

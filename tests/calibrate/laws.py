@@ -89,3 +89,11 @@ def generations(count=4, grid=(0.9, 0.5), texts=None, **fields):
     full=tuple(record(p.id, f"word{i} same") for i, p in enumerate(rows)),
     **fields,
   )
+
+
+def assert_super_uniform(p, weights):
+  """P(p <= u) <= u at every value u that p takes."""
+  order = np.argsort(p)
+  reached = np.cumsum(weights[order])
+  last_of_ties = np.append(np.diff(p[order]) > 1e-12, True)
+  assert np.all(reached[last_of_ties] <= p[order][last_of_ties] * (1 + 1e-9) + 1e-12)

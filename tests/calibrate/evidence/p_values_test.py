@@ -3,7 +3,6 @@
 import decimal
 import doctest
 import fractions
-import itertools
 import math
 
 import numpy as np
@@ -25,14 +24,6 @@ LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5)
 TOLERANCES = st.floats(0.005, 0.9)
 
 
-def assert_super_uniform(p, weights):
-  """P(p <= u) <= u at every value u that p takes."""
-  order = np.argsort(p)
-  reached = np.cumsum(weights[order])
-  last_of_ties = np.append(np.diff(p[order]) > 1e-12, True)
-  assert np.all(reached[last_of_ties] <= p[order][last_of_ties] * (1 + 1e-9) + 1e-12)
-
-
 def test_doctests():
   for module in (p_values,):
     result = doctest.testmod(module)
@@ -45,7 +36,7 @@ def test_super_uniform_for_bernoulli_losses_exactly(p_value, tolerance):
   for size in (1, 2, 3, 7, 10, 31, 100):
     counts = np.arange(size + 1)
     weights = stats.binom.pmf(counts, size, tolerance)
-    assert_super_uniform(p_value(counts, size, tolerance), weights)
+    laws.assert_super_uniform(p_value(counts, size, tolerance), weights)
 
 
 @pytest.mark.parametrize("p_value", SUM_BASED, ids=lambda f: f.__name__)
@@ -58,33 +49,7 @@ def test_super_uniform_for_two_point_losses_exactly(p_value, top, bottom):
     counts = np.arange(size + 1)
     weights = stats.binom.pmf(counts, size, chance)
     sums = counts * top + (size - counts) * bottom
-    assert_super_uniform(p_value(sums, size, tolerance), weights)
-
-
-@pytest.mark.parametrize(
-  "strategy", [betting.PLUG_IN, betting.FIXED_LEVEL], ids=lambda s: s.name
-)
-@pytest.mark.parametrize(
-  ("values", "chances", "size"),
-  [
-    ((0.0, 1.0), (0.6, 0.4), 11),
-    ((0.0, 1.0), (0.9, 0.1), 11),
-    ((0.0, 0.5, 1.0), (0.5, 0.4, 0.1), 7),
-    ((-1.0, 0.0, 1.0), (0.2, 0.4, 0.4), 7),
-    ((-1.0, 1.0), (0.45, 0.55), 11),
-  ],
-)
-def test_betting_is_super_uniform_exactly(strategy, values, chances, size):
-  tolerance = float(np.dot(values, chances))
-  paths = np.array(list(itertools.product(range(len(values)), repeat=size)))
-  weights = np.array(chances)[paths].prod(axis=1)
-  losses = np.array(values)[paths].T
-  p = p_values.betting(losses, tolerance, error_rate=0.2, strategy=strategy)
-  assert weights.sum() == pytest.approx(1.0)
-  assert_super_uniform(p, weights)
-  design = betting.Design(tolerance, 0.2, size)
-  wealth = np.exp(betting.log_wealth(losses, design, strategy))
-  np.testing.assert_allclose(wealth @ weights, 1.0, rtol=1e-9)  # a martingale at the boundary
+    laws.assert_super_uniform(p_value(sums, size, tolerance), weights)
 
 
 def cases():
@@ -229,31 +194,6 @@ def test_hoeffding_by_hand():
   assert p_values.hoeffding(10.0, 100, 0.1) == 1.0
 
 
-def test_betting_by_hand():
-  # Before the first prompt the variance is 1/4, so the bet is sqrt(2 log 20 / n) / 0.5.
-  tolerance, losses = 0.5, np.array([0.2, 0.4])
-  first = min(math.sqrt(math.log(20.0)) / 0.5, 0.9 / 0.5)
-  mean = 0.2 / 2
-  second = min(math.sqrt(math.log(20.0)) / math.sqrt((0.25 + (0.2 - mean) ** 2) / 2), 0.9 / 0.5)
-  wealth = [1 + first * 0.3, (1 + first * 0.3) * (1 + second * 0.1)]
-  found = p_values.betting(losses, tolerance)
-  assert found == pytest.approx(1 / max(wealth), rel=1e-12)
-  assert p_values.betting(losses, tolerance, log=True) == pytest.approx(-math.log(max(wealth)))
-
-
-def test_small_bets_by_hand():
-  # With many prompts planned the cap does not bind.
-  losses = np.array([1.0, 0.0, 0.0])
-  scale = math.sqrt(2 * math.log(10.0) / 1000)
-  deviations = [math.sqrt(0.25), math.sqrt((0.25 + 0.25) / 2)]
-  deviations.append(math.sqrt((0.25 + 0.25 + (0.0 - 1 / 3) ** 2) / 3))
-  wealth = np.cumprod(1 + scale / np.array(deviations) * (0.3 - losses))
-  found = p_values.betting(losses, 0.3, error_rate=0.1, planned_size=1000)
-  assert found == pytest.approx(min(1.0, 1 / wealth.max()))
-  design = betting.Design(0.3, 0.1, 1000)
-  np.testing.assert_allclose(np.exp(betting.log_wealth(losses, design)), wealth)
-
-
 def test_columns_are_independent_and_vectorised():
   losses = laws.mostly_zero(np.random.default_rng(3), 0.1, (50, 6))
   for strategy in (betting.PLUG_IN, betting.FIXED_LEVEL):
@@ -275,78 +215,6 @@ def test_sum_based_p_values_do_not_depend_on_the_order(order):
   for p_value in SUM_BASED:
     first = p_value(losses.sum(), 12, 0.2)
     assert p_value(losses[order].sum(), 12, 0.2) == pytest.approx(first, rel=1e-12)
-
-
-def test_bets_see_the_past_only():
-  generator = np.random.default_rng(5)
-  losses = laws.signed(generator, 0.0, (40, 3))
-  for strategy in (betting.PLUG_IN, betting.FIXED_LEVEL):
-    design = strategy.design(0.1, 0.05, 40)
-    bets = strategy.bets(losses, design)
-    for row in (0, 1, 17, 39):
-      changed = losses.copy()
-      changed[row:] = generator.permutation(changed[row:]) * 0.5
-      np.testing.assert_array_equal(strategy.bets(changed, design)[: row + 1], bets[: row + 1])
-    assert np.all((bets >= 0.0) & (bets <= strategy.cap_share / 0.9 + 1e-15))
-
-
-def hedge_by_hand(losses, tolerance, error_rate, planned):
-  """One column, its wealth looked at before every loss; see `strategies.Hedge`."""
-  target, pace = math.log(1 / error_rate), math.sqrt(2 * math.log(1 / error_rate) / planned)
-  wealth, highest, squares, total = 0.0, 0.0, 8 * tolerance * (1 - tolerance), 0.0
-  bets, deviations = [], []
-  for row, loss in enumerate(losses):
-    deviation = math.sqrt(squares / (row + 8))
-    chance = min(1.0, error_rate * math.exp(wealth))
-    if highest < target and chance > error_rate**2:
-      z = stats.norm.ppf(chance)
-      bet = stats.norm.pdf(z) / (chance * deviation * math.sqrt(planned - row))
-    else:
-      bet = pace / deviation
-    bets.append(bet)
-    deviations.append(deviation)
-    wealth += math.log(1 + min(bet, 0.99 / (1 - tolerance)) * (tolerance - loss))
-    highest = max(highest, wealth)
-    total += loss
-    squares += (loss - total / (row + 2)) ** 2
-  return np.array(bets), highest, np.array(deviations)
-
-
-@pytest.mark.parametrize(("mean", "reached"), [(0.01, True), (0.1, False), (0.3, False)])
-@pytest.mark.parametrize("error_rate", [0.05, 0.3])
-def test_the_hedge_by_hand(mean, reached, error_rate):
-  losses = laws.mostly_zero(np.random.default_rng(8), mean, 90)
-  bets, highest, _ = hedge_by_hand(losses, 0.1, error_rate, 120)
-  design = betting.FIXED_LEVEL.design(0.1, error_rate, 120)
-  found = betting.FIXED_LEVEL.free(losses[:, None], design)[:, 0]
-  # Where wealth is nearly there the chance is nearly 1, and its digits cancel.
-  np.testing.assert_allclose(found, bets, rtol=1e-6, atol=1e-6)
-  p = p_values.betting(
-    losses, 0.1, error_rate=error_rate, planned_size=120, strategy=betting.FIXED_LEVEL
-  )
-  assert p == pytest.approx(math.exp(-highest), rel=1e-6) and reached == (p <= error_rate)
-  assert (
-    betting.certifies(losses[:, None], np.array([0]), design, betting.FIXED_LEVEL) == reached
-  )
-
-
-def test_the_hedge_looks_at_its_wealth_less_often_where_many_prompts_are_left():
-  losses = laws.mostly_zero(np.random.default_rng(8), 0.05, 400)
-  _, _, deviations = hedge_by_hand(losses, 0.1, 0.05, 400)
-  design = betting.FIXED_LEVEL.design(0.1, 0.05, 400)
-  aims = betting.FIXED_LEVEL.free(losses[:, None], design)[:, 0] * deviations
-  # 400 // 64 = 6 prompts are bet on before the second look, 394 // 64 = 6 before the third.
-  np.testing.assert_allclose(aims[:6], aims[0])
-  np.testing.assert_allclose(aims[6:12], aims[6])
-  assert not math.isclose(aims[0], aims[6]) and not math.isclose(aims[6], aims[12])
-
-
-def test_a_huge_need_does_not_underflow():
-  losses = np.ones((3000, 1))
-  design = betting.FIXED_LEVEL.design(0.5, 1e-300, 3000)
-  bets = betting.FIXED_LEVEL.bets(losses, design)
-  assert np.all(np.isfinite(bets)) and np.all(bets > 0.0)
-  assert p_values.betting(losses, 0.5, error_rate=1e-300, strategy=betting.FIXED_LEVEL) == 1.0
 
 
 def test_large_samples_do_not_underflow_in_log_space():
@@ -455,30 +323,6 @@ def test_binomial_refuses_sums_that_are_not_whole():
     p_values.binomial(1.0 - 1.5e-9, 10, 0.1)  # more than rounding
   with pytest.raises(ValueError, match=r"`sums` to be whole numbers.*1.5"):
     p_values.binomial([1.0, 1.5], 10, 0.1)
-
-
-@pytest.mark.parametrize(
-  "losses", [[], [[[0.0]]], [0.0, math.nan], [math.inf], [-math.inf], [1.5]]
-)
-def test_losses_that_cannot_be_bet_on_are_refused(losses):
-  with pytest.raises(ValueError, match="`losses` to be"):
-    p_values.betting(losses, 0.1)
-  if losses != [1.5]:
-    with pytest.raises(ValueError, match="`losses` to be"):
-      p_values.clt_not_valid(losses, 0.1)
-
-
-def test_levels_of_bets_are_checked():
-  for changes in (
-    {"tolerance": 1.0},
-    {"tolerance": math.nan},
-    {"error_rate": 0.0},
-    {"error_rate": 1},
-  ):
-    with pytest.raises(ValueError, match=r"`tolerance` to be|`error_rate` to be"):
-      p_values.betting([0.0], **{"tolerance": 0.1, **changes})
-  with pytest.raises(ValueError, match="`planned_size` to be at least the number of losses"):
-    p_values.betting([0.0, 0.0], 0.1, planned_size=1)
 
 
 def test_clt_by_hand():
