@@ -32,17 +32,9 @@ def texts(generator: np.random.Generator, rows: int, words: int = 12) -> list[st
   return [" ".join(f"w{k}" for k in row) for row in generator.integers(0, 400, (rows, words))]
 
 
-def main() -> None:
-  """Runs every measurement."""
-  generator = np.random.default_rng(0)
-  shape = (PROMPTS, THRESHOLDS)
-  losses = (generator.random(shape) < np.linspace(0.0, 0.3, THRESHOLDS)) * generator.random(
-    shape
-  )
-  binary = np.round(losses)
-  sums = losses.sum(axis=0)
-  grid = np.linspace(0.99, 0.0, THRESHOLDS)
-  print(f"{PROMPTS} prompts x {THRESHOLDS} thresholds")
+def clock_thresholds(losses: np.ndarray, grid: np.ndarray) -> None:
+  """P-values, upper bounds and whole calibrations of one table of losses."""
+  binary, sums = np.round(losses), losses.sum(axis=0)
   for p_value in (p_values.hoeffding, p_values.hoeffding_bentkus, p_values.convex_order):
     clock(f"p-values, {p_value.__name__}", 1.0, lambda f=p_value: f(sums, PROMPTS, 0.1))
     clock(
@@ -63,7 +55,10 @@ def main() -> None:
       2.0,
       lambda m=method: calibrate(losses, grid, tolerance=0.1, error_rate=0.05, method=m),
     )
-  pool = SequenceLosses(losses[:2000, ::5], grid[::5])
+
+
+def clock_trials(pool: SequenceLosses) -> None:
+  """What the paper's Figures of promises repeat many times."""
   tolerances = np.linspace(0.01, 0.3, 20).tolist()
 
   def three_measures(method: str) -> None:
@@ -74,11 +69,12 @@ def main() -> None:
   for method in ("auto", "paper", "convex_order"):
     name = f"trials (a) and (b), {method}: 3 measures x 20 tolerances"
     clock(name, 30.0, lambda m=method: three_measures(m))
-  rows = 40_000
-  pairs = [
-    (early, (full,))
-    for early, full in zip(texts(generator, rows), texts(generator, rows), strict=True)
-  ]
+
+
+def clock_metrics(generator: np.random.Generator, rows: int = 40_000) -> None:
+  """Text metrics: in one process, in several, and where texts repeat."""
+  early, full = texts(generator, rows), texts(generator, rows)
+  pairs = [(text, (other,)) for text, other in zip(early, full, strict=True)]
   for name in ("rouge_l", "chrf"):
     metric = metrics.METRICS[name]
     clock(
@@ -97,6 +93,20 @@ def main() -> None:
     None,
     lambda: metric_values.compute(metrics.METRICS["rouge_l"], repeated, workers=1),
   )
+
+
+def main() -> None:
+  """Runs every measurement."""
+  generator = np.random.default_rng(0)
+  shape = (PROMPTS, THRESHOLDS)
+  losses = (generator.random(shape) < np.linspace(0.0, 0.3, THRESHOLDS)) * generator.random(
+    shape
+  )
+  grid = np.linspace(0.99, 0.0, THRESHOLDS)
+  print(f"{PROMPTS} prompts x {THRESHOLDS} thresholds")
+  clock_thresholds(losses, grid)
+  clock_trials(SequenceLosses(losses[:2000, ::5], grid[::5]))
+  clock_metrics(generator)
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
   print(
     f"peak memory {peak:.0f} MiB, of which one table of losses {losses.nbytes / 2**20:.0f} MiB"

@@ -75,18 +75,15 @@ def calm_command(*words: str) -> list[str]:
   return [sys.executable, "-m", "calm", *words]
 
 
-def trials(base: pathlib.Path) -> dict[str, Trial]:
-  """The commands, on prompts of the packed model; `base` is for what they share."""
-  prompts = base / "prompts.jsonl"
+def write_prompts(path: pathlib.Path) -> None:
+  """48 of the packed model's prompts, with targets to train on."""
   rows = (ASSETS / "prompts_calibration.jsonl").read_text("utf-8").splitlines()[:48]
   targets = [{"target": json.loads(row)["targets"], **json.loads(row)} for row in rows]
-  text = "".join(json.dumps(row) + "\n" for row in targets)
-  files.write_atomically(prompts, text)
-  short = ["--max_decode_length=12", "--max_input_length=64", f"--prompts={prompts}"]
-  grid = ["--thresholds=0.8,0.5"]
-  cache = base / "cache"
-  levels = tuple(f"cache/threshold_{name}.jsonl" for name in ("never", "0.8", "0.5"))
-  train = [
+  files.write_atomically(path, "".join(json.dumps(row) + "\n" for row in targets))
+
+
+def training_words(prompts: pathlib.Path) -> list[str]:
+  return [
     f"--gin_file={ROOT / 'configs' / 'runs' / 'local_tiny.gin'}",
     f"--gin_bindings=TRAIN = '{prompts}'",
     f"--gin_bindings=VOCABULARY_PATH = '{ASSETS / 'vocabulary.model'}'",
@@ -94,6 +91,17 @@ def trials(base: pathlib.Path) -> dict[str, Trial]:
     "--gin_bindings=training.TrainConfig.eval_every = 10",
     "--no_tensorboard",
   ]
+
+
+def trials(base: pathlib.Path) -> dict[str, Trial]:
+  """The commands, on prompts of the packed model; `base` is for what they share."""
+  prompts = base / "prompts.jsonl"
+  write_prompts(prompts)
+  short = ["--max_decode_length=12", "--max_input_length=64", f"--prompts={prompts}"]
+  grid = ["--thresholds=0.8,0.5"]
+  cache = base / "cache"
+  levels = tuple(f"cache/threshold_{name}.jsonl" for name in ("never", "0.8", "0.5"))
+  train = training_words(prompts)
   calibrate = ["--tolerance=0.9", "--error_rate=0.5"]
   return {
     "generate": Trial(

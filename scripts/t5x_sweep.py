@@ -14,6 +14,7 @@ On several hosts start it once a host; with --coordinator_address, --process_cou
 --process_index where JAX does not find its peers by itself. The first process writes.
 """
 
+import functools
 import inspect
 import itertools
 import pathlib
@@ -144,18 +145,18 @@ def load(model, dataset_cfg, partitioner, restore_checkpoint_cfg) -> tuple[Any, 
   )  # fmt: skip
   if jax.process_count() == 1:
     return state.params, lambda *given: jax.device_get(step(*given))
+  return state.params, functools.partial(_on_all_hosts, step, partitioner, size)
+
+
+def _on_all_hosts(step, partitioner, size: int, params, batch, threshold):
+  """A step on global arrays, as T5X's `get_infer_fn` makes them: each host brings its rows."""
   layout, whole = partitioner.get_data_layout(size), jax.sharding.PartitionSpec()
   own = size // layout.num_shards
+  rows = slice(layout.shard_id * own, (layout.shard_id + 1) * own)
+  local = {name: x[rows] for name, x in batch.items()}, threshold
   specs = (partitioner.data_partition_spec, whole)
-
-  def on_all_hosts(params, batch, threshold):
-    # Global arrays, as T5X's `get_infer_fn` makes them: each host brings the rows it holds.
-    rows = slice(layout.shard_id * own, (layout.shard_id + 1) * own)
-    local = {name: x[rows] for name, x in batch.items()}, threshold
-    given = multihost_utils.host_local_array_to_global_array(local, partitioner.mesh, specs)
-    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), step(params, *given))
-
-  return state.params, on_all_hosts
+  given = multihost_utils.host_local_array_to_global_array(local, partitioner.mesh, specs)
+  return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), step(params, *given))
 
 
 def read(dataset_cfg, model) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray], str]]:

@@ -148,6 +148,13 @@ def _plan(arguments, console, cached: generations.Generations) -> None:
       "Expected --promise=mean for a run that stopped early: it was decided for the mean. Got"
       f" {arguments.promise!r}; generate without --until-certified."
     )
+  _tell_power(arguments, console, count, rates, support)
+
+
+def _tell_power(
+  arguments, console, count: int, rates: tuple[float, float], support: Support
+) -> None:
+  """How likely so many prompts certify: judged by a pilot, or forecast for signed losses."""
   if arguments.pilot:
     pilot = _losses(arguments, generations.load(arguments.pilot))
     curve = planning.power_curve(

@@ -95,22 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
   common.use_compilation_cache()
   calibration_prompts = packed_prompts("calibration", arguments.limit)
   unseen_prompts = packed_prompts("unseen", arguments.limit)
-  planning.min_calibration_size(arguments.tolerance, arguments.error_rate)  # refuses bad rates
-  refusal = planning.refusal(
-    len(calibration_prompts), arguments.tolerance, arguments.error_rate, method="auto"
-  )
-  if refusal:
-    raise ValueError(refusal)
-  from calm import inference
-
-  console = rich_console.Console()
-  options = {}
-  if arguments.measure:
-    options["measure"] = arguments.measure
-  if named := arguments.exit_layers:
-    options["exit_layers"] = None if named == "all" else model_flags.parse_layers(named)
-  with common.called("--model"):
-    predictor = inference.load(arguments.model, **options)
+  _refuse_rates(len(calibration_prompts), arguments.tolerance, arguments.error_rate)
+  console, predictor = rich_console.Console(), _open(arguments)
   allowed = predictor.options.exit_layers
   shown = "all" if allowed is None else ",".join(map(str, allowed))
   console.print(
@@ -136,6 +122,26 @@ def run(arguments: argparse.Namespace) -> int:
   print_comparison(console, calibration, result)
   print_examples(console, unseen_prompts, result, arguments.examples)
   return 0
+
+
+def _refuse_rates(count: int, tolerance: float, error_rate: float) -> None:
+  planning.min_calibration_size(tolerance, error_rate)  # refuses bad rates
+  refusal = planning.refusal(count, tolerance, error_rate, method="auto")
+  if refusal:
+    raise ValueError(refusal)
+
+
+def _open(arguments: argparse.Namespace):
+  """The model under the measure and layers that were named."""
+  from calm import inference
+
+  options = {}
+  if arguments.measure:
+    options["measure"] = arguments.measure
+  if named := arguments.exit_layers:
+    options["exit_layers"] = None if named == "all" else model_flags.parse_layers(named)
+  with common.called("--model"):
+    return inference.load(arguments.model, **options)
 
 
 def packed_prompts(split: str, limit: int | None) -> tuple[Prompt, ...]:

@@ -36,28 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     " --stages=none",
   )
   parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
-  rate = {"type": float, "metavar": "RATE"}
-  parser.add_argument("--tolerance", default=0.1, help="delta (default 0.1)", **rate)
-  parser.add_argument("--error_rate", default=0.05, help="epsilon (default 0.05)", **rate)
+  _add_promise(parser)
   parser.add_argument(
     "--stages",
     default="both",
     metavar="NAME",
     help="what is trained: both (default), one (Eq. 6), two (the exit classifier), none (the"
     " model's exits are trained)",
-  )
-  parser.add_argument(
-    "--consistency",
-    default="textual",
-    metavar="NAME",
-    help="textual (default): distance to the full model's text; risk: loss of quality against"
-    " the targets",
-  )
-  parser.add_argument(
-    "--metric",
-    default="rouge_l",
-    metavar="NAME",
-    help="rouge_l (default), token_f1, exact_match, chrf, or import.path:function",
   )
   parser.add_argument(
     "--budget", metavar="TIME", help="time for training, like 30m (default: the recipe's steps)"
@@ -70,6 +55,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default=8,
     metavar="N",
     help="prompts decoded together (default 8)",
+  )
+
+
+def _add_promise(parser: argparse.ArgumentParser) -> None:
+  """What is promised, and by which metric."""
+  rate = {"type": float, "metavar": "RATE"}
+  parser.add_argument("--tolerance", default=0.1, help="delta (default 0.1)", **rate)
+  parser.add_argument("--error_rate", default=0.05, help="epsilon (default 0.05)", **rate)
+  parser.add_argument(
+    "--consistency",
+    default="textual",
+    metavar="NAME",
+    help="textual (default): distance to the full model's text; risk: loss of quality against"
+    " the targets",
+  )
+  parser.add_argument(
+    "--metric",
+    default="rouge_l",
+    metavar="NAME",
+    help="rouge_l (default), token_f1, exact_match, chrf, or import.path:function",
   )
 
 

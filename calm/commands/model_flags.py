@@ -44,6 +44,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="jsonl, json, text, csv, tsv or parquet (default: told by the name, or the content)",
   )
   parser.add_argument("--limit", type=int, metavar="N", help="read only the first N prompts")
+  _add_exits(parser)
+  # Whole numbers and texts that a checkpoint or a calibration brings along.
+  for name, type_, metavar, text in (
+    ("task_prefix", str, "TEXT", "put before every prompt"),
+    ("max_input_length", int, "N", "tokens read of a prompt"),
+    ("max_decode_length", int, "N", "most tokens generated"),
+    ("batch_size", int, "N", "prompts that a device decodes together (default 8)"),
+    ("num_devices", int, "N", "devices that the prompts are spread over (default 1)"),
+    ("dtype", str, "NAME", "activation dtype: float32 or bfloat16"),
+  ):
+    parser.add_argument(f"--{name}", type=type_, metavar=metavar, help=text)
+
+
+def _add_exits(parser: argparse.ArgumentParser) -> None:
+  """When and how a token leaves."""
   parser.add_argument(
     "--measure",
     metavar="NAME",
@@ -71,16 +86,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="how steps run; texts are the same: compacted (default from 8 rows on), deferred"
     " (default below; compiles two to three times as fast), eager",
   )
-  # Whole numbers and texts that a checkpoint or a calibration brings along.
-  for name, type_, metavar, text in (
-    ("task_prefix", str, "TEXT", "put before every prompt"),
-    ("max_input_length", int, "N", "tokens read of a prompt"),
-    ("max_decode_length", int, "N", "most tokens generated"),
-    ("batch_size", int, "N", "prompts that a device decodes together (default 8)"),
-    ("num_devices", int, "N", "devices that the prompts are spread over (default 1)"),
-    ("dtype", str, "NAME", "activation dtype: float32 or bfloat16"),
-  ):
-    parser.add_argument(f"--{name}", type=type_, metavar=metavar, help=text)
 
 
 def decode_options(arguments: argparse.Namespace) -> dict[str, Any]:

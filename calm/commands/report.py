@@ -65,6 +65,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--ablated", type=int, default=200, help="validation prompts of Fig. 2 (200)"
   )
+  parser.add_argument("--batch_size", type=int, default=8, help="prompts decoded together (8)")
+  parser.add_argument("--error_rate", type=float, default=0.05, help="epsilon (0.05)")
+  parser.add_argument("--examples", type=int, default=6, help="outputs to show a task (6)")
+  _add_compared(parser)
+  _add_seconds(parser)
+
+
+def _add_compared(parser: argparse.ArgumentParser) -> None:
+  """Other models, trained otherwise."""
   parser.add_argument("--geometric_model", help="classifier trained Elbayad's way, for App. D")
   parser.add_argument("--last_layer_model", help="a model trained without Eq. 6")
   parser.add_argument(
@@ -75,9 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     nargs="+",
     help="tasks that these two were trained on (default: those of --tasks)",
   )
-  parser.add_argument("--batch_size", type=int, default=8, help="prompts decoded together (8)")
-  parser.add_argument("--error_rate", type=float, default=0.05, help="epsilon (0.05)")
-  parser.add_argument("--examples", type=int, default=6, help="outputs to show a task (6)")
+
+
+def _add_seconds(parser: argparse.ArgumentParser) -> None:
   timing = parser.add_argument_group("seconds")
   timing.add_argument(
     "--timed", type=int, default=16, help="prompts decoded alone, one after another (16)"
@@ -112,33 +121,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, announce):
   """(one report a task, the predictor of the last)."""
-  from calm import inference
-  from calm.paper.bench import bench
   from calm.paper.bench import tasks as tasks_lib
   from calm.paper.experiments import suite
 
   tasks = [tasks_lib.task(name) for name in arguments.tasks]
   compared = [tasks_lib.task(name) for name in arguments.objective_tasks or ()] or tasks
-  options = bench.Options(
-    limit=arguments.limit,
-    timed=arguments.timed,
-    rounds=arguments.rounds,
-    examples=arguments.examples,
-    ablated=arguments.ablated,
-    step=arguments.step,
-    error_rate=arguments.error_rate,
-    measures=tuple(arguments.measures),
-  )
-  models = {
-    name: inference.load(path, batch_size=arguments.batch_size)
-    for name, path in (
-      ("predictor", arguments.model),
-      ("geometric", arguments.geometric_model),
-      ("last_layer", arguments.last_layer_model),
-      ("all_layers", arguments.all_layers_model),
-    )
-    if path
-  }
+  options, models = _options(arguments), _models(arguments)
   reports = []
   for settings in tasks:
     chosen = {
@@ -153,17 +141,48 @@ def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, announce):
     if arguments.retime:
       for old in (cache / "results" / settings.name).glob("seconds-*.json"):
         old.unlink()
-    reports.append(
-      suite.Suite(
-        settings=settings,
-        data=pathlib.Path(arguments.data),
-        folder=cache,
-        options=options,
-        announce=announce,
-        **chosen,
-      ).run()
+    made = suite.Suite(
+      settings=settings,
+      data=pathlib.Path(arguments.data),
+      folder=cache,
+      options=options,
+      announce=announce,
+      **chosen,
     )
+    reports.append(made.run())
   return reports, models["predictor"]
+
+
+def _options(arguments: argparse.Namespace):
+  """How much is run of every experiment."""
+  from calm.paper.bench import bench
+
+  return bench.Options(
+    limit=arguments.limit,
+    timed=arguments.timed,
+    rounds=arguments.rounds,
+    examples=arguments.examples,
+    ablated=arguments.ablated,
+    step=arguments.step,
+    error_rate=arguments.error_rate,
+    measures=tuple(arguments.measures),
+  )
+
+
+def _models(arguments: argparse.Namespace):
+  """The models that were named, by what they are for."""
+  from calm import inference
+
+  return {
+    name: inference.load(path, batch_size=arguments.batch_size)
+    for name, path in (
+      ("predictor", arguments.model),
+      ("geometric", arguments.geometric_model),
+      ("last_layer", arguments.last_layer_model),
+      ("all_layers", arguments.all_layers_model),
+    )
+    if path
+  }
 
 
 @contextlib.contextmanager

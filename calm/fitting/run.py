@@ -213,22 +213,13 @@ class Fit:
     certified_threshold = (
       thresholds_lib.NEVER_EXIT if calibration is None else calibration.threshold
     )
-    prompts, measured = self.splits.last, None
-    if np.isfinite(certified_threshold):
-      measured = self.folder.cache.get(
-        seconds.Seconds,
-        "seconds",
-        {"procedure": predictor.procedure.to_json(), "threshold": certified_threshold},
-        lambda: seconds.measure(
-          predictor, prompts, certified_threshold, lambda s, t: progress(0.6 * s, t)
-        ),
-      )
+    measured = self._seconds(predictor, certified_threshold, lambda s, t: progress(0.6 * s, t))
     reason = why_full_depth(choice, calibration, measured)
     threshold = thresholds_lib.NEVER_EXIT if reason else certified_threshold
     look = last_lib.look(
       predictor,
       self.source if trained else None,
-      prompts,
+      self.splits.last,
       self.options,
       threshold,
       lambda s, t: progress(0.6 + 0.4 * s, t),
@@ -250,6 +241,17 @@ class Fit:
       examples=look.examples,
     )
     return result, served
+
+  def _seconds(self, predictor, threshold: float, progress) -> seconds.Seconds | None:
+    """Of the last part at a certified threshold, measured once; None at full depth."""
+    if not np.isfinite(threshold):
+      return None
+    return self.folder.cache.get(
+      seconds.Seconds,
+      "seconds",
+      {"procedure": predictor.procedure.to_json(), "threshold": threshold},
+      lambda: seconds.measure(predictor, self.splits.last, threshold, progress),
+    )
 
 
 def _directory(model: str) -> pathlib.Path:

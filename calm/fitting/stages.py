@@ -92,18 +92,7 @@ class Stage:
     """The gin file, with as many steps as the budget has room for."""
     recipe = RECIPES[self.name](self.model.config, len(self.splits.train))
     buckets = self._buckets()
-    num_steps = recipe.num_steps
-    if self.options.budget is not None:
-      share = _SHARES[self.name] if len(self.options.trains) > 1 else 1.0
-      progress(0.0, "timing a few steps")
-      compile_seconds, seconds = self._pilot(recipe, buckets)
-      room = share * self.options.budget - compile_seconds
-      num_steps = int(np.clip(room / seconds, 2, 10 * recipe.num_steps))
-      say(
-        f"Stage {self.name}: {seconds:.2f} s a step, {num_steps} steps in the budget (the"
-        f" recipe has {recipe.num_steps}:"
-        f" {_duration(recipe.num_steps * seconds + compile_seconds)})."
-      )
+    num_steps = self._num_steps(recipe, buckets, progress, say)
     eval_every = max(1, -(-num_steps // _VALIDATIONS))
     validation = len(self.splits.validation)
     validation_batch = min(recipe.batch_size, validation)
@@ -135,6 +124,22 @@ class Stage:
         denoising_length=_DENOISING_LENGTH,
       )
     )
+
+  def _num_steps(self, recipe, buckets, progress: Progress, say: Callable[[str], None]) -> int:
+    """The recipe's steps, or as many as the budget has room for, timed on a few."""
+    if self.options.budget is None:
+      return recipe.num_steps
+    share = _SHARES[self.name] if len(self.options.trains) > 1 else 1.0
+    progress(0.0, "timing a few steps")
+    compile_seconds, seconds = self._pilot(recipe, buckets)
+    room = share * self.options.budget - compile_seconds
+    num_steps = int(np.clip(room / seconds, 2, 10 * recipe.num_steps))
+    say(
+      f"Stage {self.name}: {seconds:.2f} s a step, {num_steps} steps in the budget (the"
+      f" recipe has {recipe.num_steps}:"
+      f" {_duration(recipe.num_steps * seconds + compile_seconds)})."
+    )
+    return num_steps
 
   def _tokens(self) -> tuple[list[list[int]], list[list[int]]]:
     encode, eos_id = self.model.vocabulary.encode, self.model.eos_id

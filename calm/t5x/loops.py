@@ -270,9 +270,13 @@ def greedy_decode(
       " `decoding.temperature_sample` or `decoding.beam_search`."
     )
   batch_size, length = inputs.shape
-  given = jnp.pad(inputs[:, 1:], ((0, 0), (0, 2)))
   sequences = jnp.pad(inputs, ((0, 0), (0, 1)))
-  num_eos = jnp.sum(sequences == eos_id, axis=1)
+  greedy = _Greedy(
+    tokens_to_logits,
+    eos_id,
+    given=jnp.pad(inputs[:, 1:], ((0, 0), (0, 2))),
+    num_eos=jnp.sum(sequences == eos_id, axis=1),
+  )
   start = LoopState(
     jnp.zeros((batch_size,), jnp.int32),
     sequences,
@@ -280,32 +284,52 @@ def greedy_decode(
     cache,
   )
 
-  def is_active(state: LoopState):
-    return jnp.sum(state.sequences == eos_id, axis=1) <= num_eos
-
   def unfinished(carry):
     state, _ = carry
-    return (state.cur_index[0] < length) & jnp.any(is_active(state))
+    return (state.cur_index[0] < length) & jnp.any(greedy.is_active(state))
 
   def advance(carry):
     state, scores = carry
-    position, active = state.cur_index[0], is_active(state)
-    logits, new_cache = tokens_to_logits(state)
-    emitted = loop.emit(logits, active)
-    following = jnp.where(active, prefixes.at(given, position), 0)
-    free = following == 0
-    token = jnp.where(free, emitted.token, following)
-    state = LoopState(
-      state.cur_index + 1,
-      _put(state.sequences, position + 1, token),
-      token[:, None],
-      new_cache,
-    )
-    return state, scores + jnp.where(free, emitted.log_probability, 0.0)
+    state, more = greedy.step(state)
+    return state, scores + more
 
   scores = jnp.zeros((batch_size,), jnp.float32)
   state, scores = lax.while_loop(unfinished, advance, (start, scores))
   return state.sequences[:, None, 1:], scores[:, None], Exits(**state.cache["exits"])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Greedy:
+  """What stays the same over a greedy loop.
+
+  Attributes:
+    tokens_to_logits: from `Loop.bind`.
+    eos_id: the token that ends a row.
+    given: the prefix's token after each position, 0 where the model is free, [rows, length].
+    num_eos: EOS that the prefix holds itself, [rows].
+  """
+
+  tokens_to_logits: Callable[[LoopState], tuple[jax.Array, LoopCache]]
+  eos_id: int
+  given: jax.Array
+  num_eos: jax.Array
+
+  def is_active(self, state: LoopState) -> jax.Array:
+    """Rows that have not generated EOS yet, [rows]."""
+    return jnp.sum(state.sequences == self.eos_id, axis=1) <= self.num_eos
+
+  def step(self, state: LoopState) -> tuple[LoopState, jax.Array]:
+    """The state with one token more, and its log-probability (0 where it was given), [rows]."""
+    position, active = state.cur_index[0], self.is_active(state)
+    logits, cache = self.tokens_to_logits(state)
+    emitted = loop.emit(logits, active)
+    following = jnp.where(active, prefixes.at(self.given, position), 0)
+    free = following == 0
+    token = jnp.where(free, emitted.token, following)
+    made = LoopState(
+      state.cur_index + 1, _put(state.sequences, position + 1, token), token[:, None], cache
+    )
+    return made, jnp.where(free, emitted.log_probability, 0.0)
 
 
 def _put(array: jax.Array, position: jax.Array, column: jax.Array) -> jax.Array:

@@ -136,6 +136,10 @@ def decode_steps(model, variables: dict, inputs: np.ndarray, tokens: np.ndarray)
   return dict(empty=empty, logits=np.stack(logits), cache=_flat(cache))
 
 
+def _under(name: str, arrays: dict) -> dict:
+  return {f"{name}/{key}": value for key, value in arrays.items()}
+
+
 def make(config, seed: int) -> tuple[dict, dict]:
   """One model's golden record: (what goes to the npz, what goes to the JSON)."""
   model, rng = network.Transformer(config), np.random.RandomState(seed)
@@ -162,10 +166,8 @@ def make(config, seed: int) -> tuple[dict, dict]:
   long_batch = dict(
     encoder_input_tokens=long, decoder_input_tokens=long, decoder_target_tokens=long
   )
-  arrays = {f"params/{path}": leaf for path, leaf in params.items()}
-  arrays |= {f"padded/{key}": value for key, value in padded.items()}
-  arrays |= {f"packed/{key}": value for key, value in packed.items()}
-  arrays |= {f"decode/cache/{path}": leaf for path, leaf in steps["cache"].items()}
+  arrays = _under("params", params) | _under("padded", padded) | _under("packed", packed)
+  arrays |= _under("decode/cache", steps["cache"])
   arrays |= {
     "padded/encoded": encode(inputs),
     "padded/logits": logits(padded),
@@ -177,8 +179,7 @@ def make(config, seed: int) -> tuple[dict, dict]:
     "decode/tokens": tokens,
     "decode/logits": steps["logits"],
   }
-  fields = dataclasses.asdict(config)
-  del fields["dtype"]
+  fields = {k: v for k, v in dataclasses.asdict(config).items() if k != "dtype"}
   trees = dict(config=fields, params=shapes, params_axes=axes, cache=steps["empty"])
   return {key: np.asarray(value) for key, value in arrays.items()}, trees
 

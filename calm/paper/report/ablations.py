@@ -1,6 +1,6 @@
 """Sections beyond the main results: promises, oracles, wrong tokens, schedules, trainings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from matplotlib import axes as mpl_axes
 
@@ -28,42 +28,20 @@ def _plot(axes: mpl_axes.Axes, turn: int, x, y, label: str, **options) -> None:
 
 def oracles(reports: Reports) -> Section:
   """Section 3.3.1."""
-  rows = []
-  for report in reports:
-    found = report.propagations
-    rows.append(
-      (
-        report.settings.title,
-        "full model",
-        *_score_cells(found.full),
-        "100.0",
-        propagations.PAPER_FULL,
-      )
-    )
-    for variant in found.variants:
-      title, paper = propagations.TITLES[variant.name]
-      rows.append(
-        (
-          report.settings.title,
-          title,
-          *_score_cells(variant.scores),
-          percent(variant.identical),
-          paper,
-        )
-      )
+  columns = (
+    "task",
+    "exits",
+    "layers",
+    "quality",
+    "like the full model",
+    "same text, %",
+    "paper",
+  )
   table = Table(
     name="propagation",
     title="What skipped layers store",
-    columns=(
-      "task",
-      "exits",
-      "layers",
-      "quality",
-      "like the full model",
-      "same text, %",
-      "paper",
-    ),
-    rows=tuple(rows),
+    columns=columns,
+    rows=tuple(row for report in reports for row in _propagation_rows(report)),
     note=(
       "The oracle leaves at the first layer whose first choice is the last layer's, so that"
       " only what the skipped layers store can change the text. Paper: ROUGE-L on CNN/DM, at"
@@ -72,6 +50,14 @@ def oracles(reports: Reports) -> Section:
     text_columns=2,
   )
   return Section("oracles", "State propagation (section 3.3.1)", tables=(table,))
+
+
+def _propagation_rows(report: suite.TaskReport) -> Iterator[tuple[str, ...]]:
+  task, found = report.settings.title, report.propagations
+  yield task, "full model", *_score_cells(found.full), "100.0", propagations.PAPER_FULL
+  for variant in found.variants:
+    title, paper = propagations.TITLES[variant.name]
+    yield task, title, *_score_cells(variant.scores), percent(variant.identical), paper
 
 
 def _score_cells(scored) -> tuple[str, str, str]:

@@ -96,6 +96,47 @@ def pieces(token: int) -> str:
   return "▁" + WORDS[token % len(WORDS)]
 
 
+def shown():
+  """Example outputs of every measure."""
+  return tuple(
+    examples.examples(
+      cached(),
+      measure,
+      (0, 10, 11),
+      pieces,
+      SETTINGS.metric,
+      NUM_LAYERS,
+      chosen=0.6,
+      times={"p0": timings(1)},
+    )
+    for measure in MEASURES
+  )
+
+
+def schedules_tried():
+  over = cached()
+  return decay.decay(
+    prompts(),
+    {name: over for name in decay.kinds(8)},
+    list(over.full),
+    SETTINGS.metric,
+    measure="softmax",
+    max_length=8,
+    step=0.3,
+  )
+
+
+def lengths_of(full):
+  asked = prompts()
+  return lengths.lengths(
+    [p.targets[0] for p in asked],
+    [p.input for p in asked],
+    [r.prediction for r in full],
+    lambda text: [0] * len(text.split()),
+    8,
+  )
+
+
 @functools.cache
 def report() -> suite.TaskReport:
   """All results of the made-up task."""
@@ -113,44 +154,18 @@ def report() -> suite.TaskReport:
     settings=SETTINGS,
     measures=MEASURES,
     full=made_tradeoff.full.scores,
-    lengths=lengths.lengths(
-      [p.targets[0] for p in asked],
-      [p.input for p in asked],
-      [r.prediction for r in full],
-      lambda text: [0] * len(text.split()),
-      8,
-    ),
+    lengths=lengths_of(full),
     tradeoff=made_tradeoff,
     gains=gains.with_times(table, timings()),
     perturbations=perturbations.Perturbations(metric, 60, (point,) * 3, (point,) * 3),
-    decay=decay.decay(
-      asked,
-      {name: over for name in decay.kinds(8)},
-      full,
-      metric,
-      measure="softmax",
-      max_length=8,
-      step=0.3,
-    ),
+    decay=schedules_tried(),
     propagations=propagations.propagations(
       asked, {name: full for name in propagations.TITLES}, full, metric
     ),
     validity=validity.validity(
       grids, NUM_LAYERS, metric, tolerances=(0.05, 0.2), splits=5, draws=10
     ),
-    examples=tuple(
-      examples.examples(
-        over,
-        measure,
-        (0, 10, 11),
-        pieces,
-        metric,
-        NUM_LAYERS,
-        chosen=0.6,
-        times={"p0": timings(1)},
-      )
-      for measure in MEASURES
-    ),
+    examples=shown(),
     classifiers=trainings.classifiers(
       asked, {trainings.PER_LAYER: over, trainings.GEOMETRIC: over}, metric
     ),
