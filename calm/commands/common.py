@@ -93,7 +93,7 @@ def _message(error: Exception) -> str:
     )
   if isinstance(error, RecursionError):
     return "Expected files and bindings of a few levels. Got too many in one another."
-  return str(error)
+  return " ".join([str(error), *getattr(error, "__notes__", ())])
 
 
 @contextlib.contextmanager
@@ -116,14 +116,13 @@ def _terminated() -> Iterator[None]:
 
 @contextlib.contextmanager
 def called(flag: str) -> Iterator[None]:
-  """Errors about a function's `path` speak of the flag that it was given by."""
+  """Notes on errors about a function's `path` by which flag it was given."""
   try:
     yield
   except (ValueError, OSError) as error:
-    text = str(error)
-    if "`path`" not in text:
-      raise
-    raise type(error)(text.replace("`path`", f"`{flag}`")) from error
+    if "`path`" in str(error):
+      error.add_note(f"(`path` is `{flag}` here.)")
+    raise
 
 
 def check_output(path: str | pathlib.Path) -> None:

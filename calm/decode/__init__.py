@@ -1,6 +1,6 @@
 """Prompts to generations: the loop, compiled programs, engines, pools of rows."""
 
-from calm.decode import engines, loop, pool, pool_program, program, sharded
+from calm.decode import compiled, engines, loop, pool, pool_program, program, sharded
 from calm.decode.loop import Generation
 from calm.decode.program import ModelWeights, Program, model_weights
 
@@ -8,6 +8,7 @@ __all__ = [
   "Generation",
   "ModelWeights",
   "Program",
+  "compiled",
   "engines",
   "loop",
   "model_weights",

@@ -21,6 +21,9 @@ LIMIT = 128
 # Part of the memory maps of a process that may be in use before programs are dropped.
 MAPS_PART = 0.5
 
+# Programs made so far by method: where a method is compiled into another's, the outer's counts.
+_made: collections.Counter[str] = collections.Counter()
+_tracing = threading.local()
 _kept: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
 _lock = threading.Lock()
 
@@ -29,8 +32,8 @@ class Method:
   """A compiled method of a hashable object, which is static; made by `method`."""
 
   def __init__(self, function: Callable[..., Any], **options: Any):
-    functools.update_wrapper(self, function)
-    self._function, self._options = function, options
+    self._function, self._options = _counted(function), options
+    functools.update_wrapper(self, self._function)
 
   def __get__(self, instance: Any, owner: type | None = None) -> Any:
     return self if instance is None else functools.partial(self, instance)
@@ -53,6 +56,23 @@ class Method:
         _kept[key] = made
       _kept.move_to_end(key)
     return made
+
+
+def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
+  """The function, which Python runs only to compile it: once a program."""
+
+  @functools.wraps(function)  # its signature too, which `jax.jit` looks arguments up in
+  def traced(*args: Any, **kwargs: Any) -> Any:
+    if getattr(_tracing, "within", False):
+      return function(*args, **kwargs)
+    _made[function.__qualname__] += 1
+    _tracing.within = True
+    try:
+      return function(*args, **kwargs)
+    finally:
+      _tracing.within = False
+
+  return traced
 
 
 def method(**options: Any) -> Callable[[Callable[..., Any]], Method]:
@@ -79,6 +99,15 @@ def maps_part() -> float:
     most = int(pathlib.Path("/proc/sys/vm/max_map_count").read_text())
     return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n") / most
   return 0.0
+
+
+def num_made(method: str | None = None) -> int:
+  """Programs compiled in this process so far, those that were dropped since included.
+
+  Args:
+    method: counts those of one method only, by its name with its class, 'Program.decode'.
+  """
+  return _made.total() if method is None else _made[method]
 
 
 def num_kept() -> int:

@@ -97,7 +97,6 @@ class PoolProgram:
     min_free: jax.Array,
   ) -> pool_lib.Pool:
     """See `refill.advance`."""
-    program_lib.TRACES["advance"] += 1
     return pool_lib.advance(
       self.bind(weights, encoded, threshold, pool.starts).take_step,
       pool,
@@ -115,7 +114,6 @@ class PoolProgram:
     source: jax.Array,
   ) -> tuple[pool_lib.Pool, caches.Encoded]:
     """See `refill.take_in`."""
-    program_lib.TRACES["take_in"] += 1
     return pool_lib.take_in(pool, encoded, waiting, source)
 
   @compiled.method(donate_argnames="pool")
@@ -123,7 +121,6 @@ class PoolProgram:
     self, weights: program_lib.ModelWeights, encoded: caches.Encoded, pool: pool_lib.Pool
   ) -> pool_lib.Pool:
     """See `refill.shift`."""
-    program_lib.TRACES["shift"] += 1
     return pool_lib.shift(pool, self.bind(weights, encoded, jnp.zeros(()), pool.starts).shift)
 
   def bind(

@@ -4,7 +4,6 @@ Static things (sizes, rule, lengths) live in the frozen `Program`; the threshold
 that a whole grid compiles once.
 """
 
-import collections
 import dataclasses
 from collections.abc import Sequence
 
@@ -17,9 +16,6 @@ from calm import exits
 from calm.decode import compiled, engines, loop
 from calm.t5 import caches, decoder_weights, network
 from calm.t5.parameters import Params
-
-# Traces so far in this process by function name: a body below runs only to be compiled.
-TRACES: collections.Counter[str] = collections.Counter()
 
 
 @struct.dataclass
@@ -83,7 +79,6 @@ class Program:
     self, weights: ModelWeights, encoder_input_tokens: Int[Array, "batch input_length"]
   ) -> caches.Encoded:
     """Encoder states' cross-attention keys and values; for any number of decodings."""
-    TRACES["encode"] += 1
     config = dataclasses.replace(self.config, one_hot_embedding=False)
     encoded = network.Transformer(config).apply(
       {"params": weights.encoder}, encoder_input_tokens, enable_dropout=False, method="encode"
@@ -125,7 +120,6 @@ class Program:
       active: rows that hold a prompt; the others are padding of the batch.
       threshold: lambda, [] or one a row; `schedules.NEVER_EXIT` runs every layer.
     """
-    TRACES["decode"] += 1
     return self.decode_state(weights, encoded, active, threshold).generation
 
   def nothing_yet(self, batch_size: int) -> loop.DecodingState:
@@ -162,7 +156,6 @@ class Program:
       threshold: lambda, [] or one a row.
       resume_at: the first token of each row that may differ from `state`.
     """
-    TRACES["resume"] += 1
     kept = jnp.where(active, resume_at, self.max_decode_length)
     bound = self.bind(weights.decoder, encoded, threshold, kept)
     made = loop.resume(

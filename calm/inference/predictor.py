@@ -17,7 +17,7 @@ import numpy as np
 from calm import checkpoints, exits
 from calm.calibrate import Calibration, Procedure, Prompt
 from calm.data import prompt_batches
-from calm.decode import loop, pool_program
+from calm.decode import compiled, loop, pool_program
 from calm.decode import program as program_lib
 from calm.decode import sharded as sharded_lib
 from calm.exits import schedules
@@ -242,7 +242,7 @@ class Predictor:
     self, texts: Sequence[str], threshold: float | None, rule: exits.StepRule | None
   ) -> outputs_lib.Outputs:
     """Prompts through batches or a pool of rows, in the order of the list and timed."""
-    traced, clock = program_lib.TRACES.total(), compiling.Clock()
+    made, clock = compiled.num_made(), compiling.Clock()
     encode = functools.partial(self._timed_encode, clock)
     level = schedules.NEVER_EXIT if threshold is None else threshold
     items: dict[int, outputs_lib.Output] = {}
@@ -258,7 +258,7 @@ class Predictor:
     timing = outputs_lib.Timing(
       clock.seconds["encode"],
       clock.seconds["decode"],
-      program_lib.TRACES.total() - traced,
+      compiled.num_made() - made,
       clock.compile_seconds,
     )
     in_order = tuple(items[row] for row in range(len(texts)))

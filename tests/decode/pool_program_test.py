@@ -8,7 +8,7 @@ import pytest
 
 from calm import exits
 from calm.data import prompt_batches
-from calm.decode import engines, pool_program
+from calm.decode import compiled, engines, pool_program
 from calm.decode import program as program_lib
 from calm.exits import confidence, schedules
 from tests import engine, toys
@@ -66,7 +66,7 @@ def decode(toy, rule, threshold, made=None, tokens=PROMPTS, size=4):
 )
 def test_the_yardstick(rule, made):
   toy, seen, lengths = uneven_toy(), set(), set()
-  traced = program_lib.TRACES["advance"]
+  traced = compiled.num_made("PoolProgram.advance")
   thresholds = (0.0,) if isinstance(rule, exits.StaticExit) else (0.3, 0.6, 0.9, NEVER)
   for threshold in thresholds:
     got = decode(toy, rule, threshold, made)
@@ -75,7 +75,7 @@ def test_the_yardstick(rule, made):
     lengths |= set((got.exit_layers > 0).sum(axis=1).tolist())
   assert len(seen) >= min(2, len(thresholds))
   assert {1, engine.LENGTH} < lengths
-  assert program_lib.TRACES["advance"] == traced + 1
+  assert compiled.num_made("PoolProgram.advance") == traced + 1
 
 
 @pytest.mark.parametrize(("count", "size"), [(5, 1), (3, 4)])

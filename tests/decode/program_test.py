@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from calm import exits
-from calm.decode import engines
+from calm.decode import compiled, engines
 from calm.decode import program as program_lib
 from calm.exits import confidence, propagation, schedules
 from calm.t5 import network
@@ -144,32 +144,32 @@ def test_a_whole_grid_is_one_trace():
   toy = engine.toy()
   fresh = program_lib.Program(toy.config, SOFTMAX, engine.LENGTH - 1)
   encoded, active = engine.encode(toy), jnp.ones(BATCH, bool)
-  before = program_lib.TRACES["decode"]
+  before = compiled.num_made("Program.decode")
   grid = [NEVER, 1.0, *np.linspace(0.95, 0.05, 19), 0.0]
   made = [fresh.decode(toy.weights, encoded, active, jnp.float32(x)) for x in grid]
-  assert program_lib.TRACES["decode"] == before + 1
+  assert compiled.num_made("Program.decode") == before + 1
   means = [float(generation.mean_layers) for generation in made]
   assert means[0] == 4 and means[-1] == 1 and len(set(means)) > 5
   # A threshold a row: one trace more, and each row as at its own threshold.
   rows = jnp.array([NEVER, 1.0, *np.linspace(0.9, 0.1, BATCH - 2)], jnp.float32)
   many = fresh.decode(toy.weights, encoded, active, rows)
   fresh.decode(toy.weights, encoded, active, rows[::-1])
-  assert program_lib.TRACES["decode"] == before + 2
+  assert compiled.num_made("Program.decode") == before + 2
   for i, threshold in enumerate(rows):
     one = fresh.decode(toy.weights, encoded, active, threshold)
     np.testing.assert_array_equal(one.tokens[i], many.tokens[i])
     np.testing.assert_array_equal(one.exit_layers[i], many.exit_layers[i])
-  assert program_lib.TRACES["decode"] == before + 2
+  assert compiled.num_made("Program.decode") == before + 2
 
 
 def test_traces_do_count():
   """Meta: another static is another trace."""
-  toy, before = engine.toy(num_decoder_layers=1), program_lib.TRACES["decode"]
+  toy, before = engine.toy(num_decoder_layers=1), compiled.num_made("Program.decode")
   for length in (2, 3):
     program_lib.Program(toy.config, STATIC, length).decode(
       toy.weights, engine.encode(toy), jnp.ones(BATCH, bool), jnp.float32(0)
     )
-  assert program_lib.TRACES["decode"] == before + 2
+  assert compiled.num_made("Program.decode") == before + 2
 
 
 def test_jit_changes_nothing():

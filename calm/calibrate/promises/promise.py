@@ -7,6 +7,7 @@ and a threshold that breaks the promise breaks one of them, whose p-value alone 
 probability at most the error rate (intersection-union; p = the largest p over parts).
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -61,27 +62,28 @@ class Test:
 
 
 @dataclasses.dataclass(frozen=True)
-class Promise:
+class Promise(abc.ABC):
   """Base of all promises: a frozen dataclass of plain numbers.
 
   Fields that hold rows of the calibration prompts (labels, depths, weights) are not compared
   and not stored: a promise that was read from a file speaks, and cannot be tested again.
   """
 
-  name: ClassVar[str] = ""
+  name: ClassVar[str]
 
+  @abc.abstractmethod
   def tests(self, tolerance: float, support: Support) -> tuple[Test, ...]:
     """What will be tested of losses in `support`, in the order of `parts`."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def parts(self, losses: SequenceLosses, tolerance: float) -> tuple[Part, ...]:
     """The tests on these losses.
 
     Raises:
       ValueError: the promise lacks its data, or they do not fit the losses.
     """
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def statement(self, calibration: "Calibration", loss: str) -> str:
     """What is promised of a threshold, as the end of "decoding with threshold x has ...".
 
@@ -89,7 +91,6 @@ class Promise:
       calibration: with this promise.
       loss: the loss in words.
     """
-    raise NotImplementedError
 
   def limits(self, unit: str) -> str:
     """What is not promised."""
