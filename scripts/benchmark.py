@@ -86,7 +86,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   parsed = parser.parse_args(arguments)
   unknown = set(parsed.shapes) - set(models.SHAPES)
   if unknown or parsed.repeats < 1:
-    parser.error(f"Expected shapes among {models.SHAPES} and a repeat or more. Got {unknown}.")
+    parser.error(f"Expected shapes among {models.SHAPES} and a repeat or more, got {unknown}.")
   return parsed
 
 

@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
   flags = parser.parse_args(arguments)
   if flags.repeats < 1:
-    parser.error(f"Expected `--repeats` of 1 or more. Got {flags.repeats}.")
+    parser.error(f"Expected `--repeats` of 1 or more, got {flags.repeats}.")
   model = inference.load(flags.model, **model_flags.decode_options(flags))
   prompts = list(model_flags.open_prompts(flags))
   levels = generate.parse_grid(flags.thresholds, model.options)

@@ -130,7 +130,7 @@ def load(model, dataset_cfg, partitioner, restore_checkpoint_cfg) -> tuple[Any, 
   )  # fmt: skip
   if state is None:
     raise FileNotFoundError(
-      f"Expected a T5X checkpoint. Got {restore_checkpoint_cfg.path!r}, which holds none."
+      f"Expected a T5X checkpoint, got {restore_checkpoint_cfg.path!r}, which holds none."
     )
 
   def predict(params, batch, threshold):
@@ -217,7 +217,7 @@ def procedure_of(model, params, dataset_cfg, task_prefix: str) -> Procedure:
   greedy = inspect.unwrap(model.decode_fn) is models.greedy_decode
   if not greedy or not isinstance(model.rule, exits.DynamicExits):
     raise ValueError(
-      "Expected `decode_fn` models.greedy_decode and a `rule` exits.DynamicExits. Got"
+      "Expected `decode_fn` models.greedy_decode and a `rule` exits.DynamicExits, got"
       f" {model.decode_fn} and {model.rule}; sampled outputs have no calibration here."
     )
   lengths, rule = dataset_cfg.task_feature_lengths, model.rule

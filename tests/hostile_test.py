@@ -228,7 +228,7 @@ def test_exchanged_fields_are_refused_by_name(table, name):
 
 def test_the_check_of_messages_can_fail():
   assert not named(ValueError("bad")) and not named(KeyError("vocab_size"))
-  assert named(ValueError("Expected `vocab_size` to be a whole number. Got 'x'."))
+  assert named(ValueError("Expected `vocab_size` to be a whole number, got 'x'."))
   tally = Tally()
   tally.take("a", lambda: {}["b"])
   tally.take("b", lambda: int("x"))

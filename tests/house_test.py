@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import statistics
 
 import pytest
@@ -60,3 +61,47 @@ def test_the_count_of_a_function_can_fail():
   nested = text + "  def g():\n" + "    a = 1\n" * 4
   assert long_functions(text, 2) == {"f": 3} and long_functions(text, 3) == {}
   assert long_functions(nested, 3) == {"f": 8, "g": 4}
+
+
+def messages(path: pathlib.Path) -> list[tuple[int, str]]:
+  """(line, text) of every string of a file, what is put in as {}."""
+  found = []
+  inner = set()
+  for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    if isinstance(node, ast.JoinedStr):
+      inner |= {id(value) for value in node.values}
+      parts = [v.value if isinstance(v, ast.Constant) else "{}" for v in node.values]
+      found.append((node.lineno, "".join(map(str, parts))))
+    elif (
+      isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inner
+    ):
+      found.append((node.lineno, node.value))
+  return found
+
+
+def in_the_old_form(text: str) -> bool:
+  """Whether an error speaks as 'Expected ... . Got ...' or '... must be ..., got ...'."""
+  return bool(re.search(r"\.\s+Got\b|^Got\b|\b(must|should) be\b.*, got\b", text, re.DOTALL))
+
+
+@pytest.mark.parametrize("folder", ["calm", "scripts"])
+def test_errors_have_one_form(folder):
+  """Expected ..., got ...; way out."""
+  found = {
+    (str(path.relative_to(REPOSITORY)), line): text
+    for path in sources(folder)
+    for line, text in messages(path)
+    if in_the_old_form(text)
+  }
+  assert found == {}
+  assert any(", got" in text for path in sources(folder) for _, text in messages(path))
+
+
+def test_the_check_of_errors_can_fail(tmp_path):
+  file = tmp_path / "a.py"
+  file.write_text(
+    'raise ValueError(\n  f"Expected a. Got {b}; c."\n)\nx = "d must be e, got f"\n'
+  )
+  found = {text for _, text in messages(file) if in_the_old_form(text)}
+  assert found == {"Expected a. Got {}; c.", "d must be e, got f"}
+  assert not in_the_old_form("Expected `x` to be y, got {}; do z.")

@@ -141,11 +141,11 @@ def _what(losses, tolerance, promise, risks):
   """(losses, tolerance, promise), of whichever of the arguments were given."""
   if risks is None:
     if losses is None or tolerance is None:
-      raise ValueError("Expected `losses` and `tolerance`, or `risks`. Got neither.")
+      raise ValueError("Expected `losses` and `tolerance`, or `risks`, got neither.")
     return losses, tolerance, promise or promises.Mean()
   if losses is not None or tolerance is not None or promise is not None:
     raise ValueError(
-      "Expected `risks` alone: each brings its losses and its tolerance. Got `losses`,"
+      "Expected `risks` alone: each brings its losses and its tolerance, got `losses`,"
       " `tolerance` or `promise` beside."
     )
   several = promises.as_promise(risks)

@@ -356,8 +356,8 @@ def replay(
     unit = units[request.start]
     if unit.stop > len(column):
       raise ValueError(
-        f"Expected a sequential run for `tolerance` {tolerance} and `error_rate` {error_rate}."
-        f" Got one that stopped earlier, at threshold {request.threshold} after {len(column)}"
+        f"Expected a sequential run for `tolerance` {tolerance} and `error_rate` {error_rate},"
+        f" got one that stopped earlier, at threshold {request.threshold} after {len(column)}"
         " prompts; generate again with these rates, or calibrate with the run's own."
       )
     test.add([column[unit].mean()])

@@ -47,12 +47,12 @@ def read(path: pathlib.Path) -> Any:
   """
   size = path.stat().st_size
   if size > _MOST_BYTES:
-    raise ValueError(f"Expected a file of at most {_MOST_BYTES} bytes. Got {size}.")
+    raise ValueError(f"Expected a file of at most {_MOST_BYTES} bytes, got {size}.")
   return json.loads(path.read_text("utf-8"), parse_constant=_refuse_constant)
 
 
 def _refuse_constant(name: str) -> float:
-  raise ValueError(f"Expected finite numbers or null. Got {name}.")
+  raise ValueError(f"Expected finite numbers or null, got {name}.")
 
 
 def digest(value: Mapping[str, Any]) -> str:
@@ -67,12 +67,12 @@ def check_digest(value: Mapping[str, Any], expected: str | None = None) -> None:
   found = digest(value)
   if value["schema_version"] >= 2 and value["digest"] != found:
     raise ValueError(
-      f"Expected `digest` {found}, that of the other fields. Got {value['digest']!r}: the file"
+      f"Expected `digest` {found}, that of the other fields, got {value['digest']!r}: the file"
       " was edited or damaged after it was written. Calibrate again."
     )
   if expected is not None and found != expected.strip().lower():
     raise ValueError(
-      f"Expected a calibration of digest {expected!r}. Got {found}: it is another one, or was"
+      f"Expected a calibration of digest {expected!r}, got {found}: it is another one, or was"
       " edited."
     )
 
@@ -167,23 +167,23 @@ _COLUMNS: Mapping[str, _Check] = {
 def _check_all(value: Any, checks: Mapping[str, _Check], where: str) -> None:
   for name, (fits, wanted) in checks.items():
     if name not in value:
-      raise ValueError(f"Expected {where} to have the field `{name}`. Got {sorted(value)}.")
+      raise ValueError(f"Expected {where} to have the field `{name}`, got {sorted(value)}.")
     if not fits(value[name]):
       raise ValueError(
-        f"Expected `{name}` of {where} to be {wanted}. Got {value[name]!r:.200}."
+        f"Expected `{name}` of {where} to be {wanted}, got {value[name]!r:.200}."
       )
 
 
 def _object(value: Any, where: str, names: set[str]) -> None:
   if not isinstance(value, Mapping) or set(value) != names:
     got = sorted(value) if isinstance(value, Mapping) else type(value).__name__
-    raise ValueError(f"Expected {where} to have the fields {sorted(names)}. Got {got!r:.300}.")
+    raise ValueError(f"Expected {where} to have the fields {sorted(names)}, got {got!r:.300}.")
 
 
 def _list(value: Any, name: str, least: int = 0) -> list[Any]:
   if not isinstance(value, list) or len(value) < least:
     raise ValueError(
-      f"Expected `{name}` to be a list of at least {least} entries. Got {value!r:.100}."
+      f"Expected `{name}` to be a list of at least {least} entries, got {value!r:.100}."
     )
   return value
 
@@ -208,7 +208,7 @@ def check_fields(value: Any, names: set[str]) -> None:
   extra = {"schema_version", "guarantee"} | ({"digest"} if version >= 2 else set())
   if set(value) != names | extra:
     odd = sorted(set(value) ^ (names | extra))
-    raise ValueError(f"Expected `calibration` without or with other fields. Got {odd!r:.200}.")
+    raise ValueError(f"Expected `calibration` without or with other fields, got {odd!r:.200}.")
   checks = {name: check for name, check in _FIELDS.items() if name in names | extra}
   _check_all(value, checks, "the calibration")
   _object(value["support"], "`support`", set(_SUPPORT))
@@ -217,7 +217,7 @@ def check_fields(value: Any, names: set[str]) -> None:
     _object(row, f"row {number}", set(_ROW))
     _check_all(row, _ROW, f"row {number}")
   if not all(_count(place) for place in _list(value["visited"], "visited")):
-    raise ValueError(f"Expected `visited` to be places. Got {value['visited']!r:.100}.")
+    raise ValueError(f"Expected `visited` to be places, got {value['visited']!r:.100}.")
   for part in _list(value.get("parts", []), "parts"):
     _check_part(part, len(value["rows"]))
 
@@ -241,7 +241,7 @@ def check_decision(calibration: "Calibration") -> None:
   """
   grid = [row.threshold for row in calibration.rows]
   if any(a <= b for a, b in itertools.pairwise(grid)):
-    raise ValueError("Expected `rows` with strictly descending thresholds. Got another order.")
+    raise ValueError("Expected `rows` with strictly descending thresholds, got another order.")
   parts = calibration.parts or (_only_part(calibration),)
   _check_promise(calibration, parts)
   for part in parts:
@@ -252,7 +252,7 @@ def check_decision(calibration: "Calibration") -> None:
   if calibration.threshold != threshold:
     shown = threshold if certified else "'never'"
     raise ValueError(
-      f"Expected `threshold` {shown}, the lowest that the rows certify. Got"
+      f"Expected `threshold` {shown}, the lowest that the rows certify, got"
       f" {calibration.threshold!r}: the file was edited."
     )
 
@@ -280,14 +280,14 @@ def _check_promise(calibration: "Calibration", parts) -> None:
   counted = len(tests) == 1 and tests[0].support.binary and not calibration.clusters
   if counted and not calibration.support.binary:
     raise ValueError(
-      f"Expected a binary `support` for the promise {calibration.promise.name!r}. Got"
+      f"Expected a binary `support` for the promise {calibration.promise.name!r}, got"
       f" {calibration.support}: the file was edited."
     )
   wanted = [(test.name, round(test.tolerance, 12), round(test.share, 12)) for test in tests]
   got = [(part.name, round(part.tolerance, 12), round(part.share, 12)) for part in parts]
   if wanted != got:
     raise ValueError(
-      f"Expected `parts` of the promise {calibration.promise.name!r}: {wanted!r:.300}. Got"
+      f"Expected `parts` of the promise {calibration.promise.name!r}: {wanted!r:.300}, got"
       f" {got!r:.300}: the file was edited."
     )
 
@@ -297,26 +297,26 @@ def _check_part_numbers(part: Evidence, calibration: "Calibration") -> None:
   low, high = part.support.lower, part.support.upper
   if not low < part.tolerance < high:
     raise ValueError(
-      f"Expected `tolerance` in ({low:g}, {high:g}). Got {part.tolerance!r}, which losses in"
+      f"Expected `tolerance` in ({low:g}, {high:g}), got {part.tolerance!r}, which losses in"
       " that range keep or exceed whatever they are."
     )
   counts = np.array(part.num_examples, np.float64)
   if counts.max() > calibration.num_examples:
     raise ValueError(
-      f"Expected at most `num_examples` = {calibration.num_examples} in every row. Got"
+      f"Expected at most `num_examples` = {calibration.num_examples} in every row, got"
       f" {int(counts.max())}."
     )
   means = np.array(part.means)
   # Losses that left their range prove nothing, and may have any mean.
   if np.any(((means < low - 1e-6) | (means > high + 1e-6)) & (log_p < 0.0)):
-    raise ValueError(f"Expected means in the declared range [{low:g}, {high:g}]. Got others.")
+    raise ValueError(f"Expected means in the declared range [{low:g}, {high:g}], got others.")
   least = counts * math.log1p(-(part.tolerance - low) / (high - low))
   if np.any(log_p < least - _CLOSE * (1.0 - least)):
     place = int(np.argmin(log_p - least))
     raise ValueError(
       f"Expected `p_value` of at least exp({least[place]:.4g}) at threshold"
       f" {calibration.rows[place].threshold}, the smallest that {int(counts[place])} prompts"
-      f" can prove at tolerance {part.tolerance}. Got exp({log_p[place]:.4g}): the file was"
+      f" can prove at tolerance {part.tolerance}, got exp({log_p[place]:.4g}): the file was"
       " edited."
     )
   _check_sums(part, log_p, counts, means)
@@ -334,7 +334,7 @@ def _check_sums(part: Evidence, log_p, counts, means) -> None:
     if abs(again - log_p[place]) > _CLOSE * (1.0 + abs(again)):
       raise ValueError(
         f"Expected log p {again:.6g} of {count} prompts with mean"
-        f" {means[place]:.6g} at tolerance {part.tolerance} by {part.method!r}. Got"
+        f" {means[place]:.6g} at tolerance {part.tolerance} by {part.method!r}, got"
         f" {log_p[place]:.6g}: the file was edited."
       )
 
@@ -355,7 +355,7 @@ def _check_rows(calibration: "Calibration", parts) -> None:
     odd = np.flatnonzero(np.abs(got - wanted) > 1e-9 * (1.0 + np.abs(wanted)))
     if len(odd):
       raise ValueError(
-        f"Expected `{name}` {float(wanted[odd[0]])!r} in row {odd[0]}. Got"
+        f"Expected `{name}` {float(wanted[odd[0]])!r} in row {odd[0]}, got"
         f" {float(got[odd[0]])!r}: the file was edited."
       )
   # p = error_rate may fall on either side by rounding, where it does the stored word counts.
@@ -365,11 +365,11 @@ def _check_rows(calibration: "Calibration", parts) -> None:
   if len(odd):
     raise ValueError(
       f"Expected `rejected` {bool(again.rejected[odd[0]])} in row {odd[0]}, where the adjusted"
-      f" p-value is {adjusted[odd[0]]:.4g} and the error rate {calibration.error_rate}. Got"
+      f" p-value is {adjusted[odd[0]]:.4g} and the error rate {calibration.error_rate}, got"
       f" {bool(rejected[odd[0]])}: the file was edited."
     )
   if not close.any() and tuple(calibration.visited) != again.visited:
     raise ValueError(
-      f"Expected `visited` {again.visited!r:.200}. Got {calibration.visited!r:.200}: the file"
+      f"Expected `visited` {again.visited!r:.200}, got {calibration.visited!r:.200}: the file"
       " was edited."
     )

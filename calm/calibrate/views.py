@@ -37,7 +37,7 @@ def to_frame(calibration: "Calibration", library: str = "pandas") -> Any:
     ModuleNotFoundError: it is not installed.
   """
   if library not in ("pandas", "polars"):
-    raise ValueError(f"Expected `library` 'pandas' or 'polars'. Got {library!r}.")
+    raise ValueError(f"Expected `library` 'pandas' or 'polars', got {library!r}.")
   rows = [dataclasses.asdict(row) for row in calibration.rows]
   return _module(library).DataFrame({name: [row[name] for row in rows] for name in rows[0]})
 

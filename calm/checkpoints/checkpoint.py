@@ -107,7 +107,7 @@ def load(
   path = pathlib.Path(path)
   if not path.is_dir():
     raise FileNotFoundError(
-      f"Expected `path` to be a checkpoint directory. Got {str(path)!r}, which is"
+      f"Expected `path` to be a checkpoint directory, got {str(path)!r}, which is"
       f" {'a file' if path.exists() else 'missing'}; give the folder that holds config.json"
       " (or a T5X checkpoint)."
     )
@@ -141,7 +141,7 @@ def _read(
     names = sorted(child.name for child in path.iterdir())
     raise ValueError(
       "Expected `path` to be a checkpoint of this project, of Hugging Face (config.json in"
-      f" both) or of T5X. Got {str(path)!r} with {names[:6] or 'nothing in it'}; give the"
+      f" both) or of T5X, got {str(path)!r} with {names[:6] or 'nothing in it'}; give the"
       " folder that holds one."
     )
   flat = t5x.read(found)
@@ -154,8 +154,8 @@ def _config_of(fields: dict[str, Any], path: pathlib.Path) -> network.T5Config:
   unknown = sorted(set(fields) - known)
   if stored_format != FORMAT or unknown or "vocab_size" not in fields:
     raise ValueError(
-      f"Expected `path` to hold a config.json with format {FORMAT!r} and fields of T5Config."
-      f" Got {str(path)!r} with format {stored_format!r}, unknown fields {unknown}; it was"
+      f"Expected `path` to hold a config.json with format {FORMAT!r} and fields of T5Config,"
+      f" got {str(path)!r} with format {stored_format!r}, unknown fields {unknown}; it was"
       " written by another program or a newer version."
     )
   with files.naming(path / "config.json"):

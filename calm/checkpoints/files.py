@@ -30,7 +30,7 @@ def as_float32(name: str, array: Any, path: pathlib.Path) -> np.ndarray:
   array = np.asarray(array)
   if array.dtype.name not in _FLOATS:
     raise ValueError(
-      f"Expected the leaves of `path` {str(path)!r} to be one of {', '.join(_FLOATS)}. Got"
+      f"Expected the leaves of `path` {str(path)!r} to be one of {', '.join(_FLOATS)}, got"
       f" {array.dtype.name} for {name!r}; give an unquantised checkpoint."
     )
   return array.astype(np.float32)
@@ -45,7 +45,7 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   """
   if not path.is_file():
     raise FileNotFoundError(
-      f"Expected `path` to name a checkpoint with {path.name!r}. Got {str(path)!r}, which is"
+      f"Expected `path` to name a checkpoint with {path.name!r}, got {str(path)!r}, which is"
       " missing; download or save the checkpoint again."
     )
   try:
@@ -53,7 +53,7 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
       return {name: as_float32(name, file.get_tensor(name), path) for name in file.keys()}  # noqa: SIM118
   except safetensors.SafetensorError as error:
     raise ValueError(
-      f"Expected `path` to be a whole safetensors file. Got {str(path)!r}"
+      f"Expected `path` to be a whole safetensors file, got {str(path)!r}"
       f" ({path.stat().st_size} bytes), truncated or of another kind ({error}); download or"
       " save the checkpoint again."
     ) from error
@@ -69,7 +69,7 @@ def safetensors_writer(
   """
   if storage_dtype not in STORAGE_DTYPES:
     raise ValueError(
-      f"Expected `storage_dtype` to be one of {', '.join(STORAGE_DTYPES)}. Got"
+      f"Expected `storage_dtype` to be one of {', '.join(STORAGE_DTYPES)}, got"
       f" {storage_dtype!r}."
     )
   # safetensors writes the memory as it lies, so transposed views must be laid out anew.
@@ -95,17 +95,17 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """
   if not path.is_file():
     raise FileNotFoundError(
-      f"Expected `path` to name a checkpoint with {path.name!r}. Got {str(path)!r}, which is"
+      f"Expected `path` to name a checkpoint with {path.name!r}, got {str(path)!r}, which is"
       " missing; download or save the checkpoint again."
     )
   try:
     value = safe.parse_json(path.read_bytes())
   except ValueError as error:
     raise ValueError(
-      f"Expected {str(path)!r} to be JSON in UTF-8. Got: {error}; copy or download it again."
+      f"Expected {str(path)!r} to be JSON in UTF-8, got: {error}; copy or download it again."
     ) from error
   if not isinstance(value, dict):
-    raise ValueError(f"Expected {str(path)!r} to be a JSON object. Got {type(value).__name__}.")
+    raise ValueError(f"Expected {str(path)!r} to be a JSON object, got {type(value).__name__}.")
   return value
 
 
@@ -144,6 +144,6 @@ def write_together(
         safe.put(partial, target)
   except (OSError, safetensors.SafetensorError) as error:
     raise OSError(
-      f"Expected `directory` to be a folder that can be written. Got {str(directory)!r}"
+      f"Expected `directory` to be a folder that can be written, got {str(directory)!r}"
       f" ({getattr(error, 'strerror', None) or error}); choose another or free some space."
     ) from error

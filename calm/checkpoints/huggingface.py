@@ -120,8 +120,8 @@ def write(
   """
   if config.per_layer_heads:
     raise ValueError(
-      "Expected `config` with one head for all layers: Hugging Face's T5 has no place for more."
-      " Got `per_layer_heads`; save in this project's own format instead."
+      "Expected `config` with one head for all layers: Hugging Face's T5 has no place for more,"
+      " got `per_layer_heads`; save in this project's own format instead."
     )
   their_config = huggingface_config.their_config(config)
   parameters.check(params, config)
@@ -145,7 +145,7 @@ def _read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
     pickled = sorted(directory.glob("*.bin"))
     if pickled and not path.is_file():
       raise FileNotFoundError(
-        f"Expected `path` to hold {path.name!r}. Got {pickled[0].name!r} only, a pickle, which"
+        f"Expected `path` to hold {path.name!r}, got {pickled[0].name!r} only, a pickle, which"
         " is never opened here; save the model as safetensors with transformers first."
       )
     return files.read_safetensors(path)
@@ -154,8 +154,8 @@ def _read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
     isinstance(name, str) and name.endswith(".safetensors") for name in weight_map.values()
   ):
     raise ValueError(
-      f"Expected {index_path.name!r} to hold a `weight_map` of weights to .safetensors files."
-      f" Got {repr(weight_map)[:60]} in {str(directory)!r}; download the checkpoint again."
+      f"Expected {index_path.name!r} to hold a `weight_map` of weights to .safetensors files,"
+      f" got {repr(weight_map)[:60]} in {str(directory)!r}; download the checkpoint again."
     )
   weights: dict[str, np.ndarray] = {}
   for name in sorted(set(weight_map.values())):
@@ -165,7 +165,7 @@ def _read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
     if set(shard) != listed:
       odd = sorted(set(shard) ^ listed)
       raise ValueError(
-        f"Expected {name!r} to hold the weights that {index_path.name!r} lists for it. Got"
+        f"Expected {name!r} to hold the weights that {index_path.name!r} lists for it, got"
         f" {len(odd)} that are in one of the two only, as {odd[0]!r}, in {str(directory)!r};"
         " download the checkpoint again."
       )
@@ -185,13 +185,13 @@ def _take_embedding_and_head(
     embedding = next(iter(copies.values()), head)
   if embedding is None:
     raise ValueError(
-      f"Expected `path` to hold the token embedding {_EMBEDDING!r}. Got none; give a whole T5"
+      f"Expected `path` to hold the token embedding {_EMBEDDING!r}, got none; give a whole T5"
       " checkpoint."
     )
   for name, copy in copies.items():
     if not np.array_equal(copy, embedding):
       raise ValueError(
-        f"Expected `path` to hold one token embedding. Got {name!r} that differs from"
+        f"Expected `path` to hold one token embedding, got {name!r} that differs from"
         f" {_EMBEDDING!r}: an encoder and a decoder with embeddings of their own are not T5."
       )
   return embedding, None if head is None or np.array_equal(head, embedding) else head

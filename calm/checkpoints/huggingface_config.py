@@ -104,14 +104,14 @@ def check(theirs: Mapping[str, Any]) -> None:
     if isinstance(value, bool | list | dict) or value not in allowed:
       raise ValueError(
         f"Expected `{field}` in config.json to be {' or '.join(repr(a) for a in allowed)} (the"
-        f" T5 family). Got {value!r}; such a model computes another function."
+        f" T5 family), got {value!r}; such a model computes another function."
       )
   for field in ("pad_token_id", "decoder_start_token_id"):
     value, rows = theirs.get(field), theirs.get("vocab_size", 0)
     rows = rows if type(rows) is int else 2**31  # which is refused below
     if value is not None and not (type(value) is int and 0 <= value < max(rows, 1)):
       raise ValueError(
-        f"Expected `{field}` in config.json to be one of the {rows} rows of the embedding. Got"
+        f"Expected `{field}` in config.json to be one of the {rows} rows of the embedding, got"
         f" {value!r}; save the model again."
       )
 
@@ -150,14 +150,14 @@ def _activations(theirs: Mapping[str, Any]) -> tuple[str, ...]:
   kind = theirs.get("feed_forward_proj", default)
   if not isinstance(kind, str):
     raise ValueError(
-      f"Expected `feed_forward_proj` to be a name. Got {kind!r}; T5 1.1 has 'gated-gelu'."
+      f"Expected `feed_forward_proj` to be a name, got {kind!r}; T5 1.1 has 'gated-gelu'."
     )
   # transformers means the tanh approximation by "gated-gelu", and by no other "gelu".
   name = "gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-")
   if name not in _ACTIVATIONS:
     raise ValueError(
       "Expected `feed_forward_proj` in config.json to be gated-gelu, relu, silu, gelu_new (or"
-      f" one of these after 'gated-'). Got {kind!r}, which T5X's network does not have."
+      f" one of these after 'gated-'), got {kind!r}, which T5X's network does not have."
     )
   return (_ACTIVATIONS[name], "linear") if kind.startswith("gated-") else (_ACTIVATIONS[name],)
 
@@ -174,7 +174,7 @@ def their_config(config: network.T5Config) -> dict[str, Any]:
   if activation not in known or (gated and config.mlp_activations[1] != "linear"):
     raise ValueError(
       f"Expected `config.mlp_activations` to be one of {sorted(known)}, alone or before"
-      f" 'linear'. Got {config.mlp_activations}; save in this project's own format instead."
+      f" 'linear', got {config.mlp_activations}; save in this project's own format instead."
     )
   return {
     "architectures": [f"{'UM' * config.relpos_per_layer}T5ForConditionalGeneration"],

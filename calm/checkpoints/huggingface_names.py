@@ -66,7 +66,7 @@ def renamed(
   unknown = sorted(set(weights) - set(pairs.values()) - set(_UNUSED))
   if missing or unknown:
     raise ValueError(
-      "Expected `path` to hold the weights that its config.json describes. Got"
+      "Expected `path` to hold the weights that its config.json describes, got"
       f" {len(missing)} missing {missing[:3]} and {len(unknown)} unknown {unknown[:3]}; give a"
       " whole T5 checkpoint of its own, adapters merged."
     )

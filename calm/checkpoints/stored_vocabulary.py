@@ -54,7 +54,7 @@ def read(directory: pathlib.Path) -> Vocabulary | None:
   kind = str(record.get("kind"))
   if kind not in _FILES:
     raise ValueError(
-      f"Expected {RECORD} to be of a kind of {', '.join(map(repr, _FILES))}. Got {kind!r} in"
+      f"Expected {RECORD} to be of a kind of {', '.join(map(repr, _FILES))}, got {kind!r} in"
       f" {str(directory)!r}; give `vocabulary` instead."
     )
   with files.naming(directory / RECORD):
@@ -65,7 +65,7 @@ def read(directory: pathlib.Path) -> Vocabulary | None:
   if _FILES[kind] is not None and made.digest() != digest:
     raise ValueError(
       f"Expected {_FILES[kind]} to have the digest {digest[:12]}... that was saved"
-      f" with it. Got {made.digest()[:12]}... in {str(directory)!r}; the file was exchanged,"
+      f" with it, got {made.digest()[:12]}... in {str(directory)!r}; the file was exchanged,"
       " and other token ids would give other texts: put the saved one back."
     )
   return made
@@ -87,5 +87,5 @@ def _base(path: pathlib.Path, record: Mapping[str, Any]) -> Any:
 def _id(record: Mapping[str, Any], name: str) -> int:
   value = record.get(name)
   if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-    raise ValueError(f"Expected `{name}` to be a token id. Got {value!r}; it is damaged.")
+    raise ValueError(f"Expected `{name}` to be a token id, got {value!r}; it is damaged.")
   return value

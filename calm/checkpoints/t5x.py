@@ -68,7 +68,7 @@ def infer_config(flat: Mapping[str, np.ndarray]) -> network.T5Config:
     layers = [_count_layers(flat, side) for side in ("encoder", "decoder")]
   except (KeyError, IndexError, ValueError) as error:
     raise ValueError(
-      "Expected `path` to hold the parameters of T5X's own T5 network (t5x/examples/t5). Got"
+      "Expected `path` to hold the parameters of T5X's own T5 network (t5x/examples/t5), got"
       f" {sorted(flat)[:4]}, lacking {error}; other architectures, scanned layers included, are"
       " not read."
     ) from error
@@ -112,7 +112,7 @@ def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
     target = contents["optimizer"]["target"]
   except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise ValueError(
-      f"Expected `path` to be a T5X checkpoint of version 2 or newer. Got {str(path)!r} whose"
+      f"Expected `path` to be a T5X checkpoint of version 2 or newer, got {str(path)!r} whose"
       f" msgpack does not open ({type(error).__name__}: {error}); it is truncated or of another"
       " program: copy it again."
     ) from error
@@ -121,7 +121,7 @@ def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
   )
   if not isinstance(target, dict) or not all(isinstance(name, str) for name in leaves):
     raise ValueError(
-      f"Expected the `target` of {str(path)!r} to be a tree of parameters. Got"
+      f"Expected the `target` of {str(path)!r} to be a tree of parameters, got"
       f" {type(target).__name__}; copy the checkpoint again."
     )
   # All reads are under way before the first is waited for; small leaves are in the msgpack.
@@ -146,7 +146,7 @@ def _open_zarr(path: pathlib.Path, name: str, reference: Mapping[str, Any]):
   folder = path / pathlib.PurePosixPath(str(stored)).name
   if folder.name != f"target.{name.replace('/', '.')}" or reference["driver"] != "zarr":
     raise ValueError(
-      f"Expected the leaf {name!r} of {str(path)!r} to be in the zarr array of its name. Got"
+      f"Expected the leaf {name!r} of {str(path)!r} to be in the zarr array of its name, got"
       f" {reference['driver']!r} {folder.name!r}; parameters under other names would be taken"
       " for one another: copy the checkpoint again."
     )
@@ -155,7 +155,7 @@ def _open_zarr(path: pathlib.Path, name: str, reference: Mapping[str, Any]):
     opened = ts.open({"driver": "zarr", "kvstore": store}, read=True).result()
   except ValueError as error:
     raise ValueError(
-      f"Expected `path` to hold the array {folder.name!r}, which its msgpack refers to. Got"
+      f"Expected `path` to hold the array {folder.name!r}, which its msgpack refers to, got"
       f" {str(path)!r} without it ({error}); copy the whole folder again."
     ) from error
   _check_size(folder, math.prod(opened.shape) * 4)
@@ -167,7 +167,7 @@ def _check_size(folder: pathlib.Path, size: int) -> None:
   stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
   if size > _SMALL + _MOST_COMPRESSION * stored:
     raise ValueError(
-      f"Expected {str(folder)!r} to hold the arrays that its metadata describe. Got {stored}"
+      f"Expected {str(folder)!r} to hold the arrays that its metadata describe, got {stored}"
       f" bytes for arrays of {size}; the metadata are damaged, or files are missing: copy the"
       " whole folder again."
     )
@@ -192,7 +192,7 @@ def _read_orbax(path: pathlib.Path) -> dict[str, np.ndarray]:
       )
   except (ValueError, KeyError, OSError) as error:
     raise ValueError(
-      "Expected `path` to be a T5X checkpoint in Orbax's format, with a `target`. Got"
+      "Expected `path` to be a T5X checkpoint in Orbax's format, with a `target`, got"
       f" {str(path)!r}, which Orbax does not open ({type(error).__name__}: {error}); copy the"
       " whole folder again."
     ) from error

@@ -145,7 +145,7 @@ def _plan(arguments, console, cached: generations.Generations) -> None:
     raise ValueError(refusal)
   if cached.sequential and arguments.promise != "mean":
     raise ValueError(
-      "Expected --promise=mean for a run that stopped early: it was decided for the mean. Got"
+      "Expected --promise=mean for a run that stopped early: it was decided for the mean, got"
       f" {arguments.promise!r}; generate without --until-certified."
     )
   _tell_power(arguments, console, count, rates, support)
@@ -197,7 +197,7 @@ def _verify(arguments, console, cached: generations.Generations) -> int:
   differ = verifying.differences(told, _make(arguments, console, cached))
   if differ:
     raise ValueError(
-      f"Expected {arguments.verify} to be what these outputs give. Got other fields {differ}:"
+      f"Expected {arguments.verify} to be what these outputs give, got other fields {differ}:"
       " it was made from other outputs or by another version, or was edited."
     )
   console.print(f"{arguments.verify} is what these outputs give (digest {told.digest}).")
@@ -226,7 +226,7 @@ def _replay(arguments, console, cached) -> calibrate_lib.Calibration:
     tested = "by group" if cached.by_group else "by prompt"
     raise ValueError(
       f"Expected `--by_group` as the run that stopped early had it: it was decided {tested}, in"
-      f" an order made for that. Got by_group={arguments.by_group}; change the flag, or"
+      f" an order made for that, got by_group={arguments.by_group}; change the flag, or"
       " generate again."
     )
   return sequential.replay(
@@ -248,7 +248,7 @@ def _read(arguments: argparse.Namespace) -> generations.Generations:
       files[thresholds.parse_threshold(threshold)] = path
     return foreign.gather(arguments.full, files)
   raise ValueError(
-    "Expected the folder of `calm generate`, or both --full and --outputs. Got"
+    "Expected the folder of `calm generate`, or both --full and --outputs, got"
     f" directory={arguments.directory!r}, --full={arguments.full!r},"
     f" --outputs={arguments.outputs!r}."
   )

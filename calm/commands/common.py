@@ -88,11 +88,11 @@ def _is_the_users(error: Exception) -> bool:
 def _message(error: Exception) -> str:
   if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:200]:
     return (
-      "Expected a model and options that fit the memory. Got more; lower --batch_size or"
+      "Expected a model and options that fit the memory, got more; lower --batch_size or"
       " --max_decode_length, or take a smaller model."
     )
   if isinstance(error, RecursionError):
-    return "Expected files and bindings of a few levels. Got too many in one another."
+    return "Expected files and bindings of a few levels, got too many in one another."
   return " ".join([str(error), *getattr(error, "__notes__", ())])
 
 
@@ -138,7 +138,7 @@ def check_output(path: str | pathlib.Path) -> None:
           raise PermissionError(None, "it may not be written")
   except OSError as error:
     raise type(error)(
-      f"Expected `--output` to be a file that can be written. Got {str(path)!r}"
+      f"Expected `--output` to be a file that can be written, got {str(path)!r}"
       f" ({error.strerror}); choose another, or make its folder."
     ) from error
 
@@ -214,7 +214,7 @@ def parse_gin(arguments: argparse.Namespace) -> None:
     gin.parse_config_files_and_bindings(arguments.gin_file, arguments.gin_bindings)
   except OSError as error:
     raise FileNotFoundError(
-      f"Expected `--gin_file` to name a gin file. Got {' '.join(arguments.gin_file)}:"
+      f"Expected `--gin_file` to name a gin file, got {' '.join(arguments.gin_file)}:"
       f" {' '.join(str(error).split())} `--gin_search_paths` adds folders to look in."
     ) from error
   except ModuleNotFoundError as error:
@@ -249,7 +249,7 @@ def _gin_message(arguments: argparse.Namespace, error: Exception) -> str:
   else:
     place = " ".join([*arguments.gin_file, *arguments.gin_bindings])[:200]
   return (
-    f"Expected `--gin_file` and `--gin_bindings` that gin can read. Got, in {place}: {what};"
+    f"Expected `--gin_file` and `--gin_bindings` that gin can read, got, in {place}: {what};"
     " correct that line."
   )
 

@@ -149,7 +149,7 @@ def packed_prompts(split: str, limit: int | None) -> tuple[Prompt, ...]:
   from calm import inference
 
   if limit is not None and limit < 1:
-    raise ValueError(f"Expected `--limit` of at least 1. Got {limit}; leave it out for all.")
+    raise ValueError(f"Expected `--limit` of at least 1, got {limit}; leave it out for all.")
   return records.read_prompts(inference.PACKED / f"prompts_{split}.jsonl")[:limit]
 
 

@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
   serves_itself = own.is_file() or own.with_name("full_depth.json").is_file()
   if arguments.calibration is None and arguments.threshold is None and not serves_itself:
     raise ValueError(
-      "Expected `--calibration` or `--threshold`. Got neither, and no calibration.json in the"
+      "Expected `--calibration` or `--threshold`, got neither, and no calibration.json in the"
       " folder of `--model`; make one with `calm fit`, or with `calm generate` and `calm"
       " calibrate`, or decode without a promise: --threshold=0.9."
     )
@@ -104,8 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
   threshold = predictor.threshold if threshold is None else threshold
   if threshold is None:
     raise ValueError(
-      f"Expected `--threshold` beside options that the calibration of {own.parent} is not for."
-      " Got none; give one, or leave the options out."
+      f"Expected `--threshold` beside options that the calibration of {own.parent} is not for,"
+      " got none; give one, or leave the options out."
     )
   work = _Work(predictor, threshold, console, len(prompts), time.monotonic() - start)
   work.monitored = monitoring.open_monitored(arguments, predictor, threshold)
@@ -267,7 +267,7 @@ def _calibration(arguments: argparse.Namespace):
   if arguments.expect_digest is None:
     return arguments.calibration
   if arguments.calibration is None:
-    raise ValueError("Expected `--calibration` beside `--expect_digest`. Got none.")
+    raise ValueError("Expected `--calibration` beside `--expect_digest`, got none.")
   return Calibration.load(arguments.calibration, expect_digest=arguments.expect_digest)
 
 

@@ -103,7 +103,7 @@ def decode_options(arguments: argparse.Namespace) -> dict[str, Any]:
     length = arguments.max_decode_length
     if length is None:
       raise ValueError(
-        "Expected `--max_decode_length` with `--temperature`: Eq. 5 decays over it. Got none."
+        "Expected `--max_decode_length` with `--temperature`: Eq. 5 decays over it, got none."
       )
     options["schedule"] = schedules.Decaying(arguments.temperature, length)
   return options
@@ -113,7 +113,7 @@ def open_prompts(arguments: argparse.Namespace) -> prompt_files.PromptFile:
   """The prompts that the options name, checked and counted."""
   limit = arguments.limit
   if limit is not None and limit < 1:
-    raise ValueError(f"Expected `--limit` of at least 1. Got {limit}; leave it out for all.")
+    raise ValueError(f"Expected `--limit` of at least 1, got {limit}; leave it out for all.")
   with common.called("--prompts"):
     return prompt_files.open_prompts(
       arguments.prompts,
@@ -128,5 +128,5 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(int(layer) for layer in text.split(","))
   except ValueError as error:
     raise ValueError(
-      f"Expected `--exit_layers` to be layers like 2,4,6. Got {text!r}; the first layer is 1."
+      f"Expected `--exit_layers` to be layers like 2,4,6, got {text!r}; the first layer is 1."
     ) from error

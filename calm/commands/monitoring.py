@@ -107,7 +107,7 @@ def open_monitored(
   """
   if arguments.monitor is None:
     if arguments.fail_on_alarm:
-      raise ValueError("Expected `--monitor` beside `--fail_on_alarm`. Got none; name a file.")
+      raise ValueError("Expected `--monitor` beside `--fail_on_alarm`, got none; name a file.")
     return None
   promise = _promise(predictor.calibration, threshold)
   watch = audit.Watch(
@@ -124,14 +124,14 @@ def open_monitored(
 def _promise(calibration: Calibration | None, threshold: float) -> Calibration:
   if calibration is None or calibration.threshold != threshold or threshold == NEVER_EXIT:
     raise ValueError(
-      "Expected `--monitor` with a calibration and its own threshold. Got no promise to watch;"
+      "Expected `--monitor` with a calibration and its own threshold, got no promise to watch;"
       " name a calibration.json that certified a threshold, and leave `--threshold` out."
     )
   if calibration.kind != "textual" or calibration.clusters:
     unit = "clusters of prompts" if calibration.clusters else "prompts"
     raise ValueError(
       "Expected `--monitor` with a promise on the textual loss of single prompts, which texts"
-      f" at full depth show. Got {calibration.kind!r} over {unit}; record such losses yourself:"
+      f" at full depth show, got {calibration.kind!r} over {unit}; record such losses yourself:"
       " `calm.calibrate.audit`."
     )
   return calibration

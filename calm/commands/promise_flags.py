@@ -63,7 +63,7 @@ def promise_of(
   deepest = max((max(record.exit_layers or (0,)) for record in cached.full), default=0)
   if counts is None or deepest < 1:
     raise ValueError(
-      f"Expected outputs with `exit_layers` for --promise={arguments.promise}. Got none; use"
+      f"Expected outputs with `exit_layers` for --promise={arguments.promise}, got none; use"
       " outputs of `calm generate`."
     )
   layers, tokens = counts
@@ -71,7 +71,7 @@ def promise_of(
   if arguments.promise == "cost":
     return promises.Cost(arguments.at_most, costs=depths / deepest)
   if not arguments.depths:
-    raise ValueError("Expected `--depths` for --promise=early_exits. Got none, as in 3,5.")
+    raise ValueError("Expected `--depths` for --promise=early_exits, got none, as in 3,5.")
   limits = tuple(float(text) for text in arguments.depths.split(","))
   return promises.EarlyExits(limits, depths=depths)
 
@@ -79,7 +79,7 @@ def promise_of(
 def _labels(arguments, cached: generations.Generations) -> list[str]:
   if not arguments.labels:
     raise ValueError(
-      "Expected `--labels` for --promise=every_group. Got none; give a file of {id, label}."
+      "Expected `--labels` for --promise=every_group, got none; give a file of {id, label}."
     )
   found = {}
   for line in records.read_lines(arguments.labels):
@@ -90,7 +90,7 @@ def _labels(arguments, cached: generations.Generations) -> list[str]:
   missing = [name for name in cached.ids if name not in found]
   if missing:
     raise ValueError(
-      f"Expected `--labels` to name every prompt. Got none for {len(missing)}, first"
+      f"Expected `--labels` to name every prompt, got none for {len(missing)}, first"
       f" {missing[:5]}."
     )
   return [found[name] for name in cached.ids]

@@ -72,7 +72,7 @@ class Resumable:
     self._state = target.with_name(target.name + ".partial.json")
     for path in (self._partial, self._state):
       if path.is_symlink():  # lines would go to whatever it names
-        raise OSError(f"Expected {str(path)!r} to be no link. Got one; take it away.")
+        raise OSError(f"Expected {str(path)!r} to be no link, got one; take it away.")
     self.done, self.report = 0, ""
     self._digest = hashlib.sha256()
 

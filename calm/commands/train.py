@@ -93,7 +93,7 @@ def _output_dir(arguments: argparse.Namespace) -> str:
   except ValueError as error:
     raise ValueError(
       "Expected `--output_dir`, or `run.train.output_dir` in the gin file, to name a folder"
-      " for the run. Got neither."
+      " for the run, got neither."
     ) from error
 
 

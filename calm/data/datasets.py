@@ -152,7 +152,7 @@ def _bounded(file: Any, path: pathlib.Path) -> Iterator[bytes]:
     if len(line) > _LONGEST_LINE or total > most:
       raise ValueError(
         f"Expected {str(path)!r} to hold lines of at most {_LONGEST_LINE} bytes, and at most"
-        f" {_RATIO} times its size when unpacked. Got more; it is no file of prompts, or made"
+        f" {_RATIO} times its size when unpacked, got more; it is no file of prompts, or made"
         " to fill the memory."
       )
     yield line

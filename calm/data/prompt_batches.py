@@ -95,7 +95,7 @@ def plan(
   every prompt to its own bucket, so that no prompt is computed otherwise in another list.
   """
   if batch_size < 1:
-    raise ValueError(f"Expected `batch_size` of at least 1. Got {batch_size}.")
+    raise ValueError(f"Expected `batch_size` of at least 1, got {batch_size}.")
   lengths = np.array([bucket_length(len(row), max_input_length) for row in tokens], int)
   batches, waiting = [], np.zeros(0, int)
   for length, following in itertools.pairwise([*np.unique(lengths), np.inf]):

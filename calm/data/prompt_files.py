@@ -98,10 +98,10 @@ def open_prompts(
       message names file and line.
   """
   if limit is not None and limit < 1:
-    raise ValueError(f"Expected `limit` of at least 1, or None for all. Got {limit}.")
+    raise ValueError(f"Expected `limit` of at least 1, or None for all, got {limit}.")
   if format is not None and format not in row_formats.FORMATS:
     raise ValueError(
-      f"Expected the format to be one of {', '.join(row_formats.FORMATS)}. Got {format!r}."
+      f"Expected the format to be one of {', '.join(row_formats.FORMATS)}, got {format!r}."
     )
   source = _Source(path)
   format = format or _format(source)
@@ -122,7 +122,7 @@ def open_prompts(
     count += 1
   if not count:
     raise ValueError(
-      f"Expected {source.name} to hold prompts. Got no examples: no line with text, or no row,"
+      f"Expected {source.name} to hold prompts, got no examples: no line with text, or no row,"
       f" read as {row_formats.FORMATS[format]}."
     )
   return PromptFile(source.name, format, input_key, count, rows, limit)
@@ -143,12 +143,12 @@ class _Source:
       mode = os.stat(path).st_mode
     except OSError as error:
       raise type(error)(
-        f"Expected `path` to name a file of prompts. Got {str(path)!r}, which does not exist or"
+        f"Expected `path` to name a file of prompts, got {str(path)!r}, which does not exist or"
         f" cannot be read ({error.strerror}); '-' reads standard input."
       ) from error
     if stat.S_ISDIR(mode):
       raise IsADirectoryError(
-        f"Expected `path` to name a file of prompts. Got {str(path)!r}, a folder; name a file"
+        f"Expected `path` to name a file of prompts, got {str(path)!r}, a folder; name a file"
         " in it."
       )
     if not stat.S_ISREG(mode):

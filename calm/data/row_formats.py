@@ -49,7 +49,7 @@ def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
       yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
       raise ValueError(
-        f"Expected prompts in UTF-8. Got invalid UTF-8, the byte 0x{line[error.start]:02x} in"
+        f"Expected prompts in UTF-8, got invalid UTF-8, the byte 0x{line[error.start]:02x} in"
         f" line {number} of {name}; save the text as UTF-8."
       ) from error
 
@@ -135,7 +135,7 @@ class _Pieces:
       self._text += self._decoder.decode(content, final=self._ended)
     except UnicodeDecodeError as error:
       raise ValueError(
-        f"Expected prompts in UTF-8. Got the byte 0x{error.object[error.start]:02x} in"
+        f"Expected prompts in UTF-8, got the byte 0x{error.object[error.start]:02x} in"
         f" {self._name}; save the text as UTF-8."
       ) from error
     return not self._ended
@@ -191,7 +191,7 @@ def parquet(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
     from pyarrow import parquet as pyarrow_parquet
   except ImportError as error:
     raise ImportError(
-      f"Expected the package pyarrow to read {name}. Got none; `pip install pyarrow`, or save"
+      f"Expected the package pyarrow to read {name}, got none; `pip install pyarrow`, or save"
       " the rows as JSON Lines."
     ) from error
   try:

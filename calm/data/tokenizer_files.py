@@ -40,12 +40,12 @@ class TokenizerVocabulary:
     path = pathlib.Path(self.path)
     if not path.is_file():
       raise FileNotFoundError(
-        f"Expected `path` to name a tokenizer.json. Got {str(path)!r}, which is missing."
+        f"Expected `path` to name a tokenizer.json, got {str(path)!r}, which is missing."
       )
     object.__setattr__(self, "model", path.read_bytes())
     if self._tokenizer.id_to_token(self.eos_id) is None:
       raise ValueError(
-        f"Expected {str(path)!r} to have the end-of-text token {self.eos_id}. Got"
+        f"Expected {str(path)!r} to have the end-of-text token {self.eos_id}, got"
         f" {self._tokenizer.get_vocab_size()} tokens without it; it belongs to another model."
       )
 
@@ -55,14 +55,14 @@ class TokenizerVocabulary:
       import tokenizers
     except ImportError as error:
       raise ImportError(
-        f"Expected the package tokenizers to read {str(self.path)!r}. Got none; `pip install"
+        f"Expected the package tokenizers to read {str(self.path)!r}, got none; `pip install"
         " tokenizers`, or put the model's spiece.model beside it."
       ) from error
     try:
       made = tokenizers.Tokenizer.from_buffer(self.model)
     except Exception as error:  # the package raises nothing narrower
       raise ValueError(
-        f"Expected {str(self.path)!r} to be a tokenizer.json. Got {len(self.model)} bytes that"
+        f"Expected {str(self.path)!r} to be a tokenizer.json, got {len(self.model)} bytes that"
         f" the package tokenizers does not read ({error}); save the tokenizer again."
       ) from error
     # What a model was once called with is saved beside its pieces; lengths are ours to choose.

@@ -73,7 +73,7 @@ class Supervised:
     )
     if not sizes or not ascends:
       raise ValueError(
-        "Expected `buckets` to be one or more, ascending in both lengths. Got"
+        "Expected `buckets` to be one or more, ascending in both lengths, got"
         f" {sizes}; reorder them."
       )
 
@@ -207,7 +207,7 @@ class Denoising:
 def _check_enough(num_examples: int, batch_size: int) -> None:
   if num_examples < batch_size:
     raise ValueError(
-      f"Expected at least `batch_size` = {batch_size} training examples. Got {num_examples};"
+      f"Expected at least `batch_size` = {batch_size} training examples, got {num_examples};"
       " lower `batch_size` or give more data."
     )
 

@@ -76,7 +76,7 @@ class SentencePieceVocabulary:
     path = pathlib.Path(self.path)
     if not path.is_file():
       raise FileNotFoundError(
-        f"Expected `path` to name a SentencePiece model file. Got {str(path)!r}, which is"
+        f"Expected `path` to name a SentencePiece model file, got {str(path)!r}, which is"
         " missing; give the path of a `.model` file (T5 calls it `spiece.model`)."
       )
     object.__setattr__(self, "model", path.read_bytes())
@@ -185,7 +185,7 @@ def from_seqio(vocabulary: Any) -> SentencePieceVocabulary | ByteVocabulary:
     return ByteVocabulary(extra_ids=vocabulary.extra_ids)
   if not hasattr(vocabulary, "sentencepiece_model_file"):
     raise ValueError(
-      "Expected `vocabulary` to be seqio's SentencePieceVocabulary or ByteVocabulary. Got"
+      "Expected `vocabulary` to be seqio's SentencePieceVocabulary or ByteVocabulary, got"
       f" {kind}; give an object of your own with `encode`, `decode` and the ids instead."
     )
   ours = SentencePieceVocabulary(
@@ -195,8 +195,8 @@ def from_seqio(vocabulary: Any) -> SentencePieceVocabulary | ByteVocabulary:
   counts_down = vocabulary.tokenizer.id_to_piece(last) == ours._processor.id_to_piece(last)
   if not counts_down or getattr(vocabulary, "_normalizer_spec_overrides", None) is not None:
     raise ValueError(
-      "Expected `vocabulary` to use its model file as it is, with extra ids counted downward."
-      " Got normalizer overrides or `reverse_extra_ids=False`, which change the ids; bake them"
+      "Expected `vocabulary` to use its model file as it is, with extra ids counted downward,"
+      " got normalizer overrides or `reverse_extra_ids=False`, which change the ids; bake them"
       " into the model file."
     )
   return ours
@@ -212,8 +212,8 @@ def check_fits(vocabulary: Vocabulary, num_rows: int) -> None:
   """
   if vocabulary.vocab_size > num_rows:
     raise ValueError(
-      f"Expected `vocabulary` to have at most {num_rows} ids, the embedding rows of the model."
-      f" Got {vocabulary.vocab_size}; use the vocabulary that the model was trained with (or"
+      f"Expected `vocabulary` to have at most {num_rows} ids, the embedding rows of the model,"
+      f" got {vocabulary.vocab_size}; use the vocabulary that the model was trained with (or"
       " fewer `extra_ids`)."
     )
 
@@ -226,13 +226,13 @@ def _load(model: bytes, extra_ids: int, path: pathlib.Path, *, padded: bool):
     processor.LoadFromSerializedProto(_with_extra_pieces(model, extra_ids))
   except (RuntimeError, OSError) as error:
     raise ValueError(
-      f"Expected `path` to be a SentencePiece model. Got {str(path)!r} ({len(model)} bytes),"
+      f"Expected `path` to be a SentencePiece model, got {str(path)!r} ({len(model)} bytes),"
       f" which cannot be parsed ({error}); fetch the file again or give another."
     ) from error
   if (padded and processor.pad_id() != 0) or processor.eos_id() < 0:
     raise ValueError(
       "Expected `path` to be a SentencePiece model with padding id 0 and an EOS piece, as T5's"
-      f" are. Got {str(path)!r} with pad_id {processor.pad_id()} and eos_id"
+      f" are, got {str(path)!r} with pad_id {processor.pad_id()} and eos_id"
       f" {processor.eos_id()}; train it with pad_id=0, eos_id=1, unk_id=2, bos_id=-1."
     )
   return processor
@@ -262,7 +262,7 @@ def check_utf8(text: str) -> bytes:
     return text.encode("utf-8")
   except UnicodeEncodeError as error:
     raise ValueError(
-      "Expected a text that UTF-8 can hold. Got half of a surrogate pair,"
+      "Expected a text that UTF-8 can hold, got half of a surrogate pair,"
       f" {text[error.start]!r}, at character {error.start + 1}; read the text as UTF-8."
     ) from error
 
@@ -279,7 +279,7 @@ def until_eos(ids: Iterable[int], eos_id: int, pad_id: int) -> list[int]:
       break
     if token_id < 0:
       raise ValueError(
-        f"Expected `ids` to be token ids of 0 or more. Got {token_id}; mask such positions with"
+        f"Expected `ids` to be token ids of 0 or more, got {token_id}; mask such positions with"
         f" the padding id {pad_id}."
       )
     if token_id != pad_id:
@@ -298,10 +298,10 @@ def _digest(content: bytes, extra_ids: int) -> str:
 def _check_extra_ids(extra_ids: int) -> None:
   if not isinstance(extra_ids, int) or isinstance(extra_ids, bool):
     raise ValueError(
-      f"Expected `extra_ids` to be a whole number. Got {extra_ids!r}; T5 has 100."
+      f"Expected `extra_ids` to be a whole number, got {extra_ids!r}; T5 has 100."
     )
   if not 0 <= extra_ids <= _MOST_EXTRA_IDS:
     raise ValueError(
-      f"Expected `extra_ids` to be 0 or more, and at most {_MOST_EXTRA_IDS}. Got {extra_ids};"
+      f"Expected `extra_ids` to be 0 or more, and at most {_MOST_EXTRA_IDS}, got {extra_ids};"
       " T5 has 100, ByT5 125, mT5 0."
     )

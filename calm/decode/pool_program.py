@@ -42,7 +42,7 @@ class PoolProgram:
     if self.program.config.dtype != "float32":
       raise ValueError(
         "Expected activations in float32 for rows that are refilled: below that, results"
-        f" depend on which rows run together. Got {self.program.config.dtype}; decode without"
+        f" depend on which rows run together, got {self.program.config.dtype}; decode without"
         " `refill`."
       )
 

@@ -34,7 +34,7 @@ def mesh(num_devices: int) -> sharding.Mesh:
   devices = jax.local_devices()
   if not 1 <= num_devices <= len(devices):
     raise ValueError(
-      f"Expected `num_devices` in 1 ... {len(devices)}, the devices that JAX sees. Got"
+      f"Expected `num_devices` in 1 ... {len(devices)}, the devices that JAX sees, got"
       f" {num_devices}; on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N."
     )
   return sharding.Mesh(np.asarray(devices[:num_devices]), (AXIS,))

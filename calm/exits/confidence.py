@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 
 def _no_shortlist() -> jax.Array:
-  raise ValueError("Expected a view with `shortlist_logits`. Got none.")
+  raise ValueError("Expected a view with `shortlist_logits`, got none.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,5 +148,5 @@ MEASURES: Mapping[str, Measure] = {
 def measure(name: str) -> Measure:
   """The measure of this name; ValueError names the choices."""
   if name not in MEASURES:
-    raise ValueError(f"Expected `measure` to be one of {sorted(MEASURES)}. Got {name!r}.")
+    raise ValueError(f"Expected `measure` to be one of {sorted(MEASURES)}, got {name!r}.")
   return MEASURES[name]

@@ -21,7 +21,7 @@ def no_shortlist(hidden: jax.Array) -> jax.Array:
   """What a model without a shortlist says when it is asked for one."""
   del hidden
   raise ValueError(
-    "Expected a shortlist of likely tokens for the measure 'shortlist'. Got a model without;"
+    "Expected a shortlist of likely tokens for the measure 'shortlist', got a model without;"
     " give `shortlist` (token ids), or use the measure 'softmax'."
   )
 

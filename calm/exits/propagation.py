@@ -98,6 +98,6 @@ def propagation(name: str) -> Propagation:
   """The propagation of this name; ValueError names the choices."""
   if name not in PROPAGATIONS:
     raise ValueError(
-      f"Expected `propagation` to be one of {sorted(PROPAGATIONS)}. Got {name!r}."
+      f"Expected `propagation` to be one of {sorted(PROPAGATIONS)}, got {name!r}."
     )
   return PROPAGATIONS[name]

@@ -114,7 +114,7 @@ class StaticExit:
     """Decoder layers in the program."""
     depth = self.layer or num_layers
     if not 1 <= depth <= num_layers:
-      raise ValueError(f"Expected `layer` in 1 ... {num_layers}. Got {depth}.")
+      raise ValueError(f"Expected `layer` in 1 ... {num_layers}, got {depth}.")
     return depth
 
   def __call__(
@@ -248,8 +248,8 @@ def allowed_layers(allowed: Sequence[int] | None, num_layers: int) -> tuple[int,
     set(allowed)
   ):
     raise ValueError(
-      f"Expected `allowed` exit layers to be ascending within 1 ... {num_layers}."
-      f" Got {list(allowed)}."
+      f"Expected `allowed` exit layers to be ascending within 1 ... {num_layers},"
+      f" got {list(allowed)}."
     )
   return tuple(layer for layer in allowed if layer < num_layers)
 

@@ -52,8 +52,8 @@ class Decaying:
       self.temperature >= 0 and self.max_length >= 1
     ):
       raise ValueError(
-        "Expected `temperature` >= 0 and `max_length` >= 1, both finite."
-        f" Got {self.temperature!r} and {self.max_length!r}; Eq. 5's figures have 0 to 8."
+        "Expected `temperature` >= 0 and `max_length` >= 1, both finite,"
+        f" got {self.temperature!r} and {self.max_length!r}; Eq. 5's figures have 0 to 8."
       )
 
   def __call__(self, threshold, generated):
@@ -68,7 +68,7 @@ def schedule(name: str, **options: Any) -> Schedule:
   """`constant`, or `decaying` with its `temperature` and `max_length`, by name."""
   kinds: Mapping[str, Any] = {Constant.name: Constant, Decaying.name: Decaying}
   if name not in kinds:
-    raise ValueError(f"Expected `schedule` to be one of {sorted(kinds)}. Got {name!r}.")
+    raise ValueError(f"Expected `schedule` to be one of {sorted(kinds)}, got {name!r}.")
   return kinds[name](**options)
 
 
@@ -76,5 +76,5 @@ def check_threshold(threshold: float) -> None:
   """ValueError where a threshold is neither in [0, 1] nor `NEVER_EXIT`."""
   if not (0.0 <= threshold <= 1.0 or threshold == NEVER_EXIT):
     raise ValueError(
-      f"Expected `threshold` in [0, 1], or calm.exits.schedules.NEVER_EXIT. Got {threshold!r}."
+      f"Expected `threshold` in [0, 1], or calm.exits.schedules.NEVER_EXIT, got {threshold!r}."
     )

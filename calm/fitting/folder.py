@@ -58,7 +58,7 @@ class Folder:
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
       what = "has other files in it" if path.is_dir() else "is a file"
       raise ValueError(
-        f"Expected `output` to be a new folder, or one that a fit has begun. Got {str(path)!r},"
+        f"Expected `output` to be a new folder, or one that a fit has begun, got {str(path)!r},"
         f" which {what}; choose another name."
       )
     else:
@@ -66,7 +66,7 @@ class Folder:
         work.mkdir(parents=True, exist_ok=True)
       except OSError as error:
         raise type(error)(
-          f"Expected `output` to be a folder that can be written. Got {str(path)!r}"
+          f"Expected `output` to be a folder that can be written, got {str(path)!r}"
           f" ({error.strerror}); choose another."
         ) from error
       files.write_atomically(there, json.dumps(request, indent=1) + "\n")
@@ -110,7 +110,7 @@ def _check_same(there: Any, request: Any, path: pathlib.Path) -> None:
     differing.append("the rows")
   if differing:
     raise ValueError(
-      f"Expected `output` to be a new folder, or one of the same fit. Got {str(path)!r}, whose"
+      f"Expected `output` to be a new folder, or one of the same fit, got {str(path)!r}, whose"
       f" fit had other options: {', '.join(differing)}; choose another folder, or give the same"
       " again."
     )

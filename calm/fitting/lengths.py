@@ -52,6 +52,6 @@ def _check_known(inputs: Sequence[Sequence[int]], vocabulary) -> None:
   total = sum(map(len, inputs))
   if unknown > 0.2 * max(total, 1):
     raise ValueError(
-      f"Expected the model's vocabulary to know the rows' texts. Got {unknown} unknown of"
+      f"Expected the model's vocabulary to know the rows' texts, got {unknown} unknown of"
       f" {total} pieces; is it the tokenizer that the model was trained with, and the language?"
     )

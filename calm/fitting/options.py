@@ -40,13 +40,13 @@ class FitOptions:
   def __post_init__(self):
     for name in ("tolerance", "error_rate"):
       if not 0.0 < getattr(self, name) < 1.0:
-        raise ValueError(f"Expected `{name}` in (0, 1). Got {getattr(self, name)}.")
+        raise ValueError(f"Expected `{name}` in (0, 1), got {getattr(self, name)}.")
     if self.stages not in STAGES:
       raise ValueError(
-        f"Expected `stages` to be one of {', '.join(STAGES)}. Got {self.stages!r}."
+        f"Expected `stages` to be one of {', '.join(STAGES)}, got {self.stages!r}."
       )
     if self.budget is not None and not self.budget > 0:
-      raise ValueError(f"Expected `budget` above 0 seconds. Got {self.budget}.")
+      raise ValueError(f"Expected `budget` above 0 seconds, got {self.budget}.")
     certified.kind_of(self.consistency)
     metrics.get_metric(self.metric)
 
@@ -79,5 +79,5 @@ def parse_budget(text: str) -> float:
   seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
   rest = re.sub(r"(\d+(?:\.\d+)?)\s*([smh]?)|\s", "", text.strip().lower())
   if rest or not seconds > 0:
-    raise ValueError(f"Expected `budget` to be a time like 90s, 30m or 1h30m. Got {text!r}.")
+    raise ValueError(f"Expected `budget` to be a time like 90s, 30m or 1h30m, got {text!r}.")
   return seconds

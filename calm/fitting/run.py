@@ -295,13 +295,13 @@ def read_rows(
   bare = [row.id for row in rows if not row.targets]
   if bare and options.needs_targets:
     raise ValueError(
-      f"Expected `train` to be rows with references (`targets`). Got {len(bare)} of {len(rows)}"
+      f"Expected `train` to be rows with references (`targets`), got {len(bare)} of {len(rows)}"
       f" without, first {bare[:3]}; give them, or take stages='none' with textual consistency."
     )
   ids = [row.id for row in rows]
   if len(set(ids)) < len(ids):
     raise ValueError(
-      f"Expected `train` to be rows with ids of their own. Got {len(ids) - len(set(ids))} ids"
+      f"Expected `train` to be rows with ids of their own, got {len(ids) - len(set(ids))} ids"
       " twice; number them."
     )
   return rows

@@ -107,7 +107,7 @@ def _sizes(
     raise ValueError(
       f"Expected at least {least} rows of different groups for `tolerance` {tolerance} and"
       f" `error_rate` {error_rate}: {needed} to calibrate on, the others to choose on and to"
-      f" look at{', and as many again to train on' if trains else ''}. Got {groups}; give more"
+      f" look at{', and as many again to train on' if trains else ''}, got {groups}; give more"
       " rows, or a larger tolerance."
     )
   return sizes

@@ -29,13 +29,13 @@ def kind_of(consistency: str) -> str:
     return KINDS[consistency]
   if consistency in ("risk_signed", "risk_clipped"):
     return consistency
-  raise ValueError(f"Expected `consistency` to be one of {sorted(KINDS)}. Got {consistency!r}.")
+  raise ValueError(f"Expected `consistency` to be one of {sorted(KINDS)}, got {consistency!r}.")
 
 
 def as_prompts(prompts: Sequence[Prompt] | Sequence[str]) -> tuple[Prompt, ...]:
   """Prompts, texts among them named by their number."""
   if isinstance(prompts, str):
-    raise TypeError("Expected `prompts` to be a list. Got one text; put it in a list.")
+    raise TypeError("Expected `prompts` to be a list, got one text; put it in a list.")
   return tuple(
     Prompt(f"prompt/{i}", prompt) if isinstance(prompt, str) else prompt
     for i, prompt in enumerate(prompts, start=1)
@@ -84,7 +84,7 @@ def certify(
   bare = [prompt.id for prompt in prompts if not prompt.targets]
   if kind != "textual" and bare:
     raise ValueError(
-      "Expected prompts with references (`targets`) for `consistency` 'risk'. Got"
+      "Expected prompts with references (`targets`) for `consistency` 'risk', got"
       f" {len(bare)} without, first {bare[:3]}; take 'textual', or give references."
     )
   options = predictor.options

@@ -52,7 +52,7 @@ def load(
   checkpoint = checkpoints.load(directory)
   if checkpoint.vocabulary is None:
     raise ValueError(
-      f"Expected a vocabulary beside the checkpoint in {directory}. Got none; save the model"
+      f"Expected a vocabulary beside the checkpoint in {directory}, got none; save the model"
       " with one (`checkpoints.save(..., vocabulary=...)`)."
     )
   if isinstance(calibration, str | pathlib.Path):
@@ -107,7 +107,7 @@ def _under_its_own(predictor: Predictor, path: pathlib.Path, options_given: bool
     return predictor.under(calibration)
   if not options_given:  # the folder disagrees with itself
     raise ValueError(
-      f"Expected {str(path)!r} to be for the model beside it. Got one for another procedure:"
+      f"Expected {str(path)!r} to be for the model beside it, got one for another procedure:"
       f" {difference}; calibrate again, or take the file away to decode without a promise."
     )
   return predictor

@@ -56,7 +56,7 @@ class DecodeOptions:
       limits.whole(name, getattr(self, name), 1, limits.LONGEST, "give a number in that range")
     if self.refill and self.num_devices > 1:
       raise ValueError(
-        f"Expected `num_devices` of 1 with `refill`. Got {self.num_devices}; leave one out."
+        f"Expected `num_devices` of 1 with `refill`, got {self.num_devices}; leave one out."
       )
 
   @functools.cached_property
@@ -100,7 +100,7 @@ def stored_options(directory: pathlib.Path) -> dict[str, Any]:
   unknown = sorted(set(stored) - {field.name for field in dataclasses.fields(DecodeOptions)})
   if unknown:
     raise ValueError(
-      f"Expected {str(path)!r} to name fields of `DecodeOptions`. Got {unknown}; it was written"
+      f"Expected {str(path)!r} to name fields of `DecodeOptions`, got {unknown}; it was written"
       " by another program or a newer version."
     )
   with files.naming(path):
@@ -120,19 +120,19 @@ def _check_stored(name: str, value: Any) -> None:
     limits.whole(name, value, 1, limits.LONGEST)
   elif name in ("exit_layers", "shortlist") and value is not None:
     if not isinstance(value, list):
-      raise ValueError(f"Expected `{name}` to be a list of whole numbers. Got {value!r}.")
+      raise ValueError(f"Expected `{name}` to be a list of whole numbers, got {value!r}.")
     for number in value:
       limits.whole(name, number, 0, limits.SIZES["vocab_size"][1])
   elif name == "grid" and value is not None:
     numbers = isinstance(value, list) and all(type(v) in (int, float) for v in value)
     if not numbers or not all(0 <= v <= 1 for v in value):
-      raise ValueError(f"Expected `{name}` to be a list of numbers in [0, 1]. Got {value!r}.")
+      raise ValueError(f"Expected `{name}` to be a list of numbers in [0, 1], got {value!r}.")
   elif name in ("measure", "propagation", "task_prefix") and not isinstance(value, str):
-    raise ValueError(f"Expected `{name}` to be a text. Got {value!r}.")
+    raise ValueError(f"Expected `{name}` to be a text, got {value!r}.")
   elif name == "refill" and not isinstance(value, bool):
-    raise ValueError(f"Expected `{name}` to be true or false. Got {value!r}.")
+    raise ValueError(f"Expected `{name}` to be true or false, got {value!r}.")
   elif name == "engine":
-    raise ValueError(f"Expected no `{name}` in a file: it changes no result. Got {value!r}.")
+    raise ValueError(f"Expected no `{name}` in a file: it changes no result, got {value!r}.")
 
 
 def _schedule(value: Any, path: pathlib.Path) -> schedules.Schedule:
@@ -140,7 +140,7 @@ def _schedule(value: Any, path: pathlib.Path) -> schedules.Schedule:
     return schedules.schedule(**value)
   except TypeError as error:
     raise ValueError(
-      f"Expected `schedule` in {str(path)!r} to be a name and its numbers. Got {value!r}"
+      f"Expected `schedule` in {str(path)!r} to be a name and its numbers, got {value!r}"
       f" ({error}); it was written by another program or a newer version."
     ) from error
 

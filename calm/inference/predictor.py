@@ -132,7 +132,7 @@ class Predictor:
     """Tokenises prompts and groups them into batches."""
     if isinstance(texts, str):
       raise TypeError(
-        "Expected `texts` to be a list of prompts. Got one text; put it in a list."
+        "Expected `texts` to be a list of prompts, got one text; put it in a list."
       )
     tokens = prompt_batches.tokenize(
       texts,
@@ -221,7 +221,7 @@ class Predictor:
       threshold = self.threshold
     if threshold is None and rule is None:
       raise ValueError(
-        "Expected `threshold`, or a model loaded with a `calibration`. Got neither; pass a"
+        "Expected `threshold`, or a model loaded with a `calibration`, got neither; pass a"
         " number in [0, 1], or calm.exits.schedules.NEVER_EXIT for the full model."
       )
     if threshold is not None:

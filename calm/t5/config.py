@@ -57,5 +57,5 @@ class T5Config:
     if self.per_layer_heads and self.logits_via_embedding:
       raise ValueError(
         "Expected `per_layer_heads` without `logits_via_embedding`: a tied head is shared by"
-        " all layers. Got both; turn one off."
+        " all layers, got both; turn one off."
       )

@@ -95,7 +95,7 @@ class DecodingCosts:
   def early(self, exit_layer: int) -> Cost:
     """One token that leaves after `exit_layer`: layers, measure, propagation and head."""
     if not 1 <= exit_layer <= self.num_layers:
-      raise ValueError(f"Expected `exit_layer` in 1 ... {self.num_layers}. Got {exit_layer}.")
+      raise ValueError(f"Expected `exit_layer` in 1 ... {self.num_layers}, got {exit_layer}.")
     asked = sum(layer <= exit_layer for layer in self.allowed)
     last = self.head if exit_layer == self.num_layers else self.emitted
     skipped = self.propagation * (self.num_layers - exit_layer)

@@ -242,7 +242,7 @@ class DecoderStep:
     """Pre-sigmoid exit confidence [batch] from decoder_norm(d^i)."""
     if self.weights.exit_kernel is None or self.weights.exit_bias is None:
       raise ValueError(
-        "Expected a model with an exit classifier for the measure 'classifier'. Got none in"
+        "Expected a model with an exit classifier for the measure 'classifier', got none in"
         " its parameters; train the second stage, or use the measure 'softmax' or 'state'."
       )
     normed = rms_norm(hidden, self.weights.decoder_norm).astype(jnp.float32)

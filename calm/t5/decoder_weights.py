@@ -85,7 +85,7 @@ def decoder_weights(
   if not 0 < num_pieces <= config.vocab_size:
     raise ValueError(
       f"Expected a vocabulary of at most {config.vocab_size} pieces, the rows of the model's"
-      f" embedding. Got {num_pieces}; this vocabulary belongs to another model."
+      f" embedding, got {num_pieces}; this vocabulary belongs to another model."
     )
   classifier = decoder.get("exit_classifier")
   heads = tuple(head[:, :num_pieces] for head in parameters.head_kernels(params, config))
@@ -135,11 +135,11 @@ def _layer_weights(layer: Params, config: network.T5Config, dtype) -> LayerWeigh
 def _shortlist_head(heads: Sequence[jax.Array], shortlist: Sequence[int]) -> jax.Array:
   ids, num_pieces = np.asarray(shortlist, np.int64), heads[0].shape[1]
   if len(heads) > 1:
-    raise ValueError("Expected one output head for a `shortlist`. Got one head a layer.")
+    raise ValueError("Expected one output head for a `shortlist`, got one head a layer.")
   distinct = len(np.unique(ids)) == len(ids)
   if len(ids) < 2 or not distinct or ids.min() < 0 or ids.max() >= num_pieces:
     raise ValueError(
-      f"Expected `shortlist` to be two or more different token ids below {num_pieces}."
-      f" Got {len(ids)} ids, {ids[:5].tolist()} ...; make it from this vocabulary."
+      f"Expected `shortlist` to be two or more different token ids below {num_pieces},"
+      f" got {len(ids)} ids, {ids[:5].tolist()} ...; make it from this vocabulary."
     )
   return heads[0][:, ids]

@@ -72,7 +72,7 @@ def check(fields: Mapping[str, Any], names: Mapping[str, str] | None = None) -> 
     if distance <= buckets // 2:
       raise ValueError(
         f"Expected `{called['relpos_max_distance']}` beyond {buckets // 2}, half of"
-        f" `{called['relpos_buckets']}`: nearer keys have a bucket each. Got {distance}; T5 has"
+        f" `{called['relpos_buckets']}`: nearer keys have a bucket each, got {distance}; T5 has"
         " 32 and 128."
       )
   if set(SIZES) <= set(made):
@@ -88,19 +88,19 @@ def whole(name: str, value: Any, least: int, most: int, way_out: str = _DAMAGED)
   """
   if isinstance(value, bool) or not isinstance(value, numbers.Integral):
     raise ValueError(
-      f"Expected `{name}` to be a whole number. Got {_shown(value)}"
+      f"Expected `{name}` to be a whole number, got {_shown(value)}"
       f" ({type(value).__name__}); write it without quotes or fraction."
     )
   if not least <= int(value) <= most:
     raise ValueError(
-      f"Expected `{name}` to be in {least} ... {most}. Got {_shown(value)}; {way_out}."
+      f"Expected `{name}` to be in {least} ... {most}, got {_shown(value)}; {way_out}."
     )
   return int(value)
 
 
 def _flag(name: str, value: Any) -> bool:
   if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
-    raise ValueError(f"Expected `{name}` to be true or false. Got {_shown(value)}; write one.")
+    raise ValueError(f"Expected `{name}` to be true or false, got {_shown(value)}; write one.")
   return bool(value)
 
 
@@ -108,7 +108,7 @@ def _rate(name: str, value: Any) -> float:
   real = isinstance(value, numbers.Real) and not isinstance(value, bool)
   if not real or not 0 <= float(value) < 1:
     raise ValueError(
-      f"Expected `{name}` to be a number in [0, 1). Got {_shown(value)}; T5 trains with 0.1."
+      f"Expected `{name}` to be a number in [0, 1), got {_shown(value)}; T5 trains with 0.1."
     )
   return float(value)
 
@@ -117,7 +117,7 @@ def _activations(name: str, value: Any) -> tuple[str, ...]:
   listed = isinstance(value, list | tuple) and 1 <= len(value) <= 4
   if not listed or not all(isinstance(word, str) and word in ACTIVATIONS for word in value):
     raise ValueError(
-      f"Expected `{name}` to be a list of one to four of {', '.join(ACTIVATIONS)}. Got"
+      f"Expected `{name}` to be a list of one to four of {', '.join(ACTIVATIONS)}, got"
       f" {_shown(value)}; T5 1.1 has ['gelu', 'linear'], T5 1.0 has ['relu']."
     )
   return tuple(value)
@@ -130,7 +130,7 @@ def _dtype(name: str, value: Any) -> str:
     found = None
   if found not in DTYPES or value is None:
     raise ValueError(
-      f"Expected `{name}` to be a floating-point type, one of {', '.join(DTYPES)}. Got"
+      f"Expected `{name}` to be a floating-point type, one of {', '.join(DTYPES)}, got"
       f" {_shown(value)}; take 'float32', or 'bfloat16' for less memory."
     )
   return found
@@ -143,7 +143,7 @@ def _check_total(fields: Mapping[str, Any]) -> None:
   total = fields["vocab_size"] * fields["emb_dim"] + layers * (attention + mlp)
   if total > _MOST_PARAMETERS:
     raise ValueError(
-      f"Expected a configuration of at most {_MOST_PARAMETERS:.1e} parameters. Got about"
+      f"Expected a configuration of at most {_MOST_PARAMETERS:.1e} parameters, got about"
       f" {total:.1e} by its `vocab_size`, `emb_dim`, `mlp_dim`, heads and layers; one of them"
       " is damaged."
     )

@@ -28,7 +28,7 @@ def decoder_masks(
   if decode:
     if encoder_segment_ids is not None:
       raise ValueError(
-        "Expected no packing while decoding. Got `encoder_segment_ids`; unpack the batch."
+        "Expected no packing while decoding, got `encoder_segment_ids`; unpack the batch."
       )
     return None, attention_mask(jnp.ones_like(decoder_target_tokens, bool), source)
   target = jnp.asarray(decoder_target_tokens) > 0

@@ -41,8 +41,8 @@ class Transformer(nn.Module):
     """Encoder states [batch, input_length, emb_dim]; token 0 is padding."""
     if encoder_input_tokens.ndim != 2:
       raise ValueError(
-        "Expected `encoder_input_tokens` to be of shape (batch, length)."
-        f" Got {encoder_input_tokens.shape}."
+        "Expected `encoder_input_tokens` to be of shape (batch, length),"
+        f" got {encoder_input_tokens.shape}."
       )
     # T5X may feed float tokens when it shapes its caches, as to the decoder.
     tokens = jnp.asarray(encoder_input_tokens, jnp.int32)

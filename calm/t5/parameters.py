@@ -37,7 +37,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
       above = above.rpartition("/")[0]
       if above in flat:
         raise ValueError(
-          f"Expected leaves of one tree. Got {above!r}, and {path!r} below it; the checkpoint"
+          f"Expected leaves of one tree, got {above!r}, and {path!r} below it; the checkpoint"
           " is damaged: copy it again."
         )
   return traverse_util.unflatten_dict(dict(flat), sep="/")
@@ -66,25 +66,25 @@ def check(params: Mapping[str, Any], config: network.T5Config) -> None:
   for path, shape in expected.items():
     if path not in got:
       raise ValueError(
-        f"Expected `params` to hold the leaf {path!r} of shape {shape}. Got none;"
+        f"Expected `params` to hold the leaf {path!r} of shape {shape}, got none;"
         f" {_way_out(path)}."
       )
     if np.shape(got[path]) != shape:
       raise ValueError(
-        f"Expected the leaf {path!r} of `params` to have shape {shape}. Got"
+        f"Expected the leaf {path!r} of `params` to have shape {shape}, got"
         f" {np.shape(got[path])}; give the `config` that it was trained with."
       )
   unknown = sorted(set(got) - set(expected))
   if unknown:
     raise ValueError(
-      f"Expected `params` to hold the {len(expected)} leaves of `config`. Got also"
+      f"Expected `params` to hold the {len(expected)} leaves of `config`, got also"
       f" {unknown[0]!r} ({len(unknown)} such); {_way_out(unknown[0])}."
     )
   for path, leaf in got.items():
     bad = np.size(leaf) - int(np.isfinite(np.asarray(leaf, np.float32)).sum())
     if bad:
       raise ValueError(
-        f"Expected finite `params`. Got {bad} of {np.size(leaf)} values NaN or infinite in the"
+        f"Expected finite `params`, got {bad} of {np.size(leaf)} values NaN or infinite in the"
         f" leaf {path!r}; the checkpoint is damaged or its training diverged: take an earlier"
         " one."
       )
@@ -99,7 +99,7 @@ def _check_last_layers(flat: Mapping[str, Any], config: network.T5Config) -> Non
     last = f"{side}/layers_{count - 1}/"
     if count > _MANY_LAYERS and not any(path.startswith(last) for path in flat):
       raise ValueError(
-        f"Expected `params` to hold leaves of {last!r}, the last of `num_{side}_layers`. Got"
+        f"Expected `params` to hold leaves of {last!r}, the last of `num_{side}_layers`, got"
         " none; the configuration is of another model, or the file of another kind."
       )
 
@@ -154,7 +154,7 @@ def renew(
       names = sorted({name for path in flat for name in path.split("/")[:2]})
       raise ValueError(
         f"Expected `fresh` to name parts of the parameter tree (one of {', '.join(names)}, or"
-        f" a path below). Got {part!r}, which no parameter's path holds."
+        f" a path below), got {part!r}, which no parameter's path holds."
       )
     flat |= {path: values[path] for path in chosen}
   return unflatten(flat)

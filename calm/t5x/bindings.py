@@ -45,7 +45,7 @@ def resolve(given: dict[str, Any], theirs: type, required: tuple[str, ...]) -> d
   missing = [name for name in required if name not in found]
   if missing:
     raise TypeError(
-      f"Expected {', '.join(f'`{name}`' for name in missing)} of EncoderDecoderModel. Got"
+      f"Expected {', '.join(f'`{name}`' for name in missing)} of EncoderDecoderModel, got"
       " none; give them, or bind them for T5X's class or for this one in a gin file."
     )
   return found
@@ -79,6 +79,6 @@ def refuse_subclass(model: Any, theirs: type) -> None:
     if (cls.__module__, cls.__qualname__) != (theirs.__module__, theirs.__qualname__):
       break
   raise TypeError(
-    f"Expected `model` to be T5X's EncoderDecoderModel. Got {type(model).__qualname__}, whose"
+    f"Expected `model` to be T5X's EncoderDecoderModel, got {type(model).__qualname__}, whose"
     " own methods would be lost; derive it from calm.t5x.models.EncoderDecoderModel instead."
   )

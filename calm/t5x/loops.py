@@ -169,7 +169,7 @@ class Loop:
     if length > self.length:
       raise ValueError(
         f"Expected `max_decode_len` of at most {self.length}, the targets' length, for which"
-        f" caches are made. Got {length}; give longer targets."
+        f" caches are made, got {length}; give longer targets."
       )
     flat = jnp.pad(decodes.reshape(-1, length), ((0, 0), (0, self.length - length)))
     shaped = lambda x: x[:, :length].reshape(decodes.shape)
@@ -266,7 +266,7 @@ def greedy_decode(
   del decode_rng, cache_offset
   if num_decodes != 1:
     raise ValueError(
-      f"Expected `num_decodes` of 1 for greedy decoding. Got {num_decodes}; use T5X's"
+      f"Expected `num_decodes` of 1 for greedy decoding, got {num_decodes}; use T5X's"
       " `decoding.temperature_sample` or `decoding.beam_search`."
     )
   batch_size, length = inputs.shape

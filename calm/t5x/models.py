@@ -120,14 +120,14 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     theirs = bindings.resolve(given, t5x_models.EncoderDecoderModel, tuple(given)[:4])
     if theirs.get("label_smoothing"):
       raise ValueError(
-        f"Expected `label_smoothing` of 0. Got {theirs['label_smoothing']}; the layer-weighted"
+        f"Expected `label_smoothing` of 0, got {theirs['label_smoothing']}; the layer-weighted"
         " loss has none: leave it out."
       )
     schedules.check_threshold(threshold)
     rule = rule or exits.DynamicExits(confidence.Softmax())
     if threshold != schedules.NEVER_EXIT and not isinstance(rule, exits.DynamicExits):
       raise ValueError(
-        f"Expected no `threshold` with {type(rule).__name__}, which compares none. Got"
+        f"Expected no `threshold` with {type(rule).__name__}, which compares none, got"
         f" {threshold}; leave it out, or choose `exits.DynamicExits`."
       )
     objective = objective or objectives.LayerWeighted(z_loss=theirs.get("z_loss", 0.0))
@@ -311,7 +311,7 @@ def __getattr__(name: str) -> Any:
   """What else T5X's module holds, for files that import this one in its place."""
   if name in ("DecoderOnlyModel", "PrefixLanguageModel"):
     raise AttributeError(
-      f"Expected models.EncoderDecoderModel. Got models.{name}, which has no exits here; import"
+      f"Expected models.EncoderDecoderModel, got models.{name}, which has no exits here; import"
       " t5x.models for it."
     )
   return getattr(t5x_models, name)

@@ -99,7 +99,7 @@ def engine_over(
     return engines.Eager()
   if symbolic and not isinstance(engine, engines.Eager):
     raise ValueError(
-      "Expected engines.Eager for a symbolic batch size. Got"
+      "Expected engines.Eager for a symbolic batch size, got"
       f" {type(engine).__name__}, which asks for it; leave `engine` out."
     )
   return engine
@@ -113,14 +113,14 @@ def with_rng(options: dict[str, Any], rng: jax.Array | None) -> dict[str, Any]:
   """
   if options.get("initial_index") is not None:
     raise ValueError(
-      "Expected decoding from the first position. Got `decoder_params['initial_index']`, which"
+      "Expected decoding from the first position, got `decoder_params['initial_index']`, which"
       " wants a filled cache; give the prefix as targets, with `prompt_with_targets`."
     )
   if rng is None:
     return options
   if options.get("decode_rng") is not None:
     raise ValueError(
-      "Expected one random key. Got `rng` and `decoder_params['decode_rng']`; leave one out."
+      "Expected one random key, got `rng` and `decoder_params['decode_rng']`; leave one out."
     )
   return {**options, "decode_rng": rng}
 
@@ -183,7 +183,7 @@ def _random_bits(key: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.
   """Threefry's bits, counted on from where the shards before this one end."""
   size = math.prod(shape)
   if bit_width > 32:
-    raise NotImplementedError("Expected draws of at most 32 bits a number. Got 64.")
+    raise NotImplementedError("Expected draws of at most 32 bits a number, got 64.")
   # Counters are pairs of 32-bit words; the place of an element in the whole batch is one.
   place = jnp.arange(size, dtype=jnp.uint32) + key[2] * jnp.uint32(size % 2**32)
   high = jnp.zeros((size,), jnp.uint32)

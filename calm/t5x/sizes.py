@@ -50,15 +50,15 @@ def config_of(module: Any, exit_classifier: bool = True) -> network.T5Config:
   if theirs is None or not hasattr(theirs, "emb_dim") or hasattr(theirs, "scan_layers"):
     raise ValueError(
       "Expected `module` to be calm.t5.network.Transformer, or the Transformer of T5X's"
-      f" examples/t5/network.py. Got {type(module).__module__}.{type(module).__name__};"
+      f" examples/t5/network.py, got {type(module).__module__}.{type(module).__name__};"
       " scanned layers and Flaxformer's architectures have other parameter trees."
     )
   known = {field.name for field in network.T5Config.__dataclass_fields__.values()}
   for name, field in getattr(theirs, "__dataclass_fields__", {}).items():
     if name not in known and getattr(theirs, name) != field.default:
       raise ValueError(
-        f"Expected {type(theirs).__module__}.{type(theirs).__name__}.{name} of {field.default}."
-        f" Got {getattr(theirs, name)}, which this network does not have; leave it out."
+        f"Expected {type(theirs).__module__}.{type(theirs).__name__}.{name} of {field.default},"
+        f" got {getattr(theirs, name)}, which this network does not have; leave it out."
       )
   given = {name: getattr(theirs, name) for name in known if hasattr(theirs, name)}
   if "exit_classifier" not in given:

@@ -39,7 +39,7 @@ def stored_vocabulary(checkpoint: str = "packed") -> Any:
   vocabulary = stored_checkpoint(checkpoint).vocabulary
   if vocabulary is None:
     raise ValueError(
-      f"Expected a vocabulary in the checkpoint {checkpoint!r}. Got none; bind `VOCABULARY` to"
+      f"Expected a vocabulary in the checkpoint {checkpoint!r}, got none; bind `VOCABULARY` to"
       " a seqio vocabulary instead."
     )
   if isinstance(vocabulary, vocabularies.ByteVocabulary):
@@ -47,6 +47,6 @@ def stored_vocabulary(checkpoint: str = "packed") -> Any:
   if not isinstance(vocabulary, vocabularies.SentencePieceVocabulary):
     raise ValueError(
       f"Expected the checkpoint {checkpoint!r} to have SentencePiece's or bytes' vocabulary, as"
-      f" seqio has. Got {type(vocabulary).__name__}; bind `VOCABULARY` to one of your own."
+      f" seqio has, got {type(vocabulary).__name__}; bind `VOCABULARY` to one of your own."
     )
   return seqio.SentencePieceVocabulary(str(vocabulary.path), extra_ids=vocabulary.extra_ids)

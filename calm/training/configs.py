@@ -18,7 +18,7 @@ def root() -> pathlib.Path:
     if (folder / "configs" / "runs").is_dir():
       return folder
   raise FileNotFoundError(
-    f"Expected `configs/` in or beside {str(PACKAGE)!r}. Got none; install the package whole,"
+    f"Expected `configs/` in or beside {str(PACKAGE)!r}, got none; install the package whole,"
     " or run from its repository."
   )
 

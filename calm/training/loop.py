@@ -49,7 +49,7 @@ class History:
     values = np.array([entry.get(self._metric, np.nan) for entry in self.entries])
     if np.isnan(values).all():
       raise ValueError(
-        f"Expected `stop_metric` to be one of {sorted(self.entries[-1])}. Got {self._metric!r}."
+        f"Expected `stop_metric` to be one of {sorted(self.entries[-1])}, got {self._metric!r}."
       )
     return int(np.nanargmin(values if "loss" in self._metric else -values))
 
@@ -168,7 +168,7 @@ class _Keeper:
     loss = scalars.get("loss", 0.0)
     if not np.isfinite(loss):
       raise FloatingPointError(
-        f"Expected a finite {which} loss. Got {loss} by step {step}; lower the learning rate"
+        f"Expected a finite {which} loss, got {loss} by step {step}; lower the learning rate"
         f" (`training.Schedule.peak`) and run again: training resumes from the last checkpoint"
         f" in {self.output_dir}."
       )

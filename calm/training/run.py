@@ -142,8 +142,8 @@ def starting_point(
   if initial is None:
     if model is None:
       raise ValueError(
-        "Expected `model` or `initial`: sizes to start from random parameters, or a checkpoint."
-        " Got neither; bind `run.train.model` or `runs.train.initial`."
+        "Expected `model` or `initial`: sizes to start from random parameters, or a checkpoint,"
+        " got neither; bind `run.train.model` or `runs.train.initial`."
       )
     return model, updates.init_params(model, seed)
   stored = checkpoints.load(find_checkpoint(initial))
@@ -162,7 +162,7 @@ def find_checkpoint(initial: str) -> pathlib.Path:
   path = pathlib.Path(initial)
   if not path.is_dir():
     raise FileNotFoundError(
-      "Expected `initial` to be the folder of a checkpoint or of a finished run. Got"
+      "Expected `initial` to be the folder of a checkpoint or of a finished run, got"
       f" {initial!r}, which is {'a file' if path.exists() else 'missing'}."
     )
   exported = path / MODEL_FOLDER
@@ -170,7 +170,7 @@ def find_checkpoint(initial: str) -> pathlib.Path:
     return exported
   if (path / "validation.json").is_file():
     raise FileNotFoundError(
-      f"Expected `initial` to be a finished run. Got {initial!r}, which has exported no"
+      f"Expected `initial` to be a finished run, got {initial!r}, which has exported no"
       f" {MODEL_FOLDER}/ yet; run its `calm train` command again, it goes on where it stopped."
     )
   return path

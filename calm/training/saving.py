@@ -20,7 +20,7 @@ def check_writable(output_dir: pathlib.Path) -> None:
       pass
   except OSError as error:
     raise type(error)(
-      f"Expected `output_dir` to be a folder that can be written. Got {str(output_dir)!r}"
+      f"Expected `output_dir` to be a folder that can be written, got {str(output_dir)!r}"
       f" ({error.strerror}); choose another or change its permissions."
     ) from error
 
@@ -61,7 +61,7 @@ def restore(manager, step: int, like: Any) -> Any:
     path = misfits[0]
     raise ValueError(
       f"Expected {str(manager.directory)!r} to hold a run of this model and optimizer, with"
-      f" {path!r} of shape {expected[path]}. Got {stored.get(path, 'none')} at step {step};"
+      f" {path!r} of shape {expected[path]}, got {stored.get(path, 'none')} at step {step};"
       " give another `output_dir`, or the configuration that it was started with."
     )
   abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)

@@ -113,7 +113,7 @@ def denoising(
   if source.max_spans > vocabulary.extra_ids:
     raise ValueError(
       f"Expected a vocabulary with at least {source.max_spans} `extra_ids`, one a corrupted"
-      f" span of a text of {length} tokens. Got {vocabulary.extra_ids}; shorten `length`."
+      f" span of a text of {length} tokens, got {vocabulary.extra_ids}; shorten `length`."
     )
   return source
 
@@ -147,7 +147,7 @@ def seqio_pairs(
   if is_mixture and num_examples is None:
     raise ValueError(
       f"Expected `num_examples` for the mixture {mixture_or_task_name!r}, which repeats its"
-      " tasks without end. Got None; bind `sources.seqio_pairs.num_examples`."
+      " tasks without end, got None; bind `sources.seqio_pairs.num_examples`."
     )
   inputs_length, targets_length = buckets[-1]
   dataset = source.get_dataset(

@@ -75,9 +75,9 @@ def test_a_missing_group_is_refused_and_not_one_cluster(missing):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"ids": tuple(f"p{i}" for i in range(30))}, "`ids` for each of the 60 rows. Got 30"),
-    ({"ids": ("a",) * 60}, r"`ids` to be unique. Got \['a'\] more than once"),
-    ({"ids": tuple(range(60))}, r"`ids` to be texts. Got 0 \(int\)"),
+    ({"ids": tuple(f"p{i}" for i in range(30))}, "`ids` for each of the 60 rows, got 30"),
+    ({"ids": ("a",) * 60}, r"`ids` to be unique, got \['a'\] more than once"),
+    ({"ids": tuple(range(60))}, r"`ids` to be texts, got 0 \(int\)"),
     ({"groups": ("a",) * 59}, "each of the 60 rows, got 59"),
     ({"order": "sorted"}, "`order` to be 'permuted' or 'given'"),
     ({"support": (0, 1)}, "`support` to be a `Support`"),
@@ -95,9 +95,9 @@ def test_losses_are_checked_where_they_are_made(fields, message):
   ("values", "message"),
   [
     (np.ma.masked_array(np.zeros((60, 2)), mask=np.eye(60, 2)), "masked"),
-    (np.zeros((60, 2), complex), "real numbers. Got an array of complex128"),
-    (np.zeros((60, 2), object), "real numbers. Got an array of object"),
-    (np.full((60, 2), "0.1"), "real numbers. Got an array of <U3"),
+    (np.zeros((60, 2), complex), "real numbers, got an array of complex128"),
+    (np.zeros((60, 2), object), "real numbers, got an array of object"),
+    (np.full((60, 2), "0.1"), "real numbers, got an array of <U3"),
     ([[0.0], [0.0, 1.0]], "rows of several lengths"),
     (np.zeros(60), r"one row a prompt, one column a threshold"),
     (np.zeros((0, 2)), "n at least 1"),

@@ -230,7 +230,7 @@ def test_a_cost_is_tested_from_the_cheap_end_and_both_share_the_error_rate():
   [
     (lambda: promises.Quantile(1.0), "`share` to be in"),
     (lambda: promises.Quantile(True), "`share` to be in"),
-    (lambda: promises.EveryGroup(labels=["a", None]), "`labels` to be texts. Got None"),
+    (lambda: promises.EveryGroup(labels=["a", None]), "`labels` to be texts, got None"),
     (lambda: promises.EveryGroup(), "at least one group"),
     (lambda: promises.EarlyExits((2.0, 1.0)), "rise strictly"),
     (lambda: promises.TailMean(beta=1.0), "`beta`"),

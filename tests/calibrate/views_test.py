@@ -45,5 +45,5 @@ def test_a_library_that_is_not_there_is_named(monkeypatch):
     made().to_frame("polars")
   with pytest.raises(ModuleNotFoundError, match="'matplotlib', which is not installed"):
     made().plot()
-  with pytest.raises(ValueError, match=r"`library` 'pandas' or 'polars'\. Got 'dask'"):
+  with pytest.raises(ValueError, match=r"`library` 'pandas' or 'polars', got 'dask'"):
     made().to_frame("dask")

@@ -150,11 +150,11 @@ def test_unknown_storage_dtype(tmp_path):
 
 WRONG_LEAVES = [
   ("decoder/decoder_norm/scale", None, r"'decoder/decoder_norm/scale' of shape \(8,\).*none"),
-  ("decoder/layers_9/x", np.zeros(3, np.float32), r"Got also 'decoder/layers_9/x'"),
+  ("decoder/layers_9/x", np.zeros(3, np.float32), r"got also 'decoder/layers_9/x'"),
   (
     "decoder/logits_dense/kernel",
     np.zeros((8, 63), np.float32),
-    r"logits_dense/kernel' .*shape \(8, 64\)\. Got \(8, 63\)",
+    r"logits_dense/kernel' .*shape \(8, 64\), got \(8, 63\)",
   ),
   (
     "encoder/encoder_norm/scale",
@@ -203,7 +203,7 @@ def test_truncated_parameters(saved, keep):
   ("text", "message"),
   [
     ("{", r"config.json' to be JSON"),
-    ("[]", r"JSON object. Got list"),
+    ("[]", r"JSON object, got list"),
     ("{}", r"format 'calm checkpoint 1'.*format None"),
     ('{"format": "calm checkpoint 1"}', r"fields of T5Config"),
     ('{"format": "calm checkpoint 1", "vocab_size": 8, "zap": 1}', r"unknown fields \['zap'\]"),
@@ -219,9 +219,9 @@ def test_damaged_configuration(saved, text, message):
 def test_vocabulary_larger_than_the_embedding(saved, pieces):
   assert pieces.vocab_size == CONFIG.vocab_size
   larger = dataclasses.replace(pieces, extra_ids=21)
-  with pytest.raises(ValueError, match=r"at most 64 ids.*Got 65"):
+  with pytest.raises(ValueError, match=r"at most 64 ids.*got 65"):
     checkpoints.load(saved, vocabulary=larger)
-  with pytest.raises(ValueError, match=r"at most 64 ids.*Got 65"):
+  with pytest.raises(ValueError, match=r"at most 64 ids.*got 65"):
     checkpoints.save(saved, draw(), CONFIG, vocabulary=larger)
   smaller = dataclasses.replace(pieces, extra_ids=0)
   assert checkpoints.load(saved, vocabulary=smaller).vocabulary == smaller

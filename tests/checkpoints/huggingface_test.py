@@ -142,13 +142,13 @@ def test_tied_head_stored_beside_the_embedding_stays_tied(tmp_path):
     ({"model_type": "longt5"}, r"`model_type`.*'t5' or 'mt5' or 'umt5'.*'longt5'"),
     ({"model_type": "umt5"}, r"1 missing|2 missing.*relative_attention_bias"),
     ({"layer_norm_epsilon": 1e-5}, r"`layer_norm_epsilon`.*1e-05"),
-    ({"pad_token_id": 48}, r"`pad_token_id`.*48 rows.*Got 48"),
-    ({"decoder_start_token_id": -1}, r"`decoder_start_token_id`.*Got -1"),
+    ({"pad_token_id": 48}, r"`pad_token_id`.*48 rows.*got 48"),
+    ({"decoder_start_token_id": -1}, r"`decoder_start_token_id`.*got -1"),
     ({"feed_forward_proj": "gelu"}, r"`feed_forward_proj`.*'gelu'"),
     ({"num_layers": 3}, r"missing.*encoder.block.2"),
     ({"num_layers": 1}, r"unknown.*encoder.block.1"),
-    ({"d_ff": 21}, r"wi_0/kernel.*\(16, 21\).*Got \(16, 20\)"),
-    ({"vocab_size": 50}, r"logits_dense/kernel.*\(16, 50\).*Got \(16, 48\)"),
+    ({"d_ff": 21}, r"wi_0/kernel.*\(16, 21\).*got \(16, 20\)"),
+    ({"vocab_size": 50}, r"logits_dense/kernel.*\(16, 50\).*got \(16, 48\)"),
   ],
 )
 def test_configurations_of_other_functions_are_refused(copied, changes, message):
@@ -207,7 +207,7 @@ def test_vocabulary_beside_the_model(copied):
   options = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}
   (copied / "tokenizer_config.json").write_text(json.dumps(options))
   assert huggingface.read_vocabulary(copied) == vocabulary.ByteVocabulary()
-  with pytest.raises(ValueError, match=r"at most 48 ids.*Got 384"):
+  with pytest.raises(ValueError, match=r"at most 48 ids.*got 384"):
     checkpoints.load(copied)
 
 

@@ -80,7 +80,7 @@ def test_promises_are_named_by_flags(tmp_path, capsys):
   few = write(tmp_path, rows[1:], "few.jsonl")
   for flags, words in (
     (["--promise=every_group"], "`--labels` for"),
-    (["--promise=every_group", f"--labels={few}"], "Got none for 1, first ['p0']"),
+    (["--promise=every_group", f"--labels={few}"], "got none for 1, first ['p0']"),
     (["--promise=cost"], "outputs with `exit_layers`"),
     (["--promise=early_exits"], "outputs with `exit_layers`"),
     (["--promise=quantile", "--share=2"], "`share`"),

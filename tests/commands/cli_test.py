@@ -49,7 +49,7 @@ def test_bad_options_are_named(model, prompts, tmp_path, capsys, option, words):
 
 def test_a_missing_gin_file_is_one_message(tmp_path, capsys, caplog):
   arguments = ["train", "--gin_file=missing.gin", f"--output_dir={tmp_path}"]
-  assert "Got missing.gin" in toy.failure(capsys, arguments)
+  assert "got missing.gin" in toy.failure(capsys, arguments)
   assert caplog.text == ""
 
 
@@ -177,7 +177,7 @@ def test_dashes_are_underscores_and_colour_is_color(model, prompts, capsys):
   ]
   assert cli.main(["infer", *named, *dashed, "--color"]) == 0
   # Values stay as they are.
-  assert "Got 'a-b'" in toy.failure(capsys, ["infer", *named, "--exit-layers=a-b"])
+  assert "got 'a-b'" in toy.failure(capsys, ["infer", *named, "--exit-layers=a-b"])
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_what_standard_input_is_can_be_said(monkeypatch):
   assert [prompt.id for prompt in as_text] == ["stdin/1", "stdin/2"]
   on_stdin(monkeypatch, b"text\nfirst\n")
   assert list(prompt_files.open_prompts("-", format="csv")) == [Prompt("stdin/1", "first")]
-  with pytest.raises(ValueError, match=r"one of jsonl, json.*Got 'xml'"):
+  with pytest.raises(ValueError, match=r"one of jsonl, json.*got 'xml'"):
     prompt_files.open_prompts("-", format="xml")
 
 

@@ -222,9 +222,9 @@ def test_ragged_gives_back_what_it_was_given():
 
 
 def test_too_few_examples_are_refused():
-  with pytest.raises(ValueError, match=r"`batch_size` = 64 .* Got 29"):
+  with pytest.raises(ValueError, match=r"`batch_size` = 64 .* got 29"):
     supervised(batch_size=64)
-  with pytest.raises(ValueError, match=r"`batch_size` = 9 .* Got 5"):
+  with pytest.raises(ValueError, match=r"`batch_size` = 9 .* got 5"):
     denoising(batch_size=9)
 
 

@@ -86,7 +86,7 @@ def test_pieces_of_special_and_unused_ids(pieces):
 
 def test_ids_beyond_the_pieces_decode_as_unknown(pieces):
   assert pieces.decode([pieces.vocab_size]) == pieces.decode([pieces.unk_id])
-  with pytest.raises(ValueError, match=r"`ids`.*Got -1"):
+  with pytest.raises(ValueError, match=r"`ids`.*got -1"):
     pieces.decode([5, -1])
 
 
@@ -148,7 +148,7 @@ def test_negative_extra_ids(model):
 def test_vocabulary_larger_than_the_model(pieces):
   vocabulary.check_fits(pieces, 144)
   vocabulary.check_fits(pieces, 256)
-  with pytest.raises(ValueError, match=r"at most 143 ids.*Got 144"):
+  with pytest.raises(ValueError, match=r"at most 143 ids.*got 144"):
     vocabulary.check_fits(pieces, 143)
 
 

@@ -261,7 +261,7 @@ def test_static_exit_is_a_shallower_decoder(depth):
 
 @pytest.mark.parametrize("depth", [-1, L + 1])
 def test_static_exit_outside_of_the_model_is_refused(depth):
-  with pytest.raises(ValueError, match=rf"`layer` in 1 \.\.\. {L}\. Got {depth}"):
+  with pytest.raises(ValueError, match=rf"`layer` in 1 \.\.\. {L}, got {depth}"):
     take(exits.StaticExit(depth))
 
 
@@ -307,7 +307,7 @@ def test_allowed_layers():
 def test_propagations_are_found_by_name():
   for name, made in propagation.PROPAGATIONS.items():
     assert propagation.propagation(name) is made and made.name == name
-  with pytest.raises(ValueError, match=r"`propagation`.*'copy_projections'.*Got 'none'"):
+  with pytest.raises(ValueError, match=r"`propagation`.*'copy_projections'.*got 'none'"):
     propagation.propagation("none")
 
 

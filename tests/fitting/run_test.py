@@ -182,7 +182,7 @@ def test_rows_that_cannot_do_are_named_before_any_work(model, tmp_path):
   fit = lambda rows, **more: fitting.fit(
     model, rows, output=tmp_path / "out", **{**OPTIONS, **more}
   )
-  with pytest.raises(ValueError, match=r"at least 35 rows .*Got 1;"):
+  with pytest.raises(ValueError, match=r"at least 35 rows .*got 1;"):
     fit(ROWS[:1])
   with pytest.raises(ValueError, match=r"at least 59 rows .*29 to calibrate on"):
     fit(ROWS, tolerance=0.1)

@@ -59,11 +59,11 @@ def test_rows_that_repeat_an_input_stay_in_one_part():
 @pytest.mark.parametrize(("trains", "needed"), [(True, 70), (False, 35)])
 def test_too_few_rows_say_how_many_are_needed(trains, needed):
   # 5 to calibrate, 20 to choose, 10 to look at; as many again to train.
-  with pytest.raises(ValueError, match=rf"at least {needed} rows .*Got {needed - 1}"):
+  with pytest.raises(ValueError, match=rf"at least {needed} rows .*got {needed - 1}"):
     splits.split(rows(needed - 1), trains=trains, **RATES)
   made = splits.split(rows(needed), trains=trains, **RATES)
   assert len(made.calibration) >= 5 and len(made.validation) == 20 and len(made.last) == 10
-  with pytest.raises(ValueError, match=r"29 to calibrate on.*Got 1;"):
+  with pytest.raises(ValueError, match=r"29 to calibrate on.*got 1;"):
     splits.split(rows(1), trains=trains, tolerance=0.1, error_rate=0.05)
 
 

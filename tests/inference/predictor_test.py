@@ -101,9 +101,9 @@ def test_refilled_rows_change_nothing(model):
 
 def test_rows_are_not_refilled_where_that_could_change_results(directory):
   narrow = inference.load(directory, dtype="bfloat16", refill=True, **OPTIONS)
-  with pytest.raises(ValueError, match=r"in float32 for rows that are refilled.*Got bfloat16"):
+  with pytest.raises(ValueError, match=r"in float32 for rows that are refilled.*got bfloat16"):
     narrow.generate(["short"] * 5, threshold=0.5)
-  with pytest.raises(ValueError, match=r"`num_devices` of 1 with `refill`\. Got 2"):
+  with pytest.raises(ValueError, match=r"`num_devices` of 1 with `refill`, got 2"):
     inference.DecodeOptions(num_devices=2, refill=True)
 
 
@@ -268,7 +268,7 @@ def test_a_model_without_vocabulary_is_refused(tmp_path):
 
 @pytest.mark.parametrize("threshold", [1.5, -0.1, math.nan, -math.inf])
 def test_thresholds_outside_of_the_range_are_refused(model, threshold):
-  expected = rf"`threshold` in \[0, 1\], or calm.exits.schedules.NEVER_EXIT. Got {threshold}"
+  expected = rf"`threshold` in \[0, 1\], or calm.exits.schedules.NEVER_EXIT, got {threshold}"
   with pytest.raises(ValueError, match=expected):
     model.generate(TEXTS, threshold=threshold)
 
@@ -276,13 +276,13 @@ def test_thresholds_outside_of_the_range_are_refused(model, threshold):
 def test_no_threshold_and_no_list_are_refused(model):
   with pytest.raises(ValueError, match="Expected `threshold`, or a model loaded with a"):
     model.generate(TEXTS)
-  with pytest.raises(TypeError, match=r"`texts` to be a list of prompts\. Got one text"):
+  with pytest.raises(TypeError, match=r"`texts` to be a list of prompts, got one text"):
     model.generate("a", threshold=0.5)
 
 
 @pytest.mark.parametrize("name", ["max_input_length", "max_decode_length", "batch_size"])
 def test_sizes_below_one_are_refused(name):
-  with pytest.raises(ValueError, match=rf"`{name}` to be in 1 \.\.\. 65536. Got 0; give"):
+  with pytest.raises(ValueError, match=rf"`{name}` to be in 1 \.\.\. 65536, got 0; give"):
     inference.DecodeOptions(**{name: 0})
 
 

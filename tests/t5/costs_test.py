@@ -206,7 +206,7 @@ def test_a_batch_reads_a_layer_once_for_all_its_rows():
 
 @pytest.mark.parametrize("layer", [0, 4])
 def test_an_exit_beyond_the_model_is_refused(layer):
-  with pytest.raises(ValueError, match=r"Expected `exit_layer` in 1 \.\.\. 3\. Got"):
+  with pytest.raises(ValueError, match=r"Expected `exit_layer` in 1 \.\.\. 3, got"):
     COSTS.early(layer)
 
 

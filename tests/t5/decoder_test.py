@@ -175,7 +175,7 @@ def test_heads_end_at_the_pieces_of_the_vocabulary():
 @pytest.mark.parametrize("pieces", [0, 49])
 def test_a_vocabulary_larger_than_the_model_is_refused(pieces):
   toy = engine.toy()
-  with pytest.raises(ValueError, match=rf"at most 48 pieces.*Got {pieces}; this vocabulary"):
+  with pytest.raises(ValueError, match=rf"at most 48 pieces.*got {pieces}; this vocabulary"):
     decoder_weights.decoder_weights(toy.params, toy.config, pieces)
 
 

@@ -55,7 +55,7 @@ def test_what_gin_and_numpy_give_takes_one_form():
 
 @pytest.mark.parametrize(("name", "value"), CASES)
 def test_out_of_bounds(name, value):
-  message = rf"^Expected `{name}` .*Got .*; "
+  message = rf"^Expected `{name}` .*got .*; "
   with pytest.raises(ValueError, match=message):
     limits.check({"relpos_buckets": 32, "relpos_max_distance": 128, name: value})
 
@@ -68,7 +68,7 @@ def test_a_configuration_cannot_be_made_otherwise(name, value):
 
 def test_all_of_it_is_bounded_too():
   most = {name: most for name, (_, most) in limits.SIZES.items()}
-  with pytest.raises(ValueError, match=r"at most .* parameters. Got about .*; one of them"):
+  with pytest.raises(ValueError, match=r"at most .* parameters, got about .*; one of them"):
     network.T5Config(**most)
 
 

@@ -130,7 +130,7 @@ def test_what_would_be_ignored_is_refused():
 
   toy = engine.toy()
   words = setup.vocabulary(40)
-  with pytest.raises(TypeError, match=r"Got .*Mine, whose own methods would be lost"):
+  with pytest.raises(TypeError, match=r"got .*Mine, whose own methods would be lost"):
     models.early_exit(Mine(setup.t5x_module(toy), words, words, None))
   with pytest.raises(TypeError, match="Expected `module`, `input_vocabulary`"):
     models.EncoderDecoderModel(optimizer_def=1, output_vocabulary=words)

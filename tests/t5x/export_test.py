@@ -49,5 +49,5 @@ def test_an_engine_that_asks_the_batch_size_is_refused_by_name():
     name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
     for name, x in setup.batch().items()
   }
-  with pytest.raises(ValueError, match=r"Expected engines.Eager .* Got Compacted"):
+  with pytest.raises(ValueError, match=r"Expected engines.Eager .* got Compacted"):
     jax.eval_shape(model.predict_batch_with_exits, setup.params(toy), like)

@@ -105,7 +105,7 @@ def test_our_module_is_taken_as_it_is_and_strangers_are_refused():
   assert setup.model(toy).config == without, "nothing needs one: the tree is T5X's own"
   ours = models.network.Transformer(toy.config)
   assert setup.model(toy, module=ours).config == toy.config
-  with pytest.raises(ValueError, match="Got flax"):
+  with pytest.raises(ValueError, match="got flax"):
     models.config_of(nn.Dense(2))
   with pytest.raises(ValueError, match="label_smoothing"):
     setup.model(toy, label_smoothing=0.1)
@@ -322,7 +322,7 @@ def test_what_another_network_or_model_has_is_refused_and_the_rest_of_t5x_is_her
     models.config_of(gpu_network.Transformer(scaled))
   plain = gpu_network.Transformer(gpu_network.T5Config(**sizes))
   assert models.config_of(plain).emb_dim == 16
-  with pytest.raises(AttributeError, match=r"Got models.DecoderOnlyModel"):
+  with pytest.raises(AttributeError, match=r"got models.DecoderOnlyModel"):
     _ = models.DecoderOnlyModel
   assert models.DecoderParams is t5x_models.DecoderParams
 

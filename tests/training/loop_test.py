@@ -213,7 +213,7 @@ def test_an_unknown_stop_metric_lists_the_known_ones(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
   config = dataclasses.replace(CONFIG, schedule=lambda steps: lambda step: jnp.nan)
-  with pytest.raises(FloatingPointError, match=r"finite .* loss. Got nan by step 3; lower the"):
+  with pytest.raises(FloatingPointError, match=r"finite .* loss, got nan by step 3; lower the"):
     Toy(config).fit(tmp_path)
   assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
@@ -226,7 +226,7 @@ def test_a_validation_that_is_not_finite_is_not_saved(tmp_path):
 
 def test_an_output_folder_that_cannot_be_written_is_named(tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(OSError, match=r"`output_dir` to be a folder that can be written. Got .*"):
+  with pytest.raises(OSError, match=r"`output_dir` to be a folder that can be written, got .*"):
     training.check_writable(tmp_path / "file" / "run")
 
 

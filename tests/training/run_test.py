@@ -214,7 +214,7 @@ def test_named_parts_start_anew_and_the_rest_stays(stage_one):
 
 
 def test_a_part_to_start_anew_that_is_not_there_is_named(stage_one):
-  with pytest.raises(ValueError, match=r"`fresh`.*exit_classifier.*Got 'classifier'"):
+  with pytest.raises(ValueError, match=r"`fresh`.*exit_classifier.*got 'classifier'"):
     run.starting_point(None, str(stage_one), 0, ("classifier",))
 
 

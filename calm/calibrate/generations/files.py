@@ -281,7 +281,7 @@ def _explaining(
     if codes and error.errno not in codes:
       raise
     raise type(error)(
-      f"Expected {str(path)!r} to be a file that can be written whole. Got:"
+      f"Expected {str(path)!r} to be a file that can be written whole, got:"
       f" {error.strerror or error}; {kept}. Free some space, or choose a folder that can be"
       " written."
     ) from error

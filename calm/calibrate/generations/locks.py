@@ -121,7 +121,7 @@ def lock(target: str | pathlib.Path) -> Lock:
     raise
   except OSError as error:
     raise type(error)(
-      f"Expected {str(target)!r} to be a place that can be written. Got: {error.strerror} for"
+      f"Expected {str(target)!r} to be a place that can be written, got: {error.strerror} for"
       f" {path.name!r}; choose another, or change its permissions."
     ) from error
   about = {"process": str(this_process()), "command": _command(), "since": _now()}
@@ -186,7 +186,7 @@ def _refusal(target: pathlib.Path, holder: dict[str, str]) -> str:
   who = "a process that gives no name" if process is None else f"process {process.pid}{where}"
   command, since = (str(holder.get(name, "?")) for name in ("command", "since"))
   return (
-    f"Expected {str(target)!r} to have one writer at a time. Got {who} ({command!r}, since"
+    f"Expected {str(target)!r} to have one writer at a time, got {who} ({command!r}, since"
     f" {since}) at work on it; wait for it to end, stop it, or choose another place."
   )
 

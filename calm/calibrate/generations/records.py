@@ -43,7 +43,7 @@ class Prompt:
     """
     targets = value.get("targets", value.get("target", ()))
     if not isinstance(targets, str | list | tuple | None):
-      raise ValueError(f"`targets` must be a list of texts, got {targets!r}")
+      raise ValueError(f"Expected `targets` to be a list of texts, got {targets!r}")
     targets = (targets,) if isinstance(targets, str) else tuple(targets or ())
     group = value.get("group", value.get("source"))
     _require_text(value, "id")
@@ -84,12 +84,12 @@ class Record:
       values = getattr(self, name)
       if values is not None:
         if isinstance(values, str | dict) or not isinstance(values, Iterable):
-          raise ValueError(f"`{name}` must be a list of numbers, got {values!r}")
+          raise ValueError(f"Expected `{name}` to be a list of numbers, got {values!r}")
         try:
           values = tuple(kind(value) for value in values)
         except (TypeError, ValueError, OverflowError) as error:
           raise ValueError(
-            f"`{name}` must be a list of numbers, got one that is {error}"
+            f"Expected `{name}` to be a list of numbers, got one that is {error}"
           ) from None
         if not all(math.isfinite(value) for value in values):
           raise ValueError(f"Expected `{name}` of {self.id!r} to be finite, got {values!r}")
@@ -103,7 +103,7 @@ class Record:
       try:
         object.__setattr__(self, "score", float(self.score))
       except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"`score` must be a number, got {self.score!r}") from None
+        raise ValueError(f"Expected `score` to be a number, got {self.score!r}") from None
 
   def to_json(self) -> dict[str, Any]:
     """The fields that are there, as JSON values."""

@@ -17,18 +17,18 @@ def as_numbers(values: Any, name: str) -> np.ndarray:
   """
   if np.ma.isMaskedArray(values):
     raise ValueError(
-      f"Expected `{name}` without a mask. Got a masked array; leave out the masked prompts, or"
+      f"Expected `{name}` without a mask, got a masked array; leave out the masked prompts, or"
       " give each a loss."
     )
   try:
     array = np.asarray(values)
   except ValueError as error:
     raise ValueError(
-      f"Expected `{name}` to be a table of numbers. Got rows of several lengths ({error})."
+      f"Expected `{name}` to be a table of numbers, got rows of several lengths ({error})."
     ) from error
   if array.dtype.kind not in "fiub":
     raise ValueError(
-      f"Expected `{name}` to be real numbers. Got an array of {array.dtype}; convert it, for"
+      f"Expected `{name}` to be real numbers, got an array of {array.dtype}; convert it, for"
       " example with `.astype(float)`, where that loses nothing."
     )
   return np.asarray(array, np.float64)
@@ -42,17 +42,17 @@ def check_ids(ids: Sequence[str], count: int) -> tuple[str, ...]:
   """
   names = tuple(ids)
   if len(names) != count:
-    raise ValueError(f"Expected `ids` for each of the {count} rows. Got {len(names)}.")
+    raise ValueError(f"Expected `ids` for each of the {count} rows, got {len(names)}.")
   odd = [name for name in names if not isinstance(name, str)]
   if odd:
     raise ValueError(
-      f"Expected `ids` to be texts. Got {odd[0]!r} ({type(odd[0]).__name__}); use `str(id)`."
+      f"Expected `ids` to be texts, got {odd[0]!r} ({type(odd[0]).__name__}); use `str(id)`."
     )
   if len(set(names)) != count:
     seen: set[str] = set()
     twice = sorted({name for name in names if name in seen or seen.add(name)})
     raise ValueError(
-      f"Expected `ids` to be unique. Got {twice[:5]} more than once; several rows of one prompt"
+      f"Expected `ids` to be unique, got {twice[:5]} more than once; several rows of one prompt"
       " are a cluster: give them ids of their own and one of the `groups`."
     )
   return tuple(str(name) for name in names)
@@ -76,7 +76,7 @@ def check_groups(groups: Sequence[Any], count: int) -> tuple[str, ...]:
   ]
   if bare:
     raise ValueError(
-      f"Expected `groups` to name the cluster of every row. Got {groups[bare[0]]!r} at row"
+      f"Expected `groups` to name the cluster of every row, got {groups[bare[0]]!r} at row"
       f" {bare[0]} and {len(bare)} rows without a name; give each a cluster (its own id if it"
       " has none), or leave these prompts out: together they would pass for one cluster."
     )

@@ -58,12 +58,12 @@ def with_predictions(
   mask = np.asarray(chosen)
   if guess.shape != values.shape or mask.shape != values.shape[:1] or mask.dtype != bool:
     raise ValueError(
-      f"Expected `predicted` of shape {values.shape} and `chosen` of {values.shape[:1]} flags."
-      f" Got {guess.shape} and {mask.shape} of {mask.dtype}."
+      f"Expected `predicted` of shape {values.shape} and `chosen` of {values.shape[:1]} flags,"
+      f" got {guess.shape} and {mask.shape} of {mask.dtype}."
     )
   if not np.all((guess >= low) & (guess <= high)):
     raise ValueError(
-      f"Expected `predicted` in the range of losses [{low}, {high}]. Got others."
+      f"Expected `predicted` in the range of losses [{low}, {high}], got others."
     )
   shares = _probabilities(probability, len(values))
   known = np.where(mask[:, None], values, guess)
@@ -77,7 +77,7 @@ def _probabilities(probability: Any, count: int) -> np.ndarray:
   shares = np.broadcast_to(checks.as_numbers(probability, "probability"), (count,))
   if not np.all((shares > 0.0) & (shares <= 1.0)):
     raise ValueError(
-      f"Expected `probability` in (0, 1]. Got {float(shares.min())} to {float(shares.max())}; a"
+      f"Expected `probability` in (0, 1], got {float(shares.min())} to {float(shares.max())}; a"
       " prompt that can never be labelled is not known."
     )
   return shares

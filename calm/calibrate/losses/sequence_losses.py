@@ -87,7 +87,7 @@ class SequenceLosses:
         f" 1, got shape {values.shape}: one row a prompt, one column a threshold."
       )
     if not isinstance(self.support, Support):
-      raise ValueError(f"Expected `support` to be a `Support`. Got {self.support!r}.")
+      raise ValueError(f"Expected `support` to be a `Support`, got {self.support!r}.")
     if self.order not in ("permuted", "given"):
       raise ValueError(f"Expected `order` to be 'permuted' or 'given', got {self.order!r}.")
     checked: dict[str, Any] = {"values": values, "thresholds": grid}

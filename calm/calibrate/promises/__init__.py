@@ -65,11 +65,11 @@ def from_json(value: Any) -> Promise:
   """
   name = value.get("name") if isinstance(value, Mapping) else None
   if not isinstance(name, str) or name not in PROMISES:
-    raise ValueError(f"Expected `promise` to name one of {sorted(PROMISES)}. Got {value!r}.")
+    raise ValueError(f"Expected `promise` to name one of {sorted(PROMISES)}, got {value!r}.")
   import dataclasses
 
   allowed = {field.name for field in dataclasses.fields(PROMISES[name]) if field.compare}
   try:
     return PROMISES[name](**fields_of(value, allowed))
   except TypeError as error:
-    raise ValueError(f"Expected `promise` {name!r} of numbers. Got {value!r}.") from error
+    raise ValueError(f"Expected `promise` {name!r} of numbers, got {value!r}.") from error

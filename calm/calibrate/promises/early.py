@@ -31,7 +31,7 @@ class EarlyExits(Promise):
     limits = tuple(float(limit) for limit in self.limits_of_depth)
     if not limits or sorted(set(limits)) != list(limits):
       raise ValueError(
-        f"Expected `limits_of_depth` to rise strictly. Got {self.limits_of_depth!r}."
+        f"Expected `limits_of_depth` to rise strictly, got {self.limits_of_depth!r}."
       )
     object.__setattr__(self, "limits_of_depth", limits)
 

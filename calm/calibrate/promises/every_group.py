@@ -38,7 +38,7 @@ class EveryGroup(Promise):
     if self.labels is not None:
       object.__setattr__(self, "groups", names_of(self.labels))
     if not self.groups:
-      raise ValueError("Expected `labels` to name at least one group. Got none.")
+      raise ValueError("Expected `labels` to name at least one group, got none.")
 
   def tests(self, tolerance, support):
     """The losses of each group."""

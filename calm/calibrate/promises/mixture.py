@@ -32,14 +32,14 @@ class KnownMixture(Promise):
   def __post_init__(self):
     if not (np.isfinite(self.most) and self.most >= 1.0):
       raise ValueError(
-        f"Expected `most` of at least 1 (weights have mean 1). Got {self.most!r}."
+        f"Expected `most` of at least 1 (weights have mean 1), got {self.most!r}."
       )
     object.__setattr__(self, "most", float(self.most))
     if self.weights is not None:
       weights = np.asarray(self.weights, np.float64)
       if not np.all((weights >= 0.0) & (weights <= self.most)):
         raise ValueError(
-          f"Expected `weights` in [0, `most`] = [0, {self.most}]. Got"
+          f"Expected `weights` in [0, `most`] = [0, {self.most}], got"
           f" {float(weights.min())} to {float(weights.max())}."
         )
 

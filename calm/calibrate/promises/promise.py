@@ -127,7 +127,7 @@ def rows_of(values: Any, losses: SequenceLosses, name: str, *, table: bool) -> n
   if array is None or array.shape != shape:
     got = "nothing" if array is None else f"shape {array.shape}"
     raise ValueError(
-      f"Expected `{name}` of shape {shape}, a row a prompt of `losses`. Got {got}; a promise"
+      f"Expected `{name}` of shape {shape}, a row a prompt of `losses`, got {got}; a promise"
       " read from a file has no rows and cannot be tested again."
     )
   return array
@@ -141,7 +141,7 @@ def in_range(name: str, value: Any, low: float, high: float) -> float:
   """
   plain = isinstance(value, int | float | np.number) and not isinstance(value, bool)
   if not plain or not low < value < high:
-    raise ValueError(f"Expected `{name}` to be in ({low:g}, {high:g}). Got {value!r}.")
+    raise ValueError(f"Expected `{name}` to be in ({low:g}, {high:g}), got {value!r}.")
   return float(value)
 
 
@@ -154,7 +154,7 @@ def names_of(labels: Sequence[Any]) -> tuple[str, ...]:
   odd = [label for label in labels if not isinstance(label, str) or not label]
   if odd:
     raise ValueError(
-      f"Expected `labels` to be texts. Got {odd[0]!r}; leave such prompts out, or give them a"
+      f"Expected `labels` to be texts, got {odd[0]!r}; leave such prompts out, or give them a"
       " label."
     )
   return tuple(sorted({str(label) for label in labels}))
@@ -173,7 +173,7 @@ def fields_of(value: Mapping[str, Any], allowed: set[str]) -> dict[str, Any]:
   }
   if set(found) != allowed:
     raise ValueError(
-      f"Expected `promise` {value.get('name')!r} with the fields {sorted(allowed)}. Got"
+      f"Expected `promise` {value.get('name')!r} with the fields {sorted(allowed)}, got"
       f" {sorted(found)}; it was made by another version, or edited."
     )
   return found

@@ -53,9 +53,9 @@ class SeveralRisks(Promise):
       object.__setattr__(self, "names", tuple(risk.called for risk in self.risks))
       object.__setattr__(self, "tolerances", tuple(float(r.tolerance) for r in self.risks))
     if not self.names or len(self.names) != len(self.tolerances):
-      raise ValueError("Expected `risks` to hold at least one `Risk`. Got none.")
+      raise ValueError("Expected `risks` to hold at least one `Risk`, got none.")
     if len(set(self.names)) != len(self.names):
-      raise ValueError(f"Expected `risks` of different names. Got {list(self.names)}.")
+      raise ValueError(f"Expected `risks` of different names, got {list(self.names)}.")
 
   def tests(self, tolerance, support):
     """Each of the risks, all in one range."""
@@ -67,7 +67,7 @@ class SeveralRisks(Promise):
     """Each of the risks."""
     del tolerance
     if self.risks is None:
-      raise ValueError("Expected `risks` with their tables. Got a promise read from a file.")
+      raise ValueError("Expected `risks` with their tables, got a promise read from a file.")
     for risk in self.risks:
       same = np.array_equal(risk.losses.thresholds, losses.thresholds)
       if (
@@ -76,7 +76,7 @@ class SeveralRisks(Promise):
         or risk.losses.ids != losses.ids
       ):
         raise ValueError(
-          f"Expected `risks` of the same prompts on the same grid. Got others in"
+          f"Expected `risks` of the same prompts on the same grid, got others in"
           f" {risk.called!r}."
         )
     return tuple(Part(risk.called, risk.losses, risk.tolerance) for risk in self.risks)
@@ -105,5 +105,5 @@ def as_promise(risks: Sequence[Any]) -> SeveralRisks:
   """
   odd = [risk for risk in risks if not isinstance(risk, Risk)]
   if odd:
-    raise ValueError(f"Expected `risks` to be a list of `Risk`. Got {type(odd[0]).__name__}.")
+    raise ValueError(f"Expected `risks` to be a list of `Risk`, got {type(odd[0]).__name__}.")
   return SeveralRisks(risks=tuple(risks))

@@ -37,7 +37,7 @@ class TailMean(Promise):
     """Losses beyond the start, magnified."""
     if not max(self.start, support.lower) < tolerance:
       raise ValueError(
-        f"Expected `start` below the tolerance {tolerance}. Got {self.start}; no tail mean can"
+        f"Expected `start` below the tolerance {tolerance}, got {self.start}; no tail mean can"
         " be certified to lie below where the tail begins."
       )
     low, high = self._of(np.array([support.lower, support.upper])).tolist()

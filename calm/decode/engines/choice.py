@@ -45,7 +45,7 @@ def by_name(name: str) -> Engine:
     ValueError: there is none of that name.
   """
   if name not in ENGINES:
-    raise ValueError(f"Expected `engine` to be one of {sorted(ENGINES)}. Got {name!r}.")
+    raise ValueError(f"Expected `engine` to be one of {sorted(ENGINES)}, got {name!r}.")
   return ENGINES[name]
 
 

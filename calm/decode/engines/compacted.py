@@ -44,7 +44,7 @@ class Compacted:
 
   def __post_init__(self):
     if self.ratio < 2:
-      raise ValueError(f"Expected `ratio` of at least 2. Got {self.ratio}.")
+      raise ValueError(f"Expected `ratio` of at least 2, got {self.ratio}.")
 
   def __call__(self, task: engine.Task) -> engine.Bound:
     base = deferred.bind(task, self.chunk_rows)

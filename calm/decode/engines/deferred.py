@@ -78,12 +78,12 @@ def bind(task: engine_lib.Task, chunk_rows: int) -> "BoundDeferred":
   """
   if not isinstance(task.rule, exits.DynamicExits):
     raise TypeError(
-      "Expected `exits.DynamicExits` for an engine that defers. Got"
+      "Expected `exits.DynamicExits` for an engine that defers, got"
       f" {type(task.rule).__name__}; use `engines.Eager`."
     )
   if not can_defer(task.rule):
     raise ValueError(
-      "Expected a propagation that projects a state, for an engine that defers. Got"
+      "Expected a propagation that projects a state, for an engine that defers, got"
       f" {task.rule.propagation.name!r}; use `engines.Eager`."
     )
   # Eight rows cost about what two do: a product that small takes the time to read its matrix.

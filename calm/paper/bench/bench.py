@@ -66,7 +66,7 @@ def available(predictor: inference.Predictor, measures: Sequence[str]) -> tuple[
   found = tuple(name for name in measures if name.partition("@")[0] not in lacking)
   if not found:
     raise ValueError(
-      f"Expected a measure that the model has. Got {list(measures)}; it lacks"
+      f"Expected a measure that the model has, got {list(measures)}; it lacks"
       f" {sorted(lacking)}."
     )
   return found

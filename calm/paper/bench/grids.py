@@ -31,7 +31,7 @@ def from_validation(
   refused = np.array([c for record in records for c in record.rejected_confidences or ()])
   if not refused.size:
     raise ValueError(
-      "Expected records with `rejected_confidences`. Got none; decode with threshold never"
+      "Expected records with `rejected_confidences`, got none; decode with threshold never"
       " through the measure's own rule, not with a static one."
     )
   quantiles = np.quantile(refused, np.linspace(1.0, 0.0, points + 2)[1:-1])

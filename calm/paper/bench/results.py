@@ -36,7 +36,7 @@ def to_json(value: Any) -> Any:
     return None if math.isnan(value) else "never" if value == math.inf else value
   if value is None or isinstance(value, bool | int | str):
     return value
-  raise TypeError(f"Expected numbers, texts, tuples and dataclasses. Got {value!r}.")
+  raise TypeError(f"Expected numbers, texts, tuples and dataclasses, got {value!r}.")
 
 
 def from_json(kind: Any, value: Any) -> Any:
@@ -63,7 +63,7 @@ def from_json(kind: Any, value: Any) -> Any:
     return math.nan if value is None else math.inf if value == "never" else float(value)
   if isinstance(value, kind):
     return value
-  raise TypeError(f"Expected {kind.__name__} in a stored result. Got {value!r}.")
+  raise TypeError(f"Expected {kind.__name__} in a stored result, got {value!r}.")
 
 
 def digest(value: Any) -> str:
@@ -107,7 +107,7 @@ class ResultCache:
         return from_json(kind, json.loads(path.read_text("utf-8"))["result"])
       except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-          f"Expected a stored result of {name} in {path}. Got something else ({error}); delete"
+          f"Expected a stored result of {name} in {path}, got something else ({error}); delete"
           " the file to have it computed again."
         ) from error
     result = make()

@@ -90,7 +90,7 @@ def task(name: str) -> TaskSettings:
     if name == known or known.endswith(f"_{name}"):
       return settings
   raise ValueError(
-    f"Expected a task of {sorted(TASKS)} (or the end of such a name). Got {name!r}."
+    f"Expected a task of {sorted(TASKS)} (or the end of such a name), got {name!r}."
   )
 
 

@@ -47,7 +47,7 @@ def holder():
 def test_the_second_writer_is_refused_and_told_of_the_first(tmp_path, holder, name):
   target = tmp_path / name
   first = holder(target)
-  with pytest.raises(locks.LockedError, match=rf"Got process {first.pid} \('-c .*wait for it"):
+  with pytest.raises(locks.LockedError, match=rf"got process {first.pid} \('-c .*wait for it"):
     locks.lock(target)
   link = tmp_path.parent / "link"
   link.unlink(missing_ok=True)

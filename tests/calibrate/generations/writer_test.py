@@ -109,7 +109,7 @@ def test_a_second_writer_is_refused_until_the_first_ends(tmp_path):
   try:
     assert first.stdout is not None and first.stdout.readline() == "held\n"
     with pytest.raises(
-      locks.LockedError, match=f"one writer at a time. Got process {first.pid}"
+      locks.LockedError, match=f"one writer at a time, got process {first.pid}"
     ):
       start(tmp_path)
   finally:

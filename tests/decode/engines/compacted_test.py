@@ -63,5 +63,5 @@ def test_bucket_sizes():
   assert ENGINE.sizes(1) == (0, 1)
   assert engines.Compacted(ratio=2).sizes(8) == (0, 1, 2, 4, 8)
   assert engines.Compacted(buckets=(16, 4)).sizes(8) == (0, 4, 8)
-  with pytest.raises(ValueError, match=r"Expected `ratio` of at least 2\. Got 1"):
+  with pytest.raises(ValueError, match=r"Expected `ratio` of at least 2, got 1"):
     engines.Compacted(ratio=1)

@@ -78,7 +78,7 @@ def test_layers_that_nobody_needs_stay_empty_until_flush():
 def test_rules_and_propagations_that_have_nothing_to_defer_are_refused():
   toy = engine.toy()
   copies = exits.DynamicExits(SOFTMAX, propagation=propagation.propagation("copy_projections"))
-  with pytest.raises(TypeError, match=r"`exits.DynamicExits` for.*Got StaticExit; use"):
+  with pytest.raises(TypeError, match=r"`exits.DynamicExits` for.*got StaticExit; use"):
     engine.run(toy, exits.StaticExit(), engine=ENGINES[32])
   with pytest.raises(ValueError, match=r"projects a state.*'copy_projections'; use"):
     engine.run(toy, copies, engine=ENGINES[32])

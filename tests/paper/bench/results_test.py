@@ -65,7 +65,7 @@ def test_records_read_back():
 def test_what_is_no_result_is_refused():
   with pytest.raises(TypeError, match="numbers, texts, tuples and dataclasses"):
     results.to_json({"x": object()})
-  with pytest.raises(TypeError, match=r"Expected str in a stored result\. Got 3"):
+  with pytest.raises(TypeError, match=r"Expected str in a stored result, got 3"):
     results.from_json(tuple[str, ...], [3])
 
 
