@@ -42,7 +42,7 @@ def marked(path):
 
 
 def of_t5x(path):
-  """Whether a file is for T5X's own scripts; `t5x_configs_test` parses those."""
+  """Whether a file is for T5X's own scripts; `tests/t5x/configs_test.py` parses those."""
   return "t5x" in text_of(path) and "tasks" not in path.parts
 
 

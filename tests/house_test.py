@@ -1,6 +1,7 @@
 """The house is kept: no file and no function grows beyond what one can read at a sitting."""
 
 import ast
+import os
 import pathlib
 import re
 import statistics
@@ -105,3 +106,108 @@ def test_the_check_of_errors_can_fail(tmp_path):
   found = {text for _, text in messages(file) if in_the_old_form(text)}
   assert found == {"Expected a. Got {}; c.", "d must be e, got f"}
   assert not in_the_old_form("Expected `x` to be y, got {}; do z.")
+
+
+# A path of folders, or the name of a Python, Markdown or gin file alone.
+PATH = re.compile(
+  r"(?<![\w/.:@${}<*-])((?:[\w.-]+/)+[\w.-]+\.(?:py|md|gin|json|sh|toml|j2|txt|yml)"
+  r"|\w+\.(?:py|md|gin))\b"
+)
+# What commands write, and what stands for any file.
+WRITTEN = (
+  *("runs/", "DIR/", "DIRECTORY/", "run/", "cache/", "OUTPUT.", "config.gin", "stage.gin"),
+  *("summary.md", "scripts/results/NAME.", "scripts/results/RESULTS.", "folder/", "file.py"),
+)
+# Other people's repositories, and files of theirs that are spoken of.
+THEIRS = ("t5x/", "flaxformer/", "examples/t5/network.py", "scipy.py", "calm_metacls_")
+DOTTED = re.compile(r"(?<!`)`([a-z_]\w*)\.(\w+)(?:\.\w+)*(?:\([^`]*\))?`(?!`)")
+
+
+def written_files() -> set[str]:
+  """The repository's files, environments and what is hidden left out."""
+  found = set()
+  for folder, inner, names in os.walk(REPOSITORY):
+    kept = (name for name in inner if name[0] != "." or name in (".github", ".ci"))
+    inner[:] = [name for name in kept if name != "__pycache__"]
+    here = pathlib.Path(folder).relative_to(REPOSITORY)
+    found |= {(here / name).as_posix() for name in names}
+  return found
+
+
+def dangling(name: str, text: str, files: set[str]) -> list[str]:
+  """Paths that a file speaks of and that are nowhere in the repository."""
+  found = []
+  ends = {f[at:] for f in files for at in range(len(f)) if at == 0 or f[at - 1] == "/"}
+  for word in (match[0] for match in PATH.finditer(text)):
+    beside = os.path.normpath(f"{pathlib.PurePosixPath(name).parent}/{word}")
+    if word not in ends and beside not in files and not word.startswith((*WRITTEN, *THEIRS)):
+      found.append(word)
+  return found
+
+
+def test_no_sentence_refers_to_a_file_that_is_not_there():
+  files = written_files()
+  spoken = [f for f in files if f.endswith((".md", ".gin", ".sh", ".toml", ".yml"))]
+  spoken += [f for f in files if f.endswith(".py") and not f.endswith("_test.py")]
+  assert len(spoken) > 200
+  found = {}
+  for name in spoken:
+    if odd := dangling(name, (REPOSITORY / name).read_text("utf-8"), files):
+      found[name] = odd
+  assert found == {}
+
+
+def test_the_check_of_files_can_fail():
+  files = {"calm/a.py", "configs/runs/b.gin", "README.md"}
+  text = "see `a.py`, configs/runs/b.gin, runs/out/c.json, ../README.md; not calm/d.py nor e.md"
+  assert dangling("scripts/x.py", text, files) == ["calm/d.py", "e.md"]
+
+
+def unknown_modules(text: str, modules: set[str]) -> list[str]:
+  """`module.name` in what a file says, where neither the house nor the file has the module."""
+  known = set(modules)
+  for node in ast.walk(ast.parse(text)):
+    known |= {getattr(node, key, None) or "" for key in ("id", "arg", "attr", "asname")}
+    if isinstance(node, ast.alias):
+      known.add(node.name.split(".")[-1])
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+      known.add(node.value)
+  words = (match for match in DOTTED.finditer(text))
+  return [m[0] for m in words if m[1] not in known and not m[0].endswith(FILES_END)]
+
+
+FILES_END = tuple(f".{end}`" for end in ("json", "jsonl", "model", "safetensors", "zip", "npz"))
+
+
+def test_no_docstring_names_a_module_that_is_not_there():
+  paths = sources("calm")
+  modules = {path.stem for path in paths} | {path.parent.name for path in paths}
+  modules |= {"jax", "flax", "np", "decoding", "t5x", "seqio"}  # of which docstrings speak
+  found = {}
+  for path in paths:
+    if odd := unknown_modules(path.read_text("utf-8"), modules):
+      found[path.relative_to(REPOSITORY).as_posix()] = odd
+  assert found == {}
+
+
+def test_the_check_of_modules_can_fail():
+  text = '"""See `old.Thing` and `loop.decode`, `jax.jit`."""\nimport jax\n'
+  assert unknown_modules(text, {"loop"}) == ["`old.Thing`"]
+
+
+def too_wide(text: str, most: int = 100) -> list[str]:
+  """Lines of Markdown beyond some columns, outside of tables, code and what a script writes."""
+  inside, found = False, []
+  for line in text.splitlines():
+    inside ^= line.lstrip().startswith("```")
+    if len(line) > most and not inside and not line.startswith(("|", "<")):
+      found.append(line)
+  return found
+
+
+def test_prose_is_a_hundred_columns_wide():
+  pages = [name for name in written_files() if name.endswith(".md")]
+  assert len(pages) > 8
+  texts = {name: (REPOSITORY / name).read_text("utf-8") for name in pages}
+  assert {name: wide for name, text in texts.items() if (wide := too_wide(text))} == {}
+  assert too_wide("a" * 101 + "\n```\n" + "b" * 101 + "\n```\n| " + "c" * 101) == ["a" * 101]

@@ -24,7 +24,7 @@ Encode = Callable[[prompt_batches.PromptBatch], caches.Encoded]
 
 @dataclasses.dataclass(frozen=True)
 class PoolProgram:
-  """A `programs.Program` whose rows are refilled.
+  """A `program.Program` whose rows are refilled.
 
   Attributes:
     program: how a token is decoded; its activations are float32.
@@ -96,7 +96,7 @@ class PoolProgram:
     threshold: jax.Array,
     min_free: jax.Array,
   ) -> pool_lib.Pool:
-    """See `refill.advance`."""
+    """See `pool.advance`."""
     return pool_lib.advance(
       self.bind(weights, encoded, threshold, pool.starts).take_step,
       pool,
@@ -113,14 +113,14 @@ class PoolProgram:
     waiting: caches.Encoded,
     source: jax.Array,
   ) -> tuple[pool_lib.Pool, caches.Encoded]:
-    """See `refill.take_in`."""
+    """See `pool.take_in`."""
     return pool_lib.take_in(pool, encoded, waiting, source)
 
   @compiled.method(donate_argnames="pool")
   def shift(
     self, weights: program_lib.ModelWeights, encoded: caches.Encoded, pool: pool_lib.Pool
   ) -> pool_lib.Pool:
-    """See `refill.shift`."""
+    """See `pool.shift`."""
     return pool_lib.shift(pool, self.bind(weights, encoded, jnp.zeros(()), pool.starts).shift)
 
   def bind(

@@ -42,7 +42,7 @@ def mesh(num_devices: int) -> sharding.Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class ShardedProgram:
-  """A `programs.Program` whose batches are split over devices.
+  """A `program.Program` whose batches are split over devices.
 
   Attributes:
     program: what every device runs on its rows.

@@ -177,7 +177,7 @@ class Predictor:
     threshold: float,
     resume_at: np.ndarray,
   ) -> loop.DecodingState:
-    """Decodes the active rows from some token of each on; see `programs.Program.resume`.
+    """Decodes the active rows from some token of each on; see `program.Program.resume`.
 
     Args:
       encoded: from `encode`, on one device.

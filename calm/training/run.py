@@ -143,7 +143,7 @@ def starting_point(
     if model is None:
       raise ValueError(
         "Expected `model` or `initial`: sizes to start from random parameters, or a checkpoint,"
-        " got neither; bind `run.train.model` or `runs.train.initial`."
+        " got neither; bind `run.train.model` or `run.train.initial`."
       )
     return model, updates.init_params(model, seed)
   stored = checkpoints.load(find_checkpoint(initial))
