@@ -225,9 +225,9 @@ def _replay(arguments, console, cached) -> calibrate_lib.Calibration:
   if arguments.by_group != cached.by_group:
     tested = "by group" if cached.by_group else "by prompt"
     raise ValueError(
-      f"Expected `--by_group` as the run that stopped early had it: it was decided {tested}, in"
-      f" an order made for that, got by_group={arguments.by_group}; change the flag, or"
-      " generate again."
+      f"Expected `--by_group` as the run that stopped early had it (decided {tested}, in an"
+      f" order made for that), got by_group={arguments.by_group}; change the flag, or generate"
+      " again."
     )
   return sequential.replay(
     cached,

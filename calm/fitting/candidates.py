@@ -10,7 +10,6 @@ import numpy as np
 from calm import inference
 from calm.exits import confidence, schedules
 from calm.fitting import probe as probe_lib
-from calm.t5 import costs as costs_lib
 
 # The paper's tau of Eq. 5 (its Fig. 4 takes 4 for the tasks with long texts).
 TEMPERATURE = 4.0
@@ -139,17 +138,8 @@ def rank(
 def _bytes(
   predictor, candidate: Candidate, exit_layers: np.ndarray, input_length: int
 ) -> float:
-  options = predictor.with_options(
-    **candidate.options(predictor.options.max_decode_length)
-  ).options
-  costs = costs_lib.decoding_costs(
-    predictor.config,
-    input_length=input_length,
-    cache_length=options.max_decode_length,
-    rule=options.rule,
-    num_pieces=predictor.vocabulary.vocab_size,
-    shortlist=len(options.shortlist or ()),
-  )
+  options = candidate.options(predictor.options.max_decode_length)
+  costs = inference.costs.of_a_step(predictor.with_options(**options), input_length)
   counts = np.bincount(exit_layers, minlength=costs.num_layers + 1)
   moved = sum(
     costs.early(int(layer)).bytes * int(counts[layer]) for layer in np.flatnonzero(counts)

@@ -12,6 +12,28 @@ if TYPE_CHECKING:
   from calm.inference import predictor as predictor_lib
 
 
+def of_a_step(
+  predictor: "predictor_lib.Predictor", input_length: int, rule: exits.StepRule | None = None
+) -> costs_lib.DecodingCosts:
+  """What a decode step of a model reads and computes, by the layer that tokens leave at.
+
+  Args:
+    predictor: the model under its options.
+    input_length: positions of the padded prompt.
+    rule: how tokens go through the layers; None is the options' own.
+  """
+  options = predictor.options
+  limit = options.max_decode_length
+  return costs_lib.decoding_costs(
+    predictor.config,
+    input_length=input_length,
+    cache_length=pool.num_slots(limit) if options.refill else limit,
+    rule=rule or options.rule,
+    num_pieces=predictor.vocabulary.vocab_size,
+    shortlist=len(options.shortlist or ()),
+  )
+
+
 def totals(
   predictor: "predictor_lib.Predictor",
   outputs: Sequence[outputs_lib.Output],
@@ -25,17 +47,7 @@ def totals(
     rule: the rule that they were decoded with; None is the options' own.
   """
   total = costs_lib.Totals(0, costs_lib.Cost(), costs_lib.Cost())
-  options = predictor.options
-  limit = options.max_decode_length
   for length in sorted({output.input_length for output in outputs}):
-    pieces = costs_lib.decoding_costs(
-      predictor.config,
-      input_length=length,
-      cache_length=pool.num_slots(limit) if options.refill else limit,
-      rule=rule or options.rule,
-      num_pieces=predictor.vocabulary.vocab_size,
-      shortlist=len(options.shortlist or ()),
-    )
     rows = [output.exit_layers for output in outputs if output.input_length == length]
-    total += costs_lib.totals(pieces, rows)
+    total += costs_lib.totals(of_a_step(predictor, length, rule), rows)
   return total

@@ -72,15 +72,7 @@ def flops_reduction(
     exit_layers: of the real tokens of every output.
     input_length: positions of the padded prompt.
   """
-  options = bench.under(predictor, measure).options
-  step = costs.decoding_costs(
-    predictor.config,
-    input_length=input_length,
-    cache_length=options.max_decode_length,
-    rule=options.rule,
-    num_pieces=predictor.vocabulary.vocab_size,
-    shortlist=len(options.shortlist or ()),
-  )
+  step = inference.costs.of_a_step(bench.under(predictor, measure), input_length)
   return costs.totals(step, exit_layers).flops_ratio
 
 
