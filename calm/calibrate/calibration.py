@@ -148,17 +148,17 @@ class Calibration:
     """
     if self.procedure is None:
       raise ValueError(
-        "the calibration has `procedure` null: it was made from outputs decoded elsewhere, so"
-        " that nothing here can check that the promise holds for this model. Calibrate on"
-        " outputs of this model, or say that the guarantee is void (`--void_guarantee`, or"
-        " `void_guarantee=True`)."
+        "Expected a calibration with the `procedure` of a run, got `procedure` null: it was"
+        " made from outputs decoded elsewhere, so that nothing here can check that the promise"
+        " holds for this model; calibrate on outputs of this model, or say that the guarantee"
+        " is void (`--void_guarantee`, or `void_guarantee=True`)."
       )
     difference = describe_differences(self.procedure, procedure)
     if difference:
       raise ValueError(
-        f"the calibration is for another procedure: {difference}. Calibrate again under this"
-        " one, or say that the guarantee is void (`--void_guarantee`, or"
-        " `void_guarantee=True`)."
+        "Expected a calibration for this model and these options, got one for another"
+        f" procedure: {difference}; calibrate again under this one, or say that the guarantee"
+        " is void (`--void_guarantee`, or `void_guarantee=True`)."
       )
 
   @property
