@@ -101,6 +101,12 @@ figure = Figure(figsize=(5, 3.5), layout="constrained")
 axes = figure.subplots()
 axes.plot([p.layers for p in points], [100 * p.similarity for p in points], "o-")
 axes.axhline(100 * (1 - arguments.tolerance), linestyle=":", color="grey")
+best = max(points, key=lambda p: p.similarity)
+least = min(points, key=lambda p: p.layers)
+axes.set_title(
+  f"{best.layers:.1f} layers a token keep {best.similarity:.0%} of the full model's text,"
+  f"\n{least.layers:.1f} keep {least.similarity:.0%}"
+)
 axes.set_xlabel("mean decoder layers a token")
 axes.set_ylabel("ROUGE-L to the full model's text")
 path = pathlib.Path(arguments.figure or folder / "tradeoff.svg")

@@ -71,7 +71,9 @@ def plot(calibration: "Calibration", axes: Any = None) -> Any:
   axes.invert_xaxis()
   shown = np.isfinite(bound)
   axes.set_title(
-    "nothing is certified" if not calibration.certified else f"{calibration.threshold:g}"
+    f"{calibration.threshold:g} is the lowest of {len(grid)} thresholds that is certified"
+    if calibration.certified
+    else f"none of {len(grid)} thresholds is certified"
   )
   if shown.any():
     axes.legend(loc="upper left", frameon=False)
