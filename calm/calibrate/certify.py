@@ -231,8 +231,8 @@ def _subset(losses, rows: np.ndarray | None, places: list[int]) -> SequenceLosse
 def _digest(sample: SequenceLosses) -> str:
   """SHA-256 (hexadecimal) of grid, ids and losses as they were given."""
   digest = hashlib.sha256()
-  for array in (sample.thresholds, sample.values):
-    digest.update(np.ascontiguousarray(array, "<f8").tobytes())
+  for array in (sample.thresholds, *checks.row_blocks(sample.values)):
+    digest.update(np.ascontiguousarray(array, "<f8"))
   digest.update("\n".join(sample.ids or ()).encode("utf-8"))
   return digest.hexdigest()
 
@@ -295,7 +295,8 @@ def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
 
 def _warn(sample: SequenceLosses, ordered: bool) -> None:
   """Says where the table itself suggests that prompts are no independent draws."""
-  finite = sample.values[np.isfinite(sample.values).all(axis=1)]
+  kept = np.concatenate([np.isfinite(b).all(axis=1) for b in checks.row_blocks(sample.values)])
+  finite = sample.values if kept.all() else sample.values[kept]
   if not len(finite):
     return
   if ordered and sample.order == "given" and checks.looks_sorted(finite):

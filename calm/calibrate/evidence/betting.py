@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 # Rows, and pairs of a column and a tolerance, whose wealth is followed at once.
-_BLOCK, _PAIRS = 64, 1024
+_BLOCK, _PAIRS, _HEDGED_PAIRS = 64, 1024, 8192
 # Of a few pairs more rows are followed at once, in logarithms.
 _CELLS = 2**16
 
@@ -131,23 +131,24 @@ def certifies(
   """
   if not strategy.aims:
     return reaches(losses, strategy.free(losses, design), columns, design)
-  parts = np.split(np.arange(len(columns)), range(_PAIRS, len(columns), _PAIRS))
   tolerance = np.broadcast_to(np.asarray(design.tolerance, np.float64), len(columns))
-  found = [
-    _hedge_reaches(
-      losses, columns[part], dataclasses.replace(design, tolerance=tolerance[part])
-    )
-    for part in parts
-  ]
-  return np.concatenate(found)
+  squares, reached = strategies.squares_before(losses), np.zeros(len(columns), bool)
+  for start in range(0, len(columns), _HEDGED_PAIRS):
+    part = slice(start, start + _HEDGED_PAIRS)
+    pairs = dataclasses.replace(design, tolerance=tolerance[part])
+    reached[part] = _hedge_reaches(losses, squares, columns[part], pairs)
+  return reached
 
 
-def _hedge_reaches(losses: np.ndarray, columns: np.ndarray, design: Design) -> np.ndarray:
+def _hedge_reaches(
+  losses: np.ndarray, squares: np.ndarray, columns: np.ndarray, design: Design
+) -> np.ndarray:
   """`certifies` for bets that aim; pairs that have got there leave."""
   hedge, going = strategies.Hedge(design, len(columns)), np.arange(len(columns))
   reached = np.zeros(len(columns), bool)
   while (start := hedge.row) < len(losses) and len(going):
-    hedge.advance(losses[start : start + hedge.look][:, columns[going]])
+    rows, at = slice(start, start + hedge.look), columns[going]
+    hedge.advance(losses[rows].take(at, axis=1), squares[rows].take(at, axis=1))
     there = hedge.highest >= design.target
     if there.any():
       reached[going[there]] = True

@@ -19,8 +19,9 @@ from calm.calibrate.generations.records import Prompt
 
 def contents_digest(contents: Iterable[bytes]) -> str:
   """SHA-256 (hexadecimal) of several contents, whatever their order."""
-  digests = np.array([hashlib.sha256(content).digest() for content in contents], "S32")
-  return hashlib.sha256(np.sort(digests).tobytes()).hexdigest()
+  digests = np.fromiter((hashlib.sha256(content).digest() for content in contents), "S32")
+  digests.sort()
+  return hashlib.sha256(digests.tobytes()).hexdigest()
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
@@ -58,12 +59,14 @@ def seeded_order(names: Sequence[str], seed: str) -> np.ndarray:
     [num_examples] row numbers.
   """
   start = hashlib.sha256(seed.encode("utf-8") + b"\n")
-  keys = []
-  for name in names:
-    key = start.copy()
-    key.update(name.encode("utf-8"))
-    keys.append(key.digest())
-  return np.argsort(np.array(keys, "S32"), kind="stable")
+
+  def key(name: str) -> bytes:
+    digest = start.copy()
+    digest.update(name.encode("utf-8"))
+    return digest.digest()
+
+  keys = np.fromiter(map(key, names), "S32", len(names))
+  return np.argsort(keys, kind="stable")
 
 
 def permutation(

@@ -23,14 +23,23 @@ def with_contents(losses: SequenceLosses) -> SequenceLosses:
   """
   if losses.contents:
     return losses
-  values = losses.values + 0.0  # -0 is 0
-  contents = order_lib.contents_digest(row.tobytes() for row in values)
-  kinds = len(np.unique(values[: 100 * _FEW_KINDS], axis=0))
-  if 1 < kinds <= _FEW_KINDS:
-    kinds = len({row.tobytes() for row in values})
-  if 1 < kinds <= _FEW_KINDS:
+  blocks = checks.row_blocks(losses.values)
+  contents = order_lib.contents_digest(
+    row.tobytes() for b in blocks for row in b + 0.0
+  )  # no -0
+  if 1 < _kinds(losses.values) <= _FEW_KINDS:
     contents = secrets.token_hex(32)
   return dataclasses.replace(losses, contents=contents)
+
+
+def _kinds(values: np.ndarray) -> int:
+  """How many different rows there are, or more than `_FEW_KINDS`."""
+  kinds: set[bytes] = set()
+  for block in checks.row_blocks(values):
+    kinds |= {row.tobytes() for row in np.unique(block + 0.0, axis=0)}  # -0 is 0
+    if len(kinds) > _FEW_KINDS:
+      break
+  return len(kinds)
 
 
 def _names(losses: SequenceLosses) -> tuple[str, ...]:
