@@ -4,6 +4,7 @@
     losses        cached outputs -> losses [num_examples, num_thresholds]
     evidence      losses -> p-value of "the expected loss exceeds the tolerance" -> certified?
     certify       all of it: `calibrate(losses, ...)` -> `calibration.Calibration`
+    configurations  one of many configurations, for several risks: Pareto testing
     promises      what can be promised besides the mean: quantiles, groups, tails, costs, ...
     verification  what a calibration's file must be before its promise is spoken
     planning      how many prompts are needed, before any is decoded
@@ -21,6 +22,7 @@ The shortest way, from losses of any origin:
 from calm.calibrate import promises
 from calm.calibrate.calibration import Calibration
 from calm.calibrate.certify import calibrate
+from calm.calibrate.configurations import calibrate_configurations
 from calm.calibrate.generations.cached import load
 from calm.calibrate.generations.procedures import Procedure, Provenance
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
@@ -45,6 +47,7 @@ __all__ = [
   "Support",
   "audit",
   "calibrate",
+  "calibrate_configurations",
   "default_grid",
   "evidence",
   "generations",

@@ -4,14 +4,14 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from calm.calibrate import promises, verification, views
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.decision import Evidence
+from calm.calibrate.decision import Decision, Evidence
 from calm.calibrate.generations import files
 from calm.calibrate.generations.procedures import Procedure, Provenance, describe_differences
 from calm.calibrate.losses.sequence_losses import Support
@@ -49,6 +49,23 @@ class Row:
   upper_bound: float
   adjusted_p_value: float
   rejected: bool
+
+  @classmethod
+  def of(
+    cls, threshold: float, parts: Sequence[Evidence], decision: Decision, place: int
+  ) -> "Row":
+    """What the least certain part found at one place of the tested order."""
+    worst = parts[int(decision.worst[place])]
+    return cls(
+      threshold=float(threshold),
+      num_examples=worst.num_examples[place],
+      mean=worst.means[place],
+      p_value=float(np.exp(decision.log_p_values[place])),
+      log_p_value=float(decision.log_p_values[place]),
+      upper_bound=worst.upper_bounds[place],
+      adjusted_p_value=float(decision.adjusted_p_values[place]),
+      rejected=bool(decision.rejected[place]),
+    )
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values; NaN is null."""

@@ -100,7 +100,7 @@ def calibrate(
     support=first.evidence.support,
     num_examples=len(sample.values) if groups is None else len(set(groups)),
     clusters=groups is not None,
-    rows=_rows(grid, evidence, decision),
+    rows=tuple(Row.of(level, evidence, decision, j) for j, level in enumerate(grid)),
     visited=decision.visited,
     order=sample.order if ordered else "irrelevant",
     seed=first.seed,
@@ -335,23 +335,6 @@ def _faults(losses: SequenceLosses) -> list[str]:
 
 def _lowest(grid: np.ndarray, rejected: np.ndarray) -> float:
   return float(grid[rejected].min()) if rejected.any() else thresholds_lib.NEVER_EXIT
-
-
-def _rows(grid, evidence: Sequence[Evidence], decision: Decision) -> tuple[Row, ...]:
-  """What the least certain part found at each threshold."""
-  return tuple(
-    Row(
-      threshold=float(grid[j]),
-      num_examples=evidence[worst].num_examples[j],
-      mean=evidence[worst].means[j],
-      p_value=float(np.exp(decision.log_p_values[j])),
-      log_p_value=float(decision.log_p_values[j]),
-      upper_bound=evidence[worst].upper_bounds[j],
-      adjusted_p_value=float(decision.adjusted_p_values[j]),
-      rejected=bool(decision.rejected[j]),
-    )
-    for j, worst in enumerate(decision.worst.tolist())
-  )
 
 
 def _reason(grid, decision: Decision, tested: Sequence[_Tested], run: _Run) -> str:

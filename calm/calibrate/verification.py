@@ -12,7 +12,6 @@ the calibration again from its cached outputs (`calm calibrate --verify`).
 """
 
 import hashlib
-import itertools
 import json
 import math
 import pathlib
@@ -239,20 +238,18 @@ def check_decision(calibration: "Calibration") -> None:
   Raises:
     ValueError: names what does not follow from the rest.
   """
-  grid = [row.threshold for row in calibration.rows]
-  if any(a <= b for a, b in itertools.pairwise(grid)):
-    raise ValueError("Expected `rows` with strictly descending thresholds, got another order.")
+  calibration.promise.check_rows([row.threshold for row in calibration.rows])
   parts = calibration.parts or (_only_part(calibration),)
   _check_promise(calibration, parts)
   for part in parts:
     _check_part_numbers(part, calibration)
   _check_rows(calibration, parts)
-  certified = [row.threshold for row in calibration.rows if row.rejected]
-  threshold = min(certified) if certified else math.inf
+  place = calibration.promise.place([row.rejected for row in calibration.rows])
+  threshold = math.inf if place is None else calibration.rows[place].threshold
   if calibration.threshold != threshold:
-    shown = threshold if certified else "'never'"
+    shown = "'never'" if place is None else threshold
     raise ValueError(
-      f"Expected `threshold` {shown}, the lowest that the rows certify, got"
+      f"Expected `threshold` {shown}, the one that the rows certify, got"
       f" {calibration.threshold!r}: the file was edited."
     )
 

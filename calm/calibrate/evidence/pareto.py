@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from calm.calibrate.evidence import methods, multiple_testing
-from calm.calibrate.losses.sequence_losses import Support
+from calm.calibrate.losses import clusters
+from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,22 +36,52 @@ class Risk:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class RiskEvidence:
+  """What the test rows say of one risk, over the tested order.
+
+  Attributes:
+    method: p-value method, 'auto' resolved.
+    support: declared range of what was tested.
+    means: [num_tested] mean losses.
+    log_p_values: [num_tested] of H: expected loss > tolerance.
+    upper_bounds: [num_tested] of the expected loss, for one configuration at a time.
+  """
+
+  method: str
+  support: Support
+  means: np.ndarray
+  log_p_values: np.ndarray
+  upper_bounds: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class ParetoResult:
   """What Pareto testing found.
 
   Attributes:
     chosen: the cheapest certified configuration, or None.
     order: configurations on the front, in the tested order.
+    costs: [len(order)] their costs, by the optimization rows.
     p_values: [len(order)] largest p over risks, on the test rows.
     rejected: [len(order)] whether all risks are certified.
-    num_examples: test rows.
+    rows: test rows, in the tested order.
+    evidence: of each risk.
+    seed: hexadecimal seed of the order of rows.
   """
 
   chosen: int | None
   order: tuple[int, ...]
+  costs: np.ndarray
   p_values: np.ndarray
   rejected: np.ndarray
-  num_examples: int
+  rows: np.ndarray
+  evidence: tuple[RiskEvidence, ...]
+  seed: str
+
+  @property
+  def num_examples(self) -> int:
+    """Test rows."""
+    return len(self.rows)
 
 
 def front(objectives: npt.ArrayLike) -> np.ndarray:
@@ -72,18 +103,18 @@ def front(objectives: npt.ArrayLike) -> np.ndarray:
   return kept[~better.any(axis=0)]
 
 
-def max_log_p_values(
-  risks: Sequence[Risk],
+def evidence(
+  risk: Risk,
   rows: npt.ArrayLike,
   configurations: npt.ArrayLike,
   error_rate: float,
   *,
   any_level: bool = True,
-) -> np.ndarray:
-  """Largest log p over risks: a p-value of "some risk exceeds its tolerance".
+) -> RiskEvidence:
+  """p-values of "this risk exceeds its tolerance", and what else some rows say of it.
 
   Args:
-    risks: the risks.
+    risk: the risk.
     rows: rows used, in the tested order.
     configurations: columns used.
     error_rate: level that bets are tuned for.
@@ -91,51 +122,55 @@ def max_log_p_values(
       or at `error_rate` alone.
 
   Returns:
-    [len(configurations)], at most 0.
+    [len(configurations)] each.
 
   Raises:
     ValueError: losses leave their declared range, or a method does not fit them.
   """
-  found = []
-  for risk in risks:
-    method = methods.get_method(risk.method, risk.support, any_level=any_level)
-    values, support = method.prepare(np.asarray(risk.values, np.float64), risk.support)
-    values = values[np.ix_(np.asarray(rows), np.asarray(configurations))]
-    outside = ~((values >= support.lower - 1e-9) & (values <= support.upper + 1e-9))
-    if outside.any():
-      raise ValueError(
-        f"Expected losses of a risk to lie in the declared range [{support.lower},"
-        f" {support.upper}],"
-        f" got {float(values[outside].flat[0])!r}."
-      )
-    values = np.clip(values, support.lower, support.upper)
-    sample = methods.Sample(values, support, risk.tolerance, error_rate)
-    found.append(method.log_p_values(sample))
-  return np.max(found, axis=0)
+  method = methods.get_method(risk.method, risk.support, any_level=any_level)
+  values, support = method.prepare(np.asarray(risk.values, np.float64), risk.support)
+  values = values[np.ix_(np.asarray(rows), np.asarray(configurations))]
+  outside = ~((values >= support.lower - 1e-9) & (values <= support.upper + 1e-9))
+  if outside.any():
+    raise ValueError(
+      f"Expected losses of a risk to lie in the declared range [{support.lower},"
+      f" {support.upper}],"
+      f" got {float(values[outside].flat[0])!r}."
+    )
+  sample = methods.Sample(values, support, risk.tolerance, error_rate)
+  log_p, bounds = method.evidence(sample, np.ones(values.shape[1], bool))
+  return RiskEvidence(method.name, support, values.mean(axis=0), log_p, bounds)
 
 
 def pareto_test(
   risks: Sequence[Risk],
   costs: npt.ArrayLike,
   *,
-  optimization_rows: npt.ArrayLike,
   error_rate: float,
+  optimization_rows: npt.ArrayLike | None = None,
+  names: Sequence[str] | None = None,
+  seed: str | None = None,
 ) -> ParetoResult:
   """Certifies configurations for all risks at once and returns the cheapest.
 
   With probability at least 1 - error_rate over the test rows, every rejected configuration
-  keeps all its risks within their tolerances.
+  keeps all its risks within their tolerances. Both splits and the order of the test come from a
+  permutation that is seeded by names and losses, as in `calibrate`: how rows are stored plays
+  no part.
 
   Args:
     risks: at least one; all on the same rows and configurations.
-    costs: [num_configurations] what to make small (layers per token); must not come from the
-      test rows.
-    optimization_rows: row numbers (or a mask) of the optimization split; all other rows are
-      tested, in the order in which they stand, so that the two are disjoint whatever is passed.
+    costs: what to make small (layers per token): [num_examples, num_configurations], of which
+      the optimization rows are used, or [num_configurations], not made from the test rows.
     error_rate: epsilon, in (0, 1).
+    optimization_rows: row numbers (or a mask) of the optimization split, chosen by nothing that
+      goes with losses; all other rows are tested, so that the two are disjoint whatever is
+      passed. None takes the first half of the permutation.
+    names: [num_examples] unique names of rows; None numbers them.
+    seed: of an earlier result, to repeat it; several must not be tried.
 
   Rows must be exchangeable units: where prompts come in clusters, pass cluster means
-  (`clusters.cluster_means`). The order of rows must not come from their losses.
+  (`clusters.cluster_means`).
 
   Returns:
     A `ParetoResult`.
@@ -144,39 +179,69 @@ def pareto_test(
     ValueError: shapes disagree, a split is empty, or losses leave their declared range.
   """
   costs = np.asarray(costs, np.float64)
+  _check(risks, costs)
+  rows, seed = _permutation(risks, names, seed)
+  first, second = _split(rows, optimization_rows)
+  prices = costs if costs.ndim == 1 else costs[first].mean(axis=0)
+  means = np.stack([np.asarray(risk.values)[first].mean(axis=0) for risk in risks], axis=1)
+  candidates = front(np.column_stack([means, prices]))
+  guesses = np.max(
+    [evidence(risk, first, candidates, error_rate).log_p_values for risk in risks], axis=0
+  )
+  order = candidates[np.lexsort((prices[candidates], guesses))]
+  found = tuple(evidence(risk, second, order, error_rate, any_level=False) for risk in risks)
+  p_values = np.exp(np.max([each.log_p_values for each in found], axis=0))
+  rejected = multiple_testing.fixed_sequence(p_values, error_rate).rejected
+  certified = order[rejected]
+  return ParetoResult(
+    chosen=int(certified[np.argmin(prices[certified])]) if len(certified) else None,
+    order=tuple(order.tolist()),
+    costs=prices[order],
+    p_values=p_values,
+    rejected=rejected,
+    rows=second,
+    evidence=found,
+    seed=seed,
+  )
+
+
+def _check(risks: Sequence[Risk], costs: np.ndarray) -> None:
   if not np.isfinite(costs).all():
     raise ValueError(
       f"Expected `costs` to be finite, got {float(costs[~np.isfinite(costs)].flat[0])!r}: a"
       " configuration of unknown cost cannot be called the cheapest."
     )
   shapes = {np.shape(risk.values) for risk in risks}
-  if len(shapes) != 1 or (shape := shapes.pop())[1:] != costs.shape or len(shape) != 2:
+  shape = shapes.pop() if len(shapes) == 1 else ()
+  if len(shape) != 2 or costs.shape not in (shape, shape[1:]):
     raise ValueError(
       "Expected `risks` to hold losses [num_examples, num_configurations] of one shape with a"
       " cost for"
       f" each configuration, got {[np.shape(risk.values) for risk in risks]} and costs"
       f" {costs.shape}."
     )
-  chosen_rows = np.zeros(shape[0], bool)
-  picked = np.asarray(optimization_rows)
-  chosen_rows[picked if picked.dtype == bool else picked.astype(np.int64)] = True
-  first, second = np.flatnonzero(chosen_rows), np.flatnonzero(~chosen_rows)
+
+
+def _permutation(risks, names, seed: str | None) -> tuple[np.ndarray, str]:
+  """(row numbers in an order that has nothing to do with how rows are stored, its seed)."""
+  values = np.concatenate([np.asarray(risk.values, np.float64) for risk in risks], axis=1)
+  grid = np.linspace(1.0, 0.0, values.shape[1])
+  ids = None if names is None else tuple(names)
+  table = SequenceLosses(values, grid, ids=ids)
+  return clusters.tested_order(clusters.with_contents(table), seed)
+
+
+def _split(rows: np.ndarray, picked: npt.ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:
+  """(optimization rows, test rows), each in the order of `rows`."""
+  if picked is None:
+    picked = rows[: len(rows) // 2]
+  picked = np.asarray(picked)
+  mask = np.zeros(len(rows), bool)
+  mask[picked if picked.dtype == bool else picked.astype(np.int64)] = True
+  first, second = rows[mask[rows]], rows[~mask[rows]]
   if not len(first) or not len(second):
     raise ValueError(
       f"Expected `optimization_rows` to leave rows on both sides, got {len(first)} of"
-      f" {shape[0]}."
+      f" {len(rows)}."
     )
-  means = np.stack([np.asarray(risk.values)[first].mean(axis=0) for risk in risks], axis=1)
-  candidates = front(np.column_stack([means, costs]))
-  guesses = max_log_p_values(risks, first, candidates, error_rate)
-  order = candidates[np.lexsort((costs[candidates], guesses))]
-  p_values = np.exp(max_log_p_values(risks, second, order, error_rate, any_level=False))
-  rejected = multiple_testing.fixed_sequence(p_values, error_rate).rejected
-  certified = order[rejected]
-  return ParetoResult(
-    chosen=int(certified[np.argmin(costs[certified])]) if len(certified) else None,
-    order=tuple(order.tolist()),
-    p_values=p_values,
-    rejected=rejected,
-    num_examples=len(second),
-  )
+  return first, second

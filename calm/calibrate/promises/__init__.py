@@ -8,11 +8,13 @@ TailMean       the mean over the worst 10 % of texts
 KnownMixture   the mean over another mixture of tasks, whose shares are known
 SeveralRisks   several losses, each with its delta: `calibrate(risks=[Risk(...), ...])`
 Cost           the mean loss, and at least x1.5 fewer layers
+Configurations several risks, of the cheapest of many configurations
 """
 
 from collections.abc import Mapping
 from typing import Any
 
+from calm.calibrate.promises.configurations import Configurations
 from calm.calibrate.promises.cost import Cost
 from calm.calibrate.promises.early import EarlyExits
 from calm.calibrate.promises.every_group import EveryGroup, each_group
@@ -25,6 +27,7 @@ from calm.calibrate.promises.tail import TailMean
 
 __all__ = [
   "PROMISES",
+  "Configurations",
   "Cost",
   "EarlyExits",
   "EveryGroup",
@@ -53,6 +56,7 @@ PROMISES: Mapping[str, type[Promise]] = {
     KnownMixture,
     SeveralRisks,
     Cost,
+    Configurations,
   )
 }
 

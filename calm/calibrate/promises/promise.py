@@ -9,6 +9,7 @@ probability at most the error rate (intersection-union; p = the largest p over p
 
 import abc
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -82,6 +83,26 @@ class Promise(abc.ABC):
     Raises:
       ValueError: the promise lacks its data, or they do not fit the losses.
     """
+
+  def place(self, rejected: Any) -> int | None:
+    """Which of the rows is served, of those that are certified; None where none is.
+
+    Args:
+      rejected: [num_thresholds] whether each row is certified; thresholds descend.
+    """
+    (certified,) = np.nonzero(rejected)
+    return int(certified[-1]) if len(certified) else None
+
+  def check_rows(self, thresholds: Sequence[float]) -> None:
+    """What the thresholds of the rows must be.
+
+    Raises:
+      ValueError: they do not descend strictly.
+    """
+    if any(a <= b for a, b in itertools.pairwise(thresholds)):
+      raise ValueError(
+        "Expected `rows` with strictly descending thresholds. Got another order."
+      )
 
   @abc.abstractmethod
   def statement(self, calibration: "Calibration", loss: str) -> str:

@@ -6,8 +6,10 @@ from scipy import stats
 
 from calm.calibrate import Support
 from calm.calibrate.evidence import betting, p_values, pareto
+from calm.calibrate.generations import order
 from tests.calibrate import laws
 
+NAMES = [f"{row:09d}" for row in range(400)]
 POINTS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=12)
 
 
@@ -35,11 +37,13 @@ def test_the_cheapest_certified_configuration_is_chosen():
   )
   assert found.chosen == 1 and found.num_examples == 200
   assert found.order[-1] == 0 and not found.rejected[-1]  # the riskiest comes last
-  rest = values[200:, found.order]
+  assert sorted(found.rows) == list(range(200, 400))
+  rest = values[np.ix_(found.rows, found.order)]
   expected = p_values.betting(rest, 0.1, strategy=betting.FIXED_LEVEL)
   np.testing.assert_allclose(found.p_values, expected)
   # They were put in order by p-values that can be compared.
-  guesses = p_values.betting(values[:200], 0.1)
+  first = [row for row in order.seeded_order(NAMES, found.seed) if row < 200]
+  guesses = p_values.betting(values[first], 0.1)
   assert np.all(np.diff(guesses[list(found.order)]) >= 0.0)
 
 
@@ -51,11 +55,14 @@ def test_several_risks_need_all_their_tolerances():
     [pareto.Risk(first, 0.1), pareto.Risk(second, 0.1)], [1.0, 2.0], **options
   )
   assert one.chosen == 0 and both.chosen == 1
-  log_p = pareto.max_log_p_values(
-    [pareto.Risk(first, 0.1), pareto.Risk(second, 0.1)], range(100), [0, 1], 0.05
-  )
-  each = [p_values.betting(values[:100], 0.1, log=True) for values in (first, second)]
-  np.testing.assert_allclose(log_p, np.maximum(*each))
+  for values, found in zip((first, second), both.evidence, strict=True):
+    rows = values[np.ix_(both.rows, both.order)]
+    log_p = p_values.betting(rows, 0.1, strategy=betting.FIXED_LEVEL, log=True)
+    np.testing.assert_allclose(found.log_p_values, log_p)
+    np.testing.assert_allclose(found.means, rows.mean(axis=0))
+    assert np.all((found.upper_bounds <= 0.1) == (np.exp(log_p) <= 0.05))
+  largest = np.max([found.log_p_values for found in both.evidence], axis=0)
+  np.testing.assert_allclose(both.p_values, np.exp(largest))
 
 
 def test_family_wise_error_with_an_order_learned_from_the_other_half():
@@ -96,3 +103,41 @@ def test_misuse_is_refused():
       pareto.pareto_test([good], [1.0, 2.0], optimization_rows=rows, error_rate=0.05)
   with pytest.raises(ValueError, match="declared range"):
     pareto.pareto_test([pareto.Risk(values - 0.5, 0.1)], [1.0, 2.0], **options)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_how_rows_are_stored_plays_no_part(given):
+  """Sorted columns, at risk exactly the tolerance: as often wrong as in any other order."""
+  generator = np.random.default_rng(11)
+  options = {} if not given else {"optimization_rows": np.arange(200) % 2 == 0}
+  wrong, draws = 0, 400
+  for _ in range(draws):
+    values = np.sort((generator.random((200, 1)) < 0.1) * 1.0, axis=0)
+    found = pareto.pareto_test([pareto.Risk(values, 0.1)], [1.0], error_rate=0.05, **options)
+    wrong += found.chosen is not None
+  assert stats.binomtest(wrong, draws, 0.05, alternative="greater").pvalue > 1e-3
+
+
+def test_half_of_the_rows_are_tested_and_a_seed_repeats_it():
+  values = table((0.02, 0.3), count=101)
+  risk = pareto.Risk(values, 0.1)
+  names = [f"prompt {row}" for row in range(101)]
+  found = pareto.pareto_test([risk], [1.0, 2.0], error_rate=0.05, names=names)
+  assert found.num_examples == 51 and len(set(found.rows)) == 51
+  expected = order.seeded_order(names, found.seed)
+  np.testing.assert_array_equal(found.rows, expected[50:])
+  again = pareto.pareto_test([risk], [1.0, 2.0], error_rate=0.05, names=names, seed=found.seed)
+  np.testing.assert_array_equal(again.p_values, found.p_values)
+  other = pareto.pareto_test([risk], [1.0, 2.0], error_rate=0.05, names=names, seed="0")
+  assert not np.array_equal(other.rows, found.rows)
+
+
+def test_costs_of_prompts_are_read_on_the_optimization_rows_alone():
+  values = table((0.02, 0.02))
+  costs = np.tile([1.0, 2.0], (400, 1))
+  options = {"optimization_rows": range(200), "error_rate": 0.05}
+  costs[200:] = [9.0, 0.0]  # what the test rows cost is not looked at
+  found = pareto.pareto_test([pareto.Risk(values, 0.1)], costs, **options)
+  assert found.chosen == 0 and found.costs[list(found.order).index(0)] == 1.0
+  flat = pareto.pareto_test([pareto.Risk(values, 0.1)], [1.0, 2.0], **options)
+  assert flat.order == found.order
