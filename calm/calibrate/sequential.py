@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.calibration import Calibration, Row
-from calm.calibrate.evidence import betting, bounds, multiple_testing
+from calm.calibrate.evidence import betting, bounds, strategies
 from calm.calibrate.generations import order
 from calm.calibrate.generations.cached import Generations
 from calm.calibrate.generations.procedures import Procedure, Provenance
@@ -30,6 +30,9 @@ from calm.calibrate.losses.sequence_losses import Support
 
 # Losses leave their range by rounding at most so far.
 _SLACK = 1e-9
+
+# Bets that aim at the one level of fixed sequence testing, and go on when they are ahead.
+METHOD, _BETS = "betting_early", betting.EARLY
 
 OPEN, CERTIFIED, FAILED = "open", "certified", "failed"
 
@@ -94,10 +97,11 @@ class SequentialCalibration:
         "Expected `tolerance` to be in (0, 1) and `planned_size` at least 1 and whole, got"
         f" {tolerance!r} and {planned_size!r}."
       )
-    self.design = betting.Design(tolerance, error_rate, planned_size, self.support.upper)
+    self.design = _BETS.design(tolerance, error_rate, planned_size, self.support.upper)
     self._losses: list[list[float]] = [[]]
     self._states: list[str] = [OPEN]
-    self._carried = _Carried()
+    self._highest: list[float] = [0.0]
+    self._carried = _Carried(self.design)
 
   @property
   def finished(self) -> bool:
@@ -145,14 +149,16 @@ class SequentialCalibration:
         " the order."
       )
     values = np.clip(values, low, high)
-    wealth = self._carried.add(values, self.design)
+    wealth = self._carried.add(values)
     used, state = _settle(wealth, len(column), self.design, low)
     column.extend(values[:used].tolist())
+    self._highest[-1] = max([self._highest[-1], *wealth[:used].tolist()])
     self._states[-1] = state
     if state == CERTIFIED and len(self._losses) < len(self.thresholds):
       self._losses.append([])
       self._states.append(OPEN)
-      self._carried = _Carried()
+      self._highest.append(0.0)
+      self._carried = _Carried(self.design)
     return state
 
   def calibration(
@@ -185,14 +191,12 @@ class SequentialCalibration:
       raise ValueError("`calibration` needs a finished test; `request` still asks for losses.")
     rows = [self._row(index) for index in range(len(self.thresholds))]
     certified = [row.threshold for row in rows if row.rejected]
-    p_values = np.array([row.p_value for row in rows])
-    visited = multiple_testing.fixed_sequence(p_values, self.design.error_rate).visited
     return Calibration(
       threshold=min(certified) if certified else thresholds_lib.NEVER_EXIT,
       reason=self._reason(len(certified)),
       tolerance=float(np.asarray(self.design.tolerance)),
       error_rate=self.design.error_rate,
-      method="betting",
+      method=METHOD,
       testing="fixed_sequence",
       kind=kind,
       metric=metric,
@@ -200,12 +204,12 @@ class SequentialCalibration:
       num_examples=self.design.planned_size,
       clusters=self.clusters,
       rows=tuple(rows),
-      visited=visited,
+      visited=tuple(range(len(self._losses))),
       order=order,
       seed=seed,
       sequential=True,
       procedure=procedure,
-      provenance=provenance or Provenance(metric=metric, order=order, method="betting"),
+      provenance=provenance or Provenance(metric=metric, order=order, method=METHOD),
     )
 
   def _row(self, index: int) -> Row:
@@ -213,8 +217,7 @@ class SequentialCalibration:
     losses = self._losses[index] if index < len(self._losses) else []
     if not losses:
       return Row(threshold, 0, math.nan, 1.0, 0.0, math.nan, 1.0, False)
-    wealth = betting.log_wealth(losses, self.design)
-    log_p = -max(0.0, float(wealth.max()))
+    log_p = self._log_p_value(index)
     bound = bounds.betting(
       losses,
       error_rate=self.design.error_rate,
@@ -222,8 +225,13 @@ class SequentialCalibration:
       upper=self.support.upper,
       planned_size=self.design.planned_size,
       tolerance=float(np.asarray(self.design.tolerance)),
+      strategy=_BETS,
     )
-    earlier = [self._row_p_value(before) for before in range(index)]
+    certified = self._states[index] == CERTIFIED
+    # Bound and decision are of one test; they differ by the precision of a search at most.
+    tolerance = float(np.asarray(self.design.tolerance))
+    above = max(float(bound), float(np.nextafter(tolerance, np.inf)))
+    earlier = [math.exp(self._log_p_value(before)) for before in range(index)]
     return Row(
       threshold=threshold,
       num_examples=len(losses),
@@ -231,15 +239,15 @@ class SequentialCalibration:
       mean=math.nan,
       p_value=math.exp(log_p),
       log_p_value=log_p,
-      upper_bound=float(bound),
+      upper_bound=min(float(bound), tolerance) if certified else above,
       adjusted_p_value=max([math.exp(log_p), *earlier]),
-      rejected=self._states[index] == CERTIFIED,
+      rejected=certified,
     )
 
-  def _row_p_value(self, index: int) -> float:
-    return math.exp(
-      -max(0.0, float(betting.log_wealth(self._losses[index], self.design).max()))
-    )
+  def _log_p_value(self, index: int) -> float:
+    """log p; of what is certified at most the level, which rounding might miss."""
+    level = -self.design.target if self._states[index] == CERTIFIED else 0.0
+    return min(level, -self._highest[index])
 
   def _reason(self, certified: int) -> str:
     used = sum(len(column) for column in self._losses)
@@ -268,41 +276,28 @@ def decide(
   Returns:
     (losses used, 'certified' | 'failed' | 'open').
   """
-  return _settle(betting.log_wealth(np.asarray(losses, np.float64), design), 0, design, lower)
+  return _settle(_Carried(design).add(np.asarray(losses, np.float64)), 0, design, lower)
 
 
-@dataclasses.dataclass
 class _Carried:
-  """Plug-in wealth so far, so that a batch costs what the batch is long.
+  """Wealth so far, loss by loss, so that batches change no digit.
 
   Attributes:
-    total: sum of losses.
-    spread: sum of squared deviations, as `strategies.plug_in_bets` takes them.
-    seen: losses so far.
-    log_wealth: nats.
+    hedge: bets and wealth.
   """
 
-  total: float = 0.0
-  spread: float = 0.0
-  seen: int = 0
-  log_wealth: float = 0.0
+  def __init__(self, design: betting.Design):
+    self.hedge = strategies.Hedge(design, 1)
+    self._total = self._squares = 0.0
 
-  def add(self, losses: np.ndarray, design: betting.Design) -> np.ndarray:
+  def add(self, losses: np.ndarray) -> np.ndarray:
     """log wealth after each of the next losses; that of `betting.log_wealth` on all of them."""
-    if not len(losses):
-      return np.zeros(0)
-    counts = np.arange(self.seen + 2.0, self.seen + len(losses) + 2.0)
-    # Sums go on from what they were, term by term, so that batches change no digit.
-    totals = np.cumsum(np.concatenate([[self.total], losses]))[1:]
-    squares = (losses - totals / counts) ** 2
-    spreads = np.cumsum(np.concatenate([[self.spread], squares]))
-    variance = (betting.PRIOR_VARIANCE + spreads[:-1]) / (counts - 1.0)
-    scale = math.sqrt(2.0 * design.target / design.planned_size)
-    free = scale / np.sqrt(np.maximum(variance, betting.LEAST_VARIANCE))
-    gains = np.log(1.0 + np.minimum(free, design.cap) * (design.tolerance - losses))
-    wealth = np.cumsum(np.concatenate([[self.log_wealth], gains]))[1:]
-    self.total, self.spread = float(totals[-1]), float(spreads[-1])
-    self.seen, self.log_wealth = self.seen + len(losses), float(wealth[-1])
+    wealth = np.empty(len(losses))
+    for row, loss in enumerate(losses.tolist()):
+      self.hedge.advance(np.array([[loss]]), np.array([[self._squares]]))
+      wealth[row] = self.hedge.wealth[0]
+      self._total += loss
+      self._squares += (loss - self._total / (self.hedge.row + 1.0)) ** 2
     return wealth
 
 

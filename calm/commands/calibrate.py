@@ -138,7 +138,7 @@ def _plan(arguments, console, cached: generations.Generations) -> None:
     arguments.tolerance,
     arguments.error_rate,
     support=support if count == len(cached.ids) else Support(support.lower, support.upper),
-    method="betting" if cached.sequential else arguments.method,
+    method=sequential.METHOD if cached.sequential else arguments.method,
     share=share,
   )
   if refusal and arguments.promise == "mean":

@@ -129,7 +129,7 @@ def _test(arguments, levels, num_units: int) -> sequential.SequentialCalibration
   """What `--until_certified` asks, refused before any work where it cannot be answered."""
   support = sequence_losses.kind_support(arguments.kind, arguments.metric)
   rates = (arguments.tolerance, arguments.error_rate)
-  refusal = planning.refusal(num_units, *rates, support=support, method="betting")
+  refusal = planning.refusal(num_units, *rates, support=support, method=sequential.METHOD)
   if refusal:
     raise ValueError(refusal)
   return sequential.SequentialCalibration(

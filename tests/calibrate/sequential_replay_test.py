@@ -100,13 +100,13 @@ def test_clusters_are_tested_in_the_order_that_calibrate_tests_them():
   losses = sequence_losses.textual_losses(
     dataclasses.replace(cached, sequential=False), metric="exact_match"
   )
-  fixed = calibrate(losses, **RATES, groups=losses.groups, method="betting")
+  fixed = calibrate(losses, **RATES, groups=losses.groups, method="betting_early")
   found = sequential.replay(cached, **LOSS, **RATES)
   assert found.seed == fixed.seed and found.num_examples == fixed.num_examples
   used = found.rows[0].num_examples
   groups = order.prompt_groups(cached.prompts)
   means = order.unit_means(losses.values[:, 1], order.consecutive_units(COUNT, groups))
-  wealth = betting.log_wealth(means, betting.Design(0.1, 0.05, COUNT // 2))
+  wealth = betting.log_wealth(means, betting.EARLY.design(0.1, 0.05, COUNT // 2), betting.EARLY)
   assert fixed.rows[1].log_p_value == pytest.approx(-max(0.0, wealth.max()), abs=1e-12)
   assert found.rows[1].log_p_value == pytest.approx(
     -max(0.0, wealth[: found.rows[1].num_examples].max())

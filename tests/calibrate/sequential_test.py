@@ -50,7 +50,9 @@ def test_it_certifies_what_the_fixed_sample_certifies_with_fewer_prompts():
   for column in (0, 1):
     used = found.rows[column].num_examples
     assert used == asked[column]
-    prefix = betting.log_wealth(values[:used, column], betting.Design(0.1, 0.05, 400))
+    prefix = betting.log_wealth(
+      values[:used, column], betting.EARLY.design(0.1, 0.05, 400), betting.EARLY
+    )
     assert prefix[-1] >= np.log(20) and np.all(prefix[:-1] < np.log(20))
     assert found.rows[column].p_value == pytest.approx(np.exp(-prefix[-1]))
   assert np.all(fixed[:2] <= 0.05)
@@ -70,35 +72,34 @@ def test_nothing_is_asked_beyond_the_first_failure():
 @pytest.mark.parametrize("lower", [0.0, -1.0])
 def test_hopeless_is_hopeless(lower):
   """Wherever it gives up, the lowest losses at the largest bets would not have certified."""
-  design = betting.Design(0.1, 0.05, 60)
+  design = betting.EARLY.design(0.1, 0.05, 60)
   generator = np.random.default_rng(1)
   for _ in range(50):
     losses = laws.bernoulli(generator, 0.4, 60)
     used, state = sequential.decide(losses, design, lower)
     assert state in (sequential.FAILED, sequential.CERTIFIED)
     if state == sequential.FAILED and used < 60:
-      wealth = betting.log_wealth(losses[:used], design)[-1]
+      wealth = betting.log_wealth(losses[:used], design, betting.EARLY)[-1]
       best = wealth + (60 - used) * np.log1p(design.cap * (0.1 - lower))
       assert best < design.target
       # One prompt earlier it still had a chance.
-      before = betting.log_wealth(losses[: used - 1], design)[-1] if used > 1 else 0.0
+      path = betting.log_wealth(losses[:used], design, betting.EARLY)
+      before = path[-2] if used > 1 else 0.0
       assert before + (61 - used) * np.log1p(design.cap * (0.1 - lower)) >= design.target
   assert sequential.decide([0.0], design, lower) == (1, sequential.OPEN)
   assert sequential.decide(np.ones(60) * 0.09, design, lower)[1] == sequential.FAILED
 
 
 def test_bets_do_not_see_later_rows():
-  design = betting.Design(0.1, 0.05, 400)
+  design = betting.EARLY.design(0.1, 0.05, 400)
   values = table((0.05,))
-  bets = betting.PLUG_IN.bets(values, design)
+  bets = betting.EARLY.bets(values, design)
   for row in (1, 50, 399):
     later = values.copy()
     later[row:] = np.random.default_rng(row).permutation(later[row:])
-    np.testing.assert_array_equal(
-      betting.PLUG_IN.bets(later, design)[: row + 1], bets[: row + 1]
-    )
+    np.testing.assert_array_equal(betting.EARLY.bets(later, design)[: row + 1], bets[: row + 1])
   # ... and not how many rows came so far either, only how many are planned.
-  np.testing.assert_array_equal(betting.PLUG_IN.bets(values[:50], design), bets[:50])
+  np.testing.assert_array_equal(betting.EARLY.bets(values[:50], design), bets[:50])
 
 
 def test_batches_do_not_change_the_outcome():
@@ -115,12 +116,15 @@ def test_batches_do_not_change_the_outcome():
 
 def test_wealth_carried_on_is_wealth_taken_at_once():
   values = table((0.11,), 300)[:, 0]
-  design = betting.Design(0.1, 0.05, 300)
-  whole = betting.log_wealth(values, design)
+  design = betting.EARLY.design(0.1, 0.05, 300)
+  whole = betting.log_wealth(values, design, betting.EARLY)
+  found = []
   for batch in (1, 7, 300):
-    carried = sequential._Carried()
-    parts = [carried.add(values[i : i + batch], design) for i in range(0, 300, batch)]
-    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    carried = sequential._Carried(design)
+    parts = [carried.add(values[i : i + batch]) for i in range(0, 300, batch)]
+    found.append(np.concatenate(parts))
+    np.testing.assert_array_equal(found[-1], found[0])
+  np.testing.assert_allclose(found[0], whole, atol=1e-11)
 
 
 def test_signed_losses_certify_sooner():
@@ -135,7 +139,7 @@ def test_results_are_marked_and_honest():
   found = run(table((0.01, 0.01, 0.01)))[0].calibration(
     order="given", seed="ab", procedure=laws.procedure()
   )
-  assert found.sequential and found.method == "betting" and found.threshold == 0.5
+  assert found.sequential and found.method == "betting_early" and found.threshold == 0.5
   assert np.isnan(found.column("mean")).all()
   assert np.all(found.column("upper_bound") < 0.2)
   assert np.all(found.column("upper_bound") > 0.0)
@@ -152,8 +156,8 @@ def test_results_are_marked_and_honest():
 
 def test_cluster_means_are_the_units_and_are_not_binary():
   """Copies in a cluster count once: 3 prompts of loss 0 each do not certify like 3 prompts."""
-  values = np.repeat(laws.bernoulli(np.random.default_rng(3), 0.02, 60), 3)
-  units = order.consecutive_units(180, [str(row // 3) for row in range(180)])
+  values = np.repeat(laws.bernoulli(np.random.default_rng(3), 0.02, 90), 3)
+  units = order.consecutive_units(270, [str(row // 3) for row in range(270)])
   means = order.unit_means(values, units)
   np.testing.assert_array_equal(means, values[::3])
   test = sequential.SequentialCalibration(
@@ -162,8 +166,8 @@ def test_cluster_means_are_the_units_and_are_not_binary():
   while (request := test.request(4)) is not None:
     test.add(means[request.start : request.stop])
   found = test.calibration(metric="exact_match")
-  assert found.clusters and found.num_examples == 60 and not found.support.binary
-  assert "at most 60 calibration clusters of prompts" in found.guarantee
+  assert found.clusters and found.num_examples == 90 and not found.support.binary
+  assert "at most 90 calibration clusters of prompts" in found.guarantee
   assert found.rows[0].num_examples == sequential.decide(means, test.design, 0.0)[0]
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from calm.calibrate.evidence import strategies
 from calm.calibrate.evidence.strategies import (
   CAP_SHARE,
+  EARLY,
   FIXED_LEVEL,
   LEAST_VARIANCE,
   PLUG_IN,
@@ -24,6 +25,7 @@ from calm.calibrate.evidence.strategies import (
 
 __all__ = [
   "CAP_SHARE",
+  "EARLY",
   "FIXED_LEVEL",
   "LEAST_VARIANCE",
   "PLUG_IN",

@@ -236,6 +236,7 @@ METHODS: Mapping[str, Method | Auto] = {
   "binomial": _of_sums("binomial", p_values.binomial, refuses=_refuses_all_but_binary),
   "betting": _of_bets("betting", betting.PLUG_IN),
   "betting_fixed_level": _of_bets("betting_fixed_level", betting.FIXED_LEVEL, any_level=False),
+  "betting_early": _of_bets("betting_early", betting.EARLY, any_level=False),
 }
 
 

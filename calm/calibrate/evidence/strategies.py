@@ -19,6 +19,9 @@ CAP_SHARE, HEDGE_CAP_SHARE = 0.9, 0.99
 PRIOR_VARIANCE = 0.25
 # How many prompts the variance of a loss of mean `tolerance` counts for in the hedge.
 HEDGE_PRIOR_SIZE = 8.0
+# A hedge slows down as it gets ahead, and ends where the prompts end. Where each prompt costs a
+# decoding, it goes on at this share of the plug-in pace at least.
+EARLY_PACE = 0.7
 # The hedge looks at its wealth again after this share of the prompts that are left.
 _LOOKS = 64
 LEAST_VARIANCE = 1e-12
@@ -34,6 +37,7 @@ class Design:
     planned_size: prompts that there will be at most.
     upper: declared upper bound of losses.
     cap_share: the largest bet as a share of the largest that keeps wealth nonnegative.
+    least_pace: the smallest bet of a hedge as a share of the plug-in bet.
   """
 
   tolerance: npt.ArrayLike
@@ -41,6 +45,7 @@ class Design:
   planned_size: int
   upper: float = 1.0
   cap_share: float = CAP_SHARE
+  least_pace: float = 0.0
 
   @property
   def cap(self) -> np.ndarray:
@@ -62,6 +67,7 @@ class Strategy:
     free: (losses [n, k], design) -> bets [n, k] of at least 0, before they are cut at the cap;
       row i depends on rows before i of the same column and on the design alone.
     cap_share: `Design.cap_share` that the rule is made for.
+    least_pace: `Design.least_pace` that the rule is made for.
     aims: whether free bets depend on the tolerance.
   """
 
@@ -69,12 +75,13 @@ class Strategy:
   free: Callable[[np.ndarray, Design], np.ndarray]
   cap_share: float = CAP_SHARE
   aims: bool = False
+  least_pace: float = 0.0
 
   def design(
     self, tolerance: npt.ArrayLike, error_rate: float, planned_size: int, upper: float = 1.0
   ) -> Design:
-    """A design with this rule's cap."""
-    return Design(tolerance, error_rate, planned_size, upper, self.cap_share)
+    """A design with this rule's cap and least pace."""
+    return Design(tolerance, error_rate, planned_size, upper, self.cap_share, self.least_pace)
 
   def bets(self, losses: np.ndarray, design: Design) -> np.ndarray:
     """Bets [n, k] in [0, design.cap]."""
@@ -128,7 +135,7 @@ class Hedge:
   `plug_in_bets`, with 8 prompts of variance tolerance (1 - tolerance) before the first. Wealth
   is looked at again after every 64th of the prompts left. Once it has reached the target, or
   has fallen below error_rate, nothing is left to hedge: bets go on at the plug-in pace, for the
-  sake of upper bounds.
+  sake of upper bounds. No bet is below `design.least_pace` of the plug-in one.
 
   Attributes:
     row: losses seen.
@@ -144,43 +151,52 @@ class Hedge:
     share = np.clip(np.asarray(design.tolerance) / scale, 0.01, 0.5)
     self._prior = HEDGE_PRIOR_SIZE * scale**2 * share * (1.0 - share) + self.wealth
     self._cap = design.cap + self.wealth
+    self._aim, self._next_look = self.wealth, 0
 
   @property
   def look(self) -> int:
     """How many losses are bet on before wealth is looked at again."""
-    return max(1, (self.design.planned_size - self.row) // _LOOKS)
+    if self.row == self._next_look:
+      return max(1, (self.design.planned_size - self.row) // _LOOKS)
+    return self._next_look - self.row
 
   def keep(self, columns: np.ndarray) -> None:
     """Forgets all but some columns."""
     tolerance = np.asarray(self.design.tolerance)[columns]
     self.design = dataclasses.replace(self.design, tolerance=tolerance)
-    for name in ("wealth", "highest", "_prior", "_cap"):
+    for name in ("wealth", "highest", "_prior", "_cap", "_aim"):
       setattr(self, name, getattr(self, name)[columns])
 
   def advance(self, losses: np.ndarray, squares: np.ndarray) -> np.ndarray:
-    """Bets on the next `look` losses, before they are cut.
+    """Bets on the next losses, at most `look`, before they are cut.
 
     Args:
       losses: [rows, num_columns]; overwritten.
       squares: [rows, num_columns] of `squares_before`; overwritten, and returned as bets.
     """
-    design = self.design
-    needed = design.target - self.wealth
-    open_ = (self.highest < design.target) & (needed < 2.0 * design.target)
-    left = math.sqrt(design.planned_size - self.row)
-    aim = np.full(len(needed), _pace(design))
-    aim[open_] = _price_ratio(needed[open_]) / left
+    if self.row == self._next_look:
+      self._aim, self._next_look = self._aims(), self.row + self.look
     counts = np.arange(self.row, self.row + len(losses)) + HEDGE_PRIOR_SIZE
     bets = np.add(squares, self._prior, out=squares)
     np.divide(np.sqrt(counts)[:, None], np.sqrt(bets, out=bets), out=bets)
-    bets *= aim
-    gains = np.subtract(design.tolerance, losses, out=losses)
+    bets *= self._aim
+    gains = np.subtract(self.design.tolerance, losses, out=losses)
     gains *= np.minimum(bets, self._cap)
     highest, last = follow(gains)
     np.maximum(self.highest, self.wealth + highest, out=self.highest)
     self.wealth += last
     self.row += len(losses)
     return bets
+
+  def _aims(self) -> np.ndarray:
+    """[num_columns] bets times standard deviation until the next look."""
+    design = self.design
+    needed = design.target - self.wealth
+    open_ = (self.highest < design.target) & (needed < 2.0 * design.target)
+    left = math.sqrt(design.planned_size - self.row)
+    aim = np.full(len(needed), _pace(design))
+    aim[open_] = np.maximum(_price_ratio(needed[open_]) / left, design.least_pace * aim[open_])
+    return aim
 
 
 def squares_before(losses: np.ndarray) -> np.ndarray:
@@ -238,3 +254,5 @@ def _price_ratio(needed: np.ndarray) -> np.ndarray:
 PLUG_IN = Strategy("plug_in", plug_in_bets)
 # More power at that one level, a useless p-value at any other.
 FIXED_LEVEL = Strategy("fixed_level", hedge_bets, HEDGE_CAP_SHARE, aims=True)
+# The same for a test that stops as soon as it can: nearly that power, and half the prompts.
+EARLY = Strategy("early", hedge_bets, HEDGE_CAP_SHARE, aims=True, least_pace=EARLY_PACE)
