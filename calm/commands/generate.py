@@ -18,7 +18,7 @@ from calm.calibrate import Provenance, planning, sequential, thresholds
 from calm.calibrate.generations import order
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.generations.shown import visible
-from calm.calibrate.losses import sequence_losses
+from calm.calibrate.losses import asking, sequence_losses
 from calm.commands import certificate, common, model_flags
 
 
@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   calibration.add_argument(
     "--metric", default="rouge_l", metavar="NAME", help="the text metric (default rouge_l)"
+  )
+  calibration.add_argument(
+    "--references",
+    metavar="FILE",
+    help="JSON Lines of {id, targets}, for a risk: where it lacks some the run stops, writes"
+    " OUTPUT/unlabelled.jsonl, and goes on when it is started again with them",
   )
   calibration.add_argument(
     "--by_group", action="store_true", help="calibrate on means over each prompt's group"
@@ -145,6 +151,7 @@ def _test(arguments, levels, num_units: int) -> sequential.SequentialCalibration
 def _until_certified(arguments, console, predictor, prompts, test, writer) -> None:
   from calm.inference import until_certified
 
+  known = asking.read_references(arguments.references) if arguments.references else {}
   with _bar(console) as bar:
     task = bar.add_task("first threshold", total=len(prompts))
 
@@ -152,15 +159,25 @@ def _until_certified(arguments, console, predictor, prompts, test, writer) -> No
       text = f"threshold {thresholds.format_threshold(threshold)}"
       bar.update(task, completed=done, total=planned, description=text)
 
-    calibration = until_certified.generate(
-      predictor,
-      prompts,
-      writer,
-      test,
-      kind=arguments.kind,
-      metric=arguments.metric,
-      progress=advance,
-    )
+    try:
+      calibration = until_certified.generate(
+        predictor,
+        prompts,
+        writer,
+        test,
+        kind=arguments.kind,
+        metric=arguments.metric,
+        ask=lambda questions: known,
+        progress=advance,
+      )
+    except asking.Unanswered as error:
+      wanted = pathlib.Path(arguments.output) / "unlabelled.jsonl"
+      asking.write_questions(wanted, error.questions)
+      writer.finish()
+      raise ValueError(
+        f"{error} They are in {wanted}: fill in `targets`, add the lines to a file, and give it"
+        " as --references=FILE; what was decoded is kept."
+      ) from error
   writer.finish()
   path = pathlib.Path(arguments.output) / "calibration.json"
   calibration.save(path)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from calm.calibrate import Calibration, Prompt, Record, generations, sequential
+from calm.calibrate import Calibration, Prompt, Record, sequential
 from calm.calibrate.generations import order, reuse
 from calm.calibrate.generations import writer as writer_lib
-from calm.calibrate.losses import sequence_losses
+from calm.calibrate.losses import asking
 from calm.data import prompt_batches as prompts_lib
 from calm.exits import schedules
 from calm.inference import grid
@@ -56,6 +56,7 @@ def generate(
   *,
   kind: str,
   metric: str,
+  ask: asking.Ask | None = None,
   progress: Progress | None = None,
   kept_bytes: int = KEPT_BYTES,
 ) -> Calibration:
@@ -69,12 +70,18 @@ def generate(
     test: decides what is decoded next; planned for all prompts, or for all clusters.
     kind: 'textual', 'risk_signed' or 'risk_clipped'.
     metric: name or import path of the text metric.
+    ask: who knows references that a risk needs, of prompts that have none; it is asked batch by
+      batch, where texts differ.
     progress: told after every batch.
     kept_bytes: memory for encoded prompts; those beyond it are encoded again at every
       threshold.
 
   Returns:
     The calibration; its p-values and bounds hold although the run stopped when it pleased.
+
+  Raises:
+    asking.Unanswered: references are missing; what was decoded is kept, and the same call goes
+      on there.
   """
   groups = order.prompt_groups(prompts) if test.clusters else None
   units = order.consecutive_units(len(prompts), groups)
@@ -86,7 +93,9 @@ def generate(
     rows = slice(wanted[0].start, wanted[-1].stop)
     full = decoder.records(rows, schedules.NEVER_EXIT)
     early = decoder.records(rows, request.threshold)
-    losses = _losses(prompts[rows], request.threshold, early, full, kind, metric)
+    losses = asking.batch_losses(
+      prompts[rows], request.threshold, early, full, kind=kind, metric=metric, ask=ask
+    )
     test.add(order.unit_means(losses, wanted))
     if progress is not None:
       progress(request.threshold, request.stop, len(units))
@@ -162,13 +171,3 @@ class _Decoder:
       self._room -= size
       self._encoded[rows.start] = batches
     return batches
-
-
-def _losses(chunk, threshold: float, early, full, kind: str, metric: str) -> np.ndarray:
-  pairs = generations.Generations(
-    prompts=tuple(chunk),
-    thresholds=np.array([threshold]),
-    records=(tuple(early),),
-    full=tuple(full),
-  )
-  return sequence_losses.prefix_losses(pairs, kind, metric=metric, workers=1)[0]

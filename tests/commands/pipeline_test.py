@@ -181,6 +181,37 @@ def test_until_certified_stops_early_and_replays(model, prompts, tmp_path):
   assert Calibration.load(again) == decided
 
 
+def test_until_certified_asks_for_references_as_it_goes(model, prompts, tmp_path, capsys):
+  bare = tmp_path / "bare.jsonl"
+  rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+  lines = [json.dumps({"id": row["id"], "input": row["input"]}) for row in rows]
+  bare.write_text("\n".join(lines) + "\n")
+  output, answers = tmp_path / "sequential", tmp_path / "answers.jsonl"
+  answers.write_text("")
+  rates = ["--tolerance=0.9", "--error_rate=0.2", "--kind=risk_clipped"]
+  arguments = [
+    *("generate", f"--model={model}", f"--prompts={bare}", f"--output={output}"),
+    *("--thresholds=0.9,0.5", *DECODE, "--until_certified", *rates),
+    f"--references={answers}",
+  ]
+  asked = 0
+  while cli.main(arguments) != 0:
+    assert "fill in `targets`" in " ".join(capsys.readouterr().err.split())
+    wanted = [
+      json.loads(line) for line in (output / "unlabelled.jsonl").read_text().splitlines()
+    ]
+    assert wanted and all(row["full"] not in row["early"] for row in wanted)
+    with answers.open("a") as file:
+      file.writelines(json.dumps({**row, "targets": ["a word"]}) + "\n" for row in wanted)
+    asked += len(wanted)
+    assert asked <= len(rows)
+  decided = Calibration.load(output / "calibration.json")
+  assert asked and decided.kind == "risk_clipped" and decided.sequential
+  again = tmp_path / "again.json"
+  replayed = ["calibrate", str(output), *rates, f"--output={again}", f"--references={answers}"]
+  assert cli.main(replayed) == 0 and Calibration.load(again) == decided
+
+
 def test_until_certified_by_group_replays_by_group(model, prompts, tmp_path, capsys):
   rows = [json.loads(line) for line in prompts.read_text().splitlines()]
   grouped = tmp_path / "grouped.jsonl"
