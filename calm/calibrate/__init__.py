@@ -33,6 +33,7 @@ from calm.calibrate.losses.sequence_losses import (
   risk_losses,
   textual_losses,
 )
+from calm.calibrate.losses.texts import from_texts
 from calm.calibrate.thresholds import NEVER_EXIT, default_grid
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
   "calibrate_configurations",
   "default_grid",
   "evidence",
+  "from_texts",
   "generations",
   "load",
   "losses",

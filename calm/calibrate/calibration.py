@@ -111,6 +111,8 @@ class Calibration:
     parts: evidence of each test of the promise, where there is more than one; `rows` then hold
       what the least certain of them found.
     losses_digest: SHA-256 of the losses that were tested, '' in a sequential run.
+    knobs: what was turned, a text a row, where that was no threshold; rows then have a place in
+      [0, 1] for a threshold.
   """
 
   threshold: float
@@ -134,11 +136,20 @@ class Calibration:
   promise: Promise = dataclasses.field(default_factory=Mean)
   parts: tuple[Evidence, ...] = ()
   losses_digest: str = ""
+  knobs: tuple[str, ...] = ()
 
   @property
   def certified(self) -> bool:
     """Whether any threshold of the grid was certified."""
     return self.threshold != thresholds_lib.NEVER_EXIT
+
+  @property
+  def knob(self) -> str | float | None:
+    """What is to be served: a knob, or a threshold; None is the full model."""
+    if not self.certified:
+      return None
+    place = [row.threshold for row in self.rows].index(self.threshold)
+    return self.knobs[place] if self.knobs else self.threshold
 
   @property
   def guarantee(self) -> str:
@@ -199,6 +210,8 @@ class Calibration:
       "parts": [part.to_json() for part in self.parts],
       "guarantee": self.guarantee,
     }
+    if not self.knobs:  # files of thresholds are as they were
+      del value["knobs"]
     return {**value, "digest": verification.digest(value)}
 
   @classmethod
@@ -231,6 +244,7 @@ class Calibration:
         "provenance": Provenance.from_json(value["provenance"]),
         "promise": promises.from_json(value.get("promise", Mean().to_json())),
         "parts": tuple(Evidence.from_json(part) for part in value.get("parts", ())),
+        "knobs": tuple(value.get("knobs", ())),
       }
     )
     verification.check_decision(found)
@@ -261,6 +275,12 @@ class Calibration:
       raise ValueError(f"{path}: is no calibration: {error}") from error
 
 
+def _served(calibration: Calibration) -> str:
+  if calibration.knobs:
+    return repr(calibration.knob)
+  return f"threshold {calibration.threshold:.10g}"
+
+
 def describe(calibration: Calibration) -> str:
   """What is promised, over what, with which probability, and what is not promised."""
   unit = "clusters of prompts" if calibration.clusters else "prompts"
@@ -280,8 +300,8 @@ def describe(calibration: Calibration) -> str:
   most = "at most " if calibration.sequential else ""
   sentences = [
     f"With probability at least {1.0 - calibration.error_rate:.10g} over the draw of the"
-    f" {most}{calibration.num_examples} calibration {unit}, decoding with threshold"
-    f" {calibration.threshold:.10g} has {promise.statement(calibration, loss)}.",
+    f" {most}{calibration.num_examples} calibration {unit}, decoding with"
+    f" {_served(calibration)} has {promise.statement(calibration, loss)}.",
     promise.limits(unit),
     "It holds if grid, method, tolerance and error rate were fixed before these losses were"
     " seen.",

@@ -17,7 +17,7 @@ from calm.calibrate.decision import Decision, Evidence
 from calm.calibrate.evidence import methods
 from calm.calibrate.evidence import multiple_testing as testing
 from calm.calibrate.generations.procedures import Provenance
-from calm.calibrate.losses import checks, clusters
+from calm.calibrate.losses import checks, clusters, frames
 from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
 
 
@@ -43,7 +43,8 @@ def calibrate(
 
   Args:
     losses: [num_examples, num_thresholds], rows are exchangeable prompts; best a
-      `SequenceLosses`, which carries its declared support, ids and procedure.
+      `SequenceLosses`, which carries its declared support, ids and procedure. A DataFrame of
+      pandas or polars has a column a threshold, and may have `id` and `group`.
     thresholds: [num_thresholds], strictly descending, chosen before any loss was seen; None
       takes those of a `SequenceLosses`.
     tolerance: delta, in (0, 1), in the unit of the loss.
@@ -90,7 +91,7 @@ def calibrate(
   grid, first = sample.thresholds, tested[0]
   return Calibration(
     threshold=_lowest(grid, decision.rejected),
-    reason=_reason(grid, decision, tested, run),
+    reason=_reason(sample.knobs or grid.tolist(), decision, tested, run),
     tolerance=float(tolerance),
     error_rate=float(error_rate),
     method=first.evidence.method,
@@ -109,6 +110,7 @@ def calibrate(
     promise=promise,
     parts=() if _is_plain(evidence) else evidence,
     losses_digest=_digest(sample),
+    knobs=sample.knobs,
   )
 
 
@@ -278,6 +280,8 @@ def _check_rates(tolerance: float, error_rate: float) -> None:
 
 
 def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
+  if frames.is_frame(losses):
+    losses, support = frames.losses_of(losses, support), None
   if not isinstance(losses, SequenceLosses):
     if thresholds is None:
       raise ValueError("Expected `thresholds` to be given when `losses` is a plain array.")
@@ -337,7 +341,9 @@ def _lowest(grid: np.ndarray, rejected: np.ndarray) -> float:
   return float(grid[rejected].min()) if rejected.any() else thresholds_lib.NEVER_EXIT
 
 
-def _reason(grid, decision: Decision, tested: Sequence[_Tested], run: _Run) -> str:
+def _reason(
+  grid: Sequence[object], decision: Decision, tested: Sequence[_Tested], run: _Run
+) -> str:
   rejected = decision.rejected
   if rejected.all():
     return f"Every threshold of the grid is certified; {grid[-1]} is the lowest."
@@ -346,8 +352,8 @@ def _reason(grid, decision: Decision, tested: Sequence[_Tested], run: _Run) -> s
   name = f" ({worst.evidence.name})" if worst.evidence.name else ""
   fault = f"{name}: {worst.faults[first]}" if worst.faults[first] else name
   if rejected.any():
-    lowest = _lowest(grid, rejected)
-    beyond = grid[np.flatnonzero(rejected)[-1] + 1 :]
+    last = int(np.flatnonzero(rejected)[-1])
+    lowest, beyond = grid[last], grid[last + 1 :]
     shown = grid[first] if not rejected[0] or not len(beyond) else beyond[0]
     return f"{lowest} is the lowest certified threshold; {shown} is not certified{fault}."
   for found in tested:

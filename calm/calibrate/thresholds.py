@@ -7,6 +7,7 @@ full model, which the threshold 1 is not (float32 confidences saturate to exactl
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,25 @@ def parse_threshold(value: str | float) -> float:
       f" {value!r}."
     )
   return threshold
+
+
+def parse_knobs(values: Sequence[str]) -> list[float] | list[str]:
+  """Thresholds as numbers where all are in [0, 1], or the texts of any other knob.
+
+  Raises:
+    ValueError: some are thresholds and others are not.
+  """
+  found: list[float] = []
+  for value in values:
+    try:
+      found.append(parse_threshold(value))
+    except ValueError:
+      continue
+  if found and len(found) != len(values):
+    raise ValueError(
+      f"Expected thresholds in [0, 1], or another knob throughout. Got both: {list(values)}."
+    )
+  return found or list(values)
 
 
 def format_threshold(threshold: float) -> str:
@@ -89,6 +109,28 @@ def validate_grid(thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
       " Sort the grid in descending order and drop duplicates."
     )
   return grid
+
+
+def grid_of_knobs(knobs: Sequence[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
+  """A grid for any ordered knob: layers, beams, names of models.
+
+  Args:
+    knobs: the best first.
+
+  Returns:
+    (grid, knobs as texts): numbers in [0, 1] that descend are the grid, and no knobs; for all
+    else the grid is 1 - i / len(knobs).
+
+  Raises:
+    ValueError: there are none, or two have the same text.
+  """
+  numbers = all(isinstance(knob, int | float | np.number) for knob in knobs)
+  if knobs and numbers and all(0.0 <= knob <= 1.0 for knob in knobs):
+    return validate_grid(knobs), ()
+  names = tuple(str(knob) for knob in knobs)
+  if not names or len(set(names)) != len(names):
+    raise ValueError(f"Expected at least one knob, all different. Got {list(names)}.")
+  return 1.0 - np.arange(len(names)) / len(names), names
 
 
 def _even_grid() -> np.ndarray:

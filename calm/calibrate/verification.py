@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 _READ = (1, SCHEMA_VERSION)
 NEW_FIELDS = {"promise", "parts", "losses_digest"}
+_OPTIONAL = {"knobs"}
 _MOST_BYTES = 64 * 2**20
 # p-values are compared so closely; libraries differ in the last digits.
 _CLOSE = 1e-6
@@ -200,7 +201,7 @@ def check_fields(value: Any, names: set[str]) -> None:
       f"Expected `calibration` to have schema_version {SCHEMA_VERSION} or 1, got {got!r:.100}:"
       " calibrate again."
     )
-  names = names if version >= 2 else names - NEW_FIELDS
+  names = (names if version >= 2 else names - NEW_FIELDS) - (_OPTIONAL - set(value))
   missing = sorted(names - set(value))
   if missing:
     raise ValueError(f"`calibration` lacks the fields {missing}; the file is damaged.")
@@ -216,7 +217,10 @@ def check_fields(value: Any, names: set[str]) -> None:
     _object(row, f"row {number}", set(_ROW))
     _check_all(row, _ROW, f"row {number}")
   if not all(_count(place) for place in _list(value["visited"], "visited")):
-    raise ValueError(f"Expected `visited` to be places, got {value['visited']!r:.100}.")
+    raise ValueError(f"Expected `visited` to be places. Got {value['visited']!r:.100}.")
+  knobs = _list(value.get("knobs", []), "knobs")
+  if knobs and (len(knobs) != len(value["rows"]) or not all(map(_line(500)[0], knobs))):
+    raise ValueError(f"Expected `knobs` of texts, one a row. Got {knobs!r:.200}.")
   for part in _list(value.get("parts", []), "parts"):
     _check_part(part, len(value["rows"]))
 

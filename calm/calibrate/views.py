@@ -39,7 +39,10 @@ def to_frame(calibration: "Calibration", library: str = "pandas") -> Any:
   if library not in ("pandas", "polars"):
     raise ValueError(f"Expected `library` 'pandas' or 'polars', got {library!r}.")
   rows = [dataclasses.asdict(row) for row in calibration.rows]
-  return _module(library).DataFrame({name: [row[name] for row in rows] for name in rows[0]})
+  columns = {name: [row[name] for row in rows] for name in rows[0]}
+  if calibration.knobs:
+    columns = {"knob": list(calibration.knobs), **columns}
+  return _module(library).DataFrame(columns)
 
 
 def plot(calibration: "Calibration", axes: Any = None) -> Any:
@@ -69,6 +72,8 @@ def plot(calibration: "Calibration", axes: Any = None) -> Any:
   axes.axhline(tolerance, color="tab:red", linewidth=1.0, label=f"tolerance {tolerance:g}")
   axes.set(xlabel="threshold, from the safest down", ylabel=f"{calibration.kind} loss")
   axes.invert_xaxis()
+  if calibration.knobs:
+    axes.set(xticks=grid, xticklabels=calibration.knobs, xlabel="the best first")
   shown = np.isfinite(bound)
   axes.set_title(
     f"{calibration.threshold:g} is the lowest of {len(grid)} thresholds that is certified"

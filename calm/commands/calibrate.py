@@ -6,6 +6,11 @@ calibration.json. Needs numpy and scipy only: no JAX.
   calm calibrate runs/cache --tolerance=0.1 --error_rate=0.05
   calm calibrate runs/cache --kind=risk_signed --metric=token_f1 --tolerance=0.02
   calm calibrate --full=full.jsonl --outputs 0.9=a.jsonl 0.8=b.jsonl --output=calibration.json
+  calm calibrate --full=xl.jsonl --outputs large=l.jsonl base=b.jsonl --metric=score.py:overlap
+
+A line of such files is {"id", "prediction"}, and where they are there `input`, `targets` or
+`references` and `group`; or a line as it is of an OpenAI batch's output, of `vllm run-batch`,
+of vLLM's RequestOutput, or of T5X infer.
 """
 
 import argparse
@@ -48,8 +53,9 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--outputs",
     nargs="+",
-    metavar="THRESHOLD=FILE",
-    help="JSON Lines of outputs at each threshold, made elsewhere",
+    metavar="KNOB=FILE",
+    help="JSON Lines of outputs at each threshold, made elsewhere; or at each setting of any"
+    " other knob (layers, beams, a smaller model), the best first: 12=a.jsonl 6=b.jsonl",
   )
 
 
@@ -68,7 +74,8 @@ def _add_test(parser: argparse.ArgumentParser) -> None:
     "--metric",
     default="rouge_l",
     metavar="NAME",
-    help="rouge_l (default), token_f1, exact_match, chrf, or import.path:function",
+    help="rouge_l (default), token_f1, exact_match, chrf, file.py:function, or module:function"
+    " (installed, or a file of the working directory)",
   )
   parser.add_argument(
     "--method",
@@ -242,11 +249,9 @@ def _read(arguments: argparse.Namespace) -> generations.Generations:
   if arguments.directory and not (arguments.full or arguments.outputs):
     return generations.load(arguments.directory)
   if arguments.full and arguments.outputs and not arguments.directory:
-    files = {}
-    for pair in arguments.outputs:
-      threshold, _, path = pair.partition("=")
-      files[thresholds.parse_threshold(threshold)] = path
-    return foreign.gather(arguments.full, files)
+    names, _, paths = zip(*(pair.rpartition("=") for pair in arguments.outputs), strict=True)
+    knobs = thresholds.parse_knobs(names)
+    return foreign.gather(arguments.full, dict(zip(knobs, paths, strict=True)))  # type: ignore
   raise ValueError(
     "Expected the folder of `calm generate`, or both --full and --outputs, got"
     f" directory={arguments.directory!r}, --full={arguments.full!r},"

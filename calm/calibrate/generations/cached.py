@@ -43,6 +43,7 @@ class Generations:
     provenance: their story.
     sequential: whether the run was allowed to stop early.
     by_group: whether a sequential run was tested on clusters, whose prompts stand together.
+    knobs: what was turned, in the order of `thresholds`, where that was no threshold.
   """
 
   prompts: tuple[Prompt, ...]
@@ -53,6 +54,7 @@ class Generations:
   provenance: Provenance = dataclasses.field(default_factory=Provenance)
   sequential: bool = False
   by_group: bool = False
+  knobs: tuple[str, ...] = ()
 
   @property
   def ids(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Outputs decoded elsewhere: T5X's `infer` files and plain {id, prediction} JSON Lines.
+"""Outputs decoded elsewhere: T5X, vLLM, OpenAI batches and plain {id, prediction} JSON Lines.
 
 Nothing says how such outputs were decoded, so `procedure` is None unless the caller states it.
 """
@@ -24,10 +24,12 @@ _INPUT, _TARGET = "inputs_pretokenized", "targets_pretokenized"
 def read_predictions(path: Path) -> tuple[tuple[Prompt, ...], tuple[Record, ...]]:
   """Reads one file of outputs, of either form, line by line.
 
-  A T5X `infer` line ({"inputs": {...}, "prediction": ..., "aux": {...}}) gives the prompt too;
-  its id is `inputs.id` where the task kept one, else the line number. A plain line is
-  {"id": ..., "prediction": ...}; `input`, `targets`, `group` and the fields of `Record` are
-  read where they are there.
+  {"id": ..., "prediction": ...} is a plain line; `input`, `targets` (or `references`), `group`
+  and the fields of `Record` are read where they are there. A line of an OpenAI batch's output
+  (`vllm run-batch` writes the same) has its id in `custom_id` and its text in `response.body`;
+  a `RequestOutput` of vLLM has `request_id` and `outputs`. A T5X `infer` line ({"inputs":
+  {...}, "prediction": ..., "aux": {...}}) gives the prompt too; its id is `inputs.id` where the
+  task kept one, else the line number.
 
   Args:
     path: JSON Lines file.
@@ -42,9 +44,10 @@ def read_predictions(path: Path) -> tuple[tuple[Prompt, ...], tuple[Record, ...]
   for line in records_lib.read_lines(path):
     try:
       prompt, record = _read_line(line)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
       raise line.error(
-        f'no output: {error}. Expected {{"id", "prediction"}} or a line of T5X infer.'
+        f'no output: {error}. Expected {{"id", "prediction"}}, or a line of T5X infer, of an'
+        " OpenAI batch or of vLLM."
       ) from error
     if prompt.id in prompts:
       raise line.error(f"the id {prompt.id!r} occurs twice in this file.")
@@ -61,8 +64,40 @@ def _read_line(line: Line) -> tuple[Prompt, Record]:
     features = value["inputs"]
     name = str(features.get("id", f"line {line.number}"))
     return _t5x_prompt(name, features), Record.from_json(_t5x_record(name, value))
+  if "custom_id" in value or {"request_id", "outputs"} <= set(value):
+    value = _served(value)
   prompt = Prompt.from_json({"input": "", **value})
   return prompt, Record.from_json(value)
+
+
+def _served(value: Mapping[str, Any]) -> dict[str, Any]:
+  """A line of a server's output as {id, prediction}.
+
+  Raises:
+    ValueError: the request failed, or its answer is no text.
+  """
+  if "custom_id" not in value:
+    output = _first(value["outputs"], "outputs")
+    line = {"id": value["request_id"], "prediction": output.get("text")}
+    return line | ({"input": value["prompt"]} if isinstance(value.get("prompt"), str) else {})
+  response = value.get("response") or {}
+  if value.get("error") or response.get("status_code", 200) != 200:
+    raise ValueError(f"the request failed: {value.get('error') or response!r:.200}")
+  body = response.get("body") or {}
+  if "choices" in body:
+    choice = _first(body["choices"], "choices")
+    text = (choice.get("message") or choice).get("content", choice.get("text"))
+  else:
+    messages = [m for m in body.get("output", ()) if m.get("type") == "message"]
+    parts = _first(messages, "output").get("content", ())
+    text = "".join(part.get("text", "") for part in parts)
+  return {"id": value["custom_id"], "prediction": text}
+
+
+def _first(entries: Any, name: str) -> Mapping[str, Any]:
+  if not isinstance(entries, list) or not entries or not isinstance(entries[0], Mapping):
+    raise ValueError(f"Expected `{name}` to be a list of objects, got {entries!r:.100}")
+  return entries[0]
 
 
 def _t5x_prompt(name: str, features: Mapping[str, Any]) -> Prompt:
@@ -102,7 +137,7 @@ def _t5x_record(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
 
 def gather(
   full: Path,
-  by_threshold: Mapping[float, Path],
+  by_threshold: Mapping[float, Path] | Mapping[str, Path],
   *,
   prompts: Path | None = None,
   procedure: Procedure | None = None,
@@ -112,7 +147,8 @@ def gather(
 
   Args:
     full: outputs of the full model.
-    by_threshold: {threshold: file}, thresholds in [0, 1].
+    by_threshold: {threshold: file}, thresholds in [0, 1]; or {knob: file} of any other knob,
+      as texts, the best first.
     prompts: JSON Lines of {id, input, targets, group}; None takes what `full` says.
     procedure: how they were decoded, where the caller can vouch for it.
     provenance: their story.
@@ -123,16 +159,19 @@ def gather(
   Raises:
     GenerationsError: a file is damaged, ids are missing or unknown somewhere, or a line that
       goes by its number has another input than the same line of `full`.
-    ValueError: a threshold leaves [0, 1].
+    ValueError: some knobs are thresholds in [0, 1] and others are not.
   """
-  grid = thresholds_lib.validate_grid(sorted(by_threshold, reverse=True))
+  order = list(by_threshold)
+  if not any(isinstance(knob, str) for knob in order):
+    order.sort(reverse=True)
+    thresholds_lib.validate_grid(order)
+  grid, knobs = thresholds_lib.grid_of_knobs(order)
   known, full_records = read_predictions(full)
   if prompts is not None:
     known = records_lib.read_prompts(prompts)
   by_id = {prompt.id: prompt for prompt in known}
   columns = [_align(full, known, full_records, by_id, by_id)]
-  for threshold in grid.tolist():
-    path = by_threshold[threshold]
+  for path in (by_threshold[knob] for knob in order):  # type: ignore[index]
     others, records = read_predictions(path)
     columns.append(_align(path, known, records, by_id, {other.id: other for other in others}))
   return Generations(
@@ -142,6 +181,7 @@ def gather(
     full=columns[0],
     procedure=procedure,
     provenance=provenance or Provenance(),
+    knobs=knobs,
   )
 
 

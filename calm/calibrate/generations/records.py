@@ -36,12 +36,12 @@ class Prompt:
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> "Prompt":
-    """Reads `to_json`'s form, or a data-set row: {id, input, target, source}.
+    """Reads `to_json`'s form, or a data-set row: {id, input, target or references, source}.
 
     Raises:
       ValueError: `id` or `input` is missing or no text, or targets are no texts.
     """
-    targets = value.get("targets", value.get("target", ()))
+    targets = value.get("targets", value.get("references", value.get("target", ())))
     if not isinstance(targets, str | list | tuple | None):
       raise ValueError(f"Expected `targets` to be a list of texts, got {targets!r}")
     targets = (targets,) if isinstance(targets, str) else tuple(targets or ())

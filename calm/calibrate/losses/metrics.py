@@ -243,10 +243,19 @@ _CORPUS_METRICS = frozenset({"bleu", "sacrebleu", "corpus_bleu", "perplexity"})
 
 
 def _module(name: str) -> Any:
-  """A module by its import name, or by the path of its file, wherever that is."""
-  if not name.endswith(".py"):
-    return importlib.import_module(name)
+  """A module by its import name, or by the path of its file.
+
+  A name that nothing installed has is that of a file in the working directory, which is loaded
+  by its path: no folder is searched for what such a file, or anything else, imports.
+  """
   path = os.path.abspath(name)
+  if not name.endswith(".py"):
+    path = os.path.abspath(name.replace(".", os.sep) + ".py")
+    try:
+      return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+      if not name.startswith(str(error.name)) or not os.path.isfile(path):
+        raise
   known = f"calm_metric_{hashlib.sha256(path.encode()).hexdigest()[:16]}"
   if known not in sys.modules:
     spec = importlib.util.spec_from_file_location(known, path)
@@ -262,7 +271,8 @@ def get_metric(name: str | Metric) -> Metric:
 
   Args:
     name: a name of `METRICS`, a `Metric`, 'folder/file.py:function' or
-      'package.module:function', which are imported (trust them as any program), with
+      'package.module:function' (installed, or 'package/module.py' in the working directory),
+      which are imported (trust them as any program), with
       `function(prediction, references) -> [0, 1]`. A function with a true attribute `binary`
       declares values 0 and 1 only.
 

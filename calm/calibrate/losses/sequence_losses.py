@@ -59,6 +59,7 @@ class SequenceLosses:
     order: 'permuted' (tests that depend on the order see a permutation seeded by the sorted
       ids, the contents and the procedure) or 'given' (rows as they are).
     contents: digest of what the prompts say, or '' where that is not known.
+    knobs: what was turned, in the order of `thresholds`, where that was no threshold.
 
   Raises:
     ValueError: `values` is no table of real numbers with a row a prompt and a column a
@@ -76,6 +77,7 @@ class SequenceLosses:
   procedure: Procedure | None = None
   order: str = "permuted"
   contents: str = ""
+  knobs: tuple[str, ...] = ()
 
   def __post_init__(self):
     values = checks.as_numbers(self.values, "losses")
@@ -90,6 +92,8 @@ class SequenceLosses:
       raise ValueError(f"Expected `support` to be a `Support`, got {self.support!r}.")
     if self.order not in ("permuted", "given"):
       raise ValueError(f"Expected `order` to be 'permuted' or 'given', got {self.order!r}.")
+    if self.knobs and len(self.knobs) != len(grid):
+      raise ValueError(f"Expected {len(grid)} `knobs`, one a column. Got {len(self.knobs)}.")
     checked: dict[str, Any] = {"values": values, "thresholds": grid}
     if self.ids is not None:
       checked["ids"] = checks.check_ids(self.ids, len(values))
@@ -109,6 +113,10 @@ class SequenceLosses:
     """The same losses, each prompt taken for independent; the promise is then false for
     prompts that come in clusters."""
     return dataclasses.replace(self, groups=None)
+
+  def grouped(self, groups: Sequence[str]) -> "SequenceLosses":
+    """The same losses, of prompts that come in these clusters."""
+    return dataclasses.replace(self, groups=tuple(groups))
 
   def rows(self, index: Sequence[int] | np.ndarray) -> "SequenceLosses":
     """The losses of some prompts, by row number."""
@@ -241,6 +249,7 @@ def compute(
     contents=order_lib.prompts_digest(generations.prompts)
     if all(prompt.input for prompt in generations.prompts)
     else "",
+    knobs=generations.knobs,
   )
 
 

@@ -1,0 +1,60 @@
+"""Losses from a DataFrame of pandas or polars, neither of which is imported."""
+
+from typing import Any
+
+import numpy as np
+
+from calm.calibrate.losses import checks
+from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
+
+# Columns that are no threshold.
+_ID, _GROUP = "id", "group"
+
+
+def is_frame(value: Any) -> bool:
+  """Whether a value is a table with named columns."""
+  return hasattr(value, "columns") and hasattr(value, "__getitem__")
+
+
+def losses_of(frame: Any, support: Support | None = None) -> SequenceLosses:
+  """The losses of a DataFrame: one row a prompt, one column a threshold.
+
+  Args:
+    frame: columns named by thresholds (numbers or their text, in any order), and `id` and
+      `group` where there are such.
+    support: declared range; [0, 1] by default.
+
+  Returns:
+    `SequenceLosses` on the descending grid.
+
+  Raises:
+    ValueError: another column has no number for a name, or it holds no numbers.
+  """
+  columns = {}
+  for name in frame.columns:
+    if name not in (_ID, _GROUP):
+      columns[_threshold(name)] = checks.as_numbers(np.asarray(frame[name]), f"column {name!r}")
+  if not columns:
+    raise ValueError("Expected `losses` to have a column a threshold. Got no such column.")
+  grid = sorted(columns, reverse=True)
+  return SequenceLosses(
+    np.stack([columns[threshold] for threshold in grid], axis=1),
+    np.array(grid),
+    support or Support(),
+    kind="loss",
+    ids=_names(frame, _ID),
+    groups=_names(frame, _GROUP),
+  )
+
+
+def _threshold(name: Any) -> float:
+  try:
+    return float(name)
+  except (TypeError, ValueError):
+    raise ValueError(
+      f"Expected columns of `losses` to be named by thresholds, `id` or `group`. Got {name!r}."
+    ) from None
+
+
+def _names(frame: Any, name: str) -> tuple[str, ...] | None:
+  return tuple(str(v) for v in frame[name]) if name in list(frame.columns) else None
