@@ -84,8 +84,7 @@ def calibrate(
   if ordered:
     sample = clusters.with_contents(sample)
   tested = [_test(part, sample, run) for part in parts]
-  if groups is None:
-    _warn(sample, ordered)
+  _warn(sample, ordered)
   evidence = tuple(found.evidence for found in tested)
   decision = decision_lib.decide(evidence, testing_procedure, error_rate)
   grid, first = sample.thresholds, tested[0]
@@ -299,6 +298,8 @@ def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
 
 def _warn(sample: SequenceLosses, ordered: bool) -> None:
   """Says where the table itself suggests that prompts are no independent draws."""
+  if sample.groups is not None:
+    return
   kept = np.concatenate([np.isfinite(b).all(axis=1) for b in checks.row_blocks(sample.values)])
   finite = sample.values if kept.all() else sample.values[kept]
   if not len(finite):

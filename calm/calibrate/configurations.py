@@ -72,7 +72,12 @@ def calibrate_configurations(
     names=first.ids if groups is None else sorted(set(groups)),
     seed=seed,
   )
-  tested = [places[column] for column in found.order]
+  return _record(families, [places[column] for column in found.order], found, error_rate)
+
+
+def _record(families, tested, found: pareto.ParetoResult, error_rate: float) -> Calibration:
+  """What was found as a `Calibration`; `tested` has (family, threshold) in the tested order."""
+  first = _of(families)[0].losses
   promise = Configurations(
     names=tuple(risk.called for risk in _of(families)),
     tolerances=tuple(float(risk.tolerance) for risk in _of(families)),
@@ -96,7 +101,7 @@ def calibrate_configurations(
     metric=first.metric,
     support=parts[0].support,
     num_examples=found.num_examples,
-    clusters=groups is not None,
+    clusters=clusters.declared_groups(first) is not None,
     rows=tuple(
       Row.of(level, parts, decision, number) for number, (_, level) in enumerate(tested)
     ),

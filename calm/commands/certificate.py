@@ -21,13 +21,14 @@ def print_calibration(
       visible(f"{result.kind} loss, {result.metric}; p-values: {result.method}")
     )
   )
-  for name in ("threshold", "mean loss", "upper bound", "p-value", "certified"):
+  for name in (_unit(result), "mean loss", "upper bound", "p-value", "certified"):
     table.add_column(name, justify="right")
   if layers:
     table.add_column("layers / token", justify="right")
-  for row in result.rows:
+  place = result.promise.place([row.rejected for row in result.rows])
+  for number, row in enumerate(result.rows):
     cells = [
-      thresholds.format_threshold(row.threshold),
+      _name(result, number),
       f"{row.mean:.4f}",
       f"{row.upper_bound:.4f}",
       f"{row.p_value:.3g}",
@@ -35,14 +36,31 @@ def print_calibration(
     ]
     if layers:
       cells.append(f"{layers[row.threshold]:.2f}")
-    style = "bold" if row.threshold == result.threshold else None
-    table.add_row(*cells, style=style)
+    table.add_row(*cells, style="bold" if number == place else None)
   console.print(table)
   console.print(
-    f"Calibrated threshold: [bold]{thresholds.format_threshold(result.threshold)}[/bold]"
+    f"Calibrated {_unit(result)}: [bold]"
+    f"{thresholds.NEVER_EXIT_TEXT if place is None else _name(result, place)}[/bold]"
     f" ({rich_markup.escape(visible(result.reason))})"
   )
   console.print(visible(result.guarantee), markup=False)
+
+
+def _names(result: calibrate_lib.Calibration) -> tuple[str, ...]:
+  """What rows are called, where that is no threshold."""
+  return result.knobs or getattr(result.promise, "configurations", ())
+
+
+def _name(result: calibrate_lib.Calibration, place: int) -> str:
+  if _names(result):
+    return rich_markup.escape(visible(_names(result)[place]))
+  return thresholds.format_threshold(result.rows[place].threshold)
+
+
+def _unit(result: calibrate_lib.Calibration) -> str:
+  if result.knobs:
+    return "knob"
+  return "configuration" if _names(result) else "threshold"
 
 
 def mean_layers(cached: generations.Generations | None) -> dict[float, float]:

@@ -1,8 +1,10 @@
 """`calm calibrate` on JSON Lines files alone: groups, promises, tampered files."""
 
 import argparse
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from calm.calibrate import Calibration, promises
@@ -143,3 +145,82 @@ def test_infer_can_expect_a_digest(tmp_path):
   ):
     with pytest.raises(ValueError, match=words):
       infer._calibration(argparse.Namespace(calibration=calibration, expect_digest=expected))
+
+
+def grid(folder, rates, layers, measure="softmax", count=400, seed=0):
+  """A folder as of `calm generate`: at each threshold some texts differ, all of one depth."""
+  from calm.calibrate import Prompt, Record, open_writer
+  from tests.calibrate import laws
+
+  generator = np.random.default_rng(seed)
+  prompts = [Prompt(f"p{row}", f"prompt {row}", ("a b c",)) for row in range(count)]
+  procedure = dataclasses.replace(laws.procedure(), measure=measure)
+  grid = [0.9, 0.5][: len(rates)]
+  writer = open_writer(folder, prompts=prompts, thresholds=grid, procedure=procedure)
+  for threshold, rate, depth in zip(
+    [float("inf"), *grid], [0.0, *rates], [8, *layers], strict=True
+  ):
+    wrong = generator.random(count) < rate
+    writer.append(
+      threshold,
+      [
+        Record(p.id, "x" if bad else "a b c", exit_layers=(depth,), tokens=(3,))
+        for p, bad in zip(prompts, wrong, strict=True)
+      ],
+    )
+  writer.finish()
+  return folder
+
+
+def test_several_risks_are_named_by_flags(tmp_path, capsys):
+  folder = grid(tmp_path / "cache", [0.01, 0.3], [6, 2])
+  risks = ["--risks", "textual:rouge_l:0.1", "risk_clipped:token_f1:0.05"]
+  assert cli.main(["calibrate", str(folder), *risks]) == 0
+  found = Calibration.load(folder / "calibration.json")
+  assert found.promise.name == "several_risks" and found.promise.tolerances == (0.1, 0.05)
+  assert found.threshold == 0.9
+  said = " ".join(capsys.readouterr().out.split())
+  assert "textual loss (rouge_l) of at most 0.1 and risk_clipped loss (token_f1) of" in said
+  for odd in ("textual:rouge_l", "textual:rouge_l:2", "textual::0.1", "other:rouge_l:0.1"):
+    assert cli.main(["calibrate", str(folder), "--risks", odd]) == 2
+    assert "Expected" in capsys.readouterr().err
+  assert cli.main(["calibrate", str(folder), *risks, "--promise=quantile"]) == 2
+  assert "without --promise=quantile" in capsys.readouterr().err
+
+
+def test_the_cheapest_of_several_folders(tmp_path, capsys):
+  one = grid(tmp_path / "softmax", [0.01, 0.3], [6, 2])
+  two = grid(tmp_path / "state", [0.02], [4], measure="state", seed=1)
+  output = tmp_path / "chosen.json"
+  pairs = ["--configurations", f"softmax={one}", f"state={two}"]
+  risks = ["--risks", "textual:rouge_l:0.1", "risk_signed:token_f1:0.1"]
+  assert cli.main(["calibrate", *pairs, *risks, f"--output={output}"]) == 0
+  found = Calibration.load(output)
+  assert found.threshold == 0.9 and found.procedure.measure == "state"
+  assert found.promise.name == "configurations" and found.num_examples == 200
+  said = " ".join(capsys.readouterr().out.split())
+  assert "Calibrated configuration: state at 0.9 (state at 0.9 is the cheapest (4)" in said
+  # Without --risks: the one of --kind, --metric and --tolerance.
+  assert cli.main(["calibrate", *pairs, f"--output={output}", "--tolerance=0.001"]) == 0
+  assert not Calibration.load(output).certified
+  assert "Calibrated configuration: never" in " ".join(capsys.readouterr().out.split())
+  for odd, message in (
+    ([*pairs], "--output alone"),
+    ([str(one), *pairs, f"--output={output}"], "--output alone"),
+    (["--configurations", str(one), f"--output={output}"], "NAME=DIR"),
+    ([*pairs, f"--output={output}", "--verify=x"], "without --verify"),
+  ):
+    assert cli.main(["calibrate", *odd]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_drawn_order_is_verified_by_its_seed(tmp_path, capsys):
+  arguments = outputs(tmp_path, count=200, wrong=(3, 7))
+  rates = ["--method=betting", "--tolerance=0.3", "--metric=exact_match"]
+  full = tmp_path / "full.jsonl"
+  rows = [json.loads(line) for line in full.read_text().splitlines()]
+  write(tmp_path, [{**row, "input": ""} for row in rows], "full.jsonl")
+  assert cli.main(["calibrate", *arguments, *rates]) == 0
+  path = tmp_path / "calibration.json"
+  assert cli.main(["calibrate", *arguments, f"--verify={path}"]) == 0
+  assert "is what these outputs give" in " ".join(capsys.readouterr().out.split())
