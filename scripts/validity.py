@@ -1,0 +1,335 @@
+"""How often each promise is given wrongly, at the boundary where it is hardest to keep.
+
+    python scripts/validity.py --output=scripts/results/validity.json
+    python scripts/validity.py --orders --output=scripts/results/stored_orders.json
+
+Every row draws prompts whose risk is exactly what is promised and asks `calibrate` (or Pareto
+testing, or a sequential run) for a certificate at error rate 0.05: each one is wrong. The share
+of them may be 0.05 and, by chance, three standard errors more; the exit status is 1 if one is
+above. With `--orders` rows are stored sorted, stratified or clustered by their losses, and
+every number of prompts up to 400 is tried; of so many sizes some lie above by chance, and they
+may not be more than that explains. Needs numpy and scipy only.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import scipy
+from scipy import stats
+
+from calm.calibrate import SequenceLosses, Support, calibrate, promises, sequential
+from calm.calibrate.evidence import methods, pareto
+from calm.calibrate.generations import files
+from calm.calibrate.losses import clusters, labelling
+
+LEVEL, TOLERANCE = 0.05, 0.1
+# Columns that share what belongs to a prompt (labels, weights); blocks of them are independent.
+COLUMNS = 400
+COLUMN_NAMES = ("promise", "losses", "prompts", "level", "wrong", "standard error", "draws")
+ORDERS = ("sorted", "stratified", "clustered")
+
+
+def text_like(generator: np.random.Generator, mean, shape) -> np.ndarray:
+  """Most texts are unchanged, the others lose something."""
+  return (generator.random(shape) < 3.0 * np.asarray(mean)) * generator.beta(1.5, 3.0, shape)
+
+
+def zero_or_one(generator: np.random.Generator, mean, shape) -> np.ndarray:
+  """Exact match."""
+  return (generator.random(shape) < mean) * 1.0
+
+
+def signed(generator: np.random.Generator, mean, shape) -> np.ndarray:
+  """Differences of a risk: some for the worse, as many for the better."""
+  change = generator.random(shape)
+  half = 0.5 + np.asarray(mean)
+  return np.where(change < 0.4 * half, 1.0, np.where(change < 0.4, -1.0, 0.0)) * 0.5 + (
+    0.6 * np.asarray(mean)
+  )
+
+
+def table(values: np.ndarray, **fields) -> SequenceLosses:
+  """Losses whose columns are draws of their own."""
+  return SequenceLosses(values, np.linspace(1.0, 0.0, values.shape[1]), **fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One row of the table.
+
+  Attributes:
+    promise: what is promised, in words.
+    losses: of what kind they are.
+    prompts: how many there are.
+    wrong: (generator, prompts) -> share of wrong certificates in a block, or one flag a draw.
+    level: what the share may be.
+    block: draws a call of `wrong` makes.
+  """
+
+  promise: str
+  losses: str
+  prompts: int
+  wrong: Callable[[np.random.Generator, int], np.ndarray]
+  level: float = LEVEL
+  block: int = COLUMNS
+
+
+def certified(losses, **options) -> np.ndarray:
+  """Which columns have p <= level."""
+  found = calibrate(losses, error_rate=LEVEL, **options)
+  return found.column("p_value") <= LEVEL
+
+
+def mean(law, support=None, method="auto"):
+  def wrong(generator, count):
+    values = law(generator, TOLERANCE, (count, COLUMNS))
+    options = {"tolerance": TOLERANCE, "method": method}
+    return certified(table(values, support=support or Support()), **options)
+
+  return wrong
+
+
+def quantile(generator, count):
+  values = np.where(generator.random((count, COLUMNS)) < 0.1, 0.5, 0.05)
+  return certified(table(values), tolerance=TOLERANCE, promise=promises.Quantile(0.9))
+
+
+def every_group(generator, count):
+  labels = np.where(generator.random(count) < 0.5, "easy", "hard")
+  rates = np.where(labels == "hard", TOLERANCE, 0.0)[:, None]
+  values = text_like(generator, rates, (count, COLUMNS))
+  promise = promises.EveryGroup(labels=labels.tolist())
+  return certified(table(values), tolerance=TOLERANCE, promise=promise)
+
+
+def each_group(generator, count):
+  labels = ["a" if row % 2 else "b" for row in range(count)]
+  losses = table(text_like(generator, TOLERANCE, (count, COLUMNS)))
+  found = promises.each_group(losses, labels, tolerance=TOLERANCE, error_rate=LEVEL)
+  wrong = [one.column("p_value") <= LEVEL / len(found) for one in found.values()]
+  return np.any(wrong, axis=0)
+
+
+def early_exits(generator, count):
+  depths = generator.choice([2.0, 4.0, 8.0], (count, COLUMNS))
+  values = text_like(generator, np.where(depths <= 2.0, TOLERANCE, 0.02), depths.shape)
+  promise = promises.EarlyExits((2.0, 4.0), depths=depths)
+  return certified(table(values), tolerance=TOLERANCE, promise=promise)
+
+
+def tail_mean(generator, count):
+  shape = (count, COLUMNS)  # the worst tenth loses 0.4 on average
+  values = np.where(generator.random(shape) < 0.1, generator.uniform(0.2, 0.6, shape), 0.0)
+  return certified(table(values), tolerance=0.4, promise=promises.TailMean(0.9, 0.2))
+
+
+def known_mixture(generator, count):
+  often = generator.random(count) < 0.5
+  rates = np.where(often, 0.12, 0.04)[:, None]  # 0.1 under the weights
+  values = text_like(generator, rates, (count, COLUMNS))
+  promise = promises.KnownMixture(1.5, weights=np.where(often, 1.5, 0.5))
+  return certified(table(values), tolerance=TOLERANCE, promise=promise)
+
+
+def several_risks(generator, count):
+  first = table(text_like(generator, TOLERANCE, (count, COLUMNS)), kind="first")
+  second = table(text_like(generator, 0.01, (count, COLUMNS)), kind="second")
+  risks = [promises.Risk(first, TOLERANCE), promises.Risk(second, TOLERANCE)]
+  found = calibrate(risks=risks, error_rate=LEVEL)
+  return found.column("p_value") <= LEVEL
+
+
+def cost(risk: bool):
+  def wrong(generator, count):
+    shape = (count, COLUMNS)
+    values = text_like(generator, TOLERANCE if risk else 0.0, shape)
+    costs = np.full(shape, 0.1) if risk else generator.beta(2.0, 2.0, shape)
+    return certified(
+      table(values), tolerance=TOLERANCE, promise=promises.Cost(0.5, costs=costs)
+    )
+
+  return wrong
+
+
+def labelled_share(generator, count):
+  values = text_like(generator, TOLERANCE, (count, COLUMNS))
+  guess = np.clip(values + generator.normal(0.0, 0.1, values.shape), 0.0, 1.0)
+  chosen = labelling.choose(count, 0.25, seed=int(generator.integers(2**32)))
+  known = np.where(chosen[:, None], values, np.nan)
+  losses = labelling.with_predictions(table(known), guess, chosen, 0.25)
+  return certified(losses, tolerance=TOLERANCE)
+
+
+def cluster_means(generator, count):
+  values = np.repeat(text_like(generator, TOLERANCE, (count, COLUMNS)), 4, axis=0)
+  groups = tuple(f"g{row // 4}" for row in range(len(values)))
+  return certified(table(values, groups=groups), tolerance=TOLERANCE)
+
+
+def one_configuration(generator, count):
+  """All configurations are at the boundary; which is tested first is learned."""
+  values = zero_or_one(generator, TOLERANCE, (count, 6))
+  risk = pareto.Risk(values, TOLERANCE, Support(binary=True))
+  costs = generator.random((count, 6))
+  found = pareto.pareto_test([risk], costs, error_rate=LEVEL)
+  return np.array([found.chosen is not None])
+
+
+def sequential_run(lower: float):
+  def wrong(generator, count):
+    law = text_like if lower == 0.0 else signed
+    values = law(generator, TOLERANCE, count)
+    test = sequential.SequentialCalibration(
+      [0.5], count, tolerance=TOLERANCE, error_rate=LEVEL, support=Support(lower=lower)
+    )
+    while (request := test.request(16)) is not None:
+      test.add(values[request.start : request.stop])
+    return np.array([test.calibration().certified])
+
+  return wrong
+
+
+def grid_of_four(generator, count):
+  """The whole of `calibrate`: two thresholds within the tolerance, two at it."""
+  values = text_like(generator, [0.01, 0.05, TOLERANCE, TOLERANCE], (count, 4))
+  found = calibrate(values, [0.9, 0.7, 0.5, 0.3], tolerance=TOLERANCE, error_rate=LEVEL)
+  return np.array([found.threshold < 0.7])
+
+
+CELLS = (
+  Cell("mean", "text", 100, mean(text_like)),
+  Cell("mean", "text", 300, mean(text_like)),
+  Cell("mean", "0 or 1, binomial", 100, mean(zero_or_one, Support(binary=True))),
+  Cell("mean", "0 or 1, bets", 100, mean(zero_or_one)),
+  Cell("mean", "signed", 100, mean(signed, Support(lower=-1.0))),
+  Cell("mean, convex_order", "text", 100, mean(text_like, method="convex_order")),
+  Cell("mean, betting", "text", 100, mean(text_like, method="betting")),
+  Cell("mean, betting_early", "text", 100, mean(text_like, method="betting_early")),
+  Cell("mean, betting_early", "0 or 1", 100, mean(zero_or_one, method="betting_early")),
+  Cell("mean, clusters of 4 copies", "text", 100, cluster_means),
+  Cell("quantile", "two values", 100, quantile),
+  Cell("every group", "text", 200, every_group),
+  Cell("each group", "text", 200, each_group),
+  Cell("early exits", "text", 300, early_exits),
+  Cell("tail mean", "a worst tenth", 200, tail_mean),
+  Cell("known mixture", "text", 200, known_mixture),
+  Cell("several risks", "text", 100, several_risks),
+  Cell("cost, the risk", "text", 100, cost(risk=True), LEVEL / 2),
+  Cell("cost, the cost", "Beta(2, 2)", 100, cost(risk=False), LEVEL / 2),
+  Cell("a quarter labelled", "text", 300, labelled_share),
+  Cell("one of six configurations", "0 or 1", 200, one_configuration, block=1),
+  Cell("sequential", "text", 60, sequential_run(0.0), block=1),
+  Cell("sequential", "signed", 60, sequential_run(-1.0), block=1),
+  Cell("mean, a grid of four", "text", 100, grid_of_four, block=1),
+)
+
+
+def simulate(cell: Cell, draws: int, number: int) -> list:
+  """One line of the table."""
+  generator = np.random.default_rng([2022, number])
+  blocks = max(2, draws // cell.block)
+  shares = np.array([np.mean(cell.wrong(generator, cell.prompts)) for _ in range(blocks)])
+  error = float(shares.std(ddof=1)) / math.sqrt(blocks)
+  told = (cell.level, shares.mean(), error, blocks * cell.block)
+  return line(cell.promise, cell.losses, str(cell.prompts), *told)
+
+
+def line(promise, losses, prompts, level, rate, error, draws) -> list:
+  """A line as the table shows it."""
+  return [promise, losses, prompts, f"{level:g}", f"{rate:.4f}", f"{error:.4f}", str(draws)]
+
+
+def stored(order: str, losses: np.ndarray) -> np.ndarray:
+  """The same losses as somebody may have stored them, by nothing but their values."""
+  losses = np.sort(losses, axis=0)
+  if order == "sorted":
+    return losses
+  if order == "stratified":  # as if from ten strata in turn
+    return np.concatenate([losses[start::10] for start in range(10)])
+  return np.roll(losses, len(losses) // 2, axis=0)  # the worst together, in the middle
+
+
+def in_tested_order(generator, order: str, law, count: int) -> np.ndarray:
+  """[prompts] losses of one stored table at the boundary, in the order that is made for it."""
+  values = stored(order, law(generator, TOLERANCE, (count, 1)))
+  losses = clusters.with_contents(SequenceLosses(values, [0.5]))
+  rows, _ = clusters.tested_order(losses)
+  return values[rows, 0]
+
+
+def wrong_in_order(generator, order: str, law, count: int, draws: int) -> float:
+  """Share of stored tables that are certified; each has an order of its own."""
+  tables = [in_tested_order(generator, order, law, count) for _ in range(draws)]
+  tolerances = np.full(draws, TOLERANCE)
+  sample = methods.Sample(np.stack(tables, axis=1), Support(), tolerances, LEVEL)
+  method = methods.get_method("auto", Support())
+  return float(np.mean(method.certifies(sample, np.arange(draws))))
+
+
+def simulate_orders(draws: int, most: int) -> tuple[list[list], bool]:
+  """Lines for ranges of sizes, and whether no more sizes lie high than chance explains."""
+  lines, kept = [], True
+  limit = LEVEL + 3.0 * math.sqrt(LEVEL * (1.0 - LEVEL) / draws)
+  chance = float(stats.binom.sf(math.floor(limit * draws + 1e-9), draws, LEVEL))
+  for law, name in ((text_like, "text"), (zero_or_one, "0 or 1")):
+    for order in ORDERS:
+      generator = np.random.default_rng([2023, len(lines)])
+      rates = np.array(
+        [wrong_in_order(generator, order, law, count, draws) for count in range(1, most + 1)]
+      )
+      for low in range(0, most, 100):
+        part = rates[low : low + 100]
+        spread = math.sqrt(part.mean() * (1.0 - part.mean()) / (draws * len(part)))
+        high = int(np.sum(part > limit + 1e-9))
+        kept &= part.mean() <= LEVEL + 3.0 * spread
+        kept &= stats.binomtest(high, len(part), chance, alternative="greater").pvalue > 1e-3
+        sizes = f"{low + 1} to {low + len(part)}"
+        told = (LEVEL, part.mean(), spread, draws * len(part))
+        extremes = [f"{part.max():.4f}", f"{limit:.4f}", str(high)]
+        lines.append([*line(f"mean, stored {order}", name, sizes, *told), *extremes])
+        print("  ".join(lines[-1]), flush=True)
+  return lines, kept
+
+
+def main() -> int:
+  """Command line; returns the process's exit code."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--draws", type=int, default=20_000, help="a row (default %(default)s)")
+  parser.add_argument("--orders", action="store_true", help="stored orders at every size")
+  parser.add_argument("--order_draws", type=int, default=400, help="a size (default 400)")
+  parser.add_argument("--most", type=int, default=400, help="the largest size (default 400)")
+  parser.add_argument("--output", help="JSON file of the table")
+  arguments = parser.parse_args()
+  if arguments.orders:
+    rows, kept = simulate_orders(arguments.order_draws, arguments.most)
+  else:
+    rows, kept = [], True
+    for number, cell in enumerate(CELLS):
+      rows.append(simulate(cell, arguments.draws, number))
+      *_, level, rate, error, _ = rows[-1]
+      kept &= float(rate) <= float(level) + 3.0 * float(error) + 5e-5
+      print("  ".join(rows[-1]), flush=True)
+  if arguments.output:
+    more = ["most at one size", "level + 3 errors", "sizes above"] if arguments.orders else []
+    value = {
+      "command": " ".join(["python", "scripts/validity.py", *sys.argv[1:]]),
+      "columns": [*COLUMN_NAMES, *more],
+      "rows": rows,
+      "versions": {"numpy": np.__version__, "scipy": scipy.__version__},
+    }
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    files.write_atomically(pathlib.Path(arguments.output), text)
+  print("every share is within three errors of its level" if kept else "a share is too large")
+  return 0 if kept else 1
+
+
+if __name__ == "__main__":
+  sys.exit(main())
