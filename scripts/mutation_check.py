@@ -5,7 +5,8 @@
 
 Each mutant swaps one operator, comparison, constant or call (min for max, ...). It is killed
 when a test fails or runs out of time. Survivors are listed with their line; the exit status is
-1 if there are any that `EQUIVALENT` does not explain.
+1 if there are any that `EQUIVALENT` does not explain. The score is killed over all that are not
+equivalent.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import copy
 import importlib.abc
 import importlib.util
 import itertools
+import json
 import os
 import pathlib
 import signal
@@ -21,11 +23,28 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+_PROMISES = ("promises_test", "configurations_test", "forgery_test")
 TESTS = {
   "evidence/p_values": ("evidence/p_values_test", "pitfalls_test", "evidence/bounds_test"),
   "evidence/multiple_testing": ("evidence/multiple_testing_test", "pitfalls_test"),
-  "evidence/betting": ("evidence/p_values_test", "evidence/bounds_test", "evidence/draws_test"),
-  "evidence/strategies": ("evidence/p_values_test", "evidence/bounds_test"),
+  "evidence/betting": ("evidence/betting_test", "evidence/bounds_test", "evidence/draws_test"),
+  "evidence/strategies": ("evidence/betting_test", "evidence/bounds_test", "sequential_test"),
+  "evidence/draws": ("evidence/draws_test", "trials_test"),
+  "evidence/pareto": ("evidence/pareto_test", "configurations_test", "pitfalls_test"),
+  "generations/order": ("generations/order_test", "order_edges_test"),
+  "losses/clusters": ("order_edges_test", "calibration_test", "edges_test"),
+  "losses/labelling": ("losses/labelling_test",),
+  "decision": ("promises_test", "calibration_test", "configurations_test"),
+  "configurations": ("configurations_test",),
+  "promises/configurations": ("configurations_test",),
+  "promises/promise": _PROMISES,
+  "promises/quantile": _PROMISES,
+  "promises/every_group": _PROMISES,
+  "promises/early": _PROMISES,
+  "promises/tail": _PROMISES,
+  "promises/mixture": _PROMISES,
+  "promises/risks": _PROMISES,
+  "promises/cost": _PROMISES,
 }
 # Seconds of CPU, so that a busy machine does not decide.
 TIME_LIMIT = 60
@@ -251,8 +270,8 @@ def survives(name: str, tree: ast.Module, path: pathlib.Path, tests: list[str]) 
   return os.waitpid(child, 0)[1] == 0
 
 
-def check(module: str, names: tuple[str, ...], every: int = 1) -> int:
-  """Runs mutants of one module, prints the score and returns unexplained survivors."""
+def check(module: str, names: tuple[str, ...], every: int = 1) -> list[object]:
+  """Runs mutants of one module; prints them, and returns a line of the table."""
   path = ROOT / "calm" / "calibrate" / f"{module}.py"
   source = path.read_text("utf-8")
   tests = [str(ROOT / "tests" / "calibrate" / f"{name}.py") for name in names]
@@ -278,29 +297,40 @@ def check(module: str, names: tuple[str, ...], every: int = 1) -> int:
     f" ({time.perf_counter() - started:.0f} s)",
     flush=True,
   )
-  return unexplained
+  score = killed / max(1, total - explained)
+  return [module, str(total), str(killed), str(explained), str(unexplained), f"{score:.3f}"]
 
 
 def main() -> None:
   """Command line."""
   parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-  parser.add_argument("--module", help="one module of calm.calibrate (default: %(default)s)")
+  parser.add_argument(
+    "--module", nargs="+", help="modules of calm.calibrate (default: all of `TESTS`)"
+  )
   parser.add_argument("--tests", nargs="+", help="test modules in tests/calibrate")
+  parser.add_argument("--output", help="JSON file of the table")
   parser.add_argument("--every", type=int, default=1, help="take one mutant of so many")
   options = parser.parse_args()
   os.chdir(ROOT)
   sys.path.insert(0, str(ROOT))
   # Loaded once, before any child is forked; nothing of the project is.
   import hypothesis.strategies  # noqa: F401
-  import numpy  # noqa: F401
+  import numpy
   import pytest  # noqa: F401
-  import scipy.stats  # noqa: F401
+  import scipy.stats
 
-  chosen = [options.module] if options.module else list(TESTS)
-  left = sum(
-    check(module, tuple(options.tests or TESTS[module]), options.every) for module in chosen
-  )
-  raise SystemExit(1 if left else 0)
+  chosen = options.module or list(TESTS)
+  rows = [check(m, tuple(options.tests or TESTS[m]), options.every) for m in chosen]
+  if options.output:
+    value = {
+      "command": " ".join(["python", "scripts/mutation_check.py", *sys.argv[1:]]),
+      "columns": ["module", "mutants", "killed", "equivalent", "survived", "score"],
+      "rows": rows,
+      "versions": {"numpy": numpy.__version__, "scipy": scipy.__version__},
+    }
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    pathlib.Path(options.output).write_text(text, "utf-8")
+  raise SystemExit(1 if any(row[4] != "0" for row in rows) else 0)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ class Cell:
     wrong: (generator, prompts) -> share of wrong certificates in a block, or one flag a draw.
     level: what the share may be.
     block: draws a call of `wrong` makes.
+    most: draws at most, where each is a whole run.
   """
 
   promise: str
@@ -78,6 +79,7 @@ class Cell:
   wrong: Callable[[np.random.Generator, int], np.ndarray]
   level: float = LEVEL
   block: int = COLUMNS
+  most: int = 10**9
 
 
 def certified(losses, **options) -> np.ndarray:
@@ -224,16 +226,16 @@ CELLS = (
   Cell("cost, the cost", "Beta(2, 2)", 100, cost(risk=False), LEVEL / 2),
   Cell("a quarter labelled", "text", 300, labelled_share),
   Cell("one of six configurations", "0 or 1", 200, one_configuration, block=1),
-  Cell("sequential", "text", 60, sequential_run(0.0), block=1),
-  Cell("sequential", "signed", 60, sequential_run(-1.0), block=1),
-  Cell("mean, a grid of four", "text", 100, grid_of_four, block=1),
+  Cell("sequential", "text", 60, sequential_run(0.0), block=1, most=5000),
+  Cell("sequential", "signed", 60, sequential_run(-1.0), block=1, most=5000),
+  Cell("mean, a grid of four", "text", 100, grid_of_four, block=1, most=4000),
 )
 
 
 def simulate(cell: Cell, draws: int, number: int) -> list:
   """One line of the table."""
   generator = np.random.default_rng([2022, number])
-  blocks = max(2, draws // cell.block)
+  blocks = max(2, min(draws, cell.most) // cell.block)
   shares = np.array([np.mean(cell.wrong(generator, cell.prompts)) for _ in range(blocks)])
   error = float(shares.std(ddof=1)) / math.sqrt(blocks)
   told = (cell.level, shares.mean(), error, blocks * cell.block)
@@ -304,7 +306,7 @@ def main() -> int:
   )
   parser.add_argument("--draws", type=int, default=20_000, help="a row (default %(default)s)")
   parser.add_argument("--orders", action="store_true", help="stored orders at every size")
-  parser.add_argument("--order_draws", type=int, default=400, help="a size (default 400)")
+  parser.add_argument("--order_draws", type=int, default=200, help="a size (default 200)")
   parser.add_argument("--most", type=int, default=400, help="the largest size (default 400)")
   parser.add_argument("--output", help="JSON file of the table")
   arguments = parser.parse_args()
