@@ -110,7 +110,7 @@ def test_how_rows_are_stored_plays_no_part(given):
   """Sorted columns, at risk exactly the tolerance: as often wrong as in any other order."""
   generator = np.random.default_rng(11)
   options = {} if not given else {"optimization_rows": np.arange(200) % 2 == 0}
-  wrong, draws = 0, 400
+  wrong, draws = 0, 200
   for _ in range(draws):
     values = np.sort((generator.random((200, 1)) < 0.1) * 1.0, axis=0)
     found = pareto.pareto_test([pareto.Risk(values, 0.1)], [1.0], error_rate=0.05, **options)
