@@ -58,7 +58,7 @@ def parse_knobs(values: Sequence[str]) -> list[float] | list[str]:
       continue
   if found and len(found) != len(values):
     raise ValueError(
-      f"Expected thresholds in [0, 1], or another knob throughout. Got both: {list(values)}."
+      f"Expected thresholds in [0, 1], or another knob throughout, got both: {list(values)}."
     )
   return found or list(values)
 
@@ -129,7 +129,7 @@ def grid_of_knobs(knobs: Sequence[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
     return validate_grid(knobs), ()
   names = tuple(str(knob) for knob in knobs)
   if not names or len(set(names)) != len(names):
-    raise ValueError(f"Expected at least one knob, all different. Got {list(names)}.")
+    raise ValueError(f"Expected at least one knob, all different, got {list(names)}.")
   return 1.0 - np.arange(len(names)) / len(names), names
 
 

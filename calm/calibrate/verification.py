@@ -217,10 +217,10 @@ def check_fields(value: Any, names: set[str]) -> None:
     _object(row, f"row {number}", set(_ROW))
     _check_all(row, _ROW, f"row {number}")
   if not all(_count(place) for place in _list(value["visited"], "visited")):
-    raise ValueError(f"Expected `visited` to be places. Got {value['visited']!r:.100}.")
+    raise ValueError(f"Expected `visited` to be places, got {value['visited']!r:.100}.")
   knobs = _list(value.get("knobs", []), "knobs")
   if knobs and (len(knobs) != len(value["rows"]) or not all(map(_line(500)[0], knobs))):
-    raise ValueError(f"Expected `knobs` of texts, one a row. Got {knobs!r:.200}.")
+    raise ValueError(f"Expected `knobs` of texts, one a row, got {knobs!r:.200}.")
   for part in _list(value.get("parts", []), "parts"):
     _check_part(part, len(value["rows"]))
 

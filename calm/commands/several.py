@@ -46,8 +46,8 @@ def parse_risk(text: str) -> tuple[str, str, float]:
     tolerance = -1.0
   if not metric or not 0.0 < tolerance < 1.0:
     raise ValueError(
-      f"Expected `--risks` as KIND:METRIC:DELTA with DELTA in (0, 1), as textual:rouge_l:0.1."
-      f" Got {text!r}."
+      f"Expected `--risks` as KIND:METRIC:DELTA with DELTA in (0, 1), got {text!r}; write"
+      " textual:rouge_l:0.1."
     )
   sequence_losses.kind_support(kind, metric)
   return kind, metrics.get_metric(metric).name, tolerance
@@ -73,7 +73,7 @@ def calibrate_risks(arguments, cached: generations.Generations) -> calibrate_lib
   """
   _refuse_others(arguments, "--risks")
   if cached.sequential:
-    raise ValueError("Expected a complete run for --risks. Got one that stopped early.")
+    raise ValueError("Expected a complete run for --risks, got one that stopped early.")
   return calibrate_lib.calibrate(
     risks=risks_of(arguments, cached),
     error_rate=arguments.error_rate,
@@ -98,7 +98,7 @@ def calibrate_configurations(arguments) -> calibrate_lib.Calibration:
     cached = generations.load(folder)
     counts = cached.layer_counts()
     if counts is None or cached.sequential:
-      raise ValueError(f"Expected a complete run with `exit_layers` in {folder}. Got none.")
+      raise ValueError(f"Expected a complete run with `exit_layers` in {folder}, got none.")
     layers, tokens = counts
     risks[name] = risks_of(arguments, cached)
     costs[name] = layers / np.maximum(tokens, 1)
@@ -112,7 +112,7 @@ def _folders(pairs: Sequence[str]) -> list[tuple[str, str]]:
   for pair in pairs:
     name, _, folder = pair.partition("=")
     if not name or not folder or name in found:
-      raise ValueError(f"Expected `--configurations` as NAME=DIR, names unique. Got {pair!r}.")
+      raise ValueError(f"Expected `--configurations` as NAME=DIR, names unique, got {pair!r}.")
     found[name] = folder
   return list(found.items())
 

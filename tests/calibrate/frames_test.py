@@ -43,7 +43,7 @@ def test_a_frame_of_losses_is_calibrated(make):
 
 
 def test_columns_that_are_no_thresholds_are_refused(make):
-  with pytest.raises(ValueError, match=r"named by thresholds, `id` or `group`\. Got 'score'"):
+  with pytest.raises(ValueError, match=r"named by thresholds, `id` or `group`, got 'score'"):
     calibrate(make(columns(score=[0.0] * 200)), **RATES)
   with pytest.raises(ValueError, match="a column a threshold"):
     calibrate(make({"id": IDS}), **RATES)

@@ -35,7 +35,7 @@ def losses_of(frame: Any, support: Support | None = None) -> SequenceLosses:
     if name not in (_ID, _GROUP):
       columns[_threshold(name)] = checks.as_numbers(np.asarray(frame[name]), f"column {name!r}")
   if not columns:
-    raise ValueError("Expected `losses` to have a column a threshold. Got no such column.")
+    raise ValueError("Expected `losses` to have a column a threshold, got no such column.")
   grid = sorted(columns, reverse=True)
   return SequenceLosses(
     np.stack([columns[threshold] for threshold in grid], axis=1),
@@ -52,7 +52,7 @@ def _threshold(name: Any) -> float:
     return float(name)
   except (TypeError, ValueError):
     raise ValueError(
-      f"Expected columns of `losses` to be named by thresholds, `id` or `group`. Got {name!r}."
+      f"Expected columns of `losses` to be named by thresholds, `id` or `group`, got {name!r}."
     ) from None
 
 

@@ -93,7 +93,7 @@ class SequenceLosses:
     if self.order not in ("permuted", "given"):
       raise ValueError(f"Expected `order` to be 'permuted' or 'given', got {self.order!r}.")
     if self.knobs and len(self.knobs) != len(grid):
-      raise ValueError(f"Expected {len(grid)} `knobs`, one a column. Got {len(self.knobs)}.")
+      raise ValueError(f"Expected {len(grid)} `knobs`, one a column, got {len(self.knobs)}.")
     checked: dict[str, Any] = {"values": values, "thresholds": grid}
     if self.ids is not None:
       checked["ids"] = checks.check_ids(self.ids, len(values))

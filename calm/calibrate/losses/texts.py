@@ -57,7 +57,7 @@ def from_texts(
   }
   for name, rows in tables.items():
     if isinstance(rows, str) or len(rows) != len(full):
-      raise ValueError(f"Expected `{name}` of {len(full)} texts, as `full`. Got {len(rows)}.")
+      raise ValueError(f"Expected `{name}` of {len(full)} texts, as `full`, got {len(rows)}.")
   grid, knobs = thresholds_lib.grid_of_knobs(list(early))
   generations = Generations(
     prompts=tuple(Prompt(*row) for row in zip(names, [""] * len(full), targets, strict=True)),

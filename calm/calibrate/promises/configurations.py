@@ -29,13 +29,13 @@ class Configurations(SeveralRisks):
     super().__post_init__()
     if not self.configurations or len(self.configurations) != len(self.costs):
       raise ValueError(
-        "Expected `configurations` with a cost each. Got"
+        "Expected `configurations` with a cost each, got"
         f" {len(self.configurations)} and {len(self.costs)} costs."
       )
     if not all(isinstance(name, str) for name in self.configurations):
-      raise ValueError(f"Expected `configurations` of texts. Got {self.configurations!r:.200}.")
+      raise ValueError(f"Expected `configurations` of texts, got {self.configurations!r:.200}.")
     if not np.isfinite(self.costs).all():
-      raise ValueError(f"Expected finite `costs`. Got {self.costs!r:.200}.")
+      raise ValueError(f"Expected finite `costs`, got {self.costs!r:.200}.")
 
   def place(self, rejected: Any) -> int | None:
     """The cheapest certified configuration; of equal ones the safest."""
@@ -48,7 +48,7 @@ class Configurations(SeveralRisks):
     """A row a configuration."""
     if len(thresholds) != len(self.configurations):
       raise ValueError(
-        f"Expected {len(self.configurations)} `rows`, one a configuration. Got"
+        f"Expected {len(self.configurations)} `rows`, one a configuration, got"
         f" {len(thresholds)}."
       )
 

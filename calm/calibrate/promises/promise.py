@@ -101,7 +101,7 @@ class Promise(abc.ABC):
     """
     if any(a <= b for a, b in itertools.pairwise(thresholds)):
       raise ValueError(
-        "Expected `rows` with strictly descending thresholds. Got another order."
+        "Expected `rows` with strictly descending thresholds, got another order."
       )
 
   @abc.abstractmethod
