@@ -8,7 +8,7 @@ calibration.json. Needs numpy and scipy only: no JAX.
   calm calibrate --full=full.jsonl --outputs 0.9=a.jsonl 0.8=b.jsonl --output=calibration.json
   calm calibrate runs/cache --risks textual:rouge_l:0.1 risk_signed:token_f1:0.02
   calm calibrate --configurations a=runs/a b=runs/b --output=calibration.json
-  calm calibrate --full=xl.jsonl --outputs large=l.jsonl base=b.jsonl --metric=score.py:overlap
+  calm calibrate --full=xl.jsonl --outputs large=l.jsonl base=b.jsonl --metric=file.py:overlap
 
 A line of such files is {"id", "prediction"}, and where they are there `input`, `targets` or
 `references` and `group`; or a line as it is of an OpenAI batch's output, of `vllm run-batch`,

@@ -191,7 +191,7 @@ def test_until_certified_asks_for_references_as_it_goes(model, prompts, tmp_path
   rates = ["--tolerance=0.9", "--error_rate=0.2", "--kind=risk_clipped"]
   arguments = [
     *("generate", f"--model={model}", f"--prompts={bare}", f"--output={output}"),
-    *("--thresholds=0.9,0.5", *DECODE, "--until_certified", *rates),
+    *("--thresholds=0.9,0.5", *toy.DECODE, "--until_certified", *rates),
     f"--references={answers}",
   ]
   asked = 0

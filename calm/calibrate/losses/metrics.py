@@ -271,7 +271,7 @@ def get_metric(name: str | Metric) -> Metric:
 
   Args:
     name: a name of `METRICS`, a `Metric`, 'folder/file.py:function' or
-      'package.module:function' (installed, or 'package/module.py' in the working directory),
+      'package.module:function' (installed, or 'folder/module.py' in the working directory),
       which are imported (trust them as any program), with
       `function(prediction, references) -> [0, 1]`. A function with a true attribute `binary`
       declares values 0 and 1 only.
