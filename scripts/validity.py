@@ -1,7 +1,7 @@
 """How often each promise is given wrongly, at the boundary where it is hardest to keep.
 
-    python scripts/validity.py --output=scripts/results/validity.json
-    python scripts/validity.py --orders --output=scripts/results/stored_orders.json
+    python scripts/validity.py --output=scripts/results/NAME.json
+    python scripts/validity.py --orders --output=scripts/results/NAME.json
 
 Every row draws prompts whose risk is exactly what is promised and asks `calibrate` (or Pareto
 testing, or a sequential run) for a certificate at error rate 0.05: each one is wrong. The share
