@@ -196,7 +196,7 @@ def test_hoeffding_by_hand():
 
 def test_columns_are_independent_and_vectorised():
   losses = laws.mostly_zero(np.random.default_rng(3), 0.1, (50, 6))
-  for strategy in (betting.PLUG_IN, betting.FIXED_LEVEL):
+  for strategy in (betting.PLUG_IN, betting.FIXED_LEVEL, betting.EARLY):
     whole = p_values.betting(losses, 0.2, strategy=strategy)
     single = [p_values.betting(column, 0.2, strategy=strategy) for column in losses.T]
     np.testing.assert_array_equal(whole, single)
@@ -285,7 +285,7 @@ def test_any_input_gives_p_values_or_a_clear_error(values, size, tolerance):
 
   for p_value in (*SUM_BASED, p_values.binomial):
     checked(lambda f=p_value: f(values, size, tolerance), values.shape)
-  for strategy in (betting.PLUG_IN, betting.FIXED_LEVEL):
+  for strategy in (betting.PLUG_IN, betting.FIXED_LEVEL, betting.EARLY):
     checked(
       lambda s=strategy: p_values.betting(values, tolerance, strategy=s), values.shape[1:]
     )
