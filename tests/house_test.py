@@ -113,10 +113,14 @@ PATH = re.compile(
   r"(?<![\w/.:@${}<*-])((?:[\w.-]+/)+[\w.-]+\.(?:py|md|gin|json|sh|toml|j2|txt|yml)"
   r"|\w+\.(?:py|md|gin))\b"
 )
-# What commands write, and what stands for any file.
+# What commands and scripts write, and what is said of any file.
 WRITTEN = (
-  *("runs/", "DIR/", "DIRECTORY/", "run/", "cache/", "OUTPUT.", "config.gin", "stage.gin"),
-  *("summary.md", "scripts/results/NAME.", "scripts/results/RESULTS.", "folder/", "file.py"),
+  *("runs/", "run/", "cache/", "merged/", "fit/", "config.gin", "stage.gin", "summary.md"),
+  *("folder/", "file.py"),
+)
+# DIR/calibration.json, scripts/results/NAME.json: a word in capitals stands for what one names.
+STANDS_FOR = re.compile(
+  r"(?<![A-Za-z])(?!README|CHANGELOG|CONTRIBUTING|SECURITY|NOTICE)[A-Z]{3,}"
 )
 # Other people's repositories, and files of theirs that are spoken of.
 THEIRS = ("t5x/", "flaxformer/", "examples/t5/network.py", "scipy.py", "calm_metacls_")
@@ -140,7 +144,8 @@ def dangling(name: str, text: str, files: set[str]) -> list[str]:
   ends = {f[at:] for f in files for at in range(len(f)) if at == 0 or f[at - 1] == "/"}
   for word in (match[0] for match in PATH.finditer(text)):
     beside = os.path.normpath(f"{pathlib.PurePosixPath(name).parent}/{word}")
-    if word not in ends and beside not in files and not word.startswith((*WRITTEN, *THEIRS)):
+    there = word in ends or beside in files or STANDS_FOR.search(word)
+    if not there and not word.startswith((*WRITTEN, *THEIRS)):
       found.append(word)
   return found
 
@@ -160,7 +165,8 @@ def test_no_sentence_refers_to_a_file_that_is_not_there():
 def test_the_check_of_files_can_fail():
   files = {"calm/a.py", "configs/runs/b.gin", "README.md"}
   text = "see `a.py`, configs/runs/b.gin, runs/out/c.json, ../README.md; not calm/d.py nor e.md"
-  assert dangling("scripts/x.py", text, files) == ["calm/d.py", "e.md"]
+  text += ", DIR/f.json, GONE.md; docs/README.md"
+  assert dangling("scripts/x.py", text, files) == ["calm/d.py", "e.md", "docs/README.md"]
 
 
 def unknown_modules(text: str, modules: set[str]) -> list[str]:
