@@ -347,9 +347,11 @@ def open_monitor(path: str | pathlib.Path, watch: Watch) -> Monitor:
   lines = records_lib.read_lines(path)
   first = next(lines, None)
   expected = json.loads(json.dumps(watch.to_json()))
-  if first is not None and first.value == {**expected, "schema_version": 1}:
+  told = None if first is None else json.dumps(first.value, sort_keys=True)
+  same = lambda version: told == json.dumps(expected | version, sort_keys=True)
+  if same({"schema_version": 1}):
     monitor.wealth = Wealth(restarts=False)
-  elif first is None or first.value != expected:
+  elif not same({}):
     got = None if first is None else first.value
     raise records_lib.GenerationsError(
       f"{path}:1: holds another watch: expected {expected}, got {got}. Start a new file."

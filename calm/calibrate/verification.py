@@ -24,6 +24,7 @@ import numpy as np
 from calm.calibrate import decision as decision_lib
 from calm.calibrate.decision import Evidence
 from calm.calibrate.evidence import methods, multiple_testing
+from calm.calibrate.generations import files
 
 if TYPE_CHECKING:
   from calm.calibrate.calibration import Calibration
@@ -48,11 +49,10 @@ def read(path: pathlib.Path) -> Any:
   size = path.stat().st_size
   if size > _MOST_BYTES:
     raise ValueError(f"Expected a file of at most {_MOST_BYTES} bytes, got {size}.")
-  return json.loads(path.read_text("utf-8"), parse_constant=_refuse_constant)
-
-
-def _refuse_constant(name: str) -> float:
-  raise ValueError(f"Expected finite numbers or null, got {name}.")
+  try:
+    return files.parse_json(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f"Expected one JSON object, got {error}.") from error
 
 
 def digest(value: Mapping[str, Any]) -> str:
@@ -204,7 +204,9 @@ def check_fields(value: Any, names: set[str]) -> None:
   names = (names if version >= 2 else names - NEW_FIELDS) - (_OPTIONAL - set(value))
   missing = sorted(names - set(value))
   if missing:
-    raise ValueError(f"`calibration` lacks the fields {missing}; the file is damaged.")
+    raise ValueError(
+      f"Expected `calibration` to have the fields {missing}, got none; it is damaged."
+    )
   extra = {"schema_version", "guarantee"} | ({"digest"} if version >= 2 else set())
   if set(value) != names | extra:
     odd = sorted(set(value) ^ (names | extra))

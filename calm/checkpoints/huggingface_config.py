@@ -106,6 +106,7 @@ def check(theirs: Mapping[str, Any]) -> None:
         f"Expected `{field}` in config.json to be {' or '.join(repr(a) for a in allowed)} (the"
         f" T5 family), got {value!r}; such a model computes another function."
       )
+  _check_kind(theirs)
   for field in ("pad_token_id", "decoder_start_token_id"):
     value, rows = theirs.get(field), theirs.get("vocab_size", 0)
     rows = rows if type(rows) is int else 2**31  # which is refused below
@@ -114,6 +115,28 @@ def check(theirs: Mapping[str, Any]) -> None:
         f"Expected `{field}` in config.json to be one of the {rows} rows of the embedding, got"
         f" {value!r}; save the model again."
       )
+
+
+def _check_kind(theirs: Mapping[str, Any]) -> None:
+  for field in ("tie_word_embeddings", "is_encoder_decoder", "scale_decoder_outputs"):
+    value = theirs.get(field)
+    if value is not None and not isinstance(value, bool):
+      raise ValueError(
+        f"Expected `{field}` in config.json to be true or false, got {value!r:.60}; save the"
+        " model again."
+      )
+  if theirs.get("is_encoder_decoder") is False:
+    raise ValueError(
+      "Expected `is_encoder_decoder` in config.json to be true, got False: that is an encoder"
+      " alone, which writes no text; take the whole model."
+    )
+  names = theirs.get("architectures")
+  names = [] if names is None else names
+  if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    raise ValueError(
+      "Expected `architectures` in config.json to be a list of class names, got"
+      f" {names!r:.60}; save the model again."
+    )
 
 
 def network_config(

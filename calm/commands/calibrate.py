@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="make this calibration.json again from the outputs and compare; writes nothing",
   )
   parser.add_argument(
+    "--unverified",
+    action="store_true",
+    help="take a folder that lists no checksums, whose records may have been changed",
+  )
+  parser.add_argument(
     "--output", metavar="FILE", help="where to write (default DIRECTORY/calibration.json)"
   )
 
@@ -266,7 +271,7 @@ def _replay(arguments, console, cached) -> calibrate_lib.Calibration:
 
 def _read(arguments: argparse.Namespace) -> generations.Generations:
   if arguments.directory and not (arguments.full or arguments.outputs):
-    return generations.load(arguments.directory)
+    return generations.load(arguments.directory, unverified=arguments.unverified)
   if arguments.full and arguments.outputs and not arguments.directory:
     names, _, paths = zip(*(pair.rpartition("=") for pair in arguments.outputs), strict=True)
     knobs = thresholds.parse_knobs(names)

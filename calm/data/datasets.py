@@ -164,8 +164,8 @@ def _object(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
   except UnicodeDecodeError as error:
     raise ValueError(
-      f"{path}:{number}: invalid UTF-8 at byte {error.start + 1} of the line"
-      f" (0x{line[error.start]:02x}). Save the file as UTF-8."
+      f"{path}:{number}: expected UTF-8, got invalid UTF-8 at byte {error.start + 1} of the"
+      f" line (0x{line[error.start]:02x}); save the file as UTF-8."
     ) from error
   try:
     fields = files.parse_json(text)

@@ -48,11 +48,15 @@ class Decaying:
 
   def __post_init__(self):
     given = (self.temperature, self.max_length)
-    if not all(isinstance(n, numbers.Real) and math.isfinite(n) for n in given) or not (
-      self.temperature >= 0 and self.max_length >= 1
+    real = all(isinstance(n, numbers.Real) and not isinstance(n, bool) for n in given)
+    if (
+      not real
+      or not all(map(math.isfinite, given))
+      or not (self.temperature >= 0 and self.max_length >= 1)
+      or self.max_length != int(self.max_length)
     ):
       raise ValueError(
-        "Expected `temperature` >= 0 and `max_length` >= 1, both finite,"
+        "Expected `temperature` >= 0 and a whole `max_length` >= 1, both finite,"
         f" got {self.temperature!r} and {self.max_length!r}; Eq. 5's figures have 0 to 8."
       )
 

@@ -145,7 +145,7 @@ def test_files_that_are_no_calibration_are_refused(tmp_path):
     (json.dumps({**good, "schema_version": 9}), "schema_version 2 or 1, got 9"),
     (
       json.dumps({k: v for k, v in good.items() if k != "rows"}),
-      r"lacks the fields \['rows'\]",
+      r"to have the fields \['rows'\]",
     ),
     (json.dumps({**good, "rows": [{}]}), "is no calibration"),
     (json.dumps({**good, "threshold": 2.0}), "Expected `digest`"),

@@ -67,7 +67,10 @@ def test_prompts_need_no_target(tmp_path):
 @pytest.mark.parametrize(
   ("bad", "message"),
   [
-    (b'{"input": "caf\xe9", "target": "x"}', r"rows.jsonl:2: invalid UTF-8 at byte 15 .*0xe9"),
+    (
+      b'{"input": "caf\xe9", "target": "x"}',
+      r"rows.jsonl:2: .*invalid UTF-8 at byte 15 .*0xe9",
+    ),
     (b'{"input": "x", }', r"rows.jsonl:2: invalid JSON at column 1[56]"),
     (b'["x", "y"]', r"rows.jsonl:2: expected a JSON object .* got list"),
     (b'{"text": "x", "target": "y"}', r"rows.jsonl:2: no field `input`.*'text'"),

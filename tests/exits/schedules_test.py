@@ -81,7 +81,7 @@ def test_length_is_a_number_of_the_schedule():
 
 @pytest.mark.parametrize("numbers", [(-1.0, 8), (math.nan, 8), (4.0, 0)])
 def test_numbers_without_meaning_are_refused(numbers):
-  with pytest.raises(ValueError, match="`temperature` >= 0 and `max_length` >= 1"):
+  with pytest.raises(ValueError, match="`temperature` >= 0 and a whole `max_length` >= 1"):
     schedules.Decaying(*numbers)
 
 

@@ -119,7 +119,7 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
       f"{path}: cannot be read as JSON: expected an object, got {error}."
     ) from error
   version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-  if version != SCHEMA_VERSION:
+  if version != SCHEMA_VERSION or isinstance(version, bool):
     raise GenerationsError(
       f"{path}: expected `schema_version` to be {SCHEMA_VERSION}, got {version!r}; use the"
       " version of"
@@ -159,11 +159,13 @@ def _check_fields(manifest: Mapping[str, Any], path: pathlib.Path) -> None:
       raise GenerationsError(f"{path}: expected `{name}` to be {kind}, got {got}.")
 
 
-def load(directory: str | pathlib.Path) -> Generations:
+def load(directory: str | pathlib.Path, *, unverified: bool = False) -> Generations:
   """Reads cached generations.
 
   Args:
     directory: a folder written by `writer.open_writer`.
+    unverified: take a folder whose manifest lists no checksums, of a run that never finished
+      or of another program: nothing then shows whether a record was changed.
 
   Raises:
     GenerationsError: anything is missing, damaged, duplicated or mixed; the message names the
@@ -171,7 +173,8 @@ def load(directory: str | pathlib.Path) -> Generations:
   """
   directory = pathlib.Path(directory)
   manifest = read_manifest(directory)
-  check_checksums(directory, manifest.get("checksums", {}))
+  checksums = manifest.get("checksums", {})
+  check_checksums(directory, checksums)
   by_id = {prompt.id: prompt for prompt in records_lib.read_prompts(directory / PROMPTS)}
   ids = manifest["prompt_ids"]
   if set(ids) != set(by_id):
@@ -186,6 +189,9 @@ def load(directory: str | pathlib.Path) -> Generations:
     _read_threshold(directory, threshold, ids, procedure, sequential)
     for threshold in [thresholds_lib.NEVER_EXIT, *grid]
   ]
+  # Last, since a missing record says more about a run that was stopped.
+  if not unverified:
+    _check_listed(directory, checksums, grid)
   return Generations(
     prompts=tuple(by_id[name] for name in ids),
     thresholds=grid,
@@ -196,6 +202,20 @@ def load(directory: str | pathlib.Path) -> Generations:
     sequential=sequential,
     by_group=bool(manifest.get("by_group", False)),
   )
+
+
+def _check_listed(
+  directory: pathlib.Path, checksums: Mapping[str, str], grid: np.ndarray
+) -> None:
+  """Raises GenerationsError unless every file that is read has a checksum."""
+  names = [PROMPTS, *map(threshold_file, [thresholds_lib.NEVER_EXIT, *grid])]
+  lacking = [name for name in names if name not in checksums and (directory / name).exists()]
+  if lacking:
+    raise GenerationsError(
+      f"{directory / MANIFEST}: expected `checksums` to list every file of a run that finished,"
+      f" got none for {lacking[:3]}; resume the run that wrote it, or pass unverified=True"
+      " (--unverified), which trusts records that may have been changed."
+    )
 
 
 def manifest_procedure(manifest: Mapping[str, Any]) -> Procedure | None:
@@ -241,8 +261,8 @@ def check_checksums(directory: pathlib.Path, checksums: Mapping[str, str]) -> No
       for _ in records_lib.read_lines(path):
         pass
       raise GenerationsError(
-        f"{path}: its SHA-256 is not the one in {MANIFEST}: the file was changed after the run"
-        " finished. Restore it or generate again."
+        f"{path}: expected the SHA-256 {expected[:12]!r}... of {MANIFEST}, got another: it"
+        " was changed after the run finished; restore it, or generate again."
       )
 
 

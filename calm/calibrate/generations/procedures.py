@@ -8,7 +8,8 @@ tells the story of the numbers; it is recorded and never compared.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import numbers
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 RULE_VERSION = 1
@@ -70,6 +71,7 @@ class Procedure:
   configuration: Mapping[str, Any] | None = None
 
   def __post_init__(self):
+    _check_layers(self.exit_layers)
     object.__setattr__(self, "exit_layers", tuple(int(layer) for layer in self.exit_layers))
     for name in ("schedule", "shortlist", "decode_method", "configuration"):
       object.__setattr__(self, name, _plain(getattr(self, name), name))
@@ -113,6 +115,14 @@ class Procedure:
     if "configuration" in found:  # the entries that differ say more than the whole
       found["configuration"] = _different_entries(*found["configuration"])
     return found
+
+
+def _check_layers(layers: Any) -> None:
+  whole = lambda layer: isinstance(layer, numbers.Integral) and not isinstance(layer, bool)
+  if not isinstance(layers, tuple | list) or not all(map(whole, layers)):
+    raise ValueError(
+      f"Expected `exit_layers` to be decoder layers, whole numbers from 1, got {layers!r}."
+    )
 
 
 def _different_entries(ours: Any, theirs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -160,6 +170,10 @@ class Provenance:
   notes: Mapping[str, Any] | None = None
 
   def __post_init__(self):
+    for name, (what, holds) in _STORIES.items():
+      value = getattr(self, name)
+      if value is not None and not holds(value):
+        raise ValueError(f"Expected `{name}` to be {what} or null, got {value!r:.100}.")
     if self.grid is not None:
       object.__setattr__(self, "grid", tuple(float(threshold) for threshold in self.grid))
     for name in ("versions", "notes"):
@@ -178,6 +192,32 @@ class Provenance:
     """
     _check_fields(cls, value, optional=[field.name for field in dataclasses.fields(cls)])
     return cls(**value)
+
+
+_text = lambda value: isinstance(value, str)
+_mapping = lambda value: isinstance(value, Mapping)
+_number = lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool)
+# Fields of `Provenance`: (what is expected, whether a value is that).
+_STORIES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+  **{name: ("a text", _text) for name in ("metric", "references", "order", "seed", "method")},
+  "grid": (
+    "a list of numbers",
+    lambda value: (
+      isinstance(value, Iterable)
+      and not isinstance(value, str | Mapping)
+      and all(map(_number, value))
+    ),
+  ),
+  "num_examples": (
+    "a whole number from 0",
+    lambda value: isinstance(value, numbers.Integral) and value is not True and value >= 0,
+  ),
+  "versions": (
+    "an object of texts",
+    lambda value: _mapping(value) and all(map(_text, value.values())),
+  ),
+  "notes": ("an object", _mapping),
+}
 
 
 def _check_fields(cls, value: Any, optional) -> None:

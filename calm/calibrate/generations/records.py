@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import math
+import numbers
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from calm.calibrate.generations import files
@@ -46,6 +47,8 @@ class Prompt:
       raise ValueError(f"Expected `targets` to be a list of texts, got {targets!r}")
     targets = (targets,) if isinstance(targets, str) else tuple(targets or ())
     group = value.get("group", value.get("source"))
+    if not isinstance(group, str | int | None) or isinstance(group, bool):
+      raise ValueError(f"Expected `group` to be a text, a whole number or null, got {group!r}")
     _require_text(value, "id")
     _require_text(value, "input")
     if not all(isinstance(target, str) for target in targets):
@@ -89,10 +92,8 @@ class Record:
           values = tuple(kind(value) for value in values)
         except (TypeError, ValueError, OverflowError) as error:
           raise ValueError(
-            f"Expected `{name}` to be a list of numbers, got one that is {error}"
+            f"Expected `{name}` of {self.id!r} to be a list of numbers, got {error}"
           ) from None
-        if not all(math.isfinite(value) for value in values):
-          raise ValueError(f"Expected `{name}` of {self.id!r} to be finite, got {values!r}")
         object.__setattr__(self, name, values)
         lengths[name] = len(values)
     if len(set(lengths.values())) > 1:
@@ -100,10 +101,7 @@ class Record:
         f"Expected the sequences of {self.id!r} to have one length, got {lengths}"
       )
     if self.score is not None:
-      try:
-        object.__setattr__(self, "score", float(self.score))
-      except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"Expected `score` to be a number, got {self.score!r}") from None
+      object.__setattr__(self, "score", _score(self.score))
 
   def to_json(self) -> dict[str, Any]:
     """The fields that are there, as JSON values."""
@@ -126,17 +124,43 @@ class Record:
     return cls(**{name: value[name] for name in _RECORD_FIELDS if name in value})
 
 
-def _shortest(value: Any) -> float:
-  """A confidence as written: a numpy float32 keeps its short digits (0.9, not 0.89999998)."""
-  text = getattr(value, "dtype", None)
-  return float(str(value)) if text is not None else float(value)
+def _whole(most: int) -> Callable[[Any], int]:
+  """A check of whole numbers from 0 to `most`."""
+
+  def check(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+      raise ValueError(f"{value!r}, which is no whole number")
+    if not 0 <= value <= most:
+      raise ValueError(f"{value!r}, which is not in 0 ... {most}")
+    return int(value)
+
+  return check
 
 
+def _confidence(value: Any) -> float:
+  """As written: a numpy float32 keeps its short digits (0.9, not 0.89999998)."""
+  if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    raise ValueError(f"{value!r}, which is no number")
+  number = float(str(value)) if hasattr(value, "dtype") else float(value)
+  if not -_ROUNDING <= number <= 1 + _ROUNDING:  # NaN and infinities too
+    raise ValueError(f"{value!r}, which is not in [0, 1]")
+  return number
+
+
+def _score(value: Any) -> float:
+  real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  if not real or not -math.inf < value < math.inf:
+    raise ValueError(f"Expected `score` to be a finite number (nats), got {value!r}")
+  return float(value)
+
+
+# Float32 cosines and softmax margins pass their bounds by so much.
+_ROUNDING = 1e-5
 _SEQUENCES = {
-  "tokens": int,
-  "exit_layers": int,
-  "confidences": _shortest,
-  "rejected_confidences": _shortest,
+  "tokens": _whole(2**31 - 1),
+  "exit_layers": _whole(2**10),
+  "confidences": _confidence,
+  "rejected_confidences": _confidence,
 }
 _RECORD_FIELDS = ("id", "prediction", *_SEQUENCES, "score")
 
@@ -171,7 +195,9 @@ def read_lines(path: str | pathlib.Path) -> Iterator[Line]:
   try:
     content = path.read_bytes()
   except OSError as error:
-    raise GenerationsError(f"{path}: cannot be read ({error.strerror}).") from error
+    raise GenerationsError(
+      f"{path}: expected a file that can be read, got: {error.strerror}."
+    ) from error
   lines = content.split(b"\n")
   offset = following = 0
   for number, raw in enumerate(lines, start=1):

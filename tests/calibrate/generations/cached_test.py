@@ -116,7 +116,7 @@ def test_missing_files_are_named(tmp_path):
 def test_checksums_find_a_whole_line_that_was_edited(tmp_path):
   write(tmp_path).finish()
   edit(tmp_path / "threshold_0.5.jsonl", lambda b: b.replace(b"at 0.5", b"at 0.6", 1))
-  with pytest.raises(GenerationsError, match=r"threshold_0.5.jsonl: its SHA-256 is not"):
+  with pytest.raises(GenerationsError, match=r"threshold_0.5.jsonl: expected the SHA-256"):
     generations.load(tmp_path)
   edit(tmp_path / "threshold_0.5.jsonl", lambda b: b[:-5])
   with pytest.raises(GenerationsError, match=r"threshold_0.5.jsonl:3: .*cut off"):
@@ -148,3 +148,18 @@ def test_sequential_runs_may_lack_a_suffix_only(tmp_path):
   files.write_atomically(tmp_path / "a" / "manifest.json", json.dumps(manifest))
   with pytest.raises(GenerationsError, match=r"only the last prompts .* 'id-000' is missing"):
     generations.load(tmp_path / "a")
+
+
+def test_a_manifest_without_checksums_is_refused_unless_asked(tmp_path):
+  """Without them an edited record looks like any other."""
+  write(tmp_path).finish()
+  manifest = json.loads((tmp_path / "manifest.json").read_text())
+  edit(tmp_path / "threshold_0.5.jsonl", lambda b: b.replace(b"at 0.5", b"at 0.6", 1))
+  for checksums in ({}, {"prompts.jsonl": manifest["checksums"]["prompts.jsonl"]}, None):
+    changed = {**manifest, "checksums": checksums}
+    if checksums is None:
+      del changed["checksums"]
+    files.write_atomically(tmp_path / "manifest.json", json.dumps(changed))
+    with pytest.raises(GenerationsError, match=r"`checksums` .* none for .*unverified=True"):
+      generations.load(tmp_path)
+    assert generations.load(tmp_path, unverified=True).records[1][0].prediction

@@ -34,7 +34,10 @@ def test_prompts_read_data_set_rows_too():
     ({"id": "a"}, "`prediction` to be a text"),
     ({"id": "a", "prediction": 3}, "`prediction` to be a text"),
     ({"id": "a", "prediction": "x", "tokens": [1], "exit_layers": [1, 2]}, "one length"),
-    ({"id": "a", "prediction": "x", "confidences": [float("nan")]}, "to be finite"),
+    (
+      {"id": "a", "prediction": "x", "confidences": [float("nan")]},
+      r"nan, which is not in \[0, 1\]",
+    ),
   ],
 )
 def test_bad_records_are_refused(value, message):
@@ -65,7 +68,9 @@ def test_errors_name_the_file_and_the_line(tmp_path, content, message):
 
 
 def test_missing_file_is_named(tmp_path):
-  with pytest.raises(records.GenerationsError, match=r"nothing.jsonl: cannot be read"):
+  with pytest.raises(
+    records.GenerationsError, match=r"nothing.jsonl: expected a file that can be read"
+  ):
     records.read_prompts(tmp_path / "nothing.jsonl")
 
 
