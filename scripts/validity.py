@@ -260,7 +260,7 @@ def stored(order: str, losses: np.ndarray) -> np.ndarray:
 def in_tested_order(generator, order: str, law, count: int) -> np.ndarray:
   """[prompts] losses of one stored table at the boundary, in the order that is made for it."""
   values = stored(order, law(generator, TOLERANCE, (count, 1)))
-  losses = clusters.with_contents(SequenceLosses(values, [0.5]))
+  losses = clusters.with_contents(SequenceLosses(values, np.array([0.5])))
   rows, _ = clusters.tested_order(losses)
   return values[rows, 0]
 

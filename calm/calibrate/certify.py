@@ -233,7 +233,7 @@ def _digest(sample: SequenceLosses) -> str:
   """SHA-256 (hexadecimal) of grid, ids and losses as they were given."""
   digest = hashlib.sha256()
   for array in (sample.thresholds, *checks.row_blocks(sample.values)):
-    digest.update(np.ascontiguousarray(array, "<f8"))
+    digest.update(np.ascontiguousarray(array, "<f8").data)
   digest.update("\n".join(sample.ids or ()).encode("utf-8"))
   return digest.hexdigest()
 

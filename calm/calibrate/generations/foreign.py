@@ -164,7 +164,7 @@ def gather(
   order = list(by_threshold)
   if not any(isinstance(knob, str) for knob in order):
     order.sort(reverse=True)
-    thresholds_lib.validate_grid(order)
+    thresholds_lib.validate_grid([float(knob) for knob in order])
   grid, knobs = thresholds_lib.grid_of_knobs(order)
   known, full_records = read_predictions(full)
   if prompts is not None:
