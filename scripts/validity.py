@@ -225,10 +225,10 @@ CELLS = (
   Cell("cost, the risk", "text", 100, cost(risk=True), LEVEL / 2),
   Cell("cost, the cost", "Beta(2, 2)", 100, cost(risk=False), LEVEL / 2),
   Cell("a quarter labelled", "text", 300, labelled_share),
-  Cell("one of six configurations", "0 or 1", 200, one_configuration, block=1),
+  Cell("one of six configurations", "0 or 1", 200, one_configuration, block=1, most=5000),
   Cell("sequential", "text", 60, sequential_run(0.0), block=1, most=5000),
   Cell("sequential", "signed", 60, sequential_run(-1.0), block=1, most=5000),
-  Cell("mean, a grid of four", "text", 100, grid_of_four, block=1, most=4000),
+  Cell("mean, a grid of four", "text", 100, grid_of_four, block=1, most=2000),
 )
 
 
