@@ -10,6 +10,7 @@ from scipy import stats
 from calm.calibrate import (
   Calibration,
   SequenceLosses,
+  Support,
   calibrate_configurations,
   promises,
   verification,
@@ -125,3 +126,43 @@ def test_sorted_tables_at_the_boundary_are_certified_as_seldom_as_any():
     )
     wrong += found.certified
   assert stats.binomtest(wrong, draws, 0.05, alternative="greater").pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({}, "a cost each, got 0 and 0 costs"),
+    ({"configurations": ("a",), "costs": (1.0, 2.0)}, "a cost each, got 1 and 2 costs"),
+    ({"configurations": (1,), "costs": (1.0,)}, "of texts"),
+    ({"configurations": ("a",), "costs": (float("inf"),)}, "finite `costs`"),
+  ],
+)
+def test_a_promise_of_configurations_has_a_cost_for_each(fields, message):
+  with pytest.raises(ValueError, match=message):
+    promises.Configurations(names=("texts",), tolerances=(0.1,), **fields)
+
+
+def test_of_certified_configurations_the_cheapest_is_served_and_of_equal_ones_the_safest():
+  promise = promises.Configurations(
+    names=("texts",),
+    tolerances=(0.1,),
+    configurations=tuple("abcd"),
+    costs=(3.0, 2.0, 2.0, 1.0),
+  )
+  assert promise.place([True, True, True, False]) == 1
+  assert promise.place([True, False, False, False]) == 0
+  assert promise.place([False] * 4) is None
+  promise.check_rows([0.5, 0.9, 0.9, 0.1])
+  with pytest.raises(ValueError, match="Expected 4 `rows`"):
+    promise.check_rows([0.5])
+  assert promises.from_json(promise.to_json()) == promise
+
+
+def test_a_risk_has_one_range_in_all_families():
+  risks, costs = families()
+  wider = [
+    dataclasses.replace(risk, losses=dataclasses.replace(risk.losses, support=Support(-1.0)))
+    for risk in risks["state"]
+  ]
+  with pytest.raises(ValueError, match="one support of 'texts'"):
+    calibrate_configurations({**risks, "state": wider}, costs, error_rate=0.05)

@@ -155,10 +155,8 @@ class Hedge:
 
   @property
   def look(self) -> int:
-    """How many losses are bet on before wealth is looked at again."""
-    if self.row == self._next_look:
-      return max(1, (self.design.planned_size - self.row) // _LOOKS)
-    return self._next_look - self.row
+    """How many losses are bet on from one look at wealth to the next."""
+    return max(1, (self.design.planned_size - self.row) // _LOOKS)
 
   def keep(self, columns: np.ndarray) -> None:
     """Forgets all but some columns."""
@@ -168,7 +166,7 @@ class Hedge:
       setattr(self, name, getattr(self, name)[columns])
 
   def advance(self, losses: np.ndarray, squares: np.ndarray) -> np.ndarray:
-    """Bets on the next losses, at most `look`, before they are cut.
+    """Bets on the next losses, not beyond the next look, before they are cut.
 
     Args:
       losses: [rows, num_columns]; overwritten.
