@@ -34,6 +34,8 @@ def generate(
   writer: writer_lib.Writer,
   *,
   reuse_records: bool = True,
+  full: Sequence[Record] | None = None,
+  encodings: dict[int, caches.Encoded] | None = None,
   progress: Progress | None = None,
 ) -> reuse.ReuseSummary:
   """Decodes every prompt at full depth and at every threshold into `writer`.
@@ -46,29 +48,40 @@ def generate(
     thresholds: strictly descending, without `NEVER_EXIT`.
     writer: from `writer.open_writer` with the same prompts and thresholds.
     reuse_records: take over what a lower threshold cannot change: sequences, and beginnings.
+    full: [num_prompts] records of the full-depth program, where there are some: they are
+      written as they are, and nothing is taken over from them.
+    encodings: what was encoded by batch number, to be read and filled where several grids are
+      decoded for the same prompts in the same batches.
     progress: told after every batch and threshold.
 
   Returns:
     How much of the grid was not decoded again.
   """
   levels = [schedules.NEVER_EXIT, *thresholds]
+  given = {} if full is None else {record.id: record for record in full}
   batches = predictor.plan([prompt.input for prompt in prompts])
   summary = reuse.ReuseSummary()
   for number, batch in enumerate(batches):
     ids = [prompts[row].id for row in batch.rows]
     work, previous = _Batch(predictor, batch, ids, reuse_records), dict[str, Record]()
+    work.encoded = None if encodings is None else encodings.get(number)
     for threshold in levels:
       records = writer.completed_records(threshold, ids)
       missing = [i for i in ids if i not in records]
-      if missing:
+      if missing and given and threshold == schedules.NEVER_EXIT:
+        writer.append(threshold, [given[i] for i in missing])
+      elif missing:
         made, reused = work.decode(missing, threshold, previous if reuse_records else {})
         writer.append(threshold, made)
         records.update({record.id: record for record in made})
         if threshold != schedules.NEVER_EXIT:
           summary += reused
-      previous = records
+      # The full-depth program refused nothing: it says nothing of what would have left.
+      previous = {} if given and threshold == schedules.NEVER_EXIT else records
       if progress is not None:
         progress(threshold, number, len(batches))
+    if encodings is not None and work.encoded is not None:
+      encodings[number] = work.encoded
   return summary
 
 
@@ -88,7 +101,7 @@ class _Batch:
   ):
     self._predictor, self._batch, self._ids = predictor, batch, ids
     self._resumes = resumes
-    self._encoded: caches.Encoded | None = None
+    self.encoded: caches.Encoded | None = None
     self._state: loop.DecodingState | None = None
 
   def decode(
@@ -112,12 +125,12 @@ class _Batch:
     self, fresh: Sequence[str], threshold: float, values: np.ndarray
   ) -> tuple[loop.Generation, dict[str, int]]:
     """The rows' generation, and how many of its tokens were not decoded again."""
-    if self._encoded is None:
-      self._encoded = self._predictor.encode(self._batch)
+    if self.encoded is None:
+      self.encoded = self._predictor.encode(self._batch)
     active = np.zeros(len(self._batch.active), bool)
     active[[self._ids.index(i) for i in fresh]] = True
     if self._predictor.options.num_devices > 1:  # each would need its own loop's state
-      return self._predictor.decode(self._encoded, active, threshold), {}
+      return self._predictor.decode(self.encoded, active, threshold), {}
     resume_at = np.zeros(len(active), np.int32)
     if self._state is not None and self._resumes:
       before = jax.device_get(self._state.generation)
@@ -127,7 +140,7 @@ class _Batch:
         # The last token is decoded again whatever the records say: there is a row to run.
         resume_at[self._ids.index(i)] = max(0, min(same, len(record.tokens or ()) - 1))
     self._state = self._predictor.resume(
-      self._encoded, self._state, active, threshold, resume_at
+      self.encoded, self._state, active, threshold, resume_at
     )
     begins = {i: int(resume_at[self._ids.index(i)]) for i in fresh}
     return jax.device_get(self._state.generation), begins

@@ -8,23 +8,32 @@ Needs no TensorFlow, seqio or T5X.
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from calm import checkpoints, exits
 from calm.calibrate import Calibration, Procedure, Prompt
+from calm.calibrate import seconds as seconds_lib
 from calm.data import prompt_batches
 from calm.decode import compiled, loop, pool_program
 from calm.decode import program as program_lib
 from calm.decode import sharded as sharded_lib
 from calm.exits import schedules
-from calm.inference import certified, compiling, procedures
+from calm.inference import certified, compiling, procedures, seconds
 from calm.inference import outputs as outputs_lib
 from calm.inference.options import DecodeOptions, change
 from calm.t5 import caches, network
+
+
+class SlowerThanFullDepth(UserWarning):
+  """A threshold is served that was measured not to be faster than the full model."""
+
+
+SomePredictor = TypeVar("SomePredictor", bound="Predictor")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,17 +94,34 @@ class Predictor:
   def with_options(self, **options: Any) -> "Predictor":
     """The same model under other options and without a calibration."""
     changed = change(self.options, **options)
-    return dataclasses.replace(self, options=changed, calibration=None, threshold=None)
+    other = dataclasses.replace(self, options=changed, calibration=None, threshold=None)
+    return self.sharing(other)
+
+  def sharing(self, other: SomePredictor) -> SomePredictor:
+    """`other`, a model of the same parameters, with what was made of them already."""
+    made = ["parameters_digest"]
+    laid_out = lambda options: (
+      options.num_devices,
+      options.shortlist if options.rule.measure.bound else None,
+    )
+    if laid_out(self.options) == laid_out(other.options) and self.config == other.config:
+      made.append("weights")
+    other.__dict__.update({name: self.__dict__[name] for name in made if name in self.__dict__})
+    return other
 
   def under(self, calibration: Calibration) -> "Predictor":
     """The same model under a calibration: its threshold is the default, its promise goes along.
+
+    Warns (`SlowerThanFullDepth`) where its threshold was measured not to be faster.
 
     Raises:
       ValueError: the calibration is for another procedure; the message names the fields.
     """
     calibration.refuse_other(self.procedure)
     threshold = calibration.threshold
-    return dataclasses.replace(self, calibration=calibration, threshold=threshold)
+    if slow := seconds_lib.warning(calibration):
+      warnings.warn(SlowerThanFullDepth(slow), stacklevel=2)
+    return self.sharing(dataclasses.replace(self, calibration=calibration, threshold=threshold))
 
   def calibrate(
     self, prompts: Sequence[Prompt] | Sequence[str], *, tolerance: float, **options: Any
@@ -108,9 +134,15 @@ class Predictor:
       **options: `error_rate`, `consistency`, `metric`, `thresholds`; see `certified.certify`.
 
     Returns:
-      A predictor whose `generate` needs no threshold; the promise is in `calibration`.
+      A predictor whose `generate` needs no threshold; the promise is in `calibration`, and the
+      seconds that were measured beside full depth in its notes (`calibrate.seconds.of`).
     """
-    made, _ = certified.certify(self, prompts, tolerance=tolerance, **options)
+    given = certified.as_prompts(prompts)
+    made, _ = certified.certify(self, given, tolerance=tolerance, **options)
+    if made.certified:
+      texts = [prompt.input for prompt in given]
+      measured = seconds.measure(self, texts, made.threshold, prompts=8, rounds=3)
+      made = seconds_lib.noted(made, measured)
     return self.under(made)
 
   def program(self, rule: exits.StepRule | None = None) -> program_lib.Program:
@@ -151,7 +183,11 @@ class Predictor:
 
   def encode(self, batch: prompt_batches.PromptBatch) -> caches.Encoded:
     """Encodes a batch once, for any number of thresholds."""
-    program = self.sharded() or self.program()
+    # The rule has no part in it: one compiled encoder serves all of them.
+    program = program_lib.Program(self.config, exits.StaticExit(), 1, self.eos_id)
+    count = self.options.num_devices
+    if count > 1:
+      return sharded_lib.ShardedProgram(program, count).encode(self.weights, batch.tokens)
     return program.encode(self.weights, batch.tokens)
 
   def decode(

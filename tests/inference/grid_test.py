@@ -2,12 +2,13 @@
 
 import pytest
 
-from calm import inference
+from calm import exits, inference
 from calm.calibrate import Prompt, Provenance
 from calm.calibrate.generations import writer as writer_lib
 from calm.decode import compiled
 from calm.exits import schedules
 from calm.inference import grid
+from calm.paper.bench import decode as bench_decode
 from tests.inference import predictor_test
 
 THRESHOLDS = [0.9, 0.6, 0.3]
@@ -41,6 +42,21 @@ def decode(model, directory, monkeypatch, **options):
   summary = grid.generate(model, PROMPTS, THRESHOLDS, writer, **options)
   levels = [schedules.NEVER_EXIT, *THRESHOLDS]
   return summary, [writer.completed_records(x) for x in levels], begun
+
+
+@pytest.mark.filterwarnings("ignore:.*prompts have more than")
+def test_full_depth_that_is_known_is_not_decoded_nor_taken_over(model, tmp_path, monkeypatch):
+  _, records, _ = decode(model, tmp_path / "whole", monkeypatch)
+  static = bench_decode.with_rule(model, PROMPTS, exits.StaticExit())
+  encodings = {}
+  options = {"full": static, "encodings": encodings}
+  summary, made, _ = decode(model, tmp_path / "given", monkeypatch, **options)
+  assert made[1:] == records[1:] and made[0] == {record.id: record for record in static}
+  assert summary.sequences == len(PROMPTS) * len(THRESHOLDS) and len(encodings) == 2
+  # A second grid of the same batches encodes nothing.
+  monkeypatch.setattr(inference.Predictor, "encode", None)
+  _, again, _ = decode(model, tmp_path / "again", monkeypatch, **options)
+  assert again == made
 
 
 @pytest.mark.filterwarnings("ignore:.*prompts have more than")

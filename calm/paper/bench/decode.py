@@ -54,6 +54,8 @@ def on_grid(
   thresholds: Sequence[float],
   folder: pathlib.Path,
   *,
+  full: Sequence[Record] | None = None,
+  encodings: dict[int, caches.Encoded] | None = None,
   progress: Progress = silent,
 ) -> generations.Generations:
   """Decodes prompts at full depth and at every threshold, into (and out of) a folder.
@@ -63,12 +65,16 @@ def on_grid(
     examples: the prompts.
     thresholds: strictly descending.
     folder: parent of the run's folder, which is named after the procedure, prompts and grid.
+    full: records of the full-depth program, taken as the full model's; None decodes them.
+    encodings: see `grid.generate`.
+    progress: told of thresholds.
   """
   procedure = predictor.procedure
   key = {
     "procedure": procedure.to_json(),
     "prompts": results.prompts_digest(examples),
     "grid": list(map(float, thresholds)),
+    **({} if full is None else {"full": "static"}),
   }
   path = folder / f"{procedure.measure}-{results.digest(key)}"
   if (path / generations.MANIFEST).exists() and generations.read_manifest(path)["checksums"]:
@@ -81,9 +87,17 @@ def on_grid(
     # Within a batch thresholds descend; never exit comes first.
     done = 0 if threshold == schedules.NEVER_EXIT else list(thresholds).index(threshold) + 1
     share = (number + (done + 1) / (len(thresholds) + 1)) / count
-    progress(share, f"{procedure.measure} at {threshold:g}")
+    progress(share, f"{procedure.measure} at threshold {threshold:.4g}")
 
-  grid.generate(predictor, examples, thresholds, writer, progress=advance)
+  grid.generate(
+    predictor,
+    examples,
+    thresholds,
+    writer,
+    full=full,
+    encodings=encodings,
+    progress=advance,
+  )
   writer.finish()
   return generations.load(path)
 
@@ -114,7 +128,8 @@ class OneShape(inference.Predictor):
 def one_shape(predictor: inference.Predictor) -> OneShape:
   """The same model with `OneShape`'s batches."""
   fields = dataclasses.fields(inference.Predictor)
-  return OneShape(**{field.name: getattr(predictor, field.name) for field in fields})
+  made = OneShape(**{field.name: getattr(predictor, field.name) for field in fields})
+  return predictor.sharing(made)
 
 
 def _padded(rows: np.ndarray, tokens: np.ndarray, size: int) -> prompt_batches.PromptBatch:
