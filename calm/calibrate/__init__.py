@@ -11,6 +11,7 @@
     sequential    stops decoding prompts as soon as the outcome is clear
     trials        the paper's 50 splits, and whether the promise holds as often as it says
     audit         a watch on a deployed threshold
+    seconds       what was measured of a threshold beside full depth, kept with the calibration
 
 The shortest way, from losses of any origin:
 
@@ -59,6 +60,7 @@ __all__ = [
   "planning",
   "promises",
   "risk_losses",
+  "seconds",
   "sequential",
   "textual_losses",
   "thresholds",

@@ -27,12 +27,15 @@ from typing import Any
 
 from rich import console as rich_console
 
-from calm.calibrate import NEVER_EXIT, Calibration, Prompt, thresholds
+from calm.calibrate import NEVER_EXIT, Calibration, Prompt, seconds, thresholds
 from calm.calibrate.generations.shown import visible
 from calm.commands import common, model_flags, monitoring, results, showing
 from calm.data import prompt_batches
 from calm.inference import colours, costs
 
+# Seconds of full depth are measured beside a calibrated threshold's where the calibration does
+# not say them and the prompts are so many that it costs them little.
+MEASURED_PROMPTS = 64
 # Prompts go to the model so many batches at a time, fewer where that takes too long.
 FIRST_BATCHES, MOST_BATCHES, MOST_BATCHES_REFILLED, CHUNK_SECONDS = 4, 16, 64, 10.0
 
@@ -159,6 +162,7 @@ class _Work:
     self._costs = costs.Totals(0, costs.Cost(), costs.Cost())
     self._cut: list[prompt_batches.CutPrompts] = []
     self._guarantee: str | None = None
+    self._sample: tuple[Prompt, ...] = ()
 
   def to_results(self, prompts: Iterable[Prompt], opened: results.Results) -> None:
     """Lines of JSON, as they are made."""
@@ -205,6 +209,7 @@ class _Work:
         warnings.simplefilter("always")
         outputs = self._predictor.generate([p.input for p in chunk], threshold=self._threshold)
       self._add(outputs, caught)
+      self._sample = (*self._sample, *chunk)[: 2 * batch]
       yield chunk, outputs
       if self.monitored is not None:  # what was served is safe by now
         self.monitored.check(chunk, outputs)
@@ -250,12 +255,32 @@ class _Work:
     )
     if self._tokens:
       say(f"Costs by formula, decoder only: {self._costs}.")
+    if slow := self._slower():
+      say(f"Warning: {slow}")
     if self._threshold == NEVER_EXIT and not self._guarantee:
       say("This was the full model: there is nothing that a guarantee would be about.")
     else:
       say(self._guarantee or f"No guarantee: {_why_none(arguments)}.")
     if self.monitored is not None:
       say(self.monitored.report())
+
+  def _slower(self) -> str:
+    """What to say where the calibrated threshold is not faster, measured on these prompts.
+
+    Nothing is measured where the calibration tells: that was said when it was opened.
+    """
+    calibration = self._predictor.calibration
+    if calibration is None or not self._guarantee or self._done < MEASURED_PROMPTS:
+      return ""
+    if seconds.of(calibration) is not None or not calibration.certified:
+      return ""
+    from calm import inference
+
+    texts = [prompt.input for prompt in self._sample]
+    measured = inference.seconds.measure(
+      self._predictor, texts, self._threshold, prompts=4, rounds=3
+    )
+    return seconds.warning(calibration, measured)
 
 
 def _count(number: int, thing: str) -> str:

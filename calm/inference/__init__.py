@@ -9,11 +9,12 @@ from calm.inference import (
   options,
   outputs,
   procedures,
+  seconds,
   until_certified,
 )
 from calm.inference.opening import CALIBRATION, FULL_DEPTH, UntrainedExits, load
 from calm.inference.options import DecodeOptions
-from calm.inference.predictor import Predictor
+from calm.inference.predictor import Predictor, SlowerThanFullDepth
 from calm.inference.procedures import options_of
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
   "PACKED",
   "DecodeOptions",
   "Predictor",
+  "SlowerThanFullDepth",
   "UntrainedExits",
   "certified",
   "colours",
@@ -32,5 +34,6 @@ __all__ = [
   "options_of",
   "outputs",
   "procedures",
+  "seconds",
   "until_certified",
 ]

@@ -88,7 +88,7 @@ def load(
 
 
 def _warn_of_untrained_exits(directory: pathlib.Path) -> None:
-  if not (directory / CALIBRATION).exists():
+  if not (directory / CALIBRATION).exists() and not (directory / FULL_DEPTH).exists():
     warnings.warn(
       UntrainedExits(
         f"the exits of {directory} were never trained: only its last decoder layer has learned"

@@ -3,10 +3,12 @@
 import pytest
 
 from calm import inference
-from calm.calibrate import Prompt, generations
+from calm.calibrate import Prompt, generations, seconds
 from calm.inference import certified
 from tests.inference import predictor_test
 
+# A toy's seconds are noise.
+pytestmark = pytest.mark.filterwarnings("ignore::calm.inference.SlowerThanFullDepth")
 TEXTS = [f"{word} {i}" for i in range(20) for word in ("a", "the words")]
 RATES = {"tolerance": 0.9, "thresholds": [0.9, 0.5]}
 
@@ -21,6 +23,8 @@ def test_a_model_calibrates_itself_on_texts(model):
   served = model.calibrate(TEXTS, **RATES)
   calibration = served.calibration
   assert calibration.procedure == model.procedure and calibration.certified
+  measured = seconds.of(calibration)
+  assert measured.single.num_prompts == 8 and measured.single.full > 0
   assert calibration.num_examples == len(TEXTS) and calibration.tolerance == 0.9
   assert [row.threshold for row in calibration.rows] == [0.9, 0.5]
   outputs = served.generate(TEXTS[:4])

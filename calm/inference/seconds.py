@@ -1,0 +1,91 @@
+"""Seconds of full depth and of calibrated exits, measured in turn on the same prompts."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from calm import exits
+from calm.calibrate.seconds import Pair, Seconds
+from calm.data import prompt_batches
+from calm.exits import schedules
+
+if TYPE_CHECKING:  # the predictor itself measures
+  from calm.inference import predictor as predictor_lib
+
+PROMPTS, ROUNDS = 24, 5
+
+
+def measure(
+  predictor: "predictor_lib.Predictor",
+  texts: Sequence[str],
+  threshold: float,
+  *,
+  prompts: int | None = None,
+  rounds: int | None = None,
+  progress: Callable[[float, str], None] = lambda share, text: None,
+) -> Seconds:
+  """Times the model's own rule at a threshold against the static full-depth program.
+
+  Args:
+    predictor: the model under its options.
+    texts: prompts; those of the commonest padded length are timed.
+    threshold: lambda.
+    prompts: most prompts that are timed one at a time; batches take four batches of them.
+    rounds: times that each is decoded, after one uncounted that compiles.
+    progress: told of the share done.
+  """
+  prompts, rounds = prompts or PROMPTS, rounds or ROUNDS
+  size = predictor.options.batch_size
+  told = lambda share, text: progress(0.6 * share, f"one at a time, {text}")
+  single = _pair(predictor.with_options(batch_size=1), texts, threshold, prompts, rounds, told)
+  assert single is not None  # one prompt is a whole batch
+  told = lambda share, text: progress(0.6 + 0.4 * share, f"batches of {size}, {text}")
+  batched = _pair(predictor, texts, threshold, 4 * size, rounds, told) if size > 1 else None
+  return Seconds(single, batched)
+
+
+def _pair(predictor, texts, threshold: float, most: int, rounds: int, progress) -> Pair | None:
+  """Both ways, batch by batch; None where there is no whole batch of one length."""
+  batches = _of_one_length(predictor, texts, most)
+  if not batches:
+    return None
+  ways = ((exits.StaticExit(), schedules.NEVER_EXIT), (predictor.options.rule, threshold))
+  encoder = np.zeros((rounds + 1, len(batches)))
+  seconds = np.zeros((rounds + 1, len(ways), len(batches)))
+  for number, batch in enumerate(batches):
+    for repeat in range(rounds + 1):
+      start = time.perf_counter()
+      encoded = jax.block_until_ready(predictor.encode(batch))
+      encoder[repeat, number] = time.perf_counter() - start
+      for column in (0, 1) if repeat % 2 else (1, 0):
+        rule, level = ways[column]
+        start = time.perf_counter()
+        predictor.decode(encoded, batch.active, level, rule)
+        seconds[repeat, column, number] = time.perf_counter() - start
+    progress((number + 1) / len(batches), f"{number + 1} of {len(batches)}")
+  # The first round compiled.
+  full, early = np.median(seconds[1:], axis=0).sum(axis=1)
+  both = np.median(encoder[1:], axis=0).sum()
+  count = len(batches) * len(batches[0].rows)
+  return Pair(
+    batch_size=len(batches[0].active),
+    num_prompts=count,
+    full=1e3 * float(full) / count,
+    early=1e3 * float(early) / count,
+    speedup=float(full / early),
+    end_to_end=float((full + both) / (early + both)),
+  )
+
+
+def _of_one_length(predictor, texts, most: int) -> list[prompt_batches.PromptBatch]:
+  """Whole batches of the commonest padded length."""
+  batches = [batch for batch in predictor.plan(texts) if batch.active.all()]
+  if not batches:
+    return []
+  lengths = np.array([batch.tokens.shape[1] for batch in batches])
+  common = np.bincount(lengths).argmax()
+  same = [batch for batch, length in zip(batches, lengths, strict=True) if length == common]
+  return same[: max(1, most // len(same[0].active))]
