@@ -197,6 +197,7 @@ def _tell_power(
 
 
 def _calibrate(arguments, console, cached, seed=None) -> calibrate_lib.Calibration:
+  promise = promise_flags.promise_of(arguments, cached)  # refused before any text is compared
   with rich_progress.Progress(console=console, transient=True) as bar:
     task = bar.add_task(f"{arguments.metric} losses", total=None)
     losses = _losses(
@@ -208,7 +209,7 @@ def _calibrate(arguments, console, cached, seed=None) -> calibrate_lib.Calibrati
     error_rate=arguments.error_rate,
     method=arguments.method,
     testing_procedure=arguments.testing,
-    promise=promise_flags.promise_of(arguments, cached),
+    promise=promise,
     seed=seed,
   )
 

@@ -34,6 +34,7 @@ class Terminated(KeyboardInterrupt):
 _STOPPED = {
   "generate": "stopped; what was decoded is kept, and the same command goes on from there",
   "report": "stopped; what was decoded is kept, and the same command goes on from there",
+  "fit": "stopped; what was finished is kept, and the same command goes on from there",
   "train": "stopped; the same command goes on from its last checkpoint, if there is one",
 }
 _NOTHING = "stopped; files that were there are as they were, and the same command starts anew"
@@ -252,6 +253,34 @@ def _gin_message(arguments: argparse.Namespace, error: Exception) -> str:
     f"Expected `--gin_file` and `--gin_bindings` that gin can read, got, in {place}: {what};"
     " correct that line."
   )
+
+
+def refuse_unread_macros() -> None:
+  """Refuses macros of the gin files and bindings that nothing reads.
+
+  `INITIAL = "model"` is a binding of nothing where no file says `%INITIAL`: a run would begin
+  elsewhere than its user thinks.
+
+  Raises:
+    ValueError: names them, and the macros that are read.
+  """
+  import gin
+
+  bound = gin.config._CONFIG  # gin has no public list of its bindings
+  macros = {scope for scope, selector in bound if selector == "gin.macro"}
+  read = {
+    reference.scopes[-1]
+    for reference in gin.config.iterate_references(bound)
+    if reference.selector.rpartition(".")[2] == "macro" and reference.scopes
+  }
+  unread = sorted(macros - read)
+  if unread:
+    known = ", ".join(sorted(read)) or "none"
+    raise ValueError(
+      f"Expected macros that a binding reads, got {', '.join(unread)}, which nothing reads (of"
+      f" those that are read there are: {known}); name the parameter itself, as in"
+      f' run.train.initial = "...", or take the line out.'
+    )
 
 
 def configured(

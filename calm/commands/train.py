@@ -69,6 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
   from calm.training import run as run_lib
 
   train = common.configured(arguments, run_lib.train)
+  common.refuse_unread_macros()
   options = {} if arguments.output_dir is None else {"output_dir": arguments.output_dir}
   output_dir = pathlib.Path(_output_dir(arguments))
   print(f"Checkpoints, validations and scalars: {output_dir}", flush=True)
@@ -76,10 +77,10 @@ def run(arguments: argparse.Namespace) -> int:
     exported = train(listener=monitor.listener, **options)
   files.write_atomically(output_dir / "config.gin", gin.config_str())
   print(f"Model with the best validation: {exported}")
+  print("Decode with it:")
   model = shlex.quote(str(exported))
-  print(
-    f"Decode with it: echo 'a text' | calm infer --model={model} --threshold=0.9 --prompts=-"
-  )
+  # A command that works as it stands.
+  print(f"echo 'a text' | calm infer --model={model} --threshold=0.9 --prompts=-", flush=True)
   return 0
 
 

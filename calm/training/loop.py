@@ -15,7 +15,7 @@ import numpy as np
 from calm.calibrate.generations import files
 from calm.data import training_batches
 from calm.t5.parameters import Params
-from calm.training import objectives
+from calm.training import identities, objectives
 from calm.training.saving import check_writable, checkpointer, restore, save
 from calm.training.updates import TrainConfig, TrainState
 
@@ -96,13 +96,16 @@ def fit(
   Raises:
     FloatingPointError: the loss is no longer finite; nothing of that is saved.
     PermissionError, NotADirectoryError: `output_dir` cannot be written.
-    ValueError: `output_dir` holds a run of another model.
+    ValueError: `output_dir` holds a run of another model, or one that has made steps under
+      another learning rate or seed, or on other data.
   """
   listener = listener or Listener()
   check_writable(output_dir)
+  identity = identities.of_run(config, source)
   with checkpointer(output_dir) as latest, checkpointer(output_dir, "best", 2) as bests:
     keeper = _Keeper(latest, bests, evaluate, config, output_dir, listener)
     state = keeper.resume(state)
+    identities.check(output_dir / identities.FILE, identity, int(state.step))
     step, running = int(state.step), None
     listener.on_start(step, config.num_steps)
     while step < config.num_steps and not keeper.history.should_stop():

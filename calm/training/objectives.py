@@ -64,6 +64,10 @@ class Objective(Protocol):
     """Whether the parameter at this path of the tree may change."""
     ...
 
+  def teaches_layers(self, num_layers: int) -> bool:
+    """Whether layers before the last learn to write."""
+    ...
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerWeighted:
@@ -114,6 +118,9 @@ class LayerWeighted:
   def trains(self, path):
     return "exit_classifier" not in path
 
+  def teaches_layers(self, num_layers):
+    return bool(np.any(np.asarray(self.weights(num_layers))[:-1] > 0.0))
+
 
 @dataclasses.dataclass(frozen=True)
 class ExitClassifier:
@@ -148,6 +155,10 @@ class ExitClassifier:
 
   def trains(self, path):
     return "exit_classifier" in path
+
+  def teaches_layers(self, num_layers):
+    del num_layers
+    return False
 
 
 def _heads(params: Params, config: network.T5Config) -> jax.Array:

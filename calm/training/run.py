@@ -59,13 +59,21 @@ class Export:
   storage_dtype: str = "float32"
   shortlist: Sequence[int] = ()
 
-  def write(self, directory: pathlib.Path, params: Any, config: network.T5Config) -> None:
+  def write(
+    self,
+    directory: pathlib.Path,
+    params: Any,
+    config: network.T5Config,
+    exits_trained: bool | None = None,
+  ) -> None:
+    """Writes the checkpoint and its `inference.json`; see `checkpoints.save`."""
     checkpoints.save(
       directory,
       params,
       config,
       vocabulary=self.vocabulary,
       storage_dtype=self.storage_dtype,
+      exits_trained=exits_trained,
     )
     names = ("task_prefix", "max_input_length", "max_decode_length")
     options: dict[str, Any] = {name: getattr(self, name) for name in names}
@@ -111,7 +119,8 @@ def train(
   """
   folder = pathlib.Path(output_dir)
   loop.check_writable(folder)
-  model, params = starting_point(model, initial, config.seed, fresh)
+  start = starting_point(model, initial, config.seed, fresh)
+  model, params = start.model, start.params
   vocabulary.check_fits(export.vocabulary, model.vocab_size)
   module = network.Transformer(model)
   state = loop.fit(
@@ -124,8 +133,24 @@ def train(
     listener=listener,
   )
   target = folder / MODEL_FOLDER
-  export.write(target, jax.tree.map(np.asarray, state.params), model)
+  trained = objective.teaches_layers(model.num_decoder_layers) or start.exits_trained
+  export.write(target, jax.tree.map(np.asarray, state.params), model, trained)
   return target
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """Step 0 of a run.
+
+  Attributes:
+    model: sizes.
+    params: the parameter tree.
+    exits_trained: as in `checkpoints.Checkpoint`; False where it starts from nothing.
+  """
+
+  model: network.T5Config
+  params: Any = dataclasses.field(repr=False)
+  exits_trained: bool | None = None
 
 
 def starting_point(
@@ -133,7 +158,7 @@ def starting_point(
   initial: str | None,
   seed: int,
   fresh: Sequence[str] = (),
-) -> tuple[network.T5Config, Any]:
+) -> Start:
   """Sizes and parameters at step 0; exit parts that `initial` lacks are added, and the parts
   in `fresh` begin as they would without `initial`."""
   if model is not None:
@@ -145,7 +170,7 @@ def starting_point(
         "Expected `model` or `initial`: sizes to start from random parameters, or a checkpoint,"
         " got neither; bind `run.train.model` or `run.train.initial`."
       )
-    return model, updates.init_params(model, seed)
+    return Start(model, updates.init_params(model, seed), False)
   stored = checkpoints.load(find_checkpoint(initial))
   model = model or dataclasses.replace(stored.config, exit_classifier=True)
   params = parameters.add_exit_parts(stored.params, model)
@@ -154,7 +179,7 @@ def starting_point(
     # A tuple of one without its comma is a string: that one part is meant.
     parts = (fresh,) if isinstance(fresh, str) else fresh
     params = parameters.renew(params, updates.init_params(model, seed), parts)
-  return model, jax.tree.map(jnp.asarray, params)
+  return Start(model, jax.tree.map(jnp.asarray, params), stored.exits_trained)
 
 
 def find_checkpoint(initial: str) -> pathlib.Path:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct, traverse_util
 
@@ -89,6 +90,16 @@ class TrainConfig:
   log_every: int = 20
   stop_metric: str = "loss"
   patience: int | None = None
+
+  def __post_init__(self):
+    least = {"num_steps": 1, "eval_every": 1, "log_every": 1}
+    least |= {} if self.patience is None else {"patience": 1}
+    for name, value in least.items():
+      got = getattr(self, name)
+      if isinstance(got, bool) or not isinstance(got, int | np.integer) or got < value:
+        raise ValueError(
+          f"Expected `{name}` to be a whole number from {value} on, got {got!r}."
+        )
 
 
 def init_params(config: network.T5Config, seed: int) -> Params:

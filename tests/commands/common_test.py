@@ -24,6 +24,24 @@ def ended(capsys, run, **arguments) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
+  ("text", "unread"),
+  [
+    ("A = 1\nB = %A\njson.dumps.indent = %B", []),
+    ("A = 1\njson.dumps.indent = [{'x': (%A,)}]", []),
+    ("INITIAL = 'model'\njson.dumps.indent = 2", ["INITIAL"]),
+    ("A = 1\nB = 2\njson.dumps.indent = %A", ["B"]),
+  ],
+)
+def test_macros_that_nothing_reads_are_refused(text, unread):
+  gin.parse_config(f"from __gin__ import dynamic_registration\nimport json\n{text}")
+  if not unread:
+    common.refuse_unread_macros()
+    return
+  with pytest.raises(ValueError, match=rf"got {', '.join(unread)}, which nothing reads"):
+    common.refuse_unread_macros()
+
+
+@pytest.mark.parametrize(
   ("number", "command", "code", "line"),
   [
     (signal.SIGTERM, "generate", 143, "what was decoded is kept"),

@@ -1,9 +1,11 @@
 """Runs from their parts, and `calm train` from gin to an exported checkpoint."""
 
 import argparse
+import io
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 
@@ -15,7 +17,7 @@ pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not
 gin = pytest.importorskip("gin")
 
 from calm import checkpoints, training
-from calm.commands import train
+from calm.commands import cli, train
 from calm.data import vocabulary
 from calm.t5 import network, parameters
 from calm.training import objectives, run, sources
@@ -86,6 +88,34 @@ def test_the_command_trains_and_exports_a_model_that_loads(stage_one, files):
   assert history[1]["loss"] < history[0]["loss"] < np.log(160)
   assert {"loss/layer_1", "accuracy/layer_3"} <= set(history[0])
   assert "num_steps = 12" in (stage_one / "config.gin").read_text()
+
+
+def test_the_last_line_is_a_command_that_works(stage_one, files, capsys, monkeypatch):
+  train.run(arguments(CONFIGS / "local_tiny.gin", stage_one, *bindings(files)))
+  last = capsys.readouterr().out.splitlines()[-1]
+  said, _, command = last.partition(" | ")
+  words = shlex.split(command)
+  assert shlex.split(said)[0] == "echo" and words[0] == "calm"
+  text = " ".join(shlex.split(said)[1:]) + "\n"
+  monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+  assert cli.main(words[1:]) == 0
+  assert checkpoints.load(stage_one / "model").exits_trained
+
+
+def test_another_seed_is_refused_in_the_same_folder(stage_one, files, capsys):
+  more = "training.TrainConfig.seed = 5"
+  args = arguments(CONFIGS / "local_tiny.gin", stage_one, *bindings(files), more)
+  assert train.run(args) == 2
+  assert "12 steps were made with seed 0, now 5" in capsys.readouterr().err
+
+
+def test_a_macro_that_nothing_reads_is_refused(files, tmp_path, capsys):
+  args = arguments(
+    CONFIGS / "local_tiny.gin", tmp_path / "out", *bindings(files), "INITIAL = 'model'"
+  )
+  assert train.run(args) == 2
+  assert "got INITIAL, which nothing reads" in capsys.readouterr().err
+  assert not (tmp_path / "out").exists()
 
 
 def test_a_finished_run_is_only_exported_again(stage_one, files, capsys):
@@ -190,7 +220,8 @@ def test_exit_parts_are_added_to_a_checkpoint_without(tmp_path):
   )  # fmt: skip
   params = jax.tree.map(np.asarray, training.init_params(config, 0))
   checkpoints.save(tmp_path, params, config)
-  made, params = run.starting_point(None, str(tmp_path), 0)
+  start = run.starting_point(None, str(tmp_path), 0)
+  made, params = start.model, start.params
   assert made.exit_classifier and params["decoder"]["exit_classifier"]["kernel"].shape == (4, 1)
 
 
@@ -204,12 +235,12 @@ def test_named_parts_start_anew_and_the_rest_stays(stage_one):
   )
   trained = stage_one / "with_classifier"
   checkpoints.save(trained, params, stored.config)
-  _, made = run.starting_point(None, str(trained), 0, ("exit_classifier",))
+  made = run.starting_point(None, str(trained), 0, ("exit_classifier",)).params
   for path, leaf in parameters.flatten(made).items():
     same = bool(np.all(leaf == parameters.flatten(params)[path]))
     assert same == ("exit_classifier" not in path), path
   assert not np.any(made["decoder"]["exit_classifier"]["kernel"])
-  _, again = run.starting_point(None, str(trained), 0, "decoder/exit_classifier")
+  again = run.starting_point(None, str(trained), 0, "decoder/exit_classifier").params
   assert parameters.digest(again) == parameters.digest(made)
 
 

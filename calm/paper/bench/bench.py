@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from calm import exits, inference
@@ -29,6 +30,9 @@ class Options:
     error_rate: epsilon.
     seed: draws the prompts.
     measures: confidence measures; the model must have them. See `under` for their names.
+
+  Raises:
+    ValueError: a number without meaning, or an unknown measure.
   """
 
   limit: int | None = None
@@ -40,6 +44,24 @@ class Options:
   error_rate: float = 0.05
   seed: int = 0
   measures: tuple[str, ...] = MEASURES
+
+  def __post_init__(self):
+    for name in ("limit", "timed", "rounds", "ablated"):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ValueError(f"Expected `{name}` of at least 1, got {value}.")
+    if self.examples < 0:
+      raise ValueError(f"Expected `examples` of at least 0, got {self.examples}.")
+    for name in ("step", "error_rate"):
+      if not 0.0 < getattr(self, name) < 1.0:
+        raise ValueError(f"Expected `{name}` in (0, 1), got {getattr(self, name)}.")
+    known = re.compile(rf"({'|'.join(MEASURES)})(@\d+(,\d+)*)?")
+    for name in self.measures:
+      if not known.fullmatch(name):
+        raise ValueError(
+          f"Expected `measures` of {', '.join(MEASURES)}, with layers as in softmax@2,4, got"
+          f" {name!r}."
+        )
 
 
 def under(predictor: inference.Predictor, name: str, **options) -> inference.Predictor:
