@@ -25,7 +25,13 @@ def main() -> None:
   like = stored_lib.stored_checkpoint(arguments.like)
   stored = checkpoints.load(arguments.checkpoint)
   parameters.check(stored.params, like.config)
-  checkpoints.save(arguments.output, stored.params, like.config, vocabulary=like.vocabulary)
+  checkpoints.save(
+    arguments.output,
+    stored.params,
+    like.config,
+    vocabulary=like.vocabulary,
+    exits_trained=stored.exits_trained,
+  )
   print(arguments.output)
 
 

@@ -1,7 +1,8 @@
 """Checkpoints: a model (configuration, parameters, vocabulary) from disk, and back.
 
 Our own format is a directory:
-  config.json            the fields of `network.T5Config`, and which format this is
+  config.json            the fields of `network.T5Config`, which format this is, and whether
+                         exits are trained, where that is known
   params.safetensors     leaves by "/"-joined path; float32 or bfloat16 (read as float32)
   vocabulary.json        which vocabulary, its digest (absent: none was given)
   vocabulary.model       the SentencePiece model, or
@@ -36,8 +37,8 @@ class Checkpoint:
     config: sizes and choices; `exit_classifier` tells whether `params` holds one.
     params: the parameter tree of `config`, leaves float32 numpy arrays.
     vocabulary: the vocabulary stored beside it, or None.
-    exits_trained: False where no layer but the last can have learned to write, as in Hugging
-      Face's models and T5X's own; None where nothing tells.
+    exits_trained: whether layers before the last have learned to write, where that is known:
+      False in Hugging Face's models and T5X's own; None where nothing tells.
   """
 
   config: network.T5Config
@@ -53,6 +54,7 @@ def save(
   *,
   vocabulary: Vocabulary | None = None,
   storage_dtype: str = "float32",
+  exits_trained: bool | None = None,
 ) -> None:
   """Writes our own format; an earlier checkpoint in `directory` is replaced only at the end.
 
@@ -61,6 +63,7 @@ def save(
     params: the tree of `config`; checked before anything is written.
     vocabulary: stored in the directory, so that it is whole without other files.
     storage_dtype: 'float32', or 'bfloat16' for half the size.
+    exits_trained: whether layers before the last have learned to write; None says nothing.
 
   Raises:
     ValueError: `params` is not the tree of `config` or not finite, the vocabulary is larger
@@ -77,6 +80,8 @@ def save(
     parameters.flatten(params), storage_dtype
   )
   fields = dataclasses.asdict(config)
+  if exits_trained is not None:
+    fields["exits_trained"] = exits_trained
   writers["config.json"] = files.json_writer({"format": FORMAT, **fields})
   files.write_together(directory, writers)
   for name in set(stored_vocabulary.NAMES) - set(writers):
@@ -111,8 +116,7 @@ def load(
       f" {'a file' if path.exists() else 'missing'}; give the folder that holds config.json"
       " (or a T5X checkpoint)."
     )
-  stored, flat, stored_vocabulary = _read(path)
-  foreign = not (path / "params.safetensors").is_file()
+  stored, flat, stored_vocabulary, trained = _read(path)
   has_exit_parts = stored.exit_classifier or stored.per_layer_heads
   config = config or stored
   params = parameters.unflatten(flat)
@@ -120,22 +124,29 @@ def load(
   vocabulary = vocabulary or stored_vocabulary
   if vocabulary is not None:
     vocabularies.check_fits(vocabulary, config.vocab_size)
-  trained = False if foreign and not has_exit_parts else None
+  if trained is False and has_exit_parts and not (path / "params.safetensors").is_file():
+    trained = None  # T5X's own models have none: somebody trained them
   return Checkpoint(config, params, vocabulary, trained)
 
 
 def _read(
   path: pathlib.Path,
-) -> tuple[network.T5Config, dict[str, np.ndarray], Vocabulary | None]:
-  """(configuration, {path: leaf}, vocabulary) of whichever format it is."""
+) -> tuple[network.T5Config, dict[str, np.ndarray], Vocabulary | None, bool | None]:
+  """(configuration, {path: leaf}, vocabulary, exits trained) of whichever format it is."""
   if (path / "config.json").is_file():
     fields = files.read_json(path / "config.json")
     if "model_type" in fields:
       config, flat = huggingface.read(path)
-      return config, flat, huggingface.read_vocabulary(path)
+      return config, flat, huggingface.read_vocabulary(path), False
+    trained = fields.pop("exits_trained", None)
+    if trained not in (None, True, False):
+      raise ValueError(
+        f"Expected `exits_trained` in {str(path / 'config.json')!r} to be true or false, got"
+        f" {trained!r}; save the model again."
+      )
     config = _config_of(fields, path)
     flat = files.read_safetensors(path / "params.safetensors")
-    return config, flat, stored_vocabulary.read(path)
+    return config, flat, stored_vocabulary.read(path), trained
   found = t5x.find(path)
   if found is None:
     names = sorted(child.name for child in path.iterdir())
@@ -145,7 +156,7 @@ def _read(
       " folder that holds one."
     )
   flat = t5x.read(found)
-  return t5x.infer_config(flat), flat, None
+  return t5x.infer_config(flat), flat, None, False
 
 
 def _config_of(fields: dict[str, Any], path: pathlib.Path) -> network.T5Config:

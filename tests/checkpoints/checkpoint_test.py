@@ -54,6 +54,17 @@ def saved(tmp_path, pieces) -> pathlib.Path:
   return tmp_path / "model"
 
 
+def test_whether_exits_are_trained_is_stored(tmp_path):
+  for said in (None, True, False):
+    checkpoints.save(tmp_path, draw(), CONFIG, exits_trained=said)
+    assert checkpoints.load(tmp_path).exits_trained is said
+  fields = json.loads((tmp_path / "config.json").read_text())
+  (tmp_path / "config.json").write_text(json.dumps({**fields, "exits_trained": 3}))
+  with pytest.raises(ValueError, match="`exits_trained`"):
+    checkpoints.load(tmp_path)
+  assert checkpoints.load(checkpoints.PACKED).exits_trained
+
+
 def test_loading_gives_back_what_was_saved(saved, pieces):
   loaded = checkpoints.load(saved)
   assert loaded.config == CONFIG
