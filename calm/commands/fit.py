@@ -15,12 +15,14 @@ was stopped goes on with the same command.
 import argparse
 import contextlib
 import shlex
+import time
 from collections.abc import Iterator
 
 from rich import console as rich_console
 from rich import progress as rich_progress
 
-from calm.commands import common
+from calm.calibrate.generations.shown import visible
+from calm.commands import common, showing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--train",
     required=True,
     metavar="FILE",
-    help="JSON Lines of {input, target, source}; rows that the model was not trained on, where"
-    " --stages=none",
+    help="rows of {input, target, source}: JSON Lines, a JSON array, CSV, TSV or Parquet; rows"
+    " that the model was not trained on, where --stages=none",
+  )
+  parser.add_argument(
+    "--input_key",
+    metavar="KEY",
+    help="key or column of the text (default: the first of input, inputs, prompt, text)",
   )
   parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
   _add_promise(parser)
@@ -92,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     "consistency",
     "metric",
     "prefix",
+    "input_key",
     "seed",
     "batch_size",
   )
@@ -103,38 +111,51 @@ def run(arguments: argparse.Namespace) -> int:
       arguments.model, arguments.train, output=arguments.output, listener=listener, **options
     )
   if served.calibration is not None:
-    console.print(served.calibration.guarantee)
-  console.print(f"Summary: {arguments.output}/summary.md and summary.html")
-  console.print("Next, with prompts on standard input:", soft_wrap=True)
+    console.print(served.calibration.guarantee, markup=False, soft_wrap=True)
+  shown = visible(arguments.output)
+  console.print(f"Summary: {shown}/summary.md and {shown}/summary.html", markup=False)
+  console.print("Serve it:")
   # A command that works as it stands.
-  print(f"calm infer --model={shlex.quote(arguments.output)} --prompts=-", flush=True)
+  model = shlex.quote(arguments.output)
+  print(f"echo 'a long text' | calm infer --model={model} --prompts=-", flush=True)
   return 0
 
 
 @contextlib.contextmanager
 def _listener(console: rich_console.Console) -> Iterator:
-  """A bar for the step at work, with the time that is left; sentences stay above it."""
+  """A bar for the step at work, or a line now and then, with the time that is left."""
   from calm import fitting
 
   columns = (
-    rich_progress.TextColumn("{task.description}"),
-    rich_progress.BarColumn(),
-    rich_progress.TaskProgressColumn(),
-    rich_progress.TimeElapsedColumn(),
-    rich_progress.TextColumn("left"),
-    rich_progress.TimeRemainingColumn(),
+    rich_progress.TextColumn("{task.description}", markup=False),
+    rich_progress.BarColumn(bar_width=20),
+    rich_progress.TextColumn("{task.fields[text]}", markup=False),
   )
   with rich_progress.Progress(*columns, console=console, transient=True) as bar:
-    task = bar.add_task("", total=1.0, visible=False)
+    task = bar.add_task("", total=1.0, visible=False, text="")
+    show = lambda text: console.print(text, markup=False, soft_wrap=True)
 
     def step(title: str):
-      bar.reset(task, total=1.0, description=title, visible=True)
-      if not console.is_terminal:
-        console.print(title)
+      start = told = time.monotonic()
+      bar.update(task, completed=0.0, description=title, visible=True, text="")
+      show(f"{title} ...")
 
       def progress(share: float, text: str) -> None:
-        bar.update(task, completed=share, description=f"{title} · {text}")
+        nonlocal told
+        now = time.monotonic()
+        left = left_of(share, now - start)
+        bar.update(task, completed=share, text=f"{text}{left}")
+        if not console.is_terminal and now - told >= showing.LINE_SECONDS:
+          told = now
+          show(f"  {100 * share:.0f} %, {text}{left}")
 
       return progress
 
-    yield fitting.Listener(say=lambda text: console.print(text, soft_wrap=True), step=step)
+    yield fitting.Listener(say=show, step=step)
+
+
+def left_of(share: float, seconds: float) -> str:
+  """How long a step will take yet, judged by its beginning; '' where that is too short."""
+  if share < 0.05 or seconds < 2.0:
+    return ""
+  return f", about {showing.clock(seconds * (1.0 - share) / share)} left"

@@ -1,34 +1,42 @@
 """Measure, layers, schedule and grid, by measured seconds on the validation part.
 
 the full model's texts -> `probe` -> `candidates.rank` -> a few finalists
-each finalist decoded over a grid of its own -> its loss by threshold
+each finalist timed at the threshold that the probe forecasts -> the fastest go on
+those decoded over a grid of their own -> loss by threshold
 the threshold that so many calibration prompts would certify -> timed beside full depth
+
+Every step costs more than the one before it and is made for fewer; the results of each are
+kept, so that a run that was stopped goes on.
 """
 
 import dataclasses
+import functools
 import pathlib
+import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from calm import exits, inference
-from calm.calibrate import Prompt, generations
+from calm.calibrate import Prompt, Record, generations
 from calm.calibrate.losses import sequence_losses
 from calm.fitting import candidates as candidates_lib
+from calm.fitting import forecasts
 from calm.fitting import probe as probe_lib
 from calm.fitting.candidates import Candidate
 from calm.fitting.options import FitOptions
-from calm.paper.bench import decode, scores, timing
+from calm.paper.bench import decode, results, scores, timing
 
 Progress = Callable[[float, str], None]
 
-# Losses at which a grid has its points, as multiples of the tolerance.
-_COARSE = (0.1, 0.3, 0.6, 0.9, 1.2, 1.8, 3.0)
-_FINE = (0.1, 0.2, 0.3, 0.4, 0.5, *(0.55 + 0.05 * i for i in range(14)), 1.4, 1.7, 2.0)
-# One-sided normal quantile at 5 %: a forecast of what will be certified, no promise.
-_QUANTILE = 1.645
-FINALISTS = 5
+# Ways to leave that are timed; those of them, the fastest first, that are decoded over a grid
+# until so many have a threshold.
+FINALISTS, DECODED = 5, 2
 TIMED, ROUNDS = 12, 3
+_FIRST_TIMED, _FIRST_ROUNDS = 6, 2
+# Where decoding is slow, fewer prompts are looked at: seconds that a candidate may take.
+_SECONDS, _LEAST_PROMPTS = 120.0, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +45,12 @@ class Tried:
 
   Attributes:
     candidate: the way to leave.
-    thresholds: its grid on the validation part.
+    thresholds: its grid on the validation part; empty where it was only timed, since others
+      were faster.
     losses: [num_thresholds] mean loss there.
     depths: [num_thresholds] mean decoder layers a token.
-    threshold: the lowest that calibration will probably certify; `NEVER_EXIT` where none.
+    threshold: the lowest that calibration will probably certify; `NEVER_EXIT` where none. Of
+      one that was only timed, what the probe forecasts.
     milliseconds: measured decode time a prompt at that threshold; NaN where none.
     speedup: full depth's over these, medians of prompts decoded in turn; NaN where none.
   """
@@ -52,6 +62,11 @@ class Tried:
   threshold: float
   milliseconds: float
   speedup: float
+
+  @property
+  def decoded(self) -> bool:
+    """Whether its loss was measured, and not only its seconds."""
+    return bool(self.thresholds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,63 +110,176 @@ def choose(
     prompts: the validation part.
     options: what the fit is asked for.
     num_calibration: prompts that will certify.
-    folder: keeps generations, so that a stopped run goes on.
+    folder: keeps what was found so far, so that a stopped run goes on.
     progress: told of the share done.
   """
-  shaped = decode.one_shape(predictor.with_options(batch_size=2 * options.batch_size))
-  texts = [prompt.input for prompt in prompts]
-  full = decode.with_rule(
-    shaped, prompts, exits.StaticExit(), progress=_part(progress, 0.0, 0.1)
-  )
-  measures = [m for m in candidates_lib.measures(predictor) if m != "shortlist"]
-  probe = probe_lib.probe(predictor, texts, full, measures, _part(progress, 0.1, 0.15))
-  longest = max(batch.tokens.shape[1] for batch in predictor.plan(texts))
-  ranked = candidates_lib.rank(predictor, probe, options.tolerance, longest)
-  finalists = candidates_lib.finalists(ranked, FINALISTS)
-  tried = []
-  for number, candidate in enumerate(finalists):
-    start, end = (0.2 + 0.5 * (number + i) / len(finalists) for i in (0, 1))
-    inner = _part(progress, start, end)
-    tried.append(
-      _try(shaped, prompts, probe, candidate, options, num_calibration, folder, inner)
+  return _Choosing(predictor, tuple(prompts), options, num_calibration, folder).run(progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class Full:
+  """The full model's texts of the validation prompts that are looked at."""
+
+  records: tuple[Record, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+  """Finalists timed beside full depth, milliseconds a prompt."""
+
+  full: float
+  milliseconds: tuple[float, ...]
+  speedups: tuple[float, ...]
+  num_prompts: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choosing:
+  """A choice at work; see `choose`."""
+
+  predictor: inference.Predictor
+  prompts: tuple[Prompt, ...]
+  options: FitOptions
+  num_calibration: int
+  folder: pathlib.Path
+
+  @functools.cached_property
+  def cache(self) -> results.ResultCache:
+    return results.ResultCache(self.folder)
+
+  @functools.cached_property
+  def key(self) -> dict[str, Any]:
+    """What everything here depends on."""
+    return {
+      "procedure": self.predictor.procedure.to_json(),
+      "prompts": results.prompts_digest(self.prompts),
+      "options": dataclasses.asdict(self.options),
+    }
+
+  @functools.cached_property
+  def shaped(self) -> decode.OneShape:
+    """One compiled program for all lengths; rows do not depend on their padding."""
+    size = 2 * self.options.batch_size
+    return decode.one_shape(self.predictor.with_options(batch_size=size))
+
+  def run(self, progress: Progress) -> Choice:
+    found = self.cache.get(Full, "full", self.key, lambda: self._full(part(progress, 0.0, 0.2)))
+    prompts = self.prompts[: len(found.records)]
+    ranked, probe = self._rank(prompts, found.records, part(progress, 0.2, 0.35))
+    first = [self._forecast(probe, candidate) for candidate in ranked]
+    first, _ = self._timed("first", first, (_FIRST_TIMED, _FIRST_ROUNDS), progress, 0.35, 0.55)
+    tried = self._decoded(prompts, found.records, probe, first, part(progress, 0.55, 0.85))
+    tried, seconds = self._timed("seconds", tried, (TIMED, ROUNDS), progress, 0.85, 1.0)
+    faster = [i for i, entry in enumerate(tried) if entry.decoded and entry.speedup > 1.0]
+    chosen = max(faster, key=lambda i: tried[i].speedup, default=None)
+    return Choice(
+      tried=tuple(tried),
+      chosen=chosen,
+      grid=()
+      if chosen is None
+      else forecasts.final_grid(tried[chosen], self.options.tolerance),
+      full_milliseconds=seconds.full,
+      num_prompts=len(prompts),
+      num_timed=seconds.num_prompts,
     )
-  timed = decode.of_one_length(predictor, prompts, TIMED)
-  tried, full_seconds = _timed(predictor, timed, tried, _part(progress, 0.7, 1.0))
-  faster = [i for i, entry in enumerate(tried) if entry.speedup > 1.0]
-  chosen = max(faster, key=lambda i: tried[i].speedup, default=None)
-  return Choice(
-    tried=tuple(tried),
-    chosen=chosen,
-    grid=() if chosen is None else final_grid(tried[chosen], options.tolerance),
-    full_milliseconds=1e3 * full_seconds,
-    num_prompts=len(prompts),
-    num_timed=len(timed),
-  )
+
+  def _full(self, progress: Progress) -> Full:
+    """Full-depth texts of as many prompts as a candidate has time for."""
+    size = self.shaped.options.batch_size
+    first = decode.with_rule(self.shaped, self.prompts[:size], exits.StaticExit())  # compiles
+    start = time.perf_counter()
+    second = decode.with_rule(self.shaped, self.prompts[size : 2 * size], exits.StaticExit())
+    seconds = (time.perf_counter() - start) / max(len(second), 1)
+    # A grid costs a candidate about four times the texts.
+    affordable = int(_SECONDS / 4 / seconds) if second else len(self.prompts)
+    count = min(len(self.prompts), max(affordable, _LEAST_PROMPTS, 2 * size))
+    rest = decode.with_rule(
+      self.shaped, self.prompts[2 * size : count], exits.StaticExit(), progress=progress
+    )
+    return Full((*first, *second, *rest))
+
+  def _rank(self, prompts, full, progress: Progress):
+    """The finalists, the cheapest first, and the probe that says so."""
+    texts = [prompt.input for prompt in prompts]
+    names = [m for m in candidates_lib.measures(self.predictor) if m != "shortlist"]
+    probe = probe_lib.probe(self.predictor, texts, full, names, progress)
+    longest = max(batch.tokens.shape[1] for batch in self.predictor.plan(texts))
+    ranked = candidates_lib.rank(self.predictor, probe, self.options.tolerance, longest)
+    return candidates_lib.finalists(ranked, FINALISTS), probe
+
+  def _forecast(self, probe: probe_lib.Probe, candidate: Candidate) -> Tried:
+    """A finalist at the threshold that the probe forecasts for it."""
+    length = self.predictor.options.max_decode_length
+    threshold = candidates_lib.lowest(probe, candidate, self.options.tolerance, length)
+    return Tried(candidate, (), (), (), threshold, float("nan"), float("nan"))
+
+  def _decoded(self, prompts, full, probe, first, progress: Progress) -> list[Tried]:
+    """Finalists with their losses, the fastest first, until `DECODED` have a threshold."""
+    order = sorted(first, key=lambda entry: -np.nan_to_num(entry.speedup))
+    tried: list[Tried] = []
+    encodings: dict[int, Any] = {}
+    for number, entry in enumerate(order):
+      found = sum(e.decoded and np.isfinite(e.threshold) for e in tried)
+      if found == DECODED:
+        tried.append(entry)
+        continue
+      inner = part(progress, *((number + i) / (number + DECODED - found) for i in (0, 1)))
+      tried.append(self._try(prompts, full, probe, entry.candidate, encodings, inner))
+    return tried
+
+  def _try(self, prompts, full, probe, candidate, encodings, progress: Progress) -> Tried:
+    """A finalist decoded over the grid that its confidences ask for."""
+    options = self.options
+    length = self.shaped.options.max_decode_length
+    model = self.shaped.with_options(**candidate.options(length))
+    levels = forecasts.coarse_grid(probe, candidate, options.tolerance, length)
+    told = lambda share, text: progress(share, f"{candidate}, {text.split(' at ')[-1]}")
+    cached = decode.on_grid(
+      model, prompts, levels, self.folder, full=full, encodings=encodings, progress=told
+    )
+    losses = sequence_losses.compute(cached, options.kind, metric=options.metric).values
+    return Tried(
+      candidate=candidate,
+      thresholds=levels,
+      losses=tuple(losses.mean(axis=0).tolist()),
+      depths=mean_depths(cached),
+      threshold=forecasts.forecast(levels, losses, options.tolerance, self.num_calibration),
+      milliseconds=float("nan"),
+      speedup=float("nan"),
+    )
+
+  def _timed(
+    self,
+    name: str,
+    tried: Sequence[Tried],
+    size: tuple[int, int],
+    progress: Progress,
+    *share: float,
+  ) -> tuple[list[Tried], Seconds]:
+    """Those that have a threshold, with their seconds beside full depth's.
+
+    One that was only timed keeps the seconds that it has.
+    """
+    able = [
+      i
+      for i, entry in enumerate(tried)
+      if np.isfinite(entry.threshold) and not np.isfinite(entry.speedup)
+    ]
+    entries = [tried[i] for i in able]
+    key = {**self.key, "entries": [(str(e.candidate), e.threshold) for e in entries]}
+    told = part(progress, *share)
+    seconds = self.cache.get(
+      Seconds, name, key, lambda: timed(self.predictor, self.prompts, entries, size, told)
+    )
+    made = list(tried)
+    for i, spent, speedup in zip(able, seconds.milliseconds, seconds.speedups, strict=True):
+      made[i] = dataclasses.replace(tried[i], milliseconds=spent, speedup=speedup)
+    return made, seconds
 
 
-def _part(progress: Progress, start: float, end: float) -> Progress:
+def part(progress: Progress, start: float, end: float) -> Progress:
+  """A step's progress as a part of the whole's."""
   return lambda share, text: progress(start + share * (end - start), text)
-
-
-def _try(
-  shaped, prompts, probe, candidate, options, num_calibration, folder, progress
-) -> Tried:
-  """A finalist decoded over the grid that its confidences ask for."""
-  length = shaped.options.max_decode_length
-  model = shaped.with_options(**candidate.options(length))
-  levels = coarse_grid(probe, candidate, options.tolerance, length)
-  told = lambda share, text: progress(share, f"{candidate}: {text.split(' at ')[-1]}")
-  cached = decode.on_grid(model, prompts, levels, folder, progress=told)
-  losses = sequence_losses.compute(cached, options.kind, metric=options.metric).values
-  return Tried(
-    candidate=candidate,
-    thresholds=levels,
-    losses=tuple(losses.mean(axis=0).tolist()),
-    depths=mean_depths(cached),
-    threshold=forecast(levels, losses, options.tolerance, num_calibration),
-    milliseconds=float("nan"),
-    speedup=float("nan"),
-  )
 
 
 def mean_depths(cached: generations.Generations) -> tuple[float, ...]:
@@ -159,95 +287,43 @@ def mean_depths(cached: generations.Generations) -> tuple[float, ...]:
   return tuple(scores.mean_layers(records) for records in cached.records)
 
 
-def coarse_grid(
-  probe: probe_lib.Probe, candidate: Candidate, tolerance: float, max_length: int
-) -> tuple[float, ...]:
-  """Descending thresholds from where no text changes to where far too many do."""
-  possible = candidates_lib.possible_thresholds(probe, candidate)
-  _, losses = candidates_lib.simulate(probe, candidate, possible, max_length)
-  losses = np.maximum.accumulate(losses)
-  chosen = {0}
-  for level in _COARSE:
-    chosen.add(int(np.flatnonzero(losses <= max(level * tolerance, losses[0]))[-1]))
-  return tuple(possible[sorted(chosen)].tolist())
-
-
-def forecast(
-  thresholds: Sequence[float], losses: np.ndarray, tolerance: float, num_calibration: int
-) -> float:
-  """The lowest threshold that so many prompts will probably certify.
+def timed(
+  predictor: inference.Predictor,
+  prompts: Sequence[Prompt],
+  tried: Sequence[Tried],
+  size: tuple[int, int],
+  progress: Progress,
+) -> Seconds:
+  """Finalists at their thresholds and full depth, all in turn on the same prompts.
 
   Args:
-    thresholds: descending.
-    losses: [num_prompts, num_thresholds] on the validation part.
-    tolerance: delta.
-    num_calibration: prompts that will certify.
-
-  Returns:
-    A threshold, between two of the grid where the bound crosses the tolerance there;
-    `NEVER_EXIT` where none will do.
+    predictor: the trained model.
+    prompts: so many of those of the commonest length are timed.
+    tried: finalists with thresholds.
+    size: (prompts, rounds).
+    progress: told of the share done.
   """
-  error = losses.std(axis=0, ddof=1) / np.sqrt(num_calibration)
-  bound = np.maximum.accumulate(losses.mean(axis=0) + _QUANTILE * error)
-  if bound[0] > tolerance:
-    return float("inf")
-  return _crossing(np.asarray(thresholds), bound, tolerance)
-
-
-def _crossing(thresholds: np.ndarray, losses: np.ndarray, level: float) -> float:
-  """Where losses, which rise along the grid, reach a level; its lowest threshold if nowhere."""
-  above = np.flatnonzero(losses > level)
-  if not len(above):
-    return float(thresholds[-1])
-  last = int(above[0])
-  if last == 0:
-    start, before = 1.0, 0.0
-  else:
-    start, before = float(thresholds[last - 1]), float(losses[last - 1])
-  share = (level - before) / (losses[last] - before)
-  return float(np.round(start + max(share, 0.0) * (thresholds[last] - start), 6))
-
-
-def final_grid(tried: Tried, tolerance: float) -> tuple[float, ...]:
-  """Thresholds to certify: densest where the validation loss nears the tolerance.
-
-  Points that pass cost a fixed sequence nothing; points far above the tolerance are left out.
-  """
-  thresholds = np.asarray(tried.thresholds)
-  losses = np.maximum.accumulate(np.asarray(tried.losses))
-  points = {_crossing(thresholds, losses, level * tolerance) for level in _FINE}
-  points |= {t for t, loss in zip(tried.thresholds, losses, strict=True) if loss <= tolerance}
-  if np.isfinite(tried.threshold):
-    points.add(tried.threshold)
-  return tuple(sorted((t for t in points if 0.0 < t <= 1.0), reverse=True))
-
-
-def _timed(predictor, prompts, tried: list[Tried], progress) -> tuple[list[Tried], float]:
-  """The finalists with their seconds, and full depth's, all in turn on the same prompts."""
-  able = [entry for entry in tried if np.isfinite(entry.threshold)]
+  chosen = decode.of_one_length(predictor, prompts, size[0])
   length = predictor.options.max_decode_length
   settings = [
     timing.Setting(
-      str(entry.candidate),
+      f"{number}: {entry.candidate}",
       predictor.with_options(**entry.candidate.options(length)).options.rule,
       entry.threshold,
     )
-    for entry in able
+    for number, entry in enumerate(tried)
   ]
   # Weights that serve every measure, a shortlist's too.
-  serving = predictor.with_options(measure=_with_shortlist(able, predictor))
-  found = timing.measure(serving, prompts, settings, rounds=ROUNDS, progress=progress)
-  by_name = {row.name: row for row in found.rows}
-  return [
-    dataclasses.replace(
-      entry,
-      milliseconds=1e3 * by_name[str(entry.candidate)].decode_seconds,
-      speedup=by_name[str(entry.candidate)].speedup,
-    )
-    if str(entry.candidate) in by_name
-    else entry
-    for entry in tried
-  ], found.full_seconds
+  serving = predictor.with_options(measure=_with_shortlist(tried, predictor))
+  told = lambda share, text: progress(share, text.split(": ")[-1])
+  found = timing.measure(serving, chosen, settings, rounds=size[1], progress=told)
+  rows = [row for row in found.rows if row.name != timing.FULL]
+  return Seconds(
+    full=1e3 * found.full_seconds,
+    milliseconds=tuple(1e3 * row.decode_seconds for row in rows),
+    speedups=tuple(row.speedup for row in rows),
+    num_prompts=len(chosen),
+  )
 
 
 def _with_shortlist(tried: Sequence[Tried], predictor: inference.Predictor) -> str:

@@ -16,12 +16,11 @@ from typing import Any
 
 import calm
 from calm import checkpoints, inference
-from calm.calibrate import Calibration
+from calm.calibrate import Calibration, seconds
 from calm.calibrate.generations import files
 from calm.fitting import summary
 from calm.fitting.options import FitOptions
 from calm.fitting.result import Result
-from calm.fitting.seconds import Seconds
 from calm.inference import options as options_lib
 from calm.paper.bench import results
 
@@ -81,7 +80,12 @@ class Folder:
   ) -> None:
     """Writes the model, its defaults, its promise, and the summary."""
     checkpoints.save(
-      self.path, predictor.params, predictor.config, vocabulary=predictor.vocabulary
+      self.path,
+      predictor.params,
+      predictor.config,
+      vocabulary=predictor.vocabulary,
+      # Stage two alone teaches no layer; without a stage the user says that they are trained.
+      exits_trained=None if options.stages == "two" else True,
     )
     stored = json.dumps(options_lib.to_stored(predictor.options), indent=1)
     files.write_atomically(self.path / "inference.json", stored + "\n")
@@ -117,7 +121,7 @@ def _check_same(there: Any, request: Any, path: pathlib.Path) -> None:
 
 
 def served(
-  calibration: Calibration | None, reason: str, measured: Seconds | None
+  calibration: Calibration | None, reason: str, measured: seconds.Seconds | None
 ) -> Calibration | None:
   """The calibration that goes into the folder, with what was measured noted in it.
 
@@ -131,6 +135,4 @@ def served(
   """
   if calibration is None or reason:
     return None
-  notes = {**(calibration.provenance.notes or {}), "seconds": results.to_json(measured)}
-  provenance = dataclasses.replace(calibration.provenance, notes=notes)
-  return dataclasses.replace(calibration, provenance=provenance)
+  return seconds.noted(calibration, measured)

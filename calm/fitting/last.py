@@ -1,6 +1,8 @@
 """The last part: seconds, risk and quality, looked at once, after everything is decided."""
 
 import dataclasses
+import pathlib
+import tempfile
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -8,6 +10,7 @@ import numpy as np
 from calm import exits, inference
 from calm.calibrate import Prompt, Record, generations
 from calm.calibrate.losses import metrics, sequence_losses
+from calm.fitting import choose
 from calm.fitting import result as result_lib
 from calm.fitting.options import FitOptions
 from calm.paper.bench import decode, scores
@@ -60,17 +63,23 @@ def look(
     threshold: served; `NEVER_EXIT` for full depth.
     progress: told of the share done.
   """
-  static = exits.StaticExit()
-  predictor = decode.one_shape(predictor)
-  full = decode.with_rule(predictor, prompts, static)
-  progress(0.3, "full depth decoded")
+  static, size = exits.StaticExit(), 2 * options.batch_size
+  # The batches that certified: their programs are compiled.
+  predictor = decode.one_shape(predictor.with_options(batch_size=size))
+  full = decode.with_rule(predictor, prompts, static, progress=choose.part(progress, 0.0, 0.3))
   early = full
   if np.isfinite(threshold):
-    early = decode.with_rule(predictor, prompts, threshold=threshold)
-  progress(0.6, "exits decoded")
-  before = (
-    full if original is None else decode.with_rule(decode.one_shape(original), prompts, static)
-  )
+    told = choose.part(progress, 0.3, 0.6)
+    with tempfile.TemporaryDirectory() as folder:
+      path = pathlib.Path(folder)
+      levels = (threshold,)
+      made = decode.on_grid(predictor, prompts, levels, path, full=full, progress=told)
+    early = made.records[0]
+  before = full
+  if original is not None:
+    told = choose.part(progress, 0.6, 1.0)
+    original = decode.one_shape(original.with_options(batch_size=size))
+    before = decode.with_rule(original, prompts, static, progress=told)
   exit_quality = quality(early, prompts, options.metric) if np.isfinite(threshold) else None
   found = result_lib.LastLook(
     quality_original=quality(before, prompts, options.metric),

@@ -1,7 +1,7 @@
 """How long inputs and texts of these rows are, in tokens: the model's limits."""
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -13,10 +13,25 @@ _LONGEST_INPUT, _LONGEST_TEXT = 1024, 256
 _STEP = 8
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """How texts are read and written; fields of `DecodeOptions`.
+
+  Attributes:
+    task_prefix: text put before every input.
+    max_input_length: tokens read, EOS included.
+    max_decode_length: most tokens written, EOS included.
+  """
+
+  task_prefix: str
+  max_input_length: int
+  max_decode_length: int
+
+
 def of_rows(
   predictor: inference.Predictor, rows: Sequence[Prompt], prefix: str | None
-) -> dict[str, Any]:
-  """`task_prefix`, `max_input_length` and `max_decode_length` for these rows.
+) -> tuple[Limits, int]:
+  """Limits for these rows, and how many of them are longer and will be cut.
 
   Args:
     predictor: the model; its own prefix is taken where none is given, and its own text limit
@@ -39,11 +54,8 @@ def of_rows(
     most = int(np.quantile(targets, _SHARE, method="higher"))
     decode_length = min(_LONGEST_TEXT, -(-most // _STEP) * _STEP)
   limit = min(longest, _LONGEST_INPUT)
-  return {
-    "task_prefix": prefix,
-    "max_input_length": -(-limit // 32) * 32,
-    "max_decode_length": decode_length,
-  }
+  limits = Limits(prefix, -(-limit // 32) * 32, decode_length)
+  return limits, sum(len(tokens) >= limits.max_input_length for tokens in inputs)
 
 
 def _check_known(inputs: Sequence[Sequence[int]], vocabulary) -> None:

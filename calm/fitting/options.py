@@ -22,6 +22,8 @@ class FitOptions:
       against the rows' targets).
     metric: name or import path of the text metric.
     prefix: text put before every input; None takes the model's own.
+    input_key: where a row of a file has its text; None: the first of input, inputs, prompt
+      and text.
     budget: seconds that training may take; None trains as many steps as the recipe has.
     seed: of splits, training and draws.
     batch_size: prompts decoded together where nothing is timed.
@@ -33,6 +35,7 @@ class FitOptions:
   consistency: str = "textual"
   metric: str = "rouge_l"
   prefix: str | None = None
+  input_key: str | None = None
   budget: float | None = None
   seed: int = 0
   batch_size: int = 8

@@ -15,6 +15,7 @@ import numpy as np
 from calm import inference
 from calm.calibrate import Record
 from calm.exits import confidence
+from calm.paper.bench import decode
 from calm.t5 import network, parameters
 
 _BATCH = 16
@@ -58,13 +59,16 @@ def probe(
     measures: 'softmax', 'state', 'classifier'.
     progress: told of batches.
   """
-  one = predictor.with_options(batch_size=_BATCH)
+  one = decode.one_shape(predictor.with_options(batch_size=_BATCH))
+  longest = max(len(record.tokens or ()) for record in full)
   found: list[tuple[np.ndarray, ...]] = []
   batches = one.plan(texts)
   for number, batch in enumerate(batches):
     rows = [full[int(row)].tokens or () for row in batch.rows]
-    length = -(-max(map(len, rows)) // _BUCKET) * _BUCKET
-    targets = np.zeros((len(batch.tokens), max(length, _BUCKET)), np.int32)
+    # One length for all: compiling another takes longer than reading some padding.
+    targets = np.zeros(
+      (len(batch.tokens), -(-longest // _BUCKET) * _BUCKET or _BUCKET), np.int32
+    )
     for i, tokens in enumerate(rows):
       targets[i, : len(tokens)] = tokens
     read = _read(

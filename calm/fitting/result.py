@@ -3,8 +3,8 @@
 import dataclasses
 
 from calm.calibrate import thresholds as thresholds_lib
+from calm.calibrate.seconds import Seconds
 from calm.fitting.choose import Choice
-from calm.fitting.seconds import Seconds
 
 
 @dataclasses.dataclass(frozen=True)

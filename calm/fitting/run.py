@@ -2,25 +2,30 @@
 
 import dataclasses
 import pathlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from calm import inference
-from calm.calibrate import Calibration, Prompt
+from calm.calibrate import Calibration, Prompt, seconds
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.losses import sequence_losses
-from calm.data import datasets
+from calm.data import prompt_batches
 from calm.fitting import choose as choose_lib
 from calm.fitting import folder as folder_lib
+from calm.fitting import inputs, lengths, stages, summary
 from calm.fitting import last as last_lib
-from calm.fitting import lengths, seconds, stages, summary
 from calm.fitting import splits as splits_lib
 from calm.fitting.options import FitOptions
 from calm.fitting.result import Point, Result, Trained
 from calm.inference import certified
 from calm.paper.bench import decode, results
+
+CHOOSE = "Choose measure, layers and grid"
+CERTIFY = "Certify the threshold"
+LOOK = "Look at the last part"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +57,8 @@ def fit(
 
   Args:
     model: a checkpoint folder of any known format, or 'packed'.
-    train: rows of {input, target, source}: a JSON Lines file, or `Prompt`s.
+    train: rows of {input, target, source}: a file of any format of `calm infer` (JSON Lines,
+      a JSON array, CSV, TSV, Parquet), or `Prompt`s.
     output: the folder to write; a run of the same request in it goes on.
     tolerance: delta, in (0, 1).
     listener: told of progress.
@@ -92,7 +98,7 @@ class Fit:
     listener: Listener,
   ) -> "Fit":
     """Everything that may be wrong is found here, before any work."""
-    rows = read_rows(train, options)
+    rows = inputs.read_rows(train, options)
     support = sequence_losses.kind_support(options.kind, options.metric)
     splits = splits_lib.split(
       rows,
@@ -102,9 +108,9 @@ class Fit:
       lower=support.lower,
       seed=options.seed,
     )
-    source = inference.load(model, void_guarantee=True)
-    fitted = lengths.of_rows(source, rows, options.prefix)
-    source = source.with_options(batch_size=options.batch_size, **fitted)
+    source = inputs.open_model(model, options, listener.say)
+    limits, cut = lengths.of_rows(source, rows, options.prefix)
+    source = source.with_options(batch_size=options.batch_size, **dataclasses.asdict(limits))
     request = {
       "model": source.parameters_digest,
       "rows": results.prompts_digest(rows),
@@ -112,11 +118,22 @@ class Fit:
     }
     folder = folder_lib.Folder.open(output, request)
     splits_lib.write(output / "splits", splits)
+    longer = f" ({cut} of {len(rows)} inputs are longer and cut at their end)" if cut else ""
+    listener.say(
+      f"Rows: {splits}. Prefix {limits.task_prefix!r}; inputs of at most"
+      f" {limits.max_input_length} tokens{longer}, texts of at most"
+      f" {limits.max_decode_length}."
+    )
     return cls(source, str(model), splits, folder, options, listener)
 
   def run(self) -> inference.Predictor:
     """All steps; those that an earlier run finished are taken from its folder."""
-    self.listener.say(f"Rows: {self.splits}. Written to {self.folder.path / 'splits'}.")
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", prompt_batches.CutPrompts)  # said when it was opened
+      self._make()
+    return inference.load(self.folder.path)
+
+  def _make(self) -> None:
     predictor, trained = self._train()
     choice = self._choose(predictor)
     if choice.best is not None:
@@ -128,7 +145,12 @@ class Fit:
     result = dataclasses.replace(result, curve=curve)
     self.folder.write(predictor, result, served, self.options)
     self.listener.say(result.headline(self.options.tolerance))
-    return inference.load(self.folder.path)
+
+  def _step(self, title: str) -> Callable[[float, str], None]:
+    """Says which of how many steps begins."""
+    stages = [f"Train stage {name}" for name in self.options.trains]
+    steps = [*stages, CHOOSE, CERTIFY, LOOK]
+    return self.listener.step(f"[{steps.index(title) + 1}/{len(steps)}] {title}")
 
   def _train(self) -> tuple[inference.Predictor, tuple[Trained, ...]]:
     """The trained model under its limits, and what its stages did."""
@@ -143,7 +165,7 @@ class Fit:
         folder=self.folder.work / f"stage_{name}",
         options=self.options,
       )
-      progress = self.listener.step(f"Train stage {name}")
+      progress = self._step(f"Train stage {name}")
       done.append(
         self.folder.cache.get(
           Trained,
@@ -157,7 +179,7 @@ class Fit:
     return predictor, tuple(done)
 
   def _choose(self, predictor: inference.Predictor) -> choose_lib.Choice:
-    progress = self.listener.step("Choose measure, layers and grid")
+    progress = self._step(CHOOSE)
     choice = self.folder.cache.get(
       choose_lib.Choice,
       "choice",
@@ -181,7 +203,7 @@ class Fit:
     """The calibration of the chosen way to leave, and its curve; None where there is none."""
     if choice.best is None:
       return None, ()
-    progress = self.listener.step("Certify the threshold")
+    progress = self._step(CERTIFY)
     count = len(choice.grid) + 1
 
     def advance(threshold: float, number: int, batches: int) -> None:
@@ -209,11 +231,12 @@ class Fit:
 
   def _look(self, predictor, trained, choice, calibration: Calibration | None):
     """(the result, the calibration that is served)."""
-    progress = self.listener.step("Look at the last part")
+    progress = self._step(LOOK)
     certified_threshold = (
       thresholds_lib.NEVER_EXIT if calibration is None else calibration.threshold
     )
-    measured = self._seconds(predictor, certified_threshold, lambda s, t: progress(0.6 * s, t))
+    told = choose_lib.part(progress, 0.0, 0.6)
+    measured = self._seconds(predictor, certified_threshold, told)
     reason = why_full_depth(choice, calibration, measured)
     threshold = thresholds_lib.NEVER_EXIT if reason else certified_threshold
     look = last_lib.look(
@@ -222,7 +245,7 @@ class Fit:
       self.splits.last,
       self.options,
       threshold,
-      lambda s, t: progress(0.6 + 0.4 * s, t),
+      choose_lib.part(progress, 0.6, 1.0),
     )
     served = folder_lib.served(calibration, reason, measured)
     result = Result(
@@ -250,7 +273,12 @@ class Fit:
       seconds.Seconds,
       "seconds",
       {"procedure": predictor.procedure.to_json(), "threshold": threshold},
-      lambda: seconds.measure(predictor, self.splits.last, threshold, progress),
+      lambda: inference.seconds.measure(
+        predictor,
+        [prompt.input for prompt in self.splits.last],
+        threshold,
+        progress=progress,
+      ),
     )
 
 
@@ -278,30 +306,3 @@ def why_full_depth(
       f" ({measured.slower}, medians of rounds in turn)."
     )
   return ""
-
-
-def read_rows(
-  train: str | pathlib.Path | Sequence[Prompt], options: FitOptions
-) -> tuple[Prompt, ...]:
-  """Rows of a file, or those given, checked.
-
-  Raises:
-    ValueError: rows without references where they are needed, or ids that occur twice.
-  """
-  if isinstance(train, str | pathlib.Path):
-    examples = datasets.read_examples(train, require_target=options.needs_targets)
-    return tuple(Prompt(e.id, e.input, e.targets, e.source) for e in examples)
-  rows = tuple(train)
-  bare = [row.id for row in rows if not row.targets]
-  if bare and options.needs_targets:
-    raise ValueError(
-      f"Expected `train` to be rows with references (`targets`), got {len(bare)} of {len(rows)}"
-      f" without, first {bare[:3]}; give them, or take stages='none' with textual consistency."
-    )
-  ids = [row.id for row in rows]
-  if len(set(ids)) < len(ids):
-    raise ValueError(
-      f"Expected `train` to be rows with ids of their own, got {len(ids) - len(set(ids))} ids"
-      " twice; number them."
-    )
-  return rows

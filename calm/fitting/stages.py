@@ -84,7 +84,8 @@ class Stage:
     history = json.loads((self.folder / "validation.json").read_text("utf-8"))
     losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in history)
     seconds = time.monotonic() - start
-    note = more_time(losses, seconds)
+    recipe = RECIPES[self.name](self.model.config, len(self.splits.train))
+    note = more_time(losses, seconds, recipe.num_steps)
     say(f"Stage {self.name}: {losses[-1][0]} steps. {note}")
     return Trained(self.name, losses[-1][0], seconds, losses, note)
 
@@ -185,7 +186,7 @@ class Stage:
     model = dataclasses.replace(
       self.model.config, exit_classifier=True, dropout_rate=recipe.dropout_rate
     )
-    _, params = run.starting_point(model, str(self.initial), 0)
+    params = run.starting_point(model, str(self.initial), 0).params
     step = training.make_train_step(network.Transformer(model), config, objective, params)
     state = training.init_state(params, config, objective)
     compiling = total = 0.0
@@ -214,20 +215,30 @@ def _run_gin(file: pathlib.Path, output_dir: pathlib.Path, listener: training.Li
     gin.clear_config()
 
 
-def more_time(losses: tuple[tuple[int, float], ...], seconds: float) -> str:
-  """What the validation loss did, and what as much time again would buy."""
+def more_time(losses: tuple[tuple[int, float], ...], seconds: float, recipe_steps: int) -> str:
+  """What the validation loss did, and what as much time again would buy.
+
+  Args:
+    losses: (step, validation loss), ascending.
+    seconds: that the steps took.
+    recipe_steps: how many the recipe has.
+  """
   first, last = losses[0], losses[-1]
   best = min(losses, key=lambda entry: entry[1])
   if len(losses) < 3:
     return f"Validation loss {best[1]:.3f}."
   text = f"Validation loss {first[1]:.3f} at step {first[0]}, best {best[1]:.3f} at {best[0]}"
+  whole = ""
+  if last[0] < recipe_steps:
+    left = _duration(seconds * recipe_steps / last[0])
+    whole = f" The recipe has {recipe_steps} steps, about {left}."
   middle = losses[len(losses) // 2]
   gained = middle[1] - best[1]
   if best[0] < last[0]:
-    return f"{text}; more steps would buy nothing."
+    return f"{text}; the steps after that bought nothing.{whole}"
   return (
     f"{text}; the second half of the steps bought {gained:.3f}: as much again"
-    f" ({_duration(seconds)}) would buy less than that."
+    f" ({_duration(seconds)}) would buy less than that.{whole}"
   )
 
 

@@ -37,6 +37,7 @@ def pages(result: Result, options: FitOptions, folder: str) -> Mapping[str, str]
     "folder": folder,
     "headline": result.headline(options.tolerance),
     "never": thresholds_lib.NEVER_EXIT,
+    "timed_only": TIMED_ONLY,
   }
   figure = curve.draw(result, options)
   html = environment.get_template("summary.html.j2").render(
@@ -72,6 +73,10 @@ def plain(example: Example, num_layers: int) -> str:
   return " ".join(text.replace("`", "'").split())
 
 
+# Of ways to leave whose texts were not looked at: seconds at the threshold that was forecast.
+TIMED_ONLY = " (timed only)"
+
+
 def tried_lines(choice: Choice) -> list[str]:
   """What was tried, the fastest first, a line each."""
   lines = []
@@ -79,7 +84,7 @@ def tried_lines(choice: Choice) -> list[str]:
     choice.tried, key=lambda entry: -(0.0 if math.isnan(entry.speedup) else entry.speedup)
   )
   for entry in order:
-    mark = " (chosen)" if choice.best is entry else ""
+    mark = " (chosen)" if choice.best is entry else "" if entry.decoded else TIMED_ONLY
     if math.isnan(entry.speedup):
       lines.append(f"  {entry.candidate}: no threshold within the tolerance")
       continue

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from calm.fitting import candidates, choose, probe
+from calm.fitting import candidates, choose, forecasts, probe
 from calm.fitting.candidates import Candidate
 
 
@@ -22,10 +22,11 @@ def test_exits_and_losses_of_a_set_of_layers(tokens):
   levels = np.array([0.95, 0.6, 0.15])
   depths, losses = candidates.simulate(tokens, Candidate("softmax", (1, 2)), levels, 2)
   assert depths.tolist() == [[2, 3, 3, 3], [1, 2, 1, 3], [1, 1, 1, 2]]
-  assert losses.tolist() == [0.0, 0.25, 0.75]
+  # In each text the share from the first changed word on, two thirds of it.
+  assert losses == pytest.approx([0.0, 1 / 3, 1 / 2])
   depths, losses = candidates.simulate(tokens, Candidate("softmax", (2,)), levels, 2)
   assert depths.tolist() == [[2, 3, 3, 3], [2, 2, 2, 3], [2, 2, 2, 2]]
-  assert losses.tolist() == [0.0, 0.0, 0.25]
+  assert losses == pytest.approx([0.0, 0.0, 1 / 6])
 
 
 def test_a_decaying_threshold_falls_with_the_position(tokens):
@@ -57,24 +58,27 @@ def test_finalists_hold_the_best_of_every_measure_and_the_other_schedule():
   ]
   got = candidates.finalists(ranked, 4)
   assert got[:3] == [ranked[0].candidate, ranked[3].candidate, ranked[4].candidate]
-  assert ranked[2].candidate in got and got[-1] == Candidate("softmax", (2,), 4.0)
+  assert got[3:] == [Candidate("softmax", (2,), 4.0)]
+  # Room for one more goes to layers that none has yet.
+  more = [*ranked, candidates.Ranked(Candidate("softmax", (1, 2)), 0.0, 0.0)]
+  assert candidates.finalists(more, 5) == [*got, Candidate("softmax", (1, 2))]
 
 
 def test_the_forecast_is_where_the_bound_crosses_the_tolerance():
   losses = np.tile([[0.0, 0.0, 0.0], [0.0, 0.2, 0.4]], (100, 1))
   thresholds = (0.9, 0.5, 0.1)
   # Means 0, 0.1, 0.2: with endless prompts the bound is the mean.
-  assert choose.forecast(thresholds, losses, 0.15, 10**9) == pytest.approx(0.3, abs=1e-3)
-  assert 0.5 < choose.forecast(thresholds, losses, 0.1, 100) < 0.9
-  assert choose.forecast(thresholds, losses, 0.3, 10**9) == 0.1
-  assert choose.forecast(thresholds, losses + 0.5, 0.1, 100) == math.inf
+  assert forecasts.forecast(thresholds, losses, 0.15, 10**9) == pytest.approx(0.3, abs=1e-3)
+  assert 0.5 < forecasts.forecast(thresholds, losses, 0.1, 100) < 0.9
+  assert forecasts.forecast(thresholds, losses, 0.3, 10**9) == 0.1
+  assert forecasts.forecast(thresholds, losses + 0.5, 0.1, 100) == math.inf
 
 
 def test_the_final_grid_descends_and_is_densest_near_the_tolerance():
   tried = choose.Tried(
     Candidate("softmax", (1,)), (0.9, 0.5, 0.1), (0.01, 0.08, 0.3), (3, 2, 1), 0.45, 1.0, 2.0
   )
-  grid = np.array(choose.final_grid(tried, 0.1))
+  grid = np.array(forecasts.final_grid(tried, 0.1))
   assert (np.diff(grid) < 0).all() and grid[-1] > 0.0 and grid[0] <= 1.0
   assert {0.9, 0.5, 0.45} <= set(grid.tolist())
   # Loss 0.2, twice the tolerance, is at 0.28; what lies far beyond is left out.

@@ -8,12 +8,14 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib (the `report` extra) is not installed")
 
-from calm import exits, fitting, inference
-from calm.calibrate import Calibration, Prompt
+from calm import checkpoints, exits, fitting, inference
+from calm.calibrate import Calibration, Prompt, seconds
 from calm.calibrate import thresholds as thresholds_lib
-from calm.fitting import candidates, choose, folder, last, run, seconds
+from calm.data import vocabulary
+from calm.fitting import candidates, choose, folder, inputs, last, run
 from calm.fitting import result as result_lib
 from calm.paper.bench import results
+from tests import toy_vocabulary
 from tests.inference import predictor_test
 
 WORDS = ["a few words", "another text", "say it", "the fourth", "b"]
@@ -35,10 +37,12 @@ def few_rounds():
   patch = pytest.MonkeyPatch()
   patch.setattr(choose, "TIMED", 2)
   patch.setattr(choose, "ROUNDS", 1)
+  patch.setattr(choose, "_FIRST_TIMED", 1)
+  patch.setattr(choose, "_FIRST_ROUNDS", 1)
   patch.setattr(choose, "FINALISTS", 1)
   patch.setattr(candidates, "measures", lambda predictor: ("softmax",))
-  patch.setattr(seconds, "PROMPTS", 2)
-  patch.setattr(seconds, "ROUNDS", 1)
+  patch.setattr(inference.seconds, "PROMPTS", 2)
+  patch.setattr(inference.seconds, "ROUNDS", 1)
   yield
   patch.undo()
 
@@ -47,23 +51,20 @@ def few_rounds():
 def always_faster():
   """Whatever was measured, exits are taken to be faster: a toy's seconds are noise."""
   patch = pytest.MonkeyPatch()
-  measured, timed = seconds.measure, choose._timed
+  measured, timed = inference.seconds.measure, choose.timed
 
-  def measure(*arguments):
-    found = measured(*arguments)
+  def measure(*arguments, **options):
+    found = measured(*arguments, **options)
     return dataclasses.replace(
       found, single=dataclasses.replace(found.single, speedup=1.5), batched=None
     )
 
   def faster(*arguments):
-    tried, full = timed(*arguments)
-    return [
-      dataclasses.replace(entry, speedup=1.5 if np.isfinite(entry.threshold) else np.nan)
-      for entry in tried
-    ], full
+    found = timed(*arguments)
+    return dataclasses.replace(found, speedups=tuple(1.5 for _ in found.speedups))
 
-  patch.setattr(seconds, "measure", measure)
-  patch.setattr(choose, "_timed", faster)
+  patch.setattr(inference.seconds, "measure", measure)
+  patch.setattr(choose, "timed", faster)
   yield patch
   patch.undo()
 
@@ -120,7 +121,7 @@ def test_a_stopped_fit_goes_on_and_another_request_is_refused(
   with pytest.raises(ValueError, match="the rows"):
     fitting.fit(model, ROWS[:-1], output=output, **OPTIONS)
   monkeypatch.setattr(choose, "choose", None)  # what is done is not done again
-  monkeypatch.setattr(seconds, "measure", None)
+  monkeypatch.setattr(inference.seconds, "measure", None)
   again = fitting.fit(model, ROWS, output=output, **OPTIONS)
   assert again.calibration == served.calibration
 
@@ -191,11 +192,69 @@ def test_rows_that_cannot_do_are_named_before_any_work(model, tmp_path):
     fit(bare, consistency="risk")
   with pytest.raises(ValueError, match="1 ids twice"):
     fit([*ROWS, ROWS[0]])
-  file = tmp_path / "rows.jsonl"
-  file.write_text('{"input": "a"}\n')
-  with pytest.raises(ValueError, match="no field `target`"):
-    fit(file, stages="both")
   assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+  ("name", "text", "words"),
+  [
+    ("rows.jsonl", '{"input": "a"}\n', "rows with references.*1 of 1 without"),
+    ("rows.jsonl", '{"input": "a", "target": " "}\n', "1 of 1 without"),
+    ("rows.csv", "review,label\na,b\n", "no `input` or .*--input_key"),
+    ("rows.json", "[]", "no examples"),
+    ("rows.jsonl", '{"id": "a", "input": "a"}\n' * 2, "of an earlier row"),
+  ],
+)
+def test_files_that_cannot_do_are_named_before_any_work(model, tmp_path, name, text, words):
+  (tmp_path / name).write_text(text)
+  with pytest.raises(ValueError, match=words):
+    fitting.fit(
+      model, tmp_path / name, output=tmp_path / "out", **{**OPTIONS, "stages": "both"}
+    )
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+  ("model_type", "rows", "words"),
+  [
+    ("bart", ROWS, "`model_type` in config.json"),
+    (
+      "t5",
+      [dataclasses.replace(r, input="日 本 語 の 文 " + r.id) for r in ROWS],
+      "unknown",
+    ),
+  ],
+)
+def test_models_that_are_not_the_rows_are_named_before_any_work(
+  model, tmp_path, model_type, rows, words
+):
+  """Another architecture, and a tokenizer that does not know the texts."""
+  folder = tmp_path / "model"
+  if model_type == "t5":
+    pieces = vocabulary.SentencePieceVocabulary(toy_vocabulary.train(tmp_path / "toy.model"))
+    opened = inference.load(model)
+    checkpoints.save(folder, opened.params, opened.config, vocabulary=pieces)
+  else:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+  with pytest.raises(ValueError, match=words):
+    fitting.fit(folder, rows, output=tmp_path / "out", **OPTIONS)
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("suffix", ["json", "csv", "tsv"])
+def test_rows_come_in_every_format_of_prompts(tmp_path, suffix):
+  values = [
+    {"text": row.input, "reference": row.targets[0], "group": row.group} for row in ROWS
+  ]
+  delimiter = {"csv": ",", "tsv": "\t"}.get(suffix)
+  lines = [list(values[0]), *(list(value.values()) for value in values)]
+  text = json.dumps(values) if delimiter is None else "\n".join(map(delimiter.join, lines))
+  (tmp_path / f"rows.{suffix}").write_text(text)
+  read = inputs.read_rows(tmp_path / f"rows.{suffix}", fitting.FitOptions())
+  assert [(r.input, r.targets, r.group) for r in read] == [
+    (row.input, row.targets, row.group) for row in ROWS
+  ]
 
 
 def test_a_folder_with_other_files_is_left_alone(model, tmp_path):

@@ -41,7 +41,9 @@ def stage(directory, parts, tmp_path, monkeypatch):
   monkeypatch.setattr(stages, "RECIPES", {k: short(v) for k, v in stages.RECIPES.items()})
   splits.write(tmp_path / "splits", parts)
   model = inference.load(directory)
-  model = model.with_options(**lengths.of_rows(model, ROWS, "p: "))
+  limits, cut = lengths.of_rows(model, ROWS, "p: ")
+  assert not cut
+  model = model.with_options(**dataclasses.asdict(limits))
   return lambda name, **options: stages.Stage(
     name,
     directory,
@@ -125,6 +127,8 @@ def test_buckets_ascend_to_the_limits():
 
 def test_what_more_time_would_buy():
   falling = tuple((i, 2.0 - 0.1 * i) for i in range(1, 9))
-  text = stages.more_time(falling, 600.0)
+  text = stages.more_time(falling, 600.0, 8)
   assert "1.900 at step 1" in text and "bought 0.300" in text and "(10 min)" in text
-  assert "buy nothing" in stages.more_time(((1, 2.0), (2, 1.0), (3, 1.5)), 60.0)
+  assert "The recipe has 24 steps, about 30 min." in stages.more_time(falling, 600.0, 24)
+  text = stages.more_time(((1, 2.0), (2, 1.0), (3, 1.5)), 60.0, 3)
+  assert text.endswith("bought nothing.")
