@@ -168,8 +168,13 @@ class Calibration:
     """Losses, bounds and what is certified, by matplotlib; see `views.plot`."""
     return views.plot(self, axes)
 
-  def refuse_other(self, procedure: Procedure | None) -> None:
+  def refuse_other(self, procedure: Procedure | None, *, allow_platform: bool = False) -> None:
     """Does nothing if the promise holds for outputs decoded by `procedure`.
+
+    Args:
+      procedure: how outputs are decoded.
+      allow_platform: whether the platform and its matmul precision may be others. The promise
+        is then not of these outputs: whoever says so checks a sample of them.
 
     Raises:
       ValueError: it does not; the message names each differing field.
@@ -181,12 +186,16 @@ class Calibration:
         " holds for this model; calibrate on outputs of this model, or say that the guarantee"
         " is void (`--void_guarantee`, or `void_guarantee=True`)."
       )
-    difference = describe_differences(self.procedure, procedure)
+    difference = describe_differences(self.procedure, procedure, allow_platform=allow_platform)
     if difference:
+      platform = not describe_differences(self.procedure, procedure, allow_platform=True)
+      check = (
+        " have a sample of the prompts checked here (`--allow_platform`)," if platform else ""
+      )
       raise ValueError(
         "Expected a calibration for this model and these options, got one for another"
-        f" procedure: {difference}; calibrate again under this one, or say that the guarantee"
-        " is void (`--void_guarantee`, or `void_guarantee=True`)."
+        f" procedure: {difference}; calibrate again under this one,{check} or say that the"
+        " guarantee is void (`--void_guarantee`, or `void_guarantee=True`)."
       )
 
   @property

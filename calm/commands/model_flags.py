@@ -14,6 +14,8 @@ DECODE_OPTIONS = (
   "batch_size",
   "num_devices",
   "propagation",
+  "matmul_precision",
+  "weights_dtype",
 )
 
 
@@ -45,7 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument("--limit", type=int, metavar="N", help="read only the first N prompts")
   _add_exits(parser)
-  # Whole numbers and texts that a checkpoint or a calibration brings along.
+  _add_sizes(parser)
+
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
+  """Whole numbers and texts that a checkpoint or a calibration brings along."""
   for name, type_, metavar, text in (
     ("task_prefix", str, "TEXT", "put before every prompt"),
     ("max_input_length", int, "N", "tokens read of a prompt"),
@@ -53,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ("batch_size", int, "N", "prompts that a device decodes together (default 8)"),
     ("num_devices", int, "N", "devices that the prompts are spread over (default 1)"),
     ("dtype", str, "NAME", "activation dtype: float32 or bfloat16"),
+    ("weights_dtype", str, "NAME", "dtype of matrices and heads: float32 or bfloat16"),
+    (
+      *("matmul_precision", str, "NAME"),
+      "of float32 products: default, high or highest (a CPU knows one only)",
+    ),
   ):
     parser.add_argument(f"--{name}", type=type_, metavar=metavar, help=text)
 

@@ -3,6 +3,10 @@
 import argparse
 import hashlib
 import json
+import pathlib
+import shutil
+import tempfile
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +15,19 @@ from calm.calibrate.losses import metrics
 
 # Exit status of a run with an alarm, where it was asked for.
 ALARM_STATUS = 3
+# Share of the prompts that is checked by default; more where a promise is on trial.
+SHARE, TRIAL_SHARE = 0.05, 0.25
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the options of a monitor."""
+  parser.add_argument(
+    "--allow_platform",
+    action="store_true",
+    help="serve a calibration that was made on another platform, or with another matmul"
+    " precision, on trial: a share of the prompts is decoded at full depth too and watched, as"
+    " by --monitor",
+  )
   parser.add_argument(
     "--monitor",
     metavar="FILE",
@@ -24,10 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--monitor_share",
     type=float,
-    default=0.05,
     metavar="SHARE",
-    help="share of prompts, chosen by a hash of their ids, that --monitor checks"
-    " (default 0.05)",
+    help="share of prompts, chosen by a hash of their ids, that --monitor checks (default 0.05;"
+    f" {TRIAL_SHARE} with --allow_platform)",
   )
   parser.add_argument(
     "--monitor_level",
@@ -86,6 +98,8 @@ class Monitored:
     lost = (
       f" {len(self._lost)} of a run that was killed count as unchanged." if self._lost else ""
     )
+    if self._predictor.elsewhere:
+      count = f"{self._trial(checked)} {count}"
     if not monitor.alarm:
       return f"{count}{lost} No alarm."
     return (
@@ -94,31 +108,51 @@ class Monitored:
       f" {watch.alarm_level:.10g}). Calibrate again on prompts like these."
     )
 
+  def _trial(self, checked: int) -> str:
+    found = (
+      "None of these prompts was checked: raise --monitor_share."
+      if not checked
+      else "What was checked here is below; it can speak against the promise, not renew it."
+    )
+    return (
+      "Served on trial, the calibration being made elsewhere:"
+      f" {self._predictor.elsewhere}. {found}"
+    )
+
 
 def open_monitored(
   arguments: argparse.Namespace, predictor: Any, threshold: float
 ) -> Monitored | None:
-  """The monitor that was asked for, or None.
+  """The monitor that was asked for, or that a promise from elsewhere needs, or None.
 
   Raises:
     ValueError: there is no promise that full-depth texts can check, or an option leaves its
       range.
     LockedError: another process writes the monitor's file.
   """
-  if arguments.monitor is None:
+  on_trial = bool(predictor.elsewhere) and threshold not in (NEVER_EXIT, None)
+  if arguments.monitor is None and not on_trial:
     if arguments.fail_on_alarm:
       raise ValueError("Expected `--monitor` beside `--fail_on_alarm`, got none; name a file.")
     return None
   promise = _promise(predictor.calibration, threshold)
+  share = arguments.monitor_share
+  if share is None:
+    share = TRIAL_SHARE if on_trial else SHARE
   watch = audit.Watch(
     tolerance=promise.tolerance,
     alarm_level=arguments.monitor_level,
-    sampling_rate=arguments.monitor_share,
+    sampling_rate=share,
     seed=_digest(promise),
     support=promise.support,
     calibration_digest=_digest(promise),
   )
-  return Monitored(predictor, audit.open_monitor(arguments.monitor, watch), promise.metric)
+  if arguments.monitor is not None:
+    return Monitored(predictor, audit.open_monitor(arguments.monitor, watch), promise.metric)
+  folder = tempfile.mkdtemp(prefix="calm-monitor-")  # nobody asked to keep it
+  monitor = audit.open_monitor(pathlib.Path(folder) / "monitor.jsonl", watch)
+  weakref.finalize(monitor, shutil.rmtree, folder, True)
+  return Monitored(predictor, monitor, promise.metric)
 
 
 def _promise(calibration: Calibration | None, threshold: float) -> Calibration:

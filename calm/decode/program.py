@@ -36,6 +36,7 @@ def model_weights(
   config: network.T5Config,
   num_pieces: int | None = None,
   shortlist: Sequence[int] | None = None,
+  weights_dtype: str | None = None,
 ) -> ModelWeights:
   """Lays a T5X-shaped tree out for inference.
 
@@ -44,14 +45,19 @@ def model_weights(
     config: its sizes.
     num_pieces: pieces of the vocabulary; rows beyond them are never emitted. None: all rows.
     shortlist: likely token ids, for the measure 'shortlist'; None: no such head.
+    weights_dtype: what matrices and heads are rounded to and stored in; None: the encoder's
+      as they are, the decoder's in the activation dtype, heads in float32.
 
   Raises:
     ValueError: `num_pieces` or `shortlist` does not fit the model.
   """
   encoder = {name: params[name] for name in ("token_embedder", "encoder")}
+  narrow = None if weights_dtype is None else jnp.dtype(weights_dtype)
+  # Scales of norms are vectors, and few; they stay.
+  stored = lambda leaf: jnp.asarray(leaf, narrow if leaf.ndim > 1 else None)
   return ModelWeights(
-    jax.tree.map(jnp.asarray, encoder),
-    decoder_weights.decoder_weights(params, config, num_pieces, shortlist),
+    jax.tree.map(stored, encoder),
+    decoder_weights.decoder_weights(params, config, num_pieces, shortlist, narrow),
   )
 
 

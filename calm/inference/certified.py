@@ -89,6 +89,7 @@ def certify(
     )
   options = predictor.options
   levels = thresholds or options.grid or thresholds_lib.default_grid(options.measure).tolist()
+  temporary = folder is None
   with contextlib.ExitStack() as stack:
     if folder is None:
       folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -101,6 +102,7 @@ def certify(
     )
     grid.generate(predictor, prompts, levels, writer, progress=progress)
     writer.finish()
-    cached = generations.load(folder)
+    # A folder that nobody asked for is gone by the time that its records are read.
+    cached = generations.load(folder, in_memory=temporary)
   losses = sequence_losses.compute(cached, kind, metric=metric)
   return calibrate(losses, tolerance=tolerance, error_rate=error_rate), cached

@@ -1,6 +1,7 @@
 """Opening a model for decoding, with its promise where its folder has one."""
 
 import dataclasses
+import functools
 import pathlib
 import warnings
 from typing import Any
@@ -27,6 +28,7 @@ def load(
   *,
   calibration: Calibration | str | pathlib.Path | None = None,
   void_guarantee: bool = False,
+  allow_platform: bool = False,
   dtype: str | None = None,
   **options: Any,
 ) -> Predictor:
@@ -41,6 +43,10 @@ def load(
       given differs from it.
     void_guarantee: decode under another procedure all the same: the calibrated threshold
       stays, the promise goes.
+    allow_platform: decode all the same where the calibration differs in nothing but the
+      platform that it was made on and its matmul precision. Outputs carry no promise until a
+      sample of them was checked: `calm infer --allow_platform` does, or
+      `calibrate.audit.Monitor`.
     dtype: activation dtype, 'float32' or 'bfloat16'; None takes the checkpoint's.
     **options: fields of `DecodeOptions`.
 
@@ -81,9 +87,9 @@ def load(
     kept = own.exists() and not void_guarantee
     if (directory / FULL_DEPTH).exists() and not kept:
       return dataclasses.replace(predictor, threshold=NEVER_EXIT)
-    return _under_its_own(predictor, own, given) if kept else predictor
+    return _under_its_own(predictor, own, given, allow_platform) if kept else predictor
   if not void_guarantee:
-    return predictor.under(calibration)
+    return predictor.under(calibration, allow_platform=allow_platform)
   return dataclasses.replace(predictor, threshold=calibration.threshold)
 
 
@@ -99,12 +105,17 @@ def _warn_of_untrained_exits(directory: pathlib.Path) -> None:
     )
 
 
-def _under_its_own(predictor: Predictor, path: pathlib.Path, options_given: bool) -> Predictor:
+def _under_its_own(
+  predictor: Predictor, path: pathlib.Path, options_given: bool, allow_platform: bool
+) -> Predictor:
   """The model under the calibration of its folder, where that is for it as it is opened."""
   calibration = Calibration.load(path)
-  difference = describe_differences(calibration.procedure, predictor.procedure)
+  compare = functools.partial(describe_differences, calibration.procedure, predictor.procedure)
+  difference = compare(allow_platform=allow_platform)
   if not difference:
-    return predictor.under(calibration)
+    return predictor.under(calibration, allow_platform=allow_platform)
+  if not compare(allow_platform=True):  # the same options, at another place
+    calibration.refuse_other(predictor.procedure)
   if not options_given:  # the folder disagrees with itself
     raise ValueError(
       f"Expected {str(path)!r} to be for the model beside it, got one for another procedure:"

@@ -12,10 +12,15 @@ from calm.exits import confidence as confidence_lib
 from calm.exits import propagation, schedules
 from calm.t5 import limits
 
+CHOICES = {
+  "matmul_precision": ("default", "high", "highest"),
+  "weights_dtype": ("float32", "bfloat16"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class DecodeOptions:
-  """How prompts are decoded; all of it belongs to the `Procedure`, but for the last five.
+  """How prompts are decoded; all of it belongs to the `Procedure`, but for the last six.
 
   Attributes:
     measure: confidence measure: 'softmax', 'state' or 'classifier'.
@@ -26,6 +31,12 @@ class DecodeOptions:
     task_prefix: text put before every prompt.
     max_input_length: tokens of a prompt that are read, EOS included.
     max_decode_length: most tokens generated, EOS included.
+    matmul_precision: of products of float32 matrices: 'default', 'high' or 'highest', as
+      `jax.default_matmul_precision` has them; None takes what JAX is configured to. A CPU
+      knows one only.
+    weights_dtype: 'float32' or 'bfloat16', what matrices and output heads are rounded to and
+      stored in; products, logits and confidences are as wide as without. None stores matrices
+      in the activation dtype and heads in float32.
     batch_size: prompts that a device decodes together; results do not depend on it in
       float32.
     num_devices: devices that the prompts are spread over; results do not depend on it.
@@ -45,6 +56,8 @@ class DecodeOptions:
   task_prefix: str = ""
   max_input_length: int = 512
   max_decode_length: int = 64
+  matmul_precision: str | None = None
+  weights_dtype: str | None = None
   batch_size: int = 8
   num_devices: int = 1
   engine: engines.Engine | None = None
@@ -54,6 +67,12 @@ class DecodeOptions:
   def __post_init__(self):
     for name in ("max_input_length", "max_decode_length", "batch_size", "num_devices"):
       limits.whole(name, getattr(self, name), 1, limits.LONGEST, "give a number in that range")
+    for name, values in CHOICES.items():
+      if getattr(self, name) not in (None, *values):
+        raise ValueError(
+          f"Expected `{name}` to be one of {', '.join(values)}, or None, got"
+          f" {getattr(self, name)!r}."
+        )
     if self.refill and self.num_devices > 1:
       raise ValueError(
         f"Expected `num_devices` of 1 with `refill`, got {self.num_devices}; leave one out."
@@ -127,6 +146,8 @@ def _check_stored(name: str, value: Any) -> None:
     numbers = isinstance(value, list) and all(type(v) in (int, float) for v in value)
     if not numbers or not all(0 <= v <= 1 for v in value):
       raise ValueError(f"Expected `{name}` to be a list of numbers in [0, 1], got {value!r}.")
+  elif name in CHOICES and value is not None and not isinstance(value, str):
+    raise ValueError(f"Expected `{name}` to be a text or null, got {value!r}.")
   elif name in ("measure", "propagation", "task_prefix") and not isinstance(value, str):
     raise ValueError(f"Expected `{name}` to be a text, got {value!r}.")
   elif name == "refill" and not isinstance(value, bool):
@@ -148,7 +169,15 @@ def _schedule(value: Any, path: pathlib.Path) -> schedules.Schedule:
 def to_stored(options: DecodeOptions) -> dict[str, Any]:
   """The options as `inference.json` keeps them; what says nothing is left out."""
   plain = DecodeOptions()
-  names = ("measure", "exit_layers", "propagation", "batch_size", "shortlist", "grid")
+  names = (
+    "measure",
+    "exit_layers",
+    "propagation",
+    "batch_size",
+    "shortlist",
+    "grid",
+    *CHOICES,
+  )
   limits = ("task_prefix", "max_input_length", "max_decode_length")
   stored: dict[str, Any] = {name: getattr(options, name) for name in limits}
   for name in names:

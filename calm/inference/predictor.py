@@ -6,6 +6,7 @@
 Needs no TensorFlow, seqio or T5X.
 """
 
+import contextlib
 import dataclasses
 import functools
 import warnings
@@ -18,6 +19,7 @@ import numpy as np
 from calm import checkpoints, exits
 from calm.calibrate import Calibration, Procedure, Prompt
 from calm.calibrate import seconds as seconds_lib
+from calm.calibrate.generations.procedures import describe_differences
 from calm.data import prompt_batches
 from calm.decode import compiled, loop, pool_program
 from calm.decode import program as program_lib
@@ -61,7 +63,11 @@ class Predictor:
     """The parameters laid out for decoding."""
     shortlist = self.options.shortlist if self.options.rule.measure.bound else None
     weights = program_lib.model_weights(
-      self.params, self.config, self.vocabulary.vocab_size, shortlist
+      self.params,
+      self.config,
+      self.vocabulary.vocab_size,
+      shortlist,
+      self.options.weights_dtype,
     )
     sharded = self.sharded()
     return weights if sharded is None else sharded.replicate(weights)
@@ -102,6 +108,7 @@ class Predictor:
     made = ["parameters_digest"]
     laid_out = lambda options: (
       options.num_devices,
+      options.weights_dtype,
       options.shortlist if options.rule.measure.bound else None,
     )
     if laid_out(self.options) == laid_out(other.options) and self.config == other.config:
@@ -109,19 +116,30 @@ class Predictor:
     other.__dict__.update({name: self.__dict__[name] for name in made if name in self.__dict__})
     return other
 
-  def under(self, calibration: Calibration) -> "Predictor":
+  def under(self, calibration: Calibration, *, allow_platform: bool = False) -> "Predictor":
     """The same model under a calibration: its threshold is the default, its promise goes along.
+
+    Args:
+      calibration: for this procedure.
+      allow_platform: take one that was made on another platform or with another matmul
+        precision too; outputs then carry no promise (`elsewhere` says why).
 
     Warns (`SlowerThanFullDepth`) where its threshold was measured not to be faster.
 
     Raises:
       ValueError: the calibration is for another procedure; the message names the fields.
     """
-    calibration.refuse_other(self.procedure)
+    calibration.refuse_other(self.procedure, allow_platform=allow_platform)
     threshold = calibration.threshold
     if slow := seconds_lib.warning(calibration):
       warnings.warn(SlowerThanFullDepth(slow), stacklevel=2)
     return self.sharing(dataclasses.replace(self, calibration=calibration, threshold=threshold))
+
+  @functools.cached_property
+  def elsewhere(self) -> str:
+    """What of the platform differs from the calibration's, named; '' where nothing does."""
+    procedure = None if self.calibration is None else self.calibration.procedure
+    return "" if procedure is None else describe_differences(procedure, self.procedure)
 
   def calibrate(
     self, prompts: Sequence[Prompt] | Sequence[str], *, tolerance: float, **options: Any
@@ -186,9 +204,10 @@ class Predictor:
     # The rule has no part in it: one compiled encoder serves all of them.
     program = program_lib.Program(self.config, exits.StaticExit(), 1, self.eos_id)
     count = self.options.num_devices
-    if count > 1:
-      return sharded_lib.ShardedProgram(program, count).encode(self.weights, batch.tokens)
-    return program.encode(self.weights, batch.tokens)
+    with self._precision():
+      if count > 1:
+        return sharded_lib.ShardedProgram(program, count).encode(self.weights, batch.tokens)
+      return program.encode(self.weights, batch.tokens)
 
   def decode(
     self,
@@ -200,9 +219,10 @@ class Predictor:
     """Decodes the active rows of an encoded batch; numpy arrays come back."""
     program = self.sharded(rule) or self.program(rule)
     # Numpy values go to the device inside the call: a tenth of a millisecond less a batch.
-    generation = program.decode(
-      self.weights, encoded, active, np.asarray(threshold, np.float32)
-    )
+    with self._precision():
+      generation = program.decode(
+        self.weights, encoded, active, np.asarray(threshold, np.float32)
+      )
     return jax.device_get(generation)
 
   def resume(
@@ -223,14 +243,20 @@ class Predictor:
       resume_at: the first token of each row that may differ from `state`, [batch].
     """
     program = self.program()
-    return program.resume(
-      self.weights,
-      encoded,
-      program.nothing_yet(len(active)) if state is None else state,
-      active,
-      np.asarray(threshold, np.float32),
-      resume_at.astype(np.int32),
-    )
+    with self._precision():
+      return program.resume(
+        self.weights,
+        encoded,
+        program.nothing_yet(len(active)) if state is None else state,
+        active,
+        np.asarray(threshold, np.float32),
+        resume_at.astype(np.int32),
+      )
+
+  def _precision(self) -> contextlib.AbstractContextManager[Any]:
+    """Products of float32 matrices as the options want them; JAX compiles one program each."""
+    name = self.options.matmul_precision
+    return contextlib.nullcontext() if name is None else jax.default_matmul_precision(name)
 
   def generate(
     self,
@@ -263,7 +289,7 @@ class Predictor:
     if threshold is not None:
       schedules.check_threshold(threshold)
     decoded = self._decode_texts(texts, threshold, rule or self.served_rule(threshold))
-    if calibrated is None or threshold != calibrated.threshold:
+    if calibrated is None or threshold != calibrated.threshold or self.elsewhere:
       return decoded
     return dataclasses.replace(decoded, guarantee=calibrated.guarantee)
 
@@ -286,7 +312,8 @@ class Predictor:
       with clock.phase("decode"):
         if len(batches) > 1:
           pool = pool_program.PoolProgram(self.program(rule))
-          generation = pool.decode(self.weights, batches, level, encode)
+          with self._precision():
+            generation = pool.decode(self.weights, batches, level, encode)
         else:
           generation = self.decode(encode(batches[0]), batches[0].active, level, rule)
       for i, row in enumerate(np.concatenate([batch.rows for batch in batches])):

@@ -4,12 +4,14 @@ import dataclasses
 import hashlib
 from typing import Any
 
+import jax
 import numpy as np
+from jax import lax
 
 from calm import exits
 from calm.calibrate import Procedure
 from calm.exits import schedules
-from calm.inference.options import DecodeOptions
+from calm.inference.options import CHOICES, DecodeOptions
 from calm.t5 import network
 
 
@@ -48,6 +50,9 @@ def procedure(
     decode_method={"name": "greedy"},
     batch_bucket=None if config.dtype == "float32" else options.batch_size,
     configuration=configuration_record(config),
+    platform=jax.default_backend(),
+    matmul_precision=precision_record(options),
+    weights_dtype=options.weights_dtype,
   )
 
 
@@ -68,8 +73,24 @@ def options_of(procedure: Procedure, shortlist: tuple[int, ...] | None = None) -
     task_prefix=procedure.task_prefix,
     max_input_length=procedure.max_input_length,
     max_decode_length=procedure.max_decode_length,
+    matmul_precision=_known(procedure.matmul_precision),
+    weights_dtype=procedure.weights_dtype,
     batch_size=procedure.batch_bucket or DecodeOptions.batch_size,
   )
+
+
+def precision_record(options: DecodeOptions) -> str:
+  """The precision of products as a `Procedure` names it: JAX has several names for one."""
+  name = options.matmul_precision or jax.config.jax_default_matmul_precision or "default"  # pyright: ignore[reportAttributeAccessIssue]
+  try:
+    return lax.Precision(name).name.lower()
+  except ValueError:  # the name of an algorithm
+    return name
+
+
+def _known(precision: str | None) -> str | None:
+  """A recorded precision as an option; that of an algorithm is for JAX's configuration."""
+  return precision if precision in CHOICES["matmul_precision"] else None
 
 
 def shortlist_record(options: DecodeOptions) -> dict[str, Any]:

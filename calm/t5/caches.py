@@ -82,7 +82,7 @@ def cross_attention_inputs(
   shape = (*encoded.shape[:2], 2, config.num_heads, config.head_dim)
   cross = []
   for layer in weights.layers:
-    both = (encoded @ layer.cross_key_value).reshape(shape)
+    both = (encoded @ layer.cross_key_value.astype(encoded.dtype)).reshape(shape)
     cross.append(Cache(*jnp.transpose(both, (2, 0, 3, 1, 4))))
   bias = jnp.where(encoder_input_tokens > 0, 0.0, layers_lib.MASK_BIAS)[:, None, :]
   return Encoded(tuple(cross), bias.astype(config.dtype))

@@ -210,33 +210,33 @@ class DecoderStep:
     """d^i of d^{i-1} [batch, emb_dim], given what the layer projects of it and attends to."""
     weights = self.weights.layers[layer - 1]
     normed = rms_norm(hidden, weights.self_norm)
-    (query,) = self._heads(normed @ weights.query, 1)
-    hidden = hidden + attention.to_past(query, row) @ weights.self_out
+    (query,) = self._heads(times(normed, weights.query), 1)
+    hidden = hidden + times(attention.to_past(query, row), weights.self_out)
     normed = rms_norm(hidden, weights.cross_norm)
-    (query,) = self._heads(normed @ weights.cross_query, 1)
-    hidden = hidden + attention.to_prompt(query) @ weights.cross_out
+    (query,) = self._heads(times(normed, weights.cross_query), 1)
+    hidden = hidden + times(attention.to_prompt(query), weights.cross_out)
     normed = rms_norm(hidden, weights.mlp_norm)
-    return hidden + self._mlp(normed @ weights.mlp_in) @ weights.mlp_out
+    return hidden + times(self._mlp(times(normed, weights.mlp_in)), weights.mlp_out)
 
   def project(self, layer: int, hidden: jax.Array) -> KeyValue:
     """Key and value that the layer makes of input state `hidden`, nothing else."""
     weights = self.weights.layers[layer - 1]
     normed = rms_norm(hidden, weights.self_norm)
-    key, value = self._heads(normed @ weights.key_value, 2)
+    key, value = self._heads(times(normed, weights.key_value), 2)
     return KeyValue(key, value)
 
   def logits(self, layer: int, hidden: jax.Array) -> jax.Array:
     """float32 logits [batch, num_pieces] of the layer's full head."""
     heads = self.weights.heads
     head = heads[0] if len(heads) == 1 else heads[layer - 1]
-    return rms_norm(hidden, self.weights.decoder_norm).astype(jnp.float32) @ head
+    return times(rms_norm(hidden, self.weights.decoder_norm).astype(jnp.float32), head)
 
   def shortlist_logits(self, hidden: jax.Array) -> jax.Array:
     """float32 logits [batch, shortlist] of the shortlist only."""
     if self.weights.shortlist is None:
       return no_shortlist(hidden)
     normed = rms_norm(hidden, self.weights.decoder_norm).astype(jnp.float32)
-    return normed @ self.weights.shortlist
+    return times(normed, self.weights.shortlist)
 
   def exit_logit(self, hidden: jax.Array) -> jax.Array:
     """Pre-sigmoid exit confidence [batch] from decoder_norm(d^i)."""
@@ -261,6 +261,11 @@ class DecoderStep:
       product = part if product is None else product * part
     assert product is not None
     return product
+
+
+def times(x: jax.Array, matrix: jax.Array) -> jax.Array:
+  """x @ matrix in the dtype of `x`, whatever the matrix is stored in."""
+  return x @ matrix.astype(x.dtype)
 
 
 def rms_norm(x: Float[Array, "batch emb"], scale: Float[Array, " emb"]) -> jax.Array:

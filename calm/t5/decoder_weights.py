@@ -1,6 +1,7 @@
 """T5X-shaped parameters laid out for decoding: made once, at load time, and never saved."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,11 +46,12 @@ class DecoderWeights:
   """What a decode step reads.
 
   Attributes:
-    embedding: [vocab, emb_dim], in the activation dtype.
+    embedding: [vocab, emb_dim], in the dtype of the matrices.
     relpos: relative-position embeddings [heads, buckets]: one for all layers, or one a layer.
     layers: one `LayerWeights` a decoder layer.
     decoder_norm: [emb_dim].
-    heads: output heads [emb_dim, num_pieces], float32: one for all layers, or one a layer.
+    heads: output heads [emb_dim, num_pieces], float32 unless another dtype was asked for: one
+      for all layers, or one a layer.
     exit_kernel: [emb_dim], or None without a classifier.
     exit_bias: [], or None.
     shortlist: columns of the shared head for likely tokens, [emb_dim, shortlist], or None.
@@ -70,17 +72,22 @@ def decoder_weights(
   config: network.T5Config,
   num_pieces: int | None = None,
   shortlist: Sequence[int] | None = None,
+  weights_dtype: Any = None,
 ) -> DecoderWeights:
   """Lays T5X-shaped parameters out for decoding.
 
   Args:
     params: the tree of `network.Transformer`.
-    config: its sizes; matrices are stored in `config.dtype`, heads in float32.
+    config: its sizes.
     num_pieces: pieces of the vocabulary. Rows beyond are cut from the heads, which is the
       same as logits of -inf for them, in decoding and in every confidence.
     shortlist: token ids for the measure 'shortlist'.
+    weights_dtype: what matrices, embedding and heads are stored in; None: matrices in
+      `config.dtype`, heads in float32. What they are multiplied with stays as it is, so that
+      narrower weights are a model of rounded weights and nothing else.
   """
   decoder, dtype = params["decoder"], jnp.dtype(config.dtype)
+  matrices = dtype if weights_dtype is None else jnp.dtype(weights_dtype)
   num_pieces = config.vocab_size if num_pieces is None else num_pieces
   if not 0 < num_pieces <= config.vocab_size:
     raise ValueError(
@@ -89,8 +96,10 @@ def decoder_weights(
     )
   classifier = decoder.get("exit_classifier")
   heads = tuple(head[:, :num_pieces] for head in parameters.head_kernels(params, config))
+  if weights_dtype is not None:
+    heads = tuple(head.astype(matrices) for head in heads)
   return DecoderWeights(
-    embedding=jnp.asarray(params["token_embedder"]["embedding"], dtype),
+    embedding=jnp.asarray(params["token_embedder"]["embedding"], matrices),
     relpos=tuple(
       jnp.asarray(part["relpos_bias"]["rel_embedding"], dtype)
       for part in (
@@ -100,7 +109,7 @@ def decoder_weights(
       )
     ),
     layers=tuple(
-      _layer_weights(decoder[f"layers_{i}"], config, dtype)
+      _layer_weights(decoder[f"layers_{i}"], config, dtype, matrices)
       for i in range(config.num_decoder_layers)
     ),
     decoder_norm=jnp.asarray(decoder["decoder_norm"]["scale"], dtype),
@@ -111,8 +120,8 @@ def decoder_weights(
   )
 
 
-def _layer_weights(layer: Params, config: network.T5Config, dtype) -> LayerWeights:
-  kernel = lambda block, name: jnp.asarray(layer[block][name]["kernel"], dtype)
+def _layer_weights(layer: Params, config: network.T5Config, dtype, matrices) -> LayerWeights:
+  kernel = lambda block, name: jnp.asarray(layer[block][name]["kernel"], matrices)
   beside = lambda block, names: jnp.concatenate([kernel(block, n) for n in names], axis=1)
   scale = lambda name: jnp.asarray(layer[name]["scale"], dtype)
   count = len(config.mlp_activations)

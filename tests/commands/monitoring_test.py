@@ -24,8 +24,8 @@ def promise():
 class Full:
   """A model whose full-depth text is the prompt, and who keeps what it was asked."""
 
-  def __init__(self, calibration):
-    self.calibration, self.asked = calibration, []
+  def __init__(self, calibration, elsewhere=""):
+    self.calibration, self.asked, self.elsewhere = calibration, [], elsewhere
 
   def generate(self, texts, threshold):
     assert threshold == calibrate.NEVER_EXIT
@@ -76,6 +76,27 @@ def test_a_killed_run_holds_nothing_up(promise, tmp_path):
   assert "1 of a run that was killed" in again.report()
   serve(again, TEXTS)
   assert again._monitor.wealth.count == 41
+
+
+def test_a_promise_from_another_platform_is_watched_unasked(promise):
+  where = "`platform`: expected 'tpu', got 'cpu'"
+  model = Full(promise, where)
+  monitored = monitoring.open_monitored(arguments("--allow_platform"), model, 0.5)
+  assert monitored.report().count("None of these prompts was checked") == 1
+  serve(monitored, TEXTS)
+  assert 2 < len(model.asked) < 20
+  report = monitored.report()
+  assert f"made elsewhere: {where}. What was checked" in report and "No alarm." in report
+  options = arguments("--allow_platform", "--monitor_share=1")
+  monitored = monitoring.open_monitored(options, Full(promise, where), 0.5)
+  serve(monitored, ["another"] * 40)
+  assert monitored.alarm and "ALARM" in monitored.report()
+  kept = monitored._monitor.path
+  assert kept.exists()
+  del monitored
+  assert not kept.parent.exists()
+  never = calibrate.NEVER_EXIT
+  assert monitoring.open_monitored(arguments(), Full(promise, where), never) is None
 
 
 def test_what_texts_cannot_show_is_refused(promise, tmp_path):

@@ -13,6 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 RULE_VERSION = 1
+# Fields that versions before did not record: None in their files, which keep their digests.
+_ADDED = ("configuration", "platform", "matmul_precision", "weights_dtype")
+# Of those, None is no value but says that nobody knows; nothing can be compared with it then.
+_UNKNOWN = ("configuration", "platform", "matmul_precision")
+# Where decoding runs; everything else says what is decoded and how.
+PLATFORM = ("platform", "matmul_precision")
 
 
 def _plain(value: Any, name: str) -> Any:
@@ -50,6 +56,11 @@ class Procedure:
     configuration: every size and choice of the network as decoded (activations, buckets of
       relative positions, ...), which the parameters alone do not tell; None in files of
       versions that did not record it, which nothing can be compared with then.
+    platform: what it was decoded on ('cpu', 'gpu', 'tpu'); None likewise.
+    matmul_precision: of products of float32 matrices there, as JAX names it ('default',
+      'high', 'highest'); None likewise.
+    weights_dtype: what matrices and heads are rounded to and stored in; None: as before there
+      was a choice, matrices in the activation dtype and heads in float32.
   """
 
   parameters_digest: str
@@ -69,6 +80,9 @@ class Procedure:
   batch_bucket: int | None = None
   rule_version: int = RULE_VERSION
   configuration: Mapping[str, Any] | None = None
+  platform: str | None = None
+  matmul_precision: str | None = None
+  weights_dtype: str | None = None
 
   def __post_init__(self):
     _check_layers(self.exit_layers)
@@ -80,14 +94,17 @@ class Procedure:
         raise ValueError(
           f"Expected `{name}` to be a dict with a 'name', got {getattr(self, name)!r}."
         )
+    for name in ("platform", "matmul_precision", "weights_dtype"):
+      if not isinstance(getattr(self, name), str | None):
+        raise ValueError(
+          f"Expected `{name}` to be a text or null, got {getattr(self, name)!r}."
+        )
 
   def to_json(self) -> dict[str, Any]:
-    """All fields as JSON values; without `configuration` where it is not known."""
+    """All fields as JSON values, without those that are None in files of earlier versions."""
     value = _plain(dataclasses.asdict(self), "procedure")
-    if self.configuration is None:
-      # What was digested before there was such a field keeps its digest.
-      del value["configuration"]
-    return value
+    # What was digested before there was such a field keeps its digest.
+    return {name: v for name, v in value.items() if v is not None or name not in _ADDED}
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> "Procedure":
@@ -96,7 +113,7 @@ class Procedure:
     Raises:
       ValueError: a field is missing or unknown.
     """
-    _check_fields(cls, value, optional=("configuration",))
+    _check_fields(cls, value, optional=_ADDED)
     return cls(**value)
 
   def digest(self) -> str:
@@ -107,10 +124,11 @@ class Procedure:
   def differences(self, other: "Procedure") -> dict[str, tuple[Any, Any]]:
     """Every field that differs: {name: (value here, value in `other`)}; empty if none does."""
     ours, theirs = self.to_json(), other.to_json()
+    known = lambda name: name not in _UNKNOWN or (name in ours and name in theirs)
     found = {
-      name: (ours[name], theirs[name])
-      for name in ours
-      if name in theirs and ours[name] != theirs[name]
+      name: (ours.get(name), theirs.get(name))
+      for name in {**ours, **theirs}
+      if known(name) and ours.get(name) != theirs.get(name)
     }
     if "configuration" in found:  # the entries that differ say more than the whole
       found["configuration"] = _different_entries(*found["configuration"])
@@ -125,13 +143,33 @@ def _check_layers(layers: Any) -> None:
     )
 
 
+def unknown_platform(procedure: Procedure | None) -> str:
+  """One line that says so where a file does not tell where it was decoded; else ''."""
+  missing = [name for name in PLATFORM if procedure and getattr(procedure, name) is None]
+  if not missing:
+    return ""
+  names = " and ".join(f"`{name}`" for name in missing)
+  return (
+    f"An earlier version wrote it, which did not record {names}:"
+    " whether it was decoded on a platform like this one is not checked."
+  )
+
+
 def _different_entries(ours: Any, theirs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
   names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
   return {n: ours.get(n) for n in names}, {n: theirs.get(n) for n in names}
 
 
-def describe_differences(expected: Procedure | None, got: Procedure | None) -> str:
-  """One line that names each differing field, or '' when the two procedures are the same."""
+def describe_differences(
+  expected: Procedure | None, got: Procedure | None, *, allow_platform: bool = False
+) -> str:
+  """One line that names each differing field, or '' when the two procedures are the same.
+
+  Args:
+    expected: one procedure; None is that of outputs from elsewhere.
+    got: the other.
+    allow_platform: leave out where they were decoded.
+  """
   if expected is None or got is None:
     if expected is got:
       return ""
@@ -140,6 +178,7 @@ def describe_differences(expected: Procedure | None, got: Procedure | None) -> s
   return "; ".join(
     f"`{name}`: expected {ours!r}, got {theirs!r}"
     for name, (ours, theirs) in expected.differences(got).items()
+    if not (allow_platform and name in PLATFORM)
   )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import cached, files, locks, order
+from calm.calibrate.generations import cached, files, locks, order, procedures
 from calm.calibrate.generations import records as records_lib
 from calm.calibrate.generations.procedures import Procedure, Provenance, describe_differences
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
@@ -39,6 +39,11 @@ class Writer:
         report = records_lib.drop_partial_line(path)
         self.reports += [report] if report else []
         self._done[threshold] = cached.record_offsets(path, self._procedure)
+
+  @property
+  def procedure(self) -> Procedure | None:
+    """How the records that are there were decoded."""
+    return self._procedure
 
   def completed_ids(self, threshold: float) -> frozenset[str]:
     """Ids that already have a record at `threshold` (`NEVER_EXIT` for the reference)."""
@@ -191,7 +196,11 @@ def open_writer(
     files.write_atomically(directory / cached.PROMPTS, prompt_text)
   # Resuming reopens a finished run: its checksums are written again by `finish`.
   _write_manifest(directory, manifest)
-  return Writer(directory, manifest, lock)
+  writer = Writer(directory, manifest, lock)
+  old = procedures.unknown_platform(writer.procedure)
+  if old and not procedures.unknown_platform(procedure):
+    writer.reports.append(f"{directory}: {old}")
+  return writer
 
 
 def _check_same_run(directory: pathlib.Path, manifest: dict[str, Any], prompts: str) -> None:

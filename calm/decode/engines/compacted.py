@@ -146,7 +146,7 @@ class _BoundCompacted:
     base, task = self.base, self.base.task
     decoder = base.decoder(position)
     walk = base.walk(decoder, position)
-    state = _complete(walk, walk_lib.start(task.weights.embedding[current], active))
+    state = _complete(walk, walk_lib.start(task.embed(current), active))
     fills: list[deferred.LayerFill] = []
     for segment in deferred.segments(walk.allowed, walk.layers.num_layers):
       stays = ~state.done

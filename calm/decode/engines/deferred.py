@@ -138,7 +138,7 @@ class BoundDeferred:
   def take_step(self, current, position, active, cache: DeferredCache):
     decoder = self.decoder(position)
     walk = self.walk(decoder, position)
-    state = walk_lib.start(self.task.weights.embedding[current], active)
+    state = walk_lib.start(self.task.embed(current), active)
     fills: list[LayerFill] = []
     for segment in segments(walk.allowed, walk.layers.num_layers):
       carry = state, tuple(cache.layers[k - 1] for k in segment)

@@ -22,7 +22,7 @@ class Eager:
         table.at(position, task.starts),
         table.current,
       )
-      hidden = task.weights.embedding[current]
+      hidden = task.embed(current)
       generated = task.generated(position)
       made = task.rule(decoder.layers(cache), hidden, active, task.threshold, generated)
       end = after(position, made.logits)

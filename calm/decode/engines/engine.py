@@ -48,6 +48,10 @@ class Task:
   def batch_size(self) -> int:
     return self.encoded.bias.shape[0]
 
+  def embed(self, tokens: jax.Array) -> jax.Array:
+    """What the first layer gets, [batch, emb_dim], in the activation dtype."""
+    return self.weights.embedding[tokens].astype(self.config.dtype)
+
   def keeps(self, position: jax.Array) -> jax.Array | None:
     """The rows that are decoded already at `position`, [batch] bool."""
     return None if self.kept is None else position < self.kept

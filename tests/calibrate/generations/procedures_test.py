@@ -24,8 +24,15 @@ CHANGES = dict(
   batch_bucket=8,
   rule_version=99,
   configuration={"relpos_max_distance": 20, "emb_dim": 8},
+  platform="tpu",
+  matmul_precision="highest",
+  weights_dtype="bfloat16",
 )
-BASE = laws.procedure(configuration={"relpos_max_distance": 128, "emb_dim": 8})
+BASE = laws.procedure(
+  configuration={"relpos_max_distance": 128, "emb_dim": 8},
+  platform="cpu",
+  matmul_precision="default",
+)
 
 
 def test_every_field_is_compared_and_changes_the_digest():
@@ -60,6 +67,32 @@ def test_files_from_before_the_configuration_are_still_read():
   assert procedures.Procedure.from_json(old.to_json()) == old
   assert procedures.describe_differences(old, BASE) == ""
   assert old.digest() != BASE.digest()
+
+
+def test_files_from_before_platforms_were_recorded_are_still_read():
+  old = dataclasses.replace(BASE, platform=None, matmul_precision=None)
+  assert {"platform", "matmul_precision", "weights_dtype"}.isdisjoint(old.to_json())
+  assert procedures.Procedure.from_json(old.to_json()) == old
+  assert procedures.describe_differences(old, BASE) == ""
+  assert "not record `platform` and `matmul_precision`" in procedures.unknown_platform(old)
+  assert procedures.unknown_platform(BASE) == procedures.unknown_platform(None) == ""
+  # What older versions stored is known: another dtype of the weights is another procedure.
+  narrow = dataclasses.replace(BASE, weights_dtype="bfloat16")
+  assert "`weights_dtype`: expected None" in procedures.describe_differences(old, narrow)
+  with pytest.raises(ValueError, match="`platform` to be a text or null, got 3"):
+    laws.procedure(platform=3)
+
+
+def test_where_it_was_decoded_is_one_question_and_how_another():
+  other = dataclasses.replace(BASE, platform="tpu", matmul_precision="high")
+  both = procedures.describe_differences(BASE, other)
+  assert both == (
+    "`platform`: expected 'cpu', got 'tpu'; `matmul_precision`: expected 'default', got 'high'"
+  )
+  assert procedures.describe_differences(BASE, other, allow_platform=True) == ""
+  other = dataclasses.replace(other, measure="state")
+  only = procedures.describe_differences(BASE, other, allow_platform=True)
+  assert only == "`measure`: expected 'softmax', got 'state'"
 
 
 def test_digest_does_not_drift():

@@ -1,0 +1,149 @@
+"""Where a model is decoded: platform, precision of products, and what weights are stored in."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import calibrate, checkpoints, inference
+from calm.commands import cli
+from calm.decode import program as program_lib
+from calm.inference import options as options_lib
+from calm.t5 import network
+from tests.inference.predictor_test import OPTIONS, TEXTS, rows, save
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+  return save(tmp_path_factory.mktemp("platform") / "toy")
+
+
+@pytest.fixture(scope="module")
+def model(directory):
+  return inference.load(directory, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(model):
+  """A calibration of the same procedure on a TPU."""
+  made = calibrate.calibrate(
+    np.zeros((200, 3)), [0.9, 0.6, 0.3], tolerance=0.1, error_rate=0.05
+  )
+  procedure = dataclasses.replace(model.procedure, platform="tpu", matmul_precision="high")
+  return dataclasses.replace(
+    made, procedure=procedure, kind="textual", metric="exact_match", clusters=False
+  )
+
+
+def test_a_procedure_says_where_it_decodes(directory, model):
+  assert (model.procedure.platform, model.procedure.matmul_precision) == ("cpu", "default")
+  other = inference.load(directory, matmul_precision="highest", **OPTIONS)
+  assert list(model.procedure.differences(other.procedure)) == ["matmul_precision"]
+  # JAX has several names for one precision.
+  with jax.default_matmul_precision("float32"):
+    assert model.procedure.matmul_precision == "highest"
+  with pytest.raises(
+    ValueError, match="`matmul_precision` to be one of default, high, highest"
+  ):
+    model.with_options(matmul_precision="great")
+
+
+def test_an_older_calibration_is_read_and_one_line_says_what_it_lacks(
+  directory, model, elsewhere, tmp_path, capsys
+):
+  old = dataclasses.replace(model.procedure, platform=None, matmul_precision=None)
+  path = tmp_path / "calibration.json"
+  dataclasses.replace(elsewhere, procedure=old).save(path)
+  assert inference.load(directory, calibration=path, **OPTIONS).generate(["a"]).guarantee
+  (tmp_path / "prompts.txt").write_text("a\n")
+  named = [f"--model={directory}", f"--calibration={path}", "--max_decode_length=6"]
+  assert cli.main(["infer", *named, f"--prompts={tmp_path / 'prompts.txt'}"]) == 0
+  said = " ".join(capsys.readouterr().err.split())
+  assert said.count("did not record `platform` and `matmul_precision`") == 1
+
+
+def test_a_calibration_from_another_platform_is_refused_with_both_named(
+  directory, elsewhere, tmp_path
+):
+  expected = "`platform`: expected 'tpu', got 'cpu'.*--allow_platform"
+  given = {**OPTIONS, "calibration": elsewhere}
+  with pytest.raises(ValueError, match=expected):
+    inference.load(directory, **given)
+  with pytest.raises(ValueError, match="`matmul_precision`: expected 'high', got 'highest'"):
+    inference.load(directory, matmul_precision="highest", **given)
+  served = inference.load(directory, allow_platform=True, **given)
+  assert served.threshold == elsewhere.threshold and served.generate(["a"]).guarantee is None
+  # The calibration's precision is an option, and is followed.
+  assert served.options.matmul_precision == "high"
+  with pytest.raises(ValueError, match="`measure`: expected 'softmax', got 'state'"):
+    inference.load(directory, allow_platform=True, measure="state", **given)
+
+
+def test_on_trial_a_sample_is_decoded_at_full_depth_too(directory, elsewhere, tmp_path, capsys):
+  path, prompts = tmp_path / "calibration.json", tmp_path / "prompts.txt"
+  elsewhere.save(path)
+  prompts.write_text("\n".join(text or "-" for text in TEXTS))
+  named = ["infer", f"--model={directory}", f"--calibration={path}", f"--prompts={prompts}"]
+  assert cli.main(named) == 2
+  said = capsys.readouterr().err
+  assert "'tpu', got 'cpu'" in said
+  assert cli.main([*named, "--allow_platform", "--monitor_share=1"]) == 0
+  said = " ".join(capsys.readouterr().err.split())
+  assert "No guarantee: `platform`: expected 'tpu', got 'cpu'" in said
+  assert f"Monitor: {len(TEXTS)} of these prompts were decoded at full depth too" in said
+
+
+def test_the_precision_reaches_every_program(directory, monkeypatch):
+  seen: list = []
+  note = lambda: seen.append(jax.config.jax_default_matmul_precision)
+  bind, apply = program_lib.Program.bind, network.Transformer.apply
+  monkeypatch.setattr(program_lib.Program, "bind", lambda *a: (note(), bind(*a))[1])
+  monkeypatch.setattr(network.Transformer, "apply", lambda *a, **k: (note(), apply(*a, **k))[1])
+  options = {**OPTIONS, "max_decode_length": 2}
+  precise = inference.load(directory, matmul_precision="highest", **options)
+  precise.generate(["a"], threshold=0.5)
+  batch = precise.plan(["a"])[0]
+  precise.resume(precise.encode(batch), None, batch.active, 0.5, np.zeros(1, np.int32))
+  assert seen == ["highest"] * 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_narrow_weights_are_a_model_of_rounded_weights(directory, tmp_path, dtype):
+  """Activations stay as they are: the texts are those of the rounded tree."""
+  narrow = inference.load(directory, weights_dtype="bfloat16", dtype=dtype, **OPTIONS)
+  rounded = jax.tree.map(
+    lambda leaf: (
+      np.asarray(jnp.asarray(leaf, jnp.bfloat16), np.float32) if leaf.ndim > 1 else leaf
+    ),
+    checkpoints.load(directory).params,
+  )
+  # The classifier and the position biases are few numbers, and are kept.
+  plain = inference.load(directory, dtype=dtype, **OPTIONS)
+  for part in ("exit_classifier", "relpos_bias"):
+    rounded["decoder"][part] = plain.params["decoder"][part]
+  same = dataclasses.replace(plain, params=rounded)
+  got, expected = (m.generate(TEXTS, threshold=0.6) for m in (narrow, same))
+  assert rows(got) == rows(expected)
+  for ours, theirs in zip(got, expected, strict=True):
+    np.testing.assert_allclose(ours.confidences, theirs.confidences, atol=1e-5)
+  matrices = [leaf for leaf in jax.tree.leaves(narrow.weights) if leaf.ndim > 1]
+  assert sum(leaf.dtype != jnp.bfloat16 for leaf in matrices) <= 2  # the position biases
+  assert narrow.weights.decoder.heads[0].dtype == jnp.bfloat16
+  batch = narrow.plan(["a"])[0]
+  generation = narrow.decode(narrow.encode(batch), batch.active, 0.5)
+  assert generation.confidences.dtype == generation.scores.dtype == np.float32
+
+
+def test_narrow_weights_are_another_procedure_and_go_along(directory, model, tmp_path):
+  narrow = model.with_options(weights_dtype="bfloat16")
+  assert list(model.procedure.differences(narrow.procedure)) == ["weights_dtype"]
+  assert inference.options_of(narrow.procedure).weights_dtype == "bfloat16"
+  assert options_lib.to_stored(narrow.options)["weights_dtype"] == "bfloat16"
+  stored = json.dumps({"weights_dtype": ["bfloat16"]})
+  save(tmp_path / "toy")
+  (tmp_path / "toy" / "inference.json").write_text(stored)
+  with pytest.raises(ValueError, match="`weights_dtype` to be a text or null"):
+    inference.load(tmp_path / "toy")
