@@ -6,6 +6,7 @@ from rich import table as rich_table
 
 from calm import calibrate as calibrate_lib
 from calm.calibrate import generations, thresholds
+from calm.calibrate.generations import columns
 from calm.calibrate.generations.shown import visible
 
 
@@ -69,8 +70,8 @@ def mean_layers(cached: generations.Generations | None) -> dict[float, float]:
     return {}
   counts = {}
   for threshold, column in zip(cached.thresholds.tolist(), cached.records, strict=True):
-    layers = [layer for record in column for layer in record.exit_layers or ()]
-    if not layers:
+    sums = columns.layer_sums(column)
+    if sums is None or not sums[1].sum():
       return {}
-    counts[threshold] = sum(layers) / len(layers)
+    counts[threshold] = float(sums[0].sum() / sums[1].sum())
   return counts

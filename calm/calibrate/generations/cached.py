@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import files
+from calm.calibrate.generations import columns, files
 from calm.calibrate.generations import records as records_lib
 from calm.calibrate.generations.procedures import Procedure, Provenance
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
@@ -27,6 +27,8 @@ from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 PROMPTS = "prompts.jsonl"
+# Records of longer files, in bytes, are left there until they are asked for.
+LONG_FILE = 16 * 2**20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,7 +39,8 @@ class Generations:
     prompts: [num_examples], in the recorded order.
     thresholds: [num_thresholds] float64, strictly descending.
     records: per threshold (same order as `thresholds`) the records in the order of `prompts`;
-      in a sequential run a threshold may have a prefix only.
+      in a sequential run a threshold may have a prefix only. Those of long files stay on the
+      disk (`columns.Column`).
     full: the full-depth reference, in the order of `prompts`.
     procedure: how they were decoded; None for files from elsewhere.
     provenance: their story.
@@ -48,8 +51,8 @@ class Generations:
 
   prompts: tuple[Prompt, ...]
   thresholds: np.ndarray
-  records: tuple[tuple[Record, ...], ...]
-  full: tuple[Record, ...]
+  records: tuple[Sequence[Record], ...]
+  full: Sequence[Record]
   procedure: Procedure | None = None
   provenance: Provenance = dataclasses.field(default_factory=Provenance)
   sequential: bool = False
@@ -80,13 +83,13 @@ class Generations:
       tokens (EOS yes, padding no), and real tokens. None where a record has no `exit_layers` or
       a sequential run left some out.
     """
-    rows = [record.exit_layers for records in self.records for record in records]
-    if None in rows or len(rows) != len(self.prompts) * len(self.thresholds):
+    if any(len(records) != len(self.prompts) for records in self.records):
       return None
-    shape = (len(self.thresholds), len(self.prompts))
-    layers = np.array([sum(row) for row in rows], np.int64).reshape(shape).T  # type: ignore
-    tokens = np.array([sum(map(bool, row)) for row in rows], np.int64)  # type: ignore
-    return layers, tokens.reshape(shape).T
+    sums = [columns.layer_sums(records) for records in self.records]
+    if None in [one if one is None else 0 for one in sums]:
+      return None
+    layers, tokens = zip(*filter(None, sums), strict=True)
+    return np.stack(layers, axis=1), np.stack(tokens, axis=1)
 
   def __repr__(self) -> str:
     return (
@@ -159,13 +162,18 @@ def _check_fields(manifest: Mapping[str, Any], path: pathlib.Path) -> None:
       raise GenerationsError(f"{path}: expected `{name}` to be {kind}, got {got}.")
 
 
-def load(directory: str | pathlib.Path, *, unverified: bool = False) -> Generations:
+def load(
+  directory: str | pathlib.Path, *, unverified: bool = False, in_memory: bool = False
+) -> Generations:
   """Reads cached generations.
 
   Args:
     directory: a folder written by `writer.open_writer`.
     unverified: take a folder whose manifest lists no checksums, of a run that never finished
       or of another program: nothing then shows whether a record was changed.
+    in_memory: read all records into memory. By default those of a file of more than
+      `LONG_FILE` bytes are read when they are asked for, so that memory grows with the prompts
+      alone; the folder must then stay as it is.
 
   Raises:
     GenerationsError: anything is missing, damaged, duplicated or mixed; the message names the
@@ -186,7 +194,7 @@ def load(directory: str | pathlib.Path, *, unverified: bool = False) -> Generati
   grid = thresholds_lib.validate_grid(manifest["thresholds"])
   sequential = bool(manifest.get("sequential", False))
   columns = [
-    _read_threshold(directory, threshold, ids, procedure, sequential)
+    _read_threshold(directory, threshold, ids, procedure, sequential, in_memory)
     for threshold in [thresholds_lib.NEVER_EXIT, *grid]
   ]
   # Last, since a missing record says more about a run that was stopped.
@@ -249,19 +257,21 @@ def procedure_mark(procedure: Procedure | None) -> str | None:
   return None if procedure is None else procedure.digest()[:16]
 
 
-def check_checksums(directory: pathlib.Path, checksums: Mapping[str, str]) -> None:
-  """Raises GenerationsError unless every file that is listed is as it was listed."""
+def check_checksums(
+  directory: pathlib.Path, checksums: Mapping[str, str], manifest: str = MANIFEST
+) -> None:
+  """Raises GenerationsError unless every file that `manifest` lists is as it was listed."""
   for name, expected in checksums.items():
     path = directory / name
     if not path.is_file():
-      raise GenerationsError(f"{path}: is missing, although {MANIFEST} lists it.")
+      raise GenerationsError(f"{path}: is missing, although {manifest} lists it.")
     if files.checksum(path) != expected:
       # The line-by-line check below says more when a line is damaged; a whole line edited by
       # hand is found by the checksum alone.
       for _ in records_lib.read_lines(path):
         pass
       raise GenerationsError(
-        f"{path}: expected the SHA-256 {expected[:12]!r}... of {MANIFEST}, got another: it"
+        f"{path}: expected the SHA-256 {expected[:12]!r}... of {manifest}, got another: it"
         " was changed after the run finished; restore it, or generate again."
       )
 
@@ -323,11 +333,16 @@ def _read_threshold(
   ids: Sequence[str],
   procedure: Procedure | None,
   sequential: bool,
-) -> tuple[Record, ...]:
+  in_memory: bool,
+) -> Sequence[Record]:
   path = directory / threshold_file(threshold)
   if sequential and not path.exists() and threshold != thresholds_lib.NEVER_EXIT:
     return ()
-  found = read_records(path, procedure)
+  long = not in_memory and path.is_file() and path.stat().st_size > LONG_FILE
+  if long:
+    found = {record.id: _brief(line, record) for line, record in _records(path, procedure)}
+  else:
+    found = read_records(path, procedure)
   unknown = sorted(set(found) - set(ids))
   if unknown:
     raise GenerationsError(
@@ -344,4 +359,14 @@ def _read_threshold(
       f"{path}: in a sequential run only the last prompts of the order may be missing, but"
       f" {missing[0]!r} is missing before prompts that are there."
     )
-  return tuple(found[name] for name in ids[: len(found)])
+  kept = [found[name] for name in ids[: len(found)]]
+  if not long:
+    return tuple(kept)
+  table = np.array(kept, np.int64).reshape(-1, 3)
+  return columns.Column(path, table[:, 0], *table[:, 1:].T.astype(np.int32))
+
+
+def _brief(line: records_lib.Line, record: Record) -> tuple[int, int, int]:
+  """What a `Column` keeps of a record."""
+  row = record.exit_layers
+  return line.offset, -1 if row is None else sum(row), sum(map(bool, row or ()))

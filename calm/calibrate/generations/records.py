@@ -192,24 +192,24 @@ def read_lines(path: str | pathlib.Path) -> Iterator[Line]:
       or the last line is cut off.
   """
   path = pathlib.Path(path)
+  offset = following = 0
   try:
-    content = path.read_bytes()
+    with open(path, "rb") as file:
+      for number, line in enumerate(file, start=1):
+        offset, following = following, following + len(line)
+        raw = line.removesuffix(b"\n")
+        if not raw.strip():
+          continue
+        value, problem = parse_line(raw)
+        if value is None:
+          cut_off = not line.endswith(b"\n")
+          hint = " The last line is cut off: resume the run that wrote it." if cut_off else ""
+          raise GenerationsError(f"{path}:{number}: expected a JSON object, {problem}.{hint}")
+        yield Line(path, number, value, offset)
   except OSError as error:
     raise GenerationsError(
       f"{path}: expected a file that can be read, got: {error.strerror}."
     ) from error
-  lines = content.split(b"\n")
-  offset = following = 0
-  for number, raw in enumerate(lines, start=1):
-    offset, following = following, following + len(raw) + 1
-    if not raw.strip():
-      continue
-    value, problem = parse_line(raw)
-    if value is None:
-      cut_off = number == len(lines)
-      hint = " The last line is cut off: resume the run that wrote it." if cut_off else ""
-      raise GenerationsError(f"{path}:{number}: expected a JSON object, {problem}.{hint}")
-    yield Line(path, number, value, offset)
 
 
 def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:

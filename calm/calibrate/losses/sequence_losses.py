@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from calm.calibrate import thresholds as thresholds_lib
+from calm.calibrate.generations import columns
 from calm.calibrate.generations import order as order_lib
 from calm.calibrate.generations.cached import Generations
 from calm.calibrate.generations.procedures import Procedure
-from calm.calibrate.losses import checks, metric_values, metrics
+from calm.calibrate.losses import blocks, checks, metrics
 from calm.calibrate.losses.metric_values import Progress
 
 
@@ -236,9 +237,9 @@ def compute(
       f" at {short[:5]}. A sequential run is tested prompt by prompt: `prefix_losses`."
     )
   metric = metrics.get_metric(metric)
-  columns = prefix_losses(generations, kind, metric=metric, workers=workers, progress=progress)
+  values = prefix_losses(generations, kind, metric=metric, workers=workers, progress=progress)
   return SequenceLosses(
-    values=np.stack(columns, axis=1),
+    values=np.stack(values, axis=1),
     thresholds=generations.thresholds,
     support=kind_support(kind, metric),
     kind=kind,
@@ -281,50 +282,22 @@ def prefix_losses(
   metric = metrics.get_metric(metric)
   if max(map(len, generations.records)) > len(generations.full):
     raise ValueError("Expected `generations` to have full-model records for all prompts used.")
-  options = {"workers": workers, "progress": progress}
   if not definition.textual:
-    return _risks(generations, definition.floor, metric, options)
-  pairs = [
-    (record.prediction, (full.prediction,))
-    for records in generations.records
-    for record, full in zip(records, generations.full, strict=False)
+    _check_references(generations)
+  options = {"workers": workers, "progress": blocks.BlockProgress(generations, progress)}
+  pieces = [
+    blocks.texts_apart(block, metric, options)
+    if definition.textual
+    else blocks.risks(block, generations, definition.floor, metric, options)
+    for block in blocks.read(generations)
   ]
-  similarity = metric_values.compute(metric, pairs, **options)
-  lengths = np.cumsum([len(records) for records in generations.records])[:-1]
-  return tuple(1.0 - values for values in np.split(similarity, lengths))
-
-
-def _risks(generations: Generations, floor: float, metric, options) -> tuple[np.ndarray, ...]:
-  """Risk differences; 0, without a reference or a call of the metric, where texts are equal."""
-  changed = changed_rows(generations)
-  rows = np.unique(np.concatenate([np.zeros(0, np.int64), *changed]))
-  place = {int(row): position for position, row in enumerate(rows)}
-  targets = _targets(generations, rows)
-  texts = [(generations.full[row].prediction, targets[int(row)]) for row in rows]
-  for records, differing in zip(generations.records, changed, strict=True):
-    texts += [(records[row].prediction, targets[int(row)]) for row in differing]
-  similarity = metric_values.compute(metric, texts, **options)
-  full, early = similarity[: len(rows)], similarity[len(rows) :]
-  columns = []
-  for records, differing in zip(generations.records, changed, strict=True):
-    column = np.zeros(len(records))
-    column[differing] = full[[place[int(row)] for row in differing]] - early[: len(differing)]
-    early = early[len(differing) :]
-    columns.append(np.maximum(column, floor))
-  return tuple(columns)
+  return tuple(map(np.concatenate, zip(*pieces, strict=True)))
 
 
 def changed_rows(generations: Generations) -> tuple[np.ndarray, ...]:
   """Per threshold the rows whose text differs from the full model's."""
   return tuple(
-    np.array(
-      [
-        row
-        for row, (early, full) in enumerate(zip(records, generations.full, strict=False))
-        if early.prediction != full.prediction
-      ],
-      np.int64,
-    )
+    blocks.changed(columns.texts(records), columns.texts(generations.full))
     for records in generations.records
   )
 
@@ -369,7 +342,7 @@ def kind_support(kind: str, metric: str | metrics.Metric) -> Support:
   return Support(lower=floor, binary=metrics.get_metric(metric).binary and floor == 0.0)
 
 
-def _targets(generations: Generations, rows: np.ndarray) -> dict[int, tuple[str, ...]]:
+def _check_references(generations: Generations) -> None:
   bare = unlabelled(generations)
   if bare:
     raise ValueError(
@@ -378,4 +351,3 @@ def _targets(generations: Generations, rows: np.ndarray) -> dict[int, tuple[str,
       f" the full model's to compute a risk; {len(bare)} have none, first {list(bare[:5])}."
       " `--list_unlabelled` writes them all. Without references use `textual_losses`."
     )
-  return {int(row): generations.prompts[row].targets for row in rows}
