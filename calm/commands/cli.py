@@ -1,4 +1,4 @@
-"""The `calm` command: train, generate, calibrate, infer, demo, report."""
+"""The `calm` command: train, generate, calibrate, infer, merge, demo, report."""
 
 import argparse
 import difflib
@@ -20,6 +20,7 @@ sure, with a promise about what that may cost.
   calm generate  --prompts=... --output=DIR    decode at every threshold of a grid
   calm calibrate DIR --tolerance=0.1           choose the threshold, with a guarantee
   calm infer     --calibration=DIR/calibration.json --prompts=...
+  calm merge     DIR                           what many processes decoded, as one
   calm report    --data=... --output=DIR       the paper's tables and figures, on one page
 
 What is trusted: gin files, gin bindings and `--metric module:function` run code by design, as
@@ -34,6 +35,7 @@ COMMANDS = {
   "generate": "decode prompts at full depth and at every threshold, into a folder",
   "calibrate": "turn such a folder into a calibrated threshold (no JAX needed)",
   "infer": "decode prompts under a calibrated threshold",
+  "merge": "put the shards of `calm generate` or `calm infer` together (no JAX needed)",
   "demo": "the whole pipeline on the packed model and prompts",
   "report": "every table and figure of the paper, for a model and its data",
 }

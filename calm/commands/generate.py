@@ -6,6 +6,7 @@ prompt is encoded once, and the grid compiles once.
   calm generate --prompts=prompts.jsonl --output=runs/cache
   calm generate --model=my_model --prompts=dev.jsonl.gz --measure=classifier --output=runs/cache
   calm generate --prompts=prompts.jsonl --output=runs/cache --until_certified --tolerance=0.1
+  calm generate --prompts=prompts.jsonl --output=runs/cache --num_shards=4 --shard_id=0
 """
 
 import argparse
@@ -14,12 +15,19 @@ import pathlib
 from rich import console as rich_console
 from rich import progress as rich_progress
 
-from calm.calibrate import Provenance, planning, sequential, thresholds
+from calm.calibrate import (
+  NEVER_EXIT,
+  Provenance,
+  generations,
+  planning,
+  sequential,
+  thresholds,
+)
 from calm.calibrate.generations import order
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.generations.shown import visible
 from calm.calibrate.losses import asking, sequence_losses
-from calm.commands import certificate, common, model_flags
+from calm.commands import certificate, common, model_flags, sharding
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,13 +68,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   calibration.add_argument(
     "--by_group", action="store_true", help="calibrate on means over each prompt's group"
   )
+  sharding.add_arguments(parser)
   common.add_gin_arguments(parser)
 
 
 @common.user_errors
 def run(arguments: argparse.Namespace) -> int:
   """Generates the whole grid."""
-  opened = model_flags.open_prompts(arguments)
+  opened, part = model_flags.open_prompts(arguments), None
+  if which := sharding.shard(arguments):
+    if arguments.until_certified:
+      raise ValueError(
+        "Expected no `--num_shards` with `--until_certified`: when to stop is told by all"
+        " prompts, in one order, got both; leave one out."
+      )
+    opened = part = sharding.Part(opened, which, arguments.output)
   prompts = list(opened)
   common.use_compilation_cache()
   from calm import inference
@@ -80,13 +96,24 @@ def run(arguments: argparse.Namespace) -> int:
       arguments.model, dtype=arguments.dtype, **model_flags.decode_options(arguments)
     )
   levels = parse_grid(arguments.thresholds, predictor.options)
+  if part is not None:
+    return _part(arguments, console, predictor, prompts, levels, part)
   test = None
   if arguments.until_certified:
     prompts = until_certified.in_order(predictor, prompts, by_group=arguments.by_group)
     groups = order.prompt_groups(prompts) if arguments.by_group else None
     test = _test(arguments, levels, len(order.consecutive_units(len(prompts), groups)))
+  writer = _open_writer(arguments, console, arguments.output, predictor, prompts, levels, test)
+  if test is None:
+    _grid(arguments, console, predictor, prompts, levels, writer)
+  else:
+    _until_certified(arguments, console, predictor, prompts, test, writer)
+  return 0
+
+
+def _open_writer(arguments, console, folder, predictor, prompts, levels, test=None):
   writer = writer_lib.open_writer(
-    pathlib.Path(arguments.output),
+    pathlib.Path(folder),
     prompts=prompts,
     thresholds=levels,
     procedure=predictor.procedure,
@@ -98,10 +125,24 @@ def run(arguments: argparse.Namespace) -> int:
   )
   for report in writer.reports:
     console.print(visible(report), style="yellow", markup=False)
-  if test is None:
+  return writer
+
+
+def _part(arguments, console, predictor, prompts, levels, part: sharding.Part) -> int:
+  """One shard: decoded, and marked as done in the end; done again, it is left as it is."""
+  about = {"procedure": predictor.procedure.to_json(), "thresholds": levels}
+  merge = f"when all are: calm merge {visible(arguments.output)}"
+  if part.begin("generate", about, console):
+    return 0
+  names = []
+  if prompts:
+    writer = _open_writer(arguments, console, part.folder, predictor, prompts, levels)
+    if writer.procedure is not None:  # as an earlier version wrote it, where that goes on
+      about["procedure"] = writer.procedure.to_json()
     _grid(arguments, console, predictor, prompts, levels, writer)
-  else:
-    _until_certified(arguments, console, predictor, prompts, test, writer)
+    names = [generations.PROMPTS, *map(generations.threshold_file, (NEVER_EXIT, *levels))]
+  part.finish("generate", about, names)
+  console.print(f"{visible(part.folder)} is finished; {merge}", markup=False)
   return 0
 
 
@@ -127,8 +168,9 @@ def _grid(arguments, console, predictor, prompts, levels, writer) -> None:
     )
   writer.finish()
   console.print(f"{len(prompts)} prompts, {len(levels)} thresholds and full depth: {summary}.")
-  output = visible(arguments.output)
-  console.print(f"Written to {output}; next: calm calibrate {output}", markup=False)
+  if arguments.num_shards is None:
+    output = visible(arguments.output)
+    console.print(f"Written to {output}; next: calm calibrate {output}", markup=False)
 
 
 def _test(arguments, levels, num_units: int) -> sequential.SequentialCalibration:

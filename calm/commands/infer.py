@@ -28,8 +28,9 @@ from typing import Any
 from rich import console as rich_console
 
 from calm.calibrate import NEVER_EXIT, Calibration, Prompt, seconds, thresholds
+from calm.calibrate.generations import merging, procedures
 from calm.calibrate.generations.shown import visible
-from calm.commands import common, model_flags, monitoring, results, showing
+from calm.commands import common, model_flags, monitoring, results, sharding, showing
 from calm.data import prompt_batches
 from calm.inference import colours, costs
 
@@ -79,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     *("--colour", "--color"), action="store_true", help="color every token by its exit layer"
   )
   monitoring.add_arguments(parser)
+  sharding.add_arguments(parser)
   common.add_gin_arguments(parser)
 
 
@@ -97,10 +99,8 @@ def run(arguments: argparse.Namespace) -> int:
   threshold = arguments.threshold
   if threshold is not None:
     threshold = thresholds.parse_threshold(threshold)
-  if arguments.output:
-    common.check_output(arguments.output)
   console = rich_console.Console(stderr=True, highlight=False)
-  prompts = model_flags.open_prompts(arguments)
+  prompts, part = _prompts(arguments)
   console.print(f"{visible(prompts.taken)}.", markup=False)
   predictor = _load(arguments, threshold)
   predictor.weights  # noqa: B018 (laid out now, or it would count as decoding)
@@ -110,14 +110,41 @@ def run(arguments: argparse.Namespace) -> int:
       f"Expected `--threshold` beside options that the calibration of {own.parent} is not for,"
       " got none; give one, or leave the options out."
     )
+  calibration = predictor.calibration
+  if old := procedures.unknown_platform(calibration and calibration.procedure):
+    console.print(f"About the calibration: {old}", markup=False)
   work = _Work(predictor, threshold, console, len(prompts), time.monotonic() - start)
-  work.monitored = monitoring.open_monitored(arguments, predictor, threshold)
+  if part is None:
+    return _serve(arguments, work, prompts)
+  about = {"threshold": work.about["threshold"], "procedure": predictor.procedure.to_json()}
+  if part.begin("infer", about, console):
+    return 0
+  if len(part):  # few prompts leave shards empty
+    arguments.output = str(part.folder / merging.OUTPUTS)
+    status = _serve(arguments, work, prompts)
+  part.finish("infer", about, [merging.OUTPUTS] if len(part) else [])
+  return status if len(part) else 0
+
+
+def _prompts(arguments: argparse.Namespace) -> tuple[Any, sharding.Part | None]:
+  """The prompts to decode, and the shard that they are of, if any."""
+  which = sharding.shard(arguments)
+  if arguments.output and which is None:
+    common.check_output(arguments.output)
+  prompts = model_flags.open_prompts(arguments)
+  if which is None:
+    return prompts, None
+  if not arguments.output:
+    raise ValueError("Expected `--output` beside `--num_shards`, got none; name a folder.")
+  part = sharding.Part(prompts, which, arguments.output)
+  return part, part
+
+
+def _serve(arguments: argparse.Namespace, work: "_Work", prompts: Iterable[Prompt]) -> int:
+  """Decodes, reports, and says by the exit status whether the monitor gave its alarm."""
+  work.monitored = monitoring.open_monitored(arguments, work.predictor, work.threshold)
   if arguments.output:
-    about = {
-      "threshold": thresholds.format_threshold(threshold),
-      **predictor.procedure.to_json(),
-    }
-    with results.open_results(arguments.output, about) as opened:
+    with results.open_results(arguments.output, work.about) as opened:
       work.to_results(prompts, opened)
   else:
     work.to_screen(prompts, arguments.colour)
@@ -141,6 +168,7 @@ def _load(arguments: argparse.Namespace, threshold: float | None):
       arguments.model,
       calibration=_calibration(arguments),
       void_guarantee=arguments.void_guarantee,
+      allow_platform=arguments.allow_platform,
       dtype=arguments.dtype,
       **options,
     )
@@ -155,7 +183,7 @@ class _Work:
     from calm.inference import outputs
     from calm.t5 import costs
 
-    self._predictor, self._threshold, self._console = predictor, threshold, console
+    self.predictor, self.threshold, self._console = predictor, threshold, console
     self._count, self._startup = count, startup
     self._done = self._tokens = self._layers = 0
     self._timing = outputs.Timing(0.0, 0.0, 0)
@@ -163,6 +191,12 @@ class _Work:
     self._cut: list[prompt_batches.CutPrompts] = []
     self._guarantee: str | None = None
     self._sample: tuple[Prompt, ...] = ()
+
+  @property
+  def about(self) -> dict[str, Any]:
+    """What its lines depend on."""
+    text = thresholds.format_threshold(self.threshold)
+    return {"threshold": text, **self.predictor.procedure.to_json()}
 
   def to_results(self, prompts: Iterable[Prompt], opened: results.Results) -> None:
     """Lines of JSON, as they are made."""
@@ -194,20 +228,20 @@ class _Work:
         " command would go on"
       ) from None
     if coloured:
-      print(colours.legend_terminal(self._predictor.num_layers), file=sys.stderr)
+      print(colours.legend_terminal(self.predictor.num_layers), file=sys.stderr)
 
   def _decode(
     self, prompts: Iterator[Prompt], counter: showing.Counter
   ) -> Iterator[tuple[Sequence[Prompt], Any]]:
     """(prompts, outputs), so many at a time that memory and what a kill costs are bounded."""
-    options = self._predictor.options
+    options = self.predictor.options
     batch = options.batch_size * options.num_devices
     most = MOST_BATCHES_REFILLED if options.refill else MOST_BATCHES
     batches = FIRST_BATCHES
     while chunk := list(itertools.islice(prompts, batches * batch)):
       with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        outputs = self._predictor.generate([p.input for p in chunk], threshold=self._threshold)
+        outputs = self.predictor.generate([p.input for p in chunk], threshold=self.threshold)
       self._add(outputs, caught)
       self._sample = (*self._sample, *chunk)[: 2 * batch]
       yield chunk, outputs
@@ -222,8 +256,8 @@ class _Work:
     self._tokens += sum(len(output.exit_layers) for output in outputs)
     self._layers += sum(sum(output.exit_layers) for output in outputs)
     self._timing += outputs.timing
-    rule = self._predictor.served_rule(self._threshold)
-    self._costs += costs.totals(self._predictor, outputs, rule)
+    rule = self.predictor.served_rule(self.threshold)
+    self._costs += costs.totals(self.predictor, outputs, rule)
     self._guarantee = outputs.guarantee
     for warning in caught:
       if isinstance(warning.message, prompt_batches.CutPrompts):
@@ -240,9 +274,9 @@ class _Work:
       cut, last = sum(each.cut for each in self._cut), self._cut[-1]
       longest = max(each.longest for each in self._cut)
       say(f"Warning: {prompt_batches.CutPrompts(cut, self._done, longest, last.limit)}")
-    timing, layers = self._timing, self._predictor.num_layers
+    timing, layers = self._timing, self.predictor.num_layers
     mean = self._layers / self._tokens if self._tokens else float("nan")
-    threshold = thresholds.format_threshold(self._threshold)
+    threshold = thresholds.format_threshold(self.threshold)
     say(
       f"{_count(self._done, 'prompt')}, threshold {threshold},"
       f" {mean:.2f} of {layers} decoder layers a token."
@@ -257,10 +291,11 @@ class _Work:
       say(f"Costs by formula, decoder only: {self._costs}.")
     if slow := self._slower():
       say(f"Warning: {slow}")
-    if self._threshold == NEVER_EXIT and not self._guarantee:
+    if self.threshold == NEVER_EXIT and not self._guarantee:
       say("This was the full model: there is nothing that a guarantee would be about.")
     else:
-      say(self._guarantee or f"No guarantee: {_why_none(arguments)}.")
+      why = self.predictor.elsewhere or _why_none(arguments)
+      say(self._guarantee or f"No guarantee: {why}.")
     if self.monitored is not None:
       say(self.monitored.report())
 
@@ -269,7 +304,7 @@ class _Work:
 
     Nothing is measured where the calibration tells: that was said when it was opened.
     """
-    calibration = self._predictor.calibration
+    calibration = self.predictor.calibration
     if calibration is None or not self._guarantee or self._done < MEASURED_PROMPTS:
       return ""
     if seconds.of(calibration) is not None or not calibration.certified:
@@ -278,7 +313,7 @@ class _Work:
 
     texts = [prompt.input for prompt in self._sample]
     measured = inference.seconds.measure(
-      self._predictor, texts, self._threshold, prompts=4, rounds=3
+      self.predictor, texts, self.threshold, prompts=4, rounds=3
     )
     return seconds.warning(calibration, measured)
 

@@ -1,0 +1,244 @@
+"""Parts of a list: who is where, what is refused, and that together they are the whole."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from calm.calibrate import GenerationsError, Prompt, Record, generations, open_writer
+from calm.calibrate.generations import files, merging, shards
+from tests.calibrate import laws
+
+GRID = (0.9, 0.5)
+LEVELS = (float("inf"), *GRID)
+COUNT = 60
+PROMPTS = [
+  Prompt(f"id-{i}", f"input {i}", (), None if i % 3 else f"group-{i // 9}")
+  for i in range(COUNT)
+]
+
+
+def record(prompt: Prompt, threshold: float) -> Record:
+  text = f"{prompt.input} at {threshold}"
+  return Record(prompt.id, text, (5, 1), (2, 3), (0.25, 0.0), (0.0, 0.5), -1.5)
+
+
+def write(folder, number=0, count=1, *, prompts=PROMPTS, procedure=None, grid=GRID):
+  """One shard, as `calm generate` writes it, batches of like prompts first."""
+  procedure = procedure or laws.procedure()
+  listing = shards.Listing(shards.Shard(number, count))
+  mine = list(listing.mine(prompts))
+  at = folder / listing.shard.name
+  if mine:
+    writer = open_writer(at, prompts=mine, thresholds=grid, procedure=procedure)
+    for threshold in (float("inf"), *grid):
+      done = writer.completed_ids(threshold)
+      for prompt in sorted(mine, key=lambda p: p.id[::-1]):
+        if prompt.id not in done:
+          writer.append(threshold, [record(prompt, threshold)])
+    writer.finish()
+  names = [generations.PROMPTS, *map(generations.threshold_file, (float("inf"), *grid))]
+  about = {"procedure": procedure.to_json(), "thresholds": list(grid)}
+  at.mkdir(parents=True, exist_ok=True)
+  shards.mark_of("generate", listing, about, at, names if mine else ()).save(at)
+  return at
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("whole")
+  write(folder)
+  merging.merge([folder], folder / "merged")
+  return folder / "merged"
+
+
+@pytest.fixture
+def four(tmp_path):
+  for number in range(4):
+    write(tmp_path, number, 4)
+  return tmp_path
+
+
+def contents(folder) -> dict[str, bytes]:
+  return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
+
+
+def test_a_prompt_has_one_shard_everywhere_and_groups_stay_together():
+  # Stored shards are gone on with by later versions: these numbers never change.
+  assert [shards.shard_of(Prompt(f"id-{i}", ""), 4) for i in range(8)] == [
+    *(3, 1, 3, 2, 0, 2, 2, 3)
+  ]
+  groups = {}
+  for prompt in PROMPTS:
+    if prompt.group is not None:
+      groups.setdefault(prompt.group, set()).add(shards.shard_of(prompt, 4))
+  assert len(groups) > 4 and all(len(numbers) == 1 for numbers in groups.values())
+  with pytest.raises(ValueError, match="got 4 of 4; the first shard is 0"):
+    shards.Shard(4, 4)
+
+
+def test_four_shards_are_the_whole_byte_for_byte(four, whole):
+  assert merging.merge([four], four / "merged") == COUNT
+  assert contents(four / "merged") == contents(whole)
+  loaded = generations.load(four / "merged")
+  assert loaded.ids == tuple(prompt.id for prompt in PROMPTS)
+  assert loaded.records[1] == tuple(record(prompt, 0.5) for prompt in PROMPTS)
+  # Again, and in another order of folders, it is the same.
+  merging.merge(shards.folders(four)[::-1], four / "merged")
+  assert contents(four / "merged") == contents(whole)
+
+
+PROCESS = """
+import pathlib, sys
+from tests.calibrate.generations import merging_test
+merging_test.write(pathlib.Path(sys.argv[1]), int(sys.argv[2]), 4)
+"""
+
+
+def test_four_processes_that_are_killed_give_the_records_of_one(tmp_path, whole):
+  rng, kills = random.Random(0), 0
+  command = [sys.executable, "-c", PROCESS, str(tmp_path)]
+  start = lambda number: subprocess.Popen([*command, str(number)])
+  running = {number: start(number) for number in range(4)}
+  while running:
+    for number, process in list(running.items()):
+      folder = tmp_path / shards.Shard(number, 4).name
+      if process.poll() is not None:
+        assert process.returncode in (0, -signal.SIGKILL)
+        del running[number]
+        if process.returncode:
+          assert not (folder / shards.MARK).exists() or shards.read_mark(folder)
+          running[number] = start(number)
+      elif kills < 6 and folder.exists() and rng.random() < 0.2:
+        process.kill()
+        kills += 1
+        process.wait()
+  assert kills >= 4
+  merging.merge([tmp_path], tmp_path / "merged")
+  assert contents(tmp_path / "merged") == contents(whole)
+
+
+def test_few_prompts_leave_shards_empty(tmp_path):
+  for number in range(8):
+    write(tmp_path, number, 8, prompts=PROMPTS[:3])
+  assert merging.merge([tmp_path], tmp_path / "merged") == 3
+  assert generations.load(tmp_path / "merged").ids == ("id-0", "id-1", "id-2")
+
+
+def half(folder):
+  (folder / "shard-00002-of-00004" / shards.MARK).unlink()
+
+
+def missing(folder):
+  shutil.rmtree(folder / "shard-00001-of-00004")
+
+
+def divided_otherwise(folder):
+  write(folder, 0, 3)
+
+
+def another_procedure(folder):
+  write_anew(folder, procedure=laws.procedure(measure="state"))
+
+
+def another_grid(folder):
+  write_anew(folder, grid=(0.9, 0.4))
+
+
+def another_list(folder):
+  write_anew(folder, prompts=[*PROMPTS[:-1], Prompt("id-59", "another text")])
+
+
+def write_anew(folder, **changes):
+  shutil.rmtree(folder / "shard-00003-of-00004")
+  write(folder, 3, 4, **changes)
+
+
+def edited(folder):
+  path = folder / "shard-00000-of-00004" / "threshold_0.5.jsonl"
+  path.write_text(path.read_text().replace("at 0.5", "at 0.4", 1))
+
+
+def doubled(folder):
+  """A shard whose records were doubled before its mark was written."""
+  at = folder / "shard-00000-of-00004"
+  path = at / "threshold_0.5.jsonl"
+  path.write_text(path.read_text() + path.read_text().splitlines(keepends=True)[0])
+  resign(at)
+
+
+def lost(folder):
+  at = folder / "shard-00000-of-00004"
+  path = at / "threshold_0.5.jsonl"
+  path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+  resign(at)
+
+
+def resign(at):
+  mark = json.loads((at / shards.MARK).read_text())
+  mark["checksums"] = {name: files.checksum(at / name) for name in mark["checksums"]}
+  (at / shards.MARK).write_text(json.dumps(mark))
+
+
+def positions(folder):
+  """Two shards that claim one prompt, and one that nobody has."""
+  path = folder / "shard-00000-of-00004" / shards.MARK
+  mark = json.loads(path.read_text())
+  other = shards.read_mark(folder / "shard-00001-of-00004").positions
+  mark["positions"] = sorted({*mark["positions"][1:], other[0]})
+  path.write_text(json.dumps(mark))
+
+
+@pytest.mark.parametrize(
+  ("damage", "message"),
+  [
+    (half, r"got 1 without complete\.json: .*shard-00002-of-00004; run them again"),
+    (missing, r"Expected all 4 shards, got none with --shard_id 1; run them"),
+    (divided_otherwise, r"one division, got some of \[3, 4\] shards"),
+    (
+      another_procedure,
+      r"one procedure, got two: .*`measure`: expected 'softmax', got 'state'",
+    ),
+    (another_grid, r"differ: `thresholds` \[0\.9, 0\.5\], \[0\.9, 0\.4\]"),
+    (another_list, r"two lists of prompts: .*differ in `prompts_digest`"),
+    (edited, r"threshold_0\.5\.jsonl: its SHA-256 is not the one in complete\.json"),
+    (doubled, r"the id 'id-[0-9]+' occurs twice in this file"),
+    (lost, r"expected a record of each of its .* prompts.*'id-[0-9]+'"),
+    (positions, r"Expected every prompt in one shard, got 1 in .*first the prompt"),
+  ],
+)
+def test_what_is_not_one_run_is_refused_and_named(four, damage, message):
+  damage(four)
+  with pytest.raises(GenerationsError, match=message):
+    merging.merge([four], four / "merged")
+  assert not (four / "merged" / generations.MANIFEST).exists()
+
+
+def test_folders_given_twice_or_of_something_else_are_refused(four, tmp_path):
+  named = shards.folders(four)
+  shutil.copytree(named[0], tmp_path / "copy")
+  with pytest.raises(GenerationsError, match="got shard-00000-of-00004 twice"):
+    merging.merge([*named, tmp_path / "copy"], four / "merged")
+  with pytest.raises(GenerationsError, match=r"got .*empty without any; `calm generate`"):
+    (tmp_path / "empty").mkdir()
+    merging.merge([tmp_path / "empty"], four / "merged")
+  shutil.move(named[0], four / "shard-00001-of-00009")
+  with pytest.raises(GenerationsError, match="in a folder of another name"):
+    merging.merge([four], four / "merged")
+
+
+@pytest.mark.parametrize(
+  "change",
+  [{"positions": [0, 0]}, {"positions": [99]}, {"shard_id": 9}, {"kind": "x"}, {"about": 3}],
+)
+def test_a_damaged_mark_is_no_mark(four, change):
+  path = four / "shard-00000-of-00004" / shards.MARK
+  path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+  with pytest.raises(
+    GenerationsError, match=r"complete\.json: expected the mark of a finished"
+  ):
+    merging.merge([four], four / "merged")
