@@ -62,13 +62,15 @@ class Trial:
 
   Attributes:
     arguments: folder -> what is run.
-    results: names of the files, below the folder, that are compared in the end.
+    results: names or patterns of the files, below the folder, that are compared in the end.
     whole: names of files that are whole whenever they are there.
+    kills: the most kills, where a run takes long.
   """
 
   arguments: Callable[[pathlib.Path], list[str]]
   results: tuple[str, ...]
   whole: tuple[str, ...] = ()
+  kills: int = 10**6
 
 
 def calm_command(*words: str) -> list[str]:
@@ -82,8 +84,9 @@ def write_prompts(path: pathlib.Path) -> None:
   files.write_atomically(path, "".join(json.dumps(row) + "\n" for row in targets))
 
 
-def training_words(prompts: pathlib.Path) -> list[str]:
-  return [
+def train_trial(prompts: pathlib.Path) -> Trial:
+  """A tiny model in 60 steps."""
+  words = [
     f"--gin_file={ROOT / 'configs' / 'runs' / 'local_tiny.gin'}",
     f"--gin_bindings=TRAIN = '{prompts}'",
     f"--gin_bindings=VOCABULARY_PATH = '{ASSETS / 'vocabulary.model'}'",
@@ -91,6 +94,11 @@ def training_words(prompts: pathlib.Path) -> list[str]:
     "--gin_bindings=training.TrainConfig.eval_every = 10",
     "--no_tensorboard",
   ]
+  return Trial(
+    lambda at: calm_command("train", *words, f"--output_dir={at / 'run'}"),
+    ("run/model/params.safetensors", "run/validation.json"),
+    ("run/model/config.json", "run/validation.json"),
+  )
 
 
 def trials(base: pathlib.Path) -> dict[str, Trial]:
@@ -101,8 +109,8 @@ def trials(base: pathlib.Path) -> dict[str, Trial]:
   grid = ["--thresholds=0.8,0.5"]
   cache = base / "cache"
   levels = tuple(f"cache/threshold_{name}.jsonl" for name in ("never", "0.8", "0.5"))
-  train = training_words(prompts)
   calibrate = ["--tolerance=0.9", "--error_rate=0.5"]
+  parts = base / "shards"
   return {
     "generate": Trial(
       lambda at: calm_command("generate", *short, *grid, f"--output={at / 'cache'}"),
@@ -123,15 +131,48 @@ def trials(base: pathlib.Path) -> dict[str, Trial]:
       ("out.jsonl",),
       ("out.jsonl",),
     ),
-    "train": Trial(
-      lambda at: calm_command("train", *train, f"--output_dir={at / 'run'}"),
-      ("run/model/params.safetensors", "run/validation.json"),
-      ("run/model/config.json", "run/validation.json"),
-    ),
+    "train": train_trial(prompts),
     "monitor": Trial(
       lambda at: [sys.executable, "-c", MONITOR, str(at / "monitor.jsonl")], ("monitor.jsonl",)
     ),
+    "fit": fit_trial(base / "fit.jsonl", calibrate),
+    "merge": Trial(
+      lambda at: calm_command("merge", str(parts), f"--output={at / 'merged'}"),
+      ("merged/*",),
+      ("merged/manifest.json",),
+    ),
   }
+
+
+def fit_trial(rows: pathlib.Path, rates: list[str]) -> Trial:
+  """A fit without training. What it chooses is told by seconds; what it decodes to choose by is
+  not, and is compared."""
+  few = lambda text, words: " ".join(text.split()[:words])
+  lines = (ASSETS / "prompts_calibration.jsonl").read_text("utf-8").splitlines()[:48]
+  short = [
+    {**row, "input": few(row["input"], 8), "target": [few(t, 3) for t in row["targets"]]}
+    for row in map(json.loads, lines)
+  ]
+  files.write_atomically(rows, "".join(json.dumps(row) + "\n" for row in short))
+  words = ("fit", "--model=packed", f"--train={rows}", "--stages=none", *rates)
+  whole = ("config.json", "inference.json", "calibration.json", "fit/result.json")
+  return Trial(
+    lambda at: calm_command(*words, f"--output={at / 'mine'}"),
+    ("mine/splits/*.jsonl", "mine/fit/validation/*/threshold_*.jsonl", "mine/vocabulary.*"),
+    tuple(f"mine/{name}" for name in whole),
+    kills=8,
+  )
+
+
+def prepare(name: str, table: dict[str, Trial], base: pathlib.Path) -> None:
+  """Makes what a trial reads."""
+  if name == "calibrate":
+    run(table["generate"], base)
+  if name == "merge":
+    whole = table["generate"].arguments(base)
+    for number in range(2):
+      shard = ["--num_shards=2", f"--shard_id={number}", f"--output={base / 'shards'}"]
+      run(Trial(lambda at, shard=shard: [*whole, *shard], ()), base)
 
 
 def run(trial: Trial, folder: pathlib.Path, seconds: float | None = None) -> bool:
@@ -161,12 +202,20 @@ def compare(
 ) -> collections.Counter:
   """What is lost, doubled and different against the undisturbed run."""
   found: collections.Counter = collections.Counter()
-  for name in trial.results:
+  found_names = lambda at: {
+    path.relative_to(at).as_posix()
+    for pattern in trial.results
+    for path in at.glob(pattern)
+    if path.is_file() and not path.name.startswith(".")
+  }
+  names = found_names(undisturbed)
+  found["different"] += len(found_names(folder) - names)
+  for name in sorted(names):
     ours, theirs = (at / name for at in (folder, undisturbed))
     if not name.endswith(".jsonl"):
       found["different"] += not ours.exists() or ours.read_bytes() != theirs.read_bytes()
       continue
-    lines = [at.read_bytes().splitlines() for at in (ours, theirs)]
+    lines = [at.read_bytes().splitlines() if at.exists() else [] for at in (ours, theirs)]
     counts, wanted = (collections.Counter(part) for part in lines)
     found["lost"] += sum((wanted - counts).values())
     found["doubled"] += sum(n - 1 for n in counts.values() if n > 1)
@@ -236,14 +285,14 @@ def main() -> int:
     if unknown or flags.kills < 1:
       parser.error(f"--commands are some of {sorted(table)}, --kills at least 1")
     chosen = flags.commands or list(table)
-    if "calibrate" in chosen:
-      run(table["generate"], base)
     rows = []
     for name in chosen:
-      rows.append(chaos(name, table[name], base, flags.kills, rng))
+      prepare(name, table, base)
+      kills = min(flags.kills, table[name].kills)
+      rows.append(chaos(name, table[name], base, kills, rng))
       print(dict(zip(COLUMNS, rows[-1], strict=True)), flush=True)
   result = {
-    "command": f"python scripts/chaos.py --kills={flags.kills}",
+    "command": " ".join(["python scripts/chaos.py", *sys.argv[1:]]),
     "columns": COLUMNS,
     "rows": rows,
     "versions": {"calm": calm.__version__, "python": platform.python_version()},
