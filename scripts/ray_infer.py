@@ -26,14 +26,16 @@ from calm.data import prompt_files
 class Decoder:
   """An actor: the model, opened once."""
 
-  def __init__(self, model: str, options: dict):
+  def __init__(self, model: str, calibration: str | None, threshold: float | None):
     from calm import inference
 
-    self._model = inference.load(model, **options)
+    self._model = inference.load(model, calibration=calibration)
+    self._threshold = threshold
 
   def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Rows of {place, id, input} -> rows of {place, line}."""
-    outputs = self._model.generate([str(text) for text in batch["input"]])
+    texts = [str(text) for text in batch["input"]]
+    outputs = self._model.generate(texts, threshold=self._threshold)
     lines = [
       json.dumps(
         {
@@ -55,7 +57,8 @@ def main() -> int:
   )
   parser.add_argument("--model", default="packed")
   parser.add_argument("--prompts", required=True)
-  parser.add_argument("--calibration", required=True, help="the promise that is served under")
+  parser.add_argument("--calibration", help="the promise that is served under")
+  parser.add_argument("--threshold", type=float, help="a number in [0, 1]; without a promise")
   parser.add_argument("--output", required=True)
   parser.add_argument("--actors", type=int, default=2)
   parser.add_argument("--batch_size", type=int, default=8, help="rows that an actor is given")
@@ -66,10 +69,10 @@ def main() -> int:
     for place, prompt in enumerate(prompts)
   ]
   ray.init(num_cpus=flags.actors, include_dashboard=False, log_to_driver=False)
-  options = {"calibration": str(pathlib.Path(flags.calibration).resolve())}
+  calibration = flags.calibration and str(pathlib.Path(flags.calibration).resolve())
   decoded = ray_data.from_items(rows, override_num_blocks=4 * flags.actors).map_batches(
     Decoder,
-    fn_constructor_args=(flags.model, options),
+    fn_constructor_args=(flags.model, calibration, flags.threshold),
     batch_size=flags.batch_size,
     concurrency=flags.actors,
     num_cpus=1,
