@@ -317,7 +317,10 @@ def _records(
     except (TypeError, ValueError, OverflowError) as error:
       raise line.error(f"no record: {error}.") from error
     if record.id in found:
-      raise line.error(f"the id {record.id!r} occurs twice in this file.")
+      raise line.error(
+        f"the id {record.id!r} occurs twice in this file. Resume the run that wrote it, which"
+        " takes it out."
+      )
     if line.value.get("procedure") != mark:
       raise line.error(
         f"expected a record of the manifest's procedure {mark!r}, got one that was made by"

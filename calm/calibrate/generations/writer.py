@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import cached, files, locks, order, procedures
+from calm.calibrate.generations import cached, files, locks, mending, order, procedures
 from calm.calibrate.generations import records as records_lib
 from calm.calibrate.generations.procedures import Procedure, Provenance, describe_differences
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
@@ -38,7 +38,18 @@ class Writer:
       if path.exists():
         report = records_lib.drop_partial_line(path)
         self.reports += [report] if report else []
-        self._done[threshold] = cached.record_offsets(path, self._procedure)
+        self._done[threshold] = self._offsets(path)
+
+  def _offsets(self, path: pathlib.Path) -> dict[str, int]:
+    """Where each record begins, what two writers left having been taken out."""
+    try:
+      return cached.record_offsets(path, self._procedure)
+    except GenerationsError:
+      report = mending.mend(path, self._procedure)
+      if report is None:
+        raise
+    self.reports.append(report)
+    return cached.record_offsets(path, self._procedure)
 
   @property
   def procedure(self) -> Procedure | None:

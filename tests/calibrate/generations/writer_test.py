@@ -24,6 +24,33 @@ def start(directory, **changes):
   return writer_lib.open_writer(directory, **{**options, **changes})
 
 
+def test_what_two_writers_left_is_taken_out_and_decoded_again(tmp_path):
+  """Neither `load` nor a resumed run took such a folder, whatever one did."""
+  writer = start(tmp_path)
+  names = ["id-000", "id-001", "id-002"]
+  for threshold in (NEVER_EXIT, 0.9, 0.5):
+    writer.append(threshold, [laws.record(name, f"{name} at {threshold}") for name in names])
+  writer.finish()
+  del writer
+  manifest = tmp_path / "manifest.json"
+  manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "checksums": {}}))
+  path = tmp_path / "threshold_0.9.jsonl"
+  first, second, third = path.read_bytes().splitlines(keepends=True)
+  other = second.replace(b"at 0.9", b"at 9.9")
+  with pytest.raises(GenerationsError, match=r"twice in this file\. Resume"):
+    path.write_bytes(first + second + first)
+    cached.read_records(path, laws.procedure())
+  path.write_bytes(first + second + first + third[:20] + b"\n" + other + third[:-9] + b"\n")
+  again = start(tmp_path)
+  assert again.completed_ids(0.9) == {"id-000"} and path.read_bytes() == first
+  assert any("2 damaged lines and 1 doubled" in report for report in again.reports)
+  again.append(0.9, [laws.record(name, f"{name} at 0.9") for name in names[1:]])
+  again.finish()
+  assert [r.prediction for r in generations.load(tmp_path).records[0]] == [
+    f"{name} at 0.9" for name in names
+  ]
+
+
 def test_resuming_keeps_what_is_there_and_drops_a_cut_off_line(tmp_path):
   writer = start(tmp_path, provenance=Provenance(metric="first"))
   writer.append(0.9, [Record("id-000", "x"), Record("id-001", "y", exit_layers=[1])])
