@@ -264,6 +264,22 @@ def chaos(name: str, trial: Trial, base: pathlib.Path, kills: int, rng: random.R
   return [name, killed, ended, *(totals[column] for column in COLUMNS[3:])]
 
 
+def write(path: pathlib.Path, rows: list[list]) -> None:
+  """The table; rows of commands that were not asked for stay, with how they were made."""
+  there = json.loads(path.read_text("utf-8")) if path.exists() else {"rows": [], "command": ""}
+  made = " ".join(["python scripts/chaos.py", *(w for w in sys.argv[1:] if "output" not in w)])
+  again = {row[0] for row in rows}
+  kept = [row for row in there["rows"] if row[0] not in again]
+  commands = [*(c for c in there["command"].split("; ") if c and kept and c != made), made]
+  result = {
+    "command": "; ".join(commands),
+    "columns": COLUMNS,
+    "rows": [*kept, *rows],
+    "versions": {"calm": calm.__version__, "python": platform.python_version()},
+  }
+  files.write_atomically(path, json.dumps(result, indent=1) + "\n")
+
+
 def main() -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -291,14 +307,8 @@ def main() -> int:
       kills = min(flags.kills, table[name].kills)
       rows.append(chaos(name, table[name], base, kills, rng))
       print(dict(zip(COLUMNS, rows[-1], strict=True)), flush=True)
-  result = {
-    "command": " ".join(["python scripts/chaos.py", *sys.argv[1:]]),
-    "columns": COLUMNS,
-    "rows": rows,
-    "versions": {"calm": calm.__version__, "python": platform.python_version()},
-  }
   if flags.output:
-    files.write_atomically(flags.output, json.dumps(result, indent=1) + "\n")
+    write(pathlib.Path(flags.output), rows)
   return int(any(sum(row[3:]) for row in rows))
 
 

@@ -20,7 +20,7 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class DecodeOptions:
-  """How prompts are decoded; all of it belongs to the `Procedure`, but for the last six.
+  """How prompts are decoded; all of it belongs to the `Procedure`, but for the last five.
 
   Attributes:
     measure: confidence measure: 'softmax', 'state' or 'classifier'.
