@@ -28,7 +28,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 PROMPTS = "prompts.jsonl"
 # Records of longer files, in bytes, are left there until they are asked for.
-LONG_FILE = 16 * 2**20
+LONG_FILE = 2 * 2**20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
