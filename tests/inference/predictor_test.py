@@ -177,6 +177,8 @@ def test_every_option_but_the_batch_size_belongs_to_the_procedure(model):
     "task_prefix": "x",
     "max_input_length": 9,
     "max_decode_length": 9,
+    "matmul_precision": "highest",
+    "weights_dtype": "bfloat16",
   }
   fields = {field.name for field in dataclasses.fields(inference.DecodeOptions)}
   assert fields == {
