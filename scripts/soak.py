@@ -228,11 +228,12 @@ def program_count() -> int:
 COMPILED = [0]
 
 
-def _listen(event: str, **_) -> None:
+def _listen(event: str, duration_secs: float, **_) -> None:
+  del duration_secs
   COMPILED[0] += event.endswith("/backend_compile_duration")
 
 
-jax.monitoring.register_event_duration_secs_listener(lambda event, _, **rest: _listen(event))
+jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def main() -> int:

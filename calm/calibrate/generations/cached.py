@@ -342,6 +342,7 @@ def _read_threshold(
   if sequential and not path.exists() and threshold != thresholds_lib.NEVER_EXIT:
     return ()
   long = not in_memory and path.is_file() and path.stat().st_size > LONG_FILE
+  found: dict[str, Any]
   if long:
     found = {record.id: _brief(line, record) for line, record in _records(path, procedure)}
   else:

@@ -156,7 +156,7 @@ def _check_positions(found: Sequence[Part]) -> None:
     places = np.asarray(part.mark.positions, np.int64)
     taken = places[owner[places] >= 0]
     if len(taken):
-      other = found[owner[taken[0]]].folder
+      other = found[int(owner[taken[0]])].folder
       raise GenerationsError(
         f"Expected every prompt in one shard, got {len(taken)} in {other} and in {part.folder},"
         f" first the prompt {taken[0] + 1} of the list."
@@ -286,8 +286,10 @@ def _outputs(found: Sequence[Part], output: pathlib.Path) -> None:
     offsets[number] = []
     for line in records_lib.read_lines(part.folder / OUTPUTS):
       name = line.value.get("id")
-      if not isinstance(name, str) or name in owner:
-        raise line.error(f"the id {name!r} is in {owner.get(name, 'no shard')} too.")
+      if not isinstance(name, str):
+        raise line.error(f"expected an `id`, a text, got {name!r}.")
+      if name in owner:
+        raise line.error(f"the id {name!r} is in {owner[name]} too.")
       owner[name] = part.folder
       offsets[number].append(line.offset)
     if len(offsets[number]) != len(part.mark.positions):
