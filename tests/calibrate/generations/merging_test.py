@@ -205,7 +205,7 @@ def positions(folder):
     ),
     (another_grid, r"differ: `thresholds` \[0\.9, 0\.5\], \[0\.9, 0\.4\]"),
     (another_list, r"two lists of prompts: .*differ in `prompts_digest`"),
-    (edited, r"threshold_0\.5\.jsonl: its SHA-256 is not the one in complete\.json"),
+    (edited, r"threshold_0\.5\.jsonl: expected the SHA-256 .* of complete\.json, got another"),
     (doubled, r"the id 'id-[0-9]+' occurs twice in this file"),
     (lost, r"expected a record of each of its .* prompts.*'id-[0-9]+'"),
     (positions, r"Expected every prompt in one shard, got 1 in .*first the prompt"),
