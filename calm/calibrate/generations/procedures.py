@@ -249,7 +249,7 @@ _STORIES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
   ),
   "num_examples": (
     "a whole number from 0",
-    lambda value: isinstance(value, numbers.Integral) and value is not True and value >= 0,
+    lambda value: isinstance(value, numbers.Integral) and value is not True and int(value) >= 0,
   ),
   "versions": (
     "an object of texts",

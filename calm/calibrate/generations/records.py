@@ -130,7 +130,7 @@ def _whole(most: int) -> Callable[[Any], int]:
   def check(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
       raise ValueError(f"{value!r}, which is no whole number")
-    if not 0 <= value <= most:
+    if not 0 <= int(value) <= most:
       raise ValueError(f"{value!r}, which is not in 0 ... {most}")
     return int(value)
 
@@ -149,7 +149,7 @@ def _confidence(value: Any) -> float:
 
 def _score(value: Any) -> float:
   real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-  if not real or not -math.inf < value < math.inf:
+  if not real or not -math.inf < float(value) < math.inf:
     raise ValueError(f"Expected `score` to be a finite number (nats), got {value!r}")
   return float(value)
 
