@@ -137,14 +137,16 @@ def fit(name: str, folder: pathlib.Path, task: str, arguments: argparse.Namespac
 def row(name: str, task: str, result: dict) -> dict:
   """A fit's result as the table shows it."""
   choice, last, seconds = result["choice"], result["last"], result["seconds"]
-  candidate = None if choice["chosen"] is None else choice["tried"][choice["chosen"]]
+  candidate = (
+    None if choice["chosen"] is None else choice["tried"][choice["chosen"]]["candidate"]
+  )
   single, batched = (seconds or {}).get("single"), (seconds or {}).get("batched")
   mean = lambda value: "" if value is None else f"{value['value']:.3f} ± {value['margin']:.3f}"
   speed = lambda pair, key: None if pair is None else pair[key]
   return {
     "weights": name,
     "task": task.removeprefix("debian_"),
-    "chosen": "full depth" if result["reason"] else described(candidate["candidate"]),
+    "chosen": described(candidate) if candidate and not result["reason"] else "full depth",
     "layers": f"{last['layers']:.2f} of {result['num_layers']}",
     "ms full": speed(single, "full"),
     "ms served": speed(single, "early"),

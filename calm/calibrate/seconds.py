@@ -74,7 +74,9 @@ def noted(calibration: Calibration, seconds: Seconds | None) -> Calibration:
 def of(calibration: Calibration) -> Seconds | None:
   """What was measured for a calibration; None where nothing was, or the note is another's."""
   value = (calibration.provenance.notes or {}).get(_NOTE)
-  single = _pair(value.get("single")) if isinstance(value, Mapping) else None
+  if not isinstance(value, Mapping):
+    return None
+  single = _pair(value.get("single"))
   return None if single is None else Seconds(single, _pair(value.get("batched")))
 
 

@@ -264,13 +264,13 @@ def refuse_unread_macros() -> None:
   Raises:
     ValueError: names them, and the macros that are read.
   """
-  import gin
+  from gin import config
 
-  bound = gin.config._CONFIG  # gin has no public list of its bindings
+  bound = config._CONFIG  # gin has no public list of its bindings
   macros = {scope for scope, selector in bound if selector == "gin.macro"}
   read = {
     reference.scopes[-1]
-    for reference in gin.config.iterate_references(bound)
+    for reference in config.iterate_references(bound)
     if reference.selector.rpartition(".")[2] == "macro" and reference.scopes
   }
   unread = sorted(macros - read)

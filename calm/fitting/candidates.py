@@ -91,7 +91,7 @@ def simulate(
   wrong = ~np.take_along_axis(probe.agrees[:, layers - 1], choice.T, axis=1).T
   # Tokens of a text lie one after another: what begins with a wrong one is wrong to its end.
   starts = np.flatnonzero(probe.positions == 0)
-  lengths = np.diff([*starts, len(probe.positions)])
+  lengths = np.diff(np.append(starts, len(probe.positions)))
   seen = np.cumsum(wrong, axis=1)
   before = (seen - wrong)[:, starts]
   changed = seen > np.repeat(before, lengths, axis=1)

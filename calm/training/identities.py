@@ -42,7 +42,7 @@ def of_run(config: TrainConfig, source: training_batches.Source) -> Identity:
   schedule = config.schedule(config.num_steps)
   return Identity(
     seed=int(config.seed),
-    learning_rates={step: float(schedule(step)) for step in steps},
+    learning_rates={step: float(np.asarray(schedule(step))) for step in steps},
     batches={step: _digest(source.batch(step)) for step in steps},
   )
 
