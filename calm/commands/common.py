@@ -277,9 +277,9 @@ def refuse_unread_macros() -> None:
   if unread:
     known = ", ".join(sorted(read)) or "none"
     raise ValueError(
-      f"Expected macros that a binding reads, got {', '.join(unread)}, which nothing reads (of"
-      f" those that are read there are: {known}); name the parameter itself, as in"
-      f' run.train.initial = "...", or take the line out.'
+      f"Expected macros that a binding reads, got {', '.join(unread)}, which nothing reads"
+      f" (read are: {known}); name the parameter itself, as in run.train.initial = '...', or"
+      " take the line out."
     )
 
 
