@@ -70,7 +70,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   add("--input_lengths", type=ints, default=(128, 512))
   add("--decode_lengths", type=ints, default=(64, 512))
   add("--depths", type=ints, default=(1, 2, 4), help="static and forced exits")
-  add("--measures", type=words, default=("classifier", "state", "shortlist", "softmax"))
+  add(
+    "--measures", type=words, default=("classifier", "probe", "state", "shortlist", "softmax")
+  )
   add("--engines", type=words, default=tuple(systems.ENGINES), help="ways of running the loop")
   add("--thresholds", type=floats, default=(), help="real exits too, at these thresholds")
   add("--systems", type=words, default=(), help="only rows that contain one of these words")

@@ -101,7 +101,7 @@ def load(shape: str, dtype: str, shortlist: int) -> Model:
       predictor.vocabulary.vocab_size,
       predictor,
     )
-  config = network.T5Config(**SIZES[shape], dtype=dtype)
+  config = network.T5Config(**SIZES[shape], dtype=dtype, exit_probes=True)
   params = random_params(config)
   ids = tuple(range(3, 3 + min(shortlist, config.vocab_size // 2)))
   weights = program.model_weights(params, config, None, ids)
@@ -201,6 +201,14 @@ class ForcedMeasure:
   @property
   def uses_head(self) -> bool:
     return self.inner.uses_head
+
+  @property
+  def uses_shortlist(self) -> bool:
+    return self.inner.uses_shortlist
+
+  @property
+  def part(self) -> str | None:
+    return self.inner.part
 
   @property
   def bound(self):

@@ -59,7 +59,7 @@ class Peer:
 
 
 def _t5x_params(model: models.Model) -> dict[str, Any]:
-  decoder = {k: v for k, v in model.params["decoder"].items() if k != "exit_classifier"}
+  decoder = {k: v for k, v in model.params["decoder"].items() if not k.startswith("exit_")}
   return jax.tree.map(jnp.asarray, {**model.params, "decoder": decoder})
 
 

@@ -78,7 +78,7 @@ def runners(shape: str, batch: dict[str, Any]) -> dict[str, Callable[[], Any]]:
   for name, model in kinds.items():
     tree = params
     if name.startswith("T5X"):
-      decoder = {k: v for k, v in params["decoder"].items() if k != "exit_classifier"}
+      decoder = {k: v for k, v in params["decoder"].items() if not k.startswith("exit_")}
       tree = {**params, "decoder": decoder}
     predict = lambda p, b, model=model: model.predict_batch_with_aux(
       p, b, decoder_params={"eos_id": NO_EOS}
@@ -144,8 +144,8 @@ def partitioned(
   init = model.get_initial_variables
   axes = utils.TrainStateInitializer(None, init, shapes, partitioner).train_state_axes.params
   params = checkpoints.load(inference.PACKED).params
-  if "exit_classifier" not in axes["decoder"]:
-    decoder = {k: v for k, v in params["decoder"].items() if k != "exit_classifier"}
+  if "exit_classifier" not in axes["decoder"]:  # nor the probes
+    decoder = {k: v for k, v in params["decoder"].items() if not k.startswith("exit_")}
     params = {**params, "decoder": decoder}
   place = partitioner.partition(lambda p: p, in_axis_resources=(None,), out_axis_resources=axes)
   options = {} if threshold is None else {"threshold": jnp.float32(threshold)}

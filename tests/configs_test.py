@@ -15,7 +15,7 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"
 MACROS = (
   *("DATA", "INITIAL", "TRAIN", "VALIDATION", "VOCABULARY_PATH"),
-  *("VOCABULARY", "OUTPUT_DIR", "MODEL", "WEIGHTS"),
+  *("VOCABULARY", "OUTPUT_DIR", "MODEL", "WEIGHTS", "PROMPTS", "OUTPUTS", "OWN"),
 )
 # Public figures of the T5 1.1 checkpoints; the exit classifier adds emb_dim + 1.
 NUM_PARAMETERS = {"small": 76_961_152, "base": 247_577_856, "large": 783_150_080}

@@ -52,10 +52,19 @@ def toy(seed: int = 1, sharpness: float = 4.0, dtype: str = "float32", **changes
   return of_params(params, sizes, dtype)
 
 
+def toy_for(rule: exits.DynamicExits, **changes) -> Toy:
+  """A toy with what the rule's measure reads."""
+  return (
+    toy(**changes, exit_probes=True) if rule.measure.part == "exit_probes" else toy(**changes)
+  )
+
+
 def of_params(params: dict[str, Any], sizes: toys.Config, dtype: str = "float32") -> Toy:
   config = network.T5Config(dtype=dtype, **toys.network_fields(sizes))
-  weights = program_lib.model_weights(params, config, sizes.num_pieces)
-  return Toy(sizes, params, config, weights, reference.Model(params, sizes, sizes.num_pieces))
+  listed = () if sizes.per_layer_heads else toys.shortlist(sizes)
+  weights = program_lib.model_weights(params, config, sizes.num_pieces, listed or None)
+  model = reference.Model(params, sizes, sizes.num_pieces, shortlist=listed)
+  return Toy(sizes, params, config, weights, model)
 
 
 def encode(toy: Toy, prompts: np.ndarray = PROMPTS) -> caches_lib.Encoded:

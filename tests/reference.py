@@ -23,55 +23,15 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from tests import reference_network as network
+from tests.reference_measures import MEASURES
 from tests.reference_network import Model, encode
 
-__all__ = ["Model", "encode"]
+__all__ = ["MEASURES", "Model", "encode"]
 
 NEVER_EXIT = float("inf")
 START_ID = 0
 EOS_ID = 1
 TIE = 1e-5
-
-# states[i] is d^i of the current token, states[0] its embedding.
-Measure = Callable[[network.Model, Sequence[np.ndarray], int], float]
-
-
-def softmax_confidence(model: network.Model, states: Sequence[np.ndarray], layer: int) -> float:
-  """Difference of the two largest probabilities."""
-  return network.top_two_gap(
-    np.exp(network.log_softmax(network.head_logits(model, layer, states[layer])))
-  )
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
-  return float(a @ b / (np.sqrt(a @ a) * np.sqrt(b @ b)))
-
-
-def state_confidence(model: network.Model, states: Sequence[np.ndarray], layer: int) -> float:
-  """Cosine of d^layer and d^(layer - 1), negative values 0; 0 at layer 1."""
-  del model
-  if layer == 1:
-    return 0.0
-  return max(0.0, min(1.0, cosine(states[layer], states[layer - 1])))
-
-
-def classifier_confidence(
-  model: network.Model, states: Sequence[np.ndarray], layer: int
-) -> float:
-  """Sigmoid of one linear map, the same at every layer."""
-  x = states[layer]
-  if not model.raw_classifier:
-    x = network.rms_norm(model, x, "decoder", "decoder_norm")
-  path = ("decoder", "exit_classifier")
-  logit = float(x @ model.leaf(*path, "kernel")[:, 0] + model.leaf(*path, "bias")[0])
-  return 1 / (1 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1 + math.exp(logit))
-
-
-MEASURES: Mapping[str, Measure] = {
-  "softmax": softmax_confidence,
-  "state": state_confidence,
-  "classifier": classifier_confidence,
-}
 
 
 def constant(threshold: float, step: int) -> float:

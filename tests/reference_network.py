@@ -32,6 +32,7 @@ class Model:
     num_pieces: valid vocabulary; ids from here on have logit -inf. None: all rows are valid.
     dtype: numpy type that everything is computed in.
     raw_classifier: the exit classifier reads d^i itself, not decoder_norm(d^i).
+    shortlist: ids of likely tokens, for measures that look at those only.
   """
 
   params: Tree
@@ -39,6 +40,7 @@ class Model:
   num_pieces: int | None = None
   dtype: Any = np.float32
   raw_classifier: bool = False
+  shortlist: Sequence[int] = ()
 
   def __post_init__(self):
     object.__setattr__(self, "params", cast(self.params, self.dtype))

@@ -44,6 +44,7 @@ class Config:
   logits_via_embedding: bool = False
   per_layer_heads: bool = False
   exit_classifier: bool = True
+  exit_probes: bool = False
   relpos_buckets: int = 32
   relpos_max_distance: int = 128
 
@@ -159,7 +160,23 @@ def _decoder(draw: _Draw, sharpness: float, block_gain: float) -> dict[str, Any]
       **draw.kernel(cfg.emb_dim, 1, gain=3.0),
       "bias": np.array([0.3], np.float32),
     }
+  if cfg.exit_probes:
+    tree["exit_probes"] = _probes(draw)
   return tree
+
+
+def _probes(draw: _Draw) -> dict[str, Any]:
+  count = draw.config.num_decoder_layers - 1
+  return {
+    **draw.kernel(draw.config.emb_dim, count, gain=3.0),
+    "features": draw.normal(5, count, std=0.3),
+    "bias": draw.normal(count, std=0.3),
+  }
+
+
+def shortlist(config: Any) -> tuple[int, ...]:
+  """Every other piece, the end of text included: some likely tokens are off the list."""
+  return tuple(range(1, config.num_pieces, 2))
 
 
 def prompts(

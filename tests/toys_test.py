@@ -91,7 +91,7 @@ def test_sharp_heads_saturate():
   params = toys.params(config, 2, sharpness=1000.0)
   model = reference.Model(params, config, config.num_pieces)
   row = reference.decode_static(model, [5, 6, 1], 6, max_decode_length=4)
-  margins = [reference.softmax_confidence(model, states, 3) for states in row.states]
+  margins = [reference.MEASURES["softmax"](model, states, 3) for states in row.states]
   assert max(margins) == 1.0
 
 

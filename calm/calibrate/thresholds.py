@@ -145,7 +145,10 @@ def _toward_one_grid() -> np.ndarray:
 _DEFAULT_GRIDS: Mapping[str, Callable[[], np.ndarray]] = {
   "softmax": _even_grid,
   "shortlist": _even_grid,
+  "entropy": _even_grid,
+  "patience": _even_grid,
   "classifier": _even_grid,
+  "probe": _even_grid,
   "state": _toward_one_grid,
 }
 
@@ -154,9 +157,8 @@ def default_grid(measure: str) -> np.ndarray:
   """The grid of a confidence measure, fixed before any loss is seen.
 
   Args:
-    measure: 'softmax', 'shortlist' or 'classifier' (0.95, 0.90, ..., 0.05) or 'state' (19
-      points, 1 minus a geometric sequence from 0.001 to 0.5, because cosines of residual
-      states live near 1).
+    measure: 'state' (19 points, 1 minus a geometric sequence from 0.001 to 0.5, because
+      cosines of residual states live near 1), or any other (0.95, 0.90, ..., 0.05).
 
   Returns:
     [num_thresholds] float64, strictly descending.

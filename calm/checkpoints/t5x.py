@@ -85,6 +85,7 @@ def infer_config(flat: Mapping[str, np.ndarray]) -> network.T5Config:
     logits_via_embedding="decoder/logits_dense/kernel" not in flat,
     per_layer_heads="decoder/logits_dense_0/kernel" in flat,
     exit_classifier="decoder/exit_classifier/kernel" in flat,
+    exit_probes="decoder/exit_probes/kernel" in flat,
     relpos_buckets=relpos_buckets,
   )
 

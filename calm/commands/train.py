@@ -1,4 +1,4 @@
-"""Trains a model with an exit at every decoder layer, or its exit classifier, from gin files.
+"""Trains a model with an exit at every decoder layer, its exit classifier or probes, from gin.
 
   calm train --gin_file=configs/runs/local_tiny.gin \\
       --gin_bindings="TRAIN = 'rows.jsonl'" --gin_bindings="VOCABULARY_PATH = 'spiece.model'" \\
@@ -28,10 +28,12 @@ from calm.training import run
 from calm.training import sources
 
 CHOICES = [
-  @objectives.LayerWeighted, @objectives.ExitClassifier, @losses.layer_weights,
+  @objectives.LayerWeighted, @objectives.ExitClassifier, @objectives.ExitProbes,
+  @losses.layer_weights,
   @losses.last_layer_weights, @losses.classifier_loss, @losses.geometric_classifier_loss,
   @training.adafactor, @training.adam, @training.Schedule,
-  @sources.supervised, @sources.denoising, @sources.seqio_pairs,
+  @sources.supervised, @sources.denoising, @sources.seqio_pairs, @sources.frequent_tokens,
+  @sources.stored_shortlist,
 ]
 """
 

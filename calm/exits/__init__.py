@@ -1,6 +1,6 @@
 """When a token leaves the decoder: rules, confidence measures, schedules, skipped layers."""
 
-from calm.exits import confidence, layers, propagation, schedules, walk
+from calm.exits import confidence, evidence, layers, propagation, schedules, walk
 from calm.exits.rules import (
   DynamicExits,
   OracleExit,
@@ -19,6 +19,7 @@ __all__ = [
   "TokenExit",
   "allowed_layers",
   "confidence",
+  "evidence",
   "layers",
   "propagation",
   "schedules",

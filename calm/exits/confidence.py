@@ -5,7 +5,7 @@ residuals is lazy: a measure that never asks for logits costs no vocabulary head
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def _no_shortlist() -> jax.Array:
-  raise ValueError("Expected a view with `shortlist_logits`, got none.")
+def _not_given() -> jax.Array:
+  raise ValueError("Expected a view with what the measure reads, got one without.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,8 @@ class LayerView:
     logits: () -> float32 logits of the full head at this layer, [batch, vocab].
     exit_logit: () -> pre-sigmoid output of the exit classifier, [batch].
     shortlist_logits: () -> float32 logits of the shortlist only, [batch, shortlist].
+    previous_shortlist_logits: () -> the same of the layer before, from d^{i-1}.
+    probe_logit: () -> pre-sigmoid output of this layer's own probe, [batch].
   """
 
   layer: int
@@ -35,7 +37,9 @@ class LayerView:
   previous: jax.Array
   logits: Callable[[], jax.Array]
   exit_logit: Callable[[], jax.Array]
-  shortlist_logits: Callable[[], jax.Array] = _no_shortlist
+  shortlist_logits: Callable[[], jax.Array] = _not_given
+  previous_shortlist_logits: Callable[[], jax.Array] = _not_given
+  probe_logit: Callable[[], jax.Array] = _not_given
 
 
 @runtime_checkable
@@ -45,12 +49,16 @@ class Measure(Protocol):
   Attributes:
     name: its name on command lines and in files.
     uses_head: whether it computes the full logits, which the exit then need not.
+    uses_shortlist: whether it asks the head about the shortlist, which a model must have then.
+    part: of the decoder's parameters that it reads and stage two trains; None: none.
     bound: view -> a cheaper confidence to be cleared first, [batch]; where it fails, the
       token stays without the measure itself being asked. None: there is none.
   """
 
   name: ClassVar[str]
   uses_head: ClassVar[bool]
+  uses_shortlist: ClassVar[bool]
+  part: ClassVar[str | None]
 
   @property
   def bound(self) -> Callable[[LayerView], jax.Array] | None: ...
@@ -64,12 +72,48 @@ def softmax_margin(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch
   Exactly 1.0 in float32 once the logit gap passes about 17: a threshold of 1 is not "never".
   """
   logits = logits.astype(jnp.float32)
+  top, second = top_two(logits)
+  total = jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
+  return (1.0 - jnp.exp(second - top)) / total
+
+
+def top_two(
+  logits: Float[Array, "*batch vocab"],
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+  """The two largest logits, the same twice where they are tied."""
   top = jnp.max(logits, axis=-1, keepdims=True)
   # No argmax: on a CPU it costs as much as all the other reductions together.
-  second = jnp.max(jnp.where(logits < top, logits, -jnp.inf), axis=-1, keepdims=True)
+  below = jnp.max(jnp.where(logits < top, logits, -jnp.inf), axis=-1)
   is_tied = jnp.sum((logits == top).astype(jnp.int32), axis=-1) > 1
-  total = jnp.sum(jnp.exp(logits - top), axis=-1)
-  return jnp.where(is_tied, 0.0, (1.0 - jnp.exp(second - top)[..., 0]) / total)
+  return top[..., 0], jnp.where(is_tied, top[..., 0], below)
+
+
+def certainty(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch"]:
+  """1 - H(p) / log n: the entropy of the softmax over n logits, 0 of a uniform one.
+
+  Logits of minus infinity are none of the n.
+  """
+  logits = logits.astype(jnp.float32)
+  below = logits - jnp.max(logits, axis=-1, keepdims=True)
+  weights = jnp.exp(below)
+  total = jnp.sum(weights, axis=-1)
+  # 0 log 0 = 0, where the product would be NaN.
+  mean = jnp.sum(weights * jnp.maximum(below, -1e4), axis=-1) / total
+  most = jnp.log(jnp.sum((below > -jnp.inf).astype(jnp.float32), axis=-1))
+  return jnp.clip(1.0 - (jnp.log(total) - mean) / jnp.maximum(most, 1e-6), 0.0, 1.0)
+
+
+def shared_top(
+  logits: Float[Array, "*batch tokens"], others: Float[Array, "*batch tokens"]
+) -> Float[Array, "*batch"]:
+  """The lesser of two softmaxes' probabilities of the token that both put first; 0 where they
+  put different ones first."""
+  top, other = (jnp.max(x, axis=-1, keepdims=True) for x in (logits, others))
+  agree = jnp.any((logits == top) & (others == other), axis=-1)
+  first, second = (
+    1.0 / jnp.sum(jnp.exp(x - t), axis=-1) for x, t in ((logits, top), (others, other))
+  )
+  return jnp.where(agree, jnp.minimum(first, second), 0.0)
 
 
 def cosine_similarity(
@@ -88,6 +132,8 @@ class Softmax:
 
   name: ClassVar[str] = "softmax"
   uses_head: ClassVar[bool] = True
+  uses_shortlist: ClassVar[bool] = False
+  part: ClassVar[str | None] = None
   bound = None
 
   def __call__(self, view: LayerView) -> jax.Array:
@@ -106,6 +152,8 @@ class Shortlist:
 
   name: ClassVar[str] = "shortlist"
   uses_head: ClassVar[bool] = True
+  uses_shortlist: ClassVar[bool] = True
+  part: ClassVar[str | None] = None
 
   def __call__(self, view: LayerView) -> jax.Array:
     return softmax_margin(view.logits())
@@ -120,6 +168,8 @@ class State:
 
   name: ClassVar[str] = "state"
   uses_head: ClassVar[bool] = False
+  uses_shortlist: ClassVar[bool] = False
+  part: ClassVar[str | None] = None
   bound = None
 
   def __call__(self, view: LayerView) -> jax.Array:
@@ -134,15 +184,83 @@ class Classifier:
 
   name: ClassVar[str] = "classifier"
   uses_head: ClassVar[bool] = False
+  uses_shortlist: ClassVar[bool] = False
+  part: ClassVar[str | None] = "exit_classifier"
   bound = None
 
   def __call__(self, view: LayerView) -> jax.Array:
     return jax.nn.sigmoid(view.exit_logit())
 
 
+@dataclasses.dataclass(frozen=True)
+class Entropy:
+  """`certainty` of the full head at every allowed layer."""
+
+  name: ClassVar[str] = "entropy"
+  uses_head: ClassVar[bool] = True
+  uses_shortlist: ClassVar[bool] = False
+  part: ClassVar[str | None] = None
+  bound = None
+
+  def __call__(self, view: LayerView) -> jax.Array:
+    return certainty(view.logits())
+
+
+@dataclasses.dataclass(frozen=True)
+class Patience:
+  """`shared_top` of two layers running, over a short list of likely tokens; 0 at layer 1.
+
+  The patience of Zhou et al. (PABEE, NeurIPS 2020) is a count of layers that agree; here two
+  have to, and how sure they are can be compared with a threshold.
+  """
+
+  name: ClassVar[str] = "patience"
+  uses_head: ClassVar[bool] = False
+  uses_shortlist: ClassVar[bool] = True
+  part: ClassVar[str | None] = None
+  bound = None
+
+  def __call__(self, view: LayerView) -> jax.Array:
+    if view.layer == 1:  # as for the state: there is no layer before
+      return jnp.zeros(view.hidden.shape[:-1], jnp.float32)
+    return shared_top(view.shortlist_logits(), view.previous_shortlist_logits())
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+  """sigmoid of each layer's own linear probe of its state and of what a shortlist says of it.
+
+  See `evidence.Probes`. It is trained to be the probability that the layer's token is the last
+  layer's, so that one threshold means the same at every layer.
+  """
+
+  name: ClassVar[str] = "probe"
+  uses_head: ClassVar[bool] = False
+  uses_shortlist: ClassVar[bool] = True
+  part: ClassVar[str | None] = "exit_probes"
+  bound = None
+
+  def __call__(self, view: LayerView) -> jax.Array:
+    return jax.nn.sigmoid(view.probe_logit())
+
+
 MEASURES: Mapping[str, Measure] = {
-  m.name: m for m in (Softmax(), Shortlist(), State(), Classifier())
+  m.name: m
+  for m in (Softmax(), Shortlist(), Entropy(), Patience(), State(), Classifier(), Probe())
 }
+
+
+def lacking(measure: Measure, parts: Collection[str], shortlist: bool) -> str | None:
+  """What a model lacks to compute a measure: a part of its parameters, 'shortlist', or None.
+
+  Args:
+    measure: to be computed.
+    parts: of the decoder's parameters that the model holds.
+    shortlist: whether it has one.
+  """
+  if measure.part is not None and measure.part not in parts:
+    return measure.part
+  return "shortlist" if measure.uses_shortlist and not shortlist else None
 
 
 def measure(name: str) -> Measure:

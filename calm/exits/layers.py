@@ -21,8 +21,18 @@ def no_shortlist(hidden: jax.Array) -> jax.Array:
   """What a model without a shortlist says when it is asked for one."""
   del hidden
   raise ValueError(
-    "Expected a shortlist of likely tokens for the measure 'shortlist', got a model without;"
-    " give `shortlist` (token ids), or use the measure 'softmax'."
+    "Expected a shortlist of likely tokens for the measure 'shortlist', 'patience' or 'probe',"
+    " got a model without; give `shortlist` (token ids), or use the measure 'softmax'."
+  )
+
+
+def no_probes(layer: int, hidden: jax.Array, previous: jax.Array) -> jax.Array:
+  """What a model without probes says when it is asked for one."""
+  del layer, hidden, previous
+  raise ValueError(
+    "Expected a model with exit probes for the measure 'probe', got none in its parameters;"
+    " train them (`calm train --gin_file=configs/runs/exit_probes.gin`), or use the measure"
+    " 'softmax' or 'state'."
   )
 
 
@@ -38,6 +48,7 @@ class Layers:
     exit_logit: d^i -> pre-sigmoid exit confidence [batch].
     shared_head: whether `logits` is one and the same head for every layer.
     shortlist_logits: d^i -> float32 logits [batch, shortlist] of likely tokens only.
+    probe_logit: (i, d^i, d^{i-1}) -> pre-sigmoid confidence [batch] of layer i's own probe.
   """
 
   num_layers: int
@@ -47,6 +58,7 @@ class Layers:
   exit_logit: Callable[[jax.Array], jax.Array]
   shared_head: bool = True
   shortlist_logits: Callable[[jax.Array], jax.Array] = no_shortlist
+  probe_logit: Callable[[int, jax.Array, jax.Array], jax.Array] = no_probes
 
 
 def select_rows(condition: jax.Array, if_true: Any, if_false: Any) -> Any:

@@ -138,6 +138,8 @@ class Walk:
       logits=head,
       exit_logit=lambda: self.layers.exit_logit(state.hidden),
       shortlist_logits=lambda: self.layers.shortlist_logits(state.hidden),
+      previous_shortlist_logits=lambda: self.layers.shortlist_logits(previous),
+      probe_logit=lambda: self.layers.probe_logit(layer, state.hidden, previous),
     )
     if not last and self.measure.bound is not None:
       return self._verify(view, state, self.measure.bound(view))

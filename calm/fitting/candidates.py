@@ -20,6 +20,9 @@ _TOP = (0.999, 0.9975, 0.995, 0.99)  # a measure may be right at its very highes
 # ROUGE-L distance of two texts over the share of tokens from their first difference on; between
 # 0.64 and 0.67 from one token in twenty to one in two, for the model in the box on synopses.
 _CHANGED = 2 / 3
+# Nowhere clearly ahead of 'softmax' and 'probe', which cost as much, on the three tasks of the
+# model in the box (scripts/rank_measures.py).
+_LEFT_OUT = ("entropy", "patience")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +55,20 @@ class Candidate:
 
 def measures(predictor: inference.Predictor) -> tuple[str, ...]:
   """The measures that a model has: the classifier where it is trained, and so on."""
-  classifier = predictor.params["decoder"].get("exit_classifier")
-  trained = classifier is not None and bool(np.any(np.asarray(classifier["kernel"])))
-  has = {"shortlist": bool(predictor.options.shortlist), "classifier": trained}
-  return tuple(name for name in confidence.MEASURES if has.get(name, True))
+  decoder, listed = predictor.params["decoder"], bool(predictor.options.shortlist)
+  # Parts start at 0: one that is still there was never trained.
+  trained = [
+    part for part in ("exit_classifier", "exit_probes") if np.any(_kernel(decoder.get(part)))
+  ]
+  return tuple(
+    name
+    for name, measure in confidence.MEASURES.items()
+    if name not in _LEFT_OUT and confidence.lacking(measure, trained, listed) is None
+  )
+
+
+def _kernel(part) -> np.ndarray:
+  return np.zeros(1) if part is None else np.asarray(part["kernel"])
 
 
 def layer_sets(num_layers: int) -> tuple[tuple[int, ...], ...]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from calm import inference
 from calm.calibrate import Record
-from calm.exits import confidence
+from calm.exits import confidence, evidence
 from calm.paper.bench import decode
 from calm.t5 import network, parameters
 
@@ -56,7 +56,7 @@ def probe(
     predictor: the model.
     texts: [num_prompts] prompts.
     full: [num_prompts] their full-depth records.
-    measures: 'softmax', 'state', 'classifier'.
+    measures: their names, but 'shortlist', which says what 'softmax' says.
     progress: told of batches.
   """
   one = decode.one_shape(predictor.with_options(batch_size=_BATCH))
@@ -75,6 +75,7 @@ def probe(
       predictor.config,
       tuple(measures),
       predictor.vocabulary.vocab_size,
+      tuple(predictor.options.shortlist or ()),
       predictor.params,
       batch.tokens,
       targets,
@@ -93,22 +94,27 @@ def probe(
   return Probe(dict(zip(measures, confidences, strict=True)), agrees, rows, positions)
 
 
-def _read(config, measures, num_pieces, params, inputs, targets):
-  return _compiled(config, measures, num_pieces)(params, inputs, targets)
+def _read(config, measures, num_pieces, shortlist, params, inputs, targets):
+  return _compiled(config, measures, num_pieces, shortlist)(params, inputs, targets)
 
 
-def _compiled(config: network.T5Config, measures: tuple[str, ...], num_pieces: int):
-  key = (config, measures, num_pieces)
+def _compiled(config: network.T5Config, measures, num_pieces: int, shortlist):
+  key = (config, measures, num_pieces, shortlist)
   if key not in _PROGRAMS:
     _PROGRAMS.clear()  # one model at a time
-    _PROGRAMS[key] = jax.jit(_reader(config, measures, num_pieces))
+    _PROGRAMS[key] = jax.jit(_reader(*key))
   return _PROGRAMS[key]
 
 
 _PROGRAMS: dict = {}
 
 
-def _reader(config: network.T5Config, measures: tuple[str, ...], num_pieces: int):
+def _reader(
+  config: network.T5Config,
+  measures: tuple[str, ...],
+  num_pieces: int,
+  shortlist: tuple[int, ...],
+):
   module = network.Transformer(config)
 
   def read(params, inputs, targets):
@@ -123,12 +129,21 @@ def _reader(config: network.T5Config, measures: tuple[str, ...], num_pieces: int
       logits = (normed[layer].astype(jnp.float32) @ head)[..., :num_pieces]
       best = jnp.argmax(logits, axis=-1)
       last = best if last is None else last
+      listed = lambda layer=layer, head=head: (
+        normed[layer].astype(jnp.float32) @ head[:, np.asarray(shortlist, int)]
+      )
+      previous = hidden[layer - 1] if layer else jnp.zeros_like(hidden[0])
       view = confidence.LayerView(
         layer + 1,
         hidden[layer],
-        hidden[max(layer - 1, 0)],
+        previous,
         logits=lambda logits=logits: logits,
         exit_logit=lambda layer=layer: _exit_logit(params, normed[layer]),
+        shortlist_logits=listed,
+        previous_shortlist_logits=lambda listed=listed, layer=layer: listed(layer - 1),
+        probe_logit=lambda layer=layer, previous=previous, listed=listed: _probe_logit(
+          params, layer + 1, hidden[layer], previous, normed[layer], listed()
+        ),
       )
       columns.append((best == last, *(confidence.measure(name)(view) for name in measures)))
     return tuple(jnp.stack(part) for part in zip(*columns[::-1], strict=True))
@@ -140,6 +155,14 @@ def _states(module: network.Transformer, inputs, shifted, targets):
   """Raw and normed residuals of every layer."""
   hidden = module.hidden_states(inputs, shifted, targets)
   return hidden, module.decoder.normed(hidden)
+
+
+def _probe_logit(params, layer: int, hidden, previous, normed, listed):
+  probes = parameters.probes(params)
+  assert probes is not None  # `candidates.measures` asked
+  if layer == probes.num_layers:
+    return jnp.full(hidden.shape[:-1], evidence.CERTAIN)
+  return probes.logit(layer, normed, evidence.evidence(hidden, previous, listed))
 
 
 def _exit_logit(params, normed):

@@ -9,7 +9,6 @@ import json
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jinja2
@@ -26,13 +25,13 @@ from calm.t5 import network
 from calm.training import objectives, run
 
 Progress = Callable[[float, str], None]
-OBJECTIVES = {"one": "LayerWeighted", "two": "ExitClassifier"}
 RECIPES = {"one": recipes.stage_one, "two": recipes.stage_two}
 # Shares of the budget, where both stages train.
 _SHARES = {"one": 0.8, "two": 0.2}
 _VALIDATIONS = 8
 _DENOISING_LENGTH, _LEAST_TEXT = 96, 16
 _PILOT_STEPS = 2
+_SHORTLIST = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +98,7 @@ class Stage:
     validation_batch = min(recipe.batch_size, validation)
     sizes = dataclasses.asdict(self.model.config)
     sizes |= {"dropout_rate": recipe.dropout_rate, "exit_classifier": True}
+    sizes |= dict.fromkeys(self._objective.parts, True)
     return (
       _environment()
       .get_template("stage.gin.j2")
@@ -109,8 +109,8 @@ class Stage:
         validation=str((self.rows_folder / "validation.jsonl").absolute()),
         initial=str(self.initial.absolute()),
         sizes=sizes | {"one_hot_embedding": False},
-        fresh=("exit_classifier",) if self.name == "two" else (),
-        objective=OBJECTIVES[self.name],
+        fresh=self._objective.parts,
+        objective=type(self._objective).__name__,
         recipe=recipe,
         num_steps=num_steps,
         warmup_steps=min(recipe.warmup_steps, num_steps // 5),
@@ -123,8 +123,20 @@ class Stage:
         buckets=buckets,
         denoises=self._denoises(recipe),
         denoising_length=_DENOISING_LENGTH,
+        shortlist=_SHORTLIST,
       )
     )
+
+  @property
+  def _objective(self) -> objectives.Objective:
+    """What the stage minimises, with likely tokens as many as the gin file finds."""
+    if self.name == "one":
+      return objectives.LayerWeighted()
+    config = self.model.config
+    if config.per_layer_heads:  # no one head to ask about likely tokens
+      return objectives.ExitClassifier()
+    listed = range(min(_SHORTLIST, config.vocab_size))
+    return objectives.ExitProbes(tuple(listed), classifier=True)
 
   def _num_steps(self, recipe, buckets, progress: Progress, say: Callable[[str], None]) -> int:
     """The recipe's steps, or as many as the budget has room for, timed on a few."""
@@ -180,13 +192,14 @@ class Stage:
       schedule=training.Schedule(peak=0.0, warmup_steps=1),
       optimizer=getattr(training, recipe.optimizer),
     )
-    objective: Any = objectives.ExitClassifier()
-    if self.name == "one":
+    objective = self._objective
+    if isinstance(objective, objectives.LayerWeighted):
       objective = objectives.LayerWeighted(sampled_layers=recipe.sampled_layers)
     model = dataclasses.replace(
       self.model.config, exit_classifier=True, dropout_rate=recipe.dropout_rate
     )
-    params = run.starting_point(model, str(self.initial), 0).params
+    start = run.starting_point(model, str(self.initial), 0, parts=objective.parts)
+    model, params = start.model, start.params
     step = training.make_train_step(network.Transformer(model), config, objective, params)
     state = training.init_state(params, config, objective)
     compiling = total = 0.0

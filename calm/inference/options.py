@@ -23,11 +23,12 @@ class DecodeOptions:
   """How prompts are decoded; all of it belongs to the `Procedure`, but for the last five.
 
   Attributes:
-    measure: confidence measure: 'softmax', 'state' or 'classifier'.
+    measure: confidence measure, one of `confidence.MEASURES`.
     schedule: threshold schedule, `schedules.Constant()` or `schedules.Decaying(...)`.
     exit_layers: 1-based layers after which a token may leave; None allows every layer.
     propagation: what skipped layers store; 'exit_state' is the paper's.
-    shortlist: token ids, most likely first, for the measure 'shortlist'.
+    shortlist: token ids, most likely first, for the measures 'shortlist', 'patience' and
+      'probe'.
     task_prefix: text put before every prompt.
     max_input_length: tokens of a prompt that are read, EOS included.
     max_decode_length: most tokens generated, EOS included.

@@ -61,7 +61,7 @@ class Predictor:
   @functools.cached_property
   def weights(self) -> program_lib.ModelWeights:
     """The parameters laid out for decoding."""
-    shortlist = self.options.shortlist if self.options.rule.measure.bound else None
+    shortlist = self.options.shortlist if self.options.rule.measure.uses_shortlist else None
     weights = program_lib.model_weights(
       self.params,
       self.config,

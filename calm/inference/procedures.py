@@ -44,7 +44,7 @@ def procedure(
     exit_layers=exits.allowed_layers(options.exit_layers, config.num_decoder_layers),
     schedule=schedule,
     propagation=options.propagation,
-    shortlist=shortlist_record(options) if options.rule.measure.bound else None,
+    shortlist=shortlist_record(options) if options.rule.measure.uses_shortlist else None,
     heads="per_layer" if config.per_layer_heads else "shared",
     activation_dtype=config.dtype,
     decode_method={"name": "greedy"},
@@ -103,7 +103,7 @@ def shortlist_record(options: DecodeOptions) -> dict[str, Any]:
 # procedure under a name of their own, or that the tree of its parameters tells.
 _NOT_DECODED = (
   *("dtype", "dropout_rate", "one_hot_embedding"),
-  *("exit_classifier", "relpos_per_layer"),
+  *("exit_classifier", "exit_probes", "relpos_per_layer"),
 )
 
 

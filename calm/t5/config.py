@@ -27,6 +27,7 @@ class T5Config:
     one_hot_embedding: embed by a one-hot product (partitioned training) or by a gather.
     per_layer_heads: one output head a decoder layer instead of one for all.
     exit_classifier: whether the tree holds the early-exit classifier (emb_dim + 1 numbers).
+    exit_probes: whether it holds every layer's own exit probe (see `evidence.Probes`).
     relpos_per_layer: relative-position biases of every layer's own (umT5, Pile-T5, T5X's
       scalable T5) instead of one embedding for all layers of a side.
   """
@@ -49,6 +50,7 @@ class T5Config:
   relpos_buckets: int = 32
   relpos_max_distance: int = 128
   relpos_per_layer: bool = False
+  exit_probes: bool = False
 
   def __post_init__(self):
     # Gin gives lists and dtypes by name or object; a hashable static wants one form.

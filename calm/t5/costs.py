@@ -158,7 +158,7 @@ def decoding_costs(
     rule: the exit rule; None, or one without a measure, measures nothing, and a static one
       propagates nothing either.
     num_pieces: columns of the head that are computed (the vocabulary's pieces).
-    shortlist: tokens on the shortlist, for the measure 'shortlist'.
+    shortlist: tokens on the shortlist, for measures that ask the head about those only.
   """
   size, emb = jnp.dtype(config.dtype).itemsize, config.emb_dim
   width = config.num_heads * config.head_dim
@@ -197,6 +197,11 @@ def _measure_costs(
     return head, Cost()
   if isinstance(measure, confidence_lib.Classifier):
     return Cost(2.0 * emb, 4.0 * emb), head
+  if isinstance(measure, confidence_lib.Patience):
+    # Both layers' states meet the list, which is read once.
+    return shortlist + Cost(shortlist.flops), head
+  if measure.uses_shortlist:
+    return shortlist + Cost(10.0 * emb, 4.0 * emb), head
   return Cost(6.0 * emb), head
 
 

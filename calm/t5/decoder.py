@@ -15,7 +15,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from calm.exits.layers import KeyValue, Layers, no_shortlist
+from calm.exits.evidence import CERTAIN, evidence
+from calm.exits.layers import KeyValue, Layers, no_probes, no_shortlist
 from calm.t5 import layers as layers_lib
 from calm.t5 import network
 from calm.t5.caches import Cache, Encoded
@@ -185,6 +186,7 @@ class DecoderStep:
       exit_logit=self.exit_logit,
       shared_head=len(self.weights.heads) == 1,
       shortlist_logits=self.shortlist_logits,
+      probe_logit=self.probe_logit,
     )
 
   def attention(self, layer: int, cache: Cache) -> Attention:
@@ -243,10 +245,24 @@ class DecoderStep:
     if self.weights.exit_kernel is None or self.weights.exit_bias is None:
       raise ValueError(
         "Expected a model with an exit classifier for the measure 'classifier', got none in"
-        " its parameters; train the second stage, or use the measure 'softmax' or 'state'."
+        " its parameters; train it"
+        " (`calm train --gin_file=configs/runs/packed_exit_classifier.gin` is one), or use the"
+        " measure 'softmax' or 'state'."
       )
     normed = rms_norm(hidden, self.weights.decoder_norm).astype(jnp.float32)
     return normed @ self.weights.exit_kernel + self.weights.exit_bias
+
+  def probe_logit(self, layer: int, hidden: jax.Array, previous: jax.Array) -> jax.Array:
+    """Pre-sigmoid confidence [batch] of the layer's own probe; of the last layer `CERTAIN`."""
+    probes = self.weights.probes
+    if probes is None:
+      return no_probes(layer, hidden, previous)
+    if layer == probes.num_layers:
+      return jnp.full(hidden.shape[:-1], CERTAIN)
+    if layer == 1:
+      previous = jnp.zeros_like(previous)
+    known = evidence(hidden, previous, self.shortlist_logits(hidden))
+    return probes.logit(layer, rms_norm(hidden, self.weights.decoder_norm), known)
 
   def _heads(self, projected: jax.Array, count: int) -> list[jax.Array]:
     shape = (projected.shape[0], count, self.config.num_heads, self.config.head_dim)

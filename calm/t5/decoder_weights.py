@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from calm.exits.evidence import Probes
 from calm.t5 import network, parameters
 from calm.t5.parameters import Params
 
@@ -55,6 +56,7 @@ class DecoderWeights:
     exit_kernel: [emb_dim], or None without a classifier.
     exit_bias: [], or None.
     shortlist: columns of the shared head for likely tokens, [emb_dim, shortlist], or None.
+    probes: every layer's own exit probe, or None.
   """
 
   embedding: jax.Array
@@ -65,6 +67,7 @@ class DecoderWeights:
   exit_kernel: jax.Array | None
   exit_bias: jax.Array | None
   shortlist: jax.Array | None = None
+  probes: Probes | None = None
 
 
 def decoder_weights(
@@ -81,7 +84,7 @@ def decoder_weights(
     config: its sizes.
     num_pieces: pieces of the vocabulary. Rows beyond are cut from the heads, which is the
       same as logits of -inf for them, in decoding and in every confidence.
-    shortlist: token ids for the measure 'shortlist'.
+    shortlist: token ids for measures that ask the head about likely tokens only.
     weights_dtype: what matrices, embedding and heads are stored in; None: matrices in
       `config.dtype`, heads in float32. What they are multiplied with stays as it is, so that
       narrower weights are a model of rounded weights and nothing else.
@@ -117,6 +120,7 @@ def decoder_weights(
     exit_kernel=None if classifier is None else jnp.asarray(classifier["kernel"])[:, 0],
     exit_bias=None if classifier is None else jnp.asarray(classifier["bias"])[0],
     shortlist=None if shortlist is None else _shortlist_head(heads, shortlist),
+    probes=parameters.probes(params),
   )
 
 

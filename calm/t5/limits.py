@@ -30,6 +30,7 @@ FLAGS = (
   "per_layer_heads",
   "exit_classifier",
   "relpos_per_layer",
+  "exit_probes",
 )
 ACTIVATIONS = (
   *("celu", "elu", "gelu", "hard_sigmoid", "hard_silu", "hard_swish", "hard_tanh"),

@@ -1,9 +1,10 @@
 """T5 encoder-decoder whose every decoder layer is an exit (Flax linen).
 
 The parameter tree and the call signatures are those of T5X's own T5 1.1 network; the exit
-parts (`decoder/exit_classifier`, and `decoder/logits_dense_{i}` with per-layer heads) are the
-only additions. As T5X's `network`, this module has the configuration and the `Transformer`,
-for gin. It serves training and T5X; `decoder` decodes from the same parameters.
+parts (`decoder/exit_classifier`, `decoder/exit_probes`, and with per-layer heads
+`decoder/logits_dense_{i}`) are the only additions. As T5X's `network`, this module has the
+configuration and the `Transformer`, for gin. It serves training and T5X; `decoder` decodes from
+the same parameters.
 """
 
 import jax
@@ -132,11 +133,18 @@ class Transformer(nn.Module):
     return self.decoder.normed(jnp.stack(hidden), not enable_dropout)
 
   def hidden_states(
-    self, encoder_input_tokens, decoder_input_tokens, decoder_target_tokens
+    self,
+    encoder_input_tokens,
+    decoder_input_tokens,
+    decoder_target_tokens,
+    encoder_segment_ids=None,
+    decoder_segment_ids=None,
   ) -> Float[Array, "layers batch length emb"]:
     """Raw d^i of every layer, teacher-forced, without dropout."""
-    encoded = self.encode(encoder_input_tokens, enable_dropout=False)
-    mask, cross_mask = masks.decoder_masks(encoder_input_tokens, decoder_target_tokens)
+    encoded = self.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout=False)
+    mask, cross_mask = masks.decoder_masks(
+      encoder_input_tokens, decoder_target_tokens, encoder_segment_ids, decoder_segment_ids
+    )
     return jnp.stack(
       self.decoder.hidden_states(encoded, decoder_input_tokens, mask, cross_mask, True)
     )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from calm.exits.evidence import Probes
 from calm.t5 import network
 
 # More than any published model has: looked for before they are traced.
@@ -119,14 +120,14 @@ def expected_shapes(config: network.T5Config) -> Mapping[str, tuple[int, ...]]:
 def add_exit_parts(params: Mapping[str, Any], config: network.T5Config) -> dict[str, Any]:
   """Fills in the exit parts that `config` has and `params` lack, ready for training them.
 
-  The classifier starts at zero (confidence 0.5 everywhere), as the network initialises it;
-  per-layer heads start as copies of the shared head, so that nothing changes at first.
+  Classifier and probes start at zero (confidence 0.5 everywhere), as the network initialises
+  them; per-layer heads start as copies of the shared head, so that nothing changes at first.
   """
   flat = flatten(params)
   for path, shape in expected_shapes(config).items():
     if path in flat:
       continue
-    if path.startswith("decoder/exit_classifier/"):
+    if path.startswith(("decoder/exit_classifier/", "decoder/exit_probes/")):
       flat[path] = np.zeros(shape, np.float32)
     elif path.startswith("decoder/logits_dense_") and "decoder/logits_dense/kernel" in flat:
       flat[path] = np.array(flat["decoder/logits_dense/kernel"])
@@ -163,9 +164,19 @@ def renew(
 def _way_out(path: str) -> str:
   if path.startswith("decoder/exit_classifier"):
     return "set `exit_classifier` of the config accordingly, or call `add_exit_parts`"
+  if path.startswith("decoder/exit_probes"):
+    return "set `exit_probes` of the config accordingly, or call `add_exit_parts`"
   if path.startswith("decoder/logits_dense_"):
     return "set `per_layer_heads` of the config accordingly, or call `add_exit_parts`"
   return "the configuration is of another model, or the file of another kind"
+
+
+def probes(params: Mapping[str, Any]) -> Probes | None:
+  """The exit probes of a tree, or None."""
+  found = params["decoder"].get("exit_probes")
+  if found is None:
+    return None
+  return Probes(*(jnp.asarray(found[name]) for name in ("kernel", "features", "bias")))
 
 
 def head_kernels(params: Mapping[str, Any], config: network.T5Config) -> tuple[jax.Array, ...]:

@@ -9,6 +9,7 @@ from flax import linen as nn
 from flax.linen import partitioning
 from jaxtyping import Array, Float
 
+from calm.exits.evidence import NUM_FEATURES
 from calm.t5 import layers
 from calm.t5.config import T5Config
 
@@ -103,6 +104,8 @@ class Decoder(nn.Module):
       ]
     if cfg.exit_classifier:
       self.exit_classifier = ExitHead()
+    if cfg.exit_probes:
+      self.exit_probes = ExitProbes(cfg.num_decoder_layers - 1)
 
   def __call__(
     self, encoded, tokens, mask, cross_mask, *, deterministic, decode=False, length=None
@@ -151,9 +154,29 @@ class Decoder(nn.Module):
     """Creates the parameters that the full-depth call never uses."""
     if self.config.exit_classifier:
       self.exit_logits(hidden)
+    if self.config.exit_probes:
+      self.exit_probes(hidden.shape[-1])
     if self.config.per_layer_heads:
       for head in self.layer_heads:
         head(hidden)
+
+
+class ExitProbes(nn.Module):
+  """Parameters of `evidence.Probes`, one column a layer below the last."""
+
+  num_probes: int
+
+  @nn.compact
+  def __call__(self, emb_dim: int) -> None:
+    zeros, count = nn.initializers.zeros, self.num_probes
+    # T5X's own axis names, as below, of axes that it replicates. Along its "layers" its
+    # Adafactor would not average.
+    for name, shape, axes in (
+      ("kernel", (emb_dim, count), ("embed", "mlp_activations")),
+      ("features", (NUM_FEATURES, count), ("relpos_buckets", "mlp_activations")),
+      ("bias", (count,), ("mlp_activations",)),
+    ):
+      partitioning.param_with_axes(name, zeros, shape, jnp.float32, axes=axes)
 
 
 class ExitHead(nn.Module):

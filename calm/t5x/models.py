@@ -92,7 +92,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       rule: how a token goes through the layers; None is the paper's softmax confidence.
       threshold: lambda where `decoder_params` gives none. At `NEVER_EXIT` nothing is measured:
         the program is the full model's.
-      shortlist: likely tokens, for the measure 'shortlist'.
+      shortlist: likely tokens, for the measures 'shortlist', 'patience' and 'probe'.
       objective: the training stage; None is Eq. 6 with this `z_loss`.
       engine: how decode steps run, as in `program.Program`; None takes the fastest for the
         rows that a device decodes.
@@ -131,8 +131,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
         f" {threshold}; leave it out, or choose `exits.DynamicExits`."
       )
     objective = objective or objectives.LayerWeighted(z_loss=theirs.get("z_loss", 0.0))
-    needs_classifier = sizes.needs_classifier(rule, objective)
-    theirs["module"] = network.Transformer(config_of(theirs["module"], needs_classifier))
+    parts = sizes.needed_parts(rule, objective)
+    theirs["module"] = network.Transformer(config_of(theirs["module"], parts))
     super().__init__(**theirs)
     bindings.bind_methods(self, t5x_models.EncoderDecoderModel)
     self.rule = rule
@@ -318,8 +318,10 @@ def __getattr__(name: str) -> Any:
 
 
 def exit_classifier_optimizer(optimizer: Any) -> t5x_optimizers.MultiOptimizer:
-  """Stage two's optimizer: the exit classifier alone; no other parameter is touched."""
-  chosen = traverse_util.ModelParamTraversal(lambda path, _: "exit_classifier" in path)
+  """Stage two's optimizer: exit classifier and probes alone; no other parameter is touched."""
+  chosen = traverse_util.ModelParamTraversal(
+    lambda path, _: "exit_classifier" in path or "exit_probes" in path
+  )
   return t5x_optimizers.MultiOptimizer([(chosen, optimizer)])
 
 

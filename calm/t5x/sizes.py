@@ -4,23 +4,23 @@ This module does not import T5X.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from calm import exits
-from calm.exits import confidence
 from calm.t5 import network
 from calm.training import objectives
 
 _LOG = logging.getLogger(__name__)
 
 
-def needs_classifier(rule: exits.StepRule, objective: objectives.Objective) -> bool:
-  """Whether the exit classifier is measured or trained."""
-  measured = isinstance(getattr(rule, "measure", None), confidence.Classifier)
-  return measured or isinstance(objective, objectives.ExitClassifier)
+def needed_parts(rule: exits.StepRule, objective: objectives.Objective) -> tuple[str, ...]:
+  """Exit parts of the decoder that are measured or trained, fields of `T5Config`."""
+  measured = getattr(getattr(rule, "measure", None), "part", None)
+  return (*objective.parts, *([measured] if measured else []))
 
 
 def z_loss(
@@ -35,12 +35,12 @@ def z_loss(
   return sums.loss - jnp.sum(weights * sums.cross_entropy)
 
 
-def config_of(module: Any, exit_classifier: bool = True) -> network.T5Config:
+def config_of(module: Any, parts: Sequence[str] = ("exit_classifier",)) -> network.T5Config:
   """The sizes of T5X's own T5 1.1 network, or of ours, as our configuration.
 
   Args:
     module: the network.
-    exit_classifier: whether a network of T5X's, whose sizes say nothing of it, gets one.
+    parts: exit parts that a network of T5X's, whose sizes say nothing of them, gets.
 
   Raises:
     ValueError: the module is of another architecture, or its sizes ask for what this
@@ -62,8 +62,8 @@ def config_of(module: Any, exit_classifier: bool = True) -> network.T5Config:
       )
   given = {name: getattr(theirs, name) for name in known if hasattr(theirs, name)}
   if "exit_classifier" not in given:
-    given["exit_classifier"] = exit_classifier
-    if not exit_classifier:
+    given |= {part: part in parts for part in ("exit_classifier", "exit_probes")}
+    if not parts:
       _LOG.warning(
         "No exit classifier: neither the measure nor the objective needs one, and the"
         " parameter tree is T5X's own."

@@ -4,14 +4,15 @@ An objective is a small frozen class with `loss` and `trains`; `training` knows 
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from calm.exits import evidence
 from calm.t5 import network, parameters
 from calm.t5.parameters import Params
 from calm.training import losses
@@ -52,7 +53,14 @@ class BatchMetrics:
 
 
 class Objective(Protocol):
-  """One training stage."""
+  """One training stage.
+
+  Attributes:
+    parts: exit parts of the decoder that the model must hold for it, fields of `T5Config`.
+  """
+
+  @property
+  def parts(self) -> tuple[str, ...]: ...
 
   def loss(
     self, module: network.Transformer, params: Params, batch: Batch, rng: jax.Array | None
@@ -85,6 +93,11 @@ class LayerWeighted:
   z_loss: float = 1e-4
   sampled_layers: int | None = None
 
+  @property
+  def parts(self) -> tuple[str, ...]:
+    """None: no exit part is trained."""
+    return ()
+
   def loss(self, module, params, batch, rng):
     normed = _normed_states(module, params, batch, rng)
     num_layers = normed.shape[0]
@@ -116,7 +129,7 @@ class LayerWeighted:
     )
 
   def trains(self, path):
-    return "exit_classifier" not in path
+    return not {"exit_classifier", "exit_probes"} & set(path)
 
   def teaches_layers(self, num_layers):
     return bool(np.any(np.asarray(self.weights(num_layers))[:-1] > 0.0))
@@ -132,26 +145,17 @@ class ExitClassifier:
 
   objective: Callable[..., jax.Array] = losses.classifier_loss
 
+  @property
+  def parts(self) -> tuple[str, ...]:
+    """The classifier."""
+    return ("exit_classifier",)
+
   def loss(self, module, params, batch, rng):
     del rng  # the features must be those of inference: no dropout
     normed = jax.lax.stop_gradient(_normed_states(module, params, batch, None))
-    classifier = params["decoder"]["exit_classifier"]
-    logits = (normed.astype(jnp.float32) @ classifier["kernel"])[..., 0]
-    logits = logits + classifier["bias"][0]
+    logits = _classified(params, normed)
     predictions = losses.layer_predictions(normed, _heads(params, module.config))
-    token_weights = batch["decoder_loss_weights"]
-    loss = self.objective(logits, predictions, token_weights)
-    weight = jnp.sum(token_weights)
-    agrees = (predictions == predictions[-1:]).astype(jnp.float32)
-    hits = ((logits > 0).astype(jnp.float32) == agrees).astype(jnp.float32)
-    over_tokens = lambda x: jnp.sum(x * token_weights[None], axis=(1, 2))
-    return loss, BatchMetrics(
-      loss=loss,
-      weight=weight,
-      cross_entropy=over_tokens(jax.nn.softplus(logits) - agrees * logits),
-      correct=over_tokens(hits),
-      layer_weight=jnp.broadcast_to(weight, (normed.shape[0],)),
-    )
+    return _stage_two(self.objective, logits, predictions, batch["decoder_loss_weights"])
 
   def trains(self, path):
     return "exit_classifier" in path
@@ -161,6 +165,74 @@ class ExitClassifier:
     return False
 
 
+@dataclasses.dataclass(frozen=True)
+class ExitProbes:
+  """Stage two of the measure 'probe': every layer's own probe, everything else frozen.
+
+  Attributes:
+    shortlist: token ids whose logits the probes read; export the same ones.
+    classifier: whether the exit classifier is trained beside them, in the same pass; loss and
+      metrics are the probes' and its loss is added.
+    objective: as of `ExitClassifier`.
+  """
+
+  shortlist: Sequence[int]
+  classifier: bool = False
+  objective: Callable[..., jax.Array] = losses.classifier_loss
+
+  @property
+  def parts(self) -> tuple[str, ...]:
+    """Exit parts that it trains."""
+    return ("exit_probes", "exit_classifier") if self.classifier else ("exit_probes",)
+
+  def loss(self, module, params, batch, rng):
+    del rng  # as of the classifier
+    hidden, normed = _inputs(module, params, batch, method=_states)
+    kernel = _heads(params, module.config)
+    if kernel.ndim > 2:
+      raise ValueError("Expected one output head for exit probes, got one head a layer.")
+    listed = normed[:-1].astype(jnp.float32) @ kernel[:, np.asarray(self.shortlist)]
+    previous = jnp.concatenate([jnp.zeros_like(hidden[:1]), hidden[:-2]])
+    known = jax.lax.stop_gradient(evidence.evidence(hidden[:-1], previous, listed))
+    probes = parameters.probes(params)
+    assert probes is not None  # `parts`
+    read = [probes.logit(i + 1, normed[i], known[i]) for i in range(len(known))]
+    logits = jnp.stack([*read, jnp.full_like(read[0], evidence.CERTAIN)])
+    predictions = losses.layer_predictions(normed, kernel)
+    token_weights = batch["decoder_loss_weights"]
+    loss, metrics = _stage_two(self.objective, logits, predictions, token_weights)
+    if self.classifier:
+      loss += self.objective(_classified(params, normed), predictions, token_weights)
+    return loss, metrics
+
+  def trains(self, path):
+    return bool(set(self.parts) & set(path))
+
+
+def _classified(params: Params, normed: jax.Array) -> jax.Array:
+  """The exit classifier's logits [layers, batch, length]."""
+  classifier = params["decoder"]["exit_classifier"]
+  return (normed.astype(jnp.float32) @ classifier["kernel"])[..., 0] + classifier["bias"][0]
+
+
+def _stage_two(
+  objective: Callable[..., jax.Array], logits, predictions, token_weights
+) -> tuple[jax.Array, BatchMetrics]:
+  """Loss and metrics of exit logits [layers, batch, length]."""
+  loss = objective(logits, predictions, token_weights)
+  weight = jnp.sum(token_weights)
+  agrees = (predictions == predictions[-1:]).astype(jnp.float32)
+  hits = ((logits > 0).astype(jnp.float32) == agrees).astype(jnp.float32)
+  over_tokens = lambda x: jnp.sum(x * token_weights[None], axis=(1, 2))
+  return loss, BatchMetrics(
+    loss=loss,
+    weight=weight,
+    cross_entropy=over_tokens(jax.nn.softplus(logits) - agrees * logits),
+    correct=over_tokens(hits),
+    layer_weight=jnp.broadcast_to(weight, (logits.shape[0],)),
+  )
+
+
 def _heads(params: Params, config: network.T5Config) -> jax.Array:
   """[emb_dim, vocab], or [layers, emb_dim, vocab] where every layer has a head of its own."""
   kernels = parameters.head_kernels(params, config)
@@ -168,6 +240,17 @@ def _heads(params: Params, config: network.T5Config) -> jax.Array:
 
 
 def _normed_states(module, params, batch, rng):
+  return _inputs(
+    module,
+    params,
+    batch,
+    enable_dropout=rng is not None,
+    rngs=None if rng is None else {"dropout": rng},
+    method="normed_states",
+  )
+
+
+def _inputs(module, params, batch, **options) -> Any:
   return module.apply(
     {"params": params},
     batch["encoder_input_tokens"],
@@ -175,7 +258,11 @@ def _normed_states(module, params, batch, rng):
     batch["decoder_target_tokens"],
     batch.get("encoder_segment_ids"),
     batch.get("decoder_segment_ids"),
-    enable_dropout=rng is not None,
-    rngs=None if rng is None else {"dropout": rng},
-    method="normed_states",
+    **options,
   )
+
+
+def _states(module: network.Transformer, *inputs) -> tuple[jax.Array, jax.Array]:
+  """Raw and normed residuals of every layer, without gradients."""
+  hidden = jax.lax.stop_gradient(module.hidden_states(*inputs))
+  return hidden, jax.lax.stop_gradient(module.decoder.normed(hidden))

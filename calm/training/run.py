@@ -119,7 +119,7 @@ def train(
   """
   folder = pathlib.Path(output_dir)
   loop.check_writable(folder)
-  start = starting_point(model, initial, config.seed, fresh)
+  start = starting_point(model, initial, config.seed, fresh, objective.parts)
   model, params = start.model, start.params
   vocabulary.check_fits(export.vocabulary, model.vocab_size)
   module = network.Transformer(model)
@@ -158,12 +158,14 @@ def starting_point(
   initial: str | None,
   seed: int,
   fresh: Sequence[str] = (),
+  parts: Sequence[str] = (),
 ) -> Start:
-  """Sizes and parameters at step 0; exit parts that `initial` lacks are added, and the parts
-  in `fresh` begin as they would without `initial`."""
+  """Sizes and parameters at step 0; exit parts that `initial` lacks are added, those in `parts`
+  whatever its sizes say, and the parts in `fresh` begin as they would without `initial`."""
   if model is not None:
     # Gin makes a subclass of what it configures: equality and hashing want the class itself.
-    model = network.T5Config(**dataclasses.asdict(model))
+    fields: dict[str, Any] = dataclasses.asdict(model) | dict.fromkeys(parts, True)
+    model = network.T5Config(**fields)
   if initial is None:
     if model is None:
       raise ValueError(
@@ -172,7 +174,8 @@ def starting_point(
       )
     return Start(model, updates.init_params(model, seed), False)
   stored = checkpoints.load(find_checkpoint(initial))
-  model = model or dataclasses.replace(stored.config, exit_classifier=True)
+  held = dict.fromkeys(("exit_classifier", *parts), True)
+  model = model or dataclasses.replace(stored.config, **held)
   params = parameters.add_exit_parts(stored.params, model)
   parameters.check(params, model)
   if fresh:

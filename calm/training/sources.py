@@ -2,10 +2,12 @@
 
 import collections
 import functools
+import json
 import pathlib
 from collections.abc import Sequence
 
 from calm import checkpoints
+from calm.checkpoints import files
 from calm.data import datasets, training_batches
 
 MODEL_FOLDER = "model"
@@ -21,6 +23,7 @@ def supervised(
   prefix: str = "",
   seed: int = 0,
   every: int = 1,
+  outputs: str = "",
 ) -> training_batches.Supervised:
   """Length-bucketed batches of one JSON Lines file (see `datasets`).
 
@@ -32,17 +35,51 @@ def supervised(
     prefix: put before each input.
     seed: seeds the order.
     every: keep every n-th example only.
+    outputs: what `calm infer --threshold=never --output` wrote for these prompts: the targets
+      are the model's own tokens then, and prompts that are not in it are left out. Stage two
+      learns from them without references, on the texts that it will decide about.
+
+  Raises:
+    ValueError: `outputs` has none of the prompts, or is no such file.
   """
-  examples = datasets.read_examples(pathlib.Path(root) / path)[::every]
+  file = pathlib.Path(root) / path
+  examples = datasets.read_examples(file, require_target=not outputs)[::every]
   eos_id = vocabulary.eos_id
   encode = vocabulary.encode
+  if outputs:
+    own = _tokens_of(pathlib.Path(outputs))
+    examples = [e for e in examples if e.id in own]
+    if not examples:
+      raise ValueError(
+        f"Expected `outputs` to hold texts of the prompts in {str(file)!r}, by their ids, got"
+        f" none in {outputs!r}; make it with `calm infer --threshold=never --prompts={file}`."
+      )
+    targets = training_batches.Ragged(own[e.id] for e in examples)
+  else:
+    targets = training_batches.encode_all([e.targets[0] for e in examples], encode, eos_id)
   return training_batches.Supervised(
     training_batches.encode_all([prefix + e.input for e in examples], encode, eos_id),
-    training_batches.encode_all([e.targets[0] for e in examples], encode, eos_id),
+    targets,
     tuple(training_batches.Bucket(*bucket) for bucket in buckets),
     batch_size,
     seed,
   )
+
+
+def _tokens_of(path: pathlib.Path) -> dict[str, list[int]]:
+  """{id: generated tokens} of an output file of `calm infer`."""
+  found = {}
+  with path.open(encoding="utf-8") as lines:
+    for number, line in enumerate(lines, start=1):
+      try:
+        record = json.loads(line)
+        found[str(record["id"])] = [int(token) for token in record["tokens"]]
+      except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+          f"Expected `outputs` to have lines of `calm infer --output`, got {path}:{number}"
+          f" ({type(error).__name__}: {error})."
+        ) from error
+  return found
 
 
 def frequent_tokens(
@@ -69,11 +106,31 @@ def frequent_tokens(
   return tuple(sorted(shares, key=lambda token: (-shares[token], token))[:size])
 
 
+def stored_shortlist(path: str) -> tuple[int, ...]:
+  """The shortlist in the folder of a checkpoint, or of a run that exported one.
+
+  Raises:
+    ValueError: it brings none.
+  """
+  found = files.read_json(_folder(path) / "inference.json").get("shortlist")
+  if not found:
+    raise ValueError(
+      f"Expected {path!r} to bring a shortlist in inference.json, got none; bind"
+      " `objectives.ExitProbes.shortlist` and `run.Export.shortlist` to the same"
+      " `@sources.frequent_tokens()`."
+    )
+  return tuple(found)
+
+
 @functools.lru_cache(maxsize=1)
 def stored_vocabulary(path: str) -> checkpoints.Vocabulary | None:
   """The vocabulary in the folder of a checkpoint, or of a run that exported one."""
-  exported = pathlib.Path(path) / "model"
-  return checkpoints.load(exported if exported.is_dir() else path).vocabulary
+  return checkpoints.load(_folder(path)).vocabulary
+
+
+def _folder(path: str) -> pathlib.Path:
+  exported = pathlib.Path(path) / MODEL_FOLDER
+  return exported if exported.is_dir() else pathlib.Path(path)
 
 
 def denoising(

@@ -16,8 +16,8 @@ from tests.decode import hlo, hlo_test
 
 NEVER = schedules.NEVER_EXIT
 PROMPTS = toys.prompts(5, batch=23, length=12, num_pieces=toys.Config().num_pieces)
-SOFTMAX, STATE, CLASSIFIER = (
-  confidence.MEASURES[name] for name in ("softmax", "state", "classifier")
+STATE, CLASSIFIER, PATIENCE = (
+  confidence.MEASURES[name] for name in ("state", "classifier", "patience")
 )
 COMPACTED = engines.Compacted(buckets=(2,), copied_part=0.5)
 
@@ -58,7 +58,7 @@ def decode(toy, rule, threshold, made=None, tokens=PROMPTS, size=4):
   ("rule", "made"),
   [
     (exits.DynamicExits(CLASSIFIER), engines.Deferred(8)),
-    (exits.DynamicExits(SOFTMAX, engine.DECAYING), engines.Eager()),
+    (exits.DynamicExits(PATIENCE, engine.DECAYING), engines.Eager()),
     (exits.DynamicExits(STATE, engine.DECAYING, (2, 3)), COMPACTED),
     (exits.StaticExit(), engines.Eager()),
   ],

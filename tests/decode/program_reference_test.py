@@ -8,8 +8,9 @@ from calm.decode import engines
 from calm.exits import confidence, propagation, schedules
 from tests import engine
 
-SOFTMAX, STATE, CLASSIFIER = (
-  confidence.MEASURES[name] for name in ("softmax", "state", "classifier")
+SOFTMAX, STATE, CLASSIFIER, ENTROPY, PATIENCE, PROBE = (
+  confidence.MEASURES[name]
+  for name in ("softmax", "state", "classifier", "entropy", "patience", "probe")
 )
 CONSTANT, DECAYING = schedules.Constant(), engine.DECAYING
 EXIT, FIRST, COPY = (
@@ -33,6 +34,9 @@ DYNAMIC = [
   (CLASSIFIER, DECAYING, None, FIRST, TIED),
   (CLASSIFIER, CONSTANT, (1, 3), FIRST, HEADS),
   (CLASSIFIER, DECAYING, (2,), COPY, {}),
+  (ENTROPY, CONSTANT, None, EXIT, {}),
+  (PATIENCE, DECAYING, None, FIRST, TIED),
+  (PROBE, CONSTANT, None, EXIT, {}),
 ]
 
 
@@ -47,7 +51,7 @@ def name_of(value) -> str:
 )
 def test_dynamic_exits(measure, schedule, allowed, propagated, changes):
   rule = exits.DynamicExits(measure, schedule, allowed, propagated)
-  toy = engine.toy(**changes)
+  toy = engine.toy_for(rule, **changes)
   eager = engines.Eager()
   layers = [
     engine.compare(toy, rule, x, engine=eager) for x in (0.3, 0.6, 0.9, schedules.NEVER_EXIT)

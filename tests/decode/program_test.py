@@ -17,7 +17,7 @@ from calm.t5 import network
 from tests import engine, toys
 
 NEVER = schedules.NEVER_EXIT
-MEASURES = tuple(map(confidence.measure, ("softmax", "state", "classifier")))
+MEASURES = tuple(map(confidence.measure, ("softmax", "state", "classifier", "probe")))
 SCHEDULES = {"constant": schedules.Constant(), "decaying": engine.DECAYING}
 STATIC = exits.StaticExit()
 SOFTMAX = exits.DynamicExits(confidence.Softmax())
@@ -44,7 +44,7 @@ def decode(rule, threshold, toy=None):
 def test_never_exit_is_the_full_model_caches_included(measure, schedule):
   rule = exits.DynamicExits(measure, SCHEDULES[schedule])
   for sharpness in (4.0, 1000.0):
-    toy = engine.toy(sharpness=sharpness)
+    toy = engine.toy_for(rule, sharpness=sharpness)
     never, full = engine.run(toy, rule, NEVER), engine.run(toy, STATIC)
     engine.assert_same_rows(toy, never, full, STATIC)
 
@@ -66,7 +66,8 @@ def test_never_exit_propagates_nothing(propagated):
 @pytest.mark.parametrize("allowed", [None, (3,)])
 @pytest.mark.parametrize("measure", MEASURES, ids=by_name)
 def test_threshold_zero_leaves_at_the_first_allowed_layer(measure, allowed):
-  got = engine.run(engine.toy(), exits.DynamicExits(measure, allowed=allowed), 0.0).generation
+  rule = exits.DynamicExits(measure, allowed=allowed)
+  got = engine.run(engine.toy_for(rule), rule, 0.0).generation
   real = np.asarray(got.tokens) != 0
   assert real.sum() > BATCH
   expected = np.where(real, allowed[0] if allowed else 1, 0)

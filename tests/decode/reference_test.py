@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 
 from tests import reference, toys
+from tests import reference_measures as measures
 from tests import reference_network as network
 
-CONFIG = toys.Config()
+CONFIG = toys.Config(exit_probes=True)
 LENGTH = 8
 SCHEDULES = {"constant": reference.constant, "decaying": reference.decaying(4.0, LENGTH)}
 
 
 def model(config=CONFIG, seed=3, **options) -> reference.Model:
+  options = {"shortlist": toys.shortlist(config), **options}
   return reference.Model(toys.params(config, seed), config, config.num_pieces, **options)
 
 
@@ -48,7 +50,8 @@ def assert_same_memory(a, b):
 @pytest.mark.parametrize("sharpness", [4.0, 1000.0])
 def test_never_exit_is_the_full_model(measure, schedule, sharpness):
   params = toys.params(CONFIG, 3, sharpness=sharpness)
-  m = reference.Model(params, CONFIG, CONFIG.num_pieces)
+  listed = toys.shortlist(CONFIG)
+  m = reference.Model(params, CONFIG, CONFIG.num_pieces, shortlist=listed)
   for prompt in prompts(2):
     early = dynamic(m, prompt, measure, schedule=SCHEDULES[schedule])
     assert_same_row(early, static(m, prompt, CONFIG.num_decoder_layers))
@@ -287,12 +290,12 @@ def test_each_side_reads_its_own_bias_by_distance():
 
 
 def test_measures_by_hand():
-  assert reference.cosine(np.array([3.0, 4.0]), np.array([4.0, 3.0])) == pytest.approx(0.96)
+  assert measures.cosine(np.array([3.0, 4.0]), np.array([4.0, 3.0])) == pytest.approx(0.96)
   m = model(dtype=np.float64)
   up, down = np.ones(16), -np.ones(16)
-  assert reference.state_confidence(m, [up, up, down], 2) == 0.0
-  assert reference.state_confidence(m, [up, up, down], 1) == 0.0
-  assert reference.state_confidence(m, [up, up, 2 * up], 2) == pytest.approx(1.0)
+  assert measures.state_confidence(m, [up, up, down], 2) == 0.0
+  assert measures.state_confidence(m, [up, up, down], 1) == 0.0
+  assert measures.state_confidence(m, [up, up, 2 * up], 2) == pytest.approx(1.0)
   probabilities = np.exp(network.log_softmax(np.log([6.0, 1.0, 3.0])))
   np.testing.assert_allclose(probabilities, [0.6, 0.1, 0.3])
   assert network.top_two_gap(probabilities) == pytest.approx(0.3)
@@ -307,9 +310,9 @@ def test_classifier_by_hand():
   m.params["decoder"]["decoder_norm"]["scale"] = np.ones(16, np.float32)
   state = np.full(16, 0.5, np.float32)
   # Normed, the state is all ones: 16 / 4 - 1 = 3. Raw it is halves: 2 - 1 = 1.
-  assert reference.classifier_confidence(m, [state, state], 1) == pytest.approx(0.9525741)
+  assert measures.classifier_confidence(m, [state, state], 1) == pytest.approx(0.9525741)
   raw = dataclasses.replace(m, raw_classifier=True)
-  assert reference.classifier_confidence(raw, [state, state], 1) == pytest.approx(0.7310586)
+  assert measures.classifier_confidence(raw, [state, state], 1) == pytest.approx(0.7310586)
 
 
 def test_norm_activation_and_attention_by_hand():
@@ -359,7 +362,7 @@ def test_one_decoder_layer_by_hand():
 def test_bad_arguments_are_named():
   m, prompt = model(), prompts(1)[0]
   with pytest.raises(ValueError, match="`measure`"):
-    reference.ExitRule("entropy")
+    reference.ExitRule("margin")
   with pytest.raises(ValueError, match="`threshold`"):
     reference.ExitRule("state", 1.5)
   with pytest.raises(ValueError, match="`propagation`"):

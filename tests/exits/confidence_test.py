@@ -1,11 +1,13 @@
 """Confidence measures: laws, numbers by hand, and laziness."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm.exits import confidence
+from calm.exits import confidence, evidence
 
 
 def view(layer=2, hidden=((3.0, 4.0),), previous=((4.0, 3.0),), logits=None, exit_logit=None):
@@ -88,11 +90,53 @@ def test_softmax_and_classifier_read_their_own_part_only():
   np.testing.assert_allclose(got, [0.5, 0.95257413, 0.04742587], atol=1e-6)
 
 
+def test_certainty_by_hand():
+  halves = jnp.log(
+    jnp.array([[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
+  )
+  # H is 1 bit of 1, as minus infinity is none of the pieces; then 2 of 2; then none at all.
+  np.testing.assert_allclose(confidence.certainty(halves), [0.0, 0.0, 1.0], atol=1e-6)
+  logits = jnp.log(jnp.array([[0.5, 0.25, 0.125, 0.125]]))  # 1.75 bits of 2
+  np.testing.assert_allclose(confidence.Entropy()(view(logits=logits)), [0.125], atol=1e-6)
+  many = 20 * jax.random.normal(jax.random.key(3), (500, 30))
+  got = confidence.certainty(many)
+  assert got.min() >= 0 and got.max() <= 1 and np.isfinite(got).all()
+
+
+def test_patience_wants_two_layers_to_put_the_same_piece_first():
+  now = jnp.log(jnp.array([[0.6, 0.3, 0.1], [0.6, 0.3, 0.1], [0.4, 0.4, 0.2]]))
+  before = jnp.log(jnp.array([[0.5, 0.4, 0.1], [0.3, 0.6, 0.1], [0.1, 0.8, 0.1]]))
+  seen = lambda layer: dataclasses.replace(
+    view(layer), shortlist_logits=lambda: now, previous_shortlist_logits=lambda: before
+  )
+  # Of two that are tied, either may be the one that the layer before had first.
+  np.testing.assert_allclose(confidence.Patience()(seen(2)), [0.5, 0.0, 0.4], atol=1e-6)
+  assert confidence.Patience()(view(layer=1)).tolist() == [0.0]
+
+
+def test_a_probe_is_one_linear_map_a_layer_of_state_and_evidence():
+  hidden, previous = jnp.array([[3.0, 4.0]]), jnp.array([[4.0, 3.0]])
+  listed = jnp.log(jnp.array([[0.5, 0.25, 0.125, 0.125]]))
+  known = evidence.evidence(hidden, previous, listed)
+  by_hand = [np.log(1 + np.log(2)), 0.25, 0.125, 0.96, 0.5 * np.log(12.5)]
+  np.testing.assert_allclose(known[0], by_hand, rtol=1e-5)
+  probes = evidence.Probes(
+    kernel=jnp.array([[0.0, 1.0], [0.0, 2.0]]),
+    features=jnp.array([[0.0, 1.0]] * evidence.NUM_FEATURES),
+    bias=jnp.array([0.0, -1.0]),
+  )
+  assert probes.num_layers == 3
+  assert probes.logit(1, hidden, known).tolist() == [0.0]
+  expected = [3.0 + 8.0 + sum(by_hand) - 1.0]
+  np.testing.assert_allclose(probes.logit(2, hidden, known), expected, rtol=1e-5)
+
+
 def test_measures_are_found_by_name():
-  heads = {"softmax": True, "state": False, "classifier": False}
+  heads = {"softmax": True, "entropy": True, "state": False, "classifier": False}
+  heads |= {"patience": False, "probe": False}
   assert set(heads) <= set(confidence.MEASURES)
   for name, measure in confidence.MEASURES.items():
     assert confidence.measure(name) is measure and measure.name == name
     assert measure.uses_head == heads.get(name, measure.uses_head)
-  with pytest.raises(ValueError, match=r"`measure`.*'classifier'.*'state'.*'entropy'"):
-    confidence.measure("entropy")
+  with pytest.raises(ValueError, match=r"`measure`.*'classifier'.*'state'.*'margin'"):
+    confidence.measure("margin")

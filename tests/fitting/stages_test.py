@@ -69,13 +69,16 @@ def test_both_stages_train_what_they_should_and_write_what_ran(stage, directory)
   two = dataclasses.replace(stage("two"), initial=one.exported, model=trained)
   two.train(lambda share, text: None, said.append)
   first, second = (checkpoints.load(s.exported).params for s in (one, two))
-  differs = lambda path, leaf: bool(np.any(leaf != _at(first, path)))
+  new = lambda path: "exit_probes" in jax.tree_util.keystr(path)
+  differs = lambda path, leaf: new(path) or bool(np.any(leaf != _at(first, path)))
   changed = {
     jax.tree_util.keystr(path)
     for path, leaf in jax.tree_util.tree_leaves_with_path(second)
     if differs(path, leaf)
   }
-  assert changed and all("exit_classifier" in path for path in changed)
+  assert all("exit_classifier" in path or "exit_probes" in path for path in changed)
+  for part in ("exit_classifier", "exit_probes"):
+    assert np.any(second["decoder"][part]["kernel"]) and any(part in path for path in changed)
   before = checkpoints.load(directory).params["decoder"]["layers_0"]["mlp"]["wo"]["kernel"]
   assert np.any(before != first["decoder"]["layers_0"]["mlp"]["wo"]["kernel"])
   # A finished stage trains no step more, whatever the recipe says by now.

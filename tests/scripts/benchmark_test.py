@@ -62,7 +62,7 @@ def test_one_command_makes_one_table(scripts, tmp_path, capsys):
   assert "| classifier, mixed, default |" in printed
 
 
-@pytest.mark.parametrize("measure", ["state", "shortlist"])
+@pytest.mark.parametrize("measure", ["probe", "shortlist"])
 def test_forced_exits_are_exact_for_every_row_and_token(scripts, measure):
   models, systems = scripts["models"], scripts["systems"]
   setting = models.Setting("tiny", 3, 16, 6)
@@ -80,7 +80,7 @@ def test_a_forced_measure_depends_on_what_it_measures(scripts):
 
   @dataclasses.dataclass(frozen=True)
   class Given:
-    name, uses_head, bound = "given", False, None
+    name, uses_head, uses_shortlist, part, bound = "given", False, False, None, None
 
     def __call__(self, view):
       return view.hidden

@@ -183,6 +183,8 @@ def test_a_model_without_classifier_says_so():
   decoder = decoder_step(engine.toy(exit_classifier=False))
   with pytest.raises(ValueError, match="exit classifier for the measure 'classifier'"):
     decoder.exit_logit(jnp.ones((3, 16)))
+  with pytest.raises(ValueError, match=r"exit probes for the measure 'probe'.*exit_probes.gin"):
+    decoder.probe_logit(2, jnp.ones((3, 16)), jnp.ones((3, 16)))
 
 
 def test_float32_attention_in_a_bfloat16_model():

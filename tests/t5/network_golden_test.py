@@ -21,6 +21,11 @@ EXIT_AXES = {
   "decoder/exit_classifier/kernel_axes": ["embed", "mlp_activations"],
   "decoder/exit_classifier/bias_axes": ["mlp_activations"],
 }
+PROBE_AXES = {
+  "decoder/exit_probes/kernel_axes": ["embed", "mlp_activations"],
+  "decoder/exit_probes/features_axes": ["relpos_buckets", "mlp_activations"],
+  "decoder/exit_probes/bias_axes": ["mlp_activations"],
+}
 PER_LAYER_AXES = {f"decoder/logits_dense_{i}/kernel_axes": ["embed", "vocab"] for i in range(2)}
 
 
@@ -72,7 +77,11 @@ def test_params_and_axes_without_exit_parts_are_those_of_t5x(name):
 
 @pytest.mark.parametrize(
   ("changes", "added_axes"),
-  [({}, EXIT_AXES), ({"per_layer_heads": True}, EXIT_AXES | PER_LAYER_AXES)],
+  [
+    ({}, EXIT_AXES),
+    ({"per_layer_heads": True}, EXIT_AXES | PER_LAYER_AXES),
+    ({"exit_probes": True}, EXIT_AXES | PROBE_AXES),
+  ],
 )
 def test_exit_parts_are_the_only_additions(changes, added_axes):
   made = initialise(config_of("gated", **changes))

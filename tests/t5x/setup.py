@@ -98,7 +98,7 @@ def params(toy: engine.Toy) -> dict[str, Any]:
 def t5x_params(toy: engine.Toy) -> dict[str, Any]:
   """The toy's parameters without the parts that T5X's network does not have."""
   tree = params(toy)
-  decoder = {k: v for k, v in tree["decoder"].items() if k != "exit_classifier"}
+  decoder = {k: v for k, v in tree["decoder"].items() if not k.startswith("exit_")}
   return {**tree, "decoder": decoder}
 
 

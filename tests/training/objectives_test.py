@@ -1,5 +1,6 @@
 """What each training stage minimises and touches."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -10,7 +11,8 @@ import pytest
 from flax import traverse_util
 
 from calm import training
-from calm.t5 import network
+from calm.exits import evidence
+from calm.t5 import caches, decoder, decoder_weights, network
 from calm.training import losses, objectives
 from tests import toys
 
@@ -133,6 +135,52 @@ def test_gradients_of_stage_two_are_exactly_zero_outside_the_classifier(loss, pe
   objective = objectives.ExitClassifier(loss)
   for path, gradient in gradients_by_path(objective, module, params, batch_of()).items():
     assert bool(jnp.any(gradient != 0)) == ("exit_classifier" in path), path
+
+
+PROBED = toys.Config(num_decoder_layers=3, num_encoder_layers=1, exit_probes=True)
+PROBES = objectives.ExitProbes(shortlist=toys.shortlist(PROBED))
+
+
+def test_gradients_of_probes_are_exactly_zero_outside_them():
+  module, params = model_of(PROBED, dropout_rate=0.5)
+  for path, gradient in gradients_by_path(PROBES, module, params, batch_of()).items():
+    assert bool(jnp.any(gradient != 0)) == ("exit_probes" in path), path
+
+
+def test_probes_read_what_inference_reads():
+  module, params = model_of(PROBED)
+  batch = batch_of()
+  _, metrics = loss_of(PROBES, module, params, batch)
+  inputs = [batch[f"{name}_tokens"] for name in ("encoder_input", "decoder_input")]
+  targets = batch["decoder_target_tokens"]
+  hidden = module.bind({"params": params}).hidden_states(*inputs, targets)
+  weights = decoder_weights.decoder_weights(params, module.config, None, PROBES.shortlist)
+  no_prompt = caches.Encoded((), jnp.zeros((1, 1, 1)))
+  step = decoder.DecoderStep(weights, module.config, no_prompt, (), ())
+  flat = [np.asarray(d).reshape(-1, PROBED.emb_dim) for d in hidden]
+  tokens = np.stack([np.asarray(step.logits(3, jnp.asarray(d))).argmax(-1) for d in flat])
+  sure = [
+    np.asarray(step.probe_logit(i + 1, jnp.asarray(d), jnp.asarray(flat[i - 1])))
+    for i, d in enumerate(flat)
+  ]
+  assert (sure[-1] == evidence.CERTAIN).all()
+  real = np.asarray(batch["decoder_loss_weights"]).ravel()
+  agrees = tokens == tokens[-1]
+  hits = ((np.stack(sure) > 0) == agrees) * real
+  np.testing.assert_array_equal(metrics.correct, hits.sum(1))
+  np.testing.assert_allclose(
+    metrics.cross_entropy,
+    ((np.logaddexp(0, sure) - agrees * np.stack(sure)) * real).sum(1),
+    rtol=1e-4,
+    atol=1e-4,
+  )
+
+
+def test_probes_want_one_head():
+  toy = dataclasses.replace(PROBED, per_layer_heads=True)
+  module, params = model_of(toy)
+  with pytest.raises(ValueError, match="one output head"):
+    PROBES.loss(module, params, batch_of(), None)
 
 
 def train(objective, module, params, steps=3):

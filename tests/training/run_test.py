@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ import pytest
 pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
 gin = pytest.importorskip("gin")
 
-from calm import checkpoints, training
+from calm import checkpoints, inference, training
 from calm.commands import cli, train
 from calm.data import vocabulary
 from calm.t5 import network, parameters
@@ -283,6 +284,60 @@ def test_a_shortlist_is_the_targets_most_frequent_tokens(files, tmp_path):
   export.write(tmp_path / "model", training.init_params(model, 0), model)
   stored = json.loads((tmp_path / "model" / "inference.json").read_text("utf-8"))
   assert stored["shortlist"] == list(found)
+
+
+def own_texts(files, folder):
+  """Prompts without targets, and what `calm infer` may have made of all but the first."""
+  inputs = [json.loads(line)["input"] for line in files[0].read_text("utf-8").splitlines()]
+  prompts, own = folder / "prompts.jsonl", folder / "own.jsonl"
+  rows = [json.dumps({"id": f"p{i}", "input": text}) for i, text in enumerate(inputs)]
+  prompts.write_text("\n".join(rows), encoding="utf-8")
+  made = [
+    json.dumps({"id": f"p{i}", "prediction": "x", "tokens": [5 + i % 50, 1]})
+    for i in range(len(inputs) - 1, 0, -1)
+  ]
+  own.write_text("\n".join(made), encoding="utf-8")
+  return inputs, prompts, own
+
+
+def test_outputs_stand_in_for_targets(files, tmp_path):
+  words = vocabulary.SentencePieceVocabulary(files[1])
+  inputs, prompts, own = own_texts(files, tmp_path)
+  source = sources.supervised(str(prompts), words, ((64, 8),), 4, outputs=str(own))
+  assert len(source.inputs) == len(inputs) - 1
+  assert source.targets[0].tolist() == [6, 1] and source.targets[6].tolist() == [12, 1]
+  own.write_text(json.dumps({"id": "other", "tokens": [1]}), encoding="utf-8")
+  with pytest.raises(ValueError, match=r"`outputs`.*calm infer --threshold=never"):
+    sources.supervised(str(prompts), words, ((64, 8),), 4, outputs=str(own))
+  own.write_text("{}", encoding="utf-8")
+  with pytest.raises(ValueError, match=r"calm infer --output.*own.jsonl:1 \(KeyError"):
+    sources.supervised(str(prompts), words, ((64, 8),), 4, outputs=str(own))
+
+
+def test_probes_learn_from_the_models_own_texts(stage_one, files, tmp_path):
+  inputs, prompts, own = own_texts(files, tmp_path)
+  with pytest.raises(ValueError, match=r"a shortlist in inference.json.*ExitProbes.shortlist"):
+    sources.stored_shortlist(str(stage_one))
+  initial = tmp_path / "listed"
+  shutil.copytree(stage_one / "model", initial)
+  options = json.loads((initial / "inference.json").read_text("utf-8"))
+  (initial / "inference.json").write_text(json.dumps({**options, "shortlist": [1, 3, 5, 7]}))
+  chosen = [f"INITIAL = '{initial}'", f"PROMPTS = '{prompts}'", f"OUTPUTS = '{own}'"]
+  chosen += ["TrainConfig.num_steps = 4", "TrainConfig.eval_every = 2", "TARGETS = 8"]
+  chosen += ["supervised.batch_size = 8"]
+  assert train.run(arguments(CONFIGS / "exit_probes.gin", tmp_path / "probes", *chosen)) == 0
+  before = checkpoints.load(stage_one / "model")
+  after = checkpoints.load(tmp_path / "probes" / "model")
+  old, new = parameters.flatten(before.params), parameters.flatten(after.params)
+  assert {path for path in new if path not in old} == {
+    f"decoder/exit_probes/{name}" for name in ("kernel", "features", "bias")
+  }
+  assert all(np.array_equal(new[path], leaf) for path, leaf in old.items())
+  assert new["decoder/exit_probes/kernel"].any() and after.config.exit_probes
+  early = inference.load(tmp_path / "probes" / "model", measure="probe")
+  assert early.generate(inputs[:1], threshold=0.0).mean_layers == 1.0
+  with pytest.raises(ValueError, match=r"'probe'.*calm train --gin_file"):
+    inference.load(initial, measure="probe").generate(inputs[:1], threshold=0.5)
 
 
 def test_validation_names(files):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from calm import exits, inference
 from calm.calibrate import Prompt, Record, generations
+from calm.exits import confidence
 from calm.paper.bench import decode, grids, results, tasks, timing
 
 MEASURES = ("softmax", "shortlist", "classifier", "state")
@@ -80,16 +81,16 @@ def under(predictor: inference.Predictor, name: str, **options) -> inference.Pre
 
 def available(predictor: inference.Predictor, measures: Sequence[str]) -> tuple[str, ...]:
   """The measures that a model can compute, in the order given."""
-  lacking = set()
-  if not predictor.config.exit_classifier:
-    lacking.add("classifier")
-  if predictor.options.shortlist is None:
-    lacking.add("shortlist")
-  found = tuple(name for name in measures if name.partition("@")[0] not in lacking)
+  has = predictor.params["decoder"], bool(predictor.options.shortlist)
+  lacks = {
+    name: confidence.lacking(confidence.measure(name.partition("@")[0]), *has)
+    for name in measures
+  }
+  found = tuple(name for name in measures if lacks[name] is None)
   if not found:
     raise ValueError(
       f"Expected a measure that the model has, got {list(measures)}; it lacks"
-      f" {sorted(lacking)}."
+      f" {sorted(set(filter(None, lacks.values())))}; train its exits, or take 'softmax'."
     )
   return found
 
@@ -146,7 +147,8 @@ class Bench:
   @functools.cached_property
   def timed_model(self) -> inference.Predictor:
     """A predictor whose weights serve every measure."""
-    measure = "shortlist" if "shortlist" in self.measures else self.measures[0]
+    listed = [name for name in self.measures if self.rule(name).measure.uses_shortlist]
+    measure = (listed or self.measures)[0]
     return under(self.predictor, measure)
 
   def result(self, kind, name: str, make, *, prompts: Sequence[Prompt], **key):

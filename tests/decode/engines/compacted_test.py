@@ -10,8 +10,8 @@ from calm.decode.engines import compacted
 from calm.exits import confidence, propagation, schedules
 from tests import engine
 
-SOFTMAX, STATE, CLASSIFIER = (
-  confidence.MEASURES[name] for name in ("softmax", "state", "classifier")
+SOFTMAX, STATE, CLASSIFIER, PROBE = (
+  confidence.MEASURES[name] for name in ("softmax", "state", "classifier", "probe")
 )
 FIRST = propagation.propagation("first_state")
 ENGINE = engines.Compacted()
@@ -22,16 +22,17 @@ FITTED = engines.Compacted(ratio=2)
   ("rule", "made"),
   [
     (exits.DynamicExits(CLASSIFIER), ENGINE),
+    (exits.DynamicExits(PROBE, allowed=(1, 3)), ENGINE),
     (exits.DynamicExits(SOFTMAX, engine.DECAYING, allowed=(2, 3)), FITTED),
     (
       exits.DynamicExits(STATE, propagation=FIRST, allowed=(1, 3)),
       engines.Compacted(chunk_rows=512, buckets=(3,), copied_part=0.0),
     ),
   ],
-  ids=["classifier", "softmax", "first_state"],
+  ids=["classifier", "probe", "softmax", "first_state"],
 )
 def test_the_yardstick_caches_included(rule, made):
-  toy, seen = engine.toy(), set()
+  toy, seen = engine.toy_for(rule), set()
   for threshold in (0.3, 0.6, 0.9, schedules.NEVER_EXIT):
     seen |= set(engine.compare(toy, rule, threshold, engine=made).tolist())
   assert len(seen) >= 2

@@ -12,8 +12,8 @@ from calm.decode.engines import deferred
 from calm.exits import confidence, propagation, schedules
 from tests import engine
 
-SOFTMAX, STATE, CLASSIFIER = (
-  confidence.MEASURES[name] for name in ("softmax", "state", "classifier")
+SOFTMAX, STATE, CLASSIFIER, PATIENCE, PROBE = (
+  confidence.MEASURES[name] for name in ("softmax", "state", "classifier", "patience", "probe")
 )
 FIRST = propagation.propagation("first_state")
 # Of 8 rows: chunks of 4 and 1 positions, of 1, and of the whole length (which overlaps).
@@ -22,13 +22,15 @@ RULES = [
   (exits.DynamicExits(SOFTMAX, engine.DECAYING), 32),
   (exits.DynamicExits(STATE, allowed=(2, 3)), 512),
   (exits.DynamicExits(CLASSIFIER), 1),
+  (exits.DynamicExits(PROBE, allowed=(2, 3)), 32),
+  (exits.DynamicExits(PATIENCE), 32),
   (exits.DynamicExits(CLASSIFIER, allowed=(1, 3), propagation=FIRST), 512),
 ]
 
 
 @pytest.mark.parametrize(("rule", "rows"), RULES, ids=lambda x: getattr(x, "measure", x))
 def test_the_yardstick_caches_included(rule, rows):
-  toy, seen = engine.toy(), set()
+  toy, seen = engine.toy_for(rule), set()
   for threshold in (0.3, 0.6, 0.9, schedules.NEVER_EXIT):
     seen |= set(engine.compare(toy, rule, threshold, engine=ENGINES[rows]).tolist())
   assert len(seen) >= 2

@@ -1,0 +1,76 @@
+"""What a layer's probe reads: its normed state, and a few numbers that are at hand with it.
+
+A probe is a logistic regression of one layer's own (Alain and Bengio, 2016): the paper's
+classifier, emb_dim + 1 numbers for all layers, has to say the same of a state at layer 2 and at
+layer 7, and cannot see how near two pieces are to each other, which is no linear function of a
+state.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from calm.exits import confidence
+
+# Of the shortlist: log(1 + gap of the two largest logits), margin, certainty. Of the residual:
+# cosine with the layer before (0 at layer 1), log of its root mean square.
+NUM_FEATURES = 5
+# The last layer agrees with itself: its sigmoid is 1 in float32.
+CERTAIN = 30.0
+
+
+@struct.dataclass
+class Probes:
+  """Logistic regressions of "this layer's token is the last layer's", one a layer but the last.
+
+  Attributes:
+    kernel: of decoder_norm(d^i), [emb_dim, layers - 1].
+    features: of `evidence`, [NUM_FEATURES, layers - 1].
+    bias: [layers - 1].
+  """
+
+  kernel: jax.Array
+  features: jax.Array
+  bias: jax.Array
+
+  @property
+  def num_layers(self) -> int:
+    """Decoder layers of the model, the last included."""
+    return self.bias.shape[0] + 1
+
+  def logit(self, layer: int, normed: jax.Array, known: jax.Array) -> jax.Array:
+    """Pre-sigmoid confidence of 1-based `layer`, [*batch] float32.
+
+    Args:
+      layer: below the last.
+      normed: decoder_norm(d^i), [*batch, emb_dim].
+      known: from `evidence`, [*batch, NUM_FEATURES].
+    """
+    column = layer - 1
+    read = normed.astype(jnp.float32) @ self.kernel[:, column]
+    return read + known @ self.features[:, column] + self.bias[column]
+
+
+def evidence(
+  hidden: Float[Array, "*batch emb"],
+  previous: Float[Array, "*batch emb"],
+  shortlist_logits: Float[Array, "*batch shortlist"],
+) -> Float[Array, "*batch features"]:
+  """The numbers named at `NUM_FEATURES`, float32.
+
+  Args:
+    hidden: raw residual d^i.
+    previous: d^{i-1}; zeros at layer 1, which has no layer before.
+    shortlist_logits: float32 logits of likely tokens at this layer.
+  """
+  top, second = confidence.top_two(shortlist_logits)
+  square = jnp.mean(jnp.square(hidden.astype(jnp.float32)), axis=-1)
+  known = (
+    jnp.log1p(top - second),
+    confidence.softmax_margin(shortlist_logits),
+    confidence.certainty(shortlist_logits),
+    confidence.cosine_similarity(hidden, previous),
+    0.5 * jnp.log(jnp.maximum(square, 1e-30)),
+  )
+  return jnp.stack(known, axis=-1)

@@ -1,0 +1,109 @@
+"""Confidence measures side by side, teacher-forced: layers a token at a share of other words.
+
+    python scripts/rank_measures.py --data=data --output=ranked.json
+
+Every layer is read at every token of the full model's own texts for validation prompts, one a
+source (`calm.fitting.probe`). A cell is the least mean number of decoder layers at which at
+most that share of the tokens would be another word, over thresholds, were states not
+propagated: what a measure's order of tokens is worth, before any decoding. The oracle leaves at
+the first layer that has the last one's word.
+"""
+
+import argparse
+import json
+import pathlib
+import platform
+import sys
+
+import jax
+import numpy as np
+
+import calm
+from calm import exits, inference
+from calm.calibrate.generations import files
+from calm.fitting import candidates, probe
+from calm.paper.bench import decode, tasks
+
+SHARES = (0.02, 0.04, 0.06, 0.1)
+TITLES = {"synopsis": "synopses", "qa": "questions", "enfr": "translations"}
+# Beside every layer: where the full head is asked seldom.
+LAYERS = (None, (2, 3, 4), (3, 4))
+
+
+def read(arguments, task: str) -> probe.Probe:
+  """Every measure at every layer and token."""
+  settings = tasks.task(task)
+  model = inference.load(arguments.model, batch_size=arguments.batch_size).with_options(
+    task_prefix=settings.prefix,
+    max_input_length=settings.max_input_length,
+    max_decode_length=settings.max_decode_length,
+  )
+  prompts = tasks.read_prompts(arguments.data, settings, "validation", limit=arguments.limit)
+  full = decode.with_rule(decode.one_shape(model), prompts, exits.StaticExit())
+  silent = lambda share, text: None
+  texts = [prompt.input for prompt in prompts]
+  return probe.probe(model, texts, full, arguments.measures, silent)
+
+
+def layers_at(found: probe.Probe, measure: str, allowed: tuple[int, ...]) -> list[float]:
+  """Mean layers at every share of `SHARES`."""
+  candidate = candidates.Candidate(measure, allowed)
+  levels = np.unique(np.quantile(found.confidences[measure], np.linspace(0, 1, 400)))[::-1]
+  depth, _ = candidates.simulate(found, candidate, levels, 1)
+  wrong = ~np.take_along_axis(found.agrees, depth.T - 1, axis=1)
+  shares, mean = wrong.mean(axis=0), depth.mean(axis=1)
+  return [float(min(mean[shares <= most], default=found.num_layers)) for most in SHARES]
+
+
+def rows(task: str, found: probe.Probe) -> list[list]:
+  """One line a measure and set of layers; the oracle's last."""
+  last = found.num_layers
+  made = []
+  for measure in found.confidences:
+    for layers in LAYERS:
+      cells = layers_at(found, measure, layers or tuple(range(1, last)))
+      where = "every layer" if layers is None else f"after {', '.join(map(str, layers))}"
+      made.append([TITLES[task], f"{measure}, {where}", *cells])
+  oracle = float((np.argmax(found.agrees, axis=1) + 1).mean())
+  return [*made, [TITLES[task], "oracle", *[oracle] * len(SHARES)]]
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--data", required=True, help="folder of the data sets")
+  parser.add_argument("--model", default="packed")
+  parser.add_argument("--tasks", nargs="+", default=list(TITLES), choices=list(TITLES))
+  parser.add_argument(
+    "--measures",
+    nargs="+",
+    default=["softmax", "entropy", "patience", "state", "classifier", "probe"],
+  )
+  parser.add_argument("--limit", type=int, default=300, help="prompts of a task")
+  parser.add_argument("--batch_size", type=int, default=50)
+  parser.add_argument("--output", help="JSON file of the table")
+  arguments = parser.parse_args()
+  lines = []
+  for task in arguments.tasks:
+    lines += rows(task, read(arguments, task))
+    for line in lines[-len(arguments.measures) * len(LAYERS) - 1 :]:
+      print("  ".join(f"{x:<24}" if isinstance(x, str) else f"{x:.2f}" for x in line))
+  if arguments.output:
+    shown = [f"{100 * share:g} % other words" for share in SHARES]
+    value = {
+      "command": " ".join(["python", "scripts/rank_measures.py", *sys.argv[1:]]),
+      "columns": ["task", "measure", *shown],
+      "rows": lines,
+      "versions": {
+        "calm": calm.__version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+      },
+    }
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    files.write_atomically(pathlib.Path(arguments.output), text)
+
+
+if __name__ == "__main__":
+  main()
