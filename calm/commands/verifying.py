@@ -4,10 +4,20 @@ import argparse
 import math
 
 from calm.calibrate import Calibration
+from calm.commands import promise_flags
 
 
 def take_over(arguments: argparse.Namespace, told: Calibration) -> None:
-  """Sets the flags to those that a calibration was made with."""
+  """Sets the flags to those that a calibration was made with.
+
+  Raises:
+    ValueError: its promise needs tables that no flag names.
+  """
+  if told.promise.name not in promise_flags.PROMISES:
+    raise ValueError(
+      f"Expected a calibration of one of {list(promise_flags.PROMISES)} to verify, got"
+      f" {told.promise.name!r}; make it again and compare the files."
+    )
   arguments.tolerance, arguments.error_rate = told.tolerance, told.error_rate
   arguments.kind, arguments.metric = told.kind, told.metric
   arguments.method, arguments.testing = told.method, told.testing

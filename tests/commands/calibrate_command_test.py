@@ -182,6 +182,8 @@ def test_several_risks_are_named_by_flags(tmp_path, capsys):
   assert found.threshold == 0.9
   said = " ".join(capsys.readouterr().out.split())
   assert "textual loss (rouge_l) of at most 0.1 and risk_clipped loss (token_f1) of" in said
+  assert cli.main(["calibrate", str(folder), f"--verify={folder / 'calibration.json'}"]) == 2
+  assert "got 'several_risks'; make it again" in " ".join(capsys.readouterr().err.split())
   for odd in ("textual:rouge_l", "textual:rouge_l:2", "textual::0.1", "other:rouge_l:0.1"):
     assert cli.main(["calibrate", str(folder), "--risks", odd]) == 2
     assert "Expected" in capsys.readouterr().err
