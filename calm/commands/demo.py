@@ -138,7 +138,7 @@ def _open(arguments: argparse.Namespace):
   options = {}
   if arguments.measure:
     options["measure"] = arguments.measure
-  if named := arguments.exit_layers:
+  if (named := arguments.exit_layers) is not None:
     options["exit_layers"] = None if named == "all" else model_flags.parse_layers(named)
   with common.called("--model"):
     return inference.load(arguments.model, **options)

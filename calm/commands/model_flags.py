@@ -106,7 +106,7 @@ def decode_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
   given = {name: getattr(arguments, name) for name in DECODE_OPTIONS}
   options = {name: value for name, value in given.items() if value is not None}
-  if arguments.exit_layers:
+  if arguments.exit_layers is not None:
     options["exit_layers"] = parse_layers(arguments.exit_layers)
   if arguments.engine is not None:
     options["engine"] = engines.by_name(arguments.engine)

@@ -17,6 +17,8 @@ from calm.calibrate.losses import metrics
 ALARM_STATUS = 3
 # Share of the prompts that is checked by default; more where a promise is on trial.
 SHARE, TRIAL_SHARE = 0.05, 0.25
+# Probability of a false alarm, ever, where none is named.
+LEVEL = 0.05
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--monitor_level",
     type=float,
-    default=0.05,
     metavar="LEVEL",
     help="probability that --monitor ever raises a false alarm (default 0.05)",
   )
@@ -132,8 +133,9 @@ def open_monitored(
   """
   on_trial = bool(predictor.elsewhere) and threshold not in (NEVER_EXIT, None)
   if arguments.monitor is None and not on_trial:
-    if arguments.fail_on_alarm:
-      raise ValueError("Expected `--monitor` beside `--fail_on_alarm`, got none; name a file.")
+    for name in ("fail_on_alarm", "monitor_share", "monitor_level"):
+      if getattr(arguments, name) not in (None, False):
+        raise ValueError(f"Expected `--monitor` beside `--{name}`, got none; name a file.")
     return None
   promise = _promise(predictor.calibration, threshold)
   share = arguments.monitor_share
@@ -141,7 +143,7 @@ def open_monitored(
     share = TRIAL_SHARE if on_trial else SHARE
   watch = audit.Watch(
     tolerance=promise.tolerance,
-    alarm_level=arguments.monitor_level,
+    alarm_level=LEVEL if arguments.monitor_level is None else arguments.monitor_level,
     sampling_rate=share,
     seed=_digest(promise),
     support=promise.support,

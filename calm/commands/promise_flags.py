@@ -72,8 +72,14 @@ def promise_of(
     return promises.Cost(arguments.at_most, costs=depths / deepest)
   if not arguments.depths:
     raise ValueError("Expected `--depths` for --promise=early_exits, got none, as in 3,5.")
-  limits = tuple(float(text) for text in arguments.depths.split(","))
-  return promises.EarlyExits(limits, depths=depths)
+  try:
+    limits = tuple(float(text) for text in arguments.depths.split(","))
+    return promises.EarlyExits(limits, depths=depths)
+  except ValueError as error:
+    raise ValueError(
+      "Expected `--depths` to be numbers above 0 that rise, as 3,5, got"
+      f" {arguments.depths!r} ({error})"
+    ) from error
 
 
 def _labels(arguments, cached: generations.Generations) -> list[str]:

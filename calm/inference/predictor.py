@@ -86,6 +86,10 @@ class Predictor:
     """Decoder layers."""
     return self.config.num_decoder_layers
 
+  def __post_init__(self):
+    # Full depth asks for no exits, and would pass over layers that the model does not have.
+    exits.allowed_layers(self.options.exit_layers, self.num_layers)
+
   @property
   def procedure(self) -> Procedure:
     """What a calibration of this model's outputs is valid for."""

@@ -1,6 +1,7 @@
 """The texts that really left early keep the tolerance, not only all texts on average."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 from calm.calibrate.promises.promise import Part, Promise, Test, rows_of
@@ -29,9 +30,11 @@ class EarlyExits(Promise):
 
   def __post_init__(self):
     limits = tuple(float(limit) for limit in self.limits_of_depth)
-    if not limits or sorted(set(limits)) != list(limits):
+    rise = all(0 < limit < math.inf for limit in limits) and sorted(set(limits)) == list(limits)
+    if not limits or not rise:
       raise ValueError(
-        f"Expected `limits_of_depth` to rise strictly, got {self.limits_of_depth!r}."
+        "Expected `limits_of_depth` to be finite, above 0 and to rise strictly, got"
+        f" {self.limits_of_depth!r}."
       )
     object.__setattr__(self, "limits_of_depth", limits)
 
