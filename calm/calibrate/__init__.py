@@ -60,9 +60,11 @@ __all__ = [
   "planning",
   "promises",
   "risk_losses",
+  "screen",
   "seconds",
   "sequential",
   "textual_losses",
   "thresholds",
   "trials",
+  "views",
 ]

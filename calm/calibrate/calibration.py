@@ -160,13 +160,27 @@ class Calibration:
     """One field of `rows` as an array [num_thresholds]."""
     return np.array([getattr(row, name) for row in self.rows])
 
+  def __repr__(self) -> str:
+    return f"Calibration({views.in_short(self)})"
+
+  def __str__(self) -> str:
+    return views.as_text(self)
+
+  def _repr_html_(self) -> str:
+    return views.as_html(self)
+
+  @property
+  def promised(self) -> str:
+    """The promise alone, in one sentence; `guarantee` says what it rests on as well."""
+    return sentences(self)[0]
+
   def to_frame(self, library: str = "pandas") -> Any:
     """`rows` as a DataFrame of 'pandas' or 'polars'; see `views.to_frame`."""
     return views.to_frame(self, library)
 
-  def plot(self, axes: Any = None) -> Any:
+  def plot(self, axes: Any = None, *, layers: Any = None) -> Any:
     """Losses, bounds and what is certified, by matplotlib; see `views.plot`."""
-    return views.plot(self, axes)
+    return views.plot(self, axes, layers=layers)
 
   def refuse_other(self, procedure: Procedure | None, *, allow_platform: bool = False) -> None:
     """Does nothing if the promise holds for outputs decoded by `procedure`.
@@ -292,6 +306,11 @@ def _served(calibration: Calibration) -> str:
 
 def describe(calibration: Calibration) -> str:
   """What is promised, over what, with which probability, and what is not promised."""
+  return " ".join(sentences(calibration))
+
+
+def sentences(calibration: Calibration) -> list[str]:
+  """The sentences of `describe`; the first is the promise."""
   unit = "clusters of prompts" if calibration.clusters else "prompts"
   if not calibration.certified:
     full = (
@@ -299,15 +318,16 @@ def describe(calibration: Calibration) -> str:
       if calibration.kind in _KINDS
       else "nothing is promised of its loss."
     )
-    return (
+    return [
       "No threshold is certified, so the full model is used"
-      f" ({thresholds_lib.NEVER_EXIT_TEXT}); {full} {calibration.reason}"
-    )
+      f" ({thresholds_lib.NEVER_EXIT_TEXT}); {full}",
+      calibration.reason,
+    ]
   loss = _KINDS.get(calibration.kind, "loss").format(metric=calibration.metric)
   promise = calibration.promise
   # A sequential run may stop before it has used them all.
   most = "at most " if calibration.sequential else ""
-  sentences = [
+  told = [
     f"With probability at least {1.0 - calibration.error_rate:.10g} over the draw of the"
     f" {most}{calibration.num_examples} calibration {unit}, decoding with"
     f" {_served(calibration)} has {promise.statement(calibration, loss)}.",
@@ -316,13 +336,13 @@ def describe(calibration: Calibration) -> str:
     " seen.",
   ]
   if calibration.order == "given":
-    sentences.append(
+    told.append(
       "The test saw prompts in the order given by the caller, who answers for its having been"
       " fixed before any loss was seen."
     )
   if calibration.procedure is None:
-    sentences.append(
+    told.append(
       "The outputs were decoded elsewhere: the user answers for their being decoded as they"
       " will be served."
     )
-  return " ".join(sentences)
+  return told

@@ -1,10 +1,14 @@
 """A calibration as a table and as a picture; needs pandas, polars or matplotlib when called."""
 
 import dataclasses
+import html
 import importlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from calm.calibrate.generations.shown import visible
+from calm.calibrate.thresholds import format_threshold
 
 if TYPE_CHECKING:
   from calm.calibrate.calibration import Calibration
@@ -45,41 +49,167 @@ def to_frame(calibration: "Calibration", library: str = "pandas") -> Any:
   return _module(library).DataFrame(columns)
 
 
-def plot(calibration: "Calibration", axes: Any = None) -> Any:
-  """Mean loss and upper bound along the grid, the tolerance, and what is certified.
+_HEADS = ("mean loss", "upper bound", "p-value", "certified")
+
+
+def names(calibration: "Calibration") -> tuple[str, ...]:
+  """What its rows are called: its knobs or configurations, or its thresholds."""
+  others = calibration.knobs or getattr(calibration.promise, "configurations", ())
+  return tuple(others) or tuple(format_threshold(row.threshold) for row in calibration.rows)
+
+
+def unit(calibration: "Calibration") -> str:
+  """What one row is: a knob's setting, a configuration or a threshold."""
+  if calibration.knobs:
+    return "knob"
+  configured = getattr(calibration.promise, "configurations", ())
+  return "configuration" if configured else "threshold"
+
+
+def place(calibration: "Calibration") -> int | None:
+  """Position of the row that was chosen, or None."""
+  return calibration.promise.place([row.rejected for row in calibration.rows])
+
+
+def loss_name(calibration: "Calibration") -> str:
+  """Like `textual loss`."""
+  return "loss" if calibration.kind == "loss" else f"{calibration.kind} loss"
+
+
+def in_short(calibration: "Calibration") -> str:
+  """What a calibration says, in a few words."""
+  certified = sum(row.rejected for row in calibration.rows)
+  return (
+    f"threshold={format_threshold(calibration.threshold)},"
+    f" tolerance={calibration.tolerance:g}, error_rate={calibration.error_rate:g}:"
+    f" {visible(loss_name(calibration))}, {visible(calibration.metric)}; {certified} of"
+    f" {len(calibration.rows)} thresholds certified on {calibration.num_examples} prompts"
+  )
+
+
+def _cells(calibration: "Calibration") -> list[tuple[str, ...]]:
+  return [
+    (
+      name,
+      f"{row.mean:.4f}",
+      f"{row.upper_bound:.4f}",
+      f"{row.p_value:.2g}",
+      "yes" if row.rejected else "no",
+    )
+    for name, row in zip(names(calibration), calibration.rows, strict=True)
+  ]
+
+
+def as_text(calibration: "Calibration") -> str:
+  """The tested thresholds as a table, an arrow at the chosen one, and the promise below."""
+  rows = [(unit(calibration), *_HEADS), *_cells(calibration)]
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  marks = [
+    "  ",
+    *("> " if i == place(calibration) else "  " for i in range(len(calibration.rows))),
+  ]
+  lines = [
+    mark + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+    for mark, row in zip(marks, rows, strict=True)
+  ]
+  title = f"{loss_name(calibration)}, {calibration.metric}"
+  return "\n".join([visible(title), *lines, visible(calibration.promised)])
+
+
+def as_html(calibration: "Calibration") -> str:
+  """The same for a notebook, in the page's own colours."""
+  cell = lambda tag, text: (
+    f'<{tag} style="text-align:right">{html.escape(visible(text))}</{tag}>'
+  )
+  heads = "".join(cell("th", head) for head in (unit(calibration), *_HEADS))
+  lines = []
+  for number, texts in enumerate(_cells(calibration)):
+    style = ' style="font-weight:bold"' if number == place(calibration) else ""
+    lines.append(f"<tr{style}>{''.join(cell('td', text) for text in texts)}</tr>")
+  promise = html.escape(visible(calibration.promised))
+  title = html.escape(visible(calibration.guarantee))
+  caption = html.escape(visible(f"{loss_name(calibration)}, {calibration.metric}"))
+  return (
+    f"<div><table><caption>{caption}</caption><thead><tr>{heads}</tr></thead>"
+    f"<tbody>{''.join(lines)}</tbody></table>"
+    f'<p title="{title}">{promise}</p></div>'
+  )
+
+
+def plot(calibration: "Calibration", axes: Any = None, *, layers: Any = None) -> Any:
+  """Mean loss and upper bound along the grid, the tolerance, and the chosen threshold.
 
   Args:
     calibration: any.
     axes: matplotlib axes to draw on; None makes a figure.
+    layers: mean decoder layers a token at every threshold, [num_thresholds], or the
+      `Generations` that were calibrated on; None draws against the threshold.
 
   Returns:
     The axes; `axes.figure.savefig(path)` writes them.
 
   Raises:
     ModuleNotFoundError: matplotlib is not installed.
+    ValueError: `layers` has another length, or the generations do not know them.
   """
+  x = _layers(calibration, layers)
   if axes is None:
     # Not pyplot, which would keep every figure alive and ask for a screen.
-    axes = _module("matplotlib.figure").Figure(figsize=(6.0, 4.0)).subplots()
-  grid, bound = calibration.column("threshold"), calibration.column("upper_bound")
+    axes = _module("matplotlib.figure").Figure((6.0, 4.0), layout="constrained").subplots()
+  mean, bound = calibration.column("mean"), calibration.column("upper_bound")
   certified = calibration.column("rejected").astype(bool)
-  axes.plot(grid, calibration.column("mean"), "o-", color="0.4", label="mean loss")
-  axes.plot(grid, bound, "--", color="0.4", label="upper bound, one threshold at a time")
+  axes.plot(x, mean, "o-", color="#0072b2", label="mean loss")
+  axes.plot(x, bound, "--", color="#d55e00", label="upper bound, one threshold at a time")
   if certified.any():
-    axes.plot(grid[certified], bound[certified], "o", color="tab:green", label="certified")
+    axes.plot(x[certified], bound[certified], "s", color="#009e73", label="certified")
+  chosen = place(calibration)
+  if chosen is not None:
+    at = visible(f"chosen: {names(calibration)[chosen]}")
+    axes.plot(x[chosen], mean[chosen], "*", color="black", markersize=14, label=at)
   tested = (calibration.parts or calibration.rows)[0]
   tolerance = getattr(tested, "tolerance", calibration.tolerance)
-  axes.axhline(tolerance, color="tab:red", linewidth=1.0, label=f"tolerance {tolerance:g}")
-  axes.set(xlabel="threshold, from the safest down", ylabel=f"{calibration.kind} loss")
-  axes.invert_xaxis()
-  if calibration.knobs:
-    axes.set(xticks=grid, xticklabels=calibration.knobs, xlabel="the best first")
-  shown = np.isfinite(bound)
-  axes.set_title(
-    f"{calibration.threshold:g} is the lowest of {len(grid)} thresholds that is certified"
-    if calibration.certified
-    else f"none of {len(grid)} thresholds is certified"
+  axes.axhline(
+    tolerance, color="0.4", linewidth=1.0, linestyle=":", label=f"tolerance {tolerance:g}"
   )
-  if shown.any():
-    axes.legend(loc="upper left", frameon=False)
+  axes.set_ylabel(visible(loss_name(calibration)), parse_math=False)
+  if layers is not None:
+    axes.set_xlabel("mean decoder layers a token")
+  else:
+    axes.set_xlabel("threshold, from the safest down")
+    axes.invert_xaxis()
+    if calibration.knobs:
+      axes.set(xticks=x, xticklabels=calibration.knobs, xlabel="the best first")
+  where = None if chosen is None else f"{unit(calibration)} {names(calibration)[chosen]}"
+  if where is not None and layers is not None:
+    where = f"{x[chosen]:.2f} layers a token"
+  axes.set_title(_found(calibration, where, tolerance), fontsize=10)
+  axes.legend(frameon=False, fontsize=9)
   return axes
+
+
+def _layers(calibration: "Calibration", layers: Any) -> np.ndarray:
+  if layers is None:
+    return calibration.column("threshold")
+  count = len(calibration.rows)
+  if hasattr(layers, "layer_counts"):
+    counts = layers.layer_counts()
+    layers = (
+      [] if counts is None else counts[0].sum(axis=0) / np.maximum(counts[1].sum(axis=0), 1)
+    )
+  values = np.asarray(layers, np.float64)
+  if values.shape != (count,):
+    raise ValueError(
+      f"Expected `layers` of [{count}], one a threshold, or generations that know them, got"
+      f" shape {values.shape}; leave it out to draw against the threshold."
+    )
+  return values
+
+
+def _found(calibration: "Calibration", where: str | None, tolerance: float) -> str:
+  """The title: what was found."""
+  if where is None:
+    return f"Nothing is certified at a tolerance of {tolerance:g}: the full model serves"
+  probability = f"{1.0 - calibration.error_rate:.10g}"
+  return (
+    f"Certified down to {visible(where)}: at most {tolerance:g}, with probability {probability}"
+  )

@@ -16,15 +16,54 @@ def test_a_plot_shows_the_grid_the_bounds_and_what_is_certified(tmp_path):
   lines = {line.get_label(): line for line in axes.get_lines()}
   np.testing.assert_array_equal(lines["mean loss"].get_ydata(), found.column("mean"))
   assert lines["certified"].get_xdata().tolist() == [0.9]
+  assert lines["tolerance 0.1"].get_ydata()[0] == 0.1
+  assert lines["chosen: 0.9"].get_xdata().tolist() == [0.9]
   assert (
-    lines["tolerance 0.1"].get_ydata()[0] == 0.1 and "0.9 is the lowest of" in axes.get_title()
+    axes.get_title() == "Certified down to threshold 0.9: at most 0.1, with probability 0.95"
   )
   axes.figure.savefig(tmp_path / "plot.png")
   assert (tmp_path / "plot.png").stat().st_size > 1000
-  assert (
-    made((0.4, 0.4)).plot(axes.figure.add_subplot()).get_title()
-    == "none of 2 thresholds is certified"
+  nothing = made((0.4, 0.4)).plot(axes.figure.add_subplot())
+  assert nothing.get_title().startswith("Nothing is certified at a tolerance of 0.1")
+  assert not any("chosen" in str(line.get_label()) for line in nothing.get_lines())
+
+
+def test_a_plot_against_layers_has_them(tmp_path):
+  pytest.importorskip("matplotlib")
+  axes = made().plot(layers=[7.5, 3.25])
+  lines = {line.get_label(): line for line in axes.get_lines()}
+  assert lines["mean loss"].get_xdata().tolist() == [7.5, 3.25]
+  assert lines["chosen: 0.9"].get_xdata().tolist() == [7.5]
+  assert axes.get_xlabel() == "mean decoder layers a token"
+  assert axes.get_title().startswith("Certified down to 7.50 layers a token")
+  with pytest.raises(ValueError, match=r"Expected `layers` of \[2\].* got shape \(3,\)"):
+    made().plot(layers=[1, 2, 3])
+
+
+def test_a_calibration_is_a_table_and_a_promise_of_one_line():
+  found = made()
+  assert "\n" not in repr(found) and len(repr(found)) < 160
+  assert "threshold=0.9" in repr(found) and "1 of 2 thresholds certified" in repr(found)
+  title, *table, promise = str(found).splitlines()
+  assert title == "loss, unknown"
+  assert table[0].split() == [
+    "threshold",
+    "mean",
+    "loss",
+    "upper",
+    "bound",
+    "p-value",
+    "certified",
+  ]
+  assert [line[0] for line in table[1:]] == [">", " "]
+  assert promise.startswith("With probability at least 0.95") and promise.endswith(
+    "at most 0.1."
   )
+  page = found._repr_html_()
+  assert page.count("<tr") == 3 and page.count("font-weight:bold") == 1
+  assert f">{promise}</p>" in page
+  never = str(made((0.4, 0.4)))
+  assert ">" not in never and "the full model is used (never)" in never
 
 
 @pytest.mark.parametrize("library", ["pandas", "polars"])
