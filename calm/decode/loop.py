@@ -41,6 +41,16 @@ class Generation:
   rejected_confidences: Float[AnyArray, "batch length"]
   scores: Float[AnyArray, " batch"]
 
+  def __repr__(self) -> str:
+    if not isinstance(self.exit_layers, jax.Array | np.ndarray):  # shapes, shardings, axes
+      return f"Generation(tokens={self.tokens!r}, ...)"
+    rows, length = self.exit_layers.shape
+    text = f"{rows} rows of at most {length} tokens"
+    try:
+      return f"Generation({text}, {float(self.mean_layers):.2f} layers a token)"
+    except jax.errors.ConcretizationTypeError:
+      return f"Generation({text}, traced)"
+
   @property
   def num_tokens(self) -> jax.Array:
     """Real tokens of each row, EOS included, [batch]."""

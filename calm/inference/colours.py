@@ -2,10 +2,10 @@
 
 Pure Python, no dependence. The scale is Cividis (Nunez, Anderton and Renslow 2018), which
 readers with the common colour-vision deficiencies see much as everybody does, and whose
-lightness alone orders the layers, in print too. On a light page the first layer is bright and
-the last dark, on a dark one the other way about, so that cheap tokens recede and deep ones
-stand out. Colour is never the only sign: HTML has tooltips, and a terminal without colour gets
-the number of layers in brackets before each run of tokens.
+lightness alone orders the layers, in print too. The first layer is bright and the last dark, on
+every page and terminal: a colour means the same wherever it is seen. Colour is never the only
+sign: HTML has tooltips, and a terminal without colour gets the number of layers in brackets
+before each run of tokens.
 """
 
 import html
@@ -20,18 +20,15 @@ _CIVIDIS = (
   *("#00224e", "#123570", "#3b496c", "#575d6d", "#707173"),
   *("#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"),
 )
-# JupyterLab, VS Code and Colab, where they are dark.
-_DARK_PAGES = '[data-jp-theme-light="false"],.vscode-dark,.vscode-high-contrast,[theme="dark"]'
 _RESET = "\x1b[0m"
 _CUBE = (0, 95, 135, 175, 215, 255)
 
 
-def scale(num_layers: int, *, dark: bool = False) -> list[str]:
-  """One background colour a decoder layer, `#rrggbb`, first layer first.
+def scale(num_layers: int) -> list[str]:
+  """One background colour a decoder layer, `#rrggbb`, first layer first and brightest.
 
   Args:
     num_layers: decoder layers of the model, at least 1.
-    dark: for a dark page or terminal (the last layer is the brightest).
 
   Raises:
     ValueError: if `num_layers` is below 1.
@@ -41,7 +38,7 @@ def scale(num_layers: int, *, dark: bool = False) -> list[str]:
   span = len(_CIVIDIS) - 1
   steps = max(1, num_layers - 1)
   colours = [_blend(span * i / steps) for i in range(num_layers)]
-  return colours if dark else colours[::-1]
+  return colours[::-1]
 
 
 def _blend(position: float) -> str:
@@ -98,7 +95,8 @@ def _checked(
 def _printable(piece: str) -> str:
   """SentencePiece's space mark as a space; control characters made harmless."""
   piece = piece.replace("\u2581", " ")
-  return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece)
+  kept = "\n\t\u200c\u200d"  # joiners are letters of Persian, Hindi and others
+  return "".join(c if c.isprintable() or c in kept else "\ufffd" for c in piece)
 
 
 def to_html(
@@ -107,7 +105,6 @@ def to_html(
   num_layers: int,
   *,
   confidences: Sequence[float] | None = None,
-  dark: bool | None = False,
   legend: bool = True,
 ) -> str:
   """A `<div>` of one coloured `<span>` a token; styles are inline, nothing is fetched.
@@ -117,8 +114,6 @@ def to_html(
     exit_layers: decoder layers that each token took, 1-based; 0 (padding) is left out.
     num_layers: decoder layers of the model.
     confidences: confidence at each token's exit, in [0, 1]; shown in the tooltips.
-    dark: for a dark page. None: for a notebook, light or dark as its page is; the legend then
-      brings what tells the two apart, and without it colours are those of a light page.
     legend: append the legend.
 
   Returns:
@@ -132,7 +127,7 @@ def to_html(
       f"Expected one of `confidences` for each of `pieces`, got {len(confidences)} for"
       f" {len(pieces)}."
     )
-  styles = _styles(num_layers, dark)
+  styles = _styles(num_layers)
   spans = []
   for i, text, layer in _checked(pieces, exit_layers, num_layers):
     title = f"layer {layer} of {num_layers}"
@@ -142,41 +137,27 @@ def to_html(
   body = f'<div style="white-space:pre-wrap;line-height:1.7">{"".join(spans)}</div>'
   if not legend:
     return body
-  return f"<div>{body}{legend_html(num_layers, dark=dark)}</div>"
+  return f"<div>{body}{legend_html(num_layers)}</div>"
 
 
-def _styles(num_layers: int, dark: bool | None) -> list[str]:
+def _styles(num_layers: int) -> list[str]:
   """The inline style of a token of each layer, first layer first."""
-  pairs = [(back, text_colour(back)) for back in scale(num_layers, dark=bool(dark))]
-  if dark is None:
-    pairs = [
-      (f"var(--calm-{num_layers}-{i},{back})", f"var(--calm-{num_layers}-{i}-ink,{ink})")
-      for i, (back, ink) in enumerate(pairs, start=1)
-    ]
-  return [f"background:{back};color:{ink};padding:1px 0" for back, ink in pairs]
-
-
-def _dark_page_style(num_layers: int) -> str:
-  """Sets the variables of `_styles` on dark pages; where it is stripped, light colours stay."""
-  values = "".join(
-    f"--calm-{num_layers}-{i}:{back};--calm-{num_layers}-{i}-ink:{text_colour(back)};"
-    for i, back in enumerate(scale(num_layers, dark=True), start=1)
-  )
-  return f"<style>{_DARK_PAGES}{{{values}}}</style>"
+  return [
+    f"background:{back};color:{text_colour(back)};padding:1px 0" for back in scale(num_layers)
+  ]
 
 
 def _span(text: str, style: str, title: str) -> str:
   return f'<span style="{style}" title="{html.escape(title)}">{html.escape(text)}</span>'
 
 
-def legend_html(num_layers: int, *, dark: bool | None = False) -> str:
-  """The scale with its numbers, as HTML; `dark` as for `to_html`."""
+def legend_html(num_layers: int) -> str:
+  """The scale with its numbers, as HTML."""
   swatches = "".join(
     _span(f" {i} ", style, f"layer {i} of {num_layers}")
-    for i, style in enumerate(_styles(num_layers, dark), start=1)
+    for i, style in enumerate(_styles(num_layers), start=1)
   )
   return (
-    f"{_dark_page_style(num_layers) if dark is None else ''}"
     '<div style="white-space:pre-wrap;font-size:85%;margin-top:4px">'
     f"decoder layers per token: {swatches}</div>"
   )
@@ -211,7 +192,6 @@ def to_terminal(
   num_layers: int,
   *,
   mode: Mode | None = None,
-  dark: bool = True,
 ) -> str:
   """The tokens on coloured backgrounds (ANSI), or with `[layers]` before each run of tokens.
 
@@ -221,33 +201,38 @@ def to_terminal(
     exit_layers: decoder layers that each token took, 1-based; 0 (padding) is left out.
     num_layers: decoder layers of the model.
     mode: `plain`, `256` or `truecolor`; None: what `terminal_mode` finds.
-    dark: for a dark terminal.
 
   Raises:
     ValueError: if the lengths differ or an exit layer is out of range.
   """
-  paint = _PAINTERS[mode or terminal_mode()]
-  colours = scale(num_layers, dark=dark)
+  mode = mode or terminal_mode()
+  paint, colours = _PAINTERS[mode], scale(num_layers)
   out, previous = [], 0
   for _, text, layer in _checked(pieces, exit_layers, num_layers):
+    if mode == "plain" and not previous:
+      text = " " + text.lstrip(" ")
     out.append(paint(text, layer, layer == previous, colours[layer - 1]))
     previous = layer
-  return "".join(out)
+  made = "".join(out)
+  return made.lstrip(" ") if mode == "plain" else made
 
 
-def legend_terminal(num_layers: int, *, mode: Mode | None = None, dark: bool = True) -> str:
+def legend_terminal(num_layers: int, *, mode: Mode | None = None) -> str:
   """The scale with its numbers, or what the brackets mean; one line."""
   mode = mode or terminal_mode()
   if mode == "plain":
     return f"[n]: the text that follows took n of {num_layers} decoder layers a token"
   layers = range(1, num_layers + 1)
-  swatches = to_terminal([f" {i} " for i in layers], layers, num_layers, mode=mode, dark=dark)
+  swatches = to_terminal([f" {i} " for i in layers], layers, num_layers, mode=mode)
   return f"decoder layers per token: {swatches}"
 
 
 def _paint_plain(text: str, layer: int, same: bool, colour: str) -> str:
   del colour
-  return text if same else f"[{layer}]{text}"
+  if same:
+    return text
+  # Between words as a word of its own; within one where a word's pieces differ.
+  return f" [{layer}]{text}" if text[:1].isspace() else f"[{layer}]{text}"
 
 
 def _paint_256(text: str, layer: int, same: bool, colour: str) -> str:

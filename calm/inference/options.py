@@ -79,6 +79,22 @@ class DecodeOptions:
         f"Expected `num_devices` of 1 with `refill`, got {self.num_devices}; leave one out."
       )
 
+  def __repr__(self) -> str:
+    """What differs from the defaults; long lists as how many they are."""
+    told = []
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if field.name == "grid" and value:
+        value = f"<{len(value)} thresholds, {value[0]:g} to {value[-1]:g}>"
+      elif isinstance(value, tuple) and len(value) > 8:
+        value = f"<{len(value)} tokens>"
+      elif value == field.default and field.name != "measure":
+        continue
+      else:
+        value = repr(value)
+      told.append(f"{field.name}={value}")
+    return f"{type(self).__name__}({', '.join(told)})"
+
   @functools.cached_property
   def rule(self) -> exits.DynamicExits:
     """The exit rule that these options name."""

@@ -8,6 +8,7 @@ from typing import overload
 import numpy as np
 
 from calm import checkpoints
+from calm.calibrate.generations.shown import visible
 from calm.calibrate.thresholds import format_threshold
 from calm.decode import loop
 from calm.inference import colours
@@ -73,9 +74,7 @@ class Output:
 
   def _repr_html_(self) -> str:
     pieces, exit_layers, confidences = self.visible
-    return colours.to_html(
-      pieces, exit_layers, self.num_layers, confidences=confidences, dark=None
-    )
+    return colours.to_html(pieces, exit_layers, self.num_layers, confidences=confidences)
 
 
 def from_generation(
@@ -202,7 +201,6 @@ class Outputs(Sequence[Output]):
         *output.visible[:2],
         self.num_layers,
         confidences=output.confidences,
-        dark=None,
         legend=False,
       )
       for output in self.items[:20]
@@ -210,6 +208,6 @@ class Outputs(Sequence[Output]):
     head = self._heading(" · ")
     if len(self) > 20:
       rows.append(f"<p>… and {len(self) - 20} more</p>")
-    note = f"<p>{html.escape(self.guarantee)}</p>" if self.guarantee else ""
-    legend = colours.legend_html(self.num_layers, dark=None)
+    note = f"<p>{html.escape(visible(self.guarantee))}</p>" if self.guarantee else ""
+    legend = colours.legend_html(self.num_layers)
     return f"<div><p>{head}</p>{''.join(rows)}{legend}{note}</div>"

@@ -20,6 +20,7 @@ from calm import checkpoints, exits
 from calm.calibrate import Calibration, Procedure, Prompt
 from calm.calibrate import seconds as seconds_lib
 from calm.calibrate.generations.procedures import describe_differences
+from calm.calibrate.thresholds import format_threshold
 from calm.data import prompt_batches
 from calm.decode import compiled, loop, pool_program
 from calm.decode import program as program_lib
@@ -57,6 +58,16 @@ class Predictor:
   options: DecodeOptions
   calibration: Calibration | None = None
   threshold: float | None = None
+
+  def __repr__(self) -> str:
+    config = self.config
+    layers = f"{config.num_encoder_layers} + {config.num_decoder_layers} layers"
+    lines = [f"{layers}, emb_dim {config.emb_dim}, {config.dtype}", repr(self.options)]
+    if self.threshold is not None:
+      lines.append(f"threshold {format_threshold(self.threshold)}")
+    if self.calibration is not None:
+      lines.append(repr(self.calibration))
+    return f"{type(self).__name__}({', '.join(lines)})"
 
   @functools.cached_property
   def weights(self) -> program_lib.ModelWeights:

@@ -115,3 +115,16 @@ def test_the_greedy_token_is_the_argmax_with_its_log_probability():
   np.testing.assert_allclose(log_probability, np.log([0.5, 0.9]), rtol=1e-5)
   cut = loop.greedy_token(jnp.array([[-jnp.inf, 0.0, -jnp.inf]]))
   assert cut[0].tolist() == [1] and cut[1].tolist() == [0.0]
+
+
+def test_a_generation_is_shown_by_its_size_and_depth():
+  made = decode().generation
+  assert repr(made).startswith("Generation(3 rows of at most 4 tokens, ")
+  assert repr(made).endswith(" layers a token)")
+  shown = []
+  jax.jit(lambda value: shown.append(repr(value)) or value.tokens)(made)
+  assert shown == ["Generation(3 rows of at most 4 tokens, traced)"]
+  shapes = object.__new__(loop.Generation)  # as JAX makes one of shardings or of names of axes
+  for name in ("tokens", "exit_layers"):
+    object.__setattr__(shapes, name, ("batch", "length"))
+  assert repr(shapes) == "Generation(tokens=('batch', 'length'), ...)"

@@ -48,21 +48,20 @@ class Spans(html.parser.HTMLParser):
       self.found[-1][0] += data
 
 
-@pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("num_layers", DEPTHS)
-def test_lightness_alone_orders_the_layers(num_layers, dark):
-  scale = colours.scale(num_layers, dark=dark)
+def test_lightness_alone_orders_the_layers(num_layers):
+  scale = colours.scale(num_layers)
   assert len(scale) == len(set(scale)) == num_layers
   assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in scale)
   luminances = [colours.luminance(colour) for colour in scale]
-  assert luminances == sorted(luminances, reverse=not dark)
+  assert luminances == sorted(luminances, reverse=True)
 
 
 @pytest.mark.parametrize("deficiency", DEFICIENCIES)
 def test_lightness_orders_the_layers_for_readers_with_colour_deficiencies(deficiency):
   lightness = [
     0.2126 * r + 0.7152 * g + 0.0722 * b
-    for r, g, b in (seen(c, DEFICIENCIES[deficiency]) for c in colours.scale(12, dark=True))
+    for r, g, b in (seen(c, DEFICIENCIES[deficiency]) for c in colours.scale(12)[::-1])
   ]
   assert all(b > 1.1 * a for a, b in itertools.pairwise(lightness))
 
@@ -104,41 +103,40 @@ def test_html_leaves_padding_out_and_takes_no_confidence():
 
 
 def test_html_legend_numbers_every_layer():
-  with_legend = Spans(colours.to_html(["x"], [2], 6, dark=True)).found
+  with_legend = Spans(colours.to_html(["x"], [2], 6)).found
   assert [span[0].strip() for span in with_legend[1:]] == ["1", "2", "3", "4", "5", "6"]
-  scale = colours.scale(6, dark=True)
+  scale = colours.scale(6)
   assert all(c in style for c, (_, _, style) in zip(scale, with_legend[1:], strict=True))
 
 
-def test_a_notebook_page_chooses_light_or_dark():
-  page = colours.to_html(["x"], [2], 6, dark=None)
-  (rule,) = re.findall(r"<style>(.*)</style>", page)
-  assert 'data-jp-theme-light="false"' in rule and ".vscode-dark" in rule
-  light, dark = colours.scale(6), colours.scale(6, dark=True)
-  spans = Spans(page.replace(f"<style>{rule}</style>", "")).found
-  for layer, (_, _, style) in zip([2, *range(1, 7)], spans, strict=True):
-    back, ink = light[layer - 1], colours.text_colour(light[layer - 1])
-    name = f"--calm-6-{layer}"
-    assert f"background:var({name},{back});color:var({name}-ink,{ink})" in style
-    on_dark = dark[layer - 1]
-    assert f"{name}:{on_dark};{name}-ink:{colours.text_colour(on_dark)};" in rule
+def test_a_colour_means_the_same_layer_on_light_and_on_dark():
+  """Nothing that is written asks for the page's or the terminal's colours."""
+  scale = colours.scale(6)
+  page = colours.to_html(["x"], [2], 6)
+  assert not re.search(r"<style|var\(|prefers-color-scheme|light-dark", page)
+  swatches = [
+    re.findall(r"background:(#[0-9a-f]{6})", style)[0] for *_, style in Spans(page).found
+  ]
+  assert swatches == [scale[1], *scale]
+  rgb = ";".join(str(int(scale[1][i : i + 2], 16)) for i in (1, 3, 5))
+  assert f"48;2;{rgb}m" in colours.to_terminal(["x"], [2], 6, mode="truecolor")
 
 
 def test_no_generated_text_can_steer_the_terminal():
   out = colours.to_terminal(["\x1b[2Jx\r", "ok"], [1, 1], 2, mode="plain")
-  assert out == "[1]�[2Jx�ok"
+  assert out == "[1] �[2Jx�ok"
   assert "\x1b" not in colours.to_html(["\x1b[2J"], [1], 2)
 
 
 def test_plain_terminal_says_the_layers_in_brackets():
   pieces, layers = ["▁Perl", "▁mod", "ule", "▁for", ""], [1, 1, 8, 3, 0]
   out = colours.to_terminal(pieces, layers, 8, mode="plain")
-  assert out == "[1] Perl mod[8]ule[3] for"
+  assert out == "[1] Perl mod[8]ule [3] for"
   assert "8 decoder layers" in colours.legend_terminal(8, mode="plain")
 
 
 def test_truecolor_is_the_scale_and_is_reset():
-  out = colours.to_terminal(["a\nb"], [1], 2, mode="truecolor", dark=True)
+  out = colours.to_terminal(["a\nb"], [2], 2, mode="truecolor")
   start = "\x1b[48;2;0;34;78m\x1b[38;2;255;255;255m"
   assert out == f"{start}a\x1b[0m\n{start}b\x1b[0m"
 
@@ -175,7 +173,7 @@ def test_terminal_mode(environ, stream, mode):
 
 def test_no_color_is_honoured_without_being_passed(monkeypatch):
   monkeypatch.setenv("NO_COLOR", "1")
-  assert colours.to_terminal(["a"], [1], 2) == "[1]a"
+  assert colours.to_terminal(["a"], [1], 2) == "[1] a"
 
 
 def test_bad_arguments_are_named():

@@ -83,7 +83,7 @@ def test_end_of_text_is_shown_as_a_mark():
 
 
 def test_coloured_text_for_terminals():
-  assert output().coloured("plain") == "[1]a[4] <b>[2] & c[3]⏎"
+  assert output().coloured("plain") == "[1] a [4] <b> [2] & c[3]⏎"
   assert "\x1b[48;5;" in output().coloured("256")
 
 

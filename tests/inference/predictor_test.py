@@ -356,3 +356,15 @@ def test_outputs_fit_terminals_and_notebooks(model, generated):
   for output in generated:
     assert outputs_test.Page(output._repr_html_()).text
   assert "params" not in repr(model) and len(repr(model)) < 1500
+
+
+def test_a_model_is_a_line_and_not_its_token_ids(model, calibration):
+  plain = repr(model)
+  assert "\n" not in plain and len(plain) < 300
+  assert f"{SIZES.num_decoder_layers} layers" in plain and "softmax" in plain
+  long = model.with_options(shortlist=tuple(range(100)), grid=(0.9, 0.5))
+  assert "shortlist=<100 tokens>" in repr(long)
+  assert "grid=<2 thresholds, 0.9 to 0.5>" in repr(long.options) and len(repr(long)) < 300
+  served = repr(model.under(calibration))
+  assert "threshold 0.3" in served and "Calibration(threshold=0.3" in served
+  assert repr(inference.DecodeOptions()) == "DecodeOptions(measure='softmax')"
