@@ -8,12 +8,13 @@ measures seconds, and writes into --output:
   tables/          each table as CSV and Markdown
   cache/           generations and results: the same command goes on, or draws again, from here
 
-The data folder has one folder a task (debian_synopsis, debian_qa, debian_enfr) with
-validation.jsonl.gz and test.jsonl.gz in it.
+--data names a folder with one folder a task (debian_synopsis, debian_qa, debian_enfr) with
+validation.jsonl.gz and test.jsonl.gz in it. --train names rows of your own, as `calm fit` reads
+them: they are split as it splits them, and the part that it trains on is left out.
 
-  calm report --data=data --output=runs/report --tasks=synopsis --limit=50    a first look
-  calm report --data=data --output=runs/report                                all tasks, whole
-  calm report --model=my_model --data=data --tasks synopsis qa enfr --output=runs/report
+  calm report --data=data --output=runs/report --tasks=synopsis --limit=50  # a first look
+  calm report --data=data --output=runs/report
+  calm report --model=mine --train=rows.jsonl --metric=token_f1 --output=runs/report
   calm report --data=data --output=runs/report --measures classifier --timed=40 --rounds=5
   calm report --data=data --output=runs/report --geometric_model=runs/elbayad/model
   calm report --data=data --output=runs/report --measures softmax softmax@2,4 classifier
@@ -23,78 +24,22 @@ them again.
 """
 
 import argparse
-import contextlib
 import pathlib
 import platform
+import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+import warnings
 
 from rich import console as rich_console
-from rich import progress as rich_progress
 
 import calm
-from calm.calibrate.generations.shown import visible
-from calm.commands import common
+from calm.calibrate import screen
+from calm.commands import common, progress, report_flags
+from calm.data import prompt_batches
 
-TASKS = ("debian_synopsis", "debian_qa", "debian_enfr")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Declares the command's options."""
-  parser.add_argument("--model", default="packed", help="checkpoint folder, or 'packed'")
-  parser.add_argument("--data", required=True, help="folder of the data sets")
-  parser.add_argument("--output", required=True, help="folder to write (resumed if it exists)")
-  parser.add_argument(
-    "--tasks", nargs="+", default=list(TASKS), help="tasks, like synopsis qa enfr (default all)"
-  )
-  parser.add_argument(
-    "--limit", type=int, help="prompts of each split (default: one of every source)"
-  )
-  parser.add_argument(
-    "--measures",
-    nargs="+",
-    default=["softmax", "shortlist", "classifier", "state"],
-    help="confidence measures (default: all that the model has); softmax@2,4 may leave after"
-    " those layers only",
-  )
-  parser.add_argument(
-    "--step", type=float, default=0.02, help="between the thresholds of Fig. 2c (0.02)"
-  )
-  parser.add_argument(
-    "--ablated", type=int, default=200, help="validation prompts of Fig. 2 (200)"
-  )
-  parser.add_argument("--batch_size", type=int, default=8, help="prompts decoded together (8)")
-  parser.add_argument("--error_rate", type=float, default=0.05, help="epsilon (0.05)")
-  parser.add_argument("--examples", type=int, default=6, help="outputs to show a task (6)")
-  _add_compared(parser)
-  _add_seconds(parser)
-
-
-def _add_compared(parser: argparse.ArgumentParser) -> None:
-  """Other models, trained otherwise."""
-  parser.add_argument("--geometric_model", help="classifier trained Elbayad's way, for App. D")
-  parser.add_argument("--last_layer_model", help="a model trained without Eq. 6")
-  parser.add_argument(
-    "--all_layers_model", help="the same trained with Eq. 6, beside it (default --model)"
-  )
-  parser.add_argument(
-    "--objective_tasks",
-    nargs="+",
-    help="tasks that these two were trained on (default: those of --tasks)",
-  )
-
-
-def _add_seconds(parser: argparse.ArgumentParser) -> None:
-  timing = parser.add_argument_group("seconds")
-  timing.add_argument(
-    "--timed", type=int, default=16, help="prompts decoded alone, one after another (16)"
-  )
-  timing.add_argument("--rounds", type=int, default=3, help="times each; the median counts (3)")
-  timing.add_argument(
-    "--retime", action="store_true", help="forget the seconds measured before"
-  )
+add_arguments = report_flags.add_arguments
 
 
 @common.user_errors
@@ -102,20 +47,26 @@ def run(arguments: argparse.Namespace) -> int:
   """Runs the experiments of every task and writes the report."""
   common.use_compilation_cache()
   # What is missing should be said before an hour of decoding, not after it.
-  from calm.paper.report import document, page, terminal, write
+  from calm.paper.report import document, findings, page, terminal, write
 
   console = rich_console.Console()
   output = pathlib.Path(arguments.output)
   start = time.monotonic()
-  with _steps(console) as announce:
+  # Table 1 says which share of the inputs is cut, once.
+  warnings.simplefilter("ignore", prompt_batches.CutPrompts)
+  with progress.steps(console) as announce:
     reports, predictor = _experiments(arguments, output / "cache", announce)
   facts = _facts(arguments, predictor, time.monotonic() - start)
-  sections = document.sections(reports)
-  made = page.Page(f"calm report: {arguments.model}", facts, sections, predictor.num_layers)
+  made = page.Page(
+    f"calm report: {arguments.model}",
+    facts,
+    document.sections(reports),
+    predictor.num_layers,
+    tuple(findings.headline(report) for report in reports),
+  )
   written = write.write(output, made)
   terminal.print_report(console, reports)
-  done = visible(f"\n{written}. Open {output / 'index.html'}")
-  console.print(done, markup=False, highlight=False)
+  screen.say(console, f"\n{written}. Open {output / 'index.html'}", soft_wrap=True)
   return 0
 
 
@@ -124,11 +75,14 @@ def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, announce):
   from calm.paper.bench import tasks as tasks_lib
   from calm.paper.experiments import suite
 
-  tasks = [tasks_lib.task(name) for name in arguments.tasks]
-  compared = [tasks_lib.task(name) for name in arguments.objective_tasks or ()] or tasks
+  named = [tasks_lib.task(name) for name in arguments.tasks] if arguments.data else []
+  compared = [tasks_lib.task(name) for name in arguments.objective_tasks or ()]
   options, models = _options(arguments), _models(arguments)
-  reports = []
-  for settings in tasks:
+  tasks = [(settings, pathlib.Path(arguments.data)) for settings in named]
+  if arguments.train:
+    tasks = [_own_task(arguments, models["predictor"])]
+  suites = []
+  for settings, source in tasks:
     chosen = {
       name: model.with_options(
         task_prefix=settings.prefix,
@@ -136,21 +90,22 @@ def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, announce):
         max_decode_length=settings.max_decode_length,
       )
       for name, model in models.items()
-      if settings in compared or name not in ("last_layer", "all_layers")
+      if not compared or settings in compared or name not in ("last_layer", "all_layers")
     }
     if arguments.retime:
       for old in (cache / "results" / settings.name).glob("seconds-*.json"):
         old.unlink()
     made = suite.Suite(
       settings=settings,
-      data=pathlib.Path(arguments.data),
+      data=source,
       folder=cache,
       options=options,
       announce=announce,
       **chosen,
     )
-    reports.append(made.run())
-  return reports, models["predictor"]
+    suites.append(made)
+  announce.expect(sum(each.num_steps for each in suites))
+  return [each.run() for each in suites], models["predictor"]
 
 
 def _options(arguments: argparse.Namespace):
@@ -185,29 +140,28 @@ def _models(arguments: argparse.Namespace):
   }
 
 
-@contextlib.contextmanager
-def _steps(console: rich_console.Console) -> Iterator:
-  """One bar for the step at work, or a line where there is no terminal."""
-  columns = rich_progress.Progress.get_default_columns()
-  with rich_progress.Progress(
-    *columns, rich_progress.TimeElapsedColumn(), console=console, transient=True
-  ) as bar:
-    task = bar.add_task("", total=1.0, visible=False)
+def _own_task(arguments: argparse.Namespace, predictor):
+  """(settings, prompts) of a user's own rows."""
+  from calm import fitting
+  from calm.paper.bench import tasks as tasks_lib
 
-    def announce(text: str):
-      told = console.is_terminal
-
-      def progress(share: float, what: str) -> None:
-        nonlocal told
-        if not told:
-          console.print(text, markup=False, highlight=False)
-          told = True
-        bar.update(task, completed=share, description=f"{text} · {what}", visible=True)
-
-      bar.reset(task, total=1.0, description=text, visible=False)
-      return progress
-
-    yield announce
+  options = fitting.FitOptions(
+    error_rate=arguments.error_rate, metric=arguments.metric, prefix=arguments.prefix
+  )
+  with common.called("--train"):
+    found = fitting.held_out(predictor, arguments.train, options)
+  title = pathlib.Path(arguments.train).name.split(".")[0]
+  settings = tasks_lib.TaskSettings(
+    name=re.sub(r"[^A-Za-z0-9_-]+", "_", title) or "rows",
+    title=title or "rows",
+    prefix=found.decoding["task_prefix"],
+    max_input_length=found.decoding["max_input_length"],
+    max_decode_length=found.decoding["max_decode_length"],
+    metric=options.metric,
+    metric_title=options.metric,
+  )
+  # Calibrated on four fifths of the test prompts; what comes last is only looked at.
+  return settings, tasks_lib.OwnPrompts(found.validation, found.test)
 
 
 def _facts(arguments: argparse.Namespace, predictor, seconds: float):

@@ -12,6 +12,7 @@ from calm.fitting.choose import Choice
 from calm.fitting.options import FitOptions
 from calm.fitting.result import Example, Result
 from calm.inference import colours
+from calm.paper.report import page
 
 
 def pages(result: Result, options: FitOptions, folder: str) -> Mapping[str, str]:
@@ -27,6 +28,7 @@ def pages(result: Result, options: FitOptions, folder: str) -> Mapping[str, str]
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
+    finalize=page.shown,
     autoescape=jinja2.select_autoescape(["html.j2"]),
   )
   environment.filters["number"] = number

@@ -102,7 +102,7 @@ class Bench:
   Attributes:
     predictor: the model under the task's prefix and lengths.
     settings: the task.
-    data: folder of the data sets.
+    data: folder of the data sets, or a user's own prompts.
     folder: where generations and results are kept.
     options: how much is done.
     announce: told before every step.
@@ -110,7 +110,7 @@ class Bench:
 
   predictor: inference.Predictor
   settings: tasks.TaskSettings
-  data: pathlib.Path
+  data: pathlib.Path | tasks.OwnPrompts
   folder: pathlib.Path
   options: Options = Options()
   announce: Announce = lambda text: decode.silent

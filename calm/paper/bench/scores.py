@@ -18,6 +18,7 @@ class Scores:
     quality: mean metric against the references, in [0, 1].
     quality_error: its standard error over prompts.
     similarity: mean metric against the full model's text, in [0, 1].
+    similarity_error: its standard error over prompts.
     bleu: corpus BLEU in [0, 100]; NaN where it is not asked for.
     tokens: mean tokens a prompt.
   """
@@ -28,6 +29,7 @@ class Scores:
   similarity: float
   bleu: float
   tokens: float
+  similarity_error: float = float("nan")
 
 
 def mean_layers(records: Sequence[Record]) -> float:
@@ -64,12 +66,17 @@ def score(
   quality = similarities(records, references, metric)
   alike = similarities(records, [(record.prediction,) for record in full], metric)
   texts = [record.prediction for record in records]
-  spread = float(quality.std(ddof=1)) if len(quality) > 1 else float("nan")
   return Scores(
     layers=mean_layers(records),
     quality=float(quality.mean()),
-    quality_error=spread / len(quality) ** 0.5,
+    quality_error=standard_error(quality),
     similarity=float(alike.mean()),
     bleu=metrics.corpus_scores(texts, references)["bleu"] if bleu else float("nan"),
     tokens=float(np.mean([len(record.exit_layers or ()) for record in records])),
+    similarity_error=standard_error(alike),
   )
+
+
+def standard_error(values: np.ndarray) -> float:
+  """Of the mean of values [num_prompts]; NaN below two."""
+  return float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")

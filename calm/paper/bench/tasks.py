@@ -80,6 +80,19 @@ TASKS: Mapping[str, TaskSettings] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class OwnPrompts:
+  """A user's own prompts, split, in a random order, one of every source.
+
+  Attributes:
+    validation: grids are chosen on these.
+    test: the first are calibrated on, the others unseen.
+  """
+
+  validation: tuple[Prompt, ...]
+  test: tuple[Prompt, ...]
+
+
 def task(name: str) -> TaskSettings:
   """The settings of a task, also by the end of its name ('qa').
 
@@ -95,7 +108,7 @@ def task(name: str) -> TaskSettings:
 
 
 def read_prompts(
-  data: str | pathlib.Path,
+  data: str | pathlib.Path | OwnPrompts,
   settings: TaskSettings,
   split: str,
   *,
@@ -108,12 +121,14 @@ def read_prompts(
   a calibration needs. Files are sorted by id, so the order is drawn.
 
   Args:
-    data: folder of the data sets.
+    data: folder of the data sets, or prompts that are split already.
     settings: the task.
     split: 'validation' or 'test'.
     limit: at most so many prompts; None: all sources.
     seed: of the draw.
   """
+  if isinstance(data, OwnPrompts):
+    return getattr(data, split)[:limit]
   examples = datasets.read_examples(datasets_path(data, settings, split))
   order = np.random.default_rng(seed).permutation(len(examples))
   chosen: dict[str, datasets.Example] = {}

@@ -14,7 +14,7 @@ import numpy as np
 from calm import exits, inference
 from calm.calibrate import Prompt
 from calm.exits import schedules
-from calm.paper.bench import decode
+from calm.paper.bench import decode, intervals
 
 FULL = "full depth"
 
@@ -78,6 +78,13 @@ class Timings:
   def find(self, name: str, threshold: float = schedules.NEVER_EXIT) -> Timed | None:
     """The row of a setting, or None."""
     return next((r for r in self.rows if r.name == name and r.threshold == threshold), None)
+
+  def against_full(self, timed: Timed) -> intervals.Interval:
+    """The 95 % interval of a row's speed-up, over prompts; unknown without full depth."""
+    full = self.find(FULL)
+    if full is None:
+      return intervals.UNKNOWN
+    return intervals.of_ratio(full.prompt_seconds, timed.prompt_seconds)
 
 
 def measure(

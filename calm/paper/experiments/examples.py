@@ -1,12 +1,10 @@
 """Fig. 4: outputs with each token's layers, at every threshold, beside the full model's."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from calm.calibrate import Prompt, Record, generations
 from calm.calibrate.losses import metrics
-from calm.exits import schedules
-from calm.paper.bench import timing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +19,6 @@ class Level:
     layers: mean decoder layers a token.
     distance: D, 1 - metric against the full model's text.
     risk_difference: R(early) - R(full) against the references, R = 1 - metric.
-    speedup: measured decode seconds of the full model over these; NaN if not timed.
   """
 
   threshold: float
@@ -31,7 +28,6 @@ class Level:
   layers: float
   distance: float
   risk_difference: float
-  speedup: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +50,21 @@ class ShownExample:
 
 
 @dataclasses.dataclass(frozen=True)
+class Certified:
+  """A calibrated threshold.
+
+  Attributes:
+    threshold: lambda.
+    tolerance: delta.
+    error_rate: epsilon.
+  """
+
+  threshold: float
+  tolerance: float
+  error_rate: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Examples:
   """Fig. 4 for one task and measure.
 
@@ -62,8 +73,9 @@ class Examples:
     metric: of D and R.
     num_layers: decoder layers of the model.
     thresholds: descending.
-    chosen: position of the threshold to show first (a calibrated one).
+    chosen: position of the threshold to show first: the certified one, or the safest.
     items: the examples.
+    certified: what was certified, or None.
   """
 
   measure: str
@@ -72,6 +84,7 @@ class Examples:
   thresholds: tuple[float, ...]
   chosen: int
   items: tuple[ShownExample, ...]
+  certified: Certified | None = None
 
 
 def examples(
@@ -82,9 +95,8 @@ def examples(
   metric: str,
   num_layers: int,
   *,
-  chosen: float = schedules.NEVER_EXIT,
+  certified: Certified | None = None,
   eos_id: int = 1,
-  times: Mapping[str, timing.Timings] | None = None,
 ) -> Examples:
   """Gathers the outputs of some prompts at every threshold.
 
@@ -95,34 +107,28 @@ def examples(
     piece: token id -> text.
     metric: a bounded metric.
     num_layers: decoder layers of the model.
-    chosen: threshold to show first.
+    certified: threshold to show first; None shows the safest.
     eos_id: the end-of-text token, shown as a mark.
-    times: prompt id -> timings of that prompt alone.
   """
-  times = times or {}
-  chosen_column = min(
-    range(len(cached.thresholds)), key=lambda i: abs(cached.thresholds[i] - min(chosen, 1.0))
-  )
+  levels = cached.thresholds.tolist()
   return Examples(
     measure=measure,
     metric=metric,
     num_layers=num_layers,
     thresholds=tuple(map(float, cached.thresholds)),
-    chosen=chosen_column,
+    chosen=0 if certified is None else levels.index(certified.threshold),
+    certified=certified,
     items=tuple(
-      _example(cached, measure, row, piece, metrics.get_metric(metric), eos_id, times)
-      for row in rows
+      _example(cached, row, piece, metrics.get_metric(metric), eos_id) for row in rows
     ),
   )
 
 
-def _example(cached, measure, row: int, piece, metric, eos_id: int, times) -> ShownExample:
+def _example(cached, row: int, piece, metric, eos_id: int) -> ShownExample:
   prompt: Prompt = cached.prompts[row]
   full: Record = cached.full[row]
-  timed = times.get(prompt.id)
 
   def level(threshold: float, record: Record) -> Level:
-    found = timed.find(measure, threshold) if timed else None
     text = lambda token: "⏎" if token == eos_id else piece(token)
     return Level(
       threshold=threshold,
@@ -132,7 +138,6 @@ def _example(cached, measure, row: int, piece, metric, eos_id: int, times) -> Sh
       layers=sum(record.exit_layers or ()) / max(1, len(record.exit_layers or ())),
       distance=1.0 - metric(record.prediction, (full.prediction,)),
       risk_difference=_risk(metric, full, prompt) - _risk(metric, record, prompt),
-      speedup=found.speedup if found else float("nan"),
     )
 
   return ShownExample(

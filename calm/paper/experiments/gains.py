@@ -9,7 +9,7 @@ from calm import calibrate as calibrate_lib
 from calm.calibrate import generations
 from calm.calibrate.losses import sequence_losses
 from calm.exits import schedules
-from calm.paper.bench import timing
+from calm.paper.bench import intervals, timing
 
 # (measure, exit layers of the real tokens of every output) -> decoder FLOPs of the full model
 # for as many tokens, over those of these exits.
@@ -70,6 +70,8 @@ class Gain:
     flops_reduction: decoder FLOPs of the full model over these; NaN without a formula.
     speedup: measured decode seconds of the full model over these; NaN if not timed.
     end_to_end: the same with the encoder's seconds on both sides.
+    risk_interval: 95 % interval of the expected loss, from the unseen prompts alone.
+    speedup_interval: 95 % interval of `speedup`, over prompts.
   """
 
   method: str
@@ -82,6 +84,8 @@ class Gain:
   flops_reduction: float
   speedup: float = float("nan")
   end_to_end: float = float("nan")
+  risk_interval: intervals.Interval = intervals.UNKNOWN
+  speedup_interval: intervals.Interval = intervals.UNKNOWN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +196,9 @@ def _gain(losses, cut: int, target: Target, method: str, error_rate: float, dept
     risk=0.0 if column is None else float(unseen[:, column].mean()),
     layers=depth.layers(column),
     flops_reduction=depth.flops_reduction(column),
+    risk_interval=(0.0, 0.0)
+    if column is None
+    else intervals.of_mean(unseen[:, column], losses.support.lower),
   )
 
 
@@ -235,11 +242,16 @@ def with_times(found: Gains, timings: timing.Timings) -> Gains:
 
   def timed(row: Row, gain: Gain) -> Gain:
     if gain.threshold == schedules.NEVER_EXIT:
-      return dataclasses.replace(gain, speedup=1.0, end_to_end=1.0)
+      return dataclasses.replace(gain, speedup=1.0, end_to_end=1.0, speedup_interval=(1.0, 1.0))
     time = timings.find(row.measure, gain.threshold)
     if time is None:
       return gain
-    return dataclasses.replace(gain, speedup=time.speedup, end_to_end=time.end_to_end)
+    return dataclasses.replace(
+      gain,
+      speedup=time.speedup,
+      end_to_end=time.end_to_end,
+      speedup_interval=timings.against_full(time),
+    )
 
   rows = tuple(
     dataclasses.replace(row, gains=tuple(timed(row, gain) for gain in row.gains))

@@ -74,6 +74,7 @@ class Position:
     similarity: mean metric against the unperturbed text.
     quality: mean metric against the references.
     full_quality: the same of the unperturbed texts of these prompts.
+    similarity_error: standard error of `similarity` over prompts.
   """
 
   position: int
@@ -82,6 +83,7 @@ class Position:
   similarity: float
   quality: float
   full_quality: float
+  similarity_error: float = float("nan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,15 +157,15 @@ def _position(position: int, records: dict[int, Record], prompts, full, metric) 
   rows = sorted(records)
   made, before = [records[row] for row in rows], [full[row] for row in rows]
   references = [prompts[row].targets for row in rows]
+  alike = scores.similarities(made, [(record.prediction,) for record in before], metric)
   return Position(
     position=position,
     prompts=len(rows),
     changed=float(
       np.mean([a.prediction != b.prediction for a, b in zip(made, before, strict=True)])
     ),
-    similarity=float(
-      scores.similarities(made, [(record.prediction,) for record in before], metric).mean()
-    ),
+    similarity=float(alike.mean()),
     quality=float(scores.similarities(made, references, metric).mean()),
     full_quality=float(scores.similarities(before, references, metric).mean()),
+    similarity_error=scores.standard_error(alike),
   )

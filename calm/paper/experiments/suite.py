@@ -8,7 +8,7 @@ from calm import exits, inference
 from calm.calibrate import Prompt
 from calm.data import prompt_batches as prompts_lib
 from calm.exits import schedules
-from calm.paper.bench import bench, decode, results, scores, tasks, timing
+from calm.paper.bench import bench, decode, intervals, results, scores, tasks, timing
 from calm.paper.experiments import (
   decay,
   examples,
@@ -108,6 +108,19 @@ class Suite(bench.Bench):
       objectives=self.objectives_compared,
     )
 
+  @property
+  def num_steps(self) -> int:
+    """Steps that are announced where nothing is cached."""
+    measures, depths = len(self.measures), self.predictor.num_layers
+    steps = 3 * measures + depths  # each grid, its prompts twice; static models
+    steps += len(propagations_lib.rules()) + len(decay.kinds(1))
+    steps += 4  # wrong tokens, repeated calibration, seconds twice
+    if self.geometric is not None:
+      steps += 2
+    if self.last_layer is not None:
+      steps += depths * (1 if self.all_layers is None else 2)
+    return steps
+
   @functools.cached_property
   def output_lengths(self) -> lengths.Lengths:
     """Table 1."""
@@ -146,6 +159,7 @@ class Suite(bench.Bench):
       prompts=self.validation,
       grids={measure: list(map(float, c.thresholds)) for measure, c in cached.items()},
       timings=results.digest(timings),
+      intervals=intervals.LEVEL,
     )
 
   def flops_reduction(self, measure: str, exit_layers: Sequence[Sequence[int]]) -> float:
@@ -171,6 +185,7 @@ class Suite(bench.Bench):
       grids={measure: self.grid(measure) for measure in self.measures},
       targets=[dataclasses.asdict(target) for target in gains.TARGETS],
       error_rate=self.options.error_rate,
+      intervals=intervals.LEVEL,
     )
     chosen: dict[str, list[float]] = {measure: [] for measure in self.measures}
     for row in found.rows:
@@ -188,11 +203,6 @@ class Suite(bench.Bench):
     among = {prompt.id for prompt in decode.of_one_length(self.timed_model, unseen)}
     first = self.test_grids[self.measures[0]]
     rows = examples.choose(first, self.options.examples, among)
-    settings = self.timed_settings({m: self.grid(m) for m in self.measures})
-    times = {
-      self.test[row].id: self.time(f"example_{number}", [self.test[row]], settings)
-      for number, row in enumerate(rows, start=1)
-    }
     return tuple(
       examples.examples(
         cached,
@@ -201,22 +211,24 @@ class Suite(bench.Bench):
         self.predictor.vocabulary.piece,
         self.settings.metric,
         self.predictor.num_layers,
-        chosen=self._calibrated(measure),
+        certified=self._certified(measure),
         eos_id=self.predictor.eos_id,
-        times=times,
       )
       for measure, cached in self.test_grids.items()
     )
 
-  def _calibrated(self, measure: str) -> float:
-    """The lowest threshold of Table 2's loosest textual target."""
-    thresholds = [
-      gain.threshold
+  def _certified(self, measure: str) -> examples.Certified | None:
+    """The lowest threshold of Table 2's loosest textual target that was certified."""
+    found = [
+      (gain.threshold, row.target.tolerance)
       for row in self.calibrated_gains.rows
       for gain in row.gains
       if row.measure == measure and row.target.consistency == "textual"
     ]
-    return min(thresholds, default=schedules.NEVER_EXIT)
+    threshold, tolerance = min(found, default=(schedules.NEVER_EXIT, 0.0))
+    if threshold == schedules.NEVER_EXIT:
+      return None
+    return examples.Certified(threshold, tolerance, self.options.error_rate)
 
   @property
   def ablated(self) -> tuple[Prompt, ...]:
@@ -239,6 +251,7 @@ class Suite(bench.Bench):
       ),
       prompts=self.ablated,
       rules=repr(perturbations.RULES),
+      intervals=intervals.LEVEL,
     )
 
   @functools.cached_property
@@ -273,6 +286,7 @@ class Suite(bench.Bench):
       grid=levels,
       kinds=repr(decay.kinds(length)),
       measure=measure,
+      intervals=intervals.LEVEL,
     )
 
   @functools.cached_property

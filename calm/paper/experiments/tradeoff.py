@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from calm.calibrate import Prompt, Record, generations
 from calm.exits import schedules
-from calm.paper.bench import scores, timing
+from calm.paper.bench import intervals, scores, timing
 
 STATIC, ORACLE = "static", "oracle"
 
@@ -19,12 +19,14 @@ class Point:
     scores: quality, similarity and layers on all prompts.
     seconds: measured decode seconds a prompt, on the timed prompts; NaN if not timed.
     speedup: full depth's decode seconds over these; NaN if not timed.
+    speedup_interval: its 95 % interval, over prompts.
   """
 
   threshold: float
   scores: scores.Scores
   seconds: float = float("nan")
   speedup: float = float("nan")
+  speedup_interval: intervals.Interval = intervals.UNKNOWN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +96,10 @@ def tradeoff(
   def point(records, threshold: float, name: str) -> Point:
     scored = scores.score(records, references, full, metric, bleu=bleu)
     timed = timings.find(name, threshold) if timings is not None else None
-    if timed is None:
+    if timed is None or timings is None:
       return Point(threshold, scored)
-    return Point(threshold, scored, timed.decode_seconds, timed.speedup)
+    spread = timings.against_full(timed)
+    return Point(threshold, scored, timed.decode_seconds, timed.speedup, spread)
 
   never = schedules.NEVER_EXIT
   curves = [

@@ -4,26 +4,14 @@ from collections.abc import Iterator, Sequence
 
 from matplotlib import axes as mpl_axes
 
+from calm.paper.bench import intervals
 from calm.paper.experiments import claims, propagations, suite, trainings
-from calm.paper.report import figures
+from calm.paper.report import figures, findings
 from calm.paper.report.figures import Figure
 from calm.paper.report.section import Section
 from calm.paper.report.tables import Table, number, percent, threshold
 
 Reports = Sequence[suite.TaskReport]
-
-# Series that are no measures: (colour, marker, line).
-_LINES = (
-  ("#0072b2", "o", "-"),
-  ("#d55e00", "s", "--"),
-  ("#009e73", "^", "-."),
-)
-
-
-def _plot(axes: mpl_axes.Axes, turn: int, x, y, label: str, **options) -> None:
-  colour, marker, line = _LINES[turn % len(_LINES)]
-  drawn = {"color": colour, "marker": marker, "linestyle": line, "label": label, **options}
-  axes.plot(x, y, **drawn)
 
 
 def oracles(reports: Reports) -> Section:
@@ -33,6 +21,7 @@ def oracles(reports: Reports) -> Section:
     "exits",
     "layers",
     "quality",
+    "± s.e.",
     "like the full model",
     "same text, %",
     "paper",
@@ -60,8 +49,13 @@ def _propagation_rows(report: suite.TaskReport) -> Iterator[tuple[str, ...]]:
     yield task, title, *_score_cells(variant.scores), percent(variant.identical), paper
 
 
-def _score_cells(scored) -> tuple[str, str, str]:
-  return number(scored.layers), percent(scored.quality), percent(scored.similarity)
+def _score_cells(scored) -> tuple[str, ...]:
+  return (
+    number(scored.layers),
+    percent(scored.quality),
+    percent(scored.quality_error),
+    percent(scored.similarity),
+  )
 
 
 def perturbed_tokens(reports: Reports) -> Section:
@@ -86,16 +80,26 @@ def _perturbation_figure(report: suite.TaskReport) -> Figure:
     for turn, (label, points) in enumerate(
       (("layer-based", found.layer), ("sampling-based", found.sampling))
     ):
-      x = [point.position + 1 for point in points]
-      _plot(axes, turn, x, [100 * point.similarity for point in points], label)
+      errors = [
+        intervals.of_error(100 * point.similarity, 100 * point.similarity_error)
+        for point in points
+      ]
+      figures.bars(
+        axes,
+        figures.line_style(turn, label),
+        [point.position + 1 + 0.08 * turn for point in points],  # or bars would hide bars
+        [100 * point.similarity for point in points],
+        errors,
+      )
     axes.set_xlabel("position of the replaced token")
     axes.set_ylabel(f"{report.settings.metric_title}, to the unperturbed text")
     axes.set_ylim(top=101)
 
   return figures.draw(
     f"fig2a_{report.settings.name}",
-    f"{report.settings.title}: one wrong token",
-    f"{found.num_prompts} validation prompts; fewer at later positions (see the table).",
+    findings.perturbed(found, report.settings.title),
+    f"{found.num_prompts} validation prompts; fewer at later positions (see the table). Bars"
+    " are 95 % intervals.",
     paint,
   )
 
@@ -109,6 +113,7 @@ def _perturbation_table(report: suite.TaskReport) -> Table:
       str(point.prompts),
       percent(point.changed),
       percent(point.similarity),
+      percent(point.similarity_error),
       percent(point.quality),
       percent(point.full_quality),
     )
@@ -119,7 +124,7 @@ def _perturbation_table(report: suite.TaskReport) -> Table:
     name=f"fig2a_{report.settings.name}",
     title=f"{report.settings.title}: the numbers of Fig. 2a",
     columns=(
-      *("replaced by", "position", "prompts", "texts changed, %", "like unperturbed"),
+      *("replaced by", "position", "prompts", "texts changed, %", "like unperturbed", "± s.e."),
       *("quality", "quality before"),
     ),
     rows=rows,
@@ -149,15 +154,15 @@ def _values_figure(report: suite.TaskReport) -> Figure:
   def paint(axes: mpl_axes.Axes) -> None:
     for turn, values in enumerate(found.values):
       x = list(range(len(values.values)))
-      _plot(axes, turn, x, values.values, values.name, markevery=max(1, len(x) // 8))
+      style = figures.line_style(turn, values.name)
+      figures.plot(axes, style, x, values.values, markevery=max(1, len(x) // 8))
     axes.set_xlabel("token")
     axes.set_ylabel("its threshold")
     axes.set_ylim(0.6, 1.0)
 
-  shown = found.values[0].threshold if found.values else float("nan")
   return figures.draw(
     "fig2b",
-    f"Thresholds for λ = {shown:g}",
+    findings.thresholds_shown(found),
     f"Eq. 5 over N = {found.max_length} tokens.",
     paint,
   )
@@ -169,20 +174,15 @@ def _decay_figure(report: suite.TaskReport) -> Figure:
   def paint(axes: mpl_axes.Axes) -> None:
     for turn, curve in enumerate(found.curves):
       scored = [point.scores for point in curve.points]
-      _plot(
-        axes,
-        turn,
-        [s.layers for s in scored],
-        [100 * s.similarity for s in scored],
-        curve.name,
-        markersize=3,
-      )
+      style = figures.line_style(turn, curve.name)
+      x, y = [s.layers for s in scored], [100 * s.similarity for s in scored]
+      figures.plot(axes, style, x, y, markersize=3)
     axes.set_xlabel("mean decoder layers a token")
     axes.set_ylabel(f"{report.settings.metric_title}, to the full model's text")
 
   return figures.draw(
     f"fig2c_{report.settings.name}",
-    f"{report.settings.title}: schedules",
+    findings.schedules_compared(found, report.settings.title),
     f"{found.num_prompts} validation prompts, measure {found.measure}, λ in steps of"
     f" {found.step:g}.",
     paint,
@@ -196,7 +196,9 @@ def _decay_table(report: suite.TaskReport) -> Table:
       threshold(point.threshold),
       number(point.scores.layers),
       percent(point.scores.similarity),
+      percent(point.scores.similarity_error),
       percent(point.scores.quality),
+      percent(point.scores.quality_error),
     )
     for curve in report.decay.curves
     for point in curve.points
@@ -204,7 +206,7 @@ def _decay_table(report: suite.TaskReport) -> Table:
   return Table(
     name=f"fig2c_{report.settings.name}",
     title=f"{report.settings.title}: the numbers of Fig. 2c",
-    columns=("schedule", "λ", "layers", "like the full model", "quality"),
+    columns=("schedule", "λ", "layers", "like the full model", "± s.e.", "quality", "± s.e."),
     rows=rows,
   )
 
@@ -219,7 +221,7 @@ def trainings_compared(reports: Reports) -> Section:
         _comparison_figure(
           report.classifiers,
           f"classifiers_{name}",
-          f"{title}: two ways to train the classifier",
+          findings.classifiers(report.classifiers, title),
           report.settings.metric_title,
         )
       )
@@ -228,7 +230,7 @@ def trainings_compared(reports: Reports) -> Section:
         _comparison_figure(
           report.objectives,
           f"objectives_{name}",
-          f"{title}: static depths under two objectives",
+          findings.objectives(report.objectives, title),
           report.settings.metric_title,
         )
       )
@@ -250,11 +252,16 @@ def _comparison_figure(
     for turn, curve in enumerate(found.curves):
       scored = [point.scores for point in curve.points]
       x, y = [s.layers for s in scored], [100 * s.quality for s in scored]
-      _plot(axes, turn, x, y, curve.name)
+      figures.plot(axes, figures.line_style(turn, curve.name), x, y)
     axes.set_xlabel("mean decoder layers a token")
     axes.set_ylabel(f"{metric} against references")
 
-  return figures.draw(name, title, f"{found.num_prompts} validation prompts.", paint)
+  error = max(p.scores.quality_error for curve in found.curves for p in curve.points)
+  caption = (
+    f"{found.num_prompts} validation prompts, the same for both; a point's standard error is at"
+    f" most {100 * error:.1f}."
+  )
+  return figures.draw(name, title, caption, paint)
 
 
 _MARKS = {True: "agrees", False: "differs", None: "cannot tell"}

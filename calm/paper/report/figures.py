@@ -1,13 +1,14 @@
 """Figures: as SVG and PNG files, and as SVG that takes the page's colours.
 
-Series differ by marker and line as well as by colour (Okabe and Ito's, which read on light and
-on dark), so that they survive print and colour-vision deficiencies.
+Series differ by marker and line as well as by colour, and colours are such that they survive
+print and colour-vision deficiencies.
 """
 
 import dataclasses
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,10 +16,13 @@ import matplotlib
 from matplotlib import axes as mpl_axes
 from matplotlib import figure as mpl_figure
 
+from calm.calibrate.generations.shown import visible
+from calm.paper.bench import intervals
 from calm.paper.experiments import tradeoff
 
 # Placeholders that the page replaces by its own colours.
 INK, RULE = "#111213", "#cdcecf"
+_TITLE_COLUMNS = 52
 _SIZE = (4.7, 3.5)  # inches; narrow, so that text stays legible on a phone
 
 
@@ -32,26 +36,43 @@ class Style:
   title: str
 
 
+# Nine colours that stay apart for deuteranopes and protanopes, on light and on dark pages
+# (tests/paper/report/colours_test.py says by how much).
 STYLES: Mapping[str, Style] = {
-  "softmax": Style("#0072b2", "o", "-", "softmax"),
-  "shortlist": Style("#8b6fc0", "D", "--", "softmax, shortlist first"),
-  "classifier": Style("#d55e00", "s", "-", "classifier"),
-  "state": Style("#009e73", "^", "-.", "state"),
-  tradeoff.STATIC: Style("#808080", "x", ":", "static"),
-  tradeoff.ORACLE: Style("#c2588f", "*", "none", "oracle"),
+  "softmax": Style("#0077aa", "o", "-", "softmax"),
+  "shortlist": Style("#6611ff", "D", "--", "softmax, shortlist first"),
+  "classifier": Style("#dd6600", "s", "-", "classifier"),
+  "state": Style("#88aa77", "^", "-.", "state"),
+  tradeoff.STATIC: Style("#775555", "x", ":", "static"),
+  tradeoff.ORACLE: Style("#5544cc", "*", "none", "oracle"),
 }
-
 # For measures that may leave after some layers only ('softmax@2,4').
-_VARIANTS = (("#b8860b", "v"), ("#56b4e9", "P"), ("#404040", "h"))
+_VARIANTS = (("#00aaaa", "v"), ("#994422", "P"), ("#6699ff", "h"))
+# Series that are no measures: (colour, marker, line).
+LINES = (("#0077aa", "o", "-"), ("#dd6600", "s", "--"), ("#88aa77", "^", "-."))
 
 
-def style_of(name: str) -> Style:
-  """The style of a series by its name; a variant of a measure has one of its own."""
-  if name in STYLES:
-    return STYLES[name]
+def styles_of(names: Sequence[str]) -> dict[str, Style]:
+  """The style of each series of a figure; variants of measures take theirs in this order.
+
+  Args:
+    names: of the series; the same order in every figure of a report gives the same styles.
+  """
+  variants = [name for name in dict.fromkeys(names) if name not in STYLES]
+  made = {name: STYLES[name] for name in names if name in STYLES}
+  for turn, name in enumerate(variants):
+    measure, _, layers = name.partition("@")
+    colour, marker = _VARIANTS[turn % len(_VARIANTS)]
+    line = "-" if turn < len(_VARIANTS) else "--"
+    made[name] = Style(colour, marker, line, series_title(f"{measure}@{layers}"))
+  return made
+
+
+def series_title(name: str) -> str:
+  """What a reader calls a series."""
   measure, _, layers = name.partition("@")
-  colour, marker = _VARIANTS[sum(map(ord, layers)) % len(_VARIANTS)]
-  return Style(colour, marker, "-", f"{STYLES[measure].title}, exits {layers}")
+  title = STYLES[measure].title
+  return f"{title}, exits {layers}" if layers else title
 
 
 _RC: dict[Any, Any] = {
@@ -82,7 +103,7 @@ class Figure:
 
   Attributes:
     name: file name without its ending; unique in a report.
-    title: short, above the figure.
+    title: what was found, above the figure.
     caption: what it shows and how to read it.
     svg: a whole SVG file, its own colours.
     png: the same as PNG.
@@ -116,10 +137,11 @@ def draw(name: str, title: str, caption: str, paint: Callable[[mpl_axes.Axes], N
 
   Args:
     name: file name without its ending.
-    title: short.
+    title: what was found, in a sentence; above the figure on the page and inside the PNG.
     caption: one or two sentences.
     paint: draws into the axes.
   """
+  title = visible(title[:1].upper() + title[1:] if title[:1].isascii() else title)
   with matplotlib.rc_context({**_RC, "svg.hashsalt": name}):
     figure = mpl_figure.Figure(figsize=_SIZE, layout="constrained")
     axes = figure.subplots()
@@ -129,23 +151,61 @@ def draw(name: str, title: str, caption: str, paint: Callable[[mpl_axes.Axes], N
       figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(handles)))
     svg, png = io.StringIO(), io.BytesIO()
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    lines = textwrap.fill(title, _TITLE_COLUMNS)
+    figure.suptitle(lines, x=0.02, ha="left", fontsize=10, fontweight="bold", parse_math=False)
     figure.savefig(png, format="png", dpi=160, facecolor="white", metadata={"Software": None})
   return Figure(name, title, caption, svg.getvalue(), png.getvalue())
 
 
-def plot(axes: mpl_axes.Axes, name: str, x: Sequence[float], y: Sequence[float]) -> None:
+def plot(
+  axes: mpl_axes.Axes, style: Style, x: Sequence[float], y: Sequence[float], **options: Any
+) -> None:
   """One series in its style."""
-  style = style_of(name)
-  size = 11 if style.marker == "*" else None
-  axes.plot(
+  look = {"markersize": 11} if style.marker == "*" else {}
+  look |= {"color": style.colour, "marker": style.marker, "linestyle": style.line}
+  axes.plot(x, y, label=style.title, **{**look, **options})
+
+
+def bars(
+  axes: mpl_axes.Axes,
+  style: Style,
+  x: Sequence[float],
+  y: Sequence[float],
+  ends: Sequence[intervals.Interval],
+) -> None:
+  """One series with the interval of every point."""
+  low = [max(0.0, value - end[0]) for value, end in zip(y, ends, strict=True)]
+  high = [max(0.0, end[1] - value) for value, end in zip(y, ends, strict=True)]
+  axes.errorbar(
     x,
     y,
+    yerr=[low, high],
     color=style.colour,
     marker=style.marker,
     linestyle=style.line,
+    elinewidth=0.8,
+    capsize=2,
     label=style.title,
-    markersize=size,
   )
+
+
+def line_style(turn: int, title: str) -> Style:
+  """The style of a series that is no measure, by its turn."""
+  return Style(*LINES[turn % len(LINES)], title)
+
+
+def full_depth(axes: mpl_axes.Axes, quality: float, error: float) -> None:
+  """The full model's quality and its 95 % interval, both in [0, 1], as a line and a band."""
+  low, high = (100.0 * end for end in intervals.of_error(quality, error))
+  axes.axhline(100.0 * quality, color=INK, linewidth=0.8, linestyle=":")
+  if not math.isnan(low):
+    axes.axhspan(low, high, color=INK, alpha=0.07, linewidth=0)
+
+
+_BAND = (
+  "Dotted: the full model, with its 95 % interval as a band; other points are of the same"
+  " prompts, so that they rise and fall with it."
+)
 
 
 def quality_against_layers(
@@ -154,17 +214,19 @@ def quality_against_layers(
   """Fig. 3: one point a threshold."""
 
   def paint(axes: mpl_axes.Axes) -> None:
+    styles = styles_of([curve.name for curve in found.curves])
     for curve in found.curves:
       scored = [point.scores for point in curve.points]
-      plot(axes, curve.name, [s.layers for s in scored], [100 * s.quality for s in scored])
-    axes.axhline(100 * found.full.scores.quality, color=INK, linewidth=0.8, linestyle=":")
+      x, y = [s.layers for s in scored], [100 * s.quality for s in scored]
+      plot(axes, styles[curve.name], x, y)
+    full_depth(axes, found.full.scores.quality, found.full.scores.quality_error)
     axes.set_xlabel("mean decoder layers a token")
     axes.set_ylabel(f"{metric} against references")
     axes.set_xlim(0.8, found.num_layers + 0.2)
 
   caption = (
     f"{found.num_prompts} validation prompts. One point a threshold; up and left is better."
-    " Dotted: the full model."
+    f" {_BAND}"
   )
   return draw(name, title, caption, paint)
 
@@ -178,6 +240,7 @@ def quality_against_seconds(
   beyond: list[str] = []
 
   def paint(axes: mpl_axes.Axes) -> None:
+    styles = styles_of([curve.name for curve in found.curves])
     limit = 1e3 * max(
       p.seconds for c in found.curves if c.name != tradeoff.ORACLE for p in c.points
     )
@@ -187,8 +250,8 @@ def quality_against_seconds(
       if curve.name == tradeoff.ORACLE and max(milliseconds, default=0) > 1.1 * limit:
         beyond.append(f"{milliseconds[0]:.0f} ms")
         continue
-      plot(axes, curve.name, milliseconds, [100 * p.scores.quality for p in points])
-    axes.axhline(100 * found.full.scores.quality, color=INK, linewidth=0.8, linestyle=":")
+      plot(axes, styles[curve.name], milliseconds, [100 * p.scores.quality for p in points])
+    full_depth(axes, found.full.scores.quality, found.full.scores.quality_error)
     axes.axvline(1e3 * found.full.seconds, color=INK, linewidth=0.8, linestyle=":")
     axes.set_xlabel("measured decode time a prompt, ms")
     axes.set_ylabel(f"{metric} against references")
@@ -198,8 +261,8 @@ def quality_against_seconds(
   figure = draw(name, title, "", paint)
   caption = (
     f"The same points against time: {found.num_timed} of the prompts, each decoded alone, all"
-    " settings in turn; median of the rounds. Dotted: the full model (static, no confidence)."
-    " Left of its line is faster."
+    f" settings in turn; median of the rounds. Left of the upright line is faster than the full"
+    f" model (static, no confidence). {_BAND}"
   )
   if beyond:
     caption += (

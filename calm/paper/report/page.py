@@ -8,11 +8,12 @@ from typing import Any
 import jinja2
 import markupsafe
 
+from calm.calibrate.generations import shown as escapes
 from calm.inference import colours
 from calm.paper.bench import results
 from calm.paper.experiments import examples
 from calm.paper.report.section import Panel, Section
-from calm.paper.report.tables import number, threshold, times
+from calm.paper.report.tables import number, threshold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Page:
     facts: (name, value) about the model, the machine and the command.
     sections: in the order of reading.
     num_layers: decoder layers of the model, for the colours.
+    headlines: what was found, one sentence a task, under the title.
   """
 
   title: str
   facts: tuple[tuple[str, str], ...]
   sections: tuple[Section, ...]
   num_layers: int
+  headlines: tuple[str, ...] = ()
 
 
 def render(page: Page) -> str:
@@ -40,26 +43,31 @@ def render(page: Page) -> str:
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
+    finalize=shown,
   )
   environment.filters["inline"] = lambda figure: markupsafe.Markup(figure.inline)
   environment.filters["data"] = _script_data
   environment.filters["threshold"] = threshold
-  environment.filters["times"] = times
   environment.filters["number"] = number
   return environment.get_template("page.html.j2").render(
     page=page,
-    light=_palette(page.num_layers, dark=False),
-    dark=_palette(page.num_layers, dark=True),
+    palette=_palette(page.num_layers),
     panel_data=panel_data,
+    certified_text=certified_text,
     first_level=lambda item, measure: item.levels[measure.chosen],
   )
 
 
-def _palette(num_layers: int, *, dark: bool) -> list[tuple[int, str, str]]:
+def shown(value: Any) -> Any:
+  """What a template writes: text of others with its control and direction marks visible."""
+  return escapes.visible(value) if type(value) is str else value
+
+
+def _palette(num_layers: int) -> list[tuple[int, str, str]]:
   """(layer, background, text colour) of every layer."""
   return [
     (layer, colour, colours.text_colour(colour))
-    for layer, colour in enumerate(colours.scale(num_layers, dark=dark), start=1)
+    for layer, colour in enumerate(colours.scale(num_layers), start=1)
   ]
 
 
@@ -70,12 +78,23 @@ def panel_data(panel: Panel) -> dict[str, Any]:
       {
         "name": measure.measure,
         "chosen": measure.chosen,
+        "certified": certified_text(measure.certified),
         "thresholds": list(measure.thresholds),
         "items": [[_level(level) for level in item.levels] for item in measure.items],
       }
       for measure in panel.measures
     ]
   }
+
+
+def certified_text(certified: examples.Certified | None) -> str:
+  """What stands under the slider about the point where it begins."""
+  if certified is None:
+    return "nothing is certified: the safest threshold is shown"
+  return (
+    f"certified: at {threshold(certified.threshold)} the mean distance is at most"
+    f" {certified.tolerance:g}, with probability {1.0 - certified.error_rate:.10g}"
+  )
 
 
 def _level(level: examples.Level) -> Mapping[str, Any]:
@@ -86,13 +105,12 @@ def _level(level: examples.Level) -> Mapping[str, Any]:
     "m": round(level.layers, 3),
     "d": round(level.distance, 3),
     "r": round(level.risk_difference, 3),
-    "s": round(level.speedup, 3),
   }
 
 
 def visible(pieces: Sequence[str]) -> list[str]:
   """Pieces as text: SentencePiece's mark is a space, the first of a text is dropped."""
-  text = [piece.replace("\u2581", " ") for piece in pieces]
+  text = [escapes.visible(piece).replace("\u2581", " ") for piece in pieces]
   return [text[0].lstrip(" "), *text[1:]] if text else []
 
 

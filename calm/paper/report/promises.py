@@ -1,23 +1,17 @@
 """Does the promise hold? Appendix B as a section."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from matplotlib import axes as mpl_axes
 
 from calm.paper.experiments import suite, validity
-from calm.paper.report import figures
+from calm.paper.report import figures, findings
 from calm.paper.report.figures import INK, Figure
 from calm.paper.report.section import Section
 from calm.paper.report.tables import Table, number, percent
 
 Reports = Sequence[suite.TaskReport]
-
-# Series that are no measures: (colour, marker, line).
-_LINES = (
-  ("#0072b2", "o", "-"),
-  ("#d55e00", "s", "--"),
-  ("#009e73", "^", "-."),
-)
 
 
 def promises_kept(reports: Reports) -> Section:
@@ -46,21 +40,20 @@ def _methods(report: suite.TaskReport, method: str) -> list[validity.MethodTrial
 
 def risk_figure(report: suite.TaskReport) -> Figure:
   """Figure (a), method 'auto': mean and spread of the risk on the test part."""
-  found = report.validity
+  found, entries = report.validity, _methods(report, "auto")
 
   def paint(axes: mpl_axes.Axes) -> None:
-    for entry in _methods(report, "auto"):
-      style = figures.style_of(entry.measure)
-      axes.errorbar(
+    styles = figures.styles_of(report.measures)
+    for entry in entries:
+      figures.bars(
+        axes,
+        styles[entry.measure],
         [split.tolerance for split in entry.splits],
         [split.risk_mean for split in entry.splits],
-        yerr=[split.risk_spread for split in entry.splits],
-        color=style.colour,
-        marker=style.marker,
-        linestyle=style.line,
-        elinewidth=0.8,
-        capsize=2,
-        label=style.title,
+        [
+          (split.risk_mean - split.risk_spread, split.risk_mean + split.risk_spread)
+          for split in entry.splits
+        ],
       )
     top = max(split.tolerance for entry in found.trials for split in entry.splits)
     axes.plot([0, top], [0, top], color=INK, linewidth=0.8, linestyle=":")
@@ -69,7 +62,7 @@ def risk_figure(report: suite.TaskReport) -> Figure:
 
   return figures.draw(
     f"validity_risk_{report.settings.name}",
-    f"{report.settings.title}: risk against tolerance",
+    findings.risks(entries, report.settings.title),
     f"{found.num_prompts} prompts, textual consistency, method auto. Bars: standard deviation"
     " over 50 splits, which is partly the test part's own noise.",
     paint,
@@ -78,26 +71,18 @@ def risk_figure(report: suite.TaskReport) -> Figure:
 
 def violations_figure(report: suite.TaskReport) -> Figure:
   """Figure (b), method 'auto': share of violations with its interval."""
-  found = report.validity
+  found, entries = report.validity, _methods(report, "auto")
 
   def paint(axes: mpl_axes.Axes) -> None:
-    entries = _methods(report, "auto")
+    styles = figures.styles_of(report.measures)
     for turn, entry in enumerate(entries):
-      style = figures.style_of(entry.measure)
-      shares = [100 * trial.share for trial in entry.validity]
-      low = [100 * max(0.0, trial.share - trial.interval[0]) for trial in entry.validity]
-      high = [100 * max(0.0, trial.interval[1] - trial.share) for trial in entry.validity]
       shift = 0.004 * (turn - (len(entries) - 1) / 2)  # or the bars would cover each other
-      axes.errorbar(
+      figures.bars(
+        axes,
+        dataclasses.replace(styles[entry.measure], line="none"),
         [trial.tolerance + shift for trial in entry.validity],
-        shares,
-        yerr=[low, high],
-        color=style.colour,
-        marker=style.marker,
-        linestyle="none",
-        elinewidth=0.8,
-        capsize=2,
-        label=style.title,
+        [100 * trial.share for trial in entry.validity],
+        [(100 * trial.interval[0], 100 * trial.interval[1]) for trial in entry.validity],
       )
     axes.axhline(100 * found.error_rate, color=INK, linewidth=0.8, linestyle=":")
     axes.set_ylim(bottom=0)
@@ -107,7 +92,7 @@ def violations_figure(report: suite.TaskReport) -> Figure:
   draws = found.trials[0].validity[0].trials if found.trials else 0
   return figures.draw(
     f"validity_share_{report.settings.name}",
-    f"{report.settings.title}: how often the promise fails",
+    findings.violations(entries, report.settings.title, found.error_rate),
     f"{draws} calibration sets of {found.calibration_size} prompts, method auto. Dotted: ε."
     " The promise fails by chance in at most that share.",
     paint,

@@ -1,18 +1,15 @@
 """The main table and the coloured outputs in a terminal."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TextIO, cast
 
 from rich import console as rich_console
-from rich import markup as rich_markup
-from rich import table as rich_table
 
-from calm.calibrate.generations.shown import visible
+from calm.calibrate import screen
 from calm.inference import colours
 from calm.paper.experiments import examples, suite
-from calm.paper.report import document, page
-from calm.paper.report.tables import Table, number, threshold, times
+from calm.paper.report import findings, page, table2
+from calm.paper.report.tables import Table, number, threshold
 
 
 def print_report(
@@ -26,39 +23,25 @@ def print_report(
     outputs: examples a task.
   """
   for report in reports:
-    print_table(console, narrow(document.gains_table(report)))
+    screen.say(console, f"\n{findings.headline(report)}", "bold")
+    print_table(console, table2.gains_table(report))
     for measure in report.examples[:1]:
       print_examples(console, measure, outputs)
 
 
-def narrow(table: Table) -> Table:
-  """Table 2 with the last method's columns only: both do not fit a terminal."""
-  (_, words), *_, (method, span) = table.groups
-  shown = [*range(words), *range(len(table.columns) - span, len(table.columns))]
-  pick = lambda cells: tuple(cells[i] for i in shown)
-  return dataclasses.replace(
-    table,
-    title=f"{table.title}, {method}",
-    columns=pick(table.columns),
-    rows=tuple(pick(row) for row in table.rows),
-    groups=(),
-  )
-
-
 def print_table(console: rich_console.Console, table: Table) -> None:
   """A table with its note."""
-  drawn = rich_table.Table(title=table.title, title_justify="left", padding=(0, 1))
-  for index, head in enumerate(table.heads):
-    drawn.add_column(head, justify="left" if index < table.text_columns else "right")
-  previous = None
-  for row in table.rows:
-    if previous is not None and row[: table.text_columns - 1] != previous:
-      drawn.add_section()
-    previous = row[: table.text_columns - 1]
-    drawn.add_row(*(rich_markup.escape(visible(cell)) for cell in row))
-  console.print(drawn)
+  # The headline and the page have the intervals.
+  shown = [i for i, head in enumerate(table.heads) if "95 %" not in head]
+  screen.print_table(
+    console,
+    [table.heads[i] for i in shown],
+    [[row[i] for i in shown] for row in table.rows],
+    title=table.title,
+    words=table.text_columns,
+  )
   if table.note:
-    console.print(visible(table.note), style="dim", markup=False, highlight=False)
+    screen.say(console, table.note, "dim")
 
 
 def print_examples(console: rich_console.Console, found: examples.Examples, count: int) -> None:
@@ -69,20 +52,20 @@ def print_examples(console: rich_console.Console, found: examples.Examples, coun
     highlight=False,
   )
   mode = colours.terminal_mode(stream=cast(TextIO, console.file))
-  print(colours.legend_terminal(found.num_layers, mode=mode), file=console.file)
+  if mode != "plain":
+    print(colours.legend_terminal(found.num_layers, mode=mode), file=console.file)
   for item in found.items[:count]:
     level = item.levels[level_at]
     pieces = page.visible(level.pieces)
     text = colours.to_terminal(pieces, level.exit_layers, found.num_layers, mode=mode)
-    console.print(f"\n{visible(item.id)}", style="dim", markup=False, highlight=False)
+    screen.say(console, f"\n{item.id}", "dim")
     for name, value in (("reference", item.reference), ("full", item.full)):
-      console.print(
-        f"  {name:<10} {visible(value)}", markup=False, highlight=False, soft_wrap=True
-      )
-    print(f"  {'early':<10} {text}", file=console.file)
-    console.print(
-      f"  D {number(level.distance)}, R {number(level.risk_difference)}, {level.layers:.2f}"
-      f" layers, speed-up {times(level.speedup)}",
-      style="dim",
-      highlight=False,
-    )
+      screen.say(console, f"  {name:<10} {value}", soft_wrap=True)
+    layers = f"{level.layers:.2f} layers a token"
+    if mode == "plain":
+      screen.say(console, f"  {'early':<10} {''.join(pieces)}", soft_wrap=True)
+      layers = f"layers {' '.join(map(str, level.exit_layers))}"
+    else:
+      print(f"  {'early':<10} {text}", file=console.file)
+    told = f"D {number(level.distance)}, R {number(level.risk_difference)}, {layers}"
+    screen.say(console, f"  {told}", "dim")

@@ -165,6 +165,32 @@ def test_one_command_makes_the_report_and_goes_on(folder, tmp_path, monkeypatch,
   assert {p: p.read_bytes() for p in (output / "cache").rglob("*.json*")} == stored
 
 
+def test_a_users_own_rows_are_split_as_fit_splits_them(folder, tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+  rows, output = tmp_path / "my rows.jsonl", tmp_path / "report"
+  lines = [
+    json.dumps({"id": f"r{i}", "source": f"s{i}", "input": f"w{i}", "target": f"<b>{i % 3}"})
+    for i in range(120)
+  ]
+  rows.write_text("\n".join(lines) + "\n", "utf-8")
+  command = ["report", f"--model={folder}", f"--train={rows}", f"--output={output}"]
+  command += ["--measures", "softmax", "--metric=token_f1", "--limit=4", "--timed=1"]
+  command += ["--rounds=1", "--step=0.5", "--ablated=2", "--batch_size=4"]
+  assert cli.main(command) == 0
+  said = capsys.readouterr().out
+  assert "My rows: " in said and "] my rows: oracle" in said
+  steps = [line for line in said.splitlines() if line.startswith("[")]
+  numbers = [int(line[1:].split("/")[0]) for line in steps]
+  planned = {int(line.split("/")[1].split("]")[0]) for line in steps}
+  assert numbers == sorted(numbers) and planned == {max(numbers)}
+  assert "left" in steps[-1]
+  page = (output / "index.html").read_text("utf-8")
+  assert "My rows: " in page and "token_f1" in page and "<b>" not in page.split("<main>")[1]
+  with pytest.raises(SystemExit):
+    cli.main([*command, f"--data={tmp_path}"])
+  assert "not allowed with" in capsys.readouterr().err
+
+
 def test_unknown_tasks_and_missing_data_are_named(folder, tmp_path, capsys):
   def run(*more):
     code = cli.main(["report", f"--model={folder}", f"--output={tmp_path / 'o'}", *more])

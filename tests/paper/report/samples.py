@@ -106,8 +106,7 @@ def shown():
       pieces,
       SETTINGS.metric,
       NUM_LAYERS,
-      chosen=0.6,
-      times={"p0": timings(1)},
+      certified=examples.Certified(0.6, 0.25, 0.05),
     )
     for measure in MEASURES
   )

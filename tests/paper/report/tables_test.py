@@ -69,6 +69,7 @@ def test_the_tradeoff_has_every_curve_and_its_seconds(report):
   assert softmax.points[2].scores.similarity < softmax.points[1].scores.similarity < 1.0
   depths = [p.scores.layers for p in found.curve("static").points]
   assert depths[0] == 4 and depths == sorted(depths, reverse=True)
+  assert softmax.points[1].speedup_interval == pytest.approx((4 / 2.2, 4 / 2.2))
   assert found.full.speedup == 1.0 and found.num_timed == 3 and found.num_prompts == 60
   assert found.curve("missing") is None
 
@@ -85,6 +86,8 @@ def test_gains_calibrate_on_one_part_and_look_at_the_other(report):
   exits = [r.exit_layers for r in cached.records[1][48:]]
   assert auto.layers == pytest.approx(sum(map(sum, exits)) / sum(map(len, exits)))
   assert auto.speedup == pytest.approx(4 / 2.2) and auto.flops_reduction == 1.5
+  assert auto.speedup_interval == pytest.approx((4 / 2.2, 4 / 2.2))  # all prompts alike
+  assert auto.risk_interval[0] <= auto.risk < auto.risk_interval[1] < 0.5
 
 
 def test_risk_is_clipped_for_the_paper_and_signed_for_the_bettor(report):
@@ -107,7 +110,7 @@ def test_nothing_certified_is_the_full_model():
   assert {gain.speedup for row in timed.rows for gain in row.gains} == {1.0}
 
 
-def test_examples_show_distance_risk_layers_and_speed(report):
+def test_examples_show_distance_risk_and_layers(report):
   shown = report.examples[0]
   assert shown.thresholds[shown.chosen] == 0.6
   first = shown.items[0]
@@ -118,7 +121,8 @@ def test_examples_show_distance_risk_layers_and_speed(report):
   assert below.distance == pytest.approx(1 - 2 * (words - 1) / (2 * words - 1))
   assert below.risk_difference > 0 and above.risk_difference == 0.0
   assert below.layers == pytest.approx((4 + words - 1) / words)
-  assert below.speedup == pytest.approx(4 / 1.1) and above.pieces[-1] == "⏎"
+  assert above.pieces[-1] == "⏎"
+  assert shown.certified == examples.Certified(0.6, 0.25, 0.05)
 
 
 def test_examples_are_taken_in_order_from_those_that_change():

@@ -28,7 +28,6 @@ for (const panel of document.querySelectorAll("[data-panel]")) {
       example.querySelector(".d").textContent = number(level.d, 2);
       example.querySelector(".r").textContent = number(level.r, 2);
       example.querySelector(".m").textContent = number(level.m, 2);
-      example.querySelector(".s").textContent = level.s === null ? "–" : "×" + number(level.s, 2);
     });
     find("overall").textContent = tokens ? number(layers / tokens, 2) + " layers a token" : "–";
   }
@@ -37,6 +36,10 @@ for (const panel of document.querySelectorAll("[data-panel]")) {
     const chosen = data.measures[measure.value];
     slider.max = chosen.thresholds.length - 1;
     slider.value = chosen.chosen;
+    const mark = find("mark");
+    mark.hidden = !chosen.certified.startsWith("certified");
+    mark.style.setProperty("--at", chosen.chosen / Math.max(1, chosen.thresholds.length - 1));
+    find("promise").textContent = chosen.certified;
     show();
   });
   slider.addEventListener("input", show);

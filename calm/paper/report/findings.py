@@ -1,0 +1,205 @@
+"""What figures and tables show, as sentences made from their numbers."""
+
+import math
+from collections.abc import Sequence
+
+from calm.exits import schedules
+from calm.paper.bench import intervals
+from calm.paper.experiments import (
+  decay,
+  gains,
+  perturbations,
+  suite,
+  tradeoff,
+  trainings,
+  validity,
+)
+from calm.paper.report.figures import series_title
+from calm.paper.report.tables import number, threshold, times
+
+# Share of the full model's quality that counts as kept.
+KEPT = 0.98
+
+
+def headline(report: suite.TaskReport) -> str:
+  """The result of a task in one sentence, or two where a remark is due."""
+  title, best = report.settings.title.capitalize(), best_gain(report.gains, "textual")
+  if best is None or not best[1].speedup > 1.0:
+    found = "" if best is None else f"; the fastest that is certified runs {pace(best[1])}"
+    return f"{title}: full depth serves best here, nothing faster was certified{found}."
+  row, gain = best
+  drift = f"drift {gain.risk:.2f}{ends(gain.risk_interval)}"
+  return (
+    f"{title}: decodes {pace(gain)}; {drift} where {row.target.tolerance:g} was promised"
+    f" ({series_title(row.measure)}, threshold {threshold(gain.threshold)},"
+    f" {report.gains.num_unseen} unseen prompts).{remark(row, gain)}"
+  )
+
+
+def pace(gain: gains.Gain) -> str:
+  """Like `×1.90 as fast (1.70 to 2.10)`."""
+  return f"{times(gain.speedup)} as fast{ends(gain.speedup_interval)}"
+
+
+def ends(interval: intervals.Interval, digits: int = 2) -> str:
+  """Like ` (0.02 to 0.12)`, or nothing where it is unknown."""
+  if any(map(math.isnan, interval)):
+    return ""
+  return f" ({number(interval[0], digits)} to {number(interval[1], digits)})"
+
+
+def above(row: gains.Row, gain: gains.Gain) -> bool:
+  """Whether the risk that was measured on unseen prompts is above what was promised."""
+  return gain.risk > row.target.tolerance
+
+
+def remark(row: gains.Row, gain: gains.Gain) -> str:
+  """What there is to say where a measured risk is above the tolerance, with a space before."""
+  if not above(row, gain):
+    return ""
+  if gain.risk_interval[0] > row.target.tolerance:
+    return " That is more than was promised, and its interval lies above it: do not rely on it."
+  return (
+    " That is above the promise, which is of the expectation; so few prompts cannot tell the"
+    " two apart."
+  )
+
+
+def best_gain(found: gains.Gains, consistency: str) -> tuple[gains.Row, gains.Gain] | None:
+  """The certified cell at the tightest tolerance that is faster than full depth.
+
+  Where none is faster, the fastest that was certified; None where nothing was.
+  """
+  cells = [
+    (row, gain)
+    for row in found.rows
+    for gain in row.gains
+    if row.target.consistency == consistency and gain.threshold != schedules.NEVER_EXIT
+  ]
+  faster = [cell for cell in cells if cell[1].speedup > 1.0]
+  tightest = min((row.target.tolerance for row, _ in faster), default=None)
+  among = [cell for cell in faster if cell[0].target.tolerance == tightest] or cells
+  return max(among, key=lambda cell: _or_least(cell[1].speedup), default=None)
+
+
+def _or_least(value: float) -> float:
+  return -math.inf if math.isnan(value) else value
+
+
+def quality_and_layers(found: tradeoff.TradeOff, title: str, metric: str) -> str:
+  """Title of Fig. 3 against layers."""
+  kept = _kept(found)
+  if not kept:
+    return f"{title}: no measure keeps {KEPT:.0%} of the full model's {metric}"
+  layers, name = min((point.scores.layers, name) for name, point in kept)
+  return (
+    f"{title}: {series_title(name)} keeps {KEPT:.0%} of the {metric} with {layers:.1f} of"
+    f" {found.num_layers} layers"
+  )
+
+
+def quality_and_seconds(found: tradeoff.TradeOff, title: str, metric: str) -> str:
+  """Title of Fig. 3 against seconds."""
+  timed = [(p.speedup, name, p) for name, p in _kept(found) if p.speedup > 1.0]
+  if not timed:
+    return f"{title}: nothing that keeps {KEPT:.0%} of the {metric} is faster than full depth"
+  best, name, point = max(timed, key=lambda entry: entry[:2])
+  return (
+    f"{title}: {series_title(name)} keeps {KEPT:.0%} of the {metric} up to {times(best)} as"
+    f" fast{ends(point.speedup_interval, 1)}"
+  )
+
+
+def _kept(found: tradeoff.TradeOff) -> list[tuple[str, tradeoff.Point]]:
+  """Points of measures that keep the quality."""
+  least = KEPT * found.full.scores.quality
+  return [
+    (curve.name, point)
+    for curve in found.curves
+    if curve.name not in (tradeoff.STATIC, tradeoff.ORACLE)
+    for point in curve.points
+    if point.scores.quality >= least
+  ]
+
+
+def risks(entries: Sequence[validity.MethodTrials], title: str) -> str:
+  """Title of the figure of risk against tolerance."""
+  over = [
+    (split.risk_mean - split.tolerance, entry.measure, split.tolerance)
+    for entry in entries
+    for split in entry.splits
+    if split.risk_mean > split.tolerance
+  ]
+  if not over:
+    return f"{title}: the mean risk stays below what was promised, at every δ"
+  excess, name, tolerance = max(over)
+  return (
+    f"{title}: the mean risk passes what was promised by up to {excess:.3f}"
+    f" ({series_title(name)}, δ = {tolerance:g})"
+  )
+
+
+def violations(entries: Sequence[validity.MethodTrials], title: str, error_rate: float) -> str:
+  """Title of the figure of broken promises."""
+  trials = [trial for entry in entries for trial in entry.validity]
+  worst = max((trial.share for trial in trials), default=0.0)
+  allowed = f"{100 * error_rate:g} % are allowed"
+  if any(trial.interval[0] > error_rate for trial in trials):
+    return f"{title}: the promise breaks too often, in up to {100 * worst:.1f} % ({allowed})"
+  return f"{title}: the promise breaks in at most {100 * worst:.1f} % of the draws ({allowed})"
+
+
+def perturbed(found: perturbations.Perturbations, title: str) -> str:
+  """Title of Fig. 2a."""
+  first, last = found.sampling[0], found.sampling[-1]
+  fell = last.similarity - first.similarity
+  spread = 1.96 * math.hypot(first.similarity_error, last.similarity_error)
+  told = f"{100 * first.similarity:.0f} against {100 * last.similarity:.0f} of 100 stay"
+  if not abs(fell) > spread:  # also where there is no error to go by
+    return f"{title}: a wrong token costs about as much wherever it stands ({told})"
+  return f"{title}: an early wrong token costs {'more' if fell > 0 else 'less'} ({told})"
+
+
+def thresholds_shown(found: decay.Decay) -> str:
+  """Title of Fig. 2b."""
+  last = found.values[-1]
+  return (
+    f"λ = {last.threshold:g} asks {last.values[0]:.2f} of the first token and"
+    f" {last.values[-1]:.2f} of the last ({last.name})"
+  )
+
+
+def schedules_compared(found: decay.Decay, title: str) -> str:
+  """Title of Fig. 2c."""
+  least = 0.95
+  layers = {curve.name: decay.reachable_layers(curve, least) for curve in found.curves}
+  known = {name: value for name, value in layers.items() if not math.isnan(value)}
+  if decay.CONSTANT not in known or len(known) < 2:
+    return f"{title}: too few points reach {least:.0%} of the full model's text to compare"
+  best = min(known, key=lambda name: known[name])
+  told = ", ".join(f"{name} {value:.1f}" for name, value in known.items())
+  alike = max(known.values()) - known[best] < 0.1
+  what = "schedules need as many layers" if alike else f"{best} needs the fewest layers"
+  return f"{title}: for {least:.0%} of the full model's text, {what} ({told})"
+
+
+def classifiers(found: trainings.Comparison, title: str) -> str:
+  """Title of App. D's figure."""
+  least = KEPT * max(p.scores.quality for curve in found.curves for p in curve.points)
+  layers = []
+  for curve in found.curves:
+    kept = [p.scores.layers for p in curve.points if p.scores.quality >= least]
+    layers.append(f"{curve.name} {min(kept):.1f}" if kept else f"{curve.name} never")
+  return f"{title}: layers for {KEPT:.0%} of the best quality: {', '.join(layers)}"
+
+
+def objectives(found: trainings.Comparison, title: str) -> str:
+  """Title of the figure about Eq. 6."""
+  of = {curve.name: curve.points for curve in found.curves}
+  pairs = list(zip(of[trainings.ALL_LAYERS], of[trainings.LAST_LAYER], strict=True))
+  gained = [(100 * (a.scores.quality - b.scores.quality), a.scores.layers) for a, b in pairs]
+  full, (most, layer) = gained[0][0], max(gained)  # points descend from full depth
+  return (
+    f"{title}: Eq. 6 is worth {most:+.0f} points after layer {layer:.0f}, and {full:+.1f} at"
+    " full depth"
+  )

@@ -1,0 +1,151 @@
+"""Titles and headlines turn with the numbers that they are made from."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib", reason="needs the extra 'report'")
+pytest.importorskip("jax", reason="needs the extra 'decode'")
+
+from calm.exits import schedules
+from calm.paper.bench import intervals
+from calm.paper.experiments import perturbations
+from calm.paper.report import document, findings, table2
+from tests.paper.report import samples
+
+
+@pytest.fixture(scope="module")
+def report():
+  return samples.report()
+
+
+def with_gains(report, change):
+  rows = tuple(
+    dataclasses.replace(row, gains=tuple(change(row, gain) for gain in row.gains))
+    for row in report.gains.rows
+  )
+  return dataclasses.replace(report, gains=dataclasses.replace(report.gains, rows=rows))
+
+
+def test_the_headline_has_speed_drift_promise_and_their_intervals(report):
+  text = findings.headline(report)
+  assert text.startswith("Summaries: decodes ×1.82 as fast (1.82 to 1.82); drift 0.0")
+  assert " where 0.1 was promised (softmax, threshold 0.6, 12 unseen prompts)." in text
+  assert text.endswith("prompts).")  # nothing to remark
+
+
+def test_a_risk_above_the_promise_is_remarked(report):
+  def worse(low):
+    return with_gains(
+      report,
+      lambda row, gain: dataclasses.replace(gain, risk=0.3, risk_interval=(low, 0.5)),
+    )
+
+  few = worse(0.05)
+  assert "so few prompts cannot tell the two apart" in findings.headline(few)
+  assert "do not rely on it" in findings.headline(worse(0.28))
+  table, _ = table2.calibrated_gains([few]).tables
+  marked = [row for row in table.rows if any("▲" in cell for cell in row)]
+  assert len(marked) == len(table.rows) and "▲: 12 of 12 measured risks are above" in table.note
+  assert "in 3 of them the whole interval is" in table.note  # δ = 0.02, of the signed loss
+  quiet, _ = table2.calibrated_gains([report]).tables
+  assert "No measured risk is above its δ." in quiet.note
+
+
+def test_where_nothing_is_faster_full_depth_is_said_to_be_best(report):
+  slow = with_gains(report, lambda row, gain: dataclasses.replace(gain, speedup=0.8))
+  assert findings.headline(slow).startswith("Summaries: full depth serves best here")
+  assert "the fastest that is certified runs ×0.80 as fast" in findings.headline(slow)
+  never = with_gains(
+    report, lambda row, gain: dataclasses.replace(gain, threshold=schedules.NEVER_EXIT)
+  )
+  assert findings.best_gain(never.gains, "textual") is None
+  assert findings.headline(never).endswith("nothing faster was certified.")
+  untimed = with_gains(report, lambda row, gain: dataclasses.replace(gain, speedup=math.nan))
+  assert "full depth serves best" in findings.headline(untimed)
+
+
+def test_titles_of_figure_3_are_its_numbers(report):
+  found = report.tradeoff
+  title = findings.quality_and_layers(found, "summaries", "ROUGE-L")
+  kept = [
+    point.scores.layers
+    for curve in found.curves
+    if curve.name in samples.MEASURES
+    for point in curve.points
+    if point.scores.quality >= 0.98 * found.full.scores.quality
+  ]
+  assert title.endswith(f"keeps 98% of the ROUGE-L with {min(kept):.1f} of 4 layers")
+  seconds = findings.quality_and_seconds(found, "summaries", "ROUGE-L")
+  assert seconds.endswith("of the ROUGE-L up to ×1.82 as fast (1.8 to 1.8)")
+  better = dataclasses.replace(found.full.scores, quality=2.0)
+  none = dataclasses.replace(found, full=dataclasses.replace(found.full, scores=better))
+  assert "no measure keeps" in findings.quality_and_layers(none, "summaries", "ROUGE-L")
+  assert "nothing that keeps" in findings.quality_and_seconds(none, "summaries", "ROUGE-L")
+
+
+def test_titles_of_broken_promises(report):
+  entries = report.validity.trials
+  entry = entries[0]
+  split = dataclasses.replace(entry.splits[0], risk_mean=0.3)
+  trial = dataclasses.replace(entry.validity[0], share=0.6, interval=(0.3, 0.9))
+  broken = (dataclasses.replace(entry, splits=(split,), validity=(trial,)),)
+  over = 0.3 - split.tolerance
+  assert f"by up to {over:.3f} (softmax, δ = 0.05)" in findings.risks(broken, "t")
+  assert "breaks too often, in up to 60.0 % (5 %" in findings.violations(broken, "t", 0.05)
+  kept = (dataclasses.replace(entry, splits=(dataclasses.replace(split, risk_mean=0.0),)),)
+  assert "stays below" in findings.risks(kept, "t")
+
+
+@pytest.mark.parametrize(
+  ("first", "last", "error", "says"),
+  [
+    (0.5, 0.9, 0.05, "an early wrong token costs more (50 against 90 of 100 stay)"),
+    (0.9, 0.5, 0.05, "an early wrong token costs less"),
+    (0.5, 0.6, 0.05, "costs about as much wherever it stands"),
+    (0.5, 0.9, math.nan, "costs about as much wherever it stands"),
+  ],
+)
+def test_titles_of_wrong_tokens_heed_their_errors(first, last, error, says):
+  points = tuple(
+    perturbations.Position(at, 60, 0.5, value, 0.5, 0.6, error)
+    for at, value in ((0, first), (9, last))
+  )
+  found = perturbations.Perturbations("rouge_l", 60, points, points)
+  assert says in findings.perturbed(found, "summaries")
+
+
+def test_every_figure_of_the_page_is_titled_by_what_it_shows(report):
+  sections = document.sections([report])
+  titles = [figure.title for section in sections for figure in section.figures]
+  assert len(set(titles)) == len(titles)
+  for title in titles:
+    assert any(c.isdigit() for c in title) or "stays below" in title, title
+    assert title[0].isupper() or not title[0].isalpha() or title[0] == "λ"
+
+
+def test_intervals_cover_and_shrink():
+  rng = np.random.default_rng(1)
+  missed = 0
+  for _ in range(100):
+    losses = (rng.random(24) < 0.1) * rng.random(24)  # expectation 0.05
+    low, high = intervals.of_mean(losses)
+    assert 0.0 <= low <= losses.mean() <= high <= 1.0
+    missed += not low <= 0.05 <= high
+  assert missed <= 5
+  assert intervals.of_mean([0.0] * 24)[0] == 0.0 and intervals.of_mean([0.0] * 24)[1] > 0.1
+  assert intervals.of_mean([0.0] * 500)[1] < 0.02
+  low, high = intervals.of_mean([-1.0, 0.0, 0.0, 0.4] * 6, -1.0)
+  assert -1.0 <= low < -0.15 < high < 1.0
+  assert all(map(math.isnan, intervals.of_mean([])))
+
+
+def test_intervals_of_ratios_are_over_prompts():
+  full, early = [4.0, 4.0, 4.0, 4.0], [1.0, 2.0, 3.0, 2.0]
+  low, high = intervals.of_ratio(full, early)
+  assert 4 / 3 <= low < 2.0 < high <= 4.0
+  assert intervals.of_ratio(full, early) == (low, high)
+  assert intervals.of_ratio(full, [2.0] * 4) == (2.0, 2.0)
+  assert all(map(math.isnan, intervals.of_ratio([1.0], [1.0])))
