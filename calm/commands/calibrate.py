@@ -20,10 +20,11 @@ import dataclasses
 import pathlib
 
 from rich import console as rich_console
+from rich import markup as rich_markup
 from rich import progress as rich_progress
 
 from calm import calibrate as calibrate_lib
-from calm.calibrate import Support, generations, planning, sequential, thresholds
+from calm.calibrate import Support, generations, planning, screen, sequential, thresholds
 from calm.calibrate.evidence import methods, multiple_testing
 from calm.calibrate.generations import foreign, order
 from calm.calibrate.generations.shown import visible
@@ -68,35 +69,36 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_test(parser: argparse.ArgumentParser) -> None:
-  rate = {"type": float, "metavar": "RATE"}
-  parser.add_argument("--tolerance", default=0.1, help="delta (default 0.1)", **rate)
-  parser.add_argument("--error_rate", default=0.05, help="epsilon (default 0.05)", **rate)
+  for name, default, text in (("tolerance", 0.1, "delta"), ("error_rate", 0.05, "epsilon")):
+    told = f"{text} (default %(default)s)"
+    parser.add_argument(f"--{name}", type=float, metavar="RATE", default=default, help=told)
   parser.add_argument(
     "--kind",
     choices=["textual", "risk_signed", "risk_clipped"],
     default="textual",
-    help="loss: distance to the full model's text (textual, the default), or increase of the"
-    " risk against references",
+    metavar="NAME",
+    help="loss: textual, distance to the full model's text; risk_signed or risk_clipped,"
+    " increase of the risk against references (default %(default)s)",
   )
   parser.add_argument(
     "--metric",
     default="rouge_l",
     metavar="NAME",
-    help="rouge_l (default), token_f1, exact_match, chrf, file.py:function, or module:function"
-    " (installed, or a file of the working directory)",
+    help="rouge_l, token_f1, exact_match, chrf, file.py:function, or module:function"
+    " (installed, or a file of the working directory) (default %(default)s)",
   )
   parser.add_argument(
     "--method",
     default="auto",
     metavar="NAME",
-    help=f"p-values: {', '.join(methods.METHODS)} (default auto: betting, or binomial where"
-    " losses are 0 or 1)",
+    help=f"p-values: {', '.join(methods.METHODS)} (default %(default)s: betting, or binomial"
+    " where losses are 0 or 1)",
   )
   parser.add_argument(
     "--testing",
     default="fixed_sequence",
     metavar="NAME",
-    help=f"{', '.join(multiple_testing.PROCEDURES)} (default fixed_sequence)",
+    help=f"{', '.join(multiple_testing.PROCEDURES)} (default %(default)s)",
   )
   parser.add_argument(
     "--by_group", action="store_true", help="calibrate on means over each prompt's group"
@@ -134,7 +136,7 @@ def _save(arguments, console, result: calibrate_lib.Calibration, cached=None) ->
   )
   result.save(output)
   certificate.print_calibration(console, result, cached)
-  console.print(f"Written to {visible(output)}, digest {result.digest}", markup=False)
+  screen.say(console, f"Written to {output}, digest {result.digest}")
   return 0
 
 
@@ -145,9 +147,11 @@ def _plan(arguments, console, cached: generations.Generations) -> None:
   count, name = len(set(units)), arguments.testing
   clusters = len(set(order.known_groups(cached.prompts) or cached.ids))
   if not arguments.by_group and clusters < len(cached.ids):
-    console.print(
-      f"[yellow]The {len(cached.ids)} prompts come in {clusters} groups and are taken for"
-      " independent all the same; --by_group promises over groups.[/yellow]"
+    screen.say(
+      console,
+      f"The {len(cached.ids)} prompts come in {clusters} groups and are taken for"
+      " independent all the same; --by_group promises over groups.",
+      "yellow",
     )
   share = (
     multiple_testing.first_share(name, len(cached.thresholds))
@@ -186,20 +190,22 @@ def _tell_power(
       error_rate=rates[1],
       method=arguments.method,
     )
-    console.print(
-      f"Power by prompts and threshold, judged by {visible(arguments.pilot)}:\n{curve}",
-      markup=False,
+    screen.say(
+      console, f"Power by prompts and threshold, judged by {arguments.pilot}:\n{curve}"
     )
   elif support.lower < 0.0:
     forecast = planning.forecast(count, *rates, method=arguments.method)
     if forecast:
-      console.print(f"[yellow]{forecast}[/yellow]")
+      screen.say(console, forecast, "yellow")
 
 
 def _calibrate(arguments, console, cached, seed=None) -> calibrate_lib.Calibration:
   promise = promise_flags.promise_of(arguments, cached)  # refused before any text is compared
-  with rich_progress.Progress(console=console, transient=True) as bar:
-    task = bar.add_task(f"{arguments.metric} losses", total=None)
+  columns = (*rich_progress.Progress.get_default_columns(), rich_progress.MofNCompleteColumn())
+  with rich_progress.Progress(*columns, console=console, transient=True) as bar:
+    # Descriptions are read as markup, which a path need not be.
+    name = rich_markup.escape(visible(arguments.metric))
+    task = bar.add_task(f"{name} losses", total=None)
     losses = _losses(
       arguments, cached, lambda done, total: bar.update(task, completed=done, total=total)
     )
@@ -228,8 +234,8 @@ def _verify(arguments, console, cached: generations.Generations) -> int:
       f"Expected {arguments.verify} to be what these outputs give, got other fields {differ}:"
       " it was made from other outputs or by another version, or was edited."
     )
-  console.print(f"{arguments.verify} is what these outputs give (digest {told.digest}).")
-  console.print(told.guarantee)
+  screen.say(console, f"{arguments.verify} is what these outputs give (digest {told.digest}).")
+  screen.say(console, told.guarantee)
   return 0
 
 

@@ -2,10 +2,9 @@
 
 from rich import console as rich_console
 from rich import markup as rich_markup
-from rich import table as rich_table
 
 from calm import calibrate as calibrate_lib
-from calm.calibrate import generations, thresholds
+from calm.calibrate import generations, screen, thresholds, views
 from calm.calibrate.generations import columns
 from calm.calibrate.generations.shown import visible
 
@@ -17,51 +16,26 @@ def print_calibration(
 ) -> None:
   """The table of the tested thresholds and the promise in words."""
   layers = mean_layers(cached)
-  table = rich_table.Table(
-    title=rich_markup.escape(
-      visible(f"{result.kind} loss, {result.metric}; p-values: {result.method}")
-    )
-  )
-  for name in (_unit(result), "mean loss", "upper bound", "p-value", "certified"):
-    table.add_column(name, justify="right")
-  if layers:
-    table.add_column("layers / token", justify="right")
-  place = result.promise.place([row.rejected for row in result.rows])
-  for number, row in enumerate(result.rows):
+  heads = [views.unit(result), "mean loss", "upper bound", "p-value", "certified"]
+  rows, chosen = [], views.place(result)
+  for name, row in zip(views.names(result), result.rows, strict=True):
     cells = [
-      _name(result, number),
+      name,
       f"{row.mean:.4f}",
       f"{row.upper_bound:.4f}",
-      f"{row.p_value:.3g}",
+      f"{row.p_value:.2g}",
       "yes" if row.rejected else "no",
     ]
-    if layers:
-      cells.append(f"{layers[row.threshold]:.2f}")
-    table.add_row(*cells, style="bold" if number == place else None)
-  console.print(table)
+    rows.append([*cells, f"{layers[row.threshold]:.2f}"] if layers else cells)
+  heads += ["layers / token"] if layers else []
+  title = f"{views.loss_name(result)}, {result.metric}; p-values: {result.method}"
+  screen.print_table(console, heads, rows, title=title, words=0, bold=chosen)
+  found = thresholds.NEVER_EXIT_TEXT if chosen is None else views.names(result)[chosen]
   console.print(
-    f"Calibrated {_unit(result)}: [bold]"
-    f"{thresholds.NEVER_EXIT_TEXT if place is None else _name(result, place)}[/bold]"
+    f"Calibrated {views.unit(result)}: [bold]{rich_markup.escape(visible(found))}[/bold]"
     f" ({rich_markup.escape(visible(result.reason))})"
   )
-  console.print(visible(result.guarantee), markup=False)
-
-
-def _names(result: calibrate_lib.Calibration) -> tuple[str, ...]:
-  """What rows are called, where that is no threshold."""
-  return result.knobs or getattr(result.promise, "configurations", ())
-
-
-def _name(result: calibrate_lib.Calibration, place: int) -> str:
-  if _names(result):
-    return rich_markup.escape(visible(_names(result)[place]))
-  return thresholds.format_threshold(result.rows[place].threshold)
-
-
-def _unit(result: calibrate_lib.Calibration) -> str:
-  if result.knobs:
-    return "knob"
-  return "configuration" if _names(result) else "threshold"
+  screen.say(console, result.guarantee)
 
 
 def mean_layers(cached: generations.Generations | None) -> dict[float, float]:

@@ -9,41 +9,31 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import calm
+from calm.commands import helping
 
 DESCRIPTION = """\
 Confident Adaptive Language Modeling: a T5 whose tokens leave the decoder as soon as they are
 sure, with a promise about what that may cost.
+"""
 
-  calm demo                                    all of it on the packed model, in minutes
-  calm fit       --model=... --train=rows.jsonl --output=mine     everything, from rows
-  calm train     --gin_file=...                train the exits
-  calm generate  --prompts=... --output=DIR    decode at every threshold of a grid
-  calm calibrate DIR --tolerance=0.1           choose the threshold, with a guarantee
-  calm infer     --calibration=DIR/calibration.json --prompts=...
-  calm merge     DIR                           what many processes decoded, as one
-  calm report    --data=... --output=DIR       the paper's tables and figures, on one page
+EPILOG = """\
+Begin with `calm demo`, which runs all of it on the model in the box; `calm COMMAND --help` has
+options and examples.
 
-What is trusted: gin files, gin bindings and `--metric module:function` run code by design, as
-your shell does; use those that you would run. Everything else is data, from whomever: models
-(nothing is ever unpickled), vocabularies, prompts, generations and calibrations are checked and
-refused with their file and line, and none of them is executed. No network is used.
+Gin files, gin bindings and `--metric module:function` run code, as your shell does: use those
+that you would run. Everything else is data, which is checked and never executed.
 """
 
 COMMANDS = {
-  "fit": "a T5 and rows -> a folder that serves early exits under a promise",
-  "train": "train a model with an exit at every decoder layer",
-  "generate": "decode prompts at full depth and at every threshold, into a folder",
-  "calibrate": "turn such a folder into a calibrated threshold (no JAX needed)",
+  "demo": "all of it on the model in the box, in minutes",
+  "fit": "from a T5 and rows to a folder that serves under a promise",
+  "train": "train an exit at every decoder layer",
+  "generate": "decode prompts at every threshold of a grid",
+  "calibrate": "choose the threshold, with a guarantee (no JAX)",
   "infer": "decode prompts under a calibrated threshold",
-  "merge": "put the shards of `calm generate` or `calm infer` together (no JAX needed)",
-  "demo": "the whole pipeline on the packed model and prompts",
-  "report": "every table and figure of the paper, for a model and its data",
+  "merge": "put the shards of `generate` or `infer` together",
+  "report": "the paper's tables and figures on one page",
 }
-
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-  """Descriptions as they are written, and room for an option before its help."""
-  return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,26 +71,33 @@ def _underscored(word: str) -> str:
   return "--" + name[2:].replace("-", "_") + equals + value
 
 
+def make_parser(chosen: str | None = None) -> argparse.ArgumentParser:
+  """The command's parser; only the chosen command's module, and what it needs, is imported."""
+  parser = _Parser(
+    prog="calm",
+    description=DESCRIPTION,
+    epilog=EPILOG,
+    formatter_class=helping.Formatter,
+  )
+  parser.add_argument("--version", action="version", version=f"calm {calm.__version__}")
+  commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+  for name, summary in COMMANDS.items():
+    command = commands.add_parser(name, help=summary, formatter_class=helping.Formatter)
+    if name == chosen:
+      module = importlib.import_module(f"calm.commands.{name}")
+      command.description = module.__doc__
+      module.add_arguments(command)
+      command.set_defaults(run=module.run)
+  return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns the process's exit code."""
   argv = list(sys.argv[1:] if argv is None else argv)
   # Read when TensorFlow starts: its notes on its build are no news of ours.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-  parser = _Parser(
-    prog="calm",
-    description=DESCRIPTION,
-    formatter_class=_formatter,
-  )
-  parser.add_argument("--version", action="version", version=f"calm {calm.__version__}")
-  commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
   chosen = next((word for word in argv if word in COMMANDS), None)
-  for name, summary in COMMANDS.items():
-    command = commands.add_parser(name, help=summary, formatter_class=_formatter)
-    if name == chosen:  # only the chosen command's module, and what it needs, is imported
-      module = importlib.import_module(f"calm.commands.{name}")
-      command.description = module.__doc__
-      module.add_arguments(command)
-      command.set_defaults(run=module.run)
+  parser = make_parser(chosen)
   arguments = parser.parse_args([_underscored(word) for word in argv])
   return arguments.run(arguments)
 

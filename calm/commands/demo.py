@@ -17,7 +17,6 @@ from typing import Any
 
 from rich import console as rich_console
 from rich import progress as rich_progress
-from rich import table as rich_table
 
 from calm.calibrate import (
   Calibration,
@@ -26,11 +25,11 @@ from calm.calibrate import (
   calibrate,
   generations,
   planning,
+  screen,
   thresholds,
 )
 from calm.calibrate.generations import records
 from calm.calibrate.generations import writer as writer_lib
-from calm.calibrate.generations.shown import visible
 from calm.calibrate.losses import metrics, sequence_losses
 from calm.commands import certificate, common, model_flags
 
@@ -45,8 +44,12 @@ REPEATS = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the command's options."""
   rate = {"type": float, "metavar": "RATE"}
-  parser.add_argument("--tolerance", default=TOLERANCE, help="delta (default 0.1)", **rate)
-  parser.add_argument("--error_rate", default=ERROR_RATE, help="epsilon (default 0.05)", **rate)
+  parser.add_argument(
+    "--tolerance", default=TOLERANCE, help="delta (default %(default)s)", **rate
+  )
+  parser.add_argument(
+    "--error_rate", default=ERROR_RATE, help="epsilon (default %(default)s)", **rate
+  )
   parser.add_argument(
     "--measure",
     metavar="NAME",
@@ -58,12 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="layers after which a token may leave, like 2,4, or all (default: the model's own)",
   )
   parser.add_argument(
-    "--model", default="packed", metavar="FOLDER", help="a checkpoint, or 'packed' (default)"
+    "--model",
+    default="packed",
+    metavar="FOLDER",
+    help="a checkpoint, or 'packed' (default %(default)s)",
   )
   number = {"type": int, "metavar": "N"}
   parser.add_argument("--limit", help="use only the first N prompts of each set", **number)
   parser.add_argument(
-    "--examples", default=4, help="outputs to show at the end (default 4)", **number
+    "--examples", default=4, help="outputs to show at the end (default %(default)s)", **number
   )
   parser.add_argument(
     "--output", metavar="DIR", help="keep the generations in this folder (resumable)"
@@ -170,8 +176,9 @@ def generate_grid(
     task = bar.add_task("encode and decode")
 
     def advance(threshold, number, count):
-      del threshold, number
-      bar.update(task, advance=1, total=count * (len(levels) + 1))
+      del threshold
+      text = f"encode and decode batch {number + 1} of {count}"
+      bar.update(task, advance=1, total=count * (len(levels) + 1), description=text)
 
     summary = grid.generate(predictor, prompts, levels, writer, progress=advance)
   writer.finish()
@@ -211,17 +218,16 @@ def print_comparison(
   console: rich_console.Console, calibration: Calibration, result: Comparison
 ) -> None:
   """Risk beside the tolerance, layers, seconds and their ratios."""
-  table = rich_table.Table()
-  for name in ("", "decoder layers / token", "decoder seconds", "end to end", "ROUGE-L"):
-    table.add_column(name, justify="left" if not name else "right")
+  heads = ("", "decoder layers / token", "decoder seconds", "end to end", "ROUGE-L")
+  cells = []
   rows = (
     ("full depth", result.full, result.full_times, result.quality[0]),
     ("early exit", result.early, result.early_times, result.quality[1]),
   )
   for name, outputs, times, quality in rows:
     decode, both = (statistics.median(column) for column in zip(*times, strict=True))
-    table.add_row(
-      name, f"{outputs.mean_layers:.2f}", f"{decode:.3f}", f"{both:.3f}", f"{quality:.1f}"
+    cells.append(
+      (name, f"{outputs.mean_layers:.2f}", f"{decode:.3f}", f"{both:.3f}", f"{quality:.1f}")
     )
   decode, both = (
     statistics.median(
@@ -229,8 +235,8 @@ def print_comparison(
     )
     for i in (0, 1)
   )
-  table.add_row("speed-up", "", f"x{decode:.2f}", f"x{both:.2f}", "")
-  console.print(table)
+  cells.append(("speed-up", "", f"x{decode:.2f}", f"x{both:.2f}", ""))
+  screen.print_table(console, heads, cells)
   console.print(
     f"Seconds: median of {REPEATS} rounds in turn, compilation excluded.\n"
     f"Measured risk on the unseen prompts: [bold]{result.risk:.4f}[/bold]"
@@ -243,17 +249,24 @@ def print_examples(console, prompts, result: Comparison, count: int) -> None:
   """A few outputs, every token coloured by its exit layer, beside the full model's."""
   from calm.inference import colours
 
-  layers = result.early.num_layers
-  console.print(
-    f"\n[bold]4. Outputs[/bold], tokens coloured by decoder layers run ({layers} in all)"
-  )
-  print(colours.legend_terminal(layers))
+  layers, mode = result.early.num_layers, colours.terminal_mode()
+  how = "" if mode == "plain" else ", tokens coloured by them"
+  console.print(f"\n[bold]4. Outputs[/bold] and the decoder layers of each token{how}")
+  if mode != "plain":
+    print(colours.legend_terminal(layers, mode=mode))
   for prompt, full, early in list(zip(prompts, result.full, result.early, strict=True))[:count]:
     text = prompt.input if len(prompt.input) <= 160 else prompt.input[:157] + "..."
-    console.print(f"\n{visible(prompt.id)}", style="dim", markup=False, highlight=False)
-    console.print(
-      f"  prompt     {visible(text)}", markup=False, highlight=False, soft_wrap=True
-    )
-    console.print(f"  reference  {visible(prompt.targets[0])}", markup=False, highlight=False)
-    console.print(f"  full       {visible(full.text)}", markup=False, highlight=False)
-    print(f"  early      {early.coloured()}   ({early.mean_layers:.2f} layers)")
+    screen.say(console, f"\n{prompt.id}", "dim")
+    for name, value in (
+      ("prompt", text),
+      ("reference", prompt.targets[0]),
+      ("full", full.text),
+    ):
+      screen.say(console, f"  {name:<10} {value}", soft_wrap=True)
+    if mode == "plain":
+      screen.say(console, f"  {'early':<10} {early.text}", soft_wrap=True)
+      told = " ".join(map(str, early.exit_layers))
+    else:
+      print(f"  {'early':<10} {early.coloured(mode)}")
+      told = f"{early.mean_layers:.2f} a token"
+    screen.say(console, f"  {'layers':<10} {told}", "dim")

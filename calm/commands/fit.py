@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from rich import console as rich_console
 from rich import progress as rich_progress
 
+from calm.calibrate import screen
 from calm.calibrate.generations.shown import visible
 from calm.commands import common, showing
 
@@ -44,44 +45,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
   _add_promise(parser)
+  _add_training(parser)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+  """What is trained, for how long."""
   parser.add_argument(
     "--stages",
     default="both",
     metavar="NAME",
-    help="what is trained: both (default), one (Eq. 6), two (the exit classifier), none (the"
-    " model's exits are trained)",
+    help="what is trained: both, one (Eq. 6), two (the exit classifier), none (the model's"
+    " exits are trained) (default %(default)s)",
   )
   parser.add_argument(
     "--budget", metavar="TIME", help="time for training, like 30m (default: the recipe's steps)"
   )
-  parser.add_argument("--prefix", metavar="TEXT", help="put before every input (default: own)")
-  parser.add_argument("--seed", type=int, default=0, metavar="N", help="of splits and training")
+  parser.add_argument(
+    "--prefix", metavar="TEXT", help="put before every input (default: the model's own)"
+  )
+  parser.add_argument(
+    "--seed",
+    type=int,
+    default=0,
+    metavar="N",
+    help="of splits and training (default %(default)s)",
+  )
   parser.add_argument(
     "--batch_size",
     type=int,
     default=8,
     metavar="N",
-    help="prompts decoded together (default 8)",
+    help="prompts decoded together (default %(default)s)",
   )
 
 
 def _add_promise(parser: argparse.ArgumentParser) -> None:
   """What is promised, and by which metric."""
   rate = {"type": float, "metavar": "RATE"}
-  parser.add_argument("--tolerance", default=0.1, help="delta (default 0.1)", **rate)
-  parser.add_argument("--error_rate", default=0.05, help="epsilon (default 0.05)", **rate)
+  parser.add_argument("--tolerance", default=0.1, help="delta (default %(default)s)", **rate)
+  parser.add_argument(
+    "--error_rate", default=0.05, help="epsilon (default %(default)s)", **rate
+  )
   parser.add_argument(
     "--consistency",
     default="textual",
     metavar="NAME",
-    help="textual (default): distance to the full model's text; risk: loss of quality against"
-    " the targets",
+    help="textual: distance to the full model's text; risk: loss of quality against the"
+    " targets (default %(default)s)",
   )
   parser.add_argument(
     "--metric",
     default="rouge_l",
     metavar="NAME",
-    help="rouge_l (default), token_f1, exact_match, chrf, or import.path:function",
+    help="rouge_l, token_f1, exact_match, chrf, or import.path:function (default %(default)s)",
   )
 
 
@@ -111,10 +127,10 @@ def run(arguments: argparse.Namespace) -> int:
       arguments.model, arguments.train, output=arguments.output, listener=listener, **options
     )
   if served.calibration is not None:
-    console.print(served.calibration.guarantee, markup=False, soft_wrap=True)
-  shown = visible(arguments.output)
-  console.print(f"Summary: {shown}/summary.md and {shown}/summary.html", markup=False)
-  console.print("Serve it:")
+    screen.say(console, served.calibration.guarantee, soft_wrap=True)
+  shown = arguments.output
+  screen.say(console, f"Summary: {shown}/summary.md and {shown}/summary.html", soft_wrap=True)
+  screen.say(console, "Serve it:")
   # A command that works as it stands.
   model = shlex.quote(arguments.output)
   print(f"echo 'a long text' | calm infer --model={model} --prompts=-", flush=True)
@@ -133,18 +149,18 @@ def _listener(console: rich_console.Console) -> Iterator:
   )
   with rich_progress.Progress(*columns, console=console, transient=True) as bar:
     task = bar.add_task("", total=1.0, visible=False, text="")
-    show = lambda text: console.print(text, markup=False, soft_wrap=True)
+    show = lambda text: screen.say(console, text, soft_wrap=True)
 
     def step(title: str):
       start = told = time.monotonic()
-      bar.update(task, completed=0.0, description=title, visible=True, text="")
+      bar.update(task, completed=0.0, description=visible(title), visible=True, text="")
       show(f"{title} ...")
 
       def progress(share: float, text: str) -> None:
         nonlocal told
         now = time.monotonic()
         left = left_of(share, now - start)
-        bar.update(task, completed=share, text=f"{text}{left}")
+        bar.update(task, completed=share, text=visible(f"{text}{left}"))
         if not console.is_terminal and now - told >= showing.LINE_SECONDS:
           told = now
           show(f"  {100 * share:.0f} %, {text}{left}")

@@ -11,6 +11,7 @@ prompt is encoded once, and the grid compiles once.
 
 import argparse
 import pathlib
+import shlex
 
 from rich import console as rich_console
 from rich import progress as rich_progress
@@ -20,12 +21,12 @@ from calm.calibrate import (
   Provenance,
   generations,
   planning,
+  screen,
   sequential,
   thresholds,
 )
 from calm.calibrate.generations import order
 from calm.calibrate.generations import writer as writer_lib
-from calm.calibrate.generations.shown import visible
 from calm.calibrate.losses import asking, sequence_losses
 from calm.commands import certificate, common, model_flags, sharding
 
@@ -49,15 +50,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action="store_true",
     help="stop as soon as the calibration is decided, and write calibration.json",
   )
+  _add_test(parser)
+  sharding.add_arguments(parser)
+  common.add_gin_arguments(parser)
+
+
+def _add_test(parser: argparse.ArgumentParser) -> None:
   calibration = parser.add_argument_group("with --until_certified, as for `calm calibrate`")
   rate = {"type": float, "metavar": "RATE"}
-  calibration.add_argument("--tolerance", default=0.1, help="delta (default 0.1)", **rate)
-  calibration.add_argument("--error_rate", default=0.05, help="epsilon (default 0.05)", **rate)
   calibration.add_argument(
-    "--kind", default="textual", metavar="NAME", help="textual (default) or risk_signed"
+    "--tolerance", default=0.1, help="delta (default %(default)s)", **rate
   )
   calibration.add_argument(
-    "--metric", default="rouge_l", metavar="NAME", help="the text metric (default rouge_l)"
+    "--error_rate", default=0.05, help="epsilon (default %(default)s)", **rate
+  )
+  calibration.add_argument(
+    "--kind",
+    default="textual",
+    metavar="NAME",
+    help="textual or risk_signed (default %(default)s)",
+  )
+  calibration.add_argument(
+    "--metric", default="rouge_l", metavar="NAME", help="the text metric (default %(default)s)"
   )
   calibration.add_argument(
     "--references",
@@ -68,8 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   calibration.add_argument(
     "--by_group", action="store_true", help="calibrate on means over each prompt's group"
   )
-  sharding.add_arguments(parser)
-  common.add_gin_arguments(parser)
 
 
 @common.user_errors
@@ -89,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
   from calm.inference import until_certified
 
   console = rich_console.Console()
-  console.print(f"{opened.taken}.", markup=False, highlight=False)
+  screen.say(console, f"{opened.taken}.")
   load = common.configured(arguments, inference.load)
   with common.called("--model"):
     predictor = load(
@@ -124,14 +136,14 @@ def _open_writer(arguments, console, folder, predictor, prompts, levels, test=No
     by_group=test is not None and test.clusters,
   )
   for report in writer.reports:
-    console.print(visible(report), style="yellow", markup=False)
+    screen.say(console, report, "yellow")
   return writer
 
 
 def _part(arguments, console, predictor, prompts, levels, part: sharding.Part) -> int:
   """One shard: decoded, and marked as done in the end; done again, it is left as it is."""
   about = {"procedure": predictor.procedure.to_json(), "thresholds": levels}
-  merge = f"when all are: calm merge {visible(arguments.output)}"
+  merge = f"when all are: calm merge {shlex.quote(arguments.output)}"
   if part.begin("generate", about, console):
     return 0
   names = []
@@ -142,7 +154,7 @@ def _part(arguments, console, predictor, prompts, levels, part: sharding.Part) -
     _grid(arguments, console, predictor, prompts, levels, writer)
     names = [generations.PROMPTS, *map(generations.threshold_file, (NEVER_EXIT, *levels))]
   part.finish("generate", about, names)
-  console.print(f"{visible(part.folder)} is finished; {merge}", markup=False)
+  screen.say(console, f"{part.folder} is finished; {merge}", soft_wrap=True)
   return 0
 
 
@@ -158,8 +170,8 @@ def _grid(arguments, console, predictor, prompts, levels, writer) -> None:
     task = bar.add_task(f"{len(prompts)} prompts x {len(levels) + 1} thresholds", total=None)
 
     def advance(threshold, number, count):
-      del number
-      text = f"threshold {thresholds.format_threshold(threshold)}"
+      shown = thresholds.format_threshold(threshold)
+      text = f"batch {number + 1} of {count}, threshold {shown}"
       bar.update(task, advance=1, total=count * (len(levels) + 1), description=text)
 
     reuse = not arguments.no_reuse
@@ -169,8 +181,9 @@ def _grid(arguments, console, predictor, prompts, levels, writer) -> None:
   writer.finish()
   console.print(f"{len(prompts)} prompts, {len(levels)} thresholds and full depth: {summary}.")
   if arguments.num_shards is None:
-    output = visible(arguments.output)
-    console.print(f"Written to {output}; next: calm calibrate {output}", markup=False)
+    output = arguments.output
+    following = f"next: calm calibrate {shlex.quote(output)}"
+    screen.say(console, f"Written to {output}; {following}", soft_wrap=True)
 
 
 def _test(arguments, levels, num_units: int) -> sequential.SequentialCalibration:
@@ -198,7 +211,7 @@ def _until_certified(arguments, console, predictor, prompts, test, writer) -> No
     task = bar.add_task("first threshold", total=len(prompts))
 
     def advance(threshold, done, planned):
-      text = f"threshold {thresholds.format_threshold(threshold)}"
+      text = f"prompt {done} of {planned}, threshold {thresholds.format_threshold(threshold)}"
       bar.update(task, completed=done, total=planned, description=text)
 
     try:
@@ -224,7 +237,7 @@ def _until_certified(arguments, console, predictor, prompts, test, writer) -> No
   path = pathlib.Path(arguments.output) / "calibration.json"
   calibration.save(path)
   certificate.print_calibration(console, calibration)
-  console.print(f"Written to {visible(path)}", markup=False)
+  screen.say(console, f"Written to {path}")
 
 
 def parse_grid(text: str | None, options) -> list[float]:

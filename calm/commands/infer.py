@@ -27,7 +27,7 @@ from typing import Any
 
 from rich import console as rich_console
 
-from calm.calibrate import NEVER_EXIT, Calibration, Prompt, seconds, thresholds
+from calm.calibrate import NEVER_EXIT, Calibration, Prompt, screen, seconds, thresholds
 from calm.calibrate.generations import merging, procedures
 from calm.calibrate.generations.shown import visible
 from calm.commands import common, model_flags, monitoring, results, sharding, showing
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     threshold = thresholds.parse_threshold(threshold)
   console = rich_console.Console(stderr=True, highlight=False)
   prompts, part = _prompts(arguments)
-  console.print(f"{visible(prompts.taken)}.", markup=False)
+  screen.say(console, f"{prompts.taken}.")
   predictor = _load(arguments, threshold)
   predictor.weights  # noqa: B018 (laid out now, or it would count as decoding)
   threshold = predictor.threshold if threshold is None else threshold
@@ -202,7 +202,7 @@ class _Work:
     """Lines of JSON, as they are made."""
     pending = opened.pending(prompts)
     if opened.report:
-      self._console.print(visible(opened.report), markup=False)
+      screen.say(self._console, opened.report)
     try:
       with showing.counting(self._console, self._count, "prompts", done=opened.done) as counter:
         for chunk, outputs in self._decode(pending, counter):
@@ -269,7 +269,7 @@ class _Work:
 
   def report(self, arguments: argparse.Namespace) -> None:
     """What it took, and the promise."""
-    say = lambda text: self._console.print(text, markup=False)
+    say = lambda text: screen.say(self._console, text)
     if self._cut:
       cut, last = sum(each.cut for each in self._cut), self._cut[-1]
       longest = max(each.longest for each in self._cut)

@@ -3,7 +3,7 @@
 Needs no JAX. Refused, with the shard, the field or the id named: shards of unlike procedures,
 grids or lists of prompts, shards that are missing, doubled or not finished, and ids that are.
 
-  calm merge runs/cache                          -> runs/cache/merged, for `calm calibrate`
+  calm merge runs/cache  # -> runs/cache/merged, for `calm calibrate`
   calm merge runs/outputs --output=outputs.jsonl
 """
 

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--model",
     default="packed",
     metavar="FOLDER",
-    help="checkpoint folder (ours, Hugging Face's or T5X's), or 'packed' (default)",
+    help="checkpoint folder (ours, Hugging Face's or T5X's), or 'packed' (default %(default)s)",
   )
   parser.add_argument(
     "--prompts",
@@ -52,20 +52,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_sizes(parser: argparse.ArgumentParser) -> None:
   """Whole numbers and texts that a checkpoint or a calibration brings along."""
-  for name, type_, metavar, text in (
-    ("task_prefix", str, "TEXT", "put before every prompt"),
-    ("max_input_length", int, "N", "tokens read of a prompt"),
-    ("max_decode_length", int, "N", "most tokens generated"),
-    ("batch_size", int, "N", "prompts that a device decodes together (default 8)"),
-    ("num_devices", int, "N", "devices that the prompts are spread over (default 1)"),
-    ("dtype", str, "NAME", "activation dtype: float32 or bfloat16"),
-    ("weights_dtype", str, "NAME", "dtype of matrices and heads: float32 or bfloat16"),
+  for name, type_, metavar, text, default in (
+    ("task_prefix", str, "TEXT", "put before every prompt", "the model's own, or none"),
+    ("max_input_length", int, "N", "tokens read of a prompt", "the model's own, or 512"),
+    ("max_decode_length", int, "N", "most tokens generated", "the model's own, or 64"),
+    ("batch_size", int, "N", "prompts that a device decodes together", "8"),
+    ("num_devices", int, "N", "devices that the prompts are spread over", "1"),
+    ("dtype", str, "NAME", "activation dtype: float32 or bfloat16", "the model's own"),
+    (
+      *("weights_dtype", str, "NAME", "dtype of matrices and heads: float32 or bfloat16"),
+      "the model's own",
+    ),
     (
       *("matmul_precision", str, "NAME"),
       "of float32 products: default, high or highest (a CPU knows one only)",
+      "the model's own",
     ),
   ):
-    parser.add_argument(f"--{name}", type=type_, metavar=metavar, help=text)
+    told = f"{text} (default: {default})"
+    parser.add_argument(f"--{name}", type=type_, metavar=metavar, help=told)
 
 
 def _add_exits(parser: argparse.ArgumentParser) -> None:
@@ -73,23 +78,26 @@ def _add_exits(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--measure",
     metavar="NAME",
-    help="softmax (default), state, shortlist, or classifier, which is trained",
+    help="softmax, state, shortlist, or classifier, which is trained (default: the model's own,"
+    " or softmax)",
   )
   parser.add_argument(
     "--temperature",
     type=float,
     metavar="TAU",
-    help="decaying threshold (Eq. 5) with this tau, over max_decode_length; default: constant",
+    help="decaying threshold (Eq. 5) with this tau, over max_decode_length (default: the"
+    " model's own, or constant)",
   )
   parser.add_argument(
     "--exit_layers",
     metavar="LAYERS",
-    help="layers after which a token may leave, like 2,4,6; default: all",
+    help="layers after which a token may leave, like 2,4,6 (default: the model's own, or all)",
   )
   parser.add_argument(
     "--propagation",
     metavar="NAME",
-    help="what skipped layers store: exit_state (default), first_state, copy_projections",
+    help="what skipped layers store: exit_state, first_state, copy_projections (default: the"
+    " model's own, or exit_state)",
   )
   parser.add_argument(
     "--engine",

@@ -40,14 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--monitor_share",
     type=float,
     metavar="SHARE",
-    help="share of prompts, chosen by a hash of their ids, that --monitor checks (default 0.05;"
-    f" {TRIAL_SHARE} with --allow_platform)",
+    help="share of prompts, chosen by a hash of their ids, that --monitor checks (default"
+    f" {SHARE}; {TRIAL_SHARE} with --allow_platform)",
   )
   parser.add_argument(
     "--monitor_level",
     type=float,
     metavar="LEVEL",
-    help="probability that --monitor ever raises a false alarm (default 0.05)",
+    help="probability that --monitor ever raises a false alarm (default %(default)s)",
   )
   parser.add_argument(
     "--fail_on_alarm",

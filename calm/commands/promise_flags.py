@@ -18,10 +18,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--promise",
     choices=[name for name in promises.PROMISES if name in PROMISES],
     default="mean",
-    help="what is bounded (default: the mean loss; README of calm/calibrate)",
+    metavar="NAME",
+    help=f"what is bounded: {', '.join(PROMISES)}; README of calm/calibrate (default"
+    " %(default)s)",
   )
   parser.add_argument(
-    "--share", default=0.95, help="quantile: share of texts within the tolerance", **numbers
+    "--share",
+    default=0.95,
+    help="quantile: share of texts within the tolerance (default %(default)s)",
+    **numbers,
   )
   parser.add_argument(
     "--labels", metavar="FILE", help="every_group: JSON Lines of {id, label}, one a prompt"
@@ -30,16 +35,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--depths", metavar="T,T", help="early_exits: mean layers a token, rising, as 3,5"
   )
   parser.add_argument(
-    "--beta", default=0.9, help="tail_mean: share of texts that are not counted", **numbers
+    "--beta",
+    default=0.9,
+    help="tail_mean: share of texts that are not counted (default %(default)s)",
+    **numbers,
   )
   parser.add_argument(
     "--start",
     default=0.0,
-    help="tail_mean: where the tail begins, from other prompts",
+    help="tail_mean: where the tail begins, from other prompts (default %(default)s)",
     **numbers,
   )
   parser.add_argument(
-    "--at_most", default=2 / 3, help="cost: layers a token over all layers", **numbers
+    "--at_most",
+    default=2 / 3,
+    help="cost: layers a token over all layers (default %(default).3g)",
+    **numbers,
   )
 
 

@@ -5,7 +5,7 @@ import dataclasses
 
 from rich import console as rich_console
 
-from calm.calibrate import generations
+from calm.calibrate import generations, screen
 from calm.calibrate.losses import asking
 
 
@@ -30,9 +30,10 @@ def list_unlabelled(
   """Writes what a person, or a judge, has to look at: prompts and their different texts."""
   wanted = asking.questions(cached)
   asking.write_questions(arguments.list_unlabelled, wanted)
-  console.print(
+  screen.say(
+    console,
     f"{len(wanted)} of {len(cached.prompts)} prompts need references and have none; written to"
-    f" {arguments.list_unlabelled}. Fill in `targets`, then: --references=FILE."
+    f" {arguments.list_unlabelled}. Fill in `targets`, then: --references=FILE.",
   )
   return 0
 

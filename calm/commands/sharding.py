@@ -18,7 +18,7 @@ AUTO = "auto"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the options."""
   group = parser.add_argument_group(
-    "one part of the prompts of many (each a process; `calm merge` puts them together)"
+    "one part of many", "Each part is a process; `calm merge` puts them together."
   )
   group.add_argument(
     "--num_shards",

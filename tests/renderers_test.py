@@ -1,0 +1,279 @@
+"""Text of others is shown as text: every renderer of the package against every kind of text."""
+
+import contextlib
+import dataclasses
+import html.parser
+import io
+import math
+import re
+import types
+import unicodedata
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib", reason="needs the extra 'report'")
+pytest.importorskip("jinja2", reason="needs the extra 'report'")
+pytest.importorskip("jax", reason="needs the extra 'decode'")
+
+from rich import console as rich_console
+
+from calm.calibrate import calibrate, screen
+from calm.calibrate.generations.shown import visible
+from calm.commands import certificate, common, demo, fit, progress
+from calm.fitting import FitOptions, summary
+from calm.fitting import result as result_lib
+from calm.inference import colours, outputs
+from calm.paper.report import document, figures, page, table2, terminal
+from tests.paper.report import samples
+
+TEXTS = {
+  "script": '<script>alert("x")</script>',
+  "end of a style": "</style></title></textarea><b>bold</b>",
+  "attribute": '" onmouseover="alert(1)" x=\'',
+  "link": "javascript:alert(1)",
+  "image": "<img src=http://example.org/x onerror=alert(1)>",
+  "entity": "&lt;b&gt; &#x1b;",
+  "template": "{{ 7 * 7 }} {% raw %} {# gone #}",
+  "end of data": "]]> --> <!-- \u2028",
+  "colour": "\x1b[31mred\x1b[2J\x1b]8;;http://example.org\x07link",
+  "cursor": "\r\x08\x9b2J\x00",
+  "rich": "[/b] [bold]x[/bold] [link=http://example.org]y[/link] [red",
+  "emoji code": ":smile: :+1:",
+  "direction": "a\u202eb\u2066c\u200fd",
+  "mathematics": "$\\frac{1}{$ ^_",
+  "markdown": "`x` | [y](javascript:alert(1)) **z**",
+}
+
+
+def words(text: str) -> str:
+  """Without spaces, which lines and pieces may change, and as it is shown."""
+  return "".join(visible(text).split())
+
+
+class Page(html.parser.HTMLParser):
+  """Tags, attributes and text; `script` and `style` are read as a browser does."""
+
+  def __init__(self, source: str):
+    super().__init__()
+    self.tags: list[str] = []
+    self.attributes: list[tuple[str, str]] = []
+    self.text = ""
+    self.feed(source)
+    self.close()
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    self.attributes += [(name, value or "") for name, value in attrs]
+
+  def handle_data(self, data):
+    self.text += data
+
+  def handle_comment(self, data):
+    self.tags.append("<!--")
+
+
+def console_of(draw) -> str:
+  """What a terminal with colours gets."""
+  file = io.StringIO()
+  draw(
+    rich_console.Console(file=file, width=300, force_terminal=True, color_system="truecolor")
+  )
+  return file.getvalue()
+
+
+def calibrated(text: str):
+  losses = np.random.default_rng(0).random((100, 2)) * [0.05, 0.9]
+  found = calibrate(losses, [0.9, 0.5], tolerance=0.2, error_rate=0.05)
+  return dataclasses.replace(found, kind=text, metric=text)
+
+
+def output(text: str) -> outputs.Output:
+  shared = {"tokens": (3, 4, 1), "confidences": (0.5,) * 3, "rejected_confidences": (0.0,) * 3}
+  return outputs.Output(
+    text=text,
+    pieces=(text, " b", ""),
+    exit_layers=(1, 2, 4),
+    score=0.0,
+    num_layers=4,
+    **shared,
+  )
+
+
+def several(text: str) -> outputs.Outputs:
+  timing = outputs.Timing(0.0, 0.0, 0)
+  return outputs.Outputs((output(text),), 4, 0.5, f"promise {text}", timing)
+
+
+def report(text: str):
+  made = samples.report()
+  levels = tuple(
+    dataclasses.replace(level, pieces=(text, *level.pieces[1:]))
+    for level in made.examples[0].items[0].levels
+  )
+  shown = {"id": text, "input": text, "reference": text, "full": text, "levels": levels}
+  item = dataclasses.replace(made.examples[0].items[0], **shown)
+  example = dataclasses.replace(made.examples[0], items=(item,))
+  settings = dataclasses.replace(made.settings, title=text, metric_title=text)
+  return dataclasses.replace(made, settings=settings, examples=(example,))
+
+
+def sections(text: str):
+  """Parts whose words are a user's; the figures, which are slow to draw, have a case."""
+  made = report(text)
+  return (document.coloured_outputs([made]), table2.calibrated_gains([made]))
+
+
+def report_page(text: str) -> str:
+  return page.render(page.Page(text, ((text, text),), sections(text), 4, (text,)))
+
+
+def fit_result(text: str) -> result_lib.Result:
+  tried = types.SimpleNamespace(
+    candidate=text, threshold=0.5, milliseconds=1.0, speedup=2.0, layers=2.0
+  )
+  choice = types.SimpleNamespace(
+    num_prompts=20, tried=(tried,), best=tried, full_milliseconds=2.0
+  )
+  example = result_lib.Example(text, text, text, text, (text, " b"), (1, 4), (0.5, 0.5))
+  return result_lib.Result(
+    model=text,
+    sizes=text,
+    num_layers=4,
+    trained=(result_lib.Trained("one", 3, 1.0, ((1, 0.5),), text),),
+    choice=choice,  # pyright: ignore[reportArgumentType]
+    threshold=math.inf,
+    reason=text,
+    guarantee=text,
+    certified_threshold=math.inf,
+    curve=(),
+    seconds=None,
+    last=result_lib.LastLook(None, None, None, None, 4.0),
+    examples=(example,),
+  )
+
+
+HTML = {
+  "an output": lambda text: output(text)._repr_html_(),
+  "outputs": lambda text: several(text)._repr_html_(),
+  "a calibration": lambda text: calibrated(text)._repr_html_(),
+  "coloured tokens": lambda text: colours.to_html([text], [2], 4, confidences=[0.5]),
+  "the report": report_page,
+  "the summary of a fit": lambda text: summary.pages(fit_result(text), FitOptions(), text)[
+    "summary.html"
+  ],
+}
+
+
+def told(text: str, write) -> str:
+  file = io.StringIO()
+  with contextlib.redirect_stderr(file):
+    write(text)
+  return file.getvalue()
+
+
+def of_steps(text: str) -> str:
+  def draw(console):
+    with progress.steps(console) as announce:
+      announce.expect(2)
+      announce(text)(0.5, text)
+
+  return console_of(draw)
+
+
+def of_a_fit(text: str) -> str:
+  def draw(console):
+    with fit._listener(console) as listener:
+      listener.say(text)
+      listener.step(text)(0.5, text)
+
+  return console_of(draw)
+
+
+def of_the_demo(text: str) -> str:
+  prompt = types.SimpleNamespace(id=text, input=text, targets=(text,))
+  made = types.SimpleNamespace(full=[output(text)], early=several(text))
+  file = io.StringIO()
+  with contextlib.redirect_stdout(file):
+    drawn = console_of(lambda console: demo.print_examples(console, [prompt], made, 1))
+  return drawn + file.getvalue()
+
+
+TERMINAL = {
+  "a line": lambda text: console_of(lambda console: screen.say(console, text)),
+  "a table": lambda text: console_of(
+    lambda console: screen.print_table(console, (text, "b"), ((text, text),), title=text)
+  ),
+  "a calibration": lambda text: console_of(
+    lambda console: certificate.print_calibration(console, calibrated(text))
+  ),
+  "a calibration's text": lambda text: str(calibrated(text)) + repr(calibrated(text)),
+  "an error": lambda text: told(text, common._say),
+  "a warning": lambda text: told(
+    text, lambda text: common._show_warning(UserWarning(text), UserWarning, "", 0)
+  ),
+  "the report": lambda text: console_of(
+    lambda console: terminal.print_report(console, [report(text)])
+  ),
+  "steps": of_steps,
+  "a fit": of_a_fit,
+  "the demo": of_the_demo,
+  "coloured tokens": lambda text: colours.to_terminal([text], [2], 4, mode="truecolor"),
+  "tokens without colour": lambda text: colours.to_terminal([text], [2], 4, mode="plain"),
+  "an output": lambda text: repr(output(text)) + repr(several(text)),
+  "the summary of a fit": lambda text: summary.pages(fit_result(text), FitOptions(), text)[
+    "summary.md"
+  ],
+}
+# Where marks that do something are replaced by a sign, or written as Python writes them.
+REPLACED = ("an output", "outputs", "coloured tokens", "tokens without colour")
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize("name", HTML)
+def test_pages_show_text_as_text(name, kind):
+  text = TEXTS[kind]
+  made, harmless = Page(HTML[name](text)), Page(HTML[name]("harmless"))
+  assert made.tags == harmless.tags
+  assert [n for n, _ in made.attributes] == [n for n, _ in harmless.attributes]
+  for attribute, value in made.attributes:
+    assert not attribute.startswith("on")
+    if attribute in ("href", "src", "action"):
+      assert not value.lower().startswith(("javascript:", "http"))
+  assert not dangerous(made.text)
+  if name not in REPLACED or visible(text) == text:
+    assert words(text) in "".join(made.text.split())
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize("name", TERMINAL)
+def test_terminals_show_text_as_text(name, kind):
+  text = TEXTS[kind]
+  made = TERMINAL[name](text)
+  # What the package itself colours by and moves the bar with.
+  bare = re.sub(r"\x1b\[(?:[0-9;]*m|\?25[lh]|[0-9]*[AK]|2K)", "", made).replace("\r", "")
+  assert not dangerous(bare)
+  assert "\x1b[31m" not in made or "\x1b[31m" in TERMINAL[name]("harmless")
+  if name not in REPLACED and (name, kind) != ("the summary of a fit", "markdown"):
+    assert words(text) in "".join(bare.split())
+
+
+def dangerous(text: str) -> list[str]:
+  """Characters that steer a terminal or turn what follows."""
+  return [c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Zl") and c not in "\n\t"]
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_figures_are_drawn_whatever_their_titles_say(kind):
+  made = figures.draw("f", TEXTS[kind], "", lambda axes: None)
+  ElementTree.fromstring(made.svg)
+  assert made.png.startswith(b"\x89PNG")
+
+
+def test_the_check_can_fail():
+  assert dangerous("\x1b[2J") and dangerous("a\u202eb") and dangerous("\u2028")
+  assert Page("<p><script>x</script>").tags == ["p", "script"]
+  assert words(TEXTS["rich"]) not in "".join(
+    console_of(lambda console: console.print("[bold]x[/bold]")).split()
+  )
