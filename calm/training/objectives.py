@@ -208,6 +208,10 @@ class ExitProbes:
   def trains(self, path):
     return bool(set(self.parts) & set(path))
 
+  def teaches_layers(self, num_layers):
+    del num_layers
+    return False
+
 
 def _classified(params: Params, normed: jax.Array) -> jax.Array:
   """The exit classifier's logits [layers, batch, length]."""
