@@ -18,7 +18,7 @@ _NOTE = "seconds"
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-  """Decode milliseconds a prompt, medians over rounds in which both took their turn.
+  """Decode milliseconds a prompt, the fastest of rounds in which both took their turn.
 
   Attributes:
     batch_size: prompts decoded together.

@@ -303,6 +303,6 @@ def why_full_depth(
   if measured is not None and measured.slower:
     return (
       f"threshold {calibration.threshold:g} is certified but was not faster on the last part"
-      f" ({measured.slower}, medians of rounds in turn)."
+      f" ({measured.slower}, the fastest of rounds in turn)."
     )
   return ""
