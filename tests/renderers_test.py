@@ -9,6 +9,7 @@ import re
 import types
 import unicodedata
 import xml.etree.ElementTree as ElementTree
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from rich import console as rich_console
 from calm.calibrate import calibrate, screen
 from calm.calibrate.generations.shown import visible
 from calm.commands import certificate, common, demo, fit, progress
-from calm.fitting import FitOptions, summary
+from calm.fitting import FitOptions, choose, summary
 from calm.fitting import result as result_lib
 from calm.inference import colours, outputs
 from calm.paper.report import document, figures, page, table2, terminal
@@ -130,19 +131,16 @@ def report_page(text: str) -> str:
 
 
 def fit_result(text: str) -> result_lib.Result:
-  tried = types.SimpleNamespace(
-    candidate=text, threshold=0.5, milliseconds=1.0, speedup=2.0, layers=2.0
-  )
-  choice = types.SimpleNamespace(
-    num_prompts=20, tried=(tried,), best=tried, full_milliseconds=2.0
-  )
+  candidate: Any = text  # what it is written as
+  tried = choose.Tried(candidate, (0.5,), (0.1,), (2.0,), 0.5, 1.0, 2.0)
+  choice = choose.Choice((tried,), 0, (0.5,), 2.0, 20, 4)
   example = result_lib.Example(text, text, text, text, (text, " b"), (1, 4), (0.5, 0.5))
   return result_lib.Result(
     model=text,
     sizes=text,
     num_layers=4,
     trained=(result_lib.Trained("one", 3, 1.0, ((1, 0.5),), text),),
-    choice=choice,  # pyright: ignore[reportArgumentType]
+    choice=choice,
     threshold=math.inf,
     reason=text,
     guarantee=text,
