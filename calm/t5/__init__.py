@@ -11,6 +11,7 @@ from calm.t5 import (
   masks,
   network,
   parameters,
+  platforms,
   stacks,
 )
 from calm.t5.config import T5Config
@@ -29,5 +30,6 @@ __all__ = [
   "masks",
   "network",
   "parameters",
+  "platforms",
   "stacks",
 ]

@@ -1,9 +1,5 @@
 """Where keys and values lie: self-attention caches, and cross-attention once a prompt."""
 
-import contextlib
-import contextvars
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -12,44 +8,19 @@ from jaxtyping import Array, Float, Int
 
 from calm.exits.layers import KeyValue
 from calm.t5 import layers as layers_lib
-from calm.t5 import network
+from calm.t5 import network, platforms
 from calm.t5.decoder_weights import DecoderWeights
-
-_PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
-
-
-@contextlib.contextmanager
-def laid_out_for(platform: str) -> Iterator[None]:
-  """Caches that are made inside lie as a platform likes it: to compile for another than JAX's.
-
-  What was traced before keeps its layout.
-  """
-  token = _PLATFORM.set(platform)
-  try:
-    yield
-  finally:
-    _PLATFORM.reset(token)
-
-
-def heads_beside() -> bool:
-  """Whether a position's heads lie side by side in one row, as a TPU likes it.
-
-  There 64 numbers of a head take the room of 128 and are read as such (compiled for TPU v3, its
-  compiler expects 2.7 times the cycles at 8 rows and length 512). On a CPU whole caches would
-  be transposed at every step instead.
-  """
-  return (_PLATFORM.get() or jax.default_backend()) == "tpu"
 
 
 @struct.dataclass
 class Cache:
-  """Self-attention keys and values of one layer.
+  """Keys and values of one layer, of its self-attention or of a prompt.
 
   With the length last, as a dot product of keys might like it, every number of a position
   would lie in a cache line of its own, and writing one take ten times as long.
 
   Attributes:
-    keys, values: [batch, heads, length, head_dim]; of self-attention, where `heads_beside`,
+    keys, values: [batch, heads, length, head_dim]; where `platforms.heads_beside`,
       [batch, length, heads * head_dim]. Positions are the last axis but one of either.
   """
 
@@ -62,8 +33,7 @@ class Encoded:
   """One batch of prompts, ready to be decoded any number of times.
 
   Attributes:
-    cross: per decoder layer, the prompt's keys and values,
-      [batch, heads, input_length, head_dim].
+    cross: per decoder layer, the prompt's keys and values.
     bias: 0 at tokens, -1e10 at padding, [batch, 1, input_length].
   """
 
@@ -79,13 +49,24 @@ def cross_attention_inputs(
 ) -> Encoded:
   """Every decoder layer's cross-attention keys and values, once a prompt."""
   encoded = encoded.astype(config.dtype)
-  shape = (*encoded.shape[:2], 2, config.num_heads, config.head_dim)
-  cross = []
-  for layer in weights.layers:
-    both = (encoded @ layer.cross_key_value.astype(encoded.dtype)).reshape(shape)
-    cross.append(Cache(*jnp.transpose(both, (2, 0, 3, 1, 4))))
+  cross = tuple(
+    _prompt_cache(encoded @ layer.cross_key_value.astype(encoded.dtype), config)
+    for layer in weights.layers
+  )
   bias = jnp.where(encoder_input_tokens > 0, 0.0, layers_lib.MASK_BIAS)[:, None, :]
-  return Encoded(tuple(cross), bias.astype(config.dtype))
+  return Encoded(cross, bias.astype(config.dtype))
+
+
+def _prompt_cache(
+  projected: Float[Array, "batch input_length both"], config: network.T5Config
+) -> Cache:
+  """A prompt's keys and values, projected side by side, as `platforms.heads_beside` says."""
+  if platforms.heads_beside():
+    # Branches of a conditional read what they are given: XLA:TPU lays a prompt's keys out as
+    # it likes them only where nothing but straight code reads them.
+    return Cache(*jnp.split(projected, 2, axis=-1))
+  shape = (*projected.shape[:2], 2, config.num_heads, config.head_dim)
+  return Cache(*jnp.transpose(projected.reshape(shape), (2, 0, 3, 1, 4)))
 
 
 def empty_caches(
@@ -95,7 +76,7 @@ def empty_caches(
   heads, head_dim, dtype = config.num_heads, config.head_dim, jnp.dtype(config.dtype)
   num_layers = config.num_decoder_layers if num_layers is None else num_layers
   apart, beside = (batch_size, heads, length, head_dim), (batch_size, length, heads * head_dim)
-  shape = beside if heads_beside() else apart
+  shape = beside if platforms.heads_beside() else apart
   empty = lambda: jnp.zeros(shape, dtype)
   return tuple(Cache(empty(), empty()) for _ in range(num_layers))
 

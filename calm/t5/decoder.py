@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from calm.exits.evidence import CERTAIN, evidence
 from calm.exits.layers import KeyValue, Layers, no_probes, no_shortlist
 from calm.t5 import layers as layers_lib
-from calm.t5 import network
+from calm.t5 import network, platforms
 from calm.t5.caches import Cache, Encoded
 from calm.t5.decoder_weights import DecoderWeights
 
@@ -124,9 +124,9 @@ class Attention:
 
   def to_prompt(self, query: jax.Array) -> jax.Array:
     """Mixed values [batch, heads * head_dim] of the prompt."""
-    scores = jnp.einsum("bhd,bhld->bhl", self._scored(query), self._scored(self.cross.keys))
+    scores = _scores(self._scored(query), self._scored(self.cross.keys))
     weights = jax.nn.softmax(scores + self.cross_bias.astype(scores.dtype))
-    mixed = jnp.einsum("bhl,bhld->bhd", weights.astype(query.dtype), self.cross.values)
+    mixed = _mixed(weights.astype(query.dtype), self.cross.values)
     return mixed.reshape(mixed.shape[0], -1)
 
   def _scored(self, x: jax.Array) -> jax.Array:
@@ -281,7 +281,7 @@ class DecoderStep:
 
 def times(x: jax.Array, matrix: jax.Array) -> jax.Array:
   """x @ matrix in the dtype of `x`, whatever the matrix is stored in."""
-  return x @ matrix.astype(x.dtype)
+  return platforms.product(x, matrix.astype(x.dtype))
 
 
 def rms_norm(x: Float[Array, "batch emb"], scale: Float[Array, " emb"]) -> jax.Array:

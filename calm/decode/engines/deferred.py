@@ -25,6 +25,7 @@ from calm.decode.engines import engine as engine_lib
 from calm.exits import walk as walk_lib
 from calm.t5 import caches as caches_lib
 from calm.t5 import decoder as decoder_lib
+from calm.t5 import platforms
 
 
 @struct.dataclass
@@ -86,11 +87,17 @@ def bind(task: engine_lib.Task, chunk_rows: int) -> "BoundDeferred":
       "Expected a propagation that projects a state, for an engine that defers, got"
       f" {task.rule.propagation.name!r}; use `engines.Eager`."
     )
-  # Eight rows cost about what two do: a product that small takes the time to read its matrix.
-  large = min(chunk_rows // task.batch_size, 8, task.length)
-  sizes = {max(1, large), 1}
+  chunks = chunk_sizes(task.batch_size, task.length, chunk_rows)
   table = decoder_lib.bias_table(task.weights, task.config, task.length)
-  return BoundDeferred(task, task.rule, tuple(sorted(sizes, reverse=True)), table)
+  return BoundDeferred(task, task.rule, chunks, table)
+
+
+def chunk_sizes(rows: int, length: int, chunk_rows: int) -> tuple[int, ...]:
+  """Positions that a skipped layer is filled with at a time, descending: one size or two."""
+  small = min(platforms.least_positions(rows), length)
+  # Eight rows cost about what two do: a product that small takes the time to read its matrix.
+  large = max(min(chunk_rows // rows, 8, length), small)
+  return tuple(sorted({large, small}, reverse=True))
 
 
 def can_defer(rule: exits.StepRule) -> bool:
@@ -205,7 +212,7 @@ class BoundDeferred:
   ) -> LayerFill:
     """Projects what is pending of a layer, chunk by chunk, if it is needed."""
     for chunk in self.chunks:
-      least = min(chunk, 2)
+      least = 1 if chunk == self.chunks[-1] else 2
 
       def pending(fill: LayerFill, least=least) -> jax.Array:
         return (position - fill.filled >= least) & needed

@@ -28,8 +28,8 @@ def test_a_cpu_moves_rows_where_there_are_many(platform):
   assert chosen(DYNAMIC, platform) == [few, few, many, many]
 
 
-def test_a_tpu_neither_moves_rows_nor_fills_late():
-  assert chosen(DYNAMIC, "tpu") == [engines.Eager()] * 4
+def test_a_tpu_fills_late_and_moves_no_rows():
+  assert chosen(DYNAMIC, "tpu") == [engines.Deferred()] * 4
 
 
 @pytest.mark.parametrize("platform", [None, "cpu", "tpu"])
@@ -41,7 +41,7 @@ def test_only_what_can_wait_is_deferred(platform):
 def test_the_platform_is_jaxs_default_where_none_is_named(monkeypatch):
   assert chosen(DYNAMIC, None) == chosen(DYNAMIC, jax.default_backend())
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-  assert chosen(DYNAMIC, None) == [engines.Eager()] * 4
+  assert chosen(DYNAMIC, None) == chosen(DYNAMIC, "tpu") != chosen(DYNAMIC, "cpu")
 
 
 def test_rows_may_be_symbolic():

@@ -13,6 +13,7 @@ from calm.decode import program as program_lib
 from calm.exits import confidence
 from calm.exits.layers import KeyValue
 from calm.t5 import caches as caches_lib
+from calm.t5 import platforms
 from tests import engine
 
 HEADS = jnp.arange(2 * 3 * 4 * 5, dtype=jnp.float32).reshape(2, 3, 4, 5)
@@ -24,9 +25,13 @@ def decoded(name: str, platform: str):
   rule = exits.DynamicExits(confidence.Classifier())
   made = engines.by_name(name)
   program = program_lib.Program(toy.config, rule, engine.LENGTH, engine=made)
+  encoded = engine.encode(toy)
+  if platform == "tpu":
+    beside = lambda x: caches_lib.Cache(_beside(x.keys), _beside(x.values))
+    encoded = encoded.replace(cross=tuple(map(beside, encoded.cross)))
   run = lambda *args: program.decode_state(toy.weights, *args)
-  args = engine.encode(toy), jnp.ones(len(engine.PROMPTS), bool), jnp.float32(0.5)
-  with caches_lib.laid_out_for(platform):
+  args = encoded, jnp.ones(len(engine.PROMPTS), bool), jnp.float32(0.5)
+  with platforms.laid_out_for(platform):
     options = {"xla_backend_optimization_level": 0}
     state = jax.jit(run, compiler_options=options)(*args)
   if platform == "tpu":
@@ -79,12 +84,26 @@ def test_rows_that_stay_are_kept_in_either_layout():
   np.testing.assert_array_equal(_apart(beside.values, 3), apart.values)
 
 
+def test_a_prompts_keys_and_values_are_the_same_numbers_in_either_layout():
+  toy = engine.toy()
+  states = jnp.sin(jnp.arange(2.0 * 5 * toy.config.emb_dim)).reshape(2, 5, -1)
+  made = {}
+  for platform in ("cpu", "tpu"):
+    with platforms.laid_out_for(platform):
+      made[platform] = caches_lib.cross_attention_inputs(
+        toy.weights.decoder, toy.config, states, jnp.ones((2, 5), jnp.int32)
+      ).cross
+  for apart, beside in zip(made["cpu"], made["tpu"], strict=True):
+    np.testing.assert_array_equal(_beside(apart.keys), beside.keys)
+    np.testing.assert_array_equal(_beside(apart.values), beside.values)
+
+
 def test_the_layout_is_the_platforms():
   toy = engine.toy()
   shapes = {}
   for platform in ("cpu", "tpu"):
-    with caches_lib.laid_out_for(platform):
+    with platforms.laid_out_for(platform):
       shapes[platform] = caches_lib.empty_caches(toy.config, 2, 7, 1)[0].keys.shape
   heads, dim = toy.config.num_heads, toy.config.head_dim
   assert shapes == {"cpu": (2, heads, 7, dim), "tpu": (2, 7, heads * dim)}
-  assert not caches_lib.heads_beside() or jax.default_backend() == "tpu"
+  assert not platforms.heads_beside() or jax.default_backend() == "tpu"

@@ -1,0 +1,35 @@
+"""What depends on the platform that a program is made for."""
+
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm.t5 import platforms
+
+MATRIX = jnp.sin(jnp.arange(15.0)).reshape(3, 5)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9])
+def test_a_product_is_the_same_with_rows_added(rows):
+  x = jnp.cos(jnp.arange(3.0 * rows)).reshape(rows, 3)
+  with platforms.laid_out_for("tpu"):
+    made = platforms.product(x, MATRIX)
+  assert made.shape == (rows, 5)
+  np.testing.assert_allclose(made, np.asarray(x) @ np.asarray(MATRIX), rtol=1e-5, atol=1e-6)
+
+
+def test_a_product_of_symbolic_rows_has_none_added():
+  (rows,) = jax.export.symbolic_shape("b")
+  shape = jax.ShapeDtypeStruct((rows, 3), jnp.float32)
+  with platforms.laid_out_for("tpu"):
+    made = jax.eval_shape(lambda x: platforms.product(x, MATRIX), shape)
+  assert made.shape == (rows, 5)
+
+
+def test_positions_that_are_written_together_fill_a_tile_and_not_the_lanes():
+  positions = lambda: [platforms.least_positions(rows) for rows in (1, 2, 8, 32, 128, 256)]
+  with platforms.laid_out_for("tpu"):
+    assert positions() == [8, 4, 1, 1, 2, 2]
+  with platforms.laid_out_for("cpu"):
+    assert positions() == [1] * 6
