@@ -22,7 +22,7 @@ collect_orphans = setup.collect_orphans
 
 REPOSITORY = setup.REPOSITORY
 LENGTHS = {"inputs": 32, "targets": 8}
-GRID = (0.8, 0.5)
+GRID = (0.8, 0.5, 0.0)  # after a few steps of training, 0.8 may let nothing leave
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_the_procedure_is_that_of_calm_infer_and_so_are_the_outputs(work, traine
   means = [
     np.mean(np.concatenate([r.exit_layers for r in column])) for column in cached.records
   ]
-  assert means[1] <= means[0] < 8
+  assert 1 == means[2] <= means[1] <= means[0] <= 8
 
 
 def test_eval_measures_the_outputs_of_its_threshold(work, trained, swept):
