@@ -5,8 +5,9 @@ nothing, so the cycles are added up along the path that a forced exit takes.
 """
 
 import dataclasses
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 # Instructions that compute nothing, as such without an estimate.
 FREE = {
@@ -19,6 +20,8 @@ COLLECTIVES = (
   *("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"),
   *("all-gather-start", "all-reduce-start", "collective-permute-start"),
 )
+WIDTHS = {"pred": 1, "bf16": 2, "f32": 4, "s32": 4, "u32": 4}  # bytes
+_ARRAY = re.compile(rf"\b({'|'.join(WIDTHS)})\[([\d,]*)\]")
 _CALLED = re.compile(
   r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
 )
@@ -81,20 +84,29 @@ class Module:
         for _, called in instruction.calls:
           yield from self.within(called)
 
-  def token_loop(self) -> str:
-    """The body of the loop over tokens: the longest loop that the entry runs.
+  def token_while(self) -> Instruction:
+    """The loop over tokens: the longest loop that the entry runs.
 
     Raises:
       ValueError: there is none.
     """
-    bodies = [
-      instruction.called("body")
-      for instruction in self.computations[self.entry]
-      if instruction.opcode == "while"
-    ]
-    if not bodies:
+    loops = [x for x in self.computations[self.entry] if x.opcode == "while"]
+    if not loops:
       raise ValueError("Expected a loop over tokens in the compiled module, got none.")
-    return max(bodies, key=lambda body: sum(1 for _ in self.within(body)))
+    return max(loops, key=lambda x: sum(1 for _ in self.within(x.called("body"))))
+
+  def token_loop(self) -> str:
+    """Its body."""
+    return self.token_while().called("body")
+
+  def carried(self) -> dict[str, int]:
+    """Bytes of what the loop over tokens carries, by type and dimensions ('bf16[8,512]')."""
+    found: dict[str, int] = {}
+    for dtype, dimensions in _ARRAY.findall(self.token_while().shape):
+      sizes = [int(x) for x in dimensions.split(",") if x]
+      name = f"{dtype}[{dimensions}]"
+      found[name] = found.get(name, 0) + math.prod(sizes) * WIDTHS[dtype]
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,11 +166,17 @@ def _numbered(names: list[str]) -> Iterator[tuple[str, str]]:
   return ((str(i), name) for i, name in enumerate(names))
 
 
-def step_cycles(module: Module, path: Path, segments: int = 1) -> int:
+def step_cycles(
+  module: Module,
+  path: Path,
+  segments: int = 1,
+  counts: Callable[[Instruction], bool] = lambda instruction: True,
+) -> int:
   """Estimated cycles of one token whose every row leaves after `segments` segments.
 
-  Fills of skipped layers that a forced exit never makes pending (loops of no turn) are left
-  out; so is what the compiler gives no estimate for.
+  Only instructions that `counts` names are counted. Fills of skipped layers that a forced exit
+  never makes pending (loops of no turn) are left out; so is what the compiler gives no estimate
+  for.
   """
   left = segments - 1  # segments to be run after the first, which always is
 
@@ -175,7 +193,7 @@ def step_cycles(module: Module, path: Path, segments: int = 1) -> int:
           left -= 1
           total += run(instruction.called("body"), turns=False)
       else:
-        total += instruction.cycles or 0
+        total += instruction.cycles or 0 if counts(instruction) else 0
     return total
 
   total = run(module.token_loop(), turns=True)
@@ -211,10 +229,10 @@ def _only_moves(module: Module, instruction: Instruction) -> bool:
   return {x.opcode for x in inside} <= {*MOVES, "parameter", "bitcast", "tuple", "constant"}
 
 
-def collectives(module: Module) -> dict[str, int]:
-  """Collectives in the token loop, with their number."""
+def collectives(module: Module, computation: str = "") -> dict[str, int]:
+  """Collectives of a computation and what it runs, with their number; '': the token loop."""
   counts: dict[str, int] = {}
-  for instruction in module.within(module.token_loop()):
+  for instruction in module.within(computation or module.token_loop()):
     if instruction.opcode in COLLECTIVES:
       counts[instruction.opcode] = counts.get(instruction.opcode, 0) + 1
   return counts

@@ -5,7 +5,8 @@ Compiled for the TPU that is named, estimated by its compiler: nothing runs, non
   pip install 'calm-t5x[train,tpu]'   (x86 Linux)
   python scripts/tpu_report.py --topology=v3:2x2 --sizes=8x64,32x64
 
-Programs that the output holds already are kept; scripts/tables.py shows its rows.
+Programs that the output holds already are kept; scripts/tables.py shows its rows, and
+`--figure` draws them.
 """
 
 import argparse
@@ -28,6 +29,7 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
 import jax.numpy as jnp
+import tpu_figure
 import tpu_hlo
 from jax.experimental import topologies
 
@@ -36,13 +38,17 @@ from calm.calibrate.generations import files
 from calm.decode import engines
 from calm.decode import program as program_lib
 from calm.exits import confidence
-from calm.t5 import caches as caches_lib
-from calm.t5 import network
+from calm.t5 import network, platforms
 
 OUTPUT = pathlib.Path(__file__).parent / "results" / "tpu.json"
 GATED = {"mlp_activations": ("gelu", "linear"), "one_hot_embedding": False}
 # (embedding, heads, layers of either stack, feed-forward) of T5 1.1.
-SIZES = {"small": (512, 6, 8, 1024), "base": (768, 12, 12, 2048), "large": (1024, 16, 24, 2816)}
+SIZES = {
+  "small": (512, 6, 8, 1024),
+  "base": (768, 12, 12, 2048),
+  "large": (1024, 16, 24, 2816),
+  "xl": (2048, 32, 24, 5120),
+}
 PATHS = {
   "static": tpu_hlo.Path(),
   "eager": tpu_hlo.Path(deeper=0, leaves=1),
@@ -104,7 +110,13 @@ def lowered(config: network.T5Config, program: program_lib.Program, rows: int, l
 
 
 def compiled(
-  topology: str, config: network.T5Config, name: str, layer: int | None, sizes: Sequence[int]
+  topology: str,
+  config: network.T5Config,
+  name: str,
+  layer: int | None,
+  sizes: Sequence[int],
+  measure: confidence.Measure | None = None,
+  allowed: tuple[int, ...] | None = None,
 ) -> Compiled:
   """The decode loop compiled for one core of a topology.
 
@@ -114,18 +126,21 @@ def compiled(
     name: 'static' or an engine's.
     layer: of a static program.
     sizes: (rows, tokens of a prompt, tokens decoded).
+    measure: None is the classifier.
+    allowed: layers after which a token may leave; None: all.
   """
   rows, input_length, length = sizes
   static = name == "static"
-  rule = exits.StaticExit(layer) if static else exits.DynamicExits(confidence.Classifier())
+  dynamic = exits.DynamicExits(measure or confidence.Classifier(), allowed=allowed)
+  rule = exits.StaticExit(layer) if static else dynamic
   engine = engines.Eager() if static else engines.by_name(name)
   program = program_lib.Program(config, rule, length, engine=engine)
   device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
   there = jax.sharding.SingleDeviceSharding(device)
-  leaves, tree = jax.tree.flatten(lowered(config, program, rows, input_length))
-  leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there) for x in leaves]
-  run = lambda leaves: program.decode(*jax.tree.unflatten(tree, leaves))
-  with caches_lib.laid_out_for("tpu"):
+  with platforms.laid_out_for("tpu"):
+    leaves, tree = jax.tree.flatten(lowered(config, program, rows, input_length))
+    leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there) for x in leaves]
+    run = lambda leaves: program.decode(*jax.tree.unflatten(tree, leaves))
     made = jax.jit(run).lower(leaves).compile()
   half = rows * length * config.num_heads * config.head_dim
   width = jnp.dtype(config.dtype).itemsize
@@ -263,7 +278,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--exit_layers", default=[1, 2, 4, 8], type=numbers)
   parser.add_argument("--programs", default=list(PATHS), type=lambda text: text.split(","))
   parser.add_argument("--output", default=OUTPUT, type=pathlib.Path)
+  parser.add_argument("--figure", action="store_true", help="draw what the output holds")
   flags = parser.parse_args(arguments)
+  if flags.figure:
+    tpu_figure.draw(flags.output)
+    return
   if reason := available():
     raise SystemExit(f"Expected a machine that can compile for a TPU: {reason}.")
   given = [part for part in arguments or sys.argv[1:] if not part.startswith("--output")]

@@ -65,10 +65,34 @@ def test_a_token_costs_more_cycles_the_deeper_it_goes():
   assert cycles[0] < full < 2 * cycles[2]
 
 
-MORE = pytest.mark.xfail(strict=True, reason="branches of conditionals keep copies: 1.43 times")
+@pytest.mark.parametrize("layer", range(1, LAYERS + 1))
+def test_an_exit_costs_at_most_a_tenth_more_than_a_model_of_that_depth(layer):
+  """What skipped layers are filled with later comes on top: see the simulation in scripts."""
+  path = tpu_report.PATHS[default()]
+  cycles = tpu_hlo.step_cycles(program("default").module, path, layer)
+  sizes = ROWS, INPUT, LENGTH
+  static = tpu_report.compiled(TOPOLOGY, CONFIG, "static", layer, sizes)
+  assert cycles <= 1.1 * tpu_hlo.step_cycles(static.module, tpu_report.PATHS["static"])
 
 
-@pytest.mark.parametrize("name", ["static", pytest.param("default", marks=MORE)])
-def test_temporaries_are_little_more_than_the_caches(name):
-  made = program(name)
-  assert made.temporaries <= 1.3 * made.caches
+def test_a_single_row_meets_the_head_in_the_matrix_unit():
+  """Else it is multiplied by the element, from a head in float32, in thrice the cycles."""
+  one = tpu_report.compiled(TOPOLOGY, CONFIG, "static", 1, (1, INPUT, 64))
+  head = f"{CONFIG.emb_dim},{CONFIG.vocab_size}"
+  text = "\n".join(x.text for x in one.module.within(one.module.token_loop()))
+  assert f"bf16[{head}]" in text and f"f32[{head}]" not in text
+
+
+@pytest.mark.parametrize("name", ["static", "default"])
+def test_temporaries_are_what_the_loop_carries(name):
+  """Each cache once, in the precision of the products, as the matrices' copies are; and what
+  skipped layers project later. At this size that is 1.2 and 1.4 times the float32 caches."""
+  made, rows = program(name), f"{ROWS},{LENGTH}"
+  carried = made.module.carried()
+  assert made.temporaries <= 1.1 * sum(carried.values())
+  in_caches = carried[f"bf16[{rows},{CONFIG.num_heads * CONFIG.head_dim}]"]
+  assert in_caches == made.caches / 2
+  states = {"default": ROWS * LENGTH * CONFIG.emb_dim * 4}.get(name, 0)
+  matrices = sum(v for k, v in carried.items() if not k.split("[")[1].startswith(f"{ROWS},"))
+  prompts = carried[f"bf16[{ROWS},{INPUT},{CONFIG.num_heads * CONFIG.head_dim}]"]
+  assert made.temporaries <= 1.1 * (in_caches + states + matrices + prompts)

@@ -1,0 +1,302 @@
+"""Memory of whole steps on TPU meshes, as the compiler lays it out: training, and decoding.
+
+Compiled for the TPU that is named, estimated by its compiler: nothing runs, none is needed.
+
+  pip install 'calm-t5x[tpu]'   (x86 Linux)
+  python scripts/tpu_steps.py --steps=paper_small_train,paper_small_decode
+
+Parameters and activations lie along the mesh by T5X's standard rules (one axis of activations
+and one of parameters); steps that scripts/results/tpu_memory.json holds are kept.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tpu_hlo
+import tpu_report
+from flax import core as flax_core
+from flax.linen import partitioning
+from jax import sharding
+from jax.experimental import topologies
+
+from calm import exits
+from calm.calibrate.generations import files
+from calm.decode import program as program_lib
+from calm.exits import confidence, schedules
+from calm.t5 import network, platforms
+from calm.t5x import loops, prefixes, shards
+from calm.training import objectives, updates
+
+OUTPUT = pathlib.Path(__file__).parent / "results" / "tpu_memory.json"
+# T5X's `partitioning.standard_logical_axis_rules()`.
+RULES = (
+  *(("batch", "data"), ("vocab", "model"), ("embed", None), ("mlp", "model")),
+  *(("heads", "model"), ("kv", None), ("joined_kv", "model"), ("relpos_buckets", None)),
+  *(("length", None), ("mlp_activations", None)),
+)
+STAGES: Mapping[str, tuple[objectives.Objective, Any]] = {
+  "stage one": (objectives.LayerWeighted(), updates.adafactor),
+  "stage two": (objectives.ExitClassifier(), updates.adam),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """What is compiled.
+
+  Attributes:
+    kind: 'stage one', 'stage two' (of training), or 'decode' (a batch with early exit).
+    shape: T5 1.1's, one of `tpu_report.SIZES`.
+    topology: of TPU cores, 'v3:2x2' for example.
+    model: cores along the model axis; the others lie along the data axis.
+    batch: rows of the whole mesh.
+    inputs, targets: tokens.
+    layers: of either stack, 0: the shape's.
+    dtype: of activations.
+    vocabulary: pieces.
+  """
+
+  kind: str
+  shape: str
+  topology: str = "v3:2x2"
+  model: int = 1
+  batch: int = 128
+  inputs: int = 512
+  targets: int = 512
+  layers: int = 0
+  dtype: str = "bfloat16"
+  vocabulary: int = 32128
+
+  @property
+  def config(self) -> network.T5Config:
+    changes: dict[str, Any] = {"vocab_size": self.vocabulary, "one_hot_embedding": True}
+    if self.layers:
+      changes |= {"num_encoder_layers": self.layers, "num_decoder_layers": self.layers}
+    if self.kind != "decode":
+      changes["dropout_rate"] = 0.1
+    return tpu_report.configuration(self.shape, self.dtype, **changes)
+
+  @functools.cached_property
+  def mesh(self) -> sharding.Mesh:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=self.topology).devices
+    grid = np.asarray(devices).reshape(-1, self.model)
+    return sharding.Mesh(grid, ("data", "model"))
+
+  def placed(self, tree: Any, *axes: str | None) -> Any:
+    """Shapes, all with their first axes along these of the mesh."""
+    return self.along(tree, jax.tree.map(lambda _: sharding.PartitionSpec(*axes), tree))
+
+  def along(self, tree: Any, specs: Any) -> Any:
+    """Shapes, each with its own partition."""
+    return jax.tree.map(
+      lambda x, spec: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=sharding.NamedSharding(self.mesh, spec)
+      ),
+      tree,
+      specs,
+    )
+
+  def params(self) -> Any:
+    """The parameters' shapes, each along the axes of the mesh that T5X's rules name."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    init = functools.partial(network.Transformer(self.config).init, enable_dropout=False)
+    made = jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)
+    names = flax_core.unfreeze(partitioning.get_axis_names(made["params_axes"]))
+    to_mesh = lambda _, spec: partitioning.logical_to_mesh_axes(spec, RULES)
+    return self.along(made["params"], jax.tree.map(to_mesh, made["params"], names))
+
+  def lower(self) -> Any:
+    """The step, lowered."""
+    with self.mesh, partitioning.axis_rules(RULES), platforms.laid_out_for("tpu"):
+      return self._decode() if self.kind == "decode" else self._train()
+
+  def _train(self) -> Any:
+    objective, optimizer = STAGES[self.kind]
+    module, params = network.Transformer(self.config), self.params()
+    config = updates.TrainConfig(1, optimizer=optimizer)
+    state = jax.eval_shape(lambda p: updates.init_state(p, config, objective), params)
+    # An optimizer keeps sums of rows and columns, and of what it trains alone.
+    state = dataclasses.replace(self.placed(state), params=params)
+    ints = lambda n: jax.ShapeDtypeStruct((self.batch, n), jnp.int32)
+    floats = jax.ShapeDtypeStruct((self.batch, self.targets), jnp.float32)
+    batch = {
+      "encoder_input_tokens": ints(self.inputs),
+      "decoder_input_tokens": ints(self.targets),
+      "decoder_target_tokens": ints(self.targets),
+      "decoder_loss_weights": floats,
+    }
+    step: Any = updates.make_train_step(module, config, objective, params)
+    return step.lower(state, self.placed(batch, "data"))
+
+  def _decode(self) -> Any:
+    """What `calm.t5x.models` runs under `predict_batch_with_aux`, in its own loop."""
+    rule = exits.DynamicExits(confidence.Classifier(), schedules.Constant())
+    config, length = self.config, self.targets
+    axes = shards.row_axes(self.mesh, self.batch)
+
+    def predict(params, tokens, prefix, threshold):
+      weights = program_lib.model_weights(params, config)
+      encoded = program_lib.Program(config, rule, length).encode(weights, tokens)
+      loop = loops.Loop(config, rule, length)
+
+      def decode(weights, batch, rng):
+        del rng
+        prefix, encoded, threshold = batch
+        rows = prefixes.make_rows(encoded, prefix, threshold, 1)
+        cache = loop.empty_cache(weights, rows, prefix.shape[0])
+        made = loops.greedy_decode(prefix, cache, loop.bind(weights, rows, 1), 1)
+        return made
+
+      over = shards.over_rows(decode, self.mesh, axes)
+      return over(weights.decoder, (prefix, encoded, threshold), None)
+
+    rows = lambda dtype, *n: jax.ShapeDtypeStruct((self.batch, *n), dtype)
+    batch = rows(jnp.int32, self.inputs), rows(jnp.int32, length), rows(jnp.float32)
+    return jax.jit(predict).lower(self.params(), *self.placed(batch, "data"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """What a step takes of one core.
+
+  Attributes:
+    step: what was compiled.
+    arguments, temporaries, peak: GB (10^9 bytes); the peak counts donated arguments once.
+    collectives: of the whole step, with their number.
+    loop_collectives: of the token loop; None of a training step.
+    seconds: of compilation.
+  """
+
+  step: Step
+  arguments: float
+  temporaries: float
+  peak: float
+  collectives: Mapping[str, int]
+  loop_collectives: int | None
+  seconds: float
+
+
+def compiled(step: Step) -> Any:
+  return step.lower().compile()
+
+
+def memory(step: Step) -> Memory:
+  """Compiles a step.
+
+  Raises:
+    RuntimeError: it does not fit the core's memory, or the compiler tells nothing.
+  """
+  start = time.perf_counter()
+  try:
+    made = compiled(step)
+  except jax.errors.JaxRuntimeError as error:
+    raise RuntimeError(f"Expected {step} to fit. The compiler: {str(error)[:300]}") from error
+  found = made.memory_analysis()
+  if found is None:
+    raise RuntimeError("Expected the compiler to tell what memory it needs, got nothing.")
+  module = tpu_hlo.parse(made.as_text() or "")
+  peak = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+  decodes = step.kind == "decode"
+  return Memory(
+    step,
+    found.argument_size_in_bytes / 1e9,
+    found.temp_size_in_bytes / 1e9,
+    (peak + found.temp_size_in_bytes) / 1e9,
+    tpu_hlo.collectives(module, module.entry),
+    sum(tpu_hlo.collectives(module).values()) if decodes else None,
+    time.perf_counter() - start,
+  )
+
+
+def _paper(task: str, shape: str, inputs: int, targets: int, model: int) -> dict[str, Step]:
+  """What configs/runs/paper_TASK_SHAPE.gin trains and decodes, on the eight cores of a v3-8."""
+  sizes = dict(shape=shape, model=model, inputs=inputs, targets=targets)
+  kinds = {"train": "stage one", "classifier": "stage two", "decode": "decode"}
+  return {f"{task}_{shape}_{name}": Step(kind, **sizes) for name, kind in kinds.items()}
+
+
+STEPS: Mapping[str, Step] = {
+  **_paper("cnn_dailymail", "small", 512, 512, 1),
+  **_paper("cnn_dailymail", "base", 512, 512, 1),
+  **_paper("wmt15_enfr", "small", 256, 256, 1),
+  **_paper("wmt15_enfr", "base", 256, 256, 1),
+  **_paper("squad", "small", 512, 64, 1),
+  **_paper("squad", "base", 512, 64, 1),
+  "large_train": Step("stage one", "large", "v3:4x4", 2),
+  "large_classifier": Step("stage two", "large", "v3:4x4", 2),
+  "large_decode": Step("decode", "large", "v3:4x4", 2),
+  "xl_train": Step("stage one", "xl", "v3:8x8", 8),
+  "xl_classifier": Step("stage two", "xl", "v3:8x8", 8),
+  "xl_decode": Step("decode", "xl", "v3:8x8", 8),
+}
+
+
+def row(name: str, one: Memory) -> list[Any]:
+  step = one.step
+  cores = math.prod(step.mesh.devices.shape)
+  where = f"{step.topology}, {cores // step.model} x {step.model}"
+  lengths = f"{step.batch}, {step.inputs} / {step.targets}"
+  kept = [f"{x:.1f}" for x in (one.arguments, one.temporaries, one.peak)]
+  loops = "" if one.loop_collectives is None else one.loop_collectives
+  return [name, where, lengths, *kept, loops]
+
+
+def write(path: pathlib.Path, command: str, made: Mapping[str, Memory]) -> None:
+  columns = [
+    "step",
+    "cores, data x model",
+    "batch, lengths",
+    "arguments, GB",
+    "temporaries, GB",
+  ]
+  columns += ["in all, GB of 16 a core", "collectives in the token loop"]
+  value = {
+    "command": command,
+    "versions": tpu_report.versions(),
+    "machine": "compiled for the TPU, estimated by its compiler: nothing was run",
+    "columns": columns,
+    "align": ["left"] * 3 + ["right"] * 4,
+    "rows": [row(name, made[name]) for name in STEPS if name in made],
+    "steps": {name: dataclasses.asdict(one) for name, one in made.items()},
+  }
+  files.write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def stored(path: pathlib.Path) -> dict[str, Memory]:
+  """Steps that an earlier run compiled, as they are defined now."""
+  if not path.exists():
+    return {}
+  found = json.loads(path.read_text("utf-8"))["steps"]
+  made = {k: Memory(**{**v, "step": Step(**v["step"])}) for k, v in found.items()}
+  return {name: one for name, one in made.items() if STEPS.get(name) == one.step}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--steps", default=list(STEPS), type=lambda text: text.split(","))
+  parser.add_argument("--output", default=OUTPUT, type=pathlib.Path)
+  flags = parser.parse_args(arguments)
+  if reason := tpu_report.available():
+    raise SystemExit(f"Expected a machine that can compile for a TPU: {reason}.")
+  made = stored(flags.output)
+  for name in flags.steps:
+    if name not in made:
+      made[name] = memory(STEPS[name])
+      print(*row(name, made[name]), f"{made[name].seconds:.0f} s", sep=" | ", flush=True)
+      write(flags.output, "python scripts/tpu_steps.py", made)
+
+
+if __name__ == "__main__":
+  main()

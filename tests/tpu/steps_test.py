@@ -1,0 +1,54 @@
+"""Whole steps compiled for a TPU's mesh: training, and decoding as T5X's users run it.
+
+Real widths, few layers and a small vocabulary, but for one of the paper's runs as it is.
+"""
+
+import functools
+
+import pytest
+
+pytest.importorskip("jax")
+import tpu_hlo
+import tpu_report
+import tpu_steps
+
+pytestmark = pytest.mark.skipif(bool(tpu_report.available()), reason=tpu_report.available())
+
+TOPOLOGIES = ["v3:2x2", "v5e:2x2"]
+SMALL = dict(layers=2, vocabulary=2048, batch=16, inputs=128, targets=64)
+CORE = 16.0  # GB of a TPU v3 core
+
+
+@functools.cache
+def compiled(step: tpu_steps.Step):
+  return tpu_steps.compiled(step)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("kind", sorted(tpu_steps.STAGES))
+def test_a_training_step_sums_gradients_and_holds_its_state_once(kind, topology):
+  made = compiled(tpu_steps.Step(kind, "small", topology, **SMALL))
+  module = tpu_hlo.parse(made.as_text())
+  assert set(tpu_hlo.collectives(module, module.entry)) == {"all-reduce"}
+  memory = made.memory_analysis()
+  # The state is donated: what is not aliased is the batch, and the metrics.
+  assert memory.alias_size_in_bytes >= 0.99 * memory.argument_size_in_bytes
+  assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 1e6
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_each_core_decodes_rows_of_its_own_and_moves_no_cache(topology):
+  """The loop that `calm.t5x.models` runs; `tests/t5x/tpu_test.py` has all of it, with T5X."""
+  step = tpu_steps.Step("decode", "small", topology, **SMALL)
+  module = tpu_hlo.parse(compiled(step).as_text())
+  config = step.config
+  assert not tpu_hlo.collectives(module)
+  weight = config.emb_dim * config.num_heads * config.head_dim
+  assert not [x.text for x in tpu_hlo.moved(module, weight)]
+
+
+def test_one_of_the_papers_runs_fits_a_core():
+  """The others are compiled by scripts/tpu_steps.py."""
+  memory = tpu_steps.memory(tpu_steps.STEPS["wmt15_enfr_small_decode"])
+  assert memory.loop_collectives == 0
+  assert 0.2 < memory.arguments < memory.peak < CORE
