@@ -220,9 +220,11 @@ def memory(step: Step) -> Memory:
 
 def _paper(task: str, shape: str, inputs: int, targets: int, model: int) -> dict[str, Step]:
   """What configs/runs/paper_TASK_SHAPE.gin trains and decodes, on the eight cores of a v3-8."""
-  sizes = dict(shape=shape, model=model, inputs=inputs, targets=targets)
   kinds = {"train": "stage one", "classifier": "stage two", "decode": "decode"}
-  return {f"{task}_{shape}_{name}": Step(kind, **sizes) for name, kind in kinds.items()}
+  return {
+    f"{task}_{shape}_{name}": Step(kind, shape, model=model, inputs=inputs, targets=targets)
+    for name, kind in kinds.items()
+  }
 
 
 STEPS: Mapping[str, Step] = {
