@@ -75,7 +75,7 @@ def encode(toy: Toy, prompts: np.ndarray = PROMPTS) -> caches_lib.Encoded:
 
 def run(
   toy: Toy,
-  rule: exits.StepRule,
+  rule: exits.Rule,
   threshold=0.0,
   prompts=PROMPTS,
   active=None,

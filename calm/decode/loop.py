@@ -22,6 +22,23 @@ AnyArray = Array | np.ndarray
 
 
 @struct.dataclass
+class Verification:
+  """How an exact text came about (`exits.Verified`).
+
+  Attributes:
+    drafted: tokens that were drafted and accepted; the others are the full model's correction
+      of a draft, or had none, [batch, length] bool.
+    passes: of the full model over each row's text, [batch] int32.
+    drafts: tokens that were drafted for each row, refused ones too, [batch] int32; in a batch
+      as many as the row that goes on longest.
+  """
+
+  drafted: Bool[AnyArray, "batch length"]
+  passes: Int[AnyArray, " batch"]
+  drafts: Int[AnyArray, " batch"]
+
+
+@struct.dataclass
 class Generation:
   """What a batch of prompts became; padding has exit layer 0 and confidence 0.
 
@@ -33,6 +50,7 @@ class Generation:
       token, 0 if none, [batch, length] in [0, 1].
     scores: log-probability of the emitted tokens, EOS included, under the full head at
       their exit layer, temperature 1, [batch] in nats.
+    verification: of `exits.Verified`; None of other rules.
   """
 
   tokens: Int[AnyArray, "batch length"]
@@ -40,6 +58,7 @@ class Generation:
   confidences: Float[AnyArray, "batch length"]
   rejected_confidences: Float[AnyArray, "batch length"]
   scores: Float[AnyArray, " batch"]
+  verification: Verification | None = None
 
   def __repr__(self) -> str:
     if not isinstance(self.exit_layers, jax.Array | np.ndarray):  # shapes, shardings, axes

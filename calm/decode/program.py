@@ -13,7 +13,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
-from calm.decode import compiled, engines, loop
+from calm.decode import compiled, engines, loop, verified, verified_passes
 from calm.t5 import caches, decoder_weights, network
 from calm.t5.parameters import Params
 
@@ -75,7 +75,7 @@ class Program:
   """
 
   config: network.T5Config
-  rule: exits.StepRule
+  rule: exits.Rule
   max_decode_length: int
   eos_id: int = 1
   engine: engines.Engine | None = None
@@ -98,8 +98,10 @@ class Program:
     encoded: caches.Encoded,
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
-  ) -> loop.DecodingState:
+  ) -> "loop.DecodingState | verified.VerifiedState":
     """Decodes greedily and returns the final state, caches filled (not compiled)."""
+    if isinstance(self.rule, exits.Verified):
+      return self.passes(weights, encoded, threshold).decode(active)
     bound = self.bind(weights.decoder, encoded, threshold)
     state = loop.decode(
       bound.take_step,
@@ -127,6 +129,21 @@ class Program:
       threshold: lambda, [] or one a row; `schedules.NEVER_EXIT` runs every layer.
     """
     return self.decode_state(weights, encoded, active, threshold).generation
+
+  def passes(
+    self, weights: ModelWeights, encoded: caches.Encoded, threshold: Float[Array, "..."]
+  ) -> verified.Verifying:
+    """The loop of a rule that verifies drafts, at work on these prompts.
+
+    Raises:
+      TypeError: the rule is another one.
+    """
+    if not isinstance(self.rule, exits.Verified):
+      raise TypeError(f"Expected `exits.Verified`, got {type(self.rule).__name__}.")
+    task = engines.Task(
+      self.config, self.rule, weights.decoder, encoded, threshold, self.max_decode_length
+    )
+    return verified_passes.bind(task, self.rule, self.eos_id)
 
   def nothing_yet(self, batch_size: int) -> loop.DecodingState:
     """What `resume` starts from where nothing was decoded yet."""

@@ -1,6 +1,14 @@
 """When a token leaves the decoder: rules, confidence measures, schedules, skipped layers."""
 
-from calm.exits import confidence, evidence, layers, propagation, schedules, walk
+from calm.exits import (
+  confidence,
+  evidence,
+  layers,
+  propagation,
+  schedules,
+  verified,
+  walk,
+)
 from calm.exits.rules import (
   DynamicExits,
   OracleExit,
@@ -10,13 +18,16 @@ from calm.exits.rules import (
   allowed_layers,
   token_exit,
 )
+from calm.exits.verified import Rule, Verified
 
 __all__ = [
   "DynamicExits",
   "OracleExit",
+  "Rule",
   "StaticExit",
   "StepRule",
   "TokenExit",
+  "Verified",
   "allowed_layers",
   "confidence",
   "evidence",
@@ -24,5 +35,6 @@ __all__ = [
   "propagation",
   "schedules",
   "token_exit",
+  "verified",
   "walk",
 ]

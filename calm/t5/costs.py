@@ -145,7 +145,7 @@ def decoding_costs(
   *,
   input_length: int,
   cache_length: int,
-  rule: exits.StepRule | None = None,
+  rule: exits.Rule | None = None,
   num_pieces: int | None = None,
   shortlist: int = 0,
 ) -> DecodingCosts:
@@ -184,7 +184,7 @@ def decoding_costs(
 
 
 def _measure_costs(
-  rule: exits.StepRule | None, emb: int, head: Cost, shortlist: Cost
+  rule: exits.Rule | None, emb: int, head: Cost, shortlist: Cost
 ) -> tuple[Cost, Cost]:
   """What the rule's measure costs a layer, and what the exit still costs after it."""
   measure = rule.measure if isinstance(rule, exits.DynamicExits) else None

@@ -57,6 +57,7 @@ class DecoderWeights:
     exit_bias: [], or None.
     shortlist: columns of the shared head for likely tokens, [emb_dim, shortlist], or None.
     probes: every layer's own exit probe, or None.
+    shortlist_ids: those tokens, [shortlist] int32, or None.
   """
 
   embedding: jax.Array
@@ -68,6 +69,7 @@ class DecoderWeights:
   exit_bias: jax.Array | None
   shortlist: jax.Array | None = None
   probes: Probes | None = None
+  shortlist_ids: jax.Array | None = None
 
 
 def decoder_weights(
@@ -121,6 +123,7 @@ def decoder_weights(
     exit_bias=None if classifier is None else jnp.asarray(classifier["bias"])[0],
     shortlist=None if shortlist is None else _shortlist_head(heads, shortlist),
     probes=parameters.probes(params),
+    shortlist_ids=None if shortlist is None else jnp.asarray(shortlist, jnp.int32),
   )
 
 

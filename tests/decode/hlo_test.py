@@ -18,19 +18,20 @@ LENGTH = 512
 SHALLOW = exits.DynamicExits(confidence.Classifier())
 
 
-def compiled(rule, made) -> str:
-  """A toy's decode at B = 8 and length 512, as users compile it."""
+def compiled(rule, made, rows: int = 8) -> str:
+  """A toy's decode at B = 8 (or fewer) and length 512, as users compile it."""
   toy = engine.toy(num_decoder_layers=3, num_encoder_layers=1)
   program = program_lib.Program(toy.config, rule, LENGTH, engine=made)
-  args = toy.weights, engine.encode(toy), jnp.ones(8, bool), jnp.float32(0)
+  encoded = engine.encode(toy, engine.PROMPTS[:rows])
+  args = toy.weights, encoded, jnp.ones(rows, bool), jnp.float32(0)
   leaves, tree = jax.tree.flatten(args)
   run = lambda leaves: program.decode(*jax.tree.unflatten(tree, leaves))
   return jax.jit(run).lower(leaves).compile().as_text()
 
 
-def half_a_layers_cache() -> int:
+def half_a_layers_cache(rows: int = 8) -> int:
   config = engine.toy().config
-  return 8 * config.num_heads * config.head_dim * LENGTH  # its keys: half of keys and values
+  return rows * config.num_heads * config.head_dim * LENGTH  # its keys: half of keys and values
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,16 @@ def test_no_operation_in_the_loop_makes_half_of_a_layers_cache(rule, made):
   # Meta: the loop was found, and in it the updates in place that are excused.
   sizes = [operation.elements for operation in hlo.in_loops(text)]
   assert max(sizes) >= half_a_layers_cache() and len(sizes) > 100
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_no_operation_of_a_pass_over_drafts_makes_half_of_a_layers_cache(rows):
+  """Of one position, of some, and of the whole window; the loop over drafts is within."""
+  text = compiled(exits.Verified(1, 3, draft_head="full"), None, rows)
+  found = [operation.text for operation in hlo.large(text, half_a_layers_cache(rows))]
+  assert not found
+  sizes = [operation.elements for operation in hlo.in_loops(text)]
+  assert max(sizes) >= half_a_layers_cache(rows) and len(sizes) > 100
 
 
 def test_the_check_finds_caches_that_are_copied(monkeypatch):

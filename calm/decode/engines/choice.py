@@ -53,7 +53,7 @@ def by_name(name: str) -> Engine:
   return ENGINES[name]
 
 
-def default_engine(rule: exits.StepRule, rows: Any, platform: str | None = None) -> Engine:
+def default_engine(rule: exits.Rule, rows: Any, platform: str | None = None) -> Engine:
   """The engine that is fastest for a rule and a number of rows on a platform.
 
   Args:

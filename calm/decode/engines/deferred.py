@@ -100,7 +100,7 @@ def chunk_sizes(rows: int, length: int, chunk_rows: int) -> tuple[int, ...]:
   return tuple(sorted({large, small}, reverse=True))
 
 
-def can_defer(rule: exits.StepRule) -> bool:
+def can_defer(rule: exits.Rule) -> bool:
   """Whether skipped layers project a state, which can wait."""
   return isinstance(rule, exits.DynamicExits) and rule.propagation.projects_state
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from calm import exits
 from calm.decode.engines.engine import Bound, Task, after, shifted
 from calm.t5 import caches
 from calm.t5 import decoder as decoder_lib
@@ -12,6 +13,11 @@ class Eager:
   """Skipped layers are filled at every token. The plain engine, and the one for any rule."""
 
   def __call__(self, task: Task) -> Bound:
+    rule = task.rule
+    if isinstance(rule, exits.Verified):
+      raise TypeError(
+        "Expected a rule of one token a step, got `exits.Verified`; it runs none."
+      )
     table = decoder_lib.bias_table(task.weights, task.config, task.length)
 
     def take_step(current, position, active, cache):
@@ -24,7 +30,7 @@ class Eager:
       )
       hidden = task.embed(current)
       generated = task.generated(position)
-      made = task.rule(decoder.layers(cache), hidden, active, task.threshold, generated)
+      made = rule(decoder.layers(cache), hidden, active, task.threshold, generated)
       end = after(position, made.logits)
       return made, caches.write_rows(cache, made.rows, end, task.keeps(position))
 

@@ -36,7 +36,7 @@ class Task:
   """
 
   config: network.T5Config
-  rule: exits.StepRule
+  rule: exits.Rule
   weights: decoder_weights.DecoderWeights
   encoded: caches_lib.Encoded
   threshold: jax.Array

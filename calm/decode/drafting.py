@@ -1,0 +1,93 @@
+"""How many tokens to draft before a pass verifies them: as many as have paid so far.
+
+Drafts that are refused cost a pass of several positions for one token. Where the share of
+accepted drafts says that one position at a time is fastest, nothing is drafted, and now and
+then a draft is made beside the full model's token to see whether that has changed.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+# Before a text has a draft: so likely is one to be accepted, as surely as so many would say.
+PRIOR, PRIOR_TRIALS = 0.75, 1.0
+# Tokens a second of a pass with drafts, over those without, from which drafts are made at all.
+MARGIN = 1.1
+# What a trial still weighs after the next one: about the last twenty count.
+MEMORY = 0.95
+
+
+@struct.dataclass
+class Odds:
+  """Drafts of each row that met the full model's token, the recent ones weighing more.
+
+  Attributes:
+    accepted, tried: [batch] float32.
+  """
+
+  accepted: Float[Array, " batch"]
+  tried: Float[Array, " batch"]
+
+  def add(self, accepted: jax.Array, tried: jax.Array) -> "Odds":
+    """With the trials of one more pass, [batch, window] bool each."""
+    new = jnp.sum(tried, axis=1, dtype=jnp.float32)
+    old = jnp.float32(MEMORY) ** new
+    agreed = jnp.sum(accepted, axis=1, dtype=jnp.float32)
+    return Odds(self.accepted * old + agreed, self.tried * old + new)
+
+  @property
+  def share(self) -> jax.Array:
+    """The chance that a row's next draft is accepted, [batch] below 1."""
+    share = (self.accepted + PRIOR * PRIOR_TRIALS) / (self.tried + PRIOR_TRIALS)
+    return jnp.minimum(share, 0.999)
+
+
+@struct.dataclass
+class Planned:
+  """One pass.
+
+  Attributes:
+    count: most positions that it has, [].
+    probes: whether a draft is made even at the last of them, to learn from it, [] bool.
+  """
+
+  count: jax.Array
+  probes: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """How many positions a pass should have.
+
+  Attributes:
+    costs: seconds of a pass of 1, 2, ... positions, in any unit.
+    probe_every: passes without a draft between two that have one to learn from.
+    adapts: False: always as many positions as there are costs.
+  """
+
+  costs: tuple[float, ...]
+  probe_every: int = 8
+  adapts: bool = True
+
+  def __call__(self, odds: Odds, active: jax.Array, turn: jax.Array) -> Planned:
+    """The next pass.
+
+    Args:
+      odds: of every row.
+      active: rows that count, [batch] bool.
+      turn: passes before this one, [].
+    """
+    if not self.adapts:
+      return Planned(jnp.int32(len(self.costs)), jnp.zeros((), bool))
+    # A pass of n positions emits 1 + a + ... + a^(n - 1) tokens of a row in the mean.
+    powers = jnp.cumprod(jnp.tile(odds.share[:, None], (1, len(self.costs) - 1)), axis=1)
+    more = jnp.cumsum(jnp.where(active[:, None], powers, 0.0), axis=1)
+    one = jnp.sum(active, dtype=jnp.float32)
+    emitted = jnp.concatenate([one[None], one + jnp.sum(more, axis=0)])
+    rates = emitted / jnp.asarray(self.costs, jnp.float32)
+    pays = jnp.max(rates) > MARGIN * rates[0]
+    count = jnp.where(pays, jnp.argmax(rates).astype(jnp.int32) + 1, 1)
+    return Planned(count, (count == 1) & (turn % self.probe_every == 0))

@@ -1,0 +1,285 @@
+"""Passes over drafted tokens: a loop that drafts, verifies and accepts. Knows no network.
+
+A pass drafts token after token with the first layers (`Passes.draft`), runs the others over
+all of those positions at once (`Passes.verify`), and emits what `exits.verified` accepts and
+the full model's own token after it. Every row has a position of its own. What was written of
+drafts that are refused is written over before it is read.
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from calm import exits
+from calm.decode import drafting, loop
+
+
+@struct.dataclass
+class Drafted:
+  """What a pass has drafted so far.
+
+  Attributes:
+    count: positions that ran the first layers, [].
+    tokens: the draft made at each, which the next one reads, [batch, window].
+    made: whether there is one, [window] bool.
+    work: the passes' own.
+    cache: every layer's, those of layers 1 ... k written.
+  """
+
+  count: jax.Array
+  tokens: jax.Array
+  made: jax.Array
+  work: Any
+  cache: Any
+
+
+@struct.dataclass
+class VerifiedState:
+  """The loop's carry.
+
+  Attributes:
+    positions: tokens that each row has generated, [batch].
+    current: each row's last token, which its next pass reads, [batch].
+    active: rows that still generate, [batch] bool.
+    generation: filled up to `positions`.
+    log_probabilities: of the emitted tokens, [batch, length].
+    odds: how often drafts were accepted.
+    cache: every layer's.
+  """
+
+  positions: Int[Array, " batch"]
+  current: Int[Array, " batch"]
+  active: Bool[Array, " batch"]
+  generation: loop.Generation
+  log_probabilities: Float[Array, "batch length"]
+  odds: drafting.Odds
+  cache: Any
+
+
+class Passes(Protocol):
+  """What the loop asks of a decoder whose rows stand at `positions` [batch]."""
+
+  @property
+  def num_layers(self) -> int:
+    """L."""
+    ...
+
+  def empty(self) -> Any:
+    """Caches that hold nothing yet."""
+    ...
+
+  def begin(self, positions: jax.Array) -> Any:
+    """What a pass works on, its rows at `positions` [batch] (`Drafted.work`)."""
+    ...
+
+  def draft(
+    self, work: Any, cache: Any, token: jax.Array, at: jax.Array, wanted: jax.Array
+  ) -> tuple[exits.verified.Draft, Any, Any]:
+    """Runs layers 1 ... k on `token` [batch], `at` positions after the row's own.
+
+    Returns:
+      The draft (nothing where none is `wanted` []), the work and the caches.
+    """
+    ...
+
+  def verify(
+    self, work: Any, cache: Any, drafted: Drafted, threshold: jax.Array
+  ) -> tuple[exits.verified.Verdict, Any]:
+    """Runs the other layers and the head over the pass's positions.
+
+    Returns:
+      The verdict, [batch, window], and the caches.
+    """
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Verifying:
+  """Greedy decoding in passes, until EOS or the length limit.
+
+  Attributes:
+    passes: the decoder.
+    rule: how many tokens are drafted, and until when.
+    plan: how many positions a pass should have, from how often drafts were accepted.
+    threshold: 1 - lambda of `exits.Verified`, [] or [batch].
+    length: most tokens of a text.
+    eos_id: the token that ends a row.
+    prefix: tokens that every row is given, 0 where it is free, [batch, length]; None: none.
+      They are read in passes like drafts, end nothing and count for nothing.
+  """
+
+  passes: Passes
+  rule: exits.Verified
+  plan: drafting.Plan
+  threshold: Float[Array, "..."]
+  length: int
+  eos_id: Any
+  prefix: Int[Array, "batch length"] | None = None
+
+  def decode(self, active: Bool[Array, " batch"]) -> VerifiedState:
+    """Decodes every active row; the others stay empty and never vote.
+
+    Returns:
+      The final state; its `generation` holds the result.
+    """
+    unfinished = lambda state: jnp.any(state.active)
+    state = lax.while_loop(unfinished, lambda state: self.run(state), self.begin(active))
+    scores = jnp.sum(state.log_probabilities, axis=-1)
+    generation = dataclasses.replace(state.generation, scores=scores)
+    return dataclasses.replace(state, generation=generation)
+
+  def begin(self, active: Bool[Array, " batch"]) -> VerifiedState:
+    """Before the first token of every row."""
+    zeros = jnp.zeros(active.shape, jnp.int32)
+    floats = zeros.astype(jnp.float32)
+    columns = jnp.zeros((len(active), self.length), jnp.float32)
+    generation = dataclasses.replace(
+      loop.empty_generation(len(active), self.length),
+      verification=loop.Verification(columns > 0, zeros, zeros),
+    )
+    odds = drafting.Odds(floats, floats)
+    cache = self.passes.empty()
+    return VerifiedState(zeros, zeros, active, generation, columns, odds, cache)
+
+  def run(self, state: VerifiedState) -> VerifiedState:
+    """One pass of every active row."""
+    drafted = self._draft(state)
+    verdict, cache = self.passes.verify(
+      drafted.work, drafted.cache, drafted, self._per_row(self.threshold)
+    )
+    given = self._given(state.positions)
+    verdict = _obeying(verdict, given)
+    ends = (verdict.token == self.eos_id) & (given == 0)
+    emits = self._emits(state, drafted, verdict.accepted & ~ends)
+    count = jnp.sum(emits, axis=1, dtype=jnp.int32)
+    last = jnp.take_along_axis(verdict.token, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+    positions = state.positions + count
+    ended = jnp.any(emits & ends, axis=1)
+    tried = emits & drafted.made[None, :] & (given == 0)
+    return VerifiedState(
+      positions=positions,
+      current=jnp.where(count > 0, last, state.current),
+      active=state.active & ~ended & (positions < self.length),
+      generation=self._record(state, drafted, verdict, given == 0, count),
+      log_probabilities=_put(
+        state.log_probabilities, verdict.log_probability, state.positions, count
+      ),
+      odds=state.odds.add(tried & verdict.accepted, tried),
+      cache=cache,
+    )
+
+  def _draft(self, state: VerifiedState) -> Drafted:
+    """Tokens drafted one after the other, as many as the plan says or confidence allows."""
+    window, batch = self.rule.window, state.current.shape[0]
+    plan = self.plan(state.odds, state.active, jnp.max(self._seen(state).passes))
+    # With slack a text must not depend on where passes end: every position has its draft.
+    every = jnp.any(self.threshold < 1.0) | self.rule.measures
+    left = jnp.where(state.active, self.length - state.positions, 0)
+    given = self._given(state.positions)
+    start = Drafted(
+      count=jnp.zeros((), jnp.int32),
+      tokens=jnp.zeros((batch, window), jnp.int32),
+      made=jnp.zeros((window,), bool),
+      work=self.passes.begin(state.positions),
+      cache=state.cache,
+    )
+
+    def one(carry):
+      now, token, _ = carry
+      at = now.count
+      wanted = every | (at + 1 < plan.count) | plan.probes
+      made, work, cache = self.passes.draft(now.work, now.cache, token, at, wanted)
+      put = lambda array, column: lax.dynamic_update_slice_in_dim(
+        array, column[:, None], at, axis=1
+      )
+      now = Drafted(
+        at + 1,
+        put(now.tokens, made.token),
+        lax.dynamic_update_slice_in_dim(now.made, wanted[None], at, axis=0),
+        work,
+        cache,
+      )
+      known = lax.dynamic_index_in_dim(given, at, axis=1, keepdims=False)
+      goes_on = (made.confidence >= self.rule.stop_below) & (made.token != self.eos_id)
+      goes_on = jnp.any((goes_on | (known > 0)) & (at + 1 < left)) & (at + 1 < plan.count)
+      return now, jnp.where(known > 0, known, made.token), goes_on
+
+    carry = start, state.current, jnp.ones((), bool)
+    return lax.while_loop(lambda carry: carry[2], one, carry)[0]
+
+  def _emits(self, state: VerifiedState, drafted: Drafted, leads: jax.Array) -> jax.Array:
+    """Which positions of the pass become tokens, [batch, window].
+
+    Args:
+      state: before the pass.
+      drafted: its drafts.
+      leads: whether what the next position read is what was emitted, and ended nothing.
+    """
+    at = jnp.arange(self.rule.window)[None, :]
+    inside = (at < drafted.count) & (state.positions[:, None] + at < self.length)
+    follows = jnp.cumprod(leads[:, :-1].astype(jnp.int32), axis=1) > 0
+    follows = jnp.pad(follows, ((0, 0), (1, 0)), constant_values=True)
+    return inside & follows & state.active[:, None]
+
+  def _given(self, positions: jax.Array) -> jax.Array:
+    """The prefix at the positions of a pass, [batch, window]; 0 where a row is free."""
+    shape = (len(positions), self.rule.window)
+    if self.prefix is None:
+      return jnp.zeros(shape, jnp.int32)
+    padded = jnp.pad(self.prefix, ((0, 0), (0, self.rule.window)))
+    at = positions[:, None] + jnp.arange(self.rule.window)[None, :]
+    return jnp.take_along_axis(padded, at, axis=1)
+
+  def _record(
+    self, state: VerifiedState, drafted: Drafted, verdict, free, count
+  ) -> loop.Generation:
+    old, seen = state.generation, self._seen(state)
+    put = lambda array, columns: _put(array, columns, state.positions, count)
+    drafts = jnp.sum(drafted.made, dtype=jnp.int32)
+    verification = loop.Verification(
+      drafted=put(seen.drafted, verdict.accepted & free),
+      passes=seen.passes + state.active.astype(jnp.int32),
+      drafts=seen.drafts + jnp.where(state.active, drafts, 0),
+    )
+    depth = jnp.where(free, self.passes.num_layers, 0)
+    return loop.Generation(
+      tokens=put(old.tokens, verdict.token),
+      exit_layers=put(old.exit_layers, depth),
+      confidences=put(old.confidences, verdict.confidence),
+      rejected_confidences=put(old.rejected_confidences, verdict.rejected_confidence),
+      scores=old.scores,
+      verification=verification,
+    )
+
+  def _seen(self, state: VerifiedState) -> loop.Verification:
+    assert state.generation.verification is not None  # `decode` made it
+    return state.generation.verification
+
+  def _per_row(self, threshold: jax.Array) -> jax.Array:
+    """[] or [batch, 1]."""
+    return threshold if threshold.ndim == 0 else threshold[:, None]
+
+
+def _obeying(verdict: exits.verified.Verdict, given: jax.Array) -> exits.verified.Verdict:
+  """With what a row is given in place of what was drafted or decided."""
+  known = given > 0
+  free = lambda values: jnp.where(known, 0.0, values)
+  return exits.verified.Verdict(
+    token=jnp.where(known, given, verdict.token),
+    accepted=verdict.accepted | known,
+    confidence=free(verdict.confidence),
+    rejected_confidence=free(verdict.rejected_confidence),
+    log_probability=free(verdict.log_probability),
+  )
+
+
+def _put(array: jax.Array, columns: jax.Array, positions: jax.Array, count: jax.Array):
+  """`array` [batch, length] with the first `count` of `columns` at each row's position."""
+  at = jnp.arange(array.shape[1], dtype=jnp.int32)[None, :] - positions[:, None]
+  new = jnp.take_along_axis(columns, jnp.clip(at, 0, columns.shape[1] - 1), axis=1)
+  return jnp.where((at >= 0) & (at < count[:, None]), new.astype(array.dtype), array)

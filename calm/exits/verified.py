@@ -1,0 +1,188 @@
+"""Exact decoding from a model's own exits: the first layers draft, the rest verify.
+
+Layers 1 ... k are exact functions of the tokens before, so that what they predict costs no
+second model; one pass of layers k + 1 ... L and the head over all drafted positions then says
+what the full model would have emitted at each, and writes their caches. No state is
+propagated, and the text is the full model's. This module knows no network and no loop.
+"""
+
+import dataclasses
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from calm.exits.rules import StepRule
+
+DraftHead = Literal["shortlist", "full"]
+
+
+@struct.dataclass
+class Draft:
+  """What layer k says of some positions.
+
+  Attributes:
+    token: its most likely token, [...] int32.
+    confidence: that token's probability under the draft head, [...] in (0, 1].
+  """
+
+  token: jax.Array
+  confidence: jax.Array
+
+
+@struct.dataclass
+class Verdict:
+  """What the full model says of some positions and of the drafts there.
+
+  Attributes:
+    token: what is emitted: the draft where it is accepted, else the full model's argmax.
+    accepted: whether the draft is what is emitted.
+    confidence: p_full of the emitted token over that of the argmax, in (0, 1].
+    rejected_confidence: the same of a draft that was refused, 0 if none was.
+    log_probability: of the emitted token under the full head, nats.
+  """
+
+  token: jax.Array
+  accepted: jax.Array
+  confidence: jax.Array
+  rejected_confidence: jax.Array
+  log_probability: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Verified:
+  """Draft with layers 1 ... k, verify with the rest: the full model's own text.
+
+  A draft d is accepted if it is the full model's argmax, or, where some slack lambda is given,
+  if p_full(d) >= (1 - lambda) max p_full. The traced threshold of a program is 1 - lambda: 1
+  and above (`NEVER_EXIT` too) is exact decoding, and a descending grid of thresholds is an
+  ascending grid of slacks that begins with a loss of 0.
+
+  The text depends on neither `num_drafts`, `stop_below`, `adapts` nor `measures`.
+
+  Attributes:
+    draft_layer: k, in 1 ... L - 1.
+    num_drafts: most tokens that are drafted before a pass verifies them, at least 1.
+    draft_head: 'shortlist' drafts from the model's short list of likely tokens, 'full' from
+      the whole vocabulary.
+    stop_below: drafting ends at a draft less probable than this under the draft head, [0, 1].
+    adapts: whether fewer tokens are drafted, or none, where drafts are refused.
+    measures: whether every token is drafted, even where no pass can use it, so that the
+      refused confidences of a text tell at which slack it would be another. With slack it is.
+  """
+
+  draft_layer: int
+  num_drafts: int = 4
+  draft_head: DraftHead = "shortlist"
+  stop_below: float = 0.0
+  adapts: bool = True
+  measures: bool = False
+
+  def __post_init__(self):
+    if self.num_drafts < 1:
+      raise ValueError(
+        f"Expected `num_drafts` of at least 1, got {self.num_drafts}; for none, decode with"
+        " `exits.StaticExit()`."
+      )
+    if self.draft_head not in get_args(DraftHead):
+      raise ValueError(
+        f"Expected `draft_head` to be one of {list(get_args(DraftHead))}, got"
+        f" {self.draft_head!r}."
+      )
+    if not 0 <= self.stop_below <= 1:
+      raise ValueError(f"Expected `stop_below` in [0, 1], got {self.stop_below}.")
+
+  def depth(self, num_layers: int) -> int:
+    """Decoder layers that keep a cache: all of them.
+
+    Raises:
+      ValueError: the draft layer is not below the last.
+    """
+    if not 1 <= self.draft_layer < num_layers:
+      raise ValueError(
+        f"Expected `draft_layer` in 1 ... {num_layers - 1}, below the last of {num_layers}"
+        f" decoder layers, got {self.draft_layer}."
+      )
+    return num_layers
+
+  @property
+  def window(self) -> int:
+    """Most positions of a pass: the drafts, and the token that needs none."""
+    return self.num_drafts + 1
+
+
+# How a program goes through the layers: a token at a time, or in passes over drafts.
+Rule = StepRule | Verified
+
+
+def threshold_of(slack: float) -> float:
+  """The threshold 1 - lambda that stands for a slack.
+
+  Raises:
+    ValueError: the slack is not in [0, 1).
+  """
+  if not 0 <= slack < 1:
+    raise ValueError(
+      f"Expected `slack` in [0, 1), got {slack}; 0 is exact, and 1 would accept every draft."
+    )
+  return 1.0 - slack
+
+
+def draft(logits: Float[Array, "*rows tokens"], ids: Int[Array, " tokens"] | None) -> Draft:
+  """The most likely token (the first of equals) of a draft head.
+
+  Args:
+    logits: of the draft head.
+    ids: token ids of its columns; None: they are the columns' numbers.
+  """
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  place = _first(logits == top)
+  token = place if ids is None else ids[place]
+  return Draft(token, 1.0 / jnp.sum(jnp.exp(logits - top), axis=-1))
+
+
+def verdict(
+  logits: Float[Array, "*rows vocab"],
+  drafted: Int[Array, "*rows"],
+  has_draft: jax.Array,
+  threshold: jax.Array,
+) -> Verdict:
+  """What is emitted where the full model has these logits.
+
+  Args:
+    logits: of the full head at the last layer, float32.
+    drafted: the drafts.
+    has_draft: where there is one, bool.
+    threshold: 1 - lambda; at 1 and above only the argmax is accepted.
+  """
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  best = _first(logits == top)
+  log_best = -jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1))
+  gap = jnp.take_along_axis(logits, drafted[..., None], axis=-1)[..., 0] - top[..., 0]
+  ratio = jnp.exp(gap)
+  # Of two equal logits the argmax is the first: only with slack may the second be emitted.
+  accepted = has_draft & ((drafted == best) | ((ratio >= threshold) & (threshold < 1.0)))
+  return Verdict(
+    token=jnp.where(accepted, drafted, best),
+    accepted=accepted,
+    confidence=jnp.where(accepted, ratio, 1.0),
+    rejected_confidence=jnp.where(has_draft & ~accepted, ratio, 0.0),
+    log_probability=jnp.where(accepted, log_best + gap, log_best),
+  )
+
+
+def no_verdict(shape: tuple[int, ...]) -> Verdict:
+  """Of positions that nothing is known of."""
+  floats = jnp.zeros(shape, jnp.float32)
+  return Verdict(jnp.zeros(shape, jnp.int32), floats > 0, floats, floats, floats)
+
+
+def _first(found: jax.Array) -> jax.Array:
+  """The first true place of the last axis; the last place where none is."""
+  last = found.shape[-1] - 1
+  places = lax.broadcasted_iota(jnp.int32, found.shape, found.ndim - 1)
+  # A minimum over places runs in vector registers, where `argmax` runs element by element.
+  return jnp.min(jnp.where(found, places, last), axis=-1)

@@ -1,0 +1,272 @@
+"""Exact decoding: the full model's tokens, scores and caches, whatever is drafted."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import exits
+from calm.decode import program as program_lib
+from calm.exits import schedules
+from tests import engine, reference_verified, toys
+
+SHORTLIST = (1, *(i for i in range(3, 40) if i % 4))
+STATIC = exits.StaticExit()
+RULE = exits.Verified(2, num_drafts=5, adapts=False)
+BATCH = len(engine.PROMPTS)
+
+
+@functools.cache
+def toy(**changes) -> engine.Toy:
+  """Layers 3 and 4 change little, so that drafts of layer 2 are accepted and refused."""
+  sizes = toys.Config(**changes)
+  params = toys.params(sizes, seed=1)
+  for i in range(sizes.num_decoder_layers):
+    layer = params["decoder"][f"layers_{i}"]
+    for block, name in (
+      ("self_attention", "out"),
+      ("encoder_decoder_attention", "out"),
+      ("mlp", "wo"),
+    ):
+      layer[block][name]["kernel"] *= 0.1 if i > 1 else 1.0
+  return with_shortlist(engine.of_params(params, sizes))
+
+
+def with_shortlist(made: engine.Toy) -> engine.Toy:
+  weights = program_lib.model_weights(
+    made.params, made.config, made.sizes.num_pieces, SHORTLIST
+  )
+  return dataclasses.replace(made, weights=weights)
+
+
+def reference_rows(made: engine.Toy, rule, threshold=1.0, prompts=engine.PROMPTS):
+  shortlist = SHORTLIST if rule.draft_head == "shortlist" else None
+  return [
+    reference_verified.decode(
+      made.reference,
+      prompt,
+      rule.draft_layer,
+      shortlist=shortlist,
+      threshold=threshold,
+      max_decode_length=engine.LENGTH,
+    )
+    for prompt in prompts
+  ]
+
+
+def assert_is_the_full_model(got, full, rows, num_rows):
+  """Tokens, scores and caches are static-L's; rows that begin with a tie are excused."""
+  for i in range(num_rows):
+    length = len(rows[i].tokens)
+    if min(rows[i].gaps) < 1e-5:
+      continue
+    np.testing.assert_array_equal(got.generation.tokens[i], full.generation.tokens[i])
+    np.testing.assert_array_equal(got.generation.exit_layers[i], full.generation.exit_layers[i])
+    np.testing.assert_allclose(got.generation.scores[i], full.generation.scores[i], atol=1e-5)
+    compare_caches(got.cache, full.cache, i, length)
+  assert sum(min(row.gaps) < 1e-5 for row in rows) == 0
+
+
+def compare_caches(caches, others, row: int, length: int) -> None:
+  for cache, other in zip(caches, others, strict=True):
+    for a, b in ((cache.keys, other.keys), (cache.values, other.values)):
+      np.testing.assert_allclose(a[row, :, :length], b[row, :, :length], atol=1e-5)
+
+
+def compare_with_reference(got, rows, rule, threshold) -> None:
+  """Also what was drafted, how likely it was, and how many passes it took."""
+  seen = got.generation.verification
+  for i, row in enumerate(rows):
+    length = len(row.tokens)
+    assert np.asarray(got.generation.tokens[i])[:length].tolist() == row.tokens
+    np.testing.assert_allclose(got.generation.scores[i], sum(row.scores), rtol=1e-4)
+    if not rule.adapts:
+      passes = row.passes(rule.num_drafts, exact=threshold >= 1)
+      assert seen.passes[i] == passes.count
+      assert np.asarray(seen.drafted[i])[:length].tolist() == passes.drafted
+    assert not np.asarray(seen.drafted[i])[length:].any()
+    refused = np.asarray(got.generation.rejected_confidences[i])[:length]
+    expected = np.where(row.agrees, 0.0, row.ratios)
+    if threshold < 1:
+      np.testing.assert_allclose(refused, expected, atol=1e-4)
+    else:
+      assert np.all((np.abs(refused - expected) < 1e-4) | (refused == 0))
+
+
+@pytest.mark.parametrize(
+  ("rule", "batch"),
+  [
+    (RULE, 8),
+    (dataclasses.replace(RULE, draft_head="full", num_drafts=1), 1),
+    (exits.Verified(1, num_drafts=9, draft_head="full", adapts=False), 3),
+    (exits.Verified(3, num_drafts=2, stop_below=0.5, draft_head="full"), 3),
+    (exits.Verified(2, num_drafts=4), 1),
+  ],
+)
+def test_it_is_the_full_model_whatever_is_drafted(rule, batch):
+  made, prompts = toy(), engine.PROMPTS[:batch]
+  full = engine.run(made, STATIC)
+  before = engine._decode_state._cache_size()
+  accepted = set()
+  for threshold in (schedules.NEVER_EXIT, 1.0):
+    got = engine.run(made, rule, threshold, prompts=prompts)
+    rows = reference_rows(made, rule, prompts=prompts)
+    assert_is_the_full_model(got, full, rows, batch)
+    compare_with_reference(got, rows, rule, threshold)
+    accepted |= set(np.asarray(got.generation.verification.drafted).ravel().tolist())
+  # Where passes adapt, these short texts may have none.
+  assert accepted == {False, True} or rule.adapts
+  # One program, whatever was accepted.
+  assert engine._decode_state._cache_size() == before + 1
+
+
+def test_the_toys_end_inside_of_drafts_at_eos_and_at_the_limit():
+  """Meta: what the law is about does happen in its examples."""
+  rows = reference_rows(toy(), RULE)
+  inside = [row for row in rows if row.passes(RULE.num_drafts, exact=True).ends_inside]
+  assert any(len(row.tokens) < engine.LENGTH for row in inside)
+  assert any(len(row.tokens) == engine.LENGTH for row in inside)
+  shares = np.concatenate([row.agrees for row in rows])
+  assert 0.2 < shares.mean() < 0.95
+  assert len({row.passes(RULE.num_drafts, exact=True).count for row in rows}) > 2
+
+
+def test_slack_accepts_what_the_yardstick_accepts_and_no_slack_is_exact():
+  made, tokens = toy(), []
+  for threshold in (1.0, 0.5, 0.1, 0.0):
+    got = engine.run(made, RULE, threshold)
+    compare_with_reference(got, reference_rows(made, RULE, threshold), RULE, threshold)
+    tokens.append(np.asarray(got.generation.tokens).tolist())
+    if threshold < 1:
+      confidences = np.asarray(got.generation.confidences)
+      assert np.all((confidences >= threshold)[np.asarray(got.generation.tokens) > 0])
+  assert len({str(each) for each in tokens}) > 2
+
+
+@pytest.mark.parametrize("drafts", [1, 5])
+def test_a_text_under_slack_does_not_depend_on_where_passes_end(drafts):
+  other = dataclasses.replace(RULE, num_drafts=drafts, adapts=True)
+  a, b = (engine.run(toy(), rule, 0.3).generation for rule in (RULE, other))
+  np.testing.assert_array_equal(a.tokens, b.tokens)
+  np.testing.assert_allclose(a.rejected_confidences, b.rejected_confidences, atol=1e-4)
+
+
+def test_of_equal_logits_the_first_is_emitted():
+  """Every piece has a twin, and some drafts are the second of two."""
+  made = toy()
+  params = jax.tree.map(np.copy, made.params)
+  head = params["decoder"]["logits_dense"]["kernel"]
+  head[:, 4:39:2] = head[:, 3:38:2]
+  twins = with_shortlist(engine.of_params(params, made.sizes))
+  got, full = engine.run(twins, RULE, 1.0).generation, engine.run(twins, STATIC).generation
+  np.testing.assert_array_equal(got.tokens, full.tokens)
+  rows = reference_rows(twins, RULE)
+  seconds = [
+    ratio == 1.0 and not agrees
+    for row in rows
+    for ratio, agrees in zip(row.ratios, row.agrees, strict=True)
+  ]
+  assert any(seconds)
+
+
+def test_caches_are_the_full_models_after_every_pass():
+  made, prompts = toy(), engine.PROMPTS[:3]
+  full = engine.run(made, STATIC, prompts=prompts)
+  program = program_lib.Program(made.config, RULE, engine.LENGTH)
+  encoded, threshold = engine.encode(made, prompts), jnp.float32(1.0)
+
+  @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+  def one(weights, state):
+    return program.passes(weights, encoded, threshold).run(state)
+
+  start = program.passes(made.weights, encoded, threshold)
+  state, positions = start.begin(jnp.ones(3, bool)), []
+  while np.any(state.active):
+    state = one(made.weights, state)
+    positions.append(np.asarray(state.positions).tolist())
+    for row, length in enumerate(positions[-1]):
+      compare_caches(state.cache, full.cache, row, length)
+  lengths = np.asarray(full.generation.num_tokens).tolist()
+  assert positions[-1] == lengths and len(positions) >= 3
+  # Rows do accept different numbers.
+  assert any(len(set(each)) > 1 for each in positions)
+
+
+def test_rows_that_hold_no_prompt_stay_empty():
+  active = np.arange(BATCH) % 3 != 1
+  prompts = np.where(active[:, None], engine.PROMPTS, 0)
+  got = engine.run(toy(), RULE, 1.0, prompts=prompts, active=active)
+  everything = engine.run(toy(), RULE, 1.0)
+  # How many were drafted for a row is for its mates to say too.
+  generations = [
+    dataclasses.replace(
+      state.generation,
+      verification=dataclasses.replace(state.generation.verification, drafts=jnp.zeros(BATCH)),
+    )
+    for state in (got, everything)
+  ]
+  for leaf, whole in zip(*map(jax.tree.leaves, generations), strict=True):
+    assert not np.asarray(leaf)[~active].any()
+    np.testing.assert_allclose(np.asarray(leaf)[active], np.asarray(whole)[active], atol=1e-4)
+
+
+def test_bad_drafts_are_not_made():
+  """A head that drafts nonsense: after some refusals a pass is a step of the full model."""
+  made = toy()
+  weights = made.weights.decoder
+  nonsense = dataclasses.replace(weights, shortlist=-weights.shortlist)
+  made = dataclasses.replace(made, weights=dataclasses.replace(made.weights, decoder=nonsense))
+  got = {}
+  for adapts in (True, False):
+    rule = dataclasses.replace(RULE, adapts=adapts)
+    state = engine.run(made, rule, 1.0)
+    np.testing.assert_array_equal(
+      state.generation.tokens, engine.run(made, STATIC).generation.tokens
+    )
+    got[adapts] = jax.device_get(state.generation.verification)
+  assert np.sum(got[True].drafts) < 0.6 * np.sum(got[False].drafts)
+  assert np.sum(got[False].drafted) < 5
+
+
+def test_a_pass_asks_the_full_head_once_for_all_of_its_positions():
+  """Read off what is compiled: one product with the head for every size of a pass."""
+  made = toy()
+  program = program_lib.Program(made.config, exits.Verified(2, num_drafts=4), engine.LENGTH)
+  args = made.weights, engine.encode(made), jnp.ones(BATCH, bool), jnp.float32(1)
+  decode = jax.jit(lambda *args: program.decode_state(*args).generation)
+  pieces = made.sizes.num_pieces
+  found = re.findall(
+    rf"stablehlo.dot_general .*-> tensor<(\d+)x{pieces}xf32>", decode.lower(*args).as_text()
+  )
+  assert sorted(map(int, found)) == [BATCH * size for size in (1, 3, 5)]
+
+
+@pytest.mark.parametrize(
+  ("options", "named"),
+  [
+    ({"draft_layer": 4}, "`draft_layer` in 1 ... 3"),
+    ({"draft_layer": 0}, "`draft_layer` in 1 ... 3"),
+    ({"num_drafts": 0}, "`num_drafts`"),
+    ({"draft_head": "half"}, "`draft_head`"),
+    ({"stop_below": 1.5}, "`stop_below`"),
+  ],
+)
+def test_bad_rules_are_named(options, named):
+  with pytest.raises(ValueError, match=named):
+    exits.Verified(**{"draft_layer": 2, **options}).depth(4)
+
+
+@pytest.mark.parametrize("slack", [-0.1, 1.0, float("nan")])
+def test_slack_outside_of_its_range_is_named(slack):
+  with pytest.raises(ValueError, match="`slack`"):
+    exits.verified.threshold_of(slack)
+  assert exits.verified.threshold_of(0.25) == 0.75
+
+
+def test_a_missing_shortlist_is_named():
+  with pytest.raises(ValueError, match="shortlist"):
+    engine.run(engine.toy(), exits.Verified(2))
