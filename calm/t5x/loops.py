@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from calm import exits
-from calm.decode import engines, loop
+from calm.decode import engines, loop, verified, verified_passes
 from calm.t5 import network
 from calm.t5x import prefixes
 
@@ -71,12 +71,13 @@ class Loop:
   """
 
   config: network.T5Config
-  rule: exits.StepRule
+  rule: exits.Rule
   length: int
   engine: engines.Engine | None = None
 
   def _bound(self, weights: Any, rows: Rows) -> engines.Bound:
     rule = self.rule
+    assert not isinstance(rule, exits.Verified)  # has no step
     if isinstance(rule, exits.DynamicExits):
       rule = dataclasses.replace(rule, schedule=prefixes.AfterPrefix(rule.schedule, rows))
     elif not isinstance(rule, exits.StaticExit):  # all of whose tokens run all its layers
@@ -92,6 +93,8 @@ class Loop:
       rows: from `make_rows`.
       batch_size: rows of the cache: of the batch, before a loop of T5X's multiplies them.
     """
+    if isinstance(self.rule, exits.Verified):  # whose loop makes its own
+      return {"cache_index": jnp.zeros((), jnp.int32)}
     empty = self._bound(weights, rows).empty
     empty = jax.tree.map(lambda x: x[:batch_size] if x.ndim else x, empty)
     floats = jnp.zeros((batch_size, self.length), jnp.float32)
@@ -105,7 +108,15 @@ class Loop:
   def bind(
     self, weights: Any, rows: Rows, eos_id: int | jax.Array
   ) -> Callable[[Any], tuple[jax.Array, LoopCache]]:
-    """The function that T5X's loops call with their `DecodingState` at every position."""
+    """The function that T5X's loops call with their `DecodingState` at every position.
+
+    Of `exits.Verified` it is a `Passes`, which `greedy_decode` alone can use.
+    """
+    if isinstance(self.rule, exits.Verified):
+      task = engines.Task(
+        self.config, self.rule, weights, rows.encoded, rows.threshold, self.length
+      )
+      return Passes(verified_passes.bind(task, self.rule, eos_id))
     bound = self._bound(weights, rows)
 
     def tokens_to_logits(state) -> tuple[jax.Array, LoopCache]:
@@ -179,6 +190,37 @@ class Loop:
     found = same_pass[0] if same_pass else self.replay(weights, rows, flat, eos_id)
     fields = dataclasses.fields(found)
     return {field.name: shaped(getattr(found, field.name)) for field in fields}
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+  """What `Loop.bind` makes of a rule that emits several tokens a pass.
+
+  Attributes:
+    verifying: the loop, its prefix yet to be given.
+  """
+
+  verifying: verified.Verifying
+
+  def __call__(self, state: Any) -> tuple[jax.Array, LoopCache]:
+    """Refuses a loop that asks for one token after another.
+
+    Raises:
+      ValueError: always.
+    """
+    raise ValueError(
+      "Expected `decode_fn` to be calm.t5x.loops.greedy_decode with the rule `exits.Verified`,"
+      " got a loop that asks for one token at a time; bind it, or choose another rule."
+    )
+
+  def decode(self, inputs: Int[Array, "batch length"]) -> tuple[jax.Array, jax.Array, Exits]:
+    """As `greedy_decode`; the prefix is verified in passes too."""
+    prefix = jnp.pad(inputs[:, 1:], ((0, 0), (0, 1)))
+    verifying = dataclasses.replace(self.verifying, prefix=prefix)
+    made = verifying.decode(jnp.ones((len(inputs),), bool)).generation
+    columns = made.exit_layers, made.confidences, made.rejected_confidences
+    tokens, scores = jnp.asarray(made.tokens), jnp.asarray(made.scores)
+    return tokens[:, None], scores[:, None], Exits(*map(jnp.asarray, columns))
 
 
 def _step(bound: engines.Bound, rows: Rows, current, active, cache: LoopCache):
@@ -269,6 +311,8 @@ def greedy_decode(
       f"Expected `num_decodes` of 1 for greedy decoding, got {num_decodes}; use T5X's"
       " `decoding.temperature_sample` or `decoding.beam_search`."
     )
+  if isinstance(tokens_to_logits, Passes):
+    return tokens_to_logits.decode(inputs)
   batch_size, length = inputs.shape
   sequences = jnp.pad(inputs, ((0, 0), (0, 1)))
   greedy = _Greedy(

@@ -65,7 +65,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     loss_normalizing_factor: Any = None,
     default_decoder_params: t5x_models.DecoderParams | None = None,
     *,
-    rule: exits.StepRule | None = None,
+    rule: exits.Rule | None = None,
     threshold: float = schedules.NEVER_EXIT,
     shortlist: Sequence[int] | None = None,
     objective: objectives.Objective | None = None,
@@ -90,6 +90,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       loss_normalizing_factor: as in T5X.
       default_decoder_params: as in T5X.
       rule: how a token goes through the layers; None is the paper's softmax confidence.
+        `exits.Verified` needs `decode_fn=greedy_decode`.
       threshold: lambda where `decoder_params` gives none. At `NEVER_EXIT` nothing is measured:
         the program is the full model's.
       shortlist: likely tokens, for the measures 'shortlist', 'patience' and 'probe'.
@@ -125,7 +126,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       )
     schedules.check_threshold(threshold)
     rule = rule or exits.DynamicExits(confidence.Softmax())
-    if threshold != schedules.NEVER_EXIT and not isinstance(rule, exits.DynamicExits):
+    compares = isinstance(rule, exits.DynamicExits | exits.Verified)
+    if threshold != schedules.NEVER_EXIT and not compares:
       raise ValueError(
         f"Expected no `threshold` with {type(rule).__name__}, which compares none, got"
         f" {threshold}; leave it out, or choose `exits.DynamicExits`."
@@ -259,7 +261,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
   def _num_pieces(self) -> int:
     return self.output_vocabulary.vocab_size
 
-  def _depth(self, threshold: Any) -> tuple[exits.StepRule, Any]:
+  def _depth(self, threshold: Any) -> tuple[exits.Rule, Any]:
     """The rule to run and the threshold to report; the full model's where nothing exits."""
     given = threshold is not None
     if not given:

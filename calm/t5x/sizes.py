@@ -17,7 +17,7 @@ from calm.training import objectives
 _LOG = logging.getLogger(__name__)
 
 
-def needed_parts(rule: exits.StepRule, objective: objectives.Objective) -> tuple[str, ...]:
+def needed_parts(rule: exits.Rule, objective: objectives.Objective) -> tuple[str, ...]:
   """Exit parts of the decoder that are measured or trained, fields of `T5Config`."""
   measured = getattr(getattr(rule, "measure", None), "part", None)
   return (*objective.parts, *([measured] if measured else []))

@@ -146,6 +146,36 @@ def test_real_tokens_end_with_the_generated_eos_or_the_last_that_is_not_padding(
   np.testing.assert_array_equal(got, [2, 2, 3, 0, 3])
 
 
+def test_exact_decoding_is_greedy_decoding_at_full_depth_its_prefix_too():
+  toy, prefix = engine.toy(), np.zeros((8, engine.LENGTH), int)
+  prefix[::2, 1:4] = [7, EOS, 9]
+
+  def run(weights, rule):
+    rows = loops.make_rows(engine.encode(toy), jnp.asarray(prefix), NEVER, EOS)
+    loop = loops.Loop(toy.config, rule, engine.LENGTH)
+    cache = loop.empty_cache(weights, rows, 8)
+    return loops.greedy_decode(jnp.asarray(prefix), cache, loop.bind(weights, rows, EOS), EOS)
+
+  exact = exits.Verified(3, 3, draft_head="full")
+  one, other = (
+    compiled(lambda weights, rule=rule: run(weights, rule))(toy.weights.decoder)
+    for rule in (exits.StaticExit(), exact)
+  )
+  np.testing.assert_array_equal(one[0], other[0])
+  np.testing.assert_allclose(one[1], other[1], atol=1e-5)
+  np.testing.assert_array_equal(one[2].exit_layers, other[2].exit_layers)
+  np.testing.assert_array_equal(other[0][::2, 0, :3], prefix[::2, 1:4])
+
+
+def test_exact_decoding_refuses_loops_that_ask_token_by_token():
+  toy = engine.toy()
+  loop, rows, _ = bound(toy, "eager")
+  exact = dataclasses.replace(loop, rule=exits.Verified(2, draft_head="full"))
+  ask = exact.bind(toy.weights.decoder, rows, EOS)
+  with pytest.raises(ValueError, match="greedy_decode"):
+    ask(None)
+
+
 def test_greedy_decoding_refuses_several_decodes():
   with pytest.raises(ValueError, match="num_decodes"):
     loops.greedy_decode(jnp.zeros((1, 2), jnp.int32), {}, lambda s: s, EOS, num_decodes=3)
