@@ -142,6 +142,11 @@ def _toward_one_grid() -> np.ndarray:
   return np.round(1.0 - np.geomspace(1e-3, 0.5, 19), 6)
 
 
+def _slack_grid() -> np.ndarray:
+  # The first slack is 0, where the loss is: a test that begins there begins with a truth.
+  return np.round(np.arange(20, 0, -1) * 0.05, 2)
+
+
 _DEFAULT_GRIDS: Mapping[str, Callable[[], np.ndarray]] = {
   "softmax": _even_grid,
   "shortlist": _even_grid,
@@ -150,6 +155,7 @@ _DEFAULT_GRIDS: Mapping[str, Callable[[], np.ndarray]] = {
   "classifier": _even_grid,
   "probe": _even_grid,
   "state": _toward_one_grid,
+  "verified": _slack_grid,
 }
 
 
@@ -158,7 +164,8 @@ def default_grid(measure: str) -> np.ndarray:
 
   Args:
     measure: 'state' (19 points, 1 minus a geometric sequence from 0.001 to 0.5, because
-      cosines of residual states live near 1), or any other (0.95, 0.90, ..., 0.05).
+      cosines of residual states live near 1), 'verified' (1.00, 0.95, ..., 0.05: slacks 0,
+      0.05, ..., 0.95), or any other (0.95, 0.90, ..., 0.05).
 
   Returns:
     [num_thresholds] float64, strictly descending.

@@ -12,6 +12,7 @@ from calm.inference import (
   seconds,
   until_certified,
 )
+from calm.inference.exact import exact_rule
 from calm.inference.opening import CALIBRATION, FULL_DEPTH, UntrainedExits, load
 from calm.inference.options import DecodeOptions
 from calm.inference.predictor import Predictor, SlowerThanFullDepth
@@ -28,6 +29,7 @@ __all__ = [
   "certified",
   "colours",
   "costs",
+  "exact_rule",
   "grid",
   "load",
   "options",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def of_a_step(
-  predictor: "predictor_lib.Predictor", input_length: int, rule: exits.StepRule | None = None
+  predictor: "predictor_lib.Predictor", input_length: int, rule: exits.Rule | None = None
 ) -> costs_lib.DecodingCosts:
   """What a decode step of a model reads and computes, by the layer that tokens leave at.
 
@@ -37,7 +37,7 @@ def of_a_step(
 def totals(
   predictor: "predictor_lib.Predictor",
   outputs: Sequence[outputs_lib.Output],
-  rule: exits.StepRule | None = None,
+  rule: exits.Rule | None = None,
 ) -> costs_lib.Totals:
   """FLOPs and bytes of outputs that a model's `generate` made.
 

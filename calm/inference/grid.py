@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from calm import exits
 from calm.calibrate import Prompt, Record
 from calm.calibrate.generations import reuse
 from calm.calibrate.generations import writer as writer_lib
@@ -129,7 +130,9 @@ class _Batch:
       self.encoded = self._predictor.encode(self._batch)
     active = np.zeros(len(self._batch.active), bool)
     active[[self._ids.index(i) for i in fresh]] = True
-    if self._predictor.options.num_devices > 1:  # each would need its own loop's state
+    options = self._predictor.options
+    # Each device would need its own loop's state; passes keep none.
+    if options.num_devices > 1 or isinstance(options.rule, exits.Verified):
       return self._predictor.decode(self.encoded, active, threshold), {}
     resume_at = np.zeros(len(active), np.int32)
     if self._state is not None and self._resumes:

@@ -9,6 +9,7 @@ from typing import Any
 from calm import checkpoints
 from calm.calibrate import NEVER_EXIT, Calibration
 from calm.calibrate.generations.procedures import describe_differences
+from calm.inference import exact as exact_lib
 from calm.inference.options import DecodeOptions, change, stored_options
 from calm.inference.predictor import Predictor
 from calm.inference.procedures import options_of
@@ -86,7 +87,8 @@ def load(
     given = bool(options) or dtype is not None
     kept = own.exists() and not void_guarantee
     if (directory / FULL_DEPTH).exists() and not kept:
-      return dataclasses.replace(predictor, threshold=NEVER_EXIT)
+      exact = None if given else exact_lib.stored_rule(directory / FULL_DEPTH)
+      return dataclasses.replace(predictor, threshold=NEVER_EXIT, exact=exact)
     return _under_its_own(predictor, own, given, allow_platform) if kept else predictor
   if not void_guarantee:
     return predictor.under(calibration, allow_platform=allow_platform)

@@ -16,19 +16,25 @@ CHOICES = {
   "matmul_precision": ("default", "high", "highest"),
   "weights_dtype": ("float32", "bfloat16"),
 }
+# Options that are whole numbers of at least 1.
+_NUMBERS = ("max_input_length", "max_decode_length", "batch_size", "num_devices", "num_drafts")
+# The measure that is no confidence of a layer but the full model's own, of drafts.
+VERIFIED = "verified"
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeOptions:
-  """How prompts are decoded; all of it belongs to the `Procedure`, but for the last five.
+  """How prompts are decoded; all of it belongs to the `Procedure`, but for the last six.
 
   Attributes:
-    measure: confidence measure, one of `confidence.MEASURES`.
+    measure: confidence measure, one of `confidence.MEASURES`; 'verified' is `exits.Verified`,
+      whose threshold is 1 - lambda, its slack.
     schedule: threshold schedule, `schedules.Constant()` or `schedules.Decaying(...)`.
-    exit_layers: 1-based layers after which a token may leave; None allows every layer.
+    exit_layers: 1-based layers after which a token may leave; None allows every layer. Of
+      'verified' the one layer that drafts.
     propagation: what skipped layers store; 'exit_state' is the paper's.
     shortlist: token ids, most likely first, for the measures 'shortlist', 'patience' and
-      'probe'.
+      'probe', and for drafts.
     task_prefix: text put before every prompt.
     max_input_length: tokens of a prompt that are read, EOS included.
     max_decode_length: most tokens generated, EOS included.
@@ -47,6 +53,7 @@ class DecodeOptions:
       that are longer than a batch. On one device; results do not depend on it in float32.
     grid: thresholds to decode at where none are given, descending, chosen for this measure,
       layers and schedule; None takes the measure's own (`thresholds.default_grid`).
+    num_drafts: of 'verified', most tokens drafted before a pass; results do not depend on it.
   """
 
   measure: str = "softmax"
@@ -64,9 +71,10 @@ class DecodeOptions:
   engine: engines.Engine | None = None
   refill: bool = False
   grid: tuple[float, ...] | None = None
+  num_drafts: int = 4
 
   def __post_init__(self):
-    for name in ("max_input_length", "max_decode_length", "batch_size", "num_devices"):
+    for name in _NUMBERS:
       limits.whole(name, getattr(self, name), 1, limits.LONGEST, "give a number in that range")
     for name, values in CHOICES.items():
       if getattr(self, name) not in (None, *values):
@@ -95,15 +103,43 @@ class DecodeOptions:
       told.append(f"{field.name}={value}")
     return f"{type(self).__name__}({', '.join(told)})"
 
+  @property
+  def uses_shortlist(self) -> bool:
+    """Whether results depend on the shortlist."""
+    if self.measure == VERIFIED:
+      return self.shortlist is not None
+    return confidence_lib.measure(self.measure).uses_shortlist
+
   @functools.cached_property
-  def rule(self) -> exits.DynamicExits:
-    """The exit rule that these options name."""
+  def rule(self) -> exits.Rule:
+    """The rule that these options name.
+
+    Raises:
+      ValueError: there is no such measure, or 'verified' has not one layer to draft.
+    """
+    if self.measure == VERIFIED:
+      return self._verified()
     return exits.DynamicExits(
       confidence_lib.measure(self.measure),
       self.schedule,
       self.exit_layers,
       propagation.propagation(self.propagation),
     )
+
+  def _verified(self) -> exits.Verified:
+    layers = self.exit_layers or ()
+    if len(layers) != 1:
+      raise ValueError(
+        "Expected one exit layer for the measure 'verified', the layer that drafts, got"
+        f" {list(layers) or 'none'}; give `exit_layers` like (2,)."
+      )
+    if self.schedule != schedules.Constant():
+      raise ValueError(
+        "Expected a constant threshold for the measure 'verified', whose slack is one for all"
+        f" tokens, got {self.schedule}; leave the schedule out."
+      )
+    head = "full" if self.shortlist is None else "shortlist"
+    return exits.Verified(layers[0], self.num_drafts, head, measures=True)
 
 
 # What was chosen for one measure, and what the grid was chosen for.
@@ -152,7 +188,7 @@ def stored_options(directory: pathlib.Path) -> dict[str, Any]:
 
 def _check_stored(name: str, value: Any) -> None:
   """The types of `DecodeOptions`, of a file that anybody may have written."""
-  if name in ("max_input_length", "max_decode_length", "batch_size", "num_devices"):
+  if name in _NUMBERS:
     limits.whole(name, value, 1, limits.LONGEST)
   elif name in ("exit_layers", "shortlist") and value is not None:
     if not isinstance(value, list):
@@ -193,6 +229,7 @@ def to_stored(options: DecodeOptions) -> dict[str, Any]:
     "batch_size",
     "shortlist",
     "grid",
+    "num_drafts",
     *CHOICES,
   )
   limits = ("task_prefix", "max_input_length", "max_decode_length")

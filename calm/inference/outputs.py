@@ -29,6 +29,10 @@ class Output:
     num_layers: decoder layers of the model.
     eos_id: the token that ends a text.
     input_length: positions of the prompt as it was encoded, padding included.
+    drafted: of `exits.Verified`: which tokens were drafted and accepted; the others are the
+      full model's own.
+    passes: of `exits.Verified`: how many verified the text.
+    drafts: of `exits.Verified`: tokens drafted, refused ones too.
   """
 
   text: str
@@ -41,12 +45,20 @@ class Output:
   num_layers: int
   eos_id: int = 1
   input_length: int = 0
+  drafted: tuple[bool, ...] = ()
+  passes: int = 0
+  drafts: int = 0
 
   @property
   def mean_layers(self) -> float:
     """Mean decoder layers a token (NaN without tokens)."""
     count = len(self.exit_layers)
     return sum(self.exit_layers) / count if count else float("nan")
+
+  @property
+  def tokens_per_pass(self) -> float:
+    """Tokens that a verifying pass gave, its own included (NaN without passes)."""
+    return len(self.tokens) / self.passes if self.passes else float("nan")
 
   @property
   def visible(self) -> tuple[tuple[str, ...], tuple[int, ...], tuple[float, ...]]:
@@ -97,6 +109,7 @@ def from_generation(
     input_length: positions of the prompt as it was encoded, padding included.
   """
   length = int(np.sum(np.asarray(generation.exit_layers[row]) > 0))
+  seen = generation.verification
   tokens = tuple(int(token) for token in generation.tokens[row][:length])
   return Output(
     text=vocabulary.decode(list(tokens)),
@@ -109,6 +122,9 @@ def from_generation(
     num_layers=num_layers,
     eos_id=eos_id,
     input_length=input_length,
+    drafted=() if seen is None else tuple(seen.drafted[row][:length].tolist()),
+    passes=0 if seen is None else int(seen.passes[row]),
+    drafts=0 if seen is None else int(seen.drafts[row]),
   )
 
 

@@ -50,6 +50,7 @@ class Predictor:
     options: how prompts are decoded.
     calibration: carries the promise, or None.
     threshold: what `generate` decodes with where it is given none; a calibration's.
+    exact: how full depth is decoded where that was measured to be faster; None: static.
   """
 
   config: network.T5Config
@@ -58,6 +59,7 @@ class Predictor:
   options: DecodeOptions
   calibration: Calibration | None = None
   threshold: float | None = None
+  exact: exits.Verified | None = None
 
   def __repr__(self) -> str:
     config = self.config
@@ -72,16 +74,22 @@ class Predictor:
   @functools.cached_property
   def weights(self) -> program_lib.ModelWeights:
     """The parameters laid out for decoding."""
-    shortlist = self.options.shortlist if self.options.rule.measure.uses_shortlist else None
     weights = program_lib.model_weights(
       self.params,
       self.config,
       self.vocabulary.vocab_size,
-      shortlist,
+      self.listed,
       self.options.weights_dtype,
     )
     sharded = self.sharded()
     return weights if sharded is None else sharded.replicate(weights)
+
+  @property
+  def listed(self) -> tuple[int, ...] | None:
+    """The tokens of `weights`' shortlist, which drafts come from whatever the measure."""
+    # One head a layer has none.
+    wanted = self.options.uses_shortlist or not self.config.per_layer_heads
+    return self.options.shortlist if wanted else None
 
   @functools.cached_property
   def parameters_digest(self) -> str:
@@ -115,18 +123,20 @@ class Predictor:
   def with_options(self, **options: Any) -> "Predictor":
     """The same model under other options and without a calibration."""
     changed = change(self.options, **options)
-    other = dataclasses.replace(self, options=changed, calibration=None, threshold=None)
+    none = {"calibration": None, "threshold": None, "exact": None}
+    other = dataclasses.replace(self, options=changed, **none)
     return self.sharing(other)
 
   def sharing(self, other: SomePredictor) -> SomePredictor:
     """`other`, a model of the same parameters, with what was made of them already."""
     made = ["parameters_digest"]
-    laid_out = lambda options: (
-      options.num_devices,
-      options.weights_dtype,
-      options.shortlist if options.rule.measure.bound else None,
+    laid_out = lambda model: (
+      model.options.num_devices,
+      model.options.weights_dtype,
+      model.listed,
+      model.config,
     )
-    if laid_out(self.options) == laid_out(other.options) and self.config == other.config:
+    if laid_out(self) == laid_out(other):
       made.append("weights")
     other.__dict__.update({name: self.__dict__[name] for name in made if name in self.__dict__})
     return other
@@ -178,7 +188,7 @@ class Predictor:
       made = seconds_lib.noted(made, measured)
     return self.under(made)
 
-  def program(self, rule: exits.StepRule | None = None) -> program_lib.Program:
+  def program(self, rule: exits.Rule | None = None) -> program_lib.Program:
     """The compiled program of a rule (the options' own by default)."""
     return program_lib.Program(
       self.config,
@@ -188,7 +198,7 @@ class Predictor:
       self.options.engine if rule is None else None,
     )
 
-  def sharded(self, rule: exits.StepRule | None = None) -> sharded_lib.ShardedProgram | None:
+  def sharded(self, rule: exits.Rule | None = None) -> sharded_lib.ShardedProgram | None:
     """`program` spread over the options' devices; None where there is one."""
     count = self.options.num_devices
     return None if count == 1 else sharded_lib.ShardedProgram(self.program(rule), count)
@@ -229,7 +239,7 @@ class Predictor:
     encoded: caches.Encoded,
     active: np.ndarray,
     threshold: float,
-    rule: exits.StepRule | None = None,
+    rule: exits.Rule | None = None,
   ) -> loop.Generation:
     """Decodes the active rows of an encoded batch; numpy arrays come back."""
     program = self.sharded(rule) or self.program(rule)
@@ -278,7 +288,7 @@ class Predictor:
     texts: Sequence[str],
     *,
     threshold: float | None = None,
-    rule: exits.StepRule | None = None,
+    rule: exits.Rule | None = None,
   ) -> outputs_lib.Outputs:
     """Decodes prompts greedily.
 
@@ -287,8 +297,9 @@ class Predictor:
       threshold: lambda in [0, 1], or `schedules.NEVER_EXIT`. None takes the calibrated one.
         Any other threshold than the calibrated one carries no promise. `NEVER_EXIT` runs the
         full-depth program, which pays for no confidence.
-      rule: another way through the layers, `exits.StaticExit(k)` or `exits.OracleExit()`;
-        these have no threshold.
+      rule: another way through the layers: `exits.StaticExit(k)`, `exits.OracleExit()`, which
+        have no threshold, or `exits.Verified(k)`, which is the full model's own text (with a
+        `threshold` of 1 - lambda below 1: but for drafts that are likely enough).
 
     Raises:
       ValueError: there is neither a threshold nor a calibration nor a rule without one.
@@ -308,22 +319,25 @@ class Predictor:
       return decoded
     return dataclasses.replace(decoded, guarantee=calibrated.guarantee)
 
-  def served_rule(self, threshold: float | None) -> exits.StepRule | None:
+  def served_rule(self, threshold: float | None) -> exits.Rule | None:
     """The rule that `generate` runs a threshold with: None is the options' own.
 
     Where no token can leave early, no confidence is asked for: that is the full-depth program.
     """
-    return exits.StaticExit() if threshold == schedules.NEVER_EXIT else None
+    never = threshold == schedules.NEVER_EXIT
+    return (self.exact or exits.StaticExit()) if never else None
 
   def _decode_texts(
-    self, texts: Sequence[str], threshold: float | None, rule: exits.StepRule | None
+    self, texts: Sequence[str], threshold: float | None, rule: exits.Rule | None
   ) -> outputs_lib.Outputs:
     """Prompts through batches or a pool of rows, in the order of the list and timed."""
     made, clock = compiled.num_made(), compiling.Clock()
     encode = functools.partial(self._timed_encode, clock)
     level = schedules.NEVER_EXIT if threshold is None else threshold
     items: dict[int, outputs_lib.Output] = {}
-    for batches in prompt_batches.together(self.plan(texts), pooled=self.options.refill):
+    verified = isinstance(rule or self.options.rule, exits.Verified)
+    pooled = self.options.refill and not verified  # whose rows have positions of their own
+    for batches in prompt_batches.together(self.plan(texts), pooled=pooled):
       with clock.phase("decode"):
         if len(batches) > 1:
           pool = pool_program.PoolProgram(self.program(rule))

@@ -11,7 +11,7 @@ from jax import lax
 from calm import exits
 from calm.calibrate import Procedure
 from calm.exits import schedules
-from calm.inference.options import CHOICES, DecodeOptions
+from calm.inference.options import CHOICES, VERIFIED, DecodeOptions
 from calm.t5 import network
 
 
@@ -44,7 +44,7 @@ def procedure(
     exit_layers=exits.allowed_layers(options.exit_layers, config.num_decoder_layers),
     schedule=schedule,
     propagation=options.propagation,
-    shortlist=shortlist_record(options) if options.rule.measure.uses_shortlist else None,
+    shortlist=shortlist_record(options) if options.uses_shortlist else None,
     heads="per_layer" if config.per_layer_heads else "shared",
     activation_dtype=config.dtype,
     decode_method={"name": "greedy"},
@@ -64,6 +64,8 @@ def options_of(procedure: Procedure, shortlist: tuple[int, ...] | None = None) -
     shortlist: the checkpoint's list of likely tokens; the procedure says how many of them.
   """
   size = procedure.shortlist["size"] if procedure.shortlist else None
+  if procedure.measure == VERIFIED and size is None:  # it drafts with the full head
+    shortlist = None
   return DecodeOptions(
     measure=procedure.measure,
     schedule=schedules.schedule(**procedure.schedule),

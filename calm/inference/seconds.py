@@ -25,9 +25,10 @@ def measure(
   *,
   prompts: int | None = None,
   rounds: int | None = None,
+  rule: exits.Rule | None = None,
   progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Seconds:
-  """Times the model's own rule at a threshold against the static full-depth program.
+  """Times a rule at a threshold against the static full-depth program.
 
   Args:
     predictor: the model under its options.
@@ -35,24 +36,26 @@ def measure(
     threshold: lambda.
     prompts: most prompts that are timed one at a time; batches take four batches of them.
     rounds: times that each is decoded, after one uncounted that compiles.
+    rule: how tokens go through the layers; None is the model's own.
     progress: told of the share done.
   """
   prompts, rounds = prompts or PROMPTS, rounds or ROUNDS
+  way = (rule or predictor.options.rule, threshold)
   size = predictor.options.batch_size
   told = lambda share, text: progress(0.6 * share, f"one at a time, {text}")
-  single = _pair(predictor.with_options(batch_size=1), texts, threshold, prompts, rounds, told)
+  single = _pair(predictor.with_options(batch_size=1), texts, way, prompts, rounds, told)
   assert single is not None  # one prompt is a whole batch
   told = lambda share, text: progress(0.6 + 0.4 * share, f"batches of {size}, {text}")
-  batched = _pair(predictor, texts, threshold, 4 * size, rounds, told) if size > 1 else None
+  batched = _pair(predictor, texts, way, 4 * size, rounds, told) if size > 1 else None
   return Seconds(single, batched)
 
 
-def _pair(predictor, texts, threshold: float, most: int, rounds: int, progress) -> Pair | None:
+def _pair(predictor, texts, way, most: int, rounds: int, progress) -> Pair | None:
   """Both ways, batch by batch; None where there is no whole batch of one length."""
   batches = _of_one_length(predictor, texts, most)
   if not batches:
     return None
-  ways = ((exits.StaticExit(), schedules.NEVER_EXIT), (predictor.options.rule, threshold))
+  ways = ((exits.StaticExit(), schedules.NEVER_EXIT), way)
   encoder = np.zeros((rounds + 1, len(batches)))
   seconds = np.zeros((rounds + 1, len(ways), len(batches)))
   for number, batch in enumerate(batches):

@@ -163,7 +163,7 @@ class Bench:
     return cache.get(kind, name, everything, make)
 
   def records(
-    self, name: str, rule: exits.StepRule | None, prompts: Sequence[Prompt], measure: str = ""
+    self, name: str, rule: exits.Rule | None, prompts: Sequence[Prompt], measure: str = ""
   ) -> tuple[Record, ...]:
     """Prompts under a rule, or under a measure's own at `NEVER_EXIT`; cached."""
     model = self.model(measure) if measure else self.whole
@@ -218,7 +218,9 @@ class Bench:
 
   def rule(self, measure: str) -> exits.DynamicExits:
     """The exit rule of a measure."""
-    return self.model(measure).options.rule
+    rule = self.model(measure).options.rule
+    assert isinstance(rule, exits.DynamicExits)  # of `measures`
+    return rule
 
   def time(self, name: str, prompts: Sequence[Prompt], settings) -> timing.Timings:
     """Measured seconds; cached."""

@@ -28,7 +28,7 @@ def silent(share: float, text: str) -> None:
 def with_rule(
   predictor: inference.Predictor,
   examples: Sequence[Prompt],
-  rule: exits.StepRule | None = None,
+  rule: exits.Rule | None = None,
   threshold: float = schedules.NEVER_EXIT,
   *,
   progress: Progress = silent,

@@ -30,7 +30,7 @@ class Setting:
   """
 
   name: str
-  rule: exits.StepRule
+  rule: exits.Rule
   threshold: float = schedules.NEVER_EXIT
 
 

@@ -1,0 +1,88 @@
+"""Exact decoding through a predictor, and slack as a measure that is calibrated."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from calm import exits, inference
+from calm.calibrate import generations
+from calm.calibrate.losses import sequence_losses
+from calm.inference import certified
+from tests.inference import predictor_test
+
+TEXTS = [f"{word} {i}" for i in range(20) for word in ("a", "the words")]
+GRID = [1.0, 0.6, 0.2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  directory = predictor_test.save(tmp_path_factory.mktemp("model") / "toy")
+  opened = inference.load(directory, **{**predictor_test.OPTIONS, "max_input_length": 16})
+  return opened.with_options(measure="verified", exit_layers=(2,))
+
+
+@pytest.fixture(scope="module")
+def full(model):
+  return model.generate(TEXTS, rule=exits.StaticExit())
+
+
+def test_texts_are_the_full_models_and_say_how_they_came_about(model, full):
+  outputs = model.generate(TEXTS, rule=inference.exact_rule(model, 2))
+  assert outputs.guarantee is None
+  for output, expected in zip(outputs, full, strict=True):
+    assert output.tokens == expected.tokens and output.text == expected.text
+    assert output.score == pytest.approx(expected.score, abs=1e-4)
+    assert set(output.exit_layers) == {model.num_layers}
+    assert len(output.drafted) == len(output.tokens)
+    assert 1 <= output.passes <= len(output.tokens)
+    assert sum(output.drafted) <= output.drafts
+    assert output.tokens_per_pass == len(output.tokens) / output.passes
+  assert sum(sum(output.drafted) for output in outputs) > 0
+  assert all(output.passes == 0 and output.drafted == () for output in full)
+
+
+def test_slack_is_calibrated_from_a_hypothesis_that_is_true(model, full, tmp_path):
+  calibration, cached = certified.certify(
+    model, TEXTS, tolerance=0.6, thresholds=GRID, folder=tmp_path / "cache"
+  )
+  losses = sequence_losses.compute(cached, "textual", metric="rouge_l")
+  means = np.mean(losses.values, axis=0)
+  assert means[0] == 0.0 and means[-1] > 0.0
+  assert [r.tokens for r in cached.full] == [output.tokens for output in full]
+  served = model.under(calibration)
+  outputs = served.generate(TEXTS)
+  assert outputs.threshold == calibration.threshold in GRID
+  assert outputs.guarantee == calibration.guarantee
+  column = GRID.index(calibration.threshold)
+  assert [o.tokens for o in outputs] == [r.tokens for r in cached.records[column]]
+  other = model.with_options(exit_layers=(1,))
+  with pytest.raises(ValueError, match="exit_layers"):
+    other.under(calibration)
+  # How many are drafted changes no result.
+  assert model.with_options(num_drafts=2).procedure == model.procedure
+  assert inference.options_of(model.procedure).rule == model.options.rule
+  assert generations.load(tmp_path / "cache").records == cached.records
+
+
+def test_what_a_lower_threshold_cannot_change_is_not_decoded_again(model, tmp_path):
+  kept, plain = (
+    certified.certify(m, TEXTS, tolerance=0.6, thresholds=GRID, folder=tmp_path / name)[1]
+    for name, m in (("a", model), ("b", model.with_options(num_drafts=1)))
+  )
+  for a, b in zip(kept.records, plain.records, strict=True):
+    assert [r.tokens for r in a] == [r.tokens for r in b]
+  # Of every text: what was refused tells from which slack on it is another.
+  for column, threshold in enumerate(GRID[1:], start=1):
+    for before, after in zip(kept.full, kept.records[column], strict=True):
+      same = max(before.rejected_confidences or ()) < threshold
+      assert same == (before.tokens == after.tokens) or not same
+
+
+@pytest.mark.parametrize("layers", [None, (1, 2)])
+def test_one_layer_drafts(model, layers):
+  options = dataclasses.replace(model.options, exit_layers=layers)
+  with pytest.raises(ValueError, match="one exit layer"):
+    options.rule  # noqa: B018
+  with pytest.raises(ValueError, match=r"`draft_layer` in 1 \.\.\. 2"):
+    inference.exact_rule(model, 3)
