@@ -92,7 +92,9 @@ class Folder:
     if calibration is not None:
       calibration.save(self.path / inference.CALIBRATION)
     else:
-      text = json.dumps({"reason": result.reason}, indent=1, ensure_ascii=False)
+      exact = inference.exact_rule(predictor) if result.exact else None
+      about = {"reason": result.reason, "exact": exact and dataclasses.asdict(exact)}
+      text = json.dumps(about, indent=1, ensure_ascii=False)
       files.write_atomically(self.path / inference.FULL_DEPTH, text + "\n")
     whole = {"calm": calm.__version__, "options": dataclasses.asdict(options)}
     text = json.dumps({**whole, **results.to_json(result)}, indent=1, ensure_ascii=False)

@@ -109,6 +109,8 @@ class Result:
     seconds: on the last part; None where nothing was certified.
     last: the last look.
     examples: some of its prompts.
+    exact: seconds of full depth from the model's own drafts on the last part, where full depth
+      is served and these are faster; then it is served so.
   """
 
   model: str
@@ -124,16 +126,23 @@ class Result:
   seconds: Seconds | None
   last: LastLook
   examples: tuple[Example, ...]
+  exact: Seconds | None = None
 
   @property
   def serves_exits(self) -> bool:
     """Whether calibrated exits are served, and not full depth."""
     return self.threshold != thresholds_lib.NEVER_EXIT
 
+  @property
+  def _exactly(self) -> str:
+    if self.exact is None:
+      return ""
+    return f", its own texts x{self.exact.single.speedup:.2f} as fast from verified drafts"
+
   def headline(self, tolerance: float) -> str:
     """The result in one sentence."""
     if not self.serves_exits:
-      return f"Full depth is served: {self.reason}"
+      return f"Full depth is served{self._exactly}: {self.reason}"
     assert self.seconds is not None and self.last.risk is not None
     batch = self.seconds.batched
     more = "" if batch is None else f" (x{batch.speedup:.2f} in batches of {batch.batch_size})"

@@ -248,6 +248,7 @@ class Fit:
       choose_lib.part(progress, 0.6, 1.0),
     )
     served = folder_lib.served(calibration, reason, measured)
+    exact = self._exact(predictor) if reason else None
     result = Result(
       model=self.model,
       sizes=str(self.splits),
@@ -262,8 +263,23 @@ class Fit:
       seconds=measured,
       last=look.last,
       examples=look.examples,
+      exact=None if exact is None or exact.slower else exact,
     )
     return result, served
+
+  def _exact(self, predictor) -> seconds.Seconds | None:
+    """Of full depth from the model's own drafts, measured once; None with one layer."""
+    if predictor.num_layers == 1:
+      return None
+    rule = inference.exact_rule(predictor)
+    return self.folder.cache.get(
+      seconds.Seconds,
+      "exact",
+      {"procedure": predictor.procedure.to_json(), "rule": dataclasses.asdict(rule)},
+      lambda: inference.seconds.measure(
+        predictor, [prompt.input for prompt in self.splits.last], 1.0, rule=rule
+      ),
+    )
 
   def _seconds(self, predictor, threshold: float, progress) -> seconds.Seconds | None:
     """Of the last part at a certified threshold, measured once; None at full depth."""
