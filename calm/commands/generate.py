@@ -37,11 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--output", required=True, metavar="DIR", help="folder to write (resumed if it exists)"
   )
-  parser.add_argument(
-    "--thresholds",
-    metavar="LIST",
-    help="descending, like 0.9,0.8,0.7; default: the model's own grid, or the measure's",
-  )
+  _add_grid(parser)
   parser.add_argument(
     "--no_reuse", action="store_true", help="decode every sequence, even where it cannot change"
   )
@@ -84,6 +80,20 @@ def _add_test(parser: argparse.ArgumentParser) -> None:
   )
 
 
+def _add_grid(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    "--thresholds",
+    metavar="LIST",
+    help="descending, like 0.9,0.8,0.7; default: the model's own grid, or the measure's",
+  )
+  parser.add_argument(
+    "--slacks",
+    metavar="LIST",
+    help="with --measure=verified, ascending in [0, 1), like 0,0.1,0.3: a draft is accepted if"
+    " p_full(draft) >= (1 - slack) max p_full; the threshold of a slack is 1 - slack",
+  )
+
+
 @common.user_errors
 def run(arguments: argparse.Namespace) -> int:
   """Generates the whole grid."""
@@ -108,6 +118,8 @@ def run(arguments: argparse.Namespace) -> int:
       arguments.model, dtype=arguments.dtype, **model_flags.decode_options(arguments)
     )
   levels = parse_grid(arguments.thresholds, predictor.options)
+  if arguments.slacks is not None:
+    levels = parse_slacks(arguments.slacks, arguments.thresholds, predictor.options)
   if part is not None:
     return _part(arguments, console, predictor, prompts, levels, part)
   test = None
@@ -246,3 +258,22 @@ def parse_grid(text: str | None, options) -> list[float]:
     return list(options.grid or thresholds.default_grid(options.measure).tolist())
   values = [thresholds.parse_threshold(part) for part in text.split(",")]
   return [float(t) for t in thresholds.validate_grid(values)]
+
+
+def parse_slacks(text: str, given: str | None, options) -> list[float]:
+  """A grid of slacks as the thresholds that stand for them, descending."""
+  from calm.exits import verified
+
+  if given is not None or options.measure != "verified":
+    raise ValueError(
+      "Expected `--slacks` with --measure=verified and without `--thresholds`, got"
+      f" --measure={options.measure}"
+      f"{'' if given is None else ' and --thresholds'}; leave one out."
+    )
+  try:
+    slacks = [float(part) for part in text.split(",")]
+  except ValueError as error:
+    raise ValueError(
+      f"Expected `--slacks` to be numbers like 0,0.1,0.3, got {text!r}."
+    ) from error
+  return [float(t) for t in thresholds.validate_grid(list(map(verified.threshold_of, slacks)))]

@@ -32,7 +32,7 @@ from calm.calibrate.generations import merging, procedures
 from calm.calibrate.generations.shown import visible
 from calm.commands import common, model_flags, monitoring, results, sharding, showing
 from calm.data import prompt_batches
-from calm.inference import colours, costs
+from calm.inference import colours, costs, exact_rule
 
 # Seconds of full depth are measured beside a calibrated threshold's where the calibration does
 # not say them and the prompts are so many that it costs them little.
@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     metavar="T",
     help="a number in [0, 1], or 'never' for the full-depth program; without a promise",
   )
+  _add_exact(parser)
   parser.add_argument(
     "--void_guarantee",
     action="store_true",
@@ -84,19 +85,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   common.add_gin_arguments(parser)
 
 
+def _add_exact(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    "--exact",
+    action="store_true",
+    help="the full model's own texts, faster: its first layers draft tokens, one pass of the"
+    " others verifies them; needs no calibration",
+  )
+  parser.add_argument(
+    "--draft_layer",
+    type=int,
+    metavar="K",
+    help="with --exact, the layer that drafts (default: a quarter of them)",
+  )
+
+
 @common.user_errors
 def run(arguments: argparse.Namespace) -> int:
   """Decodes the prompts."""
   start = time.monotonic()
-  own = pathlib.Path(arguments.model) / "calibration.json"
-  serves_itself = own.is_file() or own.with_name("full_depth.json").is_file()
-  if arguments.calibration is None and arguments.threshold is None and not serves_itself:
-    raise ValueError(
-      "Expected `--calibration` or `--threshold`, got neither, and no calibration.json in the"
-      " folder of `--model`; make one with `calm fit`, or with `calm generate` and `calm"
-      " calibrate`, or decode without a promise: --threshold=0.9."
-    )
-  threshold = arguments.threshold
+  own = _check(arguments)
+  threshold = thresholds.NEVER_EXIT_TEXT if arguments.exact else arguments.threshold
   if threshold is not None:
     threshold = thresholds.parse_threshold(threshold)
   console = rich_console.Console(stderr=True, highlight=False)
@@ -113,7 +122,9 @@ def run(arguments: argparse.Namespace) -> int:
   calibration = predictor.calibration
   if old := procedures.unknown_platform(calibration and calibration.procedure):
     console.print(f"About the calibration: {old}", markup=False)
-  work = _Work(predictor, threshold, console, len(prompts), time.monotonic() - start)
+  exact = exact_rule(predictor, arguments.draft_layer) if arguments.exact else None
+  startup = time.monotonic() - start
+  work = _Work(predictor, threshold, exact, console, len(prompts), startup)
   if part is None:
     return _serve(arguments, work, prompts)
   about = {"threshold": work.about["threshold"], "procedure": predictor.procedure.to_json()}
@@ -153,6 +164,25 @@ def _serve(arguments: argparse.Namespace, work: "_Work", prompts: Iterable[Promp
   return monitoring.ALARM_STATUS if alarm and arguments.fail_on_alarm else 0
 
 
+def _check(arguments: argparse.Namespace) -> pathlib.Path:
+  """Where the model's own calibration would be; ValueError if nothing says how to decode."""
+  own = pathlib.Path(arguments.model) / "calibration.json"
+  serves_itself = own.is_file() or own.with_name("full_depth.json").is_file()
+  says = arguments.calibration is not None or arguments.threshold is not None
+  if not (says or serves_itself or arguments.exact):
+    raise ValueError(
+      "Expected `--calibration`, `--threshold` or `--exact`, got none of them, and no"
+      " calibration.json in the folder of `--model`; make one with `calm fit`, or with `calm"
+      " generate` and `calm calibrate`, or decode without a promise: --threshold=0.9."
+    )
+  if arguments.exact and says:
+    raise ValueError(
+      "Expected neither `--calibration` nor `--threshold` with `--exact`, whose texts are the"
+      " full model's, got one; leave it out."
+    )
+  return own
+
+
 def _load(arguments: argparse.Namespace, threshold: float | None):
   common.use_compilation_cache()
   from calm import inference
@@ -179,11 +209,13 @@ class _Work:
 
   monitored: monitoring.Monitored | None = None
 
-  def __init__(self, predictor, threshold: float, console, count: int, startup: float):
+  def __init__(self, predictor, threshold: float, exact, console, count: int, startup: float):
     from calm.inference import outputs
     from calm.t5 import costs
 
     self.predictor, self.threshold, self._console = predictor, threshold, console
+    self._exact = exact
+    self._passes = self._drafts = self._drafted = 0
     self._count, self._startup = count, startup
     self._done = self._tokens = self._layers = 0
     self._timing = outputs.Timing(0.0, 0.0, 0)
@@ -241,7 +273,8 @@ class _Work:
     while chunk := list(itertools.islice(prompts, batches * batch)):
       with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        outputs = self.predictor.generate([p.input for p in chunk], threshold=self.threshold)
+        texts = [p.input for p in chunk]
+        outputs = self.predictor.generate(texts, threshold=self.threshold, rule=self._exact)
       self._add(outputs, caught)
       self._sample = (*self._sample, *chunk)[: 2 * batch]
       yield chunk, outputs
@@ -256,8 +289,12 @@ class _Work:
     self._tokens += sum(len(output.exit_layers) for output in outputs)
     self._layers += sum(sum(output.exit_layers) for output in outputs)
     self._timing += outputs.timing
-    rule = self.predictor.served_rule(self.threshold)
-    self._costs += costs.totals(self.predictor, outputs, rule)
+    self._passes += sum(output.passes for output in outputs)
+    self._drafts += sum(output.drafts for output in outputs)
+    self._drafted += sum(sum(output.drafted) for output in outputs)
+    if not self._passes:
+      rule = self.predictor.served_rule(self.threshold)
+      self._costs += costs.totals(self.predictor, outputs, rule)
     self._guarantee = outputs.guarantee
     for warning in caught:
       if isinstance(warning.message, prompt_batches.CutPrompts):
@@ -287,11 +324,19 @@ class _Work:
       f" start-up {self._startup:.1f} s and compilation {timing.compile_seconds:.1f} s"
       f" ({_count(timing.compilations, 'program')})."
     )
-    if self._tokens:
+    if self._passes:
+      say(
+        f"{self._tokens / self._passes:.2f} tokens a pass of all layers; of"
+        f" {_count(self._drafts, 'draft')} {self._drafted / max(self._drafts, 1):.0%} were"
+        " accepted."
+      )
+    elif self._tokens:
       say(f"Costs by formula, decoder only: {self._costs}.")
     if slow := self._slower():
       say(f"Warning: {slow}")
-    if self.threshold == NEVER_EXIT and not self._guarantee:
+    if self._exact:
+      say("These are the full model's own texts: every token was verified at full depth.")
+    elif self.threshold == NEVER_EXIT and not self._guarantee:
       say("This was the full model: there is nothing that a guarantee would be about.")
     else:
       why = self.predictor.elsewhere or _why_none(arguments)
@@ -348,4 +393,6 @@ def _line(prompt: Prompt, output) -> str:
     "confidences": [float(str(c)) for c in output.confidences],
     "score": output.score,
   }
+  if output.passes:
+    value |= {"drafted": list(output.drafted), "passes": output.passes}
   return json.dumps(value, ensure_ascii=False) + "\n"

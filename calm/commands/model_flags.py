@@ -79,7 +79,8 @@ def _add_exits(parser: argparse.ArgumentParser) -> None:
     "--measure",
     metavar="NAME",
     help="softmax, state, shortlist, or classifier, which is trained (default: the model's own,"
-    " or softmax)",
+    " or softmax); or verified: exact decoding with slack, --exit_layers being the one layer"
+    " that drafts",
   )
   parser.add_argument(
     "--temperature",

@@ -1,0 +1,254 @@
+r"""How fast exact decoding from a model's own exits is, beside the full model.
+
+Random weights agree with themselves about nothing, so acceptance is forced: a coin with the
+given chance says whether a draft is accepted, and everything is computed as if it were asked.
+The packed model decodes real prompts, one at a time, and its texts are compared.
+
+  python scripts/benchmark_exact.py --shapes=small --chances=0.74,0.84 --results=exact_small
+  python scripts/benchmark_exact.py --data=data --tasks=synopsis --rules=2x4,3x7
+
+A rule KxG drafts G tokens at most with K layers. Every repeat runs every row once, the other
+way about every second time; a first round, which compiles, is not counted. Medians.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import benchmark
+import benchmark_models as models
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from calm import exits, inference
+from calm.calibrate.generations import files
+from calm.decode import compiled, program, verified
+from calm.paper.bench import tasks, timing
+from calm.t5 import network
+
+GATED = {"mlp_activations": ("gelu", "linear")}
+MT5_SMALL = {
+  **{"vocab_size": 250112, "emb_dim": 512, "num_heads": 6, "head_dim": 64, "mlp_dim": 1024},
+  # The encoder is not timed: two layers of it spare the memory of six.
+  **{"num_encoder_layers": 2, "num_decoder_layers": 8, **GATED},
+}
+SHORTLIST = {"small": 2048, "mt5-small": 4096, "tiny": 32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Forced:
+  """`verified.Passes` whose drafts are accepted by a coin; all that is computed stays.
+
+  Attributes:
+    inner: the passes.
+    chance: that a draft is accepted, [].
+  """
+
+  inner: Any
+  chance: jax.Array
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self.inner, name)
+
+  def begin(self, positions):
+    return positions, self.inner.begin(positions)
+
+  def draft(self, work, cache, token, at, wanted):
+    made, inner, cache = self.inner.draft(work[1], cache, token, at, wanted)
+    return made, (work[0], inner), cache
+
+  def verify(self, work, cache, drafted: verified.Drafted, threshold):
+    inner = dataclasses.replace(drafted, work=work[1])
+    verdict, cache = self.inner.verify(work[1], cache, inner, threshold)
+    coins = jnp.asarray(np.random.default_rng(3).random(997), jnp.float32) < self.chance
+    at = work[0][:, None] + jnp.arange(drafted.tokens.shape[1])[None, :]
+    accepted = drafted.made[None, :] & coins[at % 997]
+    # The model's own answer stays in use, or it would not be computed.
+    token = jnp.where(accepted, drafted.tokens, verdict.token)
+    return dataclasses.replace(verdict, accepted=accepted, token=token), cache
+
+
+@dataclasses.dataclass(frozen=True)
+class ForcedProgram:
+  """A program of `exits.Verified` whose drafts are accepted by a coin."""
+
+  program: program.Program
+
+  @compiled.method()
+  def decode(self, weights, encoded, active, chance):
+    """As `Program.decode`."""
+    made = self.program.passes(weights, encoded, jnp.ones(()))
+    made = dataclasses.replace(made, passes=Forced(made.passes, chance))
+    return made.decode(active).generation
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+  """The command line."""
+  words = lambda text: tuple(part for part in text.split(",") if part)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+  add("--shapes", type=words, default=(), help=f"random weights: {list(SHORTLIST)}")
+  add("--tasks", type=words, default=(), help="of the packed model: synopsis, qa, enfr")
+  add("--data", type=pathlib.Path, help="folder of the data sets")
+  add("--rules", type=words, default=("2x7",), help="KxG, K layers and G drafts")
+  add("--heads", type=words, default=("shortlist",), help="draft heads: shortlist, full")
+  add("--chances", type=lambda text: [float(x) for x in words(text)], default=[0.84])
+  add("--batch_size", type=int, default=1)
+  add("--input_length", type=int, default=128)
+  add("--decode_length", type=int, default=64)
+  add("--num_prompts", type=int, default=60)
+  add("--repeats", type=int, default=7)
+  add("--fixed", action="store_true", help="draft as many whatever is accepted")
+  add("--results", help="writes scripts/results/RESULTS.json, for scripts/tables.py")
+  return parser.parse_args(arguments)
+
+
+def rules(flags: argparse.Namespace) -> dict[str, exits.Verified]:
+  """Name -> rule."""
+  made = {}
+  for text in flags.rules:
+    for head in flags.heads:
+      layer, drafts = map(int, text.split("x"))
+      rule = exits.Verified(layer, drafts, head, adapts=not flags.fixed)
+      made[f"k = {layer}, {drafts} drafts, {head}"] = rule
+  return made
+
+
+def random_model(shape: str) -> models.Model:
+  """Random weights of a shape, with a shortlist."""
+  if shape != "mt5-small":
+    return models.load(shape, "float32", SHORTLIST.get(shape, 512))
+  config = network.T5Config(**MT5_SMALL)
+  params = models.random_params(config)
+  ids = tuple(range(3, 3 + SHORTLIST[shape]))
+  weights = program.model_weights(params, config, None, ids)
+  return models.Model(shape, config, {}, weights, ids, models.NO_EOS, config.vocab_size)
+
+
+def forced_rows(shape: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
+  """Random weights: milliseconds a token of the full model and of every rule and chance."""
+  model, length = random_model(shape), flags.decode_length
+  setting = models.Setting(shape, flags.batch_size, flags.input_length, length)
+  tokens, active = models.batches(model, setting)[0], np.ones(flags.batch_size, bool)
+  full = program.Program(model.config, exits.StaticExit(), length, models.NO_EOS)
+  encoded = jax.block_until_ready(full.encode(model.weights, tokens))
+  timed: dict[str, Callable[[], Any]] = {}
+  one = np.float32(1.0)
+  timed["full depth"] = lambda: full.decode(model.weights, encoded, active, one)
+  for name, rule in rules(flags).items():
+    forced = ForcedProgram(program.Program(model.config, rule, length, models.NO_EOS))
+    for chance in map(np.float32, flags.chances):
+      timed[f"{name}, accepted {chance:.2f}"] = functools.partial(
+        forced.decode, model.weights, encoded, active, chance
+      )
+  seconds, made = in_turn(timed, flags.repeats)
+  base = statistics.median(seconds["full depth"])
+  return [
+    row(f"{shape}, B = {flags.batch_size}", name, seconds[name], base, length, made[name])
+    for name in timed
+  ]
+
+
+def row(setting, name, seconds, base, tokens, generation) -> dict[str, Any]:
+  """One row of the table."""
+  seen = generation.verification
+  passes = None if seen is None else float(np.mean(seen.passes))
+  share = None
+  if seen is not None:
+    share = float(np.sum(seen.drafted) / max(np.sum(seen.drafts), 1))
+  middle = statistics.median(seconds)
+  return {
+    "setting": setting,
+    "rule": name,
+    "ms a token": 1e3 * middle / tokens,
+    "x full depth": base / middle,
+    "spread": f"{1e3 * min(seconds) / tokens:.2f} - {1e3 * max(seconds) / tokens:.2f}",
+    "drafts accepted": share,
+    "tokens a pass": None if passes is None else tokens / passes,
+  }
+
+
+def in_turn(timed: dict[str, Callable[[], Any]], repeats: int):
+  """Seconds of every repeat, and what each made."""
+  seconds: dict[str, list[float]] = {name: [] for name in timed}
+  made = {name: jax.device_get(run()) for name, run in timed.items()}
+  for repeat in range(repeats):
+    for name in list(timed)[:: 1 if repeat % 2 else -1]:
+      start = time.perf_counter()
+      jax.block_until_ready(timed[name]())
+      seconds[name].append(time.perf_counter() - start)
+  return seconds, made
+
+
+def packed_rows(name: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
+  """The packed model on prompts of a task, one at a time: seconds, and whether texts agree."""
+  task = tasks.task(name)
+  model = inference.load(
+    "packed",
+    task_prefix=task.prefix,
+    max_input_length=task.max_input_length,
+    max_decode_length=task.max_decode_length,
+    batch_size=1,
+  )
+  prompts = tasks.read_prompts(flags.data, task, "test", limit=flags.num_prompts)
+  settings = [timing.Setting(name, rule, 1.0) for name, rule in rules(flags).items()]
+  timed = timing.measure(model, prompts, settings, rounds=flags.repeats)
+  texts = [prompt.input for prompt in prompts]
+  full = model.generate(texts, rule=exits.StaticExit())
+  tokens = sum(len(output.tokens) for output in full)
+  made = []
+  for own in timed.rows:
+    rule = rules(flags).get(own.name)
+    outputs = full if rule is None else model.generate(texts, rule=rule)
+    equal = sum(a.tokens == b.tokens for a, b in zip(full, outputs, strict=True))
+    passes, drafts = sum(o.passes for o in outputs), sum(o.drafts for o in outputs)
+    accepted = sum(sum(o.drafted) for o in outputs)
+    made.append(
+      {
+        "setting": f"packed, {task.title}, {len(texts)} prompts one at a time",
+        "rule": own.name,
+        "ms a token": 1e3 * own.decode_seconds * len(texts) / tokens,
+        "x full depth": own.speedup,
+        "spread": None,
+        "drafts accepted": accepted / drafts if drafts else None,
+        "tokens a pass": tokens / passes if passes else None,
+        "texts equal": f"{equal} of {len(texts)}",
+      }
+    )
+  return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+  """Times what is asked for; prints the rows, and writes them where asked."""
+  flags = parse(arguments)
+  about = benchmark.machine()
+  made = [line for shape in flags.shapes for line in forced_rows(shape, flags)]
+  made += [line for name in flags.tasks for line in packed_rows(name, flags)]
+  columns = [name for name in made[-1] if any(line.get(name) is not None for line in made)]
+  result = {
+    "command": about["command"],
+    "columns": columns,
+    "rows": [[line.get(name) for name in columns] for line in made],
+    "versions": {k: about["versions"][k] for k in ("jax", "numpy")},
+    "machine": f"{about['cpu']}, {about['cores']} cores",
+  }
+  for line in made:
+    print(json.dumps(line))
+  if flags.results:
+    path = pathlib.Path(__file__).parent / "results" / f"{flags.results}.json"
+    files.write_atomically(path, json.dumps(result, indent=1) + "\n")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
