@@ -64,7 +64,7 @@ class Plan:
 
   Attributes:
     costs: seconds of a pass of 1, 2, ... positions, in any unit.
-    probe_every: passes without a draft between two that have one to learn from.
+    probe_every: steps without a draft between two passes that have one to learn from.
     adapts: False: always as many positions as there are costs.
   """
 
@@ -72,13 +72,12 @@ class Plan:
   probe_every: int = 8
   adapts: bool = True
 
-  def __call__(self, odds: Odds, active: jax.Array, turn: jax.Array) -> Planned:
+  def __call__(self, odds: Odds, active: jax.Array) -> Planned:
     """The next pass.
 
     Args:
       odds: of every row.
       active: rows that count, [batch] bool.
-      turn: passes before this one, [].
     """
     if not self.adapts:
       return Planned(jnp.int32(len(self.costs)), jnp.zeros((), bool))
@@ -90,4 +89,4 @@ class Plan:
     rates = emitted / jnp.asarray(self.costs, jnp.float32)
     pays = jnp.max(rates) > MARGIN * rates[0]
     count = jnp.where(pays, jnp.argmax(rates).astype(jnp.int32) + 1, 1)
-    return Planned(count, (count == 1) & (turn % self.probe_every == 0))
+    return Planned(count, count == 1)

@@ -64,6 +64,10 @@ class VerifiedState:
 class Passes(Protocol):
   """What the loop asks of a decoder whose rows stand at `positions` [batch]."""
 
+  def step(self, cache: Any, token: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
+    """Every layer on `token` [batch] and the full head: logits [batch, vocab], the caches."""
+    ...
+
   @property
   def num_layers(self) -> int:
     """L."""
@@ -128,10 +132,61 @@ class Verifying:
       The final state; its `generation` holds the result.
     """
     unfinished = lambda state: jnp.any(state.active)
-    state = lax.while_loop(unfinished, lambda state: self.run(state), self.begin(active))
-    scores = jnp.sum(state.log_probabilities, axis=-1)
-    generation = dataclasses.replace(state.generation, scores=scores)
+
+    def advance(state: VerifiedState) -> VerifiedState:
+      return self.run(self._steps(state) if self.rule.adapts else state)
+
+    state = lax.while_loop(unfinished, advance, self.begin(active))
+    generation = dataclasses.replace(
+      state.generation, scores=jnp.sum(state.log_probabilities, axis=-1)
+    )
     return dataclasses.replace(state, generation=generation)
+
+  def _steps(self, state: VerifiedState) -> VerifiedState:
+    """Where nothing would be drafted: some steps of the full model, as it takes them."""
+    # With slack every position has its draft, and the next pass learns from one.
+    plain = (self.plan(state.odds, state.active).count == 1) & ~self._every
+
+    def goes_on(carry):
+      taken, state = carry
+      return plain & (taken < self.plan.probe_every) & jnp.any(state.active)
+
+    one = lambda carry: (carry[0] + 1, self._stepped(carry[1]))
+    return lax.while_loop(goes_on, one, (jnp.zeros((), jnp.int32), state))[1]
+
+  def _stepped(self, state: VerifiedState) -> VerifiedState:
+    """One token of the full model for every active row."""
+    logits, cache = self.passes.step(state.cache, state.current, state.positions)
+    emitted = loop.emit(logits, state.active)
+    known = self._given(state.positions)[:, 0]
+    given = state.active & (known > 0)
+    verdict = exits.verified.Verdict(
+      token=jnp.where(given, known, emitted.token)[:, None],
+      accepted=jnp.zeros_like(given)[:, None],
+      confidence=jnp.where(given, 0.0, 1.0)[:, None],
+      rejected_confidence=jnp.zeros(given.shape, jnp.float32)[:, None],
+      log_probability=jnp.where(given, 0.0, emitted.log_probability)[:, None],
+    )
+    count = state.active.astype(jnp.int32)
+    positions = state.positions + count
+    ended = (verdict.token[:, 0] == self.eos_id) & ~given
+    return VerifiedState(
+      positions=positions,
+      current=jnp.where(state.active, verdict.token[:, 0], state.current),
+      active=state.active & ~ended & (positions < self.length),
+      generation=self._record(state, 0, verdict, ~given[:, None], count),
+      log_probabilities=_put(
+        state.log_probabilities, verdict.log_probability, state.positions, count
+      ),
+      odds=state.odds,
+      cache=cache,
+    )
+
+  @property
+  def _every(self) -> jax.Array:
+    """Whether every position has a draft: with slack, a text must not depend on where passes
+    end, and where they are measured."""
+    return jnp.any(self.threshold < 1.0) | self.rule.measures
 
   def begin(self, active: Bool[Array, " batch"]) -> VerifiedState:
     """Before the first token of every row."""
@@ -165,7 +220,9 @@ class Verifying:
       positions=positions,
       current=jnp.where(count > 0, last, state.current),
       active=state.active & ~ended & (positions < self.length),
-      generation=self._record(state, drafted, verdict, given == 0, count),
+      generation=self._record(
+        state, jnp.sum(drafted.made, dtype=jnp.int32), verdict, given == 0, count
+      ),
       log_probabilities=_put(
         state.log_probabilities, verdict.log_probability, state.positions, count
       ),
@@ -176,9 +233,7 @@ class Verifying:
   def _draft(self, state: VerifiedState) -> Drafted:
     """Tokens drafted one after the other, as many as the plan says or confidence allows."""
     window, batch = self.rule.window, state.current.shape[0]
-    plan = self.plan(state.odds, state.active, jnp.max(self._seen(state).passes))
-    # With slack a text must not depend on where passes end: every position has its draft.
-    every = jnp.any(self.threshold < 1.0) | self.rule.measures
+    plan, every = self.plan(state.odds, state.active), self._every
     left = jnp.where(state.active, self.length - state.positions, 0)
     given = self._given(state.positions)
     start = Drafted(
@@ -235,12 +290,9 @@ class Verifying:
     at = positions[:, None] + jnp.arange(self.rule.window)[None, :]
     return jnp.take_along_axis(padded, at, axis=1)
 
-  def _record(
-    self, state: VerifiedState, drafted: Drafted, verdict, free, count
-  ) -> loop.Generation:
+  def _record(self, state: VerifiedState, drafts: Any, verdict, free, count) -> loop.Generation:
     old, seen = state.generation, self._seen(state)
     put = lambda array, columns: _put(array, columns, state.positions, count)
-    drafts = jnp.sum(drafted.made, dtype=jnp.int32)
     verification = loop.Verification(
       drafted=put(seen.drafted, verdict.accepted & free),
       passes=seen.passes + state.active.astype(jnp.int32),

@@ -53,6 +53,10 @@ class BoundPasses:
   def empty(self) -> tuple[caches_lib.Cache, ...]:
     return self.task.empty_caches()
 
+  def step(self, cache, token: jax.Array, positions: jax.Array):
+    hidden, caches = self._one(1, self.task.weights.embedding[token], cache, positions)
+    return self._decoder().logits(self.num_layers, hidden), caches
+
   def begin(self, positions: jax.Array) -> Work:
     config, window = self.task.config, self.rule.window
     states = jnp.zeros((len(positions), window, config.emb_dim), jnp.dtype(config.dtype))
