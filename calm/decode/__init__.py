@@ -1,6 +1,16 @@
 """Prompts to generations: the loop, compiled programs, engines, pools of rows."""
 
-from calm.decode import compiled, engines, loop, pool, pool_program, program, sharded
+from calm.decode import (
+  compiled,
+  engines,
+  loop,
+  pool,
+  pool_program,
+  program,
+  sharded,
+  verified,
+  verified_passes,
+)
 from calm.decode.loop import Generation
 from calm.decode.program import ModelWeights, Program, model_weights
 
@@ -16,4 +26,6 @@ __all__ = [
   "pool_program",
   "program",
   "sharded",
+  "verified",
+  "verified_passes",
 ]

@@ -13,6 +13,7 @@ from calm.t5 import (
   parameters,
   platforms,
   stacks,
+  windows,
 )
 from calm.t5.config import T5Config
 from calm.t5.network import Transformer
@@ -32,4 +33,5 @@ __all__ = [
   "parameters",
   "platforms",
   "stacks",
+  "windows",
 ]
