@@ -36,6 +36,7 @@ from rich import console as rich_console
 
 import calm
 from calm.calibrate import screen
+from calm.calibrate.generations import locks
 from calm.commands import common, progress, report_flags
 from calm.data import prompt_batches
 
@@ -54,7 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
   start = time.monotonic()
   # Table 1 says which share of the inputs is cut, once.
   warnings.simplefilter("ignore", prompt_batches.CutPrompts)
-  with progress.steps(console) as announce:
+  output.mkdir(parents=True, exist_ok=True)
+  with locks.held(output), progress.steps(console) as announce:
     reports, predictor = _experiments(arguments, output / "cache", announce)
   facts = _facts(arguments, predictor, time.monotonic() - start)
   made = page.Page(

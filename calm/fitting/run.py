@@ -11,6 +11,7 @@ import numpy as np
 from calm import inference
 from calm.calibrate import Calibration, Prompt, seconds
 from calm.calibrate import thresholds as thresholds_lib
+from calm.calibrate.generations import locks
 from calm.calibrate.losses import sequence_losses
 from calm.data import prompt_batches
 from calm.fitting import choose as choose_lib
@@ -71,10 +72,12 @@ def fit(
   Raises:
     ValueError: rows or options that cannot do (before any work), or an `output` of another
       request.
-    OSError: `output` cannot be written.
+    OSError: `output` cannot be written, or another process fits in it.
   """
   wishes = FitOptions(tolerance=tolerance, **options)
-  return Fit.open(str(model), train, pathlib.Path(output), wishes, listener or Listener()).run()
+  made = Fit.open(str(model), train, pathlib.Path(output), wishes, listener or Listener())
+  with locks.held(output):
+    return made.run()
 
 
 @dataclasses.dataclass(frozen=True)

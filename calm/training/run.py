@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm import checkpoints
-from calm.calibrate.generations import files
+from calm.calibrate.generations import files, locks
 from calm.data import training_batches, vocabulary
 from calm.t5 import network, parameters
 from calm.training import loop, objectives, updates
@@ -116,6 +116,7 @@ def train(
     FileNotFoundError: there is no checkpoint at `initial`.
     ValueError: neither `model` nor `initial`, or they do not fit; a part in `fresh` that
       the tree lacks; a vocabulary larger than the model's. Errors of `training.fit` besides.
+    locks.LockedError: another process trains in `output_dir`; the message names it.
   """
   folder = pathlib.Path(output_dir)
   loop.check_writable(folder)
@@ -123,18 +124,19 @@ def train(
   model, params = start.model, start.params
   vocabulary.check_fits(export.vocabulary, model.vocab_size)
   module = network.Transformer(model)
-  state = loop.fit(
-    updates.init_state(params, config, objective),
-    data.train,
-    updates.make_train_step(module, config, objective, params),
-    evaluator(module, objective, data),
-    config,
-    output_dir=folder,
-    listener=listener,
-  )
-  target = folder / MODEL_FOLDER
-  trained = objective.teaches_layers(model.num_decoder_layers) or start.exits_trained
-  export.write(target, jax.tree.map(np.asarray, state.params), model, trained)
+  with locks.held(folder):
+    state = loop.fit(
+      updates.init_state(params, config, objective),
+      data.train,
+      updates.make_train_step(module, config, objective, params),
+      evaluator(module, objective, data),
+      config,
+      output_dir=folder,
+      listener=listener,
+    )
+    target = folder / MODEL_FOLDER
+    trained = objective.teaches_layers(model.num_decoder_layers) or start.exits_trained
+    export.write(target, jax.tree.map(np.asarray, state.params), model, trained)
   return target
 
 

@@ -16,6 +16,7 @@ import platform
 import sys
 import time
 import weakref
+from collections.abc import Iterator
 from typing import NamedTuple
 
 try:
@@ -130,6 +131,16 @@ def lock(target: str | pathlib.Path) -> Lock:
   made = Lock(path, descriptor)
   _held[f"{os.getpid()} {path}"] = made
   return made
+
+
+@contextlib.contextmanager
+def held(target: str | pathlib.Path) -> Iterator[None]:
+  """Takes `target` for as long as a block runs; errors as of `lock`."""
+  made = lock(target)
+  try:
+    yield
+  finally:
+    made.release()
 
 
 def _acquire(path: pathlib.Path, target: pathlib.Path) -> int:
