@@ -117,7 +117,8 @@ class Step:
 
   def lower(self) -> Any:
     """The step, lowered."""
-    with self.mesh, partitioning.axis_rules(RULES), platforms.laid_out_for("tpu"):
+    rules, layout = partitioning.axis_rules(RULES), platforms.laid_out_for("tpu")
+    with sharding.use_abstract_mesh(self.mesh.abstract_mesh), rules, layout:
       return self._decode() if self.kind == "decode" else self._train()
 
   def _train(self) -> Any:

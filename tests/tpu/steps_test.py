@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("jax")
+jax = pytest.importorskip("jax")
 import tpu_hlo
 import tpu_report
 import tpu_steps
@@ -22,7 +22,9 @@ CORE = 16.0  # GB of a TPU v3 core
 
 @functools.cache
 def compiled(step: tpu_steps.Step):
-  return tpu_steps.compiled(step)
+  # Optax promotes types and ranks.
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    return tpu_steps.compiled(step)
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
