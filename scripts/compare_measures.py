@@ -75,7 +75,8 @@ def calibrated(task: bench.Bench, fixed: dict, timed: int) -> list[list[str]]:
     settings = task.timed_settings(levels)
     found = gains.with_times(found, task.time("measures", prompts, settings))
   cells = {(row.target, row.measure): row.gains[0] for row in found.rows}
-  say = lambda gain: f"{gain.risk:.3f}, {gain.layers:.2f}, x{gain.speedup:.2f}"
+  seconds = lambda gain: "" if np.isnan(gain.speedup) else f", x{gain.speedup:.2f}"
+  say = lambda gain: f"{gain.risk:.3f}, {gain.layers:.2f}{seconds(gain)}"
   lines = [
     [task.settings.title, titled(measure), *(say(cells[target, measure]) for target in targets)]
     for measure in task.measures
