@@ -56,12 +56,12 @@ class Options:
     for name in ("step", "error_rate"):
       if not 0.0 < getattr(self, name) < 1.0:
         raise ValueError(f"Expected `{name}` in (0, 1), got {getattr(self, name)}.")
-    known = re.compile(rf"({'|'.join(MEASURES)})(@\d+(,\d+)*)?")
+    known = re.compile(rf"({'|'.join(confidence.MEASURES)})(@\d+(,\d+)*)?")
     for name in self.measures:
       if not known.fullmatch(name):
         raise ValueError(
-          f"Expected `measures` of {', '.join(MEASURES)}, with layers as in softmax@2,4, got"
-          f" {name!r}."
+          f"Expected `measures` of {', '.join(confidence.MEASURES)}, with layers as in"
+          f" softmax@2,4, got {name!r}."
         )
 
 

@@ -71,7 +71,7 @@ def styles_of(names: Sequence[str]) -> dict[str, Style]:
 def series_title(name: str) -> str:
   """What a reader calls a series."""
   measure, _, layers = name.partition("@")
-  title = STYLES[measure].title
+  title = STYLES[measure].title if measure in STYLES else measure
   return f"{title}, exits {layers}" if layers else title
 
 

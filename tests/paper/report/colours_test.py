@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs the extra 'report'")
 pytest.importorskip("jax", reason="needs the extra 'decode'")
 
+from calm.exits import confidence
 from calm.inference import colours
 from calm.paper.bench import bench
 from calm.paper.report import figures
@@ -61,6 +62,15 @@ def drawn() -> dict[str, figures.Style]:
   """Every series that one figure may have: measures, static, oracle and three variants."""
   variants = ("softmax@3,4", "classifier@3,4", "state@2")
   return figures.styles_of([*bench.MEASURES, *variants, "static", "oracle"])
+
+
+def test_every_measure_has_a_style_and_is_taken_by_its_name():
+  names = [*confidence.MEASURES, "probe@2,4"]
+  assert bench.Options(measures=tuple(names)).measures == tuple(names)
+  styles = figures.styles_of(names)
+  assert styles["probe"].title == "probe" and styles["probe@2,4"].title == "probe, exits 2,4"
+  with pytest.raises(ValueError, match=r"`measures` of softmax, .*probe.*got 'margin'"):
+    bench.Options(measures=("margin",))
 
 
 @pytest.mark.parametrize("seen_by", SEEN_BY)
