@@ -154,6 +154,18 @@ def test_full_depth_is_served_where_exits_are_not_faster(
   got, static = full.generate(texts), predictor.generate(texts, rule=exits.StaticExit())
   assert got.texts == static.texts and got.mean_layers == full.num_layers
   assert "Full depth is served: threshold" in (whole.path / "summary.md").read_text("utf-8")
+  # Where its own drafts were measured to be faster, it is served from them.
+  fast = seconds.Pair(1, 2, 1.2, 1.0, 1.2, 1.1)
+  exact = dataclasses.replace(result, exact=seconds.Seconds(fast, None))
+  whole.write(predictor, exact, None, fitting.FitOptions(**OPTIONS))
+  drafting = inference.load(whole.path)
+  assert drafting.exact == inference.exact_rule(predictor)
+  got = drafting.generate(texts)
+  assert got.texts == static.texts and all(output.passes for output in got)
+  assert "its own texts x1.20 as fast" in (whole.path / "summary.md").read_text("utf-8")
+  (whole.path / "full_depth.json").write_text('{"exact": {"draft_layer": 1}}')
+  with pytest.raises(ValueError, match=r"full_depth\.json"):
+    inference.load(whole.path)
 
 
 def _result(output):
