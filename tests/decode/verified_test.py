@@ -205,7 +205,9 @@ def test_rows_that_hold_no_prompt_stay_empty():
   generations = [
     dataclasses.replace(
       state.generation,
-      verification=dataclasses.replace(state.generation.verification, drafts=jnp.zeros(BATCH)),
+      verification=dataclasses.replace(
+        state.generation.verification, drafts=jnp.zeros(BATCH, jnp.int32)
+      ),
     )
     for state in (got, everything)
   ]
