@@ -1,0 +1,90 @@
+"""What the README says works with T5X, tried with T5X's own parts."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import exits
+from calm.exits import confidence
+from tests import engine
+from tests.t5x import setup
+
+models = setup.import_models()
+pytestmark = setup.MARKS
+collect_orphans = setup.collect_orphans
+RULE = exits.DynamicExits(confidence.Classifier())
+
+
+@pytest.fixture(autouse=True)
+def random_generator():
+  """T5X's parts set the generator of keys; the next test has the one before."""
+  before = jax.config.jax_default_prng_impl
+  yield
+  jax.config.update("jax_default_prng_impl", before)
+
+
+def compiled(function):
+  return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def in_pairs(batch):
+  """Rows 2i and 2i + 1 one behind the other, as seqio packs examples."""
+  made = {name: x.reshape(x.shape[0] // 2, -1) for name, x in batch.items()}
+  for side, tokens in (("encoder", "encoder_input"), ("decoder", "decoder_target")):
+    length = batch[f"{tokens}_tokens"].shape[1]
+    number = jnp.repeat(jnp.arange(1, 3), length)[None, :]
+    made[f"{side}_segment_ids"] = jnp.where(made[f"{tokens}_tokens"] > 0, number, 0)
+    places = jnp.tile(jnp.arange(length), 2)[None, :]
+    made[f"{side}_positions"] = jnp.broadcast_to(places, made[f"{tokens}_tokens"].shape)
+  return made
+
+
+def test_examples_that_are_packed_have_the_loss_that_they_have_apart():
+  toy = engine.toy()
+  model, batch = setup.model(toy, rule=RULE), setup.training_batch(toy)
+  loss = compiled(lambda params, batch: model.loss_fn(params, batch, None)[0])
+  apart, packed = (loss(setup.params(toy), x) for x in (batch, in_pairs(batch)))
+  np.testing.assert_allclose(packed, apart, rtol=1e-5)
+  mixed = {k: v for k, v in in_pairs(batch).items() if "segment" not in k}
+  assert not np.allclose(loss(setup.params(toy), mixed), apart, rtol=1e-3), "meta: they attend"
+
+
+def test_microbatches_add_up_to_the_gradient_of_the_batch():
+  from t5x import trainer
+
+  toy = engine.toy()
+  still = models.network.Transformer(dataclasses.replace(toy.config, dropout_rate=0.0))
+  model, batch = setup.model(toy, rule=RULE, module=still), setup.training_batch(toy)
+  state = types.SimpleNamespace(params=setup.params(toy), flax_mutables=None)
+
+  def grads(batch, number):
+    key = jax.random.key(0)
+    return trainer.accumulate_grads_microbatched(model, state, batch, key, number)[0]
+
+  whole, parts = (compiled(lambda x, n=n: grads(x, n))(batch) for n in (None, 4))
+  assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(whole)) > 1
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), whole, parts
+  )
+
+
+def test_t5x_hardware_generator_drops_out_and_samples():
+  from t5x import decoding, utils
+
+  utils.set_hardware_rng_ops()
+  toy = engine.toy()
+  sampled = lambda **given: decoding.temperature_sample(temperature=1.0, topk=0, **given)
+  model = setup.model(toy, rule=RULE, threshold=0.5, decode_fn=sampled)
+  run = compiled(
+    lambda params, batch, key: model.predict_batch_with_aux(params, batch, rng=key)
+  )
+  inputs = setup.params(toy), setup.batch()
+  one, again, other = (run(*inputs, jax.random.PRNGKey(seed)) for seed in (0, 0, 1))
+  assert jax.random.PRNGKey(0).shape == (4,), "meta: the generator is another than threefry"
+  np.testing.assert_array_equal(one[0], again[0])
+  assert not np.array_equal(one[0], other[0])
+  assert len(set(np.asarray(one[1]["exit_layers"]).ravel().tolist()) - {0}) > 1
