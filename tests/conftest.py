@@ -39,8 +39,10 @@ _check_annotations()
 # Files that are about what happens around compiled programs, not in them: LLVM need not try
 # hard there. What compares numbers with others' or with the paper's is compiled as users do.
 QUICK = (
-  *("commands/cli_test.py", "commands/infer_test.py", "inference/certified_test.py"),
+  *("commands/cli_test.py", "commands/infer_test.py", "commands/pipeline_test.py"),
+  *("fitting/run_test.py", "fitting/stages_test.py", "inference/certified_test.py"),
   *("inference/grid_test.py", "inference/until_certified_test.py"),
+  *("paper/bench/engine_test.py", "training/loop_test.py", "training/run_test.py"),
 )
 
 
