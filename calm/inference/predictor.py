@@ -106,7 +106,8 @@ class Predictor:
     return self.config.num_decoder_layers
 
   def __post_init__(self):
-    # Full depth asks for no exits, and would pass over layers that the model does not have.
+    # Full depth asks for no exits, and would pass over measures and layers that are none.
+    self.options.rule.depth(self.num_layers)
     exits.allowed_layers(self.options.exit_layers, self.num_layers)
 
   @property

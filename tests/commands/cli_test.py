@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("cache_in_tmp")
   [
     ("--thresholds=0.5,0.9", "descending"),
     ("--thresholds=1.5,0.9", "[0, 1]"),
-    ("--measure=entropy", "`measure`"),
+    ("--measure=margin", "`measure`"),
     ("--propagation=none", "`propagation`"),
     ("--exit_layers=9", "`allowed` exit layers"),
     ("--exit_layers=two", "`--exit_layers`"),
@@ -165,7 +165,7 @@ def test_unwritable_output(model, prompts, tmp_path, capsys):
 
 
 def test_neither_calibration_nor_threshold(prompts, capsys):
-  assert "`--calibration` or `--threshold`" in toy.failure(
+  assert "`--calibration`, `--threshold` or `--exact`" in toy.failure(
     capsys, ["infer", f"--prompts={prompts}"]
   )
 

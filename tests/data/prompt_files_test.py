@@ -110,7 +110,7 @@ def test_parquet_leaves_other_columns_alone(tmp_path):
   [
     (lines(ROWS), "jsonl", ["one, two", "three\u2028four"]),
     (json.dumps(ROWS).encode(), "json", ["one, two", "three\u2028four"]),
-    (gzip.compress(lines(ROWS)), "jsonl", ["one, two", "three\u2028four"]),
+    (gzip.compress(lines(ROWS), mtime=0), "jsonl", ["one, two", "three\u2028four"]),
     (b"{not json}\n", "text", ["{not json}"]),
     (b"[Note] a text\n", "text", ["[Note] a text"]),
     (b"12\n", "text", ["12"]),
@@ -183,7 +183,7 @@ def test_keys_are_the_same_in_every_row(tmp_path):
     ("a.json", b'[{"input": "a"} {"input": "b"}]', r"`,` or `]` after element 1"),
     ("a.json", b'[{"input": "a"},', r"element 2: invalid JSON.*cut off"),
     ("a.json", b'[{"input": "a"}', r"after element 1.*the end of the file"),
-    ("a.jsonl", gzip.compress(lines(ROWS))[:-12], "gzip data are damaged"),
+    ("a.jsonl", gzip.compress(lines(ROWS), mtime=0)[:-12], "gzip data are damaged"),
     ("a.jsonl", b'{"input": "half of \\ud83d"}\n', r"a\.jsonl:1: .*surrogate.*character 9"),
   ],
 )
