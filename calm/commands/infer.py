@@ -15,30 +15,18 @@ is FILE.partial, and after a kill or Ctrl-C the same command goes on from there.
 """
 
 import argparse
-import contextlib
-import itertools
-import json
 import pathlib
-import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from rich import console as rich_console
 
-from calm.calibrate import NEVER_EXIT, Calibration, Prompt, screen, seconds, thresholds
+from calm.calibrate import NEVER_EXIT, Calibration, Prompt, screen, thresholds
 from calm.calibrate.generations import merging, procedures
-from calm.calibrate.generations.shown import visible
-from calm.commands import common, model_flags, monitoring, results, sharding, showing
-from calm.data import prompt_batches
-from calm.inference import colours, costs, exact_rule
-
-# Seconds of full depth are measured beside a calibrated threshold's where the calibration does
-# not say them and the prompts are so many that it costs them little.
-MEASURED_PROMPTS = 64
-# Prompts go to the model so many batches at a time, fewer where that takes too long.
-FIRST_BATCHES, MOST_BATCHES, MOST_BATCHES_REFILLED, CHUNK_SECONDS = 4, 16, 64, 10.0
+from calm.commands import common, model_flags, monitoring, results, serving, sharding
+from calm.inference import exact_rule
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(f"About the calibration: {old}", markup=False)
   exact = exact_rule(predictor, arguments.draft_layer) if arguments.exact else None
   startup = time.monotonic() - start
-  work = _Work(predictor, threshold, exact, console, len(prompts), startup)
+  work = serving.Served(predictor, threshold, exact, console, len(prompts), startup)
   if part is None:
     return _serve(arguments, work, prompts)
   about = {"threshold": work.about["threshold"], "procedure": predictor.procedure.to_json()}
@@ -151,7 +139,9 @@ def _prompts(arguments: argparse.Namespace) -> tuple[Any, sharding.Part | None]:
   return part, part
 
 
-def _serve(arguments: argparse.Namespace, work: "_Work", prompts: Iterable[Prompt]) -> int:
+def _serve(
+  arguments: argparse.Namespace, work: serving.Served, prompts: Iterable[Prompt]
+) -> int:
   """Decodes, reports, and says by the exit status whether the monitor gave its alarm."""
   work.monitored = monitoring.open_monitored(arguments, work.predictor, work.threshold)
   if arguments.output:
@@ -180,6 +170,10 @@ def _check(arguments: argparse.Namespace) -> pathlib.Path:
       "Expected neither `--calibration` nor `--threshold` with `--exact`, whose texts are the"
       " full model's, got one; leave it out."
     )
+  if arguments.draft_layer is not None and not arguments.exact:
+    raise ValueError(
+      f"Expected `--exact` beside `--draft_layer`, got {arguments.draft_layer} alone; add it."
+    )
   return own
 
 
@@ -204,169 +198,6 @@ def _load(arguments: argparse.Namespace, threshold: float | None):
     )
 
 
-class _Work:
-  """Decodes chunk after chunk and adds up what there is to report."""
-
-  monitored: monitoring.Monitored | None = None
-
-  def __init__(self, predictor, threshold: float, exact, console, count: int, startup: float):
-    from calm.inference import outputs
-    from calm.t5 import costs
-
-    self.predictor, self.threshold, self._console = predictor, threshold, console
-    self._exact = exact
-    self._passes = self._drafts = self._drafted = 0
-    self._count, self._startup = count, startup
-    self._done = self._tokens = self._layers = 0
-    self._timing = outputs.Timing(0.0, 0.0, 0)
-    self._costs = costs.Totals(0, costs.Cost(), costs.Cost())
-    self._cut: list[prompt_batches.CutPrompts] = []
-    self._guarantee: str | None = None
-    self._sample: tuple[Prompt, ...] = ()
-
-  @property
-  def about(self) -> dict[str, Any]:
-    """What its lines depend on."""
-    text = thresholds.format_threshold(self.threshold)
-    return {"threshold": text, **self.predictor.procedure.to_json()}
-
-  def to_results(self, prompts: Iterable[Prompt], opened: results.Results) -> None:
-    """Lines of JSON, as they are made."""
-    pending = opened.pending(prompts)
-    if opened.report:
-      screen.say(self._console, opened.report)
-    try:
-      with showing.counting(self._console, self._count, "prompts", done=opened.done) as counter:
-        for chunk, outputs in self._decode(pending, counter):
-          opened.write(chunk, [_line(*pair) for pair in zip(chunk, outputs, strict=True)])
-    except KeyboardInterrupt:
-      done = f"stopped after {opened.done} of {self._count} prompts; {opened.stopped}"
-      raise common.StoppedError(done) from None
-
-  def to_screen(self, prompts: Iterable[Prompt], coloured: bool) -> None:
-    """Texts, as they are made."""
-    try:
-      with showing.counting(self._console, self._count, "prompts") as counter:
-        for _, outputs in self._decode(iter(prompts), counter):
-          # The texts would be printed into the bar.
-          with counter.hidden() if sys.stdout.isatty() else contextlib.nullcontext():
-            for output in outputs:
-              text = visible(output.text) if sys.stdout.isatty() else output.text
-              print(output.coloured() if coloured else text)
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-      raise common.StoppedError(
-        f"stopped after {self._done} of {self._count} prompts; with --output=FILE the same"
-        " command would go on"
-      ) from None
-    if coloured:
-      print(colours.legend_terminal(self.predictor.num_layers), file=sys.stderr)
-
-  def _decode(
-    self, prompts: Iterator[Prompt], counter: showing.Counter
-  ) -> Iterator[tuple[Sequence[Prompt], Any]]:
-    """(prompts, outputs), so many at a time that memory and what a kill costs are bounded."""
-    options = self.predictor.options
-    batch = options.batch_size * options.num_devices
-    most = MOST_BATCHES_REFILLED if options.refill else MOST_BATCHES
-    batches = FIRST_BATCHES
-    while chunk := list(itertools.islice(prompts, batches * batch)):
-      with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        texts = [p.input for p in chunk]
-        outputs = self.predictor.generate(texts, threshold=self.threshold, rule=self._exact)
-      self._add(outputs, caught)
-      self._sample = (*self._sample, *chunk)[: 2 * batch]
-      yield chunk, outputs
-      if self.monitored is not None:  # what was served is safe by now
-        self.monitored.check(chunk, outputs)
-      counter.add(len(chunk), outputs.timing.compile_seconds)
-      affordable = int(CHUNK_SECONDS / max(outputs.timing.seconds, 1e-9) * len(chunk) / batch)
-      batches = max(1, min(most, 4 * batches, affordable))
-
-  def _add(self, outputs, caught: Sequence[warnings.WarningMessage]) -> None:
-    self._done += len(outputs)
-    self._tokens += sum(len(output.exit_layers) for output in outputs)
-    self._layers += sum(sum(output.exit_layers) for output in outputs)
-    self._timing += outputs.timing
-    self._passes += sum(output.passes for output in outputs)
-    self._drafts += sum(output.drafts for output in outputs)
-    self._drafted += sum(sum(output.drafted) for output in outputs)
-    if not self._passes:
-      rule = self.predictor.served_rule(self.threshold)
-      self._costs += costs.totals(self.predictor, outputs, rule)
-    self._guarantee = outputs.guarantee
-    for warning in caught:
-      if isinstance(warning.message, prompt_batches.CutPrompts):
-        self._cut.append(warning.message)
-      else:
-        warnings.warn_explicit(
-          warning.message, warning.category, warning.filename, warning.lineno
-        )
-
-  def report(self, arguments: argparse.Namespace) -> None:
-    """What it took, and the promise."""
-    say = lambda text: screen.say(self._console, text)
-    if self._cut:
-      cut, last = sum(each.cut for each in self._cut), self._cut[-1]
-      longest = max(each.longest for each in self._cut)
-      say(f"Warning: {prompt_batches.CutPrompts(cut, self._done, longest, last.limit)}")
-    timing, layers = self._timing, self.predictor.num_layers
-    mean = self._layers / self._tokens if self._tokens else float("nan")
-    threshold = thresholds.format_threshold(self.threshold)
-    say(
-      f"{_count(self._done, 'prompt')}, threshold {threshold},"
-      f" {mean:.2f} of {layers} decoder layers a token."
-    )
-    say(
-      f"{timing.seconds:.2f} s: encoder {timing.encode_seconds:.2f} s, decoder"
-      f" {timing.decode_seconds:.2f} s ({showing.rate(self._done, timing.seconds)}); besides,"
-      f" start-up {self._startup:.1f} s and compilation {timing.compile_seconds:.1f} s"
-      f" ({_count(timing.compilations, 'program')})."
-    )
-    if self._passes:
-      say(
-        f"{self._tokens / self._passes:.2f} tokens a pass of all layers; of"
-        f" {_count(self._drafts, 'draft')} {self._drafted / max(self._drafts, 1):.0%} were"
-        " accepted."
-      )
-    elif self._tokens:
-      say(f"Costs by formula, decoder only: {self._costs}.")
-    if slow := self._slower():
-      say(f"Warning: {slow}")
-    if self._exact:
-      say("These are the full model's own texts: every token was verified at full depth.")
-    elif self.threshold == NEVER_EXIT and not self._guarantee:
-      say("This was the full model: there is nothing that a guarantee would be about.")
-    else:
-      why = self.predictor.elsewhere or _why_none(arguments)
-      say(self._guarantee or f"No guarantee: {why}.")
-    if self.monitored is not None:
-      say(self.monitored.report())
-
-  def _slower(self) -> str:
-    """What to say where the calibrated threshold is not faster, measured on these prompts.
-
-    Nothing is measured where the calibration tells: that was said when it was opened.
-    """
-    calibration = self.predictor.calibration
-    if calibration is None or not self._guarantee or self._done < MEASURED_PROMPTS:
-      return ""
-    if seconds.of(calibration) is not None or not calibration.certified:
-      return ""
-    from calm import inference
-
-    texts = [prompt.input for prompt in self._sample]
-    measured = inference.seconds.measure(
-      self.predictor, texts, self.threshold, prompts=4, rounds=3
-    )
-    return seconds.warning(calibration, measured)
-
-
-def _count(number: int, thing: str) -> str:
-  return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
 def _calibration(arguments: argparse.Namespace):
   """What `load` is to take: the file, or what it holds where a digest is expected."""
   if arguments.expect_digest is None:
@@ -374,25 +205,3 @@ def _calibration(arguments: argparse.Namespace):
   if arguments.calibration is None:
     raise ValueError("Expected `--calibration` beside `--expect_digest`, got none.")
   return Calibration.load(arguments.calibration, expect_digest=arguments.expect_digest)
-
-
-def _why_none(arguments: argparse.Namespace) -> str:
-  if arguments.void_guarantee:
-    return "--void_guarantee was given"
-  if arguments.calibration is None:
-    return "nothing was calibrated for these options and this threshold"
-  return "the calibration is for another threshold than --threshold"
-
-
-def _line(prompt: Prompt, output) -> str:
-  value = {
-    "id": prompt.id,
-    "prediction": output.text,
-    "tokens": list(output.tokens),
-    "exit_layers": list(output.exit_layers),
-    "confidences": [float(str(c)) for c in output.confidences],
-    "score": output.score,
-  }
-  if output.passes:
-    value |= {"drafted": list(output.drafted), "passes": output.passes}
-  return json.dumps(value, ensure_ascii=False) + "\n"

@@ -13,7 +13,7 @@ import pytest
 
 from calm import calibrate, inference
 from calm.calibrate.generations import files
-from calm.commands import cli, infer, showing
+from calm.commands import cli, serving, showing
 from calm.inference import predictor
 from tests.commands import toy
 
@@ -32,8 +32,8 @@ def prompts(tmp_path_factory):
 def small_chunks(monkeypatch, tmp_path):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
   monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-  monkeypatch.setattr(infer, "FIRST_BATCHES", 1)
-  monkeypatch.setattr(infer, "MOST_BATCHES", 1)
+  monkeypatch.setattr(serving, "FIRST_BATCHES", 1)
+  monkeypatch.setattr(serving, "MOST_BATCHES", 1)
 
 
 @pytest.fixture

@@ -66,7 +66,9 @@ def given(command, option, model, outputs, folder):
     prompts = folder / "prompts.jsonl"
     prompts.write_text(json.dumps({"id": "a", "input": "text"}))
     base = [f"--model={model}", f"--prompts={prompts}"]
-    base += [] if option == "--threshold" else ["--threshold=never"]
+    alone = ("--threshold", "--draft_layer")
+    base += ["--exact"] if option == "--draft_layer" else []
+    base += [] if option in alone else ["--threshold=never"]
   return [command, *base, *BESIDE.get(option, [])]
 
 
@@ -86,6 +88,7 @@ def test_no_number_is_nonsense(command, model, outputs, tmp_path, capsys):
       told = capsys.readouterr().err
       assert status == 2, (words, told)
       name = option.strip("-")
-      assert name in told or "exit layers" in told, (words, told)
+      named = name in told or name.replace("_", " ") in told or "exit layers" in told
+      assert named, (words, told)
       assert "Traceback" not in told and "\x1b[2J" not in told, words
     assert not (tmp_path / "calibration.json").exists()
