@@ -34,6 +34,7 @@ class Served:
     self.predictor, self.threshold, self._console = predictor, threshold, console
     self._exact = exact
     self._passes = self._drafts = self._drafted = 0
+    self._looked, self._given_up = False, ""
     self._count, self._startup = count, startup
     self._done = self._tokens = self._layers = 0
     self._timing = outputs.Timing(0.0, 0.0, 0)
@@ -96,11 +97,27 @@ class Served:
       self._add(outputs, caught)
       self._sample = (*self._sample, *chunk)[: 2 * batch]
       yield chunk, outputs
+      if self._exact and not self._looked and self._count >= MEASURED_PROMPTS:
+        self._look_at_drafts()
       if self.monitored is not None:  # what was served is safe by now
         self.monitored.check(chunk, outputs)
       counter.add(len(chunk), outputs.timing.compile_seconds)
       affordable = int(CHUNK_SECONDS / max(outputs.timing.seconds, 1e-9) * len(chunk) / batch)
       batches = max(1, min(most, 4 * batches, affordable))
+
+  def _look_at_drafts(self) -> None:
+    """Goes on without drafts where full depth by itself was measured to be faster."""
+    from calm import exits, inference
+
+    texts = [prompt.input for prompt in self._sample]
+    found = inference.seconds.exactly(self.predictor, texts, self._exact)
+    self._looked = True
+    if found is not None and found.speedup < 1:
+      self._exact = exits.StaticExit()
+      self._given_up = (
+        f" Drafts made it x{found.speedup:.2f} as fast as full depth by itself, so that they"
+        f" were given up after {_count(self._done, 'prompt')}."
+      )
 
   def _add(self, outputs, caught: Sequence[warnings.WarningMessage]) -> None:
     self._done += len(outputs)
@@ -153,7 +170,8 @@ class Served:
     if slow := self._slower():
       say(f"Warning: {slow}")
     if self._exact:
-      say("These are the full model's own texts: every token was verified at full depth.")
+      said = "These are the full model's own texts: every token was verified at full depth."
+      say(f"{said}{self._given_up}")
     elif self.threshold == NEVER_EXIT and not self._guarantee:
       say("This was the full model: there is nothing that a guarantee would be about.")
     else:

@@ -50,6 +50,24 @@ def measure(
   return Seconds(single, batched)
 
 
+def exactly(
+  predictor: "predictor_lib.Predictor", texts: Sequence[str], rule: exits.Verified
+) -> Pair | None:
+  """Times exact decoding against full depth in the model's own batches, on a few prompts.
+
+  Args:
+    predictor: the model under its options.
+    texts: prompts; those of the commonest padded length are timed.
+    rule: how drafts are made and verified.
+
+  Returns:
+    Milliseconds of both and their ratio; None where the prompts fill no batch.
+  """
+  few = 2 * predictor.options.batch_size
+  told = lambda share, text: None
+  return _pair(predictor, texts, (rule, schedules.NEVER_EXIT), few, 3, told)
+
+
 def _pair(predictor, texts, way, most: int, rounds: int, progress) -> Pair | None:
   """Both ways, batch by batch; None where there is no whole batch of one length."""
   batches = _of_one_length(predictor, texts, most)

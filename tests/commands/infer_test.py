@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from calm import calibrate, inference
+from calm.calibrate import seconds
 from calm.calibrate.generations import files
 from calm.commands import cli, serving, showing
 from calm.inference import predictor
@@ -221,3 +222,24 @@ def test_counts_rates_and_time_left_without_a_terminal(monkeypatch, capsys):
   said = capsys.readouterr().out
   assert said == "30 of 50 prompts, 1.0 a second, 0:20 left\n"
   assert showing.rate(3, 60) == "3.0 a minute" and showing.clock(3725) == "1:02:05"
+
+
+@pytest.mark.parametrize(("speedup", "kept"), [(0.7, False), (1.4, True)])
+def test_drafts_that_do_not_pay_are_given_up(
+  calm_infer, expected, tmp_path, monkeypatch, capsys, speedup, kept
+):
+  """The texts are the full model's either way: only seconds decide."""
+  monkeypatch.setattr(serving, "MEASURED_PROMPTS", 7)
+  found = seconds.Pair(2, 4, 1.0, 1.0 / speedup, speedup, speedup)
+  monkeypatch.setattr(inference.seconds, "exactly", lambda *asked: found)
+  output = tmp_path / "exact.jsonl"
+  threshold = toy.DECODE
+  monkeypatch.setattr(f"{__name__}.DECODE", [*threshold, "--exact"])
+  calm_infer(f"--output={output}")
+  lines = [json.loads(line) for line in output.read_text().splitlines()]
+  plain = [json.loads(line) for line in expected.splitlines()]
+  assert [line["tokens"] for line in lines] == [line["tokens"] for line in plain]
+  assert "passes" in lines[0] and ("passes" in lines[-1]) == kept
+  said = " ".join(capsys.readouterr().err.split())
+  assert "the full model's own texts" in said
+  assert ("given up after 2 prompts" in said) != kept
