@@ -41,7 +41,7 @@ def test_a_training_step_sums_gradients_and_holds_its_state_once(kind, topology)
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_each_core_decodes_rows_of_its_own_and_moves_no_cache(topology):
-  """The loop that `calm.t5x.models` runs; `tests/t5x/tpu_test.py` has all of it, with T5X."""
+  """The loop that `calm.t5x.models` runs, under `shard_map` as there."""
   step = tpu_steps.Step("decode", "small", topology, layers=2, **SMALL)
   module = tpu_hlo.parse(compiled(step).as_text())
   config = step.config
