@@ -56,7 +56,7 @@ def test_parses_and_finalises(path):
     pytest.importorskip("seqio", reason="seqio (the `train` extra) is not installed")
   text = text_of(path)
   assert text.startswith("#"), "a header says what to be set"
-  required = [name for name in MACROS if f"%{name}" in text or f"{name} = %gin" in text]
+  required = [n for n in MACROS if re.search(rf"%{n}\b|^{n} = %gin", text, re.MULTILINE)]
   # A header may bind a macro in its example.
   given = [name for name in required if not re.search(rf"^{name} = @", text, re.MULTILINE)]
   gin.parse_config_files_and_bindings([str(path)], [f"{name} = 'x'" for name in given])

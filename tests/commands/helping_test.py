@@ -26,6 +26,7 @@ FALLBACKS = {
   "batch_size": OPTIONS.batch_size,
   "num_devices": OPTIONS.num_devices,
   "monitor_share": monitoring.SHARE,
+  "monitor_level": monitoring.LEVEL,
 }
 # Said in words, where nothing is given: what happens is in the tests of the command.
 WORDS = (
@@ -33,7 +34,7 @@ WORDS = (
   *("the first of input, inputs, prompt, text", "DIRECTORY/calibration.json"),
   *("the model's own grid, or the measure's", "texts to the screen", "the recipe's steps"),
   *("all that the model has", "one of every source", "all", "--model", "those of --tasks"),
-  *("merged, beside the shards", "outputs.jsonl there"),
+  *("merged, beside the shards", "outputs.jsonl there", "a quarter of them"),
   "JOB_COMPLETION_INDEX, SLURM_ARRAY_TASK_ID less SLURM_ARRAY_TASK_MIN, or jax.process_index(",
 )
 

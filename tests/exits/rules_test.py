@@ -32,6 +32,8 @@ class Given:
   table: Any
   uses_head: Any = False
   name: ClassVar[str] = "given"
+  uses_shortlist: ClassVar[bool] = False
+  part: ClassVar[str | None] = None
   bound: ClassVar[Any] = None
 
   def __call__(self, view):
@@ -48,6 +50,8 @@ class Bounded:
   bounds: Any
   uses_head: Any = True
   name: ClassVar[str] = "bounded"
+  uses_shortlist: ClassVar[bool] = False
+  part: ClassVar[str | None] = None
 
   def __call__(self, view):
     view.logits()

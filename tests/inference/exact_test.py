@@ -28,7 +28,9 @@ def full(model):
 
 
 def test_texts_are_the_full_models_and_say_how_they_came_about(model, full):
-  outputs = model.generate(TEXTS, rule=inference.exact_rule(model, 2))
+  # A random model's drafts do not pay, and would soon be none.
+  rule = dataclasses.replace(inference.exact_rule(model, 2), adapts=False)
+  outputs = model.generate(TEXTS, rule=rule)
   assert outputs.guarantee is None
   for output, expected in zip(outputs, full, strict=True):
     assert output.tokens == expected.tokens and output.text == expected.text

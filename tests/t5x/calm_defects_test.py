@@ -191,6 +191,8 @@ class LeastOfTheBatch:
 
   name: ClassVar[str] = "softmax"
   uses_head: ClassVar[bool] = True
+  uses_shortlist: ClassVar[bool] = False
+  part: ClassVar[str | None] = None
   bound: ClassVar[Any] = None
 
   def __call__(self, view):
