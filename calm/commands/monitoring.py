@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--monitor_level",
     type=float,
     metavar="LEVEL",
-    help="probability that --monitor ever raises a false alarm (default %(default)s)",
+    help=f"probability that --monitor ever raises a false alarm (default {LEVEL})",
   )
   parser.add_argument(
     "--fail_on_alarm",
