@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from calm import exits
 from calm.calibrate import NEVER_EXIT, Prompt, screen, seconds, thresholds
 from calm.calibrate.generations.shown import visible
 from calm.commands import common, monitoring, results, showing
@@ -97,20 +98,22 @@ class Served:
       self._add(outputs, caught)
       self._sample = (*self._sample, *chunk)[: 2 * batch]
       yield chunk, outputs
-      if self._exact and not self._looked and self._count >= MEASURED_PROMPTS:
-        self._look_at_drafts()
+      if isinstance(self._exact, exits.Verified) and self._count >= MEASURED_PROMPTS:
+        self._look_at_drafts(self._exact)
       if self.monitored is not None:  # what was served is safe by now
         self.monitored.check(chunk, outputs)
       counter.add(len(chunk), outputs.timing.compile_seconds)
       affordable = int(CHUNK_SECONDS / max(outputs.timing.seconds, 1e-9) * len(chunk) / batch)
       batches = max(1, min(most, 4 * batches, affordable))
 
-  def _look_at_drafts(self) -> None:
-    """Goes on without drafts where full depth by itself was measured to be faster."""
-    from calm import exits, inference
+  def _look_at_drafts(self, rule: exits.Verified) -> None:
+    """Goes on without drafts where full depth by itself was measured to be faster, once."""
+    from calm import inference
 
+    if self._looked:
+      return
     texts = [prompt.input for prompt in self._sample]
-    found = inference.seconds.exactly(self.predictor, texts, self._exact)
+    found = inference.seconds.exactly(self.predictor, texts, rule)
     self._looked = True
     if found is not None and found.speedup < 1:
       self._exact = exits.StaticExit()
