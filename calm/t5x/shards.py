@@ -183,7 +183,10 @@ def _random_bits(key: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.
   """Threefry's bits, counted on from where the shards before this one end."""
   size = math.prod(shape)
   if bit_width > 32:
-    raise NotImplementedError("Expected draws of at most 32 bits a number, got 64.")
+    raise NotImplementedError(
+      "Expected draws of at most 32 bits a number, got 64; leave jax_enable_x64 off, or sample"
+      " on one device."
+    )
   # Counters are pairs of 32-bit words; the place of an element in the whole batch is one.
   place = jnp.arange(size, dtype=jnp.uint32) + key[2] * jnp.uint32(size % 2**32)
   high = jnp.zeros((size,), jnp.uint32)
