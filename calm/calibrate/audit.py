@@ -258,8 +258,8 @@ class Monitor:
     """
     if self.watch.kind != "textual":
       raise ValueError(
-        f"`check` computes textual losses, the watch is on {self.watch.kind!r}: use `serve` and"
-        " `record`."
+        "Expected `check`, which computes textual losses, of a watch on these, got one on"
+        f" {self.watch.kind!r}; use `serve` and `record`."
       )
     metric = metrics.get_metric(metric)
     named = [None] * len(predictions) if names is None else names
@@ -269,7 +269,7 @@ class Monitor:
     if len(texts) != len(rows):
       raise ValueError(
         f"Expected `full_model` to return a text for each of the {len(rows)} positions, got"
-        f" {len(texts)}. The prompts wait for their losses: `waiting`."
+        f" {len(texts)}; the prompts wait for their losses: `waiting`."
       )
     for row, text in zip(rows, texts, strict=True):
       self.record(numbers[row][0], 1.0 - metric(predictions[row], [text]))
@@ -304,13 +304,16 @@ class Monitor:
     try:
       if "served" in value:
         if value["served"] != self._served:
-          raise ValueError(f"expected prompt {self._served}")
+          raise ValueError(f"Expected `served` to be {self._served}, got {value['served']!r}")
         self._count(value["served"], bool(value["sampled"]))
       else:
         self._check(value["number"], value["loss"])
         self._settle(value["number"], value["loss"])
     except (KeyError, TypeError, ValueError) as error:
-      raise line.error(f"no line of a monitor: {error}.") from error
+      raise line.error(
+        f"expected a line of this monitor, got another: {error}; restore the file, or start a"
+        " new one."
+      ) from error
 
   def __repr__(self) -> str:
     return (
@@ -354,7 +357,7 @@ def open_monitor(path: str | pathlib.Path, watch: Watch) -> Monitor:
   elif not same({}):
     got = None if first is None else first.value
     raise records_lib.GenerationsError(
-      f"{path}:1: holds another watch: expected {expected}, got {got}. Start a new file."
+      f"{path}:1: expected the watch {expected}, got {got}; start a new file."
     )
   for line in lines:
     monitor._replay(line)

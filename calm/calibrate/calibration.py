@@ -293,9 +293,15 @@ class Calibration:
       value = verification.read(pathlib.Path(path))
       return cls.from_json(value, expect_digest=expect_digest)
     except OSError as error:
-      raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
+      raise ValueError(
+        f"{path}: expected a calibration that can be read, got: {error.strerror}; check its"
+        " path and rights."
+      ) from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-      raise ValueError(f"{path}: is no calibration: {error}") from error
+      raise ValueError(
+        f"{path}: expected a calibration, got none: {str(error).rstrip('.')}; restore the"
+        " file, or calibrate again."
+      ) from error
 
 
 def _served(calibration: Calibration) -> str:

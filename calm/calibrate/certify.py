@@ -146,8 +146,8 @@ def _what(losses, tolerance, promise, risks):
     return losses, tolerance, promise or promises.Mean()
   if losses is not None or tolerance is not None or promise is not None:
     raise ValueError(
-      "Expected `risks` alone: each brings its losses and its tolerance, got `losses`,"
-      " `tolerance` or `promise` beside."
+      "Expected `risks` alone, which bring their losses and tolerances, got `losses`,"
+      " `tolerance` or `promise` beside; leave these out."
     )
   several = promises.as_promise(risks)
   return risks[0].losses, risks[0].tolerance, several
@@ -263,8 +263,9 @@ def _check_procedure(chosen: methods.Method, testing_procedure: str) -> None:
     )
   if not chosen.any_level and testing_procedure != "fixed_sequence":
     raise ValueError(
-      f"`method` {chosen.name!r} bets for the level `error_rate` alone and needs"
-      f" `testing_procedure` 'fixed_sequence', got {testing_procedure!r}. Use 'betting'."
+      f"Expected `testing_procedure` 'fixed_sequence' with `method` {chosen.name!r}, which"
+      f" bets for the level `error_rate` alone, got {testing_procedure!r}; use 'betting'"
+      " with it."
     )
 
 
@@ -272,9 +273,8 @@ def _check_rates(tolerance: float, error_rate: float) -> None:
   for name, value in (("tolerance", tolerance), ("error_rate", error_rate)):
     if not (isinstance(value, int | float | np.number) and 0.0 < value < 1.0):
       raise ValueError(
-        f"Expected `{name}` to be in (0, 1), got {value!r}. `tolerance` (delta) bounds the"
-        " expected"
-        " loss, `error_rate` (epsilon) the probability that the bound fails."
+        f"Expected `{name}` to be in (0, 1), got {value!r}; `tolerance` (delta) bounds the"
+        " expected loss, `error_rate` (epsilon) the probability that the bound fails."
       )
 
 
@@ -283,16 +283,22 @@ def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
     losses, support = frames.losses_of(losses, support), None
   if not isinstance(losses, SequenceLosses):
     if thresholds is None:
-      raise ValueError("Expected `thresholds` to be given when `losses` is a plain array.")
+      raise ValueError(
+        "Expected `thresholds` beside `losses` that are a plain array, got none; give one a"
+        " column."
+      )
     return SequenceLosses(losses, thresholds, support or Support(), kind="loss")
   if support is not None and support != losses.support:
     raise ValueError(
-      f"`support` is declared by `losses` already as {losses.support}; leave it out."
+      f"Expected no `support` beside `losses` that declare theirs, got {support} beside"
+      f" {losses.support}; leave it out."
     )
   if thresholds is not None:
     grid = thresholds_lib.validate_grid(thresholds)
     if not np.array_equal(grid, losses.thresholds):
-      raise ValueError("Expected `thresholds` to be those of `losses`; leave them out.")
+      raise ValueError(
+        "Expected `thresholds` to be those of `losses`, got others; leave them out."
+      )
   return losses
 
 

@@ -136,13 +136,17 @@ def _check(families, costs: Mapping[str, npt.ArrayLike], error_rate: float) -> S
   wanted = [(risk.called, risk.tolerance) for risk in _of(families)]
   for name, several in families.items():
     if [(risk.called, risk.tolerance) for risk in several] != wanted:
-      raise ValueError(f"Expected risks {wanted} of every family, got others of {name!r}.")
+      raise ValueError(
+        f"Expected `risks` to be {wanted} of every family, got others of {name!r}."
+      )
     shape = several[0].losses.values.shape
     for risk in several:
       losses = risk.losses
       alike = losses.ids == first.ids and losses.groups == first.groups
       if losses.values.shape != shape or len(losses.values) != len(first.values) or not alike:
-        raise ValueError(f"Expected the same prompts everywhere, got others in {name!r}.")
+        raise ValueError(
+          f"Expected `risks` of the same prompts everywhere, got others in {name!r}."
+        )
     if np.shape(costs[name]) != shape:
       raise ValueError(
         f"Expected `costs` of {name!r} of shape {shape}, got {np.shape(costs[name])}."
@@ -155,7 +159,9 @@ def _table(families, number: int, groups, method: str) -> pareto.Risk:
   several = [risks[number] for risks in families.values()]
   supports = {risk.losses.support for risk in several}
   if len(supports) != 1:
-    raise ValueError(f"Expected one support of {several[0].called!r}, got {len(supports)}.")
+    raise ValueError(
+      f"Expected `risks` with one support of {several[0].called!r}, got {len(supports)}."
+    )
   values = np.concatenate([risk.losses.values for risk in several], axis=1)
   support = clusters.unit_support(several[0].losses, groups)
   if groups is not None:

@@ -188,7 +188,10 @@ class SequentialCalibration:
       ValueError: losses are still wanted.
     """
     if not self.finished:
-      raise ValueError("`calibration` needs a finished test; `request` still asks for losses.")
+      raise ValueError(
+        "Expected `calibration` of a finished test, got one that still asks for losses;"
+        " answer `request` first."
+      )
     rows = [self._row(index) for index in range(len(self.thresholds))]
     certified = [row.threshold for row in rows if row.rejected]
     return Calibration(

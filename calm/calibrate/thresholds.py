@@ -58,7 +58,8 @@ def parse_knobs(values: Sequence[str]) -> list[float] | list[str]:
       continue
   if found and len(found) != len(values):
     raise ValueError(
-      f"Expected thresholds in [0, 1], or another knob throughout, got both: {list(values)}."
+      f"Expected thresholds in [0, 1], or another knob throughout, got both: {list(values)};"
+      " give one kind alone."
     )
   return found or list(values)
 
@@ -89,24 +90,23 @@ def validate_grid(thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
   grid = np.asarray(thresholds, dtype=np.float64)
   if grid.ndim != 1 or grid.size == 0:
     raise ValueError(
-      "Expected `thresholds` to be a non-empty one-dimensional grid, for example [0.9, 0.8,"
-      " 0.7];"
+      "Expected `thresholds` to be a non-empty one-dimensional grid, as [0.9, 0.8, 0.7],"
       f" got an array of shape {grid.shape}."
     )
   outside = np.flatnonzero(~((grid >= 0.0) & (grid <= 1.0)))
   if outside.size:
     raise ValueError(
       f"Expected `thresholds` to lie in [0, 1], got {grid[outside[0]]} at position"
-      f" {outside[0]}."
-      f" The full model ({NEVER_EXIT_TEXT!r}) is always the fallback and is no grid point."
+      f" {outside[0]}; the full model ({NEVER_EXIT_TEXT!r}) is always the fallback and is no"
+      " grid point."
     )
   rising = np.flatnonzero(np.diff(grid) >= 0.0)
   if rising.size:
     first = rising[0]
     raise ValueError(
       "Expected `thresholds` to descend strictly, from the safest to the fastest, got"
-      f" {grid[first]} before {grid[first + 1]} at positions {first} and {first + 1}."
-      " Sort the grid in descending order and drop duplicates."
+      f" {grid[first]} before {grid[first + 1]} at positions {first} and {first + 1}; sort"
+      " the grid in descending order and drop duplicates."
     )
   return grid
 
@@ -129,7 +129,7 @@ def grid_of_knobs(knobs: Sequence[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
     return validate_grid(knobs), ()
   names = tuple(str(knob) for knob in knobs)
   if not names or len(set(names)) != len(names):
-    raise ValueError(f"Expected at least one knob, all different, got {list(names)}.")
+    raise ValueError(f"Expected `knobs` to be at least one, all different, got {list(names)}.")
   return 1.0 - np.arange(len(names)) / len(names), names
 
 
@@ -175,7 +175,7 @@ def default_grid(measure: str) -> np.ndarray:
   """
   if measure not in _DEFAULT_GRIDS:
     raise ValueError(
-      f"Expected `measure` to be one of {sorted(_DEFAULT_GRIDS)}, got {measure!r}."
-      " For another measure choose a grid on validation prompts and pass it."
+      f"Expected `measure` to be one of {sorted(_DEFAULT_GRIDS)}, got {measure!r}; for"
+      " another measure choose a grid on validation prompts and pass it."
     )
   return _DEFAULT_GRIDS[measure]()

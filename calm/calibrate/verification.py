@@ -48,11 +48,13 @@ def read(path: pathlib.Path) -> Any:
   """
   size = path.stat().st_size
   if size > _MOST_BYTES:
-    raise ValueError(f"Expected a file of at most {_MOST_BYTES} bytes, got {size}.")
+    raise ValueError(
+      f"Expected `calibration` to be a file of at most {_MOST_BYTES} bytes, got {size}."
+    )
   try:
     return files.parse_json(path.read_bytes())
   except ValueError as error:
-    raise ValueError(f"Expected one JSON object, got {error}.") from error
+    raise ValueError(f"Expected `calibration` to be one JSON object, got {error}.") from error
 
 
 def digest(value: Mapping[str, Any]) -> str:
@@ -67,13 +69,13 @@ def check_digest(value: Mapping[str, Any], expected: str | None = None) -> None:
   found = digest(value)
   if value["schema_version"] >= 2 and value["digest"] != found:
     raise ValueError(
-      f"Expected `digest` {found}, that of the other fields, got {value['digest']!r}: the file"
-      " was edited or damaged after it was written. Calibrate again."
+      f"Expected `digest` {found}, that of the other fields, got {value['digest']!r}: the"
+      " file was edited or damaged after it was written."
     )
   if expected is not None and found != expected.strip().lower():
     raise ValueError(
-      f"Expected a calibration of digest {expected!r}, got {found}: it is another one, or was"
-      " edited."
+      f"Expected a calibration of `digest` {expected!r}, got {found}: it is another one, or"
+      " was edited."
     )
 
 
@@ -177,7 +179,9 @@ def _check_all(value: Any, checks: Mapping[str, _Check], where: str) -> None:
 def _object(value: Any, where: str, names: set[str]) -> None:
   if not isinstance(value, Mapping) or set(value) != names:
     got = sorted(value) if isinstance(value, Mapping) else type(value).__name__
-    raise ValueError(f"Expected {where} to have the fields {sorted(names)}, got {got!r:.300}.")
+    raise ValueError(
+      f"Expected {where} to have the fields `{'`, `'.join(sorted(names))}`, got {got!r:.300}."
+    )
 
 
 def _list(value: Any, name: str, least: int = 0) -> list[Any]:
@@ -198,8 +202,8 @@ def check_fields(value: Any, names: set[str]) -> None:
   if isinstance(version, bool) or version not in _READ:
     got = version if isinstance(value, Mapping) else type(value).__name__
     raise ValueError(
-      f"Expected `calibration` to have schema_version {SCHEMA_VERSION} or 1, got {got!r:.100}:"
-      " calibrate again."
+      f"Expected `calibration` to have `schema_version` {SCHEMA_VERSION} or 1, got"
+      f" {got!r:.100}."
     )
   names = (names if version >= 2 else names - NEW_FIELDS) - (_OPTIONAL - set(value))
   missing = sorted(names - set(value))
@@ -235,7 +239,9 @@ def _check_part(part: Any, count: int) -> None:
   for name, (fits, wanted) in _COLUMNS.items():
     entries = _list(part[name], name, count)
     if len(entries) != count or not all(fits(entry) for entry in entries):
-      raise ValueError(f"Expected `{name}` of a part to be {count} times {wanted}.")
+      raise ValueError(
+        f"Expected `{name}` of a part to be {count} times {wanted}, got {entries!r:.100}."
+      )
 
 
 def check_decision(calibration: "Calibration") -> None:
@@ -312,7 +318,7 @@ def _check_part_numbers(part: Evidence, calibration: "Calibration") -> None:
   means = np.array(part.means)
   # Losses that left their range prove nothing, and may have any mean.
   if np.any(((means < low - 1e-6) | (means > high + 1e-6)) & (log_p < 0.0)):
-    raise ValueError(f"Expected means in the declared range [{low:g}, {high:g}], got others.")
+    raise ValueError(f"Expected `means` in the declared range [{low:g}, {high:g}], got others.")
   least = counts * math.log1p(-(part.tolerance - low) / (high - low))
   if np.any(log_p < least - _CLOSE * (1.0 - least)):
     place = int(np.argmin(log_p - least))
@@ -336,9 +342,9 @@ def _check_sums(part: Evidence, log_p, counts, means) -> None:
     again = float(method.p_value(means[place] * count, count, part.tolerance, log=True))
     if abs(again - log_p[place]) > _CLOSE * (1.0 + abs(again)):
       raise ValueError(
-        f"Expected log p {again:.6g} of {count} prompts with mean"
-        f" {means[place]:.6g} at tolerance {part.tolerance} by {part.method!r}, got"
-        f" {log_p[place]:.6g}: the file was edited."
+        f"Expected `log_p_values` {again:.6g} of {count} prompts with mean {means[place]:.6g}"
+        f" at tolerance {part.tolerance} by {part.method!r}, got {log_p[place]:.6g}: the file"
+        " was edited."
       )
 
 

@@ -20,7 +20,7 @@ def _module(name: str) -> Any:
   except ModuleNotFoundError as error:
     package = name.split(".")[0]
     raise ModuleNotFoundError(
-      f"Expected the package {package!r}, which is not installed. Install it, or read"
+      f"Expected the package {package!r} to be installed, got none; install it, or read"
       " `calibration.rows`.",
       name=package,
     ) from error

@@ -242,8 +242,9 @@ def _until_certified(arguments, console, predictor, prompts, test, writer) -> No
       asking.write_questions(wanted, error.questions)
       writer.finish()
       raise ValueError(
-        f"{error} They are in {wanted}: fill in `targets`, add the lines to a file, and give it"
-        " as --references=FILE; what was decoded is kept."
+        "Expected references of every prompt whose text differs from the full model's, got none"
+        f" for the {len(error.questions)} in {wanted}; fill in `targets`, add the lines to a"
+        " file, and give it as --references=FILE: what was decoded is kept."
       ) from error
   writer.finish()
   path = pathlib.Path(arguments.output) / "calibration.json"

@@ -179,7 +179,7 @@ def test_the_full_model_is_not_called_for_nothing_and_its_answers_are_counted(tm
   all_of_them.record(1, 0.0)
   assert not all_of_them.check(["x"], lambda rows: ["x"], "exact_match")
   signed = watch(kind="risk_signed", support=Support(lower=-1.0))
-  with pytest.raises(ValueError, match=r"the watch is on 'risk_signed': use `serve`"):
+  with pytest.raises(ValueError, match=r"got one on 'risk_signed'; use `serve`"):
     audit.open_monitor(tmp_path / "c.jsonl", signed).check(["x"], lambda rows: ["x"])
 
 
@@ -211,7 +211,9 @@ def test_misuse_is_refused(tmp_path):
 def test_damage_is_named(tmp_path):
   path = tmp_path / "a.jsonl"
   audit.open_monitor(path, watch()).serve()
-  with pytest.raises(GenerationsError, match=r"a.jsonl:1: holds another watch"):
+  with pytest.raises(
+    GenerationsError, match=r"a.jsonl:1: expected the watch .*, got .*; start a new file"
+  ):
     audit.open_monitor(path, watch(tolerance=0.2))
   good = path.read_text()
   for line in (
@@ -220,10 +222,14 @@ def test_damage_is_named(tmp_path):
     '{"loss": 0.1}',
   ):
     path.write_text(good + line + "\n")
-    with pytest.raises(GenerationsError, match=r"a.jsonl:3: no line of a monitor"):
+    with pytest.raises(
+      GenerationsError, match=r"a.jsonl:3: expected a line of this monitor, got another"
+    ):
       audit.open_monitor(path, watch())
   path.write_text("\n")
-  with pytest.raises(GenerationsError, match=r"a.jsonl:1: holds another watch"):
+  with pytest.raises(
+    GenerationsError, match=r"a.jsonl:1: expected the watch .*, got .*; start a new file"
+  ):
     audit.open_monitor(path, watch())
 
 

@@ -139,15 +139,15 @@ def test_files_that_are_no_calibration_are_refused(tmp_path):
   path = tmp_path / "c.json"
   good = calibrate(np.zeros((50, 4)), GRID, **RATES).to_json()
   for content, message in (
-    (None, "cannot be read"),
-    ("{", "is no calibration"),
-    ("[]", "schema_version 2 or 1, got .list."),
-    (json.dumps({**good, "schema_version": 9}), "schema_version 2 or 1, got 9"),
+    (None, "that can be read, got: No such file"),
+    ("{", "expected a calibration, got none"),
+    ("[]", "`schema_version` 2 or 1, got .list."),
+    (json.dumps({**good, "schema_version": 9}), "`schema_version` 2 or 1, got 9"),
     (
       json.dumps({k: v for k, v in good.items() if k != "rows"}),
       r"to have the fields \['rows'\]",
     ),
-    (json.dumps({**good, "rows": [{}]}), "is no calibration"),
+    (json.dumps({**good, "rows": [{}]}), "expected a calibration, got none"),
     (json.dumps({**good, "threshold": 2.0}), "Expected `digest`"),
   ):
     if content is not None:
@@ -288,19 +288,25 @@ def test_any_input_gives_a_calibration_or_a_clear_error(
     ({"error_rate": 1.0}, r"`error_rate` to be in \(0, 1\)"),
     ({"tolerance": "0.1"}, r"`tolerance` to be in \(0, 1\), got '0.1'"),
     ({"method": "best"}, "`method` to be one of .* got 'best'"),
-    ({"method": "binomial"}, r"`method` 'binomial' needs losses that are declared binary"),
+    ({"method": "binomial"}, r"losses that are declared binary .* `method` 'binomial', got"),
     ({"testing_procedure": "bh"}, "`testing_procedure` to be one of .* got 'bh'"),
     (
       {"method": "betting_fixed_level", "testing_procedure": "holm"},
-      "`method` 'betting_fixed_level' bets for the level `error_rate` alone",
+      "`method` 'betting_fixed_level', .* got 'holm'; use 'betting'",
     ),
-    ({"thresholds": None}, "`thresholds` to be given"),
+    ({"thresholds": None}, "`thresholds` beside `losses` .*, got none"),
     ({"thresholds": GRID[:3]}, r"\[n, 3\] with n at least 1, got shape \(30, 4\)"),
     ({"losses": np.zeros((4, 30))}, r"one row a prompt, one column a threshold"),
     ({"losses": np.zeros((0, 4))}, r"n at least 1"),
     ({"losses": np.zeros(4)}, r"got shape \(4,\)"),
-    ({"support": Support(lower=-1.0), "method": "convex_order"}, "needs losses in .0, 1."),
-    ({"losses": sample(), "support": Support(lower=-1.0)}, "declared by `losses` already"),
+    (
+      {"support": Support(lower=-1.0), "method": "convex_order"},
+      "losses in .0, 1. for .*, got",
+    ),
+    (
+      {"losses": sample(), "support": Support(lower=-1.0)},
+      "no `support` beside `losses` that declare theirs, got",
+    ),
     ({"losses": sample(), "thresholds": GRID - 0.1}, "`thresholds` to be those of `losses`"),
   ],
 )

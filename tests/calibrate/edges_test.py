@@ -24,10 +24,10 @@ def test_losses_above_1_are_not_clipped_to_1(method):
   wide = Support(0.0, 2.0)
   generator = np.random.default_rng(0)
   values = 2.0 * laws.bernoulli(generator, 0.045, (400, 1))  # risk 0.09
-  with pytest.raises(ValueError, match=r"range is \[0.0, 2.0\]. Divide losses and tolerance"):
+  with pytest.raises(ValueError, match=r"range \[0.0, 2.0\]; divide losses and tolerance"):
     calibrate(values, [0.5], tolerance=0.08, error_rate=0.05, support=wide, method=method)
   losses = SequenceLosses(values, [0.5], support=wide)
-  with pytest.raises(ValueError, match="Divide losses and tolerance"):
+  with pytest.raises(ValueError, match="divide losses and tolerance"):
     trials.validity_trials(losses, [0.08], error_rate=0.05, method=method)
   found = calibrate(values / 2.0, [0.5], tolerance=0.04, error_rate=0.05, method=method)
   assert not found.certified
@@ -187,7 +187,7 @@ def test_a_sequential_run_is_linear_in_prompts():
 def test_pareto_refuses_costs_that_are_unknown():
   risk = pareto.Risk(np.zeros((100, 2)), 0.1)
   for bad in (math.nan, math.inf):
-    with pytest.raises(ValueError, match=rf"`costs` to be finite, got {bad}"):
+    with pytest.raises(ValueError, match=rf"`costs` to be finite, .* got {bad}"):
       pareto.pareto_test([risk], [1.0, bad], optimization_rows=range(50), error_rate=0.05)
   over = pareto.Risk(np.full((100, 1), 1.0 + 1e-12), 0.1)
   found = pareto.pareto_test([over], [1.0], optimization_rows=range(50), error_rate=0.05)

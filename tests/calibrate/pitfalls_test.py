@@ -99,7 +99,7 @@ def test_08_signed_losses_are_refused_by_sums_and_out_of_range_losses_are_never_
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
       p_value(-3.0, 100, 0.1)
   signed = Support(lower=-1.0)
-  with pytest.raises(ValueError, match="Signed losses go into"):
+  with pytest.raises(ValueError, match="signed losses go into"):
     calibrate(np.zeros((50, 3)), GRID, **RATES, support=signed, method="hoeffding_bentkus")
   outside = calibrate(np.full((50, 3), -0.5), GRID, **RATES)
   assert outside.threshold == NEVER_EXIT and "declared range" in outside.reason
@@ -260,7 +260,7 @@ def test_24_samples_of_one_prompt_count_once_and_corpus_metrics_are_refused():
   groups = [str(i // 30) for i in range(600)]
   found = calibrate(copied, GRID[:1], **RATES, groups=groups)
   assert found.num_examples == 20 and found.threshold == NEVER_EXIT
-  with pytest.raises(ValueError, match="not a mean over prompts"):
+  with pytest.raises(ValueError, match="to be a mean over prompts, got"):
     metrics.get_metric("bleu")
   assert "nothing of any single prompt" in calibrate(np.zeros((99, 3)), GRID, **RATES).guarantee
 

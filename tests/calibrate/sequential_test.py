@@ -197,7 +197,7 @@ def test_misuse_is_refused():
   for bad in (1.5, -0.1, np.nan):
     with pytest.raises(ValueError, match=r"declared range .* at prompt 1 of the order"):
       test.add([0.0, bad])
-  with pytest.raises(ValueError, match="needs a finished test"):
+  with pytest.raises(ValueError, match="of a finished test, got one"):
     test.calibration()
   assert test.add(np.zeros(10)) == sequential.FAILED  # 10 prompts cannot certify 0.1
   assert test.request() is None

@@ -115,7 +115,7 @@ def test_references_are_wanted_only_where_texts_differ(tmp_path, capsys):
   write(tmp_path, [{**row, "targets": []} for row in rows], "full.jsonl")
   risk = ["calibrate", *arguments, "--kind=risk_clipped", "--metric=token_f1"]
   assert cli.main(risk) == 2
-  assert "2 have none, first ['p3', 'p50']" in capsys.readouterr().err
+  assert "got 2 that have none, first ['p3', 'p50']" in capsys.readouterr().err
   wanted = tmp_path / "wanted.jsonl"
   assert cli.main([*risk, f"--list_unlabelled={wanted}"]) == 0
   asked = [json.loads(line) for line in wanted.read_text().splitlines()]

@@ -104,7 +104,7 @@ def betting(
   betting_lib.check_levels(lower, error_rate, upper)
   if tolerance is None and strategy.aims:
     raise ValueError(
-      f"Expected `tolerance` to be given: the bets of {strategy.name!r} aim at it."
+      f"Expected `tolerance` for the bets of {strategy.name!r}, which aim at it, got None."
     )
   columns = losses.reshape(len(losses), -1)
   count = columns.shape[1]

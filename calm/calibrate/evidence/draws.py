@@ -43,7 +43,8 @@ class Draws:
     low, high = losses.support.lower, losses.support.upper
     if not np.all((losses.values >= low - 1e-9) & (losses.values <= high + 1e-9)):
       raise ValueError(
-        f"Expected `losses` to lie in the declared range [{low}, {high}], without NaN."
+        f"Expected `losses` to lie in the declared range [{low}, {high}], without NaN, got"
+        " others; declare the range that they lie in."
       )
     groups = clusters.declared_groups(losses) if groups is None else groups
     names = [str(row) for row in range(len(losses.values))] if groups is None else groups

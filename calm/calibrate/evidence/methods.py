@@ -56,7 +56,7 @@ class Method:
     name: registry name.
     log_p_values: Sample -> [num_thresholds] log p.
     upper_bounds: Sample -> [num_thresholds] upper confidence bounds at `error_rate`.
-    refuses: Support -> why it does not fit, or ''.
+    refuses: Support -> (losses that it needs, way out) where it does not fit, or None.
     ordered: whether p-values depend on the order of prompts.
     clips: whether negative losses are set to 0 first (Eq. 11).
     any_level: whether p-values mean anything at levels other than `error_rate`; if not, only
@@ -68,7 +68,7 @@ class Method:
   name: str
   log_p_values: Callable[[Sample], np.ndarray]
   upper_bounds: Callable[[Sample], np.ndarray]
-  refuses: Callable[[Support], str]
+  refuses: Callable[[Support], tuple[str, str] | None]
   ordered: bool = False
   clips: bool = False
   any_level: bool = True
@@ -126,9 +126,14 @@ class Method:
     del any_level
     # Clipping at 0 is the method; clipping at 1 would hide losses that it was not made for.
     clipped = Support(0.0, max(1.0, support.upper), support.binary)
-    reason = self.refuses(clipped if self.clips else support)
-    if reason:
-      raise ValueError(f"`method` {self.name!r} {reason}.")
+    refused = self.refuses(clipped if self.clips else support)
+    if refused:
+      needed, way_out = refused
+      declared = "binary " * support.binary + f"[{support.lower}, {support.upper}]"
+      raise ValueError(
+        f"Expected losses {needed} for `method` {self.name!r}, got the declared range"
+        f" {declared}; {way_out}."
+      )
     return self
 
   def prepare(self, values: np.ndarray, support: Support) -> tuple[np.ndarray, Support]:
@@ -155,29 +160,22 @@ class Auto:
     return get_method(self.binary if support.binary else bets, support)
 
 
-def _refuses_signed(support: Support) -> str:
-  if support.lower < 0.0 or support.upper > 1.0:
-    way_out = (
-      "Divide losses and tolerance by the upper end, or use 'betting'"
-      if support.upper > 1.0
-      else "Signed losses go into 'betting'; 'paper' clips them at 0"
-    )
-    return (
-      f"needs losses in [0, 1], the declared range is [{support.lower}, {support.upper}]."
-      f" {way_out}"
-    )
-  return ""
+def _refuses_signed(support: Support) -> tuple[str, str] | None:
+  if support.upper > 1.0:
+    return "in [0, 1]", "divide losses and tolerance by the upper end, or use 'betting'"
+  if support.lower < 0.0:
+    return "in [0, 1]", "signed losses go into 'betting', and 'paper' clips them at 0"
+  return None
 
 
-def _refuses_all_but_binary(support: Support) -> str:
+def _refuses_all_but_binary(support: Support) -> tuple[str, str] | None:
   if not support.binary:
-    return "needs losses that are declared binary (0 or 1). Use 'convex_order' or 'betting'"
-  return ""
+    return "that are declared binary (0 or 1)", "use 'convex_order' or 'betting'"
+  return None
 
 
-def _refuses_nothing(support: Support) -> str:
+def _refuses_nothing(support: Support) -> None:
   del support
-  return ""
 
 
 def _of_sums(name: str, p_value: bounds.SumPValue, **fields) -> Method:

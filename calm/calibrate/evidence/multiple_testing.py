@@ -39,7 +39,9 @@ def _check(p_values: npt.ArrayLike, error_rate: float) -> np.ndarray:
       f" {p_values.shape}."
     )
   if np.any((p_values < 0.0) | (p_values > 1.0)):
-    raise ValueError("Expected `p_values` to lie in [0, 1] (or be NaN, which counts as 1).")
+    raise ValueError(
+      "Expected `p_values` to lie in [0, 1] (or be NaN, which counts as 1), got others."
+    )
   if not 0.0 < error_rate < 1.0:
     raise ValueError(f"Expected `error_rate` to be in (0, 1), got {error_rate!r}.")
   return np.where(np.isnan(p_values), 1.0, p_values)

@@ -39,8 +39,8 @@ def _check(sums, num_examples, tolerance) -> tuple[np.ndarray, np.ndarray, np.nd
   if not np.all((sums >= -slack) & (sums <= sizes + slack)):
     odd = float(sums[~((sums >= -slack) & (sums <= sizes + slack))].flat[0])
     raise ValueError(
-      "Expected `sums` to be sums of `num_examples` losses in [0, 1] (no NaN), got"
-      f" {odd!r}. Signed losses go into `betting`, which needs no lower bound of 0."
+      f"Expected `sums` to be sums of `num_examples` losses in [0, 1] (no NaN), got {odd!r};"
+      " signed losses go into `betting`, which needs no lower bound of 0."
     )
   return np.clip(sums, 0.0, sizes), sizes.astype(np.int64), tolerances
 
@@ -178,8 +178,8 @@ def binomial(
   if np.any(np.abs(sums - counts) > _SNAP * np.maximum(1.0, counts)):
     odd = float(sums[np.abs(sums - counts) > _SNAP].flat[0])
     raise ValueError(
-      "Expected `sums` to be whole numbers: `binomial` is for losses that are 0 or 1, got"
-      f" {odd!r}. Use `convex_order` or `betting`."
+      "Expected `sums` to be whole numbers, as `binomial` is for losses that are 0 or 1,"
+      f" got {odd!r}; use `convex_order` or `betting`."
     )
   return _finish(_log_binomial_cdf(counts, sizes, tolerances), log)
 

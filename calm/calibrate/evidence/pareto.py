@@ -133,9 +133,8 @@ def evidence(
   outside = ~((values >= support.lower - 1e-9) & (values <= support.upper + 1e-9))
   if outside.any():
     raise ValueError(
-      f"Expected losses of a risk to lie in the declared range [{support.lower},"
-      f" {support.upper}],"
-      f" got {float(values[outside].flat[0])!r}."
+      f"Expected `values` of a risk to lie in the declared range [{support.lower},"
+      f" {support.upper}], got {float(values[outside].flat[0])!r}."
     )
   sample = methods.Sample(values, support, risk.tolerance, error_rate)
   log_p, bounds = method.evidence(sample, np.ones(values.shape[1], bool))
@@ -208,8 +207,8 @@ def pareto_test(
 def _check(risks: Sequence[Risk], costs: np.ndarray) -> None:
   if not np.isfinite(costs).all():
     raise ValueError(
-      f"Expected `costs` to be finite, got {float(costs[~np.isfinite(costs)].flat[0])!r}: a"
-      " configuration of unknown cost cannot be called the cheapest."
+      "Expected `costs` to be finite, as what is of unknown cost cannot be called the"
+      f" cheapest, got {float(costs[~np.isfinite(costs)].flat[0])!r}."
     )
   shapes = {np.shape(risk.values) for risk in risks}
   shape = shapes.pop() if len(shapes) == 1 else ()

@@ -115,18 +115,19 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
     manifest = files.parse_json(path.read_bytes())
   except FileNotFoundError as error:
     raise GenerationsError(
-      f"{path}: not found; expected `directory` to be a folder of cached generations."
+      f"Expected `directory` to be a folder of cached generations, got {str(path.parent)!r},"
+      f" which has no {MANIFEST}; give the folder that `calm generate` wrote."
     ) from error
   except (OSError, ValueError) as error:
     raise GenerationsError(
-      f"{path}: cannot be read as JSON: expected an object, got {error}."
+      f"{path}: expected a JSON object, got {error}; resume the run that wrote it, or"
+      " generate again."
     ) from error
   version = manifest.get("schema_version") if isinstance(manifest, dict) else None
   if version != SCHEMA_VERSION or isinstance(version, bool):
     raise GenerationsError(
       f"{path}: expected `schema_version` to be {SCHEMA_VERSION}, got {version!r}; use the"
-      " version of"
-      " this package that wrote it, or generate again."
+      " version of this package that wrote it, or generate again."
     )
   _check_fields(manifest, path)
   return manifest
@@ -188,7 +189,8 @@ def load(
   if set(ids) != set(by_id):
     odd = sorted(set(ids) ^ set(by_id))[:5]
     raise GenerationsError(
-      f"{directory / PROMPTS}: must have the ids of {MANIFEST}, these are in one only: {odd}."
+      f"{directory / PROMPTS}: expected the ids of {MANIFEST}, got some that are in one"
+      f" only: {odd}; restore the file, or generate again."
     )
   procedure = manifest_procedure(manifest)
   grid = thresholds_lib.validate_grid(manifest["thresholds"])
@@ -264,7 +266,10 @@ def check_checksums(
   for name, expected in checksums.items():
     path = directory / name
     if not path.is_file():
-      raise GenerationsError(f"{path}: is missing, although {manifest} lists it.")
+      raise GenerationsError(
+        f"{path}: expected a file, as {manifest} lists it, got none; restore it, or generate"
+        " again."
+      )
     if files.checksum(path) != expected:
       # The line-by-line check below says more when a line is damaged; a whole line edited by
       # hand is found by the checksum alone.
@@ -315,16 +320,20 @@ def _records(
     try:
       record = Record.from_json(line.value)
     except (TypeError, ValueError, OverflowError) as error:
-      raise line.error(f"no record: {error}.") from error
+      raise line.error(
+        f"expected a record of an output, got none: {error}; restore the line, or generate"
+        " again."
+      ) from error
     if record.id in found:
       raise line.error(
-        f"the id {record.id!r} occurs twice in this file. Resume the run that wrote it, which"
+        f"expected every id once, got {record.id!r} twice; resume the run that wrote it, which"
         " takes it out."
       )
     if line.value.get("procedure") != mark:
       raise line.error(
-        f"expected a record of the manifest's procedure {mark!r}, got one that was made by"
-        f" procedure {line.value.get('procedure')!r}: outputs of two procedures are mixed."
+        f"expected a record of the manifest's procedure {mark!r}, got one of procedure"
+        f" {line.value.get('procedure')!r}, so outputs of two procedures are mixed; generate"
+        " again."
       )
     found.add(record.id)
     yield line, record
@@ -350,18 +359,20 @@ def _read_threshold(
   unknown = sorted(set(found) - set(ids))
   if unknown:
     raise GenerationsError(
-      f"{path}: has ids that are no prompts of the manifest: {unknown[:5]}."
+      f"{path}: expected ids of the manifest's prompts, got others: {unknown[:5]}; restore"
+      " the file, or generate again."
     )
   missing = [name for name in ids if name not in found]
   if missing and not sequential:
     raise GenerationsError(
-      f"{path}: {len(missing)} of {len(ids)} prompts have no record, first {missing[:5]}."
-      " Resume the run that wrote it."
+      f"{path}: expected a record of each of the {len(ids)} prompts, got {len(missing)}"
+      f" without one, first {missing[:5]}; resume the run that wrote it."
     )
   if missing != list(ids[len(found) :]):
     raise GenerationsError(
-      f"{path}: in a sequential run only the last prompts of the order may be missing, but"
-      f" {missing[0]!r} is missing before prompts that are there."
+      f"{path}: expected a sequential run to lack only the last prompts of the order, got"
+      f" {missing[0]!r} missing before prompts that are there; restore the file, or generate"
+      " again."
     )
   kept = [found[name] for name in ids[: len(found)]]
   if not long:

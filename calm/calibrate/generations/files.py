@@ -178,16 +178,21 @@ def parse_json(content: str | bytes) -> Any:
   try:
     return json.loads(text, parse_constant=_refuse_constant, parse_float=number)
   except RecursionError:
-    raise ValueError("lists or objects in one another, too deep to be read") from None
+    raise ValueError(
+      "expected JSON that can be read, got lists or objects in one another, too deep;"
+      " flatten it"
+    ) from None
 
 
 def _refuse_constant(name: str) -> float:
-  raise ValueError(f"{name} is not JSON")
+  raise ValueError(f"expected JSON, got {name}; write a number or null")
 
 
 def _finite(digits: str) -> float:
   if not math.isfinite(value := float(digits)):
-    raise ValueError(f"the number {digits[:40]} is beyond float64")
+    raise ValueError(
+      f"expected numbers within float64, got {digits[:40]}; write null or a smaller one"
+    )
   return value
 
 

@@ -46,15 +46,19 @@ def read_predictions(path: Path) -> tuple[tuple[Prompt, ...], tuple[Record, ...]
       prompt, record = _read_line(line)
     except (AttributeError, TypeError, ValueError) as error:
       raise line.error(
-        f'no output: {error}. Expected {{"id", "prediction"}}, or a line of T5X infer, of an'
-        " OpenAI batch or of vLLM."
+        f'expected {{"id", "prediction"}}, or a line of T5X infer, of an OpenAI batch or of'
+        f" vLLM, got no output: {error}; write it in one of these forms."
       ) from error
     if prompt.id in prompts:
-      raise line.error(f"the id {prompt.id!r} occurs twice in this file.")
+      raise line.error(
+        f"expected every id once, got {prompt.id!r} twice; give every output its own."
+      )
     prompts[prompt.id] = prompt
     records.append(record)
   if not records:
-    raise GenerationsError(f"{path}: there is no output in this file.")
+    raise GenerationsError(
+      f"{path}: expected outputs, one a line, got none; name the file that decoding wrote."
+    )
   return tuple(prompts.values()), tuple(records)
 
 
@@ -82,7 +86,10 @@ def _served(value: Mapping[str, Any]) -> dict[str, Any]:
     return line | ({"input": value["prompt"]} if isinstance(value.get("prompt"), str) else {})
   response = value.get("response") or {}
   if value.get("error") or response.get("status_code", 200) != 200:
-    raise ValueError(f"the request failed: {value.get('error') or response!r:.200}")
+    raise ValueError(
+      "Expected `response` of a request that succeeded, got one that failed:"
+      f" {value.get('error') or response!r:.200}"
+    )
   body = response.get("body") or {}
   if "choices" in body:
     choice = _first(body["choices"], "choices")
@@ -191,13 +198,14 @@ def _align(path: Path, known, records, by_id, others) -> tuple[Record, ...]:
   unknown = [name for name in found if name not in by_id]
   if missing or unknown:
     raise GenerationsError(
-      f"{path}: must have one output of each of the {len(known)} prompts; missing"
-      f" {missing[:5]}, unknown {unknown[:5]}."
+      f"{path}: expected one output of each of the {len(known)} prompts, got missing"
+      f" {missing[:5]}, unknown {unknown[:5]}; decode the same prompts for every file."
     )
   for number, (name, other) in enumerate(others.items(), start=1):
     if other.input and by_id[name].input and other.input != by_id[name].input:
       raise GenerationsError(
-        f"{path}: output {number} (id {name!r}) belongs to the input {other.input[:60]!r}, but"
-        f" the prompt of that id is {by_id[name].input[:60]!r}: the files are not aligned."
+        f"{path}: expected output {number} (id {name!r}) to be of the input"
+        f" {by_id[name].input[:60]!r}, got {other.input[:60]!r}: the files are not aligned;"
+        " decode the same prompts in one order, or give them ids."
       )
   return tuple(found[prompt.id] for prompt in known)

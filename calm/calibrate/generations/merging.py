@@ -104,7 +104,10 @@ def parts(places: Sequence[str | pathlib.Path]) -> list[Part]:
 def _folders(places: Sequence[pathlib.Path]) -> list[pathlib.Path]:
   for place in places:
     if not place.is_dir():
-      raise GenerationsError(f"Expected folders of shards, got {place}, which is none.")
+      raise GenerationsError(
+        f"Expected folders of shards, got {place}, which is none; name those in the run's"
+        " --output."
+      )
   if len(places) == 1 and not (places[0] / shards.MARK).exists():
     places = shards.folders(places[0]) or places
   if len(places) == 1 and shards.named(places[0]) is None:
@@ -124,7 +127,7 @@ def _check_alike(first: Part, other: Part) -> None:
       what = "commands" if name == "kind" else "lists of prompts"
       raise GenerationsError(
         f"Expected shards of one run, got two {what}: {names} differ in `{name}`"
-        f" ({getattr(ours, name)!r}, {getattr(theirs, name)!r})."
+        f" ({getattr(ours, name)!r}, {getattr(theirs, name)!r}); merge those of one run alone."
       )
   differ = [
     key for key in {**ours.about, **theirs.about} if _field(ours, key) != _field(theirs, key)
@@ -132,12 +135,18 @@ def _check_alike(first: Part, other: Part) -> None:
   if differ == ["procedure"]:
     one, two = (_procedure(mark) for mark in (ours, theirs))
     text = describe_differences(one, two) or "one does not say what the other says of itself"
-    raise GenerationsError(f"Expected shards of one procedure, got two: {names}: {text}.")
-  if differ:
-    values = "; ".join(
-      f"`{key}` {_field(ours, key)!r}, {_field(theirs, key)!r}" for key in differ
+    raise GenerationsError(
+      f"Expected shards of one procedure, got two: {names}: {text}; merge those of one run"
+      " alone."
     )
-    raise GenerationsError(f"Expected shards of one run. {names} differ: {values}.")
+  if differ:
+    values = ", ".join(
+      f"`{key}` ({_field(ours, key)!r}, {_field(theirs, key)!r})" for key in differ
+    )
+    raise GenerationsError(
+      f"Expected shards of one run, got two: {names} differ: {values}; merge those of one"
+      " run alone."
+    )
 
 
 def _field(mark: shards.Mark, name: str) -> Any:
@@ -158,15 +167,17 @@ def _check_positions(found: Sequence[Part]) -> None:
     if len(taken):
       other = found[int(owner[taken[0]])].folder
       raise GenerationsError(
-        f"Expected every prompt in one shard, got {len(taken)} in {other} and in {part.folder},"
-        f" first the prompt {taken[0] + 1} of the list."
+        f"Expected every prompt in one shard, got {len(taken)} in {other} and in"
+        f" {part.folder}, first the prompt {taken[0] + 1} of the list; leave one of these"
+        " folders out."
       )
     owner[places] = part.mark.shard.number
   missing = np.flatnonzero(owner < 0)
   if len(missing):
     raise GenerationsError(
       f"Expected every prompt in a shard, got {len(missing)} in none: the prompts"
-      f" {', '.join(str(at + 1) for at in missing[:10].tolist())} of the list."
+      f" {', '.join(str(at + 1) for at in missing[:10].tolist())} of the list; run the"
+      " shards that have them."
     )
 
 
@@ -174,7 +185,10 @@ def _check_files(part: Part, names: Iterable[str]) -> None:
   """Every file is there, as the part left it."""
   for name in names:
     if name not in part.mark.checksums:
-      raise GenerationsError(f"{part.folder / shards.MARK}: does not answer for {name}.")
+      raise GenerationsError(
+        f"{part.folder / shards.MARK}: expected a mark that answers for {name}, got one that"
+        " does not; take the folder away and run the shard again."
+      )
   cached.check_checksums(part.folder, part.mark.checksums, manifest=shards.MARK)
 
 
@@ -212,7 +226,8 @@ def _refuse_other(output: pathlib.Path, procedure: Any, grid: list[float]) -> No
   there = cached.read_manifest(output)
   if there.get("procedure") != procedure or list(there["thresholds"]) != grid:
     raise GenerationsError(
-      f"{output / cached.MANIFEST}: is of another procedure or grid; choose another --output."
+      f"{output / cached.MANIFEST}: expected the procedure and the grid of these shards, got"
+      " others; choose another --output."
     )
 
 
@@ -229,13 +244,22 @@ def _prompts(found: Sequence[Part], path: pathlib.Path) -> list[str]:
       prompt = Prompt.from_json(line.value)
       at = next(places, None)
       if at is None or shards.shard_of(prompt, part.mark.shard.count) != part.mark.shard.number:
-        raise line.error(f"the prompt {prompt.id!r} is none of {part.mark.shard.name}.")
+        raise line.error(
+          f"expected prompts of {part.mark.shard.name}, got {prompt.id!r}, which is none; take"
+          " the folder away and run the shard again."
+        )
       if prompt.id in owner:
-        raise line.error(f"the id {prompt.id!r} is in {owner[prompt.id]} too.")
+        raise line.error(
+          f"expected every id in one shard, got {prompt.id!r} in {owner[prompt.id]} too; give"
+          " every prompt its own."
+        )
       owner[prompt.id], ids[at] = part.folder, prompt.id
       offsets[number].append(line.offset)
     if next(places, None) is not None:
-      raise GenerationsError(f"{part.folder / cached.PROMPTS}: prompts are missing.")
+      raise GenerationsError(
+        f"{part.folder / cached.PROMPTS}: expected {len(part.mark.positions)} prompts, got"
+        " fewer; take the folder away and run the shard again."
+      )
   with files.replacing(path) as file:
     for line in _lines(found, cached.PROMPTS, offsets):
       file.write(line)
@@ -253,7 +277,8 @@ def _in_order(found: Sequence[Part], name: str, ids: list[str]) -> Iterator[byte
       odd = missing or sorted(set(mine) - set(wanted))
       raise GenerationsError(
         f"{part.folder / name}: expected a record of each of its {len(wanted)} prompts, got"
-        f" {len(mine)}; first that is missing, or no prompt of it: {odd[:3]}."
+        f" {len(mine)}, first that is missing, or no prompt of it: {odd[:3]}; take the folder"
+        " away and run the shard again."
       )
     offsets[number] = [mine[i] for i in wanted]
   return _lines(found, name, offsets)
@@ -287,15 +312,21 @@ def _outputs(found: Sequence[Part], output: pathlib.Path) -> None:
     for line in records_lib.read_lines(part.folder / OUTPUTS):
       name = line.value.get("id")
       if not isinstance(name, str):
-        raise line.error(f"expected an `id`, a text, got {name!r}.")
+        raise line.error(
+          f"expected an `id`, a text, got {name!r}; take the folder away and run the shard"
+          " again."
+        )
       if name in owner:
-        raise line.error(f"the id {name!r} is in {owner[name]} too.")
+        raise line.error(
+          f"expected every id in one shard, got {name!r} in {owner[name]} too; give every"
+          " prompt its own."
+        )
       owner[name] = part.folder
       offsets[number].append(line.offset)
     if len(offsets[number]) != len(part.mark.positions):
       raise GenerationsError(
-        f"{part.folder / OUTPUTS}: expected {len(part.mark.positions)} lines, one a prompt, got"
-        f" {len(offsets[number])}."
+        f"{part.folder / OUTPUTS}: expected {len(part.mark.positions)} lines, one a prompt,"
+        f" got {len(offsets[number])}; take the folder away and run the shard again."
       )
   with files.replacing(output) as file:
     for line in _lines(with_prompts, OUTPUTS, offsets):

@@ -94,9 +94,8 @@ def prompt_groups(prompts: Sequence[Prompt]) -> tuple[str, ...]:
   bare = [prompt.id for prompt in prompts if prompt.group is None]
   if bare:
     raise ValueError(
-      f"Expected `prompts` to all have a `group` to be tested by group; {len(bare)} have none,"
-      " first"
-      f" {bare[:5]}. Give each its group (or source), or test by prompt."
+      f"Expected `prompts` to all have a `group` to be tested by group, got {len(bare)} that"
+      f" have none, first {bare[:5]}; give each its group (or source), or test by prompt."
     )
   return tuple(str(prompt.group) for prompt in prompts)
 
@@ -166,8 +165,8 @@ def consecutive_units(count: int, groups: Sequence[str] | None) -> tuple[slice, 
   if len(starts) != len(set(groups)):
     raise ValueError(
       "Expected `groups` to have the rows of each cluster together to be tested in their"
-      " order, got"
-      f" {len(set(groups))} clusters in {len(starts)} places. Use `decoding_order`."
+      f" order, got {len(set(groups))} clusters in {len(starts)} places; use"
+      " `decoding_order`."
     )
   ends = [*starts[1:], count]
   return tuple(slice(start, end) for start, end in zip(starts, ends, strict=True))

@@ -268,7 +268,6 @@ def _check_fields(cls, value: Any, optional) -> None:
   missing = sorted(known - set(value) - set(optional))
   if unknown or missing:
     raise ValueError(
-      f"Expected `{kind}` to have the fields {sorted(known)}; missing {missing}, unknown"
-      f" {unknown}."
-      " It was probably written by another version of this package."
+      f"Expected `{kind}` to have the fields {sorted(known)}, got missing {missing}, unknown"
+      f" {unknown}; read it with the version of this package that wrote it."
     )

@@ -83,22 +83,23 @@ class Record:
     _require_text(vars(self), "id")
     _require_text(vars(self), "prediction")
     lengths = {}
-    for name, kind in _SEQUENCES.items():
+    for name, (kind, check) in _SEQUENCES.items():
       values = getattr(self, name)
       if values is not None:
         if isinstance(values, str | dict) or not isinstance(values, Iterable):
-          raise ValueError(f"Expected `{name}` to be a list of numbers, got {values!r}")
+          raise ValueError(f"Expected `{name}` to be a list of {kind}, got {values!r}")
         try:
-          values = tuple(kind(value) for value in values)
+          values = tuple(check(value) for value in values)
         except (TypeError, ValueError, OverflowError) as error:
           raise ValueError(
-            f"Expected `{name}` of {self.id!r} to be a list of numbers, got {error}"
+            f"Expected `{name}` of {self.id!r} to be a list of {kind}, got {error}"
           ) from None
         object.__setattr__(self, name, values)
         lengths[name] = len(values)
     if len(set(lengths.values())) > 1:
       raise ValueError(
-        f"Expected the sequences of {self.id!r} to have one length, got {lengths}"
+        f"Expected the sequences of {self.id!r} to have one length, got {lengths}; give each an"
+        " entry for every token"
       )
     if self.score is not None:
       object.__setattr__(self, "score", _score(self.score))
@@ -128,10 +129,9 @@ def _whole(most: int) -> Callable[[Any], int]:
   """A check of whole numbers from 0 to `most`."""
 
   def check(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-      raise ValueError(f"{value!r}, which is no whole number")
-    if not 0 <= int(value) <= most:
-      raise ValueError(f"{value!r}, which is not in 0 ... {most}")
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not 0 <= int(value) <= most:
+      raise ValueError(repr(value))
     return int(value)
 
   return check
@@ -140,10 +140,10 @@ def _whole(most: int) -> Callable[[Any], int]:
 def _confidence(value: Any) -> float:
   """As written: a numpy float32 keeps its short digits (0.9, not 0.89999998)."""
   if isinstance(value, bool) or not isinstance(value, numbers.Real):
-    raise ValueError(f"{value!r}, which is no number")
+    raise ValueError(repr(value))
   number = float(str(value)) if hasattr(value, "dtype") else float(value)
   if not -_ROUNDING <= number <= 1 + _ROUNDING:  # NaN and infinities too
-    raise ValueError(f"{value!r}, which is not in [0, 1]")
+    raise ValueError(repr(value))
   return number
 
 
@@ -156,11 +156,13 @@ def _score(value: Any) -> float:
 
 # Float32 cosines and softmax margins pass their bounds by so much.
 _ROUNDING = 1e-5
+_RESUME = "the last line is cut off: resume the run that wrote it"
+# Field: what each of its values is, and a check that raises ValueError with what was got.
 _SEQUENCES = {
-  "tokens": _whole(2**31 - 1),
-  "exit_layers": _whole(2**10),
-  "confidences": _confidence,
-  "rejected_confidences": _confidence,
+  "tokens": (f"whole numbers in 0 ... {2**31 - 1}", _whole(2**31 - 1)),
+  "exit_layers": (f"whole numbers in 0 ... {2**10}", _whole(2**10)),
+  "confidences": ("numbers in [0, 1]", _confidence),
+  "rejected_confidences": ("numbers in [0, 1]", _confidence),
 }
 _RECORD_FIELDS = ("id", "prediction", *_SEQUENCES, "score")
 
@@ -203,24 +205,27 @@ def read_lines(path: str | pathlib.Path) -> Iterator[Line]:
         value, problem = parse_line(raw)
         if value is None:
           cut_off = not line.endswith(b"\n")
-          hint = " The last line is cut off: resume the run that wrote it." if cut_off else ""
-          raise GenerationsError(f"{path}:{number}: expected a JSON object, {problem}.{hint}")
+          way_out = _RESUME if cut_off else "write the line again"
+          raise GenerationsError(
+            f"{path}:{number}: expected a JSON object, got {problem}; {way_out}."
+          )
         yield Line(path, number, value, offset)
   except OSError as error:
     raise GenerationsError(
-      f"{path}: expected a file that can be read, got: {error.strerror}."
+      f"{path}: expected a file that can be read, got: {error.strerror}; check its path and"
+      " rights."
     ) from error
 
 
 def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
-  """One line as (JSON object, ''), or (None, what is wrong)."""
+  """One line as (JSON object, ''), or (None, what it is instead)."""
   try:
     value = files.parse_json(raw)
   except UnicodeDecodeError as error:
-    return None, f"got invalid UTF-8 at byte {error.start}"
+    return None, f"invalid UTF-8 at byte {error.start}"
   except ValueError as error:
-    return None, f"got {raw[:60].decode('utf-8', 'replace')!r} ({error})"
-  return (value, "") if isinstance(value, dict) else (None, f"got {type(value).__name__}")
+    return None, f"{raw[:60].decode('utf-8', 'replace')!r} ({error})"
+  return (value, "") if isinstance(value, dict) else (None, type(value).__name__)
 
 
 def dump_line(value: Mapping[str, Any]) -> str:
@@ -239,13 +244,17 @@ def read_prompts(path: str | pathlib.Path) -> tuple[Prompt, ...]:
     try:
       prompt = Prompt.from_json(line.value)
     except (TypeError, ValueError) as error:
-      raise line.error(f"no prompt: {error}.") from error
+      raise line.error(
+        f"expected a prompt, got none: {error}; give each an `id` and an `input`, both texts."
+      ) from error
     if prompt.id in prompts:
-      raise line.error(f"the id {prompt.id!r} occurs twice; ids must be unique.")
+      raise line.error(
+        f"expected every id once, got {prompt.id!r} twice; give every prompt its own."
+      )
     prompts[prompt.id] = prompt
   if not prompts:
     raise GenerationsError(
-      f"{path}: expected a line for every prompt, got none: there is no prompt in it."
+      f"{path}: expected a prompt a line, got no prompt; write at least one."
     )
   return tuple(prompts.values())
 

@@ -151,34 +151,40 @@ def read_mark(folder: pathlib.Path) -> Mark | None:
   except FileNotFoundError:
     return None
   except (OSError, ValueError) as error:
-    raise GenerationsError(f"{path}: cannot be read as JSON: {error}.") from error
+    raise GenerationsError(
+      f"{path}: expected the mark of a finished shard, got no JSON: {error}; take the folder"
+      " away and run the shard again."
+    ) from error
   try:
     mark = _checked(value)
   except (KeyError, TypeError, ValueError) as error:
     raise GenerationsError(
-      f"{path}: expected the mark of a finished shard, got one that is not: {error!r}. Take the"
-      " folder away and run the shard again."
+      f"{path}: expected the mark of a finished shard, got one that is not: {error!r}; take"
+      " the folder away and run the shard again."
     ) from error
   if folder.name != mark.shard.name and _FOLDER.fullmatch(folder.name):
     raise GenerationsError(
-      f"{path}: is the mark of {mark.shard.name}, in a folder of another name. Folders of"
-      " shards are not renamed."
+      f"{path}: expected the folder {mark.shard.name} of its mark, got {folder.name}; give"
+      " the folder its name back."
     )
   return mark
 
 
 def _checked(value: Any) -> Mark:
   if value["schema_version"] != SCHEMA_VERSION or value["kind"] not in ("generate", "infer"):
-    raise ValueError(f"`schema_version` {value['schema_version']!r}, `kind` {value['kind']!r}")
+    raise ValueError(
+      f"Expected `schema_version` {SCHEMA_VERSION} and `kind` generate or infer, got"
+      f" {value['schema_version']!r} and {value['kind']!r}"
+    )
   positions, total = value["positions"], value["num_prompts"]
   whole = lambda number: type(number) is int
   if not whole(total) or not all(whole(at) and 0 <= at < total for at in positions):
-    raise ValueError("`positions` are no places of a list of `num_prompts`")
+    raise ValueError("Expected `positions` to be places of a list of `num_prompts`, got others")
   if any(a >= b for a, b in itertools.pairwise(positions)):
-    raise ValueError("`positions` do not ascend")
+    raise ValueError("Expected `positions` to ascend, got another order")
   sums = value["checksums"]
   if not all(isinstance(v, str) and "/" not in k for k, v in sums.items()):
-    raise ValueError("`checksums` are no texts by file")
+    raise ValueError("Expected `checksums` to be texts by file, got others")
   return Mark(
     value["kind"],
     Shard(value["shard_id"], value["num_shards"]),

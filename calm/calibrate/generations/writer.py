@@ -86,8 +86,8 @@ class Writer:
     twice = sorted({name for name in names if name in done or names.count(name) > 1})
     if odd or twice:
       raise ValueError(
-        f"Expected `records` to be of prompts that have none at {threshold} yet; unknown ids"
-        f" {odd[:5]}, ids already there {twice[:5]}."
+        f"Expected `records` to be of prompts that have none at {threshold} yet, got unknown"
+        f" ids {odd[:5]}, ids already there {twice[:5]}."
       )
     mark = cached.procedure_mark(self._procedure)
     lines = [
@@ -113,8 +113,9 @@ class Writer:
       missing = len(self._ids - set(self._done[threshold]))
       if missing and not self._manifest["sequential"]:
         raise ValueError(
-          f"{self.directory}: {missing} prompts have no record at threshold"
-          f" {thresholds_lib.format_threshold(threshold)}; append them before `finish`."
+          f"{self.directory}: expected a record of every prompt at threshold"
+          f" {thresholds_lib.format_threshold(threshold)}, got {missing} without one;"
+          " append them before `finish`."
         )
     names = [
       cached.PROMPTS,
@@ -192,7 +193,8 @@ def open_writer(
     directory.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise OSError(
-      f"cannot make {directory} ({error.strerror}); choose a folder that can be written."
+      f"Expected {str(directory)!r} to be a folder that can be made, got: {error.strerror};"
+      " choose a folder that can be written."
     ) from error
   lock = locks.lock(directory)
   if (directory / cached.MANIFEST).exists():
@@ -217,23 +219,27 @@ def open_writer(
 def _check_same_run(directory: pathlib.Path, manifest: dict[str, Any], prompts: str) -> None:
   there = cached.read_manifest(directory)
   path = directory / cached.MANIFEST
-  way_out = " Choose another folder, or the options of the run that is there."
+  way_out = "choose another folder, or the options of the run that is there."
   difference = describe_differences(
     cached.manifest_procedure(there), cached.manifest_procedure(manifest)
   )
   if difference:
-    raise GenerationsError(f"{path}: was made by another procedure: {difference}.{way_out}")
+    raise GenerationsError(
+      f"{path}: expected the procedure of the run that is there, got another: {difference};"
+      f" {way_out}"
+    )
   # Older manifests do not say `by_group`.
   there = {"by_group": False, **there}
   for name in ("thresholds", "prompt_ids", "sequential", "by_group"):
     if there.get(name) != manifest[name]:
       raise GenerationsError(
-        f"{path}: has other `{name}`: expected {_short(there.get(name))}, got"
-        f" {_short(manifest[name])}.{way_out}"
+        f"{path}: expected `{name}` to be {_short(there.get(name))}, got"
+        f" {_short(manifest[name])}; {way_out}"
       )
   if (directory / cached.PROMPTS).read_text("utf-8") != prompts:
     raise GenerationsError(
-      f"{directory / cached.PROMPTS}: the texts of the prompts are not those given.{way_out}"
+      f"{directory / cached.PROMPTS}: expected the texts of the run that is there, got"
+      f" others; {way_out}"
     )
 
 

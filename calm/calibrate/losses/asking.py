@@ -45,7 +45,8 @@ class Unanswered(ValueError):
     self.questions = tuple(questions)
     super().__init__(
       f"Expected references of {len(self.questions)} prompts whose text differs from the full"
-      f" model's, got none; first {[question.id for question in self.questions[:5]]}."
+      f" model's, got none, first {[question.id for question in self.questions[:5]]}; give"
+      " them."
     )
 
 

@@ -172,7 +172,10 @@ class _Child:
       self._process.wait()
       self._errors.seek(0)
       last = self._errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]
-      raise ValueError(f"`metric` {self._name!r} failed in a child process: {' '.join(last)}")
+      raise ValueError(
+        f"Expected `metric` {self._name!r} to answer, got a child process that failed:"
+        f" {' '.join(last).rstrip('.')}; mend the function."
+      )
     return json.loads(answer)
 
 

@@ -53,11 +53,13 @@ class Metric:
     if not -1e-9 <= value <= 1.0 + 1e-9:
       raise ValueError(
         f"Expected `metric` {self.name!r} to lie in [0, 1], got {value!r} for"
-        f" {prediction[:80]!r}"
-        f" against {list(references)[:2]!r}. Scale it inside the function."
+        f" {prediction[:80]!r} against {list(references)[:2]!r}; scale it inside the function."
       )
     if self.binary and value not in (0.0, 1.0):
-      raise ValueError(f"`metric` {self.name!r} is declared binary but gave {value!r}.")
+      raise ValueError(
+        f"Expected `metric` {self.name!r}, declared binary, to give 0 or 1, got {value!r};"
+        " declare it with binary=False."
+      )
     return min(1.0, max(0.0, value))
 
 
@@ -206,15 +208,15 @@ def _bleurt() -> Any:
   path = os.environ.get("BLEURT_CHECKPOINT")
   if not path:
     raise ValueError(
-      "`metric` 'bleurt' needs the environment variable BLEURT_CHECKPOINT: the folder of a"
-      " BLEURT checkpoint."
+      "Expected BLEURT_CHECKPOINT in the environment for `metric` 'bleurt', got none; set"
+      " it to the folder of a BLEURT checkpoint."
     )
   try:
     scorer = importlib.import_module("bleurt.score")
   except ImportError as error:
     raise ValueError(
-      "`metric` 'bleurt' needs the package bleurt, which is not installed. Install it, or use"
-      f" another metric: {sorted(METRICS)}."
+      "Expected the package bleurt for `metric` 'bleurt', got none that is installed;"
+      f" install it, or use another metric: {sorted(METRICS)}."
     ) from error
   return scorer.BleurtScorer(path)
 
@@ -285,9 +287,9 @@ def get_metric(name: str | Metric) -> Metric:
     return METRICS[name]
   if name.lower() in _CORPUS_METRICS:
     raise ValueError(
-      f"`metric` {name!r} is a number of a whole corpus, not a mean over prompts, so no risk of"
-      " it can be controlled prompt by prompt. Use 'chrf' or 'rouge_l'; `corpus_scores` reports"
-      " BLEU beside."
+      f"Expected `metric` to be a mean over prompts, got {name!r}, a number of a whole"
+      " corpus, of which no risk can be controlled prompt by prompt; use 'chrf' or"
+      " 'rouge_l', and `corpus_scores` reports BLEU beside."
     )
   module_name, _, attribute = name.partition(":")
   if not attribute:
@@ -299,7 +301,10 @@ def get_metric(name: str | Metric) -> Metric:
   try:
     function = getattr(_module(module_name), attribute)
   except (ImportError, AttributeError, OSError, SyntaxError) as error:
-    raise ValueError(f"`metric` {name!r} cannot be imported: {error}.") from error
+    raise ValueError(
+      f"Expected `metric` {name!r} to be a function that can be imported, got: {error};"
+      " check the import path."
+    ) from error
   if isinstance(function, Metric):
     return function
   return Metric(name, function, binary=bool(getattr(function, "binary", False)))

@@ -32,8 +32,8 @@ class Support:
   def __post_init__(self):
     if not (np.isfinite([self.lower, self.upper]).all() and self.lower < self.upper):
       raise ValueError(
-        "Expected `support` to have finite `lower` < `upper`, got"
-        f" [{self.lower}, {self.upper}]: an unbounded loss cannot be controlled."
+        f"Expected `support` to have finite `lower` < `upper`, got [{self.lower},"
+        f" {self.upper}]; an unbounded loss cannot be controlled."
       )
     if self.binary and (self.lower, self.upper) != (0.0, 1.0):
       raise ValueError(
@@ -86,8 +86,7 @@ class SequenceLosses:
     if values.ndim != 2 or values.shape[1] != len(grid) or not len(values):
       raise ValueError(
         f"Expected `losses` to be [num_examples, num_thresholds] = [n, {len(grid)}] with n at"
-        " least"
-        f" 1, got shape {values.shape}: one row a prompt, one column a threshold."
+        f" least 1, got shape {values.shape}; give one row a prompt, one column a threshold."
       )
     if not isinstance(self.support, Support):
       raise ValueError(f"Expected `support` to be a `Support`, got {self.support!r}.")
@@ -232,9 +231,9 @@ def compute(
   ]
   if short:
     raise ValueError(
-      "Expected `generations` to have a record of every prompt at every threshold; they are"
-      " incomplete"
-      f" at {short[:5]}. A sequential run is tested prompt by prompt: `prefix_losses`."
+      "Expected `generations` to have a record of every prompt at every threshold, got"
+      f" incomplete ones at {short[:5]}; a sequential run is tested prompt by prompt:"
+      " `prefix_losses`."
     )
   metric = metrics.get_metric(metric)
   values = prefix_losses(generations, kind, metric=metric, workers=workers, progress=progress)
@@ -281,7 +280,10 @@ def prefix_losses(
   definition = _definition(kind)
   metric = metrics.get_metric(metric)
   if max(map(len, generations.records)) > len(generations.full):
-    raise ValueError("Expected `generations` to have full-model records for all prompts used.")
+    raise ValueError(
+      "Expected `generations` to have full-model records for all prompts used, got"
+      f" {len(generations.full)}."
+    )
   if not definition.textual:
     _check_references(generations)
   options = {"workers": workers, "progress": blocks.BlockProgress(generations, progress)}
@@ -347,7 +349,7 @@ def _check_references(generations: Generations) -> None:
   if bare:
     raise ValueError(
       "Expected `generations` to have references (`targets`) for every prompt whose text"
-      " differs from"
-      f" the full model's to compute a risk; {len(bare)} have none, first {list(bare[:5])}."
-      " `--list_unlabelled` writes them all. Without references use `textual_losses`."
+      f" differs from the full model's to compute a risk, got {len(bare)} that have none,"
+      f" first {list(bare[:5])}; `--list_unlabelled` writes them all, and `textual_losses`"
+      " needs none."
     )

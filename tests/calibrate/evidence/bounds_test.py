@@ -128,7 +128,9 @@ def test_levels_are_checked():
     bounds.invert(p_values.hoeffding, 1.0, 10, error_rate=1.0)
   with pytest.raises(ValueError, match="`error_rate`"):
     bounds.betting([0.0], error_rate=0.0)
-  with pytest.raises(ValueError, match="`tolerance` to be given: the bets of 'fixed_level'"):
+  with pytest.raises(
+    ValueError, match=r"`tolerance` for the bets of 'fixed_level', .* got None"
+  ):
     bounds.betting([0.0], error_rate=0.1, strategy=betting.FIXED_LEVEL)
 
 

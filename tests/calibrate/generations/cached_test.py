@@ -74,7 +74,7 @@ def test_a_loaded_directory_without_a_procedure_is_from_elsewhere(tmp_path):
 @pytest.mark.parametrize(
   ("name", "change", "message"),
   [
-    ("manifest.json", lambda b: b"", r"manifest.json: cannot be read as JSON"),
+    ("manifest.json", lambda b: b"", r"manifest.json: expected a JSON object, got .*; resume"),
     (
       "manifest.json",
       lambda b: b.replace(b'"schema_version": 1', b'"schema_version": 7'),
@@ -82,18 +82,30 @@ def test_a_loaded_directory_without_a_procedure_is_from_elsewhere(tmp_path):
     ),
     ("manifest.json", lambda b: b"[]", "`schema_version` to be 1, got None"),
     ("threshold_0.9.jsonl", lambda b: b[:-9], r"threshold_0.9.jsonl:3: .*cut off"),
-    ("threshold_0.9.jsonl", lambda b: b + b.splitlines(True)[0], r":4: the id .* occurs twice"),
-    ("threshold_0.9.jsonl", lambda b: b"".join(b.splitlines(True)[1:]), r"1 of 3.*'id-000'"),
-    ("threshold_0.9.jsonl", lambda b: b.replace(b"id-001", b"id-777"), r"no prompts.*id-777"),
+    (
+      "threshold_0.9.jsonl",
+      lambda b: b + b.splitlines(True)[0],
+      r":4: expected every id once, got .* twice; resume",
+    ),
+    (
+      "threshold_0.9.jsonl",
+      lambda b: b"".join(b.splitlines(True)[1:]),
+      r"each of the 3 prompts, got 1 without one, first \['id-000'\]",
+    ),
+    (
+      "threshold_0.9.jsonl",
+      lambda b: b.replace(b"id-001", b"id-777"),
+      r"of the manifest's prompts, got .*id-777",
+    ),
     (
       "threshold_0.9.jsonl",
       lambda b: b.replace(b'"prediction"', b'"other"', 1),
-      r":1: no record",
+      r":1: expected a record of an output, got none",
     ),
     (
       "prompts.jsonl",
       lambda b: b.replace(b"id-001", b"id-777"),
-      r"prompts.jsonl: must have the ids",
+      r"prompts.jsonl: expected the ids of manifest.json, got",
     ),
   ],
 )
@@ -105,11 +117,13 @@ def test_damage_is_named_with_file_and_line(tmp_path, name, change, message):
 
 
 def test_missing_files_are_named(tmp_path):
-  with pytest.raises(GenerationsError, match=r"manifest.json: not found"):
+  with pytest.raises(GenerationsError, match=r"which has no manifest.json; give"):
     generations.load(tmp_path)
   write(tmp_path).finish()
   (tmp_path / "threshold_0.5.jsonl").unlink()
-  with pytest.raises(GenerationsError, match=r"threshold_0.5.jsonl: is missing"):
+  with pytest.raises(
+    GenerationsError, match=r"threshold_0.5.jsonl: expected a file, .* got none"
+  ):
     generations.load(tmp_path)
 
 
@@ -146,7 +160,7 @@ def test_sequential_runs_may_lack_a_suffix_only(tmp_path):
   manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
   manifest["checksums"] = {}
   files.write_atomically(tmp_path / "a" / "manifest.json", json.dumps(manifest))
-  with pytest.raises(GenerationsError, match=r"only the last prompts .* 'id-000' is missing"):
+  with pytest.raises(GenerationsError, match=r"only the last prompts .* got 'id-000' missing"):
     generations.load(tmp_path / "a")
 
 

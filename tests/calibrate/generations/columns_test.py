@@ -84,5 +84,7 @@ def test_what_is_damaged_is_named_as_ever(folder, on_disk, tmp_path, monkeypatch
   path.write_text("".join([*lines[:4], lines[0]]))
   manifest = path.parent / generations.MANIFEST
   manifest.write_text(manifest.read_text().replace('"checksums"', '"unused"'))
-  with pytest.raises(generations.cached.GenerationsError, match=r":5: the id .* occurs twice"):
+  with pytest.raises(
+    generations.cached.GenerationsError, match=r":5: expected every id once, got .* twice"
+  ):
     generations.load(path.parent)

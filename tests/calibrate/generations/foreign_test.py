@@ -67,14 +67,20 @@ def test_plain_files_need_id_and_prediction_only(tmp_path):
 @pytest.mark.parametrize(
   ("rows", "message"),
   [
-    ([{"id": "a", "prediction": "x"}] * 2, r"early.jsonl:2: the id 'a' occurs twice"),
-    ([{"id": "a"}], r"early.jsonl:1: no output: Expected `prediction` to be a text"),
-    ([{"inputs": {}, "score": 1.0}], r"early.jsonl:1: no output"),
-    ([], "early.jsonl: there is no output"),
+    (
+      [{"id": "a", "prediction": "x"}] * 2,
+      r"early.jsonl:2: expected every id once, got 'a' twice",
+    ),
+    (
+      [{"id": "a"}],
+      r"early.jsonl:1: expected .*, got no output: Expected `prediction` to be a text",
+    ),
+    ([{"inputs": {}, "score": 1.0}], r"early.jsonl:1: expected .*, got no output"),
+    ([], "early.jsonl: expected outputs, one a line, got none"),
     ([{"id": "b", "prediction": "x"}], r"missing \['a'\], unknown \['b'\]"),
     (
       [{"id": "a", "input": "other", "prediction": "x"}],
-      "output 1 .* belongs to the input 'other'",
+      "output 1 .* to be of the input .*, got 'other'",
     ),
   ],
 )

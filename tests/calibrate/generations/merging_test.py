@@ -203,10 +203,10 @@ def positions(folder):
       another_procedure,
       r"one procedure, got two: .*`measure`: expected 'softmax', got 'state'",
     ),
-    (another_grid, r"differ: `thresholds` \[0\.9, 0\.5\], \[0\.9, 0\.4\]"),
+    (another_grid, r"differ: `thresholds` \(\[0\.9, 0\.5\], \[0\.9, 0\.4\]\)"),
     (another_list, r"two lists of prompts: .*differ in `prompts_digest`"),
     (edited, r"threshold_0\.5\.jsonl: expected the SHA-256 .* of complete\.json, got another"),
-    (doubled, r"the id 'id-[0-9]+' occurs twice in this file"),
+    (doubled, r"expected every id once, got 'id-[0-9]+' twice"),
     (lost, r"expected a record of each of its .* prompts.*'id-[0-9]+'"),
     (positions, r"Expected every prompt in one shard, got 1 in .*first the prompt"),
   ],
@@ -227,7 +227,9 @@ def test_folders_given_twice_or_of_something_else_are_refused(four, tmp_path):
     (tmp_path / "empty").mkdir()
     merging.merge([tmp_path / "empty"], four / "merged")
   shutil.move(named[0], four / "shard-00001-of-00009")
-  with pytest.raises(GenerationsError, match="in a folder of another name"):
+  with pytest.raises(
+    GenerationsError, match="expected the folder shard-00000-of-00004 of its mark, got"
+  ):
     merging.merge([four], four / "merged")
 
 

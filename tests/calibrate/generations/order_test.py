@@ -58,5 +58,5 @@ def test_without_groups_every_prompt_is_a_unit():
 def test_scattered_clusters_and_prompts_without_a_group_are_refused():
   with pytest.raises(ValueError, match="2 clusters in 3 places"):
     order.consecutive_units(3, ["a", "b", "a"])
-  with pytest.raises(ValueError, match=r"1 have none, first \['y'\]"):
+  with pytest.raises(ValueError, match=r"got 1 that have none, first \['y'\]; give"):
     order.prompt_groups([Prompt("x", "", (), "g"), Prompt("y", "")])

@@ -36,7 +36,7 @@ def test_prompts_read_data_set_rows_too():
     ({"id": "a", "prediction": "x", "tokens": [1], "exit_layers": [1, 2]}, "one length"),
     (
       {"id": "a", "prediction": "x", "confidences": [float("nan")]},
-      r"nan, which is not in \[0, 1\]",
+      r"a list of numbers in \[0, 1\], got nan",
     ),
   ],
 )
@@ -48,16 +48,19 @@ def test_bad_records_are_refused(value, message):
 @pytest.mark.parametrize(
   ("content", "message"),
   [
-    (b'{"id": "a", "input": "i"}\n{"id": "a", "input": "j"}\n', r":2: the id 'a' occurs twice"),
+    (
+      b'{"id": "a", "input": "i"}\n{"id": "a", "input": "j"}\n',
+      r":2: expected every id once, got 'a' twice",
+    ),
     (b'{"id": "a", "input": "i"}\n\n[1]\n', r":3: expected a JSON object, got list"),
     (b'{"id": "a", "input": "i"}\n{"id": "b", "inp', r":2: .* last line is cut off"),
     (b'{"id": "a", "inp\n{"id": "b", "input": "i"}\n', r":1: expected a JSON object, got"),
     (b'{"id": "a", "input": "\xff"}\n', r":1: .*invalid UTF-8 at byte 22"),
-    (b'{"id": "a", "input": NaN}\n', r":1: .*NaN is not JSON"),
-    (b'{"id": "a"}\n', r":1: no prompt: Expected `input` to be a text"),
+    (b'{"id": "a", "input": NaN}\n', r":1: .*expected JSON, got NaN"),
+    (b'{"id": "a"}\n', r":1: expected a prompt, got none: Expected `input` to be a text"),
     (b'{"id": "a", "input": "i", "target": [1]}\n', r":1: .*`targets` to be a list of texts"),
-    (b'{"id": "a", "input": "i", "target": 1}\n', r":1: no prompt"),
-    (b"\n", "there is no prompt"),
+    (b'{"id": "a", "input": "i", "target": 1}\n', r":1: expected a prompt, got none"),
+    (b"\n", "got no prompt; write at least one"),
   ],
 )
 def test_errors_name_the_file_and_the_line(tmp_path, content, message):

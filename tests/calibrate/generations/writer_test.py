@@ -37,7 +37,7 @@ def test_what_two_writers_left_is_taken_out_and_decoded_again(tmp_path):
   path = tmp_path / "threshold_0.9.jsonl"
   first, second, third = path.read_bytes().splitlines(keepends=True)
   other = second.replace(b"at 0.9", b"at 9.9")
-  with pytest.raises(GenerationsError, match=r"twice in this file\. Resume"):
+  with pytest.raises(GenerationsError, match=r"got 'id-000' twice; resume"):
     path.write_bytes(first + second + first)
     cached.read_records(path, laws.procedure())
   path.write_bytes(first + second + first + third[:20] + b"\n" + other + third[:-9] + b"\n")
@@ -156,12 +156,12 @@ def test_a_second_writer_is_refused_until_the_first_ends(tmp_path):
     ({"procedure": None}, r"has none \(null\)"),
     (
       {"thresholds": [0.9, 0.4]},
-      r"other `thresholds`: expected \[0.9, 0.5\], got \[0.9, 0.4\]",
+      r"expected `thresholds` to be \[0.9, 0.5\], got \[0.9, 0.4\]",
     ),
-    ({"prompts": laws.prompts(2)}, "other `prompt_ids`"),
-    ({"prompts": laws.prompts(60)}, r"other `prompt_ids`.*\.\.\. \(60 entries\)"),
-    ({"sequential": True}, "other `sequential`"),
-    ({"by_group": True}, "other `by_group`: expected False, got True"),
+    ({"prompts": laws.prompts(2)}, "expected `prompt_ids` to be .*, got .*; choose"),
+    ({"prompts": laws.prompts(60)}, r"expected `prompt_ids` to be.*\.\.\. \(60 entries\)"),
+    ({"sequential": True}, "expected `sequential` to be False, got True"),
+    ({"by_group": True}, "expected `by_group` to be False, got True"),
   ],
 )
 def test_another_run_is_refused_and_the_field_is_named(tmp_path, change, message):
@@ -173,7 +173,9 @@ def test_another_run_is_refused_and_the_field_is_named(tmp_path, change, message
 def test_other_texts_under_the_same_ids_are_refused(tmp_path):
   start(tmp_path)
   changed = [Prompt(p.id, p.input + "!", p.targets, p.group) for p in laws.prompts(3)]
-  with pytest.raises(GenerationsError, match="the texts of the prompts are not those given"):
+  with pytest.raises(
+    GenerationsError, match="expected the texts of the run that is there, got others"
+  ):
     start(tmp_path, prompts=changed)
 
 
@@ -213,7 +215,9 @@ def test_append_takes_each_prompt_once(tmp_path):
 
 def test_finish_needs_everything_and_reopening_clears_checksums(tmp_path):
   writer = start(tmp_path)
-  with pytest.raises(ValueError, match="3 prompts have no record at threshold never"):
+  with pytest.raises(
+    ValueError, match="every prompt at threshold never, got 3 without one; append"
+  ):
     writer.finish()
   for threshold in (NEVER_EXIT, *GRID):
     writer.append(threshold, [Record(p.id, "x") for p in laws.prompts(3)])

@@ -95,9 +95,9 @@ def test_import_paths_and_errors():
   assert metrics.get_metric(HALF) is HALF
   for name, message in (
     ("rouge", "to be one of .* or an import path 'package.module:function'"),
-    ("no_such_module:f", "cannot be imported"),
-    ("tests.calibrate.losses.metrics_test:nothing", "cannot be imported"),
-    ("BLEU", "number of a whole corpus, not a mean over prompts"),
+    ("no_such_module:f", "that can be imported, got: "),
+    ("tests.calibrate.losses.metrics_test:nothing", "that can be imported, got: "),
+    ("BLEU", "to be a mean over prompts, got .BLEU., a number of a whole corpus"),
   ):
     with pytest.raises(ValueError, match=message):
       metrics.get_metric(name)
@@ -129,7 +129,7 @@ def test_rounding_at_the_ends_is_no_error():
 
 
 def test_declared_binary_is_held_to_it_and_references_are_needed():
-  with pytest.raises(ValueError, match=r"declared binary but gave 0.5"):
+  with pytest.raises(ValueError, match=r"declared binary, to give 0 or 1, got 0.5"):
     metrics.Metric("bad", half, binary=True)("a", ["b"])
   with pytest.raises(ValueError, match="`references` to hold at least one text"):
     HALF("a", [])
@@ -142,7 +142,7 @@ def test_bleurt_is_used_when_it_is_there(monkeypatch):
     metrics.bleurt("a", ["b"])
   monkeypatch.setenv("BLEURT_CHECKPOINT", "folder")
   monkeypatch.setitem(sys.modules, "bleurt.score", None)
-  with pytest.raises(ValueError, match="which is not installed"):
+  with pytest.raises(ValueError, match="got none that is installed; install it"):
     metrics.bleurt("a", ["b"])
   module = types.ModuleType("bleurt.score")
   scores = {"b": 1.2, "c": 0.3, "d": -0.4}

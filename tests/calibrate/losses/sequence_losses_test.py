@@ -67,7 +67,7 @@ def test_prefixes_of_a_sequential_run():
   assert [column.tolist() for column in textual] == [[0.0, 0.5], [1.0]]
   risk = sequence_losses.prefix_losses(made, "risk_signed")
   assert [column.tolist() for column in risk] == [[0.0, 0.5], [1.0]]
-  with pytest.raises(ValueError, match=r"incomplete at \['0.5'\].*`prefix_losses`"):
+  with pytest.raises(ValueError, match=r"got incomplete ones at \['0.5'\].*`prefix_losses`"):
     sequence_losses.textual_losses(made)
   more = type(made)(made.prompts, made.thresholds, made.records, made.full[:1])
   with pytest.raises(ValueError, match="full-model records for all prompts used"):
@@ -78,7 +78,7 @@ def test_errors():
   made = laws.generations(2, texts=[["else", "word1 same"]] * 2)
   rows = (Prompt("id-000", "i"), made.prompts[1])
   bare = type(made)(rows, made.thresholds, made.records, made.full)
-  with pytest.raises(ValueError, match=r"1 have none, first \['id-000'\]"):
+  with pytest.raises(ValueError, match=r"got 1 that have none, first \['id-000'\]; `"):
     sequence_losses.risk_losses(bare)
   with pytest.raises(ValueError, match=r"`kind` to be one of .* got 'other'"):
     sequence_losses.compute(made, "other")

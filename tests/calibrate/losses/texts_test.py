@@ -67,7 +67,7 @@ def test_ids_and_groups_are_kept():
 @pytest.mark.parametrize(
   ("early", "options", "message"),
   [
-    ({}, {}, "at least one knob"),
+    ({}, {}, "`knobs` to be at least one, all different, got"),
     ({"a": CHEAP[:-1]}, {}, r"early\['a'\].* of 100 texts"),
     ({"a": "text"}, {}, "of 100 texts"),
     ({1: CHEAP, "1": CHEAP}, {}, "all different"),
@@ -135,8 +135,11 @@ def test_lines_of_servers_are_read_as_they_are(form, tmp_path):
 @pytest.mark.parametrize(
   ("line", "message"),
   [
-    ({**chat(0, "x"), "error": {"code": "batch_expired"}}, "request failed: .*batch_expired"),
-    ({"custom_id": "p0", "response": {"status_code": 500}}, "request failed: .*500"),
+    (
+      {**chat(0, "x"), "error": {"code": "batch_expired"}},
+      "got one that failed: .*batch_expired",
+    ),
+    ({"custom_id": "p0", "response": {"status_code": 500}}, "got one that failed: .*500"),
     ({"custom_id": "p0", "response": {"body": {"choices": []}}}, "`choices`"),
     ({"custom_id": "p0", "response": {"body": {}}}, "`output`"),
     ({"custom_id": "p0"}, "`output`"),
