@@ -9,6 +9,7 @@ import pytest
 
 from calm.calibrate import SequenceLosses, Support, calibrate, sequential, trials
 from calm.calibrate.evidence import draws, p_values, pareto
+from calm.calibrate.losses import checks
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.5])
@@ -206,3 +207,15 @@ def test_messages_show_plain_numbers():
     with pytest.raises(ValueError, match="got") as caught:
       call()
     assert "np.float64" not in str(caught.value)
+
+
+def test_a_range_above_the_tolerance_is_not_a_matter_of_how_many():
+  losses = SequenceLosses(np.full((5, 1), 0.3), [0.5], Support(0.2, 1.0))
+  found = calibrate(losses, tolerance=0.1, error_rate=0.05)
+  assert not found.certified and "too few" not in found.reason
+  assert found.reason.startswith("Nothing is certified: the first threshold 0.5 already fails")
+
+
+def test_equal_losses_have_no_order_to_follow():
+  assert not checks.looks_sorted(np.full((500, 2), 0.3))
+  assert checks.looks_sorted(np.sort(np.random.default_rng(0).random((500, 2)), axis=0))

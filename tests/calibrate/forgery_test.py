@@ -260,3 +260,23 @@ def test_p_equal_to_the_error_rate_goes_either_way():
     np.zeros((2, 1)), [0.5], tolerance=0.5, error_rate=0.25, support=Support(binary=True)
   )
   assert found.certified and Calibration.from_json(found.to_json()) == found
+
+
+@pytest.mark.parametrize(
+  ("name", "column", "message"),
+  [
+    ("means", [0.1, 0.2], "a list of at least 3 entries"),
+    ("means", [0.1, 0.2, 0.3, 0.4], "3 times a number"),
+    ("num_examples", [300, 300, 0.5], "3 times whole numbers"),
+    ("log_p_values", [-1.0, -1.0, 1.0], "3 times a number"),
+    ("upper_bounds", "0.1", "a list of at least 3 entries"),
+  ],
+)
+def test_columns_of_a_part_have_an_entry_a_threshold(name, column, message):
+  labels = [f"g{row % 2}" for row in range(300)]
+  value = made(promise=promises.EveryGroup(labels=labels)).to_json()
+  assert Calibration.from_json(value).promise.groups == ("g0", "g1")
+  forged = edited(value, f"parts.1.{name}", column)
+  forged["digest"] = verification.digest(forged)
+  with pytest.raises(ValueError, match=rf"`{name}`.* {message}"):
+    Calibration.from_json(forged)

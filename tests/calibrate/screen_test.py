@@ -51,3 +51,13 @@ def test_sections_part_groups_of_rows():
   screen.print_table(console, ("task", "n"), [(*row, "x") for row in rows][:0], words=1)
   screen.print_table(console, ("task", "n", "x"), [(*row, "x") for row in rows], words=2)
   assert file.getvalue().count("├") == 1
+
+
+def test_what_is_said_does_nothing_to_the_terminal():
+  file = io.StringIO()
+  console = rich_console.Console(file=file, width=20, force_terminal=True)
+  screen.say(console, "[bold]:smile:\x1b[2J", "bold")
+  assert file.getvalue() == "\x1b[1m[bold]:smile:\\x1b[2J\x1b[0m\n"
+  file.truncate(0), file.seek(0)
+  screen.say(console, "a path of more than twenty letters", soft_wrap=True)
+  assert file.getvalue() == "a path of more than twenty letters\n"

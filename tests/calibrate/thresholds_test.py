@@ -75,8 +75,28 @@ def test_default_grids():
   assert state[0] == 0.999 and state[-1] == 0.5
   gaps = 1.0 - state
   np.testing.assert_allclose(gaps[1:] / gaps[:-1], gaps[1] / gaps[0], rtol=2e-3)
-  for measure in ("softmax", "state"):
+  # Slacks of 0, 0.05, ..., 0.95: the safest keeps every text as full depth has it.
+  np.testing.assert_allclose(thresholds.default_grid("verified"), 1.0 - 0.05 * np.arange(20))
+  for measure in ("softmax", "state", "verified"):
     grid = thresholds.default_grid(measure)
     np.testing.assert_array_equal(thresholds.validate_grid(grid), grid)
   with pytest.raises(ValueError, match=r"`measure` to be one of .* got 'oracle'"):
     thresholds.default_grid("oracle")
+
+
+def test_knobs_are_thresholds_throughout_or_not_at_all():
+  assert thresholds.parse_knobs(["0.9", "0.5"]) == [0.9, 0.5]
+  assert thresholds.parse_knobs(["base", "tiny"]) == ["base", "tiny"]
+  with pytest.raises(ValueError, match=r"another knob throughout, got both: \['0.9', '12'\]"):
+    thresholds.parse_knobs(["0.9", "12"])
+
+
+def test_a_grid_of_knobs_descends_whatever_they_are():
+  grid, names = thresholds.grid_of_knobs([0.9, 0.5])
+  assert grid.tolist() == [0.9, 0.5] and names == ()
+  for knobs in (["large", "base"], [12, 6]):
+    grid, names = thresholds.grid_of_knobs(knobs)
+    assert grid.tolist() == [1.0, 0.5] and names == tuple(map(str, knobs))
+  for bad in ([], ["a", "a"], [2, 2]):
+    with pytest.raises(ValueError, match="`knobs` to be at least one, all different, got"):
+      thresholds.grid_of_knobs(bad)

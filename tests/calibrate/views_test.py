@@ -1,7 +1,10 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
-from calm.calibrate import calibrate, views
+from calm.calibrate import calibrate, from_texts, views
+from tests.calibrate import laws
 
 
 def made(means=(0.01, 0.4)):
@@ -93,3 +96,33 @@ def test_a_library_that_is_not_there_is_named(monkeypatch):
     made().plot()
   with pytest.raises(ValueError, match=r"`library` 'pandas' or 'polars', got 'dask'"):
     made().to_frame("dask")
+
+
+def test_knobs_are_called_by_their_names(monkeypatch):
+  pytest.importorskip("matplotlib")
+  full = [f"text {row}" for row in range(300)]
+  base = [text if row % 100 else "another" for row, text in enumerate(full)]
+  losses = from_texts(full, {"base": base, "tiny": ["x"] * 300}, metric="exact_match")
+  found = calibrate(losses, tolerance=0.1, error_rate=0.05)
+  assert str(found).splitlines()[1].split()[0] == "knob"
+  axes = found.plot()
+  assert [text.get_text() for text in axes.get_xticklabels()] == ["base", "tiny"]
+  assert axes.get_xlabel() == "the best first"
+  assert axes.get_title().startswith("Certified down to knob base:")
+  library = type("pandas", (), {"DataFrame": dict})
+  monkeypatch.setattr(views.importlib, "import_module", lambda name: library)
+  assert found.to_frame()["knob"] == ["base", "tiny"]
+
+
+def test_a_plot_takes_layers_from_generations():
+  pytest.importorskip("matplotlib")
+  rows = [
+    tuple(laws.record(p.id, exit_layers=layers) for p in laws.prompts(2))
+    for layers in ((4, 2, 0), (1, 1, 0))
+  ]
+  made_of = laws.generations(2, grid=(0.9, 0.5))
+  decoded = dataclasses.replace(made_of, records=tuple(rows))
+  (line, *_) = made().plot(layers=decoded).get_lines()
+  assert line.get_xdata().tolist() == [3.0, 1.0]  # of the tokens that are there
+  with pytest.raises(ValueError, match=r"generations that know them, got shape \(0,\)"):
+    made().plot(layers=made_of)

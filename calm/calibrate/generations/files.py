@@ -158,8 +158,8 @@ def sweep(directory: pathlib.Path) -> list[str]:
   removed = []
   with contextlib.suppress(OSError), os.scandir(directory) as entries:
     for entry in entries:
-      if entry.name.endswith(".tmp") and _left_over(entry):
-        with contextlib.suppress(OSError):
+      with contextlib.suppress(OSError):  # another process may have removed it
+        if entry.name.endswith(".tmp") and _left_over(entry):
           os.unlink(entry.path)
           removed.append(entry.name)
   return sorted(removed)
@@ -210,10 +210,7 @@ def _left_over(entry: os.DirEntry) -> bool:
   if found:
     dead = locks.Process(found[1], int(found[2]), int(found[3])).is_dead()
   if dead is None:
-    try:
-      return time.time() - entry.stat(follow_symlinks=False).st_mtime > _ABANDONED_SECONDS
-    except OSError:
-      return False
+    return time.time() - entry.stat(follow_symlinks=False).st_mtime > _ABANDONED_SECONDS
   return dead
 
 

@@ -25,6 +25,7 @@ except ImportError:  # Windows: nothing is locked there
   fcntl = None
 
 
+_PROCESSES = pathlib.Path("/proc")
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
@@ -72,9 +73,9 @@ def _start(pid: int) -> int | None:
   """When a process of this machine started: None if there is none, 0 if that is not known."""
   try:
     # The second field is the program's name, in parentheses, and may hold anything.
-    return int(pathlib.Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+    return int((_PROCESSES / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()[19])
   except FileNotFoundError:
-    if pathlib.Path("/proc/self/stat").exists():
+    if (_PROCESSES / "self" / "stat").exists():
       return None
   except (OSError, ValueError, IndexError):
     return 0

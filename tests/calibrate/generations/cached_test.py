@@ -177,3 +177,33 @@ def test_a_manifest_without_checksums_is_refused_unless_asked(tmp_path):
     with pytest.raises(GenerationsError, match=r"`checksums` .* none for .*unverified=True"):
       generations.load(tmp_path)
     assert generations.load(tmp_path, unverified=True).records[1][0].prediction
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"prompt_ids": ["id-000"] * 3}, "`prompt_ids` to be a list of different texts"),
+    ({"prompt_ids": None}, "`prompt_ids` to be a list of different texts, got None"),
+    ({"thresholds": ["0.9"]}, "`thresholds` to be a list of numbers"),
+    ({"thresholds": [True]}, "`thresholds` to be a list of numbers"),
+    ({"checksums": {"../prompts.jsonl": "x"}}, "`checksums` to be an object of texts"),
+    ({"procedure": "mine"}, "`procedure` to be an object or null"),
+    ({"procedure": {"temperature": 1}}, "`procedure` to be that of a run, got"),
+    ({"provenance": []}, "`provenance` to be an object or null"),
+    ({"provenance": {"metric": 3}}, "`provenance` to be the story of a run, got"),
+    ({"sequential": 1}, "`sequential` to be true or false"),
+    ({"by_group": None}, "`by_group` to be true or false"),
+  ],
+)
+def test_a_manifest_of_other_types_is_refused_by_the_field(tmp_path, change, message):
+  write(tmp_path, laws.procedure())
+  manifest = json.loads((tmp_path / "manifest.json").read_text())
+  files.write_atomically(tmp_path / "manifest.json", json.dumps({**manifest, **change}))
+  with pytest.raises(GenerationsError, match=rf"manifest\.json: expected {message}"):
+    generations.load(tmp_path, unverified=True)
+  (name,) = change
+  if name in ("prompt_ids", "thresholds"):
+    del manifest[name]
+    files.write_atomically(tmp_path / "manifest.json", json.dumps(manifest))
+    with pytest.raises(GenerationsError, match=f"expected `{name}` to be .*, got none"):
+      generations.load(tmp_path)

@@ -1,6 +1,7 @@
 """The one writer of files: whole or not at all, and only regular files are ever replaced."""
 
 import ast
+import errno
 import os
 import pathlib
 import re
@@ -163,6 +164,39 @@ def test_a_full_disk_cuts_no_line_in_half(tmp_path):
   assert path.read_bytes().endswith(b"..\nthe next line\n")
   with pytest.raises(OSError, match="No space left on device"):
     files.append("/dev/full", b"x")
+
+
+def test_a_write_that_fails_half_way_is_taken_back(tmp_path, monkeypatch):
+  path, write = tmp_path / "lines", os.write
+  path.write_bytes(b"before\n")
+
+  def half(descriptor, data):
+    monkeypatch.setattr(os, "write", fail)
+    return write(descriptor, data[:3])
+
+  def fail(descriptor, data):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(os, "write", half)
+  with pytest.raises(OSError, match="its 7 bytes from before are kept"):
+    files.append(path, b"the next line\n")
+  assert path.read_bytes() == b"before\n"
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdout"])
+def test_standard_output_of_this_process_is_written_to(capfdbinary, name):
+  files.write_atomically(name, "text\n")
+  sys.stdout.flush()
+  assert capfdbinary.readouterr().out == b"text\n"
+
+
+def test_a_reader_that_has_gone_is_no_fault_of_the_place(tmp_path):
+  read, write = os.pipe()
+  os.close(read)
+  with pytest.raises(BrokenPipeError) as caught:
+    files.write_atomically(f"/proc/self/fd/{write}", "nobody reads this")
+  os.close(write)
+  assert "Expected" not in str(caught.value)
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):

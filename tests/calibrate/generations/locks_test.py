@@ -1,5 +1,7 @@
 """One writer at a time: the second is refused by name, a dead one's lock is taken over."""
 
+import errno
+import importlib.util
 import json
 import os
 import pathlib
@@ -113,3 +115,71 @@ def test_without_flock_the_named_process_is_looked_for(tmp_path, monkeypatch):
 def test_a_damaged_lock_is_taken_over(tmp_path, content):
   (tmp_path / ".lock").write_text(content)
   locks.lock(tmp_path).release()
+
+
+def test_a_lock_whose_holder_cannot_be_read_is_still_a_lock(tmp_path, holder):
+  holder(tmp_path)
+  (tmp_path / ".lock").write_text("{")
+  with pytest.raises(locks.LockedError, match="got a process that gives no name"):
+    locks.lock(tmp_path)
+
+
+def test_a_block_holds_its_target_and_lets_go_of_it_whatever_happens(tmp_path):
+  with pytest.raises(KeyError), locks.held(tmp_path / "a"):
+    assert (tmp_path / ".a.lock").exists()
+    raise KeyError("in the block")
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_its_holder_removed_in_between_is_made_again(tmp_path, monkeypatch):
+  flock, path = locks.fcntl.flock, tmp_path / ".lock"
+
+  def once(descriptor, flags):
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    path.unlink()
+    flock(descriptor, flags)
+
+  monkeypatch.setattr(locks.fcntl, "flock", once)
+  held = locks.lock(tmp_path)
+  assert json.loads(path.read_text())["process"] == str(locks.this_process())
+  held.release()
+
+
+def test_a_disk_that_fails_is_no_lock_of_another(tmp_path, monkeypatch):
+  def fail(descriptor, flags):
+    raise OSError(errno.EIO, "Input/output error")
+
+  monkeypatch.setattr(locks.fcntl, "flock", fail)
+  with pytest.raises(OSError, match="to be a place that can be written, got: Input/output"):
+    locks.lock(tmp_path)
+
+
+def test_where_the_system_does_not_list_processes_they_are_asked(tmp_path, monkeypatch):
+  monkeypatch.setattr(locks, "_PROCESSES", tmp_path)
+  me = locks.this_process()
+  assert me.start == 0 and me.is_dead() is False
+  assert me._replace(pid=2**22 + 1).is_dead() is True
+
+  def refuse(pid, signal):
+    raise PermissionError(errno.EPERM, "not yours")  # of another user, and alive
+
+  monkeypatch.setattr(locks.os, "kill", refuse)
+  assert me._replace(pid=2**22 + 1).is_dead() is False
+  (tmp_path / "7").mkdir()
+  (tmp_path / "7" / "stat").write_text("7 (damaged)")
+  assert me._replace(pid=7, start=9).is_dead() is False  # when it started is not known
+
+
+def test_where_nothing_can_be_locked_nothing_is_refused(tmp_path, monkeypatch):
+  """Windows has no `fcntl`: what another process does is not known, and no process is dead."""
+  monkeypatch.setitem(sys.modules, "fcntl", None)
+  spec = importlib.util.spec_from_file_location("locks_of_windows", locks.__file__)
+  assert spec is not None and spec.loader is not None
+  windows = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(windows)
+  held = windows.lock(tmp_path)
+  locks.lock(tmp_path / "other").release()
+  assert windows.this_process().is_dead() is None
+  held.release()
+  monkeypatch.setattr(windows, "_PROCESSES", tmp_path)
+  assert windows.this_process().start == 0

@@ -122,6 +122,46 @@ def test_four_processes_that_are_killed_give_the_records_of_one(tmp_path, whole)
   assert contents(tmp_path / "merged") == contents(whole)
 
 
+def infer(folder, number, count=2, lines=None):
+  """One shard, as `calm infer` writes it: last prompts first, no newline at the end."""
+  listing = shards.Listing(shards.Shard(number, count))
+  mine = list(listing.mine(PROMPTS))
+  at = folder / listing.shard.name
+  at.mkdir(exist_ok=True)
+  lines = lines or [json.dumps({"id": p.id, "prediction": p.input}) for p in mine]
+  (at / merging.OUTPUTS).write_text("\n".join(lines))
+  shards.mark_of("infer", listing, {"threshold": 0.5}, at, [merging.OUTPUTS]).save(at)
+  return at, lines
+
+
+def test_outputs_of_shards_are_one_file_in_the_order_of_the_list(tmp_path):
+  for number in range(2):
+    infer(tmp_path, number)
+  assert merging.merge([tmp_path], tmp_path / "all.jsonl") == COUNT
+  rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+  assert rows == [{"id": p.id, "prediction": p.input} for p in PROMPTS]
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda lines, other: lines[1:], r"expected \d+ lines, one a prompt, got \d+"),
+    (
+      lambda lines, other: [other[0], *lines[1:]],
+      r":1: expected every id in one shard, got 'id-\d+' in .*00000",
+    ),
+    (lambda lines, other: ["{}", *lines[1:]], r":1: expected an `id`, a text, got None"),
+  ],
+)
+def test_outputs_that_are_not_one_a_prompt_are_refused(tmp_path, change, message):
+  _, first = infer(tmp_path, 0)
+  _, second = infer(tmp_path, 1)
+  infer(tmp_path, 1, lines=change(second, first))
+  with pytest.raises(GenerationsError, match=message):
+    merging.merge([tmp_path], tmp_path / "all.jsonl")
+  assert not (tmp_path / "all.jsonl").exists()
+
+
 def test_few_prompts_leave_shards_empty(tmp_path):
   for number in range(8):
     write(tmp_path, number, 8, prompts=PROMPTS[:3])
@@ -193,9 +233,48 @@ def positions(folder):
   path.write_text(json.dumps(mark))
 
 
+def nobodys(folder):
+  """A prompt that no shard claims."""
+  path = folder / "shard-00000-of-00004" / shards.MARK
+  mark = json.loads(path.read_text())
+  path.write_text(json.dumps({**mark, "positions": mark["positions"][1:]}))
+
+
+def unanswered(folder):
+  path = folder / "shard-00000-of-00004" / shards.MARK
+  mark = json.loads(path.read_text())
+  del mark["checksums"]["threshold_0.5.jsonl"]
+  path.write_text(json.dumps(mark))
+
+
+def prompts_of_another(folder):
+  prompts_from(folder, 1, lambda mine, other: [*mine[1:], other[0]])
+
+
+def prompts_in_two(folder):
+  prompts_from(folder, 0, lambda mine, other: [mine[1], *mine[1:]])
+
+
+def prompts_lost(folder):
+  prompts_from(folder, 0, lambda mine, other: mine[1:])
+
+
+def prompts_from(folder, source, change):
+  """Changed before the first shard's mark was written."""
+  at, other = (folder / shards.Shard(number, 4).name for number in (0, source))
+  lines = [(part / generations.PROMPTS).read_text().splitlines(True) for part in (at, other)]
+  (at / generations.PROMPTS).write_text("".join(change(*lines)))
+  resign(at)
+
+
 @pytest.mark.parametrize(
   ("damage", "message"),
   [
+    (nobodys, r"got 1 in none: the prompts \d+ of the list"),
+    (unanswered, r"complete\.json: expected a mark that answers for threshold_0\.5\.jsonl"),
+    (prompts_of_another, r"expected prompts of shard-00000-of-00004, got 'id-\d+'"),
+    (prompts_in_two, r":2: expected every id in one shard, got 'id-\d+' in .*00000"),
+    (prompts_lost, r"prompts\.jsonl: expected \d+ prompts, got fewer"),
     (half, r"got 1 without complete\.json: .*shard-00002-of-00004; run them again"),
     (missing, r"Expected all 4 shards, got none with --shard_id 1; run them"),
     (divided_otherwise, r"one division, got some of \[3, 4\] shards"),
@@ -218,6 +297,16 @@ def test_what_is_not_one_run_is_refused_and_named(four, damage, message):
   assert not (four / "merged" / generations.MANIFEST).exists()
 
 
+def test_a_folder_of_another_run_is_not_merged_into(four):
+  open_writer(four / "merged", prompts=PROMPTS, thresholds=(0.3,), procedure=None)
+  before = contents(four / "merged")
+  with pytest.raises(
+    GenerationsError, match="grid of these shards, got others; choose another"
+  ):
+    merging.merge([four], four / "merged")
+  assert contents(four / "merged") == before
+
+
 def test_folders_given_twice_or_of_something_else_are_refused(four, tmp_path):
   named = shards.folders(four)
   shutil.copytree(named[0], tmp_path / "copy")
@@ -226,6 +315,8 @@ def test_folders_given_twice_or_of_something_else_are_refused(four, tmp_path):
   with pytest.raises(GenerationsError, match=r"got .*empty without any; `calm generate`"):
     (tmp_path / "empty").mkdir()
     merging.merge([tmp_path / "empty"], four / "merged")
+  with pytest.raises(GenerationsError, match="nowhere, which is none"):
+    merging.merge([tmp_path / "nowhere"], four / "merged")
   shutil.move(named[0], four / "shard-00001-of-00009")
   with pytest.raises(
     GenerationsError, match="expected the folder shard-00000-of-00004 of its mark, got"
@@ -235,7 +326,15 @@ def test_folders_given_twice_or_of_something_else_are_refused(four, tmp_path):
 
 @pytest.mark.parametrize(
   "change",
-  [{"positions": [0, 0]}, {"positions": [99]}, {"shard_id": 9}, {"kind": "x"}, {"about": 3}],
+  [
+    {"positions": [0, 0]},
+    {"positions": [99]},
+    {"shard_id": 9},
+    {"kind": "x"},
+    {"about": 3},
+    {"checksums": {"../a": "b"}},
+    {"checksums": {"a": 3}},
+  ],
 )
 def test_a_damaged_mark_is_no_mark(four, change):
   path = four / "shard-00000-of-00004" / shards.MARK
@@ -243,4 +342,12 @@ def test_a_damaged_mark_is_no_mark(four, change):
   with pytest.raises(
     GenerationsError, match=r"complete\.json: expected the mark of a finished"
   ):
+    merging.merge([four], four / "merged")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"NaN"])
+def test_a_mark_that_cannot_be_read_is_named(four, content):
+  path = four / "shard-00000-of-00004" / shards.MARK
+  path.write_bytes(content)
+  with pytest.raises(GenerationsError, match=r"complete\.json: .* finished shard, got no JSON"):
     merging.merge([four], four / "merged")

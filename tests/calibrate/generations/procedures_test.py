@@ -116,6 +116,9 @@ def test_json_round_trip_through_text():
     ({"decode_method": "greedy"}, "`decode_method` to be a dict with a 'name'"),
     ({"schedule": {"name": "x", "tau": float("nan")}}, "`schedule` to hold JSON values"),
     ({"shortlist": {"digest": object()}}, "`shortlist` to hold JSON values"),
+    ({"exit_layers": "12"}, "`exit_layers` to be decoder layers"),
+    ({"exit_layers": [1, True]}, "`exit_layers` to be decoder layers"),
+    ({"exit_layers": [1.0]}, "`exit_layers` to be decoder layers"),
   ],
 )
 def test_malformed_fields_are_refused(change, message):
@@ -133,3 +136,23 @@ def test_missing_and_unknown_fields_are_named():
     procedures.Provenance.from_json({"tau": 1})
   with pytest.raises(ValueError, match="to be a JSON object"):
     procedures.Procedure.from_json([])
+
+
+@pytest.mark.parametrize(
+  "story",
+  [
+    {"metric": 3},
+    {"grid": "0.9"},
+    {"grid": [True]},
+    {"grid": 0.9},
+    {"num_examples": -1},
+    {"num_examples": True},
+    {"num_examples": 0.5},
+    {"versions": {"numpy": 2}},
+    {"notes": [1]},
+  ],
+)
+def test_a_story_of_other_types_is_refused(story):
+  (name,) = story
+  with pytest.raises(ValueError, match=rf"Expected `{name}` to be .* or null, got"):
+    procedures.Provenance.from_json(story)

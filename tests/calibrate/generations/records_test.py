@@ -35,6 +35,31 @@ def test_prompts_read_data_set_rows_too():
     ({"id": "a", "prediction": 3}, "`prediction` to be a text"),
     ({"id": "a", "prediction": "x", "tokens": [1], "exit_layers": [1, 2]}, "one length"),
     (
+      {"id": "a", "prediction": "x", "tokens": "12"},
+      "`tokens` to be a list of whole .* got '12'",
+    ),
+    ({"id": "a", "prediction": "x", "tokens": 3}, "`tokens` to be a list of whole .* got 3"),
+    (
+      {"id": "a", "prediction": "x", "tokens": [0.5]},
+      r"`tokens` of 'a' to be a list of whole .* got 0\.5",
+    ),
+    ({"id": "a", "prediction": "x", "tokens": [True]}, "a list of whole .* got True"),
+    ({"id": "a", "prediction": "x", "tokens": [-1]}, "a list of whole .* got -1"),
+    (
+      {"id": "a", "prediction": "x", "exit_layers": [1025]},
+      r"numbers in 0 \.\.\. 1024, got 1025",
+    ),
+    (
+      {"id": "a", "prediction": "x", "confidences": ["1"]},
+      r"a list of numbers in \[0, 1\], got '1'",
+    ),
+    (
+      {"id": "a", "prediction": "x", "confidences": [True]},
+      r"a list of numbers in \[0, 1\], got True",
+    ),
+    ({"id": "a", "prediction": "x", "score": float("inf")}, "`score` to be a finite number"),
+    ({"id": "a", "prediction": "x", "score": True}, "`score` to be a finite number"),
+    (
       {"id": "a", "prediction": "x", "confidences": [float("nan")]},
       r"a list of numbers in \[0, 1\], got nan",
     ),
@@ -60,6 +85,9 @@ def test_bad_records_are_refused(value, message):
     (b'{"id": "a"}\n', r":1: expected a prompt, got none: Expected `input` to be a text"),
     (b'{"id": "a", "input": "i", "target": [1]}\n', r":1: .*`targets` to be a list of texts"),
     (b'{"id": "a", "input": "i", "target": 1}\n', r":1: expected a prompt, got none"),
+    (b'{"id": "a", "input": "i", "group": 1.5}\n', r":1: .*`group` to be a text"),
+    (b'{"id": "a", "input": "i", "group": true}\n', r":1: .*`group` to be a text"),
+    (b'{"id": "a", "input": 1e999}\n', r":1: .*expected numbers within float64, got 1e999"),
     (b"\n", "got no prompt; write at least one"),
   ],
 )

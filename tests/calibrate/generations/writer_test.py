@@ -9,7 +9,7 @@ import time
 import pytest
 
 from calm.calibrate import NEVER_EXIT, generations
-from calm.calibrate.generations import cached, files, locks
+from calm.calibrate.generations import cached, files, locks, mending
 from calm.calibrate.generations import records as records_lib
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.generations.procedures import Provenance
@@ -49,6 +49,39 @@ def test_what_two_writers_left_is_taken_out_and_decoded_again(tmp_path):
   assert [r.prediction for r in generations.load(tmp_path).records[0]] == [
     f"{name} at 0.9" for name in names
   ]
+
+
+def test_records_of_another_procedure_are_no_damage_to_mend(tmp_path):
+  writer = start(tmp_path)
+  writer.append(0.9, [Record("id-000", "x"), Record("id-001", "y")])
+  path = tmp_path / "threshold_0.9.jsonl"
+  before = path.read_bytes()
+  assert mending.mend(path, laws.procedure()) is None and path.read_bytes() == before
+  mark = cached.procedure_mark(laws.procedure()).encode()
+  first, second = before.splitlines(keepends=True)
+  path.write_bytes(before := first + second.replace(mark, b"0123456789abcdef"))
+  with pytest.raises(GenerationsError, match="outputs of two procedures are mixed"):
+    start(tmp_path)
+  assert path.read_bytes() == before
+
+
+def test_a_line_that_is_no_record_is_taken_out(tmp_path):
+  start(tmp_path).append(0.9, [Record("id-000", "x"), Record("id-001", "y")])
+  path = tmp_path / "threshold_0.9.jsonl"
+  first, second = path.read_bytes().splitlines(keepends=True)
+  path.write_bytes(first.replace(b'"prediction"', b'"prophecy"') + b"\n" + second)
+  again = start(tmp_path)
+  assert again.completed_ids(0.9) == {"id-001"} and path.read_bytes() == second
+  assert any("1 damaged lines and 0 doubled" in report for report in again.reports)
+
+
+def test_a_run_that_does_not_say_where_it_was_decoded_is_told_of(tmp_path):
+  start(tmp_path).append(0.9, [Record("id-000", "x")])
+  known = laws.procedure(platform="cpu", matmul_precision="default")
+  again = start(tmp_path, procedure=known)
+  assert again.completed_ids(0.9) == {"id-000"} and again.procedure == laws.procedure()
+  (report,) = again.reports
+  assert "did not record `platform` and `matmul_precision`" in report
 
 
 def test_resuming_keeps_what_is_there_and_drops_a_cut_off_line(tmp_path):

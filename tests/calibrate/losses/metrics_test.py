@@ -174,3 +174,25 @@ def test_corpus_scores_stand_beside():
   for predictions, references in (([], []), (["a"], [[]]), (["a"], [])):
     with pytest.raises(ValueError, match="`references` to hold at least one text for each"):
       metrics.corpus_scores(predictions, references)
+
+
+def test_a_file_of_the_working_directory_is_a_module(tmp_path, monkeypatch):
+  (tmp_path / "own").mkdir()
+  (tmp_path / "own" / "measure.py").write_text(
+    "from calm.calibrate.losses import metrics\n"
+    "calls = []\n"
+    "def same(prediction, references): return float(prediction in references)\n"
+    "same.binary = True\n"
+    "ready = metrics.METRICS['chrf']\n"
+  )
+  monkeypatch.chdir(tmp_path)
+  before = list(sys.path)
+  found = [metrics.get_metric(f"own{way}:same") for way in ("/measure.py", ".measure")]
+  for metric in found:
+    assert metric.binary and metric("a", ("a", "b")) == 1.0 and metric("c", ("a",)) == 0.0
+  assert found[0].function is found[1].function  # loaded once
+  assert metrics.get_metric("own.measure:ready") is metrics.METRICS["chrf"]
+  assert sys.path == before and "own" not in sys.modules
+  for name in ("own/nothing.py:same", "own.nothing:same", "own.measure:other"):
+    with pytest.raises(ValueError, match="a function that can be imported, got"):
+      metrics.get_metric(name)
