@@ -11,7 +11,6 @@ equivalent.
 
 import argparse
 import ast
-import copy
 import importlib.abc
 import importlib.util
 import itertools
@@ -20,7 +19,14 @@ import os
 import pathlib
 import signal
 import sys
+import tempfile
 import time
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import mutation_trees
+import pytest
+from mutation_equivalent import EQUIVALENT
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 _PROMISES = ("promises_test", "configurations_test", "forgery_test")
@@ -36,8 +42,8 @@ TESTS = {
   "losses/labelling": ("losses/labelling_test",),
   "decision": ("promises_test", "calibration_test", "configurations_test"),
   "configurations": ("configurations_test",),
-  "promises/configurations": ("configurations_test",),
   "promises/promise": _PROMISES,
+  "promises/mean": _PROMISES,
   "promises/quantile": _PROMISES,
   "promises/every_group": _PROMISES,
   "promises/early": _PROMISES,
@@ -45,179 +51,9 @@ TESTS = {
   "promises/mixture": _PROMISES,
   "promises/risks": _PROMISES,
   "promises/cost": _PROMISES,
+  "promises/configurations": _PROMISES,
 }
-# Seconds of CPU, so that a busy machine does not decide.
-TIME_LIMIT = 60
-
-_SWAPS = {
-  ast.Add: ast.Sub,
-  ast.Sub: ast.Add,
-  ast.Mult: ast.Div,
-  ast.Div: ast.Mult,
-  ast.Pow: ast.Mult,
-  ast.Lt: ast.LtE,
-  ast.LtE: ast.Lt,
-  ast.Gt: ast.GtE,
-  ast.GtE: ast.Gt,
-  ast.Eq: ast.NotEq,
-  ast.NotEq: ast.Eq,
-  ast.BitOr: ast.BitAnd,
-  ast.BitAnd: ast.BitOr,
-  ast.And: ast.Or,
-  ast.Or: ast.And,
-}
-_NAMES = {
-  "minimum": "maximum",
-  "maximum": "minimum",
-  "min": "max",
-  "max": "min",
-  "argmin": "argmax",
-  "any": "all",
-  "all": "any",
-  "ceil": "floor",
-  "floor": "ceil",
-  "zeros": "ones",
-  "ones": "zeros",
-}
-
-# Mutants that change no result, by module and the text of the line: why no test can see them.
-EQUIVALENT: dict[tuple[str, str], str] = {
-  ("p_values", "_TINY = 1e-280 [1e-280 -> 1.0]"): "the table gives the same number",
-  ("p_values", "tiny = ~(cdf > _TINY) [Gt -> GtE]"): "as above, at one value",
-  (
-    "p_values",
-    "log_cdf = np.array(np.log(np.where(tiny, 1.0, cdf))) [1.0 -> 2.0]",
-  ): "the table replaces these entries",
-  (
-    "p_values",
-    "if np.any(sizes < 1) or np.any(sizes != np.floor(sizes)): [floor -> ceil]",
-  ): "whole numbers are those that either leaves alone",
-  (
-    "p_values",
-    "if not np.all((sums >= -slack) & (sums <= sizes + slack)): [GtE -> Gt]",
-  ): "another sum only where it is off by the whole slack",
-  (
-    "p_values",
-    "if not np.all((sums >= -slack) & (sums <= sizes + slack)): [LtE -> Lt]",
-  ): "another sum only where it is off by the whole slack",
-  (
-    "p_values",
-    "snapped = np.abs(sums - nearest) <= _SNAP * np.maximum(1.0, nearest) [1.0 -> 2.0]",
-  ): "other sums next to 0 and 1 only, where Bentkus's term is above Hoeffding's: at 1 that is"
-  " n d (1 - d)^(n - 1) / (1 - 1 / n)^(n - 1), at most e times P(B = 1)",
-  (
-    "p_values",
-    "for row in dict.fromkeys(zip(*(array.ravel().tolist() for array in arrays), strict=True)):"
-    " [True -> False]",
-  ): "the arrays have one shape",
-  (
-    "p_values",
-    "yield row, np.logical_and.reduce([array == v for array, v in zip(arrays, row,"
-    " strict=True)]) [True -> False]",
-  ): "a row has a value of each array",
-  (
-    "p_values",
-    "z = (losses.mean(axis=0) - tolerance) * np.sqrt(size) / np.where(has_spread, spread, 1.0)"
-    " [1.0 -> 2.0]",
-  ): "z is not read where there is no spread",
-  (
-    "p_values",
-    "return _finish(np.where(has_spread, special.log_ndtr(z), 0.0), log) [0.0 -> 1.0]",
-  ): "log p is cut at 0 afterwards",
-  (
-    "p_values",
-    "snapped = np.abs(sums - nearest) <= _SNAP * np.maximum(1.0, nearest) [LtE -> Lt]",
-  ): "another sum only where it is off by the whole slack",
-  (
-    "p_values",
-    "if np.any(np.abs(sums - counts) > _SNAP * np.maximum(1.0, counts)): [Gt -> GtE]",
-  ): "another sum only where it is off by the whole slack",
-  (
-    "multiple_testing",
-    "return np.where(np.isnan(p_values), 1.0, p_values) [1.0 -> 2.0]",
-  ): "every p / weight is cut at 1 afterwards",
-  (
-    "multiple_testing",
-    "adjusted = np.ones(len(p_values)) [ones -> zeros]",
-  ): "all entries are set",
-  (
-    "multiple_testing",
-    "weights = np.where(open_, weights + weights[chosen] * edges[chosen], 0.0) [0.0 -> 1.0]",
-  ): "weights of closed hypotheses are not read",
-  ("multiple_testing", "np.fill_diagonal(edges, 0.0) [0.0 -> 1.0]"): "the diagonal is not read",
-  (
-    "multiple_testing",
-    "if weights.shape != (count,) or not np.all(weights >= 0.0) or weights.sum() > 1.0 + 1e-12:"
-    " [Gt -> GtE]",
-  ): "another sum only where it is off by the whole slack",
-  (
-    "multiple_testing",
-    "joined, loops[:, None], out=np.zeros_like(edges), where=loops[:, None] > 1e-12"
-    " [Gt -> GtE]",
-  ): "another edge only where a loop is short of 1 by the whole slack",
-  (
-    "multiple_testing",
-    "if np.any(edges.sum(axis=1) > 1.0 + 1e-12): [Gt -> GtE]",
-  ): "another sum only where it is off by the whole slack",
-}
-
-
-def mutate(node: ast.AST) -> str:
-  """Changes `node` in place; returns what was done, or '' if this node has no mutation."""
-  if isinstance(node, ast.BinOp | ast.AugAssign | ast.BoolOp) and type(node.op) in _SWAPS:
-    old, node.op = type(node.op).__name__, _SWAPS[type(node.op)]()
-    return f"{old} -> {type(node.op).__name__}"
-  if isinstance(node, ast.Compare) and type(node.ops[0]) in _SWAPS:
-    old, node.ops[0] = type(node.ops[0]).__name__, _SWAPS[type(node.ops[0])]()
-    return f"{old} -> {type(node.ops[0]).__name__}"
-  if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.Invert | ast.Not):
-    old, node.op = type(node.op).__name__, ast.UAdd()
-    return f"{old} dropped"
-  if isinstance(node, ast.Constant) and isinstance(node.value, bool):
-    node.value = not node.value
-    return f"{not node.value} -> {node.value}"
-  if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-    old, node.value = node.value, node.value + 1
-    return f"{old} -> {node.value}"
-  if isinstance(node, ast.Attribute) and node.attr in _NAMES:
-    old, node.attr = node.attr, _NAMES[node.attr]
-    return f"{old} -> {node.attr}"
-  return ""
-
-
-def mutants(source: str):
-  """Every (line number, what was done, changed tree) of a module.
-
-  Annotations, decorators and the texts of errors stay.
-  """
-  tree = ast.parse(source)
-  count = len(list(ast.walk(tree)))
-  skipped = {
-    id(inner)
-    for node in ast.walk(tree)
-    for part in [
-      getattr(node, "annotation", None),
-      getattr(node, "returns", None),
-      *getattr(node, "decorator_list", []),
-    ]
-    if part is not None
-    for inner in ast.walk(part)
-  }
-  raised = {
-    id(inner)
-    for node in ast.walk(tree)
-    if isinstance(node, ast.Raise)
-    for inner in ast.walk(node)
-  }
-  originals = list(ast.walk(tree))
-  for index in range(count):
-    if id(originals[index]) in skipped | raised:
-      continue
-    changed = copy.deepcopy(tree)
-    node = list(ast.walk(changed))[index]
-    done = mutate(node)
-    if done:
-      yield getattr(node, "lineno", 0), done, ast.fix_missing_locations(changed)
+COLUMNS = ["module", "mutants", "killed", "equivalent", "survived", "score"]
 
 
 class Substitute(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -239,66 +75,152 @@ class Substitute(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     exec(compile(self._tree, str(self._path), "exec"), module.__dict__)
 
 
-def survives(name: str, tree: ast.Module, path: pathlib.Path, tests: list[str]) -> bool:
-  """Whether all tests pass on a mutant; in a forked child, with numpy and pytest loaded."""
-  import pytest
+class Watch:
+  """A plugin of pytest: seconds of each test, and which functions of a file it enters."""
 
-  child = os.fork()
-  if child == 0:
-    signal.setitimer(signal.ITIMER_PROF, TIME_LIMIT)
+  def __init__(self, path: pathlib.Path, notes: pathlib.Path):
+    self._path, self._notes = str(path), notes
+    self._seen: dict[str, tuple[float, list[int]]] = {}
+
+  @pytest.hookimpl(wrapper=True)
+  def pytest_runtest_call(self, item):
+    """Watches a test; the trace ends with it."""
+    entered: set[int] = set()
+
+    def trace(frame, event, argument):
+      del event, argument
+      if frame.f_code.co_filename == self._path:
+        entered.add(frame.f_code.co_firstlineno)
+
+    started = time.perf_counter()
+    sys.settrace(trace)
+    try:
+      return (yield)
+    finally:
+      sys.settrace(None)
+      self._seen[item.nodeid] = (time.perf_counter() - started, sorted(entered))
+
+  def pytest_sessionfinish(self):
+    """Writes what was seen."""
+    self._notes.write_text(json.dumps(self._seen), "utf-8")
+
+
+class Order:
+  """A plugin of pytest: tests that enter a function first, and of these the quick ones."""
+
+  def __init__(self, seen: dict[str, tuple[float, list[int]]], function: int):
+    self._seen, self._function = seen, function
+
+  def pytest_collection_modifyitems(self, items):
+    """Sorts; nothing is left out."""
+
+    def key(item):
+      seconds, entered = self._seen.get(item.nodeid, (0.0, []))
+      return self._function not in entered and self._function > 0, seconds
+
+    items.sort(key=key)
+
+
+class Subject(NamedTuple):
+  """A module, its tests, and the CPU seconds after which they count as failed."""
+
+  name: str
+  path: pathlib.Path
+  tests: list[str]
+  limit: float = 600.0
+
+  def start(self, tree: ast.Module, plugin: object) -> int:
+    """The process that tests a tree, with numpy and pytest loaded; its exit tells."""
+    child = os.fork()
+    if child:
+      return child
+    signal.setitimer(signal.ITIMER_PROF, self.limit)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    sys.meta_path.insert(0, Substitute(name, tree, path))
+    sys.meta_path.insert(0, Substitute(self.name, tree, self.path))
+    flags = ["-x", "-q", "-W", "ignore::pytest.PytestAssertRewriteWarning", "--assert=plain"]
+    status = pytest.main([*flags, "-p", "no:cacheprovider", *self.tests], plugins=[plugin])
     # The plain exit keeps a mutant's leftovers (threads, handlers) out of the verdict.
-    os._exit(
-      int(
-        pytest.main(
-          [
-            "-x",
-            "-q",
-            "-W",
-            "ignore::pytest.PytestAssertRewriteWarning",
-            "-p",
-            "no:cacheprovider",
-            "--assert=plain",
-            *tests,
-          ]
-        )
-      )
-    )
-  return os.waitpid(child, 0)[1] == 0
+    os._exit(int(status))
 
 
-def check(module: str, names: tuple[str, ...], every: int = 1) -> list[object]:
-  """Runs mutants of one module; prints them, and returns a line of the table."""
+def watched(subject: Subject, source: str) -> tuple[Subject, dict]:
+  """The module as it is: its time limit, and what `Watch` saw of each test."""
+  with tempfile.TemporaryDirectory() as folder:
+    notes = pathlib.Path(folder) / "seen.json"
+    child = subject.start(ast.parse(source), Watch(subject.path, notes))
+    _, status, used = os.wait4(child, 0)
+    if status:
+      raise SystemExit(f"{subject.name}: the tests fail without any mutation.")
+    seen = json.loads(notes.read_text("utf-8"))
+  # Seconds of CPU, so that a busy machine does not decide.
+  return subject._replace(limit=5.0 + 3.0 * (used.ru_utime + used.ru_stime)), seen
+
+
+def survivors(
+  subject: Subject, mutants: Iterable[mutation_trees.Mutant], seen: dict, jobs: int
+) -> Iterator[tuple[mutation_trees.Mutant, bool]]:
+  """(mutant, whether all tests pass on it), some at once, in the order in which they end."""
+  left, running = iter(mutants), {}
+  while True:
+    for mutant in itertools.islice(left, jobs - len(running)):
+      running[subject.start(mutant.tree, Order(seen, mutant.function))] = mutant
+    if not running:
+      return
+    child, status = os.wait()
+    yield running.pop(child), status == 0
+
+
+def check(module: str, options: argparse.Namespace) -> tuple[list[object], list[list[str]]]:
+  """Runs mutants of one module; prints those that live.
+
+  Returns:
+    (line of the table, [module, mutant, why] of each equivalent one).
+  """
   path = ROOT / "calm" / "calibrate" / f"{module}.py"
   source = path.read_text("utf-8")
+  names = options.tests or TESTS[module]
   tests = [str(ROOT / "tests" / "calibrate" / f"{name}.py") for name in names]
-  full_name = f"calm.calibrate.{module.replace('/', '.')}"
-  if not survives(full_name, ast.parse(source), path, tests):
-    raise SystemExit(f"{module}: the tests fail without any mutation.")
-  total, killed, explained, unexplained = 0, 0, 0, 0
   started = time.perf_counter()
-  for line, done, tree in itertools.islice(mutants(source), 0, None, every):
+  subject = Subject(f"calm.calibrate.{module.replace('/', '.')}", path, tests)
+  subject, seen = watched(subject, source)
+  chosen = itertools.islice(mutation_trees.mutants(source), 0, None, options.every)
+  total, unexplained, explained = 0, 0, []
+  for mutant, lives in survivors(subject, chosen, seen, options.jobs):
     total += 1
-    if not survives(full_name, tree, path, tests):
-      killed += 1
+    if not lives:
       continue
-    text = source.splitlines()[line - 1].strip()
-    why = EQUIVALENT.get((path.stem, f"{text} [{done}]"))
-    explained += why is not None
-    unexplained += why is None
-    print(
-      f"  survived {path.name}:{line}: {done}: {text}{f' ({why})' if why else ''}", flush=True
-    )
+    why = EQUIVALENT.get((module, mutant.called))
+    if why is None:
+      unexplained += 1
+    else:
+      explained.append([module, f"`{mutant.called}`", why])
+    reason = "" if why is None else f" ({why})"
+    print(f"  survived {path.name}:{mutant.line}: {mutant.called}{reason}", flush=True)
+  killed = total - unexplained - len(explained)
   print(
-    f"{module}: {killed} of {total} mutants killed, {explained} equivalent, {unexplained} left"
-    f" ({time.perf_counter() - started:.0f} s)",
+    f"{module}: {killed} of {total} mutants killed, {len(explained)} equivalent,"
+    f" {unexplained} left ({time.perf_counter() - started:.0f} s)",
     flush=True,
   )
-  score = killed / max(1, total - explained)
-  return [module, str(total), str(killed), str(explained), str(unexplained), f"{score:.3f}"]
+  score = f"{killed / max(1, total - len(explained)):.3f}" if total else None
+  return [module, total, killed, len(explained), unexplained, score], sorted(explained)
+
+
+def write(output: pathlib.Path, rows: list, columns: list[str]) -> None:
+  """A table for `scripts/tables.py`."""
+  import numpy
+  import scipy
+
+  value = {
+    "command": " ".join(["python", "scripts/mutation_check.py", *sys.argv[1:]]),
+    "columns": columns,
+    "rows": rows,
+    "versions": {"numpy": numpy.__version__, "scipy": scipy.__version__},
+  }
+  text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+  output.write_text(text, "utf-8")
 
 
 def main() -> None:
@@ -308,29 +230,25 @@ def main() -> None:
     "--module", nargs="+", help="modules of calm.calibrate (default: all of `TESTS`)"
   )
   parser.add_argument("--tests", nargs="+", help="test modules in tests/calibrate")
-  parser.add_argument("--output", help="JSON file of the table")
+  parser.add_argument(
+    "--output", type=pathlib.Path, help="JSON file; NAME_equivalent.json comes beside it"
+  )
   parser.add_argument("--every", type=int, default=1, help="take one mutant of so many")
+  parser.add_argument("--jobs", type=int, default=1, help="mutants that are tested at once")
   options = parser.parse_args()
   os.chdir(ROOT)
   sys.path.insert(0, str(ROOT))
   # Loaded once, before any child is forked; nothing of the project is.
   import hypothesis.strategies  # noqa: F401
-  import numpy
-  import pytest  # noqa: F401
-  import scipy.stats
+  import numpy  # noqa: F401
+  import scipy.stats  # noqa: F401
 
-  chosen = options.module or list(TESTS)
-  rows = [check(m, tuple(options.tests or TESTS[m]), options.every) for m in chosen]
+  rows, explained = zip(*(check(m, options) for m in options.module or TESTS), strict=True)
   if options.output:
-    value = {
-      "command": " ".join(["python", "scripts/mutation_check.py", *sys.argv[1:]]),
-      "columns": ["module", "mutants", "killed", "equivalent", "survived", "score"],
-      "rows": rows,
-      "versions": {"numpy": numpy.__version__, "scipy": scipy.__version__},
-    }
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    pathlib.Path(options.output).write_text(text, "utf-8")
-  raise SystemExit(1 if any(row[4] != "0" for row in rows) else 0)
+    write(options.output, list(rows), COLUMNS)
+    beside = options.output.with_stem(f"{options.output.stem}_equivalent")
+    write(beside, [*itertools.chain(*explained)], ["module", "line [change]", "why"])
+  raise SystemExit(1 if any(row[4] for row in rows) else 0)
 
 
 if __name__ == "__main__":

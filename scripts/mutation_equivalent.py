@@ -1,0 +1,89 @@
+"""Mutants of `calm.calibrate` that no test can see, each with why.
+
+`mutation_check.py` counts them apart.
+A key is a module and the text of the line with what was done to it; a line that is edited loses
+its entry, which tests/scripts/mutation_check_test.py tells.
+"""
+
+EQUIVALENT: dict[tuple[str, str], str] = {
+  ("evidence/p_values", "_TINY = 1e-280 [1e-280 -> 1.0]"): "the table gives the same number",
+  ("evidence/p_values", "tiny = ~(cdf > _TINY) [Gt -> GtE]"): "as above, at one value",
+  (
+    "evidence/p_values",
+    "log_cdf = np.array(np.log(np.where(tiny, 1.0, cdf))) [1.0 -> 2.0]",
+  ): "the table replaces these entries",
+  (
+    "evidence/p_values",
+    "if np.any(sizes < 1) or np.any(sizes != np.floor(sizes)): [floor -> ceil]",
+  ): "whole numbers are those that either leaves alone",
+  (
+    "evidence/p_values",
+    "if not np.all((sums >= -slack) & (sums <= sizes + slack)): [GtE -> Gt]",
+  ): "another sum only where it is off by the whole slack",
+  (
+    "evidence/p_values",
+    "if not np.all((sums >= -slack) & (sums <= sizes + slack)): [LtE -> Lt]",
+  ): "another sum only where it is off by the whole slack",
+  (
+    "evidence/p_values",
+    "snapped = np.abs(sums - nearest) <= _SNAP * np.maximum(1.0, nearest) [1.0 -> 2.0]",
+  ): "other sums next to 0 and 1 only, where Bentkus's term is above Hoeffding's: at 1 that is"
+  " n d (1 - d)^(n - 1) / (1 - 1 / n)^(n - 1), at most e times P(B = 1)",
+  (
+    "evidence/p_values",
+    "for row in dict.fromkeys(zip(*(array.ravel().tolist() for array in arrays), strict=True)):"
+    " [True -> False]",
+  ): "the arrays have one shape",
+  (
+    "evidence/p_values",
+    "yield row, np.logical_and.reduce([array == v for array, v in zip(arrays, row,"
+    " strict=True)]) [True -> False]",
+  ): "a row has a value of each array",
+  (
+    "evidence/p_values",
+    "z = (losses.mean(axis=0) - tolerance) * np.sqrt(size) / np.where(has_spread, spread, 1.0)"
+    " [1.0 -> 2.0]",
+  ): "z is not read where there is no spread",
+  (
+    "evidence/p_values",
+    "return _finish(np.where(has_spread, special.log_ndtr(z), 0.0), log) [0.0 -> 1.0]",
+  ): "log p is cut at 0 afterwards",
+  (
+    "evidence/p_values",
+    "snapped = np.abs(sums - nearest) <= _SNAP * np.maximum(1.0, nearest) [LtE -> Lt]",
+  ): "another sum only where it is off by the whole slack",
+  (
+    "evidence/p_values",
+    "if np.any(np.abs(sums - counts) > _SNAP * np.maximum(1.0, counts)): [Gt -> GtE]",
+  ): "another sum only where it is off by the whole slack",
+  (
+    "evidence/multiple_testing",
+    "return np.where(np.isnan(p_values), 1.0, p_values) [1.0 -> 2.0]",
+  ): "every p / weight is cut at 1 afterwards",
+  (
+    "evidence/multiple_testing",
+    "adjusted = np.ones(len(p_values)) [ones -> zeros]",
+  ): "all entries are set",
+  (
+    "evidence/multiple_testing",
+    "weights = np.where(open_, weights + weights[chosen] * edges[chosen], 0.0) [0.0 -> 1.0]",
+  ): "weights of closed hypotheses are not read",
+  (
+    "evidence/multiple_testing",
+    "np.fill_diagonal(edges, 0.0) [0.0 -> 1.0]",
+  ): "the diagonal is not read",
+  (
+    "evidence/multiple_testing",
+    "if weights.shape != (count,) or not np.all(weights >= 0.0) or weights.sum() > 1.0 + 1e-12:"
+    " [Gt -> GtE]",
+  ): "another sum only where it is off by the whole slack",
+  (
+    "evidence/multiple_testing",
+    "joined, loops[:, None], out=np.zeros_like(edges), where=loops[:, None] > 1e-12"
+    " [Gt -> GtE]",
+  ): "another edge only where a loop is short of 1 by the whole slack",
+  (
+    "evidence/multiple_testing",
+    "if np.any(edges.sum(axis=1) > 1.0 + 1e-12): [Gt -> GtE]",
+  ): "another sum only where it is off by the whole slack",
+}
