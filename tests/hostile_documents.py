@@ -18,30 +18,19 @@ from calm.calibrate import NEVER_EXIT, Calibration, audit, calibrate, generation
 from calm.calibrate.generations import records, writer
 from calm.data import datasets, vocabulary
 from calm.inference import options
-from calm.t5 import network, parameters
+from calm.t5 import network
+from tests import toys
 from tests.calibrate import laws
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "huggingface"
 GONE = "@gone@"
 
-CONFIG = network.T5Config(
-  vocab_size=300,
-  emb_dim=8,
-  num_heads=2,
-  num_encoder_layers=1,
-  num_decoder_layers=2,
-  head_dim=4,
-  mlp_dim=12,
-  mlp_activations=("gelu", "linear"),
-)
+CONFIG = network.T5Config(vocab_size=300, **toys.SMALLEST)
 
 
 def model(folder: pathlib.Path) -> pathlib.Path:
-  rng = np.random.default_rng(0)
-  shapes = parameters.expected_shapes(CONFIG)
-  flat = {p: rng.standard_normal(s).astype(np.float32) for p, s in shapes.items()}
   words = vocabulary.ByteVocabulary(extra_ids=0)
-  checkpoints.save(folder, parameters.unflatten(flat), CONFIG, vocabulary=words)
+  checkpoints.save(folder, toys.params(CONFIG, seed=0), CONFIG, vocabulary=words)
   return folder
 
 

@@ -49,6 +49,18 @@ class Config:
   relpos_max_distance: int = 128
 
 
+# The smallest network with an exit before its last layer, where only names and shapes matter.
+SMALLEST: dict[str, Any] = dict(
+  emb_dim=8,
+  num_heads=2,
+  num_encoder_layers=1,
+  num_decoder_layers=2,
+  head_dim=4,
+  mlp_dim=12,
+  mlp_activations=("gelu", "linear"),
+)
+
+
 def network_fields(config: Config) -> dict[str, Any]:
   """The configuration as keyword arguments of the network's own (`num_pieces` left out)."""
   fields = dataclasses.asdict(config)

@@ -14,26 +14,13 @@ from calm import checkpoints
 from calm.checkpoints import files
 from calm.data import vocabulary
 from calm.t5 import network, parameters
-from tests import toy_vocabulary
+from tests import toy_vocabulary, toys
 
-CONFIG = network.T5Config(
-  vocab_size=64,
-  emb_dim=8,
-  num_heads=2,
-  num_encoder_layers=1,
-  num_decoder_layers=2,
-  head_dim=4,
-  mlp_dim=12,
-  mlp_activations=("gelu", "linear"),
-  dropout_rate=0.05,
-)
+CONFIG = network.T5Config(vocab_size=64, dropout_rate=0.05, **toys.SMALLEST)
 
 
 def draw(config: network.T5Config = CONFIG, seed: int = 0) -> dict:
-  rng = np.random.default_rng(seed)
-  shapes = parameters.expected_shapes(config)
-  flat = {p: rng.standard_normal(s).astype(np.float32) for p, s in shapes.items()}
-  return parameters.unflatten(flat)
+  return toys.params(config, seed)
 
 
 def edit(params: dict, path: str, leaf) -> dict:

@@ -14,6 +14,7 @@ import pytest
 from calm import checkpoints
 from calm.checkpoints import t5x
 from calm.t5 import network, parameters
+from tests import toys
 
 # Orbax leaves tasks without an owner when a restore fails, as some tests here make it do.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -69,17 +70,7 @@ def test_parameters_are_read_bit_for_bit_and_give_the_logits_of_t5x(unpacked, na
 def test_configuration_is_told_by_names_and_shapes():
   golden = expected()
   del golden["tokens"], golden["logits"]
-  config = network.T5Config(
-    vocab_size=32,
-    emb_dim=8,
-    num_heads=2,
-    num_encoder_layers=1,
-    num_decoder_layers=2,
-    head_dim=4,
-    mlp_dim=12,
-    mlp_activations=("gelu", "linear"),
-    exit_classifier=False,
-  )
+  config = network.T5Config(vocab_size=32, exit_classifier=False, **toys.SMALLEST)
   assert t5x.infer_config(golden) == config
 
 
