@@ -58,7 +58,7 @@ def __getattr__(name: str) -> object:
   """Loads a public name on its first use."""
   if name not in _NAMES:
     raise AttributeError(
-      f"module 'calm' has no attribute {name!r}; it has {', '.join(_NAMES)}."
+      f"Expected a name that calm has, got {name!r}; it has {', '.join(_NAMES)}."
     )
   import importlib
 

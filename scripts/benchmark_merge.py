@@ -82,7 +82,9 @@ def measured(*words: str) -> tuple[float, float]:
   _, status, used = os.wait4(process.pid, 0)
   process.returncode = os.waitstatus_to_exitcode(status)
   if status:
-    raise RuntimeError(f"calm {' '.join(words)}: status {process.returncode}")
+    raise RuntimeError(
+      f"Expected status 0 of calm {' '.join(words)}, got {process.returncode}; run it by hand."
+    )
   return time.monotonic() - start, used.ru_maxrss / 1024
 
 

@@ -148,7 +148,7 @@ def batches(model: Model, setting: Setting) -> list[np.ndarray]:
   whole = len(rows) // setting.batch_size * setting.batch_size
   if not whole:
     raise ValueError(
-      f"Expected at least {setting.batch_size} prompts for a batch, got {len(rows)}."
+      f"Expected at least {setting.batch_size} prompts for a batch, got {len(rows)}; give more."
     )
   return list(padded[:whole].reshape(-1, setting.batch_size, setting.input_length))
 

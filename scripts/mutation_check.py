@@ -152,7 +152,10 @@ def watched(subject: Subject, source: str) -> tuple[Subject, dict]:
     child = subject.start(ast.parse(source), Watch(subject.path, notes))
     _, status, used = os.wait4(child, 0)
     if status:
-      raise SystemExit(f"{subject.name}: the tests fail without any mutation.")
+      raise SystemExit(
+        f"Expected the tests of {subject.name} to pass without a mutation, got a failure; run"
+        " them first."
+      )
     seen = json.loads(notes.read_text("utf-8"))
   # Seconds of CPU, so that a busy machine does not decide.
   return subject._replace(limit=5.0 + 3.0 * (used.ru_utime + used.ru_stime)), seen

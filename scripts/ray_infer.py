@@ -79,7 +79,9 @@ def main() -> int:
   )
   lines = {int(row["place"]): row["line"] for row in decoded.iter_rows()}
   if set(lines) != set(range(len(rows))):
-    raise RuntimeError(f"{len(lines)} outputs of {len(rows)} prompts came back")
+    raise RuntimeError(
+      f"Expected outputs of {len(rows)} prompts, got {len(lines)}; run it again."
+    )
   text = "".join(f"{lines[place]}\n" for place in range(len(rows)))
   files.write_atomically(flags.output, text)
   print(f"{len(lines)} prompts by {flags.actors} actors: {flags.output}")

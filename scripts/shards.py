@@ -64,7 +64,7 @@ def kill_and_restart(words: list[str], count: int, kills: int, rng: random.Rando
       elif code == 0:
         del running[number]
       elif code is not None:
-        raise RuntimeError(f"{shard(number)}: status {code}")
+        raise RuntimeError(f"Expected status 0 of {shard(number)}, got {code}; run it by hand.")
   return killed
 
 
@@ -108,11 +108,13 @@ def main() -> int:
     for size in flags.batch_sizes:
       one, many = base / f"one{size}", base / f"many{size}"
       if start(command(base / "prompts.jsonl", one, size)).wait():
-        raise RuntimeError("the undisturbed run failed")
+        raise RuntimeError(
+          "Expected status 0 of the undisturbed run, got another; run it by hand."
+        )
       words = command(base / "prompts.jsonl", many, size)
       killed = kill_and_restart(words, flags.shards, flags.kills, rng)
       if start([sys.executable, "-m", "calm", "merge", str(many)]).wait():
-        raise RuntimeError("calm merge failed")
+        raise RuntimeError("Expected status 0 of calm merge, got another; run it by hand.")
       rows.append([size, flags.shards, killed, *compare(many / "merged", one)])
       print(dict(zip(COLUMNS, rows[-1], strict=True)), flush=True)
   result = {

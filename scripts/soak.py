@@ -192,7 +192,10 @@ def infer(flags: argparse.Namespace, rng: random.Random) -> tuple[list, bool]:
       process.returncode = os.waitstatus_to_exitcode(status)
       lines = (at / "out.jsonl").read_bytes().count(b"\n")
       if status or lines != count:
-        raise RuntimeError(f"{command}: status {status}, {lines} lines of {count}")
+        raise RuntimeError(
+          f"Expected {count} lines of {command}, got {lines} and status {status}; run it by"
+          " hand."
+        )
       peaks.append(used.ru_maxrss / 1024)
   found = {"maps": ("",), "descriptors": ("",), "resident": tuple(peaks)}
   line = [

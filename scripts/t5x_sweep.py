@@ -130,7 +130,8 @@ def load(model, dataset_cfg, partitioner, restore_checkpoint_cfg) -> tuple[Any, 
   )  # fmt: skip
   if state is None:
     raise FileNotFoundError(
-      f"Expected a T5X checkpoint, got {restore_checkpoint_cfg.path!r}, which holds none."
+      f"Expected a T5X checkpoint, got {restore_checkpoint_cfg.path!r}, which holds none;"
+      " give a folder checkpoint_STEP."
     )
 
   def predict(params, batch, threshold):

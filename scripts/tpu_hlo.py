@@ -92,7 +92,10 @@ class Module:
     """
     loops = [x for x in self.computations[self.entry] if x.opcode == "while"]
     if not loops:
-      raise ValueError("Expected a loop over tokens in the compiled module, got none.")
+      raise ValueError(
+        "Expected a loop over tokens in the compiled module, got none; compile a whole"
+        " decoding."
+      )
     return max(loops, key=lambda x: sum(1 for _ in self.within(x.called("body"))))
 
   def token_loop(self) -> str:
@@ -141,7 +144,10 @@ def parse(text: str) -> Module:
     elif name and (instruction := _instruction(line)):
       computations[name].append(instruction)
   if not entry:
-    raise ValueError("Expected the text of a compiled module, got one without an entry.")
+    raise ValueError(
+      "Expected the text of a compiled module, got one without an entry; give all of"
+      " `as_text()`."
+    )
   return Module({key: tuple(value) for key, value in computations.items()}, entry)
 
 
@@ -198,7 +204,10 @@ def step_cycles(
 
   total = run(module.token_loop(), turns=True)
   if left:
-    raise ValueError(f"Expected {segments} segments of layers in the loop, got {left} fewer.")
+    raise ValueError(
+      f"Expected {segments} segments of layers in the loop, got {left} fewer; ask for those"
+      " that it has."
+    )
   return total
 
 

@@ -147,7 +147,9 @@ def compiled(
   caches = 2 * half * width * rule.depth(config.num_decoder_layers)
   memory = made.memory_analysis()
   if memory is None:
-    raise RuntimeError("Expected the compiler to tell what memory it needs, got nothing.")
+    raise RuntimeError(
+      "Expected the compiler to tell what memory it needs, got nothing; take another version."
+    )
   return Compiled(tpu_hlo.parse(made.as_text() or ""), memory.temp_size_in_bytes, caches, half)
 
 
@@ -284,7 +286,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tpu_figure.draw(flags.output)
     return
   if reason := available():
-    raise SystemExit(f"Expected a machine that can compile for a TPU: {reason}.")
+    raise SystemExit(
+      f"Expected a machine that can compile for a TPU, got another ({reason}); take x86"
+      " Linux with the compiler."
+    )
   given = [part for part in arguments or sys.argv[1:] if not part.startswith("--output")]
   command = " ".join(["python scripts/tpu_report.py", *given])
   estimates = stored(flags.output)

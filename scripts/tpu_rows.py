@@ -190,7 +190,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--output", default=OUTPUT, type=pathlib.Path)
   flags = parser.parse_args(arguments)
   if reason := tpu_report.available():
-    raise SystemExit(f"Expected a machine that can compile for a TPU: {reason}.")
+    raise SystemExit(
+      f"Expected a machine that can compile for a TPU, got another ({reason}); take x86"
+      " Linux with the compiler."
+    )
   kept = json.loads(flags.output.read_text("utf-8")) if flags.output.exists() else {}
   if kept.get("versions") != tpu_report.versions():
     kept = {}

@@ -201,10 +201,14 @@ def memory(step: Step) -> Memory:
   try:
     made = compiled(step)
   except jax.errors.JaxRuntimeError as error:
-    raise RuntimeError(f"Expected {step} to fit. The compiler: {str(error)[:300]}") from error
+    raise RuntimeError(
+      f"Expected {step} to fit, got from the compiler: {str(error)[:300]}; take more cores."
+    ) from error
   found = made.memory_analysis()
   if found is None:
-    raise RuntimeError("Expected the compiler to tell what memory it needs, got nothing.")
+    raise RuntimeError(
+      "Expected the compiler to tell what memory it needs, got nothing; take another version."
+    )
   module = tpu_hlo.parse(made.as_text() or "")
   peak = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
   decodes = step.kind == "decode"
@@ -292,7 +296,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--output", default=OUTPUT, type=pathlib.Path)
   flags = parser.parse_args(arguments)
   if reason := tpu_report.available():
-    raise SystemExit(f"Expected a machine that can compile for a TPU: {reason}.")
+    raise SystemExit(
+      f"Expected a machine that can compile for a TPU, got another ({reason}); take x86"
+      " Linux with the compiler."
+    )
   made = stored(flags.output)
   for name in flags.steps:
     if name not in made:

@@ -75,7 +75,7 @@ def test_calm_lists_and_loads_its_names():
   assert set(calm.__all__) <= set(dir(calm))
   assert calm.load is calm.inference.load and math.isinf(calm.NEVER_EXIT)
   assert calm.calibrate.calibrate.__module__ == "calm.calibrate.certify"
-  with pytest.raises(AttributeError, match=r"no attribute 'nothing'; it has .*load"):
+  with pytest.raises(AttributeError, match=r"got 'nothing'; it has .*load"):
     calm.nothing  # noqa: B018
 
 

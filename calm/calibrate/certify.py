@@ -382,4 +382,5 @@ def _too_few(part: Evidence, run: _Run, count: int) -> str:
     method=part.method,
     share=testing.first_share(run.procedure, count),
   )
+  text = text[:1].lower() + text[1:]  # it ends a sentence
   return (text and part.name and f"{part.name}: {text}") or text

@@ -13,6 +13,7 @@ from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
 
 # Where a method's own size is sought no further: nobody calibrates on more prompts.
 _MOST_PROMPTS = 10**6
+_MORE = "give more, or allow a larger loss or error rate"
 
 
 def min_calibration_size(
@@ -172,10 +173,12 @@ def refusal(
   needed = min_calibration_size(tolerance, error_rate * share, lower=least, upper=support.upper)
   rates = f"at tolerance {tolerance} and error rate {error_rate * share}"
   if num_examples < needed:
-    more = "" if method is None else _own_size(method, tolerance, error_rate, support, share)
+    own_size = (
+      "" if method is None else _own_size(method, tolerance, error_rate, support, share)
+    )
     return (
-      f"{num_examples} prompts are too few {rates}, whatever their losses; at least {needed}"
-      f" are needed{more}."
+      f"Expected at least {needed} prompts {rates}{own_size}, got {num_examples}, which are"
+      f" too few whatever their losses; {_MORE}."
     )
   if method is None:
     return ""
@@ -184,14 +187,14 @@ def refusal(
     return ""
   wanted = f"at least {own}" if own else f"more than {_MOST_PROMPTS}"
   return (
-    f"{num_examples} prompts are too few {rates} for the method {method!r}, whatever their"
-    f" losses; {wanted} are needed."
+    f"Expected {wanted} prompts {rates} for the method {method!r}, got {num_examples}, which"
+    f" are too few whatever their losses; {_MORE}."
   )
 
 
 def _own_size(method, tolerance, error_rate, support, share) -> str:
   own = method_size(method, tolerance, error_rate, support=support, share=share)
-  return f", {own} by the method {method!r}" if own is not None else ""
+  return f" ({own} by the method {method!r})" if own is not None else ""
 
 
 def forecast(

@@ -138,7 +138,7 @@ class SequentialCalibration:
     column = self._losses[-1]
     if self.finished or len(column) + len(values) > self.design.planned_size:
       raise ValueError(
-        "Expected `losses` to be those of the last `request`; got more than it asked for."
+        "Expected `losses` to be those of the last `request`, got more than it asked for."
       )
     low, high = self.support.lower, self.support.upper
     inside = (values >= low - _SLACK) & (values <= high + _SLACK)

@@ -105,7 +105,10 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       f"Expected {str(path)!r} to be JSON in UTF-8, got: {error}; copy or download it again."
     ) from error
   if not isinstance(value, dict):
-    raise ValueError(f"Expected {str(path)!r} to be a JSON object, got {type(value).__name__}.")
+    raise ValueError(
+      f"Expected {str(path)!r} to be a JSON object, got {type(value).__name__}; copy or"
+      " download it again."
+    )
   return value
 
 

@@ -192,6 +192,6 @@ def _take_embedding_and_head(
     if not np.array_equal(copy, embedding):
       raise ValueError(
         f"Expected `path` to hold one token embedding, got {name!r} that differs from"
-        f" {_EMBEDDING!r}: an encoder and a decoder with embeddings of their own are not T5."
+        f" {_EMBEDDING!r}; an encoder and a decoder with embeddings of their own are not T5."
       )
   return embedding, None if head is None or np.array_equal(head, embedding) else head

@@ -154,7 +154,10 @@ def network_config(
   sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
   missing = [field for field in sizes if field not in theirs]
   if missing:
-    raise ValueError(f"Expected config.json to give {', '.join(sizes)}. Missing: {missing}.")
+    raise ValueError(
+      f"Expected config.json to give {', '.join(sizes)}, got none of {missing}; copy or"
+      " download it again."
+    )
   options = {"relpos_buckets": 32, "relpos_max_distance": 128}
   options |= {ours: theirs[name] for ours, name in FIELDS.items() if name in theirs}
   if theirs.get("num_decoder_layers") is None:  # as many as the encoder has
@@ -179,8 +182,8 @@ def _activations(theirs: Mapping[str, Any]) -> tuple[str, ...]:
   name = "gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-")
   if name not in _ACTIVATIONS:
     raise ValueError(
-      "Expected `feed_forward_proj` in config.json to be gated-gelu, relu, silu, gelu_new (or"
-      f" one of these after 'gated-'), got {kind!r}, which T5X's network does not have."
+      "Expected `feed_forward_proj` in config.json to be gated-gelu, relu, silu, gelu_new"
+      f" (or one of these after 'gated-'), got {kind!r}; T5X's network has no other."
     )
   return (_ACTIVATIONS[name], "linear") if kind.startswith("gated-") else (_ACTIVATIONS[name],)
 

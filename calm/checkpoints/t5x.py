@@ -206,6 +206,7 @@ def _import(name: str) -> Any:
     return importlib.import_module(name)
   except ImportError as error:
     raise ImportError(
-      f"Reading T5X checkpoints needs {name}, which is not installed; install the `train` extra"
-      " (`pip install 'calm-t5x[train]'`), or convert the checkpoint where it is."
+      f"Expected {name} to read T5X checkpoints with, got none that is installed; install"
+      " the `train` extra (`pip install 'calm-t5x[train]'`), or convert the checkpoint"
+      " where it is."
     ) from error

@@ -231,8 +231,9 @@ def _verify(arguments, console, cached: generations.Generations) -> int:
   differ = verifying.differences(told, again)
   if differ:
     raise ValueError(
-      f"Expected {arguments.verify} to be what these outputs give, got other fields {differ}:"
-      " it was made from other outputs or by another version, or was edited."
+      f"Expected {arguments.verify} to be what these outputs give, got other fields"
+      f" {differ}: it was made from other outputs or by another version, or was edited;"
+      " calibrate again."
     )
   screen.say(console, f"{arguments.verify} is what these outputs give (digest {told.digest}).")
   screen.say(console, told.guarantee)

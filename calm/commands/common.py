@@ -154,7 +154,7 @@ def missing_package(error: ModuleNotFoundError) -> str:
   name = (error.name or "").split(".")[0]
   extra = next((extra for extra, names in extras.items() if name in names), None)
   hint = f"pip install 'calm-t5x[{extra}]'" if extra else f"install {name!r}"
-  return f"this command needs the package {name!r}, which is not installed: {hint}."
+  return f"Expected the package {name!r} for this command, got none that is installed; {hint}."
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None):
@@ -216,7 +216,8 @@ def parse_gin(arguments: argparse.Namespace) -> None:
   except OSError as error:
     raise FileNotFoundError(
       f"Expected `--gin_file` to name a gin file, got {' '.join(arguments.gin_file)}:"
-      f" {' '.join(str(error).split())} `--gin_search_paths` adds folders to look in."
+      f" {' '.join(str(error).split()).rstrip('.')}; `--gin_search_paths` adds folders to"
+      " look in."
     ) from error
   except ModuleNotFoundError as error:
     if error.name and error.name.split(".")[0] in ("seqio", "tensorflow", "t5x", "optax"):

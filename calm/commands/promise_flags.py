@@ -82,7 +82,9 @@ def promise_of(
   if arguments.promise == "cost":
     return promises.Cost(arguments.at_most, costs=depths / deepest)
   if not arguments.depths:
-    raise ValueError("Expected `--depths` for --promise=early_exits, got none, as in 3,5.")
+    raise ValueError(
+      "Expected `--depths` for --promise=early_exits, got none; give them as in 3,5."
+    )
   try:
     limits = tuple(float(text) for text in arguments.depths.split(","))
     return promises.EarlyExits(limits, depths=depths)

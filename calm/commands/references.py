@@ -49,7 +49,7 @@ def with_references(cached: generations.Generations, path: str) -> generations.G
   if unknown:
     raise ValueError(
       f"Expected {path} to name prompts of these outputs, got {len(unknown)} others, first"
-      f" {unknown[:5]}."
+      f" {unknown[:5]}; leave them out."
     )
   prompts = tuple(
     prompt if prompt.targets else dataclasses.replace(prompt, targets=found.get(prompt.id, ()))

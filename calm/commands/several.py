@@ -73,7 +73,10 @@ def calibrate_risks(arguments, cached: generations.Generations) -> calibrate_lib
   """
   _refuse_others(arguments, "--risks")
   if cached.sequential:
-    raise ValueError("Expected a complete run for --risks, got one that stopped early.")
+    raise ValueError(
+      "Expected a complete run for --risks, got one that stopped early; give one that was"
+      " decoded whole."
+    )
   return calibrate_lib.calibrate(
     risks=risks_of(arguments, cached),
     error_rate=arguments.error_rate,
@@ -91,7 +94,9 @@ def calibrate_configurations(arguments) -> calibrate_lib.Calibration:
   _refuse_others(arguments, "--configurations")
   if arguments.directory or arguments.full or arguments.outputs or not arguments.output:
     raise ValueError(
-      "Expected --configurations and --output alone, without a folder, --full or --outputs."
+      "Expected `--configurations` with --output and without a folder, --full or --outputs,"
+      f" got directory={arguments.directory!r}, --full={arguments.full!r},"
+      f" --outputs={arguments.outputs!r}, --output={arguments.output!r}."
     )
   risks, costs = {}, {}
   for name, folder in _folders(arguments.configurations):
@@ -122,4 +127,7 @@ def _refuse_others(arguments, option: str) -> None:
   if arguments.promise != "mean":
     there.append(f"--promise={arguments.promise}")
   if there:
-    raise ValueError(f"Expected {option} without {' and '.join(there)}: it bounds means.")
+    raise ValueError(
+      f"Expected {option} alone, as it bounds means, got {' and '.join(there)} beside; leave"
+      " that out."
+    )

@@ -86,8 +86,9 @@ def _count(environment: Mapping[str, str]) -> int:
   if count > 1:
     return count
   raise ValueError(
-    "Expected `--num_shards` to be a number, got 'auto', and neither SLURM_ARRAY_TASK_COUNT nor"
-    " several JAX processes tell it (a Kubernetes job does not tell its `completions`)."
+    "Expected `--num_shards` to be a number, got 'auto', where neither"
+    " SLURM_ARRAY_TASK_COUNT nor several JAX processes tell it; give the number (a"
+    " Kubernetes job does not tell its `completions`)."
   )
 
 
@@ -119,7 +120,7 @@ class Part:
   def __init__(self, prompts: Any, which: shards.Shard, output: str):
     if output == "-" or (pathlib.Path(output).exists() and not pathlib.Path(output).is_dir()):
       raise ValueError(
-        f"Expected `--output` to be a folder with `--num_shards`, got {output!r}: every shard"
+        f"Expected `--output` to be a folder with `--num_shards`, got {output!r}; every shard"
         " writes a folder of its own in it."
       )
     self._prompts, self._shard = prompts, which
@@ -153,15 +154,15 @@ class Part:
       ours, theirs = getattr(mine, name), getattr(there, name)
       if ours != theirs:
         raise GenerationsError(
-          f"{self.folder / shards.MARK}: is of a run with another `{name}`"
-          f"{_entries(theirs, ours)}. Choose another --output, or take the folder away."
+          f"{self.folder / shards.MARK}: expected the `{name}` of this run, got"
+          f" another{_entries(theirs, ours)}; choose another --output, or take the folder away."
         )
     for name, expected in there.checksums.items():
       path = self.folder / name
       if not path.is_file() or files.checksum(path) != expected:
         raise GenerationsError(
-          f"{path}: is not as it was when its shard was finished. Take {self.folder} away and"
-          " run the shard again."
+          f"{path}: expected the file as it was when its shard was finished, got another or"
+          f" none; take {self.folder} away and run the shard again."
         )
     return True
 

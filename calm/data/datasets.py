@@ -97,7 +97,7 @@ def read_examples(
   """
   path = pathlib.Path(path)
   if limit is not None and limit < 1:
-    raise ValueError(f"Expected `limit` of at least 1, or None for all; got {limit}.")
+    raise ValueError(f"Expected `limit` of at least 1, or None for all, got {limit}.")
   examples: list[Example] = []
   lines_of_ids: dict[str, int] = {}
   for number, line in _lines(path):
@@ -106,8 +106,9 @@ def read_examples(
       example = dataclasses.replace(example, id=f"{path.name.split('.')[0]}/{number}")
     if example.id in lines_of_ids:
       raise ValueError(
-        f"{path}:{number}: `id` {example.id!r} is that of line {lines_of_ids[example.id]}"
-        " already. Give every line its own, or leave `id` out to have lines numbered."
+        f"{path}:{number}: expected every `id` once, got {example.id!r} of line"
+        f" {lines_of_ids[example.id]} again; give every line its own, or leave `id` out to"
+        " have lines numbered."
       )
     lines_of_ids[example.id] = number
     examples.append(example)
@@ -115,7 +116,8 @@ def read_examples(
       break
   if not examples:
     raise ValueError(
-      f'{path} has no examples: expected lines of {{"input": ..., "target": ...}}.'
+      f'{path}: expected lines of {{"input": ..., "target": ...}}, got none; write at least'
+      " one."
     )
   return examples
 
@@ -124,7 +126,9 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
   """(1-based number, bytes) of the lines that are not blank."""
   if not path.is_file():
     what = "is a folder" if path.is_dir() else "does not exist"
-    raise FileNotFoundError(f"`path` {path} {what}; expected a JSON Lines file (.jsonl, .gz).")
+    raise FileNotFoundError(
+      f"Expected `path` to be a JSON Lines file (.jsonl, .gz), got {str(path)!r}, which {what}."
+    )
   with path.open("rb") as probe:
     packed = probe.read(2) == _GZIP_MAGIC
   number = 0
@@ -135,8 +139,8 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
           yield number, line
   except (EOFError, gzip.BadGzipFile, zlib.error) as error:
     raise ValueError(
-      f"{path}: the gzip data are damaged or cut off after line {number} ({error})."
-      " Copy the file again."
+      f"{path}: expected whole gzip data, got some that are damaged or cut off after line"
+      f" {number} ({error}); copy the file again."
     ) from error
 
 
@@ -171,12 +175,12 @@ def _object(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
     fields = files.parse_json(text)
   except json.JSONDecodeError as error:
     raise ValueError(
-      f"{path}:{number}: invalid JSON at column {error.colno}: {error.msg}. Expected one"
-      " object a line."
+      f"{path}:{number}: expected one JSON object a line, got invalid JSON at column"
+      f" {error.colno} ({error.msg}); write the line again."
     ) from error
   except ValueError as error:
     raise ValueError(
-      f"{path}:{number}: expected JSON, got {error}. Write the line again."
+      f"{path}:{number}: expected one JSON object a line, got {error}; write the line again."
     ) from error
   if not isinstance(fields, dict):
     raise ValueError(
@@ -187,11 +191,11 @@ def _object(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
 
 def _example(fields: Mapping[str, Any], where: str, require_target: bool) -> Example:
   if "input" not in fields:
-    raise ValueError(f"{where}: no field `input`; the line has {sorted(fields)}.")
+    raise ValueError(f"{where}: expected a field `input`, got {sorted(fields)}.")
   if require_target and fields.get("target") in (None, []):
     raise ValueError(
-      f"{where}: no field `target`; the line has {sorted(fields)}. Training and scoring need"
-      " a reference."
+      f"{where}: expected a field `target`, a reference for training and scoring, got none,"
+      f" or an empty one, in {sorted(fields)}."
     )
   target = fields.get("target")
   targets = [] if target is None else target if isinstance(target, list) else [target]
@@ -215,7 +219,8 @@ def _text(value: Any, name: str, where: str) -> str:
     value.encode("utf-8")
   except UnicodeEncodeError as error:
     raise ValueError(
-      f"{where}: `{name}` has half of a surrogate pair, {value[error.start]!r}, at character"
-      f" {error.start + 1}. Write the character whole, or its pair of escapes."
+      f"{where}: expected `{name}` to be Unicode, got half of a surrogate pair,"
+      f" {value[error.start]!r}, at character {error.start + 1}; write the character whole,"
+      " or its pair of escapes."
     ) from error
   return value

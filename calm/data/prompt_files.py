@@ -101,7 +101,7 @@ def open_prompts(
     raise ValueError(f"Expected `limit` of at least 1, or None for all, got {limit}.")
   if format is not None and format not in row_formats.FORMATS:
     raise ValueError(
-      f"Expected the format to be one of {', '.join(row_formats.FORMATS)}, got {format!r}."
+      f"Expected `format` to be one of {', '.join(row_formats.FORMATS)}, got {format!r}."
     )
   source = _Source(path)
   format = format or _format(source)
@@ -115,15 +115,15 @@ def open_prompts(
     if isinstance(row.value, Mapping) and row.value.get("id") not in (None, ""):
       if hash(prompt.id) in seen:
         raise row.error(
-          f"`id` {prompt.id!r} is that of an earlier row already. Give every row its own, or"
-          " leave `id` out to have rows numbered"
+          f"expected every `id` once, got {prompt.id!r} of an earlier row again; give every row"
+          " its own, or leave `id` out to have rows numbered"
         )
       seen.add(hash(prompt.id))
     count += 1
   if not count:
     raise ValueError(
-      f"Expected {source.name} to hold prompts, got no examples: no line with text, or no row,"
-      f" read as {row_formats.FORMATS[format]}."
+      f"Expected {source.name} to hold prompts, got no examples: no line with text, or no"
+      f" row, read as {row_formats.FORMATS[format]}; write at least one, or name the format."
     )
   return PromptFile(source.name, format, input_key, count, rows, limit)
 
@@ -177,7 +177,8 @@ class _Source:
         yield stack.enter_context(gzip.GzipFile(fileobj=file, mode="rb"))  # pyright: ignore[reportReturnType]
       except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(
-          f"{self.name}: the gzip data are damaged or cut off ({error}). Copy the file again."
+          f"{self.name}: expected whole gzip data, got some that are damaged or cut off"
+          f" ({error}); copy the file again."
         ) from error
 
 
@@ -224,20 +225,22 @@ def _input_key(row: row_formats.Row, wanted: str | None) -> str | None:
   found = next((key for key in keys if key in row.value), None)
   if found is None:
     raise row.error(
-      f"no {' or '.join(f'`{key}`' for key in keys)}; the row has {list(row.value)[:12]}. Name"
-      " the one with the text: `--input_key`"
+      f"expected a field {' or '.join(f'`{key}`' for key in keys)}, got"
+      f" {list(row.value)[:12]}; name the one with the text: `--input_key`"
     )
   return found
 
 
 def _prompt(row: row_formats.Row, input_key: str | None) -> Prompt:
   if isinstance(row.value, str) != (input_key is None):
-    raise row.error("expected all rows to be objects, or all to be texts, got both")
+    raise row.error(
+      "expected all rows to be objects, or all to be texts, got both; give them as two files"
+    )
   if isinstance(row.value, str):
     return Prompt(row.name, _text(row, None, row.value))
   assert input_key is not None
   if input_key not in row.value:
-    raise row.error(f"no field `{input_key}`; the row has {list(row.value)[:12]}")
+    raise row.error(f"expected a field `{input_key}`, got {list(row.value)[:12]}")
   name = row.value.get("id")
   group = _first(row.value, _GROUP_KEYS)
   return Prompt(
@@ -267,13 +270,15 @@ def _text(row: row_formats.Row, key: str | None, value: Any) -> str:
   called = "the text" if key is None else f"`{key}`"
   if not isinstance(value, str):
     raise row.error(
-      f"expected {called} to be a string, got {type(value).__name__} {value!r:.60}"
+      f"expected {called} to be a string, got {type(value).__name__} {value!r:.60}; write it"
+      " as one"
     )
   try:
     value.encode("utf-8")
   except UnicodeEncodeError as error:
     raise row.error(
-      f"{called} has half of a surrogate pair, {value[error.start]!r}, at character"
-      f" {error.start + 1}. Write the character whole, or its pair of escapes"
+      f"expected {called} to be Unicode, got half of a surrogate pair,"
+      f" {value[error.start]!r}, at character {error.start + 1}; write the character whole,"
+      " or its pair of escapes"
     ) from error
   return value

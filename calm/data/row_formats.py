@@ -64,8 +64,8 @@ def json_lines(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
       value = json.loads(line)
     except json.JSONDecodeError as error:
       raise ValueError(
-        f"{where}: invalid JSON at column {error.colno}: {error.msg}. Expected one object a"
-        " line; where these are plain texts, say so: `--prompts_format=text`."
+        f"{where}: expected one JSON object a line, got invalid JSON at column {error.colno}"
+        f" ({error.msg}); where these are plain texts, say so: `--prompts_format=text`."
       ) from error
     yield _checked(Row(value, f"{stem}/{number}", where))
 
@@ -74,7 +74,10 @@ def json_array(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
   """A JSON array of objects or texts, read element by element."""
   pieces = _Pieces(file, name)
   if pieces.next_character() != "[":
-    raise ValueError(f"{name}: expected a JSON array, `[` at its beginning.")
+    raise ValueError(
+      f"{name}: expected a JSON array, got no `[` at its beginning; name the format that it"
+      " has."
+    )
   pieces.drop(1)
   number, first = 0, True
   while (character := pieces.next_character()) != "]":
@@ -120,7 +123,8 @@ class _Pieces:
           size *= 2
           continue
         raise ValueError(
-          f"{where}: invalid JSON: {error.msg}, or the file is cut off."
+          f"{where}: expected whole JSON, got some that is invalid or cut off ({error.msg});"
+          " copy the file again."
         ) from error
       self.drop(end)
       return value
@@ -143,7 +147,9 @@ class _Pieces:
 
 def _checked(row: Row) -> Row:
   if not isinstance(row.value, Mapping | str):
-    raise row.error(f"expected a JSON object or a text, got {type(row.value).__name__}")
+    raise row.error(
+      f"expected a JSON object or a text, got {type(row.value).__name__}; write one a row"
+    )
   return row
 
 
@@ -169,7 +175,10 @@ def _table(delimiter: str) -> Callable[[BinaryIO, str, str], Iterator[Row]]:
       if header is None:
         return
       if len(set(header)) < len(header):
-        raise ValueError(f"{name}: expected columns of different names, got {header}.")
+        raise ValueError(
+          f"{name}: expected columns of different names, got {header}; rename those"
+          " that repeat."
+        )
       for number, cells in enumerate((row for row in rows if row), start=1):
         row = Row({}, f"{stem}/{number}", f"{name}:{rows.line_num}")
         if len(cells) != len(header):
@@ -179,7 +188,9 @@ def _table(delimiter: str) -> Callable[[BinaryIO, str, str], Iterator[Row]]:
           )
         yield dataclasses.replace(row, value=dict(zip(header, cells, strict=True)))
     except csv.Error as error:
-      raise ValueError(f"{name}:{rows.line_num}: {error}.") from error
+      raise ValueError(
+        f"{name}:{rows.line_num}: expected cells that can be read, got: {error}; mend the line."
+      ) from error
 
   return read
 
@@ -203,7 +214,9 @@ def parquet(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
         number += 1
         yield Row(value, f"{stem}/{number}", f"{name}, row {number}")
   except pyarrow.ArrowException as error:
-    raise ValueError(f"{name}: no whole Parquet file ({error}). Copy it again.") from error
+    raise ValueError(
+      f"{name}: expected a whole Parquet file, got a damaged one ({error}); copy it again."
+    ) from error
 
 
 def _is_plain(kind: Any) -> bool:

@@ -89,7 +89,7 @@ class JsonlSource(seqio.DataSource):
   def examples(self, split: str) -> list[datasets.Example]:
     if split not in self._examples:
       if split not in self.paths:
-        raise ValueError(f"No split `{split}`; expected one of {list(self.paths)}.")
+        raise ValueError(f"Expected `split` to be one of {list(self.paths)}, got {split!r}.")
       self._examples[split] = datasets.read_examples(self.paths[split])
     return self._examples[split]
 
@@ -162,7 +162,7 @@ def debian(task: str, root: str | os.PathLike[str], vocabulary: seqio.Vocabulary
     ValueError: if there is no such task, or its name is taken by something else.
   """
   if task not in datasets.DEBIAN:
-    raise ValueError(f"`task` is {task!r}; expected one of {list(datasets.DEBIAN)}.")
+    raise ValueError(f"Expected `task` to be one of {list(datasets.DEBIAN)}, got {task!r}.")
   known = datasets.DEBIAN[task]
   paths = {
     split: known.path(os.fspath(root), split) for split in ("train", "validation", "test")
@@ -326,6 +326,7 @@ def _is_same(name: str, made_from: tuple[Any, ...], registry: Any) -> bool:
   if _registered.get(name) == made_from:
     return True
   raise ValueError(
-    f"A seqio task or mixture `{name}` is registered already, from other arguments. Choose"
-    " another `name`, or remove that one from its registry first."
+    f"Expected `name` to be new, or registered from the same arguments, got {name!r}, a"
+    " task or mixture of other arguments; choose another, or remove that one from its"
+    " registry first."
   )

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 
 def _not_given() -> jax.Array:
-  raise ValueError("Expected a view with what the measure reads, got one without.")
+  raise ValueError("Expected a `LayerView` with what the measure reads, got one without.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -199,7 +199,9 @@ class Attention(nn.Module):
     if not ready:
       return key, value, mask, bias
     if key.shape[1] != 1:
-      raise ValueError(f"Expected one position a call with a cache, got keys {key.shape}.")
+      raise ValueError(
+        f"Expected one position a call with a cache, got keys {key.shape}; decode one by one."
+      )
     index = cache_index.value
     write = lambda cache, x: jax.lax.dynamic_update_slice_in_dim(cache, to_cache(x), index, -1)
     cached_key.value = write(cached_key.value, key)

@@ -30,8 +30,9 @@ try:
   from t5x import train_state as t5x_train_state
 except ModuleNotFoundError as error:
   raise ModuleNotFoundError(
-    f"calm.t5x.models needs T5X, and {error.name!r} is not installed; install T5X from its"
-    " repository (https://github.com/google-research/t5x), or train with `calm train`.",
+    f"Expected T5X for calm.t5x.models, got no {error.name!r} that is installed; install"
+    " T5X from its repository (https://github.com/google-research/t5x), or train with"
+    " `calm train`.",
     name=error.name,
   ) from error
 

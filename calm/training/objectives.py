@@ -190,7 +190,10 @@ class ExitProbes:
     hidden, normed = _inputs(module, params, batch, method=_states)
     kernel = _heads(params, module.config)
     if kernel.ndim > 2:
-      raise ValueError("Expected one output head for exit probes, got one head a layer.")
+      raise ValueError(
+        "Expected one output head for exit probes, got one head a layer; train another"
+        " objective."
+      )
     listed = normed[:-1].astype(jnp.float32) @ kernel[:, np.asarray(self.shortlist)]
     previous = jnp.concatenate([jnp.zeros_like(hidden[:1]), hidden[:-2]])
     known = jax.lax.stop_gradient(evidence.evidence(hidden[:-1], previous, listed))

@@ -39,7 +39,7 @@ def test_arguments_are_checked(arguments):
 
 def test_refusals_say_how_many_would_do():
   assert planning.refusal(29, 0.1, 0.05) == ""
-  assert "at least 29 are needed" in planning.refusal(28, 0.1, 0.05)
+  assert "Expected at least 29 prompts" in planning.refusal(28, 0.1, 0.05)
   assert planning.refusal(28, 0.1, 0.05, lower=-1.0) == ""
 
 
@@ -116,7 +116,7 @@ def test_a_method_needs_what_calibrate_needs(method, tolerance):
   size = planning.method_size(method, **rates)
   assert size >= planning.min_calibration_size(**rates)
   few = calibrate(np.zeros((size - 1, 1)), [0.5], **rates, method=method)
-  assert not few.certified and f"{size - 1} prompts are too few" in few.reason
+  assert not few.certified and f"got {size - 1}, which are too few" in few.reason
   assert calibrate(np.zeros((size, 1)), [0.5], **rates, method=method).certified
   assert str(size) in planning.refusal(size - 1, **rates, method=method)
   assert planning.refusal(size, **rates, method=method) == ""
@@ -153,6 +153,6 @@ def test_no_number_of_prompts_is_enough_for_next_to_nothing():
   assert planning.method_size("auto", 1e-300, 0.05) is None
   assert planning.method_size("hoeffding", 1e-5, 0.05) is None
   found = calibrate(np.zeros((20, 1)), [0.5], tolerance=1e-300, error_rate=0.05)
-  assert "20 prompts are too few" in found.reason
+  assert "got 20, which are too few" in found.reason
   text = planning.refusal(400_000, 1e-5, 0.05, method="hoeffding")
-  assert "for the method 'hoeffding'" in text and "more than 1000000 are needed" in text
+  assert "for the method 'hoeffding'" in text and "more than 1000000 prompts" in text

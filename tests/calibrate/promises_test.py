@@ -144,7 +144,7 @@ def test_pitfall_a_good_mean_hides_a_bad_group_and_each_group_needs_prompts_of_i
   )
   few = ["rare" if row < 5 else "en" for row in range(400)]
   assert (
-    "rare: 5 prompts are too few"
+    "rare: expected at least 11 prompts"
     in calibrated(table(np.zeros(400)), promises.EveryGroup(labels=few)).reason
   )
   every = promises.each_group(losses, labels, tolerance=0.2, error_rate=ERROR_RATE)

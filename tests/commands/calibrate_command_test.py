@@ -188,7 +188,7 @@ def test_several_risks_are_named_by_flags(tmp_path, capsys):
     assert cli.main(["calibrate", str(folder), "--risks", odd]) == 2
     assert "Expected" in capsys.readouterr().err
   assert cli.main(["calibrate", str(folder), *risks, "--promise=quantile"]) == 2
-  assert "without --promise=quantile" in capsys.readouterr().err
+  assert "got --promise=quantile beside; leave" in capsys.readouterr().err
 
 
 def test_the_cheapest_of_several_folders(tmp_path, capsys):
@@ -208,10 +208,10 @@ def test_the_cheapest_of_several_folders(tmp_path, capsys):
   assert not Calibration.load(output).certified
   assert "Calibrated configuration: never" in " ".join(capsys.readouterr().out.split())
   for odd, message in (
-    ([*pairs], "--output alone"),
-    ([str(one), *pairs, f"--output={output}"], "--output alone"),
+    ([*pairs], "with --output and without a folder"),
+    ([str(one), *pairs, f"--output={output}"], "with --output and without a folder"),
     (["--configurations", str(one), f"--output={output}"], "NAME=DIR"),
-    ([*pairs, f"--output={output}", "--verify=x"], "without --verify"),
+    ([*pairs, f"--output={output}", "--verify=x"], "got --verify beside"),
   ):
     assert cli.main(["calibrate", *odd]) == 2
     assert message in " ".join(capsys.readouterr().err.split())

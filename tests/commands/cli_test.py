@@ -63,10 +63,10 @@ def test_too_few_prompts_are_refused_before_the_work(cached, tmp_path, capsys, m
   monkeypatch.setattr(sequence_losses, "compute", None)  # any work would fail
   output = f"--output={tmp_path / 'c.json'}"
   text = toy.failure(capsys, ["calibrate", str(cached), "--tolerance=0.1", output])
-  assert "5 prompts are too few" in text
-  assert "at least 29 are needed" in text
+  assert "got 5, which are too few" in text
+  assert "at least 29 prompts" in text
   rates = ["--tolerance=0.5", "--testing=bonferroni", output]
-  assert "at least 6 are needed" in toy.failure(capsys, ["calibrate", str(cached), *rates])
+  assert "at least 6 prompts" in toy.failure(capsys, ["calibrate", str(cached), *rates])
   assert not (tmp_path / "c.json").exists()
 
 
@@ -75,10 +75,10 @@ def test_rates_are_checked_before_anything_is_decoded(model, prompts, tmp_path, 
   for command, option, words in (
     ("demo", "--tolerance=2", "`tolerance`"),
     ("demo", "--error_rate=0", "`error_rate`"),
-    ("demo", "--limit=3", "3 prompts are too few"),
+    ("demo", "--limit=3", "got 3, which are too few"),
     ("demo", "--limit=0", "`--limit`"),
     ("generate", "--error_rate=1", "`error_rate`"),
-    ("generate", "--tolerance=0.1", "5 prompts are too few"),
+    ("generate", "--tolerance=0.1", "got 5, which are too few"),
   ):
     options = [f"--model={model}", f"--output={output}", option]
     if command == "generate":

@@ -97,9 +97,7 @@ def test_one_prompt_and_standard_input(model, tmp_path, capsys, monkeypatch):
 def test_signed_losses_are_refused_below_their_floor_only(cached, tmp_path, capsys):
   arguments = ["calibrate", str(cached), "--kind=risk_signed", "--metric=token_f1"]
   output = f"--output={tmp_path / 'c.json'}"
-  assert "at least 6 are needed" in toy.failure(
-    capsys, [*arguments, "--error_rate=0.01", output]
-  )
+  assert "at least 6 prompts" in toy.failure(capsys, [*arguments, "--error_rate=0.01", output])
   assert cli.main([*arguments, output]) == 0
   text = " ".join(capsys.readouterr().out.split())
   assert (

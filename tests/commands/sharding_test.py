@@ -113,7 +113,7 @@ def test_another_run_in_the_folder_of_a_shard_is_refused(model, prompts, tmp_pat
   capsys.readouterr()
   assert calm("infer", model, prompts, tmp_path, "--threshold=0.5", *shard) == 2
   said = " ".join(capsys.readouterr().err.split())
-  assert "another `about`: `threshold`: expected 'never', got '0.5'" in said
+  assert "`about` of this run, got another: `threshold`: expected 'never', got '0.5'" in said
   assert calm("generate", model, prompts, tmp_path, "--until_certified", *shard) == 2
   assert "no `--num_shards` with `--until_certified`" in " ".join(
     capsys.readouterr().err.split()

@@ -71,11 +71,11 @@ def test_prompts_need_no_target(tmp_path):
       b'{"input": "caf\xe9", "target": "x"}',
       r"rows.jsonl:2: .*invalid UTF-8 at byte 15 .*0xe9",
     ),
-    (b'{"input": "x", }', r"rows.jsonl:2: invalid JSON at column 1[56]"),
+    (b'{"input": "x", }', r"rows.jsonl:2: expected .*, got invalid JSON at column 1[56]"),
     (b'["x", "y"]', r"rows.jsonl:2: expected a JSON object .* got list"),
-    (b'{"text": "x", "target": "y"}', r"rows.jsonl:2: no field `input`.*'text'"),
-    (b'{"input": "x"}', r"rows.jsonl:2: no field `target`"),
-    (b'{"input": "x", "target": []}', r"rows.jsonl:2: no field `target`"),
+    (b'{"text": "x", "target": "y"}', r"rows.jsonl:2: expected a field `input`, got.*'text'"),
+    (b'{"input": "x"}', r"rows.jsonl:2: expected a field `target`, .*, got none"),
+    (b'{"input": "x", "target": []}', r"rows.jsonl:2: expected a field `target`, .*, got none"),
     (
       b'{"input": 3, "target": "y"}',
       r"rows.jsonl:2: expected `input` to be a string, got int 3",
@@ -83,7 +83,10 @@ def test_prompts_need_no_target(tmp_path):
     (b'{"input": "x", "target": ["y", null]}', r"rows.jsonl:2: expected `target\[1\]`"),
     (b'{"input": "x", "target": "y", "id": 7}', r"rows.jsonl:2: expected `id`"),
     (b'{"input": "x", "target": "y", "source": []}', r"rows.jsonl:2: expected `source`"),
-    (b'{"input": "x", "target": "y", "id": "a"}', r"rows.jsonl:2: `id` 'a' .* line 1"),
+    (
+      b'{"input": "x", "target": "y", "id": "a"}',
+      r"rows.jsonl:2: expected every `id` once, got 'a' of line 1",
+    ),
   ],
 )
 def test_bad_lines_are_named(tmp_path, bad, message):
@@ -94,7 +97,7 @@ def test_bad_lines_are_named(tmp_path, bad, message):
 
 @pytest.mark.parametrize("data", [b"", b"\n \n", gzip.compress(b"", mtime=0)])
 def test_empty_files_are_errors(tmp_path, data):
-  with pytest.raises(ValueError, match="has no examples"):
+  with pytest.raises(ValueError, match="got none; write at least one"):
     datasets.read_examples(write(tmp_path, data))
 
 

@@ -98,10 +98,10 @@ def test_parquet_leaves_other_columns_alone(tmp_path):
   opened = prompt_files.open_prompts(tmp_path / "rows.bin")
   assert opened.format == "parquet" and "column 'prompt'" in opened.taken
   assert list(opened) == [Prompt("1", "one", ("eins",)), Prompt("2", "two", ("zwei", "zwo"))]
-  with pytest.raises(ValueError, match=r"rows\.bin, row 1: no `image`"):
+  with pytest.raises(ValueError, match=r"rows\.bin, row 1: expected a field `image`, got"):
     prompt_files.open_prompts(tmp_path / "rows.bin", input_key="image")
   cut = write(tmp_path, "cut.parquet", (tmp_path / "rows.bin").read_bytes()[:-9])
-  with pytest.raises(ValueError, match="no whole Parquet file"):
+  with pytest.raises(ValueError, match="expected a whole Parquet file, got a damaged one"):
     prompt_files.open_prompts(cut)
 
 
@@ -149,7 +149,7 @@ def test_a_named_pipe_is_read_once(tmp_path):
 def test_the_limit_leaves_the_rest_unread(tmp_path):
   path = write(tmp_path, "rows.jsonl", lines(ROWS) + b"no json\n")
   assert list(prompt_files.open_prompts(path, limit=2)) == PROMPTS
-  with pytest.raises(ValueError, match=r"rows\.jsonl:3: invalid JSON"):
+  with pytest.raises(ValueError, match=r"rows\.jsonl:3: expected .*, got invalid JSON"):
     prompt_files.open_prompts(path)
 
 
@@ -169,21 +169,37 @@ def test_keys_are_the_same_in_every_row(tmp_path):
     ("a.jsonl", b"", r"a\.jsonl to hold prompts"),
     ("a.txt", b" \n", "no line with text"),
     ("a.csv", b"input\n", "no row, read as CSV"),
-    ("a.csv", b"x,y\n1,2\n", r"a\.csv:2: no `input` or.*the row has \['x', 'y'\].*--input_key"),
+    (
+      "a.csv",
+      b"x,y\n1,2\n",
+      r"a\.csv:2: expected a field `input` or.*, got \['x', 'y'\]; .*--input_key",
+    ),
     ("a.csv", b"input,y\n1,2\n3\n", r"a\.csv:3: expected 2 columns.*got 1"),
     ("a.csv", b"input,input\n1,2\n", "different names"),
-    ("a.csv", b'input,b\n"1,2\n', r"a\.csv:2: unexpected end"),
-    ("a.jsonl", lines([{"input": "a"}, {"text": "b"}]), r"a\.jsonl:2: no field `input`"),
+    ("a.csv", b'input,b\n"1,2\n', r"a\.csv:2: expected .*, got: unexpected end"),
+    (
+      "a.jsonl",
+      lines([{"input": "a"}, {"text": "b"}]),
+      r"a\.jsonl:2: expected a field `input`, got",
+    ),
     ("a.jsonl", lines([{"input": "a"}, "b"]), r"a\.jsonl:2: expected all rows.*got both"),
     ("a.jsonl", lines([{"input": 3}]), r"a\.jsonl:1: expected `input` to be a string, got int"),
     ("a.jsonl", b"[1]\n", r"a\.jsonl:1: expected a JSON object or a text, got list"),
-    ("a.jsonl", lines([ROWS[0], ROWS[0]]), r"a\.jsonl:2: `id` 'a' is that of an earlier row"),
+    (
+      "a.jsonl",
+      lines([ROWS[0], ROWS[0]]),
+      r"a\.jsonl:2: expected every `id` once, got 'a' of an earlier row",
+    ),
     ("a.jsonl", b'{"input": "\xe9"}\n', "0xe9 in line 1 of"),
     ("a.json", b'[{"input": "\xe9"}]', "0xe9 in"),
     ("a.json", b'[{"input": "a"} {"input": "b"}]', r"`,` or `]` after element 1"),
-    ("a.json", b'[{"input": "a"},', r"element 2: invalid JSON.*cut off"),
+    ("a.json", b'[{"input": "a"},', r"element 2: expected whole JSON, got .*cut off"),
     ("a.json", b'[{"input": "a"}', r"after element 1.*the end of the file"),
-    ("a.jsonl", gzip.compress(lines(ROWS), mtime=0)[:-12], "gzip data are damaged"),
+    (
+      "a.jsonl",
+      gzip.compress(lines(ROWS), mtime=0)[:-12],
+      "expected whole gzip data, got .* damaged",
+    ),
     ("a.jsonl", b'{"input": "half of \\ud83d"}\n', r"a\.jsonl:1: .*surrogate.*character 9"),
   ],
 )

@@ -113,7 +113,7 @@ def test_a_bad_file_is_named_when_it_is_read(tmp_path):
 def test_registering_twice_is_harmless_unless_it_is_another_task(rows_path):
   for _ in range(2):
     assert seqio_tasks.jsonl("mine", {"test": rows_path}, BYTES) == "mine"
-  with pytest.raises(ValueError, match="`mine` is registered already"):
+  with pytest.raises(ValueError, match="got 'mine', a task or mixture of other arguments"):
     seqio_tasks.jsonl("mine", {"test": rows_path}, BYTES, prefix="other: ")
   with pytest.raises(ValueError, match="`metric`"):
     seqio_tasks.jsonl("odd", {"test": rows_path}, BYTES, metrics=["entropy"])
@@ -244,7 +244,7 @@ def test_debian_mixture_is_proportional_to_training_examples(data_dir):
 
 
 def test_unknown_debian_task_is_an_error():
-  with pytest.raises(ValueError, match="`task` is 'debian_xy'"):
+  with pytest.raises(ValueError, match=r"`task` to be one of .*, got 'debian_xy'"):
     seqio_tasks.debian("debian_xy", "data", BYTES)
 
 

@@ -45,7 +45,7 @@ def test_the_grid_of_the_model_is_taken_and_generations_are_kept(model, tmp_path
 
 def test_what_cannot_be_certified_is_refused_before_any_decoding(model, monkeypatch):
   monkeypatch.setattr(inference.Predictor, "encode", None)
-  with pytest.raises(ValueError, match="at least 29 are needed"):
+  with pytest.raises(ValueError, match="Expected at least 29 prompts"):
     model.calibrate(TEXTS[:5], tolerance=0.1)
   with pytest.raises(ValueError, match=r"references .*40 without"):
     model.calibrate(TEXTS, tolerance=0.9, consistency="risk")

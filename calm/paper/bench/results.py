@@ -36,7 +36,9 @@ def to_json(value: Any) -> Any:
     return None if math.isnan(value) else "never" if value == math.inf else value
   if value is None or isinstance(value, bool | int | str):
     return value
-  raise TypeError(f"Expected numbers, texts, tuples and dataclasses, got {value!r}.")
+  raise TypeError(
+    f"Expected numbers, texts, tuples and dataclasses, got {value!r}; store one of these."
+  )
 
 
 def from_json(kind: Any, value: Any) -> Any:
@@ -63,7 +65,7 @@ def from_json(kind: Any, value: Any) -> Any:
     return math.nan if value is None else math.inf if value == "never" else float(value)
   if isinstance(value, kind):
     return value
-  raise TypeError(f"Expected {kind.__name__} in a stored result, got {value!r}.")
+  raise TypeError(f"Expected {kind.__name__} in a stored result, got {value!r}; measure again.")
 
 
 def digest(value: Any) -> str:

@@ -103,7 +103,7 @@ def task(name: str) -> TaskSettings:
     if name == known or known.endswith(f"_{name}"):
       return settings
   raise ValueError(
-    f"Expected a task of {sorted(TASKS)} (or the end of such a name), got {name!r}."
+    f"Expected `name` to be a task of {sorted(TASKS)} (or the end of one), got {name!r}."
   )
 
 

@@ -35,9 +35,14 @@ class Table:
 
   def __post_init__(self):
     if any(len(row) != len(self.columns) for row in self.rows):
-      raise ValueError(f"Expected {len(self.columns)} cells in every row of {self.name!r}.")
+      raise ValueError(
+        f"Expected `rows` of {self.name!r} to have {len(self.columns)} cells each, got others."
+      )
     if self.groups and sum(span for _, span in self.groups) != len(self.columns):
-      raise ValueError(f"Expected `groups` of {self.name!r} to span all its columns.")
+      raise ValueError(
+        f"Expected `groups` of {self.name!r} to span all {len(self.columns)} columns, got"
+        " others."
+      )
 
   @property
   def heads(self) -> tuple[str, ...]:

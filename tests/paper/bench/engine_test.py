@@ -197,7 +197,7 @@ def test_unknown_tasks_and_missing_data_are_named(folder, tmp_path, capsys):
     return code, capsys.readouterr().err
 
   code, said = run(f"--data={tmp_path}", "--tasks=squad")
-  assert code == 2 and "Expected a task of" in said
+  assert code == 2 and "to be a task of" in said
   code, said = run(f"--data={tmp_path / 'none'}", "--tasks=qa")
   assert code == 2 and "debian_qa" in said and "does not exist" in said
 

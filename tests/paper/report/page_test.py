@@ -146,7 +146,7 @@ def test_tables_read_back(sections):
 
 
 def test_a_crooked_table_is_refused():
-  with pytest.raises(ValueError, match="2 cells in every row of 'x'"):
+  with pytest.raises(ValueError, match="`rows` of 'x' to have 2 cells each, got others"):
     tables.Table("x", "X", ("a", "b"), (("1",),))
   with pytest.raises(ValueError, match="`groups` of 'x' to span"):
     tables.Table("x", "X", ("a", "b"), (), groups=(("g", 1),))

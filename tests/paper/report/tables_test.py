@@ -195,7 +195,7 @@ def test_a_claim_turns_with_its_numbers(report):
 def test_tasks_go_by_their_names_and_their_ends():
   assert tasks.task("qa") is tasks.task("debian_qa")
   assert tasks.task("enfr").metric == "chrf" and tasks.task("enfr").bleu
-  with pytest.raises(ValueError, match=r"Expected a task of .*debian_enfr.* got 'squad'"):
+  with pytest.raises(ValueError, match=r"to be a task of .*debian_enfr.* got 'squad'"):
     tasks.task("squad")
 
 
