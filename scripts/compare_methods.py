@@ -32,7 +32,7 @@ HEADER = (
 )
 
 
-def chosen(losses, layers: trials.Layers, tolerance, error_rate, method, groups):
+def chosen(losses, layers: trials.LayerCounts, tolerance, error_rate, method, groups):
   """The threshold that all prompts certify, and its mean layers a token."""
   made = calibrate(
     losses, tolerance=tolerance, error_rate=error_rate, method=method, groups=groups
@@ -92,7 +92,7 @@ def main() -> None:
     parser.error(
       "expected every record to have its `exit_layers`, and no run that stopped early"
     )
-  layers = trials.Layers(*counts, max(max(r.exit_layers or (0,)) for r in cached.full))
+  layers = trials.LayerCounts(*counts, max(max(r.exit_layers or (0,)) for r in cached.full))
   groups = cached.groups
   units = len(set(groups or cached.ids))
   print(f"{len(cached.ids)} prompts, {units} units, {arguments.kind} {arguments.metric}\n")

@@ -70,7 +70,7 @@ class ValidityTrials:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Layers:
+class LayerCounts:
   """Decoder layers and tokens behind the losses.
 
   Attributes:
@@ -100,7 +100,7 @@ def split_trials(
   *,
   error_rate: float,
   method: str = "auto",
-  layers: Layers | None = None,
+  layers: LayerCounts | None = None,
   groups: Sequence[str] | None = None,
   trials: int = 50,
   seed: int = 0,
@@ -142,7 +142,7 @@ def split_trials(
   )
 
 
-def _test_outcome(pool: Draws, column: int, test: np.ndarray, layers: Layers | None):
+def _test_outcome(pool: Draws, column: int, test: np.ndarray, layers: LayerCounts | None):
   """(column, mean loss, layers a token) on test units; column -1 is the full model."""
   risk = 0.0 if column < 0 else float(pool.values[test, column].mean())
   if layers is None:

@@ -42,7 +42,7 @@ class Look:
   """The last part decoded."""
 
   last: result_lib.LastLook
-  examples: tuple[result_lib.Example, ...]
+  examples: tuple[result_lib.ShownText, ...]
 
 
 def look(
@@ -101,9 +101,9 @@ def risk(prompts, full, early, options: FitOptions) -> result_lib.Mean:
   return mean(sequence_losses.prefix_losses(pair, options.kind, metric=metric)[0])
 
 
-def _example(predictor, prompt: Prompt, full: Record, early: Record) -> result_lib.Example:
+def _example(predictor, prompt: Prompt, full: Record, early: Record) -> result_lib.ShownText:
   tokens = early.tokens or ()
-  return result_lib.Example(
+  return result_lib.ShownText(
     prompt=prompt.input,
     reference=prompt.targets[0] if prompt.targets else "",
     full=full.prediction,

@@ -60,7 +60,7 @@ class Point:
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
+class ShownText:
   """One prompt of the last part, shown."""
 
   prompt: str
@@ -125,7 +125,7 @@ class Result:
   curve: tuple[Point, ...]
   seconds: Seconds | None
   last: LastLook
-  examples: tuple[Example, ...]
+  examples: tuple[ShownText, ...]
   exact: Seconds | None = None
 
   @property

@@ -10,7 +10,7 @@ from calm.calibrate import thresholds as thresholds_lib
 from calm.fitting import curve
 from calm.fitting.choose import Choice
 from calm.fitting.options import FitOptions
-from calm.fitting.result import Example, Result
+from calm.fitting.result import Result, ShownText
 from calm.inference import colours
 from calm.paper.report import page
 
@@ -59,7 +59,7 @@ def number(value: float, digits: int = 2) -> str:
   return "–" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def coloured(example: Example, num_layers: int) -> markupsafe.Markup:
+def coloured(example: ShownText, num_layers: int) -> markupsafe.Markup:
   """A text with its tokens on the colours of their layers."""
   confidences = example.confidences or None
   return markupsafe.Markup(
@@ -69,7 +69,7 @@ def coloured(example: Example, num_layers: int) -> markupsafe.Markup:
   )
 
 
-def plain(example: Example, num_layers: int) -> str:
+def plain(example: ShownText, num_layers: int) -> str:
   """The same with the number of layers before each run of tokens, on one line."""
   text = colours.to_terminal(example.pieces, example.exit_layers, num_layers, mode="plain")
   return " ".join(text.replace("`", "'").split())

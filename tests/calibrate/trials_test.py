@@ -16,7 +16,9 @@ def pool(means=(0.02, 0.06, 0.2), count=500, law=laws.mostly_zero, **fields):
 
 
 def depth(count=500):
-  return trials.Layers(np.tile([12, 8, 4], (count, 1)), np.full((count, 3), 2), full_depth=8)
+  return trials.LayerCounts(
+    np.tile([12, 8, 4], (count, 1)), np.full((count, 3), 2), full_depth=8
+  )
 
 
 @pytest.mark.parametrize("method", ["auto", "paper", "convex_order"])
@@ -79,7 +81,7 @@ def test_clusters_never_stand_on_both_sides(monkeypatch):
       return np.zeros((len(draws), len(tolerances)), int)
 
   monkeypatch.setattr(trials, "Draws", Spy)
-  layers = trials.Layers(np.arange(180).reshape(60, 3), np.ones((60, 3)), 8)
+  layers = trials.LayerCounts(np.arange(180).reshape(60, 3), np.ones((60, 3)), 8)
   (found,) = trials.split_trials(
     losses, [0.1], error_rate=0.05, groups=groups, trials=1, layers=layers
   )

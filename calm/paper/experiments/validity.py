@@ -80,7 +80,7 @@ def validity(
   for number, (measure, cached) in enumerate(grids.items()):
     losses = sequence_losses.compute(cached, "textual", metric=metric).ungrouped()
     counts = cached.layer_counts()
-    layers = None if counts is None else trials.Layers(*counts, full_depth=num_layers)
+    layers = None if counts is None else trials.LayerCounts(*counts, full_depth=num_layers)
     for turn, method in enumerate(methods):
       progress((number + turn / len(methods)) / len(grids), f"{measure}, {method}")
       options = {"error_rate": error_rate, "method": method}
