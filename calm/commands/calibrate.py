@@ -91,7 +91,7 @@ def _add_test(parser: argparse.ArgumentParser) -> None:
     "--method",
     default="auto",
     metavar="NAME",
-    help=f"p-values: {', '.join(methods.METHODS)} (default %(default)s: betting, or binomial"
+    help=f"p-values: {', '.join(methods.METHODS)} (default %(default)s: bets, or binomial"
     " where losses are 0 or 1)",
   )
   parser.add_argument(
@@ -172,7 +172,7 @@ def _plan(arguments, console, cached: generations.Generations) -> None:
   if cached.sequential and arguments.promise != "mean":
     raise ValueError(
       "Expected --promise=mean for a run that stopped early: it was decided for the mean, got"
-      f" {arguments.promise!r}; generate without --until-certified."
+      f" {arguments.promise!r}; generate without --until_certified."
     )
   _tell_power(arguments, console, count, rates, support)
 

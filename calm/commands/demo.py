@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--measure",
     metavar="NAME",
-    help="softmax, classifier, shortlist or state (default: the model's own)",
+    help="softmax, shortlist, entropy, patience, state, classifier (default: the model's own)",
   )
   parser.add_argument(
     "--exit_layers",

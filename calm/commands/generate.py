@@ -42,10 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--no_reuse", action="store_true", help="decode every sequence, even where it cannot change"
   )
   parser.add_argument(
-    *("--until_certified", "--until-certified"),
+    "--until_certified",
     action="store_true",
     help="stop as soon as the calibration is decided, and write calibration.json",
   )
+  # As it was spelled once.
+  parser.add_argument("--until-certified", action="store_true", help=argparse.SUPPRESS)
   _add_test(parser)
   sharding.add_arguments(parser)
   common.add_gin_arguments(parser)

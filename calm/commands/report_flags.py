@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   source = parser.add_mutually_exclusive_group(required=True)
   source.add_argument("--data", metavar="FOLDER", help="folder of the three tasks")
-  source.add_argument("--train", metavar="FILE", help="JSON Lines of {input, target, source}")
+  source.add_argument("--train", metavar="FILE", help="rows of your own, as of `calm fit`")
   parser.add_argument(
     "--output", required=True, metavar="DIR", help="folder to write (resumed if it exists)"
   )
