@@ -15,7 +15,7 @@ import pytest
 
 from tests import engine, toys
 
-REASON = "needs T5X, which is installed from its own repository (see the README)"
+REASON = "needs T5X, which is installed from its own repository (see configs/README.md)"
 REPOSITORY = pathlib.Path(__file__).parents[2]
 LENGTH = engine.LENGTH
 MARKS = [pytest.mark.t5x, pytest.mark.filterwarnings("ignore")]
