@@ -3,19 +3,24 @@ r"""Kills commands at random moments (SIGKILL), starts them again, and counts wh
   python scripts/chaos.py                              25 kills each, the table, and the JSON
   python scripts/chaos.py --commands infer --kills 3 --output=
 
-Each command runs once undisturbed. Then it is started and killed after a random part of that
-time, and started again in the same folder, until it was killed often enough; when it ends
-meanwhile, what it wrote is compared and it begins anew.
+Each command runs undisturbed, twice: the first time compiles. Then it is started, killed and
+started again in the same folder, until it was killed often enough; when it ends meanwhile, what
+it wrote is compared and it begins anew. Every other kill comes after a random part of the whole
+time; the others after a random part of the time in which files change, counted from the first
+change, or starting up would take most of them.
 
-lost: lines of the undisturbed run that are missing at the end. doubled: lines that are there
+while writing: kills after the first change of a file. half-way: kills that left a temporary
+file. lost: lines of the undisturbed run that are missing at the end. doubled: lines that are there
 more than once. different: other lines or bytes. torn: files that were not whole after a kill,
 where they must always be. left: temporary files after the last run.
 """
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import platform
 import random
@@ -34,6 +39,8 @@ ASSETS = ROOT / "calm" / "assets"
 COLUMNS = [
   "command",
   "kills",
+  "while writing",
+  "half-way",
   "runs that ended",
   "lost",
   "doubled",
@@ -64,13 +71,11 @@ class Trial:
     arguments: folder -> what is run.
     results: names or patterns of the files, below the folder, that are compared in the end.
     whole: names of files that are whole whenever they are there.
-    kills: the most kills, where a run takes long.
   """
 
   arguments: Callable[[pathlib.Path], list[str]]
   results: tuple[str, ...]
   whole: tuple[str, ...] = ()
-  kills: int = 10**6
 
 
 def calm_command(*words: str) -> list[str]:
@@ -160,7 +165,6 @@ def fit_trial(rows: pathlib.Path, rates: list[str]) -> Trial:
     lambda at: calm_command(*words, f"--output={at / 'mine'}"),
     ("mine/splits/*.jsonl", "mine/fit/validation/*/threshold_*.jsonl", "mine/vocabulary.*"),
     tuple(f"mine/{name}" for name in whole),
-    kills=8,
   )
 
 
@@ -175,26 +179,55 @@ def prepare(name: str, table: dict[str, Trial], base: pathlib.Path) -> None:
       run(Trial(lambda at, shard=shard: [*whole, *shard], ()), base)
 
 
-def run(trial: Trial, folder: pathlib.Path, seconds: float | None = None) -> bool:
-  """Runs it to its end, or for some seconds; True where it ended.
+@dataclasses.dataclass(frozen=True)
+class Ran:
+  """How a run went, in seconds; `changed`: when the first file changed, or None."""
+
+  ended: bool
+  seconds: float
+  changed: float | None
+
+
+def stamp(folder: pathlib.Path) -> list[tuple[str, int, int]]:
+  """Every file below a folder, its size and when it was written."""
+  found = []
+  for at, _, names in os.walk(folder):
+    for name in names:
+      with contextlib.suppress(FileNotFoundError):
+        status = os.stat(path := os.path.join(at, name))
+        found.append((path, status.st_size, status.st_mtime_ns))
+  return sorted(found)
+
+
+def run(
+  trial: Trial,
+  folder: pathlib.Path,
+  seconds: float = float("inf"),
+  writing: float = float("inf"),
+) -> Ran:
+  """Runs it to its end, for some seconds, or for some seconds after a file has changed.
 
   Raises:
     RuntimeError: it failed.
   """
+  before, start, changed = stamp(folder), time.monotonic(), None
   with tempfile.TemporaryFile() as errors:
     process = subprocess.Popen(
       trial.arguments(folder), stdout=subprocess.DEVNULL, stderr=errors, cwd=ROOT
     )
-    try:
-      code = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-      process.kill()
-      process.wait()
-      return False
-    if code:
+    while process.poll() is None:
+      now = time.monotonic() - start
+      if changed is None and stamp(folder) != before:
+        changed = now
+      if now >= seconds or (changed is not None and now - changed >= writing):
+        process.kill()
+        process.wait()
+        return Ran(False, now, changed)
+      time.sleep(0.001)
+    if process.returncode:
       errors.seek(0)
       raise RuntimeError(f"{trial.arguments(folder)}: {errors.read().decode()[-2000:]}")
-  return True
+  return Ran(True, time.monotonic() - start, changed)
 
 
 def compare(
@@ -242,31 +275,46 @@ def chaos(name: str, trial: Trial, base: pathlib.Path, kills: int, rng: random.R
   """One row of the table."""
   undisturbed = base / name / "undisturbed"
   undisturbed.mkdir(parents=True)
-  start = time.monotonic()
-  run(trial, undisturbed)
-  seconds = time.monotonic() - start
+  run(trial, undisturbed)  # what it compiles is kept on the disk
+  shutil.rmtree(undisturbed)
+  undisturbed.mkdir()
+  alone = run(trial, undisturbed)
+  writes = alone.seconds - (alone.seconds if alone.changed is None else alone.changed)
   totals: collections.Counter = collections.Counter()
-  killed = ended = number = 0
+  number = 0
   while True:
     folder = base / name / f"run{number}"
     folder.mkdir(exist_ok=True)
-    last = killed == kills
-    if run(trial, folder, None if last else rng.uniform(0.1, 1.0) * seconds):
+    last = totals["kills"] == kills
+    moment = {"seconds": rng.uniform(0.1, 1.0) * alone.seconds}
+    if totals["kills"] % 2:
+      moment = {"writing": rng.uniform(0.0, 1.0) * writes}
+    ran = run(trial, folder, **({} if last else moment))
+    if ran.ended:
       totals += compare(trial, folder, undisturbed)
-      totals["left"] += sum(1 for path in folder.rglob(".*.tmp") if path.is_file())
+      totals["left"] += temporaries(folder)
       shutil.rmtree(folder)
-      ended, number = ended + 1, number + 1
+      totals["runs that ended"] += 1
+      number += 1
       if last:
         break
     else:
-      killed += 1
+      totals["kills"] += 1
+      totals["while writing"] += ran.changed is not None
+      totals["half-way"] += temporaries(folder) > 0
       totals["torn"] += torn(trial, folder)
-  return [name, killed, ended, *(totals[column] for column in COLUMNS[3:])]
+  return [name, *(totals[column] for column in COLUMNS[1:])]
+
+
+def temporaries(folder: pathlib.Path) -> int:
+  return sum(1 for path in folder.rglob(".*.tmp") if path.is_file())
 
 
 def write(path: pathlib.Path, rows: list[list]) -> None:
   """The table; rows of commands that were not asked for stay, with how they were made."""
-  there = json.loads(path.read_text("utf-8")) if path.exists() else {"rows": [], "command": ""}
+  there = json.loads(path.read_text("utf-8")) if path.exists() else {}
+  if there.get("columns") != COLUMNS:
+    there = {"rows": [], "command": ""}
   made = " ".join(["python scripts/chaos.py", *(w for w in sys.argv[1:] if "output" not in w)])
   again = {row[0] for row in rows}
   kept = [row for row in there["rows"] if row[0] not in again]
@@ -304,12 +352,11 @@ def main() -> int:
     rows = []
     for name in chosen:
       prepare(name, table, base)
-      kills = min(flags.kills, table[name].kills)
-      rows.append(chaos(name, table[name], base, kills, rng))
+      rows.append(chaos(name, table[name], base, flags.kills, rng))
       print(dict(zip(COLUMNS, rows[-1], strict=True)), flush=True)
-  if flags.output:
-    write(pathlib.Path(flags.output), rows)
-  return int(any(sum(row[3:]) for row in rows))
+      if flags.output:
+        write(pathlib.Path(flags.output), rows)
+  return int(any(sum(row[COLUMNS.index("lost") :]) for row in rows))
 
 
 if __name__ == "__main__":
