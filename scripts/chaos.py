@@ -10,8 +10,10 @@ time; the others after a random part of the time in which files change, counted 
 change, or starting up would take most of them.
 
 while writing: kills after the first change of a file. half-way: kills that left a temporary
-file. lost: lines of the undisturbed run that are missing at the end. doubled: lines that are there
-more than once. different: other lines or bytes. torn: files that were not whole after a kill,
+file. lost: lines of the undisturbed run that are missing at the end. doubled: lines that are
+there more than once. different: other lines or bytes; such lines are printed. last digits:
+lines that differ by 1e-5 at most in some number: what was killed between two thresholds decodes
+from the beginning where it would have gone on. torn: files that were not whole after a kill,
 where they must always be. left: temporary files after the last run.
 """
 
@@ -31,6 +33,8 @@ import tempfile
 import time
 from collections.abc import Callable
 
+import chaos_compare
+
 import calm
 from calm.calibrate.generations import files
 
@@ -45,6 +49,7 @@ COLUMNS = [
   "lost",
   "doubled",
   "different",
+  "last digits",
   "torn",
   "left",
 ]
@@ -187,6 +192,11 @@ class Ran:
   seconds: float
   changed: float | None
 
+  @property
+  def writes(self) -> float:
+    """How long files changed."""
+    return 0.0 if self.changed is None else self.seconds - self.changed
+
 
 def stamp(folder: pathlib.Path) -> list[tuple[str, int, int]]:
   """Every file below a folder, its size and when it was written."""
@@ -230,47 +240,6 @@ def run(
   return Ran(True, time.monotonic() - start, changed)
 
 
-def compare(
-  trial: Trial, folder: pathlib.Path, undisturbed: pathlib.Path
-) -> collections.Counter:
-  """What is lost, doubled and different against the undisturbed run."""
-  found: collections.Counter = collections.Counter()
-  found_names = lambda at: {
-    path.relative_to(at).as_posix()
-    for pattern in trial.results
-    for path in at.glob(pattern)
-    if path.is_file() and not path.name.startswith(".")
-  }
-  names = found_names(undisturbed)
-  found["different"] += len(found_names(folder) - names)
-  for name in sorted(names):
-    ours, theirs = (at / name for at in (folder, undisturbed))
-    if not name.endswith(".jsonl"):
-      found["different"] += not ours.exists() or ours.read_bytes() != theirs.read_bytes()
-      continue
-    lines = [at.read_bytes().splitlines() if at.exists() else [] for at in (ours, theirs)]
-    counts, wanted = (collections.Counter(part) for part in lines)
-    found["lost"] += sum((wanted - counts).values())
-    found["doubled"] += sum(n - 1 for n in counts.values() if n > 1)
-    found["different"] += sum(1 for line in counts if line not in wanted)
-  return found
-
-
-def torn(trial: Trial, folder: pathlib.Path) -> int:
-  """Files that have to be whole JSON, or JSON lines, and are not."""
-  found = 0
-  for path in (folder / name for name in trial.whole):
-    if not path.exists():
-      continue
-    try:
-      text = path.read_text("utf-8")
-      for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
-        json.loads(part)
-    except ValueError:
-      found += 1
-  return found
-
-
 def chaos(name: str, trial: Trial, base: pathlib.Path, kills: int, rng: random.Random) -> list:
   """One row of the table."""
   undisturbed = base / name / "undisturbed"
@@ -279,35 +248,35 @@ def chaos(name: str, trial: Trial, base: pathlib.Path, kills: int, rng: random.R
   shutil.rmtree(undisturbed)
   undisturbed.mkdir()
   alone = run(trial, undisturbed)
-  writes = alone.seconds - (alone.seconds if alone.changed is None else alone.changed)
   totals: collections.Counter = collections.Counter()
   number = 0
+  fresh = True
   while True:
     folder = base / name / f"run{number}"
     folder.mkdir(exist_ok=True)
     last = totals["kills"] == kills
     moment = {"seconds": rng.uniform(0.1, 1.0) * alone.seconds}
     if totals["kills"] % 2:
-      moment = {"writing": rng.uniform(0.0, 1.0) * writes}
+      moment = {"writing": rng.uniform(0.0, 1.0) * alone.writes}
     ran = run(trial, folder, **({} if last else moment))
     if ran.ended:
-      totals += compare(trial, folder, undisturbed)
-      totals["left"] += temporaries(folder)
+      # The machine may have been busy with something else before.
+      alone = min(alone, ran, key=lambda each: each.seconds) if fresh else alone
+      fresh = True
+      totals += chaos_compare.compare(trial.results, folder, undisturbed)
+      totals["left"] += chaos_compare.temporaries(folder)
       shutil.rmtree(folder)
       totals["runs that ended"] += 1
       number += 1
       if last:
         break
     else:
+      fresh = False
       totals["kills"] += 1
       totals["while writing"] += ran.changed is not None
-      totals["half-way"] += temporaries(folder) > 0
-      totals["torn"] += torn(trial, folder)
+      totals["half-way"] += chaos_compare.temporaries(folder) > 0
+      totals["torn"] += chaos_compare.torn(trial.whole, folder)
   return [name, *(totals[column] for column in COLUMNS[1:])]
-
-
-def temporaries(folder: pathlib.Path) -> int:
-  return sum(1 for path in folder.rglob(".*.tmp") if path.is_file())
 
 
 def write(path: pathlib.Path, rows: list[list]) -> None:
@@ -356,7 +325,8 @@ def main() -> int:
       print(dict(zip(COLUMNS, rows[-1], strict=True)), flush=True)
       if flags.output:
         write(pathlib.Path(flags.output), rows)
-  return int(any(sum(row[COLUMNS.index("lost") :]) for row in rows))
+  bad = [COLUMNS.index(name) for name in ("lost", "doubled", "different", "torn", "left")]
+  return int(any(row[at] for row in rows for at in bad))
 
 
 if __name__ == "__main__":
