@@ -19,11 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from calm.calibrate.generations import files
-
-_GZIP_MAGIC = b"\x1f\x8b"
-# Texts pack to a third or a tenth; files up to so many bytes may do as they like.
-_UNPACKED, _RATIO = 2**28, 200
-_LONGEST_LINE = 2**26
+from calm.data import bounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +125,13 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
     raise FileNotFoundError(
       f"Expected `path` to be a JSON Lines file (.jsonl, .gz), got {str(path)!r}, which {what}."
     )
-  with path.open("rb") as probe:
-    packed = probe.read(2) == _GZIP_MAGIC
   number = 0
   try:
-    with gzip.open(path, "rb") if packed else path.open("rb") as file:
-      for number, line in enumerate(_bounded(file, path), start=1):
+    with path.open("rb") as file:
+      packed = file.read(2) == bounded.GZIP_MAGIC
+      file.seek(0)
+      unpacked = bounded.Gzip(file, path.stat().st_size, str(path)) if packed else file
+      for number, line in enumerate(bounded.lines(unpacked, str(path)), start=1):  # pyright: ignore[reportArgumentType]
         if line.strip():
           yield number, line
   except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -142,24 +139,6 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
       f"{path}: expected whole gzip data, got some that are damaged or cut off after line"
       f" {number} ({error}); copy the file again."
     ) from error
-
-
-def _bounded(file: Any, path: pathlib.Path) -> Iterator[bytes]:
-  """Lines, none so long and not so many of them that a small file fills the memory.
-
-  Raises:
-    ValueError: a line of more than 64 MiB, or gzip that unpacks to 200 times its size.
-  """
-  total, most = 0, _UNPACKED + _RATIO * path.stat().st_size
-  while line := file.readline(_LONGEST_LINE + 1):
-    total += len(line)
-    if len(line) > _LONGEST_LINE or total > most:
-      raise ValueError(
-        f"Expected {str(path)!r} to hold lines of at most {_LONGEST_LINE} bytes, and at most"
-        f" {_RATIO} times its size when unpacked, got more; it is no file of prompts, or made"
-        " to fill the memory."
-      )
-    yield line
 
 
 def _object(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:

@@ -27,12 +27,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from calm.calibrate import Prompt
-from calm.data import row_formats
+from calm.data import bounded, row_formats
 
 INPUT_KEYS = ("input", "inputs", "prompt", "text")
 _TARGET_KEYS = ("target", "targets", "reference", "references")
 _GROUP_KEYS = ("source", "group")
-_GZIP_MAGIC = b"\x1f\x8b"
 _SUFFIXES = {
   **{".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".csv": "csv"},
   **{".tsv": "tsv", ".tab": "tsv", ".parquet": "parquet", ".pq": "parquet"},
@@ -103,6 +102,7 @@ def open_prompts(
     raise ValueError(
       f"Expected `format` to be one of {', '.join(row_formats.FORMATS)}, got {format!r}."
     )
+  limit = None if limit is None else min(limit, sys.maxsize)
   source = _Source(path)
   format = format or _format(source)
   rows = lambda: _rows(source, format)
@@ -133,7 +133,7 @@ class _Source:
 
   def __init__(self, path: str | os.PathLike):
     self.path = pathlib.Path(path)
-    self._kept: BinaryIO | None = None
+    self._kept: BinaryIO | None = None  # what can be read once only
     if str(path) == "-":
       self.name, self.stem = "standard input", "stdin"
       self._keep(sys.stdin.buffer)
@@ -168,13 +168,15 @@ class _Source:
     with contextlib.ExitStack() as stack:
       file = self._kept or stack.enter_context(self.path.open("rb"))
       file.seek(0)
-      packed = file.read(2) == _GZIP_MAGIC
+      packed = file.read(2) == bounded.GZIP_MAGIC
       file.seek(0)
       if not packed:
         yield file
         return
+      size = file.seek(0, os.SEEK_END)
+      file.seek(0)
       try:
-        yield stack.enter_context(gzip.GzipFile(fileobj=file, mode="rb"))  # pyright: ignore[reportReturnType]
+        yield stack.enter_context(bounded.Gzip(file, size, self.name))  # pyright: ignore[reportReturnType]
       except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(
           f"{self.name}: expected whole gzip data, got some that are damaged or cut off"
@@ -183,8 +185,21 @@ class _Source:
 
 
 def _rows(source: _Source, format: str) -> Iterator[row_formats.Row]:
-  with source.open() as file:
+  with _reading(source), source.open() as file:
     yield from row_formats.READERS[format](file, source.name, source.stem)
+
+
+@contextlib.contextmanager
+def _reading(source: _Source) -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    if isinstance(error, gzip.BadGzipFile):
+      raise
+    raise type(error)(
+      f"Expected {source.name!r} to be a file that can be read, got: {error.strerror or error};"
+      " copy it again, or give another."
+    ) from error
 
 
 def _format(source: _Source) -> str:
@@ -193,7 +208,7 @@ def _format(source: _Source) -> str:
   named = _SUFFIXES.get(suffixes[-1]) if suffixes else None
   if named:
     return named
-  with source.open() as file:
+  with _reading(source), source.open() as file:
     head = file.read(2**16)
   if head.startswith(b"PAR1"):
     return "parquet"
@@ -211,7 +226,7 @@ def _is_object(line: str, *, whole: bool) -> bool:
     return re.match(r'\{\s*"', line) is not None
   try:
     return isinstance(json.loads(line), dict)
-  except ValueError:
+  except (ValueError, RecursionError):
     return False
 
 

@@ -7,6 +7,9 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
+from calm.calibrate.generations import files
+from calm.data import bounded
+
 # What each is called in messages.
 FORMATS = {
   "jsonl": "JSON Lines",
@@ -43,7 +46,7 @@ def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
 
   Lines end at newlines only: `splitlines` would end a prompt at characters that are no ends.
   """
-  for number, line in enumerate(file, start=1):
+  for number, line in enumerate(bounded.lines(file, name), start=1):
     try:
       # Some editors put a byte order mark before the first line.
       yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -61,11 +64,14 @@ def json_lines(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
       continue
     where = f"{name}:{number}"
     try:
-      value = json.loads(line)
-    except json.JSONDecodeError as error:
+      value = files.parse_json(line)
+    except ValueError as error:
+      what = error
+      if isinstance(error, json.JSONDecodeError):
+        what = f"invalid JSON at column {error.colno}: {error.msg}"
       raise ValueError(
-        f"{where}: expected one JSON object a line, got invalid JSON at column {error.colno}"
-        f" ({error.msg}); where these are plain texts, say so: `--prompts_format=text`."
+        f"{where}: expected one JSON object a line, got {what}; where these are plain texts, say"
+        " so: `--prompts_format=text`."
       ) from error
     yield _checked(Row(value, f"{stem}/{number}", where))
 
@@ -118,14 +124,18 @@ class _Pieces:
     while True:
       try:
         value, end = json.JSONDecoder().raw_decode(self._text)
+        files.parse_json(self._text[:end])  # numbers that are none
       except json.JSONDecodeError as error:
-        if self._more(size):
+        if len(self._text) <= bounded.LONGEST_LINE and self._more(size):
           size *= 2
           continue
         raise ValueError(
           f"{where}: expected whole JSON, got some that is invalid or cut off ({error.msg});"
           " copy the file again."
         ) from error
+      except (ValueError, RecursionError) as error:
+        what = error if isinstance(error, ValueError) else "too deep to be read"
+        raise ValueError(f"{where}: expected JSON, got {what}. Write it again.") from error
       self.drop(end)
       return value
 
@@ -213,7 +223,7 @@ def parquet(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
       for value in batch.to_pylist():
         number += 1
         yield Row(value, f"{stem}/{number}", f"{name}, row {number}")
-  except pyarrow.ArrowException as error:
+  except (pyarrow.ArrowException, UnicodeDecodeError) as error:
     raise ValueError(
       f"{name}: expected a whole Parquet file, got a damaged one ({error}); copy it again."
     ) from error

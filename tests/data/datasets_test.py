@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from calm.data import datasets
+from calm.data import bounded, datasets
 
 ROWS = [
   {"id": "a", "source": "s", "kind": "k", "input": "un café", "target": ["coffee", "a café"]},
@@ -157,13 +157,16 @@ def test_reading_loads_neither_tensorflow_nor_jax():
 
 
 def test_a_gzip_bomb_and_an_endless_line_are_refused_in_little_memory(tmp_path, monkeypatch):
-  monkeypatch.setattr(datasets, "_UNPACKED", 2**20)
-  monkeypatch.setattr(datasets, "_LONGEST_LINE", 2**16)
+  monkeypatch.setattr(bounded, "_UNPACKED", 2**20)
+  monkeypatch.setattr(bounded, "LONGEST_LINE", 2**16)
   row = b'{"input": "the same again"}\n'
-  for name, content in [("many", row * 2**17), ("long", b"x" * 2**17)]:
+  for name, content, told in [
+    ("many", row * 2**17, "to unpack to at most 200 times"),
+    ("long", b"x" * 2**17, "to hold lines of at most 65536"),
+  ]:
     path = tmp_path / f"{name}.jsonl.gz"
     path.write_bytes(gzip.compress(content))
-    with pytest.raises(ValueError, match=rf"{name}.jsonl.gz' to hold lines of at most 65536"):
+    with pytest.raises(ValueError, match=rf"{name}.jsonl.gz' {told}"):
       datasets.read_examples(path, require_target=False)
   assert datasets.read_examples(tmp_path / "many.jsonl.gz", limit=3, require_target=False)
 

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from calm.calibrate import Prompt
-from calm.data import prompt_files, row_formats
+from calm.data import bounded, prompt_files, row_formats
 
 ROWS = [
   {"id": "a", "input": "one, two", "target": ["eins", "uns"], "source": "x"},
@@ -201,9 +201,23 @@ def test_keys_are_the_same_in_every_row(tmp_path):
       "expected whole gzip data, got .* damaged",
     ),
     ("a.jsonl", b'{"input": "half of \\ud83d"}\n', r"a\.jsonl:1: .*surrogate.*character 9"),
+    ("a.jsonl", b'{"input": "a", "b": NaN}', r"a\.jsonl:1: NaN is not JSON"),
+    ("a.jsonl", b'{"input": "a", "b": 1e400}', r"a\.jsonl:1: the number 1e400 is beyond"),
+    ("a.jsonl", b'{"input": ' + b"[" * 50_000, r"a\.jsonl:1: .*too deep"),
+    ("a.json", b'[{"input": ' + b"[" * 50_000, r"a\.json, element 1: .*too deep"),
+    ("a.json", b'[{"input": "a", "b": NaN}]', r"a\.json, element 1: .*NaN"),
+    ("a.json", b'[{"input": "a", "b": 1e400}]', r"a\.json, element 1: .*1e400"),
+    ("a.jsonl.gz", gzip.compress(b"a" * 2**20, mtime=0), r"lines of at most 262144"),
+    ("a.txt.gz", gzip.compress(b"a\n" * 2**19, mtime=0), r"unpack to at most 200 times"),
+    ("a.json.gz", gzip.compress(b'["' + b"a" * 2**20, mtime=0), r"unpack to at most 200"),
+    ("a.csv.gz", gzip.compress(b"input\n" + b"a\n" * 2**19, mtime=0), r"unpack to at most"),
+    ("a.txt", b"a" * 300_000, r"lines of at most 262144 bytes"),
+    ("a.json", b'["' + b"a" * 600_000, r"element 1: invalid JSON"),
   ],
 )
-def test_damage_is_named_with_its_line(tmp_path, name, content, message):
+def test_damage_is_named_with_its_line(tmp_path, monkeypatch, name, content, message):
+  monkeypatch.setattr(bounded, "_UNPACKED", 2**16)
+  monkeypatch.setattr(bounded, "LONGEST_LINE", 2**18)
   with pytest.raises(ValueError, match=message):
     prompt_files.open_prompts(write(tmp_path, name, content))
 

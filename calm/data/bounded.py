@@ -1,0 +1,57 @@
+"""What is read of a file, bounded: no small file fills the memory, packed or not."""
+
+import gzip
+from collections.abc import Iterator
+from typing import BinaryIO
+
+GZIP_MAGIC = b"\x1f\x8b"
+LONGEST_LINE = 2**26
+# Texts pack to a third or a tenth; files up to so many bytes may do as they like.
+_UNPACKED, _RATIO = 2**28, 200
+
+
+class Gzip(gzip.GzipFile):
+  """A gzip file that unpacks to at most 256 MiB and 200 times its size.
+
+  Args:
+    file: its bytes.
+    size: how many there are.
+    name: for messages.
+  """
+
+  def __init__(self, file: BinaryIO, size: int, name: str):
+    super().__init__(fileobj=file, mode="rb")
+    self._most, self._called = _UNPACKED + _RATIO * size, name
+
+  def read(self, size: int | None = -1) -> bytes:
+    """As of any file; ValueError beyond the bound."""
+    left = self._most + 1 - self.tell()
+    return self._checked(super().read(left if size is None or size < 0 else min(size, left)))
+
+  def readline(self, size: int | None = -1) -> bytes:  # pyright: ignore[reportIncompatibleMethodOverride]
+    """As of any file; ValueError beyond the bound."""
+    left = self._most + 1 - self.tell()
+    return self._checked(super().readline(left if size is None or size < 0 else size))
+
+  def _checked(self, content: bytes) -> bytes:
+    if self.tell() > self._most:
+      raise ValueError(
+        f"Expected {self._called!r} to unpack to at most {_RATIO} times its size, got more; it"
+        " is no file of texts, or made to fill the memory."
+      )
+    return content
+
+
+def lines(file: BinaryIO, name: str) -> Iterator[bytes]:
+  """Lines with their ends.
+
+  Raises:
+    ValueError: one has more than 64 MiB.
+  """
+  while line := file.readline(LONGEST_LINE + 1):
+    if len(line) > LONGEST_LINE:
+      raise ValueError(
+        f"Expected {name!r} to hold lines of at most {LONGEST_LINE} bytes, got a longer one; it"
+        " is no file of texts, or made to fill the memory."
+      )
+    yield line
