@@ -2,11 +2,10 @@
 
 The legacy format, in which the public T5 1.1 checkpoints are, is a msgpack file `checkpoint`
 whose large leaves are references to zarr arrays beside it. The Orbax format keeps the same
-train state under `state/`. Only the target's parameters are read, no optimizer state. Needs
-tensorstore, and Orbax for its format: both come with the `train` extra.
+train state under `state/`, in one database or in many folders. Only the target's parameters are
+read, no optimizer state. Needs tensorstore, which comes with the `train` extra.
 """
 
-import contextlib
 import importlib
 import math
 import pathlib
@@ -14,15 +13,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from flax import serialization, traverse_util
 
 from calm.checkpoints import files
-from calm.t5 import network, parameters
+from calm.t5 import network
 
 # No compressor of theirs makes less of more than this.
 _SMALL, _MOST_COMPRESSION = 2**20, 1100
+# The file of an array that says its shape, and what of tensorstore reads it.
+_METADATA = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
 _STEP = re.compile(r"checkpoint_(\d+)")
 
 
@@ -45,7 +45,7 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
     path: what `find` returned.
 
   Raises:
-    ImportError: tensorstore or Orbax is not installed.
+    ImportError: tensorstore is not installed.
     ValueError: the files are damaged, or leaves are missing.
   """
   return _read_legacy(path) if _is_legacy(path) else _read_orbax(path)
@@ -129,7 +129,13 @@ def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
   reads = {
     n: _open_zarr(path, n, leaf).read() for n, leaf in leaves.items() if _is_reference(leaf)
   }
-  arrays = {name: reads[name].result() if name in reads else leaves[name] for name in leaves}
+  try:
+    arrays = {name: reads[name].result() if name in reads else leaves[name] for name in leaves}
+  except (ValueError, OSError) as error:
+    raise ValueError(
+      f"Expected the arrays of `path` {str(path)!r} to be whole, got one that is not ({error});"
+      " copy the whole folder again."
+    ) from error
   return {name: files.as_float32(name, array, path) for name, array in arrays.items()}
 
 
@@ -175,30 +181,38 @@ def _check_size(folder: pathlib.Path, size: int) -> None:
 
 
 def _read_orbax(path: pathlib.Path) -> dict[str, np.ndarray]:
-  ocp = _import("orbax.checkpoint")
-  state = _orbax_state(path)
+  """The arrays of Orbax's database, or of its folders, read by tensorstore alone.
+
+  Orbax reads all of a train state at once: of a damaged one every array has its traceback.
+  """
+  ts, state = _import("tensorstore"), _orbax_state(path)
   assert state is not None
+  base: dict[str, Any] = {"driver": "file", "path": f"{state.absolute()}/"}
+  if (state / "manifest.ocdbt").is_file():
+    base = {"driver": "ocdbt", "base": base}
   try:
-    # The handler alone: a checkpointer would look for T5X's own handlers of other items.
-    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-      target = handler.metadata(state.absolute()).tree["target"]
-      sizes = [math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(target)]
-      _check_size(state, sum(sizes))
-      arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
-      restored = handler.restore(
-        state.absolute(),
-        args=ocp.args.PyTreeRestore(
-          item={"target": target}, restore_args={"target": arrays}, partial_restore=True
-        ),
-      )
-  except (ValueError, KeyError, OSError) as error:
+    keys = [key.decode() for key in ts.KvStore.open(base).result().list().result()]
+    opened = {}
+    for end, driver in _METADATA.items():
+      for key in keys:
+        if key.startswith("target.") and key.endswith(end):
+          folder = key[: -len(end)]
+          inner = f"{base.get('path', '')}{folder}/"
+          store = {"driver": driver, "kvstore": {**base, "path": inner}}
+          opened[folder] = ts.open(store, read=True).result()
+    if not opened:
+      raise ValueError(f"no array of `target` among {keys[:3]}")
+    _check_size(state, sum(math.prod(array.shape) * 4 for array in opened.values()))
+    reads = {name: array.read() for name, array in opened.items()}
+    arrays = {name: read.result() for name, read in reads.items()}
+  except (ValueError, OSError) as error:
     raise ValueError(
       "Expected `path` to be a T5X checkpoint in Orbax's format, with a `target`, got"
-      f" {str(path)!r}, which Orbax does not open ({type(error).__name__}: {error}); copy the"
-      " whole folder again."
+      f" {str(path)!r}, which does not open ({type(error).__name__}: {error}); copy the whole"
+      " folder again."
     ) from error
-  flat = parameters.flatten(restored["target"])
-  return {name: files.as_float32(name, array, path) for name, array in flat.items()}
+  names = {name: name.removeprefix("target.").replace(".", "/") for name in arrays}
+  return {names[name]: files.as_float32(name, arrays[name], path) for name in arrays}
 
 
 def _import(name: str) -> Any:

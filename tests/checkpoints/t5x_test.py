@@ -1,5 +1,6 @@
 """T5X checkpoints, made with the real T5X (golden/make_t5x_checkpoints.py), read without it."""
 
+import contextlib
 import gc
 import pathlib
 import shutil
@@ -128,8 +129,38 @@ def test_damaged_orbax(copied):
   path = copied("orbax")
   for file in (path / "state" / "d").iterdir():
     file.write_bytes(file.read_bytes()[:10])
-  with pytest.raises(ValueError, match=r"`path`.*Orbax does not open"):
+  with pytest.raises(ValueError, match=r"`path`.*Orbax's format.*does not open"):
     checkpoints.load(path)
+
+
+@pytest.mark.parametrize("options", [{"use_ocdbt": False}, {"use_zarr3": True}])
+def test_orbax_folders_and_its_newer_arrays_are_read(unpacked, tmp_path, options):
+  import orbax.checkpoint as ocp
+
+  golden = checkpoints.load(unpacked / "orbax")
+  with contextlib.closing(ocp.PyTreeCheckpointHandler(**options)) as handler:
+    handler.save(tmp_path / "state", args=ocp.args.PyTreeSave({"target": golden.params}))
+    handler.finalize(tmp_path / "state")
+  flat = parameters.flatten(checkpoints.load(tmp_path).params)
+  expected = parameters.flatten(golden.params)
+  assert flat.keys() == expected.keys()
+  for path, leaf in flat.items():
+    np.testing.assert_array_equal(leaf, expected[path])
+
+
+def test_a_damaged_orbax_database_is_one_message(copied):
+  path = copied("orbax")
+  (path / "state" / "manifest.ocdbt").write_bytes(b"no such thing")
+  code = f"""
+from calm import checkpoints
+try:
+  checkpoints.load({str(path)!r})
+except ValueError as error:
+  print(error)
+"""
+  made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert "does not open" in made.stdout and made.stdout.count("\n") == 1
+  assert made.stderr == ""
 
 
 def test_other_architectures_are_refused():
