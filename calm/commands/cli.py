@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import calm
+from calm.calibrate.generations.shown import visible
 from calm.commands import helping
 
 DESCRIPTION = """\
@@ -23,6 +24,9 @@ options and examples.
 Gin files, gin bindings and `--metric module:function` run code, as your shell does: use those
 that you would run. Everything else is data, which is checked and never executed.
 """
+
+# Metavars of options that may be empty: texts, bindings, and lists of folders.
+BLANK = ("TEXT", "'A.b = 1'", "DIRS")
 
 COMMANDS = {
   "demo": "all of it on the model in the box, in minutes",
@@ -42,20 +46,28 @@ class _Parser(argparse.ArgumentParser):
   def parse_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
     arguments, unknown = self.parse_known_args(args, namespace)
     if unknown:
-      known = [option for options in self._commands() for option in options]
+      known = [option for action in self._taken() for option in action.option_strings]
       self.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown[0], known)}")
+    for action in self._taken():
+      value = getattr(arguments, action.dest, None)
+      if action.metavar not in BLANK and "" in (value if isinstance(value, list) else [value]):
+        # A path of no letters would be the folder in which the command is run.
+        self.error(
+          f"Expected `{'/'.join(action.option_strings) or action.metavar}` to be a text, got"
+          " none; leave it out, or set the variable that it comes from"
+        )
     return arguments
 
   def error(self, message: str):
     found = re.search(r"argument COMMAND: invalid choice: '([^']*)'", message)
-    super().error(message + (_meant(found[1], COMMANDS) if found else ""))
+    super().error(visible(message) + (_meant(found[1], COMMANDS) if found else ""))
 
-  def _commands(self) -> Iterator[Sequence[str]]:
-    """The options of the command that was chosen: the others have none but --help."""
+  def _taken(self) -> Iterator[argparse.Action]:
+    """What the command that was chosen takes: the others have none but --help."""
     for action in self._actions:
       if isinstance(action, argparse._SubParsersAction):
         for command in action.choices.values():
-          yield list(command._option_string_actions)
+          yield from command._actions
 
 
 def _meant(word: str, known: Iterable[str]) -> str:

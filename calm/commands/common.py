@@ -144,6 +144,29 @@ def check_output(path: str | pathlib.Path) -> None:
     ) from error
 
 
+def check_folder(path: str | pathlib.Path) -> pathlib.Path:
+  """Makes the folder `--output`, or refuses it before the work that would be lost with it.
+
+  Raises:
+    OSError: says which folder, and what to do.
+  """
+  try:
+    (folder := pathlib.Path(path)).mkdir(parents=True, exist_ok=True)
+    with files.temporary(folder / "output"):
+      return folder
+  except OSError as error:
+    raise type(error)(
+      f"Expected `--output` to be a folder that can be written, got {str(path)!r}"
+      f" ({error.strerror}); choose another."
+    ) from error
+
+
+def check_count(flag: str, count: int) -> None:
+  """ValueError where a number of things to show is below 0."""
+  if count < 0:
+    raise ValueError(f"Expected `{flag}` of at least 0, got {count}.")
+
+
 def missing_package(error: ModuleNotFoundError) -> str:
   """What to install for a package that is not there."""
   extras = {
@@ -208,6 +231,7 @@ def parse_gin(arguments: argparse.Namespace) -> None:
 
   for path in [p for p in arguments.gin_search_paths.split(",") if p]:
     gin.add_config_file_search_path(path)
+  _look_past_folders()
   # gin logs every place where a file is not; the error below names them all.
   tried = lambda record: not record.getMessage().startswith("Path not found")
   logging.getLogger().addFilter(tried)
@@ -227,6 +251,26 @@ def parse_gin(arguments: argparse.Namespace) -> None:
     raise ValueError(_gin_message(arguments, error)) from error
   finally:
     logging.getLogger().removeFilter(tried)
+
+
+def _look_past_folders() -> None:
+  """Has gin look on where a folder on Python's path has the name of an included file's.
+
+  gin takes a file of `configs/` for one of the package `configs`, and ends with a TypeError at
+  a folder without `__init__.py`, before it comes to the folders that it is to search.
+  """
+  from gin import config
+
+  def checked(is_there: Callable[[str], bool], path: str) -> bool:
+    try:
+      return is_there(path)
+    except (TypeError, ImportError, ValueError):
+      return False
+
+  readers = config._FILE_READERS  # gin has no public list of them
+  for number, (read, is_there) in enumerate(readers):
+    if getattr(is_there, "func", None) is None:
+      readers[number] = (read, functools.partial(checked, is_there))
 
 
 _GIN_PLACE = re.compile(r'In (?:file "(?P<file>[^"]*)"|bindings string), line (?P<line>[0-9]+)')

@@ -102,6 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
   calibration_prompts = packed_prompts("calibration", arguments.limit)
   unseen_prompts = packed_prompts("unseen", arguments.limit)
   _refuse_rates(len(calibration_prompts), arguments.tolerance, arguments.error_rate)
+  common.check_count("--examples", arguments.examples)
   console, predictor = rich_console.Console(), _open(arguments)
   allowed = predictor.options.exit_layers
   shown = "all" if allowed is None else ",".join(map(str, allowed))

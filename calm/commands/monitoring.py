@@ -134,7 +134,7 @@ def open_monitored(
   on_trial = bool(predictor.elsewhere) and threshold not in (NEVER_EXIT, None)
   if arguments.monitor is None and not on_trial:
     for name in ("fail_on_alarm", "monitor_share", "monitor_level"):
-      if getattr(arguments, name) not in (None, False):
+      if (given := getattr(arguments, name)) is not None and given is not False:
         raise ValueError(f"Expected `--monitor` beside `--{name}`, got none; name a file.")
     return None
   promise = _promise(predictor.calibration, threshold)

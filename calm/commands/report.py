@@ -55,7 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
   start = time.monotonic()
   # Table 1 says which share of the inputs is cut, once.
   warnings.simplefilter("ignore", prompt_batches.CutPrompts)
-  output.mkdir(parents=True, exist_ok=True)
+  common.check_count("--examples", arguments.examples)
+  common.check_folder(output)
   with locks.held(output), progress.steps(console) as announce:
     reports, predictor = _experiments(arguments, output / "cache", announce)
   facts = _facts(arguments, predictor, time.monotonic() - start)
@@ -130,16 +131,17 @@ def _models(arguments: argparse.Namespace):
   """The models that were named, by what they are for."""
   from calm import inference
 
-  return {
-    name: inference.load(path, batch_size=arguments.batch_size)
-    for name, path in (
-      ("predictor", arguments.model),
-      ("geometric", arguments.geometric_model),
-      ("last_layer", arguments.last_layer_model),
-      ("all_layers", arguments.all_layers_model),
-    )
-    if path
-  }
+  models = {}
+  for name, flag in (
+    ("predictor", "model"),
+    ("geometric", "geometric_model"),
+    ("last_layer", "last_layer_model"),
+    ("all_layers", "all_layers_model"),
+  ):
+    if (path := getattr(arguments, flag)) is not None:
+      with common.called(f"--{flag}"):
+        models[name] = inference.load(path, batch_size=arguments.batch_size)
+  return models
 
 
 def _own_task(arguments: argparse.Namespace, predictor):

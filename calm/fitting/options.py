@@ -50,6 +50,8 @@ class FitOptions:
       )
     if self.budget is not None and not self.budget > 0:
       raise ValueError(f"Expected `budget` above 0 seconds, got {self.budget}.")
+    if not 0 <= self.seed < 2**32:
+      raise ValueError(f"Expected `seed` to be in 0 ... {2**32 - 1}, got {self.seed}.")
     certified.kind_of(self.consistency)
     metrics.get_metric(self.metric)
 

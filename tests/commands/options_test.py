@@ -1,35 +1,90 @@
-"""Values that no option means, for every option that takes a number or a list of them.
+"""Values that no option means, for every option of every command that takes a value.
 
-The options are read off the commands' own parsers: one that is new is asked too.
+The options are read off the commands' own parsers: one that is new is asked about too. What
+comes back is a refusal that names the option or the value, or the table calls the value fair.
 """
 
-import argparse
-import importlib
-import json
+import collections
+import dataclasses
+import resource
+import time
 
+import numpy as np
 import pytest
 
-from calm.calibrate import NEVER_EXIT, generations
-from calm.calibrate.generations import writer
+pytest.importorskip("matplotlib", reason="matplotlib (the `report` extra) is not installed")
+
+from calm import calibrate, inference
+from calm.calibrate import NEVER_EXIT
+from calm.calibrate.generations import records, writer
 from calm.commands import cli
 from tests.calibrate import laws
+from tests.commands import asked
 
-NONSENSE = ("x", "", "-1", "nan", "1e400", "1.5.5", "\x1b[2J")
-# What an option may well mean. Bets with -1: `start` of a tail of signed losses.
-FAIR = {"infer": {}, "calibrate": {"--start": {"-1"}}}
-# Options of texts and lists of numbers; files and names have their own tests.
-LISTS = {"--exit_layers", "--threshold", "--thresholds", "--depths", "--risks", "--dtype"}
+ESCAPE = "\x1b[2J"
+LONG = "x" * 5000
+STREAM = "/proc/self/mem"
+VALUES = {
+  "number": ("x", "", "-1", "0", "nan", "1e400", "1.5.5", "10" * 20, ESCAPE),
+  "name": ("x", "", "a.b:c", ESCAPE, LONG),
+  "place": (
+    *("", "nowhere/at/all", LONG, f"nowhere{ESCAPE}", "/dev/null", STREAM),
+    *("/proc/nothing/there", "{folder}", "{garbage}", "{rows}/below"),
+  ),
+}
+PLACES = ("FILE", "FOLDER", "DIR", "PLACE")
+NUMBERS = ("N", "K", "X", "TAU", "RATE", "STEP", "SHARE", "LEVEL")
+# Any text will do, and folders to search in that are not there are passed over.
+TEXTS = ("TEXT", "DIRS")
+SECONDS, BYTES = 10.0, 2**30
+
+_any = lambda value: True
+_of = lambda *values: lambda value: value in values
+_new = lambda value: value.startswith("nowhere") or value == "{folder}"
+_much = "10" * 20
+# Command and option -> what it may well mean.
+FAIR = {
+  "demo --limit": _of(_much),
+  "demo --examples": _of("0", _much),
+  "demo --output": _new,
+  "fit --output": _new,
+  "fit --seed": _of("0"),
+  "train --output_dir": _new,
+  "train --gin_bindings": _of(""),
+  "generate --gin_bindings": _of(""),
+  "generate --shard_id": _of("0"),
+  # Where there are none yet, they are asked for.
+  "generate --references": _of("/dev/null"),
+  "generate --limit": _of(_much),
+  "generate --output": _new,
+  "generate --temperature": _of("0", _much),
+  "calibrate --start": _of("-1", "0"),
+  "calibrate --references": _of("/dev/null"),
+  "calibrate --list_unlabelled": _of(f"nowhere{ESCAPE}", "/dev/null", STREAM, "{garbage}"),
+  "calibrate --output": _of(f"nowhere{ESCAPE}", "/dev/null", "{garbage}"),
+  "infer --limit": _of(_much),
+  "infer --temperature": _of("0", _much),
+  # A stream says what is wrong when it is written to.
+  "infer --output": _of(f"nowhere{ESCAPE}", "/dev/null", STREAM, "{garbage}"),
+  "infer --gin_bindings": _of(""),
+  "infer --shard_id": _of("0"),
+  "merge --output": _any,
+  "report --limit": _of(_much),
+  "report --data": lambda value: value != "",
+  "report --output": _new,
+  "report --ablated": _of(_much),
+  "report --examples": _of("0", _much),
+  "report --timed": _of(_much),
+  "report --rounds": _of(_much),
+}
 
 
-def asked(command):
-  """The options of a command that take a number or a list of them."""
-  parser = argparse.ArgumentParser()
-  importlib.import_module(f"calm.commands.{command}").add_arguments(parser)
-  return [
-    action.option_strings[0]
-    for action in parser._actions
-    if action.type in (int, float) or LISTS & set(action.option_strings)
-  ]
+def kind(action):
+  if action.metavar in TEXTS:
+    return None
+  if action.type in (int, float) or action.metavar in NUMBERS:
+    return "number"
+  return "place" if action.metavar in PLACES else "name"
 
 
 @pytest.fixture(scope="module")
@@ -37,58 +92,61 @@ def outputs(tmp_path_factory):
   folder = tmp_path_factory.mktemp("outputs")
   prompts = laws.prompts(40)
   made = writer.open_writer(folder, prompts=prompts, thresholds=[0.5], procedure=None)
+  numbers = dict(tokens=(5, 1), exit_layers=(1, 2))
   for threshold in (NEVER_EXIT, 0.5):
-    made.append(threshold, [_record(prompt.id) for prompt in prompts])
+    made.append(threshold, [records.Record(p.id, "text", **numbers) for p in prompts])
   made.finish()
-  assert len(generations.load(folder).full) == 40
   return folder
 
 
-def _record(name):
-  return generations.records.Record(name, "text", tokens=(5, 1), exit_layers=(1, 2))
+@pytest.fixture(scope="module")
+def calibration(model, tmp_path_factory):
+  made = calibrate.calibrate(np.zeros((200, 1)), [0.9], tolerance=0.1, error_rate=0.05)
+  path = tmp_path_factory.mktemp("promise") / "calibration.json"
+  dataclasses.replace(made, procedure=inference.load(model).procedure).save(path)
+  return path
 
 
-# What makes an option be looked at, where others must be given with it.
-BESIDE = {
-  "--share": ["--promise=quantile"],
-  "--beta": ["--promise=tail_mean"],
-  "--start": ["--promise=tail_mean"],
-  "--at_most": ["--promise=cost"],
-  "--depths": ["--promise=early_exits"],
-  "--temperature": ["--max_decode_length=2"],
-}
+@pytest.fixture
+def asker(model, outputs, calibration, tmp_path, capsys, monkeypatch, cache_in_tmp):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "garbage").write_bytes(b"\xff\x00garbage\n" * 9)
+  return asked.Asker(model, outputs, calibration, tmp_path, capsys)
 
 
-def given(command, option, model, outputs, folder):
-  if command == "calibrate":
-    base = [str(outputs), "--tolerance=0.2", f"--output={folder / 'calibration.json'}"]
-  else:
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text(json.dumps({"id": "a", "input": "text"}))
-    base = [f"--model={model}", f"--prompts={prompts}"]
-    alone = ("--threshold", "--draft_layer")
-    base += ["--exact"] if option == "--draft_layer" else []
-    base += [] if option in alone else ["--threshold=never"]
-  return [command, *base, *BESIDE.get(option, [])]
+def told_of(option, value, told):
+  """Whether a message says which option, or which value, is meant."""
+  name = option.strip("-")
+  names = (name, name.replace("_", " "), name.rstrip("s").replace("_", " "))
+  plain = told.replace("\n", " ")
+  shown = value.replace(ESCAPE, "\\x1b[2J")[:60]
+  return any(each in plain for each in names) or (len(shown) > 3 and shown in plain)
 
 
-@pytest.mark.parametrize("command", ["calibrate", "infer"])
-def test_no_number_is_nonsense(command, model, outputs, tmp_path, capsys):
-  options = asked(command)
-  assert len(options) > 4
-  for option in options:
-    for value in NONSENSE:
-      if value in FAIR[command].get(option, ()):
-        continue
-      words = [*given(command, option, model, outputs, tmp_path), f"{option}={value}"]
-      try:
-        status = cli.main(words)
-      except SystemExit as stopped:  # argparse's own refusal
-        status = stopped.code
-      told = capsys.readouterr().err
-      assert status == 2, (words, told)
-      name = option.strip("-")
-      named = name in told or name.replace("_", " ") in told or "exit layers" in told
-      assert named, (words, told)
-      assert "Traceback" not in told and "\x1b[2J" not in told, words
-    assert not (tmp_path / "calibration.json").exists()
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_no_option_takes_nonsense(command, asker, monkeypatch):
+  asked.stop_at_work(monkeypatch, command)
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  found, wrong = collections.Counter(), []
+  for action in asked.actions(command):
+    option = (*action.option_strings, action.metavar or action.dest)[0]
+    for value in VALUES.get(kind(action), ()):
+      fair = FAIR.get(f"{command} {option}", _of())(value)
+      given = value.replace("{garbage}", "garbage").format(folder=asker.folder, rows=asker.rows)
+      words = asker.words(command, option)
+      words += [f"{option}={given}"] if action.option_strings else [given]
+      start = time.monotonic()
+      status, told = asker.ask(words)
+      outcome = "named" if status == 2 else "fair"
+      if status not in (2, 0, "taken") or (status != 2 and not fair):
+        outcome = "silent"
+      elif status == 2 and not told_of(option, given, told):
+        outcome = "vague"
+      elif time.monotonic() - start > SECONDS:
+        outcome = "slow"
+      found[outcome] += 1
+      if outcome in ("silent", "vague", "slow") or "Traceback" in told or ESCAPE in told:
+        wrong.append(f"{outcome} {option}={value[:60]!r}: {status}: {told[-300:]}")
+  assert found["named"] >= 0.95 * (found["named"] + found["vague"]), "\n".join(wrong)
+  assert not [each for each in wrong if not each.startswith("vague")], "\n".join(wrong)
+  assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < BYTES
