@@ -182,8 +182,3 @@ FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {
   "calibration": {},
   "monitor": {"empty": _anything},  # as one that was never written to
 }
-
-
-def fair(name: str, field: str, value: Any) -> bool:
-  """Whether a reader may take `value` in `field` of the document `name`."""
-  return any(holds(value) for fields, holds in FAIR[name].items() if field in fields.split())

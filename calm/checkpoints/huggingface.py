@@ -91,9 +91,13 @@ def _read_vocabulary(directory: pathlib.Path, theirs: Mapping[str, Any], pad: in
   if not path.is_file():
     return None
   eos = theirs.get("eos_token_id", 1)
-  return tokenizer_files.TokenizerVocabulary(
-    path, eos_id=eos[0] if isinstance(eos, list) else eos, pad_id=pad
-  )
+  eos = eos[0] if isinstance(eos, list) and eos else eos
+  if type(eos) is not int or not 0 <= eos < 2**31 or eos == pad:
+    raise ValueError(
+      f"Expected `eos_token_id` of {str(directory)!r} to be a token id, and not that of"
+      f" padding, got {eos!r}; copy the model's config.json and generation_config.json again."
+    )
+  return tokenizer_files.TokenizerVocabulary(path, eos_id=eos, pad_id=pad)
 
 
 def write(

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Protocol
 
@@ -83,7 +84,7 @@ class Resumable:
   def pending(self, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
     stored, why = self._stored()
     rest = iter(prompts)
-    for prompt in itertools.islice(rest, stored.get("done", 0)):
+    for prompt in itertools.islice(rest, min(stored.get("done", 0), sys.maxsize)):
       self._add(prompt)
     if stored and self._digest.hexdigest() == stored["prompts"]:
       self.done = stored["done"]
@@ -118,8 +119,14 @@ class Resumable:
   def _stored(self) -> tuple[dict[str, Any], str]:
     """What an earlier run of the same says of itself; else nothing, and what it was of."""
     try:
-      stored = json.loads(self._state.read_text("utf-8"))
-      if stored["format"] != FORMAT or stored["bytes"] > self._partial.stat().st_size:
+      stored = files.parse_json(self._state.read_bytes())
+      whole = all(type(stored[name]) is int and stored[name] >= 0 for name in ("done", "bytes"))
+      if (
+        stored["format"] != FORMAT
+        or not whole
+        or stored["bytes"] > self._partial.stat().st_size
+        or not isinstance(stored["prompts"], str)
+      ):
         return {}, "a run that cannot be gone on with"
       theirs = dict(stored["about"])
     except (OSError, ValueError, TypeError, KeyError):

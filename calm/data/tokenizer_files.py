@@ -60,6 +60,7 @@ class TokenizerVocabulary:
       ) from error
     try:
       made = tokenizers.Tokenizer.from_buffer(self.model)
+      made.encode("a")  # some only say now what they lack
     except Exception as error:  # the package raises nothing narrower
       raise ValueError(
         f"Expected {str(self.path)!r} to be a tokenizer.json, got {len(self.model)} bytes that"
@@ -113,7 +114,13 @@ class TokenizerVocabulary:
   def encode(self, s: str, /) -> list[int]:
     """Token ids of a text as transformers makes them, the EOS at their end left out."""
     vocabulary_lib.check_utf8(s)
-    ids = self._tokenizer.encode(s).ids
+    try:
+      ids = self._tokenizer.encode(s).ids
+    except Exception as error:  # the package raises nothing narrower
+      raise ValueError(
+        f"Expected {str(self.path)!r} to have tokens for every text, got {error} for {s!r:.60};"
+        " save the tokenizer again."
+      ) from error
     return ids[:-1] if ids[-1:] == [self.eos_id] else ids
 
   def decode(self, ids: Iterable[int], /) -> str:

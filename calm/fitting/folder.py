@@ -53,7 +53,7 @@ class Folder:
     there = work / _REQUEST
     request = json.loads(json.dumps(results.to_json(request)))
     if there.is_file():
-      _check_same(json.loads(there.read_text("utf-8")), request, path)
+      _check_same(_stored_request(there), request, path)
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
       what = "has other files in it" if path.is_dir() else "is a file"
       raise ValueError(
@@ -101,6 +101,20 @@ class Folder:
     files.write_atomically(self.work / "result.json", text + "\n")
     for name, page in summary.pages(result, options, str(self.path)).items():
       files.write_atomically(self.path / name, page)
+
+
+def _stored_request(path: pathlib.Path) -> dict[str, Any]:
+  """What a fit was asked for, as it was written down when it began."""
+  try:
+    stored = files.parse_json(path.read_bytes())
+  except ValueError as error:
+    stored = str(error)
+  if not isinstance(stored, dict) or not isinstance(stored.get("options"), dict):
+    raise ValueError(
+      f"Expected {str(path)!r} to be the request of a fit, with its `options`, got"
+      f" {stored!r:.100}; restore it, or choose another folder."
+    )
+  return stored
 
 
 def _check_same(there: Any, request: Any, path: pathlib.Path) -> None:

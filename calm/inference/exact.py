@@ -47,4 +47,9 @@ def stored_rule(path: pathlib.Path) -> exits.Verified | None:
       raise ValueError(f"Expected `exact` to have {sorted(known)}, got {stored!r}.")
     for name in ("draft_layer", "num_drafts"):
       limits.whole(name, stored[name], 1, limits.LONGEST)
+    for name in ("adapts", "measures"):
+      if not isinstance(stored[name], bool):
+        raise ValueError(f"Expected `{name}` to be true or false, got {stored[name]!r}.")
+    if type(stored["stop_below"]) not in (int, float):
+      raise ValueError(f"Expected `stop_below` in [0, 1], got {stored['stop_below']!r}.")
     return exits.Verified(**stored)

@@ -38,13 +38,18 @@ class Identity:
 
 def of_run(config: TrainConfig, source: training_batches.Source) -> Identity:
   """The identity of a run, recorded at steps 0, 1, 2, 4, 8, ..."""
-  steps = [0, *(2**i for i in range(config.num_steps.bit_length()) if 2**i < config.num_steps)]
+  steps = [s for s in _steps(config.num_steps.bit_length() + 1) if s < config.num_steps]
   schedule = config.schedule(config.num_steps)
   return Identity(
     seed=int(config.seed),
     learning_rates={step: float(np.asarray(schedule(step))) for step in steps},
     batches={step: _digest(source.batch(step)) for step in steps},
   )
+
+
+def _steps(count: int) -> list[int]:
+  """The first `count` steps at which a run is recorded, at least that before all others."""
+  return [0, *(2**i for i in range(count - 1))]
 
 
 def _digest(batch: training_batches.Batch) -> str:
@@ -89,11 +94,18 @@ def _read(path: pathlib.Path) -> Identity | None:
   """What was recorded; None of runs of earlier versions."""
   if not path.is_file():
     return None
-  stored = files.parse_json(path.read_text("utf-8"))
   try:
-    rates = {int(s): math.nan if r is None else float(r) for s, r in stored["learning_rates"]}
-    return Identity(int(stored["seed"]), rates, {int(s): str(d) for s, d in stored["batches"]})
-  except (KeyError, TypeError, ValueError) as error:
+    stored = files.parse_json(path.read_bytes())
+    rates = {s: math.nan if r is None else float(r) for s, r in stored["learning_rates"]}
+    batches = {s: str(d) for s, d in stored["batches"]}
+    # Steps that are not there would not be compared.
+    for steps in (rates, batches):
+      if list(steps) != _steps(len(steps)) or any(type(s) is not int for s in steps):
+        raise ValueError(f"steps {list(steps)[:8]}, which are not 0, 1, 2, 4, 8 and so on")
+    if type(stored["seed"]) is not int:
+      raise ValueError(f"the seed {stored['seed']!r}")
+    return Identity(stored["seed"], rates, batches)
+  except (KeyError, TypeError, ValueError, OverflowError) as error:
     raise ValueError(
       f"Expected {str(path)!r} to say what a run was made with, got something else ({error});"
       " restore it, or take the folder away to begin anew."

@@ -5,6 +5,7 @@ and resumes exactly: batch, dropout and learning rate of step s depend on (seed,
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Callable
@@ -20,6 +21,34 @@ from calm.training.saving import check_writable, checkpointer, restore, save
 from calm.training.updates import TrainConfig, TrainState
 
 
+def read_history(path: pathlib.Path) -> list[dict[str, float]]:
+  """The validations of a run, by step.
+
+  Raises:
+    ValueError: the file holds something else.
+  """
+  try:
+    entries = json.loads(path.read_bytes())  # NaN is a loss that it may well have
+  except (ValueError, RecursionError) as error:
+    raise ValueError(
+      f"Expected {str(path)!r} to be the validations of a run, got no JSON ({error}); restore"
+      " it, or take the folder away to begin anew."
+    ) from error
+  number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
+  whole = isinstance(entries, list) and all(
+    isinstance(entry, dict)
+    and type(entry.get("step")) is int
+    and all(map(number, entry.values()))
+    for entry in entries
+  )
+  if not whole or any(a["step"] >= b["step"] for a, b in itertools.pairwise(entries)):
+    raise ValueError(
+      f"Expected {str(path)!r} to be a list of validations with numbers, their `step`s"
+      f" ascending, got {entries!r:.100}; restore it, or take the folder away to begin anew."
+    )
+  return [{n: v if n == "step" else float(v) for n, v in entry.items()} for entry in entries]
+
+
 class History:
   """Validations so far, for early stopping; kept in a JSON file beside the run."""
 
@@ -27,7 +56,7 @@ class History:
     self._path, self._metric, self._patience = path, metric, patience
     self.entries: list[dict[str, float]] = []
     if path.exists():
-      self.entries = json.loads(path.read_text())
+      self.entries = read_history(path)
 
   def update(self, step: int, scalars: dict[str, float]) -> bool:
     """Records a validation; True where it is the best so far."""

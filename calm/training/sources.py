@@ -2,11 +2,11 @@
 
 import collections
 import functools
-import json
 import pathlib
 from collections.abc import Sequence
 
 from calm import checkpoints
+from calm.calibrate.generations import records
 from calm.checkpoints import files
 from calm.data import datasets, training_batches
 
@@ -69,16 +69,18 @@ def supervised(
 def _tokens_of(path: pathlib.Path) -> dict[str, list[int]]:
   """{id: generated tokens} of an output file of `calm infer`."""
   found = {}
-  with path.open(encoding="utf-8") as lines:
-    for number, line in enumerate(lines, start=1):
-      try:
-        record = json.loads(line)
-        found[str(record["id"])] = [int(token) for token in record["tokens"]]
-      except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-          f"Expected `outputs` to have lines of `calm infer --output`, got {path}:{number}"
-          f" ({type(error).__name__}: {error})."
-        ) from error
+  for line in records.read_lines(path):
+    try:
+      # A line of `calm infer` lacks what a record may lack.
+      record = records.Record.from_json({"prediction": "", **line.value})
+      if record.tokens is None:
+        raise ValueError("no `tokens`")
+    except ValueError as error:
+      raise ValueError(
+        f"Expected `outputs` to have lines of `calm infer --output`, got {path}:{line.number}"
+        f" ({error})."
+      ) from error
+    found[record.id] = list(record.tokens)
   return found
 
 

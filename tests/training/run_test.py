@@ -310,7 +310,7 @@ def test_outputs_stand_in_for_targets(files, tmp_path):
   with pytest.raises(ValueError, match=r"`outputs`.*calm infer --threshold=never"):
     sources.supervised(str(prompts), words, ((64, 8),), 4, outputs=str(own))
   own.write_text("{}", encoding="utf-8")
-  with pytest.raises(ValueError, match=r"calm infer --output.*own.jsonl:1 \(KeyError"):
+  with pytest.raises(ValueError, match=r"calm infer --output.*own.jsonl:1 \(Expected `id`"):
     sources.supervised(str(prompts), words, ((64, 8),), 4, outputs=str(own))
 
 

@@ -66,7 +66,10 @@ def _read_line(line: Line) -> tuple[Prompt, Record]:
   value = line.value
   if isinstance(value.get("inputs"), Mapping):
     features = value["inputs"]
-    name = str(features.get("id", f"line {line.number}"))
+    name = features.get("id", f"line {line.number}")
+    if isinstance(name, bool) or not isinstance(name, str | int):
+      raise ValueError(f"Expected `inputs.id` to be a text or a whole number, got {name!r}")
+    name = str(name)
     return _t5x_prompt(name, features), Record.from_json(_t5x_record(name, value))
   if "custom_id" in value or {"request_id", "outputs"} <= set(value):
     value = _served(value)
@@ -121,15 +124,21 @@ def _t5x_prompt(name: str, features: Mapping[str, Any]) -> Prompt:
 
 def _t5x_record(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
   record = {"id": name, "prediction": value.get("prediction")}
-  aux = value.get("aux") or {}
+  aux = {} if value.get("aux") is None else value["aux"]
+  if not isinstance(aux, Mapping):
+    raise ValueError(f"Expected `aux` to be an object, got {aux!r:.100}")
   for field in ("exit_layers", "confidences", "rejected_confidences"):
     if field in aux:
       record[field] = aux[field]
   tokens = value.get("prediction_tokens")
+  if tokens is not None and not isinstance(tokens, list):
+    raise ValueError(f"Expected `prediction_tokens` to be a list, got {tokens!r:.100}")
   layers = record.get("exit_layers")
   if layers is not None:
     # Padding has exit layer 0 and follows the real tokens.
     length = sum(layer > 0 for layer in layers)
+    if any(layer < 0 for layer in layers):
+      raise ValueError(f"Expected `exit_layers` of at least 0, got {layers!r:.100}")
     for field in ("exit_layers", "confidences", "rejected_confidences"):
       if field in record:
         record[field] = record[field][:length]
@@ -137,7 +146,7 @@ def _t5x_record(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
   if tokens is not None:
     record["tokens"] = tokens
   score = aux.get("scores", aux.get("score"))
-  if isinstance(score, int | float):
+  if score is not None:
     record["score"] = score
   return record
 

@@ -7,6 +7,7 @@ merged folder, or the merged file itself, takes its place last.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -160,7 +161,16 @@ def _procedure(mark: shards.Mark) -> Procedure | None:
 
 def _check_positions(found: Sequence[Part]) -> None:
   """Every place of the list belongs to one part."""
-  owner = np.full(found[0].mark.num_prompts, -1)
+  # Counted first: `num_prompts` is no more than what a file says.
+  wanted, taken = found[0].mark.num_prompts, sum(len(part.mark.positions) for part in found)
+  if taken < wanted:
+    held = {at for part in found for at in part.mark.positions}
+    missing = itertools.islice((at for at in range(wanted) if at not in held), 10)
+    raise GenerationsError(
+      f"Expected every prompt in a shard, got {wanted - len(held)} in none: the prompts"
+      f" {', '.join(str(at + 1) for at in missing)} of the list; run the shards that have them."
+    )
+  owner = np.full(wanted, -1)
   for part in found:
     places = np.asarray(part.mark.positions, np.int64)
     taken = places[owner[places] >= 0]
@@ -172,13 +182,6 @@ def _check_positions(found: Sequence[Part]) -> None:
         " folders out."
       )
     owner[places] = part.mark.shard.number
-  missing = np.flatnonzero(owner < 0)
-  if len(missing):
-    raise GenerationsError(
-      f"Expected every prompt in a shard, got {len(missing)} in none: the prompts"
-      f" {', '.join(str(at + 1) for at in missing[:10].tolist())} of the list; run the"
-      " shards that have them."
-    )
 
 
 def _check_files(part: Part, names: Iterable[str]) -> None:

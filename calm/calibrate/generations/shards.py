@@ -36,10 +36,11 @@ class Shard:
   count: int
 
   def __post_init__(self):
-    if not 1 <= self.count <= MOST_SHARDS or not 0 <= self.number < self.count:
+    whole = type(self.count) is int and type(self.number) is int
+    if not whole or not 1 <= self.count <= MOST_SHARDS or not 0 <= self.number < self.count:
       raise ValueError(
         f"Expected `shard_id` in 0 ... `num_shards` - 1, of at most {MOST_SHARDS} shards, got"
-        f" {self.number} of {self.count}; the first shard is 0."
+        f" {self.number!r} of {self.count!r}; the first shard is 0."
       )
 
   @property
@@ -157,7 +158,7 @@ def read_mark(folder: pathlib.Path) -> Mark | None:
     ) from error
   try:
     mark = _checked(value)
-  except (KeyError, TypeError, ValueError) as error:
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise GenerationsError(
       f"{path}: expected the mark of a finished shard, got one that is not: {error!r}; take"
       " the folder away and run the shard again."
@@ -178,6 +179,10 @@ def _checked(value: Any) -> Mark:
     )
   positions, total = value["positions"], value["num_prompts"]
   whole = lambda number: type(number) is int
+  if not whole(value["schema_version"]) or not isinstance(value["prompts_digest"], str):
+    raise ValueError("`schema_version` is no number, or `prompts_digest` no text")
+  if not isinstance(positions, list) or not isinstance(value["about"], dict):
+    raise ValueError("`positions` are no list, or `about` is no object")
   if not whole(total) or not all(whole(at) and 0 <= at < total for at in positions):
     raise ValueError("Expected `positions` to be places of a list of `num_prompts`, got others")
   if any(a >= b for a, b in itertools.pairwise(positions)):
@@ -189,9 +194,9 @@ def _checked(value: Any) -> Mark:
     value["kind"],
     Shard(value["shard_id"], value["num_shards"]),
     total,
-    str(value["prompts_digest"]),
+    value["prompts_digest"],
     tuple(positions),
-    dict(value["about"]),
+    value["about"],
     dict(sums),
   )
 

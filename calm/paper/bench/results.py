@@ -52,6 +52,8 @@ def from_json(kind: Any, value: Any) -> Any:
     if value is None and type(None) in arguments:
       return None
     return from_json(next(a for a in arguments if a is not type(None)), value)
+  if origin is tuple and not isinstance(value, list | tuple):
+    raise TypeError(f"Expected a list in a stored result, got {value!r}.")
   if origin is tuple:
     if len(arguments) == 2 and arguments[1] is ...:
       return tuple(from_json(arguments[0], entry) for entry in value)
@@ -62,8 +64,10 @@ def from_json(kind: Any, value: Any) -> Any:
     hints, make = typing.get_type_hints(kind), typing.cast(Callable[..., Any], kind)
     return make(**{name: from_json(hints[name], entry) for name, entry in value.items()})
   if kind is float:
+    if isinstance(value, bool) or (isinstance(value, str) and value != "never"):
+      raise TypeError(f"Expected a number in a stored result, got {value!r}.")
     return math.nan if value is None else math.inf if value == "never" else float(value)
-  if isinstance(value, kind):
+  if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
     return value
   raise TypeError(f"Expected {kind.__name__} in a stored result, got {value!r}; measure again.")
 
@@ -106,7 +110,7 @@ class ResultCache:
     path = self.path(name, key)
     if path.exists():
       try:
-        return from_json(kind, json.loads(path.read_text("utf-8"))["result"])
+        return from_json(kind, files.parse_json(path.read_bytes())["result"])
       except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
           f"Expected a stored result of {name} in {path}, got something else ({error}); delete"
