@@ -201,7 +201,7 @@ def _read_orbax(path: pathlib.Path) -> dict[str, np.ndarray]:
           store = {"driver": driver, "kvstore": {**base, "path": inner}}
           opened[folder] = ts.open(store, read=True).result()
     if not opened:
-      raise ValueError(f"no array of `target` among {keys[:3]}")
+      raise ValueError(f"Expected arrays of a `target`, got {keys[:3]}")
     _check_size(state, sum(math.prod(array.shape) * 4 for array in opened.values()))
     reads = {name: array.read() for name, array in opened.items()}
     arrays = {name: read.result() for name, read in reads.items()}

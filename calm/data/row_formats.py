@@ -66,12 +66,10 @@ def json_lines(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
     try:
       value = files.parse_json(line)
     except ValueError as error:
-      what = error
-      if isinstance(error, json.JSONDecodeError):
-        what = f"invalid JSON at column {error.colno}: {error.msg}"
+      where_in_line = isinstance(error, json.JSONDecodeError) and f" at column {error.colno}"
       raise ValueError(
-        f"{where}: expected one JSON object a line, got {what}; where these are plain texts, say"
-        " so: `--prompts_format=text`."
+        f"{where}: expected one JSON object a line, got invalid JSON{where_in_line or ''}"
+        f" ({error}); where these are plain texts, say so: `--prompts_format=text`."
       ) from error
     yield _checked(Row(value, f"{stem}/{number}", where))
 
@@ -135,7 +133,9 @@ class _Pieces:
         ) from error
       except (ValueError, RecursionError) as error:
         what = error if isinstance(error, ValueError) else "too deep to be read"
-        raise ValueError(f"{where}: expected JSON, got {what}. Write it again.") from error
+        raise ValueError(
+          f"{where}: expected JSON, got some that is none ({what}); write it again."
+        ) from error
       self.drop(end)
       return value
 

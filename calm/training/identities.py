@@ -101,9 +101,9 @@ def _read(path: pathlib.Path) -> Identity | None:
     # Steps that are not there would not be compared.
     for steps in (rates, batches):
       if list(steps) != _steps(len(steps)) or any(type(s) is not int for s in steps):
-        raise ValueError(f"steps {list(steps)[:8]}, which are not 0, 1, 2, 4, 8 and so on")
+        raise ValueError(f"Expected `steps` to be 0, 1, 2, 4, 8, ..., got {list(steps)[:8]}")
     if type(stored["seed"]) is not int:
-      raise ValueError(f"the seed {stored['seed']!r}")
+      raise ValueError(f"Expected `seed` to be a whole number, got {stored['seed']!r}")
     return Identity(stored["seed"], rates, batches)
   except (KeyError, TypeError, ValueError, OverflowError) as error:
     raise ValueError(

@@ -74,7 +74,7 @@ def _tokens_of(path: pathlib.Path) -> dict[str, list[int]]:
       # A line of `calm infer` lacks what a record may lack.
       record = records.Record.from_json({"prediction": "", **line.value})
       if record.tokens is None:
-        raise ValueError("no `tokens`")
+        raise ValueError("Expected `tokens` to be a list of token ids, got none")
     except ValueError as error:
       raise ValueError(
         f"Expected `outputs` to have lines of `calm infer --output`, got {path}:{line.number}"

@@ -201,8 +201,8 @@ def test_keys_are_the_same_in_every_row(tmp_path):
       "expected whole gzip data, got .* damaged",
     ),
     ("a.jsonl", b'{"input": "half of \\ud83d"}\n', r"a\.jsonl:1: .*surrogate.*character 9"),
-    ("a.jsonl", b'{"input": "a", "b": NaN}', r"a\.jsonl:1: NaN is not JSON"),
-    ("a.jsonl", b'{"input": "a", "b": 1e400}', r"a\.jsonl:1: the number 1e400 is beyond"),
+    ("a.jsonl", b'{"input": "a", "b": NaN}', r"a\.jsonl:1: .*NaN"),
+    ("a.jsonl", b'{"input": "a", "b": 1e400}', r"a\.jsonl:1: .*1e400"),
     ("a.jsonl", b'{"input": ' + b"[" * 50_000, r"a\.jsonl:1: .*too deep"),
     ("a.json", b'[{"input": ' + b"[" * 50_000, r"a\.json, element 1: .*too deep"),
     ("a.json", b'[{"input": "a", "b": NaN}]', r"a\.json, element 1: .*NaN"),
@@ -212,7 +212,7 @@ def test_keys_are_the_same_in_every_row(tmp_path):
     ("a.json.gz", gzip.compress(b'["' + b"a" * 2**20, mtime=0), r"unpack to at most 200"),
     ("a.csv.gz", gzip.compress(b"input\n" + b"a\n" * 2**19, mtime=0), r"unpack to at most"),
     ("a.txt", b"a" * 300_000, r"lines of at most 262144 bytes"),
-    ("a.json", b'["' + b"a" * 600_000, r"element 1: invalid JSON"),
+    ("a.json", b'["' + b"a" * 600_000, r"element 1: expected whole JSON"),
   ],
 )
 def test_damage_is_named_with_its_line(tmp_path, monkeypatch, name, content, message):

@@ -180,9 +180,11 @@ def _checked(value: Any) -> Mark:
   positions, total = value["positions"], value["num_prompts"]
   whole = lambda number: type(number) is int
   if not whole(value["schema_version"]) or not isinstance(value["prompts_digest"], str):
-    raise ValueError("`schema_version` is no number, or `prompts_digest` no text")
+    raise ValueError(
+      "Expected `schema_version` to be a number and `prompts_digest` a text, got others"
+    )
   if not isinstance(positions, list) or not isinstance(value["about"], dict):
-    raise ValueError("`positions` are no list, or `about` is no object")
+    raise ValueError("Expected `positions` to be a list and `about` an object, got others")
   if not whole(total) or not all(whole(at) and 0 <= at < total for at in positions):
     raise ValueError("Expected `positions` to be places of a list of `num_prompts`, got others")
   if any(a >= b for a, b in itertools.pairwise(positions)):

@@ -53,7 +53,7 @@ def from_json(kind: Any, value: Any) -> Any:
       return None
     return from_json(next(a for a in arguments if a is not type(None)), value)
   if origin is tuple and not isinstance(value, list | tuple):
-    raise TypeError(f"Expected a list in a stored result, got {value!r}.")
+    raise TypeError(f"Expected a list in a stored result, got {value!r}; measure again.")
   if origin is tuple:
     if len(arguments) == 2 and arguments[1] is ...:
       return tuple(from_json(arguments[0], entry) for entry in value)
@@ -65,7 +65,7 @@ def from_json(kind: Any, value: Any) -> Any:
     return make(**{name: from_json(hints[name], entry) for name, entry in value.items()})
   if kind is float:
     if isinstance(value, bool) or (isinstance(value, str) and value != "never"):
-      raise TypeError(f"Expected a number in a stored result, got {value!r}.")
+      raise TypeError(f"Expected a number in a stored result, got {value!r}; measure again.")
     return math.nan if value is None else math.inf if value == "never" else float(value)
   if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
     return value
