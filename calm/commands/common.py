@@ -267,7 +267,7 @@ def _look_past_folders() -> None:
     except (TypeError, ImportError, ValueError):
       return False
 
-  readers = config._FILE_READERS  # gin has no public list of them
+  readers: list[Any] = config._FILE_READERS  # gin has no public list of them
   for number, (read, is_there) in enumerate(readers):
     if getattr(is_there, "func", None) is None:
       readers[number] = (read, functools.partial(checked, is_there))

@@ -52,7 +52,7 @@ def from_json(kind: Any, value: Any) -> Any:
     if value is None and type(None) in arguments:
       return None
     return from_json(next(a for a in arguments if a is not type(None)), value)
-  if origin is tuple and not isinstance(value, list | tuple):
+  if origin is tuple and type(value) not in (list, tuple):
     raise TypeError(f"Expected a list in a stored result, got {value!r}; measure again.")
   if origin is tuple:
     if len(arguments) == 2 and arguments[1] is ...:
