@@ -10,7 +10,7 @@ import json
 import pathlib
 
 from calm import inference
-from calm.calibrate import Prompt
+from calm.calibrate import NEVER_EXIT, Prompt, Record, generations
 from calm.calibrate.generations import shards, writer
 from calm.commands import cli
 
@@ -140,8 +140,12 @@ def _write_rows(path: pathlib.Path, count: int) -> pathlib.Path:
 def _write_shards(folder: pathlib.Path) -> None:
   """One shard that is the whole."""
   listing = shards.Listing(shards.Shard(0, 1))
-  mine = list(listing.mine([Prompt("a", "text")]))
+  prompts = list(listing.mine([Prompt("a", "text")]))
   at = folder / listing.shard.name
-  made = writer.open_writer(at, prompts=mine, thresholds=[0.5], procedure=None)
-  made.finish() if not mine else None
-  shards.mark_of("generate", listing, {"thresholds": [0.5]}, at, ()).save(at)
+  made = writer.open_writer(at, prompts=prompts, thresholds=[0.5], procedure=None)
+  for threshold in (NEVER_EXIT, 0.5):
+    made.append(threshold, [Record("a", "text")])
+  made.finish()
+  names = [generations.PROMPTS, *map(generations.threshold_file, (NEVER_EXIT, 0.5))]
+  about = {"procedure": None, "thresholds": [0.5]}
+  shards.mark_of("generate", listing, about, at, names).save(at)

@@ -117,18 +117,22 @@ def lock(target: str | pathlib.Path) -> Lock:
   mine = _held.get(f"{os.getpid()} {path}")
   if mine is not None and mine.release.alive:
     return mine
+  about = {"process": str(this_process()), "command": _command(), "since": _now()}
   try:
     descriptor = _acquire(path, target)
+    try:
+      os.ftruncate(descriptor, 0)
+      os.write(descriptor, json.dumps(about).encode())
+    except OSError:  # a full disk
+      _release(path, descriptor, os.getpid())
+      raise
   except LockedError:
     raise
   except OSError as error:
     raise type(error)(
       f"Expected {str(target)!r} to be a place that can be written, got: {error.strerror} for"
-      f" {path.name!r}; choose another, or change its permissions."
+      f" {path.name!r}; free some space, change its permissions, or choose another."
     ) from error
-  about = {"process": str(this_process()), "command": _command(), "since": _now()}
-  os.ftruncate(descriptor, 0)
-  os.write(descriptor, json.dumps(about).encode())
   made = Lock(path, descriptor)
   _held[f"{os.getpid()} {path}"] = made
   return made
