@@ -74,6 +74,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     "--measures", type=words, default=("classifier", "probe", "state", "shortlist", "softmax")
   )
   add("--engines", type=words, default=tuple(systems.ENGINES), help="ways of running the loop")
+  add("--head_dtypes", type=words, default=("", "int8"), help="of ours; int8 also, as rows")
   add("--thresholds", type=floats, default=(), help="real exits too, at these thresholds")
   add("--systems", type=words, default=(), help="only rows that contain one of these words")
   add("--brief", type=words, default=(), help="the same, where a length is not the least")
@@ -126,6 +127,12 @@ def rows_of(setting: models.Setting, options: argparse.Namespace, log) -> list[t
   everything = ours.systems(
     options.depths, options.measures, thresholds, options.engines, options.exit_layers
   )
+  if "int8" in options.head_dtypes:
+    narrow = systems.Ours(models.with_narrow_heads(model), setting)
+    everything += map(
+      systems.with_narrow_head,
+      narrow.systems((), options.measures, thresholds, ("default",), options.exit_layers),
+    )
   for peer in peers.PEERS:
     if peer.name in options.peers and not peers.not_installed(*peer.packages):
       everything += peer.systems(model, setting, options.depths)

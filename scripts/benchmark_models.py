@@ -108,6 +108,14 @@ def load(shape: str, dtype: str, shortlist: int) -> Model:
   return Model(shape, config, params, weights, ids, NO_EOS, config.vocab_size)
 
 
+def with_narrow_heads(model: Model) -> Model:
+  """The same model, its output head read in 8 bits."""
+  weights = program.model_weights(
+    model.params, model.config, model.num_pieces, model.shortlist, head_dtype="int8"
+  )
+  return dataclasses.replace(model, weights=weights)
+
+
 def random_params(config: network.T5Config, seed: int = 0) -> dict[str, Any]:
   """Random parameters of T5's scales, from numpy."""
   generator = np.random.default_rng(seed)

@@ -264,47 +264,49 @@ def transformers_systems(model, setting, depths) -> list[System]:
 
 
 def ctranslate2_systems(model, setting, depths) -> list[System]:
-  """CTranslate2, float32, greedy; its encoder cannot be timed alone."""
+  """CTranslate2, greedy, float32 and 8-bit weights; its encoder cannot be timed alone."""
   del depths
   ctranslate2 = imported("ctranslate2")
+  names = [f"t{i}" for i in range(model.config.vocab_size)]
+  names[:3] = ["<pad>", "</s>", "<unk>"]
   with exported(model) as path, tempfile.TemporaryDirectory() as directory:
-    names = [f"t{i}" for i in range(model.config.vocab_size)]
-    names[:3] = ["<pad>", "</s>", "<unk>"]
-    converter = _converter(path, names)
-    target = converter.convert(directory, force=True)
-    translator = ctranslate2.Translator(target, device="cpu", compute_type="float32")
-  batches = [
-    [[names[token] for token in row if token] for row in batch]
-    for batch in models.batches(model, setting)
-  ]
-
-  def run(steps: int) -> Decoded:
-    least = steps if model.eos_id < 0 else 1
-    made = []
-    for batch in batches:
-      results = translator.translate_batch(
-        batch,
-        beam_size=1,
-        max_decoding_length=steps,
-        min_decoding_length=least,
-        return_end_token=True,
-        max_batch_size=0,
+    target = _converter(path, names).convert(directory, force=True)
+    translators = {
+      kind: ctranslate2.Translator(target, device="cpu", compute_type=kind)
+      for kind in ("float32", "int8")
+    }
+  made = []
+  for kind, translator in translators.items():
+    run = functools.partial(_translate, translator, names, model, setting)
+    made.append(
+      System(
+        f"CTranslate2 {ctranslate2.__version__} {kind}, full depth",
+        functools.partial(run, setting.decode_length),
+        functools.partial(run, 1),
+        measured_layers=model.config.num_decoder_layers,
+        by_difference=True,
+        peer=True,
       )
-      index = {name: i for i, name in enumerate(names)}
-      rows = [[index[token] for token in result.hypotheses[0]] for result in results]
-      made.append(_ragged(rows, setting.decode_length))
-    return Decoded(made)
-
-  return [
-    System(
-      f"CTranslate2 {ctranslate2.__version__} float32, full depth",
-      lambda: run(setting.decode_length),
-      lambda: run(1),
-      measured_layers=model.config.num_decoder_layers,
-      by_difference=True,
-      peer=True,
     )
-  ]
+  return made
+
+
+def _translate(translator, names: list[str], model, setting, steps: int) -> Decoded:
+  """What a translator of CTranslate2 makes of the prompts."""
+  index = {name: i for i, name in enumerate(names)}
+  made = []
+  for batch in models.batches(model, setting):
+    results = translator.translate_batch(
+      [[names[token] for token in row if token] for row in batch],
+      beam_size=1,
+      max_decoding_length=steps,
+      min_decoding_length=steps if model.eos_id < 0 else 1,
+      return_end_token=True,
+      max_batch_size=0,
+    )
+    rows = [[index[token] for token in result.hypotheses[0]] for result in results]
+    made.append(_ragged(rows, setting.decode_length))
+  return Decoded(made)
 
 
 def _converter(path: pathlib.Path, names: list[str]) -> Any:

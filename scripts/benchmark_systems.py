@@ -168,6 +168,13 @@ class Ours:
     return jax.block_until_ready(encoded)
 
 
+def with_narrow_head(system: System) -> System:
+  """A system of weights whose head is read in 8 bits: encoded alike, its floor not known."""
+  return dataclasses.replace(
+    system, name=f"{system.name}, head in 8 bits", encode=None, pieces=None
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Memory:
   """Reads as many weights as a model's decoder has: what bounds a step from below.

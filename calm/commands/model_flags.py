@@ -16,6 +16,7 @@ DECODE_OPTIONS = (
   "propagation",
   "matmul_precision",
   "weights_dtype",
+  "head_dtype",
 )
 
 
@@ -61,6 +62,11 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     ("dtype", str, "NAME", "activation dtype: float32 or bfloat16", "the model's own"),
     (
       *("weights_dtype", str, "NAME", "dtype of matrices and heads: float32 or bfloat16"),
+      "the model's own",
+    ),
+    (
+      *("head_dtype", str, "NAME"),
+      "int8: output heads are read in 8 bits first; the same tokens, on a CPU sooner",
       "the model's own",
     ),
     (

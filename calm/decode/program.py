@@ -37,6 +37,7 @@ def model_weights(
   num_pieces: int | None = None,
   shortlist: Sequence[int] | None = None,
   weights_dtype: str | None = None,
+  head_dtype: str | None = None,
 ) -> ModelWeights:
   """Lays a T5X-shaped tree out for inference.
 
@@ -47,6 +48,7 @@ def model_weights(
     shortlist: likely token ids, for the measure 'shortlist'; None: no such head.
     weights_dtype: what matrices and heads are rounded to and stored in; None: the encoder's
       as they are, the decoder's in the activation dtype, heads in float32.
+    head_dtype: 'int8' reads heads in 8 bits first; None: as they are stored.
 
   Raises:
     ValueError: `num_pieces` or `shortlist` does not fit the model.
@@ -57,7 +59,7 @@ def model_weights(
   stored = lambda leaf: jnp.asarray(leaf, narrow if leaf.ndim > 1 else None)
   return ModelWeights(
     jax.tree.map(stored, encoder),
-    decoder_weights.decoder_weights(params, config, num_pieces, shortlist, narrow),
+    decoder_weights.decoder_weights(params, config, num_pieces, shortlist, narrow, head_dtype),
   )
 
 

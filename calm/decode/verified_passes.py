@@ -14,7 +14,7 @@ from calm.decode.engines import deferred
 from calm.exits import verified as verified_lib
 from calm.t5 import caches as caches_lib
 from calm.t5 import decoder as decoder_lib
-from calm.t5 import windows
+from calm.t5 import quantized_heads, windows
 
 
 @struct.dataclass
@@ -181,7 +181,7 @@ def _plan(task: engines.Task, rule: exits.Verified) -> drafting.Plan:
   config, weights = task.config, task.weights
   count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
   layer = count(dataclasses.replace(weights.layers[0], cross_key_value=()))  # once a prompt
-  head = weights.heads[0].size
+  head = quantized_heads.size(weights.heads[0])
   short = head if rule.draft_head == "full" else count(weights.shortlist)
   below, above = (
     rule.draft_layer * layer,

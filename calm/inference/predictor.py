@@ -80,6 +80,7 @@ class Predictor:
       self.vocabulary.vocab_size,
       self.listed,
       self.options.weights_dtype,
+      self.options.head_dtype,
     )
     sharded = self.sharded()
     return weights if sharded is None else sharded.replicate(weights)
@@ -134,6 +135,7 @@ class Predictor:
     laid_out = lambda model: (
       model.options.num_devices,
       model.options.weights_dtype,
+      model.options.head_dtype,
       model.listed,
       model.config,
     )

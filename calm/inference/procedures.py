@@ -53,6 +53,7 @@ def procedure(
     platform=jax.default_backend(),
     matmul_precision=precision_record(options),
     weights_dtype=options.weights_dtype,
+    head_dtype=options.head_dtype,
   )
 
 
@@ -77,6 +78,7 @@ def options_of(procedure: Procedure, shortlist: tuple[int, ...] | None = None) -
     max_decode_length=procedure.max_decode_length,
     matmul_precision=_known(procedure.matmul_precision),
     weights_dtype=procedure.weights_dtype,
+    head_dtype=procedure.head_dtype,
     batch_size=procedure.batch_bucket or DecodeOptions.batch_size,
   )
 

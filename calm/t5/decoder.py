@@ -21,6 +21,7 @@ from calm.t5 import layers as layers_lib
 from calm.t5 import network, platforms
 from calm.t5.caches import Cache, Encoded
 from calm.t5.decoder_weights import DecoderWeights
+from calm.t5.quantized_heads import QuantizedHead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +232,8 @@ class DecoderStep:
     """float32 logits [batch, num_pieces] of the layer's full head."""
     heads = self.weights.heads
     head = heads[0] if len(heads) == 1 else heads[layer - 1]
-    return times(rms_norm(hidden, self.weights.decoder_norm).astype(jnp.float32), head)
+    normed = rms_norm(hidden, self.weights.decoder_norm).astype(jnp.float32)
+    return head.logits(normed) if isinstance(head, QuantizedHead) else times(normed, head)
 
   def shortlist_logits(self, hidden: jax.Array) -> jax.Array:
     """float32 logits [batch, shortlist] of the shortlist only."""

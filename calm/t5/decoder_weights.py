@@ -9,7 +9,7 @@ import numpy as np
 from flax import struct
 
 from calm.exits.evidence import Probes
-from calm.t5 import network, parameters
+from calm.t5 import network, parameters, quantized_heads
 from calm.t5.parameters import Params
 
 
@@ -51,8 +51,8 @@ class DecoderWeights:
     relpos: relative-position embeddings [heads, buckets]: one for all layers, or one a layer.
     layers: one `LayerWeights` a decoder layer.
     decoder_norm: [emb_dim].
-    heads: output heads [emb_dim, num_pieces], float32 unless another dtype was asked for: one
-      for all layers, or one a layer.
+    heads: output heads [emb_dim, num_pieces], float32 unless another dtype was asked for, or
+      `QuantizedHead`s: one for all layers, or one a layer.
     exit_kernel: [emb_dim], or None without a classifier.
     exit_bias: [], or None.
     shortlist: columns of the shared head for likely tokens, [emb_dim, shortlist], or None.
@@ -64,7 +64,7 @@ class DecoderWeights:
   relpos: tuple[jax.Array, ...]
   layers: tuple[LayerWeights, ...]
   decoder_norm: jax.Array
-  heads: tuple[jax.Array, ...]
+  heads: tuple[jax.Array | quantized_heads.QuantizedHead, ...]
   exit_kernel: jax.Array | None
   exit_bias: jax.Array | None
   shortlist: jax.Array | None = None
@@ -78,6 +78,7 @@ def decoder_weights(
   num_pieces: int | None = None,
   shortlist: Sequence[int] | None = None,
   weights_dtype: Any = None,
+  head_dtype: str | None = None,
 ) -> DecoderWeights:
   """Lays T5X-shaped parameters out for decoding.
 
@@ -90,6 +91,8 @@ def decoder_weights(
     weights_dtype: what matrices, embedding and heads are stored in; None: matrices in
       `config.dtype`, heads in float32. What they are multiplied with stays as it is, so that
       narrower weights are a model of rounded weights and nothing else.
+    head_dtype: 'int8' reads the heads in 8 bits first (`quantized_heads`); None: as they are
+      stored.
   """
   decoder, dtype = params["decoder"], jnp.dtype(config.dtype)
   matrices = dtype if weights_dtype is None else jnp.dtype(weights_dtype)
@@ -103,6 +106,7 @@ def decoder_weights(
   heads = tuple(head[:, :num_pieces] for head in parameters.head_kernels(params, config))
   if weights_dtype is not None:
     heads = tuple(head.astype(matrices) for head in heads)
+  read = tuple(map(quantized_heads.quantize, heads)) if head_dtype == "int8" else heads
   return DecoderWeights(
     embedding=jnp.asarray(params["token_embedder"]["embedding"], matrices),
     relpos=tuple(
@@ -118,7 +122,7 @@ def decoder_weights(
       for i in range(config.num_decoder_layers)
     ),
     decoder_norm=jnp.asarray(decoder["decoder_norm"]["scale"], dtype),
-    heads=heads,
+    heads=read,
     exit_kernel=None if classifier is None else jnp.asarray(classifier["kernel"])[:, 0],
     exit_bias=None if classifier is None else jnp.asarray(classifier["bias"])[0],
     shortlist=None if shortlist is None else _shortlist_head(heads, shortlist),

@@ -1,6 +1,7 @@
 """No cache-sized buffer is made in the decode loop (performance.md), read off compiled HLO."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,15 @@ LENGTH = 512
 SHALLOW = exits.DynamicExits(confidence.Classifier())
 
 
-def compiled(rule, made, rows: int = 8) -> str:
+def compiled(rule, made, rows: int = 8, head_dtype: str | None = None) -> str:
   """A toy's decode at B = 8 (or fewer) and length 512, as users compile it."""
   toy = engine.toy(num_decoder_layers=3, num_encoder_layers=1)
   program = program_lib.Program(toy.config, rule, LENGTH, engine=made)
   encoded = engine.encode(toy, engine.PROMPTS[:rows])
-  args = toy.weights, encoded, jnp.ones(rows, bool), jnp.float32(0)
+  weights = toy.weights
+  if head_dtype is not None:
+    weights = program_lib.model_weights(toy.params, toy.config, head_dtype=head_dtype)
+  args = weights, encoded, jnp.ones(rows, bool), jnp.float32(0)
   leaves, tree = jax.tree.flatten(args)
   run = lambda leaves: program.decode(*jax.tree.unflatten(tree, leaves))
   return jax.jit(run).lower(leaves).compile().as_text()
@@ -50,6 +54,23 @@ def test_no_operation_in_the_loop_makes_half_of_a_layers_cache(rule, made):
   # Meta: the loop was found, and in it the updates in place that are excused.
   sizes = [operation.elements for operation in hlo.in_loops(text)]
   assert max(sizes) >= half_a_layers_cache() and len(sizes) > 100
+
+
+@pytest.mark.parametrize("rule", [exits.DynamicExits(confidence.Softmax()), exits.StaticExit()])
+def test_a_head_in_8_bits_is_neither_widened_nor_copied(rule):
+  """Its codes are multiplied as they are, and its float32 rows are only picked from, or asked
+  whole where the codes do not decide."""
+  text = compiled(rule, None, rows=3, head_dtype="int8")
+  made = engine.toy().config
+  shapes = [f"[{a},{b}]" for a, b in itertools.permutations((made.vocab_size, made.emb_dim))]
+  written = [
+    operation.text
+    for operation in hlo.in_loops(text)
+    if operation.opcode not in hlo.FREE
+    and any(shape in operation.text.split("{")[0] for shape in shapes)
+  ]
+  assert not written
+  assert "s8[" in text and "TopK" in text
 
 
 @pytest.mark.parametrize("rows", [1, 8])

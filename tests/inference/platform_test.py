@@ -11,8 +11,9 @@ import pytest
 from calm import calibrate, checkpoints, inference
 from calm.commands import cli
 from calm.decode import program as program_lib
+from calm.exits import schedules
 from calm.inference import options as options_lib
-from calm.t5 import network
+from calm.t5 import network, quantized_heads
 from tests.inference.predictor_test import OPTIONS, TEXTS, rows, save
 
 
@@ -147,3 +148,29 @@ def test_narrow_weights_are_another_procedure_and_go_along(directory, model, tmp
   (tmp_path / "toy" / "inference.json").write_text(stored)
   with pytest.raises(ValueError, match="`weights_dtype` to be a text or null"):
     inference.load(tmp_path / "toy")
+
+
+@pytest.mark.parametrize("measure", ["softmax", "classifier"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_heads_in_8_bits_emit_the_same_tokens(directory, measure, batch_size):
+  given = {**OPTIONS, "measure": measure, "batch_size": batch_size}
+  plain = inference.load(directory, **given)
+  quantized = inference.load(directory, head_dtype="int8", **given)
+  (head,) = quantized.weights.decoder.heads
+  assert isinstance(head, quantized_heads.QuantizedHead) and head.codes.dtype == jnp.int8
+  for threshold in (schedules.NEVER_EXIT, 0.6):
+    got, expected = (m.generate(TEXTS, threshold=threshold) for m in (quantized, plain))
+    assert rows(got) == rows(expected)
+    for ours, theirs in zip(got, expected, strict=True):
+      np.testing.assert_allclose(ours.confidences, theirs.confidences, atol=5e-3)
+      np.testing.assert_allclose(ours.score, theirs.score, atol=5e-3 * len(ours.confidences))
+
+
+def test_heads_in_8_bits_are_another_procedure_and_go_along(model):
+  quantized = model.with_options(head_dtype="int8")
+  assert list(model.procedure.differences(quantized.procedure)) == ["head_dtype"]
+  assert "head_dtype" not in model.procedure.to_json()  # digests of earlier files stay
+  assert inference.options_of(quantized.procedure).head_dtype == "int8"
+  assert options_lib.to_stored(quantized.options)["head_dtype"] == "int8"
+  with pytest.raises(ValueError, match="`head_dtype` to be one of int8, or None, got 'int4'"):
+    model.with_options(head_dtype="int4")

@@ -1,0 +1,84 @@
+"""A head in 8 bits: the largest logit is the float32 head's, whatever is rounded."""
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies
+
+from calm.t5 import quantized_heads
+
+EMB, PIECES = 24, 200
+
+
+def head_and_states(seed: int, batch: int, outlier: float = 1.0):
+  """Float32 [emb, pieces] and [batch, emb], one number of either much larger than the rest."""
+  random = np.random.default_rng(seed)
+  head = random.normal(size=(EMB, PIECES)).astype(np.float32)
+  states = random.normal(size=(batch, EMB)).astype(np.float32)
+  head[random.integers(EMB), random.integers(PIECES)] *= outlier
+  states[:, random.integers(EMB)] *= outlier
+  return head, states
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("outlier", [1.0, 100.0])
+def test_the_largest_logit_is_the_full_heads(batch, outlier):
+  logits = jax.jit(lambda head, states: head.logits(states))
+  for seed in range(20):
+    head, states = head_and_states(seed, batch, outlier)
+    expected = states @ head
+    got = np.asarray(logits(quantized_heads.quantize(jnp.asarray(head)), states))
+    np.testing.assert_array_equal(got.argmax(-1), expected.argmax(-1))
+    np.testing.assert_allclose(got.max(-1), expected.max(-1), rtol=1e-5)
+
+
+@hypothesis.given(
+  seed=strategies.integers(0, 10**6), outlier=strategies.sampled_from([0.0, 1.0, 30.0, 1e4])
+)
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_rounding_changes_no_logit_by_more_than_the_slack(seed, outlier):
+  head, states = head_and_states(seed, 4, outlier)
+  made = quantized_heads.quantize(jnp.asarray(head))
+  exact = states.astype(np.float64) @ head.astype(np.float64)
+  off = np.abs(np.asarray(made.rounded(jnp.asarray(states))) - exact)
+  allowed = np.linalg.norm(states, axis=1)[:, None] * np.asarray(made.slack)[None, :]
+  assert (off <= allowed).all()
+  # And the bound is of use: most of what it allows is the head's rounding, not a constant.
+  assert (
+    np.median(allowed)
+    < 0.1 * np.linalg.norm(states, axis=1).max() * np.linalg.norm(head, axis=0).max()
+  )
+
+
+def test_where_more_pieces_are_in_question_the_full_head_is_asked():
+  """Thirty pieces a hair apart: sixteen scores do not settle which is first."""
+  head, states = head_and_states(0, 2)
+  first = states[0] / np.linalg.norm(states[0])
+  for i in range(30):
+    head[:, 100 + i] = 9 * first * (1 + 1e-5 * i)
+  made = quantized_heads.quantize(jnp.asarray(head))
+  logits = np.asarray(made.logits(jnp.asarray(states)))
+  np.testing.assert_array_equal(logits, np.asarray(made.whole(jnp.asarray(states))))
+  assert logits[0].argmax() == 129
+  # The rounded head does not know it.
+  assert not np.array_equal(np.asarray(made.rounded(jnp.asarray(states))), logits)
+
+
+def test_equal_pieces_stay_equal():
+  head, states = head_and_states(1, 1)
+  head[:, 50] = head[:, 150] = 5 * states[0]
+  logits = np.asarray(quantized_heads.quantize(jnp.asarray(head)).logits(jnp.asarray(states)))
+  assert logits[0, 50] == logits[0, 150] == logits.max()
+
+
+def test_a_vocabulary_of_few_pieces_is_scored_whole():
+  head, states = head_and_states(2, 3)
+  made = quantized_heads.quantize(jnp.asarray(head[:, :16]))
+  np.testing.assert_allclose(made.logits(jnp.asarray(states)), states @ head[:, :16], rtol=1e-5)
+
+
+def test_a_head_of_zeros_has_no_nan():
+  made = quantized_heads.quantize(jnp.zeros((EMB, PIECES)))
+  assert not np.asarray(made.logits(jnp.zeros((2, EMB)))).any()
