@@ -52,6 +52,45 @@ def test_infer_refuses_another_procedure(model, prompts, cached, tmp_path, capsy
   assert "No guarantee" in capsys.readouterr().err
 
 
+def test_infer_serves_the_configuration_that_was_chosen(model, tmp_path, capsys):
+  """One of several folders: its measure and schedule come with the calibration."""
+  prompts = tmp_path / "prompts.txt"
+  prompts.write_text("".join(f"{text} {number}\n" for text in toy.TEXTS for number in range(6)))
+  ways = {"softmax": (), "decaying": ("--temperature=4",), "state": ("--measure=state",)}
+  for name, options in ways.items():
+    assert toy.generate(model, prompts, tmp_path / name, *options) == 0
+  saved, rates = tmp_path / "chosen.json", ["--tolerance=0.5", "--error_rate=0.05"]
+  pairs = ["--configurations", *(f"{name}={tmp_path / name}" for name in ways)]
+  assert cli.main(["calibrate", *pairs, *rates, f"--output={saved}"]) == 0
+  found = Calibration.load(saved)
+  assert found.certified
+  place = found.promise.place(found.column("rejected"))
+  family = found.promise.configurations[place].partition(" at ")[0]
+  cached = generations.load(tmp_path / family)
+  assert found.procedure == cached.procedure
+  capsys.readouterr()
+  out = tmp_path / "out.jsonl"
+  infer = ["infer", f"--model={model}", f"--prompts={prompts}", f"--calibration={saved}"]
+  assert cli.main([*infer, f"--output={out}"]) == 0
+  assert f"({family} at {found.threshold}) expected" in " ".join(
+    capsys.readouterr().err.split()
+  )
+  lines = [json.loads(line) for line in out.read_text().splitlines()]
+  column = cached.records[cached.thresholds.tolist().index(found.threshold)]
+  assert [(line["prediction"], line["exit_layers"]) for line in lines] == [
+    (record.prediction, list(record.exit_layers)) for record in column
+  ]
+  other = {"softmax": "state"}.get(cached.procedure.measure, "softmax")
+  assert "`measure`: expected" in toy.failure(capsys, [*infer, f"--measure={other}"])
+  # Where nothing is certified it is the full model that is served.
+  rates[0] = "--tolerance=0.0001"
+  assert cli.main(["calibrate", *pairs, *rates, f"--output={saved}"]) == 0
+  never = tmp_path / "never.jsonl"
+  assert cli.main([*infer, f"--output={never}"]) == 0
+  lines = [json.loads(line) for line in never.read_text().splitlines()]
+  assert [line["prediction"] for line in lines] == [r.prediction for r in cached.full]
+
+
 def test_killed_generate_goes_on(model, prompts, cached, tmp_path):
   cut = tmp_path / "cut"
   shutil.copytree(cached, cut)
