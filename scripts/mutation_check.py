@@ -29,9 +29,12 @@ import pytest
 from mutation_equivalent import EQUIVALENT
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-_PROMISES = ("promises_test", "configurations_test", "forgery_test")
+_PROMISES = ("promises_parts_test", "promises_test", "configurations_test", "forgery_test")
 TESTS = {
-  "evidence/p_values": ("evidence/p_values_test", "pitfalls_test", "evidence/bounds_test"),
+  "evidence/p_values": (
+    *("evidence/p_values_test", "evidence/betting_test", "pitfalls_test"),
+    "evidence/bounds_test",
+  ),
   "evidence/multiple_testing": ("evidence/multiple_testing_test", "pitfalls_test"),
   "evidence/betting": ("evidence/betting_test", "evidence/bounds_test", "evidence/draws_test"),
   "evidence/strategies": ("evidence/betting_test", "evidence/bounds_test", "sequential_test"),

@@ -86,4 +86,36 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     "evidence/multiple_testing",
     "if np.any(edges.sum(axis=1) > 1.0 + 1e-12): [Gt -> GtE]",
   ): "another sum only where it is off by the whole slack",
+  **dict.fromkeys(
+    [
+      ("evidence/betting", f"_BLOCK, _PAIRS, _HEDGED_PAIRS = 64, 1024, 8192 [{change}]")
+      for change in ("64 -> 65", "1024 -> 1025", "8192 -> 8193")
+    ]
+    + [
+      ("evidence/betting", f"_CELLS = 2**16 [{change}]")
+      for change in ("Pow -> Mult", "2 -> 3", "16 -> 17")
+    ]
+    + [
+      ("evidence/betting", f"size = max(_BLOCK, _CELLS // max(1, len(columns))) [{change}]")
+      for change in ("max -> min", "1 -> 2")
+    ],
+    "how much is followed at once decides memory and seconds, not what is found",
+  ),
+  (
+    "evidence/betting",
+    "columns = losses.reshape(len(losses), -1) [1 -> 2]",
+  ): "numpy takes any negative number for what is left",
+  (
+    "evidence/betting",
+    "squares, reached = strategies.squares_before(losses), np.zeros(len(columns), bool)"
+    " [zeros -> ones]",
+  ): "all entries are set",
+  (
+    "promises/promise",
+    "__test__: ClassVar[bool] = False  # no test of pytest's [False -> True]",
+  ): "for pytest's collection alone",
+  (
+    "promises/quantile",
+    'return (Test("", round(1.0 - self.share, 12), Support(binary=True)),) [12 -> 13]',
+  ): "another number only where a share has more than 12 digits",
 }

@@ -161,6 +161,24 @@ def test_the_hedge_looks_at_its_wealth_less_often_where_many_prompts_are_left():
   assert not math.isclose(aims[0], aims[6]) and not math.isclose(aims[6], aims[12])
 
 
+def test_wealth_that_just_gets_there_has_got_there():
+  """A factor of 2 at an error rate of 1/2, to the last digit."""
+  losses, only = np.array([[-0.99]]), np.array([0])
+  for strategy in (betting.FIXED_LEVEL, betting.EARLY):
+    design = strategy.design(0.01, 0.5, 1)
+    assert float(design.cap) == 1.0 < strategy.free(losses.copy(), design)[0, 0]
+    assert betting.log_wealth(losses, design, strategy)[0, 0] == design.target
+    assert betting.certifies(losses, only, design, strategy)
+  design = betting.Design(np.array([0.5]), 0.5, 1, cap_share=1.0)
+  assert betting.reaches(np.zeros((1, 1)), np.full((1, 1), 2.0), only, design)
+
+
+def test_every_tolerance_is_checked_against_the_upper_bound():
+  for tolerance in ([0.1, 1.0], [1.0, 0.1], [0.1, math.nan]):
+    with pytest.raises(ValueError, match="`tolerance` to be below `upper`"):
+      betting.log_wealth(np.zeros((3, 2)), betting.Design(np.array(tolerance), 0.05, 3))
+
+
 def test_a_huge_need_does_not_underflow():
   losses = np.ones((3000, 1))
   design = betting.FIXED_LEVEL.design(0.5, 1e-300, 3000)
