@@ -280,6 +280,20 @@ def test_stored_promises_have_their_fields_and_no_others():
       promises.from_json({**stored, **change})
 
 
+def test_rows_of_calibration_prompts_are_neither_shown_nor_compared():
+  """A promise that was read from a file has none, and is the same promise."""
+  _, both = risks()
+  names = ("textual loss (rouge_l)", "answers")
+  for promise, bare in (
+    (promises.EveryGroup(labels=["a", "b"]), promises.EveryGroup(("a", "b"))),
+    (promises.EarlyExits((2.0,), depths=np.ones((2, 1))), promises.EarlyExits((2.0,))),
+    (promises.KnownMixture(2.0, weights=[1.0]), promises.KnownMixture(2.0)),
+    (promises.SeveralRisks(risks=both), promises.SeveralRisks(names, (0.25, 0.5))),
+    (promises.Cost(0.5, costs=np.ones((2, 1))), promises.Cost(0.5)),
+  ):
+    assert promise == bare and repr(promise) == repr(bare)
+
+
 def test_a_test_of_a_promise_has_the_whole_error_rate_unless_it_says_otherwise():
   assert promises.Test("", 0.1, Support()).share == 1.0
   losses = table([[0.1]])

@@ -2,7 +2,10 @@
 
 import ast
 import json
+import os
 import pathlib
+import subprocess
+import sys
 import types
 
 import pytest
@@ -89,25 +92,36 @@ def test_tests_that_enter_the_function_come_first_and_the_quick_ones_of_them(scr
   assert [item.nodeid for item in items] == ["a", "c", "b"]
 
 
-def test_a_test_that_notices_kills_and_what_was_seen_is_written(scripts, tmp_path, monkeypatch):
-  module = tmp_path / "sums_of_two.py"
-  module.write_text("def add(x, y):\n  return x + y\n")
+# Forks, which a process with JAX in it should not.
+RUN = """
+import pathlib, sys
+import mutation_check as check, mutation_trees as trees
+module, table = pathlib.Path("sums_of_two.py").resolve(), pathlib.Path("table.json")
+tests = [str(module.with_name("sums_of_two_test.py"))]
+subject, seen = check.watched(check.Subject("sums_of_two", module, tests), module.read_text())
+assert [entered for _, entered in seen.values()] == [[1]] and 5.0 < subject.limit < 600.0, seen
+mutants = trees.mutants("def add(x, y):\\n  return x * y + 0\\n")
+found = {mutant.change: lives for mutant, lives in check.survivors(subject, mutants, seen, 2)}
+# 2 and 2 do not tell sums from products.
+assert found == {"Add -> Sub": True, "Mult -> Div": False, "0 -> 1": False}, found
+sys.argv = ["mutation_check.py", "--every=2"]
+check.write(table, [["m", 3]], ["module", "mutants"])
+"""
+
+
+def test_a_test_that_notices_kills_and_what_was_seen_is_written(tmp_path):
+  (tmp_path / "sums_of_two.py").write_text("def add(x, y):\n  return x + y\n")
   (tmp_path / "sums_of_two_test.py").write_text(
     "import sums_of_two\ndef test_add(): assert sums_of_two.add(2, 2) == 4\n"
   )
-  monkeypatch.syspath_prepend(str(tmp_path))
-  subject = scripts.check.Subject(
-    "sums_of_two", module, [str(tmp_path / "sums_of_two_test.py")]
+  done = subprocess.run(
+    [sys.executable, "-c", RUN],
+    cwd=tmp_path,
+    env={**os.environ, "PYTHONPATH": f"{SCRIPTS}:{tmp_path}"},
+    capture_output=True,
+    text=True,
   )
-  subject, seen = scripts.check.watched(subject, module.read_text())
-  (entered,) = (entered for _, entered in seen.values())
-  assert entered == [1] and 5.0 < subject.limit < 60.0
-  source = "def add(x, y):\n  return x * y + 0\n"  # not noticed by 2 and 2, unless divided
-  mutants = scripts.trees.mutants(source)
-  found = {m.change: lives for m, lives in scripts.check.survivors(subject, mutants, seen, 2)}
-  assert found == {"Add -> Sub": True, "Mult -> Div": False, "0 -> 1": False}
-  monkeypatch.setattr("sys.argv", ["mutation_check.py", "--every=2"])
-  scripts.check.write(tmp_path / "table.json", [["m", 3]], ["module", "mutants"])
+  assert done.returncode == 0, done.stderr
   table = json.loads((tmp_path / "table.json").read_text())
   assert table["command"] == "python scripts/mutation_check.py --every=2"
   assert table["rows"] == [["m", 3]] and set(table["versions"]) == {"numpy", "scipy"}
