@@ -36,8 +36,14 @@ TESTS = {
     "evidence/bounds_test",
   ),
   "evidence/multiple_testing": ("evidence/multiple_testing_test", "pitfalls_test"),
-  "evidence/betting": ("evidence/betting_test", "evidence/bounds_test", "evidence/draws_test"),
-  "evidence/strategies": ("evidence/betting_test", "evidence/bounds_test", "sequential_test"),
+  "evidence/betting": (
+    *("evidence/betting_test", "evidence/hedge_test", "evidence/bounds_test"),
+    "evidence/draws_test",
+  ),
+  "evidence/strategies": (
+    *("evidence/hedge_test", "evidence/betting_test", "evidence/bounds_test"),
+    "sequential_test",
+  ),
   "evidence/draws": ("evidence/draws_test", "trials_test"),
   "evidence/pareto": ("evidence/pareto_test", "configurations_test", "pitfalls_test"),
   "generations/order": ("generations/order_test", "order_edges_test"),

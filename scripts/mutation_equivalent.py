@@ -118,4 +118,51 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     "promises/quantile",
     'return (Test("", round(1.0 - self.share, 12), Support(binary=True)),) [12 -> 13]',
   ): "another number only where a share has more than 12 digits",
+  (
+    "promises/risks",
+    "pairs = zip(self.names, self.tolerances, strict=True) [True -> False]",
+  ): "there are as many tolerances as names, which is checked before",
+  (
+    "generations/order",
+    "return tuple(slice(start, end) for start, end in zip(starts, ends, strict=True))"
+    " [True -> False]",
+  ): "there are as many ends as starts",
+  (
+    "evidence/strategies",
+    "self._prior = HEDGE_PRIOR_SIZE * scale**2 * share * (1.0 - share) + self.wealth"
+    " [Add -> Sub]",
+  ): "wealth is 0 there and gives its shape alone",
+  (
+    "evidence/strategies",
+    "self._cap = design.cap + self.wealth [Add -> Sub]",
+  ): "wealth is 0 there and gives its shape alone",
+  (
+    "evidence/strategies",
+    "if len(gains) <= _LOOKS: [LtE -> Lt]",
+  ): "either way gives the same sums",
+  (
+    "evidence/p_values",
+    "cdf = np.asarray(np.where(counts < sizes, incomplete, 1.0)) [1.0 -> 2.0]",
+  ): "log p is cut at 0 afterwards",
+  **dict.fromkeys(
+    [
+      ("evidence/p_values", f"{line} [{change}]")
+      for line, change in (
+        ("odd = float(sums[np.abs(sums - counts) > _SNAP].flat[0])", "Gt -> GtE"),
+        *(
+          ("odd = float(sums[~((sums >= -slack) & (sums <= sizes + slack))].flat[0])", change)
+          for change in ("GtE -> Gt", "LtE -> Lt")
+        ),
+      )
+    ],
+    "another sum is named only where one is off by the whole slack",
+  ),
+  (
+    "losses/labelling",
+    "return np.random.default_rng(seed).random(num_examples) < shares [Lt -> LtE]",
+  ): "a draw is equal to a share once in 2**53",
+  (
+    "losses/clusters",
+    "kinds |= {row.tobytes() for row in np.unique(block + 0.0, axis=0)}  # -0 is 0 [0 -> 1]",
+  ): "rows of sorted columns are of as many kinds",
 }

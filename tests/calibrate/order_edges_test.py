@@ -7,7 +7,7 @@ import pytest
 
 from calm.calibrate import SequenceLosses, calibrate
 from calm.calibrate.generations import order
-from calm.calibrate.losses import clusters
+from calm.calibrate.losses import checks, clusters
 from tests.calibrate import laws
 
 RATES = dict(tolerance=0.1, error_rate=0.05)
@@ -75,6 +75,29 @@ def test_few_kinds_of_rows_draw_their_order_and_can_be_repeated():
   assert len({calibrate(values, [0.5], **RATES).seed for _ in range(3)}) == 3
   same = calibrate(np.zeros((50, 1)), [0.5], **RATES)  # one kind: no order can matter
   assert same == calibrate(np.zeros((50, 1)), [0.5], **RATES)
+
+
+@pytest.mark.parametrize("kinds", [1, 2, 8, 9])
+def test_tables_of_two_to_eight_kinds_of_rows_draw_their_order(kinds, monkeypatch):
+  """However they are looked at; tiny losses are losses, and -0 is 0."""
+  table = np.repeat(np.arange(kinds) * 1e-20, 3)[:, None]
+  table[:2] = [[0.0], [-0.0]]
+  for cells in (2**18, 8 * 3, 1):
+    monkeypatch.setattr(checks, "_CELLS", cells)
+    losses = SequenceLosses(table, [0.5])
+    first, second = (clusters.with_contents(losses).contents for _ in range(2))
+    assert (first != second) == (1 < kinds <= 8)
+    assert len(first) == len(second) == 64 and int(first, 16) >= 0
+
+
+def test_contents_of_a_table_are_the_digests_of_its_rows():
+  table = np.arange(20.0).reshape(10, 2) / 100.0
+  signed = table.copy()
+  table[0, 0], signed[0, 0] = 0.0, -0.0
+  expected = order.contents_digest(row.tobytes() for row in table)
+  for values in (table, signed, table[::-1]):
+    losses = SequenceLosses(values, [0.9, 0.5])
+    assert clusters.with_contents(losses).contents == expected
 
 
 def test_places_are_those_of_sha256_whatever_the_version_of_numpy():

@@ -5,9 +5,8 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
 
-from calm.calibrate.evidence import betting, p_values, strategies
+from calm.calibrate.evidence import betting, p_values
 from tests.calibrate import laws
 
 
@@ -75,67 +74,6 @@ def test_bets_see_the_past_only():
     assert np.all((bets >= 0.0) & (bets <= strategy.cap_share / 0.9 + 1e-15))
 
 
-def hedge_by_hand(losses, tolerance, error_rate, planned, least_pace=0.0):
-  """One column, its wealth looked at before every loss; see `strategies.Hedge`."""
-  target, pace = math.log(1 / error_rate), math.sqrt(2 * math.log(1 / error_rate) / planned)
-  wealth, highest, squares, total = 0.0, 0.0, 8 * tolerance * (1 - tolerance), 0.0
-  bets, deviations = [], []
-  for row, loss in enumerate(losses):
-    deviation = math.sqrt(squares / (row + 8))
-    chance = min(1.0, error_rate * math.exp(wealth))
-    if highest < target and chance > error_rate**2:
-      z = stats.norm.ppf(chance)
-      bet = stats.norm.pdf(z) / (chance * deviation * math.sqrt(planned - row))
-      bet = max(bet, least_pace * pace / deviation)
-    else:
-      bet = pace / deviation
-    bets.append(bet)
-    deviations.append(deviation)
-    wealth += math.log(1 + min(bet, 0.99 / (1 - tolerance)) * (tolerance - loss))
-    highest = max(highest, wealth)
-    total += loss
-    squares += (loss - total / (row + 2)) ** 2
-  return np.array(bets), highest, np.array(deviations)
-
-
-@pytest.mark.parametrize(("mean", "reached"), [(0.01, True), (0.1, False), (0.3, False)])
-@pytest.mark.parametrize("error_rate", [0.05, 0.3])
-@pytest.mark.parametrize(
-  ("strategy", "pace"), [(betting.FIXED_LEVEL, 0.0), (betting.EARLY, 0.7)]
-)
-def test_the_hedge_by_hand(mean, reached, error_rate, strategy, pace):
-  losses = laws.mostly_zero(np.random.default_rng(8), mean, 90)
-  bets, highest, _ = hedge_by_hand(losses, 0.1, error_rate, 120, pace)
-  design = strategy.design(0.1, error_rate, 120)
-  found = strategy.free(losses[:, None], design)[:, 0]
-  # Where wealth is nearly there the chance is nearly 1, and its digits cancel.
-  np.testing.assert_allclose(found, bets, rtol=1e-6, atol=1e-6)
-  p = p_values.betting(losses, 0.1, error_rate=error_rate, planned_size=120, strategy=strategy)
-  assert p == pytest.approx(math.exp(-highest), rel=1e-6) and reached == (p <= error_rate)
-  assert betting.certifies(losses[:, None], np.array([0]), design, strategy) == reached
-
-
-def test_a_sequential_hedge_bets_at_least_seven_tenths_of_the_plug_in_pace():
-  losses = laws.mostly_zero(np.random.default_rng(8), 0.02, 300)[:, None]
-  design = betting.EARLY.design(0.1, 0.05, 300)
-  early = betting.EARLY.free(losses, design)
-  plain = betting.FIXED_LEVEL.free(losses, betting.FIXED_LEVEL.design(0.1, 0.05, 300))
-  # Ahead, a hedge slows down to nothing; this one does not.
-  ahead = early[60:80] / plain[60:80]
-  assert np.all(ahead > 1.0) and early.shape == plain.shape
-  assert (betting.EARLY.least_pace, betting.FIXED_LEVEL.least_pace) == (0.7, 0.0)
-  assert betting.EARLY.cap_share == betting.FIXED_LEVEL.cap_share == 0.99
-
-
-def test_what_comes_before_a_row_is_summed_by_hand():
-  losses = np.array([[0.5], [0.0], [0.2]])
-  first = (0.5 - 0.5 / 2) ** 2
-  second = first + (0.0 - 0.5 / 3) ** 2
-  found = strategies.squares_before(losses)
-  np.testing.assert_allclose(found[:, 0], [0.0, first, second], rtol=1e-14)
-  np.testing.assert_array_equal(losses[:, 0], [0.5, 0.0, 0.2])  # they are left alone
-
-
 def test_pairs_beyond_one_block_are_certified_like_alone(monkeypatch):
   generator = np.random.default_rng(4)
   losses = laws.mostly_zero(generator, 0.05, (60, 5))
@@ -148,17 +86,6 @@ def test_pairs_beyond_one_block_are_certified_like_alone(monkeypatch):
   wealth = betting.log_wealth(losses[:, columns], design, betting.FIXED_LEVEL)
   np.testing.assert_array_equal(whole, wealth.max(axis=0) >= design.target)
   assert 0 < whole.sum() < 20
-
-
-def test_the_hedge_looks_at_its_wealth_less_often_where_many_prompts_are_left():
-  losses = laws.mostly_zero(np.random.default_rng(8), 0.05, 400)
-  _, _, deviations = hedge_by_hand(losses, 0.1, 0.05, 400)
-  design = betting.FIXED_LEVEL.design(0.1, 0.05, 400)
-  aims = betting.FIXED_LEVEL.free(losses[:, None], design)[:, 0] * deviations
-  # 400 // 64 = 6 prompts are bet on before the second look, 394 // 64 = 6 before the third.
-  np.testing.assert_allclose(aims[:6], aims[0])
-  np.testing.assert_allclose(aims[6:12], aims[6])
-  assert not math.isclose(aims[0], aims[6]) and not math.isclose(aims[6], aims[12])
 
 
 def test_wealth_that_just_gets_there_has_got_there():

@@ -118,3 +118,13 @@ def test_a_pool_chooses_what_calibrate_chooses():
   for tolerance, column in zip(TOLERANCES, columns, strict=True):
     found = calibrate(made, tolerance=tolerance, error_rate=0.05)
     assert found.threshold == (NEVER_EXIT if column < 0 else GRID[column])
+
+
+@pytest.mark.parametrize("support", [Support(), Support(-1.0, 2.0)])
+def test_rounding_leaves_the_range_by_a_billionth_at_most(support):
+  ends = np.array([[support.lower - 1e-9], [support.upper + 1e-9]])
+  pool = draws_lib.Draws(SequenceLosses(ends, [0.5], support), "betting")
+  assert pool.values[:, 0].tolist() == [support.lower, support.upper]
+  for odd in (support.lower - 2e-9, support.upper + 2e-9, support.lower - 0.5):
+    with pytest.raises(ValueError, match="to lie in the declared range"):
+      draws_lib.Draws(SequenceLosses([[odd], [0.0]], [0.5], support), "betting")

@@ -349,3 +349,13 @@ def test_the_table_of_a_distribution_ends_at_one_and_never_above(size):
     table = p_values.log_binomial_cdf_table(size, probability)
     assert np.all(np.diff(table) >= 0.0) and table[-1] == pytest.approx(0.0, abs=1e-11)
     assert np.all(table <= 0.0)
+
+
+def test_the_sum_that_is_none_is_named():
+  for sums in ([10.0, 11.0], [0.0, 11.0, -1.0]):
+    with pytest.raises(ValueError, match=r"Expected `sums` .* got 11\.0"):
+      p_values.hoeffding(sums, 10, 0.1)
+  with pytest.raises(ValueError, match=r"Expected `sums` .* got -1\.0"):
+    p_values.hoeffding([5.0, -1.0], 10, 0.1)
+  with pytest.raises(ValueError, match=r"whole numbers.* got 0\.5"):
+    p_values.binomial([5.0, 0.5], 10, 0.1)

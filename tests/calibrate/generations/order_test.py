@@ -55,6 +55,29 @@ def test_without_groups_every_prompt_is_a_unit():
   assert order.unit_names(ids, None) == tuple(ids)
 
 
+def test_units_of_a_later_part_have_their_means():
+  units = order.consecutive_units(5, ["a", "a", "b", "b", "c"])[1:]
+  np.testing.assert_array_equal(order.unit_means([0.25, 0.5, 1.0], units), [0.375, 1.0])
+
+
+def test_a_prompt_without_a_group_beside_others_is_a_cluster_of_its_own():
+  grouped, bare = Prompt("x", "", (), "g"), Prompt("y", "")
+  assert order.known_groups([bare, bare]) is None
+  assert order.known_groups([grouped, bare]) == ("g", "prompt y")
+  assert order.known_groups([grouped, grouped]) == ("g", "g")
+
+
+def test_a_seed_is_sixteen_digits_of_what_it_is_made_of():
+  seeds = [
+    order.order_seed(["a", "b"], None),
+    order.order_seed(["a", "c"], None),
+    order.order_seed(["a", "b"], None, "contents"),
+    order.order_seed(["a", "b"], laws.procedure()),
+  ]
+  assert len(set(seeds)) == 4 and order.order_seed(["b", "a"], None) == seeds[0]
+  assert all(len(seed) == 16 and int(seed, 16) >= 0 for seed in seeds)
+
+
 def test_scattered_clusters_and_prompts_without_a_group_are_refused():
   with pytest.raises(ValueError, match="2 clusters in 3 places"):
     order.consecutive_units(3, ["a", "b", "a"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from calm.calibrate import SequenceLosses, calibrate
+from calm.calibrate import SequenceLosses, Support, calibrate
 from calm.calibrate.losses import labelling
 
 
@@ -50,6 +50,28 @@ def test_the_mean_is_kept_and_the_range_is_as_wide_as_declared():
   assert some.values.min() >= -3.0 and some.values.max() <= 4.0
 
 
+def test_what_is_made_of_a_label_and_a_prediction_by_hand():
+  signed = SequenceLosses([[1.0], [np.nan], [-1.0]], [0.5], Support(-1.0, 1.0))
+  chosen = np.array([True, False, True])
+  guess = np.array([[0.5], [0.25], [1.0]])  # the ends of the range are in it
+  found = labelling.with_predictions(signed, guess, chosen, [0.25, 0.5, 1.0])
+  np.testing.assert_array_equal(found.values, [[0.5 + 0.5 / 0.25], [0.25], [-1.0]])
+  # The widest is that of the least probability: 2 / 0.25.
+  assert found.support == Support(1.0 - 8.0, -1.0 + 8.0)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("binary", [True, False])
+def test_only_labels_of_all_leave_losses_binary(share, binary):
+  losses = SequenceLosses([[1.0], [0.0]], [0.5], Support(binary=binary))
+  found = labelling.with_predictions(losses, [[0.0], [1.0]], np.ones(2, bool), share)
+  assert found.support.binary == (binary and share == 1.0)
+  wide = SequenceLosses([[1.0], [0.0]], [0.5], Support(0.0, 2.0))
+  assert not labelling.with_predictions(
+    wide, [[0.0], [1.0]], np.ones(2, bool), 1
+  ).support.binary
+
+
 def test_misuse_is_refused():
   losses = SequenceLosses(np.zeros((4, 1)), [0.5])
   flags = np.ones(4, bool)
@@ -57,6 +79,8 @@ def test_misuse_is_refused():
     (np.zeros((3, 1)), flags, 0.5, "`predicted` of shape"),
     (np.zeros((4, 1)), flags.astype(int), 0.5, "4,. flags"),
     (np.full((4, 1), 2.0), flags, 0.5, "`predicted` in the range"),
+    (np.array([[0.5], [0.5], [0.5], [1.5]]), flags, 0.5, "`predicted` in the range"),
+    (np.array([[0.5], [-0.5], [0.5], [0.5]]), flags, 0.5, "`predicted` in the range"),
     (np.zeros((4, 1)), flags, 0.0, "`probability` in"),
     (np.zeros((4, 1)), flags, [0.5, 0.5, 1.5, 1], "`probability` in"),
   ):
