@@ -49,7 +49,7 @@ TESTS = {
   "generations/order": ("generations/order_test", "order_edges_test"),
   "losses/clusters": ("order_edges_test", "calibration_test", "edges_test"),
   "losses/labelling": ("losses/labelling_test",),
-  "decision": ("promises_test", "calibration_test", "configurations_test"),
+  "decision": ("decision_test", "promises_test", "calibration_test", "configurations_test"),
   "configurations": ("configurations_test",),
   "promises/promise": _PROMISES,
   "promises/mean": _PROMISES,

@@ -165,4 +165,15 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     "losses/clusters",
     "kinds |= {row.tobytes() for row in np.unique(block + 0.0, axis=0)}  # -0 is 0 [0 -> 1]",
   ): "rows of sorted columns are of as many kinds",
+  **dict.fromkeys(
+    [
+      ("configurations", f"if not 0.0 < error_rate < 1.0: [{change}]")
+      for change in ("Lt -> LtE", "1.0 -> 2.0")
+    ],
+    "the test refuses it in the same words",
+  ),
+  (
+    "configurations",
+    "promise.names, promise.tolerances, found.evidence, strict=True [True -> False]",
+  ): "each risk has a name, a tolerance and its evidence",
 }

@@ -95,15 +95,36 @@ def test_clusters_are_the_units():
   groups = tuple(f"g{row // 4}" for row in range(400))
   found = calibrate_configurations(*families(groups=groups), error_rate=0.05)
   assert found.clusters and found.num_examples == 50
+  one = [{"softmax": table["softmax"]} for table in families(groups=groups)]
+  alone = calibrate_configurations(*one, error_rate=0.05)
+  assert alone.clusters and alone.promise.configurations == ("softmax at 0.9", "softmax at 0.5")
+
+
+def test_what_texts_were_compared_with_is_recorded():
+  risks, costs = families()
+  found = calibrate_configurations(risks, costs, error_rate=0.05)
+  assert found.provenance.references == "full model"
+  against_targets = {
+    name: [
+      dataclasses.replace(r, losses=dataclasses.replace(r.losses, kind="risk_signed"))
+      for r in several
+    ]
+    for name, several in risks.items()
+  }
+  found = calibrate_configurations(against_targets, costs, error_rate=0.05)
+  assert found.provenance.references == "targets"
 
 
 def test_families_that_differ_are_refused():
   risks, costs = families()
   few, _ = families(count=300)
+  grouped, _ = families(groups=tuple(f"g{row // 4}" for row in range(400)))
   lone = {"softmax": risks["softmax"]}
   other = {**risks, "state": [dataclasses.replace(r, tolerance=0.3) for r in risks["state"]]}
   for changed, prices, message in (
     ({}, {}, "at least one family"),
+    ({**risks, "state": []}, costs, "at least one family, each with"),
+    ({**risks, "state": grouped["state"]}, costs, "the same prompts everywhere, got others"),
     (lone, costs, "each with a table of `costs`"),
     (other, costs, "of every family"),
     ({**risks, "state": few["state"]}, costs, "same prompts"),
