@@ -275,9 +275,13 @@ def ctranslate2_systems(model, setting, depths) -> list[System]:
       kind: ctranslate2.Translator(target, device="cpu", compute_type=kind)
       for kind in ("float32", "int8")
     }
+  batches = [
+    [[names[token] for token in row if token] for row in batch]
+    for batch in models.batches(model, setting)
+  ]
   made = []
   for kind, translator in translators.items():
-    run = functools.partial(_translate, translator, names, model, setting)
+    run = functools.partial(_translate, translator, names, batches, setting, model.eos_id)
     made.append(
       System(
         f"CTranslate2 {ctranslate2.__version__} {kind}, full depth",
@@ -291,16 +295,16 @@ def ctranslate2_systems(model, setting, depths) -> list[System]:
   return made
 
 
-def _translate(translator, names: list[str], model, setting, steps: int) -> Decoded:
-  """What a translator of CTranslate2 makes of the prompts."""
+def _translate(translator, names, batches, setting, eos_id: int, steps: int) -> Decoded:
+  """What a translator of CTranslate2 makes of prompts, each a list of names."""
   index = {name: i for i, name in enumerate(names)}
   made = []
-  for batch in models.batches(model, setting):
+  for batch in batches:
     results = translator.translate_batch(
-      [[names[token] for token in row if token] for row in batch],
+      batch,
       beam_size=1,
       max_decoding_length=steps,
-      min_decoding_length=steps if model.eos_id < 0 else 1,
+      min_decoding_length=steps if eos_id < 0 else 1,
       return_end_token=True,
       max_batch_size=0,
     )
