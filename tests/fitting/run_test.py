@@ -12,7 +12,7 @@ from calm import checkpoints, exits, fitting, inference
 from calm.calibrate import Calibration, Prompt, seconds
 from calm.calibrate import thresholds as thresholds_lib
 from calm.data import vocabulary
-from calm.fitting import candidates, choose, folder, inputs, last, run
+from calm.fitting import candidates, choose, folder, heads, inputs, last, run
 from calm.fitting import result as result_lib
 from calm.paper.bench import results
 from tests import toy_vocabulary
@@ -291,3 +291,22 @@ def test_means_have_intervals():
   found = last.mean(np.array([0.0, 1.0] * 50))
   assert found.value == 0.5 and found.count == 100
   assert found.margin == pytest.approx(1.96 * 0.5025 / 10, rel=1e-3)
+
+
+def test_a_head_that_is_faster_in_8_bits_is_served_so(model, tmp_path, monkeypatch):
+  said: list[str] = []
+  monkeypatch.setattr(heads, "LEAST_NUMBERS", 1)
+  monkeypatch.setattr(heads, "measure", lambda *arguments: heads.Heads(6.0, 4.0, 2))
+  served = fitting.fit(
+    model,
+    ROWS,
+    output=tmp_path / "mine",
+    listener=fitting.Listener(say=said.append),
+    **OPTIONS,
+  )
+  assert served.options.head_dtype == served.procedure.head_dtype == "int8"
+  assert any(
+    "Output head: read in 8 bits; in 8 bits full depth is x1.50" in line for line in said
+  )
+  if served.calibration is not None:
+    assert served.calibration.procedure.head_dtype == "int8"
