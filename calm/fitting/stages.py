@@ -21,7 +21,7 @@ from calm.fitting.options import FitOptions
 from calm.fitting.result import Trained
 from calm.fitting.splits import Splits
 from calm.t5 import network
-from calm.training import loop, objectives, run
+from calm.training import objectives, read_history, run
 
 Progress = Callable[[float, str], None]
 RECIPES = {"one": recipes.stage_one, "two": recipes.stage_two}
@@ -79,7 +79,7 @@ class Stage:
       progress(step / seen["of"], f"step {step} of {seen['of']}, loss {scalars['loss']:.3f}")
 
     _run_gin(self.gin_file, self.folder, training.Listener(on_start=begun, on_step=advance))
-    history = loop.read_history(self.folder / "validation.json")
+    history = read_history(self.folder / "validation.json")
     losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in history)
     seconds = time.monotonic() - start
     recipe = RECIPES[self.name](self.model.config, len(self.splits.train))

@@ -12,6 +12,7 @@ from calm.t5 import (
   network,
   parameters,
   platforms,
+  quantized_heads,
   stacks,
   windows,
 )
@@ -32,6 +33,7 @@ __all__ = [
   "network",
   "parameters",
   "platforms",
+  "quantized_heads",
   "stacks",
   "windows",
 ]

@@ -1,6 +1,6 @@
 """Stage one (Eq. 6) and stage two (the exit classifier): objectives, updates, runs."""
 
-from calm.training.loop import History, Listener, fit
+from calm.training.loop import History, Listener, fit, read_history
 from calm.training.saving import check_writable
 from calm.training.updates import (
   Schedule,
@@ -33,6 +33,7 @@ __all__ = [
   "make_optimizer",
   "make_train_step",
   "objectives",
+  "read_history",
   "run",
   "sources",
 ]

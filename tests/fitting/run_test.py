@@ -212,7 +212,7 @@ def test_rows_that_cannot_do_are_named_before_any_work(model, tmp_path):
   [
     ("rows.jsonl", '{"input": "a"}\n', "rows with references.*1 of 1 without"),
     ("rows.jsonl", '{"input": "a", "target": " "}\n', "1 of 1 without"),
-    ("rows.csv", "review,label\na,b\n", "no `input` or .*--input_key"),
+    ("rows.csv", "review,label\na,b\n", "`input` or .*--input_key"),
     ("rows.json", "[]", "no examples"),
     ("rows.jsonl", '{"id": "a", "input": "a"}\n' * 2, "of an earlier row"),
   ],
