@@ -144,13 +144,17 @@ def forced_rows(shape: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
   encoded = jax.block_until_ready(full.encode(model.weights, tokens))
   timed: dict[str, Callable[[], Any]] = {}
   one = np.float32(1.0)
-  timed["full depth"] = lambda: full.decode(model.weights, encoded, active, one)
-  for name, rule in rules(flags).items():
-    forced = ForcedProgram(program.Program(model.config, rule, length, models.NO_EOS))
-    for chance in map(np.float32, flags.chances):
-      timed[f"{name}, accepted {chance:.2f}"] = functools.partial(
-        forced.decode, model.weights, encoded, active, chance
-      )
+  variants = {"": model, ", head in 8 bits": models.with_narrow_heads(model)}
+  for suffix, variant in variants.items():
+    timed[f"full depth{suffix}"] = functools.partial(
+      full.decode, variant.weights, encoded, active, one
+    )
+    for name, rule in rules(flags).items():
+      forced = ForcedProgram(program.Program(model.config, rule, length, models.NO_EOS))
+      for chance in map(np.float32, flags.chances):
+        timed[f"{name}, accepted {chance:.2f}{suffix}"] = functools.partial(
+          forced.decode, variant.weights, encoded, active, chance
+        )
   seconds, made = in_turn(timed, flags.repeats)
   base = statistics.median(seconds["full depth"])
   return [

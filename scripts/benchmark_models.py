@@ -14,7 +14,7 @@ from calm import exits, inference
 from calm.data import datasets, prompt_batches
 from calm.decode import program
 from calm.exits import confidence
-from calm.t5 import network, parameters
+from calm.t5 import network, parameters, quantized_heads
 
 GATED = {"mlp_activations": ("gelu", "linear")}
 SIZES: Mapping[str, dict[str, Any]] = {
@@ -110,8 +110,11 @@ def load(shape: str, dtype: str, shortlist: int) -> Model:
 
 def with_narrow_heads(model: Model) -> Model:
   """The same model, its output head read in 8 bits."""
-  weights = program.model_weights(
-    model.params, model.config, model.num_pieces, model.shortlist, head_dtype="int8"
+  decoder = model.weights.decoder
+  stored = [head for head in decoder.heads if isinstance(head, jax.Array)]
+  heads = tuple(map(quantized_heads.quantize, stored))
+  weights = dataclasses.replace(
+    model.weights, decoder=dataclasses.replace(decoder, heads=heads)
   )
   return dataclasses.replace(model, weights=weights)
 
