@@ -17,7 +17,7 @@ import numpy as np
 from calm import checkpoints
 from calm.calibrate.generations import files, locks
 from calm.data import training_batches, vocabulary
-from calm.t5 import network, parameters
+from calm.t5 import limits, network, parameters
 from calm.training import loop, objectives, updates
 
 MODEL_FOLDER = "model"
@@ -37,6 +37,16 @@ class Data:
   train: training_batches.Source
   validation: Mapping[str, training_batches.Source] = dataclasses.field(default_factory=dict)
   num_validation_batches: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    for name in ("validation", "num_validation_batches"):
+      if not isinstance(getattr(self, name), Mapping):
+        raise ValueError(
+          f"Expected `{name}` to be by names, as {{'rows': ...}}, got {getattr(self, name)!r};"
+          " name them."
+        )
+    for count in self.num_validation_batches.values():
+      limits.whole("num_validation_batches", count, 1, 2**31, "give batches")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +68,14 @@ class Export:
   max_decode_length: int = 64
   storage_dtype: str = "float32"
   shortlist: Sequence[int] = ()
+
+  def __post_init__(self):
+    for name in ("max_input_length", "max_decode_length"):
+      limits.whole(name, getattr(self, name), 1, limits.LONGEST, "give tokens")
+    if not isinstance(self.task_prefix, str):
+      raise ValueError(
+        f"Expected `task_prefix` to be a text, got {self.task_prefix!r}; quote it."
+      )
 
   def write(
     self,

@@ -4,11 +4,13 @@ import collections
 import functools
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from calm import checkpoints
 from calm.calibrate.generations import records
 from calm.checkpoints import files
 from calm.data import datasets, training_batches
+from calm.t5 import limits
 
 MODEL_FOLDER = "model"
 
@@ -42,6 +44,8 @@ def supervised(
   Raises:
     ValueError: `outputs` has none of the prompts, or is no such file.
   """
+  limits.whole("batch_size", batch_size, 1, 2**20, "give rows")
+  made = tuple(_bucket(bucket) for bucket in _listed(buckets))
   file = pathlib.Path(root) / path
   examples = datasets.read_examples(file, require_target=not outputs)[::every]
   eos_id = vocabulary.eos_id
@@ -60,9 +64,29 @@ def supervised(
   return training_batches.Supervised(
     training_batches.encode_all([prefix + e.input for e in examples], encode, eos_id),
     targets,
-    tuple(training_batches.Bucket(*bucket) for bucket in buckets),
+    made,
     batch_size,
     seed,
+  )
+
+
+def _listed(buckets: Any) -> Sequence[Any]:
+  if not isinstance(buckets, list | tuple):
+    raise ValueError(
+      f"Expected `buckets` to be pairs of lengths, as ((64, 32),), got {buckets!r}; list them."
+    )
+  return buckets
+
+
+def _bucket(pair: Any) -> training_batches.Bucket:
+  """Lengths of inputs and of targets."""
+  if not isinstance(pair, list | tuple) or len(pair) != 2:
+    raise ValueError(
+      f"Expected `buckets` to be pairs of lengths, as ((64, 32),), got {pair!r} among them;"
+      " give two lengths."
+    )
+  return training_batches.Bucket(
+    *(limits.whole("buckets", each, 1, limits.LONGEST, "give tokens") for each in pair)
   )
 
 

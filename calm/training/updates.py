@@ -2,19 +2,21 @@
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct, traverse_util
 
 from calm.data import training_batches
-from calm.t5 import network
+from calm.t5 import limits, network
 from calm.t5.parameters import Params
 from calm.training import objectives
+
+MOST_STEPS = 2**31 - 1
 
 
 @struct.dataclass
@@ -45,6 +47,16 @@ class Schedule:
   peak: float = 3e-2
   warmup_steps: int = 100
   final_fraction: float = 0.05
+
+  def __post_init__(self):
+    limits.whole("warmup_steps", self.warmup_steps, 0, MOST_STEPS, "give steps")
+    for name in ("peak", "final_fraction"):
+      value = getattr(self, name)
+      real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+      if not real or not 0 <= float(value) <= 1000:
+        raise ValueError(
+          f"Expected `{name}` to be a number in [0, 1000], got {value!r}; T5 has 0.01 to 0.001."
+        )
 
   def __call__(self, num_steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(
@@ -96,10 +108,7 @@ class TrainConfig:
     least |= {} if self.patience is None else {"patience": 1}
     for name, value in least.items():
       got = getattr(self, name)
-      if isinstance(got, bool) or not isinstance(got, int | np.integer) or got < value:
-        raise ValueError(
-          f"Expected `{name}` to be a whole number from {value} on, got {got!r}."
-        )
+      limits.whole(name, got, value, MOST_STEPS, "give a number in that range")
 
 
 def init_params(config: network.T5Config, seed: int) -> Params:
