@@ -145,7 +145,7 @@ def trials(base: pathlib.Path) -> dict[str, Trial]:
     "monitor": Trial(
       lambda at: [sys.executable, "-c", MONITOR, str(at / "monitor.jsonl")], ("monitor.jsonl",)
     ),
-    "fit": fit_trial(base / "fit.jsonl", calibrate),
+    "fit": fit_trial(base, calibrate),
     "merge": Trial(
       lambda at: calm_command("merge", str(parts), f"--output={at / 'merged'}"),
       ("merged/*",),
@@ -154,20 +154,18 @@ def trials(base: pathlib.Path) -> dict[str, Trial]:
   }
 
 
-def fit_trial(rows: pathlib.Path, rates: list[str]) -> Trial:
-  """A fit without training. What it chooses is told by seconds; what it decodes to choose by is
-  not, and is compared."""
-  few = lambda text, words: " ".join(text.split()[:words])
-  lines = (ASSETS / "prompts_calibration.jsonl").read_text("utf-8").splitlines()[:48]
-  short = [
-    {**row, "input": few(row["input"], 8), "target": [few(t, 3) for t in row["targets"]]}
-    for row in map(json.loads, lines)
+def fit_trial(base: pathlib.Path, rates: list[str]) -> Trial:
+  """A fit of a toy, without training. What it chooses is told by seconds; what it decodes to
+  choose by is not, and is compared."""
+  rows = [
+    {"id": f"r{i}", "source": f"s{i}", "input": f"text {i}", "target": "word"}
+    for i in range(48)
   ]
-  files.write_atomically(rows, "".join(json.dumps(row) + "\n" for row in short))
-  words = ("fit", "--model=packed", f"--train={rows}", "--stages=none", *rates)
+  files.write_atomically(base / "fit.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+  words = ("fit", f"--model={base / 'toy'}", f"--train={base / 'fit.jsonl'}", "--stages=none")
   whole = ("config.json", "inference.json", "calibration.json", "fit/result.json")
   return Trial(
-    lambda at: calm_command(*words, f"--output={at / 'mine'}"),
+    lambda at: calm_command(*words, *rates, f"--output={at / 'mine'}"),
     ("mine/splits/*.jsonl", "mine/fit/validation/*/threshold_*.jsonl", "mine/vocabulary.*"),
     tuple(f"mine/{name}" for name in whole),
   )
@@ -175,6 +173,10 @@ def fit_trial(rows: pathlib.Path, rates: list[str]) -> Trial:
 
 def prepare(name: str, table: dict[str, Trial], base: pathlib.Path) -> None:
   """Makes what a trial reads."""
+  if name == "fit":
+    import soak  # brings JAX
+
+    soak.save_toy(base / "toy")
   if name == "calibrate":
     run(table["generate"], base)
   if name == "merge":
