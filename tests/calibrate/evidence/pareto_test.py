@@ -141,3 +141,27 @@ def test_costs_of_prompts_are_read_on_the_optimization_rows_alone():
   assert found.chosen == 0 and found.costs[list(found.order).index(0)] == 1.0
   flat = pareto.pareto_test([pareto.Risk(values, 0.1)], [1.0, 2.0], **options)
   assert flat.order == found.order
+
+
+def test_rounding_leaves_the_range_by_a_billionth_at_most():
+  values = np.array([[0.0 - 1e-9, 0.5], [1.0 + 1e-9, 0.5]])
+  found = pareto.evidence(pareto.Risk(values, 0.1), [0, 1], [0, 1], 0.05)
+  np.testing.assert_allclose(found.means, [0.5, 0.5])
+  assert found.method == "betting"  # p-values that can be compared, unless it is said otherwise
+  for odd in (-2e-9, 1.0 + 2e-9, -0.5, 1.5):
+    with pytest.raises(ValueError, match="to lie in the declared range"):
+      pareto.evidence(pareto.Risk([[odd], [0.0]], 0.1), [0, 1], [0], 0.05)
+
+
+def test_a_configuration_is_as_likely_as_its_worst_risk():
+  """The first is worse at the second risk than the other is at any; sums decide here."""
+  bad = np.repeat([[0.0, 0.1, 0.05]], 80, axis=0)
+  good = np.repeat([[0.2, 0.1, 0.15]], 80, axis=0)
+  risks = [pareto.Risk(values, 0.3, method="convex_order") for values in (bad, good)]
+  found = pareto.pareto_test(risks, [3.0, 2.0, 1.0], error_rate=0.05)
+  assert found.order == (1, 2, 0)
+
+
+def test_one_unknown_cost_among_many_is_refused():
+  with pytest.raises(ValueError, match="`costs` to be finite"):
+    pareto.pareto_test([pareto.Risk(table((0.1, 0.1)), 0.2)], [1.0, np.nan], error_rate=0.05)
