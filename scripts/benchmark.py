@@ -200,7 +200,7 @@ def _table(setting, model: models.Model, times: list[Times], speed: float) -> li
   static = {
     t.system.measured_layers: row.median
     for t, row in zip(times, rows, strict=True)
-    if not t.system.peer and t.system.measured_layers is not None
+    if t.system.pieces is not None and t.system.measured_layers is not None
   }
   depths = sorted(static)
   for row in rows:
