@@ -76,6 +76,10 @@ def test_plain_files_need_id_and_prediction_only(tmp_path):
       r"early.jsonl:1: expected .*, got no output: Expected `prediction` to be a text",
     ),
     ([{"inputs": {}, "score": 1.0}], r"early.jsonl:1: expected .*, got no output"),
+    ([t5x("a", "x") | {"inputs": {"id": True}}], "`inputs.id` to be a text or a whole number"),
+    ([t5x("a", "x", aux=[1])], r"`aux` to be an object, got \[1\]"),
+    ([t5x("a", "x", prediction_tokens="7")], "`prediction_tokens` to be a list, got '7'"),
+    ([t5x("a", "x", aux={"exit_layers": [1, -1]})], "`exit_layers` of at least 0"),
     ([], "early.jsonl: expected outputs, one a line, got none"),
     ([{"id": "b", "prediction": "x"}], r"missing \['a'\], unknown \['b'\]"),
     (

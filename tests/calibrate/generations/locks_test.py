@@ -154,6 +154,18 @@ def test_a_disk_that_fails_is_no_lock_of_another(tmp_path, monkeypatch):
     locks.lock(tmp_path)
 
 
+def test_a_full_disk_leaves_no_lock_without_a_name(tmp_path, monkeypatch):
+  def fail(descriptor, data):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  with monkeypatch.context() as full:
+    full.setattr(locks.os, "write", fail)
+    with pytest.raises(OSError, match="to be a place that can be written, got: No space left"):
+      locks.lock(tmp_path)
+  assert not list(tmp_path.iterdir())
+  locks.lock(tmp_path).release()
+
+
 def test_where_the_system_does_not_list_processes_they_are_asked(tmp_path, monkeypatch):
   monkeypatch.setattr(locks, "_PROCESSES", tmp_path)
   me = locks.this_process()

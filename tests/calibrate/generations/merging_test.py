@@ -333,6 +333,10 @@ def test_folders_given_twice_or_of_something_else_are_refused(four, tmp_path):
     {"kind": "x"},
     {"about": 3},
     {"checksums": {"../a": "b"}},
+    {"schema_version": True},
+    {"prompts_digest": 3},
+    {"positions": "0"},
+    {"num_prompts": 60.0},
     {"checksums": {"a": 3}},
   ],
 )

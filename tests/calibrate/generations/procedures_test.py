@@ -27,6 +27,7 @@ CHANGES = dict(
   platform="tpu",
   matmul_precision="highest",
   weights_dtype="bfloat16",
+  head_dtype="int8",
 )
 BASE = laws.procedure(
   configuration={"relpos_max_distance": 128, "emb_dim": 8},
