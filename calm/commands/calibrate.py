@@ -115,6 +115,9 @@ def _add_test(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
   """Calibrates, prints the table and the promise, writes the file."""
   console = rich_console.Console()
+  if arguments.output:
+    named = (pair.rpartition("=")[2] for pair in arguments.outputs or ())
+    common.check_output(arguments.output, read=(arguments.full, arguments.references, *named))
   if arguments.configurations:
     return _save(arguments, console, several.calibrate_configurations(arguments))
   cached = _read(arguments)

@@ -12,7 +12,7 @@ import sys
 import threading
 import tokenize
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from calm.calibrate.generations import files
@@ -126,12 +126,23 @@ def called(flag: str) -> Iterator[None]:
     raise
 
 
-def check_output(path: str | pathlib.Path) -> None:
+def check_output(path: str | pathlib.Path, *, read: Iterable[str | None] = ()) -> None:
   """Refuses a file that cannot be written, before the work that would be lost with it.
 
+  Args:
+    path: the file.
+    read: files that the command reads, which it must not replace.
+
   Raises:
+    ValueError: it is one of those that are read.
     OSError: says which file, and what to do.
   """
+  for name in read:
+    if name and os.path.isfile(name) and os.path.exists(path) and os.path.samefile(name, path):
+      raise ValueError(
+        f"Expected `--output` to be another file than those that are read, got {str(path)!r},"
+        " which would be replaced; choose another name."
+      )
   try:
     if (target := files.destination(path)) is not None:
       with files.temporary(target):

@@ -129,7 +129,7 @@ def _prompts(arguments: argparse.Namespace) -> tuple[Any, sharding.Part | None]:
   """The prompts to decode, and the shard that they are of, if any."""
   which = sharding.shard(arguments)
   if arguments.output and which is None:
-    common.check_output(arguments.output)
+    common.check_output(arguments.output, read=(arguments.prompts, arguments.calibration))
   prompts = model_flags.open_prompts(arguments)
   if which is None:
     return prompts, None

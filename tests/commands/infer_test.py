@@ -243,3 +243,19 @@ def test_drafts_that_do_not_pay_are_given_up(
   said = " ".join(capsys.readouterr().err.split())
   assert "the full model's own texts" in said
   assert ("given up after 2 prompts" in said) != kept
+
+
+def test_what_is_read_is_never_replaced(model, tmp_path, capsys):
+  prompts = tmp_path / "prompts.jsonl"
+  prompts.write_text('{"input": "a text"}\n')
+  (tmp_path / "link").symlink_to(prompts)
+  for output in (prompts, tmp_path / "link"):
+    named = [f"--model={model}", f"--prompts={prompts}", f"--output={output}"]
+    assert cli.main(["infer", *named, *DECODE]) == 2
+    assert "another file than those that are read" in capsys.readouterr().err
+  full = tmp_path / "full.jsonl"
+  full.write_text('{"id": "a", "prediction": "b"}\n')
+  named = [f"--full={full}", f"--outputs=0.5={full}", f"--output={full}"]
+  assert cli.main(["calibrate", *named]) == 2
+  assert "another file than those that are read" in capsys.readouterr().err
+  assert prompts.read_text() == '{"input": "a text"}\n' and "prediction" in full.read_text()
