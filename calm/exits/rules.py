@@ -1,6 +1,6 @@
 """One token through the decoder layers: exit rule and per-row stop.
 
-This module knows no network: it takes a `propagation.Layers` of callables. Rows are
+This module knows no network: it takes a `layers.Layers` of callables. Rows are
 independent: a row that has left keeps its exit state while its batch mates go on, and the
 layers above write the keys and values of that state (paper section 3.2: d^k := d^j, k > j).
 """
