@@ -134,7 +134,7 @@ def fit_result(text: str) -> result_lib.Result:
   candidate: Any = text  # what it is written as
   tried = choose.Tried(candidate, (0.5,), (0.1,), (2.0,), 0.5, 1.0, 2.0)
   choice = choose.Choice((tried,), 0, (0.5,), 2.0, 20, 4)
-  example = result_lib.Example(text, text, text, text, (text, " b"), (1, 4), (0.5, 0.5))
+  example = result_lib.ShownText(text, text, text, text, (text, " b"), (1, 4), (0.5, 0.5))
   return result_lib.Result(
     model=text,
     sizes=text,

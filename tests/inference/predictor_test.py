@@ -179,6 +179,7 @@ def test_every_option_but_the_batch_size_belongs_to_the_procedure(model):
     "max_decode_length": 9,
     "matmul_precision": "highest",
     "weights_dtype": "bfloat16",
+    "head_dtype": "int8",
   }
   fields = {field.name for field in dataclasses.fields(inference.DecodeOptions)}
   assert fields == {
