@@ -1,8 +1,8 @@
 """One sequence, token by token: the decode loop. It knows no network, it takes a step.
 
-The step is bound by `Program.bind` in `program` (or is a toy of a few lines in a test); it turns
-the last token into a `exits.TokenExit` and the caches after it. Where it leads, file by file, is
-in `calm/__init__.py`.
+The step is bound by `Program.bind` in `program` (or is a toy of a few lines in a test); it
+turns the last token into a `exits.TokenExit` and the caches after it. Where it leads, file by
+file, is in `calm/__init__.py`.
 """
 
 import dataclasses
