@@ -59,7 +59,8 @@ newest() {
   .venv-newest/bin/python -W default -m pytest -p no:cacheprovider -W default tests/smoke_test.py
 }
 
-# Neither these tests nor the type checker use more than one core: they run side by side.
+# These tests use one core, and so do the type checker, the smoke group and a TPU's compiler for
+# most of their time: they run side by side.
 log="$(mktemp)"
 (set -e; without_jax) > "$log" 2>&1 &
 calibrate=$!
@@ -70,14 +71,6 @@ echo "== lint and types"
 .venv-test/bin/ruff check .
 .venv-test/bin/pyright --pythonpath .venv-test/bin/python
 
-echo "== calm.calibrate without JAX"
-status=0
-wait "$calibrate" || status=$?
-cat "$log"
-[[ $status == 0 ]] || exit "$status"
-rm "$log"
-trap - EXIT
-
 echo "== the smoke group with the newest JAX"
 newest
 
@@ -87,6 +80,14 @@ if [[ -d .venv-tpu ]]; then
   .venv-tpu/bin/python -m pytest -p no:cacheprovider -rsx tests/tpu
   echo "tests/tpu took $SECONDS s"
 fi
+
+echo "== calm.calibrate without JAX"
+status=0
+wait "$calibrate" || status=$?
+cat "$log"
+[[ $status == 0 ]] || exit "$status"
+rm "$log"
+trap - EXIT
 
 echo "== tests"
 # Those of calm.calibrate have just run. Most of the time goes to compilation, on one core.
