@@ -254,3 +254,14 @@ def test_first_shares_are_the_largest_initial_weights():
 def test_adjusted_p_values_end_at_one():
   for procedure in multiple_testing.PROCEDURES.values():
     assert procedure([0.9, 1.0, float("nan")], 0.1).adjusted_p_values.max() == 1.0
+
+
+def test_rounding_of_sums_is_taken_up_to_its_last_digit():
+  most = 1.0 + 1e-12
+  assert multiple_testing.check_weights([most], 1).tolist() == [most]
+  edges = [[0.0, most], [0.0, 0.0]]
+  assert multiple_testing.check_transitions(edges, 2).tolist() == edges
+  with pytest.raises(ValueError, match="`weights`"):
+    multiple_testing.check_weights([1.0 + 2e-12], 1)
+  with pytest.raises(ValueError, match="`transitions`"):
+    multiple_testing.check_transitions([[0.0, 1.0 + 2e-12], [0.0, 0.0]], 2)

@@ -359,3 +359,16 @@ def test_the_sum_that_is_none_is_named():
     p_values.hoeffding([5.0, -1.0], 10, 0.1)
   with pytest.raises(ValueError, match=r"whole numbers.* got 0\.5"):
     p_values.binomial([5.0, 0.5], 10, 0.1)
+
+
+def test_rounding_is_taken_up_to_its_last_digit():
+  """A sum may be a billionth a loss off, and no more."""
+  for p_value in (p_values.hoeffding, p_values.convex_order):
+    assert p_value(-1e-9 * 10, 10, 0.1) == p_value(0.0, 10, 0.1)
+    assert p_value(10 + 1e-9 * 10, 10, 0.1) == 1.0
+  assert p_values.binomial(1e-9, 10, 0.1) == p_values.binomial(0.0, 10, 0.1)
+  with pytest.raises(ValueError, match=r"whole numbers.* got 0\.5"):
+    p_values.binomial([1e-9, 0.5], 10, 0.1)
+  for least in (-1e-9 * 10, 10 + 1e-9 * 10):
+    with pytest.raises(ValueError, match=r"Expected `sums` .* got 11\.0"):
+      p_values.hoeffding([least, 11.0], 10, 0.1)
