@@ -3,13 +3,14 @@ r"""A long life in one process: many shapes, many predictors, many prompts.
   python scripts/soak.py               everything, and its JSON
   python scripts/soak.py --batches=200 --prompts=0 --output=
 
-batches: the packed model decodes batches of random sizes and lengths, more shapes than
-programs are kept, and every text is compared with the same text decoded alone: tokens and exits
-are equal, or their first difference is a tie (a confidence within 1e-5 of the threshold, or two
-likeliest tokens as close). predictors: opened one after the other, each with programs of its
-own. prompts: `calm infer` over a long list with a toy. Memory maps, file descriptors and
-resident memory are read from /proc; the second half of a part must not need more than the
-first, but for a tenth.
+batches: the packed model decodes batches of random sizes and lengths, every measure in its turn
+and more shapes than programs are kept, and every text is compared with the same text decoded
+alone: tokens and exits are equal, or their first difference is a tie (`soak_measures.is_tie`).
+A measure's threshold is the median of the confidences that full depth refuses. predictors:
+opened one after the other, each with programs of its own. prompts: `calm infer` over a long
+list with a toy. Memory maps, file descriptors and resident memory are read from /proc; the
+second half of a part must not need more than the first, but for a tenth. The exit status is 1
+where that, or a text, does not hold.
 """
 
 import argparse
@@ -23,10 +24,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
 
 import jax
 import numpy as np
+import soak_measures
 
 import calm
 from calm import checkpoints, inference
@@ -40,6 +41,7 @@ PROMPTS = ROOT / "calm" / "assets" / "prompts_calibration.jsonl"
 COLUMNS = [
   "part",
   "runs",
+  "tokens by exit layer",
   "programs compiled",
   "memory maps, first half / second half",
   "file descriptors",
@@ -47,7 +49,6 @@ COLUMNS = [
   "different texts",
   "seconds",
 ]
-TIE = 1e-5
 # What the second half may need more than the first.
 SLACK = 1.1
 
@@ -88,7 +89,7 @@ def row(
 ) -> list:
   whole = lambda name: " / ".join(f"{value:.0f}" for value in found[name])
   return [
-    *(part, runs, compiled_count, whole("maps"), whole("descriptors"), whole("resident")),
+    *(part, runs, "", compiled_count, whole("maps"), whole("descriptors"), whole("resident")),
     *(different, f"{seconds:.0f}"),
   ]
 
@@ -100,61 +101,39 @@ def texts(rng: random.Random, count: int) -> list[str]:
   return [" ".join(rng.choice(words)[: rng.randint(1, 20)]) for _ in range(count)]
 
 
-def resized(model: inference.Predictor, batch_size: int) -> inference.Predictor:
-  """The model with another batch size, its weights laid out once for all."""
-  options = dataclasses.replace(model.options, batch_size=batch_size)
-  other = dataclasses.replace(model, options=options)
-  vars(other)["weights"] = model.weights
-  return other
-
-
-def is_tie(ours: Any, theirs: Any, threshold: float) -> bool:
-  """Whether the first difference of an output from that of batch 1 is a tie there."""
-  pairs = zip(ours.tokens, ours.exit_layers, strict=True)
-  expected = list(zip(theirs.tokens, theirs.exit_layers, strict=True))
-  at = next((i for i, pair in enumerate(pairs) if expected[i : i + 1] != [pair]), len(expected))
-  at = min(at, len(expected) - 1)
-  seen = (theirs.confidences[at], theirs.rejected_confidences[at])
-  # A softmax margin near 0 is two tokens that are as likely.
-  return any(abs(value - threshold) < TIE for value in seen) or min(seen) < TIE
-
-
-def batches(flags: argparse.Namespace, rng: random.Random) -> tuple[list, bool]:
-  """Random batches of the packed model, each text compared with itself alone."""
+def batches(flags: argparse.Namespace, rng: random.Random) -> tuple[list[list], bool]:
+  """Random batches of the packed model, the measures taking turns."""
   start = time.monotonic()
-  model = inference.load(
-    "packed", max_decode_length=8, max_input_length=64, exit_layers=(3, 4), batch_size=1
-  )
-  pool = texts(rng, 200)
-  alone = dict(zip(pool, model.generate(pool, threshold=flags.threshold), strict=True))
-  models = [resized(model, size) for size in range(1, flags.most_rows + 1)]
+  options = {"max_decode_length": 8, "max_input_length": 64}
+  subjects = []
+  for name in flags.measures.split(","):
+    subject = soak_measures.Subject(name, texts(rng, flags.texts), flags.most_rows, **options)
+    subjects.append(subject)
+    print(f"{name} at {subject.threshold:g}: {subject.layers}", flush=True)
   compiled.drop_all()
   compiled.LIMIT = flags.programs
-  seen, different, ties, done, rows = [usage()], 0, 0, 0, 0
-  counted = program_count()
-  for done in range(1, flags.batches + 1):
-    chosen = [rng.choice(pool) for _ in range(rng.randint(1, flags.most_rows))]
-    outputs = models[len(chosen) - 1].generate(chosen, threshold=flags.threshold)
-    for text, ours in zip(chosen, outputs, strict=True):
-      theirs = alone[text]
-      if (ours.tokens, ours.exit_layers) != (theirs.tokens, theirs.exit_layers):
-        different += 1
-        ties += is_tie(ours, theirs, flags.threshold)
-    rows += len(chosen)
-    if done % 20 == 0:
+  seen, counted = [usage()], program_count()
+  for done in range(flags.batches):
+    subjects[done // flags.turn % len(subjects)].decode(rng)
+    if done % 20 == 19:
       seen.append(usage())
     if time.monotonic() - start > flags.seconds:
       break
-  found = halves(seen[len(seen) // 10 :])  # once most shapes have been met
-  says = f"{different} of {rows}, {ties} of them ties"
-  made = program_count() - counted
   compiled.LIMIT = 128
-  name = f"batches of 1 to {flags.most_rows} rows, {flags.programs} programs kept"
-  line = row(name, done, made, found, says, time.monotonic() - start)
-  return line, flat(found) and different == ties and ties <= 0.005 * rows
+  found = halves(seen[len(seen) // 10 :])  # once most shapes have been met
+  lines = [
+    [f"{each.name} at {each.threshold:g}", each.batches, each.layers, *[""] * 4, each.says, ""]
+    for each in subjects
+  ]
+  total = lambda name: sum(getattr(each, name) for each in subjects)
+  name = f"together: 1 to {flags.most_rows} rows, {flags.programs} programs kept"
+  says = f"{total('different')} of {total('rows')}, {total('ties')} of them ties"
+  made, seconds = program_count() - counted, time.monotonic() - start
+  lines.append(row(name, total("batches"), made, found, says, seconds))
+  return lines, flat(found) and all(each.good for each in subjects)
 
 
-def predictors(flags: argparse.Namespace, rng: random.Random) -> tuple[list, bool]:
+def predictors(flags: argparse.Namespace, rng: random.Random) -> tuple[list[list], bool]:
   """Predictors opened one after the other, each of other lengths."""
   start, seen, counted = time.monotonic(), [], program_count()
   prompts = texts(rng, 2)
@@ -167,10 +146,10 @@ def predictors(flags: argparse.Namespace, rng: random.Random) -> tuple[list, boo
   made = program_count() - counted
   line = row("predictors", flags.predictors, made, found, "", time.monotonic() - start)
   # Programs are kept up to a bound, so that maps and memory grow until it is reached.
-  return line, found["descriptors"][1] <= SLACK * found["descriptors"][0]
+  return [line], found["descriptors"][1] <= SLACK * found["descriptors"][0]
 
 
-def infer(flags: argparse.Namespace, rng: random.Random) -> tuple[list, bool]:
+def infer(flags: argparse.Namespace, rng: random.Random) -> tuple[list[list], bool]:
   """`calm infer` with a toy over a tenth of the prompts, and over all."""
   del rng
   start, peaks = time.monotonic(), []
@@ -200,10 +179,10 @@ def infer(flags: argparse.Namespace, rng: random.Random) -> tuple[list, bool]:
   found = {"maps": ("",), "descriptors": ("",), "resident": tuple(peaks)}
   line = [
     *(f"`calm infer`, toy, {flags.prompts // 10} / {flags.prompts} prompts", 2, ""),
-    *("", "", " / ".join(f"{peak:.0f} (peak)" for peak in found["resident"]), ""),
+    *("", "", "", " / ".join(f"{peak:.0f} (peak)" for peak in found["resident"]), ""),
     f"{time.monotonic() - start:.0f}",
   ]
-  return line, peaks[1] <= SLACK * peaks[0]
+  return [line], peaks[1] <= SLACK * peaks[0]
 
 
 def save_toy(folder: pathlib.Path) -> None:
@@ -248,7 +227,12 @@ def main() -> int:
   parser.add_argument("--programs", type=int, default=40, help="programs that are kept (40)")
   parser.add_argument("--predictors", type=int, default=40, help="opened in turn (40)")
   parser.add_argument("--prompts", type=int, default=100_000, help="of calm infer (100000)")
-  parser.add_argument("--threshold", type=float, default=0.1, help="lambda (0.1)")
+  parser.add_argument("--threshold", type=float, default=0.1, help="of predictors (0.1)")
+  parser.add_argument(
+    "--measures", default=",".join(soak_measures.MEASURES), help="of batches (all)"
+  )
+  parser.add_argument("--texts", type=int, default=40, help="different ones a measure (40)")
+  parser.add_argument("--turn", type=int, default=50, help="batches of a measure's turn (50)")
   parser.add_argument("--seed", type=int, default=0, help="of shapes and texts (0)")
   parser.add_argument("--seconds", type=float, default=3000, help="bound of batches (3000)")
   parser.add_argument(
@@ -265,7 +249,7 @@ def main() -> int:
     if wanted:
       results.append(part(flags, rng))
       print(results[-1], flush=True)
-      write(flags.output, [line for line, _ in results])
+      write(flags.output, [line for lines, _ in results for line in lines])
   cache.cleanup()
   return int(not all(good for _, good in results))
 
