@@ -7,7 +7,12 @@ from typing import BinaryIO
 GZIP_MAGIC = b"\x1f\x8b"
 LONGEST_LINE = 2**26
 # Texts pack to a third or a tenth; files up to so many bytes may do as they like.
-_UNPACKED, _RATIO = 2**28, 200
+UNPACKED, RATIO = 2**28, 200
+
+
+def most(size: int) -> int:
+  """Bytes that a file of `size` bytes may stand for."""
+  return UNPACKED + RATIO * size
 
 
 class Gzip(gzip.GzipFile):
@@ -21,7 +26,7 @@ class Gzip(gzip.GzipFile):
 
   def __init__(self, file: BinaryIO, size: int, name: str):
     super().__init__(fileobj=file, mode="rb")
-    self._most, self._called = _UNPACKED + _RATIO * size, name
+    self._most, self._called = most(size), name
 
   def read(self, size: int | None = -1) -> bytes:
     """As of any file; ValueError beyond the bound."""
@@ -36,7 +41,7 @@ class Gzip(gzip.GzipFile):
   def _checked(self, content: bytes) -> bytes:
     if self.tell() > self._most:
       raise ValueError(
-        f"Expected {self._called!r} to unpack to at most {_RATIO} times its size, got more; it"
+        f"Expected {self._called!r} to unpack to at most {RATIO} times its size, got more; it"
         " is no file of texts, or made to fill the memory."
       )
     return content

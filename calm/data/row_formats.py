@@ -208,34 +208,14 @@ def _table(delimiter: str) -> Callable[[BinaryIO, str, str], Iterator[Row]]:
 def parquet(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
   """Rows of a Parquet file, a batch of them in memory (needs pyarrow)."""
   try:
-    import pyarrow
-    from pyarrow import parquet as pyarrow_parquet
+    from calm.data import parquet_rows
   except ImportError as error:
     raise ImportError(
       f"Expected the package pyarrow to read {name}, got none; `pip install pyarrow`, or save"
       " the rows as JSON Lines."
     ) from error
-  try:
-    table = pyarrow_parquet.ParquetFile(file)
-    wanted = [field.name for field in table.schema_arrow if _is_plain(field.type)]
-    number = 0
-    for batch in table.iter_batches(batch_size=1024, columns=wanted):
-      for value in batch.to_pylist():
-        number += 1
-        yield Row(value, f"{stem}/{number}", f"{name}, row {number}")
-  except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-    raise ValueError(
-      f"{name}: expected a whole Parquet file, got a damaged one ({error}); copy it again."
-    ) from error
-
-
-def _is_plain(kind: Any) -> bool:
-  """Whether a column may hold texts, numbers or lists of them: images and the like are left."""
-  from pyarrow import types
-
-  if types.is_list(kind) or types.is_large_list(kind):
-    kind = kind.value_type
-  return not (types.is_nested(kind) or types.is_binary(kind) or types.is_large_binary(kind))
+  for number, value in enumerate(parquet_rows.rows(file, name), start=1):
+    yield Row(value, f"{stem}/{number}", f"{name}, row {number}")
 
 
 READERS: Mapping[str, Callable[[BinaryIO, str, str], Iterator[Row]]] = {

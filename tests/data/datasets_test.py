@@ -157,7 +157,7 @@ def test_reading_loads_neither_tensorflow_nor_jax():
 
 
 def test_a_gzip_bomb_and_an_endless_line_are_refused_in_little_memory(tmp_path, monkeypatch):
-  monkeypatch.setattr(bounded, "_UNPACKED", 2**20)
+  monkeypatch.setattr(bounded, "UNPACKED", 2**20)
   monkeypatch.setattr(bounded, "LONGEST_LINE", 2**16)
   row = b'{"input": "the same again"}\n'
   for name, content, told in [

@@ -216,7 +216,7 @@ def test_keys_are_the_same_in_every_row(tmp_path):
   ],
 )
 def test_damage_is_named_with_its_line(tmp_path, monkeypatch, name, content, message):
-  monkeypatch.setattr(bounded, "_UNPACKED", 2**16)
+  monkeypatch.setattr(bounded, "UNPACKED", 2**16)
   monkeypatch.setattr(bounded, "LONGEST_LINE", 2**18)
   with pytest.raises(ValueError, match=message):
     prompt_files.open_prompts(write(tmp_path, name, content))
