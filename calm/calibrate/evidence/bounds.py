@@ -5,6 +5,7 @@ at most `error_rate`, for one threshold at a time (not for the whole grid at onc
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -48,15 +49,20 @@ def invert(
 
 
 def _invert_one(p_value: SumPValue, total: float, num_examples: int, level: float) -> float:
+  @functools.cache  # brentq asks for both ends again
   def excess(tolerance: float) -> float:
     return float(p_value(total, num_examples, tolerance, log=True)) - level
 
   low = min(max(total / num_examples, _LEAST), _MOST)
-  if excess(_MOST) > 0.0:
-    return 1.0
+  # Hoeffding's own bound is near, and hardly any p-value is worse; far tails take longest.
+  high = min(low + np.sqrt(-level / (2 * num_examples)), _MOST)
+  if excess(high) > 0.0:
+    high = _MOST
+    if excess(high) > 0.0:
+      return 1.0
   if excess(low) <= 0.0:
     return low
-  root = float(optimize.brentq(excess, low, _MOST, xtol=_PRECISION / 4))  # type: ignore
+  root = float(optimize.brentq(excess, low, high, xtol=_PRECISION / 4))  # type: ignore
   # The root may lie a hair on the unrejected side; the bound may not.
   return min(1.0, root + _PRECISION)
 
