@@ -117,6 +117,8 @@ def batches(flags: argparse.Namespace, rng: random.Random) -> tuple[list[list], 
     subjects[done // flags.turn % len(subjects)].decode(rng)
     if done % 20 == 19:
       seen.append(usage())
+    if done % 100 == 99:
+      print(f"{done + 1} batches, {time.monotonic() - start:.0f} s, {seen[-1]}", flush=True)
     if time.monotonic() - start > flags.seconds:
       break
   compiled.LIMIT = 128
@@ -224,7 +226,7 @@ def main() -> int:
   )
   parser.add_argument("--batches", type=int, default=2000, help="random batches (2000)")
   parser.add_argument("--most_rows", type=int, default=12, help="rows of a batch (1 to 12)")
-  parser.add_argument("--programs", type=int, default=40, help="programs that are kept (40)")
+  parser.add_argument("--programs", type=int, default=50, help="programs that are kept (50)")
   parser.add_argument("--predictors", type=int, default=40, help="opened in turn (40)")
   parser.add_argument("--prompts", type=int, default=100_000, help="of calm infer (100000)")
   parser.add_argument("--threshold", type=float, default=0.1, help="of predictors (0.1)")
@@ -232,16 +234,17 @@ def main() -> int:
     "--measures", default=",".join(soak_measures.MEASURES), help="of batches (all)"
   )
   parser.add_argument("--texts", type=int, default=40, help="different ones a measure (40)")
-  parser.add_argument("--turn", type=int, default=50, help="batches of a measure's turn (50)")
+  parser.add_argument("--turn", type=int, default=125, help="batches of a measure's turn (125)")
   parser.add_argument("--seed", type=int, default=0, help="of shapes and texts (0)")
-  parser.add_argument("--seconds", type=float, default=3000, help="bound of batches (3000)")
+  parser.add_argument("--seconds", type=float, default=9000, help="bound of batches (9000)")
+  parser.add_argument("--cache", help="folder of compiled programs (default: a new one)")
   parser.add_argument(
     "--output", default=str(ROOT / "scripts" / "results" / "soak.json"), help="'' for none"
   )
   flags = parser.parse_args()
   # What was dropped is compiled again from the disk: it is loaded anew, and that is the point.
   cache = tempfile.TemporaryDirectory()
-  jax.config.update("jax_compilation_cache_dir", cache.name)
+  jax.config.update("jax_compilation_cache_dir", flags.cache or cache.name)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   rng, results = random.Random(flags.seed), []
   parts = ((batches, flags.batches), (predictors, flags.predictors), (infer, flags.prompts))
