@@ -3,20 +3,18 @@
 import argparse
 import contextlib
 import functools
-import logging
 import os
 import pathlib
-import re
 import signal
 import sys
 import threading
-import tokenize
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from calm.calibrate.generations import files
 from calm.calibrate.generations.shown import visible
+from calm.commands import gin_files
 
 # A mistake of the user's: one clear message, no traceback. Anything else is a bug of ours.
 USER_ERRORS = (ValueError, OSError, TypeError, ImportError, FloatingPointError)
@@ -232,113 +230,6 @@ def add_gin_arguments(parser: argparse.ArgumentParser, *, required: bool = False
   )
 
 
-def parse_gin(arguments: argparse.Namespace) -> None:
-  """Reads the gin files and bindings that were given.
-
-  Raises:
-    ValueError: in one line, where: the file and the line, or the binding.
-  """
-  import gin
-
-  for path in [p for p in arguments.gin_search_paths.split(",") if p]:
-    gin.add_config_file_search_path(path)
-  _look_past_folders()
-  # gin logs every place where a file is not; the error below names them all.
-  tried = lambda record: not record.getMessage().startswith("Path not found")
-  logging.getLogger().addFilter(tried)
-  try:
-    gin.parse_config_files_and_bindings(arguments.gin_file, arguments.gin_bindings)
-  except OSError as error:
-    raise FileNotFoundError(
-      f"Expected `--gin_file` to name a gin file, got {' '.join(arguments.gin_file)}:"
-      f" {' '.join(str(error).split()).rstrip('.')}; `--gin_search_paths` adds folders to"
-      " look in."
-    ) from error
-  except ModuleNotFoundError as error:
-    if error.name and error.name.split(".")[0] in ("seqio", "tensorflow", "t5x", "optax"):
-      raise
-    raise ValueError(_gin_message(arguments, error)) from error
-  except Exception as error:
-    raise ValueError(_gin_message(arguments, error)) from error
-  finally:
-    logging.getLogger().removeFilter(tried)
-
-
-def _look_past_folders() -> None:
-  """Has gin look on where a folder on Python's path has the name of an included file's.
-
-  gin takes a file of `configs/` for one of the package `configs`, and ends with a TypeError at
-  a folder without `__init__.py`, before it comes to the folders that it is to search.
-  """
-  from gin import config
-
-  def checked(is_there: Callable[[str], bool], path: str) -> bool:
-    try:
-      return is_there(path)
-    except (TypeError, ImportError, ValueError):
-      return False
-
-  readers: list[Any] = config._FILE_READERS  # gin has no public list of them
-  for number, (read, is_there) in enumerate(readers):
-    if getattr(is_there, "func", None) is None:
-      readers[number] = (read, functools.partial(checked, is_there))
-
-
-_GIN_PLACE = re.compile(r'In (?:file "(?P<file>[^"]*)"|bindings string), line (?P<line>[0-9]+)')
-
-
-def _gin_message(arguments: argparse.Namespace, error: Exception) -> str:
-  """One line: where, and what."""
-  if isinstance(error, RecursionError):
-    what, found = "files that include themselves, or values too deep in one another", None
-  else:
-    text = error.msg if isinstance(error, SyntaxError) else str(error)
-    if isinstance(error, tokenize.TokenError):  # (what, (line, column))
-      text = str(error.args[0])
-    found = _GIN_PLACE.search(str(error))
-    what = " ".join(text.split("\n  In ")[0].split())[:300]
-  if isinstance(error, SyntaxError) and error.lineno:
-    place = f"{error.filename or '--gin_bindings'}:{error.lineno}"
-  elif found:
-    place = f"{found['file'] or '--gin_bindings'}:{found['line']}"
-  elif isinstance(error, tokenize.TokenError) and len(error.args) > 1:
-    place = f"{' '.join(arguments.gin_file) or '--gin_bindings'}:{error.args[1][0]}"
-  else:
-    place = " ".join([*arguments.gin_file, *arguments.gin_bindings])[:200]
-  return (
-    f"Expected `--gin_file` and `--gin_bindings` that gin can read, got, in {place}: {what};"
-    " correct that line."
-  )
-
-
-def refuse_unread_macros() -> None:
-  """Refuses macros of the gin files and bindings that nothing reads.
-
-  `INITIAL = "model"` is a binding of nothing where no file says `%INITIAL`: a run would begin
-  elsewhere than its user thinks.
-
-  Raises:
-    ValueError: names them, and the macros that are read.
-  """
-  from gin import config
-
-  bound = config._CONFIG  # gin has no public list of its bindings
-  macros = {scope for scope, selector in bound if selector == "gin.macro"}
-  read = {
-    reference.scopes[-1]
-    for reference in config.iterate_references(bound)
-    if reference.selector.rpartition(".")[2] == "macro" and reference.scopes
-  }
-  unread = sorted(macros - read)
-  if unread:
-    known = ", ".join(sorted(read)) or "none"
-    raise ValueError(
-      f"Expected macros that a binding reads, got {', '.join(unread)}, which nothing reads"
-      f" (read are: {known}); name the parameter itself, as in run.train.initial = '...', or"
-      " take the line out."
-    )
-
-
 def configured(
   arguments: argparse.Namespace, function: Callable[..., Any]
 ) -> Callable[..., Any]:
@@ -347,7 +238,7 @@ def configured(
     return function
   import gin
 
-  parse_gin(arguments)
+  gin_files.parse(arguments)
   try:
     return gin.get_configurable(function)
   except ValueError:  # the files bind other things only

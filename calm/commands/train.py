@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from calm.calibrate.generations import files
-from calm.commands import common
+from calm.commands import common, gin_files
 
 # Bindings on the command line see only what a gin file has named before them: these always.
 CHOICES = """
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
   from calm.training import run as run_lib
 
   train = common.configured(arguments, run_lib.train)
-  common.refuse_unread_macros()
+  gin_files.refuse_unread_macros()
   options = {} if arguments.output_dir is None else {"output_dir": arguments.output_dir}
   output_dir = pathlib.Path(_output_dir(arguments))
   print(f"Checkpoints, validations and scalars: {output_dir}", flush=True)

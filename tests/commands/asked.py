@@ -8,6 +8,7 @@ import importlib
 import itertools
 import json
 import pathlib
+import time
 
 from calm import inference
 from calm.calibrate import NEVER_EXIT, Prompt, Record, generations
@@ -45,6 +46,18 @@ UNTIL = ("--tolerance", "--error_rate", "--kind", "--metric", "--references")
 SERVES = ("--threshold", "--draft_layer", "--calibration", "--monitor", "--expect_digest")
 
 
+SECONDS, BYTES = 10.0, 2**30  # that a refusal may take
+
+
+def _held(name: str) -> int:
+  """Bytes of memory that this process holds (VmRSS), or held at most (VmHWM); 0: unknown."""
+  try:
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+  except OSError:
+    return 0
+  return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
 class AtWork(BaseException):
   """The command has taken what it was given."""
 
@@ -78,6 +91,7 @@ class Asker:
     self.model, self.outputs, self.calibration = model, outputs, calibration
     self.folder, self._capsys = folder, capsys
     self._numbers = itertools.count()
+    self.seconds, self.bytes = 0.0, 0  # that the last call took
     self.prompts = _write_rows(folder / "prompts.jsonl", 1)
     self.rows = _write_rows(folder / "rows.jsonl", 400)
     self.bindings = folder / "bindings"
@@ -111,11 +125,19 @@ class Asker:
       base = [word for word in base if word.startswith("--")]
     return [command, *(word for word in base if not word.startswith(f"{option}="))]
 
+  @property
+  def dear(self) -> bool:
+    """Whether the last call took more time or memory than a refusal may."""
+    return self.seconds > SECONDS or self.bytes > BYTES
+
   def ask(self, words: list[str]) -> tuple[int | str, str]:
     """(exit status, or 'taken' where it began to work; what was said)."""
     import gin
 
     self._capsys.readouterr()
+    if before := _held("VmRSS"):
+      pathlib.Path("/proc/self/clear_refs").write_text("5")  # the most until now
+    start = time.monotonic()
     try:
       status = cli.main(words)
     except AtWork:
@@ -123,6 +145,7 @@ class Asker:
     except SystemExit as stopped:  # argparse's own refusal
       status = stopped.code if isinstance(stopped.code, int) else 1
     finally:
+      self.seconds, self.bytes = time.monotonic() - start, _held("VmHWM") - before
       gin.clear_config()
     return status, self._capsys.readouterr().err
 

@@ -9,7 +9,7 @@ import time
 import gin
 import pytest
 
-from calm.commands import common
+from calm.commands import common, gin_files
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +35,10 @@ def ended(capsys, run, **arguments) -> tuple[int, str]:
 def test_macros_that_nothing_reads_are_refused(text, unread):
   gin.parse_config(f"from __gin__ import dynamic_registration\nimport json\n{text}")
   if not unread:
-    common.refuse_unread_macros()
+    gin_files.refuse_unread_macros()
     return
   with pytest.raises(ValueError, match=rf"got {', '.join(unread)}, which nothing reads"):
-    common.refuse_unread_macros()
+    gin_files.refuse_unread_macros()
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_bad_gin_file_is_one_line_with_its_place(tmp_path, capsys, name):
   arguments = argparse.Namespace(
     gin_file=[str(tmp_path / name)], gin_bindings=[], gin_search_paths=str(tmp_path)
   )
-  code, err = ended(capsys, lambda _: common.parse_gin(arguments))
+  code, err = ended(capsys, lambda _: gin_files.parse(arguments))
   assert code == 2 and err.count("\n") == 1 and "Traceback" not in err
   assert re.search(FILES[name][1], err), err
 
@@ -120,5 +120,5 @@ def test_a_bad_gin_file_is_one_line_with_its_place(tmp_path, capsys, name):
 @pytest.mark.parametrize("binding", ["x", "a.b = ", "nobody.knows = 1", "= 3", "a.b = @c("])
 def test_a_bad_binding_is_one_line(capsys, binding):
   arguments = argparse.Namespace(gin_file=[], gin_bindings=[binding], gin_search_paths="")
-  code, err = ended(capsys, lambda _: common.parse_gin(arguments))
+  code, err = ended(capsys, lambda _: gin_files.parse(arguments))
   assert code == 2 and err.count("\n") == 1 and "--gin_bindings" in err, err

@@ -56,6 +56,8 @@ def test_exchanged_values_are_refused(asker):
         wrong.append(f"silent {name} = {value}")
       elif status not in (2, "taken") or "Traceback" in told:
         wrong.append(f"{status} {name} = {value}: {told[-200:]}")
+      elif asker.dear:
+        wrong.append(f"{asker.seconds:.0f} s, {asker.bytes} bytes {name} = {value}")
       elif status == 2 and name.rpartition(".")[2] not in told:
         wrong.append(f"vague {name} = {value}: {told[-200:]}")
   assert not wrong, "\n".join(wrong)
@@ -71,3 +73,62 @@ def test_cut_lines_are_named_with_their_place(asker, tmp_path):
     words = ["train", f"--gin_file={tmp_path / 'cut'}", f"--output_dir={tmp_path / 'new'}"]
     status, told = asker.ask(words)
     assert status == 2 and told.count("\n") == 1 and f"{tmp_path / 'cut'}:" in told, told
+    assert not asker.dear, (asker.seconds, asker.bytes)
+
+
+LOCAL = "include 'configs/runs/local_tiny.gin'\n"
+
+
+def doubled_files(folder) -> str:
+  """What includes twice what includes twice ..."""
+  for number in range(40):
+    text = f"include '{folder / f'file{number + 1}'}'\n" * 2
+    (folder / f"file{number}").write_text(text)
+  (folder / "file40").write_text("")
+  return f"{LOCAL}include '{folder / 'file0'}'\n"
+
+
+# Name -> (makes the file, what is said).
+MUCH = {
+  "files": (doubled_files, "at most 1000 gin files with 16777216 characters, got more"),
+  "macros": (
+    lambda folder: (
+      f"{LOCAL}A0 = ['x', 'x']\n"
+      + "".join(f"A{i} = [%A{i - 1}, %A{i - 1}]\n" for i in range(1, 40))
+      + "TRAIN = %A39\nVOCABULARY_PATH = 'none'\n"
+    ),
+    "bindings of at most 1000000 values, got more in TRAIN",
+  ),
+  "a macro of itself": (
+    lambda folder: f"{LOCAL}A = [%B, %B]\nB = [%A, %A]\nTRAIN = %A\nVOCABULARY_PATH = 'none'\n",
+    "Expected files and bindings of a few levels",
+  ),
+  "characters": (
+    lambda folder: f"{LOCAL}TRAIN = '{'x' * 2**28}'\n",
+    "with 16777216 characters",
+  ),
+  "depth": (lambda folder: f"{LOCAL}TRAIN = {'[' * 5000}{']' * 5000}\n", "values too deep"),
+}
+
+
+@pytest.mark.parametrize("name", MUCH)
+def test_what_stands_for_much_is_refused_at_once(asker, tmp_path, name):
+  made, message = MUCH[name]
+  (tmp_path / "much").write_text(made(tmp_path))
+  words = ["train", f"--gin_file={tmp_path / 'much'}", f"--output_dir={tmp_path / 'new'}"]
+  status, told = asker.ask(words)
+  assert status == 2 and message in " ".join(told.split()), told
+  assert not asker.dear, (asker.seconds, asker.bytes)
+
+
+def test_what_a_call_takes_is_noticed(asker, monkeypatch):
+  def slow(words):
+    bytearray(2**28)[:: 2**12] = b"x" * 2**16
+    return 0
+
+  monkeypatch.setattr(asked.cli, "main", slow)
+  monkeypatch.setattr(asked, "BYTES", 2**27)
+  asker.ask([])
+  assert asker.dear and asker.bytes > 2**27
+  monkeypatch.setattr(asked, "BYTES", 2**30)
+  assert not asker.dear
