@@ -13,6 +13,8 @@ import numpy as np
 from calm.t5 import network
 
 SMALL_PARAMETERS = 20_000_000
+# Activations of a step: matrices are long enough by then, and most machines have them to spare.
+STEP_BYTES = 2**31
 _STEP = 8
 # (share of the inputs, share of the targets) that a bucket holds; the last holds the limits.
 _BUCKETS = ((0.4, 0.9), (0.75, 0.97))
@@ -93,8 +95,37 @@ def stage_two(config: network.T5Config, num_rows: int) -> Recipe:
 
 
 def batch_size(num_rows: int) -> int:
-  """64 rows a step, fewer where there are few."""
-  return int(np.clip(num_rows // 4, 4, 64))
+  """64 rows a step, fewer where there are few; a power of two, which parts divide."""
+  return 1 << (int(np.clip(num_rows // 4, 4, 64)).bit_length() - 1)
+
+
+def row_bytes(config: network.T5Config, bucket: tuple[int, int]) -> int:
+  """Bytes of one row's float32 activations that a step of training holds, about.
+
+  Args:
+    config: sizes.
+    bucket: padded (input, target) lengths.
+  """
+  read, written = bucket
+  emb, mlp, heads = config.emb_dim, 5 * config.mlp_dim, config.num_heads
+  width = heads * config.head_dim
+  # Three times the attention weights: logits, softmax, and after dropout.
+  encoder = read * (3 * heads * read + 9 * emb + 4 * width + mlp)
+  decoder = written * (3 * heads * (read + written) + 12 * emb + 8 * width + mlp)
+  layers = config.num_encoder_layers * encoder + config.num_decoder_layers * decoder
+  return 4 * (layers + 3 * written * config.vocab_size)
+
+
+def microbatches(config: network.T5Config, bucket: tuple[int, int], rows: int) -> int:
+  """Parts that a batch is computed in, so that activations take at most `STEP_BYTES`.
+
+  Args:
+    config: sizes.
+    bucket: the longest padded (input, target) lengths.
+    rows: of a batch, a power of two.
+  """
+  fitting = max(1, min(rows, STEP_BYTES // row_bytes(config, bucket)))
+  return rows >> (fitting.bit_length() - 1)
 
 
 def buckets(

@@ -94,7 +94,9 @@ class Stage:
     num_steps = self._num_steps(recipe, buckets, progress, say)
     eval_every = max(1, -(-num_steps // _VALIDATIONS))
     validation = len(self.splits.validation)
-    validation_batch = min(recipe.batch_size, validation)
+    parts = recipes.microbatches(self.model.config, buckets[-1], recipe.batch_size)
+    # Without gradients one layer's activations live at a time.
+    validation_batch = min(recipe.batch_size, validation, 4 * recipe.batch_size // parts)
     sizes = dataclasses.asdict(self.model.config)
     sizes |= {"dropout_rate": recipe.dropout_rate, "exit_classifier": True}
     sizes |= dict.fromkeys(self._objective.parts, True)
@@ -112,6 +114,7 @@ class Stage:
         objective=type(self._objective).__name__,
         recipe=recipe,
         num_steps=num_steps,
+        num_microbatches=parts,
         warmup_steps=min(recipe.warmup_steps, num_steps // 5),
         seed=self.options.seed,
         eval_every=eval_every,
@@ -190,6 +193,7 @@ class Stage:
       num_steps=100,
       schedule=training.Schedule(peak=0.0, warmup_steps=1),
       optimizer=getattr(training, recipe.optimizer),
+      num_microbatches=recipes.microbatches(self.model.config, buckets[-1], recipe.batch_size),
     )
     objective = self._objective
     if isinstance(objective, objectives.LayerWeighted):

@@ -92,6 +92,8 @@ class TrainConfig:
     stop_metric: validation scalar watched for early stopping (lower is better for names
       that begin with 'loss', higher for others).
     patience: validations without improvement before the run stops; None never stops.
+    num_microbatches: parts that a batch is computed in, one after the other, so that long
+      rows fit the memory; the gradient is that of the whole batch.
   """
 
   num_steps: int
@@ -102,9 +104,10 @@ class TrainConfig:
   log_every: int = 20
   stop_metric: str = "loss"
   patience: int | None = None
+  num_microbatches: int = 1
 
   def __post_init__(self):
-    least = {"num_steps": 1, "eval_every": 1, "log_every": 1}
+    least = dict.fromkeys(("num_steps", "eval_every", "log_every", "num_microbatches"), 1)
     least |= {} if self.patience is None else {"patience": 1}
     for name, value in least.items():
       got = getattr(self, name)
@@ -177,17 +180,42 @@ def make_train_step(
   @functools.partial(jax.jit, donate_argnums=(0,))
   def train_step(state, batch):
     rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    weight = jnp.maximum(jnp.sum(batch["decoder_loss_weights"]), 1.0)
 
-    def mean_loss(params):
-      loss, metrics = objective.loss(module, params, batch, rng)
-      return loss / jnp.maximum(metrics.weight, 1.0), metrics
+    def gradient(part, rng):
+      def mean_loss(params):
+        loss, metrics = objective.loss(module, params, part, rng)
+        return loss / weight, metrics
 
-    grads, metrics = jax.grad(mean_loss, has_aux=True)(state.params)
+      return jax.grad(mean_loss, has_aux=True)(state.params)
+
+    grads, metrics = _in_parts(gradient, batch, rng, config.num_microbatches)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state), metrics
 
   return train_step
+
+
+def _in_parts(gradient, batch: training_batches.Batch, rng: jax.Array, count: int):
+  """The sum of (gradients, metrics) over `count` parts of a batch, each with its own draws."""
+  if count == 1:
+    return gradient(batch, rng)
+  rows = len(batch["decoder_loss_weights"])
+  if rows % count:
+    raise ValueError(
+      f"Expected `num_microbatches` to divide the {rows} rows of a batch, got {count}; choose"
+      " another number, or another `batch_size`."
+    )
+  parts = jax.tree.map(lambda x: x.reshape(count, rows // count, *x.shape[1:]), batch)
+
+  def add(number, total):
+    part = jax.tree.map(lambda x: x[number], parts)
+    return jax.tree.map(jnp.add, total, gradient(part, jax.random.fold_in(rng, number)))
+
+  first = jax.tree.map(lambda x: x[0], parts)
+  nothing = jax.tree.map(jnp.zeros_like, gradient(first, rng))  # shapes: nothing computes it
+  return jax.lax.fori_loop(0, count, add, nothing)
 
 
 def make_eval_fn(

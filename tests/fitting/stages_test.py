@@ -8,10 +8,11 @@ import pytest
 
 pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
 
-from calm import checkpoints, fitting, inference
+from calm import checkpoints, fitting, inference, training
 from calm.calibrate import Prompt
 from calm.fitting import lengths, recipes, splits, stages
 from calm.t5 import network
+from calm.training import objectives
 from tests.inference import predictor_test
 
 ROWS = [Prompt(f"r{i}", f"say {i % 7} {i}", (f"{i % 7}",), f"g{i}") for i in range(80)]
@@ -62,7 +63,12 @@ def test_both_stages_train_what_they_should_and_write_what_ran(stage, directory)
   assert done.steps == 4 and told[-1][0] == 1.0 and "step 4 of 4" in told[-1][1]
   assert [step for step, _ in done.losses] == [1, 2, 3, 4]
   text = one.gin_file.read_text()
-  for line in ("num_steps = 4", "prefix = 'p: '", "@objectives.LayerWeighted()"):
+  for line in (
+    "num_steps = 4",
+    "num_microbatches = 1",
+    "prefix = 'p: '",
+    "@objectives.LayerWeighted()",
+  ):
     assert line in text
   trained = inference.load(one.exported)
   assert trained.options.task_prefix == "p: " and trained.options.shortlist
@@ -116,10 +122,69 @@ def test_recipes_by_size_are_the_papers_and_the_packed_models():
   assert recipes.num_parameters(small) == pytest.approx(sum(x.size for x in leaves), rel=0.01)
   assert 2.4e8 < recipes.num_parameters(base) < 2.6e8
   tuned = recipes.stage_one(base, 10_000)
+  assert recipes.batch_size(10_000) == 64 and recipes.batch_size(150) == 32
   assert (tuned.peak, tuned.final_fraction, tuned.dropout_rate) == (1e-3, 1.0, 0.1)
   assert tuned.denoising == 0 and tuned.num_steps == 3 * 10_000 // 64
   box = recipes.stage_one(small, 10_000)
   assert box.peak == 1e-2 and box.dropout_rate == 0.05 and box.denoising == 1
+
+
+SMALL = network.T5Config(
+  vocab_size=32128,
+  emb_dim=512,
+  num_heads=6,
+  head_dim=64,
+  mlp_dim=1024,
+  num_encoder_layers=8,
+  num_decoder_layers=8,
+  mlp_activations=("gelu", "linear"),
+)
+
+
+@pytest.mark.parametrize(("length", "parts"), [(64, 2), (448, 16), (1024, 32)])
+def test_a_step_on_long_rows_is_made_in_parts_that_fit_the_memory(length, parts):
+  assert recipes.microbatches(SMALL, (length, 32), 64) == parts
+  rows = 64 // parts
+  held = rows * recipes.row_bytes(SMALL, (length, 32))
+  assert rows == 1 or held <= recipes.STEP_BYTES < 2 * held
+  assert recipes.microbatches(SMALL, (length, 32), 2) <= 2
+
+
+def test_the_memory_of_a_row_is_what_the_compiler_says():
+  config = network.T5Config(
+    vocab_size=600,
+    emb_dim=32,
+    num_heads=4,
+    head_dim=8,
+    mlp_dim=64,
+    num_encoder_layers=3,
+    num_decoder_layers=3,
+    mlp_activations=("gelu", "linear"),
+    dropout_rate=0.1,
+  )
+  bucket = (128, 32)
+  wanted = recipes.row_bytes(config, bucket)
+  added = (_step_bytes(config, bucket, 24) - _step_bytes(config, bucket, 8)) / 16
+  assert 0.7 * added < wanted < 1.5 * added
+  # In parts, a batch needs the memory of one.
+  assert _step_bytes(config, bucket, 24, parts=3) < _step_bytes(config, bucket, 8) + 4 * wanted
+
+
+def _step_bytes(config, bucket, rows, parts=1):
+  """Temporary memory of a compiled step of stage one."""
+  objective = objectives.LayerWeighted(sampled_layers=2)
+  settings = training.TrainConfig(2, num_microbatches=parts)
+  params = training.init_params(config, 0)
+  step = training.make_train_step(network.Transformer(config), settings, objective, params)
+  read, written = (np.ones((rows, length), np.int32) for length in bucket)
+  batch = {
+    "encoder_input_tokens": read,
+    "decoder_input_tokens": written,
+    "decoder_target_tokens": written,
+    "decoder_loss_weights": written.astype(np.float32),
+  }
+  state = training.init_state(params, settings, objective)
+  return step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_buckets_ascend_to_the_limits():

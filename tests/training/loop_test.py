@@ -78,7 +78,8 @@ _compiled = {}
 def compiled(module, config, objective, batch):
   """Update and validation, traced once for all runs of one configuration."""
   # Of a configuration, the update knows no more than this.
-  key = module, config.num_steps, config.schedule, config.optimizer, config.seed
+  parts = config.num_microbatches
+  key = module, config.num_steps, config.schedule, config.optimizer, config.seed, parts
   if key not in _compiled:
     params = training.init_params(module.config, seed=0)
     step = training.make_train_step(module, config, objective, params)

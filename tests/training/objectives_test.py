@@ -210,6 +210,31 @@ def test_weight_decay_never_reaches_what_a_stage_freezes(objective, classifier_m
       assert np.any(np.asarray(trained[path]) != np.asarray(before)), path
 
 
+def test_a_batch_in_parts_makes_the_step_of_the_whole():
+  module, params = model_of()
+  batch = batch_of()
+  rows = len(batch["decoder_loss_weights"])
+  assert rows % 2 == 0 and np.ptp(np.asarray(batch["decoder_loss_weights"]).sum(1)) > 0
+  objective = objectives.LayerWeighted()
+
+  def stepped(count):
+    config = training.TrainConfig(3, training.Schedule(0.5, 0), num_microbatches=count)
+    with jax.numpy_dtype_promotion("standard"):
+      step = training.make_train_step(module, config, objective, params)
+      state = training.init_state(jax.tree.map(jnp.copy, params), config, objective)
+      return step(state, batch)
+
+  (one, whole), (two, parted) = stepped(1), stepped(2)
+  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parted), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+  moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), one.params, params)
+  assert max(jax.tree.leaves(moved)) > 1e-3
+  for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  with pytest.raises(ValueError, match=f"divide the {rows} rows of a batch, got {rows + 1}"):
+    stepped(rows + 1)
+
+
 def test_stage_two_reads_what_inference_reads():
   module, params = model_of()
   batch = batch_of()
