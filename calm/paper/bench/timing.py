@@ -6,7 +6,7 @@ comes, so that what else the machine does falls on all settings alike. Encoders 
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -42,7 +42,7 @@ class Timed:
     name: of its curve.
     threshold: lambda.
     layers: mean decoder layers a token on the timed prompts.
-    prompt_seconds: [num_prompts] median over rounds of each prompt's decode seconds.
+    prompt_seconds: [num_prompts] each prompt's decode seconds, `of_rounds` over its rounds.
     decode_seconds: their mean.
     speedup: full depth's decode seconds over these.
     end_to_end: the same with the encoder's seconds on both sides.
@@ -93,6 +93,7 @@ def measure(
   settings: Sequence[Setting],
   *,
   rounds: int = 3,
+  of_rounds: Callable[..., np.ndarray] = np.median,
   progress: decode.Progress = decode.silent,
 ) -> Timings:
   """Times settings against the static full-depth program.
@@ -101,7 +102,10 @@ def measure(
     predictor: a model whose weights serve every setting (a shortlist's measure included).
     prompts: best of one padded length (`decode.of_one_length`), or more is compiled.
     settings: what to time; full depth is added.
-    rounds: repeats; the median counts.
+    rounds: repeats.
+    of_rounds: what counts of them: `np.median`, or `np.min` where they are few and the machine
+      has other work, which only ever adds.
+    progress: told of the share done.
   """
   settings = [Setting(FULL, exits.StaticExit()), *settings]
   items = decode.one_by_one(predictor, prompts)
@@ -125,11 +129,12 @@ def measure(
         if not repeat:
           depths[column] += [int(layer) for layer in generation.exit_layers[0] if layer]
     progress((row + 1) / len(items), f"prompt {row + 1} of {len(items)}")
-  rows = _rows(settings, np.median(seconds, axis=2), np.median(encode, axis=1), depths)
+  encoder = of_rounds(encode, axis=1)
+  rows = _rows(settings, of_rounds(seconds, axis=2), encoder, depths)
   return Timings(
     num_prompts=len(items),
     rounds=rounds,
-    encode_seconds=float(np.median(encode, axis=1).mean()),
+    encode_seconds=float(encoder.mean()),
     full_seconds=rows[0].decode_seconds,
     rows=rows,
   )
@@ -151,7 +156,7 @@ def _compile(one, items, settings, progress) -> None:
 
 
 def _rows(settings, seconds: np.ndarray, encode: np.ndarray, depths) -> tuple[Timed, ...]:
-  """From medians over rounds, [settings, prompts] and [prompts]."""
+  """From what counts of the rounds, [settings, prompts] and [prompts]."""
   totals, encoder = seconds.sum(axis=1), encode.sum()
   return tuple(
     Timed(

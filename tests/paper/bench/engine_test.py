@@ -1,7 +1,9 @@
 """What the experiments decode, on a toy model: wrong tokens, one shape, seconds, all of it."""
 
+import itertools
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from calm import checkpoints, exits, inference
 from calm.calibrate import Prompt
 from calm.commands import cli
 from calm.data import vocabulary
+from calm.fitting import choose
+from calm.fitting.candidates import Candidate
 from calm.paper.bench import decode, tasks, timing
 from calm.paper.experiments import perturbations, suite
 from calm.t5 import network
@@ -115,6 +119,21 @@ def test_seconds_are_of_every_setting_and_every_prompt(plain):
   assert made.rows[0].speedup == 1.0 and made.full_seconds == made.rows[0].decode_seconds
   assert [made.rows[0].layers, made.rows[2].layers] == [2.0, 1.0]
   assert made.encode_seconds > 0 and told[-1] == 1.0
+
+
+def test_a_rest_in_one_round_makes_no_way_to_leave_slow(plain, monkeypatch):
+  candidates = [Candidate("softmax", (1,)), Candidate("state", (1,))]
+  tried = [
+    choose.Tried(c, (0.9, 0.5), (0.0, 0.1), (2.0, 1.0), 0.5, math.nan, math.nan)
+    for c in candidates
+  ]
+  readings = itertools.count()
+  # A second between any two readings, and a minute more at one of them.
+  clock = lambda: (reading := next(readings)) + 60.0 * (reading > 6)
+  monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=clock))
+  silent = lambda share, text: None
+  found = choose.timed(plain, PROMPTS, tried, (2, 2), silent)
+  assert found.speedups == (1.0, 1.0) and found.full == 1000.0 and found.num_prompts == 2
 
 
 def small_tasks(monkeypatch, data):
