@@ -11,6 +11,7 @@ counted. A grid is twenty thresholds and full depth, where no other is given.
 import argparse
 import json
 import pathlib
+import platform
 import statistics
 import sys
 import tempfile
@@ -18,6 +19,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import tables
+
+import calm
 from calm import exits, inference
 from calm.calibrate.generations import files
 from calm.calibrate.generations import writer as writer_lib
@@ -73,19 +78,40 @@ def measure(made: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[
   return seconds
 
 
-def table(seconds: dict[str, list[float]]) -> str:
-  """Medians, the range, and each over full depth."""
-  full = statistics.median(seconds["full depth"])
-  lines = ["| run | seconds | range | over full depth |", "|---|---:|---:|---:|"]
+def table(seconds: dict[str, list[float]]) -> list[dict[str, str | float]]:
+  """Medians, the range, and each over full depth and over what it replaces."""
+  median = {name: statistics.median(values) for name, values in seconds.items()}
+  lines = []
   for name, values in seconds.items():
-    middle = statistics.median(values)
-    spread = f"{min(values):.2f} - {max(values):.2f}"
-    lines.append(f"| {name} | {middle:.2f} | {spread} | {middle / full:.2f} |")
-  with_reuse, without = (
-    statistics.median(seconds[f"grid {kind} reuse"]) for kind in ("with", "without")
-  )
-  lines += ["", f"The grid with reuse takes {with_reuse / without:.2f} of the time without."]
-  return "\n".join(lines)
+    replaced = name.replace("with reuse", "without reuse").replace(", rows refilled", "")
+    lines.append(
+      {
+        "run": name,
+        "seconds": round(median[name], 2),
+        "range": f"{min(values):.2f} - {max(values):.2f}",
+        "over full depth": round(median[name] / median["full depth"], 2),
+        "over the same without": ""
+        if replaced == name
+        else f"{median[name] / median[replaced]:.2f}",
+      }
+    )
+  return lines
+
+
+def result(lines: list[dict[str, str | float]], count: int) -> dict[str, Any]:
+  """What `scripts/tables.py` reads."""
+  return {
+    "command": " ".join(["python scripts/benchmark_lists.py", *sys.argv[1:]]),
+    "columns": list(lines[0]),
+    "align": ["left", "right", "right", "right", "right"],
+    "rows": lines,
+    "machine": f"two shared CPU cores; {count} prompts",
+    "versions": {
+      "calm": calm.__version__,
+      "jax": jax.__version__,
+      "python": platform.python_version(),
+    },
+  }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -106,10 +132,10 @@ def main(arguments: list[str] | None = None) -> int:
   levels = generate.parse_grid(flags.thresholds, model.options)
   seconds = measure(rows(model, prompts, levels, flags.threshold), flags.repeats)
   print(f"{len(prompts)} prompts, batches of {model.options.batch_size}\n")
-  print(table(seconds))
+  made = result(table(seconds), len(prompts))
+  print(tables.table(made))
   if flags.output:
-    about = {"prompts": len(prompts), "thresholds": list(levels), "seconds": seconds}
-    files.write_atomically(flags.output, json.dumps(about, indent=1) + "\n")
+    files.write_atomically(flags.output, json.dumps(made, indent=1) + "\n")
   return 0
 
 

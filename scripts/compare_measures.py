@@ -126,7 +126,7 @@ def write(path: str, columns, rows, command: str) -> None:
     "columns": columns,
     "align": ["left", "left", *["right"] * (len(columns) - 2)],
     "rows": [[*row, *[""] * (len(columns) - len(row))] for row in rows],
-    "machine": "two cores of an AMD EPYC that other machines share",
+    "machine": "two shared CPU cores",
     "versions": {"calm": calm.__version__, "jax": jax.__version__},
   }
   text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
