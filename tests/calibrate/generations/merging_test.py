@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+import tracemalloc
 
 import pytest
 
@@ -347,6 +349,36 @@ def test_a_damaged_mark_is_no_mark(four, change):
     GenerationsError, match=r"complete\.json: expected the mark of a finished"
   ):
     merging.merge([four], four / "merged")
+
+
+MANY = 10**9
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"num_prompts": MANY},
+    {"num_prompts": MANY, "positions": [MANY - 1]},
+    {"num_prompts": MANY, "positions": []},
+    {"num_prompts": 10**30},
+    {"num_shards": MANY},
+    {"num_shards": 99_999},
+  ],
+)
+@pytest.mark.parametrize("kind", ["generate", "infer"])
+def test_what_a_mark_claims_is_not_made_room_for(four, change, kind):
+  for folder in shards.folders(four):
+    path = folder / shards.MARK
+    path.write_text(json.dumps({**json.loads(path.read_text()), "kind": kind, **change}))
+  start = time.monotonic()
+  tracemalloc.start()
+  try:
+    with pytest.raises(GenerationsError, match="Expected|expected"):
+      merging.merge([four], four / "merged")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+  finally:
+    tracemalloc.stop()
+  assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"NaN"])
