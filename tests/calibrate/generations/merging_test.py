@@ -373,7 +373,7 @@ def test_what_a_mark_claims_is_not_made_room_for(four, change, kind):
   start = time.monotonic()
   tracemalloc.start()
   try:
-    with pytest.raises(GenerationsError, match="Expected|expected"):
+    with pytest.raises(GenerationsError, match=r"xpected .*, got "):
       merging.merge([four], four / "merged")
     assert tracemalloc.get_traced_memory()[1] < 2**24
   finally:
