@@ -1,6 +1,6 @@
 r"""`calm infer` over Ray Data: one model an actor, prompts in, outputs in their order.
 
-  pip install "ray[data]"           # no dependence of calm; needed here alone
+  pip install "ray[data]"           # no dependence of calm; needed here alone (run with 2.60.0)
   python scripts/ray_infer.py --prompts=prompts.jsonl --calibration=calibration.json \
     --output=outputs.jsonl --actors=4
 
