@@ -1,6 +1,7 @@
 """What the README says works with T5X, tried with T5X's own parts."""
 
 import dataclasses
+import json
 import types
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from calm import exits
+from calm.calibrate.generations import foreign
+from calm.calibrate.generations.records import GenerationsError
 from calm.exits import confidence
 from tests import engine
 from tests.t5x import setup
@@ -88,3 +91,31 @@ def test_t5x_hardware_generator_drops_out_and_samples():
   np.testing.assert_array_equal(one[0], again[0])
   assert not np.array_equal(one[0], other[0])
   assert len(set(np.asarray(one[1]["exit_layers"]).ravel().tolist()) - {0}) > 1
+
+
+def test_a_file_of_all_decodes_is_refused_and_one_of_the_best_is_read(tmp_path):
+  """What `t5x/infer.py` writes in `predict_with_aux` mode, by its own function."""
+  import seqio
+  import tensorflow as tf
+  from t5x import decoding, infer
+
+  toy = engine.toy()
+  model = setup.model(toy, rule=RULE, threshold=0.5, decode_fn=decoding.beam_search)
+  rows = tf.data.Dataset.from_tensor_slices({"inputs_pretokenized": ["a", "b"]})
+
+  def written(every: bool):
+    predict = lambda params, batch: model.predict_batch_with_aux(
+      params, batch, num_decodes=3, return_all_decodes=every
+    )
+    inputs = setup.params(toy), setup.batch(engine.PROMPTS[:2])
+    made = jax.device_get(compiled(predict)(*inputs))
+    path, words = tmp_path / f"{every}.jsonl", seqio.ByteVocabulary()
+    infer.write_inferences_to_file(str(path), made, rows, "predict_with_aux", words)
+    return path
+
+  with pytest.raises(GenerationsError, match=r"3 decodes.*return_all_decodes = False"):
+    foreign.read_predictions(written(every=True))
+  path = written(every=False)
+  _, records = foreign.read_predictions(path)
+  lines = [json.loads(line)["prediction"] for line in path.read_text("utf-8").splitlines()]
+  assert [record.prediction for record in records] == lines and len(lines) == 2

@@ -38,10 +38,17 @@ def read_predictions(path: Path) -> tuple[tuple[Prompt, ...], tuple[Record, ...]
     Prompts and records in the order of the file.
 
   Raises:
-    GenerationsError: a line is neither, or an id occurs twice; the message names file and line.
+    GenerationsError: a line is neither, or holds several decodes of its prompt, or an id occurs
+      twice; the message names file and line.
   """
   prompts, records = {}, []
   for line in records_lib.read_lines(path):
+    if isinstance(decodes := line.value.get("prediction"), list):
+      raise line.error(
+        f"expected one `prediction` of a prompt, got a list of {len(decodes)} decodes; decode"
+        " with `return_all_decodes = False`, which keeps the best, or write the one that is"
+        " served as `prediction`."
+      )
     try:
       prompt, record = _read_line(line)
     except (AttributeError, TypeError, ValueError) as error:

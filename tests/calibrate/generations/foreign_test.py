@@ -44,6 +44,13 @@ def test_t5x_predict_with_aux_brings_exits_without_padding(tmp_path):
   assert record.confidences is None and record.exit_layers == (2, 3)
 
 
+@pytest.mark.parametrize("aux", [{}, {"aux": {"exit_layers": [[2, 3], [2, 0]]}}])
+def test_several_decodes_of_a_prompt_are_refused_with_what_to_do(tmp_path, aux):
+  path = write(tmp_path / "f.jsonl", [t5x("a", "x"), t5x("b", ["x", "y"], **aux)])
+  with pytest.raises(GenerationsError, match=r"jsonl:2.*2 decodes.*return_all_decodes = False"):
+    foreign.read_predictions(path)
+
+
 def test_t5x_features_may_hold_an_id_a_group_and_token_targets(tmp_path):
   row = t5x("a", "x")
   row["inputs"] |= {"id": 7, "source": "s", "targets": [5, 6]}
