@@ -1,6 +1,7 @@
 """What the gin files restore, through T5X's own utilities: as `t5x/train.py` starts a run."""
 
 import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -218,6 +219,40 @@ def of_t5x_files(path: str, run: str, *after: str) -> tuple[Any, Any]:
     use_orbax=True,
   )
   return model, state
+
+
+def of_contrib_calm() -> tuple[Any, Any]:
+  """`t5x/contrib/calm`'s model over Flaxformer's network, from its own gin file."""
+  name = "flaxformer.architectures.calm_t5.calm_architecture"
+  pytest.importorskip(name, reason="needs flaxformer and aqtp", exc_type=ImportError)
+  import flaxformer
+  from t5x.contrib.calm import models as their_models
+
+  sizes, words = engine.toy(**TOY).config, setup.vocabulary(40)
+  given = {"NUM_ENCODER_LAYERS": sizes.num_encoder_layers, "NUM_HEADS": sizes.num_heads}
+  given |= {"NUM_DECODER_LAYERS": sizes.num_decoder_layers, "HEAD_DIM": sizes.head_dim}
+  given |= {"EMBED_DIM": sizes.emb_dim, "MLP_DIM": sizes.mlp_dim}
+  given |= {"NUM_EMBEDDINGS": sizes.vocab_size, "ACTIVATION_DTYPE": "float32"}
+  given |= {"RETURN_ALL_LOGITS": False, "FIRST_EXIT": 0, "EXIT_INTERVAL": 1}
+  root = pathlib.Path(flaxformer.__file__).parents[1]
+  path = "flaxformer/t5x/configs/calm/architectures/calm_t5_1_1_flaxformer.gin"
+  gin.clear_config()
+  gin.parse_config_files_and_bindings(
+    [str(root / path)], [f"{name} = {value!r}" for name, value in given.items()]
+  )
+  module = gin.query_parameter("%ARCHITECTURE").scoped_configurable_fn()
+  optimizer = setup.t5x_model(engine.toy(**TOY)).optimizer_def
+  model = their_models.EncoderDecoderModel(module, words, words, optimizer)
+  return model, initializer_of(model).from_scratch(jax.random.PRNGKey(3))
+
+
+def test_checkpoints_of_contrib_calm_restore_as_they_are(tmp_path):
+  theirs, expected = of_contrib_calm()
+  path = saved(theirs, expected, tmp_path, "legacy")
+  gin.clear_config()
+  model, state = of_t5x_files(path, "finetune")
+  assert isinstance(model, models.EncoderDecoderModel)
+  assert_equal_leaves(leaves(state.params), leaves(expected.params))
 
 
 @pytest.mark.parametrize(("run", "layout"), [("finetune", "legacy"), ("infer", "orbax")])
