@@ -231,6 +231,7 @@ def procedure_of(model, params, dataset_cfg, task_prefix: str) -> Procedure:
     task_prefix=task_prefix,
     max_input_length=lengths["inputs"],
     max_decode_length=lengths["targets"],
+    matmul_precision=model.matmul_precision,
     batch_size=dataset_cfg.batch_size,
   )
   if jax.process_count() > 1:

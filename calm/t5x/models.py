@@ -14,7 +14,6 @@ from typing import Any
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import core as flax_core
 from flax import linen as nn
 from flax import traverse_util
@@ -41,7 +40,7 @@ from calm.decode import engines, program
 from calm.exits import confidence, schedules
 from calm.t5 import caches, network
 from calm.t5.parameters import Params
-from calm.t5x import bindings, loops, prefixes, shards, sizes, stored
+from calm.t5x import bindings, calls, loops, prefixes, shards, sizes, stored
 from calm.training import objectives
 
 Batch = Mapping[str, jax.Array]
@@ -72,6 +71,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     objective: objectives.Objective | None = None,
     engine: engines.Engine | None = None,
     split_rows: bool | None = None,
+    matmul_precision: str | None = None,
   ):
     """T5X's arguments, and what early exit adds.
 
@@ -101,11 +101,12 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       split_rows: on a mesh, whether each device decodes rows of its own with the decoder's
         weights whole, exchanging nothing; otherwise every step is the whole mesh's, as T5X's
         are. None splits where those weights take at most `shards.APART_BYTES`.
+      matmul_precision: of products of float32 matrices in decoding: 'default', 'high' or
+        'highest'; None takes what JAX is configured to. A calibration records it.
 
     Raises:
       TypeError: one of the first four is neither given nor bound.
-      ValueError: another architecture, label smoothing, a threshold outside [0, 1], or one
-        that the rule would not look at.
+      ValueError: another architecture, label smoothing, or what `calls.check` refuses.
     """
     given = dict(
       module=module,
@@ -125,14 +126,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
         f"Expected `label_smoothing` of 0, got {theirs['label_smoothing']}; the layer-weighted"
         " loss has none: leave it out."
       )
-    schedules.check_threshold(threshold)
     rule = rule or exits.DynamicExits(confidence.Softmax())
-    compares = isinstance(rule, exits.DynamicExits | exits.Verified)
-    if threshold != schedules.NEVER_EXIT and not compares:
-      raise ValueError(
-        f"Expected no `threshold` with {type(rule).__name__}, which compares none, got"
-        f" {threshold}; leave it out, or choose `exits.DynamicExits`."
-      )
+    calls.check(rule, threshold, matmul_precision)
     objective = objective or objectives.LayerWeighted(z_loss=theirs.get("z_loss", 0.0))
     parts = sizes.needed_parts(rule, objective)
     theirs["module"] = network.Transformer(config_of(theirs["module"], parts))
@@ -144,6 +139,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     self.objective = objective
     self.engine = engine
     self.split_rows = split_rows
+    self.matmul_precision = matmul_precision
 
   @property
   def config(self) -> network.T5Config:
@@ -203,14 +199,15 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     )
     num_decodes = defaults.num_decodes if num_decodes is None else num_decodes
     options = shards.with_rng(dict(decoder_params or {}), rng)
-    rule, threshold = self._depth(options.pop("threshold", None))
+    rule, threshold = calls.depth(self.rule, self.threshold, options.pop("threshold", None))
     options.setdefault("eos_id", self.output_vocabulary.eos_id or 1)
     eos_id = self.output_vocabulary.eos_id
     prefix = prefixes.prefix_of(batch["decoder_input_tokens"], eos_id, prompt_with_targets)
     mesh, num_rows = _context_mesh(), prefix.shape[0]
 
-    weights = program.model_weights(params, self.config, self._num_pieces, self.shortlist)
-    encoded = self._encode(params, weights, batch["encoder_input_tokens"])
+    with calls.precision(self.matmul_precision):
+      weights = program.model_weights(params, self.config, self._num_pieces, self.shortlist)
+      encoded = self._encode(params, weights, batch["encoder_input_tokens"])
     threshold = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), (num_rows,))
     apart = shards.fits(weights.decoder) if self.split_rows is None else self.split_rows
     axes = shards.row_axes(mesh, num_rows) if apart else ()
@@ -218,11 +215,10 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     loop = loops.Loop(self.config, rule, prefix.shape[1], engine)
     traced, static = shards.split_options(options)
     decode = functools.partial(self._decode_rows, loop, num_decodes, static)
-    decodes, aux = shards.over_rows(decode, mesh, axes)(
-      (weights.decoder, traced),
-      (prefix, encoded, threshold),
-      shards.key_of(options, self._decode_fn),
-    )
+    key, rows = shards.key_of(options, self._decode_fn), (prefix, encoded, threshold)
+    with calls.precision(self.matmul_precision):
+      over_rows = shards.over_rows(decode, mesh, axes)
+      decodes, aux = over_rows((weights.decoder, traced), rows, key)
     pick = (lambda x: x) if return_all else (lambda x: x[:, -1])
     aux = jax.tree.map(pick, aux)
     if isinstance(rule, exits.DynamicExits):
@@ -261,19 +257,6 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
   @property
   def _num_pieces(self) -> int:
     return self.output_vocabulary.vocab_size
-
-  def _depth(self, threshold: Any) -> tuple[exits.Rule, Any]:
-    """The rule to run and the threshold to report; the full model's where nothing exits."""
-    given = threshold is not None
-    if not given:
-      threshold = self.threshold
-    elif not isinstance(threshold, jax.core.Tracer):
-      for value in np.ravel(threshold):
-        schedules.check_threshold(float(value))
-    dynamic = isinstance(self.rule, exits.DynamicExits)
-    if dynamic and not given and threshold == schedules.NEVER_EXIT:
-      return exits.StaticExit(), threshold
-    return self.rule, threshold
 
   def _encode(self, params, weights: program.ModelWeights, tokens: jax.Array) -> caches.Encoded:
     encoded = self.module.apply(

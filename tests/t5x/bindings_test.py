@@ -1,6 +1,7 @@
 """What users bind for T5X's own class holds for the model with exits, or is refused."""
 
 import functools
+import re
 
 import gin
 import jax
@@ -119,6 +120,33 @@ def test_replacing_the_import_is_enough():
   assert (model.threshold, model._z_loss, model.config.emb_dim) == (0.5, 0.5, 16)
   signature = gin.get_bindings(models.EncoderDecoderModel.predict_batch_with_aux)
   assert signature == {"num_decodes": 2}
+
+
+def precisions(model) -> set[str | None]:
+  """Of every product of a prediction; None is JAX's own."""
+  batch = setup.batch(engine.PROMPTS[:2], length=4)
+  shapes = {name: x.shape for name, x in batch.items()}
+  params = jax.eval_shape(lambda: model.get_initial_variables(jax.random.key(0), shapes))
+  text = str(jax.make_jaxpr(model.predict_batch_with_aux)(params["params"], batch))
+  found = re.findall(r"dot_general\[.*?\]\n", text, re.DOTALL)
+  assert len(found) > 20
+  named = [re.search(r"precision=\((\S+), \1\)", product) for product in found]
+  return {name and name[1] for name in named}
+
+
+def test_precision_of_products_is_an_option_of_decoding():
+  def made(*lines):
+    gin.clear_config()
+    imports = "from calm.t5x import models as calm_models"
+    return model_of(SMALL, INFER, OURS, imports, "THRESHOLD = 0.4", *lines, NETWORK)
+
+  line = 'calm_models.EncoderDecoderModel.matmul_precision = "highest"'
+  assert precisions(made(line)) == {"Precision.HIGHEST"}
+  assert precisions(made()) == {None}
+  with pytest.raises(
+    ValueError, match="`matmul_precision` to be one of default, high, highest"
+  ):
+    made(line.replace("highest", "most"))
 
 
 def test_what_would_be_ignored_is_refused():

@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 
+from calm import checkpoints, inference
 from tests import engine
 from tests.t5x import setup
 
@@ -92,3 +93,16 @@ def test_a_batch_runs_where_a_record_is_missing(count):
   writer = types.SimpleNamespace(completed_ids=done.__getitem__)
   found = t5x_sweep.missing_ids(writer, (0.5, 0.3), ["a", "b", "c"][: count + 1], 2)
   assert found.tolist() == [[False, False], [False, True]][:count]
+
+
+@pytest.mark.parametrize(("given", "recorded"), [(None, "default"), ("highest", "highest")])
+def test_the_precision_of_products_is_recorded(given, recorded, monkeypatch):
+  from scripts import t5x_sweep
+
+  toy = engine.toy()
+  words = checkpoints.load(inference.PACKED).vocabulary
+  monkeypatch.setattr(t5x_sweep, "our_vocabulary", lambda model: words)
+  config = types.SimpleNamespace(task_feature_lengths=LENGTHS, batch_size=2)
+  model = setup.model(toy, decode_fn=models.greedy_decode, matmul_precision=given)
+  procedure = t5x_sweep.procedure_of(model, setup.params(toy), config, "")
+  assert procedure.matmul_precision == recorded

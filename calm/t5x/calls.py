@@ -1,0 +1,62 @@
+"""What a call of the model decodes with: rule, threshold and precision of products.
+
+This module does not import T5X.
+"""
+
+import contextlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from calm import exits
+from calm.exits import schedules
+from calm.inference import options as options_lib
+
+
+def check(rule: exits.Rule, threshold: float, matmul_precision: str | None) -> None:
+  """Raises for what a model is not to be made with.
+
+  Raises:
+    ValueError: the threshold lies outside [0, 1], or the rule would not look at it, or the
+      precision has another name than JAX's.
+  """
+  schedules.check_threshold(threshold)
+  compares = isinstance(rule, exits.DynamicExits | exits.Verified)
+  if threshold != schedules.NEVER_EXIT and not compares:
+    raise ValueError(
+      f"Expected no `threshold` with {type(rule).__name__}, which compares none, got"
+      f" {threshold}; leave it out, or choose `exits.DynamicExits`."
+    )
+  names = options_lib.CHOICES["matmul_precision"]
+  if matmul_precision not in (None, *names):
+    raise ValueError(
+      f"Expected `matmul_precision` to be one of {', '.join(names)}, or None, got"
+      f" {matmul_precision!r}; choose one of these."
+    )
+
+
+def depth(rule: exits.Rule, default: float, given: Any) -> tuple[exits.Rule, Any]:
+  """The rule to run and the threshold to report; the full model's where nothing exits.
+
+  Args:
+    rule: the model's.
+    default: its threshold.
+    given: that of the call, which may be traced; None: none.
+
+  Raises:
+    ValueError: the one given lies outside [0, 1].
+  """
+  threshold = default if given is None else given
+  if given is not None and not isinstance(given, jax.core.Tracer):
+    for value in np.ravel(given):
+      schedules.check_threshold(float(value))
+  dynamic = isinstance(rule, exits.DynamicExits)
+  if dynamic and given is None and threshold == schedules.NEVER_EXIT:
+    return exits.StaticExit(), threshold
+  return rule, threshold
+
+
+def precision(name: str | None) -> contextlib.AbstractContextManager[Any]:
+  """Products of float32 matrices that are traced inside have this precision."""
+  return contextlib.nullcontext() if name is None else jax.default_matmul_precision(name)
