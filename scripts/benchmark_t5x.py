@@ -1,20 +1,24 @@
 """Our model against T5X's own network in T5X's own loop, side by side.
 
   python scripts/benchmark_t5x.py --batch_sizes 1 8 --repeats 5
-  python scripts/benchmark_t5x.py --devices 4x1 8x1 2x2 --repeats 7
+  python scripts/benchmark_t5x.py --devices 4x1 8x1 2x2 --repeats 9 --data data
 
-Random weights of a T5 1.1 shape, float32, greedy, every step of the length run. With
-`--devices` (data x model): the model in the box and real prompts in T5X's partitioned step on
-virtual CPU devices, a process for each mesh, to scripts/results/t5x_mesh.json. Medians of
-repeats that take turns, in one process. Needs T5X.
+Random weights of a T5 1.1 shape, float32, greedy, every step of the length run, to
+scripts/results/t5x_full_depth.json. With `--devices` (data x model): the model in the box and
+real prompts in T5X's partitioned step on virtual CPU devices, a process for each mesh and kind
+of text, to scripts/results/t5x_mesh.json; what that file holds of the same versions and repeats
+is kept. Medians of repeats that take turns, in one process. Needs T5X.
 """
 
 import argparse
+import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
+import platform
 import statistics
 import subprocess
 import sys
@@ -31,18 +35,48 @@ from t5x import adafactor, decoding, partitioning, utils  # pyright: ignore[repo
 from t5x import models as t5x_models  # pyright: ignore[reportMissingImports]
 from t5x.examples.t5 import network as t5x_network  # pyright: ignore[reportMissingImports]
 
+import calm
 from calm import checkpoints, exits, inference
+from calm.calibrate.generations import files
+from calm.data import prompt_files
 from calm.exits import confidence
-from calm.inference import options as options_lib
 from calm.t5x import models
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "t5x_mesh.json"
+RESULTS = pathlib.Path(__file__).parent / "results"
 PER_DEVICE = (1, 2)  # rows
 THRESHOLD = 0.1
+ENCODER = "encoder alone"
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+  """A task of the model in the box.
+
+  Attributes:
+    path: its prompts, under the folder of the data sets; None: those in the box.
+    prefix: before every prompt.
+    input_length: tokens that are read.
+    length: most tokens that are written.
+  """
+
+  path: str | None
+  prefix: str
+  input_length: int
+  length: int
+
+
+TEXTS = {
+  "synopses": Texts(None, "summarize: ", 192, 24),
+  "translations": Texts(
+    "debian_enfr/validation.jsonl.gz", "translate English to French: ", 96, 96
+  ),
+}
 SHAPES = {
   "tiny": dict(emb_dim=128, num_heads=4, head_dim=32, mlp_dim=256, num_layers=4),
   "small": dict(emb_dim=512, num_heads=6, head_dim=64, mlp_dim=1024, num_layers=8),
 }
+T5X = "cc342d4"
+INPUTS = "encoder_input_tokens"
 VOCABULARY = 32128
 NO_EOS = 2**30  # an id that is never emitted: every step runs
 
@@ -88,19 +122,18 @@ def runners(shape: str, batch: dict[str, Any]) -> dict[str, Callable[[], Any]]:
   return made
 
 
-def packed_batch(rows: int) -> dict[str, np.ndarray]:
-  """Prompts of the box, as its own settings have them."""
-  stored = options_lib.stored_options(inference.PACKED)
-  options = inference.DecodeOptions(**stored)
+def packed_batch(rows: int, kind: str, data: pathlib.Path) -> dict[str, np.ndarray]:
+  """The first prompts of a task, as T5X's feature converter has them."""
+  task = TEXTS[kind]
   words: Any = checkpoints.load(inference.PACKED).vocabulary
-  lines = (inference.PACKED / "prompts_calibration.jsonl").read_text("utf-8").splitlines()
-  texts = [options.task_prefix + json.loads(line)["input"] for line in lines[:rows]]
-  tokens = np.zeros((rows, options.max_input_length), np.int32)
-  for row, text in zip(tokens, texts, strict=True):
-    ids = [*words.encode(text)[: len(row) - 1], 1]
+  path = inference.PACKED / "prompts_calibration.jsonl" if not task.path else data / task.path
+  prompts = itertools.islice(prompt_files.open_prompts(path), rows)
+  tokens = np.zeros((rows, task.input_length), np.int32)
+  for row, prompt in zip(tokens, prompts, strict=True):
+    ids = [*words.encode(task.prefix + prompt.input)[: len(row) - 1], 1]
     row[: len(ids)] = ids
-  decoder = np.zeros((rows, options.max_decode_length), np.int32)
-  return {"encoder_input_tokens": tokens, "decoder_input_tokens": decoder}
+  decoder = np.zeros((rows, task.length), np.int32)
+  return {INPUTS: tokens, "decoder_input_tokens": decoder}
 
 
 def packed_models() -> dict[str, tuple[Any, float | None]]:
@@ -126,7 +159,7 @@ def packed_models() -> dict[str, tuple[Any, float | None]]:
 
 def encode_only(model: Any, params: Any, batch: Any, options: Any) -> Any:
   """What every system does first."""
-  tokens = batch["encoder_input_tokens"]
+  tokens = batch[INPUTS]
   variables = {"params": params}
   return model.module.apply(variables, tokens, enable_dropout=False, method="encode"), {}
 
@@ -159,30 +192,37 @@ def partitioned(
   return run
 
 
-def measure_mesh(mesh: str, repeats: int) -> list[dict[str, Any]]:
+def measure_mesh(mesh: str, kind: str, data: pathlib.Path, repeats: int) -> list[dict]:
   """Rows of the table for one mesh, whose devices this process has."""
-  data, model_axis = map(int, mesh.split("x"))
-  grid = np.array(jax.devices()).reshape(data, model_axis)
+  along, model_axis = map(int, mesh.split("x"))
+  grid = np.array(jax.devices()).reshape(along, model_axis)
   # On a CPU T5X puts every device on its model axis, whatever num_partitions says.
   partitioning.get_cpu_mesh = lambda: jax.sharding.Mesh(grid, ["data", "model"])
   partitioner = partitioning.PjitPartitioner(num_partitions=model_axis)
   found = []
   for per_device in PER_DEVICE:
-    batch = packed_batch(per_device * grid.size)
+    batch = packed_batch(per_device * grid.size, kind, data)
     known = packed_models()
     runs = {name: partitioned(*x, batch, partitioner) for name, x in known.items()}
-    runs["encoder alone"] = partitioned(
-      known["ours, full depth"][0], None, batch, partitioner, encode_only
-    )
+    full = known["ours, full depth"][0]
+    runs[ENCODER] = partitioned(full, None, batch, partitioner, encode_only)
     medians = {name: 1000 * x for name, x in interleaved(runs, repeats).items()}
-    row: dict[str, Any] = {"data x model": mesh, "rows": per_device * grid.size}
+    row: dict[str, Any] = {"texts": kind, "data x model": mesh, "rows": len(batch[INPUTS])}
     for name, run in runs.items():
-      row[name] = f"{medians[name]:.0f} ({medians['ours, full depth'] / medians[name]:.2f}x)"
       layers = np.asarray(dict(jax.device_get(run())[1]).get("exit_layers", 0))
-      if layers[layers > 0].size > 0 and f"at {THRESHOLD}" in name:
-        row[name] += f", {layers[layers > 0].mean():.1f} layers"
+      row[name] = told(name, medians, layers[layers > 0])
     found.append(row)
   return found
+
+
+def told(name: str, medians: dict[str, float], layers: np.ndarray) -> str:
+  """A cell: milliseconds, full depth over them, the same without the encoder, layers."""
+  full, encoder, here = medians["ours, full depth"], medians[ENCODER], medians[name]
+  if name in (ENCODER, "ours, full depth"):
+    return f"{here:.0f}"
+  apart = (full - encoder) / max(here - encoder, 1e-9)
+  cell = f"{here:.0f} (x{full / here:.2f}; x{apart:.2f})"
+  return cell + (f", {layers.mean():.1f} layers" if f"at {THRESHOLD}" in name else "")
 
 
 def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -196,66 +236,97 @@ def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, f
   return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def measure_meshes(meshes: list[str], repeats: int) -> None:
+def measure_meshes(flags: argparse.Namespace, path: pathlib.Path) -> None:
   """A process for each mesh (the number of devices is fixed when JAX starts), and the file."""
-  rows = []
-  for mesh in meshes:
-    count = int(np.prod([int(n) for n in mesh.split("x")]))
-    flags = f"--xla_force_host_platform_device_count={count}"
-    command = [sys.executable, "-W", "ignore", __file__, "--mesh", mesh]
-    done = subprocess.run(
-      [*command, "--repeats", str(repeats)],
-      env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-      stdout=subprocess.PIPE,
-      text=True,
-      check=True,
-    )
-    rows += json.loads(done.stdout.splitlines()[-1])
-    for row in json.loads(done.stdout.splitlines()[-1]):
+  place = lambda row: (row["texts"], row["data x model"])
+  rows = stored(path, flags.repeats)
+  for kind, mesh in itertools.product(flags.texts, flags.devices):
+    made = [row for row in rows if place(row) == (kind, mesh)]
+    if not made:
+      count = int(np.prod([int(n) for n in mesh.split("x")]))
+      devices = f"--xla_force_host_platform_device_count={count}"
+      command = [sys.executable, "-W", "ignore", __file__, "--mesh", mesh, "--texts", kind]
+      done = subprocess.run(
+        [*command, "--data", str(flags.data), "--repeats", str(flags.repeats)],
+        env=os.environ | {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+      )
+      made = json.loads(done.stdout.splitlines()[-1])
+    for row in made:
       print(*row.values(), sep=" | ", flush=True)
+    rows = sorted([row for row in rows if place(row) != (kind, mesh)] + made, key=place)
+    write(path, {"columns": list(made[0]), "rows": rows, "repeats": flags.repeats})
+
+
+def stored(path: pathlib.Path, repeats: int) -> list[dict[str, Any]]:
+  """Rows that an earlier run of the same versions measured."""
+  if not path.exists():
+    return []
+  found = json.loads(path.read_text("utf-8"))
+  same = found["versions"] == versions() and found.get("repeats") == repeats
+  return found["rows"] if same else []
+
+
+def versions() -> dict[str, str]:
+  """Of what decides the figures."""
   names = ("jax", "jaxlib", "flax", "numpy", "seqio")
-  table = {
-    "command": f"python scripts/benchmark_t5x.py --devices {' '.join(meshes)}"
-    f" --repeats {repeats}",
-    "columns": list(rows[0]),
-    "rows": rows,
-    "versions": {name: importlib.metadata.version(name) for name in names}
-    | {"python": sys.version.split()[0], "t5x": "cc342d4"},
-    "machine": f"{os.cpu_count()} CPU cores, shared; ms a batch with its encoder (full depth"
-    " over it)",
+  known = {name: importlib.metadata.version(name) for name in names}
+  return known | {"calm": calm.__version__, "python": platform.python_version(), "t5x": T5X}
+
+
+def write(path: pathlib.Path, table: dict[str, Any]) -> None:
+  """A table as scripts/tables.py reads it."""
+  about = {
+    "command": " ".join(["python scripts/benchmark_t5x.py", *sys.argv[1:]]),
+    "versions": versions(),
+    "machine": f"{os.cpu_count()} CPU cores, shared",
   }
-  RESULTS.parent.mkdir(exist_ok=True)
-  RESULTS.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
+  files.write_atomically(path, json.dumps(about | table, indent=1) + "\n")
+
+
+def measure_loops(flags: argparse.Namespace) -> dict[str, Any]:
+  """The table of random weights on one device: systems by rows, batch sizes by columns."""
+  rows: dict[str, list[str]] = {}
+  for size in flags.batch_sizes:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, VOCABULARY - 200, (size, flags.input_length))
+    decoder = jnp.zeros((size, flags.steps), jnp.int32)
+    batch = {INPUTS: jnp.asarray(tokens), "decoder_input_tokens": decoder}
+    medians = interleaved(runners(flags.shape, batch), flags.repeats)
+    base = medians["T5X's network, T5X's loop"]
+    for name, median in medians.items():
+      cell = f"{1000 * median / flags.steps:.2f} (x{base / median:.2f})"
+      rows.setdefault(name, [name]).append(cell)
+      print(f"{flags.shape} B={size} {name}: {cell}", flush=True)
+  sizes = [f"{flags.shape}, B={size}, ms a step" for size in flags.batch_sizes]
+  return {"columns": ["", *sizes], "rows": list(rows.values())}
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--shape", default="small", choices=sorted(SHAPES))
-  parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
-  parser.add_argument("--input_length", type=int, default=128)
-  parser.add_argument("--steps", type=int, default=64)
-  parser.add_argument("--repeats", type=int, default=5)
-  parser.add_argument("--devices", nargs="+", help="meshes, data x model: 4x1 8x1 2x2")
-  parser.add_argument("--mesh", help=argparse.SUPPRESS)
-  arguments = parser.parse_args()
-  if arguments.mesh:
-    print(json.dumps(measure_mesh(arguments.mesh, arguments.repeats)))
-    return
-  if arguments.devices:
-    measure_meshes(arguments.devices, arguments.repeats)
-    return
-  for size in arguments.batch_sizes:
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(3, VOCABULARY - 200, (size, arguments.input_length))
-    decoder = jnp.zeros((size, arguments.steps), jnp.int32)
-    batch = {"encoder_input_tokens": jnp.asarray(tokens), "decoder_input_tokens": decoder}
-    medians = interleaved(runners(arguments.shape, batch), arguments.repeats)
-    base = medians["T5X's network, T5X's loop"]
-    for name, median in medians.items():
-      step = 1000 * median / arguments.steps
-      print(f"{arguments.shape} B={size} {name}: {step:.2f} ms a step, {base / median:.2f}x")
+  add = parser.add_argument
+  add("--shape", default="small", choices=sorted(SHAPES))
+  add("--batch_sizes", type=int, nargs="+", default=[1, 8])
+  add("--input_length", type=int, default=128)
+  add("--steps", type=int, default=64)
+  add("--repeats", type=int, default=5)
+  add("--devices", nargs="+", help="meshes, data x model: 4x1 8x1 2x2")
+  add("--texts", nargs="+", default=list(TEXTS), choices=TEXTS, help="with --devices")
+  add("--data", type=pathlib.Path, default="data", help="folder of the data sets")
+  add("--output", type=pathlib.Path, help="default: in scripts/results")
+  add("--mesh", help=argparse.SUPPRESS)
+  flags = parser.parse_args()
+  if flags.mesh:
+    made = measure_mesh(flags.mesh, flags.texts[0], flags.data, flags.repeats)
+    print(json.dumps(made))
+  elif flags.devices:
+    measure_meshes(flags, flags.output or RESULTS / "t5x_mesh.json")
+  else:
+    write(flags.output or RESULTS / "t5x_full_depth.json", measure_loops(flags))
 
 
 if __name__ == "__main__":
