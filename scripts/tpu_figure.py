@@ -18,16 +18,25 @@ Series = Mapping[str, Mapping[int, float]]
 
 
 def cpu(path: pathlib.Path = CPU) -> Series:
-  """Milliseconds by exit layer as measured: of static models, and of exits forced there."""
+  """Milliseconds by exit layer as measured: of static models, and of exits forced there.
+
+  Raises:
+    ValueError: the table has no such rows.
+  """
   result = json.loads(path.read_text("utf-8"))
-  layers = {i: int(c[4:]) for i, c in enumerate(result["columns"]) if re.match(r"k = \d+$", c)}
-  named = {"static k": "static", "classifier, forced exit at k": "early exit"}
-  found = {}
+  system, layers, step = map(result["columns"].index, ("system", "layers", "ms a step"))
+  named = {r"static \d+|full depth": "static", r"classifier, forced \d+, default": "early exit"}
+  found: dict[str, dict[int, float]] = {name: {} for name in named.values()}
   for line in result["rows"]:
-    for start, name in named.items():
-      if str(line[0]).startswith(start):
-        found[name] = {k: float(str(line[i]).split()[0]) for i, k in layers.items()}
-  return found
+    for pattern, name in named.items():
+      if re.fullmatch(pattern, line[system]):
+        found[name][int(line[layers])] = line[step]
+  if not all(found.values()):
+    raise ValueError(
+      f"Expected static and forced exits in {path}, got {found}; measure them with"
+      " scripts/benchmark.py."
+    )
+  return {name: dict(sorted(points.items())) for name, points in found.items()}
 
 
 def tpu(programs: list[dict[str, Any]], topology: str, rows: int) -> Series:

@@ -3,10 +3,11 @@
 Compiled for the TPU that is named, estimated by its compiler: nothing runs, none is needed.
 
   pip install 'calm-t5x[train,tpu]'   (x86 Linux)
-  python scripts/tpu_report.py --topology=v3:2x2 --sizes=8x64,32x64
+  python scripts/tpu_report.py --topology=v3:2x2 --sizes=8x64,32x64     a table of your own
+  python scripts/tpu_report.py --table                                  scripts/results/tpu.json
 
-Programs that the output holds already are kept; scripts/tables.py shows its rows, and
-`--figure` draws them.
+Of the programs that a command names, those that its output holds already are kept; that of
+`--table` is shown by scripts/tables.py, and `--figure` draws it.
 """
 
 import argparse
@@ -206,18 +207,46 @@ class Estimate:
     )
 
 
+def cases(
+  topology: str,
+  dtype: str,
+  sizes: str,
+  programs: str,
+  shape: str = "small",
+  input_length: int = 128,
+) -> list[Estimate]:
+  """Programs without their figures, from words as the command line has them."""
+  made = []
+  for size in sizes.split(","):
+    batch, length = map(int, size.split("x"))
+    where = topology, shape, dtype, batch, input_length, length
+    made += [Estimate(*where, name) for name in programs.split(",")]
+  return made
+
+
+# What the table shows. `compacted` lays caches out anew at 128 rows, and takes minutes to
+# compile.
+TABLE = (
+  *cases("v3:2x2", "bfloat16", "1x64", "static,deferred"),
+  *cases("v3:2x2", "float32", "1x64,128x64", "static,eager,deferred"),
+  *cases("v3:2x2", "float32", "8x512", "static,deferred"),
+  *cases("v3:2x2", "float32", "8x64,32x64", "static,eager,deferred,compacted"),
+  *cases("v5e:2x2", "float32", "1x64", "static,deferred"),
+)
+
+
 def versions() -> dict[str, str]:
   """Of what decides the figures."""
   return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
 
 
-def stored(path: pathlib.Path) -> list[Estimate]:
+def stored(path: pathlib.Path | None) -> list[Estimate]:
   """What an earlier run of the same versions wrote.
 
   Raises:
     ValueError: the versions are others.
   """
-  if not path.exists():
+  if path is None or not path.exists():
     return []
   value = json.loads(path.read_text("utf-8"))
   if value["versions"] != versions():
@@ -267,23 +296,25 @@ def write(path: pathlib.Path, command: str, estimates: Sequence[Estimate]) -> No
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-  """Compiles what the command names and writes the output."""
+  """Compiles what the command names, and writes the output."""
   numbers = lambda text: [int(part) for part in text.split(",")]
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
+  parser.add_argument("--table", action="store_true", help="the programs of the table")
   parser.add_argument("--topology", default="v3:2x2")
   parser.add_argument("--shape", default="small", choices=SIZES)
   parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-  parser.add_argument("--sizes", default="1x64,8x64,32x64,128x64", help="rows x tokens decoded")
+  parser.add_argument("--sizes", default="1x64,8x64,32x64", help="rows x tokens decoded")
   parser.add_argument("--input_length", default=128, type=int)
   parser.add_argument("--exit_layers", default=[1, 2, 4, 8], type=numbers)
-  parser.add_argument("--programs", default=list(PATHS), type=lambda text: text.split(","))
-  parser.add_argument("--output", default=OUTPUT, type=pathlib.Path)
-  parser.add_argument("--figure", action="store_true", help="draw what the output holds")
+  parser.add_argument("--programs", default="static,deferred", help=", ".join(PATHS))
+  parser.add_argument("--output", type=pathlib.Path, help="of --table: results/tpu.json")
+  parser.add_argument("--figure", action="store_true", help="draw what the table holds")
   flags = parser.parse_args(arguments)
+  output = flags.output or (OUTPUT if flags.table or flags.figure else None)
   if flags.figure:
-    tpu_figure.draw(flags.output)
+    tpu_figure.draw(output)
     return
   if reason := available():
     raise SystemExit(
@@ -292,16 +323,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
   given = [part for part in arguments or sys.argv[1:] if not part.startswith("--output")]
   command = " ".join(["python scripts/tpu_report.py", *given])
-  estimates = stored(flags.output)
-  for size in flags.sizes.split(","):
-    batch, length = map(int, size.split("x"))
-    for name in flags.programs:
-      sizes = batch, flags.input_length, length
-      one = Estimate(flags.topology, flags.shape, flags.dtype, *sizes, name)
-      if (one.place, name) not in {(x.place, x.program) for x in estimates}:
-        estimates.append(one.made(flags.exit_layers))
-        print(estimates[-1], flush=True)
-        write(flags.output, command, estimates)
+  words = flags.topology, flags.dtype, flags.sizes, flags.programs
+  wanted = TABLE if flags.table else cases(*words, flags.shape, flags.input_length)
+  held = {(one.place, one.program): one for one in stored(output)}
+  made = []
+  for one in wanted:
+    known = held.get((one.place, one.program))
+    made.append(known or one.made(flags.exit_layers))
+    print(made[-1], flush=True)
+    # What is still to come is kept meanwhile.
+    later = [
+      held[x.place, x.program] for x in wanted[len(made) :] if (x.place, x.program) in held
+    ]
+    if output:
+      write(output, command, [*made, *later])
 
 
 if __name__ == "__main__":

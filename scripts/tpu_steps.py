@@ -3,10 +3,11 @@
 Compiled for the TPU that is named, estimated by its compiler: nothing runs, none is needed.
 
   pip install 'calm-t5x[tpu]'   (x86 Linux)
-  python scripts/tpu_steps.py --steps=paper_small_train,paper_small_decode
+  python scripts/tpu_steps.py --steps=squad_small_train,large_train
 
 Parameters and activations lie along the mesh by T5X's standard rules (one axis of activations
-and one of parameters); steps that scripts/results/tpu_memory.json holds are kept.
+and one of parameters). Steps that scripts/results/tpu_memory.json holds of the same versions
+are kept, and the command in it names them all.
 """
 
 import argparse
@@ -258,7 +259,9 @@ def row(name: str, one: Memory) -> list[Any]:
   return [name, where, lengths, *kept, loops]
 
 
-def write(path: pathlib.Path, command: str, made: Mapping[str, Memory]) -> None:
+def write(path: pathlib.Path, made: Mapping[str, Memory]) -> None:
+  """Writes the table; its command makes all that it holds."""
+  names = [name for name in STEPS if name in made]
   columns = [
     "step",
     "cores, data x model",
@@ -268,22 +271,23 @@ def write(path: pathlib.Path, command: str, made: Mapping[str, Memory]) -> None:
   ]
   columns += ["in all, GB of 16 a core", "collectives in the token loop"]
   value = {
-    "command": command,
+    "command": f"python scripts/tpu_steps.py --steps={','.join(names)}",
     "versions": tpu_report.versions(),
     "machine": "compiled for the TPU, estimated by its compiler: nothing was run",
     "columns": columns,
     "align": ["left"] * 3 + ["right"] * 4,
-    "rows": [row(name, made[name]) for name in STEPS if name in made],
-    "steps": {name: dataclasses.asdict(one) for name, one in made.items()},
+    "rows": [row(name, made[name]) for name in names],
+    "steps": {name: dataclasses.asdict(made[name]) for name in names},
   }
   files.write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
 def stored(path: pathlib.Path) -> dict[str, Memory]:
-  """Steps that an earlier run compiled, as they are defined now."""
+  """Steps that an earlier run of the same versions compiled, as they are defined now."""
   if not path.exists():
     return {}
-  found = json.loads(path.read_text("utf-8"))["steps"]
+  value = json.loads(path.read_text("utf-8"))
+  found = value["steps"] if value["versions"] == tpu_report.versions() else {}
   made = {k: Memory(**{**v, "step": Step(**v["step"])}) for k, v in found.items()}
   return {name: one for name, one in made.items() if STEPS.get(name) == one.step}
 
@@ -305,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name not in made:
       made[name] = memory(STEPS[name])
       print(*row(name, made[name]), f"{made[name].seconds:.0f} s", sep=" | ", flush=True)
-      write(flags.output, "python scripts/tpu_steps.py", made)
+      write(flags.output, made)
 
 
 if __name__ == "__main__":
