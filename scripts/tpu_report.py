@@ -312,10 +312,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--output", type=pathlib.Path, help="of --table: results/tpu.json")
   parser.add_argument("--figure", action="store_true", help="draw what the table holds")
   flags = parser.parse_args(arguments)
-  output = flags.output or (OUTPUT if flags.table or flags.figure else None)
   if flags.figure:
-    tpu_figure.draw(output)
+    tpu_figure.draw(flags.output or OUTPUT)
     return
+  output = flags.output or (OUTPUT if flags.table else None)
   if reason := available():
     raise SystemExit(
       f"Expected a machine that can compile for a TPU, got another ({reason}); take x86"

@@ -309,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name not in made:
       made[name] = memory(STEPS[name])
       print(*row(name, made[name]), f"{made[name].seconds:.0f} s", sep=" | ", flush=True)
-      write(flags.output, made)
+    write(flags.output, made)
 
 
 if __name__ == "__main__":

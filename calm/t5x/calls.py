@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import core
 
 from calm import exits
 from calm.exits import schedules
@@ -48,7 +49,7 @@ def depth(rule: exits.Rule, default: float, given: Any) -> tuple[exits.Rule, Any
     ValueError: the one given lies outside [0, 1].
   """
   threshold = default if given is None else given
-  if given is not None and not isinstance(given, jax.core.Tracer):
+  if given is not None and not isinstance(given, core.Tracer):
     for value in np.ravel(given):
       schedules.check_threshold(float(value))
   dynamic = isinstance(rule, exits.DynamicExits)
