@@ -1,13 +1,16 @@
 """Our model against T5X's own network in T5X's own loop, side by side.
 
   python scripts/benchmark_t5x.py --batch_sizes 1 8 --repeats 5
+  python scripts/benchmark_t5x.py --compile --batch_sizes 8 --repeats 3
   python scripts/benchmark_t5x.py --devices 4x1 8x1 2x2 --repeats 9 --data data
 
 Random weights of a T5 1.1 shape, float32, greedy, every step of the length run, to
-scripts/results/t5x_full_depth.json. With `--devices` (data x model): the model in the box and
-real prompts in T5X's partitioned step on virtual CPU devices, a process for each mesh and kind
-of text, to scripts/results/t5x_mesh.json; what that file holds of the same versions and repeats
-is kept. Medians of repeats that take turns, in one process. Needs T5X.
+scripts/results/t5x_full_depth.json; with `--compile` the seconds that lowering and compiling
+take, exits at every layer too, to scripts/results/t5x_compile.json. With `--devices` (data x
+model): the model in the box and real prompts in T5X's partitioned step on virtual CPU devices,
+a process for each mesh and kind of text, to scripts/results/t5x_mesh.json; what that file holds
+of the same versions and repeats is kept. Medians of repeats that take turns, in one process.
+Needs T5X.
 """
 
 import argparse
@@ -95,16 +98,55 @@ def module_of(shape: str) -> Any:
   return t5x_network.Transformer(config)
 
 
-def runners(shape: str, batch: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-  """Name -> one timed call, compiled already."""
+def systems(shape: str, **ours: Any) -> dict[str, Any]:
+  """Name -> model; `ours` are arguments of our class."""
   words = seqio.PassThroughVocabulary(VOCABULARY, 1)
   sample = functools.partial(decoding.temperature_sample, temperature=0.0, topk=0)
   arguments = (module_of(shape), words, words, adafactor.Adafactor(learning_rate=1e-3))
-  kinds = {
+  return {
     "T5X's network, T5X's loop": t5x_models.EncoderDecoderModel(*arguments, sample),
-    "our model, T5X's loop": models.EncoderDecoderModel(*arguments, sample),
-    "our model, greedy_decode": models.EncoderDecoderModel(*arguments, models.greedy_decode),
+    "our model, T5X's loop": models.EncoderDecoderModel(*arguments, sample, **ours),
+    "our model, greedy_decode": models.EncoderDecoderModel(
+      *arguments, models.greedy_decode, **ours
+    ),
   }
+
+
+def compiling(model: Any, shapes: dict[str, Any]) -> float:
+  """Seconds that a prediction takes to be lowered and compiled."""
+  init = lambda: model.get_initial_variables(
+    jax.random.key(0), {name: x.shape for name, x in shapes.items()}
+  )
+  params = jax.eval_shape(init)["params"]
+  jax.clear_caches()
+  start = time.perf_counter()
+  jax.jit(lambda p, b: model.predict_batch_with_aux(p, b)).lower(params, shapes).compile()
+  return time.perf_counter() - start
+
+
+def measure_compilation(flags: argparse.Namespace) -> dict[str, Any]:
+  """Seconds of lowering and compiling, in brackets over those of T5X's own model and loop."""
+  measures = {"softmax": confidence.Softmax(), "classifier": confidence.Classifier()}
+  kinds = systems(flags.shape)
+  for name, measure in measures.items():
+    made = systems(flags.shape, rule=exits.DynamicExits(measure), threshold=0.5)
+    kinds |= {f"{k}, exits by {name}": v for k, v in made.items() if k.startswith("our")}
+  rows: dict[str, list[str]] = {name: [name] for name in kinds}
+  for size in flags.batch_sizes:
+    ints = lambda length, size=size: jax.ShapeDtypeStruct((size, length), jnp.int32)
+    shapes = {INPUTS: ints(flags.input_length), "decoder_input_tokens": ints(flags.steps)}
+    found = [{k: compiling(x, shapes) for k, x in kinds.items()} for _ in range(flags.repeats)]
+    medians = {name: statistics.median(one[name] for one in found) for name in kinds}
+    for name, median in medians.items():
+      rows[name].append(f"{median:.2f} (x{median / next(iter(medians.values())):.2f})")
+      print(f"{flags.shape} B={size} {name}: {rows[name][-1]}", flush=True)
+  sizes = [f"{flags.shape}, B={size}, seconds" for size in flags.batch_sizes]
+  return {"columns": ["", *sizes], "rows": list(rows.values())}
+
+
+def runners(shape: str, batch: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+  """Name -> one timed call, compiled already."""
+  kinds = systems(shape)
   shapes = {name: array.shape for name, array in batch.items()}
   params = kinds["our model, T5X's loop"].get_initial_variables(jax.random.key(0), shapes)
   params = jax.tree.map(jnp.asarray, dict(params["params"]))
@@ -318,6 +360,7 @@ def main() -> None:
   add("--texts", nargs="+", default=list(TEXTS), choices=TEXTS, help="with --devices")
   add("--data", type=pathlib.Path, default="data", help="folder of the data sets")
   add("--output", type=pathlib.Path, help="default: in scripts/results")
+  add("--compile", action="store_true", help="seconds of compilation")
   add("--mesh", help=argparse.SUPPRESS)
   flags = parser.parse_args()
   if flags.mesh:
@@ -325,6 +368,8 @@ def main() -> None:
     print(json.dumps(made))
   elif flags.devices:
     measure_meshes(flags, flags.output or RESULTS / "t5x_mesh.json")
+  elif flags.compile:
+    write(flags.output or RESULTS / "t5x_compile.json", measure_compilation(flags))
   else:
     write(flags.output or RESULTS / "t5x_full_depth.json", measure_loops(flags))
 
