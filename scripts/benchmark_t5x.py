@@ -22,6 +22,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -319,9 +320,10 @@ def versions() -> dict[str, str]:
 
 
 def write(path: pathlib.Path, table: dict[str, Any]) -> None:
-  """A table as scripts/tables.py reads it."""
+  """A table as scripts/tables.py reads it; its command leaves out where it was written."""
+  given = re.sub(r"\s?--output[ =]\S+", "", " ".join(sys.argv[1:]))
   about = {
-    "command": " ".join(["python scripts/benchmark_t5x.py", *sys.argv[1:]]),
+    "command": f"python scripts/benchmark_t5x.py {given}".strip(),
     "versions": versions(),
     "machine": f"{os.cpu_count()} CPU cores, shared",
   }
