@@ -6,7 +6,7 @@
 
 Random weights of a T5 1.1 shape, float32, greedy, every step of the length run, to
 scripts/results/t5x_full_depth.json; with `--compile` the seconds that lowering and compiling
-take, exits at every layer too, to scripts/results/t5x_compile.json. With `--devices` (data x
+take, exits at every layer too, to t5x_compile.json beside it. With `--devices` (data x
 model): the model in the box and real prompts in T5X's partitioned step on virtual CPU devices,
 a process for each mesh and kind of text, to scripts/results/t5x_mesh.json; what that file holds
 of the same versions and repeats is kept. Medians of repeats that take turns, in one process.
