@@ -152,14 +152,17 @@ def _listener(console: rich_console.Console) -> Iterator:
     show = lambda text: screen.say(console, text, soft_wrap=True)
 
     def step(title: str):
-      start = told = time.monotonic()
+      told = time.monotonic()
+      begun: tuple[float, float] | None = None
       bar.update(task, completed=0.0, description=visible(title), visible=True, text="")
       show(f"{title} ...")
 
       def progress(share: float, text: str) -> None:
-        nonlocal told
+        nonlocal told, begun
         now = time.monotonic()
-        left = left_of(share, now - start)
+        if begun is None and share > 0.0:  # before that it compiled, or an earlier run did it
+          begun = (share, now)
+        left = "" if begun is None else left_of(share - begun[0], 1.0 - share, now - begun[1])
         bar.update(task, completed=share, text=visible(f"{text}{left}"))
         if not console.is_terminal and now - told >= showing.LINE_SECONDS:
           told = now
@@ -170,8 +173,14 @@ def _listener(console: rich_console.Console) -> Iterator:
     yield fitting.Listener(say=show, step=step)
 
 
-def left_of(share: float, seconds: float) -> str:
-  """How long a step will take yet, judged by its beginning; '' where that is too short."""
-  if share < 0.05 or seconds < 2.0:
+def left_of(done: float, rest: float, seconds: float) -> str:
+  """How long a step will take yet, judged by what was done; '' where that is too little.
+
+  Args:
+    done: share of the step that took `seconds`.
+    rest: share that is left.
+    seconds: of what was done.
+  """
+  if done < 0.03 or seconds < 2.0:
     return ""
-  return f", about {showing.clock(seconds * (1.0 - share) / share)} left"
+  return f", about {showing.clock(seconds * rest / done)} left"

@@ -9,27 +9,22 @@ import pathlib
 import time
 from collections.abc import Callable
 
-import jax
 import jinja2
-import numpy as np
 
 from calm import inference, training
 from calm.calibrate.generations import files
 from calm.data import training_batches
-from calm.fitting import recipes
+from calm.fitting import pilot, recipes
 from calm.fitting.options import FitOptions
 from calm.fitting.result import Trained
 from calm.fitting.splits import Splits
-from calm.t5 import network
 from calm.training import objectives, read_history, run
 
 Progress = Callable[[float, str], None]
 RECIPES = {"one": recipes.stage_one, "two": recipes.stage_two}
 # Shares of the budget, where both stages train.
 _SHARES = {"one": 0.8, "two": 0.2}
-_VALIDATIONS = 8
 _DENOISING_LENGTH, _LEAST_TEXT = 96, 16
-_PILOT_STEPS = 2
 _SHORTLIST = 512
 
 
@@ -73,6 +68,7 @@ class Stage:
 
     def begun(step: int, num_steps: int) -> None:
       seen.update(steps=step, of=num_steps)
+      progress(0.0, f"step {step} of {num_steps}, compiling")
 
     def advance(step: int, scalars: dict[str, float]) -> None:
       seen["steps"] = step
@@ -91,8 +87,9 @@ class Stage:
     """The gin file, with as many steps as the budget has room for."""
     recipe = RECIPES[self.name](self.model.config, len(self.splits.train))
     buckets = self._buckets()
-    num_steps = self._num_steps(recipe, buckets, progress, say)
-    eval_every = max(1, -(-num_steps // _VALIDATIONS))
+    plan = self._plan(recipe, buckets, progress, say)
+    num_steps = plan.num_steps
+    eval_every = -(-num_steps // plan.num_validations)
     validation = len(self.splits.validation)
     parts = recipes.microbatches(self.model.config, buckets[-1], recipe.batch_size)
     # Without gradients one layer's activations live at a time.
@@ -118,7 +115,6 @@ class Stage:
         warmup_steps=min(recipe.warmup_steps, num_steps // 5),
         seed=self.options.seed,
         eval_every=eval_every,
-        log_every=max(1, min(10, eval_every)),
         validation_batches=max(1, validation // validation_batch),
         validation_batch=validation_batch,
         prefix=self.model.options.task_prefix,
@@ -140,21 +136,41 @@ class Stage:
     listed = range(min(_SHORTLIST, config.vocab_size))
     return objectives.ExitProbes(tuple(listed), classifier=True)
 
-  def _num_steps(self, recipe, buckets, progress: Progress, say: Callable[[str], None]) -> int:
-    """The recipe's steps, or as many as the budget has room for, timed on a few."""
+  def _plan(self, recipe, buckets, progress: Progress, say: Callable[[str], None]):
+    """The recipe's steps, or as many as the budget has room for."""
     if self.options.budget is None:
-      return recipe.num_steps
+      return pilot.Plan(recipe.num_steps)
     share = _SHARES[self.name] if len(self.options.trains) > 1 else 1.0
-    progress(0.0, "timing a few steps")
-    compile_seconds, seconds = self._pilot(recipe, buckets)
-    room = share * self.options.budget - compile_seconds
-    num_steps = int(np.clip(room / seconds, 2, 10 * recipe.num_steps))
-    say(
-      f"Stage {self.name}: {seconds:.2f} s a step, {num_steps} steps in the budget (the"
-      f" recipe has {recipe.num_steps}:"
-      f" {_duration(recipe.num_steps * seconds + compile_seconds)})."
+    objective = self._objective
+    if isinstance(objective, objectives.LayerWeighted):
+      objective = objectives.LayerWeighted(sampled_layers=recipe.sampled_layers)
+    model = dataclasses.replace(
+      self.model.config, exit_classifier=True, dropout_rate=recipe.dropout_rate
     )
-    return num_steps
+    start = run.starting_point(model, str(self.initial), 0, parts=objective.parts)
+    told = lambda text: progress(0.0, text)
+    timed = pilot.measure(start.model, start.params, objective, recipe, buckets[-1], told)
+    lengths = self._lengths(buckets, recipe.batch_size)
+    budget = share * self.options.budget
+    made = pilot.plan(timed, start.model, lengths, recipe, len(self.splits.validation), budget)
+    whole = recipe.num_steps * made.step_seconds + made.overhead
+    say(
+      f"Stage {self.name}: {made.step_seconds:.2f} s a step, {made.num_steps} steps in the"
+      f" budget (the recipe has {recipe.num_steps}: {_duration(whole)})."
+    )
+    return made
+
+  def _lengths(self, buckets, batch_size: int) -> list[tuple[int, int]]:
+    """The bucket of every step of an epoch."""
+    inputs, targets = self._tokens()
+    source = training_batches.Supervised(
+      training_batches.Ragged(inputs),
+      training_batches.Ragged(targets),
+      tuple(training_batches.Bucket(*bucket) for bucket in buckets),
+      batch_size,
+      self.options.seed,
+    )
+    return [dataclasses.astuple(bucket) for _, bucket in source.epoch_plan(0)]
 
   def _tokens(self) -> tuple[list[list[int]], list[list[int]]]:
     encode, eos_id = self.model.vocabulary.encode, self.model.eos_id
@@ -177,47 +193,6 @@ class Stage:
     long = sum(len(encode(text)) >= _LEAST_TEXT for text in texts)
     enough = long >= recipe.batch_size and sentinels >= _DENOISING_LENGTH * 0.15 / 3 + 1
     return bool(recipe.denoising) and enough
-
-  def _pilot(self, recipe: recipes.Recipe, buckets) -> tuple[float, float]:
-    """(seconds to compile, seconds a step) of the training that is to come."""
-    inputs, targets = self._tokens()
-    source = training_batches.Supervised(
-      training_batches.Ragged(inputs),
-      training_batches.Ragged(targets),
-      tuple(training_batches.Bucket(*bucket) for bucket in buckets),
-      recipe.batch_size,
-      self.options.seed,
-    )
-    plan = source.epoch_plan(0)
-    config = training.TrainConfig(
-      num_steps=100,
-      schedule=training.Schedule(peak=0.0, warmup_steps=1),
-      optimizer=getattr(training, recipe.optimizer),
-      num_microbatches=recipes.microbatches(self.model.config, buckets[-1], recipe.batch_size),
-    )
-    objective = self._objective
-    if isinstance(objective, objectives.LayerWeighted):
-      objective = objectives.LayerWeighted(sampled_layers=recipe.sampled_layers)
-    model = dataclasses.replace(
-      self.model.config, exit_classifier=True, dropout_rate=recipe.dropout_rate
-    )
-    start = run.starting_point(model, str(self.initial), 0, parts=objective.parts)
-    model, params = start.model, start.params
-    step = training.make_train_step(network.Transformer(model), config, objective, params)
-    state = training.init_state(params, config, objective)
-    compiling = total = 0.0
-    for bucket in dict.fromkeys(bucket for _, bucket in plan):
-      index = next(i for i, (_, other) in enumerate(plan) if other == bucket)
-      batch, times = source.batch(index), []
-      for _ in range(1 + _PILOT_STEPS):
-        begin = time.perf_counter()
-        state, metrics = step(state, batch)
-        jax.block_until_ready(metrics)
-        times.append(time.perf_counter() - begin)
-      share = sum(other == bucket for _, other in plan) / len(plan)
-      compiling += times[0] - min(times[1:])
-      total += share * min(times[1:])
-    return compiling, total
 
 
 def _run_gin(file: pathlib.Path, output_dir: pathlib.Path, listener: training.Listener) -> None:

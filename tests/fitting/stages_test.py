@@ -10,7 +10,7 @@ pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not
 
 from calm import checkpoints, fitting, inference, training
 from calm.calibrate import Prompt
-from calm.fitting import lengths, recipes, splits, stages
+from calm.fitting import lengths, pilot, recipes, splits, stages
 from calm.t5 import network
 from calm.training import objectives
 from tests.inference import predictor_test
@@ -99,12 +99,34 @@ def _at(tree, path):
 
 
 def test_a_budget_sets_the_steps_and_says_what_the_recipe_would_take(stage):
-  said = []
+  said, told = [], []
   made = stage("two", budget=3600.0)
-  text = made._gin(lambda share, text: None, said.append)
+  text = made._gin(lambda share, text: told.append(text), said.append)
   assert "num_steps = 40\n" in text  # at most ten times the recipe's
   assert "the recipe has 4:" in said[0]
+  assert told[0].startswith("compiling for ") and told[1] == "timing a step"
   assert "num_steps = 2\n" in stage("two", budget=1e-3)._gin(lambda s, t: None, said.append)
+
+
+def test_steps_validations_and_compiling_all_fit_the_budget():
+  recipe = recipes.stage_one(SMALL, 1000)
+  long, short = (448, 32), (128, 32)
+  timed = pilot.Timed(long, rows=4, seconds=2.0, compiling=10.0, spent=16.0)
+  plan = lambda budget, rows=128: pilot.plan(
+    timed, SMALL, [long, short, short, short], recipe, rows, budget
+  )
+  made = plan(1800.0)
+  ratio = recipes.row_bytes(SMALL, short) / recipes.row_bytes(SMALL, long)
+  assert made.step_seconds == pytest.approx(32.0 * (1 + 3 * ratio) / 4)
+  assert made.overhead == 30.0  # two lengths, and the validation
+  validation = 0.4 * 2.0 * 128 / 4  # a part of four rows took two seconds
+  spent = 16.0 + made.overhead + made.num_validations * validation
+  assert spent + made.num_steps * made.step_seconds <= 1800.0
+  assert spent + (made.num_steps + 1) * made.step_seconds > 1800.0
+  assert made.num_validations == pilot.VALIDATIONS
+  assert plan(300.0).num_validations == 1 and plan(800.0).num_validations == 5
+  assert plan(1.0).num_steps == 2 and plan(1.0).num_validations == 1
+  assert plan(1e6).num_steps == 10 * recipe.num_steps
 
 
 def test_recipes_by_size_are_the_papers_and_the_packed_models():
