@@ -11,6 +11,7 @@ threshold, then decodes prompts it has never seen and compares.
 import argparse
 import dataclasses
 import pathlib
+import shlex
 import statistics
 import tempfile
 from typing import Any
@@ -128,7 +129,21 @@ def run(arguments: argparse.Namespace) -> int:
   result = compare(console, predictor, calibration, unseen_prompts)
   print_comparison(console, calibration, result)
   print_examples(console, unseen_prompts, result, arguments.examples)
+  screen.say(console, "\nA text of yours, under this threshold:")
+  print(serving_command(arguments, calibration), flush=True)
   return 0
+
+
+def serving_command(arguments: argparse.Namespace, calibration: Calibration) -> str:
+  """A command that works as it stands, with the model and options of the demo."""
+  given = [
+    f"--{name}={value}"
+    for name in ("model", "measure", "exit_layers")
+    if (value := getattr(arguments, name)) not in (None, "packed")
+  ]
+  threshold = f"--threshold={thresholds.format_threshold(calibration.threshold)}"
+  words = ["calm", "infer", *given, threshold, "--prompts=-"]
+  return f"echo 'a long text' | {shlex.join(words)}"
 
 
 def _refuse_rates(count: int, tolerance: float, error_rate: float) -> None:
@@ -173,7 +188,8 @@ def generate_grid(
   writer = writer_lib.open_writer(
     folder, prompts=prompts, thresholds=levels, procedure=procedure
   )
-  with rich_progress.Progress(console=console) as bar:
+  columns = (*rich_progress.Progress.get_default_columns(), rich_progress.TextColumn("left"))
+  with rich_progress.Progress(*columns, console=console, transient=True) as bar:
     task = bar.add_task("encode and decode")
 
     def advance(threshold, number, count):
@@ -197,8 +213,10 @@ def compare(
   texts = [prompt.input for prompt in prompts]
   full = early = None
   full_times, early_times = [], []
-  with console.status("decoding"):
+  with console.status("decoding") as status:
     for repeat in range(REPEATS + 1):
+      compiles = ", which compiles" if not repeat else ""
+      status.update(f"decoding, round {repeat + 1} of {REPEATS + 1}{compiles}")
       full = one.generate(texts, rule=exits.StaticExit())
       early = one.generate(texts, threshold=calibration.threshold)
       if repeat:

@@ -173,8 +173,8 @@ def _part(arguments, console, predictor, prompts, levels, part: sharding.Part) -
 
 
 def _bar(console: rich_console.Console) -> rich_progress.Progress:
-  columns = rich_progress.Progress.get_default_columns()
-  return rich_progress.Progress(*columns, rich_progress.TimeElapsedColumn(), console=console)
+  columns = (*rich_progress.Progress.get_default_columns(), rich_progress.TextColumn("left"))
+  return rich_progress.Progress(*columns, console=console, transient=True)
 
 
 def _grid(arguments, console, predictor, prompts, levels, writer) -> None:
