@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -154,7 +155,7 @@ def test_a_pilot_tells_the_power_before_the_work(cached, tmp_path, capsys):
   assert "20 " in text and "prompts" in text
 
 
-def test_demo_decodes_calibrates_and_compares(model, tmp_path, capsys):
+def test_demo_decodes_calibrates_and_compares(model, tmp_path, capsys, monkeypatch):
   short = tmp_path / "short"
   shutil.copytree(model, short)
   own = {"max_decode_length": 4, "max_input_length": 1024, "grid": [0.9, 0.6, 0.3]}
@@ -169,6 +170,12 @@ def test_demo_decodes_calibrates_and_compares(model, tmp_path, capsys):
     assert word in text, word
   assert Calibration.load(output / "calibration.json").procedure is not None
   assert generations.load(output).thresholds.tolist() == own["grid"]
+  # What it ends with is a command that works as it stands.
+  said, piped = text.splitlines()[-1].split(" | ")
+  monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a long text\n")))
+  assert said == "echo 'a long text'" and piped.startswith("calm infer ")
+  assert cli.main(shlex.split(piped)[1:]) == 0
+  assert "1 prompt, threshold " in capsys.readouterr().err
 
 
 def test_a_promise_is_watched_while_it_is_served(model, prompts, cached, tmp_path, capsys):
