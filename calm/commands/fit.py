@@ -154,7 +154,9 @@ def _listener(console: rich_console.Console) -> Iterator:
     def step(title: str):
       told = time.monotonic()
       begun: tuple[float, float] | None = None
-      bar.update(task, completed=0.0, description=visible(title), visible=True, text="")
+      # The line above has the title; on it there is room for the time that is left.
+      number = visible(title.partition(" ")[0])
+      bar.update(task, completed=0.0, description=number, visible=True, text="")
       show(f"{title} ...")
 
       def progress(share: float, text: str) -> None:
@@ -163,7 +165,8 @@ def _listener(console: rich_console.Console) -> Iterator:
         if begun is None and share > 0.0:  # before that it compiled, or an earlier run did it
           begun = (share, now)
         left = "" if begun is None else left_of(share - begun[0], 1.0 - share, now - begun[1])
-        bar.update(task, completed=share, text=visible(f"{text}{left}"))
+        first = f"{left.removeprefix(', ')}, " if left else ""
+        bar.update(task, completed=share, text=visible(f"{first}{text}"))
         if not console.is_terminal and now - told >= showing.LINE_SECONDS:
           told = now
           show(f"  {100 * share:.0f} %, {text}{left}")

@@ -43,3 +43,16 @@ def test_the_time_left_counts_neither_compiling_nor_an_earlier_run(monkeypatch):
     "50 %, step 5",
     "60 %, step 6, about 1:20 left",
   ]
+
+
+def test_the_time_left_is_seen_on_sixty_columns(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(fit.time, "monotonic", lambda: now[0])
+  written = io.StringIO()
+  console = rich_console.Console(file=written, width=60, force_terminal=True)
+  with fit._listener(console) as listener:
+    progress = listener.step("[4/6] Choose measure, layers and grid")
+    for share in (0.2, 0.4):
+      now[0] += 30.0
+      progress(share, "classifier after layer 1, decaying with tau 4, threshold 0.8257")
+  assert "about 1:30 left, " in written.getvalue()
