@@ -366,10 +366,15 @@ def open_monitor(path: str | pathlib.Path, watch: Watch) -> Monitor:
 
 def _unglue(path: pathlib.Path) -> None:
   """Takes out what is left of lines that a full disk cut off, each before a whole one."""
-  content = path.read_bytes()
-  lines = content.split(b"\n")
-  mended = [_last_whole(line) for line in lines]
-  if mended != lines:
+  longest = records_lib.LONGEST_LINE
+  with open(path, "rb") as file:
+    whole = True
+    while line := file.readline(longest + 1):
+      if len(line) > longest:  # which is named when it is read
+        return
+      whole &= _last_whole(line.removesuffix(b"\n")) == line.removesuffix(b"\n")
+  if not whole:
+    mended = map(_last_whole, path.read_bytes().split(b"\n"))
     with contextlib.suppress(UnicodeDecodeError):  # it is damaged otherwise, and will be named
       files.write_atomically(path, b"\n".join(mended).decode("utf-8"))
 

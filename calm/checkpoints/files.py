@@ -17,6 +17,7 @@ import safetensors.numpy
 from calm.calibrate.generations import files as safe
 
 # What a parameter may be stored as; all are read as float32.
+_MOST_JSON = 2**26
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 STORAGE_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -99,7 +100,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       " missing; download or save the checkpoint again."
     )
   try:
-    value = safe.parse_json(path.read_bytes())
+    value = safe.parse_json(safe.content(path, _MOST_JSON))
   except ValueError as error:
     raise ValueError(
       f"Expected {str(path)!r} to be JSON in UTF-8, got: {error}; copy or download it again."

@@ -119,7 +119,7 @@ class Resumable:
   def _stored(self) -> tuple[dict[str, Any], str]:
     """What an earlier run of the same says of itself; else nothing, and what it was of."""
     try:
-      stored = files.parse_json(self._state.read_bytes())
+      stored = files.parse_json(files.content(self._state))
       whole = all(type(stored[name]) is int and stored[name] >= 0 for name in ("done", "bytes"))
       if (
         stored["format"] != FORMAT

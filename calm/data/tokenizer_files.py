@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from calm.calibrate.generations import files
 from calm.data import vocabulary as vocabulary_lib
 
 _SENTINEL = re.compile(r"<extra_id_\d+>")
@@ -42,7 +43,7 @@ class TokenizerVocabulary:
       raise FileNotFoundError(
         f"Expected `path` to name a tokenizer.json, got {str(path)!r}, which is missing."
       )
-    object.__setattr__(self, "model", path.read_bytes())
+    object.__setattr__(self, "model", files.content(path))
     if self._tokenizer.id_to_token(self.eos_id) is None:
       raise ValueError(
         f"Expected {str(path)!r} to have the end-of-text token {self.eos_id}, got"

@@ -106,7 +106,7 @@ class Folder:
 def _stored_request(path: pathlib.Path) -> dict[str, Any]:
   """What a fit was asked for, as it was written down when it began."""
   try:
-    stored = files.parse_json(path.read_bytes())
+    stored = files.parse_json(files.content(path))
   except ValueError as error:
     stored = str(error)
   if not isinstance(stored, dict) or not isinstance(stored.get("options"), dict):

@@ -95,7 +95,7 @@ def _read(path: pathlib.Path) -> Identity | None:
   if not path.is_file():
     return None
   try:
-    stored = files.parse_json(path.read_bytes())
+    stored = files.parse_json(files.content(path))
     rates = {s: math.nan if r is None else float(r) for s, r in stored["learning_rates"]}
     batches = {s: str(d) for s, d in stored["batches"]}
     # Steps that are not there would not be compared.

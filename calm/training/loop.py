@@ -28,7 +28,7 @@ def read_history(path: pathlib.Path) -> list[dict[str, float]]:
     ValueError: the file holds something else.
   """
   try:
-    entries = json.loads(path.read_bytes())  # NaN is a loss that it may well have
+    entries = json.loads(files.content(path))  # NaN is a loss that it may well have
   except (ValueError, RecursionError) as error:
     raise ValueError(
       f"Expected {str(path)!r} to be the validations of a run, got no JSON ({error}); restore"

@@ -112,7 +112,7 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
   """
   path = pathlib.Path(directory) / MANIFEST
   try:
-    manifest = files.parse_json(path.read_bytes())
+    manifest = files.parse_json(files.content(path))
   except FileNotFoundError as error:
     raise GenerationsError(
       f"Expected `directory` to be a folder of cached generations, got {str(path.parent)!r},"

@@ -35,6 +35,8 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 # What a number must hold to be beyond float64.
 _HUGE = re.compile(r"[0-9][eE]\+?[0-9]{3}|[0-9]{309}")
 _BINARY = getattr(os, "O_BINARY", 0)
+# What is read at once may have so many bytes: the names of some millions of prompts.
+MOST_BYTES = 2**28
 
 
 def write_atomically(path: str | pathlib.Path, content: str | bytes) -> None:
@@ -163,6 +165,30 @@ def sweep(directory: pathlib.Path) -> list[str]:
           os.unlink(entry.path)
           removed.append(entry.name)
   return sorted(removed)
+
+
+def content(path: str | pathlib.Path, most: int = MOST_BYTES) -> bytes:
+  """What a file holds, for files that are read at once.
+
+  Raises:
+    ValueError: it has more than `most` bytes, or is no file that ends.
+    OSError: it cannot be read.
+  """
+  # A pipe that nobody writes to would be waited for.
+  with open(os.open(path, os.O_RDONLY | _BINARY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+      raise ValueError(
+        f"Expected {str(path)!r} to be a regular file, got one of another kind; copy what it"
+        " gives to a file."
+      )
+    found = file.read(most + 1) if status.st_size <= most else b""
+  if status.st_size > most or len(found) > most:
+    raise ValueError(
+      f"Expected {str(path)!r} to have at most {most} bytes, got more; it is a file of another"
+      " kind, or made to fill the memory."
+    )
+  return found
 
 
 def parse_json(content: str | bytes) -> Any:

@@ -156,6 +156,7 @@ def _score(value: Any) -> float:
 
 # Float32 cosines and softmax margins pass their bounds by so much.
 _ROUNDING = 1e-5
+LONGEST_LINE = 2**26
 _RESUME = "the last line is cut off: resume the run that wrote it"
 # Field: what each of its values is, and a check that raises ValueError with what was got.
 _SEQUENCES = {
@@ -197,7 +198,12 @@ def read_lines(path: str | pathlib.Path) -> Iterator[Line]:
   offset = following = 0
   try:
     with open(path, "rb") as file:
-      for number, line in enumerate(file, start=1):
+      for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
+        if len(line) > LONGEST_LINE:
+          raise GenerationsError(
+            f"{path}:{number}: expected lines of at most {LONGEST_LINE} bytes, got a longer"
+            " one; restore the file, or generate again."
+          )
         offset, following = following, following + len(line)
         raw = line.removesuffix(b"\n")
         if not raw.strip():
@@ -279,17 +285,20 @@ def check_unique(prompts: Sequence[Prompt]) -> dict[str, Prompt]:
 
 def drop_partial_line(path: pathlib.Path) -> str | None:
   """Repairs the end of a file whose writer was killed; returns what was done, if anything."""
-  content = path.read_bytes()
-  if not content or content.endswith(b"\n"):
-    return None
-  start = content.rfind(b"\n") + 1
-  number = content.count(b"\n") + 1
-  if parse_line(content[start:])[0] is not None:
+  with open(path, "rb") as file:
+    size = file.seek(0, 2)
+    file.seek(max(0, size - LONGEST_LINE - 1))
+    last = file.read()
+    last = last[last.rfind(b"\n") + 1 :]
+    if not last or len(last) > LONGEST_LINE:  # none, or no line, which `read_lines` names
+      return None
+    start = size - len(last)
+    file.seek(0)
+    pieces = iter(lambda: file.read(2**20), b"")
+    number = 1 + sum(piece.count(b"\n") for piece in pieces)
+  if parse_line(last)[0] is not None:
     files.append(path, b"\n")
     return None
   with open(path, "r+b") as file:
     file.truncate(start)
-  return (
-    f"{path}:{number}: the last line was cut off and has been dropped"
-    f" ({len(content) - start} bytes)."
-  )
+  return f"{path}:{number}: the last line was cut off and has been dropped ({len(last)} bytes)."

@@ -148,7 +148,7 @@ def read_mark(folder: pathlib.Path) -> Mark | None:
   """
   path = folder / MARK
   try:
-    value = files.parse_json(path.read_bytes())
+    value = files.parse_json(files.content(path))
   except FileNotFoundError:
     return None
   except (OSError, ValueError) as error:

@@ -110,7 +110,7 @@ class ResultCache:
     path = self.path(name, key)
     if path.exists():
       try:
-        return from_json(kind, files.parse_json(path.read_bytes())["result"])
+        return from_json(kind, files.parse_json(files.content(path))["result"])
       except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
           f"Expected a stored result of {name} in {path}, got something else ({error}); delete"
