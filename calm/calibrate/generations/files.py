@@ -182,7 +182,8 @@ def content(path: str | pathlib.Path, most: int = MOST_BYTES) -> bytes:
         f"Expected {str(path)!r} to be a regular file, got one of another kind; copy what it"
         " gives to a file."
       )
-    found = file.read(most + 1) if status.st_size <= most else b""
+    # `read(most)` would make room for as much.
+    found = file.read() if status.st_size <= most else b""
   if status.st_size > most or len(found) > most:
     raise ValueError(
       f"Expected {str(path)!r} to have at most {most} bytes, got more; it is a file of another"

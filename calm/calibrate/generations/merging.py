@@ -51,6 +51,12 @@ def merge(places: Sequence[str | pathlib.Path], output: str | pathlib.Path) -> i
   """
   found = parts(places)
   output = pathlib.Path(output)
+  for part in found:
+    if output.resolve().is_relative_to(part.folder.resolve()):
+      raise GenerationsError(
+        f"Expected `output` beside the shards, got {output}, in the shard {part.folder}, whose"
+        " files it would replace; choose another."
+      )
   if found[0].mark.kind == "infer":
     _outputs(found, output)
   else:

@@ -40,7 +40,7 @@ class Metric:
     """Similarity of `prediction` to its best reference, 1 for equal texts.
 
     Raises:
-      ValueError: there is no reference, or the metric leaves [0, 1].
+      ValueError: there is no reference, or the metric gives no number in [0, 1].
     """
     if not references:
       raise ValueError(
@@ -49,7 +49,7 @@ class Metric:
     # Equal texts agree before any metric is asked: some give 0 to two empty texts.
     if prediction in references:
       return 1.0
-    value = float(self.function(prediction, references))
+    value = self._number(prediction, references)
     if not -1e-9 <= value <= 1.0 + 1e-9:
       raise ValueError(
         f"Expected `metric` {self.name!r} to lie in [0, 1], got {value!r} for"
@@ -61,6 +61,22 @@ class Metric:
         " declare it with binary=False."
       )
     return min(1.0, max(0.0, value))
+
+  def _number(self, prediction: str, references: Sequence[str]) -> float:
+    """What the function gives, which may end the program too: as if all was well."""
+    try:
+      given = self.function(prediction, references)
+    except SystemExit as error:
+      given, why = f"the end of the program ({error.code})", error
+    else:
+      try:
+        return float(given)
+      except (TypeError, ValueError, OverflowError) as error:
+        given, why = repr(given)[:80], error
+    raise ValueError(
+      f"Expected `metric` {self.name!r} to give a number in [0, 1], got {given}; have it return"
+      " one."
+    ) from why
 
 
 _ASCII_WORD = re.compile(r"[a-z0-9]+")

@@ -351,6 +351,15 @@ def test_a_damaged_mark_is_no_mark(four, change):
     merging.merge([four], four / "merged")
 
 
+@pytest.mark.parametrize("place", ["", "outputs.jsonl", "../{name}"])
+def test_a_shard_is_not_merged_into(four, place):
+  at = shards.folders(four)[0]
+  before = {path.name: path.read_bytes() for path in at.iterdir()}
+  with pytest.raises(GenerationsError, match="whose files it would replace; choose another"):
+    merging.merge([four], at / place.format(name=at.name))
+  assert {path.name: path.read_bytes() for path in at.iterdir()} == before
+
+
 MANY = 10**9
 
 

@@ -196,3 +196,14 @@ def test_a_file_of_the_working_directory_is_a_module(tmp_path, monkeypatch):
   for name in ("own/nothing.py:same", "own.nothing:same", "own.measure:other"):
     with pytest.raises(ValueError, match="a function that can be imported, got"):
       metrics.get_metric(name)
+
+
+@pytest.mark.parametrize("made", [None, "x", 10**400, [1.0, 2.0], "exit"])
+def test_what_is_no_number_is_refused_by_the_metrics_name(made):
+  def function(prediction, references):
+    if made == "exit":
+      raise SystemExit(0)  # the command would end as if all was well
+    return made
+
+  with pytest.raises(ValueError, match=r"`metric` 'odd' to give a number in \[0, 1\], got"):
+    metrics.Metric("odd", function)("a", ["b"])
