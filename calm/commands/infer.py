@@ -15,6 +15,7 @@ is FILE.partial, and after a kill or Ctrl-C the same command goes on from there.
 """
 
 import argparse
+import os
 import pathlib
 import time
 import warnings
@@ -130,6 +131,11 @@ def _prompts(arguments: argparse.Namespace) -> tuple[Any, sharding.Part | None]:
   which = sharding.shard(arguments)
   if arguments.output and which is None:
     common.check_output(arguments.output, read=(arguments.prompts, arguments.calibration))
+    if os.path.realpath(arguments.output) == os.path.realpath(arguments.monitor or ""):
+      raise ValueError(
+        f"Expected `--output` to be another file than `--monitor`, got {arguments.output!r} for"
+        " both, and the one would replace the other; choose another name."
+      )
   prompts = model_flags.open_prompts(arguments)
   if which is None:
     return prompts, None

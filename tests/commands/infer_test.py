@@ -134,6 +134,13 @@ def test_another_command_starts_anew_and_keeps_what_there_was(
   assert ids(output.read_text()) == [f"p{i}" for i in range(7)]
 
 
+def test_the_monitors_file_is_not_replaced_by_the_output(calm_infer, tmp_path, capsys):
+  (tmp_path / "link").symlink_to(tmp_path / "both")
+  calm_infer(f"--output={tmp_path / 'both'}", f"--monitor={tmp_path / 'link'}", code=2)
+  assert "another file than `--monitor`, got" in " ".join(capsys.readouterr().err.split())
+  assert not (tmp_path / "both").exists()
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_pipe_is_written_to_and_stays(calm_infer, expected, tmp_path):
   pipe, got = tmp_path / "pipe", []
