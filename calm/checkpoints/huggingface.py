@@ -78,7 +78,7 @@ def read_vocabulary(directory: pathlib.Path) -> stored_vocabulary.Vocabulary | N
 
 def _read_vocabulary(directory: pathlib.Path, theirs: Mapping[str, Any], pad: int):
   options_path, model_path = directory / "tokenizer_config.json", directory / "spiece.model"
-  options = files.read_json(options_path) if options_path.is_file() else {}
+  options = files.read_json(options_path) if options_path.exists() else {}
   if model_path.is_file():
     # The model files of mT5 and its kin hold their extra ids already.
     default = 100 if theirs.get("model_type") == "t5" and not pad else 0

@@ -51,7 +51,7 @@ def read(directory: pathlib.Path) -> dict[str, Any]:
 
 def _generation(directory: pathlib.Path) -> dict[str, Any]:
   path = directory / "generation_config.json"
-  return files.read_json(path) if path.is_file() else {}
+  return files.read_json(path) if path.exists() else {}
 
 
 def warn_unless_greedy(directory: pathlib.Path) -> None:
