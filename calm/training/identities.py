@@ -92,7 +92,7 @@ def check(path: pathlib.Path, identity: Identity, reached: int) -> None:
 
 def _read(path: pathlib.Path) -> Identity | None:
   """What was recorded; None of runs of earlier versions."""
-  if not path.is_file():
+  if not path.exists():
     return None
   try:
     stored = files.parse_json(files.content(path))
