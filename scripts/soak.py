@@ -260,8 +260,9 @@ def main() -> int:
 def write(output: str, rows: list[list]) -> None:
   """The table so far."""
   versions = {"calm": calm.__version__, "jax": jax.__version__}
+  given = [part for part in sys.argv[1:] if not part.startswith(("--cache", "--output"))]
   result = {
-    "command": " ".join(["python scripts/soak.py", *sys.argv[1:]]),
+    "command": " ".join(["python scripts/soak.py", *given]),
     "columns": COLUMNS,
     "rows": rows,
     "versions": {**versions, "python": platform.python_version()},
