@@ -51,7 +51,7 @@ def test_exchanged_values_are_refused(asker):
       try:
         status, told = asker.ask(words)
       except Exception as error:
-        status, told = "traceback", repr(error)
+        status, told = "traceback", f"{type(error).__name__}: {error}"  # gin hides it in repr
       if status == "taken" and value not in FAIR.get(name, ()):
         wrong.append(f"silent {name} = {value}")
       elif status not in (2, "taken") or "Traceback" in told:
