@@ -19,13 +19,14 @@ MOST_FILES, MOST_CHARACTERS, MOST_VALUES = 1000, 2**24, 10**6
 
 
 def parse(arguments: argparse.Namespace) -> None:
-  """Reads the gin files and bindings that were given.
+  """Reads the gin files and bindings that were given, in place of all that was bound before.
 
   Raises:
     ValueError: in one line, where: the file and the line, or the binding.
   """
   import gin
 
+  gin.clear_config()  # an earlier command of this process leaves its own, locked
   for path in [p for p in arguments.gin_search_paths.split(",") if p]:
     gin.add_config_file_search_path(path)
   # gin logs every place where a file is not; the error below names them all.

@@ -65,8 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     gin.add_config_file_search_path(str(pathlib.Path(path).absolute().parent))
   gin.add_config_file_search_path(str(configs.root()))
   common.use_compilation_cache()
-  gin.parse_config(CHOICES)
-  gin.clear_config()  # the names stay known
+  gin.clear_config()  # an earlier command of this process leaves its own, locked
+  gin.parse_config(CHOICES)  # only the names are wanted, which stay known
 
   from calm.training import run as run_lib
 

@@ -41,6 +41,26 @@ def test_macros_that_nothing_reads_are_refused(text, unread):
     gin_files.refuse_unread_macros()
 
 
+def test_a_command_reads_its_own_gin_files_alone(tmp_path, capsys):
+  """Whatever this process has bound before, and locked."""
+  from calm.commands import cli
+
+  (tmp_path / "mine.gin").write_text("import nothing_of_this_name\n")
+  words = ["train", f"--gin_file={tmp_path / 'mine.gin'}", f"--output_dir={tmp_path / 'run'}"]
+  asked = argparse.Namespace(gin_search_paths="", gin_file=[], gin_bindings=["MINE = 2"])
+
+  gin.parse_config("OTHERS = 1")
+  gin.finalize()
+  assert cli.main(words) == 2
+  told = capsys.readouterr().err
+  assert "nothing_of_this_name" in told and "locked" not in told
+
+  gin.parse_config("OTHERS = 1")
+  gin.finalize()
+  gin_files.parse(asked)
+  assert "OTHERS" not in gin.config_str() and gin.query_parameter("MINE/gin.macro.value") == 2
+
+
 @pytest.mark.parametrize(
   ("number", "command", "code", "line"),
   [
