@@ -3,8 +3,8 @@
 Those loops know a function "tokens to logits" and a cache. They tile, flatten and gather every
 leaf of the cache along axis 0, except the scalar `cache_index`; so every leaf here has its row
 axis first, and what never changes (cross-attention keys and values, the prompt) is bound into
-the function instead. They return tokens and scores only; exits come from `replay`, one
-teacher-forced pass over what was returned. This module does not import T5X.
+the function instead. They return tokens and scores only; exits come from `watching`, or from
+`replay`, one teacher-forced pass over what was returned. This module does not import T5X.
 """
 
 import dataclasses
@@ -188,8 +188,10 @@ class Loop:
       depth = self.rule.depth(self.config.num_decoder_layers)
       return {"exit_layers": shaped(full_depth(flat, rows, eos_id, depth))}
     found = same_pass[0] if same_pass else self.replay(weights, rows, flat, eos_id)
-    fields = dataclasses.fields(found)
-    return {field.name: shaped(getattr(found, field.name)) for field in fields}
+    # A loop may go on with a row that it has ended.
+    counted = real_tokens(flat, rows, eos_id) & jnp.logical_not(rows.forced)
+    noted = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    return {name: shaped(jnp.where(counted, of, 0)) for name, of in noted.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from flax import traverse_util
 try:
   import clu.metrics as clu_metrics
   from t5x import checkpoints as t5x_checkpoints
+  from t5x import decoding as t5x_decoding
   from t5x import losses as t5x_losses
   from t5x import metrics as t5x_metrics
   from t5x import models as t5x_models
@@ -40,7 +41,7 @@ from calm.decode import engines, program
 from calm.exits import confidence, schedules
 from calm.t5 import caches, network
 from calm.t5.parameters import Params
-from calm.t5x import bindings, calls, loops, prefixes, shards, sizes, stored
+from calm.t5x import bindings, calls, loops, prefixes, shards, sizes, stored, watching
 from calm.training import objectives
 
 Batch = Mapping[str, jax.Array]
@@ -243,6 +244,9 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     options = {**static, **traced} | ({} if rng is None else {"decode_rng": rng})
     eos_id = options["eos_id"]
     rows = prefixes.make_rows(encoded, prefix, threshold, eos_id, num_decodes)
+    watch = watching.watch(self._decode_fn, t5x_decoding.temperature_sample, options)
+    if watch is not None:
+      options[watching.CALLBACK] = watch
     decodes, scores, *same_pass = self._decode_fn(
       inputs=prefix,
       cache=loop.empty_cache(weights, rows, prefix.shape[0]),
@@ -251,6 +255,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       cache_offset=0,
       **options,
     )
+    if watch is not None:
+      same_pass = [watch.exits(num_decodes)]
     found = loop.exits_of(weights, rows, decodes, eos_id, same_pass)
     return decodes, {"scores": scores, **found}
 
