@@ -138,36 +138,56 @@ def in_step(exits: Sequence[Sequence[int]], rows: int, cost: Costs) -> float:
   return total / tokens
 
 
+class _Row:
+  """A row in flight, one text after another: what its token needs, what it has skipped.
+
+  Attributes:
+    need: segments of the token that it is at.
+    pending: tokens that each segment was skipped at since it last ran.
+  """
+
+  def __init__(self, texts: Iterator[Sequence[int]]):
+    self._texts, self._text = texts, iter(())
+    self.need, self.pending = 0, [0, 0, 0]
+    self.begin()
+
+  def begin(self) -> None:
+    """Goes on to the next token, of this text or of another."""
+    for segment in range(self.need, 3):
+      self.pending[segment] += 1
+    need = next(self._text, None)
+    while need is None:
+      self._text, self.pending = iter(next(self._texts)), [0, 0, 0]
+      need = next(self._text, None)
+    self.need = need
+
+
 def out_of_step(
   exits: Sequence[Sequence[int]], rows: int, in_flight: int, cost: Costs
 ) -> float:
   """Thousands of cycles a token; a segment of `rows` rows at a time, of `in_flight`.
 
-  What skipped layers are filled with is left out (a row's own, and not in step with others'):
-  the figure is a bound from below.
+  Rows that a segment runs for are filled together, so often as the one needs that has skipped
+  it most. Left out, so that the figure is a bound from below: the places in the caches that a
+  row leaves empty while it waits, and what gathers rows and puts them back.
   """
   texts = itertools.cycle(exits)
-  needs = _tokens(texts)
-  waiting: list[list[int]] = [[next(needs) for _ in range(in_flight)], [], []]
+  waiting: list[list[_Row]] = [[_Row(texts) for _ in range(in_flight)], [], []]
   total, tokens = 0.0, 0
   while tokens < TOKENS:
     full = [s for s in (2, 1, 0) if len(waiting[s]) >= rows]
     segment = full[0] if full else max(range(3), key=lambda s: len(waiting[s]))
     taken, waiting[segment] = waiting[segment][:rows], waiting[segment][rows:]
-    total += cost.segments[segment]
-    for need in taken:
-      if need > segment + 1:
-        waiting[segment + 1].append(need)
-      else:
+    skipped = max(one.pending[segment] for one in taken)
+    total += cost.segments[segment] + (cost.fill(segment, skipped) if segment else 0.0)
+    for one in taken:
+      one.pending[segment] = 0
+      deeper = one.need > segment + 1
+      if not deeper:
+        one.begin()
         tokens += 1
-        waiting[0].append(next(needs))
+      waiting[segment + 1 if deeper else 0].append(one)
   return total / tokens
-
-
-def _tokens(texts: Iterator[Sequence[int]]) -> Iterator[int]:
-  """One token after another. Which row says it does not matter where rows wait by depth."""
-  for text in texts:
-    yield from text
 
 
 def row(rows: int, exits: Sequence[Sequence[int]], by_rows: dict[int, Costs]) -> list[Any]:
