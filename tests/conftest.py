@@ -39,6 +39,7 @@ _check_annotations()
 # Files that are about what happens around compiled programs, not in them: LLVM need not try
 # hard there. What compares numbers with others' or with the paper's is compiled as users do.
 QUICK = (
+  "inference/platform_test.py",
   *("commands/cli_test.py", "commands/infer_test.py", "commands/pipeline_test.py"),
   *("fitting/run_test.py", "fitting/stages_test.py", "inference/certified_test.py"),
   *("inference/grid_test.py", "inference/until_certified_test.py"),

@@ -179,8 +179,8 @@ def test_the_memory_of_a_row_is_what_the_compiler_says():
     num_heads=4,
     head_dim=8,
     mlp_dim=64,
-    num_encoder_layers=3,
-    num_decoder_layers=3,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
     mlp_activations=("gelu", "linear"),
     dropout_rate=0.1,
   )
