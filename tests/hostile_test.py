@@ -9,7 +9,6 @@ import collections
 import copy
 import json
 import resource
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 
 from tests import hostile_documents as documents
 from tests import hostile_runs as runs
+from tests.spent import Spent
 
 VALUES = (None, True, -1, 0, 1.5, 10**9, 10**30, "x", "", [], {}, [[1]], {"a": 1}, "\x1b[2J")
 SECONDS, BYTES = 10.0, 2**30
@@ -84,7 +84,7 @@ class Tally(collections.Counter):
 
   def take(self, what: str, read: Callable[[], Any], fair: bool | Callable[[Any], bool]):
     """Reads; `fair`: whether something may be read, or whether what was read may be."""
-    start = time.monotonic()
+    spent = Spent()
     try:
       found = read()
       fair = fair(found) if callable(fair) else fair
@@ -98,8 +98,8 @@ class Tally(collections.Counter):
     except Exception as error:
       kind = "traceback"
       self.wrong.append(f"{what}: traceback: {error!r:.200}")
-    if time.monotonic() - start > SECONDS:
-      self.wrong.append(f"{what}: took {time.monotonic() - start:.0f} s")
+    if spent.seconds > SECONDS:
+      self.wrong.append(f"{what}: took {spent.seconds:.0f} s")
       self["slow"] += 1
     self[kind] += 1
 

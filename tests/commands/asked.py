@@ -8,12 +8,12 @@ import importlib
 import itertools
 import json
 import pathlib
-import time
 
 from calm import inference
 from calm.calibrate import NEVER_EXIT, Prompt, Record, generations
 from calm.calibrate.generations import shards, writer
 from calm.commands import cli
+from tests.spent import Spent
 
 # Where the work of each command begins: everything before is a check.
 WORK = {
@@ -137,7 +137,7 @@ class Asker:
     self._capsys.readouterr()
     if before := _held("VmRSS"):
       pathlib.Path("/proc/self/clear_refs").write_text("5")  # the most until now
-    start = time.monotonic()
+    spent = Spent()
     try:
       status = cli.main(words)
     except AtWork:
@@ -145,7 +145,7 @@ class Asker:
     except SystemExit as stopped:  # argparse's own refusal
       status = stopped.code if isinstance(stopped.code, int) else 1
     finally:
-      self.seconds, self.bytes = time.monotonic() - start, _held("VmHWM") - before
+      self.seconds, self.bytes = spent.seconds, _held("VmHWM") - before
       gin.clear_config()
     return status, self._capsys.readouterr().err
 

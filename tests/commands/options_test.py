@@ -7,7 +7,6 @@ comes back is a refusal that names the option or the value, or the table calls t
 import collections
 import dataclasses
 import resource
-import time
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from calm.calibrate.generations import records, writer
 from calm.commands import cli
 from tests.calibrate import laws
 from tests.commands import asked
+from tests.spent import Spent
 
 ESCAPE = "\x1b[2J"
 LONG = "x" * 5000
@@ -135,14 +135,14 @@ def test_no_option_takes_nonsense(command, asker, monkeypatch):
       given = value.replace("{garbage}", "garbage").format(folder=asker.folder, rows=asker.rows)
       words = asker.words(command, option)
       words += [f"{option}={given}"] if action.option_strings else [given]
-      start = time.monotonic()
+      spent = Spent()
       status, told = asker.ask(words)
       outcome = "named" if status == 2 else "fair"
       if status not in (2, 0, "taken") or (status != 2 and not fair):
         outcome = "silent"
       elif status == 2 and not told_of(option, given, told):
         outcome = "vague"
-      elif time.monotonic() - start > SECONDS:
+      elif spent.seconds > SECONDS:
         outcome = "slow"
       found[outcome] += 1
       if outcome in ("silent", "vague", "slow") or "Traceback" in told or ESCAPE in told:

@@ -1,7 +1,6 @@
 """Parquet files that stand for more than they hold, and honest ones of every kind."""
 
 import resource
-import time
 
 import pytest
 
@@ -9,6 +8,7 @@ pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow (`test`)"
 from pyarrow import parquet
 
 from calm.data import bounded, parquet_rows, prompt_files
+from tests.spent import Spent
 
 LONG = "x" * 10**6
 
@@ -43,10 +43,10 @@ def test_what_is_packed_to_fill_the_memory_is_refused(tmp_path, name):
   common = {"store_schema": False, "write_statistics": False, "compression": "zstd"}
   parquet.write_table(pyarrow.table(made()), path, **common, **written)
   assert path.stat().st_size < 500_000
-  start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  spent, before = Spent(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   with pytest.raises(ValueError, match=r"bomb\.parquet' to unpack .*JSON Lines"):
     list(prompt_files.open_prompts(path))
-  assert time.monotonic() - start < 10
+  assert spent.seconds < 10
   assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 2**30
 
 

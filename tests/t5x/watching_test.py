@@ -1,4 +1,4 @@
-"""Exits out of T5X's own sampling loop, in one pass: those that reading the texts again finds."""
+"""Exits out of T5X's own sampling loop, in one pass: those that a second reading finds."""
 
 import functools
 

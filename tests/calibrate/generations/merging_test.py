@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import tracemalloc
 
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from calm.calibrate import GenerationsError, Prompt, Record, generations, open_writer
 from calm.calibrate.generations import files, merging, shards
 from tests.calibrate import laws
+from tests.spent import Spent
 
 GRID = (0.9, 0.5)
 LEVELS = (float("inf"), *GRID)
@@ -379,7 +379,7 @@ def test_what_a_mark_claims_is_not_made_room_for(four, change, kind):
   for folder in shards.folders(four):
     path = folder / shards.MARK
     path.write_text(json.dumps({**json.loads(path.read_text()), "kind": kind, **change}))
-  start = time.monotonic()
+  spent = Spent()
   tracemalloc.start()
   try:
     with pytest.raises(GenerationsError, match=r"xpected .*, got "):
@@ -387,7 +387,7 @@ def test_what_a_mark_claims_is_not_made_room_for(four, change, kind):
     assert tracemalloc.get_traced_memory()[1] < 2**24
   finally:
     tracemalloc.stop()
-  assert time.monotonic() - start < 5
+  assert spent.seconds < 5
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"NaN"])
