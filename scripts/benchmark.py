@@ -13,6 +13,7 @@ caches (`calm.t5.costs`) at the speed at which memory was read in the same run.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -33,6 +34,7 @@ import numpy as np
 
 from calm import exits
 from calm.calibrate.generations import files
+from calm.decode import sharded
 from calm.t5 import costs
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "ctranslate2")
@@ -75,6 +77,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   )
   add("--engines", type=words, default=tuple(systems.ENGINES), help="ways of running the loop")
   add("--head_dtypes", type=words, default=("", "int8"), help="of ours; int8 also, as rows")
+  add("--num_devices", type=int, default=1, help="ours also over so many CPU devices")
   add("--thresholds", type=floats, default=(), help="real exits too, at these thresholds")
   add("--systems", type=words, default=(), help="only rows that contain one of these words")
   add("--brief", type=words, default=(), help="the same, where a length is not the least")
@@ -127,12 +130,9 @@ def rows_of(setting: models.Setting, options: argparse.Namespace, log) -> list[t
   everything = ours.systems(
     options.depths, options.measures, thresholds, options.engines, options.exit_layers
   )
-  if "int8" in options.head_dtypes:
-    narrow = systems.Ours(models.with_narrow_heads(model), setting)
-    everything += map(
-      systems.with_narrow_head,
-      narrow.systems((), options.measures, thresholds, ("default",), options.exit_layers),
-    )
+  for others, words in variants(model, setting, options):
+    made = others.systems((), options.measures, thresholds, ("default",), options.exit_layers)
+    everything += [systems.renamed(system, words) for system in made]
   for peer in peers.PEERS:
     if peer.name in options.peers and not peers.not_installed(*peer.packages):
       everything += peer.systems(model, setting, options.depths)
@@ -153,6 +153,24 @@ def rows_of(setting: models.Setting, options: argparse.Namespace, log) -> list[t
     for time_ in times[turn:] + times[:turn]:
       _run(time_)
   return _table(setting, model, times, max(speeds))
+
+
+def variants(
+  model: models.Model, setting: models.Setting, options: argparse.Namespace
+) -> list[tuple[systems.Ours, str]]:
+  """Ours with the head in 8 bits, over several devices, and both; and how that is called."""
+  weights = {"": model}
+  if "int8" in options.head_dtypes:
+    weights["head in 8 bits"] = models.with_narrow_heads(model)
+  counts = {"": 1}
+  if options.num_devices > 1 and setting.batch_size % options.num_devices == 0:
+    counts[f"{options.num_devices} devices"] = options.num_devices
+  return [
+    (systems.Ours(weights[head], setting, counts[spread]), ", ".join(filter(None, both)))
+    for both in itertools.product(weights, counts)
+    if any(both)
+    for head, spread in [both]
+  ]
 
 
 def chosen_words(setting: models.Setting, options: argparse.Namespace) -> tuple[str, ...]:
@@ -273,6 +291,7 @@ def agreement(got: systems.Decoded, full: systems.Decoded, eos_id: int) -> float
 def main(arguments: list[str] | None = None) -> int:
   """Runs the whole table; what is done is written after every setting."""
   options = parse(arguments)
+  sharded.make_cpu_devices(options.num_devices)
   # Compilation is reported: it must not come from disk.
   warnings.filterwarnings("ignore")  # peers' own
   jax.config.update("jax_enable_compilation_cache", False)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm import exits
-from calm.decode import engines
+from calm.decode import engines, sharded
 from calm.decode import program as program_lib
 from calm.exits import confidence
 from calm.t5 import caches, costs
@@ -72,15 +72,22 @@ class System:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ours:
-  """Makes the systems of one model in one setting."""
+  """Makes the systems of one model in one setting, over so many devices."""
 
   model: models.Model
   setting: models.Setting
+  num_devices: int = 1
 
   @functools.cached_property
   def tokens(self) -> list[jax.Array]:
     """The prompts, a batch an array."""
     return [jnp.asarray(batch) for batch in models.batches(self.model, self.setting)]
+
+  @functools.cached_property
+  def weights(self) -> program_lib.ModelWeights:
+    """The model's, on every device."""
+    program, weights = self._program(exits.StaticExit()), self.model.weights
+    return program.replicate(weights) if self.num_devices > 1 else weights
 
   @functools.cached_property
   def encoded(self) -> list[caches.Encoded]:
@@ -139,9 +146,7 @@ class Ours:
     active = jnp.ones(self.setting.batch_size, bool)
 
     def decode() -> Decoded:
-      made = [
-        program.decode(self.model.weights, encoded, active, limit) for encoded in self.encoded
-      ]
+      made = [program.decode(self.weights, encoded, active, limit) for encoded in self.encoded]
       made = jax.device_get(made)
       return Decoded([m.tokens for m in made], [m.exit_layers for m in made])
 
@@ -157,22 +162,21 @@ class Ours:
       name, decode, self.encode if encode else None, pieces, measured_layers=measured_layers
     )
 
-  def _program(self, rule, engine="default") -> program_lib.Program:
+  def _program(self, rule, engine="default"):
     model, length = self.model, self.setting.decode_length
-    return program_lib.Program(model.config, rule, length, model.eos_id, engine=ENGINES[engine])
+    made = program_lib.Program(model.config, rule, length, model.eos_id, engine=ENGINES[engine])
+    return sharded.ShardedProgram(made, self.num_devices) if self.num_devices > 1 else made
 
   def encode(self) -> list[caches.Encoded]:
     """Encoder and cross-attention keys and values of every batch."""
     program = self._program(exits.StaticExit())
-    encoded = [program.encode(self.model.weights, tokens) for tokens in self.tokens]
+    encoded = [program.encode(self.weights, tokens) for tokens in self.tokens]
     return jax.block_until_ready(encoded)
 
 
-def with_narrow_head(system: System) -> System:
-  """A system of weights whose head is read in 8 bits: encoded alike, its floor not known."""
-  return dataclasses.replace(
-    system, name=f"{system.name}, head in 8 bits", encode=None, pieces=None
-  )
+def renamed(system: System, words: str) -> System:
+  """A system run in another way: encoded alike, its floor not known."""
+  return dataclasses.replace(system, name=f"{system.name}, {words}", encode=None, pieces=None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,10 @@ rows only, and nothing is exchanged: the results are those of one device (design
 independent), and each loop ends when its own rows have ended.
 """
 
+import contextlib
 import dataclasses
 import functools
+import os
 from typing import Any
 
 import jax
@@ -20,8 +22,24 @@ from calm.decode import program as program_lib
 from calm.t5 import caches
 
 AXIS = "prompts"
+MOST_CPU_DEVICES = 256  # that are made because somebody names a number
 # Rows of every leaf of a batch lie along its first axis.
 ROWS, REPLICATED = sharding.PartitionSpec(AXIS), sharding.PartitionSpec()
+
+
+def make_cpu_devices(count: Any) -> None:
+  """Has JAX divide the CPU into so many devices, where it has not looked for any yet.
+
+  A device is a thread of its own: at many rows attention, which XLA:CPU computes in one, is
+  done side by side. Does nothing on other platforms, where flags ask for a number already, and
+  where JAX has its devices (`mesh` says so if they are too few).
+  """
+  asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+  if not isinstance(count, int) or not 1 < count <= MOST_CPU_DEVICES:
+    return  # who uses it refuses it
+  if not asked and count > jax.config.jax_num_cpu_devices:
+    with contextlib.suppress(RuntimeError):  # it has them
+      jax.config.update("jax_num_cpu_devices", count)
 
 
 @functools.cache
@@ -35,7 +53,8 @@ def mesh(num_devices: int) -> sharding.Mesh:
   if not 1 <= num_devices <= len(devices):
     raise ValueError(
       f"Expected `num_devices` in 1 ... {len(devices)}, the devices that JAX sees, got"
-      f" {num_devices}; on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N."
+      f" {num_devices}; on a CPU, JAX_NUM_CPU_DEVICES=N makes N, and so does loading a model"
+      " with `num_devices=N` before JAX has computed anything."
     )
   return sharding.Mesh(np.asarray(devices[:num_devices]), (AXIS,))
 

@@ -9,6 +9,7 @@ from typing import Any
 from calm import checkpoints
 from calm.calibrate import NEVER_EXIT, Calibration
 from calm.calibrate.generations.procedures import describe_differences
+from calm.decode import sharded
 from calm.inference import exact as exact_lib
 from calm.inference.options import DecodeOptions, change, stored_options
 from calm.inference.predictor import Predictor
@@ -55,6 +56,7 @@ def load(
     ValueError: the calibration is for another procedure (the message names the fields), or the
       checkpoint has no vocabulary.
   """
+  sharded.make_cpu_devices(options.get("num_devices"))
   directory = checkpoints.PACKED if str(path) == "packed" else pathlib.Path(path)
   checkpoint = checkpoints.load(directory)
   if checkpoint.vocabulary is None:
