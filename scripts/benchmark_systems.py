@@ -87,7 +87,8 @@ class Ours:
   def weights(self) -> program_lib.ModelWeights:
     """The model's, on every device."""
     program, weights = self._program(exits.StaticExit()), self.model.weights
-    return program.replicate(weights) if self.num_devices > 1 else weights
+    spread = isinstance(program, sharded.ShardedProgram)
+    return program.replicate(weights) if spread else weights
 
   @functools.cached_property
   def encoded(self) -> list[caches.Encoded]:

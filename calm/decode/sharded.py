@@ -37,7 +37,8 @@ def make_cpu_devices(count: Any) -> None:
   asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
   if not isinstance(count, int) or not 1 < count <= MOST_CPU_DEVICES:
     return  # who uses it refuses it
-  if not asked and count > jax.config.jax_num_cpu_devices:
+  now = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+  if not asked and count > now:
     with contextlib.suppress(RuntimeError):  # it has them
       jax.config.update("jax_num_cpu_devices", count)
 
