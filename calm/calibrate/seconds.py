@@ -52,9 +52,20 @@ class Seconds:
   @property
   def slower(self) -> str:
     """Where calibrated exits are no faster than full depth, in words; '' where they are."""
-    pairs = [pair for pair in (self.single, self.batched) if pair is not None]
-    slow = [f"x{p.speedup:.2f} {together(p)}" for p in pairs if not p.speedup > 1.0]
+    slow = [f"x{p.speedup:.2f} {together(p)}" for p in self._pairs if not p.speedup > 1.0]
     return " and ".join(slow)
+
+  @property
+  def told(self) -> str:
+    """Full depth's time over that of calibrated exits, in words."""
+    return ", ".join(
+      f"x{pair.speedup:.2f} {together(pair)} (x{pair.end_to_end:.2f} with the encoder)"
+      for pair in self._pairs
+    )
+
+  @property
+  def _pairs(self) -> list["Pair"]:
+    return [pair for pair in (self.single, self.batched) if pair is not None]
 
 
 def together(pair: Pair) -> str:

@@ -6,7 +6,7 @@ import itertools
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from calm import exits
@@ -170,8 +170,7 @@ class Served:
       )
     elif self._tokens:
       say(f"Costs by formula, decoder only: {self._costs}.")
-    if slow := self._slower():
-      say(f"Warning: {slow}")
+    self._say_seconds(say)
     if self._exact:
       said = "These are the full model's own texts: every token was verified at full depth."
       say(f"{said}{self._given_up}")
@@ -183,23 +182,32 @@ class Served:
     if self.monitored is not None:
       say(self.monitored.report())
 
-  def _slower(self) -> str:
-    """What to say where the calibrated threshold is not faster, measured on these prompts.
+  def _say_seconds(self, say: Callable[[str], None]) -> None:
+    """The calibrated threshold beside full depth, and a warning where it is not faster.
 
-    Nothing is measured where the calibration tells: that was said when it was opened.
+    Nothing is measured where the calibration tells, whose warning came when it was opened.
     """
     calibration = self.predictor.calibration
-    if calibration is None or not self._guarantee or self._done < MEASURED_PROMPTS:
-      return ""
-    if seconds.of(calibration) is not None or not calibration.certified:
-      return ""
+    if calibration is None or not self._guarantee or not calibration.certified:
+      return
+    noted = seconds.of(calibration)
+    if noted is not None:
+      say(f"Decoder beside full depth, as measured with the calibration: {noted.told}.")
+    elif self._done >= MEASURED_PROMPTS:
+      found = self._measured()
+      say(f"Decoder beside full depth, measured on some of these prompts: {found.told}.")
+      if slow := seconds.warning(calibration, found):
+        say(f"Warning: {slow}")
+
+  def _measured(self) -> seconds.Seconds:
     from calm import inference
 
     texts = [prompt.input for prompt in self._sample]
-    measured = inference.seconds.measure(
-      self.predictor, texts, self.threshold, prompts=4, rounds=3
-    )
-    return seconds.warning(calibration, measured)
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", prompt_batches.CutPrompts)  # said above, of all prompts
+      return inference.seconds.measure(
+        self.predictor, texts, self.threshold, prompts=4, rounds=3
+      )
 
 
 def _count(number: int, thing: str) -> str:

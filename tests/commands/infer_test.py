@@ -216,6 +216,33 @@ def test_the_models_own_calibration_is_served(prompts, tmp_path, capsys):
   assert made.guarantee.split(".")[0] in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(("speedup", "slow"), [(1.5, False), (0.9, True)])
+def test_the_speed_beside_full_depth_is_said(
+  prompts, tmp_path, capsys, monkeypatch, speedup, slow
+):
+  """Measured on the prompts; that some of them are cut is said once, of all."""
+  model = toy.save_model(tmp_path / "fitted")
+  made = calibrate.calibrate(np.zeros((200, 1)), [0.9], tolerance=0.1, error_rate=0.05)
+  procedure = inference.load(model, max_input_length=6, batch_size=2).procedure
+  dataclasses.replace(made, procedure=procedure).save(tmp_path / "calibration.json")
+  monkeypatch.setattr(serving, "MEASURED_PROMPTS", 7)
+  measure = inference.seconds.measure
+
+  def measured(predictor, *given, **options):
+    found = measure(predictor, *given, **options)
+    single = dataclasses.replace(found.single, speedup=speedup, end_to_end=1.25)
+    return dataclasses.replace(found, single=single, batched=None)
+
+  monkeypatch.setattr(inference.seconds, "measure", measured)
+  named = [f"--model={model}", f"--prompts={prompts}", "--input_key=review", "--output=-"]
+  calibration = f"--calibration={tmp_path / 'calibration.json'}"
+  assert cli.main(["infer", *named, calibration]) == 0
+  said = " ".join(capsys.readouterr().err.split())
+  assert f"x{speedup:.2f} one at a time (x1.25 with the encoder)" in said
+  assert ("not faster than full depth" in said) == slow
+  assert said.count("have more than `max_input_length`") == 1
+
+
 def test_counts_rates_and_time_left_without_a_terminal(monkeypatch, capsys):
   from rich import console
 
