@@ -341,13 +341,14 @@ class Predictor:
     verified = isinstance(rule or self.options.rule, exits.Verified)
     pooled = self.options.refill and not verified  # whose rows have positions of their own
     for batches in prompt_batches.together(self.plan(texts), pooled=pooled):
-      with clock.phase("decode"):
-        if len(batches) > 1:
-          pool = pool_program.PoolProgram(self.program(rule))
-          with self._precision():
-            generation = pool.decode(self.weights, batches, level, encode)
-        else:
-          generation = self.decode(encode(batches[0]), batches[0].active, level, rule)
+      if len(batches) > 1:
+        pool = pool_program.PoolProgram(self.program(rule))
+        with clock.phase("decode"), self._precision():
+          generation = pool.decode(self.weights, batches, level, encode)
+      else:
+        encoded, active = encode(batches[0]), batches[0].active
+        decode = functools.partial(self.decode, encoded, active, level, rule)
+        generation = clock.run("decode", decode)
       for i, row in enumerate(np.concatenate([batch.rows for batch in batches])):
         items[int(row)] = self.output(generation, i, batches[0].tokens.shape[1])
     timing = outputs_lib.Timing(
@@ -362,8 +363,7 @@ class Predictor:
   def _timed_encode(
     self, clock: compiling.Clock, batch: prompt_batches.PromptBatch
   ) -> caches.Encoded:
-    with clock.phase("encode"):
-      return jax.block_until_ready(self.encode(batch))
+    return clock.run("encode", functools.partial(self.encode, batch))
 
   def output(
     self, generation: loop.Generation, row: int, input_length: int = 0
