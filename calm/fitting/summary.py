@@ -75,16 +75,16 @@ def plain(example: ShownText, num_layers: int) -> str:
   return " ".join(text.replace("`", "'").split())
 
 
-# Of ways to leave whose texts were not looked at: seconds at the threshold that was forecast.
-TIMED_ONLY = " (timed only)"
+# Of ways to leave whose texts were not looked at: seconds of other rounds, on fewer prompts, at
+# the threshold that was forecast; slower there than those that went on.
+TIMED_ONLY = " (in a first look)"
 
 
 def tried_lines(choice: Choice) -> list[str]:
-  """What was tried, the fastest first, a line each."""
+  """What was tried, the fastest first, a line each; last, what was only looked at first."""
   lines = []
-  order = sorted(
-    choice.tried, key=lambda entry: -(0.0 if math.isnan(entry.speedup) else entry.speedup)
-  )
+  speed = lambda entry: 0.0 if math.isnan(entry.speedup) else entry.speedup
+  order = sorted(choice.tried, key=lambda entry: (not entry.decoded, -speed(entry)))
   for entry in order:
     mark = " (chosen)" if choice.best is entry else "" if entry.decoded else TIMED_ONLY
     if math.isnan(entry.speedup):
