@@ -29,7 +29,15 @@ from calm.calibrate.evidence import methods, multiple_testing
 from calm.calibrate.generations import foreign, order
 from calm.calibrate.generations.shown import visible
 from calm.calibrate.losses import sequence_losses
-from calm.commands import certificate, common, promise_flags, references, several, verifying
+from calm.commands import (
+  certificate,
+  common,
+  following,
+  promise_flags,
+  references,
+  several,
+  verifying,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +147,9 @@ def _save(arguments, console, result: calibrate_lib.Calibration, cached=None) ->
   )
   result.save(output)
   certificate.print_calibration(console, result, cached)
-  screen.say(console, f"Written to {output}, digest {result.digest}")
+  screen.say(console, f"Written to {output}, digest {result.digest}", soft_wrap=True)
+  notes = {} if cached is None else cached.provenance.notes or {}
+  following.say_serve(console, result, output, notes.get("model"))
   return 0
 
 

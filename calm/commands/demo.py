@@ -11,7 +11,6 @@ threshold, then decodes prompts it has never seen and compares.
 import argparse
 import dataclasses
 import pathlib
-import shlex
 import statistics
 import tempfile
 from typing import Any
@@ -32,7 +31,7 @@ from calm.calibrate import (
 from calm.calibrate.generations import records
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import metrics, sequence_losses
-from calm.commands import certificate, common, model_flags
+from calm.commands import certificate, common, following, model_flags
 
 # Fixed before the first run; another tolerance is the user's choice, not ours.
 TOLERANCE, ERROR_RATE = 0.1, 0.05
@@ -142,8 +141,7 @@ def serving_command(arguments: argparse.Namespace, calibration: Calibration) -> 
     if (value := getattr(arguments, name)) not in (None, "packed")
   ]
   threshold = f"--threshold={thresholds.format_threshold(calibration.threshold)}"
-  words = ["calm", "infer", *given, threshold, "--prompts=-"]
-  return f"echo 'a long text' | {shlex.join(words)}"
+  return following.infer(*given, threshold)
 
 
 def _refuse_rates(count: int, tolerance: float, error_rate: float) -> None:

@@ -14,7 +14,6 @@ was stopped goes on with the same command.
 
 import argparse
 import contextlib
-import shlex
 import time
 from collections.abc import Iterator
 
@@ -23,7 +22,7 @@ from rich import progress as rich_progress
 
 from calm.calibrate import screen
 from calm.calibrate.generations.shown import visible
-from calm.commands import common, showing
+from calm.commands import common, following, showing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,8 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
   screen.say(console, f"Summary: {shown}/summary.md and {shown}/summary.html", soft_wrap=True)
   screen.say(console, "Serve it:")
   # A command that works as it stands.
-  model = shlex.quote(arguments.output)
-  print(f"echo 'a long text' | calm infer --model={model} --prompts=-", flush=True)
+  print(following.infer(f"--model={arguments.output}"), flush=True)
   return 0
 
 

@@ -11,7 +11,6 @@ prompt is encoded once, and the grid compiles once.
 
 import argparse
 import pathlib
-import shlex
 
 from rich import console as rich_console
 from rich import progress as rich_progress
@@ -28,7 +27,7 @@ from calm.calibrate import (
 from calm.calibrate.generations import order
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import asking, sequence_losses
-from calm.commands import certificate, common, model_flags, sharding
+from calm.commands import certificate, common, following, model_flags, sharding
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,7 +156,7 @@ def _open_writer(arguments, console, folder, predictor, prompts, levels, test=No
 def _part(arguments, console, predictor, prompts, levels, part: sharding.Part) -> int:
   """One shard: decoded, and marked as done in the end; done again, it is left as it is."""
   about = {"procedure": predictor.procedure.to_json(), "thresholds": levels}
-  merge = f"when all are: calm merge {shlex.quote(arguments.output)}"
+  merge = f"when all are: {following.command('merge', arguments.output)}"
   if part.begin("generate", about, console):
     return 0
   names = []
@@ -195,9 +194,8 @@ def _grid(arguments, console, predictor, prompts, levels, writer) -> None:
   writer.finish()
   console.print(f"{len(prompts)} prompts, {len(levels)} thresholds and full depth: {summary}.")
   if arguments.num_shards is None:
-    output = arguments.output
-    following = f"next: calm calibrate {shlex.quote(output)}"
-    screen.say(console, f"Written to {output}; {following}", soft_wrap=True)
+    screen.say(console, f"Written to {arguments.output}. Calibrate on it:", soft_wrap=True)
+    print(following.command("calibrate", arguments.output), flush=True)
 
 
 def _test(arguments, levels, num_units: int) -> sequential.SequentialCalibration:
@@ -253,6 +251,7 @@ def _until_certified(arguments, console, predictor, prompts, test, writer) -> No
   calibration.save(path)
   certificate.print_calibration(console, calibration)
   screen.say(console, f"Written to {path}")
+  following.say_serve(console, calibration, path, arguments.model)
 
 
 def parse_grid(text: str | None, options) -> list[float]:

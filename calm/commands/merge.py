@@ -12,9 +12,10 @@ import pathlib
 
 from rich import console as rich_console
 
+from calm.calibrate import screen
 from calm.calibrate.generations import merging
 from calm.calibrate.generations.shown import visible
-from calm.commands import common
+from calm.commands import common, following
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,5 +42,6 @@ def run(arguments: argparse.Namespace) -> int:
   console = rich_console.Console(highlight=False)
   console.print(f"{count} prompts of {len(found)} shards: {visible(output)}", markup=False)
   if kind == "generate":
-    console.print(f"Next: calm calibrate {visible(output)}", markup=False)
+    screen.say(console, "Calibrate on them:")
+    print(following.command("calibrate", output), flush=True)
   return 0

@@ -10,12 +10,11 @@ never stopped. Scalars for TensorBoard go to the output folder, the model to its
 
 import argparse
 import pathlib
-import shlex
 import time
 from typing import Any
 
 from calm.calibrate.generations import files
-from calm.commands import common, gin_files
+from calm.commands import common, following, gin_files
 
 # Bindings on the command line see only what a gin file has named before them: these always.
 CHOICES = """
@@ -80,9 +79,9 @@ def run(arguments: argparse.Namespace) -> int:
   files.write_atomically(output_dir / "config.gin", gin.config_str())
   print(f"Model with the best validation: {exported}")
   print("Decode with it:")
-  model = shlex.quote(str(exported))
   # A command that works as it stands.
-  print(f"echo 'a text' | calm infer --model={model} --threshold=0.9 --prompts=-", flush=True)
+  words = (f"--model={exported}", "--threshold=0.9")
+  print(following.infer(*words, text="a text"), flush=True)
   return 0
 
 
