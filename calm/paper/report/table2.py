@@ -11,6 +11,12 @@ from calm.paper.report.tables import Table, number, threshold, times
 
 Reports = Sequence[suite.TaskReport]
 
+# Of the columns `95 %`, which a terminal has no room for.
+INTERVALS = (
+  " 95 %: intervals from these prompts alone (risk: a betting test on both sides; decode:"
+  " prompts drawn with replacement)."
+)
+
 
 def calibrated_gains(reports: Reports) -> Section:
   """Table 2."""
@@ -59,9 +65,8 @@ def gains_table(report: suite.TaskReport, turn: int = -1) -> Table:
       " λ: the calibrated threshold; “never”: nothing was certified, so the full model serves."
       " FLOPs: of the full model over these, decoder only (calm.t5.costs). Decode, total: the"
       " full model's seconds over these, without and with the encoder, measured on"
-      f" {found.num_timed} unseen prompts, each decoded alone. 95 %: intervals from these"
-      " prompts alone (risk: a betting test on both sides; decode: prompts drawn with"
-      f" replacement).{_above_note(found, turn)}"
+      f" {found.num_timed} unseen prompts, each decoded alone.{INTERVALS}"
+      f"{_above_note(found, turn)}"
     ),
     text_columns=3,
   )

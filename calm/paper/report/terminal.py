@@ -41,7 +41,7 @@ def print_table(console: rich_console.Console, table: Table) -> None:
     words=table.text_columns,
   )
   if table.note:
-    screen.say(console, table.note, "dim")
+    screen.say(console, table.note.replace(table2.INTERVALS, ""), "dim")
 
 
 def print_examples(console: rich_console.Console, found: examples.Examples, count: int) -> None:

@@ -180,6 +180,7 @@ def test_the_terminal_shows_the_table_and_the_outputs():
   terminal.print_report(console, [samples.report()])
   shown = file.getvalue()
   assert "textual" in shown and "layers" in shown and "…" not in shown
+  assert "95 %" not in shown, "its columns are not there"
   assert "measure softmax, threshold 0.6" in shown
   # No colour in a file: the text as it is, and its layers as numbers.
   assert re.search(r"R \S+, layers 4( 2)+$", shown, re.MULTILINE) and "\x1b" not in shown
