@@ -64,10 +64,10 @@ class Stage:
     start = time.monotonic()
     if not self.gin_file.exists():
       files.write_atomically(self.gin_file, self._gin(progress, say))
-    seen: dict[str, int] = {"steps": 0, "of": 1}
+    seen: dict[str, int] = {"first": 0, "steps": 0, "of": 1}
 
     def begun(step: int, num_steps: int) -> None:
-      seen.update(steps=step, of=num_steps)
+      seen.update(first=step, steps=step, of=num_steps)
       progress(0.0, f"step {step} of {num_steps}, compiling")
 
     def advance(step: int, scalars: dict[str, float]) -> None:
@@ -79,7 +79,9 @@ class Stage:
     losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in history)
     seconds = time.monotonic() - start
     recipe = RECIPES[self.name](self.model.config, len(self.splits.train))
-    note = more_time(losses, seconds, recipe.num_steps)
+    made = seen["steps"] - seen["first"]  # a run that was stopped had made the others
+    whole = seconds * losses[-1][0] / made if made else None
+    note = more_time(losses, whole, recipe.num_steps)
     say(f"Stage {self.name}: {losses[-1][0]} steps. {note}")
     return Trained(self.name, losses[-1][0], seconds, losses, note)
 
@@ -206,12 +208,14 @@ def _run_gin(file: pathlib.Path, output_dir: pathlib.Path, listener: training.Li
     gin.clear_config()
 
 
-def more_time(losses: tuple[tuple[int, float], ...], seconds: float, recipe_steps: int) -> str:
+def more_time(
+  losses: tuple[tuple[int, float], ...], seconds: float | None, recipe_steps: int
+) -> str:
   """What the validation loss did, and what as much time again would buy.
 
   Args:
     losses: (step, validation loss), ascending.
-    seconds: that the steps took.
+    seconds: that the steps took; None: not known.
     recipe_steps: how many the recipe has.
   """
   first, last = losses[0], losses[-1]
@@ -221,15 +225,17 @@ def more_time(losses: tuple[tuple[int, float], ...], seconds: float, recipe_step
   text = f"Validation loss {first[1]:.3f} at step {first[0]}, best {best[1]:.3f} at {best[0]}"
   whole = ""
   if last[0] < recipe_steps:
-    left = _duration(seconds * recipe_steps / last[0])
-    whole = f" The recipe has {recipe_steps} steps, about {left}."
+    share = recipe_steps / last[0]
+    about = "" if seconds is None else f", about {_duration(seconds * share)}"
+    whole = f" The recipe has {recipe_steps} steps{about}."
   middle = losses[len(losses) // 2]
   gained = middle[1] - best[1]
   if best[0] < last[0]:
     return f"{text}; the steps after that bought nothing.{whole}"
+  again = "" if seconds is None else f" ({_duration(seconds)})"
   return (
-    f"{text}; the second half of the steps bought {gained:.3f}: as much again"
-    f" ({_duration(seconds)}) would buy less than that.{whole}"
+    f"{text}; the second half of the steps bought {gained:.3f}: as much again{again} would buy"
+    f" less than that.{whole}"
   )
 
 

@@ -90,6 +90,7 @@ def test_both_stages_train_what_they_should_and_write_what_ran(stage, directory)
   # A finished stage trains no step more, whatever the recipe says by now.
   again = one.train(lambda share, text: None, said.append)
   assert again.losses == done.losses
+  assert " s)" not in said[-1] and "about" not in said[-1], "what they took is not known"
 
 
 def _at(tree, path):
@@ -221,5 +222,8 @@ def test_what_more_time_would_buy():
   text = stages.more_time(falling, 600.0, 8)
   assert "1.900 at step 1" in text and "bought 0.300" in text and "(10 min)" in text
   assert "The recipe has 24 steps, about 30 min." in stages.more_time(falling, 600.0, 24)
+  # A run that another one had ended does not know what its steps took.
+  text = stages.more_time(falling, None, 24)
+  assert "as much again would" in text and text.endswith("The recipe has 24 steps.")
   text = stages.more_time(((1, 2.0), (2, 1.0), (3, 1.5)), 60.0, 3)
   assert text.endswith("bought nothing.")
