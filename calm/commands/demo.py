@@ -135,11 +135,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def serving_command(arguments: argparse.Namespace, calibration: Calibration) -> str:
   """A command that works as it stands, with the model and options of the demo."""
+  kept = arguments.output  # with it the promise, which brings measure and layers
   given = [
     f"--{name}={value}"
-    for name in ("model", "measure", "exit_layers")
+    for name in ("model", *(() if kept else ("measure", "exit_layers")))
     if (value := getattr(arguments, name)) not in (None, "packed")
   ]
+  if kept:
+    return following.infer(*given, f"--calibration={pathlib.Path(kept) / 'calibration.json'}")
   threshold = f"--threshold={thresholds.format_threshold(calibration.threshold)}"
   return following.infer(*given, threshold)
 
