@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 from calm.calibrate.losses import metrics
-from calm.inference import certified
+from calm.inference import calibrating
 
 STAGES = ("both", "none", "one", "two")
 
@@ -52,13 +52,13 @@ class FitOptions:
       raise ValueError(f"Expected `budget` above 0 seconds, got {self.budget}.")
     if not 0 <= self.seed < 2**32:
       raise ValueError(f"Expected `seed` to be in 0 ... {2**32 - 1}, got {self.seed}.")
-    certified.kind_of(self.consistency)
+    calibrating.kind_of(self.consistency)
     metrics.get_metric(self.metric)
 
   @property
   def kind(self) -> str:
     """The loss that is controlled."""
-    return certified.kind_of(self.consistency)
+    return calibrating.kind_of(self.consistency)
 
   @property
   def trains(self) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from calm.fitting import last as last_lib
 from calm.fitting import splits as splits_lib
 from calm.fitting.options import FitOptions
 from calm.fitting.result import Point, Result, Trained
-from calm.inference import certified
+from calm.inference import calibrating
 from calm.paper.bench import decode, results
 
 HEADS = "Choose how the output head is read"
@@ -232,7 +232,7 @@ class Fit:
       share = (number * count + done + 1) / (batches * count)
       progress(share, f"batch {number + 1} of {batches}, threshold {shown}")
 
-    calibration, cached = certified.certify(
+    calibration, cached = calibrating.certify(
       # One compiled program for all lengths; rows do not depend on their padding.
       decode.one_shape(predictor.with_options(batch_size=2 * self.options.batch_size)),
       self.splits.calibration,

@@ -2,7 +2,7 @@
 
 from calm.checkpoints import PACKED
 from calm.inference import (
-  certified,
+  calibrating,
   colours,
   costs,
   grid,
@@ -26,7 +26,7 @@ __all__ = [
   "Predictor",
   "SlowerThanFullDepth",
   "UntrainedExits",
-  "certified",
+  "calibrating",
   "colours",
   "costs",
   "exact_rule",

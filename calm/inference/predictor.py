@@ -26,7 +26,7 @@ from calm.decode import compiled, loop, pool_program
 from calm.decode import program as program_lib
 from calm.decode import sharded as sharded_lib
 from calm.exits import schedules
-from calm.inference import certified, compiling, procedures, seconds
+from calm.inference import calibrating, compiling, procedures, seconds
 from calm.inference import outputs as outputs_lib
 from calm.inference.options import DecodeOptions, change
 from calm.t5 import caches, network
@@ -177,14 +177,14 @@ class Predictor:
     Args:
       prompts: exchangeable prompts like those to come, which nothing was chosen on.
       tolerance: delta, in (0, 1).
-      **options: `error_rate`, `consistency`, `metric`, `thresholds`; see `certified.certify`.
+      **options: `error_rate`, `consistency`, `metric`, `thresholds`; see `calibrating.certify`.
 
     Returns:
       A predictor whose `generate` needs no threshold; the promise is in `calibration`, and the
       seconds that were measured beside full depth in its notes (`calibrate.seconds.of`).
     """
-    given = certified.as_prompts(prompts)
-    made, _ = certified.certify(self, given, tolerance=tolerance, **options)
+    given = calibrating.as_prompts(prompts)
+    made, _ = calibrating.certify(self, given, tolerance=tolerance, **options)
     if made.certified:
       texts = [prompt.input for prompt in given]
       measured = seconds.measure(self, texts, made.threshold, prompts=8, rounds=3)

@@ -8,7 +8,7 @@ import pytest
 from calm import exits, inference
 from calm.calibrate import generations
 from calm.calibrate.losses import sequence_losses
-from calm.inference import certified
+from calm.inference import calibrating
 from tests.inference import predictor_test
 
 TEXTS = [f"{word} {i}" for i in range(20) for word in ("a", "the words")]
@@ -45,7 +45,7 @@ def test_texts_are_the_full_models_and_say_how_they_came_about(model, full):
 
 
 def test_slack_is_calibrated_from_a_hypothesis_that_is_true(model, full, tmp_path):
-  calibration, cached = certified.certify(
+  calibration, cached = calibrating.certify(
     model, TEXTS, tolerance=0.6, thresholds=GRID, folder=tmp_path / "cache"
   )
   losses = sequence_losses.compute(cached, "textual", metric="rouge_l")
@@ -69,7 +69,7 @@ def test_slack_is_calibrated_from_a_hypothesis_that_is_true(model, full, tmp_pat
 
 def test_what_a_lower_threshold_cannot_change_is_not_decoded_again(model, tmp_path):
   kept, plain = (
-    certified.certify(m, TEXTS, tolerance=0.6, thresholds=GRID, folder=tmp_path / name)[1]
+    calibrating.certify(m, TEXTS, tolerance=0.6, thresholds=GRID, folder=tmp_path / name)[1]
     for name, m in (("a", model), ("b", model.with_options(num_drafts=1)))
   )
   for a, b in zip(kept.records, plain.records, strict=True):

@@ -4,7 +4,7 @@ import pytest
 
 from calm import inference
 from calm.calibrate import Prompt, generations, seconds
-from calm.inference import certified
+from calm.inference import calibrating
 from tests.inference import predictor_test
 
 # A toy's seconds are noise.
@@ -37,7 +37,7 @@ def test_the_grid_of_the_model_is_taken_and_generations_are_kept(model, tmp_path
   prompts = [Prompt(str(i), text, (text,)) for i, text in enumerate(TEXTS)]
   folder = tmp_path / "cache"
   options = {"tolerance": 0.9, "consistency": "risk", "metric": "token_f1", "folder": folder}
-  calibration, cached = certified.certify(with_grid, prompts, **options)
+  calibration, cached = calibrating.certify(with_grid, prompts, **options)
   assert [row.threshold for row in calibration.rows] == [0.8, 0.7]
   assert calibration.kind == "risk_signed" and calibration.metric == "token_f1"
   assert generations.load(folder).records == cached.records
