@@ -19,7 +19,6 @@ from calm.calibrate.generations import records, writer
 from calm.commands import cli
 from tests.calibrate import laws
 from tests.commands import asked
-from tests.spent import Spent
 
 ESCAPE = "\x1b[2J"
 LONG = "x" * 5000
@@ -135,14 +134,13 @@ def test_no_option_takes_nonsense(command, asker, monkeypatch):
       given = value.replace("{garbage}", "garbage").format(folder=asker.folder, rows=asker.rows)
       words = asker.words(command, option)
       words += [f"{option}={given}"] if action.option_strings else [given]
-      spent = Spent()
       status, told = asker.ask(words)
       outcome = "named" if status == 2 else "fair"
       if status not in (2, 0, "taken") or (status != 2 and not fair):
         outcome = "silent"
       elif status == 2 and not told_of(option, given, told):
         outcome = "vague"
-      elif spent.seconds > SECONDS:
+      elif asker.refused and asker.seconds > SECONDS:
         outcome = "slow"
       found[outcome] += 1
       if outcome in ("silent", "vague", "slow") or "Traceback" in told or ESCAPE in told:
