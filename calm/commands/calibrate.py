@@ -36,6 +36,7 @@ from calm.commands import (
   promise_flags,
   references,
   several,
+  showing,
   verifying,
 )
 
@@ -215,7 +216,7 @@ def _tell_power(
 def _calibrate(arguments, console, cached, seed=None) -> calibrate_lib.Calibration:
   promise = promise_flags.promise_of(arguments, cached)  # refused before any text is compared
   columns = (*rich_progress.Progress.get_default_columns(), rich_progress.MofNCompleteColumn())
-  with rich_progress.Progress(*columns, console=console, transient=True) as bar:
+  with showing.bar(console, *columns) as bar:
     # Descriptions are read as markup, which a path need not be.
     name = rich_markup.escape(visible(arguments.metric))
     task = bar.add_task(f"{name} losses", total=None)

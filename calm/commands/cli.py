@@ -58,9 +58,24 @@ class _Parser(argparse.ArgumentParser):
         )
     return arguments
 
+  def parse_known_args(self, args=None, namespace=None):  # pyright: ignore
+    self._words = list(args or ())
+    return super().parse_known_args(args, namespace)
+
   def error(self, message: str):
+    if message.startswith("the following arguments are required"):
+      message += self._misspelt()
     found = re.search(r"argument COMMAND: invalid choice: '([^']*)'", message)
     super().error(visible(message) + (_meant(found[1], COMMANDS) if found else ""))
+
+  def _misspelt(self) -> str:
+    """The first option that this parser does not know: it may be the one that is missed."""
+    known = [option for action in self._actions for option in action.option_strings]
+    for word in self._words:
+      name = word.partition("=")[0]
+      if re.match("--[a-z]", name) and not any(option.startswith(name) for option in known):
+        return f"; got {name}, which is none{_meant(name, known)}"
+    return ""
 
   def _taken(self) -> Iterator[argparse.Action]:
     """What the command that was chosen takes: the others have none but --help."""

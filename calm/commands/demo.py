@@ -31,7 +31,7 @@ from calm.calibrate import (
 from calm.calibrate.generations import records
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import metrics, sequence_losses
-from calm.commands import certificate, common, following, model_flags
+from calm.commands import certificate, common, following, model_flags, showing
 
 # Fixed before the first run; another tolerance is the user's choice, not ours.
 TOLERANCE, ERROR_RATE = 0.1, 0.05
@@ -190,7 +190,7 @@ def generate_grid(
     folder, prompts=prompts, thresholds=levels, procedure=procedure
   )
   columns = (*rich_progress.Progress.get_default_columns(), rich_progress.TextColumn("left"))
-  with rich_progress.Progress(*columns, console=console, transient=True) as bar:
+  with showing.bar(console, *columns) as bar:
     task = bar.add_task("encode and decode")
 
     def advance(threshold, number, count):

@@ -145,7 +145,7 @@ def _listener(console: rich_console.Console) -> Iterator:
     rich_progress.BarColumn(bar_width=20),
     rich_progress.TextColumn("{task.fields[text]}", markup=False),
   )
-  with rich_progress.Progress(*columns, console=console, transient=True) as bar:
+  with showing.bar(console, *columns) as bar:
     task = bar.add_task("", total=1.0, visible=False, text="")
     show = lambda text: screen.say(console, text, soft_wrap=True)
 

@@ -27,7 +27,7 @@ from calm.calibrate import (
 from calm.calibrate.generations import order
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import asking, sequence_losses
-from calm.commands import certificate, common, following, model_flags, sharding
+from calm.commands import certificate, common, following, model_flags, sharding, showing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -173,7 +173,7 @@ def _part(arguments, console, predictor, prompts, levels, part: sharding.Part) -
 
 def _bar(console: rich_console.Console) -> rich_progress.Progress:
   columns = (*rich_progress.Progress.get_default_columns(), rich_progress.TextColumn("left"))
-  return rich_progress.Progress(*columns, console=console, transient=True)
+  return showing.bar(console, *columns)
 
 
 def _grid(arguments, console, predictor, prompts, levels, writer) -> None:

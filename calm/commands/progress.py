@@ -84,5 +84,5 @@ def steps(console: rich_console.Console) -> Iterator[Steps]:
     rich_progress.TextColumn("{task.fields[left]}", markup=False),
     rich_progress.TextColumn("{task.description}", markup=False),
   )
-  with rich_progress.Progress(*columns, console=console, transient=True) as bar:
+  with showing.bar(console, *columns) as bar:
     yield Steps(bar)

@@ -77,12 +77,18 @@ def counting(
     things: what they are called, like 'prompts'.
     done: those done before.
   """
-  bar = rich_progress.Progress(
+  columns = (
     rich_progress.BarColumn(bar_width=20),
     rich_progress.TextColumn("{task.fields[text]}", markup=False),
-    console=console,
-    transient=True,
-    disable=not console.is_terminal,
   )
-  with bar:
-    yield Counter(bar, total, things, done)
+  with bar(console, *columns) as shown:
+    yield Counter(shown, total, things, done)
+
+
+def bar(
+  console: rich_console.Console, *columns: rich_progress.ProgressColumn
+) -> rich_progress.Progress:
+  """A bar of which nothing stays; where there is no terminal, not even an empty line."""
+  return rich_progress.Progress(
+    *columns, console=console, transient=True, disable=not console.is_terminal
+  )

@@ -186,6 +186,7 @@ def test_dashes_are_underscores_and_colour_is_color(model, prompts, capsys):
     (["calibrate", "runs", "--tolerence=0.2"], "did you mean --tolerance?"),
     (["infer", "--prompts=-", "--treshold", "never"], "did you mean --threshold?"),
     (["calbrate", "runs"], "did you mean calibrate?"),
+    (["infer", "--promts=-"], "required: --prompts; got --promts, which is none; did you mean"),
     (["calibrate", "runs", "--zzz"], "unrecognized arguments: --zzz\n"),
   ],
 )

@@ -44,3 +44,11 @@ def test_nothing_is_said_before_anything_is_known():
   assert steps.left(1, 0.1) == ""  # a second tells little
   clock.now = 10.0
   assert steps.left(1, 0.1) == "6:30"
+
+
+def test_where_there_is_no_terminal_a_bar_leaves_nothing():
+  """rich ends one with an empty line, before an error too."""
+  file = io.StringIO()
+  with progress.steps(rich_console.Console(file=file)):
+    pass
+  assert file.getvalue() == ""
