@@ -128,7 +128,8 @@ def run(arguments: argparse.Namespace) -> int:
     named = (pair.rpartition("=")[2] for pair in arguments.outputs or ())
     common.check_output(arguments.output, read=(arguments.full, arguments.references, *named))
   if arguments.configurations:
-    return _save(arguments, console, several.calibrate_configurations(arguments))
+    chosen, model = several.calibrate_configurations(arguments)
+    return _save(arguments, console, chosen, model=model)
   cached = _read(arguments)
   if arguments.references:
     cached = references.with_references(cached, arguments.references)
@@ -142,15 +143,17 @@ def run(arguments: argparse.Namespace) -> int:
   return _save(arguments, console, _make(arguments, console, cached), cached)
 
 
-def _save(arguments, console, result: calibrate_lib.Calibration, cached=None) -> int:
+def _save(
+  arguments, console, result: calibrate_lib.Calibration, cached=None, model: object = None
+) -> int:
   output = pathlib.Path(
     arguments.output or pathlib.Path(arguments.directory or ".") / "calibration.json"
   )
   result.save(output)
   certificate.print_calibration(console, result, cached)
   screen.say(console, f"Written to {output}, digest {result.digest}", soft_wrap=True)
-  notes = {} if cached is None else cached.provenance.notes or {}
-  following.say_serve(console, result, output, notes.get("model"))
+  known = model if cached is None else following.model_of(cached)
+  following.say_serve(console, result, output, known)
   return 0
 
 

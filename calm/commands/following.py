@@ -8,7 +8,7 @@ import sys
 
 from rich import console as rich_console
 
-from calm.calibrate import Calibration, screen
+from calm.calibrate import Calibration, generations, screen
 from calm.calibrate.generations.shown import visible
 
 
@@ -38,6 +38,11 @@ def command(*words: object) -> str:
 def infer(*words: object, text: str = "a long text") -> str:
   """A text that is decoded by `calm infer` with these words."""
   return f"echo {shlex.quote(text)} | {command('infer', *words, '--prompts=-')}"
+
+
+def model_of(cached: generations.Generations) -> object:
+  """The model that outputs were decoded with, as it was given; None: unknown."""
+  return (cached.provenance.notes or {}).get("model")
 
 
 def say_serve(

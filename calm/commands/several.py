@@ -8,6 +8,7 @@ import numpy as np
 from calm import calibrate as calibrate_lib
 from calm.calibrate import generations, promises
 from calm.calibrate.losses import metrics, sequence_losses
+from calm.commands import following
 
 # What --risks and --configurations decide themselves.
 _REPLACED = ("labels", "depths", "list_unlabelled", "verify", "pilot")
@@ -85,8 +86,11 @@ def calibrate_risks(arguments, cached: generations.Generations) -> calibrate_lib
   )
 
 
-def calibrate_configurations(arguments) -> calibrate_lib.Calibration:
+def calibrate_configurations(arguments) -> tuple[calibrate_lib.Calibration, object]:
   """The cheapest certified threshold of all folders of --configurations.
+
+  Returns:
+    It, and the model that its folder was decoded with, as it was given; None: unknown.
 
   Raises:
     ValueError: a folder is none, has no `exit_layers`, or other prompts than the first.
@@ -98,7 +102,7 @@ def calibrate_configurations(arguments) -> calibrate_lib.Calibration:
       f" got directory={arguments.directory!r}, --full={arguments.full!r},"
       f" --outputs={arguments.outputs!r}, --output={arguments.output!r}."
     )
-  risks, costs = {}, {}
+  risks, costs, models = {}, {}, []
   for name, folder in _folders(arguments.configurations):
     cached = generations.load(folder)
     counts = cached.layer_counts()
@@ -107,9 +111,12 @@ def calibrate_configurations(arguments) -> calibrate_lib.Calibration:
     layers, tokens = counts
     risks[name] = risks_of(arguments, cached)
     costs[name] = layers / np.maximum(tokens, 1)
-  return calibrate_lib.calibrate_configurations(
+    models.append((cached.procedure, following.model_of(cached)))
+  found = calibrate_lib.calibrate_configurations(
     risks, costs, error_rate=arguments.error_rate, method=arguments.method
   )
+  chosen = (model for procedure, model in models if procedure == found.procedure)
+  return found, next(chosen, None)
 
 
 def _folders(pairs: Sequence[str]) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from calm.commands import cli, following
+from tests import toys
 from tests.commands import toy
 
 
@@ -58,6 +59,26 @@ def test_what_generate_and_calibrate_end_with_works(
   said = capsys.readouterr().out.splitlines()[-1]
   assert shlex.split(said) == ["calm", "calibrate", str(folder)]
   assert cli.main([*shlex.split(said)[1:], *toy.CERTIFIES]) == 0
+  _, piped = capsys.readouterr().out.splitlines()[-1].split(" | ")
+  monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a long text\n")))
+  assert cli.main(shlex.split(piped)[1:]) == 0
+  assert "With probability at least" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("first", ["softmax", "state"])
+def test_what_calibrate_ends_with_over_configurations_works(
+  model, tmp_path, capsys, monkeypatch, first
+):
+  """Each folder of another model, so that the chosen one's is named, wherever it stands."""
+  other = toy.save_model(tmp_path / "other model", toys.params(toy.SIZES, 2))
+  prompts = tmp_path / "prompts.txt"
+  prompts.write_text("".join(f"{text} {number}\n" for text in toy.TEXTS for number in range(6)))
+  assert toy.generate(model, prompts, tmp_path / "softmax") == 0
+  assert toy.generate(other, prompts, tmp_path / "state", "--measure=state") == 0
+  pairs = [f"{name}={tmp_path / name}" for name in ("softmax", "state")]
+  output = f"--output={tmp_path / 'chosen.json'}"
+  pairs = pairs if first == "softmax" else pairs[::-1]
+  assert cli.main(["calibrate", "--configurations", *pairs, *toy.CERTIFIES, output]) == 0
   _, piped = capsys.readouterr().out.splitlines()[-1].split(" | ")
   monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a long text\n")))
   assert cli.main(shlex.split(piped)[1:]) == 0
