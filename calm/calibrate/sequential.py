@@ -165,7 +165,7 @@ class SequentialCalibration:
     self,
     *,
     kind: str = "loss",
-    metric: str = "unknown",
+    metric: str = sequence_losses.UNKNOWN,
     order: str = "permuted",
     seed: str = "",
     procedure: Procedure | None = None,

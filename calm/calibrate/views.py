@@ -1,13 +1,16 @@
 """A calibration as a table and as a picture; needs pandas, polars or matplotlib when called."""
 
 import dataclasses
+import functools
 import html
 import importlib
+import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from calm.calibrate.generations.shown import visible
+from calm.calibrate.losses.sequence_losses import UNKNOWN
 from calm.calibrate.thresholds import format_threshold
 
 if TYPE_CHECKING:
@@ -76,13 +79,19 @@ def loss_name(calibration: "Calibration") -> str:
   return "loss" if calibration.kind == "loss" else f"{calibration.kind} loss"
 
 
+def title(calibration: "Calibration") -> str:
+  """Like `textual loss, rouge_l`; losses that were given have no metric that is known."""
+  metric = "" if calibration.metric == UNKNOWN else f", {calibration.metric}"
+  return visible(f"{loss_name(calibration)}{metric}")
+
+
 def in_short(calibration: "Calibration") -> str:
   """What a calibration says, in a few words."""
   certified = sum(row.rejected for row in calibration.rows)
   return (
     f"threshold={format_threshold(calibration.threshold)},"
     f" tolerance={calibration.tolerance:g}, error_rate={calibration.error_rate:g}:"
-    f" {visible(loss_name(calibration))}, {visible(calibration.metric)}; {certified} of"
+    f" {title(calibration)}; {certified} of"
     f" {len(calibration.rows)} thresholds certified on {calibration.num_examples} prompts"
   )
 
@@ -112,8 +121,7 @@ def as_text(calibration: "Calibration") -> str:
     mark + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
     for mark, row in zip(marks, rows, strict=True)
   ]
-  title = f"{loss_name(calibration)}, {calibration.metric}"
-  return "\n".join([visible(title), *lines, visible(calibration.promised)])
+  return "\n".join([title(calibration), *lines, visible(calibration.promised)])
 
 
 def as_html(calibration: "Calibration") -> str:
@@ -127,12 +135,12 @@ def as_html(calibration: "Calibration") -> str:
     style = ' style="font-weight:bold"' if number == place(calibration) else ""
     lines.append(f"<tr{style}>{''.join(cell('td', text) for text in texts)}</tr>")
   promise = html.escape(visible(calibration.promised))
-  title = html.escape(visible(calibration.guarantee))
-  caption = html.escape(visible(f"{loss_name(calibration)}, {calibration.metric}"))
+  whole = html.escape(visible(calibration.guarantee))
+  caption = html.escape(title(calibration))
   return (
     f"<div><table><caption>{caption}</caption><thead><tr>{heads}</tr></thead>"
     f"<tbody>{''.join(lines)}</tbody></table>"
-    f'<p title="{title}">{promise}</p></div>'
+    f'<p title="{whole}">{promise}</p></div>'
   )
 
 
@@ -146,16 +154,14 @@ def plot(calibration: "Calibration", axes: Any = None, *, layers: Any = None) ->
       `Generations` that were calibrated on; None draws against the threshold.
 
   Returns:
-    The axes; `axes.figure.savefig(path)` writes them.
+    The axes; `axes.figure.savefig(path)` writes them. A notebook shows those that were made.
 
   Raises:
     ModuleNotFoundError: matplotlib is not installed.
     ValueError: `layers` has another length, or the generations do not know them.
   """
   x = _layers(calibration, layers)
-  if axes is None:
-    # Not pyplot, which would keep every figure alive and ask for a screen.
-    axes = _module("matplotlib.figure").Figure((6.0, 4.0), layout="constrained").subplots()
+  axes = _new_axes() if axes is None else axes
   mean, bound = calibration.column("mean"), calibration.column("upper_bound")
   certified = calibration.column("rejected").astype(bool)
   axes.plot(x, mean, "o-", color="#0072b2", label="mean loss")
@@ -185,6 +191,22 @@ def plot(calibration: "Calibration", axes: Any = None, *, layers: Any = None) ->
   axes.set_title(_found(calibration, where, tolerance), fontsize=10)
   axes.legend(frameon=False, fontsize=9)
   return axes
+
+
+def _new_axes() -> Any:
+  """Axes of a new figure, which a notebook shows as the picture."""
+  # Not pyplot, which would keep every figure alive and ask for a screen; but then notebooks,
+  # which ask for what pyplot made, need to be told.
+  figure = _module("matplotlib.figure").Figure((6.0, 4.0), layout="constrained")
+  axes = figure.subplots()
+  figure._repr_png_ = axes._repr_png_ = functools.partial(_png, figure)
+  return axes
+
+
+def _png(figure: Any) -> bytes:
+  written = io.BytesIO()
+  figure.savefig(written, format="png")
+  return written.getvalue()
 
 
 def _layers(calibration: "Calibration", layers: Any) -> np.ndarray:

@@ -28,7 +28,7 @@ def print_calibration(
     ]
     rows.append([*cells, f"{layers[row.threshold]:.2f}"] if layers else cells)
   heads += ["layers / token"] if layers else []
-  title = f"{views.loss_name(result)}, {result.metric}; p-values: {result.method}"
+  title = f"{views.title(result)}; p-values: {result.method}"
   screen.print_table(console, heads, rows, title=title, words=0, bold=chosen)
   found = thresholds.NEVER_EXIT_TEXT if chosen is None else views.names(result)[chosen]
   console.print(

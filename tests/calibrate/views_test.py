@@ -31,6 +31,15 @@ def test_a_plot_shows_the_grid_the_bounds_and_what_is_certified(tmp_path):
   assert not any("chosen" in str(line.get_label()) for line in nothing.get_lines())
 
 
+def test_a_notebook_shows_a_plot_as_a_picture():
+  pytest.importorskip("matplotlib")
+  axes = made().plot()
+  for shown in (axes, axes.figure):
+    assert shown._repr_png_().startswith(b"\x89PNG\r\n")
+  given = axes.figure.add_subplot()  # of somebody's figure: they show it
+  assert not hasattr(made().plot(given), "_repr_png_")
+
+
 def test_a_plot_against_layers_has_them(tmp_path):
   pytest.importorskip("matplotlib")
   axes = made().plot(layers=[7.5, 3.25])
@@ -48,7 +57,7 @@ def test_a_calibration_is_a_table_and_a_promise_of_one_line():
   assert "\n" not in repr(found) and len(repr(found)) < 160
   assert "threshold=0.9" in repr(found) and "1 of 2 thresholds certified" in repr(found)
   title, *table, promise = str(found).splitlines()
-  assert title == "loss, unknown"
+  assert title == "loss"  # of what, nobody said
   assert table[0].split() == [
     "threshold",
     "mean",

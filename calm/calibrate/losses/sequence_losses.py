@@ -14,6 +14,9 @@ from calm.calibrate.generations.procedures import Procedure
 from calm.calibrate.losses import blocks, checks, metrics
 from calm.calibrate.losses.metric_values import Progress
 
+# The metric of losses that were given as numbers.
+UNKNOWN = "unknown"
+
 
 @dataclasses.dataclass(frozen=True)
 class Support:
@@ -72,7 +75,7 @@ class SequenceLosses:
   thresholds: np.ndarray
   support: Support = dataclasses.field(default_factory=Support)
   kind: str = "textual"
-  metric: str = "unknown"
+  metric: str = UNKNOWN
   ids: tuple[str, ...] | None = None
   groups: tuple[str, ...] | None = None
   procedure: Procedure | None = None
