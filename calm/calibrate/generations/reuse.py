@@ -83,7 +83,7 @@ class ReuseSummary:
 
 
 def _percent(part: int, total: int) -> str:
-  return f"{100.0 * part / total:.1f} %" if total else "none to reuse"
+  return f"{part / total:.1%}" if total else "none to reuse"
 
 
 def summarize(reused_tokens: Sequence[int], lengths: Iterable[int]) -> ReuseSummary:

@@ -109,5 +109,5 @@ def test_every_token_needs_a_threshold():
 def test_summaries_add_up_and_speak():
   summary = reuse.summarize([3, 1], [3, 4]) + reuse.summarize([9], [5])
   assert summary == reuse.ReuseSummary(3, 2, 12, 9)
-  assert str(summary) == "reused 2 of 3 sequences whole (66.7 %) and 9 of 12 tokens (75.0 %)"
+  assert str(summary) == "reused 2 of 3 sequences whole (66.7%) and 9 of 12 tokens (75.0%)"
   assert "none to reuse" in str(reuse.ReuseSummary())
