@@ -33,6 +33,7 @@ from calm.commands import (
   certificate,
   common,
   following,
+  helping,
   promise_flags,
   references,
   several,
@@ -78,9 +79,7 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_test(parser: argparse.ArgumentParser) -> None:
-  for name, default, text in (("tolerance", 0.1, "delta"), ("error_rate", 0.05, "epsilon")):
-    told = f"{text} (default %(default)s)"
-    parser.add_argument(f"--{name}", type=float, metavar="RATE", default=default, help=told)
+  helping.add_rates(parser)
   parser.add_argument(
     "--kind",
     choices=["textual", "risk_signed", "risk_clipped"],

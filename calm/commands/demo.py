@@ -31,7 +31,7 @@ from calm.calibrate import (
 from calm.calibrate.generations import records
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import metrics, sequence_losses
-from calm.commands import certificate, common, following, model_flags, showing
+from calm.commands import certificate, common, following, helping, model_flags, showing
 
 # Fixed before the first run; another tolerance is the user's choice, not ours.
 TOLERANCE, ERROR_RATE = 0.1, 0.05
@@ -43,13 +43,7 @@ REPEATS = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the command's options."""
-  rate = {"type": float, "metavar": "RATE"}
-  parser.add_argument(
-    "--tolerance", default=TOLERANCE, help="delta (default %(default)s)", **rate
-  )
-  parser.add_argument(
-    "--error_rate", default=ERROR_RATE, help="epsilon (default %(default)s)", **rate
-  )
+  helping.add_rates(parser)
   parser.add_argument(
     "--measure",
     metavar="NAME",

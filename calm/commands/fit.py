@@ -22,7 +22,7 @@ from rich import progress as rich_progress
 
 from calm.calibrate import screen
 from calm.calibrate.generations.shown import visible
-from calm.commands import common, following, showing
+from calm.commands import common, following, helping, showing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,11 +80,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 def _add_promise(parser: argparse.ArgumentParser) -> None:
   """What is promised, and by which metric."""
-  rate = {"type": float, "metavar": "RATE"}
-  parser.add_argument("--tolerance", default=0.1, help="delta (default %(default)s)", **rate)
-  parser.add_argument(
-    "--error_rate", default=0.05, help="epsilon (default %(default)s)", **rate
-  )
+  helping.add_rates(parser)
   parser.add_argument(
     "--consistency",
     default="textual",

@@ -27,7 +27,15 @@ from calm.calibrate import (
 from calm.calibrate.generations import order
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import asking, sequence_losses
-from calm.commands import certificate, common, following, model_flags, sharding, showing
+from calm.commands import (
+  certificate,
+  common,
+  following,
+  helping,
+  model_flags,
+  sharding,
+  showing,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,13 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_test(parser: argparse.ArgumentParser) -> None:
   calibration = parser.add_argument_group("with --until_certified, as for `calm calibrate`")
-  rate = {"type": float, "metavar": "RATE"}
-  calibration.add_argument(
-    "--tolerance", default=0.1, help="delta (default %(default)s)", **rate
-  )
-  calibration.add_argument(
-    "--error_rate", default=0.05, help="epsilon (default %(default)s)", **rate
-  )
+  helping.add_rates(calibration)
   calibration.add_argument(
     "--kind",
     default="textual",

@@ -9,6 +9,17 @@ import textwrap
 MOST_COLUMNS = 100
 
 
+def add_rates(parser: argparse._ActionsContainer, *names: str) -> None:
+  """Declares --tolerance and --error_rate, or those of them that are named."""
+  for name, default, text in (
+    ("tolerance", 0.1, "mean loss that is allowed, between 0 and 1 (delta)"),
+    ("error_rate", 0.05, "probability that the promise does not hold (epsilon)"),
+  ):
+    if name in (names or (name,)):
+      told = f"{text} (default %(default)s)"
+      parser.add_argument(f"--{name}", type=float, default=default, metavar="RATE", help=told)
+
+
 class Formatter(argparse.HelpFormatter):
   """Fills paragraphs, and breaks an indented line only where it does not fit.
 
@@ -20,6 +31,13 @@ class Formatter(argparse.HelpFormatter):
     columns = min(MOST_COLUMNS, shutil.get_terminal_size().columns)
     super().__init__(prog, max_help_position=max(16, min(30, columns // 3)), width=columns - 2)
 
+  def add_argument(self, action: argparse.Action) -> None:
+    """Leaves room for the names of commands, which argparse indents after measuring them."""
+    super().add_argument(action)
+    names = [self._format_action_invocation(each) for each in _subactions(action)]
+    room = self._current_indent + self._indent_increment + max(map(len, names), default=0)
+    self._action_max_length = max(self._action_max_length, room)
+
   def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
     """`A=B ...` for a list, where argparse says everything twice: `A=B [A=B ...]`."""
     if action.nargs == argparse.ONE_OR_MORE:
@@ -29,6 +47,10 @@ class Formatter(argparse.HelpFormatter):
   def _fill_text(self, text: str, width: int, indent: str) -> str:
     blocks = re.split(r"\n\s*\n", text.strip("\n"))
     return "\n\n".join(_block(block, width, indent) for block in blocks)
+
+
+def _subactions(action: argparse.Action) -> list[argparse.Action]:
+  return getattr(action, "_get_subactions", list)()
 
 
 def _block(block: str, width: int, indent: str) -> str:

@@ -2,6 +2,8 @@
 
 import argparse
 
+from calm.commands import helping
+
 TASKS = ("debian_synopsis", "debian_qa", "debian_enfr")
 _NUMBER = {"type": int, "metavar": "N"}
 # (name, default, help) of whole numbers.
@@ -89,13 +91,7 @@ def _add_amounts(parser: argparse.ArgumentParser) -> None:
     metavar="STEP",
     help="between the thresholds of Fig. 2c (default %(default)s)",
   )
-  parser.add_argument(
-    "--error_rate",
-    type=float,
-    default=0.05,
-    metavar="RATE",
-    help="epsilon (default %(default)s)",
-  )
+  helping.add_rates(parser, "error_rate")
   _add_numbers(parser, _AMOUNTS)
 
 

@@ -125,7 +125,15 @@ def test_the_first_help_is_short_and_says_each_command_once(monkeypatch):
   assert len(text.splitlines()) <= 30
   for name, summary in cli.COMMANDS.items():
     assert len(re.findall(rf"^ +{name}\b", text, re.MULTILINE)) == 1, name
+    assert re.search(rf"^ +{name} +{summary[:20]}", text, re.MULTILINE), f"{name}: on two lines"
     assert " ".join(summary.split()) in " ".join(text.split())
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_a_rate_is_said_in_words_and_not_as_a_greek_letter_alone(command):
+  for action in options(command):
+    if action.metavar == "RATE":
+      assert re.search(r"\w+ \w+.* \((delta|epsilon)\)", action.help), action.help
 
 
 def test_a_command_that_is_broken_can_still_be_copied(monkeypatch):
