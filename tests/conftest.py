@@ -41,7 +41,12 @@ _check_annotations()
 QUICK = (
   "inference/platform_test.py",
   *("commands/cli_test.py", "commands/infer_test.py", "commands/pipeline_test.py"),
-  *("fitting/run_test.py", "fitting/stages_test.py", "inference/calibrating_test.py"),
+  *(
+    "fitting/run_test.py",
+    "fitting/stages_test.py",
+    "fitting/training_test.py",
+    "inference/calibrating_test.py",
+  ),
   *("inference/grid_test.py", "inference/until_certified_test.py"),
   *("fitting/heads_test.py", "inference/exact_test.py", "inference/seconds_test.py"),
   *("paper/bench/engine_test.py", "training/run_test.py"),

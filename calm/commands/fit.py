@@ -7,6 +7,7 @@ was stopped goes on with the same command.
 
   calm fit --model=flan-t5-small/ --train=rows.jsonl --tolerance=0.1 --output=mine
   calm fit --model=packed --train=rows.jsonl --stages=none --output=mine
+  calm fit --model=mt5-small/ --train=inputs.txt --stages=own --output=mine   # no references
   calm fit --model=flan-t5-small/ --train=rows.jsonl --consistency=risk --metric=token_f1 \\
       --budget=30m --output=mine
   echo "a long text" | calm infer --model=mine --prompts=-
@@ -51,10 +52,11 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
   """What is trained, for how long."""
   parser.add_argument(
     "--stages",
-    default="both",
+    default="all",
     metavar="NAME",
-    help="what is trained: both, one (Eq. 6), two (the exit classifier), none (the model's"
-    " exits are trained) (default %(default)s)",
+    help="what is trained: all; both of the paper's: one (Eq. 6, on references) and two (the"
+    " exit classifier); own (every layer learns what the model itself writes: no references"
+    " needed); none (the model's exits are trained) (default %(default)s)",
   )
   parser.add_argument(
     "--budget", metavar="TIME", help="time for training, like 30m (default: the recipe's steps)"

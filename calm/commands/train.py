@@ -28,7 +28,7 @@ from calm.training import sources
 
 CHOICES = [
   @objectives.LayerWeighted, @objectives.ExitClassifier, @objectives.ExitProbes,
-  @losses.layer_weights,
+  @losses.layer_weights, @losses.equal_weights,
   @losses.last_layer_weights, @losses.classifier_loss, @losses.geometric_classifier_loss,
   @training.adafactor, @training.adam, @training.Schedule,
   @sources.supervised, @sources.denoising, @sources.seqio_pairs, @sources.frequent_tokens,

@@ -26,7 +26,8 @@ def read_rows(
   if bare and options.needs_targets:
     raise ValueError(
       f"Expected `train` to be rows with references (`target`), got {len(bare)} of {len(rows)}"
-      f" without, first {bare[:3]}; give them, or take stages='none' with textual consistency."
+      f" without, first {bare[:3]}; give them, or take stages='own' (or 'none') with textual"
+      " consistency."
     )
   ids = [row.id for row in rows]
   if len(set(ids)) < len(ids):

@@ -6,7 +6,15 @@ import re
 from calm.calibrate.losses import metrics
 from calm.inference import calibrating
 
-STAGES = ("both", "none", "one", "two")
+# What `stages` trains, in order; 'both' are the paper's two.
+STAGES = {
+  "all": ("one", "own", "two"),
+  "both": ("one", "two"),
+  "none": (),
+  "one": ("one",),
+  "own": ("own", "two"),
+  "two": ("two",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +24,10 @@ class FitOptions:
   Attributes:
     tolerance: delta, in (0, 1).
     error_rate: epsilon, in (0, 1).
-    stages: what is trained: 'both', 'one' (Eq. 6 over the layers), 'two' (the exit classifier,
-      everything else frozen) or 'none' (a model whose exits are trained).
+    stages: what is trained: 'all'; 'both' of the paper's, 'one' (Eq. 6 over the layers, on
+      references) and 'two' (the exit classifier and probes, everything else frozen), or one of
+      them; 'own' (the layers learn what the model itself writes, which needs no references, and
+      stage two); or 'none' (a model whose exits are trained).
     consistency: 'textual' (distance to the full model's text) or 'risk' (loss of quality
       against the rows' targets).
     metric: name or import path of the text metric.
@@ -31,7 +41,7 @@ class FitOptions:
 
   tolerance: float = 0.1
   error_rate: float = 0.05
-  stages: str = "both"
+  stages: str = "all"
   consistency: str = "textual"
   metric: str = "rouge_l"
   prefix: str | None = None
@@ -63,12 +73,17 @@ class FitOptions:
   @property
   def trains(self) -> tuple[str, ...]:
     """The stages to train, in order."""
-    return {"both": ("one", "two"), "none": ()}.get(self.stages, (self.stages,))
+    return STAGES[self.stages]
+
+  @property
+  def learns_own_texts(self) -> bool:
+    """Whether a stage learns from texts that the model itself writes."""
+    return bool({"own", "two"} & set(self.trains))
 
   @property
   def needs_targets(self) -> bool:
     """Whether rows without references are of no use."""
-    return bool(self.trains) or self.consistency != "textual"
+    return "one" in self.trains or self.consistency != "textual"
 
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}

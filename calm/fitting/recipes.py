@@ -79,6 +79,16 @@ def stage_one(config: network.T5Config, num_rows: int) -> Recipe:
   )
 
 
+def stage_own(config: network.T5Config, num_rows: int) -> Recipe:
+  """Stage one's, on the model's own texts: nothing to denoise, and a rate that decays.
+
+  What is learned is in the model already, so that the rate may end low.
+  """
+  return dataclasses.replace(
+    stage_one(config, num_rows), warmup_steps=20, final_fraction=0.05, denoising=0
+  )
+
+
 def stage_two(config: network.T5Config, num_rows: int) -> Recipe:
   """The exit classifier alone: a linear map, trained in a few hundred steps."""
   del config

@@ -77,7 +77,7 @@ class Trained:
   """One training stage.
 
   Attributes:
-    name: 'one' or 'two'.
+    name: 'one', 'own' or 'two'.
     steps: updates made.
     seconds: wall-clock of this run.
     losses: (step, validation loss) of every validation.

@@ -16,7 +16,7 @@ from calm.calibrate.losses import sequence_losses
 from calm.data import prompt_batches
 from calm.fitting import choose as choose_lib
 from calm.fitting import folder as folder_lib
-from calm.fitting import heads, inputs, lengths, stages, summary
+from calm.fitting import heads, inputs, lengths, summary, training
 from calm.fitting import last as last_lib
 from calm.fitting import splits as splits_lib
 from calm.fitting.options import FitOptions
@@ -153,36 +153,15 @@ class Fit:
 
   def _step(self, title: str) -> Callable[[float, str], None]:
     """Says which of how many steps begins."""
-    stages = [f"Train stage {name}" for name in self.options.trains]
     head = [] if heads.nothing_to_gain(self.source) else [HEADS]
-    steps = [*stages, *head, CHOOSE, CERTIFY, LOOK]
+    steps = [*training.titles(self.options), *head, CHOOSE, CERTIFY, LOOK]
     return self.listener.step(f"[{steps.index(title) + 1}/{len(steps)}] {title}")
 
   def _train(self) -> tuple[inference.Predictor, tuple[Trained, ...]]:
     """The trained model under its limits, and what its stages did."""
-    predictor, initial, done = self.source, _directory(self.model), []
-    for name in self.options.trains:
-      stage = stages.Stage(
-        name=name,
-        initial=initial,
-        model=predictor,
-        splits=self.splits,
-        rows_folder=self.folder.path / "splits",
-        folder=self.folder.work / f"stage_{name}",
-        options=self.options,
-      )
-      progress = self._step(f"Train stage {name}")
-      done.append(
-        self.folder.cache.get(
-          Trained,
-          f"stage_{name}",
-          {"initial": str(initial)},
-          lambda stage=stage, progress=progress: stage.train(progress, self.listener.say),
-        )
-      )
-      initial = stage.exported
-      predictor = inference.load(initial, batch_size=self.options.batch_size)
-    return predictor, tuple(done)
+    return training.Training(
+      self.source, self.model, self.splits, self.folder, self.options
+    ).run(self._step, self.listener.say)
 
   def _with_faster_head(self, predictor: inference.Predictor) -> inference.Predictor:
     """The model with its output head read as is fastest; its tokens are the same."""
@@ -316,10 +295,6 @@ class Fit:
         progress=progress,
       ),
     )
-
-
-def _directory(model: str) -> pathlib.Path:
-  return inference.PACKED if model == "packed" else pathlib.Path(model)
 
 
 def why_full_depth(

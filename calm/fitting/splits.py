@@ -141,10 +141,10 @@ def _draw(seed: int, name: str) -> str:
   return hashlib.sha256(f"{seed}\n{name}".encode()).hexdigest()
 
 
-def write(folder: pathlib.Path, splits: Splits) -> None:
+def write(folder: pathlib.Path, splits: Splits, names: Sequence[str] = PARTS) -> None:
   """Writes `train.jsonl`, `validation.jsonl`, ... as rows that `calm train` reads too."""
   folder.mkdir(parents=True, exist_ok=True)
-  for name in PARTS:
+  for name in names:
     lines = [_line(row) for row in getattr(splits, name)]
     files.write_atomically(folder / f"{name}.jsonl", "".join(lines))
 

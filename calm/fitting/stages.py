@@ -1,4 +1,7 @@
-"""Stage one (Eq. 6) and stage two (the exit classifier), as gin files that `calm train` runs.
+"""Stages of training, as gin files that `calm train` runs: one (Eq. 6), own, and two.
+
+Stage own is Eq. 6's sum again, with all layers alike, on texts that the model itself writes;
+stage two trains the exit classifier and the probes alone.
 
 A stage's file is written before it begins and read by what trains, so that what is in the
 folder is what ran; a stage that was stopped goes on from its checkpoint.
@@ -18,12 +21,14 @@ from calm.fitting import pilot, recipes
 from calm.fitting.options import FitOptions
 from calm.fitting.result import Trained
 from calm.fitting.splits import Splits
+from calm.training import losses as losses_lib
 from calm.training import objectives, read_history, run
 
 Progress = Callable[[float, str], None]
-RECIPES = {"one": recipes.stage_one, "two": recipes.stage_two}
-# Shares of the budget, where both stages train.
-_SHARES = {"one": 0.8, "two": 0.2}
+RECIPES = {"one": recipes.stage_one, "own": recipes.stage_own, "two": recipes.stage_two}
+# What a budget is divided by, among what there is: own texts are decoded before they train.
+TEXTS = "texts"
+_SHARES = {"one": 0.5, TEXTS: 0.15, "own": 0.25, "two": 0.1}
 _DENOISING_LENGTH, _LEAST_TEXT = 96, 16
 _SHORTLIST = 512
 
@@ -33,7 +38,7 @@ class Stage:
   """One stage to train.
 
   Attributes:
-    name: 'one' or 'two'.
+    name: 'one', 'own' or 'two'.
     initial: the checkpoint that it starts from.
     model: the same, opened under its limits and prefix.
     splits: rows.
@@ -76,14 +81,14 @@ class Stage:
 
     _run_gin(self.gin_file, self.folder, training.Listener(on_start=begun, on_step=advance))
     history = read_history(self.folder / "validation.json")
-    losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in history)
+    found = tuple((int(entry["step"]), float(entry["loss"])) for entry in history)
     seconds = time.monotonic() - start
     recipe = RECIPES[self.name](self.model.config, len(self.splits.train))
     made = seen["steps"] - seen["first"]  # a run that was stopped had made the others
-    whole = seconds * losses[-1][0] / made if made else None
-    note = more_time(losses, whole, recipe.num_steps)
-    say(f"Stage {self.name}: {losses[-1][0]} steps. {note}")
-    return Trained(self.name, losses[-1][0], seconds, losses, note)
+    whole = seconds * found[-1][0] / made if made else None
+    note = more_time(found, whole, recipe.num_steps)
+    say(f"Stage {self.name}: {found[-1][0]} steps. {note}")
+    return Trained(self.name, found[-1][0], seconds, found, note)
 
   def _gin(self, progress: Progress, say: Callable[[str], None]) -> str:
     """The gin file, with as many steps as the budget has room for."""
@@ -132,6 +137,8 @@ class Stage:
     """What the stage minimises, with likely tokens as many as the gin file finds."""
     if self.name == "one":
       return objectives.LayerWeighted()
+    if self.name == "own":
+      return objectives.LayerWeighted(losses_lib.equal_weights)
     config = self.model.config
     if config.per_layer_heads:  # no one head to ask about likely tokens
       return objectives.ExitClassifier()
@@ -142,10 +149,9 @@ class Stage:
     """The recipe's steps, or as many as the budget has room for."""
     if self.options.budget is None:
       return pilot.Plan(recipe.num_steps)
-    share = _SHARES[self.name] if len(self.options.trains) > 1 else 1.0
     objective = self._objective
     if isinstance(objective, objectives.LayerWeighted):
-      objective = objectives.LayerWeighted(sampled_layers=recipe.sampled_layers)
+      objective = dataclasses.replace(objective, sampled_layers=recipe.sampled_layers)
     model = dataclasses.replace(
       self.model.config, exit_classifier=True, dropout_rate=recipe.dropout_rate
     )
@@ -153,7 +159,8 @@ class Stage:
     told = lambda text: progress(0.0, text)
     timed = pilot.measure(start.model, start.params, objective, recipe, buckets[-1], told)
     lengths = self._lengths(buckets, recipe.batch_size)
-    budget = share * self.options.budget
+    budget = seconds_of(self.name, self.options)
+    assert budget is not None
     made = pilot.plan(timed, start.model, lengths, recipe, len(self.splits.validation), budget)
     whole = recipe.num_steps * made.step_seconds + made.overhead
     say(
@@ -195,6 +202,14 @@ class Stage:
     long = sum(len(encode(text)) >= _LEAST_TEXT for text in texts)
     enough = long >= recipe.batch_size and sentinels >= _DENOISING_LENGTH * 0.15 / 3 + 1
     return bool(recipe.denoising) and enough
+
+
+def seconds_of(name: str, options: FitOptions) -> float | None:
+  """The part of the budget that a stage, or decoding own texts, has; None: there is none."""
+  if options.budget is None:
+    return None
+  names = [*options.trains, *([TEXTS] if options.learns_own_texts else [])]
+  return options.budget * _SHARES[name] / sum(_SHARES[each] for each in names)
 
 
 def _run_gin(file: pathlib.Path, output_dir: pathlib.Path, listener: training.Listener) -> None:

@@ -33,6 +33,11 @@ def layer_weights(num_layers: int) -> np.ndarray:
   return weights / weights.sum()
 
 
+def equal_weights(num_layers: int) -> np.ndarray:
+  """All layers alike, w_i = 1 / num_layers: early ones count for more than in Eq. 6."""
+  return np.full(num_layers, 1.0 / num_layers, np.float32)
+
+
 def last_layer_weights(num_layers: int) -> np.ndarray:
   """All weight on the last layer: ordinary training, for comparison with Eq. 6."""
   return np.eye(num_layers, dtype=np.float32)[-1]

@@ -143,6 +143,7 @@ def test_weights_are_those_of_equation_6():
   np.testing.assert_allclose(losses.layer_weights(4), [0.1, 0.2, 0.3, 0.4], rtol=1e-6)
   np.testing.assert_allclose(losses.layer_weights(8).sum(), 1.0, rtol=1e-6)
   np.testing.assert_array_equal(losses.last_layer_weights(3), [0, 0, 1])
+  np.testing.assert_array_equal(losses.equal_weights(4), [0.25] * 4)
 
 
 def test_z_loss_by_hand():

@@ -1,0 +1,102 @@
+"""Rows whose targets are the texts that the model itself writes for their inputs.
+
+What is promised is closeness to the full model's text, so that is what every layer learns to
+write (sequence-level distillation, Kim and Rush 2016): references have words that the last
+layer would not choose, and early layers are no better for learning them.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+
+from calm import exits, inference
+from calm.calibrate import Prompt, Record
+from calm.calibrate.generations import files
+from calm.fitting import splits as splits_lib
+from calm.paper.bench import decode
+
+# Rows of a batch, and those that are decoded between two looks at the clock, which a run that
+# was stopped does not decode again.
+BATCH, CHUNK = 64, 512
+
+
+def write(
+  predictor: inference.Predictor,
+  splits: splits_lib.Splits,
+  folder: pathlib.Path,
+  seconds: float | None,
+  progress: Callable[[float, str], None],
+) -> splits_lib.Splits:
+  """Decodes the rows that train, and those that validate, at full depth.
+
+  Texts that the length limit cut off are left out: they have no end to learn. Called again, it
+  goes on where it was stopped.
+
+  Args:
+    predictor: the model under its limits and prefix.
+    splits: rows; only `train` and `validation` are read.
+    folder: keeps what was decoded; `train.jsonl` and `validation.jsonl` are written there.
+    seconds: that the rows that train may take; later ones are left out. None: all are taken.
+    progress: told of the share done.
+
+  Returns:
+    Splits with those two parts replaced.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  predictor = predictor.with_options(batch_size=BATCH)
+  parts = {"validation": splits.validation, "train": splits.train}
+  whole = sum(map(len, parts.values()))
+  done, begun = 0, time.monotonic()
+  made: dict[str, tuple[Prompt, ...]] = {}
+  for name, rows in parts.items():
+    found: list[Prompt] = []
+    for start in range(0, len(rows), CHUNK):
+      late = seconds is not None and time.monotonic() - begun > seconds
+      if name == "train" and late and found:
+        break
+      chunk = rows[start : start + CHUNK]
+      told = _told(progress, done, len(chunk), whole)
+      found += _chunk(predictor, chunk, folder / f"{name}-{start:08d}.json", told)
+      done += len(chunk)
+    made[name] = tuple(found)
+  replaced = dataclasses.replace(splits, **made)
+  splits_lib.write(folder, replaced, names=tuple(parts))
+  return replaced
+
+
+def _told(progress, done: int, count: int, whole: int) -> Callable[[float, str], None]:
+  """Progress of a chunk as that of all rows."""
+
+  def told(share: float, text: str) -> None:
+    del text
+    rows = done + share * count
+    progress(rows / whole, f"{round(rows)} of {whole} rows")
+
+  return told
+
+
+def _chunk(
+  predictor: inference.Predictor,
+  rows: Sequence[Prompt],
+  file: pathlib.Path,
+  progress: Callable[[float, str], None],
+) -> list[Prompt]:
+  """Rows with their own texts, decoded or as they were kept."""
+  kept = {} if not file.is_file() else files.parse_json(files.content(file))
+  if set(kept) != {row.id for row in rows}:
+    records = decode.with_rule(predictor, rows, exits.StaticExit(), progress=progress)
+    kept = {r.id: r.prediction if _ended(r, predictor.eos_id) else None for r in records}
+    files.write_atomically(file, json.dumps(kept, ensure_ascii=False) + "\n")
+  texts = {row.id: kept[row.id] for row in rows}
+  return [
+    dataclasses.replace(row, targets=(texts[row.id],))
+    for row in rows
+    if texts[row.id] is not None
+  ]
+
+
+def _ended(record: Record, eos_id: int) -> bool:
+  """Whether the text came to an end of its own."""
+  return bool(record.tokens) and record.tokens[-1] == eos_id

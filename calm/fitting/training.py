@@ -1,0 +1,96 @@
+"""The stages of a fit, one after another, and the texts that two of them learn from."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+
+from calm import inference
+from calm.fitting import folder as folder_lib
+from calm.fitting import own_texts, stages
+from calm.fitting import splits as splits_lib
+from calm.fitting.options import FitOptions
+from calm.fitting.result import Trained
+
+OWN_TEXTS = "Decode the rows that train, at full depth"
+Progress = Callable[[float, str], None]
+
+
+def titles(options: FitOptions) -> list[str]:
+  """What is done, in order."""
+  found = [_title(name) for name in options.trains]
+  if options.learns_own_texts:
+    found.insert(int(options.trains[0] == "one"), OWN_TEXTS)
+  return found
+
+
+def _title(name: str) -> str:
+  return f"Train stage {name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """Training at work.
+
+  Attributes:
+    source: the model that is given, under its limits and prefix.
+    model: where it lies, or 'packed'.
+    splits: rows.
+    folder: keeps what is finished, so that a stopped run goes on.
+    options: what the fit is asked for.
+  """
+
+  source: inference.Predictor
+  model: str
+  splits: splits_lib.Splits
+  folder: folder_lib.Folder
+  options: FitOptions
+
+  def run(
+    self, step: Callable[[str], Progress], say: Callable[[str], None]
+  ) -> tuple[inference.Predictor, tuple[Trained, ...]]:
+    """The trained model under its limits, and what its stages did.
+
+    Args:
+      step: (title) -> progress of what begins.
+      say: told of what was done.
+    """
+    packed = self.model == "packed"
+    initial = inference.PACKED if packed else pathlib.Path(self.model)
+    predictor, splits, done = self.source, self.splits, []
+    rows_folder = self.folder.path / "splits"
+    for name in self.options.trains:
+      if name != "one" and splits is self.splits:
+        rows_folder = self.folder.work / "own_texts"
+        splits = self._own_texts(predictor, rows_folder, step(OWN_TEXTS), say)
+      stage = stages.Stage(
+        name=name,
+        initial=initial,
+        model=predictor,
+        splits=splits,
+        rows_folder=rows_folder,
+        folder=self.folder.work / f"stage_{name}",
+        options=self.options,
+      )
+      progress = step(_title(name))
+      done.append(
+        self.folder.cache.get(
+          Trained,
+          f"stage_{name}",
+          {"initial": str(initial)},
+          lambda stage=stage, progress=progress: stage.train(progress, say),
+        )
+      )
+      initial = stage.exported
+      predictor = inference.load(initial, batch_size=self.options.batch_size)
+    return predictor, tuple(done)
+
+  def _own_texts(self, predictor, folder: pathlib.Path, progress: Progress, say):
+    """Rows whose targets are what the model writes; as many as the budget has room for."""
+    seconds = stages.seconds_of(stages.TEXTS, self.options)
+    made = own_texts.write(predictor, self.splits, folder, seconds, progress)
+    say(
+      f"Own texts: of {len(made.train)} of {len(self.splits.train)} rows that train"
+      f" (others have no end within {predictor.options.max_decode_length} tokens, or came too"
+      " late for the budget)."
+    )
+    return made

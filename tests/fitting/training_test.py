@@ -1,0 +1,157 @@
+"""Stages in their order, and rows whose targets are the model's own texts."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
+
+from calm import checkpoints, exits, fitting, inference
+from calm.calibrate import Prompt
+from calm.fitting import folder, own_texts, recipes, splits, stages, training
+from calm.paper.bench import decode
+from tests.inference import predictor_test
+
+# No references: nothing here needs them.
+ROWS = [Prompt(f"r{i}", f"say {i % 7} {i}", (), f"g{i}") for i in range(80)]
+
+
+@pytest.fixture(autouse=True)
+def promotion_of_optax():
+  with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
+@pytest.fixture(scope="module")
+def parts():
+  return splits.split(ROWS, trains=True, tolerance=0.5, error_rate=0.05)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+  return predictor_test.save(tmp_path_factory.mktemp("model") / "toy")
+
+
+@pytest.fixture
+def model(directory):
+  return inference.load(directory, max_input_length=16, max_decode_length=4)
+
+
+def silent(share, text):
+  del share, text
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+  monkeypatch.setattr(own_texts, "BATCH", 8)
+  monkeypatch.setattr(own_texts, "CHUNK", 8)
+
+
+def full_depth(model, rows):
+  return {r.id: r for r in decode.with_rule(model, rows, exits.StaticExit())}
+
+
+def test_targets_are_the_full_models_texts_and_unfinished_ones_are_left_out(
+  model, parts, tmp_path, small_chunks
+):
+  told = []
+  progress = lambda share, text: told.append((share, text))
+  made = own_texts.write(model, parts, tmp_path, None, progress)
+  for name in ("train", "validation"):
+    rows = getattr(parts, name)
+    records = full_depth(model, rows)
+    ended = [row for row in rows if records[row.id].tokens[-1] == model.eos_id]
+    assert 0 < len(ended) < len(rows), "the toy should end some of its texts and not others"
+    found = getattr(made, name)
+    assert [(row.id, row.input) for row in found] == [(row.id, row.input) for row in ended]
+    assert [row.targets for row in found] == [(records[row.id].prediction,) for row in found]
+    lines = (tmp_path / f"{name}.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [row.id for row in found]
+  assert (made.calibration, made.last) == (parts.calibration, parts.last)
+  shares = [share for share, _ in told]
+  assert shares == sorted(shares) and shares[-1] == 1.0
+
+
+def test_what_was_decoded_is_not_decoded_again(
+  model, parts, tmp_path, small_chunks, monkeypatch
+):
+  made = own_texts.write(model, parts, tmp_path, None, silent)
+  again, decoded = decode.with_rule, []
+
+  def counted(predictor, rows, *given, **named):
+    decoded.append(len(rows))
+    return again(predictor, rows, *given, **named)
+
+  monkeypatch.setattr(decode, "with_rule", counted)
+  assert own_texts.write(model, parts, tmp_path, None, silent) == made and not decoded
+  (tmp_path / "train-00000008.json").unlink()
+  assert own_texts.write(model, parts, tmp_path, None, silent) == made and decoded == [8]
+
+
+def test_rows_that_come_too_late_are_left_out_and_one_chunk_always_is_in_time(
+  model, parts, tmp_path, small_chunks
+):
+  made = own_texts.write(model, parts, tmp_path, 0.0, silent)
+  first = own_texts.write(model, parts, tmp_path / "whole", None, silent)
+  assert len(made.validation) == len(first.validation)
+  assert 0 < len(made.train) <= 8 < len(first.train)
+  assert made.train == first.train[: len(made.train)]
+
+
+@pytest.mark.parametrize(
+  ("name", "order"),
+  [
+    ("all", ["stage one", "Decode", "stage own", "stage two"]),
+    ("both", ["stage one", "Decode", "stage two"]),
+    ("own", ["Decode", "stage own", "stage two"]),
+    ("two", ["Decode", "stage two"]),
+    ("one", ["stage one"]),
+    ("none", []),
+  ],
+)
+def test_the_order_of_the_stages_and_their_shares_of_the_budget(name, order):
+  options = fitting.FitOptions(stages=name, budget=100.0)
+  titles = training.titles(options)
+  assert [part in title for part, title in zip(order, titles, strict=True)] == [True] * len(
+    order
+  )
+  assert options.needs_targets == ("one" in options.trains)
+  names = [*options.trains, *([stages.TEXTS] if options.learns_own_texts else [])]
+  seconds = [stages.seconds_of(each, options) for each in names]
+  assert sum(seconds) == pytest.approx(100.0 if names else 0.0)
+  assert stages.seconds_of("one", fitting.FitOptions()) is None
+
+
+def test_layers_learn_the_models_own_texts_without_references(
+  directory, model, parts, tmp_path, small_chunks, monkeypatch
+):
+  monkeypatch.setattr(recipes, "batch_size", lambda rows: 4)
+  short = lambda recipe: lambda *given: dataclasses.replace(recipe(*given), num_steps=3)
+  monkeypatch.setattr(stages, "RECIPES", {k: short(v) for k, v in stages.RECIPES.items()})
+  options = fitting.FitOptions(stages="own", batch_size=8)
+  splits.write(tmp_path / "mine" / "splits", parts)
+  work = tmp_path / "mine" / "fit"
+  work.mkdir()
+  place = folder.Folder(tmp_path / "mine", work, folder.results.ResultCache(work / "results"))
+  steps, said = [], []
+  begun = lambda title: steps.append(title) or silent
+  made, done = training.Training(model, str(directory), parts, place, options).run(
+    begun, said.append
+  )
+  assert steps == training.titles(options) and [each.name for each in done] == ["own", "two"]
+  own = (work / "stage_own.gin").read_text("utf-8")
+  assert "own_texts/train.jsonl" in own and "@losses.equal_weights" in own
+  assert (
+    "denoising" not in own and "own_texts/train.jsonl" in (work / "stage_two.gin").read_text()
+  )
+  texts = {row.id: row.prediction for row in full_depth(model, parts.train).values()}
+  for line in (work / "own_texts" / "train.jsonl").read_text("utf-8").splitlines():
+    assert json.loads(line)["target"] == [texts[json.loads(line)["id"]]]
+  before, after = checkpoints.load(directory).params, made.params
+  kernel = lambda tree: np.asarray(tree["decoder"]["layers_0"]["mlp"]["wo"]["kernel"])
+  assert np.any(kernel(before) != kernel(after))
+  assert np.any(after["decoder"]["exit_probes"]["kernel"])
+  assert any(line.startswith("Own texts: of ") for line in said)
