@@ -4,8 +4,8 @@
 #   scripts/test.sh             all of it
 #   scripts/test.sh -k exits    arguments go to pytest
 #
-# Environments live in .venv-test, .venv-calibrate and .venv-tpu and are made again when a
-# requirement changes. torch, transformers and T5X are not installed: golden files stand in.
+# Environments live in .venv-test, .venv-calibrate, .venv-tpu and .venv-newest and are made again
+# when a requirement changes. torch, transformers and T5X are not installed: golden files stand in.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
@@ -17,19 +17,50 @@ environment() {  # environment DIR PIP-ARGUMENTS...
   stamp="$(cat pyproject.toml "$constraints" | cksum) $*"
   if [[ ! -f "$dir/stamp" || "$(cat "$dir/stamp")" != "$stamp" ]]; then
     "$python" -m venv --clear "$dir"
-    "$dir/bin/pip" install --quiet --disable-pip-version-check -c "$constraints" "$@"
+    # Python compiles what it imports, a small part of all that is installed.
+    "$dir/bin/pip" install --quiet --disable-pip-version-check --no-compile \
+      -c "$constraints" "$@"
     echo "$stamp" > "$dir/stamp"
   fi
 }
 
+newest_python() {  # the newest interpreter that can make environments
+  local name
+  for name in python3.14 python3.13 python3.12 /usr/bin/python3; do
+    if "$name" -c 'import sys, venv, ensurepip; assert sys.version_info >= (3, 11)' 2> /dev/null; then
+      echo "$name"
+      return
+    fi
+  done
+  echo python3
+}
+
+# Each is unpacked on one core, and the first is as large as the others together: two at a time.
+small_environments() {
+  # Calibration promises to need numpy and scipy only: its tests run where nothing else is.
+  environment .venv-calibrate . pytest hypothesis
+  # The TPU's compiler, which needs no TPU, is made for this platform only.
+  if [[ "$(uname -sm)" == "Linux x86_64" ]]; then
+    environment .venv-tpu -e '.[tpu]' pytest beartype
+  fi
+  # The pinned JAX is T5X's. The shortest way through everything also runs with the newest one that
+  # the newest interpreter takes, unpinned: what breaks there is seen before users see it.
+  python="$(newest_python)" constraints=/dev/null environment .venv-newest '.[decode]' pytest
+}
+
 echo "== environments"
+log="$(mktemp)"
+(set -e; small_environments) > "$log" 2>&1 &
+beside=$!
+trap 'kill "$beside" 2> /dev/null || true; rm -f "$log"' EXIT
 environment .venv-test -e '.[train,report,test]'
-# Calibration promises to need numpy and scipy only: its tests run where nothing else is.
-environment .venv-calibrate . pytest hypothesis
-# The TPU's compiler, which needs no TPU, is made for this platform only.
-if [[ "$(uname -sm)" == "Linux x86_64" ]]; then
-  environment .venv-tpu -e '.[tpu]' pytest beartype
-fi
+finished() {  # finished PID: waits for what runs beside, and shows what it said
+  local status=0
+  wait "$1" || status=$?
+  cat "$log"
+  return "$status"
+}
+finished "$beside"
 
 without_jax() {
   .venv-calibrate/bin/python - <<'PYTHON'
@@ -40,39 +71,20 @@ PYTHON
   .venv-calibrate/bin/python -m pytest -p no:cacheprovider tests/calibrate
 }
 
-# The pinned JAX is T5X's. The shortest way through everything also runs with the newest one that
-# the newest interpreter takes, unpinned: what breaks there is seen before users see it.
 newest() {
-  local python=python3
-  for name in python3.14 python3.13 python3.12 /usr/bin/python3; do
-    if "$name" -c 'import sys, venv, ensurepip; assert sys.version_info >= (3, 11)' 2> /dev/null; then
-      python="$name"
-      break
-    fi
-  done
-  if [[ ! -f .venv-newest/stamp || "$(cat .venv-newest/stamp)" != "$(cksum < pyproject.toml)" ]]; then
-    "$python" -m venv --clear .venv-newest
-    .venv-newest/bin/pip install --quiet --disable-pip-version-check '.[decode]' pytest
-    cksum < pyproject.toml > .venv-newest/stamp
-  fi
   .venv-newest/bin/python -c 'import sys, jax; print("Python", sys.version.split()[0], "JAX", jax.__version__)'
   .venv-newest/bin/python -W default -m pytest -p no:cacheprovider -W default tests/smoke_test.py
 }
 
-# These tests use one core, and so do the type checker, the smoke group and a TPU's compiler for
-# most of their time: they run side by side.
-log="$(mktemp)"
-(set -e; without_jax) > "$log" 2>&1 &
-calibrate=$!
-trap 'kill "$calibrate" 2> /dev/null || true; rm -f "$log"' EXIT
+# These tests use one core, and so do the type checker and a TPU's compiler for most of their
+# time: they run side by side.
+(set -e; without_jax; echo "== the smoke group with the newest JAX"; newest) > "$log" 2>&1 &
+beside=$!
 
 echo "== lint and types"
 .venv-test/bin/ruff format --check .
 .venv-test/bin/ruff check .
 .venv-test/bin/pyright --pythonpath .venv-test/bin/python
-
-echo "== the smoke group with the newest JAX"
-newest
 
 if [[ -d .venv-tpu ]]; then
   echo "== compiled for a TPU"
@@ -82,10 +94,7 @@ if [[ -d .venv-tpu ]]; then
 fi
 
 echo "== calm.calibrate without JAX"
-status=0
-wait "$calibrate" || status=$?
-cat "$log"
-[[ $status == 0 ]] || exit "$status"
+finished "$beside"
 rm "$log"
 trap - EXIT
 
