@@ -1,5 +1,6 @@
 """The decode loop on scripted steps: no network, every number by hand."""
 
+import functools
 import math
 
 import jax
@@ -41,8 +42,14 @@ def decode(step=None, *, active=(True, True, True), length=4, **options):
   )
 
 
+@functools.cache
+def decoded() -> loop.DecodingState:
+  """The script as it stands; tests only read it."""
+  return decode()
+
+
 def test_rows_end_at_eos_or_at_the_limit_and_are_empty_after():
-  got = decode().generation
+  got = decoded().generation
   assert got.tokens.tolist() == [[4, 2, 1, 0], [5, 5, 5, 5], [1, 0, 0, 0]]
   assert got.exit_layers.tolist() == [[2, 1, 3, 0], [1, 1, 1, 2], [3, 0, 0, 0]]
   np.testing.assert_allclose(got.confidences, got.exit_layers / 10, rtol=1e-6)
@@ -51,24 +58,24 @@ def test_rows_end_at_eos_or_at_the_limit_and_are_empty_after():
 
 
 def test_means_count_real_tokens_eos_included():
-  assert decode().generation.mean_layers == pytest.approx((2 + 1 + 3 + 1 + 1 + 1 + 2 + 3) / 8)
+  assert decoded().generation.mean_layers == pytest.approx((2 + 1 + 3 + 1 + 1 + 1 + 2 + 3) / 8)
   assert decode(active=(False, False, False)).generation.mean_layers == 0
 
 
 def test_scores_sum_log_probabilities_of_the_real_tokens():
   one = 3 - math.log(math.exp(3) + VOCAB - 1)
-  np.testing.assert_allclose(decode().generation.scores, [3 * one, 4 * one, one], rtol=1e-5)
+  np.testing.assert_allclose(decoded().generation.scores, [3 * one, 4 * one, one], rtol=1e-5)
 
 
 def test_each_step_reads_the_token_before_and_the_first_reads_zero():
-  fed = decode().cache
+  fed = decoded().cache
   assert fed[0, :3].tolist() == [0, 4, 2]
   assert fed[1].tolist() == [0, 5, 5, 5]
 
 
 def test_inactive_rows_stay_empty_and_do_not_hold_up_the_loop():
   state = decode(active=(True, False, True))
-  alone = decode().generation
+  alone = decoded().generation
   got = state.generation
   for field in ("tokens", "exit_layers", "confidences", "rejected_confidences", "scores"):
     assert not np.any(getattr(got, field)[1])
@@ -100,7 +107,7 @@ def test_unfinished_rows_are_still_active():
 
 
 def test_jit_changes_nothing():
-  eager, compiled = decode().generation, jax.jit(decode)().generation
+  eager, compiled = decoded().generation, jax.jit(decode)().generation
   with jax.disable_jit():
     python = decode().generation
   for other in (compiled, python):
@@ -118,7 +125,7 @@ def test_the_greedy_token_is_the_argmax_with_its_log_probability():
 
 
 def test_a_generation_is_shown_by_its_size_and_depth():
-  made = decode().generation
+  made = decoded().generation
   assert repr(made).startswith("Generation(3 rows of at most 4 tokens, ")
   assert repr(made).endswith(" layers a token)")
   shown = []

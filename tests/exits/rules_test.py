@@ -83,12 +83,21 @@ def toy_layers(calls: list | None = None, *, shared_head=True) -> layers_lib.Lay
   )
 
 
-def take(rule, threshold: Any = 0.5, *, active=(True, True, True), layers=None):
-  """One token of every row."""
-  hidden = jnp.zeros((len(active), 2))
+def taking(rule, layers=None):
+  """(threshold, active) -> one token of every row; compiled once for all of them."""
   layers = layers or toy_layers()
   decide = jax.jit(lambda *args: rule(layers, *args))
-  return decide(hidden, jnp.array(active), jnp.asarray(threshold), jnp.int32(0))
+
+  def take(threshold: Any = 0.5, active=(True, True, True)):
+    hidden = jnp.zeros((len(active), 2))
+    return decide(hidden, jnp.array(active), jnp.asarray(threshold), jnp.int32(0))
+
+  return take
+
+
+def take(rule, threshold: Any = 0.5, *, active=(True, True, True), layers=None):
+  """One token of every row."""
+  return taking(rule, layers)(threshold, active)
 
 
 def keys(token_exit) -> np.ndarray:
@@ -160,28 +169,31 @@ def test_the_rule_is_its_definition(uses_head, shared_head, allowed):
 )
 def test_skipped_layers_store_what_the_propagation_says(name, expected):
   rule = exits.DynamicExits(Given(TABLE), propagation=propagation.propagation(name))
-  np.testing.assert_array_equal(keys(take(rule)), expected)
+  taken = taking(rule)
+  np.testing.assert_array_equal(keys(taken()), expected)
   # The same rows when the others have already left the batch.
   for row in range(3):
     active = np.arange(3) == row
-    np.testing.assert_array_equal(keys(take(rule, active=active))[row], expected[row])
+    np.testing.assert_array_equal(keys(taken(active=active))[row], expected[row])
 
 
 @pytest.mark.parametrize("name", propagation.PROPAGATIONS)
 def test_never_runs_every_layer(name):
   ones = np.ones((L, 3), np.float32)
   rule = exits.DynamicExits(Given(ones), propagation=propagation.propagation(name))
-  got = take(rule, NEVER)
+  taken = taking(rule)
+  got = taken(NEVER)
   assert got.exit_layer.tolist() == [L] * 3
   np.testing.assert_array_equal(keys(got), [[10, 21, 32, 43]] * 3)
   # A threshold of 1 is cleared by saturated confidences.
-  assert take(rule, 1.0).exit_layer.tolist() == [1] * 3
+  assert taken(1.0).exit_layer.tolist() == [1] * 3
 
 
 def test_never_stays_never_under_eq_5():
   rule = exits.DynamicExits(Given(np.ones((L, 3), np.float32)), schedules.Decaying(4.0, 8))
-  assert take(rule, NEVER).exit_layer.tolist() == [L] * 3
-  assert take(rule, 1.0).exit_layer.tolist() == [1] * 3
+  taken = taking(rule)
+  assert taken(NEVER).exit_layer.tolist() == [L] * 3
+  assert taken(1.0).exit_layer.tolist() == [1] * 3
 
 
 def test_each_row_may_have_its_own_threshold():
