@@ -25,8 +25,8 @@ PROPAGATIONS = {
   "copy_projections": "copied_projections",
 }
 
-# Toys compute in no time and compile for long: LLVM need not try hard. The tests of `Program`
-# and of `Predictor` run the programs as users compile them.
+# Toys compute in no time and compile for long: LLVM need not try hard. `decode/hlo_test.py` and
+# the tests of `Predictor` run the programs as users compile them.
 _decode_state = jax.jit(
   program_lib.Program.decode_state,
   static_argnums=0,

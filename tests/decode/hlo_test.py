@@ -1,7 +1,11 @@
-"""No cache-sized buffer is made in the decode loop (performance.md), read off compiled HLO."""
+"""Programs as users compile them: they agree with the yardstick, and what their HLO holds.
+
+No cache-sized buffer is made in the decode loop, and full depth asks for no confidence.
+"""
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +21,18 @@ from tests.decode import hlo
 
 LENGTH = 512
 SHALLOW = exits.DynamicExits(confidence.Classifier())
+SOFTMAX, STATIC = exits.DynamicExits(confidence.Softmax()), exits.StaticExit()
+ROWS = len(engine.PROMPTS)
+
+
+def hlo_of(function, leaves) -> str:
+  """The HLO that users' programs are made of; LLVM, which comes after it, need not try hard."""
+  options = {"xla_backend_optimization_level": 0}
+  return jax.jit(function).lower(leaves).compile(options).as_text()
 
 
 def compiled(rule, made, rows: int = 8, head_dtype: str | None = None) -> str:
-  """A toy's decode at B = 8 (or fewer) and length 512, as users compile it."""
+  """HLO of a toy's decode at B = 8 (or fewer) and length 512."""
   toy = engine.toy(num_decoder_layers=3, num_encoder_layers=1)
   program = program_lib.Program(toy.config, rule, LENGTH, engine=made)
   encoded = engine.encode(toy, engine.PROMPTS[:rows])
@@ -29,8 +41,7 @@ def compiled(rule, made, rows: int = 8, head_dtype: str | None = None) -> str:
     weights = program_lib.model_weights(toy.params, toy.config, head_dtype=head_dtype)
   args = weights, encoded, jnp.ones(rows, bool), jnp.float32(0)
   leaves, tree = jax.tree.flatten(args)
-  run = lambda leaves: program.decode(*jax.tree.unflatten(tree, leaves))
-  return jax.jit(run).lower(leaves).compile().as_text()
+  return hlo_of(lambda leaves: program.decode(*jax.tree.unflatten(tree, leaves)), leaves)
 
 
 def half_a_layers_cache(rows: int = 8) -> int:
@@ -119,3 +130,39 @@ ENTRY %main (p: f32[4,8]) -> (f32[4,8], s32[]) {
   assert [x.opcode for x in hlo.large(text, 33)] == []
   assert {x.opcode for x in hlo.in_loops(text)} == {"parameter", "fusion", "tuple", "constant"}
   assert dataclasses.asdict(hlo.computations(text)["main"][0])["opcode"] == "copy"
+
+
+def heads_and_branches(rule, made=None) -> tuple[int, int, bool]:
+  """(heads, conditionals, whether confidence code is named) in a program's compiled HLO."""
+  toy = engine.toy()
+  args = toy.weights, engine.encode(toy), jnp.ones(ROWS, bool), jnp.float32(0)
+  leaves, tree = jax.tree.flatten(args)
+  chosen = program_lib.Program(toy.config, rule, engine.LENGTH, engine=made)
+  text = hlo_of(lambda leaves: chosen.decode(*jax.tree.unflatten(tree, leaves)), leaves)
+  head = rf"f32\[{ROWS},{toy.sizes.num_pieces}\]\S* dot\("
+  branches = re.findall(r"= .* conditional\(", text)
+  return len(re.findall(head, text)), len(branches), "confidence.py" in text
+
+
+def test_full_depth_holds_one_head_and_no_confidence_code():
+  assert heads_and_branches(STATIC) == (1, 0, False)
+  assert heads_and_branches(exits.StaticExit(2)) == (1, 0, False)
+
+
+def test_the_detector_finds_heads_and_confidence_code():
+  """Meta: a dynamic program has what the static one must not have."""
+  assert heads_and_branches(SOFTMAX) == (4, 4, True)  # one choice of a bucket a layer
+  state = exits.DynamicExits(confidence.State())
+  assert heads_and_branches(state) == (1, 4, True)
+  assert heads_and_branches(state, engines.Deferred()) == (1, 0, True)
+  assert heads_and_branches(state, engines.Eager()) == (1, 3, True)
+
+
+def test_compiled_programs_agree_with_the_yardstick():
+  toy = engine.toy()
+  for rule, threshold in ((SOFTMAX, 0.6), (STATIC, 0.0)):
+    rows = engine.reference_rows(toy, rule, threshold)
+    program = program_lib.Program(toy.config, rule, engine.LENGTH)
+    level = jnp.asarray(threshold, jnp.float32)
+    made = program.decode(toy.weights, engine.encode(toy), jnp.ones(ROWS, bool), level)
+    assert engine.agreeing_rows(rows, made)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from calm import exits
-from calm.decode import compiled, engines
+from calm.decode import compiled
 from calm.decode import program as program_lib
 from calm.exits import confidence, propagation, schedules
 from calm.t5 import network
@@ -26,17 +25,6 @@ BATCH = len(engine.PROMPTS)
 
 def by_name(measure) -> str:
   return measure.name
-
-
-def program(rule, toy=None) -> program_lib.Program:
-  return program_lib.Program((toy or engine.toy()).config, rule, engine.LENGTH)
-
-
-def decode(rule, threshold, toy=None):
-  """Through the program as users compile it."""
-  toy = toy or engine.toy()
-  active, threshold = jnp.ones(BATCH, bool), jnp.asarray(threshold, jnp.float32)
-  return program(rule, toy).decode(toy.weights, engine.encode(toy), active, threshold)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -225,39 +213,6 @@ def test_a_tokens_logits_are_the_full_heads_at_its_exit_layer():
       at_exit = logits[layer - 1, row, 0, : toy.sizes.num_pieces]
       assert np.argmax(at_exit) == got.tokens[row, 0]
   assert len(seen) > 1
-
-
-def heads_and_branches(rule, made=None) -> tuple[int, int, bool]:
-  """(heads, conditionals, whether confidence code is named) in a program's compiled HLO."""
-  toy = engine.toy()
-  args = toy.weights, engine.encode(toy), jnp.ones(BATCH, bool), jnp.float32(0)
-  leaves, tree = jax.tree.flatten(args)
-  chosen = dataclasses.replace(program(rule), engine=made)
-  run = lambda leaves: chosen.decode(*jax.tree.unflatten(tree, leaves))
-  text = jax.jit(run).lower(leaves).compile().as_text()
-  head = rf"f32\[{BATCH},{toy.sizes.num_pieces}\]\S* dot\("
-  branches = re.findall(r"= .* conditional\(", text)
-  return len(re.findall(head, text)), len(branches), "confidence.py" in text
-
-
-def test_full_depth_holds_one_head_and_no_confidence_code():
-  assert heads_and_branches(STATIC) == (1, 0, False)
-  assert heads_and_branches(exits.StaticExit(2)) == (1, 0, False)
-
-
-def test_the_detector_finds_heads_and_confidence_code():
-  """Meta: a dynamic program has what the static one must not have."""
-  assert heads_and_branches(SOFTMAX) == (4, 4, True)  # one choice of a bucket a layer
-  state = exits.DynamicExits(confidence.State())
-  assert heads_and_branches(state) == (1, 4, True)
-  assert heads_and_branches(state, engines.Deferred()) == (1, 0, True)
-  assert heads_and_branches(state, engines.Eager()) == (1, 3, True)
-
-
-def test_compiled_programs_agree_with_the_yardstick():
-  for rule, threshold in ((SOFTMAX, 0.6), (STATIC, 0.0)):
-    rows = engine.reference_rows(engine.toy(), rule, threshold)
-    assert engine.agreeing_rows(rows, decode(rule, threshold))
 
 
 def test_bfloat16_runs_with_float32_logits_and_confidences():
