@@ -36,21 +36,48 @@ def _check_annotations() -> None:
 _check_annotations()
 
 
-# Files that are about what happens around compiled programs, not in them: LLVM need not try
-# hard there. What compares numbers with others' or with the paper's is compiled as users do.
+# Files that are about what programs do, not how fast or by which instructions. What compares
+# numbers with others' or with the paper's, or reads HLO, is compiled as users do.
 QUICK = (
-  "inference/platform_test.py",
-  *("commands/cli_test.py", "commands/infer_test.py", "commands/pipeline_test.py"),
-  *(
-    "fitting/run_test.py",
-    "fitting/stages_test.py",
-    "fitting/training_test.py",
-    "inference/calibrating_test.py",
-  ),
-  *("inference/grid_test.py", "inference/until_certified_test.py"),
-  *("fitting/heads_test.py", "inference/exact_test.py", "inference/seconds_test.py"),
-  *("paper/bench/engine_test.py", "training/run_test.py"),
+  *("commands/calibrate_command_test.py", "commands/cli_test.py", "commands/following_test.py"),
+  *("commands/infer_test.py", "commands/locked_test.py", "commands/monitoring_test.py"),
+  *("commands/pipeline_test.py", "commands/progress_test.py", "commands/sharding_test.py"),
+  *("commands/stopped_test.py", "decode/loop_test.py", "decode/pool_test.py"),
+  *("decode/program_reference_test.py", "decode/program_test.py", "decode/resume_test.py"),
+  *("decode/verified_test.py", "engines/choice_test.py", "engines/compacted_test.py"),
+  *("engines/deferred_test.py", "engines/layout_test.py", "exits/confidence_test.py"),
+  *("exits/rules_test.py", "fitting/heads_test.py", "fitting/run_test.py"),
+  *("fitting/stages_test.py", "fitting/training_test.py", "inference/calibrating_test.py"),
+  *("inference/exact_test.py", "inference/grid_test.py", "inference/platform_test.py"),
+  *("inference/seconds_test.py", "inference/until_certified_test.py"),
+  *("paper/bench/engine_test.py", "scripts/benchmark_lists_test.py", "scripts/soak_test.py"),
+  *("scripts/walkthrough_test.py", "t5/decoder_test.py", "t5/network_test.py"),
+  *("training/losses_test.py", "training/loop_test.py", "training/objectives_test.py"),
+  "training/run_test.py",
 )
+# LLVM need not try hard, and XLA's older code generator takes two thirds of the newer's time.
+QUICKLY = {
+  "xla_backend_optimization_level": 0,
+  "xla_llvm_disable_expensive_passes": True,
+  "xla_cpu_use_fusion_emitters": False,
+}
+
+
+def compile_quickly(patch: pytest.MonkeyPatch) -> None:
+  """Programs are compiled in as little time as XLA allows, those of started processes too."""
+  # JAX has no public name for options of XLA that hold for all programs of a process.
+  compiler = importlib.import_module("jax._src.compiler")
+  options = compiler.get_compile_options
+
+  def quick_options(*args, env_options_overrides=None, **kwargs):
+    overrides = QUICKLY | dict(env_options_overrides or {})
+    return options(*args, env_options_overrides=overrides, **kwargs)
+
+  patch.setattr(compiler, "get_compile_options", quick_options)
+  importlib.import_module("jax").devices()  # by now this process has read its own flags
+  emitters = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+  patch.setenv("XLA_FLAGS", emitters.strip())
+  patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,15 +86,12 @@ def programs(request):
 
   A compiled program maps memory in many pieces, of which a process may have 65,530.
   """
-  quick = str(request.path).endswith(QUICK)
-  if quick:
-    jax = importlib.import_module("jax")
-    jax.config.update("jax_disable_most_optimizations", True)
-  yield
+  with pytest.MonkeyPatch.context() as patch:
+    if str(request.path).endswith(QUICK):
+      compile_quickly(patch)
+    yield
   if "jax" in sys.modules:
     sys.modules["jax"].clear_caches()
-  if quick:
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from calm.exits import confidence
 from tests import engine
 
 
-texts = ["A library to read ZIP archives.", "A game.", "Fonts, many fonts."] * 3
+texts = ["A library to read ZIP archives.", "A game.", "Fonts, many fonts."] * 2
 options = {"measure": "classifier", "max_decode_length": 10, "batch_size": 2}
 many = inference.load("packed", num_devices=8, **options)
 one = many.with_options(num_devices=1)
@@ -55,7 +55,8 @@ COLLECTIVES = r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-sc
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
   path = tmp_path_factory.mktemp("devices") / "found.json"
-  flags = "--xla_backend_optimization_level=0"  # nor a number of devices: `load` asks for it
+  # Not a number of devices: `load` asks for it.
+  flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
   done = subprocess.run(
     [sys.executable, "-c", CHILD, str(path)],
     cwd=pathlib.Path(__file__).parents[2],

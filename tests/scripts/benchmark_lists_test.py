@@ -11,7 +11,7 @@ from calm.t5 import network
 from tests import toys
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "benchmark_lists.py"
-SIZES = toys.Config(vocab_size=264, num_pieces=259, num_decoder_layers=3)
+SIZES = toys.Config(vocab_size=264, num_pieces=259, num_encoder_layers=1, num_decoder_layers=2)
 
 
 def test_lists_are_timed_with_and_without_reuse_and_refill(tmp_path):
@@ -21,7 +21,7 @@ def test_lists_are_timed_with_and_without_reuse_and_refill(tmp_path):
     network.T5Config(**toys.network_fields(SIZES)),
     vocabulary=vocabulary.ByteVocabulary(extra_ids=0),
   )
-  rows = [{"id": f"p{i}", "input": "a b c"[: i + 1], "target": ["a"]} for i in range(5)]
+  rows = [{"id": f"p{i}", "input": "a b c d"[: 2 * i + 1], "target": ["a"]} for i in range(4)]
   prompts, made = tmp_path / "prompts.jsonl", tmp_path / "lists.json"
   prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
   options = ["--max_input_length=16", "--max_decode_length=4", "--batch_size=2"]
@@ -46,5 +46,5 @@ def test_lists_are_timed_with_and_without_reuse_and_refill(tmp_path):
     assert 0 <= least <= row["seconds"] <= most
   replaced = {name for name, row in rows.items() if row["over the same without"]}
   assert replaced == {"grid with reuse", *(f"{name}, rows refilled" for name in names)}
-  assert "5 prompts, batches of 2" in result.stdout
+  assert "4 prompts, batches of 2" in result.stdout
   assert "| full depth |" in result.stdout and "over the same without" in result.stdout
