@@ -99,5 +99,7 @@ rm "$log"
 trap - EXIT
 
 echo "== tests"
-# Those of calm.calibrate have just run. Most of the time goes to compilation, on one core.
-exec .venv-test/bin/python -m pytest -n 2 --dist loadfile "${@:---ignore=tests/calibrate}"
+# Those of calm.calibrate have just run. Most of the time goes to compilation, on one core. The
+# order of files is that of tests/conftest.py.
+exec .venv-test/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+  "${@:---ignore=tests/calibrate}"

@@ -36,6 +36,21 @@ def _check_annotations() -> None:
 _check_annotations()
 
 
+# Files that take longest, these first: else one of two workers ends long after the other.
+LONGEST = (
+  *("decode/program_test.py", "paper/bench/engine_test.py", "fitting/stages_test.py"),
+  *("training/loop_test.py", "commands/pipeline_test.py", "inference/predictor_test.py"),
+  *("checkpoints/huggingface_test.py", "training/objectives_test.py", "training/run_test.py"),
+  *("fitting/run_test.py", "decode/program_reference_test.py", "t5/network_golden_test.py"),
+  *("decode/verified_test.py", "scripts/walkthrough_test.py", "decode/sharded_test.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+  place = lambda item: [str(item.path).endswith(name) for name in LONGEST]
+  items.sort(key=place, reverse=True)
+
+
 # Files that are about what programs do, not how fast or by which instructions. What compares
 # numbers with others' or with the paper's, or reads HLO, is compiled as users do.
 QUICK = (
