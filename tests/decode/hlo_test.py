@@ -23,12 +23,13 @@ LENGTH = 512
 SHALLOW = exits.DynamicExits(confidence.Classifier())
 SOFTMAX, STATIC = exits.DynamicExits(confidence.Softmax()), exits.StaticExit()
 ROWS = len(engine.PROMPTS)
+# LLVM, which comes after HLO, need not try hard.
+USERS_HLO = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": True}
 
 
 def hlo_of(function, leaves) -> str:
-  """The HLO that users' programs are made of; LLVM, which comes after it, need not try hard."""
-  options = {"xla_backend_optimization_level": 0}
-  return jax.jit(function).lower(leaves).compile(options).as_text()
+  """The HLO that users' programs are made of."""
+  return jax.jit(function).lower(leaves).compile(USERS_HLO).as_text()
 
 
 def compiled(rule, made, rows: int = 8, head_dtype: str | None = None) -> str:

@@ -100,7 +100,8 @@ def test_no_operation_in_the_loop_makes_half_of_a_layers_cache(rule):
     weights, room, *numbers = jax.tree.unflatten(tree, kept)
     return pool.advance(weights, room, jax.tree.unflatten(pool_tree, given), *numbers)
 
-  text = jax.jit(run, donate_argnums=1).lower(kept, given).compile().as_text() or ""
+  lowered = jax.jit(run, donate_argnums=1).lower(kept, given)
+  text = lowered.compile(hlo_test.USERS_HLO).as_text() or ""
   assert not [op.text for op in hlo.large(text, hlo_test.half_a_layers_cache())]
   sizes = [operation.elements for operation in hlo.in_loops(text)]
   assert max(sizes) >= hlo_test.half_a_layers_cache()
