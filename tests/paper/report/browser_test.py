@@ -121,13 +121,20 @@ def test_the_certified_point_is_marked_where_the_slider_stands(tab):
   assert told.startswith("certified: at 0.6") and "0.25" in told
 
 
+SIDEWAYS = (
+  "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1)"
+  ".map(e => e.querySelector('table').id)"
+)
+
+
+def test_no_table_is_cut_on_a_small_screen(tab):
+  tab.size(1100, 800)
+  assert tab.evaluate(SIDEWAYS) == []
+
+
 def test_tables_are_cards_on_a_phone(tab):
   tab.size(375, 812)
-  sideways = (
-    "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1)"
-    ".map(e => e.querySelector('table').id)"
-  )
-  assert tab.evaluate(sideways) == []
+  assert tab.evaluate(SIDEWAYS) == []
   head = "getComputedStyle(document.querySelector('#table-summary td'), '::before').content"
   assert tab.evaluate(head) == '"task"'
   tab.size(1200, 900)
@@ -137,7 +144,7 @@ def test_tables_are_cards_on_a_phone(tab):
 def test_no_table_is_split_in_print(tab):
   tab.media(medium="print")
   kept = (
-    "[...document.querySelectorAll('.scroll:not(.long), tr, figure')]"
+    "[...document.querySelectorAll('.scroll:not(.long), tr, figure, p')]"
     ".every(e => getComputedStyle(e).breakInside === 'avoid')"
   )
   assert tab.evaluate(kept)
