@@ -120,11 +120,10 @@ def load(
   has_exit_parts = stored.exit_classifier or stored.exit_probes or stored.per_layer_heads
   config = config or stored
   params = parameters.unflatten(flat)
+  parameters.check(params, config)
   vocabulary = vocabulary or stored_vocabulary
-  with files.naming(path):
-    parameters.check(params, config)
-    if vocabulary is not None:
-      vocabularies.check_fits(vocabulary, config.vocab_size)
+  if vocabulary is not None:
+    vocabularies.check_fits(vocabulary, config.vocab_size)
   if trained is False and has_exit_parts and not (path / "params.safetensors").is_file():
     trained = None  # T5X's own models have none: somebody trained them
   return Checkpoint(config, params, vocabulary, trained)

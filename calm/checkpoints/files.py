@@ -5,7 +5,9 @@ Shared by the checkpoint formats, each of which has a file of its own.
 
 import contextlib
 import json
+import os
 import pathlib
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -78,7 +80,14 @@ def safetensors_writer(
     name: np.ascontiguousarray(np.asarray(array).astype(STORAGE_DTYPES[storage_dtype]))
     for name, array in tensors.items()
   }
-  return lambda path: safetensors.numpy.save_file(cast, path, metadata=metadata or None)
+
+  def write(path: pathlib.Path) -> None:
+    mode = stat.S_IMODE(os.stat(path).st_mode)
+    safetensors.numpy.save_file(cast, path, metadata=metadata or None)
+    # safetensors puts a file of its own there, which nobody but its writer may read.
+    os.chmod(path, mode)
+
+  return write
 
 
 def json_writer(value: Any) -> Callable[[pathlib.Path], Any]:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import os
 import pathlib
-import re
+import stat
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -40,6 +41,16 @@ def pieces(tmp_path_factory) -> vocabulary.SentencePieceVocabulary:
 def saved(tmp_path, pieces) -> pathlib.Path:
   checkpoints.save(tmp_path / "model", draw(), CONFIG, vocabulary=pieces)
   return tmp_path / "model"
+
+
+def test_whoever_may_read_the_configuration_may_read_the_parameters(tmp_path):
+  before = os.umask(0o022)
+  try:
+    checkpoints.save(tmp_path, draw(), CONFIG)
+  finally:
+    os.umask(before)
+  modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+  assert modes["params.safetensors"] == modes["config.json"] == 0o644
 
 
 def test_whether_exits_are_trained_is_stored(tmp_path):
@@ -173,7 +184,7 @@ def test_wrong_leaves_are_named_when_saving_and_when_loading(saved, path, leaf, 
     checkpoints.save(saved, params, CONFIG)
   assert (saved / "params.safetensors").read_bytes() == before
   safetensors.numpy.save_file(parameters.flatten(params), saved / "params.safetensors")
-  with pytest.raises(ValueError, match=f"{re.escape(str(saved))}: .*{message}"):
+  with pytest.raises(ValueError, match=message):
     checkpoints.load(saved)
 
 
