@@ -1,6 +1,7 @@
 """Confidence measures side by side, teacher-forced: layers a token at a share of other words.
 
-    python scripts/rank_measures.py --data=data --output=ranked.json
+    python scripts/rank_measures.py --data=data --output=scripts/results/rank_measures.json
+    python scripts/rank_measures.py --data=data --models before=runs/one/model after=packed
 
 Every layer is read at every token of the full model's own texts for validation prompts, one a
 source (`calm.fitting.probe`). A cell is the least mean number of decoder layers at which at
@@ -10,6 +11,7 @@ the first layer that has the last one's word.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import platform
@@ -27,13 +29,13 @@ from calm.paper.bench import decode, tasks
 SHARES = (0.02, 0.04, 0.06, 0.1)
 TITLES = {"synopsis": "synopses", "qa": "questions", "enfr": "translations"}
 # Beside every layer: where the full head is asked seldom.
-LAYERS = (None, (2, 3, 4), (3, 4))
+LAYERS = (None, (2, 3, 4))
 
 
-def read(arguments, task: str) -> probe.Probe:
+def read(arguments, folder: str, task: str) -> probe.Probe:
   """Every measure at every layer and token."""
   settings = tasks.task(task)
-  model = inference.load(arguments.model, batch_size=arguments.batch_size).with_options(
+  model = inference.load(folder, batch_size=arguments.batch_size).with_options(
     task_prefix=settings.prefix,
     max_input_length=settings.max_input_length,
     max_decode_length=settings.max_decode_length,
@@ -55,7 +57,7 @@ def layers_at(found: probe.Probe, measure: str, allowed: tuple[int, ...]) -> lis
   return [float(min(mean[shares <= most], default=found.num_layers)) for most in SHARES]
 
 
-def rows(task: str, found: probe.Probe) -> list[list]:
+def rows(model: str, task: str, found: probe.Probe) -> list[list]:
   """One line a measure and set of layers; the oracle's last."""
   last = found.num_layers
   made = []
@@ -63,9 +65,9 @@ def rows(task: str, found: probe.Probe) -> list[list]:
     for layers in LAYERS:
       cells = layers_at(found, measure, layers or tuple(range(1, last)))
       where = "every layer" if layers is None else f"after {', '.join(map(str, layers))}"
-      made.append([TITLES[task], f"{measure}, {where}", *cells])
+      made.append([model, TITLES[task], f"{measure}, {where}", *cells])
   oracle = float((np.argmax(found.agrees, axis=1) + 1).mean())
-  return [*made, [TITLES[task], "oracle", *[oracle] * len(SHARES)]]
+  return [*made, [model, TITLES[task], "oracle", *[oracle] * len(SHARES)]]
 
 
 def main() -> None:
@@ -73,7 +75,9 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--data", required=True, help="folder of the data sets")
-  parser.add_argument("--model", default="packed")
+  parser.add_argument(
+    "--models", nargs="+", default=["packed"], help="checkpoints, each as FOLDER or NAME=FOLDER"
+  )
   parser.add_argument("--tasks", nargs="+", default=list(TITLES), choices=list(TITLES))
   parser.add_argument(
     "--measures",
@@ -85,15 +89,16 @@ def main() -> None:
   parser.add_argument("--output", help="JSON file of the table")
   arguments = parser.parse_args()
   lines = []
-  for task in arguments.tasks:
-    lines += rows(task, read(arguments, task))
+  named = [model.rpartition("=") for model in arguments.models]
+  for (name, _, folder), task in itertools.product(named, arguments.tasks):
+    lines += rows(name or folder, task, read(arguments, folder, task))
     for line in lines[-len(arguments.measures) * len(LAYERS) - 1 :]:
       print("  ".join(f"{x:<24}" if isinstance(x, str) else f"{x:.2f}" for x in line))
   if arguments.output:
     shown = [f"{100 * share:g} % other words" for share in SHARES]
     value = {
       "command": " ".join(["python", "scripts/rank_measures.py", *sys.argv[1:]]),
-      "columns": ["task", "measure", *shown],
+      "columns": ["model", "task", "measure", *shown],
       "rows": lines,
       "versions": {
         "calm": calm.__version__,

@@ -25,8 +25,6 @@ from calm.calibrate import screen
 from calm.calibrate.generations.shown import visible
 from calm.commands import common, following, helping, showing
 
-_BAR_WIDTH = 20
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the command's options."""
@@ -142,7 +140,7 @@ def _listener(console: rich_console.Console) -> Iterator:
 
   columns = (
     rich_progress.TextColumn("{task.description}", markup=False),
-    rich_progress.BarColumn(bar_width=_BAR_WIDTH),
+    rich_progress.BarColumn(bar_width=20),
     rich_progress.TextColumn("{task.fields[text]}", markup=False),
   )
   with showing.bar(console, *columns) as bar:
@@ -164,8 +162,7 @@ def _listener(console: rich_console.Console) -> Iterator:
           begun = (share, now)
         left = "" if begun is None else left_of(share - begun[0], 1.0 - share, now - begun[1])
         first = f"{left.removeprefix(', ')}, " if left else ""
-        shown = showing.fitted(console, visible(f"{first}{text}"), len(number) + _BAR_WIDTH + 2)
-        bar.update(task, completed=share, text=shown)
+        bar.update(task, completed=share, text=visible(f"{first}{text}"))
         if not console.is_terminal and now - told >= showing.LINE_SECONDS:
           told = now
           show(f"  {100 * share:.0f} %, {text}{left}")

@@ -12,7 +12,6 @@ from calm.calibrate.generations.shown import visible
 from calm.commands import showing
 
 LEAST_SECONDS = 2.0
-_BAR_WIDTH = 12
 
 Report = Callable[[float, str], None]
 
@@ -26,7 +25,7 @@ class Steps:
 
   def __init__(self, bar: rich_progress.Progress, clock: Callable[[], float] = time.monotonic):
     self._bar, self._clock = bar, clock
-    self._task = bar.add_task("", total=1.0, visible=False)
+    self._task = bar.add_task("", total=1.0, visible=False, left="")
     self._expected = self._announced = self._worked = 0
     self._first: float | None = None
 
@@ -52,9 +51,13 @@ class Steps:
         told = True
         line = f"{self._place(number)} {text}{f', about {left} left' if left else ''}"
         screen.say(self._bar.console, line)
-      shown = f"{f'about {left} left ' if left else ''}{self._place(number)} {text} · {what}"
-      shown = showing.fitted(self._bar.console, visible(shown), _BAR_WIDTH + 1)
-      self._bar.update(self._task, completed=share, description=shown, visible=True)
+      self._bar.update(
+        self._task,
+        completed=share,
+        description=visible(f"{self._place(number)} {text} · {what}"),
+        left=f"about {left} left" if left else "",
+        visible=True,
+      )
 
     return report
 
@@ -77,7 +80,8 @@ class Steps:
 def steps(console: rich_console.Console) -> Iterator[Steps]:
   """A bar for the step at work, or a line a step where there is no terminal."""
   columns = (
-    rich_progress.BarColumn(bar_width=_BAR_WIDTH),
+    rich_progress.BarColumn(bar_width=12),
+    rich_progress.TextColumn("{task.fields[left]}", markup=False),
     rich_progress.TextColumn("{task.description}", markup=False),
   )
   with showing.bar(console, *columns) as bar:

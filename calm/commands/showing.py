@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from rich import console as rich_console
 from rich import progress as rich_progress
-from rich import text as rich_text
 
 # Between two lines where there is no terminal.
 LINE_SECONDS = 15.0
@@ -84,19 +83,6 @@ def counting(
   )
   with bar(console, *columns) as shown:
     yield Counter(shown, total, things, done)
-
-
-def fitted(console: rich_console.Console, text: str, taken: int) -> str:
-  """A text cut where the line ends; rich would take what is too much from the bar as well.
-
-  Args:
-    console: the terminal.
-    text: one line.
-    taken: columns that stand before it.
-  """
-  cut = rich_text.Text(text)
-  cut.truncate(max(1, console.width - taken), overflow="ellipsis")
-  return cut.plain
 
 
 def bar(

@@ -67,14 +67,9 @@ def json_lines(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
       value = files.parse_json(line)
     except ValueError as error:
       where_in_line = isinstance(error, json.JSONDecodeError) and f" at column {error.colno}"
-      way_out = (
-        "mend that line, or leave it out"
-        if line.lstrip().startswith("{")
-        else "where these are plain texts, say so: `--prompts_format=text`, or a name in .txt"
-      )
       raise ValueError(
         f"{where}: expected one JSON object a line, got invalid JSON{where_in_line or ''}"
-        f" ({error}); {way_out}."
+        f" ({error}); where these are plain texts, say so: `--prompts_format=text`."
       ) from error
     yield _checked(Row(value, f"{stem}/{number}", where))
 

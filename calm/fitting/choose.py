@@ -233,7 +233,7 @@ class _Choosing:
     length = self.shaped.options.max_decode_length
     model = self.shaped.with_options(**candidate.options(length))
     levels = forecasts.coarse_grid(probe, candidate, options.tolerance, length)
-    told = lambda share, text: progress(share, f"{candidate}, {text}")
+    told = lambda share, text: progress(share, f"{candidate}, {text.split(' at ')[-1]}")
     cached = decode.on_grid(
       model, prompts, levels, self.folder, full=full, encodings=encodings, progress=told
     )

@@ -79,7 +79,7 @@ def split(
     planning.min_calibration_size(tolerance, error_rate, lower=lower),
     planning.min_calibration_size(tolerance, error_rate),
   )
-  sizes = _sizes(len(members), len(rows), trains, needed, (tolerance, error_rate))
+  sizes = _sizes(len(members), trains, needed, tolerance, error_rate)
   order = sorted(members, key=lambda name: _draw(seed, name))
   parts, start = {}, 0
   for name in ("calibration", "validation", "last"):
@@ -92,7 +92,7 @@ def split(
 
 
 def _sizes(
-  groups: int, rows: int, trains: bool, needed: int, rates: tuple[float, float]
+  groups: int, trains: bool, needed: int, tolerance: float, error_rate: float
 ) -> Mapping[str, int]:
   shares = _SHARES[trains]
   sizes = {name: min(round(share * groups), most) for name, (share, most) in shares.items()}
@@ -104,12 +104,11 @@ def _sizes(
   left = groups - sum(sizes.values())
   sizes["calibration"] += min(0, left if not trains else left - sizes["validation"])
   if groups < least or sizes["calibration"] < needed:
-    alike = f" of the {rows} that are there: rows of one `source`, or of one input, are one"
     raise ValueError(
-      f"Expected at least {least} rows of different groups for `tolerance` {rates[0]} and"
-      f" `error_rate` {rates[1]}: {needed} to calibrate on, the others to choose on and to"
-      f" look at{', and as many again to train on' if trains else ''}, got"
-      f" {groups}{alike if groups < rows else ''}; give more rows, or a larger tolerance."
+      f"Expected at least {least} rows of different groups for `tolerance` {tolerance} and"
+      f" `error_rate` {error_rate}: {needed} to calibrate on, the others to choose on and to"
+      f" look at{', and as many again to train on' if trains else ''}, got {groups}; give more"
+      " rows, or a larger tolerance."
     )
   return sizes
 

@@ -61,9 +61,8 @@ def load(
   checkpoint = checkpoints.load(directory)
   if checkpoint.vocabulary is None:
     raise ValueError(
-      f"Expected a vocabulary beside the checkpoint in {directory}, got none; put the"
-      " `spiece.model` or `tokenizer.json` of its training there, or save the model with one"
-      " (`checkpoints.save(..., vocabulary=...)`)."
+      f"Expected a vocabulary beside the checkpoint in {directory}, got none; save the model"
+      " with one (`checkpoints.save(..., vocabulary=...)`)."
     )
   if isinstance(calibration, str | pathlib.Path):
     calibration = Calibration.load(calibration)

@@ -1,9 +1,7 @@
 """Which step it is, how far, and how much is left."""
 
 import io
-import re
 
-import pytest
 from rich import console as rich_console
 from rich import progress as rich_progress
 
@@ -46,24 +44,6 @@ def test_nothing_is_said_before_anything_is_known():
   assert steps.left(1, 0.1) == ""  # a second tells little
   clock.now = 10.0
   assert steps.left(1, 0.1) == "6:30"
-
-
-@pytest.mark.parametrize("columns", [60, 80])
-def test_a_long_step_leaves_the_bar_and_the_time_as_they_are(columns):
-  """rich takes from every column what one of them has too much."""
-  file, clock = io.StringIO(), Clock()
-  console = rich_console.Console(file=file, width=columns, force_terminal=True)
-  with progress.steps(console) as steps:
-    steps._clock = clock
-    steps.expect(48)
-    report = steps("summaries: grid of classifier")
-    clock.now = 600.0
-    report(0.5, f"threshold 0.95{'1' * columns}")
-    steps._bar.refresh()
-  last = re.split(r"\x1b\[2K|\r|\n", re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()))
-  shown = [line for line in last if "grid" in line][-1]
-  assert re.match(r"[━╸╺]{12} about 15:50:00 left \[1/48\] summaries: grid of .*…$", shown)
-  assert len(shown) == columns
 
 
 def test_where_there_is_no_terminal_a_bar_leaves_nothing():

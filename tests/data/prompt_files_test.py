@@ -153,16 +153,6 @@ def test_the_limit_leaves_the_rest_unread(tmp_path):
     prompt_files.open_prompts(path)
 
 
-def test_a_line_that_was_cut_is_not_taken_for_plain_text(tmp_path):
-  whole = lines(ROWS)
-  for made, way_out in (
-    (whole[:-9], r"rows\.jsonl:2: .*; mend that line, or leave it out\.$"),
-    (whole + b"a text\n", r"rows\.jsonl:3: .* plain texts, .*--prompts_format=text.*\.txt\.$"),
-  ):
-    with pytest.raises(ValueError, match=way_out):
-      prompt_files.open_prompts(write(tmp_path, "rows.jsonl", made))
-
-
 def test_keys_are_the_same_in_every_row(tmp_path):
   for key in prompt_files.INPUT_KEYS:
     path = write(tmp_path, "one.jsonl", lines([{key: "a", "other": "b"}]))

@@ -67,14 +67,6 @@ def test_too_few_rows_say_how_many_are_needed(trains, needed):
     splits.split(rows(1), trains=trains, tolerance=0.1, error_rate=0.05)
 
 
-def test_many_rows_of_one_group_are_said_to_be_one():
-  one = [Prompt(f"p{i}", f"text {i}", ("a",), "a source") for i in range(200)]
-  with pytest.raises(
-    ValueError, match=r"got 1 of the 200 that are there: rows of one `source`"
-  ):
-    splits.split(one, trains=True, **RATES)
-
-
 def test_what_is_written_is_read_by_training(tmp_path):
   made = splits.split(rows(80), trains=True, **RATES)
   splits.write(tmp_path, made)

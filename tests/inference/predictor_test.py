@@ -266,9 +266,7 @@ def test_a_calibration_of_unknown_origin_is_refused(directory, calibration):
 
 def test_a_model_without_vocabulary_is_refused(tmp_path):
   bare = save(tmp_path / "bare", with_vocabulary=False)
-  with pytest.raises(
-    ValueError, match=r"Expected a vocabulary .*spiece\.model.*tokenizer\.json"
-  ):
+  with pytest.raises(ValueError, match="Expected a vocabulary beside the checkpoint"):
     inference.load(bare)
 
 

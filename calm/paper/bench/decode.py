@@ -10,7 +10,6 @@ import numpy as np
 from calm import exits, inference
 from calm.calibrate import Prompt, Record, generations
 from calm.calibrate.generations import writer as writer_lib
-from calm.calibrate.thresholds import format_threshold
 from calm.data import prompt_batches
 from calm.exits import schedules
 from calm.inference import grid
@@ -88,7 +87,7 @@ def on_grid(
     # Within a batch thresholds descend; never exit comes first.
     done = 0 if threshold == schedules.NEVER_EXIT else list(thresholds).index(threshold) + 1
     share = (number + (done + 1) / (len(thresholds) + 1)) / count
-    progress(share, f"threshold {format_threshold(float(f'{threshold:.4g}'))}")
+    progress(share, f"{procedure.measure} at threshold {threshold:.4g}")
 
   grid.generate(
     predictor,
