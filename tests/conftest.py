@@ -67,8 +67,9 @@ QUICK = (
   *("inference/calibrating_test.py", "inference/exact_test.py", "inference/grid_test.py"),
   *("inference/platform_test.py", "inference/seconds_test.py"),
   *("inference/until_certified_test.py", "paper/bench/engine_test.py"),
-  *("scripts/benchmark_lists_test.py", "scripts/soak_test.py", "scripts/walkthrough_test.py"),
-  *("t5/decoder_test.py", "t5/network_test.py", "training/loop_test.py"),
+  *("scripts/benchmark_lists_test.py", "scripts/benchmark_test.py", "scripts/soak_test.py"),
+  *("scripts/walkthrough_test.py", "t5/decoder_test.py", "t5/network_test.py"),
+  *("t5x/calm_defects_test.py", "t5x/loops_test.py", "training/loop_test.py"),
   *("training/losses_test.py", "training/objectives_test.py", "training/run_test.py"),
 )
 # LLVM need not try hard, and XLA's older code generator takes two thirds of the newer's time.
