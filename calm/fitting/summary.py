@@ -38,6 +38,7 @@ def pages(result: Result, options: FitOptions, folder: str) -> Mapping[str, str]
     "options": options,
     "folder": folder,
     "headline": result.headline(options.tolerance),
+    "certified": result.last.risk is not None,
     "never": thresholds_lib.NEVER_EXIT,
     "timed_only": TIMED_ONLY,
   }

@@ -12,7 +12,7 @@ from calm import checkpoints, exits, fitting, inference
 from calm.calibrate import Calibration, Prompt, seconds
 from calm.calibrate import thresholds as thresholds_lib
 from calm.data import vocabulary
-from calm.fitting import candidates, choose, folder, heads, inputs, last, run
+from calm.fitting import candidates, choose, folder, heads, inputs, last, run, summary
 from calm.fitting import result as result_lib
 from calm.paper.bench import results
 from tests import toy_vocabulary
@@ -126,6 +126,17 @@ def test_a_stopped_fit_goes_on_and_another_request_is_refused(
   assert again.calibration == served.calibration
 
 
+def _check_that_nothing_certified_is_said(result):
+  """Where nothing was chosen, no column, no seconds and no second text tell of exits."""
+  last = dataclasses.replace(result.last, risk=None, quality_early=None)
+  bare = dataclasses.replace(result, seconds=None, last=last, curve=())
+  for text in summary.pages(bare, fitting.FitOptions(**OPTIONS), "mine").values():
+    assert "certified exits" not in text and "Seconds are" not in text
+    assert "What was tried" in text and "What was chosen" not in text
+    assert "At full depth: " in text and "  served `" not in text
+    assert "decoder layers per token" not in text and "layer 1 of 3" not in text
+
+
 def test_full_depth_is_served_where_exits_are_not_faster(
   made, model, always_faster, monkeypatch
 ):
@@ -163,6 +174,7 @@ def test_full_depth_is_served_where_exits_are_not_faster(
   got = drafting.generate(texts)
   assert got.texts == static.texts and all(output.passes for output in got)
   assert "its own texts x1.20 as fast" in (whole.path / "summary.md").read_text("utf-8")
+  _check_that_nothing_certified_is_said(dataclasses.replace(result, choice=slower))
   (whole.path / "full_depth.json").write_text('{"exact": {"draft_layer": 1}}')
   with pytest.raises(ValueError, match=r"full_depth\.json"):
     inference.load(whole.path)
