@@ -111,7 +111,8 @@ def machine() -> dict[str, Any]:
     "load_before": os.getloadavg()[0],
     "python": platform.python_version(),
     "versions": {p: _version(p) for p in PACKAGES if _version(p)},
-    "command": " ".join(sys.argv),
+    # Shown to readers: the script's name and what it was given, and not where it lay.
+    "command": " ".join(["python", f"scripts/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]]),
   }
 
 

@@ -1,5 +1,6 @@
 """The figures of the READMEs are those of `scripts/results`."""
 
+import json
 import re
 
 import pytest
@@ -15,6 +16,12 @@ def test_every_result_is_shown_somewhere():
   text = "\n".join(path.read_text("utf-8") for path in tables.readmes())
   shown = {name for _, name, *_ in tables.MARK.findall(text)}
   assert shown == {path.stem for path in tables.RESULTS.glob("*.json")}
+
+
+def test_commands_of_results_name_no_place_of_one_machine():
+  for path in tables.RESULTS.glob("*.json"):
+    command = json.loads(path.read_text("utf-8"))["command"]
+    assert not re.search(r"(?:^|[\s='\"])/", command), (path.name, command)
 
 
 def typed(text):
