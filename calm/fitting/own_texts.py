@@ -10,9 +10,10 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from calm import exits, inference
-from calm.calibrate import Prompt, Record
+from calm.calibrate import Prompt
 from calm.calibrate.generations import files
 from calm.fitting import splits as splits_lib
 from calm.paper.bench import decode
@@ -20,6 +21,8 @@ from calm.paper.bench import decode
 # Rows of a batch, and those that are decoded between two looks at the clock, which a run that
 # was stopped does not decode again.
 BATCH, CHUNK = 64, 512
+# What the model wrote, as `sources.supervised` reads it.
+OUTPUTS = "outputs.jsonl"
 
 
 def write(
@@ -31,13 +34,14 @@ def write(
 ) -> splits_lib.Splits:
   """Decodes the rows that train, and those that validate, at full depth.
 
-  Texts that the length limit cut off are left out: they have no end to learn. Called again, it
-  goes on where it was stopped.
+  Training reads their tokens (`OUTPUTS`), so that a text which the length limit cut off has no
+  end to learn. Called again, it goes on where it was stopped.
 
   Args:
     predictor: the model under its limits and prefix.
     splits: rows; only `train` and `validation` are read.
-    folder: keeps what was decoded; `train.jsonl` and `validation.jsonl` are written there.
+    folder: keeps what was decoded; `train.jsonl`, `validation.jsonl` and `OUTPUTS` are written
+      there.
     seconds: that the rows that train may take; later ones are left out. None: all are taken.
     progress: told of the share done.
 
@@ -50,6 +54,7 @@ def write(
   whole = sum(map(len, parts.values()))
   done, begun = 0, time.monotonic()
   made: dict[str, tuple[Prompt, ...]] = {}
+  lines: list[str] = []
   for name, rows in parts.items():
     found: list[Prompt] = []
     for start in range(0, len(rows), CHUNK):
@@ -58,11 +63,16 @@ def write(
         break
       chunk = rows[start : start + CHUNK]
       told = _told(progress, done, len(chunk), whole)
-      found += _chunk(predictor, chunk, folder / f"{name}-{start:08d}.json", told)
+      kept = _chunk(predictor, chunk, folder / f"{name}-{start:08d}.json", told)
+      found += [
+        dataclasses.replace(row, targets=(kept[row.id]["prediction"],)) for row in chunk
+      ]
+      lines += [json.dumps({"id": row.id, **kept[row.id]}) + "\n" for row in chunk]
       done += len(chunk)
     made[name] = tuple(found)
   replaced = dataclasses.replace(splits, **made)
   splits_lib.write(folder, replaced, names=tuple(parts))
+  files.write_atomically(folder / OUTPUTS, "".join(lines))
   return replaced
 
 
@@ -82,21 +92,11 @@ def _chunk(
   rows: Sequence[Prompt],
   file: pathlib.Path,
   progress: Callable[[float, str], None],
-) -> list[Prompt]:
-  """Rows with their own texts, decoded or as they were kept."""
+) -> dict[str, dict[str, Any]]:
+  """Id -> prediction and tokens, decoded or as they were kept."""
   kept = {} if not file.is_file() else files.parse_json(files.content(file))
   if set(kept) != {row.id for row in rows}:
     records = decode.with_rule(predictor, rows, exits.StaticExit(), progress=progress)
-    kept = {r.id: r.prediction if _ended(r, predictor.eos_id) else None for r in records}
+    kept = {r.id: {"prediction": r.prediction, "tokens": r.tokens} for r in records}
     files.write_atomically(file, json.dumps(kept, ensure_ascii=False) + "\n")
-  texts = {row.id: kept[row.id] for row in rows}
-  return [
-    dataclasses.replace(row, targets=(texts[row.id],))
-    for row in rows
-    if texts[row.id] is not None
-  ]
-
-
-def _ended(record: Record, eos_id: int) -> bool:
-  """Whether the text came to an end of its own."""
-  return bool(record.tokens) and record.tokens[-1] == eos_id
+  return kept

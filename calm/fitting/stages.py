@@ -17,7 +17,7 @@ import jinja2
 from calm import inference, training
 from calm.calibrate.generations import files
 from calm.data import training_batches
-from calm.fitting import pilot, recipes
+from calm.fitting import own_texts, pilot, recipes
 from calm.fitting.options import FitOptions
 from calm.fitting.result import Trained
 from calm.fitting.splits import Splits
@@ -58,6 +58,12 @@ class Stage:
   @property
   def gin_file(self) -> pathlib.Path:
     return self.folder.with_suffix(".gin")
+
+  @property
+  def outputs(self) -> str:
+    """Tokens that are learned in the place of references; '' where references are."""
+    found = self.rows_folder / own_texts.OUTPUTS
+    return str(found.absolute()) if found.is_file() else ""
 
   @property
   def exported(self) -> pathlib.Path:
@@ -113,6 +119,7 @@ class Stage:
         train=str((self.rows_folder / "train.jsonl").absolute()),
         validation=str((self.rows_folder / "validation.jsonl").absolute()),
         initial=str(self.initial.absolute()),
+        outputs=self.outputs,
         sizes=sizes | {"one_hot_embedding": False},
         fresh=self._objective.parts,
         objective=type(self._objective).__name__,

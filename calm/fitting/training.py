@@ -88,9 +88,10 @@ class Training:
     """Rows whose targets are what the model writes; as many as the budget has room for."""
     seconds = stages.seconds_of(stages.TEXTS, self.options)
     made = own_texts.write(predictor, self.splits, folder, seconds, progress)
-    say(
-      f"Own texts: of {len(made.train)} of {len(self.splits.train)} rows that train"
-      f" (others have no end within {predictor.options.max_decode_length} tokens, or came too"
-      " late for the budget)."
+    late = (
+      ""
+      if len(made.train) == len(self.splits.train)
+      else ", as many as the budget has time for"
     )
+    say(f"Own texts: of {len(made.train)} of {len(self.splits.train)} rows that train{late}.")
     return made

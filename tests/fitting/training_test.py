@@ -13,6 +13,7 @@ from calm import checkpoints, exits, fitting, inference
 from calm.calibrate import Prompt
 from calm.fitting import folder, own_texts, recipes, splits, stages, training
 from calm.paper.bench import decode
+from calm.training import sources
 from tests.inference import predictor_test
 
 # No references: nothing here needs them.
@@ -54,9 +55,7 @@ def full_depth(model, rows):
   return {r.id: r for r in decode.with_rule(model, rows, exits.StaticExit())}
 
 
-def test_targets_are_the_full_models_texts_and_unfinished_ones_are_left_out(
-  model, parts, tmp_path, small_chunks
-):
+def test_targets_are_the_full_models_texts(model, parts, tmp_path, small_chunks):
   told = []
   progress = lambda share, text: told.append((share, text))
   made = own_texts.write(model, parts, tmp_path, None, progress)
@@ -64,15 +63,37 @@ def test_targets_are_the_full_models_texts_and_unfinished_ones_are_left_out(
     rows = getattr(parts, name)
     records = full_depth(model, rows)
     ended = [row for row in rows if records[row.id].tokens[-1] == model.eos_id]
-    assert 0 < len(ended) < len(rows), "the toy should end some of its texts and not others"
+    assert 0 < len(ended) < len(rows), "meta: texts that end and texts that are cut"
     found = getattr(made, name)
-    assert [(row.id, row.input) for row in found] == [(row.id, row.input) for row in ended]
+    assert [(row.id, row.input) for row in found] == [(row.id, row.input) for row in rows]
     assert [row.targets for row in found] == [(records[row.id].prediction,) for row in found]
     lines = (tmp_path / f"{name}.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["id"] for line in lines] == [row.id for row in found]
   assert (made.calibration, made.last) == (parts.calibration, parts.last)
   shares = [share for share, _ in told]
   assert shares == sorted(shares) and shares[-1] == 1.0
+
+
+def test_no_end_is_learned_that_a_text_does_not_have(model, parts, tmp_path, small_chunks):
+  own_texts.write(model, parts, tmp_path, None, silent)
+  records = full_depth(model, parts.train)
+  ended = sum(record.tokens[-1] == model.eos_id for record in records.values())
+  source = sources.supervised(
+    str(tmp_path / "train.jsonl"),
+    model.vocabulary,
+    ((16, 4),),
+    batch_size=len(records),
+    outputs=str(tmp_path / own_texts.OUTPUTS),
+  )
+  batch = source.batch(0)
+  learned = [
+    tuple(row[weights > 0].tolist())
+    for row, weights in zip(
+      batch["decoder_target_tokens"], batch["decoder_loss_weights"], strict=True
+    )
+  ]
+  assert sorted(learned) == sorted(record.tokens for record in records.values())
+  assert 0 < sum(tokens[-1] == model.eos_id for tokens in learned) == ended < len(learned)
 
 
 def test_what_was_decoded_is_not_decoded_again(
@@ -97,7 +118,7 @@ def test_rows_that_come_too_late_are_left_out_and_one_chunk_always_is_in_time(
   made = own_texts.write(model, parts, tmp_path, 0.0, silent)
   first = own_texts.write(model, parts, tmp_path / "whole", None, silent)
   assert len(made.validation) == len(first.validation)
-  assert 0 < len(made.train) <= 8 < len(first.train)
+  assert len(made.train) == 8 < len(first.train)
   assert made.train == first.train[: len(made.train)]
 
 
@@ -144,6 +165,7 @@ def test_layers_learn_the_models_own_texts_without_references(
   assert steps == training.titles(options) and [each.name for each in done] == ["own", "two"]
   own = (work / "stage_own.gin").read_text("utf-8")
   assert "own_texts/train.jsonl" in own and "@losses.equal_weights" in own
+  assert "own_texts/outputs.jsonl" in own
   assert (
     "denoising" not in own and "own_texts/train.jsonl" in (work / "stage_two.gin").read_text()
   )
