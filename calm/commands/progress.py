@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from rich import console as rich_console
 from rich import progress as rich_progress
+from rich import table as rich_table
 
 from calm.calibrate import screen
 from calm.calibrate.generations.shown import visible
@@ -82,7 +83,10 @@ def steps(console: rich_console.Console) -> Iterator[Steps]:
   columns = (
     rich_progress.BarColumn(bar_width=12),
     rich_progress.TextColumn("{task.fields[left]}", markup=False),
-    rich_progress.TextColumn("{task.description}", markup=False),
+    # What is left of the line: the time that is left is not cut for it.
+    rich_progress.TextColumn(
+      "{task.description}", markup=False, table_column=rich_table.Column(ratio=1, no_wrap=True)
+    ),
   )
-  with showing.bar(console, *columns) as bar:
+  with showing.bar(console, *columns, expand=True) as bar:
     yield Steps(bar)

@@ -86,9 +86,13 @@ def counting(
 
 
 def bar(
-  console: rich_console.Console, *columns: rich_progress.ProgressColumn
+  console: rich_console.Console, *columns: rich_progress.ProgressColumn, expand: bool = False
 ) -> rich_progress.Progress:
   """A bar of which nothing stays; where there is no terminal, not even an empty line."""
   return rich_progress.Progress(
-    *columns, console=console, transient=True, disable=not console.is_terminal
+    *columns,
+    console=console,
+    transient=True,
+    disable=not console.is_terminal,
+    expand=expand,
   )

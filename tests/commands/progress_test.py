@@ -52,3 +52,15 @@ def test_where_there_is_no_terminal_a_bar_leaves_nothing():
   with progress.steps(rich_console.Console(file=file)):
     pass
   assert file.getvalue() == ""
+
+
+def test_a_narrow_terminal_cuts_what_is_done_and_not_the_time_that_is_left(monkeypatch):
+  clock, file = Clock(), io.StringIO()
+  console = rich_console.Console(file=file, width=60, force_terminal=True)
+  with progress.steps(console) as steps:
+    monkeypatch.setattr(steps, "_clock", clock)
+    steps.expect(6)
+    report = steps("summaries: copied projections")
+    clock.now = 30.0
+    report(0.5, "softmax at threshold 0.4, a long text that has no room")
+  assert "about 5:30 left" in file.getvalue()
