@@ -20,13 +20,12 @@ from calm import checkpoints, exits
 from calm.calibrate import Calibration, Procedure, Prompt
 from calm.calibrate import seconds as seconds_lib
 from calm.calibrate.generations.procedures import describe_differences
-from calm.calibrate.thresholds import format_threshold
 from calm.data import prompt_batches
 from calm.decode import compiled, loop, pool_program
 from calm.decode import program as program_lib
 from calm.decode import sharded as sharded_lib
 from calm.exits import schedules
-from calm.inference import calibrating, compiling, procedures, seconds
+from calm.inference import calibrating, compiling, procedures, seconds, views
 from calm.inference import outputs as outputs_lib
 from calm.inference.options import DecodeOptions, change
 from calm.t5 import caches, network
@@ -62,14 +61,7 @@ class Predictor:
   exact: exits.Verified | None = None
 
   def __repr__(self) -> str:
-    config = self.config
-    layers = f"{config.num_encoder_layers} + {config.num_decoder_layers} layers"
-    lines = [f"{layers}, emb_dim {config.emb_dim}, {config.dtype}", repr(self.options)]
-    if self.threshold is not None:
-      lines.append(f"threshold {format_threshold(self.threshold)}")
-    if self.calibration is not None:
-      lines.append(repr(self.calibration))
-    return f"{type(self).__name__}({', '.join(lines)})"
+    return views.in_short(self)
 
   @functools.cached_property
   def weights(self) -> program_lib.ModelWeights:

@@ -360,13 +360,31 @@ def test_outputs_fit_terminals_and_notebooks(model, generated):
   assert "params" not in repr(model) and len(repr(model)) < 1500
 
 
-def test_a_model_is_a_line_and_not_its_token_ids(model, calibration):
+def test_a_model_is_a_line_or_two_and_not_its_token_ids(model, calibration):
   plain = repr(model)
-  assert "\n" not in plain and len(plain) < 300
-  assert f"{SIZES.num_decoder_layers} layers" in plain and "softmax" in plain
-  long = model.with_options(shortlist=tuple(range(100)), grid=(0.9, 0.5))
-  assert "shortlist=<100 tokens>" in repr(long)
-  assert "grid=<2 thresholds, 0.9 to 0.5>" in repr(long.options) and len(repr(long)) < 300
-  served = repr(model.under(calibration))
-  assert "threshold 0.3" in served and "Calibration(threshold=0.3" in served
+  assert plain == "Predictor(1 + 3 layers, emb_dim 16, float32; softmax at every layer)"
+  long = model.with_options(shortlist=tuple(range(100)), grid=(0.9, 0.5), exit_layers=(1, 2))
+  assert repr(long) == plain.replace("every layer", "layers 1, 2")
+  told = repr(long.options)
+  assert "shortlist=<100 tokens>" in told and "grid=<2 thresholds, 0.9 to 0.5>" in told
   assert repr(inference.DecodeOptions()) == "DecodeOptions(measure='softmax')"
+
+
+def test_a_served_model_says_what_it_promises(model, calibration):
+  named = dataclasses.replace(calibration, kind="textual", metric="rouge_l")
+  first, second = repr(model.under(named)).split("\n")
+  assert first.endswith("softmax at every layer, threshold 0.3,")
+  assert second == (
+    "  promise: mean textual loss at most 0.1 by rouge_l (error rate 0.05, 200 prompts))"
+  )
+  none = dataclasses.replace(calibration, threshold=NEVER, rows=(), reason="too few")
+  for loss in (named, none):
+    assert all(len(line) < 100 for line in repr(model.under(loss)).split("\n"))
+  assert "full depth" in repr(model.under(none)) and "none" in repr(model.under(none))
+
+
+def test_a_model_that_is_served_at_full_depth_says_what_drafts(model):
+  full = dataclasses.replace(model, threshold=NEVER)
+  assert repr(full).endswith("float32; full depth)")
+  drafted = dataclasses.replace(full, exact=exits.Verified(2))
+  assert repr(drafted).endswith("full depth, drafts by layer 2)")
