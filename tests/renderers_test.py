@@ -20,9 +20,10 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 
 from rich import console as rich_console
 
+from calm import fitting
 from calm.calibrate import calibrate, screen
 from calm.calibrate.generations.shown import visible
-from calm.commands import certificate, common, demo, fit, progress
+from calm.commands import certificate, common, demo, progress
 from calm.fitting import FitOptions, choose, summary
 from calm.fitting import result as result_lib
 from calm.inference import colours, outputs
@@ -182,7 +183,7 @@ def of_steps(text: str) -> str:
 
 def of_a_fit(text: str) -> str:
   def draw(console):
-    with fit._listener(console) as listener:
+    with fitting.on_screen(console) as listener:
       listener.say(text)
       listener.step(text)(0.5, text)
 

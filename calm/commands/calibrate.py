@@ -24,7 +24,15 @@ from rich import markup as rich_markup
 from rich import progress as rich_progress
 
 from calm import calibrate as calibrate_lib
-from calm.calibrate import Support, generations, planning, screen, sequential, thresholds
+from calm.calibrate import (
+  Support,
+  generations,
+  planning,
+  screen,
+  sequential,
+  showing,
+  thresholds,
+)
 from calm.calibrate.evidence import methods, multiple_testing
 from calm.calibrate.generations import foreign, order
 from calm.calibrate.generations.shown import visible
@@ -37,7 +45,6 @@ from calm.commands import (
   promise_flags,
   references,
   several,
-  showing,
   verifying,
 )
 

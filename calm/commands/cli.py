@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import calm
+from calm.calibrate import looking
 from calm.calibrate.generations.shown import visible
 from calm.commands import helping
 
@@ -126,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   chosen = next((word for word in argv if word in COMMANDS), None)
   parser = make_parser(chosen)
   arguments = parser.parse_args([_underscored(word) for word in argv])
-  return arguments.run(arguments)
+  with looking.quiet():  # each shows its own progress
+    return arguments.run(arguments)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,13 @@ from calm.calibrate import (
   generations,
   planning,
   screen,
+  showing,
   thresholds,
 )
 from calm.calibrate.generations import records
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import metrics, sequence_losses
-from calm.commands import certificate, common, following, helping, model_flags, showing
+from calm.commands import certificate, common, following, helping, model_flags
 
 # Fixed before the first run; another tolerance is the user's choice, not ours.
 TOLERANCE, ERROR_RATE = 0.1, 0.05

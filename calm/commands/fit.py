@@ -14,16 +14,11 @@ was stopped goes on with the same command.
 """
 
 import argparse
-import contextlib
-import time
-from collections.abc import Iterator
 
 from rich import console as rich_console
-from rich import progress as rich_progress
 
 from calm.calibrate import screen
-from calm.calibrate.generations.shown import visible
-from calm.commands import common, following, helping, showing
+from calm.commands import common, following, helping
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
   options = {name: getattr(arguments, name) for name in names}
   if arguments.budget is not None:
     options["budget"] = fitting.parse_budget(arguments.budget)
-  with _listener(console) as listener:
+  with fitting.on_screen(console) as listener:
     served = fitting.fit(
       arguments.model, arguments.train, output=arguments.output, listener=listener, **options
     )
@@ -131,55 +126,3 @@ def run(arguments: argparse.Namespace) -> int:
   # A command that works as it stands.
   print(following.infer(f"--model={arguments.output}"), flush=True)
   return 0
-
-
-@contextlib.contextmanager
-def _listener(console: rich_console.Console) -> Iterator:
-  """A bar for the step at work, or a line now and then, with the time that is left."""
-  from calm import fitting
-
-  columns = (
-    rich_progress.TextColumn("{task.description}", markup=False),
-    rich_progress.BarColumn(bar_width=20),
-    rich_progress.TextColumn("{task.fields[text]}", markup=False),
-  )
-  with showing.bar(console, *columns) as bar:
-    task = bar.add_task("", total=1.0, visible=False, text="")
-    show = lambda text: screen.say(console, text, soft_wrap=True)
-
-    def step(title: str):
-      told = time.monotonic()
-      begun: tuple[float, float] | None = None
-      # The line above has the title; on it there is room for the time that is left.
-      number = visible(title.partition(" ")[0])
-      bar.update(task, completed=0.0, description=number, visible=True, text="")
-      show(f"{title} ...")
-
-      def progress(share: float, text: str) -> None:
-        nonlocal told, begun
-        now = time.monotonic()
-        if begun is None and share > 0.0:  # before that it compiled, or an earlier run did it
-          begun = (share, now)
-        left = "" if begun is None else left_of(share - begun[0], 1.0 - share, now - begun[1])
-        first = f"{left.removeprefix(', ')}, " if left else ""
-        bar.update(task, completed=share, text=visible(f"{first}{text}"))
-        if not console.is_terminal and now - told >= showing.LINE_SECONDS:
-          told = now
-          show(f"  {100 * share:.0f} %, {text}{left}")
-
-      return progress
-
-    yield fitting.Listener(say=show, step=step)
-
-
-def left_of(done: float, rest: float, seconds: float) -> str:
-  """How long a step will take yet, judged by what was done; '' where that is too little.
-
-  Args:
-    done: share of the step that took `seconds`.
-    rest: share that is left.
-    seconds: of what was done.
-  """
-  if done < 0.03 or seconds < 2.0:
-    return ""
-  return f", about {showing.clock(seconds * rest / done)} left"

@@ -22,6 +22,7 @@ from calm.calibrate import (
   planning,
   screen,
   sequential,
+  showing,
   thresholds,
 )
 from calm.calibrate.generations import order
@@ -34,7 +35,6 @@ from calm.commands import (
   helping,
   model_flags,
   sharding,
-  showing,
 )
 
 

@@ -8,9 +8,8 @@ from rich import console as rich_console
 from rich import progress as rich_progress
 from rich import table as rich_table
 
-from calm.calibrate import screen
+from calm.calibrate import screen, showing
 from calm.calibrate.generations.shown import visible
-from calm.commands import showing
 
 LEAST_SECONDS = 2.0
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from calm import exits
-from calm.calibrate import NEVER_EXIT, Prompt, screen, seconds, thresholds
+from calm.calibrate import NEVER_EXIT, Prompt, screen, seconds, showing, thresholds
 from calm.calibrate.generations.shown import visible
-from calm.commands import common, monitoring, results, showing
+from calm.commands import common, monitoring, results
 from calm.data import prompt_batches
 from calm.inference import colours, costs
 

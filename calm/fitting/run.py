@@ -1,15 +1,17 @@
 """Rows and a model -> a folder that serves early exits under a promise."""
 
+import contextlib
 import dataclasses
 import pathlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from rich import console as rich_console
 
 from calm import inference
-from calm.calibrate import Calibration, Prompt, seconds
+from calm.calibrate import Calibration, Prompt, looking, seconds
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import locks
 from calm.calibrate.losses import sequence_losses
@@ -19,28 +21,16 @@ from calm.fitting import folder as folder_lib
 from calm.fitting import heads, inputs, lengths, summary, training
 from calm.fitting import last as last_lib
 from calm.fitting import splits as splits_lib
+from calm.fitting.listening import Listener, on_screen
 from calm.fitting.options import FitOptions
 from calm.fitting.result import Point, Result, Trained
-from calm.inference import calibrating
+from calm.inference import calibrating, grid
 from calm.paper.bench import decode, results
 
 HEADS = "Choose how the output head is read"
 CHOOSE = "Choose measure, layers and grid"
 CERTIFY = "Certify the threshold"
 LOOK = "Look at the last part"
-
-
-@dataclasses.dataclass(frozen=True)
-class Listener:
-  """What a fit tells the outside world.
-
-  Attributes:
-    say: a sentence worth keeping.
-    step: (title) -> progress, which is told the share done and what is being done.
-  """
-
-  say: Callable[[str], None] = lambda text: None
-  step: Callable[[str], Callable[[float, str], None]] = lambda title: lambda share, text: None
 
 
 def fit(
@@ -63,7 +53,8 @@ def fit(
       a JSON array, CSV, TSV, Parquet), or `Prompt`s.
     output: the folder to write; a run of the same request in it goes on.
     tolerance: delta, in (0, 1).
-    listener: told of progress.
+    listener: told of progress; None shows it on standard error, as `calm fit` does.
+      `Listener()` is silent.
     **options: fields of `FitOptions`.
 
   Returns:
@@ -76,8 +67,13 @@ def fit(
     OSError: `output` cannot be written, or another process fits in it.
   """
   wishes = FitOptions(tolerance=tolerance, **options)
-  made = Fit.open(str(model), train, pathlib.Path(output), wishes, listener or Listener())
-  with locks.held(output):
+  with contextlib.ExitStack() as stack:
+    if listener is None:
+      console = rich_console.Console(stderr=True, highlight=False)
+      listener = stack.enter_context(on_screen(console))
+    stack.enter_context(looking.quiet())
+    made = Fit.open(str(model), train, pathlib.Path(output), wishes, listener)
+    stack.enter_context(locks.held(output))
     return made.run()
 
 
@@ -151,7 +147,7 @@ class Fit:
     self.folder.write(predictor, result, served, self.options)
     self.listener.say(result.headline(self.options.tolerance))
 
-  def _step(self, title: str) -> Callable[[float, str], None]:
+  def _step(self, title: str) -> looking.Report:
     """Says which of how many steps begins."""
     head = [] if heads.nothing_to_gain(self.source) else [HEADS]
     steps = [*training.titles(self.options), *head, CHOOSE, CERTIFY, LOOK]
@@ -202,15 +198,6 @@ class Fit:
     """The calibration of the chosen way to leave, and its curve; None where there is none."""
     if choice.best is None:
       return None, ()
-    progress = self._step(CERTIFY)
-    count = len(choice.grid) + 1
-
-    def advance(threshold: float, number: int, batches: int) -> None:
-      done = 0 if threshold == thresholds_lib.NEVER_EXIT else choice.grid.index(threshold) + 1
-      shown = thresholds_lib.format_threshold(threshold)
-      share = (number * count + done + 1) / (batches * count)
-      progress(share, f"batch {number + 1} of {batches}, threshold {shown}")
-
     calibration, cached = calibrating.certify(
       # One compiled program for all lengths; rows do not depend on their padding.
       decode.one_shape(predictor.with_options(batch_size=2 * self.options.batch_size)),
@@ -220,7 +207,7 @@ class Fit:
       consistency=self.options.consistency,
       metric=self.options.metric,
       folder=self.folder.work / "calibration",
-      progress=advance,
+      progress=grid.as_shares(self._step(CERTIFY), choice.grid),
     )
     depths = choose_lib.mean_depths(cached)
     return calibration, tuple(

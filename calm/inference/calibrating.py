@@ -4,17 +4,28 @@ import contextlib
 import pathlib
 import tempfile
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from calm.calibrate import Calibration, Prompt, Provenance, calibrate, generations, planning
+from calm.calibrate import (
+  Calibration,
+  Prompt,
+  Provenance,
+  calibrate,
+  generations,
+  looking,
+  planning,
+)
+from calm.calibrate import seconds as seconds_lib
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import sequence_losses
-from calm.inference import grid
+from calm.inference import grid, seconds
 
 if TYPE_CHECKING:
   from calm.inference import predictor as predictor_lib
 
+# Of the time that it takes to certify and to time, the share that decoding has.
+_DECODING = 0.9
 # What a user says, and the loss that it means.
 KINDS = {"textual": "textual", "risk": "risk_signed"}
 
@@ -87,8 +98,7 @@ def certify(
       "Expected prompts with references (`targets`) for `consistency` 'risk', got"
       f" {len(bare)} without, first {bare[:3]}; take 'textual', or give references."
     )
-  options = predictor.options
-  levels = thresholds or options.grid or thresholds_lib.default_grid(options.measure).tolist()
+  levels = thresholds or default_grid(predictor)
   temporary = folder is None
   with contextlib.ExitStack() as stack:
     if folder is None:
@@ -106,3 +116,43 @@ def certify(
     cached = generations.load(folder, in_memory=temporary)
   losses = sequence_losses.compute(cached, kind, metric=metric)
   return calibrate(losses, tolerance=tolerance, error_rate=error_rate), cached
+
+
+def default_grid(predictor: "predictor_lib.Predictor") -> Sequence[float]:
+  """The model's grid, or its measure's own."""
+  options = predictor.options
+  return options.grid or thresholds_lib.default_grid(options.measure).tolist()
+
+
+def certify_and_time(
+  predictor: "predictor_lib.Predictor",
+  prompts: Sequence[Prompt] | Sequence[str],
+  *,
+  thresholds: Sequence[float] | None = None,
+  progress: grid.Progress | None = None,
+  **options: Any,
+) -> Calibration:
+  """`certify`, and the seconds of what it certified beside full depth in its notes.
+
+  Args:
+    predictor: the model under its options.
+    prompts: as for `certify`.
+    thresholds: as for `certify`.
+    progress: told after every batch and threshold; None shows it where someone looks on.
+    **options: the others of `certify`.
+  """
+  given, levels = as_prompts(prompts), thresholds or default_grid(predictor)
+  with contextlib.ExitStack() as stack:
+    silent = lambda share, text: None
+    report = stack.enter_context(looking.looking()) if progress is None else silent
+    decoded = lambda share, text: report(_DECODING * share, text)
+    progress = progress or grid.as_shares(decoded, levels)
+    made, _ = certify(predictor, given, thresholds=levels, progress=progress, **options)
+    if not made.certified:
+      return made
+    texts = [prompt.input for prompt in given]
+    timed = lambda share, text: report(_DECODING + (1 - _DECODING) * share, f"timing {text}")
+    found = seconds.measure(
+      predictor, texts, made.threshold, prompts=8, rounds=3, progress=timed
+    )
+  return seconds_lib.noted(made, found)

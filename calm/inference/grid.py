@@ -14,6 +14,7 @@ import numpy as np
 
 from calm import exits
 from calm.calibrate import Prompt, Record
+from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import reuse
 from calm.calibrate.generations import writer as writer_lib
 from calm.data import prompt_batches as prompts_lib
@@ -26,6 +27,19 @@ if TYPE_CHECKING:  # the predictor itself decodes grids
 
 # (threshold just finished, batch number, number of batches)
 Progress = Callable[[float, int, int], None]
+
+
+def as_shares(report: Callable[[float, str], None], thresholds: Sequence[float]) -> Progress:
+  """Progress that reports the share of a grid that is done, in [0, 1], and what is done."""
+  count = len(thresholds) + 1
+
+  def advance(threshold: float, number: int, batches: int) -> None:
+    done = 0 if threshold == schedules.NEVER_EXIT else thresholds.index(threshold) + 1
+    share = (number * count + done + 1) / (batches * count)
+    shown = thresholds_lib.format_threshold(threshold)
+    report(share, f"batch {number + 1} of {batches}, threshold {shown}")
+
+  return advance
 
 
 def generate(

@@ -10,14 +10,14 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from calm import checkpoints, exits
-from calm.calibrate import Calibration, Procedure, Prompt
+from calm.calibrate import Calibration, Procedure, Prompt, looking
 from calm.calibrate import seconds as seconds_lib
 from calm.calibrate.generations.procedures import describe_differences
 from calm.data import prompt_batches
@@ -25,7 +25,7 @@ from calm.decode import compiled, loop, pool_program
 from calm.decode import program as program_lib
 from calm.decode import sharded as sharded_lib
 from calm.exits import schedules
-from calm.inference import calibrating, compiling, procedures, seconds, views
+from calm.inference import calibrating, compiling, procedures, views
 from calm.inference import outputs as outputs_lib
 from calm.inference.options import DecodeOptions, change
 from calm.t5 import caches, network
@@ -169,18 +169,14 @@ class Predictor:
     Args:
       prompts: exchangeable prompts like those to come, which nothing was chosen on.
       tolerance: delta, in (0, 1).
-      **options: `error_rate`, `consistency`, `metric`, `thresholds`; see `calibrating.certify`.
+      **options: `error_rate`, `consistency`, `metric`, `thresholds`, `progress`; see
+        `calibrating.certify_and_time`.
 
     Returns:
       A predictor whose `generate` needs no threshold; the promise is in `calibration`, and the
       seconds that were measured beside full depth in its notes (`calibrate.seconds.of`).
     """
-    given = calibrating.as_prompts(prompts)
-    made, _ = calibrating.certify(self, given, tolerance=tolerance, **options)
-    if made.certified:
-      texts = [prompt.input for prompt in given]
-      measured = seconds.measure(self, texts, made.threshold, prompts=8, rounds=3)
-      made = seconds_lib.noted(made, measured)
+    made = calibrating.certify_and_time(self, prompts, tolerance=tolerance, **options)
     return self.under(made)
 
   def program(self, rule: exits.Rule | None = None) -> program_lib.Program:
@@ -284,6 +280,7 @@ class Predictor:
     *,
     threshold: float | None = None,
     rule: exits.Rule | None = None,
+    progress: Callable[[int, int], None] | None = None,
   ) -> outputs_lib.Outputs:
     """Decodes prompts greedily.
 
@@ -295,6 +292,8 @@ class Predictor:
       rule: another way through the layers: `exits.StaticExit(k)`, `exits.OracleExit()`, which
         have no threshold, or `exits.Verified(k)`, which is the full model's own text (with a
         `threshold` of 1 - lambda below 1: but for drafts that are likely enough).
+      progress: told how many prompts are done of how many; None shows it where someone looks
+        on (a terminal or a notebook) and it takes long.
 
     Raises:
       ValueError: there is neither a threshold nor a calibration nor a rule without one.
@@ -309,7 +308,10 @@ class Predictor:
       )
     if threshold is not None:
       schedules.check_threshold(threshold)
-    decoded = self._decode_texts(texts, threshold, rule or self.served_rule(threshold))
+    chosen = rule or self.served_rule(threshold)
+    given = contextlib.nullcontext(progress) if progress else looking.counting("prompts")
+    with given as told:
+      decoded = self._decode_texts(texts, threshold, chosen, told)
     if calibrated is None or threshold != calibrated.threshold or self.elsewhere:
       return decoded
     return dataclasses.replace(decoded, guarantee=calibrated.guarantee)
@@ -323,11 +325,22 @@ class Predictor:
     return (self.exact or exits.StaticExit()) if never else None
 
   def _decode_texts(
-    self, texts: Sequence[str], threshold: float | None, rule: exits.Rule | None
+    self,
+    texts: Sequence[str],
+    threshold: float | None,
+    rule: exits.Rule | None,
+    progress: Callable[[int, int], None],
   ) -> outputs_lib.Outputs:
     """Prompts through batches or a pool of rows, in the order of the list and timed."""
     made, clock = compiled.num_made(), compiling.Clock()
-    encode = functools.partial(self._timed_encode, clock)
+    begun = 0
+
+    def encode(batch: prompt_batches.PromptBatch) -> caches.Encoded:
+      nonlocal begun
+      progress(begun, len(texts))  # those before it are done, or nearly in a pool
+      begun += len(batch.rows)
+      return clock.run("encode", functools.partial(self.encode, batch))
+
     level = schedules.NEVER_EXIT if threshold is None else threshold
     items: dict[int, outputs_lib.Output] = {}
     verified = isinstance(rule or self.options.rule, exits.Verified)
@@ -343,6 +356,7 @@ class Predictor:
         generation = clock.run("decode", decode)
       for i, row in enumerate(np.concatenate([batch.rows for batch in batches])):
         items[int(row)] = self.output(generation, i, batches[0].tokens.shape[1])
+    progress(len(texts), len(texts))
     timing = outputs_lib.Timing(
       clock.seconds["encode"],
       clock.seconds["decode"],
@@ -351,11 +365,6 @@ class Predictor:
     )
     in_order = tuple(items[row] for row in range(len(texts)))
     return outputs_lib.Outputs(in_order, self.num_layers, threshold, None, timing)
-
-  def _timed_encode(
-    self, clock: compiling.Clock, batch: prompt_batches.PromptBatch
-  ) -> caches.Encoded:
-    return clock.run("encode", functools.partial(self.encode, batch))
 
   def output(
     self, generation: loop.Generation, row: int, input_length: int = 0

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from calm import calibrate, inference
-from calm.calibrate import seconds
+from calm.calibrate import seconds, showing
 from calm.calibrate.generations import files
-from calm.commands import cli, serving, showing
+from calm.commands import cli, serving
 from calm.inference import predictor
 from tests.commands import toy
 

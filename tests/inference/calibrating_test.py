@@ -1,5 +1,7 @@
 """A grid decoded and certified in one call: `Predictor.calibrate`."""
 
+import contextlib
+
 import pytest
 
 from calm import inference
@@ -53,3 +55,21 @@ def test_what_cannot_be_certified_is_refused_before_any_decoding(model, monkeypa
     model.calibrate(TEXTS, tolerance=0.9, consistency="textul")
   with pytest.raises(TypeError, match="put it in a list"):
     model.calibrate("one text", tolerance=0.9)
+
+
+def test_who_looks_on_sees_all_of_it_and_who_asks_is_told(model, monkeypatch):
+  seen = []
+
+  @contextlib.contextmanager
+  def looking_on():
+    yield lambda share, text: seen.append((share, text))
+
+  monkeypatch.setattr(calibrating.looking, "looking", looking_on)
+  model.calibrate(TEXTS, **RATES)
+  shares = [share for share, _ in seen]
+  assert shares == sorted(shares) and shares[0] > 0.0 and shares[-1] == pytest.approx(1.0)
+  assert any("batch 2 of 10, threshold 0.9" in text for _, text in seen)
+  assert any(text.startswith("timing ") for _, text in seen)
+  told, before = [], len(seen)
+  model.calibrate(TEXTS, **RATES, progress=lambda *where: told.append(where))
+  assert len(seen) == before and len(told) == 3 * 10 and told[-1][1:] == (9, 10)

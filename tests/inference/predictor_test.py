@@ -388,3 +388,11 @@ def test_a_model_that_is_served_at_full_depth_says_what_drafts(model):
   assert repr(full).endswith("float32; full depth)")
   drafted = dataclasses.replace(full, exact=exits.Verified(2))
   assert repr(drafted).endswith("full depth, drafts by layer 2)")
+
+
+def test_who_calls_is_told_how_far_a_list_is(model):
+  for options in ({}, {"refill": True}):
+    told = []
+    tell = lambda *counts, told=told: told.append(counts)
+    model.with_options(batch_size=2, **options).generate(TEXTS, threshold=0.6, progress=tell)
+    assert told == [(0, 6), (2, 6), (4, 6), (6, 6)]
