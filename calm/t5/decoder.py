@@ -219,7 +219,7 @@ class DecoderStep:
     (query,) = self._heads(times(normed, weights.cross_query), 1)
     hidden = hidden + times(attention.to_prompt(query), weights.cross_out)
     normed = rms_norm(hidden, weights.mlp_norm)
-    return hidden + times(self._mlp(times(normed, weights.mlp_in)), weights.mlp_out)
+    return hidden + times(self._mlp(normed, weights.mlp_in), weights.mlp_out)
 
   def project(self, layer: int, hidden: jax.Array) -> KeyValue:
     """Key and value that the layer makes of input state `hidden`, nothing else."""
@@ -271,11 +271,11 @@ class DecoderStep:
     split = projected.reshape(shape)
     return [split[:, i] for i in range(count)]
 
-  def _mlp(self, projected: jax.Array) -> jax.Array:
-    parts = jnp.split(projected, len(self.config.mlp_activations), axis=-1)
+  def _mlp(self, normed: jax.Array, matrices: Sequence[jax.Array]) -> jax.Array:
+    names = self.config.mlp_activations
     product = None
-    for part, name in zip(parts, self.config.mlp_activations, strict=True):
-      part = layers_lib.activation_fn(name)(part)
+    for matrix, name in zip(matrices, names, strict=True):
+      part = layers_lib.activation_fn(name)(times(normed, matrix))
       product = part if product is None else product * part
     assert product is not None
     return product

@@ -92,9 +92,12 @@ class WindowAttention:
   def _attend(self, query: jax.Array, cache: Cache, bias: jax.Array) -> jax.Array:
     scored = lambda x: x.astype(jnp.float32) if self.float32 else x
     rows = by_window(query, self.cross_bias.shape[0])
-    scores = jnp.einsum("bhwd,bhld->bhwl", scored(rows), scored(cache.keys))
+    # Of "bhwd,bhld->bhwl" XLA:CPU transposes the second factor: all keys, not a few queries.
+    queries = jnp.swapaxes(scored(rows), 2, 3)
+    scores = jnp.einsum("bhld,bhdw->bhlw", scored(cache.keys), queries).swapaxes(2, 3)
     weights = jax.nn.softmax(scores + bias.astype(scores.dtype)).astype(query.dtype)
-    mixed = jnp.einsum("bhwl,bhld->bwhd", weights, cache.values)
+    # The heads' own order, then moved: XLA:CPU multiplies "bhwl,bhld->bwhd" number by number.
+    mixed = jnp.moveaxis(jnp.einsum("bhwl,bhld->bhwd", weights, cache.values), 1, 2)
     return mixed.reshape(len(query), -1)
 
 
