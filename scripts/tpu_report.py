@@ -94,7 +94,13 @@ def configuration(shape: str, dtype: str = "float32", **changes: Any) -> network
   return network.T5Config(**{**GATED, **sizes, **changes})
 
 
-def lowered(config: network.T5Config, program: program_lib.Program, rows: int, length: int):
+def lowered(
+  config: network.T5Config,
+  program: program_lib.Program,
+  rows: int,
+  length: int,
+  weights_dtype: str | None = None,
+):
   """(weights, encoded, active, threshold) as shapes, for prompts of `length` tokens."""
   tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
 
@@ -102,7 +108,7 @@ def lowered(config: network.T5Config, program: program_lib.Program, rows: int, l
     made = network.Transformer(config).init(
       jax.random.key(0), tokens, tokens, tokens, enable_dropout=False
     )
-    return program_lib.model_weights(made["params"], config)
+    return program_lib.model_weights(made["params"], config, weights_dtype=weights_dtype)
 
   weights = jax.eval_shape(weights, tokens)
   encoded = jax.eval_shape(program.encode, weights, tokens)
@@ -118,6 +124,7 @@ def compiled(
   sizes: Sequence[int],
   measure: confidence.Measure | None = None,
   allowed: tuple[int, ...] | None = None,
+  weights_dtype: str | None = None,
 ) -> Compiled:
   """The decode loop compiled for one core of a topology.
 
@@ -129,6 +136,7 @@ def compiled(
     sizes: (rows, tokens of a prompt, tokens decoded).
     measure: None is the classifier.
     allowed: layers after which a token may leave; None: all.
+    weights_dtype: what weights are stored in, as `inference.load` has it.
   """
   rows, input_length, length = sizes
   static = name == "static"
@@ -139,7 +147,7 @@ def compiled(
   device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
   there = jax.sharding.SingleDeviceSharding(device)
   with platforms.laid_out_for("tpu"):
-    leaves, tree = jax.tree.flatten(lowered(config, program, rows, input_length))
+    leaves, tree = jax.tree.flatten(lowered(config, program, rows, input_length, weights_dtype))
     leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there) for x in leaves]
     run = lambda leaves: program.decode(*jax.tree.unflatten(tree, leaves))
     made = jax.jit(run).lower(leaves).compile()

@@ -33,12 +33,13 @@ def default() -> str:
 
 
 @functools.cache
-def compiled(name: str) -> tpu_report.Compiled:
-  return tpu_report.compiled(TOPOLOGY, CONFIG, name, LAYERS, (ROWS, INPUT, LENGTH))
+def compiled(name: str, weights_dtype: str | None = None) -> tpu_report.Compiled:
+  sizes = ROWS, INPUT, LENGTH
+  return tpu_report.compiled(TOPOLOGY, CONFIG, name, LAYERS, sizes, weights_dtype=weights_dtype)
 
 
-def program(name: str) -> tpu_report.Compiled:
-  return compiled(default() if name == "default" else name)
+def program(name: str, weights_dtype: str | None = None) -> tpu_report.Compiled:
+  return compiled(default() if name == "default" else name, weights_dtype)
 
 
 @pytest.mark.parametrize("name", ["static", "default"])
@@ -96,3 +97,10 @@ def test_temporaries_are_what_the_loop_carries(name):
   matrices = sum(v for k, v in carried.items() if not k.split("[")[1].startswith(f"{ROWS},"))
   prompts = carried[f"bf16[{ROWS},{INPUT},{CONFIG.num_heads * CONFIG.head_dim}]"]
   assert made.temporaries <= 1.1 * (in_caches + states + matrices + prompts)
+
+
+@pytest.mark.parametrize("name", ["static", "default"])
+def test_with_weights_stored_as_products_read_them_temporaries_are_below_the_caches(name):
+  """What was above was the float32 weights' copies: a loop keeps no second cache."""
+  made = program(name, "bfloat16")
+  assert made.temporaries <= made.caches < program(name).temporaries
