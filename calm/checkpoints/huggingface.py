@@ -79,19 +79,26 @@ def read_vocabulary(directory: pathlib.Path) -> stored_vocabulary.Vocabulary | N
 def _read_vocabulary(directory: pathlib.Path, theirs: Mapping[str, Any], pad: int):
   options_path, model_path = directory / "tokenizer_config.json", directory / "spiece.model"
   options = files.read_json(options_path) if options_path.exists() else {}
+  eos = theirs.get("eos_token_id", 1)
+  ends = eos if isinstance(eos, list) and eos else [eos]
   if model_path.is_file():
     # The model files of mT5 and its kin hold their extra ids already.
     default = 100 if theirs.get("model_type") == "t5" and not pad else 0
-    return vocabulary.SentencePieceVocabulary(
+    made = vocabulary.SentencePieceVocabulary(
       model_path, extra_ids=options.get("extra_ids", default), padded=not pad
     )
+    if eos is not None and made.eos_id not in ends:
+      raise ValueError(
+        f"Expected {str(model_path)!r} to end a text with the model's token {ends[0]}"
+        f" (`eos_token_id`), got {made.eos_id}; it belongs to another model."
+      )
+    return made
   if str(options.get("tokenizer_class", "")).startswith("ByT5"):
     return vocabulary.ByteVocabulary(extra_ids=options.get("extra_ids", 125))
   path = directory / "tokenizer.json"
   if not path.is_file():
     return None
-  eos = theirs.get("eos_token_id", 1)
-  eos = eos[0] if isinstance(eos, list) and eos else eos
+  eos = ends[0]
   if type(eos) is not int or not 0 <= eos < 2**31 or eos == pad:
     raise ValueError(
       f"Expected `eos_token_id` of {str(directory)!r} to be a token id, and not that of"

@@ -49,6 +49,13 @@ class TokenizerVocabulary:
         f"Expected {str(path)!r} to have the end-of-text token {self.eos_id}, got"
         f" {self._tokenizer.get_vocab_size()} tokens without it; it belongs to another model."
       )
+    special = self._special
+    if special and self.eos_id not in special:
+      raise ValueError(
+        f"Expected {str(path)!r} to have a special token at {self.eos_id}, which ends a text of"
+        f" the model, got {self._tokenizer.id_to_token(self.eos_id)!r} beside"
+        f" {sorted(special.values())[:4]}; it belongs to another model."
+      )
 
   @functools.cached_property
   def _tokenizer(self) -> Any:
@@ -79,12 +86,16 @@ class TokenizerVocabulary:
   @functools.cached_property
   def _left_out(self) -> frozenset[int]:
     """Special tokens that are no text: all but the sentinels."""
-    added = self._content.get("added_tokens", ())
-    return frozenset(
-      token["id"]
-      for token in added
+    return frozenset(self._special) | {self.pad_id}
+
+  @functools.cached_property
+  def _special(self) -> dict[int, str]:
+    """Tokens that the file calls special, by their ids, without the sentinels."""
+    return {
+      token["id"]: token["content"]
+      for token in self._content.get("added_tokens") or ()
       if token.get("special") and not _SENTINEL.fullmatch(token["content"])
-    ) | {self.pad_id}
+    }
 
   @property
   def vocab_size(self) -> int:
