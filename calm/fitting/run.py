@@ -18,7 +18,7 @@ from calm.calibrate.losses import sequence_losses
 from calm.data import prompt_batches
 from calm.fitting import choose as choose_lib
 from calm.fitting import folder as folder_lib
-from calm.fitting import heads, inputs, lengths, summary, training
+from calm.fitting import heads, inputs, known_tokens, lengths, summary, training
 from calm.fitting import last as last_lib
 from calm.fitting import splits as splits_lib
 from calm.fitting.listening import Listener, on_screen
@@ -124,6 +124,8 @@ class Fit:
       f" {limits.max_input_length} tokens{longer}, texts of at most"
       f" {limits.max_decode_length}."
     )
+    if strange := known_tokens.warning(source, rows):
+      listener.say(strange)
     return cls(source, str(model), splits, folder, options, listener)
 
   def run(self) -> inference.Predictor:

@@ -322,3 +322,13 @@ def test_a_head_that_is_faster_in_8_bits_is_served_so(model, tmp_path, monkeypat
   )
   if served.calibration is not None:
     assert served.calibration.procedure.head_dtype == "int8"
+
+
+def test_a_tokenizer_that_the_model_does_not_know_is_said_before_any_work(
+  model, monkeypatch, tmp_path
+):
+  monkeypatch.setattr(run.known_tokens, "warning", lambda predictor, rows: "Another's.")
+  said = []
+  listener = fitting.Listener(say=said.append)
+  run.Fit.open(str(model), ROWS, tmp_path / "mine", fitting.FitOptions(**OPTIONS), listener)
+  assert said[0].startswith("Rows: ") and said[1:] == ["Another's."]
