@@ -42,14 +42,22 @@ STYLES: Mapping[str, Style] = {
   "softmax": Style("#0077aa", "o", "-", "softmax"),
   "shortlist": Style("#6611ff", "D", "--", "softmax, shortlist first"),
   "classifier": Style("#dd6600", "s", "-", "classifier"),
-  "state": Style("#88aa77", "^", "-.", "state"),
+  "state": Style("#889966", "^", "-.", "state"),
   tradeoff.STATIC: Style("#775555", "x", ":", "static"),
   tradeoff.ORACLE: Style("#5544cc", "*", "none", "oracle"),
 }
 # For measures that may leave after some layers only ('softmax@2,4').
-_VARIANTS = (("#00aaaa", "v"), ("#994422", "P"), ("#6699ff", "h"))
+_VARIANTS = (("#339999", "v"), ("#994422", "P"), ("#6688ee", "h"))
+# What is dim on a dark page, or like another there, and what stands for it.
+ON_DARK = {
+  "#6611ff": "#8844ff",
+  "#775555": "#ffddcc",
+  "#5544cc": "#ccbbff",
+  "#994422": "#bb5533",
+  "#889966": "#88aa77",
+}
 # Series that are no measures: (colour, marker, line).
-LINES = (("#0077aa", "o", "-"), ("#dd6600", "s", "--"), ("#88aa77", "^", "-."))
+LINES = (("#0077aa", "o", "-"), ("#dd6600", "s", "--"), ("#889966", "^", "-."))
 
 
 def styles_of(names: Sequence[str]) -> dict[str, Style]:
@@ -117,9 +125,11 @@ class Figure:
 
   @property
   def inline(self) -> str:
-    """The SVG element with the page's ink and ids that no other figure has."""
+    """The SVG element with the page's colours and ids that no other figure has."""
     svg = self.svg[self.svg.index("<svg") :]
     svg = svg.replace(INK, "currentColor").replace(RULE, "var(--rule)")
+    for colour in ON_DARK:
+      svg = svg.replace(colour, f"var(--on-{colour[1:]}, {colour})")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{self.name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{self.name}-\1)", svg)

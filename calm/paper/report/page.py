@@ -12,6 +12,7 @@ from calm.calibrate.generations import shown as escapes
 from calm.inference import colours
 from calm.paper.bench import results
 from calm.paper.experiments import examples
+from calm.paper.report import figures
 from calm.paper.report.section import Panel, Section
 from calm.paper.report.tables import number, threshold
 
@@ -52,6 +53,7 @@ def render(page: Page) -> str:
   return environment.get_template("page.html.j2").render(
     page=page,
     palette=_palette(page.num_layers),
+    on_dark=figures.ON_DARK,
     panel_data=panel_data,
     certified_text=certified_text,
     first_level=lambda item, measure: item.levels[measure.chosen],
