@@ -16,7 +16,6 @@ from calm.fitting import candidates, choose, folder, heads, inputs, last, run, s
 from calm.fitting import result as result_lib
 from calm.paper.bench import results
 from tests import toy_vocabulary
-from tests.inference import predictor_test
 
 WORDS = ["a few words", "another text", "say it", "the fourth", "b"]
 ROWS = [
@@ -27,8 +26,8 @@ OPTIONS = {"tolerance": 0.5, "stages": "none", "batch_size": 4, "metric": "chrf"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-  return predictor_test.save(tmp_path_factory.mktemp("model") / "toy")
+def model(directory):
+  return directory
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,25 +13,14 @@ from calm.calibrate import Prompt
 from calm.fitting import lengths, pilot, recipes, splits, stages
 from calm.t5 import network
 from calm.training import objectives
-from tests.inference import predictor_test
 
+pytestmark = pytest.mark.usefixtures("promotion_of_optax")
 ROWS = [Prompt(f"r{i}", f"say {i % 7} {i}", (f"{i % 7}",), f"g{i}") for i in range(80)]
 
 
-@pytest.fixture(autouse=True)
-def promotion_of_optax():
-  with jax.numpy_dtype_promotion("standard"):
-    yield
-
-
 @pytest.fixture(scope="module")
-def parts():
-  return splits.split(ROWS, trains=True, tolerance=0.5, error_rate=0.05)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-  return predictor_test.save(tmp_path_factory.mktemp("model") / "toy")
+def rows():
+  return ROWS
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -14,26 +13,15 @@ from calm.calibrate import Prompt
 from calm.fitting import folder, own_texts, recipes, splits, stages, training
 from calm.paper.bench import decode
 from calm.training import sources
-from tests.inference import predictor_test
 
+pytestmark = pytest.mark.usefixtures("promotion_of_optax")
 # No references: nothing here needs them.
 ROWS = [Prompt(f"r{i}", f"say {i % 7} {i}", (), f"g{i}") for i in range(80)]
 
 
-@pytest.fixture(autouse=True)
-def promotion_of_optax():
-  with jax.numpy_dtype_promotion("standard"):
-    yield
-
-
 @pytest.fixture(scope="module")
-def parts():
-  return splits.split(ROWS, trains=True, tolerance=0.5, error_rate=0.05)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-  return predictor_test.save(tmp_path_factory.mktemp("model") / "toy")
+def rows():
+  return ROWS
 
 
 @pytest.fixture
