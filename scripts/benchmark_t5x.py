@@ -44,6 +44,7 @@ from calm import checkpoints, exits, inference
 from calm.calibrate.generations import files
 from calm.data import prompt_files
 from calm.exits import confidence
+from calm.t5 import network
 from calm.t5x import models
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -207,9 +208,7 @@ def packed_models(kind: str) -> dict[str, tuple[Any, float | None]]:
 
 def encode_only(model: Any, params: Any, batch: Any, options: Any) -> Any:
   """What every system does first."""
-  tokens = batch[INPUTS]
-  variables = {"params": params}
-  return model.module.apply(variables, tokens, enable_dropout=False, method="encode"), {}
+  return network.encode(params, model.config, batch[INPUTS]), {}
 
 
 def predict(model: Any, params: Any, batch: Any, options: Any) -> Any:

@@ -87,12 +87,10 @@ class Program:
     self, weights: ModelWeights, encoder_input_tokens: Int[Array, "batch input_length"]
   ) -> caches.Encoded:
     """Encoder states' cross-attention keys and values; for any number of decodings."""
-    config = dataclasses.replace(self.config, one_hot_embedding=False)
-    encoded = network.Transformer(config).apply(
-      {"params": weights.encoder}, encoder_input_tokens, enable_dropout=False, method="encode"
+    encoded = network.encode(weights.encoder, self.config, encoder_input_tokens)
+    return caches.cross_attention_inputs(
+      weights.decoder, self.config, encoded, encoder_input_tokens
     )
-    assert isinstance(encoded, jax.Array)
-    return caches.cross_attention_inputs(weights.decoder, config, encoded, encoder_input_tokens)
 
   def decode_state(
     self,

@@ -89,10 +89,10 @@ class Embed(nn.Module):
 
   def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch emb"]:
     """Embeds tokens; a one-hot product partitions over devices, a gather is fast on one."""
-    table = jnp.asarray(self.embedding, self.dtype)
     if self.one_hot:
+      table = jnp.asarray(self.embedding, self.dtype)
       return jax.nn.one_hot(tokens, self.num_embeddings, dtype=self.dtype) @ table
-    embedded = table[tokens]
+    embedded = jnp.asarray(jnp.asarray(self.embedding)[tokens], self.dtype)
     return partitioning.with_sharding_constraint(embedded, ("batch", "length", "embed"))
 
   def attend(self, x: Float[Array, "*batch emb"]) -> Float[Array, "*batch vocab"]:

@@ -7,15 +7,36 @@ configuration and the `Transformer`, for gin. It serves training and T5X; `decod
 the same parameters.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from calm.t5 import layers, masks, stacks
 from calm.t5.config import T5Config
+from calm.t5.parameters import Params
 
-__all__ = ["T5Config", "Transformer"]
+__all__ = ["T5Config", "Transformer", "encode"]
+
+
+def encode(
+  params: Params, config: T5Config, encoder_input_tokens: Int[Array, "batch length"]
+) -> Float[Array, "batch length emb"]:
+  """Encoder states of prompts, for decoding: without dropout, and embedded by a gather.
+
+  Args:
+    params: the tree of `Transformer`; its embedding and encoder are read.
+    config: its sizes.
+    encoder_input_tokens: prompts, 0 behind their ends.
+  """
+  network = Transformer(dataclasses.replace(config, one_hot_embedding=False))
+  encoded = network.apply(
+    {"params": params}, encoder_input_tokens, enable_dropout=False, method="encode"
+  )
+  assert isinstance(encoded, jax.Array)
+  return encoded
 
 
 class Transformer(nn.Module):

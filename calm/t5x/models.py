@@ -265,9 +265,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     return self.output_vocabulary.vocab_size
 
   def _encode(self, params, weights: program.ModelWeights, tokens: jax.Array) -> caches.Encoded:
-    encoded = self.module.apply(
-      {"params": params}, tokens, enable_dropout=False, method="encode"
-    )
+    encoded = network.encode(params, self.config, tokens)
     return caches.cross_attention_inputs(weights.decoder, self.config, encoded, tokens)
 
 
