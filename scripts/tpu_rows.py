@@ -3,10 +3,12 @@
 In step, every row of a core decodes its token at the same time, and the deepest row decides how
 many segments of layers are run (`engines.Deferred`; rows that end are replaced at once). Out of
 step, a core keeps more rows in flight than a step computes: rows wait for their next segment of
-layers, which runs when enough of them wait for it.
+layers, which runs when enough of them wait for it. Their tokens then lie at places of their own
+in the caches, layer by layer: written one row after the other, or all caches over, whichever is
+less.
 
-Cycles: T5 1.1 small, softmax after layers 3 and 4, compiled for TPU v3 and estimated by its
-compiler; nothing ran there. Exits: of the model in the box on its own prompts, threshold 0.1.
+Cycles: T5 1.1 small, softmax after layers 2 and 4, compiled for TPU v3, estimated by its
+compiler; nothing ran there. Exits: of the model in the box on its own prompts, threshold 0.38.
 
   pip install 'calm-t5x[tpu]'   (x86 Linux)
   python scripts/tpu_rows.py
@@ -21,8 +23,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import tpu_hlo
 import tpu_report
+from jax import lax
+from jax.experimental import topologies
 
 import calm
 from calm import inference
@@ -32,7 +38,9 @@ from calm.exits import confidence
 from calm.t5 import platforms
 
 OUTPUT = pathlib.Path(__file__).parent / "results" / "tpu_rows.json"
-ALLOWED, THRESHOLD = (3, 4), 0.1
+# As the model in the box leaves, at about what is certified for delta = 0.1.
+ALLOWED, THRESHOLD = (2, 4), 0.38
+LAYERS = (2, 2, 4)  # of the segments between them
 ROWS = (8, 32, 128)
 LENGTH, INPUT = 64, 128
 TOKENS = 20_000  # simulated, by each design
@@ -43,14 +51,16 @@ class Costs:
   """Thousands of cycles at some number of rows.
 
   Attributes:
-    segments: of each segment: layers 1 to 3 with the step's rest, layer 4, layers 5 to 8.
+    segments: of each segment: layers 1 and 2 with the step's rest, 3 and 4, 5 to 8.
     attention: of these, what is spent on caches: scores, weights, mixed values.
     fills: of each segment, (positions filled together, thousands of cycles), descending.
+    writes: keys and values of half as many rows, each at a place of its own, of one layer.
   """
 
   segments: tuple[float, ...]
   attention: tuple[float, ...]
   fills: tuple[tuple[tuple[int, float], ...], ...]
+  writes: float
 
   def step(self, deepest: int) -> float:
     """A step whose deepest row needs this many segments."""
@@ -87,7 +97,51 @@ def costs(topology: str, rows: int) -> Costs:
     chunks = deferred.chunk_sizes(rows, LENGTH, deferred.Deferred.chunk_rows)
   loops = [x for x in made.module.computations[made.module.token_loop()] if x.opcode == "while"]
   fills = [_fills(made.module, loop.called("body"), chunks) for loop in loops]
-  return Costs(by_segment(lambda _: True), by_segment(attends), ((), *fills))
+  width = config.num_heads * config.head_dim
+  writes = 2 * min(written(topology, rows, width, all_rows) for all_rows in (False, True))
+  return Costs(by_segment(lambda _: True), by_segment(attends), ((), *fills), writes)
+
+
+def written(topology: str, rows: int, width: int, all_rows: bool) -> float:
+  """Thousands of cycles of writing half of a cache's rows, each at its own position.
+
+  Args:
+    topology: whose compiler is asked.
+    rows: of the cache.
+    width: numbers of a position.
+    all_rows: whether the whole cache is written over, with a choice at every place; otherwise
+      row after row, since of a scatter the compiler tells only what prepares it.
+  """
+  device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+  there = jax.sharding.SingleDeviceSharding(device)
+  shaped = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=there)
+
+  def one(i, cache, new, at):
+    row = lax.dynamic_slice_in_dim(new, i, 1)[:, None]
+    return lax.dynamic_update_slice(cache, row, (2 * i, at[i], 0))
+
+  def write(cache, new, at):
+    if all_rows:
+      here = jnp.arange(LENGTH)[None, :, None] == at[:, None, None]
+      return jnp.where(here, new[:, None], cache)
+    return lax.fori_loop(0, len(new), lambda i, cache: one(i, cache, new, at), cache)
+
+  def token_loop(cache, new, at, steps):
+    step = lambda i, cache: write(cache, new + i.astype(new.dtype), at + i)
+    return lax.fori_loop(0, steps, step, cache)
+
+  count = rows if all_rows else rows // 2
+  cache, new = ((rows, LENGTH, width), (count, width))
+  made = jax.jit(token_loop, donate_argnums=0).lower(
+    *(shaped(shape, jnp.bfloat16) for shape in (cache, new)),
+    shaped((count,), jnp.int32),
+    shaped((), jnp.int32),
+  )
+  module = tpu_hlo.parse(made.compile().as_text() or "")
+  cycles = lambda body: sum(x.cycles or 0 for x in module.computations[body])
+  outer = module.token_while().called("body")
+  inner = [x for x in module.computations[outer] if x.opcode == "while"]
+  return (cycles(outer) + count * sum(cycles(x.called("body")) for x in inner)) / 1e3
 
 
 def _fills(
@@ -110,7 +164,7 @@ def recorded_exits() -> list[list[int]]:
   prompts = [json.loads(line)["input"] for line in path.read_text("utf-8").splitlines()]
   model = calm.load("packed", measure="softmax", exit_layers=ALLOWED)
   made = model.generate(prompts, threshold=THRESHOLD)
-  segment = {3: 1, 4: 2, 8: 3}
+  segment = {ALLOWED[0]: 1, ALLOWED[1]: 2, model.num_layers: 3}
   return [[segment[layer] for layer in one.exit_layers] for one in made]
 
 
@@ -191,13 +245,17 @@ def out_of_step(
 
 
 def row(rows: int, exits: Sequence[Sequence[int]], by_rows: dict[int, Costs]) -> list[Any]:
-  """One line of the table. Rows that wait cost nothing, their attention, or all of it."""
+  """One line of the table. Rows that wait cost nothing, their attention, all of it; and their
+  attention where every row writes at a place of its own."""
   in_flight = 2 * rows
   narrow, wide = by_rows[rows], by_rows[in_flight]
   parts = zip(narrow.segments, narrow.attention, wide.attention, strict=True)
   attended = dataclasses.replace(narrow, segments=tuple(s - a + b for s, a, b in parts))
+  layers = zip(attended.segments, LAYERS, strict=True)
+  writing = tuple(cycles + count * wide.writes for cycles, count in layers)
+  costs = narrow, attended, wide, dataclasses.replace(attended, segments=writing)
   plain, same = in_step(exits, rows, narrow), in_step(exits, in_flight, wide)
-  apart = [out_of_step(exits, rows, in_flight, cost) for cost in (narrow, attended, wide)]
+  apart = [out_of_step(exits, rows, in_flight, cost) for cost in costs]
   beside = (f"{x:.1f} (x{plain / x:.2f}, x{same / x:.2f})" for x in apart)
   return [rows, f"{plain:.1f}", f"{same:.1f} (x{plain / same:.2f})", *beside]
 
@@ -239,8 +297,9 @@ def _write(path: pathlib.Path, exits: list[list[int]], by_rows: dict[int, Costs]
       "out of step, twice as many; waiting rows free",
       "the same, all rows attend",
       "the same, all rows compute",
+      "all rows attend, each writes at its own place",
     ],
-    "align": ["right"] * 6,
+    "align": ["right"] * 7,
     "rows": [row(rows, exits, by_rows) for rows in ready],
     "costs": {str(rows): dataclasses.asdict(cost) for rows, cost in by_rows.items()},
     "exits": ["".join(map(str, text)) for text in exits],
