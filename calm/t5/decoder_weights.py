@@ -26,8 +26,9 @@ class LayerWeights:
     cross_query: [emb_dim, heads * head_dim].
     cross_key_value: [emb_dim, 2 * heads * head_dim].
     mlp_in: the MLP's input projections, one an activation, [emb_dim, mlp_dim]; apart as well,
-      as the parameters have them: beside each other they are no faster, and of a small model
-      XLA:CPU would halve their product between two threads that wait for each other.
+      as the parameters have them. Beside each other, XLA:CPU multiplies them with one row in a
+      twelfth less time, and with more rows in a twelfth more (in two thirds more at 32 rows of
+      the model in the box).
     mlp_out: [mlp_dim, emb_dim].
   """
 
