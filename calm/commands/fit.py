@@ -30,8 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--train",
     required=True,
     metavar="FILE",
-    help="rows of {input, target, source}: JSON Lines, a JSON array, CSV, TSV or Parquet; rows"
-    " that the model was not trained on, where --stages=none",
+    help="rows of {input, target, source}: JSON Lines, a JSON array, CSV, TSV or Parquet;"
+    " where nothing learns from references, plain texts too (.txt); rows that the model was not"
+    " trained on, where --stages=none",
   )
   parser.add_argument(
     "--input_key",

@@ -73,7 +73,7 @@ class PromptFile:
 
   def __iter__(self) -> Iterator[Prompt]:
     for row in itertools.islice(self.rows(), self.limit):
-      yield _prompt(row, self.input_key)
+      yield prompt_of(row, self.input_key)
 
 
 def open_prompts(
@@ -109,8 +109,8 @@ def open_prompts(
   count, seen = 0, set()
   for row in itertools.islice(rows(), limit):
     if not count:
-      input_key = _input_key(row, input_key)
-    prompt = _prompt(row, input_key)
+      input_key = key_of(row, input_key)
+    prompt = prompt_of(row, input_key)
     # Hashes alone, or the names of a long file would fill the memory.
     if isinstance(row.value, Mapping) and row.value.get("id") not in (None, ""):
       if hash(prompt.id) in seen:
@@ -230,7 +230,7 @@ def _is_object(line: str, *, whole: bool) -> bool:
     return False
 
 
-def _input_key(row: row_formats.Row, wanted: str | None) -> str | None:
+def key_of(row: row_formats.Row, wanted: str | None) -> str | None:
   """Where the rows of a file have their text, told by the first of them."""
   if isinstance(row.value, str):
     if wanted is not None:
@@ -246,7 +246,7 @@ def _input_key(row: row_formats.Row, wanted: str | None) -> str | None:
   return found
 
 
-def _prompt(row: row_formats.Row, input_key: str | None) -> Prompt:
+def prompt_of(row: row_formats.Row, input_key: str | None) -> Prompt:
   if isinstance(row.value, str) != (input_key is None):
     raise row.error(
       "expected all rows to be objects, or all to be texts, got both; give them as two files"

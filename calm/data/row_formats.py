@@ -69,7 +69,8 @@ def json_lines(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
       where_in_line = isinstance(error, json.JSONDecodeError) and f" at column {error.colno}"
       raise ValueError(
         f"{where}: expected one JSON object a line, got invalid JSON{where_in_line or ''}"
-        f" ({error}); where these are plain texts, say so: `--prompts_format=text`."
+        f" ({error}); where these are plain texts, name the file .txt, or say"
+        " `--prompts_format=text`."
       ) from error
     yield _checked(Row(value, f"{stem}/{number}", where))
 

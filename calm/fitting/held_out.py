@@ -2,13 +2,12 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from calm import inference
 from calm.calibrate import Prompt
-from calm.fitting import lengths, splits
-from calm.fitting.inputs import read_rows
+from calm.fitting import inputs, lengths, splits
 from calm.fitting.options import FitOptions
 
 
@@ -29,14 +28,14 @@ class HeldOut:
 
 def held_out(
   predictor: inference.Predictor,
-  train: str | pathlib.Path | Sequence[Prompt],
+  train: str | pathlib.Path | inputs.Rows,
   options: FitOptions,
 ) -> HeldOut:
   """Splits rows as `fit` does where it trains, and leaves the rows of training out.
 
   Args:
     predictor: the model whose tokens count for the lengths.
-    train: rows of {input, target, source}: a JSON Lines file, or `Prompt`s.
+    train: rows of {input, target, source}: a file, a DataFrame, or `Prompt`s.
     options: rates, prefix and seed of the fit.
 
   Returns:
@@ -45,7 +44,7 @@ def held_out(
   Raises:
     ValueError: rows that cannot do, or too few of them (says how many are needed).
   """
-  rows = read_rows(train, options)
+  rows = inputs.read_rows(train, options)
   parts = splits.split(
     rows,
     trains=True,

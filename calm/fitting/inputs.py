@@ -2,18 +2,20 @@
 
 import pathlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from calm import inference
 from calm.calibrate import Prompt
-from calm.data import prompt_files
+from calm.data import prompt_files, prompt_tables
 from calm.fitting.options import FitOptions
 
+# Rows in memory; or a DataFrame, which has no type that could be named here.
+Rows = Sequence[Prompt | str | Mapping[str, Any]] | Any
 
-def read_rows(
-  train: str | pathlib.Path | Sequence[Prompt], options: FitOptions
-) -> tuple[Prompt, ...]:
-  """Rows of a file in any format of `calm infer`, or those given, checked.
+
+def read_rows(train: str | pathlib.Path | Rows, options: FitOptions) -> tuple[Prompt, ...]:
+  """Rows of a file in any format of `calm infer`, of a DataFrame, or those given, checked.
 
   Raises:
     ValueError: rows without references where they are needed, or ids that occur twice.
@@ -21,7 +23,7 @@ def read_rows(
   if isinstance(train, str | pathlib.Path):
     rows = tuple(prompt_files.open_prompts(train, input_key=options.input_key))
   else:
-    rows = tuple(train)
+    rows = prompt_tables.prompts_of(train, input_key=options.input_key)
   bare = [row.id for row in rows if not any(target.strip() for target in row.targets)]
   if bare and options.needs_targets:
     raise ValueError(

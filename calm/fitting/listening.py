@@ -30,6 +30,7 @@ def on_screen(console: rich_console.Console) -> Iterator[Listener]:
   That is a bar in a terminal, a line that changes in a notebook, else a line now and then.
   """
   view, started = looking.view(console), False
+  drawn = not isinstance(view, looking.Lines)  # for those a step's title is enough
   show = lambda text: screen.say(console, text, soft_wrap=True)
 
   def step(title: str) -> looking.Report:
@@ -37,7 +38,8 @@ def on_screen(console: rich_console.Console) -> Iterator[Listener]:
     # The line above has the title; on it there is room for the time that is left.
     number, left = visible(title.partition(" ")[0]), looking.Left()
     show(f"{title} ...")
-    view.show(0.0, number)
+    if drawn:
+      view.show(0.0, number)
     if not started:
       started = True
       view.start()
@@ -50,6 +52,8 @@ def on_screen(console: rich_console.Console) -> Iterator[Listener]:
 
   try:
     yield Listener(say=show, step=step)
+    if isinstance(view, looking.Notebook):  # where the last line stays
+      view.show(1.0, "done")
   finally:
     if started:
       view.stop()

@@ -4,14 +4,13 @@ import contextlib
 import dataclasses
 import pathlib
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from rich import console as rich_console
 
 from calm import inference
-from calm.calibrate import Calibration, Prompt, looking, seconds
+from calm.calibrate import Calibration, looking, seconds
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import locks
 from calm.calibrate.losses import sequence_losses
@@ -35,7 +34,7 @@ LOOK = "Look at the last part"
 
 def fit(
   model: str | pathlib.Path,
-  train: str | pathlib.Path | Sequence[Prompt],
+  train: str | pathlib.Path | inputs.Rows,
   *,
   output: str | pathlib.Path,
   tolerance: float = 0.1,
@@ -50,7 +49,7 @@ def fit(
   Args:
     model: a checkpoint folder of any known format, or 'packed'.
     train: rows of {input, target, source}: a file of any format of `calm infer` (JSON Lines,
-      a JSON array, CSV, TSV, Parquet), or `Prompt`s.
+      a JSON array, CSV, TSV, Parquet), a DataFrame with such columns, or `Prompt`s.
     output: the folder to write; a run of the same request in it goes on.
     tolerance: delta, in (0, 1).
     listener: told of progress; None shows it on standard error, as `calm fit` does.
@@ -92,7 +91,7 @@ class Fit:
   def open(
     cls,
     model: str | pathlib.Path,
-    train: str | pathlib.Path | Sequence[Prompt],
+    train: str | pathlib.Path | inputs.Rows,
     output: pathlib.Path,
     options: FitOptions,
     listener: Listener,

@@ -3,7 +3,7 @@
 import contextlib
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from calm.calibrate import (
@@ -19,6 +19,7 @@ from calm.calibrate import seconds as seconds_lib
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import sequence_losses
+from calm.data import prompt_tables
 from calm.inference import grid, seconds
 
 if TYPE_CHECKING:
@@ -43,19 +44,9 @@ def kind_of(consistency: str) -> str:
   raise ValueError(f"Expected `consistency` to be one of {sorted(KINDS)}, got {consistency!r}.")
 
 
-def as_prompts(prompts: Sequence[Prompt] | Sequence[str]) -> tuple[Prompt, ...]:
-  """Prompts, texts among them named by their number."""
-  if isinstance(prompts, str):
-    raise TypeError("Expected `prompts` to be a list, got one text; put it in a list.")
-  return tuple(
-    Prompt(f"prompt/{i}", prompt) if isinstance(prompt, str) else prompt
-    for i, prompt in enumerate(prompts, start=1)
-  )
-
-
 def certify(
   predictor: "predictor_lib.Predictor",
-  prompts: Sequence[Prompt] | Sequence[str],
+  prompts: Sequence[Prompt | str | Mapping[str, Any]] | Any,
   *,
   tolerance: float,
   error_rate: float = 0.05,
@@ -69,8 +60,8 @@ def certify(
 
   Args:
     predictor: the model under its options.
-    prompts: [num_prompts] exchangeable prompts, which nothing else was chosen on; texts do for
-      textual consistency.
+    prompts: [num_prompts] exchangeable prompts, which nothing else was chosen on, or a
+      DataFrame of them (`prompt_tables`); texts do for textual consistency.
     tolerance: delta, in (0, 1).
     error_rate: epsilon, in (0, 1).
     consistency: 'textual' (distance to the full model's text) or 'risk' (loss of quality
@@ -87,7 +78,7 @@ def certify(
     ValueError: too few prompts for any threshold (says how many are needed), prompts without
       references for 'risk', or an argument has no meaning. Nothing is decoded then.
   """
-  prompts, kind = as_prompts(prompts), kind_of(consistency)
+  prompts, kind = prompt_tables.prompts_of(prompts), kind_of(consistency)
   support = sequence_losses.kind_support(kind, metric)
   refusal = planning.refusal(len(prompts), tolerance, error_rate, lower=support.lower)
   if refusal:
@@ -126,7 +117,7 @@ def default_grid(predictor: "predictor_lib.Predictor") -> Sequence[float]:
 
 def certify_and_time(
   predictor: "predictor_lib.Predictor",
-  prompts: Sequence[Prompt] | Sequence[str],
+  prompts: Sequence[Prompt | str | Mapping[str, Any]] | Any,
   *,
   thresholds: Sequence[float] | None = None,
   progress: grid.Progress | None = None,
@@ -141,7 +132,7 @@ def certify_and_time(
     progress: told after every batch and threshold; None shows it where someone looks on.
     **options: the others of `certify`.
   """
-  given, levels = as_prompts(prompts), thresholds or default_grid(predictor)
+  given, levels = prompt_tables.prompts_of(prompts), thresholds or default_grid(predictor)
   with contextlib.ExitStack() as stack:
     silent = lambda share, text: None
     report = stack.enter_context(looking.looking()) if progress is None else silent

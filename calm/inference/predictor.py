@@ -20,7 +20,7 @@ from calm import checkpoints, exits
 from calm.calibrate import Calibration, Procedure, Prompt, looking
 from calm.calibrate import seconds as seconds_lib
 from calm.calibrate.generations.procedures import describe_differences
-from calm.data import prompt_batches
+from calm.data import prompt_batches, prompt_tables
 from calm.decode import compiled, loop, pool_program
 from calm.decode import program as program_lib
 from calm.decode import sharded as sharded_lib
@@ -162,12 +162,17 @@ class Predictor:
     return "" if procedure is None else describe_differences(procedure, self.procedure)
 
   def calibrate(
-    self, prompts: Sequence[Prompt] | Sequence[str], *, tolerance: float, **options: Any
+    self,
+    prompts: Sequence[Prompt | str | Mapping[str, Any]] | Any,
+    *,
+    tolerance: float,
+    **options: Any,
   ) -> "Predictor":
     """The same model under the threshold that is certified on these prompts.
 
     Args:
-      prompts: exchangeable prompts like those to come, which nothing was chosen on.
+      prompts: exchangeable prompts like those to come, which nothing was chosen on: texts,
+        `Prompt`s, or a DataFrame with a column `input`.
       tolerance: delta, in (0, 1).
       **options: `error_rate`, `consistency`, `metric`, `thresholds`, `progress`; see
         `calibrating.certify_and_time`.
@@ -196,10 +201,7 @@ class Predictor:
 
   def plan(self, texts: Sequence[str]) -> list[prompt_batches.PromptBatch]:
     """Tokenises prompts and groups them into batches."""
-    if isinstance(texts, str):
-      raise TypeError(
-        "Expected `texts` to be a list of prompts, got one text; put it in a list."
-      )
+    prompt_tables.check_texts(texts)
     tokens = prompt_batches.tokenize(
       texts,
       self.vocabulary,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
   from calm.inference import predictor as predictor_lib
 
 # Layers that are still listed one by one.
-_FEW = 6
+_FEW = 4
 
 
 def in_short(predictor: "predictor_lib.Predictor") -> str:
@@ -53,6 +53,8 @@ def _way(predictor: "predictor_lib.Predictor") -> str:
     where = "every layer"
   elif len(layers) == 1:
     where = f"layer {layers[0]}"
+  elif len(layers) > 2 and layers[-1] - layers[0] == len(layers) - 1:
+    where = f"layers {layers[0]} to {layers[-1]}"
   elif len(layers) <= _FEW:
     where = f"layers {', '.join(map(str, layers))}"
   else:

@@ -331,3 +331,11 @@ def test_a_tokenizer_that_the_model_does_not_know_is_said_before_any_work(
   listener = fitting.Listener(say=said.append)
   run.Fit.open(str(model), ROWS, tmp_path / "mine", fitting.FitOptions(**OPTIONS), listener)
   assert said[0].startswith("Rows: ") and said[1:] == ["Another's."]
+
+
+def test_rows_may_be_mappings_and_other_lists_are_named():
+  rows = [{"input": f"t {i}", "target": "x"} for i in range(3)]
+  read = inputs.read_rows(rows, fitting.FitOptions(**OPTIONS))
+  assert read[1] == Prompt("prompt/2", "t 1", ("x",))
+  with pytest.raises(TypeError, match="got 7 as number 1"):
+    inputs.read_rows([7], fitting.FitOptions(**OPTIONS))

@@ -365,6 +365,8 @@ def test_a_model_is_a_line_or_two_and_not_its_token_ids(model, calibration):
   assert plain == "Predictor(1 + 3 layers, emb_dim 16, float32; softmax at every layer)"
   long = model.with_options(shortlist=tuple(range(100)), grid=(0.9, 0.5), exit_layers=(1, 2))
   assert repr(long) == plain.replace("every layer", "layers 1, 2")
+  many = model.with_options(exit_layers=(1, 2, 3))
+  assert repr(many) == plain.replace("every layer", "layers 1 to 3")
   told = repr(long.options)
   assert "shortlist=<100 tokens>" in told and "grid=<2 thresholds, 0.9 to 0.5>" in told
   assert repr(inference.DecodeOptions()) == "DecodeOptions(measure='softmax')"
