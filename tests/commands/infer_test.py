@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from calm import calibrate, inference
-from calm.calibrate import seconds, showing
+from calm.calibrate import seconds
 from calm.calibrate.generations import files
 from calm.commands import cli, serving
 from calm.inference import predictor
@@ -241,21 +241,6 @@ def test_the_speed_beside_full_depth_is_said(
   assert f"x{speedup:.2f} one at a time (x1.25 with the encoder)" in said
   assert ("not faster than full depth" in said) == slow
   assert said.count("have more than `max_input_length`") == 1
-
-
-def test_counts_rates_and_time_left_without_a_terminal(monkeypatch, capsys):
-  from rich import console
-
-  now = [100.0]
-  monkeypatch.setattr(showing.time, "monotonic", lambda: now[0])
-  with showing.counting(console.Console(), 50, "prompts", done=10) as counter:
-    now[0] += 30
-    counter.add(20, idle_seconds=10)  # compiling, which the rest need not do
-    now[0] += 1
-    counter.add(5)
-  said = capsys.readouterr().out
-  assert said == "30 of 50 prompts, 1.0 a second, 0:20 left\n"
-  assert showing.rate(3, 60) == "3.0 a minute" and showing.clock(3725) == "1:02:05"
 
 
 @pytest.mark.parametrize(("speedup", "kept"), [(0.7, False), (1.4, True)])
