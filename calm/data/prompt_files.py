@@ -241,7 +241,7 @@ def key_of(row: row_formats.Row, wanted: str | None) -> str | None:
   if found is None:
     raise row.error(
       f"expected a field {' or '.join(f'`{key}`' for key in keys)}, got"
-      f" {list(row.value)[:12]}; name the one with the text: `--input_key`"
+      f" {list(row.value)[:12]}; call the one with the text `input`, or name it: `--input_key`"
     )
   return found
 
