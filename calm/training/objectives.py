@@ -180,6 +180,14 @@ class ExitProbes:
   classifier: bool = False
   objective: Callable[..., jax.Array] = losses.classifier_loss
 
+  def __post_init__(self):
+    if len(set(self.shortlist)) < 2:  # the gap of the two likeliest would be infinite
+      raise ValueError(
+        "Expected `ExitProbes.shortlist` to hold two or more different token ids, got"
+        f" {list(self.shortlist)}; make it from texts that say more"
+        " (`@sources.frequent_tokens()`)."
+      )
+
   @property
   def parts(self) -> tuple[str, ...]:
     """Exit parts that it trains."""

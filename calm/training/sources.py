@@ -113,6 +113,9 @@ def frequent_tokens(
 ) -> tuple[int, ...]:
   """A shortlist from training targets: the `size` tokens seen most often, EOS included.
 
+  Of texts that hold no two kinds of tokens (a model that writes nothing yet) it has one more,
+  the first piece of the vocabulary: what a list is asked is how far its first two are apart.
+
   Args:
     paths: JSON Lines files, below `root`; the first target of each example is read. Each file
       weighs the same, however long its texts.
@@ -129,7 +132,11 @@ def frequent_tokens(
     for token, count in counts.items():
       shares[token] += count / total  # pyright: ignore[reportArgumentType]
   # Ties by id, so that the same files give the same list.
-  return tuple(sorted(shares, key=lambda token: (-shares[token], token))[:size])
+  found = sorted(shares, key=lambda token: (-shares[token], token))
+  if len(found) < 2:
+    named = {0, vocabulary.eos_id, vocabulary.unk_id, *found}
+    found += [token for token in range(len(named) + 1) if token not in named][:1]
+  return tuple(found[:size])
 
 
 def stored_shortlist(path: str) -> tuple[int, ...]:

@@ -264,6 +264,18 @@ def test_denoising_reads_what_follows_the_marker_and_each_text_once(files, tmp_p
   assert source.first_sentinel == vocab.vocab_size - 1
 
 
+def test_a_shortlist_of_empty_texts_has_two_tokens(files, tmp_path):
+  """A model in its first steps writes nothing; the gap of one token alone is infinite."""
+  words = vocabulary.SentencePieceVocabulary(files[1], extra_ids=4)
+  (tmp_path / "own.jsonl").write_text(json.dumps({"input": "x", "target": ""}) + "\n", "utf-8")
+  found = sources.frequent_tokens(["own.jsonl"], words, 8, root=str(tmp_path))
+  assert found[0] == words.eos_id and len(set(found)) == 2
+  assert not {0, words.unk_id} & set(found)
+  objectives.ExitProbes(found)
+  with pytest.raises(ValueError, match="two or more different token ids"):
+    objectives.ExitProbes(found[:1])
+
+
 def test_a_shortlist_is_the_targets_most_frequent_tokens(files, tmp_path):
   words = vocabulary.SentencePieceVocabulary(files[1], extra_ids=4)
   for name, targets in (("a", ["fox fox", "fox"]), ("b", ["dog"] * 100)):
