@@ -225,7 +225,9 @@ class DecoderStep:
     """Key and value that the layer makes of input state `hidden`, nothing else."""
     weights = self.weights.layers[layer - 1]
     normed = rms_norm(hidden, weights.self_norm)
-    key, value = self._heads(times(normed, weights.key_value), 2)
+    each = 2 // len(weights.key_value)
+    parts = [self._heads(times(normed, matrix), each) for matrix in weights.key_value]
+    key, value = (part for split in parts for part in split)
     return KeyValue(key, value)
 
   def logits(self, layer: int, hidden: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import numpy as np
 from flax import struct
 
 from calm.exits.evidence import Probes
-from calm.t5 import network, parameters, quantized_heads
+from calm.t5 import network, parameters, platforms, quantized_heads
 from calm.t5.parameters import Params
 
 
@@ -20,8 +20,9 @@ class LayerWeights:
   Attributes:
     self_norm, cross_norm, mlp_norm: scales [emb_dim].
     query: [emb_dim, heads * head_dim].
-    key_value: [emb_dim, 2 * heads * head_dim]; apart, because filling a skipped layer reads
-      it alone and XLA would copy it out of a wider matrix every time.
+    key_value: one matrix [emb_dim, 2 * heads * head_dim], or key and value apart where the
+      platform likes it (`platforms.key_value_apart`); apart from the query, because filling a
+      skipped layer reads them alone and XLA would copy them out of a wider matrix every time.
     self_out, cross_out: [heads * head_dim, emb_dim].
     cross_query: [emb_dim, heads * head_dim].
     cross_key_value: [emb_dim, 2 * heads * head_dim].
@@ -34,7 +35,7 @@ class LayerWeights:
 
   self_norm: jax.Array
   query: jax.Array
-  key_value: jax.Array
+  key_value: tuple[jax.Array, ...]
   self_out: jax.Array
   cross_norm: jax.Array
   cross_query: jax.Array
@@ -138,12 +139,14 @@ def _layer_weights(layer: Params, config: network.T5Config, dtype, matrices) -> 
   kernel = lambda block, name: jnp.asarray(layer[block][name]["kernel"], matrices)
   beside = lambda block, names: jnp.concatenate([kernel(block, n) for n in names], axis=1)
   scale = lambda name: jnp.asarray(layer[name]["scale"], dtype)
+  names = ["key", "value"]
+  apart = [[name] for name in names] if platforms.key_value_apart() else [names]
   count = len(config.mlp_activations)
   mlp_names = ["wi"] if count == 1 else [f"wi_{i}" for i in range(count)]
   return LayerWeights(
     self_norm=scale("pre_self_attention_layer_norm"),
     query=kernel("self_attention", "query"),
-    key_value=beside("self_attention", ["key", "value"]),
+    key_value=tuple(beside("self_attention", part) for part in apart),
     self_out=kernel("self_attention", "out"),
     cross_norm=scale("pre_cross_attention_layer_norm"),
     cross_query=kernel("encoder_decoder_attention", "query"),

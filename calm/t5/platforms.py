@@ -38,6 +38,15 @@ def heads_beside() -> bool:
   return _on_tpu()
 
 
+def key_value_apart() -> bool:
+  """Whether a layer's keys and values are projected by two matrices, not by one.
+
+  XLA:TPU lays one matrix out anew before the loop, so that the two halves of its products lie
+  apart: a second copy of it for every layer that may be skipped. A CPU prefers one product.
+  """
+  return _on_tpu()
+
+
 def least_rows() -> int:
   """Rows below which a product takes no less time: of a tile of a TPU's registers, or 1."""
   return 8 if _on_tpu() else 1

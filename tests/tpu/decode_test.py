@@ -3,6 +3,7 @@
 Real widths, since layouts depend on them, but few layers and a small vocabulary.
 """
 
+import dataclasses
 import functools
 
 import pytest
@@ -104,3 +105,18 @@ def test_with_weights_stored_as_products_read_them_temporaries_are_below_the_cac
   """What was above was the float32 weights' copies: a loop keeps no second cache."""
   made = program(name, "bfloat16")
   assert made.temporaries <= made.caches < program(name).temporaries
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["static", "default"])
+def test_weights_stored_as_products_read_them_are_not_laid_out_anew(name, dtype):
+  """Keys and values of one matrix were, for every layer that may be skipped."""
+  config = dataclasses.replace(CONFIG, dtype=dtype)
+  engine = default() if name == "default" else name
+  sizes = ROWS, INPUT, LENGTH
+  made = tpu_report.compiled(TOPOLOGY, config, engine, LAYERS, sizes, weights_dtype="bfloat16")
+  before_the_loop = made.module.computations[made.module.entry]
+  copied = [x for x in before_the_loop if x.opcode == "copy" and x.elements >= WEIGHT]
+  assert not [x.text for x in copied]
+  # Meta: the matrices are there to be copied.
+  assert sum(x.opcode == "parameter" and x.elements >= WEIGHT for x in before_the_loop) > 20
