@@ -99,7 +99,7 @@ class LayerWeighted:
     return ()
 
   def loss(self, module, params, batch, rng):
-    normed = _normed_states(module, params, batch, rng)
+    normed = normed_states(module, params, batch, rng)
     num_layers = normed.shape[0]
     weights = jnp.asarray(self.weights(num_layers))
     if rng is None or self.sampled_layers is None:
@@ -109,7 +109,7 @@ class LayerWeighted:
       chosen = jax.random.choice(jax.random.fold_in(rng, 1), num_layers, (k,), p=weights)
       chosen_weights = jnp.full((k,), 1.0 / k)
     token_weights = batch["decoder_loss_weights"]
-    kernel = _heads(params, module.config)
+    kernel = heads(params, module.config)
     loss, metrics = losses.layer_cross_entropy(
       normed[chosen],
       kernel if kernel.ndim == 2 else kernel[chosen],
@@ -152,9 +152,9 @@ class ExitClassifier:
 
   def loss(self, module, params, batch, rng):
     del rng  # the features must be those of inference: no dropout
-    normed = jax.lax.stop_gradient(_normed_states(module, params, batch, None))
+    normed = jax.lax.stop_gradient(normed_states(module, params, batch, None))
     logits = _classified(params, normed)
-    predictions = losses.layer_predictions(normed, _heads(params, module.config))
+    predictions = losses.layer_predictions(normed, heads(params, module.config))
     return _stage_two(self.objective, logits, predictions, batch["decoder_loss_weights"])
 
   def trains(self, path):
@@ -196,7 +196,7 @@ class ExitProbes:
   def loss(self, module, params, batch, rng):
     del rng  # as of the classifier
     hidden, normed = _inputs(module, params, batch, method=_states)
-    kernel = _heads(params, module.config)
+    kernel = heads(params, module.config)
     if kernel.ndim > 2:
       raise ValueError(
         "Expected one output head for exit probes, got one head a layer; train another"
@@ -248,13 +248,13 @@ def _stage_two(
   )
 
 
-def _heads(params: Params, config: network.T5Config) -> jax.Array:
+def heads(params: Params, config: network.T5Config) -> jax.Array:
   """[emb_dim, vocab], or [layers, emb_dim, vocab] where every layer has a head of its own."""
   kernels = parameters.head_kernels(params, config)
   return kernels[0] if len(kernels) == 1 else jnp.stack(kernels)
 
 
-def _normed_states(module, params, batch, rng):
+def normed_states(module, params, batch, rng):
   return _inputs(
     module,
     params,

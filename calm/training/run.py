@@ -17,7 +17,7 @@ import numpy as np
 from calm import checkpoints
 from calm.calibrate.generations import files, locks
 from calm.data import training_batches, vocabulary
-from calm.t5 import limits, network, parameters
+from calm.t5 import growing, limits, network, parameters
 from calm.training import loop, objectives, updates
 
 MODEL_FOLDER = "model"
@@ -120,7 +120,8 @@ def train(
     config: steps, learning rate, seed, validation and early stopping.
     export: vocabulary and decoding limits that go with the parameters.
     output_dir: checkpoints, validations, and the exported model in `model/`.
-    model: sizes; None takes those of `initial`.
+    model: sizes; None takes those of `initial`. MLPs wider than those of `initial` begin as
+      the same function (`growing.wider`).
     initial: a checkpoint to start from (ours, Hugging Face's or T5X's), or the `output_dir`
       of an earlier run; None starts from random parameters.
     fresh: parts of the parameter tree of `initial` that start anew: ("exit_classifier",) to
@@ -197,6 +198,8 @@ def starting_point(
   held = dict.fromkeys(("exit_classifier", *parts), True)
   model = model or dataclasses.replace(stored.config, **held)
   params = parameters.add_exit_parts(stored.params, model)
+  if model.mlp_dim > stored.config.mlp_dim:
+    params, _ = growing.wider(params, stored.config, model.mlp_dim, seed)
   parameters.check(params, model)
   if fresh:
     # A tuple of one without its comma is a string: that one part is meant.

@@ -105,7 +105,7 @@ class ScrambledMask:
   """Their training: a mask of [batch, length, 1] "resized" to [layers, batch, length, emb]."""
 
   def loss(self, module, params, batch, rng):
-    normed = objectives._normed_states(module, params, batch, rng)
+    normed = objectives.normed_states(module, params, batch, rng)
     mask = batch["decoder_loss_weights"]
     scrambled = normed * jnp.resize(mask[..., None], normed.shape)
     weights = jnp.asarray(losses.layer_weights(normed.shape[0]))

@@ -1,0 +1,73 @@
+"""Wider MLPs of the same function."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import training
+from calm.t5 import growing, network, parameters
+from calm.training import objectives
+from tests import toys
+
+TOY = toys.Config(num_decoder_layers=2, num_encoder_layers=1)
+
+
+def model_of():
+  config = network.T5Config(**toys.network_fields(TOY), one_hot_embedding=False)
+  return config, toys.params(TOY, seed=1, sharpness=1.0)
+
+
+def states(config, params, batch):
+  return network.Transformer(config).apply(
+    {"params": jax.tree.map(jnp.asarray, params)},
+    batch["encoder_input_tokens"],
+    batch["decoder_input_tokens"],
+    batch["decoder_target_tokens"],
+    method="normed_states",
+  )
+
+
+def batch_of():
+  rows = lambda seed: jnp.asarray(
+    toys.prompts(seed, batch=4, length=6, num_pieces=TOY.num_pieces)
+  )
+  return {
+    "encoder_input_tokens": rows(2),
+    "decoder_input_tokens": jnp.pad(rows(3)[:, :-1], ((0, 0), (1, 0))),
+    "decoder_target_tokens": rows(3),
+    "decoder_loss_weights": jnp.ones((4, 6)),
+  }
+
+
+def test_every_layers_states_are_those_of_the_narrower_model():
+  config, params = model_of()
+  grown, wider = growing.wider(params, config, 3 * config.mlp_dim)
+  parameters.check(grown, wider)
+  assert dataclasses.replace(wider, mlp_dim=config.mlp_dim) == config
+  np.testing.assert_allclose(
+    states(wider, grown, batch_of()), states(config, params, batch_of()), rtol=1e-5, atol=1e-5
+  )
+
+
+def test_new_units_learn_from_the_first_update_on():
+  config, params = model_of()
+  grown, wider = growing.wider(params, config, config.mlp_dim + 5)
+  grown = jax.tree.map(jnp.asarray, grown)
+  options = training.TrainConfig(num_steps=1, schedule=training.Schedule(1e-2, 0))
+  objective = objectives.LayerWeighted()
+  step = training.make_train_step(network.Transformer(wider), options, objective, grown)
+  state = training.init_state(jax.tree.map(jnp.copy, grown), options, objective)
+  with jax.numpy_dtype_promotion("standard"):  # optax's own code promotes
+    after = parameters.flatten(step(state, batch_of())[0].params)
+  written = [leaf[-5:] for path, leaf in after.items() if "/mlp/wo" in path]
+  assert len(written) == 3
+  assert all(np.all(np.any(np.asarray(rows) != 0.0, axis=1)) for rows in written)
+
+
+def test_units_are_never_dropped():
+  config, params = model_of()
+  with pytest.raises(ValueError, match="never dropped"):
+    growing.wider(params, config, config.mlp_dim - 1)

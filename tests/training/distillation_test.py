@@ -1,0 +1,128 @@
+"""Early layers that learn the last one's probabilities."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import training
+from calm.t5 import network
+from calm.training import distillation
+from tests import toys
+
+TOY = toys.Config(num_decoder_layers=3, num_encoder_layers=1)
+
+
+def model_of(**options):
+  toy = toys.Config(num_decoder_layers=3, num_encoder_layers=1, **options)
+  config = network.T5Config(
+    **toys.network_fields(toy), dropout_rate=0.0, one_hot_embedding=False
+  )
+  return network.Transformer(config), jax.tree.map(
+    jnp.asarray, toys.params(toy, seed=1, sharpness=1.0)
+  )
+
+
+def batch_of(seed=2):
+  rows = lambda seed, length: jnp.asarray(
+    toys.prompts(seed, batch=4, length=length, num_pieces=TOY.num_pieces)
+  )
+  targets = rows(seed + 1, 6)
+  return {
+    "encoder_input_tokens": rows(seed, 7),
+    "decoder_input_tokens": jnp.pad(targets[:, :-1], ((0, 0), (1, 0))),
+    "decoder_target_tokens": targets,
+    "decoder_loss_weights": (targets > 0).astype(jnp.float32),
+  }
+
+
+def log_probabilities(module, params, batch):
+  """[layers, batch, length, vocab] by the network's own heads."""
+  bound = module.bind({"params": params})
+  names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+  hidden = bound.hidden_states(*(batch[name] for name in names))
+  logits = [bound.decoder.logits(hidden[i], i + 1) for i in range(hidden.shape[0])]
+  return jax.nn.log_softmax(jnp.stack(logits))
+
+
+def plain_loss(module, params, batch, share):
+  """The docstring's equation, word for word."""
+  found = log_probabilities(module, params, batch)
+  weights, targets = batch["decoder_loss_weights"], batch["decoder_target_tokens"]
+  label = jnp.take_along_axis(found[-1], targets[..., None], axis=-1)[..., 0]
+  wanted = jax.lax.stop_gradient(found[-1:])
+  apart = jnp.sum(jnp.exp(wanted) * (wanted - found[:-1]), axis=-1)
+  return -jnp.sum(label * weights) + share * jnp.sum(jnp.mean(apart, axis=0) * weights)
+
+
+@pytest.mark.parametrize(
+  "options", [{}, {"logits_via_embedding": True}, {"per_layer_heads": True}]
+)
+def test_loss_and_gradients_are_those_of_the_equation(options):
+  module, params = model_of(**options)
+  batch = batch_of()
+  objective = distillation.SelfDistilled(share=2.0, z_loss=0.0)
+  ours = jax.jit(jax.value_and_grad(lambda p: objective.loss(module, p, batch, None)[0]))
+  plain = jax.jit(jax.value_and_grad(lambda p: plain_loss(module, p, batch, 2.0)))
+  (loss, gradient), (expected, wanted) = ours(params), plain(params)
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+  assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted)) > 0.1
+  jax.tree.map(
+    lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4),
+    gradient,
+    wanted,
+  )
+
+
+def test_metrics_are_of_targets_layer_by_layer():
+  module, params = model_of()
+  batch = batch_of()
+  found = log_probabilities(module, params, batch)
+  weights, targets = batch["decoder_loss_weights"], batch["decoder_target_tokens"]
+  right = (jnp.argmax(found, axis=-1) == targets[None]).astype(jnp.float32)
+  hits = jnp.sum(right * weights[None], axis=(1, 2))
+  objective = distillation.SelfDistilled()
+  metrics = jax.jit(lambda p: objective.loss(module, p, batch, None)[1])(params)
+  label = jnp.take_along_axis(found, jnp.asarray(targets)[None, ..., None], axis=-1)[..., 0]
+  np.testing.assert_allclose(metrics.correct, hits)
+  np.testing.assert_allclose(
+    metrics.cross_entropy, -jnp.sum(label * weights[None], axis=(1, 2)), rtol=1e-4
+  )
+  np.testing.assert_allclose(metrics.layer_weight, [float(weights.sum())] * 3)
+
+
+def test_layers_drawn_give_the_loss_of_all_of_them_on_average():
+  module, params = model_of()
+  batch = batch_of()
+  whole = distillation.SelfDistilled().loss(module, params, batch, None)[0]
+  drawn = distillation.SelfDistilled(sampled_layers=1)
+  one = jax.jit(lambda key: drawn.loss(module, params, batch, key)[0])
+  losses = [float(one(jax.random.key(i))) for i in range(60)]
+  assert len({round(loss, 3) for loss in losses}) == 2  # one of two early layers
+  spread = np.std(losses) / np.sqrt(len(losses))
+  assert abs(np.mean(losses) - float(whole)) < 4 * spread
+
+
+def test_early_layers_come_to_write_what_the_last_one_writes():
+  module, params = model_of()
+  batch = batch_of()
+  apart = lambda p: plain_loss(module, p, batch, 1.0) - plain_loss(module, p, batch, 0.0)
+  objective = distillation.SelfDistilled(sampled_layers=1)
+  options = training.TrainConfig(num_steps=80, schedule=training.Schedule(3e-2, 4))
+  step = training.make_train_step(module, options, objective, params)
+  before = float(apart(params))
+  state = training.init_state(jax.tree.map(jnp.copy, params), options, objective)
+  with jax.numpy_dtype_promotion("standard"):  # optax's own code promotes
+    for _ in range(80):
+      state, _ = step(state, batch)
+  assert float(apart(state.params)) < 0.5 * before
+
+
+def test_a_model_of_one_layer_has_no_early_ones():
+  toy = toys.Config(num_decoder_layers=1, num_encoder_layers=1)
+  config = network.T5Config(**toys.network_fields(toy), dropout_rate=0.0)
+  params = jax.tree.map(jnp.asarray, toys.params(toy, seed=1, sharpness=1.0))
+  module = network.Transformer(config)
+  loss, metrics = distillation.SelfDistilled(z_loss=0.0).loss(module, params, batch_of(), None)
+  np.testing.assert_allclose(loss, metrics.cross_entropy[0], rtol=1e-6)
+  assert not distillation.SelfDistilled().teaches_layers(1)
