@@ -24,7 +24,7 @@ from calm import fitting
 from calm.calibrate import calibrate, screen
 from calm.calibrate.generations.shown import visible
 from calm.commands import certificate, common, demo, progress
-from calm.fitting import FitOptions, choose, summary
+from calm.fitting import FitOptions, choose, forecasts, summary
 from calm.fitting import result as result_lib
 from calm.inference import colours, outputs
 from calm.paper.report import document, figures, page, table2, terminal
@@ -133,7 +133,7 @@ def report_page(text: str) -> str:
 
 def fit_result(text: str) -> result_lib.Result:
   candidate: Any = text  # what it is written as
-  tried = choose.Tried(candidate, (0.5,), (0.1,), (2.0,), 0.5, 1.0, 2.0)
+  tried = forecasts.Tried(candidate, (0.5,), (0.1,), (2.0,), 0.5, 1.0, 2.0)
   choice = choose.Choice((tried,), 0, (0.5,), 2.0, 20, 4)
   example = result_lib.ShownText(text, text, text, text, (text, " b"), (1, 4), (0.5, 0.5))
   return result_lib.Result(

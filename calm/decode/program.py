@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from calm import exits
 from calm.decode import compiled, engines, loop, verified, verified_passes
 from calm.t5 import caches, decoder_weights, network
-from calm.t5.parameters import Params
+from calm.t5.config import Params
 
 
 @struct.dataclass

@@ -25,6 +25,7 @@ from calm.fitting import candidates as candidates_lib
 from calm.fitting import forecasts
 from calm.fitting import probe as probe_lib
 from calm.fitting.candidates import Candidate
+from calm.fitting.forecasts import Tried
 from calm.fitting.options import FitOptions
 from calm.paper.bench import decode, results, scores, timing
 
@@ -37,36 +38,6 @@ TIMED, ROUNDS = 12, 3
 _FIRST_TIMED, _FIRST_ROUNDS = 6, 2
 # Where decoding is slow, fewer prompts are looked at: seconds that a candidate may take.
 _SECONDS, _LEAST_PROMPTS = 120.0, 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Tried:
-  """One finalist.
-
-  Attributes:
-    candidate: the way to leave.
-    thresholds: its grid on the validation part; empty where it was only timed, since others
-      were faster.
-    losses: [num_thresholds] mean loss there.
-    depths: [num_thresholds] mean decoder layers a token.
-    threshold: the lowest that calibration will probably certify; `NEVER_EXIT` where none. Of
-      one that was only timed, what the probe forecasts.
-    milliseconds: measured decode time a prompt at that threshold; NaN where none.
-    speedup: full depth's over these, the fastest of rounds in turn; NaN where none.
-  """
-
-  candidate: Candidate
-  thresholds: tuple[float, ...]
-  losses: tuple[float, ...]
-  depths: tuple[float, ...]
-  threshold: float
-  milliseconds: float
-  speedup: float
-
-  @property
-  def decoded(self) -> bool:
-    """Whether its loss was measured, and not only its seconds."""
-    return bool(self.thresholds)
 
 
 @dataclasses.dataclass(frozen=True)

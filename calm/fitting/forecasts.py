@@ -1,7 +1,7 @@
 """Grids and thresholds from what the validation part said: no model is run here."""
 
+import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -9,14 +9,41 @@ from calm.fitting import candidates as candidates_lib
 from calm.fitting import probe as probe_lib
 from calm.fitting.candidates import Candidate
 
-if TYPE_CHECKING:
-  from calm.fitting.choose import Tried
-
 # Losses at which a grid has its points, as multiples of the tolerance.
 _COARSE = (0.1, 0.3, 0.6, 0.9, 1.2, 1.8, 3.0)
 _FINE = (0.1, 0.2, 0.3, 0.4, 0.5, *(0.55 + 0.05 * i for i in range(14)), 1.4, 1.7, 2.0)
 # One-sided normal quantile at 5 %: a forecast of what will be certified, no promise.
 _QUANTILE = 1.645
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+  """One finalist.
+
+  Attributes:
+    candidate: the way to leave.
+    thresholds: its grid on the validation part; empty where it was only timed, since others
+      were faster.
+    losses: [num_thresholds] mean loss there.
+    depths: [num_thresholds] mean decoder layers a token.
+    threshold: the lowest that calibration will probably certify; `NEVER_EXIT` where none. Of
+      one that was only timed, what the probe forecasts.
+    milliseconds: measured decode time a prompt at that threshold; NaN where none.
+    speedup: full depth's over these, the fastest of rounds in turn; NaN where none.
+  """
+
+  candidate: Candidate
+  thresholds: tuple[float, ...]
+  losses: tuple[float, ...]
+  depths: tuple[float, ...]
+  threshold: float
+  milliseconds: float
+  speedup: float
+
+  @property
+  def decoded(self) -> bool:
+    """Whether its loss was measured, and not only its seconds."""
+    return bool(self.thresholds)
 
 
 def coarse_grid(
@@ -68,7 +95,7 @@ def _crossing(thresholds: np.ndarray, losses: np.ndarray, level: float) -> float
   return float(np.round(start + max(share, 0.0) * (thresholds[last] - start), 6))
 
 
-def final_grid(tried: "Tried", tolerance: float) -> tuple[float, ...]:
+def final_grid(tried: Tried, tolerance: float) -> tuple[float, ...]:
   """Thresholds to certify: densest where the validation loss nears the tolerance.
 
   Points that pass cost a fixed sequence nothing; points far above the tolerance are left out.

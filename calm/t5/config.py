@@ -1,10 +1,13 @@
-"""Sizes and choices of a T5 network."""
+"""Sizes and choices of a T5 network, and the type of its parameters."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from calm.t5 import limits
+
+# A parameter tree: nested mappings of names to arrays, as flax has it.
+Params = Any
 
 
 @dataclasses.dataclass(frozen=True)

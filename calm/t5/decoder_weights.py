@@ -10,7 +10,7 @@ from flax import struct
 
 from calm.exits.evidence import Probes
 from calm.t5 import network, parameters, platforms, quantized_heads
-from calm.t5.parameters import Params
+from calm.t5.config import Params
 
 
 @struct.dataclass

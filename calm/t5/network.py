@@ -15,8 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from calm.t5 import layers, masks, stacks
-from calm.t5.config import T5Config
-from calm.t5.parameters import Params
+from calm.t5.config import Params, T5Config
 
 __all__ = ["T5Config", "Transformer", "encode"]
 

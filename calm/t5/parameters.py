@@ -17,9 +17,6 @@ from calm.t5 import network
 # More than any published model has: looked for before they are traced.
 _MANY_LAYERS = 48
 
-# A parameter tree: nested mappings of names to arrays, as flax has it.
-Params = Any
-
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
   """{path: leaf} of a tree, paths "/"-joined: "decoder/decoder_norm/scale"."""

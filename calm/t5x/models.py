@@ -40,7 +40,7 @@ from calm import exits
 from calm.decode import engines, program
 from calm.exits import confidence, schedules
 from calm.t5 import caches, network
-from calm.t5.parameters import Params
+from calm.t5.config import Params
 from calm.t5x import bindings, calls, loops, prefixes, shards, sizes, stored, watching
 from calm.training import objectives
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from calm.calibrate.generations import files
 from calm.data import training_batches
-from calm.t5.parameters import Params
+from calm.t5.config import Params
 from calm.training import identities, objectives
 from calm.training.saving import check_writable, checkpointer, restore, save
 from calm.training.updates import TrainConfig, TrainState

@@ -14,7 +14,7 @@ from flax import struct
 
 from calm.exits import evidence
 from calm.t5 import network, parameters
-from calm.t5.parameters import Params
+from calm.t5.config import Params
 from calm.training import losses
 
 Batch = dict[str, jax.Array]

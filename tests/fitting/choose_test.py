@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from calm.fitting import candidates, choose, forecasts, probe
+from calm.fitting import candidates, forecasts, probe
 from calm.fitting.candidates import Candidate
 
 
@@ -75,7 +75,7 @@ def test_the_forecast_is_where_the_bound_crosses_the_tolerance():
 
 
 def test_the_final_grid_descends_and_is_densest_near_the_tolerance():
-  tried = choose.Tried(
+  tried = forecasts.Tried(
     Candidate("softmax", (1,)), (0.9, 0.5, 0.1), (0.01, 0.08, 0.3), (3, 2, 1), 0.45, 1.0, 2.0
   )
   grid = np.array(forecasts.final_grid(tried, 0.1))

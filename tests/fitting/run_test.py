@@ -12,7 +12,17 @@ from calm import checkpoints, exits, fitting, inference
 from calm.calibrate import Calibration, Prompt, seconds
 from calm.calibrate import thresholds as thresholds_lib
 from calm.data import vocabulary
-from calm.fitting import candidates, choose, folder, heads, inputs, last, run, summary
+from calm.fitting import (
+  candidates,
+  choose,
+  folder,
+  forecasts,
+  heads,
+  inputs,
+  last,
+  run,
+  summary,
+)
 from calm.fitting import result as result_lib
 from calm.paper.bench import results
 from tests import toy_vocabulary
@@ -144,7 +154,7 @@ def test_full_depth_is_served_where_exits_are_not_faster(
   predictor = served.with_options()
   choice = choose.Choice((), None, (), 1.0, 20, 2)
   assert "no measure stays within" in run.why_full_depth(choice, None, None)
-  tried = choose.Tried(LEAVES, (0.5,), (0.1,), (1.0,), 0.5, 1.0, 0.9)
+  tried = forecasts.Tried(LEAVES, (0.5,), (0.1,), (1.0,), 0.5, 1.0, 0.9)
   slower = dataclasses.replace(choice, tried=(tried,))
   assert "x0.90" in run.why_full_depth(slower, None, None)
   chosen = dataclasses.replace(slower, chosen=0)

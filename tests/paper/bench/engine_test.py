@@ -16,7 +16,7 @@ from calm import checkpoints, exits, inference
 from calm.calibrate import Prompt
 from calm.commands import cli
 from calm.data import vocabulary
-from calm.fitting import choose
+from calm.fitting import choose, forecasts
 from calm.fitting.candidates import Candidate
 from calm.paper.bench import decode, tasks, timing
 from calm.paper.experiments import perturbations, suite
@@ -124,7 +124,7 @@ def test_seconds_are_of_every_setting_and_every_prompt(plain):
 def test_a_rest_in_one_round_makes_no_way_to_leave_slow(plain, monkeypatch):
   candidates = [Candidate("softmax", (1,)), Candidate("state", (1,))]
   tried = [
-    choose.Tried(c, (0.9, 0.5), (0.0, 0.1), (2.0, 1.0), 0.5, math.nan, math.nan)
+    forecasts.Tried(c, (0.9, 0.5), (0.0, 0.1), (2.0, 1.0), 0.5, math.nan, math.nan)
     for c in candidates
   ]
   readings = itertools.count()
