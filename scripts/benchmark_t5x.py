@@ -76,9 +76,9 @@ class Texts:
 
 
 TEXTS = {
-  "synopses": Texts(None, "summarize: ", 192, 24, 0.4),
+  "synopses": Texts(None, "summarize: ", 192, 24, 0.2),
   "translations": Texts(
-    "debian_enfr/validation.jsonl.gz", "translate English to French: ", 96, 96, 0.45
+    "debian_enfr/validation.jsonl.gz", "translate English to French: ", 96, 96, 0.28
   ),
 }
 SHAPES = {
