@@ -25,6 +25,7 @@ __all__ = [
   "adam",
   "check_writable",
   "configs",
+  "distillation",
   "fit",
   "init_params",
   "init_state",

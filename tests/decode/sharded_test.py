@@ -29,7 +29,7 @@ options = {"measure": "classifier", "max_decode_length": 10, "batch_size": 2}
 many = inference.load("packed", num_devices=8, **options)
 one = many.with_options(num_devices=1)
 found = {"devices": jax.device_count()}
-made = [model.generate(texts, threshold=0.9) for model in (one, many)]
+made = [model.generate(texts, threshold=0.98) for model in (one, many)]
 found["outputs"] = [[[o.tokens, o.exit_layers] for o in outputs] for outputs in made]
 found["procedures"] = one.procedure == many.procedure
 
