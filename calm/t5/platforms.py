@@ -42,7 +42,9 @@ def key_value_apart() -> bool:
   """Whether a layer's keys and values are projected by two matrices, not by one.
 
   XLA:TPU lays one matrix out anew before the loop, so that the two halves of its products lie
-  apart: a second copy of it for every layer that may be skipped. A CPU prefers one product.
+  apart: where weights are stored as products read them, a second copy for every layer that may
+  be skipped (an eighth of the caches, bfloat16, 8 rows, length 512). Two products cost up to
+  1.8 % more estimated cycles of a step (T5 1.1 small, 8 rows), or 0.7 % less (`Deferred`, 128).
   """
   return _on_tpu()
 

@@ -68,7 +68,7 @@ class SelfDistilled:
     )
 
   def trains(self, path):
-    return not {"exit_classifier", "exit_probes"} & set(path)
+    return not objectives.is_exit_part(path)
 
   def teaches_layers(self, num_layers):
     return num_layers > 1 and self.share > 0.0

@@ -129,7 +129,7 @@ class LayerWeighted:
     )
 
   def trains(self, path):
-    return not {"exit_classifier", "exit_probes"} & set(path)
+    return not is_exit_part(path)
 
   def teaches_layers(self, num_layers):
     return bool(np.any(np.asarray(self.weights(num_layers))[:-1] > 0.0))
@@ -246,6 +246,11 @@ def _stage_two(
     correct=over_tokens(hits),
     layer_weight=jnp.broadcast_to(weight, (logits.shape[0],)),
   )
+
+
+def is_exit_part(path: tuple[str, ...]) -> bool:
+  """Whether a parameter belongs to what stage two trains."""
+  return bool({"exit_classifier", "exit_probes"} & set(path))
 
 
 def heads(params: Params, config: network.T5Config) -> jax.Array:

@@ -6,6 +6,7 @@ when it is called.
 
 import dataclasses
 import json
+import logging
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from calm.t5 import growing, limits, network, parameters
 from calm.training import loop, objectives, updates
 
 MODEL_FOLDER = "model"
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +201,8 @@ def starting_point(
   model = model or dataclasses.replace(stored.config, **held)
   params = parameters.add_exit_parts(stored.params, model)
   if model.mlp_dim > stored.config.mlp_dim:
+    widths = stored.config.mlp_dim, model.mlp_dim
+    _LOG.warning("MLPs of `initial` are made wider, %d units each to %d.", *widths)
     params, _ = growing.wider(params, stored.config, model.mlp_dim, seed)
   parameters.check(params, model)
   if fresh:

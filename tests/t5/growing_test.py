@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm import training
+from calm import checkpoints, training
 from calm.t5 import growing, network, parameters
-from calm.training import objectives
+from calm.training import objectives, run
 from tests import toys
 
 TOY = toys.Config(num_decoder_layers=2, num_encoder_layers=1)
@@ -71,3 +71,21 @@ def test_units_are_never_dropped():
   config, params = model_of()
   with pytest.raises(ValueError, match="never dropped"):
     growing.wider(params, config, config.mlp_dim - 1)
+
+
+def test_wider_mlps_begin_as_the_checkpoint_and_a_line_says_so(tmp_path, caplog):
+  config = network.T5Config(
+    vocab_size=8, emb_dim=4, num_heads=1, head_dim=4, mlp_dim=4, num_encoder_layers=1,
+    num_decoder_layers=2, exit_classifier=True,
+  )  # fmt: skip
+  params = jax.tree.map(np.asarray, training.init_params(config, 0))
+  checkpoints.save(tmp_path, params, config)
+  start = run.starting_point(dataclasses.replace(config, mlp_dim=6), str(tmp_path), 0)
+  assert "4 units each to 6" in caplog.text and start.model.mlp_dim == 6
+  kernel = start.params["decoder"]["layers_1"]["mlp"]["wo"]["kernel"]
+  np.testing.assert_array_equal(
+    kernel[:4], params["decoder"]["layers_1"]["mlp"]["wo"]["kernel"]
+  )
+  np.testing.assert_array_equal(kernel[4:], 0.0)
+  with pytest.raises(ValueError, match="shape"):
+    run.starting_point(dataclasses.replace(config, mlp_dim=3), str(tmp_path), 0)

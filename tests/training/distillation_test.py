@@ -1,39 +1,15 @@
 """Early layers that learn the last one's probabilities."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from calm import training
-from calm.t5 import network
 from calm.training import distillation
-from tests import toys
-
-TOY = toys.Config(num_decoder_layers=3, num_encoder_layers=1)
-
-
-def model_of(**options):
-  toy = toys.Config(num_decoder_layers=3, num_encoder_layers=1, **options)
-  config = network.T5Config(
-    **toys.network_fields(toy), dropout_rate=0.0, one_hot_embedding=False
-  )
-  return network.Transformer(config), jax.tree.map(
-    jnp.asarray, toys.params(toy, seed=1, sharpness=1.0)
-  )
-
-
-def batch_of(seed=2):
-  rows = lambda seed, length: jnp.asarray(
-    toys.prompts(seed, batch=4, length=length, num_pieces=TOY.num_pieces)
-  )
-  targets = rows(seed + 1, 6)
-  return {
-    "encoder_input_tokens": rows(seed, 7),
-    "decoder_input_tokens": jnp.pad(targets[:, :-1], ((0, 0), (1, 0))),
-    "decoder_target_tokens": targets,
-    "decoder_loss_weights": (targets > 0).astype(jnp.float32),
-  }
+from tests.training.samples import TOY, batch_of, model_of
 
 
 def log_probabilities(module, params, batch):
@@ -59,7 +35,7 @@ def plain_loss(module, params, batch, share):
   "options", [{}, {"logits_via_embedding": True}, {"per_layer_heads": True}]
 )
 def test_loss_and_gradients_are_those_of_the_equation(options):
-  module, params = model_of(**options)
+  module, params = model_of(dataclasses.replace(TOY, **options))
   batch = batch_of()
   objective = distillation.SelfDistilled(share=2.0, z_loss=0.0)
   ours = jax.jit(jax.value_and_grad(lambda p: objective.loss(module, p, batch, None)[0]))
@@ -119,10 +95,7 @@ def test_early_layers_come_to_write_what_the_last_one_writes():
 
 
 def test_a_model_of_one_layer_has_no_early_ones():
-  toy = toys.Config(num_decoder_layers=1, num_encoder_layers=1)
-  config = network.T5Config(**toys.network_fields(toy), dropout_rate=0.0)
-  params = jax.tree.map(jnp.asarray, toys.params(toy, seed=1, sharpness=1.0))
-  module = network.Transformer(config)
+  module, params = model_of(dataclasses.replace(TOY, num_decoder_layers=1))
   loss, metrics = distillation.SelfDistilled(z_loss=0.0).loss(module, params, batch_of(), None)
   np.testing.assert_allclose(loss, metrics.cross_entropy[0], rtol=1e-6)
   assert not distillation.SelfDistilled().teaches_layers(1)

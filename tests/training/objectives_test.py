@@ -12,32 +12,10 @@ from flax import traverse_util
 
 from calm import training
 from calm.exits import evidence
-from calm.t5 import caches, decoder, decoder_weights, network
+from calm.t5 import caches, decoder, decoder_weights
 from calm.training import losses, objectives
 from tests import toys
-
-TOY = toys.Config(num_decoder_layers=3, num_encoder_layers=1)
-
-
-def model_of(toy=TOY, dropout_rate=0.0):
-  config = network.T5Config(
-    **toys.network_fields(toy), dropout_rate=dropout_rate, one_hot_embedding=False
-  )
-  params = jax.tree.map(jnp.asarray, toys.params(toy, seed=1, sharpness=1.0))
-  return network.Transformer(config), params
-
-
-def batch_of(seed=2, batch=4):
-  rows = lambda seed, length: jnp.asarray(
-    toys.prompts(seed, batch=batch, length=length, num_pieces=TOY.num_pieces)
-  )
-  targets = rows(seed + 1, 6)
-  return {
-    "encoder_input_tokens": rows(seed, 7),
-    "decoder_input_tokens": jnp.pad(targets[:, :-1], ((0, 0), (1, 0))),
-    "decoder_target_tokens": targets,
-    "decoder_loss_weights": (targets > 0).astype(jnp.float32),
-  }
+from tests.training.samples import batch_of, model_of
 
 
 def loss_of(objective, module, params, batch, key=None):
