@@ -50,10 +50,12 @@ class Forced:
   Attributes:
     inner: the passes.
     chance: that a draft is accepted, [].
+    sure: whether drafts are as good as certain whatever the chance; else they say the chance.
   """
 
   inner: Any
   chance: jax.Array
+  sure: bool
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self.inner, name)
@@ -63,7 +65,11 @@ class Forced:
 
   def draft(self, work, cache, token, at, wanted):
     made, inner, cache = self.inner.draft(work[1], cache, token, at, wanted)
-    return made, (work[0], inner), cache
+    # As sure as the coin is, or never sure enough to stop.
+    sure = jnp.where(self.sure, 1.0, self.chance)
+    # The head's own answer stays in use, or it would not be computed.
+    confidence = jnp.maximum(sure, made.confidence * 1e-9)
+    return dataclasses.replace(made, confidence=confidence), (work[0], inner), cache
 
   def verify(self, work, cache, drafted: verified.Drafted, threshold):
     inner = dataclasses.replace(drafted, work=work[1])
@@ -81,12 +87,13 @@ class ForcedProgram:
   """A program of `exits.Verified` whose drafts are accepted by a coin."""
 
   program: program.Program
+  sure: bool
 
   @compiled.method()
   def decode(self, weights, encoded, active, chance):
     """As `Program.decode`."""
     made = self.program.passes(weights, encoded, jnp.ones(()))
-    made = dataclasses.replace(made, passes=Forced(made.passes, chance))
+    made = dataclasses.replace(made, passes=Forced(made.passes, chance, self.sure))
     return made.decode(active).generation
 
 
@@ -107,8 +114,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   add("--input_length", type=int, default=128)
   add("--decode_length", type=int, default=64)
   add("--num_prompts", type=int, default=60)
+  add("--compare", type=int, help="prompts whose texts are compared (default: those timed)")
   add("--repeats", type=int, default=7)
   add("--fixed", action="store_true", help="draft as many whatever is accepted")
+  add("--sure", action="store_true", help="random weights' drafts say they are certain")
   add("--results", help="writes scripts/results/RESULTS.json, for scripts/tables.py")
   return parser.parse_args(arguments)
 
@@ -150,7 +159,8 @@ def forced_rows(shape: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
       full.decode, variant.weights, encoded, active, one
     )
     for name, rule in rules(flags).items():
-      forced = ForcedProgram(program.Program(model.config, rule, length, models.NO_EOS))
+      plain = program.Program(model.config, rule, length, models.NO_EOS)
+      forced = ForcedProgram(plain, flags.sure)
       for chance in map(np.float32, flags.chances):
         timed[f"{name}, accepted {chance:.2f}{suffix}"] = functools.partial(
           forced.decode, variant.weights, encoded, active, chance
@@ -207,9 +217,11 @@ def packed_rows(name: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
   prompts = tasks.read_prompts(flags.data, task, "test", limit=flags.num_prompts)
   settings = [timing.Setting(name, rule, 1.0) for name, rule in rules(flags).items()]
   timed = timing.measure(model, prompts, settings, rounds=flags.repeats)
-  texts = [prompt.input for prompt in prompts]
+  compared = flags.compare or len(prompts)
+  texts = [p.input for p in tasks.read_prompts(flags.data, task, "test", limit=compared)]
   full = model.generate(texts, rule=exits.StaticExit())
   tokens = sum(len(output.tokens) for output in full)
+  timed_tokens = sum(len(output.tokens) for output in full[: len(prompts)])
   made = []
   for own in timed.rows:
     rule = rules(flags).get(own.name)
@@ -219,9 +231,9 @@ def packed_rows(name: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
     accepted = sum(sum(o.drafted) for o in outputs)
     made.append(
       {
-        "setting": f"packed, {task.title}, {len(texts)} prompts one at a time",
+        "setting": f"packed, {task.title}, {len(prompts)} prompts one at a time",
         "rule": own.name,
-        "ms a token": 1e3 * own.decode_seconds * len(texts) / tokens,
+        "ms a token": 1e3 * own.decode_seconds * len(prompts) / timed_tokens,
         "x full depth": own.speedup,
         "spread": None,
         "drafts accepted": accepted / drafts if drafts else None,

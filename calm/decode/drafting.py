@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-# Before a text has a draft: so likely is one to be accepted, as surely as so many would say.
-PRIOR, PRIOR_TRIALS = 0.75, 1.0
+# Before a text has a draft: so likely is one to be accepted, as surely as so many certain ones
+# would say. Hopeful, for a text of ten tokens has no time to find out.
+PRIOR, PRIOR_TRIALS = 0.9, 1.5
 # Tokens a second of a pass with drafts, over those without, from which drafts are made at all.
-MARGIN = 1.1
+MARGIN = 1.0
 # What a trial still weighs after the next one: about the last twenty count.
 MEMORY = 0.95
 
@@ -24,6 +25,9 @@ MEMORY = 0.95
 class Odds:
   """Drafts of each row that met the full model's token, the recent ones weighing more.
 
+  Each weighs what its confidence says: where the draft head knew that it might be wrong, its
+  being wrong tells little of the others.
+
   Attributes:
     accepted, tried: [batch] float32.
   """
@@ -31,11 +35,16 @@ class Odds:
   accepted: Float[Array, " batch"]
   tried: Float[Array, " batch"]
 
-  def add(self, accepted: jax.Array, tried: jax.Array) -> "Odds":
-    """With the trials of one more pass, [batch, window] bool each."""
-    new = jnp.sum(tried, axis=1, dtype=jnp.float32)
+  def add(self, accepted: jax.Array, confidences: jax.Array) -> "Odds":
+    """With the trials of one more pass, [batch, window].
+
+    Args:
+      accepted: whether the draft was, bool.
+      confidences: of the draft; 0 where none was tried.
+    """
+    new = jnp.sum(confidences, axis=1)
     old = jnp.float32(MEMORY) ** new
-    agreed = jnp.sum(accepted, axis=1, dtype=jnp.float32)
+    agreed = jnp.sum(jnp.where(accepted, confidences, 0.0), axis=1)
     return Odds(self.accepted * old + agreed, self.tried * old + new)
 
   @property

@@ -26,6 +26,7 @@ class Drafted:
   Attributes:
     count: positions that ran the first layers, [].
     tokens: the draft made at each, which the next one reads, [batch, window].
+    confidences: those of the drafts, [batch, window].
     made: whether there is one, [window] bool.
     work: the passes' own.
     cache: every layer's, those of layers 1 ... k written.
@@ -33,6 +34,7 @@ class Drafted:
 
   count: jax.Array
   tokens: jax.Array
+  confidences: jax.Array
   made: jax.Array
   work: Any
   cache: Any
@@ -226,7 +228,7 @@ class Verifying:
       log_probabilities=_put(
         state.log_probabilities, verdict.log_probability, state.positions, count
       ),
-      odds=state.odds.add(tried & verdict.accepted, tried),
+      odds=state.odds.add(verdict.accepted, jnp.where(tried, drafted.confidences, 0.0)),
       cache=cache,
     )
 
@@ -239,6 +241,7 @@ class Verifying:
     start = Drafted(
       count=jnp.zeros((), jnp.int32),
       tokens=jnp.zeros((batch, window), jnp.int32),
+      confidences=jnp.zeros((batch, window), jnp.float32),
       made=jnp.zeros((window,), bool),
       work=self.passes.begin(state.positions),
       cache=state.cache,
@@ -255,6 +258,7 @@ class Verifying:
       now = Drafted(
         at + 1,
         put(now.tokens, made.token),
+        put(now.confidences, made.confidence),
         lax.dynamic_update_slice_in_dim(now.made, wanted[None], at, axis=0),
         work,
         cache,

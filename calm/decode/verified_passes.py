@@ -14,7 +14,7 @@ from calm.decode.engines import deferred
 from calm.exits import verified as verified_lib
 from calm.t5 import caches as caches_lib
 from calm.t5 import decoder as decoder_lib
-from calm.t5 import quantized_heads, windows
+from calm.t5 import platforms, quantized_heads, windows
 
 
 @struct.dataclass
@@ -169,11 +169,13 @@ def bind(task: engines.Task, rule: exits.Verified, eos_id: Any) -> verified.Veri
 
 
 def _sizes(rule: exits.Verified) -> tuple[int, ...]:
-  """One position, half the window and the whole, where the rule lets passes be shorter."""
-  if not rule.adapts and not rule.stop_below:
-    return (rule.window,)
-  # Each is a program of its own to compile.
-  return tuple(sorted({1, (rule.window + 1) // 2, rule.window}))
+  """One position and the whole window where the rule lets passes be shorter, else the window.
+
+  Each is a program of its own to compile, and one between would hardly be faster: most of what
+  several rows cost, the second one does (`_rows`).
+  """
+  shorter = rule.adapts or rule.stop_below > 0
+  return (1, rule.window) if shorter else (rule.window,)
 
 
 def _plan(task: engines.Task, rule: exits.Verified) -> drafting.Plan:
@@ -191,15 +193,21 @@ def _plan(task: engines.Task, rule: exits.Verified) -> drafting.Plan:
   for positions in range(1, rule.window + 1):
     size = next(size for size in sizes if size >= positions)
     drafts = positions * below + (positions - 1) * short
-    costs.append(_rows(batch) * drafts + _rows(batch * size) * (above + head))
-  every = 8 if rule.draft_head == "shortlist" else 16
+    # A turn of the loop takes about a layer's time besides.
+    costs.append(layer + _rows(batch) * drafts + _rows(batch * size) * (above + head))
+  # A step that learns from a draft costs its head: a fiftieth of the time at most.
+  every = 8 if short < 0.16 * costs[0] else 16
   return drafting.Plan(tuple(costs), every, rule.adapts)
 
 
 def _rows(rows: int) -> float:
-  """Time of a product of a matrix with so many rows, over that with one.
+  """Time of layers over so many rows, over that with one row.
 
-  Measured on two CPU cores, T5 1.1 small: 8 rows take 1.4 (head) to 1.9 (layers) times as long
-  as one, 32 take 4 to 5 times.
+  Fitted on two CPU cores to whole passes of 2, 4 and 8 positions, one prompt: the model in the
+  box, of which they take 1.7 to 2.2 times as long, and T5 1.1 small (1.9 at 8 rows, 4 to 5 at
+  32). A vector is multiplied as fast as its matrix is read; several rows go through kernels
+  with a cost of their own, in attention too. A TPU computes a tile of rows for one.
   """
-  return 1.0 + 0.1 * (rows - 1) if rows <= 8 else 1.7 * (rows / 8) ** 0.75
+  if rows <= platforms.least_rows():
+    return 1.0
+  return 1.5 + 0.05 * rows if rows <= 8 else 1.9 * (rows / 8) ** 0.75

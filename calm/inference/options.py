@@ -77,7 +77,7 @@ class DecodeOptions:
   engine: engines.Engine | None = None
   refill: bool = False
   grid: tuple[float, ...] | None = None
-  num_drafts: int = 4
+  num_drafts: int = 7
 
   def __post_init__(self):
     for name in _NUMBERS:

@@ -1,6 +1,7 @@
 """Exact decoding through a predictor, and slack as a measure that is calibrated."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from calm import exits, inference
 from calm.calibrate import generations
 from calm.calibrate.losses import sequence_losses
 from calm.inference import calibrating
+from calm.t5 import network
 from tests.inference import predictor_test
 
 TEXTS = [f"{word} {i}" for i in range(20) for word in ("a", "the words")]
@@ -88,3 +90,22 @@ def test_one_layer_drafts(model, layers):
     options.rule  # noqa: B018
   with pytest.raises(ValueError, match=r"`draft_layer` in 1 \.\.\. 2"):
     inference.exact_rule(model, 3)
+
+
+@pytest.mark.parametrize(("vocab_size", "head"), [(4096, "full"), (32128, "shortlist")])
+def test_a_shortlist_drafts_where_the_whole_head_outweighs_the_layers_below(vocab_size, head):
+  config = network.T5Config(
+    vocab_size=vocab_size,
+    emb_dim=128,
+    num_heads=4,
+    head_dim=32,
+    mlp_dim=1024,
+    num_decoder_layers=8,
+    mlp_activations=("gelu", "linear"),
+  )
+  options = inference.DecodeOptions(shortlist=(1, 2, 3))
+  bare = types.SimpleNamespace(config=config, options=options)
+  assert inference.exact_rule(bare).draft_head == head
+  options = dataclasses.replace(options, shortlist=None)
+  bare = types.SimpleNamespace(config=config, options=options)
+  assert inference.exact_rule(bare).draft_head == "full"
