@@ -160,7 +160,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       weights = jnp.ones(batch["decoder_target_tokens"].shape, jnp.float32)
     weighted = {**batch, "decoder_loss_weights": jnp.asarray(weights, jnp.float32)}
     loss, sums = self.objective.loss(self.module, params, weighted, dropout_rng)
-    penalty = sizes.z_loss(self.objective, sums, dropout_rng is not None)
+    penalty = sums.z_loss
     if factor is not None:
       loss, penalty = loss / factor, penalty / factor
     return loss, _metrics(loss, penalty, sums, weighted)

@@ -7,9 +7,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from calm import exits
 from calm.t5 import network
 from calm.training import objectives
@@ -21,18 +18,6 @@ def needed_parts(rule: exits.Rule, objective: objectives.Objective) -> tuple[str
   """Exit parts of the decoder that are measured or trained, fields of `T5Config`."""
   measured = getattr(getattr(rule, "measure", None), "part", None)
   return (*objective.parts, *([measured] if measured else []))
-
-
-def z_loss(
-  objective: objectives.Objective, sums: objectives.BatchMetrics, trains: bool
-) -> jax.Array:
-  """The part of a batch's summed loss that penalises log(Z)^2; 0 without such a part."""
-  if not isinstance(objective, objectives.LayerWeighted):
-    return jnp.zeros(())
-  weights: Any = objective.weights(len(sums.cross_entropy))
-  if trains and objective.sampled_layers:
-    weights = 1 / objective.sampled_layers
-  return sums.loss - jnp.sum(weights * sums.cross_entropy)
 
 
 def config_of(module: Any, parts: Sequence[str] = ("exit_classifier",)) -> network.T5Config:

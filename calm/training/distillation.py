@@ -55,6 +55,7 @@ class SelfDistilled:
       targets,
       token_weights,
     )
+    penalty = loss - jnp.sum(metrics.cross_entropy)
     loss += self.share * jnp.mean(apart) if early else 0.0
     weight = jnp.sum(token_weights)
     layers = jnp.append(chosen, early)
@@ -65,6 +66,7 @@ class SelfDistilled:
       cross_entropy=by_layer(entropies, metrics.cross_entropy),
       correct=by_layer(hits, metrics.correct),
       layer_weight=by_layer(jnp.full(len(chosen), weight), weight),
+      z_loss=penalty,
     )
 
   def trains(self, path):

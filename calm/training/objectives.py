@@ -30,6 +30,7 @@ class BatchMetrics:
     cross_entropy: negative log-likelihood a layer in nats, [layers].
     correct: argmaxes that equal the target a layer, [layers].
     layer_weight: tokens that each layer's sums are over, [layers].
+    z_loss: the part of the loss that penalises log(Z)^2, [].
   """
 
   loss: jax.Array
@@ -37,6 +38,7 @@ class BatchMetrics:
   cross_entropy: jax.Array
   correct: jax.Array
   layer_weight: jax.Array
+  z_loss: jax.Array
 
   def __add__(self, other: "BatchMetrics") -> "BatchMetrics":
     return jax.tree.map(jnp.add, self, other)
@@ -126,6 +128,7 @@ class LayerWeighted:
       cross_entropy=to_layers(metrics.cross_entropy),
       correct=to_layers(metrics.correct),
       layer_weight=to_layers(jnp.broadcast_to(weight, chosen.shape)),
+      z_loss=loss - jnp.sum(chosen_weights * metrics.cross_entropy),
     )
 
   def trains(self, path):
@@ -245,6 +248,7 @@ def _stage_two(
     cross_entropy=over_tokens(jax.nn.softplus(logits) - agrees * logits),
     correct=over_tokens(hits),
     layer_weight=jnp.broadcast_to(weight, (logits.shape[0],)),
+    z_loss=jnp.zeros(()),
   )
 
 

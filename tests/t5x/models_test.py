@@ -13,7 +13,7 @@ from calm.decode import engines, program
 from calm.exits import confidence, schedules
 from calm.t5 import parameters
 from calm.t5x import loops
-from calm.training import losses, objectives
+from calm.training import distillation, losses, objectives
 from tests import engine
 from tests.t5x import setup
 
@@ -116,13 +116,16 @@ def test_our_module_is_taken_as_it_is_and_strangers_are_refused():
       setup.model(toy, rule=rule, threshold=0.5)
 
 
-@pytest.mark.parametrize(
-  "factor", [None, 7.0, "NUM_REAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE"]
-)
-def test_the_last_layer_alone_is_t5x_loss_and_accuracy(factor):
+LAST_LAYER = objectives.LayerWeighted(losses.last_layer_weights, z_loss=1e-3)
+DISTILLED = distillation.SelfDistilled(share=0.0, z_loss=1e-3)
+FACTORS = [None, 7.0, "NUM_REAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE"]
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("objective", [LAST_LAYER, DISTILLED])
+def test_the_last_layer_alone_is_t5x_loss_and_accuracy(factor, objective):
   toy, batch = engine.toy(), setup.training_batch(engine.toy())
   options = dict(z_loss=1e-3, loss_normalizing_factor=factor)
-  objective = objectives.LayerWeighted(losses.last_layer_weights, z_loss=1e-3)
   ours = setup.model(toy, objective=objective, **options)
   loss, metrics = loss_of(ours, setup.params(toy), batch)
   theirs = setup.t5x_model(toy, **options)

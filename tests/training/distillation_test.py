@@ -99,3 +99,12 @@ def test_a_model_of_one_layer_has_no_early_ones():
   loss, metrics = distillation.SelfDistilled(z_loss=0.0).loss(module, params, batch_of(), None)
   np.testing.assert_allclose(loss, metrics.cross_entropy[0], rtol=1e-6)
   assert not distillation.SelfDistilled().teaches_layers(1)
+
+
+def test_the_penalty_is_that_of_the_last_layer():
+  module, params = model_of(TOY)
+  without, none = distillation.SelfDistilled(z_loss=0.0).loss(module, params, batch_of(), None)
+  loss, metrics = distillation.SelfDistilled(z_loss=0.1).loss(module, params, batch_of(), None)
+  assert float(metrics.z_loss) > 0.01 * float(loss)
+  np.testing.assert_allclose(metrics.z_loss, loss - without, rtol=1e-4)
+  np.testing.assert_allclose(none.z_loss, 0.0, atol=1e-4)
