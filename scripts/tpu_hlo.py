@@ -120,11 +120,13 @@ class Path:
     deeper: branch of a conditional that runs it.
     leaves: branch of a conditional that does not.
     by_loops: whether segments are loops of at most one turn instead.
+    first_too: whether a conditional runs the first segment as well.
   """
 
   deeper: int = 0
   leaves: int = 0
   by_loops: bool = False
+  first_too: bool = False
 
 
 def parse(text: str) -> Module:
@@ -184,7 +186,9 @@ def step_cycles(
   never makes pending (loops of no turn) are left out; so is what the compiler gives no estimate
   for.
   """
-  left = segments - 1  # segments to be run after the first, which always is
+  # Segments that control flow has still to run: without a conditional of its own, the first
+  # always is.
+  left = segments if path.first_too else segments - 1
 
   def run(name: str, turns: bool) -> int:
     nonlocal left

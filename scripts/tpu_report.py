@@ -54,7 +54,7 @@ PATHS = {
   "static": tpu_hlo.Path(),
   "eager": tpu_hlo.Path(deeper=0, leaves=1),
   "deferred": tpu_hlo.Path(by_loops=True),
-  "compacted": tpu_hlo.Path(deeper=-1, leaves=0),
+  "compacted": tpu_hlo.Path(deeper=-1, leaves=0, first_too=True),
 }
 
 

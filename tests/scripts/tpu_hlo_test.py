@@ -68,6 +68,23 @@ def test_nested_conditionals_are_followed_to_the_exit(segments, cycles):
   assert tpu_hlo.step_cycles(nested(), path, segments) == cycles
 
 
+def in_turn() -> tpu_hlo.Module:
+  """A step of 10, two layers behind a conditional each: of no row (1), of two, of all (100)."""
+  branches = "branch_computations={%none, %two, %all}"
+  case = lambda name: f"  %{name} = f32[4,8]{{1,0}} conditional(%t), {branches}\n"
+  sizes = {"none": 1, "two": 500, "all": 100}
+  other = "".join(computation(name, fusion(name[0], n)) for name, n in sizes.items())
+  return module(fusion("f", 10) + case("c") + case("d"), other)
+
+
+@pytest.mark.parametrize(("segments", "cycles"), [(1, 111), (2, 210)])
+def test_a_first_segment_behind_a_conditional_is_run_as_well(segments, cycles):
+  path = tpu_hlo.Path(deeper=-1, leaves=0, first_too=True)
+  assert tpu_hlo.step_cycles(in_turn(), path, segments) == cycles
+  with pytest.raises(ValueError, match="Expected 3 segments of layers in the loop, got 1 few"):
+    tpu_hlo.step_cycles(in_turn(), path, 3)
+
+
 def test_a_path_longer_than_the_program_is_refused():
   with pytest.raises(ValueError, match="Expected 5 segments of layers in the loop, got 2 few"):
     tpu_hlo.step_cycles(nested(), tpu_hlo.Path(deeper=0, leaves=1), 5)

@@ -58,6 +58,15 @@ def test_the_check_finds_weights_and_caches_that_are_moved():
   assert tpu_hlo.moved(compiled("compacted").module, WEIGHT)
 
 
+@pytest.mark.parametrize("name", sorted(set(tpu_report.PATHS) - {"static"}))
+def test_the_path_of_an_engine_has_a_segment_a_layer(name):
+  """One too many were there if the first ran in what the path leaves out."""
+  module, path = compiled(name).module, tpu_report.PATHS[name]
+  assert tpu_hlo.step_cycles(module, path, LAYERS) > 0
+  with pytest.raises(ValueError, match=f"Expected {LAYERS + 1} segments .* got 1 fewer"):
+    tpu_hlo.step_cycles(module, path, LAYERS + 1)
+
+
 def test_a_token_costs_more_cycles_the_deeper_it_goes():
   name = default()
   path = tpu_report.PATHS[name]
