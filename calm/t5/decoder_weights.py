@@ -21,8 +21,9 @@ class LayerWeights:
     self_norm, cross_norm, mlp_norm: scales [emb_dim].
     query: [emb_dim, heads * head_dim].
     key_value: one matrix [emb_dim, 2 * heads * head_dim], or key and value apart where the
-      platform likes it (`platforms.key_value_apart`); apart from the query, because filling a
-      skipped layer reads them alone and XLA would copy them out of a wider matrix every time.
+      platform likes them so (`platforms.key_value_apart`); apart from the query, because
+      filling a skipped layer reads them alone and XLA would copy them out of a wider matrix
+      every time.
     self_out, cross_out: [heads * head_dim, emb_dim].
     cross_query: [emb_dim, heads * head_dim].
     cross_key_value: [emb_dim, 2 * heads * head_dim].
@@ -140,7 +141,7 @@ def _layer_weights(layer: Params, config: network.T5Config, dtype, matrices) -> 
   beside = lambda block, names: jnp.concatenate([kernel(block, n) for n in names], axis=1)
   scale = lambda name: jnp.asarray(layer[name]["scale"], dtype)
   names = ["key", "value"]
-  apart = [[name] for name in names] if platforms.key_value_apart() else [names]
+  apart = [[name] for name in names] if platforms.key_value_apart(matrices) else [names]
   count = len(config.mlp_activations)
   mlp_names = ["wi"] if count == 1 else [f"wi_{i}" for i in range(count)]
   return LayerWeights(

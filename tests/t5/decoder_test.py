@@ -1,5 +1,6 @@
 """The one-position decoder against the network and the numpy yardstick, on the same tree."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from calm.t5 import caches as caches_lib
 from calm.t5 import decoder as decoder_lib
-from calm.t5 import decoder_weights, network
+from calm.t5 import decoder_weights, network, platforms
 from calm.t5 import layers as layers_lib
 from tests import engine, reference_network
 
@@ -120,6 +121,22 @@ def test_projections_are_those_of_the_yardstick():
       key, value = reference_network.self_projections(toy.reference, layer, state)
       np.testing.assert_allclose(got.key[row], key, rtol=1e-4, atol=1e-5)
       np.testing.assert_allclose(got.value[row], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("stored", "on_tpu"), [("float32", 1), ("bfloat16", 2)])
+def test_keys_and_values_are_the_same_numbers_of_one_matrix_or_two(stored, on_tpu):
+  """A TPU has two where weights are narrow; another platform never."""
+  toy, decoder = engine.toy(), decoder_step(engine.toy())
+  states = jnp.asarray(np.random.default_rng(1).normal(size=(3, 16)), jnp.float32)
+  rows, counts = [], []
+  for platform in ("cpu", "tpu"):
+    with platforms.laid_out_for(platform):
+      weights = decoder_weights.decoder_weights(toy.params, toy.config, weights_dtype=stored)
+    counts.append({len(layer.key_value) for layer in weights.layers})
+    made = dataclasses.replace(decoder, weights=weights)
+    rows.append([made.project(layer, states) for layer in range(1, 5)])
+  assert counts == [{1}, {on_tpu}]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), *rows)
 
 
 def test_logits_of_each_layer_are_its_own_heads_where_there_are_heads():

@@ -21,13 +21,13 @@ MANY_ROWS = 8
 # (scripts/results/tpu.json); every row leaves after layer 1 / 8, over the static model:
 #
 #   rows           1            8            32           128
-#   Eager          1.24 / 1.01  1.23 / 1.04  1.20 / 1.03  1.24 / 1.02
+#   Eager          1.24 / 1.01  1.23 / 1.04  1.19 / 1.03  1.24 / 1.02
 #   Deferred       0.95 / 1.01  1.03 / 1.05  1.04 / 1.04  1.04 / 1.03
-#   Compacted                   1.19 / 1.08  0.96 / 1.00
+#   Compacted                   1.56 / 1.18  1.40 / 1.11
 #
 # `Eager` projects keys and values for the layers that are skipped, a seventh of a layer each;
-# `Deferred` does so when one is needed. At 32 rows `Compacted` is ahead by 4 to 8 hundredths
-# where rows leave together; its small buckets gather rows of caches, which are laid out anew.
+# `Deferred` does so when one is needed. `Compacted` lays matrices out anew at every token, and
+# caches to gather rows of them in its small buckets.
 _BY_PLATFORM: Mapping[str, tuple[tuple[int, Engine], ...]] = {
   "cpu": ((1, deferred.Deferred()), (MANY_ROWS, compacted.Compacted())),
   "tpu": ((1, deferred.Deferred()),),
