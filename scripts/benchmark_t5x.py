@@ -185,8 +185,10 @@ def packed_batch(rows: int, kind: str, data: pathlib.Path) -> dict[str, np.ndarr
   return {INPUTS: tokens, "decoder_input_tokens": decoder}
 
 
-def packed_models(kind: str) -> dict[str, tuple[Any, float | None]]:
-  """Name -> (model, threshold), for one kind of texts."""
+def packed_models(
+  kind: str, split_rows: bool | None = None
+) -> dict[str, tuple[Any, float | None]]:
+  """Name -> (model, threshold), for one kind of texts; `split_rows` is the model's."""
   config = checkpoints.load(inference.PACKED).config
   fields = t5x_network.T5Config.__dataclass_fields__
   given = {name: getattr(config, name) for name in fields if name != "dtype"}
@@ -195,7 +197,10 @@ def packed_models(kind: str) -> dict[str, tuple[Any, float | None]]:
   arguments = (module, words, words, adafactor.Adafactor(learning_rate=1e-3))
   sample = functools.partial(decoding.temperature_sample, temperature=0.0, topk=0)
   ours = lambda measure, *layers: models.EncoderDecoderModel(
-    *arguments, models.greedy_decode, rule=exits.DynamicExits(measure, allowed=layers or None)
+    *arguments,
+    models.greedy_decode,
+    rule=exits.DynamicExits(measure, allowed=layers or None),
+    split_rows=split_rows,
   )
   softmax = ours(confidence.Softmax(), *LAYERS)
   return {
@@ -239,7 +244,7 @@ def partitioned(
   return run
 
 
-def measure_mesh(mesh: str, kind: str, data: pathlib.Path, repeats: int) -> list[dict]:
+def measure_mesh(mesh: str, kind: str, flags: argparse.Namespace) -> list[dict]:
   """Rows of the table for one mesh, whose devices this process has."""
   along, model_axis = map(int, mesh.split("x"))
   grid = np.array(jax.devices()).reshape(along, model_axis)
@@ -248,12 +253,12 @@ def measure_mesh(mesh: str, kind: str, data: pathlib.Path, repeats: int) -> list
   partitioner = partitioning.PjitPartitioner(num_partitions=model_axis)
   found = []
   for per_device in PER_DEVICE:
-    batch = packed_batch(per_device * grid.size, kind, data)
-    known = packed_models(kind)
+    batch = packed_batch(per_device * grid.size, kind, flags.data)
+    known = packed_models(kind, False if flags.whole_mesh else None)
     runs = {name: partitioned(*x, batch, partitioner) for name, x in known.items()}
     full = known["ours, full depth"][0]
     runs[ENCODER] = partitioned(full, None, batch, partitioner, encode_only)
-    medians = {name: 1000 * x for name, x in interleaved(runs, repeats).items()}
+    medians = {name: 1000 * x for name, x in interleaved(runs, flags.repeats).items()}
     row: dict[str, Any] = {"texts": kind, "data x model": mesh, "rows": len(batch[INPUTS])}
     for name, run in runs.items():
       layers = np.asarray(dict(jax.device_get(run())[1]).get("exit_layers", 0))
@@ -293,6 +298,7 @@ def measure_meshes(flags: argparse.Namespace, path: pathlib.Path) -> None:
       count = int(np.prod([int(n) for n in mesh.split("x")]))
       devices = f"--xla_force_host_platform_device_count={count}"
       command = [sys.executable, "-W", "ignore", __file__, "--mesh", mesh, "--texts", kind]
+      command += ["--whole_mesh"] if flags.whole_mesh else []
       done = subprocess.run(
         [*command, "--data", str(flags.data), "--repeats", str(flags.repeats)],
         env=os.environ | {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"},
@@ -363,6 +369,7 @@ def main() -> None:
   add("--steps", type=int, default=64)
   add("--repeats", type=int, default=5)
   add("--devices", nargs="+", help="meshes, data x model: 4x1 8x1 2x2")
+  add("--whole_mesh", action="store_true", help="with --devices: `split_rows = False`")
   add("--texts", nargs="+", default=list(TEXTS), choices=TEXTS, help="with --devices")
   add("--data", type=pathlib.Path, default="data", help="folder of the data sets")
   add("--output", type=pathlib.Path, help="default: in scripts/results")
@@ -370,10 +377,11 @@ def main() -> None:
   add("--mesh", help=argparse.SUPPRESS)
   flags = parser.parse_args()
   if flags.mesh:
-    made = measure_mesh(flags.mesh, flags.texts[0], flags.data, flags.repeats)
+    made = measure_mesh(flags.mesh, flags.texts[0], flags)
     print(json.dumps(made))
   elif flags.devices:
-    measure_meshes(flags, flags.output or RESULTS / "t5x_mesh.json")
+    name = "t5x_whole_mesh.json" if flags.whole_mesh else "t5x_mesh.json"
+    measure_meshes(flags, flags.output or RESULTS / name)
   elif flags.compile:
     write(flags.output or RESULTS / "t5x_compile.json", measure_compilation(flags))
   else:
