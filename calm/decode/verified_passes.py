@@ -195,7 +195,7 @@ def _plan(task: engines.Task, rule: exits.Verified) -> drafting.Plan:
     drafts = positions * below + (positions - 1) * short
     # A turn of the loop takes about a layer's time besides.
     costs.append(layer + _rows(batch) * drafts + _rows(batch * size) * (above + head))
-  # A step that learns from a draft costs its head: a fiftieth of the time at most.
+  # A step that learns from a draft costs its head besides: some fiftieth of the time.
   every = 8 if short < 0.16 * costs[0] else 16
   return drafting.Plan(tuple(costs), every, rule.adapts)
 
@@ -203,10 +203,10 @@ def _plan(task: engines.Task, rule: exits.Verified) -> drafting.Plan:
 def _rows(rows: int) -> float:
   """Time of layers over so many rows, over that with one row.
 
-  Fitted on two CPU cores to whole passes of 2, 4 and 8 positions, one prompt: the model in the
-  box, of which they take 1.7 to 2.2 times as long, and T5 1.1 small (1.9 at 8 rows, 4 to 5 at
-  32). A vector is multiplied as fast as its matrix is read; several rows go through kernels
-  with a cost of their own, in attention too. A TPU computes a tile of rows for one.
+  Between what two CPU cores took. Passes of 2, 4 and 8 positions of the model in the box cost
+  2.0, 2.7 and 4.0 steps of one (one prompt, k = 2, whole head), where these figures say 1.7,
+  2.4 and 3.7; of T5 1.1 small 8 rows take 1.4 (head) to 1.9 (layers) times as long as one, 32
+  take 4 to 5 times. A TPU computes a tile of rows for one.
   """
   if rows <= platforms.least_rows():
     return 1.0

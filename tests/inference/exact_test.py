@@ -6,11 +6,10 @@ import types
 import numpy as np
 import pytest
 
-from calm import exits, inference
+from calm import checkpoints, exits, inference
 from calm.calibrate import generations
 from calm.calibrate.losses import sequence_losses
 from calm.inference import calibrating
-from calm.t5 import network
 from tests.inference import predictor_test
 
 TEXTS = [f"{word} {i}" for i in range(20) for word in ("a", "the words")]
@@ -94,15 +93,8 @@ def test_one_layer_drafts(model, layers):
 
 @pytest.mark.parametrize(("vocab_size", "head"), [(4096, "full"), (32128, "shortlist")])
 def test_a_shortlist_drafts_where_the_whole_head_outweighs_the_layers_below(vocab_size, head):
-  config = network.T5Config(
-    vocab_size=vocab_size,
-    emb_dim=128,
-    num_heads=4,
-    head_dim=32,
-    mlp_dim=1024,
-    num_decoder_layers=8,
-    mlp_activations=("gelu", "linear"),
-  )
+  packed = checkpoints.load(inference.PACKED).config
+  config = dataclasses.replace(packed, vocab_size=vocab_size)
   options = inference.DecodeOptions(shortlist=(1, 2, 3))
   bare = types.SimpleNamespace(config=config, options=options)
   assert inference.exact_rule(bare).draft_head == head
