@@ -9,7 +9,9 @@ scripts/results/t5x_full_depth.json; with `--compile` the seconds that lowering 
 take, exits at every layer too, to t5x_compile.json beside it. With `--devices` (data x
 model): the model in the box and real prompts in T5X's partitioned step on virtual CPU devices,
 a process for each mesh and kind of text, to scripts/results/t5x_mesh.json; what that file holds
-of the same versions and repeats is kept. Medians of repeats that take turns, in one process.
+of the same versions and repeats is kept. Those processes keep the memory that they free: glibc
+gives it back to the kernel after every batch and then waits for its pages, which no TPU does
+(--give_back lets it). Medians of repeats that take turns, in one process.
 Needs T5X.
 """
 
@@ -85,6 +87,8 @@ SHAPES = {
   "tiny": dict(emb_dim=128, num_heads=4, head_dim=32, mlp_dim=256, num_layers=4),
   "small": dict(emb_dim=512, num_heads=6, head_dim=64, mlp_dim=1024, num_layers=8),
 }
+# Of glibc's malloc, in bytes: more than any program here asks for at once.
+KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 T5X = "cc342d4"
 INPUTS = "encoder_input_tokens"
 VOCABULARY = 32128
@@ -296,12 +300,13 @@ def measure_meshes(flags: argparse.Namespace, path: pathlib.Path) -> None:
     made = [row for row in rows if place(row) == (kind, mesh)]
     if not made:
       count = int(np.prod([int(n) for n in mesh.split("x")]))
+      memory = {} if flags.give_back else KEPT_MEMORY
       devices = f"--xla_force_host_platform_device_count={count}"
       command = [sys.executable, "-W", "ignore", __file__, "--mesh", mesh, "--texts", kind]
       command += ["--whole_mesh"] if flags.whole_mesh else []
       done = subprocess.run(
         [*command, "--data", str(flags.data), "--repeats", str(flags.repeats)],
-        env=os.environ | {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"},
+        env=os.environ | memory | {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -370,6 +375,7 @@ def main() -> None:
   add("--repeats", type=int, default=5)
   add("--devices", nargs="+", help="meshes, data x model: 4x1 8x1 2x2")
   add("--whole_mesh", action="store_true", help="with --devices: `split_rows = False`")
+  add("--give_back", action="store_true", help="with --devices: leave malloc as it is")
   add("--texts", nargs="+", default=list(TEXTS), choices=TEXTS, help="with --devices")
   add("--data", type=pathlib.Path, default="data", help="folder of the data sets")
   add("--output", type=pathlib.Path, help="default: in scripts/results")

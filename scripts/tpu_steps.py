@@ -34,7 +34,7 @@ from calm import exits
 from calm.calibrate.generations import files
 from calm.decode import program as program_lib
 from calm.exits import confidence, schedules
-from calm.t5 import network, platforms
+from calm.t5 import caches, network, platforms
 from calm.t5x import loops, prefixes, shards
 from calm.training import objectives, updates
 
@@ -147,8 +147,12 @@ class Step:
     axes = shards.row_axes(self.mesh, self.batch)
 
     def predict(params, tokens, prefix, threshold):
-      weights = program_lib.model_weights(params, config)
-      encoded = program_lib.Program(config, rule, length).encode(weights, tokens)
+      decoder = {name: params[name] for name in ("token_embedder", "decoder")}
+      if axes:
+        decoder = shards.whole(decoder, self.mesh.abstract_mesh, config.dtype)
+      weights = program_lib.model_weights({**params, **decoder}, config)
+      encoded = network.encode(params, config, tokens)
+      encoded = caches.cross_attention_inputs(weights.decoder, config, encoded, tokens)
       loop = loops.Loop(config, rule, length)
 
       def decode(weights, batch, rng):

@@ -207,11 +207,15 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     mesh, num_rows = _context_mesh(), prefix.shape[0]
 
     with calls.precision(self.matmul_precision):
-      weights = program.model_weights(params, self.config, self._num_pieces, self.shortlist)
+      laid_out = jax.eval_shape(self._weights, params).decoder
+      apart = shards.fits(laid_out) if self.split_rows is None else self.split_rows
+      axes = shards.row_axes(mesh, num_rows) if apart else ()
+      decoder = {name: params[name] for name in ("token_embedder", "decoder")}
+      if axes:
+        decoder = shards.whole(decoder, mesh, self.config.dtype)
+      weights = self._weights({**params, **decoder})
       encoded = self._encode(params, weights, batch["encoder_input_tokens"])
     threshold = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), (num_rows,))
-    apart = shards.fits(weights.decoder) if self.split_rows is None else self.split_rows
-    axes = shards.row_axes(mesh, num_rows) if apart else ()
     engine = shards.engine_over(self.engine, num_rows, apart=bool(axes) or mesh.size <= 1)
     loop = loops.Loop(self.config, rule, prefix.shape[1], engine)
     traced, static = shards.split_options(options)
@@ -263,6 +267,9 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
   @property
   def _num_pieces(self) -> int:
     return self.output_vocabulary.vocab_size
+
+  def _weights(self, params: Params) -> program.ModelWeights:
+    return program.model_weights(params, self.config, self._num_pieces, self.shortlist)
 
   def _encode(self, params, weights: program.ModelWeights, tokens: jax.Array) -> caches.Encoded:
     encoded = network.encode(params, self.config, tokens)

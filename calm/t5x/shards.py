@@ -16,13 +16,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax import sharding
 from jax.extend import random as random_impls
 
 from calm.decode import engines
+from calm.t5.config import Params
 
 # The axes that T5X's partitioner lays batches along; 'replica' where there are several slices.
 DATA_AXES = ("replica", "data")
+
+MODEL_AXIS = "model"
+# Kernels whose first axis lies along the model axis under T5X's rules; the others' last does.
+_SPLIT_BY_ROWS = ("out", "wo")
 
 # Decoders larger than this are decoded across devices: half of a TPU v3 core's memory.
 APART_BYTES = 8 * 2**30
@@ -48,6 +54,37 @@ def row_axes(mesh: Any, num_rows: Any) -> tuple[str, ...]:
     if axes and isinstance(num_rows, int) and num_rows % size == 0:
       return axes
   return ()
+
+
+def whole(params: Params, mesh: Any, dtype: Any) -> Params:
+  """The parameters on every device, as `over_rows` shares them.
+
+  Kernels that T5X's rules split by columns ("joined_kv", "mlp" and "vocab" along the model
+  axis) are gathered column block by column block. Left to itself the compiler gathers along
+  the last axis: on a CPU it lays both the parts and the whole out anew, element by element.
+
+  Args:
+    params: T5X-shaped, along whichever axes; elsewhere than along `MODEL_AXIS` the compiler
+      gathers.
+    mesh: the partitioner's.
+    dtype: what the layers' kernels are multiplied in; they are exchanged in it.
+  """
+  count = dict(mesh.shape).get(MODEL_AXIS, 1)
+  put = lambda leaf, *spec: jax.lax.with_sharding_constraint(
+    leaf, sharding.NamedSharding(mesh, sharding.PartitionSpec(*spec))
+  )
+
+  def gathered(path: tuple[str, ...], leaf: jax.Array) -> jax.Array:
+    block, kind = path[-2:]
+    if kind == "kernel" and path[-3:-2] != ("decoder",):  # heads are read in float32
+      leaf = jnp.asarray(leaf, dtype)
+    by_rows = kind != "kernel" or block in _SPLIT_BY_ROWS
+    if count == 1 or by_rows or leaf.ndim != 2 or leaf.shape[1] % count:
+      return put(leaf)
+    parts = jnp.swapaxes(leaf.reshape(len(leaf), count, -1), 0, 1)
+    return jnp.swapaxes(put(put(parts, MODEL_AXIS)), 0, 1).reshape(leaf.shape)
+
+  return traverse_util.path_aware_map(gathered, dict(params))
 
 
 def over_rows(

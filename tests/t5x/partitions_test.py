@@ -29,6 +29,8 @@ OTHERS = {
   "sample": (2, "sample", {}, {"num_decodes": 2, "return_all_decodes": True}),
   "beam": (1, "beam", {}, {"num_decodes": 2, "return_all_decodes": True}),
 }
+# A matrix, and the axis along which it is put together.
+GATHERED = r"(?m)= \w+\[\d+,\d+\]\S* all-gather\(.*dimensions={(\d)}"
 
 
 def model(decode: str, **arguments: Any) -> Any:
@@ -42,7 +44,7 @@ def model(decode: str, **arguments: Any) -> Any:
 
 # Runs in a process of its own: the number of devices is fixed when JAX starts.
 SCRIPT = """
-import json
+import json, re
 import flax, jax, numpy as np
 from t5x import partitioning, utils
 from tests import engine
@@ -76,9 +78,11 @@ for name, (partitions, decode, arguments, options) in {**here.GREEDY, **here.OTH
   )
   run = step.lower(params, batch, np.float32(0.4)).compile()
   kinds = ("all-", "collective", "reduce-scatter")
-  moved = [x.opcode for x in hlo.in_loops(run.as_text()) if x.opcode.startswith(kinds)]
+  text = run.as_text()
+  moved = [x.opcode for x in hlo.in_loops(text) if x.opcode.startswith(kinds)]
   found[name] = {
     "shard": list(kernel.addressable_shards[0].data.shape), "collectives": sorted(set(moved)),
+    "gathered_along": re.findall(here.GATHERED, text),
   }
   of = lambda made: [made[0].tolist(), made[1]["exit_layers"].tolist()]
   for threshold in here.THRESHOLDS:
@@ -136,3 +140,9 @@ def test_t5x_own_loops_draw_and_search_as_on_one_device(found, name):
 def test_nothing_is_exchanged_while_rows_are_decoded(found, name):
   """But where the whole mesh decodes as one, which shows that the law can fail."""
   assert bool(found[name]["collectives"]) == (name == "whole_mesh")
+
+
+def test_weights_are_gathered_row_by_row(found):
+  """Along the last axis XLA:CPU would lay every part out anew, and then the whole."""
+  assert set(found["data_model"]["gathered_along"]) == {"0"}
+  assert len(found["data_model"]["gathered_along"]) > 4
