@@ -14,6 +14,7 @@ way about every second time; a first round, which compiles, is not counted. Medi
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import statistics
@@ -110,7 +111,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   add("--rules", type=words, default=("2x7",), help="KxG, K layers and G drafts")
   add("--heads", type=words, default=("shortlist",), help="draft heads: shortlist, full")
   add("--chances", type=lambda text: [float(x) for x in words(text)], default=[0.84])
-  add("--batch_size", type=int, default=1)
+  add("--batch_sizes", type=lambda text: [int(x) for x in words(text)], default=[1])
   add("--input_length", type=int, default=128)
   add("--decode_length", type=int, default=64)
   add("--num_prompts", type=int, default=60)
@@ -144,11 +145,11 @@ def random_model(shape: str) -> models.Model:
   return models.Model(shape, config, {}, weights, ids, models.NO_EOS, config.vocab_size)
 
 
-def forced_rows(shape: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
+def forced_rows(shape: str, size: int, flags: argparse.Namespace) -> list[dict[str, Any]]:
   """Random weights: milliseconds a token of the full model and of every rule and chance."""
   model, length = random_model(shape), flags.decode_length
-  setting = models.Setting(shape, flags.batch_size, flags.input_length, length)
-  tokens, active = models.batches(model, setting)[0], np.ones(flags.batch_size, bool)
+  setting = models.Setting(shape, size, flags.input_length, length)
+  tokens, active = models.batches(model, setting)[0], np.ones(size, bool)
   full = program.Program(model.config, exits.StaticExit(), length, models.NO_EOS)
   encoded = jax.block_until_ready(full.encode(model.weights, tokens))
   timed: dict[str, Callable[[], Any]] = {}
@@ -168,8 +169,7 @@ def forced_rows(shape: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
   seconds, made = in_turn(timed, flags.repeats)
   base = statistics.median(seconds["full depth"])
   return [
-    row(f"{shape}, B = {flags.batch_size}", name, seconds[name], base, length, made[name])
-    for name in timed
+    row(f"{shape}, B = {size}", name, seconds[name], base, length, made[name]) for name in timed
   ]
 
 
@@ -248,7 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
   """Times what is asked for; prints the rows, and writes them where asked."""
   flags = parse(arguments)
   about = benchmark.machine()
-  made = [line for shape in flags.shapes for line in forced_rows(shape, flags)]
+  sizes = itertools.product(flags.shapes, flags.batch_sizes)
+  made = [line for shape, size in sizes for line in forced_rows(shape, size, flags)]
   made += [line for name in flags.tasks for line in packed_rows(name, flags)]
   columns = [name for name in made[-1] if any(line.get(name) is not None for line in made)]
   result = {

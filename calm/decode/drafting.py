@@ -74,12 +74,25 @@ class Plan:
   Attributes:
     costs: seconds of a pass of 1, 2, ... positions, in any unit.
     probe_every: steps without a draft between two passes that have one to learn from.
+    hope: `MARGIN` of a text that nothing is known of yet, below which none has drafts.
     adapts: False: always as many positions as there are costs.
   """
 
   costs: tuple[float, ...]
   probe_every: int = 8
+  hope: float = MARGIN
   adapts: bool = True
+
+  @property
+  def hopes(self) -> bool:
+    """Whether drafts are made at all: whether a text may begin with them.
+
+    With many rows a pass of several positions costs about as many times a step, and only drafts
+    that are nearly all accepted would pay, in every row.
+    """
+    tokens = (sum(PRIOR**i for i in range(n)) for n in range(1, len(self.costs) + 1))
+    rates = [emitted / cost for emitted, cost in zip(tokens, self.costs, strict=True)]
+    return not self.adapts or max(rates) > self.hope * rates[0]
 
   def __call__(self, odds: Odds, active: jax.Array) -> Planned:
     """The next pass.

@@ -138,7 +138,11 @@ class Verifying:
     def advance(state: VerifiedState) -> VerifiedState:
       return self.run(self._steps(state) if self.rule.adapts else state)
 
-    state = lax.while_loop(unfinished, advance, self.begin(active))
+    state = self.begin(active)
+    if not self.plan.hopes:  # nor learns from a draft now and then
+      plain = lambda state: unfinished(state) & ~self._every
+      state = lax.while_loop(plain, self._stepped, state)
+    state = lax.while_loop(unfinished, advance, state)
     generation = dataclasses.replace(
       state.generation, scores=jnp.sum(state.log_probabilities, axis=-1)
     )

@@ -57,3 +57,10 @@ def test_rows_that_have_ended_do_not_vote():
 
 def test_a_fixed_plan_always_drafts():
   assert int(drafting.Plan(PLAN.costs, adapts=False)(after((False, 1.0)), ACTIVE).count) == 8
+
+
+def test_passes_that_cost_as_many_steps_are_not_hoped_for():
+  assert PLAN.hopes
+  costly = tuple(map(float, range(1, 9)))
+  assert not drafting.Plan(costly).hopes
+  assert drafting.Plan(costly, adapts=False).hopes

@@ -234,6 +234,24 @@ def test_bad_drafts_are_not_made():
   assert np.sum(got[False].drafted) < 5
 
 
+@pytest.mark.parametrize("threshold", [1.0, 0.8])
+def test_where_passes_cost_as_many_steps_drafts_are_left_to_slack(threshold):
+  """The rows' tokens are those of fixed drafts, whatever is drafted."""
+  made, fixed = toy(), engine.run(toy(), RULE, threshold)
+  rule = dataclasses.replace(RULE, adapts=True)
+  program = program_lib.Program(made.config, rule, engine.LENGTH)
+  passes = program.passes(made.weights, engine.encode(made), jnp.float32(threshold))
+  plan = dataclasses.replace(passes.plan, costs=tuple(map(float, range(1, 7))))
+  state = dataclasses.replace(passes, plan=plan).decode(jnp.ones(BATCH, bool))
+  np.testing.assert_array_equal(state.generation.tokens, fixed.generation.tokens)
+  seen = state.generation.verification
+  if threshold < 1:
+    np.testing.assert_array_equal(seen.drafted, fixed.generation.verification.drafted)
+  else:
+    assert not np.any(seen.drafts) and np.any(fixed.generation.verification.drafts)
+    np.testing.assert_array_equal(seen.passes, np.sum(state.generation.exit_layers > 0, axis=1))
+
+
 def test_a_pass_asks_the_full_head_once_for_all_of_its_positions():
   """Read off what is compiled: one product with the head for every size of a pass, and one for
   steps where nothing is drafted."""
