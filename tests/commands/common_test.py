@@ -14,6 +14,7 @@ from calm.commands import common, gin_files
 
 @pytest.fixture(autouse=True)
 def clean():
+  gin.clear_config()  # whatever a test before left, locked
   yield
   gin.clear_config()
 
