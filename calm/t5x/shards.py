@@ -74,7 +74,7 @@ def whole(params: Params, mesh: Any, dtype: Any) -> Params:
     leaf, sharding.NamedSharding(mesh, sharding.PartitionSpec(*spec))
   )
 
-  def gathered(path: tuple[str, ...], leaf: jax.Array) -> jax.Array:
+  def gathered(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
     block, kind = path[-2:]
     if kind == "kernel" and path[-3:-2] != ("decoder",):  # heads are read in float32
       leaf = jnp.asarray(leaf, dtype)
