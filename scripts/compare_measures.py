@@ -90,9 +90,11 @@ def calibrated(task: bench.Bench, fixed: dict, timed: int) -> list[list[str]]:
 
 
 def titled(measure: str) -> str:
-  """'probe@2,4' as a reader says it."""
+  """'probe@2,4/8' as a reader says it."""
+  measure, _, decay = measure.partition("/")
   name, _, layers = measure.partition("@")
-  return f"{name} after {layers}" if layers else f"{name}, every layer"
+  title = f"{name} after {layers}" if layers else f"{name}, every layer"
+  return f"{title}; decaying, {decay}" if decay else title
 
 
 def scored(task: bench.Bench, records, full) -> scores.Scores:

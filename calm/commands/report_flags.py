@@ -82,7 +82,8 @@ def _add_amounts(parser: argparse.ArgumentParser) -> None:
     default=["softmax", "shortlist", "classifier", "state"],
     metavar="NAME",
     help="confidence measures (default: all that the model has); softmax@2,4 may leave after"
-    " those layers only",
+    " those layers only, softmax@2,4/8 under a threshold that falls along the text as well (the"
+    " paper's, with temperature 8)",
   )
   parser.add_argument(
     "--step",

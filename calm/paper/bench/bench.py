@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from calm import exits, inference
 from calm.calibrate import Prompt, Record, generations
-from calm.exits import confidence
+from calm.exits import confidence, schedules
 from calm.paper.bench import decode, grids, results, tasks, timing
 
 MEASURES = ("softmax", "shortlist", "classifier", "state")
@@ -56,12 +56,12 @@ class Options:
     for name in ("step", "error_rate"):
       if not 0.0 < getattr(self, name) < 1.0:
         raise ValueError(f"Expected `{name}` in (0, 1), got {getattr(self, name)}.")
-    known = re.compile(rf"({'|'.join(confidence.MEASURES)})(@\d+(,\d+)*)?")
+    known = re.compile(rf"({'|'.join(confidence.MEASURES)})(@\d+(,\d+)*)?(/\d+)?")
     for name in self.measures:
       if not known.fullmatch(name):
         raise ValueError(
           f"Expected `measures` of {', '.join(confidence.MEASURES)}, with layers as in"
-          f" softmax@2,4, got {name!r}."
+          f" softmax@2,4 and a decay as in softmax@2,4/8, got {name!r}."
         )
 
 
@@ -70,21 +70,30 @@ def under(predictor: inference.Predictor, name: str, **options) -> inference.Pre
 
   Args:
     predictor: the model.
-    name: 'softmax', or 'softmax@2,4' for exits after those layers only.
+    name: 'softmax', or 'softmax@2,4' for exits after those layers only; 'softmax@2,4/8' for a
+      threshold that falls along the text as well, with the paper's temperature 8.
     **options: other fields of `inference.DecodeOptions`.
   """
+  name, _, decay = name.partition("/")
   measure, _, layers = name.partition("@")
+  if decay:
+    length = predictor.options.max_decode_length
+    options["schedule"] = schedules.Decaying(float(decay), length)
   if layers:
     options["exit_layers"] = tuple(int(layer) for layer in layers.split(","))
   return predictor.with_options(measure=measure, **options)
+
+
+def measure_of(name: str) -> str:
+  """The measure in a name that `under` reads."""
+  return re.split("[@/]", name)[0]
 
 
 def available(predictor: inference.Predictor, measures: Sequence[str]) -> tuple[str, ...]:
   """The measures that a model can compute, in the order given."""
   has = predictor.params["decoder"], bool(predictor.options.shortlist)
   lacks = {
-    name: confidence.lacking(confidence.measure(name.partition("@")[0]), *has)
-    for name in measures
+    name: confidence.lacking(confidence.measure(measure_of(name)), *has) for name in measures
   }
   found = tuple(name for name in measures if lacks[name] is None)
   if not found:
@@ -179,7 +188,7 @@ class Bench:
   def grid(self, measure: str) -> tuple[float, ...]:
     """The measure's grid, chosen on validation prompts."""
     records = self.records(f"grid of {measure}", None, self.validation, measure)
-    return grids.from_validation(records, measure.partition("@")[0])
+    return grids.from_validation(records, measure_of(measure))
 
   def decoded(self, measure: str, prompts: Sequence[Prompt]) -> generations.Generations:
     """Prompts over a measure's grid; cached and resumable."""
