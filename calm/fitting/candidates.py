@@ -11,8 +11,9 @@ from calm import inference
 from calm.exits import confidence, schedules
 from calm.fitting import probe as probe_lib
 
-# The paper's tau of Eq. 5 (its Fig. 4 takes 4 for the tasks with long texts).
-TEMPERATURE = 4.0
+# The paper's tau of Eq. 5 (its Fig. 4 takes 4 for the tasks with long texts), and twice that,
+# which needs the fewest layers on the translations of the model in the box; None: constant.
+TEMPERATURES = (None, 4.0, 8.0)
 # Layers that sets are made of, in deep decoders: a few evenly spread ones.
 _MOST_LAYERS = 7
 _NUM_QUANTILES = 48
@@ -72,12 +73,12 @@ def _kernel(part) -> np.ndarray:
 
 
 def layer_sets(num_layers: int) -> tuple[tuple[int, ...], ...]:
-  """Sets of layers worth a look: all, from one on, one alone, and pairs."""
+  """Sets of layers worth a look: all, from one on, some in a row, and pairs."""
   spread = np.linspace(1, num_layers - 1, min(_MOST_LAYERS, num_layers - 1))
   layers = sorted({round(float(layer)) for layer in spread})
   sets = [tuple(range(first, num_layers)) for first in layers]
-  sets += [tuple(layers[start:]) for start in range(len(layers))]
-  sets += [(layer,) for layer in layers]
+  ends = itertools.combinations(range(len(layers) + 1), 2)
+  sets += [tuple(layers[start:end]) for start, end in ends]
   sets += list(itertools.combinations(layers, 2))
   return tuple(dict.fromkeys(sets))
 
@@ -146,7 +147,7 @@ def rank(
   found = []
   for measure in measures(predictor):
     for layers in layer_sets(probe.num_layers):
-      for temperature in (None, TEMPERATURE):
+      for temperature in TEMPERATURES:
         candidate = Candidate(measure, layers, temperature)
         levels = possible_thresholds(probe, candidate)
         if not len(levels):  # the measure is 0 there, as the state's is after layer 1
@@ -182,7 +183,8 @@ def lowest(
 
 
 def finalists(ranked: Sequence[Ranked], most: int) -> list[Candidate]:
-  """What is timed: the best of every measure, the best one's other schedule, then others.
+  """What is timed: the best of every measure, the best one constant or decaying where it is the
+  other, then others.
 
   Args:
     ranked: the cheapest first.
@@ -194,8 +196,9 @@ def finalists(ranked: Sequence[Ranked], most: int) -> list[Candidate]:
       chosen.append(entry.candidate)
   # Texts are short or long: seconds will tell which schedule is better.
   first = ranked[0].candidate
-  other = TEMPERATURE if first.temperature is None else None
-  chosen.append(dataclasses.replace(first, temperature=other))
+  alike = lambda one: (one.measure, one.exit_layers, one.temperature is None)
+  other = (first.measure, first.exit_layers, first.temperature is not None)
+  chosen += [entry.candidate for entry in ranked if alike(entry.candidate) == other][:1]
   for entry in ranked:
     if len(chosen) >= most:
       break

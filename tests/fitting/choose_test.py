@@ -42,7 +42,7 @@ def test_layer_sets_are_of_real_layers_and_few():
     assert tuple(range(1, count)) in sets and len(sets) == len(set(sets)) < 60
     assert all(1 <= layer < count for layers in sets for layer in layers)
     assert all(list(layers) == sorted(set(layers)) for layers in sets)
-  assert (3, 4) in candidates.layer_sets(8)
+  assert {(3, 4), (2, 3, 4, 5), (2, 4), (3,)} <= set(candidates.layer_sets(8))
 
 
 def test_finalists_hold_the_best_of_every_measure_and_the_other_schedule():
@@ -50,6 +50,7 @@ def test_finalists_hold_the_best_of_every_measure_and_the_other_schedule():
     candidates.Ranked(Candidate(measure, layers, tau), 0.0, 0.0)
     for measure, layers, tau in (
       ("softmax", (2,), None),
+      ("softmax", (2,), 8.0),
       ("softmax", (2,), 4.0),
       ("softmax", (3,), None),
       ("state", (3,), 4.0),
@@ -57,8 +58,10 @@ def test_finalists_hold_the_best_of_every_measure_and_the_other_schedule():
     )
   ]
   got = candidates.finalists(ranked, 4)
-  assert got[:3] == [ranked[0].candidate, ranked[3].candidate, ranked[4].candidate]
-  assert got[3:] == [Candidate("softmax", (2,), 4.0)]
+  assert got[:3] == [ranked[0].candidate, ranked[4].candidate, ranked[5].candidate]
+  assert got[3:] == [Candidate("softmax", (2,), 8.0)]  # the cheaper of those that decay
+  falling_first = candidates.finalists([ranked[1], ranked[2], ranked[0]], 2)
+  assert falling_first == [Candidate("softmax", (2,), 8.0), Candidate("softmax", (2,), None)]
   # Room for one more goes to layers that none has yet.
   more = [*ranked, candidates.Ranked(Candidate("softmax", (1, 2)), 0.0, 0.0)]
   assert candidates.finalists(more, 5) == [*got, Candidate("softmax", (1, 2))]
