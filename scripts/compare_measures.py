@@ -3,23 +3,26 @@
     python scripts/compare_measures.py --data=data --output=scripts/results/measures
 
 Of every task's test prompts, one a source, four in five calibrate (textual, `auto`, epsilon
-0.05) and the others are unseen. Writes `<output>_calibrated.json` (risk on unseen prompts,
+0.05) and the others are unseen; who chooses among many settings does so with --part=validation.
+Writes `<output>_calibrated.json` (risk on unseen prompts,
 layers a token and decoder speed-up one prompt at a time, by delta) and `<output>_by_depth.json`
 (quality against references at the same mean depth, interpolated along a measure's grid). What
 is decoded and timed is cached in --cache; --no_seconds decodes without timing.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 
 import calm
 from calm import exits, inference
-from calm.calibrate import NEVER_EXIT
+from calm.calibrate import NEVER_EXIT, Prompt, generations
 from calm.calibrate.generations import files
 from calm.paper.bench import bench, decode, scores, tasks
 from calm.paper.experiments import gains
@@ -49,18 +52,41 @@ def opened(arguments, task: str) -> bench.Bench:
   )
 
 
-def static_and_oracle(task: bench.Bench) -> dict:
-  """Records of fixed depths and of the oracle on the test prompts."""
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """Prompts of a task, decoded over every measure's grid.
+
+  Attributes:
+    name: 'test' or 'validation'.
+    task: where they are from.
+  """
+
+  name: str
+  task: bench.Bench
+
+  @property
+  def prompts(self) -> tuple[Prompt, ...]:
+    return self.task.test if self.name == "test" else self.task.validation
+
+  @property
+  def grids(self) -> Mapping[str, generations.Generations]:
+    return self.task.test_grids if self.name == "test" else self.task.validation_grids
+
+
+def static_and_oracle(part: Part) -> dict:
+  """Records of fixed depths and of the oracle."""
+  task = part.task
   depths = range(1, task.predictor.num_layers + 1)
   rules = {f"static {k}": exits.StaticExit(k) for k in depths} | {"oracle": exits.OracleExit()}
-  return {name: task.records(f"{name} test", rule, task.test) for name, rule in rules.items()}
+  named = lambda name: f"{name} {part.name}"
+  return {name: task.records(named(name), rule, part.prompts) for name, rule in rules.items()}
 
 
-def calibrated(task: bench.Bench, fixed: dict, timed: int) -> list[list[str]]:
+def calibrated(part: Part, fixed: dict, timed: int) -> list[list[str]]:
   """A line a measure: risk, layers and speed-up at every delta."""
-  targets = [gains.Target("textual", delta) for delta in DELTAS]
+  task, targets = part.task, [gains.Target("textual", delta) for delta in DELTAS]
   found = gains.gains(
-    task.test_grids,
+    part.grids,
     task.predictor.num_layers,
     task.settings.metric,
     targets=targets,
@@ -70,7 +96,9 @@ def calibrated(task: bench.Bench, fixed: dict, timed: int) -> list[list[str]]:
     wanted = {measure: set() for measure in task.measures}
     for row in found.rows:
       wanted[row.measure] |= {row.gains[0].threshold} - {NEVER_EXIT}
-    prompts = decode.of_one_length(task.timed_model, task.test[found.num_calibration :], timed)
+    prompts = decode.of_one_length(
+      task.timed_model, part.prompts[found.num_calibration :], timed
+    )
     levels = {measure: sorted(levels) for measure, levels in wanted.items()}
     settings = task.timed_settings(levels)
     found = gains.with_times(found, task.time("measures", prompts, settings))
@@ -82,7 +110,7 @@ def calibrated(task: bench.Bench, fixed: dict, timed: int) -> list[list[str]]:
     for measure in task.measures
   ]
   full = fixed[f"static {task.predictor.num_layers}"]
-  oracle = scored(task, fixed["oracle"], full)
+  oracle = scored(part, fixed["oracle"], full)
   return [
     *lines,
     [task.settings.title, "oracle", f"{1 - oracle.similarity:.3f}, {oracle.layers:.2f}"],
@@ -97,20 +125,21 @@ def titled(measure: str) -> str:
   return f"{title}; decaying, {decay}" if decay else title
 
 
-def scored(task: bench.Bench, records, full) -> scores.Scores:
-  references = [prompt.targets for prompt in task.test]
-  return scores.score(records, references, full, task.settings.metric)
+def scored(part: Part, records, full) -> scores.Scores:
+  references = [prompt.targets for prompt in part.prompts]
+  return scores.score(records, references, full, part.task.settings.metric)
 
 
-def by_depth(task: bench.Bench, fixed: dict) -> list[list[str]]:
+def by_depth(part: Part, fixed: dict) -> list[list[str]]:
   """A line a measure: quality at the same mean depths."""
+  task = part.task
   full = fixed[f"static {task.predictor.num_layers}"]
   curves = {
-    titled(measure): [scored(task, records, full) for records in cached.records]
-    for measure, cached in task.test_grids.items()
+    titled(measure): [scored(part, records, full) for records in cached.records]
+    for measure, cached in part.grids.items()
   }
   depths = range(1, task.predictor.num_layers + 1)
-  curves["static"] = [scored(task, fixed[f"static {k}"], full) for k in depths]
+  curves["static"] = [scored(part, fixed[f"static {k}"], full) for k in depths]
   lines = []
   for name, points in curves.items():
     points = sorted(points, key=lambda point: point.layers)
@@ -144,6 +173,7 @@ def main() -> None:
   parser.add_argument("--tasks", nargs="+", default=["synopsis", "qa", "enfr"])
   parser.add_argument("--measures", nargs="+", default=MEASURES)
   parser.add_argument("--limit", type=int, default=120, help="prompts of a task")
+  parser.add_argument("--part", choices=("test", "validation"), default="test")
   parser.add_argument("--timed", type=int, default=12, help="prompts decoded alone")
   parser.add_argument("--no_seconds", action="store_true", help="decode, but time nothing")
   parser.add_argument("--batch_size", type=int, default=32)
@@ -154,9 +184,10 @@ def main() -> None:
   lines, depths = [], []
   for name in arguments.tasks:
     task = opened(arguments, name)
-    fixed = static_and_oracle(task)
-    lines += calibrated(task, fixed, 0 if arguments.no_seconds else arguments.timed)
-    depths += by_depth(task, fixed)
+    part = Part(arguments.part, task)
+    fixed = static_and_oracle(part)
+    lines += calibrated(part, fixed, 0 if arguments.no_seconds else arguments.timed)
+    depths += by_depth(part, fixed)
     for line in [*lines[-len(task.measures) - 1 :], *depths[-len(task.measures) - 1 :]]:
       print("  ".join(f"{cell:<24}" for cell in line), flush=True)
   if arguments.output:
