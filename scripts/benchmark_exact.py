@@ -31,7 +31,7 @@ import numpy as np
 
 from calm import exits, inference
 from calm.calibrate.generations import files
-from calm.decode import compiled, program, verified
+from calm.decode import compiled, drafting, program, verified
 from calm.paper.bench import tasks, timing
 from calm.t5 import network
 
@@ -91,11 +91,34 @@ class ForcedProgram:
   sure: bool
 
   @compiled.method()
-  def decode(self, weights, encoded, active, chance):
+  def decode(self, weights, encoded, active, chance, prior):
     """As `Program.decode`."""
     made = self.program.passes(weights, encoded, jnp.ones(()))
-    made = dataclasses.replace(made, passes=Forced(made.passes, chance, self.sure))
-    return made.decode(active).generation
+    forced = Forced(made.passes, chance, self.sure)
+    return dataclasses.replace(made, passes=forced, prior=prior).decode(active).generation
+
+
+@dataclasses.dataclass
+class Texts:
+  """Decodes a batch again and again, as `Predictor.generate` decodes one batch after another.
+
+  Attributes:
+    decode: given the chance that a text's first draft is accepted.
+    learns: whether a batch begins with what those before it had; else as the first of all.
+    prior: that chance.
+  """
+
+  decode: Callable[[np.float32], Any]
+  learns: bool
+  prior: float = drafting.PRIOR
+
+  def __call__(self) -> Any:
+    made = self.decode(np.float32(self.prior))
+    if self.learns:
+      self.prior = drafting.learned(
+        self.prior, jax.device_get(made.verification.share).tolist()
+      )
+    return made
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -119,6 +142,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   add("--repeats", type=int, default=7)
   add("--fixed", action="store_true", help="draft as many whatever is accepted")
   add("--sure", action="store_true", help="random weights' drafts say they are certain")
+  add("--learn", action="store_true", help="random weights: texts begin as those before ended")
   add("--results", help="writes scripts/results/RESULTS.json, for scripts/tables.py")
   return parser.parse_args(arguments)
 
@@ -163,8 +187,9 @@ def forced_rows(shape: str, size: int, flags: argparse.Namespace) -> list[dict[s
       plain = program.Program(model.config, rule, length, models.NO_EOS)
       forced = ForcedProgram(plain, flags.sure)
       for chance in map(np.float32, flags.chances):
-        timed[f"{name}, accepted {chance:.2f}{suffix}"] = functools.partial(
-          forced.decode, variant.weights, encoded, active, chance
+        timed[f"{name}, accepted {chance:.2f}{suffix}"] = Texts(
+          functools.partial(forced.decode, variant.weights, encoded, active, chance),
+          flags.learn,
         )
   seconds, made = in_turn(timed, flags.repeats)
   base = statistics.median(seconds["full depth"])

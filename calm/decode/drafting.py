@@ -2,10 +2,13 @@
 
 Drafts that are refused cost a pass of several positions for one token. Where the share of
 accepted drafts says that one position at a time is fastest, nothing is drafted, and now and
-then a draft is made beside the full model's token to see whether that has changed.
+then a draft is made beside the full model's token to see whether that has changed. Where pass
+after pass emits one token, as where the draft head is sure of nothing, ever more steps of the
+full model come between them.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +16,9 @@ from flax import struct
 from jaxtyping import Array, Float
 
 # Before a text has a draft: so likely is one to be accepted, as surely as so many certain ones
-# would say. Hopeful, for a text of ten tokens has no time to find out.
-PRIOR, PRIOR_TRIALS = 0.9, 1.5
+# would say. Hopeful, for a text of ten tokens has no time to find out; the texts before it may
+# know better (`learned`), for which that counts as so many texts.
+PRIOR, PRIOR_TRIALS, PRIOR_TEXTS = 0.9, 1.5, 2.0
 # Tokens a second of a pass with drafts, over those without, from which drafts are made at all.
 MARGIN = 1.0
 # What a trial still weighs after the next one: about the last twenty count.
@@ -30,10 +34,12 @@ class Odds:
 
   Attributes:
     accepted, tried: [batch] float32.
+    prior: the chance that a draft is accepted of which nothing is known yet, [].
   """
 
   accepted: Float[Array, " batch"]
   tried: Float[Array, " batch"]
+  prior: Float[Array, ""] | float = PRIOR
 
   def add(self, accepted: jax.Array, confidences: jax.Array) -> "Odds":
     """With the trials of one more pass, [batch, window].
@@ -45,13 +51,18 @@ class Odds:
     new = jnp.sum(confidences, axis=1)
     old = jnp.float32(MEMORY) ** new
     agreed = jnp.sum(jnp.where(accepted, confidences, 0.0), axis=1)
-    return Odds(self.accepted * old + agreed, self.tried * old + new)
+    return Odds(self.accepted * old + agreed, self.tried * old + new, self.prior)
 
   @property
   def share(self) -> jax.Array:
     """The chance that a row's next draft is accepted, [batch] below 1."""
-    share = (self.accepted + PRIOR * PRIOR_TRIALS) / (self.tried + PRIOR_TRIALS)
+    share = (self.accepted + self.prior * PRIOR_TRIALS) / (self.tried + PRIOR_TRIALS)
     return jnp.minimum(share, 0.999)
+
+
+def learned(prior: float, shares: Sequence[float]) -> float:
+  """The prior of the texts after those that ended with these `Odds.share`."""
+  return (PRIOR_TEXTS * prior + sum(shares)) / (PRIOR_TEXTS + len(shares))
 
 
 @struct.dataclass
@@ -82,6 +93,18 @@ class Plan:
   probe_every: int = 8
   hope: float = MARGIN
   adapts: bool = True
+
+  def steps(self, planned: Planned, idle: jax.Array) -> jax.Array:
+    """Steps of the full model before the next pass, [].
+
+    Args:
+      planned: that pass.
+      idle: passes since the last one that emitted two tokens of any row, [].
+    """
+    # 0, 0, 1, 2, 4, 8: two unsure drafts in turn are no news.
+    backing_off = 2 ** jnp.minimum(idle, 8) // 4
+    steps = jnp.where(planned.count == 1, self.probe_every, backing_off)
+    return jnp.minimum(steps, self.probe_every)
 
   @property
   def hopes(self) -> bool:

@@ -32,11 +32,14 @@ class Verification:
     passes: of the full model over each row's text, [batch] int32.
     drafts: tokens that were drafted for each row, refused ones too, [batch] int32; in a batch
       as many as the row that goes on longest.
+    share: the chance that one more would have been accepted, as `drafting.Odds` estimates it,
+      [batch] float32.
   """
 
   drafted: Bool[AnyArray, "batch length"]
   passes: Int[AnyArray, " batch"]
   drafts: Int[AnyArray, " batch"]
+  share: Float[AnyArray, " batch"]
 
 
 @struct.dataclass

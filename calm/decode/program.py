@@ -98,10 +98,13 @@ class Program:
     encoded: caches.Encoded,
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
+    prior: Float[Array, ""] | None = None,
   ) -> "loop.DecodingState | verified.VerifiedState":
     """Decodes greedily and returns the final state, caches filled (not compiled)."""
     if isinstance(self.rule, exits.Verified):
-      return self.passes(weights, encoded, threshold).decode(active)
+      made = self.passes(weights, encoded, threshold)
+      known = made if prior is None else dataclasses.replace(made, prior=prior)
+      return known.decode(active)
     bound = self.bind(weights.decoder, encoded, threshold)
     state = loop.decode(
       bound.take_step,
@@ -119,6 +122,7 @@ class Program:
     encoded: caches.Encoded,
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
+    prior: Float[Array, ""] | None = None,
   ) -> loop.Generation:
     """Decodes greedily.
 
@@ -127,8 +131,10 @@ class Program:
       encoded: from `encode`.
       active: rows that hold a prompt; the others are padding of the batch.
       threshold: lambda, [] or one a row; `schedules.NEVER_EXIT` runs every layer.
+      prior: of `exits.Verified`: the chance that a text's first draft is accepted, []; the
+        texts do not depend on it. None: nothing is known.
     """
-    return self.decode_state(weights, encoded, active, threshold).generation
+    return self.decode_state(weights, encoded, active, threshold, prior).generation
 
   def passes(
     self, weights: ModelWeights, encoded: caches.Encoded, threshold: Float[Array, "..."]

@@ -89,12 +89,14 @@ class ShardedProgram:
     encoded: caches.Encoded,
     active: jax.Array | np.ndarray,
     threshold: jax.Array | np.ndarray,
+    prior: jax.Array | np.ndarray | None = None,
   ) -> loop.Generation:
     """As `Program.decode`, for as many rows as `active` has."""
     rows, threshold = self._rows(len(active)), jnp.asarray(threshold)
     if threshold.ndim:
       threshold = _pad(threshold, rows)
-    made = self._decode(weights, encoded, _pad(active, rows), threshold)
+    known = () if prior is None else (jnp.asarray(prior),)
+    made = self._decode(weights, encoded, _pad(active, rows), threshold, *known)
     return jax.tree.map(lambda leaf: leaf[: len(active)], made)
 
   @compiled.method()
@@ -102,10 +104,11 @@ class ShardedProgram:
     return self._sharded(self.program.encode, REPLICATED, ROWS)(weights, tokens)
 
   @compiled.method()
-  def _decode(self, weights, encoded, active, threshold) -> Any:
+  def _decode(self, weights, encoded, active, threshold, *prior) -> Any:
     limit = ROWS if threshold.ndim else REPLICATED
-    decode = self._sharded(self.program.decode, REPLICATED, ROWS, ROWS, limit)
-    return decode(weights, encoded, active, threshold)
+    specs = REPLICATED, ROWS, ROWS, limit, *(REPLICATED for _ in prior)
+    decode = self._sharded(self.program.decode, *specs)
+    return decode(weights, encoded, active, threshold, *prior)
 
   def _sharded(self, function, *specs):
     # Loops of different lengths on different devices are what this is for: nothing is checked

@@ -51,6 +51,7 @@ class VerifiedState:
     generation: filled up to `positions`.
     log_probabilities: of the emitted tokens, [batch, length].
     odds: how often drafts were accepted.
+    idle: passes since the last one that emitted two tokens of any row, [].
     cache: every layer's.
   """
 
@@ -60,6 +61,7 @@ class VerifiedState:
   generation: loop.Generation
   log_probabilities: Float[Array, "batch length"]
   odds: drafting.Odds
+  idle: Int[Array, ""]
   cache: Any
 
 
@@ -117,6 +119,7 @@ class Verifying:
     eos_id: the token that ends a row.
     prefix: tokens that every row is given, 0 where it is free, [batch, length]; None: none.
       They are read in passes like drafts, end nothing and count for nothing.
+    prior: the chance that the first draft of a text is accepted, [].
   """
 
   passes: Passes
@@ -126,6 +129,7 @@ class Verifying:
   length: int
   eos_id: Any
   prefix: Int[Array, "batch length"] | None = None
+  prior: Float[Array, ""] | float = drafting.PRIOR
 
   def decode(self, active: Bool[Array, " batch"]) -> VerifiedState:
     """Decodes every active row; the others stay empty and never vote.
@@ -144,18 +148,23 @@ class Verifying:
       state = lax.while_loop(plain, self._stepped, state)
     state = lax.while_loop(unfinished, advance, state)
     generation = dataclasses.replace(
-      state.generation, scores=jnp.sum(state.log_probabilities, axis=-1)
+      state.generation,
+      scores=jnp.sum(state.log_probabilities, axis=-1),
+      verification=dataclasses.replace(
+        self._seen(state), share=jnp.where(active, state.odds.share, 0.0)
+      ),
     )
     return dataclasses.replace(state, generation=generation)
 
   def _steps(self, state: VerifiedState) -> VerifiedState:
-    """Where nothing would be drafted: some steps of the full model, as it takes them."""
-    # With slack every position has its draft, and the next pass learns from one.
-    plain = (self.plan(state.odds, state.active).count == 1) & ~self._every
+    """Where drafts do not pay: some steps of the full model, as it takes them."""
+    steps = self.plan.steps(self.plan(state.odds, state.active), state.idle)
+    # With slack every position has its draft.
+    steps = jnp.where(self._every, 0, steps)
 
     def goes_on(carry):
       taken, state = carry
-      return plain & (taken < self.plan.probe_every) & jnp.any(state.active)
+      return (taken < steps) & jnp.any(state.active)
 
     one = lambda carry: (carry[0] + 1, self._stepped(carry[1]))
     return lax.while_loop(goes_on, one, (jnp.zeros((), jnp.int32), state))[1]
@@ -185,6 +194,7 @@ class Verifying:
         state.log_probabilities, verdict.log_probability, state.positions, count
       ),
       odds=state.odds,
+      idle=state.idle,
       cache=cache,
     )
 
@@ -201,11 +211,12 @@ class Verifying:
     columns = jnp.zeros((len(active), self.length), jnp.float32)
     generation = dataclasses.replace(
       loop.empty_generation(len(active), self.length),
-      verification=loop.Verification(columns > 0, zeros, zeros),
+      verification=loop.Verification(columns > 0, zeros, zeros, floats),
     )
-    odds = drafting.Odds(floats, floats)
+    odds = drafting.Odds(floats, floats, jnp.asarray(self.prior, jnp.float32))
     cache = self.passes.empty()
-    return VerifiedState(zeros, zeros, active, generation, columns, odds, cache)
+    idle = jnp.zeros((), jnp.int32)
+    return VerifiedState(zeros, zeros, active, generation, columns, odds, idle, cache)
 
   def run(self, state: VerifiedState) -> VerifiedState:
     """One pass of every active row."""
@@ -233,6 +244,7 @@ class Verifying:
         state.log_probabilities, verdict.log_probability, state.positions, count
       ),
       odds=state.odds.add(verdict.accepted, jnp.where(tried, drafted.confidences, 0.0)),
+      idle=jnp.where(jnp.any(count > 1), 0, state.idle + 1),
       cache=cache,
     )
 
@@ -305,6 +317,7 @@ class Verifying:
       drafted=put(seen.drafted, verdict.accepted & free),
       passes=seen.passes + state.active.astype(jnp.int32),
       drafts=seen.drafts + jnp.where(state.active, drafts, 0),
+      share=seen.share,
     )
     depth = jnp.where(free, self.passes.num_layers, 0)
     return loop.Generation(

@@ -21,7 +21,7 @@ from calm.calibrate import Calibration, Procedure, Prompt, looking
 from calm.calibrate import seconds as seconds_lib
 from calm.calibrate.generations.procedures import describe_differences
 from calm.data import prompt_batches, prompt_tables
-from calm.decode import compiled, loop, pool_program
+from calm.decode import compiled, drafting, loop, pool_program
 from calm.decode import program as program_lib
 from calm.decode import sharded as sharded_lib
 from calm.exits import schedules
@@ -233,14 +233,15 @@ class Predictor:
     active: np.ndarray,
     threshold: float,
     rule: exits.Rule | None = None,
+    prior: float | None = None,
   ) -> loop.Generation:
-    """Decodes the active rows of an encoded batch; numpy arrays come back."""
+    """Decodes the active rows of an encoded batch (`prior`: see `program.Program.decode`);
+    numpy arrays come back."""
     program = self.sharded(rule) or self.program(rule)
     # Numpy values go to the device inside the call: a tenth of a millisecond less a batch.
+    values = [np.asarray(x, np.float32) for x in (threshold, prior) if x is not None]
     with self._precision():
-      generation = program.decode(
-        self.weights, encoded, active, np.asarray(threshold, np.float32)
-      )
+      generation = program.decode(self.weights, encoded, active, *values)
     return jax.device_get(generation)
 
   def resume(
@@ -347,6 +348,7 @@ class Predictor:
     items: dict[int, outputs_lib.Output] = {}
     verified = isinstance(rule or self.options.rule, exits.Verified)
     pooled = self.options.refill and not verified  # whose rows have positions of their own
+    prior = drafting.PRIOR if verified else None
     for batches in prompt_batches.together(self.plan(texts), pooled=pooled):
       if len(batches) > 1:
         pool = pool_program.PoolProgram(self.program(rule))
@@ -354,8 +356,11 @@ class Predictor:
           generation = pool.decode(self.weights, batches, level, encode)
       else:
         encoded, active = encode(batches[0]), batches[0].active
-        decode = functools.partial(self.decode, encoded, active, level, rule)
+        decode = functools.partial(self.decode, encoded, active, level, rule, prior)
         generation = clock.run("decode", decode)
+        if prior is not None:
+          assert generation.verification is not None  # the rule's
+          prior = drafting.learned(prior, generation.verification.share[active].tolist())
       for i, row in enumerate(np.concatenate([batch.rows for batch in batches])):
         items[int(row)] = self.output(generation, i, batches[0].tokens.shape[1])
     progress(len(texts), len(texts))

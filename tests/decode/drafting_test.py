@@ -1,5 +1,7 @@
 """How many tokens are drafted: the laws of the plan, on costs like those of a small model."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -43,6 +45,16 @@ def test_accepted_drafts_make_passes_longer_and_bring_drafting_back():
   assert count(after(*refused)) == 1 < count(after(*refused, *accepted))
 
 
+def test_texts_before_say_what_to_expect_until_the_text_itself_does():
+  prior = drafting.learned(drafting.PRIOR, [0.1] * 8)
+  assert 0.1 < prior < 0.3
+  known = dataclasses.replace(after(), prior=prior)
+  assert count(known) == 1 < count(after())
+  for _ in range(12):
+    known = known.add(jnp.array([[True]]), jnp.array([[0.9]]))
+  assert count(known) > 3
+
+
 def test_what_was_not_tried_counts_for_nothing():
   odds = drafting.Odds(jnp.ones(1), jnp.ones(1))
   same = odds.add(jnp.array([[True, False]]), jnp.zeros((1, 2)))
@@ -57,6 +69,13 @@ def test_rows_that_have_ended_do_not_vote():
 
 def test_a_fixed_plan_always_drafts():
   assert int(drafting.Plan(PLAN.costs, adapts=False)(after((False, 1.0)), ACTIVE).count) == 8
+
+
+def test_steps_between_passes_that_emit_one_token_grow():
+  drafts, none = (drafting.Planned(jnp.int32(n), jnp.array(False)) for n in (8, 1))
+  steps = lambda planned: [int(PLAN.steps(planned, jnp.int32(idle))) for idle in range(9)]
+  assert steps(drafts) == [0, 0, 1, 2, 4, 8, 8, 8, 8]
+  assert steps(none) == [8] * 9
 
 
 def test_passes_that_cost_as_many_steps_are_not_hoped_for():

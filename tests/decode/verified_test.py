@@ -235,6 +235,24 @@ def test_bad_drafts_are_not_made():
 
 
 @pytest.mark.parametrize("threshold", [1.0, 0.8])
+def test_where_the_draft_head_is_sure_of_nothing_few_drafts_are_made(threshold):
+  """Every draft is as likely as any other, and ends drafting; with slack each place has one."""
+  made, rule = toy(), dataclasses.replace(RULE, adapts=True)
+  weights = made.weights.decoder
+  unsure = dataclasses.replace(weights, shortlist=jnp.zeros_like(weights.shortlist))
+  made = dataclasses.replace(made, weights=dataclasses.replace(made.weights, decoder=unsure))
+  full = engine.run(toy(), STATIC).generation
+  longest = [int(np.argmax(full.num_tokens))]
+  made = engine.run(made, rule, threshold, prompts=engine.PROMPTS[longest]).generation
+  drafts, tokens = int(made.verification.drafts[0]), int(made.num_tokens[0])
+  if threshold < 1:
+    assert drafts == tokens
+  else:
+    np.testing.assert_array_equal(made.tokens, np.asarray(full.tokens)[longest])
+    assert tokens >= 8 and drafts <= tokens / 2 + 1
+
+
+@pytest.mark.parametrize("threshold", [1.0, 0.8])
 def test_where_passes_cost_as_many_steps_drafts_are_left_to_slack(threshold):
   """The rows' tokens are those of fixed drafts, whatever is drafted."""
   made, fixed = toy(), engine.run(toy(), RULE, threshold)

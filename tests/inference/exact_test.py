@@ -45,6 +45,19 @@ def test_texts_are_the_full_models_and_say_how_they_came_about(model, full):
   assert all(output.passes == 0 and output.drafted == () for output in full)
 
 
+def test_a_text_begins_with_what_those_before_it_had(model, full):
+  """A random model's drafts do not pay: after some texts hardly any is made."""
+  one = model.with_options(batch_size=1)
+  rule = inference.exact_rule(one, 2)
+  together = one.generate(TEXTS[:12], rule=rule)
+  alone = [one.generate([text], rule=rule)[0] for text in TEXTS[:12]]
+  for output, apart, expected in zip(together, alone, full, strict=False):
+    assert output.tokens == apart.tokens == expected.tokens
+  drafts = lambda outputs: sum(output.drafts for output in outputs)
+  assert together[0].drafts == alone[0].drafts
+  assert drafts(together) < 0.7 * drafts(alone)
+
+
 def test_slack_is_calibrated_from_a_hypothesis_that_is_true(model, full, tmp_path):
   calibration, cached = calibrating.certify(
     model, TEXTS, tolerance=0.6, thresholds=GRID, folder=tmp_path / "cache"

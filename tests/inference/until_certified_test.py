@@ -41,9 +41,9 @@ def calls(monkeypatch):
     counts["encoded"] += len(batch.rows)
     return encode(self, batch)
 
-  def counted_decode(self, encoded, active, threshold, rule=None):
+  def counted_decode(self, encoded, active, threshold, *others):
     counts[threshold] += int(np.sum(active))
-    return decode(self, encoded, active, threshold, rule)
+    return decode(self, encoded, active, threshold, *others)
 
   monkeypatch.setattr(inference.Predictor, "encode", counted_encode)
   monkeypatch.setattr(inference.Predictor, "decode", counted_decode)
