@@ -21,6 +21,8 @@ from jaxtyping import Array, Float
 PRIOR, PRIOR_TRIALS, PRIOR_TEXTS = 0.9, 1.5, 2.0
 # Tokens a second of a pass with drafts, over those without, from which drafts are made at all.
 MARGIN = 1.0
+# Most steps between two passes, as a multiple of `Plan.probe_every`.
+MOST_STEPS = 4
 # What a trial still weighs after the next one: about the last twenty count.
 MEMORY = 0.95
 
@@ -84,7 +86,8 @@ class Plan:
 
   Attributes:
     costs: seconds of a pass of 1, 2, ... positions, in any unit.
-    probe_every: steps without a draft between two passes that have one to learn from.
+    probe_every: steps without a draft between two passes that have one to learn from, or more
+      where the passes before were in vain.
     hope: `MARGIN` of a text that nothing is known of yet, below which none has drafts.
     adapts: False: always as many positions as there are costs.
   """
@@ -101,10 +104,10 @@ class Plan:
       planned: that pass.
       idle: passes since the last one that emitted two tokens of any row, [].
     """
-    # 0, 0, 1, 2, 4, 8: two unsure drafts in turn are no news.
+    # 0, 0, 1, 2, 4 ...: two unsure drafts in turn are no news.
     backing_off = 2 ** jnp.minimum(idle, 8) // 4
-    steps = jnp.where(planned.count == 1, self.probe_every, backing_off)
-    return jnp.minimum(steps, self.probe_every)
+    least = jnp.where(planned.count == 1, self.probe_every, 0)
+    return jnp.minimum(jnp.maximum(least, backing_off), MOST_STEPS * self.probe_every)
 
   @property
   def hopes(self) -> bool:

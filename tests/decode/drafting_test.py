@@ -73,9 +73,9 @@ def test_a_fixed_plan_always_drafts():
 
 def test_steps_between_passes_that_emit_one_token_grow():
   drafts, none = (drafting.Planned(jnp.int32(n), jnp.array(False)) for n in (8, 1))
-  steps = lambda planned: [int(PLAN.steps(planned, jnp.int32(idle))) for idle in range(9)]
-  assert steps(drafts) == [0, 0, 1, 2, 4, 8, 8, 8, 8]
-  assert steps(none) == [8] * 9
+  steps = lambda planned: [int(PLAN.steps(planned, jnp.int32(idle))) for idle in range(10)]
+  assert steps(drafts) == [0, 0, 1, 2, 4, 8, 16, 32, 32, 32]
+  assert steps(none) == [8, 8, 8, 8, 8, 8, 16, 32, 32, 32]
 
 
 def test_passes_that_cost_as_many_steps_are_not_hoped_for():
