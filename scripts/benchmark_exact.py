@@ -8,7 +8,8 @@ The packed model decodes real prompts, one at a time, and its texts are compared
   python scripts/benchmark_exact.py --data=data --tasks=synopsis --rules=2x4,3x7
 
 A rule KxG drafts G tokens at most with K layers. Every repeat runs every row once, the other
-way about every second time; a first round, which compiles, is not counted. Medians.
+way about every second time; a first round, which compiles, is not counted. Medians, also of the
+ratios to full depth in the same repeat.
 """
 
 import argparse
@@ -192,14 +193,14 @@ def forced_rows(shape: str, size: int, flags: argparse.Namespace) -> list[dict[s
           flags.learn,
         )
   seconds, made = in_turn(timed, flags.repeats)
-  base = statistics.median(seconds["full depth"])
+  base = seconds["full depth"]
   return [
     row(f"{shape}, B = {size}", name, seconds[name], base, length, made[name]) for name in timed
   ]
 
 
 def row(setting, name, seconds, base, tokens, generation) -> dict[str, Any]:
-  """One row of the table."""
+  """One row of the table; `base` are full depth's seconds in the same repeats."""
   seen = generation.verification
   passes = None if seen is None else float(np.mean(seen.passes))
   share = None
@@ -210,7 +211,7 @@ def row(setting, name, seconds, base, tokens, generation) -> dict[str, Any]:
     "setting": setting,
     "rule": name,
     "ms a token": 1e3 * middle / tokens,
-    "x full depth": base / middle,
+    "x full depth": statistics.median(a / b for a, b in zip(base, seconds, strict=True)),
     "spread": f"{1e3 * min(seconds) / tokens:.2f} - {1e3 * max(seconds) / tokens:.2f}",
     "drafts accepted": share,
     "tokens a pass": None if passes is None else tokens / passes,
