@@ -2,6 +2,7 @@
 
 from calm.decode import (
   compiled,
+  drafting,
   engines,
   loop,
   pool,
@@ -19,6 +20,7 @@ __all__ = [
   "ModelWeights",
   "Program",
   "compiled",
+  "drafting",
   "engines",
   "loop",
   "model_weights",

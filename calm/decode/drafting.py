@@ -63,7 +63,12 @@ class Odds:
 
 
 def learned(prior: float, shares: Sequence[float]) -> float:
-  """The prior of the texts after those that ended with these `Odds.share`."""
+  """The prior of the texts after these.
+
+  Args:
+    prior: what those began with, a chance.
+    shares: `Odds.share` of each when it had ended.
+  """
   return (PRIOR_TEXTS * prior + sum(shares)) / (PRIOR_TEXTS + len(shares))
 
 
