@@ -34,7 +34,7 @@ class Served:
 
     self.predictor, self.threshold, self._console = predictor, threshold, console
     self._exact = exact
-    self._passes = self._drafts = self._drafted = 0
+    self._passes = self._passed = self._drafts = self._drafted = 0
     self._looked, self._given_up = False, ""
     self._count, self._startup = count, startup
     self._done = self._tokens = self._layers = 0
@@ -128,6 +128,8 @@ class Served:
     self._layers += sum(sum(output.exit_layers) for output in outputs)
     self._timing += outputs.timing
     self._passes += sum(output.passes for output in outputs)
+    # Not those that were decoded after drafts were given up.
+    self._passed += sum(len(output.tokens) for output in outputs if output.passes)
     self._drafts += sum(output.drafts for output in outputs)
     self._drafted += sum(sum(output.drafted) for output in outputs)
     if not self._passes:
@@ -164,7 +166,7 @@ class Served:
     )
     if self._passes:
       say(
-        f"{self._tokens / self._passes:.2f} tokens a pass of all layers; of"
+        f"{self._passed / self._passes:.2f} tokens a pass of all layers; of"
         f" {_count(self._drafts, 'draft')} {self._drafted / max(self._drafts, 1):.0%} were"
         " accepted."
       )

@@ -262,6 +262,9 @@ def test_drafts_that_do_not_pay_are_given_up(
   said = " ".join(capsys.readouterr().err.split())
   assert "the full model's own texts" in said
   assert ("given up after 2 prompts" in said) != kept
+  drafted = [line for line in lines if "passes" in line]
+  rate = sum(len(line["tokens"]) for line in drafted) / sum(line["passes"] for line in drafted)
+  assert f"{rate:.2f} tokens a pass" in said
 
 
 def test_what_is_read_is_never_replaced(model, tmp_path, capsys):
