@@ -7,22 +7,36 @@ than are scored again, the float32 head is asked whole. So the largest logit and
 those of the float32 head; of the others, which only a softmax's sum reads, most are rounded.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int, Int8
 
 # Pieces that are scored again, most.
-CANDIDATES = 16
+CANDIDATES = 32
 # 8-bit products have at least so many rows: XLA:CPU multiplies fewer number by number.
 LEAST_ROWS = 8
-# Codes lie in -127 ... 127; what the first code of a state leaves is coded again, finer.
+# Codes lie in -127 ... 127; what the first code of a state leaves is coded again, finer, where
+# there are rows to spare.
 _CODES, _FINER = 127.0, 254.0
 # Of float32 sums, relative to the norms of what is multiplied.
 _ROUNDING = 1e-5
+# Pieces of which one is looked at first, where the largest are sought.
+_GROUP = 16
+
+
+@struct.dataclass
+class Rounded:
+  """Logits of the 8-bit head.
+
+  Attributes:
+    logits: theirs.
+    slack: the float32 head's differ from them by at most this.
+  """
+
+  logits: Float[Array, "batch pieces"]
+  slack: Float[Array, "batch pieces"]
 
 
 @struct.dataclass
@@ -33,13 +47,15 @@ class QuantizedHead:
     rows: the head, transposed, in the dtype of the matrices.
     codes: its pieces in 8 bits.
     scales: what a piece's codes are multiplied with.
-    slack: |logit - rounded logit| of a state x is at most |x| times this.
+    left: norms of what the codes leave of the pieces.
+    norms: norms of what they do not leave.
   """
 
   rows: Float[Array, "pieces emb"]
   codes: Int8[Array, "pieces emb"]
   scales: Float[Array, " pieces"]
-  slack: Float[Array, " pieces"]
+  left: Float[Array, " pieces"]
+  norms: Float[Array, " pieces"]
 
   def logits(self, states: Float[Array, "batch emb"]) -> Float[Array, "batch pieces"]:
     """float32 logits, the largest of each row that of the float32 head.
@@ -47,40 +63,82 @@ class QuantizedHead:
     Args:
       states: decoder_norm(d^i), float32.
     """
-    rounded = self.rounded(states)
-    if rounded.shape[1] <= CANDIDATES:
+    if self.codes.shape[0] <= CANDIDATES:
       return self.whole(states)
-    norms = jnp.linalg.norm(states, axis=1, keepdims=True)
-    # All of what `top_k` gives is used: XLA:CPU would sort the vocabulary to give a part of it.
-    upper, places = lax.top_k(rounded + norms * self.slack[None, :], CANDIDATES)
+    rounded = self.rounded(states)
+    upper, places = largest(rounded.logits + rounded.slack, CANDIDATES)
     # Multiplied and summed: of a product XLA:CPU would transpose the whole head first.
     scored = jnp.sum(self.rows[places].astype(jnp.float32) * states[:, None], axis=-1)
     certain = jnp.all(jnp.max(scored, axis=1) > jnp.min(upper, axis=1))
     batch = jnp.arange(len(states))[:, None]
     return lax.cond(
       certain,
-      lambda: rounded.at[batch, places].set(scored),
+      lambda: rounded.logits.at[batch, places].set(scored),
       lambda: self.whole(states),
     )
 
-  def rounded(self, states: Float[Array, "batch emb"]) -> Float[Array, "batch pieces"]:
-    """Logits of the 8-bit head."""
+  def rounded(self, states: Float[Array, "batch emb"]) -> Rounded:
+    """Logits of the 8-bit head, and how far off they may be.
+
+    With a piece w coded as v and a state x as y, w x - v y = (w - v) x + v (x - y), which is at
+    most |w - v| |x| + |v| |x - y|.
+    """
+    codes, steps = _coded(states)
     count = len(states)
-    largest = jnp.max(jnp.abs(states), axis=1, keepdims=True)
-    step = jnp.maximum(largest, 1e-30) / _CODES
-    coarse = jnp.round(states / step)
-    fine = jnp.round((states / step - coarse) * _FINER)
-    codes = jnp.concatenate([coarse, fine]).astype(jnp.int8)
-    codes = jnp.pad(codes, ((0, max(0, LEAST_ROWS - 2 * count)), (0, 0)))
+    sums = self._products(jnp.concatenate(codes))
+    logits = sum(sums[i * count : (i + 1) * count] * step for i, step in enumerate(steps))
+    seen = sum(code * step for code, step in zip(codes, steps, strict=True))
+    norm = lambda x: jnp.linalg.norm(x, axis=1, keepdims=True)
+    left, norms = self.left[None, :], self.norms[None, :]
+    slack = norm(states) * (left + _ROUNDING * norms) + norm(states - seen) * norms
+    return Rounded(logits * self.scales[None, :], slack)
+
+  def _products(self, codes: Float[Array, "rows emb"]) -> Float[Array, "rows pieces"]:
+    """Sums of products of codes, which 32 bits hold."""
+    padding = max(0, LEAST_ROWS - len(codes))
+    codes = jnp.pad(codes.astype(jnp.int8), ((0, padding), (0, 0)))
     sums = lax.dot_general(
       codes, self.codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
-    ).astype(jnp.float32)
-    return (sums[:count] + sums[count : 2 * count] / _FINER) * step * self.scales[None, :]
+    )
+    return sums.astype(jnp.float32)
 
   def whole(self, states: Float[Array, "batch emb"]) -> Float[Array, "batch pieces"]:
     """Logits of the float32 head."""
     rows = self.rows.astype(states.dtype)
     return lax.dot_general(states, rows, (((1,), (1,)), ((), ())))
+
+
+def _coded(
+  states: Float[Array, "batch emb"],
+) -> tuple[list[Float[Array, "batch emb"]], list[Float[Array, "batch 1"]]]:
+  """Codes of states, and what they are multiplied with: their sum is nearly the states."""
+  step = jnp.maximum(jnp.max(jnp.abs(states), axis=1, keepdims=True), 1e-30) / _CODES
+  coarse = jnp.round(states / step)
+  if 2 * len(states) > LEAST_ROWS:
+    return [coarse], [step]
+  return [coarse, jnp.round((states / step - coarse) * _FINER)], [step, step / _FINER]
+
+
+def largest(
+  values: Float[Array, "batch pieces"], count: int
+) -> tuple[Float[Array, "batch count"], Int[Array, "batch count"]]:
+  """The largest values of each row, and where they are, as `lax.top_k`.
+
+  They lie in the `count` groups whose own largest are largest: XLA:CPU compares groups in
+  vector registers, and what `top_k` is given value by value.
+  """
+  batch, pieces = values.shape
+  groups = -(-pieces // _GROUP)
+  if groups <= count:
+    return lax.top_k(values, count)
+  padded = jnp.pad(values, ((0, 0), (0, groups * _GROUP - pieces)), constant_values=-jnp.inf)
+  # A group's members lie `groups` apart, so that neighbours are compared with neighbours.
+  members = padded.reshape(batch, _GROUP, groups)
+  _, chosen = lax.top_k(jnp.max(members, axis=1), count)
+  few = jnp.take_along_axis(members, chosen[:, None, :], axis=2).reshape(batch, -1)
+  found, at = lax.top_k(few, count)
+  group = jnp.take_along_axis(chosen, at % count, axis=1)
+  return found, at // count * groups + group
 
 
 def quantize(head: Float[Array, "emb pieces"]) -> QuantizedHead:
@@ -93,11 +151,9 @@ def quantize(head: Float[Array, "emb pieces"]) -> QuantizedHead:
   wide = rows.astype(jnp.float32)
   scales = jnp.maximum(jnp.max(jnp.abs(wide), axis=1), 1e-30) / _CODES
   codes = jnp.round(wide / scales[:, None])
-  left = jnp.linalg.norm(wide - codes * scales[:, None], axis=1)
-  # What both codes of a state leave of each number is at most half a fine step.
-  unseen = math.sqrt(rows.shape[1]) / (2 * _FINER * _CODES)
-  slack = left + (unseen + _ROUNDING) * jnp.linalg.norm(wide, axis=1)
-  return QuantizedHead(rows, codes.astype(jnp.int8), scales, slack)
+  seen = codes * scales[:, None]
+  left, norms = jnp.linalg.norm(wide - seen, axis=1), jnp.linalg.norm(seen, axis=1)
+  return QuantizedHead(rows, codes.astype(jnp.int8), scales, left, norms)
 
 
 def size(head: jax.Array | QuantizedHead) -> float:
