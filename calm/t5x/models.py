@@ -72,6 +72,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     objective: objectives.Objective | None = None,
     engine: engines.Engine | None = None,
     split_rows: bool | None = None,
+    whole_decoder: bool = False,
     matmul_precision: str | None = None,
   ):
     """T5X's arguments, and what early exit adds.
@@ -102,6 +103,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       split_rows: on a mesh, whether each device decodes rows of its own with the decoder's
         weights whole, exchanging nothing; otherwise every step is the whole mesh's, as T5X's
         are. None splits where those weights take at most `shards.APART_BYTES`.
+      whole_decoder: for inference on a mesh with a model axis: where rows are split, whether
+        the decoder's weights stay whole on every device, so that no batch has to gather them.
       matmul_precision: of products of float32 matrices in decoding: 'default', 'high' or
         'highest'; None takes what JAX is configured to. A calibration records it.
 
@@ -140,12 +143,19 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     self.objective = objective
     self.engine = engine
     self.split_rows = split_rows
+    self.whole_decoder = whole_decoder
     self.matmul_precision = matmul_precision
 
   @property
   def config(self) -> network.T5Config:
     """The model's sizes."""
     return self.module.config
+
+  def get_initial_variables(self, *args: Any, **kwargs: Any) -> Any:
+    """As T5X's; with `whole_decoder`, the decoder has axes that no mesh axis divides."""
+    found = super().get_initial_variables(*args, **kwargs)
+    stays = self.whole_decoder and self._splits_rows(found["params"])
+    return shards.kept_whole(found) if stays else found
 
   def loss_fn(self, params: Params, batch: Batch, dropout_rng: jax.Array | None):
     """The objective's loss and its metrics, layer by layer, under T5X's names.
@@ -207,13 +217,9 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     mesh, num_rows = _context_mesh(), prefix.shape[0]
 
     with calls.precision(self.matmul_precision):
-      laid_out = jax.eval_shape(self._weights, params).decoder
-      apart = shards.fits(laid_out) if self.split_rows is None else self.split_rows
-      axes = shards.row_axes(mesh, num_rows) if apart else ()
-      decoder = {name: params[name] for name in ("token_embedder", "decoder")}
-      if axes:
-        decoder = shards.whole(decoder, mesh, self.config.dtype)
-      weights = self._weights({**params, **decoder})
+      axes = shards.row_axes(mesh, num_rows) if self._splits_rows(params) else ()
+      whole = functools.partial(shards.whole, at_rest=self.whole_decoder)
+      weights = self._weights(whole(params, mesh, self.config.dtype) if axes else params)
       encoded = self._encode(params, weights, batch["encoder_input_tokens"])
     threshold = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), (num_rows,))
     engine = shards.engine_over(self.engine, num_rows, apart=bool(axes) or mesh.size <= 1)
@@ -263,6 +269,12 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       same_pass = [watch.exits(num_decodes)]
     found = loop.exits_of(weights, rows, decodes, eos_id, same_pass)
     return decodes, {"scores": scores, **found}
+
+  def _splits_rows(self, params: Params) -> bool:
+    asked = self.split_rows
+    return (
+      shards.fits(jax.eval_shape(self._weights, params).decoder) if asked is None else asked
+    )
 
   @property
   def _num_pieces(self) -> int:

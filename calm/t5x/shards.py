@@ -10,6 +10,7 @@ different lengths with the compiler's collectives inside would wait for each oth
 """
 
 import inspect
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from flax.linen import partitioning
 from jax import sharding
 from jax.extend import random as random_impls
 
@@ -27,6 +29,10 @@ from calm.t5.config import Params
 DATA_AXES = ("replica", "data")
 
 MODEL_AXIS = "model"
+# Logical axes that T5X's rules lay along it.
+_ALONG_MODEL = ("vocab", "heads", "joined_kv", "mlp")
+# Parts of the parameters that decode loops read.
+READ_IN_LOOPS = ("token_embedder", "decoder")
 # Kernels whose first axis lies along the model axis under T5X's rules; the others' last does.
 _SPLIT_BY_ROWS = ("out", "wo")
 
@@ -56,8 +62,29 @@ def row_axes(mesh: Any, num_rows: Any) -> tuple[str, ...]:
   return ()
 
 
-def whole(params: Params, mesh: Any, dtype: Any) -> Params:
-  """The parameters on every device, as `over_rows` shares them.
+def kept_whole(variables: Any) -> Any:
+  """Variables of a model whose decoder every device is to keep whole.
+
+  Args:
+    variables: as T5X's models make them, with 'params_axes'.
+
+  Returns:
+    The same with axes renamed in those of the decoder and the embedding: to "kv", which T5X's
+    rules lay along no mesh axis, and which its Adafactor factors as those that it replaces.
+  """
+  rename = lambda axes: axes.replace(
+    names=sharding.PartitionSpec(*("kv" if n in _ALONG_MODEL else n for n in axes.names))
+  )
+  is_axes = lambda x: isinstance(x, partitioning.AxisMetadata)
+  axes = {
+    part: jax.tree.map(rename, tree, is_leaf=is_axes) if part in READ_IN_LOOPS else tree
+    for part, tree in variables["params_axes"].items()
+  }
+  return type(variables)({**variables, "params_axes": axes})
+
+
+def whole(params: Params, mesh: Any, dtype: Any, at_rest: bool = False) -> Params:
+  """The parameters, those that loops read whole on every device, as `over_rows` shares them.
 
   Kernels that T5X's rules split by columns ("joined_kv", "mlp" and "vocab" along the model
   axis) are gathered column block by column block. Left to itself the compiler gathers along
@@ -68,8 +95,14 @@ def whole(params: Params, mesh: Any, dtype: Any) -> Params:
       gathers.
     mesh: the partitioner's.
     dtype: what the layers' kernels are multiplied in; they are exchanged in it.
+    at_rest: whether they are whole already along the model axis (`kept_whole`).
   """
-  count = dict(mesh.shape).get(MODEL_AXIS, 1)
+  count = 1 if at_rest else dict(mesh.shape).get(MODEL_AXIS, 1)
+  if count > 1:
+    logging.getLogger(__name__).warning(
+      "Every batch gathers the decoder's weights, which lie along the model axis; for inference"
+      " bind `whole_decoder = True` (WHOLE_DECODER after early_exit.gin) and they stay whole."
+    )
   put = lambda leaf, *spec: jax.lax.with_sharding_constraint(
     leaf, sharding.NamedSharding(mesh, sharding.PartitionSpec(*spec))
   )
@@ -84,7 +117,8 @@ def whole(params: Params, mesh: Any, dtype: Any) -> Params:
     parts = jnp.swapaxes(leaf.reshape(len(leaf), count, -1), 0, 1)
     return jnp.swapaxes(put(put(parts, MODEL_AXIS)), 0, 1).reshape(leaf.shape)
 
-  return traverse_util.path_aware_map(gathered, dict(params))
+  read = {part: params[part] for part in READ_IN_LOOPS}
+  return {**params, **traverse_util.path_aware_map(gathered, read)}
 
 
 def over_rows(

@@ -23,6 +23,7 @@ RULE = exits.DynamicExits(confidence.Softmax())
 GREEDY = {
   "data": (1, "ours", {}, {}),
   "data_model": (2, "ours", {}, {}),
+  "kept_whole": (2, "ours", {"whole_decoder": True}, {}),
   "whole_mesh": (4, "ours", {"split_rows": False}, {}),
 }
 OTHERS = {
@@ -31,6 +32,8 @@ OTHERS = {
 }
 # A matrix, and the axis along which it is put together.
 GATHERED = r"(?m)= \w+\[\d+,\d+\]\S* all-gather\(.*dimensions={(\d)}"
+# Weights, which are asked to be whole.
+WEIGHTS_GATHERED = r"(?m) all-gather\(.*op_name=\"[^\"]*sharding_constraint"
 
 
 def model(decode: str, **arguments: Any) -> Any:
@@ -44,7 +47,7 @@ def model(decode: str, **arguments: Any) -> Any:
 
 # Runs in a process of its own: the number of devices is fixed when JAX starts.
 SCRIPT = """
-import json, re
+import json, logging, re
 import flax, jax, numpy as np
 from t5x import partitioning, utils
 from tests import engine
@@ -76,6 +79,9 @@ for name, (partitions, decode, arguments, options) in {**here.GREEDY, **here.OTH
     in_axis_resources=(axes, partitioner.data_partition_spec, None),
     out_axis_resources=None,
   )
+  said = []
+  logging.getLogger("calm.t5x.shards").handlers = [keep := logging.Handler()]
+  keep.emit = lambda record, said=said: said.append(record.getMessage())
   run = step.lower(params, batch, np.float32(0.4)).compile()
   kinds = ("all-", "collective", "reduce-scatter")
   text = run.as_text()
@@ -83,6 +89,7 @@ for name, (partitions, decode, arguments, options) in {**here.GREEDY, **here.OTH
   found[name] = {
     "shard": list(kernel.addressable_shards[0].data.shape), "collectives": sorted(set(moved)),
     "gathered_along": re.findall(here.GATHERED, text),
+    "said": said, "weights_gathered": len(re.findall(here.WEIGHTS_GATHERED, text)),
   }
   of = lambda made: [made[0].tolist(), made[1]["exit_layers"].tolist()]
   for threshold in here.THRESHOLDS:
@@ -115,7 +122,8 @@ def found():
 def test_generations_are_those_of_one_device_up_to_ties(found, name):
   toy = engine.toy(num_heads=4)
   width = toy.config.num_heads * toy.config.head_dim
-  assert found[name]["shard"] == [toy.config.emb_dim, width // GREEDY[name][0]]
+  parts = 1 if name == "kept_whole" else GREEDY[name][0]
+  assert found[name]["shard"] == [toy.config.emb_dim, width // parts]
   for threshold in THRESHOLDS:
     tokens, layers = map(np.array, found[name][str(threshold)])
     state = engine.run(toy, RULE, threshold)
@@ -146,3 +154,14 @@ def test_weights_are_gathered_row_by_row(found):
   """Along the last axis XLA:CPU would lay every part out anew, and then the whole."""
   assert set(found["data_model"]["gathered_along"]) == {"0"}
   assert len(found["data_model"]["gathered_along"]) > 4
+
+
+def test_weights_that_stay_whole_are_not_gathered(found):
+  assert found["kept_whole"]["weights_gathered"] == 0
+  assert found["data_model"]["weights_gathered"] > 8
+
+
+def test_a_line_says_how_to_keep_weights_whole(found):
+  (line,) = found["data_model"]["said"]
+  assert "whole_decoder = True" in line and "WHOLE_DECODER" in line
+  assert not found["kept_whole"]["said"] and not found["data"]["said"]

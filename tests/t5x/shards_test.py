@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.linen import partitioning
 
+from calm.t5 import network
 from calm.t5x import shards
+from tests import engine
 
 SHARDS, ROWS = 3, 2
 
@@ -48,3 +51,32 @@ def test_rows_are_split_along_axes_that_divide_them():
 def test_weights_are_gathered_where_a_device_holds_them():
   large = jax.ShapeDtypeStruct((2, shards.APART_BYTES // 4), jnp.float32)
   assert shards.fits({"a": jnp.zeros(3)}) and not shards.fits({"a": large})
+
+
+def test_a_decoder_that_is_kept_whole_lies_along_no_mesh_axis():
+  toy = engine.toy()
+  tokens = jnp.ones((1, 4), jnp.int32)
+  init = network.Transformer(toy.config).init
+  variables = jax.eval_shape(lambda key: init(key, tokens, tokens, tokens), jax.random.key(0))
+  names = lambda made: {
+    jax.tree_util.keystr(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      partitioning.get_axis_names(made["params_axes"]),
+      is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec),
+    )
+  }
+  before, after = names(variables), names(shards.kept_whole(variables))
+  rules = (("vocab", "model"), ("mlp", "model"), ("joined_kv", "model"), ("heads", "model"))
+  rules += (("embed", None), ("kv", None), ("relpos_buckets", None))
+  changed = {path for path in before if before[path] != after[path]}
+  along = {
+    path
+    for path, axes in before.items()
+    if "model" in partitioning.logical_to_mesh_axes(axes, rules)
+  }
+  read = {path for path in along if "'encoder'" not in path}
+  assert before.keys() == after.keys() and changed == read
+  assert len(read) > 10 and len(along) > len(read)
+  for path in read:
+    assert set(partitioning.logical_to_mesh_axes(after[path], rules)) <= {None}
+    assert len(after[path]) == len(before[path])
