@@ -109,13 +109,14 @@ def test_a_stopped_run_goes_on_where_it_was(trained, work):
   assert any(not np.array_equal(before[path], after[path]) for path in before)
 
 
-def infer(work, checkpoint, threshold):
-  name = f"infer_{threshold}"
+def infer(work, checkpoint, threshold, devices=1):
+  name = f"infer_{threshold}_{devices}"
   given = {} if threshold is None else {"THRESHOLD": threshold}
-  run(
+  log = run(
     "-m t5x.infer",
     "configs/runs/local_debian_infer.gin",
     "configs/tasks/debian_synopsis.gin",
+    devices=devices,
     DATA=str(work / "data"),
     CHECKPOINT_PATH=str(checkpoint),
     INFER_OUTPUT_DIR=str(work / name),
@@ -123,6 +124,7 @@ def infer(work, checkpoint, threshold):
     **{"utils.DatasetConfig.batch_size": 8},
     **given,
   )
+  assert "Every batch gathers" not in log
   (file,) = (work / name).glob("*predict_with_aux.jsonl*-of-00001")
   return file
 
@@ -190,6 +192,16 @@ def test_infer_writes_what_calibrate_reads_and_the_sweep_says_the_same(work, tra
     assert (a.prediction, a.exit_layers) == (b.prediction, b.exit_layers)
     assert set(a.exit_layers) == {8} and a.rejected_confidences is None
   assert got.procedure is None and cached.procedure is not None
+
+
+def test_infer_on_a_model_axis_restores_a_whole_decoder_and_writes_the_same(work, trained):
+  """On a CPU T5X puts every device on its model axis; no batch gathers weights."""
+  read = lambda file: [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+  one, four = (read(infer(work, trained[2], GRID[1], devices)) for devices in (1, 4))
+  assert len(one) == len(four) == 12
+  for row, same in zip(one, four, strict=True):
+    assert row["inputs"] == same["inputs"] and row["prediction"] == same["prediction"]
+    assert row["aux"]["exit_layers"] == same["aux"]["exit_layers"]
 
 
 def test_the_procedure_is_that_of_calm_infer_and_so_are_the_outputs(work, trained, swept):
