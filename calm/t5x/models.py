@@ -271,17 +271,13 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     return decodes, {"scores": scores, **found}
 
   def _splits_rows(self, params: Params) -> bool:
-    asked = self.split_rows
-    return (
-      shards.fits(jax.eval_shape(self._weights, params).decoder) if asked is None else asked
-    )
-
-  @property
-  def _num_pieces(self) -> int:
-    return self.output_vocabulary.vocab_size
+    if self.split_rows is not None:
+      return self.split_rows
+    return shards.fits(jax.eval_shape(self._weights, params).decoder)
 
   def _weights(self, params: Params) -> program.ModelWeights:
-    return program.model_weights(params, self.config, self._num_pieces, self.shortlist)
+    num_pieces = self.output_vocabulary.vocab_size
+    return program.model_weights(params, self.config, num_pieces, self.shortlist)
 
   def _encode(self, params, weights: program.ModelWeights, tokens: jax.Array) -> caches.Encoded:
     encoded = network.encode(params, self.config, tokens)
