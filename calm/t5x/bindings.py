@@ -5,6 +5,7 @@ to touch. Our class is another configurable to gin; what theirs was bound to is 
 This module does not import T5X.
 """
 
+import contextlib
 import functools
 import inspect
 from typing import Any
@@ -18,6 +19,15 @@ def of(configurable: Any) -> dict[str, Any]:
     return gin.get_bindings(configurable)  # pyright: ignore[reportPrivateImportUsage]
   except ValueError:  # not registered
     return {}
+
+
+def only_infers() -> bool:
+  """Whether gin binds a run of T5X's infer.py or eval.py: one that trains nothing."""
+  for name in ("infer.output_dir", "evaluate.output_dir"):
+    with contextlib.suppress(ValueError):  # not registered, or not bound
+      gin.query_parameter(name)
+      return True
+  return False
 
 
 def configured(configurable: Any) -> Any:

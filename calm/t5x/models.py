@@ -72,7 +72,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     objective: objectives.Objective | None = None,
     engine: engines.Engine | None = None,
     split_rows: bool | None = None,
-    whole_decoder: bool = False,
+    whole_decoder: bool | None = None,
     matmul_precision: str | None = None,
   ):
     """T5X's arguments, and what early exit adds.
@@ -105,6 +105,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
         are. None splits where those weights take at most `shards.APART_BYTES`.
       whole_decoder: for inference on a mesh with a model axis: where rows are split, whether
         the decoder's weights stay whole on every device, so that no batch has to gather them.
+        None: where gin binds T5X's infer.py or eval.py.
       matmul_precision: of products of float32 matrices in decoding: 'default', 'high' or
         'highest'; None takes what JAX is configured to. A calibration records it.
 
@@ -143,7 +144,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     self.objective = objective
     self.engine = engine
     self.split_rows = split_rows
-    self.whole_decoder = whole_decoder
+    self.whole_decoder = bindings.only_infers() if whole_decoder is None else whole_decoder
     self.matmul_precision = matmul_precision
 
   @property

@@ -101,7 +101,7 @@ def whole(params: Params, mesh: Any, dtype: Any, at_rest: bool = False) -> Param
   if count > 1:
     logging.getLogger(__name__).warning(
       "Every batch gathers the decoder's weights, which lie along the model axis; for inference"
-      " bind `whole_decoder = True` (WHOLE_DECODER after early_exit.gin) and they stay whole."
+      " give the model `whole_decoder = True`, and they stay whole on every device."
     )
   put = lambda leaf, *spec: jax.lax.with_sharding_constraint(
     leaf, sharding.NamedSharding(mesh, sharding.PartitionSpec(*spec))

@@ -182,3 +182,17 @@ def test_bindings_of_our_own_methods_go_before_those_of_t5x():
   assert not isinstance(model.predict_batch_with_aux, functools.partial)
   assert np.isinf(model.threshold) and isinstance(model.rule, exits.DynamicExits)
   assert model.rule.measure == confidence.Softmax()
+
+
+@pytest.mark.parametrize(
+  ("run", "given", "whole"),
+  [(FINETUNE, None, False), (INFER, None, True), (INFER, False, False), (FINETUNE, True, True)],
+)
+def test_a_decoder_stays_whole_where_t5x_only_infers(run, given, whole):
+  lines = [SMALL, run, OURS, "INFER_OUTPUT_DIR = '/tmp/none'", NETWORK]
+  if given is not None:
+    lines += [
+      "from calm.t5x import models as calm_models",
+      f"calm_models.EncoderDecoderModel.whole_decoder = {given}",
+    ]
+  assert model_of(*lines).whole_decoder == whole
