@@ -10,7 +10,7 @@ take, exits at every layer too, to t5x_compile.json beside it. With `--devices` 
 model): the model in the box and real prompts in T5X's partitioned step on virtual CPU devices,
 a process for each mesh and kind of text, to scripts/results/t5x_mesh.json; what that file holds
 of the same versions and repeats is kept. Our decoder's weights stay whole on every device, as
-with T5X's infer.py; --gathered and --whole_mesh are the other ways. Medians of
+with t5x/infer.py; --gathered and --whole_mesh are the other ways. Medians of
 repeats that take turns, in one process. Needs T5X.
 """
 

@@ -22,7 +22,7 @@ def of(configurable: Any) -> dict[str, Any]:
 
 
 def only_infers() -> bool:
-  """Whether gin binds a run of T5X's infer.py or eval.py: one that trains nothing."""
+  """Whether gin binds a run of t5x/infer.py or t5x/eval.py: one that trains nothing."""
   for name in ("infer.output_dir", "evaluate.output_dir"):
     with contextlib.suppress(ValueError):  # not registered, or not bound
       gin.query_parameter(name)

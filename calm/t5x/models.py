@@ -105,7 +105,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
         are. None splits where those weights take at most `shards.APART_BYTES`.
       whole_decoder: for inference on a mesh with a model axis: where rows are split, whether
         the decoder's weights stay whole on every device, so that no batch has to gather them.
-        None: where gin binds T5X's infer.py or eval.py.
+        None: where gin binds t5x/infer.py or t5x/eval.py.
       matmul_precision: of products of float32 matrices in decoding: 'default', 'high' or
         'highest'; None takes what JAX is configured to. A calibration records it.
 
