@@ -104,8 +104,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
         weights whole, exchanging nothing; otherwise every step is the whole mesh's, as T5X's
         are. None splits where those weights take at most `shards.APART_BYTES`.
       whole_decoder: for inference on a mesh with a model axis: where rows are split, whether
-        the decoder's weights stay whole on every device, so that no batch has to gather them.
-        None: where gin binds t5x/infer.py or t5x/eval.py.
+        the decoder's weights stay whole on every device (2 GiB of float32 at most), so that no
+        batch gathers them. None: where gin binds t5x/infer.py or t5x/eval.py.
       matmul_precision: of products of float32 matrices in decoding: 'default', 'high' or
         'highest'; None takes what JAX is configured to. A calibration records it.
 
@@ -219,7 +219,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
 
     with calls.precision(self.matmul_precision):
       axes = shards.row_axes(mesh, num_rows) if self._splits_rows(params) else ()
-      whole = functools.partial(shards.whole, at_rest=self.whole_decoder)
+      at_rest = self.whole_decoder and shards.may_stay_whole(params)
+      whole = functools.partial(shards.whole, at_rest=at_rest)
       weights = self._weights(whole(params, mesh, self.config.dtype) if axes else params)
       encoded = self._encode(params, weights, batch["encoder_input_tokens"])
     threshold = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), (num_rows,))
@@ -277,8 +278,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     return shards.fits(jax.eval_shape(self._weights, params).decoder)
 
   def _weights(self, params: Params) -> program.ModelWeights:
-    num_pieces = self.output_vocabulary.vocab_size
-    return program.model_weights(params, self.config, num_pieces, self.shortlist)
+    pieces = self.output_vocabulary.vocab_size
+    return program.model_weights(params, self.config, pieces, self.shortlist)
 
   def _encode(self, params, weights: program.ModelWeights, tokens: jax.Array) -> caches.Encoded:
     encoded = network.encode(params, self.config, tokens)

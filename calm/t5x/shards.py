@@ -38,12 +38,14 @@ _SPLIT_BY_ROWS = ("out", "wo")
 
 # Decoders larger than this are decoded across devices: half of a TPU v3 core's memory.
 APART_BYTES = 8 * 2**30
+# Decoders stored in more do not stay whole between batches: T5 1.1 large's do, XL's does not.
+KEPT_BYTES = 2 * 2**30
 
 
-def fits(weights: Any) -> bool:
-  """Whether every device can hold these weights whole."""
+def fits(weights: Any, limit: int = APART_BYTES) -> bool:
+  """Whether every device can hold these weights whole: in `limit` bytes at most."""
   sizes = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
-  return sum(sizes) <= APART_BYTES
+  return sum(sizes) <= limit
 
 
 def row_axes(mesh: Any, num_rows: Any) -> tuple[str, ...]:
@@ -62,6 +64,18 @@ def row_axes(mesh: Any, num_rows: Any) -> tuple[str, ...]:
   return ()
 
 
+def may_stay_whole(params: Params) -> bool:
+  """Whether every device can hold what loops read, in float32, whole between batches too.
+
+  Counted in float32 whatever it is restored in, so that a model's first variables and its
+  checkpoint have one answer.
+  """
+  read = {part: params[part] for part in READ_IN_LOOPS}
+  return fits(
+    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), read), KEPT_BYTES
+  )
+
+
 def kept_whole(variables: Any) -> Any:
   """Variables of a model whose decoder every device is to keep whole.
 
@@ -71,7 +85,10 @@ def kept_whole(variables: Any) -> Any:
   Returns:
     The same with axes renamed in those of the decoder and the embedding: to "kv", which T5X's
     rules lay along no mesh axis, and which its Adafactor factors as those that it replaces.
+    As they are where they may not stay whole.
   """
+  if not may_stay_whole(variables["params"]):
+    return variables
   rename = lambda axes: axes.replace(
     names=sharding.PartitionSpec(*("kv" if n in _ALONG_MODEL else n for n in axes.names))
   )

@@ -53,6 +53,13 @@ def test_weights_are_gathered_where_a_device_holds_them():
   assert shards.fits({"a": jnp.zeros(3)}) and not shards.fits({"a": large})
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_large_parameters_do_not_stay_whole_whatever_they_are_stored_in(dtype):
+  shaped = lambda size: {"token_embedder": {}, "decoder": jax.ShapeDtypeStruct((size,), dtype)}
+  assert shards.may_stay_whole(shaped(shards.KEPT_BYTES // 4))
+  assert not shards.may_stay_whole(shaped(shards.KEPT_BYTES // 4 + 1))
+
+
 def test_a_decoder_that_is_kept_whole_lies_along_no_mesh_axis():
   toy = engine.toy()
   tokens = jnp.ones((1, 4), jnp.int32)
