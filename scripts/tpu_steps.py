@@ -65,6 +65,8 @@ class Step:
     layers: of either stack, 0: the shape's.
     dtype: of activations.
     vocabulary: pieces.
+    whole: whether a decoder lies whole on every core between batches, as in T5X's inference
+      (`whole_decoder`); else its weights are gathered once a batch.
   """
 
   kind: str
@@ -77,6 +79,7 @@ class Step:
   layers: int = 0
   dtype: str = "bfloat16"
   vocabulary: int = 32128
+  whole: bool = False
 
   @property
   def config(self) -> network.T5Config:
@@ -112,6 +115,8 @@ class Step:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     init = functools.partial(network.Transformer(self.config).init, enable_dropout=False)
     made = jax.eval_shape(init, jax.random.key(0), tokens, tokens, tokens)
+    if self.whole:
+      made = shards.kept_whole(made)
     names = flax_core.unfreeze(partitioning.get_axis_names(made["params_axes"]))
     to_mesh = lambda _, spec: partitioning.logical_to_mesh_axes(spec, RULES)
     return self.along(made["params"], jax.tree.map(to_mesh, made["params"], names))
@@ -149,7 +154,8 @@ class Step:
     def predict(params, tokens, prefix, threshold):
       decoder = {name: params[name] for name in ("token_embedder", "decoder")}
       if axes:
-        decoder = shards.whole(decoder, self.mesh.abstract_mesh, config.dtype)
+        mesh = self.mesh.abstract_mesh
+        decoder = shards.whole(decoder, mesh, config.dtype, at_rest=self.whole)
       weights = program_lib.model_weights({**params, **decoder}, config)
       encoded = network.encode(params, config, tokens)
       encoded = caches.cross_attention_inputs(weights.decoder, config, encoded, tokens)
@@ -247,6 +253,8 @@ STEPS: Mapping[str, Step] = {
   "large_train": Step("stage one", "large", "v3:4x4", 2),
   "large_classifier": Step("stage two", "large", "v3:4x4", 2),
   "large_decode": Step("decode", "large", "v3:4x4", 2),
+  "base_infer": Step("decode", "base", model=2, whole=True),
+  "large_infer": Step("decode", "large", model=2, whole=True),
   "xl_train": Step("stage one", "xl", "v3:8x8", 8),
   "xl_classifier": Step("stage two", "xl", "v3:8x8", 8),
   "xl_decode": Step("decode", "xl", "v3:8x8", 8),

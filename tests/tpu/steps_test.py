@@ -3,6 +3,7 @@
 Real widths, few layers and a small vocabulary, but for one of the paper's runs as it is.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -48,6 +49,23 @@ def test_each_core_decodes_rows_of_its_own_and_moves_no_cache(topology):
   assert not tpu_hlo.collectives(module)
   weight = config.emb_dim * config.num_heads * config.head_dim
   assert not [x.text for x in tpu_hlo.moved(module, weight)]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_inference_keeps_the_decoder_whole_on_every_core_and_gathers_no_weight(topology):
+  """As T5X's inference has it with `whole_decoder`; without, each batch gathers the weights."""
+  step = tpu_steps.Step("decode", "small", topology, layers=2, model=2, **SMALL)
+  gathered, kept = compiled(step), compiled(dataclasses.replace(step, whole=True))
+
+  def exchanged_by_decoder(made):
+    module = tpu_hlo.parse(made.as_text())
+    found = [x for x in module.within(module.entry) if x.opcode in tpu_hlo.COLLECTIVES]
+    assert found  # the encoder's
+    return [x.text for x in found if "/encoder/" not in x.text]
+
+  assert exchanged_by_decoder(gathered) and not exchanged_by_decoder(kept)
+  stored = lambda made: made.memory_analysis().argument_size_in_bytes
+  assert stored(gathered) < stored(kept)
 
 
 def test_one_of_the_papers_runs_fits_a_core():
