@@ -2,6 +2,7 @@ r"""How fast exact decoding from a model's own exits is, beside the full model.
 
 Random weights agree with themselves about nothing, so acceptance is forced: a coin with the
 given chance says whether a draft is accepted, and everything is computed as if it were asked.
+Every repeat throws other coins.
 The packed model decodes real prompts, one at a time, and its texts are compared.
 
   python scripts/benchmark_exact.py --shapes=small --chances=0.74,0.84 --results=exact_small
@@ -52,11 +53,13 @@ class Forced:
   Attributes:
     inner: the passes.
     chance: that a draft is accepted, [].
+    text: its number, which says where the coins begin, [].
     sure: whether drafts are as good as certain whatever the chance; else they say the chance.
   """
 
   inner: Any
   chance: jax.Array
+  text: jax.Array
   sure: bool
 
   def __getattr__(self, name: str) -> Any:
@@ -77,7 +80,7 @@ class Forced:
     inner = dataclasses.replace(drafted, work=work[1])
     verdict, cache = self.inner.verify(work[1], cache, inner, threshold)
     coins = jnp.asarray(np.random.default_rng(3).random(997), jnp.float32) < self.chance
-    at = work[0][:, None] + jnp.arange(drafted.tokens.shape[1])[None, :]
+    at = work[0][:, None] + jnp.arange(drafted.tokens.shape[1])[None, :] + 101 * self.text
     accepted = drafted.made[None, :] & coins[at % 997]
     # The model's own answer stays in use, or it would not be computed.
     token = jnp.where(accepted, drafted.tokens, verdict.token)
@@ -92,10 +95,10 @@ class ForcedProgram:
   sure: bool
 
   @compiled.method()
-  def decode(self, weights, encoded, active, chance, prior):
+  def decode(self, weights, encoded, active, chance, text, prior):
     """As `Program.decode`."""
     made = self.program.passes(weights, encoded, jnp.ones(()))
-    forced = Forced(made.passes, chance, self.sure)
+    forced = Forced(made.passes, chance, text, self.sure)
     return dataclasses.replace(made, passes=forced, prior=prior).decode(active).generation
 
 
@@ -104,21 +107,23 @@ class Texts:
   """Decodes a batch again and again, as `Predictor.generate` decodes one batch after another.
 
   Attributes:
-    decode: given the chance that a text's first draft is accepted.
+    decode: given a text's number and what is expected of its drafts.
     learns: whether a batch begins with what those before it had; else as the first of all.
-    prior: that chance.
+    prior: that expectation.
+    number: of the next text.
   """
 
-  decode: Callable[[np.float32], Any]
+  decode: Callable[[np.int32, drafting.Prior], Any]
   learns: bool
-  prior: float = drafting.PRIOR
+  prior: drafting.Prior = drafting.UNKNOWN
+  number: int = 0
 
   def __call__(self) -> Any:
-    made = self.decode(np.float32(self.prior))
+    made = self.decode(np.int32(self.number), jax.tree.map(np.float32, self.prior))
+    self.number += 1
     if self.learns:
-      self.prior = drafting.learned(
-        self.prior, jax.device_get(made.verification.share).tolist()
-      )
+      seen = jax.device_get(made.verification)
+      self.prior = drafting.learned(self.prior, seen.share, seen.trust)
     return made
 
 
@@ -199,13 +204,12 @@ def forced_rows(shape: str, size: int, flags: argparse.Namespace) -> list[dict[s
   ]
 
 
-def row(setting, name, seconds, base, tokens, generation) -> dict[str, Any]:
+def row(setting, name, seconds, base, tokens, generations) -> dict[str, Any]:
   """One row of the table; `base` are full depth's seconds in the same repeats."""
-  seen = generation.verification
-  passes = None if seen is None else float(np.mean(seen.passes))
-  share = None
-  if seen is not None:
-    share = float(np.sum(seen.drafted) / max(np.sum(seen.drafts), 1))
+  seen = [made.verification for made in generations if made.verification is not None]
+  passes = float(np.mean([one.passes for one in seen])) if seen else None
+  drafts = sum(int(np.sum(one.drafts)) for one in seen)
+  share = sum(int(np.sum(one.drafted)) for one in seen) / max(drafts, 1) if seen else None
   middle = statistics.median(seconds)
   return {
     "setting": setting,
@@ -219,14 +223,17 @@ def row(setting, name, seconds, base, tokens, generation) -> dict[str, Any]:
 
 
 def in_turn(timed: dict[str, Callable[[], Any]], repeats: int):
-  """Seconds of every repeat, and what each made."""
+  """Seconds of every repeat, and what was made in it."""
   seconds: dict[str, list[float]] = {name: [] for name in timed}
-  made = {name: jax.device_get(run()) for name, run in timed.items()}
+  made: dict[str, list[Any]] = {name: [] for name in timed}
+  for run in timed.values():
+    jax.block_until_ready(run())
   for repeat in range(repeats):
     for name in list(timed)[:: 1 if repeat % 2 else -1]:
       start = time.perf_counter()
-      jax.block_until_ready(timed[name]())
+      generation = jax.block_until_ready(timed[name]())
       seconds[name].append(time.perf_counter() - start)
+      made[name].append(jax.device_get(generation))
   return seconds, made
 
 

@@ -1,10 +1,10 @@
-"""How many tokens to draft before a pass verifies them: as many as have paid so far.
+"""How many tokens to draft before a pass verifies them: as many as are likely to be accepted.
 
-Drafts that are refused cost a pass of several positions for one token. Where the share of
-accepted drafts says that one position at a time is fastest, nothing is drafted, and now and
-then a draft is made beside the full model's token to see whether that has changed. Where pass
-after pass emits one token, as where the draft head is sure of nothing, ever more steps of the
-full model come between them.
+Drafts that are refused cost a pass of several positions for one token. What a draft's
+confidence is worth is learned as the text goes on: heads of early layers may be too modest or
+too sure. Every pass makes one draft; where that one, by what is known of it, is not worth
+another position, the pass has one position, like a step of the full model. Where pass after
+pass emits one token, ever more steps of the full model come between them.
 """
 
 import dataclasses
@@ -12,77 +12,151 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
-# Before a text has a draft: so likely is one to be accepted, as surely as so many certain ones
-# would say. Hopeful, for a text of ten tokens has no time to find out; the texts before it may
-# know better (`learned`), for which that counts as so many texts.
-PRIOR, PRIOR_TRIALS, PRIOR_TEXTS = 0.9, 1.5, 2.0
-# Tokens a second of a pass with drafts, over those without, from which drafts are made at all.
-MARGIN = 1.0
-# Most steps between two passes, as a multiple of `Plan.probe_every`.
-MOST_STEPS = 4
+Numbers = Sequence[float] | np.ndarray
+
+# That a draft is accepted of which nothing is known.
+CHANCE = 0.9
+# Weights of the prior: so many drafts of a row, so much in the sums of `Odds.trust`, so many
+# texts. Little, for a text of ten tokens has no time to find out.
+PRIOR_TRIALS, PRIOR_TRUST, PRIOR_TEXTS = 1.0, 0.1, 2.0
+# Confidences are held between these: what is said to be certain must still be able to err.
+MODEST, SURE = 0.02, 0.9
+# A pass of several positions must promise this many times the tokens a second of one.
+MARGIN = 1.04
+# One more position must give this much of the tokens a second that the pass has without it.
+LEAST_GAIN = 0.9
+# Most steps between two passes.
+MOST_STEPS = 32
 # What a trial still weighs after the next one: about the last twenty count.
 MEMORY = 0.95
+
+
+@struct.dataclass
+class Prior:
+  """What is expected of a text's drafts before it has any.
+
+  Attributes:
+    chance: that a draft is accepted, [].
+    trust: odds that a draft is accepted over those that its confidence says, [] above 0.
+  """
+
+  chance: Float[Array, ""] | float
+  trust: Float[Array, ""] | float
+
+
+# Hopeful, and confidences taken at their word.
+UNKNOWN = Prior(CHANCE, 1.0)
 
 
 @struct.dataclass
 class Odds:
   """Drafts of each row that met the full model's token, the recent ones weighing more.
 
-  Each weighs what its confidence says: where the draft head knew that it might be wrong, its
-  being wrong tells little of the others.
-
   Attributes:
-    accepted, tried: [batch] float32.
-    prior: the chance that a draft is accepted of which nothing is known yet, [].
+    accepted, tried: their number, [batch] float32.
+    modest: the sum of 1 - c over the accepted ones, c a draft's confidence, [batch].
+    wrong: the sum of c over the refused ones, [batch].
+    prior: of drafts of which nothing is known yet.
   """
 
   accepted: Float[Array, " batch"]
   tried: Float[Array, " batch"]
-  prior: Float[Array, ""] | float = PRIOR
+  modest: Float[Array, " batch"]
+  wrong: Float[Array, " batch"]
+  prior: Prior
 
-  def add(self, accepted: jax.Array, confidences: jax.Array) -> "Odds":
+  @classmethod
+  def none(cls, batch_size: int, prior: Prior) -> "Odds":
+    """Before the first draft."""
+    zeros = jnp.zeros((batch_size,), jnp.float32)
+    prior = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), prior)
+    return cls(zeros, zeros, zeros, zeros, prior)
+
+  def add(self, tried: jax.Array, accepted: jax.Array, confidences: jax.Array) -> "Odds":
     """With the trials of one more pass, [batch, window].
 
     Args:
-      accepted: whether the draft was, bool.
-      confidences: of the draft; 0 where none was tried.
+      tried: whether there was a draft that met the full model's token, bool.
+      accepted: whether it was accepted, bool.
+      confidences: of the drafts.
     """
-    new = jnp.sum(confidences, axis=1)
-    old = jnp.float32(MEMORY) ** new
-    agreed = jnp.sum(jnp.where(accepted, confidences, 0.0), axis=1)
-    return Odds(self.accepted * old + agreed, self.tried * old + new, self.prior)
+    number = jnp.sum(tried, axis=1, dtype=jnp.float32)
+    old = jnp.float32(MEMORY) ** number
+    said = jnp.clip(confidences, MODEST, SURE)
+    right, refused = tried & accepted, tried & ~accepted
+    return Odds(
+      self.accepted * old + jnp.sum(right, axis=1, dtype=jnp.float32),
+      self.tried * old + number,
+      self.modest * old + jnp.sum(jnp.where(right, 1.0 - said, 0.0), axis=1),
+      self.wrong * old + jnp.sum(jnp.where(refused, said, 0.0), axis=1),
+      self.prior,
+    )
 
   @property
   def share(self) -> jax.Array:
-    """The chance that a row's next draft is accepted, [batch] below 1."""
-    share = (self.accepted + self.prior * PRIOR_TRIALS) / (self.tried + PRIOR_TRIALS)
+    """The chance that a draft of a row is accepted, [batch] below 1."""
+    share = (self.accepted + self.prior.chance * PRIOR_TRIALS) / (self.tried + PRIOR_TRIALS)
     return jnp.minimum(share, 0.999)
 
+  @property
+  def trust(self) -> jax.Array:
+    """Odds that a draft is accepted, over those that its confidence says, [batch].
 
-def learned(prior: float, shares: Sequence[float]) -> float:
+    sum (accepted) (1 - c) / sum (refused) c: what makes confidences right in the mean if every
+    draft's odds are as many times theirs (Mantel and Haenszel 1959).
+    """
+    root = jnp.sqrt(self.prior.trust)
+    return (self.modest + PRIOR_TRUST * root) / (self.wrong + PRIOR_TRUST / root)
+
+  def chance(self, confidences: Float[Array, " batch"]) -> jax.Array:
+    """The chance that a draft of this confidence is accepted, [batch]."""
+    said = jnp.clip(confidences, MODEST, SURE)
+    trusted = self.trust * said
+    return trusted / (1.0 - said + trusted)
+
+
+def learned(prior: Prior, shares: Numbers, trusts: Numbers) -> Prior:
   """The prior of the texts after these.
 
   Args:
-    prior: what those began with, a chance.
-    shares: `Odds.share` of each when it had ended.
+    prior: what those began with.
+    shares, trusts: `Odds.share` and `Odds.trust` of each when it had ended.
   """
-  return (PRIOR_TEXTS * prior + sum(shares)) / (PRIOR_TEXTS + len(shares))
+  texts = PRIOR_TEXTS + len(shares)
+  chance = (PRIOR_TEXTS * prior.chance + np.sum(shares)) / texts
+  logs = PRIOR_TEXTS * np.log(prior.trust) + np.sum(np.log(trusts))
+  return Prior(float(chance), float(np.exp(logs / texts)))
 
 
 @struct.dataclass
-class Planned:
-  """One pass.
+class Reach:
+  """How far the drafts of a pass are likely to be read.
 
   Attributes:
-    count: most positions that it has, [].
-    probes: whether a draft is made even at the last of them, to learn from it, [] bool.
+    chances: that all drafts of a row so far are accepted, [batch]; 0 of rows that do not count.
+    tokens: what the pass's positions so far are expected to emit, of all rows, [].
   """
 
-  count: jax.Array
-  probes: jax.Array
+  chances: jax.Array
+  tokens: jax.Array
+
+  @classmethod
+  def of_first(cls, active: jax.Array) -> "Reach":
+    """Before the first draft, of rows [batch] that are active."""
+    chances = active.astype(jnp.float32)
+    return cls(chances, jnp.sum(chances))
+
+  def after(self, chances: jax.Array) -> "Reach":
+    """With one more draft of every row, accepted with these chances [batch]."""
+    return Reach(self.chances * chances, self.tokens)
+
+  def extended(self) -> "Reach":
+    """With one more position, which reads the last draft."""
+    return Reach(self.chances, self.tokens + jnp.sum(self.chances))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,28 +165,23 @@ class Plan:
 
   Attributes:
     costs: seconds of a pass of 1, 2, ... positions, in any unit.
-    probe_every: steps without a draft between two passes that have one to learn from, or more
-      where the passes before were in vain.
-    hope: `MARGIN` of a text that nothing is known of yet, below which none has drafts.
+    hope: no text has drafts unless the best pass, where nothing is known yet, has more than so
+      many times the tokens a second of one position.
     adapts: False: always as many positions as there are costs.
   """
 
   costs: tuple[float, ...]
-  probe_every: int = 8
-  hope: float = MARGIN
+  hope: float = 1.0
   adapts: bool = True
 
-  def steps(self, planned: Planned, idle: jax.Array) -> jax.Array:
+  def steps(self, idle: jax.Array) -> jax.Array:
     """Steps of the full model before the next pass, [].
 
     Args:
-      planned: that pass.
       idle: passes since the last one that emitted two tokens of any row, [].
     """
     # 0, 0, 1, 2, 4 ...: two unsure drafts in turn are no news.
-    backing_off = 2 ** jnp.minimum(idle, 8) // 4
-    least = jnp.where(planned.count == 1, self.probe_every, 0)
-    return jnp.minimum(jnp.maximum(least, backing_off), MOST_STEPS * self.probe_every)
+    return jnp.minimum(2 ** jnp.minimum(idle, 8) // 4, MOST_STEPS)
 
   @property
   def hopes(self) -> bool:
@@ -121,25 +190,32 @@ class Plan:
     With many rows a pass of several positions costs about as many times a step, and only drafts
     that are nearly all accepted would pay, in every row.
     """
-    tokens = (sum(PRIOR**i for i in range(n)) for n in range(1, len(self.costs) + 1))
+    tokens = (sum(CHANCE**i for i in range(n)) for n in range(1, len(self.costs) + 1))
     rates = [emitted / cost for emitted, cost in zip(tokens, self.costs, strict=True)]
     return not self.adapts or max(rates) > self.hope * rates[0]
 
-  def __call__(self, odds: Odds, active: jax.Array) -> Planned:
-    """The next pass.
+  def goes_on(self, at: jax.Array, reach: Reach, odds: Odds) -> jax.Array:
+    """Whether the pass should have one more position, [] bool.
 
     Args:
+      at: positions that it has, less one, [] below the most.
+      reach: with the draft of the last of them.
       odds: of every row.
-      active: rows that count, [batch] bool.
     """
     if not self.adapts:
-      return Planned(jnp.int32(len(self.costs)), jnp.zeros((), bool))
-    # A pass of n positions emits 1 + a + ... + a^(n - 1) tokens of a row in the mean.
-    powers = jnp.cumprod(jnp.tile(odds.share[:, None], (1, len(self.costs) - 1)), axis=1)
-    more = jnp.cumsum(jnp.where(active[:, None], powers, 0.0), axis=1)
-    one = jnp.sum(active, dtype=jnp.float32)
-    emitted = jnp.concatenate([one[None], one + jnp.sum(more, axis=0)])
-    rates = emitted / jnp.asarray(self.costs, jnp.float32)
-    pays = jnp.max(rates) > MARGIN * rates[0]
-    count = jnp.where(pays, jnp.argmax(rates).astype(jnp.int32) + 1, 1)
-    return Planned(count, count == 1)
+      return jnp.ones((), bool)
+    costs = jnp.asarray(self.costs, jnp.float32)
+    now, next_one = costs[at], costs[jnp.minimum(at + 1, len(costs) - 1)]
+    more = jnp.sum(reach.chances) / (next_one - now)
+    return jnp.where(
+      at == 0, self._opens(reach, odds, costs), more >= LEAST_GAIN * reach.tokens / now
+    )
+
+  def _opens(self, reach: Reach, odds: Odds, costs: jax.Array) -> jax.Array:
+    """Whether some number of positions above one gives more tokens a second than one."""
+    # After its first draft a row emits 1 + a + ... + a^(n - 2) tokens more of n positions.
+    accepted = jnp.tile(odds.share[:, None], (1, len(self.costs) - 2))
+    powers = jnp.cumprod(jnp.pad(accepted, ((0, 0), (1, 0)), constant_values=1.0), axis=1)
+    further = jnp.sum(reach.chances[:, None] * jnp.cumsum(powers, axis=1), axis=0)
+    rates = (reach.tokens + further) / costs[1:]
+    return jnp.max(rates) > MARGIN * reach.tokens / costs[0]

@@ -34,12 +34,14 @@ class Verification:
       as many as the row that goes on longest.
     share: the chance that one more would have been accepted, as `drafting.Odds` estimates it,
       [batch] float32.
+    trust: odds of that over those that its confidence would have said, likewise.
   """
 
   drafted: Bool[AnyArray, "batch length"]
   passes: Int[AnyArray, " batch"]
   drafts: Int[AnyArray, " batch"]
   share: Float[AnyArray, " batch"]
+  trust: Float[AnyArray, " batch"]
 
 
 @struct.dataclass

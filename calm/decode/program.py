@@ -13,7 +13,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
-from calm.decode import compiled, engines, loop, verified, verified_passes
+from calm.decode import compiled, drafting, engines, loop, verified, verified_passes
 from calm.t5 import caches, decoder_weights, network
 from calm.t5.config import Params
 
@@ -98,7 +98,7 @@ class Program:
     encoded: caches.Encoded,
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
-    prior: Float[Array, ""] | None = None,
+    prior: drafting.Prior | None = None,
   ) -> "loop.DecodingState | verified.VerifiedState":
     """Decodes greedily and returns the final state, caches filled (not compiled)."""
     if isinstance(self.rule, exits.Verified):
@@ -122,7 +122,7 @@ class Program:
     encoded: caches.Encoded,
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
-    prior: Float[Array, ""] | None = None,
+    prior: drafting.Prior | None = None,
   ) -> loop.Generation:
     """Decodes greedily.
 
@@ -131,8 +131,8 @@ class Program:
       encoded: from `encode`.
       active: rows that hold a prompt; the others are padding of the batch.
       threshold: lambda, [] or one a row; `schedules.NEVER_EXIT` runs every layer.
-      prior: of `exits.Verified`: the chance that a text's first draft is accepted, []; the
-        texts do not depend on it. None: nothing is known.
+      prior: of `exits.Verified`: what is expected of a text's drafts; the texts do not depend
+        on it. None: nothing is known.
     """
     return self.decode_state(weights, encoded, active, threshold, prior).generation
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import sharding
 
-from calm.decode import compiled, loop
+from calm.decode import compiled, drafting, loop
 from calm.decode import program as program_lib
 from calm.t5 import caches
 
@@ -89,13 +89,13 @@ class ShardedProgram:
     encoded: caches.Encoded,
     active: jax.Array | np.ndarray,
     threshold: jax.Array | np.ndarray,
-    prior: jax.Array | np.ndarray | None = None,
+    prior: drafting.Prior | None = None,
   ) -> loop.Generation:
     """As `Program.decode`, for as many rows as `active` has."""
     rows, threshold = self._rows(len(active)), jnp.asarray(threshold)
     if threshold.ndim:
       threshold = _pad(threshold, rows)
-    known = () if prior is None else (jnp.asarray(prior),)
+    known = () if prior is None else (jax.tree.map(jnp.asarray, prior),)
     made = self._decode(weights, encoded, _pad(active, rows), threshold, *known)
     return jax.tree.map(lambda leaf: leaf[: len(active)], made)
 

@@ -7,6 +7,7 @@ drafts that are refused is written over before it is read.
 """
 
 import dataclasses
+import functools
 from typing import Any, Protocol
 
 import jax
@@ -38,6 +39,23 @@ class Drafted:
   made: jax.Array
   work: Any
   cache: Any
+
+
+@struct.dataclass
+class _Drafting:
+  """The carry of a pass's drafting.
+
+  Attributes:
+    drafted: so far.
+    token: what the next position reads, [batch].
+    reach: how likely it is to be read.
+    goes_on: whether there is a next position, [] bool.
+  """
+
+  drafted: Drafted
+  token: jax.Array
+  reach: drafting.Reach
+  goes_on: jax.Array
 
 
 @struct.dataclass
@@ -119,7 +137,7 @@ class Verifying:
     eos_id: the token that ends a row.
     prefix: tokens that every row is given, 0 where it is free, [batch, length]; None: none.
       They are read in passes like drafts, end nothing and count for nothing.
-    prior: the chance that the first draft of a text is accepted, [].
+    prior: what is expected of a text's drafts before it has any.
   """
 
   passes: Passes
@@ -129,7 +147,7 @@ class Verifying:
   length: int
   eos_id: Any
   prefix: Int[Array, "batch length"] | None = None
-  prior: Float[Array, ""] | float = drafting.PRIOR
+  prior: drafting.Prior = drafting.UNKNOWN
 
   def decode(self, active: Bool[Array, " batch"]) -> VerifiedState:
     """Decodes every active row; the others stay empty and never vote.
@@ -151,14 +169,16 @@ class Verifying:
       state.generation,
       scores=jnp.sum(state.log_probabilities, axis=-1),
       verification=dataclasses.replace(
-        self._seen(state), share=jnp.where(active, state.odds.share, 0.0)
+        self._seen(state),
+        share=jnp.where(active, state.odds.share, 0.0),
+        trust=jnp.where(active, state.odds.trust, 0.0),
       ),
     )
     return dataclasses.replace(state, generation=generation)
 
   def _steps(self, state: VerifiedState) -> VerifiedState:
     """Where drafts do not pay: some steps of the full model, as it takes them."""
-    steps = self.plan.steps(self.plan(state.odds, state.active), state.idle)
+    steps = self.plan.steps(state.idle)
     # With slack every position has its draft.
     steps = jnp.where(self._every, 0, steps)
 
@@ -211,9 +231,9 @@ class Verifying:
     columns = jnp.zeros((len(active), self.length), jnp.float32)
     generation = dataclasses.replace(
       loop.empty_generation(len(active), self.length),
-      verification=loop.Verification(columns > 0, zeros, zeros, floats),
+      verification=loop.Verification(columns > 0, zeros, zeros, floats, floats),
     )
-    odds = drafting.Odds(floats, floats, jnp.asarray(self.prior, jnp.float32))
+    odds = drafting.Odds.none(len(active), self.prior)
     cache = self.passes.empty()
     idle = jnp.zeros((), jnp.int32)
     return VerifiedState(zeros, zeros, active, generation, columns, odds, idle, cache)
@@ -243,18 +263,15 @@ class Verifying:
       log_probabilities=_put(
         state.log_probabilities, verdict.log_probability, state.positions, count
       ),
-      odds=state.odds.add(verdict.accepted, jnp.where(tried, drafted.confidences, 0.0)),
+      odds=state.odds.add(tried, verdict.accepted, drafted.confidences),
       idle=jnp.where(jnp.any(count > 1), 0, state.idle + 1),
       cache=cache,
     )
 
   def _draft(self, state: VerifiedState) -> Drafted:
-    """Tokens drafted one after the other, as many as the plan says or confidence allows."""
-    window, batch = self.rule.window, state.current.shape[0]
-    plan, every = self.plan(state.odds, state.active), self._every
-    left = jnp.where(state.active, self.length - state.positions, 0)
-    given = self._given(state.positions)
-    start = Drafted(
+    """Tokens drafted one after the other, as many as the plan or confidence allows."""
+    batch, window = len(state.current), self.rule.window
+    nothing = Drafted(
       count=jnp.zeros((), jnp.int32),
       tokens=jnp.zeros((batch, window), jnp.int32),
       confidences=jnp.zeros((batch, window), jnp.float32),
@@ -262,30 +279,38 @@ class Verifying:
       work=self.passes.begin(state.positions),
       cache=state.cache,
     )
+    reach = drafting.Reach.of_first(state.active)
+    begun = _Drafting(nothing, state.current, reach, jnp.ones((), bool))
+    given = self._given(state.positions)
+    one = functools.partial(self._draft_one, state, given)
+    return lax.while_loop(lambda carry: carry.goes_on, one, begun).drafted
 
-    def one(carry):
-      now, token, _ = carry
-      at = now.count
-      wanted = every | (at + 1 < plan.count) | plan.probes
-      made, work, cache = self.passes.draft(now.work, now.cache, token, at, wanted)
-      put = lambda array, column: lax.dynamic_update_slice_in_dim(
-        array, column[:, None], at, axis=1
-      )
-      now = Drafted(
-        at + 1,
-        put(now.tokens, made.token),
-        put(now.confidences, made.confidence),
-        lax.dynamic_update_slice_in_dim(now.made, wanted[None], at, axis=0),
-        work,
-        cache,
-      )
-      known = lax.dynamic_index_in_dim(given, at, axis=1, keepdims=False)
-      goes_on = (made.confidence >= self.rule.stop_below) & (made.token != self.eos_id)
-      goes_on = jnp.any((goes_on | (known > 0)) & (at + 1 < left)) & (at + 1 < plan.count)
-      return now, jnp.where(known > 0, known, made.token), goes_on
-
-    carry = start, state.current, jnp.ones((), bool)
-    return lax.while_loop(lambda carry: carry[2], one, carry)[0]
+  def _draft_one(self, state: VerifiedState, given: jax.Array, carry: _Drafting) -> _Drafting:
+    """One more position of a pass; `given` is the prefix at its positions, [batch, window]."""
+    now, at = carry.drafted, carry.drafted.count
+    is_last = at + 1 >= self.rule.window
+    wanted = self._every | ~is_last
+    made, work, cache = self.passes.draft(now.work, now.cache, carry.token, at, wanted)
+    put = lambda array, column: lax.dynamic_update_slice_in_dim(
+      array, column[:, None], at, axis=1
+    )
+    now = Drafted(
+      at + 1,
+      put(now.tokens, made.token),
+      put(now.confidences, made.confidence),
+      lax.dynamic_update_slice_in_dim(now.made, wanted[None], at, axis=0),
+      work,
+      cache,
+    )
+    known = lax.dynamic_index_in_dim(given, at, axis=1, keepdims=False)
+    has_room = state.active & (state.positions + at + 1 < self.length)
+    is_given = has_room & (known > 0)
+    follows = (made.confidence >= self.rule.stop_below) & (made.token != self.eos_id)
+    chances = jnp.where(has_room & follows, state.odds.chance(made.confidence), 0.0)
+    reach = carry.reach.after(jnp.where(is_given, 1.0, chances))
+    pays = jnp.any(reach.chances > 0) & self.plan.goes_on(at, reach, state.odds)
+    token = jnp.where(known > 0, known, made.token)
+    return _Drafting(now, token, reach.extended(), (pays | jnp.any(is_given)) & ~is_last)
 
   def _emits(self, state: VerifiedState, drafted: Drafted, leads: jax.Array) -> jax.Array:
     """Which positions of the pass become tokens, [batch, window].
@@ -318,6 +343,7 @@ class Verifying:
       passes=seen.passes + state.active.astype(jnp.int32),
       drafts=seen.drafts + jnp.where(state.active, drafts, 0),
       share=seen.share,
+      trust=seen.trust,
     )
     depth = jnp.where(free, self.passes.num_layers, 0)
     return loop.Generation(

@@ -200,10 +200,8 @@ def _plan(task: engines.Task, rule: exits.Verified) -> drafting.Plan:
     drafts = positions * below + (positions - 1) * short
     # A turn of the loop takes about a layer's time besides.
     costs.append(layer + _rows(batch) * drafts + _rows(batch * size) * (above + head))
-  # A step that learns from a draft costs its head besides: some fiftieth of the time.
-  every = 8 if short < 0.16 * costs[0] else 16
-  hope = drafting.MARGIN if batch <= 8 else MANY_ROWS_HOPE
-  return drafting.Plan(tuple(costs), every, hope, rule.adapts)
+  hope = 1.0 if batch <= 8 else MANY_ROWS_HOPE
+  return drafting.Plan(tuple(costs), hope, rule.adapts)
 
 
 def _rows(rows: int) -> float:

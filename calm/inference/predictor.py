@@ -233,15 +233,15 @@ class Predictor:
     active: np.ndarray,
     threshold: float,
     rule: exits.Rule | None = None,
-    prior: float | None = None,
+    prior: drafting.Prior | None = None,
   ) -> loop.Generation:
     """Decodes the active rows of an encoded batch (`prior`: see `program.Program.decode`);
     numpy arrays come back."""
     program = self.sharded(rule) or self.program(rule)
     # Numpy values go to the device inside the call: a tenth of a millisecond less a batch.
-    values = [np.asarray(x, np.float32) for x in (threshold, prior) if x is not None]
+    level, known = jax.tree.map(np.float32, (threshold, prior))
     with self._precision():
-      generation = program.decode(self.weights, encoded, active, *values)
+      generation = program.decode(self.weights, encoded, active, level, known)
     return jax.device_get(generation)
 
   def resume(
@@ -348,7 +348,7 @@ class Predictor:
     items: dict[int, outputs_lib.Output] = {}
     verified = isinstance(rule or self.options.rule, exits.Verified)
     pooled = self.options.refill and not verified  # whose rows have positions of their own
-    prior = drafting.PRIOR if verified else None
+    prior = drafting.UNKNOWN if verified else None
     for batches in prompt_batches.together(self.plan(texts), pooled=pooled):
       if len(batches) > 1:
         pool = pool_program.PoolProgram(self.program(rule))
@@ -359,8 +359,9 @@ class Predictor:
         decode = functools.partial(self.decode, encoded, active, level, rule, prior)
         generation = clock.run("decode", decode)
         if prior is not None:
-          assert generation.verification is not None  # the rule's
-          prior = drafting.learned(prior, generation.verification.share[active].tolist())
+          seen = generation.verification
+          assert seen is not None  # the rule's
+          prior = drafting.learned(prior, seen.share[active], seen.trust[active])
       for i, row in enumerate(np.concatenate([batch.rows for batch in batches])):
         items[int(row)] = self.output(generation, i, batches[0].tokens.shape[1])
     progress(len(texts), len(texts))

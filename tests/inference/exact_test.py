@@ -9,6 +9,7 @@ import pytest
 from calm import checkpoints, exits, inference
 from calm.calibrate import generations
 from calm.calibrate.losses import sequence_losses
+from calm.decode import drafting
 from calm.inference import calibrating
 from tests.inference import predictor_test
 
@@ -45,17 +46,44 @@ def test_texts_are_the_full_models_and_say_how_they_came_about(model, full):
   assert all(output.passes == 0 and output.drafted == () for output in full)
 
 
-def test_a_text_begins_with_what_those_before_it_had(model, full):
-  """A random model's drafts do not pay: after some texts hardly any is made."""
+def test_a_text_begins_with_what_those_before_it_had(model, full, monkeypatch):
   one = model.with_options(batch_size=1)
   rule = inference.exact_rule(one, 2)
-  together = one.generate(TEXTS[:12], rule=rule)
-  alone = [one.generate([text], rule=rule)[0] for text in TEXTS[:12]]
-  for output, apart, expected in zip(together, alone, full, strict=False):
-    assert output.tokens == apart.tokens == expected.tokens
-  drafts = lambda outputs: sum(output.drafts for output in outputs)
-  assert together[0].drafts == alone[0].drafts
-  assert drafts(together) < 0.7 * drafts(alone)
+  priors, seen = [], []
+  decode = inference.Predictor.decode
+
+  def spy(self, encoded, active, threshold, rule, prior):
+    generation = decode(self, encoded, active, threshold, rule, prior)
+    priors.append(prior)
+    seen.append(generation.verification)
+    return generation
+
+  monkeypatch.setattr(inference.Predictor, "decode", spy)
+  outputs = one.generate(TEXTS[:6], rule=rule)
+  for output, expected in zip(outputs, full, strict=False):
+    assert output.tokens == expected.tokens
+  assert priors[0] == drafting.UNKNOWN != priors[-1]
+  for before, made, after in zip(priors, seen, priors[1:], strict=False):
+    # What is compiled is run again, to be timed.
+    assert after in (before, drafting.learned(before, made.share, made.trust))
+
+
+def test_the_prior_says_how_many_drafts_are_made_and_changes_no_text(model, full):
+  one = model.with_options(batch_size=1)
+  rule = dataclasses.replace(inference.exact_rule(one, 2), stop_below=0.0)
+  batches = [(batch, one.encode(batch)) for batch in one.plan(TEXTS[:6])]
+
+  def drafts(prior):
+    made = 0
+    for batch, encoded in batches:
+      generation = one.decode(encoded, batch.active, 1.0, rule, prior)
+      expected = full[int(batch.rows[0])].tokens
+      assert generation.tokens[0, : len(expected)].tolist() == list(expected)
+      made += int(generation.verification.drafts[0])
+    return made
+
+  # Random drafts: what trust makes of their confidences is all that says whether they pay.
+  assert drafts(drafting.Prior(0.9, 1e-3)) < drafts(drafting.Prior(0.99, 1e4))
 
 
 def test_slack_is_calibrated_from_a_hypothesis_that_is_true(model, full, tmp_path):
