@@ -8,6 +8,7 @@ pass emits one token, ever more steps of the full model come between them.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -112,12 +113,6 @@ class Odds:
     root = jnp.sqrt(self.prior.trust)
     return (self.modest + PRIOR_TRUST * root) / (self.wrong + PRIOR_TRUST / root)
 
-  def chance(self, confidences: Float[Array, " batch"]) -> jax.Array:
-    """The chance that a draft of this confidence is accepted, [batch]."""
-    said = jnp.clip(confidences, MODEST, SURE)
-    trusted = self.trust * said
-    return trusted / (1.0 - said + trusted)
-
 
 def learned(prior: Prior, shares: Numbers, trusts: Numbers) -> Prior:
   """The prior of the texts after these.
@@ -159,6 +154,36 @@ class Reach:
     return Reach(self.chances, self.tokens + jnp.sum(self.chances))
 
 
+@struct.dataclass
+class Planned:
+  """When a pass goes on drafting.
+
+  Attributes:
+    trust: `Odds.trust` of the rows, [batch].
+    needed: of passes of 1, 2, ... positions: chances that all drafts are accepted, summed over
+      the rows, over the tokens expected so far, above which one more position pays,
+      [window - 1].
+  """
+
+  trust: jax.Array
+  needed: jax.Array
+
+  def chance(self, confidences: Float[Array, " batch"]) -> jax.Array:
+    """The chance that a draft of this confidence is accepted, [batch]."""
+    said = jnp.clip(confidences, MODEST, SURE)
+    trusted = self.trust * said
+    return trusted / (1.0 - said + trusted)
+
+  def goes_on(self, at: jax.Array, reach: Reach) -> jax.Array:
+    """Whether the pass should have one more position, [] bool.
+
+    Args:
+      at: positions that it has, less one, [] below the most.
+      reach: with the draft of the last of them.
+    """
+    return jnp.sum(reach.chances) > self.needed[at] * reach.tokens
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """How many positions a pass should have.
@@ -194,28 +219,22 @@ class Plan:
     rates = [emitted / cost for emitted, cost in zip(tokens, self.costs, strict=True)]
     return not self.adapts or max(rates) > self.hope * rates[0]
 
-  def goes_on(self, at: jax.Array, reach: Reach, odds: Odds) -> jax.Array:
-    """Whether the pass should have one more position, [] bool.
+  def __call__(self, odds: Odds, active: jax.Array) -> Planned:
+    """The next pass.
 
     Args:
-      at: positions that it has, less one, [] below the most.
-      reach: with the draft of the last of them.
       odds: of every row.
+      active: rows that count, [batch] bool.
     """
     if not self.adapts:
-      return jnp.ones((), bool)
-    costs = jnp.asarray(self.costs, jnp.float32)
-    now, next_one = costs[at], costs[jnp.minimum(at + 1, len(costs) - 1)]
-    more = jnp.sum(reach.chances) / (next_one - now)
-    return jnp.where(
-      at == 0, self._opens(reach, odds, costs), more >= LEAST_GAIN * reach.tokens / now
-    )
-
-  def _opens(self, reach: Reach, odds: Odds, costs: jax.Array) -> jax.Array:
-    """Whether some number of positions above one gives more tokens a second than one."""
-    # After its first draft a row emits 1 + a + ... + a^(n - 2) tokens more of n positions.
-    accepted = jnp.tile(odds.share[:, None], (1, len(self.costs) - 2))
-    powers = jnp.cumprod(jnp.pad(accepted, ((0, 0), (1, 0)), constant_values=1.0), axis=1)
-    further = jnp.sum(reach.chances[:, None] * jnp.cumsum(powers, axis=1), axis=0)
-    rates = (reach.tokens + further) / costs[1:]
-    return jnp.max(rates) > MARGIN * reach.tokens / costs[0]
+      return Planned(odds.trust, jnp.zeros((len(self.costs) - 1,), jnp.float32))
+    costs = np.array(self.costs)
+    counted = active.astype(jnp.float32)
+    share = jnp.sum(odds.share * counted) / jnp.maximum(jnp.sum(counted), 1.0)
+    # With its first draft a row emits 1 + a + ... + a^(n - 2) tokens more of n positions.
+    powers = itertools.accumulate([share] * (len(costs) - 2), jnp.multiply)
+    further = jnp.cumsum(jnp.stack([jnp.ones_like(share), *powers]))
+    opening = jnp.min(jnp.asarray(MARGIN * costs[1:] / costs[0] - 1.0, jnp.float32) / further)
+    more = LEAST_GAIN * np.diff(costs)[1:] / costs[1:-1]
+    needed = jnp.concatenate([opening[None], jnp.asarray(more, jnp.float32)])
+    return Planned(odds.trust, needed)

@@ -282,10 +282,13 @@ class Verifying:
     reach = drafting.Reach.of_first(state.active)
     begun = _Drafting(nothing, state.current, reach, jnp.ones((), bool))
     given = self._given(state.positions)
-    one = functools.partial(self._draft_one, state, given)
+    plan = self.plan(state.odds, state.active)
+    one = functools.partial(self._draft_one, state, given, plan)
     return lax.while_loop(lambda carry: carry.goes_on, one, begun).drafted
 
-  def _draft_one(self, state: VerifiedState, given: jax.Array, carry: _Drafting) -> _Drafting:
+  def _draft_one(
+    self, state: VerifiedState, given: jax.Array, plan: drafting.Planned, carry: _Drafting
+  ) -> _Drafting:
     """One more position of a pass; `given` is the prefix at its positions, [batch, window]."""
     now, at = carry.drafted, carry.drafted.count
     is_last = at + 1 >= self.rule.window
@@ -306,11 +309,11 @@ class Verifying:
     has_room = state.active & (state.positions + at + 1 < self.length)
     is_given = has_room & (known > 0)
     follows = (made.confidence >= self.rule.stop_below) & (made.token != self.eos_id)
-    chances = jnp.where(has_room & follows, state.odds.chance(made.confidence), 0.0)
+    chances = jnp.where(has_room & follows, plan.chance(made.confidence), 0.0)
     reach = carry.reach.after(jnp.where(is_given, 1.0, chances))
-    pays = jnp.any(reach.chances > 0) & self.plan.goes_on(at, reach, state.odds)
+    goes_on = (plan.goes_on(at, reach) | jnp.any(is_given)) & ~is_last
     token = jnp.where(known > 0, known, made.token)
-    return _Drafting(now, token, reach.extended(), (pays | jnp.any(is_given)) & ~is_last)
+    return _Drafting(now, token, reach.extended(), goes_on)
 
   def _emits(self, state: VerifiedState, drafted: Drafted, leads: jax.Array) -> jax.Array:
     """Which positions of the pass become tokens, [batch, window].

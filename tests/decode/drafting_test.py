@@ -21,12 +21,19 @@ def after(*trials: tuple[bool, float], prior: drafting.Prior | None = None) -> d
   return odds
 
 
+def chance(odds: drafting.Odds, confidence: float) -> float:
+  """That a draft is accepted."""
+  planned = PLAN(odds, jnp.ones(1, bool))
+  return float(planned.chance(jnp.array([confidence]))[0])
+
+
 def count(odds: drafting.Odds, confidence: float, plan: drafting.Plan = PLAN) -> int:
   """Positions of a pass whose every draft has this confidence."""
   reach, at = drafting.Reach.of_first(jnp.ones(1, bool)), 0
+  planned = plan(odds, jnp.ones(1, bool))
   while at + 1 < len(plan.costs):
-    reach = reach.after(odds.chance(jnp.array([confidence])))
-    if not plan.goes_on(jnp.int32(at), reach, odds):
+    reach = reach.after(planned.chance(jnp.array([confidence])))
+    if not planned.goes_on(jnp.int32(at), reach):
       break
     reach, at = reach.extended(), at + 1
   return at + 1
@@ -67,7 +74,7 @@ def test_a_text_begins_with_drafts_that_are_sure():
 
 def test_drafts_that_were_certain_and_refused_are_trusted_less():
   assert count(after((False, 1.0), (False, 1.0)), 1.0) == 1
-  assert float(after((False, 1.0)).chance(jnp.ones(1))[0]) < 0.5
+  assert float(chance(after((False, 1.0)), 1.0)) < 0.5
 
 
 def test_a_refused_draft_that_was_unsure_says_little():
@@ -92,7 +99,7 @@ def test_trust_becomes_the_ratio_of_the_odds_whatever_confidences_are():
   right = random.random(said.shape) < odds / (1 + odds)
   whole = drafting.Odds.none(1, drafting.UNKNOWN).add(np.ones_like(right), right, said)
   assert float(whole.trust[0]) == pytest.approx(3.0, rel=0.15)
-  np.testing.assert_allclose(whole.chance(jnp.array([0.5])), 0.75, atol=0.04)
+  assert chance(whole, 0.5) == pytest.approx(0.75, abs=0.04)
 
 
 def test_texts_before_say_what_to_expect_until_the_text_itself_does():
@@ -118,9 +125,10 @@ def test_rows_that_have_ended_do_not_vote():
   odds = drafting.Odds.none(2, drafting.UNKNOWN).add(trials, right, 0.9 * trials)
 
   def goes_on(*active: bool) -> bool:
+    planned = PLAN(odds, jnp.array(active))
     reach = drafting.Reach.of_first(jnp.array(active))
-    reach = reach.after(odds.chance(jnp.array([0.9, 0.9])))
-    return bool(PLAN.goes_on(jnp.int32(0), reach, odds))
+    reach = reach.after(planned.chance(jnp.array([0.9, 0.9])))
+    return bool(planned.goes_on(jnp.int32(0), reach))
 
   assert goes_on(False, True) and not goes_on(True, False)
 
