@@ -10,8 +10,8 @@ The packed model decodes real prompts, one at a time, and its texts are compared
 
 A rule KxG drafts G tokens at most with K layers. Every repeat runs every row once, the other
 way about every second time; a first round, which compiles, is not counted. Medians, also of the
-ratios to full depth in the same repeat; 'x in all' is the ratio of all repeats' seconds, in which
-texts whose coins were lucky count.
+ratios to full depth in the same repeat; 'x in all' is the ratio of all repeats' seconds, in
+which texts whose coins were lucky count.
 """
 
 import argparse

@@ -70,7 +70,7 @@ class Verified:
       the whole vocabulary.
     stop_below: drafting ends at a draft less probable than this under the draft head, [0, 1].
       A draft costs a fifth to a third of a step of the full model.
-    adapts: whether fewer tokens are drafted, or none, where drafts are refused.
+    adapts: whether fewer tokens are drafted, or none, where drafts are unlikely to be accepted.
     measures: whether every token is drafted, even where no pass can use it, so that the
       refused confidences of a text tell at which slack it would be another. With slack it is.
   """
