@@ -24,6 +24,8 @@ CHANCE = 0.9
 # Weights of the prior: so many drafts of a row, so much in the sums of `Odds.trust`, so many
 # texts. Little, for a text of ten tokens has no time to find out.
 PRIOR_TRIALS, PRIOR_TRUST, PRIOR_TEXTS = 1.0, 0.1, 2.0
+# Of `Prior.trust`: many texts whose drafts were right must not outweigh one's that are wrong.
+LEAST_TRUST, MOST_TRUST = 0.02, 50.0
 # Confidences are held between these: what is said to be certain must still be able to err.
 MODEST, SURE = 0.02, 0.9
 # A pass of several positions must promise this many times the tokens a second of one.
@@ -124,7 +126,8 @@ def learned(prior: Prior, shares: Numbers, trusts: Numbers) -> Prior:
   texts = PRIOR_TEXTS + len(shares)
   chance = (PRIOR_TEXTS * prior.chance + np.sum(shares)) / texts
   logs = PRIOR_TEXTS * np.log(prior.trust) + np.sum(np.log(trusts))
-  return Prior(float(chance), float(np.exp(logs / texts)))
+  trust = np.clip(np.exp(logs / texts), LEAST_TRUST, MOST_TRUST)
+  return Prior(float(chance), float(trust))
 
 
 @struct.dataclass

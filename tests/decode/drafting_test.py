@@ -112,6 +112,17 @@ def test_texts_before_say_what_to_expect_until_the_text_itself_does():
   assert count(after(*((True, 0.9),) * 12, prior=prior), 0.9) > 3
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_many_texts_do_not_outweigh_what_a_text_says_itself(right):
+  prior = drafting.UNKNOWN
+  for _ in range(300):
+    text = after(*((right, 0.9),) * 8, prior=prior)
+    prior = drafting.learned(prior, text.share, text.trust)
+  assert (count(after(prior=prior), 0.9) > 1) == right
+  otherwise = after(*((not right, 0.9),) * (4 if right else 12), prior=prior)
+  assert (count(otherwise, 0.9) > 1) != right
+
+
 def test_what_was_not_tried_counts_for_nothing():
   odds = after((True, 0.7), (False, 0.6))
   same = odds.add(jnp.zeros((1, 2), bool), jnp.array([[True, False]]), jnp.ones((1, 2)))
