@@ -16,8 +16,8 @@ from calm.calibrate.generations import locks
 from calm.calibrate.losses import sequence_losses
 from calm.data import prompt_batches
 from calm.fitting import choose as choose_lib
+from calm.fitting import drafts, heads, inputs, known_tokens, lengths, summary, training
 from calm.fitting import folder as folder_lib
-from calm.fitting import heads, inputs, known_tokens, lengths, summary, training
 from calm.fitting import last as last_lib
 from calm.fitting import splits as splits_lib
 from calm.fitting.listening import Listener, on_screen
@@ -143,7 +143,7 @@ class Fit:
         **choice.best.candidate.options(predictor.options.max_decode_length), grid=choice.grid
       )
     calibration, curve = self._certify(predictor, choice)
-    result, served = self._look(predictor, trained, choice, calibration)
+    predictor, result, served = self._look(predictor, trained, choice, calibration)
     result = dataclasses.replace(result, curve=curve)
     self.folder.write(predictor, result, served, self.options)
     self.listener.say(result.headline(self.options.tolerance))
@@ -217,7 +217,7 @@ class Fit:
     )
 
   def _look(self, predictor, trained, choice, calibration: Calibration | None):
-    """(the result, the calibration that is served)."""
+    """(the model that is served, the result, the calibration that is served)."""
     progress = self._step(LOOK)
     certified_threshold = (
       thresholds_lib.NEVER_EXIT if calibration is None else calibration.threshold
@@ -235,7 +235,10 @@ class Fit:
       choose_lib.part(progress, 0.6, 1.0),
     )
     served = folder_lib.served(calibration, reason, measured)
-    exact = self._exact(predictor) if reason else None
+    exact = None
+    if reason:
+      texts = [prompt.input for prompt in self.splits.last]
+      predictor, exact = drafts.fastest(predictor, texts, self.folder.cache)
     result = Result(
       model=self.model,
       sizes=str(self.splits),
@@ -250,23 +253,9 @@ class Fit:
       seconds=measured,
       last=look.last,
       examples=look.examples,
-      exact=None if exact is None or exact.slower else exact,
+      exact=exact,
     )
-    return result, served
-
-  def _exact(self, predictor) -> seconds.Seconds | None:
-    """Of full depth from the model's own drafts, measured once; None with one layer."""
-    if predictor.num_layers == 1:
-      return None
-    rule = inference.exact_rule(predictor)
-    return self.folder.cache.get(
-      seconds.Seconds,
-      "exact",
-      {"procedure": predictor.procedure.to_json(), "rule": dataclasses.asdict(rule)},
-      lambda: inference.seconds.measure(
-        predictor, [prompt.input for prompt in self.splits.last], 1.0, rule=rule
-      ),
-    )
+    return predictor, result, served
 
   def _seconds(self, predictor, threshold: float, progress) -> seconds.Seconds | None:
     """Of the last part at a certified threshold, measured once; None at full depth."""

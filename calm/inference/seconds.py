@@ -26,6 +26,7 @@ def measure(
   prompts: int | None = None,
   rounds: int | None = None,
   rule: exits.Rule | None = None,
+  base: "predictor_lib.Predictor | None" = None,
   progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Seconds:
   """Times a rule at a threshold against the static full-depth program.
@@ -37,16 +38,21 @@ def measure(
     prompts: most prompts that are timed one at a time; batches take four batches of them.
     rounds: times that each is decoded, after one uncounted that compiles.
     rule: how tokens go through the layers; None is the model's own.
+    base: the model that decodes at full depth, the same but for its output head; None:
+      `predictor`.
     progress: told of the share done.
   """
   prompts, rounds = prompts or PROMPTS, rounds or ROUNDS
   way = (rule or predictor.options.rule, threshold)
-  size = predictor.options.batch_size
+  size, base = predictor.options.batch_size, base or predictor
+  alone = predictor.with_options(batch_size=1)
+  models = (alone if base is predictor else base.with_options(batch_size=1), alone)
   told = lambda share, text: progress(0.6 * share, f"one at a time, {text}")
-  single = _pair(predictor.with_options(batch_size=1), texts, way, prompts, rounds, told)
+  single = _pair(models, texts, way, prompts, rounds, told)
   assert single is not None  # one prompt is a whole batch
   told = lambda share, text: progress(0.6 + 0.4 * share, f"batches of {size}, {text}")
-  batched = _pair(predictor, texts, way, 4 * size, rounds, told) if size > 1 else None
+  models = (base, predictor)
+  batched = _pair(models, texts, way, 4 * size, rounds, told) if size > 1 else None
   return Seconds(single, batched)
 
 
@@ -65,11 +71,16 @@ def exactly(
   """
   few = 2 * predictor.options.batch_size
   told = lambda share, text: None
-  return _pair(predictor, texts, (rule, schedules.NEVER_EXIT), few, 3, told)
+  way = (rule, schedules.NEVER_EXIT)
+  return _pair((predictor, predictor), texts, way, few, 3, told)
 
 
-def _pair(predictor, texts, way, most: int, rounds: int, progress) -> Pair | None:
-  """Both ways, batch by batch; None where there is no whole batch of one length."""
+def _pair(models, texts, way, most: int, rounds: int, progress) -> Pair | None:
+  """Full depth of the first model and `way` of the second, batch by batch.
+
+  None where there is no whole batch of one length.
+  """
+  predictor = models[1]
   batches = _of_one_length(predictor, texts, most)
   if not batches:
     return None
@@ -84,7 +95,7 @@ def _pair(predictor, texts, way, most: int, rounds: int, progress) -> Pair | Non
       for column in (0, 1) if repeat % 2 else (1, 0):
         rule, level = ways[column]
         start = time.perf_counter()
-        predictor.decode(encoded, batch.active, level, rule)
+        models[column].decode(encoded, batch.active, level, rule)
         seconds[repeat, column, number] = time.perf_counter() - start
     progress((number + 1) / len(batches), f"{number + 1} of {len(batches)}")
   # The first round compiled. Of the others the fastest counts, batch by batch: what else the

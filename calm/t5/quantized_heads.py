@@ -7,7 +7,6 @@ than are scored again, the float32 head is asked whole. So the largest logit and
 those of the float32 head; of the others, which only a softmax's sum reads, most are rounded.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
@@ -154,8 +153,3 @@ def quantize(head: Float[Array, "emb pieces"]) -> QuantizedHead:
   seen = codes * scales[:, None]
   left, norms = jnp.linalg.norm(wide - seen, axis=1), jnp.linalg.norm(seen, axis=1)
   return QuantizedHead(rows, codes.astype(jnp.int8), scales, left, norms)
-
-
-def size(head: jax.Array | QuantizedHead) -> float:
-  """Float32 numbers whose reading takes as long as the head's."""
-  return head.codes.size / 4 if isinstance(head, QuantizedHead) else head.size

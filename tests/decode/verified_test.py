@@ -313,3 +313,21 @@ def test_a_missing_shortlist_is_named():
   made = dataclasses.replace(made, weights=dataclasses.replace(made.weights, decoder=none))
   with pytest.raises(ValueError, match="shortlist"):
     engine.run(made, exits.Verified(2))
+
+
+@pytest.mark.parametrize(
+  ("head_dtype", "least", "most"), [(None, 1.7, 2.2), ("int8", 1.0, 1.4)]
+)
+def test_many_positions_cost_a_large_head_little_more_than_one_where_it_is_in_8_bits(
+  head_dtype, least, most
+):
+  """XLA:CPU multiplies one row in 8 bits as eight: what decides how far drafts go."""
+  sizes = toys.Config(vocab_size=16384, num_pieces=16384)
+  made = engine.of_params(toys.params(sizes, seed=1), sizes)
+  weights = program_lib.model_weights(
+    made.params, made.config, None, SHORTLIST, head_dtype=head_dtype
+  )
+  program = program_lib.Program(made.config, exits.Verified(2), engine.LENGTH, 1)
+  encoded = engine.encode(made, engine.PROMPTS[:1])
+  plan = program.passes(weights, encoded, jnp.ones(())).plan
+  assert least < plan.costs[-1] / plan.costs[0] < most
