@@ -12,10 +12,13 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int, Int8
 
+from calm.t5 import platforms
+
 # Pieces that are scored again, most.
 CANDIDATES = 32
-# 8-bit products have at least so many rows: XLA:CPU multiplies fewer number by number.
-LEAST_ROWS = 8
+# 8-bit products have at least so many rows: XLA:CPU multiplies a single one number by number,
+# and two in half the time in which it reads the float32 head for one.
+LEAST_ROWS = 2
 # Codes lie in -127 ... 127; what the first code of a state leaves is coded again, finer, where
 # there are rows to spare.
 _CODES, _FINER = 127.0, 254.0
@@ -94,7 +97,7 @@ class QuantizedHead:
 
   def _products(self, codes: Float[Array, "rows emb"]) -> Float[Array, "rows pieces"]:
     """Sums of products of codes, which 32 bits hold."""
-    padding = max(0, LEAST_ROWS - len(codes))
+    padding = max(0, _least_rows() - len(codes))
     codes = jnp.pad(codes.astype(jnp.int8), ((0, padding), (0, 0)))
     sums = lax.dot_general(
       codes, self.codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
@@ -107,13 +110,18 @@ class QuantizedHead:
     return lax.dot_general(states, rows, (((1,), (1,)), ((), ())))
 
 
+def _least_rows() -> int:
+  """Rows that take no longer than one."""
+  return max(LEAST_ROWS, platforms.least_rows())
+
+
 def _coded(
   states: Float[Array, "batch emb"],
 ) -> tuple[list[Float[Array, "batch emb"]], list[Float[Array, "batch 1"]]]:
   """Codes of states, and what they are multiplied with: their sum is nearly the states."""
   step = jnp.maximum(jnp.max(jnp.abs(states), axis=1, keepdims=True), 1e-30) / _CODES
   coarse = jnp.round(states / step)
-  if 2 * len(states) > LEAST_ROWS:
+  if 2 * len(states) > _least_rows():
     return [coarse], [step]
   return [coarse, jnp.round((states / step - coarse) * _FINER)], [step, step / _FINER]
 

@@ -315,19 +315,17 @@ def test_a_missing_shortlist_is_named():
     engine.run(made, exits.Verified(2))
 
 
-@pytest.mark.parametrize(
-  ("head_dtype", "least", "most"), [(None, 1.7, 2.2), ("int8", 1.0, 1.4)]
-)
-def test_many_positions_cost_a_large_head_little_more_than_one_where_it_is_in_8_bits(
-  head_dtype, least, most
-):
-  """XLA:CPU multiplies one row in 8 bits as eight: what decides how far drafts go."""
+def test_a_large_head_in_8_bits_makes_steps_and_passes_cheaper():
+  """XLA:CPU takes half a float32 row's time for up to two rows in 8 bits, and one for eight."""
   sizes = toys.Config(vocab_size=16384, num_pieces=16384)
   made = engine.of_params(toys.params(sizes, seed=1), sizes)
-  weights = program_lib.model_weights(
-    made.params, made.config, None, SHORTLIST, head_dtype=head_dtype
-  )
-  program = program_lib.Program(made.config, exits.Verified(2), engine.LENGTH, 1)
   encoded = engine.encode(made, engine.PROMPTS[:1])
-  plan = program.passes(weights, encoded, jnp.ones(())).plan
-  assert least < plan.costs[-1] / plan.costs[0] < most
+  program = program_lib.Program(made.config, exits.Verified(2), engine.LENGTH, 1)
+  costs = []
+  for head_dtype in (None, "int8"):
+    weights = program_lib.model_weights(
+      made.params, made.config, None, SHORTLIST, head_dtype=head_dtype
+    )
+    costs.append(np.array(program.passes(weights, encoded, jnp.ones(())).plan.costs))
+  ratio = costs[1] / costs[0]
+  assert 0.5 < ratio[0] < 0.65 and np.all(ratio[1:] < 0.65)
