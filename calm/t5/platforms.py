@@ -2,6 +2,8 @@
 
 import contextlib
 import contextvars
+import functools
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,8 +27,12 @@ def laid_out_for(platform: str) -> Iterator[None]:
     _PLATFORM.reset(token)
 
 
+def _on(platform: str) -> bool:
+  return (_PLATFORM.get() or jax.default_backend()) == platform
+
+
 def _on_tpu() -> bool:
-  return (_PLATFORM.get() or jax.default_backend()) == "tpu"
+  return _on("tpu")
 
 
 def heads_beside() -> bool:
@@ -86,3 +92,21 @@ def product(
   if not isinstance(rows, int) or rows >= least_rows():
     return x @ matrix
   return (jnp.pad(x, ((0, least_rows() - rows), (0, 0))) @ matrix)[:rows]
+
+
+def multiplies_unsigned() -> bool:
+  """Whether 8-bit products are faster where one side has no sign.
+
+  So it is with x86's VNNI instructions: XLA:CPU takes 0.5, 1.0 and 2.6 ms for 2, 8 and 32 rows
+  of T5 1.1 small's head where two signed sides take 0.6, 1.7 and 4.6. Elsewhere it may have no
+  kernel for them.
+  """
+  return _on("cpu") and _has_vnni()
+
+
+@functools.cache
+def _has_vnni() -> bool:
+  try:
+    return "vnni" in pathlib.Path("/proc/cpuinfo").read_text("utf-8", "replace")
+  except OSError:  # not Linux
+    return False

@@ -10,7 +10,7 @@ those of the float32 head; of the others, which only a softmax's sum reads, most
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int, Int8
+from jaxtyping import Array, Float, Int, Int8, Int32, Shaped
 
 from calm.t5 import platforms
 
@@ -22,6 +22,8 @@ LEAST_ROWS = 2
 # Codes lie in -127 ... 127; what the first code of a state leaves is coded again, finer, where
 # there are rows to spare.
 _CODES, _FINER = 127.0, 254.0
+# Added to codes that must have no sign.
+_SHIFT = 128
 # Of float32 sums, relative to the norms of what is multiplied.
 _ROUNDING = 1e-5
 # Pieces of which one is looked at first, where the largest are sought.
@@ -48,6 +50,7 @@ class QuantizedHead:
   Attributes:
     rows: the head, transposed, in the dtype of the matrices.
     codes: its pieces in 8 bits.
+    sums: of each piece's codes.
     scales: what a piece's codes are multiplied with.
     left: norms of what the codes leave of the pieces.
     norms: norms of what they do not leave.
@@ -55,6 +58,7 @@ class QuantizedHead:
 
   rows: Float[Array, "pieces emb"]
   codes: Int8[Array, "pieces emb"]
+  sums: Int32[Array, " pieces"]
   scales: Float[Array, " pieces"]
   left: Float[Array, " pieces"]
   norms: Float[Array, " pieces"]
@@ -98,16 +102,31 @@ class QuantizedHead:
   def _products(self, codes: Float[Array, "rows emb"]) -> Float[Array, "rows pieces"]:
     """Sums of products of codes, which 32 bits hold."""
     padding = max(0, _least_rows() - len(codes))
-    codes = jnp.pad(codes.astype(jnp.int8), ((0, padding), (0, 0)))
-    sums = lax.dot_general(
-      codes, self.codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
-    )
+    codes = jnp.pad(codes, ((0, padding), (0, 0)))
+    if platforms.multiplies_unsigned():  # (c + 128) w = c w + 128 w
+      unsigned = (codes + _SHIFT).astype(jnp.uint8)
+      sums = _dot(unsigned, self.codes) - _SHIFT * self.sums[None, :]
+    else:
+      sums = _dot(codes.astype(jnp.int8), self.codes)
     return sums.astype(jnp.float32)
 
   def whole(self, states: Float[Array, "batch emb"]) -> Float[Array, "batch pieces"]:
     """Logits of the float32 head."""
     rows = self.rows.astype(states.dtype)
     return lax.dot_general(states, rows, (((1,), (1,)), ((), ())))
+
+
+def _dot(
+  rows: Shaped[Array, "rows emb"], pieces: Int8[Array, "pieces emb"]
+) -> Int32[Array, "rows pieces"]:
+  return lax.dot_general(
+    rows,
+    pieces,
+    (((1,), (1,)), ((), ())),
+    # Without an algorithm JAX makes 32-bit numbers of 8-bit ones of which one side has a sign.
+    precision=lax.DotAlgorithmPreset.DEFAULT,
+    preferred_element_type=jnp.int32,
+  )
 
 
 def _least_rows() -> int:
@@ -160,4 +179,6 @@ def quantize(head: Float[Array, "emb pieces"]) -> QuantizedHead:
   codes = jnp.round(wide / scales[:, None])
   seen = codes * scales[:, None]
   left, norms = jnp.linalg.norm(wide - seen, axis=1), jnp.linalg.norm(seen, axis=1)
-  return QuantizedHead(rows, codes.astype(jnp.int8), scales, left, norms)
+  narrow = codes.astype(jnp.int8)
+  sums = jnp.sum(narrow, axis=1, dtype=jnp.int32)
+  return QuantizedHead(rows, narrow, sums, scales, left, norms)

@@ -316,7 +316,7 @@ def test_a_missing_shortlist_is_named():
 
 
 def test_a_large_head_in_8_bits_makes_steps_and_passes_cheaper():
-  """XLA:CPU takes half a float32 row's time for up to two rows in 8 bits, and one for eight."""
+  """XLA:CPU takes at most half a float32 row's time for two rows in 8 bits, one for eight."""
   sizes = toys.Config(vocab_size=16384, num_pieces=16384)
   made = engine.of_params(toys.params(sizes, seed=1), sizes)
   encoded = engine.encode(made, engine.PROMPTS[:1])
@@ -328,4 +328,4 @@ def test_a_large_head_in_8_bits_makes_steps_and_passes_cheaper():
     )
     costs.append(np.array(program.passes(weights, encoded, jnp.ones(())).plan.costs))
   ratio = costs[1] / costs[0]
-  assert 0.5 < ratio[0] < 0.65 and np.all(ratio[1:] < 0.65)
+  assert 0.2 < ratio[0] < 0.65 and np.all(ratio[1:] < 0.65)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from calm.t5 import quantized_heads
+from calm.t5 import platforms, quantized_heads
 
 EMB, PIECES = 24, 200
 
@@ -24,8 +24,39 @@ def head_and_states(seed: int, batch: int, outlier: float = 1.0):
   return head, states
 
 
+@pytest.fixture(params=[False, True], ids=["signed", "unsigned"])
+def unsigned(request, monkeypatch):
+  """Both ways to multiply, whatever the machine likes."""
+  monkeypatch.setattr(platforms, "multiplies_unsigned", lambda: request.param)
+  return request.param
+
+
+def test_products_without_a_sign_are_the_same_numbers(monkeypatch):
+  head, states = head_and_states(0, 5, 100.0)
+  made = quantized_heads.quantize(jnp.asarray(head))
+  found = []
+  for unsigned in (False, True):
+    monkeypatch.setattr(platforms, "multiplies_unsigned", lambda unsigned=unsigned: unsigned)
+    text = jax.jit(lambda states: made.rounded(states)).lower(states).as_text()
+    # 8 bits reach the product: JAX makes 32 of them where it is not told otherwise.
+    side = "ui8" if unsigned else "i8"
+    assert re.search(rf"dot_general.*<5x{EMB}x{side}>, tensor<{PIECES}x{EMB}xi8>\) -> ", text)
+    found.append(np.asarray(made.rounded(jnp.asarray(states)).logits))
+  np.testing.assert_array_equal(*found)
+
+
+def test_only_a_cpu_with_the_instructions_multiplies_without_a_sign(monkeypatch):
+  monkeypatch.setattr(platforms, "_has_vnni", lambda: True)
+  assert platforms.multiplies_unsigned() == (jax.default_backend() == "cpu")
+  with platforms.laid_out_for("tpu"):
+    assert not platforms.multiplies_unsigned()
+  monkeypatch.setattr(platforms, "_has_vnni", lambda: False)
+  assert not platforms.multiplies_unsigned()
+
+
 @pytest.mark.parametrize("batch", [1, 3, 8, 17])
 @pytest.mark.parametrize("outlier", [1.0, 100.0])
+@pytest.mark.usefixtures("unsigned")
 def test_the_largest_logit_is_the_full_heads(batch, outlier):
   logits = jax.jit(lambda head, states: head.logits(states))
   for seed in range(20):
