@@ -212,8 +212,8 @@ def _head(head: jax.Array | quantized_heads.QuantizedHead, rows: int) -> float:
   """Time of the head over so many rows, in float32 numbers that are read for one.
 
   8 bits beside one row in float32, on two CPU cores (products of T5 1.1 small's head): 2 rows
-  0.3 of its time, 4 rows 0.3, 8 rows 0.5, 16 rows 0.8, 32 rows 1.4; about twice as much where
-  both sides have a sign. One row takes as long as 2.
+  0.3 of its time, 4 rows 0.3, 8 rows 0.5, 16 rows 0.8, 32 rows 1.4; 1.3 to 1.9 times as much
+  where both sides have a sign. One row takes as long as 2.
   """
   if not isinstance(head, quantized_heads.QuantizedHead):
     return _rows(rows) * head.size

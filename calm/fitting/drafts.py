@@ -14,8 +14,8 @@ def fastest(
 ) -> tuple[inference.Predictor, seconds.Seconds | None]:
   """The model that decodes its full texts fastest, one at a time, and its measured seconds.
 
-  A pass over drafts asks the head about several positions, which in 8 bits cost hardly more
-  than one: where a large head is as fast either way at full depth, it may not be so here. The
+  A pass over drafts asks the head about several positions, of which 8 bits save more time than
+  of one: where a large head is as fast either way at full depth, it may not be so here. The
   texts are the same.
 
   Args:

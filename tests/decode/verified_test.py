@@ -12,6 +12,7 @@ import pytest
 from calm import exits
 from calm.decode import program as program_lib
 from calm.exits import schedules
+from calm.t5 import platforms
 from tests import engine, reference_verified, toys
 
 SHORTLIST = (1, *(i for i in range(3, 40) if i % 4))
@@ -315,8 +316,10 @@ def test_a_missing_shortlist_is_named():
     engine.run(made, exits.Verified(2))
 
 
-def test_a_large_head_in_8_bits_makes_steps_and_passes_cheaper():
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_a_large_head_in_8_bits_makes_steps_and_passes_cheaper(unsigned, monkeypatch):
   """XLA:CPU takes at most half a float32 row's time for two rows in 8 bits, one for eight."""
+  monkeypatch.setattr(platforms, "multiplies_unsigned", lambda: unsigned)
   sizes = toys.Config(vocab_size=16384, num_pieces=16384)
   made = engine.of_params(toys.params(sizes, seed=1), sizes)
   encoded = engine.encode(made, engine.PROMPTS[:1])

@@ -8,15 +8,8 @@ from calm.calibrate import seconds
 from calm.exits import schedules
 from calm.fitting import drafts, heads
 from calm.paper.bench import results
-from tests.inference import predictor_test
 
 TEXTS = ["some words", "other words", "more of them"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-  directory = predictor_test.save(tmp_path_factory.mktemp("drafts") / "toy")
-  return inference.load(directory, **predictor_test.OPTIONS)
 
 
 @pytest.fixture

@@ -6,15 +6,8 @@ import pytest
 from calm import inference
 from calm.calibrate import Prompt
 from calm.fitting import heads
-from tests.inference import predictor_test
 
 PROMPTS = [Prompt(f"p{i}", f"some words {i}", (), f"g{i}") for i in range(3)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-  directory = predictor_test.save(tmp_path_factory.mktemp("heads") / "toy")
-  return inference.load(directory, **predictor_test.OPTIONS)
 
 
 def test_both_heads_are_timed_on_the_same_prompts(model, monkeypatch):
