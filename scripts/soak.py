@@ -6,11 +6,13 @@ r"""A long life in one process: many shapes, many predictors, many prompts.
 batches: the packed model decodes batches of random sizes and lengths, every measure in its turn
 and more shapes than programs are kept, and every text is compared with the same text decoded
 alone: tokens and exits are equal, or their first difference is a tie (`soak_measures.is_tie`).
-A measure's threshold is the median of the confidences that full depth refuses. predictors:
-opened one after the other, each with programs of its own. prompts: `calm infer` over a long
-list with a toy. Memory maps, file descriptors and resident memory are read from /proc; the
-second half of a part must not need more than the first, but for a tenth. The exit status is 1
-where that, or a text, does not hold.
+A measure's threshold is the median of the confidences that full depth refuses. Every shape is
+met once before anything is counted: a program that was dropped is loaded from the disk, and a
+loaded one takes half as much room again as one that was compiled. predictors: opened one after
+the other, each with programs of its own. prompts: `calm infer` over a long list with a toy.
+Memory maps, file descriptors and resident memory are read from /proc; the second half of a part
+must not need more than the first, but for a tenth. The exit status is 1 where that, or a text,
+does not hold.
 """
 
 import argparse
@@ -105,13 +107,12 @@ def batches(flags: argparse.Namespace, rng: random.Random) -> tuple[list[list], 
   """Random batches of the packed model, the measures taking turns."""
   start = time.monotonic()
   options = {"max_decode_length": 8, "max_input_length": 64}
-  subjects = []
+  subjects, compiled.LIMIT = [], flags.programs
   for name in flags.measures.split(","):
     subject = soak_measures.Subject(name, texts(rng, flags.texts), flags.most_rows, **options)
     subjects.append(subject)
+    subject.meet_shapes()
     print(f"{name} at {subject.threshold:g}: {subject.layers}", flush=True)
-  compiled.drop_all()
-  compiled.LIMIT = flags.programs
   seen, counted = [usage()], program_count()
   for done in range(flags.batches):
     subjects[done // flags.turn % len(subjects)].decode(rng)
@@ -122,7 +123,7 @@ def batches(flags: argparse.Namespace, rng: random.Random) -> tuple[list[list], 
     if time.monotonic() - start > flags.seconds:
       break
   compiled.LIMIT = 128
-  found = halves(seen[len(seen) // 10 :])  # once most shapes have been met
+  found = halves(seen)
   lines = [
     [f"{each.name} at {each.threshold:g}", each.batches, each.layers, *[""] * 4, each.says, ""]
     for each in subjects

@@ -124,6 +124,16 @@ class Subject:
     self._models = [resized(model, size) for size in range(1, most_rows + 1)]
     self.batches = self.rows = self.different = self.ties = 0
 
+  def meet_shapes(self) -> None:
+    """Decodes a batch of every size and padded length, so that each program was compiled once.
+
+    What was compiled is later loaded from the disk, and takes half as much room again.
+    """
+    of_length = {self._models[0].plan([t])[0].tokens.shape[1]: t for t in self._alone}
+    for size, model in enumerate(self._models, start=1):
+      for text in of_length.values():
+        model.generate([text] * size, threshold=self.threshold)
+
   def decode(self, rng: random.Random) -> None:
     """A batch of random texts and size."""
     chosen = rng.choices(self._texts, k=rng.randint(1, len(self._models)))
