@@ -112,6 +112,9 @@ class Served:
 
     if self._looked:
       return
+    if not self._drafts:  # two ways to full depth: nothing to compare
+      self._looked, self._given_up = True, self._why_no_drafts()
+      return
     texts = [prompt.input for prompt in self._sample]
     found = inference.seconds.exactly(self.predictor, texts, rule)
     self._looked = True
@@ -121,6 +124,15 @@ class Served:
         f" Drafts made it x{found.speedup:.2f} as fast as full depth by itself, so that they"
         f" were given up after {_count(self._done, 'prompt')}."
       )
+
+  def _why_no_drafts(self) -> str:
+    size = self.predictor.options.batch_size
+    if size == 1:
+      return ""
+    return (
+      f" No draft was made: in batches of {size} a pass over several positions costs about as"
+      " much as so many steps. --batch_size=1 makes drafts where they are worth it."
+    )
 
   def _add(self, outputs, caught: Sequence[warnings.WarningMessage]) -> None:
     self._done += len(outputs)
@@ -164,13 +176,13 @@ class Served:
       f" start-up {self._startup:.1f} s and compilation {timing.compile_seconds:.1f} s"
       f" ({_count(timing.compilations, 'program')})."
     )
-    if self._passes:
+    if self._drafts:
       say(
         f"{self._passed / self._passes:.2f} tokens a pass of all layers; of"
         f" {_count(self._drafts, 'draft')} {self._drafted / max(self._drafts, 1):.0%} were"
         " accepted."
       )
-    elif self._tokens:
+    elif self._tokens and not self._passes:
       say(f"Costs by formula, decoder only: {self._costs}.")
     self._say_seconds(say)
     if self._exact:

@@ -15,6 +15,7 @@ from calm import calibrate, inference
 from calm.calibrate import seconds
 from calm.calibrate.generations import files
 from calm.commands import cli, serving
+from calm.decode import compiled, verified_passes
 from calm.inference import predictor
 from tests.commands import toy
 
@@ -265,6 +266,21 @@ def test_drafts_that_do_not_pay_are_given_up(
   drafted = [line for line in lines if "passes" in line]
   rate = sum(len(line["tokens"]) for line in drafted) / sum(line["passes"] for line in drafted)
   assert f"{rate:.2f} tokens a pass" in said
+
+
+def test_batches_that_draft_nothing_say_so(calm_infer, tmp_path, monkeypatch, capsys):
+  """Nothing is compared there: both would be full depth."""
+  monkeypatch.setattr(serving, "MEASURED_PROMPTS", 7)
+  monkeypatch.setattr(verified_passes, "MANY_ROWS", 1)
+  monkeypatch.setattr(verified_passes, "MANY_ROWS_HOPE", 1e9)
+  monkeypatch.setattr(inference.seconds, "exactly", lambda *asked: pytest.fail("measured"))
+  monkeypatch.setattr(f"{__name__}.DECODE", [*toy.DECODE, "--exact"])
+  compiled.drop_all()  # those with other plans
+  calm_infer(f"--output={tmp_path / 'exact.jsonl'}")
+  said = " ".join(capsys.readouterr().err.split())
+  assert "No draft was made: in batches of 2" in said and "--batch_size=1 makes" in said
+  assert "given up" not in said and "tokens a pass" not in said
+  compiled.drop_all()
 
 
 def test_what_is_read_is_never_replaced(model, tmp_path, capsys):
