@@ -16,8 +16,8 @@ def draw(result: Result, options: FitOptions) -> figures.Figure | None:
     axes.plot(layers, [p.risk for p in points], marker="o", color="#0072b2", label="mean loss")
     bounds = [p.bound for p in points]
     axes.plot(layers, bounds, linestyle="--", color="#d55e00", label="upper bound")
-    axes.axhline(options.tolerance, color=figures.INK, linewidth=0.9, linestyle=":")
-    axes.text(max(layers), options.tolerance, "tolerance ", ha="right", va="bottom")
+    promised = {"color": figures.INK, "linewidth": 0.9, "linestyle": ":"}
+    axes.axhline(options.tolerance, label="tolerance", **promised)
     for point in points:
       if point.threshold == result.certified_threshold:
         axes.plot(
