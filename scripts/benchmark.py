@@ -76,7 +76,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     "--measures", type=words, default=("classifier", "probe", "state", "shortlist", "softmax")
   )
   add("--engines", type=words, default=tuple(systems.ENGINES), help="ways of running the loop")
-  add("--head_dtypes", type=words, default=("", "int8"), help="of ours; int8 also, as rows")
+  add("--readings", type=words, default=("int8",), help=f"ours too: {dict(models.READINGS)}")
   add("--num_devices", type=int, default=1, help="ours also over so many CPU devices")
   add("--thresholds", type=floats, default=(), help="real exits too, at these thresholds")
   add("--systems", type=words, default=(), help="only rows that contain one of these words")
@@ -90,9 +90,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   add("--output", help="writes OUTPUT.json and OUTPUT.md")
   add("--results", help="writes scripts/results/RESULTS.json, for scripts/tables.py")
   parsed = parser.parse_args(arguments)
-  unknown = set(parsed.shapes) - set(models.SHAPES)
+  unknown = set(parsed.shapes) - set(models.SHAPES) | set(parsed.readings) - set(
+    models.READINGS
+  )
   if unknown or parsed.repeats < 1:
-    parser.error(f"Expected shapes among {models.SHAPES} and a repeat or more, got {unknown}.")
+    parser.error(
+      f"Expected shapes among {models.SHAPES}, readings among {tuple(models.READINGS)} and a"
+      f" repeat or more, got {unknown}."
+    )
   return parsed
 
 
@@ -159,18 +164,16 @@ def rows_of(setting: models.Setting, options: argparse.Namespace, log) -> list[t
 def variants(
   model: models.Model, setting: models.Setting, options: argparse.Namespace
 ) -> list[tuple[systems.Ours, str]]:
-  """Ours with the head in 8 bits, over several devices, and both; and how that is called."""
-  weights = {"": model}
-  if "int8" in options.head_dtypes:
-    weights["head in 8 bits"] = models.with_narrow_heads(model)
+  """Ours with weights read otherwise, over several devices, and both; with what to call it."""
+  weights = models.read(model, options.readings)
   counts = {"": 1}
   if options.num_devices > 1 and setting.batch_size % options.num_devices == 0:
     counts[f"{options.num_devices} devices"] = options.num_devices
   return [
-    (systems.Ours(weights[head], setting, counts[spread]), ", ".join(filter(None, both)))
+    (systems.Ours(weights[way], setting, counts[spread]), ", ".join(filter(None, both)))
     for both in itertools.product(weights, counts)
     if any(both)
-    for head, spread in [both]
+    for way, spread in [both]
   ]
 
 

@@ -136,6 +136,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   )
   add = parser.add_argument
   add("--shapes", type=words, default=(), help=f"random weights: {list(SHORTLIST)}")
+  add("--readings", type=words, default=("int8",), help=f"too: {dict(models.READINGS)}")
   add("--tasks", type=words, default=(), help="of the packed model: synopsis, qa, enfr")
   add("--data", type=pathlib.Path, help="folder of the data sets")
   add("--rules", type=words, default=("2x7",), help="KxG, K layers and G drafts")
@@ -185,8 +186,8 @@ def forced_rows(shape: str, size: int, flags: argparse.Namespace) -> list[dict[s
   encoded = jax.block_until_ready(full.encode(model.weights, tokens))
   timed: dict[str, Callable[[], Any]] = {}
   one = np.float32(1.0)
-  variants = {"": model, ", head in 8 bits": models.with_narrow_heads(model)}
-  for suffix, variant in variants.items():
+  for words, variant in models.read(model, flags.readings).items():
+    suffix = f", {words}" if words else ""
     timed[f"full depth{suffix}"] = functools.partial(
       full.decode, variant.weights, encoded, active, one
     )

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from calm import exits, inference
 from calm.data import datasets, prompt_batches
 from calm.decode import program
 from calm.exits import confidence
-from calm.t5 import network, parameters, quantized_heads
+from calm.t5 import decoder_weights, network, parameters, quantized_heads
 
 GATED = {"mlp_activations": ("gelu", "linear")}
 SIZES: Mapping[str, dict[str, Any]] = {
@@ -108,15 +108,29 @@ def load(shape: str, dtype: str, shortlist: int) -> Model:
   return Model(shape, config, params, weights, ids, NO_EOS, config.vocab_size)
 
 
-def with_narrow_heads(model: Model) -> Model:
-  """The same model, its output head read in 8 bits."""
+# How weights may be read, and how that is called in a row.
+READINGS: Mapping[str, str] = {
+  "int8": "head in 8 bits",
+  "columns": "matrices in columns",
+  "both": "head in 8 bits, matrices in columns",
+}
+
+
+def read(model: Model, names: Iterable[str]) -> dict[str, Model]:
+  """The model as it is stored, under '', and read in other ways, by how they are called."""
+  return {"": model, **{READINGS[name]: _read(model, name) for name in names}}
+
+
+def _read(model: Model, name: str) -> Model:
   decoder = model.weights.decoder
-  stored = [head for head in decoder.heads if isinstance(head, jax.Array)]
-  heads = tuple(map(quantized_heads.quantize, stored))
-  weights = dataclasses.replace(
-    model.weights, decoder=dataclasses.replace(decoder, heads=heads)
-  )
-  return dataclasses.replace(model, weights=weights)
+  if name in ("int8", "both"):
+    stored = [head for head in decoder.heads if isinstance(head, jax.Array)]
+    decoder = dataclasses.replace(decoder, heads=tuple(map(quantized_heads.quantize, stored)))
+  if name in ("columns", "both"):
+    decoder = dataclasses.replace(
+      decoder, layers=tuple(map(decoder_weights.cut, decoder.layers))
+    )
+  return dataclasses.replace(model, weights=dataclasses.replace(model.weights, decoder=decoder))
 
 
 def random_params(config: network.T5Config, seed: int = 0) -> dict[str, Any]:

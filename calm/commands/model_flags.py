@@ -17,6 +17,7 @@ DECODE_OPTIONS = (
   "matmul_precision",
   "weights_dtype",
   "head_dtype",
+  "weights_layout",
 )
 
 
@@ -67,6 +68,11 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     (
       *("head_dtype", str, "NAME"),
       "int8: output heads are read in 8 bits first; the same tokens, on a CPU sooner",
+      "the model's own",
+    ),
+    (
+      *("weights_layout", str, "NAME"),
+      "columns: matrices are cut for a CPU, which then decodes sooner and compiles longer",
       "the model's own",
     ),
     (

@@ -38,6 +38,7 @@ def model_weights(
   shortlist: Sequence[int] | None = None,
   weights_dtype: str | None = None,
   head_dtype: str | None = None,
+  layout: str | None = None,
 ) -> ModelWeights:
   """Lays a T5X-shaped tree out for inference.
 
@@ -49,6 +50,7 @@ def model_weights(
     weights_dtype: what matrices and heads are rounded to and stored in; None: the encoder's
       as they are, the decoder's in the activation dtype, heads in float32.
     head_dtype: 'int8' reads heads in 8 bits first; None: as they are stored.
+    layout: 'columns' cuts the decoder's matrices; None: each in one piece.
 
   Raises:
     ValueError: `num_pieces` or `shortlist` does not fit the model.
@@ -59,7 +61,9 @@ def model_weights(
   stored = lambda leaf: jnp.asarray(leaf, narrow if leaf.ndim > 1 else None)
   return ModelWeights(
     jax.tree.map(stored, encoder),
-    decoder_weights.decoder_weights(params, config, num_pieces, shortlist, narrow, head_dtype),
+    decoder_weights.decoder_weights(
+      params, config, num_pieces, shortlist, narrow, head_dtype, layout
+    ),
   )
 
 

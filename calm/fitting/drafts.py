@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from calm import inference
 from calm.calibrate import seconds
-from calm.fitting import heads
+from calm.fitting import reading
 from calm.paper.bench import results
 
 
@@ -45,12 +45,12 @@ def fastest(
       ),
     )
     if not found.slower and found.single.speedup > least:
-      best, least = (model, found), found.single.speedup * heads.MARGIN
+      best, least = (model, found), found.single.speedup * reading.MARGIN
   return best
 
 
 def _models(predictor: inference.Predictor) -> tuple[inference.Predictor, ...]:
   """The model as it is, and with its head in 8 bits where that may be faster."""
-  if heads.nothing_to_gain(predictor):
+  if reading.nothing_to_gain(predictor, "head_dtype"):
     return (predictor,)
-  return predictor, predictor.with_options(head_dtype="int8")
+  return predictor, reading.with_option(predictor, "head_dtype")

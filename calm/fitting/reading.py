@@ -1,8 +1,9 @@
-"""Whether the output head is read in 8 bits: as measured at full depth, a prompt at a time."""
+"""How weights are read, as measured at full depth, a prompt at a time: the output head in 8
+bits, the decoder's matrices in columns."""
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -11,65 +12,113 @@ from calm import exits, inference
 from calm.calibrate import Prompt
 from calm.exits import schedules
 from calm.paper.bench import decode
+from calm.t5 import columns
 
 # Heads of fewer numbers are read in no time; prompts that are timed, how often each, and how
-# much faster 8 bits must be to be taken.
+# much faster another way must be to be taken.
 LEAST_NUMBERS = 2**20
 PROMPTS, ROUNDS, MARGIN = 8, 3, 1.05
 
 
 @dataclasses.dataclass(frozen=True)
-class Heads:
-  """Full depth with either head.
+class Way:
+  """An option under which weights are read in another way.
 
   Attributes:
-    stored, narrow: milliseconds a prompt with the head as it is stored and in 8 bits, the mean
-      over prompts of their medians; NaN where nothing was timed.
+    value: the option's.
+    subject: what is read.
+    taken, left: how it is read with the option and without.
+    short: the option, in a sentence about seconds.
+  """
+
+  value: str
+  subject: str
+  taken: str
+  left: str
+  short: str
+
+
+# By the name of the option, in the order in which they are tried, each on top of the last.
+WAYS: Mapping[str, Way] = {
+  "head_dtype": Way(
+    "int8", "Output head", "read in 8 bits", "read as it is stored", "in 8 bits"
+  ),
+  "weights_layout": Way("columns", "Layers' matrices", "cut into columns", "whole", "cut"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """Full depth with weights read either way.
+
+  Attributes:
+    option: a key of `WAYS`.
+    stored, other: milliseconds a prompt without the option and with it, the mean over prompts
+      of their medians; NaN where nothing was timed.
     num_prompts: prompts that were timed.
   """
 
+  option: str
   stored: float
-  narrow: float
+  other: float
   num_prompts: int
 
   @property
   def speedup(self) -> float:
-    """The stored head's time over that in 8 bits; NaN where nothing was timed."""
-    return self.stored / self.narrow
+    """The time without the option over that with it; NaN where nothing was timed."""
+    return self.stored / self.other
 
   @property
   def pays(self) -> bool:
-    """Whether 8 bits are taken."""
+    """Whether the option is taken."""
     return self.speedup > MARGIN
 
   def __str__(self) -> str:
-    told = "read in 8 bits" if self.pays else "read as it is stored"
+    way = WAYS[self.option]
     return (
-      f"Output head: {told}; in 8 bits full depth is x{self.speedup:.2f} as fast"
-      f" ({self.stored:.1f} -> {self.narrow:.1f} ms a prompt, {self.num_prompts} prompts)."
+      f"{way.subject}: {way.taken if self.pays else way.left}; {way.short} full depth is"
+      f" x{self.speedup:.2f} as fast ({self.stored:.1f} -> {self.other:.1f} ms a prompt,"
+      f" {self.num_prompts} prompts)."
     )
 
 
-def nothing_to_gain(predictor: inference.Predictor) -> bool:
-  """Whether a head is not worth timing: it is small, or is read in 8 bits already."""
-  small = predictor.vocabulary.vocab_size * predictor.config.emb_dim < LEAST_NUMBERS
-  return small or predictor.options.head_dtype is not None
+def nothing_to_gain(predictor: inference.Predictor, option: str) -> bool:
+  """Whether an option is not worth timing: what it reads is small, or it is taken already."""
+  config = predictor.config
+  if option == "head_dtype":
+    small = predictor.vocabulary.vocab_size * config.emb_dim < LEAST_NUMBERS
+  else:
+    widest = max(config.num_heads * config.head_dim, config.mlp_dim)
+    small = not columns.is_cut(config.emb_dim, widest)
+  return small or getattr(predictor.options, option) is not None
+
+
+def to_try(predictor: inference.Predictor) -> list[str]:
+  """The options that are worth timing."""
+  return [option for option in WAYS if not nothing_to_gain(predictor, option)]
+
+
+def with_option(predictor: inference.Predictor, option: str) -> inference.Predictor:
+  """The model with its weights read in the other way; its tokens are the same."""
+  return predictor.with_options(**{option: WAYS[option].value})
 
 
 def measure(
   predictor: inference.Predictor,
+  option: str,
   prompts: Sequence[Prompt],
   progress: Callable[[float, str], None],
-) -> Heads:
-  """Times full depth with both heads, prompt by prompt and in turn.
+) -> Reading:
+  """Times full depth without the option and with it, prompt by prompt and in turn.
 
   Args:
     predictor: the model.
+    option: a key of `WAYS`.
     prompts: so many of the commonest length are decoded as are needed.
     progress: told of the share done.
   """
   stored = predictor.with_options(batch_size=1)
-  models = (stored, stored.with_options(head_dtype="int8"))
+  models = (stored, with_option(stored, option))
   chosen = decode.of_one_length(predictor, prompts, PROMPTS)
   seconds = np.zeros((len(models), len(chosen), ROUNDS))
   for number, batch in enumerate(stored.plan([prompt.input for prompt in chosen])):
@@ -83,6 +132,6 @@ def measure(
         jax.block_until_ready(made.tokens)
         if turn >= 0:
           seconds[which, number, turn] = time.perf_counter() - start
-    progress((number + 1) / len(chosen), "heads timed")
+    progress((number + 1) / len(chosen), "prompts timed")
   means = 1e3 * np.median(seconds, axis=2).mean(axis=1)
-  return Heads(float(means[0]), float(means[1]), len(chosen))
+  return Reading(option, float(means[0]), float(means[1]), len(chosen))

@@ -16,7 +16,7 @@ from calm.calibrate.generations import locks
 from calm.calibrate.losses import sequence_losses
 from calm.data import prompt_batches
 from calm.fitting import choose as choose_lib
-from calm.fitting import drafts, heads, inputs, known_tokens, lengths, summary, training
+from calm.fitting import drafts, inputs, known_tokens, lengths, reading, summary, training
 from calm.fitting import folder as folder_lib
 from calm.fitting import last as last_lib
 from calm.fitting import splits as splits_lib
@@ -26,7 +26,7 @@ from calm.fitting.result import Point, Result, Trained
 from calm.inference import calibrating, grid
 from calm.paper.bench import decode, results
 
-HEADS = "Choose how the output head is read"
+READ = "Choose how weights are read"
 CHOOSE = "Choose measure, layers and grid"
 CERTIFY = "Certify the threshold"
 LOOK = "Look at the last part"
@@ -136,7 +136,7 @@ class Fit:
 
   def _make(self) -> None:
     predictor, trained = self._train()
-    predictor = self._with_faster_head(predictor)
+    predictor = self._as_read_fastest(predictor)
     choice = self._choose(predictor)
     if choice.best is not None:
       predictor = predictor.with_options(
@@ -150,8 +150,8 @@ class Fit:
 
   def _step(self, title: str) -> looking.Report:
     """Says which of how many steps begins."""
-    head = [] if heads.nothing_to_gain(self.source) else [HEADS]
-    steps = [*training.titles(self.options), *head, CHOOSE, CERTIFY, LOOK]
+    read = [READ] if reading.to_try(self.source) else []
+    steps = [*training.titles(self.options), *read, CHOOSE, CERTIFY, LOOK]
     return self.listener.step(f"[{steps.index(title) + 1}/{len(steps)}] {title}")
 
   def _train(self) -> tuple[inference.Predictor, tuple[Trained, ...]]:
@@ -160,26 +160,35 @@ class Fit:
       self.source, self.model, self.splits, self.folder, self.options
     ).run(self._step, self.listener.say)
 
-  def _with_faster_head(self, predictor: inference.Predictor) -> inference.Predictor:
-    """The model with its output head read as is fastest; its tokens are the same."""
-    if heads.nothing_to_gain(predictor):
+  def _as_read_fastest(self, predictor: inference.Predictor) -> inference.Predictor:
+    """The model with its weights read as is fastest; its tokens are the same."""
+    options = reading.to_try(predictor)
+    if not options:
       return predictor
-    progress = self._step(HEADS)
-    found = self.folder.cache.get(
-      heads.Heads,
-      "heads",
-      {"model": predictor.parameters_digest},
-      lambda: heads.measure(predictor, self.splits.validation, progress),
-    )
-    self.listener.say(str(found))
-    return predictor.with_options(head_dtype="int8") if found.pays else predictor
+    progress = self._step(READ)
+    for number, option in enumerate(options):
+      told = choose_lib.part(progress, number / len(options), (number + 1) / len(options))
+      found = self.folder.cache.get(
+        reading.Reading,
+        option,
+        {"model": predictor.parameters_digest, "options": repr(predictor.options)},
+        lambda model=predictor, option=option, told=told: reading.measure(
+          model, option, self.splits.validation, told
+        ),
+      )
+      self.listener.say(str(found))
+      predictor = reading.with_option(predictor, option) if found.pays else predictor
+    return predictor
 
   def _choose(self, predictor: inference.Predictor) -> choose_lib.Choice:
     progress = self._step(CHOOSE)
     choice = self.folder.cache.get(
       choose_lib.Choice,
       "choice",
-      {"model": predictor.parameters_digest, "head": predictor.options.head_dtype},
+      {
+        "model": predictor.parameters_digest,
+        **{option: getattr(predictor.options, option) for option in reading.WAYS},
+      },
       lambda: choose_lib.choose(
         predictor,
         self.splits.validation,
@@ -286,8 +295,10 @@ def why_full_depth(
       "no way to leave that stays within the tolerance was faster on the validation part (the"
       f" best decoded x{best:.2f} as fast)."
     )
-  if calibration is None or not calibration.certified:
-    return "no threshold is certified. " + ("" if calibration is None else calibration.reason)
+  if calibration is None:
+    return "no threshold is certified."
+  if not calibration.certified:  # "Nothing is certified: ..."
+    return calibration.reason[:1].lower() + calibration.reason[1:]
   if measured is not None and measured.slower:
     return (
       f"threshold {calibration.threshold:g} is certified but was not faster on the last part"

@@ -73,6 +73,7 @@ class Predictor:
       self.listed,
       self.options.weights_dtype,
       self.options.head_dtype,
+      self.options.weights_layout,
     )
     sharded = self.sharded()
     return weights if sharded is None else sharded.replicate(weights)
@@ -128,6 +129,7 @@ class Predictor:
       model.options.num_devices,
       model.options.weights_dtype,
       model.options.head_dtype,
+      model.options.weights_layout,
       model.listed,
       model.config,
     )

@@ -20,7 +20,8 @@ from calm.exits.layers import KeyValue, Layers, no_probes, no_shortlist
 from calm.t5 import layers as layers_lib
 from calm.t5 import network, platforms
 from calm.t5.caches import Cache, Encoded
-from calm.t5.decoder_weights import DecoderWeights
+from calm.t5.columns import Columns
+from calm.t5.decoder_weights import DecoderWeights, Matrix
 from calm.t5.quantized_heads import QuantizedHead
 
 
@@ -273,7 +274,7 @@ class DecoderStep:
     split = projected.reshape(shape)
     return [split[:, i] for i in range(count)]
 
-  def _mlp(self, normed: jax.Array, matrices: Sequence[jax.Array]) -> jax.Array:
+  def _mlp(self, normed: jax.Array, matrices: Sequence[Matrix]) -> jax.Array:
     names = self.config.mlp_activations
     product = None
     for matrix, name in zip(matrices, names, strict=True):
@@ -283,8 +284,10 @@ class DecoderStep:
     return product
 
 
-def times(x: jax.Array, matrix: jax.Array) -> jax.Array:
+def times(x: jax.Array, matrix: Matrix) -> jax.Array:
   """x @ matrix in the dtype of `x`, whatever the matrix is stored in."""
+  if isinstance(matrix, Columns):
+    return matrix.product(x)
   return platforms.product(x, matrix.astype(x.dtype))
 
 

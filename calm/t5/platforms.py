@@ -94,6 +94,15 @@ def product(
   return (jnp.pad(x, ((0, least_rows() - rows), (0, 0))) @ matrix)[:rows]
 
 
+def multiplies_columns(dtype: Any) -> bool:
+  """Whether matrices may be cut into columns (`columns`), for activations of this dtype.
+
+  A matrix unit or a GPU fills itself with one product. Narrower sums would be rounded once
+  more than is told by the `Procedure`.
+  """
+  return _on("cpu") and jnp.dtype(dtype) == jnp.float32
+
+
 def multiplies_unsigned() -> bool:
   """Whether 8-bit products are faster where one side has no sign.
 

@@ -16,6 +16,7 @@ from calm.decode import engines
 from calm.decode import program as program_lib
 from calm.decode.engines import eager
 from calm.exits import confidence
+from calm.t5 import columns
 from tests import engine
 from tests.decode import hlo
 
@@ -32,14 +33,14 @@ def hlo_of(function, leaves) -> str:
   return jax.jit(function).lower(leaves).compile(USERS_HLO).as_text()
 
 
-def compiled(rule, made, rows: int = 8, head_dtype: str | None = None) -> str:
+def compiled(rule, made, rows: int = 8, **read: str) -> str:
   """HLO of a toy's decode at B = 8 (or fewer) and length 512."""
   toy = engine.toy(num_decoder_layers=3, num_encoder_layers=1)
   program = program_lib.Program(toy.config, rule, LENGTH, engine=made)
   encoded = engine.encode(toy, engine.PROMPTS[:rows])
   weights = toy.weights
-  if head_dtype is not None:
-    weights = program_lib.model_weights(toy.params, toy.config, head_dtype=head_dtype)
+  if read:
+    weights = program_lib.model_weights(toy.params, toy.config, **read)
   args = weights, encoded, jnp.ones(rows, bool), jnp.float32(0)
   leaves, tree = jax.tree.flatten(args)
   return hlo_of(lambda leaves: program.decode(*jax.tree.unflatten(tree, leaves)), leaves)
@@ -83,6 +84,25 @@ def test_a_head_in_8_bits_is_neither_widened_nor_copied(rule):
   ]
   assert not written
   assert "s8[" in text and "TopK" in text
+
+
+def test_matrices_in_columns_are_neither_copied_nor_put_together(monkeypatch):
+  monkeypatch.setattr(columns, "LEAST_NUMBERS", 1)
+  monkeypatch.setattr(columns, "WIDTH", 6)
+  text, config = compiled(SHALLOW, engines.Deferred(), layout="columns"), engine.toy().config
+  widths = {columns.width(n) for n in (config.emb_dim, config.mlp_dim)} | {
+    *(config.emb_dim, config.mlp_dim, config.num_heads * config.head_dim)
+  }
+  inputs = config.emb_dim, config.mlp_dim, config.num_heads * config.head_dim
+  shapes = [f"f32[{rows},{width}]" for rows in inputs for width in widths]
+  written = [
+    operation.text
+    for operation in hlo.in_loops(text)
+    if operation.opcode not in hlo.FREE
+    and any(shape in operation.text.split("{")[0] for shape in shapes)
+  ]
+  assert not written
+  assert f"f32[{config.emb_dim},{min(widths)}]" in text  # a piece is read
 
 
 @pytest.mark.parametrize("rows", [1, 8])

@@ -12,7 +12,7 @@ import pytest
 from calm import exits
 from calm.decode import program as program_lib
 from calm.exits import schedules
-from calm.t5 import platforms
+from calm.t5 import columns, platforms
 from tests import engine, reference_verified, toys
 
 SHORTLIST = (1, *(i for i in range(3, 40) if i % 4))
@@ -332,3 +332,19 @@ def test_a_large_head_in_8_bits_makes_steps_and_passes_cheaper(unsigned, monkeyp
     costs.append(np.array(program.passes(weights, encoded, jnp.ones(())).plan.costs))
   ratio = costs[1] / costs[0]
   assert 0.2 < ratio[0] < 0.65 and np.all(ratio[1:] < 0.65)
+
+
+def test_layers_in_columns_make_passes_of_several_positions_cheaper_still(monkeypatch):
+  """Many rows of them take hardly longer than one."""
+  monkeypatch.setattr(columns, "LEAST_NUMBERS", 1)
+  made = engine.toy()
+  encoded = engine.encode(made, engine.PROMPTS[:1])
+  program = program_lib.Program(made.config, exits.Verified(2), engine.LENGTH, 1)
+  costs = []
+  for layout in (None, "columns"):
+    weights = program_lib.model_weights(
+      made.params, made.config, None, SHORTLIST, layout=layout
+    )
+    costs.append(np.array(program.passes(weights, encoded, jnp.ones(())).plan.costs))
+  ratio = costs[1] / costs[0]
+  assert np.all(ratio < 1) and np.all(ratio[1:] < ratio[0]), ratio

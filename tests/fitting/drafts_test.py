@@ -6,7 +6,7 @@ import pytest
 from calm import exits, inference
 from calm.calibrate import seconds
 from calm.exits import schedules
-from calm.fitting import drafts, heads
+from calm.fitting import drafts, reading
 from calm.paper.bench import results
 
 TEXTS = ["some words", "other words", "more of them"]
@@ -26,7 +26,7 @@ def measured(monkeypatch):
     return seconds.Seconds(pair(1, alone), pair(8, batched))
 
   monkeypatch.setattr(inference.seconds, "measure", measure)
-  monkeypatch.setattr(heads, "LEAST_NUMBERS", 1)
+  monkeypatch.setattr(reading, "LEAST_NUMBERS", 1)
   return told, asked
 
 
@@ -59,7 +59,7 @@ def test_the_faster_head_is_served_and_none_where_drafts_are_slower(
 def test_a_small_head_is_timed_as_it_is(model, measured, monkeypatch, tmp_path):
   told, asked = measured
   told[None] = (1.5, 1.1)
-  monkeypatch.setattr(heads, "LEAST_NUMBERS", 2**20)
+  monkeypatch.setattr(reading, "LEAST_NUMBERS", 2**20)
   chosen, found = drafts.fastest(model, TEXTS, results.ResultCache(tmp_path))
   assert chosen is model and found is not None and asked == [(None, None)]
 

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="matplotlib (the `report` extra) is not installed")
 
 from calm import checkpoints, exits, fitting, inference
-from calm.calibrate import Calibration, Prompt, seconds
+from calm.calibrate import Calibration, Prompt, calibrate, seconds
 from calm.calibrate import thresholds as thresholds_lib
 from calm.data import vocabulary
 from calm.fitting import (
@@ -17,9 +17,9 @@ from calm.fitting import (
   choose,
   folder,
   forecasts,
-  heads,
   inputs,
   last,
+  reading,
   run,
   summary,
 )
@@ -146,22 +146,30 @@ def _check_that_nothing_certified_is_said(result):
     assert "decoder layers per token" not in text and "layer 1 of 3" not in text
 
 
+TRIED = forecasts.Tried(LEAVES, (0.5,), (0.1,), (1.0,), 0.5, 1.0, 0.9)
+NONE = choose.Choice((), None, (), 1.0, 20, 2)
+SLOWER = dataclasses.replace(NONE, tried=(TRIED,))
+SLOW = seconds.Seconds(seconds.Pair(1, 2, 1.0, 1.2, 0.83, 0.9), None)
+
+
+def test_why_full_depth_is_served_is_said(made):
+  calibration = made[1].calibration
+  assert "no measure stays within" in run.why_full_depth(NONE, None, None)
+  assert "x0.90" in run.why_full_depth(SLOWER, None, None)
+  chosen = dataclasses.replace(SLOWER, chosen=0)
+  reason = run.why_full_depth(chosen, calibration, SLOW)
+  assert "certified but was not faster" in reason and "x0.83" in reason
+  assert folder.served(calibration, reason, SLOW) is None
+  failed = calibrate(np.ones((200, 1)), [0.9], tolerance=0.1, error_rate=0.05)
+  assert run.why_full_depth(chosen, failed, None).startswith("nothing is certified: the first")
+
+
 def test_full_depth_is_served_where_exits_are_not_faster(
   made, model, always_faster, monkeypatch
 ):
   output, served, _ = made
-  slow = seconds.Pair(1, 2, 1.0, 1.2, 0.83, 0.9)
   predictor = served.with_options()
-  choice = choose.Choice((), None, (), 1.0, 20, 2)
-  assert "no measure stays within" in run.why_full_depth(choice, None, None)
-  tried = forecasts.Tried(LEAVES, (0.5,), (0.1,), (1.0,), 0.5, 1.0, 0.9)
-  slower = dataclasses.replace(choice, tried=(tried,))
-  assert "x0.90" in run.why_full_depth(slower, None, None)
-  chosen = dataclasses.replace(slower, chosen=0)
-  measured = seconds.Seconds(slow, None)
-  reason = run.why_full_depth(chosen, served.calibration, measured)
-  assert "certified but was not faster" in reason and "x0.83" in reason
-  assert folder.served(served.calibration, reason, measured) is None
+  reason = run.why_full_depth(dataclasses.replace(SLOWER, chosen=0), served.calibration, SLOW)
   # It is served without further options, and as the full-depth program.
   whole = folder.Folder(output.parent / "whole", output.parent / "whole" / "fit", None)
   whole.work.mkdir(parents=True)
@@ -182,8 +190,11 @@ def test_full_depth_is_served_where_exits_are_not_faster(
   assert drafting.exact == inference.exact_rule(predictor)
   got = drafting.generate(texts)
   assert got.texts == static.texts and all(output.passes for output in got)
-  assert "its own texts x1.20 as fast" in (whole.path / "summary.md").read_text("utf-8")
-  _check_that_nothing_certified_is_said(dataclasses.replace(result, choice=slower))
+  for page in ("summary.md", "summary.html"):
+    said = (whole.path / page).read_text("utf-8")
+    assert "its own texts x1.20 as fast" in said and "full-depth program itself" not in said
+    assert "own texts from drafts that it verifies" in said
+  _check_that_nothing_certified_is_said(dataclasses.replace(result, choice=SLOWER))
   (whole.path / "full_depth.json").write_text('{"exact": {"draft_layer": 1}}')
   with pytest.raises(ValueError, match=r"full_depth\.json"):
     inference.load(whole.path)
@@ -314,10 +325,12 @@ def test_means_have_intervals():
   assert found.margin == pytest.approx(1.96 * 0.5025 / 10, rel=1e-3)
 
 
-def test_a_head_that_is_faster_in_8_bits_is_served_so(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("option", reading.WAYS)
+def test_weights_are_served_as_they_are_read_fastest(model, tmp_path, monkeypatch, option):
   said: list[str] = []
-  monkeypatch.setattr(heads, "LEAST_NUMBERS", 1)
-  monkeypatch.setattr(heads, "measure", lambda *arguments: heads.Heads(6.0, 4.0, 2))
+  found = reading.Reading(option, 6.0, 4.0, 2)
+  monkeypatch.setattr(reading, "to_try", lambda predictor: [option])
+  monkeypatch.setattr(reading, "measure", lambda *arguments: found)
   served = fitting.fit(
     model,
     ROWS,
@@ -325,12 +338,14 @@ def test_a_head_that_is_faster_in_8_bits_is_served_so(model, tmp_path, monkeypat
     listener=fitting.Listener(say=said.append),
     **OPTIONS,
   )
-  assert served.options.head_dtype == served.procedure.head_dtype == "int8"
-  assert any(
-    "Output head: read in 8 bits; in 8 bits full depth is x1.50" in line for line in said
-  )
+  value = reading.WAYS[option].value
+  assert getattr(served.options, option) == value
+  assert str(found) in said and "full depth is x1.50 as fast" in str(found)
+  # What can change a confidence belongs to the procedure, what cannot does not.
+  expected = value if option == "head_dtype" else None
+  assert served.procedure.head_dtype == expected
   if served.calibration is not None:
-    assert served.calibration.procedure.head_dtype == "int8"
+    assert served.calibration.procedure.head_dtype == expected
 
 
 def test_a_tokenizer_that_the_model_does_not_know_is_said_before_any_work(

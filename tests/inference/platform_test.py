@@ -10,10 +10,11 @@ import pytest
 
 from calm import calibrate, checkpoints, inference
 from calm.commands import cli
+from calm.decode import engines
 from calm.decode import program as program_lib
 from calm.exits import schedules
 from calm.inference import options as options_lib
-from calm.t5 import network, quantized_heads
+from calm.t5 import columns, network, quantized_heads
 from tests.inference.predictor_test import OPTIONS, TEXTS, rows, save
 
 
@@ -174,3 +175,40 @@ def test_heads_in_8_bits_are_another_procedure_and_go_along(model):
   assert options_lib.to_stored(quantized.options)["head_dtype"] == "int8"
   with pytest.raises(ValueError, match="`head_dtype` to be one of int8, or None, got 'int4'"):
     model.with_options(head_dtype="int4")
+
+
+@pytest.fixture
+def small_are_cut(monkeypatch):
+  monkeypatch.setattr(columns, "LEAST_NUMBERS", 1)
+  monkeypatch.setattr(columns, "WIDTH", 4)
+
+
+@pytest.mark.parametrize(
+  ("batch_size", "given"),
+  [
+    (1, {}),
+    (4, {}),
+    (4, {"engine": engines.Deferred()}),
+    (4, {"measure": "verified", "exit_layers": (1,)}),
+    (2, {"refill": True, "engine": engines.Compacted()}),
+  ],
+)
+def test_matrices_in_columns_emit_the_same_tokens(directory, small_are_cut, batch_size, given):
+  given = {**OPTIONS, "batch_size": batch_size, **given}
+  plain = inference.load(directory, **given)
+  cut = plain.with_options(weights_layout="columns")
+  assert isinstance(cut.weights.decoder.layers[0].query, columns.Columns)
+  assert not isinstance(plain.weights.decoder.layers[0].query, columns.Columns)
+  for threshold in (schedules.NEVER_EXIT, 0.6):
+    got, expected = (m.generate(TEXTS, threshold=threshold) for m in (cut, plain))
+    assert rows(got) == rows(expected)
+    for ours, theirs in zip(got, expected, strict=True):
+      np.testing.assert_allclose(ours.confidences, theirs.confidences, atol=1e-4)
+
+
+def test_matrices_in_columns_are_the_same_procedure_and_go_along(model):
+  cut = model.with_options(weights_layout="columns")
+  assert cut.procedure == model.procedure
+  assert options_lib.to_stored(cut.options)["weights_layout"] == "columns"
+  with pytest.raises(ValueError, match="`weights_layout` to be one of columns, or None"):
+    model.with_options(weights_layout="rows")
