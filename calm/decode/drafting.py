@@ -32,6 +32,9 @@ MODEST, SURE = 0.02, 0.9
 MARGIN = 1.04
 # One more position must give this much of the tokens a second that the pass has without it.
 LEAST_GAIN = 0.9
+# Drafts of the first pass where nothing is known, most: a whole window that is refused costs
+# more than a twentieth of a text of 64 tokens.
+FIRST_DRAFTS = 2
 # Most steps between two passes.
 MOST_STEPS = 32
 # What a trial still weighs after the next one: about the last twenty count.
@@ -45,10 +48,12 @@ class Prior:
   Attributes:
     chance: that a draft is accepted, [].
     trust: odds that a draft is accepted over those that its confidence says, [] above 0.
+    texts: that it was learned of, [].
   """
 
   chance: Float[Array, ""] | float
   trust: Float[Array, ""] | float
+  texts: Float[Array, ""] | float = 0.0
 
 
 # Hopeful, and confidences taken at their word.
@@ -127,7 +132,7 @@ def learned(prior: Prior, shares: Numbers, trusts: Numbers) -> Prior:
   chance = (PRIOR_TEXTS * prior.chance + np.sum(shares)) / texts
   logs = PRIOR_TEXTS * np.log(prior.trust) + np.sum(np.log(trusts))
   trust = np.clip(np.exp(logs / texts), LEAST_TRUST, MOST_TRUST)
-  return Prior(float(chance), float(trust))
+  return Prior(float(chance), float(trust), prior.texts + len(shares))
 
 
 @struct.dataclass
@@ -240,4 +245,7 @@ class Plan:
     opening = jnp.min(jnp.asarray(MARGIN * costs[1:] / costs[0] - 1.0, jnp.float32) / further)
     more = LEAST_GAIN * np.diff(costs)[1:] / costs[1:-1]
     needed = jnp.concatenate([opening[None], jnp.asarray(more, jnp.float32)])
+    unknown = (odds.prior.texts == 0) & (jnp.sum(odds.tried * counted) == 0)
+    beyond = jnp.arange(len(needed)) >= FIRST_DRAFTS
+    needed = jnp.where(unknown & beyond, jnp.inf, needed)
     return Planned(odds.trust, needed)

@@ -97,8 +97,8 @@ def product(
 def multiplies_columns(dtype: Any) -> bool:
   """Whether matrices may be cut into columns (`columns`), for activations of this dtype.
 
-  A matrix unit or a GPU fills itself with one product. Narrower sums would be rounded once
-  more than is told by the `Procedure`.
+  A matrix unit or a GPU fills itself with one product. In narrower activations a sum that is
+  made otherwise may be rounded otherwise, and a `Procedure` does not tell the layout.
   """
   return _on("cpu") and jnp.dtype(dtype) == jnp.float32
 
