@@ -2,6 +2,7 @@
 
 from calm.t5 import (
   caches,
+  columns,
   config,
   costs,
   decoder,
@@ -24,6 +25,7 @@ __all__ = [
   "T5Config",
   "Transformer",
   "caches",
+  "columns",
   "config",
   "costs",
   "decoder",

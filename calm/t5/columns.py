@@ -1,10 +1,10 @@
 """A matrix cut into columns, which XLA:CPU multiplies side by side.
 
-XLA:CPU's product of few rows and a matrix of T5's sizes is one call, which copies the matrix
-block by block before it multiplies, whatever the number of threads. Pieces of a few columns are
-copied within a core's own cache; and where more than eight products are ready at a time, XLA
-gives half of them to another thread. So the same sums take less time, for a program that takes
-longer to compile.
+A product of two to 32 rows and a whole matrix of T5 small's sizes is one call, which threads
+share. Those with 64 of its columns at a time take less of the processor's time (T5 1.1 small,
+all matrices of its layers, 8 rows, one core: 11.3 and 6.6 ms), each in one thread; and where
+many are ready at a time (more than eight, as measured), XLA gives half of them to another
+thread. So the same sums take less time, for a program that takes longer to compile.
 """
 
 import jax
