@@ -110,10 +110,7 @@ class Served:
     """Goes on without drafts where full depth by itself was measured to be faster, once."""
     from calm import inference
 
-    if self._looked:
-      return
-    if not self._drafts:  # two ways to full depth: nothing to compare
-      self._looked, self._given_up = True, self._why_no_drafts()
+    if self._looked or not self._drafts:  # without drafts both would be full depth
       return
     texts = [prompt.input for prompt in self._sample]
     found = inference.seconds.exactly(self.predictor, texts, rule)
@@ -127,7 +124,7 @@ class Served:
 
   def _why_no_drafts(self) -> str:
     size = self.predictor.options.batch_size
-    if size == 1:
+    if self._drafts or not self._passes or size == 1:
       return ""
     return (
       f" No draft was made: in batches of {size} a pass over several positions costs about as"
@@ -187,7 +184,7 @@ class Served:
     self._say_seconds(say)
     if self._exact:
       said = "These are the full model's own texts: every token was verified at full depth."
-      say(f"{said}{self._given_up}")
+      say(f"{said}{self._given_up or self._why_no_drafts()}")
     elif self.threshold == NEVER_EXIT and not self._guarantee:
       say("This was the full model: there is nothing that a guarantee would be about.")
     else:

@@ -268,9 +268,10 @@ def test_drafts_that_do_not_pay_are_given_up(
   assert f"{rate:.2f} tokens a pass" in said
 
 
-def test_batches_that_draft_nothing_say_so(calm_infer, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("measured", [7, 1000])
+def test_batches_that_draft_nothing_say_so(calm_infer, tmp_path, monkeypatch, capsys, measured):
   """Nothing is compared there: both would be full depth."""
-  monkeypatch.setattr(serving, "MEASURED_PROMPTS", 7)
+  monkeypatch.setattr(serving, "MEASURED_PROMPTS", measured)
   monkeypatch.setattr(verified_passes, "MANY_ROWS", 1)
   monkeypatch.setattr(verified_passes, "MANY_ROWS_HOPE", 1e9)
   monkeypatch.setattr(inference.seconds, "exactly", lambda *asked: pytest.fail("measured"))

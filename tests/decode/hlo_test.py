@@ -46,6 +46,16 @@ def compiled(rule, made, rows: int = 8, **read: str) -> str:
   return hlo_of(lambda leaves: program.decode(*jax.tree.unflatten(tree, leaves)), leaves)
 
 
+def written(text: str, shapes: list[str]) -> list[str]:
+  """Operations in the loop that write an array of one of the shapes."""
+  return [
+    operation.text
+    for operation in hlo.in_loops(text)
+    if operation.opcode not in hlo.FREE
+    and any(shape in operation.text.split("{")[0] for shape in shapes)
+  ]
+
+
 def half_a_layers_cache(rows: int = 8) -> int:
   config = engine.toy().config
   return rows * config.num_heads * config.head_dim * LENGTH  # its keys: half of keys and values
@@ -76,13 +86,7 @@ def test_a_head_in_8_bits_is_neither_widened_nor_copied(rule):
   text = compiled(rule, None, rows=3, head_dtype="int8")
   made = engine.toy().config
   shapes = [f"[{a},{b}]" for a, b in itertools.permutations((made.vocab_size, made.emb_dim))]
-  written = [
-    operation.text
-    for operation in hlo.in_loops(text)
-    if operation.opcode not in hlo.FREE
-    and any(shape in operation.text.split("{")[0] for shape in shapes)
-  ]
-  assert not written
+  assert not written(text, shapes)
   assert "s8[" in text and "TopK" in text
 
 
@@ -95,13 +99,7 @@ def test_matrices_in_columns_are_neither_copied_nor_put_together(monkeypatch):
   }
   inputs = config.emb_dim, config.mlp_dim, config.num_heads * config.head_dim
   shapes = [f"f32[{rows},{width}]" for rows in inputs for width in widths]
-  written = [
-    operation.text
-    for operation in hlo.in_loops(text)
-    if operation.opcode not in hlo.FREE
-    and any(shape in operation.text.split("{")[0] for shape in shapes)
-  ]
-  assert not written
+  assert not written(text, shapes)
   assert f"f32[{config.emb_dim},{min(widths)}]" in text  # a piece is read
 
 

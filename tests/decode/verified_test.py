@@ -316,35 +316,26 @@ def test_a_missing_shortlist_is_named():
     engine.run(made, exits.Verified(2))
 
 
+def planned(made: engine.Toy, **read: str | None) -> np.ndarray:
+  """Costs of passes of a prompt, its weights read so."""
+  encoded = engine.encode(made, engine.PROMPTS[:1])
+  program = program_lib.Program(made.config, exits.Verified(2), engine.LENGTH, 1)
+  weights = program_lib.model_weights(made.params, made.config, None, SHORTLIST, **read)
+  return np.array(program.passes(weights, encoded, jnp.ones(())).plan.costs)
+
+
 @pytest.mark.parametrize("unsigned", [False, True])
 def test_a_large_head_in_8_bits_makes_steps_and_passes_cheaper(unsigned, monkeypatch):
   """XLA:CPU takes at most half a float32 row's time for two rows in 8 bits, one for eight."""
   monkeypatch.setattr(platforms, "multiplies_unsigned", lambda: unsigned)
   sizes = toys.Config(vocab_size=16384, num_pieces=16384)
   made = engine.of_params(toys.params(sizes, seed=1), sizes)
-  encoded = engine.encode(made, engine.PROMPTS[:1])
-  program = program_lib.Program(made.config, exits.Verified(2), engine.LENGTH, 1)
-  costs = []
-  for head_dtype in (None, "int8"):
-    weights = program_lib.model_weights(
-      made.params, made.config, None, SHORTLIST, head_dtype=head_dtype
-    )
-    costs.append(np.array(program.passes(weights, encoded, jnp.ones(())).plan.costs))
-  ratio = costs[1] / costs[0]
+  ratio = planned(made, head_dtype="int8") / planned(made)
   assert 0.2 < ratio[0] < 0.65 and np.all(ratio[1:] < 0.65)
 
 
 def test_layers_in_columns_make_passes_of_several_positions_cheaper_still(monkeypatch):
   """Many rows of them take hardly longer than one."""
   monkeypatch.setattr(columns, "LEAST_NUMBERS", 1)
-  made = engine.toy()
-  encoded = engine.encode(made, engine.PROMPTS[:1])
-  program = program_lib.Program(made.config, exits.Verified(2), engine.LENGTH, 1)
-  costs = []
-  for layout in (None, "columns"):
-    weights = program_lib.model_weights(
-      made.params, made.config, None, SHORTLIST, layout=layout
-    )
-    costs.append(np.array(program.passes(weights, encoded, jnp.ones(())).plan.costs))
-  ratio = costs[1] / costs[0]
-  assert np.all(ratio < 1) and np.all(ratio[1:] < ratio[0]), ratio
+  ratio = planned(engine.toy(), layout="columns") / planned(engine.toy())
+  assert np.all(ratio < 1) and np.all(ratio[1:] < ratio[0])
