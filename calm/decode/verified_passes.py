@@ -60,8 +60,9 @@ class BoundPasses:
     return self.task.empty_caches()
 
   def step(self, cache, token: jax.Array, positions: jax.Array):
-    hidden, caches = self._one(1, self.task.weights.embedding[token], cache, positions)
-    return self._decoder().logits(self.num_layers, hidden), caches
+    hidden, rows = self._one(1, self.task.weights.embedding[token], cache, positions)
+    logits = self._decoder().logits(self.num_layers, hidden)
+    return logits, _written(cache, rows, engines.after(positions, logits))
 
   def begin(self, positions: jax.Array) -> Work:
     config, window = self.task.config, self.rule.window
@@ -70,7 +71,8 @@ class BoundPasses:
 
   def draft(self, work: Work, cache, token, at, wanted):
     hidden, k = self.task.weights.embedding[token], self.rule.draft_layer
-    hidden, lower = self._one(1, hidden, cache[:k], work.positions + at)
+    hidden, rows = self._one(1, hidden, cache[:k], work.positions + at)
+    lower = _written(cache[:k], rows, engines.after(work.positions + at, hidden))
     states = lax.dynamic_update_slice_in_dim(work.states, hidden[:, None], at, axis=1)
     nothing = verified_lib.Draft(jnp.zeros_like(token), jnp.zeros(token.shape, jnp.float32))
     made = lax.cond(wanted, self._head, lambda hidden: nothing, hidden)
@@ -99,10 +101,12 @@ class BoundPasses:
     """The upper layers and the head over the first `size` positions."""
     first = self.rule.draft_layer + 1
     if size == 1:
-      hidden, caches = self._one(first, work.states[:, 0], upper, work.positions)
+      hidden, rows = self._one(first, work.states[:, 0], upper, work.positions)
+      logits = self._decoder().logits(self.num_layers, hidden)
+      caches = _written(upper, rows, engines.after(work.positions, logits))
     else:
       hidden, caches = self._several(first, work.states[:, :size], upper, work.positions)
-    logits = self._decoder().logits(self.num_layers, hidden)
+      logits = self._decoder().logits(self.num_layers, hidden)
     verdict = verified_lib.verdict(
       logits.reshape(-1, size, logits.shape[-1]),
       drafted.tokens[:, :size],
@@ -113,14 +117,12 @@ class BoundPasses:
     return jax.tree.map(lambda x: jnp.pad(x, missing), verdict), caches
 
   def _one(self, first: int, hidden: jax.Array, caches, positions: jax.Array):
-    """Layers from `first` on over one position of every row, [batch, emb]; then the caches."""
+    """Layers from `first` on over one position of every row, [batch, emb]; then their rows."""
     decoder, rows = self._decoder(windows.past_biases(self.table, positions)), []
     for layer, cache in enumerate(caches, start=first):
       hidden, row = decoder.run(layer, hidden, cache)
       rows.append(jax.tree.map(lambda x: x[:, :, None], row))
-    end = engines.after(positions, hidden)
-    written = map(lambda cache, row: windows.write_window(cache, row, end), caches, rows)
-    return hidden, tuple(written)
+    return hidden, rows
 
   def _several(self, first: int, states: jax.Array, caches, positions: jax.Array):
     """The same over positions beside each other, [batch, positions, emb]: [rows, emb]."""
@@ -147,6 +149,12 @@ class BoundPasses:
     return decoder_lib.DecoderStep(
       task.weights, task.config, task.encoded, past, self.table.current
     )
+
+
+def _written(caches, rows, positions: jax.Array):
+  """Every layer's cache with its row [batch, heads, 1, head_dim] written at `positions`."""
+  pairs = zip(caches, rows, strict=True)
+  return tuple(windows.write_window(cache, row, positions) for cache, row in pairs)
 
 
 def bind(task: engines.Task, rule: exits.Verified, eos_id: Any) -> verified.Verifying:
