@@ -1,5 +1,8 @@
 """How many tokens are drafted: the laws of the plan, on costs like those of a small model."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,14 +34,18 @@ def chance(odds: drafting.Odds, confidence: float) -> float:
 
 def count(odds: drafting.Odds, confidence: float, plan: drafting.Plan = PLAN) -> int:
   """Positions of a pass whose every draft has this confidence."""
-  reach, at = drafting.Reach.of_first(jnp.ones(1, bool)), 0
-  planned = plan(odds, jnp.ones(1, bool))
-  while at + 1 < len(plan.costs):
-    reach = reach.after(planned.chance(jnp.array([confidence])))
-    if not planned.goes_on(jnp.int32(at), reach):
-      break
-    reach, at = reach.extended(), at + 1
-  return at + 1
+  return int(_count(plan, odds, jnp.float32(confidence)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _count(plan: drafting.Plan, odds: drafting.Odds, confidence: jax.Array) -> jax.Array:
+  planned, reach = plan(odds, jnp.ones(1, bool)), drafting.Reach.of_first(jnp.ones(1, bool))
+  positions, goes_on = jnp.int32(1), jnp.bool_(True)
+  for at in range(len(plan.costs) - 1):
+    reach = reach.after(planned.chance(confidence[None]))
+    goes_on &= planned.goes_on(jnp.int32(at), reach)
+    reach, positions = reach.extended(), positions + goes_on.astype(jnp.int32)
+  return positions
 
 
 def speed(chance: float, confidence: float, plan=PLAN, tokens: int = 64, texts: int = 40):

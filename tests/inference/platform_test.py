@@ -188,7 +188,6 @@ def small_are_cut(monkeypatch):
   [
     (1, {}),
     (4, {}),
-    (4, {"engine": engines.Deferred()}),
     (4, {"measure": "verified", "exit_layers": (1,)}),
     (2, {"refill": True, "engine": engines.Compacted()}),
   ],
