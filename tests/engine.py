@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm import exits
-from calm.decode import engines, loop
+from calm.decode import drafting, engines, loop
 from calm.decode import program as program_lib
 from calm.exits import schedules
 from calm.t5 import caches as caches_lib
@@ -80,8 +80,9 @@ def run(
   prompts=PROMPTS,
   active=None,
   engine: engines.Engine | None = None,
+  prior: drafting.Prior | None = None,
 ) -> loop.DecodingState:
-  """Decodes `prompts`; the final state, caches included."""
+  """Decodes `prompts`; the final state, caches included. `prior` is of drafts."""
   active = jnp.ones(len(prompts), bool) if active is None else jnp.asarray(active)
   return _decode_state(
     program_lib.Program(toy.config, rule, LENGTH, engine=engine),
@@ -89,6 +90,7 @@ def run(
     encode(toy, prompts),
     active,
     jnp.asarray(threshold, jnp.float32),
+    prior,
   )
 
 
