@@ -221,9 +221,13 @@ def _head(head: jax.Array | quantized_heads.QuantizedHead, rows: int) -> float:
   8 bits beside one row in float32, on two CPU cores (products of T5 1.1 small's head): 2 rows
   0.3 of its time, 4 rows 0.3, 8 rows 0.5, 16 rows 0.8, 32 rows 1.4; 1.3 to 1.9 times as much
   where both sides have a sign. One row takes as long as 2.
+
+  A float32 head writes the logits of several positions, and they are read again: 1.3 times its
+  product. So passes of 2, 4 and 8 positions of T5 1.1 small say 1.8, 2.2 and 3.1 steps of one,
+  and took 1.7, 2.1 and 3.1; with the head in 8 bits 1.6, 2.1 and 3.2 for 1.5, 2.1 and 3.2.
   """
   if not isinstance(head, quantized_heads.QuantizedHead):
-    return _rows(rows) * head.size
+    return _rows(rows) * (1.0 if rows <= platforms.least_rows() else 1.3) * head.size
   if platforms.least_rows() > 1:  # a TPU: what the bytes take
     return _rows(rows) * head.codes.size / 4
   signed = 0.4 + 0.07 * max(rows, quantized_heads.LEAST_ROWS)
@@ -234,8 +238,8 @@ def _rows(rows: int) -> float:
   """Time of layers over so many rows, over that with one row.
 
   Between what two CPU cores took. Passes of 2, 4 and 8 positions of the model in the box cost
-  2.0, 2.7 and 4.0 steps of one (one prompt, k = 2, whole head), where these figures say 1.7,
-  2.4 and 3.7; of T5 1.1 small 8 rows take 1.4 (head) to 1.9 (layers) times as long as one, 32
+  2.0, 2.7 and 4.0 steps of one (one prompt, k = 2, whole head), where these figures say 1.8,
+  2.5 and 3.8; of T5 1.1 small 8 rows take 1.4 (head) to 1.9 (layers) times as long as one, 32
   take 4 to 5 times. A TPU computes a tile of rows for one.
   """
   if rows <= platforms.least_rows():
