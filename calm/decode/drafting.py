@@ -2,9 +2,9 @@
 
 Drafts that are refused cost a pass of several positions for one token. What a draft's
 confidence is worth is learned as the text goes on: heads of early layers may be too modest or
-too sure. Every pass makes one draft; where that one, by what is known of it, is not worth
-another position, the pass has one position, like a step of the full model. Where pass after
-pass emits one token, ever more steps of the full model come between them.
+too sure. A pass makes one draft; where that one, by what is known of it, is not worth another
+position, the pass has one position, like a step of the full model. Where pass after pass emits
+one token, ever more of them make no draft.
 """
 
 import dataclasses
@@ -32,8 +32,10 @@ MODEST, SURE = 0.02, 0.9
 MARGIN = 1.08
 # One more position must give this much of the tokens a second that the pass has without it.
 LEAST_GAIN = 0.9
-# Most steps between two passes.
-MOST_STEPS = 32
+# Drafts of the first text, of all rows, that are looked at: two (an older one weighs `MEMORY`).
+FIRST_TRIALS = 1.5
+# Most passes without a draft between two with one.
+MOST_WAITS = 32
 # What a trial still weighs after the next one: about the last twenty count.
 MEMORY = 0.95
 
@@ -164,12 +166,14 @@ class Planned:
   """When a pass goes on drafting.
 
   Attributes:
+    drafts: whether it makes any, [] bool.
     trust: `Odds.trust` of the rows, [batch].
     needed: of passes of 1, 2, ... positions: chances that all drafts are accepted, summed over
       the rows, over the tokens expected so far, above which one more position pays,
       [window - 1].
   """
 
+  drafts: jax.Array
   trust: jax.Array
   needed: jax.Array
 
@@ -186,7 +190,7 @@ class Planned:
       at: positions that it has, less one, [] below the most.
       reach: with the draft of the last of them.
     """
-    return jnp.sum(reach.chances) > self.needed[at] * reach.tokens
+    return self.drafts & (jnp.sum(reach.chances) > self.needed[at] * reach.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,14 +208,16 @@ class Plan:
   hope: float = 1.0
   adapts: bool = True
 
-  def steps(self, idle: jax.Array) -> jax.Array:
-    """Steps of the full model before the next pass, [].
+  def waits(self, idle: jax.Array) -> jax.Array:
+    """Passes of one position, without a draft, before the next one that drafts, [].
 
     Args:
-      idle: passes since the last one that emitted two tokens of any row, [].
+      idle: drafting passes since the last one that emitted two tokens of any row, [].
     """
+    if not self.adapts:
+      return jnp.zeros((), jnp.int32)
     # 0, 0, 1, 2, 4 ...: two unsure drafts in turn are no news.
-    return jnp.minimum(2 ** jnp.minimum(idle, 8) // 4, MOST_STEPS)
+    return jnp.minimum(2 ** jnp.minimum(idle, 8) // 4, MOST_WAITS)
 
   @property
   def hopes(self) -> bool:
@@ -224,15 +230,16 @@ class Plan:
     rates = [emitted / cost for emitted, cost in zip(tokens, self.costs, strict=True)]
     return not self.adapts or max(rates) > self.hope * rates[0]
 
-  def __call__(self, odds: Odds, active: jax.Array) -> Planned:
+  def __call__(self, odds: Odds, active: jax.Array, drafts: jax.Array) -> Planned:
     """The next pass.
 
     Args:
       odds: of every row.
       active: rows that count, [batch] bool.
+      drafts: whether it drafts at all, [] bool.
     """
     if not self.adapts:
-      return Planned(odds.trust, jnp.zeros((len(self.costs) - 1,), jnp.float32))
+      return Planned(drafts, odds.trust, jnp.zeros((len(self.costs) - 1,), jnp.float32))
     costs = np.array(self.costs)
     counted = active.astype(jnp.float32)
     share = jnp.sum(odds.share * counted) / jnp.maximum(jnp.sum(counted), 1.0)
@@ -242,7 +249,7 @@ class Plan:
     opening = jnp.min(jnp.asarray(MARGIN * costs[1:] / costs[0] - 1.0, jnp.float32) / further)
     more = LEAST_GAIN * np.diff(costs)[1:] / costs[1:-1]
     needed = jnp.concatenate([opening[None], jnp.asarray(more, jnp.float32)])
-    # The first draft of the first text is looked at, not read on from: it costs next to nothing
-    # to see whether it is right, and a window that is refused a thirtieth of 64 tokens.
-    unknown = (odds.prior.texts == 0) & (jnp.sum(odds.tried * counted) == 0)
-    return Planned(odds.trust, jnp.where(unknown, jnp.inf, needed))
+    # The first drafts of a first text are looked at, not read on from: it costs next to nothing
+    # to see whether they are right, and a window that is refused a thirtieth of 64 tokens.
+    unknown = (odds.prior.texts == 0) & (jnp.sum(odds.tried * counted) < FIRST_TRIALS)
+    return Planned(drafts, odds.trust, jnp.where(unknown, jnp.inf, needed))

@@ -69,7 +69,8 @@ class VerifiedState:
     generation: filled up to `positions`.
     log_probabilities: of the emitted tokens, [batch, length].
     odds: how often drafts were accepted.
-    idle: passes since the last one that emitted two tokens of any row, [].
+    idle: drafting passes since the last one that emitted two tokens of any row, [].
+    waits: passes before the next one that drafts, [].
     cache: every layer's.
   """
 
@@ -80,15 +81,12 @@ class VerifiedState:
   log_probabilities: Float[Array, "batch length"]
   odds: drafting.Odds
   idle: Int[Array, ""]
+  waits: Int[Array, ""]
   cache: Any
 
 
 class Passes(Protocol):
   """What the loop asks of a decoder whose rows stand at `positions` [batch]."""
-
-  def step(self, cache: Any, token: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
-    """Every layer on `token` [batch] and the full head: logits [batch, vocab], the caches."""
-    ...
 
   @property
   def num_layers(self) -> int:
@@ -156,15 +154,7 @@ class Verifying:
       The final state; its `generation` holds the result.
     """
     unfinished = lambda state: jnp.any(state.active)
-
-    def advance(state: VerifiedState) -> VerifiedState:
-      return self.run(self._steps(state) if self.rule.adapts else state)
-
-    state = self.begin(active)
-    if not self.plan.hopes:  # nor learns from a draft now and then
-      plain = lambda state: unfinished(state) & ~self._every
-      state = lax.while_loop(plain, self._stepped, state)
-    state = lax.while_loop(unfinished, advance, state)
+    state = lax.while_loop(unfinished, self.run, self.begin(active))
     generation = dataclasses.replace(
       state.generation,
       scores=jnp.sum(state.log_probabilities, axis=-1),
@@ -175,48 +165,6 @@ class Verifying:
       ),
     )
     return dataclasses.replace(state, generation=generation)
-
-  def _steps(self, state: VerifiedState) -> VerifiedState:
-    """Where drafts do not pay: some steps of the full model, as it takes them."""
-    steps = self.plan.steps(state.idle)
-    # With slack every position has its draft.
-    steps = jnp.where(self._every, 0, steps)
-
-    def goes_on(carry):
-      taken, state = carry
-      return (taken < steps) & jnp.any(state.active)
-
-    one = lambda carry: (carry[0] + 1, self._stepped(carry[1]))
-    return lax.while_loop(goes_on, one, (jnp.zeros((), jnp.int32), state))[1]
-
-  def _stepped(self, state: VerifiedState) -> VerifiedState:
-    """One token of the full model for every active row."""
-    logits, cache = self.passes.step(state.cache, state.current, state.positions)
-    emitted = loop.emit(logits, state.active)
-    known = self._given(state.positions)[:, 0]
-    given = state.active & (known > 0)
-    verdict = exits.verified.Verdict(
-      token=jnp.where(given, known, emitted.token)[:, None],
-      accepted=jnp.zeros_like(given)[:, None],
-      confidence=jnp.where(given, 0.0, 1.0)[:, None],
-      rejected_confidence=jnp.zeros(given.shape, jnp.float32)[:, None],
-      log_probability=jnp.where(given, 0.0, emitted.log_probability)[:, None],
-    )
-    count = state.active.astype(jnp.int32)
-    positions = state.positions + count
-    ended = (verdict.token[:, 0] == self.eos_id) & ~given
-    return VerifiedState(
-      positions=positions,
-      current=jnp.where(state.active, verdict.token[:, 0], state.current),
-      active=state.active & ~ended & (positions < self.length),
-      generation=self._record(state, 0, verdict, ~given[:, None], count),
-      log_probabilities=_put(
-        state.log_probabilities, verdict.log_probability, state.positions, count
-      ),
-      odds=state.odds,
-      idle=state.idle,
-      cache=cache,
-    )
 
   @property
   def _every(self) -> jax.Array:
@@ -236,11 +184,13 @@ class Verifying:
     odds = drafting.Odds.none(len(active), self.prior)
     cache = self.passes.empty()
     idle = jnp.zeros((), jnp.int32)
-    return VerifiedState(zeros, zeros, active, generation, columns, odds, idle, cache)
+    waits = jnp.asarray(0 if self.plan.hopes else self.length, jnp.int32)
+    return VerifiedState(zeros, zeros, active, generation, columns, odds, idle, waits, cache)
 
   def run(self, state: VerifiedState) -> VerifiedState:
     """One pass of every active row."""
-    drafted = self._draft(state)
+    drafts = self._every | (state.waits <= 0)
+    drafted = self._draft(state, drafts)
     verdict, cache = self.passes.verify(
       drafted.work, drafted.cache, drafted, self._per_row(self.threshold)
     )
@@ -253,6 +203,7 @@ class Verifying:
     positions = state.positions + count
     ended = jnp.any(emits & ends, axis=1)
     tried = emits & drafted.made[None, :] & (given == 0)
+    idle = jnp.where(jnp.any(count > 1), 0, state.idle + drafts.astype(jnp.int32))
     return VerifiedState(
       positions=positions,
       current=jnp.where(count > 0, last, state.current),
@@ -264,11 +215,12 @@ class Verifying:
         state.log_probabilities, verdict.log_probability, state.positions, count
       ),
       odds=state.odds.add(tried, verdict.accepted, drafted.confidences),
-      idle=jnp.where(jnp.any(count > 1), 0, state.idle + 1),
+      idle=idle,
+      waits=jnp.where(drafts, self.plan.waits(idle), state.waits - 1),
       cache=cache,
     )
 
-  def _draft(self, state: VerifiedState) -> Drafted:
+  def _draft(self, state: VerifiedState, drafts: jax.Array) -> Drafted:
     """Tokens drafted one after the other, as many as the plan or confidence allows."""
     batch, window = len(state.current), self.rule.window
     nothing = Drafted(
@@ -282,7 +234,7 @@ class Verifying:
     reach = drafting.Reach.of_first(state.active)
     begun = _Drafting(nothing, state.current, reach, jnp.ones((), bool))
     given = self._given(state.positions)
-    plan = self.plan(state.odds, state.active)
+    plan = self.plan(state.odds, state.active, drafts)
     one = functools.partial(self._draft_one, state, given, plan)
     return lax.while_loop(lambda carry: carry.goes_on, one, begun).drafted
 
@@ -292,7 +244,7 @@ class Verifying:
     """One more position of a pass; `given` is the prefix at its positions, [batch, window]."""
     now, at = carry.drafted, carry.drafted.count
     is_last = at + 1 >= self.rule.window
-    wanted = self._every | ~is_last
+    wanted = plan.drafts & (self._every | ~is_last)
     made, work, cache = self.passes.draft(now.work, now.cache, carry.token, at, wanted)
     put = lambda array, column: lax.dynamic_update_slice_in_dim(
       array, column[:, None], at, axis=1

@@ -59,11 +59,6 @@ class BoundPasses:
   def empty(self) -> tuple[caches_lib.Cache, ...]:
     return self.task.empty_caches()
 
-  def step(self, cache, token: jax.Array, positions: jax.Array):
-    hidden, rows = self._one(1, self.task.weights.embedding[token], cache, positions)
-    logits = self._decoder().logits(self.num_layers, hidden)
-    return logits, _written(cache, rows, engines.after(positions, logits))
-
   def begin(self, positions: jax.Array) -> Work:
     config, window = self.task.config, self.rule.window
     states = jnp.zeros((len(positions), window, config.emb_dim), jnp.dtype(config.dtype))
