@@ -78,6 +78,14 @@ class Predictor:
     sharded = self.sharded()
     return weights if sharded is None else sharded.replicate(weights)
 
+  @functools.cached_property
+  def expected_drafts(self) -> dict[tuple[exits.Rule, float], drafting.Prior]:
+    """What texts so far had accepted, by rule and threshold: the next text begins with it.
+
+    No text depends on it; how many drafts are made, and so the seconds, do.
+    """
+    return {}
+
   @property
   def listed(self) -> tuple[int, ...] | None:
     """The tokens of `weights`' shortlist, which drafts come from whatever the measure."""
@@ -348,9 +356,10 @@ class Predictor:
 
     level = schedules.NEVER_EXIT if threshold is None else threshold
     items: dict[int, outputs_lib.Output] = {}
-    verified = isinstance(rule or self.options.rule, exits.Verified)
+    runs = rule or self.options.rule
+    verified = isinstance(runs, exits.Verified)
     pooled = self.options.refill and not verified  # whose rows have positions of their own
-    prior = drafting.UNKNOWN if verified else None
+    prior = self.expected_drafts.get((runs, level), drafting.UNKNOWN) if verified else None
     for batches in prompt_batches.together(self.plan(texts), pooled=pooled):
       if len(batches) > 1:
         pool = pool_program.PoolProgram(self.program(rule))
@@ -364,6 +373,7 @@ class Predictor:
           seen = generation.verification
           assert seen is not None  # the rule's
           prior = drafting.learned(prior, seen.share[active], seen.trust[active])
+          self.expected_drafts[runs, level] = prior
       for i, row in enumerate(np.concatenate([batch.rows for batch in batches])):
         items[int(row)] = self.output(generation, i, batches[0].tokens.shape[1])
     progress(len(texts), len(texts))

@@ -46,7 +46,9 @@ def test_texts_are_the_full_models_and_say_how_they_came_about(model, full):
   assert all(output.passes == 0 and output.drafted == () for output in full)
 
 
-def test_a_text_begins_with_what_those_before_it_had(model, full, monkeypatch):
+def test_a_text_begins_with_what_those_before_it_had_in_this_call_and_earlier(
+  model, full, monkeypatch
+):
   one = model.with_options(batch_size=1)
   rule = inference.exact_rule(one, 2)
   priors, seen = [], []
@@ -59,13 +61,18 @@ def test_a_text_begins_with_what_those_before_it_had(model, full, monkeypatch):
     return generation
 
   monkeypatch.setattr(inference.Predictor, "decode", spy)
-  outputs = one.generate(TEXTS[:6], rule=rule)
+  outputs = [*one.generate(TEXTS[:4], rule=rule), *one.generate(TEXTS[4:6], rule=rule)]
   for output, expected in zip(outputs, full, strict=False):
     assert output.tokens == expected.tokens
   assert priors[0] == drafting.UNKNOWN != priors[-1]
   for before, made, after in zip(priors, seen, priors[1:], strict=False):
     # What is compiled is run again, to be timed.
     assert after in (before, drafting.learned(before, made.share, made.trust))
+  # Other drafts are other ones.
+  one.generate(TEXTS[:1], rule=dataclasses.replace(rule, draft_layer=1))
+  assert priors[-1] == drafting.UNKNOWN
+  one.generate(TEXTS[:1], rule=rule, threshold=0.5)
+  assert priors[-1] == drafting.UNKNOWN
 
 
 def test_the_prior_says_how_many_drafts_are_made_and_changes_no_text(model, full):
