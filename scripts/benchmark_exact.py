@@ -10,8 +10,9 @@ The packed model decodes real prompts, one at a time, and its texts are compared
 
 A rule KxG drafts G tokens at most with K layers. Every repeat runs every row once, the other
 way about every second time; a first round, which compiles, is not counted. Medians, also of the
-ratios to full depth in the same repeat; 'x in all' is the ratio of all repeats' seconds, in
-which texts whose coins were lucky count.
+ratios to full depth in the same repeat ('x same reading': that reads its weights in the same
+way); 'x in all' is the ratio of all repeats' seconds, in which texts whose coins were lucky
+count.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import benchmark
@@ -200,10 +201,17 @@ def forced_rows(shape: str, size: int, flags: argparse.Namespace) -> list[dict[s
           flags.learn,
         )
   seconds, made = in_turn(timed, flags.repeats)
-  base = seconds["full depth"]
-  return [
-    row(f"{shape}, B = {size}", name, seconds[name], base, length, made[name]) for name in timed
-  ]
+  lines, base, own = [], seconds["full depth"], seconds["full depth"]
+  for name in timed:
+    own = seconds[name] if name.startswith("full depth") else own
+    line = row(f"{shape}, B = {size}", name, seconds[name], base, length, made[name])
+    lines.append(line | {"x same reading": _ratio(own, seconds[name])})
+  return lines
+
+
+def _ratio(base: Sequence[float], seconds: Sequence[float]) -> float:
+  """The median of how many times as fast as `base`, in the same repeats."""
+  return statistics.median(a / b for a, b in zip(base, seconds, strict=True))
 
 
 def row(setting, name, seconds, base, tokens, generations) -> dict[str, Any]:
@@ -217,7 +225,8 @@ def row(setting, name, seconds, base, tokens, generations) -> dict[str, Any]:
     "setting": setting,
     "rule": name,
     "ms a token": 1e3 * middle / tokens,
-    "x full depth": statistics.median(a / b for a, b in zip(base, seconds, strict=True)),
+    "x full depth": _ratio(base, seconds),
+    "x same reading": None,
     "x in all": sum(base) / sum(seconds),
     "spread": f"{1e3 * min(seconds) / tokens:.2f} - {1e3 * max(seconds) / tokens:.2f}",
     "drafts accepted": share,
@@ -271,6 +280,7 @@ def packed_rows(name: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
         "rule": own.name,
         "ms a token": 1e3 * own.decode_seconds * len(prompts) / timed_tokens,
         "x full depth": own.speedup,
+        "x same reading": None,
         "x in all": None,
         "spread": None,
         "drafts accepted": accepted / drafts if drafts else None,

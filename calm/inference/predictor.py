@@ -243,16 +243,22 @@ class Predictor:
     active: np.ndarray,
     threshold: float,
     rule: exits.Rule | None = None,
-    prior: drafting.Prior | None = None,
   ) -> loop.Generation:
-    """Decodes the active rows of an encoded batch (`prior`: see `program.Program.decode`);
-    numpy arrays come back."""
+    """Decodes the active rows of an encoded batch; numpy arrays come back."""
     program = self.sharded(rule) or self.program(rule)
+    key, prior = (rule or self.options.rule, threshold), None
+    if isinstance(key[0], exits.Verified):
+      prior = self.expected_drafts.get(key, drafting.UNKNOWN)
     # Numpy values go to the device inside the call: a tenth of a millisecond less a batch.
     level, known = jax.tree.map(np.float32, (threshold, prior))
     with self._precision():
       generation = program.decode(self.weights, encoded, active, level, known)
-    return jax.device_get(generation)
+    made = jax.device_get(generation)
+    if prior is not None:
+      seen = made.verification
+      shares, trusts = seen.share[active], seen.trust[active]
+      self.expected_drafts[key] = drafting.learned(prior, shares, trusts)
+    return made
 
   def resume(
     self,
@@ -356,10 +362,8 @@ class Predictor:
 
     level = schedules.NEVER_EXIT if threshold is None else threshold
     items: dict[int, outputs_lib.Output] = {}
-    runs = rule or self.options.rule
-    verified = isinstance(runs, exits.Verified)
+    verified = isinstance(rule or self.options.rule, exits.Verified)
     pooled = self.options.refill and not verified  # whose rows have positions of their own
-    prior = self.expected_drafts.get((runs, level), drafting.UNKNOWN) if verified else None
     for batches in prompt_batches.together(self.plan(texts), pooled=pooled):
       if len(batches) > 1:
         pool = pool_program.PoolProgram(self.program(rule))
@@ -367,13 +371,8 @@ class Predictor:
           generation = pool.decode(self.weights, batches, level, encode)
       else:
         encoded, active = encode(batches[0]), batches[0].active
-        decode = functools.partial(self.decode, encoded, active, level, rule, prior)
+        decode = functools.partial(self.decode, encoded, active, level, rule)
         generation = clock.run("decode", decode)
-        if prior is not None:
-          seen = generation.verification
-          assert seen is not None  # the rule's
-          prior = drafting.learned(prior, seen.share[active], seen.trust[active])
-          self.expected_drafts[runs, level] = prior
       for i, row in enumerate(np.concatenate([batch.rows for batch in batches])):
         items[int(row)] = self.output(generation, i, batches[0].tokens.shape[1])
     progress(len(texts), len(texts))

@@ -87,8 +87,9 @@ def _pair(models, texts, way, most: int, rounds: int, progress) -> Pair | None:
   ways = ((exits.StaticExit(), schedules.NEVER_EXIT), way)
   encoder = np.zeros((rounds + 1, len(batches)))
   seconds = np.zeros((rounds + 1, len(ways), len(batches)))
-  for number, batch in enumerate(batches):
-    for repeat in range(rounds + 1):
+  # Round by round: a text that is drafted begins with what those before it had accepted.
+  for repeat in range(rounds + 1):
+    for number, batch in enumerate(batches):
       start = time.perf_counter()
       encoded = jax.block_until_ready(predictor.encode(batch))
       encoder[repeat, number] = time.perf_counter() - start
@@ -97,7 +98,8 @@ def _pair(models, texts, way, most: int, rounds: int, progress) -> Pair | None:
         start = time.perf_counter()
         models[column].decode(encoded, batch.active, level, rule)
         seconds[repeat, column, number] = time.perf_counter() - start
-    progress((number + 1) / len(batches), f"{number + 1} of {len(batches)}")
+      done = (repeat + (number + 1) / len(batches)) / (rounds + 1)
+      progress(done, f"round {repeat + 1} of {rounds + 1}")
   # The first round compiled. Of the others the fastest counts, batch by batch: what else the
   # machine does only ever adds.
   full, early = np.min(seconds[1:], axis=0).sum(axis=1)

@@ -46,17 +46,16 @@ def test_texts_are_the_full_models_and_say_how_they_came_about(model, full):
   assert all(output.passes == 0 and output.drafted == () for output in full)
 
 
-def test_a_text_begins_with_what_those_before_it_had_in_this_call_and_earlier(
-  model, full, monkeypatch
-):
+def test_a_text_begins_with_what_those_before_it_had(model, full, monkeypatch):
+  """In the same call, and in earlier ones."""
   one = model.with_options(batch_size=1)
   rule = inference.exact_rule(one, 2)
   priors, seen = [], []
   decode = inference.Predictor.decode
 
-  def spy(self, encoded, active, threshold, rule, prior):
-    generation = decode(self, encoded, active, threshold, rule, prior)
-    priors.append(prior)
+  def spy(self, encoded, active, threshold, rule):
+    priors.append(self.expected_drafts.get((rule, threshold), drafting.UNKNOWN))
+    generation = decode(self, encoded, active, threshold, rule)
     seen.append(generation.verification)
     return generation
 
@@ -66,13 +65,12 @@ def test_a_text_begins_with_what_those_before_it_had_in_this_call_and_earlier(
     assert output.tokens == expected.tokens
   assert priors[0] == drafting.UNKNOWN != priors[-1]
   for before, made, after in zip(priors, seen, priors[1:], strict=False):
-    # What is compiled is run again, to be timed.
-    assert after in (before, drafting.learned(before, made.share, made.trust))
-  # Other drafts are other ones.
-  one.generate(TEXTS[:1], rule=dataclasses.replace(rule, draft_layer=1))
-  assert priors[-1] == drafting.UNKNOWN
-  one.generate(TEXTS[:1], rule=rule, threshold=0.5)
-  assert priors[-1] == drafting.UNKNOWN
+    assert after == drafting.learned(before, made.share, made.trust)
+  # Of other drafts, and of other tolerances, nothing is known.
+  for other in ({"rule": dataclasses.replace(rule, draft_layer=1)}, {"threshold": 0.5}):
+    count = len(priors)
+    one.generate(TEXTS[:1], **{"rule": rule, **other})
+    assert priors[count] == drafting.UNKNOWN
 
 
 def test_the_prior_says_how_many_drafts_are_made_and_changes_no_text(model, full):
@@ -84,7 +82,8 @@ def test_the_prior_says_how_many_drafts_are_made_and_changes_no_text(model, full
   def drafts(prior):
     made = 0
     for batch, encoded in batches:
-      generation = one.decode(encoded, batch.active, 1.0, rule, prior)
+      one.expected_drafts[rule, 1.0] = prior
+      generation = one.decode(encoded, batch.active, 1.0, rule)
       expected = full[int(batch.rows[0])].tokens
       assert generation.tokens[0, : len(expected)].tolist() == list(expected)
       made += int(generation.verification.drafts[0])

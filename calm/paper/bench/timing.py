@@ -1,7 +1,8 @@
 """Measured decode seconds of many settings, prompt by prompt and in turn.
 
 Every prompt is decoded alone (a batch of one) under every setting before the next prompt
-comes, so that what else the machine does falls on all settings alike. Encoders run once.
+comes, in rounds, so that what else the machine does falls on all settings alike. Encoders run
+once.
 """
 
 import dataclasses
@@ -114,8 +115,9 @@ def measure(
   seconds = np.zeros((len(settings), len(items), rounds))
   encode = np.zeros((len(items), rounds))
   depths: list[list[int]] = [[] for _ in settings]
-  for row, item in enumerate(items):
-    for repeat in range(rounds):
+  # Round by round: a text that is drafted begins with what those before it had accepted.
+  for repeat in range(rounds):
+    for row, item in enumerate(items):
       start = time.perf_counter()
       jax.block_until_ready(one.encode(item.batch))
       encode[row, repeat] = time.perf_counter() - start
@@ -128,7 +130,8 @@ def measure(
         seconds[column, row, repeat] = time.perf_counter() - start
         if not repeat:
           depths[column] += [int(layer) for layer in generation.exit_layers[0] if layer]
-    progress((row + 1) / len(items), f"prompt {row + 1} of {len(items)}")
+      done = (repeat + (row + 1) / len(items)) / rounds
+      progress(done, f"round {repeat + 1} of {rounds}")
   encoder = of_rounds(encode, axis=1)
   rows = _rows(settings, of_rounds(seconds, axis=2), encoder, depths)
   return Timings(
