@@ -138,7 +138,8 @@ def rows_of(setting: models.Setting, options: argparse.Namespace, log) -> list[t
   )
   for others, words in variants(model, setting, options):
     made = others.systems((), options.measures, thresholds, ("default",), options.exit_layers)
-    everything += [systems.renamed(system, words) for system in made]
+    encode = others.encode if encodes_otherwise(words) else None
+    everything += [systems.renamed(system, words, encode) for system in made]
   for peer in peers.PEERS:
     if peer.name in options.peers and not peers.not_installed(*peer.packages):
       everything += peer.systems(model, setting, options.depths)
@@ -175,6 +176,11 @@ def variants(
     if any(both)
     for way, spread in [both]
   ]
+
+
+def encodes_otherwise(words: str) -> bool:
+  """Whether a variant that is called so has an encoder of its own."""
+  return any(models.READINGS[name] in words for name in models.ENCODES)
 
 
 def chosen_words(setting: models.Setting, options: argparse.Namespace) -> tuple[str, ...]:

@@ -113,7 +113,10 @@ READINGS: Mapping[str, str] = {
   "int8": "head in 8 bits",
   "columns": "matrices in columns",
   "both": "head in 8 bits, matrices in columns",
+  "layers": "layers and head in 8 bits",
 }
+# Those of which the encoder's weights are read otherwise, too.
+ENCODES = ("layers",)
 
 
 def read(model: Model, names: Iterable[str]) -> dict[str, Model]:
@@ -122,6 +125,10 @@ def read(model: Model, names: Iterable[str]) -> dict[str, Model]:
 
 
 def _read(model: Model, name: str) -> Model:
+  if name == "layers":
+    listed = model.shortlist, "int8", "int8"
+    weights = program.model_weights(model.params, model.config, model.num_pieces, *listed)
+    return dataclasses.replace(model, weights=weights)
   decoder = model.weights.decoder
   if name in ("int8", "both"):
     stored = [head for head in decoder.heads if isinstance(head, jax.Array)]

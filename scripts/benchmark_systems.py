@@ -175,9 +175,9 @@ class Ours:
     return jax.block_until_ready(encoded)
 
 
-def renamed(system: System, words: str) -> System:
-  """A system run in another way: encoded alike, its floor not known."""
-  return dataclasses.replace(system, name=f"{system.name}, {words}", encode=None, pieces=None)
+def renamed(system: System, words: str, encode: Callable[[], object] | None) -> System:
+  """A system run in another way: its floor not known; encoded alike where `encode` is None."""
+  return dataclasses.replace(system, name=f"{system.name}, {words}", encode=encode, pieces=None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,8 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     ("num_devices", int, "N", "devices that the prompts are spread over", "1"),
     ("dtype", str, "NAME", "activation dtype: float32 or bfloat16", "the model's own"),
     (
-      *("weights_dtype", str, "NAME", "dtype of matrices and heads: float32 or bfloat16"),
+      *("weights_dtype", str, "NAME"),
+      "of matrices: float32, bfloat16, or int8 (layers multiply in 8 bits: another full model)",
       "the model's own",
     ),
     (

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
+from calm.exits import layers
 
 # A generation is fetched from the device whole: then its arrays are numpy's.
 AnyArray = Array | np.ndarray
@@ -224,15 +225,15 @@ def _advance(
 ) -> DecodingState:
   """One position of the rows that decode; the others wait, or have ended."""
   made, cache = step(state.current, state.position, decodes, state.cache)
-  emitted = emit(made.logits, decodes)
+  said = emitted(made, decodes)
   return dataclasses.replace(
     state,
     position=state.position + 1,
-    current=emitted.token,
-    active=state.active & ~(decodes & (emitted.token == eos_id)),
-    generation=record(state.generation, state.position, decodes, emitted, made),
+    current=said.token,
+    active=state.active & ~(decodes & (said.token == eos_id)),
+    generation=record(state.generation, state.position, decodes, said, made),
     log_probabilities=_put(
-      state.log_probabilities, emitted.log_probability, state.position, decodes
+      state.log_probabilities, said.log_probability, state.position, decodes
     ),
     cache=cache,
   )
@@ -253,18 +254,6 @@ def _put(array, column, position, decodes) -> jax.Array:
   return lax.dynamic_update_slice_in_dim(array, column[:, None], position, axis=1)
 
 
-def greedy_token(
-  logits: Float[Array, "batch vocab"],
-) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
-  """The argmax (the first of equals) and its log-probability at temperature 1, in nats."""
-  num_tokens = logits.shape[-1]
-  top = jnp.max(logits, axis=-1, keepdims=True)
-  # A minimum over places runs in vector registers, where `argmax` runs element by element.
-  place = jnp.where(logits == top, jnp.arange(num_tokens, dtype=jnp.int32), num_tokens - 1)
-  total = jnp.sum(jnp.exp(logits - top), axis=-1)
-  return jnp.min(place, axis=-1), -jnp.log(total)
-
-
 @struct.dataclass
 class Emitted:
   """What rows say at one position.
@@ -280,8 +269,19 @@ class Emitted:
 
 def emit(logits: Float[Array, "batch vocab"], decodes: Bool[Array, " batch"]) -> Emitted:
   """The greedy token of the rows that decode."""
-  token, log_probability = greedy_token(logits)
-  return Emitted(jnp.where(decodes, token, 0), jnp.where(decodes, log_probability, 0.0))
+  return _of_rows(layers.greedy(logits), decodes)
+
+
+def emitted(made: exits.TokenExit, decodes: Bool[Array, " batch"]) -> Emitted:
+  """The same of a token's outcome, all of whose logits the head may not have been asked for."""
+  if made.greedy is None:
+    return emit(made.logits, decodes)
+  return _of_rows(made.greedy, decodes)
+
+
+def _of_rows(said: layers.Greedy, decodes: jax.Array) -> Emitted:
+  told = lambda x: jnp.where(decodes, x, jnp.zeros_like(x))
+  return Emitted(told(said.token), told(said.log_probability))
 
 
 def record(

@@ -80,7 +80,7 @@ def advance(
   def one(now: Pool) -> Pool:
     active = now.active
     made, cache = step(now.current, now.slot, active, now.cache)
-    emitted = loop.emit(made.logits, active)
+    emitted = loop.emitted(made, active)
     ends = (emitted.token == eos_id) | (now.slot + 1 - now.starts >= max_decode_length)
     generation = loop.record(now.generation, now.slot, active, emitted, made)
     return Pool(now.slot + 1, now.starts, emitted.token, active & ~ends, generation, cache)

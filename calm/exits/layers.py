@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float
 
 
 @struct.dataclass
@@ -15,6 +16,34 @@ class KeyValue:
 
   key: jax.Array
   value: jax.Array
+
+
+@struct.dataclass
+class Greedy:
+  """The most likely token of every row.
+
+  Attributes:
+    token: the argmax of the logits (the first of equals), [batch] int32.
+    log_probability: of that token at temperature 1, nats, [batch].
+  """
+
+  token: jax.Array
+  log_probability: jax.Array
+
+
+def greedy(logits: Float[Array, "batch vocab"]) -> Greedy:
+  """The argmax of logits and its log-probability."""
+  num_tokens = logits.shape[-1]
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  # A minimum over places runs in vector registers, where `argmax` runs element by element.
+  place = jnp.where(logits == top, jnp.arange(num_tokens, dtype=jnp.int32), num_tokens - 1)
+  total = jnp.sum(jnp.exp(logits - top), axis=-1)
+  return Greedy(jnp.min(place, axis=-1), -jnp.log(total))
+
+
+def no_greedy(layer: int, hidden: jax.Array) -> Greedy | None:
+  """Of a head whose logits have to be asked."""
+  del layer, hidden
 
 
 def no_shortlist(hidden: jax.Array) -> jax.Array:
@@ -45,6 +74,8 @@ class Layers:
     run: (i, d^{i-1}) -> (d^i, this position's `KeyValue` at layer i).
     project: (i, d) -> `KeyValue` that layer i makes of input state d.
     logits: (i, d^i) -> float32 logits [batch, vocab] of layer i's full head.
+    greedy: (i, d^i) -> what the argmax of these logits is, where the head knows without all of
+      them; None: ask the logits.
     exit_logit: d^i -> pre-sigmoid exit confidence [batch].
     shared_head: whether `logits` is one and the same head for every layer.
     shortlist_logits: d^i -> float32 logits [batch, shortlist] of likely tokens only.
@@ -59,6 +90,7 @@ class Layers:
   shared_head: bool = True
   shortlist_logits: Callable[[jax.Array], jax.Array] = no_shortlist
   probe_logit: Callable[[int, jax.Array, jax.Array], jax.Array] = no_probes
+  greedy: Callable[[int, jax.Array], Greedy | None] = no_greedy
 
 
 def select_rows(condition: jax.Array, if_true: Any, if_false: Any) -> Any:

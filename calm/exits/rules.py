@@ -33,6 +33,7 @@ class TokenExit:
     rejected_confidence: the highest confidence measured and refused, [batch], 0 if none.
     rows: this position's keys and values, one entry a layer (of the layers in use), or none
       where the engine has written them itself.
+    greedy: the argmax of the logits, where the head knows it without all of them.
   """
 
   logits: jax.Array
@@ -40,6 +41,12 @@ class TokenExit:
   confidence: jax.Array
   rejected_confidence: jax.Array
   rows: tuple[layers_lib.KeyValue, ...]
+  greedy: layers_lib.Greedy | None = None
+
+  @property
+  def head(self) -> jax.Array:
+    """What the head made that is emitted from; the rest is not computed."""
+    return self.logits if self.greedy is None else self.greedy.token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +105,7 @@ def token_exit(
     jnp.where(active, state.confidence, 0.0),
     jnp.where(active, state.rejected_confidence, 0.0),
     rows,
+    walk.greedy(state),
   )
 
 
@@ -129,7 +137,8 @@ class StaticExit:
       rows.append(row)
     zeros = jnp.zeros(active.shape, jnp.float32)
     exit_layer = jnp.where(active, depth, 0).astype(jnp.int32)
-    return TokenExit(layers.logits(depth, hidden), exit_layer, zeros, zeros, tuple(rows))
+    logits, greedy = layers.logits(depth, hidden), layers.greedy(depth, hidden)
+    return TokenExit(logits, exit_layer, zeros, zeros, tuple(rows), greedy)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,6 +110,12 @@ class Walk:
       return state.logits
     return self.layers.logits(self.layers.num_layers, state.hidden)
 
+  def greedy(self, state: WalkState) -> layers_lib.Greedy | None:
+    """What these logits say, where the head knows without all of them."""
+    if state.logits is not None:
+      return None
+    return self.layers.greedy(self.layers.num_layers, state.hidden)
+
   def _decide(self, layer: int, state: WalkState, previous: jax.Array, last: bool) -> WalkState:
     here = ~state.done
     measured = self._measure(layer, state, previous, last)

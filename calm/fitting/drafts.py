@@ -25,9 +25,12 @@ def fastest(
 
   Returns:
     The model, and its seconds from drafts beside full depth as `predictor` decodes it;
-    `predictor` and None where drafts are not faster, or there is one layer only.
+    `predictor` and None where drafts are not faster, there is one layer only, or layers
+    multiply in 8 bits.
   """
-  if predictor.num_layers == 1:
+  if (
+    predictor.num_layers == 1 or predictor.options.weights_dtype == inference.options.IN_8_BITS
+  ):
     return predictor, None
   rule, best, least = inference.exact_rule(predictor), (predictor, None), 1.0
   for model in _models(predictor):

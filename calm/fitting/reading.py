@@ -90,6 +90,8 @@ def nothing_to_gain(predictor: inference.Predictor, option: str) -> bool:
   else:
     widest = max(config.num_heads * config.head_dim, config.mlp_dim)
     small = not columns.is_cut(config.emb_dim, widest)
+    # Matrices in 8 bits are not cut.
+    small = small or predictor.options.weights_dtype == inference.options.IN_8_BITS
   return small or getattr(predictor.options, option) is not None
 
 

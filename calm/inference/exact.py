@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from calm import exits
 from calm.checkpoints import files
+from calm.inference.options import IN_8_BITS
 from calm.t5 import costs, limits
 
 if TYPE_CHECKING:
@@ -27,9 +28,16 @@ def exact_rule(
     draft_layer: k; None: a quarter of the layers.
 
   Raises:
-    ValueError: the draft layer is not below the last, or there is one layer only.
+    ValueError: the draft layer is not below the last, or there is one layer only; or layers
+      multiply in 8 bits.
   """
   config, options = predictor.config, predictor.options
+  if options.weights_dtype == IN_8_BITS:
+    raise ValueError(
+      "Expected layers that multiply as they are stored for exact decoding, got `weights_dtype`"
+      f" {IN_8_BITS!r}: passes over drafts would be rounded otherwise than full depth's tokens;"
+      " leave one of the two out."
+    )
   layer = max(1, config.num_decoder_layers // 4) if draft_layer is None else draft_layer
   listed = options.shortlist is not None and not config.per_layer_heads
   cost = costs.decoding_costs(config, input_length=1, cache_length=1)

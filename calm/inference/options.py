@@ -14,12 +14,14 @@ from calm.t5 import limits
 
 CHOICES = {
   "matmul_precision": ("default", "high", "highest"),
-  "weights_dtype": ("float32", "bfloat16"),
+  "weights_dtype": ("float32", "bfloat16", "int8"),
   "head_dtype": ("int8",),
   "weights_layout": ("columns",),
 }
 # Options that are whole numbers of at least 1.
 _NUMBERS = ("max_input_length", "max_decode_length", "batch_size", "num_devices", "num_drafts")
+# Of `weights_dtype`: products of layers, not weights alone.
+IN_8_BITS = "int8"
 # The measure that is no confidence of a layer but the full model's own, of drafts.
 VERIFIED = "verified"
 
@@ -44,8 +46,12 @@ class DecodeOptions:
       `jax.default_matmul_precision` has them; None takes what JAX is configured to. A CPU
       knows one only.
     weights_dtype: 'float32' or 'bfloat16', what matrices and output heads are rounded to and
-      stored in; products, logits and confidences are as wide as without. None stores matrices
-      in the activation dtype and heads in float32.
+      stored in; products, logits and confidences are as wide as without. 'int8' multiplies the
+      layers of encoder and decoder in 8 bits, what they are given too, and leaves embedding and
+      heads: on a CPU the fastest, and another full model, to which losses are taken. A text
+      then depends on the rows that it is decoded with, which round differently, so that the
+      batch size is part of the `Procedure`, and nothing is decoded exactly from drafts. None
+      stores matrices in the activation dtype and heads in float32.
     head_dtype: 'int8' reads output heads in 8 bits, and again in full the pieces that may be
       the most likely: tokens at a layer are the same, confidences nearly so. It pays on a CPU,
       and takes a quarter more room than a head. None reads them as they are stored.

@@ -224,7 +224,7 @@ class Predictor:
       batch_size=self.options.batch_size * self.options.num_devices,
       max_input_length=self.options.max_input_length,
       # The size is part of the procedure there: another one rounds otherwise.
-      whole_batches=self.config.dtype != "float32",
+      whole_batches=procedures.rows_matter(self.config, self.options),
     )
 
   def encode(self, batch: prompt_batches.PromptBatch) -> caches.Encoded:

@@ -11,7 +11,7 @@ from jax import lax
 from calm import exits
 from calm.calibrate import Procedure
 from calm.exits import schedules
-from calm.inference.options import CHOICES, VERIFIED, DecodeOptions
+from calm.inference.options import CHOICES, IN_8_BITS, VERIFIED, DecodeOptions
 from calm.t5 import network
 
 
@@ -48,13 +48,22 @@ def procedure(
     heads="per_layer" if config.per_layer_heads else "shared",
     activation_dtype=config.dtype,
     decode_method={"name": "greedy"},
-    batch_bucket=None if config.dtype == "float32" else options.batch_size,
+    batch_bucket=options.batch_size if rows_matter(config, options) else None,
     configuration=configuration_record(config),
     platform=jax.default_backend(),
     matmul_precision=precision_record(options),
     weights_dtype=options.weights_dtype,
     head_dtype=options.head_dtype,
   )
+
+
+def rows_matter(config: network.T5Config, options: DecodeOptions) -> bool:
+  """Whether a text depends on the rows that it is decoded with.
+
+  Sums of other numbers of rows differ in their last bits. Where states are rounded to few bits,
+  such a bit may decide how, and so, by and by, which of two likely tokens comes.
+  """
+  return config.dtype != "float32" or options.weights_dtype == IN_8_BITS
 
 
 def options_of(procedure: Procedure, shortlist: tuple[int, ...] | None = None) -> DecodeOptions:

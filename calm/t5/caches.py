@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Int
 from calm.exits.layers import KeyValue
 from calm.t5 import layers as layers_lib
 from calm.t5 import network, platforms
-from calm.t5.decoder_weights import DecoderWeights
+from calm.t5.decoder_weights import DecoderWeights, Matrix
+from calm.t5.eight_bits import EightBits
 
 
 @struct.dataclass
@@ -49,9 +50,15 @@ def cross_attention_inputs(
 ) -> Encoded:
   """Every decoder layer's cross-attention keys and values, once a prompt."""
   encoded = encoded.astype(config.dtype)
+
+  def projected(matrix: Matrix) -> jax.Array:
+    if isinstance(matrix, EightBits):
+      return matrix.product(encoded)
+    assert isinstance(matrix, jax.Array)
+    return encoded @ matrix.astype(encoded.dtype)
+
   cross = tuple(
-    _prompt_cache(encoded @ layer.cross_key_value.astype(encoded.dtype), config)
-    for layer in weights.layers
+    _prompt_cache(projected(layer.cross_key_value), config) for layer in weights.layers
   )
   bias = jnp.where(encoder_input_tokens > 0, 0.0, layers_lib.MASK_BIAS)[:, None, :]
   return Encoded(cross, bias.astype(config.dtype))

@@ -16,12 +16,13 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from calm.exits.evidence import CERTAIN, evidence
-from calm.exits.layers import KeyValue, Layers, no_probes, no_shortlist
+from calm.exits.layers import Greedy, KeyValue, Layers, no_probes, no_shortlist
 from calm.t5 import layers as layers_lib
 from calm.t5 import network, platforms
 from calm.t5.caches import Cache, Encoded
 from calm.t5.columns import Columns
 from calm.t5.decoder_weights import DecoderWeights, Matrix
+from calm.t5.eight_bits import EightBits
 from calm.t5.quantized_heads import QuantizedHead
 
 
@@ -185,6 +186,7 @@ class DecoderStep:
       run=lambda layer, hidden: self.run(layer, hidden, caches[layer - 1]),
       project=self.project,
       logits=self.logits,
+      greedy=self.greedy,
       exit_logit=self.exit_logit,
       shared_head=len(self.weights.heads) == 1,
       shortlist_logits=self.shortlist_logits,
@@ -233,10 +235,19 @@ class DecoderStep:
 
   def logits(self, layer: int, hidden: jax.Array) -> jax.Array:
     """float32 logits [batch, num_pieces] of the layer's full head."""
+    head, normed = self._head(layer, hidden)
+    return head.logits(normed) if isinstance(head, QuantizedHead) else times(normed, head)
+
+  def greedy(self, layer: int, hidden: jax.Array) -> Greedy | None:
+    """The argmax of these logits; None where they have to be asked."""
+    head, normed = self._head(layer, hidden)
+    return head.greedy(normed) if isinstance(head, QuantizedHead) else None
+
+  def _head(self, layer: int, hidden: jax.Array) -> tuple[jax.Array | QuantizedHead, jax.Array]:
+    """The layer's full head, and decoder_norm(d^i) in float32."""
     heads = self.weights.heads
     head = heads[0] if len(heads) == 1 else heads[layer - 1]
-    normed = rms_norm(hidden, self.weights.decoder_norm).astype(jnp.float32)
-    return head.logits(normed) if isinstance(head, QuantizedHead) else times(normed, head)
+    return head, rms_norm(hidden, self.weights.decoder_norm).astype(jnp.float32)
 
   def shortlist_logits(self, hidden: jax.Array) -> jax.Array:
     """float32 logits [batch, shortlist] of the shortlist only."""
@@ -286,7 +297,7 @@ class DecoderStep:
 
 def times(x: jax.Array, matrix: Matrix) -> jax.Array:
   """x @ matrix in the dtype of `x`, whatever the matrix is stored in."""
-  if isinstance(matrix, Columns):
+  if isinstance(matrix, Columns | EightBits):
     return matrix.product(x)
   return platforms.product(x, matrix.astype(x.dtype))
 

@@ -1,7 +1,7 @@
 """T5X-shaped parameters laid out for decoding: made once, at load time, and never saved."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,16 +10,17 @@ import numpy as np
 from flax import struct
 
 from calm.exits.evidence import Probes
-from calm.t5 import columns, network, parameters, platforms, quantized_heads
+from calm.t5 import columns, eight_bits, network, parameters, platforms, quantized_heads
 from calm.t5.config import Params
 
-# A matrix of a layer, whole or cut.
-Matrix = jax.Array | columns.Columns
+# A matrix of a layer: whole, cut or in 8 bits.
+Matrix = jax.Array | columns.Columns | eight_bits.EightBits
 
 
 @struct.dataclass
 class LayerWeights:
-  """One decoder layer; every matrix but `cross_key_value` may be cut into columns.
+  """One decoder layer; every matrix but `cross_key_value` may be cut into columns, or every one
+  be in 8 bits.
 
   Attributes:
     self_norm, cross_norm, mlp_norm: scales [emb_dim].
@@ -44,7 +45,7 @@ class LayerWeights:
   self_out: Matrix
   cross_norm: jax.Array
   cross_query: Matrix
-  cross_key_value: jax.Array
+  cross_key_value: Matrix
   cross_out: Matrix
   mlp_norm: jax.Array
   mlp_in: tuple[Matrix, ...]
@@ -100,13 +101,16 @@ def decoder_weights(
     shortlist: token ids for measures that ask the head about likely tokens only.
     weights_dtype: what matrices, embedding and heads are stored in; None: matrices in
       `config.dtype`, heads in float32. What they are multiplied with stays as it is, so that
-      narrower weights are a model of rounded weights and nothing else.
+      narrower weights are a model of rounded weights and nothing else; but for 'int8': the
+      layers' matrices and what they are multiplied with in 8 bits (`eight_bits`), embedding
+      and heads as with None.
     head_dtype: 'int8' reads the heads in 8 bits first (`quantized_heads`); None: as they are
       stored.
     layout: 'columns' cuts the layers' matrices into columns where that may be faster, on a CPU
       with float32 activations; None: each in one piece.
   """
   decoder, dtype = params["decoder"], jnp.dtype(config.dtype)
+  weights_dtype, layout = (None, "int8") if weights_dtype == "int8" else (weights_dtype, layout)
   matrices = dtype if weights_dtype is None else jnp.dtype(weights_dtype)
   num_pieces = config.vocab_size if num_pieces is None else num_pieces
   if not 0 < num_pieces <= config.vocab_size:
@@ -120,11 +124,9 @@ def decoder_weights(
     heads = tuple(head.astype(matrices) for head in heads)
   read = tuple(map(quantized_heads.quantize, heads)) if head_dtype == "int8" else heads
   layers = tuple(
-    _layer_weights(decoder[f"layers_{i}"], config, dtype, matrices)
+    _laid_out(_layer_weights(decoder[f"layers_{i}"], config, dtype, matrices), layout, dtype)
     for i in range(config.num_decoder_layers)
   )
-  if layout == "columns" and platforms.multiplies_columns(dtype):
-    layers = tuple(map(cut, layers))
   return DecoderWeights(
     embedding=jnp.asarray(params["token_embedder"]["embedding"], matrices),
     relpos=tuple(
@@ -169,14 +171,31 @@ def _layer_weights(layer: Params, config: network.T5Config, dtype, matrices) -> 
   )
 
 
+def _laid_out(layer: LayerWeights, layout: str | None, dtype: Any) -> LayerWeights:
+  """The layer in 8 bits, cut or as it is."""
+  if layout == "int8":
+    return rounded(layer)
+  return cut(layer) if layout == "columns" and platforms.multiplies_columns(dtype) else layer
+
+
 def cut(layer: LayerWeights) -> LayerWeights:
   """The layer with the matrices that a step multiplies in columns."""
-  cut_ = lambda matrices: tuple(map(columns.cut, matrices))
-  one = ("query", "self_out", "cross_query", "cross_out", "mlp_out")
+  cut_ = _with_matrices(layer, columns.cut)
+  return dataclasses.replace(cut_, cross_key_value=layer.cross_key_value)
+
+
+def rounded(layer: LayerWeights) -> LayerWeights:
+  """The layer with its matrices in 8 bits."""
+  return _with_matrices(layer, eight_bits.quantize)
+
+
+def _with_matrices(layer: LayerWeights, make: Callable[[Any], Matrix]) -> LayerWeights:
+  one = ("query", "self_out", "cross_query", "cross_key_value", "cross_out", "mlp_out")
+  every = lambda matrices: tuple(map(make, matrices))
   return dataclasses.replace(
     layer,
-    **{name: columns.cut(getattr(layer, name)) for name in one},
-    **{name: cut_(getattr(layer, name)) for name in ("key_value", "mlp_in")},
+    **{name: make(getattr(layer, name)) for name in one},
+    **{name: every(getattr(layer, name)) for name in ("key_value", "mlp_in")},
   )
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from calm.t5 import layers, masks, stacks
 from calm.t5.config import Params, T5Config
+from calm.t5.eight_bits import EightBits
 
 __all__ = ["T5Config", "Transformer", "encode"]
 
@@ -26,16 +27,28 @@ def encode(
   """Encoder states of prompts, for decoding: without dropout, and embedded by a gather.
 
   Args:
-    params: the tree of `Transformer`; its embedding and encoder are read.
+    params: the tree of `Transformer`; its embedding and encoder are read. Kernels may be in
+      8 bits (`eight_bits.EightBits`).
     config: its sizes.
     encoder_input_tokens: prompts, 0 behind their ends.
   """
   network = Transformer(dataclasses.replace(config, one_hot_embedding=False))
-  encoded = network.apply(
-    {"params": params}, encoder_input_tokens, enable_dropout=False, method="encode"
-  )
+  with nn.intercept_methods(_in_8_bits):
+    encoded = network.apply(
+      {"params": params}, encoder_input_tokens, enable_dropout=False, method="encode"
+    )
   assert isinstance(encoded, jax.Array)
   return encoded
+
+
+def _in_8_bits(call, arguments, named, context):
+  """A call of a module; linear maps whose kernel is in 8 bits multiply so."""
+  module = context.module
+  if isinstance(module, layers.Dense) and context.method_name == "__call__":
+    kernel = module.variables["params"]["kernel"]
+    if isinstance(kernel, EightBits):
+      return kernel.product(jnp.asarray(arguments[0], module.dtype))
+  return call(*arguments, **named)
 
 
 class Transformer(nn.Module):

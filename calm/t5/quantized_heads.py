@@ -7,23 +7,23 @@ than are scored again, the float32 head is asked whole. So the largest logit and
 those of the float32 head; of the others, which only a softmax's sum reads, most are rounded.
 """
 
+import functools
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int, Int8, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
-from calm.t5 import platforms
+from calm.exits import layers
+from calm.t5 import eight_bits
 
 # Pieces that are scored again, most.
 CANDIDATES = 32
-# 8-bit products have at least so many rows: XLA:CPU multiplies a single one number by number,
-# and two in half the time in which it reads the float32 head for one.
-LEAST_ROWS = 2
-# Codes lie in -127 ... 127; what the first code of a state leaves is coded again, finer, where
-# there are rows to spare.
-_CODES, _FINER = 127.0, 254.0
-# Added to codes that must have no sign.
-_SHIFT = 128
+# What the first code of a state leaves is coded again, so much finer, where there are rows to
+# spare.
+_FINER = 254.0
 # Of float32 sums, relative to the norms of what is multiplied.
 _ROUNDING = 1e-5
 # Pieces of which one is looked at first, where the largest are sought.
@@ -49,17 +49,13 @@ class QuantizedHead:
 
   Attributes:
     rows: the head, transposed, in the dtype of the matrices.
-    codes: its pieces in 8 bits.
-    sums: of each piece's codes.
-    scales: what a piece's codes are multiplied with.
+    coded: the head in 8 bits.
     left: norms of what the codes leave of the pieces.
     norms: norms of what they do not leave.
   """
 
   rows: Float[Array, "pieces emb"]
-  codes: Int8[Array, "pieces emb"]
-  sums: Int32[Array, " pieces"]
-  scales: Float[Array, " pieces"]
+  coded: eight_bits.EightBits
   left: Float[Array, " pieces"]
   norms: Float[Array, " pieces"]
 
@@ -69,19 +65,30 @@ class QuantizedHead:
     Args:
       states: decoder_norm(d^i), float32.
     """
-    if self.codes.shape[0] <= CANDIDATES:
+    if len(self.rows) <= CANDIDATES:
       return self.whole(states)
+    found, batch = self._candidates(states), jnp.arange(len(states))[:, None]
+    return lax.cond(
+      found.certain,
+      lambda: found.logits.at[batch, found.places].set(found.scored),
+      lambda: self.whole(states),
+    )
+
+  def greedy(self, states: Float[Array, "batch emb"]) -> layers.Greedy:
+    """The argmax of these logits and its log-probability, without writing them all."""
+    if len(self.rows) <= CANDIDATES:
+      return layers.greedy(self.whole(states))
+    found = self._candidates(states)
+    return lax.cond(found.certain, found.greedy, lambda: layers.greedy(self.whole(states)))
+
+  def _candidates(self, states: Float[Array, "batch emb"]) -> "_Candidates":
+    """The pieces that may be the most likely, scored again."""
     rounded = self.rounded(states)
     upper, places = largest(rounded.logits + rounded.slack, CANDIDATES)
     # Multiplied and summed: of a product XLA:CPU would transpose the whole head first.
     scored = jnp.sum(self.rows[places].astype(jnp.float32) * states[:, None], axis=-1)
     certain = jnp.all(jnp.max(scored, axis=1) > jnp.min(upper, axis=1))
-    batch = jnp.arange(len(states))[:, None]
-    return lax.cond(
-      certain,
-      lambda: rounded.logits.at[batch, places].set(scored),
-      lambda: self.whole(states),
-    )
+    return _Candidates(rounded.logits, places, scored, certain)
 
   def rounded(self, states: Float[Array, "batch emb"]) -> Rounded:
     """Logits of the 8-bit head, and how far off they may be.
@@ -91,24 +98,13 @@ class QuantizedHead:
     """
     codes, steps = _coded(states)
     count = len(states)
-    sums = self._products(jnp.concatenate(codes))
+    sums = self.coded.sums_of(jnp.concatenate(codes)).astype(jnp.float32)
     logits = sum(sums[i * count : (i + 1) * count] * step for i, step in enumerate(steps))
     seen = sum(code * step for code, step in zip(codes, steps, strict=True))
     norm = lambda x: jnp.linalg.norm(x, axis=1, keepdims=True)
     left, norms = self.left[None, :], self.norms[None, :]
     slack = norm(states) * (left + _ROUNDING * norms) + norm(states - seen) * norms
-    return Rounded(logits * self.scales[None, :], slack)
-
-  def _products(self, codes: Float[Array, "rows emb"]) -> Float[Array, "rows pieces"]:
-    """Sums of products of codes, which 32 bits hold."""
-    padding = max(0, _least_rows() - len(codes))
-    codes = jnp.pad(codes, ((0, padding), (0, 0)))
-    if platforms.multiplies_unsigned():  # (c + 128) w = c w + 128 w
-      unsigned = (codes + _SHIFT).astype(jnp.uint8)
-      sums = _dot(unsigned, self.codes) - _SHIFT * self.sums[None, :]
-    else:
-      sums = _dot(codes.astype(jnp.int8), self.codes)
-    return sums.astype(jnp.float32)
+    return Rounded(logits * self.coded.scales[None, :], slack)
 
   def whole(self, states: Float[Array, "batch emb"]) -> Float[Array, "batch pieces"]:
     """Logits of the float32 head."""
@@ -116,31 +112,58 @@ class QuantizedHead:
     return lax.dot_general(states, rows, (((1,), (1,)), ((), ())))
 
 
-def _dot(
-  rows: Shaped[Array, "rows emb"], pieces: Int8[Array, "pieces emb"]
-) -> Int32[Array, "rows pieces"]:
-  return lax.dot_general(
-    rows,
-    pieces,
-    (((1,), (1,)), ((), ())),
-    # Without an algorithm JAX makes 32-bit numbers of 8-bit ones of which one side has a sign.
-    precision=lax.DotAlgorithmPreset.DEFAULT,
-    preferred_element_type=jnp.int32,
+@struct.dataclass
+class _Candidates:
+  """Pieces that may be the most likely.
+
+  Attributes:
+    logits: of all pieces, rounded.
+    places: of the candidates.
+    scored: their float32 logits.
+    certain: whether the most likely piece of every row is one of them.
+  """
+
+  logits: Float[Array, "batch pieces"]
+  places: Int[Array, "batch candidates"]
+  scored: Float[Array, "batch candidates"]
+  certain: Bool[Array, ""]
+
+  def greedy(self) -> layers.Greedy:
+    """Where it is certain."""
+    top = jnp.max(self.scored, axis=1, keepdims=True)
+    last = self.logits.shape[1] - 1
+    token = jnp.min(jnp.where(self.scored == top, self.places, last), axis=1)
+    rounded = jnp.take_along_axis(self.logits, self.places, axis=1)
+    # Of all pieces as they are rounded; then those that are known better.
+    total = jnp.sum(_fold(jnp.add, jnp.exp(_padded(self.logits) - top)), axis=1)
+    better = jnp.exp(self.scored - top) - jnp.exp(rounded - top)
+    return layers.Greedy(token.astype(jnp.int32), -jnp.log(total + jnp.sum(better, axis=1)))
+
+
+def _fold(
+  combine: Callable[[jax.Array, jax.Array], jax.Array], values: Float[Array, "batch pieces"]
+) -> Float[Array, "batch groups"]:
+  """Every group's values combined: XLA:CPU does so while it makes them, and writes none."""
+  groups = values.shape[1] // _GROUP
+  members = [values[:, i * groups : (i + 1) * groups] for i in range(_GROUP)]
+  return functools.reduce(combine, members)
+
+
+def _padded(values: Float[Array, "batch pieces"]) -> Float[Array, "batch more"]:
+  """With -inf up to whole groups."""
+  missing = -values.shape[1] % _GROUP
+  return (
+    jnp.pad(values, ((0, 0), (0, missing)), constant_values=-jnp.inf) if missing else values
   )
-
-
-def _least_rows() -> int:
-  """Rows that take no longer than one."""
-  return max(LEAST_ROWS, platforms.least_rows())
 
 
 def _coded(
   states: Float[Array, "batch emb"],
 ) -> tuple[list[Float[Array, "batch emb"]], list[Float[Array, "batch 1"]]]:
   """Codes of states, and what they are multiplied with: their sum is nearly the states."""
-  step = jnp.maximum(jnp.max(jnp.abs(states), axis=1, keepdims=True), 1e-30) / _CODES
+  step = eight_bits.step(states)
   coarse = jnp.round(states / step)
-  if 2 * len(states) > _least_rows():
+  if 2 * len(states) > eight_bits.least_rows():
     return [coarse], [step]
   return [coarse, jnp.round((states / step - coarse) * _FINER)], [step, step / _FINER]
 
@@ -157,10 +180,10 @@ def largest(
   groups = -(-pieces // _GROUP)
   if groups <= count:
     return lax.top_k(values, count)
-  padded = jnp.pad(values, ((0, 0), (0, groups * _GROUP - pieces)), constant_values=-jnp.inf)
   # A group's members lie `groups` apart, so that neighbours are compared with neighbours.
+  padded = _padded(values)
   members = padded.reshape(batch, _GROUP, groups)
-  _, chosen = lax.top_k(jnp.max(members, axis=1), count)
+  _, chosen = lax.top_k(_fold(jnp.maximum, padded), count)
   few = jnp.take_along_axis(members, chosen[:, None, :], axis=2).reshape(batch, -1)
   found, at = lax.top_k(few, count)
   group = jnp.take_along_axis(chosen, at % count, axis=1)
@@ -174,11 +197,6 @@ def quantize(head: Float[Array, "emb pieces"]) -> QuantizedHead:
     head: float32 or narrower; it is the head that `QuantizedHead` is exact for.
   """
   rows = head.T
-  wide = rows.astype(jnp.float32)
-  scales = jnp.maximum(jnp.max(jnp.abs(wide), axis=1), 1e-30) / _CODES
-  codes = jnp.round(wide / scales[:, None])
-  seen = codes * scales[:, None]
-  left, norms = jnp.linalg.norm(wide - seen, axis=1), jnp.linalg.norm(seen, axis=1)
-  narrow = codes.astype(jnp.int8)
-  sums = jnp.sum(narrow, axis=1, dtype=jnp.int32)
-  return QuantizedHead(rows, narrow, sums, scales, left, norms)
+  coded = eight_bits.of_rows(rows)
+  left = jnp.linalg.norm(rows.astype(jnp.float32) - coded.seen, axis=1)
+  return QuantizedHead(rows, coded, left, jnp.linalg.norm(coded.seen, axis=1))

@@ -10,6 +10,7 @@ import pytest
 
 from calm import exits
 from calm.decode import loop
+from calm.exits import layers
 
 VOCAB = 6
 EOS = 1
@@ -117,11 +118,11 @@ def test_jit_changes_nothing():
 
 def test_the_greedy_token_is_the_argmax_with_its_log_probability():
   logits = jnp.log(jnp.array([[0.2, 0.5, 0.3], [0.9, 0.05, 0.05]]))
-  token, log_probability = loop.greedy_token(logits)
-  assert token.tolist() == [1, 0] and token.dtype == jnp.int32
-  np.testing.assert_allclose(log_probability, np.log([0.5, 0.9]), rtol=1e-5)
-  cut = loop.greedy_token(jnp.array([[-jnp.inf, 0.0, -jnp.inf]]))
-  assert cut[0].tolist() == [1] and cut[1].tolist() == [0.0]
+  said = layers.greedy(logits)
+  assert said.token.tolist() == [1, 0] and said.token.dtype == jnp.int32
+  np.testing.assert_allclose(said.log_probability, np.log([0.5, 0.9]), rtol=1e-5)
+  cut = layers.greedy(jnp.array([[-jnp.inf, 0.0, -jnp.inf]]))
+  assert cut.token.tolist() == [1] and cut.log_probability.tolist() == [0.0]
 
 
 def test_a_generation_is_shown_by_its_size_and_depth():

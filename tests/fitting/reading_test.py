@@ -52,4 +52,6 @@ def test_nothing_is_timed_where_nothing_can_be_gained(model, monkeypatch):
   assert reading.to_try(model) == list(reading.WAYS)
   for option in reading.WAYS:
     assert option not in reading.to_try(reading.with_option(model, option))
+  coded = model.with_options(weights_dtype="int8")
+  assert reading.to_try(coded) == ["head_dtype"]  # whose matrices are not cut
   assert not np.isfinite(reading.Reading("head_dtype", float("nan"), float("nan"), 0).speedup)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from calm import calibrate, checkpoints, inference
 from calm.commands import cli
@@ -14,7 +15,8 @@ from calm.decode import engines
 from calm.decode import program as program_lib
 from calm.exits import schedules
 from calm.inference import options as options_lib
-from calm.t5 import columns, network, quantized_heads
+from calm.t5 import columns, eight_bits, network, quantized_heads
+from calm.t5 import layers as layers_lib
 from tests.inference.predictor_test import OPTIONS, TEXTS, rows, save
 
 
@@ -151,6 +153,86 @@ def test_narrow_weights_are_another_procedure_and_go_along(directory, model, tmp
     inference.load(tmp_path / "toy")
 
 
+def in_8_bits(call, arguments, named, context):
+  """Linear maps of layers as the 8-bit formula has them, in whole numbers of float64."""
+  module = context.module
+  if not isinstance(module, layers_lib.Dense) or module.name.startswith("logits_dense"):
+    return call(*arguments, **named)
+  x = np.asarray(arguments[0], np.float32)
+  kernel = np.asarray(module.variables["params"]["kernel"], np.float32)
+  steps = np.maximum(np.abs(x).max(-1, keepdims=True), 1e-30) / np.float32(127)
+  scales = np.maximum(np.abs(kernel).max(0), 1e-30) / np.float32(127)
+  codes, weights = np.round(x / steps), np.round(kernel / scales)
+  return jnp.asarray(
+    (codes.astype(float) @ weights.astype(float)) * steps * scales, jnp.float32
+  )
+
+
+def test_layers_in_8_bits_are_the_network_with_its_products_rounded(directory):
+  """The whole network over whole texts, every linear map of a layer computed by hand."""
+  coded = inference.load(directory, weights_dtype="int8", **{**OPTIONS, "batch_size": 1})
+  first = coded.weights.decoder.layers[0]
+  assert all(
+    isinstance(matrix, eight_bits.EightBits)
+    for matrix in (first.query, *first.key_value, first.cross_key_value, *first.mlp_in)
+  )
+  whole = network.Transformer(coded.config)
+  for text in TEXTS:
+    (item,) = coded.generate([text], threshold=schedules.NEVER_EXIT)
+    prompt = coded.plan([text])[0].tokens
+    tokens = np.asarray(item.tokens)[None]
+    before = np.concatenate([np.zeros_like(tokens[:, :1]), tokens[:, :-1]], axis=1)
+    with nn.intercept_methods(in_8_bits):
+      logits = whole.apply(
+        {"params": dict(coded.params)}, prompt, before, tokens, enable_dropout=False
+      )
+    logits = np.asarray(logits)[0, :, : coded.vocabulary.vocab_size]
+    np.testing.assert_array_equal(logits.argmax(-1), tokens[0])
+    score = np.sum(np.max(jax.nn.log_softmax(logits), axis=-1))
+    np.testing.assert_allclose(item.score, score, rtol=0.02, atol=0.02)
+
+
+def test_layers_in_8_bits_are_another_procedure_and_go_along(directory, model):
+  coded = model.with_options(weights_dtype="int8")
+  assert set(model.procedure.differences(coded.procedure)) == {"weights_dtype", "batch_bucket"}
+  options = inference.options_of(coded.procedure)
+  assert (options.weights_dtype, options.batch_size) == ("int8", OPTIONS["batch_size"])
+  assert options_lib.to_stored(coded.options)["weights_dtype"] == "int8"
+  # Another number of rows rounds otherwise: every batch has the procedure's.
+  sizes = lambda model: {len(batch.active) for batch in model.plan(["short"] * 5)}
+  assert sizes(coded) == {4} and sizes(model) == {4, 1}
+  rows_in_8_bits = coded.with_options(weights_layout="columns").weights.decoder.layers[0]
+  assert isinstance(rows_in_8_bits.query, eight_bits.EightBits)
+
+
+def test_nothing_is_decoded_exactly_from_drafts_in_8_bits(directory, capsys, tmp_path):
+  coded = inference.load(directory, weights_dtype="int8", **OPTIONS)
+  with pytest.raises(ValueError, match="for exact decoding, got `weights_dtype` 'int8'"):
+    inference.exact_rule(coded)
+  (tmp_path / "prompts.txt").write_text("a\n")
+  given = ["--weights_dtype=int8", f"--prompts={tmp_path / 'prompts.txt'}", "--exact"]
+  assert cli.main(["infer", f"--model={directory}", *given]) == 2
+  assert "leave one of the two out" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+  "given",
+  [
+    {"measure": "softmax"},
+    {"measure": "classifier", "engine": engines.Compacted()},
+    {"measure": "state", "refill": True},
+  ],
+)
+def test_exits_of_layers_in_8_bits_end_at_full_depth_where_none_leaves(directory, given):
+  coded = inference.load(directory, weights_dtype="int8", **{**OPTIONS, **given})
+  full = coded.generate(TEXTS, threshold=schedules.NEVER_EXIT)
+  for threshold in (1.0, 0.3):
+    made = coded.generate(TEXTS, threshold=threshold)
+    for item, whole in zip(made, full, strict=True):
+      deep = int(np.argmin(np.append(item.exit_layers, 0) == coded.num_layers))
+      assert item.tokens[:deep] == whole.tokens[:deep]
+
+
 @pytest.mark.parametrize("measure", ["softmax", "classifier"])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_heads_in_8_bits_emit_the_same_tokens(directory, measure, batch_size):
@@ -158,7 +240,8 @@ def test_heads_in_8_bits_emit_the_same_tokens(directory, measure, batch_size):
   plain = inference.load(directory, **given)
   quantized = inference.load(directory, head_dtype="int8", **given)
   (head,) = quantized.weights.decoder.heads
-  assert isinstance(head, quantized_heads.QuantizedHead) and head.codes.dtype == jnp.int8
+  assert isinstance(head, quantized_heads.QuantizedHead)
+  assert head.coded.codes.dtype == jnp.int8
   for threshold in (schedules.NEVER_EXIT, 0.6):
     got, expected = (m.generate(TEXTS, threshold=threshold) for m in (quantized, plain))
     assert rows(got) == rows(expected)

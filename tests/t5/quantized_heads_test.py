@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
+from calm.exits import layers
 from calm.t5 import platforms, quantized_heads
 
 EMB, PIECES = 24, 200
@@ -65,6 +66,22 @@ def test_the_largest_logit_is_the_full_heads(batch, outlier):
     got = np.asarray(logits(quantized_heads.quantize(jnp.asarray(head)), states))
     np.testing.assert_array_equal(got.argmax(-1), expected.argmax(-1))
     np.testing.assert_allclose(got.max(-1), expected.max(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("pieces", [24, PIECES, 1040])
+@pytest.mark.usefixtures("unsigned")
+def test_the_most_likely_piece_is_known_without_all_logits(batch, pieces):
+  """Pieces of whole groups, of a group that is not whole, and too few for candidates."""
+  random = np.random.default_rng(pieces + batch)
+  for _ in range(5):
+    head = random.normal(size=(EMB, pieces)).astype(np.float32)
+    states = jnp.asarray(random.normal(size=(batch, EMB)).astype(np.float32))
+    made = quantized_heads.quantize(jnp.asarray(head))
+    got, expected = jax.jit(made.greedy)(states), layers.greedy(made.logits(states))
+    np.testing.assert_array_equal(got.token, expected.token)
+    assert got.token.dtype == jnp.int32
+    np.testing.assert_allclose(got.log_probability, expected.log_probability, atol=1e-5)
 
 
 @hypothesis.given(
@@ -133,6 +150,9 @@ def test_where_more_pieces_are_in_question_the_full_head_is_asked():
   logits = np.asarray(made.logits(jnp.asarray(states)))
   np.testing.assert_array_equal(logits, np.asarray(made.whole(jnp.asarray(states))))
   assert logits[0].argmax() == 159
+  said, asked = made.greedy(jnp.asarray(states)), layers.greedy(jnp.asarray(logits))
+  assert said.token.tolist() == asked.token.tolist() and said.token[0] == 159
+  np.testing.assert_allclose(said.log_probability, asked.log_probability, rtol=1e-6)
   # The rounded head does not know it.
   assert not np.array_equal(np.asarray(made.rounded(jnp.asarray(states)).logits), logits)
 
@@ -142,6 +162,9 @@ def test_equal_pieces_stay_equal():
   head[:, 50] = head[:, 150] = 5 * states[0]
   logits = np.asarray(quantized_heads.quantize(jnp.asarray(head)).logits(jnp.asarray(states)))
   assert logits[0, 50] == logits[0, 150] == logits.max()
+  # The first of equals, as `argmax` has it.
+  said = quantized_heads.quantize(jnp.asarray(head)).greedy(jnp.asarray(states))
+  assert said.token.tolist() == [50]
 
 
 def test_a_vocabulary_of_few_pieces_is_scored_whole():

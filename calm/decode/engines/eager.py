@@ -31,7 +31,7 @@ class Eager:
       hidden = task.embed(current)
       generated = task.generated(position)
       made = rule(decoder.layers(cache), hidden, active, task.threshold, generated)
-      end = after(position, made.logits)
+      end = after(position, made.head)
       return made, caches.write_rows(cache, made.rows, end, task.keeps(position))
 
     same = lambda caches, position: caches
