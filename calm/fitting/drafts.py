@@ -28,9 +28,8 @@ def fastest(
     `predictor` and None where drafts are not faster, there is one layer only, or layers
     multiply in 8 bits.
   """
-  if (
-    predictor.num_layers == 1 or predictor.options.weights_dtype == inference.options.IN_8_BITS
-  ):
+  in_8_bits = predictor.options.weights_dtype == inference.options.IN_8_BITS
+  if predictor.num_layers == 1 or in_8_bits:
     return predictor, None
   rule, best, least = inference.exact_rule(predictor), (predictor, None), 1.0
   for model in _models(predictor):

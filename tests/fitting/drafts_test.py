@@ -64,6 +64,12 @@ def test_a_small_head_is_timed_as_it_is(model, measured, monkeypatch, tmp_path):
   assert chosen is model and found is not None and asked == [(None, None)]
 
 
+def test_layers_in_8_bits_are_served_without_drafts(model, measured, tmp_path):
+  coded = model.with_options(weights_dtype="int8")
+  chosen, found = drafts.fastest(coded, TEXTS, results.ResultCache(tmp_path))
+  assert chosen is coded and found is None and measured[1] == []
+
+
 def test_drafts_are_timed_beside_the_full_depth_of_another_head(model, monkeypatch):
   """Each in turn, on what was encoded once."""
   decoded = []
