@@ -31,6 +31,8 @@ def of_a_step(
     rule=rule or options.rule,
     num_pieces=predictor.vocabulary.vocab_size,
     shortlist=len(options.shortlist or ()),
+    weights_dtype=options.weights_dtype,
+    head_dtype=options.head_dtype,
   )
 
 

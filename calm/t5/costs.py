@@ -148,26 +148,34 @@ def decoding_costs(
   rule: exits.Rule | None = None,
   num_pieces: int | None = None,
   shortlist: int = 0,
+  weights_dtype: str | None = None,
+  head_dtype: str | None = None,
 ) -> DecodingCosts:
   """The costs of a decode step of this model.
 
   Args:
-    config: the model's sizes; matrices and caches are in its dtype, heads in float32.
+    config: the model's sizes; caches are in its dtype.
     input_length: positions of the (padded) prompt.
     cache_length: positions in the caches; a step reads them all.
     rule: the exit rule; None, or one without a measure, measures nothing, and a static one
       propagates nothing either.
     num_pieces: columns of the head that are computed (the vocabulary's pieces).
     shortlist: tokens on the shortlist, for measures that ask the head about those only.
+    weights_dtype: what weights are stored in, as in `decoder_weights`; None: matrices in
+      `config.dtype`, heads in float32.
+    head_dtype: 'int8' where the head is read in 8 bits; what is scored again is left out.
   """
   size, emb = jnp.dtype(config.dtype).itemsize, config.emb_dim
   width = config.num_heads * config.head_dim
-  matrix = lambda rows, columns, item=size: Cost(2.0 * rows * columns, item * rows * columns)
+  stored = size if weights_dtype is None else jnp.dtype(weights_dtype).itemsize
+  # Layers in 8 bits leave the heads as they are.
+  heads = 4 if weights_dtype in (None, "int8") else stored
+  matrix = lambda rows, columns, item=stored: Cost(2.0 * rows * columns, item * rows * columns)
   # Scores and the weighted sum are a product each, over every position.
   attended = lambda length: Cost(4.0 * width * length, 0.0, 2.0 * width * length * size)
   written = Cost(0.0, 0.0, 2.0 * width * size)
-  head = matrix(emb, num_pieces or config.vocab_size, 4)
-  measured, emitted = _measure_costs(rule, emb, head, matrix(emb, shortlist, 4))
+  head = matrix(emb, num_pieces or config.vocab_size, 1 if head_dtype == "int8" else heads)
+  measured, emitted = _measure_costs(rule, emb, head, matrix(emb, shortlist, heads))
   allowed = rule.allowed if isinstance(rule, exits.DynamicExits) else ()
   static = isinstance(rule, exits.StaticExit)
   return DecodingCosts(

@@ -177,6 +177,42 @@ def test_bfloat16_halves_everything_but_the_head():
   assert half.layer.flops == COSTS.layer.flops
 
 
+STORED = {
+  (None, None): (4, 4),
+  (None, "int8"): (4, 1),
+  ("bfloat16", None): (2, 2),
+  ("bfloat16", "int8"): (2, 1),
+  ("int8", None): (1, 4),
+  ("int8", "int8"): (1, 1),
+}
+
+
+@pytest.mark.parametrize("dtypes", STORED, ids=str)
+def test_weights_are_read_as_they_are_stored(dtypes):
+  """Every matrix that a step reads, as it lies in memory, without the steps of its codes."""
+  matrix, head = STORED[dtypes]
+  narrow = costs.decoding_costs(
+    CONFIG,
+    input_length=INPUT,
+    cache_length=CACHE,
+    weights_dtype=dtypes[0],
+    head_dtype=dtypes[1],
+  )
+  made = program_lib.model_weights(
+    toys.params(CONFIG, 0), CONFIG, weights_dtype=dtypes[0], head_dtype=dtypes[1]
+  ).decoder
+  layer = dataclasses.replace(made.layers[0], cross_key_value=None)  # pyright: ignore[reportArgumentType]
+  items = {leaf.dtype.itemsize for leaf in jax.tree.leaves(layer) if leaf.ndim == 2}
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(layer) if leaf.ndim == 2)
+  assert items == {matrix} and narrow.layer.weight_bytes == size
+  assert narrow.propagation.weight_bytes == COSTS.propagation.weight_bytes * matrix / 4
+  read = getattr(made.heads[0], "coded", made.heads[0])
+  assert narrow.head.weight_bytes == max(leaf.nbytes for leaf in jax.tree.leaves(read))
+  assert narrow.head.weight_bytes == COSTS.head.weight_bytes * head / 4
+  assert narrow.full.flops == COSTS.full.flops
+  assert narrow.full.row_bytes == COSTS.full.row_bytes
+
+
 def test_totals_compose_with_recorded_exits_and_skip_padding():
   classifier = by_hand(confidence.Classifier())
   rows = np.array([[1, 3, 0, 0], [2, 2, 2, 0]])
@@ -223,3 +259,5 @@ def test_outputs_of_a_model_cost_what_their_exits_say():
   assert got.early.flops == pytest.approx(sum(part.early.flops for part in by_output))
   assert got.tokens == sum(len(output.tokens) for output in outputs)
   assert got.flops_ratio > 1
+  narrow = inference.costs.of_a_step(model.with_options(weights_dtype="bfloat16"), 32)
+  assert narrow.full.weight_bytes * 2 == inference.costs.of_a_step(model, 32).full.weight_bytes

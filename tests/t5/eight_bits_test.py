@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from calm.t5 import eight_bits, platforms
+from calm.t5 import eight_bits
 
 INPUTS, OUTPUTS = 24, 40
 
@@ -30,13 +30,6 @@ def by_hand(matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
   scales = np.abs(matrix).max(0, keepdims=True) / np.float32(127)
   codes, weights = np.round(x / steps).astype(int), np.round(matrix / scales).astype(int)
   return (codes @ weights) * steps * scales
-
-
-@pytest.fixture(params=[False, True], ids=["signed", "unsigned"])
-def unsigned(request, monkeypatch):
-  """Both ways to multiply, whatever the machine likes."""
-  monkeypatch.setattr(platforms, "multiplies_unsigned", lambda: request.param)
-  return request.param
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])

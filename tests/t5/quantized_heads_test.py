@@ -25,13 +25,6 @@ def head_and_states(seed: int, batch: int, outlier: float = 1.0):
   return head, states
 
 
-@pytest.fixture(params=[False, True], ids=["signed", "unsigned"])
-def unsigned(request, monkeypatch):
-  """Both ways to multiply, whatever the machine likes."""
-  monkeypatch.setattr(platforms, "multiplies_unsigned", lambda: request.param)
-  return request.param
-
-
 def test_products_without_a_sign_are_the_same_numbers(monkeypatch):
   head, states = head_and_states(0, 5, 100.0)
   made = quantized_heads.quantize(jnp.asarray(head))
