@@ -139,6 +139,7 @@ class _Choosing:
     ranked, probe = self._rank(prompts, found.records, part(progress, 0.2, 0.35))
     first = [self._forecast(probe, candidate) for candidate in ranked]
     first, _ = self._timed("first", first, (_FIRST_TIMED, _FIRST_ROUNDS), progress, 0.35, 0.55)
+    first = [dataclasses.replace(entry, first_speedup=entry.speedup) for entry in first]
     tried = self._decoded(prompts, found.records, probe, first, part(progress, 0.55, 0.85))
     tried, seconds = self._timed("seconds", tried, (TIMED, ROUNDS), progress, 0.85, 1.0)
     faster = [i for i, entry in enumerate(tried) if entry.decoded and entry.speedup > 1.0]
@@ -195,12 +196,12 @@ class _Choosing:
         tried.append(entry)
         continue
       inner = part(progress, *((number + i) / (number + DECODED - found) for i in (0, 1)))
-      tried.append(self._try(prompts, full, probe, entry.candidate, encodings, inner))
+      tried.append(self._try(prompts, full, probe, entry, encodings, inner))
     return tried
 
-  def _try(self, prompts, full, probe, candidate, encodings, progress: Progress) -> Tried:
+  def _try(self, prompts, full, probe, entry: Tried, encodings, progress: Progress) -> Tried:
     """A finalist decoded over the grid that its confidences ask for."""
-    options = self.options
+    options, candidate = self.options, entry.candidate
     length = self.shaped.options.max_decode_length
     model = self.shaped.with_options(**candidate.options(length))
     levels = forecasts.coarse_grid(probe, candidate, options.tolerance, length)
@@ -209,8 +210,8 @@ class _Choosing:
       model, prompts, levels, self.folder, full=full, encodings=encodings, progress=told
     )
     losses = sequence_losses.compute(cached, options.kind, metric=options.metric).values
-    return Tried(
-      candidate=candidate,
+    return dataclasses.replace(
+      entry,
       thresholds=levels,
       losses=tuple(losses.mean(axis=0).tolist()),
       depths=mean_depths(cached),

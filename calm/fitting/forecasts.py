@@ -30,6 +30,8 @@ class Tried:
       one that was only timed, what the probe forecasts.
     milliseconds: measured decode time a prompt at that threshold; NaN where none.
     speedup: full depth's over these, the fastest of rounds in turn; NaN where none.
+    first_speedup: the same of a first look, in which all finalists took their turn on a few
+      prompts at the threshold that the probe forecasts; NaN where none.
   """
 
   candidate: Candidate
@@ -39,6 +41,7 @@ class Tried:
   threshold: float
   milliseconds: float
   speedup: float
+  first_speedup: float = float("nan")
 
   @property
   def decoded(self) -> bool:

@@ -32,6 +32,7 @@ def pages(result: Result, options: FitOptions, folder: str) -> Mapping[str, str]
     autoescape=jinja2.select_autoescape(["html.j2"]),
   )
   environment.filters["number"] = number
+  environment.filters["times"] = lambda value: "–" if math.isnan(value) else f"x{value:.2f}"
   environment.filters["threshold"] = thresholds_lib.format_threshold
   values = {
     "result": result,
@@ -40,7 +41,6 @@ def pages(result: Result, options: FitOptions, folder: str) -> Mapping[str, str]
     "headline": result.headline(options.tolerance),
     "certified": result.last.risk is not None,
     "never": thresholds_lib.NEVER_EXIT,
-    "timed_only": TIMED_ONLY,
   }
   figure = curve.draw(result, options)
   html = environment.get_template("summary.html.j2").render(
@@ -76,23 +76,23 @@ def plain(example: ShownText, num_layers: int) -> str:
   return " ".join(text.replace("`", "'").split())
 
 
-# Of ways to leave whose texts were not looked at: seconds of other rounds, on fewer prompts, at
-# the threshold that was forecast; slower there than those that went on.
-TIMED_ONLY = " (in a first look)"
-
-
 def tried_lines(choice: Choice) -> list[str]:
-  """What was tried, the fastest first, a line each; last, what was only looked at first."""
+  """What was tried, the fastest first, a line each; last, what was only looked at first.
+
+  A first look has seconds of its own, on fewer prompts: every line says what it found, since
+  by that some went on and others did not.
+  """
   lines = []
   speed = lambda entry: 0.0 if math.isnan(entry.speedup) else entry.speedup
   order = sorted(choice.tried, key=lambda entry: (not entry.decoded, -speed(entry)))
   for entry in order:
-    mark = " (chosen)" if choice.best is entry else "" if entry.decoded else TIMED_ONLY
     if math.isnan(entry.speedup):
       lines.append(f"  {entry.candidate}: no threshold within the tolerance")
       continue
-    shown = thresholds_lib.format_threshold(entry.threshold)
-    lines.append(
-      f"  {entry.candidate}: x{entry.speedup:.2f} as fast at threshold {shown}{mark}"
-    )
+    at = f"at threshold {thresholds_lib.format_threshold(entry.threshold)}"
+    found = f"x{entry.speedup:.2f} as fast {at}, " if entry.decoded else ""
+    rest = "" if entry.decoded else f", {at}"
+    mark = " (chosen)" if choice.best is entry else ""
+    first = f"x{entry.first_speedup:.2f} in a first look"
+    lines.append(f"  {entry.candidate}: {found}{first}{rest}{mark}")
   return lines

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from calm.fitting import candidates, forecasts, probe
+from calm.fitting import candidates, choose, forecasts, probe, summary
 from calm.fitting.candidates import Candidate
 
 
@@ -88,3 +88,17 @@ def test_the_final_grid_descends_and_is_densest_near_the_tolerance():
   assert grid[-1] == pytest.approx(0.281818, abs=1e-5)
   near = ((grid > 0.4) & (grid < 0.7)).sum()
   assert near > len(grid) / 2
+
+
+def test_a_way_that_was_looked_at_first_is_told_beside_the_others_first_looks():
+  """Its x2.7 is of other rounds than the chosen one's x2.1, which was x3.1 in them."""
+  way = lambda *args: forecasts.Tried(Candidate("softmax", (1,)), *args)
+  chosen = way((0.5,), (0.1,), (2.0,), 0.5, 1.0, 2.1, 3.1)
+  looked = way((), (), (), 0.4, 1.0, 2.7, 2.7)
+  without = way((0.5,), (0.3,), (2.0,), math.inf, math.nan, math.nan, 2.9)
+  choice = choose.Choice((looked, without, chosen), 2, (0.5,), 2.0, 20, 4)
+  assert summary.tried_lines(choice) == [
+    "  softmax after layer 1: x2.10 as fast at threshold 0.5, x3.10 in a first look (chosen)",
+    "  softmax after layer 1: no threshold within the tolerance",
+    "  softmax after layer 1: x2.70 in a first look, at threshold 0.4",
+  ]

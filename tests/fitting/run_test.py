@@ -118,6 +118,10 @@ def test_the_summary_says_what_was_found(made):
   )
   result = json.loads((output / "fit" / "result.json").read_text("utf-8"))
   assert result["last"]["risk"]["count"] == 11
+  tried = result["choice"]["tried"]
+  went_on = [entry["first_speedup"] for entry in tried if entry["thresholds"]]
+  looked = [entry["first_speedup"] for entry in tried if not entry["thresholds"]]
+  assert "in a first look" in markdown and min(went_on) >= max(looked, default=0.0)
   assert result["threshold"] == served.threshold
 
 
