@@ -4,8 +4,12 @@ import contextlib
 import io
 import pathlib
 import re
+import shlex
 
 import pytest
+
+from calm.commands import cli, gin_files
+from calm.data import datasets
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 READMES = [
@@ -60,3 +64,32 @@ def test_links_and_paths_lead_to_files(path):
     if "NAME" in name:
       continue
     assert (ROOT / name).exists(), f"{path.name}: {name}"
+
+
+def commands(path: pathlib.Path) -> list[list[str]]:
+  """The words of every `calm` command of a page's shell blocks, comments left out."""
+  found = re.findall(r"```sh\n(.*?)```", path.read_text("utf-8"), re.DOTALL)
+  lines = "\n".join(found).replace("\\\n", " ").splitlines()
+  words = [shlex.split(line.split("|")[-1], comments=True) for line in lines]
+  return [line[1:] for line in words if line[:1] == ["calm"]]
+
+
+def test_every_command_of_the_first_page_is_one():
+  given = commands(ROOT / "README.md")
+  assert {line[0] for line in given} >= {"fit", "generate", "calibrate", "infer", "train"}
+  for line in given:
+    cli.make_parser(line[0]).parse_args(line)
+
+
+def test_the_first_pages_training_has_all_it_needs(monkeypatch):
+  gin = pytest.importorskip("gin", reason="gin-config (the `train` extra) is not installed")
+  monkeypatch.chdir(ROOT)
+  (line,) = (line for line in commands(ROOT / "README.md") if line[0] == "train")
+  arguments = cli.make_parser(line[0]).parse_args(line)
+  assert arguments.output_dir
+  try:
+    gin_files.parse(arguments)
+    assert datasets.read_examples(gin.query_parameter("%TRAIN"))
+    assert pathlib.Path(gin.query_parameter("%VOCABULARY_PATH")).is_file()
+  finally:
+    gin.clear_config()

@@ -47,6 +47,9 @@ def parse(arguments: argparse.Namespace) -> None:
       raise
     raise ValueError(_gin_message(arguments, error)) from error
   except Exception as error:
+    missing = _missing_macros() if "gin.REQUIRED" in str(error) else []
+    if missing:
+      raise ValueError(_missing_message(arguments, missing)) from error
     raise ValueError(_gin_message(arguments, error)) from error
   finally:
     logging.getLogger().removeFilter(tried)
@@ -120,6 +123,25 @@ def _check_macros() -> None:
         f" {f'{scope}/{selector}'.removesuffix('/gin.macro').strip('/')};"
         " write them into a file of rows"
       )
+
+
+def _missing_macros() -> list[str]:
+  """Macros that a file says are to be set, and nothing has set."""
+  from gin import config
+
+  return sorted(
+    scope
+    for (scope, selector), parameters in config._CONFIG.items()
+    if selector == "gin.macro" and repr(parameters.get("value")) == "%gin.REQUIRED"
+  )
+
+
+def _missing_message(arguments: argparse.Namespace, missing: list[str]) -> str:
+  given = " ".join(f"--gin_bindings=\"{name} = '...'\"" for name in missing)
+  return (
+    f"Expected a value for {', '.join(missing)}, which {' '.join(arguments.gin_file)} leaves to"
+    f" you, got none; give {given}. The head of the file says what each is."
+  )
 
 
 _GIN_PLACE = re.compile(r'In (?:file "(?P<file>[^"]*)"|bindings string), line (?P<line>[0-9]+)')

@@ -80,7 +80,8 @@ def read_examples(
   Args:
     path: the file; gzip is told by its first bytes, whatever the name.
     limit: stop after this many examples; None: all.
-    require_target: whether a line without `target` is an error (else it has no targets).
+    require_target: whether a line without `target` (or `targets`) is an error (else it has no
+      targets).
 
   Returns:
     Examples in the order of the file, at least one. Blank lines are skipped; a line without
@@ -171,15 +172,17 @@ def _object(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
 def _example(fields: Mapping[str, Any], where: str, require_target: bool) -> Example:
   if "input" not in fields:
     raise ValueError(f"{where}: expected a field `input`, got {sorted(fields)}.")
-  if require_target and fields.get("target") in (None, []):
+  # Files of prompts call several references `targets`.
+  name = "targets" if "targets" in fields and "target" not in fields else "target"
+  target = fields.get(name)
+  if require_target and target in (None, []):
     raise ValueError(
       f"{where}: expected a field `target`, a reference for training and scoring, got none,"
       f" or an empty one, in {sorted(fields)}."
     )
-  target = fields.get("target")
   targets = [] if target is None else target if isinstance(target, list) else [target]
   for i, text in enumerate(targets):
-    _text(text, f"target[{i}]" if isinstance(target, list) else "target", where)
+    _text(text, f"{name}[{i}]" if isinstance(target, list) else name, where)
   source = fields.get("source")
   return Example(
     id="" if fields.get("id") is None else _text(fields["id"], "id", where),

@@ -33,6 +33,12 @@ def test_fields_come_back(tmp_path):
   ]
 
 
+def test_references_may_be_called_targets_as_in_files_of_prompts(tmp_path):
+  rows = {"input": "a", "targets": ["b", "c"]}, {"input": "d", "targets": "e"}
+  examples = datasets.read_examples(write(tmp_path, lines(*rows)))
+  assert [example.targets for example in examples] == [("b", "c"), ("e",)]
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.jsonl"])
 def test_gzip_is_told_by_its_bytes(tmp_path, name):
   packed = write(tmp_path, gzip.compress(lines(*ROWS)), name)

@@ -163,7 +163,7 @@ def test_mistakes_are_one_message_and_code_2(files, tmp_path, capsys):
   cases = {
     "does not exist": ("TRAIN = 'missing.jsonl'", f"VOCABULARY_PATH = '{files[1]}'"),
     "SentencePiece": (f"TRAIN = '{files[0]}'", "VOCABULARY_PATH = 'missing.model'"),
-    "gin.REQUIRED": (f"TRAIN = '{files[0]}'",),
+    "TRAIN = '...'": (f"VOCABULARY_PATH = '{files[1]}'", "TRAIN = %gin.REQUIRED"),
   }
   for message, given in cases.items():
     gin.clear_config()
