@@ -25,11 +25,10 @@ def fastest(
 
   Returns:
     The model, and its seconds from drafts beside full depth as `predictor` decodes it;
-    `predictor` and None where drafts are not faster, there is one layer only, or layers
-    multiply in 8 bits.
+    `predictor` and None where drafts are not faster, there is one layer only, or states are
+    rounded to few bits.
   """
-  in_8_bits = predictor.options.weights_dtype == inference.options.IN_8_BITS
-  if predictor.num_layers == 1 or in_8_bits:
+  if predictor.num_layers == 1 or not inference.can_be_exact(predictor):
     return predictor, None
   rule, best, least = inference.exact_rule(predictor), (predictor, None), 1.0
   for model in _models(predictor):

@@ -12,7 +12,7 @@ from calm.inference import (
   seconds,
   until_certified,
 )
-from calm.inference.exact import exact_rule
+from calm.inference.exact import can_be_exact, exact_rule
 from calm.inference.opening import CALIBRATION, FULL_DEPTH, UntrainedExits, load
 from calm.inference.options import DecodeOptions
 from calm.inference.predictor import Predictor, SlowerThanFullDepth
@@ -27,6 +27,7 @@ __all__ = [
   "SlowerThanFullDepth",
   "UntrainedExits",
   "calibrating",
+  "can_be_exact",
   "colours",
   "costs",
   "exact_rule",

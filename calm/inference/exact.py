@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from calm import exits
 from calm.checkpoints import files
 from calm.inference.options import IN_8_BITS
+from calm.inference.procedures import rows_matter
 from calm.t5 import costs, limits
 
 if TYPE_CHECKING:
@@ -28,15 +29,17 @@ def exact_rule(
     draft_layer: k; None: a quarter of the layers.
 
   Raises:
-    ValueError: the draft layer is not below the last, or there is one layer only; or layers
-      multiply in 8 bits.
+    ValueError: the draft layer is not below the last, or there is one layer only; or it would
+      not be exact (`can_be_exact`).
   """
   config, options = predictor.config, predictor.options
-  if options.weights_dtype == IN_8_BITS:
+  if not can_be_exact(predictor):
+    in_8_bits = options.weights_dtype == IN_8_BITS
+    got = f"`weights_dtype` {IN_8_BITS!r}" if in_8_bits else f"`dtype` {config.dtype!r}"
+    way_out = "leave one of the two out" if in_8_bits else "give `dtype` 'float32', or leave it"
     raise ValueError(
-      "Expected layers that multiply as they are stored for exact decoding, got `weights_dtype`"
-      f" {IN_8_BITS!r}: passes over drafts would be rounded otherwise than full depth's tokens;"
-      " leave one of the two out."
+      f"Expected states in float32 for exact decoding, got {got}: passes over drafts would be"
+      f" rounded otherwise than full depth's tokens; {way_out}."
     )
   layer = max(1, config.num_decoder_layers // 4) if draft_layer is None else draft_layer
   listed = options.shortlist is not None and not config.per_layer_heads
@@ -45,6 +48,15 @@ def exact_rule(
   rule = exits.Verified(layer, options.num_drafts, "shortlist" if short else "full")
   rule.depth(config.num_decoder_layers)
   return rule
+
+
+def can_be_exact(predictor: "predictor_lib.Predictor") -> bool:
+  """Whether texts from drafts are those of full depth.
+
+  A pass reads several positions where full depth reads one, and sums of other numbers of rows
+  differ in their last bits: where states are rounded to few, such a bit may change a text.
+  """
+  return not rows_matter(predictor.config, predictor.options)
 
 
 def stored_rule(path: pathlib.Path) -> exits.Verified | None:

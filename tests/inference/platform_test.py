@@ -205,14 +205,24 @@ def test_layers_in_8_bits_are_another_procedure_and_go_along(directory, model):
   assert isinstance(rows_in_8_bits.query, eight_bits.EightBits)
 
 
-def test_nothing_is_decoded_exactly_from_drafts_in_8_bits(directory, capsys, tmp_path):
-  coded = inference.load(directory, weights_dtype="int8", **OPTIONS)
-  with pytest.raises(ValueError, match="for exact decoding, got `weights_dtype` 'int8'"):
+@pytest.mark.parametrize(
+  ("option", "value", "way_out"),
+  [
+    ("weights_dtype", "int8", "leave one of the two out"),
+    ("dtype", "bfloat16", "give `dtype` 'float32'"),
+  ],
+)
+def test_nothing_is_decoded_exactly_from_drafts_where_states_are_rounded(
+  directory, capsys, tmp_path, option, value, way_out
+):
+  coded = inference.load(directory, **{option: value}, **OPTIONS)
+  assert not inference.can_be_exact(coded)
+  with pytest.raises(ValueError, match=f"for exact decoding, got `{option}` '{value}'"):
     inference.exact_rule(coded)
   (tmp_path / "prompts.txt").write_text("a\n")
-  given = ["--weights_dtype=int8", f"--prompts={tmp_path / 'prompts.txt'}", "--exact"]
+  given = [f"--{option}={value}", f"--prompts={tmp_path / 'prompts.txt'}", "--exact"]
   assert cli.main(["infer", f"--model={directory}", *given]) == 2
-  assert "leave one of the two out" in " ".join(capsys.readouterr().err.split())
+  assert way_out in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
