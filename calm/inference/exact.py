@@ -36,7 +36,7 @@ def exact_rule(
   if not can_be_exact(predictor):
     in_8_bits = options.weights_dtype == IN_8_BITS
     got = f"`weights_dtype` {IN_8_BITS!r}" if in_8_bits else f"`dtype` {config.dtype!r}"
-    way_out = "leave one of the two out" if in_8_bits else "give `dtype` 'float32', or leave it"
+    way_out = "leave one of the two out" if in_8_bits else "give `dtype` 'float32'"
     raise ValueError(
       f"Expected states in float32 for exact decoding, got {got}: passes over drafts would be"
       f" rounded otherwise than full depth's tokens; {way_out}."

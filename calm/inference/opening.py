@@ -90,6 +90,7 @@ def load(
     kept = own.exists() and not void_guarantee
     if (directory / FULL_DEPTH).exists() and not kept:
       exact = None if given else exact_lib.stored_rule(directory / FULL_DEPTH)
+      exact = exact if exact_lib.can_be_exact(predictor) else None
       return dataclasses.replace(predictor, threshold=NEVER_EXIT, exact=exact)
     return _under_its_own(predictor, own, given, allow_platform) if kept else predictor
   if not void_guarantee:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from calm import calibrate, checkpoints, inference
+from calm import calibrate, checkpoints, exits, inference
 from calm.commands import cli
 from calm.decode import engines
 from calm.decode import program as program_lib
@@ -223,6 +224,18 @@ def test_nothing_is_decoded_exactly_from_drafts_where_states_are_rounded(
   given = [f"--{option}={value}", f"--prompts={tmp_path / 'prompts.txt'}", "--exact"]
   assert cli.main(["infer", f"--model={directory}", *given]) == 2
   assert way_out in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_folder_whose_states_are_rounded_forgets_that_drafts_were_faster(directory, tmp_path):
+  folder = tmp_path / "model"
+  shutil.copytree(directory, folder)
+  exact = dataclasses.asdict(exits.Verified(1))
+  (folder / inference.FULL_DEPTH).write_text(json.dumps({"exact": exact}))
+  assert inference.load(folder).exact == exits.Verified(1)
+  config = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+  opened = inference.load(folder)
+  assert opened.config.dtype == "bfloat16" and opened.exact is None
 
 
 @pytest.mark.parametrize(
