@@ -79,6 +79,13 @@ def test_no_operation_in_the_loop_makes_half_of_a_layers_cache(rule, made):
   assert max(sizes) >= half_a_layers_cache() and len(sizes) > 100
 
 
+def test_rows_that_stay_read_their_caches_one_at_a_time():
+  """A bucket of four of eight rows: nothing in it is as large as the keys of two of them."""
+  two = half_a_layers_cache(2)
+  made = engines.Compacted(buckets=(4,), part_by_row=0.5)
+  assert not [operation.text for operation in hlo.large(compiled(SHALLOW, made), two)]
+
+
 @pytest.mark.parametrize("rule", [exits.DynamicExits(confidence.Softmax()), exits.StaticExit()])
 def test_a_head_in_8_bits_is_neither_widened_nor_copied(rule):
   """Its codes are multiplied as they are, and its float32 rows are only picked from, or asked

@@ -19,7 +19,7 @@ PROMPTS = toys.prompts(5, batch=23, length=12, num_pieces=toys.Config().num_piec
 STATE, CLASSIFIER, PATIENCE = (
   confidence.MEASURES[name] for name in ("state", "classifier", "patience")
 )
-COMPACTED = engines.Compacted(buckets=(2,), copied_part=0.5)
+COMPACTED = engines.Compacted(buckets=(2,))
 
 
 def quick(method, *donated: str):

@@ -26,8 +26,7 @@ MANY_ROWS = 8
 #   Compacted                   1.56 / 1.18  1.40 / 1.11
 #
 # `Eager` projects keys and values for the layers that are skipped, a seventh of a layer each;
-# `Deferred` does so when one is needed. `Compacted` lays matrices out anew at every token, and
-# caches to gather rows of them in its small buckets.
+# `Deferred` does so when one is needed. `Compacted` lays matrices out anew at every token.
 _BY_PLATFORM: Mapping[str, tuple[tuple[int, Engine], ...]] = {
   "cpu": ((1, deferred.Deferred()), (MANY_ROWS, compacted.Compacted())),
   "tpu": ((1, deferred.Deferred()),),

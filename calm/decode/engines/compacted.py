@@ -1,13 +1,18 @@
 """Batches whose rows leave at different layers: the rows that stay are moved together.
 
 With one exit for a whole batch, every layer runs for all rows as long as one of them stays.
-Here a layer runs on the smallest bucket (0, 2, 8, 32 rows, say) that holds those that do:
+Here a layer runs on the smallest bucket (0, 4, 16, 32 rows, say) that holds those that do:
 one `lax.switch` a layer, one after another. Tokens stay in step, so a layer's caches are
 filled alike for all rows, later where nobody needed it (`deferred`). What a row gets does not
 depend on the bucket that it was computed in.
+
+Products take a whole bucket, with rows that nobody needs. Attention reads caches, as much as a
+step of many rows reads of weights: on a CPU that of a bucket is a loop over the rows that stay
+(`platforms.attends_by_row`).
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +26,7 @@ from calm.exits import layers as layers_lib
 from calm.exits import walk as walk_lib
 from calm.t5 import caches as caches_lib
 from calm.t5 import decoder as decoder_lib
+from calm.t5 import platforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,18 +35,18 @@ class Compacted:
 
   Attributes:
     chunk_rows: see `deferred.Deferred`.
-    ratio: each bucket is the next larger one by this, from the batch down: 4 makes 2, 8 and 32
-      of 32 rows. Every bucket is one more program a layer: more fit better, fewer compile
-      faster.
+    ratio: each bucket is the next larger one by this, from half the batch down to two rows: 4
+      makes 4 and 16 of 32. Every bucket is one more program a layer: more fit better, fewer
+      compile faster.
     buckets: numbers of rows that a layer is compiled for, in place of what `ratio` says.
-    copied_part: buckets of at most this part of the batch read caches that were copied
-      together; larger ones attend in all rows, which moves less.
+    part_by_row: buckets of at most this part of the batch attend row by row, where
+      `platforms.attends_by_row`; other ones in all rows of the batch.
   """
 
   chunk_rows: int = 32
   ratio: int = 4
   buckets: tuple[int, ...] | None = None
-  copied_part: float = 0.25
+  part_by_row: float = 0.5
 
   def __post_init__(self):
     if self.ratio < 2:
@@ -48,15 +54,16 @@ class Compacted:
 
   def __call__(self, task: engine.Task) -> engine.Bound:
     base = deferred.bind(task, self.chunk_rows)
-    bound = _BoundCompacted(base, self.sizes(task.batch_size), self.copied_part)
+    bound = _BoundCompacted(base, self.sizes(task.batch_size), self.part_by_row)
     return base.engine(bound.take_step)
 
   def sizes(self, batch_size: int) -> tuple[int, ...]:
     """0, the buckets that are smaller than the batch, and the batch."""
     buckets = self.buckets
     if buckets is None:
-      steps = range(1, batch_size.bit_length())
-      buckets = tuple(batch_size // self.ratio**i for i in steps)
+      halves = (batch_size // 2 // self.ratio**i for i in range(batch_size.bit_length()))
+      # A product of one row takes the time of two.
+      buckets = tuple(size for size in halves if size > 1)
     return (0, *sorted({size for size in buckets if 0 < size < batch_size}), batch_size)
 
 
@@ -85,13 +92,13 @@ class Bucket:
     places = jnp.minimum(self.rank, len(self.order) - 1)
     return jax.tree.map(lambda x: _rows(x, places), tree)
 
-  def copy(self, tree: Any) -> Any:
-    """As `take`, row after row: for large rows, which a gather would move by the number."""
-    rows = [self.order[i] for i in range(len(self.order))]
-    one = lambda x, row: lax.dynamic_slice_in_dim(
-      x, row, 1, axis=0, allow_negative_indices=False
-    )
-    return jax.tree.map(lambda x: jnp.concatenate([one(x, row) for row in rows]), tree)
+  def row(self, i: jax.Array, tree: Any) -> Any:
+    """The bucket's `i`th row of arrays [batch, ...], each [1, ...]."""
+    return jax.tree.map(lambda x: _one(x, self.order[i]), tree)
+
+
+def _one(x: jax.Array, i: jax.Array) -> jax.Array:
+  return lax.dynamic_slice_in_dim(x, i, 1, axis=0, allow_negative_indices=False)
 
 
 def _rows(x: jax.Array, numbers: jax.Array) -> jax.Array:
@@ -128,6 +135,47 @@ class _Spread:
 
 
 @dataclasses.dataclass(frozen=True)
+class _ByRow:
+  """A bucket's attention, row by row: of rows that are there, caches that just one row reads.
+
+  Attributes:
+    whole: the batch's.
+    rows: the bucket.
+    count: rows of it that are there, the first ones.
+  """
+
+  whole: decoder_lib.Attention
+  rows: Bucket
+  count: jax.Array
+
+  def to_past(self, query: jax.Array, row: layers_lib.KeyValue) -> jax.Array:
+    return self._each(lambda one, query, row: one.to_past(query, row), query, row)
+
+  def to_prompt(self, query: jax.Array) -> jax.Array:
+    return self._each(lambda one, query: one.to_prompt(query), query)
+
+  def _each(self, attend: Callable[..., jax.Array], query: jax.Array, *given: Any) -> jax.Array:
+    """`attend` of every row; of rows that are not there, zeros."""
+
+    def turn(carry):
+      i, mixed = carry
+      ours = jax.tree.map(lambda x: _one(x, i), (query, *given))
+      update = attend(self._at(i), *ours)
+      return i + 1, lax.dynamic_update_slice_in_dim(mixed, update, i, axis=0)
+
+    mixed = jnp.zeros((len(query), query[0].size), query.dtype)
+    start = jnp.zeros((), jnp.int32), mixed
+    return lax.while_loop(lambda carry: carry[0] < self.count, turn, start)[1]
+
+  def _at(self, i: jax.Array) -> decoder_lib.Attention:
+    whole = self.whole
+    cache, cross, bias = self.rows.row(i, (whole.cache, whole.cross, whole.cross_bias))
+    past = whole.past_bias
+    past = self.rows.row(i, past) if past.ndim == 3 else past
+    return dataclasses.replace(whole, cache=cache, cross=cross, cross_bias=bias, past_bias=past)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Step:
   """One layer about to run: the decoder at this position, and the layer's own cache."""
 
@@ -140,7 +188,7 @@ class _Step:
 class _BoundCompacted:
   base: deferred.BoundDeferred
   sizes: tuple[int, ...]
-  copied_part: float
+  part_by_row: float
 
   def take_step(self, current, position, active, cache: deferred.DeferredCache):
     base, task = self.base, self.base.task
@@ -202,12 +250,12 @@ class _BoundCompacted:
     threshold = walk.threshold if walk.threshold.ndim == 0 else rows.take(walk.threshold)
     inside = dataclasses.replace(walk, threshold=threshold)
     stays, part = ~state.done, _part(state, rows)
-    stored = []
+    count, stored = jnp.sum(stays), []
     for step in steps:
       layer, decoder = step.layer, step.decoder
       row = decoder.project(layer, state.hidden)
       kept, part_row = walk.stored(layer, state, row), rows.take(row)
-      attention = self._attention(decoder.attention(layer, step.cache), rows)
+      attention = self._attention(decoder.attention(layer, step.cache), rows, count)
       hidden = decoder.run_projected(layer, part.hidden, part_row, attention)
       part = inside.after(layer, part, hidden, part_row)
       hidden = layers_lib.select_rows(stays, rows.spread(part.hidden), state.hidden)
@@ -216,17 +264,14 @@ class _BoundCompacted:
     # Rows that had left stay as they are.
     return layers_lib.select_rows(stays, rows.spread(part), state), tuple(stored)
 
-  def _attention(self, whole: decoder_lib.Attention, rows: Bucket) -> decoder_lib.Attends:
-    """The bucket's attention: over copies of its caches, or in all rows of the batch."""
-    if len(rows.order) > self.copied_part * len(rows.rank):
-      return _Spread(whole, rows)
-    cache, cross, cross_bias = rows.copy((whole.cache, whole.cross, whole.cross_bias))
-    past_bias = whole.past_bias
-    if past_bias.ndim == 3:
-      past_bias = rows.take(past_bias)
-    return dataclasses.replace(
-      whole, cache=cache, cross=cross, cross_bias=cross_bias, past_bias=past_bias
-    )
+  def _attention(
+    self, whole: decoder_lib.Attention, rows: Bucket, count: jax.Array
+  ) -> decoder_lib.Attends:
+    """The bucket's attention, of which `count` rows are there."""
+    part = len(rows.order) / len(rows.rank)
+    if platforms.attends_by_row() and part <= self.part_by_row:
+      return _ByRow(whole, rows, count)
+    return _Spread(whole, rows)
 
 
 def _part(state: walk_lib.WalkState, rows: Bucket) -> walk_lib.WalkState:

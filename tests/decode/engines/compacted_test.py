@@ -26,7 +26,7 @@ FITTED = engines.Compacted(ratio=2)
     (exits.DynamicExits(SOFTMAX, engine.DECAYING, allowed=(2, 3)), FITTED),
     (
       exits.DynamicExits(STATE, propagation=FIRST, allowed=(1, 3)),
-      engines.Compacted(chunk_rows=512, buckets=(3,), copied_part=0.0),
+      engines.Compacted(chunk_rows=512, buckets=(3,), part_by_row=0.0),
     ),
   ],
   ids=["classifier", "probe", "softmax", "first_state"],
@@ -53,16 +53,18 @@ def test_a_bucket_begins_with_the_rows_that_stay():
   assert rows.order.tolist() == [1, 3, 4, 0]
   assert rows.rank.tolist() == [3, 0, 4, 1, 2, 5]
   tens = 10 * jnp.arange(6)
-  assert rows.take(tens).tolist() == rows.copy(tens).tolist() == [10, 30, 40, 0]
+  assert rows.take(tens).tolist() == [10, 30, 40, 0]
+  assert [rows.row(i, tens).tolist() for i in range(4)] == [[10], [30], [40], [0]]
   assert rows.spread(jnp.array([1, 2, 3, 4]))[jnp.array([1, 3, 4, 0])].tolist() == [1, 2, 3, 4]
 
 
 def test_bucket_sizes():
-  assert ENGINE.sizes(32) == (0, 2, 8, 32)
-  assert ENGINE.sizes(8) == (0, 2, 8)
-  assert ENGINE.sizes(6) == (0, 1, 6)
+  assert ENGINE.sizes(32) == (0, 4, 16, 32)
+  assert ENGINE.sizes(8) == (0, 4, 8)
+  assert ENGINE.sizes(6) == (0, 3, 6)
+  assert ENGINE.sizes(2) == (0, 2)
   assert ENGINE.sizes(1) == (0, 1)
-  assert engines.Compacted(ratio=2).sizes(8) == (0, 1, 2, 4, 8)
+  assert engines.Compacted(ratio=2).sizes(16) == (0, 2, 4, 8, 16)
   assert engines.Compacted(buckets=(16, 4)).sizes(8) == (0, 4, 8)
   with pytest.raises(ValueError, match=r"Expected `ratio` of at least 2, got 1"):
     engines.Compacted(ratio=1)
