@@ -77,6 +77,9 @@ class BoundPasses:
     decoder, weights = self._decoder(), self.task.weights
     if self.rule.draft_head == "shortlist":
       return verified_lib.draft(decoder.shortlist_logits(hidden), weights.shortlist_ids)
+    best = decoder.greedy(self.rule.draft_layer, hidden)
+    if best is not None:
+      return verified_lib.Draft(best.token, jnp.exp(best.log_probability))
     return verified_lib.draft(decoder.logits(self.rule.draft_layer, hidden), None)
 
   def verify(self, work: Work, cache, drafted: verified.Drafted, threshold):
@@ -97,19 +100,26 @@ class BoundPasses:
     first = self.rule.draft_layer + 1
     if size == 1:
       hidden, rows = self._one(first, work.states[:, 0], upper, work.positions)
-      logits = self._decoder().logits(self.num_layers, hidden)
-      caches = _written(upper, rows, engines.after(work.positions, logits))
+      caches = _written(upper, rows, engines.after(work.positions, hidden))
     else:
       hidden, caches = self._several(first, work.states[:, :size], upper, work.positions)
-      logits = self._decoder().logits(self.num_layers, hidden)
-    verdict = verified_lib.verdict(
-      logits.reshape(-1, size, logits.shape[-1]),
-      drafted.tokens[:, :size],
-      drafted.made[None, :size],
-      threshold,
-    )
+    drafts = drafted.tokens[:, :size]
+    said = self._said(hidden, drafts.reshape(-1))
+    said = jax.tree.map(lambda x: x.reshape(drafts.shape), said)
+    verdict = verified_lib.verdict(said, drafts, drafted.made[None, :size], threshold)
     missing = ((0, 0), (0, self.rule.window - size))
     return jax.tree.map(lambda x: jnp.pad(x, missing), verdict), caches
+
+  def _said(self, hidden: jax.Array, drafts: jax.Array) -> verified_lib.Said:
+    """What the last layer's head says, of its logits or without them."""
+    decoder, last = self._decoder(), self.num_layers
+    best = decoder.greedy(last, hidden)
+    if best is None:
+      return verified_lib.said(decoder.logits(last, hidden), drafts)
+    score = lambda token: decoder.score(last, hidden, token)
+    return verified_lib.Said(
+      best.token, best.log_probability, score(drafts) - score(best.token)
+    )
 
   def _one(self, first: int, hidden: jax.Array, caches, positions: jax.Array):
     """Layers from `first` on over one position of every row, [batch, emb]; then their rows."""

@@ -15,6 +15,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from calm.exits import layers
 from calm.exits.rules import StepRule
 
 DraftHead = Literal["shortlist", "full"]
@@ -31,6 +32,21 @@ class Draft:
 
   token: jax.Array
   confidence: jax.Array
+
+
+@struct.dataclass
+class Said:
+  """What the full model says of some positions, each of which may have a draft.
+
+  Attributes:
+    token: the argmax, [...] int32.
+    log_probability: its, nats.
+    gap: log p_full of the draft less that, at most 0 but for rounding.
+  """
+
+  token: jax.Array
+  log_probability: jax.Array
+  gap: jax.Array
 
 
 @struct.dataclass
@@ -145,33 +161,35 @@ def draft(logits: Float[Array, "*rows tokens"], ids: Int[Array, " tokens"] | Non
   return Draft(token, 1.0 / jnp.sum(jnp.exp(logits - top), axis=-1))
 
 
+def said(logits: Float[Array, "*rows vocab"], drafted: Int[Array, "*rows"]) -> Said:
+  """What a head with these logits says of drafts."""
+  best = layers.greedy(logits)
+  at = lambda token: jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+  return Said(best.token, best.log_probability, at(drafted) - at(best.token))
+
+
 def verdict(
-  logits: Float[Array, "*rows vocab"],
-  drafted: Int[Array, "*rows"],
-  has_draft: jax.Array,
-  threshold: jax.Array,
+  said: Said, drafted: Int[Array, "*rows"], has_draft: jax.Array, threshold: jax.Array
 ) -> Verdict:
-  """What is emitted where the full model has these logits.
+  """What is emitted where the full model says this.
 
   Args:
-    logits: of the full head at the last layer, float32.
+    said: of the full head at the last layer.
     drafted: the drafts.
     has_draft: where there is one, bool.
     threshold: 1 - lambda; at 1 and above only the argmax is accepted.
   """
-  top = jnp.max(logits, axis=-1, keepdims=True)
-  best = _first(logits == top)
-  log_best = -jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1))
-  gap = jnp.take_along_axis(logits, drafted[..., None], axis=-1)[..., 0] - top[..., 0]
-  ratio = jnp.exp(gap)
+  ratio = jnp.exp(said.gap)
   # Of two equal logits the argmax is the first: only with slack may the second be emitted.
-  accepted = has_draft & ((drafted == best) | ((ratio >= threshold) & (threshold < 1.0)))
+  close = (ratio >= threshold) & (threshold < 1.0)
+  accepted = has_draft & ((drafted == said.token) | close)
+  log_probability = said.log_probability
   return Verdict(
-    token=jnp.where(accepted, drafted, best),
+    token=jnp.where(accepted, drafted, said.token),
     accepted=accepted,
     confidence=jnp.where(accepted, ratio, 1.0),
     rejected_confidence=jnp.where(has_draft & ~accepted, ratio, 0.0),
-    log_probability=jnp.where(accepted, log_best + gap, log_best),
+    log_probability=jnp.where(accepted, log_probability + said.gap, log_probability),
   )
 
 

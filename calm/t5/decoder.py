@@ -243,6 +243,12 @@ class DecoderStep:
     head, normed = self._head(layer, hidden)
     return head.greedy(normed) if isinstance(head, QuantizedHead) else None
 
+  def score(self, layer: int, hidden: jax.Array, token: jax.Array) -> jax.Array:
+    """The logit of one token of every row, [batch], where `greedy` knows without them."""
+    head, normed = self._head(layer, hidden)
+    assert isinstance(head, QuantizedHead)
+    return head.score(normed, token)
+
   def _head(self, layer: int, hidden: jax.Array) -> tuple[jax.Array | QuantizedHead, jax.Array]:
     """The layer's full head, and decoder_norm(d^i) in float32."""
     heads = self.weights.heads

@@ -81,6 +81,12 @@ class QuantizedHead:
     found = self._candidates(states)
     return lax.cond(found.certain, found.greedy, lambda: layers.greedy(self.whole(states)))
 
+  def score(
+    self, states: Float[Array, "batch emb"], pieces: Int[Array, " batch"]
+  ) -> Float[Array, " batch"]:
+    """The float32 head's logit of one piece of each row."""
+    return jnp.sum(self.rows[pieces].astype(jnp.float32) * states, axis=-1)
+
   def _candidates(self, states: Float[Array, "batch emb"]) -> "_Candidates":
     """The pieces that may be the most likely, scored again."""
     rounded = self.rounded(states)

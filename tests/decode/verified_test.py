@@ -158,6 +158,24 @@ def test_a_text_under_slack_does_not_depend_on_where_passes_end(drafts):
   np.testing.assert_allclose(a.rejected_confidences, b.rejected_confidences, atol=1e-4)
 
 
+@pytest.mark.parametrize("threshold", [1.0, 0.9])
+@pytest.mark.parametrize("draft_head", ["shortlist", "full"])
+def test_a_head_in_8_bits_says_what_the_one_in_float32_says(threshold, draft_head):
+  """Of refused drafts too."""
+  rule, made = dataclasses.replace(RULE, draft_head=draft_head), toy()
+  read = program_lib.model_weights(
+    made.params, made.config, made.sizes.num_pieces, SHORTLIST, head_dtype="int8"
+  )
+  assert not isinstance(read.decoder.heads[0], jax.Array)
+  got = engine.run(dataclasses.replace(made, weights=read), rule, threshold).generation
+  full = engine.run(made, rule, threshold).generation
+  np.testing.assert_array_equal(got.tokens, full.tokens)
+  np.testing.assert_array_equal(got.verification.drafted, full.verification.drafted)
+  for name in ("scores", "confidences", "rejected_confidences"):
+    np.testing.assert_allclose(getattr(got, name), getattr(full, name), atol=1e-4)
+  assert np.any(np.asarray(full.rejected_confidences) > 0)  # drafts were refused
+
+
 def test_of_equal_logits_the_first_is_emitted():
   """Every piece has a twin, and drafts are the second of two."""
   made, listed = toy(), tuple(range(4, 39, 2))
