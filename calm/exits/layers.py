@@ -23,15 +23,15 @@ class Greedy:
   """The most likely token of every row.
 
   Attributes:
-    token: the argmax of the logits (the first of equals), [batch] int32.
-    log_probability: of that token at temperature 1, nats, [batch].
+    token: the argmax of the logits (the first of equals), int32, [batch] or [*rows].
+    log_probability: of that token at temperature 1, nats, of the same shape.
   """
 
   token: jax.Array
   log_probability: jax.Array
 
 
-def greedy(logits: Float[Array, "batch vocab"]) -> Greedy:
+def greedy(logits: Float[Array, "*rows vocab"]) -> Greedy:
   """The argmax of logits and its log-probability."""
   num_tokens = logits.shape[-1]
   top = jnp.max(logits, axis=-1, keepdims=True)

@@ -12,7 +12,6 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from calm.exits import layers
@@ -155,10 +154,9 @@ def draft(logits: Float[Array, "*rows tokens"], ids: Int[Array, " tokens"] | Non
     logits: of the draft head.
     ids: token ids of its columns; None: they are the columns' numbers.
   """
-  top = jnp.max(logits, axis=-1, keepdims=True)
-  place = _first(logits == top)
-  token = place if ids is None else ids[place]
-  return Draft(token, 1.0 / jnp.sum(jnp.exp(logits - top), axis=-1))
+  best = layers.greedy(logits)
+  token = best.token if ids is None else ids[best.token]
+  return Draft(token, jnp.exp(best.log_probability))
 
 
 def said(logits: Float[Array, "*rows vocab"], drafted: Int[Array, "*rows"]) -> Said:
@@ -197,11 +195,3 @@ def no_verdict(shape: tuple[int, ...]) -> Verdict:
   """Of positions that nothing is known of."""
   floats = jnp.zeros(shape, jnp.float32)
   return Verdict(jnp.zeros(shape, jnp.int32), floats > 0, floats, floats, floats)
-
-
-def _first(found: jax.Array) -> jax.Array:
-  """The first true place of the last axis; the last place where none is."""
-  last = found.shape[-1] - 1
-  places = lax.broadcasted_iota(jnp.int32, found.shape, found.ndim - 1)
-  # A minimum over places runs in vector registers, where `argmax` runs element by element.
-  return jnp.min(jnp.where(found, places, last), axis=-1)
