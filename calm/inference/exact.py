@@ -2,13 +2,14 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from calm import exits
 from calm.checkpoints import files
-from calm.inference.options import IN_8_BITS
+from calm.inference.options import IN_8_BITS, VERIFIED, DecodeOptions
 from calm.inference.procedures import rows_matter
-from calm.t5 import costs, limits
+from calm.t5 import costs, limits, network
 
 if TYPE_CHECKING:
   from calm.inference import predictor as predictor_lib
@@ -42,12 +43,34 @@ def exact_rule(
       f" rounded otherwise than full depth's tokens; {way_out}."
     )
   layer = max(1, config.num_decoder_layers // 4) if draft_layer is None else draft_layer
-  listed = options.shortlist is not None and not config.per_layer_heads
-  cost = costs.decoding_costs(config, input_length=1, cache_length=1)
-  short = listed and cost.head.flops > layer * cost.layer.flops
-  rule = exits.Verified(layer, options.num_drafts, "shortlist" if short else "full")
+  rule = exits.Verified(layer, options.num_drafts, _draft_head(config, options, layer))
   rule.depth(config.num_decoder_layers)
   return rule
+
+
+def with_draft_head(
+  config: network.T5Config, options: DecodeOptions, given: Collection[str]
+) -> DecodeOptions:
+  """The options; of 'verified', without a shortlist where the whole head drafts better.
+
+  Args:
+    config: of the model.
+    options: how it is to decode.
+    given: fields that a user has named: who names a shortlist keeps it.
+  """
+  layers = options.exit_layers or ()
+  asked = options.measure == VERIFIED and "measure" in given and "shortlist" not in given
+  if not asked or len(layers) != 1 or _draft_head(config, options, layers[0]) == "shortlist":
+    return options
+  return dataclasses.replace(options, shortlist=None)
+
+
+def _draft_head(
+  config: network.T5Config, options: DecodeOptions, layer: int
+) -> exits.verified.DraftHead:
+  listed = options.shortlist is not None and not config.per_layer_heads
+  cost = costs.decoding_costs(config, input_length=1, cache_length=1)
+  return "shortlist" if listed and cost.head.flops > layer * cost.layer.flops else "full"
 
 
 def can_be_exact(predictor: "predictor_lib.Predictor") -> bool:

@@ -80,7 +80,7 @@ def load(
     config=config,
     params=checkpoint.params,
     vocabulary=checkpoint.vocabulary,
-    options=change(base, **options),
+    options=exact_lib.with_draft_head(config, change(base, **options), options),
   )
   if checkpoint.exits_trained is False and calibration is None:
     _warn_of_untrained_exits(directory)

@@ -26,6 +26,7 @@ from calm.decode import program as program_lib
 from calm.decode import sharded as sharded_lib
 from calm.exits import schedules
 from calm.inference import calibrating, compiling, procedures, views
+from calm.inference import exact as exact_lib
 from calm.inference import outputs as outputs_lib
 from calm.inference.options import DecodeOptions, change
 from calm.t5 import caches, network
@@ -125,7 +126,7 @@ class Predictor:
 
   def with_options(self, **options: Any) -> "Predictor":
     """The same model under other options and without a calibration."""
-    changed = change(self.options, **options)
+    changed = exact_lib.with_draft_head(self.config, change(self.options, **options), options)
     none = {"calibration": None, "threshold": None, "exact": None}
     other = dataclasses.replace(self, options=changed, **none)
     return self.sharing(other)

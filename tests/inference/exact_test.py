@@ -150,3 +150,15 @@ def test_a_shortlist_drafts_where_the_whole_head_outweighs_the_layers_below(voca
   options = dataclasses.replace(options, shortlist=None)
   bare = types.SimpleNamespace(config=config, options=options)
   assert inference.exact_rule(bare).draft_head == "full"
+
+
+def test_verified_drafts_from_the_whole_head_where_a_shortlist_lacks_too_much():
+  """The model in the box has a list, of which every third token of its texts is no part."""
+  named = {"measure": "verified", "exit_layers": (2,)}
+  packed = inference.load("packed")
+  listed = packed.options.shortlist
+  for model in (inference.load("packed", **named), packed.with_options(**named)):
+    assert model.options.rule.draft_head == "full"
+    assert model.procedure.shortlist is None
+  kept = packed.with_options(**named, shortlist=listed)
+  assert kept.options.rule.draft_head == "shortlist"
