@@ -83,12 +83,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   add("--brief", type=words, default=(), help="the same, where a length is not the least")
   add("--exit_layers", type=ints, default=None, help="where --thresholds may leave; all")
   add("--peers", type=words, default=tuple(peer.name for peer in peers.PEERS))
+  add("--against", help="also how many times as long the first row with these words takes")
   add("--repeats", type=int, default=7)
   add("--num_prompts", type=int, default=16, help="prompts of the packed model")
   add("--shortlist", type=int, default=512, help="tokens on a random model's shortlist")
   add("--dtype", default="float32", help="ours and T5X's: float32 or bfloat16")
-  add("--output", help="writes OUTPUT.json and OUTPUT.md")
-  add("--results", help="writes scripts/results/RESULTS.json, for scripts/tables.py")
+  add("--output", help="writes OUTPUT.json and OUTPUT.md after every setting")
+  add("--results", help="writes scripts/results/RESULTS.json at the end, for scripts/tables.py")
   parsed = parser.parse_args(arguments)
   unknown = set(parsed.shapes) - set(models.SHAPES) | set(parsed.readings) - set(
     models.READINGS
@@ -159,7 +160,12 @@ def rows_of(setting: models.Setting, options: argparse.Namespace, log) -> list[t
     turn = repeat % len(times)
     for time_ in times[turn:] + times[:turn]:
       _run(time_)
-  return _table(setting, model, times, max(speeds))
+  rows = _table(setting, model, times, max(speeds))
+  rival = next((t for t in times if options.against and options.against in t.system.name), None)
+  for row, time_ in zip(rows, times, strict=True):
+    if rival is not None:
+      row.against = table.ratio(_per_step(rival, model), _per_step(time_, model))
+  return rows
 
 
 def variants(
@@ -242,12 +248,8 @@ def _table(setting, model: models.Model, times: list[Times], speed: float) -> li
 
 def _row(setting, model: models.Model, times: Times, full: Times, speed: float) -> table.Row:
   system, decoded = times.system, times.decoded
-  steps = sum(int(lengths(tokens, model.eos_id).max()) for tokens in decoded.tokens)
-  decode, divisor = list(times.decode), steps
+  steps, decode = _steps(decoded, model), _per_step(times, model)
   encode = times.encode or (full.encode if not system.peer else [])
-  if system.by_difference:
-    decode = [d - e for d, e in zip(times.decode, times.encode, strict=True)]
-    divisor = max(steps - len(decoded.tokens), 1)
   if system.by_difference:
     end_to_end = statistics.median(times.decode) / steps
   else:
@@ -268,9 +270,9 @@ def _row(setting, model: models.Model, times: Times, full: Times, speed: float) 
     system=system.name,
     peer=system.peer,
     layers=layers,
-    median=1e3 * statistics.median(decode) / divisor,
-    low=1e3 * min(decode) / divisor,
-    high=1e3 * max(decode) / divisor,
+    median=statistics.median(decode),
+    low=min(decode),
+    high=max(decode),
     end_to_end=1e3 * end_to_end,
     compile_seconds=max(times.first - statistics.median(times.decode), 0.0),
     megaflops=megaflops,
@@ -279,6 +281,21 @@ def _row(setting, model: models.Model, times: Times, full: Times, speed: float) 
     gigabytes_per_second=speed / 1e9,
     agreement=agreement(decoded, full.decoded, model.eos_id) if comparable else None,
   )
+
+
+def _steps(decoded: systems.Decoded, model: models.Model) -> int:
+  """Steps of the decoder over all batches."""
+  return sum(int(lengths(tokens, model.eos_id).max()) for tokens in decoded.tokens)
+
+
+def _per_step(times: Times, model: models.Model) -> list[float]:
+  """Milliseconds a step of every repeat, encoder excluded."""
+  steps = _steps(times.decoded, model)
+  if not times.system.by_difference:
+    return [1e3 * seconds / steps for seconds in times.decode]
+  steps = max(steps - len(times.decoded.tokens), 1)
+  pairs = zip(times.decode, times.encode, strict=True)
+  return [1e3 * (both - encoder) / steps for both, encoder in pairs]
 
 
 def lengths(tokens: np.ndarray, eos_id: int) -> np.ndarray:
@@ -298,6 +315,13 @@ def agreement(got: systems.Decoded, full: systems.Decoded, eos_id: int) -> float
   return equal / count
 
 
+def output_of(options: argparse.Namespace) -> pathlib.Path | None:
+  """Where what is done so far is written: no whole table of results is replaced by a part."""
+  if options.output:
+    return pathlib.Path(options.output)
+  return pathlib.Path("runs", f"benchmark_{options.results}") if options.results else None
+
+
 def main(arguments: list[str] | None = None) -> int:
   """Runs the whole table; what is done is written after every setting."""
   options = parse(arguments)
@@ -310,6 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
   wanted = [peer for peer in peers.PEERS if peer.name in options.peers]
   missing = {peer.name: peers.not_installed(*peer.packages) for peer in wanted}
   about["not_installed"] = [f"{name} ({why})" for name, why in missing.items() if why]
+  about["against"] = options.against
   rows: list[table.Row] = []
   settings = models.grid(
     options.shapes,
@@ -321,9 +346,9 @@ def main(arguments: list[str] | None = None) -> int:
   for number, setting in enumerate(settings, start=1):
     log(f"{setting} ({number} of {len(settings)})")
     rows += rows_of(setting, options, log)
-    if options.output:
+    path = output_of(options)
+    if path is not None:
       stored = {"about": about, "rows": [dataclasses.asdict(row) for row in rows]}
-      path = pathlib.Path(options.output)
       files.write_atomically(path.with_suffix(".json"), json.dumps(stored, indent=1) + "\n")
       files.write_atomically(path.with_suffix(".md"), table.markdown(rows, about))
   print(table.markdown(rows, about))

@@ -1,7 +1,11 @@
 """Rows of `benchmark.py`, as Markdown and as `scripts/results` keeps them."""
 
 import dataclasses
+import math
+import statistics
 from typing import Any
+
+from scipy import stats
 
 
 @dataclasses.dataclass
@@ -22,6 +26,7 @@ class Row:
     over_static: time over that of the static model of the same mean depth.
     over_full: time over that of our full depth.
     agreement: share of tokens equal to our full depth's; None where depths differ.
+    against: how many times as long a chosen row takes, None where none was chosen.
   """
 
   setting: str
@@ -40,6 +45,35 @@ class Row:
   over_static: float | None = None
   over_full: float | None = None
   agreement: float | None = None
+  against: "Ratio | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+  """Times of one row over those of another, taken repeat by repeat.
+
+  Attributes:
+    median: of the repeats.
+    low, high: a 95 % interval of that median which supposes no distribution (order statistics);
+      None where there are too few repeats for one.
+  """
+
+  median: float
+  low: float | None
+  high: float | None
+
+  def __str__(self) -> str:
+    if self.low is None or self.high is None:
+      return f"{self.median:.2f}"
+    return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def ratio(theirs: list[float], ours: list[float]) -> Ratio:
+  """How many times as long theirs took, repeat by repeat."""
+  ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
+  interval = stats.quantile_test(ratios, p=0.5).confidence_interval(0.95)
+  ends = (None if math.isnan(end) else float(end) for end in (interval.low, interval.high))
+  return Ratio(statistics.median(ratios), *ends)
 
 
 def markdown(rows: list[Row], about: dict[str, Any]) -> str:
@@ -58,8 +92,8 @@ def markdown(rows: list[Row], about: dict[str, Any]) -> str:
       f"**{setting}** (memory was read at {_speed(rows, setting):.1f} GB/s)",
       "",
       "| system | layers | MFLOP a token | MB a step | ms a step | spread | x static | x full |"
-      " x floor | end to end | compile s | tokens equal |",
-      "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+      " x floor | end to end | compile s | tokens equal | against |",
+      "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [_markdown_row(row) for row in rows if row.setting == setting]
   return "\n".join(lines) + "\n"
@@ -77,6 +111,8 @@ def result(rows: list[Row], about: dict[str, Any]) -> dict[str, Any]:
     "with the encoder": lambda row: row.end_to_end,
     "compile s": lambda row: row.compile_seconds,
   }
+  if any(row.against for row in rows):
+    columns[f"{about['against']} over it"] = lambda row: str(row.against or "")
   return {
     "command": about["command"],
     "columns": list(columns),
@@ -105,5 +141,6 @@ def _markdown_row(row: Row) -> str:
     number(row.end_to_end),
     number(row.compile_seconds, 1),
     share,
+    "" if row.against is None else str(row.against),
   ]
   return "| " + " | ".join(cells) + " |"

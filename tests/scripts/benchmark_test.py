@@ -40,6 +40,7 @@ def test_one_command_makes_one_table(scripts, tmp_path, capsys):
   options = ("--depths=1", "--measures=classifier", "--repeats=2", "--shortlist=8", "--peers=")
   options = (*options, "--engines=default")
   chosen = "--systems=static,mixed"
+  options = (*options, "--against=full depth")
   assert benchmark.main([*TINY, *options, chosen, f"--output={path}"]) == 0
   table = json.loads(path.with_suffix(".json").read_text())
   rows = {row["system"]: row for row in table["rows"]}
@@ -58,6 +59,9 @@ def test_one_command_makes_one_table(scripts, tmp_path, capsys):
   assert static["megaflops"] < mixed["megaflops"] < full["megaflops"]
   assert static["megabytes"] < full["megabytes"]
   assert rows["full depth"]["agreement"] == 1 and mixed["agreement"] is None
+  # Two repeats are too few for an interval.
+  assert full["against"] == {"median": 1.0, "low": None, "high": None}
+  assert static["against"]["median"] > 0
   about = table["about"]
   assert about["cores"] >= 1 and "jax" in about["versions"]
   printed = capsys.readouterr().out
@@ -120,6 +124,25 @@ def test_rows_are_counted_to_their_end(scripts):
   np.testing.assert_array_equal(benchmark.lengths(tokens, 1), [2, 4])
   other = np.array([[5, 1, 9, 9], [5, 6, 7, 9]])
   assert benchmark.agreement(decoded([other]), decoded([tokens]), 1) == pytest.approx(5 / 6)
+
+
+def test_a_ratio_has_an_interval_that_supposes_no_distribution(scripts):
+  """The median of 7 lies between the least and the most of them but once in 64."""
+  import benchmark_table
+
+  ours, theirs = [1.0] * 7, [2.0, 9.0, 3.0, 1.0, 4.0, 5.0, 100.0]
+  got = benchmark_table.ratio(theirs, ours)
+  assert (got.median, got.low, got.high) == (4.0, 1.0, 100.0)
+  assert str(got) == "4.00 [1.00, 100.00]"
+  assert str(benchmark_table.ratio(theirs[:5], ours[:5])) == "3.00"
+
+
+def test_what_is_done_is_written_on_the_way_and_replaces_no_table_of_results(scripts):
+  benchmark = scripts["benchmark"]
+  parse = lambda *options: benchmark.output_of(benchmark.parse(list(options)))
+  assert parse("--results=small") == pathlib.Path("runs/benchmark_small")
+  assert parse("--results=small", "--output=here") == pathlib.Path("here")
+  assert parse() is None
 
 
 def test_an_unknown_shape_is_refused(scripts, capsys):
