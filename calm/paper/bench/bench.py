@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from calm import exits, inference
 from calm.calibrate import Prompt, Record, generations
 from calm.exits import confidence, schedules
+from calm.inference.options import VERIFIED
 from calm.paper.bench import decode, grids, results, tasks, timing
 
 MEASURES = ("softmax", "shortlist", "classifier", "state")
@@ -56,12 +57,14 @@ class Options:
     for name in ("step", "error_rate"):
       if not 0.0 < getattr(self, name) < 1.0:
         raise ValueError(f"Expected `{name}` in (0, 1), got {getattr(self, name)}.")
-    known = re.compile(rf"({'|'.join(confidence.MEASURES)})(@\d+(,\d+)*)?(/\d+)?")
+    named = "|".join(confidence.MEASURES)
+    known = re.compile(rf"({named})(@\d+(,\d+)*)?(/\d+)?|{VERIFIED}@\d+")
     for name in self.measures:
       if not known.fullmatch(name):
         raise ValueError(
           f"Expected `measures` of {', '.join(confidence.MEASURES)}, with layers as in"
-          f" softmax@2,4 and a decay as in softmax@2,4/8, got {name!r}."
+          " softmax@2,4 and a decay as in softmax@2,4/8, or drafts and slack, as in"
+          f" {VERIFIED}@2, got {name!r}."
         )
 
 
@@ -71,7 +74,8 @@ def under(predictor: inference.Predictor, name: str, **options) -> inference.Pre
   Args:
     predictor: the model.
     name: 'softmax', or 'softmax@2,4' for exits after those layers only; 'softmax@2,4/8' for a
-      threshold that falls along the text as well, with the paper's temperature 8.
+      threshold that falls along the text as well, with the paper's temperature 8; 'verified@2'
+      for drafts of layer 2, accepted with slack.
     **options: other fields of `inference.DecodeOptions`.
   """
   name, _, decay = name.partition("/")
@@ -93,9 +97,11 @@ def available(predictor: inference.Predictor, measures: Sequence[str]) -> tuple[
   """The measures that a model can compute, in the order given."""
   has = predictor.params["decoder"], bool(predictor.options.shortlist)
   lacks = {
-    name: confidence.lacking(confidence.measure(measure_of(name)), *has) for name in measures
+    name: confidence.lacking(confidence.measure(measure_of(name)), *has)
+    for name in measures
+    if measure_of(name) != VERIFIED  # every model can draft
   }
-  found = tuple(name for name in measures if lacks[name] is None)
+  found = tuple(name for name in measures if lacks.get(name) is None)
   if not found:
     raise ValueError(
       f"Expected a measure that the model has, got {list(measures)}; it lacks"
@@ -156,7 +162,7 @@ class Bench:
   @functools.cached_property
   def timed_model(self) -> inference.Predictor:
     """A predictor whose weights serve every measure."""
-    listed = [name for name in self.measures if self.rule(name).measure.uses_shortlist]
+    listed = [name for name in self.measures if self.model(name).options.uses_shortlist]
     measure = (listed or self.measures)[0]
     return under(self.predictor, measure)
 
@@ -225,11 +231,9 @@ class Bench:
       for depth in range(1, self.predictor.num_layers + 1)
     }
 
-  def rule(self, measure: str) -> exits.DynamicExits:
-    """The exit rule of a measure."""
-    rule = self.model(measure).options.rule
-    assert isinstance(rule, exits.DynamicExits)  # of `measures`
-    return rule
+  def rule(self, measure: str) -> exits.Rule:
+    """The rule of a measure."""
+    return self.model(measure).options.rule
 
   def time(self, name: str, prompts: Sequence[Prompt], settings) -> timing.Timings:
     """Measured seconds; cached."""
