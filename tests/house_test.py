@@ -237,12 +237,13 @@ DOTTED = re.compile(r"(?<!`)`([a-z_]\w*)\.(\w+)(?:\.\w+)*(?:\([^`]*\))?`(?!`)")
 
 
 def written_files() -> set[str]:
-  """The repository's files, environments and what is hidden left out."""
+  """The repository's files; environments, what is hidden and what commands write left out."""
   found = set()
   for folder, inner, names in os.walk(REPOSITORY):
-    kept = (name for name in inner if name[0] != "." or name in (".github", ".ci"))
-    inner[:] = [name for name in kept if name != "__pycache__"]
     here = pathlib.Path(folder).relative_to(REPOSITORY)
+    left_out = {"__pycache__"} if here.parts else {"build", "dist", "runs", "checkpoints"}
+    kept = (name for name in inner if name[0] != "." or name in (".github", ".ci"))
+    inner[:] = [name for name in kept if name not in left_out]
     found |= {(here / name).as_posix() for name in names}
   return found
 
