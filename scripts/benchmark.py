@@ -162,6 +162,8 @@ def rows_of(setting: models.Setting, options: argparse.Namespace, log) -> list[t
       _run(time_)
   rows = _table(setting, model, times, max(speeds))
   rival = next((t for t in times if options.against and options.against in t.system.name), None)
+  if options.against and rival is None:
+    log(f"  no row has {options.against!r} in its name")
   for row, time_ in zip(rows, times, strict=True):
     if rival is not None:
       row.against = table.ratio(_per_step(rival, model), _per_step(time_, model))
