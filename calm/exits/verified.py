@@ -7,6 +7,7 @@ propagated, and the text is the full model's. This module knows no network and n
 """
 
 import dataclasses
+import decimal
 from typing import Literal, get_args
 
 import jax
@@ -144,7 +145,8 @@ def threshold_of(slack: float) -> float:
     raise ValueError(
       f"Expected `slack` in [0, 1), got {slack}; 0 is exact, and 1 would accept every draft."
     )
-  return 1.0 - slack
+  # In decimals: 1 - 0.7 is else 0.30000000000000004, in tables and in names of files.
+  return float(1 - decimal.Decimal(str(slack)))
 
 
 def draft(logits: Float[Array, "*rows tokens"], ids: Int[Array, " tokens"] | None) -> Draft:

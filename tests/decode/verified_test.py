@@ -324,7 +324,7 @@ def test_bad_rules_are_named(options, named):
 def test_slack_outside_of_its_range_is_named(slack):
   with pytest.raises(ValueError, match="`slack`"):
     exits.verified.threshold_of(slack)
-  assert exits.verified.threshold_of(0.25) == 0.75
+  assert [exits.verified.threshold_of(slack) for slack in (0.0, 0.25, 0.7)] == [1.0, 0.75, 0.3]
 
 
 def test_a_missing_shortlist_is_named():
