@@ -137,7 +137,23 @@ def test_a_ratio_has_an_interval_that_supposes_no_distribution(scripts):
   assert str(benchmark_table.ratio(theirs[:5], ours[:5])) == "3.00"
 
 
-def test_what_is_done_is_written_on_the_way_and_replaces_no_table_of_results(scripts):
+def test_what_is_done_is_written_before_the_next_setting(scripts, tmp_path, monkeypatch):
+  benchmark, path, done = scripts["benchmark"], tmp_path / "table", []
+
+  def rows_of(setting, options, log):
+    if done:
+      raise KeyboardInterrupt
+    done.append(setting)
+    return []
+
+  monkeypatch.setattr(benchmark, "rows_of", rows_of)
+  with pytest.raises(KeyboardInterrupt):
+    benchmark.main([*TINY, "--batch_sizes=1,2", "--peers=", f"--output={path}"])
+  assert json.loads(path.with_suffix(".json").read_text())["rows"] == []
+  assert path.with_suffix(".md").exists()
+
+
+def test_a_part_replaces_no_table_of_results(scripts):
   benchmark = scripts["benchmark"]
   parse = lambda *options: benchmark.output_of(benchmark.parse(list(options)))
   assert parse("--results=small") == pathlib.Path("runs/benchmark_small")
