@@ -9,6 +9,7 @@ from calm.decode import (
   pool_program,
   program,
   sharded,
+  staged,
   verified,
   verified_passes,
 )
@@ -28,6 +29,7 @@ __all__ = [
   "pool_program",
   "program",
   "sharded",
+  "staged",
   "verified",
   "verified_passes",
 ]

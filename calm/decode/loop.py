@@ -213,6 +213,22 @@ def resume(
   return dataclasses.replace(end, generation=dataclasses.replace(end.generation, scores=scores))
 
 
+def go_on(
+  step: Step, state: DecodingState, cache: Any, *, step_limit: int, eos_id: int
+) -> DecodingState:
+  """Greedy decoding of the rows that have not ended, from where a lower limit stopped them.
+
+  Args:
+    step: runs one position.
+    state: of `decode` or of this.
+    cache: what that carried, with room for more positions.
+    step_limit: how many, at most those of the generation's arrays.
+    eos_id: the token that ends a row.
+  """
+  advance = lambda state: _advance(step, state, state.active, eos_id)
+  return _loop(advance, dataclasses.replace(state, cache=cache), step_limit)
+
+
 def _last_token(state: DecodingState) -> jax.Array:
   """The token before `position` of every row, 0 at the beginning."""
   at = jnp.maximum(state.position - 1, 0)

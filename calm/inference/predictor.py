@@ -1,9 +1,7 @@
 """Prompts -> `Outputs`: a model, its vocabulary and, where there is one, its promise.
 
-    model = inference.load("packed", calibration="calibration.json")
-    outputs = model.generate(["A long description of a package ..."])
-
-Needs no TensorFlow, seqio or T5X.
+model = inference.load("packed", calibration="calibration.json")
+outputs = model.generate(["A long description of a package ..."])
 """
 
 import contextlib
@@ -24,6 +22,7 @@ from calm.data import prompt_batches, prompt_tables
 from calm.decode import compiled, drafting, loop, pool_program
 from calm.decode import program as program_lib
 from calm.decode import sharded as sharded_lib
+from calm.decode import staged as staged_lib
 from calm.exits import schedules
 from calm.inference import calibrating, compiling, procedures, views
 from calm.inference import exact as exact_lib
@@ -128,8 +127,7 @@ class Predictor:
     """The same model under other options and without a calibration."""
     changed = exact_lib.with_draft_head(self.config, change(self.options, **options), options)
     none = {"calibration": None, "threshold": None, "exact": None}
-    other = dataclasses.replace(self, options=changed, **none)
-    return self.sharing(other)
+    return self.sharing(dataclasses.replace(self, options=changed, **none))
 
   def sharing(self, other: SomePredictor) -> SomePredictor:
     """`other`, a model of the same parameters, with what was made of them already."""
@@ -247,6 +245,8 @@ class Predictor:
   ) -> loop.Generation:
     """Decodes the active rows of an encoded batch; numpy arrays come back."""
     program = self.sharded(rule) or self.program(rule)
+    if not procedures.rows_matter(self.config, self.options):  # nor do sums' last bits
+      program = staged_lib.staged(program)
     key, prior = (rule or self.options.rule, threshold), None
     if isinstance(key[0], exits.Verified):
       prior = self.expected_drafts.get(key, drafting.UNKNOWN)

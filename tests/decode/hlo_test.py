@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from calm import exits
-from calm.decode import engines
+from calm.decode import engines, staged
 from calm.decode import program as program_lib
 from calm.decode.engines import eager
 from calm.exits import confidence
@@ -77,6 +77,20 @@ def test_no_operation_in_the_loop_makes_half_of_a_layers_cache(rule, made):
   # Meta: the loop was found, and in it the updates in place that are excused.
   sizes = [operation.elements for operation in hlo.in_loops(text)]
   assert max(sizes) >= half_a_layers_cache() and len(sizes) > 100
+
+
+def test_a_stage_that_goes_on_makes_no_cache_in_its_loop():
+  """Those of the stage before are copied once, before it."""
+  toy = engine.toy(num_decoder_layers=3, num_encoder_layers=1)
+  program = program_lib.Program(toy.config, SHALLOW, LENGTH, engine=engines.Deferred())
+  known = toy.weights, engine.encode(toy)
+  level = jnp.float32(0)
+  state = staged.Stage(program, LENGTH // 4).begin(*known, jnp.zeros(ROWS, bool), level)
+  args, tree = jax.tree.flatten((*known, state, level))
+  go_on = lambda leaves: staged.Stage(program, LENGTH).go_on(*jax.tree.unflatten(tree, leaves))
+  text = hlo_of(go_on, args)
+  assert not [operation.text for operation in hlo.large(text, half_a_layers_cache())]
+  assert max(operation.elements for operation in hlo.in_loops(text)) >= half_a_layers_cache()
 
 
 def test_rows_that_stay_read_their_caches_one_at_a_time():

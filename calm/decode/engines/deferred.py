@@ -130,7 +130,9 @@ class BoundDeferred:
   def engine(self, take_step: loop.Step | None = None) -> engine_lib.Bound:
     """The engine, with the walk of another one where that is given."""
     take_step = take_step or self.take_step
-    return engine_lib.Bound(self.empty(), take_step, self.resume, self.flush, self.shift)
+    return engine_lib.Bound(
+      self.empty(), take_step, self.resume, self.flush, self.shift, self.grow
+    )
 
   def empty(self) -> DeferredCache:
     return self.resume(self.task.empty_caches(), jnp.zeros((), jnp.int32))
@@ -178,6 +180,13 @@ class BoundDeferred:
     filled = (jnp.maximum(fill.filled - by, 0) for fill in cache.layers)
     fills = tuple(map(LayerFill, caches, filled))
     return DeferredCache(fills, loop.shift_positions(cache.states, by, axis=1))
+
+  def grow(self, cache: DeferredCache) -> DeferredCache:
+    """See `engines.Bound`."""
+    length = self.task.length
+    caches = engine_lib.grown(tuple(fill.cache for fill in cache.layers), length)
+    fills = tuple(map(LayerFill, caches, (fill.filled for fill in cache.layers)))
+    return DeferredCache(fills, engine_lib.grown_array(cache.states, length, axis=1))
 
   def decoder(self, position: jax.Array) -> decoder_lib.DecoderStep:
     task, table = self.task, self.table

@@ -1,9 +1,10 @@
 """The plain engine: skipped layers are filled at every token."""
 
 import dataclasses
+import functools
 
 from calm import exits
-from calm.decode.engines.engine import Bound, Task, after, shifted
+from calm.decode.engines.engine import Bound, Task, after, grown, shifted
 from calm.t5 import caches
 from calm.t5 import decoder as decoder_lib
 
@@ -35,4 +36,5 @@ class Eager:
       return made, caches.write_rows(cache, made.rows, end, task.keeps(position))
 
     same = lambda caches, position: caches
-    return Bound(task.empty_caches(), take_step, resume=same, flush=same, shift=shifted)
+    grow = functools.partial(grown, length=task.length)
+    return Bound(task.empty_caches(), take_step, same, same, shifted, grow)

@@ -75,6 +75,7 @@ class Bound:
     resume: (every layer's cache, position) -> what the loop carries to go on from there.
     flush: (what the loop carries, position) -> every layer's cache, filled up to `position`.
     shift: (what the loop carries, by) -> the same, position `by` now the first.
+    grow: what a loop of a shorter task carries -> the same, with this task's room.
   """
 
   empty: Any
@@ -82,6 +83,7 @@ class Bound:
   resume: Callable[[tuple[caches_lib.Cache, ...], jax.Array], Any]
   flush: Callable[[Any, jax.Array], tuple[caches_lib.Cache, ...]]
   shift: Callable[[Any, jax.Array], Any]
+  grow: Callable[[Any], Any]
 
 
 @runtime_checkable
@@ -98,6 +100,18 @@ def shifted(
 ) -> tuple[caches_lib.Cache, ...]:
   """Caches whose position `by` is now the first; what lies beyond the last is 0."""
   return jax.tree.map(lambda x: loop.shift_positions(x, by, axis=x.ndim - 2), caches)
+
+
+def grown(caches: tuple[caches_lib.Cache, ...], length: int) -> tuple[caches_lib.Cache, ...]:
+  """Caches of so many positions; what lies beyond those that there were is 0."""
+  return jax.tree.map(lambda x: grown_array(x, length, axis=x.ndim - 2), caches)
+
+
+def grown_array(array: jax.Array, length: int, axis: int) -> jax.Array:
+  """An array with zeros behind, `length` along an axis."""
+  missing = [(0, 0)] * array.ndim
+  missing[axis] = (0, length - array.shape[axis])
+  return jnp.pad(array, missing)
 
 
 def after(position: jax.Array, made: jax.Array) -> jax.Array:

@@ -1,0 +1,139 @@
+"""Long limits in stages: a text costs what its own length costs, whatever its limit is.
+
+A step's attention reads every position of the caches, filled or not. So a first program has
+caches of 64 positions, and where some row has not ended by then, the next one goes on with
+caches of four times as many, up to the limit. A stage is compiled when a text first needs it.
+What is in the caches is copied once a stage; the steps are those of one program, and positions
+that are not filled weigh nothing, so that texts are the same but for sums' last bits.
+"""
+
+import dataclasses
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from calm import exits
+from calm.decode import compiled, drafting, engines, loop
+from calm.decode import program as program_lib
+from calm.t5 import caches
+
+Decodes = TypeVar("Decodes")
+
+# Positions of the first stage, and how many times as many the next one has.
+FIRST, RATIO = 64, 4
+
+
+def lengths(max_decode_length: int) -> tuple[int, ...]:
+  """Positions of every stage, ascending; the last has those of the limit.
+
+  A stage that would hold more than half of the limit is left out: it saves little.
+  """
+  stages, length = [], FIRST
+  while 2 * length <= max_decode_length:
+    stages.append(length)
+    length *= RATIO
+  return (*stages, max_decode_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One stage's program; compiled once for every batch shape.
+
+  Attributes:
+    program: what is decoded; its limit is the last stage's.
+    length: positions of this stage's caches.
+  """
+
+  program: program_lib.Program
+  length: int
+
+  @compiled.method()
+  def begin(
+    self,
+    weights: program_lib.ModelWeights,
+    encoded: caches.Encoded,
+    active: Bool[Array, " batch"],
+    threshold: Float[Array, "..."],
+  ) -> loop.DecodingState:
+    """Decodes from the first token on, up to this stage's length."""
+    bound = self._bind(weights, encoded, threshold)
+    return loop.decode(
+      bound.take_step,
+      bound.empty,
+      active=active,
+      max_decode_length=self.program.max_decode_length,
+      step_limit=jnp.asarray(self.length, jnp.int32),
+      eos_id=self.program.eos_id,
+    )
+
+  @compiled.method()
+  def go_on(
+    self,
+    weights: program_lib.ModelWeights,
+    encoded: caches.Encoded,
+    state: loop.DecodingState,
+    threshold: Float[Array, "..."],
+  ) -> loop.DecodingState:
+    """Decodes the rows that a shorter stage has not ended, up to this one's length."""
+    bound = self._bind(weights, encoded, threshold)
+    return loop.go_on(
+      bound.take_step,
+      state,
+      bound.grow(state.cache),
+      step_limit=self.length,
+      eos_id=self.program.eos_id,
+    )
+
+  def _bind(self, weights, encoded, threshold) -> engines.Bound:
+    program = dataclasses.replace(self.program, max_decode_length=self.length)
+    return program.bind(weights.decoder, encoded, threshold)
+
+
+@dataclasses.dataclass(frozen=True)
+class StagedProgram:
+  """A `program.Program` of a rule of one token a step, whose limit is reached in stages.
+
+  Attributes:
+    program: what is decoded.
+  """
+
+  program: program_lib.Program
+
+  def decode(
+    self,
+    weights: program_lib.ModelWeights,
+    encoded: caches.Encoded,
+    active: jax.Array | np.ndarray,
+    threshold: jax.Array | np.ndarray,
+    prior: drafting.Prior | None = None,
+  ) -> loop.Generation:
+    """As `Program.decode`."""
+    del prior  # of drafts, which these rules do not make
+    first, *others = self.stages
+    state = first.begin(weights, encoded, active, threshold)
+    for stage in others:
+      if not np.any(state.active):
+        break
+      state = stage.go_on(weights, encoded, state, threshold)
+    return state.generation
+
+  @property
+  def stages(self) -> tuple[Stage, ...]:
+    """Of which a text runs as many as it needs."""
+    limit = self.program.max_decode_length
+    return tuple(Stage(self.program, length) for length in lengths(limit))
+
+
+def staged(program: Decodes) -> Decodes | StagedProgram:
+  """The program in stages, where its limit is long enough for two of them.
+
+  Drafts are verified in one program: a text's next pass has to fit into its caches. Devices
+  that have rows of their own end their own loops.
+  """
+  if not isinstance(program, program_lib.Program) or isinstance(program.rule, exits.Verified):
+    return program
+  one = len(lengths(program.max_decode_length)) == 1
+  return program if one else StagedProgram(program)

@@ -1,0 +1,109 @@
+"""Limits in stages: the same texts as in one program, and no stage that no text needs."""
+
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import exits
+from calm.decode import compiled, engines, staged
+from calm.decode import program as program_lib
+from calm.exits import confidence
+from tests import engine
+
+STATIC, SOFTMAX = exits.StaticExit(), exits.DynamicExits(confidence.Softmax(), engine.DECAYING)
+CLASSIFIER = exits.DynamicExits(confidence.Classifier())
+
+
+@pytest.fixture
+def short(monkeypatch):
+  """Stages of 2, 4 and 8 positions."""
+  monkeypatch.setattr(staged, "FIRST", 2)
+  monkeypatch.setattr(staged, "RATIO", 2)
+
+
+def decoded(program, active=None):
+  toy = engine.toy()
+  active = np.ones(len(engine.PROMPTS), bool) if active is None else active
+  return program.decode(toy.weights, engine.encode(toy), active, np.float32(0.6))
+
+
+def ending(program):
+  """The program with an end of texts that some rows say early and others late or never."""
+  said = np.asarray(decoded(program).tokens)
+  early, late = set(said[:, :3].flat), set(said[:, 4:].flat)
+  in_every_row = set.intersection(*(set(row[:4]) for row in said))
+  end = min((early & late) - in_every_row)
+  return dataclasses.replace(program, eos_id=int(end))
+
+
+@pytest.mark.parametrize("limit", [1, 63, 64, 127, 128, 200, 256, 511, 512, 4096])
+def test_stages_grow_up_to_the_limit_and_none_is_nearly_as_long(limit):
+  stages = staged.lengths(limit)
+  assert stages[-1] == limit and list(stages) == sorted(set(stages))
+  assert all(2 * length <= limit for length in stages[:-1])
+  assert (len(stages) > 1) == (limit >= 2 * staged.FIRST)
+  assert all(b == staged.RATIO * a for a, b in itertools.pairwise(stages[:-1]))
+
+
+@pytest.mark.parametrize(
+  ("rule", "made"),
+  [(STATIC, None), (SOFTMAX, engines.Deferred()), (CLASSIFIER, engines.Compacted())],
+  ids=["static", "deferred", "compacted"],
+)
+def test_texts_in_stages_are_those_of_one_program(rule, made, short):
+  program = ending(program_lib.Program(engine.toy().config, rule, engine.LENGTH, engine=made))
+  whole, stages = decoded(program), decoded(staged.staged(program))
+  # Meta: rows end in a stage before the last, and in the last.
+  ends = set(np.asarray(whole.num_tokens).tolist())
+  assert min(ends) <= 4 and max(ends) == engine.LENGTH
+  np.testing.assert_array_equal(stages.tokens, whole.tokens)
+  np.testing.assert_array_equal(stages.exit_layers, whole.exit_layers)
+  for name in ("confidences", "rejected_confidences", "scores"):
+    np.testing.assert_allclose(
+      getattr(stages, name), getattr(whole, name), rtol=1e-5, atol=1e-5, err_msg=name
+    )
+
+
+def test_rows_that_are_not_active_stay_empty(short):
+  program = program_lib.Program(engine.toy().config, STATIC, engine.LENGTH)
+  active = np.arange(len(engine.PROMPTS)) % 2 == 0
+  made = decoded(staged.staged(program), active)
+  assert not made.tokens[~active].any() and not np.asarray(made.scores)[~active].any()
+  np.testing.assert_array_equal(made.tokens[active], decoded(program).tokens[active])
+
+
+def test_a_stage_that_no_text_needs_is_not_even_compiled(short):
+  config = engine.toy().config
+  first = int(decoded(program_lib.Program(config, STATIC, engine.LENGTH)).tokens[0, 0])
+  # The first row says this first, and it ends its text.
+  program = program_lib.Program(config, STATIC, engine.LENGTH, eos_id=first)
+  only = np.arange(len(engine.PROMPTS)) == 0
+  begun, further = compiled.num_made("Stage.begin"), compiled.num_made("Stage.go_on")
+  made = decoded(staged.staged(program), only)
+  assert int(made.num_tokens[0]) == 1 and made.tokens.shape[1] == engine.LENGTH
+  assert compiled.num_made("Stage.begin") == begun + 1
+  assert compiled.num_made("Stage.go_on") == further
+
+
+def test_short_limits_and_drafts_are_decoded_in_one_program():
+  config = engine.toy().config
+  for rule, length in ((STATIC, 127), (exits.Verified(1, draft_head="full"), 512)):
+    program = program_lib.Program(config, rule, length)
+    assert staged.staged(program) is program
+  long = dataclasses.replace(program_lib.Program(config, STATIC, 127), max_decode_length=128)
+  assert staged.staged(long) == staged.StagedProgram(long)
+
+
+def test_a_threshold_a_row_goes_through_all_stages(short):
+  toy, rows = engine.toy(), len(engine.PROMPTS)
+  program = program_lib.Program(toy.config, CLASSIFIER, engine.LENGTH)
+  levels, active = jnp.linspace(0.0, 1.0, rows), np.ones(rows, bool)
+  both = (
+    made.decode(toy.weights, engine.encode(toy), active, levels)
+    for made in (program, staged.staged(program))
+  )
+  whole, stages = both
+  np.testing.assert_array_equal(stages.exit_layers, whole.exit_layers)
