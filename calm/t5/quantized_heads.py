@@ -82,17 +82,18 @@ class QuantizedHead:
     return lax.cond(found.certain, found.greedy, lambda: layers.greedy(self.whole(states)))
 
   def score(
-    self, states: Float[Array, "batch emb"], pieces: Int[Array, " batch"]
-  ) -> Float[Array, " batch"]:
-    """The float32 head's logit of one piece of each row."""
-    return jnp.sum(self.rows[pieces].astype(jnp.float32) * states, axis=-1)
+    self, states: Float[Array, "batch emb"], pieces: Int[Array, "batch *places"]
+  ) -> Float[Array, "batch *places"]:
+    """The float32 head's logits of some pieces of each row."""
+    # Multiplied and summed: of a product XLA:CPU would transpose the whole head first.
+    wide = jnp.expand_dims(states, tuple(range(1, pieces.ndim)))
+    return jnp.sum(self.rows[pieces].astype(jnp.float32) * wide, axis=-1)
 
   def _candidates(self, states: Float[Array, "batch emb"]) -> "_Candidates":
     """The pieces that may be the most likely, scored again."""
     rounded = self.rounded(states)
     upper, places = largest(rounded.logits + rounded.slack, CANDIDATES)
-    # Multiplied and summed: of a product XLA:CPU would transpose the whole head first.
-    scored = jnp.sum(self.rows[places].astype(jnp.float32) * states[:, None], axis=-1)
+    scored = self.score(states, places)
     certain = jnp.all(jnp.max(scored, axis=1) > jnp.min(upper, axis=1))
     return _Candidates(rounded.logits, places, scored, certain)
 
