@@ -4,7 +4,8 @@ A step's attention reads every position of the caches, filled or not. So a first
 caches of 64 positions, and where some row has not ended by then, the next one goes on with
 caches of four times as many, up to the limit. A stage is compiled when a text first needs it.
 What is in the caches is copied once a stage; the steps are those of one program, and positions
-that are not filled weigh nothing, so that texts are the same but for sums' last bits.
+that are not filled weigh nothing, so that texts are the same but for sums' last bits. While a
+stage runs, the caches of the one before it are kept: at most half as much memory again.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 from calm import exits
 from calm.decode import compiled, drafting, engines, loop
 from calm.decode import program as program_lib
-from calm.t5 import caches
+from calm.t5 import caches, platforms
 
 Decodes = TypeVar("Decodes")
 
@@ -128,7 +129,7 @@ class StagedProgram:
 
 
 def staged(program: Decodes) -> Decodes | StagedProgram:
-  """The program in stages, where its limit is long enough for two of them.
+  """The program in stages, on a CPU, where its limit is long enough for two of them.
 
   Drafts are verified in one program: a text's next pass has to fit into its caches. Devices
   that have rows of their own end their own loops.
@@ -136,4 +137,4 @@ def staged(program: Decodes) -> Decodes | StagedProgram:
   if not isinstance(program, program_lib.Program) or isinstance(program.rule, exits.Verified):
     return program
   one = len(lengths(program.max_decode_length)) == 1
-  return program if one else StagedProgram(program)
+  return program if one or not platforms.grows_caches() else StagedProgram(program)

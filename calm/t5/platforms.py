@@ -104,6 +104,15 @@ def attends_by_row() -> bool:
   return _on("cpu")
 
 
+def grows_caches() -> bool:
+  """Whether decoding under a long limit begins with short caches (`decode.staged`).
+
+  Elsewhere nothing was measured. And XLA:TPU keeps the caches of a loop in the precision of its
+  products where nothing else reads them; here the next stage does.
+  """
+  return _on("cpu")
+
+
 def multiplies_columns(dtype: Any) -> bool:
   """Whether matrices may be cut into columns (`columns`), for activations of this dtype.
 

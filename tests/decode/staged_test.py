@@ -11,6 +11,7 @@ from calm import exits
 from calm.decode import compiled, engines, staged
 from calm.decode import program as program_lib
 from calm.exits import confidence
+from calm.t5 import platforms
 from tests import engine
 
 STATIC, SOFTMAX = exits.StaticExit(), exits.DynamicExits(confidence.Softmax(), engine.DECAYING)
@@ -88,13 +89,15 @@ def test_a_stage_that_no_text_needs_is_not_even_compiled(short):
   assert compiled.num_made("Stage.go_on") == further
 
 
-def test_short_limits_and_drafts_are_decoded_in_one_program():
+def test_short_limits_drafts_and_other_platforms_have_one_program():
   config = engine.toy().config
   for rule, length in ((STATIC, 127), (exits.Verified(1, draft_head="full"), 512)):
     program = program_lib.Program(config, rule, length)
     assert staged.staged(program) is program
   long = dataclasses.replace(program_lib.Program(config, STATIC, 127), max_decode_length=128)
   assert staged.staged(long) == staged.StagedProgram(long)
+  with platforms.laid_out_for("tpu"):
+    assert staged.staged(long) is long
 
 
 def test_a_threshold_a_row_goes_through_all_stages(short):
