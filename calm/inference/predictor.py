@@ -1,7 +1,9 @@
 """Prompts -> `Outputs`: a model, its vocabulary and, where there is one, its promise.
 
-model = inference.load("packed", calibration="calibration.json")
-outputs = model.generate(["A long description of a package ..."])
+    model = inference.load("packed", calibration="calibration.json")
+    outputs = model.generate(["A long description of a package ..."])
+
+Needs no TensorFlow, seqio or T5X.
 """
 
 import contextlib
@@ -377,11 +379,9 @@ class Predictor:
       for i, row in enumerate(np.concatenate([batch.rows for batch in batches])):
         items[int(row)] = self.output(generation, i, batches[0].tokens.shape[1])
     progress(len(texts), len(texts))
+    seconds, programs = clock.seconds, compiled.num_made() - made
     timing = outputs_lib.Timing(
-      clock.seconds["encode"],
-      clock.seconds["decode"],
-      compiled.num_made() - made,
-      clock.compile_seconds,
+      seconds["encode"], seconds["decode"], programs, clock.compile_seconds
     )
     in_order = tuple(items[row] for row in range(len(texts)))
     return outputs_lib.Outputs(in_order, self.num_layers, threshold, None, timing)
