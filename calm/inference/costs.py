@@ -1,10 +1,11 @@
 """What outputs took: FLOPs and bytes at full depth and at their exits."""
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from calm import exits
-from calm.decode import pool
+from calm.decode import pool, staged
 from calm.inference import outputs as outputs_lib
 from calm.t5 import costs as costs_lib
 
@@ -13,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def of_a_step(
-  predictor: "predictor_lib.Predictor", input_length: int, rule: exits.Rule | None = None
+  predictor: "predictor_lib.Predictor",
+  input_length: int,
+  rule: exits.Rule | None = None,
+  cache_length: int | None = None,
 ) -> costs_lib.DecodingCosts:
   """What a decode step of a model reads and computes, by the layer that tokens leave at.
 
@@ -21,13 +25,16 @@ def of_a_step(
     predictor: the model under its options.
     input_length: positions of the padded prompt.
     rule: how tokens go through the layers; None is the options' own.
+    cache_length: positions of the caches that are read; None: those of the limit.
   """
   options = predictor.options
-  limit = options.max_decode_length
+  if cache_length is None:
+    limit = options.max_decode_length
+    cache_length = pool.num_slots(limit) if options.refill else limit
   return costs_lib.decoding_costs(
     predictor.config,
     input_length=input_length,
-    cache_length=pool.num_slots(limit) if options.refill else limit,
+    cache_length=cache_length,
     rule=rule or options.rule,
     num_pieces=predictor.vocabulary.vocab_size,
     shortlist=len(options.shortlist or ()),
@@ -51,5 +58,18 @@ def totals(
   total = costs_lib.Totals(0, costs_lib.Cost(), costs_lib.Cost())
   for length in sorted({output.input_length for output in outputs}):
     rows = [output.exit_layers for output in outputs if output.input_length == length]
-    total += costs_lib.totals(of_a_step(predictor, length, rule), rows)
+    for first, last, positions in _stages(predictor, rule):
+      step = of_a_step(predictor, length, rule, positions)
+      total += costs_lib.totals(step, [row[first:last] for row in rows])
   return total
+
+
+def _stages(
+  predictor: "predictor_lib.Predictor", rule: exits.Rule | None
+) -> list[tuple[int, int, int | None]]:
+  """(first token, token after the last, positions of the caches that these read)."""
+  limit = predictor.options.max_decode_length
+  if predictor.options.refill or not isinstance(predictor.runs(rule), staged.StagedProgram):
+    return [(0, limit, None)]
+  lengths = staged.lengths(limit)
+  return [(first, last, last) for first, last in itertools.pairwise((0, *lengths))]

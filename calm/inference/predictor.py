@@ -210,6 +210,11 @@ class Predictor:
     count = self.options.num_devices
     return None if count == 1 else sharded_lib.ShardedProgram(self.program(rule), count)
 
+  def runs(self, rule: exits.Rule | None = None) -> Any:
+    """What `decode` runs: `sharded`, or `program`, in stages where last bits decide nothing."""
+    whole, bits = self.sharded(rule) or self.program(rule), procedures.rows_matter
+    return whole if bits(self.config, self.options) else staged_lib.staged(whole)
+
   def plan(self, texts: Sequence[str]) -> list[prompt_batches.PromptBatch]:
     """Tokenises prompts and groups them into batches."""
     prompt_tables.check_texts(texts)
@@ -233,10 +238,9 @@ class Predictor:
     # The rule has no part in it: one compiled encoder serves all of them.
     program = program_lib.Program(self.config, exits.StaticExit(), 1, self.eos_id)
     count = self.options.num_devices
+    encoder = program if count == 1 else sharded_lib.ShardedProgram(program, count)
     with self._precision():
-      if count > 1:
-        return sharded_lib.ShardedProgram(program, count).encode(self.weights, batch.tokens)
-      return program.encode(self.weights, batch.tokens)
+      return encoder.encode(self.weights, batch.tokens)
 
   def decode(
     self,
@@ -246,17 +250,14 @@ class Predictor:
     rule: exits.Rule | None = None,
   ) -> loop.Generation:
     """Decodes the active rows of an encoded batch; numpy arrays come back."""
-    program = self.sharded(rule) or self.program(rule)
-    if not procedures.rows_matter(self.config, self.options):  # nor do sums' last bits
-      program = staged_lib.staged(program)
     key, prior = (rule or self.options.rule, threshold), None
     if isinstance(key[0], exits.Verified):
       prior = self.expected_drafts.get(key, drafting.UNKNOWN)
     # Numpy values go to the device inside the call: a tenth of a millisecond less a batch.
     level, known = jax.tree.map(np.float32, (threshold, prior))
     with self._precision():
-      generation = program.decode(self.weights, encoded, active, level, known)
-    made = jax.device_get(generation)
+      made = self.runs(rule).decode(self.weights, encoded, active, level, known)
+    made = jax.device_get(made)
     if prior is not None:
       seen = made.verification
       shares, trusts = seen.share[active], seen.trust[active]
@@ -354,8 +355,7 @@ class Predictor:
     progress: Callable[[int, int], None],
   ) -> outputs_lib.Outputs:
     """Prompts through batches or a pool of rows, in the order of the list and timed."""
-    made, clock = compiled.num_made(), compiling.Clock()
-    begun = 0
+    made, clock, begun = compiled.num_made(), compiling.Clock(), 0
 
     def encode(batch: prompt_batches.PromptBatch) -> caches.Encoded:
       nonlocal begun

@@ -2,8 +2,10 @@
 
 import pytest
 
-from calm import inference
+from calm import exits, inference
 from calm.decode import compiled, staged
+from calm.inference import costs
+from calm.t5 import costs as costs_lib
 from tests.inference.predictor_test import OPTIONS, TEXTS, save
 
 
@@ -32,3 +34,18 @@ def test_where_last_bits_decide_one_program_decodes(directory, monkeypatch):
   narrow.generate(TEXTS[:1], threshold=0.6)
   after = compiled.num_made("Stage.begin"), compiled.num_made("Program.decode")
   assert after == (before[0], before[1] + 1)
+
+
+def test_costs_count_the_caches_that_a_text_has_read(directory, monkeypatch):
+  model = inference.load(directory, **OPTIONS | {"max_decode_length": 8})
+  monkeypatch.setattr(staged, "FIRST", 4)
+  rule = exits.StaticExit()
+  longest = max(model.generate(TEXTS, rule=rule), key=lambda output: len(output.tokens))
+  layers = longest.exit_layers
+  assert len(layers) > 4  # made with short caches, then with long ones
+  step = lambda positions: costs.of_a_step(model, longest.input_length, rule, positions)
+  got = costs.totals(model, [longest], rule)
+  first, rest = costs_lib.totals(step(4), [layers[:4]]), costs_lib.totals(step(8), [layers[4:]])
+  assert got == first + rest
+  monkeypatch.setattr(staged, "FIRST", 8)
+  assert costs.totals(model, [longest], rule).full.bytes > got.full.bytes
