@@ -51,7 +51,8 @@ class Scripted(pool_program.PoolProgram):
 
     empty = jnp.full((len(prompt), self.slots), -1)
     shift = lambda cache, by: loop.shift_positions(cache, by, axis=1)
-    return engines.Bound(empty, take_step, lambda c, p: c, lambda c, p: c, shift)
+    same = lambda carried, position: carried
+    return engines.Bound(empty, take_step, same, same, shift, grow=lambda carried: carried)
 
   def advance(self, weights, encoded, pool, threshold, min_free):
     before, rows = int(pool.slot), len(pool.active)
