@@ -41,8 +41,8 @@ class DecodeOptions:
       'probe', and for drafts.
     task_prefix: text put before every prompt.
     max_input_length: tokens of a prompt that are read, EOS included.
-    max_decode_length: most tokens generated, EOS included. Texts that end long before it cost
-      little more than under a lower one (`decode.staged`).
+    max_decode_length: most tokens generated, EOS included. On a CPU texts that end long before
+      it cost little more than under a lower one (`decode.staged`).
     matmul_precision: of products of float32 matrices: 'default', 'high' or 'highest', as
       `jax.default_matmul_precision` has them; None takes what JAX is configured to. A CPU
       knows one only.
