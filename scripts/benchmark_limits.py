@@ -78,6 +78,7 @@ def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
   texts = [prompt.input for prompt in decode.of_one_length(base, prompts, flags.num_prompts)]
   ways = {
     "full depth": (exits.StaticExit(), schedules.NEVER_EXIT),
+    "exact": (inference.exact_rule(base), schedules.NEVER_EXIT),
     f"exits at {flags.threshold:g}": (None, flags.threshold),
   }
   for rows in flags.batch_sizes:

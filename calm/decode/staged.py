@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from calm import exits
-from calm.decode import compiled, drafting, engines, loop
+from calm.decode import compiled, drafting, engines, loop, verified, verified_passes
 from calm.decode import program as program_lib
 from calm.t5 import caches, platforms
 
@@ -58,8 +58,10 @@ class Stage:
     encoded: caches.Encoded,
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
+    prior: drafting.Prior | None = None,
   ) -> loop.DecodingState:
     """Decodes from the first token on, up to this stage's length."""
+    del prior  # of drafts, which these rules do not make
     bound = self._bind(weights, encoded, threshold)
     return loop.decode(
       bound.take_step,
@@ -94,8 +96,54 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
+class DraftedStage:
+  """The same for `exits.Verified`. Passes that begin in a stage may end in the next one's
+  positions: caches have room for that.
+
+  Attributes:
+    program, length: as a `Stage`'s.
+  """
+
+  program: program_lib.Program
+  length: int
+
+  @compiled.method()
+  def begin(
+    self,
+    weights: program_lib.ModelWeights,
+    encoded: caches.Encoded,
+    active: Bool[Array, " batch"],
+    threshold: Float[Array, "..."],
+    prior: drafting.Prior | None = None,
+  ) -> verified.VerifiedState:
+    """As `Stage.begin`; `prior` as in `Program.decode`."""
+    made = self._bind(weights, encoded, threshold)
+    made = made if prior is None else dataclasses.replace(made, prior=prior)
+    return made.summed(made.go_on(made.begin(active), self.length))
+
+  @compiled.method()
+  def go_on(
+    self,
+    weights: program_lib.ModelWeights,
+    encoded: caches.Encoded,
+    state: verified.VerifiedState,
+    threshold: Float[Array, "..."],
+  ) -> verified.VerifiedState:
+    """As `Stage.go_on`."""
+    made = self._bind(weights, encoded, threshold)
+    room = verified_passes.cache_length(made.rule, self.length)
+    state = dataclasses.replace(state, cache=engines.grown(state.cache, room))
+    return made.summed(made.go_on(state, self.length))
+
+  def _bind(self, weights, encoded, threshold) -> verified.Verifying:
+    program = dataclasses.replace(self.program, max_decode_length=self.length)
+    made = program.passes(weights, encoded, threshold)
+    return dataclasses.replace(made, length=self.program.max_decode_length)
+
+
+@dataclasses.dataclass(frozen=True)
 class StagedProgram:
-  """A `program.Program` of a rule of one token a step, whose limit is reached in stages.
+  """A `program.Program` whose limit is reached in stages.
 
   Attributes:
     program: what is decoded.
@@ -112,9 +160,8 @@ class StagedProgram:
     prior: drafting.Prior | None = None,
   ) -> loop.Generation:
     """As `Program.decode`."""
-    del prior  # of drafts, which these rules do not make
     first, *others = self.stages
-    state = first.begin(weights, encoded, active, threshold)
+    state = first.begin(weights, encoded, active, threshold, prior)
     for stage in others:
       if not np.any(state.active):
         break
@@ -122,19 +169,18 @@ class StagedProgram:
     return state.generation
 
   @property
-  def stages(self) -> tuple[Stage, ...]:
+  def stages(self) -> tuple[Stage | DraftedStage, ...]:
     """Of which a text runs as many as it needs."""
-    limit = self.program.max_decode_length
-    return tuple(Stage(self.program, length) for length in lengths(limit))
+    made = DraftedStage if isinstance(self.program.rule, exits.Verified) else Stage
+    return tuple(made(self.program, n) for n in lengths(self.program.max_decode_length))
 
 
 def staged(program: Decodes) -> Decodes | StagedProgram:
   """The program in stages, on a CPU, where its limit is long enough for two of them.
 
-  Drafts are verified in one program: a text's next pass has to fit into its caches. Devices
-  that have rows of their own end their own loops.
+  Devices that have rows of their own end their own loops: they have one program.
   """
-  if not isinstance(program, program_lib.Program) or isinstance(program.rule, exits.Verified):
+  if not isinstance(program, program_lib.Program):
     return program
   one = len(lengths(program.max_decode_length)) == 1
   return program if one or not platforms.grows_caches() else StagedProgram(program)

@@ -153,16 +153,32 @@ class Verifying:
     Returns:
       The final state; its `generation` holds the result.
     """
-    unfinished = lambda state: jnp.any(state.active)
-    state = lax.while_loop(unfinished, self.run, self.begin(active))
+    return self.summed(self.go_on(self.begin(active)))
+
+  def go_on(self, state: VerifiedState, room: int | None = None) -> VerifiedState:
+    """Passes until every row has ended.
+
+    Args:
+      state: of `begin` or of this.
+      room: positions that a pass may begin at, where the caches have room for fewer than the
+        text: ends before one that would begin beyond. None: the text's.
+    """
+    room = self.length if room is None else room
+
+    def goes_on(state: VerifiedState) -> jax.Array:
+      has_room = jnp.all(~state.active | (state.positions < room))
+      return jnp.any(state.active) & has_room
+
+    return lax.while_loop(goes_on, self.run, state)
+
+  def summed(self, state: VerifiedState) -> VerifiedState:
+    """The state with what its generation says of whole rows."""
+    seen, odds = self._seen(state), state.odds
+    told = lambda x: jnp.where(seen.passes > 0, x, 0.0)  # rows without a pass hold no prompt
     generation = dataclasses.replace(
       state.generation,
       scores=jnp.sum(state.log_probabilities, axis=-1),
-      verification=dataclasses.replace(
-        self._seen(state),
-        share=jnp.where(active, state.odds.share, 0.0),
-        trust=jnp.where(active, state.odds.trust, 0.0),
-      ),
+      verification=dataclasses.replace(seen, share=told(odds.share), trust=told(odds.trust)),
     )
     return dataclasses.replace(state, generation=generation)
 

@@ -180,11 +180,16 @@ def bind(task: engines.Task, rule: exits.Verified, eos_id: Any) -> verified.Veri
       "Expected a model with a shortlist of likely tokens for `draft_head` 'shortlist', got"
       " none; give `shortlist` (token ids), or use `draft_head='full'`."
     )
-  roomy = dataclasses.replace(task, length=task.length + rule.window)
+  roomy = dataclasses.replace(task, length=cache_length(rule, task.length))
   table = decoder_lib.bias_table(task.weights, task.config, roomy.length)
   passes = BoundPasses(roomy, rule, _sizes(rule), table)
   plan = _plan(task, rule)
   return verified.Verifying(passes, rule, plan, task.threshold, task.length, eos_id)
+
+
+def cache_length(rule: exits.Verified, length: int) -> int:
+  """Positions of the caches of passes that begin at one of the first `length`."""
+  return length + rule.window
 
 
 def _sizes(rule: exits.Verified) -> tuple[int, ...]:

@@ -79,15 +79,19 @@ def test_no_operation_in_the_loop_makes_half_of_a_layers_cache(rule, made):
   assert max(sizes) >= half_a_layers_cache() and len(sizes) > 100
 
 
-def test_a_stage_that_goes_on_makes_no_cache_in_its_loop():
+@pytest.mark.parametrize("drafts", [False, True])
+def test_a_stage_that_goes_on_makes_no_cache_in_its_loop(drafts):
   """Those of the stage before are copied once, before it."""
   toy = engine.toy(num_decoder_layers=3, num_encoder_layers=1)
-  program = program_lib.Program(toy.config, SHALLOW, LENGTH, engine=engines.Deferred())
+  rule = exits.Verified(1, 3, "full") if drafts else SHALLOW
+  made = None if drafts else engines.Deferred()
+  stages = staged.StagedProgram(program_lib.Program(toy.config, rule, LENGTH, engine=made))
+  *_, before, last = stages.stages
   known = toy.weights, engine.encode(toy)
   level = jnp.float32(0)
-  state = staged.Stage(program, LENGTH // 4).begin(*known, jnp.zeros(ROWS, bool), level)
+  state = before.begin(*known, jnp.zeros(ROWS, bool), level)
   args, tree = jax.tree.flatten((*known, state, level))
-  go_on = lambda leaves: staged.Stage(program, LENGTH).go_on(*jax.tree.unflatten(tree, leaves))
+  go_on = lambda leaves: last.go_on(*jax.tree.unflatten(tree, leaves))
   text = hlo_of(go_on, args)
   assert not [operation.text for operation in hlo.large(text, half_a_layers_cache())]
   assert max(operation.elements for operation in hlo.in_loops(text)) >= half_a_layers_cache()

@@ -3,12 +3,13 @@
 import dataclasses
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from calm import exits
-from calm.decode import compiled, engines, staged
+from calm.decode import compiled, drafting, engines, staged
 from calm.decode import program as program_lib
 from calm.exits import confidence
 from calm.t5 import platforms
@@ -25,10 +26,11 @@ def short(monkeypatch):
   monkeypatch.setattr(staged, "RATIO", 2)
 
 
-def decoded(program, active=None):
+def decoded(program, active=None, threshold=0.6, prior=None):
   toy = engine.toy()
   active = np.ones(len(engine.PROMPTS), bool) if active is None else active
-  return program.decode(toy.weights, engine.encode(toy), active, np.float32(0.6))
+  level = np.float32(threshold)
+  return program.decode(toy.weights, engine.encode(toy), active, level, prior)
 
 
 def ending(program):
@@ -89,10 +91,43 @@ def test_a_stage_that_no_text_needs_is_not_even_compiled(short):
   assert compiled.num_made("Stage.go_on") == further
 
 
-def test_short_limits_drafts_and_other_platforms_have_one_program():
+@pytest.mark.parametrize("threshold", [1.0, 0.3], ids=["exact", "slack"])
+@pytest.mark.parametrize("adapts", [True, False])
+@pytest.mark.parametrize("num_drafts", [1, 5])
+def test_drafts_in_stages_are_those_of_one_program(num_drafts, adapts, threshold, short):
+  """Passes of six positions go beyond stages of two and four."""
+  rule = exits.Verified(1, num_drafts, "full", adapts=adapts)
+  program = ending(program_lib.Program(engine.toy().config, rule, engine.LENGTH))
+  active = np.arange(len(engine.PROMPTS)) != 1
+  made = [decoded(p, active, threshold) for p in (program, staged.staged(program))]
+  whole, stages = made
+  # Meta: rows end in a stage before the last, and in the last.
+  ends = set(np.asarray(whole.num_tokens)[active].tolist())
+  assert min(ends) <= 4 and max(ends) == engine.LENGTH
+  for a, b in zip(jax.tree.leaves(stages), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(stages.tokens, whole.tokens)
+
+
+def test_what_is_expected_of_drafts_reaches_the_first_stage(short):
+  """It says how many are drafted, and no text."""
+  rule = exits.Verified(1, 5, "full")
+  program = program_lib.Program(engine.toy().config, rule, engine.LENGTH)
+  made = {}
+  for chance in (0.99, 0.01):
+    prior = drafting.Prior(chance, 50.0, 1.0)
+    whole, stages = (decoded(p, prior=prior) for p in (program, staged.staged(program)))
+    assert stages.verification and whole.verification
+    np.testing.assert_array_equal(stages.verification.drafts, whole.verification.drafts)
+    made[chance] = stages.tokens, stages.verification.drafts
+  np.testing.assert_array_equal(made[0.99][0], made[0.01][0])
+  assert np.all(made[0.99][1] > made[0.01][1])
+
+
+def test_short_limits_and_other_platforms_have_one_program():
   config = engine.toy().config
-  for rule, length in ((STATIC, 127), (exits.Verified(1, draft_head="full"), 512)):
-    program = program_lib.Program(config, rule, length)
+  for rule in (STATIC, exits.Verified(1, draft_head="full")):
+    program = program_lib.Program(config, rule, 127)
     assert staged.staged(program) is program
   long = dataclasses.replace(program_lib.Program(config, STATIC, 127), max_decode_length=128)
   assert staged.staged(long) == staged.StagedProgram(long)

@@ -27,6 +27,17 @@ def test_a_long_limit_is_reached_in_stages_and_changes_no_text(directory, monkey
   assert [o.exit_layers for o in in_stages] == [o.exit_layers for o in whole]
 
 
+def test_exact_texts_are_reached_in_stages_too(directory, monkeypatch):
+  long = inference.load(directory, **OPTIONS | {"max_decode_length": 40})
+  monkeypatch.setattr(staged, "FIRST", 5)
+  before = compiled.num_made("DraftedStage.begin")
+  rule = exits.Verified(1, draft_head="full")
+  exact = long.generate(TEXTS, rule=rule)
+  assert compiled.num_made("DraftedStage.begin") > before
+  full = long.generate(TEXTS, rule=exits.StaticExit())
+  assert exact.texts == full.texts and max(len(o.tokens) for o in exact) > 5
+
+
 def test_where_last_bits_decide_one_program_decodes(directory, monkeypatch):
   monkeypatch.setattr(staged, "FIRST", 2)
   before = compiled.num_made("Stage.begin"), compiled.num_made("Program.decode")

@@ -27,8 +27,9 @@ def model():
   return inference.load("packed", batch_size=3, max_decode_length=8)
 
 
-def test_a_row_says_milliseconds_and_whether_tokens_are_the_same(script, model):
-  full, setting = exits.StaticExit(), {"rows": 3}
+@pytest.mark.parametrize("rule", [exits.StaticExit(), exits.Verified(2, draft_head="full")])
+def test_a_row_says_milliseconds_and_whether_tokens_are_the_same(rule, script, model):
+  full, setting = rule, {"rows": 3}
   line = script.line(setting, script.runs(model, TEXTS, full, np.inf, False), 3, repeats=2)
   assert line["rows"] == 3 and line["same tokens"] == "yes"
   assert line["tokens a text"] == 8  # none ends before its limit
