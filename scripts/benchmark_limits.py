@@ -4,7 +4,8 @@ r"""What a generous limit costs texts that end long before it, and those that re
 
 Prompts of the model in the box, in batches of one padded length: one program whose caches hold
 the whole limit, beside stages (`decode.staged`), in turn in one process. Texts that reach the
-limit are made by a model that never says that it ends. Seconds are of the decoder alone.
+limit are made by a model that never says that it ends. Seconds are of the decoder alone; a
+grid's are of its files too, and its tokens those of all its thresholds.
 """
 
 import argparse
@@ -13,7 +14,9 @@ import json
 import pathlib
 import statistics
 import sys
+import tempfile
 import time
+import unittest.mock
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,37 +25,68 @@ import jax
 import numpy as np
 import tables
 
-from calm import exits, inference
+from calm import calibrate, exits, inference
 from calm.calibrate.generations import files
 from calm.decode import staged
 from calm.exits import schedules
+from calm.inference import grid
 from calm.paper.bench import decode, tasks
 
 # No piece has this number: a text ends at its limit.
 NEVER_ENDS = -1
+THRESHOLDS = (0.9, 0.7, 0.5, 0.4, 0.3, 0.2, 0.1)
+
+# Makes texts again, each as its tokens.
+Run = Callable[[], list[list[int]]]
 
 
-def runs(model: inference.Predictor, texts: Sequence[str], rule, threshold: float, ends: bool):
+def runs(
+  model: inference.Predictor, texts: Sequence[str], rule: Any, threshold: float, ends: bool
+) -> dict[str, Run]:
   """name -> decodes all batches: in one program, and in stages."""
   batches = [(batch.active, model.encode(batch)) for batch in model.plan(texts)]
   whole = model.program(rule)
   if not ends:
     whole = dataclasses.replace(whole, eos_id=NEVER_ENDS)
 
-  def run(program) -> Callable[[], list[Any]]:
-    decode = lambda active, encoded: program.decode(
-      model.weights, encoded, active, np.float32(threshold)
-    )
-    return lambda: [jax.device_get(decode(*batch)) for batch in batches]
+  def run(program) -> list[list[int]]:
+    said = []
+    for active, encoded in batches:
+      made = program.decode(model.weights, encoded, active, np.float32(threshold))
+      made = jax.device_get(made)
+      rows = zip(made.tokens, made.num_tokens, active, strict=True)
+      said += [tokens[:number].tolist() for tokens, number, is_text in rows if is_text]
+    return said
 
-  return {"one program": run(whole), "stages": run(staged.staged(whole))}
+  stages = staged.staged(whole)
+  return {"one program": lambda: run(whole), "stages": lambda: run(stages)}
 
 
-def line(setting: dict[str, Any], made: dict[str, Callable[[], Any]], count: int, repeats: int):
+def grids(model: inference.Predictor, texts: Sequence[str]) -> dict[str, Run]:
+  """The same of a grid of thresholds, as `calm generate` decodes it."""
+  prompts = [calibrate.Prompt(str(i), text) for i, text in enumerate(texts)]
+  encodings: dict[int, Any] = {}
+
+  def run(first: int) -> list[list[int]]:
+    patched = unittest.mock.patch.object(staged, "FIRST", first)
+    with patched, tempfile.TemporaryDirectory() as folder:
+      writer = calibrate.open_writer(
+        folder, prompts=prompts, thresholds=THRESHOLDS, procedure=None
+      )
+      grid.generate(model, prompts, THRESHOLDS, writer, encodings=encodings)
+      made = [writer.completed_records(x) for x in (schedules.NEVER_EXIT, *THRESHOLDS)]
+    return [list(level[prompt.id].tokens or ()) for level in made for prompt in prompts]
+
+  first = staged.FIRST
+  limit = model.options.max_decode_length
+  return {"one program": lambda: run(limit), "stages": lambda: run(first)}
+
+
+def line(
+  setting: dict[str, Any], made: dict[str, Run], count: int, repeats: int
+) -> dict[str, Any]:
   """One row of the table: milliseconds of both, in turn, and whether tokens are the same."""
   said = {name: run() for name, run in made.items()}
-  pairs = list(zip(said["one program"], said["stages"], strict=True))
-  tokens = sum(int(whole.num_tokens.sum()) for whole, _ in pairs)
   seconds: dict[str, list[float]] = {name: [] for name in made}
   for repeat in range(repeats):
     for name in list(made)[:: 1 if repeat % 2 else -1]:
@@ -63,9 +97,10 @@ def line(setting: dict[str, Any], made: dict[str, Callable[[], Any]], count: int
   timed = {
     f"{name}, ms a text": 1e3 * statistics.median(seconds[name]) / count for name in made
   }
-  same = all(np.array_equal(whole.tokens, stages.tokens) for whole, stages in pairs)
-  told = {"tokens a text": tokens / count, **timed, "x": statistics.median(ratios)}
-  return {**setting, **told, "same tokens": "yes" if same else "no"}
+  tokens = sum(map(len, said["one program"])) / count
+  same = "yes" if said["one program"] == said["stages"] else "no"
+  x = statistics.median(ratios)
+  return {**setting, "tokens a text": tokens, **timed, "x": x, "same tokens": same}
 
 
 def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
@@ -92,6 +127,10 @@ def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
           made = runs(model, some, rule, threshold, ends)
           lines.append(line(setting, made, len(some), flags.repeats))
           print(json.dumps(lines[-1]), file=sys.stderr)
+      setting = {"rows": rows, "limit": limit, "texts": "end"}
+      setting["rule"] = f"a grid of {len(THRESHOLDS)} thresholds"
+      lines.append(line(setting, grids(model, texts), len(texts), flags.repeats))
+      print(json.dumps(lines[-1]), file=sys.stderr)
   return lines
 
 

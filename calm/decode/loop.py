@@ -168,6 +168,7 @@ def resume(
   *,
   active: Bool[Array, " batch"],
   resume_at: Int[Array, " batch"],
+  step_limit: int,
   eos_id: int,
 ) -> DecodingState:
   """Decodes again from some token of each row on; what lies before it stays as it is.
@@ -178,6 +179,7 @@ def resume(
     cache: what the step starts from at the least `resume_at` of the active rows.
     active: rows to decode; the others stay as they are.
     resume_at: the first position to decode of each row, below its length (0: all of it).
+    step_limit: positions that may be decoded, at most those of the generation's arrays.
     eos_id: the token that ends a row.
   """
   length = state.generation.tokens.shape[1]
@@ -207,7 +209,7 @@ def resume(
     state = dataclasses.replace(state, position=jnp.maximum(state.position, first))
     return dataclasses.replace(state, current=_last_token(state))
 
-  end = _loop(advance, start, length)
+  end = _loop(advance, start, step_limit)
   # Summed at the end, so that the score does not depend on where decoding went on.
   scores = jnp.sum(end.log_probabilities, axis=-1)
   return dataclasses.replace(end, generation=dataclasses.replace(end.generation, scores=scores))

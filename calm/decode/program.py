@@ -192,7 +192,8 @@ class Program:
     Args:
       weights: the model.
       encoded: from `encode`.
-      state: from `resume` or `nothing_yet`, of the same prompts.
+      state: from `resume` or `nothing_yet`, of the same prompts; its generation may have room
+        for more tokens than its caches and this program.
       active: rows to decode; the others stay as they are in `state`.
       threshold: lambda, [] or one a row.
       resume_at: the first token of each row that may differ from `state`.
@@ -205,6 +206,7 @@ class Program:
       bound.resume(state.cache, jnp.min(kept).astype(jnp.int32)),
       active=active,
       resume_at=resume_at,
+      step_limit=self.max_decode_length,
       eos_id=self.eos_id,
     )
     return dataclasses.replace(made, cache=bound.flush(made.cache, made.position))

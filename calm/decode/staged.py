@@ -5,7 +5,8 @@ caches of 64 positions, and where some row has not ended by then, the next one g
 caches of four times as many, up to the limit. A stage is compiled when a text first needs it.
 What is in the caches is copied once a stage; the steps are those of one program, and positions
 that are not filled weigh nothing, so that texts are the same but for sums' last bits. While a
-stage runs, the caches of the one before it are kept: at most half as much memory again.
+stage runs, the caches of the one before it are kept: at most half as much memory again. A grid of
+thresholds goes on with the caches that it has: they grow, and do not become short again.
 """
 
 import dataclasses
@@ -167,6 +168,36 @@ class StagedProgram:
         break
       state = stage.go_on(weights, encoded, state, threshold)
     return state.generation
+
+  def nothing_yet(self, batch_size: int) -> loop.DecodingState:
+    """As `Program.nothing_yet`, with the first stage's caches."""
+    short = self._cut(self.stages[0].length).nothing_yet(batch_size).cache
+    return dataclasses.replace(self.program.nothing_yet(batch_size), cache=short)
+
+  def resume(
+    self,
+    weights: program_lib.ModelWeights,
+    encoded: caches.Encoded,
+    state: loop.DecodingState,
+    active: jax.Array | np.ndarray,
+    threshold: jax.Array | np.ndarray,
+    resume_at: jax.Array | np.ndarray,
+  ) -> loop.DecodingState:
+    """As `Program.resume`, in the stage that `state` has reached and those that rows need."""
+    reached = caches.length(state.cache)
+    for stage in (stage.length for stage in self.stages if stage.length >= reached):
+      if stage > caches.length(state.cache):
+        state = dataclasses.replace(state, cache=engines.grown(state.cache, stage))
+      state = self._cut(stage).resume(weights, encoded, state, active, threshold, resume_at)
+      active = np.asarray(state.active)
+      if not active.any():
+        break
+      # Rows that have not ended go on where the stage did.
+      resume_at = np.maximum(resume_at, stage).astype(np.int32)
+    return state
+
+  def _cut(self, length: int) -> program_lib.Program:
+    return dataclasses.replace(self.program, max_decode_length=length)
 
   @property
   def stages(self) -> tuple[Stage | DraftedStage, ...]:

@@ -281,7 +281,7 @@ class Predictor:
       threshold: lambda.
       resume_at: the first token of each row that may differ from `state`, [batch].
     """
-    program = self.program()
+    program = self.runs() if self.options.num_devices == 1 else self.program()
     with self._precision():
       return program.resume(
         self.weights,

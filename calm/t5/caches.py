@@ -88,6 +88,11 @@ def empty_caches(
   return tuple(Cache(empty(), empty()) for _ in range(num_layers))
 
 
+def length(caches: tuple[Cache, ...]) -> int:
+  """Positions of self-attention caches."""
+  return caches[0].keys.shape[-2]
+
+
 def write_rows(
   caches: tuple[Cache, ...],
   rows: tuple[KeyValue, ...],

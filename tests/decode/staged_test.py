@@ -12,8 +12,9 @@ from calm import exits
 from calm.decode import compiled, drafting, engines, staged
 from calm.decode import program as program_lib
 from calm.exits import confidence
-from calm.t5 import platforms
+from calm.t5 import caches, platforms
 from tests import engine
+from tests.decode import resume_test
 
 STATIC, SOFTMAX = exits.StaticExit(), exits.DynamicExits(confidence.Softmax(), engine.DECAYING)
 CLASSIFIER = exits.DynamicExits(confidence.Classifier())
@@ -68,6 +69,46 @@ def test_texts_in_stages_are_those_of_one_program(rule, made, short):
     np.testing.assert_allclose(
       getattr(stages, name), getattr(whole, name), rtol=1e-5, atol=1e-5, err_msg=name
     )
+
+
+@pytest.mark.parametrize("name", resume_test.CASES)
+def test_a_grid_goes_on_in_stages_as_in_one_program(name, short):
+  """Threshold after threshold, from where each row changes, in the stage that it needs."""
+  rule, made = resume_test.CASES[name]
+  toy, config = engine.toy(), engine.toy().config
+  program = ending(program_lib.Program(config, rule, engine.LENGTH, engine=made))
+  known, rows = (toy.weights, engine.encode(toy)), len(engine.PROMPTS)
+  ways = {"whole": program, "stages": staged.staged(program)}
+  states = {way: run.nothing_yet(rows) for way, run in ways.items()}
+  lengths = [caches.length(states["stages"].cache)]
+  for threshold in (np.inf, *resume_test.GRID):
+    before = states["whole"].generation
+    begin = resume_test.first_exits(before, threshold).astype(np.int32)
+    active = (begin < np.asarray(before.num_tokens)) | (threshold == np.inf)
+    if not active.any():
+      continue
+    for way, run in ways.items():
+      level = np.float32(threshold)
+      states[way] = run.resume(*known, states[way], active, level, begin)
+    lengths.append(caches.length(states["stages"].cache))
+    got, want = (states[way].generation for way in ("stages", "whole"))
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+  # Meta: it began with short caches and needed long ones.
+  assert lengths[0] == 2 and lengths[-1] == engine.LENGTH and len(lengths) > 3
+
+
+def test_a_grid_of_short_texts_keeps_its_short_caches(short):
+  config, toy = engine.toy().config, engine.toy()
+  first = int(decoded(program_lib.Program(config, STATIC, engine.LENGTH)).tokens[0, 0])
+  program = staged.staged(program_lib.Program(config, STATIC, engine.LENGTH, eos_id=first))
+  state = program.nothing_yet(len(engine.PROMPTS))
+  only = np.arange(len(engine.PROMPTS)) == 0
+  begin = np.zeros(len(only), np.int32)
+  state = program.resume(toy.weights, engine.encode(toy), state, only, np.float32(0), begin)
+  assert caches.length(state.cache) == 2
+  assert state.generation.tokens.shape[1] == engine.LENGTH
 
 
 def test_rows_that_are_not_active_stay_empty(short):

@@ -2,9 +2,10 @@
 
 import pytest
 
-from calm import exits, inference
+from calm import calibrate, exits, inference
 from calm.decode import compiled, staged
-from calm.inference import costs
+from calm.exits import schedules
+from calm.inference import costs, grid
 from calm.t5 import costs as costs_lib
 from tests.inference.predictor_test import OPTIONS, TEXTS, save
 
@@ -36,6 +37,23 @@ def test_exact_texts_are_reached_in_stages_too(directory, monkeypatch):
   assert compiled.num_made("DraftedStage.begin") > before
   full = long.generate(TEXTS, rule=exits.StaticExit())
   assert exact.texts == full.texts and max(len(o.tokens) for o in exact) > 5
+
+
+def test_a_grid_is_decoded_in_stages_too(directory, tmp_path, monkeypatch):
+  long = inference.load(directory, **OPTIONS | {"max_decode_length": 40})
+  prompts = [calibrate.Prompt(str(i), text) for i, text in enumerate(TEXTS)]
+  levels, made = (0.8, 0.6), {}
+  for first in (5, 40):
+    monkeypatch.setattr(staged, "FIRST", first)
+    writer = calibrate.open_writer(
+      tmp_path / str(first), prompts=prompts, thresholds=levels, procedure=long.procedure
+    )
+    before = compiled.num_made("Program.resume")
+    grid.generate(long, prompts, levels, writer)
+    made[first] = [writer.completed_records(x) for x in (schedules.NEVER_EXIT, *levels)]
+    assert compiled.num_made("Program.resume") >= before + (2 if first == 5 else 0)
+  strip = lambda level: {i: (r.prediction, r.exit_layers) for i, r in level.items()}
+  assert list(map(strip, made[5])) == list(map(strip, made[40]))
 
 
 def test_where_last_bits_decide_one_program_decodes(directory, monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from calm import exits, inference
-from calm.decode import staged
+from calm.decode import compiled, staged
 
 SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 TEXTS = ["a", "some words", "b" * 9]
@@ -39,3 +39,13 @@ def test_a_row_says_milliseconds_and_whether_tokens_are_the_same(rule, script, m
   other = script.runs(model, TEXTS[::-1], full, np.inf, False)
   wrong = script.line(setting, made | {"stages": other["stages"]}, 3, repeats=1)
   assert wrong["same tokens"] == "no"
+
+
+def test_a_grid_is_decoded_with_the_whole_limit_and_in_stages(script, model):
+  made = script.grids(model.with_options(measure="softmax", exit_layers=(2, 4)), TEXTS)
+  begun = compiled.num_made("Program.resume")
+  line = script.line({}, made, len(TEXTS), repeats=1)
+  # Caches of 2, 4 and 8 positions; and of 8 alone, which is a program of the stages too.
+  assert compiled.num_made("Program.resume") == begun + 3
+  assert line["same tokens"] == "yes" and line["tokens a text"] > 8
+  assert staged.FIRST == 2
