@@ -5,8 +5,8 @@ caches of 64 positions, and where some row has not ended by then, the next one g
 caches of four times as many, up to the limit. A stage is compiled when a text first needs it.
 What is in the caches is copied once a stage; the steps are those of one program, and positions
 that are not filled weigh nothing, so that texts are the same but for sums' last bits. While a
-stage runs, the caches of the one before it are kept: at most half as much memory again. A grid of
-thresholds goes on with the caches that it has: they grow, and do not become short again.
+stage runs, the caches of the one before it are kept: at most half as much memory again. A grid
+of thresholds goes on with the caches that it has: they grow, and do not become short again.
 """
 
 import dataclasses
