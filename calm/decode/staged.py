@@ -171,8 +171,12 @@ class StagedProgram:
 
   def nothing_yet(self, batch_size: int) -> loop.DecodingState:
     """As `Program.nothing_yet`, with the first stage's caches."""
-    short = self._cut(self.stages[0].length).nothing_yet(batch_size).cache
-    return dataclasses.replace(self.program.nothing_yet(batch_size), cache=short)
+    limit = self.program.max_decode_length
+    return dataclasses.replace(
+      self._cut(self.stages[0].length).nothing_yet(batch_size),
+      generation=loop.empty_generation(batch_size, limit),
+      log_probabilities=jnp.zeros((batch_size, limit), jnp.float32),
+    )
 
   def resume(
     self,
