@@ -43,7 +43,7 @@ def test_a_grid_is_decoded_in_stages_too(directory, tmp_path, monkeypatch):
   long = inference.load(directory, **OPTIONS | {"max_decode_length": 40})
   prompts = [calibrate.Prompt(str(i), text) for i, text in enumerate(TEXTS)]
   levels, made = (0.8, 0.6), {}
-  for first in (5, 40):
+  for first in (40, 5):
     monkeypatch.setattr(staged, "FIRST", first)
     writer = calibrate.open_writer(
       tmp_path / str(first), prompts=prompts, thresholds=levels, procedure=long.procedure
@@ -51,7 +51,8 @@ def test_a_grid_is_decoded_in_stages_too(directory, tmp_path, monkeypatch):
     before = compiled.num_made("Program.resume")
     grid.generate(long, prompts, levels, writer)
     made[first] = [writer.completed_records(x) for x in (schedules.NEVER_EXIT, *levels)]
-    assert compiled.num_made("Program.resume") >= before + (2 if first == 5 else 0)
+  # What the whole limit was decoded with is compiled already; shorter stages are not.
+  assert compiled.num_made("Program.resume") > before
   strip = lambda level: {i: (r.prediction, r.exit_layers) for i, r in level.items()}
   assert list(map(strip, made[5])) == list(map(strip, made[40]))
 
