@@ -179,7 +179,10 @@ def variants(
   if options.num_devices > 1 and setting.batch_size % options.num_devices == 0:
     counts[f"{options.num_devices} devices"] = options.num_devices
   return [
-    (systems.Ours(weights[way], setting, counts[spread]), ", ".join(filter(None, both)))
+    (
+      systems.Ours(weights[way], setting, counts[spread], way != models.READINGS["xla"]),
+      ", ".join(filter(None, both)),
+    )
     for both in itertools.product(weights, counts)
     if any(both)
     for way, spread in [both]

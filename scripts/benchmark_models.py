@@ -114,6 +114,7 @@ READINGS: Mapping[str, str] = {
   "columns": "matrices in columns",
   "both": "head in 8 bits, matrices in columns",
   "layers": "layers and head in 8 bits",
+  "xla": "attention by XLA",  # not a reading: programs without functions of numba's
 }
 # Those of which the encoder's weights are read otherwise, too.
 ENCODES = ("layers",)
@@ -125,6 +126,8 @@ def read(model: Model, names: Iterable[str]) -> dict[str, Model]:
 
 
 def _read(model: Model, name: str) -> Model:
+  if name == "xla":
+    return model
   if name == "layers":
     listed = model.shortlist, "int8", "int8"
     weights = program.model_weights(model.params, model.config, model.num_pieces, *listed)

@@ -72,11 +72,16 @@ class System:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ours:
-  """Makes the systems of one model in one setting, over so many devices."""
+  """Makes the systems of one model in one setting, over so many devices.
+
+  Attributes:
+    native: see `program.Program`.
+  """
 
   model: models.Model
   setting: models.Setting
   num_devices: int = 1
+  native: bool = True
 
   @functools.cached_property
   def tokens(self) -> list[jax.Array]:
@@ -165,7 +170,9 @@ class Ours:
 
   def _program(self, rule, engine="default"):
     model, length = self.model, self.setting.decode_length
-    made = program_lib.Program(model.config, rule, length, model.eos_id, engine=ENGINES[engine])
+    made = program_lib.Program(
+      model.config, rule, length, model.eos_id, ENGINES[engine], self.native
+    )
     return sharded.ShardedProgram(made, self.num_devices) if self.num_devices > 1 else made
 
   def encode(self) -> list[caches.Encoded]:

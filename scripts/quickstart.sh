@@ -10,7 +10,7 @@ stamp="$(cat pyproject.toml scripts/constraints.txt | cksum)"
 if [[ ! -f .venv/installed || "$(cat .venv/installed)" != "$stamp" ]]; then
   echo "Installing into .venv (again only when requirements change) ..."
   "${PYTHON:-python3}" -m venv --clear .venv
-  .venv/bin/pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e '.[decode]'
+  .venv/bin/pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e '.[cpu]'
   echo "$stamp" > .venv/installed
 fi
 exec .venv/bin/calm demo "$@"

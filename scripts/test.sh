@@ -45,7 +45,7 @@ small_environments() {
   fi
   # The pinned JAX is T5X's. The shortest way through everything also runs with the newest one that
   # the newest interpreter takes, unpinned: what breaks there is seen before users see it.
-  python="$(newest_python)" constraints=/dev/null environment .venv-newest '.[decode]' pytest
+  python="$(newest_python)" constraints=/dev/null environment .venv-newest '.[cpu]' pytest
 }
 
 echo "== environments"
@@ -53,7 +53,7 @@ log="$(mktemp)"
 (set -e; small_environments) > "$log" 2>&1 &
 beside=$!
 trap 'kill "$beside" 2> /dev/null || true; rm -f "$log"' EXIT
-environment .venv-test -e '.[train,report,test]'
+environment .venv-test -e '.[cpu,train,report,test]'
 finished() {  # finished PID: waits for what runs beside, and shows what it said
   local status=0
   wait "$1" || status=$?

@@ -140,6 +140,7 @@ class PoolProgram:
       threshold,
       self.slots,
       starts=starts,
+      native=program.native,
     )
     return engines.bind(task, program.engine)
 

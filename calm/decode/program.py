@@ -86,6 +86,7 @@ class Program:
     eos_id: the token that ends a row.
     engine: how the loop's steps run; the results do not depend on it. None takes the fastest
       for the rule, the rows and the platform (`default_engine`).
+    native: see `engines.Task`.
   """
 
   config: network.T5Config
@@ -93,6 +94,7 @@ class Program:
   max_decode_length: int
   eos_id: int = 1
   engine: engines.Engine | None = None
+  native: bool = True
 
   @compiled.method()
   def encode(
@@ -220,6 +222,13 @@ class Program:
   ) -> engines.Bound:
     """The engine at work on these prompts at this threshold; `kept` as in `engines.Task`."""
     task = engines.Task(
-      self.config, self.rule, weights, encoded, threshold, self.max_decode_length, kept
+      self.config,
+      self.rule,
+      weights,
+      encoded,
+      threshold,
+      self.max_decode_length,
+      kept,
+      native=self.native,
     )
     return engines.bind(task, self.engine)

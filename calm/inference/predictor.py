@@ -203,6 +203,7 @@ class Predictor:
       self.options.max_decode_length,
       self.eos_id,
       self.options.engine if rule is None else None,
+      native=not procedures.rows_matter(self.config, self.options),
     )
 
   def sharded(self, rule: exits.Rule | None = None) -> sharded_lib.ShardedProgram | None:
@@ -256,8 +257,7 @@ class Predictor:
     # Numpy values go to the device inside the call: a tenth of a millisecond less a batch.
     level, known = jax.tree.map(np.float32, (threshold, prior))
     with self._precision():
-      made = self.runs(rule).decode(self.weights, encoded, active, level, known)
-    made = jax.device_get(made)
+      made = jax.device_get(self.runs(rule).decode(self.weights, encoded, active, level, known))
     if prior is not None:
       seen = made.verification
       shares, trusts = seen.share[active], seen.trust[active]

@@ -1,6 +1,7 @@
 """The T5 network: for training as T5X writes it, and one position at a time for decoding."""
 
 from calm.t5 import (
+  attention,
   caches,
   columns,
   config,
@@ -12,6 +13,7 @@ from calm.t5 import (
   layers,
   limits,
   masks,
+  native,
   network,
   parameters,
   platforms,
@@ -25,6 +27,7 @@ from calm.t5.network import Transformer
 __all__ = [
   "T5Config",
   "Transformer",
+  "attention",
   "caches",
   "columns",
   "config",
@@ -36,6 +39,7 @@ __all__ = [
   "layers",
   "limits",
   "masks",
+  "native",
   "network",
   "parameters",
   "platforms",

@@ -104,6 +104,11 @@ def attends_by_row() -> bool:
   return _on("cpu")
 
 
+def runs_in_this_process() -> bool:
+  """Whether a program may call functions of the process that compiles it (`native`)."""
+  return _on("cpu")
+
+
 def grows_caches() -> bool:
   """Whether decoding under a long limit begins with short caches (`decode.staged`).
 

@@ -2,7 +2,7 @@
 
 A window is some consecutive positions of every row. Its keys and values are written first,
 each row's at its own position, and read with the rest of the cache: biases say how far it sees.
-(One position alone is `decoder.Attention`'s: a cache written before it is read for one query
+(One position alone is `attention.Attention`'s: a cache written before it is read for one query
 would be copied.)
 """
 
@@ -60,7 +60,7 @@ def _slices(extended: jax.Array, first: Int[Array, " batch"], width: int) -> jax
 
 @dataclasses.dataclass(frozen=True)
 class WindowAttention:
-  """What positions of a window attend to, at one layer: `decoder.Attends`.
+  """What positions of a window attend to, at one layer: `attention.Attends`.
 
   Rows of queries are batch times positions, the positions of a row beside each other.
 

@@ -24,9 +24,10 @@ from calm import exits
 from calm.decode.engines import deferred, engine
 from calm.exits import layers as layers_lib
 from calm.exits import walk as walk_lib
+from calm.t5 import attention as attention_lib
 from calm.t5 import caches as caches_lib
 from calm.t5 import decoder as decoder_lib
-from calm.t5 import platforms
+from calm.t5 import native, platforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +124,7 @@ def compact(stays: jax.Array) -> Bucket:
 class _Spread:
   """A bucket's attention, run in all rows of the batch, where the caches lie."""
 
-  whole: decoder_lib.Attention
+  whole: attention_lib.Attention
   rows: Bucket
 
   def to_past(self, query: jax.Array, row: layers_lib.KeyValue) -> jax.Array:
@@ -144,7 +145,7 @@ class _ByRow:
     count: rows of it that are there, the first ones.
   """
 
-  whole: decoder_lib.Attention
+  whole: attention_lib.Attention
   rows: Bucket
   count: jax.Array
 
@@ -167,7 +168,7 @@ class _ByRow:
     start = jnp.zeros((), jnp.int32), mixed
     return lax.while_loop(lambda carry: carry[0] < self.count, turn, start)[1]
 
-  def _at(self, i: jax.Array) -> decoder_lib.Attention:
+  def _at(self, i: jax.Array) -> attention_lib.Attention:
     whole = self.whole
     cache, cross, bias = self.rows.row(i, (whole.cache, whole.cross, whole.cross_bias))
     past = whole.past_bias
@@ -265,9 +266,14 @@ class _BoundCompacted:
     return layers_lib.select_rows(stays, rows.spread(part), state), tuple(stored)
 
   def _attention(
-    self, whole: decoder_lib.Attention, rows: Bucket, count: jax.Array
-  ) -> decoder_lib.Attends:
+    self, whole: attention_lib.Attention, rows: Bucket, count: jax.Array
+  ) -> attention_lib.Attends:
     """The bucket's attention, of which `count` rows are there."""
+    there = jnp.arange(len(rows.order), dtype=jnp.int32) < count
+    own = jnp.where(there, rows.order, -1)
+    made = native.faster(whole, len(own), own) if self.base.task.native else None
+    if made is not None:
+      return made
     part = len(rows.order) / len(rows.rank)
     if platforms.attends_by_row() and part <= self.part_by_row:
       return _ByRow(whole, rows, count)

@@ -191,7 +191,9 @@ class BoundDeferred:
   def decoder(self, position: jax.Array) -> decoder_lib.DecoderStep:
     task, table = self.task, self.table
     bias = table.at(position, task.starts)
-    return decoder_lib.DecoderStep(task.weights, task.config, task.encoded, bias, table.current)
+    return decoder_lib.DecoderStep(
+      task.weights, task.config, task.encoded, bias, table.current, task.native
+    )
 
   def walk(self, decoder: decoder_lib.DecoderStep, position: jax.Array) -> walk_lib.Walk:
     generated = self.task.generated(position)

@@ -28,6 +28,7 @@ class Eager:
         task.encoded,
         table.at(position, task.starts),
         table.current,
+        task.native,
       )
       hidden = task.embed(current)
       generated = task.generated(position)

@@ -33,6 +33,8 @@ class Task:
       [batch]; None: none.
     starts: position of each row's first token, [batch], where rows do not begin together
       (`refill`); None: 0.
+    native: whether attention may be a function of this process, where that is faster
+      (`t5.native`): not in programs that are exported or that a compiler splits over devices.
   """
 
   config: network.T5Config
@@ -43,6 +45,7 @@ class Task:
   length: int
   kept: jax.Array | None = None
   starts: jax.Array | None = None
+  native: bool = False
 
   @property
   def batch_size(self) -> int:

@@ -1,0 +1,14 @@
+"""What XLA:CPU computes slowly, as functions that numba compiles and XLA calls.
+
+XLA:CPU makes the small products of one query with its keys in one thread. Here they are calls
+of a function (`attention_kernel`) that do a part of the heads each: more calls than XLA runs
+one after another, so that the threads that it has share them.
+
+Without numba (`pip install 'calm-t5x[cpu]'`), or on another platform, XLA computes all of it;
+texts are the same but for what a last bit decides.
+"""
+
+from calm.t5.native.attention import NativeAttention, faster
+from calm.t5.native.calls import available
+
+__all__ = ["NativeAttention", "available", "faster"]

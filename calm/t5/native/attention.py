@@ -1,0 +1,103 @@
+"""Attention of one query a row by `attention_kernel`, in pieces that XLA runs side by side."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from calm.exits.layers import KeyValue
+from calm.t5.attention import Attention
+from calm.t5.native import calls
+
+# Keys and values that are fewer numbers each are read in less time than the calls cost.
+LEAST_NUMBERS = 2**16
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeAttention:
+  """`attention.Attention` for float32 caches on a CPU: provides `attention.Attends`.
+
+  Attributes:
+    whole: the batch's.
+    rows: the row of the batch that each query reads, [queries]; of queries with a negative one
+      the result is 0.
+  """
+
+  whole: Attention
+  rows: Int[Array, " queries"]
+
+  def to_past(self, query: jax.Array, row: KeyValue) -> jax.Array:
+    """As `Attention.to_past`."""
+    cache, bias = self.whole.cache, self.whole.past_bias
+    bias = bias if bias.ndim == 3 else bias[None]
+    now = row.key, row.value, self.whole.current_bias
+    return attend(self.rows, query, cache.keys, cache.values, bias, now)
+
+  def to_prompt(self, query: jax.Array) -> jax.Array:
+    """As `Attention.to_prompt`."""
+    cross = self.whole.cross
+    return attend(self.rows, query, cross.keys, cross.values, self.whole.cross_bias)
+
+
+def faster(
+  whole: Attention, queries: int, rows: Int[Array, " queries"] | None = None
+) -> NativeAttention | None:
+  """This attention for a batch or for some rows of it; None where XLA's own is as fast.
+
+  Args:
+    whole: the batch's.
+    queries: their number.
+    rows: see `NativeAttention`; None: every query reads its own.
+  """
+  arrays = whole.cross, whole.cache
+  kinds = {leaf.dtype for leaf in jax.tree.leaves(arrays)}
+  if kinds != {jnp.dtype(jnp.float32)} or whole.cross.keys.ndim != 4 or not calls.available():
+    return None
+  numbers = [cache.keys[0].size * queries for cache in arrays]
+  if max(numbers) < LEAST_NUMBERS:
+    return None
+  rows = jnp.arange(queries, dtype=jnp.int32) if rows is None else rows
+  return NativeAttention(whole, rows)
+
+
+def attend(
+  rows: Int[Array, " queries"],
+  query: Float[Array, "queries heads head_dim"],
+  keys: Float[Array, "batch heads length head_dim"],
+  values: Float[Array, "batch heads length head_dim"],
+  bias: Float[Array, "batch_or_one heads_or_one length"],
+  now: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+) -> Float[Array, "queries heads_head_dim"]:
+  """softmax(keys query + bias) values, of every query and head.
+
+  Args:
+    rows: see `NativeAttention`.
+    query: the queries.
+    keys, values: the batch's.
+    bias: of each key; keys at `layers.MASK_BIAS` before the first or behind the last that is
+      not are not read. A query that sees no key gets 0.
+    now: one key more of every query, its value [queries, heads, head_dim], bias [heads].
+  """
+  _, heads, head_dim = query.shape
+  given = rows, *jax.tree.map(_float32, (query, keys, values, bias, *(now or ())))
+  made = [
+    jax.ffi.ffi_call(
+      _target(head_dim), jax.ShapeDtypeStruct((end - begin, head_dim), "float32")
+    )(jnp.full((), begin, jnp.int32), *given)
+    for begin, end in itertools.pairwise(calls.ends(len(query) * heads))
+  ]
+  return jnp.concatenate(made).reshape(len(query), -1)
+
+
+def _float32(x: jax.Array) -> jax.Array:
+  return x.astype(jnp.float32)
+
+
+def _target(head_dim: int) -> str:
+  """What XLA calls the function for heads of this size, compiled when first asked for."""
+  from calm.t5.native import attention_kernel  # takes numba, and two seconds
+
+  make = lambda: attention_kernel.attention(head_dim)
+  return calls.target(f"calm_attention_{head_dim}", make)

@@ -1,0 +1,52 @@
+"""How XLA is given functions that numba compiles, and how many calls share the work."""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from calm.t5 import platforms
+
+# XLA:CPU runs up to nine operations that are ready one after another; more, side by side.
+PIECES = 12
+# What XLA was given; it calls them for as long as the process lives.
+_GIVEN: dict[str, Any] = {}
+
+
+def available() -> bool:
+  """Whether XLA can be given functions that numba compiles, and has threads to share them."""
+  return platforms.runs_in_this_process() and _has_numba() and _num_cores() > 1
+
+
+def target(name: str, make: Callable[[], Any]) -> str:
+  """The name by which XLA calls a function.
+
+  Args:
+    name: of the function, and of its sizes.
+    make: compiles it; called once in a process.
+  """
+  if name not in _GIVEN:
+    function = make()
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function.ctypes), platform="cpu")
+    _GIVEN[name] = function
+  return name
+
+
+def ends(count: int) -> list[int]:
+  """Where the parts of so many equal ones end, from 0 on: as many as `PIECES`, none empty."""
+  pieces = min(PIECES, count)
+  return [i * count // pieces for i in range(pieces + 1)]
+
+
+def _num_cores() -> int:
+  """Cores that this process may use, as XLA counts them."""
+  allowed = getattr(os, "sched_getaffinity", None)  # Linux only
+  return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+@functools.cache
+def _has_numba() -> bool:
+  return importlib.util.find_spec("numba") is not None

@@ -1,0 +1,230 @@
+"""Attention by functions that numba compiles: the numbers of XLA's, in every engine."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("numba")
+
+from calm import exits
+from calm.data import prompt_batches
+from calm.decode import engines, pool_program
+from calm.decode import program as program_lib
+from calm.exits import confidence
+from calm.exits.layers import KeyValue
+from calm.t5 import attention as attention_lib
+from calm.t5 import caches, layers, native, platforms
+from calm.t5.native import attention as native_attention
+from calm.t5.native import calls, vectors
+from calm.t5x import loops
+from tests import engine
+
+TARGET = "calm_attention"
+CLASSIFIER = exits.DynamicExits(confidence.Classifier())
+ENGINES = {
+  "static": (exits.StaticExit(), engines.Eager()),
+  "eager": (CLASSIFIER, engines.Eager()),
+  "deferred": (CLASSIFIER, engines.Deferred(8)),
+  "compacted by row": (CLASSIFIER, engines.Compacted(buckets=(2, 4))),
+  "compacted": (CLASSIFIER, engines.Compacted(buckets=(5,), part_by_row=0.0)),
+}
+
+
+@pytest.fixture
+def small(monkeypatch):
+  """Attention of any size is native, whatever this machine has."""
+  monkeypatch.setattr(native_attention, "LEAST_NUMBERS", 0)
+  monkeypatch.setattr(calls, "_num_cores", lambda: 2)
+
+
+def drawn(batch, heads, head_dim, length, bias_rows=1) -> attention_lib.Attention:
+  """Attention whose last keys are masked, as those that are not decoded yet."""
+  draws = np.random.default_rng(batch)
+  normal = lambda *shape: jnp.asarray(draws.standard_normal(shape), jnp.float32)
+  past, cross = (
+    caches.Cache(*(normal(batch, heads, length, head_dim) for _ in range(2))) for _ in range(2)
+  )
+  bias = normal(bias_rows, heads, length).at[:, :, -3:].set(layers.MASK_BIAS)
+  if bias_rows > 1:  # rows that begin later do not see the first keys
+    bias = bias.at[1:, :, :1].set(layers.MASK_BIAS)
+  padding = np.zeros((batch, 1, length), np.float32)
+  for row in range(batch):
+    padding[row, :, length - row % (length - 1) :] = layers.MASK_BIAS
+  past_bias = bias if bias_rows > 1 else bias[0]
+  return attention_lib.Attention(
+    past, past_bias, normal(heads), cross, jnp.asarray(padding), False
+  )
+
+
+def asked(batch, heads, head_dim):
+  keys = jax.random.split(jax.random.key(9), 3)
+  query, key, value = (jax.random.normal(k, (batch, heads, head_dim)) for k in keys)
+  return query, KeyValue(key, value)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def both(kind, whole, query, row):
+  """(of the past, of the prompt), by XLA or natively."""
+  attends = whole if kind == "xla" else native.NativeAttention(whole, jnp.arange(len(query)))
+  return attends.to_past(query, row), attends.to_prompt(query)
+
+
+for node in (attention_lib.Attention,):
+  jax.tree_util.register_dataclass(
+    node,
+    [field.name for field in dataclasses.fields(node) if field.name != "float32"],
+    ["float32"],
+  )
+
+
+@pytest.mark.parametrize(
+  ("batch", "heads", "head_dim", "length"),
+  [(1, 1, 8, 4), (3, 2, 8, 13), (8, 6, 64, 128), (5, 3, 32, 63), (2, 2, 24, 9)],
+)
+@pytest.mark.parametrize("bias", ["one for all rows", "one a row"])
+def test_the_numbers_of_xla(batch, heads, head_dim, length, bias):
+  whole = drawn(batch, heads, head_dim, length, batch if bias == "one a row" else 1)
+  query, row = asked(batch, heads, head_dim)
+  for ours, theirs in zip(
+    both("native", whole, query, row), both("xla", whole, query, row), strict=True
+  ):
+    np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
+
+
+def test_queries_read_the_rows_that_they_name():
+  whole = drawn(6, 2, 8, 10)
+  query, row = asked(4, 2, 8)
+  rows = [5, 0, 3]
+  named = native.NativeAttention(whole, jnp.array([*rows, -1], jnp.int32))
+  taken = jax.tree.map(lambda x: x[jnp.array([*rows, 0])], (whole.cache, whole.cross))
+  bias = whole.cross_bias[jnp.array([*rows, 0])]
+  alone = dataclasses.replace(whole, cache=taken[0], cross=taken[1], cross_bias=bias)
+  for ours, theirs in [
+    (named.to_past(query, row), alone.to_past(query, row)),
+    (named.to_prompt(query), alone.to_prompt(query)),
+  ]:
+    np.testing.assert_allclose(ours[:3], theirs[:3], rtol=2e-5, atol=1e-5)
+    assert not ours[3].any() and theirs[3].any()
+
+
+def test_who_sees_nothing_gets_zeros_and_what_is_nan_stays_so():
+  whole = drawn(3, 2, 8, 10)
+  hidden = whole.cross_bias.at[1].set(layers.MASK_BIAS)
+  keys = whole.cross.keys.at[2, 1, 0, 0].set(jnp.nan)
+  cross = caches.Cache(keys, whole.cross.values)
+  whole = dataclasses.replace(whole, cross=cross, cross_bias=hidden)
+  query, _ = asked(3, 2, 8)
+  made = native.NativeAttention(whole, jnp.arange(3)).to_prompt(query).reshape(3, 2, 8)
+  assert not made[1].any()
+  assert jnp.isnan(made[2, 1]).all() and not jnp.isnan(made[:2]).any()
+  assert not jnp.isnan(made[2, 0]).any()
+
+
+def test_keys_that_nobody_may_see_are_not_read():
+  whole = drawn(2, 2, 8, 10)
+  spoiled = dataclasses.replace(
+    whole, cache=jax.tree.map(lambda x: x.at[:, :, -3:].set(jnp.nan), whole.cache)
+  )
+  query, row = asked(2, 2, 8)
+  attends = [native.NativeAttention(each, jnp.arange(2)) for each in (whole, spoiled)]
+  np.testing.assert_array_equal(*(each.to_past(query, row) for each in attends))
+
+
+def test_the_exponential_is_that_of_numpy():
+  x = np.concatenate([-np.geomspace(1e-6, 87, 5000), [0.0]]).astype(np.float32)
+  got = np.array([vectors.exp(value) for value in x])
+  np.testing.assert_allclose(got, np.exp(x.astype(np.float64)), rtol=3e-7)
+  assert vectors.exp(np.float32(-1e30)) == vectors.exp(np.float32(-87)) < 1e-37
+
+
+def test_it_is_taken_where_it_is_faster(monkeypatch):
+  monkeypatch.setattr(calls, "_num_cores", lambda: 2)
+  wide, narrow = drawn(8, 2, 64, 70), drawn(8, 2, 8, 4)
+  assert native.faster(wide, 8).rows.tolist() == list(range(8))
+  assert native.faster(narrow, 8) is None
+  assert native.faster(wide, 2) is None  # a bucket of few rows
+  half = dataclasses.replace(
+    wide, cross=jax.tree.map(lambda x: x.astype(jnp.bfloat16), wide.cross)
+  )
+  assert native.faster(half, 8) is None
+  with platforms.laid_out_for("tpu"):
+    assert native.faster(wide, 8) is None
+  monkeypatch.setattr(calls, "_num_cores", lambda: 1)
+  assert native.faster(wide, 8) is None
+  monkeypatch.setattr(calls, "_num_cores", lambda: 2)
+  monkeypatch.setattr(calls, "_has_numba", lambda: False)
+  assert native.faster(wide, 8) is None
+
+
+def quick(function):
+  return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def decoded(toy, rule, made, allowed: bool, threshold, active):
+  """(generation, caches, the program's text)."""
+  program = program_lib.Program(toy.config, rule, engine.LENGTH, engine=made, native=allowed)
+  args = toy.weights, engine.encode(toy), active, threshold
+  lowered = quick(lambda *args: program.decode_state(*args)).lower(*args)
+  state = lowered.compile()(*args)
+  return state.generation, state.cache, lowered.as_text()
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_engines_decode_the_same(small, name):
+  toy, (rule, made) = engine.toy(), ENGINES[name]
+  active = jnp.arange(len(engine.PROMPTS)) != 3
+  limits = jnp.linspace(0.2, 0.9, len(engine.PROMPTS))
+  threshold = jnp.float32(0) if name == "static" else limits
+  got, cache, text = decoded(toy, rule, made, True, threshold, active)
+  expected, plain, plain_text = decoded(toy, rule, made, False, threshold, active)
+  assert TARGET in text and TARGET not in plain_text
+  np.testing.assert_array_equal(got.tokens, expected.tokens)
+  np.testing.assert_array_equal(got.exit_layers, expected.exit_layers)
+  np.testing.assert_allclose(got.scores, expected.scores, rtol=1e-4, atol=1e-5)
+  assert name == "static" or len(set(np.unique(got.exit_layers)) - {0}) > 1
+  for ours, theirs in zip(jax.tree.leaves(cache), jax.tree.leaves(plain), strict=True):
+    np.testing.assert_allclose(ours[active], theirs[active], rtol=1e-3, atol=1e-4)
+
+
+def test_refilled_rows_decode_the_same(small):
+  toy, rows = engine.toy(), [row[row > 0].tolist() for row in engine.PROMPTS]
+  batches = prompt_batches.plan(rows, batch_size=3, max_input_length=12)
+  made = []
+  for allowed in (True, False):
+    program = program_lib.Program(toy.config, CLASSIFIER, engine.LENGTH, native=allowed)
+    encode = lambda batch, program=program: program.encode(
+      toy.weights, jnp.asarray(batch.tokens)
+    )
+    pool = pool_program.PoolProgram(program)
+    made.append(pool.decode(toy.weights, batches, 0.5, encode))
+  np.testing.assert_array_equal(made[0].tokens, made[1].tokens)
+  np.testing.assert_array_equal(made[0].exit_layers, made[1].exit_layers)
+
+
+def test_loops_of_others_do_not_call_it(small):
+  """They may be exported, or split over devices by the compiler."""
+  toy, prefix = engine.toy(), jnp.zeros((len(engine.PROMPTS), engine.LENGTH), jnp.int32)
+  rows = loops.make_rows(engine.encode(toy), prefix, 0.4, 1, 1)
+  loop = loops.Loop(toy.config, CLASSIFIER, engine.LENGTH, None)
+
+  def run(weights):
+    empty = loop.empty_cache(weights, rows, len(prefix))
+    return loops.greedy_decode(prefix, empty, loop.bind(weights, rows, 1), 1)
+
+  assert TARGET not in jax.jit(run).lower(toy.weights.decoder).as_text()
+
+
+def test_pieces_cover_every_head_once():
+  for queries, heads in itertools.product((1, 3, 8, 33), (1, 2, 6)):
+    whole, (query, _) = drawn(queries, heads, 8, 4), asked(queries, heads, 8)
+    made = jax.make_jaxpr(native.NativeAttention(whole, jnp.arange(queries)).to_prompt)(query)
+    sizes = [
+      eqn.outvars[0].aval.shape[0] for eqn in made.eqns if eqn.primitive.name == "ffi_call"
+    ]
+    assert sum(sizes) == queries * heads
+    assert len(sizes) == min(calls.PIECES, queries * heads)
