@@ -167,7 +167,9 @@ class DecoderStep:
   def greedy(self, layer: int, hidden: jax.Array) -> Greedy | None:
     """The argmax of these logits; None where they have to be asked."""
     head, normed = self._head(layer, hidden)
-    return head.greedy(normed) if isinstance(head, QuantizedHead) else None
+    if not isinstance(head, QuantizedHead):
+      return None
+    return (native.greedy(head, normed) if self.native else None) or head.greedy(normed)
 
   def score(self, layer: int, hidden: jax.Array, token: jax.Array) -> jax.Array:
     """The logit of one token of every row, [batch], where `greedy` knows without them."""

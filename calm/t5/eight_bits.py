@@ -62,12 +62,19 @@ class EightBits:
 
   def sums_of(self, codes: Float[Array, "rows inputs"]) -> Int32[Array, "rows outputs"]:
     """Sums of products of codes, which 32 bits hold."""
+    sums, offset = self.raw_sums(codes)
+    return sums - offset * self.sums[None, :] if offset else sums
+
+  def raw_sums(
+    self, codes: Float[Array, "rows inputs"]
+  ) -> tuple[Int32[Array, "rows outputs"], int]:
+    """As `sums_of`, and what is still to be taken away: so many times `sums`."""
     count = len(codes)
     codes = jnp.pad(codes, ((0, max(0, least_rows() - count)), (0, 0)))
     if platforms.multiplies_unsigned():  # (c + 128) w = c w + 128 w
       unsigned = (codes + _SHIFT).astype(jnp.uint8)
-      return (_dot(unsigned, self.codes) - _SHIFT * self.sums[None, :])[:count]
-    return _dot(codes.astype(jnp.int8), self.codes)[:count]
+      return _dot(unsigned, self.codes)[:count], _SHIFT
+    return _dot(codes.astype(jnp.int8), self.codes)[:count], 0
 
   @property
   def seen(self) -> Float[Array, "outputs inputs"]:

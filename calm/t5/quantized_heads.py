@@ -103,14 +103,13 @@ class QuantizedHead:
     With a piece w coded as v and a state x as y, w x - v y = (w - v) x + v (x - y), which is at
     most |w - v| |x| + |v| |x - y|.
     """
-    codes, steps = _coded(states)
+    codes, steps = coded(states)
     count = len(states)
     sums = self.coded.sums_of(jnp.concatenate(codes)).astype(jnp.float32)
     logits = sum(sums[i * count : (i + 1) * count] * step for i, step in enumerate(steps))
     seen = sum(code * step for code, step in zip(codes, steps, strict=True))
-    norm = lambda x: jnp.linalg.norm(x, axis=1, keepdims=True)
-    left, norms = self.left[None, :], self.norms[None, :]
-    slack = norm(states) * (left + _ROUNDING * norms) + norm(states - seen) * norms
+    of_left, of_norms = slack_factors(states, seen)
+    slack = of_left * self.left[None, :] + of_norms * self.norms[None, :]
     return Rounded(logits * self.coded.scales[None, :], slack)
 
   def whole(self, states: Float[Array, "batch emb"]) -> Float[Array, "batch pieces"]:
@@ -164,7 +163,21 @@ def _padded(values: Float[Array, "batch pieces"]) -> Float[Array, "batch more"]:
   )
 
 
-def _coded(
+def slack_factors(
+  states: Float[Array, "batch emb"], seen: Float[Array, "batch emb"]
+) -> tuple[Float[Array, "batch 1"], Float[Array, "batch 1"]]:
+  """What a head's `left` and `norms` are multiplied with: their sum is the slack.
+
+  Args:
+    states: the rows.
+    seen: what their codes stand for.
+  """
+  norm = lambda x: jnp.linalg.norm(x, axis=1, keepdims=True)
+  of_left = norm(states)
+  return of_left, norm(states - seen) + _ROUNDING * of_left
+
+
+def coded(
   states: Float[Array, "batch emb"],
 ) -> tuple[list[Float[Array, "batch emb"]], list[Float[Array, "batch 1"]]]:
   """Codes of states, and what they are multiplied with: their sum is nearly the states."""

@@ -10,5 +10,6 @@ texts are the same but for what a last bit decides.
 
 from calm.t5.native.attention import NativeAttention, faster
 from calm.t5.native.calls import available
+from calm.t5.native.heads import greedy
 
-__all__ = ["NativeAttention", "available", "faster"]
+__all__ = ["NativeAttention", "available", "faster", "greedy"]
