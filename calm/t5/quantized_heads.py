@@ -107,7 +107,7 @@ class QuantizedHead:
     count = len(states)
     sums = self.coded.sums_of(jnp.concatenate(codes)).astype(jnp.float32)
     logits = sum(sums[i * count : (i + 1) * count] * step for i, step in enumerate(steps))
-    seen = sum(code * step for code, step in zip(codes, steps, strict=True))
+    seen = sum((code * step for code, step in zip(codes, steps, strict=True)), jnp.zeros(()))
     of_left, of_norms = slack_factors(states, seen)
     slack = of_left * self.left[None, :] + of_norms * self.norms[None, :]
     return Rounded(logits * self.coded.scales[None, :], slack)
