@@ -37,7 +37,7 @@ from calm.calibrate.generations import files
 from calm.decode import sharded
 from calm.t5 import costs
 
-PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "ctranslate2")
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "numba", "torch", "transformers", "ctranslate2")
 
 
 @dataclasses.dataclass
@@ -330,6 +330,8 @@ def output_of(options: argparse.Namespace) -> pathlib.Path | None:
 def main(arguments: list[str] | None = None) -> int:
   """Runs the whole table; what is done is written after every setting."""
   options = parse(arguments)
+  if (path := output_of(options)) is not None:
+    path.parent.mkdir(parents=True, exist_ok=True)
   sharded.make_cpu_devices(options.num_devices)
   # Compilation is reported: it must not come from disk.
   warnings.filterwarnings("ignore")  # peers' own
@@ -351,7 +353,6 @@ def main(arguments: list[str] | None = None) -> int:
   for number, setting in enumerate(settings, start=1):
     log(f"{setting} ({number} of {len(settings)})")
     rows += rows_of(setting, options, log)
-    path = output_of(options)
     if path is not None:
       stored = {"about": about, "rows": [dataclasses.asdict(row) for row in rows]}
       files.write_atomically(path.with_suffix(".json"), json.dumps(stored, indent=1) + "\n")
