@@ -161,7 +161,13 @@ class Program:
     if not isinstance(self.rule, exits.Verified):
       raise TypeError(f"Expected `exits.Verified`, got {type(self.rule).__name__}.")
     task = engines.Task(
-      self.config, self.rule, weights.decoder, encoded, threshold, self.max_decode_length
+      self.config,
+      self.rule,
+      weights.decoder,
+      encoded,
+      threshold,
+      self.max_decode_length,
+      native=self.native,
     )
     return verified_passes.bind(task, self.rule, self.eos_id)
 

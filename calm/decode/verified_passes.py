@@ -144,6 +144,7 @@ class BoundPasses:
         task.encoded.cross[layer - 1],
         task.encoded.bias,
         task.config.float32_attention_logits,
+        task.native,
       )
       hidden = decoder.run_projected(layer, hidden, row, attention)
     return hidden, tuple(made)
@@ -152,7 +153,7 @@ class BoundPasses:
     """The decoder at one position of every row, `past` the biases of the keys before it."""
     task = self.task
     return decoder_lib.DecoderStep(
-      task.weights, task.config, task.encoded, past, self.table.current
+      task.weights, task.config, task.encoded, past, self.table.current, task.native
     )
 
 

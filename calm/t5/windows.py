@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from calm.exits.layers import KeyValue
+from calm.t5 import native
 from calm.t5.caches import Cache
 from calm.t5.decoder import BiasTable
 
@@ -70,6 +71,7 @@ class WindowAttention:
     cross: keys and values of the prompts.
     cross_bias: of those keys, [batch, 1, input_length].
     float32: whether scores are float32 whatever the activation dtype.
+    native: see `engines.Task`.
   """
 
   cache: Cache
@@ -77,6 +79,7 @@ class WindowAttention:
   cross: Cache
   cross_bias: jax.Array
   float32: bool
+  native: bool = False
 
   def to_past(self, query: jax.Array, row: KeyValue) -> jax.Array:
     """Mixed values [rows, heads * head_dim] of the past and of the window."""
@@ -90,6 +93,12 @@ class WindowAttention:
     return self._attend(query, self.cross, self.cross_bias[:, :, None])
 
   def _attend(self, query: jax.Array, cache: Cache, bias: jax.Array) -> jax.Array:
+    batch = len(self.cross_bias)
+    if self.native and batch > 1 and native.pays((cache,), len(query)):
+      rows = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), len(query) // batch)
+      wide = jnp.broadcast_to(bias, (batch, bias.shape[1], len(rows) // batch, bias.shape[3]))
+      by_query = jnp.swapaxes(wide, 1, 2).reshape(len(rows), *wide.shape[1::2])
+      return native.attend(rows, query, cache.keys, cache.values, by_query)
     scored = lambda x: x.astype(jnp.float32) if self.float32 else x
     rows = by_window(query, self.cross_bias.shape[0])
     # Of "bhwd,bhld->bhwl" XLA:CPU transposes the second factor: all keys, not a few queries.

@@ -18,7 +18,7 @@ from calm.decode import program as program_lib
 from calm.exits import confidence
 from calm.exits.layers import KeyValue
 from calm.t5 import attention as attention_lib
-from calm.t5 import caches, layers, native, platforms
+from calm.t5 import caches, layers, native, platforms, windows
 from calm.t5.native import attention as native_attention
 from calm.t5.native import calls, vectors
 from calm.t5x import loops
@@ -94,6 +94,26 @@ def test_the_numbers_of_xla(batch, heads, head_dim, length, bias):
     both("native", whole, query, row), both("xla", whole, query, row), strict=True
   ):
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_windows_have_the_numbers_of_xla(small, batch):
+  positions, whole = 4, drawn(batch, 2, 8, 10)
+  query, row = asked(batch * positions, 2, 8)
+  draws = np.random.default_rng(0).standard_normal((batch, 2, positions, 10))
+  # Each position of each row sees one key more than the one before.
+  seen = np.arange(10) <= np.arange(positions)[:, None] + np.arange(batch)[:, None, None, None]
+  bias = jnp.asarray(np.where(seen, draws, layers.MASK_BIAS), jnp.float32)
+  attends = [
+    windows.WindowAttention(whole.cache, bias, whole.cross, whole.cross_bias, False, allowed)
+    for allowed in (True, False)
+  ]
+  for method in ("to_past", "to_prompt"):
+    given = (query, row) if method == "to_past" else (query,)
+    ours, theirs = (getattr(each, method)(*given) for each in attends)
+    np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
+    made = jax.make_jaxpr(getattr(attends[0], method))(*given)
+    assert "ffi_call" in str(made)
 
 
 def test_queries_read_the_rows_that_they_name():
@@ -172,6 +192,20 @@ def decoded(toy, rule, made, allowed: bool, threshold, active):
   lowered = quick(lambda *args: program.decode_state(*args)).lower(*args)
   state = lowered.compile()(*args)
   return state.generation, state.cache, lowered.as_text()
+
+
+@pytest.mark.parametrize("adapts", [True, False])
+def test_drafts_decode_the_same(small, adapts):
+  toy, active = engine.toy(), jnp.arange(len(engine.PROMPTS)) != 3
+  rule = exits.Verified(1, 3, "full", adapts=adapts)
+  got, _, text = decoded(toy, rule, None, True, jnp.float32(1), active)
+  expected, _, plain_text = decoded(toy, rule, None, False, jnp.float32(1), active)
+  assert TARGET in text and TARGET not in plain_text
+  np.testing.assert_array_equal(got.tokens, expected.tokens)
+  assert got.verification.passes.tolist() == expected.verification.passes.tolist()
+  np.testing.assert_allclose(got.scores, expected.scores, rtol=1e-4, atol=1e-5)
+  full, _, _ = decoded(toy, exits.StaticExit(), None, True, jnp.float32(0), active)
+  np.testing.assert_array_equal(got.tokens, full.tokens)
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -8,8 +8,8 @@ Without numba (`pip install 'calm-t5x[cpu]'`), or on another platform, XLA compu
 texts are the same but for what a last bit decides.
 """
 
-from calm.t5.native.attention import NativeAttention, faster
+from calm.t5.native.attention import NativeAttention, attend, faster, pays
 from calm.t5.native.calls import available
 from calm.t5.native.heads import greedy
 
-__all__ = ["NativeAttention", "available", "faster", "greedy"]
+__all__ = ["NativeAttention", "attend", "available", "faster", "greedy", "pays"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from calm.exits.layers import KeyValue
 from calm.t5.attention import Attention
+from calm.t5.caches import Cache
 from calm.t5.native import calls
 
 # Keys and values that are fewer numbers each are read in less time than the calls cost.
@@ -51,15 +53,18 @@ def faster(
     queries: their number.
     rows: see `NativeAttention`; None: every query reads its own.
   """
-  arrays = whole.cross, whole.cache
-  kinds = {leaf.dtype for leaf in jax.tree.leaves(arrays)}
-  if kinds != {jnp.dtype(jnp.float32)} or whole.cross.keys.ndim != 4 or not calls.available():
-    return None
-  numbers = [cache.keys[0].size * queries for cache in arrays]
-  if max(numbers) < LEAST_NUMBERS:
+  if not pays((whole.cross, whole.cache), queries):
     return None
   rows = jnp.arange(queries, dtype=jnp.int32) if rows is None else rows
   return NativeAttention(whole, rows)
+
+
+def pays(caches: Sequence[Cache], queries: int) -> bool:
+  """Whether so many queries read one of these caches in less time than XLA takes."""
+  kinds = {leaf.dtype for leaf in jax.tree.leaves(caches)}
+  if kinds != {jnp.dtype(jnp.float32)} or caches[0].keys.ndim != 4 or not calls.available():
+    return False
+  return max(cache.keys[0].size for cache in caches) * queries >= LEAST_NUMBERS
 
 
 def attend(
@@ -67,7 +72,7 @@ def attend(
   query: Float[Array, "queries heads head_dim"],
   keys: Float[Array, "batch heads length head_dim"],
   values: Float[Array, "batch heads length head_dim"],
-  bias: Float[Array, "batch_or_one heads_or_one length"],
+  bias: Float[Array, "queries_batch_or_one heads_or_one length"],
   now: tuple[jax.Array, jax.Array, jax.Array] | None = None,
 ) -> Float[Array, "queries heads_head_dim"]:
   """softmax(keys query + bias) values, of every query and head.
@@ -76,8 +81,9 @@ def attend(
     rows: see `NativeAttention`.
     query: the queries.
     keys, values: the batch's.
-    bias: of each key; keys at `layers.MASK_BIAS` before the first or behind the last that is
-      not are not read. A query that sees no key gets 0.
+    bias: of the keys: for each query, for each row of the batch, or for all. Keys at
+      `layers.MASK_BIAS` before the first or behind the last that is not are not read; a query
+      that sees none gets 0.
     now: one key more of every query, its value [queries, heads, head_dim], bias [heads].
   """
   _, heads, head_dim = query.shape

@@ -143,7 +143,8 @@ def attention(head_dim: int) -> Any:
         now = now_bias[head]
         for j in range(head_dim):
           now += queries[query, head, j] * now_keys[query, head, j]
-      bias = biases[row if len(biases) > 1 else 0, head if biases.shape[1] > 1 else 0]
+      own = query if len(biases) == len(queries) else min(row, len(biases) - 1)
+      bias = biases[own, min(head, biases.shape[1] - 1)]
       attend(
         queries[query, head], keys[row, head], values[row, head], bias,
         now, now_values[query, head], weights, out[i],

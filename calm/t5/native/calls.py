@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from calm.t5 import platforms
 PIECES = 12
 # What XLA was given; it calls them for as long as the process lives.
 _GIVEN: dict[str, Any] = {}
+_lock = threading.Lock()
 
 
 def available() -> bool:
@@ -28,10 +30,11 @@ def target(name: str, make: Callable[[], Any]) -> str:
     name: of the function, and of its sizes.
     make: compiles it; called once in a process.
   """
-  if name not in _GIVEN:
-    function = make()
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function.ctypes), platform="cpu")
-    _GIVEN[name] = function
+  with _lock:
+    if name not in _GIVEN:
+      function = make()
+      jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function.ctypes), platform="cpu")
+      _GIVEN[name] = function
   return name
 
 
