@@ -8,7 +8,7 @@ those of the float32 head; of the others, which only a softmax's sum reads, most
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -107,8 +107,7 @@ class QuantizedHead:
     count = len(states)
     sums = self.coded.sums_of(jnp.concatenate(codes)).astype(jnp.float32)
     logits = sum(sums[i * count : (i + 1) * count] * step for i, step in enumerate(steps))
-    seen = sum((code * step for code, step in zip(codes, steps, strict=True)), jnp.zeros(()))
-    of_left, of_norms = slack_factors(states, seen)
+    of_left, of_norms = slack_factors(states, seen(codes, steps))
     slack = of_left * self.left[None, :] + of_norms * self.norms[None, :]
     return Rounded(logits * self.coded.scales[None, :], slack)
 
@@ -163,18 +162,23 @@ def _padded(values: Float[Array, "batch pieces"]) -> Float[Array, "batch more"]:
   )
 
 
+def seen(codes: Sequence[jax.Array], steps: Sequence[jax.Array]) -> Float[Array, "batch emb"]:
+  """The states that codes stand for."""
+  return functools.reduce(jnp.add, map(jnp.multiply, codes, steps))
+
+
 def slack_factors(
-  states: Float[Array, "batch emb"], seen: Float[Array, "batch emb"]
+  states: Float[Array, "batch emb"], coded_as: Float[Array, "batch emb"]
 ) -> tuple[Float[Array, "batch 1"], Float[Array, "batch 1"]]:
   """What a head's `left` and `norms` are multiplied with: their sum is the slack.
 
   Args:
     states: the rows.
-    seen: what their codes stand for.
+    coded_as: from `seen`.
   """
   norm = lambda x: jnp.linalg.norm(x, axis=1, keepdims=True)
   of_left = norm(states)
-  return of_left, norm(states - seen) + _ROUNDING * of_left
+  return of_left, norm(states - coded_as) + _ROUNDING * of_left
 
 
 def coded(

@@ -44,7 +44,7 @@ def check(head: quantized_heads.QuantizedHead, states: jax.Array) -> None:
 
 
 @pytest.mark.parametrize("pieces", [1, 5, 16, 33, 40, 1000])
-@pytest.mark.parametrize("batch", [2, 3, 8, 33])
+@pytest.mark.parametrize("batch", [1, 2, 3, 8, 33])
 def test_the_argmax_is_the_float32_heads(batch, pieces):
   check(drawn(pieces), states_of(batch))
 
@@ -92,7 +92,6 @@ def test_a_row_that_is_nan_spoils_no_other():
 def test_it_is_taken_where_it_is_faster(monkeypatch):
   head, states = drawn(50), states_of(4)
   assert native.greedy(head, states) is not None
-  assert native.greedy(head, states[:1]) is None  # two codes a row
   narrow = dataclasses.replace(head, rows=head.rows.astype(jnp.bfloat16))
   assert native.greedy(narrow, states) is None
   with platforms.laid_out_for("tpu"):

@@ -80,9 +80,10 @@ def integers(buffer: Any, count: Any) -> Any:
 
 
 @njit(inline="always")
-def integers2(buffer: Any, last: Any) -> Any:
-  """An array of int32, [..., last]."""
-  return carray(_pointer(buffer[_DATA]), (_sizes(buffer)[0], last), np.int32)
+def integers3(buffer: Any, last: Any) -> Any:
+  """An array of int32, [..., ..., last]."""
+  sizes = _sizes(buffer)
+  return carray(_pointer(buffer[_DATA]), (sizes[0], sizes[1], last), np.int32)
 
 
 @njit(inline="always")

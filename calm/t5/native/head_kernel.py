@@ -21,17 +21,23 @@ def bounds(sums: Any, head: Any, row: Any, offset: Any, logits: Any, upper: Any)
   """Writes the logits of the pieces, and the most that they may be.
 
   Args:
-    sums: of products of codes, with `offset` times the pieces' codes in them.
+    sums: of products of a row's first and last codes, which may be the same ones, a pair; with
+      `offset` times the pieces' codes in them.
     head: (sums of the codes, scales, left, norms) of each piece.
-    row: the step of the row's codes, what `left` and what `norms` is multiplied with.
+    row: what `left` and what `norms` is multiplied with, then the codes' steps.
     offset: see `EightBits.raw_sums`.
   """
   codes, scales, left, norms = head
-  step, of_left, of_norms = row[0], row[1], row[2]
-  for j in range(len(sums)):
-    logit = np.float32(sums[j] - offset * codes[j]) * step * scales[j]
-    logits[j] = logit
-    upper[j] = logit + (of_left * left[j] + of_norms * norms[j])
+  (coarse, fine), step = sums, row[2]
+  for j in range(len(coarse)):
+    logits[j] = np.float32(coarse[j] - offset * codes[j]) * step
+  if len(row) > 3:
+    step = row[3]
+    for j in range(len(fine)):
+      logits[j] += np.float32(fine[j] - offset * codes[j]) * step
+  for j in range(len(logits)):
+    logits[j] *= scales[j]
+    upper[j] = logits[j] + (row[0] * left[j] + row[1] * norms[j])
 
 
 @njit(fastmath=FAST)
@@ -98,9 +104,10 @@ def likeliest(state: Any, pieces: Any, logits: Any, upper: Any) -> Any:
 def head() -> Any:
   """What XLA calls: some parts of some rows of `heads.greedy`.
 
-  Its arrays, as that function has them: (the first part, pieces of a part, `offset`), `sums`,
-  the head's `sums`, `scales`, `left` and `norms`, `rows` (see `bounds`), `states`, the head in
-  float32. The results are [parts] places in the head and [parts, 3] of what `likeliest` says.
+  Its arrays, as that function has them: (the first part, pieces of a part, `offset`), `sums`
+  [codes, rows, pieces], the head's `sums`, `scales`, `left` and `norms`, `rows` (see `bounds`),
+  `states`, the head in float32. The results are [parts] places in the head and [parts, 3] of
+  what `likeliest` says.
   """
 
   @njit(fastmath=FAST)
@@ -111,12 +118,12 @@ def head() -> Any:
     states = frames.floats2(given, frames.size(given, 1))
     pieces = frames.floats2(frames.argument(frame, 8), states.shape[1])
     count = len(pieces)
-    sums = frames.integers2(frames.argument(frame, 1), count)
+    sums = frames.integers3(frames.argument(frame, 1), count)
     codes = frames.integers(frames.argument(frame, 2), count)
     scales = frames.floats1(frames.argument(frame, 3), count)
     left = frames.floats1(frames.argument(frame, 4), count)
     norms = frames.floats1(frames.argument(frame, 5), count)
-    rows = frames.floats2(frames.argument(frame, 6), 3)
+    rows = frames.floats2(frames.argument(frame, 6), 2 + len(sums))
     numbers = frames.floats2(frames.result(frame, 1), 3)
     places = frames.integers(frames.result(frame, 0), len(numbers))
     logits, upper = np.empty(size, np.float32), np.empty(size, np.float32)
@@ -126,7 +133,9 @@ def head() -> Any:
       high = min(low + size, count)
       few, most = logits[: high - low], upper[: high - low]
       own = codes[low:high], scales[low:high], left[low:high], norms[low:high]
-      bounds(sums[row, low:high], own, rows[row], offset, few, most)
+      bounds(
+        (sums[0, row, low:high], sums[-1, row, low:high]), own, rows[row], offset, few, most
+      )
       place, best, peak, total = likeliest(states[row], pieces[low:high], few, most)
       places[i] = low + place
       numbers[i, 0], numbers[i, 1], numbers[i, 2] = best, peak, total

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from calm.exits import layers
-from calm.t5 import eight_bits, quantized_heads
+from calm.t5 import quantized_heads
 from calm.t5.native import calls
 
 # Rounded logits that are fewer are looked through in less time than the calls cost.
@@ -24,9 +24,7 @@ def greedy(
     states: decoder_norm(d^i), float32.
   """
   (batch, _), count = states.shape, len(head.rows)
-  one_code = 2 * batch > eight_bits.least_rows()
-  large = one_code and batch * count >= LEAST_NUMBERS
-  if not large or head.rows.dtype != jnp.float32 or not calls.available():
+  if batch * count < LEAST_NUMBERS or head.rows.dtype != jnp.float32 or not calls.available():
     return None
   parts = -(-calls.PIECES // batch)
   places, numbers = _asked(head, states, -(-count // parts))
@@ -43,9 +41,10 @@ def _asked(
 ) -> tuple[jax.Array, jax.Array]:
   """What `head_kernel.head` says of every row's parts of `size` pieces, one after another."""
   codes, steps = quantized_heads.coded(states)
-  sums, offset = head.coded.raw_sums(codes[0])
-  of_left, of_norms = quantized_heads.slack_factors(states, codes[0] * steps[0])
-  rows = jnp.concatenate([steps[0], of_left, of_norms], axis=1)
+  sums, offset = head.coded.raw_sums(jnp.concatenate(codes))
+  sums = sums.reshape(len(codes), len(states), -1)
+  rows = [*quantized_heads.slack_factors(states, quantized_heads.seen(codes, steps)), *steps]
+  rows = jnp.concatenate(rows, axis=1)
   given = sums, head.coded.sums, head.coded.scales, head.left, head.norms, rows, states
   count = len(states) * -(-len(head.rows) // size)
   made = [
