@@ -63,7 +63,7 @@ def test_a_signal_ends_every_command_with_one_line(command, number, asker, monke
   assert "Traceback" not in told
 
 
-# JAX says so where a compilation that took a second cannot be kept either, and goes on.
+# JAX says so where a compilation of half a second cannot be kept either, and goes on.
 @pytest.mark.filterwarnings("ignore:Error writing persistent compilation cache entry")
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
 def test_a_full_disk_ends_every_command_with_one_line(command, asker, tmp_path):

@@ -118,19 +118,22 @@ def attention(head_dim: int) -> Any:
 
   @njit(fastmath=FAST)
   def piece(frame):
-    queries = frames.floats3(frames.argument(frame, 2), head_dim)
-    keys = frames.floats4(frames.argument(frame, 3), head_dim)
-    values = frames.floats4(frames.argument(frame, 4), head_dim)
-    heads, length = keys.shape[1], keys.shape[2]
-    biases = frames.floats3(frames.argument(frame, 5), length)
+    queries_at, keys_at = frames.argument(frame, 2), frames.argument(frame, 3)
+    bias_at, out_at = frames.argument(frame, 5), frames.result(frame, 0)
+    heads, length = frames.size(keys_at, 1), frames.size(keys_at, 2)
+    asked = frames.size(queries_at, 0), heads, head_dim
+    cached = frames.size(keys_at, 0), heads, length, head_dim
+    queries, keys = frames.floats(queries_at, asked), frames.floats(keys_at, cached)
+    values = frames.floats(frames.argument(frame, 4), cached)
+    biases = frames.floats(bias_at, (frames.size(bias_at, 0), frames.size(bias_at, 1), length))
     # What stands in for a key that is not there is not read.
     has_now = frames.num_arguments(frame) > 6
-    now_keys = frames.floats3(frames.argument(frame, 6 if has_now else 2), head_dim)
-    now_values = frames.floats3(frames.argument(frame, 7 if has_now else 2), head_dim)
-    now_bias = frames.floats1(frames.argument(frame, 8 if has_now else 5), heads)
-    begin = frames.integers(frames.argument(frame, 0), 1)[0]
-    rows = frames.integers(frames.argument(frame, 1), len(queries))
-    out = frames.floats2(frames.result(frame, 0), head_dim)
+    now_keys = frames.floats(frames.argument(frame, 6 if has_now else 2), asked)
+    now_values = frames.floats(frames.argument(frame, 7 if has_now else 2), asked)
+    now_bias = frames.floats(frames.argument(frame, 8 if has_now else 5), (heads,))
+    begin = frames.integers(frames.argument(frame, 0), (1,))[0]
+    rows = frames.integers(frames.argument(frame, 1), (len(queries),))
+    out = frames.floats(out_at, (frames.size(out_at, 0), head_dim))
     weights = np.empty(length, np.float32)
     for i in range(len(out)):
       query, head = (begin + i) // heads, (begin + i) % heads

@@ -63,54 +63,21 @@ def result(frame: Any, i: Any) -> Any:
 
 
 @njit(inline="always")
-def _sizes(buffer: Any) -> Any:
-  return words(buffer[_SIZES], buffer[_RANK])
-
-
-@njit(inline="always")
 def size(buffer: Any, axis: Any) -> Any:
   """Numbers along an axis."""
-  return _sizes(buffer)[axis]
+  return words(buffer[_SIZES], buffer[_RANK])[axis]
 
 
 @njit(inline="always")
-def integers(buffer: Any, count: Any) -> Any:
-  """An array of int32, [count]."""
-  return carray(_pointer(buffer[_DATA]), (count,), np.int32)
+def integers(buffer: Any, shape: Any) -> Any:
+  """An array of int32; sizes that are known when this is compiled stay known."""
+  return carray(_pointer(buffer[_DATA]), shape, np.int32)
 
 
 @njit(inline="always")
-def integers3(buffer: Any, last: Any) -> Any:
-  """An array of int32, [..., ..., last]."""
-  sizes = _sizes(buffer)
-  return carray(_pointer(buffer[_DATA]), (sizes[0], sizes[1], last), np.int32)
-
-
-@njit(inline="always")
-def floats1(buffer: Any, count: Any) -> Any:
-  """An array of float32, [count]."""
-  return carray(_pointer(buffer[_DATA]), (count,), np.float32)
-
-
-@njit(inline="always")
-def floats2(buffer: Any, last: Any) -> Any:
-  """An array of float32, [..., last]; `last` may be known when this is compiled."""
-  sizes = _sizes(buffer)
-  return carray(_pointer(buffer[_DATA]), (sizes[0], last), np.float32)
-
-
-@njit(inline="always")
-def floats3(buffer: Any, last: Any) -> Any:
-  """An array of float32, [..., ..., last]."""
-  sizes = _sizes(buffer)
-  return carray(_pointer(buffer[_DATA]), (sizes[0], sizes[1], last), np.float32)
-
-
-@njit(inline="always")
-def floats4(buffer: Any, last: Any) -> Any:
-  """An array of float32, [..., ..., ..., last]."""
-  sizes = _sizes(buffer)
-  return carray(_pointer(buffer[_DATA]), (sizes[0], sizes[1], sizes[2], last), np.float32)
+def floats(buffer: Any, shape: Any) -> Any:
+  """An array of float32, likewise."""
+  return carray(_pointer(buffer[_DATA]), shape, np.float32)
 
 
 @njit(inline="always")
