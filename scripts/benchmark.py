@@ -37,7 +37,16 @@ from calm.calibrate.generations import files
 from calm.decode import sharded
 from calm.t5 import costs
 
-PACKAGES = ("jax", "jaxlib", "flax", "numpy", "numba", "torch", "transformers", "ctranslate2")
+PACKAGES = (
+  "jax",
+  "jaxlib",
+  "flax",
+  "numpy",
+  "llvmlite",
+  "torch",
+  "transformers",
+  "ctranslate2",
+)
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""The argmax of a head in 8 bits by a function that numba compiles: the float32 head's."""
+"""The argmax of a head in 8 bits by a function of this process: the float32 head's."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("numba")
+pytest.importorskip("llvmlite")
 
 from calm import exits
 from calm.decode import program as program_lib

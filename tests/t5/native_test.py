@@ -1,4 +1,4 @@
-"""Attention by functions that numba compiles: the numbers of XLA's, in every engine."""
+"""Attention by functions of this process: the numbers of XLA's, in every engine."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("numba")
+pytest.importorskip("llvmlite")
 
 from calm import exits
 from calm.data import prompt_batches
@@ -20,7 +20,7 @@ from calm.exits.layers import KeyValue
 from calm.t5 import attention as attention_lib
 from calm.t5 import caches, layers, native, platforms, windows
 from calm.t5.native import attention as native_attention
-from calm.t5.native import calls, vectors
+from calm.t5.native import calls, frames, instructions
 from calm.t5x import loops
 from tests import engine
 
@@ -156,10 +156,21 @@ def test_keys_that_nobody_may_see_are_not_read():
 
 
 def test_the_exponential_is_that_of_numpy():
-  x = np.concatenate([-np.geomspace(1e-6, 87, 5000), [0.0]]).astype(np.float32)
-  got = np.array([vectors.exp(value) for value in x])
-  np.testing.assert_allclose(got, np.exp(x.astype(np.float64)), rtol=3e-7)
-  assert vectors.exp(np.float32(-1e30)) == vectors.exp(np.float32(-87)) < 1e-37
+  def write(w, frame):
+    given, made = frame.argument(0), frame.result(0)
+    x, out = frame.numbers(given), frame.numbers(made)
+    zero = instructions.number(0)
+    for place, part, mask in w.parts(x, zero, frame.size(given, 0), []):
+      w.store(w.exp(part), w.at(out, zero, zero, place), mask)
+
+  name = calls.target("calm_test_exp", lambda: frames.handler("exp", write))
+  small = np.geomspace(1e-6, 87, 5003)
+  x = np.concatenate([-small, [0.0], small]).astype(np.float32)
+  exp = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(x.shape, "float32"))
+  np.testing.assert_allclose(exp(x), np.exp(x.astype(np.float64)), rtol=3e-7)
+  edges = jnp.array([-1e30, -jnp.inf, jnp.nan], jnp.float32)
+  made = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct((3,), "float32"))(edges)
+  assert (made[:2] < 1e-37).all() and (made[:2] > 0).all() and jnp.isnan(made[2])
 
 
 def test_it_is_taken_where_it_is_faster(monkeypatch):
@@ -177,7 +188,7 @@ def test_it_is_taken_where_it_is_faster(monkeypatch):
   monkeypatch.setattr(calls, "_num_cores", lambda: 1)
   assert native.faster(wide, 8) is None
   monkeypatch.setattr(calls, "_num_cores", lambda: 2)
-  monkeypatch.setattr(calls, "_has_numba", lambda: False)
+  monkeypatch.setattr(calls, "_has_llvmlite", lambda: False)
   assert native.faster(wide, 8) is None
 
 

@@ -90,7 +90,8 @@ def attend(
   given = rows, *jax.tree.map(_float32, (query, keys, values, bias, *(now or ())))
   made = [
     jax.ffi.ffi_call(
-      _target(head_dim), jax.ShapeDtypeStruct((end - begin, head_dim), "float32")
+      _target(head_dim, now is not None),
+      jax.ShapeDtypeStruct((end - begin, head_dim), "float32"),
     )(jnp.full((), begin, jnp.int32), *given)
     for begin, end in itertools.pairwise(calls.ends(len(query) * heads))
   ]
@@ -101,9 +102,9 @@ def _float32(x: jax.Array) -> jax.Array:
   return x.astype(jnp.float32)
 
 
-def _target(head_dim: int) -> str:
+def _target(head_dim: int, has_now: bool) -> str:
   """What XLA calls the function for heads of this size, compiled when first asked for."""
-  from calm.t5.native import attention_kernel  # takes numba, and two seconds
+  from calm.t5.native import attention_kernel  # takes llvmlite
 
-  make = lambda: attention_kernel.attention(head_dim)
-  return calls.target(f"calm_attention_{head_dim}", make)
+  make = lambda: attention_kernel.attention(head_dim, has_now)
+  return calls.target(f"calm_attention_{head_dim}{'_now' if has_now else ''}", make)

@@ -1,156 +1,148 @@
-"""Attention of one query after another, compiled by numba.
+"""Attention of one query after another.
 
 One query reads the keys and values of its row and head once, in order, and only those from the
-first to the last that it may see: a core then waits for memory only. Functions are made for
-one size of heads each: with sizes that the compiler does not know they take a fifth longer.
+first to the last that it may see: a core then waits for memory only. Functions are made for one
+size of heads each, whose numbers stay in registers.
 """
 
 from typing import Any
 
-import numpy as np
-from numba import njit
-
 from calm.t5.native import frames
-from calm.t5.native.vectors import FAST, exp
+from calm.t5.native.instructions import INT, LANES, LEAST, Writer, constant, number
 
-_MASKED = np.float32(-1e9)  # biases of keys that nobody sees are lower
-_LEAST, _ZERO, _ONE = np.float32(-3e38), np.float32(0), np.float32(1)
-
-
-@njit(fastmath=FAST)
-def seen(bias: Any) -> Any:
-  """The first key that is not masked, and the one behind the last such."""
-  first, last = 0, len(bias)
-  while last > 0 and bias[last - 1] < _MASKED:
-    last -= 1
-  while first < last and bias[first] < _MASKED:
-    first += 1
-  return first, last
+_MASKED = -1e9  # biases of keys that nobody sees are lower
 
 
-def scores_of(head_dim: int) -> Any:
-  """(query, keys, bias, out) -> the largest score; scores are written to `out`."""
-
-  @njit(fastmath=FAST)
-  def scores(query, keys, bias, out):
-    peak, count = _LEAST, len(keys)
-    for block in range(count // 4):  # four sums side by side
-      key = 4 * block
-      a = b = c = d = _ZERO
-      for i in range(head_dim):
-        a += query[i] * keys[key, i]
-        b += query[i] * keys[key + 1, i]
-        c += query[i] * keys[key + 2, i]
-        d += query[i] * keys[key + 3, i]
-      a, b = a + bias[key], b + bias[key + 1]
-      c, d = c + bias[key + 2], d + bias[key + 3]
-      out[key], out[key + 1], out[key + 2], out[key + 3] = a, b, c, d
-      peak = max(peak, max(max(a, b), max(c, d)))
-    for key in range(count // 4 * 4, count):
-      a = _ZERO
-      for i in range(head_dim):
-        a += query[i] * keys[key, i]
-      out[key] = a + bias[key]
-      peak = max(peak, out[key])
-    return peak
-
-  return scores
-
-
-def mix_of(head_dim: int) -> Any:
-  """(weights, values, out) -> None; the values, weighted, are added to `out`."""
-
-  @njit(fastmath=FAST)
-  def mix(weights, values, out):
-    count = len(values)
-    for block in range(count // 8):  # `out` is read and written once for eight of them
-      key = 8 * block
-      for i in range(head_dim):
-        low = weights[key] * values[key, i] + weights[key + 1] * values[key + 1, i]
-        low += weights[key + 2] * values[key + 2, i] + weights[key + 3] * values[key + 3, i]
-        high = weights[key + 4] * values[key + 4, i] + weights[key + 5] * values[key + 5, i]
-        high += weights[key + 6] * values[key + 6, i] + weights[key + 7] * values[key + 7, i]
-        out[i] += low + high
-    for key in range(count // 8 * 8, count):
-      for i in range(head_dim):
-        out[i] += weights[key] * values[key, i]
-
-  return mix
-
-
-def attend_of(head_dim: int) -> Any:
-  """(query, keys, values, bias, now, now_value, weights, out) -> None.
-
-  `out` gets softmax(keys query + bias) values, over one key more of score `now` if that is
-  above `_LEAST`; 0 where no key is seen. `weights` is room for one number a key.
-  """
-  scores, mix = scores_of(head_dim), mix_of(head_dim)
-
-  @njit(fastmath=FAST)
-  def attend(query, keys, values, bias, now, now_value, weights, out):
-    first, last = seen(bias)
-    keys, values, bias = keys[first:last], values[first:last], bias[first:last]
-    peak = max(scores(query, keys, bias, weights), now)
-    total = _ZERO
-    for key in range(len(keys)):
-      weights[key] = exp(weights[key] - peak)
-      total += weights[key]
-    own = exp(now - peak) if now > _LEAST else _ZERO
-    total += own
-    for i in range(head_dim):
-      out[i] = own * now_value[i]
-    mix(weights, values, out)
-    scale = _ONE / total if total > 0 else _ZERO
-    for i in range(head_dim):
-      out[i] *= scale
-
-  return attend
-
-
-def attention(head_dim: int) -> Any:
+def attention(head_dim: int, has_now: bool) -> frames.Compiled:
   """What XLA calls for heads of this size: one piece of `attention.attend`.
 
   Its arrays, as that function has them: the first query and head of the piece, `rows`,
-  `query`, `keys`, `values`, `bias`, and the three of `now` where there are any. The result is
+  `query`, `keys`, `values`, `bias`, and the three of `now` if it has them. The result is
   [heads of the piece, head_dim].
   """
-  attend = attend_of(head_dim)
+  write = lambda w, frame: _Piece(w, frame, head_dim, has_now).write()
+  return frames.handler("attention", write)
 
-  @njit(fastmath=FAST)
-  def piece(frame):
-    queries_at, keys_at = frames.argument(frame, 2), frames.argument(frame, 3)
-    bias_at, out_at = frames.argument(frame, 5), frames.result(frame, 0)
-    heads, length = frames.size(keys_at, 1), frames.size(keys_at, 2)
-    asked = frames.size(queries_at, 0), heads, head_dim
-    cached = frames.size(keys_at, 0), heads, length, head_dim
-    queries, keys = frames.floats(queries_at, asked), frames.floats(keys_at, cached)
-    values = frames.floats(frames.argument(frame, 4), cached)
-    biases = frames.floats(bias_at, (frames.size(bias_at, 0), frames.size(bias_at, 1), length))
-    # What stands in for a key that is not there is not read.
-    has_now = frames.num_arguments(frame) > 6
-    now_keys = frames.floats(frames.argument(frame, 6 if has_now else 2), asked)
-    now_values = frames.floats(frames.argument(frame, 7 if has_now else 2), asked)
-    now_bias = frames.floats(frames.argument(frame, 8 if has_now else 5), (heads,))
-    begin = frames.integers(frames.argument(frame, 0), (1,))[0]
-    rows = frames.integers(frames.argument(frame, 1), (len(queries),))
-    out = frames.floats(out_at, (frames.size(out_at, 0), head_dim))
-    weights = np.empty(length, np.float32)
-    for i in range(len(out)):
-      query, head = (begin + i) // heads, (begin + i) % heads
-      row = rows[query]
-      if row < 0:
-        out[i] = _ZERO
-        continue
-      now = _LEAST
-      if has_now:
-        now = now_bias[head]
-        for j in range(head_dim):
-          now += queries[query, head, j] * now_keys[query, head, j]
-      own = query if len(biases) == len(queries) else min(row, len(biases) - 1)
-      bias = biases[own, min(head, biases.shape[1] - 1)]
-      attend(
-        queries[query, head], keys[row, head], values[row, head], bias,
-        now, now_values[query, head], weights, out[i],
-      )  # fmt: skip
 
-  return frames.handler(piece)
+class _Piece:
+  """Some queries and heads."""
+
+  def __init__(self, w: Writer, frame: frames.Frame, head_dim: int, has_now: bool):
+    self._w, self._head_dim = w, number(head_dim)
+    arrays = [frame.argument(i) for i in range(9 if has_now else 6)]
+    begin, self._rows, self._queries, self._keys, self._values, self._biases, *now = map(
+      frame.numbers, arrays
+    )
+    self._begin, self._now = w.load_index(begin), now
+    self._num_queries = frame.size(arrays[2], 0)
+    self._heads, self._length = frame.size(arrays[3], 1), frame.size(arrays[3], 2)
+    self._bias_rows, self._bias_heads = frame.size(arrays[5], 0), frame.size(arrays[5], 1)
+    self._count, self._out = frame.size(frame.result(0), 0), frame.numbers(frame.result(0))
+    self._weights = w.room(self._length)
+    full, left = divmod(head_dim, LANES)
+    masks = [None] * full + ([w.first_lanes(number(left))] if left else [])
+    self._parts = [(number(LANES * i), mask) for i, mask in enumerate(masks)]
+
+  def write(self) -> None:
+    w, zero = self._w, number(0)
+    for i, _ in w.loop(zero, self._count, 1):
+      place = w.b.add(self._begin, i)
+      query, head = w.b.udiv(place, self._heads), w.b.urem(place, self._heads)
+      row = w.load_index(w.at(self._rows, zero, zero, query))
+      out = self._at(self._out, i)
+      with w.b.if_else(w.b.icmp_signed("<", row, zero)) as (absent, present):
+        with absent:
+          for part, mask in self._parts:
+            w.store(constant(0.0), w.at(out, zero, zero, part), mask)
+        with present:
+          self._attend(query, head, row, out)
+
+  def _attend(self, query: Any, head: Any, row: Any, out: Any) -> None:
+    w, b, zero = self._w, self._w.b, number(0)
+    of_query = b.add(b.mul(query, self._heads), head)
+    cached = b.mul(b.add(b.mul(row, self._heads), head), self._length)
+    keys, values = self._at(self._keys, cached), self._at(self._values, cached)
+    bias = self._bias(query, head, row)
+    asked = self._vectors(self._at(self._queries, of_query))
+    seen = first, last = self._seen(bias)
+    now, own_value = self._own(asked, of_query, head)
+    peak = self._scores(asked, keys, bias, seen, now)
+    totals = [constant(0.0)]
+    for place, part, mask in w.parts(self._weights, first, last, totals):
+      weight = w.exp(b.fsub(part, w.spread(peak)))
+      if mask is not None:
+        weight = b.select(mask, weight, constant(0.0))
+      w.store(weight, w.at(self._weights, zero, zero, place), mask)
+      totals[0] = b.fadd(totals[0], weight)
+    own = w.exp(b.fsub(w.spread(now), w.spread(peak)))
+    own = b.select(w.spread(b.fcmp_ordered(">", now, w.float(LEAST))), own, constant(0.0))
+    total = b.fadd(w.spread(w.folded(totals[0], b.fadd)), own)
+    mixed = [b.fmul(own, part) for part in own_value]
+    for key, sums in w.loop(first, last, 1, mixed):
+      weight = w.spread(w.load_one(w.at(self._weights, zero, zero, key)))
+      parts = self._vectors(self._at(values, key))
+      sums[:] = [w.fused(weight, part, sum_) for part, sum_ in zip(parts, sums, strict=True)]
+    # 0 where no key is seen; NaN stays.
+    nothing = b.fcmp_ordered("==", total, constant(0.0))
+    scale = b.select(nothing, constant(0.0), b.fdiv(constant(1.0), total))
+    for (part, mask), sum_ in zip(self._parts, mixed, strict=True):
+      w.store(b.fmul(sum_, scale), w.at(out, zero, zero, part), mask)
+
+  def _bias(self, query: Any, head: Any, row: Any) -> Any:
+    """Where the biases of a query's keys begin: its own, its row's, or everybody's."""
+    b, one = self._w.b, number(1)
+    by_query = b.icmp_signed("==", self._bias_rows, self._num_queries)
+    own = b.select(by_query, query, self._w.least(row, b.sub(self._bias_rows, one)))
+    head = self._w.least(head, b.sub(self._bias_heads, one))
+    return self._w.at(
+      self._biases, self._length, b.add(b.mul(own, self._bias_heads), head), number(0)
+    )
+
+  def _seen(self, bias: Any) -> tuple[Any, Any]:
+    """The first key that is not masked, and the one behind the last such; equal if none."""
+    w, b = self._w, self._w.b
+    count = w.spread(b.trunc(self._length, INT))
+    ends = [count, constant(0, INT)]
+    for place, part, _ in w.parts(bias, number(0), self._length, ends, LEAST):
+      open_, here = b.fcmp_ordered(">=", part, constant(_MASKED)), w.lanes(place)
+      behind = b.add(here, constant(1, INT))
+      first = b.select(open_, w.least(here, ends[0]), ends[0])
+      ends[:] = first, b.select(open_, w.most(behind, ends[1]), ends[1])
+    first, last = w.folded(ends[0], w.least), w.folded(ends[1], w.most)
+    return w.index(w.least(first, last)), w.index(last)
+
+  def _own(self, asked: list[Any], of_query: Any, head: Any) -> tuple[Any, list[Any]]:
+    """The score of the key that a query has besides, `LEAST` if none, and its value."""
+    w = self._w
+    if not self._now:
+      return w.float(LEAST), [constant(0.0)] * len(self._parts)
+    keys, values, bias = self._now
+    score = self._product(asked, self._at(keys, of_query))
+    score = w.b.fadd(score, w.load_one(w.at(bias, number(0), number(0), head)))
+    return score, self._vectors(self._at(values, of_query))
+
+  def _scores(self, asked: list[Any], keys: Any, bias: Any, seen: tuple[Any, Any], now) -> Any:
+    """The largest score; scores are written to the weights."""
+    w, zero, peak = self._w, number(0), [now]
+    for key, values in w.loop(*seen, 1, peak):
+      score = self._product(asked, self._at(keys, key))
+      score = w.b.fadd(score, w.load_one(w.at(bias, zero, zero, key)))
+      w.store(score, w.at(self._weights, zero, zero, key))
+      values[0] = w.larger(score, values[0])
+    return peak[0]
+
+  def _product(self, asked: list[Any], key: Any) -> Any:
+    """query . key"""
+    sum_ = constant(0.0)
+    for one, other in zip(asked, self._vectors(key), strict=True):
+      sum_ = self._w.fused(one, other, sum_)
+    return self._w.folded(sum_, self._w.b.fadd)
+
+  def _vectors(self, begin: Any) -> list[Any]:
+    """A head's numbers."""
+    w, zero = self._w, number(0)
+    return [w.load(w.at(begin, zero, zero, part), mask) for part, mask in self._parts]
+
+  def _at(self, array: Any, place: Any) -> Any:
+    """Where the head of this number begins in an array of heads."""
+    return self._w.at(array, self._head_dim, place, number(0))

@@ -1,4 +1,4 @@
-"""How XLA is given functions that numba compiles, and how many calls share the work."""
+"""How XLA is given functions that LLVM compiles, and how many calls share the work."""
 
 import functools
 import importlib.util
@@ -19,8 +19,8 @@ _lock = threading.Lock()
 
 
 def available() -> bool:
-  """Whether XLA can be given functions that numba compiles, and has threads to share them."""
-  return platforms.runs_in_this_process() and _has_numba() and _num_cores() > 1
+  """Whether XLA can be given functions that LLVM compiles, and has threads to share them."""
+  return platforms.runs_in_this_process() and _has_llvmlite() and _num_cores() > 1
 
 
 def target(name: str, make: Callable[[], Any]) -> str:
@@ -38,9 +38,9 @@ def target(name: str, make: Callable[[], Any]) -> str:
   return name
 
 
-def ends(count: int) -> list[int]:
-  """Where the parts of so many equal ones end, from 0 on: as many as `PIECES`, none empty."""
-  pieces = min(PIECES, count)
+def ends(count: int, pieces: int = PIECES) -> list[int]:
+  """Where the parts of so many equal ones end, from 0 on: as many as `pieces`, none empty."""
+  pieces = min(pieces, count)
   return [i * count // pieces for i in range(pieces + 1)]
 
 
@@ -51,5 +51,5 @@ def _num_cores() -> int:
 
 
 @functools.cache
-def _has_numba() -> bool:
-  return importlib.util.find_spec("numba") is not None
+def _has_llvmlite() -> bool:
+  return importlib.util.find_spec("llvmlite") is not None

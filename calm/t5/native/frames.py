@@ -1,102 +1,104 @@
-"""What XLA hands to a custom call, read by functions that numba compiles.
+"""What XLA hands to a custom call, and functions that it can call.
 
 XLA calls a function with one `XLA_FFI_CallFrame` (xla/ffi/api/c_api.h of its foreign function
 interface, whose layout a major version keeps). Every field that is read here is a word of 64
 bits, or lies in one, so that a frame is an array of words, and so is what it points to.
 """
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
+import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
-from numba.extending import intrinsic
+
+from calm.t5.native.instructions import INDEX, Writer, number
 
 # Of the interface that this was written by; XLA refuses it where it can no longer serve it.
 MAJOR, MINOR = 0, 3
 
 # Words of a frame, `XLA_FFI_CallFrame`: of what is asked besides a call, and of its arrays.
-_FRAME_WORDS, _EXTENSION, _NUM_ARGUMENTS, _ARGUMENTS, _RESULTS = 15, 1, 7, 9, 14
+_EXTENSION, _ARGUMENTS, _RESULTS = 1, 9, 14
 # Words of an array, `XLA_FFI_Buffer`.
-_BUFFER_WORDS, _DATA, _RANK, _SIZES = 6, 3, 4, 5
+_DATA, _SIZES = 3, 5
 # Words of `XLA_FFI_Metadata_Extension`, and of the `XLA_FFI_Metadata` that it asks for.
 _METADATA, _VERSION, _TRAITS = 3, 3, 4
 
 
-def _at(typing: Any, address: Any) -> Any:
-  """The pointer to an address."""
-  del typing, address
+class Frame:
+  """What XLA hands to a call.
 
-  def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    del context, signature
-    return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+  Attributes:
+    address: where it is.
+  """
 
-  return types.voidptr(types.int64), generate
+  def __init__(self, writer: Writer, address: Any):
+    self._w, self.address = writer, address
 
+  def argument(self, i: int) -> Any:
+    """The address of what describes the `i`th array that a call is given."""
+    return self._w.word(self._w.word(self.address, _ARGUMENTS), i)
 
-_pointer: Any = intrinsic(_at)
+  def result(self, i: int) -> Any:
+    """The same of the `i`th array that it fills."""
+    return self._w.word(self._w.word(self.address, _RESULTS), i)
 
+  def numbers(self, array: Any) -> Any:
+    """The address of an array's numbers."""
+    return self._w.word(array, _DATA)
 
-@njit(inline="always")
-def words(address: Any, count: Any) -> Any:
-  """So many words from an address on."""
-  return carray(_pointer(address), (count,), np.int64)
-
-
-@njit(inline="always")
-def num_arguments(frame: Any) -> Any:
-  """Arrays that a call is given."""
-  return frame[_NUM_ARGUMENTS]
-
-
-@njit(inline="always")
-def argument(frame: Any, i: Any) -> Any:
-  """The words that describe the `i`th array that a call is given."""
-  return words(words(frame[_ARGUMENTS], i + 1)[i], _BUFFER_WORDS)
+  def size(self, array: Any, axis: int) -> Any:
+    """Numbers along an axis."""
+    return self._w.word(self._w.word(array, _SIZES), axis)
 
 
-@njit(inline="always")
-def result(frame: Any, i: Any) -> Any:
-  """The words that describe the `i`th array that a call fills."""
-  return words(words(frame[_RESULTS], i + 1)[i], _BUFFER_WORDS)
+def handler(name: str, write: Callable[[Writer, Frame], None]) -> "Compiled":
+  """A C function that XLA can call.
+
+  Args:
+    name: of the function.
+    write: writes what it does with a call's arrays.
+  """
+  module = ir.Module()
+  module.triple = llvm.get_process_triple()
+  function = ir.Function(module, ir.FunctionType(INDEX, [INDEX]), name)
+  begin, asked, called, end = map(
+    function.append_basic_block, ("begin", "asked", "called", "end")
+  )
+  w = Writer(ir.IRBuilder(begin), module)
+  frame = Frame(w, function.args[0])
+  asks = w.word(frame.address, _EXTENSION)
+  w.b.cbranch(w.b.icmp_signed("!=", asks, number(0)), asked, called)
+  w.b.position_at_end(asked)
+  metadata = w.word(asks, _METADATA)
+  w.set_word(metadata, _VERSION, MAJOR | MINOR << 32)
+  w.set_word(metadata, _TRAITS, 0)
+  w.b.branch(end)
+  w.b.position_at_end(called)
+  write(w, frame)
+  w.b.branch(end)
+  w.b.position_at_end(end)
+  w.b.ret(number(0))  # no error
+  return Compiled(str(module), name)
 
 
-@njit(inline="always")
-def size(buffer: Any, axis: Any) -> Any:
-  """Numbers along an axis."""
-  return words(buffer[_SIZES], buffer[_RANK])[axis]
+class Compiled:
+  """Machine code of this process, for as long as this lives.
 
+  Attributes:
+    ctypes: the function.
+  """
 
-@njit(inline="always")
-def integers(buffer: Any, shape: Any) -> Any:
-  """An array of int32; sizes that are known when this is compiled stay known."""
-  return carray(_pointer(buffer[_DATA]), shape, np.int32)
-
-
-@njit(inline="always")
-def floats(buffer: Any, shape: Any) -> Any:
-  """An array of float32, likewise."""
-  return carray(_pointer(buffer[_DATA]), shape, np.float32)
-
-
-@njit(inline="always")
-def _describe(frame: Any) -> None:
-  """Answers XLA, which asks before the first call, by what version a function was made."""
-  metadata = words(words(frame[_EXTENSION], _METADATA + 1)[_METADATA], _TRAITS + 1)
-  metadata[_VERSION] = MAJOR | MINOR << 32
-  metadata[_TRAITS] = 0
-
-
-def handler(body: Callable[[Any], None]) -> Any:
-  """A C function that XLA can call, of a compiled function of a frame."""
-
-  def called(address: Any) -> Any:
-    frame = carray(address, (_FRAME_WORDS,))
-    if frame[_EXTENSION] != 0:
-      _describe(frame)
-    else:
-      body(frame)
-    return 0  # no error
-
-  return cfunc(types.int64(types.CPointer(types.int64)))(called)
+  def __init__(self, text: str, name: str):
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    module = llvm.parse_assembly(text)
+    module.verify()
+    features = llvm.get_host_cpu_features().flatten()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+      cpu=llvm.get_host_cpu_name(), features=features, opt=3
+    )
+    self._engine = llvm.create_mcjit_compiler(module, machine)
+    self._engine.finalize_object()
+    kind = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)
+    self.ctypes = kind(self._engine.get_function_address(name))

@@ -1,4 +1,4 @@
-"""The most likely piece of a head in 8 bits, compiled by numba.
+"""The most likely piece of a head in 8 bits.
 
 A row's logits are made of its 8-bit sums once. Those of pieces that may be the most likely are
 made again in float32, however many they are: nothing is sorted, and no row needs another way.
@@ -6,140 +6,135 @@ made again in float32, however many they are: nothing is sorted, and no row need
 
 from typing import Any
 
-import numpy as np
-from numba import njit
-
-from calm.t5.native import frames
-from calm.t5.native.vectors import FAST, exp
-
-_LANES = 16  # numbers that are compared side by side
-_LEAST, _ZERO = np.float32(-3e38), np.float32(0)
+from calm.t5.native import frames, instructions
+from calm.t5.native.instructions import LEAST, Writer, constant, number
 
 
-@njit(fastmath=FAST)
-def bounds(sums: Any, head: Any, row: Any, offset: Any, logits: Any, upper: Any) -> None:
-  """Writes the logits of the pieces, and the most that they may be.
-
-  Args:
-    sums: of products of a row's first and last codes, which may be the same ones, a pair; with
-      `offset` times the pieces' codes in them.
-    head: (sums of the codes, scales, left, norms) of each piece.
-    row: what `left` and what `norms` is multiplied with, then the codes' steps.
-    offset: see `EightBits.raw_sums`.
-  """
-  codes, scales, left, norms = head
-  (coarse, fine), step = sums, row[2]
-  for j in range(len(coarse)):
-    logits[j] = np.float32(coarse[j] - offset * codes[j]) * step
-  if len(row) > 3:
-    step = row[3]
-    for j in range(len(fine)):
-      logits[j] += np.float32(fine[j] - offset * codes[j]) * step
-  for j in range(len(logits)):
-    logits[j] *= scales[j]
-    upper[j] = logits[j] + (row[0] * left[j] + row[1] * norms[j])
-
-
-@njit(fastmath=FAST)
-def peaks(logits: Any, upper: Any) -> Any:
-  """(the largest logit, the largest that one surely is); NaN counts as nothing."""
-  tops, floors = np.full(_LANES, _LEAST), np.full(_LANES, _LEAST)
-  for block in range(len(logits) // _LANES):
-    for lane in range(_LANES):
-      j = block * _LANES + lane
-      logit, least = logits[j], logits[j] + (logits[j] - upper[j])
-      tops[lane] = logit if logit > tops[lane] else tops[lane]
-      floors[lane] = least if least > floors[lane] else floors[lane]
-  for j in range(len(logits) // _LANES * _LANES, len(logits)):
-    least = logits[j] + (logits[j] - upper[j])
-    tops[0] = logits[j] if logits[j] > tops[0] else tops[0]
-    floors[0] = least if least > floors[0] else floors[0]
-  return tops.max(), floors.max()
-
-
-@njit(fastmath=FAST)
-def total_of(logits: Any, peak: Any) -> Any:
-  """sum_j e^(logit_j - peak), peak being the largest."""
-  total = _ZERO
-  for j in range(len(logits)):
-    total += exp(logits[j] - peak)
-  return total
-
-
-@njit(fastmath=FAST)
-def dot(state: Any, piece: Any) -> Any:
-  """state . piece"""
-  total = _ZERO
-  for i in range(len(state)):
-    total += state[i] * piece[i]
-  return total
-
-
-@njit(fastmath=FAST)
-def likeliest(state: Any, pieces: Any, logits: Any, upper: Any) -> Any:
-  """(the place of the largest float32 logit, it, the largest rounded one, the sum of all).
-
-  The first of equals; place 0 where every logit is NaN. Sums are e^(logit - the third), with
-  float32 logits where these were made.
-  """
-  peak, floor = peaks(logits, upper)
-  total = total_of(logits, peak)
-  place, best, better = 0, _LEAST, _ZERO
-  for block in range(-(-len(logits) // _LANES)):
-    part = slice(block * _LANES, (block + 1) * _LANES)
-    asked = False
-    for most in upper[part]:
-      asked |= most >= floor
-    if not asked:
-      continue
-    for j in range(block * _LANES, min((block + 1) * _LANES, len(logits))):
-      if upper[j] >= floor:
-        logit = dot(state, pieces[j])
-        better += np.exp(logit - peak) - np.exp(logits[j] - peak)
-        if logit > best:
-          place, best = j, logit
-  return place, best, peak, total + better
-
-
-def head() -> Any:
+def head(num_codes: int) -> frames.Compiled:
   """What XLA calls: some parts of some rows of `heads.greedy`.
 
   Its arrays, as that function has them: (the first part, pieces of a part, `offset`), `sums`
-  [codes, rows, pieces], the head's `sums`, `scales`, `left` and `norms`, `rows` (see `bounds`),
-  `states`, the head in float32. The results are [parts] places in the head and [parts, 3] of
-  what `likeliest` says.
+  [codes, rows, pieces] of products of a row's codes, with `offset` times the pieces' codes in
+  them (see `EightBits.raw_sums`), the head's `sums`, `scales`, `left` and `norms`, `rows` (what
+  `left` and what `norms` is multiplied with, then the codes' steps), `states`, the head in
+  float32. The results are [parts] places in the head and [parts, 3]: the largest float32 logit,
+  the largest rounded one, the sum of e^(logit - that) over all, float32 ones where these were
+  made.
+
+  Args:
+    num_codes: of a row, 1 or 2.
   """
+  return frames.handler("head", lambda w, frame: _Parts(w, frame, num_codes).write())
 
-  @njit(fastmath=FAST)
-  def piece(frame):
-    words = frames.integers(frames.argument(frame, 0), (3,))
-    begin, size, offset = words[0], words[1], words[2]
-    sums_at, states_at = frames.argument(frame, 1), frames.argument(frame, 7)
-    num_codes, batch = frames.size(sums_at, 0), frames.size(states_at, 0)
-    count, emb = frames.size(sums_at, 2), frames.size(states_at, 1)
-    sums = frames.integers(sums_at, (num_codes, batch, count))
-    states = frames.floats(states_at, (batch, emb))
-    pieces = frames.floats(frames.argument(frame, 8), (count, emb))
-    codes = frames.integers(frames.argument(frame, 2), (count,))
-    scales = frames.floats(frames.argument(frame, 3), (count,))
-    left = frames.floats(frames.argument(frame, 4), (count,))
-    norms = frames.floats(frames.argument(frame, 5), (count,))
-    rows = frames.floats(frames.argument(frame, 6), (batch, 2 + num_codes))
-    places_at = frames.result(frame, 0)
-    places = frames.integers(places_at, (frames.size(places_at, 0),))
-    numbers = frames.floats(frames.result(frame, 1), (len(places), 3))
-    logits, upper = np.empty(size, np.float32), np.empty(size, np.float32)
-    parts = -(-count // size)
-    for i in range(len(places)):
-      row, low = (begin + i) // parts, (begin + i) % parts * size
-      high = min(low + size, count)
-      few, most = logits[: high - low], upper[: high - low]
-      own = codes[low:high], scales[low:high], left[low:high], norms[low:high]
-      bounds(
-        (sums[0, row, low:high], sums[-1, row, low:high]), own, rows[row], offset, few, most
-      )
-      place, best, peak, total = likeliest(states[row], pieces[low:high], few, most)
-      places[i] = low + place
-      numbers[i, 0], numbers[i, 1], numbers[i, 2] = best, peak, total
 
-  return frames.handler(piece)
+class _Parts:
+  """Some parts of some rows."""
+
+  def __init__(self, w: Writer, frame: frames.Frame, num_codes: int):
+    self._w, self._num_codes = w, num_codes
+    arrays = [frame.argument(i) for i in range(9)]
+    words, self._sums, self._of_head, *others = map(frame.numbers, arrays)
+    self._scales, self._left, self._norms, self._rows, self._states, self._pieces = others
+    index = lambda i: w.load_index(w.at(words, number(0), number(0), number(i)))
+    self._begin, self._size, offset = map(index, range(3))
+    self._offset = w.spread(w.b.trunc(offset, instructions.INT))
+    self._count, self._batch = frame.size(arrays[1], 2), frame.size(arrays[1], 1)
+    self._emb = frame.size(arrays[7], 1)
+    self._num_parts = frame.size(frame.result(0), 0)
+    self._places, self._told = (frame.numbers(frame.result(i)) for i in range(2))
+    self._logits, self._upper = w.room(self._size), w.room(self._size)
+    # Of pieces that are scored again, which are few: kept in memory.
+    self._place, self._best, self._better = (w.room(number(1)) for _ in range(3))
+
+  def write(self) -> None:
+    w, b, zero = self._w, self._w.b, number(0)
+    size, count = self._size, self._count
+    parts = b.udiv(b.add(count, b.sub(size, number(1))), size)
+    for i, _ in w.loop(zero, self._num_parts, 1):
+      part = b.add(self._begin, i)
+      row, low = b.udiv(part, parts), b.mul(b.urem(part, parts), size)
+      high = w.least(b.add(low, size), count)
+      peak, floor = self._bounds(row, low, b.sub(high, low))
+      total = self._scored(row, low, b.sub(high, low), peak, floor)
+      place = b.add(low, w.load_index(self._place))
+      w.store(b.trunc(place, instructions.INT), w.at(self._places, zero, zero, i))
+      total = b.fadd(total, w.load_one(self._better))
+      for j, value in enumerate((w.load_one(self._best), peak, total)):
+        w.store(value, w.at(self._told, number(3), i, number(j)))
+
+  def _bounds(self, row: Any, low: Any, count: Any) -> tuple[Any, Any]:
+    """Writes the logits of the pieces, and the most that they may be.
+
+    Returns:
+      (the largest logit, the largest that one surely is); NaN counts as nothing.
+    """
+    w, b, zero = self._w, self._w.b, number(0)
+    words = number(2 + self._num_codes)
+    of_row = lambda i: w.spread(w.load_one(w.at(self._rows, words, row, number(i))))
+    of_left, of_norms, *steps = map(of_row, range(2 + self._num_codes))
+    sums = [
+      w.at(self._sums, self._count, b.add(b.mul(number(i), self._batch), row), low)
+      for i in range(self._num_codes)
+    ]
+    carried = [constant(LEAST), constant(LEAST)]
+    at = lambda array, place: w.at(array, zero, zero, b.add(low, place))
+    for place, scales, mask in w.parts(at(self._scales, zero), zero, count, carried):
+      load = lambda array, place=place, mask=mask: w.load(at(array, place), mask)
+      away = b.mul(self._offset, w.load_ints(at(self._of_head, place), mask))
+      logits = constant(0.0)
+      for codes, step in zip(sums, steps, strict=True):
+        whole = b.sub(w.load_ints(w.at(codes, zero, zero, place), mask), away)
+        logits = w.fused(b.sitofp(whole, logits.type), step, logits)
+      logits = b.fmul(logits, scales)
+      slack = w.fused(of_left, load(self._left), b.fmul(of_norms, load(self._norms)))
+      upper, least = b.fadd(logits, slack), b.fsub(logits, slack)
+      w.store(logits, w.at(self._logits, zero, zero, place), mask)
+      w.store(upper, w.at(self._upper, zero, zero, place), mask)
+      if mask is not None:
+        logits, least = (b.select(mask, x, constant(LEAST)) for x in (logits, least))
+      carried[:] = w.larger(logits, carried[0]), w.larger(least, carried[1])
+    peak, floor = (w.folded(values, w.larger) for values in carried)
+    return peak, floor
+
+  def _scored(self, row: Any, low: Any, count: Any, peak: Any, floor: Any) -> Any:
+    """The sum of e^(logit - peak), of rounded logits.
+
+    The best of those that may be the most likely, its place and what float32 adds to the sum
+    are kept: the first of equals; place 0 where every logit is NaN.
+    """
+    w, b, zero = self._w, self._w.b, number(0)
+    w.store(w.int(0), self._place)
+    w.store(w.float(LEAST), self._best)
+    w.store(w.float(0.0), self._better)
+    totals = [constant(0.0)]
+    for place, logits, mask in w.parts(self._logits, zero, count, totals):
+      shares = w.exp(b.fsub(logits, w.spread(peak)))
+      upper = w.load(w.at(self._upper, zero, zero, place), mask, LEAST)
+      asked = b.fcmp_ordered(">=", upper, w.spread(floor))
+      if mask is not None:
+        shares, asked = b.select(mask, shares, constant(0.0)), b.and_(asked, mask)
+      totals[0] = b.fadd(totals[0], shares)
+      with b.if_then(w.any(asked)):
+        end = w.least(b.add(place, number(instructions.LANES)), count)
+        for j, _ in w.loop(place, end, 1):
+          upper = w.load_one(w.at(self._upper, zero, zero, j))
+          with b.if_then(b.fcmp_ordered(">=", upper, floor)):
+            self._score(row, low, j, peak)
+    return w.folded(totals[0], b.fadd)
+
+  def _score(self, row: Any, low: Any, j: Any, peak: Any) -> None:
+    """Looks at one piece in float32."""
+    w, b, zero = self._w, self._w.b, number(0)
+    state = w.at(self._states, self._emb, row, zero)
+    piece = w.at(self._pieces, self._emb, b.add(low, j), zero)
+    sums = [constant(0.0)]
+    for place, part, mask in w.parts(state, zero, self._emb, sums):
+      sums[0] = w.fused(part, w.load(w.at(piece, zero, zero, place), mask), sums[0])
+    logit = w.folded(sums[0], b.fadd)
+    share = lambda logit: w.exp(b.fsub(w.spread(logit), w.spread(peak)))
+    rounded = w.load_one(w.at(self._logits, zero, zero, j))
+    more = w.folded(b.fsub(share(logit), share(rounded)), lambda one, other: one)
+    w.store(b.fadd(w.load_one(self._better), more), self._better)
+    with b.if_then(b.fcmp_ordered(">", logit, w.load_one(self._best))):
+      w.store(logit, self._best)
+      w.store(b.trunc(j, instructions.INT), self._place)

@@ -48,9 +48,9 @@ def _asked(
   given = sums, head.coded.sums, head.coded.scales, head.left, head.norms, rows, states
   count = len(states) * -(-len(head.rows) // size)
   made = [
-    jax.ffi.ffi_call(_target(), (_shape(end - begin, dtype="int32"), _shape(end - begin, 3)))(
-      jnp.array([begin, size, offset], jnp.int32), *given, head.rows
-    )
+    jax.ffi.ffi_call(
+      _target(len(codes)), (_shape(end - begin, dtype="int32"), _shape(end - begin, 3))
+    )(jnp.array([begin, size, offset], jnp.int32), *given, head.rows)
     for begin, end in itertools.pairwise(calls.ends(count))
   ]
   places, numbers = zip(*made, strict=True)
@@ -61,8 +61,8 @@ def _shape(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _target() -> str:
+def _target(num_codes: int) -> str:
   """What XLA calls the function, compiled when first asked for."""
-  from calm.t5.native import head_kernel  # takes numba, and two seconds
+  from calm.t5.native import head_kernel  # takes llvmlite
 
-  return calls.target("calm_head", head_kernel.head)
+  return calls.target(f"calm_head_{num_codes}", lambda: head_kernel.head(num_codes))
