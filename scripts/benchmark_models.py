@@ -114,7 +114,7 @@ READINGS: Mapping[str, str] = {
   "columns": "matrices in columns",
   "both": "head in 8 bits, matrices in columns",
   "layers": "layers and head in 8 bits",
-  "xla": "attention by XLA",  # not a reading: programs without functions of this process
+  "xla": "all by XLA",  # not a reading: programs without functions of this process
 }
 # Those of which the encoder's weights are read otherwise, too.
 ENCODES = ("layers",)

@@ -1,7 +1,6 @@
 """A T5 decoder as the loop over drafts asks for it: `verified.Passes` of real weights."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -14,7 +13,15 @@ from calm.decode import drafting, engines, verified
 from calm.decode.engines import deferred
 from calm.exits import verified as verified_lib
 from calm.t5 import caches as caches_lib
-from calm.t5 import columns, decoder_weights, eight_bits, platforms, quantized_heads, windows
+from calm.t5 import (
+  columns,
+  decoder_weights,
+  eight_bits,
+  native,
+  platforms,
+  quantized_heads,
+  windows,
+)
 from calm.t5 import decoder as decoder_lib
 
 # Drafts for eight rows and more must promise more: rows that differ in what is accepted wait
@@ -113,9 +120,11 @@ class BoundPasses:
   def _said(self, hidden: jax.Array, drafts: jax.Array) -> verified_lib.Said:
     """What the last layer's head says, of its logits or without them."""
     decoder, last = self._decoder(), self.num_layers
+    if not isinstance(self.task.weights.heads[-1], quantized_heads.QuantizedHead):
+      logits = decoder.logits(last, hidden)
+      return verified_lib.said(logits, drafts, decoder.likeliest(logits))
     best = decoder.greedy(last, hidden)
-    if best is None:
-      return verified_lib.said(decoder.logits(last, hidden), drafts)
+    assert best is not None  # so says the head
     score = lambda token: decoder.score(last, hidden, token)
     return verified_lib.Said(
       best.token, best.log_probability, score(drafts) - score(best.token)
@@ -145,6 +154,7 @@ class BoundPasses:
         task.encoded.bias,
         task.config.float32_attention_logits,
         task.native,
+        decoder.alone(len(hidden)),
       )
       hidden = decoder.run_projected(layer, hidden, row, attention)
     return hidden, tuple(made)
@@ -208,8 +218,10 @@ def _plan(task: engines.Task, rule: exits.Verified) -> drafting.Plan:
   config, weights = task.config, task.weights
   count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
   numbers = count(dataclasses.replace(weights.layers[0], cross_key_value=()))  # once a prompt
-  layer = lambda rows: _layer(weights.layers[0].mlp_out, rows) * numbers
-  head = functools.partial(_head, weights.heads[0])
+  matrix = weights.layers[0].mlp_out
+  small = task.native and native.alone(matrix, 1)
+  layer = lambda rows: (_small(rows) if small else _layer(matrix, rows)) * numbers
+  head = lambda rows: _head(weights.heads[0], rows, small)
   batch, sizes, costs = task.batch_size, _sizes(rule), []
   short = head(batch)
   if rule.draft_head == "shortlist":
@@ -225,7 +237,9 @@ def _plan(task: engines.Task, rule: exits.Verified) -> drafting.Plan:
   return drafting.Plan(tuple(costs), hope, rule.adapts)
 
 
-def _head(head: jax.Array | quantized_heads.QuantizedHead, rows: int) -> float:
+def _head(
+  head: jax.Array | quantized_heads.QuantizedHead, rows: int, small: bool = False
+) -> float:
   """Time of the head over so many rows, in float32 numbers that are read for one.
 
   8 bits beside one row in float32, on two CPU cores (products of T5 1.1 small's head): 2 rows
@@ -234,8 +248,11 @@ def _head(head: jax.Array | quantized_heads.QuantizedHead, rows: int) -> float:
 
   A float32 head writes the logits of several positions, and they are read again: 1.3 times its
   product. So passes of 2, 4 and 8 positions of T5 1.1 small say 1.8, 2.2 and 3.1 steps of one,
-  and took 1.7, 2.1 and 3.1; with the head in 8 bits 1.6, 2.1 and 3.2 for 1.5, 2.1 and 3.2.
+  and took 1.7, 2.1 and 3.1; with the head in 8 bits 1.6, 2.1 and 3.2 for 1.5, 2.1 and 3.2. One
+  thread (`native.alone`) takes 8 rows of the head of the model in the box twice as long as one.
   """
+  if small and not isinstance(head, quantized_heads.QuantizedHead):
+    return head.size * (1.0 + (rows - 1) / 7 if rows <= 8 else 2.0 * (rows / 8) ** 0.8)
   if not isinstance(head, quantized_heads.QuantizedHead):
     return _rows(rows) * (1.0 if rows <= platforms.least_rows() else 1.3) * head.size
   if platforms.least_rows() > 1:  # a TPU: what the bytes take
@@ -263,6 +280,17 @@ def _rows(rows: int) -> float:
   if rows <= platforms.least_rows():
     return 1.0
   return 1.5 + 0.05 * rows if rows <= 8 else 1.9 * (rows / 8) ** 0.75
+
+
+def _small(rows: int) -> float:
+  """Time of layers that one thread multiplies (`native.alone`), over that with one row.
+
+  Up to 8 rows it waits for the matrices, and what attention and norms take besides is shared:
+  passes of 2, 4 and 8 positions of the model in the box cost 1.5, 2.4 and 3.3 steps of one (one
+  prompt, k = 2, whole head; AMD EPYC), where these figures say 1.5, 2.2 and 3.5. 16, 32 and 64
+  rows of its largest matrix take 1.6, 3.1 and 6.4 times as long as 8, by XLA as well.
+  """
+  return 1.0 if rows == 1 else 0.9 * max(1.0, rows / 8) ** 0.8
 
 
 def _columns(rows: int) -> float:

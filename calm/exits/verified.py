@@ -161,9 +161,13 @@ def draft(logits: Float[Array, "*rows tokens"], ids: Int[Array, " tokens"] | Non
   return Draft(token, jnp.exp(best.log_probability))
 
 
-def said(logits: Float[Array, "*rows vocab"], drafted: Int[Array, "*rows"]) -> Said:
-  """What a head with these logits says of drafts."""
-  best = layers.greedy(logits)
+def said(
+  logits: Float[Array, "*rows vocab"],
+  drafted: Int[Array, "*rows"],
+  best: layers.Greedy | None = None,
+) -> Said:
+  """What a head with these logits says of drafts, their most likely token known or not."""
+  best = best or layers.greedy(logits)
   at = lambda token: jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
   return Said(best.token, best.log_probability, at(drafted) - at(best.token))
 

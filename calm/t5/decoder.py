@@ -133,8 +133,20 @@ class DecoderStep:
   def run(self, layer: int, hidden: jax.Array, cache: Cache) -> tuple[jax.Array, KeyValue]:
     """One decoder layer (Eq. 3): d^{i-1} [batch, emb_dim] -> d^i and its key and value."""
     row, attention = self.project(layer, hidden), self.attention(layer, cache)
-    attends = native.faster(attention, len(hidden)) if self.native else None
-    return self.run_projected(layer, hidden, row, attends or attention), row
+    attends = self.natively(attention, len(hidden)) or attention
+    return self.run_projected(layer, hidden, row, attends), row
+
+  def natively(
+    self, attention: Attention, queries: int, rows: jax.Array | None = None
+  ) -> Attends | None:
+    """`native.attends`, where that may be."""
+    if not self.native:
+      return None
+    return native.attends(attention, queries, self.alone(queries), rows)
+
+  def alone(self, rows: int) -> bool:
+    """Whether products of so many rows are made in one thread, natively."""
+    return self.native and native.alone(self.weights.layers[0].mlp_out, rows)
 
   def run_projected(
     self, layer: int, hidden: jax.Array, row: KeyValue, attention: Attends
@@ -142,34 +154,38 @@ class DecoderStep:
     """d^i of d^{i-1} [batch, emb_dim], given what the layer projects of it and attends to."""
     weights = self.weights.layers[layer - 1]
     normed = rms_norm(hidden, weights.self_norm)
-    (query,) = self._heads(times(normed, weights.query), 1)
-    hidden = hidden + times(attention.to_past(query, row), weights.self_out)
+    (query,) = self._heads(self._times(normed, weights.query), 1)
+    hidden = hidden + self._times(attention.to_past(query, row), weights.self_out)
     normed = rms_norm(hidden, weights.cross_norm)
-    (query,) = self._heads(times(normed, weights.cross_query), 1)
-    hidden = hidden + times(attention.to_prompt(query), weights.cross_out)
+    (query,) = self._heads(self._times(normed, weights.cross_query), 1)
+    hidden = hidden + self._times(attention.to_prompt(query), weights.cross_out)
     normed = rms_norm(hidden, weights.mlp_norm)
-    return hidden + times(self._mlp(normed, weights.mlp_in), weights.mlp_out)
+    return hidden + self._times(self._mlp(normed, weights.mlp_in), weights.mlp_out)
 
   def project(self, layer: int, hidden: jax.Array) -> KeyValue:
     """Key and value that the layer makes of input state `hidden`, nothing else."""
     weights = self.weights.layers[layer - 1]
     normed = rms_norm(hidden, weights.self_norm)
     each = 2 // len(weights.key_value)
-    parts = [self._heads(times(normed, matrix), each) for matrix in weights.key_value]
+    parts = [self._heads(self._times(normed, matrix), each) for matrix in weights.key_value]
     key, value = (part for split in parts for part in split)
     return KeyValue(key, value)
 
   def logits(self, layer: int, hidden: jax.Array) -> jax.Array:
     """float32 logits [batch, num_pieces] of the layer's full head."""
     head, normed = self._head(layer, hidden)
-    return head.logits(normed) if isinstance(head, QuantizedHead) else times(normed, head)
+    return head.logits(normed) if isinstance(head, QuantizedHead) else self._times(normed, head)
 
   def greedy(self, layer: int, hidden: jax.Array) -> Greedy | None:
     """The argmax of these logits; None where they have to be asked."""
     head, normed = self._head(layer, hidden)
     if not isinstance(head, QuantizedHead):
-      return None
+      return self.likeliest(self._times(normed, head))
     return (native.greedy(head, normed) if self.native else None) or head.greedy(normed)
+
+  def likeliest(self, logits: jax.Array) -> Greedy | None:
+    """The argmax of logits; None where XLA finds it as fast (`exits.layers.greedy`)."""
+    return native.likeliest(logits) if self.native else None
 
   def score(self, layer: int, hidden: jax.Array, token: jax.Array) -> jax.Array:
     """The logit of one token of every row, [batch], where `greedy` knows without them."""
@@ -188,7 +204,7 @@ class DecoderStep:
     if self.weights.shortlist is None:
       return no_shortlist(hidden)
     normed = rms_norm(hidden, self.weights.decoder_norm).astype(jnp.float32)
-    return times(normed, self.weights.shortlist)
+    return self._times(normed, self.weights.shortlist)
 
   def exit_logit(self, hidden: jax.Array) -> jax.Array:
     """Pre-sigmoid exit confidence [batch] from decoder_norm(d^i)."""
@@ -214,6 +230,13 @@ class DecoderStep:
     known = evidence(hidden, previous, self.shortlist_logits(hidden))
     return probes.logit(layer, rms_norm(hidden, self.weights.decoder_norm), known)
 
+  def _times(self, x: jax.Array, matrix: Matrix) -> jax.Array:
+    """`times`, natively where that is faster."""
+    made = None
+    if isinstance(matrix, jax.Array) and self.alone(len(x)):
+      made = native.product(x, matrix)
+    return times(x, matrix) if made is None else made
+
   def _heads(self, projected: jax.Array, count: int) -> list[jax.Array]:
     shape = (projected.shape[0], count, self.config.num_heads, self.config.head_dim)
     split = projected.reshape(shape)
@@ -223,7 +246,7 @@ class DecoderStep:
     names = self.config.mlp_activations
     product = None
     for matrix, name in zip(matrices, names, strict=True):
-      part = layers_lib.activation_fn(name)(times(normed, matrix))
+      part = layers_lib.activation_fn(name)(self._times(normed, matrix))
       product = part if product is None else product * part
     assert product is not None
     return product

@@ -134,12 +134,18 @@ def multiplies_unsigned() -> bool:
   of T5 1.1 small's head where two signed sides take 0.6, 1.7 and 4.6. Elsewhere it may have no
   kernel for them.
   """
-  return _on("cpu") and _has_vnni()
+  return _on("cpu") and "vnni" in _processor()
+
+
+def has_wide_vectors() -> bool:
+  """Whether a core has 32 registers of 16 numbers (AVX-512), which `native` products fill."""
+  return _on("cpu") and "avx512f" in _processor()
 
 
 @functools.cache
-def _has_vnni() -> bool:
+def _processor() -> str:
+  """What the processor says it can do."""
   try:
-    return "vnni" in pathlib.Path("/proc/cpuinfo").read_text("utf-8", "replace")
+    return pathlib.Path("/proc/cpuinfo").read_text("utf-8", "replace")
   except OSError:  # not Linux
-    return False
+    return ""

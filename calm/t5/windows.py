@@ -72,6 +72,7 @@ class WindowAttention:
     cross_bias: of those keys, [batch, 1, input_length].
     float32: whether scores are float32 whatever the activation dtype.
     native: see `engines.Task`.
+    alone: see `native.NativeAttention`.
   """
 
   cache: Cache
@@ -80,6 +81,7 @@ class WindowAttention:
   cross_bias: jax.Array
   float32: bool
   native: bool = False
+  alone: bool = False
 
   def to_past(self, query: jax.Array, row: KeyValue) -> jax.Array:
     """Mixed values [rows, heads * head_dim] of the past and of the window."""
@@ -94,11 +96,11 @@ class WindowAttention:
 
   def _attend(self, query: jax.Array, cache: Cache, bias: jax.Array) -> jax.Array:
     batch = len(self.cross_bias)
-    if self.native and batch > 1 and native.pays((cache,), len(query)):
+    if self.native and native.takes(cache):
       rows = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), len(query) // batch)
       wide = jnp.broadcast_to(bias, (batch, bias.shape[1], len(rows) // batch, bias.shape[3]))
       by_query = jnp.swapaxes(wide, 1, 2).reshape(len(rows), *wide.shape[1::2])
-      return native.attend(rows, query, cache.keys, cache.values, by_query)
+      return native.attend(rows, query, cache.keys, cache.values, by_query, None, self.alone)
     scored = lambda x: x.astype(jnp.float32) if self.float32 else x
     rows = by_window(query, self.cross_bias.shape[0])
     # Of "bhwd,bhld->bhwl" XLA:CPU transposes the second factor: all keys, not a few queries.

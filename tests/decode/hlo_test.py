@@ -16,7 +16,7 @@ from calm.decode import engines, staged
 from calm.decode import program as program_lib
 from calm.decode.engines import eager
 from calm.exits import confidence
-from calm.t5 import columns
+from calm.t5 import columns, platforms
 from tests import engine
 from tests.decode import hlo
 
@@ -183,16 +183,25 @@ def heads_and_branches(rule, made=None) -> tuple[int, int, bool]:
   leaves, tree = jax.tree.flatten(args)
   chosen = program_lib.Program(toy.config, rule, engine.LENGTH, engine=made)
   text = hlo_of(lambda leaves: chosen.decode(*jax.tree.unflatten(tree, leaves)), leaves)
-  head = rf"f32\[{ROWS},{toy.sizes.num_pieces}\]\S* dot\("
+  head = rf"f32\[{ROWS},{toy.sizes.num_pieces}\]\S* (?:dot|custom-call)\("
   branches = re.findall(r"= .* conditional\(", text)
   return len(re.findall(head, text)), len(branches), "confidence.py" in text
 
 
+@pytest.fixture(params=["products by XLA", "native products"])
+def products(request, monkeypatch):
+  """Both kinds, whatever this machine has."""
+  wide = request.param == "native products"
+  monkeypatch.setattr(platforms, "has_wide_vectors", lambda: wide)
+
+
+@pytest.mark.usefixtures("products")
 def test_full_depth_holds_one_head_and_no_confidence_code():
   assert heads_and_branches(STATIC) == (1, 0, False)
   assert heads_and_branches(exits.StaticExit(2)) == (1, 0, False)
 
 
+@pytest.mark.usefixtures("products")
 def test_the_detector_finds_heads_and_confidence_code():
   """Meta: a dynamic program has what the static one must not have."""
   assert heads_and_branches(SOFTMAX) == (4, 4, True)  # one choice of a bucket a layer

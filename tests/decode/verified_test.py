@@ -290,8 +290,10 @@ def test_where_passes_cost_as_many_steps_drafts_are_left_to_slack(threshold):
     np.testing.assert_array_equal(seen.passes, np.sum(state.generation.exit_layers > 0, axis=1))
 
 
-def test_a_pass_asks_the_full_head_once_for_all_of_its_positions():
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_pass_asks_the_full_head_once_for_all_of_its_positions(monkeypatch, wide):
   """Read off what is compiled: one product with the head for every size of a pass."""
+  monkeypatch.setattr(platforms, "has_wide_vectors", lambda: wide)
   made = toy()
   program = program_lib.Program(made.config, exits.Verified(2, num_drafts=4), engine.LENGTH)
   rows = 4
@@ -300,7 +302,8 @@ def test_a_pass_asks_the_full_head_once_for_all_of_its_positions():
   decode = jax.jit(lambda *args: program.decode_state(*args).generation)
   pieces = made.sizes.num_pieces
   found = re.findall(
-    rf"stablehlo.dot_general .*-> tensor<(\d+)x{pieces}xf32>", decode.lower(*args).as_text()
+    rf"(?:dot_general|calm_product).*-> tensor<(\d+)x{pieces}xf32>",
+    decode.lower(*args).as_text(),
   )
   assert sorted(map(int, found)) == [rows * size for size in (1, 5)]
 
@@ -356,5 +359,6 @@ def test_a_large_head_in_8_bits_makes_steps_and_passes_cheaper(unsigned, monkeyp
 def test_layers_in_columns_make_passes_of_several_positions_cheaper_still(monkeypatch):
   """Many rows of them take hardly longer than one."""
   monkeypatch.setattr(columns, "LEAST_NUMBERS", 1)
+  monkeypatch.setattr(platforms, "has_wide_vectors", lambda: False)  # else one thread has them
   ratio = planned(engine.toy(), layout="columns") / planned(engine.toy())
   assert np.all(ratio < 1) and np.all(ratio[1:] < ratio[0])

@@ -49,6 +49,13 @@ def test_the_argmax_is_the_float32_heads(batch, pieces):
   check(drawn(pieces), states_of(batch))
 
 
+def test_long_parts_are_cut_to_what_a_stack_holds(monkeypatch):
+  monkeypatch.setattr(native_heads, "MOST_PIECES", 7)
+  check(drawn(100), states_of(33))
+  sizes = str(jax.make_jaxpr(native.greedy)(drawn(100), states_of(33)))
+  assert f"f32[{33 * 15 // calls.PIECES},3]" in sizes
+
+
 def test_codes_with_a_sign_say_the_same(monkeypatch):
   made = []
   for unsigned in (True, False):

@@ -37,8 +37,9 @@ ENGINES = {
 
 @pytest.fixture
 def small(monkeypatch):
-  """Attention of any size is native, whatever this machine has."""
-  monkeypatch.setattr(native_attention, "LEAST_NUMBERS", 0)
+  """Attention of any size is shared, whatever this machine has."""
+  monkeypatch.setattr(native_attention, "AWAKE_NUMBERS", 0)
+  monkeypatch.setattr(native_attention, "ASLEEP_NUMBERS", 0)
   monkeypatch.setattr(calls, "_num_cores", lambda: 2)
 
 
@@ -96,7 +97,7 @@ def test_the_numbers_of_xla(batch, heads, head_dim, length, bias):
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("batch", [2, 3])
+@pytest.mark.parametrize("batch", [1, 2, 3])
 def test_windows_have_the_numbers_of_xla(small, batch):
   positions, whole = 4, drawn(batch, 2, 8, 10)
   query, row = asked(batch * positions, 2, 8)
@@ -173,23 +174,31 @@ def test_the_exponential_is_that_of_numpy():
   assert (made[:2] < 1e-37).all() and (made[:2] > 0).all() and jnp.isnan(made[2])
 
 
-def test_it_is_taken_where_it_is_faster(monkeypatch):
+def test_it_is_taken_where_a_function_may_be_called(monkeypatch):
   monkeypatch.setattr(calls, "_num_cores", lambda: 2)
-  wide, narrow = drawn(8, 2, 64, 70), drawn(8, 2, 8, 4)
-  assert native.faster(wide, 8).rows.tolist() == list(range(8))
-  assert native.faster(narrow, 8) is None
-  assert native.faster(wide, 2) is None  # a bucket of few rows
-  half = dataclasses.replace(
-    wide, cross=jax.tree.map(lambda x: x.astype(jnp.bfloat16), wide.cross)
-  )
-  assert native.faster(half, 8) is None
+  whole, taken = drawn(8, 2, 8, 4), lambda whole: native.attends(whole, 8, False)
+  assert taken(whole).rows.tolist() == list(range(8))
+  for name in ("cross", "cache"):
+    halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), getattr(whole, name))
+    assert taken(dataclasses.replace(whole, **{name: halves})) is None
   with platforms.laid_out_for("tpu"):
-    assert native.faster(wide, 8) is None
-  monkeypatch.setattr(calls, "_num_cores", lambda: 1)
-  assert native.faster(wide, 8) is None
+    assert taken(whole) is None
+  for name, value in (("_num_cores", 1), ("_has_llvmlite", False)):
+    with monkeypatch.context() as patch:
+      patch.setattr(calls, name, lambda value=value: value)
+      assert taken(whole) is None
+
+
+@pytest.mark.parametrize(
+  ("length", "alone", "pieces"),
+  [(31, False, 1), (32, False, 12), (127, True, 1), (128, True, 12)],
+)
+def test_threads_share_what_is_worth_it(monkeypatch, length, alone, pieces):
+  """More of it where they have to be woken."""
   monkeypatch.setattr(calls, "_num_cores", lambda: 2)
-  monkeypatch.setattr(calls, "_has_llvmlite", lambda: False)
-  assert native.faster(wide, 8) is None
+  whole, (query, _) = drawn(8, 4, 64, length), asked(8, 4, 64)
+  made = native.attends(whole, 8, alone).to_prompt
+  assert str(jax.make_jaxpr(made)(query)).count("ffi_call[") == pieces
 
 
 def quick(function):
@@ -264,7 +273,7 @@ def test_loops_of_others_do_not_call_it(small):
   assert TARGET not in jax.jit(run).lower(toy.weights.decoder).as_text()
 
 
-def test_pieces_cover_every_head_once():
+def test_pieces_cover_every_head_once(small):
   for queries, heads in itertools.product((1, 3, 8, 33), (1, 2, 6)):
     whole, (query, _) = drawn(queries, heads, 8, 4), asked(queries, heads, 8)
     made = jax.make_jaxpr(native.NativeAttention(whole, jnp.arange(queries)).to_prompt)(query)

@@ -40,11 +40,11 @@ def test_products_without_a_sign_are_the_same_numbers(monkeypatch):
 
 
 def test_only_a_cpu_with_the_instructions_multiplies_without_a_sign(monkeypatch):
-  monkeypatch.setattr(platforms, "_has_vnni", lambda: True)
+  monkeypatch.setattr(platforms, "_processor", lambda: "flags: avx512_vnni")
   assert platforms.multiplies_unsigned() == (jax.default_backend() == "cpu")
   with platforms.laid_out_for("tpu"):
     assert not platforms.multiplies_unsigned()
-  monkeypatch.setattr(platforms, "_has_vnni", lambda: False)
+  monkeypatch.setattr(platforms, "_processor", lambda: "flags: avx2")
   assert not platforms.multiplies_unsigned()
 
 

@@ -27,7 +27,7 @@ from calm.exits import walk as walk_lib
 from calm.t5 import attention as attention_lib
 from calm.t5 import caches as caches_lib
 from calm.t5 import decoder as decoder_lib
-from calm.t5 import native, platforms
+from calm.t5 import platforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +256,8 @@ class _BoundCompacted:
       layer, decoder = step.layer, step.decoder
       row = decoder.project(layer, state.hidden)
       kept, part_row = walk.stored(layer, state, row), rows.take(row)
-      attention = self._attention(decoder.attention(layer, step.cache), rows, count)
+      whole = decoder.attention(layer, step.cache)
+      attention = self._attention(decoder, whole, rows, count)
       hidden = decoder.run_projected(layer, part.hidden, part_row, attention)
       part = inside.after(layer, part, hidden, part_row)
       hidden = layers_lib.select_rows(stays, rows.spread(part.hidden), state.hidden)
@@ -266,12 +267,16 @@ class _BoundCompacted:
     return layers_lib.select_rows(stays, rows.spread(part), state), tuple(stored)
 
   def _attention(
-    self, whole: attention_lib.Attention, rows: Bucket, count: jax.Array
+    self,
+    decoder: decoder_lib.DecoderStep,
+    whole: attention_lib.Attention,
+    rows: Bucket,
+    count: jax.Array,
   ) -> attention_lib.Attends:
     """The bucket's attention, of which `count` rows are there."""
     there = jnp.arange(len(rows.order), dtype=jnp.int32) < count
     own = jnp.where(there, rows.order, -1)
-    made = native.faster(whole, len(own), own) if self.base.task.native else None
+    made = decoder.natively(whole, len(own), own)
     if made is not None:
       return made
     part = len(rows.order) / len(rows.rank)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,9 @@ from calm.t5.attention import Attention
 from calm.t5.caches import Cache
 from calm.t5.native import calls
 
-# Keys and values that are fewer numbers each are read in less time than the calls cost.
-LEAST_NUMBERS = 2**16
+# Keys and values of so many numbers are worth a second thread: one that is awake, or one that
+# has to be woken for them.
+AWAKE_NUMBERS, ASLEEP_NUMBERS = 2**16, 2**18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,46 +25,51 @@ class NativeAttention:
     whole: the batch's.
     rows: the row of the batch that each query reads, [queries]; of queries with a negative one
       the result is 0.
+    alone: whether the layer's products are made in one thread, the others asleep.
   """
 
   whole: Attention
   rows: Int[Array, " queries"]
+  alone: bool = False
 
   def to_past(self, query: jax.Array, row: KeyValue) -> jax.Array:
     """As `Attention.to_past`."""
     cache, bias = self.whole.cache, self.whole.past_bias
     bias = bias if bias.ndim == 3 else bias[None]
     now = row.key, row.value, self.whole.current_bias
-    return attend(self.rows, query, cache.keys, cache.values, bias, now)
+    return attend(self.rows, query, cache.keys, cache.values, bias, now, self.alone)
 
   def to_prompt(self, query: jax.Array) -> jax.Array:
     """As `Attention.to_prompt`."""
     cross = self.whole.cross
-    return attend(self.rows, query, cross.keys, cross.values, self.whole.cross_bias)
+    bias = self.whole.cross_bias
+    return attend(self.rows, query, cross.keys, cross.values, bias, None, self.alone)
 
 
-def faster(
-  whole: Attention, queries: int, rows: Int[Array, " queries"] | None = None
+def attends(
+  whole: Attention,
+  queries: int,
+  alone: bool,
+  rows: Int[Array, " queries"] | None = None,
 ) -> NativeAttention | None:
-  """This attention for a batch or for some rows of it; None where XLA's own is as fast.
+  """This attention for a batch or for some rows of it; None where XLA has to compute it.
 
   Args:
     whole: the batch's.
     queries: their number.
+    alone: see `NativeAttention`.
     rows: see `NativeAttention`; None: every query reads its own.
   """
-  if not pays((whole.cross, whole.cache), queries):
+  if not (takes(whole.cross) and takes(whole.cache)):
     return None
   rows = jnp.arange(queries, dtype=jnp.int32) if rows is None else rows
-  return NativeAttention(whole, rows)
+  return NativeAttention(whole, rows, alone)
 
 
-def pays(caches: Sequence[Cache], queries: int) -> bool:
-  """Whether so many queries read one of these caches in less time than XLA takes."""
-  kinds = {leaf.dtype for leaf in jax.tree.leaves(caches)}
-  if kinds != {jnp.dtype(jnp.float32)} or caches[0].keys.ndim != 4 or not calls.available():
-    return False
-  return max(cache.keys[0].size for cache in caches) * queries >= LEAST_NUMBERS
+def takes(cache: Cache) -> bool:
+  """Whether a cache is one that can be read."""
+  float32 = cache.keys.dtype == cache.values.dtype == jnp.float32
+  return float32 and cache.keys.ndim == 4 and calls.available()
 
 
 def attend(
@@ -74,6 +79,7 @@ def attend(
   values: Float[Array, "batch heads length head_dim"],
   bias: Float[Array, "queries_batch_or_one heads_or_one length"],
   now: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+  alone: bool = False,
 ) -> Float[Array, "queries heads_head_dim"]:
   """softmax(keys query + bias) values, of every query and head.
 
@@ -85,15 +91,18 @@ def attend(
       `layers.MASK_BIAS` before the first or behind the last that is not are not read; a query
       that sees none gets 0.
     now: one key more of every query, its value [queries, heads, head_dim], bias [heads].
+    alone: see `NativeAttention`.
   """
   _, heads, head_dim = query.shape
+  enough = ASLEEP_NUMBERS if alone else AWAKE_NUMBERS
+  pieces = calls.PIECES if keys[0].size * len(query) >= enough else 1
   given = rows, *jax.tree.map(_float32, (query, keys, values, bias, *(now or ())))
   made = [
     jax.ffi.ffi_call(
       _target(head_dim, now is not None),
       jax.ShapeDtypeStruct((end - begin, head_dim), "float32"),
     )(jnp.full((), begin, jnp.int32), *given)
-    for begin, end in itertools.pairwise(calls.ends(len(query) * heads))
+    for begin, end in itertools.pairwise(calls.ends(len(query) * heads, pieces))
   ]
   return jnp.concatenate(made).reshape(len(query), -1)
 

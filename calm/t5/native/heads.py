@@ -12,6 +12,8 @@ from calm.t5.native import calls
 
 # Rounded logits that are fewer are looked through in less time than the calls cost.
 LEAST_NUMBERS = 2**16
+# Of a part: its logits lie on a thread's stack.
+MOST_PIECES = 2**14
 
 
 def greedy(
@@ -26,7 +28,7 @@ def greedy(
   (batch, _), count = states.shape, len(head.rows)
   if batch * count < LEAST_NUMBERS or head.rows.dtype != jnp.float32 or not calls.available():
     return None
-  parts = -(-calls.PIECES // batch)
+  parts = max(-(-calls.PIECES // batch), -(-count // MOST_PIECES))
   places, numbers = _asked(head, states, -(-count // parts))
   best, peak, total = jnp.moveaxis(numbers.reshape(batch, -1, 3), 2, 0)
   places = places.reshape(best.shape)

@@ -32,7 +32,7 @@ def vector_of(kind: Any) -> Any:
   return ir.VectorType(kind, LANES)
 
 
-def constant(value: float, kind: Any = FLOAT) -> ir.Constant:
+def constant(value: float, kind: Any = FLOAT) -> Any:
   """A vector of one number."""
   return ir.Constant(vector_of(kind), [value] * LANES)
 
