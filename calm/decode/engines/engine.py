@@ -33,8 +33,8 @@ class Task:
       [batch]; None: none.
     starts: position of each row's first token, [batch], where rows do not begin together
       (`refill`); None: 0.
-    native: whether attention and the argmax of an 8-bit head may be functions of this process,
-      where these are faster (`t5.native`): not in programs that are exported or that a compiler
+    native: whether attention, products and heads may be functions of this process, where these
+      are faster (`t5.native`): not in programs that are exported or that a compiler
       splits over devices.
   """
 
