@@ -233,7 +233,7 @@ class DecoderStep:
   def _times(self, x: jax.Array, matrix: Matrix) -> jax.Array:
     """`times`, natively where that is faster."""
     made = None
-    if isinstance(matrix, jax.Array) and self.alone(len(x)):
+    if self.native and isinstance(matrix, jax.Array) and self.alone(len(x)):
       made = native.product(x, matrix)
     return times(x, matrix) if made is None else made
 

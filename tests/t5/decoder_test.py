@@ -212,3 +212,17 @@ def test_float32_attention_in_a_bfloat16_model():
   cache, *_ = caches_lib.empty_caches(toy.config, 3, LENGTH)
   hidden, row = decoder.run(1, states, cache)
   assert hidden.dtype == row.key.dtype == row.value.dtype == jnp.bfloat16
+
+
+def test_the_number_of_rows_may_be_a_symbol():
+  """As T5X exports a model: for any batch."""
+  toy = engine.toy()
+  step = decoder_lib.DecoderStep(toy.weights.decoder, toy.config, engine.encode(toy), (), ())
+  (rows,) = jax.export.symbolic_shape("rows")
+  states = jax.ShapeDtypeStruct((rows, toy.config.emb_dim), jnp.float32)
+  exported = jax.export.export(jax.jit(lambda x: step.logits(1, x)))(states)
+  for count in (1, 3):
+    given = jnp.ones((count, toy.config.emb_dim))
+    np.testing.assert_allclose(
+      exported.call(given), step.logits(1, given), rtol=1e-5, atol=1e-5
+    )

@@ -49,6 +49,12 @@ def test_the_argmax_is_the_float32_heads(batch, pieces):
   check(drawn(pieces), states_of(batch))
 
 
+def test_one_core_has_one_call(monkeypatch):
+  monkeypatch.setattr(calls, "_num_cores", lambda: 1)
+  check(drawn(100), states_of(3))
+  assert str(jax.make_jaxpr(native.greedy)(drawn(100), states_of(3))).count("ffi_call[") == 1
+
+
 def test_long_parts_are_cut_to_what_a_stack_holds(monkeypatch):
   monkeypatch.setattr(native_heads, "MOST_PIECES", 7)
   check(drawn(100), states_of(33))

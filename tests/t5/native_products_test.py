@@ -21,7 +21,6 @@ from tests import engine
 def anywhere(monkeypatch):
   """Products are native, whatever this machine has."""
   monkeypatch.setattr(platforms, "has_wide_vectors", lambda: True)
-  monkeypatch.setattr(calls, "_num_cores", lambda: 2)
 
 
 def drawn(*shape: int) -> jax.Array:
@@ -66,7 +65,6 @@ def test_one_thread_multiplies_few_rows_and_small_layers(monkeypatch):
     assert not native.alone(matrix, 8)
   for owner, name, value in (
     (platforms, "has_wide_vectors", False),
-    (calls, "_num_cores", 1),
     (calls, "_has_llvmlite", False),
   ):
     with monkeypatch.context() as patch:

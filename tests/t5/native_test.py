@@ -175,7 +175,6 @@ def test_the_exponential_is_that_of_numpy():
 
 
 def test_it_is_taken_where_a_function_may_be_called(monkeypatch):
-  monkeypatch.setattr(calls, "_num_cores", lambda: 2)
   whole, taken = drawn(8, 2, 8, 4), lambda whole: native.attends(whole, 8, False)
   assert taken(whole).rows.tolist() == list(range(8))
   for name in ("cross", "cache"):
@@ -183,19 +182,23 @@ def test_it_is_taken_where_a_function_may_be_called(monkeypatch):
     assert taken(dataclasses.replace(whole, **{name: halves})) is None
   with platforms.laid_out_for("tpu"):
     assert taken(whole) is None
-  for name, value in (("_num_cores", 1), ("_has_llvmlite", False)):
-    with monkeypatch.context() as patch:
-      patch.setattr(calls, name, lambda value=value: value)
-      assert taken(whole) is None
+  monkeypatch.setattr(calls, "_has_llvmlite", lambda: False)
+  assert taken(whole) is None
 
 
 @pytest.mark.parametrize(
-  ("length", "alone", "pieces"),
-  [(31, False, 1), (32, False, 12), (127, True, 1), (128, True, 12)],
+  ("length", "alone", "cores", "pieces"),
+  [
+    (31, False, 2, 1),
+    (32, False, 2, 12),
+    (127, True, 2, 1),
+    (128, True, 2, 12),
+    (128, False, 1, 1),
+  ],
 )
-def test_threads_share_what_is_worth_it(monkeypatch, length, alone, pieces):
+def test_threads_share_what_is_worth_it(monkeypatch, length, alone, cores, pieces):
   """More of it where they have to be woken."""
-  monkeypatch.setattr(calls, "_num_cores", lambda: 2)
+  monkeypatch.setattr(calls, "_num_cores", lambda: cores)
   whole, (query, _) = drawn(8, 4, 64, length), asked(8, 4, 64)
   made = native.attends(whole, 8, alone).to_prompt
   assert str(jax.make_jaxpr(made)(query)).count("ffi_call[") == pieces

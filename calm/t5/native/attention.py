@@ -95,7 +95,7 @@ def attend(
   """
   _, heads, head_dim = query.shape
   enough = ASLEEP_NUMBERS if alone else AWAKE_NUMBERS
-  pieces = calls.PIECES if keys[0].size * len(query) >= enough else 1
+  pieces = calls.pieces(keys[0].size * len(query) >= enough)
   given = rows, *jax.tree.map(_float32, (query, keys, values, bias, *(now or ())))
   made = [
     jax.ffi.ffi_call(

@@ -19,8 +19,14 @@ _lock = threading.Lock()
 
 
 def available() -> bool:
-  """Whether XLA can be given functions that LLVM compiles, and has threads to share them."""
-  return platforms.runs_in_this_process() and _has_llvmlite() and _num_cores() > 1
+  """Whether XLA can be given functions that LLVM compiles."""
+  return platforms.runs_in_this_process() and _has_llvmlite()
+
+
+def pieces(worth: bool = True) -> int:
+  """Calls that a function is divided into: several where it is worth that XLA's threads share
+  them, and XLA has more than one."""
+  return PIECES if worth and _num_cores() > 1 else 1
 
 
 def target(name: str, make: Callable[[], Any]) -> str:
@@ -38,10 +44,10 @@ def target(name: str, make: Callable[[], Any]) -> str:
   return name
 
 
-def ends(count: int, pieces: int = PIECES) -> list[int]:
-  """Where the parts of so many equal ones end, from 0 on: as many as `pieces`, none empty."""
-  pieces = min(pieces, count)
-  return [i * count // pieces for i in range(pieces + 1)]
+def ends(count: int, parts: int) -> list[int]:
+  """Where so many parts of equal ones end, from 0 on: none is empty, so there may be fewer."""
+  parts = min(parts, count)
+  return [i * count // parts for i in range(parts + 1)]
 
 
 def _num_cores() -> int:

@@ -28,7 +28,7 @@ def greedy(
   (batch, _), count = states.shape, len(head.rows)
   if batch * count < LEAST_NUMBERS or head.rows.dtype != jnp.float32 or not calls.available():
     return None
-  parts = max(-(-calls.PIECES // batch), -(-count // MOST_PIECES))
+  parts = max(-(-calls.pieces() // batch), -(-count // MOST_PIECES))
   places, numbers = _asked(head, states, -(-count // parts))
   best, peak, total = jnp.moveaxis(numbers.reshape(batch, -1, 3), 2, 0)
   places = places.reshape(best.shape)
@@ -53,7 +53,7 @@ def _asked(
     jax.ffi.ffi_call(
       _target(len(codes)), (_shape(end - begin, dtype="int32"), _shape(end - begin, 3))
     )(jnp.array([begin, size, offset], jnp.int32), *given, head.rows)
-    for begin, end in itertools.pairwise(calls.ends(count))
+    for begin, end in itertools.pairwise(calls.ends(count, calls.pieces()))
   ]
   places, numbers = zip(*made, strict=True)
   return jnp.concatenate(places), jnp.concatenate(numbers)
