@@ -48,17 +48,17 @@ class _Piece:
     for i, _ in w.loop(zero, self._count, 1):
       place = w.b.add(self._begin, i)
       query, head = w.b.udiv(place, self._heads), w.b.urem(place, self._heads)
-      row = w.load_index(w.at(self._rows, zero, zero, query))
+      row = w.load_index(w.item(self._rows, query))
       out = self._at(self._out, i)
       with w.b.if_else(w.b.icmp_signed("<", row, zero)) as (absent, present):
         with absent:
           for part, mask in self._parts:
-            w.store(constant(0.0), w.at(out, zero, zero, part), mask)
+            w.store(constant(0.0), w.item(out, part), mask)
         with present:
           self._attend(query, head, row, out)
 
   def _attend(self, query: Any, head: Any, row: Any, out: Any) -> None:
-    w, b, zero = self._w, self._w.b, number(0)
+    w, b = self._w, self._w.b
     of_query = b.add(b.mul(query, self._heads), head)
     cached = b.mul(b.add(b.mul(row, self._heads), head), self._length)
     keys, values = self._at(self._keys, cached), self._at(self._values, cached)
@@ -72,21 +72,21 @@ class _Piece:
       weight = w.exp(b.fsub(part, w.spread(peak)))
       if mask is not None:
         weight = b.select(mask, weight, constant(0.0))
-      w.store(weight, w.at(self._weights, zero, zero, place), mask)
+      w.store(weight, w.item(self._weights, place), mask)
       totals[0] = b.fadd(totals[0], weight)
     own = w.exp(b.fsub(w.spread(now), w.spread(peak)))
     own = b.select(w.spread(b.fcmp_ordered(">", now, w.float(LEAST))), own, constant(0.0))
     total = b.fadd(w.spread(w.folded(totals[0], b.fadd)), own)
     mixed = [b.fmul(own, part) for part in own_value]
     for key, sums in w.loop(first, last, 1, mixed):
-      weight = w.spread(w.load_one(w.at(self._weights, zero, zero, key)))
+      weight = w.spread(w.load_one(w.item(self._weights, key)))
       parts = self._vectors(self._at(values, key))
       sums[:] = [w.fused(weight, part, sum_) for part, sum_ in zip(parts, sums, strict=True)]
     # 0 where no key is seen; NaN stays.
     nothing = b.fcmp_ordered("==", total, constant(0.0))
     scale = b.select(nothing, constant(0.0), b.fdiv(constant(1.0), total))
     for (part, mask), sum_ in zip(self._parts, mixed, strict=True):
-      w.store(b.fmul(sum_, scale), w.at(out, zero, zero, part), mask)
+      w.store(b.fmul(sum_, scale), w.item(out, part), mask)
 
   def _bias(self, query: Any, head: Any, row: Any) -> Any:
     """Where the biases of a query's keys begin: its own, its row's, or everybody's."""
@@ -118,16 +118,16 @@ class _Piece:
       return w.float(LEAST), [constant(0.0)] * len(self._parts)
     keys, values, bias = self._now
     score = self._product(asked, self._at(keys, of_query))
-    score = w.b.fadd(score, w.load_one(w.at(bias, number(0), number(0), head)))
+    score = w.b.fadd(score, w.load_one(w.item(bias, head)))
     return score, self._vectors(self._at(values, of_query))
 
   def _scores(self, asked: list[Any], keys: Any, bias: Any, seen: tuple[Any, Any], now) -> Any:
     """The largest score; scores are written to the weights."""
-    w, zero, peak = self._w, number(0), [now]
+    w, peak = self._w, [now]
     for key, values in w.loop(*seen, 1, peak):
       score = self._product(asked, self._at(keys, key))
-      score = w.b.fadd(score, w.load_one(w.at(bias, zero, zero, key)))
-      w.store(score, w.at(self._weights, zero, zero, key))
+      score = w.b.fadd(score, w.load_one(w.item(bias, key)))
+      w.store(score, w.item(self._weights, key))
       values[0] = w.larger(score, values[0])
     return peak[0]
 
@@ -140,8 +140,8 @@ class _Piece:
 
   def _vectors(self, begin: Any) -> list[Any]:
     """A head's numbers."""
-    w, zero = self._w, number(0)
-    return [w.load(w.at(begin, zero, zero, part), mask) for part, mask in self._parts]
+    w = self._w
+    return [w.load(w.item(begin, part), mask) for part, mask in self._parts]
 
   def _at(self, array: Any, place: Any) -> Any:
     """Where the head of this number begins in an array of heads."""

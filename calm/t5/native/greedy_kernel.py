@@ -17,8 +17,8 @@ def _write(w: Writer, frame: frames.Frame) -> None:
   logits, places, totals = map(frame.numbers, (logits, places, totals))
   for row, _ in w.loop(number(0), rows, 1):
     place, total = _row(w, w.at(logits, pieces, row, number(0)), pieces)
-    w.store(place, w.at(places, number(1), row, number(0)))
-    w.store(total, w.at(totals, number(1), row, number(0)))
+    w.store(place, w.item(places, row))
+    w.store(total, w.item(totals, row))
 
 
 def _row(w: Writer, logits: Any, pieces: Any) -> tuple[Any, Any]:

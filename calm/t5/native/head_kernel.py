@@ -35,7 +35,7 @@ class _Parts:
     arrays = [frame.argument(i) for i in range(9)]
     words, self._sums, self._of_head, *others = map(frame.numbers, arrays)
     self._scales, self._left, self._norms, self._rows, self._states, self._pieces = others
-    index = lambda i: w.load_index(w.at(words, number(0), number(0), number(i)))
+    index = lambda i: w.load_index(w.item(words, number(i)))
     self._begin, self._size, offset = map(index, range(3))
     self._offset = w.spread(w.b.trunc(offset, instructions.INT))
     self._count, self._batch = frame.size(arrays[1], 2), frame.size(arrays[1], 1)
@@ -57,7 +57,7 @@ class _Parts:
       peak, floor = self._bounds(row, low, b.sub(high, low))
       total = self._scored(row, low, b.sub(high, low), peak, floor)
       place = b.add(low, w.load_index(self._place))
-      w.store(b.trunc(place, instructions.INT), w.at(self._places, zero, zero, i))
+      w.store(b.trunc(place, instructions.INT), w.item(self._places, i))
       total = b.fadd(total, w.load_one(self._better))
       for j, value in enumerate((w.load_one(self._best), peak, total)):
         w.store(value, w.at(self._told, number(3), i, number(j)))
@@ -77,19 +77,19 @@ class _Parts:
       for i in range(self._num_codes)
     ]
     carried = [constant(LEAST), constant(LEAST)]
-    at = lambda array, place: w.at(array, zero, zero, b.add(low, place))
+    at = lambda array, place: w.item(array, b.add(low, place))
     for place, scales, mask in w.parts(at(self._scales, zero), zero, count, carried):
       load = lambda array, place=place, mask=mask: w.load(at(array, place), mask)
       away = b.mul(self._offset, w.load_ints(at(self._of_head, place), mask))
       logits = constant(0.0)
       for codes, step in zip(sums, steps, strict=True):
-        whole = b.sub(w.load_ints(w.at(codes, zero, zero, place), mask), away)
+        whole = b.sub(w.load_ints(w.item(codes, place), mask), away)
         logits = w.fused(b.sitofp(whole, logits.type), step, logits)
       logits = b.fmul(logits, scales)
       slack = w.fused(of_left, load(self._left), b.fmul(of_norms, load(self._norms)))
       upper, least = b.fadd(logits, slack), b.fsub(logits, slack)
-      w.store(logits, w.at(self._logits, zero, zero, place), mask)
-      w.store(upper, w.at(self._upper, zero, zero, place), mask)
+      w.store(logits, w.item(self._logits, place), mask)
+      w.store(upper, w.item(self._upper, place), mask)
       if mask is not None:
         logits, least = (b.select(mask, x, constant(LEAST)) for x in (logits, least))
       carried[:] = w.larger(logits, carried[0]), w.larger(least, carried[1])
@@ -109,7 +109,7 @@ class _Parts:
     totals = [constant(0.0)]
     for place, logits, mask in w.parts(self._logits, zero, count, totals):
       shares = w.exp(b.fsub(logits, w.spread(peak)))
-      upper = w.load(w.at(self._upper, zero, zero, place), mask, LEAST)
+      upper = w.load(w.item(self._upper, place), mask, LEAST)
       asked = b.fcmp_ordered(">=", upper, w.spread(floor))
       if mask is not None:
         shares, asked = b.select(mask, shares, constant(0.0)), b.and_(asked, mask)
@@ -117,7 +117,7 @@ class _Parts:
       with b.if_then(w.any(asked)):
         end = w.least(b.add(place, number(instructions.LANES)), count)
         for j, _ in w.loop(place, end, 1):
-          upper = w.load_one(w.at(self._upper, zero, zero, j))
+          upper = w.load_one(w.item(self._upper, j))
           with b.if_then(b.fcmp_ordered(">=", upper, floor)):
             self._score(row, low, j, peak)
     return w.folded(totals[0], b.fadd)
@@ -129,10 +129,10 @@ class _Parts:
     piece = w.at(self._pieces, self._emb, b.add(low, j), zero)
     sums = [constant(0.0)]
     for place, part, mask in w.parts(state, zero, self._emb, sums):
-      sums[0] = w.fused(part, w.load(w.at(piece, zero, zero, place), mask), sums[0])
+      sums[0] = w.fused(part, w.load(w.item(piece, place), mask), sums[0])
     logit = w.folded(sums[0], b.fadd)
     share = lambda logit: w.exp(b.fsub(w.spread(logit), w.spread(peak)))
-    rounded = w.load_one(w.at(self._logits, zero, zero, j))
+    rounded = w.load_one(w.item(self._logits, j))
     more = w.folded(b.fsub(share(logit), share(rounded)), lambda one, other: one)
     w.store(b.fadd(w.load_one(self._better), more), self._better)
     with b.if_then(b.fcmp_ordered(">", logit, w.load_one(self._best))):

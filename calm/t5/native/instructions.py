@@ -79,7 +79,7 @@ class Writer:
     `carried` is to be set to the next values, as in `loop`. The last vector, the only one with
     a mask, has `instead` where that says no.
     """
-    at = lambda place: self.at(row, number(0), number(0), place)
+    at = lambda place: self.item(row, place)
     whole = self.b.add(begin, self.below(self.b.sub(end, begin), LANES))
     for place, _ in self.loop(begin, whole, LANES, carried):
       yield place, self.load(at(place)), None
@@ -98,7 +98,10 @@ class Writer:
 
   def at(self, array: Any, row_size: Any, row: Any, column: Any) -> Any:
     """The address of a number of an array of rows."""
-    place = self.b.add(self.b.mul(row, row_size), column)
+    return self.item(array, self.b.add(self.b.mul(row, row_size), column))
+
+  def item(self, array: Any, place: Any) -> Any:
+    """The address of a number of an array."""
     return self.b.add(array, self.b.mul(place, number(_BYTES)))
 
   def below(self, value: Any, power: int) -> Any:
