@@ -154,7 +154,7 @@ class BoundPasses:
         task.encoded.bias,
         task.config.float32_attention_logits,
         task.native,
-        decoder.alone(len(hidden)),
+        decoder.alone(hidden),
       )
       hidden = decoder.run_projected(layer, hidden, row, attention)
     return hidden, tuple(made)

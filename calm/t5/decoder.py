@@ -133,20 +133,20 @@ class DecoderStep:
   def run(self, layer: int, hidden: jax.Array, cache: Cache) -> tuple[jax.Array, KeyValue]:
     """One decoder layer (Eq. 3): d^{i-1} [batch, emb_dim] -> d^i and its key and value."""
     row, attention = self.project(layer, hidden), self.attention(layer, cache)
-    attends = self.natively(attention, len(hidden)) or attention
+    attends = self.natively(attention, hidden) or attention
     return self.run_projected(layer, hidden, row, attends), row
 
   def natively(
-    self, attention: Attention, queries: int, rows: jax.Array | None = None
+    self, attention: Attention, states: jax.Array, rows: jax.Array | None = None
   ) -> Attends | None:
-    """`native.attends`, where that may be."""
+    """`native.attends` for the queries of these states, where that may be."""
     if not self.native:
-      return None
-    return native.attends(attention, queries, self.alone(queries), rows)
+      return None  # before the states are counted: their number may be a symbol
+    return native.attends(attention, len(states), self.alone(states), rows)
 
-  def alone(self, rows: int) -> bool:
+  def alone(self, states: jax.Array) -> bool:
     """Whether products of so many rows are made in one thread, natively."""
-    return self.native and native.alone(self.weights.layers[0].mlp_out, rows)
+    return self.native and native.alone(self.weights.layers[0].mlp_out, len(states))
 
   def run_projected(
     self, layer: int, hidden: jax.Array, row: KeyValue, attention: Attends
@@ -233,7 +233,7 @@ class DecoderStep:
   def _times(self, x: jax.Array, matrix: Matrix) -> jax.Array:
     """`times`, natively where that is faster."""
     made = None
-    if self.native and isinstance(matrix, jax.Array) and self.alone(len(x)):
+    if isinstance(matrix, jax.Array) and self.alone(x):
       made = native.product(x, matrix)
     return times(x, matrix) if made is None else made
 

@@ -217,12 +217,25 @@ def test_float32_attention_in_a_bfloat16_model():
 def test_the_number_of_rows_may_be_a_symbol():
   """As T5X exports a model: for any batch."""
   toy = engine.toy()
-  step = decoder_lib.DecoderStep(toy.weights.decoder, toy.config, engine.encode(toy), (), ())
-  (rows,) = jax.export.symbolic_shape("rows")
-  states = jax.ShapeDtypeStruct((rows, toy.config.emb_dim), jnp.float32)
-  exported = jax.export.export(jax.jit(lambda x: step.logits(1, x)))(states)
-  for count in (1, 3):
-    given = jnp.ones((count, toy.config.emb_dim))
-    np.testing.assert_allclose(
-      exported.call(given), step.logits(1, given), rtol=1e-5, atol=1e-5
+  table = decoder_lib.bias_table(toy.weights.decoder, toy.config, LENGTH)
+
+  def run(hidden, encoded, cache):
+    step = decoder_lib.DecoderStep(
+      toy.weights.decoder, toy.config, encoded, table.at(jnp.int32(2)), table.current
     )
+    hidden, _ = step.run(1, hidden, cache)
+    return step.logits(1, hidden)
+
+  def given(rows: int):
+    encoded = jax.tree.map(lambda x: x[:rows], engine.encode(toy))
+    cache, *_ = caches_lib.empty_caches(toy.config, rows, LENGTH)
+    return jnp.ones((rows, toy.config.emb_dim)), encoded, cache
+
+  (rows,) = jax.export.symbolic_shape("rows")
+  symbolic = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), given(3)
+  )
+  exported = jax.export.export(jax.jit(lambda *leaves: run(*leaves)))(*symbolic)
+  for count in (1, 3):
+    ours, theirs = exported.call(*given(count)), run(*given(count))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)

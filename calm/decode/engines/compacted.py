@@ -84,6 +84,11 @@ class Bucket:
     """The bucket of the first `size` rows of this one."""
     return Bucket(self.order[:size], self.rank)
 
+  def present(self, count: jax.Array) -> jax.Array:
+    """Its rows, [bucket], of which the first `count` are there, and -1 for the others."""
+    there = jnp.arange(len(self.order), dtype=jnp.int32) < count
+    return jnp.where(there, self.order, -1)
+
   def take(self, tree: Any) -> Any:
     """The bucket's rows of arrays [batch, ...]."""
     return jax.tree.map(lambda x: _rows(x, self.order), tree)
@@ -257,7 +262,8 @@ class _BoundCompacted:
       row = decoder.project(layer, state.hidden)
       kept, part_row = walk.stored(layer, state, row), rows.take(row)
       whole = decoder.attention(layer, step.cache)
-      attention = self._attention(decoder, whole, rows, count)
+      native = decoder.natively(whole, part.hidden, rows.present(count))
+      attention = native or self._attention(whole, rows, count)
       hidden = decoder.run_projected(layer, part.hidden, part_row, attention)
       part = inside.after(layer, part, hidden, part_row)
       hidden = layers_lib.select_rows(stays, rows.spread(part.hidden), state.hidden)
@@ -267,18 +273,9 @@ class _BoundCompacted:
     return layers_lib.select_rows(stays, rows.spread(part), state), tuple(stored)
 
   def _attention(
-    self,
-    decoder: decoder_lib.DecoderStep,
-    whole: attention_lib.Attention,
-    rows: Bucket,
-    count: jax.Array,
+    self, whole: attention_lib.Attention, rows: Bucket, count: jax.Array
   ) -> attention_lib.Attends:
-    """The bucket's attention, of which `count` rows are there."""
-    there = jnp.arange(len(rows.order), dtype=jnp.int32) < count
-    own = jnp.where(there, rows.order, -1)
-    made = decoder.natively(whole, len(own), own)
-    if made is not None:
-      return made
+    """The bucket's attention as XLA computes it."""
     part = len(rows.order) / len(rows.rank)
     if platforms.attends_by_row() and part <= self.part_by_row:
       return _ByRow(whole, rows, count)
