@@ -80,16 +80,6 @@ def test_some_products_are_left_to_xla():
   assert native.product(x, matrix.astype(jnp.bfloat16)) is None
 
 
-def test_only_a_cpu_with_the_registers_has_wide_vectors(monkeypatch):
-  monkeypatch.undo()
-  monkeypatch.setattr(platforms, "_processor", lambda: "flags: fma avx512f")
-  assert platforms.has_wide_vectors() == (jax.default_backend() == "cpu")
-  with platforms.laid_out_for("tpu"):
-    assert not platforms.has_wide_vectors()
-  monkeypatch.setattr(platforms, "_processor", lambda: "flags: fma avx2")
-  assert not platforms.has_wide_vectors()
-
-
 @pytest.mark.parametrize("pieces", [1, 2, 15, 16, 17, 33, 1000])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_the_most_likely_token_is_xlas(rows, pieces):
@@ -121,11 +111,16 @@ def test_many_logits_are_left_to_xla():
   assert native.likeliest(jnp.zeros((1, 32128))) is not None
 
 
-@pytest.mark.parametrize("adapts", [True, False])
-@pytest.mark.parametrize("rule", ["static", "drafts"])
-def test_programs_decode_the_same(rule, adapts):
+@pytest.mark.parametrize(
+  "rule",
+  [
+    exits.StaticExit(),
+    *(exits.Verified(1, 3, "full", adapts=adapts) for adapts in (True, False)),
+  ],
+  ids=["static", "drafts that adapt", "drafts"],
+)
+def test_programs_decode_the_same(rule):
   toy, active = engine.toy(), jnp.arange(len(engine.PROMPTS)) != 3
-  rule = exits.StaticExit() if rule == "static" else exits.Verified(1, 3, "full", adapts=adapts)
   made = []
   for allowed in (True, False):
     program = program_lib.Program(toy.config, rule, engine.LENGTH, native=allowed)

@@ -1,5 +1,6 @@
 """What depends on the platform that a program is made for."""
 
+import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
@@ -33,3 +34,16 @@ def test_positions_that_are_written_together_fill_a_tile_and_not_the_lanes():
     assert positions() == [8, 4, 1, 1, 2, 2]
   with platforms.laid_out_for("cpu"):
     assert positions() == [1] * 6
+
+
+@pytest.mark.parametrize(
+  ("asked", "flag"),
+  [(platforms.multiplies_unsigned, "avx512_vnni"), (platforms.has_wide_vectors, "avx512f")],
+)
+def test_only_a_cpu_with_the_instructions_is_said_to_have_them(monkeypatch, asked, flag):
+  monkeypatch.setattr(platforms, "_processor", lambda: f"flags: fma {flag}")
+  assert asked() == (jax.default_backend() == "cpu")
+  with platforms.laid_out_for("tpu"):
+    assert not asked()
+  monkeypatch.setattr(platforms, "_processor", lambda: "flags: fma avx2")
+  assert not asked()

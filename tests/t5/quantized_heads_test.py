@@ -39,15 +39,6 @@ def test_products_without_a_sign_are_the_same_numbers(monkeypatch):
   np.testing.assert_array_equal(*found)
 
 
-def test_only_a_cpu_with_the_instructions_multiplies_without_a_sign(monkeypatch):
-  monkeypatch.setattr(platforms, "_processor", lambda: "flags: avx512_vnni")
-  assert platforms.multiplies_unsigned() == (jax.default_backend() == "cpu")
-  with platforms.laid_out_for("tpu"):
-    assert not platforms.multiplies_unsigned()
-  monkeypatch.setattr(platforms, "_processor", lambda: "flags: avx2")
-  assert not platforms.multiplies_unsigned()
-
-
 @pytest.mark.parametrize("batch", [1, 3, 8, 17])
 @pytest.mark.parametrize("outlier", [1.0, 100.0])
 @pytest.mark.usefixtures("unsigned")
