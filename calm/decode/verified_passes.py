@@ -9,7 +9,7 @@ from flax import struct
 from jax import lax
 
 from calm import exits
-from calm.decode import drafting, engines, verified
+from calm.decode import drafting, engines, ordering, verified
 from calm.decode.engines import deferred
 from calm.exits import verified as verified_lib
 from calm.t5 import caches as caches_lib
@@ -74,7 +74,7 @@ class BoundPasses:
   def draft(self, work: Work, cache, token, at, wanted):
     hidden, k = self.task.weights.embedding[token], self.rule.draft_layer
     hidden, rows = self._one(1, hidden, cache[:k], work.positions + at)
-    lower = _written(cache[:k], rows, engines.after(work.positions + at, hidden))
+    lower = _written(cache[:k], rows, work.positions + at, hidden)
     states = lax.dynamic_update_slice_in_dim(work.states, hidden[:, None], at, axis=1)
     nothing = verified_lib.Draft(jnp.zeros_like(token), jnp.zeros(token.shape, jnp.float32))
     made = lax.cond(wanted, self._head, lambda hidden: nothing, hidden)
@@ -107,7 +107,7 @@ class BoundPasses:
     first = self.rule.draft_layer + 1
     if size == 1:
       hidden, rows = self._one(first, work.states[:, 0], upper, work.positions)
-      caches = _written(upper, rows, engines.after(work.positions, hidden))
+      caches = _written(upper, rows, work.positions, hidden)
     else:
       hidden, caches = self._several(first, work.states[:, :size], upper, work.positions)
     drafts = drafted.tokens[:, :size]
@@ -167,10 +167,10 @@ class BoundPasses:
     )
 
 
-def _written(caches, rows, positions: jax.Array):
+def _written(caches, rows, positions: jax.Array, last: jax.Array):
   """Every layer's cache with its row [batch, heads, 1, head_dim] written at `positions`."""
-  pairs = zip(caches, rows, strict=True)
-  return tuple(windows.write_window(cache, row, positions) for cache, row in pairs)
+  each = zip(caches, rows, ordering.after_each(positions, rows, last), strict=True)
+  return tuple(windows.write_window(cache, row, where) for cache, row, where in each)
 
 
 def bind(task: engines.Task, rule: exits.Verified, eos_id: Any) -> verified.Verifying:

@@ -1,5 +1,7 @@
 """Where keys and values lie: self-attention caches, and cross-attention once a prompt."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -96,18 +98,18 @@ def length(caches: tuple[Cache, ...]) -> int:
 def write_rows(
   caches: tuple[Cache, ...],
   rows: tuple[KeyValue, ...],
-  position: jax.Array,
+  positions: Sequence[jax.Array],
   keeps: jax.Array | None = None,
 ) -> tuple[Cache, ...]:
   """Writes one position's keys and values, one update in place a layer.
 
   Args:
     caches, rows: one entry a layer.
-    position: where.
+    positions: where, one entry a layer: the same, each known once its cache may be written.
     keeps: rows of the batch that stay as they are, [batch] bool; None: none does.
   """
 
-  def put(cache, row):
+  def put(cache, row, position):
     row, axis = as_positions(row[:, None], cache), cache.ndim - 2
     if keeps is not None:
       old = lax.dynamic_slice_in_dim(cache, position, 1, axis=axis)
@@ -115,8 +117,8 @@ def write_rows(
     return lax.dynamic_update_slice_in_dim(cache, row, position, axis=axis)
 
   return tuple(
-    Cache(put(cache.keys, row.key), put(cache.values, row.value))
-    for cache, row in zip(caches, rows, strict=True)
+    Cache(put(cache.keys, row.key, position), put(cache.values, row.value, position))
+    for cache, row, position in zip(caches, rows, positions, strict=True)
   )
 
 

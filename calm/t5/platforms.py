@@ -109,6 +109,11 @@ def runs_in_this_process() -> bool:
   return _on("cpu")
 
 
+def wakes_threads() -> bool:
+  """Whether operations that are ready together are given to other threads, as XLA:CPU does."""
+  return _on("cpu")
+
+
 def grows_caches() -> bool:
   """Whether decoding under a long limit begins with short caches (`decode.staged`).
 

@@ -97,3 +97,42 @@ def large(text: str, elements: int) -> list[Operation]:
     )
 
   return [x for x in in_loops(text) if x.elements >= elements and not in_place(x)]
+
+
+def most_ready(text: str) -> int:
+  """Most operations of one turn of a loop that have their inputs at the same time.
+
+  As XLA:CPU takes them, first come, first served, if buffers set no other order.
+  """
+  module = computations(text)
+  bodies = {
+    operation.calls[1 if "condition=" in operation.text.split("body=")[0] else 0]
+    for operations in module.values()
+    for operation in operations
+    if operation.opcode == "while"
+  }
+  return max(_most_ready(module[name]) for name in bodies)
+
+
+def _most_ready(operations: list[Operation]) -> int:
+  """The same of one computation."""
+  needs: dict[str, set[str]] = {}
+  free: dict[str, set[str]] = {}
+  for operation in operations:
+    name, inputs = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", operation.text).groups()
+    inputs = inputs.split(f" {operation.opcode}(", 1)[1].split("), ", 1)[0]
+    names = set(re.findall(r"%([\w.\-]+)", inputs))
+    known = {each for other in names for each in free.get(other, {other})}
+    is_free = operation.opcode in FREE - {"while", "conditional"}
+    (free if is_free else needs)[name] = known
+  ready, most = [name for name, inputs in needs.items() if not inputs], 0
+  done: set[str] = set(ready)
+  finished: set[str] = set()
+  while ready:
+    most = max(most, len(ready))
+    finished.add(ready.pop(0))
+    new = [name for name in needs if name not in done and needs[name] <= finished]
+    ready += new
+    done |= set(new)
+  assert len(finished) == len(needs)
+  return most

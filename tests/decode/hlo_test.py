@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import pytest
 
 from calm import exits
-from calm.decode import engines, staged
+from calm.decode import compiled as compiled_lib
+from calm.decode import engines, ordering, staged
 from calm.decode import program as program_lib
-from calm.decode.engines import eager
 from calm.exits import confidence
+from calm.exits.layers import KeyValue
 from calm.t5 import columns, platforms
 from tests import engine
 from tests.decode import hlo
@@ -33,9 +34,9 @@ def hlo_of(function, leaves) -> str:
   return jax.jit(function).lower(leaves).compile(USERS_HLO).as_text()
 
 
-def compiled(rule, made, rows: int = 8, **read: str) -> str:
+def compiled(rule, made, rows: int = 8, layers: int = 3, **read: str) -> str:
   """HLO of a toy's decode at B = 8 (or fewer) and length 512."""
-  toy = engine.toy(num_decoder_layers=3, num_encoder_layers=1)
+  toy = engine.toy(num_decoder_layers=layers, num_encoder_layers=1)
   program = program_lib.Program(toy.config, rule, LENGTH, engine=made)
   encoded = engine.encode(toy, engine.PROMPTS[:rows])
   weights = toy.weights
@@ -140,10 +141,33 @@ def test_no_operation_of_a_pass_over_drafts_makes_half_of_a_layers_cache(rows):
 
 def test_the_check_finds_caches_that_are_copied(monkeypatch):
   """Meta: where nothing ties the update to the reads, XLA copies the cache."""
-  monkeypatch.setattr(eager, "after", lambda position, made: position)
+  monkeypatch.setattr(ordering, "after", lambda position, made: position)
   text = compiled(exits.DynamicExits(confidence.State()), engines.Eager())
   opcodes = {operation.opcode for operation in hlo.large(text, half_a_layers_cache())}
   assert "copy" in opcodes
+
+
+@pytest.mark.parametrize("rule", [SHALLOW, STATIC])
+def test_fewer_than_ten_operations_of_a_row_are_ready_at_once(rule):
+  """Else XLA:CPU wakes a thread at every token, whatever the number of layers."""
+  assert hlo.most_ready(compiled(rule, None, rows=1, layers=6)) < 10
+
+
+def test_the_check_finds_updates_that_are_ready_together(monkeypatch):
+  """Meta: where all of them wait for the last layer."""
+  last = lambda position, rows, made: [ordering.after(position, made)] * len(rows)
+  monkeypatch.setattr(ordering, "after_each", last)
+  compiled_lib.drop_all()  # those of other tests
+  assert hlo.most_ready(compiled(STATIC, None, rows=1, layers=6)) >= 12
+
+
+def test_elsewhere_than_on_a_cpu_updates_wait_for_the_last_layer():
+  row = KeyValue(jnp.ones((1, 2, 4)), jnp.ones((1, 2, 4)))
+  for platform, different in (("tpu", 1), ("cpu", 3)):
+    with platforms.laid_out_for(platform):
+      ends = ordering.after_each(jnp.int32(4), [row] * 3, jnp.ones(2))
+    assert [int(end) for end in ends] == [4, 4, 4]
+    assert len({id(end) for end in ends}) == different
 
 
 def test_the_parser_reads_loops_and_fusions():

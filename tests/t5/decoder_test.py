@@ -42,7 +42,9 @@ def one_position(config, weights, encoded, caches, tokens, position):
     column.append(
       (hidden, decoder.logits(i, hidden), decoder.exit_logit(hidden), row, projected)
     )
-  return column, caches_lib.write_rows(caches, tuple(part[3] for part in column), position)
+  return column, caches_lib.write_rows(
+    caches, tuple(part[3] for part in column), [position] * len(caches)
+  )
 
 
 def by_steps(toy):

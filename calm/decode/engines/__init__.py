@@ -4,7 +4,7 @@ from calm.decode.engines.choice import ENGINES, MANY_ROWS, bind, by_name, defaul
 from calm.decode.engines.compacted import Compacted
 from calm.decode.engines.deferred import Deferred
 from calm.decode.engines.eager import Eager
-from calm.decode.engines.engine import Bound, Engine, Task, after, grown, shifted
+from calm.decode.engines.engine import Bound, Engine, Task, grown, shifted
 
 __all__ = [
   "ENGINES",
@@ -15,7 +15,6 @@ __all__ = [
   "Eager",
   "Engine",
   "Task",
-  "after",
   "bind",
   "by_name",
   "default_engine",

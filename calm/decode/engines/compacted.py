@@ -21,6 +21,7 @@ from flax import struct
 from jax import lax
 
 from calm import exits
+from calm.decode import ordering
 from calm.decode.engines import deferred, engine
 from calm.exits import layers as layers_lib
 from calm.exits import walk as walk_lib
@@ -212,8 +213,8 @@ class _BoundCompacted:
       old = tuple(fill.cache for fill in before)
       steps = tuple(_Step(decoder, *pair) for pair in zip(segment, old, strict=True))
       state, rows = self._switch(walk, steps, state, stays)
-      end = engine.after(position, state.hidden)
-      caches = caches_lib.write_rows(old, rows, end, task.keeps(position))
+      end = ordering.after(position, state.hidden)
+      caches = caches_lib.write_rows(old, rows, (end,) * len(old), task.keeps(position))
       filled = [jnp.where(needed, position + 1, fill.filled) for fill in before]
       fills += map(deferred.LayerFill, caches, filled)
     states = base.stored(cache.states, state, position)

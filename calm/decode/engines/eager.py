@@ -4,7 +4,8 @@ import dataclasses
 import functools
 
 from calm import exits
-from calm.decode.engines.engine import Bound, Task, after, grown, shifted
+from calm.decode import ordering
+from calm.decode.engines.engine import Bound, Task, grown, shifted
 from calm.t5 import caches
 from calm.t5 import decoder as decoder_lib
 
@@ -33,8 +34,8 @@ class Eager:
       hidden = task.embed(current)
       generated = task.generated(position)
       made = rule(decoder.layers(cache), hidden, active, task.threshold, generated)
-      end = after(position, made.head)
-      return made, caches.write_rows(cache, made.rows, end, task.keeps(position))
+      ends = ordering.after_each(position, made.rows, made.head)
+      return made, caches.write_rows(cache, made.rows, ends, task.keeps(position))
 
     same = lambda caches, position: caches
     grow = functools.partial(grown, length=task.length)

@@ -10,7 +10,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from calm import exits
 from calm.decode import loop
@@ -116,16 +115,3 @@ def grown_array(array: jax.Array, length: int, axis: int) -> jax.Array:
   missing = [(0, 0)] * array.ndim
   missing[axis] = (0, length - array.shape[axis])
   return jnp.pad(array, missing)
-
-
-def after(position: jax.Array, made: jax.Array) -> jax.Array:
-  """`position`, in a form that XLA can know only once it has `made` (any float array).
-
-  A cache that is read after its update was made would be copied whole at every step; tied to
-  what the reads lead to, the update waits for every one of them. `lax.optimization_barrier`
-  says the same, but XLA:CPU drops it before it decides on copies: with it the tests of the
-  compiled loop (hlo_test) find them.
-  """
-  bits = lax.bitcast_convert_type(made.reshape(-1)[0].astype(jnp.float32), jnp.int32)
-  # Without its lowest bit and shifted, it is never negative, whatever the float is: adds 0.
-  return position + jnp.minimum(lax.shift_right_logical(bits, 1), 0)

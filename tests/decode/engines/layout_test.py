@@ -75,7 +75,7 @@ def test_rows_that_stay_are_kept_in_either_layout():
   row = KeyValue(HEADS[:, :, 0] + 1, HEADS[:, :, 1] + 1)
   keeps = jnp.array([True, False])
   write = lambda x: caches_lib.write_rows(
-    (caches_lib.Cache(x, x),), (row,), jnp.int32(3), keeps
+    (caches_lib.Cache(x, x),), (row,), [jnp.int32(3)], keeps
   )[0]
   apart, beside = write(HEADS), write(_beside(HEADS))
   np.testing.assert_array_equal(apart.keys[0], HEADS[0])
