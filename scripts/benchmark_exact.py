@@ -35,7 +35,7 @@ import numpy as np
 
 from calm import exits, inference
 from calm.calibrate.generations import files
-from calm.decode import compiled, drafting, program, verified
+from calm.decode import compiled, drafting, program, verified_state
 from calm.paper.bench import tasks, timing
 from calm.t5 import network
 
@@ -78,12 +78,12 @@ class Forced:
     confidence = jnp.maximum(sure, made.confidence * 1e-9)
     return dataclasses.replace(made, confidence=confidence), (work[0], inner), cache
 
-  def verify(self, work, cache, drafted: verified.Drafted, threshold):
+  def verify(self, work, cache, drafted: verified_state.Drafted, made, threshold):
     inner = dataclasses.replace(drafted, work=work[1])
-    verdict, cache = self.inner.verify(work[1], cache, inner, threshold)
+    verdict, cache = self.inner.verify(work[1], cache, inner, made, threshold)
     coins = jnp.asarray(np.random.default_rng(3).random(997), jnp.float32) < self.chance
     at = work[0][:, None] + jnp.arange(drafted.tokens.shape[1])[None, :] + 101 * self.text
-    accepted = drafted.made[None, :] & coins[at % 997]
+    accepted = made[None, :] & coins[at % 997]
     # The model's own answer stays in use, or it would not be computed.
     token = jnp.where(accepted, drafted.tokens, verdict.token)
     return dataclasses.replace(verdict, accepted=accepted, token=token), cache

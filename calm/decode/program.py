@@ -13,7 +13,15 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
-from calm.decode import compiled, drafting, engines, loop, verified, verified_passes
+from calm.decode import (
+  compiled,
+  drafting,
+  engines,
+  loop,
+  verified,
+  verified_passes,
+  verified_state,
+)
 from calm.t5 import caches, decoder_weights, eight_bits, network
 from calm.t5.config import Params
 
@@ -113,7 +121,7 @@ class Program:
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
     prior: drafting.Prior | None = None,
-  ) -> "loop.DecodingState | verified.VerifiedState":
+  ) -> "loop.DecodingState | verified_state.VerifiedState":
     """Decodes greedily and returns the final state, caches filled (not compiled)."""
     if isinstance(self.rule, exits.Verified):
       made = self.passes(weights, encoded, threshold)

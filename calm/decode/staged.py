@@ -18,7 +18,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from calm import exits
-from calm.decode import compiled, drafting, engines, loop, verified, verified_passes
+from calm.decode import (
+  compiled,
+  drafting,
+  engines,
+  loop,
+  verified,
+  verified_passes,
+  verified_state,
+)
 from calm.decode import program as program_lib
 from calm.t5 import caches, platforms
 
@@ -116,7 +124,7 @@ class DraftedStage:
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
     prior: drafting.Prior | None = None,
-  ) -> verified.VerifiedState:
+  ) -> verified_state.VerifiedState:
     """As `Stage.begin`; `prior` as in `Program.decode`."""
     made = self._bind(weights, encoded, threshold)
     made = made if prior is None else dataclasses.replace(made, prior=prior)
@@ -127,9 +135,9 @@ class DraftedStage:
     self,
     weights: program_lib.ModelWeights,
     encoded: caches.Encoded,
-    state: verified.VerifiedState,
+    state: verified_state.VerifiedState,
     threshold: Float[Array, "..."],
-  ) -> verified.VerifiedState:
+  ) -> verified_state.VerifiedState:
     """As `Stage.go_on`."""
     made = self._bind(weights, encoded, threshold)
     room = verified_passes.cache_length(made.rule, self.length)

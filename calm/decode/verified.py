@@ -8,7 +8,7 @@ drafts that are refused is written over before it is read.
 
 import dataclasses
 import functools
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,28 +17,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
-from calm.decode import drafting, loop
-
-
-@struct.dataclass
-class Drafted:
-  """What a pass has drafted so far.
-
-  Attributes:
-    count: positions that ran the first layers, [].
-    tokens: the draft made at each, which the next one reads, [batch, window].
-    confidences: those of the drafts, [batch, window].
-    made: whether there is one, [window] bool.
-    work: the passes' own.
-    cache: every layer's, those of layers 1 ... k written.
-  """
-
-  count: jax.Array
-  tokens: jax.Array
-  confidences: jax.Array
-  made: jax.Array
-  work: Any
-  cache: Any
+from calm.decode import drafting, loop, ordering
+from calm.decode.verified_state import Drafted, Passes, VerifiedState
 
 
 @struct.dataclass
@@ -56,70 +36,6 @@ class _Drafting:
   token: jax.Array
   reach: drafting.Reach
   goes_on: jax.Array
-
-
-@struct.dataclass
-class VerifiedState:
-  """The loop's carry.
-
-  Attributes:
-    positions: tokens that each row has generated, [batch].
-    current: each row's last token, which its next pass reads, [batch].
-    active: rows that still generate, [batch] bool.
-    generation: filled up to `positions`.
-    log_probabilities: of the emitted tokens, [batch, length].
-    odds: how often drafts were accepted.
-    idle: drafting passes since the last one that emitted two tokens of any row, [].
-    waits: passes before the next one that drafts, [].
-    cache: every layer's.
-  """
-
-  positions: Int[Array, " batch"]
-  current: Int[Array, " batch"]
-  active: Bool[Array, " batch"]
-  generation: loop.Generation
-  log_probabilities: Float[Array, "batch length"]
-  odds: drafting.Odds
-  idle: Int[Array, ""]
-  waits: Int[Array, ""]
-  cache: Any
-
-
-class Passes(Protocol):
-  """What the loop asks of a decoder whose rows stand at `positions` [batch]."""
-
-  @property
-  def num_layers(self) -> int:
-    """L."""
-    ...
-
-  def empty(self) -> Any:
-    """Caches that hold nothing yet."""
-    ...
-
-  def begin(self, positions: jax.Array) -> Any:
-    """What a pass works on, its rows at `positions` [batch] (`Drafted.work`)."""
-    ...
-
-  def draft(
-    self, work: Any, cache: Any, token: jax.Array, at: jax.Array, wanted: jax.Array
-  ) -> tuple[exits.verified.Draft, Any, Any]:
-    """Runs layers 1 ... k on `token` [batch], `at` positions after the row's own.
-
-    Returns:
-      The draft (nothing where none is `wanted` []), the work and the caches.
-    """
-    ...
-
-  def verify(
-    self, work: Any, cache: Any, drafted: Drafted, threshold: jax.Array
-  ) -> tuple[exits.verified.Verdict, Any]:
-    """Runs the other layers and the head over the pass's positions.
-
-    Returns:
-      The verdict, [batch, window], and the caches.
-    """
-    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,29 +123,28 @@ class Verifying:
     """One pass of every active row."""
     drafts = self._every | (state.waits <= 0)
     drafted = self._draft(state, drafts)
+    made = self._made(drafted, drafts)
     verdict, cache = self.passes.verify(
-      drafted.work, drafted.cache, drafted, self._per_row(self.threshold)
+      drafted.work, drafted.cache, drafted, made, self._per_row(self.threshold)
     )
     given = self._given(state.positions)
     verdict = _obeying(verdict, given)
     ends = (verdict.token == self.eos_id) & (given == 0)
     emits = self._emits(state, drafted, verdict.accepted & ~ends)
+    state = self._record(state, made, verdict, given == 0, emits)
+    # What the pass says besides is asked for once that is written, not all of it at once.
+    emits = emits & (ordering.after(state.positions, state.log_probabilities) >= 0)[:, None]
     count = jnp.sum(emits, axis=1, dtype=jnp.int32)
     last = jnp.take_along_axis(verdict.token, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
     positions = state.positions + count
     ended = jnp.any(emits & ends, axis=1)
-    tried = emits & drafted.made[None, :] & (given == 0)
+    tried = emits & made[None, :] & (given == 0)
     idle = jnp.where(jnp.any(count > 1), 0, state.idle + drafts.astype(jnp.int32))
-    return VerifiedState(
+    return dataclasses.replace(
+      state,
       positions=positions,
       current=jnp.where(count > 0, last, state.current),
       active=state.active & ~ended & (positions < self.length),
-      generation=self._record(
-        state, jnp.sum(drafted.made, dtype=jnp.int32), verdict, given == 0, count
-      ),
-      log_probabilities=_put(
-        state.log_probabilities, verdict.log_probability, state.positions, count
-      ),
       odds=state.odds.add(tried, verdict.accepted, drafted.confidences),
       idle=idle,
       waits=jnp.where(drafts, self.plan.waits(idle), state.waits - 1),
@@ -239,18 +154,17 @@ class Verifying:
   def _draft(self, state: VerifiedState, drafts: jax.Array) -> Drafted:
     """Tokens drafted one after the other, as many as the plan or confidence allows."""
     batch, window = len(state.current), self.rule.window
+    given = self._given(state.positions)
+    plan = self.plan(state.odds, state.active, drafts)
     nothing = Drafted(
       count=jnp.zeros((), jnp.int32),
       tokens=jnp.zeros((batch, window), jnp.int32),
       confidences=jnp.zeros((batch, window), jnp.float32),
-      made=jnp.zeros((window,), bool),
       work=self.passes.begin(state.positions),
       cache=state.cache,
     )
     reach = drafting.Reach.of_first(state.active)
     begun = _Drafting(nothing, state.current, reach, jnp.ones((), bool))
-    given = self._given(state.positions)
-    plan = self.plan(state.odds, state.active, drafts)
     one = functools.partial(self._draft_one, state, given, plan)
     return lax.while_loop(lambda carry: carry.goes_on, one, begun).drafted
 
@@ -269,7 +183,6 @@ class Verifying:
       at + 1,
       put(now.tokens, made.token),
       put(now.confidences, made.confidence),
-      lax.dynamic_update_slice_in_dim(now.made, wanted[None], at, axis=0),
       work,
       cache,
     )
@@ -282,6 +195,11 @@ class Verifying:
     goes_on = (plan.goes_on(at, reach) | jnp.any(is_given)) & ~is_last
     token = jnp.where(known > 0, known, made.token)
     return _Drafting(now, token, reach.extended(), goes_on)
+
+  def _made(self, drafted: Drafted, drafts: jax.Array) -> jax.Array:
+    """Which positions have a draft, [window] bool; without slack the last has none."""
+    at = jnp.arange(self.rule.window, dtype=jnp.int32)
+    return (at < drafted.count) & drafts & (self._every | (at + 1 < self.rule.window))
 
   def _emits(self, state: VerifiedState, drafted: Drafted, leads: jax.Array) -> jax.Array:
     """Which positions of the pass become tokens, [batch, window].
@@ -306,9 +224,12 @@ class Verifying:
     at = positions[:, None] + jnp.arange(self.rule.window)[None, :]
     return jnp.take_along_axis(padded, at, axis=1)
 
-  def _record(self, state: VerifiedState, drafts: Any, verdict, free, count) -> loop.Generation:
+  def _record(self, state: VerifiedState, made, verdict, free, emits) -> VerifiedState:
+    """The state with what the pass emits written at the rows' positions."""
     old, seen = state.generation, self._seen(state)
+    count = jnp.sum(emits, axis=1, dtype=jnp.int32)
     put = lambda array, columns: _put(array, columns, state.positions, count)
+    drafts = jnp.sum(made, dtype=jnp.int32)
     verification = loop.Verification(
       drafted=put(seen.drafted, verdict.accepted & free),
       passes=seen.passes + state.active.astype(jnp.int32),
@@ -316,14 +237,17 @@ class Verifying:
       share=seen.share,
       trust=seen.trust,
     )
-    depth = jnp.where(free, self.passes.num_layers, 0)
-    return loop.Generation(
+    generation = loop.Generation(
       tokens=put(old.tokens, verdict.token),
-      exit_layers=put(old.exit_layers, depth),
+      exit_layers=put(old.exit_layers, jnp.where(free, self.passes.num_layers, 0)),
       confidences=put(old.confidences, verdict.confidence),
       rejected_confidences=put(old.rejected_confidences, verdict.rejected_confidence),
       scores=old.scores,
       verification=verification,
+    )
+    log_probabilities = put(state.log_probabilities, verdict.log_probability)
+    return dataclasses.replace(
+      state, generation=generation, log_probabilities=log_probabilities
     )
 
   def _seen(self, state: VerifiedState) -> loop.Verification:

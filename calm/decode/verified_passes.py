@@ -11,6 +11,7 @@ from jax import lax
 from calm import exits
 from calm.decode import drafting, engines, ordering, verified
 from calm.decode.engines import deferred
+from calm.decode.verified_state import Drafted
 from calm.exits import verified as verified_lib
 from calm.t5 import caches as caches_lib
 from calm.t5 import (
@@ -89,20 +90,25 @@ class BoundPasses:
       return verified_lib.Draft(best.token, jnp.exp(best.log_probability))
     return verified_lib.draft(decoder.logits(self.rule.draft_layer, hidden), None)
 
-  def verify(self, work: Work, cache, drafted: verified.Drafted, threshold):
+  def verify(self, work: Work, cache, drafted: Drafted, made, threshold):
     lower, upper = cache[: self.rule.draft_layer], cache[self.rule.draft_layer :]
     if len(self.sizes) == 1:
-      verdict, upper = self._verify(self.sizes[0], work, upper, drafted, threshold)
+      verdict, upper = self._verify(self.sizes[0], work, upper, drafted, made, threshold)
       return verdict, (*lower, *upper)
     which = jnp.sum(drafted.count > jnp.asarray(self.sizes[:-1]), dtype=jnp.int32)
-    carry = verified_lib.no_verdict(drafted.tokens.shape), upper
+    # One of them runs: what there is before is nothing but room, and ready with the drafts.
+    floats = drafted.confidences
+    room = verified_lib.Verdict(drafted.tokens, floats > 1.0, floats, floats, floats)
+    carry = room, upper
     # Loops of one turn rather than a conditional: they may write the caches in place.
     for i, size in enumerate(self.sizes):
-      body = lambda carry, size=size: self._verify(size, work, carry[1], drafted, threshold)
+      body = lambda carry, size=size: self._verify(
+        size, work, carry[1], drafted, made, threshold
+      )
       carry = deferred.run_if(which == i, body, carry)
     return carry[0], (*lower, *carry[1])
 
-  def _verify(self, size: int, work: Work, upper, drafted: verified.Drafted, threshold):
+  def _verify(self, size: int, work: Work, upper, drafted: Drafted, made, threshold):
     """The upper layers and the head over the first `size` positions."""
     first = self.rule.draft_layer + 1
     if size == 1:
@@ -113,7 +119,7 @@ class BoundPasses:
     drafts = drafted.tokens[:, :size]
     said = self._said(hidden, drafts.reshape(-1))
     said = jax.tree.map(lambda x: x.reshape(drafts.shape), said)
-    verdict = verified_lib.verdict(said, drafts, drafted.made[None, :size], threshold)
+    verdict = verified_lib.verdict(said, drafts, made[None, :size], threshold)
     missing = ((0, 0), (0, self.rule.window - size))
     return jax.tree.map(lambda x: jnp.pad(x, missing), verdict), caches
 

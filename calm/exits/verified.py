@@ -195,9 +195,3 @@ def verdict(
     rejected_confidence=jnp.where(has_draft & ~accepted, ratio, 0.0),
     log_probability=jnp.where(accepted, log_probability + said.gap, log_probability),
   )
-
-
-def no_verdict(shape: tuple[int, ...]) -> Verdict:
-  """Of positions that nothing is known of."""
-  floats = jnp.zeros(shape, jnp.float32)
-  return Verdict(jnp.zeros(shape, jnp.int32), floats > 0, floats, floats, floats)

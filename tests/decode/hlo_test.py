@@ -147,7 +147,7 @@ def test_the_check_finds_caches_that_are_copied(monkeypatch):
   assert "copy" in opcodes
 
 
-@pytest.mark.parametrize("rule", [SHALLOW, STATIC])
+@pytest.mark.parametrize("rule", [SHALLOW, STATIC, exits.Verified(1, 3, draft_head="full")])
 def test_fewer_than_ten_operations_of_a_row_are_ready_at_once(rule):
   """Else XLA:CPU wakes a thread at every token, whatever the number of layers."""
   assert hlo.most_ready(compiled(rule, None, rows=1, layers=6)) < 10
