@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
-from calm.decode import drafting, loop, ordering
+from calm.decode import drafting, loop, ordering, verified_steps
 from calm.decode.verified_state import Drafted, Passes, VerifiedState
 
 
@@ -79,13 +79,21 @@ class Verifying:
       room: positions that a pass may begin at, where the caches have room for fewer than the
         text: ends before one that would begin beyond. None: the text's.
     """
-    room = self.length if room is None else room
+    steps = verified_steps.Steps(
+      self.passes.step, self.length if room is None else room, self.eos_id, self.prefix
+    )
+    if self.plan.hopes or self.rule.measures:  # else a text waits to its end, but for slack
+      return lax.while_loop(steps.unfinished, self.run, state)
 
-    def goes_on(state: VerifiedState) -> jax.Array:
-      has_room = jnp.all(~state.active | (state.positions < room))
-      return jnp.any(state.active) & has_room
+    def due(state: VerifiedState) -> jax.Array:
+      return jnp.where(self._every, 0, steps.due(state))
 
-    return lax.while_loop(goes_on, self.run, state)
+    def turn(state: VerifiedState) -> VerifiedState:
+      state = steps.take(state, due(state))
+      drafts = lambda state: steps.unfinished(state) & (due(state) <= 0)
+      return lax.while_loop(drafts, self.run, state)
+
+    return lax.while_loop(steps.unfinished, turn, state)
 
   def summed(self, state: VerifiedState) -> VerifiedState:
     """The state with what its generation says of whole rows."""

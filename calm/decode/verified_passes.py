@@ -1,6 +1,7 @@
 """A T5 decoder as the loop over drafts asks for it: `verified.Passes` of real weights."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from flax import struct
 from jax import lax
 
 from calm import exits
-from calm.decode import drafting, engines, ordering, verified
+from calm.decode import drafting, engines, loop, ordering, verified
 from calm.decode.engines import deferred
 from calm.decode.verified_state import Drafted
 from calm.exits import verified as verified_lib
@@ -143,6 +144,16 @@ class BoundPasses:
       hidden, row = decoder.run(layer, hidden, cache)
       rows.append(jax.tree.map(lambda x: x[:, :, None], row))
     return hidden, rows
+
+  def step(self, current, position, active, cache):
+    made, cache = self._full_depth(current, position, active, cache)
+    # An argmax that no draft competes with is as likely as the argmax.
+    return dataclasses.replace(made, confidence=active.astype(jnp.float32)), cache
+
+  @functools.cached_property
+  def _full_depth(self) -> loop.Step:
+    static = dataclasses.replace(self.task, rule=exits.StaticExit())
+    return engines.Eager()(static).take_step
 
   def _several(self, first: int, states: jax.Array, caches, positions: jax.Array):
     """The same over positions beside each other, [batch, positions, emb]: [rows, emb]."""

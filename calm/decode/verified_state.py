@@ -92,3 +92,9 @@ class Passes(Protocol):
       The verdict, [batch, window], and the caches.
     """
     ...
+
+  def step(
+    self, current: jax.Array, position: jax.Array, active: jax.Array, cache: Any
+  ) -> tuple[exits.TokenExit, Any]:
+    """One token at full depth of rows that are all at `position` []: a `loop.Step`."""
+    ...

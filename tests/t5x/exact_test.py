@@ -14,12 +14,16 @@ pytestmark = setup.MARKS
 
 
 @pytest.mark.parametrize("prompt_with_targets", [False, True])
-def test_exact_decoding_is_full_depth_in_t5x_and_needs_greedy_decode(prompt_with_targets):
+@pytest.mark.parametrize("adapts", [False, True])
+def test_exact_decoding_is_full_depth_in_t5x_and_needs_greedy_decode(
+  prompt_with_targets, adapts
+):
+  """Drafts of all eight rows; as their plan adapts, none, and what is not given in steps."""
   toy, batch = engine.toy(), setup.batch()
   given = np.zeros((len(engine.PROMPTS), engine.LENGTH), np.int32)
   given[::2, 1:3] = [7, 9]
   batch = {**batch, "decoder_input_tokens": jnp.asarray(given)}
-  exact = exits.Verified(3, 3, draft_head="full", adapts=False)  # drafts of all eight rows
+  exact = exits.Verified(3, 3, draft_head="full", adapts=adapts)
   ask = lambda rule, **more: models_test.predictor(
     setup.model(toy, rule=rule, **more), prompt_with_targets=prompt_with_targets
   )(setup.params(toy), batch, {})
