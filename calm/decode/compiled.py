@@ -75,6 +75,11 @@ def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
   return traced
 
 
+def at_precision(name: str | None) -> contextlib.AbstractContextManager[Any]:
+  """Products of float32 matrices that are traced inside have this precision; None: JAX's."""
+  return contextlib.nullcontext() if name is None else jax.default_matmul_precision(name)
+
+
 def method(**options: Any) -> Callable[[Callable[..., Any]], Method]:
   """Decorates a method to be compiled once for every object and shape of its arguments.
 

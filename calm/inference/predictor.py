@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import jax
 import numpy as np
 
 from calm import checkpoints, exits
@@ -26,7 +25,7 @@ from calm.decode import program as program_lib
 from calm.decode import sharded as sharded_lib
 from calm.decode import staged as staged_lib
 from calm.exits import schedules
-from calm.inference import calibrating, compiling, procedures, views
+from calm.inference import calibrating, compiling, procedures, running, views
 from calm.inference import exact as exact_lib
 from calm.inference import outputs as outputs_lib
 from calm.inference.options import DecodeOptions, change
@@ -240,7 +239,7 @@ class Predictor:
     program = program_lib.Program(self.config, exits.StaticExit(), 1, self.eos_id)
     count = self.options.num_devices
     encoder = program if count == 1 else sharded_lib.ShardedProgram(program, count)
-    with self._precision():
+    with compiled.at_precision(self.options.matmul_precision):
       return encoder.encode(self.weights, batch.tokens)
 
   def decode(
@@ -251,17 +250,13 @@ class Predictor:
     rule: exits.Rule | None = None,
   ) -> loop.Generation:
     """Decodes the active rows of an encoded batch; numpy arrays come back."""
-    key, prior = (rule or self.options.rule, threshold), None
-    if isinstance(key[0], exits.Verified):
-      prior = self.expected_drafts.get(key, drafting.UNKNOWN)
-    # Numpy values go to the device inside the call: a tenth of a millisecond less a batch.
-    level, known = jax.tree.map(np.float32, (threshold, prior))
-    with self._precision():
-      made = jax.device_get(self.runs(rule).decode(self.weights, encoded, active, level, known))
-    if prior is not None:
-      seen = made.verification
-      shares, trusts = seen.share[active], seen.trust[active]
-      self.expected_drafts[key] = drafting.learned(prior, shares, trusts)
+    key = rule or self.options.rule, threshold
+    if not isinstance(key[0], exits.Verified):
+      return running.run(self, rule, encoded, active, threshold)
+    prior = self.expected_drafts.get(key, drafting.UNKNOWN)
+    made = running.run(self, rule, encoded, active, threshold, prior)
+    shares, trusts = made.verification.share[active], made.verification.trust[active]
+    self.expected_drafts[key] = drafting.learned(prior, shares, trusts)
     return made
 
   def resume(
@@ -282,7 +277,7 @@ class Predictor:
       resume_at: the first token of each row that may differ from `state`, [batch].
     """
     program = self.runs() if self.options.num_devices == 1 else self.program()
-    with self._precision():
+    with compiled.at_precision(self.options.matmul_precision):
       return program.resume(
         self.weights,
         encoded,
@@ -291,11 +286,6 @@ class Predictor:
         np.asarray(threshold, np.float32),
         resume_at.astype(np.int32),
       )
-
-  def _precision(self) -> contextlib.AbstractContextManager[Any]:
-    """Products of float32 matrices as the options want them; JAX compiles one program each."""
-    name = self.options.matmul_precision
-    return contextlib.nullcontext() if name is None else jax.default_matmul_precision(name)
 
   def generate(
     self,
@@ -370,7 +360,7 @@ class Predictor:
     for batches in prompt_batches.together(self.plan(texts), pooled=pooled):
       if len(batches) > 1:
         pool = pool_program.PoolProgram(self.program(rule))
-        with clock.phase("decode"), self._precision():
+        with clock.phase("decode"), compiled.at_precision(self.options.matmul_precision):
           generation = pool.decode(self.weights, batches, level, encode)
       else:
         encoded, active = encode(batches[0]), batches[0].active

@@ -1,12 +1,10 @@
-"""What a call of the model decodes with: rule, threshold and precision of products.
+"""What a call of the model decodes with: rule and threshold.
 
 This module does not import T5X.
 """
 
-import contextlib
 from typing import Any
 
-import jax
 import numpy as np
 from jax import core
 
@@ -56,8 +54,3 @@ def depth(rule: exits.Rule, default: float, given: Any) -> tuple[exits.Rule, Any
   if dynamic and given is None and threshold == schedules.NEVER_EXIT:
     return exits.StaticExit(), threshold
   return rule, threshold
-
-
-def precision(name: str | None) -> contextlib.AbstractContextManager[Any]:
-  """Products of float32 matrices that are traced inside have this precision."""
-  return contextlib.nullcontext() if name is None else jax.default_matmul_precision(name)

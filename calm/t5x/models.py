@@ -37,7 +37,7 @@ except ModuleNotFoundError as error:
   ) from error
 
 from calm import exits
-from calm.decode import engines, program
+from calm.decode import compiled, engines, program
 from calm.exits import confidence, schedules
 from calm.t5 import caches, network
 from calm.t5.config import Params
@@ -217,7 +217,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     prefix = prefixes.prefix_of(batch["decoder_input_tokens"], eos_id, prompt_with_targets)
     mesh, num_rows = _context_mesh(), prefix.shape[0]
 
-    with calls.precision(self.matmul_precision):
+    with compiled.at_precision(self.matmul_precision):
       axes = shards.row_axes(mesh, num_rows) if self._splits_rows(params) else ()
       at_rest = self.whole_decoder and shards.may_stay_whole(params)
       whole = functools.partial(shards.whole, at_rest=at_rest)
@@ -229,7 +229,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     traced, static = shards.split_options(options)
     decode = functools.partial(self._decode_rows, loop, num_decodes, static)
     key, rows = shards.key_of(options, self._decode_fn), (prefix, encoded, threshold)
-    with calls.precision(self.matmul_precision):
+    with compiled.at_precision(self.matmul_precision):
       over_rows = shards.over_rows(decode, mesh, axes)
       decodes, aux = over_rows((weights.decoder, traced), rows, key)
     pick = (lambda x: x) if return_all else (lambda x: x[:, -1])
