@@ -34,7 +34,7 @@ class Verification:
     drafts: tokens that were drafted for each row, refused ones too, [batch] int32; in a batch
       as many as the row that goes on longest.
     share: the chance that one more would have been accepted, as `drafting.Odds` estimates it,
-      [batch] float32.
+      [batch] float32; 0 where no draft was to be made.
     trust: odds of that over those that its confidence would have said, likewise.
   """
 
@@ -216,7 +216,7 @@ def resume(
 
 
 def go_on(
-  step: Step, state: DecodingState, cache: Any, *, step_limit: int, eos_id: int
+  step: Step, state: DecodingState, cache: Any, *, step_limit: Int[Array, ""] | int, eos_id: int
 ) -> DecodingState:
   """Greedy decoding of the rows that have not ended, from where a lower limit stopped them.
 

@@ -20,6 +20,7 @@ from calm.t5 import (
   decoder_weights,
   eight_bits,
   native,
+  network,
   platforms,
   quantized_heads,
   windows,
@@ -211,8 +212,8 @@ def bind(task: engines.Task, rule: exits.Verified, eos_id: Any) -> verified.Veri
   roomy = dataclasses.replace(task, length=cache_length(rule, task.length))
   table = decoder_lib.bias_table(task.weights, task.config, roomy.length)
   passes = BoundPasses(roomy, rule, _sizes(rule), table)
-  plan = _plan(task, rule)
-  return verified.Verifying(passes, rule, plan, task.threshold, task.length, eos_id)
+  made = plan(task.config, task.weights, rule, task.batch_size, task.native)
+  return verified.Verifying(passes, rule, made, task.threshold, task.length, eos_id)
 
 
 def cache_length(rule: exits.Verified, length: int) -> int:
@@ -230,16 +231,29 @@ def _sizes(rule: exits.Verified) -> tuple[int, ...]:
   return (1, rule.window) if shorter else (rule.window,)
 
 
-def _plan(task: engines.Task, rule: exits.Verified) -> drafting.Plan:
-  """What passes of every length cost, by the weights that they read and the rows they have."""
-  config, weights = task.config, task.weights
+def plan(
+  config: network.T5Config,
+  weights: decoder_weights.DecoderWeights,
+  rule: exits.Verified,
+  batch: int,
+  is_native: bool,
+) -> drafting.Plan:
+  """What passes of every length cost, by the weights that they read and the rows they have.
+
+  Args:
+    config: the model's sizes.
+    weights: its decoder.
+    rule: how many tokens are drafted.
+    batch: rows.
+    is_native: see `engines.Task.native`.
+  """
   count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
   numbers = count(dataclasses.replace(weights.layers[0], cross_key_value=()))  # once a prompt
   matrix = weights.layers[0].mlp_out
-  small = task.native and native.alone(matrix, 1)
+  small = is_native and native.alone(matrix, 1)
   layer = lambda rows: (_small(rows) if small else _layer(matrix, rows)) * numbers
   head = lambda rows: _head(weights.heads[0], rows, small)
-  batch, sizes, costs = task.batch_size, _sizes(rule), []
+  sizes, costs = _sizes(rule), []
   short = head(batch)
   if rule.draft_head == "shortlist":
     short = _rows(batch) * count(weights.shortlist)

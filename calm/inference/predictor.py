@@ -20,12 +20,12 @@ from calm.calibrate import Calibration, Procedure, Prompt, looking
 from calm.calibrate import seconds as seconds_lib
 from calm.calibrate.generations.procedures import describe_differences
 from calm.data import prompt_batches, prompt_tables
-from calm.decode import compiled, drafting, loop, pool_program
+from calm.decode import compiled, loop, pool_program
 from calm.decode import program as program_lib
 from calm.decode import sharded as sharded_lib
 from calm.decode import staged as staged_lib
 from calm.exits import schedules
-from calm.inference import calibrating, compiling, procedures, running, views
+from calm.inference import calibrating, compiling, drafts, procedures, running, views
 from calm.inference import exact as exact_lib
 from calm.inference import outputs as outputs_lib
 from calm.inference.options import DecodeOptions, change
@@ -80,11 +80,8 @@ class Predictor:
     return weights if sharded is None else sharded.replicate(weights)
 
   @functools.cached_property
-  def expected_drafts(self) -> dict[tuple[exits.Rule, float], drafting.Prior]:
-    """What texts so far had accepted, by rule and threshold: the next text begins with it.
-
-    No text depends on it; how many drafts are made, and so the seconds, do.
-    """
+  def expected_drafts(self) -> dict[tuple[exits.Verified, float], drafts.Expected]:
+    """What drafts of the texts so far were worth, by rule and threshold."""
     return {}
 
   @property
@@ -250,14 +247,10 @@ class Predictor:
     rule: exits.Rule | None = None,
   ) -> loop.Generation:
     """Decodes the active rows of an encoded batch; numpy arrays come back."""
-    key = rule or self.options.rule, threshold
-    if not isinstance(key[0], exits.Verified):
-      return running.run(self, rule, encoded, active, threshold)
-    prior = self.expected_drafts.get(key, drafting.UNKNOWN)
-    made = running.run(self, rule, encoded, active, threshold, prior)
-    shares, trusts = made.verification.share[active], made.verification.trust[active]
-    self.expected_drafts[key] = drafting.learned(prior, shares, trusts)
-    return made
+    chosen = rule or self.options.rule
+    if isinstance(chosen, exits.Verified):
+      return drafts.decode(self, encoded, active, threshold, chosen)
+    return running.run(self, rule, encoded, active, threshold)
 
   def resume(
     self,

@@ -11,6 +11,7 @@ from calm import exits
 from calm.calibrate.seconds import Pair, Seconds
 from calm.data import prompt_batches
 from calm.exits import schedules
+from calm.inference import drafts
 
 if TYPE_CHECKING:  # the predictor itself measures
   from calm.inference import predictor as predictor_lib
@@ -95,6 +96,7 @@ def _pair(models, texts, way, most: int, rounds: int, progress) -> Pair | None:
       encoder[repeat, number] = time.perf_counter() - start
       for column in (0, 1) if repeat % 2 else (1, 0):
         rule, level = ways[column]
+        drafts.are_due(models[column])
         start = time.perf_counter()
         models[column].decode(encoded, batch.active, level, rule)
         seconds[repeat, column, number] = time.perf_counter() - start

@@ -11,6 +11,7 @@ from calm.calibrate import generations
 from calm.calibrate.losses import sequence_losses
 from calm.decode import drafting
 from calm.inference import calibrating
+from calm.inference import drafts as drafts_lib
 from tests.inference import predictor_test
 
 TEXTS = [f"{word} {i}" for i in range(20) for word in ("a", "the words")]
@@ -46,26 +47,33 @@ def test_texts_are_the_full_models_and_say_how_they_came_about(model, full):
   assert all(output.passes == 0 and output.drafted == () for output in full)
 
 
+def prior_of(model, rule, threshold) -> drafting.Prior:
+  expected = model.expected_drafts.get((rule, threshold))
+  return drafting.UNKNOWN if expected is None else expected.prior
+
+
 def test_a_text_begins_with_what_those_before_it_had(model, full, monkeypatch):
   """In the same call, and in earlier ones."""
   one = model.with_options(batch_size=1)
-  rule = inference.exact_rule(one, 2)
+  rule = dataclasses.replace(inference.exact_rule(one, 2), adapts=False)
   priors, seen = [], []
   decode = inference.Predictor.decode
 
   def spy(self, encoded, active, threshold, rule):
-    priors.append(self.expected_drafts.get((rule, threshold), drafting.UNKNOWN))
+    priors.append(prior_of(self, rule, threshold))
     generation = decode(self, encoded, active, threshold, rule)
     seen.append(generation.verification)
     return generation
 
+  one.generate(TEXTS[:1], rule=rule)  # compiles, and decodes a text twice
+  one.expected_drafts.clear()
   monkeypatch.setattr(inference.Predictor, "decode", spy)
   outputs = [*one.generate(TEXTS[:4], rule=rule), *one.generate(TEXTS[4:6], rule=rule)]
   for output, expected in zip(outputs, full, strict=False):
     assert output.tokens == expected.tokens
   assert priors[0] == drafting.UNKNOWN != priors[-1]
   for before, made, after in zip(priors, seen, priors[1:], strict=False):
-    assert after == drafting.learned(before, made.share, made.trust)
+    assert after == drafting.learned(before, made.share.tolist(), made.trust.tolist())
   # Of other drafts, and of other tolerances, nothing is known.
   for other in ({"rule": dataclasses.replace(rule, draft_layer=1)}, {"threshold": 0.5}):
     count = len(priors)
@@ -82,7 +90,7 @@ def test_the_prior_says_how_many_drafts_are_made_and_changes_no_text(model, full
   def drafts(prior):
     made = 0
     for batch, encoded in batches:
-      one.expected_drafts[rule, 1.0] = prior
+      one.expected_drafts[rule, 1.0] = drafts_lib.Expected(must=False, prior=prior)
       generation = one.decode(encoded, batch.active, 1.0, rule)
       expected = full[int(batch.rows[0])].tokens
       assert generation.tokens[0, : len(expected)].tolist() == list(expected)

@@ -1,0 +1,128 @@
+"""What a predictor remembers of drafts, text after text: what they were worth.
+
+No text depends on it; how many drafts are made, and so the seconds, do.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from calm import exits
+from calm.decode import compiled, drafting, loop, verified_passes
+from calm.exits import schedules
+from calm.inference import exact, running
+
+if TYPE_CHECKING:
+  from calm.inference import predictor as predictor_lib
+  from calm.t5 import caches
+
+
+_STATIC = exits.StaticExit()
+# Most batches at full depth between two that draft.
+MOST_WAITS = 64
+
+
+@dataclasses.dataclass
+class Expected:
+  """What drafts were worth so far, under one rule and threshold.
+
+  Attributes:
+    must: whether they are made whatever they are worth.
+    prior: what the next text begins with.
+    idle: batches in turn whose passes emitted hardly more than a token each.
+    waits: batches that make no draft before the next one that does.
+    hopes: by number of rows, whether a batch has any (`drafting.Plan.hopes`).
+  """
+
+  must: bool
+  prior: drafting.Prior = drafting.UNKNOWN
+  idle: int = 0
+  waits: int = 0
+  hopes: dict[int, bool] = dataclasses.field(default_factory=dict)
+
+  def drafts(self, rows: int) -> bool:
+    """Whether the next batch, of so many rows, makes any; one that waits is counted."""
+    if self.waits == 0 or not self.hopes[rows]:
+      return self.hopes[rows]
+    self.waits -= 1
+    return False
+
+  def saw(self, made: loop.Generation, active: np.ndarray) -> None:
+    """Learns of a batch that made drafts; `made` is fetched, `active` [batch] has prompts."""
+    seen = made.verification
+    assert seen is not None
+    shares, trusts = np.asarray(seen.share)[active], np.asarray(seen.trust)[active]
+    self.prior = drafting.learned(self.prior, shares.tolist(), trusts.tolist())
+    tokens, passes = np.count_nonzero(made.exit_layers), int(np.sum(seen.passes))
+    self.idle = 0 if tokens > drafting.MARGIN * passes else self.idle + 1
+    # 1, 4, 16 ...: a text that drafts for nothing runs a program that others leave cold.
+    self.waits = 0 if self.must else min(4**self.idle // 4, MOST_WAITS)
+
+
+def decode(
+  predictor: "predictor_lib.Predictor",
+  encoded: "caches.Encoded",
+  active: np.ndarray,
+  threshold: float,
+  rule: exits.Verified,
+) -> loop.Generation:
+  """`Predictor.decode` of a rule that verifies drafts, as a program of full depth where they do
+  not pay: passes without drafts say the same, and cost more."""
+  key, rows = (rule, threshold), len(active)
+  expected = predictor.expected_drafts.get(key)
+  if expected is None:
+    expected = predictor.expected_drafts[key] = Expected(_must(predictor, threshold, rule))
+  if rows not in expected.hopes:
+    expected.hopes[rows] = expected.must or _hopes(predictor, rule, rows)
+  if not expected.drafts(rows):
+    full = running.run(predictor, _STATIC, encoded, active, schedules.NEVER_EXIT)
+    return _without_drafts(full)
+  programs = compiled.num_made()
+  made = running.run(predictor, rule, encoded, active, threshold, expected.prior)
+  # What compiles is run again by who times it, and is to be looked at once.
+  if compiled.num_made() == programs:
+    expected.saw(made, active)
+  return made
+
+
+def are_due(predictor: "predictor_lib.Predictor") -> None:
+  """The next batch makes drafts, whatever those before it were worth: to time them."""
+  for expected in predictor.expected_drafts.values():
+    expected.waits = 0
+
+
+def _must(predictor: "predictor_lib.Predictor", threshold: float, rule: exits.Verified) -> bool:
+  """Whether drafts decide something, or full depth would round otherwise than passes do."""
+  decide = threshold < 1 or not rule.adapts or rule.measures
+  return decide or not exact.can_be_exact(predictor)
+
+
+def _hopes(predictor: "predictor_lib.Predictor", rule: exits.Verified, rows: int) -> bool:
+  """Whether a batch of so many rows has any drafts."""
+  native = predictor.program(rule).native
+  each = -(-rows // predictor.options.num_devices)
+  weights = predictor.weights.decoder
+  return verified_passes.plan(predictor.config, weights, rule, each, native).hopes
+
+
+def _without_drafts(full: loop.Generation) -> loop.Generation:
+  """A generation of full depth, told as `exits.Verified` tells one that made no draft; of what
+  drafts are worth it says nothing. A call of NumPy between two texts costs microseconds."""
+  emitted = np.asarray(full.exit_layers) > 0
+  unknown = np.zeros(len(emitted), np.float32)
+  verification = loop.Verification(
+    drafted=np.zeros(emitted.shape, bool),
+    passes=np.add.reduce(emitted, axis=-1, dtype=np.int32),
+    drafts=np.zeros(len(emitted), np.int32),
+    share=unknown,
+    trust=unknown,
+  )
+  return loop.Generation(
+    tokens=full.tokens,
+    exit_layers=full.exit_layers,
+    confidences=emitted.astype(np.float32),
+    rejected_confidences=full.rejected_confidences,
+    scores=full.scores,
+    verification=verification,
+  )

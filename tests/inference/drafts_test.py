@@ -1,0 +1,166 @@
+"""What a predictor makes of drafts that turn out well, or to be worth nothing."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from calm import exits, inference
+from calm.decode import compiled, loop, verified_passes
+from calm.exits import schedules
+from calm.inference import drafts, running, seconds
+from tests.inference import predictor_test
+
+TEXTS = [f"{word} {i}" for i in range(12) for word in ("a", "the words")]
+OPTIONS = {**predictor_test.OPTIONS, "max_input_length": 16, "batch_size": 1}
+NONSENSE = exits.Verified(2, 3, stop_below=0.0)
+ACTIVE = np.ones(1, bool)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  """Its short list says what is least likely."""
+  directory = predictor_test.save(tmp_path_factory.mktemp("model") / "toy")
+  made = inference.load(directory, **OPTIONS).with_options(
+    measure="shortlist", shortlist=tuple(range(3, 60))
+  )
+  decoder = made.weights.decoder
+  decoder = dataclasses.replace(decoder, shortlist=-decoder.shortlist)
+  made.__dict__["weights"] = dataclasses.replace(made.weights, decoder=decoder)
+  return made
+
+
+@pytest.fixture(scope="module")
+def full(model):
+  return model.generate(TEXTS, rule=exits.StaticExit())
+
+
+@pytest.fixture
+def ran(model, monkeypatch):
+  """The rules of the programs that were run, batch by batch; nothing was seen before."""
+  model.__dict__.pop("expected_drafts", None)
+  rules, run = [], running.run
+
+  def spy(predictor, rule, *args):
+    rules.append(rule)
+    return run(predictor, rule, *args)
+
+  monkeypatch.setattr(running, "run", spy)
+  return rules
+
+
+def begun(model, ran, rule, **options) -> None:
+  """A program's first text is decoded twice, so that its seconds are told without compiling."""
+  model.generate(TEXTS[:1], rule=rule, **options)
+  model.expected_drafts.clear()
+  ran.clear()
+
+
+def seen(tokens: int, passes: int) -> loop.Generation:
+  """A text as `exits.Verified` tells it."""
+  row = np.zeros((1, 16), np.int32)
+  layers = row + (np.arange(16) < tokens) * 4
+  count, level = np.array([passes], np.int32), np.full(1, 0.5, np.float32)
+  verification = loop.Verification(row > 0, count, count, level, level)
+  return loop.Generation(row, layers, row * 0.0, row * 0.0, level, verification)
+
+
+def test_the_longer_drafts_bring_nothing_the_longer_they_are_let_be():
+  expected, waits = drafts.Expected(must=False), []
+  for _ in range(9):
+    expected.saw(seen(tokens=12, passes=12), ACTIVE)
+    waits.append(expected.waits)
+  assert waits == [1, 4, 16, 64, 64, 64, 64, 64, 64]
+  expected.saw(seen(tokens=12, passes=4), ACTIVE)
+  assert expected.waits == expected.idle == 0
+  assert expected.prior.texts == 10
+
+
+def test_where_drafts_decide_something_they_are_always_made():
+  expected = drafts.Expected(must=True)
+  for _ in range(9):
+    expected.saw(seen(tokens=12, passes=12), ACTIVE)
+  assert expected.waits == 0
+
+
+def test_texts_of_drafts_that_bring_nothing_are_decoded_at_full_depth(model, full, ran):
+  begun(model, ran, NONSENSE)
+  outputs = model.generate(TEXTS, rule=NONSENSE)
+  drafted = [i for i, rule in enumerate(ran) if rule == NONSENSE]
+  # Each makes the next one wait four times as long.
+  assert drafted == [0, 2, 7] and len(ran) == len(TEXTS)
+  assert {type(rule) for rule in ran} == {exits.Verified, exits.StaticExit}
+  for i, (output, expected) in enumerate(zip(outputs, full, strict=True)):
+    assert output.tokens == expected.tokens and output.exit_layers == expected.exit_layers
+    assert output.score == pytest.approx(expected.score, abs=1e-4)
+    if i not in drafted:
+      assert output.passes == len(output.tokens) and output.drafts == 0
+      assert not any(output.drafted) and set(output.confidences) == {1.0}
+
+
+def test_a_batch_at_full_depth_is_told_as_one_of_passes_is(model, ran):
+  """As far as both made no draft; rows that hold no prompt are empty in either."""
+  four = model.with_options(batch_size=4)
+  four.__dict__["weights"] = model.weights
+  (batch,) = four.plan(TEXTS[:6:2])
+  encoded = four.encode(batch)
+  made = four.decode(encoded, batch.active, 1.0, NONSENSE)
+  expected = four.expected_drafts[NONSENSE, 1.0]
+  expected.waits = 1
+  static = four.decode(encoded, batch.active, 1.0, NONSENSE)
+  assert ran[-2:] == [NONSENSE, exits.StaticExit()] and expected.waits == 0
+  assert not batch.active.all()
+  for name in ("tokens", "exit_layers", "confidences"):
+    one, other = getattr(made, name), getattr(static, name)
+    assert one.dtype == other.dtype
+    np.testing.assert_array_equal(one, other)
+  np.testing.assert_allclose(made.scores, static.scores, atol=1e-4)
+  for field in dataclasses.fields(loop.Verification):
+    one, other = (getattr(each.verification, field.name) for each in (made, static))
+    assert one.dtype == other.dtype and one.shape == other.shape
+    assert not np.any(other[~batch.active])
+  np.testing.assert_array_equal(static.verification.passes, static.num_tokens)
+
+
+def test_a_batch_that_hopes_for_no_draft_is_full_depths(model, full, ran, monkeypatch):
+  monkeypatch.setattr(verified_passes, "MANY_ROWS", 1)
+  monkeypatch.setattr(verified_passes, "MANY_ROWS_HOPE", 1e9)
+  outputs = model.generate(TEXTS[:3], rule=NONSENSE)
+  assert ran == [exits.StaticExit()] * 3
+  assert [o.tokens for o in outputs] == [o.tokens for o in full[:3]]
+  # It is no wait: the next ones hope no more.
+  assert model.expected_drafts[NONSENSE, schedules.NEVER_EXIT].waits == 0
+
+
+def test_drafts_that_are_timed_are_made_whatever_they_are_worth(model, ran):
+  timed = model.with_options(batch_size=1)
+  timed.__dict__["weights"] = model.weights
+  seconds.measure(timed, TEXTS[:6], 1.0, rule=NONSENSE, prompts=6, rounds=3)
+  assert ran.count(NONSENSE) == len(ran) / 2 > 10
+
+
+def test_a_text_that_is_decoded_twice_for_its_programs_seconds_is_looked_at_once(model, ran):
+  compiled.drop_all()
+  outputs = model.generate(TEXTS[:1], rule=NONSENSE)
+  expected = model.expected_drafts[NONSENSE, schedules.NEVER_EXIT]
+  assert ran == [NONSENSE] * 2 and expected.idle == expected.prior.texts == 1
+  assert outputs[0].drafts > 0
+
+
+@pytest.mark.parametrize(
+  ("change", "threshold"), [({}, 0.5), ({"adapts": False}, 1.0), ({"measures": True}, 1.0)]
+)
+def test_drafts_that_must_be_made_are_whatever_they_are_worth(model, ran, change, threshold):
+  rule = dataclasses.replace(NONSENSE, **change)
+  begun(model, ran, rule, threshold=threshold)
+  model.generate(TEXTS[:8], rule=rule, threshold=threshold)
+  assert ran == [rule] * 8
+
+
+def test_where_passes_round_otherwise_full_depth_does_not_stand_in(model, ran):
+  rounded = dataclasses.replace(
+    model, config=dataclasses.replace(model.config, dtype="bfloat16")
+  )
+  begun(rounded, ran, NONSENSE)
+  rounded.generate(TEXTS[:8], rule=NONSENSE)
+  assert ran == [NONSENSE] * 8
