@@ -152,6 +152,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   add("--fixed", action="store_true", help="draft as many whatever is accepted")
   add("--sure", action="store_true", help="random weights' drafts say they are certain")
   add("--learn", action="store_true", help="random weights: texts begin as those before ended")
+  add("--nonsense", action="store_true", help="tasks: lists whose drafts are never right")
   add("--results", help="writes scripts/results/RESULTS.json, for scripts/tables.py")
   return parser.parse_args(arguments)
 
@@ -249,16 +250,58 @@ def in_turn(timed: dict[str, Callable[[], Any]], repeats: int):
   return seconds, made
 
 
-def packed_rows(name: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
-  """The packed model on prompts of a task, one at a time: seconds, and whether texts agree."""
-  task = tasks.task(name)
-  model = inference.load(
+def packed(task: Any, batch_size: int) -> inference.Predictor:
+  """The packed model as it decodes a task."""
+  return inference.load(
     "packed",
     task_prefix=task.prefix,
     max_input_length=task.max_input_length,
     max_decode_length=task.max_decode_length,
-    batch_size=1,
+    batch_size=batch_size,
   )
+
+
+def nonsense_rows(name: str, size: int, flags: argparse.Namespace) -> list[dict[str, Any]]:
+  """Lists of prompts of a task, every list the first that is known of; drafts are what layer k
+  finds least likely."""
+  task = tasks.task(name)
+  model = packed(task, size)
+  decoder = model.weights.decoder
+  assert decoder.shortlist is not None  # the box has one
+  decoder = dataclasses.replace(decoder, shortlist=-decoder.shortlist)
+  vars(model)["weights"] = dataclasses.replace(model.weights, decoder=decoder)
+  prompts = tasks.read_prompts(flags.data, task, "test", limit=flags.num_prompts)
+  batches = [(model.encode(b), b.active) for b in model.plan([p.input for p in prompts])]
+
+  def run(rule: exits.Rule) -> list[Any]:
+    model.expected_drafts.clear()
+    return [model.decode(encoded, active, 1.0, rule) for encoded, active in batches]
+
+  timed = {"full depth": functools.partial(run, exits.StaticExit())}
+  for text in flags.rules:
+    layer, drafts = map(int, text.split("x"))
+    rule = exits.Verified(layer, drafts, stop_below=0.0)
+    timed[f"k = {layer}, {drafts} drafts of nonsense"] = functools.partial(run, rule)
+  seconds, made = in_turn(timed, flags.repeats)
+  setting = f"packed, {task.title}, {len(prompts)} prompts, B = {size}"
+  full = [made_once.tokens for made_once in made["full depth"][0]]
+  tokens, lines = sum(int(np.sum(batch > 0)) for batch in full), []
+  for key in timed:
+    last = made[key][-1]
+    line = row(setting, key, seconds[key], seconds["full depth"], tokens, last)
+    pairs = zip((batch.tokens for batch in last), full, strict=True)
+    equal = sum(int(np.sum(np.all(a == b, axis=1) & np.any(b > 0, axis=1))) for a, b in pairs)
+    passes = [b.verification.passes for b in last if b.verification is not None]
+    a_pass = tokens / sum(int(np.sum(each)) for each in passes) if passes else None
+    texts = f"{equal} of {len(prompts)}"
+    lines.append(line | {"tokens a pass": a_pass, "texts equal": texts})
+  return lines
+
+
+def packed_rows(name: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
+  """The packed model on prompts of a task, one at a time: seconds, and whether texts agree."""
+  task = tasks.task(name)
+  model = packed(task, 1)
   prompts = tasks.read_prompts(flags.data, task, "test", limit=flags.num_prompts)
   settings = [timing.Setting(name, rule, 1.0) for name, rule in rules(flags).items()]
   timed = timing.measure(model, prompts, settings, rounds=flags.repeats)
@@ -297,7 +340,11 @@ def main(arguments: list[str] | None = None) -> int:
   about = benchmark.machine()
   sizes = itertools.product(flags.shapes, flags.batch_sizes)
   made = [line for shape, size in sizes for line in forced_rows(shape, size, flags)]
-  made += [line for name in flags.tasks for line in packed_rows(name, flags)]
+  if flags.nonsense:
+    lists = itertools.product(flags.tasks, flags.batch_sizes)
+    made += [line for name, size in lists for line in nonsense_rows(name, size, flags)]
+  else:
+    made += [line for name in flags.tasks for line in packed_rows(name, flags)]
   columns = [name for name in made[-1] if any(line.get(name) is not None for line in made)]
   result = {
     "command": about["command"],
