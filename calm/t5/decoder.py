@@ -142,7 +142,7 @@ class DecoderStep:
     """`native.attends` for the queries of these states, where that may be."""
     if not self.native:
       return None  # before the states are counted: their number may be a symbol
-    return native.attends(attention, len(states), self.alone(states), rows)
+    return native.attends(attention, self.alone(states), rows)
 
   def alone(self, states: jax.Array) -> bool:
     """Whether products of so many rows are made in one thread, natively."""

@@ -59,6 +59,10 @@ def _slices(extended: jax.Array, first: Int[Array, " batch"], width: int) -> jax
   return of_row(first[0])[None] if len(first) == 1 else jax.vmap(of_row)(first)
 
 
+# Rows whose windows are written one after the other without a loop: its turns take longer.
+UNROLLED = 8
+
+
 @dataclasses.dataclass(frozen=True)
 class WindowAttention:
   """What positions of a window attend to, at one layer: `attention.Attends`.
@@ -97,10 +101,9 @@ class WindowAttention:
   def _attend(self, query: jax.Array, cache: Cache, bias: jax.Array) -> jax.Array:
     batch = len(self.cross_bias)
     if self.native and native.takes(cache):
-      rows = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), len(query) // batch)
-      wide = jnp.broadcast_to(bias, (batch, bias.shape[1], len(rows) // batch, bias.shape[3]))
-      by_query = jnp.swapaxes(wide, 1, 2).reshape(len(rows), *wide.shape[1::2])
-      return native.attend(rows, query, cache.keys, cache.values, by_query, None, self.alone)
+      wide = jnp.broadcast_to(bias, (batch, bias.shape[1], len(query) // batch, bias.shape[3]))
+      by_query = jnp.swapaxes(wide, 1, 2).reshape(len(query), *wide.shape[1::2])
+      return native.attend(None, query, cache.keys, cache.values, by_query, None, self.alone)
     scored = lambda x: x.astype(jnp.float32) if self.float32 else x
     rows = by_window(query, self.cross_bias.shape[0])
     # Of "bhwd,bhld->bhwl" XLA:CPU transposes the second factor: all keys, not a few queries.
@@ -136,9 +139,7 @@ def write_window(cache: Cache, window: KeyValue, positions: Int[Array, " batch"]
 
     return Cache(put(cache.keys, keys), put(cache.values, values))
 
-  if len(positions) == 1:
-    return row(0, cache)
-  return lax.fori_loop(0, len(positions), row, cache)
+  return lax.fori_loop(0, len(positions), row, cache, unroll=len(positions) <= UNROLLED)
 
 
 def _laid(window: jax.Array, cache: jax.Array) -> jax.Array:

@@ -140,7 +140,7 @@ def test_who_sees_nothing_gets_zeros_and_what_is_nan_stays_so():
   cross = caches.Cache(keys, whole.cross.values)
   whole = dataclasses.replace(whole, cross=cross, cross_bias=hidden)
   query, _ = asked(3, 2, 8)
-  made = native.NativeAttention(whole, jnp.arange(3)).to_prompt(query).reshape(3, 2, 8)
+  made = native.NativeAttention(whole).to_prompt(query).reshape(3, 2, 8)
   assert not made[1].any()
   assert jnp.isnan(made[2, 1]).all() and not jnp.isnan(made[:2]).any()
   assert not jnp.isnan(made[2, 0]).any()
@@ -152,7 +152,7 @@ def test_keys_that_nobody_may_see_are_not_read():
     whole, cache=jax.tree.map(lambda x: x.at[:, :, -3:].set(jnp.nan), whole.cache)
   )
   query, row = asked(2, 2, 8)
-  attends = [native.NativeAttention(each, jnp.arange(2)) for each in (whole, spoiled)]
+  attends = [native.NativeAttention(each) for each in (whole, spoiled)]
   np.testing.assert_array_equal(*(each.to_past(query, row) for each in attends))
 
 
@@ -175,8 +175,8 @@ def test_the_exponential_is_that_of_numpy():
 
 
 def test_it_is_taken_where_a_function_may_be_called(monkeypatch):
-  whole, taken = drawn(8, 2, 8, 4), lambda whole: native.attends(whole, 8, False)
-  assert taken(whole).rows.tolist() == list(range(8))
+  whole, taken = drawn(8, 2, 8, 4), lambda whole: native.attends(whole, False)
+  assert taken(whole) == native.NativeAttention(whole)
   for name in ("cross", "cache"):
     halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), getattr(whole, name))
     assert taken(dataclasses.replace(whole, **{name: halves})) is None
@@ -200,7 +200,7 @@ def test_threads_share_what_is_worth_it(monkeypatch, length, alone, cores, piece
   """More of it where they have to be woken."""
   monkeypatch.setattr(calls, "_num_cores", lambda: cores)
   whole, (query, _) = drawn(8, 4, 64, length), asked(8, 4, 64)
-  made = native.attends(whole, 8, alone).to_prompt
+  made = native.attends(whole, alone).to_prompt
   assert str(jax.make_jaxpr(made)(query)).count("ffi_call[") == pieces
 
 

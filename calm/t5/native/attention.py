@@ -23,13 +23,12 @@ class NativeAttention:
 
   Attributes:
     whole: the batch's.
-    rows: the row of the batch that each query reads, [queries]; of queries with a negative one
-      the result is 0.
+    rows: see `attend`.
     alone: whether the layer's products are made in one thread, the others asleep.
   """
 
   whole: Attention
-  rows: Int[Array, " queries"]
+  rows: Int[Array, " queries"] | None = None
   alone: bool = False
 
   def to_past(self, query: jax.Array, row: KeyValue) -> jax.Array:
@@ -48,7 +47,6 @@ class NativeAttention:
 
 def attends(
   whole: Attention,
-  queries: int,
   alone: bool,
   rows: Int[Array, " queries"] | None = None,
 ) -> NativeAttention | None:
@@ -56,13 +54,11 @@ def attends(
 
   Args:
     whole: the batch's.
-    queries: their number.
     alone: see `NativeAttention`.
-    rows: see `NativeAttention`; None: every query reads its own.
+    rows: see `attend`.
   """
   if not (takes(whole.cross) and takes(whole.cache)):
     return None
-  rows = jnp.arange(queries, dtype=jnp.int32) if rows is None else rows
   return NativeAttention(whole, rows, alone)
 
 
@@ -73,7 +69,7 @@ def takes(cache: Cache) -> bool:
 
 
 def attend(
-  rows: Int[Array, " queries"],
+  rows: Int[Array, " queries"] | None,
   query: Float[Array, "queries heads head_dim"],
   keys: Float[Array, "batch heads length head_dim"],
   values: Float[Array, "batch heads length head_dim"],
@@ -84,7 +80,8 @@ def attend(
   """softmax(keys query + bias) values, of every query and head.
 
   Args:
-    rows: see `NativeAttention`.
+    rows: the row of the batch that each query reads; of queries with a negative one the result
+      is 0. None: as many read each row, in the batch's order.
     query: the queries.
     keys, values: the batch's.
     bias: of the keys: for each query, for each row of the batch, or for all. Keys at
@@ -96,6 +93,8 @@ def attend(
   _, heads, head_dim = query.shape
   enough = ASLEEP_NUMBERS if alone else AWAKE_NUMBERS
   pieces = calls.pieces(keys[0].size * len(query) >= enough)
+  # Their numbers, written out, are one operation more of every layer of a step.
+  rows = jnp.zeros((0,), jnp.int32) if rows is None else rows
   given = rows, *jax.tree.map(_float32, (query, keys, values, bias, *(now or ())))
   made = [
     jax.ffi.ffi_call(

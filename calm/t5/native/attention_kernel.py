@@ -17,8 +17,8 @@ def attention(head_dim: int, has_now: bool) -> frames.Compiled:
   """What XLA calls for heads of this size: one piece of `attention.attend`.
 
   Its arrays, as that function has them: the first query and head of the piece, `rows`,
-  `query`, `keys`, `values`, `bias`, and the three of `now` if it has them. The result is
-  [heads of the piece, head_dim].
+  `query`, `keys`, `values`, `bias`, and the three of `now` if it has them. `rows` is empty
+  where as many queries read each row, in order. The result: [heads of the piece, head_dim].
   """
   write = lambda w, frame: _Piece(w, frame, head_dim, has_now).write()
   return frames.handler("attention", write)
@@ -33,8 +33,10 @@ class _Piece:
     begin, self._rows, self._queries, self._keys, self._values, self._biases, *now = map(
       frame.numbers, arrays
     )
-    self._begin, self._now = w.load_index(begin), now
+    self._first, self._begin, self._now = begin, w.load_index(begin), now
     self._num_queries = frame.size(arrays[2], 0)
+    self._in_order = w.b.icmp_signed("==", frame.size(arrays[1], 0), number(0))
+    self._batch = frame.size(arrays[3], 0)
     self._heads, self._length = frame.size(arrays[3], 1), frame.size(arrays[3], 2)
     self._bias_rows, self._bias_heads = frame.size(arrays[5], 0), frame.size(arrays[5], 1)
     self._count, self._out = frame.size(frame.result(0), 0), frame.numbers(frame.result(0))
@@ -48,7 +50,7 @@ class _Piece:
     for i, _ in w.loop(zero, self._count, 1):
       place = w.b.add(self._begin, i)
       query, head = w.b.udiv(place, self._heads), w.b.urem(place, self._heads)
-      row = w.load_index(w.item(self._rows, query))
+      row = self._row(query)
       out = self._at(self._out, i)
       with w.b.if_else(w.b.icmp_signed("<", row, zero)) as (absent, present):
         with absent:
@@ -56,6 +58,14 @@ class _Piece:
             w.store(constant(0.0), w.item(out, part), mask)
         with present:
           self._attend(query, head, row, out)
+
+  def _row(self, query: Any) -> Any:
+    """The row of the batch that a query reads."""
+    w, b = self._w, self._w.b
+    # Where no row is named, something else that may be read.
+    named = b.select(self._in_order, self._first, w.item(self._rows, query))
+    own = b.udiv(b.mul(query, self._batch), self._num_queries)
+    return b.select(self._in_order, own, w.load_index(named))
 
   def _attend(self, query: Any, head: Any, row: Any, out: Any) -> None:
     w, b = self._w, self._w.b
