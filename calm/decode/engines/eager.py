@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 
+import jax
+
 from calm import exits
 from calm.decode import ordering
 from calm.decode.engines.engine import Bound, Task, grown, shifted
-from calm.t5 import caches
+from calm.t5 import caches, native
 from calm.t5 import decoder as decoder_lib
 
 
@@ -34,8 +36,13 @@ class Eager:
       hidden = task.embed(current)
       generated = task.generated(position)
       made = rule(decoder.layers(cache), hidden, active, task.threshold, generated)
+      keeps = task.keeps(position)
+      if keeps is None and task.native and native.takes(cache[0]):
+        rows = [jax.tree.map(lambda x: x[:, :, None], row) for row in made.rows]
+        end = ordering.after(position, made.head)
+        return made, native.write(cache, rows, end[None])
       ends = ordering.after_each(position, made.rows, made.head)
-      return made, caches.write_rows(cache, made.rows, ends, task.keeps(position))
+      return made, caches.write_rows(cache, made.rows, ends, keeps)
 
     same = lambda caches, position: caches
     grow = functools.partial(grown, length=task.length)

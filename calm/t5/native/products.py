@@ -24,10 +24,15 @@ def alone(matrix: Any, rows: int) -> bool:
     matrix: the largest of a layer.
     rows: of the products.
   """
-  if not isinstance(matrix, jax.Array) or not platforms.has_wide_vectors():
+  can = platforms.has_wide_vectors() and calls.available()
+  return can and small(matrix) and rows <= MOST_ROWS
+
+
+def small(matrix: Any) -> bool:
+  """Whether one thread multiplies a few rows by this matrix as fast as two do."""
+  if not isinstance(matrix, jax.Array):
     return False
-  float32 = matrix.dtype == jnp.float32 and matrix.size <= MOST_NUMBERS
-  return float32 and rows <= MOST_ROWS and calls.available()
+  return matrix.dtype == jnp.float32 and matrix.size <= MOST_NUMBERS
 
 
 def product(
