@@ -67,8 +67,11 @@ class Forced:
   def __getattr__(self, name: str) -> Any:
     return getattr(self.inner, name)
 
-  def begin(self, positions):
-    return positions, self.inner.begin(positions)
+  def room(self, batch_size):
+    return jnp.zeros((batch_size,), jnp.int32), self.inner.room(batch_size)
+
+  def begin(self, work, positions):
+    return positions, self.inner.begin(work[1], positions)
 
   def draft(self, work, cache, token, at, wanted):
     made, inner, cache = self.inner.draft(work[1], cache, token, at, wanted)
@@ -80,13 +83,14 @@ class Forced:
 
   def verify(self, work, cache, drafted: verified_state.Drafted, made, threshold):
     inner = dataclasses.replace(drafted, work=work[1])
-    verdict, cache = self.inner.verify(work[1], cache, inner, made, threshold)
+    verdict, inner, cache = self.inner.verify(work[1], cache, inner, made, threshold)
     coins = jnp.asarray(np.random.default_rng(3).random(997), jnp.float32) < self.chance
     at = work[0][:, None] + jnp.arange(drafted.tokens.shape[1])[None, :] + 101 * self.text
     accepted = made[None, :] & coins[at % 997]
     # The model's own answer stays in use, or it would not be computed.
     token = jnp.where(accepted, drafted.tokens, verdict.token)
-    return dataclasses.replace(verdict, accepted=accepted, token=token), cache
+    verdict = dataclasses.replace(verdict, accepted=accepted, token=token)
+    return verdict, (work[0], inner), cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +156,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   add("--fixed", action="store_true", help="draft as many whatever is accepted")
   add("--sure", action="store_true", help="random weights' drafts say they are certain")
   add("--learn", action="store_true", help="random weights: texts begin as those before ended")
-  add("--nonsense", action="store_true", help="tasks: lists whose drafts are never right")
+  add(
+    "--nonsense", action="store_true", help="tasks: lists, and single batches, of wrong drafts"
+  )
   add("--results", help="writes scripts/results/RESULTS.json, for scripts/tables.py")
   return parser.parse_args(arguments)
 
@@ -261,9 +267,9 @@ def packed(task: Any, batch_size: int) -> inference.Predictor:
   )
 
 
-def nonsense_rows(name: str, size: int, flags: argparse.Namespace) -> list[dict[str, Any]]:
-  """Lists of prompts of a task, every list the first that is known of; drafts are what layer k
-  finds least likely."""
+def nonsense_lists(name: str, size: int, flags: argparse.Namespace):
+  """The prompts, and what decodes all of them: full depth, then every rule with drafts that are
+  what layer k finds least likely."""
   task = tasks.task(name)
   model = packed(task, size)
   decoder = model.weights.decoder
@@ -273,17 +279,36 @@ def nonsense_rows(name: str, size: int, flags: argparse.Namespace) -> list[dict[
   prompts = tasks.read_prompts(flags.data, task, "test", limit=flags.num_prompts)
   batches = [(model.encode(b), b.active) for b in model.plan([p.input for p in prompts])]
 
-  def run(rule: exits.Rule) -> list[Any]:
-    model.expected_drafts.clear()
-    return [model.decode(encoded, active, 1.0, rule) for encoded, active in batches]
+  def forget() -> None:
+    for expected in model.expected_drafts.values():
+      expected.prior, expected.idle, expected.waits = drafting.UNKNOWN, 0, 0
+      expected.last = None
 
-  timed = {"full depth": functools.partial(run, exits.StaticExit())}
+  def run(rule: exits.Rule, alone: bool = False) -> list[Any]:
+    forget()
+    made = []
+    for encoded, active in batches:
+      made.append(model.decode(encoded, active, 1.0, rule))
+      if alone:
+        forget()
+    return made
+
+  timed: dict[str, Callable[[], Any]] = {"full depth": lambda: run(exits.StaticExit())}
   for text in flags.rules:
     layer, drafts = map(int, text.split("x"))
     rule = exits.Verified(layer, drafts, stop_below=0.0)
-    timed[f"k = {layer}, {drafts} drafts of nonsense"] = functools.partial(run, rule)
+    words = f"k = {layer}, {drafts} drafts of nonsense"
+    timed[words] = functools.partial(run, rule)
+    timed[f"{words}, every batch the first"] = functools.partial(run, rule, alone=True)
+  return prompts, timed
+
+
+def nonsense_rows(name: str, size: int, flags: argparse.Namespace) -> list[dict[str, Any]]:
+  """Lists of prompts of a task, every list the first that is known of, or every batch of it;
+  their drafts are never right."""
+  prompts, timed = nonsense_lists(name, size, flags)
   seconds, made = in_turn(timed, flags.repeats)
-  setting = f"packed, {task.title}, {len(prompts)} prompts, B = {size}"
+  setting = f"packed, {tasks.task(name).title}, {len(prompts)} prompts, B = {size}"
   full = [made_once.tokens for made_once in made["full depth"][0]]
   tokens, lines = sum(int(np.sum(batch > 0)) for batch in full), []
   for key in timed:

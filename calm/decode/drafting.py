@@ -35,6 +35,8 @@ MARGIN = 1.08
 LEAST_GAIN = 0.9
 # Drafts of the first text, of all rows, that are looked at: two (an older one weighs `MEMORY`).
 FIRST_TRIALS = 1.5
+# Drafts that are accepted less often are made less often.
+DOUBTFUL = 0.5
 # Most passes without a draft between two with one.
 MOST_WAITS = 32
 # What a trial still weighs after the next one: about the last twenty count.
@@ -65,24 +67,21 @@ class Odds:
   """Drafts of each row that met the full model's token, the recent ones weighing more.
 
   Attributes:
-    accepted, tried: their number, [batch] float32.
-    modest: the sum of 1 - c over the accepted ones, c a draft's confidence, [batch].
-    wrong: the sum of c over the refused ones, [batch].
-    prior: of drafts of which nothing is known yet.
+    sums: over the drafts, [8, batch] float32: number of the accepted ones, number, sum of 1 - c
+      over the accepted ones, c a draft's confidence, sum of c over the refused ones; and four
+      that no draft changes: what the prior adds to the first, third and fourth, and its texts.
+      One array, for an operation takes longer than its numbers.
   """
 
-  accepted: Float[Array, " batch"]
-  tried: Float[Array, " batch"]
-  modest: Float[Array, " batch"]
-  wrong: Float[Array, " batch"]
-  prior: Prior
+  sums: Float[Array, "8 batch"]
 
   @classmethod
   def none(cls, batch_size: int, prior: Prior) -> "Odds":
     """Before the first draft."""
-    zeros = jnp.zeros((batch_size,), jnp.float32)
-    prior = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), prior)
-    return cls(zeros, zeros, zeros, zeros, prior)
+    root = jnp.sqrt(jnp.asarray(prior.trust, jnp.float32))
+    known = prior.chance * PRIOR_TRIALS, PRIOR_TRUST * root, PRIOR_TRUST / root, prior.texts
+    sums = [0.0] * 4 + [jnp.asarray(x, jnp.float32) for x in known]
+    return cls(jnp.broadcast_to(jnp.stack(sums)[:, None], (8, batch_size)))
 
   def add(self, tried: jax.Array, accepted: jax.Array, confidences: jax.Array) -> "Odds":
     """With the trials of one more pass, [batch, window].
@@ -92,23 +91,33 @@ class Odds:
       accepted: whether it was accepted, bool.
       confidences: of the drafts.
     """
-    number = jnp.sum(tried, axis=1, dtype=jnp.float32)
-    old = jnp.float32(MEMORY) ** number
     said = jnp.clip(confidences, MODEST, SURE)
     right, refused = tried & accepted, tried & ~accepted
-    return Odds(
-      self.accepted * old + jnp.sum(right, axis=1, dtype=jnp.float32),
-      self.tried * old + number,
-      self.modest * old + jnp.sum(jnp.where(right, 1.0 - said, 0.0), axis=1),
-      self.wrong * old + jnp.sum(jnp.where(refused, said, 0.0), axis=1),
-      self.prior,
-    )
+    number = lambda x: x.astype(jnp.float32)
+    kinds = number(right), number(tried), jnp.where(right, 1.0 - said, 0.0)
+    # Chosen and not stacked, which would be an operation more.
+    which, each = np.arange(8)[:, None, None], jnp.where(refused, said, 0.0)
+    for i, kind in enumerate(kinds):
+      each = jnp.where(which == i, kind, each)
+    new = jnp.sum(jnp.where(which < 4, each, 0.0), axis=-1)
+    memory = jnp.where(which[..., 0] < 4, jnp.float32(MEMORY) ** new[1:2], 1.0)
+    return Odds(self.sums * memory + new)
+
+  @property
+  def tried(self) -> jax.Array:
+    """Number of drafts, [batch]."""
+    return self.sums[1]
+
+  @property
+  def texts(self) -> jax.Array:
+    """Texts that the prior was learned of, [batch]."""
+    return self.sums[7]
 
   @property
   def share(self) -> jax.Array:
     """The chance that a draft of a row is accepted, [batch] below 1."""
-    share = (self.accepted + self.prior.chance * PRIOR_TRIALS) / (self.tried + PRIOR_TRIALS)
-    return jnp.minimum(share, 0.999)
+    accepted, tried = self.sums[0] + self.sums[4], self.tried + PRIOR_TRIALS
+    return jnp.minimum(accepted / tried, 0.999)
 
   @property
   def trust(self) -> jax.Array:
@@ -117,8 +126,7 @@ class Odds:
     sum (accepted) (1 - c) / sum (refused) c: what makes confidences right in the mean if every
     draft's odds are as many times theirs (Mantel and Haenszel 1959).
     """
-    root = jnp.sqrt(self.prior.trust)
-    return (self.modest + PRIOR_TRUST * root) / (self.wrong + PRIOR_TRUST / root)
+    return (self.sums[2] + self.sums[5]) / (self.sums[3] + self.sums[6])
 
 
 def learned(prior: Prior, shares: Numbers, trusts: Numbers) -> Prior:
@@ -170,14 +178,16 @@ class Planned:
   Attributes:
     drafts: whether it makes any, [] bool.
     trust: `Odds.trust` of the rows, [batch].
-    needed: of passes of 1, 2, ... positions: chances that all drafts are accepted, summed over
-      the rows, over the tokens expected so far, above which one more position pays,
-      [window - 1].
+    opening: chances that the first draft is accepted, summed over the rows, over the tokens
+      expected of one position, above which a second one pays, []; infinite where none is to be
+      read on from.
+    more: the same of all drafts of 2, 3 ... positions.
   """
 
   drafts: jax.Array
   trust: jax.Array
-  needed: jax.Array
+  opening: jax.Array
+  more: tuple[float, ...] = struct.field(pytree_node=False)
 
   def chance(self, confidences: Float[Array, " batch"]) -> jax.Array:
     """The chance that a draft of this confidence is accepted, [batch]."""
@@ -192,7 +202,8 @@ class Planned:
       at: positions that it has, less one, [] below the most.
       reach: with the draft of the last of them.
     """
-    return self.drafts & (jnp.sum(reach.chances) > self.needed[at] * reach.tokens)
+    needed = jnp.where(at == 0, self.opening, jnp.array((0.0, *self.more), jnp.float32)[at])
+    return jnp.sum(reach.chances) > needed * reach.tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,16 +221,21 @@ class Plan:
   hope: float = 1.0
   adapts: bool = True
 
-  def waits(self, idle: jax.Array) -> jax.Array:
+  def waits(self, idle: jax.Array, odds: Odds, active: jax.Array) -> jax.Array:
     """Passes of one position, without a draft, before the next one that drafts, [].
 
     Args:
       idle: drafting passes since the last one that emitted two tokens of any row, [].
+      odds: of every row.
+      active: rows that count, [batch] bool.
     """
     if not self.adapts:
       return jnp.zeros((), jnp.int32)
-    # 0, 0, 1, 2, 4 ...: two unsure drafts in turn are no news.
-    return jnp.minimum(2 ** jnp.minimum(idle, 8) // 4, MOST_WAITS)
+    # 0, 0, 1, 2, 4 ...: two unsure drafts in turn are no news, but where drafts are wrong more
+    # often than right, 0, 0, 4, 8 ...
+    doubtful = _share(odds, active) < DOUBTFUL
+    waits = 2 ** jnp.minimum(idle, 8)
+    return jnp.minimum(jnp.where(doubtful & (idle > 1), waits, waits // 4), MOST_WAITS)
 
   @property
   def hopes(self) -> bool:
@@ -240,18 +256,31 @@ class Plan:
       active: rows that count, [batch] bool.
       drafts: whether it drafts at all, [] bool.
     """
+    costs = self.costs
     if not self.adapts:
-      return Planned(drafts, odds.trust, jnp.zeros((len(self.costs) - 1,), jnp.float32))
-    costs = np.array(self.costs)
-    counted = active.astype(jnp.float32)
-    share = jnp.sum(odds.share * counted) / jnp.maximum(jnp.sum(counted), 1.0)
-    # With its first draft a row emits 1 + a + ... + a^(n - 2) tokens more of n positions.
-    powers = itertools.accumulate([share] * (len(costs) - 2), jnp.multiply)
-    further = jnp.cumsum(jnp.stack([jnp.ones_like(share), *powers]))
-    opening = jnp.min(jnp.asarray(MARGIN * costs[1:] / costs[0] - 1.0, jnp.float32) / further)
-    more = LEAST_GAIN * np.diff(costs)[1:] / costs[1:-1]
-    needed = jnp.concatenate([opening[None], jnp.asarray(more, jnp.float32)])
-    # The first drafts of a first text are looked at, not read on from: it costs next to nothing
-    # to see whether they are right, and a window that is refused a thirtieth of 64 tokens.
-    unknown = (odds.prior.texts == 0) & (jnp.sum(odds.tried * counted) < FIRST_TRIALS)
-    return Planned(drafts, odds.trust, jnp.where(unknown, jnp.inf, needed))
+      opening = jnp.where(drafts, 0.0, jnp.inf)
+      return Planned(drafts, odds.trust, opening, (0.0,) * (len(costs) - 2))
+    share = _share(odds, active)
+    # With its first draft a row emits 1 + a + ... + a^(n - 2) tokens more of n positions. Of
+    # single numbers, for XLA makes one operation of them.
+    emitted, power, opening = 0.0, 1.0, jnp.inf
+    for cost in costs[1:]:
+      emitted, power = emitted + power, power * share
+      opening = jnp.minimum(opening, (MARGIN * cost / costs[0] - 1.0) / emitted)
+    more = tuple(LEAST_GAIN * (new - old) / old for old, new in itertools.pairwise(costs[1:]))
+    opening = jnp.where(drafts & ~looks(odds, active), opening, jnp.inf)
+    return Planned(drafts, odds.trust, opening, more)
+
+
+def looks(odds: Odds, active: jax.Array) -> jax.Array:
+  """Whether the next draft is looked at, not read on from, [] bool: one of the first of a first
+  text. It costs next to nothing to see whether it is right, and a window that is refused a
+  thirtieth of 64 tokens."""
+  tried = jnp.sum(jnp.where(active, odds.tried, 0.0))
+  return (odds.texts[0] == 0) & (tried < FIRST_TRIALS)
+
+
+def _share(odds: Odds, active: jax.Array) -> jax.Array:
+  """`Odds.share` of the rows that count, [batch] bool: [], their mean."""
+  counted = active.astype(jnp.float32)
+  return jnp.sum(odds.share * counted) / jnp.maximum(jnp.sum(counted), 1.0)

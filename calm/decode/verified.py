@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -98,13 +99,22 @@ class Verifying:
   def summed(self, state: VerifiedState) -> VerifiedState:
     """The state with what its generation says of whole rows."""
     seen, odds = self._seen(state), state.odds
-    told = lambda x: jnp.where(seen.passes > 0, x, 0.0)  # rows without a pass hold no prompt
+    # Rows without a pass hold no prompt.
+    expected = jnp.where(seen.counts[:, :1] > 0, jnp.stack([odds.share, odds.trust], 1), 0.0)
     generation = dataclasses.replace(
       state.generation,
+      exit_layers=self._exit_layers(state.positions),
       scores=jnp.sum(state.log_probabilities, axis=-1),
-      verification=dataclasses.replace(seen, share=told(odds.share), trust=told(odds.trust)),
+      verification=dataclasses.replace(seen, expected=expected),
     )
     return dataclasses.replace(state, generation=generation)
+
+  def _exit_layers(self, positions: jax.Array) -> jax.Array:
+    """The last layer where a row has generated a token, [batch, length]."""
+    emitted = jnp.arange(self.length, dtype=jnp.int32)[None, :] < positions[:, None]
+    if self.prefix is not None:
+      emitted &= self.prefix == 0
+    return jnp.where(emitted, self.passes.num_layers, 0)
 
   @property
   def _every(self) -> jax.Array:
@@ -115,60 +125,83 @@ class Verifying:
   def begin(self, active: Bool[Array, " batch"]) -> VerifiedState:
     """Before the first token of every row."""
     zeros = jnp.zeros(active.shape, jnp.int32)
-    floats = zeros.astype(jnp.float32)
+    pairs = jnp.zeros((len(active), 2), jnp.int32)
     columns = jnp.zeros((len(active), self.length), jnp.float32)
     generation = dataclasses.replace(
       loop.empty_generation(len(active), self.length),
-      verification=loop.Verification(columns > 0, zeros, zeros, floats, floats),
+      verification=loop.Verification(columns > 0, pairs, pairs.astype(jnp.float32)),
     )
-    odds = drafting.Odds.none(len(active), self.prior)
-    cache = self.passes.empty()
-    idle = jnp.zeros((), jnp.int32)
-    waits = jnp.asarray(0 if self.plan.hopes else self.length, jnp.int32)
-    return VerifiedState(zeros, zeros, active, generation, columns, odds, idle, waits, cache)
+    made = (generation, columns, self._room(active), self.passes.empty())
+    generation, columns, room, cache = self.passes.zeros_like(made)
+    return VerifiedState(
+      positions=zeros,
+      current=zeros,
+      active=active,
+      generation=generation,
+      log_probabilities=columns,
+      odds=drafting.Odds.none(len(active), self.prior),
+      idle=jnp.zeros((), jnp.int32),
+      waits=jnp.asarray(0 if self.plan.hopes else self.length, jnp.int32),
+      last=room,
+      cache=cache,
+    )
+
+  def _room(self, active: jax.Array) -> Drafted:
+    """That of the first pass of all."""
+    shape = len(active), self.rule.window
+    return Drafted(
+      count=jnp.zeros((), jnp.int32),
+      tokens=jnp.zeros(shape, jnp.int32),
+      confidences=jnp.zeros(shape, jnp.float32),
+      work=self.passes.room(len(active)),
+      cache=None,
+    )
 
   def run(self, state: VerifiedState) -> VerifiedState:
     """One pass of every active row."""
     drafts = self._every | (state.waits <= 0)
     drafted = self._draft(state, drafts)
     made = self._made(drafted, drafts)
-    verdict, cache = self.passes.verify(
+    verdict, work, cache = self.passes.verify(
       drafted.work, drafted.cache, drafted, made, self._per_row(self.threshold)
     )
     given = self._given(state.positions)
     verdict = _obeying(verdict, given)
     ends = (verdict.token == self.eos_id) & (given == 0)
-    emits = self._emits(state, drafted, verdict.accepted & ~ends)
-    state = self._record(state, made, verdict, given == 0, emits)
+    count = self._count(state, drafted, verdict.accepted & ~ends)
+    state = self._record(state, made, verdict, given == 0, count)
     # What the pass says besides is asked for once that is written, not all of it at once.
-    emits = emits & (ordering.after(state.positions, state.log_probabilities) >= 0)[:, None]
-    count = jnp.sum(emits, axis=1, dtype=jnp.int32)
+    count = ordering.after(count, state.log_probabilities)
+    emits = jnp.arange(self.rule.window)[None, :] < count[:, None]
     last = jnp.take_along_axis(verdict.token, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
     positions = state.positions + count
     ended = jnp.any(emits & ends, axis=1)
     tried = emits & made[None, :] & (given == 0)
-    idle = jnp.where(jnp.any(count > 1), 0, state.idle + drafts.astype(jnp.int32))
+    # One that was only looked at, and right, is as good.
+    right = jnp.any(verdict.accepted & tried) & drafting.looks(state.odds, state.active)
+    idle = jnp.where(jnp.any(count > 1) | right, 0, state.idle + drafts.astype(jnp.int32))
+    odds = state.odds.add(tried, verdict.accepted, drafted.confidences)
+    waits = self.plan.waits(idle, odds, state.active)
     return dataclasses.replace(
       state,
       positions=positions,
       current=jnp.where(count > 0, last, state.current),
       active=state.active & ~ended & (positions < self.length),
-      odds=state.odds.add(tried, verdict.accepted, drafted.confidences),
+      odds=odds,
       idle=idle,
-      waits=jnp.where(drafts, self.plan.waits(idle), state.waits - 1),
+      waits=jnp.where(drafts, waits, state.waits - 1),
+      last=dataclasses.replace(drafted, work=work, cache=None),
       cache=cache,
     )
 
   def _draft(self, state: VerifiedState, drafts: jax.Array) -> Drafted:
     """Tokens drafted one after the other, as many as the plan or confidence allows."""
-    batch, window = len(state.current), self.rule.window
     given = self._given(state.positions)
     plan = self.plan(state.odds, state.active, drafts)
-    nothing = Drafted(
+    nothing = dataclasses.replace(
+      state.last,
       count=jnp.zeros((), jnp.int32),
-      tokens=jnp.zeros((batch, window), jnp.int32),
-      confidences=jnp.zeros((batch, window), jnp.float32),
-      work=self.passes.begin(state.positions),
+      work=self.passes.begin(state.last.work, state.positions),
       cache=state.cache,
     )
     reach = drafting.Reach.of_first(state.active)
@@ -198,7 +231,8 @@ class Verifying:
     has_room = state.active & (state.positions + at + 1 < self.length)
     is_given = has_room & (known > 0)
     follows = (made.confidence >= self.rule.stop_below) & (made.token != self.eos_id)
-    chances = jnp.where(has_room & follows, plan.chance(made.confidence), 0.0)
+    likely = has_room & follows & wanted
+    chances = jnp.where(likely, plan.chance(made.confidence), 0.0)
     reach = carry.reach.after(jnp.where(is_given, 1.0, chances))
     goes_on = (plan.goes_on(at, reach) | jnp.any(is_given)) & ~is_last
     token = jnp.where(known > 0, known, made.token)
@@ -209,19 +243,20 @@ class Verifying:
     at = jnp.arange(self.rule.window, dtype=jnp.int32)
     return (at < drafted.count) & drafts & (self._every | (at + 1 < self.rule.window))
 
-  def _emits(self, state: VerifiedState, drafted: Drafted, leads: jax.Array) -> jax.Array:
-    """Which positions of the pass become tokens, [batch, window].
+  def _count(self, state: VerifiedState, drafted: Drafted, leads: jax.Array) -> jax.Array:
+    """How many positions of the pass become tokens, [batch].
 
     Args:
       state: before the pass.
       drafted: its drafts.
-      leads: whether what the next position read is what was emitted, and ended nothing.
+      leads: whether what the next position read is what was emitted, and ended nothing,
+        [batch, window].
     """
-    at = jnp.arange(self.rule.window)[None, :]
-    inside = (at < drafted.count) & (state.positions[:, None] + at < self.length)
-    follows = jnp.cumprod(leads[:, :-1].astype(jnp.int32), axis=1) > 0
-    follows = jnp.pad(follows, ((0, 0), (1, 0)), constant_values=True)
-    return inside & follows & state.active[:, None]
+    window = self.rule.window
+    at = jnp.arange(window, dtype=jnp.int32)[None, :]
+    last = jnp.min(jnp.where(leads, window, at), axis=1)  # the first that leads nowhere
+    inside = jnp.minimum(drafted.count, self.length - state.positions)
+    return jnp.where(state.active, jnp.minimum(last + 1, inside), 0)
 
   def _given(self, positions: jax.Array) -> jax.Array:
     """The prefix at the positions of a pass, [batch, window]; 0 where a row is free."""
@@ -232,22 +267,19 @@ class Verifying:
     at = positions[:, None] + jnp.arange(self.rule.window)[None, :]
     return jnp.take_along_axis(padded, at, axis=1)
 
-  def _record(self, state: VerifiedState, made, verdict, free, emits) -> VerifiedState:
-    """The state with what the pass emits written at the rows' positions."""
+  def _record(self, state: VerifiedState, made, verdict, free, count) -> VerifiedState:
+    """The state with the `count` [batch] tokens that the pass emits at the rows' positions."""
     old, seen = state.generation, self._seen(state)
-    count = jnp.sum(emits, axis=1, dtype=jnp.int32)
     put = lambda array, columns: _put(array, columns, state.positions, count)
-    drafts = jnp.sum(made, dtype=jnp.int32)
+    each = jnp.where(np.arange(2) == 0, 1, jnp.sum(made, dtype=jnp.int32))
     verification = loop.Verification(
       drafted=put(seen.drafted, verdict.accepted & free),
-      passes=seen.passes + state.active.astype(jnp.int32),
-      drafts=seen.drafts + jnp.where(state.active, drafts, 0),
-      share=seen.share,
-      trust=seen.trust,
+      counts=seen.counts + jnp.where(state.active[:, None], each[None], 0),
+      expected=seen.expected,
     )
     generation = loop.Generation(
       tokens=put(old.tokens, verdict.token),
-      exit_layers=put(old.exit_layers, jnp.where(free, self.passes.num_layers, 0)),
+      exit_layers=old.exit_layers,  # all of them at the end
       confidences=put(old.confidences, verdict.confidence),
       rejected_confidences=put(old.rejected_confidences, verdict.rejected_confidence),
       scores=old.scores,

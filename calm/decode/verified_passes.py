@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -31,6 +32,9 @@ from calm.t5 import decoder as decoder_lib
 # for each other, and drafts may be worse than is hoped for. With 8 rows of T5 1.1 small, x1.09
 # was promised at an acceptance of 0.9; where 0.84 were accepted, x0.93 came, and x0.92 with 32.
 MANY_ROWS, MANY_ROWS_HOPE = 8, 1.1
+# One row of layers so small that XLA:CPU wakes a thread for products of a few rows, and of one
+# makes them alone, has no drafts: with good ones the model in the box came x0.92 to x1.08 of
+# full depth without native functions, and x0.93 with bad ones.
 
 
 @struct.dataclass
@@ -40,10 +44,12 @@ class Work:
   Attributes:
     positions: of each row's first token, [batch].
     states: d^k of the positions that ran the first layers, [batch, window, emb].
+    said: of the positions that were verified, [batch, window].
   """
 
   positions: jax.Array
   states: jax.Array
+  said: verified_lib.Said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +75,25 @@ class BoundPasses:
   def empty(self) -> tuple[caches_lib.Cache, ...]:
     return self.task.empty_caches()
 
-  def begin(self, positions: jax.Array) -> Work:
-    config, window = self.task.config, self.rule.window
-    states = jnp.zeros((len(positions), window, config.emb_dim), jnp.dtype(config.dtype))
-    return Work(positions, states)
+  def zeros_like(self, arrays: Any) -> Any:
+    return self.task.zeros_like(arrays)
+
+  def room(self, batch_size: int) -> Work:
+    config, shape = self.task.config, (batch_size, self.rule.window)
+    zeros = lambda dtype: jnp.zeros(shape, dtype)
+    return Work(
+      positions=jnp.zeros((batch_size,), jnp.int32),
+      states=jnp.zeros((*shape, config.emb_dim), jnp.dtype(config.dtype)),
+      said=verified_lib.Said(zeros(jnp.int32), zeros(jnp.float32), zeros(jnp.float32)),
+    )
+
+  def begin(self, work: Work, positions: jax.Array) -> Work:
+    return dataclasses.replace(work, positions=positions)
 
   def draft(self, work: Work, cache, token, at, wanted):
     hidden, k = self.task.weights.embedding[token], self.rule.draft_layer
     hidden, rows = self._one(1, hidden, cache[:k], work.positions + at)
-    lower = _written(cache[:k], rows, work.positions + at, hidden)
+    lower = self._written(cache[:k], rows, work.positions + at, hidden)
     states = lax.dynamic_update_slice_in_dim(work.states, hidden[:, None], at, axis=1)
     nothing = verified_lib.Draft(jnp.zeros_like(token), jnp.zeros(token.shape, jnp.float32))
     made = lax.cond(wanted, self._head, lambda hidden: nothing, hidden)
@@ -95,35 +111,34 @@ class BoundPasses:
   def verify(self, work: Work, cache, drafted: Drafted, made, threshold):
     lower, upper = cache[: self.rule.draft_layer], cache[self.rule.draft_layer :]
     if len(self.sizes) == 1:
-      verdict, upper = self._verify(self.sizes[0], work, upper, drafted, made, threshold)
-      return verdict, (*lower, *upper)
+      said, upper = self._verify(self.sizes[0], work, upper, drafted)
+    else:
+      said, upper = self._verify_some(work, upper, drafted)
+    verdict = verified_lib.verdict(said, drafted.tokens, made[None], threshold)
+    return verdict, dataclasses.replace(work, said=said), (*lower, *upper)
+
+  def _verify_some(self, work: Work, upper, drafted: Drafted):
+    """`_verify` of the first size that is enough for what was drafted."""
     which = jnp.sum(drafted.count > jnp.asarray(self.sizes[:-1]), dtype=jnp.int32)
-    # One of them runs: what there is before is nothing but room, and ready with the drafts.
-    floats = drafted.confidences
-    room = verified_lib.Verdict(drafted.tokens, floats > 1.0, floats, floats, floats)
-    carry = room, upper
+    carry = work.said, upper
     # Loops of one turn rather than a conditional: they may write the caches in place.
     for i, size in enumerate(self.sizes):
-      body = lambda carry, size=size: self._verify(
-        size, work, carry[1], drafted, made, threshold
-      )
+      body = lambda carry, size=size: self._verify(size, work, carry[1], drafted)
       carry = deferred.run_if(which == i, body, carry)
-    return carry[0], (*lower, *carry[1])
+    return carry
 
-  def _verify(self, size: int, work: Work, upper, drafted: Drafted, made, threshold):
-    """The upper layers and the head over the first `size` positions."""
+  def _verify(self, size: int, work: Work, upper, drafted: Drafted):
+    """The upper layers and the head over the first `size` positions of the window."""
     first = self.rule.draft_layer + 1
     if size == 1:
       hidden, rows = self._one(first, work.states[:, 0], upper, work.positions)
-      caches = _written(upper, rows, work.positions, hidden)
+      caches = self._written(upper, rows, work.positions, hidden)
     else:
       hidden, caches = self._several(first, work.states[:, :size], upper, work.positions)
     drafts = drafted.tokens[:, :size]
     said = self._said(hidden, drafts.reshape(-1))
-    said = jax.tree.map(lambda x: x.reshape(drafts.shape), said)
-    verdict = verified_lib.verdict(said, drafts, made[None, :size], threshold)
     missing = ((0, 0), (0, self.rule.window - size))
-    return jax.tree.map(lambda x: jnp.pad(x, missing), verdict), caches
+    return jax.tree.map(lambda x: jnp.pad(x.reshape(drafts.shape), missing), said), caches
 
   def _said(self, hidden: jax.Array, drafts: jax.Array) -> verified_lib.Said:
     """What the last layer's head says, of its logits or without them."""
@@ -164,7 +179,7 @@ class BoundPasses:
     for layer, cache in enumerate(caches, start=first):
       row = decoder.project(layer, hidden)
       window = jax.tree.map(lambda x: windows.by_window(x, task.batch_size), row)
-      made.append(windows.write_window(cache, window, positions))
+      made.append(self._write(cache, window, positions))
       attention = windows.WindowAttention(
         made[-1],
         biases[min(layer, len(biases)) - 1],
@@ -177,18 +192,26 @@ class BoundPasses:
       hidden = decoder.run_projected(layer, hidden, row, attention)
     return hidden, tuple(made)
 
+  def _write(self, cache: caches_lib.Cache, window, positions: jax.Array) -> caches_lib.Cache:
+    """Every row's window written at its position."""
+    if self.task.native and native.takes(cache):
+      return native.write([cache], [window], positions)[0]
+    return windows.write_window(cache, window, positions)
+
+  def _written(self, caches, rows, positions: jax.Array, last: jax.Array):
+    """Every layer's cache with its row [batch, heads, 1, head_dim] written at `positions`, once
+    that leads to `last`."""
+    if self.task.native and native.takes(caches[0]):
+      return native.write(caches, rows, ordering.after(positions, last))
+    each = zip(caches, rows, ordering.after_each(positions, rows, last), strict=True)
+    return tuple(windows.write_window(cache, row, where) for cache, row, where in each)
+
   def _decoder(self, past: tuple[jax.Array, ...] = ()) -> decoder_lib.DecoderStep:
     """The decoder at one position of every row, `past` the biases of the keys before it."""
     task = self.task
     return decoder_lib.DecoderStep(
       task.weights, task.config, task.encoded, past, self.table.current, task.native
     )
-
-
-def _written(caches, rows, positions: jax.Array, last: jax.Array):
-  """Every layer's cache with its row [batch, heads, 1, head_dim] written at `positions`."""
-  each = zip(caches, rows, ordering.after_each(positions, rows, last), strict=True)
-  return tuple(windows.write_window(cache, row, where) for cache, row, where in each)
 
 
 def bind(task: engines.Task, rule: exits.Verified, eos_id: Any) -> verified.Verifying:
@@ -264,8 +287,15 @@ def plan(
     rest = above * layer(batch * size) + head(batch * size)
     # A turn of the loop takes about a layer's time besides.
     costs.append(numbers + drafts + rest)
-  hope = 1.0 if batch < MANY_ROWS else MANY_ROWS_HOPE
-  return drafting.Plan(tuple(costs), hope, rule.adapts)
+  return drafting.Plan(tuple(costs), _hope(matrix, batch, small), rule.adapts)
+
+
+def _hope(matrix: decoder_weights.Matrix, batch: int, small: bool) -> float:
+  """`drafting.Plan.hope`; `small` layers are multiplied in one thread (`native.alone`)."""
+  wakes = platforms.wakes_threads() and native.small(matrix) and not small
+  if batch == 1 and wakes:
+    return math.inf
+  return 1.0 if batch < MANY_ROWS else MANY_ROWS_HOPE
 
 
 def _head(

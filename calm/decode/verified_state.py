@@ -19,7 +19,7 @@ class Drafted:
     tokens: the draft made at each, which the next one reads, [batch, window].
     confidences: those of the drafts, [batch, window].
     work: the passes' own.
-    cache: every layer's, those of layers 1 ... k written.
+    cache: every layer's, those of layers 1 ... k written; None: apart.
   """
 
   count: jax.Array
@@ -42,6 +42,7 @@ class VerifiedState:
     odds: how often drafts were accepted.
     idle: drafting passes since the last one that emitted two tokens of any row, [].
     waits: passes before the next one that drafts, [].
+    last: what the pass before drafted, room for the next one's: to make room anew takes longer.
     cache: every layer's.
   """
 
@@ -53,6 +54,7 @@ class VerifiedState:
   odds: drafting.Odds
   idle: Int[Array, ""]
   waits: Int[Array, ""]
+  last: Drafted
   cache: Any
 
 
@@ -68,8 +70,16 @@ class Passes(Protocol):
     """Caches that hold nothing yet."""
     ...
 
-  def begin(self, positions: jax.Array) -> Any:
-    """What a pass works on, its rows at `positions` [batch] (`Drafted.work`)."""
+  def room(self, batch_size: int) -> Any:
+    """What the first pass of all works on (`Drafted.work`), zeros."""
+    ...
+
+  def zeros_like(self, arrays: Any) -> Any:
+    """Zeros of these shapes, made as the platform makes them fastest."""
+    ...
+
+  def begin(self, work: Any, positions: jax.Array) -> Any:
+    """What a pass works on, its rows at `positions` [batch], in the room of the one before."""
     ...
 
   def draft(
@@ -84,12 +94,12 @@ class Passes(Protocol):
 
   def verify(
     self, work: Any, cache: Any, drafted: Drafted, made: jax.Array, threshold: jax.Array
-  ) -> tuple[exits.verified.Verdict, Any]:
+  ) -> tuple[exits.verified.Verdict, Any, Any]:
     """Runs the other layers and the head over the pass's positions; `made` [window] says
     which have a draft.
 
     Returns:
-      The verdict, [batch, window], and the caches.
+      The verdict, [batch, window], the work and the caches.
     """
     ...
 

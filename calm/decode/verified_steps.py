@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from calm.decode import loop
@@ -63,7 +64,8 @@ class Steps:
     made = loop.go_on(self.step, begun, state.cache, step_limit=end, eos_id=self.eos_id)
     # A row that ends has its last token at fewer positions than the others.
     new = made.generation.num_tokens - state.generation.num_tokens
-    verification = dataclasses.replace(seen, passes=seen.passes + new)
+    counts = seen.counts + jnp.where(np.arange(2)[None] == 0, new[:, None], 0)
+    verification = dataclasses.replace(seen, counts=counts)
     return dataclasses.replace(
       state,
       positions=state.positions + new,

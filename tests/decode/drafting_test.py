@@ -55,13 +55,13 @@ def speed(chance: float, confidence: float, learns: bool = False, tokens: int = 
   Every text begins as if it were the first, unless it `learns` from those before it; drafts are
   right by a coin and say `confidence`.
   """
-  plan, texts, prior = PLAN, 40, drafting.UNKNOWN
+  plan, texts, prior, one = PLAN, 40, drafting.UNKNOWN, jnp.ones(1, bool)
   random, cost = np.random.default_rng(0), 0.0
   counts: dict[tuple[float, ...], int] = {}
   for _ in range(texts):
     odds, idle, at = drafting.Odds.none(1, prior), 0, 0
     while at < tokens:
-      steps = min(int(plan.waits(jnp.int32(idle))), tokens - at)
+      steps = min(int(plan.waits(jnp.int32(idle), odds, one)), tokens - at)
       at, cost = at + steps, cost + steps
       if at == tokens:
         break
@@ -72,9 +72,10 @@ def speed(chance: float, confidence: float, learns: bool = False, tokens: int = 
       coins = random.random(size) < chance
       right = size if coins.all() else int(np.argmin(coins))
       tried = np.arange(size) < right + 1
+      looked = right > 0 and bool(drafting.looks(odds, one))
       odds = odds.add(tried[None], coins[None], jnp.full((1, size), confidence))
       emitted = min(right, size - 1) + 1
-      at, idle = at + emitted, 0 if emitted > 1 else idle + 1
+      at, idle = at + emitted, 0 if emitted > 1 or looked else idle + 1
       cost += plan.costs[size - 1] + (BESIDES[1] if size == 1 else 0.0)
     if learns:
       prior = drafting.learned(prior, odds.share, odds.trust)
@@ -163,10 +164,23 @@ def test_a_fixed_plan_always_drafts():
 
 
 def test_waits_between_drafts_that_were_not_read_on_from_grow():
-  waits = [int(PLAN.waits(jnp.int32(idle))) for idle in range(10)]
+  one, good = jnp.ones(1, bool), after(*((True, 0.9),) * 4)
+  waits = [int(PLAN.waits(jnp.int32(idle), good, one)) for idle in range(10)]
   assert waits == [0, 0, 1, 2, 4, 8, 16, 32, 32, 32]
   fixed = drafting.Plan(PLAN.costs, adapts=False)
-  assert not any(int(fixed.waits(jnp.int32(idle))) for idle in range(10))
+  assert not any(int(fixed.waits(jnp.int32(idle), good, one)) for idle in range(10))
+
+
+def test_waits_are_longer_where_drafts_are_wrong_more_often_than_right():
+  one, bad = jnp.ones(1, bool), after((False, 0.9), (False, 0.9))
+  assert [int(PLAN.waits(jnp.int32(idle), bad, one)) for idle in range(6)] == [
+    0,
+    0,
+    4,
+    8,
+    16,
+    32,
+  ]
 
 
 def test_a_pass_that_waits_is_as_long_as_a_step():

@@ -114,6 +114,12 @@ def most_ready(text: str) -> int:
   return max(_most_ready(module[name]) for name in bodies)
 
 
+def ready_at_the_beginning(text: str) -> int:
+  """The same of what a program runs around its loops."""
+  (name,) = re.findall(r"^ENTRY %?([\w.\-]+) \(", text, re.MULTILINE)
+  return _most_ready(computations(text)[name])
+
+
 def _most_ready(operations: list[Operation]) -> int:
   """The same of one computation."""
   needs: dict[str, set[str]] = {}

@@ -34,10 +34,12 @@ def hlo_of(function, leaves) -> str:
   return jax.jit(function).lower(leaves).compile(USERS_HLO).as_text()
 
 
-def compiled(rule, made, rows: int = 8, layers: int = 3, **read: str) -> str:
-  """HLO of a toy's decode at B = 8 (or fewer) and length 512."""
+def compiled(
+  rule, made, rows: int = 8, layers: int = 3, length: int = LENGTH, native: bool = True, **read
+) -> str:
+  """HLO of a toy's decode at B = 8 (or fewer) and length 512 (or less)."""
   toy = engine.toy(num_decoder_layers=layers, num_encoder_layers=1)
-  program = program_lib.Program(toy.config, rule, LENGTH, engine=made)
+  program = program_lib.Program(toy.config, rule, length, engine=made, native=native)
   encoded = engine.encode(toy, engine.PROMPTS[:rows])
   weights = toy.weights
   if read:
@@ -72,8 +74,9 @@ def half_a_layers_cache(rows: int = 8) -> int:
   ],
   ids=["deferred", "compacted", "eager", "static"],
 )
-def test_no_operation_in_the_loop_makes_half_of_a_layers_cache(rule, made):
-  text = compiled(rule, made)
+@pytest.mark.parametrize("native", [True, False])
+def test_no_operation_in_the_loop_makes_half_of_a_layers_cache(rule, made, native):
+  text = compiled(rule, made, native=native)
   assert not [operation.text for operation in hlo.large(text, half_a_layers_cache())]
   # Meta: the loop was found, and in it the updates in place that are excused.
   sizes = [operation.elements for operation in hlo.in_loops(text)]
@@ -130,9 +133,11 @@ def test_matrices_in_columns_are_neither_copied_nor_put_together(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [1, 8])
-def test_no_operation_of_a_pass_over_drafts_makes_half_of_a_layers_cache(rows):
+@pytest.mark.parametrize("native", [True, False])
+def test_no_operation_of_a_pass_over_drafts_makes_half_of_a_layers_cache(rows, native):
   """Of one position, of some, and of the whole window; the loop over drafts is within."""
-  text = compiled(exits.Verified(1, 3, draft_head="full"), None, rows)
+  rule = exits.Verified(1, 3, draft_head="full", adapts=native)
+  text = compiled(rule, None, rows, native=native)
   found = [operation.text for operation in hlo.large(text, half_a_layers_cache(rows))]
   assert not found
   sizes = [operation.elements for operation in hlo.in_loops(text)]
@@ -142,15 +147,26 @@ def test_no_operation_of_a_pass_over_drafts_makes_half_of_a_layers_cache(rows):
 def test_the_check_finds_caches_that_are_copied(monkeypatch):
   """Meta: where nothing ties the update to the reads, XLA copies the cache."""
   monkeypatch.setattr(ordering, "after", lambda position, made: position)
-  text = compiled(exits.DynamicExits(confidence.State()), engines.Eager())
+  text = compiled(exits.DynamicExits(confidence.State()), engines.Eager(), native=False)
   opcodes = {operation.opcode for operation in hlo.large(text, half_a_layers_cache())}
   assert "copy" in opcodes
 
 
 @pytest.mark.parametrize("rule", [SHALLOW, STATIC, exits.Verified(1, 3, draft_head="full")])
-def test_fewer_than_ten_operations_of_a_row_are_ready_at_once(rule):
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_fewer_than_ten_operations_of_a_few_rows_are_ready_at_once(rule, native, rows):
   """Else XLA:CPU wakes a thread at every token, whatever the number of layers."""
-  assert hlo.most_ready(compiled(rule, None, rows=1, layers=6)) < 10
+  assert hlo.most_ready(compiled(rule, None, rows, layers=6, native=native)) < 10
+
+
+@pytest.mark.skipif(not platforms.has_wide_vectors(), reason="XLA makes what texts begin with")
+@pytest.mark.parametrize("rule", [STATIC, exits.Verified(1, 3, draft_head="full")])
+@pytest.mark.parametrize(("native", "few"), [(True, True), (False, False)])
+def test_fewer_than_ten_operations_are_ready_where_a_text_begins(rule, native, few):
+  """Else a thread is woken for half of them, several times before the first token."""
+  text = compiled(rule, None, rows=1, layers=6, length=64, native=native)
+  assert (hlo.ready_at_the_beginning(text) < 10) == few
 
 
 def test_the_check_finds_updates_that_are_ready_together(monkeypatch):
@@ -158,7 +174,7 @@ def test_the_check_finds_updates_that_are_ready_together(monkeypatch):
   last = lambda position, rows, made: [ordering.after(position, made)] * len(rows)
   monkeypatch.setattr(ordering, "after_each", last)
   compiled_lib.drop_all()  # those of other tests
-  assert hlo.most_ready(compiled(STATIC, None, rows=1, layers=6)) >= 12
+  assert hlo.most_ready(compiled(STATIC, None, rows=1, layers=6, native=False)) >= 12
 
 
 def test_elsewhere_than_on_a_cpu_updates_wait_for_the_last_layer():

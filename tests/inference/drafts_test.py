@@ -60,9 +60,9 @@ def seen(tokens: int, passes: int) -> loop.Generation:
   """A text as `exits.Verified` tells it."""
   row = np.zeros((1, 16), np.int32)
   layers = row + (np.arange(16) < tokens) * 4
-  count, level = np.array([passes], np.int32), np.full(1, 0.5, np.float32)
-  verification = loop.Verification(row > 0, count, count, level, level)
-  return loop.Generation(row, layers, row * 0.0, row * 0.0, level, verification)
+  counts, level = np.full((1, 2), passes, np.int32), np.full((1, 2), 0.5, np.float32)
+  verification = loop.Verification(row > 0, counts, level)
+  return loop.Generation(row, layers, row * 0.0, row * 0.0, level[:, 0], verification)
 
 
 def test_the_longer_drafts_bring_nothing_the_longer_they_are_let_be():
@@ -106,6 +106,7 @@ def test_a_batch_at_full_depth_is_told_as_one_of_passes_is(model, ran):
   encoded = four.encode(batch)
   made = four.decode(encoded, batch.active, 1.0, NONSENSE)
   expected = four.expected_drafts[NONSENSE, 1.0]
+  expected.learn()
   expected.waits = 1
   static = four.decode(encoded, batch.active, 1.0, NONSENSE)
   assert ran[-2:] == [NONSENSE, exits.StaticExit()] and expected.waits == 0
@@ -143,8 +144,24 @@ def test_a_text_that_is_decoded_twice_for_its_programs_seconds_is_looked_at_once
   compiled.drop_all()
   outputs = model.generate(TEXTS[:1], rule=NONSENSE)
   expected = model.expected_drafts[NONSENSE, schedules.NEVER_EXIT]
+  expected.learn()
   assert ran == [NONSENSE] * 2 and expected.idle == expected.prior.texts == 1
   assert outputs[0].drafts > 0
+
+
+def test_a_text_is_given_back_before_it_is_learned_of(model, ran, monkeypatch):
+  """A lone text waits for nothing that only the next one needs."""
+  begun(model, ran, exits.StaticExit())
+  begun(model, ran, NONSENSE)
+  looked = []
+  saw = drafts.Expected.saw
+  monkeypatch.setattr(
+    drafts.Expected, "saw", lambda *args: (looked.append(len(ran)), saw(*args))
+  )
+  model.generate(TEXTS[:1], rule=NONSENSE)
+  assert ran == [NONSENSE] and not looked
+  model.generate(TEXTS[:1], rule=NONSENSE)
+  assert looked == [1] and ran == [NONSENSE, exits.StaticExit()]
 
 
 @pytest.mark.parametrize(
