@@ -18,6 +18,7 @@ from calm.decode import (
   drafting,
   engines,
   loop,
+  packed,
   verified,
   verified_passes,
   verified_state,
@@ -157,6 +158,28 @@ class Program:
         on it. None: nothing is known.
     """
     return self.decode_state(weights, encoded, active, threshold, prior).generation
+
+  @compiled.method()
+  def decode_packed(
+    self,
+    weights: ModelWeights,
+    encoded: caches.Encoded,
+    active: Bool[Array, " batch"],
+    known: Float[Array, " one_or_four"],
+  ) -> Int[Array, "batch columns"]:
+    """`decode`, with one array to send and one that comes back.
+
+    Args:
+      weights, encoded, active: as there.
+      known: the threshold, and the three numbers of a `drafting.Prior` if there is one.
+
+    Returns:
+      See `packed.unpacked`.
+    """
+    threshold, *prior = known
+    expected = drafting.Prior(*prior) if prior else None
+    state = self.decode_state(weights, encoded, active, threshold, expected)
+    return packed.packed(state.generation)
 
   def passes(
     self, weights: ModelWeights, encoded: caches.Encoded, threshold: Float[Array, "..."]

@@ -102,7 +102,8 @@ class BoundPasses:
   def _head(self, hidden: jax.Array) -> verified_lib.Draft:
     decoder, weights = self._decoder(), self.task.weights
     if self.rule.draft_head == "shortlist":
-      return verified_lib.draft(decoder.shortlist_logits(hidden), weights.shortlist_ids)
+      logits = decoder.shortlist_logits(hidden)
+      return verified_lib.draft(logits, weights.shortlist_ids, decoder.likeliest(logits))
     best = decoder.greedy(self.rule.draft_layer, hidden)
     if best is not None:
       return verified_lib.Draft(best.token, jnp.exp(best.log_probability))

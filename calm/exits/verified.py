@@ -149,14 +149,19 @@ def threshold_of(slack: float) -> float:
   return float(1 - decimal.Decimal(str(slack)))
 
 
-def draft(logits: Float[Array, "*rows tokens"], ids: Int[Array, " tokens"] | None) -> Draft:
+def draft(
+  logits: Float[Array, "*rows tokens"],
+  ids: Int[Array, " tokens"] | None,
+  best: layers.Greedy | None = None,
+) -> Draft:
   """The most likely token (the first of equals) of a draft head.
 
   Args:
     logits: of the draft head.
     ids: token ids of its columns; None: they are the columns' numbers.
+    best: the most likely column, where it is known already.
   """
-  best = layers.greedy(logits)
+  best = best or layers.greedy(logits)
   token = best.token if ids is None else ids[best.token]
   return Draft(token, jnp.exp(best.log_probability))
 

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from calm import exits
-from calm.decode import compiled, drafting, loop
+from calm.decode import compiled, drafting, loop, packed
+from calm.decode import program as program_lib
 from calm.t5 import caches, platforms
 
 if TYPE_CHECKING:
@@ -35,13 +36,18 @@ def run(
   # Arguments are looked at one by one, 40 microseconds for those of the encoder.
   weights = dataclasses.replace(predictor.weights, encoder={})
   # Numpy values go to the device inside the call: a tenth of a millisecond less a batch.
-  level, known = jax.tree.map(np.float32, (threshold, prior))
+  program = predictor.runs(rule)
   with compiled.at_precision(predictor.options.matmul_precision):
-    made = predictor.runs(rule).decode(weights, encoded, active, level, known)
-    return fetched(made)
+    if isinstance(program, program_lib.Program):
+      numbers = () if prior is None else (prior.chance, prior.trust, prior.texts)
+      known = np.array((threshold, *numbers), np.float32)
+      made = np.asarray(program.decode_packed(weights, encoded, active, known))
+      return packed.unpacked(made, program.max_decode_length)
+    level, expected = jax.tree.map(np.float32, (threshold, prior))
+    return _fetched(program.decode(weights, encoded, active, level, expected))
 
 
-def fetched(made: loop.Generation) -> loop.Generation:
+def _fetched(made: loop.Generation) -> loop.Generation:
   """A generation as numpy arrays, once it is there."""
   # Where host and device are one, nothing is to be sent for ahead, and asking takes a core from
   # the program: a twentieth of a short text of a small model.

@@ -59,10 +59,10 @@ def test_a_grid_is_decoded_in_stages_too(directory, tmp_path, monkeypatch):
 
 def test_where_last_bits_decide_one_program_decodes(directory, monkeypatch):
   monkeypatch.setattr(staged, "FIRST", 2)
-  before = compiled.num_made("Stage.begin"), compiled.num_made("Program.decode")
+  before = compiled.num_made("Stage.begin"), compiled.num_made("Program.decode_packed")
   narrow = inference.load(directory, **OPTIONS, dtype="bfloat16")
   narrow.generate(TEXTS[:1], threshold=0.6)
-  after = compiled.num_made("Stage.begin"), compiled.num_made("Program.decode")
+  after = compiled.num_made("Stage.begin"), compiled.num_made("Program.decode_packed")
   assert after == (before[0], before[1] + 1)
 
 
