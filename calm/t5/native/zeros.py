@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from calm.t5.native import calls
 
 # XLA's threads share what is more, which is worth it.
-MOST_NUMBERS = 2**20
+MOST_NUMBERS = 2**19
 
 Tree = TypeVar("Tree")
 
