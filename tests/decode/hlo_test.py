@@ -18,6 +18,7 @@ from calm.decode import program as program_lib
 from calm.exits import confidence
 from calm.exits.layers import KeyValue
 from calm.t5 import columns, platforms
+from calm.t5 import native as native_lib
 from tests import engine
 from tests.decode import hlo
 
@@ -25,6 +26,7 @@ LENGTH = 512
 SHALLOW = exits.DynamicExits(confidence.Classifier())
 SOFTMAX, STATIC = exits.DynamicExits(confidence.Softmax()), exits.StaticExit()
 ROWS = len(engine.PROMPTS)
+ALONE = native_lib.available() and platforms.has_wide_vectors()
 # LLVM, which comes after HLO, need not try hard.
 USERS_HLO = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": True}
 
@@ -160,7 +162,7 @@ def test_fewer_than_ten_operations_of_a_few_rows_are_ready_at_once(rule, native,
   assert hlo.most_ready(compiled(rule, None, rows, layers=6, native=native)) < 10
 
 
-@pytest.mark.skipif(not platforms.has_wide_vectors(), reason="XLA makes what texts begin with")
+@pytest.mark.skipif(not ALONE, reason="needs AVX-512 and llvmlite, else XLA makes it")
 @pytest.mark.parametrize("rule", [STATIC, exits.Verified(1, 3, draft_head="full")])
 @pytest.mark.parametrize(("native", "few"), [(True, True), (False, False)])
 def test_fewer_than_ten_operations_are_ready_where_a_text_begins(rule, native, few):
