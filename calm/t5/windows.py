@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
@@ -42,7 +43,8 @@ def window_biases(
   """
   length, biases = table.length, []
   for extended, current in zip(table.extended, table.current, strict=True):
-    with_itself = extended.at[:, length - 1].set(current)
+    own = np.arange(extended.shape[1]) == length - 1
+    with_itself = jnp.where(own[None, :], current[:, None], extended)
     # The slice of the window's last position is the widest, the others lie in it.
     rows = _slices(with_itself, length - positions - window, length + window - 1)
     shifted = [rows[:, :, window - 1 - i : window - 1 - i + length] for i in range(window)]
