@@ -9,6 +9,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from calm import exits
@@ -169,6 +170,23 @@ def test_fewer_than_ten_operations_are_ready_where_a_text_begins(rule, native, f
   """Else a thread is woken for half of them, several times before the first token."""
   text = compiled(rule, None, rows=1, layers=6, length=64, native=native)
   assert (hlo.ready_at_the_beginning(text) < 10) == few
+
+
+@pytest.mark.parametrize("rows", [2, 8, 9])
+def test_embeddings_of_a_few_rows_are_picked_in_one_thread(rows):
+  """XLA:CPU parts a gather from a large matrix, and wakes a thread for the second half."""
+  config = dataclasses.replace(engine.toy().config, vocab_size=4096, emb_dim=128)
+  table = jnp.arange(4096.0 * 128).reshape(4096, 128)
+  weights = dataclasses.replace(engine.toy().weights.decoder, embedding=table)
+  encoded = jax.tree.map(lambda x: x[:1], engine.encode(engine.toy()))
+  task = engines.Task(config, STATIC, weights, encoded, jnp.ones(()), 4, native=True)
+  tokens = jnp.arange(rows) * 511
+  embed = lambda table, tokens: dataclasses.replace(
+    task, weights=dataclasses.replace(weights, embedding=table)
+  ).embed(tokens)
+  made = jax.jit(embed).lower(table, tokens).compile()
+  np.testing.assert_array_equal(made(table, tokens), table[tokens])
+  assert (" gather(" in made.as_text()) == (rows > 8)
 
 
 def test_the_check_finds_updates_that_are_ready_together(monkeypatch):

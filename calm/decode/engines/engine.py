@@ -10,13 +10,16 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from calm import exits
 from calm.decode import loop
 from calm.t5 import caches as caches_lib
-from calm.t5 import decoder_weights, native, network
+from calm.t5 import decoder_weights, native, network, platforms
 
 Tree = TypeVar("Tree")
+# Rows whose embeddings are picked one by one.
+_FEW_ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,15 @@ class Task:
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """What the first layer gets, [batch, emb_dim], in the activation dtype."""
-    return self.weights.embedding[tokens].astype(self.config.dtype)
+    return self._rows_of_embedding(tokens).astype(self.config.dtype)
+
+  def _rows_of_embedding(self, tokens: jax.Array) -> jax.Array:
+    """[batch, emb_dim]. XLA:CPU gives half of a gather from a large matrix to another thread,
+    and to wake it takes longer than to copy a few rows."""
+    table = self.weights.embedding
+    if not self.native or not platforms.wakes_threads() or len(tokens) > _FEW_ROWS:
+      return table[tokens]
+    return jnp.concatenate([lax.dynamic_slice_in_dim(table, token, 1) for token in tokens])
 
   def keeps(self, position: jax.Array) -> jax.Array | None:
     """The rows that are decoded already at `position`, [batch] bool."""
