@@ -67,30 +67,32 @@ class Forced:
   def __getattr__(self, name: str) -> Any:
     return getattr(self.inner, name)
 
-  def room(self, batch_size):
-    return jnp.zeros((batch_size,), jnp.int32), self.inner.room(batch_size)
-
-  def begin(self, work, positions):
-    return positions, self.inner.begin(work[1], positions)
-
-  def draft(self, work, cache, token, at, wanted):
-    made, inner, cache = self.inner.draft(work[1], cache, token, at, wanted)
+  def look(self, hidden):
+    made = self.inner.look(hidden)
     # As sure as the coin is, or never sure enough to stop.
     sure = jnp.where(self.sure, 1.0, self.chance)
     # The head's own answer stays in use, or it would not be computed.
     confidence = jnp.maximum(sure, made.confidence * 1e-9)
-    return dataclasses.replace(made, confidence=confidence), (work[0], inner), cache
+    return dataclasses.replace(made, confidence=confidence)
 
-  def verify(self, work, cache, drafted: verified_state.Drafted, made, threshold):
-    inner = dataclasses.replace(drafted, work=work[1])
-    verdict, inner, cache = self.inner.verify(work[1], cache, inner, made, threshold)
-    coins = jnp.asarray(np.random.default_rng(3).random(997), jnp.float32) < self.chance
-    at = work[0][:, None] + jnp.arange(drafted.tokens.shape[1])[None, :] + 101 * self.text
-    accepted = made[None, :] & coins[at % 997]
+  def verify(self, cache, positions, drafted: verified_state.Drafted, made, threshold):
+    verdict, cache = self.inner.verify(cache, positions, drafted, made, threshold)
+    at = positions[:, None] + jnp.arange(drafted.tokens.shape[1])[None, :]
+    accepted = made[None, :] & self._coins(at)
     # The model's own answer stays in use, or it would not be computed.
     token = jnp.where(accepted, drafted.tokens, verdict.token)
-    verdict = dataclasses.replace(verdict, accepted=accepted, token=token)
-    return verdict, (work[0], inner), cache
+    return dataclasses.replace(verdict, accepted=accepted, token=token), cache
+
+  def verify_one(self, cache, positions, hidden, draft):
+    best, gap, cache = self.inner.verify_one(cache, positions, hidden, draft)
+    other = jnp.where(best.token == draft, draft ^ 1, best.token)
+    token = jnp.where(self._coins(positions), draft, other)
+    return dataclasses.replace(best, token=token), gap, cache
+
+  def _coins(self, at: jax.Array) -> jax.Array:
+    """Which drafts at these positions are right."""
+    coins = jnp.asarray(np.random.default_rng(3).random(997), jnp.float32) < self.chance
+    return coins[(at + 101 * self.text) % 997]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +284,7 @@ def nonsense_lists(name: str, size: int, flags: argparse.Namespace):
   def forget() -> None:
     for expected in model.expected_drafts.values():
       expected.prior, expected.idle, expected.waits = drafting.UNKNOWN, 0, 0
-      expected.last = None
+      expected.saved, expected.last = 0.0, None
 
   def run(rule: exits.Rule, alone: bool = False) -> list[Any]:
     forget()

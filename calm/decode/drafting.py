@@ -8,9 +8,11 @@ one token, ever more of them make no draft.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,18 +27,20 @@ CHANCE = 0.9
 # Weights of the prior: so many drafts of a row, so much in the sums of `Odds.trust`, so many
 # texts. Little, for a text of ten tokens has no time to find out.
 PRIOR_TRIALS, PRIOR_TRUST, PRIOR_TEXTS = 1.0, 0.1, 2.0
+# And so many drafts more, one a text that it was learned of.
+MOST_TRIALS = 6.0
 # Of `Prior.trust`: many texts whose drafts were right must not outweigh one's that are wrong.
 LEAST_TRUST, MOST_TRUST = 0.02, 50.0
 # Confidences are held between these: what is said to be certain must still be able to err.
 MODEST, SURE = 0.02, 0.9
-# A pass of several positions must promise this many times the tokens a second of one.
-MARGIN = 1.08
 # One more position must give this much of the tokens a second that the pass has without it.
 LEAST_GAIN = 0.9
 # Drafts of the first text, of all rows, that are looked at: two (an older one weighs `MEMORY`).
 FIRST_TRIALS = 1.5
 # Drafts that are accepted less often are made less often.
 DOUBTFUL = 0.5
+# A draft that is only looked at, in steps of the full model.
+LOOK = 0.05
 # Most passes without a draft between two with one.
 MOST_WAITS = 32
 # What a trial still weighs after the next one: about the last twenty count.
@@ -79,7 +83,8 @@ class Odds:
   def none(cls, batch_size: int, prior: Prior) -> "Odds":
     """Before the first draft."""
     root = jnp.sqrt(jnp.asarray(prior.trust, jnp.float32))
-    known = prior.chance * PRIOR_TRIALS, PRIOR_TRUST * root, PRIOR_TRUST / root, prior.texts
+    trials = _prior_trials(prior.texts)
+    known = prior.chance * trials, PRIOR_TRUST * root, PRIOR_TRUST / root, prior.texts
     sums = [0.0] * 4 + [jnp.asarray(x, jnp.float32) for x in known]
     return cls(jnp.broadcast_to(jnp.stack(sums)[:, None], (8, batch_size)))
 
@@ -116,7 +121,7 @@ class Odds:
   @property
   def share(self) -> jax.Array:
     """The chance that a draft of a row is accepted, [batch] below 1."""
-    accepted, tried = self.sums[0] + self.sums[4], self.tried + PRIOR_TRIALS
+    accepted, tried = self.sums[0] + self.sums[4], self.tried + _prior_trials(self.texts)
     return jnp.minimum(accepted / tried, 0.999)
 
   @property
@@ -157,9 +162,18 @@ class Reach:
   tokens: jax.Array
 
   @classmethod
-  def of_first(cls, active: jax.Array) -> "Reach":
-    """Before the first draft, of rows [batch] that are active."""
+  def of_first(cls, active: jax.Array, positions: jax.Array | None = None) -> "Reach":
+    """Before the first draft.
+
+    Args:
+      active: rows that count, [batch] bool.
+      positions: theirs, [batch]; None: all at one. A batch ends with its last row: one that is
+        ahead of the last by n counts 2^-n.
+    """
     chances = active.astype(jnp.float32)
+    if positions is not None and len(active) > 1:
+      least = jnp.min(jnp.where(active, positions, jnp.iinfo(jnp.int32).max))
+      chances *= jnp.exp2((least - positions).astype(jnp.float32))
     return cls(chances, jnp.sum(chances))
 
   def after(self, chances: jax.Array) -> "Reach":
@@ -176,7 +190,6 @@ class Planned:
   """When a pass goes on drafting.
 
   Attributes:
-    drafts: whether it makes any, [] bool.
     trust: `Odds.trust` of the rows, [batch].
     opening: chances that the first draft is accepted, summed over the rows, over the tokens
       expected of one position, above which a second one pays, []; infinite where none is to be
@@ -184,7 +197,6 @@ class Planned:
     more: the same of all drafts of 2, 3 ... positions.
   """
 
-  drafts: jax.Array
   trust: jax.Array
   opening: jax.Array
   more: tuple[float, ...] = struct.field(pytree_node=False)
@@ -231,11 +243,41 @@ class Plan:
     """
     if not self.adapts:
       return jnp.zeros((), jnp.int32)
-    # 0, 0, 1, 2, 4 ...: two unsure drafts in turn are no news, but where drafts are wrong more
-    # often than right, 0, 0, 4, 8 ...
-    doubtful = _share(odds, active) < DOUBTFUL
+    # 0, 0, 1, 2, 4 ...: two unsure drafts in turn are no news. Where they are too often wrong,
+    # 0, 0, 4, 8 ...; and 0, 2, 4 ... if nothing before this text spoke for them.
     waits = 2 ** jnp.minimum(idle, 8)
-    return jnp.minimum(jnp.where(doubtful & (idle > 1), waits, waits // 4), MOST_WAITS)
+    chance = odds.sums[4, 0] / _prior_trials(odds.texts[0])
+    unproven = (odds.texts[0] == 0) | (chance < self.least_share)
+    longer = jnp.where(idle > jnp.where(unproven, 0, 1), waits, 0)
+    doubtful = _share(odds, active) < self.least_share
+    return jnp.minimum(jnp.where(doubtful, longer, waits // 4), MOST_WAITS)
+
+  @functools.cached_property
+  def least_share(self) -> float:
+    """Drafts of which fewer are accepted are not worth looking at often: most are wrong, or
+    even a certain one would not be read on from."""
+    pays = (share for share in np.linspace(0.0, 0.99, 100) if self._opening(share) < 1.0)
+    return max(DOUBTFUL, next(pays, 1.0))
+
+  def _opening(self, share: Any) -> Any:
+    """`Planned.opening` where so many drafts are accepted."""
+    # With its first draft a row emits 1 + a + ... + a^(n - 2) tokens more of n positions. Of
+    # single numbers, for XLA makes one operation of them.
+    emitted, power, found = 0.0, 1.0, []
+    for cost in self.costs[1:]:
+      emitted, power = emitted + power, power * share
+      found.append((cost / self.costs[0] - 1.0) / emitted)
+    return functools.reduce(jnp.minimum if isinstance(share, jax.Array) else min, found)
+
+  def besides(self, positions: jax.Array | int) -> jax.Array | float:
+    """What a pass that drafts takes besides a step of the full model, in such steps, [].
+
+    Args:
+      positions: that it has, [].
+    """
+    if isinstance(positions, int):
+      return LOOK
+    return jnp.asarray(self.costs, jnp.float32)[positions - 1] / self.costs[0] - 1.0
 
   @property
   def hopes(self) -> bool:
@@ -248,28 +290,20 @@ class Plan:
     rates = [emitted / cost for emitted, cost in zip(tokens, self.costs, strict=True)]
     return not self.adapts or max(rates) > self.hope * rates[0]
 
-  def __call__(self, odds: Odds, active: jax.Array, drafts: jax.Array) -> Planned:
-    """The next pass.
+  def __call__(self, odds: Odds, active: jax.Array) -> Planned:
+    """The next pass that drafts.
 
     Args:
       odds: of every row.
       active: rows that count, [batch] bool.
-      drafts: whether it drafts at all, [] bool.
     """
     costs = self.costs
     if not self.adapts:
-      opening = jnp.where(drafts, 0.0, jnp.inf)
-      return Planned(drafts, odds.trust, opening, (0.0,) * (len(costs) - 2))
-    share = _share(odds, active)
-    # With its first draft a row emits 1 + a + ... + a^(n - 2) tokens more of n positions. Of
-    # single numbers, for XLA makes one operation of them.
-    emitted, power, opening = 0.0, 1.0, jnp.inf
-    for cost in costs[1:]:
-      emitted, power = emitted + power, power * share
-      opening = jnp.minimum(opening, (MARGIN * cost / costs[0] - 1.0) / emitted)
+      return Planned(odds.trust, jnp.zeros(()), (0.0,) * (len(costs) - 2))
+    opening = self._opening(_share(odds, active))
     more = tuple(LEAST_GAIN * (new - old) / old for old, new in itertools.pairwise(costs[1:]))
-    opening = jnp.where(drafts & ~looks(odds, active), opening, jnp.inf)
-    return Planned(drafts, odds.trust, opening, more)
+    opening = jnp.where(looks(odds, active), jnp.inf, opening)
+    return Planned(odds.trust, opening, more)
 
 
 def looks(odds: Odds, active: jax.Array) -> jax.Array:
@@ -278,6 +312,11 @@ def looks(odds: Odds, active: jax.Array) -> jax.Array:
   thirtieth of 64 tokens."""
   tried = jnp.sum(jnp.where(active, odds.tried, 0.0))
   return (odds.texts[0] == 0) & (tried < FIRST_TRIALS)
+
+
+def _prior_trials(texts: Any) -> Any:
+  """Drafts that a prior of so many texts weighs."""
+  return PRIOR_TRIALS + jnp.minimum(texts, MOST_TRIALS)
 
 
 def _share(odds: Odds, active: jax.Array) -> jax.Array:

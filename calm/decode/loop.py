@@ -32,12 +32,12 @@ class Verification:
       of a draft, or had none, [batch, length] bool.
     counts: `passes` and `drafts`, [batch, 2] int32. (Every array that comes back costs a short
       text some microseconds.)
-    expected: `share` and `trust`, [batch, 2] float32.
+    expected: `share`, `trust` and `steps`, [batch, 3] float32.
   """
 
   drafted: Bool[AnyArray, "batch length"]
   counts: Int[AnyArray, "batch 2"]
-  expected: Float[AnyArray, "batch 2"]
+  expected: Float[AnyArray, "batch 3"]
 
   @property
   def passes(self) -> Int[AnyArray, " batch"]:
@@ -60,6 +60,12 @@ class Verification:
   def trust(self) -> Float[AnyArray, " batch"]:
     """Odds of that over those that its confidence would have said, [batch]."""
     return self.expected[:, 1]
+
+  @property
+  def steps(self) -> Float[AnyArray, " batch"]:
+    """What the batch took, in steps of the full model, as `drafting.Plan` estimates it: the
+    same for every row that has a prompt, [batch]."""
+    return self.expected[:, 2]
 
 
 @struct.dataclass
@@ -280,6 +286,16 @@ def _loop(
   """Steps until every row has ended."""
   unfinished = lambda state: (state.position < limit) & jnp.any(state.active)
   return lax.while_loop(unfinished, advance, state)
+
+
+def run_if(predicate: jax.Array, body: Callable[[Any], Any], carry: Any) -> Any:
+  """`body(carry)` where `predicate` [], else `carry`.
+
+  A loop of at most one turn: its body may update arrays in place, the branches of a conditional
+  may not.
+  """
+  once = lambda pair: (jnp.zeros((), bool), body(pair[1]))
+  return lax.while_loop(lambda pair: pair[0], once, (predicate, carry))[1]
 
 
 def _put(array, column, position, decodes) -> jax.Array:

@@ -3,18 +3,18 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 
 from calm import exits
 from calm.decode import drafting, engines, loop, ordering, verified
-from calm.decode.engines import deferred
 from calm.decode.verified_state import Drafted
 from calm.exits import verified as verified_lib
+from calm.exits.layers import Greedy, greedy
 from calm.t5 import caches as caches_lib
 from calm.t5 import (
   columns,
@@ -35,21 +35,6 @@ MANY_ROWS, MANY_ROWS_HOPE = 8, 1.1
 # One row of layers so small that XLA:CPU wakes a thread for products of a few rows, and of one
 # makes them alone, has no drafts: with good ones the model in the box came x0.92 to x1.08 of
 # full depth without native functions, and x0.93 with bad ones.
-
-
-@struct.dataclass
-class Work:
-  """One pass in the making.
-
-  Attributes:
-    positions: of each row's first token, [batch].
-    states: d^k of the positions that ran the first layers, [batch, window, emb].
-    said: of the positions that were verified, [batch, window].
-  """
-
-  positions: jax.Array
-  states: jax.Array
-  said: verified_lib.Said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,28 +63,24 @@ class BoundPasses:
   def zeros_like(self, arrays: Any) -> Any:
     return self.task.zeros_like(arrays)
 
-  def room(self, batch_size: int) -> Work:
-    config, shape = self.task.config, (batch_size, self.rule.window)
-    zeros = lambda dtype: jnp.zeros(shape, dtype)
-    return Work(
-      positions=jnp.zeros((batch_size,), jnp.int32),
-      states=jnp.zeros((*shape, config.emb_dim), jnp.dtype(config.dtype)),
-      said=verified_lib.Said(zeros(jnp.int32), zeros(jnp.float32), zeros(jnp.float32)),
-    )
+  @property
+  def shortens(self) -> bool:
+    return len(self.sizes) > 1
 
-  def begin(self, work: Work, positions: jax.Array) -> Work:
-    return dataclasses.replace(work, positions=positions)
+  def room(self, batch_size: int) -> jax.Array:
+    config = self.task.config
+    shape = batch_size, self.rule.window, config.emb_dim
+    return jnp.zeros(shape, jnp.dtype(config.dtype))
 
-  def draft(self, work: Work, cache, token, at, wanted):
-    hidden, k = self.task.weights.embedding[token], self.rule.draft_layer
-    hidden, rows = self._one(1, hidden, cache[:k], work.positions + at)
-    lower = self._written(cache[:k], rows, work.positions + at, hidden)
-    states = lax.dynamic_update_slice_in_dim(work.states, hidden[:, None], at, axis=1)
-    nothing = verified_lib.Draft(jnp.zeros_like(token), jnp.zeros(token.shape, jnp.float32))
-    made = lax.cond(wanted, self._head, lambda hidden: nothing, hidden)
-    return made, dataclasses.replace(work, states=states), (*lower, *cache[k:])
+  def keep(self, work: jax.Array, hidden: jax.Array, at: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(work, hidden[:, None], at, axis=1)
 
-  def _head(self, hidden: jax.Array) -> verified_lib.Draft:
+  def read(self, cache, token: jax.Array, positions: jax.Array):
+    k = self.rule.draft_layer
+    hidden, rows = self._one(1, self.task.embed(token), cache[:k], positions)
+    return hidden, (*self._written(cache[:k], rows, positions, hidden), *cache[k:])
+
+  def look(self, hidden: jax.Array) -> verified_lib.Draft:
     decoder, weights = self._decoder(), self.task.weights
     if self.rule.draft_head == "shortlist":
       logits = decoder.shortlist_logits(hidden)
@@ -109,50 +90,35 @@ class BoundPasses:
       return verified_lib.Draft(best.token, jnp.exp(best.log_probability))
     return verified_lib.draft(decoder.logits(self.rule.draft_layer, hidden), None)
 
-  def verify(self, work: Work, cache, drafted: Drafted, made, threshold):
+  def verify(self, cache, positions: jax.Array, drafted: Drafted, made, threshold):
     lower, upper = cache[: self.rule.draft_layer], cache[self.rule.draft_layer :]
-    if len(self.sizes) == 1:
-      said, upper = self._verify(self.sizes[0], work, upper, drafted)
-    else:
-      said, upper = self._verify_some(work, upper, drafted)
-    verdict = verified_lib.verdict(said, drafted.tokens, made[None], threshold)
-    return verdict, dataclasses.replace(work, said=said), (*lower, *upper)
-
-  def _verify_some(self, work: Work, upper, drafted: Drafted):
-    """`_verify` of the first size that is enough for what was drafted."""
-    which = jnp.sum(drafted.count > jnp.asarray(self.sizes[:-1]), dtype=jnp.int32)
-    carry = work.said, upper
-    # Loops of one turn rather than a conditional: they may write the caches in place.
-    for i, size in enumerate(self.sizes):
-      body = lambda carry, size=size: self._verify(size, work, carry[1], drafted)
-      carry = deferred.run_if(which == i, body, carry)
-    return carry
-
-  def _verify(self, size: int, work: Work, upper, drafted: Drafted):
-    """The upper layers and the head over the first `size` positions of the window."""
     first = self.rule.draft_layer + 1
-    if size == 1:
-      hidden, rows = self._one(first, work.states[:, 0], upper, work.positions)
-      caches = self._written(upper, rows, work.positions, hidden)
-    else:
-      hidden, caches = self._several(first, work.states[:, :size], upper, work.positions)
-    drafts = drafted.tokens[:, :size]
-    said = self._said(hidden, drafts.reshape(-1))
-    missing = ((0, 0), (0, self.rule.window - size))
-    return jax.tree.map(lambda x: jnp.pad(x.reshape(drafts.shape), missing), said), caches
+    hidden, upper = self._several(first, drafted.work, upper, positions)
+    best, gap = self._said(hidden)
+    said = best.token, best.log_probability, gap(drafted.tokens.reshape(-1))
+    said = verified_lib.Said(*(x.reshape(drafted.tokens.shape) for x in said))
+    return verified_lib.verdict(said, drafted.tokens, made[None], threshold), (*lower, *upper)
 
-  def _said(self, hidden: jax.Array, drafts: jax.Array) -> verified_lib.Said:
-    """What the last layer's head says, of its logits or without them."""
+  def verify_one(self, cache, positions: jax.Array, hidden: jax.Array, draft: jax.Array):
+    del draft  # what is said does not depend on it
+    lower, upper = cache[: self.rule.draft_layer], cache[self.rule.draft_layer :]
+    hidden, rows = self._one(self.rule.draft_layer + 1, hidden, upper, positions)
+    upper = self._written(upper, rows, positions, hidden)
+    return *self._said(hidden), (*lower, *upper)
+
+  def _said(self, hidden: jax.Array) -> tuple[Greedy, Callable[[jax.Array], jax.Array]]:
+    """What the last layer's head says, of its logits or without them; and of any token how far
+    its logit is above that of the likeliest."""
     decoder, last = self._decoder(), self.num_layers
-    if not isinstance(self.task.weights.heads[-1], quantized_heads.QuantizedHead):
+    if isinstance(self.task.weights.heads[-1], quantized_heads.QuantizedHead):
+      best = decoder.greedy(last, hidden)
+      assert best is not None  # so says the head
+      score = lambda token: decoder.score(last, hidden, token)
+    else:
       logits = decoder.logits(last, hidden)
-      return verified_lib.said(logits, drafts, decoder.likeliest(logits))
-    best = decoder.greedy(last, hidden)
-    assert best is not None  # so says the head
-    score = lambda token: decoder.score(last, hidden, token)
-    return verified_lib.Said(
-      best.token, best.log_probability, score(drafts) - score(best.token)
-    )
+      best = decoder.likeliest(logits) or greedy(logits)
+      score = lambda token: jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return best, lambda token: score(token) - score(best.token)
 
   def _one(self, first: int, hidden: jax.Array, caches, positions: jax.Array):
     """Layers from `first` on over one position of every row, [batch, emb]; then their rows."""
@@ -275,17 +241,26 @@ def plan(
   numbers = count(dataclasses.replace(weights.layers[0], cross_key_value=()))  # once a prompt
   matrix = weights.layers[0].mlp_out
   small = is_native and native.alone(matrix, 1)
-  layer = lambda rows: (_small(rows) if small else _layer(matrix, rows)) * numbers
-  head = lambda rows: _head(weights.heads[0], rows, small)
+
+  def layer(positions: int) -> float:
+    kept = _small(batch, positions) if small else _layer(matrix, batch * positions)
+    return kept * numbers
+
+  def head(positions: int) -> float:
+    matrix = weights.heads[0]
+    if small and not isinstance(matrix, quantized_heads.QuantizedHead):
+      return _small(batch, positions) * matrix.size
+    return _head(matrix, batch * positions)
+
   sizes, costs = _sizes(rule), []
-  short = head(batch)
+  short = head(1)
   if rule.draft_head == "shortlist":
-    short = _rows(batch) * count(weights.shortlist)
+    short = (_small(batch, 1) if small else _rows(batch)) * count(weights.shortlist)
   below, above = rule.draft_layer, config.num_decoder_layers - rule.draft_layer
   for positions in range(1, rule.window + 1):
     size = next(size for size in sizes if size >= positions)
-    drafts = positions * below * layer(batch) + (positions - 1) * short
-    rest = above * layer(batch * size) + head(batch * size)
+    drafts = positions * below * layer(1) + (positions - 1) * short
+    rest = above * layer(size) + head(size)
     # A turn of the loop takes about a layer's time besides.
     costs.append(numbers + drafts + rest)
   return drafting.Plan(tuple(costs), _hope(matrix, batch, small), rule.adapts)
@@ -299,9 +274,7 @@ def _hope(matrix: decoder_weights.Matrix, batch: int, small: bool) -> float:
   return 1.0 if batch < MANY_ROWS else MANY_ROWS_HOPE
 
 
-def _head(
-  head: jax.Array | quantized_heads.QuantizedHead, rows: int, small: bool = False
-) -> float:
+def _head(head: jax.Array | quantized_heads.QuantizedHead, rows: int) -> float:
   """Time of the head over so many rows, in float32 numbers that are read for one.
 
   8 bits beside one row in float32, on two CPU cores (products of T5 1.1 small's head): 2 rows
@@ -310,11 +283,8 @@ def _head(
 
   A float32 head writes the logits of several positions, and they are read again: 1.3 times its
   product. So passes of 2, 4 and 8 positions of T5 1.1 small say 1.8, 2.2 and 3.1 steps of one,
-  and took 1.7, 2.1 and 3.1; with the head in 8 bits 1.6, 2.1 and 3.2 for 1.5, 2.1 and 3.2. One
-  thread (`native.alone`) takes 8 rows of the head of the model in the box twice as long as one.
+  and took 1.7, 2.1 and 3.1; with the head in 8 bits 1.6, 2.1 and 3.2 for 1.5, 2.1 and 3.2.
   """
-  if small and not isinstance(head, quantized_heads.QuantizedHead):
-    return head.size * (1.0 + (rows - 1) / 7 if rows <= 8 else 2.0 * (rows / 8) ** 0.8)
   if not isinstance(head, quantized_heads.QuantizedHead):
     return _rows(rows) * (1.0 if rows <= platforms.least_rows() else 1.3) * head.size
   if platforms.least_rows() > 1:  # a TPU: what the bytes take
@@ -344,16 +314,25 @@ def _rows(rows: int) -> float:
   return 1.5 + 0.05 * rows if rows <= 8 else 1.9 * (rows / 8) ** 0.75
 
 
-def _small(rows: int) -> float:
+def _small(batch: int, positions: int) -> float:
   """Time of layers that one thread multiplies (`native.alone`), over that with one row.
 
-  Up to 8 rows it waits for the matrices, and what attention and norms take besides is shared:
-  passes of 2, 4 and 8 positions of the model in the box cost 1.5, 2.4 and 3.3 steps of one (one
-  prompt, k = 2, whole head; AMD EPYC), where these figures say 1.5, 2.2 and 3.5. 16, 32 and 64
-  rows of its largest matrix take 1.6, 3.1 and 6.4 times as long as 8; as XLA multiplies them,
-  which it does from 17 rows on, 1.4, 2.0 and 4.9 times.
+  Between what one of two CPU cores took of the model in the box (AMD EPYC, k = 2, whole head).
+  A step of 2, 4 and 8 rows took 1.5, 2.4 and 3.0 times as long as one of one row, where these
+  figures say 1.4, 2.2 and 3.0. In steps of as many rows, passes that verify a window of 8 took,
+  of 2 and of 8 positions, 2.4 to 2.8 and 4.1 to 4.5 (one row), 3.0 to 3.3 and 4.5 to 4.8 (2
+  rows), 2.9 to 3.5 and 4.7 to 4.9 (4 rows); these figures say 3.2 and 5.0, 3.5 and 5.4 of
+  several rows.
+
+  Of one row 2.2 and 4.0: drafts that are right come in runs, and a fifth less than the truth
+  was best for good drafts and bad ones (1, 0.8, 0.65 and 0.5 of it, three tasks). Several rows
+  seldom have a run together; there the truth was.
   """
-  return 1.0 if rows == 1 else 0.9 * max(1.0, rows / 8) ** 0.8
+  rows = batch * positions
+  if positions == 1:
+    return min(0.6 + 0.4 * rows, 1.4 + 0.2 * rows)
+  window = 1.1 + 0.22 * rows if rows <= 8 else 2.86 * (rows / 8) ** 0.8
+  return 0.8 * window if batch == 1 else window
 
 
 def _columns(rows: int) -> float:

@@ -1,5 +1,6 @@
 """What passes over drafted tokens carry, and what they ask of a decoder. Knows no network."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -8,25 +9,26 @@ from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
 from calm.decode import drafting, loop
+from calm.exits import layers
 
 
 @struct.dataclass
 class Drafted:
-  """What a pass has drafted so far.
+  """What a pass has drafted so far; between two passes, room for it.
 
   Attributes:
-    count: positions that ran the first layers, [].
-    tokens: the draft made at each, which the next one reads, [batch, window].
+    count: positions whose drafts are read on from, [].
+    tokens: the draft made at each position, [batch, window].
     confidences: those of the drafts, [batch, window].
-    work: the passes' own.
-    cache: every layer's, those of layers 1 ... k written; None: apart.
+    reach: how likely the next position is to be read.
+    work: what the passes keep of the positions.
   """
 
   count: jax.Array
   tokens: jax.Array
   confidences: jax.Array
+  reach: drafting.Reach
   work: Any
-  cache: Any
 
 
 @struct.dataclass
@@ -35,14 +37,16 @@ class VerifiedState:
 
   Attributes:
     positions: tokens that each row has generated, [batch].
-    current: each row's last token, which its next pass reads, [batch].
+    current: each row's last token or draft, which is read next, [batch].
     active: rows that still generate, [batch] bool.
     generation: filled up to `positions`.
     log_probabilities: of the emitted tokens, [batch, length].
     odds: how often drafts were accepted.
     idle: drafting passes since the last one that emitted two tokens of any row, [].
     waits: passes before the next one that drafts, [].
-    last: what the pass before drafted, room for the next one's: to make room anew takes longer.
+    cost: what passes took besides one step of the full model each, in such steps, [].
+    planned: until when the next pass drafts.
+    drafted: by the pass so far; in the room of the one before, for to make room takes longer.
     cache: every layer's.
   """
 
@@ -54,16 +58,23 @@ class VerifiedState:
   odds: drafting.Odds
   idle: Int[Array, ""]
   waits: Int[Array, ""]
-  last: Drafted
+  cost: Float[Array, ""]
+  planned: drafting.Planned
+  drafted: Drafted
   cache: Any
 
 
 class Passes(Protocol):
-  """What the loop asks of a decoder whose rows stand at `positions` [batch]."""
+  """What the loop asks of a decoder. Rows have `positions` [batch] of their own."""
 
   @property
   def num_layers(self) -> int:
     """L."""
+    ...
+
+  @property
+  def shortens(self) -> bool:
+    """Whether a pass may have one position (`verify_one`), or always has the whole window."""
     ...
 
   def empty(self) -> Any:
@@ -71,36 +82,38 @@ class Passes(Protocol):
     ...
 
   def room(self, batch_size: int) -> Any:
-    """What the first pass of all works on (`Drafted.work`), zeros."""
+    """Room for what is kept of the positions of a pass (`Drafted.work`), zeros."""
     ...
 
   def zeros_like(self, arrays: Any) -> Any:
     """Zeros of these shapes, made as the platform makes them fastest."""
     ...
 
-  def begin(self, work: Any, positions: jax.Array) -> Any:
-    """What a pass works on, its rows at `positions` [batch], in the room of the one before."""
+  def read(self, cache: Any, token: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
+    """Layers 1 ... k on `token` [batch]: their state d^k [batch, emb], and the caches."""
     ...
 
-  def draft(
-    self, work: Any, cache: Any, token: jax.Array, at: jax.Array, wanted: jax.Array
-  ) -> tuple[exits.verified.Draft, Any, Any]:
-    """Runs layers 1 ... k on `token` [batch], `at` positions after the row's own.
+  def look(self, hidden: jax.Array) -> exits.verified.Draft:
+    """What the draft head says of such states, [batch]."""
+    ...
 
-    Returns:
-      The draft (nothing where none is `wanted` []), the work and the caches.
-    """
+  def keep(self, work: Any, hidden: jax.Array, at: jax.Array) -> Any:
+    """`work` with the state of the pass's position `at` []."""
     ...
 
   def verify(
-    self, work: Any, cache: Any, drafted: Drafted, made: jax.Array, threshold: jax.Array
-  ) -> tuple[exits.verified.Verdict, Any, Any]:
-    """Runs the other layers and the head over the pass's positions; `made` [window] says
-    which have a draft.
+    self, cache: Any, positions: jax.Array, drafted: Drafted, made: jax.Array, threshold: Any
+  ) -> tuple[exits.verified.Verdict, Any]:
+    """The other layers and the head over the window of a pass that begins at `positions`;
+    `made` [window] says which have a draft: the verdict [batch, window], and the caches."""
+    ...
 
-    Returns:
-      The verdict, [batch, window], the work and the caches.
-    """
+  def verify_one(
+    self, cache: Any, positions: jax.Array, hidden: jax.Array, draft: jax.Array
+  ) -> tuple[layers.Greedy, Callable[[jax.Array], jax.Array], Any]:
+    """The same of one position, [batch], from its state `hidden` on: what the full model says
+    there, how far the logit of a token is above that one's, and the caches. `draft` is the
+    position's, if it has one."""
     ...
 
   def step(

@@ -166,15 +166,16 @@ def draft(
   return Draft(token, jnp.exp(best.log_probability))
 
 
-def said(
-  logits: Float[Array, "*rows vocab"],
-  drafted: Int[Array, "*rows"],
-  best: layers.Greedy | None = None,
-) -> Said:
-  """What a head with these logits says of drafts, their most likely token known or not."""
-  best = best or layers.greedy(logits)
-  at = lambda token: jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
-  return Said(best.token, best.log_probability, at(drafted) - at(best.token))
+def undrafted(best: layers.Greedy) -> Verdict:
+  """What is emitted where no draft was made: what the full model finds likeliest."""
+  zeros = jnp.zeros_like(best.log_probability)
+  return Verdict(
+    token=best.token,
+    accepted=zeros > 0,
+    confidence=zeros + 1.0,
+    rejected_confidence=zeros,
+    log_probability=best.log_probability,
+  )
 
 
 def verdict(

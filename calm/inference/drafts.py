@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 
 _STATIC = exits.StaticExit()
+# What a batch's savings still weigh after the next one.
+MEMORY = 0.8
+# A batch must save more than this much of its steps: passes take a little more than is told.
+MARGIN = 0.04
+# What the last batches may have lost, where enough drafts of the last one were accepted.
+LEAST_SAVED = -2.0
 # Most batches at full depth between two that draft.
 MOST_WAITS = 64
 
@@ -30,18 +36,21 @@ class Expected:
   Attributes:
     must: whether they are made whatever they are worth.
     prior: what the next text begins with.
-    idle: batches in turn whose passes emitted hardly more than a token each.
+    saved: steps of the full model that drafts of the last batches saved, as far as
+      `drafting.Plan` knows; an older batch weighs `MEMORY`.
+    idle: batches in turn after which they had saved none.
     waits: batches that make no draft before the next one that does.
-    hopes: by number of rows, whether a batch has any (`drafting.Plan.hopes`).
+    plans: by number of rows, what passes of a batch cost.
     last: a batch and its rows with prompts, if there is still something to learn of it: its
       text is given back first.
   """
 
   must: bool
   prior: drafting.Prior = drafting.UNKNOWN
+  saved: float = 0.0
   idle: int = 0
   waits: int = 0
-  hopes: dict[int, bool] = dataclasses.field(default_factory=dict)
+  plans: dict[int, drafting.Plan] = dataclasses.field(default_factory=dict)
   last: tuple[loop.Generation, np.ndarray] | None = None
 
   def learn(self) -> None:
@@ -52,8 +61,9 @@ class Expected:
 
   def drafts(self, rows: int) -> bool:
     """Whether the next batch, of so many rows, makes any; one that waits is counted."""
-    if self.waits == 0 or not self.hopes[rows]:
-      return self.hopes[rows]
+    hopes = self.must or self.plans[rows].hopes
+    if self.waits == 0 or not hopes:
+      return hopes
     self.waits -= 1
     return False
 
@@ -63,14 +73,21 @@ class Expected:
     assert seen is not None
     # Python's own numbers: NumPy's sums and choices between two texts took a tenth of a
     # millisecond, which is a third of a token.
-    expected, counts = seen.expected.tolist(), seen.counts.tolist()
+    expected = seen.expected.tolist()
     known = [
-      pair for pair, has_prompt in zip(expected, active.tolist(), strict=True) if has_prompt
+      row[:2] for row, has_prompt in zip(expected, active.tolist(), strict=True) if has_prompt
     ]
     if known:
       self.prior = drafting.learned(self.prior, *zip(*known, strict=True))
-    tokens, passes = np.count_nonzero(made.exit_layers), sum(row[0] for row in counts)
-    self.idle = 0 if tokens > drafting.MARGIN * passes else self.idle + 1
+    # A batch takes as many steps as its longest row has tokens.
+    tokens = max(map(np.count_nonzero, made.exit_layers))
+    saved = (1.0 - MARGIN) * tokens - max(row[2] for row in expected)
+    self.saved = MEMORY * self.saved + saved
+    plan = self.plans.get(len(active))
+    accepted = sum(row[0] for row in known) / max(len(known), 1)
+    promising = plan is not None and accepted >= plan.least_share
+    self.idle = 0 if self.saved > (LEAST_SAVED if promising else 0.0) else self.idle + 1
+    self.saved = max(self.saved, LEAST_SAVED)
     # 1, 4, 16 ...: a text that drafts for nothing runs a program that others leave cold.
     self.waits = 0 if self.must else min(4**self.idle // 4, MOST_WAITS)
 
@@ -89,8 +106,8 @@ def decode(
   if expected is None:
     expected = predictor.expected_drafts[key] = Expected(_must(predictor, threshold, rule))
   expected.learn()
-  if rows not in expected.hopes:
-    expected.hopes[rows] = expected.must or _hopes(predictor, rule, rows)
+  if rows not in expected.plans:
+    expected.plans[rows] = _plan(predictor, rule, rows)
   if not expected.drafts(rows):
     full = running.run(predictor, _STATIC, encoded, active, schedules.NEVER_EXIT)
     return _without_drafts(full)
@@ -115,12 +132,12 @@ def _must(predictor: "predictor_lib.Predictor", threshold: float, rule: exits.Ve
   return decide or not exact.can_be_exact(predictor)
 
 
-def _hopes(predictor: "predictor_lib.Predictor", rule: exits.Verified, rows: int) -> bool:
-  """Whether a batch of so many rows has any drafts."""
+def _plan(predictor: "predictor_lib.Predictor", rule: exits.Verified, rows: int):
+  """What passes of a batch of so many rows cost."""
   native = predictor.program(rule).native
   each = -(-rows // predictor.options.num_devices)
   weights = predictor.weights.decoder
-  return verified_passes.plan(predictor.config, weights, rule, each, native).hopes
+  return verified_passes.plan(predictor.config, weights, rule, each, native)
 
 
 def _without_drafts(full: loop.Generation) -> loop.Generation:
@@ -132,7 +149,7 @@ def _without_drafts(full: loop.Generation) -> loop.Generation:
   verification = loop.Verification(
     drafted=np.zeros(emitted.shape, bool),
     counts=counts,
-    expected=np.zeros(counts.shape, np.float32),
+    expected=np.zeros((len(emitted), 3), np.float32),
   )
   return loop.Generation(
     tokens=full.tokens,

@@ -28,7 +28,7 @@ def after(*trials: tuple[bool, float], prior: drafting.Prior | None = None) -> d
 
 def chance(odds: drafting.Odds, confidence: float) -> float:
   """That a draft is accepted."""
-  planned = PLAN(odds, jnp.ones(1, bool), jnp.bool_(True))
+  planned = PLAN(odds, jnp.ones(1, bool))
   return float(planned.chance(jnp.array([confidence]))[0])
 
 
@@ -39,8 +39,8 @@ def count(odds: drafting.Odds, confidence: float, plan: drafting.Plan = PLAN) ->
 
 @functools.partial(jax.jit, static_argnums=0)
 def _count(plan: drafting.Plan, odds: drafting.Odds, confidence: jax.Array) -> jax.Array:
-  one, drafts = jnp.ones(1, bool), jnp.bool_(True)
-  planned, reach = plan(odds, one, drafts), drafting.Reach.of_first(one)
+  one = jnp.ones(1, bool)
+  planned, reach = plan(odds, one), drafting.Reach.of_first(one)
   positions, goes_on = jnp.int32(1), jnp.bool_(True)
   for at in range(len(plan.costs) - 1):
     reach = reach.after(planned.chance(confidence[None]))
@@ -151,7 +151,7 @@ def test_rows_that_have_ended_do_not_vote():
   odds = drafting.Odds.none(2, drafting.UNKNOWN).add(trials, right, 0.9 * trials)
 
   def goes_on(*active: bool) -> bool:
-    planned = PLAN(odds, jnp.array(active), jnp.bool_(True))
+    planned = PLAN(odds, jnp.array(active))
     reach = drafting.Reach.of_first(jnp.array(active))
     reach = reach.after(planned.chance(jnp.array([0.9, 0.9])))
     return bool(planned.goes_on(jnp.int32(0), reach))
@@ -171,22 +171,29 @@ def test_waits_between_drafts_that_were_not_read_on_from_grow():
   assert not any(int(fixed.waits(jnp.int32(idle), good, one)) for idle in range(10))
 
 
+def waits(odds: drafting.Odds) -> list[int]:
+  """Of so many drafting passes for nothing: 0, 1 ..."""
+  return [int(PLAN.waits(jnp.int32(idle), odds, jnp.ones(1, bool))) for idle in range(6)]
+
+
 def test_waits_are_longer_where_drafts_are_wrong_more_often_than_right():
-  one, bad = jnp.ones(1, bool), after((False, 0.9), (False, 0.9))
-  assert [int(PLAN.waits(jnp.int32(idle), bad, one)) for idle in range(6)] == [
-    0,
-    0,
-    4,
-    8,
-    16,
-    32,
-  ]
+  refused = (False, 0.9), (False, 0.9)
+  assert waits(after(*refused, prior=HOPEFUL)) == [0, 0, 4, 8, 16, 32]
 
 
-def test_a_pass_that_waits_is_as_long_as_a_step():
-  planned = PLAN(after(prior=HOPEFUL), jnp.ones(1, bool), jnp.bool_(False))
-  reach = drafting.Reach.of_first(jnp.ones(1, bool)).after(jnp.ones(1))
-  assert not bool(planned.goes_on(jnp.int32(0), reach))
+def test_they_begin_at_once_where_no_text_before_spoke_for_drafts():
+  """The first text of all, or one after texts whose drafts were worthless."""
+  hopeless = drafting.learned(drafting.UNKNOWN, [0.02] * 8, [0.1] * 8)
+  for prior in (drafting.UNKNOWN, hopeless):
+    assert waits(after((False, 0.9), prior=prior)) == [0, 2, 4, 8, 16, 32]
+  assert waits(after((True, 0.9))) == [0, 0, 1, 2, 4, 8]
+
+
+def test_a_pass_no_draft_of_which_counts_ends():
+  planned = PLAN(after(prior=HOPEFUL), jnp.ones(1, bool))
+  reach = drafting.Reach.of_first(jnp.ones(1, bool))
+  assert bool(planned.goes_on(jnp.int32(0), reach.after(jnp.ones(1))))
+  assert not bool(planned.goes_on(jnp.int32(0), reach.after(jnp.zeros(1))))
 
 
 def test_passes_that_cost_as_many_steps_are_not_hoped_for():

@@ -32,7 +32,7 @@ def test_exact_texts_are_reached_in_stages_too(directory, monkeypatch):
   long = inference.load(directory, **OPTIONS | {"max_decode_length": 40})
   monkeypatch.setattr(staged, "FIRST", 5)
   before = compiled.num_made("DraftedStage.begin")
-  rule = exits.Verified(1, draft_head="full")
+  rule = exits.Verified(1, draft_head="full", adapts=False)
   exact = long.generate(TEXTS, rule=rule)
   assert compiled.num_made("DraftedStage.begin") > before
   full = long.generate(TEXTS, rule=exits.StaticExit())

@@ -11,7 +11,7 @@ conditional, a loop's body may update a buffer in place.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -105,12 +105,6 @@ def can_defer(rule: exits.Rule) -> bool:
   return isinstance(rule, exits.DynamicExits) and rule.propagation.projects_state
 
 
-def run_if(predicate: jax.Array, body: Callable[[Any], Any], carry: Any) -> Any:
-  """`body(carry)` where `predicate`, else `carry`; arrays may be updated in place."""
-  once = lambda pair: (jnp.zeros((), bool), body(pair[1]))
-  return lax.while_loop(lambda pair: pair[0], once, (predicate, carry))[1]
-
-
 @dataclasses.dataclass(frozen=True)
 class BoundDeferred:
   """Deferred filling at work.
@@ -155,7 +149,7 @@ class BoundDeferred:
         walk, decoder, segment, position, cache.states, carry
       )
       needed = jnp.any(~state.done)
-      state, made = body(carry) if segment[0] == 1 else run_if(needed, body, carry)
+      state, made = body(carry) if segment[0] == 1 else loop.run_if(needed, body, carry)
       fills += made
     states = self.stored(cache.states, state, position)
     return exits.token_exit(walk, state, active), DeferredCache(tuple(fills), states)
