@@ -67,8 +67,8 @@ class Forced:
   def __getattr__(self, name: str) -> Any:
     return getattr(self.inner, name)
 
-  def look(self, hidden):
-    made = self.inner.look(hidden)
+  def look(self, read):
+    made = self.inner.look(read)
     # As sure as the coin is, or never sure enough to stop.
     sure = jnp.where(self.sure, 1.0, self.chance)
     # The head's own answer stays in use, or it would not be computed.
@@ -83,8 +83,8 @@ class Forced:
     token = jnp.where(accepted, drafted.tokens, verdict.token)
     return dataclasses.replace(verdict, accepted=accepted, token=token), cache
 
-  def verify_one(self, cache, positions, hidden, draft):
-    best, gap, cache = self.inner.verify_one(cache, positions, hidden, draft)
+  def verify_one(self, cache, positions, read, draft):
+    best, gap, cache = self.inner.verify_one(cache, positions, read, draft)
     other = jnp.where(best.token == draft, draft ^ 1, best.token)
     token = jnp.where(self._coins(positions), draft, other)
     return dataclasses.replace(best, token=token), gap, cache

@@ -248,7 +248,9 @@ class Plan:
     waits = 2 ** jnp.minimum(idle, 8)
     chance = odds.sums[4, 0] / _prior_trials(odds.texts[0])
     unproven = (odds.texts[0] == 0) | (chance < self.least_share)
-    longer = jnp.where(idle > jnp.where(unproven, 0, 1), waits, 0)
+    # A batch gains less by drafts than a text, and as much is lost by a look.
+    longer = jnp.where(unproven & (idle > 0), waits * min(2, len(active)), 0)
+    longer = jnp.where(~unproven & (idle > 1), waits, longer)
     doubtful = _share(odds, active) < self.least_share
     return jnp.minimum(jnp.where(doubtful, longer, waits // 4), MOST_WAITS)
 

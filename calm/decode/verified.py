@@ -145,25 +145,25 @@ class Verifying:
   def run(self, state: VerifiedState) -> VerifiedState:
     """One position more of every active row; its pass goes on from there, or ends."""
     at, drafts = state.drafted.count, self._every | (state.waits <= 0)
-    hidden, cache = self.passes.read(state.cache, state.current, state.positions + at)
+    read, cache = self.passes.read(state.cache, state.current, state.positions + at)
     state = dataclasses.replace(state, cache=cache)
-    state, goes_on = self._look(state, hidden, drafts)
+    state, goes_on = self._look(state, read, drafts)
     several = functools.partial(self._verify, drafts=drafts)
     if not self.passes.shortens:
       return loop.run_if(~goes_on, several, state)
-    one = functools.partial(self._verify_one, hidden=hidden, drafts=drafts)
+    one = functools.partial(self._verify_one, read=read, drafts=drafts)
     # A pass that reads on from no draft is like a step of the full model, and has to cost as
     # little: it is told of by itself.
     state = loop.run_if(~goes_on & (at == 0), one, state)
     return loop.run_if(~goes_on & (at > 0), several, state)
 
-  def _look(self, state: VerifiedState, hidden: jax.Array, drafts: jax.Array):
+  def _look(self, state: VerifiedState, read: Any, drafts: jax.Array):
     """The state with the draft after a position, where one is made, and whether the pass reads
     on from there."""
     at = state.drafted.count
     wanted = drafts & (self._every | (at + 1 < self.rule.window))
     known = self._given(state.positions + at, 1)[:, 0]
-    look = functools.partial(self._looked, state, hidden, wanted, known)
+    look = functools.partial(self._looked, state, read, wanted, known)
     carry = state.drafted, state.current, jnp.zeros((), bool)
     if self.passes.shortens:
       needed = wanted | (at > 0)
@@ -174,13 +174,13 @@ class Verifying:
       drafted, current, goes_on = look(carry)
     return dataclasses.replace(state, drafted=drafted, current=current), goes_on
 
-  def _looked(self, state: VerifiedState, hidden, wanted, known: jax.Array, carry):
+  def _looked(self, state: VerifiedState, read, wanted, known: jax.Array, carry):
     """`_look` where a draft is made, or the position kept; `known` is what rows are given."""
     now, at = carry[0], state.drafted.count
     nothing = exits.verified.Draft(
       jnp.zeros_like(state.current), jnp.zeros(state.current.shape, jnp.float32)
     )
-    made = lax.cond(wanted, self.passes.look, lambda hidden: nothing, hidden)
+    made = lax.cond(wanted, self.passes.look, lambda read: nothing, read)
     has_room = state.active & (state.positions + at + 1 < self.length)
     is_given = has_room & (known > 0)
     follows = (made.confidence >= self.rule.stop_below) & (made.token != self.eos_id)
@@ -199,14 +199,14 @@ class Verifying:
       tokens=put(now.tokens, made.token),
       confidences=put(now.confidences, made.confidence),
       reach=reach.extended(),
-      work=self.passes.keep(now.work, hidden, at),
+      work=self.passes.keep(now.work, read, at),
     )
     return drafted, jnp.where(known > 0, known, made.token), goes_on
 
-  def _verify_one(self, state: VerifiedState, *, hidden: jax.Array, drafts: jax.Array):
-    """The end of a pass of one position, whose state after layer k is `hidden`."""
+  def _verify_one(self, state: VerifiedState, *, read: Any, drafts: jax.Array):
+    """The end of a pass of one position, which was read."""
     draft = state.drafted.tokens[:, 0]
-    best, gap, cache = self.passes.verify_one(state.cache, state.positions, hidden, draft)
+    best, gap, cache = self.passes.verify_one(state.cache, state.positions, read, draft)
     state = dataclasses.replace(state, cache=cache)
     columns = lambda made: jax.tree.map(lambda x: x[:, None], made)
     given, count = self._given(state.positions, 1), state.active.astype(jnp.int32)

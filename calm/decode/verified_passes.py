@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 
 from calm import exits
@@ -35,6 +36,19 @@ MANY_ROWS, MANY_ROWS_HOPE = 8, 1.1
 # One row of layers so small that XLA:CPU wakes a thread for products of a few rows, and of one
 # makes them alone, has no drafts: with good ones the model in the box came x0.92 to x1.08 of
 # full depth without native functions, and x0.93 with bad ones.
+
+
+@struct.dataclass
+class Read:
+  """A position of every row after the first layers.
+
+  Attributes:
+    hidden: d^k, [batch, emb].
+    past: biases of the keys before it, for all layers or each.
+  """
+
+  hidden: jax.Array
+  past: tuple[jax.Array, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +86,18 @@ class BoundPasses:
     shape = batch_size, self.rule.window, config.emb_dim
     return jnp.zeros(shape, jnp.dtype(config.dtype))
 
-  def keep(self, work: jax.Array, hidden: jax.Array, at: jax.Array) -> jax.Array:
-    return lax.dynamic_update_slice_in_dim(work, hidden[:, None], at, axis=1)
+  def keep(self, work: jax.Array, read: Read, at: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(work, read.hidden[:, None], at, axis=1)
 
   def read(self, cache, token: jax.Array, positions: jax.Array):
     k = self.rule.draft_layer
-    hidden, rows = self._one(1, self.task.embed(token), cache[:k], positions)
-    return hidden, (*self._written(cache[:k], rows, positions, hidden), *cache[k:])
+    past = windows.past_biases(self.table, positions, self.task.native)
+    hidden, rows = self._one(1, self.task.embed(token), cache[:k], past)
+    lower = self._written(cache[:k], rows, positions, hidden)
+    return Read(hidden, past), (*lower, *cache[k:])
 
-  def look(self, hidden: jax.Array) -> verified_lib.Draft:
-    decoder, weights = self._decoder(), self.task.weights
+  def look(self, read: Read) -> verified_lib.Draft:
+    decoder, weights, hidden = self._decoder(), self.task.weights, read.hidden
     if self.rule.draft_head == "shortlist":
       logits = decoder.shortlist_logits(hidden)
       return verified_lib.draft(logits, weights.shortlist_ids, decoder.likeliest(logits))
@@ -99,10 +115,10 @@ class BoundPasses:
     said = verified_lib.Said(*(x.reshape(drafted.tokens.shape) for x in said))
     return verified_lib.verdict(said, drafted.tokens, made[None], threshold), (*lower, *upper)
 
-  def verify_one(self, cache, positions: jax.Array, hidden: jax.Array, draft: jax.Array):
+  def verify_one(self, cache, positions: jax.Array, read: Read, draft: jax.Array):
     del draft  # what is said does not depend on it
     lower, upper = cache[: self.rule.draft_layer], cache[self.rule.draft_layer :]
-    hidden, rows = self._one(self.rule.draft_layer + 1, hidden, upper, positions)
+    hidden, rows = self._one(self.rule.draft_layer + 1, read.hidden, upper, read.past)
     upper = self._written(upper, rows, positions, hidden)
     return *self._said(hidden), (*lower, *upper)
 
@@ -120,9 +136,9 @@ class BoundPasses:
       score = lambda token: jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return best, lambda token: score(token) - score(best.token)
 
-  def _one(self, first: int, hidden: jax.Array, caches, positions: jax.Array):
+  def _one(self, first: int, hidden: jax.Array, caches, past: tuple[jax.Array, ...]):
     """Layers from `first` on over one position of every row, [batch, emb]; then their rows."""
-    decoder, rows = self._decoder(windows.past_biases(self.table, positions)), []
+    decoder, rows = self._decoder(past), []
     for layer, cache in enumerate(caches, start=first):
       hidden, row = decoder.run(layer, hidden, cache)
       rows.append(jax.tree.map(lambda x: x[:, :, None], row))
@@ -141,7 +157,7 @@ class BoundPasses:
   def _several(self, first: int, states: jax.Array, caches, positions: jax.Array):
     """The same over positions beside each other, [batch, positions, emb]: [rows, emb]."""
     task, decoder = self.task, self._decoder()
-    biases = windows.window_biases(self.table, positions, states.shape[1])
+    biases = windows.window_biases(self.table, positions, states.shape[1], task.native)
     hidden, made = states.reshape(-1, states.shape[-1]), []
     for layer, cache in enumerate(caches, start=first):
       row = decoder.project(layer, hidden)

@@ -89,16 +89,16 @@ class Passes(Protocol):
     """Zeros of these shapes, made as the platform makes them fastest."""
     ...
 
-  def read(self, cache: Any, token: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
-    """Layers 1 ... k on `token` [batch]: their state d^k [batch, emb], and the caches."""
+  def read(self, cache: Any, token: jax.Array, positions: jax.Array) -> tuple[Any, Any]:
+    """Layers 1 ... k on `token` [batch]: what the other layers go on from, and the caches."""
     ...
 
-  def look(self, hidden: jax.Array) -> exits.verified.Draft:
-    """What the draft head says of such states, [batch]."""
+  def look(self, read: Any) -> exits.verified.Draft:
+    """What the draft head says of a position that was read, [batch]."""
     ...
 
-  def keep(self, work: Any, hidden: jax.Array, at: jax.Array) -> Any:
-    """`work` with the state of the pass's position `at` []."""
+  def keep(self, work: Any, read: Any, at: jax.Array) -> Any:
+    """`work` with the pass's position `at` [], which was read."""
     ...
 
   def verify(
@@ -109,11 +109,11 @@ class Passes(Protocol):
     ...
 
   def verify_one(
-    self, cache: Any, positions: jax.Array, hidden: jax.Array, draft: jax.Array
+    self, cache: Any, positions: jax.Array, read: Any, draft: jax.Array
   ) -> tuple[layers.Greedy, Callable[[jax.Array], jax.Array], Any]:
-    """The same of one position, [batch], from its state `hidden` on: what the full model says
-    there, how far the logit of a token is above that one's, and the caches. `draft` is the
-    position's, if it has one."""
+    """The same of one position, [batch], that was read: what the full model says there, how
+    far the logit of a token is above that one's, and the caches. `draft` is the position's, if
+    it has one."""
     ...
 
   def step(

@@ -15,21 +15,29 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from calm.exits.layers import KeyValue
-from calm.t5 import native
+from calm.t5 import native, platforms
 from calm.t5.caches import Cache
 from calm.t5.decoder import BiasTable
 
 
-def past_biases(table: BiasTable, positions: Int[Array, " batch"]) -> tuple[jax.Array, ...]:
-  """Biases of the keys before each row's position, [batch, heads, length]; one for all layers,
-  or one a layer. As `BiasTable.at`, for rows that are not in step."""
-  return tuple(
-    _slices(extended, table.length - 1 - positions, table.length) for extended in table.extended
-  )
+def past_biases(
+  table: BiasTable, positions: Int[Array, " batch"], native: bool
+) -> tuple[jax.Array, ...]:
+  """Biases of the keys before each row's position, as `BiasTable.at`, for rows that are not in
+  step: [batch, heads, length]; one for all layers, or one a layer.
+
+  Args:
+    table: of the caches.
+    positions: the rows'.
+    native: see `engines.Task`.
+  """
+  length = table.length
+  first = length - 1 - positions
+  return tuple(_slices(extended, first, length, native) for extended in table.extended)
 
 
 def window_biases(
-  table: BiasTable, positions: Int[Array, " batch"], window: int
+  table: BiasTable, positions: Int[Array, " batch"], window: int, native: bool
 ) -> tuple[jax.Array, ...]:
   """Causal biases of windows, their own keys among the cache's.
 
@@ -37,6 +45,7 @@ def window_biases(
     table: of caches with room for a window from any position on.
     positions: of the first token of each window.
     window: positions.
+    native: see `engines.Task`.
 
   Returns:
     [batch, heads, window, length]; one for all layers, or one a layer.
@@ -46,19 +55,23 @@ def window_biases(
     own = np.arange(extended.shape[1]) == length - 1
     with_itself = jnp.where(own[None, :], current[:, None], extended)
     # The slice of the window's last position is the widest, the others lie in it.
-    rows = _slices(with_itself, length - positions - window, length + window - 1)
+    first = length - positions - window
+    rows = _slices(with_itself, first, length + window - 1, native)
     shifted = [rows[:, :, window - 1 - i : window - 1 - i + length] for i in range(window)]
     biases.append(jnp.stack(shifted, axis=2))
   return tuple(biases)
 
 
-def _slices(extended: jax.Array, first: Int[Array, " batch"], width: int) -> jax.Array:
+def _slices(extended: jax.Array, first: jax.Array, width: int, native: bool) -> jax.Array:
   """[batch, heads, width] from each row's first column on."""
 
   def of_row(first: jax.Array) -> jax.Array:
     return lax.dynamic_slice_in_dim(extended, first, width, axis=1)
 
-  return of_row(first[0])[None] if len(first) == 1 else jax.vmap(of_row)(first)
+  # XLA:CPU goes through a gather number by number, and copies slices.
+  if len(first) == 1 or (native and len(first) <= UNROLLED and platforms.wakes_threads()):
+    return jnp.stack([of_row(each) for each in first])
+  return jax.vmap(of_row)(first)
 
 
 # Rows whose windows are written one after the other without a loop: its turns take longer.

@@ -173,7 +173,8 @@ def test_waits_between_drafts_that_were_not_read_on_from_grow():
 
 def waits(odds: drafting.Odds) -> list[int]:
   """Of so many drafting passes for nothing: 0, 1 ..."""
-  return [int(PLAN.waits(jnp.int32(idle), odds, jnp.ones(1, bool))) for idle in range(6)]
+  rows = jnp.ones(odds.sums.shape[1], bool)
+  return [int(PLAN.waits(jnp.int32(idle), odds, rows)) for idle in range(6)]
 
 
 def test_waits_are_longer_where_drafts_are_wrong_more_often_than_right():
@@ -187,6 +188,8 @@ def test_they_begin_at_once_where_no_text_before_spoke_for_drafts():
   for prior in (drafting.UNKNOWN, hopeless):
     assert waits(after((False, 0.9), prior=prior)) == [0, 2, 4, 8, 16, 32]
   assert waits(after((True, 0.9))) == [0, 0, 1, 2, 4, 8]
+  two = jax.tree.map(lambda x: jnp.tile(x, (1, 2)), after((False, 0.9)))
+  assert waits(two) == [0, 4, 8, 16, 32, 32]
 
 
 def test_a_pass_no_draft_of_which_counts_ends():
