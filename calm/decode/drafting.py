@@ -162,18 +162,9 @@ class Reach:
   tokens: jax.Array
 
   @classmethod
-  def of_first(cls, active: jax.Array, positions: jax.Array | None = None) -> "Reach":
-    """Before the first draft.
-
-    Args:
-      active: rows that count, [batch] bool.
-      positions: theirs, [batch]; None: all at one. A batch ends with its last row: one that is
-        ahead of the last by n counts 2^-n.
-    """
+  def of_first(cls, active: jax.Array) -> "Reach":
+    """Before the first draft, of rows [batch] that are active."""
     chances = active.astype(jnp.float32)
-    if positions is not None and len(active) > 1:
-      least = jnp.min(jnp.where(active, positions, jnp.iinfo(jnp.int32).max))
-      chances *= jnp.exp2((least - positions).astype(jnp.float32))
     return cls(chances, jnp.sum(chances))
 
   def after(self, chances: jax.Array) -> "Reach":

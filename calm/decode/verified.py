@@ -1,8 +1,10 @@
 """Passes over drafted tokens: a loop that drafts, verifies and accepts. Knows no network.
 
-A pass drafts token after token with the first layers (`Passes.draft`), runs the others over
-all of those positions at once (`Passes.verify`), and emits what `exits.verified` accepts and
-the full model's own token after it. Every row has a position of its own. What was written of
+A pass reads token after token with the first layers (`Passes.read`) and drafts the next one
+(`Passes.look`), runs the others over all of those positions at once (`Passes.verify`), and
+emits what `exits.verified` accepts and the full model's own token after it. The loop goes from
+position to position: a pass that does not read on from its first draft ends like a step of the
+full model (`Passes.verify_one`). Every row has a position of its own. What was written of
 drafts that are refused is written over before it is read.
 """
 
@@ -186,7 +188,7 @@ class Verifying:
     follows = (made.confidence >= self.rule.stop_below) & (made.token != self.eos_id)
     likely = has_room & follows & wanted
     chances = jnp.where(likely, state.planned.chance(made.confidence), 0.0)
-    first = drafting.Reach.of_first(state.active, state.positions)
+    first = drafting.Reach.of_first(state.active)
     reach = jax.tree.map(lambda a, b: jnp.where(at == 0, a, b), first, now.reach)
     reach = reach.after(jnp.where(is_given, 1.0, chances))
     goes_on = state.planned.goes_on(at, reach) | jnp.any(is_given)
