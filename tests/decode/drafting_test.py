@@ -199,6 +199,22 @@ def test_a_pass_no_draft_of_which_counts_ends():
   assert not bool(planned.goes_on(jnp.int32(0), reach.after(jnp.zeros(1))))
 
 
+def test_drafts_are_doubted_that_would_not_be_read_on_from_however_sure_they_are():
+  """By what passes cost: of cheap ones only where most are wrong."""
+  dear = drafting.Plan((1.0, 3.2, 3.5, 3.8, 4.1, 4.4, 4.7, 5.0))
+  assert PLAN.least_share == drafting.DOUBTFUL < dear.least_share < 1.0
+  for share, reads_on in ((dear.least_share, True), (dear.least_share - 0.01, False)):
+    odds = drafting.Odds.none(1, drafting.Prior(share, 1.0, texts=1.0))
+    sure = drafting.Reach.of_first(jnp.ones(1, bool)).after(jnp.ones(1))
+    assert bool(dear(odds, jnp.ones(1, bool)).goes_on(jnp.int32(0), sure)) == reads_on
+
+
+def test_what_many_texts_told_outweighs_a_refusal():
+  few, many = (drafting.Prior(0.9, 1.0, texts=texts) for texts in (0.0, 20.0))
+  shares = [float(after((False, 0.9), prior=prior).share[0]) for prior in (few, many)]
+  assert shares[0] < 0.5 and shares[1] > 0.75
+
+
 def test_passes_that_cost_as_many_steps_are_not_hoped_for():
   assert PLAN.hopes
   costly = tuple(map(float, range(1, 9)))

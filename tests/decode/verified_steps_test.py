@@ -69,6 +69,7 @@ def test_it_is_full_depth_step_by_step(rows):
   seen = generation.verification
   np.testing.assert_array_equal(seen.passes, lengths)
   assert not np.any(seen.drafts) and not np.any(seen.drafted) and not np.any(got.active)
+  np.testing.assert_array_equal(seen.steps, lengths.max())
 
 
 def test_rows_that_hold_no_prompt_stay_empty():

@@ -217,6 +217,19 @@ def test_caches_are_the_full_models_after_every_pass():
   assert any(len(set(each)) > 1 for each in positions)
 
 
+def test_what_a_batch_took_is_told_in_steps_of_the_full_model():
+  """Of fixed passes: as many times the whole window's cost."""
+  made = toy()
+  program = program_lib.Program(made.config, RULE, engine.LENGTH)
+  passes = program.passes(made.weights, engine.encode(made), jnp.float32(1.0))
+  seen = engine.run(made, RULE, 1.0).generation.verification
+  cost = passes.plan.costs[-1] / passes.plan.costs[0]
+  assert cost > 1
+  least, most = (int(np.max(seen.passes)) * each for each in (1.0, cost))
+  assert np.all((least < seen.steps) & (seen.steps <= most * (1 + 1e-6)))
+  assert len(set(np.asarray(seen.steps).tolist())) == 1
+
+
 def test_rows_that_hold_no_prompt_stay_empty():
   active = np.arange(BATCH) % 3 != 1
   prompts = np.where(active[:, None], engine.PROMPTS, 0)
