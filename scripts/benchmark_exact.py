@@ -158,9 +158,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   add("--fixed", action="store_true", help="draft as many whatever is accepted")
   add("--sure", action="store_true", help="random weights' drafts say they are certain")
   add("--learn", action="store_true", help="random weights: texts begin as those before ended")
-  add(
-    "--nonsense", action="store_true", help="tasks: lists, and single batches, of wrong drafts"
-  )
   add("--results", help="writes scripts/results/RESULTS.json, for scripts/tables.py")
   return parser.parse_args(arguments)
 
@@ -269,62 +266,6 @@ def packed(task: Any, batch_size: int) -> inference.Predictor:
   )
 
 
-def nonsense_lists(name: str, size: int, flags: argparse.Namespace):
-  """The prompts, and what decodes all of them: full depth, then every rule with drafts that are
-  what layer k finds least likely."""
-  task = tasks.task(name)
-  model = packed(task, size)
-  decoder = model.weights.decoder
-  assert decoder.shortlist is not None  # the box has one
-  decoder = dataclasses.replace(decoder, shortlist=-decoder.shortlist)
-  vars(model)["weights"] = dataclasses.replace(model.weights, decoder=decoder)
-  prompts = tasks.read_prompts(flags.data, task, "test", limit=flags.num_prompts)
-  batches = [(model.encode(b), b.active) for b in model.plan([p.input for p in prompts])]
-
-  def forget() -> None:
-    for expected in model.expected_drafts.values():
-      expected.prior, expected.idle, expected.waits = drafting.UNKNOWN, 0, 0
-      expected.saved, expected.last = 0.0, None
-
-  def run(rule: exits.Rule, alone: bool = False) -> list[Any]:
-    forget()
-    made = []
-    for encoded, active in batches:
-      made.append(model.decode(encoded, active, 1.0, rule))
-      if alone:
-        forget()
-    return made
-
-  timed: dict[str, Callable[[], Any]] = {"full depth": lambda: run(exits.StaticExit())}
-  for text in flags.rules:
-    layer, drafts = map(int, text.split("x"))
-    rule = exits.Verified(layer, drafts, stop_below=0.0)
-    words = f"k = {layer}, {drafts} drafts of nonsense"
-    timed[words] = functools.partial(run, rule)
-    timed[f"{words}, every batch the first"] = functools.partial(run, rule, alone=True)
-  return prompts, timed
-
-
-def nonsense_rows(name: str, size: int, flags: argparse.Namespace) -> list[dict[str, Any]]:
-  """Lists of prompts of a task, every list the first that is known of, or every batch of it;
-  their drafts are never right."""
-  prompts, timed = nonsense_lists(name, size, flags)
-  seconds, made = in_turn(timed, flags.repeats)
-  setting = f"packed, {tasks.task(name).title}, {len(prompts)} prompts, B = {size}"
-  full = [made_once.tokens for made_once in made["full depth"][0]]
-  tokens, lines = sum(int(np.sum(batch > 0)) for batch in full), []
-  for key in timed:
-    last = made[key][-1]
-    line = row(setting, key, seconds[key], seconds["full depth"], tokens, last)
-    pairs = zip((batch.tokens for batch in last), full, strict=True)
-    equal = sum(int(np.sum(np.all(a == b, axis=1) & np.any(b > 0, axis=1))) for a, b in pairs)
-    passes = [b.verification.passes for b in last if b.verification is not None]
-    a_pass = tokens / sum(int(np.sum(each)) for each in passes) if passes else None
-    texts = f"{equal} of {len(prompts)}"
-    lines.append(line | {"tokens a pass": a_pass, "texts equal": texts})
-  return lines
-
-
 def packed_rows(name: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
   """The packed model on prompts of a task, one at a time: seconds, and whether texts agree."""
   task = tasks.task(name)
@@ -367,11 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
   about = benchmark.machine()
   sizes = itertools.product(flags.shapes, flags.batch_sizes)
   made = [line for shape, size in sizes for line in forced_rows(shape, size, flags)]
-  if flags.nonsense:
-    lists = itertools.product(flags.tasks, flags.batch_sizes)
-    made += [line for name, size in lists for line in nonsense_rows(name, size, flags)]
-  else:
-    made += [line for name in flags.tasks for line in packed_rows(name, flags)]
+  made += [line for name in flags.tasks for line in packed_rows(name, flags)]
   columns = [name for name in made[-1] if any(line.get(name) is not None for line in made)]
   result = {
     "command": about["command"],

@@ -235,12 +235,11 @@ class Plan:
     if not self.adapts:
       return jnp.zeros((), jnp.int32)
     # 0, 0, 1, 2, 4 ...: two unsure drafts in turn are no news. Where they are too often wrong,
-    # 0, 0, 4, 8 ...; and 0, 2, 4 ... if nothing before this text spoke for them.
+    # 0, 0, 4, 8 ...; and 0, 4, 8 ... if nothing before this text spoke for them.
     waits = 2 ** jnp.minimum(idle, 8)
     chance = odds.sums[4, 0] / _prior_trials(odds.texts[0])
     unproven = (odds.texts[0] == 0) | (chance < self.least_share)
-    # A batch gains less by drafts than a text, and as much is lost by a look.
-    longer = jnp.where(unproven & (idle > 0), waits * min(2, len(active)), 0)
+    longer = jnp.where(unproven & (idle > 0), 2 * waits, 0)
     longer = jnp.where(~unproven & (idle > 1), waits, longer)
     doubtful = _share(odds, active) < self.least_share
     return jnp.minimum(jnp.where(doubtful, longer, waits // 4), MOST_WAITS)

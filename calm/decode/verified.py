@@ -10,6 +10,7 @@ drafts that are refused is written over before it is read.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
-from calm.decode import drafting, loop, ordering, verified_steps
+from calm.decode import drafting, loop, ordering, verified_rows, verified_steps
 from calm.decode.verified_state import Drafted, Passes, VerifiedState
 
 
@@ -64,11 +65,10 @@ class Verifying:
       room: positions that a pass may begin at, where the caches have room for fewer than the
         text: ends before one that would begin beyond. None: the text's.
     """
-    steps = verified_steps.Steps(
-      self.passes.step, self.length if room is None else room, self.eos_id, self.prefix
-    )
+    steps = self._steps(room)
+    goes_on = functools.partial(self.run, goes_on=steps.unfinished)
     if self.plan.hopes or self.rule.measures:  # else a text waits to its end, but for slack
-      return lax.while_loop(steps.unfinished, self.run, state)
+      return lax.while_loop(steps.unfinished, goes_on, state)
 
     def due(state: VerifiedState) -> jax.Array:
       return jnp.where(self._every, 0, steps.due(state))
@@ -76,23 +76,29 @@ class Verifying:
     def turn(state: VerifiedState) -> VerifiedState:
       state = steps.take(state, due(state))
       drafts = lambda state: steps.unfinished(state) & (due(state) <= 0)
-      return lax.while_loop(drafts, self.run, state)
+      return lax.while_loop(drafts, functools.partial(self.run, goes_on=drafts), state)
 
     return lax.while_loop(steps.unfinished, turn, state)
+
+  def _steps(self, room: int | None = None) -> verified_steps.Steps:
+    """Steps of the full model, and how many positions there may be."""
+    room = self.length if room is None else room
+    return verified_steps.Steps(self.passes.step, room, self.eos_id, self.prefix)
 
   def summed(self, state: VerifiedState) -> VerifiedState:
     """The state with what its generation says of whole rows."""
     seen, odds = self._seen(state), state.odds
-    # Rows without a pass hold no prompt.
-    passes = jnp.max(seen.counts[:, 0]).astype(jnp.float32)
-    steps = jnp.full_like(odds.share, passes + state.cost)
+    passes = state.positions - state.ahead
+    steps = jnp.full_like(odds.share, jnp.max(passes).astype(jnp.float32) + state.cost)
     expected = jnp.stack([odds.share, odds.trust, steps], axis=1)
-    expected = jnp.where(seen.counts[:, :1] > 0, expected, 0.0)
+    # Rows without a pass hold no prompt.
+    expected = jnp.where(passes[:, None] > 0, expected, 0.0)
+    counts = jnp.where(np.arange(2)[None] == 0, passes[:, None], seen.counts)
     generation = dataclasses.replace(
       state.generation,
       exit_layers=self._exit_layers(state.positions),
       scores=jnp.sum(state.log_probabilities, axis=-1),
-      verification=dataclasses.replace(seen, expected=expected),
+      verification=dataclasses.replace(seen, counts=counts, expected=expected),
     )
     return dataclasses.replace(state, generation=generation)
 
@@ -122,6 +128,7 @@ class Verifying:
       current=zeros,
       generation=dataclasses.replace(generation, verification=verification),
       log_probabilities=columns,
+      ahead=zeros,
       idle=none,
       waits=none,
       cost=none.astype(jnp.float32),
@@ -136,52 +143,69 @@ class Verifying:
   def _room(self, active: jax.Array) -> Drafted:
     """That of the first pass of all."""
     shape = len(active), self.rule.window
+    floats = jnp.zeros(active.shape, jnp.float32)
     return Drafted(
+      ended=jnp.zeros((), bool),
       count=jnp.zeros((), jnp.int32),
       tokens=jnp.zeros(shape, jnp.int32),
       confidences=jnp.zeros(shape, jnp.float32),
-      reach=drafting.Reach(jnp.zeros(active.shape, jnp.float32), jnp.zeros((), jnp.float32)),
+      reach=drafting.Reach(floats, jnp.zeros((), jnp.float32)),
+      gap=floats,
       work=self.passes.room(len(active)),
     )
 
-  def run(self, state: VerifiedState) -> VerifiedState:
+  def run(self, state: VerifiedState, goes_on: Callable[..., jax.Array] | None = None):
+    """Positions until a pass that drafts has ended, and what it makes of its drafts; passes
+    that draft nothing go before it.
+
+    Args:
+      state: between two passes.
+      goes_on: (state) -> [] bool, whether there is another position. None: until the end.
+    """
+    more = goes_on or self._steps().unfinished
+    positions = lambda state: more(state) & ~state.drafted.ended
+    state = lax.while_loop(positions, self._position, state)
+    ended, several = state.drafted.ended, state.drafted.count > 0
+    state = loop.run_if(ended & several, self._verify, state)
+    return loop.run_if(ended & ~several, self._judge, state) if self.passes.shortens else state
+
+  def _position(self, state: VerifiedState) -> VerifiedState:
     """One position more of every active row; its pass goes on from there, or ends."""
-    at, drafts = state.drafted.count, self._every | (state.waits <= 0)
-    read, cache = self.passes.read(state.cache, state.current, state.positions + at)
-    state = dataclasses.replace(state, cache=cache)
-    state, goes_on = self._look(state, read, drafts)
-    several = functools.partial(self._verify, drafts=drafts)
-    if not self.passes.shortens:
-      return loop.run_if(~goes_on, several, state)
-    one = functools.partial(self._verify_one, read=read, drafts=drafts)
-    # A pass that reads on from no draft is like a step of the full model, and has to cost as
-    # little: it is told of by itself.
-    state = loop.run_if(~goes_on & (at == 0), one, state)
-    return loop.run_if(~goes_on & (at > 0), several, state)
-
-  def _look(self, state: VerifiedState, read: Any, drafts: jax.Array):
-    """The state with the draft after a position, where one is made, and whether the pass reads
-    on from there."""
     at = state.drafted.count
-    wanted = drafts & (self._every | (at + 1 < self.rule.window))
-    known = self._given(state.positions + at, 1)[:, 0]
-    look = functools.partial(self._looked, state, read, wanted, known)
-    carry = state.drafted, state.current, jnp.zeros((), bool)
-    if self.passes.shortens:
-      needed = wanted | (at > 0)
-      if self.prefix is not None:
-        needed |= jnp.any(state.active & (known > 0))
-      drafted, current, goes_on = loop.run_if(needed, look, carry)
-    else:
-      drafted, current, goes_on = look(carry)
-    return dataclasses.replace(state, drafted=drafted, current=current), goes_on
+    read, cache = self.passes.read(state.cache, state.current, state.positions + at)
+    state = self._look(dataclasses.replace(state, cache=cache), read)
+    if not self.passes.shortens:
+      return state
+    # A pass that reads on from no draft is like a step of the full model, and has to cost as
+    # little.
+    one = functools.partial(self._verify_one, read=read)
+    return loop.run_if(state.drafted.count == 0, one, state)
 
-  def _looked(self, state: VerifiedState, read, wanted, known: jax.Array, carry):
+  def _drafts(self, state: VerifiedState) -> jax.Array:
+    """Whether the pass makes drafts, []."""
+    return self._every | (state.waits <= 0)
+
+  def _look(self, state: VerifiedState, read: Any) -> VerifiedState:
+    """The state with the draft after a position, where one is made."""
+    known = self._given(state.positions + state.drafted.count, 1)[:, 0]
+    look = functools.partial(self._looked, state, read, known)
+    carry = state.drafted, state.current
+    if self.passes.shortens:
+      needed = self._drafts(state)
+      if self.prefix is not None:
+        needed |= (state.drafted.count > 0) | jnp.any(state.active & (known > 0))
+      drafted, current = loop.run_if(needed, look, carry)
+    else:
+      drafted, current = look(carry)
+    return dataclasses.replace(state, drafted=drafted, current=current)
+
+  def _looked(self, state: VerifiedState, read, known: jax.Array, carry):
     """`_look` where a draft is made, or the position kept; `known` is what rows are given."""
-    now, at = carry[0], state.drafted.count
+    now, at = carry[0], carry[0].count
     nothing = exits.verified.Draft(
       jnp.zeros_like(state.current), jnp.zeros(state.current.shape, jnp.float32)
     )
+    wanted = self._drafts(state) & (self._every | (at + 1 < self.rule.window))
     made = lax.cond(wanted, self.passes.look, lambda read: nothing, read)
     has_room = state.active & (state.positions + at + 1 < self.length)
     is_given = has_room & (known > 0)
@@ -196,126 +220,156 @@ class Verifying:
     put = lambda array, column: lax.dynamic_update_slice_in_dim(
       array, column[:, None], at, axis=1
     )
-    drafted = Drafted(
+    drafted = dataclasses.replace(
+      now,
+      ended=~goes_on,
       count=at + goes_on.astype(jnp.int32),
       tokens=put(now.tokens, made.token),
       confidences=put(now.confidences, made.confidence),
       reach=reach.extended(),
       work=self.passes.keep(now.work, read, at),
     )
-    return drafted, jnp.where(known > 0, known, made.token), goes_on
+    return drafted, jnp.where(known > 0, known, made.token)
 
-  def _verify_one(self, state: VerifiedState, *, read: Any, drafts: jax.Array):
-    """The end of a pass of one position, which was read."""
-    draft = state.drafted.tokens[:, 0]
-    best, gap, cache = self.passes.verify_one(state.cache, state.positions, read, draft)
-    state = dataclasses.replace(state, cache=cache)
-    columns = lambda made: jax.tree.map(lambda x: x[:, None], made)
-    given, count = self._given(state.positions, 1), state.active.astype(jnp.int32)
+  def _verify_one(self, state: VerifiedState, *, read: Any) -> VerifiedState:
+    """The end of a pass of one position, which was read. Where it has a draft, that is still to
+    be judged: what the full model says is written, and rows do not go on."""
+    now = state.drafted
+    best, gap, cache = self.passes.verify_one(
+      state.cache, state.positions, read, now.tokens[:, 0]
+    )
+    found = lax.cond(now.ended, lambda: gap(now.tokens[:, 0]), lambda: now.gap)
+    state = dataclasses.replace(
+      state,
+      cache=cache,
+      drafted=dataclasses.replace(now, gap=found),
+      waits=state.waits - (~now.ended).astype(jnp.int32),
+    )
+    given = self._given(state.positions, 1)
+    plain = jax.tree.map(lambda x: x[:, None], exits.verified.undrafted(best))
+    verdict, count = verified_rows.obeying(plain, given), state.active.astype(jnp.int32)
+    return self._recorded(state, verdict, given == 0, count, stays=now.ended)
 
-    def judged(carry):
-      said = exits.verified.Said(best.token, best.log_probability, gap(draft))
-      threshold = self._per_row(self.threshold)
-      verdict = exits.verified.verdict(columns(said), draft[:, None], drafts, threshold)
-      verdict = _obeying(verdict, given)
-      tried = drafts & (given == 0)
-      return self._learned(carry[0], verdict, tried, count, drafts), verdict
+  def _judge(self, state: VerifiedState) -> VerifiedState:
+    """What becomes of the draft of a pass of one position."""
+    now, drafts, given = state.drafted, self._drafts(state), self._given(state.positions, 1)
+    column = lambda array: array[:, None]
+    # Its log-probability is written already: beyond that there is what slack changes.
+    written = jnp.zeros_like(now.gap)
+    said = exits.verified.Said(*map(column, (state.current, written, now.gap)))
+    threshold = self._per_row(self.threshold)
+    verdict = exits.verified.verdict(said, now.tokens[:, :1], drafts, threshold)
+    verdict = verified_rows.obeying(verdict, given)
+    count = state.active.astype(jnp.int32)
+    # One after the other, or a thread would be woken for half of it.
+    positions = ordering.after(state.positions, verdict.log_probability)
+    state = dataclasses.replace(state, positions=positions)
+    looked = jnp.where(drafts, self.plan.besides(1), 0.0)
+    state = self._learned(state, verdict, drafts[None], given == 0, count, looked)
+    return self._recorded(state, verdict, given == 0, count)
 
-    plain = _obeying(columns(exits.verified.undrafted(best)), given)
-    state, verdict = loop.run_if(drafts, judged, (state, plain))
-    return self._recorded(state, verdict, drafts[None], given == 0, count)
-
-  def _verify(self, state: VerifiedState, *, drafts: jax.Array):
+  def _verify(self, state: VerifiedState) -> VerifiedState:
     """The end of a pass of several positions."""
-    at, now = jnp.arange(self.rule.window, dtype=jnp.int32), state.drafted
+    at, now, drafts = (
+      jnp.arange(self.rule.window, dtype=jnp.int32),
+      state.drafted,
+      self._drafts(state),
+    )
     # Without slack the last of the window has no draft.
     made = (at <= now.count) & drafts & (self._every | (at + 1 < self.rule.window))
     threshold = self._per_row(self.threshold)
     verdict, cache = self.passes.verify(state.cache, state.positions, now, made, threshold)
     given = self._given(state.positions, self.rule.window)
-    verdict = _obeying(verdict, given)
+    verdict = verified_rows.obeying(verdict, given)
     inside = jnp.minimum(now.count + 1, self.length - state.positions)
     leads = verdict.accepted & ((verdict.token != self.eos_id) | (given > 0))
-    count = _count(leads, jnp.where(state.active, inside, 0))
+    count = verified_rows.count(leads, jnp.where(state.active, inside, 0))
     state = dataclasses.replace(
       state,
       # What is told of the pass begins once that is known, not all of it beside the layers.
       positions=ordering.after(state.positions, verdict.log_probability),
-      drafted=dataclasses.replace(now, count=jnp.zeros((), jnp.int32)),
+      ahead=state.ahead + jnp.maximum(count - 1, 0),
+      drafted=dataclasses.replace(now, count=jnp.zeros_like(now.count)),
       cache=cache,
     )
-    state = self._learned(
-      state, verdict, made[None] & (given == 0), count, drafts, now.count + 1
-    )
-    return self._recorded(state, verdict, made, given == 0, count)
+    took = self.plan.besides(now.count + 1)
+    state = self._learned(state, verdict, made, given == 0, count, took)
+    return self._recorded(state, verdict, given == 0, count)
 
   def _learned(
-    self, state: VerifiedState, verdict, tried: jax.Array, count, drafts, positions: Any = 1
+    self, state: VerifiedState, verdict, made: jax.Array, free, count, besides
   ) -> VerifiedState:
     """The state with what became of a pass's drafts.
 
     Args:
       state: before the pass has ended.
       verdict: of its positions, [batch, positions].
-      tried: which of them have a draft, [batch, positions].
+      made: which of them have a draft, [positions].
+      free: which of them a row is not given, [batch, positions].
       count: how many of them a row emits, [batch].
-      drafts: whether the pass makes drafts, [].
-      positions: that the pass has, [].
+      besides: what the pass took besides a step, [].
     """
-    put = lambda array, columns: _put(array, columns, state.positions, count)
-    tried &= np.arange(tried.shape[1])[None] < count[:, None]
+    put = lambda array, columns: verified_rows.put(array, columns, state.positions, count)
+    tried = made[None] & free & (np.arange(len(made))[None] < count[:, None])
     generation, seen = state.generation, self._seen(state)
+    confidences = state.drafted.confidences[:, : len(made)]
+    odds = state.odds.add(tried, verdict.accepted, confidences)
+    number = jnp.where(np.arange(2) == 1, jnp.sum(made, dtype=jnp.int32), 0)
+    # Not all at once, or a thread would be woken for half of it.
+    counts = ordering.after(seen.counts, odds.sums)
+    counts += jnp.where(state.active[:, None], number[None], 0)
+    drafted = put(seen.drafted, verdict.accepted & tried)
     generation = dataclasses.replace(
       generation,
       rejected_confidences=put(generation.rejected_confidences, verdict.rejected_confidence),
-      verification=dataclasses.replace(
-        seen, drafted=put(seen.drafted, verdict.accepted & tried)
-      ),
+      verification=dataclasses.replace(seen, drafted=drafted, counts=counts),
     )
     # One that was only looked at, and right, is as good.
     looked = jnp.any(verdict.accepted & tried) & drafting.looks(state.odds, state.active)
+    drafts = self._drafts(state)
     idle = jnp.where(jnp.any(count > 1) | looked, 0, state.idle + drafts.astype(jnp.int32))
-    confidences = state.drafted.confidences[:, : tried.shape[1]]
-    odds = state.odds.add(tried, verdict.accepted, confidences)
     waits = self.plan.waits(idle, odds, state.active)
     return dataclasses.replace(
       state,
       generation=generation,
       odds=odds,
       idle=idle,
-      waits=jnp.where(drafts, waits + 1, state.waits),  # less this pass
-      cost=state.cost + self.plan.besides(positions),
+      waits=jnp.where(drafts, waits, state.waits - 1),
+      cost=state.cost + besides,
       planned=self.plan(odds, state.active),
+      drafted=dataclasses.replace(state.drafted, ended=jnp.zeros((), bool)),
     )
 
-  def _recorded(self, state: VerifiedState, verdict, made: jax.Array, free, count):
+  def _recorded(
+    self, state: VerifiedState, verdict, free: jax.Array, count: jax.Array, stays: Any = None
+  ) -> VerifiedState:
     """The state with the tokens of a pass.
 
     Args:
       state: before.
       verdict: of its positions, [batch, positions].
-      made: which of them have a draft, [positions].
       free: which of them a row is not given, [batch, positions].
       count: how many of them a row emits, [batch].
+      stays: whether rows do not go on from them yet, [] bool; None: they do.
     """
-    old, seen = state.generation, self._seen(state)
-    put = lambda array, columns: _put(array, columns, state.positions, count)
-    each = jnp.where(np.arange(2) == 0, 1, jnp.sum(made, dtype=jnp.int32))
-    counts = seen.counts + jnp.where(state.active[:, None], each[None], 0)
+    old, width = state.generation, free.shape[1]
+    put = lambda array, columns: verified_rows.put(array, columns, state.positions, count)
     generation = dataclasses.replace(
       old,
       tokens=put(old.tokens, verdict.token),
       confidences=put(old.confidences, verdict.confidence),
-      verification=dataclasses.replace(seen, counts=counts),
     )
-    log_probabilities = put(state.log_probabilities, verdict.log_probability)
-    if len(made) > 1:
+    # Zeros but for what a judged draft's pass has written there.
+    written = jnp.zeros_like(state.log_probabilities)
+    log_probabilities = state.log_probabilities + put(written, verdict.log_probability)
+    if stays is None:
       # What the pass says besides is asked for once that is written, not all of it at once.
       count = ordering.after(count, log_probabilities)
-    at = np.arange(len(made))[None]
-    ends = (at < count[:, None]) & (verdict.token == self.eos_id) & free
+    at = np.arange(width)[None]
     last = jnp.sum(jnp.where(at == count[:, None] - 1, verdict.token, 0), axis=1)
-    positions = state.positions + count
+    moved = count if stays is None else jnp.where(stays, 0, count)
+    ends = (at < moved[:, None]) & (verdict.token == self.eos_id) & free
+    positions = state.positions + moved
     return dataclasses.replace(
       state,
       positions=positions,
@@ -323,7 +377,6 @@ class Verifying:
       active=state.active & ~jnp.any(ends, axis=1) & (positions < self.length),
       generation=generation,
       log_probabilities=log_probabilities,
-      waits=state.waits - 1,
     )
 
   def _given(self, positions: jax.Array, count: int) -> jax.Array:
@@ -341,41 +394,3 @@ class Verifying:
   def _per_row(self, threshold: jax.Array) -> jax.Array:
     """[] or [batch, 1]."""
     return threshold if threshold.ndim == 0 else threshold[:, None]
-
-
-def _obeying(verdict: exits.verified.Verdict, given: jax.Array) -> exits.verified.Verdict:
-  """With what a row is given in place of what was drafted or decided."""
-  known = given > 0
-  free = lambda values: jnp.where(known, 0.0, values)
-  return exits.verified.Verdict(
-    token=jnp.where(known, given, verdict.token),
-    accepted=verdict.accepted | known,
-    confidence=free(verdict.confidence),
-    rejected_confidence=free(verdict.rejected_confidence),
-    log_probability=free(verdict.log_probability),
-  )
-
-
-def _count(leads: jax.Array, inside: jax.Array) -> jax.Array:
-  """How many positions of a pass become tokens, [batch].
-
-  Args:
-    leads: whether what the next position read is what was emitted, and ended nothing, [batch,
-      positions].
-    inside: the most, [batch].
-  """
-  positions = leads.shape[1]
-  if positions == 1:
-    return inside
-  at = jnp.arange(positions, dtype=jnp.int32)[None, :]
-  last = jnp.min(jnp.where(leads, positions, at), axis=1)  # the first that leads nowhere
-  return jnp.minimum(last + 1, inside)
-
-
-def _put(array: jax.Array, columns: jax.Array, positions: jax.Array, count: jax.Array):
-  """`array` [batch, length] with the first `count` of `columns` at each row's position."""
-  at = jnp.arange(array.shape[1], dtype=jnp.int32)[None, :] - positions[:, None]
-  new = columns
-  if columns.shape[1] > 1:
-    new = jnp.take_along_axis(columns, jnp.clip(at, 0, columns.shape[1] - 1), axis=1)
-  return jnp.where((at >= 0) & (at < count[:, None]), new.astype(array.dtype), array)

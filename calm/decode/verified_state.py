@@ -17,17 +17,22 @@ class Drafted:
   """What a pass has drafted so far; between two passes, room for it.
 
   Attributes:
+    ended: whether it reads on from the last of its drafts no more, [] bool; False of a pass
+      that drafts nothing.
     count: positions whose drafts are read on from, [].
     tokens: the draft made at each position, [batch, window].
     confidences: those of the drafts, [batch, window].
     reach: how likely the next position is to be read.
+    gap: `exits.verified.Said.gap` of the draft of a pass of one position, [batch].
     work: what the passes keep of the positions.
   """
 
+  ended: jax.Array
   count: jax.Array
   tokens: jax.Array
   confidences: jax.Array
   reach: drafting.Reach
+  gap: jax.Array
   work: Any
 
 
@@ -41,6 +46,7 @@ class VerifiedState:
     active: rows that still generate, [batch] bool.
     generation: filled up to `positions`.
     log_probabilities: of the emitted tokens, [batch, length].
+    ahead: tokens that its passes emitted beyond one each, [batch].
     odds: how often drafts were accepted.
     idle: drafting passes since the last one that emitted two tokens of any row, [].
     waits: passes before the next one that drafts, [].
@@ -55,6 +61,7 @@ class VerifiedState:
   active: Bool[Array, " batch"]
   generation: loop.Generation
   log_probabilities: Float[Array, "batch length"]
+  ahead: Int[Array, " batch"]
   odds: drafting.Odds
   idle: Int[Array, ""]
   waits: Int[Array, ""]

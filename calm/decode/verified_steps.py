@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int
 
 from calm.decode import loop
@@ -64,14 +63,12 @@ class Steps:
     made = loop.go_on(self.step, begun, state.cache, step_limit=end, eos_id=self.eos_id)
     # A row that ends has its last token at fewer positions than the others.
     new = made.generation.num_tokens - state.generation.num_tokens
-    counts = seen.counts + jnp.where(np.arange(2)[None] == 0, new[:, None], 0)
-    verification = dataclasses.replace(seen, counts=counts)
     return dataclasses.replace(
       state,
       positions=state.positions + new,
       current=made.current,
       active=made.active & (made.position < made.log_probabilities.shape[1]),
-      generation=dataclasses.replace(made.generation, verification=verification),
+      generation=dataclasses.replace(made.generation, verification=seen),
       log_probabilities=made.log_probabilities,
       waits=state.waits - (made.position - begun.position),
       cache=made.cache,

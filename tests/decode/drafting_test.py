@@ -186,7 +186,7 @@ def test_they_begin_at_once_where_no_text_before_spoke_for_drafts():
   """The first text of all, or one after texts whose drafts were worthless."""
   hopeless = drafting.learned(drafting.UNKNOWN, [0.02] * 8, [0.1] * 8)
   for prior in (drafting.UNKNOWN, hopeless):
-    assert waits(after((False, 0.9), prior=prior)) == [0, 2, 4, 8, 16, 32]
+    assert waits(after((False, 0.9), prior=prior)) == [0, 4, 8, 16, 32, 32]
   assert waits(after((True, 0.9))) == [0, 0, 1, 2, 4, 8]
   two = jax.tree.map(lambda x: jnp.tile(x, (1, 2)), after((False, 0.9)))
   assert waits(two) == [0, 4, 8, 16, 32, 32]
