@@ -316,8 +316,8 @@ class Verifying:
     odds = state.odds.add(tried, verdict.accepted, confidences)
     number = jnp.where(np.arange(2) == 1, jnp.sum(made, dtype=jnp.int32), 0)
     # Not all at once, or a thread would be woken for half of it.
-    counts = ordering.after(seen.counts, odds.sums)
-    counts += jnp.where(state.active[:, None], number[None], 0)
+    drafts_of_rows = jnp.where(state.active[:, None], number[None], 0)
+    counts = seen.counts + ordering.after(drafts_of_rows, odds.sums)
     drafted = put(seen.drafted, verdict.accepted & tried)
     generation = dataclasses.replace(
       generation,
