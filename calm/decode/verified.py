@@ -270,11 +270,8 @@ class Verifying:
 
   def _verify(self, state: VerifiedState) -> VerifiedState:
     """The end of a pass of several positions."""
-    at, now, drafts = (
-      jnp.arange(self.rule.window, dtype=jnp.int32),
-      state.drafted,
-      self._drafts(state),
-    )
+    at = jnp.arange(self.rule.window, dtype=jnp.int32)
+    now, drafts = state.drafted, self._drafts(state)
     # Without slack the last of the window has no draft.
     made = (at <= now.count) & drafts & (self._every | (at + 1 < self.rule.window))
     threshold = self._per_row(self.threshold)

@@ -17,8 +17,8 @@ class Drafted:
   """What a pass has drafted so far; between two passes, room for it.
 
   Attributes:
-    ended: whether it reads on from the last of its drafts no more, [] bool; False of a pass
-      that drafts nothing.
+    ended: whether it reads on from its last draft no more, [] bool; False of a pass that
+      drafts nothing and whose rows are given no token.
     count: positions whose drafts are read on from, [].
     tokens: the draft made at each position, [batch, window].
     confidences: those of the drafts, [batch, window].

@@ -105,13 +105,27 @@ def most_ready(text: str) -> int:
   As XLA:CPU takes them, first come, first served, if buffers set no other order.
   """
   module = computations(text)
-  bodies = {
+  bodies = {name for operations in module.values() for name in _bodies(operations)}
+  return max(_most_ready(module[name]) for name in bodies)
+
+
+def _bodies(operations: list[Operation]) -> list[str]:
+  """Of the loops among them."""
+  return [
     operation.calls[1 if "condition=" in operation.text.split("body=")[0] else 0]
-    for operations in module.values()
     for operation in operations
     if operation.opcode == "while"
-  }
-  return max(_most_ready(module[name]) for name in bodies)
+  ]
+
+
+def turns(text: str) -> list[int]:
+  """Operations of a turn of every loop that multiplies matrices, with those of the longest
+  loop within it."""
+  module = computations(text)
+  size = lambda name: sum(each.opcode not in FREE for each in module[name])
+  bodies = {name for operations in module.values() for name in _bodies(operations)}
+  multiply = [name for name in bodies if any(x.opcode == "dot" for x in module[name])]
+  return [size(name) + max(map(size, _bodies(module[name])), default=0) for name in multiply]
 
 
 def ready_at_the_beginning(text: str) -> int:

@@ -163,6 +163,13 @@ def test_fewer_than_ten_operations_of_a_few_rows_are_ready_at_once(rule, native,
   assert hlo.most_ready(compiled(rule, None, rows, layers=6, native=native)) < 10
 
 
+def test_a_pass_without_a_draft_has_hardly_more_operations_than_a_step():
+  """Where drafts are bad a text is made of such passes."""
+  (step,) = hlo.turns(compiled(STATIC, None, 1, layers=6))
+  turns = hlo.turns(compiled(exits.Verified(1, 3, draft_head="full"), None, 1, layers=6))
+  assert max(turns) <= step + 6
+
+
 @pytest.mark.skipif(not ALONE, reason="needs AVX-512 and llvmlite, else XLA makes it")
 @pytest.mark.parametrize("rule", [STATIC, exits.Verified(1, 3, draft_head="full")])
 @pytest.mark.parametrize(("native", "few"), [(True, True), (False, False)])
