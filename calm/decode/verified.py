@@ -166,8 +166,10 @@ class Verifying:
     positions = lambda state: more(state) & ~state.drafted.ended
     state = lax.while_loop(positions, self._position, state)
     ended, several = state.drafted.ended, state.drafted.count > 0
+    if not self.passes.shortens:
+      return loop.run_if(ended, self._verify, state)
     state = loop.run_if(ended & several, self._verify, state)
-    return loop.run_if(ended & ~several, self._judge, state) if self.passes.shortens else state
+    return loop.run_if(ended & ~several, self._judge, state)
 
   def _position(self, state: VerifiedState) -> VerifiedState:
     """One position more of every active row; its pass goes on from there, or ends."""
