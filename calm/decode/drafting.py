@@ -39,7 +39,7 @@ LEAST_GAIN = 0.9
 FIRST_TRIALS = 1.5
 # Drafts that are accepted less often are made less often.
 DOUBTFUL = 0.5
-# A draft that is only looked at, in steps of the full model.
+# A draft that no pass reads on from, in steps of the full model.
 LOOK = 0.05
 # Most passes without a draft between two with one.
 MOST_WAITS = 32
@@ -271,7 +271,7 @@ class Plan:
       return LOOK
     return jnp.asarray(self.costs, jnp.float32)[positions - 1] / self.costs[0] - 1.0
 
-  @property
+  @functools.cached_property
   def hopes(self) -> bool:
     """Whether drafts are made at all: whether a text may begin with them.
 
@@ -300,8 +300,8 @@ class Plan:
 
 def looks(odds: Odds, active: jax.Array) -> jax.Array:
   """Whether the next draft is looked at, not read on from, [] bool: one of the first of a first
-  text. It costs next to nothing to see whether it is right, and a window that is refused a
-  thirtieth of 64 tokens."""
+  text. It costs next to nothing to see whether it would have been right, and a window that is
+  refused a thirtieth of 64 tokens."""
   tried = jnp.sum(jnp.where(active, odds.tried, 0.0))
   return (odds.texts[0] == 0) & (tried < FIRST_TRIALS)
 
