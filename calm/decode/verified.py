@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
 from calm.decode import drafting, loop, ordering, verified_rows, verified_steps
+from calm.decode.verified_lessons import Lesson, taught
 from calm.decode.verified_state import Drafted, Passes, VerifiedState
 
 
@@ -187,13 +188,18 @@ class Verifying:
     """Whether the pass makes drafts, []."""
     return self._every | (state.waits <= 0)
 
+  def _glances(self, state: VerifiedState) -> jax.Array:
+    """Whether the next draft is made once the full model has spoken, []: where not even a
+    certain one would be read on from, what it teaches costs less then."""
+    return ~self._every & (state.planned.opening >= 1.0)
+
   def _look(self, state: VerifiedState, read: Any) -> VerifiedState:
     """The state with the draft after a position, where one is made."""
     known = self._given(state.positions + state.drafted.count, 1)[:, 0]
     look = functools.partial(self._looked, state, read, known)
     carry = state.drafted, state.current
     if self.passes.shortens:
-      needed = self._drafts(state)
+      needed = self._drafts(state) & ~self._glances(state)
       if self.prefix is not None:
         needed |= (state.drafted.count > 0) | jnp.any(state.active & (known > 0))
       drafted, current = loop.run_if(needed, look, carry)
@@ -241,16 +247,29 @@ class Verifying:
       state.cache, state.positions, read, now.tokens[:, 0]
     )
     found = lax.cond(now.ended, lambda: gap(now.tokens[:, 0]), lambda: now.gap)
+    given, due = self._given(state.positions, 1), self._drafts(state)
     state = dataclasses.replace(
       state,
       cache=cache,
       drafted=dataclasses.replace(now, gap=found),
       waits=state.waits - (~now.ended).astype(jnp.int32),
     )
-    given = self._given(state.positions, 1)
+    glanced = functools.partial(self._glanced, read=read, best=best, free=given == 0)
+    state = loop.run_if(due & ~now.ended, glanced, state)
     plain = jax.tree.map(lambda x: x[:, None], exits.verified.undrafted(best))
     verdict, count = verified_rows.obeying(plain, given), state.active.astype(jnp.int32)
     return self._recorded(state, verdict, given == 0, count, stays=now.ended)
+
+  def _glanced(self, state: VerifiedState, *, read: Any, best, free) -> VerifiedState:
+    """The state with what a draft that no pass can use teaches: of a position that was read, of
+    which the full model says `best`; `free` [batch, 1] rows are not given it."""
+    made, column = self.passes.look(read), lambda array: array[:, None]
+    tried = column(state.active) & free
+    lesson = Lesson(tried, column(made.token == best.token), column(made.confidence))
+    count = state.active.astype(jnp.int32)
+    return taught(
+      state, self.plan, lesson, drafts=jnp.ones((), bool), count=count, besides=drafting.LOOK
+    )
 
   def _judge(self, state: VerifiedState) -> VerifiedState:
     """What becomes of the draft of a pass of one position."""
@@ -310,34 +329,21 @@ class Verifying:
     """
     put = lambda array, columns: verified_rows.put(array, columns, state.positions, count)
     tried = made[None] & free & (np.arange(len(made))[None] < count[:, None])
-    generation, seen = state.generation, self._seen(state)
-    confidences = state.drafted.confidences[:, : len(made)]
-    odds = state.odds.add(tried, verdict.accepted, confidences)
+    lesson = Lesson(tried, verdict.accepted, state.drafted.confidences[:, : len(made)])
+    generation, seen, drafts = state.generation, self._seen(state), self._drafts(state)
+    state = taught(state, self.plan, lesson, drafts=drafts, count=count, besides=besides)
     number = jnp.where(np.arange(2) == 1, jnp.sum(made, dtype=jnp.int32), 0)
     # Not all at once, or a thread would be woken for half of it.
     drafts_of_rows = jnp.where(state.active[:, None], number[None], 0)
-    counts = seen.counts + ordering.after(drafts_of_rows, odds.sums)
+    counts = seen.counts + ordering.after(drafts_of_rows, state.odds.sums)
     drafted = put(seen.drafted, verdict.accepted & tried)
     generation = dataclasses.replace(
       generation,
       rejected_confidences=put(generation.rejected_confidences, verdict.rejected_confidence),
       verification=dataclasses.replace(seen, drafted=drafted, counts=counts),
     )
-    # One that was only looked at, and right, is as good.
-    looked = jnp.any(verdict.accepted & tried) & drafting.looks(state.odds, state.active)
-    drafts = self._drafts(state)
-    idle = jnp.where(jnp.any(count > 1) | looked, 0, state.idle + drafts.astype(jnp.int32))
-    waits = self.plan.waits(idle, odds, state.active)
-    return dataclasses.replace(
-      state,
-      generation=generation,
-      odds=odds,
-      idle=idle,
-      waits=jnp.where(drafts, waits, state.waits - 1),
-      cost=state.cost + besides,
-      planned=self.plan(odds, state.active),
-      drafted=dataclasses.replace(state.drafted, ended=jnp.zeros((), bool)),
-    )
+    drafted = dataclasses.replace(state.drafted, ended=jnp.zeros((), bool))
+    return dataclasses.replace(state, generation=generation, drafted=drafted)
 
   def _recorded(
     self, state: VerifiedState, verdict, free: jax.Array, count: jax.Array, stays: Any = None
@@ -380,11 +386,7 @@ class Verifying:
 
   def _given(self, positions: jax.Array, count: int) -> jax.Array:
     """The prefix at so many positions of each row, [batch, count]; 0 where a row is free."""
-    if self.prefix is None:
-      return jnp.zeros((len(positions), count), jnp.int32)
-    padded = jnp.pad(self.prefix, ((0, 0), (0, self.rule.window)))
-    at = positions[:, None] + jnp.arange(count)[None, :]
-    return jnp.take_along_axis(padded, at, axis=1)
+    return verified_rows.given(self.prefix, positions, count, self.rule.window)
 
   def _seen(self, state: VerifiedState) -> loop.Verification:
     assert state.generation.verification is not None  # `decode` made it

@@ -6,6 +6,20 @@ from jaxtyping import Array, Bool, Int, Shaped
 from calm.exits import verified
 
 
+def given(
+  prefix: Int[Array, "batch length"] | None,
+  positions: Int[Array, " batch"],
+  count: int,
+  window: int,
+) -> Int[Array, "batch positions"]:
+  """The prefix at `count` positions of each row, at most `window`; 0 where a row is free."""
+  if prefix is None:
+    return jnp.zeros((len(positions), count), jnp.int32)
+  padded = jnp.pad(prefix, ((0, 0), (0, window)))
+  at = positions[:, None] + jnp.arange(count)[None, :]
+  return jnp.take_along_axis(padded, at, axis=1)
+
+
 def obeying(
   verdict: verified.Verdict, given: Int[Array, "batch positions"]
 ) -> verified.Verdict:
@@ -31,8 +45,6 @@ def count(
     inside: the most.
   """
   positions = leads.shape[1]
-  if positions == 1:
-    return inside
   at = jnp.arange(positions, dtype=jnp.int32)[None, :]
   last = jnp.min(jnp.where(leads, positions, at), axis=1)  # the first that leads nowhere
   return jnp.minimum(last + 1, inside)

@@ -273,8 +273,10 @@ def test_bad_drafts_are_not_made():
     full = engine.run(made, STATIC, prompts=engine.PROMPTS[:4])
     np.testing.assert_array_equal(state.generation.tokens, full.generation.tokens)
     got[adapts] = jax.device_get(state.generation.verification)
-  assert 0 < np.sum(got[True].drafts) < 0.6 * np.sum(got[False].drafts)
   assert np.sum(got[False].drafted) < 5
+  # The first ones are looked at once the full model has spoken: no pass could have used them.
+  assert np.all(got[True].share < drafting.CHANCE) and np.all(got[True].share > 0.0)
+  assert np.sum(got[True].drafts) == 0 < np.sum(got[False].drafts)
 
 
 @pytest.mark.parametrize("threshold", [1.0, 0.8])
