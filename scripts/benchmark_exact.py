@@ -32,6 +32,7 @@ import benchmark_models as models
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from calm import exits, inference
 from calm.calibrate.generations import files
@@ -48,9 +49,20 @@ MT5_SMALL = {
 SHORTLIST = {"small": 2048, "mt5-small": 4096, "tiny": 32}
 
 
+@struct.dataclass
+class ForcedRead:
+  """What `verified.Passes` has read of a position of every row, and where that is."""
+
+  inner: Any
+  positions: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Forced:
   """`verified.Passes` whose drafts are accepted by a coin; all that is computed stays.
+
+  A position has its draft, whatever layers say; what the full model says there is that token or
+  another one.
 
   Attributes:
     inner: the passes.
@@ -67,27 +79,43 @@ class Forced:
   def __getattr__(self, name: str) -> Any:
     return getattr(self.inner, name)
 
+  def read(self, cache, token, positions):
+    read, cache = self.inner.read(cache, token, positions)
+    return ForcedRead(read, positions), cache
+
+  def keep(self, work, read, at):
+    return self.inner.keep(work, read.inner, at)
+
   def look(self, read):
-    made = self.inner.look(read)
+    made = self.inner.look(read.inner)
     # As sure as the coin is, or never sure enough to stop.
     sure = jnp.where(self.sure, 1.0, self.chance)
     # The head's own answer stays in use, or it would not be computed.
     confidence = jnp.maximum(sure, made.confidence * 1e-9)
-    return dataclasses.replace(made, confidence=confidence)
+    token = jnp.where(made.token < 0, made.token, self._draft(read.positions))
+    return dataclasses.replace(made, token=token, confidence=confidence)
 
   def verify(self, cache, positions, drafted: verified_state.Drafted, made, threshold):
     verdict, cache = self.inner.verify(cache, positions, drafted, made, threshold)
     at = positions[:, None] + jnp.arange(drafted.tokens.shape[1])[None, :]
     accepted = made[None, :] & self._coins(at)
-    # The model's own answer stays in use, or it would not be computed.
-    token = jnp.where(accepted, drafted.tokens, verdict.token)
-    return dataclasses.replace(verdict, accepted=accepted, token=token), cache
+    return dataclasses.replace(
+      verdict, accepted=accepted, token=self._said(at, verdict.token)
+    ), cache
 
-  def verify_one(self, cache, positions, read, draft):
-    best, gap, cache = self.inner.verify_one(cache, positions, read, draft)
-    other = jnp.where(best.token == draft, draft ^ 1, best.token)
-    token = jnp.where(self._coins(positions), draft, other)
-    return dataclasses.replace(best, token=token), gap, cache
+  def verify_one(self, cache, positions, read):
+    best, gap, cache = self.inner.verify_one(cache, positions, read.inner)
+    said = self._said(positions, best.token)
+    return dataclasses.replace(best, token=said), gap, cache
+
+  def _draft(self, at: jax.Array) -> jax.Array:
+    """The draft at these positions."""
+    return 4 + 2 * (at % 997)
+
+  def _said(self, at: jax.Array, own: jax.Array) -> jax.Array:
+    """What the full model is to say there; its `own` answer stays in use."""
+    draft = self._draft(at)
+    return jnp.where(own < 0, own, jnp.where(self._coins(at), draft, draft + 1))
 
   def _coins(self, at: jax.Array) -> jax.Array:
     """Which drafts at these positions are right."""

@@ -243,9 +243,7 @@ class Verifying:
     """The end of a pass of one position, which was read. Where it has a draft, that is still to
     be judged: what the full model says is written, and rows do not go on."""
     now = state.drafted
-    best, gap, cache = self.passes.verify_one(
-      state.cache, state.positions, read, now.tokens[:, 0]
-    )
+    best, gap, cache = self.passes.verify_one(state.cache, state.positions, read)
     found = lax.cond(now.ended, lambda: gap(now.tokens[:, 0]), lambda: now.gap)
     given, due = self._given(state.positions, 1), self._drafts(state)
     state = dataclasses.replace(

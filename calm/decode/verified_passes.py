@@ -115,8 +115,7 @@ class BoundPasses:
     said = verified_lib.Said(*(x.reshape(drafted.tokens.shape) for x in said))
     return verified_lib.verdict(said, drafted.tokens, made[None], threshold), (*lower, *upper)
 
-  def verify_one(self, cache, positions: jax.Array, read: Read, draft: jax.Array):
-    del draft  # what is said does not depend on it
+  def verify_one(self, cache, positions: jax.Array, read: Read):
     lower, upper = cache[: self.rule.draft_layer], cache[self.rule.draft_layer :]
     hidden, rows = self._one(self.rule.draft_layer + 1, read.hidden, upper, read.past)
     upper = self._written(upper, rows, positions, hidden)

@@ -116,11 +116,10 @@ class Passes(Protocol):
     ...
 
   def verify_one(
-    self, cache: Any, positions: jax.Array, read: Any, draft: jax.Array
+    self, cache: Any, positions: jax.Array, read: Any
   ) -> tuple[layers.Greedy, Callable[[jax.Array], jax.Array], Any]:
     """The same of one position, [batch], that was read: what the full model says there, how
-    far the logit of a token is above that one's, and the caches. `draft` is the position's, if
-    it has one."""
+    far the logit of a token is above that one's, and the caches."""
     ...
 
   def step(
