@@ -4,7 +4,8 @@ likely tokens for drafts, beside full depth.
 Lists of prompts, of which a `Predictor` learns that drafts do not pay, and single batches, each
 the first that it decodes. A program is x0.97 to x1.03 as fast as the same one compiled in
 another process, so there are several, one after the other: cells are medians over them. Every
-few batches the variants take turns, and a batch's time is its median over the repeats.
+few batches the variants take turns; what a turn took is told beside full depth's turn, by the
+median over the repeats, and a list is the mean of its turns.
 
   python scripts/benchmark_nonsense.py --data=data --tasks=synopsis,qa --batch_sizes=1,2
 """
@@ -98,10 +99,15 @@ class Variant:
     self.made.append(made)
 
   @property
-  def whole(self) -> float:
-    """Seconds of a list: of every batch the median over the repeats, but for the first, which
-    compiles."""
-    return sum(map(statistics.median, zip(*self.seconds[1:], strict=True)))
+  def turns(self) -> np.ndarray:
+    """Seconds of every turn, [repeats, turns], but for the first repeat, which compiles."""
+    seconds = np.array(self.seconds[1:])
+    return np.add.reduceat(seconds, np.arange(0, seconds.shape[1], IN_TURN), axis=1)
+
+  def seconds_beside(self, full: "Variant") -> float:
+    """Seconds of a list, where full depth's turns take their medians."""
+    usual = np.median(full.turns, axis=0)
+    return float(np.sum(usual * np.median(self.turns / full.turns, axis=0)))
 
 
 def nonsensical(task: Any, size: int) -> inference.Predictor:
@@ -151,8 +157,8 @@ def rows(name: str, size: int, flags: argparse.Namespace) -> list[dict[str, Any]
     line = {
       "setting": setting,
       "rule": key,
-      "ms a token": 1e3 * variant.whole / tokens,
-      "x full depth": full.whole / variant.whole,
+      "ms a token": 1e3 * variant.seconds_beside(full) / tokens,
+      "x full depth": full.seconds_beside(full) / variant.seconds_beside(full),
       "tokens a pass": tokens / sum(int(np.sum(each)) for each in passes) if passes else None,
       "texts equal": f"{equal} of {len(prompts)}",
     }
