@@ -47,8 +47,7 @@ class Verification:
   @property
   def drafts(self) -> Int[AnyArray, " batch"]:
     """Tokens that were drafted for each row, refused ones too, [batch]; in a batch as many as
-    the row that goes on longest. Not those that no pass could have used, which are
-    only looked at (`verified.Verifying`)."""
+    the row that goes on longest."""
     return self.counts[:, 1]
 
   @property

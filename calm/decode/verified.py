@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
 from calm.decode import drafting, loop, ordering, verified_rows, verified_steps
-from calm.decode.verified_lessons import Lesson, taught
+from calm.decode.verified_lessons import Lesson, counted, taught
 from calm.decode.verified_state import Drafted, Passes, VerifiedState
 
 
@@ -262,12 +262,16 @@ class Verifying:
     """The state with what a draft that no pass can use teaches: of a position that was read, of
     which the full model says `best`; `free` [batch, 1] rows are not given it."""
     made, column = self.passes.look(read), lambda array: array[:, None]
-    tried = column(state.active) & free
-    lesson = Lesson(tried, column(made.token == best.token), column(made.confidence))
-    count = state.active.astype(jnp.int32)
-    return taught(
-      state, self.plan, lesson, drafts=jnp.ones((), bool), count=count, besides=drafting.LOOK
+    lesson = Lesson(
+      column(state.active) & free, column(made.token == best.token), column(made.confidence)
     )
+    count, is_made = state.active.astype(jnp.int32), jnp.ones(1, bool)
+    state = taught(
+      state, self.plan, lesson, drafts=is_made[0], count=count, besides=drafting.LOOK
+    )
+    seen = counted(self._seen(state), state, lesson, is_made, count)
+    generation = dataclasses.replace(state.generation, verification=seen)
+    return dataclasses.replace(state, generation=generation)
 
   def _judge(self, state: VerifiedState) -> VerifiedState:
     """What becomes of the draft of a pass of one position."""
@@ -328,17 +332,12 @@ class Verifying:
     put = lambda array, columns: verified_rows.put(array, columns, state.positions, count)
     tried = made[None] & free & (np.arange(len(made))[None] < count[:, None])
     lesson = Lesson(tried, verdict.accepted, state.drafted.confidences[:, : len(made)])
-    generation, seen, drafts = state.generation, self._seen(state), self._drafts(state)
+    drafts, generation = self._drafts(state), state.generation
     state = taught(state, self.plan, lesson, drafts=drafts, count=count, besides=besides)
-    number = jnp.where(np.arange(2) == 1, jnp.sum(made, dtype=jnp.int32), 0)
-    # Not all at once, or a thread would be woken for half of it.
-    drafts_of_rows = jnp.where(state.active[:, None], number[None], 0)
-    counts = seen.counts + ordering.after(drafts_of_rows, state.odds.sums)
-    drafted = put(seen.drafted, verdict.accepted & tried)
     generation = dataclasses.replace(
       generation,
       rejected_confidences=put(generation.rejected_confidences, verdict.rejected_confidence),
-      verification=dataclasses.replace(seen, drafted=drafted, counts=counts),
+      verification=counted(self._seen(state), state, lesson, made, count),
     )
     drafted = dataclasses.replace(state.drafted, ended=jnp.zeros((), bool))
     return dataclasses.replace(state, generation=generation, drafted=drafted)

@@ -5,9 +5,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from calm.decode import drafting
+from calm.decode import drafting, loop, ordering, verified_rows
 from calm.decode.verified_state import VerifiedState
 
 
@@ -59,3 +60,29 @@ def taught(
     cost=state.cost + besides,
     planned=plan(odds, state.active),
   )
+
+
+def counted(
+  seen: loop.Verification,
+  state: VerifiedState,
+  lesson: Lesson,
+  made: Bool[Array, " positions"],
+  count: Int[Array, " batch"],
+) -> loop.Verification:
+  """What is said of a text's drafts, with those of one more pass.
+
+  Args:
+    seen: before.
+    state: that has learned of the pass, and whose rows have not gone on.
+    lesson: of the pass.
+    made: which of its positions have a draft.
+    count: tokens that it emits, [batch].
+  """
+  number = jnp.where(np.arange(2) == 1, jnp.sum(made, dtype=jnp.int32), 0)
+  # Not all at once, or a thread would be woken for half of it.
+  drafts_of_rows = jnp.where(state.active[:, None], number[None], 0)
+  counts = seen.counts + ordering.after(drafts_of_rows, state.odds.sums)
+  right = lesson.accepted & lesson.tried
+  before = jnp.asarray(seen.drafted)
+  drafted = verified_rows.put(before, right, state.positions, count)
+  return dataclasses.replace(seen, drafted=drafted, counts=counts)

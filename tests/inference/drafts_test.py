@@ -161,11 +161,11 @@ def test_drafts_that_are_timed_are_made_whatever_they_are_worth(model, ran):
 
 def test_a_text_that_is_decoded_twice_for_its_programs_seconds_is_looked_at_once(model, ran):
   compiled.drop_all()
-  model.generate(TEXTS[:1], rule=NONSENSE)
+  outputs = model.generate(TEXTS[:1], rule=NONSENSE)
   expected = model.expected_drafts[NONSENSE, schedules.NEVER_EXIT]
   expected.learn()
   assert ran == [NONSENSE] * 2 and expected.idle == expected.prior.texts == 1
-  assert expected.prior.chance < drafting.CHANCE
+  assert expected.prior.chance < drafting.CHANCE and outputs[0].drafts > 0
 
 
 def test_a_text_is_given_back_before_it_is_learned_of(model, ran, monkeypatch):
