@@ -342,26 +342,39 @@ def open_monitor(path: str | pathlib.Path, watch: Watch) -> Monitor:
   """
   path = pathlib.Path(path)
   monitor = Monitor(path, watch, locks.lock(path))
+  if path.exists() and path.stat().st_size:
+    # Looked at first: what is mended below must be a monitor's.
+    monitor.wealth = Wealth(restarts=_check_watch(path, watch) != 1)
+    records_lib.drop_partial_line(path)
   if not path.exists() or not path.stat().st_size:
     monitor._write(watch.to_json())
     return monitor
-  records_lib.drop_partial_line(path)
   _unglue(path)
   lines = records_lib.read_lines(path)
-  first = next(lines, None)
-  expected = json.loads(json.dumps(watch.to_json()))
-  told = None if first is None else json.dumps(first.value, sort_keys=True)
-  same = lambda version: told == json.dumps(expected | version, sort_keys=True)
-  if same({"schema_version": 1}):
-    monitor.wealth = Wealth(restarts=False)
-  elif not same({}):
-    got = None if first is None else first.value
-    raise records_lib.GenerationsError(
-      f"{path}:1: expected the watch {expected}, got {got}; start a new file."
-    )
+  next(lines)
   for line in lines:
     monitor._replay(line)
   return monitor
+
+
+def _check_watch(path: pathlib.Path, watch: Watch) -> int:
+  """The version of the watch that a file begins with, or that its only line was to be.
+
+  Raises:
+    GenerationsError: it begins with something else.
+  """
+  with open(path, "rb") as file:
+    raw = file.readline(records_lib.LONGEST_LINE + 1)
+  expected = json.loads(json.dumps(watch.to_json()))
+  got, _ = records_lib.parse_line(raw.removesuffix(b"\n"))
+  for version in (expected["schema_version"], 1):
+    wanted = expected | {"schema_version": version}
+    begun = records_lib.dump_line(wanted).encode("utf-8").startswith(raw)
+    if begun or json.dumps(got, sort_keys=True) == json.dumps(wanted, sort_keys=True):
+      return version
+  raise records_lib.GenerationsError(
+    f"{path}:1: expected the watch {expected}, got {got or raw[:100]!r}; start a new file."
+  )
 
 
 def _unglue(path: pathlib.Path) -> None:

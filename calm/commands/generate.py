@@ -245,8 +245,8 @@ def _until_certified(arguments, console, predictor, prompts, test, writer) -> No
       writer.finish()
       raise ValueError(
         "Expected references of every prompt whose text differs from the full model's, got none"
-        f" for the {len(error.questions)} in {wanted}; fill in `targets`, add the lines to a"
-        " file, and give it as --references=FILE: what was decoded is kept."
+        f" for {len(error.questions)} in {wanted}; fill in `targets` there and give it as"
+        f" --references={wanted}: what was decoded, and what was answered, is kept."
       ) from error
   writer.finish()
   path = pathlib.Path(arguments.output) / "calibration.json"

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -212,7 +212,11 @@ def _generations(found: Sequence[Part], output: pathlib.Path) -> None:
   lock = locks.lock(output)
   try:
     _refuse_other(output, _field(found[0].mark, "procedure"), grid)
-    ids = _prompts(with_prompts, output / cached.PROMPTS)
+    ids, offsets = _prompts(with_prompts)
+    _refuse_other_prompts(output, with_prompts, ids, offsets)
+    with files.replacing(output / cached.PROMPTS) as file:
+      for line in _lines(with_prompts, cached.PROMPTS, offsets):
+        file.write(line)
     for name in names:
       with files.replacing(output / name) as file:
         for lines in _in_order(with_prompts, name, ids):
@@ -240,8 +244,32 @@ def _refuse_other(output: pathlib.Path, procedure: Any, grid: list[float]) -> No
     )
 
 
-def _prompts(found: Sequence[Part], path: pathlib.Path) -> list[str]:
-  """Writes the prompts in the order of the list; returns their ids."""
+def _refuse_other_prompts(
+  output: pathlib.Path,
+  found: Sequence[Part],
+  ids: list[str],
+  offsets: Mapping[int, list[int]],
+) -> None:
+  """Raises GenerationsError where the folder holds prompts of another list, or of no run."""
+  path = output / cached.PROMPTS
+  if (output / cached.MANIFEST).exists():
+    there = cached.read_manifest(output)
+    same = there["prompt_ids"] == ids and not there.get("sequential")
+  else:  # a merging that was stopped has left them as they are
+    same = True
+    if path.exists():
+      with open(path, "rb") as file:
+        pairs = itertools.zip_longest(file, _lines(found, cached.PROMPTS, offsets))
+        same = all(there == ours for there, ours in pairs)
+  if not same:
+    raise GenerationsError(
+      f"{path}: expected the prompts of these shards, or none, got others, which would be"
+      " replaced; choose another --output."
+    )
+
+
+def _prompts(found: Sequence[Part]) -> tuple[list[str], dict[int, list[int]]]:
+  """Ids of the prompts in the order of the list; and where each part's lines are."""
   ids: list[str] = [""] * found[0].mark.num_prompts
   owner: dict[str, pathlib.Path] = {}
   offsets: dict[int, list[int]] = {}
@@ -269,10 +297,7 @@ def _prompts(found: Sequence[Part], path: pathlib.Path) -> list[str]:
         f"{part.folder / cached.PROMPTS}: expected {len(part.mark.positions)} prompts, got"
         " fewer; take the folder away and run the shard again."
       )
-  with files.replacing(path) as file:
-    for line in _lines(found, cached.PROMPTS, offsets):
-      file.write(line)
-  return ids
+  return ids, offsets
 
 
 def _in_order(found: Sequence[Part], name: str, ids: list[str]) -> Iterator[bytes]:

@@ -206,7 +206,7 @@ def open_writer(
     # Its records are marked with the procedure as it was written then.
     manifest["procedure"] = there["procedure"]
   else:
-    files.write_atomically(directory / cached.PROMPTS, prompt_text)
+    _write_prompts(directory / cached.PROMPTS, prompt_text)
   # Resuming reopens a finished run: its checksums are written again by `finish`.
   _write_manifest(directory, manifest)
   writer = Writer(directory, manifest, lock)
@@ -214,6 +214,16 @@ def open_writer(
   if old and not procedures.unknown_platform(procedure):
     writer.reports.append(f"{directory}: {old}")
   return writer
+
+
+def _write_prompts(path: pathlib.Path, text: str) -> None:
+  """Writes the prompts of a new run; what a stopped start has left is the same."""
+  if path.exists() and path.read_bytes() != text.encode("utf-8"):
+    raise GenerationsError(
+      f"{path}: expected a folder without a file of that name, or that of this run, got another"
+      " one, which would be replaced; choose another folder."
+    )
+  files.write_atomically(path, text)
 
 
 def _check_same_run(directory: pathlib.Path, manifest: dict[str, Any], prompts: str) -> None:

@@ -8,6 +8,7 @@ beyond the last that it looks at.
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -147,6 +148,32 @@ def read_references(path: str | pathlib.Path) -> dict[str, tuple[str, ...]]:
 
 
 def write_questions(path: str | pathlib.Path, wanted: Sequence[Question]) -> None:
-  """Writes questions as JSON Lines with empty `targets`, for `read_references` to read."""
-  lines = [records.dump_line({**dataclasses.asdict(q), "targets": []}) for q in wanted]
-  files.write_atomically(path, "".join(lines))
+  """Writes questions as JSON Lines with empty `targets`, for `read_references` to read.
+
+  Answers that the file has already stay, before the questions.
+
+  Raises:
+    GenerationsError: the file holds something else, which is left alone.
+  """
+  kept = _answers(pathlib.Path(path))
+  asked = [{**dataclasses.asdict(q), "targets": []} for q in wanted if q.id not in kept]
+  files.write_atomically(path, "".join(map(records.dump_line, [*kept.values(), *asked])))
+
+
+def _answers(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+  """The lines of a file of questions that were answered, by id."""
+  if not path.exists():
+    return {}
+  known = {field.name for field in dataclasses.fields(Question)} | {"targets", "references"}
+  try:
+    answered = {name for name, texts in read_references(path).items() if texts}
+    lines = list(records.read_lines(path))
+    odd = next((line for line in lines if set(line.value) - known), None)
+    if odd is not None:
+      raise odd.error(f"expected {sorted(known)}, got {sorted(odd.value)}")
+  except records.GenerationsError as error:
+    raise records.GenerationsError(
+      f"Expected {path} to be new, or to hold questions and answers, got something else, which"
+      f" would be replaced ({error}); choose another file."
+    ) from error
+  return {line.value["id"]: line.value for line in lines if line.value["id"] in answered}
