@@ -68,3 +68,25 @@ def test_a_calibration_is_a_frame(library):
   # What comes out goes in again.
   table = {str(row.threshold): VALUES[:, place] for place, row in enumerate(found.rows)}
   assert calibrate(type(frame)(table), **RATES).threshold == found.threshold
+
+
+def test_rows_without_a_group_are_refused_and_not_one_cluster(make):
+  groups = [*(f"g{row}" for row in range(100)), *[None] * 100]
+  with pytest.raises(
+    ValueError, match=r"name the cluster of every row, got .* 100 rows without"
+  ):
+    calibrate(make(columns(group=groups)), **RATES)
+
+
+def test_missing_groups_of_pandas_are_refused():
+  pandas = pytest.importorskip("pandas")
+  for kind, names in (
+    ("object", ["a", float("nan")]),
+    ("string", ["a", pandas.NA]),
+    ("datetime64[ns]", ["2026-01-01", pandas.NaT]),
+  ):
+    table = pandas.DataFrame(columns()).assign(group=pandas.array(names * 100, dtype=kind))
+    with pytest.raises(ValueError, match="name the cluster of every row"):
+      calibrate(table, **RATES)
+  numbered = pandas.DataFrame(columns()).assign(group=np.arange(200) // 2)
+  assert calibrate(numbered, **RATES).num_examples == 100

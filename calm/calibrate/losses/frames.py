@@ -43,7 +43,7 @@ def losses_of(frame: Any, support: Support | None = None) -> SequenceLosses:
     support or Support(),
     kind="loss",
     ids=_names(frame, _ID),
-    groups=_names(frame, _GROUP),
+    groups=_groups(frame),
   )
 
 
@@ -58,3 +58,11 @@ def _threshold(name: Any) -> float:
 
 def _names(frame: Any, name: str) -> tuple[str, ...] | None:
   return tuple(str(v) for v in frame[name]) if name in list(frame.columns) else None
+
+
+def _groups(frame: Any) -> tuple[Any, ...] | None:
+  """The clusters as texts; what is missing (None, NaN, NaT, NA) stays and will be refused."""
+  if _GROUP not in list(frame.columns):
+    return None
+  missing = lambda v: v is None or type(v).__name__ in ("NAType", "NaTType") or v != v
+  return tuple(v if missing(v) else str(v) for v in frame[_GROUP])
