@@ -21,6 +21,7 @@ from calm.calibrate.generations.procedures import Provenance
 from calm.calibrate.losses import checks, clusters
 from calm.calibrate.losses.sequence_losses import SequenceLosses
 from calm.calibrate.promises import Configurations, Risk
+from calm.calibrate.promises.risks import check_outputs
 
 # The one test that an order learned from other rows suits.
 _TESTING = "fixed_sequence"
@@ -141,6 +142,7 @@ def _check(families, costs: Mapping[str, npt.ArrayLike], error_rate: float) -> S
       )
     shape = several[0].losses.values.shape
     for risk in several:
+      check_outputs(risk, several[0].losses)
       losses = risk.losses
       alike = losses.ids == first.ids and losses.groups == first.groups
       if losses.values.shape != shape or len(losses.values) != len(first.values) or not alike:

@@ -11,6 +11,7 @@ from calm.calibrate import (
   Calibration,
   SequenceLosses,
   Support,
+  calibrate,
   calibrate_configurations,
   promises,
   verification,
@@ -187,3 +188,27 @@ def test_a_risk_has_one_range_in_all_families():
   ]
   with pytest.raises(ValueError, match="one support of 'texts'"):
     calibrate_configurations({**risks, "state": wider}, costs, error_rate=0.05)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"thresholds": np.array([0.8, 0.4])}, r"same grid, got \[0.8, 0.4\] of 'answers' beside"),
+    ({"procedure": procedure("state")}, "one procedure, got another of 'answers': `measure`"),
+  ],
+)
+def test_risks_of_other_outputs_are_refused(changes, message):
+  risks, costs = families()
+  first, second = risks["softmax"]
+  other = promises.Risk(dataclasses.replace(second.losses, **changes), 0.2, "answers")
+  with pytest.raises(ValueError, match=message):
+    calibrate_configurations(
+      {**risks, "softmax": [first, other]}, costs, error_rate=0.05, seed="ab"
+    )
+  with pytest.raises(ValueError, match=message):
+    calibrate(risks=[first, other], error_rate=0.05, seed="ab")
+  unknown = dataclasses.replace(second.losses, procedure=None)  # the user answers for it
+  found = calibrate(
+    risks=[first, promises.Risk(unknown, 0.2, "answers")], error_rate=0.05, seed="ab"
+  )
+  assert found.procedure == procedure("softmax")

@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import numpy as np
-
+from calm.calibrate.generations.procedures import describe_differences
 from calm.calibrate.losses.sequence_losses import SequenceLosses
 from calm.calibrate.promises.promise import Part, Promise, Test
 
@@ -28,6 +27,27 @@ class Risk:
   def called(self) -> str:
     """The name in words."""
     return self.name or f"{self.losses.kind} loss ({self.losses.metric})"
+
+
+def check_outputs(risk: Risk, first: SequenceLosses) -> None:
+  """Refuses a risk of other outputs than the first one's.
+
+  Raises:
+    ValueError: the grid differs, or the procedure, as far as both are known.
+  """
+  ours, theirs = first.thresholds.tolist(), risk.losses.thresholds.tolist()
+  if ours != theirs:
+    raise ValueError(
+      f"Expected `risks` on the same grid, got {theirs} of {risk.called!r} beside {ours}; take"
+      " every loss from the same outputs."
+    )
+  if first.procedure is None or risk.losses.procedure is None:
+    return
+  if difference := describe_differences(first.procedure, risk.losses.procedure):
+    raise ValueError(
+      f"Expected `risks` of outputs of one procedure, got another of {risk.called!r}:"
+      f" {difference}; take every loss from the same outputs."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +89,12 @@ class SeveralRisks(Promise):
     if self.risks is None:
       raise ValueError("Expected `risks` with their tables, got a promise read from a file.")
     for risk in self.risks:
-      same = np.array_equal(risk.losses.thresholds, losses.thresholds)
-      if (
-        len(risk.losses.values) != len(losses.values)
-        or not same
-        or risk.losses.ids != losses.ids
-      ):
+      same = len(risk.losses.values) == len(losses.values) and risk.losses.ids == losses.ids
+      if not same:
         raise ValueError(
-          f"Expected `risks` of the same prompts on the same grid, got others in"
-          f" {risk.called!r}."
+          f"Expected `risks` of the same prompts, got others in {risk.called!r}."
         )
+      check_outputs(risk, losses)
     return tuple(Part(risk.called, risk.losses, risk.tolerance) for risk in self.risks)
 
   def statement(self, calibration, loss):
