@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -127,7 +128,9 @@ def machine() -> dict[str, Any]:
     "python": platform.python_version(),
     "versions": {p: _version(p) for p in PACKAGES if _version(p)},
     # Shown to readers: the script's name and what it was given, and not where it lay.
-    "command": " ".join(["python", f"scripts/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]]),
+    "command": shlex.join(
+      ["python", f"scripts/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]]
+    ),
   }
 
 

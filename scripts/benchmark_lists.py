@@ -12,6 +12,7 @@ import argparse
 import json
 import pathlib
 import platform
+import shlex
 import statistics
 import sys
 import tempfile
@@ -101,7 +102,7 @@ def table(seconds: dict[str, list[float]]) -> list[dict[str, str | float]]:
 def result(lines: list[dict[str, str | float]], count: int) -> dict[str, Any]:
   """What `scripts/tables.py` reads."""
   return {
-    "command": " ".join(["python scripts/benchmark_lists.py", *sys.argv[1:]]),
+    "command": shlex.join(["python", "scripts/benchmark_lists.py", *sys.argv[1:]]),
     "columns": list(lines[0]),
     "align": ["left", "right", "right", "right", "right"],
     "rows": lines,

@@ -13,6 +13,7 @@ import os
 import pathlib
 import platform
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -113,7 +114,7 @@ def main() -> int:
         rows.append([f"{count * len(LEVELS):,}", f"{count:,}", step, *parts])
         print(rows[-1], flush=True)
   result = {
-    "command": " ".join(["python scripts/benchmark_merge.py", *sys.argv[1:]]),
+    "command": shlex.join(["python", "scripts/benchmark_merge.py", *sys.argv[1:]]),
     "columns": COLUMNS,
     "rows": rows,
     "align": ["right", "right", "left", "right", "right", "right"],

@@ -26,6 +26,7 @@ import os
 import pathlib
 import platform
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -286,7 +287,9 @@ def write(path: pathlib.Path, rows: list[list]) -> None:
   there = json.loads(path.read_text("utf-8")) if path.exists() else {}
   if there.get("columns") != COLUMNS:
     there = {"rows": [], "command": ""}
-  made = " ".join(["python scripts/chaos.py", *(w for w in sys.argv[1:] if "output" not in w)])
+  made = shlex.join(
+    ["python", "scripts/chaos.py", *(w for w in sys.argv[1:] if "output" not in w)]
+  )
   again = {row[0] for row in rows}
   kept = [row for row in there["rows"] if row[0] not in again]
   commands = [*(c for c in there["command"].split("; ") if c and kept and c != made), made]

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import pathlib
+import shlex
 import sys
 
 import numpy as np
@@ -140,7 +141,7 @@ def main() -> None:
     print("  ".join(f"{cell:>11}" for cell in line))
   if arguments.output:
     value = {
-      "command": " ".join(["python", "scripts/compare_bets.py", *sys.argv[1:]]),
+      "command": shlex.join(["python", "scripts/compare_bets.py", *sys.argv[1:]]),
       "columns": columns,
       "rows": rows,
       "versions": {"numpy": np.__version__, "scipy": scipy.__version__},

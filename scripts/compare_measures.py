@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import shlex
 import sys
 from collections.abc import Mapping
 
@@ -103,10 +104,12 @@ def calibrated(part: Part, fixed: dict, timed: int) -> list[list[str]]:
     settings = task.timed_settings(levels)
     found = gains.with_times(found, task.time("measures", prompts, settings))
   cells = {(row.target, row.measure): row.gains[0] for row in found.rows}
-  seconds = lambda gain: "" if np.isnan(gain.speedup) else f", x{gain.speedup:.2f}"
-  say = lambda gain: f"{gain.risk:.3f}, {gain.layers:.2f}{seconds(gain)}"
   lines = [
-    [task.settings.title, titled(measure), *(say(cells[target, measure]) for target in targets)]
+    [
+      task.settings.title,
+      titled(measure),
+      *(cell(cells[target, measure], target.tolerance) for target in targets),
+    ]
     for measure in task.measures
   ]
   full = fixed[f"static {task.predictor.num_layers}"]
@@ -115,6 +118,14 @@ def calibrated(part: Part, fixed: dict, timed: int) -> list[list[str]]:
     *lines,
     [task.settings.title, "oracle", f"{1 - oracle.similarity:.3f}, {oracle.layers:.2f}"],
   ]
+
+
+def cell(gain: gains.Gain, tolerance: float) -> str:
+  """Risk on unseen prompts, layers and speed-up; the risk in bold where it is above delta."""
+  risk = f"{gain.risk:.3f}"
+  risk = f"**{risk}**" if float(risk) > tolerance else risk
+  seconds = "" if np.isnan(gain.speedup) else f", x{gain.speedup:.2f}"
+  return f"{risk}, {gain.layers:.2f}{seconds}"
 
 
 def titled(measure: str) -> str:
@@ -191,7 +202,7 @@ def main() -> None:
     for line in [*lines[-len(task.measures) - 1 :], *depths[-len(task.measures) - 1 :]]:
       print("  ".join(f"{cell:<24}" for cell in line), flush=True)
   if arguments.output:
-    command = " ".join(["python", "scripts/compare_measures.py", *sys.argv[1:]])
+    command = shlex.join(["python", "scripts/compare_measures.py", *sys.argv[1:]])
     task_columns = ["task", "measure"]
     deltas = [f"delta = {delta:g}" for delta in DELTAS]
     write(f"{arguments.output}_calibrated.json", [*task_columns, *deltas], lines, command)

@@ -12,6 +12,7 @@ is then the true risk, with its 95 % interval. Needs numpy and scipy only.
 import argparse
 import json
 import pathlib
+import shlex
 import sys
 
 import numpy as np
@@ -102,7 +103,7 @@ def main() -> None:
   for row in rows:
     print("| " + " | ".join(row) + " |")
   if arguments.output:
-    command = " ".join(["python", "scripts/compare_methods.py", *sys.argv[1:]])
+    command = shlex.join(["python", "scripts/compare_methods.py", *sys.argv[1:]])
     value = {
       "command": command,
       "columns": HEADER,

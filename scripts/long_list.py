@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -120,7 +121,7 @@ def main() -> int:
     print(row)
   versions = {"calm": calm.__version__, "jax": jax.__version__}
   result = {
-    "command": " ".join(["python scripts/long_list.py", *sys.argv[1:]]),
+    "command": shlex.join(["python", "scripts/long_list.py", *sys.argv[1:]]),
     "columns": COLUMNS,
     "rows": rows,
     "versions": {**versions, "python": platform.python_version()},

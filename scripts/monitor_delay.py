@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import pathlib
+import shlex
 import sys
 
 import numpy as np
@@ -77,7 +78,7 @@ def main() -> None:
       print("  ".join(f"{cell:>13}" for cell in rows[-1]), flush=True)
   if arguments.output:
     value = {
-      "command": " ".join(["python", "scripts/monitor_delay.py", *sys.argv[1:]]),
+      "command": shlex.join(["python", "scripts/monitor_delay.py", *sys.argv[1:]]),
       "columns": COLUMNS,
       "rows": rows,
       "versions": {"numpy": np.__version__, "scipy": scipy.__version__},

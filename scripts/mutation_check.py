@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import pathlib
+import shlex
 import signal
 import sys
 import tempfile
@@ -226,7 +227,7 @@ def write(output: pathlib.Path, rows: list, columns: list[str]) -> None:
   import scipy
 
   value = {
-    "command": " ".join(["python", "scripts/mutation_check.py", *sys.argv[1:]]),
+    "command": shlex.join(["python", "scripts/mutation_check.py", *sys.argv[1:]]),
     "columns": columns,
     "rows": rows,
     "versions": {"numpy": numpy.__version__, "scipy": scipy.__version__},

@@ -15,6 +15,7 @@ import itertools
 import json
 import pathlib
 import platform
+import shlex
 import sys
 
 import jax
@@ -97,7 +98,7 @@ def main() -> None:
   if arguments.output:
     shown = [f"{100 * share:g} % other words" for share in SHARES]
     value = {
-      "command": " ".join(["python", "scripts/rank_measures.py", *sys.argv[1:]]),
+      "command": shlex.join(["python", "scripts/rank_measures.py", *sys.argv[1:]]),
       "columns": ["model", "task", "measure", *shown],
       "rows": lines,
       "versions": {

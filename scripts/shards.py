@@ -14,6 +14,7 @@ import collections
 import json
 import pathlib
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -118,7 +119,7 @@ def main() -> int:
       rows.append([size, flags.shards, killed, *compare(many / "merged", one)])
       print(dict(zip(COLUMNS, rows[-1], strict=True)), flush=True)
   result = {
-    "command": " ".join(["python scripts/shards.py", *sys.argv[1:]]),
+    "command": shlex.join(["python", "scripts/shards.py", *sys.argv[1:]]),
     "columns": COLUMNS,
     "rows": rows,
     "versions": {"calm": calm.__version__},

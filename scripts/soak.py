@@ -22,6 +22,7 @@ import os
 import pathlib
 import platform
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -263,7 +264,7 @@ def write(output: str, rows: list[list]) -> None:
   versions = {"calm": calm.__version__, "jax": jax.__version__}
   given = [part for part in sys.argv[1:] if not part.startswith(("--cache", "--output"))]
   result = {
-    "command": " ".join(["python scripts/soak.py", *given]),
+    "command": shlex.join(["python", "scripts/soak.py", *given]),
     "columns": COLUMNS,
     "rows": rows,
     "versions": {**versions, "python": platform.python_version()},

@@ -2,7 +2,7 @@
 
 Compiled for the TPU that is named, estimated by its compiler: nothing runs, none is needed.
 
-  pip install 'calm-t5x[train,tpu]'   (x86 Linux)
+  pip install '.[train,tpu]'   (x86 Linux)
   python scripts/tpu_report.py --topology=v3:2x2 --sizes=8x64,32x64     a table of your own
   python scripts/tpu_report.py --table                                  scripts/results/tpu.json
 
@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -82,7 +83,7 @@ def available() -> str:
   try:
     importlib.metadata.version("libtpu")
   except importlib.metadata.PackageNotFoundError:
-    return "libtpu is missing: pip install 'calm-t5x[tpu]'"
+    return "libtpu is missing: pip install '.[tpu]'"
   return ""
 
 
@@ -330,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
       " Linux with the compiler."
     )
   given = [part for part in arguments or sys.argv[1:] if not part.startswith("--output")]
-  command = " ".join(["python scripts/tpu_report.py", *given])
+  command = shlex.join(["python", "scripts/tpu_report.py", *given])
   words = flags.topology, flags.dtype, flags.sizes, flags.programs
   wanted = TABLE if flags.table else cases(*words, flags.shape, flags.input_length)
   held = {(one.place, one.program): one for one in stored(output)}

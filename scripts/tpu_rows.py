@@ -10,7 +10,7 @@ less.
 Cycles: T5 1.1 small, softmax after layers 2 and 4, compiled for TPU v3, estimated by its
 compiler; nothing ran there. Exits: of the model in the box on its own prompts, threshold 0.2.
 
-  pip install 'calm-t5x[tpu]'   (x86 Linux)
+  pip install '.[tpu]'   (x86 Linux)
   python scripts/tpu_rows.py
 """
 

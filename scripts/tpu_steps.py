@@ -2,7 +2,7 @@
 
 Compiled for the TPU that is named, estimated by its compiler: nothing runs, none is needed.
 
-  pip install 'calm-t5x[tpu]'   (x86 Linux)
+  pip install '.[tpu]'   (x86 Linux)
   python scripts/tpu_steps.py --steps=squad_small_train,large_train
 
 Parameters and activations lie along the mesh by T5X's standard rules (one axis of activations

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable
 
@@ -322,7 +323,7 @@ def main() -> int:
   if arguments.output:
     more = ["most at one size", "level + 3 errors", "sizes above"] if arguments.orders else []
     value = {
-      "command": " ".join(["python", "scripts/validity.py", *sys.argv[1:]]),
+      "command": shlex.join(["python", "scripts/validity.py", *sys.argv[1:]]),
       "columns": [*COLUMN_NAMES, *more],
       "rows": rows,
       "versions": {"numpy": np.__version__, "scipy": scipy.__version__},
