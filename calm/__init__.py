@@ -10,7 +10,7 @@ One token's path, from the loop to the promise:
   6. `calm.calibrate.certify.calibrate` turns the texts' losses into a threshold and a promise.
 
 Importing `calm` imports nothing; its names are loaded when they are first used.
-`calm.calibrate` needs numpy and scipy only.
+`calm.calibrate` computes with numpy and scipy, without JAX.
 """
 
 __version__ = "0.1.0"

@@ -37,7 +37,7 @@ newest_python() {  # the newest interpreter that can make environments
 
 # Each is unpacked on one core, and the first is as large as the others together: two at a time.
 small_environments() {
-  # Calibration promises to need numpy and scipy only: its tests run where nothing else is.
+  # Calibration promises to need no JAX: its tests run where only `pip install .` was.
   environment .venv-calibrate . pytest hypothesis
   # The TPU's compiler, which needs no TPU, is made for this platform only.
   if [[ "$(uname -sm)" == "Linux x86_64" ]]; then

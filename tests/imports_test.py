@@ -2,8 +2,10 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -71,6 +73,76 @@ def test_inference_needs_no_tensorflow_seqio_or_t5x():
   got = loaded("import calm.inference")
   assert {"jax", "flax"} <= got
   assert got.isdisjoint({"clu", "optax", "seqio", "t5x", "tensorflow"})
+
+
+# Distributions that are imported by another name; else "-" is "_".
+MODULES = {"gin-config": "gin", "orbax-checkpoint": "orbax", "pytest-xdist": "xdist"}
+# What flax requires itself.
+WITH_FLAX = {"optax", "orbax"}
+DECODE = ("checkpoints", "decode", "exits", "inference", "t5")
+COMMANDS = ("calibrate", "demo", "generate", "infer", "merge")
+
+
+def brought_by(requirements: list[str], extras: dict[str, list[str]]) -> set[str]:
+  """Top-level modules of some requirements, those of our own extras among them."""
+  found = set()
+  for requirement in requirements:
+    name, inner = re.match(r"([\w-]+)(?:\[([\w,]+)\])?", requirement).groups()
+    if name == "calm-t5x":
+      for extra in inner.split(","):
+        found |= brought_by(extras[extra], extras)
+    else:
+      found.add(MODULES.get(name, name.replace("-", "_")))
+  return found
+
+
+def missing_from(
+  requirements: list[str], extras: dict[str, list[str]], modules: list[str]
+) -> str:
+  """The package that one of the modules asks for where no more than this is installed."""
+  every = set().union(*(brought_by(extras[extra], extras) for extra in extras))
+  hidden = every - brought_by(requirements, extras) - WITH_FLAX
+  code = (
+    "import importlib, sys\n"
+    "class Hide:\n"
+    "  def find_spec(self, name, path=None, target=None):\n"
+    f"    if name.split('.')[0] in {hidden!r}: raise ModuleNotFoundError(name, name=name)\n"
+    "sys.meta_path.insert(0, Hide())\n"
+    "try:\n"
+    f"  for name in {modules!r}: importlib.import_module(name)\n"
+    "except ModuleNotFoundError as error: print(error.name)\n"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True
+  )
+  return done.stdout.strip()
+
+
+def modules_of(*rooms: str) -> list[str]:
+  return [
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    for room in rooms
+    for path in sorted((PACKAGE / room).rglob("[a-z]*.py"))
+  ]
+
+
+def test_the_first_pages_installations_are_enough():
+  root = PACKAGE.parent
+  project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
+  base, extras = project["dependencies"], project["optional-dependencies"]
+  to_fit, to_decode = re.findall(
+    r"pip install '(\.\[[\w,]+\])'", (root / "README.md").read_text()
+  )
+  brought = lambda said: [*base, f"calm-t5x{said.removeprefix('.')}"]
+  decoding = [*modules_of(*DECODE), *(f"calm.commands.{name}" for name in COMMANDS)]
+  fitting = [*modules_of("fitting", "training"), "calm.commands.fit", "calm.commands.report"]
+  assert not missing_from(base, extras, [*modules_of("calibrate"), "calm.commands.calibrate"])
+  assert not missing_from(brought(to_decode), extras, decoding)
+  assert not missing_from(brought(to_fit), extras, decoding + fitting)
+  # The check can fail.
+  assert missing_from(base, extras, decoding) and missing_from(
+    brought(to_decode), extras, fitting
+  )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Distribution-free calibration of early exits, on numpy and scipy alone.
+"""Distribution-free calibration of early exits, with numpy and scipy: no JAX.
 
     generations   cached outputs per threshold, on disk and in memory (`load`, `open_writer`)
     losses        cached outputs -> losses [num_examples, num_thresholds]

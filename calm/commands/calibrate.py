@@ -1,7 +1,7 @@
 """Choose the lowest threshold that is certified to stay within the tolerance.
 
 Reads the folder that `calm generate` wrote (or JSON Lines files of anybody's) and writes
-calibration.json. Needs numpy and scipy only: no JAX.
+calibration.json. Needs no JAX.
 
   calm calibrate runs/cache --tolerance=0.1 --error_rate=0.05
   calm calibrate runs/cache --kind=risk_signed --metric=token_f1 --tolerance=0.02

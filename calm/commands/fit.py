@@ -90,7 +90,8 @@ def _add_promise(parser: argparse.ArgumentParser) -> None:
     "--metric",
     default="rouge_l",
     metavar="NAME",
-    help="rouge_l, token_f1, exact_match, chrf, or import.path:function (default %(default)s)",
+    help="rouge_l, token_f1, exact_match, chrf, file.py:function, or module:function (default"
+    " %(default)s)",
   )
 
 

@@ -61,8 +61,8 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     "--metric",
     default="rouge_l",
     metavar="NAME",
-    help="of --train: rouge_l, token_f1, exact_match, chrf, or import.path:function (default"
-    " %(default)s)",
+    help="of --train: rouge_l, token_f1, exact_match, chrf, file.py:function, or"
+    " module:function (default %(default)s)",
   )
   parser.add_argument(
     "--prefix",
