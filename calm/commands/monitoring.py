@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from calm.calibrate import NEVER_EXIT, Calibration, Prompt, audit
+from calm.calibrate import NEVER_EXIT, Calibration, Prompt, audit, promises
 from calm.calibrate.losses import metrics
 
 # Exit status of a run with an alarm, where it was asked for.
@@ -19,6 +19,9 @@ ALARM_STATUS = 3
 SHARE, TRIAL_SHARE = 0.05, 0.25
 # Probability of a false alarm, ever, where none is named.
 LEVEL = 0.05
+# Bets are on the mean of the loss as it is. These bound it by `tolerance`; all others bound
+# transforms, parts or other losses. Of the cost nothing is seen.
+_WATCHED = (promises.Mean, promises.Cost)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--monitor",
     metavar="FILE",
-    help="watch the promise while it is served: decode a share of the prompts at full depth"
-    " too, bet on how the texts differ, and keep the bets in this file from run to run",
+    help="watch the promise of a mean loss while it is served: decode a share of the prompts at"
+    " full depth too, bet on how the texts differ, and keep the bets in this file from run to"
+    " run",
   )
   parser.add_argument(
     "--monitor_share",
@@ -127,8 +131,8 @@ def open_monitored(
   """The monitor that was asked for, or that a promise from elsewhere needs, or None.
 
   Raises:
-    ValueError: there is no promise that full-depth texts can check, or an option leaves its
-      range.
+    ValueError: there is no promise of a mean loss that full-depth texts can check, or an option
+      leaves its range.
     LockedError: another process writes the monitor's file.
   """
   on_trial = bool(predictor.elsewhere) and threshold not in (NEVER_EXIT, None)
@@ -162,6 +166,14 @@ def _promise(calibration: Calibration | None, threshold: float) -> Calibration:
     raise ValueError(
       "Expected `--monitor` with a calibration and its own threshold, got no promise to watch;"
       " name a calibration.json that certified a threshold, and leave `--threshold` out."
+    )
+  if not isinstance(calibration.promise, _WATCHED):
+    names = " or ".join(repr(promise.name) for promise in _WATCHED)
+    raise ValueError(
+      f"Expected `--monitor` or `--allow_platform` with the promise {names}, whose mean loss is"
+      f" what is watched, got {calibration.promise.name!r}, which bounds something else; leave"
+      " `--monitor` out, calibrate on this platform (or with --promise=mean), or record what it"
+      " bounds yourself: `calm.calibrate.audit`."
     )
   if calibration.kind != "textual" or calibration.clusters:
     unit = "clusters of prompts" if calibration.clusters else "prompts"

@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="cost: layers a token over all layers (default %(default).3g)",
     **numbers,
   )
+  parser.set_defaults(cost_share=promises.Cost.share)  # others are made in Python alone
 
 
 def promise_of(
@@ -80,7 +81,7 @@ def promise_of(
   layers, tokens = counts
   depths = layers / np.maximum(tokens, 1)
   if arguments.promise == "cost":
-    return promises.Cost(arguments.at_most, costs=depths / deepest)
+    return promises.Cost(arguments.at_most, arguments.cost_share, costs=depths / deepest)
   if not arguments.depths:
     raise ValueError(
       "Expected `--depths` for --promise=early_exits, got none; give them as in 3,5."

@@ -3,7 +3,7 @@
 import argparse
 import math
 
-from calm.calibrate import Calibration
+from calm.calibrate import Calibration, promises
 from calm.commands import promise_flags
 
 
@@ -20,7 +20,10 @@ def take_over(arguments: argparse.Namespace, told: Calibration) -> None:
     )
   arguments.tolerance, arguments.error_rate = told.tolerance, told.error_rate
   arguments.kind, arguments.metric = told.kind, told.metric
-  arguments.method, arguments.testing = told.method, told.testing
+  # Only 'auto' gives parts of one promise different methods: each the one that fits its losses.
+  several = len({part.method for part in told.parts}) > 1
+  arguments.method = "auto" if several else told.method
+  arguments.testing = told.testing
   arguments.by_group = told.clusters
   arguments.promise = told.promise.name
   for name, value in told.promise.to_json().items():
@@ -28,6 +31,8 @@ def take_over(arguments: argparse.Namespace, told: Calibration) -> None:
       arguments.depths = ",".join(map(repr, value))
     elif name in ("share", "beta", "start", "at_most"):
       setattr(arguments, name, value)
+  if isinstance(told.promise, promises.Cost):  # its share is another thing than --share
+    arguments.cost_share = told.promise.share
 
 
 def differences(told: Calibration, again: Calibration) -> list[str]:

@@ -47,8 +47,8 @@ def load(
       stays, the promise goes.
     allow_platform: decode all the same where the calibration differs in nothing but the
       platform that it was made on and its matmul precision. Outputs carry no promise until a
-      sample of them was checked: `calm infer --allow_platform` does, or
-      `calibrate.audit.Monitor`.
+      sample of them was checked: `calm infer --allow_platform` does, where a mean loss is
+      promised, or `calibrate.audit.Monitor`.
     dtype: activation dtype, 'float32' or 'bfloat16'; None takes the checkpoint's.
     **options: fields of `DecodeOptions`.
 

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from calm.calibrate import Calibration, promises
+from calm.calibrate import Calibration, generations, promises, textual_losses
+from calm.calibrate import calibrate as certify
 from calm.commands import calibrate, cli, infer
 
 
@@ -171,6 +172,31 @@ def grid(folder, rates, layers, measure="softmax", count=400, seed=0):
     )
   writer.finish()
   return folder
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "token_f1"])
+@pytest.mark.parametrize("share", [None, 0.5, 0.2])
+def test_a_promise_of_cost_is_verified(metric, share, tmp_path, capsys):
+  folder, saved = grid(tmp_path / "cache", [0.01, 0.3], [4, 2]), tmp_path / "calibration.json"
+  if share is None:  # as the command makes it, of whatever method fits each part
+    flags = ["--promise=cost", f"--metric={metric}", f"--output={saved}"]
+    assert cli.main(["calibrate", str(folder), *flags]) == 0
+  else:
+    losses = textual_losses(generations.load(folder), metric=metric)
+    promise = promises.Cost(0.6, share, costs=[[4 / 8, 2 / 8]] * 400)
+    made = certify(losses, tolerance=0.1, error_rate=0.05, promise=promise)
+    assert made.parts[0].method != made.parts[1].method or metric == "token_f1"
+    made.save(saved)
+  found = Calibration.load(saved)
+  assert found.threshold == 0.9
+  assert cli.main(["calibrate", str(folder), f"--verify={saved}"]) == 0
+  assert found.digest in "".join(capsys.readouterr().out.split())
+  first, cost = found.parts
+  bounds = tuple(bound + 0.01 for bound in cost.upper_bounds)
+  edited = first, dataclasses.replace(cost, upper_bounds=bounds)
+  dataclasses.replace(found, parts=edited).save(saved)  # with the digest that fits
+  assert cli.main(["calibrate", str(folder), f"--verify={saved}"]) == 2
+  assert "['parts']" in capsys.readouterr().err
 
 
 def test_several_risks_are_named_by_flags(tmp_path, capsys):

@@ -6,10 +6,24 @@ import types
 import pytest
 
 from calm import calibrate
-from calm.calibrate import audit
+from calm.calibrate import audit, promises
 from calm.commands import monitoring
 
 TEXTS = [f"text {i}" for i in range(40)]
+LOSSES = calibrate.SequenceLosses([[0.0]] * 200, [0.5], metric="exact_match")
+RISKS = (promises.Risk(LOSSES, 0.3),)
+# Every promise, as `calibrate` takes it: that the mean loss is watched for some is told below.
+MADE = (
+  promises.Mean(),
+  promises.Quantile(0.9),
+  promises.EveryGroup(labels=["a", "b"] * 100),
+  promises.EarlyExits((3.0,), depths=[[1.0]] * 200),
+  promises.TailMean(0.9, 0.05),
+  promises.KnownMixture(2.0, weights=[1.0] * 200),
+  promises.SeveralRisks(risks=RISKS),
+  promises.Cost(0.5, 0.3, costs=[[0.1]] * 200),
+  promises.Configurations(risks=RISKS, configurations=("a",), costs=(1.0,)),
+)
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +135,26 @@ def test_what_texts_cannot_show_is_refused(promise, tmp_path):
     shares = arguments("--monitor", tmp_path / "m.jsonl", "--monitor_share=0")
     monitoring.open_monitored(shares, Full(promise), 0.5)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("made", MADE, ids=lambda made: made.name)
+def test_a_watch_of_the_mean_loss_is_kept_from_other_promises(made, tmp_path):
+  assert {promise.name for promise in MADE} == set(promises.PROMISES)
+  calibrate.calibrate(LOSSES, tolerance=0.3, error_rate=0.05, promise=made).save(
+    tmp_path / "calibration.json"
+  )
+  told = calibrate.Calibration.load(tmp_path / "calibration.json")
+  assert told.threshold == 0.5
+  asked = arguments("--monitor", tmp_path / "m.jsonl", "--monitor_share=1"), Full(told)
+  on_trial = arguments("--allow_platform", "--monitor_share=1"), Full(told, "`platform`: ...")
+  for options, model in (asked, on_trial):
+    if made.name in ("mean", "cost"):
+      monitored = monitoring.open_monitored(options, model, 0.5)
+      serve(monitored, TEXTS)
+      assert "No alarm." in monitored.report()
+      serve(monitored, ["another"] * 40)
+      assert "ALARM" in monitored.report() and "above 0.3" in monitored.report()
+      continue
+    with pytest.raises(ValueError, match=f"'mean' or 'cost'.*got '{made.name}'.*; .*audit"):
+      monitoring.open_monitored(options, model, 0.5)
+    assert not model.asked and not (tmp_path / "m.jsonl").exists()
