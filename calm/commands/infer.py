@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--refill",
     action="store_true",
     help="put the next prompt into a row whose text has ended: fewer steps for long lists"
-    " (one device, float32)",
+    " (one device, float32, not --weights_dtype=int8)",
   )
   parser.add_argument(
     "--output",

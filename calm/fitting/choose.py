@@ -128,10 +128,9 @@ class _Choosing:
     }
 
   @functools.cached_property
-  def shaped(self) -> decode.OneShape:
-    """One compiled program for all lengths; rows do not depend on their padding."""
-    size = 2 * self.options.batch_size
-    return decode.one_shape(self.predictor.with_options(batch_size=size))
+  def shaped(self) -> inference.Predictor:
+    """Of the procedure that will be certified, in batches for many prompts."""
+    return decode.in_bulk(self.predictor)
 
   def run(self, progress: Progress) -> Choice:
     found = self.cache.get(Full, "full", self.key, lambda: self._full(part(progress, 0.0, 0.2)))

@@ -63,9 +63,9 @@ def look(
     threshold: served; `NEVER_EXIT` for full depth.
     progress: told of the share done.
   """
-  static, size = exits.StaticExit(), 2 * options.batch_size
+  static = exits.StaticExit()
   # The batches that certified: their programs are compiled.
-  predictor = decode.one_shape(predictor.with_options(batch_size=size))
+  predictor = decode.in_bulk(predictor)
   full = decode.with_rule(predictor, prompts, static, progress=choose.part(progress, 0.0, 0.3))
   early = full
   if np.isfinite(threshold):
@@ -78,8 +78,7 @@ def look(
   before = full
   if original is not None:
     told = choose.part(progress, 0.6, 1.0)
-    original = decode.one_shape(original.with_options(batch_size=size))
-    before = decode.with_rule(original, prompts, static, progress=told)
+    before = decode.with_rule(decode.in_bulk(original), prompts, static, progress=told)
   exit_quality = quality(early, prompts, options.metric) if np.isfinite(threshold) else None
   found = result_lib.LastLook(
     quality_original=quality(before, prompts, options.metric),

@@ -209,8 +209,7 @@ class Fit:
     if choice.best is None:
       return None, ()
     calibration, cached = calibrating.certify(
-      # One compiled program for all lengths; rows do not depend on their padding.
-      decode.one_shape(predictor.with_options(batch_size=2 * self.options.batch_size)),
+      decode.in_bulk(predictor),  # of the procedure that is served
       self.splits.calibration,
       tolerance=self.options.tolerance,
       error_rate=self.options.error_rate,

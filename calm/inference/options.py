@@ -66,7 +66,8 @@ class DecodeOptions:
     engine: how decode steps run; results do not depend on it. None takes the fastest for the
       rule, the rows and the platform (`engines.default_engine`).
     refill: whether `generate` puts the next prompt into a row whose text has ended, for lists
-      that are longer than a batch. On one device; results do not depend on it in float32.
+      that are longer than a batch. On one device, in float32, where results do not depend on
+      it; not with a `weights_dtype` of 'int8'.
     grid: thresholds to decode at where none are given, descending, chosen for this measure,
       layers and schedule; None takes the measure's own (`thresholds.default_grid`).
     num_drafts: of 'verified', most tokens drafted before a pass; results do not depend on it.
@@ -103,6 +104,11 @@ class DecodeOptions:
     if self.refill and self.num_devices > 1:
       raise ValueError(
         f"Expected `num_devices` of 1 with `refill`, got {self.num_devices}; leave one out."
+      )
+    if self.refill and self.weights_dtype == IN_8_BITS:
+      raise ValueError(
+        "Expected a `weights_dtype` of float32 or bfloat16 with `refill`, got 'int8': results"
+        " would depend on which rows run together; leave one out."
       )
 
   def __repr__(self) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from calm.fitting import (
   summary,
 )
 from calm.fitting import result as result_lib
-from calm.paper.bench import results
+from calm.paper.bench import decode, results
 from tests import toy_vocabulary
 
 WORDS = ["a few words", "another text", "say it", "the fourth", "b"]
@@ -137,6 +138,30 @@ def test_a_stopped_fit_goes_on_and_another_request_is_refused(
   monkeypatch.setattr(inference.seconds, "measure", None)
   again = fitting.fit(model, ROWS, output=output, **OPTIONS)
   assert again.calibration == served.calibration
+
+
+def test_what_is_served_is_certified_where_a_text_depends_on_its_rows(
+  model, always_faster, tmp_path
+):
+  rounded = shutil.copytree(model, tmp_path / "rounded")
+  config = json.loads((rounded / "config.json").read_text())
+  (rounded / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+  served = fitting.fit(
+    rounded, ROWS, output=tmp_path / "mine", listener=fitting.Listener(), **OPTIONS
+  )
+  assert served.calibration is not None
+  assert served.calibration.procedure == served.procedure
+  assert served.procedure.batch_bucket == OPTIONS["batch_size"]
+
+
+def test_many_prompts_are_decoded_in_larger_batches_where_no_text_depends_on_them(model):
+  plain = inference.load(model, batch_size=4, max_input_length=64)
+  larger = decode.in_bulk(plain)
+  assert {batch.tokens.shape for batch in larger.plan(WORDS)} == {(8, 64)}
+  assert larger.procedure == plain.procedure
+  narrow = inference.load(model, dtype="bfloat16")
+  for rounded in (narrow, plain.with_options(weights_dtype="int8")):
+    assert decode.in_bulk(rounded) is rounded
 
 
 def _check_that_nothing_certified_is_said(result):

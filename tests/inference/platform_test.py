@@ -243,7 +243,7 @@ def test_a_folder_whose_states_are_rounded_forgets_that_drafts_were_faster(direc
   [
     {"measure": "softmax"},
     {"measure": "classifier", "engine": engines.Compacted()},
-    {"measure": "state", "refill": True},
+    {"measure": "state"},
   ],
 )
 def test_exits_of_layers_in_8_bits_end_at_full_depth_where_none_leaves(directory, given):

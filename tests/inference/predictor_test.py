@@ -105,6 +105,8 @@ def test_rows_are_not_refilled_where_that_could_change_results(directory):
     narrow.generate(["short"] * 5, threshold=0.5)
   with pytest.raises(ValueError, match=r"`num_devices` of 1 with `refill`, got 2"):
     inference.DecodeOptions(num_devices=2, refill=True)
+  with pytest.raises(ValueError, match=r"`weights_dtype` .* with `refill`, got 'int8'"):
+    inference.DecodeOptions(weights_dtype="int8", refill=True)
 
 
 def test_an_output_is_whole(model, generated):

@@ -106,7 +106,8 @@ class OneShape(inference.Predictor):
   """A predictor that pads every batch to one shape: one compiled program a rule.
 
   Many rules over few prompts are compiled for longer than they run. Rows are independent, so
-  what comes out is the same.
+  what comes out is the same (but for last bits, which decide where states are narrower than
+  float32; see `in_bulk`).
   """
 
   def plan(self, texts: Sequence[str]) -> list[prompt_batches.PromptBatch]:
@@ -130,6 +131,17 @@ def one_shape(predictor: inference.Predictor) -> OneShape:
   fields = dataclasses.fields(inference.Predictor)
   made = OneShape(**{field.name: getattr(predictor, field.name) for field in fields})
   return predictor.sharing(made)
+
+
+def in_bulk(predictor: inference.Predictor) -> inference.Predictor:
+  """The same model for many prompts, where only what comes out counts.
+
+  Twice the rows, in `OneShape`'s batches. Where a text depends on the rows that it is decoded
+  with, and so on its padding, other batches would be another procedure's: the model as it is.
+  """
+  if inference.procedures.rows_matter(predictor.config, predictor.options):
+    return predictor
+  return one_shape(predictor.with_options(batch_size=2 * predictor.options.batch_size))
 
 
 def _padded(rows: np.ndarray, tokens: np.ndarray, size: int) -> prompt_batches.PromptBatch:
