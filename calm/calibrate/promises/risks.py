@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from calm.calibrate.losses import checks
 from calm.calibrate.losses.sequence_losses import SequenceLosses
 from calm.calibrate.promises.promise import Part, Promise, Test
 
@@ -56,6 +57,7 @@ class SeveralRisks(Promise):
       raise ValueError("Expected `risks` to hold at least one `Risk`, got none.")
     if len(set(self.names)) != len(self.names):
       raise ValueError(f"Expected `risks` of different names, got {list(self.names)}.")
+    checks.check_lines(self.names, "names")
 
   def tests(self, tolerance, support):
     """Each of the risks, all in one range."""
