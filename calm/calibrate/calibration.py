@@ -113,6 +113,9 @@ class Calibration:
     losses_digest: SHA-256 of the losses that were tested, '' in a sequential run.
     knobs: what was turned, a text a row, where that was no threshold; rows then have a place in
       [0, 1] for a threshold.
+
+  Raises:
+    ValueError: a text is none that `load` would read again.
   """
 
   threshold: float
@@ -137,6 +140,9 @@ class Calibration:
   parts: tuple[Evidence, ...] = ()
   losses_digest: str = ""
   knobs: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    verification.check_texts(self)
 
   @property
   def certified(self) -> bool:

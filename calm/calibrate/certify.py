@@ -122,6 +122,9 @@ class _Run:
   error_rate: float
   seed: str | None
 
+  def __post_init__(self):
+    checks.check_seed(self.seed)
+
   def method_of(self, losses: SequenceLosses, groups) -> methods.Method:
     """The p-value method for such losses."""
     several_levels = self.procedure != "fixed_sequence"
@@ -334,7 +337,7 @@ def _faults(losses: SequenceLosses) -> list[str]:
     if losses.support.binary:
       bad |= (column != 0.0) & (column != 1.0)
     row = int(np.argmax(bad))
-    name = "" if losses.ids is None else f" (id {losses.ids[row]!r})"
+    name = "" if losses.ids is None else f" (id {losses.ids[row]!r:.200})"
     wanted = "0 or 1" if losses.support.binary else f"in the declared range [{low}, {high}]"
     faults.append(
       f"the loss of row {row}{name} is {float(column[row])!r} and must be {wanted}"

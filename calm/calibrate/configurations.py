@@ -20,7 +20,7 @@ from calm.calibrate.evidence import pareto
 from calm.calibrate.generations.procedures import Provenance
 from calm.calibrate.losses import checks, clusters
 from calm.calibrate.losses.sequence_losses import SequenceLosses
-from calm.calibrate.promises import Configurations, Risk
+from calm.calibrate.promises import Configurations, Risk, as_promise
 from calm.calibrate.promises.risks import check_outputs
 
 # The one test that an order learned from other rows suits.
@@ -58,11 +58,14 @@ def calibrate_configurations(
   """
   families = {name: tuple(several) for name, several in risks.items()}
   first = _check(families, costs, error_rate)
+  as_promise(_of(families))  # refuses names that cannot be stored
+  checks.check_seed(seed)
   places = [
     (name, float(threshold))
     for name, several in families.items()
     for threshold in several[0].losses.thresholds
   ]
+  checks.check_lines([_configuration(*place) for place in places], "configurations")
   groups = clusters.declared_groups(first)
   tables = [_table(families, number, groups, method) for number in range(len(_of(families)))]
   price = np.concatenate([np.asarray(costs[name], np.float64) for name in families], axis=1)
@@ -82,7 +85,7 @@ def _record(families, tested, found: pareto.ParetoResult, error_rate: float) -> 
   promise = Configurations(
     names=tuple(risk.called for risk in _of(families)),
     tolerances=tuple(float(risk.tolerance) for risk in _of(families)),
-    configurations=tuple(f"{name} at {threshold:.10g}" for name, threshold in tested),
+    configurations=tuple(_configuration(*place) for place in tested),
     costs=tuple(found.costs.tolist()),
   )
   parts = _parts(found, promise)
@@ -114,6 +117,10 @@ def _record(families, tested, found: pareto.ParetoResult, error_rate: float) -> 
     promise=promise,
     parts=parts,
   )
+
+
+def _configuration(family: str, threshold: float) -> str:
+  return f"{family} at {threshold:.10g}"
 
 
 def _of(families: Mapping[str, Sequence[Risk]]) -> Sequence[Risk]:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from calm.calibrate.losses import checks
+
 NEVER_EXIT = math.inf
 NEVER_EXIT_TEXT = "never"
 
@@ -122,7 +124,7 @@ def grid_of_knobs(knobs: Sequence[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
     else the grid is 1 - i / len(knobs).
 
   Raises:
-    ValueError: there are none, or two have the same text.
+    ValueError: there are none, two have the same text, or a calibration cannot store one.
   """
   numbers = all(isinstance(knob, int | float | np.number) for knob in knobs)
   if knobs and numbers and all(0.0 <= knob <= 1.0 for knob in knobs):
@@ -130,6 +132,7 @@ def grid_of_knobs(knobs: Sequence[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
   names = tuple(str(knob) for knob in knobs)
   if not names or len(set(names)) != len(names):
     raise ValueError(f"Expected `knobs` to be at least one, all different, got {list(names)}.")
+  checks.check_lines(names, "knobs")
   return 1.0 - np.arange(len(names)) / len(names), names
 
 

@@ -11,11 +11,11 @@ Against that, hand the digest around by another way than the file (`--expect_dig
 the calibration again from its cached outputs (`calm calibrate --verify`).
 """
 
+import functools
 import hashlib
 import json
 import math
 import pathlib
-import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from calm.calibrate import decision as decision_lib
 from calm.calibrate.decision import Evidence
 from calm.calibrate.evidence import methods, multiple_testing
 from calm.calibrate.generations import files
+from calm.calibrate.losses import checks
 
 if TYPE_CHECKING:
   from calm.calibrate.calibration import Calibration
@@ -96,9 +97,7 @@ def _count(value: Any) -> bool:
 
 
 def _line(longest: int):
-  def fits(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= longest and value.isprintable()
-
+  fits = functools.partial(checks.is_line, longest=longest)
   return fits, f"one line of at most {longest} printable characters"
 
 
@@ -115,10 +114,7 @@ _NUMBER: _Check = _number(-math.inf, math.inf, open_ends=True)
 _P_VALUE = _number(0.0, 1.0)
 _LOG_P = _number(-math.inf, 0.0)
 _MEAN = _number(-1e300, 1e300, null=True)
-_HEX: _Check = (
-  lambda value: isinstance(value, str) and bool(re.fullmatch(r"[0-9a-f]{0,64}", value)),
-  "at most 64 hexadecimal digits",
-)
+_HEX: _Check = (checks.is_seed, "at most 64 hexadecimal digits")
 _METHODS = {name for name in methods.METHODS if name != "auto"}
 _FIELDS: Mapping[str, _Check] = {
   "tolerance": _number(0.0, 1.0, open_ends=True),
@@ -126,8 +122,8 @@ _FIELDS: Mapping[str, _Check] = {
   "reason": _line(4000),
   "method": _one_of(_METHODS),
   "testing": _one_of(set(multiple_testing.PROCEDURES)),
-  "kind": _line(200),
-  "metric": _line(500),
+  "kind": _line(checks.LONGEST_KIND),
+  "metric": _line(checks.LONGEST_NAME),
   "num_examples": (_count, "a whole number of at least 0"),
   "clusters": (_flag, "true or false"),
   "order": _one_of({"permuted", "given", "irrelevant"}),
@@ -152,7 +148,7 @@ _SUPPORT: Mapping[str, _Check] = {
   "binary": (_flag, "true or false"),
 }
 _PART: Mapping[str, _Check] = {
-  "name": _line(500),
+  "name": _line(checks.LONGEST_NAME),
   "tolerance": _NUMBER,
   "method": _one_of(_METHODS),
   "share": (lambda v: _number(0.0, 1.0)[0](v) and v > 0, "a number in (0, 1]"),
@@ -166,8 +162,15 @@ _COLUMNS: Mapping[str, _Check] = {
 }
 
 
-def _check_all(value: Any, checks: Mapping[str, _Check], where: str) -> None:
-  for name, (fits, wanted) in checks.items():
+def check_texts(calibration: "Calibration") -> None:
+  """Raises ValueError unless a calibration's texts are such as can be loaded again."""
+  texts = ("reason", "kind", "metric", "order", "seed")
+  _check_all(vars(calibration), {name: _FIELDS[name] for name in texts}, "the calibration")
+  checks.check_lines(calibration.knobs, "knobs")
+
+
+def _check_all(value: Any, fields: Mapping[str, _Check], where: str) -> None:
+  for name, (fits, wanted) in fields.items():
     if not fits(value[name]):
       raise ValueError(
         f"Expected `{name}` of {where} to be {wanted}, got {value[name]!r:.200}."
@@ -213,8 +216,8 @@ def check_fields(value: Any, names: set[str]) -> None:
   if set(value) != names | extra:
     odd = sorted(set(value) ^ (names | extra))
     raise ValueError(f"Expected `calibration` without or with other fields, got {odd!r:.200}.")
-  checks = {name: check for name, check in _FIELDS.items() if name in names | extra}
-  _check_all(value, checks, "the calibration")
+  fields = {name: check for name, check in _FIELDS.items() if name in names | extra}
+  _check_all(value, fields, "the calibration")
   _object(value["support"], "`support`", set(_SUPPORT))
   _check_all(value["support"], _SUPPORT, "`support`")
   for number, row in enumerate(_list(value["rows"], "rows", 1)):
@@ -223,7 +226,7 @@ def check_fields(value: Any, names: set[str]) -> None:
   if not all(_count(place) for place in _list(value["visited"], "visited")):
     raise ValueError(f"Expected `visited` to be places, got {value['visited']!r:.100}.")
   knobs = _list(value.get("knobs", []), "knobs")
-  if knobs and (len(knobs) != len(value["rows"]) or not all(map(_line(500)[0], knobs))):
+  if knobs and (len(knobs) != len(value["rows"]) or not all(map(checks.is_line, knobs))):
     raise ValueError(f"Expected `knobs` of texts, one a row, got {knobs!r:.200}.")
   for part in _list(value.get("parts", []), "parts"):
     _check_part(part, len(value["rows"]))

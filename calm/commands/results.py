@@ -2,7 +2,8 @@
 
 A regular file is replaced at the end only. Until then lines go to NAME.partial beside it, and
 NAME.partial.json says what they are of, so that the same command goes on after a kill; another
-command starts anew and keeps what was there as NAME.partial.old.
+command starts anew and keeps what was there as NAME.partial.old, or NAME.partial.old.2 and so
+on where something has that name.
 """
 
 import contextlib
@@ -139,10 +140,18 @@ class Resumable:
   def _start_anew(self, why: str) -> None:
     self.done, self._digest = 0, hashlib.sha256()
     if self._partial.exists() and self._partial.stat().st_size:
-      old = self._partial.with_name(self._partial.name + ".old")
+      old = self._free()
       os.replace(self._partial, old)
       self.report = f"{self._partial} is of {why}: starting anew, and keeping it as {old.name}."
     self._state.unlink(missing_ok=True)
+
+  def _free(self) -> pathlib.Path:
+    """A name for earlier lines that nothing has, be it a link to nowhere."""
+    old = first = self._partial.with_name(self._partial.name + ".old")
+    numbers = itertools.count(2)
+    while os.path.lexists(old):
+      old = first.with_name(f"{first.name}.{next(numbers)}")
+    return old
 
 
 @contextlib.contextmanager

@@ -53,6 +53,13 @@ def test_columns_that_are_no_thresholds_are_refused(make):
     calibrate(make({"9": [0.0] * 40}), **RATES)
 
 
+def test_two_columns_of_one_threshold_are_refused(make):
+  with pytest.raises(
+    ValueError, match=r"Expected one column .* a threshold, got '0.9' and '0.90' .*0\.9; "
+  ):
+    calibrate(make(columns(**{"0.90": [0.0] * 200})), **RATES)
+
+
 def test_arrays_are_no_frames():
   assert not frames.is_frame(VALUES) and not frames.is_frame(VALUES.tolist())
 

@@ -1,5 +1,6 @@
 """`calm infer` as people use it: where its lines go, and how it goes on after a kill."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -12,9 +13,9 @@ import numpy as np
 import pytest
 
 from calm import calibrate, inference
-from calm.calibrate import seconds
+from calm.calibrate import Prompt, seconds
 from calm.calibrate.generations import files
-from calm.commands import cli, serving
+from calm.commands import cli, results, serving
 from calm.decode import compiled, verified_passes
 from calm.inference import predictor
 from tests.commands import toy
@@ -133,6 +134,42 @@ def test_another_command_starts_anew_and_keeps_what_there_was(
   assert why in " ".join(capsys.readouterr().err.split())
   assert (tmp_path / "out.jsonl.partial.old").read_text() == partial
   assert ids(output.read_text()) == [f"p{i}" for i in range(7)]
+
+
+def interrupted(path, about):
+  """A run that wrote a line and was stopped."""
+  with contextlib.suppress(KeyboardInterrupt), results.open_results(str(path), about) as lines:
+    list(lines.pending([Prompt("p", "text")]))
+    lines.write([Prompt("p", "text")], [f"{about}\n"])
+    raise KeyboardInterrupt
+  return lines.report
+
+
+def test_every_change_of_options_keeps_what_there_was(tmp_path):
+  pipe = tmp_path / "out.partial.old.3"
+  os.mkfifo(pipe)
+  told = [interrupted(tmp_path / "out", {"threshold": number}) for number in range(5)]
+  names = ["out.partial.old", *(f"out.partial.old.{number}" for number in (2, 4, 5))]
+  for number, name in enumerate(names):
+    assert (tmp_path / name).read_text() == f"{{'threshold': {number}}}\n"
+    assert told[number + 1].endswith(f"starting anew, and keeping it as {name}.")
+  assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+@pytest.mark.parametrize("what", ["folder", "link", "nowhere"])
+def test_what_stands_in_the_place_of_earlier_lines_stays(what, tmp_path):
+  old, other = tmp_path / "out.partial.old", tmp_path / "other"
+  if what == "folder":
+    old.mkdir()
+  else:
+    old.symlink_to(other)
+  if what == "link":
+    other.write_text("theirs")
+  for number in range(2):
+    interrupted(tmp_path / "out", {"threshold": number})
+  assert old.is_dir() if what == "folder" else old.is_symlink()
+  assert what != "link" or other.read_text() == "theirs"
+  assert (tmp_path / "out.partial.old.2").read_text() == "{'threshold': 0}\n"
 
 
 def test_the_monitors_file_is_not_replaced_by_the_output(calm_infer, tmp_path, capsys):

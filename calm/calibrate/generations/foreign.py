@@ -44,13 +44,12 @@ def read_predictions(path: Path) -> tuple[tuple[Prompt, ...], tuple[Record, ...]
   prompts, records = {}, []
   for line in records_lib.read_lines(path):
     if isinstance(decodes := line.value.get("prediction"), list):
-      raise line.error(
-        f"expected one `prediction` of a prompt, got a list of {len(decodes)} decodes; decode"
-        " with `return_all_decodes = False`, which keeps the best, or write the one that is"
-        " served as `prediction`."
-      )
+      one = "decode with `return_all_decodes = False`, which keeps the best"
+      raise line.error(_several(len(decodes), one))
     try:
       prompt, record = _read_line(line)
+    except GenerationsError:
+      raise
     except (AttributeError, TypeError, ValueError) as error:
       raise line.error(
         f'expected {{"id", "prediction"}}, or a line of T5X infer, of an OpenAI batch or of'
@@ -79,21 +78,23 @@ def _read_line(line: Line) -> tuple[Prompt, Record]:
     name = str(name)
     return _t5x_prompt(name, features), Record.from_json(_t5x_record(name, value))
   if "custom_id" in value or {"request_id", "outputs"} <= set(value):
-    value = _served(value)
+    value = _served(line)
   prompt = Prompt.from_json({"input": "", **value})
   return prompt, Record.from_json(value)
 
 
-def _served(value: Mapping[str, Any]) -> dict[str, Any]:
+def _served(line: Line) -> dict[str, Any]:
   """A line of a server's output as {id, prediction}.
 
   Raises:
     ValueError: the request failed, or its answer is no text.
+    GenerationsError: there are several answers.
   """
+  value = line.value
   if "custom_id" not in value:
-    output = _first(value["outputs"], "outputs")
-    line = {"id": value["request_id"], "prediction": output.get("text")}
-    return line | ({"input": value["prompt"]} if isinstance(value.get("prompt"), str) else {})
+    output = _only(value["outputs"], "outputs", line)
+    found = {"id": value["request_id"], "prediction": output.get("text")}
+    return found | ({"input": value["prompt"]} if isinstance(value.get("prompt"), str) else {})
   response = value.get("response") or {}
   if value.get("error") or response.get("status_code", 200) != 200:
     raise ValueError(
@@ -102,19 +103,29 @@ def _served(value: Mapping[str, Any]) -> dict[str, Any]:
     )
   body = response.get("body") or {}
   if "choices" in body:
-    choice = _first(body["choices"], "choices")
+    choice = _only(body["choices"], "choices", line)
     text = (choice.get("message") or choice).get("content", choice.get("text"))
   else:
     messages = [m for m in body.get("output", ()) if m.get("type") == "message"]
-    parts = _first(messages, "output").get("content", ())
+    parts = _only(messages, "output", line).get("content", ())
     text = "".join(part.get("text", "") for part in parts)
   return {"id": value["custom_id"], "prediction": text}
 
 
-def _first(entries: Any, name: str) -> Mapping[str, Any]:
+def _only(entries: Any, name: str, line: Line) -> Mapping[str, Any]:
   if not isinstance(entries, list) or not entries or not isinstance(entries[0], Mapping):
     raise ValueError(f"Expected `{name}` to be a list of objects, got {entries!r:.100}")
+  if len(entries) > 1:  # which of them is served is not known
+    raise line.error(_several(len(entries), "ask for one, as with `n = 1`"))
   return entries[0]
+
+
+def _several(count: int, one: str) -> str:
+  """What to say of several decodes of a prompt, and of how to get one."""
+  return (
+    f"expected one `prediction` of a prompt, got a list of {count} decodes; {one}, or write the"
+    " one that is served as `prediction`."
+  )
 
 
 def _t5x_prompt(name: str, features: Mapping[str, Any]) -> Prompt:

@@ -1,15 +1,19 @@
-"""What a table of losses must be before anything reads it: numbers, names, clusters."""
+"""What a table of losses must be before anything reads it: numbers, names, clusters, texts."""
 
 import collections
 import hashlib
 import numbers
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 # Losses that are looked at, and rows that are looked for, at once.
 _CELLS, _ROWS_TRIED = 2**18, 16
+# Characters of a name (a knob, a label, a metric, a risk) in a calibration's file.
+LONGEST_NAME = 500
+LONGEST_KIND = 200
 
 
 def as_numbers(values: Any, name: str) -> np.ndarray:
@@ -85,6 +89,39 @@ def check_groups(groups: Sequence[Any], count: int) -> tuple[str, ...]:
       " has none), or leave these prompts out: together they would pass for one cluster."
     )
   return tuple(str(group) for group in groups)
+
+
+def is_line(value: Any, longest: int = LONGEST_NAME) -> bool:
+  """Whether a calibration's file may hold this text: it is printed as it is, on one line."""
+  return isinstance(value, str) and len(value) <= longest and value.isprintable()
+
+
+def check_lines(values: Iterable[Any], name: str, longest: int = LONGEST_NAME) -> None:
+  """What a calibration will store and print, which loading it refuses otherwise.
+
+  Raises:
+    ValueError: names the first that `is_line` is not true of.
+  """
+  for value in values:
+    if not is_line(value, longest):
+      raise ValueError(
+        f"Expected `{name}` of texts of at most {longest} printable characters, got"
+        f" {value!r:.200}; write it on one line, with plain spaces and no control characters."
+      )
+
+
+def is_seed(value: Any) -> bool:
+  """Whether a calibration's file may hold this seed."""
+  return isinstance(value, str) and bool(re.fullmatch(r"[0-9a-f]{0,64}", value))
+
+
+def check_seed(seed: str | None) -> None:
+  """Raises ValueError unless an order's seed is None or one that a calibration has."""
+  if seed is not None and not is_seed(seed):
+    raise ValueError(
+      f"Expected `seed` of at most 64 hexadecimal digits, got {seed!r:.200}; give the `seed` of"
+      " an earlier calibration, or none."
+    )
 
 
 def looks_sorted(values: np.ndarray) -> bool:

@@ -28,12 +28,21 @@ def losses_of(frame: Any, support: Support | None = None) -> SequenceLosses:
     `SequenceLosses` on the descending grid.
 
   Raises:
-    ValueError: another column has no number for a name, or it holds no numbers.
+    ValueError: another column has no number for a name, or holds no numbers, or two columns
+      are of one threshold.
   """
-  columns = {}
+  columns, names = {}, {}
   for name in frame.columns:
-    if name not in (_ID, _GROUP):
-      columns[_threshold(name)] = checks.as_numbers(np.asarray(frame[name]), f"column {name!r}")
+    if name in (_ID, _GROUP):
+      continue
+    threshold = _threshold(name)
+    if threshold in names:
+      raise ValueError(
+        f"Expected one column of `losses` a threshold, got {names[threshold]!r} and {name!r}"
+        f" for {threshold}; leave one out, or name it by its own threshold."
+      )
+    names[threshold] = name
+    columns[threshold] = checks.as_numbers(np.asarray(frame[name]), f"column {name!r}")
   if not columns:
     raise ValueError("Expected `losses` to have a column a threshold, got no such column.")
   grid = sorted(columns, reverse=True)

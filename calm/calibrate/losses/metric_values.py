@@ -1,7 +1,8 @@
 """A metric over many (prediction, references) pairs: equal pairs once, all cores when it pays.
 
 Workers are plain child processes that speak JSON lines: nothing is pickled and the caller's own
-`__main__` is not run again, so that a script needs no guard and a notebook works.
+`__main__` is not run again, so that a script needs no guard and a notebook works. What a metric
+prints there goes to the child's errors: its standard output is for answers alone.
 """
 
 import concurrent.futures
@@ -14,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -103,9 +105,13 @@ def _in_processes(
   return [value for values in found for value in values]
 
 
-# Loads this package, and the user's own metric, from where the parent has them.
+# Loads this package, and the user's own metric, from where the parent has them. What the metric
+# prints, when it is imported too, must not pass for an answer.
 _CHILD = f"""
-import importlib.util, json, sys, types
+import importlib.util, json, os, sys, types
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+sys.stdout = sys.stderr
 for name, origin, folders in json.loads(sys.argv[2]):
   if origin is None:
     module = types.ModuleType(name)
@@ -119,7 +125,7 @@ for name, origin, folders in json.loads(sys.argv[2]):
   if origin is not None:
     spec.loader.exec_module(module)
 from {__name__} import serve
-serve()
+serve(answers)
 """
 
 
@@ -162,7 +168,7 @@ class _Child:
     self._errors.close()
 
   def ask(self, pairs: Sequence[Pair]) -> list[float]:
-    """The metric of each pair; ValueError with the child's last words if it died."""
+    """The metric of each pair; ValueError if it gave none, with a dead child's last words."""
     answer = b""
     with contextlib.suppress(OSError):
       self._process.stdin.write(json.dumps(pairs).encode() + b"\n")  # type: ignore[union-attr]
@@ -176,13 +182,23 @@ class _Child:
         f"Expected `metric` {self._name!r} to answer, got a child process that failed:"
         f" {' '.join(last).rstrip('.')}; mend the function."
       )
-    return json.loads(answer)
+    values: Any = None
+    with contextlib.suppress(ValueError):
+      values = json.loads(answer)
+    numbers = isinstance(values, list) and all(type(v) in (int, float) for v in values)
+    if not numbers or len(values) != len(pairs):
+      shown = answer.decode("utf-8", "replace").strip()[:80]
+      raise ValueError(
+        f"Expected `metric` {self._name!r} to answer {len(pairs)} numbers, got {shown!r}; mend"
+        " the function."
+      )
+    return values
 
 
-def serve() -> None:
+def serve(answers: TextIO) -> None:
   """The child's side: answers lines of pairs with lines of values until its input ends."""
   metric = metrics.get_metric(sys.argv[1])
   for line in sys.stdin.buffer:
     values = [metric(text, tuple(references)) for text, references in json.loads(line)]
-    sys.stdout.write(json.dumps(values) + "\n")
-    sys.stdout.flush()
+    answers.write(json.dumps(values) + "\n")
+    answers.flush()

@@ -19,6 +19,8 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from calm.calibrate.losses import checks
+
 MetricFn = Callable[[str, Sequence[str]], float]
 
 
@@ -35,6 +37,9 @@ class Metric:
   name: str
   function: MetricFn
   binary: bool = False
+
+  def __post_init__(self):
+    checks.check_lines([self.name], "metric")
 
   def __call__(self, prediction: str, references: Sequence[str]) -> float:
     """Similarity of `prediction` to its best reference, 1 for equal texts.

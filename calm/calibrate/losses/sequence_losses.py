@@ -67,8 +67,9 @@ class SequenceLosses:
 
   Raises:
     ValueError: `values` is no table of real numbers with a row a prompt and a column a
-      threshold, the grid does not descend in [0, 1], ids are not unique texts, or a group is
-      missing. Losses that leave the support are no error here: `calibrate` says so in words.
+      threshold, the grid does not descend in [0, 1], ids are not unique texts, a group is
+      missing, or a calibration cannot store kind, metric or knobs (`checks.is_line`). Losses
+      that leave the support are no error here: `calibrate` says so in words.
   """
 
   values: np.ndarray
@@ -95,6 +96,9 @@ class SequenceLosses:
       raise ValueError(f"Expected `support` to be a `Support`, got {self.support!r}.")
     if self.order not in ("permuted", "given"):
       raise ValueError(f"Expected `order` to be 'permuted' or 'given', got {self.order!r}.")
+    checks.check_lines([self.kind], "kind", checks.LONGEST_KIND)
+    checks.check_lines([self.metric], "metric")
+    checks.check_lines(self.knobs, "knobs")
     if self.knobs and len(self.knobs) != len(grid):
       raise ValueError(f"Expected {len(grid)} `knobs`, one a column, got {len(self.knobs)}.")
     checked: dict[str, Any] = {"values": values, "thresholds": grid}

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from calm.calibrate.losses import checks
 from calm.calibrate.promises.risks import SeveralRisks
 
 
@@ -32,8 +33,7 @@ class Configurations(SeveralRisks):
         "Expected `configurations` with a cost each, got"
         f" {len(self.configurations)} and {len(self.costs)} costs."
       )
-    if not all(isinstance(name, str) for name in self.configurations):
-      raise ValueError(f"Expected `configurations` of texts, got {self.configurations!r:.200}.")
+    checks.check_lines(self.configurations, "configurations")
     if not np.isfinite(self.costs).all():
       raise ValueError(f"Expected finite `costs`, got {self.costs!r:.200}.")
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from calm.calibrate.losses import checks
 from calm.calibrate.promises.promise import (
   Part,
   Promise,
@@ -39,6 +40,7 @@ class EveryGroup(Promise):
       object.__setattr__(self, "groups", names_of(self.labels))
     if not self.groups:
       raise ValueError("Expected `labels` to name at least one group, got none.")
+    checks.check_lines(self.groups, "labels")
 
   def tests(self, tolerance, support):
     """The losses of each group."""

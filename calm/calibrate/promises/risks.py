@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from calm.calibrate.generations.procedures import describe_differences
+from calm.calibrate.losses import checks
 from calm.calibrate.losses.sequence_losses import SequenceLosses
 from calm.calibrate.promises.promise import Part, Promise, Test
 
@@ -76,6 +77,7 @@ class SeveralRisks(Promise):
       raise ValueError("Expected `risks` to hold at least one `Risk`, got none.")
     if len(set(self.names)) != len(self.names):
       raise ValueError(f"Expected `risks` of different names, got {list(self.names)}.")
+    checks.check_lines(self.names, "names")
 
   def tests(self, tolerance, support):
     """Each of the risks, all in one range."""

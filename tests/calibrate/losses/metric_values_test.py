@@ -1,5 +1,7 @@
+import io
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -74,12 +76,12 @@ def test_an_error_in_a_child_is_reported():
     metric_values.compute(metric, pairs, workers=2)
 
 
-def test_the_childs_side_answers_line_by_line(monkeypatch, capsys):
+def test_the_childs_side_answers_line_by_line(monkeypatch):
   lines = [b'[["a b", ["a b"]], ["a", ["b"]]]\n', b"[]\n"]
   monkeypatch.setattr("sys.argv", ["child", "rouge_l"])
   monkeypatch.setattr("sys.stdin", type("Input", (), {"buffer": lines}))
-  metric_values.serve()
-  assert capsys.readouterr().out == "[1.0, 0.0]\n[]\n"
+  metric_values.serve(answers := io.StringIO())
+  assert answers.getvalue() == "[1.0, 0.0]\n[]\n"
 
 
 def test_the_folder_that_one_is_in_is_no_module_path(tmp_path):
@@ -104,3 +106,37 @@ def test_the_folder_that_one_is_in_is_no_module_path(tmp_path):
   )
   assert done.stdout == "203.0\n203.0\n", done.stderr
   assert not (tmp_path / "imported").exists()
+
+
+PRINTING = """
+import os, sys
+print(7)
+os.write(1, b"of the system\\n")
+
+def score(text, references):
+  print("[0.0]", flush=True)
+  return float(text[1:]) / 1000
+"""
+
+
+@pytest.mark.parametrize("named", ["{folder}/printing_one.py:score", "printing_two:score"])
+def test_a_metric_may_print_in_a_child_too(named, tmp_path, monkeypatch, capfd):
+  for name in ("printing_one", "printing_two"):
+    (tmp_path / f"{name}.py").write_text(PRINTING)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  metric = metrics.get_metric(named.format(folder=tmp_path))
+  pairs = [(f"x{i}", ("",)) for i in range(400)]
+  alone = metric_values.compute(metric, pairs, workers=1)
+  capfd.readouterr()
+  np.testing.assert_array_equal(metric_values.compute(metric, pairs, workers=2), alone)
+  assert capfd.readouterr().out == "[0.0]\n" * 200, "of the pairs that were made here"
+
+
+@pytest.mark.parametrize("answer", ["hello", "7.5", "[1.0]", "[0.5, null]", "[true, 0.5]"])
+def test_an_answer_that_is_none_is_told_of(answer, monkeypatch):
+  child = f"import sys\nfor line in sys.stdin: print({answer!r}, flush=True)"
+  monkeypatch.setattr(metric_values, "_CHILD", child)
+  pairs = [(f"x{i}", ("",)) for i in range(204)]
+  message = rf"'rouge_l' to answer 2 numbers, got '{re.escape(answer)}'; mend the function"
+  with pytest.raises(ValueError, match=message):
+    metric_values.compute(ROUGE, pairs, workers=2)

@@ -156,6 +156,29 @@ def test_answers_that_are_none_are_refused_by_line(line, message, tmp_path):
     foreign.read_predictions(path)
 
 
+def message(text):
+  return {"type": "message", "content": [{"type": "output_text", "text": text}]}
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    {"request_id": "p0", "outputs": [{"text": "x"}, {"text": "y"}]},
+    chat(0, "x", choices=[{"index": i, "message": {"content": t}} for i, t in enumerate("xy")]),
+    {"custom_id": "p0", "response": {"body": {"output": [message("x"), message("y")]}}},
+  ],
+  ids=["vllm", "openai chat", "openai response"],
+)
+def test_several_decodes_of_a_server_are_refused_as_those_of_t5x(line, tmp_path):
+  path = tmp_path / "out.jsonl"
+  path.write_text(json.dumps(LINES["plain"] | {"id": "p1"}) + "\n" + json.dumps(line) + "\n")
+  said = (
+    r"out.jsonl:2: expected one `prediction` of a prompt, got a list of 2 decodes; .*`n = 1`"
+  )
+  with pytest.raises(foreign.GenerationsError, match=said):
+    foreign.read_predictions(path)
+
+
 def test_files_at_any_knob_are_gathered(tmp_path):
   def write(name, texts):
     path = tmp_path / name

@@ -1,0 +1,106 @@
+"""What can be made can be loaded: texts of a calibration are refused before there is one."""
+
+import numpy as np
+import pytest
+
+from calm.calibrate import Calibration, SequenceLosses, calibrate, from_texts, promises
+from calm.calibrate.configurations import calibrate_configurations
+from calm.calibrate.generations import foreign
+from calm.calibrate.losses import metrics
+from calm.calibrate.promises import Risk
+from calm.calibrate.sequential import SequentialCalibration
+
+RATES = dict(tolerance=0.1, error_rate=0.05)
+VALUES = np.zeros((200, 2))
+GRID = [0.9, 0.5]
+FULL = [f"answer {row}" for row in range(100)]
+ODD = ["a\u00a0b", "a\tb", "a\nb", "\x1b[31m", "\u202eb", "\ud800", "x" * 5000]
+PLAIN = ["a b", "é", "日本", "x" * 150]
+
+
+def losses(**fields):
+  return SequenceLosses(VALUES, GRID, **fields)
+
+
+def sequential(**fields):
+  test = SequentialCalibration([0.5], 200, **RATES)
+  test.add(np.zeros(200))
+  return test.calibration(**{"seed": "ab", **fields})
+
+
+def configured(family="a", name="r", seed="ab", **fields):
+  risk = Risk(losses(**fields), 0.1, name=name)
+  return calibrate_configurations(
+    {family: [risk]}, {family: VALUES}, error_rate=0.05, seed=seed
+  )
+
+
+# Everything that takes a text which is stored, or said of what is stored.
+MADE = {
+  "knob": lambda text: calibrate(losses(knobs=(text, "other")), **RATES),
+  "knob of texts": lambda text: calibrate(from_texts(FULL, {text: FULL}), **RATES),
+  "metric": lambda text: calibrate(losses(metric=text), **RATES),
+  "metric function": lambda text: calibrate(
+    from_texts(FULL, {"a": FULL}, metric=metrics.Metric(text, lambda *_: 1.0)), **RATES
+  ),
+  "kind": lambda text: calibrate(losses(kind=text), **RATES),
+  "label": lambda text: calibrate(
+    losses(), **RATES, promise=promises.EveryGroup(labels=[text] * 100 + ["other"] * 100)
+  ),
+  "risk": lambda text: calibrate(
+    risks=[Risk(losses(), 0.1, name=text), Risk(losses(), 0.2, name="other")], error_rate=0.05
+  ),
+  "configured risk": lambda text: configured(name=text),
+  "configured kind": lambda text: configured(name="", kind=text),
+  "configuration": lambda text: configured(family=text),
+  "sequential kind": lambda text: sequential(kind=text),
+  "sequential metric": lambda text: sequential(metric=text),
+}
+
+
+@pytest.mark.parametrize("text", PLAIN, ids=ascii)
+@pytest.mark.parametrize("made", MADE.values(), ids=MADE)
+def test_what_is_made_is_loaded(made, text, tmp_path):
+  found = made(text)
+  found.save(tmp_path / "c.json")
+  assert found.certified and Calibration.load(tmp_path / "c.json") == found
+
+
+@pytest.mark.parametrize("text", ODD, ids=lambda text: ascii(text)[:20])
+@pytest.mark.parametrize("made", MADE.values(), ids=MADE)
+def test_what_would_not_be_loaded_is_not_made(made, text):
+  with pytest.raises(ValueError, match=r"Expected .* printable characters, got ") as caught:
+    made(text)
+  assert repr(text)[:-1][:20] in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("label", ["a\u00a0b", "a\tb"])
+def test_the_label_and_the_way_out_are_named_before_any_work(label, tmp_path):
+  with pytest.raises(ValueError, match=r"`labels` .*, got 'a\\.*b'; write it "):
+    promises.EveryGroup(labels=[label, "other"])
+  with pytest.raises(ValueError, match=r"`knobs` .*, got 'a\\.*b'; write it "):
+    foreign.gather(tmp_path / "none", {label: tmp_path / "none"})
+
+
+@pytest.mark.parametrize("seed", ["xyz", "AB", "a" * 65, "a\n"])
+def test_seeds_that_would_not_be_loaded_are_not_tried(seed):
+  for made in (
+    lambda: calibrate(VALUES, GRID, **RATES, seed=seed),
+    lambda: configured(seed=seed),
+    lambda: sequential(seed=seed),
+  ):
+    with pytest.raises(ValueError, match=r"Expected `seed` .*64 hexadecimal digits, got "):
+      made()
+  with pytest.raises(ValueError, match=r"Expected `order` .* one of .*, got 'sorted'"):
+    sequential(order="sorted")
+
+
+def test_a_reason_is_loaded_whatever_the_names_in_it(tmp_path):
+  ids = tuple("\u00a0" * 2000 + str(row) for row in range(200))
+  values = VALUES.copy()
+  values[3, 1] = 2.0
+  table = SequenceLosses(values, GRID, ids=ids, knobs=("x" * 500, "y" * 500))
+  found = calibrate(table, **RATES, promise=promises.EveryGroup(labels=["z" * 500] * 200))
+  found.save(tmp_path / "c.json")
+  back = Calibration.load(tmp_path / "c.json")
+  assert "row 3" in found.reason and back.to_json() == found.to_json()  # NaN is not itself
