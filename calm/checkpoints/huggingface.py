@@ -2,10 +2,11 @@
 
 Read: T5 1.0 and 1.1, LM-adapted, Flan-T5, mT5, ByT5, CodeT5, umT5, Pile-T5 and MADLAD-400, that
 is `config.json` (and `generation_config.json`) beside `model.safetensors` (whole, or in shards
-listed by `model.safetensors.index.json`), with `spiece.model` or `tokenizer.json`. The layers
-compute the same functions; the differences are of names and layout: linear weights are stored
-[out, in] there and [in, out] here, relative position biases [buckets, heads] there and
-[heads, buckets] here.
+listed by `model.safetensors.index.json`), with `spiece.model` or `tokenizer.json`, which is
+taken where it alone has what was added to the pieces (`added_tokens`). The layers compute the
+same functions; the differences are of names and layout: linear weights are stored [out, in]
+there and [in, out] here, relative position biases [buckets, heads] there and [heads, buckets]
+here.
 
 The head takes care. Whether `lm_head` is tied is told by the weights alone (configurations of
 transformers 5 call every T5 tied); whether decoder states are scaled by emb_dim**-0.5 before
@@ -23,7 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from calm.checkpoints import files, huggingface_config, huggingface_names, stored_vocabulary
+from calm.checkpoints import (
+  added_tokens,
+  files,
+  huggingface_config,
+  huggingface_names,
+  stored_vocabulary,
+)
 from calm.data import tokenizer_files, vocabulary
 from calm.t5 import network, parameters
 
@@ -77,34 +84,49 @@ def read_vocabulary(directory: pathlib.Path) -> stored_vocabulary.Vocabulary | N
 
 
 def _read_vocabulary(directory: pathlib.Path, theirs: Mapping[str, Any], pad: int):
-  options_path, model_path = directory / "tokenizer_config.json", directory / "spiece.model"
-  options = files.read_json(options_path) if options_path.exists() else {}
-  eos = theirs.get("eos_token_id", 1)
-  ends = eos if isinstance(eos, list) and eos else [eos]
-  if model_path.is_file():
-    # The model files of mT5 and its kin hold their extra ids already.
-    default = 100 if theirs.get("model_type") == "t5" and not pad else 0
-    made = vocabulary.SentencePieceVocabulary(
-      model_path, extra_ids=options.get("extra_ids", default), padded=not pad
-    )
-    if eos is not None and made.eos_id not in ends:
-      raise ValueError(
-        f"Expected {str(model_path)!r} to end a text with the model's token {ends[0]}"
-        f" (`eos_token_id`), got {made.eos_id}; it belongs to another model."
-      )
-    return made
-  if str(options.get("tokenizer_class", "")).startswith("ByT5"):
-    return vocabulary.ByteVocabulary(extra_ids=options.get("extra_ids", 125))
-  path = directory / "tokenizer.json"
+  pieces, path = _read_pieces(directory, theirs, pad), directory / "tokenizer.json"
+  if pieces is not None and not added_tokens.need_tokenizer(directory, pieces):
+    return pieces
   if not path.is_file():
     return None
-  eos = ends[0]
+  eos = _ends(theirs)[0]
   if type(eos) is not int or not 0 <= eos < 2**31 or eos == pad:
     raise ValueError(
       f"Expected `eos_token_id` of {str(directory)!r} to be a token id, and not that of"
       f" padding, got {eos!r}; copy the model's config.json and generation_config.json again."
     )
   return tokenizer_files.TokenizerVocabulary(path, eos_id=eos, pad_id=pad)
+
+
+def _read_pieces(
+  directory: pathlib.Path, theirs: Mapping[str, Any], pad: int
+) -> vocabulary.SentencePieceVocabulary | vocabulary.ByteVocabulary | None:
+  options_path, path = directory / "tokenizer_config.json", directory / "spiece.model"
+  options = files.read_json(options_path) if options_path.exists() else {}
+  if path.is_file():
+    # The model files of mT5 and its kin hold their extra ids already.
+    default = 100 if theirs.get("model_type") == "t5" and not pad else 0
+    made = vocabulary.SentencePieceVocabulary(
+      path, extra_ids=options.get("extra_ids", default), padded=not pad
+    )
+    ends = _ends(theirs)
+    if ends != [None] and made.eos_id not in ends:
+      raise ValueError(
+        f"Expected {str(path)!r} to end a text with the model's token {ends[0]}"
+        f" (`eos_token_id`), got {made.eos_id}; it belongs to another model."
+      )
+    return made
+  # As transformers looks for it: ByT5's may be named in config.json alone.
+  kind = options.get("tokenizer_class") or theirs.get("tokenizer_class")
+  if str(kind).startswith("ByT5"):
+    return vocabulary.ByteVocabulary(extra_ids=options.get("extra_ids", 125))
+  return None
+
+
+def _ends(theirs: Mapping[str, Any]) -> list[Any]:
+  """Tokens that end a text, the first of them what is told of them all."""
+  eos = theirs.get("eos_token_id", 1)
+  return eos if isinstance(eos, list) and eos else [eos]
 
 
 def write(

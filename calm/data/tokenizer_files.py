@@ -13,7 +13,7 @@ from typing import Any
 from calm.calibrate.generations import files
 from calm.data import vocabulary as vocabulary_lib
 
-_SENTINEL = re.compile(r"<extra_id_\d+>")
+SENTINEL = re.compile(r"<extra_id_\d+>")
 _WORD_START = "\u2581"
 
 
@@ -94,7 +94,7 @@ class TokenizerVocabulary:
     return {
       token["id"]: token["content"]
       for token in self._content.get("added_tokens") or ()
-      if token.get("special") and not _SENTINEL.fullmatch(token["content"])
+      if token.get("special") and not SENTINEL.fullmatch(token["content"])
     }
 
   @property
@@ -146,7 +146,7 @@ class TokenizerVocabulary:
     token = self._tokenizer.id_to_token(int(token_id))
     if token is None:
       return f"<unused_{int(token_id)}>"
-    if token_id in self._left_out or _SENTINEL.fullmatch(token):
+    if token_id in self._left_out or SENTINEL.fullmatch(token):
       return token
     if "ByteLevel" in json.dumps(self._content.get("decoder")):
       return self._tokenizer.decode([int(token_id)], skip_special_tokens=False)

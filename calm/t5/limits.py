@@ -37,7 +37,9 @@ ACTIVATIONS = (
   *("leaky_relu", "linear", "log_sigmoid", "relu", "relu6", "selu", "sigmoid", "silu"),
   *("soft_sign", "softplus", "swish", "tanh"),
 )
-DTYPES = ("float32", "bfloat16", "float16")
+# Activations; the bias of masked attention (`layers.MASK_BIAS`) is -inf in float16, and a row
+# with nothing to attend to NaN.
+DTYPES = ("float32", "bfloat16")
 # Numbers of a model in all: a quarter of a terabyte in float32.
 _MOST_PARAMETERS = 2**36
 _DAMAGED = "it is damaged, or of something else than a T5"
@@ -131,7 +133,7 @@ def _dtype(name: str, value: Any) -> str:
     found = None
   if found not in DTYPES or value is None:
     raise ValueError(
-      f"Expected `{name}` to be a floating-point type, one of {', '.join(DTYPES)}, got"
+      f"Expected `{name}` to be the type of activations, one of {', '.join(DTYPES)}, got"
       f" {_shown(value)}; take 'float32', or 'bfloat16' for less memory."
     )
   return found

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import pathlib
+import shutil
 
 import numpy as np
 import pytest
 
 from calm import checkpoints
-from calm.checkpoints import huggingface_config, t5x
+from calm.checkpoints import huggingface, huggingface_config, t5x
 from calm.t5 import limits, network, parameters
 from tests.spent import Spent
 
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "huggingface"
 # Every published size, T5-11B and UL2 included, is far within.
 PUBLISHED = [
   dict(vocab_size=32128, emb_dim=1024, num_heads=128, head_dim=128, mlp_dim=65536),
@@ -29,7 +32,7 @@ WRONG = {
   "relpos_max_distance": [0, 16, -1],
   "dropout_rate": ["x", 1.0, -0.1, float("nan"), float("inf"), None, True],
   "mlp_activations": ["relu", [], ["softmax"], ["Dense"], [3], None, {"relu": 1}, ["relu"] * 5],
-  "dtype": ["int8", "float64", "words", None, [], {}],
+  "dtype": ["int8", "float64", "float16", np.float16, "words", None, [], {}],
   "exit_classifier": ["yes", 1, None],
 }
 CASES = [(name, value) for name, values in WRONG.items() for value in values]
@@ -72,8 +75,34 @@ def test_all_of_it_is_bounded_too():
     network.T5Config(**most)
 
 
+def test_activations_in_float16_are_refused_with_the_way_out():
+  """Its masked logits would be -inf, and every prompt shorter than its bucket NaN."""
+  message = (
+    r"^Expected `dtype` .*float32, bfloat16, got 'float16'; take 'float32', or 'bfloat16'"
+  )
+  with pytest.raises(ValueError, match=message):
+    network.T5Config(vocab_size=8, dtype="float16")
+
+
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("kind", ["t5_lm_adapt", "codet5"])
+def test_weights_that_are_stored_in_float16_open_and_compute_in_float32(tmp_path, kind, field):
+  """Their `dtype` is that of storage."""
+  folder = shutil.copytree(GOLDEN / kind, tmp_path / "model")
+  theirs = json.loads((folder / "config.json").read_text())
+  assert theirs.pop("dtype") == "float16"
+  write(folder / "config.json", theirs | {field: "float16"})
+  made, params = huggingface.read(folder)
+  assert made.dtype == "float32"
+  assert {leaf.dtype for leaf in params.values()} == {np.dtype(np.float32)}
+
+
 # What JSON can say.
-SAID = [(n, v) for n, v in CASES if not (isinstance(v, float) and not np.isfinite(v))]
+SAID = [
+  (n, v)
+  for n, v in CASES
+  if not (isinstance(v, type) or (isinstance(v, float) and not np.isfinite(v)))
+]
 
 
 def write(path, value) -> None:
