@@ -155,7 +155,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
   def get_initial_variables(self, *args: Any, **kwargs: Any) -> Any:
     """As T5X's; with `whole_decoder`, the decoder has axes that no mesh axis divides."""
     found = super().get_initial_variables(*args, **kwargs)
-    stays = self.whole_decoder and self._splits_rows(found["params"])
+    stays = self.whole_decoder and self.splits_rows(found["params"])
     return shards.kept_whole(found) if stays else found
 
   def loss_fn(self, params: Params, batch: Batch, dropout_rng: jax.Array | None):
@@ -218,7 +218,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     mesh, num_rows = _context_mesh(), prefix.shape[0]
 
     with compiled.at_precision(self.matmul_precision):
-      axes = shards.row_axes(mesh, num_rows) if self._splits_rows(params) else ()
+      axes = shards.row_axes(mesh, num_rows) if self.splits_rows(params) else ()
       at_rest = self.whole_decoder and shards.may_stay_whole(params)
       whole = functools.partial(shards.whole, at_rest=at_rest)
       weights = self._weights(whole(params, mesh, self.config.dtype) if axes else params)
@@ -250,6 +250,11 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     tokens, aux = self.predict_batch_with_aux(params, batch, **options)
     return tokens, aux["scores"], aux["exit_layers"]
 
+  def splits_rows(self, params: Params) -> bool:
+    """Whether each device of a mesh decodes rows of its own: `split_rows`, or what it takes."""
+    weights = jax.eval_shape(self._weights, params)
+    return shards.fits(weights.decoder) if self.split_rows is None else self.split_rows
+
   def _decode_rows(self, loop, num_decodes, static, shared, batch, rng):
     """Decodes of the rows that this function is given, and what is known of them."""
     (weights, traced), (prefix, encoded, threshold) = shared, batch
@@ -271,11 +276,6 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       same_pass = [watch.exits(num_decodes)]
     found = loop.exits_of(weights, rows, decodes, eos_id, same_pass)
     return decodes, {"scores": scores, **found}
-
-  def _splits_rows(self, params: Params) -> bool:
-    if self.split_rows is not None:
-      return self.split_rows
-    return shards.fits(jax.eval_shape(self._weights, params).decoder)
 
   def _weights(self, params: Params) -> program.ModelWeights:
     pieces = self.output_vocabulary.vocab_size

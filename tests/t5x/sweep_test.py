@@ -4,6 +4,7 @@ import importlib
 import types
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -98,16 +99,34 @@ def test_a_batch_runs_where_a_record_is_missing(count):
   assert found.tolist() == [[False, False], [False, True]][:count]
 
 
-@pytest.mark.parametrize(("given", "recorded"), [(None, "default"), ("highest", "highest")])
-def test_the_precision_of_products_is_recorded(given, recorded):
+def procedure(batch_size: int, mesh=None, dtype: str = "float32", **arguments):
+  """What is recorded of a toy's outputs."""
   from scripts import t5x_sweep
 
-  toy = engine.toy()
+  toy = engine.toy(dtype=dtype)
+  config = types.SimpleNamespace(task_feature_lengths=LENGTHS, batch_size=batch_size)
+  partitioner = types.SimpleNamespace(mesh=mesh or jax.sharding.AbstractMesh((), ()))
+  model = setup.model(toy, decode_fn=models.greedy_decode, **arguments)
   words = checkpoints.load(inference.PACKED).vocabulary
-  config = types.SimpleNamespace(task_feature_lengths=LENGTHS, batch_size=2)
-  model = setup.model(toy, decode_fn=models.greedy_decode, matmul_precision=given)
-  procedure = t5x_sweep.procedure_of(model, setup.params(toy), config, words, "")
-  assert procedure.matmul_precision == recorded
+  return t5x_sweep.procedure_of(model, setup.params(toy), config, partitioner, words, "")
+
+
+@pytest.mark.parametrize(("given", "recorded"), [(None, "default"), ("highest", "highest")])
+def test_the_precision_of_products_is_recorded(given, recorded):
+  assert procedure(2, matmul_precision=given).matmul_precision == recorded
+
+
+@pytest.mark.parametrize(
+  ("batch_size", "split_rows", "rows"),
+  [(16, None, 2), (12, None, 3), (3, None, 3), (16, False, 16)],
+)
+def test_the_rows_of_a_device_are_recorded_where_they_matter(batch_size, split_rows, rows):
+  """Of 4x2 devices: `calm infer` has one, and decodes as many together."""
+  mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
+  found = procedure(batch_size, mesh, "bfloat16", split_rows=split_rows)
+  assert found.batch_bucket == rows
+  assert inference.options_of(found).batch_size == rows
+  assert procedure(batch_size, mesh, split_rows=split_rows).batch_bucket is None
 
 
 def with_words(words):
