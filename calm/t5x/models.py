@@ -226,11 +226,11 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     threshold = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), (num_rows,))
     engine = shards.engine_over(self.engine, num_rows, apart=bool(axes) or mesh.size <= 1)
     loop = loops.Loop(self.config, rule, prefix.shape[1], engine)
-    traced, static = shards.split_options(options)
+    by_row, traced, static = shards.split_options(options, num_rows)
     decode = functools.partial(self._decode_rows, loop, num_decodes, static)
-    key, rows = shards.key_of(options, self._decode_fn), (prefix, encoded, threshold)
+    key, rows = shards.key_of(options, self._decode_fn), (prefix, encoded, threshold, by_row)
     with compiled.at_precision(self.matmul_precision):
-      over_rows = shards.over_rows(decode, mesh, axes)
+      over_rows = shards.over_rows(decode, mesh, axes, one_draw="temperature" in by_row)
       decodes, aux = over_rows((weights.decoder, traced), rows, key)
     pick = (lambda x: x) if return_all else (lambda x: x[:, -1])
     aux = jax.tree.map(pick, aux)
@@ -257,8 +257,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
 
   def _decode_rows(self, loop, num_decodes, static, shared, batch, rng):
     """Decodes of the rows that this function is given, and what is known of them."""
-    (weights, traced), (prefix, encoded, threshold) = shared, batch
-    options = {**static, **traced} | ({} if rng is None else {"decode_rng": rng})
+    (weights, traced), (prefix, encoded, threshold, by_row) = shared, batch
+    options = {**static, **traced, **by_row} | ({} if rng is None else {"decode_rng": rng})
     eos_id = options["eos_id"]
     rows = prefixes.make_rows(encoded, prefix, threshold, eos_id, num_decodes)
     watch = watching.watch(self._decode_fn, t5x_decoding.temperature_sample, options)
