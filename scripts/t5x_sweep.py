@@ -14,9 +14,11 @@ On several hosts start it once a host; with --coordinator_address, --process_cou
 --process_index where JAX does not find its peers by itself. The first process writes.
 """
 
+import copy
 import functools
 import inspect
 import itertools
+import math
 import pathlib
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -36,7 +38,7 @@ from calm import exits, inference
 from calm.calibrate import Procedure, Prompt, Provenance, Record, default_grid, open_writer
 from calm.data import vocabulary as vocabularies
 from calm.exits import schedules
-from calm.t5x import models
+from calm.t5x import models, shards
 from calm.training import configs
 
 
@@ -62,10 +64,11 @@ def sweep(
     task_prefix: what the task puts before every input; recorded, and taken off the inputs.
     limit: decode the first so many examples only.
   """
+  words = our_vocabulary(model)
   params, step = load(model, dataset_cfg, partitioner, restore_checkpoint_cfg)
   examples = list(itertools.islice(read(dataset_cfg, model), limit))
   prompts = [prompt_of(model, example, name, task_prefix) for example, _, name in examples]
-  procedure = procedure_of(model, params, dataset_cfg, task_prefix)
+  procedure = procedure_of(model, params, dataset_cfg, partitioner, words, task_prefix)
   levels = list(default_grid(procedure.measure) if thresholds is None else thresholds)
   writer = None
   if jax.process_index() == 0:
@@ -212,7 +215,9 @@ def prompt_of(model, example: dict[str, Any], name: str, task_prefix: str) -> Pr
   )
 
 
-def procedure_of(model, params, dataset_cfg, task_prefix: str) -> Procedure:
+def procedure_of(
+  model, params, dataset_cfg, partitioner, words: Any, task_prefix: str
+) -> Procedure:
   """What the outputs are valid for: the very record that `calm infer` makes of this model."""
   # Gin wraps what it configures.
   greedy = inspect.unwrap(model.decode_fn) is models.greedy_decode
@@ -232,21 +237,31 @@ def procedure_of(model, params, dataset_cfg, task_prefix: str) -> Procedure:
     max_input_length=lengths["inputs"],
     max_decode_length=lengths["targets"],
     matmul_precision=model.matmul_precision,
-    batch_size=dataset_cfg.batch_size,
+    batch_size=rows_of_a_device(model, params, partitioner.mesh, dataset_cfg.batch_size),
   )
   if jax.process_count() > 1:
     params = multihost_utils.process_allgather(params, tiled=True)
   tree = flax_core.unfreeze(jax.device_get(params))
-  return inference.Predictor(model.config, tree, our_vocabulary(model), options).procedure
+  return inference.Predictor(model.config, tree, words, options).procedure
 
 
-def our_vocabulary(model) -> vocabularies.SentencePieceVocabulary:
-  """The model's seqio vocabulary as ours, for its digest; the file may be a bucket's."""
+def rows_of_a_device(model, params, mesh, size: int) -> int:
+  """Rows of a batch that a device decodes together, which `calm infer` is to decode too."""
+  axes = shards.row_axes(mesh, size) if model.splits_rows(params) else ()
+  return size // math.prod(mesh.shape[axis] for axis in axes)
+
+
+def our_vocabulary(model) -> Any:
+  """The model's seqio vocabulary as ours, for its digest; refused where ids would differ."""
   words = model.output_vocabulary
+  if not isinstance(words, seqio.SentencePieceVocabulary):
+    return vocabularies.from_seqio(words)
   with tempfile.TemporaryDirectory() as folder:
-    path = pathlib.Path(folder) / "vocabulary.model"
-    path.write_bytes(tf.io.gfile.GFile(words._sentencepiece_model_file, "rb").read())
-    return vocabularies.SentencePieceVocabulary(path, extra_ids=words.extra_ids)
+    # The file may be a bucket's, which ours does not read.
+    local = copy.copy(words)
+    local._sentencepiece_model_file = str(pathlib.Path(folder) / "vocabulary.model")
+    tf.io.gfile.copy(words.sentencepiece_model_file, local._sentencepiece_model_file)
+    return vocabularies.from_seqio(local)
 
 
 def record_of(model, tokens, aux: dict[str, np.ndarray], row: int, name: str) -> Record:

@@ -155,7 +155,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
   def get_initial_variables(self, *args: Any, **kwargs: Any) -> Any:
     """As T5X's; with `whole_decoder`, the decoder has axes that no mesh axis divides."""
     found = super().get_initial_variables(*args, **kwargs)
-    stays = self.whole_decoder and self._splits_rows(found["params"])
+    stays = self.whole_decoder and self.splits_rows(found["params"])
     return shards.kept_whole(found) if stays else found
 
   def loss_fn(self, params: Params, batch: Batch, dropout_rng: jax.Array | None):
@@ -218,7 +218,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     mesh, num_rows = _context_mesh(), prefix.shape[0]
 
     with compiled.at_precision(self.matmul_precision):
-      axes = shards.row_axes(mesh, num_rows) if self._splits_rows(params) else ()
+      axes = shards.row_axes(mesh, num_rows) if self.splits_rows(params) else ()
       at_rest = self.whole_decoder and shards.may_stay_whole(params)
       whole = functools.partial(shards.whole, at_rest=at_rest)
       weights = self._weights(whole(params, mesh, self.config.dtype) if axes else params)
@@ -226,11 +226,11 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     threshold = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), (num_rows,))
     engine = shards.engine_over(self.engine, num_rows, apart=bool(axes) or mesh.size <= 1)
     loop = loops.Loop(self.config, rule, prefix.shape[1], engine)
-    traced, static = shards.split_options(options)
+    by_row, traced, static = shards.split_options(options, num_rows)
     decode = functools.partial(self._decode_rows, loop, num_decodes, static)
-    key, rows = shards.key_of(options, self._decode_fn), (prefix, encoded, threshold)
+    key, rows = shards.key_of(options, self._decode_fn), (prefix, encoded, threshold, by_row)
     with compiled.at_precision(self.matmul_precision):
-      over_rows = shards.over_rows(decode, mesh, axes)
+      over_rows = shards.over_rows(decode, mesh, axes, one_draw="temperature" in by_row)
       decodes, aux = over_rows((weights.decoder, traced), rows, key)
     pick = (lambda x: x) if return_all else (lambda x: x[:, -1])
     aux = jax.tree.map(pick, aux)
@@ -250,10 +250,15 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     tokens, aux = self.predict_batch_with_aux(params, batch, **options)
     return tokens, aux["scores"], aux["exit_layers"]
 
+  def splits_rows(self, params: Params) -> bool:
+    """Whether each device of a mesh decodes rows of its own: `split_rows`, or what it takes."""
+    weights = jax.eval_shape(self._weights, params)
+    return shards.fits(weights.decoder) if self.split_rows is None else self.split_rows
+
   def _decode_rows(self, loop, num_decodes, static, shared, batch, rng):
     """Decodes of the rows that this function is given, and what is known of them."""
-    (weights, traced), (prefix, encoded, threshold) = shared, batch
-    options = {**static, **traced} | ({} if rng is None else {"decode_rng": rng})
+    (weights, traced), (prefix, encoded, threshold, by_row) = shared, batch
+    options = {**static, **traced, **by_row} | ({} if rng is None else {"decode_rng": rng})
     eos_id = options["eos_id"]
     rows = prefixes.make_rows(encoded, prefix, threshold, eos_id, num_decodes)
     watch = watching.watch(self._decode_fn, t5x_decoding.temperature_sample, options)
@@ -271,11 +276,6 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       same_pass = [watch.exits(num_decodes)]
     found = loop.exits_of(weights, rows, decodes, eos_id, same_pass)
     return decodes, {"scores": scores, **found}
-
-  def _splits_rows(self, params: Params) -> bool:
-    if self.split_rows is not None:
-      return self.split_rows
-    return shards.fits(jax.eval_shape(self._weights, params).decoder)
 
   def _weights(self, params: Params) -> program.ModelWeights:
     pieces = self.output_vocabulary.vocab_size

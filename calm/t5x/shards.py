@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from flax.linen import partitioning
 from jax import sharding
@@ -139,7 +140,10 @@ def whole(params: Params, mesh: Any, dtype: Any, at_rest: bool = False) -> Param
 
 
 def over_rows(
-  function: Callable[[Any, Any, Any], Any], mesh: Any, axes: tuple[str, ...]
+  function: Callable[[Any, Any, Any], Any],
+  mesh: Any,
+  axes: tuple[str, ...],
+  one_draw: bool = False,
 ) -> Callable[[Any, Any, Any], Any]:
   """`function`(shared, rows, rng), each device with its own rows.
 
@@ -148,6 +152,8 @@ def over_rows(
       arrays that every device sees whole; `rng` is a key or None.
     mesh: the partitioner's.
     axes: from `row_axes`; devices along the others do the same.
+    one_draw: whether `function` draws once for all rows, so that every device has to draw the
+      same. T5X's sampling does so where every row has a temperature of its own.
 
   Returns:
     A function of the same arguments and results; `function` itself where there is nothing to
@@ -158,7 +164,8 @@ def over_rows(
     return function
 
   def local(shared, rows, rng):
-    return function(shared, rows, of_shard(rng, jax.lax.axis_index(axes)))
+    own = rng if one_draw else of_shard(rng, jax.lax.axis_index(axes))
+    return function(shared, rows, own)
 
   whole, split = sharding.PartitionSpec(), sharding.PartitionSpec(axes)
   # Loops of different lengths on different devices are what this is for: nothing is checked to
@@ -221,12 +228,26 @@ def key_of(options: dict[str, Any], decode_fn: Callable[..., Any]) -> Any:
   return given
 
 
-def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Options of a decode function without its key: traced ones, which go in as arguments, and
-  static ones, which are part of the program."""
-  rest = {name: value for name, value in options.items() if name != "decode_rng"}
-  traced = {name: value for name, value in rest.items() if isinstance(value, jax.Array)}
-  return traced, {name: value for name, value in rest.items() if name not in traced}
+def split_options(options: dict[str, Any], num_rows: Any) -> tuple[dict[str, Any], ...]:
+  """Options of a decode function without its key, as (by row, traced, static).
+
+  Args:
+    options: by name.
+    num_rows: rows of the batch.
+
+  Returns:
+    Arrays with an entry for every row, which are split as rows are; other traced ones, which
+    go in as arguments; and static ones, which are part of the program.
+  """
+  by_row, traced, static = {}, {}, {}
+  for name, value in options.items():
+    if isinstance(value, jax.Array | np.ndarray) and value.shape[:1] == (num_rows,):
+      kind = by_row
+    else:
+      kind = traced if isinstance(value, jax.Array) else static
+    if name != "decode_rng":
+      kind[name] = value
+  return by_row, traced, static
 
 
 def of_shard(key: Any, index: jax.Array) -> Any:

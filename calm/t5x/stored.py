@@ -3,6 +3,7 @@
 This module does not import T5X; `stored_vocabulary` imports seqio, which brings TensorFlow.
 """
 
+import dataclasses
 import os
 import pathlib
 from typing import Any
@@ -14,8 +15,17 @@ from calm.t5 import network
 
 def stored_checkpoint(checkpoint: str = "packed") -> checkpoints.Checkpoint:
   """The model in the box ('packed'), or the checkpoint in a folder."""
-  folder = inference.PACKED if checkpoint == "packed" else pathlib.Path(checkpoint)
-  return checkpoints.load(folder)
+  return checkpoints.load(_folder(checkpoint))
+
+
+def stored_options(checkpoint: str = "packed") -> inference.DecodeOptions:
+  """How a checkpoint is decoded: what its `inference.json` says, or the defaults."""
+  given = inference.options.stored_options(_folder(checkpoint))
+  return dataclasses.replace(inference.DecodeOptions(), **given)
+
+
+def _folder(checkpoint: str) -> pathlib.Path:
+  return inference.PACKED if checkpoint == "packed" else pathlib.Path(checkpoint)
 
 
 def stored_config(checkpoint: str = "packed") -> network.T5Config:

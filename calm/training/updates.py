@@ -90,7 +90,7 @@ class TrainConfig:
     eval_every: steps between validations (a checkpoint is written with each).
     log_every: steps between TensorBoard scalars.
     stop_metric: validation scalar watched for early stopping (lower is better for names
-      that begin with 'loss', higher for others).
+      that hold 'loss', higher for others).
     patience: validations without improvement before the run stops; None never stops.
     num_microbatches: parts that a batch is computed in, one after the other, so that long
       rows fit the memory; the gradient is that of the whole batch.

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -30,6 +31,9 @@ OTHERS = {
   "sample": (2, "sample", {}, {"num_decodes": 2, "return_all_decodes": True}),
   "beam": (1, "beam", {}, {"num_decodes": 2, "return_all_decodes": True}),
 }
+# Options of T5X's sampling with a number for every row.
+ROWS = np.arange(len(engine.PROMPTS))
+BY_ROW = {"temperature": jnp.asarray(ROWS / 4), "max_decode_steps": jnp.asarray(2 + ROWS)}
 # A matrix, and the axis along which it is put together.
 GATHERED = r"(?m)= \w+\[\d+,\d+\]\S* all-gather\(.*dimensions={(\d)}"
 # Weights, which are asked to be whole.
@@ -56,7 +60,9 @@ from tests.t5x import partitions_test as here, setup
 
 toy = engine.toy(num_heads=4)
 found = {}
-for name, (partitions, decode, arguments, options) in {**here.GREEDY, **here.OTHERS}.items():
+by_row = {"by_row": (2, "sample", {}, {})}
+runs = {**here.GREEDY, **here.OTHERS, **by_row}
+for name, (partitions, decode, arguments, options) in runs.items():
   # On a CPU T5X puts every device on its model axis, whatever num_partitions says.
   grid = np.array(jax.devices()).reshape(-1, partitions)
   partitioning.get_cpu_mesh = lambda: jax.sharding.Mesh(grid, ["data", "model"])
@@ -71,9 +77,8 @@ for name, (partitions, decode, arguments, options) in {**here.GREEDY, **here.OTH
   place = partitioner.partition(lambda p: p, in_axis_resources=(None,), out_axis_resources=axes)
   params = place(flax.core.freeze(jax.tree.map(np.asarray, setup.t5x_params(toy))))
   kernel = params["decoder"]["layers_0"]["self_attention"]["query"]["kernel"]
-  predict = lambda p, b, t: model.predict_batch_with_aux(
-    p, b, decoder_params={"threshold": t}, **options
-  )
+  given = lambda t: {"threshold": np.float32(t), **(here.BY_ROW if name in by_row else {})}
+  predict = lambda p, b, d: model.predict_batch_with_aux(p, b, decoder_params=d, **options)
   step = partitioner.partition(
     predict,
     in_axis_resources=(axes, partitioner.data_partition_spec, None),
@@ -82,7 +87,7 @@ for name, (partitions, decode, arguments, options) in {**here.GREEDY, **here.OTH
   said = []
   logging.getLogger("calm.t5x.shards").handlers = [keep := logging.Handler()]
   keep.emit = lambda record, said=said: said.append(record.getMessage())
-  run = step.lower(params, batch, np.float32(0.4)).compile()
+  run = step.lower(params, batch, given(0.4)).compile()
   kinds = ("all-", "collective", "reduce-scatter")
   text = run.as_text()
   moved = [x.opcode for x in hlo.in_loops(text) if x.opcode.startswith(kinds)]
@@ -93,10 +98,10 @@ for name, (partitions, decode, arguments, options) in {**here.GREEDY, **here.OTH
   }
   of = lambda made: [made[0].tolist(), made[1]["exit_layers"].tolist()]
   for threshold in here.THRESHOLDS:
-    made = jax.device_get(step(params, batch, np.float32(threshold)))
+    made = jax.device_get(step(params, batch, given(threshold)))
     found[name][str(threshold)] = of(made)
-  if name in here.OTHERS:
-    one = jax.jit(predict)(setup.t5x_params(toy), batch, np.float32(0.4))
+  if name not in here.GREEDY:
+    one = jax.jit(predict)(setup.t5x_params(toy), batch, given(0.4))
     found[name]["one"] = of(jax.device_get(one))
 print("FOUND" + json.dumps([jax.device_count(), found]))
 """
@@ -144,7 +149,16 @@ def test_t5x_own_loops_draw_and_search_as_on_one_device(found, name):
   assert 1 < layers[layers > 0].mean() < 4
 
 
-@pytest.mark.parametrize("name", [*GREEDY, *OTHERS])
+def test_options_of_rows_go_where_their_rows_go(found):
+  tokens, layers = map(np.array, found["by_row"]["0.4"])
+  expected, expected_layers = map(np.array, found["by_row"]["one"])
+  np.testing.assert_array_equal(tokens, expected)
+  np.testing.assert_array_equal(layers, expected_layers)
+  lengths = np.sum(layers > 0, axis=1)
+  assert np.all(lengths <= 2 + ROWS) and np.sum(lengths == 2 + ROWS) > 3
+
+
+@pytest.mark.parametrize("name", [*GREEDY, *OTHERS, "by_row"])
 def test_nothing_is_exchanged_while_rows_are_decoded(found, name):
   """But where the whole mesh decodes as one, which shows that the law can fail."""
   assert bool(found[name]["collectives"]) == (name == "whole_mesh")

@@ -48,6 +48,14 @@ def test_rows_are_split_along_axes_that_divide_them():
   assert shards.row_axes(jax.sharding.AbstractMesh((), ()), 8) == ()
 
 
+def test_options_with_a_number_for_every_row_are_split():
+  given = {"temperature": jnp.ones(2), "max_decode_steps": np.full(2, 5), "topk": jnp.array(3)}
+  given |= {"decode_rng": jax.random.PRNGKey(0), "eos_id": 1, "alpha": jnp.ones(3)}
+  by_row, traced, static = shards.split_options(given, 2)
+  assert by_row.keys() == {"temperature", "max_decode_steps"}
+  assert traced.keys() == {"topk", "alpha"} and static == {"eos_id": 1}
+
+
 def test_weights_are_gathered_where_a_device_holds_them():
   large = jax.ShapeDtypeStruct((2, shards.APART_BYTES // 4), jnp.float32)
   assert shards.fits({"a": jnp.zeros(3)}) and not shards.fits({"a": large})

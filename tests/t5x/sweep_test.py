@@ -1,11 +1,15 @@
 """What a sweep reads: any seqio task or mixture, with ids or without."""
 
+import importlib
 import types
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from calm import checkpoints, inference
+from calm.data import vocabulary
 from tests import engine
 from tests.t5x import setup
 
@@ -95,14 +99,66 @@ def test_a_batch_runs_where_a_record_is_missing(count):
   assert found.tolist() == [[False, False], [False, True]][:count]
 
 
-@pytest.mark.parametrize(("given", "recorded"), [(None, "default"), ("highest", "highest")])
-def test_the_precision_of_products_is_recorded(given, recorded, monkeypatch):
+def procedure(batch_size: int, mesh=None, dtype: str = "float32", **arguments):
+  """What is recorded of a toy's outputs."""
   from scripts import t5x_sweep
 
-  toy = engine.toy()
+  toy = engine.toy(dtype=dtype)
+  config = types.SimpleNamespace(task_feature_lengths=LENGTHS, batch_size=batch_size)
+  partitioner = types.SimpleNamespace(mesh=mesh or jax.sharding.AbstractMesh((), ()))
+  model = setup.model(toy, decode_fn=models.greedy_decode, **arguments)
   words = checkpoints.load(inference.PACKED).vocabulary
-  monkeypatch.setattr(t5x_sweep, "our_vocabulary", lambda model: words)
-  config = types.SimpleNamespace(task_feature_lengths=LENGTHS, batch_size=2)
-  model = setup.model(toy, decode_fn=models.greedy_decode, matmul_precision=given)
-  procedure = t5x_sweep.procedure_of(model, setup.params(toy), config, "")
-  assert procedure.matmul_precision == recorded
+  return t5x_sweep.procedure_of(model, setup.params(toy), config, partitioner, words, "")
+
+
+@pytest.mark.parametrize(("given", "recorded"), [(None, "default"), ("highest", "highest")])
+def test_the_precision_of_products_is_recorded(given, recorded):
+  assert procedure(2, matmul_precision=given).matmul_precision == recorded
+
+
+@pytest.mark.parametrize(
+  ("batch_size", "split_rows", "rows"),
+  [(16, None, 2), (12, None, 3), (3, None, 3), (16, False, 16)],
+)
+def test_the_rows_of_a_device_are_recorded_where_they_matter(batch_size, split_rows, rows):
+  """Of 4x2 devices: `calm infer` has one, and decodes as many together."""
+  mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
+  found = procedure(batch_size, mesh, "bfloat16", split_rows=split_rows)
+  assert found.batch_bucket == rows
+  assert inference.options_of(found).batch_size == rows
+  assert procedure(batch_size, mesh, split_rows=split_rows).batch_bucket is None
+
+
+def with_words(words):
+  model = setup.model(engine.toy())
+  model._output_vocabulary = words
+  return model
+
+
+def test_words_are_those_of_calm():
+  import seqio
+
+  from calm.t5x import stored
+  from scripts import t5x_sweep
+
+  words = t5x_sweep.our_vocabulary(with_words(stored.stored_vocabulary()))
+  assert words == checkpoints.load(inference.PACKED).vocabulary
+  words = t5x_sweep.our_vocabulary(with_words(seqio.ByteVocabulary(extra_ids=125)))
+  assert words == vocabulary.ByteVocabulary()
+
+
+@pytest.mark.parametrize("option", ["normalizer_spec_overrides", "reverse_extra_ids"])
+def test_words_that_calm_would_read_otherwise_are_refused_before_all_work(option, monkeypatch):
+  import seqio
+
+  from scripts import t5x_sweep
+
+  protos: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+  overrides = protos.NormalizerSpec(remove_extra_whitespaces=False)
+  value = overrides if option == "normalizer_spec_overrides" else False
+  path = str(inference.PACKED / "vocabulary.model")
+  words = seqio.SentencePieceVocabulary(path, extra_ids=4, **{option: value})
+  monkeypatch.setattr(t5x_sweep, "load", lambda *_: pytest.fail("a checkpoint was read"))
+  config: Any = None
+  with pytest.raises(ValueError, match="to use its model file as it is"):
+    t5x_sweep.sweep(with_words(words), config, config, config, "nowhere")

@@ -1,0 +1,55 @@
+"""To a T5X checkpoint and back: nothing is lost on the way."""
+
+import dataclasses
+import importlib
+import sys
+
+import numpy as np
+import pytest
+
+from calm import checkpoints, inference
+from calm.t5 import parameters
+from tests.t5x import setup
+
+models = setup.import_models()
+pytestmark = setup.MARKS
+collect_orphans = setup.collect_orphans
+
+GOLDEN = setup.REPOSITORY / "tests" / "golden" / "huggingface"
+
+
+@pytest.fixture
+def there_and_back(tmp_path, monkeypatch):
+  """The folder that both scripts make of a checkpoint."""
+
+  def run(name: str, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    importlib.import_module(f"scripts.{name}").main()
+
+  def made(checkpoint: str):
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    run("to_t5x", f"--checkpoint={checkpoint}", f"--output={theirs}")
+    run("from_t5x", f"--checkpoint={theirs}", f"--like={checkpoint}", f"--output={ours}")
+    return ours
+
+  return made
+
+
+def test_options_come_back(there_and_back):
+  expected = inference.load("packed").options
+  found = inference.load(there_and_back("packed")).options
+  assert found.shortlist and found.shortlist == expected.shortlist
+  assert found == expected
+
+
+def test_a_classifier_that_was_added_comes_back(there_and_back):
+  """Hugging Face's own models have none."""
+  before, after = map(
+    checkpoints.load, (GOLDEN / "t5_1_1", there_and_back(str(GOLDEN / "t5_1_1")))
+  )
+  assert not before.config.exit_classifier
+  assert after.config == dataclasses.replace(before.config, exit_classifier=True)
+  kept, found = parameters.flatten(before.params), parameters.flatten(after.params)
+  for path, leaf in kept.items():
+    np.testing.assert_array_equal(found.pop(path), leaf, err_msg=path)
+  assert found.keys() == {f"decoder/exit_classifier/{name}" for name in ("kernel", "bias")}
