@@ -170,7 +170,7 @@ def _answers(path: pathlib.Path) -> dict[str, dict[str, Any]]:
     lines = list(records.read_lines(path))
     odd = next((line for line in lines if set(line.value) - known), None)
     if odd is not None:
-      raise odd.error(f"expected {sorted(known)}, got {sorted(odd.value)}")
+      raise odd.error(f"expected {sorted(known)}, got {sorted(odd.value)}; leave the rest out")
   except records.GenerationsError as error:
     raise records.GenerationsError(
       f"Expected {path} to be new, or to hold questions and answers, got something else, which"
