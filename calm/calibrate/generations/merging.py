@@ -318,7 +318,7 @@ def _in_order(found: Sequence[Part], name: str, ids: list[str]) -> Iterator[byte
   return _lines(found, name, offsets)
 
 
-def _lines(found: Sequence[Part], name: str, offsets: dict[int, list[int]]) -> Iterator[bytes]:
+def _lines(found: Sequence[Part], name: str, offsets: Mapping[int, list[int]]) -> Iterator[bytes]:
   """Lines by their places in the list, whatever their order in the files."""
   total = found[0].mark.num_prompts
   owner, begin = np.zeros(total, np.int32), np.zeros(total, np.int64)
@@ -339,7 +339,7 @@ def _outputs(found: Sequence[Part], output: pathlib.Path) -> None:
   """One file of `calm infer`'s lines."""
   with_prompts = [part for part in found if part.mark.positions]
   owner: dict[str, pathlib.Path] = {}
-  offsets: dict[int, list[int]] = {}
+  offsets: Mapping[int, list[int]] = {}
   for number, part in enumerate(with_prompts):
     _check_files(part, [OUTPUTS])
     offsets[number] = []
