@@ -233,14 +233,32 @@ class RelativePositionBiases(nn.Module):
       jnp.float32,
       axes=("heads", "relpos_buckets"),
     )
-    relative = np.arange(key_length)[None, :] - np.arange(query_length)[:, None]
+    # One number a distance, then laid out: a one-hot of all pairs of positions is 134 MB of
+    # constant at length 1024. A product, since its gradient is one too, not a scatter.
+    distances = np.arange(1 - query_length, key_length)
     buckets = relative_position_buckets(
-      relative, bidirectional, self.num_buckets, self.max_distance
+      distances, bidirectional, self.num_buckets, self.max_distance
     )
-    # A product with a constant one-hot: its gradient is a product too, not a scatter.
-    one_hot = np.arange(self.num_buckets)[:, None] == buckets.reshape(1, -1)
-    biases = jnp.asarray(embedding, self.dtype) @ jnp.asarray(one_hot, self.dtype)
-    return biases.reshape(1, self.num_heads, query_length, key_length)
+    one_hot = jax.nn.one_hot(buckets, self.num_buckets, dtype=jnp.float32, axis=0)
+    # The table's own numbers on every device, rounded last: gradients add up in float32.
+    table, exact = jnp.asarray(embedding, jnp.float32), jax.lax.Precision.HIGHEST
+    by_distance = jnp.matmul(table, one_hot, precision=exact)
+    biases = by_position(by_distance, query_length, key_length)
+    return jnp.asarray(biases[None], self.dtype)
+
+
+def by_position(
+  by_distance: Float[Array, "heads distances"], query_length: int, key_length: int
+) -> Float[Array, "heads query_length key_length"]:
+  """Lays out `by_distance[:, key - query + query_length - 1]`, without a gather.
+
+  Repeats of a row of n numbers, cut into rows of n - 1, begin one number later in each row.
+  """
+  repeated = jnp.pad(by_distance, [(0, 0), (0, 1)])
+  heads, width = repeated.shape
+  repeated = jnp.tile(repeated, (1, query_length))[:, : query_length * (width - 1)]
+  shifted = repeated.reshape(heads, query_length, width - 1)
+  return shifted[:, :, query_length - 1 :]
 
 
 def relative_position_buckets(

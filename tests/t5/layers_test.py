@@ -1,0 +1,84 @@
+"""Relative-position biases: the table's numbers by bucket, of small constants."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm.t5 import layers, network
+from tests import engine
+
+HEADS, BUCKETS, DISTANCE = 3, 32, 128
+TABLE = np.random.default_rng(0).normal(size=(HEADS, BUCKETS)).astype(np.float32)
+LENGTHS = [(1, 1), (1, 7), (7, 1), (5, 9), (40, 23), (300, 300)]
+
+
+def biases(table, *call, dtype=jnp.float32) -> Any:
+  module = layers.RelativePositionBiases(HEADS, BUCKETS, DISTANCE, dtype)
+  return module.apply({"params": {"rel_embedding": table}}, *call)
+
+
+def pair_buckets(lengths: tuple[int, int], bidirectional: bool) -> np.ndarray:
+  queries, keys = lengths
+  relative = np.arange(keys)[None, :] - np.arange(queries)[:, None]
+  return layers.relative_position_buckets(relative, bidirectional, BUCKETS, DISTANCE)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_biases_are_the_tables_numbers_to_the_bit(lengths, bidirectional, dtype):
+  expected = TABLE.astype(dtype)[:, pair_buckets(lengths, bidirectional)]
+  got = biases(TABLE, *lengths, bidirectional, dtype=dtype)
+  assert got.dtype == dtype and got.shape == (1, HEADS, *lengths)
+  np.testing.assert_array_equal(got[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_a_buckets_gradient_is_the_sum_over_its_pairs(lengths, bidirectional, dtype):
+  """Terms are added in float32 where the dtype is bfloat16 too."""
+  pull = np.random.default_rng(1).normal(size=(1, HEADS, *lengths)).astype(dtype)
+  run = lambda table: biases(table, *lengths, bidirectional, dtype=dtype)
+  (got,) = jax.vjp(run, jnp.asarray(TABLE))[1](jnp.asarray(pull))
+  buckets, terms = pair_buckets(lengths, bidirectional), pull[0].astype(np.float64)
+  sums = [terms[:, buckets == bucket].sum(axis=-1) for bucket in range(BUCKETS)]
+  np.testing.assert_allclose(got, np.stack(sums, axis=-1), rtol=1e-4, atol=1e-3)
+
+
+def test_biases_and_their_gradient_neither_gather_nor_scatter():
+  """TPUs and partitioned programs are slow at both."""
+  loss = lambda table: biases(table, 5, 9, True).sum()
+  text = str(jax.make_jaxpr(jax.value_and_grad(loss))(TABLE))
+  assert "dot_general" in text and "gather" not in text and "scatter" not in text
+
+
+def constant_bytes(length: int, **changes) -> int:
+  """What `encode` of prompts of that length embeds in its program."""
+  model = network.Transformer(dataclasses.replace(engine.toy().config, **changes))
+  tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+  make = lambda tokens: model.init(
+    jax.random.key(0), tokens, tokens[:, :4], tokens[:, :4], enable_dropout=False
+  )
+  run = lambda params, tokens: model.apply(
+    params, tokens, enable_dropout=False, method="encode"
+  )
+  traced = jax.make_jaxpr(run)(jax.eval_shape(make, tokens), tokens)
+  return sum(np.asarray(constant).nbytes for constant in traced.consts)
+
+
+def test_an_encoders_constants_grow_with_its_length_not_its_square():
+  short, long = constant_bytes(512), constant_bytes(1024)
+  assert long < 1024 * 1024 * 8
+  assert 0 < long <= 2 * short + 2**10
+
+
+def test_layers_with_a_bias_each_share_one_constant():
+  one, four = (
+    constant_bytes(512, relpos_per_layer=True, num_encoder_layers=layers) for layers in (1, 4)
+  )
+  assert four < one + 2**16
