@@ -318,7 +318,9 @@ def _in_order(found: Sequence[Part], name: str, ids: list[str]) -> Iterator[byte
   return _lines(found, name, offsets)
 
 
-def _lines(found: Sequence[Part], name: str, offsets: Mapping[int, list[int]]) -> Iterator[bytes]:
+def _lines(
+  found: Sequence[Part], name: str, offsets: Mapping[int, list[int]]
+) -> Iterator[bytes]:
   """Lines by their places in the list, whatever their order in the files."""
   total = found[0].mark.num_prompts
   owner, begin = np.zeros(total, np.int32), np.zeros(total, np.int64)
