@@ -341,7 +341,7 @@ def _outputs(found: Sequence[Part], output: pathlib.Path) -> None:
   """One file of `calm infer`'s lines."""
   with_prompts = [part for part in found if part.mark.positions]
   owner: dict[str, pathlib.Path] = {}
-  offsets: Mapping[int, list[int]] = {}
+  offsets: dict[int, list[int]] = {}
   for number, part in enumerate(with_prompts):
     _check_files(part, [OUTPUTS])
     offsets[number] = []
