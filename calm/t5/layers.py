@@ -240,9 +240,8 @@ class RelativePositionBiases(nn.Module):
       distances, bidirectional, self.num_buckets, self.max_distance
     )
     one_hot = jax.nn.one_hot(buckets, self.num_buckets, dtype=jnp.float32, axis=0)
-    # The table's own numbers on every device, rounded last: gradients add up in float32.
-    table, exact = jnp.asarray(embedding, jnp.float32), jax.lax.Precision.HIGHEST
-    by_distance = jnp.matmul(table, one_hot, precision=exact)
+    # Rounded last: gradients add up in float32.
+    by_distance = jnp.asarray(embedding, jnp.float32) @ one_hot
     biases = by_position(by_distance, query_length, key_length)
     return jnp.asarray(biases[None], self.dtype)
 
