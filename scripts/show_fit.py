@@ -195,7 +195,7 @@ def record(arguments: argparse.Namespace, made: dict) -> None:
   order = [*WEIGHTS]
   rows.sort(key=lambda row: order.index(row["weights"]))
   table = {
-    "command": "python scripts/show_fit.py"
+    "command": "python scripts/show_fit.py --data=data --work=runs/fit --output=fit.json"
     f" --rows={arguments.rows} --budget={arguments.budget} --transformers=PYTHON",
     "machine": "two shared CPU cores",
     "columns": COLUMNS,
