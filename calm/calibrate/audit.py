@@ -342,13 +342,12 @@ def open_monitor(path: str | pathlib.Path, watch: Watch) -> Monitor:
   """
   path = pathlib.Path(path)
   monitor = Monitor(path, watch, locks.lock(path))
-  if path.exists() and path.stat().st_size:
-    # Looked at first: what is mended below must be a monitor's.
-    monitor.wealth = Wealth(restarts=_check_watch(path, watch) != 1)
-    records_lib.drop_partial_line(path)
   if not path.exists() or not path.stat().st_size:
     monitor._write(watch.to_json())
     return monitor
+  # Looked at first: what is mended below must be a monitor's.
+  monitor.wealth = Wealth(restarts=_check_watch(path, watch) != 1)
+  records_lib.drop_partial_line(path)
   _unglue(path)
   lines = records_lib.read_lines(path)
   next(lines)
@@ -358,10 +357,11 @@ def open_monitor(path: str | pathlib.Path, watch: Watch) -> Monitor:
 
 
 def _check_watch(path: pathlib.Path, watch: Watch) -> int:
-  """The version of the watch that a file begins with, or that its only line was to be.
+  """The version of the watch that a file begins with.
 
   Raises:
-    GenerationsError: it begins with something else.
+    GenerationsError: it begins with something else, or with a part of it: what came after is
+      not known.
   """
   with open(path, "rb") as file:
     raw = file.readline(records_lib.LONGEST_LINE + 1)
@@ -369,8 +369,7 @@ def _check_watch(path: pathlib.Path, watch: Watch) -> int:
   got, _ = records_lib.parse_line(raw.removesuffix(b"\n"))
   for version in (expected["schema_version"], 1):
     wanted = expected | {"schema_version": version}
-    begun = records_lib.dump_line(wanted).encode("utf-8").startswith(raw)
-    if begun or json.dumps(got, sort_keys=True) == json.dumps(wanted, sort_keys=True):
+    if json.dumps(got, sort_keys=True) == json.dumps(wanted, sort_keys=True):
       return version
   raise records_lib.GenerationsError(
     f"{path}:1: expected the watch {expected}, got {got or raw[:100]!r}; start a new file."

@@ -106,12 +106,16 @@ def test_a_monitor_mends_only_monitors(tmp_path, raw):
   assert path.read_bytes() == raw
 
 
-def test_a_monitor_whose_first_line_was_cut_off_begins_again(tmp_path):
+def test_a_monitor_whose_first_line_was_cut_off_is_left_alone(tmp_path):
   path = tmp_path / "monitor.jsonl"
   watch = audit.Watch(tolerance=0.1, alarm_level=0.05, sampling_rate=0.5, seed="coin")
   audit.open_monitor(path, watch)  # and lets go of the file
   whole = path.read_bytes()
-  for length in (1, len(whole) // 2, len(whole) - 1):
+  for length in (1, len(whole) // 2, len(whole) - 2):
     path.write_bytes(whole[:length])
-    audit.open_monitor(path, watch)
-    assert path.read_bytes() == whole
+    with pytest.raises(GenerationsError, match="start a new file"):
+      audit.open_monitor(path, watch)
+    assert path.read_bytes() == whole[:length]
+  path.write_bytes(whole[:-1])  # all but the end of the line
+  audit.open_monitor(path, watch)
+  assert path.read_bytes() == whole
