@@ -3,6 +3,7 @@
 Nothing says how such outputs were decoded, so `procedure` is None unless the caller states it.
 """
 
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +22,9 @@ Path = str | pathlib.Path
 _INPUT, _TARGET = "inputs_pretokenized", "targets_pretokenized"
 
 
-def read_predictions(path: Path) -> tuple[tuple[Prompt, ...], tuple[Record, ...]]:
+def read_predictions(
+  path: Path, threshold: float | None = None
+) -> tuple[tuple[Prompt, ...], tuple[Record, ...]]:
   """Reads one file of outputs, of either form, line by line.
 
   {"id": ..., "prediction": ...} is a plain line; `input`, `targets` (or `references`), `group`
@@ -33,13 +36,15 @@ def read_predictions(path: Path) -> tuple[tuple[Prompt, ...], tuple[Record, ...]
 
   Args:
     path: JSON Lines file.
+    threshold: lambda that the file is given as, in [0, 1]; infinity is the full model's. None:
+      lines are not asked.
 
   Returns:
     Prompts and records in the order of the file.
 
   Raises:
-    GenerationsError: a line is neither, or holds several decodes of its prompt, or an id occurs
-      twice; the message names file and line.
+    GenerationsError: a line is neither, or holds several decodes of its prompt, or was decoded
+      by T5X with another threshold, or an id occurs twice; the message names file and line.
   """
   prompts, records = {}, []
   for line in records_lib.read_lines(path):
@@ -48,6 +53,7 @@ def read_predictions(path: Path) -> tuple[tuple[Prompt, ...], tuple[Record, ...]
       raise line.error(_several(len(decodes), one))
     try:
       prompt, record = _read_line(line)
+      _check_threshold(line, threshold)
     except GenerationsError:
       raise
     except (AttributeError, TypeError, ValueError) as error:
@@ -169,6 +175,32 @@ def _t5x_record(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
   return record
 
 
+def _check_threshold(line: Line, given: float | None) -> None:
+  """Refuses a T5X line whose `aux` says that it was decoded otherwise than the file is given.
+
+  Raises:
+    GenerationsError: another threshold, or one where the full model's outputs are expected, or
+      none where exits were decoded by one.
+    ValueError: `aux.threshold` is no number.
+  """
+  aux = line.value.get("aux")
+  if given is None or not isinstance(line.value.get("inputs"), Mapping) or not aux:
+    return
+  said = aux.get("threshold")
+  if said is None:
+    # With exits but no confidence nothing was measured: every token ran a fixed depth.
+    said = given if "confidences" in aux or "exit_layers" not in aux else math.inf
+  number = isinstance(said, int | float) and not isinstance(said, bool)
+  if not number or not (0 <= said <= 1 or said == math.inf):
+    raise ValueError(f"Expected `aux.threshold` to be a number in [0, 1], got {said!r:.100}")
+  if not math.isclose(said, given, rel_tol=2.0**-23):  # T5X writes the digits of a float32
+    name = lambda value: "none (the full model)" if value == math.inf else f"{value:.7g}"
+    raise line.error(
+      f"expected outputs of threshold {name(given)}, as the file is given, got outputs of"
+      f" threshold {name(said)} (`aux.threshold`); name each file by what it was decoded with."
+    )
+
+
 def gather(
   full: Path,
   by_threshold: Mapping[float, Path] | Mapping[str, Path],
@@ -192,7 +224,8 @@ def gather(
 
   Raises:
     GenerationsError: a file is damaged, ids are missing or unknown somewhere, or a line that
-      goes by its number has another input than the same line of `full`.
+      goes by its number has another input than the same line of `full`, or T5X decoded a line
+      with another threshold than its file is given as.
     ValueError: some knobs are thresholds in [0, 1] and others are not.
   """
   order = list(by_threshold)
@@ -200,13 +233,14 @@ def gather(
     order.sort(reverse=True)
     thresholds_lib.validate_grid([float(knob) for knob in order])
   grid, knobs = thresholds_lib.grid_of_knobs(order)
-  known, full_records = read_predictions(full)
+  known, full_records = read_predictions(full, math.inf)
   if prompts is not None:
     known = records_lib.read_prompts(prompts)
   by_id = {prompt.id: prompt for prompt in known}
   columns = [_align(full, known, full_records, by_id, by_id)]
-  for path in (by_threshold[knob] for knob in order):  # type: ignore[index]
-    others, records = read_predictions(path)
+  for knob in order:
+    path: Path = by_threshold[knob]  # type: ignore[index]
+    others, records = read_predictions(path, None if knobs else float(knob))
     columns.append(_align(path, known, records, by_id, {other.id: other for other in others}))
   return Generations(
     prompts=known,

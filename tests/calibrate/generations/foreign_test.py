@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from calm.calibrate import textual_losses
@@ -107,3 +108,48 @@ def test_shuffled_t5x_files_are_found_by_their_inputs(tmp_path):
   early = write(tmp_path / "early.jsonl", [t5x("b", "y"), t5x("a", "x")])
   with pytest.raises(GenerationsError, match="not aligned"):
     foreign.gather(full, {0.5: early})
+
+
+def decoded_at(threshold, measured=True):
+  """A line of `predict_with_aux`; without a threshold it is the full model's."""
+  aux = {"exit_layers": [2, 2, 0], "scores": -1.0}
+  if threshold is not None:
+    aux |= {"threshold": threshold}
+  return t5x("a", "x", aux=aux | ({"confidences": [0.5, 0.5, 0.0]} if measured else {}))
+
+
+FULL = decoded_at(None, measured=False)
+
+
+def gathered(tmp_path, full, early, knob):
+  return foreign.gather(
+    write(tmp_path / "full.jsonl", [full]), {knob: write(tmp_path / "early.jsonl", [early])}
+  )
+
+
+@pytest.mark.parametrize("knob", [0.2, 0.5, 1 / 3, 0.0, 1.0])
+@pytest.mark.parametrize("said", [0.2, 0.5, 1 / 3, 0.0, 1.0, None])
+def test_a_t5x_file_is_taken_for_the_threshold_alone_that_its_lines_say(tmp_path, knob, said):
+  # As T5X writes it: 0.2 is 0.20000000298023224.
+  written = None if said is None else float(np.float32(said))
+  line = decoded_at(written, measured=said is not None)
+  if said == knob:
+    assert gathered(tmp_path, FULL, line, knob).thresholds.tolist() == [knob]
+    with pytest.raises(GenerationsError, match=r"full.jsonl:1: .* threshold none .*, got outp"):
+      gathered(tmp_path, line, line, knob)
+    return
+  name = "none" if said is None else f"{said:.7g}"
+  message = rf"early.jsonl:1: .* threshold {knob:.7g}, as .* got outputs of threshold {name} "
+  with pytest.raises(GenerationsError, match=message):
+    gathered(tmp_path, FULL, line, knob)
+  # Another knob than a threshold has no number to be held to.
+  assert gathered(tmp_path, FULL, line, f"lambda={knob}").knobs == (f"lambda={knob}",)
+
+
+HUGE = pytest.param(10**400, id="huge")
+
+
+@pytest.mark.parametrize("said", ["0.5", True, [0.5], -0.1, 1.5, HUGE])
+def test_a_threshold_that_is_none_is_refused(tmp_path, said):
+  with pytest.raises(GenerationsError, match=r"`aux.threshold` to be a number in \[0, 1\]"):
+    gathered(tmp_path, FULL, decoded_at(said), 0.5)
