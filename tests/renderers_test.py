@@ -142,6 +142,7 @@ def fit_result(text: str) -> result_lib.Result:
   return result_lib.Result(
     model=text,
     sizes=text,
+    population=text,
     num_layers=4,
     trained=(result_lib.Trained("one", 3, 1.0, ((1, 0.5),), text),),
     choice=choice,

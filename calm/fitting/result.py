@@ -98,6 +98,7 @@ class Result:
   Attributes:
     model: where the model came from.
     sizes: rows of every part, in words.
+    population: the prompts that the promise is about, in words.
     num_layers: decoder layers.
     trained: the stages.
     choice: what the validation part said.
@@ -115,6 +116,7 @@ class Result:
 
   model: str
   sizes: str
+  population: str
   num_layers: int
   trained: tuple[Trained, ...]
   choice: Choice

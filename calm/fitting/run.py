@@ -123,6 +123,7 @@ class Fit:
       f" {limits.max_input_length} tokens{longer}, texts of at most"
       f" {limits.max_decode_length}."
     )
+    listener.say(splits.population)
     if strange := known_tokens.warning(source, rows):
       listener.say(strange)
     return cls(source, str(model), splits, folder, options, listener)
@@ -147,6 +148,8 @@ class Fit:
     result = dataclasses.replace(result, curve=curve)
     self.folder.write(predictor, result, served, self.options)
     self.listener.say(result.headline(self.options.tolerance))
+    if served is not None:
+      self.listener.say(self.splits.population)
 
   def _step(self, title: str) -> looking.Report:
     """Says which of how many steps begins."""
@@ -250,6 +253,7 @@ class Fit:
     result = Result(
       model=self.model,
       sizes=str(self.splits),
+      population=self.splits.population,
       num_layers=predictor.num_layers,
       trained=trained,
       choice=choice,

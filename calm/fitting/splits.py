@@ -1,14 +1,16 @@
 """Rows -> what trains, what chooses, what calibrates, and what is only looked at in the end.
 
-Rows of one source resemble each other, and a row that stands twice is one row: such rows stay
-together, in one part. The parts that measure take one row of every group, drawn by the seed, so
-that their prompts are exchangeable.
+Rows of one source resemble each other, and so do rows whose inputs differ in nothing but case,
+punctuation and spaces: such rows stay together, in one part. The parts that measure take one
+row of every group, drawn by the seed, so that their prompts are exchangeable: draws of a group,
+each as likely, and of a row of it.
 """
 
 import dataclasses
 import hashlib
 import json
 import pathlib
+import unicodedata
 from collections.abc import Mapping, Sequence
 
 from calm.calibrate import Prompt, planning
@@ -24,6 +26,8 @@ _SHARES = {
 _LEAST = {"validation": 20, "last": 10}
 # Unchanged outputs certify at the least number; some that change want a multiple of it.
 _COMFORT = 4
+# Groups that are named: those with so large a share of the rows.
+_LARGE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +40,9 @@ class Splits:
     calibration: prompts that certify, one a group; nothing else looks at them.
     last: prompts that are looked at once, in the end, one a group.
     num_groups: groups there are.
-    num_repeats: rows whose input stands in an earlier row, kept in that row's part.
+    num_repeats: rows whose input stands in an earlier row but for case, punctuation and spaces,
+      kept in that row's part.
+    population: what the promise is about, and the part of every group with many of the rows.
   """
 
   train: tuple[Prompt, ...]
@@ -45,6 +51,7 @@ class Splits:
   last: tuple[Prompt, ...]
   num_groups: int
   num_repeats: int
+  population: str
 
   def __str__(self) -> str:
     sizes = ", ".join(f"{name} {len(getattr(self, name))}" for name in PARTS)
@@ -87,8 +94,36 @@ def split(
     start += sizes[name]
     parts[name] = tuple(min(members[g], key=lambda row: _draw(seed, row.id)) for g in chosen)
   rest = order[start:] if trains else []
-  train = tuple(row for group in rest for row in members[group])
-  return Splits(train=train, num_groups=len(members), num_repeats=repeats, **parts)
+  parts["train"] = tuple(row for group in rest for row in members[group])
+  population = _population(members, parts)
+  return Splits(**parts, num_groups=len(members), num_repeats=repeats, population=population)
+
+
+def _population(
+  members: Mapping[str, Sequence[Prompt]], parts: Mapping[str, Sequence[Prompt]]
+) -> str:
+  """The population of the calibration part, in words."""
+  count = sum(map(len, members.values()))
+  if len(members) == count:
+    return "The promise is about prompts drawn as these rows are."
+  text = (
+    f"The promise is about one row of each of {len(members)} groups (rows of one source, or of"
+    f" one input), every group as likely, however many of the {count} rows it has."
+  )
+  part_of = {row.id: name for name in PARTS for row in parts[name]}
+  for rows in sorted(members.values(), key=len, reverse=True):
+    if len(rows) < 2 or len(rows) < _LARGE * count:
+      break
+    name = rows[0].input[:40] if rows[0].group is None else rows[0].group
+    found = [part_of[row.id] for row in rows if row.id in part_of]
+    place = f"in the {found[0]} part" if found else "in no part"
+    if found[:1] != ["train"] and found:
+      place += ", by one row"
+    text += (
+      f" Group {name!r:.60} has {100 * len(rows) / count:.0f} % of the rows and is {place}:"
+      " nothing is promised about its rows alone."
+    )
+  return text
 
 
 def _sizes(
@@ -126,7 +161,7 @@ def _groups(rows: Sequence[Prompt]) -> tuple[dict[str, list[Prompt]], int]:
   names, repeats = [], 0
   for row in rows:
     name = f"id:{row.id}" if row.group is None else f"group:{row.group}"
-    text = " ".join(row.input.split())
+    text = _letters(row.input)
     repeats += text in first
     a, b = sorted((root(name), root(first.setdefault(text, name))))
     parent[b] = a
@@ -135,6 +170,12 @@ def _groups(rows: Sequence[Prompt]) -> tuple[dict[str, list[Prompt]], int]:
   for row, name in zip(rows, names, strict=True):
     members.setdefault(root(name), []).append(row)
   return members, repeats
+
+
+def _letters(text: str) -> str:
+  """What twins share: the text in lower case without punctuation, symbols and spaces."""
+  folded = unicodedata.normalize("NFKC", text).casefold()
+  return "".join(c for c in folded if unicodedata.category(c)[0] in "LMN") or text
 
 
 def _draw(seed: int, name: str) -> str:

@@ -102,6 +102,7 @@ def test_the_folder_serves_itself_under_its_promise(made, model):
   assert outputs.guarantee == calibration.guarantee
   assert calibration.provenance.notes["seconds"]["single"]["speedup"] == 1.5
   assert any("(chosen)" in line for line in said) and "Rows: train 0" in said[0]
+  assert said[1] == said[-1] == "The promise is about prompts drawn as these rows are."
 
 
 def test_the_summary_says_what_was_found(made):
@@ -112,6 +113,7 @@ def test_the_summary_says_what_was_found(made):
     assert "Decodes x1.50 as fast as full depth" in text
     assert f"calm infer --model={output}" in text
     assert "(chosen)" in markdown and "With probability at least 0.95" in text
+    assert "The promise is about prompts drawn as these rows are." in text
   assert (
     "<svg" in page
     and "layer 1 of 3" in page
@@ -383,7 +385,7 @@ def test_a_tokenizer_that_the_model_does_not_know_is_said_before_any_work(
   said = []
   listener = fitting.Listener(say=said.append)
   run.Fit.open(str(model), ROWS, tmp_path / "mine", fitting.FitOptions(**OPTIONS), listener)
-  assert said[0].startswith("Rows: ") and said[1:] == ["Another's."]
+  assert said[0].startswith("Rows: ") and said[2:] == ["Another's."]
 
 
 def test_rows_may_be_mappings_and_other_lists_are_named():

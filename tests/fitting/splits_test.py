@@ -56,6 +56,46 @@ def test_rows_that_repeat_an_input_stay_in_one_part():
   assert "100 repeat another's input" in str(made)
 
 
+TWINS = (
+  str.upper,
+  lambda text: text.replace(" ", ", ") + "!",
+  lambda text: f"\u201c{text}\u201d",
+  lambda text: text.replace("t", "\uff54"),  # its full-width form
+  lambda text: "-".join(text.split()),
+)
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_twins_but_for_case_and_punctuation_stay_in_one_part(twin):
+  given = rows(100)
+  twins = [Prompt(f"t{i}", twin(f"text {i}"), ("other",), f"h{i}") for i in range(100)]
+  made = splits.split([*given, *twins], trains=True, **RATES)
+  assert (made.num_repeats, made.num_groups) == (100, 100)
+  parts = [{row.id[1:] for row in getattr(made, name)} for name in splits.PARTS]
+  assert sum(map(len, parts)) == len(set().union(*parts)) == 100
+
+
+def test_other_texts_are_no_twins():
+  texts = ["a", "a b", "\u0915\u093e", "\u0915\u0940", "?", "!", "1", "2", "-", ""]
+  given = [Prompt(f"o{i}", text, ("x",)) for i, text in enumerate(texts)]
+  made = splits.split([*rows(100), *given], trains=True, **RATES)
+  assert (made.num_repeats, made.num_groups) == (0, 110)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_population_is_named_and_so_is_where_a_large_source_went(trains, seed):
+  large = [Prompt(f"l{i}", f"large {i}", ("x",), "docs") for i in range(100)]
+  made = splits.split([*large, *rows(100)], trains=trains, seed=seed, **RATES)
+  where = [name for name in splits.PARTS if any(r.group == "docs" for r in getattr(made, name))]
+  said = made.population
+  assert "one row of each of" in said and "101 groups" in said
+  assert "'docs'" in said and "50 %" in said
+  assert (f"in the {where[0]} part" if where else "in no part") in said
+  alone = splits.split(rows(100), trains=trains, seed=seed, **RATES).population
+  assert "group" not in alone and "rows" in alone
+
+
 @pytest.mark.parametrize(("trains", "needed"), [(True, 70), (False, 35)])
 def test_too_few_rows_say_how_many_are_needed(trains, needed):
   # 5 to calibrate, 20 to choose, 10 to look at; as many again to train.
