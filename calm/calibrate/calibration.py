@@ -99,6 +99,7 @@ class Calibration:
     support: declared range of losses.
     num_examples: prompts (or clusters) in the calibration set.
     clusters: whether losses are means of clusters of prompts.
+    groups_ignored: whether prompts come in clusters that the caller took for independent.
     rows: one `Row` a grid point, in grid order.
     visited: grid positions in the order of testing.
     order: 'permuted' (by `seed`), 'given', or 'irrelevant' where the method does not depend on
@@ -140,6 +141,7 @@ class Calibration:
   parts: tuple[Evidence, ...] = ()
   losses_digest: str = ""
   knobs: tuple[str, ...] = ()
+  groups_ignored: bool = False
 
   def __post_init__(self):
     verification.check_texts(self)
@@ -239,8 +241,9 @@ class Calibration:
       "parts": [part.to_json() for part in self.parts],
       "guarantee": self.guarantee,
     }
-    if not self.knobs:  # files of thresholds are as they were
-      del value["knobs"]
+    for name in ("knobs", "groups_ignored"):  # other files are as they were
+      if not value[name]:
+        del value[name]
     return {**value, "digest": verification.digest(value)}
 
   @classmethod
@@ -351,6 +354,11 @@ def sentences(calibration: Calibration) -> list[str]:
     told.append(
       "The test saw prompts in the order given by the caller, who answers for its having been"
       " fixed before any loss was seen."
+    )
+  if calibration.groups_ignored:
+    told.append(
+      "Some prompts share a group or an input; the caller took each for an independent draw,"
+      " and answers for it."
     )
   if calibration.procedure is None:
     told.append(

@@ -55,7 +55,7 @@ def calibrate(
       'binomial'.
     testing_procedure: 'fixed_sequence', 'fallback', 'holm' or 'bonferroni'.
     groups: [num_examples] cluster of each row; the test is then on cluster means. None takes
-      those of a `SequenceLosses`, which has none after `.ungrouped()`.
+      those of a `SequenceLosses`, which has none after `.ungrouped()` (the guarantee says so).
     support: declared range of plain arrays; [0, 1] by default.
     promise: what is bounded, one of `promises`; None is the mean loss.
     risks: several losses, each with its tolerance, instead of `losses` and `tolerance`.
@@ -74,7 +74,9 @@ def calibrate(
   losses, tolerance, promise = _what(losses, tolerance, promise, risks)
   sample = _as_losses(losses, thresholds, support)
   _check_rates(tolerance, error_rate)
-  groups = clusters.declared_groups(sample) if groups is None else groups
+  tables = [sample, *(risk.losses for risk in risks or ())]
+  if groups is None:
+    groups = next(filter(None, map(clusters.declared_groups, tables)), None)
   if groups is not None:
     groups = checks.check_groups(groups, len(sample.values))
   sample = dataclasses.replace(sample, groups=groups)
@@ -100,6 +102,7 @@ def calibrate(
     support=first.evidence.support,
     num_examples=len(sample.values) if groups is None else len(set(groups)),
     clusters=groups is not None,
+    groups_ignored=groups is None and any(table.groups_ignored for table in tables),
     rows=tuple(Row.of(level, evidence, decision, j) for j, level in enumerate(grid)),
     visited=decision.visited,
     order=sample.order if ordered else "irrelevant",
@@ -139,6 +142,7 @@ class _Tested:
   evidence: Evidence
   faults: list[str]
   seed: str
+  unit: str
 
 
 def _what(losses, tolerance, promise, risks):
@@ -199,7 +203,8 @@ def _test(part: promises.Part, sample: SequenceLosses, run: _Run) -> _Tested:
     log_p_values=tuple(log_p.tolist()),
     upper_bounds=tuple(bounds.tolist()),
   )
-  return _Tested(evidence, faults, seed)
+  unit = "prompts" if losses.groups is None else "clusters of prompts"
+  return _Tested(evidence, faults, seed, unit)
 
 
 def _units(losses: SequenceLosses) -> SequenceLosses:
@@ -367,13 +372,13 @@ def _reason(
     shown = grid[first] if not rejected[0] or not len(beyond) else beyond[0]
     return f"{lowest} is the lowest certified threshold; {shown} is not certified{fault}."
   for found in tested:
-    few = _too_few(found.evidence, run, len(grid))
+    few = _too_few(found.evidence, run, len(grid), found.unit)
     if few:
       return f"Nothing can be certified: {few}"
   return f"Nothing is certified: the first threshold {grid[first]} already fails{fault}."
 
 
-def _too_few(part: Evidence, run: _Run, count: int) -> str:
+def _too_few(part: Evidence, run: _Run, count: int, unit: str) -> str:
   """Why a part has too few prompts to certify anything, or ''."""
   if not part.support.lower < part.tolerance < part.support.upper:
     return ""  # no matter of how many
@@ -384,6 +389,7 @@ def _too_few(part: Evidence, run: _Run, count: int) -> str:
     support=part.support,
     method=part.method,
     share=testing.first_share(run.procedure, count),
+    unit=unit,
   )
   text = text[:1].lower() + text[1:]  # it ends a sentence
   return (text and part.name and f"{part.name}: {text}") or text

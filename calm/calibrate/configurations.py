@@ -106,6 +106,7 @@ def _record(families, tested, found: pareto.ParetoResult, error_rate: float) -> 
     support=parts[0].support,
     num_examples=found.num_examples,
     clusters=clusters.declared_groups(first) is not None,
+    groups_ignored=first.groups_ignored,
     rows=tuple(
       Row.of(level, parts, decision, number) for number, (_, level) in enumerate(tested)
     ),

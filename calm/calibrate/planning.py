@@ -149,6 +149,7 @@ def refusal(
   support: Support | None = None,
   method: str | None = None,
   share: float = 1.0,
+  unit: str = "prompts",
 ) -> str:
   """Why so few prompts cannot certify anything, and how many could; '' where they can.
 
@@ -160,6 +161,7 @@ def refusal(
     support: declared range of losses.
     method: as for `calibrate`; None asks what no valid method can do without.
     share: of the error rate at which the first hypothesis is tested.
+    unit: what is counted: prompts, or clusters of them.
 
   Returns:
     A sentence, or ''.
@@ -177,7 +179,7 @@ def refusal(
       "" if method is None else _own_size(method, tolerance, error_rate, support, share)
     )
     return (
-      f"Expected at least {needed} prompts {rates}{own_size}, got {num_examples}, which are"
+      f"Expected at least {needed} {unit} {rates}{own_size}, got {num_examples}, which are"
       f" too few whatever their losses; {_MORE}."
     )
   if method is None:
@@ -187,7 +189,7 @@ def refusal(
     return ""
   wanted = f"at least {own}" if own else f"more than {_MOST_PROMPTS}"
   return (
-    f"Expected {wanted} prompts {rates} for the method {method!r}, got {num_examples}, which"
+    f"Expected {wanted} {unit} {rates} for the method {method!r}, got {num_examples}, which"
     f" are too few whatever their losses; {_MORE}."
   )
 

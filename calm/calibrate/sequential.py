@@ -170,6 +170,7 @@ class SequentialCalibration:
     seed: str = "",
     procedure: Procedure | None = None,
     provenance: Provenance | None = None,
+    groups_ignored: bool = False,
   ) -> Calibration:
     """The outcome; p-values and bounds hold whenever one stops, means are left out.
 
@@ -180,6 +181,7 @@ class SequentialCalibration:
       seed: hexadecimal seed of the order.
       procedure: how outputs were decoded, or None.
       provenance: the story of the numbers.
+      groups_ignored: whether prompts come in clusters and were taken for independent.
 
     Returns:
       A `Calibration` with `sequential` set.
@@ -206,6 +208,7 @@ class SequentialCalibration:
       support=self.support,
       num_examples=self.design.planned_size,
       clusters=self.clusters,
+      groups_ignored=groups_ignored,
       rows=tuple(rows),
       visited=tuple(range(len(self._losses))),
       order=order,
@@ -338,7 +341,7 @@ def replay(
     ValueError: at these rates the test would have asked for more prompts than the run has.
   """
   columns = sequence_losses.prefix_losses(cached, kind, metric=metric)
-  groups = order.prompt_groups(cached.prompts) if cached.by_group else None
+  groups = order.prompt_clusters(cached.prompts) if cached.by_group else None
   units = order.consecutive_units(len(cached.prompts), groups)
   test = SequentialCalibration(
     cached.thresholds,
@@ -368,4 +371,5 @@ def replay(
       order.prompts_digest(cached.prompts),
     ),
     procedure=cached.procedure,
+    groups_ignored=not cached.by_group and order.known_groups(cached.prompts) is not None,
   )

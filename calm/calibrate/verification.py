@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 _READ = (1, SCHEMA_VERSION)
 NEW_FIELDS = {"promise", "parts", "losses_digest"}
-_OPTIONAL = {"knobs"}
+_OPTIONAL = {"knobs", "groups_ignored"}
 _MOST_BYTES = 64 * 2**20
 # p-values are compared so closely; libraries differ in the last digits.
 _CLOSE = 1e-6
@@ -126,6 +126,7 @@ _FIELDS: Mapping[str, _Check] = {
   "metric": _line(checks.LONGEST_NAME),
   "num_examples": (_count, "a whole number of at least 0"),
   "clusters": (_flag, "true or false"),
+  "groups_ignored": (_flag, "true or false"),
   "order": _one_of({"permuted", "given", "irrelevant"}),
   "seed": _HEX,
   "sequential": (_flag, "true or false"),

@@ -16,7 +16,6 @@ of vLLM's RequestOutput, or of T5X infer.
 """
 
 import argparse
-import dataclasses
 import pathlib
 
 from rich import console as rich_console
@@ -34,7 +33,7 @@ from calm.calibrate import (
   thresholds,
 )
 from calm.calibrate.evidence import methods, multiple_testing
-from calm.calibrate.generations import foreign, order
+from calm.calibrate.generations import foreign
 from calm.calibrate.generations.shown import visible
 from calm.calibrate.losses import sequence_losses
 from calm.commands import (
@@ -115,9 +114,7 @@ def _add_test(parser: argparse.ArgumentParser) -> None:
     metavar="NAME",
     help=f"{', '.join(multiple_testing.PROCEDURES)} (default %(default)s)",
   )
-  parser.add_argument(
-    "--by_group", action="store_true", help="calibrate on means over each prompt's group"
-  )
+  promise_flags.add_ungrouped(parser)
   parser.add_argument(
     "--pilot",
     metavar="DIR",
@@ -143,6 +140,8 @@ def run(arguments: argparse.Namespace) -> int:
     return references.list_unlabelled(arguments, console, cached)
   if arguments.verify:
     return _verify(arguments, console, cached)
+  if said := promise_flags.describe_clusters(arguments, cached.prompts):
+    screen.say(console, said, "yellow")
   if arguments.risks:
     return _save(arguments, console, several.calibrate_risks(arguments, cached), cached)
   _plan(arguments, console, cached)
@@ -166,16 +165,8 @@ def _save(
 def _plan(arguments, console, cached: generations.Generations) -> None:
   """Refuses, before any work, where nothing could be certified; warns where little could."""
   support = sequence_losses.kind_support(arguments.kind, arguments.metric)
-  units = order.prompt_groups(cached.prompts) if arguments.by_group else cached.ids
+  units = promise_flags.clusters_of(arguments, cached.prompts) or cached.ids
   count, name = len(set(units)), arguments.testing
-  clusters = len(set(order.known_groups(cached.prompts) or cached.ids))
-  if not arguments.by_group and clusters < len(cached.ids):
-    screen.say(
-      console,
-      f"The {len(cached.ids)} prompts come in {clusters} groups and are taken for"
-      " independent all the same; --by_group promises over groups.",
-      "yellow",
-    )
   share = (
     multiple_testing.first_share(name, len(cached.thresholds))
     if name in multiple_testing.PROCEDURES
@@ -189,6 +180,7 @@ def _plan(arguments, console, cached: generations.Generations) -> None:
     support=support if count == len(cached.ids) else Support(support.lower, support.upper),
     method=sequential.METHOD if cached.sequential else arguments.method,
     share=share,
+    unit="prompts" if count == len(cached.ids) else "clusters of prompts",
   )
   if refusal and arguments.promise == "mean":
     raise ValueError(refusal)
@@ -273,23 +265,23 @@ def _make(
 
 
 def _losses(arguments, cached, progress=None) -> sequence_losses.SequenceLosses:
-  """Losses as the flags want them; `--by_group` refuses prompts that have no group."""
+  """Losses as the flags want them."""
   losses = sequence_losses.compute(
     cached, arguments.kind, metric=arguments.metric, progress=progress
   )
-  groups = order.prompt_groups(cached.prompts) if arguments.by_group else None
-  return dataclasses.replace(losses, groups=groups)
+  return losses.ungrouped() if arguments.ungrouped else losses
 
 
 def _replay(arguments, console, cached) -> calibrate_lib.Calibration:
   """A run that stopped early is tested prompt by prompt, as it was decoded."""
   del console
-  if arguments.by_group != cached.by_group:
-    tested = "by group" if cached.by_group else "by prompt"
+  grouped = promise_flags.clusters_of(arguments, cached.prompts) is not None
+  if cached.by_group and arguments.ungrouped or grouped and not cached.by_group:
+    tested = "by cluster" if cached.by_group else "by prompt"
     raise ValueError(
-      f"Expected `--by_group` as the run that stopped early had it (decided {tested}, in an"
-      f" order made for that), got by_group={arguments.by_group}; change the flag, or generate"
-      " again."
+      "Expected `--ungrouped` as the run that stopped early had it (decided"
+      f" {tested}, in an order made for that), got ungrouped={arguments.ungrouped}; change the"
+      " flag, or generate again."
     )
   return sequential.replay(
     cached,

@@ -11,6 +11,7 @@ prompt is encoded once, and the grid compiles once.
 
 import argparse
 import pathlib
+from collections.abc import Sequence
 
 from rich import console as rich_console
 from rich import progress as rich_progress
@@ -25,7 +26,6 @@ from calm.calibrate import (
   showing,
   thresholds,
 )
-from calm.calibrate.generations import order
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import asking, sequence_losses
 from calm.commands import (
@@ -34,6 +34,7 @@ from calm.commands import (
   following,
   helping,
   model_flags,
+  promise_flags,
   sharding,
 )
 
@@ -78,9 +79,7 @@ def _add_test(parser: argparse.ArgumentParser) -> None:
     help="JSON Lines of {id, targets}, for a risk: where it lacks some the run stops, writes"
     " OUTPUT/unlabelled.jsonl, and goes on when it is started again with them",
   )
-  calibration.add_argument(
-    "--by_group", action="store_true", help="calibrate on means over each prompt's group"
-  )
+  promise_flags.add_ungrouped(calibration)
 
 
 def _add_grid(parser: argparse.ArgumentParser) -> None:
@@ -127,9 +126,11 @@ def run(arguments: argparse.Namespace) -> int:
     return _part(arguments, console, predictor, prompts, levels, part)
   test = None
   if arguments.until_certified:
-    prompts = until_certified.in_order(predictor, prompts, by_group=arguments.by_group)
-    groups = order.prompt_groups(prompts) if arguments.by_group else None
-    test = _test(arguments, levels, len(order.consecutive_units(len(prompts), groups)))
+    groups = promise_flags.clusters_of(arguments, prompts)
+    if said := promise_flags.describe_clusters(arguments, prompts):
+      screen.say(console, said, "yellow")
+    prompts = until_certified.in_order(predictor, prompts, ungrouped=groups is None)
+    test = _test(arguments, levels, groups or [prompt.id for prompt in prompts])
   writer = _open_writer(arguments, console, arguments.output, predictor, prompts, levels, test)
   if test is None:
     _grid(arguments, console, predictor, prompts, levels, writer)
@@ -200,11 +201,18 @@ def _grid(arguments, console, predictor, prompts, levels, writer) -> None:
     print(following.command("calibrate", arguments.output), flush=True)
 
 
-def _test(arguments, levels, num_units: int) -> sequential.SequentialCalibration:
+def _test(arguments, levels, units: Sequence[str]) -> sequential.SequentialCalibration:
   """What `--until_certified` asks, refused before any work where it cannot be answered."""
   support = sequence_losses.kind_support(arguments.kind, arguments.metric)
   rates = (arguments.tolerance, arguments.error_rate)
-  refusal = planning.refusal(num_units, *rates, support=support, method=sequential.METHOD)
+  num_units = len(set(units))
+  refusal = planning.refusal(
+    num_units,
+    *rates,
+    support=support,
+    method=sequential.METHOD,
+    unit="prompts" if num_units == len(units) else "clusters of prompts",
+  )
   if refusal:
     raise ValueError(refusal)
   return sequential.SequentialCalibration(
@@ -213,7 +221,7 @@ def _test(arguments, levels, num_units: int) -> sequential.SequentialCalibration
     tolerance=rates[0],
     error_rate=rates[1],
     support=support,
-    clusters=arguments.by_group,
+    clusters=num_units < len(units),
   )
 
 

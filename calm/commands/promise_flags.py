@@ -1,11 +1,12 @@
 """The promise that the flags of `calm calibrate` name."""
 
 import argparse
+from collections.abc import Sequence
 
 import numpy as np
 
 from calm.calibrate import generations, promises
-from calm.calibrate.generations import records
+from calm.calibrate.generations import order, records
 
 # Promises that flags can describe; the others need tables, from Python.
 PROMISES = ("mean", "quantile", "every_group", "early_exits", "tail_mean", "cost")
@@ -53,6 +54,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     **numbers,
   )
   parser.set_defaults(cost_share=promises.Cost.share)  # others are made in Python alone
+
+
+def add_ungrouped(parser) -> None:
+  """Declares `--ungrouped`."""
+  parser.add_argument(
+    "--ungrouped",
+    action="store_true",
+    help="take prompts of one group, or of equal input, for independent draws",
+  )
+
+
+def clusters_of(arguments, prompts: Sequence[records.Prompt]) -> tuple[str, ...] | None:
+  """[num_prompts] clusters that are tested; None where prompts are, as `--ungrouped` says."""
+  return None if arguments.ungrouped else order.known_groups(prompts)
+
+
+def describe_clusters(arguments, prompts: Sequence[records.Prompt]) -> str:
+  """How many clusters the prompts come in and what that means, or '' where they come in none."""
+  groups = order.known_groups(prompts)
+  if groups is None:
+    return ""
+  counted = (
+    "each prompt is taken for an independent draw all the same (--ungrouped)."
+    if arguments.ungrouped
+    else "which count once each: the promise is about clusters."
+  )
+  return (
+    f"The {len(groups)} prompts come in {len(set(groups))} clusters (of one group, or of equal"
+    f" input); {counted}"
+  )
 
 
 def promise_of(

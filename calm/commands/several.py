@@ -60,7 +60,7 @@ def risks_of(arguments, cached: generations.Generations) -> list[promises.Risk]:
   found = []
   for kind, metric, tolerance in map(parse_risk, told):
     losses = sequence_losses.compute(cached, kind, metric=metric)
-    if not arguments.by_group:
+    if arguments.ungrouped:
       losses = losses.ungrouped()
     found.append(promises.Risk(losses, tolerance))
   return found

@@ -24,7 +24,7 @@ def take_over(arguments: argparse.Namespace, told: Calibration) -> None:
   several = len({part.method for part in told.parts}) > 1
   arguments.method = "auto" if several else told.method
   arguments.testing = told.testing
-  arguments.by_group = told.clusters
+  arguments.ungrouped = not told.clusters
   arguments.promise = told.promise.name
   for name, value in told.promise.to_json().items():
     if name == "limits_of_depth":
@@ -39,7 +39,8 @@ def differences(told: Calibration, again: Calibration) -> list[str]:
   """Fields that differ; digests, provenance and sentences follow from the others."""
   ours, theirs = again.to_json(), told.to_json()
   ignored = {"digest", "provenance", "guarantee", "reason"}
-  return [name for name in ours if name not in ignored and not _same(ours[name], theirs[name])]
+  names = {**ours, **theirs}.keys() - ignored  # files leave out what is as it mostly is
+  return sorted(name for name in names if not _same(ours.get(name), theirs.get(name)))
 
 
 def _same(ours, theirs) -> bool:

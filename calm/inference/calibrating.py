@@ -17,6 +17,7 @@ from calm.calibrate import (
 )
 from calm.calibrate import seconds as seconds_lib
 from calm.calibrate import thresholds as thresholds_lib
+from calm.calibrate.generations import order
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import sequence_losses
 from calm.data import prompt_tables
@@ -80,7 +81,9 @@ def certify(
   """
   prompts, kind = prompt_tables.prompts_of(prompts), kind_of(consistency)
   support = sequence_losses.kind_support(kind, metric)
-  refusal = planning.refusal(len(prompts), tolerance, error_rate, lower=support.lower)
+  count = len(set(order.prompt_clusters(prompts)))
+  unit = "prompts" if count == len(prompts) else "clusters of prompts"
+  refusal = planning.refusal(count, tolerance, error_rate, lower=support.lower, unit=unit)
   if refusal:
     raise ValueError(refusal)
   bare = [prompt.id for prompt in prompts if not prompt.targets]

@@ -29,20 +29,18 @@ KEPT_BYTES = 2**30
 
 
 def in_order(
-  predictor: predictor_lib.Predictor, prompts: Sequence[Prompt], *, by_group: bool = False
+  predictor: predictor_lib.Predictor, prompts: Sequence[Prompt], *, ungrouped: bool = False
 ) -> list[Prompt]:
   """The prompts in the order in which the test sees them.
 
   Args:
     predictor: the model; its procedure is part of the order's seed.
     prompts: [num_prompts] prompts.
-    by_group: whether clusters are the units of the test; their prompts then stand together.
-
-  Raises:
-    ValueError: `by_group`, and a prompt has no group.
+    ungrouped: whether prompts are the units of the test where they come in clusters
+      (`order.known_groups`); else the prompts of a cluster stand together.
   """
   ids = [prompt.id for prompt in prompts]
-  groups = order.prompt_groups(prompts) if by_group else None
+  groups = None if ungrouped else order.known_groups(prompts)
   contents = order.prompts_digest(prompts)
   rows = order.decoding_order(ids, groups, predictor.procedure, contents)
   return [prompts[row] for row in rows]
@@ -64,7 +62,7 @@ def generate(
 
   Args:
     predictor: the model.
-    prompts: from `in_order`; by group where `test.clusters`.
+    prompts: from `in_order`; `ungrouped` unless `test.clusters`.
     writer: opened with these prompts, the test's thresholds, `sequential=True` and
       `by_group=test.clusters`.
     test: decides what is decoded next; planned for all prompts, or for all clusters.
@@ -83,7 +81,7 @@ def generate(
     asking.Unanswered: references are missing; what was decoded is kept, and the same call goes
       on there.
   """
-  groups = order.prompt_groups(prompts) if test.clusters else None
+  groups = order.prompt_clusters(prompts) if test.clusters else None
   units = order.consecutive_units(len(prompts), groups)
   decoder = _Decoder(predictor, prompts, writer, kept_bytes)
   # As many units as fill a batch; the same ones at every threshold.
@@ -105,6 +103,7 @@ def generate(
     metric=metric,
     seed=order.order_seed(names, predictor.procedure, order.prompts_digest(prompts)),
     procedure=predictor.procedure,
+    groups_ignored=groups is None and order.known_groups(prompts) is not None,
   )
 
 

@@ -56,8 +56,10 @@ def test_it_is_the_calibration_of_the_run_itself():
     **LOSS,
     seed=order.order_seed(cached.ids, cached.procedure, order.prompts_digest(cached.prompts)),
     procedure=cached.procedure,
+    groups_ignored=True,  # two prompts a group, tested one by one
   )
   assert found.to_json() == expected.to_json()
+  assert "the caller took each for an independent draw" in found.guarantee
   assert found.sequential and found.threshold == 0.9
   assert found.support.binary and found.column("rejected").tolist() == [True, False]
 
@@ -65,7 +67,7 @@ def test_it_is_the_calibration_of_the_run_itself():
 def clustered():
   """A complete run by group, two prompts a cluster, in the order of the test."""
   made = complete()
-  groups = order.prompt_groups(made.prompts)
+  groups = order.prompt_clusters(made.prompts)
   contents = order.prompts_digest(made.prompts)
   rows = order.decoding_order(made.ids, groups, made.procedure, contents)
   return dataclasses.replace(
@@ -104,7 +106,7 @@ def test_clusters_are_tested_in_the_order_that_calibrate_tests_them():
   found = sequential.replay(cached, **LOSS, **RATES)
   assert found.seed == fixed.seed and found.num_examples == fixed.num_examples
   used = found.rows[0].num_examples
-  groups = order.prompt_groups(cached.prompts)
+  groups = order.prompt_clusters(cached.prompts)
   means = order.unit_means(losses.values[:, 1], order.consecutive_units(COUNT, groups))
   wealth = betting.log_wealth(means, betting.EARLY.design(0.1, 0.05, COUNT // 2), betting.EARLY)
   assert fixed.rows[1].log_p_value == pytest.approx(-max(0.0, wealth.max()), abs=1e-12)

@@ -35,25 +35,73 @@ def outputs(folder, count=80, groups=None, wrong=()):
   ]
 
 
-def test_by_group_refuses_a_prompt_without_a_group(tmp_path, capsys):
-  groups = [f"g{row // 4}" for row in range(80)]
-  bare = outputs(tmp_path, groups=[*groups[:-1], None])
-  assert cli.main(["calibrate", *bare, "--by_group"]) == 2
-  error = capsys.readouterr().err
-  assert "all have a `group`" in error and "p79" in error
-  rates = ["--tolerance=0.2", "--by_group"]
-  assert cli.main(["calibrate", *outputs(tmp_path, groups=groups), *rates]) == 0
-  found = Calibration.load(tmp_path / "calibration.json")
-  assert found.clusters and found.num_examples == 20
-
-
-def test_groups_that_are_not_used_are_spoken_of(tmp_path, capsys):
-  groups = [f"g{row // 4}" for row in range(80)]
-  assert cli.main(["calibrate", *outputs(tmp_path, groups=groups)]) == 0
-  assert "80 prompts come in 20 groups" in " ".join(capsys.readouterr().out.split())
-  assert Calibration.load(tmp_path / "calibration.json").num_examples == 80
+def test_groups_count_wherever_they_are_known(tmp_path, capsys):
+  groups = [*(f"g{row // 4}" for row in range(79)), None]  # one without is its own
+  files, saved = outputs(tmp_path, groups=groups), tmp_path / "calibration.json"
+  assert cli.main(["calibrate", *files]) == 2
+  assert "at least 29 clusters of prompts" in capsys.readouterr().err
+  several = ["--risks", "textual:rouge_l:0.2", "risk_signed:token_f1:0.2"]
+  for flags in (["--tolerance=0.2"], several):
+    assert cli.main(["calibrate", *files, *flags]) == 0
+    assert "80 prompts come in 21 clusters" in " ".join(capsys.readouterr().out.split())
+    found = Calibration.load(saved)
+    assert found.clusters and found.num_examples == 21
+    assert cli.main(["calibrate", *files, *flags, "--ungrouped"]) == 0
+    assert "independent draw all the same" in " ".join(capsys.readouterr().out.split())
+    found = Calibration.load(saved)
+    assert found.num_examples == 80 and not found.clusters and found.groups_ignored
+    assert "the caller took each for an independent draw" in found.guarantee
   assert cli.main(["calibrate", *outputs(tmp_path)]) == 0
   assert "prompts come in" not in capsys.readouterr().out
+  found = Calibration.load(saved)
+  assert not found.groups_ignored and "groups_ignored" not in saved.read_text()
+
+
+def test_a_calibration_without_groups_is_verified_without_them(tmp_path, capsys):
+  files = outputs(tmp_path, groups=[f"g{row // 2}" for row in range(80)])
+  for flags in ([], ["--ungrouped"]):
+    assert cli.main(["calibrate", *files, *flags]) == 0
+    assert cli.main(["calibrate", *files, f"--verify={tmp_path / 'calibration.json'}"]) == 0
+  # A file that takes prompts for independent without a word is not what the outputs give.
+  silent = dataclasses.replace(
+    Calibration.load(tmp_path / "calibration.json"), groups_ignored=False
+  )
+  silent.save(tmp_path / "silent.json")
+  assert cli.main(["calibrate", *files, f"--verify={tmp_path / 'silent.json'}"]) == 2
+  assert "groups_ignored" in capsys.readouterr().err
+
+
+def false_certifications(folder, *flags):
+  """How many of 60 draws certify: 40 clusters of 5 prompts, 10.2 % bad at tolerance 10 %.
+
+  Clusters are told by `group` in every second draw, by equal inputs in the others.
+  """
+  generator = np.random.default_rng(0)
+  wrong = 0
+  for draw in range(60):
+    bad, full, early = generator.random(40) < 0.102, [], []
+    for row in range(200):
+      cluster = row // 5
+      by_group = {"input": f"question {row}", "group": f"article {cluster}"}
+      by_text = {"input": f"Ｑuestion\u00a0{cluster}" if row % 2 else f" question  {cluster}\n"}
+      full.append({"id": f"p{row}", "prediction": "a", **(by_text if draw % 2 else by_group)})
+      early.append({"id": f"p{row}", "prediction": "x" if bad[cluster] else "a"})
+    files = {name: write(folder, rows, name) for name, rows in (("f", full), ("e", early))}
+    output = folder / "calibration.json"
+    arguments = [f"--full={files['f']}", "--outputs", f"0.5={files['e']}", f"--output={output}"]
+    assert cli.main(["calibrate", *arguments, "--metric=exact_match", *flags]) == 0
+    wrong += Calibration.load(output).certified
+  return wrong
+
+
+def test_files_with_clusters_certify_falsely_no_more_often_than_promised(tmp_path):
+  """At 5 %, 9 or more of 60 have probability 0.003."""
+  assert false_certifications(tmp_path) <= 8
+
+
+def test_prompts_of_clusters_taken_for_independent_certify_falsely(tmp_path):
+  """Meta: the files of the test above can certify falsely."""
+  assert false_certifications(tmp_path, "--ungrouped") > 8
 
 
 def test_the_same_files_give_the_same_calibration(tmp_path):

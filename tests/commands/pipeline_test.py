@@ -258,14 +258,14 @@ def test_until_certified_asks_for_references_as_it_goes(model, prompts, tmp_path
   assert cli.main(replayed) == 0 and Calibration.load(again) == decided
 
 
-def test_until_certified_by_group_replays_by_group(model, prompts, tmp_path, capsys):
+def test_until_certified_counts_groups_and_replays_so(model, prompts, tmp_path, capsys):
   rows = [json.loads(line) for line in prompts.read_text().splitlines()]
   grouped = tmp_path / "grouped.jsonl"
   sources = ["one", "one", "two", "two", "three"]
   lines = [json.dumps(row | {"source": s}) for row, s in zip(rows, sources, strict=True)]
   grouped.write_text("\n".join(lines) + "\n")
   rates = ["--tolerance=0.9", "--error_rate=0.05"]
-  early = ["--until-certified", "--by_group", *rates]
+  early = ["--until-certified", *rates]
   output = tmp_path / "sequential"
   assert toy.generate(model, grouped, output, *early) == 0
   decided, cached = Calibration.load(output / "calibration.json"), generations.load(output)
@@ -273,11 +273,18 @@ def test_until_certified_by_group_replays_by_group(model, prompts, tmp_path, cap
   assert decided.certified and decided.num_examples == 3
   again = tmp_path / "again.json"
   replayed = ["calibrate", str(output), *rates, f"--output={again}"]
-  assert "--by_group" in toy.failure(capsys, replayed)
-  assert cli.main([*replayed, "--by_group"]) == 0
+  assert "decided by cluster" in toy.failure(capsys, [*replayed, "--ungrouped"])
+  assert cli.main(replayed) == 0
   assert Calibration.load(again) == decided
-  bare = ["generate", f"--model={model}", f"--prompts={prompts}", "--output", str(again)]
-  assert "group" in toy.failure(capsys, [*bare, toy.THRESHOLDS, *toy.DECODE, *early])
+  # Prompts taken for independent all the same: the promise says so, and the replay as well.
+  alone = tmp_path / "alone"
+  assert toy.generate(model, grouped, alone, *early, "--ungrouped") == 0
+  decided = Calibration.load(alone / "calibration.json")
+  assert decided.groups_ignored and decided.num_examples == 5 and not decided.clusters
+  replayed[1] = str(alone)
+  assert "decided by prompt" in toy.failure(capsys, replayed)
+  assert cli.main([*replayed, "--ungrouped"]) == 0
+  assert Calibration.load(again) == decided
 
 
 def test_gin_files_configure_decoding(model, prompts, tmp_path):

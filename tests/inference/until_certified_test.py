@@ -52,7 +52,7 @@ def calls(monkeypatch):
 
 def run(model, folder, *, by_group=False, rates=RATES, **options):
   """(calibration, cached generations) of a run into `folder`."""
-  prompts = until_certified.in_order(model, PROMPTS, by_group=by_group)
+  prompts = until_certified.in_order(model, PROMPTS, ungrouped=not by_group)
   writer = writer_lib.open_writer(
     folder,
     prompts=prompts,
@@ -62,7 +62,7 @@ def run(model, folder, *, by_group=False, rates=RATES, **options):
     by_group=by_group,
   )
   units = order.unit_names(
-    [p.id for p in prompts], order.prompt_groups(prompts) if by_group else None
+    [p.id for p in prompts], order.known_groups(prompts) if by_group else None
   )
   test = sequential.SequentialCalibration(
     THRESHOLDS, len(units), clusters=by_group, support=LOSS_SUPPORT, **rates
@@ -135,7 +135,12 @@ def test_clusters_are_decoded_whole_and_tested_on_their_means(model, tmp_path):
   assert sequential.decide(means, test.design, 0.0)[0] == count
 
 
-def test_prompts_without_a_group_are_refused_by_group(model):
-  bare = [dataclasses.replace(PROMPTS[0], group=None), *PROMPTS[1:]]
-  with pytest.raises(ValueError, match=r"to all have a `group` .*'p0'"):
-    until_certified.in_order(model, bare, by_group=True)
+def test_prompts_of_one_text_stand_together_as_those_of_one_group_do(model):
+  twins = [
+    dataclasses.replace(prompt, group=None, input=f"Text {i % 12}" + " " * (i // 12))
+    for i, prompt in enumerate(PROMPTS)
+  ]
+  inputs = [prompt.input.split()[1] for prompt in until_certified.in_order(model, twins)]
+  assert inputs[::2] == inputs[1::2] and len(set(inputs)) == 12
+  alone = [prompt.input for prompt in until_certified.in_order(model, twins, ungrouped=True)]
+  assert len(set(alone)) == 24

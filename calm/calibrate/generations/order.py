@@ -9,7 +9,8 @@ change from one version to the next.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -85,31 +86,53 @@ def permutation(
   return seeded_order(ids, order_seed(ids, procedure, contents))
 
 
-def prompt_groups(prompts: Sequence[Prompt]) -> tuple[str, ...]:
-  """[num_prompts] cluster of each prompt.
+def fold_text(text: str) -> str:
+  """Text without differences of Unicode form, case, invisible characters and white space.
 
-  Raises:
-    ValueError: a prompt has none.
+  This is Unicode's NFKC_Casefold, save that of the ignorable characters only those of category
+  Cf are removed, with every run of white space as one space.
   """
-  bare = [prompt.id for prompt in prompts if prompt.group is None]
-  if bare:
-    raise ValueError(
-      f"Expected `prompts` to all have a `group` to be tested by group, got {len(bare)} that"
-      f" have none, first {bare[:5]}; give each its group (or source), or test by prompt."
-    )
-  return tuple(str(prompt.group) for prompt in prompts)
+  if not text.isascii():
+    text = "".join(c for c in text if unicodedata.category(c) != "Cf")
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+  return " ".join(text.casefold().split())
+
+
+def prompt_clusters(
+  prompts: Sequence[Prompt], *, fold: Callable[[str], str] = fold_text
+) -> tuple[str, ...]:
+  """[num_prompts] cluster of each prompt: prompts of one group or of equal input are in one.
+
+  A cluster has the name of the first of its groups; a prompt without a group is a group of its
+  own. Inputs that are not known ('') are equal to none.
+
+  Args:
+    prompts: with their groups, where they have any.
+    fold: inputs are equal if this makes them equal.
+  """
+  parent: dict[str, str] = {}
+
+  def root(name: str) -> str:
+    while (above := parent.setdefault(name, name)) != name:
+      parent[name] = name = parent[above]
+    return name
+
+  names = [
+    f"prompt {prompt.id}" if prompt.group is None else str(prompt.group) for prompt in prompts
+  ]
+  first: dict[bytes, str] = {}
+  for prompt, name in zip(prompts, names, strict=True):
+    if text := fold(prompt.input):
+      digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+      a, b = sorted((root(name), root(first.setdefault(digest, name))))
+      parent[b] = a
+  return tuple(map(root, names))
 
 
 def known_groups(prompts: Sequence[Prompt]) -> tuple[str, ...] | None:
-  """[num_prompts] cluster of each prompt, or None where no prompt has one.
-
-  A prompt without a group beside prompts that have one is a cluster of its own.
-  """
-  if all(prompt.group is None for prompt in prompts):
-    return None
-  return tuple(
-    f"prompt {prompt.id}" if prompt.group is None else prompt.group for prompt in prompts
-  )
+  """`prompt_clusters`, or None where every prompt is a cluster of its own."""
+  names = prompt_clusters(prompts)
+  return names if len(set(names)) < len(names) else None
 
 
 def unit_names(ids: Sequence[str], groups: Sequence[str] | None) -> tuple[str, ...]:

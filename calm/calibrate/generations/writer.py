@@ -177,7 +177,7 @@ def open_writer(
   directory = pathlib.Path(directory)
   records_lib.check_unique(prompts)
   if by_group:
-    order.consecutive_units(len(prompts), order.prompt_groups(prompts))
+    order.consecutive_units(len(prompts), order.prompt_clusters(prompts))
   manifest = {
     "schema_version": cached.SCHEMA_VERSION,
     "procedure": None if procedure is None else procedure.to_json(),

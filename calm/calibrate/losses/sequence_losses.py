@@ -59,6 +59,7 @@ class SequenceLosses:
     ids: [num_examples] prompt ids.
     groups: [num_examples] cluster of each prompt, or None; `calibrate` tests cluster means
       then (`ungrouped` takes prompts for independent).
+    groups_ignored: whether there were clusters, which `ungrouped` took away.
     procedure: how the outputs were decoded, or None.
     order: 'permuted' (tests that depend on the order see a permutation seeded by the sorted
       ids, the contents and the procedure) or 'given' (rows as they are).
@@ -79,6 +80,7 @@ class SequenceLosses:
   metric: str = UNKNOWN
   ids: tuple[str, ...] | None = None
   groups: tuple[str, ...] | None = None
+  groups_ignored: bool = False
   procedure: Procedure | None = None
   order: str = "permuted"
   contents: str = ""
@@ -117,13 +119,17 @@ class SequenceLosses:
     return dataclasses.replace(self, order="given")
 
   def ungrouped(self) -> "SequenceLosses":
-    """The same losses, each prompt taken for independent; the promise is then false for
-    prompts that come in clusters."""
-    return dataclasses.replace(self, groups=None)
+    """The same losses, each prompt taken for an independent draw.
+
+    The promise is false if prompts of one cluster are not; the guarantee says so.
+    """
+    groups = self.groups or ()
+    ignored = self.groups_ignored or len(set(groups)) < len(groups)
+    return dataclasses.replace(self, groups=None, groups_ignored=ignored)
 
   def grouped(self, groups: Sequence[str]) -> "SequenceLosses":
     """The same losses, of prompts that come in these clusters."""
-    return dataclasses.replace(self, groups=tuple(groups))
+    return dataclasses.replace(self, groups=tuple(groups), groups_ignored=False)
 
   def rows(self, index: Sequence[int] | np.ndarray) -> "SequenceLosses":
     """The losses of some prompts, by row number."""

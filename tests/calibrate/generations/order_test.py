@@ -1,5 +1,7 @@
 """The order of a sequential run on clusters: that of `calibrate`, clusters whole."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -61,10 +63,48 @@ def test_units_of_a_later_part_have_their_means():
 
 
 def test_a_prompt_without_a_group_beside_others_is_a_cluster_of_its_own():
-  grouped, bare = Prompt("x", "", (), "g"), Prompt("y", "")
-  assert order.known_groups([bare, bare]) is None
-  assert order.known_groups([grouped, bare]) == ("g", "prompt y")
-  assert order.known_groups([grouped, grouped]) == ("g", "g")
+  grouped, also, bare = Prompt("x", "", (), "g"), Prompt("z", "", (), "g"), Prompt("y", "")
+  assert order.known_groups([bare, Prompt("w", "")]) is None  # inputs that nobody knows
+  assert order.known_groups([grouped, bare]) is None
+  assert order.prompt_clusters([grouped, bare]) == ("g", "prompt y")
+  assert order.known_groups([grouped, bare, also]) == ("g", "prompt y", "g")
+
+
+def test_inputs_that_are_equal_but_for_form_case_and_space_are_one():
+  texts = [
+    "Straße  7",
+    " STRASSE\u00a07\n",
+    "\ufeffstras\u00adse ７",
+    "strasse 8",
+    "x",
+    "X\u200b",
+  ]
+  prompts = [Prompt(f"p{i}", text) for i, text in enumerate(texts)]
+  clusters = order.known_groups(prompts)
+  assert clusters == (*["prompt p0"] * 3, "prompt p3", *["prompt p4"] * 2)
+  assert order.known_groups(prompts[2:5]) is None
+  assert order.prompt_clusters(prompts[2:5], fold=lambda text: "same") == ("prompt p2",) * 3
+
+
+@given(st.text(max_size=12))
+def test_folding_a_text_twice_changes_nothing(text):
+  folded = order.fold_text(text)
+  assert order.fold_text(folded) == folded
+  assert order.fold_text(f"\n{text}\t ") == folded
+
+
+def test_clusters_are_joined_by_groups_and_by_inputs():
+  """p0 and p1 share a group, p1 and p2 an input, p2 and p3 a group: one cluster, any order."""
+  prompts = [
+    Prompt("p0", "a", (), "g"),
+    Prompt("p1", "b", (), "g"),
+    Prompt("p2", "B", (), "f"),
+    Prompt("p3", "c", (), "f"),
+    Prompt("p4", "d", (), "h"),
+  ]
+  for rows in itertools.permutations(prompts):
+    clusters = dict(zip([p.id for p in rows], order.prompt_clusters(rows), strict=True))
+    assert clusters == {"p0": "f", "p1": "f", "p2": "f", "p3": "f", "p4": "h"}
 
 
 def test_a_seed_is_sixteen_digits_of_what_it_is_made_of():
@@ -78,8 +118,6 @@ def test_a_seed_is_sixteen_digits_of_what_it_is_made_of():
   assert all(len(seed) == 16 and int(seed, 16) >= 0 for seed in seeds)
 
 
-def test_scattered_clusters_and_prompts_without_a_group_are_refused():
+def test_scattered_clusters_are_refused():
   with pytest.raises(ValueError, match="2 clusters in 3 places"):
     order.consecutive_units(3, ["a", "b", "a"])
-  with pytest.raises(ValueError, match=r"got 1 that have none, first \['y'\]; give"):
-    order.prompt_groups([Prompt("x", "", (), "g"), Prompt("y", "")])
