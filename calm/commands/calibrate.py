@@ -276,7 +276,7 @@ def _replay(arguments, console, cached) -> calibrate_lib.Calibration:
   """A run that stopped early is tested prompt by prompt, as it was decoded."""
   del console
   grouped = promise_flags.clusters_of(arguments, cached.prompts) is not None
-  if cached.by_group and arguments.ungrouped or grouped and not cached.by_group:
+  if (cached.by_group and arguments.ungrouped) or (grouped and not cached.by_group):
     tested = "by cluster" if cached.by_group else "by prompt"
     raise ValueError(
       "Expected `--ungrouped` as the run that stopped early had it (decided"

@@ -71,7 +71,7 @@ def clusters_of(arguments, prompts: Sequence[records.Prompt]) -> tuple[str, ...]
 
 
 def describe_clusters(arguments, prompts: Sequence[records.Prompt]) -> str:
-  """How many clusters the prompts come in and what that means, or '' where they come in none."""
+  """How many clusters the prompts come in and what that means; '' where they come in none."""
   groups = order.known_groups(prompts)
   if groups is None:
     return ""

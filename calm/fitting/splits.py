@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 
 from calm.calibrate import Prompt, planning
-from calm.calibrate.generations import files
+from calm.calibrate.generations import files, order
 
 PARTS = ("train", "validation", "calibration", "last")
 # (share of the groups, most groups) of the parts that measure; training has the rest.
@@ -150,31 +150,17 @@ def _sizes(
 
 def _groups(rows: Sequence[Prompt]) -> tuple[dict[str, list[Prompt]], int]:
   """Rows by group, groups that share an input joined; and how many rows repeat an input."""
-  parent: dict[str, str] = {}
-
-  def root(name: str) -> str:
-    while parent.setdefault(name, name) != name:
-      name = parent[name]
-    return name
-
-  first: dict[str, str] = {}
-  names, repeats = [], 0
-  for row in rows:
-    name = f"id:{row.id}" if row.group is None else f"group:{row.group}"
-    text = _letters(row.input)
-    repeats += text in first
-    a, b = sorted((root(name), root(first.setdefault(text, name))))
-    parent[b] = a
-    names.append(name)
+  names = [f"id:{row.id}" if row.group is None else f"group:{row.group}" for row in rows]
+  texts = [_letters(row.input) for row in rows]
   members: dict[str, list[Prompt]] = {}
-  for row, name in zip(rows, names, strict=True):
-    members.setdefault(root(name), []).append(row)
-  return members, repeats
+  for row, name in zip(rows, order.join_equal(names, texts), strict=True):
+    members.setdefault(name, []).append(row)
+  return members, len(texts) - len(set(texts))
 
 
 def _letters(text: str) -> str:
   """What twins share: the text in lower case without punctuation, symbols and spaces."""
-  folded = unicodedata.normalize("NFKC", text).casefold()
+  folded = order.fold_text(text)
   return "".join(c for c in folded if unicodedata.category(c)[0] in "LMN") or text
 
 

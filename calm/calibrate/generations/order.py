@@ -10,7 +10,7 @@ change from one version to the next.
 
 import hashlib
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -98,17 +98,14 @@ def fold_text(text: str) -> str:
   return " ".join(text.casefold().split())
 
 
-def prompt_clusters(
-  prompts: Sequence[Prompt], *, fold: Callable[[str], str] = fold_text
-) -> tuple[str, ...]:
-  """[num_prompts] cluster of each prompt: prompts of one group or of equal input are in one.
+def join_equal(names: Sequence[str], texts: Sequence[str]) -> tuple[str, ...]:
+  """[num_rows] cluster of each row: rows of one name, or of equal text, are in one.
 
-  A cluster has the name of the first of its groups; a prompt without a group is a group of its
-  own. Inputs that are not known ('') are equal to none.
+  A cluster has the name that is first of its names, sorted. '' is equal to no text.
 
   Args:
-    prompts: with their groups, where they have any.
-    fold: inputs are equal if this makes them equal.
+    names: [num_rows] names.
+    texts: [num_rows] texts.
   """
   parent: dict[str, str] = {}
 
@@ -117,16 +114,24 @@ def prompt_clusters(
       parent[name] = name = parent[above]
     return name
 
-  names = [
-    f"prompt {prompt.id}" if prompt.group is None else str(prompt.group) for prompt in prompts
-  ]
   first: dict[bytes, str] = {}
-  for prompt, name in zip(prompts, names, strict=True):
-    if text := fold(prompt.input):
+  for name, text in zip(names, texts, strict=True):
+    if text:
       digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
       a, b = sorted((root(name), root(first.setdefault(digest, name))))
       parent[b] = a
   return tuple(map(root, names))
+
+
+def prompt_clusters(prompts: Sequence[Prompt]) -> tuple[str, ...]:
+  """[num_prompts] cluster of each prompt: prompts of one group or of equal input are in one.
+
+  A prompt without a group is a group of its own. Inputs are equal if `fold_text` makes them so.
+  """
+  names = [
+    f"prompt {prompt.id}" if prompt.group is None else str(prompt.group) for prompt in prompts
+  ]
+  return join_equal(names, [fold_text(prompt.input) for prompt in prompts])
 
 
 def known_groups(prompts: Sequence[Prompt]) -> tuple[str, ...] | None:

@@ -83,7 +83,6 @@ def test_inputs_that_are_equal_but_for_form_case_and_space_are_one():
   clusters = order.known_groups(prompts)
   assert clusters == (*["prompt p0"] * 3, "prompt p3", *["prompt p4"] * 2)
   assert order.known_groups(prompts[2:5]) is None
-  assert order.prompt_clusters(prompts[2:5], fold=lambda text: "same") == ("prompt p2",) * 3
 
 
 @given(st.text(max_size=12))
