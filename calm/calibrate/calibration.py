@@ -160,6 +160,11 @@ class Calibration:
     return self.knobs[place] if self.knobs else self.threshold
 
   @property
+  def unit(self) -> str:
+    """What is drawn: 'prompts', or 'clusters of prompts'."""
+    return "clusters of prompts" if self.clusters else "prompts"
+
+  @property
   def guarantee(self) -> str:
     """The promise in plain words, with what it does not say."""
     return describe(self)
@@ -326,7 +331,6 @@ def describe(calibration: Calibration) -> str:
 
 def sentences(calibration: Calibration) -> list[str]:
   """The sentences of `describe`; the first is the promise."""
-  unit = "clusters of prompts" if calibration.clusters else "prompts"
   if not calibration.certified:
     full = (
       "its loss against itself is 0 by definition."
@@ -340,16 +344,27 @@ def sentences(calibration: Calibration) -> list[str]:
     ]
   loss = _KINDS.get(calibration.kind, "loss").format(metric=calibration.metric)
   promise = calibration.promise
+  over = (
+    ", in the average over clusters, of which each counts once whatever its size,"
+    if calibration.clusters
+    else ""
+  )
   # A sequential run may stop before it has used them all.
   most = "at most " if calibration.sequential else ""
   told = [
     f"With probability at least {1.0 - calibration.error_rate:.10g} over the draw of the"
-    f" {most}{calibration.num_examples} calibration {unit}, decoding with"
-    f" {_served(calibration)} has {promise.statement(calibration, loss)}.",
-    promise.limits(unit),
+    f" {most}{calibration.num_examples} calibration {calibration.unit}, decoding with"
+    f" {_served(calibration)} has{over} {promise.statement(calibration, loss)}.",
+    promise.limits(calibration.unit),
     "It holds if grid, method, tolerance and error rate were fixed before these losses were"
     " seen.",
   ]
+  if calibration.clusters:
+    told.append(
+      "Within a cluster it is the average over its prompts that the promise is about. Nothing"
+      " is said of prompts that are counted one by one: where large clusters lose more than"
+      " small ones, the bound may fail for them."
+    )
   if calibration.order == "given":
     told.append(
       "The test saw prompts in the order given by the caller, who answers for its having been"

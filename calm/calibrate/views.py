@@ -92,7 +92,8 @@ def in_short(calibration: "Calibration") -> str:
     f"threshold={format_threshold(calibration.threshold)},"
     f" tolerance={calibration.tolerance:g}, error_rate={calibration.error_rate:g}:"
     f" {title(calibration)}; {certified} of"
-    f" {len(calibration.rows)} thresholds certified on {calibration.num_examples} prompts"
+    f" {len(calibration.rows)} thresholds certified on {calibration.num_examples}"
+    f" {calibration.unit}"
   )
 
 

@@ -95,6 +95,7 @@ def test_nothing_certified_is_full_depth():
 def test_clusters_are_the_units():
   groups = tuple(f"g{row // 4}" for row in range(400))
   found = calibrate_configurations(*families(groups=groups), error_rate=0.05)
+  assert "in the average over clusters, of which each counts once" in found.promised
   assert found.clusters and found.num_examples == 50
   one = [{"softmax": table["softmax"]} for table in families(groups=groups)]
   alone = calibrate_configurations(*one, error_rate=0.05)

@@ -63,6 +63,6 @@ class EarlyExits(Promise):
   def limits(self, unit):
     """Nothing of other depths."""
     return (
-      f"These are means over {unit} drawn like those and so early: they say nothing of any"
-      " single prompt, of other depths, nor of prompts of another kind."
+      f"These are means over the early texts of {unit} drawn like those: they say nothing of"
+      " any single prompt, of other depths, nor of prompts of another kind."
     )

@@ -54,6 +54,6 @@ class Quantile(Promise):
   def limits(self, unit):
     """Nothing of how bad the others are."""
     return (
-      f"This is a share of {unit} drawn like those: it says nothing of how much the others"
+      f"This is a share over {unit} drawn like those: it says nothing of how much the others"
       " lose, nor which they are, nor of prompts of another kind."
     )

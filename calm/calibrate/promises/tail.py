@@ -62,7 +62,7 @@ class TailMean(Promise):
   def limits(self, unit):
     """Nothing of single texts."""
     return (
-      f"This is a mean over the worst of {unit} drawn like those: it says nothing of any single"
-      " prompt, nor of prompts of another kind, and holds if the start of the tail"
+      f"This is a mean over the worst texts among {unit} drawn like those: it says nothing of"
+      " any single prompt, nor of prompts of another kind, and holds if the start of the tail"
       f" ({self.start:.10g}) was fixed before these losses were seen."
     )
