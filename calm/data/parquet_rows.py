@@ -32,12 +32,18 @@ def rows(file: BinaryIO, name: str) -> Iterator[dict[str, Any]]:
     name: for messages.
 
   Raises:
-    ValueError: it is damaged, or stands for more than `bounded.most` says.
+    ValueError: it is damaged, stands for more than `bounded.most` says, or has two columns of
+      one name.
   """
   most = bounded.most(file.seek(0, 2))
   file.seek(0)
   try:
     schema = parquet.ParquetFile(file).schema_arrow
+    if len(set(schema.names)) < len(schema.names):
+      raise ValueError(
+        f"{name}: expected columns of different names, got {schema.names}; rename those that"
+        " repeat."
+      )
     fields = [field for field in schema if _is_plain(field.type)]
     flat = [field.name for field in fields if not _is_list(field.type)]
     lists = [field.name for field in fields if _is_list(field.type)]

@@ -6,9 +6,12 @@ that is given; `id`, `target` (or `targets`, `reference`, `references`) and `sou
 `group`) are read where they are there. `PromptFile.taken` says what was taken for what.
 
 A file is read twice: once to check and count it before any work, and once for the work, so that
-memory does not grow with its length. What cannot be read twice is kept on the disk meanwhile.
+its texts do not fill the memory. Each later pass compares every prompt with the first pass, by
+its hash, and refuses a file that was changed in between. What cannot be read twice is kept on
+the disk meanwhile.
 """
 
+import array
 import contextlib
 import dataclasses
 import gzip
@@ -23,7 +26,7 @@ import sys
 import tempfile
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from calm.calibrate import Prompt
@@ -49,6 +52,7 @@ class PromptFile:
     count: prompts there are.
     rows: reads the rows anew.
     limit: prompts wanted, or None for all.
+    hashes: [count] running hashes of the prompts that the first pass read.
   """
 
   name: str
@@ -57,6 +61,7 @@ class PromptFile:
   count: int
   rows: Callable[[], Iterator[row_formats.Row]] = dataclasses.field(repr=False)
   limit: int | None = None
+  hashes: Sequence[int] = dataclasses.field(default=(), repr=False)
 
   @property
   def taken(self) -> str:
@@ -72,8 +77,22 @@ class PromptFile:
     return self.count
 
   def __iter__(self) -> Iterator[Prompt]:
+    number = running = 0
     for row in itertools.islice(self.rows(), self.limit):
-      yield prompt_of(row, self.input_key)
+      prompt = prompt_of(row, self.input_key)
+      running = hash((running, prompt))
+      if number == self.count or running != self.hashes[number]:
+        break
+      yield prompt
+      number += 1
+    else:
+      if number == self.count:
+        return
+    raise ValueError(
+      f"Expected {self.name} to have the {self.count} rows that were counted at first, got"
+      f" another row {number + 1}, or none: it was changed while it was in use; start again,"
+      " with a file that nobody writes to."
+    )
 
 
 def open_prompts(
@@ -106,26 +125,28 @@ def open_prompts(
   source = _Source(path)
   format = format or _format(source)
   rows = lambda: _rows(source, format)
-  count, seen = 0, set()
+  # Eight bytes a prompt; the texts of a long file would fill the memory.
+  hashes, running = array.array("q"), 0
+  seen: set[int] = set()
   for row in itertools.islice(rows(), limit):
-    if not count:
+    if not hashes:
       input_key = key_of(row, input_key)
     prompt = prompt_of(row, input_key)
-    # Hashes alone, or the names of a long file would fill the memory.
-    if isinstance(row.value, Mapping) and row.value.get("id") not in (None, ""):
+    if isinstance(row.value, Mapping):  # a text has a number only, which no other has
       if hash(prompt.id) in seen:
         raise row.error(
-          f"expected every `id` once, got {prompt.id!r} of an earlier row again; give every row"
-          " its own, or leave `id` out to have rows numbered"
+          f"expected every `id` once, got {prompt.id!r} of an earlier row again (a row without"
+          " an `id` is named by its number); give every row its own, or none"
         )
       seen.add(hash(prompt.id))
-    count += 1
-  if not count:
+    running = hash((running, prompt))
+    hashes.append(running)
+  if not hashes:
     raise ValueError(
       f"Expected {source.name} to hold prompts, got no examples: no line with text, or no"
       f" row, read as {row_formats.FORMATS[format]}; write at least one, or name the format."
     )
-  return PromptFile(source.name, format, input_key, count, rows, limit)
+  return PromptFile(source.name, format, input_key, len(hashes), rows, limit, hashes)
 
 
 class _Source:

@@ -47,6 +47,11 @@ def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
   Lines end at newlines only: `splitlines` would end a prompt at characters that are no ends.
   """
   for number, line in enumerate(bounded.lines(file, name), start=1):
+    if b"\0" in line:
+      raise ValueError(
+        f"Expected prompts in UTF-8, got the byte 0x00 in line {number} of {name}; save the"
+        " text as UTF-8 (a text in UTF-16 has such bytes)."
+      )
     try:
       # Some editors put a byte order mark before the first line.
       yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -96,6 +101,12 @@ def json_array(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
     number, first = number + 1, False
     where = f"{name}, element {number}"
     yield _checked(Row(pieces.take(where), f"{stem}/{number}", where))
+  pieces.drop(1)
+  if rest := pieces.next_character():
+    raise ValueError(
+      f"{name}: expected the JSON array to end the file, got {rest!r} after its `]`; write one"
+      " array, or JSON Lines."
+    )
 
 
 class _Pieces:

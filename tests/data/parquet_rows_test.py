@@ -108,3 +108,12 @@ def test_a_row_longer_than_a_line_may_be_is_refused(tmp_path, monkeypatch):
   parquet.write_table(pyarrow.table({"input": ["a", "x" * 65]}), tmp_path / "rows.parquet")
   with pytest.raises(ValueError, match="rows of at most 64 bytes, got a longer one"):
     prompt_files.open_prompts(tmp_path / "rows.parquet")
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+  """One of them would be read, and nobody would know which."""
+  columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+  path = tmp_path / "rows.parquet"
+  parquet.write_table(pyarrow.Table.from_arrays(columns, names=["input", "input"]), path)
+  with pytest.raises(ValueError, match=r"rows\.parquet: expected columns of different names"):
+    prompt_files.open_prompts(path)

@@ -153,6 +153,58 @@ def test_the_limit_leaves_the_rest_unread(tmp_path):
     prompt_files.open_prompts(path)
 
 
+# What happens to a file between its first and its second pass.
+CHANGES = {
+  "truncated": lambda rows: rows[:-1],
+  "emptied": lambda rows: [],
+  "appended": lambda rows: [*rows, {"id": "z", "input": "new"}],
+  "rewritten": lambda rows: [*rows[:2], {**rows[2], "input": "other"}, *rows[3:]],
+  "another target": lambda rows: [*rows[:2], {**rows[2], "target": "other"}, *rows[3:]],
+  "another id": lambda rows: [*rows[:2], {**rows[2], "id": "other"}, *rows[3:]],
+  "swapped": lambda rows: [*rows[:2], rows[3], rows[2], *rows[4:]],
+  "doubled": lambda rows: [*rows[:3], *rows[2:]],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_a_file_that_changes_between_its_passes_is_refused(tmp_path, name, change):
+  """No row is given out but those that were checked, in their order."""
+
+  def save(rows) -> None:
+    table = [
+      "id,input,target",
+      *(",".join(row.get(k, "") for k in ("id", "input", "target")) for row in rows),
+    ]
+    content = {
+      "rows.jsonl": lines(rows),
+      "rows.json": json.dumps(rows).encode(),
+      "rows.csv": "".join(f"{line}\n" for line in table).encode(),
+    }[name]
+    write(tmp_path, name, content)
+
+  rows = [{"id": str(i), "input": f"text {i}", "target": f"t{i}"} for i in range(6)]
+  save(rows)
+  opened = prompt_files.open_prompts(tmp_path / name)
+  first = list(opened)
+  assert list(opened) == first
+  save(CHANGES[change](rows))
+  seen = []
+  with pytest.raises(ValueError, match=r"Expected .*rows.* 6 rows .*got .*changed while"):
+    for prompt in opened:
+      seen.append(prompt)
+  assert seen == first[: len(seen)] and len(seen) < 7
+  save(rows)
+  assert list(opened) == first
+
+
+def test_rows_beyond_the_limit_may_change(tmp_path):
+  path = write(tmp_path, "rows.jsonl", lines(ROWS))
+  opened = prompt_files.open_prompts(path, limit=1)
+  path.write_bytes(lines([ROWS[0], {"input": "other"}, {"input": "more"}]))
+  assert list(opened) == PROMPTS[:1]
+
+
 def test_keys_are_the_same_in_every_row(tmp_path):
   for key in prompt_files.INPUT_KEYS:
     path = write(tmp_path, "one.jsonl", lines([{key: "a", "other": "b"}]))
@@ -190,8 +242,26 @@ def test_keys_are_the_same_in_every_row(tmp_path):
       lines([ROWS[0], ROWS[0]]),
       r"a\.jsonl:2: expected every `id` once, got 'a' of an earlier row",
     ),
+    (  # the third row has no id and is called rows/3, as the first one is
+      "rows.jsonl",
+      lines([{"id": "rows/3", "input": "a"}, {"input": "b"}, {"input": "c"}]),
+      r"rows\.jsonl:3: expected every `id` once, got 'rows/3' of an earlier row",
+    ),
+    (
+      "rows.csv",
+      b"id,input\n,a\nrows/1,b\n",
+      r"rows\.csv:3: expected every `id` once, got 'rows/1' of an earlier row",
+    ),
     ("a.jsonl", b'{"input": "\xe9"}\n', "0xe9 in line 1 of"),
+    ("a.txt", "one\ntwo\n".encode("utf-16-le"), r"the byte 0x00 in line 1 of .*UTF-16"),
+    ("a.txt", "eins\n".encode("utf-16-be"), r"the byte 0x00 in line 1 of"),
+    ("a.txt", "\u4e00\n\u4e01\n".encode("utf-16-le"), r"in line 1 of .*a\.txt"),
+    ("a.csv", b"input\na\nb\0c\n", r"the byte 0x00 in line 3 of"),
+    ("a.tsv", b"input\0\na\n", r"the byte 0x00 in line 1 of"),
     ("a.json", b'[{"input": "\xe9"}]', "0xe9 in"),
+    ("a.json", b'[{"input": "a"}]\n[{"input": "b"}]', r"to end the file, got '\[' after its"),
+    ("a.json", b'["a"] {}', r"to end the file, got '\{' after its `\]`"),
+    ("a.json", b'["a"]' + b" " * 200_000 + b"]", r"to end the file, got '\]' after its"),
     ("a.json", b'[{"input": "a"} {"input": "b"}]', r"`,` or `]` after element 1"),
     ("a.json", b'[{"input": "a"},', r"element 2: expected whole JSON, got .*cut off"),
     ("a.json", b'[{"input": "a"}', r"after element 1.*the end of the file"),
