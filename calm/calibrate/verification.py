@@ -266,6 +266,8 @@ def check_decision(calibration: "Calibration") -> None:
       f"Expected `threshold` {shown}, the one that the rows certify, got"
       f" {calibration.threshold!r}: the file was edited."
     )
+  for part in parts:
+    _check_bounds(part, calibration.error_rate * part.share)
 
 
 def _only_part(calibration: "Calibration") -> Evidence:
@@ -333,6 +335,26 @@ def _check_part_numbers(part: Evidence, calibration: "Calibration") -> None:
   _check_sums(part, log_p, counts, means)
 
 
+def _check_bounds(part: Evidence, level: float) -> None:
+  """Upper bounds lie in the range of losses, and at most at the tolerance where p <= level."""
+  low, high = part.support.lower, part.support.upper
+  for log_p, bound in zip(part.log_p_values, part.upper_bounds, strict=True):
+    p_value = math.exp(log_p)
+    if math.isnan(bound):
+      agrees, wanted = log_p == 0.0, "a number, as its p-value is below 1"
+    else:
+      agrees = low - 1e-9 <= bound <= high + 1e-9 and (bound <= part.tolerance) == (
+        p_value <= level
+      )
+      side = "at most" if p_value <= level else "above"
+      wanted = f"in [{low:g}, {high:g}] and {side} the tolerance {part.tolerance}"
+    if not agrees and abs(p_value - level) > 1e-12:
+      raise ValueError(
+        f"Expected `upper_bound` {wanted}, got {bound!r} at p = {p_value:.4g}: the file was"
+        " edited."
+      )
+
+
 def _check_sums(part: Evidence, log_p, counts, means) -> None:
   """Methods of the sum give the same p-values again."""
   method = methods.METHODS[part.method]
@@ -369,6 +391,8 @@ def _check_rows(calibration: "Calibration", parts) -> None:
         f"Expected `{name}` {float(wanted[odd[0]])!r} in row {odd[0]}, got"
         f" {float(got[odd[0]])!r}: the file was edited."
       )
+  if calibration.parts:
+    _check_worst(calibration, again.worst)
   # p = error_rate may fall on either side by rounding, where it does the stored word counts.
   close = np.abs(adjusted - calibration.error_rate) <= 1e-12
   rejected = np.array([row.rejected for row in calibration.rows])
@@ -384,3 +408,16 @@ def _check_rows(calibration: "Calibration", parts) -> None:
       f"Expected `visited` {again.visited!r:.200}, got {calibration.visited!r:.200}: the file"
       " was edited."
     )
+
+
+def _check_worst(calibration: "Calibration", worst: np.ndarray) -> None:
+  """Rows repeat what the least certain part of each found."""
+  for number, row in enumerate(calibration.rows):
+    part = calibration.parts[int(worst[number])]
+    for name, column in (("mean", part.means), ("upper_bound", part.upper_bounds)):
+      got, wanted = getattr(row, name), column[number]
+      if got != wanted and not (math.isnan(got) and math.isnan(wanted)):
+        raise ValueError(
+          f"Expected `{name}` {wanted!r} in row {number}, that of the part {part.name!r}, got"
+          f" {got!r}: the file was edited."
+        )

@@ -3,6 +3,7 @@
 Shared by the checkpoint formats, each of which has a file of its own.
 """
 
+import collections
 import contextlib
 import json
 import os
@@ -44,7 +45,8 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
   Raises:
     FileNotFoundError: `path` is missing.
-    ValueError: the file is truncated or no safetensors file, or holds other than floats.
+    ValueError: the file is truncated or no safetensors file, names a tensor twice, or holds
+      other than floats.
   """
   if not path.is_file():
     raise FileNotFoundError(
@@ -53,6 +55,7 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     )
   try:
     with safetensors.safe_open(path, framework="numpy") as file:
+      _check_unique(path)
       return {name: as_float32(name, file.get_tensor(name), path) for name in file.keys()}  # noqa: SIM118
   except safetensors.SafetensorError as error:
     raise ValueError(
@@ -60,6 +63,23 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
       f" ({path.stat().st_size} bytes), truncated or of another kind ({error}); download or"
       " save the checkpoint again."
     ) from error
+
+
+def _check_unique(path: pathlib.Path) -> None:
+  """ValueError where a safetensors header names a tensor twice; the last would be read."""
+
+  def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    counts = collections.Counter(name for name, _ in pairs)
+    if twice := [name for name, count in counts.items() if count > 1]:
+      raise ValueError(
+        f"Expected {str(path)!r} to name every tensor once, got {twice[:5]} twice; download or"
+        " save the checkpoint again."
+      )
+    return dict(pairs)
+
+  with path.open("rb") as file:
+    size = int.from_bytes(file.read(8), "little")
+    json.loads(file.read(size), object_pairs_hook=unique)
 
 
 def safetensors_writer(

@@ -170,6 +170,11 @@ CONTRADICTIONS = [
   ("rows.2.rejected", True, "`rejected` False"),
   ("rows.2.adjusted_p_value", 0.01, "`adjusted_p_value`"),
   ("rows.0.threshold", 0.01, "strictly descending"),
+  ("rows.0.upper_bound", -1.0, "`upper_bound` in "),
+  ("rows.0.upper_bound", 1.5, "`upper_bound` in "),
+  ("rows.0.upper_bound", 0.11, "`upper_bound` .* at most the tolerance 0.1"),
+  ("rows.0.upper_bound", None, "`upper_bound` a number"),
+  ("rows.2.upper_bound", 0.09, "`upper_bound` .* above the tolerance 0.1"),
   ("testing", "bonferroni", "`adjusted_p_value`"),
   ("visited", [0], "`visited`"),
   ("promise", {"name": "quantile", "share": 0.5}, "binary `support` for the promise"),
@@ -196,10 +201,22 @@ def test_methods_of_sums_are_computed_again(path, new):
     Calibration.from_json(value)
 
 
+@pytest.mark.parametrize("path", ["rows.0.mean", "rows.0.upper_bound"])
+def test_rows_say_what_the_least_certain_part_says(path):
+  labels = [f"g{row % 2}" for row in range(300)]
+  value = made(promise=promises.EveryGroup(labels=labels)).to_json()
+  assert Calibration.from_json(value).certified
+  value = edited(value, path, 0.05)
+  value["digest"] = verification.digest(value)
+  with pytest.raises(ValueError, match=rf"`{path[7:]}` .* in row 0, that of the part 'g[01]'"):
+    Calibration.from_json(value)
+
+
 def test_all_p_values_1_and_no_certified_row_serve_nothing():
   value = copy.deepcopy(HONEST)
   for row in value["rows"]:
     row.update(p_value=1.0, log_p_value=0.0, adjusted_p_value=1.0, rejected=False)
+    row.update(upper_bound=None)
   value.update(visited=[0], digest="")
   value["digest"] = verification.digest(value)
   with pytest.raises(ValueError, match="`threshold` 'never'"):

@@ -209,6 +209,22 @@ def test_truncated_parameters(saved, keep):
     checkpoints.load(saved)
 
 
+def test_a_tensor_of_two_places_is_refused(saved):
+  """The last one would be read, whatever another reader takes."""
+  path = saved / "params.safetensors"
+  content = path.read_bytes()
+  end = 8 + int.from_bytes(content[:8], "little")
+  name, entry = next(
+    pair for pair in json.loads(content[8:end]).items() if pair[0] != "__metadata__"
+  )
+  twice = {**entry, "data_offsets": [0, 0]}
+  header = b"{%s: %s, " % (json.dumps(name).encode(), json.dumps(twice).encode())
+  header += content[9:end]
+  path.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+  with pytest.raises(ValueError, match=rf"every tensor once, got \['{name}'\] twice"):
+    checkpoints.load(saved)
+
+
 @pytest.mark.parametrize(
   ("text", "message"),
   [

@@ -3,7 +3,8 @@
 Every file of the package is written here. A text goes to a temporary file beside its
 destination, of a name that nobody can guess, which is then renamed: a kill or a full disk
 leaves the old file as it was. Only a regular file is ever replaced, through a link the file
-that the link names; devices, pipes and sockets are written to, and `-` is standard output.
+that the link names; devices, pipes and sockets are written to, and `-` is standard output. A
+link to a file that does not exist is refused: it may be planted to have a file made elsewhere.
 """
 
 import contextlib
@@ -82,8 +83,13 @@ def append(path: str | pathlib.Path, content: bytes) -> None:
   Raises:
     OSError: it cannot be written; the message says how much is kept.
   """
+  flags = os.O_WRONLY | os.O_APPEND | _BINARY
   with _explaining(path):
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _BINARY, 0o666)
+    try:
+      descriptor = os.open(path, flags)
+    except FileNotFoundError:
+      destination(path)
+      descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
   try:
     before = os.fstat(descriptor)
     with _explaining(path, kept=f"its {before.st_size} bytes from before are kept"):
@@ -141,14 +147,16 @@ def destination(path: str | pathlib.Path) -> pathlib.Path | None:
   """The regular file, there or to be made, that a path names; None for anything else.
 
   Raises:
-    OSError: it is a folder, or links lead in a circle.
+    OSError: it is a folder, or a link that leads to nothing or in a circle.
   """
   if str(path) == "-":
     return None
-  path = _followed(path)
+  given, path = path, _followed(path)
   try:
     mode = os.stat(path).st_mode
   except FileNotFoundError:
+    if os.path.islink(given):
+      raise FileNotFoundError(None, "it is a link to a file that does not exist") from None
     return path
   if stat.S_ISDIR(mode):
     raise IsADirectoryError(None, "Is a directory")

@@ -40,7 +40,8 @@ class Prompt:
     """Reads `to_json`'s form, or a data-set row: {id, input, target or references, source}.
 
     Raises:
-      ValueError: `id` or `input` is missing or no text, or targets are no texts.
+      ValueError: `id` or `input` is missing or no text, targets are no texts, or a text holds
+        half of a surrogate pair.
     """
     targets = value.get("targets", value.get("references", value.get("target", ())))
     if not isinstance(targets, str | list | tuple | None):
@@ -53,6 +54,9 @@ class Prompt:
     _require_text(value, "input")
     if not all(isinstance(target, str) for target in targets):
       raise ValueError(f"Expected `targets` to be a list of texts, got {targets!r}")
+    for target in targets:
+      _require_unicode(target, "targets")
+    _require_unicode(str(group), "group")
     return cls(value["id"], value["input"], targets, None if group is None else str(group))
 
 
@@ -171,6 +175,18 @@ _RECORD_FIELDS = ("id", "prediction", *_SEQUENCES, "score")
 def _require_text(value: Mapping[str, Any], name: str) -> None:
   if not isinstance(value.get(name), str):
     raise ValueError(f"Expected `{name}` to be a text, got {value.get(name)!r}")
+  _require_unicode(value[name], name)
+
+
+def _require_unicode(text: str, name: str) -> None:
+  """ValueError for half of a surrogate pair, which JSON can hold and no file in UTF-8."""
+  try:
+    text.encode("utf-8")
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f"Expected `{name}` to be Unicode, got half of a surrogate pair, {text[error.start]!r},"
+      f" at character {error.start + 1}"
+    ) from None
 
 
 @dataclasses.dataclass(frozen=True)

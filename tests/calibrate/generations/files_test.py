@@ -60,7 +60,9 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path):
   link, there = tmp_path / "link", tmp_path / "sub" / "file"
   (tmp_path / "sub" / "step").symlink_to("file")
   link.symlink_to("sub/step")
-  files.write_atomically(link, "made through the link")
+  there.write_text("there before the link was followed")
+  files.append(link, b", and appended to")
+  assert there.read_text().endswith("followed, and appended to")
   files.write_atomically(link, "and replaced")
   assert link.is_symlink() and there.read_text() == "and replaced" and not there.is_symlink()
   assert names(tmp_path) == {"sub", "link"} and names(tmp_path / "sub") == {"file", "step"}
@@ -125,6 +127,20 @@ def test_a_planted_link_is_never_followed(tmp_path, monkeypatch):
   with pytest.raises(FileExistsError):
     files.write_atomically(tmp_path / "a.txt", "x")
   assert victim.read_text() == "precious" and not (tmp_path / "a.txt").exists()
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize(
+  "write", [files.write_atomically, files.append, lambda path, text: files.destination(path)]
+)
+def test_no_file_is_made_where_a_link_leads_to_nothing(tmp_path, write, steps):
+  """It may be planted; a file that is there is written through a link, as by any program."""
+  nowhere, link = tmp_path / "nowhere", tmp_path / "link"
+  (tmp_path / "step").symlink_to(nowhere)
+  link.symlink_to(tmp_path / "step" if steps == 2 else nowhere)
+  with pytest.raises(FileNotFoundError, match="it is a link to a file that does not exist"):
+    write(link, b"x")
+  assert not nowhere.exists() and names(tmp_path) == {"step", "link"}
 
 
 def limited(code: str, folder: pathlib.Path, size: int = 4096) -> str:

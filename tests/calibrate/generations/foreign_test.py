@@ -153,3 +153,30 @@ HUGE = pytest.param(10**400, id="huge")
 def test_a_threshold_that_is_none_is_refused(tmp_path, said):
   with pytest.raises(GenerationsError, match=r"`aux.threshold` to be a number in \[0, 1\]"):
     gathered(tmp_path, FULL, decoded_at(said), 0.5)
+
+
+HALF = "half \ud83d"
+# Field: lines of each form in which it holds half of a surrogate pair.
+HALVES = {
+  "prediction": [
+    {"id": "a", "prediction": HALF},
+    t5x("a", HALF),
+    {"custom_id": "a", "response": {"body": {"choices": [{"message": {"content": HALF}}]}}},
+    {"request_id": "a", "prompt": "x", "outputs": [{"text": HALF}]},
+  ],
+  "id": [{"id": HALF, "prediction": "x"}, {"request_id": HALF, "outputs": [{"text": "x"}]}],
+  "input": [{"id": "a", "prediction": "x", "input": HALF}, t5x(HALF, "x")],
+  "targets": [{"id": "a", "prediction": "x", "targets": ["x", HALF]}],
+  "group": [{"id": "a", "prediction": "x", "group": HALF}],
+}
+
+
+@pytest.mark.parametrize(
+  ("name", "row"), [(name, row) for name, rows in HALVES.items() for row in rows]
+)
+def test_half_of_a_surrogate_pair_is_refused_with_its_line(tmp_path, name, row):
+  """No file in UTF-8 can hold it: it would be an error after all the work."""
+  path = write(tmp_path / "f.jsonl", [{"id": "b", "prediction": "whole \U0001f600"}, row])
+  message = rf"f\.jsonl:2: .*`{name}` to be Unicode, got half of a surrogate pair"
+  with pytest.raises(GenerationsError, match=message):
+    foreign.read_predictions(path)
