@@ -9,6 +9,8 @@ import collections
 import copy
 import json
 import resource
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +20,12 @@ from tests import hostile_documents as documents
 from tests import hostile_runs as runs
 from tests.spent import Spent
 
-VALUES = (None, True, -1, 0, 1.5, 10**9, 10**30, "x", "", [], {}, [[1]], {"a": 1}, "\x1b[2J")
+# No module has this name; to look for it is a fault.
+PLANTED = "planted_module"
+VALUES = (
+  *(None, True, -1, 0, 1.5, 10**9, 10**30, "x", "", [], {}, [[1]], {"a": 1}, "\x1b[2J"),
+  f"{PLANTED}:run",
+)
 SECONDS, BYTES = 10.0, 2**30
 _DEEP, _HUGE, _NAN = "@deep@", "@huge@", "@nan@"
 _RAW = {f'"{_DEEP}"': "[" * 20_000, f'"{_HUGE}"': "1e400", f'"{_NAN}"': "NaN"}
@@ -122,8 +129,17 @@ def table(tmp_path_factory):
   return made | runs.documents(tmp_path_factory.mktemp("runs"))
 
 
+@pytest.fixture
+def looked_for(monkeypatch):
+  """Modules that were looked for."""
+  found: list[str] = []
+  finder = types.SimpleNamespace(find_spec=lambda name, *place: found.append(name))
+  monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+  return found
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_exchanged_fields_are_refused_by_name(table, name):
+def test_exchanged_fields_are_refused_by_name(table, name, looked_for):
   path, read = table[name]
   good = path.read_bytes()
   read()  # what is not exchanged is read
@@ -138,6 +154,7 @@ def test_exchanged_fields_are_refused_by_name(table, name):
   refused = tally["named"] + tally["vague"] + tally["traceback"]
   wrong = tally["traceback"], tally["slow"], tally["silent"]
   assert wrong == (0, 0, 0), "\n".join(tally.wrong[:20])
+  assert PLANTED not in looked_for, "a name of a file was imported"
   # What an earlier run left unfinished is begun anew, whatever it is.
   assert refused or name == "unfinished outputs"
   assert tally["named"] >= 0.95 * refused, "\n".join(tally.wrong[:20])

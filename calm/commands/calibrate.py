@@ -96,7 +96,7 @@ def _add_test(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument(
     "--metric",
-    default="rouge_l",
+    default=verifying.METRIC,
     metavar="NAME",
     help="rouge_l, token_f1, exact_match, chrf, file.py:function, or module:function"
     " (installed, or a file of the working directory) (default %(default)s)",

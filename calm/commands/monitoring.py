@@ -54,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help=f"probability that --monitor ever raises a false alarm (default {LEVEL})",
   )
   parser.add_argument(
+    "--metric",
+    metavar="NAME",
+    help="metric of the calibration again, where it is not a built-in one: a name in a file is"
+    " never imported (file.py:function or module:function)",
+  )
+  parser.add_argument(
     "--fail_on_alarm",
     action="store_true",
     help=f"end with exit status {ALARM_STATUS} if the monitor has raised its alarm",
@@ -63,9 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Monitored:
   """A monitor and the model that it asks."""
 
-  def __init__(self, predictor: Any, monitor: audit.Monitor, metric: str):
-    self._predictor, self._monitor = predictor, monitor
-    self._metric = metrics.get_metric(metric)
+  def __init__(self, predictor: Any, monitor: audit.Monitor, metric: metrics.Metric):
+    self._predictor, self._monitor, self._metric = predictor, monitor, metric
     self._before = monitor.wealth.count
     self._lost = monitor.waiting
     for number in self._lost:
@@ -131,17 +136,18 @@ def open_monitored(
   """The monitor that was asked for, or that a promise from elsewhere needs, or None.
 
   Raises:
-    ValueError: there is no promise of a mean loss that full-depth texts can check, or an option
-      leaves its range.
+    ValueError: there is no promise of a mean loss that full-depth texts can check, its metric
+      is neither built in nor that of `--metric`, or an option leaves its range.
     LockedError: another process writes the monitor's file.
   """
   on_trial = bool(predictor.elsewhere) and threshold not in (NEVER_EXIT, None)
   if arguments.monitor is None and not on_trial:
-    for name in ("fail_on_alarm", "monitor_share", "monitor_level"):
+    for name in ("fail_on_alarm", "monitor_share", "monitor_level", "metric"):
       if (given := getattr(arguments, name)) is not None and given is not False:
         raise ValueError(f"Expected `--monitor` beside `--{name}`, got none; name a file.")
     return None
   promise = _promise(predictor.calibration, threshold)
+  metric = metrics.stored_metric(promise.metric, arguments.metric)
   share = arguments.monitor_share
   if share is None:
     share = TRIAL_SHARE if on_trial else SHARE
@@ -154,11 +160,11 @@ def open_monitored(
     calibration_digest=_digest(promise),
   )
   if arguments.monitor is not None:
-    return Monitored(predictor, audit.open_monitor(arguments.monitor, watch), promise.metric)
+    return Monitored(predictor, audit.open_monitor(arguments.monitor, watch), metric)
   folder = tempfile.mkdtemp(prefix="calm-monitor-")  # nobody asked to keep it
   monitor = audit.open_monitor(pathlib.Path(folder) / "monitor.jsonl", watch)
   weakref.finalize(monitor, shutil.rmtree, folder, True)
-  return Monitored(predictor, monitor, promise.metric)
+  return Monitored(predictor, monitor, metric)
 
 
 def _promise(calibration: Calibration | None, threshold: float) -> Calibration:

@@ -4,14 +4,19 @@ import argparse
 import math
 
 from calm.calibrate import Calibration, promises
+from calm.calibrate.losses import metrics
 from calm.commands import promise_flags
+
+# The default of --metric.
+METRIC = "rouge_l"
 
 
 def take_over(arguments: argparse.Namespace, told: Calibration) -> None:
   """Sets the flags to those that a calibration was made with.
 
   Raises:
-    ValueError: its promise needs tables that no flag names.
+    ValueError: its promise needs tables that no flag names, or its metric is neither built in
+      nor that of `--metric`.
   """
   if told.promise.name not in promise_flags.PROMISES:
     raise ValueError(
@@ -19,7 +24,9 @@ def take_over(arguments: argparse.Namespace, told: Calibration) -> None:
       f" {told.promise.name!r}; make it again and compare the files."
     )
   arguments.tolerance, arguments.error_rate = told.tolerance, told.error_rate
-  arguments.kind, arguments.metric = told.kind, told.metric
+  given = None if arguments.metric == METRIC else arguments.metric
+  metrics.stored_metric(told.metric, given)
+  arguments.kind, arguments.metric = told.kind, given or told.metric
   # Only 'auto' gives parts of one promise different methods: each the one that fits its losses.
   several = len({part.method for part in told.parts}) > 1
   arguments.method = "auto" if several else told.method

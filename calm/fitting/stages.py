@@ -9,6 +9,7 @@ folder is what ran; a stage that was stopped goes on from its checkpoint.
 
 import dataclasses
 import pathlib
+import re
 import time
 from collections.abc import Callable
 
@@ -31,6 +32,7 @@ TEXTS = "texts"
 _SHARES = {"one": 0.5, TEXTS: 0.15, "own": 0.25, "two": 0.1}
 _DENOISING_LENGTH, _LEAST_TEXT = 96, 16
 _SHORTLIST = 512
+_STEPS = re.compile(r"^  num_steps = (\d{1,9})$.*^  eval_every = (\d{1,9})$", re.M | re.S)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +73,15 @@ class Stage:
     return self.folder / run.MODEL_FOLDER
 
   def train(self, progress: Progress, say: Callable[[str], None]) -> Trained:
-    """Trains, or goes on; writes the gin file first where there is none yet."""
+    """Trains, or goes on; writes the gin file first where there is none yet.
+
+    Raises:
+      ValueError: the gin file there, which is a program, is not the one that this writes.
+    """
     start = time.monotonic()
-    if not self.gin_file.exists():
+    if self.gin_file.exists():
+      self._check_stored()
+    else:
       files.write_atomically(self.gin_file, self._gin(progress, say))
     seen: dict[str, int] = {"first": 0, "steps": 0, "of": 1}
 
@@ -99,10 +107,24 @@ class Stage:
   def _gin(self, progress: Progress, say: Callable[[str], None]) -> str:
     """The gin file, with as many steps as the budget has room for."""
     recipe = RECIPES[self.name](self.model.config, len(self.splits.train))
+    plan = self._plan(recipe, self._buckets(), progress, say)
+    return self._render(plan.num_steps, -(-plan.num_steps // plan.num_validations))
+
+  def _check_stored(self) -> None:
+    """Only the numbers of steps, which a budget set, may differ from what would be written."""
+    text = files.content(self.gin_file).decode("utf-8", "replace")
+    numbers = _STEPS.search(text)
+    if numbers is None or text != self._render(*map(int, numbers.groups())):
+      raise ValueError(
+        f"Expected {str(self.gin_file)!r} to be the gin file that this fit wrote, got another:"
+        " it was edited, moved, or written by another version, and a gin file can run any"
+        " program; choose a new folder, or run it yourself with `calm train --gin_file`."
+      )
+
+  def _render(self, num_steps: int, eval_every: int) -> str:
+    """The gin file of so many steps."""
+    recipe = RECIPES[self.name](self.model.config, len(self.splits.train))
     buckets = self._buckets()
-    plan = self._plan(recipe, buckets, progress, say)
-    num_steps = plan.num_steps
-    eval_every = -(-num_steps // plan.num_validations)
     validation = len(self.splits.validation)
     parts = recipes.microbatches(self.model.config, buckets[-1], recipe.batch_size)
     # Without gradients one layer's activations live at a time.
@@ -115,7 +137,7 @@ class Stage:
       .get_template("stage.gin.j2")
       .render(
         name=self.name,
-        file=self.gin_file,
+        file=self.gin_file.absolute(),
         train=str((self.rows_folder / "train.jsonl").absolute()),
         validation=str((self.rows_folder / "validation.jsonl").absolute()),
         initial=str(self.initial.absolute()),

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -111,6 +112,68 @@ def test_the_same_files_give_the_same_calibration(tmp_path):
     found = (tmp_path / "calibration.json").read_text()
   assert cli.main(["calibrate", *arguments, "--metric=token_f1", "--tolerance=0.3"]) == 0
   assert (tmp_path / "calibration.json").read_text() == found
+
+
+PLANTED = """
+import pathlib
+
+pathlib.Path("ran").touch()
+
+def run(prediction, references):
+  return 1.0
+"""
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+  """Two modules in the working directory that leave the file `ran` there when they run."""
+  monkeypatch.chdir(tmp_path)
+  for name in ("planted_one", "planted_two"):
+    (tmp_path / f"{name}.py").write_text(PLANTED)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+  return tmp_path
+
+
+@pytest.mark.parametrize(
+  "named", ["planted_one:run", "planted_one.py:run", "shutil:rmtree", "unknown", "os:system"]
+)
+def test_verify_runs_no_metric_that_only_the_file_names(named, planted, capsys):
+  files = outputs(planted, wrong=(3, 7))
+  saved, kept = planted / "calibration.json", planted / "kept"
+  kept.mkdir()
+  assert cli.main(["calibrate", *files, "--tolerance=0.3"]) == 0
+  told = Calibration.load(saved)
+  dataclasses.replace(told, metric=named).save(saved)
+  early = [{"id": f"p{row}", "prediction": str(kept)} for row in range(80)]
+  write(planted, early, "early.jsonl")
+  capsys.readouterr()
+  for given in ((), ("--metric=rouge_l",), ("--metric=planted_two:run",)):
+    (planted / "ran").unlink(missing_ok=True)
+    assert cli.main(["calibrate", *files, f"--verify={saved}", *given]) == 2
+    error = capsys.readouterr().err
+    assert f"Expected `--metric` {named!r}" in error and "Traceback" not in error
+    assert not (planted / "ran").exists() or given == ("--metric=planted_two:run",)
+    assert "planted_one" not in sys.modules and kept.is_dir()
+
+
+def test_verify_takes_a_metric_that_is_given_again(planted, capsys):
+  files = outputs(planted, wrong=(3, 7))
+  (planted / "wrapped.py").write_text(
+    "from calm.calibrate.losses import metrics\n"
+    "plain = lambda text, references: 0.5\n"
+    "named = metrics.Metric('half', plain)\n"
+  )
+  for given in ("planted_one.py:run", "wrapped.py:plain", "wrapped.py:named"):
+    made = ["calibrate", *files, "--tolerance=0.9", f"--metric={given}"]
+    verify = f"--verify={planted / 'calibration.json'}"
+    assert cli.main(made) == 0 and cli.main([*made, verify]) == 0
+    assert cli.main(["calibrate", *files, verify]) == 2
+    assert cli.main(["calibrate", *files, verify, "--metric=chrf"]) == 2
+    assert capsys.readouterr().err.count("Expected `--metric` ") == 2
+  assert cli.main(["calibrate", *files, "--metric=token_f1", "--tolerance=0.9"]) == 0
+  assert cli.main(["calibrate", *files, verify]) == 0
+  assert cli.main(["calibrate", *files, verify, "--metric=chrf"]) == 2
+  assert "Expected `--metric` 'token_f1'" in capsys.readouterr().err
 
 
 def test_promises_are_named_by_flags(tmp_path, capsys, monkeypatch):

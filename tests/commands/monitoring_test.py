@@ -1,12 +1,14 @@
 """`calm infer --monitor` without a model: what is checked, what is said, what is refused."""
 
 import argparse
+import sys
 import types
 
 import pytest
 
 from calm import calibrate
 from calm.calibrate import audit, promises
+from calm.calibrate.losses import metrics
 from calm.commands import monitoring
 
 TEXTS = [f"text {i}" for i in range(40)]
@@ -72,6 +74,35 @@ def test_a_share_of_the_prompts_is_decoded_at_full_depth(promise, tmp_path):
   serve(again, TEXTS)
   assert f"{len(picked)} of these prompts" in again.report()
   assert f"{2 * len(picked)} of 80 so far" in again.report()
+
+
+def test_a_monitor_runs_no_metric_that_only_the_file_names(promise, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "own_metric.py").write_text(
+    "import pathlib\npathlib.Path('ran').touch()\nrun = lambda text, references: 0.0\n"
+  )
+  evil = types.SimpleNamespace(**{**vars(promise), "metric": "own_metric.py:run"})
+  for asked, model in (
+    (("--monitor", "m.jsonl"), Full(evil)),
+    (("--allow_platform",), Full(evil, "`platform`: ...")),
+  ):
+    for given in ((), ("--metric=rouge_l",), ("--metric=chrf",)):
+      with pytest.raises(ValueError, match=r"Expected `--metric` 'own_metric\.py:run'"):
+        monitoring.open_monitored(arguments(*asked, *given), model, 0.5)
+    assert not (tmp_path / "m.jsonl").exists()
+    assert not (tmp_path / "ran").exists()
+    given = arguments(*asked, "--monitor_share=1", "--metric=own_metric.py:run")
+    monitored = monitoring.open_monitored(given, model, 0.5)
+    serve(monitored, ["another"] * 40)
+    assert monitored.alarm and (tmp_path / "ran").exists()
+    del monitored
+    for left in ("ran", "m.jsonl"):
+      (tmp_path / left).unlink(missing_ok=True)
+    monkeypatch.delitem(sys.modules, metrics._known(str(tmp_path / "own_metric.py")))
+  with pytest.raises(ValueError, match=r"Expected `--metric` 'exact_match', .* got 'chrf'"):
+    monitoring.open_monitored(arguments("--monitor=m", "--metric=chrf"), Full(promise), 0.5)
+  with pytest.raises(ValueError, match="Expected `--monitor` beside `--metric`"):
+    monitoring.open_monitored(arguments("--metric=chrf"), Full(promise), 0.5)
 
 
 def test_texts_that_differ_raise_the_alarm(promise, tmp_path):

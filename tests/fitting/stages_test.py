@@ -82,6 +82,36 @@ def test_both_stages_train_what_they_should_and_write_what_ran(stage, directory)
   assert " s)" not in said[-1] and "about" not in said[-1], "what they took is not known"
 
 
+PLANTED = """
+import pathlib
+
+pathlib.Path("ran").touch()
+"""
+
+
+def test_a_gin_file_that_the_stage_did_not_write_is_not_run(stage, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  (tmp_path / "planted_gin.py").write_text(PLANTED)
+  one = stage("one")
+  written = one._gin(lambda share, text: None, lambda text: None)
+  head, _, rest = written.partition("\n")
+  for text in (
+    f"import planted_gin\n{written}",
+    f"{written}import planted_gin\n",
+    f"{head}\rimport planted_gin\n{rest}",
+    written.replace("seed = 0", "seed = @planted_gin.seed()"),
+    "import planted_gin\n",
+    "",
+  ):
+    one.gin_file.write_text(text)
+    with pytest.raises(ValueError, match=r"Expected .* to be the gin file that this fit wrote"):
+      one.train(lambda share, text: None, lambda text: None)
+    assert not (tmp_path / "ran").exists() and not one.folder.exists()
+  one.gin_file.write_text(written)
+  assert one.train(lambda share, text: None, lambda text: None).steps == 4
+
+
 def _at(tree, path):
   for key in path:
     tree = tree[key.key]

@@ -74,11 +74,12 @@ def compute(
 
 
 def _reachable(metric: metrics.Metric) -> bool:
-  """Whether a child process can find the metric by its name."""
+  """Whether a child process finds this metric by its name, and nothing else is run there."""
   if metric.name in metrics.METRICS:
     return metrics.METRICS[metric.name] == metric
-  module = metric.name.partition(":")[0]
-  return ":" in metric.name and module != "__main__"
+  module, _, attribute = metric.name.partition(":")
+  found = getattr(metrics.imported(module), attribute or "", None)
+  return found in (metric, metric.function) and module != "__main__"
 
 
 def _in_processes(

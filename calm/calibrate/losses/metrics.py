@@ -279,7 +279,7 @@ def _module(name: str) -> Any:
     except ModuleNotFoundError as error:
       if not name.startswith(str(error.name)) or not os.path.isfile(path):
         raise
-  known = f"calm_metric_{hashlib.sha256(path.encode()).hexdigest()[:16]}"
+  known = _known(path)
   if known not in sys.modules:
     spec = importlib.util.spec_from_file_location(known, path)
     assert spec is not None and spec.loader is not None
@@ -287,6 +287,18 @@ def _module(name: str) -> Any:
     spec.loader.exec_module(module)
     sys.modules[known] = module
   return sys.modules[known]
+
+
+def _known(path: str) -> str:
+  """The name in `sys.modules` of a metric's file."""
+  return f"calm_metric_{hashlib.sha256(path.encode()).hexdigest()[:16]}"
+
+
+def imported(name: str) -> Any:
+  """The module that `_module` gave for a name, or None: nothing is imported."""
+  path = name if name.endswith(".py") else name.replace(".", os.sep) + ".py"
+  installed = None if name.endswith(".py") else sys.modules.get(name)
+  return installed or sys.modules.get(_known(os.path.abspath(path)))
 
 
 def get_metric(name: str | Metric) -> Metric:
@@ -329,6 +341,28 @@ def get_metric(name: str | Metric) -> Metric:
   if isinstance(function, Metric):
     return function
   return Metric(name, function, binary=bool(getattr(function, "binary", False)))
+
+
+def stored_metric(name: str, given: str | None) -> Metric:
+  """The metric that a file names: a built-in one, or the one that the user has named too.
+
+  Whoever writes a file would choose what runs, so that a name in a file is never imported.
+
+  Args:
+    name: as the file has it.
+    given: as the user has it (`--metric`), imported as by `get_metric`; None: not given.
+
+  Raises:
+    ValueError: the name is not built in and not given, or another one is given.
+  """
+  chosen = METRICS.get(name) if given is None else get_metric(given)
+  if chosen is None or name not in (given, chosen.name):
+    raise ValueError(
+      f"Expected `--metric` {name!r}, as the calibration names it, got {given or 'none'!r}; a"
+      " metric that is not built in is never imported because a file names it: if you trust"
+      f" that code, add --metric={name}."
+    )
+  return chosen
 
 
 def corpus_scores(

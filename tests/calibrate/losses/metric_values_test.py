@@ -63,6 +63,10 @@ def test_functions_without_an_import_path_stay_in_this_process():
     metrics.Metric("anything", process_id),
     metrics.Metric("rouge_l", process_id),
     metrics.Metric("__main__:process_id", process_id),
+    # Names of other functions, or of a module that is not loaded: only this one may run.
+    metrics.Metric(f"{__name__}:test_equal_pairs_are_computed_once", process_id),
+    metrics.Metric("not_loaded_yet:process_id", process_id),
+    metrics.Metric("shutil:rmtree", process_id),
   ):
     assert set(metric_values.compute(metric, pairs, workers=2)) == {own}
 
