@@ -258,21 +258,23 @@ def stored(order: str, losses: np.ndarray) -> np.ndarray:
   return np.roll(losses, len(losses) // 2, axis=0)  # the worst together, in the middle
 
 
-def in_tested_order(generator, order: str, law, count: int) -> np.ndarray:
-  """[prompts] losses of one stored table at the boundary, in the order that is made for it."""
+def in_tested_orders(generator, order: str, law, count: int) -> np.ndarray:
+  """[prompts, orders] losses of one stored table at the boundary, in the orders made for it."""
   values = stored(order, law(generator, TOLERANCE, (count, 1)))
-  losses = clusters.with_contents(SequenceLosses(values, np.array([0.5])))
-  rows, _ = clusters.tested_order(losses)
-  return values[rows, 0]
+  losses = SequenceLosses(values, np.array([0.5]))
+  rows = clusters.tested_orders(losses, clusters.order_seeds(losses))
+  return values[np.stack(rows, axis=1), 0]
 
 
 def wrong_in_order(generator, order: str, law, count: int, draws: int) -> float:
-  """Share of stored tables that are certified; each has an order of its own."""
-  tables = [in_tested_order(generator, order, law, count) for _ in range(draws)]
-  tolerances = np.full(draws, TOLERANCE)
-  sample = methods.Sample(np.stack(tables, axis=1), Support(), tolerances, LEVEL)
+  """Share of stored tables that are certified, each in all orders that are made for it."""
+  tables = [in_tested_orders(generator, order, law, count) for _ in range(draws)]
+  sizes = np.array([table.shape[1] for table in tables])
+  values = np.concatenate(tables, axis=1)
+  sample = methods.Sample(values, Support(), np.full(values.shape[1], TOLERANCE), LEVEL)
   method = methods.get_method("auto", Support())
-  return float(np.mean(method.certifies(sample, np.arange(draws))))
+  passed = method.certifies(sample, np.arange(values.shape[1]))
+  return float(np.mean(np.logical_and.reduceat(passed, np.cumsum(sizes) - sizes)))
 
 
 def simulate_orders(draws: int, most: int) -> tuple[list[list], bool]:

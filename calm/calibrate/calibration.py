@@ -365,6 +365,8 @@ def sentences(calibration: Calibration) -> list[str]:
       " is said of prompts that are counted one by one: where large clusters lose more than"
       " small ones, the bound may fail for them."
     )
+  if calibration.support.binary and calibration.kind not in _KINDS:
+    told.append("Every loss is taken to be 0 or 1 by its nature.")
   if calibration.order == "given":
     told.append(
       "The test saw prompts in the order given by the caller, who answers for its having been"

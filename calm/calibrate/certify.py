@@ -49,19 +49,23 @@ def calibrate(
       takes those of a `SequenceLosses`.
     tolerance: delta, in (0, 1), in the unit of the loss.
     error_rate: epsilon, in (0, 1).
-    method: 'auto' (binary support: 'binomial'; else 'betting_fixed_level' for fixed sequence
-      testing, 'betting' for all other procedures), 'paper' (Eq. 11, Hoeffding-Bentkus),
+    method: 'auto' (binary support, or a plain array of 0 and 1: 'binomial'; else
+      'betting_fixed_level' for fixed sequence testing, 'betting' for all other procedures),
+      'paper' (Eq. 11, Hoeffding-Bentkus),
       'betting', 'betting_fixed_level', 'convex_order', 'hoeffding_bentkus', 'hoeffding' or
       'binomial'.
     testing_procedure: 'fixed_sequence', 'fallback', 'holm' or 'bonferroni'.
     groups: [num_examples] cluster of each row; the test is then on cluster means. None takes
       those of a `SequenceLosses`, which has none after `.ungrouped()` (the guarantee says so).
-    support: declared range of plain arrays; [0, 1] by default.
+    support: declared range of plain arrays; [0, 1] by default, binary for 'auto' where the
+      values are 0 and 1 alone, which the guarantee repeats.
     promise: what is bounded, one of `promises`; None is the mean loss.
     risks: several losses, each with its tolerance, instead of `losses` and `tolerance`.
-    seed: of the order of a betting test, from an earlier `Calibration` of the same losses, to
-      repeat it. None makes it of ids, contents and procedure, or where rows are of few kinds
-      draws it. Trying several until one certifies breaks the promise.
+    seed: of the order of a betting test: that of an earlier `Calibration` of the same losses,
+      to repeat it, or one that was drawn before these losses were seen. None makes it of ids,
+      contents and procedure. Where rows are of at most eight kinds and nothing is known of what
+      the prompts say, 16 orders are made so and the largest p-value counts. Trying several
+      seeds until one certifies breaks the promise.
 
   Returns:
     A `Calibration`. Failure is a value: `threshold` is `NEVER_EXIT` and `reason` says why (too
@@ -73,6 +77,8 @@ def calibrate(
   """
   losses, tolerance, promise = _what(losses, tolerance, promise, risks)
   sample = _as_losses(losses, thresholds, support)
+  if sample is not losses and support is None and method == "auto":
+    sample = _seen_binary(sample)
   _check_rates(tolerance, error_rate)
   tables = [sample, *(risk.losses for risk in risks or ())]
   if groups is None:
@@ -83,9 +89,11 @@ def calibrate(
   run = _Run(method, testing_procedure, error_rate, seed)
   parts = promise.parts(sample, tolerance)
   ordered = any(run.method_of(part.losses, groups).ordered for part in parts)
-  if ordered:
-    sample = clusters.with_contents(sample)
-  tested = [_test(part, sample, run) for part in parts]
+  seeds = (
+    clusters.order_seeds(sample, seed) if ordered else (seed or clusters.order_seed(sample),)
+  )
+  names = clusters.names_of_rows(sample) if ordered else sample.ids
+  tested = [_test(part, sample, run, seeds, names) for part in parts]
   _warn(sample, ordered)
   evidence = tuple(found.evidence for found in tested)
   decision = decision_lib.decide(evidence, testing_procedure, error_rate)
@@ -165,16 +173,14 @@ def _is_plain(evidence: Sequence[Evidence]) -> bool:
   return len(evidence) == 1 and not evidence[0].name
 
 
-def _test(part: promises.Part, sample: SequenceLosses, run: _Run) -> _Tested:
+def _test(part: promises.Part, sample: SequenceLosses, run: _Run, seeds, names) -> _Tested:
   """Tests one part, column by column where other rows count at each threshold."""
-  losses = dataclasses.replace(
-    part.losses, contents=sample.contents, groups=sample.groups, order=sample.order
-  )
+  losses = dataclasses.replace(part.losses, groups=sample.groups, order=sample.order)
   chosen = run.method_of(losses, losses.groups)
   _check_procedure(chosen, run.procedure)
   faults = _faults(losses)
   _, declared = chosen.prepare(losses.values[:1], losses.support)
-  seed = run.seed or clusters.order_seed(losses)
+  losses = dataclasses.replace(losses, ids=names)
   size = losses.values.shape[1]
   counts, log_p = np.zeros(size, np.int64), np.zeros(size)
   means, bounds = np.full(size, np.nan), np.full(size, np.nan)
@@ -184,12 +190,17 @@ def _test(part: promises.Part, sample: SequenceLosses, run: _Run) -> _Tested:
       continue
     prepared, support = chosen.prepare(some.values, some.support)
     some = _units(dataclasses.replace(some, values=prepared, support=support))
-    order, _ = clusters.tested_order(some, seed)
-    order = order if chosen.ordered else None
     level = run.error_rate * part.share
-    rates = methods.Sample(some.values, some.support, part.tolerance, level, order)
     usable = np.array([not faults[place] for place in places])
-    log_p[places], bounds[places] = chosen.evidence(rates, usable)
+    values, order = some.values, None
+    orders = clusters.tested_orders(some, seeds) if chosen.ordered else [None]
+    if len(orders) > 1:  # side by side, as columns
+      values = np.concatenate([values[rows] for rows in orders], axis=1)
+    else:
+      order = orders[0]
+    rates = methods.Sample(values, some.support, part.tolerance, level, order)
+    found = chosen.evidence(rates, np.tile(usable, len(orders)))
+    log_p[places], bounds[places] = np.reshape(found, (2, len(orders), -1)).max(axis=1)
     means[places], counts[places] = some.values.mean(axis=0), len(some.values)
   evidence = Evidence(
     name=part.name,
@@ -204,7 +215,7 @@ def _test(part: promises.Part, sample: SequenceLosses, run: _Run) -> _Tested:
     upper_bounds=tuple(bounds.tolist()),
   )
   unit = "prompts" if losses.groups is None else "clusters of prompts"
-  return _Tested(evidence, faults, seed, unit)
+  return _Tested(evidence, faults, seeds[0], unit)
 
 
 def _units(losses: SequenceLosses) -> SequenceLosses:
@@ -230,8 +241,6 @@ def _subset(losses, rows: np.ndarray | None, places: list[int]) -> SequenceLosse
   if not len(index):
     return None
   some = losses.rows(index)
-  if some.ids is None:  # a row keeps its place among all rows
-    some = dataclasses.replace(some, ids=tuple(f"{row:09d}" for row in index.tolist()))
   return dataclasses.replace(
     some, values=some.values[:, places], thresholds=losses.thresholds[places]
   )
@@ -308,6 +317,19 @@ def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
         "Expected `thresholds` to be those of `losses`, got others; leave them out."
       )
   return losses
+
+
+def _seen_binary(sample: SequenceLosses) -> SequenceLosses:
+  """`sample`, declared binary where it holds 0 and 1 and nothing else.
+
+  The binomial test is then exact, whatever the order, if every loss is 0 or 1 by its nature,
+  which the guarantee says.
+  """
+  blocks = list(checks.row_blocks(sample.values))
+  binary = all(np.isin(block, (0.0, 1.0)).all() for block in blocks)
+  if not binary or not any(block.any() for block in blocks):
+    return sample
+  return dataclasses.replace(sample, support=Support(binary=True))
 
 
 def _warn(sample: SequenceLosses, ordered: bool) -> None:

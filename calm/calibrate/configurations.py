@@ -74,6 +74,7 @@ def calibrate_configurations(
     price if groups is None else _means(first, price, groups),
     error_rate=error_rate,
     names=first.ids if groups is None else sorted(set(groups)),
+    contents=first.contents,
     seed=seed,
   )
   return _record(families, [places[column] for column in found.order], found, error_rate)

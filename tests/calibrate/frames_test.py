@@ -6,8 +6,7 @@ import pytest
 from calm.calibrate import SequenceLosses, Support, calibrate
 from calm.calibrate.losses import frames
 
-# 0-or-1 tables draw their order otherwise.
-RATES = {"tolerance": 0.1, "error_rate": 0.05, "seed": "ab"}
+RATES = {"tolerance": 0.1, "error_rate": 0.05}
 VALUES = (np.random.default_rng(0).random((200, 2)) < [0.02, 0.4]) * 1.0
 IDS = [f"p{row}" for row in range(200)]
 
@@ -33,11 +32,14 @@ def make(request):
 
 
 def test_a_frame_of_losses_is_calibrated(make):
-  expected = calibrate(SequenceLosses(VALUES, [0.9, 0.5], kind="loss", ids=tuple(IDS)), **RATES)
+  # 0 and 1 alone, and nothing declared: taken for binary.
+  support = Support(binary=True)
+  losses = SequenceLosses(VALUES, [0.9, 0.5], support, kind="loss", ids=tuple(IDS))
+  expected = calibrate(losses, **RATES)
   found = calibrate(make(columns()), **RATES)
   assert found == expected and found.threshold == 0.9
-  binary = calibrate(make(columns()), support=Support(binary=True), **RATES)
-  assert binary.method == "binomial"
+  told = calibrate(make(columns()), support=Support(), **RATES)
+  assert told.method == "betting_fixed_level"
   grouped = calibrate(make(columns(group=[f"g{row // 2}" for row in range(200)])), **RATES)
   assert grouped.clusters and grouped.num_examples == 100
 

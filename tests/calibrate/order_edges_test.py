@@ -4,10 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from calm.calibrate import SequenceLosses, calibrate
+from calm.calibrate import SequenceLosses, Support, calibrate, calibrate_configurations
+from calm.calibrate.evidence import methods
 from calm.calibrate.generations import order
 from calm.calibrate.losses import checks, clusters
+from calm.calibrate.promises import Risk
 from tests.calibrate import laws
 
 RATES = dict(tolerance=0.1, error_rate=0.05)
@@ -38,10 +41,9 @@ def test_a_sorted_table_certifies_no_more_often_than_as_drawn(named):
 
 @pytest.mark.parametrize("way", ["sorted", "descending", "stratified", "clustered"])
 @pytest.mark.parametrize("law", [laws.bernoulli, laws.mostly_zero])
-def test_every_stored_order_keeps_the_level_at_every_size(way, law, monkeypatch):
+def test_every_stored_order_keeps_the_level_at_every_size(way, law):
   """At the boundary, over sizes up to 400; each draw has another size."""
   generator = np.random.default_rng(1)
-  monkeypatch.setattr(clusters.secrets, "token_hex", lambda n: generator.bytes(n).hex())
   sizes = np.arange(30, 401, 2)
   wrong = 0
   for size in sizes:
@@ -54,40 +56,132 @@ def test_every_stored_order_keeps_the_level_at_every_size(way, law, monkeypatch)
 def test_contents_move_the_order_and_storage_does_not():
   values = laws.mostly_zero(np.random.default_rng(0), 0.2, (50, 3))
   ids = tuple(f"p{i}" for i in range(50))
-  losses = clusters.with_contents(SequenceLosses(values, [0.9, 0.7, 0.5], ids=ids))
-  first, seed = clusters.tested_order(losses)
-  other = clusters.with_contents(dataclasses.replace(losses, values=values[::-1], contents=""))
-  assert clusters.tested_order(other)[1] == seed  # the same rows in another order
+  losses = SequenceLosses(values, [0.9, 0.7, 0.5], ids=ids)
+  (seed,) = clusters.order_seeds(losses)
+  (first,) = clusters.tested_orders(losses, [seed])
+  other = dataclasses.replace(losses, values=values[::-1])
+  assert clusters.order_seeds(other) == (seed,)  # the same rows in another order
   changed = values.copy()
   changed[3, 0] += 1e-9
-  moved = clusters.with_contents(dataclasses.replace(losses, values=changed, contents=""))
-  assert clusters.tested_order(moved)[1] != seed
+  assert clusters.order_seeds(dataclasses.replace(losses, values=changed)) != (seed,)
   assert sorted(first.tolist()) == list(range(50))
   # The text of prompts counts before their losses do, and can be known before them.
   told = dataclasses.replace(losses, contents="ab")
   assert clusters.with_contents(told) is told
 
 
-def test_few_kinds_of_rows_draw_their_order_and_can_be_repeated():
-  values = laws.bernoulli(np.random.default_rng(0), 0.05, (200, 1))
-  first = calibrate(values, [0.5], **RATES)
-  assert calibrate(values, [0.5], **RATES, seed=first.seed) == first
-  assert len({calibrate(values, [0.5], **RATES).seed for _ in range(3)}) == 3
-  same = calibrate(np.zeros((50, 1)), [0.5], **RATES)  # one kind: no order can matter
-  assert same == calibrate(np.zeros((50, 1)), [0.5], **RATES)
+KINDS = {
+  "0 or 1": ([0.0, 1.0], Support()),
+  "graded": ([0.0, 0.5, 1.0], Support()),
+  "signed": ([-1.0, 0.0, 1.0], Support(lower=-1.0)),
+}
+
+
+@pytest.mark.parametrize("method", ["auto", "betting", "betting_fixed_level"])
+@pytest.mark.parametrize("kinds", KINDS)
+def test_equal_calls_answer_equally_however_rows_are_stored(kinds, method):
+  generator = np.random.default_rng(0)
+  values, support = KINDS[kinds]
+  for _ in range(20):
+    table = generator.choice(
+      values, size=(60, 1), p=[0.8, *[0.2 / (len(values) - 1)] * (len(values) - 1)]
+    )
+    losses = SequenceLosses(table, [0.5], support)
+    first = calibrate(losses, **RATES, method=method)
+    assert calibrate(losses, **RATES, method=method) == first
+    assert calibrate(losses, **RATES, method=method, seed=first.seed) == first
+    moved = losses.rows(generator.permutation(60))
+    assert calibrate(moved, **RATES, method=method).rows == first.rows
+    named = dataclasses.replace(losses, ids=tuple(f"p{i}" for i in range(60)))
+    first = calibrate(named, **RATES, method=method)
+    assert calibrate(named.rows(np.arange(60)[::-1]), **RATES, method=method).rows == first.rows
+
+
+def test_equal_calls_answer_equally_of_configurations():
+  generator = np.random.default_rng(0)
+  for _ in range(5):
+    tables = {
+      name: SequenceLosses(laws.bernoulli(generator, 0.03, (200, 1)), [0.5]) for name in "ab"
+    }
+    risks = {name: [Risk(table, 0.2)] for name, table in tables.items()}
+    costs = {name: np.full((200, 1), cost) for cost, name in enumerate("ab")}
+    first = calibrate_configurations(risks, costs, error_rate=0.2)
+    assert calibrate_configurations(risks, costs, error_rate=0.2) == first
+    assert first.certified  # 16 splits agree on so low a risk
+    once = calibrate_configurations(risks, costs, error_rate=0.2, seed="0123456789abcdef")
+    assert len(once.promise.configurations) and once.seed == "0123456789abcdef"
+
+
+def certified(table, tolerance, method):
+  """Whether `calibrate` certifies, without the bounds that it computes beside."""
+  losses = SequenceLosses(table, [0.5])
+  rows = clusters.tested_orders(losses, clusters.order_seeds(losses))
+  columns = losses.values[np.stack(rows, axis=1), 0]
+  sample = methods.Sample(columns, Support(), np.full(len(rows), tolerance), 0.05)
+  chosen = methods.get_method(method, Support())
+  return len(rows), bool(chosen.certifies(sample, np.arange(len(rows))).all())
+
+
+@pytest.mark.parametrize("method", ["betting", "betting_fixed_level"])
+@pytest.mark.parametrize(
+  "count, tolerance",
+  [(30, 0.1), (50, 0.1), (97, 0.05), (100, 0.05), (100, 0.1), (285, 0.05), (383, 0.1)],
+)
+def test_the_level_of_every_table_of_zeros_and_ones_is_exact(count, tolerance, method):
+  """The sum over all n + 1 tables: with one order made of contents up to 0.26 (first: 0.25)."""
+  most = int(stats.binom.ppf(1 - 1e-5, count, tolerance))
+  passed = []
+  for ones in range(most + 1):
+    table = (np.arange(count) < ones).astype(float)[:, None]
+    orders, found = certified(table, tolerance, method)
+    assert orders == (16 if ones else 1)
+    passed.append(found)
+  chances = stats.binom.pmf(np.arange(most + 1), count, tolerance)
+  assert chances[passed].sum() <= 0.05
+  worse = stats.binom.pmf(np.arange(most + 1), count, 1.3 * tolerance)  # the audit's 89 %
+  assert worse[passed].sum() <= 0.02
+
+
+@pytest.mark.parametrize("stored", [np.sort, lambda values, axis: -np.sort(-values, axis=axis)])
+def test_graded_losses_keep_the_level_in_twenty_thousand_draws(stored):
+  """0, 1/2 and 1 at the boundary; tables of the same counts are decided once."""
+  counts = np.random.default_rng(0).multinomial(60, [0.85, 0.1, 0.05], size=20_000)
+  kinds, times = np.unique(counts, axis=0, return_counts=True)
+  wrong = 0
+  for (zeros, halves, ones), number in zip(kinds.tolist(), times.tolist(), strict=True):
+    table = np.repeat([0.0, 0.5, 1.0], [zeros, halves, ones])[:, None]
+    wrong += number * certified(stored(table, axis=0), 0.1, "betting_fixed_level")[1]
+  assert wrong <= 0.05 * 20_000
+
+
+def test_plain_arrays_of_zeros_and_ones_are_tested_exactly_and_the_promise_says_so():
+  table = laws.bernoulli(np.random.default_rng(0), 0.03, (100, 1))
+  found = calibrate(table, [0.5], **RATES)
+  declared = calibrate(table, [0.5], **RATES, support=Support(binary=True))
+  assert found == declared and found.method == "binomial" and found.order == "irrelevant"
+  assert "Every loss is taken to be 0 or 1 by its nature." in found.guarantee
+  # What was declared, or is means of clusters, or was told to bet, stays as it was told.
+  assert calibrate(table, [0.5], **RATES, support=Support()).method == "betting_fixed_level"
+  assert calibrate(table, [0.5], **RATES, method="betting").method == "betting"
+  assert calibrate(np.zeros((50, 1)), [0.5], **RATES).method == "betting_fixed_level"
+  table[0] = 0.5
+  assert calibrate(table, [0.5], **RATES).method == "betting_fixed_level"
 
 
 @pytest.mark.parametrize("kinds", [1, 2, 8, 9])
-def test_tables_of_two_to_eight_kinds_of_rows_draw_their_order(kinds, monkeypatch):
+def test_tables_of_two_to_eight_kinds_of_rows_are_tested_in_many_orders(kinds, monkeypatch):
   """However they are looked at; tiny losses are losses, and -0 is 0."""
   table = np.repeat(np.arange(kinds) * 1e-20, 3)[:, None]
   table[:2] = [[0.0], [-0.0]]
   for cells in (2**18, 8 * 3, 1):
     monkeypatch.setattr(checks, "_CELLS", cells)
     losses = SequenceLosses(table, [0.5])
-    first, second = (clusters.with_contents(losses).contents for _ in range(2))
-    assert (first != second) == (1 < kinds <= 8)
-    assert len(first) == len(second) == 64 and int(first, 16) >= 0
+    seeds = clusters.order_seeds(losses)
+    assert len(set(seeds)) == len(seeds) == (16 if 1 < kinds <= 8 else 1)
+    assert all(len(seed) == 16 and int(seed, 16) >= 0 for seed in seeds)
+    assert clusters.order_seeds(losses, "ab") == ("ab",)  # as earlier versions drew it
+    assert len(clusters.order_seeds(losses.in_given_order())) == 1
+    assert len(clusters.order_seeds(dataclasses.replace(losses, contents="c"))) == 1
 
 
 def test_contents_of_a_table_are_the_digests_of_its_rows():

@@ -10,6 +10,7 @@ import pytest
 
 from calm.calibrate import Calibration, generations, promises, textual_losses
 from calm.calibrate import calibrate as certify
+from calm.calibrate.generations import foreign
 from calm.commands import calibrate, cli, infer
 
 
@@ -354,13 +355,25 @@ def test_the_cheapest_of_several_folders(tmp_path, capsys):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_drawn_order_is_verified_by_its_seed(tmp_path, capsys):
+def test_equal_calls_answer_equally_and_a_drawn_order_is_verified_by_its_seed(tmp_path, capsys):
   arguments = outputs(tmp_path, count=200, wrong=(3, 7))
   rates = ["--method=betting", "--tolerance=0.3", "--metric=exact_match"]
   full = tmp_path / "full.jsonl"
   rows = [json.loads(line) for line in full.read_text().splitlines()]
   write(tmp_path, [{**row, "input": ""} for row in rows], "full.jsonl")
-  assert cli.main(["calibrate", *arguments, *rates]) == 0
   path = tmp_path / "calibration.json"
+  found = []
+  for _ in range(2):
+    assert cli.main(["calibrate", *arguments, *rates]) == 0
+    found.append(path.read_bytes())
+  assert found[0] == found[1]
   assert cli.main(["calibrate", *arguments, f"--verify={path}"]) == 0
-  assert "is what these outputs give" in " ".join(capsys.readouterr().out.split())
+  said = " ".join(capsys.readouterr().out.split())
+  assert "is what these outputs give" in said and "earlier versions" not in said
+  cached = foreign.gather(full, {0.5: tmp_path / "early.jsonl"})
+  losses = textual_losses(cached, metric="exact_match")
+  # As earlier versions drew the order of such outputs.
+  certify(losses, tolerance=0.3, error_rate=0.05, method="betting", seed="ab").save(path)
+  assert cli.main(["calibrate", *arguments, f"--verify={path}"]) == 0
+  said = " ".join(capsys.readouterr().out.split())
+  assert "is what these outputs give" in said and "earlier versions drew the order" in said

@@ -8,6 +8,7 @@ The order may depend on the first half in any way, because the second half never
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -110,6 +111,7 @@ def evidence(
   error_rate: float,
   *,
   any_level: bool = True,
+  bounded: bool = True,
 ) -> RiskEvidence:
   """p-values of "this risk exceeds its tolerance", and what else some rows say of it.
 
@@ -120,6 +122,7 @@ def evidence(
     error_rate: level that bets are tuned for.
     any_level: whether 'auto' must give p-values that can be compared and tested at any level,
       or at `error_rate` alone.
+    bounded: whether upper bounds are wanted, which take most of the time.
 
   Returns:
     [len(configurations)] each.
@@ -137,7 +140,12 @@ def evidence(
       f" {support.upper}], got {float(values[outside].flat[0])!r}."
     )
   sample = methods.Sample(values, support, risk.tolerance, error_rate)
-  log_p, bounds = method.evidence(sample, np.ones(values.shape[1], bool))
+  count = values.shape[1]
+  if bounded:
+    log_p, bounds = method.evidence(sample, np.ones(count, bool))
+  else:
+    log_p = method.log_p_values(sample.block(np.arange(count)))
+    bounds = np.full(count, np.nan)
   return RiskEvidence(method.name, support, values.mean(axis=0), log_p, bounds)
 
 
@@ -148,6 +156,7 @@ def pareto_test(
   error_rate: float,
   optimization_rows: npt.ArrayLike | None = None,
   names: Sequence[str] | None = None,
+  contents: str = "",
   seed: str | None = None,
 ) -> ParetoResult:
   """Certifies configurations for all risks at once and returns the cheapest.
@@ -166,7 +175,10 @@ def pareto_test(
       goes with losses; all other rows are tested, so that the two are disjoint whatever is
       passed. None takes the first half of the permutation.
     names: [num_examples] unique names of rows; None numbers them.
-    seed: of an earlier result, to repeat it; several must not be tried.
+    contents: digest of what the prompts say; '' takes that of losses.
+    seed: of an earlier result, to repeat it, or one that was drawn before these losses were
+      seen; several must not be tried. Without it, rows of at most eight kinds and no `contents`
+      are split and tested in 16 ways, and what all of them certify is certified.
 
   Rows must be exchangeable units: where prompts come in clusters, pass cluster means
   (`clusters.cluster_means`).
@@ -179,16 +191,71 @@ def pareto_test(
   """
   costs = np.asarray(costs, np.float64)
   _check(risks, costs)
-  rows, seed = _permutation(risks, names, seed)
+  orders, seed = _permutations(risks, names, contents, seed)
+  run = functools.partial(_test_in_order, risks, costs, optimization_rows, error_rate)
+  found = run(orders[0], seed)
+  common = set(np.array(found.order)[found.rejected].tolist())
+  for rows in orders[1:]:
+    if common:
+      other = run(rows, seed, bounded=False)
+      common &= set(np.array(other.order)[other.rejected].tolist())
+  return found if len(orders) == 1 else _keep(found, common)
+
+
+def _keep(first: ParetoResult, common: set[int]) -> ParetoResult:
+  """A result in which what all orders certify comes first, and p = 1 for all others."""
+  kept = np.array([column in common for column in first.order])
+  places = np.argsort(~kept, kind="stable")
+  rejected = kept[places]
+  order = np.array(first.order)[places]
+  evidence = tuple(
+    dataclasses.replace(
+      found,
+      means=found.means[places],
+      log_p_values=np.where(rejected, found.log_p_values[places], 0.0),
+      upper_bounds=np.where(rejected, found.upper_bounds[places], found.support.upper),
+    )
+    for found in first.evidence
+  )
+  costs = first.costs[places]
+  return dataclasses.replace(
+    first,
+    chosen=int(order[np.argmin(np.where(rejected, costs, np.inf))]) if common else None,
+    order=tuple(order.tolist()),
+    costs=costs,
+    p_values=np.where(rejected, first.p_values[places], 1.0),
+    rejected=rejected,
+    evidence=evidence,
+  )
+
+
+def _test_in_order(
+  risks: Sequence[Risk],
+  costs: np.ndarray,
+  optimization_rows,
+  error_rate: float,
+  rows: np.ndarray,
+  seed: str,
+  *,
+  bounded: bool = True,
+) -> ParetoResult:
+  """`pareto_test` with rows in one order, with or without upper bounds."""
   first, second = _split(rows, optimization_rows)
   prices = costs if costs.ndim == 1 else costs[first].mean(axis=0)
   means = np.stack([np.asarray(risk.values)[first].mean(axis=0) for risk in risks], axis=1)
   candidates = front(np.column_stack([means, prices]))
   guesses = np.max(
-    [evidence(risk, first, candidates, error_rate).log_p_values for risk in risks], axis=0
+    [
+      evidence(risk, first, candidates, error_rate, bounded=False).log_p_values
+      for risk in risks
+    ],
+    axis=0,
   )
   order = candidates[np.lexsort((prices[candidates], guesses))]
-  found = tuple(evidence(risk, second, order, error_rate, any_level=False) for risk in risks)
+  found = tuple(
+    evidence(risk, second, order, error_rate, any_level=False, bounded=bounded)
+    for risk in risks
+  )
   p_values = np.exp(np.max([each.log_p_values for each in found], axis=0))
   rejected = multiple_testing.fixed_sequence(p_values, error_rate).rejected
   certified = order[rejected]
@@ -221,13 +288,14 @@ def _check(risks: Sequence[Risk], costs: np.ndarray) -> None:
     )
 
 
-def _permutation(risks, names, seed: str | None) -> tuple[np.ndarray, str]:
-  """(row numbers in an order that has nothing to do with how rows are stored, its seed)."""
+def _permutations(risks, names, contents: str, seed: str | None):
+  """(orders of rows that have nothing to do with how they are stored, seed of the first)."""
   values = np.concatenate([np.asarray(risk.values, np.float64) for risk in risks], axis=1)
   grid = np.linspace(1.0, 0.0, values.shape[1])
   ids = None if names is None else tuple(names)
-  table = SequenceLosses(values, grid, ids=ids)
-  return clusters.tested_order(clusters.with_contents(table), seed)
+  table = SequenceLosses(values, grid, ids=ids, contents=contents)
+  seeds = clusters.order_seeds(table, seed)
+  return clusters.tested_orders(table, seeds), seeds[0]
 
 
 def _split(rows: np.ndarray, picked: npt.ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:

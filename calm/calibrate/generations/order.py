@@ -17,17 +17,46 @@ import numpy as np
 from calm.calibrate.generations.procedures import Procedure
 from calm.calibrate.generations.records import Prompt
 
+# Tables (or lists of texts) of at most so many kinds hardly tell one draw from another.
+FEW_KINDS = 8
+
+
+def content_digests(contents: Iterable[bytes]) -> np.ndarray:
+  """[number of contents] SHA-256 of each, 32 bytes."""
+  return np.fromiter((hashlib.sha256(content).digest() for content in contents), "S32")
+
+
+def digest_of_digests(digests: np.ndarray) -> str:
+  """SHA-256 (hexadecimal) of several digests, whatever their order."""
+  return hashlib.sha256(np.sort(digests).tobytes()).hexdigest()
+
 
 def contents_digest(contents: Iterable[bytes]) -> str:
   """SHA-256 (hexadecimal) of several contents, whatever their order."""
-  digests = np.fromiter((hashlib.sha256(content).digest() for content in contents), "S32")
-  digests.sort()
-  return hashlib.sha256(digests.tobytes()).hexdigest()
+  return digest_of_digests(content_digests(contents))
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
   """What prompts say, as a digest that depends neither on their order nor on their names."""
   return contents_digest(prompt.input.encode("utf-8") for prompt in prompts)
+
+
+def run_digest(prompts: Sequence[Prompt], predictions: Sequence[str]) -> str:
+  """`prompts_digest`; where an input is missing, that of inputs and the full model's texts.
+
+  Args:
+    prompts: [num_prompts].
+    predictions: [num_prompts] the full model's texts.
+
+  Returns:
+    A digest, or '' where texts are of few kinds, which say too little for a seed.
+  """
+  if all(prompt.input for prompt in prompts):
+    return prompts_digest(prompts)
+  texts = [f"{p.input}\0{text}" for p, text in zip(prompts, predictions, strict=True)]
+  if len(set(texts)) <= FEW_KINDS:
+    return ""
+  return contents_digest(text.encode("utf-8") for text in texts)
 
 
 def order_seed(ids: Sequence[str], procedure: Procedure | None, contents: str = "") -> str:

@@ -1,7 +1,7 @@
 """The tested order of losses, and losses of whole clusters."""
 
 import dataclasses
-import secrets
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,59 +10,79 @@ from calm.calibrate.generations import order as order_lib
 from calm.calibrate.losses import checks
 from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
 
-# Tables with fewer kinds of rows than this hardly tell one draw of prompts from another.
-_FEW_KINDS = 8
+# Orders of which the least favourable counts, where rows are of few kinds.
+_ORDERS = 16
 
 
 def with_contents(losses: SequenceLosses) -> SequenceLosses:
-  """`losses` with a digest of their rows, where nothing is known of what the prompts say.
-
-  Rows of few kinds (0 or 1 at one threshold) say too little: the seed would be a function of
-  their counts, and a table stored sorted would be tested in one fixed order for each. Their
-  contents are then drawn from the operating system's entropy; the seed is recorded.
-  """
+  """`losses` with a digest of their units' losses, where no text of a prompt is known."""
   if losses.contents:
     return losses
-  blocks = checks.row_blocks(losses.values)
-  contents = order_lib.contents_digest(
-    row.tobytes() for b in blocks for row in b + 0.0
-  )  # no -0
-  if 1 < _kinds(losses.values) <= _FEW_KINDS:
-    contents = secrets.token_hex(32)
-  return dataclasses.replace(losses, contents=contents)
+  digests = order_lib.content_digests(_units(losses))
+  return dataclasses.replace(losses, contents=order_lib.digest_of_digests(digests))
 
 
-def _kinds(values: np.ndarray) -> int:
-  """How many different rows there are, or more than `_FEW_KINDS`."""
+def order_seeds(losses: SequenceLosses, seed: str | None = None) -> tuple[str, ...]:
+  """Hexadecimal seeds of the orders in which rows, or clusters, are tested; the first is kept.
+
+  The seed is a function of ids, contents and procedure, so that equal calls answer equally.
+  Rows of few kinds (0 or 1 at one threshold) leave too few seeds: for n prompts n + 1, so that
+  the level would be that of n + 1 fixed orders, up to 0.26 where 0.05 is promised. There 16
+  orders are tested and the largest p-value counts: a false certificate must pass all of them,
+  and its probability is at most the smallest of their levels.
+
+  Args:
+    losses: of all prompts, with their groups.
+    seed: of an earlier calibration; the one made here stands for all orders, any other (earlier
+      versions drew it) for one order.
+  """
+  made = order_seed(with_contents(losses))
+  if seed not in (None, made):
+    return (seed,)
+  if losses.contents or losses.order == "given" or not _are_of_few_kinds(losses):
+    return (made,)
+  more = (hashlib.sha256(f"{made}/{number}".encode()) for number in range(1, _ORDERS))
+  return (made, *(digest.hexdigest()[:16] for digest in more))
+
+
+def _units(losses: SequenceLosses):
+  """Rows, or cluster means, as bytes; -0 is 0."""
+  units = losses if losses.groups is None else cluster_means(losses, losses.groups)
+  blocks = checks.row_blocks(units.values)
+  return (row.tobytes() for block in blocks for row in block + 0.0)
+
+
+def _are_of_few_kinds(losses: SequenceLosses) -> bool:
   kinds: set[bytes] = set()
-  for block in checks.row_blocks(values):
-    kinds |= {row.tobytes() for row in np.unique(block + 0.0, axis=0)}  # -0 is 0
-    if len(kinds) > _FEW_KINDS:
-      break
-  return len(kinds)
+  for row in _units(losses):
+    kinds.add(row)
+    if len(kinds) > order_lib.FEW_KINDS:
+      return False
+  return len(kinds) > 1
 
 
-def _names(losses: SequenceLosses) -> tuple[str, ...]:
-  return losses.ids or tuple(f"{row:09d}" for row in range(len(losses.values)))
+def names_of_rows(losses: SequenceLosses) -> tuple[str, ...]:
+  """Ids; without them numbers that rows keep however they are stored."""
+  if losses.ids:
+    return losses.ids
+  digests = order_lib.content_digests(_units(dataclasses.replace(losses, groups=None)))
+  places = np.argsort(np.argsort(digests, kind="stable"), kind="stable")
+  return tuple(f"{place:09d}" for place in places.tolist())
 
 
 def order_seed(losses: SequenceLosses) -> str:
   """Hexadecimal seed of the order in which rows, or clusters, are tested."""
-  names = order_lib.unit_names(_names(losses), losses.groups)
-  return order_lib.order_seed(names, losses.procedure, losses.contents)
+  names = losses.ids or tuple(f"{row:09d}" for row in range(len(losses.values)))
+  units = order_lib.unit_names(names, losses.groups)
+  return order_lib.order_seed(units, losses.procedure, losses.contents)
 
 
-def tested_order(losses: SequenceLosses, seed: str | None = None) -> tuple[np.ndarray, str]:
-  """(row numbers in the tested order, hexadecimal seed) of `losses`.
-
-  Args:
-    losses: with `contents` (`with_contents`).
-    seed: a seed that was recorded before; None makes it.
-  """
-  seed = seed or order_seed(losses)
+def tested_orders(losses: SequenceLosses, seeds: Sequence[str]) -> list[np.ndarray]:
+  """Row numbers of `losses` (units by now) in each of the tested orders."""
   if losses.order == "given":
-    return np.arange(len(losses.values)), seed
-  return order_lib.seeded_order(_names(losses), seed), seed
+    return [np.arange(len(losses.values))]
+  names = names_of_rows(losses)
+  return [order_lib.seeded_order(names, seed) for seed in seeds]
 
 
 def declared_groups(losses: SequenceLosses) -> tuple[str, ...] | None:

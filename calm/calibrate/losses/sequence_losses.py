@@ -259,9 +259,7 @@ def compute(
     ids=generations.ids,
     groups=order_lib.known_groups(generations.prompts),
     procedure=generations.procedure,
-    contents=order_lib.prompts_digest(generations.prompts)
-    if all(prompt.input for prompt in generations.prompts)
-    else "",
+    contents=order_lib.run_digest(generations.prompts, columns.texts(generations.full)),
     knobs=generations.knobs,
   )
 

@@ -26,7 +26,8 @@ def test_clusters_stand_together_in_the_order_that_calibrate_tests_them(groups):
   values = np.random.default_rng(0).random((len(groups), 1))
   losses = SequenceLosses(values, np.array([0.5]), ids=tuple(ids), procedure=procedure)
   means = clusters.cluster_means(losses, groups)
-  tested, seed = clusters.tested_order(means)
+  seed = clusters.order_seed(means)
+  (tested,) = clusters.tested_orders(means, [seed])
   assert [ordered[unit.start] for unit in units] == [means.ids[row] for row in tested]
   np.testing.assert_allclose(
     order.unit_means(values[rows, 0], units), means.values[tested, 0], rtol=1e-12
