@@ -1,5 +1,7 @@
 """Vocabularies of Hugging Face folders: a `tokenizer.json`, and ids whose padding is not 0."""
 
+import base64
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -7,7 +9,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from calm.calibrate.generations import files
@@ -15,6 +17,8 @@ from calm.data import vocabulary as vocabulary_lib
 
 SENTINEL = re.compile(r"<extra_id_\d+>")
 _WORD_START = "\u2581"
+# Characters that replacements may make of one; tokenizers of models make three of a few.
+_MOST_GROWTH = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,18 +70,29 @@ class TokenizerVocabulary:
         f"Expected the package tokenizers to read {str(self.path)!r}, got none; `pip install"
         " tokenizers`, or put the model's spiece.model beside it."
       ) from error
-    try:
+    with self._naming("to be a tokenizer.json that the package tokenizers reads"):
+      content = files.parse_json(self.model)
+      for part in ("normalizer", "decoder"):
+        _check_steps(part, content.get(part))
       made = tokenizers.Tokenizer.from_buffer(self.model)
+      # What a model was once called with is saved beside its pieces; lengths are chosen here.
+      made.no_truncation()
+      made.no_padding()
       made.encode("a")  # some only say now what they lack
-    except Exception as error:  # the package raises nothing narrower
-      raise ValueError(
-        f"Expected {str(self.path)!r} to be a tokenizer.json, got {len(self.model)} bytes that"
-        f" the package tokenizers does not read ({error}); save the tokenizer again."
-      ) from error
-    # What a model was once called with is saved beside its pieces; lengths are ours to choose.
-    made.no_truncation()
-    made.no_padding()
     return made
+
+  @contextlib.contextmanager
+  def _naming(self, expected: str) -> Iterator[None]:
+    """Errors of the package name the file; its panics are no `Exception`."""
+    try:
+      yield
+    except BaseException as error:
+      if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise
+      raise ValueError(
+        f"Expected {str(self.path)!r} {expected}, got: {error!s:.300}; save the tokenizer"
+        " again."
+      ) from error
 
   @functools.cached_property
   def _content(self) -> dict[str, Any]:
@@ -126,20 +141,16 @@ class TokenizerVocabulary:
   def encode(self, s: str, /) -> list[int]:
     """Token ids of a text as transformers makes them, the EOS at their end left out."""
     vocabulary_lib.check_utf8(s)
-    try:
+    with self._naming(f"to have tokens for every text, so for {s[:40]!r}"):
       ids = self._tokenizer.encode(s).ids
-    except Exception as error:  # the package raises nothing narrower
-      raise ValueError(
-        f"Expected {str(self.path)!r} to have tokens for every text, got {error} for {s!r:.60};"
-        " save the tokenizer again."
-      ) from error
     return ids[:-1] if ids[-1:] == [self.eos_id] else ids
 
   def decode(self, ids: Iterable[int], /) -> str:
     """Text of the ids before the first EOS; special tokens but sentinels are skipped."""
     kept = vocabulary_lib.until_eos(ids, self.eos_id, self.pad_id)
     texts = [i for i in kept if i not in self._left_out and i < self.vocab_size]
-    return self._tokenizer.decode(texts, skip_special_tokens=False)
+    with self._naming("to give a text for every list of tokens"):
+      return self._tokenizer.decode(texts, skip_special_tokens=False)
 
   def piece(self, token_id: int, /) -> str:
     """What one token looks like on its own; a word's first piece begins with a space."""
@@ -149,13 +160,39 @@ class TokenizerVocabulary:
     if token_id in self._left_out or SENTINEL.fullmatch(token):
       return token
     if "ByteLevel" in json.dumps(self._content.get("decoder")):
-      return self._tokenizer.decode([int(token_id)], skip_special_tokens=False)
+      with self._naming("to give a text for every token"):
+        return self._tokenizer.decode([int(token_id)], skip_special_tokens=False)
     return token.replace(_WORD_START, " ")
 
   def digest(self) -> str:
     """sha256 (hexadecimal) of the file's bytes and the ids."""
     ids = f"\neos_id {self.eos_id} pad_id {self.pad_id}"
     return hashlib.sha256(self.model + ids.encode()).hexdigest()
+
+
+def _check_steps(part: str, step: Any) -> None:
+  """Refuses steps by which a few bytes of the file take gigabytes.
+
+  Raises:
+    ValueError: replacements that lengthen a text beyond `_MOST_GROWTH` times, one after the
+      other, or a map of characters that is shorter than it says.
+  """
+  growth, left = 1.0, [step] if step else []
+  while left:
+    step = left.pop()
+    left += step.get("normalizers") or step.get("decoders") or []
+    if step["type"] == "Replace":
+      # A regular expression may match one character; an empty text is found between all.
+      found = len(step["pattern"].get("String", "x"))
+      growth *= max(1.0, len(step["content"]) / found if found else 1 + len(step["content"]))
+    if step["type"] == "Precompiled":
+      table = base64.b64decode(step["precompiled_charsmap"] or "")
+      if int.from_bytes(table[:4], "little") > len(table):
+        raise ValueError(f"Expected `{part}` with a whole `precompiled_charsmap`, got a part")
+    if growth > _MOST_GROWTH:
+      raise ValueError(
+        f"Expected `{part}` to lengthen a text at most {_MOST_GROWTH} times, got {growth:.3g}"
+      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,10 @@
-"""A tokenizer of another model that its special tokens give away, refused when it is opened."""
+"""Tokenizers of other models and of nobody's: refused by name when they are opened or used."""
 
+import base64
 import json
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -48,3 +52,100 @@ def test_where_nothing_is_called_special_nothing_is_told(tmp_path, special):
   path = tmp_path / "tokenizer.json"
   write_tokenizer(path, ["<pad>", "</s>", "<unk>", "<extra_id_0>"], special)
   assert tokenizer_files.TokenizerVocabulary(path).eos_id == 1
+
+
+def repeated(step, count):
+  return {"type": "Sequence", "normalizers": [step] * count}
+
+
+def charsmap(content):
+  return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(content).decode()}
+
+
+def replace(pattern, content):
+  return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+FIXED = {
+  **dict(
+    direction="Right", pad_to_multiple_of=None, pad_id=0, pad_type_id=0, pad_token="<pad>"
+  ),
+  "strategy": {"Fixed": 10**9},
+}
+TEMPLATE = {
+  **dict(type="TemplateProcessing", special_tokens={}, pair=[]),
+  "single": [
+    {"Sequence": {"id": "A", "type_id": 0}},
+    {"SpecialToken": {"id": "<absent>", "type_id": 0}},
+  ],
+}
+
+
+@pytest.fixture
+def changed(tmp_path):
+  """Writes a whole tokenizer with some fields exchanged; returns its path."""
+
+  def write(**fields):
+    path = tmp_path / "tokenizer.json"
+    write_tokenizer(path, ["<pad>", "</s>", "<unk>", "a"], ["<pad>", "</s>", "<unk>"])
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **fields}))
+    return path
+
+  return write
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("normalizer", charsmap(b"")),
+    ("normalizer", charsmap(b"\x08\0\0\0" + b"\xff" * 40)),
+    ("normalizer", replace({"Regex": "(a+)+c"}, "x")),
+    ("post_processor", TEMPLATE),
+    ("decoder", {"type": "Strip", "content": "a", "start": 0, "stop": 10**9}),
+  ],
+)
+def test_what_panics_in_the_package_is_refused_by_name(changed, name, value):
+  path = changed(**{name: value})
+  with pytest.raises(ValueError, match=r"Expected '.*tokenizer\.json' to (be|have|give)"):
+    made = tokenizer_files.TokenizerVocabulary(path)
+    made.decode([*made.encode("a" * 40), 3])
+
+
+IN_LITTLE_MEMORY = """
+import resource, sys
+from calm.data import tokenizer_files
+
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+try:
+  made = tokenizer_files.TokenizerVocabulary(sys.argv[1])
+  print(made.encode("a" * 9), made.decode([3]))
+except ValueError as error:
+  print(error)
+"""
+
+
+@pytest.mark.parametrize(
+  ("fields", "told"),
+  [
+    ({"padding": FIXED}, "[2] a"),
+    ({"normalizer": charsmap(b"\xf0\xff\xff\xff" + b"\xff" * 40)}, "Expected '"),
+    ({"normalizer": repeated(replace({"String": "a"}, "aa"), 40)}, "Expected '"),
+    ({"normalizer": repeated(replace({"Regex": "."}, "aa"), 40)}, "Expected '"),
+    ({"normalizer": repeated(replace({"String": ""}, "a"), 40)}, "Expected '"),
+    ({"normalizer": repeated(replace({"String": "a"}, "b"), 40)}, "[2] a"),
+    (
+      {"decoder": {"type": "Sequence", "decoders": [replace({"String": "a"}, "aa")] * 40}},
+      "Exp",
+    ),
+    ({"truncation": {"max_length": 1, "stride": 0, "strategy": "LongestFirst"}}, "[2] a"),
+  ],
+)
+def test_no_small_tokenizer_takes_gigabytes(changed, fields, told):
+  done = subprocess.run(
+    [sys.executable, "-c", IN_LITTLE_MEMORY, changed(**fields)],
+    capture_output=True,
+    text=True,
+    timeout=60,
+    cwd=pathlib.Path(__file__).parents[2],
+  )
+  assert done.stdout.startswith(told) and not done.returncode, done.stderr[-400:]
