@@ -2,12 +2,14 @@
 
 Splits the rows by group, trains the exits, chooses measure, layers and grid by measured
 seconds, certifies a threshold on rows that nothing was chosen on, and looks at the last part
-once. Where no threshold is both certified and faster, the folder serves full depth. A run that
-was stopped goes on with the same command.
+once. Where no threshold is both certified and faster, or training has made full depth worse,
+the folder serves full depth by the model that was given, its weights untouched. A run that was
+stopped goes on with the same command.
 
   calm fit --model=flan-t5-small/ --train=rows.jsonl --tolerance=0.1 --output=mine
   calm fit --model=packed --train=rows.jsonl --stages=none --output=mine
-  calm fit --model=mt5-small/ --train=inputs.txt --stages=own --output=mine   # no references
+  calm fit --model=mt5-small/ --train=inputs.txt --stages=own --accept_quality \\
+      --output=mine                                                    # no references
   calm fit --model=flan-t5-small/ --train=rows.jsonl --consistency=risk --metric=token_f1 \\
       --budget=30m --output=mine
   echo "a long text" | calm infer --model=mine --prompts=-
@@ -51,8 +53,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     default="all",
     metavar="NAME",
     help="what is trained: all; both of the paper's: one (Eq. 6, on references) and two (the"
-    " exit classifier); own (every layer learns what the model itself writes: no references"
-    " needed); none (the model's exits are trained) (default %(default)s)",
+    " exit classifier); own (every layer learns what the model itself writes: needs no"
+    " references with --accept_quality); none (the model's exits are trained) (default"
+    " %(default)s)",
   )
   parser.add_argument(
     "--budget", metavar="TIME", help="time for training, like 30m (default: the recipe's steps)"
@@ -73,6 +76,11 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     default=8,
     metavar="N",
     help="prompts decoded together (default %(default)s)",
+  )
+  parser.add_argument(
+    "--accept_quality",
+    action="store_true",
+    help="serve trained weights also where full depth writes worse than before, or unknown",
   )
 
 
@@ -112,6 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
     "input_key",
     "seed",
     "batch_size",
+    "accept_quality",
   )
   options = {name: getattr(arguments, name) for name in names}
   if arguments.budget is not None:

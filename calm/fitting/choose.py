@@ -124,7 +124,7 @@ class _Choosing:
     return {
       "procedure": self.predictor.procedure.to_json(),
       "prompts": results.prompts_digest(self.prompts),
-      "options": dataclasses.asdict(self.options),
+      "options": self.options.request,
     }
 
   @functools.cached_property

@@ -11,7 +11,7 @@ fit/                training runs, gin files, generations and results: a stopped
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import calm
@@ -42,8 +42,15 @@ class Folder:
   cache: results.ResultCache
 
   @classmethod
-  def open(cls, path: pathlib.Path, request: Mapping[str, Any]) -> "Folder":
+  def open(
+    cls, path: pathlib.Path, request: Mapping[str, Any], begin: Callable[[], None]
+  ) -> "Folder":
     """Makes the folder, or goes on in it.
+
+    Args:
+      path: the folder.
+      request: what names everything that is computed.
+      begin: called before the folder is made; what it raises leaves no folder.
 
     Raises:
       ValueError: it holds the fit of another request (names the difference), or other things.
@@ -61,6 +68,7 @@ class Folder:
         f" which {what}; choose another name."
       )
     else:
+      begin()
       try:
         work.mkdir(parents=True, exist_ok=True)
       except OSError as error:
@@ -79,16 +87,19 @@ class Folder:
     options: FitOptions,
   ) -> None:
     """Writes the model, its defaults, its promise, and the summary."""
+    # Stage two alone teaches no layer; without a stage the user says that they are trained.
+    taught = options.stages == "none" or (result.serves_exits and options.changes_weights)
     checkpoints.save(
       self.path,
       predictor.params,
       predictor.config,
       vocabulary=predictor.vocabulary,
-      # Stage two alone teaches no layer; without a stage the user says that they are trained.
-      exits_trained=None if options.stages == "two" else True,
+      exits_trained=True if taught else None,
     )
     stored = json.dumps(options_lib.to_stored(predictor.options), indent=1)
     files.write_atomically(self.path / "inference.json", stored + "\n")
+    stale = inference.FULL_DEPTH if calibration is not None else inference.CALIBRATION
+    (self.path / stale).unlink(missing_ok=True)
     if calibration is not None:
       calibration.save(self.path / inference.CALIBRATION)
     else:

@@ -28,8 +28,8 @@ def read_rows(train: str | pathlib.Path | Rows, options: FitOptions) -> tuple[Pr
   if bare and options.needs_targets:
     raise ValueError(
       f"Expected `train` to be rows with references (`target`), got {len(bare)} of {len(rows)}"
-      f" without, first {bare[:3]}; give them, or take stages='own' (or 'none') with textual"
-      " consistency."
+      f" without, first {bare[:3]}; give them, or take textual consistency and stages='none',"
+      " or 'own' with `accept_quality`: nothing would measure how well trained weights write."
     )
   ids = [row.id for row in rows]
   if len(set(ids)) < len(ids):

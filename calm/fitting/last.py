@@ -9,6 +9,7 @@ import numpy as np
 
 from calm import exits, inference
 from calm.calibrate import Prompt, Record, generations
+from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.losses import metrics, sequence_losses
 from calm.fitting import choose
 from calm.fitting import result as result_lib
@@ -39,10 +40,17 @@ def quality(
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-  """The last part decoded."""
+  """The last part decoded.
+
+  Attributes:
+    last: what was measured.
+    examples: prompts of it, with the texts that are served.
+    worse: why the quality of the trained weights forbids to serve them; '' where it does not.
+  """
 
   last: result_lib.LastLook
   examples: tuple[result_lib.ShownText, ...]
+  worse: str = ""
 
 
 def look(
@@ -55,8 +63,10 @@ def look(
 ) -> Look:
   """Decodes the last part at full depth and under the threshold.
 
+  Where full depth is served, or training has made it worse, the texts are the original's.
+
   Args:
-    predictor: the model that is served, under its options.
+    predictor: the trained model, under the options that are certified.
     original: the model before training; None where nothing was trained.
     prompts: the last part.
     options: what the fit is asked for.
@@ -67,28 +77,45 @@ def look(
   # The batches that certified: their programs are compiled.
   predictor = decode.in_bulk(predictor)
   full = decode.with_rule(predictor, prompts, static, progress=choose.part(progress, 0.0, 0.3))
+  before = full
+  if original is not None:
+    told = choose.part(progress, 0.3, 0.6)
+    before = decode.with_rule(decode.in_bulk(original), prompts, static, progress=told)
+  quality_original = quality(before, prompts, options.metric)
+  quality_full = quality(full, prompts, options.metric)
+  worse = "" if options.accept_quality else why_worse(quality_original, quality_full, options)
+  if original is not None and (worse or not np.isfinite(threshold)):
+    predictor, full, threshold = original, before, thresholds_lib.NEVER_EXIT
   early = full
   if np.isfinite(threshold):
-    told = choose.part(progress, 0.3, 0.6)
+    told = choose.part(progress, 0.6, 1.0)
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder)
       levels = (threshold,)
       made = decode.on_grid(predictor, prompts, levels, path, full=full, progress=told)
     early = made.records[0]
-  before = full
-  if original is not None:
-    told = choose.part(progress, 0.6, 1.0)
-    before = decode.with_rule(decode.in_bulk(original), prompts, static, progress=told)
   exit_quality = quality(early, prompts, options.metric) if np.isfinite(threshold) else None
   found = result_lib.LastLook(
-    quality_original=quality(before, prompts, options.metric),
-    quality_full=quality(full, prompts, options.metric),
+    quality_original=quality_original,
+    quality_full=quality_full,
     quality_early=exit_quality,
     risk=risk(prompts, full, early, options) if np.isfinite(threshold) else None,
     layers=scores.mean_layers(early),
   )
   shown = [_example(predictor, *row) for row in zip(prompts, full, early, strict=True)]
-  return Look(found, tuple(shown[:EXAMPLES]))
+  return Look(found, tuple(shown[:EXAMPLES]), worse)
+
+
+def why_worse(
+  original: result_lib.Mean | None, trained: result_lib.Mean | None, options: FitOptions
+) -> str:
+  """Why trained weights are not served: their quality is below the original's interval."""
+  if original is None or trained is None or trained.value >= original.value - original.margin:
+    return ""
+  return (
+    f"training made full depth worse ({options.metric} {trained} against references on the last"
+    f" part, {original} before); `accept_quality` serves the trained weights all the same."
+  )
 
 
 def risk(prompts, full, early, options: FitOptions) -> result_lib.Mean:

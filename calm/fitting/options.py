@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 from calm.calibrate.losses import metrics
 from calm.inference import calibrating
@@ -37,6 +38,9 @@ class FitOptions:
     budget: seconds that training may take; None trains as many steps as the recipe has.
     seed: of splits, training and draws.
     batch_size: prompts decoded together where nothing is timed.
+    accept_quality: serve trained weights also where their quality against references on the
+      last part is below the 95 % interval of the original's, or where rows without references
+      leave it unknown. No part of the request: a fit goes on in its folder with another value.
   """
 
   tolerance: float = 0.1
@@ -49,6 +53,7 @@ class FitOptions:
   budget: float | None = None
   seed: int = 0
   batch_size: int = 8
+  accept_quality: bool = False
 
   def __post_init__(self):
     for name in ("tolerance", "error_rate"):
@@ -71,6 +76,11 @@ class FitOptions:
     return calibrating.kind_of(self.consistency)
 
   @property
+  def request(self) -> dict[str, Any]:
+    """What names everything that is computed."""
+    return {k: v for k, v in dataclasses.asdict(self).items() if k != "accept_quality"}
+
+  @property
   def trains(self) -> tuple[str, ...]:
     """The stages to train, in order."""
     return STAGES[self.stages]
@@ -81,9 +91,15 @@ class FitOptions:
     return bool({"own", "two"} & set(self.trains))
 
   @property
+  def changes_weights(self) -> bool:
+    """Whether full depth writes other texts after training; stage two adds parts alone."""
+    return bool({"one", "own"} & set(self.trains))
+
+  @property
   def needs_targets(self) -> bool:
     """Whether rows without references are of no use."""
-    return "one" in self.trains or self.consistency != "textual"
+    learned = "one" in self.trains or self.consistency != "textual"
+    return learned or (self.changes_weights and not self.accept_quality)
 
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}

@@ -19,6 +19,8 @@ from calm.training import objectives
 
 Bucket = tuple[int, int]
 VALIDATIONS = 8
+# Fewer steps teach nothing: a budget with room for less is refused.
+LEAST_STEPS = 20
 # Of the budget, at most, goes to validations; a row costs them this share of a step's.
 _VALIDATING, _FORWARD = 0.2, 0.4
 
@@ -109,7 +111,7 @@ def plan(
   num_validation: int,
   budget: float,
 ) -> Plan:
-  """Steps and validations in a budget; at least two steps and one validation.
+  """Steps and validations in a budget; `LEAST_STEPS` and one validation where it is too small.
 
   Args:
     timed: an update.
@@ -119,13 +121,32 @@ def plan(
     num_validation: rows of a validation.
     budget: seconds, those that the timing took among them.
   """
+  each, overhead, validation = _seconds(timed, model, buckets, recipe, num_validation)
+  room = max(0.0, budget - timed.spent - overhead)
+  most = int(np.clip(_VALIDATING * room / validation, 1, VALIDATIONS))
+  least = min(LEAST_STEPS, recipe.num_steps)
+  steps = int(np.clip((room - most * validation) / each, least, 10 * recipe.num_steps))
+  return Plan(steps, min(most, steps), each, overhead)
+
+
+def least_budget(
+  timed: Timed,
+  model: network.T5Config,
+  buckets: Sequence[Bucket],
+  recipe: recipes.Recipe,
+  num_validation: int,
+) -> float:
+  """Seconds in which `plan` makes `LEAST_STEPS` steps, or the recipe's where it has fewer."""
+  each, overhead, validation = _seconds(timed, model, buckets, recipe, num_validation)
+  steps = min(LEAST_STEPS, recipe.num_steps)
+  return timed.spent + overhead + validation + steps * each
+
+
+def _seconds(timed, model, buckets, recipe, num_validation) -> tuple[float, float, float]:
+  """Seconds of a step, on average over lengths, of compiling, and of a validation."""
   longest = recipes.row_bytes(model, timed.bucket)
   lengths = np.mean([recipes.row_bytes(model, bucket) for bucket in buckets]) / longest
   each = float(lengths) * timed.seconds * recipe.batch_size / timed.rows
   # One program a length, and one that validates.
   overhead = timed.compiling * (1 + len(set(buckets)))
-  room = max(0.0, budget - timed.spent - overhead)
-  validation = _FORWARD * timed.seconds * num_validation / timed.rows
-  most = int(np.clip(_VALIDATING * room / validation, 1, VALIDATIONS))
-  steps = int(np.clip((room - most * validation) / each, 2, 10 * recipe.num_steps))
-  return Plan(steps, min(most, steps), each, overhead)
+  return each, overhead, _FORWARD * timed.seconds * num_validation / timed.rows

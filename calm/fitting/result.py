@@ -5,6 +5,7 @@ import dataclasses
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.seconds import Seconds
 from calm.fitting.choose import Choice
+from calm.fitting.options import FitOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,8 @@ class LastLook:
 
   Attributes:
     quality_original: metric against references, the model as it was given, at full depth.
-    quality_full: the trained model at full depth; the same where nothing was trained.
+    quality_full: the trained model at full depth, served or not; the same where nothing was
+      trained.
     quality_early: under the calibrated threshold; None where full depth is served.
     risk: the controlled loss, whose mean is promised; None likewise.
     layers: decoder layers a token under the calibrated threshold.
@@ -141,15 +143,29 @@ class Result:
       return ""
     return f", its own texts x{self.exact.single.speedup:.2f} as fast from verified drafts"
 
-  def headline(self, tolerance: float) -> str:
-    """The result in one sentence."""
+  def _change(self, options: FitOptions) -> str:
+    """What training did to full depth; '' where it changed no weight of it."""
+    if not options.changes_weights:
+      return ""
+    before, after = self.last.quality_original, self.last.quality_full
+    known = f"{options.metric} {after} against references where the given model has {before}"
+    unknown = "without references nobody knows how well"
+    return (
+      "The weights are trained ones, and the promise is about their full depth, which writes"
+      f" other texts than the given model ({known if after else unknown}). "
+    )
+
+  def headline(self, options: FitOptions) -> str:
+    """The result in a sentence; before it, what training did to the weights that are served."""
     if not self.serves_exits:
-      return f"Full depth is served{self._exactly}: {self.reason}"
+      untouched = " by the given model, its weights untouched" if self.trained else ""
+      return f"Full depth is served{untouched}{self._exactly}: {self.reason}"
     assert self.seconds is not None and self.last.risk is not None
     batch = self.seconds.batched
     more = "" if batch is None else f" (x{batch.speedup:.2f} in batches of {batch.batch_size})"
     return (
-      f"Decodes x{self.seconds.single.speedup:.2f} as fast as full depth{more}, at"
-      f" {self.last.layers:.2f} of {self.num_layers} layers a token; measured risk"
-      f" {self.last.risk} on {self.last.risk.count} prompts where {tolerance:g} is promised."
+      f"{self._change(options)}Decodes x{self.seconds.single.speedup:.2f} as fast as full"
+      f" depth{more}, at {self.last.layers:.2f} of {self.num_layers} layers a token; measured"
+      f" risk {self.last.risk} on {self.last.risk.count} prompts where {options.tolerance:g} is"
+      " promised."
     )

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,16 @@ from calm.calibrate.generations import locks
 from calm.calibrate.losses import sequence_losses
 from calm.data import prompt_batches
 from calm.fitting import choose as choose_lib
-from calm.fitting import drafts, inputs, known_tokens, lengths, reading, summary, training
+from calm.fitting import (
+  drafts,
+  inputs,
+  known_tokens,
+  lengths,
+  pilot,
+  reading,
+  summary,
+  training,
+)
 from calm.fitting import folder as folder_lib
 from calm.fitting import last as last_lib
 from calm.fitting import splits as splits_lib
@@ -57,8 +67,9 @@ def fit(
     **options: fields of `FitOptions`.
 
   Returns:
-    The model in `output`, under its promise; its full-depth program where no threshold is both
-    certified and faster.
+    The model in `output`, under its promise. Where no threshold is both certified and faster,
+    or training has made full depth worse (`FitOptions.accept_quality`): the model that was
+    given, at full depth, its weights untouched.
 
   Raises:
     ValueError: rows or options that cannot do (before any work), or an `output` of another
@@ -81,11 +92,13 @@ class Fit:
   """One fit at work; see `fit`."""
 
   source: inference.Predictor
+  own: inference.Predictor
   model: str
   splits: splits_lib.Splits
   folder: folder_lib.Folder
   options: FitOptions
   listener: Listener
+  timed: Mapping[str, pilot.Timed]
 
   @classmethod
   def open(
@@ -107,15 +120,22 @@ class Fit:
       lower=support.lower,
       seed=options.seed,
     )
-    source = inputs.open_model(model, options, listener.say)
-    limits, cut = lengths.of_rows(source, rows, options.prefix)
-    source = source.with_options(batch_size=options.batch_size, **dataclasses.asdict(limits))
+    own = inputs.open_model(model, options, listener.say)
+    limits, cut = lengths.of_rows(own, rows, options.prefix)
+    source = own.with_options(batch_size=options.batch_size, **dataclasses.asdict(limits))
     request = {
       "model": source.parameters_digest,
       "rows": results.prompts_digest(rows),
-      "options": dataclasses.asdict(options),
+      "options": options.request,
     }
-    folder = folder_lib.Folder.open(output, request)
+    timed: dict[str, pilot.Timed] = {}
+    folder = folder_lib.Folder.open(
+      output,
+      request,
+      lambda: timed.update(
+        training.time_stages(source, str(model), splits, options, listener.say)
+      ),
+    )
     splits_lib.write(output / "splits", splits)
     longer = f" ({cut} of {len(rows)} inputs are longer and cut at their end)" if cut else ""
     listener.say(
@@ -126,7 +146,7 @@ class Fit:
     listener.say(splits.population)
     if strange := known_tokens.warning(source, rows):
       listener.say(strange)
-    return cls(source, str(model), splits, folder, options, listener)
+    return cls(source, own, str(model), splits, folder, options, listener, timed)
 
   def run(self) -> inference.Predictor:
     """All steps; those that an earlier run finished are taken from its folder."""
@@ -147,7 +167,7 @@ class Fit:
     predictor, result, served = self._look(predictor, trained, choice, calibration)
     result = dataclasses.replace(result, curve=curve)
     self.folder.write(predictor, result, served, self.options)
-    self.listener.say(result.headline(self.options.tolerance))
+    self.listener.say(result.headline(self.options))
     if served is not None:
       self.listener.say(self.splits.population)
 
@@ -160,7 +180,7 @@ class Fit:
   def _train(self) -> tuple[inference.Predictor, tuple[Trained, ...]]:
     """The trained model under its limits, and what its stages did."""
     return training.Training(
-      self.source, self.model, self.splits, self.folder, self.options
+      self.source, self.model, self.splits, self.folder, self.options, self.timed
     ).run(self._step, self.listener.say)
 
   def _as_read_fastest(self, predictor: inference.Predictor) -> inference.Predictor:
@@ -237,17 +257,21 @@ class Fit:
     measured = self._seconds(predictor, certified_threshold, told)
     reason = why_full_depth(choice, calibration, measured)
     threshold = thresholds_lib.NEVER_EXIT if reason else certified_threshold
+    untouched = self._untouched(predictor)
     look = last_lib.look(
       predictor,
-      self.source if trained else None,
+      untouched if trained else None,
       self.splits.last,
       self.options,
       threshold,
       choose_lib.part(progress, 0.6, 1.0),
     )
+    if look.worse:
+      reason, threshold = look.worse, thresholds_lib.NEVER_EXIT
     served = folder_lib.served(calibration, reason, measured)
     exact = None
     if reason:
+      predictor = untouched
       texts = [prompt.input for prompt in self.splits.last]
       predictor, exact = drafts.fastest(predictor, texts, self.folder.cache)
     result = Result(
@@ -268,6 +292,16 @@ class Fit:
       exact=exact,
     )
     return predictor, result, served
+
+  def _untouched(self, predictor: inference.Predictor) -> inference.Predictor:
+    """The model that is given, under limits that cut no text which it writes without a fit, its
+    weights read as is fastest."""
+    limits = {
+      name: max(getattr(model.options, name) for model in (self.own, self.source))
+      for name in ("max_input_length", "max_decode_length")
+    }
+    read = {option: getattr(predictor.options, option) for option in reading.WAYS}
+    return self.source.with_options(**limits, **read)
 
   def _seconds(self, predictor, threshold: float, progress) -> seconds.Seconds | None:
     """Of the last part at a certified threshold, measured once; None at full depth."""

@@ -47,6 +47,7 @@ class Stage:
     rows_folder: where `splits.write` wrote them.
     folder: of the run; the gin file lies beside it.
     options: what the fit is asked for.
+    timed: an update of it; None: it is timed where a budget asks for it.
   """
 
   name: str
@@ -56,6 +57,7 @@ class Stage:
   rows_folder: pathlib.Path
   folder: pathlib.Path
   options: FitOptions
+  timed: pilot.Timed | None = None
 
   @property
   def gin_file(self) -> pathlib.Path:
@@ -97,7 +99,7 @@ class Stage:
     history = read_history(self.folder / "validation.json")
     found = tuple((int(entry["step"]), float(entry["loss"])) for entry in history)
     seconds = time.monotonic() - start
-    recipe = RECIPES[self.name](self.model.config, len(self.splits.train))
+    recipe = self._recipe
     made = seen["steps"] - seen["first"]  # a run that was stopped had made the others
     whole = seconds * found[-1][0] / made if made else None
     note = more_time(found, whole, recipe.num_steps)
@@ -106,7 +108,7 @@ class Stage:
 
   def _gin(self, progress: Progress, say: Callable[[str], None]) -> str:
     """The gin file, with as many steps as the budget has room for."""
-    recipe = RECIPES[self.name](self.model.config, len(self.splits.train))
+    recipe = self._recipe
     plan = self._plan(recipe, self._buckets(), progress, say)
     return self._render(plan.num_steps, -(-plan.num_steps // plan.num_validations))
 
@@ -123,7 +125,7 @@ class Stage:
 
   def _render(self, num_steps: int, eval_every: int) -> str:
     """The gin file of so many steps."""
-    recipe = RECIPES[self.name](self.model.config, len(self.splits.train))
+    recipe = self._recipe
     buckets = self._buckets()
     validation = len(self.splits.validation)
     parts = recipes.microbatches(self.model.config, buckets[-1], recipe.batch_size)
@@ -178,7 +180,23 @@ class Stage:
     """The recipe's steps, or as many as the budget has room for."""
     if self.options.budget is None:
       return pilot.Plan(recipe.num_steps)
-    objective = self._objective
+    timed = self.timed or self.measure(progress)
+    lengths = self._lengths(buckets, recipe.batch_size)
+    budget = seconds_of(self.name, self.options)
+    assert budget is not None
+    made = pilot.plan(
+      timed, self.model.config, lengths, recipe, len(self.splits.validation), budget
+    )
+    whole = recipe.num_steps * made.step_seconds + made.overhead
+    say(
+      f"Stage {self.name}: {made.step_seconds:.2f} s a step, {made.num_steps} steps in the"
+      f" budget (the recipe has {recipe.num_steps}: {_duration(whole)})."
+    )
+    return made
+
+  def measure(self, progress: Progress) -> pilot.Timed:
+    """An update of a part of a batch, timed."""
+    recipe, objective = self._recipe, self._objective
     if isinstance(objective, objectives.LayerWeighted):
       objective = dataclasses.replace(objective, sampled_layers=recipe.sampled_layers)
     model = dataclasses.replace(
@@ -186,17 +204,21 @@ class Stage:
     )
     start = run.starting_point(model, str(self.initial), 0, parts=objective.parts)
     told = lambda text: progress(0.0, text)
-    timed = pilot.measure(start.model, start.params, objective, recipe, buckets[-1], told)
-    lengths = self._lengths(buckets, recipe.batch_size)
-    budget = seconds_of(self.name, self.options)
-    assert budget is not None
-    made = pilot.plan(timed, start.model, lengths, recipe, len(self.splits.validation), budget)
-    whole = recipe.num_steps * made.step_seconds + made.overhead
-    say(
-      f"Stage {self.name}: {made.step_seconds:.2f} s a step, {made.num_steps} steps in the"
-      f" budget (the recipe has {recipe.num_steps}: {_duration(whole)})."
+    return pilot.measure(
+      start.model, start.params, objective, recipe, self._buckets()[-1], told
     )
-    return made
+
+  def least_budget(self, timed: pilot.Timed) -> float:
+    """Seconds of a whole fit's budget in which this stage makes enough steps."""
+    buckets, recipe = self._buckets(), self._recipe
+    lengths = self._lengths(buckets, recipe.batch_size)
+    count = len(self.splits.validation)
+    seconds = pilot.least_budget(timed, self.model.config, lengths, recipe, count)
+    return seconds / share_of(self.name, self.options)
+
+  @property
+  def _recipe(self) -> recipes.Recipe:
+    return RECIPES[self.name](self.model.config, len(self.splits.train))
 
   def _lengths(self, buckets, batch_size: int) -> list[tuple[int, int]]:
     """The bucket of every step of an epoch."""
@@ -215,7 +237,8 @@ class Stage:
     prefix = self.model.options.task_prefix
     rows = self.splits.train
     inputs = [[*encode(prefix + row.input), eos_id] for row in rows]
-    return inputs, [[*encode(row.targets[0]), eos_id] for row in rows]
+    targets = [row.targets[0] if row.targets else "" for row in rows]
+    return inputs, [[*encode(text), eos_id] for text in targets]
 
   def _buckets(self) -> tuple[tuple[int, int], ...]:
     inputs, targets = self._tokens()
@@ -235,10 +258,13 @@ class Stage:
 
 def seconds_of(name: str, options: FitOptions) -> float | None:
   """The part of the budget that a stage, or decoding own texts, has; None: there is none."""
-  if options.budget is None:
-    return None
+  return None if options.budget is None else options.budget * share_of(name, options)
+
+
+def share_of(name: str, options: FitOptions) -> float:
+  """The share of the budget that a stage, or decoding own texts, has."""
   names = [*options.trains, *([TEXTS] if options.learns_own_texts else [])]
-  return options.budget * _SHARES[name] / sum(_SHARES[each] for each in names)
+  return _SHARES[name] / sum(_SHARES[each] for each in names)
 
 
 def _run_gin(file: pathlib.Path, output_dir: pathlib.Path, listener: training.Listener) -> None:

@@ -38,7 +38,7 @@ def pages(result: Result, options: FitOptions, folder: str) -> Mapping[str, str]
     "result": result,
     "options": options,
     "folder": folder,
-    "headline": result.headline(options.tolerance),
+    "headline": result.headline(options),
     "certified": result.last.risk is not None,
     "never": thresholds_lib.NEVER_EXIT,
   }

@@ -1,18 +1,21 @@
 """The stages of a fit, one after another, and the texts that two of them learn from."""
 
 import dataclasses
+import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from calm import inference
 from calm.fitting import folder as folder_lib
-from calm.fitting import own_texts, stages
+from calm.fitting import own_texts, pilot, stages
 from calm.fitting import splits as splits_lib
 from calm.fitting.options import FitOptions
 from calm.fitting.result import Trained
 
 OWN_TEXTS = "Decode the rows that train, at full depth"
 Progress = Callable[[float, str], None]
+# The least budget that is named has room for a machine that is slower the next time.
+_ROOM = 1.25
 
 
 def titles(options: FitOptions) -> list[str]:
@@ -27,6 +30,47 @@ def _title(name: str) -> str:
   return f"Train stage {name}"
 
 
+def _initial(model: str) -> pathlib.Path:
+  return inference.PACKED if model == "packed" else pathlib.Path(model)
+
+
+def time_stages(
+  source: inference.Predictor,
+  model: str,
+  splits: splits_lib.Splits,
+  options: FitOptions,
+  say: Callable[[str], None],
+) -> Mapping[str, pilot.Timed]:
+  """An update of every stage, timed on the model that is given; none without a budget.
+
+  Raises:
+    ValueError: the budget leaves a stage too few steps after compiling (says the least).
+  """
+  if options.budget is None:
+    return {}
+  nowhere, silent, least = pathlib.Path(), lambda share, text: None, {}
+  timed: dict[str, pilot.Timed] = {}
+  for name in options.trains:
+    say(f"A step of stage {name} is compiled and timed, to see what the budget has room for.")
+    stage = stages.Stage(name, _initial(model), source, splits, nowhere, nowhere, options)
+    timed[name] = stage.measure(silent)
+    least[name] = stage.least_budget(timed[name])
+  short = max(least, key=lambda name: least[name], default=None)
+  if short is not None and least[short] > options.budget:
+    enough = _ROOM * least[short]
+    raise ValueError(
+      f"Expected `budget` to be at least {_time(enough)}, got {_time(options.budget)}, which"
+      f" leaves stage {short} fewer than {pilot.LEAST_STEPS} steps after compiling; give that"
+      " much, or fewer stages, or no budget."
+    )
+  return timed
+
+
+def _time(seconds: float) -> str:
+  """As `parse_budget` reads it, rounded up."""
+  return f"{math.ceil(seconds)}s" if seconds < 120 else f"{math.ceil(seconds / 60)}m"
+
+
 @dataclasses.dataclass(frozen=True)
 class Training:
   """Training at work.
@@ -37,6 +81,7 @@ class Training:
     splits: rows.
     folder: keeps what is finished, so that a stopped run goes on.
     options: what the fit is asked for.
+    timed: updates of the stages, timed for the budget.
   """
 
   source: inference.Predictor
@@ -44,6 +89,7 @@ class Training:
   splits: splits_lib.Splits
   folder: folder_lib.Folder
   options: FitOptions
+  timed: Mapping[str, pilot.Timed] = dataclasses.field(default_factory=dict)
 
   def run(
     self, step: Callable[[str], Progress], say: Callable[[str], None]
@@ -54,8 +100,7 @@ class Training:
       step: (title) -> progress of what begins.
       say: told of what was done.
     """
-    packed = self.model == "packed"
-    initial = inference.PACKED if packed else pathlib.Path(self.model)
+    initial = _initial(self.model)
     predictor, splits, done = self.source, self.splits, []
     rows_folder = self.folder.path / "splits"
     for name in self.options.trains:
@@ -70,6 +115,7 @@ class Training:
         rows_folder=rows_folder,
         folder=self.folder.work / f"stage_{name}",
         options=self.options,
+        timed=self.timed.get(name),
       )
       progress = step(_title(name))
       done.append(

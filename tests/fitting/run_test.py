@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -156,6 +158,98 @@ def test_what_is_served_is_certified_where_a_text_depends_on_its_rows(
   assert served.procedure.batch_bucket == OPTIONS["batch_size"]
 
 
+LARGE = 40
+
+
+@pytest.fixture(scope="module")
+def worse(model, always_faster, tmp_path_factory):
+  """A fit whose exits are certified and faster, of weights that write worse than those given.
+
+  References are what the given model writes, which nobody learns from few rows.
+  """
+  pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
+  texts = [f"{WORDS[i % 5]} {i}" for i in range(300)]
+  short = inference.load(model, max_decode_length=8)
+  own = short.generate(texts, rule=exits.StaticExit()).texts
+  pairs = [pair for pair in zip(texts, own, strict=True) if pair[1].strip()][: 80 + LARGE]
+  rows = [
+    {"input": text, "target": target, "source": f"g{max(0, i - LARGE)}"}
+    for i, (text, target) in enumerate(pairs)
+  ]
+  output = tmp_path_factory.mktemp("worse") / "mine"
+  said: list[str] = []
+
+  def fit(**options):
+    listener = fitting.Listener(say=said.append)
+    options = {**OPTIONS, "stages": "one", "tolerance": 0.9, **options}
+    with jax.numpy_dtype_promotion("standard"):
+      return fitting.fit(model, rows, output=output, listener=listener, **options)
+
+  return output, fit(), said, fit
+
+
+def page_of(output):
+  """The summary's first words, in either form the same."""
+  first = (output / "summary.md").read_text("utf-8").partition("\n")[0].removeprefix("# ")
+  assert f"<h1>{first}</h1>" in (output / "summary.html").read_text("utf-8")
+  return first
+
+
+def test_weights_that_write_worse_are_not_served_and_the_given_ones_are_untouched(worse, model):
+  output, served, said, _ = worse
+  given, opened = inference.load(model), inference.load(output)
+  assert opened.calibration is None and not (output / "calibration.json").exists()
+  assert served.parameters_digest == opened.parameters_digest == given.parameters_digest
+  before, after = (checkpoints.load(folder).params for folder in (model, output))
+  jax.tree.map(np.testing.assert_array_equal, before, after)
+  texts = [*WORDS, "none of the rows " * 8]
+  assert opened.generate(texts).texts == given.generate(texts, rule=exits.StaticExit()).texts
+  page = page_of(output)
+  assert page.startswith("Full depth is served by the given model, its weights untouched")
+  assert re.search(r"training made full depth worse \(chrf 0\.\d+ ± .*accept_quality", page)
+  assert said[-1] == page
+
+
+def test_weights_that_write_worse_are_served_where_that_is_accepted_and_the_page_says_it_first(
+  worse, model
+):
+  output, refused, _, fit = worse
+  served = fit(accept_quality=True)  # nothing is trained again
+  assert served.calibration == Calibration.load(output / "calibration.json")
+  assert served.parameters_digest != refused.parameters_digest
+  assert not (output / "full_depth.json").exists()
+  page = page_of(output)
+  found = re.match(r"The weights are trained ones.*\(chrf ([\d.]+) .* has ([\d.]+) ", page)
+  assert found and float(found[1]) < float(found[2])
+  assert fit().parameters_digest == refused.parameters_digest
+  assert not (output / "calibration.json").exists()
+
+
+def test_a_budget_without_steps_is_refused_with_the_least_that_is_taken(model, tmp_path):
+  pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
+  rows = [dataclasses.replace(ROWS[i % 45], id=f"r{i}", group=f"g{i}") for i in range(90)]
+  rows = [dataclasses.replace(row, input=f"{row.input} {row.id}") for row in rows]
+  options = {**OPTIONS, "stages": "one"}
+  with jax.numpy_dtype_promotion("standard"):
+    with pytest.raises(ValueError, match="fewer than 20 steps after compiling") as refused:
+      fitting.fit(
+        model, rows, output=tmp_path / "a", listener=fitting.Listener(), budget=1.0, **options
+      )
+    assert not (tmp_path / "a").exists()
+    named = re.search(r"at least (\w+), got 1s", str(refused.value))
+    assert named
+    enough = fitting.FitOptions(budget=fitting.parse_budget(named[1]), **options)
+    made = run.Fit.open(str(model), rows, tmp_path / "a", enough, fitting.Listener())
+  assert set(made.timed) == {"one"}
+
+
+def test_the_population_is_said_beside_the_promise(worse):
+  output, _, said, fit = worse
+  fit(accept_quality=True)
+  for text in (said[1], said[-1], (output / "summary.md").read_text("utf-8")):
+    assert "one row of each of 80 groups" in text and "Group 'g0' has 34 % of the rows" in text
+
+
 def test_many_prompts_are_decoded_in_larger_batches_where_no_text_depends_on_them(model):
   plain = inference.load(model, batch_size=4, max_input_length=64)
   larger = decode.in_bulk(plain)
@@ -263,8 +357,9 @@ def test_rows_that_cannot_do_are_named_before_any_work(model, tmp_path):
   with pytest.raises(ValueError, match=r"at least 59 rows .*29 to calibrate on"):
     fit(ROWS, tolerance=0.1)
   bare = [dataclasses.replace(row, targets=()) for row in ROWS]
-  with pytest.raises(ValueError, match=r"references .*45 of 45 without"):
-    fit(bare, consistency="risk")
+  for more in ({"consistency": "risk"}, {"stages": "own"}):
+    with pytest.raises(ValueError, match=r"references .*45 of 45 without.*accept_quality"):
+      fit(bare, **more)
   with pytest.raises(ValueError, match="1 ids twice"):
     fit([*ROWS, ROWS[0]])
   assert not (tmp_path / "out").exists()

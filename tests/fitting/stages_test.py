@@ -125,7 +125,7 @@ def test_a_budget_sets_the_steps_and_says_what_the_recipe_would_take(stage):
   assert "num_steps = 40\n" in text  # at most ten times the recipe's
   assert "the recipe has 4:" in said[0]
   assert told[0].startswith("compiling for ") and told[1] == "timing a step"
-  assert "num_steps = 2\n" in stage("two", budget=1e-3)._gin(lambda s, t: None, said.append)
+  assert "num_steps = 4\n" in stage("two", budget=1e-3)._gin(lambda s, t: None, said.append)
 
 
 def test_steps_validations_and_compiling_all_fit_the_budget():
@@ -145,7 +145,10 @@ def test_steps_validations_and_compiling_all_fit_the_budget():
   assert spent + (made.num_steps + 1) * made.step_seconds > 1800.0
   assert made.num_validations == pilot.VALIDATIONS
   assert plan(300.0).num_validations == 1 and plan(800.0).num_validations == 5
-  assert plan(1.0).num_steps == 2 and plan(1.0).num_validations == 1
+  assert plan(1.0).num_steps == 20 and plan(1.0).num_validations == 1
+  least = pilot.least_budget(timed, SMALL, [long, short, short, short], recipe, 128)
+  assert least == pytest.approx(16.0 + made.overhead + validation + 20 * made.step_seconds)
+  assert plan(least).num_steps == 20 and plan(1.5 * least).num_steps > 20
   assert plan(1e6).num_steps == 10 * recipe.num_steps
 
 

@@ -127,7 +127,9 @@ def test_the_order_of_the_stages_and_their_shares_of_the_budget(name, order):
   assert [part in title for part, title in zip(order, titles, strict=True)] == [True] * len(
     order
   )
-  assert options.needs_targets == ("one" in options.trains)
+  assert options.needs_targets == bool({"one", "own"} & set(options.trains))
+  accepted = dataclasses.replace(options, accept_quality=True)
+  assert accepted.needs_targets == ("one" in options.trains)
   names = [*options.trains, *([stages.TEXTS] if options.learns_own_texts else [])]
   seconds = [stages.seconds_of(each, options) for each in names]
   assert sum(seconds) == pytest.approx(100.0 if names else 0.0)
