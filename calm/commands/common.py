@@ -6,6 +6,7 @@ import functools
 import os
 import pathlib
 import signal
+import stat
 import sys
 import threading
 import warnings
@@ -195,13 +196,42 @@ def _show_warning(message, category, filename, lineno, file=None, line=None):
 
 
 def use_compilation_cache() -> None:
-  """Keeps compiled programs on disk: the second run of a command starts at once."""
+  """Keeps compiled programs on disk: the second run of a command starts at once.
+
+  Raises:
+    ValueError: others may write the folder, whose files are read back as machine code.
+  """
   import jax
 
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
-    jax.config.update("jax_compilation_cache_dir", str(cache / "calm" / "xla"))
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    # As the XDG specification has it, what is empty or relative is not set.
+    base = pathlib.Path(given) if os.path.isabs(given) else pathlib.Path.home() / ".cache"
+    cache = base / "calm" / "xla"
+    with contextlib.suppress(OSError):  # JAX warns of a folder that it cannot write
+      for folder in (base, cache.parent, cache):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+      _check_private(cache)
+    jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _check_private(cache: pathlib.Path) -> None:
+  """ValueError where another user may write the cache, or put another in its place."""
+  if not hasattr(os, "geteuid"):  # Windows, where modes say nothing
+    return
+  for folder in (cache, *cache.parents, *cache.resolve().parents):
+    status = os.stat(folder)
+    mode, ours = stat.S_IMODE(status.st_mode), folder in (cache, cache.parent)
+    # Who may write to a folder may rename what is in it, but where it is sticky.
+    shared = not ours and mode & stat.S_IWOTH and not mode & stat.S_ISVTX
+    if shared or (ours and (status.st_uid != os.geteuid() or mode & 0o022)):
+      raise ValueError(
+        f"Expected {str(folder)!r} to be a folder that can be written by you alone, got mode"
+        f" {mode:o} of user {status.st_uid}: compiled programs are run as they are read from"
+        f" {str(cache)!r}; remove that cache and take the rights of others away (chmod go-w), or"
+        " set XDG_CACHE_HOME to another folder."
+      )
 
 
 def add_gin_arguments(parser: argparse.ArgumentParser, *, required: bool = False) -> None:

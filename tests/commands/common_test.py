@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import pathlib
 import re
 import signal
+import stat
 import time
 
 import gin
@@ -143,3 +145,78 @@ def test_a_bad_binding_is_one_line(capsys, binding):
   arguments = argparse.Namespace(gin_file=[], gin_bindings=[binding], gin_search_paths="")
   code, err = ended(capsys, lambda _: gin_files.parse(arguments))
   assert code == 2 and err.count("\n") == 1 and "--gin_bindings" in err, err
+
+
+def cache_folder():
+  import jax
+
+  common.use_compilation_cache()
+  return jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("given", ["", "cache", ".", "../cache"])
+def test_compiled_programs_are_never_read_from_the_working_directory(
+  given, cache_in_tmp, tmp_path, monkeypatch
+):
+  home = tmp_path / "home"
+  (here := tmp_path / "here").mkdir()
+  monkeypatch.chdir(here)
+  monkeypatch.setenv("HOME", str(home))
+  monkeypatch.setenv("XDG_CACHE_HOME", given)
+  assert cache_folder() == str(home / ".cache" / "calm" / "xla")
+  monkeypatch.delenv("XDG_CACHE_HOME")
+  assert cache_folder() == str(home / ".cache" / "calm" / "xla")
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+  assert cache_folder() == str(tmp_path / "xdg" / "calm" / "xla")
+  assert not list(here.iterdir())
+
+
+def test_a_new_cache_is_its_users_alone_whatever_the_umask(cache_in_tmp, tmp_path):
+  before = os.umask(0)
+  try:
+    made = pathlib.Path(cache_folder())
+  finally:
+    os.umask(before)
+  for folder in (made, made.parent):
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+  assert cache_folder() == str(made)
+
+
+@pytest.mark.parametrize(
+  ("place", "mode", "refused"),
+  [
+    ("xdg/calm/xla", 0o775, True),
+    ("xdg/calm/xla", 0o757, True),
+    ("xdg/calm/xla", 0o1777, True),
+    ("xdg/calm", 0o777, True),
+    ("xdg", 0o777, True),  # anybody may put another `calm` there
+    ("xdg", 0o1777, False),  # as /tmp
+    ("xdg/calm/xla", 0o755, False),
+    ("xdg/calm", 0o755, False),
+  ],
+)
+def test_a_cache_that_others_may_write_is_refused(place, mode, refused, cache_in_tmp, tmp_path):
+  cache_folder()
+  (tmp_path / place).chmod(mode)
+  if not refused:
+    assert cache_folder() == str(tmp_path / "xdg" / "calm" / "xla")
+    return
+  with pytest.raises(ValueError, match=rf"Expected '.*{place}' to be .* by you alone, got"):
+    cache_folder()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives folders to others")
+@pytest.mark.parametrize("place", ["xdg/calm/xla", "xdg/calm"])
+def test_a_cache_of_another_user_is_refused(place, cache_in_tmp, tmp_path):
+  cache_folder()
+  os.chown(tmp_path / place, 12345, -1)
+  with pytest.raises(ValueError, match=r"by you alone, got .* user 12345"):
+    cache_folder()
+
+
+def test_a_home_that_cannot_be_written_leaves_the_cache_out(
+  cache_in_tmp, tmp_path, monkeypatch
+):
+  (tmp_path / "file").touch()
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+  cache_folder()
