@@ -229,7 +229,7 @@ def _check_private(cache: pathlib.Path) -> None:
       raise ValueError(
         f"Expected {str(folder)!r} to be a folder that can be written by you alone, got mode"
         f" {mode:o} of user {status.st_uid}: compiled programs are run as they are read from"
-        f" {str(cache)!r}; remove that cache and take the rights of others away (chmod go-w), or"
+        f" {str(cache)!r}; remove it and take the rights of others away (chmod go-w), or"
         " set XDG_CACHE_HOME to another folder."
       )
 
