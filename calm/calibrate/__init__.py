@@ -12,6 +12,7 @@
     trials        the paper's 50 splits, and whether the promise holds as often as it says
     audit         a watch on a deployed threshold
     seconds       what was measured of a threshold beside full depth, kept with the calibration
+    signals       SIGINT and SIGTERM as a flag that loops read between two steps
 
 The shortest way, from losses of any origin:
 
@@ -65,6 +66,7 @@ __all__ = [
   "seconds",
   "sequential",
   "showing",
+  "signals",
   "textual_losses",
   "thresholds",
   "trials",

@@ -5,14 +5,13 @@ import contextlib
 import functools
 import os
 import pathlib
-import signal
 import stat
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from calm.calibrate import signals
 from calm.calibrate.generations import files
 from calm.calibrate.generations.shown import visible
 from calm.commands import gin_files
@@ -20,13 +19,12 @@ from calm.commands import gin_files
 # A mistake of the user's: one clear message, no traceback. Anything else is a bug of ours.
 USER_ERRORS = (ValueError, OSError, TypeError, ImportError, FloatingPointError)
 
+# How JAX begins where JAX_PLATFORMS names what it does not have.
+_NO_PLATFORM = "Unable to initialize backend"
+
 
 class StoppedError(Exception):
   """The user stopped the command; the message says what is kept."""
-
-
-class Terminated(KeyboardInterrupt):
-  """SIGTERM came: the command ends as after Ctrl-C, with the exit code of its own."""
 
 
 # What holds of a command that was stopped, where it says nothing more exact itself.
@@ -44,7 +42,8 @@ def user_errors(
 ) -> Callable[[argparse.Namespace], int]:
   """Prints a user's error as one message and returns 2; CALM_DEBUG=1 shows the traceback.
 
-  SIGINT and SIGTERM end the command with one line that says what is kept.
+  SIGINT and SIGTERM end the command between two steps of its loops (`signals.check`), with one
+  line that says what is kept and exit status 130 or 143.
   """
 
   @functools.wraps(run)
@@ -52,7 +51,7 @@ def user_errors(
     warnings.showwarning = _show_warning
     stopped = 130
     try:
-      with _terminated():
+      with signals.deferred():
         return run(arguments)
     except BrokenPipeError:  # its reader has what it wanted, like `head`
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -65,10 +64,10 @@ def user_errors(
       _say(_message(error))
     except StoppedError as error:
       _say(f"{error}.")
-      return 143 if isinstance(error.__context__, Terminated) else stopped
+      return 143 if isinstance(error.__context__, signals.Terminated) else stopped
     except KeyboardInterrupt as error:
       _say(f"{_STOPPED.get(getattr(arguments, 'command', ''), _NOTHING)}.")
-      return 143 if isinstance(error, Terminated) else stopped
+      return 143 if isinstance(error, signals.Terminated) else stopped
     return 2
 
   return guarded
@@ -79,9 +78,8 @@ def _say(text: str) -> None:
 
 
 def _is_the_users(error: Exception) -> bool:
-  return (
-    isinstance(error, (*USER_ERRORS, MemoryError, RecursionError))
-    or "RESOURCE_EXHAUSTED" in str(error)[:200]
+  return isinstance(error, (*USER_ERRORS, MemoryError, RecursionError)) or any(
+    text in str(error)[:200] for text in ("RESOURCE_EXHAUSTED", _NO_PLATFORM)
   )
 
 
@@ -91,27 +89,15 @@ def _message(error: Exception) -> str:
       "Expected a model and options that fit the memory, got more; lower --batch_size or"
       " --max_decode_length, or take a smaller model."
     )
+  if _NO_PLATFORM in str(error)[:200]:
+    named = os.environ.get("JAX_PLATFORMS", "")
+    return (
+      f"Expected JAX_PLATFORMS to name platforms that JAX finds here, got {named!r} ({error});"
+      " unset it, or take JAX_PLATFORMS=cpu."
+    )
   if isinstance(error, RecursionError):
     return "Expected files and bindings of a few levels, got too many in one another."
   return " ".join([str(error), *getattr(error, "__notes__", ())])
-
-
-@contextlib.contextmanager
-def _terminated() -> Iterator[None]:
-  """SIGTERM as an exception in the block; only a process's main thread may ask for that."""
-  if threading.current_thread() is not threading.main_thread():
-    yield
-    return
-
-  def stop(number, frame):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough, while files are put away
-    raise Terminated
-
-  before = signal.signal(signal.SIGTERM, stop)
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -203,6 +189,7 @@ def use_compilation_cache() -> None:
   """
   import jax
 
+  signals.check()
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     given = os.environ.get("XDG_CACHE_HOME", "")
     # As the XDG specification has it, what is empty or relative is not set.

@@ -4,6 +4,8 @@ import gzip
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from calm.calibrate import signals
+
 GZIP_MAGIC = b"\x1f\x8b"
 LONGEST_LINE = 2**26
 # Texts pack to a third or a tenth; files up to so many bytes may do as they like.
@@ -54,6 +56,7 @@ def lines(file: BinaryIO, name: str) -> Iterator[bytes]:
     ValueError: one has more than 64 MiB.
   """
   while line := file.readline(LONGEST_LINE + 1):
+    signals.check()
     if len(line) > LONGEST_LINE:
       raise ValueError(
         f"Expected {name!r} to hold lines of at most {LONGEST_LINE} bytes, got a longer one; it"

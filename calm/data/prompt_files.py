@@ -20,7 +20,7 @@ import json
 import os
 import pathlib
 import re
-import shutil
+import select
 import stat
 import sys
 import tempfile
@@ -29,7 +29,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
-from calm.calibrate import Prompt
+from calm.calibrate import Prompt, signals
 from calm.data import bounded, row_formats
 
 INPUT_KEYS = ("input", "inputs", "prompt", "text")
@@ -39,6 +39,9 @@ _SUFFIXES = {
   **{".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".csv": "csv"},
   **{".tsv": "tsv", ".tab": "tsv", ".parquet": "parquet", ".pq": "parquet"},
 }
+
+# Bytes read of a stream at once, and seconds between two looks at whether a signal came.
+_PIECE, _WAIT_SECONDS = 2**16, 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +184,8 @@ class _Source:
       print("Prompts, one a line; end with Ctrl-D:", file=sys.stderr)
     kept = self._kept = tempfile.TemporaryFile()  # noqa: SIM115 (closed with its source)
     weakref.finalize(self, kept.close)
-    shutil.copyfileobj(stream, kept)
+    for piece in _pieces(stream):
+      kept.write(piece)
 
   @contextlib.contextmanager
   def open(self) -> Iterator[BinaryIO]:
@@ -205,9 +209,27 @@ class _Source:
         ) from error
 
 
+def _pieces(stream: BinaryIO) -> Iterator[bytes]:
+  """What a stream gives, which may take long; a signal ends the waiting."""
+  try:
+    number = stream.fileno()
+  except OSError:  # no file of the system's
+    yield from iter(lambda: stream.read(_PIECE), b"")
+    return
+  while True:
+    while os.name == "posix" and not select.select([number], (), (), _WAIT_SECONDS)[0]:
+      signals.check()
+    signals.check()
+    if not (piece := os.read(number, _PIECE)):
+      return
+    yield piece
+
+
 def _rows(source: _Source, format: str) -> Iterator[row_formats.Row]:
   with _reading(source), source.open() as file:
-    yield from row_formats.READERS[format](file, source.name, source.stem)
+    for row in row_formats.READERS[format](file, source.name, source.stem):
+      signals.check()
+      yield row
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from calm import checkpoints, exits
-from calm.calibrate import Calibration, Procedure, Prompt, looking
+from calm.calibrate import Calibration, Procedure, Prompt, looking, signals
 from calm.calibrate import seconds as seconds_lib
 from calm.calibrate.generations.procedures import describe_differences
 from calm.data import prompt_batches, prompt_tables
@@ -232,6 +232,7 @@ class Predictor:
 
   def encode(self, batch: prompt_batches.PromptBatch) -> caches.Encoded:
     """Encodes a batch once, for any number of thresholds."""
+    signals.check()
     # The rule has no part in it: one compiled encoder serves all of them.
     program = program_lib.Program(self.config, exits.StaticExit(), 1, self.eos_id)
     count = self.options.num_devices
@@ -247,6 +248,7 @@ class Predictor:
     rule: exits.Rule | None = None,
   ) -> loop.Generation:
     """Decodes the active rows of an encoded batch; numpy arrays come back."""
+    signals.check()
     chosen = rule or self.options.rule
     if isinstance(chosen, exits.Verified):
       return drafts.decode(self, encoded, active, threshold, chosen)
@@ -269,6 +271,7 @@ class Predictor:
       threshold: lambda.
       resume_at: the first token of each row that may differ from `state`, [batch].
     """
+    signals.check()
     program = self.runs() if self.options.num_devices == 1 else self.program()
     with compiled.at_precision(self.options.matmul_precision):
       return program.resume(

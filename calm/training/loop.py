@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from calm.calibrate import signals
 from calm.calibrate.generations import files
 from calm.data import training_batches
 from calm.t5.config import Params
@@ -138,6 +139,7 @@ def fit(
     step, running = int(state.step), None
     listener.on_start(step, config.num_steps)
     while step < config.num_steps and not keeper.history.should_stop():
+      signals.check()
       state, metrics = train_step(state, source.batch(step))
       step += 1
       running = metrics if running is None else running + metrics

@@ -2,8 +2,12 @@
 
 import json
 import os
+import pathlib
+import pkgutil
 import resource
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -16,6 +20,7 @@ from calm.commands import cli
 from tests.calibrate import laws
 from tests.commands import asked
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 # What `calm calibrate` works at; the others are in `asked.WORK`.
 WORK = asked.WORK | {"calibrate": "calm.calibrate.losses.sequence_losses.compute"}
 # What each says is kept. Nothing was written yet where work has only begun.
@@ -42,15 +47,20 @@ def asker(model, tmp_path, capsys, monkeypatch, cache_in_tmp):
   return asked.Asker(model, folder, None, tmp_path, capsys)
 
 
+# The toy reads some of the packed prompts not to their ends.
+@pytest.mark.filterwarnings("ignore::calm.data.prompt_batches.CutPrompts")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
 def test_a_signal_ends_every_command_with_one_line(command, number, asker, monkeypatch):
-  def stopped(*arguments, **options):
-    os.kill(os.getpid(), number)
-    time.sleep(5)
-    pytest.fail("the signal did nothing")
+  """It comes where the work begins, and the first loop of the work ends by it."""
+  work = pkgutil.resolve_name(WORK[command])
 
-  monkeypatch.setattr(WORK[command], stopped)
+  def signalled(*arguments, **options):
+    os.kill(os.getpid(), number)
+    work(*arguments, **options)
+    pytest.fail("no loop has read the signal")
+
+  monkeypatch.setattr(WORK[command], signalled)
   # A shell starts what it puts into the background with SIGINT ignored.
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
@@ -61,6 +71,79 @@ def test_a_signal_ends_every_command_with_one_line(command, number, asker, monke
   lines = [line for line in told.splitlines() if line.startswith("calm: ")]
   assert len(lines) == 1 and lines[0].startswith("calm: stopped") and KEPT[command] in lines[0]
   assert "Traceback" not in told
+
+
+AT_IMPORT = """
+import signal, sys
+class Signals:
+  def find_spec(self, name, path=None, target=None):
+    if [name] == sent:
+      signal.raise_signal(int(sent.pop() and number))
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sent, number = [sys.argv.pop(1)], sys.argv.pop(1)
+sys.meta_path.insert(0, Signals())
+from calm.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("module", ["calm.commands.cli", "numpy", "calm.commands.infer", "jax"])
+def test_a_signal_during_imports_ends_the_process_with_one_line(module, number, tmp_path):
+  (tmp_path / "prompts.txt").write_text("a text\n")
+  words = ["infer", "--threshold=0.9", f"--prompts={tmp_path / 'prompts.txt'}"]
+  done = subprocess.run(
+    [sys.executable, "-c", AT_IMPORT, module, str(int(number)), *words],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  lines = [line for line in done.stderr.splitlines() if not line.startswith(str(tmp_path))]
+  assert done.returncode == 128 + number and len(lines) == 1, done.stderr
+  assert lines[0].startswith("calm: stopped")
+
+
+def test_a_process_that_decodes_ends_by_a_signal_and_goes_on(asker, tmp_path, capsys):
+  folder = tmp_path / "run"
+  words = ["generate", f"--model={asker.model}", f"--prompts={asker.rows}", "--batch_size=2"]
+  words += ["--limit=40", "--thresholds=0.9", f"--output={folder}"]
+  called = [sys.executable, "-m", "calm", *words]
+  with subprocess.Popen(called, cwd=ROOT, stdout=-1, stderr=-1, text=True) as child:
+    while child.poll() is None and not list(folder.glob("threshold_never*")):
+      time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    told = child.communicate(timeout=60)[1]
+  assert child.returncode == 143 and told.count("calm: ") == 1 and KEPT["generate"] in told, (
+    told
+  )
+  kept = {path.name: path.read_bytes() for path in folder.glob("threshold*")}
+  assert all(lines.endswith(b"\n") for lines in kept.values())
+  assert not (folder / ".lock").exists() and not list(folder.glob("*.tmp"))
+  assert cli.main(words) == 0
+  for name, lines in kept.items():
+    assert (folder / name).read_bytes().startswith(lines)
+  assert all(len(path.read_bytes().splitlines()) == 40 for path in folder.glob("threshold*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_waits_for_prompts_ends_by_a_signal(number):
+  """Nobody types, and no loop turns: the waiting itself looks at the flag."""
+  code = (
+    "import signal, sys; signal.signal(2, signal.default_int_handler)\n"
+    "from calm.data import prompt_files\n"
+    "pieces = prompt_files._pieces\n"
+    "def waiting(stream):\n"
+    "  print('waiting', file=sys.stderr, flush=True)\n"
+    "  yield from pieces(stream)\n"
+    "prompt_files._pieces = waiting\n"
+    "from calm.__main__ import main; sys.exit(main())"
+  )
+  words = [sys.executable, "-c", code, "infer", "--threshold=0.9", "--prompts=-"]
+  with subprocess.Popen(words, stdin=-1, stdout=-1, stderr=-1, text=True) as child:
+    assert child.stderr is not None and child.stderr.readline() == "waiting\n"
+    child.send_signal(number)
+    assert child.wait(30) == 128 + number
+    assert child.stderr.read().startswith("calm: stopped; files that were there are as they")
 
 
 # JAX says so where a compilation of half a second cannot be kept either, and goes on.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 
+from calm.calibrate import signals
 from calm.calibrate.evidence import betting, bounds, p_values
 from calm.calibrate.losses.sequence_losses import Support
 
@@ -106,6 +107,7 @@ class Method:
     (columns,) = np.nonzero(usable)
     step = max(1, _CELLS // len(sample.values))
     for start in range(0, len(columns), step):
+      signals.check()
       part = columns[start : start + step]
       block = sample.block(part)
       log_p[part] = self.log_p_values(block)

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from calm.calibrate import signals
 from calm.calibrate.generations import files
 
 
@@ -215,6 +216,7 @@ def read_lines(path: str | pathlib.Path) -> Iterator[Line]:
   try:
     with open(path, "rb") as file:
       for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
+        signals.check()
         if len(line) > LONGEST_LINE:
           raise GenerationsError(
             f"{path}:{number}: expected lines of at most {LONGEST_LINE} bytes, got a longer"

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from calm.calibrate import signals
 from calm.calibrate.losses import metrics
 
 Pair = tuple[str, tuple[str, ...]]
@@ -56,6 +57,7 @@ def compute(
   found: list[float] = []
   started = time.perf_counter()
   while len(found) < len(unique):
+    signals.check()
     chunk = unique[len(found) : len(found) + _PROBE_PAIRS]
     found += [metric(*pair) for pair in chunk]
     progress(len(found), len(unique))
@@ -94,6 +96,7 @@ def _in_processes(
     nonlocal done
     with _Child(metric) as child:
       for index in range(first, len(chunks), workers):
+        signals.check()
         found[index] = child.ask(chunks[index])
         with lock:
           done += len(chunks[index])
