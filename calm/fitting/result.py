@@ -100,7 +100,8 @@ class Result:
   Attributes:
     model: where the model came from.
     sizes: rows of every part, in words.
-    population: the prompts that the promise is about, in words.
+    population: the prompts that the promise is about, and other fits that certified on the same
+      rows, in words.
     num_layers: decoder layers.
     trained: the stages.
     choice: what the validation part said.

@@ -16,8 +16,8 @@ from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import locks
 from calm.calibrate.losses import sequence_losses
 from calm.data import prompt_batches
-from calm.fitting import choose as choose_lib
 from calm.fitting import (
+  certified_rows,
   drafts,
   inputs,
   known_tokens,
@@ -27,6 +27,7 @@ from calm.fitting import (
   summary,
   training,
 )
+from calm.fitting import choose as choose_lib
 from calm.fitting import folder as folder_lib
 from calm.fitting import last as last_lib
 from calm.fitting import splits as splits_lib
@@ -99,6 +100,7 @@ class Fit:
   options: FitOptions
   listener: Listener
   timed: Mapping[str, pilot.Timed]
+  population: str
 
   @classmethod
   def open(
@@ -143,10 +145,12 @@ class Fit:
       f" {limits.max_input_length} tokens{longer}, texts of at most"
       f" {limits.max_decode_length}."
     )
-    listener.say(splits.population)
+    shared = certified_rows.warning(splits.calibration, output, str(model), options)
+    population = f"{splits.population} {shared}".strip()
+    listener.say(population)
     if strange := known_tokens.warning(source, rows):
       listener.say(strange)
-    return cls(source, own, str(model), splits, folder, options, listener, timed)
+    return cls(source, own, str(model), splits, folder, options, listener, timed, population)
 
   def run(self) -> inference.Predictor:
     """All steps; those that an earlier run finished are taken from its folder."""
@@ -169,7 +173,7 @@ class Fit:
     self.folder.write(predictor, result, served, self.options)
     self.listener.say(result.headline(self.options))
     if served is not None:
-      self.listener.say(self.splits.population)
+      self.listener.say(self.population)
 
   def _step(self, title: str) -> looking.Report:
     """Says which of how many steps begins."""
@@ -231,6 +235,7 @@ class Fit:
     """The calibration of the chosen way to leave, and its curve; None where there is none."""
     if choice.best is None:
       return None, ()
+    certified_rows.write(self.folder.work, self.splits.calibration, self.options)
     calibration, cached = calibrating.certify(
       decode.in_bulk(predictor),  # of the procedure that is served
       self.splits.calibration,
@@ -277,7 +282,7 @@ class Fit:
     result = Result(
       model=self.model,
       sizes=str(self.splits),
-      population=self.splits.population,
+      population=self.population,
       num_layers=predictor.num_layers,
       trained=trained,
       choice=choice,

@@ -250,6 +250,43 @@ def test_the_population_is_said_beside_the_promise(worse):
     assert "one row of each of 80 groups" in text and "Group 'g0' has 34 % of the rows" in text
 
 
+class Begun(Exception):
+  """Everything was checked, and work would begin."""
+
+
+def said_before_work(model, rows, output, **options):
+  said: list[str] = []
+
+  def stop(title):
+    raise Begun(title)
+
+  with pytest.raises(Begun):
+    listener = fitting.Listener(say=said.append, step=stop)
+    fitting.fit(model, rows, output=output, listener=listener, **{**OPTIONS, **options})
+  return " ".join(said)
+
+
+def test_a_fit_on_rows_that_certified_another_says_so_where_it_can_know(made, model, tmp_path):
+  output = made[0]
+  known = "have certified another fit: 14 in '"
+  beside = output.parent / "beside"
+  loud = [dataclasses.replace(row, input=f"{row.input.upper()}!") for row in ROWS]
+  for rows, more in ((ROWS, {"tolerance": 0.6}), (loud, {"metric": "rouge_l"})):
+    said = said_before_work(model, rows, beside, **more)
+    assert known in said and str(output) in said and "0.05 / 2" in said
+    shutil.rmtree(beside)
+  others = [dataclasses.replace(row, input=f"new {row.input}") for row in ROWS]
+  assert known not in said_before_work(model, others, beside)
+  # Out of sight, unless it is what was fitted that is fitted again.
+  assert known not in said_before_work(model, ROWS, tmp_path / "elsewhere")
+  assert known in said_before_work(output, ROWS, tmp_path / "again")
+  for damage in ("", "[]", '{"rows": 3}', '{"rows": [[]]}'):
+    (beside / "fit" / "certified_rows.json").write_text(damage)
+    assert known in said_before_work(model, ROWS, output.parent / "third", tolerance=0.7)
+    shutil.rmtree(output.parent / "third")
+  shutil.rmtree(beside)
+
+
 def test_many_prompts_are_decoded_in_larger_batches_where_no_text_depends_on_them(model):
   plain = inference.load(model, batch_size=4, max_input_length=64)
   larger = decode.in_bulk(plain)
