@@ -7,6 +7,7 @@
     configurations  one of many configurations, for several risks: Pareto testing
     promises      what can be promised besides the mean: quantiles, groups, tails, costs, ...
     verification  what a calibration's file must be before its promise is spoken
+    ledger        what else was calibrated on the same prompts, and what that costs
     planning      how many prompts are needed, before any is decoded
     sequential    stops decoding prompts as soon as the outcome is clear
     trials        the paper's 50 splits, and whether the promise holds as often as it says
@@ -55,6 +56,7 @@ __all__ = [
   "evidence",
   "from_texts",
   "generations",
+  "ledger",
   "load",
   "looking",
   "losses",

@@ -131,8 +131,8 @@ def run(arguments: argparse.Namespace) -> int:
     named = (pair.rpartition("=")[2] for pair in arguments.outputs or ())
     common.check_output(arguments.output, read=(arguments.full, arguments.references, *named))
   if arguments.configurations:
-    chosen, model = several.calibrate_configurations(arguments)
-    return _save(arguments, console, chosen, model=model)
+    chosen, model, prompts = several.calibrate_configurations(arguments)
+    return _save(arguments, console, chosen, prompts, model=model)
   cached = _read(arguments)
   if arguments.references:
     cached = references.with_references(cached, arguments.references)
@@ -143,20 +143,22 @@ def run(arguments: argparse.Namespace) -> int:
   if said := promise_flags.describe_clusters(arguments, cached.prompts):
     screen.say(console, said, "yellow")
   if arguments.risks:
-    return _save(arguments, console, several.calibrate_risks(arguments, cached), cached)
+    return _save(
+      arguments, console, several.calibrate_risks(arguments, cached), cached.prompts, cached
+    )
   _plan(arguments, console, cached)
-  return _save(arguments, console, _make(arguments, console, cached), cached)
+  return _save(arguments, console, _make(arguments, console, cached), cached.prompts, cached)
 
 
-def _save(
-  arguments, console, result: calibrate_lib.Calibration, cached=None, model: object = None
-) -> int:
+def _save(arguments, console, result, prompts, cached=None, model: object = None) -> int:
   output = pathlib.Path(
     arguments.output or pathlib.Path(arguments.directory or ".") / "calibration.json"
   )
   result.save(output)
   certificate.print_calibration(console, result, cached)
   screen.say(console, f"Written to {output}, digest {result.digest}", soft_wrap=True)
+  if arguments.directory or output.is_file():  # not beside a device
+    certificate.record(console, arguments.directory or output.parent, result, prompts)
   known = model if cached is None else following.model_of(cached)
   following.say_serve(console, result, output, known)
   return 0

@@ -1,10 +1,13 @@
 """A calibration on the terminal: its thresholds as a table, and its promise in words."""
 
+import pathlib
+from collections.abc import Sequence
+
 from rich import console as rich_console
 from rich import markup as rich_markup
 
 from calm import calibrate as calibrate_lib
-from calm.calibrate import generations, screen, thresholds, views
+from calm.calibrate import generations, ledger, screen, thresholds, views
 from calm.calibrate.generations import columns
 from calm.calibrate.generations.shown import visible
 
@@ -36,6 +39,23 @@ def print_calibration(
     f" ({rich_markup.escape(visible(result.reason))})"
   )
   screen.say(console, result.guarantee)
+
+
+def record(
+  console: rich_console.Console,
+  folder: str | pathlib.Path,
+  result: calibrate_lib.Calibration,
+  prompts: Sequence[calibrate_lib.Prompt],
+) -> None:
+  """Writes the folder's ledger, and says what else was asked of the same prompts."""
+  rows = (prompt.input or prompt.id for prompt in prompts)
+  question = ledger.question_of(result)
+  try:
+    said = ledger.record(folder, question, rows, result.error_rate, result.threshold)
+  except (ValueError, OSError) as error:
+    said = f"This calibration could not be recorded: {error}"
+  if said:
+    screen.say(console, said, "yellow")
 
 
 def mean_layers(cached: generations.Generations | None) -> dict[float, float]:

@@ -260,6 +260,7 @@ def _until_certified(arguments, console, predictor, prompts, test, writer) -> No
   path = pathlib.Path(arguments.output) / "calibration.json"
   calibration.save(path)
   certificate.print_calibration(console, calibration)
+  certificate.record(console, arguments.output, calibration, prompts)
   screen.say(console, f"Written to {path}")
   following.say_serve(console, calibration, path, arguments.model)
 

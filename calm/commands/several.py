@@ -86,11 +86,12 @@ def calibrate_risks(arguments, cached: generations.Generations) -> calibrate_lib
   )
 
 
-def calibrate_configurations(arguments) -> tuple[calibrate_lib.Calibration, object]:
+def calibrate_configurations(arguments):
   """The cheapest certified threshold of all folders of --configurations.
 
   Returns:
-    It, and the model that its folder was decoded with, as it was given; None: unknown.
+    The `Calibration`; the model that its folder was decoded with, as it was given, or None
+    where that is unknown; and the prompts.
 
   Raises:
     ValueError: a folder is none, has no `exit_layers`, or other prompts than the first.
@@ -102,7 +103,7 @@ def calibrate_configurations(arguments) -> tuple[calibrate_lib.Calibration, obje
       f" got directory={arguments.directory!r}, --full={arguments.full!r},"
       f" --outputs={arguments.outputs!r}, --output={arguments.output!r}."
     )
-  risks, costs, models = {}, {}, []
+  risks, costs, models, prompts = {}, {}, [], ()
   for name, folder in _folders(arguments.configurations):
     cached = generations.load(folder)
     counts = cached.layer_counts()
@@ -111,12 +112,13 @@ def calibrate_configurations(arguments) -> tuple[calibrate_lib.Calibration, obje
     layers, tokens = counts
     risks[name] = risks_of(arguments, cached)
     costs[name] = layers / np.maximum(tokens, 1)
+    prompts = cached.prompts
     models.append((cached.procedure, following.model_of(cached)))
   found = calibrate_lib.calibrate_configurations(
     risks, costs, error_rate=arguments.error_rate, method=arguments.method
   )
   chosen = (model for procedure, model in models if procedure == found.procedure)
-  return found, next(chosen, None)
+  return found, next(chosen, None), prompts
 
 
 def _folders(pairs: Sequence[str]) -> list[tuple[str, str]]:

@@ -1,0 +1,115 @@
+"""The ledger of calibrations: what was asked of the same prompts, and what that costs."""
+
+import json
+
+import numpy as np
+import pytest
+
+from calm.calibrate import GenerationsError, Support, calibrate, ledger
+from calm.commands import cli
+from tests.calibrate import laws
+from tests.commands import calibrate_command_test
+
+ROWS = [f"prompt {row}" for row in range(200)]
+QUESTION = {"kind": "textual", "metric": "rouge_l", "tolerance": 0.1}
+
+
+def lines(folder):
+  return [json.loads(line) for line in (folder / ledger.LEDGER).read_text().splitlines()]
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+  """A folder without others beside it, whose ledgers would be read."""
+  (folder := tmp_path / "runs").mkdir()
+  return folder
+
+
+def test_a_second_question_of_the_same_rows_is_told_with_its_price(tmp_path):
+  assert ledger.record(tmp_path, QUESTION, ROWS, 0.05, 0.5) == ""
+  assert ledger.record(tmp_path, QUESTION, ROWS, 0.05, 0.5) == ""  # the same again
+  (line,) = lines(tmp_path)
+  assert line["count"] == 200 and line["threshold"] == 0.5 and len(line["rows"]) == 64
+  assert line["when"].startswith("20") and line["question"] == QUESTION
+  said = ledger.record(tmp_path, {**QUESTION, "metric": "chrf"}, ROWS, 0.05)
+  assert "textual, rouge_l within 0.1 at 0.05 on 200 rows" in said and "up to 0.1," in said
+  assert "each of the 2 again with --error_rate=0.025" in said
+  # The way out is taken: nothing more is asked for.
+  said = ledger.record(tmp_path, QUESTION, ROWS, 0.025)
+  assert "up to 0.075" in said and "--error_rate=0.025" in said
+  said = ledger.record(tmp_path, {**QUESTION, "metric": "chrf"}, ROWS, 0.025)
+  assert "up to 0.05, the sum of their error rates." in said and "again" not in said
+  assert len(lines(tmp_path)) == 4
+
+
+def test_more_prompts_count_and_other_prompts_do_not(tmp_path):
+  few = tmp_path / "few"
+  for name in ("few", "more", "other"):
+    (tmp_path / name).mkdir()
+  assert ledger.record(few, QUESTION, ROWS[:50], 0.05) == ""
+  others = [f"other {row}" for row in range(200)]
+  assert ledger.record(tmp_path / "other", QUESTION, others, 0.05) == ""
+  said = ledger.record(tmp_path / "more", QUESTION, ROWS, 0.05)
+  assert "on 50 rows" in said and "on 200 rows" not in said and "up to 0.1," in said
+  assert "on 50 rows" in ledger.record(tmp_path, QUESTION, ROWS[:100], 0.05)
+
+
+def test_the_price_is_the_one_that_is_paid():
+  """Ten questions at the boundary: the best of them is false in up to ten times the level."""
+  generator = np.random.default_rng(0)
+  alone, every, shared = 0, 0, 0
+  binary = Support(binary=True)
+  for _ in range(200):
+    tables = laws.bernoulli(generator, 0.101, (10, 100, 1))
+    ask = lambda rate: [
+      calibrate(table, [0.5], tolerance=0.1, error_rate=rate, support=binary).certified
+      for table in tables  # noqa: B023
+    ]
+    found = ask(0.05)
+    alone, every, shared = alone + found[0], every + any(found), shared + any(ask(0.005))
+  assert alone <= 200 * 0.05 + 7 and shared <= 200 * 0.05 + 7
+  assert every > 2 * 0.05 * 200
+
+
+@pytest.mark.parametrize(
+  "text", ["no json\n", "{}\n", '{"when": 1}\n', '{"rows": [1], "question": 2}\n']
+)
+def test_damage_is_named_here_and_passed_over_beside(tmp_path, text):
+  (tmp_path / "a").mkdir()
+  (tmp_path / "a" / ledger.LEDGER).write_text(text)
+  with pytest.raises(GenerationsError, match=r"calibrations\.jsonl:1"):
+    ledger.record(tmp_path / "a", QUESTION, ROWS, 0.05)
+  (tmp_path / "b").mkdir()
+  assert ledger.record(tmp_path / "b", QUESTION, ROWS, 0.05) == ""
+
+
+def test_a_line_that_was_cut_off_is_dropped_and_links_are_not_followed(tmp_path):
+  ledger.record(tmp_path, QUESTION, ROWS, 0.05)
+  path = tmp_path / ledger.LEDGER
+  path.write_text(path.read_text() + '{"when": "20')
+  assert ledger.record(tmp_path, {**QUESTION, "metric": "chrf"}, ROWS, 0.05) != ""
+  assert len(lines(tmp_path)) == 2
+  (tmp_path / "b").mkdir()
+  (tmp_path / "b" / ledger.LEDGER).symlink_to(tmp_path / "elsewhere")
+  with pytest.raises(OSError):
+    ledger.record(tmp_path / "b", QUESTION, ROWS, 0.05)
+  assert not (tmp_path / "elsewhere").exists()
+
+
+def test_calm_calibrate_keeps_a_ledger_and_says_so(tmp_path, capsys):
+  files = calibrate_command_test.outputs(tmp_path, count=200, wrong=(3, 7))
+  said = lambda: " ".join(capsys.readouterr().out.split())
+  assert cli.main(["calibrate", *files]) == 0
+  assert "calibrated on before" not in said()
+  assert cli.main(["calibrate", *files, "--metric=exact_match"]) == 0
+  out = said()
+  assert "textual, rouge_l" in out and "--error_rate=0.025" in out
+  assert cli.main(["calibrate", *files, f"--verify={tmp_path / 'calibration.json'}"]) == 0
+  assert len(lines(tmp_path)) == 2
+  assert [line["question"]["metric"] for line in lines(tmp_path)] == ["rouge_l", "exact_match"]
+  several = ["--risks", "textual:rouge_l:0.2", "risk_signed:token_f1:0.2"]
+  assert cli.main(["calibrate", *files, *several]) == 0
+  assert "each of the 3 again with --error_rate=0.01667" in said()
+  (tmp_path / ledger.LEDGER).write_text("damaged\n")
+  assert cli.main(["calibrate", *files]) == 0
+  assert "could not be recorded" in said()
