@@ -14,6 +14,7 @@ import pathlib
 
 from calm import checkpoints, inference
 from calm.calibrate.generations import files
+from calm.t5 import parameters
 from calm.t5x import stored as stored_lib
 
 
@@ -29,7 +30,7 @@ def main() -> None:
   stored = checkpoints.load(arguments.checkpoint)
   options = inference.options.to_stored(stored_lib.stored_options(arguments.like))
   # `to_t5x.py` and training add exit parts: the checkpoint has those that it has.
-  parts = ("exit_classifier", "exit_probes", "per_layer_heads")
+  parts = (*parameters.EXIT_PARTS, "exit_propagation_rank", "per_layer_heads")
   held = {part: getattr(stored.config, part) for part in parts}
   checkpoints.save(
     arguments.output,

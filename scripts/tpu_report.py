@@ -39,7 +39,7 @@ from calm import exits
 from calm.calibrate.generations import files
 from calm.decode import engines
 from calm.decode import program as program_lib
-from calm.exits import confidence
+from calm.exits import confidence, propagation
 from calm.t5 import network, platforms
 
 OUTPUT = pathlib.Path(__file__).parent / "results" / "tpu.json"
@@ -126,6 +126,7 @@ def compiled(
   measure: confidence.Measure | None = None,
   allowed: tuple[int, ...] | None = None,
   weights_dtype: str | None = None,
+  propagated: propagation.Propagation | None = None,
 ) -> Compiled:
   """The decode loop compiled for one core of a topology.
 
@@ -138,10 +139,15 @@ def compiled(
     measure: None is the classifier.
     allowed: layers after which a token may leave; None: all.
     weights_dtype: what weights are stored in, as `inference.load` has it.
+    propagated: what skipped layers store; None is the exit state.
   """
   rows, input_length, length = sizes
   static = name == "static"
-  dynamic = exits.DynamicExits(measure or confidence.Classifier(), allowed=allowed)
+  dynamic = exits.DynamicExits(
+    measure or confidence.Classifier(),
+    allowed=allowed,
+    propagation=propagated or propagation.ExitState(),
+  )
   rule = exits.StaticExit(layer) if static else dynamic
   engine = engines.Eager() if static else engines.by_name(name)
   program = program_lib.Program(config, rule, length, engine=engine)

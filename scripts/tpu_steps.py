@@ -43,7 +43,7 @@ OUTPUT = pathlib.Path(__file__).parent / "results" / "tpu_memory.json"
 RULES = (
   *(("batch", "data"), ("vocab", "model"), ("embed", None), ("mlp", "model")),
   *(("heads", "model"), ("kv", None), ("joined_kv", "model"), ("relpos_buckets", None)),
-  *(("length", None), ("mlp_activations", None)),
+  *(("length", None), ("stack", None), ("mlp_activations", None)),
 )
 STAGES: Mapping[str, tuple[objectives.Objective, Any]] = {
   "stage one": (objectives.LayerWeighted(), updates.adafactor),

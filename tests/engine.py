@@ -11,7 +11,7 @@ import numpy as np
 from calm import exits
 from calm.decode import drafting, engines, loop
 from calm.decode import program as program_lib
-from calm.exits import schedules
+from calm.exits import propagation, schedules
 from calm.t5 import caches as caches_lib
 from calm.t5 import network
 from tests import reference, toys
@@ -22,7 +22,15 @@ DECAYING = schedules.Decaying(temperature=4.0, max_length=LENGTH)
 PROPAGATIONS = {
   "exit_state": "hidden_state",
   "first_state": "first_state",
+  "learned": "learned",
   "copy_projections": "copied_projections",
+}
+
+# Fields of a toy whose exits are translated and which predicts skipped layers' inputs.
+TRANSLATED: dict[str, Any] = {"exit_translators": (1, 2, 3)}
+MAPS: dict[str, Any] = TRANSLATED | {
+  "exit_propagation": (1, 2, 3),
+  "exit_propagation_rank": 5,
 }
 
 # Toys compute in no time and compile for long: LLVM need not try hard. `decode/hlo_test.py` and
@@ -53,10 +61,10 @@ def toy(seed: int = 1, sharpness: float = 4.0, dtype: str = "float32", **changes
 
 
 def toy_for(rule: exits.DynamicExits, **changes) -> Toy:
-  """A toy with what the rule's measure reads."""
-  return (
-    toy(**changes, exit_probes=True) if rule.measure.part == "exit_probes" else toy(**changes)
-  )
+  """A toy with what the rule's measure and propagation read."""
+  probed = {"exit_probes": True} if rule.measure.part == "exit_probes" else {}
+  learned = MAPS if isinstance(rule.propagation, propagation.Learned) else {}
+  return toy(**{**probed, **learned, **changes})
 
 
 def of_params(params: dict[str, Any], sizes: toys.Config, dtype: str = "float32") -> Toy:

@@ -94,6 +94,19 @@ def first_state(
   return network.self_projections(model, layer, states[1])
 
 
+def learned(
+  model: network.Model,
+  layer: int,
+  states: Sequence[np.ndarray],
+  exit_layer: int,
+  memory: network.Memory,
+) -> tuple[np.ndarray, np.ndarray]:
+  """The layer's input as the exit layer's own maps predict it, projected as above."""
+  del memory
+  predicted = network.predicted_input(model, layer, states[exit_layer], exit_layer)
+  return network.self_projections(model, layer, predicted)
+
+
 def copied_projections(
   model: network.Model,
   layer: int,
@@ -109,6 +122,7 @@ def copied_projections(
 PROPAGATIONS: Mapping[str, Propagation] = {
   "hidden_state": hidden_state,
   "first_state": first_state,
+  "learned": learned,
   "copied_projections": copied_projections,
 }
 

@@ -38,7 +38,7 @@ def classifier_confidence(
   """Sigmoid of one linear map, the same at every layer."""
   x = states[layer]
   if not model.raw_classifier:
-    x = network.rms_norm(model, x, "decoder", "decoder_norm")
+    x = network.head_input(model, layer, x)
   path = ("decoder", "exit_classifier")
   logit = float(x @ model.leaf(*path, "kernel")[:, 0] + model.leaf(*path, "bias")[0])
   return 1 / (1 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1 + math.exp(logit))
@@ -85,7 +85,7 @@ def probe_confidence(model: network.Model, states: Sequence[np.ndarray], layer: 
     state_confidence(model, states, layer),
     0.5 * math.log(np.mean(np.square(states[layer]))),
   ]
-  normed = network.rms_norm(model, states[layer], "decoder", "decoder_norm")
+  normed = network.head_input(model, layer, states[layer])
   kernel, features, bias = (
     model.leaf("decoder", "exit_probes", name)[..., layer - 1]
     for name in ("kernel", "features", "bias")

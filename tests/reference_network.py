@@ -263,9 +263,27 @@ def decoder_layer(
   return state + feed_forward(model, normed, *path, "mlp")
 
 
+def head_input(model: Model, layer: int, state: np.ndarray) -> np.ndarray:
+  """What heads and confidences read of d^layer: x, its norm, or x + x A + b where the layer has
+  a translator (A, b)."""
+  normed = rms_norm(model, state, "decoder", "decoder_norm")
+  translator = model.params["decoder"].get("exit_translators", {}).get(f"layers_{layer - 1}")
+  if translator is None:
+    return normed
+  return normed + normed @ translator["kernel"] + translator["bias"]
+
+
+def predicted_input(model: Model, layer: int, state: np.ndarray, exit_layer: int) -> np.ndarray:
+  """Input of the skipped `layer` by learned propagation: d^exit + (norm(d^exit) D + d) U."""
+  path = ("decoder", "exit_propagation", f"layers_{exit_layer - 1}")
+  code = rms_norm(model, state, "decoder", "decoder_norm") @ model.leaf(*path, "down", "kernel")
+  code = code + model.leaf(*path, "down", "bias")
+  return state + code @ model.leaf(*path, "up", "kernel")[layer - exit_layer - 1]
+
+
 def head_logits(model: Model, layer: int, state: np.ndarray) -> np.ndarray:
   """Logits of d^layer: shared final norm, the layer's head, -inf beyond the pieces."""
-  normed = rms_norm(model, state, "decoder", "decoder_norm")
+  normed = head_input(model, layer, state)
   own_head = f"logits_dense_{layer - 1}"
   if own_head in model.params["decoder"]:
     logits = normed @ model.leaf("decoder", own_head, "kernel")

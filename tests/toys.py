@@ -45,6 +45,9 @@ class Config:
   per_layer_heads: bool = False
   exit_classifier: bool = True
   exit_probes: bool = False
+  exit_translators: Sequence[int] = ()
+  exit_propagation: Sequence[int] = ()
+  exit_propagation_rank: int = 0
   relpos_buckets: int = 32
   relpos_max_distance: int = 128
 
@@ -124,7 +127,7 @@ def params(config: Any, seed: int, *, sharpness: float = 4.0) -> dict[str, Any]:
       saturates them (margin exactly 1 in float32).
 
   Returns:
-    Nested dictionary: `token_embedder`, `encoder`, `decoder` (with `exit_classifier` and
+    Nested dictionary: `token_embedder`, `encoder`, `decoder` (with exit parts and
     `logits_dense_{i}` where configured).
   """
   draw = _Draw(config, seed)
@@ -174,7 +177,27 @@ def _decoder(draw: _Draw, sharpness: float, block_gain: float) -> dict[str, Any]
     }
   if cfg.exit_probes:
     tree["exit_probes"] = _probes(draw)
+  # Any object with the attributes of older configurations will do.
+  if translated := getattr(cfg, "exit_translators", ()):
+    tree["exit_translators"] = {f"layers_{i - 1}": _translator(draw) for i in translated}
+  if mapped := getattr(cfg, "exit_propagation", ()):
+    tree["exit_propagation"] = {f"layers_{j - 1}": _propagation(draw, j) for j in mapped}
   return tree
+
+
+def _translator(draw: _Draw) -> dict[str, Any]:
+  emb_dim = draw.config.emb_dim
+  return {**draw.kernel(emb_dim, emb_dim, gain=1.0), "bias": draw.normal(emb_dim, std=0.3)}
+
+
+def _propagation(draw: _Draw, layer: int) -> dict[str, Any]:
+  """Predictions that differ from d^j by about as much as a block of a layer changes it."""
+  cfg = draw.config
+  rank, skipped = cfg.exit_propagation_rank, cfg.num_decoder_layers - layer
+  return {
+    "down": {**draw.kernel(cfg.emb_dim, rank), "bias": draw.normal(rank, std=0.3)},
+    "up": {"kernel": draw.normal(skipped, rank, cfg.emb_dim, std=3.0 / np.sqrt(rank))},
+  }
 
 
 def _probes(draw: _Draw) -> dict[str, Any]:

@@ -117,7 +117,9 @@ def load(
       " (or a T5X checkpoint)."
     )
   stored, flat, stored_vocabulary, trained = _read(path)
-  has_exit_parts = stored.exit_classifier or stored.exit_probes or stored.per_layer_heads
+  has_exit_parts = any(
+    getattr(stored, part) for part in (*parameters.EXIT_PARTS, "per_layer_heads")
+  )
   config = config or stored
   params = parameters.unflatten(flat)
   parameters.check(params, config)

@@ -73,6 +73,7 @@ def infer_config(flat: Mapping[str, np.ndarray]) -> network.T5Config:
       " not read."
     ) from error
   gated = "decoder/layers_0/mlp/wi_0/kernel" in flat
+  downs = [leaf for path, leaf in flat.items() if path.endswith("/down/bias")]
   return network.T5Config(
     vocab_size=vocab_size,
     emb_dim=emb_dim,
@@ -86,8 +87,17 @@ def infer_config(flat: Mapping[str, np.ndarray]) -> network.T5Config:
     per_layer_heads="decoder/logits_dense_0/kernel" in flat,
     exit_classifier="decoder/exit_classifier/kernel" in flat,
     exit_probes="decoder/exit_probes/kernel" in flat,
+    exit_propagation_rank=len(downs[0]) if downs else 0,
+    exit_translators=_mapped_layers(flat, "exit_translators"),
+    exit_propagation=_mapped_layers(flat, "exit_propagation"),
     relpos_buckets=relpos_buckets,
   )
+
+
+def _mapped_layers(flat: Mapping[str, np.ndarray], part: str) -> tuple[int, ...]:
+  """1-based layers that a part of the decoder has maps for."""
+  pattern = re.compile(rf"decoder/{part}/layers_(\d+)/")
+  return tuple(sorted({1 + int(match[1]) for path in flat if (match := pattern.match(path))}))
 
 
 def _count_layers(flat: Mapping[str, np.ndarray], side: str) -> int:

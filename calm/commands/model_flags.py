@@ -110,8 +110,8 @@ def _add_exits(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--propagation",
     metavar="NAME",
-    help="what skipped layers store: exit_state, first_state, copy_projections (default: the"
-    " model's own, or exit_state)",
+    help="what skipped layers store: exit_state, first_state, learned, copy_projections"
+    " (default: the model's own, or exit_state)",
   )
   parser.add_argument(
     "--engine",

@@ -97,14 +97,15 @@ class BoundPasses:
     return Read(hidden, past), (*lower, *cache[k:])
 
   def look(self, read: Read) -> verified_lib.Draft:
-    decoder, weights, hidden = self._decoder(), self.task.weights, read.hidden
+    decoder, weights, layer = self._decoder(), self.task.weights, self.rule.draft_layer
+    seen = decoder.read(layer, read.hidden)
     if self.rule.draft_head == "shortlist":
-      logits = decoder.shortlist_logits(hidden)
+      logits = decoder.shortlist_logits(seen)
       return verified_lib.draft(logits, weights.shortlist_ids, decoder.likeliest(logits))
-    best = decoder.greedy(self.rule.draft_layer, hidden)
+    best = decoder.greedy(layer, seen)
     if best is not None:
       return verified_lib.Draft(best.token, jnp.exp(best.log_probability))
-    return verified_lib.draft(decoder.logits(self.rule.draft_layer, hidden), None)
+    return verified_lib.draft(decoder.logits(layer, seen), None)
 
   def verify(self, cache, positions: jax.Array, drafted: Drafted, made, threshold):
     lower, upper = cache[: self.rule.draft_layer], cache[self.rule.draft_layer :]
@@ -125,12 +126,13 @@ class BoundPasses:
     """What the last layer's head says, of its logits or without them; and of any token how far
     its logit is above that of the likeliest."""
     decoder, last = self._decoder(), self.num_layers
+    read = decoder.read(last, hidden)
     if isinstance(self.task.weights.heads[-1], quantized_heads.QuantizedHead):
-      best = decoder.greedy(last, hidden)
+      best = decoder.greedy(last, read)
       assert best is not None  # so says the head
-      score = lambda token: decoder.score(last, hidden, token)
+      score = lambda token: decoder.score(last, read, token)
     else:
-      logits = decoder.logits(last, hidden)
+      logits = decoder.logits(last, read)
       best = decoder.likeliest(logits) or greedy(logits)
       score = lambda token: jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return best, lambda token: score(token) - score(best.token)
@@ -271,6 +273,8 @@ def plan(
   short = head(1)
   if rule.draft_head == "shortlist":
     short = (_small(batch, 1) if small else _rows(batch)) * count(weights.shortlist)
+  translator = weights.translators.get(rule.draft_layer)
+  short += (_small(batch, 1) if small else _rows(batch)) * count(translator)
   below, above = rule.draft_layer, config.num_decoder_layers - rule.draft_layer
   for positions in range(1, rule.window + 1):
     size = next(size for size in sizes if size >= positions)

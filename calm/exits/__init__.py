@@ -16,6 +16,7 @@ from calm.exits.rules import (
   StepRule,
   TokenExit,
   allowed_layers,
+  mapped_layers,
   token_exit,
 )
 from calm.exits.verified import Rule, Verified
@@ -32,6 +33,7 @@ __all__ = [
   "confidence",
   "evidence",
   "layers",
+  "mapped_layers",
   "propagation",
   "schedules",
   "token_exit",

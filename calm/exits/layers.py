@@ -41,23 +41,32 @@ def greedy(logits: Float[Array, "*rows vocab"]) -> Greedy:
   return Greedy(jnp.min(place, axis=-1), -jnp.log(total))
 
 
-def no_greedy(layer: int, hidden: jax.Array) -> Greedy | None:
+def no_greedy(layer: int, read: jax.Array) -> Greedy | None:
   """Of a head whose logits have to be asked."""
-  del layer, hidden
+  del layer, read
 
 
-def no_shortlist(hidden: jax.Array) -> jax.Array:
+def no_shortlist(read: jax.Array) -> jax.Array:
   """What a model without a shortlist says when it is asked for one."""
-  del hidden
+  del read
   raise ValueError(
     "Expected a shortlist of likely tokens for the measure 'shortlist', 'patience' or 'probe',"
     " got a model without; give `shortlist` (token ids), or use the measure 'softmax'."
   )
 
 
-def no_probes(layer: int, hidden: jax.Array, previous: jax.Array) -> jax.Array:
+def no_code(layer: int, hidden: jax.Array) -> jax.Array:
+  """What a model without learned propagation says when it is asked for a code."""
+  del layer, hidden
+  raise ValueError(
+    "Expected a model with learned propagation for the propagation 'learned', got none in its"
+    " parameters; fit it (`calm fit`), or use the propagation 'exit_state'."
+  )
+
+
+def no_probes(layer: int, read: jax.Array, hidden: jax.Array, previous: jax.Array) -> jax.Array:
   """What a model without probes says when it is asked for one."""
-  del layer, hidden, previous
+  del layer, read, hidden, previous
   raise ValueError(
     "Expected a model with exit probes for the measure 'probe', got none in its parameters;"
     " train them (`calm train --gin_file=configs/runs/exit_probes.gin`), or use the measure"
@@ -73,13 +82,20 @@ class Layers:
     num_layers: L.
     run: (i, d^{i-1}) -> (d^i, this position's `KeyValue` at layer i).
     project: (i, d) -> `KeyValue` that layer i makes of input state d.
-    logits: (i, d^i) -> float32 logits [batch, vocab] of layer i's full head.
-    greedy: (i, d^i) -> what the argmax of these logits is, where the head knows without all of
+    logits: (i, x^i) -> float32 logits [batch, vocab] of layer i's full head.
+    exit_logit: x^i -> pre-sigmoid exit confidence [batch].
+    read: (i, d^i) -> x^i, what heads and confidences read of it, [batch, emb_dim]: the normed
+      state, through layer i's translator where it has one.
+    translated: layers that have a translator.
+    greedy: (i, x^i) -> what the argmax of these logits is, where the head knows without all of
       them; None: ask the logits.
-    exit_logit: d^i -> pre-sigmoid exit confidence [batch].
     shared_head: whether `logits` is one and the same head for every layer.
-    shortlist_logits: d^i -> float32 logits [batch, shortlist] of likely tokens only.
-    probe_logit: (i, d^i, d^{i-1}) -> pre-sigmoid confidence [batch] of layer i's own probe.
+    shortlist_logits: x^i -> float32 logits [batch, shortlist] of likely tokens only.
+    probe_logit: (i, x^i, d^i, d^{i-1}) -> pre-sigmoid confidence [batch] of layer i's own
+      probe.
+    code: (j, d^j) -> what learned propagation keeps of a token that leaves after layer j
+      besides d^j, [batch, width]; zeros for layers that have no map.
+    predict: (k, [d^j; code]) -> the predicted input of the skipped layer k, [batch, emb_dim].
   """
 
   num_layers: int
@@ -87,10 +103,14 @@ class Layers:
   project: Callable[[int, jax.Array], KeyValue]
   logits: Callable[[int, jax.Array], jax.Array]
   exit_logit: Callable[[jax.Array], jax.Array]
+  read: Callable[[int, jax.Array], jax.Array] = lambda layer, hidden: hidden
+  translated: tuple[int, ...] = ()
   shared_head: bool = True
   shortlist_logits: Callable[[jax.Array], jax.Array] = no_shortlist
-  probe_logit: Callable[[int, jax.Array, jax.Array], jax.Array] = no_probes
+  probe_logit: Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array] = no_probes
   greedy: Callable[[int, jax.Array], Greedy | None] = no_greedy
+  code: Callable[[int, jax.Array], jax.Array] = no_code
+  predict: Callable[[int, jax.Array], jax.Array] = no_code
 
 
 def select_rows(condition: jax.Array, if_true: Any, if_false: Any) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from calm.exits.layers import KeyValue, Layers, select_rows
 
@@ -17,62 +18,90 @@ from calm.exits.layers import KeyValue, Layers, select_rows
 class Propagation(Protocol):
   """What the layers above an exit store for that token.
 
-  `exact_when_run` tells that running a layer on the frozen exit state already yields the
-  keys and values that `skipped` would; `projects_state` that skipped layers project one state,
-  which can wait until a layer is needed.
+  `projects_state` tells that each skipped layer projects its keys and values from an input
+  state, `layer_input` of one `state` of the token, which can wait until a layer is needed.
   """
 
   name: ClassVar[str]
-  exact_when_run: ClassVar[bool]
   projects_state: ClassVar[bool]
 
-  def remember(self, memory: Any, layer: int, hidden: jax.Array, row: KeyValue, done) -> Any:
+  def remember(
+    self, memory: Any, layer: int, hidden: jax.Array, row: KeyValue, done, layers: Layers
+  ) -> Any:
     """Updates the strategy's memory after `layer`; `done` rows had left before it."""
+    ...
+
+  def state(self, hidden: jax.Array, memory: Any) -> jax.Array:
+    """What is kept of a token that left with state `hidden`, [batch, width]."""
+    ...
+
+  def layer_input(self, layer: int, state: jax.Array, layers: Layers) -> jax.Array:
+    """The input of the skipped `layer`, [batch, emb_dim], of a kept state."""
     ...
 
   def skipped(self, layer: int, hidden: jax.Array, memory: Any, layers: Layers) -> KeyValue:
     """Keys and values of a skipped layer, for rows that left with state `hidden`."""
     ...
 
-  def projected(self, hidden: jax.Array, memory: Any) -> jax.Array | None:
-    """The state that every skipped layer projects, [batch, emb_dim]; None if none does."""
-    ...
+
+class _ProjectsState:
+  """Skipped layers project what `layer_input` says, each with its own norm, W_K and W_V."""
+
+  projects_state: ClassVar[bool] = True
+
+  def remember(self, memory, layer, hidden, row, done, layers):
+    return None
+
+  def state(self, hidden, memory):
+    return hidden
+
+  def layer_input(self, layer, state, layers):
+    return state
+
+  def skipped(self, layer, hidden, memory, layers):
+    return layers.project(layer, self.layer_input(layer, self.state(hidden, memory), layers))
 
 
 @dataclasses.dataclass(frozen=True)
-class ExitState:
+class ExitState(_ProjectsState):
   """The paper's: each skipped layer projects the exit hidden state d^j itself."""
 
   name: ClassVar[str] = "exit_state"
-  exact_when_run: ClassVar[bool] = True
-  projects_state: ClassVar[bool] = True
-
-  def remember(self, memory, layer, hidden, row, done):
-    return None
-
-  def skipped(self, layer, hidden, memory, layers):
-    return layers.project(layer, hidden)
-
-  def projected(self, hidden, memory):
-    return hidden
 
 
 @dataclasses.dataclass(frozen=True)
-class FirstState:
+class FirstState(_ProjectsState):
   """Section 3.3.1's variant: d^1 instead of d^j goes to the skipped layers."""
 
   name: ClassVar[str] = "first_state"
-  exact_when_run: ClassVar[bool] = False
-  projects_state: ClassVar[bool] = True
 
-  def remember(self, memory, layer, hidden, row, done):
+  def remember(self, memory, layer, hidden, row, done, layers):
     return hidden if layer == 1 else memory
 
-  def skipped(self, layer, hidden, memory, layers):
-    return layers.project(layer, memory)
-
-  def projected(self, hidden, memory):
+  def state(self, hidden, memory):
     return memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned(_ProjectsState):
+  """A linear prediction of each skipped layer's input, fitted to states of full depth.
+
+  Layer k projects d^j + P_jk [x; 1], x = decoder_norm(d^j), where d^j is the exit state. P_jk
+  is of low rank: the code [x; 1] D_j of a token is computed once, where it may leave, and
+  kept beside d^j; layer k adds the code times U_jk.
+  """
+
+  name: ClassVar[str] = "learned"
+
+  def remember(self, memory, layer, hidden, row, done, layers):
+    code = layers.code(layer, hidden)
+    return code if memory is None else select_rows(done, memory, code)
+
+  def state(self, hidden, memory):
+    return jnp.concatenate([hidden, memory], axis=-1)
+
+  def layer_input(self, layer, state, layers):
+    return layers.predict(layer, state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,21 +109,23 @@ class CopyProjections:
   """Section 3.3.1's ablation: the exit layer's own K^j, V^j are copied upward (it fails)."""
 
   name: ClassVar[str] = "copy_projections"
-  exact_when_run: ClassVar[bool] = False
   projects_state: ClassVar[bool] = False
 
-  def remember(self, memory, layer, hidden, row, done):
+  def remember(self, memory, layer, hidden, row, done, layers):
     return row if memory is None else select_rows(done, memory, row)
+
+  def state(self, hidden, memory):
+    return hidden
+
+  def layer_input(self, layer, state, layers):
+    return state
 
   def skipped(self, layer, hidden, memory, layers):
     return memory
 
-  def projected(self, hidden, memory):
-    return None
-
 
 PROPAGATIONS: Mapping[str, Propagation] = {
-  p.name: p for p in (ExitState(), FirstState(), CopyProjections())
+  p.name: p for p in (ExitState(), FirstState(), Learned(), CopyProjections())
 }
 
 

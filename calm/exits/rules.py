@@ -6,8 +6,8 @@ layers above write the keys and values of that state (paper section 3.2: d^k := 
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +137,8 @@ class StaticExit:
       rows.append(row)
     zeros = jnp.zeros(active.shape, jnp.float32)
     exit_layer = jnp.where(active, depth, 0).astype(jnp.int32)
-    logits, greedy = layers.logits(depth, hidden), layers.greedy(depth, hidden)
+    read = layers.read(depth, hidden)
+    logits, greedy = layers.logits(depth, read), layers.greedy(depth, read)
     return TokenExit(logits, exit_layer, zeros, zeros, tuple(rows), greedy)
 
 
@@ -185,7 +186,7 @@ class OracleExit:
     ran = []
     for layer in range(1, layers.num_layers + 1):
       hidden, row = layers.run(layer, hidden)
-      ran.append(_Ran(layer, hidden, row, layers.logits(layer, hidden)))
+      ran.append(_Ran(layer, hidden, row, layers.logits(layer, layers.read(layer, hidden))))
     return tuple(ran)
 
   def _stored(
@@ -198,7 +199,7 @@ class OracleExit:
       if one.layer > 1:
         skipped = self.propagation.skipped(one.layer, exit_hidden, memory, layers)
         row = layers_lib.select_rows(left, skipped, row)
-      memory = self.propagation.remember(memory, one.layer, one.hidden, row, left)
+      memory = self.propagation.remember(memory, one.layer, one.hidden, row, left, layers)
       stored.append(row)
     return tuple(stored)
 
@@ -263,6 +264,29 @@ def allowed_layers(allowed: Sequence[int] | None, num_layers: int) -> tuple[int,
   return tuple(layer for layer in allowed if layer < num_layers)
 
 
+def mapped_layers(rule: Any, num_layers: int, found: Collection[int]) -> tuple[int, ...]:
+  """Exit layers whose learned propagation a rule reads, ascending; () if it reads none.
+
+  Args:
+    rule: how a token goes through the layers.
+    num_layers: L.
+    found: 1-based exit layers for which a model has it.
+
+  Raises:
+    ValueError: the rule may leave at a layer for which the model has none.
+  """
+  if not isinstance(getattr(rule, "propagation", None), propagation_lib.Learned):
+    return ()
+  asked = allowed_layers(rule.allowed, num_layers)
+  if not set(asked) <= set(found):
+    raise ValueError(
+      f"Expected a model with learned propagation from the exit layers {list(asked)}, got one"
+      f" with it from {sorted(found) or 'none'}; fit it (`calm fit`), allow other layers, or"
+      " use the propagation 'exit_state'."
+    )
+  return asked
+
+
 @dataclasses.dataclass(frozen=True)
 class _NestedWalk:
   """The nested conditionals of one token; the branches read caches and return rows."""
@@ -273,7 +297,7 @@ class _NestedWalk:
     self, layer: int, state: walk_lib.WalkState
   ) -> tuple[walk_lib.WalkState, tuple[layers_lib.KeyValue, ...]]:
     walk = self.walk
-    hidden, row = walk.layers.run(layer, state.hidden)
+    hidden, row = walk.layers.run(layer, walk.layer_input(layer, state))
     row = walk.stored(layer, state, row)
     state = walk.after(layer, state, hidden, row)
     if layer == walk.layers.num_layers:

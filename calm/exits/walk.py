@@ -29,6 +29,8 @@ class WalkState:
     rejected_confidence: the highest confidence refused so far, [batch].
     logits: of the full head at the exit layer, [batch, vocab]; None until one was computed.
     memory: the propagation's own.
+    read: what the head reads of the exit state, [batch, emb], where it is carried to one head
+      after the chain; None until then.
   """
 
   hidden: jax.Array
@@ -38,6 +40,7 @@ class WalkState:
   rejected_confidence: jax.Array
   logits: jax.Array | None
   memory: Any
+  read: jax.Array | None = None
 
 
 def start(hidden: jax.Array, active: jax.Array) -> WalkState:
@@ -82,11 +85,26 @@ class Walk:
     """Whether logits are chosen layer by layer rather than by one head after the chain."""
     return self.measure.uses_head or not self.layers.shared_head
 
+  @property
+  def carries_read(self) -> bool:
+    """Whether one head after the chain reads states that different layers translate."""
+    return not self.heads_inside and bool({*self.layers.translated} & {*self.allowed})
+
+  def layer_input(self, layer: int, state: WalkState) -> jax.Array:
+    """What a layer that runs gets: d^{i-1}, and of rows that had left the propagated state."""
+    hidden, rows = state.hidden, state.done.shape[0]
+    before_exits = layer <= min(self.allowed, default=self.layers.num_layers)
+    if before_exits or (isinstance(rows, int) and rows == 1):  # it had not left: the layer runs
+      return hidden
+    kept = self.propagation.state(hidden, state.memory)
+    given = self.propagation.layer_input(layer, kept, self.layers)
+    return hidden if given is hidden else layers_lib.select_rows(state.done, given, hidden)
+
   def stored(
     self, layer: int, state: WalkState, row: layers_lib.KeyValue
   ) -> layers_lib.KeyValue:
     """What a layer that runs stores: `row`, and the propagated one for rows that had left."""
-    if layer == 1 or self.propagation.exact_when_run:
+    if layer == 1 or self.propagation.projects_state:  # `layer_input` saw to it
       return row
     skipped = self.propagation.skipped(layer, state.hidden, state.memory, self.layers)
     return layers_lib.select_rows(state.done, skipped, row)
@@ -97,7 +115,7 @@ class Walk:
     """The state after `layer`, which made `hidden` and stored `row`."""
     done, previous = state.done, state.hidden
     hidden = jnp.where(done[:, None], previous, hidden)
-    memory = self.propagation.remember(state.memory, layer, hidden, row, done)
+    memory = self.propagation.remember(state.memory, layer, hidden, row, done, self.layers)
     state = dataclasses.replace(state, hidden=hidden, memory=memory)
     last = layer == self.layers.num_layers
     return (
@@ -108,13 +126,18 @@ class Walk:
     """Logits at every row's exit, after the last layer that ran."""
     if state.logits is not None:
       return state.logits
-    return self.layers.logits(self.layers.num_layers, state.hidden)
+    return self.layers.logits(self.layers.num_layers, self._read(state))
 
   def greedy(self, state: WalkState) -> layers_lib.Greedy | None:
     """What these logits say, where the head knows without all of them."""
     if state.logits is not None:
       return None
-    return self.layers.greedy(self.layers.num_layers, state.hidden)
+    return self.layers.greedy(self.layers.num_layers, self._read(state))
+
+  def _read(self, state: WalkState) -> jax.Array:
+    """What one head after the chain reads."""
+    last = self.layers.num_layers
+    return self.layers.read(last, state.hidden) if state.read is None else state.read
 
   def _decide(self, layer: int, state: WalkState, previous: jax.Array, last: bool) -> WalkState:
     here = ~state.done
@@ -122,9 +145,8 @@ class Walk:
     leaves = here if last else here & (measured.confidence >= self.threshold)
     refused = here & ~leaves
     worse = jnp.maximum(state.rejected_confidence, measured.confidence)
-    logits = measured.logits
-    if logits is not None and state.logits is not None:
-      logits = jnp.where(leaves[:, None], logits, state.logits)
+    logits = _chosen(leaves, measured.logits, state.logits)
+    read = self.layers.read(layer, state.hidden) if self.carries_read else None
     return dataclasses.replace(
       state,
       done=state.done | leaves,
@@ -132,20 +154,23 @@ class Walk:
       confidence=jnp.where(leaves, measured.confidence, state.confidence),
       rejected_confidence=jnp.where(refused, worse, state.rejected_confidence),
       logits=logits,
+      read=_chosen(leaves, read, state.read),
     )
 
   def _measure(self, layer: int, state: WalkState, previous: jax.Array, last: bool) -> Measured:
     """Confidence of every row after `layer`, and its logits where they are chosen inside."""
-    head = lambda: self.layers.logits(layer, state.hidden)
+    layers, hidden = self.layers, state.hidden
+    read = lambda: layers.read(layer, hidden)
+    before = lambda: layers.read(layer - 1, previous)
     view = confidence_lib.LayerView(
       layer,
-      state.hidden,
+      hidden,
       previous,
-      logits=head,
-      exit_logit=lambda: self.layers.exit_logit(state.hidden),
-      shortlist_logits=lambda: self.layers.shortlist_logits(state.hidden),
-      previous_shortlist_logits=lambda: self.layers.shortlist_logits(previous),
-      probe_logit=lambda: self.layers.probe_logit(layer, state.hidden, previous),
+      logits=lambda: layers.logits(layer, read()),
+      exit_logit=lambda: layers.exit_logit(read()),
+      shortlist_logits=lambda: layers.shortlist_logits(read()),
+      previous_shortlist_logits=lambda: layers.shortlist_logits(before()),
+      probe_logit=lambda: layers.probe_logit(layer, read(), hidden, previous),
     )
     if not last and self.measure.bound is not None:
       return self._verify(view, state, self.measure.bound(view))
@@ -172,3 +197,12 @@ class Walk:
       return dataclasses.replace(made, confidence=jnp.where(passes, made.confidence, bound))
 
     return lax.cond(jnp.any(passes), verify, lambda kept: Measured(bound, kept), kept)
+
+
+def _chosen(
+  leaves: jax.Array, here: jax.Array | None, before: jax.Array | None
+) -> jax.Array | None:
+  """`here` of the rows that leave now, `before` of the others; None before the first layer."""
+  if here is None or before is None:
+    return here
+  return jnp.where(leaves[:, None], here, before)

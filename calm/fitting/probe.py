@@ -152,9 +152,9 @@ def _reader(
 
 
 def _states(module: network.Transformer, inputs, shifted, targets):
-  """Raw and normed residuals of every layer."""
+  """Raw residuals of every layer and what its head reads."""
   hidden = module.hidden_states(inputs, shifted, targets)
-  return hidden, module.decoder.normed(hidden)
+  return hidden, module.decoder.read(hidden)
 
 
 def _probe_logit(params, layer: int, hidden, previous, normed, listed):

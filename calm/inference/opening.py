@@ -82,7 +82,8 @@ def load(
     vocabulary=checkpoint.vocabulary,
     options=exact_lib.with_draft_head(config, change(base, **options), options),
   )
-  if checkpoint.exits_trained is False and calibration is None:
+  untrained = checkpoint.exits_trained is False and not config.exit_translators
+  if untrained and calibration is None:
     _warn_of_untrained_exits(directory)
   if calibration is None:
     own = directory / CALIBRATION

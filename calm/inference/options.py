@@ -36,7 +36,8 @@ class DecodeOptions:
     schedule: threshold schedule, `schedules.Constant()` or `schedules.Decaying(...)`.
     exit_layers: 1-based layers after which a token may leave; None allows every layer. Of
       'verified' the one layer that drafts.
-    propagation: what skipped layers store; 'exit_state' is the paper's.
+    propagation: what skipped layers store; 'exit_state' is the paper's, 'learned' predicts it
+      with the model's `exit_propagation`.
     shortlist: token ids, most likely first, for the measures 'shortlist', 'patience' and
       'probe', and for drafts.
     task_prefix: text put before every prompt.

@@ -29,7 +29,7 @@ from calm.inference import calibrating, compiling, drafts, procedures, running, 
 from calm.inference import exact as exact_lib
 from calm.inference import outputs as outputs_lib
 from calm.inference.options import DecodeOptions, change
-from calm.t5 import caches, network
+from calm.t5 import caches, network, parameters
 
 
 class SlowerThanFullDepth(UserWarning):
@@ -95,6 +95,12 @@ class Predictor:
   def parameters_digest(self) -> str:
     return checkpoints.parameters_digest(self.params)
 
+  @functools.cached_property
+  def base_digest(self) -> str | None:
+    """Of the parameters that full-depth texts depend on, where exits have maps beside them."""
+    maps = self.config.exit_translators or self.config.exit_propagation
+    return parameters.base_digest(self.params) if maps else None
+
   @property
   def eos_id(self) -> int:
     eos_id = self.vocabulary.eos_id
@@ -109,6 +115,7 @@ class Predictor:
     # Full depth asks for no exits, and would pass over measures and layers that are none.
     self.options.rule.depth(self.num_layers)
     exits.allowed_layers(self.options.exit_layers, self.num_layers)
+    exits.mapped_layers(self.options.rule, self.num_layers, self.config.exit_propagation)
 
   @property
   def procedure(self) -> Procedure:
@@ -119,6 +126,7 @@ class Predictor:
       parameters_digest=self.parameters_digest,
       tokenizer_digest=self.vocabulary.digest(),
       eos_id=self.eos_id,
+      base_digest=self.base_digest,
     )
 
   def with_options(self, **options: Any) -> "Predictor":
@@ -129,7 +137,7 @@ class Predictor:
 
   def sharing(self, other: SomePredictor) -> SomePredictor:
     """`other`, a model of the same parameters, with what was made of them already."""
-    made = ["parameters_digest"]
+    made = ["parameters_digest", "base_digest"]
     laid_out = lambda model: (
       model.options.num_devices,
       model.options.weights_dtype,

@@ -22,6 +22,7 @@ def procedure(
   parameters_digest: str,
   tokenizer_digest: str,
   eos_id: int,
+  base_digest: str | None = None,
 ) -> Procedure:
   """What a calibration of a model's outputs is valid for.
 
@@ -31,6 +32,7 @@ def procedure(
     parameters_digest: of the parameter tree as decoded (`checkpoints.parameters_digest`).
     tokenizer_digest: of the vocabulary.
     eos_id: the token that ends a text.
+    base_digest: of the base model (`t5.parameters.base_digest`), where it has exit maps.
   """
   schedule = {"name": options.schedule.name, **dataclasses.asdict(options.schedule)}  # pyright: ignore[reportArgumentType]
   return Procedure(
@@ -54,6 +56,7 @@ def procedure(
     matmul_precision=precision_record(options),
     weights_dtype=options.weights_dtype,
     head_dtype=options.head_dtype,
+    base_digest=base_digest,
   )
 
 
@@ -117,6 +120,7 @@ def shortlist_record(options: DecodeOptions) -> dict[str, Any]:
 _NOT_DECODED = (
   *("dtype", "dropout_rate", "one_hot_embedding"),
   *("exit_classifier", "exit_probes", "relpos_per_layer"),
+  *("exit_translators", "exit_propagation", "exit_propagation_rank"),
 )
 
 

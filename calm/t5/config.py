@@ -31,6 +31,11 @@ class T5Config:
     per_layer_heads: one output head a decoder layer instead of one for all.
     exit_classifier: whether the tree holds the early-exit classifier (emb_dim + 1 numbers).
     exit_probes: whether it holds every layer's own exit probe (see `evidence.Probes`).
+    exit_translators: 1-based layers below the last whose states heads read through a linear map
+      of the layer's own: x + x A_i + b_i, x = decoder_norm(d^i).
+    exit_propagation: 1-based layers below the last from which the inputs of skipped layers are
+      predicted by a linear map (see `propagation.Learned`).
+    exit_propagation_rank: rank of these maps, 0 without them.
     relpos_per_layer: relative-position biases of every layer's own (umT5, Pile-T5, T5X's
       scalable T5) instead of one embedding for all layers of a side.
   """
@@ -54,11 +59,27 @@ class T5Config:
   relpos_max_distance: int = 128
   relpos_per_layer: bool = False
   exit_probes: bool = False
+  exit_translators: Sequence[int] = ()
+  exit_propagation: Sequence[int] = ()
+  exit_propagation_rank: int = 0
 
   def __post_init__(self):
     # Gin gives lists and dtypes by name or object; a hashable static wants one form.
     for name, value in limits.check(dataclasses.asdict(self)).items():
       object.__setattr__(self, name, value)
+    for name in limits.EXIT_LAYERS:
+      if max(getattr(self, name), default=0) >= self.num_decoder_layers:
+        raise ValueError(
+          f"Expected `{name}` to be layers below the last of {self.num_decoder_layers} decoder"
+          f" layers, got {list(getattr(self, name))}; leave the last out, whose head reads its"
+          " own states."
+        )
+    if bool(self.exit_propagation) != bool(self.exit_propagation_rank):
+      raise ValueError(
+        "Expected `exit_propagation` with `exit_propagation_rank`, got the layers"
+        f" {list(self.exit_propagation)} and the rank {self.exit_propagation_rank}; give both,"
+        " or neither."
+      )
     if self.per_layer_heads and self.logits_via_embedding:
       raise ValueError(
         "Expected `per_layer_heads` without `logits_via_embedding`: a tied head is shared by"

@@ -60,12 +60,16 @@ class DecodingCosts:
     self_attention: of one layer, over `cache_length` positions and the token itself.
     cross_attention: of one layer, over `input_length` positions.
     mlp: of one layer.
-    propagation: the key and value of one skipped layer, projected eagerly. (Deferred
-      propagation does the same FLOPs and reads the weights once for many positions.)
+    propagation: the key and value of one skipped layer, projected eagerly, and the prediction
+      of what it projects where that is learned. (Deferred propagation does the same FLOPs and
+      reads the weights once for many positions.)
     head: one full output head.
-    measured: of the measure, at every allowed layer that a token reaches below the last.
+    translator: of the states of one layer that has one.
+    measured: of the measure, and of the code that learned propagation keeps, at every allowed
+      layer that a token reaches below the last.
     emitted: after the exit: the head, where the measure has not computed it already.
     allowed: layers after which a token may leave, the last excluded.
+    translated: layers that have a translator.
   """
 
   num_layers: int
@@ -77,6 +81,8 @@ class DecodingCosts:
   measured: Cost
   emitted: Cost
   allowed: tuple[int, ...]
+  translator: Cost = Cost()
+  translated: tuple[int, ...] = ()
 
   @property
   def layer(self) -> Cost:
@@ -85,7 +91,7 @@ class DecodingCosts:
 
   def static(self, layers: int) -> Cost:
     """One token of the model that always runs `layers` layers and one head."""
-    return self.layer * layers + self.head
+    return self.layer * layers + self.translator * (layers in self.translated) + self.head
 
   @property
   def full(self) -> Cost:
@@ -96,10 +102,12 @@ class DecodingCosts:
     """One token that leaves after `exit_layer`: layers, measure, propagation and head."""
     if not 1 <= exit_layer <= self.num_layers:
       raise ValueError(f"Expected `exit_layer` in 1 ... {self.num_layers}, got {exit_layer}.")
-    asked = sum(layer <= exit_layer for layer in self.allowed)
+    reached = [layer for layer in self.allowed if layer <= exit_layer]
+    read = self.measured * len(reached)
+    read += self.translator * sum(layer in self.translated for layer in reached)
     last = self.head if exit_layer == self.num_layers else self.emitted
     skipped = self.propagation * (self.num_layers - exit_layer)
-    return self.layer * exit_layer + skipped + self.measured * asked + last
+    return self.layer * exit_layer + skipped + read + last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,17 +185,24 @@ def decoding_costs(
   head = matrix(emb, num_pieces or config.vocab_size, 1 if head_dtype == "int8" else heads)
   measured, emitted = _measure_costs(rule, emb, head, matrix(emb, shortlist, heads))
   allowed = rule.allowed if isinstance(rule, exits.DynamicExits) else ()
-  static = isinstance(rule, exits.StaticExit)
+  propagation = (
+    Cost() if isinstance(rule, exits.StaticExit) else matrix(emb, 2 * width) + written
+  )
+  if exits.mapped_layers(rule, config.num_decoder_layers, config.exit_propagation):
+    measured += matrix(emb, config.exit_propagation_rank)
+    propagation += matrix(config.exit_propagation_rank, emb)
   return DecodingCosts(
     num_layers=config.num_decoder_layers,
     self_attention=matrix(emb, 4 * width) + attended(cache_length) + written,
     cross_attention=matrix(emb, 2 * width) + attended(input_length),
     mlp=matrix(emb, (len(config.mlp_activations) + 1) * config.mlp_dim),
-    propagation=Cost() if static else matrix(emb, 2 * width) + written,
+    propagation=propagation,
     head=head,
     measured=measured,
     emitted=emitted,
     allowed=exits.allowed_layers(allowed, config.num_decoder_layers),
+    translator=matrix(emb, emb, heads),
+    translated=tuple(config.exit_translators),
   )
 
 

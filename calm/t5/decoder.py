@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from calm.exits.evidence import CERTAIN, evidence
-from calm.exits.layers import Greedy, KeyValue, Layers, no_probes, no_shortlist
+from calm.exits.layers import Greedy, KeyValue, Layers, no_code, no_probes, no_shortlist
 from calm.t5 import layers as layers_lib
 from calm.t5 import native, network, platforms
 from calm.t5.attention import Attends, Attention
@@ -113,6 +113,10 @@ class DecoderStep:
       logits=self.logits,
       greedy=self.greedy,
       exit_logit=self.exit_logit,
+      read=self.read,
+      translated=tuple(self.weights.translators),
+      code=self.code,
+      predict=self.predict,
       shared_head=len(self.weights.heads) == 1,
       shortlist_logits=self.shortlist_logits,
       probe_logit=self.probe_logit,
@@ -171,43 +175,73 @@ class DecoderStep:
     key, value = (part for split in parts for part in split)
     return KeyValue(key, value)
 
-  def logits(self, layer: int, hidden: jax.Array) -> jax.Array:
-    """float32 logits [batch, num_pieces] of the layer's full head."""
-    head, normed = self._head(layer, hidden)
-    return head.logits(normed) if isinstance(head, QuantizedHead) else self._times(normed, head)
+  def read(self, layer: int, hidden: jax.Array) -> jax.Array:
+    """What heads and confidences read of d^i, float32 [batch, emb_dim]: x = decoder_norm(d^i),
+    and x + x A_i + b_i where the layer has a translator."""
+    normed = rms_norm(hidden, self.weights.decoder_norm).astype(jnp.float32)
+    translator = self.weights.translators.get(layer)
+    if translator is None:
+      return normed
+    return normed + self._times(normed, translator.kernel) + translator.bias[None]
 
-  def greedy(self, layer: int, hidden: jax.Array) -> Greedy | None:
+  def code(self, layer: int, hidden: jax.Array) -> jax.Array:
+    """What learned propagation keeps of d^j besides it, [batch, maps * rank]: the layer's code
+    where it has a map, zeros elsewhere."""
+    maps = self.weights.propagation
+    if maps is None:
+      return no_code(layer, hidden)
+    if layer not in maps.layers:
+      return jnp.zeros((hidden.shape[0], maps.width), hidden.dtype)
+    i = maps.layers.index(layer)
+    normed = rms_norm(hidden, self.weights.decoder_norm)
+    code = self._times(normed, maps.down[i]) + maps.bias[i].astype(hidden.dtype)[None]
+    before = i * maps.rank
+    return jnp.pad(code, ((0, 0), (before, maps.width - before - maps.rank)))
+
+  def predict(self, layer: int, state: jax.Array) -> jax.Array:
+    """The skipped layer's input, [rows, emb_dim], by [d^j; code] of tokens that left before."""
+    maps, width = self.weights.propagation, self.config.emb_dim
+    if maps is None:
+      return no_code(layer, state)
+    hidden, up = state[:, :width], maps.up[layer - 1]
+    codes = state[:, width : width + len(up)]
+    return hidden + self._times(codes, up) if len(up) else hidden
+
+  def logits(self, layer: int, read: jax.Array) -> jax.Array:
+    """float32 logits [batch, num_pieces] of the layer's full head."""
+    head = self._head(layer)
+    return head.logits(read) if isinstance(head, QuantizedHead) else self._times(read, head)
+
+  def greedy(self, layer: int, read: jax.Array) -> Greedy | None:
     """The argmax of these logits; None where they have to be asked."""
-    head, normed = self._head(layer, hidden)
+    head = self._head(layer)
     if not isinstance(head, QuantizedHead):
-      return self.likeliest(self._times(normed, head))
-    return (native.greedy(head, normed) if self.native else None) or head.greedy(normed)
+      return self.likeliest(self._times(read, head))
+    return (native.greedy(head, read) if self.native else None) or head.greedy(read)
 
   def likeliest(self, logits: jax.Array) -> Greedy | None:
     """The argmax of logits; None where XLA finds it as fast (`exits.layers.greedy`)."""
     return native.likeliest(logits) if self.native else None
 
-  def score(self, layer: int, hidden: jax.Array, token: jax.Array) -> jax.Array:
+  def score(self, layer: int, read: jax.Array, token: jax.Array) -> jax.Array:
     """The logit of one token of every row, [batch], where `greedy` knows without them."""
-    head, normed = self._head(layer, hidden)
+    head = self._head(layer)
     assert isinstance(head, QuantizedHead)
-    return head.score(normed, token)
+    return head.score(read, token)
 
-  def _head(self, layer: int, hidden: jax.Array) -> tuple[jax.Array | QuantizedHead, jax.Array]:
-    """The layer's full head, and decoder_norm(d^i) in float32."""
+  def _head(self, layer: int) -> jax.Array | QuantizedHead:
+    """The layer's full head."""
     heads = self.weights.heads
-    head = heads[0] if len(heads) == 1 else heads[layer - 1]
-    return head, rms_norm(hidden, self.weights.decoder_norm).astype(jnp.float32)
+    return heads[0] if len(heads) == 1 else heads[layer - 1]
 
-  def shortlist_logits(self, hidden: jax.Array) -> jax.Array:
+  def shortlist_logits(self, read: jax.Array) -> jax.Array:
     """float32 logits [batch, shortlist] of the shortlist only."""
     if self.weights.shortlist is None:
-      return no_shortlist(hidden)
-    normed = rms_norm(hidden, self.weights.decoder_norm).astype(jnp.float32)
-    return self._times(normed, self.weights.shortlist)
+      return no_shortlist(read)
+    return self._times(read, self.weights.shortlist)
 
-  def exit_logit(self, hidden: jax.Array) -> jax.Array:
-    """Pre-sigmoid exit confidence [batch] from decoder_norm(d^i)."""
+  def exit_logit(self, read: jax.Array) -> jax.Array:
+    """Pre-sigmoid exit confidence [batch]."""
     if self.weights.exit_kernel is None or self.weights.exit_bias is None:
       raise ValueError(
         "Expected a model with an exit classifier for the measure 'classifier', got none in"
@@ -215,20 +249,21 @@ class DecoderStep:
         " (`calm train --gin_file=configs/runs/packed_exit_classifier.gin` is one), or use the"
         " measure 'softmax' or 'state'."
       )
-    normed = rms_norm(hidden, self.weights.decoder_norm).astype(jnp.float32)
-    return normed @ self.weights.exit_kernel + self.weights.exit_bias
+    return read @ self.weights.exit_kernel + self.weights.exit_bias
 
-  def probe_logit(self, layer: int, hidden: jax.Array, previous: jax.Array) -> jax.Array:
+  def probe_logit(
+    self, layer: int, read: jax.Array, hidden: jax.Array, previous: jax.Array
+  ) -> jax.Array:
     """Pre-sigmoid confidence [batch] of the layer's own probe; of the last layer `CERTAIN`."""
     probes = self.weights.probes
     if probes is None:
-      return no_probes(layer, hidden, previous)
+      return no_probes(layer, read, hidden, previous)
     if layer == probes.num_layers:
       return jnp.full(hidden.shape[:-1], CERTAIN)
     if layer == 1:
       previous = jnp.zeros_like(previous)
-    known = evidence(hidden, previous, self.shortlist_logits(hidden))
-    return probes.logit(layer, rms_norm(hidden, self.weights.decoder_norm), known)
+    known = evidence(hidden, previous, self.shortlist_logits(read))
+    return probes.logit(layer, read, known)
 
   def _times(self, x: jax.Array, matrix: Matrix) -> jax.Array:
     """`times`, natively where that is faster."""

@@ -1,7 +1,7 @@
 """T5X-shaped parameters laid out for decoding: made once, at load time, and never saved."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from calm import exits
 from calm.exits.evidence import Probes
 from calm.t5 import columns, eight_bits, network, parameters, platforms, quantized_heads
 from calm.t5.config import Params
@@ -53,6 +54,62 @@ class LayerWeights:
 
 
 @struct.dataclass
+class Translator:
+  """A linear map of one exit layer's normed states x, before any head: x + x A + b.
+
+  Attributes:
+    kernel: A, [emb_dim, emb_dim], in the dtype of the heads.
+    bias: b, [emb_dim] float32.
+  """
+
+  kernel: jax.Array
+  bias: jax.Array
+
+
+@struct.dataclass
+class LearnedPropagation:
+  """Linear maps from exit layers j to the inputs of the layers k that a token skips.
+
+  Attributes:
+    layers: the exit layers, 1-based, ascending.
+    down: of every exit layer, [emb_dim, rank].
+    bias: of every exit layer, [rank].
+    up: of every decoder layer k, [maps * rank, emb_dim]: those of the exit layers before k
+      below each other.
+  """
+
+  layers: tuple[int, ...] = struct.field(pytree_node=False)
+  down: tuple[jax.Array, ...]
+  bias: tuple[jax.Array, ...]
+  up: tuple[jax.Array, ...]
+
+  @property
+  def rank(self) -> int:
+    """Numbers that an exit layer keeps of a token."""
+    return self.bias[0].shape[0]
+
+  @property
+  def width(self) -> int:
+    """Numbers that are kept of a token, one block an exit layer."""
+    return self.rank * len(self.layers)
+
+  def from_layers(self, layers: Sequence[int]) -> "LearnedPropagation":
+    """Of some of the exit layers alone."""
+    at, rank = [self.layers.index(layer) for layer in layers], self.rank
+
+    def blocks(layer: int, up: jax.Array) -> jax.Array:
+      found = [up[i * rank : (i + 1) * rank] for i in at if self.layers[i] < layer]
+      return jnp.concatenate(found) if found else up[:0]
+
+    return LearnedPropagation(
+      tuple(layers),
+      tuple(self.down[i] for i in at),
+      tuple(self.bias[i] for i in at),
+      tuple(blocks(layer, up) for layer, up in enumerate(self.up, start=1)),
+    )
+
+
+@struct.dataclass
 class DecoderWeights:
   """What a decode step reads.
 
@@ -68,6 +125,8 @@ class DecoderWeights:
     shortlist: columns of the shared head for likely tokens, [emb_dim, shortlist], or None.
     probes: every layer's own exit probe, or None.
     shortlist_ids: those tokens, [shortlist] int32, or None.
+    translators: by 1-based exit layer, of those that have one.
+    propagation: learned, or None.
   """
 
   embedding: jax.Array
@@ -80,6 +139,20 @@ class DecoderWeights:
   shortlist: jax.Array | None = None
   probes: Probes | None = None
   shortlist_ids: jax.Array | None = None
+  translators: Mapping[int, Translator] = struct.field(default_factory=dict)
+  propagation: LearnedPropagation | None = None
+
+  def for_exits(self, rule: exits.Rule, num_layers: int) -> "DecoderWeights":
+    """The weights with learned propagation from the exits that a rule may take alone.
+
+    Raises:
+      ValueError: the rule reads maps that there are not.
+    """
+    maps = self.propagation
+    layers = exits.mapped_layers(rule, num_layers, () if maps is None else maps.layers)
+    if maps is None or not layers or layers == maps.layers:
+      return self
+    return dataclasses.replace(self, propagation=maps.from_layers(layers))
 
 
 def decoder_weights(
@@ -145,6 +218,33 @@ def decoder_weights(
     shortlist=None if shortlist is None else _shortlist_head(heads, shortlist),
     probes=parameters.probes(params),
     shortlist_ids=None if shortlist is None else jnp.asarray(shortlist, jnp.int32),
+    translators={
+      layer: Translator(
+        jnp.asarray(part["kernel"], heads[0].dtype), jnp.asarray(part["bias"], jnp.float32)
+      )
+      for layer, part in parameters.by_layer(decoder.get("exit_translators", {})).items()
+    },
+    propagation=_learned_propagation(decoder.get("exit_propagation", {}), config, matrices),
+  )
+
+
+def _learned_propagation(
+  parts: Params, config: network.T5Config, matrices: Any
+) -> LearnedPropagation | None:
+  """The maps laid out by the layer that reads them; None without any."""
+  found, kernel = parameters.by_layer(parts), lambda part: jnp.asarray(part["kernel"], matrices)
+  if not found:
+    return None
+  ups = {layer: kernel(part["up"]) for layer, part in found.items()}
+  none = jnp.zeros((0, config.emb_dim), matrices)
+  return LearnedPropagation(
+    tuple(found),
+    tuple(kernel(part["down"]) for part in found.values()),
+    tuple(jnp.asarray(part["down"]["bias"]) for part in found.values()),
+    tuple(
+      jnp.concatenate([none, *(up[k - j - 1] for j, up in ups.items() if j < k)])
+      for k in range(1, config.num_decoder_layers + 1)
+    ),
   )
 
 

@@ -23,6 +23,10 @@ SIZES: Mapping[str, tuple[int, int]] = {
   "relpos_buckets": (4, 2**12),
   "relpos_max_distance": (3, 2**20),
 }
+# Rank of learned propagation; more than `emb_dim` says nothing more.
+RANKS: Mapping[str, tuple[int, int]] = {"exit_propagation_rank": (0, 2**16)}
+# Exit layers that have linear maps of their own.
+EXIT_LAYERS = ("exit_translators", "exit_propagation")
 FLAGS = (
   "logits_via_embedding",
   "float32_attention_logits",
@@ -60,8 +64,10 @@ def check(fields: Mapping[str, Any], names: Mapping[str, str] | None = None) -> 
   called = {name: name for name in fields} | dict(names or {})
   made = dict(fields)
   for name in made:
-    if name in SIZES:
-      made[name] = whole(called[name], made[name], *SIZES[name])
+    if bounds := SIZES.get(name) or RANKS.get(name):
+      made[name] = whole(called[name], made[name], *bounds)
+    elif name in EXIT_LAYERS:
+      made[name] = _layers(called[name], made[name])
     elif name in FLAGS:
       made[name] = _flag(called[name], made[name])
   if "dropout_rate" in made:
@@ -105,6 +111,18 @@ def _flag(name: str, value: Any) -> bool:
   if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
     raise ValueError(f"Expected `{name}` to be true or false, got {_shown(value)}; write one.")
   return bool(value)
+
+
+def _layers(name: str, value: Any) -> tuple[int, ...]:
+  most = SIZES["num_decoder_layers"][1]
+  listed = value if isinstance(value, list | tuple) else [0]
+  layers = tuple(whole(name, layer, 0, most) for layer in listed)
+  if list(layers) != sorted(set(layers)) or 0 in layers:
+    raise ValueError(
+      f"Expected `{name}` to be a list of decoder layers, ascending from 1, got"
+      f" {_shown(value)}; give each once."
+    )
+  return layers
 
 
 def _rate(name: str, value: Any) -> float:

@@ -1,10 +1,9 @@
 """T5 encoder-decoder whose every decoder layer is an exit (Flax linen).
 
 The parameter tree and the call signatures are those of T5X's own T5 1.1 network; the exit
-parts (`decoder/exit_classifier`, `decoder/exit_probes`, and with per-layer heads
-`decoder/logits_dense_{i}`) are the only additions. As T5X's `network`, this module has the
-configuration and the `Transformer`, for gin. It serves training and T5X; `decoder` decodes from
-the same parameters.
+parts of the decoder (`parameters.EXIT_PARTS`, and with per-layer heads `logits_dense_{i}`) are
+the only additions. As T5X's `network`, this module has the configuration and the `Transformer`,
+for gin. It serves training and T5X; `decoder` decodes from the same parameters.
 """
 
 import dataclasses
@@ -155,7 +154,8 @@ class Transformer(nn.Module):
     *,
     enable_dropout: bool = False,
   ) -> Float[Array, "layers batch length emb"]:
-    """decoder_norm(d^i) of every layer, teacher-forced: what the layer losses read."""
+    """decoder_norm(d^i) of every layer, teacher-forced, through the layer's translator where it
+    has one: what the layer losses read."""
     encoded = self.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout)
     mask, cross_mask = masks.decoder_masks(
       encoder_input_tokens, decoder_target_tokens, encoder_segment_ids, decoder_segment_ids
@@ -163,7 +163,7 @@ class Transformer(nn.Module):
     hidden = self.decoder.hidden_states(
       encoded, decoder_input_tokens, mask, cross_mask, not enable_dropout
     )
-    return self.decoder.normed(jnp.stack(hidden), not enable_dropout)
+    return self.decoder.read(jnp.stack(hidden), not enable_dropout)
 
   def hidden_states(
     self,

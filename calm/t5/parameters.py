@@ -14,6 +14,8 @@ from flax import traverse_util
 from calm.exits.evidence import Probes
 from calm.t5 import network
 
+# Parts of the decoder that no full-depth text depends on.
+EXIT_PARTS = ("exit_classifier", "exit_probes", "exit_translators", "exit_propagation")
 # More than any published model has: looked for before they are traced.
 _MANY_LAYERS = 48
 
@@ -49,6 +51,25 @@ def digest(params: Mapping[str, Any]) -> str:
     made.update(f"{path} {list(np.shape(leaf))} {array.dtype.name}\n".encode())
     made.update(array.view(np.uint8).data if array.size else b"")
   return made.hexdigest()
+
+
+def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(the base model, the tree of the `EXIT_PARTS` that lie beside it)."""
+  is_exit = lambda path: path.startswith(tuple(f"decoder/{part}/" for part in EXIT_PARTS))
+  flat = flatten(params)
+  base = {path: leaf for path, leaf in flat.items() if not is_exit(path)}
+  return unflatten(base), unflatten({path: flat[path] for path in flat.keys() - base.keys()})
+
+
+def base_digest(params: Mapping[str, Any]) -> str:
+  """`digest` of the base model alone, the same whatever exits lie beside it."""
+  return digest(split(params)[0])
+
+
+def by_layer(parts: Mapping[str, Any]) -> dict[int, Any]:
+  """{1-based layer: what `layers_{i}` of a part holds}, ascending."""
+  numbered = {int(name.removeprefix("layers_")) + 1: part for name, part in parts.items()}
+  return dict(sorted(numbered.items()))
 
 
 def check(params: Mapping[str, Any], config: network.T5Config) -> None:
@@ -117,14 +138,15 @@ def expected_shapes(config: network.T5Config) -> Mapping[str, tuple[int, ...]]:
 def add_exit_parts(params: Mapping[str, Any], config: network.T5Config) -> dict[str, Any]:
   """Fills in the exit parts that `config` has and `params` lack, ready for training them.
 
-  Classifier and probes start at zero (confidence 0.5 everywhere), as the network initialises
-  them; per-layer heads start as copies of the shared head, so that nothing changes at first.
+  Exit parts start at zero, as the network initialises them: classifier and probes with a
+  confidence of 0.5 everywhere, maps that change nothing. Per-layer heads start as copies of the
+  shared head, so that nothing changes at first either.
   """
   flat = flatten(params)
   for path, shape in expected_shapes(config).items():
     if path in flat:
       continue
-    if path.startswith(("decoder/exit_classifier/", "decoder/exit_probes/")):
+    if path.startswith(tuple(f"decoder/{part}/" for part in EXIT_PARTS)):
       flat[path] = np.zeros(shape, np.float32)
     elif path.startswith("decoder/logits_dense_") and "decoder/logits_dense/kernel" in flat:
       flat[path] = np.array(flat["decoder/logits_dense/kernel"])
@@ -159,10 +181,9 @@ def renew(
 
 
 def _way_out(path: str) -> str:
-  if path.startswith("decoder/exit_classifier"):
-    return "set `exit_classifier` of the config accordingly, or call `add_exit_parts`"
-  if path.startswith("decoder/exit_probes"):
-    return "set `exit_probes` of the config accordingly, or call `add_exit_parts`"
+  for part in EXIT_PARTS:
+    if path.startswith(f"decoder/{part}/"):
+      return f"set `{part}` of the config accordingly, or call `add_exit_parts`"
   if path.startswith("decoder/logits_dense_"):
     return "set `per_layer_heads` of the config accordingly, or call `add_exit_parts`"
   return "the configuration is of another model, or the file of another kind"

@@ -3,6 +3,9 @@
 Names of submodules are T5X's: they are the paths of its parameter tree.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -105,7 +108,11 @@ class Decoder(nn.Module):
     if cfg.exit_classifier:
       self.exit_classifier = ExitHead()
     if cfg.exit_probes:
-      self.exit_probes = ExitProbes(cfg.num_decoder_layers - 1)
+      self.exit_probes = ExitParts(_probes(cfg))
+    if cfg.exit_translators:
+      self.exit_translators = ExitParts(_translators(cfg))
+    if cfg.exit_propagation:
+      self.exit_propagation = ExitParts(_propagation(cfg))
 
   def __call__(
     self, encoded, tokens, mask, cross_mask, *, deterministic, decode=False, length=None
@@ -134,49 +141,99 @@ class Decoder(nn.Module):
     return hidden
 
   def normed(self, hidden: jax.Array, deterministic: bool = True) -> jax.Array:
-    """decoder_norm(d^i): what heads and the exit classifier read."""
+    """decoder_norm(d^i)."""
     return self.dropout(self.decoder_norm(hidden), deterministic=deterministic)
+
+  def translated(self, normed: jax.Array, layer: int) -> jax.Array:
+    """x + x A_i + b_i of x = decoder_norm(d^i), float32; x of a layer without translator."""
+    if layer not in self.config.exit_translators:
+      return normed
+    part, x = self.exit_translators()[f"layers_{layer - 1}"], normed.astype(jnp.float32)
+    return x + x @ part["kernel"] + jnp.broadcast_to(part["bias"], x.shape)
+
+  def read(self, hidden: jax.Array, deterministic: bool = True) -> jax.Array:
+    """What heads and confidences read of every layer's states, [layers, ...]: `translated`."""
+    normed = self.normed(hidden, deterministic)
+    if not self.config.exit_translators:
+      return normed
+    wide = normed.astype(jnp.float32)
+    return jnp.stack([self.translated(x, layer) for layer, x in enumerate(wide, start=1)])
 
   def logits(self, hidden: jax.Array, layer: int, deterministic: bool = True) -> jax.Array:
     """float32 logits [batch, length, vocab] of the head of 1-based `layer`."""
-    x = self.normed(hidden, deterministic)
+    x = self.translated(self.normed(hidden, deterministic), layer)
     if self.config.logits_via_embedding:
       return self.shared_embedding.attend(x) / jnp.sqrt(x.shape[-1])
     if self.config.per_layer_heads and layer < self.config.num_decoder_layers:
       return self.layer_heads[layer - 1](x)
     return self.logits_dense(x)
 
-  def exit_logits(self, hidden: jax.Array) -> jax.Array:
+  def exit_logits(self, hidden: jax.Array, layer: int) -> jax.Array:
     """Pre-sigmoid confidence [batch, length] of the exit classifier for d^i."""
-    return self.exit_classifier(self.normed(hidden))
+    return self.exit_classifier(self.translated(self.normed(hidden), layer))
 
   def _touch_exit_parts(self, hidden: jax.Array) -> None:
     """Creates the parameters that the full-depth call never uses."""
     if self.config.exit_classifier:
-      self.exit_logits(hidden)
-    if self.config.exit_probes:
-      self.exit_probes(hidden.shape[-1])
+      self.exit_logits(hidden, self.config.num_decoder_layers)
+    for name in ("exit_probes", "exit_translators", "exit_propagation"):
+      if getattr(self.config, name):
+        getattr(self, name)()
     if self.config.per_layer_heads:
       for head in self.layer_heads:
         head(hidden)
 
 
-class ExitProbes(nn.Module):
-  """Parameters of `evidence.Probes`, one column a layer below the last."""
+class ExitParts(nn.Module):
+  """A tree of parameters that start at zero, by name: (shape, axes), or a tree again."""
 
-  num_probes: int
+  tree: Mapping[str, Any]
 
   @nn.compact
-  def __call__(self, emb_dim: int) -> None:
-    zeros, count = nn.initializers.zeros, self.num_probes
-    # T5X's own axis names, as below, of axes that it replicates. Along its "layers" its
-    # Adafactor would not average.
-    for name, shape, axes in (
-      ("kernel", (emb_dim, count), ("embed", "mlp_activations")),
-      ("features", (NUM_FEATURES, count), ("relpos_buckets", "mlp_activations")),
-      ("bias", (count,), ("mlp_activations",)),
-    ):
-      partitioning.param_with_axes(name, zeros, shape, jnp.float32, axes=axes)
+  def __call__(self) -> dict[str, Any]:
+    zeros = nn.initializers.zeros
+    leaf = lambda name, shape, axes: partitioning.param_with_axes(
+      name, zeros, shape, jnp.float32, axes=axes
+    )
+    return {
+      name: ExitParts(part, name=name)() if isinstance(part, Mapping) else leaf(name, *part)
+      for name, part in self.tree.items()
+    }
+
+
+# T5X's own axis names, of axes that it replicates, as of `ExitHead`. Along its "layers" its
+# Adafactor would not average.
+def _probes(cfg: T5Config) -> Mapping[str, Any]:
+  """Parameters of `evidence.Probes`, one column a layer below the last."""
+  count = cfg.num_decoder_layers - 1
+  return {
+    "kernel": ((cfg.emb_dim, count), ("embed", "mlp_activations")),
+    "features": ((NUM_FEATURES, count), ("relpos_buckets", "mlp_activations")),
+    "bias": ((count,), ("mlp_activations",)),
+  }
+
+
+def _translators(cfg: T5Config) -> Mapping[str, Any]:
+  part = {
+    "kernel": ((cfg.emb_dim, cfg.emb_dim), ("embed", "mlp_activations")),
+    "bias": ((cfg.emb_dim,), ("mlp_activations",)),
+  }
+  return {f"layers_{layer - 1}": part for layer in cfg.exit_translators}
+
+
+def _propagation(cfg: T5Config) -> Mapping[str, Any]:
+  """Of every exit layer one `down` for its code, and one `up` a layer that may be skipped."""
+  emb, rank = cfg.emb_dim, cfg.exit_propagation_rank
+  down = {
+    "kernel": ((emb, rank), ("embed", "mlp_activations")),
+    "bias": ((rank,), ("mlp_activations",)),
+  }
+  skipped = lambda layer: (cfg.num_decoder_layers - layer, rank, emb)
+  up_axes = ("stack", "mlp_activations", "embed")
+  return {
+    f"layers_{layer - 1}": {"down": down, "up": {"kernel": (skipped(layer), up_axes)}}
+    for layer in cfg.exit_propagation
+  }
 
 
 class ExitHead(nn.Module):

@@ -1,7 +1,7 @@
 """Forced prefixes: what is known of every row before it is decoded. Knows no T5X."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +98,14 @@ class DeepInPrefix:
 
   inner: exits.StepRule
   rows: Rows
+
+  @property
+  def allowed(self) -> tuple[int, ...] | None:
+    return getattr(self.inner, "allowed", None)
+
+  @property
+  def propagation(self) -> Any:
+    return getattr(self.inner, "propagation", None)
 
   def depth(self, num_layers: int) -> int:
     return self.inner.depth(num_layers)

@@ -24,6 +24,7 @@ from jax import sharding
 from jax.extend import random as random_impls
 
 from calm.decode import engines
+from calm.t5 import parameters
 from calm.t5.config import Params
 
 # The axes that T5X's partitioner lays batches along; 'replica' where there are several slices.
@@ -36,6 +37,8 @@ _ALONG_MODEL = ("vocab", "heads", "joined_kv", "mlp")
 READ_IN_LOOPS = ("token_embedder", "decoder")
 # Kernels whose first axis lies along the model axis under T5X's rules; the others' last does.
 _SPLIT_BY_ROWS = ("out", "wo")
+# Parts of the decoder that T5X's rules lay along no mesh axis.
+_WHOLE_PARTS = parameters.EXIT_PARTS
 
 # Decoders larger than this are decoded across devices: half of a TPU v3 core's memory.
 APART_BYTES = 8 * 2**30
@@ -127,9 +130,12 @@ def whole(params: Params, mesh: Any, dtype: Any, at_rest: bool = False) -> Param
 
   def gathered(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
     block, kind = path[-2:]
-    if kind == "kernel" and path[-3:-2] != ("decoder",):  # heads are read in float32
+    # Heads and what they read are in float32.
+    if kind == "kernel" and path[-3:-2] not in (("decoder",), ("exit_translators",)):
       leaf = jnp.asarray(leaf, dtype)
-    by_rows = kind != "kernel" or block in _SPLIT_BY_ROWS
+    by_rows = (
+      kind != "kernel" or block in _SPLIT_BY_ROWS or not {*_WHOLE_PARTS}.isdisjoint(path)
+    )
     if count == 1 or by_rows or leaf.ndim != 2 or leaf.shape[1] % count:
       return put(leaf)
     parts = jnp.swapaxes(leaf.reshape(len(leaf), count, -1), 0, 1)

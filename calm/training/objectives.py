@@ -253,8 +253,8 @@ def _stage_two(
 
 
 def is_exit_part(path: tuple[str, ...]) -> bool:
-  """Whether a parameter belongs to what stage two trains."""
-  return bool({"exit_classifier", "exit_probes"} & set(path))
+  """Whether a parameter lies beside the base model, which stage one trains."""
+  return bool({*parameters.EXIT_PARTS} & set(path))
 
 
 def heads(params: Params, config: network.T5Config) -> jax.Array:
@@ -287,6 +287,6 @@ def _inputs(module, params, batch, **options) -> Any:
 
 
 def _states(module: network.Transformer, *inputs) -> tuple[jax.Array, jax.Array]:
-  """Raw and normed residuals of every layer, without gradients."""
+  """Raw residuals of every layer and what its head reads, without gradients."""
   hidden = jax.lax.stop_gradient(module.hidden_states(*inputs))
-  return hidden, jax.lax.stop_gradient(module.decoder.normed(hidden))
+  return hidden, jax.lax.stop_gradient(module.decoder.read(hidden))

@@ -82,6 +82,7 @@ def test_loading_gives_back_what_was_saved(saved, pieces):
     {"per_layer_heads": True, "exit_classifier": False},
     {"logits_via_embedding": True, "mlp_activations": ("relu",), "dtype": jnp.bfloat16},
     {"relpos_buckets": 16, "relpos_max_distance": 64, "one_hot_embedding": False},
+    {"exit_translators": (1,), "exit_propagation": (1,), "exit_propagation_rank": 3},
   ],
 )
 def test_every_kind_of_configuration_round_trips(tmp_path, changes):
@@ -295,6 +296,24 @@ def test_exit_parts_are_added_where_missing_only():
   np.testing.assert_array_equal(grown["decoder"]["logits_dense_0"]["kernel"], head)
   again = parameters.add_exit_parts(draw(full), full)
   assert parameters.digest(again) == parameters.digest(draw(full))
+
+
+def test_the_base_is_the_same_whatever_exits_lie_beside_it():
+  plain = dataclasses.replace(CONFIG, exit_classifier=False)
+  maps = dict(exit_translators=(1,), exit_propagation=(1,), exit_propagation_rank=3)
+  params = draw(plain)
+  grown = parameters.add_exit_parts(
+    params, dataclasses.replace(CONFIG, exit_probes=True, **maps)
+  )
+  base, beside = parameters.split(grown)
+  assert parameters.digest(base) == parameters.base_digest(grown) == parameters.digest(params)
+  assert set(beside["decoder"]) == set(parameters.EXIT_PARTS)
+  assert parameters.split(params)[1] == {}
+  changed = edit(grown, "decoder/exit_translators/layers_0/bias", np.ones(8, np.float32))
+  assert parameters.base_digest(changed) == parameters.base_digest(grown)
+  assert parameters.digest(changed) != parameters.digest(grown)
+  moved = edit(grown, "decoder/decoder_norm/scale", np.ones(8, np.float32) * 3)
+  assert parameters.base_digest(moved) != parameters.base_digest(grown)
 
 
 def test_fields_on_disk_are_those_of_the_configuration(saved):

@@ -83,6 +83,12 @@ def test_configuration_is_told_by_names_and_shapes():
     {"per_layer_heads": True, "num_decoder_layers": 11},
     {"logits_via_embedding": True, "mlp_activations": ("relu",), "relpos_buckets": 16},
     {"num_encoder_layers": 12},
+    {
+      "num_decoder_layers": 12,
+      "exit_translators": (2, 11),
+      "exit_propagation": (2,),
+      "exit_propagation_rank": 3,
+    },
   ],
 )
 def test_inferred_configuration_round_trips(changes):

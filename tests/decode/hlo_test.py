@@ -16,7 +16,7 @@ from calm import exits
 from calm.decode import compiled as compiled_lib
 from calm.decode import engines, ordering, staged
 from calm.decode import program as program_lib
-from calm.exits import confidence
+from calm.exits import confidence, propagation
 from calm.exits.layers import KeyValue
 from calm.t5 import columns, platforms
 from calm.t5 import native as native_lib
@@ -25,6 +25,7 @@ from tests.decode import hlo
 
 LENGTH = 512
 SHALLOW = exits.DynamicExits(confidence.Classifier())
+LEARNED = exits.DynamicExits(confidence.Classifier(), propagation=propagation.Learned())
 SOFTMAX, STATIC = exits.DynamicExits(confidence.Softmax()), exits.StaticExit()
 ROWS = len(engine.PROMPTS)
 ALONE = native_lib.available() and platforms.has_wide_vectors()
@@ -38,10 +39,20 @@ def hlo_of(function, leaves) -> str:
 
 
 def compiled(
-  rule, made, rows: int = 8, layers: int = 3, length: int = LENGTH, native: bool = True, **read
+  rule,
+  made,
+  rows: int = 8,
+  layers: int = 3,
+  length: int = LENGTH,
+  native: bool = True,
+  maps: bool = False,
+  **read,
 ) -> str:
   """HLO of a toy's decode at B = 8 (or fewer) and length 512 (or less)."""
-  toy = engine.toy(num_decoder_layers=layers, num_encoder_layers=1)
+  every = tuple(range(1, layers))
+  given = engine.MAPS | {"exit_translators": every, "exit_propagation": every}
+  given = given if maps or rule == LEARNED else {}
+  toy = engine.toy(num_decoder_layers=layers, num_encoder_layers=1, **given)
   program = program_lib.Program(toy.config, rule, length, engine=made, native=native)
   encoded = engine.encode(toy, engine.PROMPTS[:rows])
   weights = toy.weights
@@ -71,11 +82,13 @@ def half_a_layers_cache(rows: int = 8) -> int:
   ("rule", "made"),
   [
     (SHALLOW, engines.Deferred()),
+    (LEARNED, engines.Deferred()),
+    (LEARNED, engines.Compacted()),
     (SHALLOW, engines.Compacted()),
     (SHALLOW, engines.Eager()),
     (exits.StaticExit(), engines.Eager()),
   ],
-  ids=["deferred", "compacted", "eager", "static"],
+  ids=["deferred", "learned", "compacted_learned", "compacted", "eager", "static"],
 )
 @pytest.mark.parametrize("native", [True, False])
 def test_no_operation_in_the_loop_makes_half_of_a_layers_cache(rule, made, native):
@@ -84,6 +97,14 @@ def test_no_operation_in_the_loop_makes_half_of_a_layers_cache(rule, made, nativ
   # Meta: the loop was found, and in it the updates in place that are excused.
   sizes = [operation.elements for operation in hlo.in_loops(text)]
   assert max(sizes) >= half_a_layers_cache() and len(sizes) > 100
+
+
+def test_full_depth_has_nothing_of_the_maps_of_its_exits():
+  plain, beside = (compiled(STATIC, None, length=64, maps=maps) for maps in (False, True))
+  assert plain == beside
+  # Meta: a cut model reads through its translator.
+  cut = [compiled(exits.StaticExit(2), None, length=64, maps=maps) for maps in (False, True)]
+  assert cut[0] != cut[1]
 
 
 @pytest.mark.parametrize("drafts", [False, True])

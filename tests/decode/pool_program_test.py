@@ -10,7 +10,7 @@ from calm import exits
 from calm.data import prompt_batches
 from calm.decode import compiled, engines, pool_program
 from calm.decode import program as program_lib
-from calm.exits import confidence, schedules
+from calm.exits import confidence, propagation, schedules
 from tests import engine, toys
 from tests.decode import hlo, hlo_test
 
@@ -19,6 +19,7 @@ PROMPTS = toys.prompts(5, batch=23, length=12, num_pieces=toys.Config().num_piec
 STATE, CLASSIFIER, PATIENCE = (
   confidence.MEASURES[name] for name in ("state", "classifier", "patience")
 )
+LEARNED = exits.DynamicExits(CLASSIFIER, propagation=propagation.Learned())
 COMPACTED = engines.Compacted(buckets=(2,))
 
 
@@ -38,9 +39,9 @@ class QuickPool(pool_program.PoolProgram):
 
 
 @functools.cache
-def uneven_toy() -> engine.Toy:
+def uneven_toy(**changes) -> engine.Toy:
   """Texts of one token up to the limit."""
-  sizes = toys.Config()
+  sizes = toys.Config(**changes)
   params = toys.params(sizes, seed=1)
   params["decoder"]["logits_dense"]["kernel"][:, toys.EOS_ID] *= 4
   return engine.of_params(params, sizes)
@@ -57,7 +58,7 @@ def decode(toy, rule, threshold, made=None, tokens=PROMPTS, size=4):
 @pytest.mark.parametrize(
   ("rule", "made"),
   [
-    (exits.DynamicExits(CLASSIFIER), engines.Deferred(8)),
+    (LEARNED, engines.Deferred(8)),
     (exits.DynamicExits(PATIENCE, engine.DECAYING), engines.Eager()),
     (exits.DynamicExits(STATE, engine.DECAYING, (2, 3)), COMPACTED),
     (exits.StaticExit(), engines.Eager()),
@@ -65,7 +66,7 @@ def decode(toy, rule, threshold, made=None, tokens=PROMPTS, size=4):
   ids=["deferred", "eager", "compacted", "static"],
 )
 def test_the_yardstick(rule, made):
-  toy, seen, lengths = uneven_toy(), set(), set()
+  toy, seen, lengths = uneven_toy(**(engine.MAPS if rule == LEARNED else {})), set(), set()
   traced = compiled.num_made("PoolProgram.advance")
   thresholds = (0.0,) if isinstance(rule, exits.StaticExit) else (0.3, 0.6, 0.9, NEVER)
   for threshold in thresholds:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from calm import exits
-from calm.decode import compiled
+from calm.decode import compiled, engines
 from calm.decode import program as program_lib
 from calm.exits import confidence, propagation, schedules
-from calm.t5 import network
+from calm.t5 import network, parameters
 from tests import engine, toys
 
 NEVER = schedules.NEVER_EXIT
@@ -47,7 +47,8 @@ def test_a_threshold_of_one_is_not_never():
 
 @pytest.mark.parametrize("propagated", propagation.PROPAGATIONS.values(), ids=by_name)
 def test_never_exit_propagates_nothing(propagated):
-  toy, rule = engine.toy(), exits.DynamicExits(confidence.Classifier(), propagation=propagated)
+  rule = exits.DynamicExits(confidence.Classifier(), propagation=propagated)
+  toy = engine.toy_for(rule)
   engine.assert_same_rows(toy, engine.run(toy, rule, NEVER), engine.run(toy, STATIC), STATIC)
 
 
@@ -76,14 +77,60 @@ def test_static_k_is_a_model_of_k_layers(depth):
   assert len(shallow.cache) == depth
 
 
+def with_zero_maps(toy: engine.Toy) -> engine.Toy:
+  """The same model beside maps that change nothing."""
+  sizes = dataclasses.replace(toy.sizes, **engine.MAPS)
+  config = dataclasses.replace(toy.config, **engine.MAPS)
+  return engine.of_params(parameters.add_exit_parts(toy.params, config), sizes)
+
+
+@pytest.mark.parametrize("made", ["eager", "deferred", "compacted"])
+@pytest.mark.parametrize("measure", ["softmax", "state"])
+def test_zero_maps_change_no_bit(measure, made):
+  rule, toy = exits.DynamicExits(confidence.measure(measure)), engine.toy()
+  learned = dataclasses.replace(rule, propagation=propagation.Learned())
+  run = lambda *given: engine.run(*given, 0.6, engine=engines.by_name(made))
+  today, zero = run(toy, rule), run(with_zero_maps(toy), learned)
+  assert 1 < today.generation.mean_layers < 4
+  for a, b in zip(jax.tree.leaves(zero), jax.tree.leaves(today), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+TRANSLATED = (exits.StaticExit(2), exits.StaticExit(3), exits.OracleExit())
+
+
+@pytest.mark.parametrize("rule", TRANSLATED, ids=["static_2", "static_3", "oracle"])
+def test_cut_models_and_the_oracle_read_through_translators(rule):
+  toy = engine.toy(exit_translators=(1, 2))
+  engine.compare(toy, rule, 0.0)
+  # Meta: only the layers that have one read through a translator, and it matters.
+  if isinstance(rule, exits.StaticExit):
+    made = [engine.run(model, rule).generation.scores for model in (toy, engine.toy())]
+    assert np.array_equal(*made) == (rule.layer == 3)
+
+
+def test_the_oracle_propagates_what_is_learned():
+  rule = exits.OracleExit(propagation=propagation.Learned())
+  layers = engine.compare(engine.toy(**engine.MAPS), rule, 0.0)
+  assert len(set(layers.tolist())) > 2
+
+
 def rows_of(rule, prompts, active=None):
-  return engine.run(engine.toy(), rule, 0.6, prompts=prompts, active=active)
+  learns = isinstance(getattr(rule, "propagation", None), propagation.Learned)
+  toy = engine.toy(**engine.MAPS) if learns else engine.toy()
+  return engine.run(toy, rule, 0.6, prompts=prompts, active=active)
 
 
-@pytest.mark.parametrize("rule", [SOFTMAX, STATIC], ids=["softmax", "static"])
+LEARNED = exits.DynamicExits(confidence.Classifier(), propagation=propagation.Learned())
+
+
+@pytest.mark.parametrize(
+  "rule", [SOFTMAX, STATIC, LEARNED], ids=["softmax", "static", "learned"]
+)
 def test_rows_do_not_depend_on_mates_padding_or_batch_size(rule):
   prompts, everything = engine.PROMPTS, rows_of(rule, engine.PROMPTS)
-  rows = engine.reference_rows(engine.toy(), rule, 0.6)
+  maps = engine.MAPS if rule is LEARNED else {}
+  rows = engine.reference_rows(engine.toy(**maps), rule, 0.6)
   sure = engine.agreeing_rows(rows, everything.generation)
   order = np.random.default_rng(0).permutation(BATCH)
   padded = np.pad(prompts, [(0, 0), (0, 5)])

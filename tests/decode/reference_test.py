@@ -11,6 +11,9 @@ from tests import reference_measures as measures
 from tests import reference_network as network
 
 CONFIG = toys.Config(exit_probes=True)
+MAPPED = dataclasses.replace(
+  CONFIG, exit_translators=(1, 3), exit_propagation=(1, 2, 3), exit_propagation_rank=5
+)
 LENGTH = 8
 SCHEDULES = {"constant": reference.constant, "decaying": reference.decaying(4.0, LENGTH)}
 
@@ -102,7 +105,7 @@ def skipped(row):
 
 @pytest.mark.parametrize("measure", ["softmax", "oracle"])
 def test_skipped_layers_remember_what_the_propagation_says(measure):
-  m = model()
+  m = model(MAPPED)
   count = 0
   for prompt in prompts():
     for propagation in reference.PROPAGATIONS:
@@ -114,6 +117,11 @@ def test_skipped_layers_remember_what_the_propagation_says(measure):
         key, value = {
           "hidden_state": network.self_projections(m, layer, row.states[step][exit_layer]),
           "first_state": network.self_projections(m, layer, row.states[step][1]),
+          "learned": network.self_projections(
+            m,
+            layer,
+            network.predicted_input(m, layer, row.states[step][exit_layer], exit_layer),
+          ),
           "copied_projections": network.self_projections(
             m, exit_layer, row.states[step][exit_layer - 1]
           ),
@@ -223,6 +231,35 @@ def test_layer_heads_and_tied_head_are_read():
   normed = network.rms_norm(tied, state, "decoder", "decoder_norm")
   row = tied.params["token_embedder"]["embedding"][7]
   assert network.head_logits(tied, 2, state)[7] == pytest.approx(normed @ row / 4, rel=1e-5)
+
+
+def test_translators_are_read_by_heads_and_confidences_by_hand():
+  m = model(dataclasses.replace(CONFIG, exit_translators=(2,)))
+  part = m.params["decoder"]["exit_translators"]["layers_1"]
+  part["kernel"], part["bias"] = np.diag(np.full(16, 2.0, np.float32)), np.arange(16.0)
+  state = network.embed(m, 3)
+  normed = network.rms_norm(m, state, "decoder", "decoder_norm")
+  np.testing.assert_allclose(network.head_input(m, 2, state), 3 * normed + part["bias"])
+  np.testing.assert_array_equal(network.head_input(m, 3, state), normed)
+  head = m.params["decoder"]["logits_dense"]["kernel"][:, : CONFIG.num_pieces]
+  got = network.head_logits(m, 2, state)[: CONFIG.num_pieces]
+  np.testing.assert_allclose(got, (3 * normed + part["bias"]) @ head, rtol=1e-5)
+  states = [state] * 4
+  for measure in ("classifier", "probe"):
+    asked = [measures.MEASURES[measure](m, states, layer) for layer in (2, 3)]
+    assert asked[0] != asked[1]
+
+
+def test_predicted_inputs_by_hand():
+  m = model(MAPPED)
+  part = m.params["decoder"]["exit_propagation"]["layers_1"]
+  part["down"] = {"kernel": np.eye(16)[:, :5], "bias": np.full(5, 0.5)}
+  part["up"]["kernel"] = np.stack([np.zeros((5, 16)), np.eye(16)[:5]])
+  state = network.embed(m, 3)
+  normed = network.rms_norm(m, state, "decoder", "decoder_norm")
+  np.testing.assert_array_equal(network.predicted_input(m, 3, state, 2), state)
+  expected = state + np.concatenate([normed[:5] + 0.5, np.zeros(11)])
+  np.testing.assert_allclose(network.predicted_input(m, 4, state, 2), expected, rtol=1e-6)
 
 
 def test_first_difference_reads_padded_rows():

@@ -15,9 +15,14 @@ GRID = (0.9, 0.7, 0.5, 0.3, 0.1)
 CLASSIFIER = exits.DynamicExits(confidence.Classifier())
 FIRST = propagation.propagation("first_state")
 COPY = propagation.propagation("copy_projections")
+LEARNED = propagation.propagation("learned")
 CASES = {
   "eager": (exits.DynamicExits(confidence.Classifier(), propagation=COPY), engines.Eager()),
   "deferred": (CLASSIFIER, engines.Deferred()),
+  "learned": (
+    exits.DynamicExits(confidence.State(), allowed=(1, 3), propagation=LEARNED),
+    engines.Deferred(),
+  ),
   "compacted": (
     exits.DynamicExits(confidence.Classifier(), propagation=FIRST),
     engines.Compacted(buckets=(2,)),
@@ -41,7 +46,7 @@ def first_exits(generation, threshold) -> np.ndarray:
 @pytest.mark.parametrize("name", CASES)
 def test_a_descending_grid_from_where_each_row_changes(name):
   rule, made = CASES[name]
-  toy = engine.toy()
+  toy = engine.toy_for(rule)
   program = program_lib.Program(toy.config, rule, engine.LENGTH, engine=made)
   encoded = engine.encode(toy)
   state = engine.run(toy, rule, schedules.NEVER_EXIT, engine=made)

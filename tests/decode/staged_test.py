@@ -27,8 +27,13 @@ def short(monkeypatch):
   monkeypatch.setattr(staged, "RATIO", 2)
 
 
+def toy_of(program: program_lib.Program) -> engine.Toy:
+  dynamic = isinstance(program.rule, exits.DynamicExits)
+  return engine.toy_for(program.rule) if dynamic else engine.toy()
+
+
 def decoded(program, active=None, threshold=0.6, prior=None):
-  toy = engine.toy()
+  toy = toy_of(program.program if isinstance(program, staged.StagedProgram) else program)
   active = np.ones(len(engine.PROMPTS), bool) if active is None else active
   level = np.float32(threshold)
   return program.decode(toy.weights, engine.encode(toy), active, level, prior)
@@ -75,8 +80,8 @@ def test_texts_in_stages_are_those_of_one_program(rule, made, short):
 def test_a_grid_goes_on_in_stages_as_in_one_program(name, short):
   """Threshold after threshold, from where each row changes, in the stage that it needs."""
   rule, made = resume_test.CASES[name]
-  toy, config = engine.toy(), engine.toy().config
-  program = ending(program_lib.Program(config, rule, engine.LENGTH, engine=made))
+  toy = engine.toy_for(rule)
+  program = ending(program_lib.Program(toy.config, rule, engine.LENGTH, engine=made))
   known, rows = (toy.weights, engine.encode(toy)), len(engine.PROMPTS)
   ways = {"whole": program, "stages": staged.staged(program)}
   states = {way: run.nothing_yet(rows) for way, run in ways.items()}

@@ -127,6 +127,19 @@ def test_it_is_the_full_model_whatever_is_drafted(rule, batch):
   assert engine._decode_state._cache_size() == before + 1
 
 
+@pytest.mark.parametrize("draft_head", ["shortlist", "full"])
+def test_drafts_are_read_through_the_translator_and_the_full_model_is_not(draft_head):
+  rule = dataclasses.replace(RULE, draft_head=draft_head)
+  translated, plain = toy(exit_translators=(1, 2)), toy()
+  full = engine.run(plain, STATIC)
+  got = engine.run(translated, rule, 1.0)
+  rows = reference_rows(translated, rule)
+  assert_is_the_full_model(got, full, rows, BATCH)
+  compare_with_reference(got, rows, rule, 1.0)
+  # Meta: without the translator others are drafted.
+  assert [row.drafts for row in rows] != [row.drafts for row in reference_rows(plain, rule)]
+
+
 def test_the_toys_end_inside_of_drafts_at_eos_and_at_the_limit():
   """Meta: what the law is about does happen in its examples."""
   rows = reference_rows(toy(), RULE)

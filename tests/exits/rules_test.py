@@ -73,8 +73,19 @@ def toy_layers(calls: list | None = None, *, shared_head=True) -> layers_lib.Lay
     calls.append(("logits", layer))
     return 5.0 * jax.nn.one_hot(hidden[:, 0].astype(jnp.int32), L + 2)
 
+  def code(layer, hidden):
+    """A one of the layer's own: what learned propagation needs of this network, exactly."""
+    return jnp.broadcast_to(jax.nn.one_hot(layer - 1, L), (len(hidden), L))
+
+  def predict(layer, state):
+    # Every layer adds 1.
+    missing = jnp.maximum(layer - 1.0 - jnp.arange(1.0, L + 1.0), 0.0)
+    return state[:, :2] + (state[:, 2:] @ missing)[:, None]
+
   return layers_lib.Layers(
     num_layers=L,
+    code=code,
+    predict=predict,
     run=lambda layer, hidden: (hidden + 1.0, key_value("run", layer, hidden)),
     project=lambda layer, hidden: key_value("project", layer, hidden),
     logits=logits,
@@ -164,6 +175,7 @@ def test_the_rule_is_its_definition(uses_head, shared_head, allowed):
     # Rows leave at 1, 3 and 4. Where a layer ran: 10, 21, 32, 43.
     ("exit_state", [[10, 21, 31, 41], [10, 21, 32, 43], [10, 21, 32, 43]]),
     ("first_state", [[10, 21, 31, 41], [10, 21, 32, 41], [10, 21, 32, 43]]),
+    ("learned", [[10, 21, 32, 43], [10, 21, 32, 43], [10, 21, 32, 43]]),
     ("copy_projections", [[10, 10, 10, 10], [10, 21, 32, 32], [10, 21, 32, 43]]),
   ],
 )
@@ -290,6 +302,7 @@ SAID = np.array([[2, 0, 1], [0, 2, 1], [2, 1, 0], [2, 2, 2]])
   [
     ("exit_state", [[10, 21, 31, 41], [10, 21, 32, 42], [10, 21, 32, 43]]),
     ("first_state", [[10, 21, 31, 41], [10, 21, 31, 41], [10, 21, 32, 43]]),
+    ("learned", [[10, 21, 32, 43], [10, 21, 32, 43], [10, 21, 32, 43]]),
     ("copy_projections", [[10, 10, 10, 10], [10, 21, 21, 21], [10, 21, 32, 43]]),
   ],
 )

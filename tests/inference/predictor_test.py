@@ -15,7 +15,7 @@ from calm.data import vocabulary
 from calm.decode import engines
 from calm.exits import schedules
 from calm.inference import options as options_lib
-from calm.t5 import network
+from calm.t5 import network, parameters
 from tests import toys
 from tests.inference import outputs_test
 
@@ -69,6 +69,34 @@ def test_outputs_come_in_the_order_of_the_prompts(model, generated):
   assert rows(backwards)[::-1] == rows(generated)
   assert len(set(rows(generated))) > 3
   assert model.generate([], threshold=0.6).texts == []
+
+
+MAPS = dict(exit_translators=(1, 2), exit_propagation=(1, 2), exit_propagation_rank=4)
+
+
+def test_maps_beside_a_model_change_no_full_text_and_are_recorded(directory, model, tmp_path):
+  sizes = dataclasses.replace(SIZES, **MAPS)
+  config = network.T5Config(**toys.network_fields(sizes))
+  checkpoints.save(
+    tmp_path, toys.params(sizes, 1), config, vocabulary=model.vocabulary, exits_trained=False
+  )
+  # Of translated exits nobody is warned that they were never trained.
+  mapped = inference.load(tmp_path, measure="classifier", propagation="learned", **OPTIONS)
+  full = rows(model.generate(TEXTS, threshold=NEVER))
+  assert rows(mapped.generate(TEXTS, threshold=NEVER)) == full
+  assert [
+    tokens
+    for tokens, _ in rows(mapped.generate(TEXTS, rule=exits.Verified(1, draft_head="full")))
+  ] == [tokens for tokens, _ in full]
+  early = mapped.generate(TEXTS, threshold=0.5)
+  assert 1 < early.mean_layers < 3
+  other = mapped.with_options(propagation="exit_state").generate(TEXTS, threshold=0.5)
+  assert [output.score for output in early] != [output.score for output in other]
+  assert mapped.procedure.base_digest == parameters.base_digest(model.params)
+  assert mapped.procedure.base_digest != mapped.parameters_digest
+  assert "base_digest" not in model.procedure.to_json()
+  with pytest.raises(ValueError, match=r"learned propagation.*\[1, 2\], got.*none; fit it"):
+    inference.load(directory, propagation="learned")
 
 
 def test_the_engine_is_an_option_that_changes_nothing(model, generated):

@@ -10,7 +10,7 @@ import pytest
 
 from calm import exits, inference
 from calm.decode import program as program_lib
-from calm.exits import confidence
+from calm.exits import confidence, propagation
 from calm.t5 import caches as caches_lib
 from calm.t5 import costs, network
 from calm.t5 import decoder as decoder_lib
@@ -96,9 +96,9 @@ def test_bytes_of_the_static_step_are_xlas():
 
 
 PIECES = {
-  "head": lambda layers, hidden: layers.logits(3, hidden),
+  "head": lambda layers, hidden: layers.logits(3, layers.read(3, hidden)),
   "propagation": lambda layers, hidden: layers.project(2, hidden),
-  "measured": lambda layers, hidden: layers.shortlist_logits(hidden),
+  "measured": lambda layers, hidden: layers.shortlist_logits(layers.read(1, hidden)),
 }
 
 
@@ -155,6 +155,25 @@ def test_what_each_measure_adds_at_an_exit():
   assert flops(confidence.Patience(), shortlist=64) == head + 2 * (2 * listed)
   assert flops(confidence.Entropy()) == 2 * head
   assert flops(confidence.State()) == head + 2 * (6 * 192)
+
+
+def test_maps_cost_what_is_read_through_them():
+  maps = dict(exit_translators=(2,), exit_propagation=(1, 2), exit_propagation_rank=16)
+  config, square, rank = dataclasses.replace(CONFIG, **maps), 2 * 192 * 192, 2 * 192 * 16
+  of = lambda config, rule: costs.decoding_costs(
+    config, input_length=INPUT, cache_length=CACHE, rule=rule
+  )
+  plain = exits.DynamicExits(confidence.Classifier())
+  added = lambda rule, layer: (
+    of(config, rule).early(layer).flops - of(CONFIG, plain).early(layer).flops
+  )
+  assert [added(plain, layer) for layer in (1, 2, 3)] == [0, square, square]
+  learned = dataclasses.replace(plain, propagation=propagation.Learned())
+  # A code an exit that is asked, and a prediction a layer that is skipped.
+  codes = [added(learned, layer) - added(plain, layer) for layer in (1, 2, 3)]
+  assert codes == [rank * (1 + 2), rank * (2 + 1), rank * 2]
+  assert of(config, exits.StaticExit(2)).static(2).flops == COSTS.static(2).flops + square
+  assert of(config, None).full == COSTS.full
 
 
 def test_the_last_layer_always_costs_one_head_of_its_own():

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from calm import exits
+from calm.exits import confidence, propagation
 from calm.t5 import caches as caches_lib
 from calm.t5 import decoder as decoder_lib
 from calm.t5 import decoder_weights, network, platforms
@@ -22,7 +24,9 @@ VARIANTS = {
   "tied": {"logits_via_embedding": True},
   "relu": {"mlp_activations": ("relu",)},
   "per_layer_heads": {"per_layer_heads": True},
+  "translated": {"exit_translators": (1, 3), "logits_via_embedding": True},
 }
+FIRST_MAP = {"exit_propagation": (1,), "exit_propagation_rank": 2}
 
 
 # One small program for all positions, compiled without trying hard.
@@ -39,9 +43,8 @@ def one_position(config, weights, encoded, caches, tokens, position):
   for i in range(1, config.num_decoder_layers + 1):
     projected = decoder.project(i, hidden)
     hidden, row = decoder.run(i, hidden, caches[i - 1])
-    column.append(
-      (hidden, decoder.logits(i, hidden), decoder.exit_logit(hidden), row, projected)
-    )
+    read = decoder.read(i, hidden)
+    column.append((hidden, decoder.logits(i, read), decoder.exit_logit(read), row, projected))
   return column, caches_lib.write_rows(
     caches, tuple(part[3] for part in column), [position] * len(caches)
   )
@@ -71,7 +74,7 @@ def teacher_forced(config, params):
   )
   heads = lambda model, states: (
     jnp.stack([model.decoder.logits(x, i) for i, x in enumerate(states, start=1)]),
-    jnp.stack([model.decoder.exit_logits(x) for x in states]),
+    jnp.stack([model.decoder.exit_logits(x, i) for i, x in enumerate(states, start=1)]),
   )
   return hidden, *model.apply(variables, hidden, method=heads)
 
@@ -100,6 +103,66 @@ def test_projecting_makes_the_keys_and_values_of_running():
       row = pairs[4 * t + i][0]
       np.testing.assert_array_equal(cache.keys[..., t, :], row.key)
       np.testing.assert_array_equal(cache.values[..., t, :], row.value)
+
+
+def test_learned_propagation_is_exact_of_a_layer_that_is_linear_in_what_it_reads():
+  """d^2 = d^1 + mlp_norm(d^1) W: what layer 3 gets, in closed form."""
+  changes = dict(num_decoder_layers=3, mlp_activations=("linear",))
+  maps = dict(exit_propagation=(1,), exit_propagation_rank=16)
+  toy = engine.toy(**changes, **maps)
+  params = {**toy.params, "decoder": dict(toy.params["decoder"])}
+  second = params["decoder"]["layers_1"] = dict(params["decoder"]["layers_1"])
+  for name in ("self_attention", "encoder_decoder_attention"):
+    second[name] = {**second[name], "out": {"kernel": np.zeros((16, 16), np.float32)}}
+  scale = params["decoder"]["decoder_norm"]["scale"]
+  scales = second["pre_mlp_layer_norm"]["scale"] / scale
+  product = second["mlp"]["wi"]["kernel"] @ second["mlp"]["wo"]["kernel"]
+  params["decoder"]["exit_propagation"] = {
+    "layers_0": {
+      "down": {"kernel": np.diag(scales), "bias": np.zeros(16, np.float32)},
+      "up": {"kernel": np.stack([np.zeros_like(product), product])},
+    }
+  }
+  decoder = decoder_step(engine.of_params(params, toy.sizes))
+  hidden = jnp.asarray(np.random.default_rng(1).normal(size=(3, 16)), jnp.float32)
+  cache, *_ = caches_lib.empty_caches(toy.config, 3, LENGTH)
+  state = jnp.concatenate([hidden, decoder.code(1, hidden)], axis=1)
+  np.testing.assert_array_equal(decoder.predict(2, state), hidden)
+  ran, _ = decoder.run(2, hidden, cache)
+  assert not np.allclose(ran, hidden, atol=0.1)
+  np.testing.assert_allclose(decoder.predict(3, state), ran, rtol=1e-4, atol=1e-4)
+
+
+def test_states_are_kept_for_the_exits_that_a_rule_may_take_alone():
+  toy = engine.toy(**engine.MAPS)
+  learned = exits.DynamicExits(
+    confidence.State(), allowed=(1, 3), propagation=propagation.Learned()
+  )
+  some = toy.weights.decoder.for_exits(learned, 4)
+  every = dataclasses.replace(decoder_step(toy), weights=toy.weights.decoder)
+  part = dataclasses.replace(every, weights=some)
+  hidden = jnp.asarray(np.random.default_rng(1).normal(size=(3, 16)), jnp.float32)
+  assert every.code(1, hidden).shape == (3, 15) and part.code(1, hidden).shape == (3, 10)
+  assert not part.code(2, hidden).any()
+  for left in (1, 3):
+    for layer in range(left + 1, 5):
+      states = [jnp.concatenate([hidden, d.code(left, hidden)], axis=1) for d in (every, part)]
+      got = [d.predict(layer, state) for d, state in zip((every, part), states, strict=True)]
+      np.testing.assert_allclose(got[1], got[0], rtol=1e-5, atol=1e-5)
+      for row, state in zip(got[1], np.asarray(hidden), strict=True):
+        expected = reference_network.predicted_input(toy.reference, layer, state, left)
+        np.testing.assert_allclose(row, expected, rtol=1e-4, atol=1e-4)
+  assert toy.weights.decoder.for_exits(exits.StaticExit(), 4) is toy.weights.decoder
+
+
+def test_learned_propagation_that_a_model_lacks_is_refused_by_name():
+  learned = exits.DynamicExits(confidence.State(), propagation=propagation.Learned())
+  for toy, found in ((engine.toy(), "none"), (engine.toy(**FIRST_MAP), r"\[1\]")):
+    with pytest.raises(ValueError, match=rf"exit layers \[1, 2, 3\], got.*{found}; fit it"):
+      toy.weights.decoder.for_exits(learned, 4)
+  only = dataclasses.replace(learned, allowed=(1,))
+  maps = engine.toy(**FIRST_MAP).weights.decoder.for_exits(only, 4).propagation
+  assert maps is not None and maps.layers == (1,)
 
 
 def decoder_step(toy) -> decoder_lib.DecoderStep:
@@ -203,14 +266,15 @@ def test_a_model_without_classifier_says_so():
   with pytest.raises(ValueError, match="exit classifier for the measure 'classifier'"):
     decoder.exit_logit(jnp.ones((3, 16)))
   with pytest.raises(ValueError, match=r"exit probes for the measure 'probe'.*exit_probes.gin"):
-    decoder.probe_logit(2, jnp.ones((3, 16)), jnp.ones((3, 16)))
+    decoder.probe_logit(2, *[jnp.ones((3, 16))] * 3)
 
 
 def test_float32_attention_in_a_bfloat16_model():
   toy = engine.toy(dtype="bfloat16")
   states = jnp.ones((3, 16), jnp.bfloat16)
   decoder = decoder_step(toy)
-  assert decoder.logits(2, states).dtype == decoder.exit_logit(states).dtype == jnp.float32
+  read = decoder.read(2, states)
+  assert decoder.logits(2, read).dtype == decoder.exit_logit(read).dtype == jnp.float32
   cache, *_ = caches_lib.empty_caches(toy.config, 3, LENGTH)
   hidden, row = decoder.run(1, states, cache)
   assert hidden.dtype == row.key.dtype == row.value.dtype == jnp.bfloat16
@@ -218,15 +282,16 @@ def test_float32_attention_in_a_bfloat16_model():
 
 def test_the_number_of_rows_may_be_a_symbol():
   """As T5X exports a model: for any batch."""
-  toy = engine.toy()
+  toy = engine.toy(**engine.MAPS)
   table = decoder_lib.bias_table(toy.weights.decoder, toy.config, LENGTH)
 
   def run(hidden, encoded, cache):
     step = decoder_lib.DecoderStep(
       toy.weights.decoder, toy.config, encoded, table.at(jnp.int32(2)), table.current
     )
+    hidden = step.predict(3, jnp.concatenate([hidden, step.code(2, hidden)], axis=1))
     hidden, _ = step.run(1, hidden, cache)
-    return step.logits(1, hidden)
+    return step.logits(1, step.read(1, hidden))
 
   def given(rows: int):
     encoded = jax.tree.map(lambda x: x[:rows], engine.encode(toy))

@@ -34,6 +34,8 @@ WRONG = {
   "mlp_activations": ["relu", [], ["softmax"], ["Dense"], [3], None, {"relu": 1}, ["relu"] * 5],
   "dtype": ["int8", "float64", "float16", np.float16, "words", None, [], {}],
   "exit_classifier": ["yes", 1, None],
+  "exit_translators": [[0], [2, 1], [1, 1], 3, "1", [1.5], [True], [300], None],
+  "exit_propagation_rank": [-1, 10**7, None, 2.5],
 }
 CASES = [(name, value) for name, values in WRONG.items() for value in values]
 
@@ -54,6 +56,20 @@ def test_what_gin_and_numpy_give_takes_one_form():
     vocab_size=8, dropout_rate=0.0, mlp_activations=("relu",), dtype="float32"
   )
   assert type(made["vocab_size"]) is int
+
+
+def test_maps_are_of_layers_below_the_last_and_have_a_rank():
+  made = lambda **given: network.T5Config(vocab_size=8, num_decoder_layers=3, **given)
+  assert made(exit_translators=[1, 2]).exit_translators == (1, 2)
+  for name, more in (
+    ("exit_translators", {}),
+    ("exit_propagation", {"exit_propagation_rank": 2}),
+  ):
+    with pytest.raises(ValueError, match=rf"`{name}` to be layers below the last of 3.*\[3\]"):
+      made(**{name: (3,)}, **more)
+  for given in ({"exit_propagation": (1,)}, {"exit_propagation_rank": 2}):
+    with pytest.raises(ValueError, match="`exit_propagation` with `exit_propagation_rank`"):
+      made(**given)
 
 
 @pytest.mark.parametrize(("name", "value"), CASES)

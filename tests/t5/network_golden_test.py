@@ -26,6 +26,15 @@ PROBE_AXES = {
   "decoder/exit_probes/features_axes": ["relpos_buckets", "mlp_activations"],
   "decoder/exit_probes/bias_axes": ["mlp_activations"],
 }
+TRANSLATOR_AXES = {
+  "decoder/exit_translators/layers_1/kernel_axes": ["embed", "mlp_activations"],
+  "decoder/exit_translators/layers_1/bias_axes": ["mlp_activations"],
+}
+PROPAGATION_AXES = {
+  "decoder/exit_propagation/layers_0/down/kernel_axes": ["embed", "mlp_activations"],
+  "decoder/exit_propagation/layers_0/down/bias_axes": ["mlp_activations"],
+  "decoder/exit_propagation/layers_0/up/kernel_axes": ["stack", "mlp_activations", "embed"],
+}
 PER_LAYER_AXES = {f"decoder/logits_dense_{i}/kernel_axes": ["embed", "vocab"] for i in range(2)}
 
 
@@ -81,6 +90,11 @@ def test_params_and_axes_without_exit_parts_are_those_of_t5x(name):
     ({}, EXIT_AXES),
     ({"per_layer_heads": True}, EXIT_AXES | PER_LAYER_AXES),
     ({"exit_probes": True}, EXIT_AXES | PROBE_AXES),
+    ({"exit_translators": [2]}, EXIT_AXES | TRANSLATOR_AXES),
+    (
+      {"exit_propagation": (1,), "exit_propagation_rank": 4, "exit_classifier": False},
+      PROPAGATION_AXES,
+    ),
   ],
 )
 def test_exit_parts_are_the_only_additions(changes, added_axes):

@@ -98,10 +98,29 @@ def test_the_exit_classifier_reads_normed_states():
   hidden = model.apply(variables, INPUTS, TOKENS, ALL_REAL, method="hidden_states")
   normed = apply(INPUTS, TOKENS, ALL_REAL, method="normed_states")
   classifier = toy.params["decoder"]["exit_classifier"]
-  got = model.apply(variables, hidden, method=lambda model, x: model.decoder.exit_logits(x))
+  ask = lambda model, x: model.decoder.exit_logits(x, 1)
+  got = model.apply(variables, hidden, method=ask)
   expected = (normed @ classifier["kernel"])[..., 0] + classifier["bias"][0]
   np.testing.assert_allclose(got, expected, atol=1e-4)
   assert got.dtype == jnp.float32
+
+
+def test_heads_and_losses_read_states_through_translators_of_exit_layers_alone():
+  toy, plain = engine.toy(exit_translators=(1, 3)), engine.toy()
+  params = {**toy.params, "decoder": dict(toy.params["decoder"])}
+  parts = params["decoder"].pop("exit_translators")
+  args, method = (INPUTS, TOKENS, ALL_REAL), "normed_states"
+  read = apply(*args, params=toy.params, config=toy.config, method=method)
+  normed = apply(*args, params=params, config=plain.config, method=method)
+  np.testing.assert_array_equal(read[1], normed[1])
+  np.testing.assert_array_equal(read[3], normed[3])
+  for layer in (1, 3):
+    part, x = parts[f"layers_{layer - 1}"], np.asarray(normed[layer - 1])
+    expected = x + x @ part["kernel"] + part["bias"]
+    np.testing.assert_allclose(read[layer - 1], expected, rtol=1e-4, atol=1e-4)
+  # Full depth is the base model's, bit for bit.
+  of = lambda params, config: apply(*args, params=params, config=config)
+  np.testing.assert_array_equal(of(toy.params, toy.config), of(params, plain.config))
 
 
 def test_dropout_is_drawn_only_where_asked():

@@ -29,7 +29,7 @@ def test_19_the_classifier_has_a_parameter_a_feature_and_reads_the_normed_state(
 
   weights = toy.weights.decoder
   decoder = engine_step(toy, weights)
-  reads_the_normed_state(decoder.exit_logit)
+  reads_the_normed_state(lambda x: decoder.exit_logit(decoder.read(2, x)))
   assert setup.fails(
     reads_the_normed_state, lambda x: x @ weights.exit_kernel + weights.exit_bias
   )

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from jax import export
 
+from calm import exits
 from calm.decode import engines
+from calm.exits import confidence, propagation
 from tests import engine
 from tests.t5x import setup
 
@@ -13,13 +15,19 @@ models = setup.import_models()
 pytestmark = setup.MARKS
 
 
-@pytest.mark.parametrize("decode", ["ours", "beam"])
+LEARNED = exits.DynamicExits(confidence.State(), propagation=propagation.Learned())
+
+
+@pytest.mark.parametrize("decode", ["ours", "beam", "learned"])
 def test_a_round_trip_takes_any_batch_size(decode):
   from t5x import decoding
 
-  decode_fn = {"ours": models.greedy_decode, "beam": decoding.beam_search}[decode]
-  toy = engine.toy()
-  model = setup.model(toy, decode_fn=decode_fn, threshold=0.4)
+  decode_fn = decoding.beam_search if decode == "beam" else models.greedy_decode
+  toy, more = engine.toy(), {}
+  if decode == "learned":
+    toy = engine.toy_for(LEARNED)
+    more = {"rule": LEARNED, "module": models.network.Transformer(toy.config)}
+  model = setup.model(toy, decode_fn=decode_fn, threshold=0.4, **more)
   params, batch = setup.params(toy), setup.batch()
   predict = jax.jit(model.predict_batch_with_exits)
   (rows,) = export.symbolic_shape("rows")

@@ -9,7 +9,7 @@ import pytest
 
 from calm import exits
 from calm.decode import engines
-from calm.exits import confidence, schedules
+from calm.exits import confidence, propagation, schedules
 from calm.t5x import loops
 from tests import engine
 
@@ -19,8 +19,14 @@ ENGINES = {
   "eager": engines.Eager(),
   "deferred": engines.Deferred(),
   "compacted": engines.Compacted(buckets=(2,)),
+  "learned": engines.Deferred(),
 }
+LEARNED = exits.DynamicExits(confidence.State(), engine.DECAYING, (1, 3), propagation.Learned())
 EOS = 1
+
+
+def rule_of(name: str) -> exits.DynamicExits:
+  return LEARNED if name == "learned" else RULE
 
 
 def compiled(function):
@@ -32,7 +38,7 @@ def bound(toy, name, prefix=None, num_decodes=1, threshold=0.4):
   empty = jnp.zeros((len(engine.PROMPTS), engine.LENGTH), jnp.int32)
   prefix = empty if prefix is None else jnp.asarray(prefix, jnp.int32)
   rows = loops.make_rows(encoded, prefix, threshold, EOS, num_decodes)
-  loop = loops.Loop(toy.config, RULE, engine.LENGTH, ENGINES[name])
+  loop = loops.Loop(toy.config, rule_of(name), engine.LENGTH, ENGINES[name])
   return loop, rows, prefix
 
 
@@ -54,7 +60,8 @@ def decoded(toy, name, threshold, prefix=None):
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_it_is_our_own_decoder_and_replay_finds_the_same_exits(name):
-  toy, expected = engine.toy(), engine.run(engine.toy(), RULE, 0.6).generation
+  toy, rule = engine.toy_for(rule_of(name)), rule_of(name)
+  expected = engine.run(toy, rule, 0.6).generation
   tokens, scores, *both = decoded(toy, name, 0.6)
   np.testing.assert_array_equal(tokens, expected.tokens)
   np.testing.assert_allclose(scores, expected.scores, atol=1e-4)
@@ -70,7 +77,7 @@ def test_it_is_our_own_decoder_and_replay_finds_the_same_exits(name):
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_every_leaf_of_the_cache_has_its_rows_first_and_is_finite(name):
-  toy = engine.toy()
+  toy = engine.toy_for(rule_of(name))
   loop, rows, _ = bound(toy, name, num_decodes=3)
   cache = loop.empty_cache(toy.weights.decoder, rows, 8)
   excluded = ("cache_index", "cached_bias", "position_embedder_index")
@@ -84,7 +91,7 @@ def test_every_leaf_of_the_cache_has_its_rows_first_and_is_finite(name):
 @pytest.mark.parametrize("name", ENGINES)
 def test_shuffling_the_rows_of_a_cache_shuffles_what_follows(name):
   """What beam search does between two steps."""
-  toy, order = engine.toy(), np.array([3, 3, 0, 1, 7, 6, 5, 2])
+  toy, order = engine.toy_for(rule_of(name)), np.array([3, 3, 0, 1, 7, 6, 5, 2])
   loop, rows, prefix = bound(toy, name)
   weights = toy.weights.decoder
   same_prompt = dataclasses.replace(

@@ -14,7 +14,7 @@ import tpu_report
 
 from calm import exits
 from calm.decode import engines
-from calm.exits import confidence
+from calm.exits import confidence, propagation
 from calm.t5 import platforms
 
 pytestmark = pytest.mark.skipif(bool(tpu_report.available()), reason=tpu_report.available())
@@ -90,6 +90,29 @@ def test_an_exit_costs_at_most_a_tenth_more_than_a_model_of_that_depth(layer):
   sizes = ROWS, INPUT, LENGTH
   static = tpu_report.compiled(TOPOLOGY, CONFIG, "static", layer, sizes)
   assert cycles <= 1.1 * tpu_hlo.step_cycles(static.module, tpu_report.PATHS["static"])
+
+
+@functools.cache
+def mapped(name: str, layer: int | None = None, maps: bool = True) -> tpu_report.Compiled:
+  """At T5 1.1 small's vocabulary, with translators and learned propagation or without."""
+  exit_layers = tuple(range(1, LAYERS))
+  given = dict(exit_translators=exit_layers, exit_propagation=exit_layers)
+  given = {**given, "exit_propagation_rank": 16} if maps else {}
+  config = dataclasses.replace(CONFIG, vocab_size=32128, **given)
+  learned = propagation.Learned() if maps else None
+  sizes = ROWS, INPUT, LENGTH
+  return tpu_report.compiled(TOPOLOGY, config, name, layer, sizes, propagated=learned)
+
+
+def test_maps_of_exits_cost_little_and_move_no_cache():
+  path, static = tpu_report.PATHS[default()], tpu_report.PATHS["static"]
+  module = mapped(default()).module
+  assert not [x.text for x in tpu_hlo.moved(module, WEIGHT)]
+  for layer in range(1, LAYERS + 1):
+    cycles = tpu_hlo.step_cycles(module, path, layer)
+    today = tpu_hlo.step_cycles(mapped(default(), maps=False).module, path, layer)
+    cut = tpu_hlo.step_cycles(mapped("static", layer).module, static)
+    assert cycles <= 1.05 * today and cycles <= 1.1 * cut, (layer, cycles, today, cut)
 
 
 def test_a_single_row_meets_the_head_in_the_matrix_unit():

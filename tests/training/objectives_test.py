@@ -115,7 +115,9 @@ def test_gradients_of_stage_two_are_exactly_zero_outside_the_classifier(loss, pe
     assert bool(jnp.any(gradient != 0)) == ("exit_classifier" in path), path
 
 
-PROBED = toys.Config(num_decoder_layers=3, num_encoder_layers=1, exit_probes=True)
+PROBED = toys.Config(
+  num_decoder_layers=3, num_encoder_layers=1, exit_probes=True, exit_translators=(1, 2)
+)
 PROBES = objectives.ExitProbes(shortlist=toys.shortlist(PROBED))
 
 
@@ -136,10 +138,11 @@ def test_probes_read_what_inference_reads():
   no_prompt = caches.Encoded((), jnp.zeros((1, 1, 1)))
   step = decoder.DecoderStep(weights, module.config, no_prompt, (), ())
   flat = [np.asarray(d).reshape(-1, PROBED.emb_dim) for d in hidden]
-  tokens = np.stack([np.asarray(step.logits(3, jnp.asarray(d))).argmax(-1) for d in flat])
+  flat = [jnp.asarray(d) for d in flat]
+  read = [step.read(layer, d) for layer, d in enumerate(flat, start=1)]
+  tokens = np.stack([np.asarray(step.logits(3, x)).argmax(-1) for x in read])
   sure = [
-    np.asarray(step.probe_logit(i + 1, jnp.asarray(d), jnp.asarray(flat[i - 1])))
-    for i, d in enumerate(flat)
+    np.asarray(step.probe_logit(i + 1, x, flat[i], flat[i - 1])) for i, x in enumerate(read)
   ]
   assert (sure[-1] == evidence.CERTAIN).all()
   real = np.asarray(batch["decoder_loss_weights"]).ravel()
@@ -228,7 +231,8 @@ def test_stage_two_reads_what_inference_reads():
   )
   logits = [np.asarray(bound.decoder.logits(h, i + 1)).argmax(-1) for i, h in enumerate(hidden)]
   real = np.asarray(batch["decoder_loss_weights"])
-  exits = np.stack([np.asarray(bound.decoder.exit_logits(h)) for h in hidden]) > 0
+  layers = enumerate(hidden, start=1)
+  exits = np.stack([np.asarray(bound.decoder.exit_logits(h, i)) for i, h in layers]) > 0
   hits = (exits == (np.stack(logits) == logits[-1])) * real
   np.testing.assert_array_equal(metrics.correct, hits.sum((1, 2)))
 

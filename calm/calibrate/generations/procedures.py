@@ -14,7 +14,10 @@ from typing import Any
 
 RULE_VERSION = 1
 # Fields that versions before did not record: None in their files, which keep their digests.
-_ADDED = ("configuration", "platform", "matmul_precision", "weights_dtype", "head_dtype")
+_ADDED = (
+  *("configuration", "platform", "matmul_precision", "weights_dtype", "head_dtype"),
+  "base_digest",
+)
 # Of those, None is no value but says that nobody knows; nothing can be compared with it then.
 _UNKNOWN = ("configuration", "platform", "matmul_precision")
 # Where decoding runs; everything else says what is decoded and how.
@@ -62,6 +65,8 @@ class Procedure:
     weights_dtype: what matrices and heads are rounded to and stored in; None: as before there
       was a choice, matrices in the activation dtype and heads in float32.
     head_dtype: 'int8' where output heads were read in 8 bits first; None: as they were stored.
+    base_digest: digest of the parameters that every full-depth text depends on, where maps of
+      the exits were fitted beside them; None: there are no such maps.
   """
 
   parameters_digest: str
@@ -85,6 +90,7 @@ class Procedure:
   matmul_precision: str | None = None
   weights_dtype: str | None = None
   head_dtype: str | None = None
+  base_digest: str | None = None
 
   def __post_init__(self):
     _check_layers(self.exit_layers)
@@ -96,7 +102,7 @@ class Procedure:
         raise ValueError(
           f"Expected `{name}` to be a dict with a 'name', got {getattr(self, name)!r}."
         )
-    for name in ("platform", "matmul_precision", "weights_dtype", "head_dtype"):
+    for name in _ADDED[1:]:  # after the configuration
       if not isinstance(getattr(self, name), str | None):
         raise ValueError(
           f"Expected `{name}` to be a text or null, got {getattr(self, name)!r}."

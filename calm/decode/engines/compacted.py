@@ -246,7 +246,8 @@ class _BoundCompacted:
     """(state, rows that the segment's layers store), every row run."""
     stored = []
     for step in steps:
-      hidden, row = step.decoder.run(step.layer, state.hidden, step.cache)
+      given = walk.layer_input(step.layer, state)
+      hidden, row = step.decoder.run(step.layer, given, step.cache)
       row = walk.stored(step.layer, state, row)
       state = walk.after(step.layer, state, hidden, row)
       stored.append(row)
@@ -260,7 +261,7 @@ class _BoundCompacted:
     count, stored = jnp.sum(stays), []
     for step in steps:
       layer, decoder = step.layer, step.decoder
-      row = decoder.project(layer, state.hidden)
+      row = decoder.project(layer, walk.layer_input(layer, state))
       kept, part_row = walk.stored(layer, state, row), rows.take(row)
       whole = decoder.attention(layer, step.cache)
       native = decoder.natively(whole, part.hidden, rows.present(count))
@@ -300,9 +301,11 @@ def _complete(walk: walk_lib.Walk, state: walk_lib.WalkState) -> walk_lib.WalkSt
 
   def made(hidden):
     row = layers.project(1, hidden)
-    memory = walk.propagation.remember(None, 1, hidden, row, state.done)
-    return layers.logits(1, hidden) if walk.heads_inside else None, memory
+    memory = walk.propagation.remember(None, 1, hidden, row, state.done, layers)
+    read = layers.read(1, hidden)
+    logits = layers.logits(1, read) if walk.heads_inside else None
+    return logits, memory, read if walk.carries_read else None
 
   shapes = jax.eval_shape(made, state.hidden)
-  logits, memory = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  return dataclasses.replace(state, logits=logits, memory=memory)
+  logits, memory, read = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  return dataclasses.replace(state, logits=logits, memory=memory, read=read)

@@ -47,7 +47,8 @@ class DeferredCache:
 
   Attributes:
     layers: one `LayerFill` a layer.
-    states: what skipped layers project, by position, [batch, length, emb].
+    states: what is kept of every position for the layers that it skipped, [batch, length,
+      width] (`Propagation.state`).
   """
 
   layers: tuple[LayerFill, ...]
@@ -134,9 +135,18 @@ class BoundDeferred:
   def resume(self, caches: tuple[caches_lib.Cache, ...], position: jax.Array) -> DeferredCache:
     """With caches that are filled up to `position`, and where `task.kept` says beyond it."""
     task = self.task
-    shape = task.batch_size, task.length, task.config.emb_dim
     fills = tuple(LayerFill(cache, position) for cache in caches)
-    return DeferredCache(fills, jnp.zeros(shape, jnp.dtype(task.config.dtype)))
+    kept = jax.eval_shape(self._kept_of_one_layer)
+    shape = task.batch_size, task.length, kept.shape[-1]
+    return DeferredCache(fills, jnp.zeros(shape, kept.dtype))
+
+  def _kept_of_one_layer(self) -> jax.Array:
+    """What is kept of a position, of tokens that ran one layer."""
+    task, layers = self.task, self.decoder(jnp.zeros((), jnp.int32)).layers(())
+    hidden = jnp.zeros((task.batch_size, task.config.emb_dim), jnp.dtype(task.config.dtype))
+    done, row = jnp.zeros(task.batch_size, bool), layers.project(1, hidden)
+    memory = self.rule.propagation.remember(None, 1, hidden, row, done, layers)
+    return self.rule.propagation.state(hidden, memory)
 
   def take_step(self, current, position, active, cache: DeferredCache):
     decoder = self.decoder(position)
@@ -155,10 +165,9 @@ class BoundDeferred:
     return exits.token_exit(walk, state, active), DeferredCache(tuple(fills), states)
 
   def stored(self, states: jax.Array, state: walk_lib.WalkState, position) -> jax.Array:
-    """`states` with what the layers that were skipped at `position` will project."""
-    projected = self.rule.propagation.projected(state.hidden, state.memory)
-    assert projected is not None  # `bind` asked
-    return lax.dynamic_update_slice_in_dim(states, projected[:, None], position, axis=1)
+    """`states` with what the layers that were skipped at `position` will project from."""
+    kept = self.rule.propagation.state(state.hidden, state.memory)
+    return lax.dynamic_update_slice_in_dim(states, kept[:, None], position, axis=1)
 
   def flush(self, cache: DeferredCache, position: jax.Array) -> tuple[caches_lib.Cache, ...]:
     """Every layer's cache with positions 0 ... position - 1 filled."""
@@ -205,7 +214,7 @@ class BoundDeferred:
     return state, tuple(made)
 
   def _run_layer(self, walk, decoder, layer, position, state, fill):
-    hidden, row = decoder.run(layer, state.hidden, fill.cache)
+    hidden, row = decoder.run(layer, walk.layer_input(layer, state), fill.cache)
     row = walk.stored(layer, state, row)
     made = walk.after(layer, state, hidden, row)
     end = ordering.after(position, hidden)
@@ -223,10 +232,38 @@ class BoundDeferred:
         return (position - fill.filled >= least) & needed
 
       def project(fill: LayerFill, chunk=chunk) -> LayerFill:
-        return _project(decoder, layer, fill, states, chunk, self.task.kept)
+        return self._project(decoder, layer, fill, states, chunk)
 
       fill = lax.while_loop(pending, project, fill)
     return LayerFill(fill.cache, jnp.where(needed, position, fill.filled))
+
+  def _project(self, decoder, layer: int, fill: LayerFill, states, chunk: int) -> LayerFill:
+    """Fills `chunk` positions from `fill.filled` on; what lies beyond the pending ones is noise
+    that is written over before it is read."""
+    length = states.shape[1]
+    start = jnp.minimum(fill.filled, length - chunk)
+    window = lax.dynamic_slice_in_dim(states, start, chunk, axis=1)
+    flat, layers = window.reshape(-1, window.shape[-1]), decoder.layers(())
+    row = decoder.project(layer, self.rule.propagation.layer_input(layer, flat, layers))
+    split = lambda x: x.reshape(states.shape[0], chunk, *x.shape[1:])
+    # Near the end the chunk begins before `filled`: what is there stays.
+    positions = (start + jnp.arange(chunk))[None, :]
+    new = positions >= fill.filled
+    if self.task.kept is not None:
+      new = new & (positions >= self.task.kept[:, None])
+
+    def merge(cache, update):
+      axis = cache.ndim - 2
+      update = caches_lib.as_positions(split(update), cache)
+      old = lax.dynamic_slice_in_dim(cache, start, chunk, axis=axis)
+      pending = new[:, :, None] if axis == 1 else new[:, None, :, None]
+      update = jnp.where(pending, update, old)
+      return lax.dynamic_update_slice_in_dim(cache, update, start, axis=axis)
+
+    made = caches_lib.Cache(
+      merge(fill.cache.keys, row.key), merge(fill.cache.values, row.value)
+    )
+    return LayerFill(made, fill.filled + chunk)
 
 
 def segments(allowed: Sequence[int], num_layers: int) -> list[tuple[int, ...]]:
@@ -234,31 +271,3 @@ def segments(allowed: Sequence[int], num_layers: int) -> list[tuple[int, ...]]:
   ends = [*allowed, num_layers]
   starts = [1, *(end + 1 for end in allowed)]
   return [tuple(range(a, b + 1)) for a, b in zip(starts, ends, strict=True)]
-
-
-def _project(
-  decoder, layer: int, fill: LayerFill, states, chunk: int, kept: jax.Array | None
-) -> LayerFill:
-  """Fills `chunk` positions from `fill.filled` on; what lies beyond the pending ones is noise
-  that is written over before it is read."""
-  length = states.shape[1]
-  start = jnp.minimum(fill.filled, length - chunk)
-  window = lax.dynamic_slice_in_dim(states, start, chunk, axis=1)
-  row = decoder.project(layer, window.reshape(-1, window.shape[-1]))
-  split = lambda x: x.reshape(states.shape[0], chunk, *x.shape[1:])
-  # Near the end the chunk begins before `filled`: what is there stays.
-  positions = (start + jnp.arange(chunk))[None, :]
-  new = positions >= fill.filled
-  if kept is not None:
-    new = new & (positions >= kept[:, None])
-
-  def merge(cache, update):
-    axis = cache.ndim - 2
-    update = caches_lib.as_positions(split(update), cache)
-    old = lax.dynamic_slice_in_dim(cache, start, chunk, axis=axis)
-    pending = new[:, :, None] if axis == 1 else new[:, None, :, None]
-    update = jnp.where(pending, update, old)
-    return lax.dynamic_update_slice_in_dim(cache, update, start, axis=axis)
-
-  made = caches_lib.Cache(merge(fill.cache.keys, row.key), merge(fill.cache.values, row.value))
-  return LayerFill(made, fill.filled + chunk)

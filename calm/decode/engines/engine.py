@@ -29,7 +29,7 @@ class Task:
   Attributes:
     config: the model's sizes.
     rule: how a token goes through the layers.
-    weights: the decoder.
+    weights: the decoder; of its learned propagation what the rule reads.
     encoded: the prompts.
     threshold: lambda, [] or [batch].
     length: positions in the caches.
@@ -51,6 +51,11 @@ class Task:
   kept: jax.Array | None = None
   starts: jax.Array | None = None
   native: bool = False
+
+  def __post_init__(self):
+    # Once a program, not once a step: a step's codes are as wide as the exits that it may take.
+    read = self.weights.for_exits(self.rule, self.config.num_decoder_layers)
+    object.__setattr__(self, "weights", read)
 
   @property
   def batch_size(self) -> int:

@@ -28,6 +28,7 @@ CHANGES = dict(
   matmul_precision="highest",
   weights_dtype="bfloat16",
   head_dtype="int8",
+  base_digest="b",
 )
 BASE = laws.procedure(
   configuration={"relpos_max_distance": 128, "emb_dim": 8},

@@ -13,7 +13,7 @@ from tests import engine
 SOFTMAX, STATE, CLASSIFIER, PROBE = (
   confidence.MEASURES[name] for name in ("softmax", "state", "classifier", "probe")
 )
-FIRST = propagation.propagation("first_state")
+FIRST, LEARNED = map(propagation.propagation, ("first_state", "learned"))
 ENGINE = engines.Compacted()
 FITTED = engines.Compacted(ratio=2)
 
@@ -28,8 +28,10 @@ FITTED = engines.Compacted(ratio=2)
       exits.DynamicExits(STATE, propagation=FIRST, allowed=(1, 3)),
       engines.Compacted(chunk_rows=512, buckets=(3,), part_by_row=0.0),
     ),
+    (exits.DynamicExits(CLASSIFIER, propagation=LEARNED), FITTED),
+    (exits.DynamicExits(SOFTMAX, propagation=LEARNED, allowed=(1, 3)), ENGINE),
   ],
-  ids=["classifier", "probe", "softmax", "first_state"],
+  ids=["classifier", "probe", "softmax", "first_state", "learned", "learned_softmax"],
 )
 def test_the_yardstick_caches_included(rule, made):
   toy, seen = engine.toy_for(rule), set()

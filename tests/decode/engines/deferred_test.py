@@ -15,7 +15,7 @@ from tests import engine
 SOFTMAX, STATE, CLASSIFIER, PATIENCE, PROBE = (
   confidence.MEASURES[name] for name in ("softmax", "state", "classifier", "patience", "probe")
 )
-FIRST = propagation.propagation("first_state")
+FIRST, LEARNED = map(propagation.propagation, ("first_state", "learned"))
 # Of 8 rows: chunks of 4 and 1 positions, of 1, and of the whole length (which overlaps).
 ENGINES = {rows: engines.Deferred(rows) for rows in (32, 1, 512)}
 RULES = [
@@ -25,6 +25,8 @@ RULES = [
   (exits.DynamicExits(PROBE, allowed=(2, 3)), 32),
   (exits.DynamicExits(PATIENCE), 32),
   (exits.DynamicExits(CLASSIFIER, allowed=(1, 3), propagation=FIRST), 512),
+  (exits.DynamicExits(SOFTMAX, allowed=(1, 3), propagation=LEARNED), 1),
+  (exits.DynamicExits(CLASSIFIER, propagation=LEARNED), 32),
 ]
 
 
