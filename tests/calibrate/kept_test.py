@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from calm.calibrate import GenerationsError, Prompt, Record, audit, generations, open_writer
+from calm.calibrate import GenerationsError, Prompt, audit, generations, open_writer
 from calm.calibrate.generations import merging
 from calm.calibrate.losses import asking
 from tests.calibrate.generations import merging_test
@@ -28,9 +28,11 @@ def test_a_run_does_not_begin_on_prompts_of_another(tmp_path):
 def test_a_run_makes_no_file_where_a_planted_link_leads(tmp_path, name):
   (folder := tmp_path / "run").mkdir()
   (folder / name).symlink_to(tmp_path / "elsewhere")
-  with pytest.raises(OSError, match=rf"{name}' .* it is a link to a file that does not exist"):
-    writer = open_writer(folder, prompts=PROMPTS[:1], **RUN)
-    writer.append(0.5, [Record("p0", "text")])
+  with pytest.raises(OSError, match=rf"{name}' .* got a link to a file that does not exist"):
+    open_writer(folder, prompts=PROMPTS[:1], **RUN)
+  merging_test.write(tmp_path / "shards")
+  with pytest.raises(OSError, match=rf"{name}' .* got a link to a file that does not exist"):
+    merging.merge([tmp_path / "shards"], folder)
   assert not (tmp_path / "elsewhere").exists()
 
 

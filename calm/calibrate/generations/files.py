@@ -3,8 +3,7 @@
 Every file of the package is written here. A text goes to a temporary file beside its
 destination, of a name that nobody can guess, which is then renamed: a kill or a full disk
 leaves the old file as it was. Only a regular file is ever replaced, through a link the file
-that the link names; devices, pipes and sockets are written to, and `-` is standard output. A
-link to a file that does not exist is refused: it may be planted to have a file made elsewhere.
+that the link names; devices, pipes and sockets are written to, and `-` is standard output.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, BinaryIO
 
 from calm.calibrate.generations import locks
@@ -88,7 +87,7 @@ def append(path: str | pathlib.Path, content: bytes) -> None:
     try:
       descriptor = os.open(path, flags)
     except FileNotFoundError:
-      destination(path)
+      refuse_planted_links([path])
       descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
   try:
     before = os.fstat(descriptor)
@@ -147,20 +146,32 @@ def destination(path: str | pathlib.Path) -> pathlib.Path | None:
   """The regular file, there or to be made, that a path names; None for anything else.
 
   Raises:
-    OSError: it is a folder, or a link that leads to nothing or in a circle.
+    OSError: it is a folder, or links lead in a circle.
   """
   if str(path) == "-":
     return None
-  given, path = path, _followed(path)
+  path = _followed(path)
   try:
     mode = os.stat(path).st_mode
   except FileNotFoundError:
-    if os.path.islink(given):
-      raise FileNotFoundError(None, "it is a link to a file that does not exist") from None
     return path
   if stat.S_ISDIR(mode):
     raise IsADirectoryError(None, "Is a directory")
   return path if stat.S_ISREG(mode) and not _of_a_process(path) else None
+
+
+def refuse_planted_links(paths: Iterable[str | pathlib.Path]) -> None:
+  """Refuses links to files that do not exist, where nobody but an intruder has put any.
+
+  Raises:
+    OSError: names the link, which would have a file made where it leads.
+  """
+  for path in paths:
+    if os.path.islink(path) and not os.path.exists(path):
+      raise FileNotFoundError(
+        f"Expected {str(path)!r} to be a file, or a name that is free, got a link to a file"
+        " that does not exist; take it away."
+      )
 
 
 def sweep(directory: pathlib.Path) -> list[str]:

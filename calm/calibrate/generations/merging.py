@@ -209,6 +209,7 @@ def _generations(found: Sequence[Part], output: pathlib.Path) -> None:
   for part in with_prompts:
     _check_files(part, [cached.PROMPTS, *names])
   output.mkdir(parents=True, exist_ok=True)
+  files.refuse_planted_links(output / n for n in (cached.MANIFEST, cached.PROMPTS, *names))
   lock = locks.lock(output)
   try:
     _refuse_other(output, _field(found[0].mark, "procedure"), grid)

@@ -172,7 +172,7 @@ def open_writer(
       the field), or is damaged.
     ValueError: ids occur twice, or `by_group` and a cluster's prompts do not stand together.
     locks.LockedError: another process writes there.
-    OSError: it cannot be written.
+    OSError: it cannot be written, or one of its files is a link to nothing.
   """
   directory = pathlib.Path(directory)
   records_lib.check_unique(prompts)
@@ -196,6 +196,8 @@ def open_writer(
       f"Expected {str(directory)!r} to be a folder that can be made, got: {error.strerror};"
       " choose a folder that can be written."
     ) from error
+  names = map(cached.threshold_file, (thresholds_lib.NEVER_EXIT, *manifest["thresholds"]))
+  files.refuse_planted_links(directory / n for n in (cached.MANIFEST, cached.PROMPTS, *names))
   lock = locks.lock(directory)
   if (directory / cached.MANIFEST).exists():
     _check_same_run(directory, manifest, prompt_text)
