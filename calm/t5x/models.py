@@ -324,12 +324,40 @@ def __getattr__(name: str) -> Any:
   return getattr(t5x_models, name)
 
 
+class _ExitOptimizer(t5x_optimizers.MultiOptimizer):
+  """T5X's, whose checkpoints hold the states of what it trains, and nothing for the others."""
+
+  def __init__(self, optimizer: t5x_optimizers.OptimizerDef):
+    chosen = traverse_util.ModelParamTraversal(lambda path, _: _is_exit_part(path))
+    super().__init__([(chosen, optimizer)])
+
+  def state_dict(self, target, state):
+    made = super().state_dict(target, state)
+    flat = traverse_util.flatten_dict(made["state"]["param_states"], sep="/")
+    kept = {path: leaf for path, leaf in flat.items() if _is_exit_part(path)}
+    made["state"]["param_states"] = traverse_util.unflatten_dict(kept, sep="/")
+    return made
+
+  def restore_state(self, opt_target, opt_state, state_dict):
+    whole = super().state_dict(opt_target, opt_state)["state"]["param_states"]
+    given = state_dict["state"]["param_states"]
+    flat = [traverse_util.flatten_dict(tree, sep="/") for tree in (whole, given)]
+    states = traverse_util.unflatten_dict(flat[0] | flat[1], sep="/")
+    state = {**state_dict["state"], "param_states": states}
+    return super().restore_state(opt_target, opt_state, {**state_dict, "state": state})
+
+
+def _is_exit_part(path: str) -> bool:
+  return "exit_classifier" in path or "exit_probes" in path
+
+
 def exit_classifier_optimizer(optimizer: Any) -> t5x_optimizers.MultiOptimizer:
-  """Stage two's optimizer: exit classifier and probes alone; no other parameter is touched."""
-  chosen = traverse_util.ModelParamTraversal(
-    lambda path, _: "exit_classifier" in path or "exit_probes" in path
-  )
-  return t5x_optimizers.MultiOptimizer([(chosen, optimizer)])
+  """Stage two's optimizer: exit classifier and probes alone; no other parameter is touched.
+
+  Its checkpoints hold the states of these, so that T5X resumes a run (its own MultiOptimizer
+  writes None for the others, and does not read that).
+  """
+  return _ExitOptimizer(optimizer)
 
 
 def save_t5x_checkpoint(

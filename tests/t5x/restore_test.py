@@ -191,7 +191,58 @@ def test_stage_two_restores_the_target_alone_and_freezes_it_bit_for_bit(tmp_path
   } == CLASSIFIER
 
 
-def of_t5x_files(path: str, run: str, *after: str) -> tuple[Any, Any]:
+STAGE_TWO = "runs/finetune_exit_classifier.gin"
+
+
+def resumed(model, folder) -> Any:
+  """The state from which `t5x/train.py` goes on in a MODEL_DIR that has checkpoints."""
+  from t5x import utils
+
+  given = gin.get_configurable(utils.RestoreCheckpointConfig)()
+  transformations = [
+    functools.partial(function, is_resuming=True) for function in given.state_transformation_fns
+  ]
+  config = utils.RestoreCheckpointConfig(
+    str(folder), mode="latest", dtype="float32", state_transformation_fns=transformations
+  )
+  config, (path,) = utils.get_first_valid_restore_config_and_paths([config])
+  initializer = initializer_of(model)
+  state, _ = utils.create_checkpoint_manager_and_restore(
+    initializer,
+    initializer._partitioner,
+    config,
+    path,
+    jax.random.PRNGKey(1),
+    use_orbax=True,
+  )
+  return state
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_stage_two_stops_and_goes_on_as_if_it_had_not(tmp_path, layout):
+  for name in ("one", "two"):
+    (tmp_path / name).mkdir()
+  path = saved(*after_stage_one(), tmp_path / "one", layout)
+  model, state = started(STAGE_TWO, path)
+  middle = trained(model, state, 2)
+  whole = trained(model, middle, 2)
+  stopped = saved(model, middle, tmp_path / "two", layout)
+  assert any(np.any(leaf) for leaf in state_leaves(middle).values())
+  again = resumed(model, tmp_path / "two")
+  for after, expected in ((again, middle), (trained(model, again, 2), whole)):
+    assert int(after.step) == int(expected.step)
+    assert_equal_leaves(leaves(after.params), leaves(expected.params))
+    assert_equal_leaves(state_leaves(after), state_leaves(expected))
+  # In a MODEL_DIR of its own that starts from there, the optimizer alone starts fresh.
+  for run in (STAGE_TWO, "runs/finetune.gin"):
+    gin.clear_config()
+    _, elsewhere = started(run, stopped)
+    assert int(elsewhere.step) == 4
+    assert_equal_leaves(leaves(elsewhere.params), leaves(middle.params))
+    assert not any(np.any(leaf) for leaf in state_leaves(elsewhere).values())
+
+
+def of_t5x_files(path: str, run: str, *after: str, bindings: str = "") -> tuple[Any, Any]:
   """Model and first state of T5X's small.gin and one of its runs, with the documented line."""
   from t5x import utils
 

@@ -102,11 +102,17 @@ def test_two_stages_train_what_they_should_and_open_without_t5x(trained):
   assert len(first - classifier) == len(one) - 2, "stage one trains everything else"
 
 
-def test_a_stopped_run_goes_on_where_it_was(trained, work):
-  _, one, _ = trained
-  before = leaves(one)
-  after = leaves(train(work, "one", work / "packed" / "checkpoint_0", 4))
-  assert any(not np.array_equal(before[path], after[path]) for path in before)
+@pytest.mark.parametrize(
+  ("name", "steps", "which"), [("one", 4, ""), ("two", 7, "_exit_classifier")]
+)
+def test_a_stopped_run_goes_on_where_it_was(trained, work, name, steps, which):
+  """What it was started from is not looked at again."""
+  stopped = dict(zip(("one", "two"), trained[1:], strict=True))[name]
+  before = leaves(stopped)
+  after = leaves(train(work, name, work / "none", steps, which))
+  moved = {path for path in before if not np.array_equal(before[path], after[path])}
+  classifier = {path for path in before if "exit_classifier" in path}
+  assert moved == classifier if which else moved
 
 
 def infer(work, checkpoint, threshold, devices=1):
