@@ -16,7 +16,6 @@ On several hosts start it once a host; with --coordinator_address, --process_cou
 
 import copy
 import functools
-import inspect
 import itertools
 import math
 import pathlib
@@ -219,9 +218,7 @@ def procedure_of(
   model, params, dataset_cfg, partitioner, words: Any, task_prefix: str
 ) -> Procedure:
   """What the outputs are valid for: the very record that `calm infer` makes of this model."""
-  # Gin wraps what it configures.
-  greedy = inspect.unwrap(model.decode_fn) is models.greedy_decode
-  if not greedy or not isinstance(model.rule, exits.DynamicExits):
+  if not model.is_greedy or not isinstance(model.rule, exits.DynamicExits):
     raise ValueError(
       "Expected `decode_fn` models.greedy_decode and a `rule` exits.DynamicExits, got"
       f" {model.decode_fn} and {model.rule}; sampled outputs have no calibration here."

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int
 
 from calm import exits
 from calm.decode import engines, loop, verified, verified_passes
-from calm.t5 import network
+from calm.t5 import layers, network
 from calm.t5x import prefixes
 
 LoopCache = dict[str, Any]
@@ -106,11 +106,19 @@ class Loop:
     return _to_loop(jnp.array(0, jnp.int32), seen, empty)
 
   def bind(
-    self, weights: Any, rows: Rows, eos_id: int | jax.Array
+    self, weights: Any, rows: Rows, eos_id: int | jax.Array, wide: bool = False
   ) -> Callable[[Any], tuple[jax.Array, LoopCache]]:
     """The function that T5X's loops call with their `DecodingState` at every position.
 
     Of `exits.Verified` it is a `Passes`, which `greedy_decode` alone can use.
+
+    Args:
+      weights: the decoder, from `program.model_weights`.
+      rows: from `make_rows`.
+      eos_id: the token that ends a row.
+      wide: whether logits are as wide as the embedding, as T5X's are, and not as the
+        vocabulary: what draws from them draws what it draws from T5X's. Ids beyond the
+        vocabulary have no probability.
     """
     if isinstance(self.rule, exits.Verified):
       task = engines.Task(
@@ -123,7 +131,10 @@ class Loop:
       # The prefix may hold EOS tokens; one more than those was generated, and ends the row.
       num_eos = jnp.sum(state.sequences == eos_id, axis=1)
       active = num_eos <= rows.num_eos
-      return _step(bound, rows, state.cur_token[:, 0], active, state.cache)
+      logits, cache = _step(bound, rows, state.cur_token[:, 0], active, state.cache)
+      beyond = self.config.vocab_size - logits.shape[1] if wide else 0
+      wider = jnp.pad(logits, ((0, 0), (0, beyond)), constant_values=layers.MASK_BIAS)
+      return wider, cache
 
     return tokens_to_logits
 

@@ -7,6 +7,8 @@ T5X's own loops. T5X is not on the package index; its README says how to install
 """
 
 import functools
+import inspect
+import logging
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -45,6 +47,8 @@ from calm.t5x import bindings, calls, loops, prefixes, shards, sizes, stored, wa
 from calm.training import objectives
 
 Batch = Mapping[str, jax.Array]
+
+_LOG = logging.getLogger(__name__)
 
 greedy_decode = loops.greedy_decode
 config_of = sizes.config_of
@@ -151,6 +155,11 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
   def config(self) -> network.T5Config:
     """The model's sizes."""
     return self.module.config
+
+  @property
+  def is_greedy(self) -> bool:
+    """Whether it decodes by `greedy_decode`, as it is or as gin configures it."""
+    return inspect.unwrap(self._decode_fn) is greedy_decode
 
   def get_initial_variables(self, *args: Any, **kwargs: Any) -> Any:
     """As T5X's; with `whole_decoder`, the decoder has axes that no mesh axis divides."""
@@ -267,7 +276,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     decodes, scores, *same_pass = self._decode_fn(
       inputs=prefix,
       cache=loop.empty_cache(weights, rows, prefix.shape[0]),
-      tokens_to_logits=loop.bind(weights, rows, eos_id),
+      tokens_to_logits=loop.bind(weights, rows, eos_id, wide=not self.is_greedy),
       num_decodes=num_decodes,
       cache_offset=0,
       **options,

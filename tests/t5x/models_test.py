@@ -398,3 +398,28 @@ def test_ids_beyond_the_vocabulary_are_never_emitted():
   assert np.max(tokens) < toy.sizes.num_pieces < toy.sizes.vocab_size
   theirs = setup.t5x_model(toy, decode_fn=greedy())
   assert np.max(predictor(theirs)(setup.t5x_params(toy), setup.batch(), {})[0]) >= 40
+
+
+def test_one_key_draws_t5x_own_samples_where_the_embedding_is_wider():
+  """Where T5X draws no id that the vocabulary does not have, and that ours never emits."""
+  from t5x import decoding
+
+  fixed = dict(topk=0, temperature=0.7)
+  toy, decode_fn = engine.toy(), functools.partial(decoding.temperature_sample, **fixed)
+  pieces = toy.sizes.num_pieces
+
+  def unlikely_beyond(params):  # as after training, which shows a model no such id
+    decoder = params["decoder"]
+    head = decoder["logits_dense"]["kernel"].at[:, pieces:].set(0.0)
+    return {**params, "decoder": {**decoder, "logits_dense": {"kernel": head}}}
+
+  def sampled(model, params):
+    options = {"decode_rng": jax.random.PRNGKey(3)}
+    run = predictor(model, num_decodes=2, return_all_decodes=True)
+    return np.asarray(run(unlikely_beyond(params), setup.batch(), options)[0]).tolist()
+
+  theirs = sampled(setup.t5x_model(toy, decode_fn=decode_fn), setup.t5x_params(toy))
+  ours = sampled(setup.model(toy, decode_fn=decode_fn), setup.params(toy))
+  rows = [(i, row) for i, prompt in enumerate(theirs) for row in prompt if max(row) < pieces]
+  assert len(rows) > BATCH and np.max(ours) < pieces < toy.sizes.vocab_size
+  assert all(row in ours[i] for i, row in rows)
