@@ -30,6 +30,21 @@ def only_infers() -> bool:
   return False
 
 
+def hold_checkpoints_to(check: Any) -> None:
+  """Has T5X show what it restores to a function, where no other transformation is bound.
+
+  Args:
+    check: a `state_transformation_fns` of T5X's `RestoreCheckpointConfig`.
+  """
+  name = "RestoreCheckpointConfig."
+  for other in ("state_transformation_fns", "fallback_to_scratch"):
+    with contextlib.suppress(ValueError):  # not bound, or nothing is restored
+      if gin.query_parameter(name + other):
+        return
+  with contextlib.suppress(ValueError), gin.unlock_config():
+    gin.bind_parameter(name + "state_transformation_fns", (check,))
+
+
 def configured(configurable: Any) -> Any:
   """A function or class as gin configures it; as it is where nothing binds it."""
   try:
@@ -80,8 +95,13 @@ def refuse_subclass(model: Any, theirs: type) -> None:
   """Raises for a model of a class that changes T5X's: ours would leave the changes out.
 
   Raises:
-    TypeError: it is of a subclass other than gin's own.
+    TypeError: it is of a subclass other than gin's own, or no encoder-decoder model.
   """
+  if not isinstance(model, theirs):
+    raise TypeError(
+      f"Expected `model` to be T5X's EncoderDecoderModel, got {type(model).__qualname__}, which"
+      " has no exits here; leave early_exit.gin out."
+    )
   for cls in type(model).__mro__:
     if cls is theirs:
       return

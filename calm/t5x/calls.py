@@ -1,4 +1,4 @@
-"""What a call of the model decodes with: rule and threshold.
+"""What a call of the model decodes with: rule and threshold, and how it is told.
 
 This module does not import T5X.
 """
@@ -17,10 +17,16 @@ def check(rule: exits.Rule, threshold: float, matmul_precision: str | None) -> N
   """Raises for what a model is not to be made with.
 
   Raises:
+    TypeError: the threshold is not one number.
     ValueError: the threshold lies outside [0, 1], or the rule would not look at it, or the
       precision has another name than JAX's.
   """
-  schedules.check_threshold(threshold)
+  if np.ndim(threshold) or np.asarray(threshold).dtype.kind not in "fiu":
+    raise TypeError(
+      f"Expected `threshold` (the macro THRESHOLD) to be one number, got {threshold!r}; a grid"
+      " is THRESHOLDS of scripts/t5x_sweep.py, or one call each with `decoder_params`."
+    )
+  schedules.check_threshold(float(threshold))
   compares = isinstance(rule, exits.DynamicExits | exits.Verified)
   if threshold != schedules.NEVER_EXIT and not compares:
     raise ValueError(
@@ -54,3 +60,17 @@ def depth(rule: exits.Rule, default: float, given: Any) -> tuple[exits.Rule, Any
   if dynamic and given is None and threshold == schedules.NEVER_EXIT:
     return exits.StaticExit(), threshold
   return rule, threshold
+
+
+def spoken(rule: exits.Rule, threshold: float, num_layers: int) -> str:
+  """One line of what decodes where a call gives no threshold: "no exits", or which."""
+  if not isinstance(rule, exits.DynamicExits):
+    return f"exits: {rule}, threshold {threshold:g}"
+  if threshold == schedules.NEVER_EXIT:
+    return f"no exits: every token runs {num_layers} layers, unless a call gives a threshold"
+  allowed = exits.allowed_layers(rule.allowed, num_layers)
+  first, last = (min(allowed), max(allowed)) if allowed else (0, 0)
+  is_range = last - first > 1 and len(allowed) == last - first + 1
+  layers = f"{first}-{last}" if is_range else ", ".join(map(str, allowed))
+  schedule = "" if rule.schedule == schedules.Constant() else f" by {rule.schedule}"
+  return f"exits: {rule.measure.name} after {layers}, threshold {threshold:g}{schedule}"

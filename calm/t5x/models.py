@@ -114,7 +114,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
         'highest'; None takes what JAX is configured to. A calibration records it.
 
     Raises:
-      TypeError: one of the first four is neither given nor bound.
+      TypeError: one of the first four is neither given nor bound, or the threshold is no number.
       ValueError: another architecture, label smoothing, or what `calls.check` refuses.
     """
     given = dict(
@@ -129,6 +129,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       loss_normalizing_factor=loss_normalizing_factor,
       default_decoder_params=default_decoder_params,
     )
+    if module is None and bindings.of(network.Transformer):  # one of configs/models/
+      given["module"] = bindings.configured(network.Transformer)()
     theirs = bindings.resolve(given, t5x_models.EncoderDecoderModel, tuple(given)[:4])
     if theirs.get("label_smoothing"):
       raise ValueError(
@@ -150,6 +152,10 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     self.split_rows = split_rows
     self.whole_decoder = bindings.only_infers() if whole_decoder is None else whole_decoder
     self.matmul_precision = matmul_precision
+    # A warning: T5X's scripts show no less of what other packages log.
+    _LOG.warning(calls.spoken(rule, threshold, self.config.num_decoder_layers))
+    if self.config.exit_classifier or self.config.exit_probes:
+      bindings.hold_checkpoints_to(stored.refuse_missing_parts)
 
   @property
   def config(self) -> network.T5Config:
@@ -307,18 +313,19 @@ def early_exit(model: t5x_models.EncoderDecoderModel, **added: Any) -> EncoderDe
   """
   theirs = t5x_models.EncoderDecoderModel
   bindings.refuse_subclass(model, theirs)
-  # As gin configures our class: what is bound for it, here or in exit_classifier.gin, holds.
+  # As gin configures our class: what is bound for it, here or in exit_classifier.gin, holds. By
+  # position: of arguments by name gin would still make what sweep.gin binds for them.
   return bindings.configured(EncoderDecoderModel)(
-    module=model.module,
-    input_vocabulary=model.input_vocabulary,
-    output_vocabulary=model.output_vocabulary,
-    optimizer_def=model.optimizer_def,
-    decode_fn=model.decode_fn,
-    feature_converter_cls=model.FEATURE_CONVERTER_CLS,
-    label_smoothing=model._label_smoothing,
-    z_loss=model._z_loss,
-    loss_normalizing_factor=model._loss_normalizing_factor,
-    default_decoder_params=model._default_decoder_params,
+    model.module,
+    model.input_vocabulary,
+    model.output_vocabulary,
+    model.optimizer_def,
+    model.decode_fn,
+    model.FEATURE_CONVERTER_CLS,
+    model._label_smoothing,
+    model._z_loss,
+    model._loss_normalizing_factor,
+    model._default_decoder_params,
     **added,
   )
 
@@ -326,7 +333,7 @@ def early_exit(model: t5x_models.EncoderDecoderModel, **added: Any) -> EncoderDe
 def __getattr__(name: str) -> Any:
   """What else T5X's module holds, for files that import this one in its place."""
   if name in ("DecoderOnlyModel", "PrefixLanguageModel"):
-    raise AttributeError(
+    raise TypeError(  # gin says nothing of an AttributeError's text
       f"Expected models.EncoderDecoderModel, got models.{name}, which has no exits here; import"
       " t5x.models for it."
     )

@@ -38,6 +38,30 @@ def absolute_path(path: str) -> str:
   return path if "://" in path else os.path.abspath(path)
 
 
+def refuse_missing_parts(checkpoint: Any, state: Any, *, is_resuming: bool = False) -> Any:
+  """What T5X read of a checkpoint, as it is: a `state_transformation_fns` of T5X's.
+
+  Args:
+    checkpoint: T5X's state dictionary of the checkpoint.
+    state: that of the model.
+    is_resuming: as T5X says it; not used.
+
+  Raises:
+    ValueError: the model's decoder has an exit classifier, or probes, and the checkpoint none.
+  """
+  del is_resuming
+  decoders = [tree["target"]["decoder"] for tree in (state, checkpoint)]
+  missing = [part for part in ("exit_classifier", "exit_probes") if part in decoders[0]]
+  missing = [part for part in missing if part not in decoders[1]]
+  if missing:
+    raise ValueError(
+      f"Expected the checkpoint to hold decoder/{' and decoder/'.join(missing)}, which this"
+      f" model has, got none; train it (configs/runs/exit_classifier.gin), or choose a measure"
+      f" that reads none, with `network.T5Config.{missing[0]} = False` where that is bound."
+    )
+  return checkpoint
+
+
 def stored_vocabulary(checkpoint: str = "packed") -> Any:
   """The vocabulary of a checkpoint as seqio's, for tasks and models.
 

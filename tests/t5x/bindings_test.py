@@ -75,6 +75,8 @@ def test_one_line_honours_what_is_bound_for_t5x_class_and_its_methods():
 
 
 def test_stage_two_and_the_papers_schedule_hold_after_the_one_line():
+  from t5x import optimizers
+
   model = model_of(
     SMALL,
     FINETUNE,
@@ -88,8 +90,92 @@ def test_stage_two_and_the_papers_schedule_hold_after_the_one_line():
   )
   assert isinstance(model.objective, objectives.ExitClassifier)
   assert model.config.exit_classifier, "it is trained"
-  assert type(model.optimizer_def).__name__ == "MultiOptimizer"
+  assert isinstance(model.optimizer_def, optimizers.MultiOptimizer)
   assert model.rule.schedule == schedules.Decaying(4.0, 512)
+
+
+SWEEP = 'include "configs/runs/sweep.gin"'
+OF_SWEEP = """
+MIXTURE_OR_TASK_NAME = 'x'
+TASK_FEATURE_LENGTHS = {'inputs': 8, 'targets': 8}
+CHECKPOINT_PATH = 'x'
+OUTPUT_DIR = 'x'
+"""
+
+
+@pytest.mark.parametrize(
+  "files",
+  [(SMALL, SWEEP), (SMALL, SWEEP, OURS), (SWEEP, SMALL, OURS), (SMALL, OURS, SWEEP)],
+  ids=lambda files: "-".join(re.findall(r"(\w+)\.gin", " ".join(files))),
+)
+def test_a_sweep_takes_t5x_own_network(files):
+  model = model_of(*files, "from t5x import adafactor", NETWORK, OF_SWEEP)
+  gin.finalize()
+  assert isinstance(model, models.EncoderDecoderModel) and model.is_greedy
+  assert (model.config.emb_dim, model.config.vocab_size) == (16, 44)
+  assert isinstance(model.rule, exits.DynamicExits) and not model.config.exit_classifier
+
+
+MEASURED = (
+  "from calm import exits",
+  "from calm.exits import confidence",
+  "exits.DynamicExits.measure = @confidence.Classifier()",
+)
+
+
+@pytest.mark.parametrize(
+  ("lines", "said"),
+  [
+    (["THRESHOLD = 0.5"], "exits: softmax after 1-3, threshold 0.5"),
+    (
+      ["TRESHOLD = 0.5"],
+      "no exits: every token runs 4 layers, unless a call gives a threshold",
+    ),
+    ([*MEASURED, "THRESHOLD = 0.25"], "exits: classifier after 1-3, threshold 0.25"),
+    (
+      ["THRESHOLD = 1", MEASURED[0], "exits.DynamicExits.allowed = (1, 3)"],
+      "exits: softmax after 1, 3, threshold 1",
+    ),
+    (
+      [
+        "THRESHOLD = 0",
+        'include "configs/runs/decaying.gin"',
+        "from calm.exits import schedules",
+        "schedules.Decaying.temperature = 4.0",
+        "schedules.Decaying.max_length = 9",
+      ],
+      "exits: softmax after 1-3, threshold 0 by Decaying(temperature=4.0, max_length=9)",
+    ),
+  ],
+)
+def test_one_line_says_what_decodes(caplog, lines, said):
+  layers = "network.T5Config.num_decoder_layers = 4"
+  model_of(SMALL, INFER, OURS, *lines, NETWORK, layers)
+  assert [line for line in caplog.messages if "exits:" in line] == [said]
+
+
+@pytest.mark.parametrize("value", ["[0.5, 0.9]", "'0.5'", "(0.5,)", "None", "True"])
+def test_a_threshold_that_is_no_number_is_refused(value):
+  with pytest.raises(TypeError, match=r"THRESHOLD\) to be one number, got .*THRESHOLDS of"):
+    model_of(SMALL, INFER, OURS, f"THRESHOLD = {value}", NETWORK)
+
+
+def test_a_decoder_alone_is_refused_by_its_name():
+  """A decoder has nothing to be early for here."""
+  alone = (
+    "from t5x import models",
+    "models.DecoderOnlyModel.module = @network.Transformer()",
+    "models.DecoderOnlyModel.vocabulary = %VOCABULARY",
+    "models.DecoderOnlyModel.optimizer_def = %OPTIMIZER",
+    "from calm.t5x import models as calm_models",
+    "calm_models.early_exit.model = @models.DecoderOnlyModel()",
+  )
+  with pytest.raises(TypeError, match="got DecoderOnlyModel, which has no exits here; leave"):
+    model_of(SMALL, INFER, OURS, *alone, NETWORK)
+  gin.clear_config()
+  replaced = ("from calm.t5x import models", "MODEL = @models.DecoderOnlyModel()")
+  with pytest.raises(TypeError, match=r"got models.DecoderOnlyModel, which has no exits here"):
+    model_of(SMALL, INFER, *replaced, NETWORK)
 
 
 def test_without_a_need_for_it_there_is_no_classifier_and_one_line_says_so(caplog):
@@ -98,12 +184,7 @@ def test_without_a_need_for_it_there_is_no_classifier_and_one_line_says_so(caplo
   (line,) = [r for r in caplog.messages if "exit classifier" in r]
   assert "\n" not in line
   gin.clear_config()
-  measured = (
-    "from calm import exits",
-    "from calm.exits import confidence",
-    "exits.DynamicExits.measure = @confidence.Classifier()",
-  )
-  assert model_of(SMALL, INFER, OURS, *measured, NETWORK).config.exit_classifier
+  assert model_of(SMALL, INFER, OURS, *MEASURED, NETWORK).config.exit_classifier
 
 
 def test_replacing_the_import_is_enough():

@@ -325,7 +325,7 @@ def test_what_another_network_or_model_has_is_refused_and_the_rest_of_t5x_is_her
     models.config_of(gpu_network.Transformer(scaled))
   plain = gpu_network.Transformer(gpu_network.T5Config(**sizes))
   assert models.config_of(plain).emb_dim == 16
-  with pytest.raises(AttributeError, match=r"got models.DecoderOnlyModel"):
+  with pytest.raises(TypeError, match=r"got models.DecoderOnlyModel"):
     _ = models.DecoderOnlyModel
   assert models.DecoderParams is t5x_models.DecoderParams
 

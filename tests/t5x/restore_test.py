@@ -247,6 +247,7 @@ def of_t5x_files(path: str, run: str, *after: str, bindings: str = "") -> tuple[
   from t5x import utils
 
   lines = ["from __gin__ import dynamic_registration", "import seqio"]
+  lines += ["from calm import exits", "from calm.exits import confidence"]
   lines += ["from t5x.examples.t5 import network"]
   lines += ['include "t5x/examples/t5/t5_1_1/small.gin"']
   lines += [f'include "t5x/configs/runs/{run}.gin"', 'include "configs/runs/early_exit.gin"']
@@ -255,7 +256,7 @@ def of_t5x_files(path: str, run: str, *after: str, bindings: str = "") -> tuple[
   lines += ["VOCABULARY = @seqio.PassThroughVocabulary()", "network.T5Config.dtype = 'float32'"]
   lines += ["seqio.PassThroughVocabulary.size = 40", "seqio.PassThroughVocabulary.eos_id = 1"]
   name = "CHECKPOINT_PATH" if run == "infer" else "INITIAL_CHECKPOINT_PATH"
-  gin.parse_config("\n".join([*lines, f"{name} = {path!r}"]))
+  gin.parse_config("\n".join([*lines, f"{name} = {path!r}", bindings]))
   model = gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
   config = gin.get_configurable(utils.RestoreCheckpointConfig)()
   if run == "infer":  # as infer.py does
@@ -270,6 +271,15 @@ def of_t5x_files(path: str, run: str, *after: str, bindings: str = "") -> tuple[
     use_orbax=True,
   )
   return model, state
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("run", ["infer", "finetune"])
+def test_a_classifier_that_the_checkpoint_lacks_is_named(tmp_path, run, layout):
+  measured = "exits.DynamicExits.measure = @confidence.Classifier()"
+  path = saved(*of_t5x(), tmp_path, layout)
+  with pytest.raises(ValueError, match=r"to hold decoder/exit_classifier, .* got none; train"):
+    of_t5x_files(path, run, bindings=measured)
 
 
 def of_contrib_calm() -> tuple[Any, Any]:
