@@ -41,7 +41,7 @@ except ModuleNotFoundError as error:
 from calm import exits
 from calm.decode import compiled, engines, program
 from calm.exits import confidence, schedules
-from calm.t5 import caches, network
+from calm.t5 import caches, network, parameters
 from calm.t5.config import Params
 from calm.t5x import bindings, calls, loops, prefixes, shards, sizes, stored, watching
 from calm.training import objectives
@@ -114,7 +114,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
         'highest'; None takes what JAX is configured to. A calibration records it.
 
     Raises:
-      TypeError: one of the first four is neither given nor bound, or the threshold is no number.
+      TypeError: one of the first four is neither given nor bound, or `threshold` is no number.
       ValueError: another architecture, label smoothing, or what `calls.check` refuses.
     """
     given = dict(
@@ -154,7 +154,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     self.matmul_precision = matmul_precision
     # A warning: T5X's scripts show no less of what other packages log.
     _LOG.warning(calls.spoken(rule, threshold, self.config.num_decoder_layers))
-    if self.config.exit_classifier or self.config.exit_probes:
+    if any(getattr(self.config, part) for part in parameters.EXIT_PARTS):
       bindings.hold_checkpoints_to(stored.refuse_missing_parts)
 
   @property

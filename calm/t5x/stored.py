@@ -10,7 +10,7 @@ from typing import Any
 
 from calm import checkpoints, inference
 from calm.data import vocabulary as vocabularies
-from calm.t5 import network
+from calm.t5 import network, parameters
 
 
 def stored_checkpoint(checkpoint: str = "packed") -> checkpoints.Checkpoint:
@@ -47,17 +47,17 @@ def refuse_missing_parts(checkpoint: Any, state: Any, *, is_resuming: bool = Fal
     is_resuming: as T5X says it; not used.
 
   Raises:
-    ValueError: the model's decoder has an exit classifier, or probes, and the checkpoint none.
+    ValueError: the model's decoder has an exit part that the checkpoint's has not.
   """
   del is_resuming
   decoders = [tree["target"]["decoder"] for tree in (state, checkpoint)]
-  missing = [part for part in ("exit_classifier", "exit_probes") if part in decoders[0]]
+  missing = [part for part in parameters.EXIT_PARTS if part in decoders[0]]
   missing = [part for part in missing if part not in decoders[1]]
   if missing:
     raise ValueError(
       f"Expected the checkpoint to hold decoder/{' and decoder/'.join(missing)}, which this"
-      f" model has, got none; train it (configs/runs/exit_classifier.gin), or choose a measure"
-      f" that reads none, with `network.T5Config.{missing[0]} = False` where that is bound."
+      " model has, got none; train it (configs/runs/exit_classifier.gin), or choose a rule that"
+      f" reads none, without `network.T5Config.{missing[0]}` where that is bound."
     )
   return checkpoint
 
