@@ -18,7 +18,7 @@ from calm.calibrate.evidence import methods
 from calm.calibrate.evidence import multiple_testing as testing
 from calm.calibrate.generations.procedures import Provenance
 from calm.calibrate.losses import checks, clusters, frames
-from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
+from calm.calibrate.losses.sequence_losses import UNKNOWN, SequenceLosses, Support
 
 
 def calibrate(
@@ -346,12 +346,9 @@ def _warn(sample: SequenceLosses, ordered: bool) -> None:
       " leave `in_given_order` out, or give an order that was fixed before any loss was seen.",
       stacklevel=3,
     )
-  if checks.looks_copied(finite):
-    warnings.warn(
-      "every row of losses occurs at least twice: copies of one prompt count once. Give them"
-      " one of the `groups`.",
-      stacklevel=3,
-    )
+  numbers_alone = sample.metric == UNKNOWN or (sample.ids is None and not sample.contents)
+  if numbers_alone and not sample.groups_ignored:
+    checks.warn_of_copies(finite)
 
 
 def _faults(losses: SequenceLosses) -> list[str]:

@@ -19,7 +19,7 @@ from calm.calibrate.decision import Evidence
 from calm.calibrate.evidence import pareto
 from calm.calibrate.generations.procedures import Provenance
 from calm.calibrate.losses import checks, clusters
-from calm.calibrate.losses.sequence_losses import SequenceLosses
+from calm.calibrate.losses.sequence_losses import UNKNOWN, SequenceLosses
 from calm.calibrate.promises import Configurations, Risk, as_promise
 from calm.calibrate.promises.risks import check_outputs
 
@@ -69,6 +69,8 @@ def calibrate_configurations(
   groups = clusters.declared_groups(first)
   tables = [_table(families, number, groups, method) for number in range(len(_of(families)))]
   price = np.concatenate([np.asarray(costs[name], np.float64) for name in families], axis=1)
+  if groups is None and not first.groups_ignored and first.metric == UNKNOWN:
+    checks.warn_of_copies(np.concatenate([table.values for table in tables], axis=1))
   found = pareto.pareto_test(
     tables,
     price if groups is None else _means(first, price, groups),

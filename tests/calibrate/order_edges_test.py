@@ -211,8 +211,87 @@ def test_an_order_that_follows_the_losses_is_warned_of():
   calibrate(losses.in_given_order(), **RATES, method="paper")  # sums have no order
 
 
+def text_like(generator, mean, shape):
+  """Rises along the grid, of texts with few words: 0, 1 and fractions of small numbers."""
+  words = generator.integers(2, 12, (shape[0], 1))
+  lost = generator.random((shape[0], 1)) * np.linspace(0.2, 6.0 * mean, shape[1])
+  return np.minimum(1.0, np.round(words * lost) / words)
+
+
+COPIED_LAWS = {
+  "one column of 0 and 1": (laws.bernoulli, 1),
+  "many columns of 0 and 1": (laws.bernoulli, 6),
+  "fractions": (text_like, 5),
+  "mostly zero": (laws.mostly_zero, 2),
+}
+
+
+@pytest.mark.parametrize("lone", [0, 1])
+@pytest.mark.parametrize("times", [2, 3, 10])
+@pytest.mark.parametrize("name", COPIED_LAWS)
+def test_copies_are_seen_in_every_table_that_can_show_them(name, times, lone):
+  """Each prompt several times in a row, or the list again; beside a lone row, or not.
+
+  Shuffled copies are seen where rows are of enough kinds: copies of 0 or 1 at one threshold
+  look like draws.
+  """
+  law, columns = COPIED_LAWS[name]
+  generator = np.random.default_rng(0)
+  prompts = law(generator, 0.2, (150, columns))
+  extra = law(generator, 0.2, (lone, columns))
+  ways = [np.repeat(prompts, times, axis=0), np.tile(prompts, (times, 1))]
+  if columns > 1:
+    ways.append(generator.permutation(ways[0]))
+  for copied in ways:
+    assert checks.looks_copied(np.concatenate([copied, extra]))
+    assert checks.looks_copied(np.concatenate([extra, copied]))
+  assert not checks.looks_copied(prompts)
+
+
+def test_independent_draws_do_not_look_copied_however_they_are_stored():
+  """Among 1,200 tables not one; at its level one in 80,000 would."""
+  generator = np.random.default_rng(1)
+  ways = [
+    lambda values: values,
+    lambda values: np.sort(values, axis=0),
+    lambda values: values[np.lexsort(values.T)],
+    lambda values: stored(values, "stratified", generator),
+  ]
+  everywhere = [*laws.UNIT_LAWS, *laws.SIGNED_LAWS, text_like]
+  for seed in range(1200):
+    law, way = everywhere[seed % len(everywhere)], ways[seed // 8 % len(ways)]
+    shape = (int(generator.integers(2, 400)), int(generator.integers(1, 9)))
+    values = way(law(generator, float(generator.uniform(0.01, 0.3)), shape))
+    assert not checks.looks_copied(values), (law, shape, seed)
+
+
+@pytest.mark.parametrize("period", [2, 10, 60])
+def test_a_pattern_made_by_hand_is_no_copy_of_prompts(period):
+  pattern = np.arange(480) % period == 0
+  assert not checks.looks_copied(pattern[:, None].astype(float))
+  # Broken by one row it is a list that was repeated.
+  assert checks.looks_copied(np.insert(pattern, 0, True)[:, None].astype(float)) == (
+    period < 60
+  )
+
+
+def test_one_prompt_many_times_among_others_looks_copied():
+  values = np.random.default_rng(0).random((200, 4))
+  assert not checks.looks_copied(values)
+  assert not checks.looks_copied(values[[*range(200), *[7] * 15]])
+  assert checks.looks_copied(values[[*range(200), *[7] * 40]])
+  values[:, :2] = 1.0  # of two different losses alone it may happen by itself
+  assert not checks.looks_copied(values[[*range(200), *[7] * 40]])
+
+
 def test_copied_prompts_are_warned_of():
-  values = np.repeat(laws.mostly_zero(np.random.default_rng(0), 0.2, (100, 2)), 3, axis=0)
-  with pytest.warns(UserWarning, match="copies of one prompt count once"):
+  values = np.repeat(laws.bernoulli(np.random.default_rng(0), 0.05, (200, 2)), 3, axis=0)
+  with pytest.warns(UserWarning, match="as copies of a prompt do"):
     calibrate(values, [0.9, 0.5], **RATES)
-  calibrate(values, [0.9, 0.5], **RATES, groups=[str(row // 3) for row in range(300)])
+  groups = [str(row // 3) for row in range(600)]
+  calibrate(values, [0.9, 0.5], **RATES, groups=groups)
+  losses = SequenceLosses(values, [0.9, 0.5], groups=groups).ungrouped()
+  assert "took each for an independent draw" in calibrate(losses, **RATES).guarantee
+  risk = Risk(SequenceLosses(values, [0.9, 0.5]), 0.2, "risk")
+  with pytest.warns(UserWarning, match="as copies of a prompt do"):
+    calibrate_configurations({"a": [risk]}, {"a": values}, error_rate=0.05)

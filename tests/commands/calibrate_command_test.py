@@ -261,13 +261,14 @@ def test_infer_can_expect_a_digest(tmp_path):
       infer._calibration(argparse.Namespace(calibration=calibration, expect_digest=expected))
 
 
-def grid(folder, rates, layers, measure="softmax", count=400, seed=0):
+def grid(folder, rates, layers, measure="softmax", count=400, seed=0, size=None):
   """A folder as of `calm generate`: at each threshold some texts differ, all of one depth."""
   from calm.calibrate import Prompt, Record, open_writer
   from tests.calibrate import laws
 
   generator = np.random.default_rng(seed)
-  prompts = [Prompt(f"p{row}", f"prompt {row}", ("a b c",)) for row in range(count)]
+  group = lambda row: size and f"article {row // size}"
+  prompts = [Prompt(f"p{row}", f"prompt {row}", ("a b c",), group(row)) for row in range(count)]
   procedure = dataclasses.replace(laws.procedure(), measure=measure)
   grid = [0.9, 0.5][: len(rates)]
   writer = open_writer(folder, prompts=prompts, thresholds=grid, procedure=procedure)
@@ -353,6 +354,19 @@ def test_the_cheapest_of_several_folders(tmp_path, capsys):
   ):
     assert cli.main(["calibrate", *odd]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_configurations_count_groups_too(tmp_path):
+  output = tmp_path / "chosen.json"
+  pairs = [f"{way}={grid(tmp_path / way, [0.01], [4], way, size=4)}" for way in ("a", "b")]
+  arguments = ["calibrate", "--configurations", *pairs, f"--output={output}"]
+  assert cli.main(arguments) == 0
+  found = Calibration.load(output)
+  assert found.clusters and found.num_examples == 50 and not found.groups_ignored
+  assert cli.main([*arguments, "--ungrouped"]) == 0
+  found = Calibration.load(output)
+  assert not found.clusters and found.num_examples == 200
+  assert "the caller took each for an independent draw" in found.guarantee
 
 
 def test_equal_calls_answer_equally_and_a_drawn_order_is_verified_by_its_seed(tmp_path, capsys):

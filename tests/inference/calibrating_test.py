@@ -49,6 +49,8 @@ def test_what_cannot_be_certified_is_refused_before_any_decoding(model, monkeypa
   monkeypatch.setattr(inference.Predictor, "encode", None)
   with pytest.raises(ValueError, match="Expected at least 29 prompts"):
     model.calibrate(TEXTS[:5], tolerance=0.1)
+  with pytest.raises(ValueError, match=r"at least 29 clusters of prompts .*got 20"):
+    model.calibrate([text + " " * i for text in TEXTS[:20] for i in range(5)], tolerance=0.1)
   with pytest.raises(ValueError, match=r"references .*40 without"):
     model.calibrate(TEXTS, tolerance=0.9, consistency="risk")
   with pytest.raises(ValueError, match="`consistency` to be one of"):

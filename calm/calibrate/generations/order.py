@@ -9,6 +9,7 @@ change from one version to the next.
 """
 
 import hashlib
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -16,6 +17,13 @@ import numpy as np
 
 from calm.calibrate.generations.procedures import Procedure
 from calm.calibrate.generations.records import Prompt
+
+# Unicode's Default_Ignorable_Code_Point: soft hyphens, joiners, marks of direction, ...
+_IGNORABLE = re.compile(
+  "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+  "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3"
+  "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
 
 # Tables (or lists of texts) of at most so many kinds hardly tell one draw from another.
 FEW_KINDS = 8
@@ -118,11 +126,10 @@ def permutation(
 def fold_text(text: str) -> str:
   """Text without differences of Unicode form, case, invisible characters and white space.
 
-  This is Unicode's NFKC_Casefold, save that of the ignorable characters only those of category
-  Cf are removed, with every run of white space as one space.
+  This is Unicode's NFKC_Casefold, with every run of white space as one space.
   """
   if not text.isascii():
-    text = "".join(c for c in text if unicodedata.category(c) != "Cf")
+    text = _IGNORABLE.sub("", text)
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
   return " ".join(text.casefold().split())
 

@@ -1,16 +1,18 @@
 """What a table of losses must be before anything reads it: numbers, names, clusters, texts."""
 
-import collections
-import hashlib
 import numbers
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import special
 
-# Losses that are looked at, and rows that are looked for, at once.
-_CELLS, _ROWS_TRIED = 2**18, 16
+# Losses that are looked at at once.
+_CELLS = 2**18
+# How often a prompt may have been copied: all primes that are likely; an odd multiplier.
+_COPIES, _ODD = (2, 3, 5, 7, 11, 13), np.uint64(0x9E3779B97F4A7C15)
 # Characters of a name (a knob, a label, a metric, a risk) in a calibration's file.
 LONGEST_NAME = 500
 LONGEST_KIND = 200
@@ -144,38 +146,81 @@ def looks_sorted(values: np.ndarray) -> bool:
 
 
 def looks_copied(values: np.ndarray) -> bool:
-  """Whether every row of more than eight kinds stands there at least twice.
+  """Whether rows occur as copies of prompts do, and independent draws hardly ever.
 
-  Rows that are 0, 1 or -1 throughout are common and say nothing; of the others, independent
-  prompts hardly ever leave none alone.
+  Either nearly all kinds of equal rows, or nearly all stretches of equal rows (in the stored
+  order, or of rows that stand n / k apart), have a size that is a multiple of one k >= 2:
+
+      P(size of a kind = 0 mod k) < max(1 / k, 1 / 5) for independent draws
+
+  Or one row with three different losses besides -1, 0 and 1 is more than a tenth of a table of
+  more than eight kinds. A few rows without a copy do not matter. Where kinds are few, as 0 and
+  1 at one threshold, shuffled copies look like draws and are not seen, nor are copies of some
+  prompts among others: texts of few words share whole rows of losses. A table that repeats one
+  pattern of few rows throughout was made by hand, and is judged by its kinds alone.
+
+  Args:
+    values: [num_examples, num_thresholds] finite losses.
   """
-  told = np.flatnonzero(~_plain_rows(values))
-  if len(told) <= 16:
-    return False
-  # One row without a copy is enough to know, and most tables have one among the first.
-  for row in told[:_ROWS_TRIED]:
-    if _occurrences(values, row) < 2:
-      return False
-  counts = collections.Counter(
-    hashlib.sha256((values[row] + 0.0).tobytes()).digest()
-    for row in told.tolist()  # -0 is 0
+  _, first, kinds, sizes = np.unique(
+    _row_hashes(values), return_index=True, return_inverse=True, return_counts=True
   )
-  return len(counts) > 8 and min(counts.values()) > 1
+  count = len(kinds)
+  for times in _COPIES:
+    period = count // times
+    apart = kinds[: times * period].reshape(times, period).T.ravel()
+    if _are_multiples(sizes, times):
+      return True
+    stretches = _stretches(kinds), _stretches(apart)
+    if any(_are_multiples(found, times) for found in stretches) and not _is_pattern(kinds):
+      return True
+  often = values[first[sizes > max(1, count // 10)]]
+  several = (len(set(row.tolist()) - {-1.0, 0.0, 1.0}) >= 3 for row in often)
+  return len(sizes) > 8 and any(several)
+
+
+def warn_of_copies(values: np.ndarray) -> None:
+  """Warns where `looks_copied`."""
+  if looks_copied(values):
+    warnings.warn(
+      "rows of losses repeat as copies of a prompt do, and copies count once: give those of one"
+      " prompt one of the `groups`.",
+      stacklevel=4,
+    )
+
+
+def _row_hashes(values: np.ndarray) -> np.ndarray:
+  """[num_examples] uint64, equal for equal rows and, but for 1 in 2^64 pairs, for no others."""
+  hashes = []
+  for block in row_blocks(values):
+    mixed = np.zeros(len(block), np.uint64)
+    for column in (block + 0.0).T:  # -0 is 0
+      mixed = (mixed ^ np.ascontiguousarray(column).view(np.uint64)) * _ODD
+      mixed ^= mixed >> np.uint64(32)
+    hashes.append(mixed)
+  return np.concatenate(hashes)
+
+
+def _stretches(kinds: np.ndarray) -> np.ndarray:
+  """Lengths of the stretches of equal entries."""
+  ends = np.flatnonzero(np.diff(kinds)) + 1
+  return np.diff(ends, prepend=0, append=len(kinds))
+
+
+def _is_pattern(kinds: np.ndarray) -> bool:
+  """Whether at most 64 entries, in that order again and again, make them all."""
+  longest = min(64, len(kinds) // 2)
+  return any(np.array_equal(kinds[n:], kinds[:-n]) for n in range(1, longest + 1))
+
+
+def _are_multiples(sizes: np.ndarray, times: int) -> bool:
+  """Whether so many sizes are multiples of `times` as happens once in 10^6 draws at most."""
+  hits = int((sizes % times == 0).sum())
+  chance = max(1.0 / times, 0.2)
+  return hits > 0 and bool(special.bdtrc(hits - 1, len(sizes), chance) < 1e-6)
 
 
 def row_blocks(values: np.ndarray) -> Iterator[np.ndarray]:
   """`values` in pieces of whole rows, so that what is made of each stays small."""
   step = max(1, _CELLS // values.shape[1])
   return (values[start : start + step] for start in range(0, len(values), step))
-
-
-def _plain_rows(values: np.ndarray) -> np.ndarray:
-  blocks = row_blocks(values)
-  return np.concatenate([np.isin(b, (-1.0, 0.0, 1.0)).all(axis=1) for b in blocks])
-
-
-def _occurrences(values: np.ndarray, row: int) -> int:
-  alike = np.flatnonzero(values[:, 0] == values[row, 0])
-  for column in range(1, values.shape[1]):
-    alike = alike[values[alike, column] == values[row, column]]
-  return len(alike)

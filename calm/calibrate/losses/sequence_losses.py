@@ -249,15 +249,22 @@ def compute(
       " `prefix_losses`."
     )
   metric = metrics.get_metric(metric)
-  values = prefix_losses(generations, kind, metric=metric, workers=workers, progress=progress)
+  prefixes = prefix_losses(generations, kind, metric=metric, workers=workers, progress=progress)
+  values = np.stack(prefixes, axis=1)
+  groups = order_lib.known_groups(generations.prompts)
+  if groups is None and not all(prompt.input for prompt in generations.prompts):
+    # Copies of a prompt have one text of the full model, too.
+    numbers: dict[str, int] = {}
+    texts = [numbers.setdefault(t, len(numbers)) for t in columns.texts(generations.full)]
+    checks.warn_of_copies(np.column_stack([values, texts]))
   return SequenceLosses(
-    values=np.stack(values, axis=1),
+    values=values,
     thresholds=generations.thresholds,
     support=kind_support(kind, metric),
     kind=kind,
     metric=metric.name,
     ids=generations.ids,
-    groups=order_lib.known_groups(generations.prompts),
+    groups=groups,
     procedure=generations.procedure,
     contents=order_lib.run_digest(generations.prompts, columns.texts(generations.full)),
     knobs=generations.knobs,

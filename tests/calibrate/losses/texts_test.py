@@ -193,3 +193,11 @@ def test_files_at_any_knob_are_gathered(tmp_path):
   assert plain.records[0] == plain.full
   with pytest.raises(ValueError, match=r"in \[0, 1\]"):
     foreign.gather(full, {9.0: full, 0.5: cheap})
+
+
+def test_copies_of_prompts_are_seen_in_their_texts():
+  """Inputs are not known here: equal losses beside equal texts of the full system are told."""
+  with pytest.warns(UserWarning, match="as copies of a prompt do"):
+    from_texts(FULL * 3, {"large": FULL * 3, "base": CHEAP * 3}, metric="exact_match")
+  # The losses repeat every third row, and the texts say that these are other prompts.
+  calibrate(from_texts(FULL, {"large": CHEAP}, metric="exact_match"), **RATES)
