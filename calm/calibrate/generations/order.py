@@ -49,7 +49,7 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
   return contents_digest(prompt.input.encode("utf-8") for prompt in prompts)
 
 
-def run_digest(prompts: Sequence[Prompt], predictions: Sequence[str]) -> str:
+def run_digest(prompts: Sequence[Prompt], predictions: Iterable[str]) -> str:
   """`prompts_digest`; where an input is missing, that of inputs and the full model's texts.
 
   Args:
