@@ -16,22 +16,21 @@ pytestmark = setup.MARKS
 collect_orphans = setup.collect_orphans
 
 
-def with_decay():
+def with_decay(**more):
   from t5x import adafactor
 
   return adafactor.Adafactor(
-    learning_rate=1e-2, weight_decay_rate=0.1, multiply_by_parameter_scale=False
+    learning_rate=1e-2, weight_decay_rate=0.1, multiply_by_parameter_scale=False, **more
   )
 
 
-def after_steps(optimizer, steps=3) -> dict[str, np.ndarray]:
+def after_steps(optimizer, steps=3, toy=None, **more) -> dict[str, np.ndarray]:
   """Parameters by path after T5X's own training step of stage two."""
   from t5x import train_state, trainer
 
-  toy, batch = engine.toy(), setup.training_batch(engine.toy())
-  model = setup.model(
-    toy, optimizer_def=optimizer, objective=objectives.ExitClassifier(), z_loss=1e-3
-  )
+  toy, batch = toy or engine.toy(), setup.training_batch(engine.toy())
+  stage_two = objectives.ExitClassifier()
+  model = setup.model(toy, optimizer_def=optimizer, objective=stage_two, z_loss=1e-3, **more)
   shapes = {name: array.shape for name, array in batch.items()}
   variables = jax.eval_shape(lambda: model.get_initial_variables(jax.random.key(0), shapes))
   variables = dict(variables) | {"params": setup.params(toy)}
@@ -55,9 +54,23 @@ def test_only_the_classifier_changes_bit_for_bit_weight_decay_or_not():
   assert len(changed(after_steps(with_decay()))) > len(before) / 2
 
 
-@pytest.mark.parametrize("step", [0, 7])
-def test_an_exported_checkpoint_is_ours_again_bit_for_bit(tmp_path, step):
-  toy = engine.toy()
+def test_its_adafactor_knows_the_axes_of_maps():
+  from t5x import adafactor
+
+  toy = engine.toy(**engine.MAPS)
+  before = parameters.flatten(toy.params)
+  module = models.network.Transformer(toy.config)
+  optimizer = with_decay(logical_factor_rules=adafactor.standard_logical_factor_rules())
+  after = after_steps(optimizer, steps=1, toy=toy, module=module)
+  maps = {path for path in before if "exit_translators" in path or "exit_propagation" in path}
+  assert len(maps) == 3 * (2 + 3) and set(before) == set(after)
+  # The decay moves them.
+  assert all(not np.array_equal(before[path], after[path]) for path in maps)
+
+
+@pytest.mark.parametrize(("step", "maps"), [(0, {}), (7, engine.MAPS)])
+def test_an_exported_checkpoint_is_ours_again_bit_for_bit(tmp_path, step, maps):
+  toy = engine.toy(**maps)
   made = models.save_t5x_checkpoint(toy.params, toy.config, str(tmp_path), train_step=step)
   assert made == f"{tmp_path}/checkpoint_{step}"
   stored = checkpoints.load(made)
