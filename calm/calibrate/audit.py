@@ -338,9 +338,14 @@ def open_monitor(path: str | pathlib.Path, watch: Watch) -> Monitor:
   Raises:
     LockedError: another process writes the file; the message names it.
     GenerationsError: the file is damaged or of another watch; the message names file and line.
+    ValueError: it is a pipe, a device or a folder.
     OSError: it cannot be written.
   """
   path = pathlib.Path(path)
+  if path.exists() and not path.is_file():
+    raise ValueError(
+      f"Expected {str(path)!r} to be a regular file, got one of another kind; name another."
+    )
   monitor = Monitor(path, watch, locks.lock(path))
   if not path.exists() or not path.stat().st_size:
     monitor._write(watch.to_json())

@@ -44,16 +44,12 @@ def read(path: pathlib.Path) -> Any:
   """JSON of a file, without NaN and of a size that a calibration can have.
 
   Raises:
-    ValueError: it is no such JSON, or too large.
+    ValueError: it is no such JSON, too large, or no regular file.
     OSError: it cannot be read.
   """
-  size = path.stat().st_size
-  if size > _MOST_BYTES:
-    raise ValueError(
-      f"Expected `calibration` to be a file of at most {_MOST_BYTES} bytes, got {size}."
-    )
+  content = files.content(path, _MOST_BYTES)
   try:
-    return files.parse_json(path.read_bytes())
+    return files.parse_json(content)
   except ValueError as error:
     raise ValueError(f"Expected `calibration` to be one JSON object, got {error}.") from error
 

@@ -159,7 +159,9 @@ class Served:
     if self._cut:
       cut, last = sum(each.cut for each in self._cut), self._cut[-1]
       longest = max(each.longest for each in self._cut)
-      say(f"Warning: {prompt_batches.CutPrompts(cut, self._done, longest, last.limit)}")
+      part = any(each.part for each in self._cut)
+      said = prompt_batches.CutPrompts(cut, self._done, longest, last.limit, part)
+      say(f"Warning: {said}")
     timing, layers = self._timing, self.predictor.num_layers
     mean = self._layers / self._tokens if self._tokens else float("nan")
     threshold = thresholds.format_threshold(self.threshold)

@@ -12,6 +12,9 @@ from calm.data import vocabulary as vocabulary_lib
 
 # Padded input lengths; every one that occurs is a compiled program.
 INPUT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+# Of a longer text than this, and than so many characters for each token that is kept, only a
+# beginning is tokenised: a line of 60 MB would take gigabytes.
+_LEAST_CUT, _CHARACTERS, _MOST_CHARACTERS = 2**16, 32, 2**22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +40,17 @@ class CutPrompts(UserWarning):
     cut, count: prompts that were cut, of how many.
     longest: tokens of the longest.
     limit: `max_input_length`.
+    part: whether of the longest only a part was tokenised.
   """
 
-  def __init__(self, cut: int, count: int, longest: int, limit: int):
+  def __init__(self, cut: int, count: int, longest: int, limit: int, part: bool = False):
     super().__init__(
       f"{cut} of {count} prompts have more than `max_input_length` = {limit} tokens (the"
-      f" longest has {longest}) and were cut at their end; raise `max_input_length` to read"
-      " them whole."
+      f" longest has {longest}{' or more' if part else ''}) and were cut at their end; raise"
+      " `max_input_length` to read them whole."
     )
     self.cut, self.count, self.longest, self.limit = cut, count, longest, limit
+    self.part = part
 
 
 def tokenize(
@@ -57,15 +62,34 @@ def tokenize(
   eos_id: int,
 ) -> list[list[int]]:
   """Token ids of each prompt, EOS last; prompts that are too long are cut, with a warning."""
-  tokens = [[*vocabulary.encode(prefix + text), eos_id] for text in texts]
-  too_long = sum(len(row) > max_input_length for row in tokens)
+  found = [_beginning(vocabulary, prefix + text, max_input_length) for text in texts]
+  tokens = [[*ids, eos_id] for ids, _ in found]
+  part = any(part for _, part in found)
+  too_long = sum(part or len(ids) >= max_input_length for ids, part in found)
   if too_long:
     longest = max(map(len, tokens))
-    warnings.warn(CutPrompts(too_long, len(tokens), longest, max_input_length), stacklevel=2)
+    cut = CutPrompts(too_long, len(tokens), longest, max_input_length, part)
+    warnings.warn(cut, stacklevel=2)
   return [
     row if len(row) <= max_input_length else [*row[: max_input_length - 1], eos_id]
     for row in tokens
   ]
+
+
+def _beginning(
+  vocabulary: vocabulary_lib.Vocabulary, text: str, limit: int
+) -> tuple[Sequence[int], bool]:
+  """Token ids of a text, or of so much of it as has twice `limit`; and whether it was cut.
+
+  A cut changes the tokens beside it, which are beyond the limit.
+  """
+  size = max(_LEAST_CUT, _CHARACTERS * limit)
+  while size < len(text):
+    ids = vocabulary.encode(text[:size])
+    if len(ids) >= 2 * limit or size >= _MOST_CHARACTERS:
+      return ids, True
+    size *= 4  # blanks, or whatever else becomes few tokens
+  return vocabulary.encode(text), False
 
 
 def bucket_length(length: int, max_input_length: int) -> int:

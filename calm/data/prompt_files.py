@@ -182,6 +182,11 @@ class _Source:
   def _keep(self, stream: BinaryIO) -> None:
     if stream.isatty():
       print("Prompts, one a line; end with Ctrl-D:", file=sys.stderr)
+    elif _is_device(stream):
+      raise ValueError(
+        f"Expected {self.name} to be a file or a pipe, got a device, which need not end; copy"
+        " what it gives to a file."
+      )
     kept = self._kept = tempfile.TemporaryFile()  # noqa: SIM115 (closed with its source)
     weakref.finalize(self, kept.close)
     for piece in _pieces(stream):
@@ -225,10 +230,21 @@ def _pieces(stream: BinaryIO) -> Iterator[bytes]:
     yield piece
 
 
+def _is_device(stream: BinaryIO) -> bool:
+  try:
+    status = os.fstat(stream.fileno())
+  except OSError:  # a stream in memory
+    return False
+  null = os.path.exists(os.devnull) and os.path.samestat(status, os.stat(os.devnull))
+  return stat.S_ISCHR(status.st_mode) and not null
+
+
 def _rows(source: _Source, format: str) -> Iterator[row_formats.Row]:
   with _reading(source), source.open() as file:
     for row in row_formats.READERS[format](file, source.name, source.stem):
       signals.check()
+      if isinstance(file, bounded.Gzip):
+        file.count_row()
       yield row
 
 

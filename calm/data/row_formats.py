@@ -189,9 +189,20 @@ def _table(delimiter: str) -> Callable[[BinaryIO, str, str], Iterator[Row]]:
   def read(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
     # The default limit of a field, 128 KiB, is shorter than documents are.
     csv.field_size_limit(2**31 - 1)
-    rows = csv.reader(
-      (line for _, line in _lines(file, name)), delimiter=delimiter, strict=True
-    )
+    size = 0  # of the lines of a row
+
+    def lines() -> Iterator[str]:
+      nonlocal size
+      for _, line in _lines(file, name):
+        size += len(line)
+        if size > bounded.LONGEST_LINE:
+          raise ValueError(
+            f"Expected {name!r} to hold rows of at most {bounded.LONGEST_LINE} bytes, got a"
+            " longer one; close the quote that it opens."
+          )
+        yield line
+
+    rows = csv.reader(lines(), delimiter=delimiter, strict=True)
     try:
       header = next(rows, None)
       if header is None:
@@ -202,6 +213,7 @@ def _table(delimiter: str) -> Callable[[BinaryIO, str, str], Iterator[Row]]:
           " that repeat."
         )
       for number, cells in enumerate((row for row in rows if row), start=1):
+        size = 0
         row = Row({}, f"{stem}/{number}", f"{name}:{rows.line_num}")
         if len(cells) != len(header):
           raise row.error(

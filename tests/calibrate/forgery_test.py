@@ -267,7 +267,7 @@ def test_files_that_are_no_such_json_are_refused(tmp_path, text):
 def test_a_huge_file_is_not_read(tmp_path, monkeypatch):
   monkeypatch.setattr(verification, "_MOST_BYTES", 10)
   (tmp_path / "c.json").write_text(json.dumps(HONEST))
-  with pytest.raises(ValueError, match="to be a file of at most 10 bytes, got"):
+  with pytest.raises(ValueError, match="to have at most 10 bytes, got"):
     Calibration.load(tmp_path / "c.json")
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from calm.data import prompt_batches, vocabulary
+from tests import toy_vocabulary
 
 BYTES = vocabulary.ByteVocabulary(extra_ids=0)
 
@@ -29,6 +30,45 @@ def test_long_prompts_are_cut_with_a_warning_that_counts():
   assert [len(row) for row in rows] == [8, 8, 8]
   assert rows[1] == [101] * 7 + [1]  # cut at the end, and EOS is still last
   assert rows[0] == [100] * 7 + [1]  # just fits: untouched, not counted
+
+
+def lengths_of(kind, encode, monkeypatch) -> list[int]:
+  """How long the texts are that vocabularies of a kind are given from now on."""
+  found: list[int] = []
+  noting = lambda self, text: found.append(len(text)) or encode(self, text)
+  monkeypatch.setattr(kind, "encode", noting)
+  return found
+
+
+@pytest.mark.parametrize(
+  ("kind", "text"),
+  [
+    *(("bytes", text) for text in ("a few words ", "\u4e00", "\u00e9\n")),
+    *(("pieces", text) for text in ("the lazy dog", "o", "a\n", " " * 999 + "ab ")),
+  ],
+)
+def test_of_a_text_without_end_a_beginning_is_tokenized(text, kind, tmp_path, monkeypatch):
+  made = BYTES
+  if kind == "pieces":
+    made = vocabulary.SentencePieceVocabulary(toy_vocabulary.train(tmp_path / "tiny.model"))
+  whole, limit = text * (2_000_000 // len(text)), 64
+  expected = [[*made.encode(f"p: {whole}")[: limit - 1], 1], [*made.encode("p: b"), 1]]
+  lengths = lengths_of(type(made), type(made).encode, monkeypatch)
+  options = dict(prefix="p: ", max_input_length=limit, eos_id=1)
+  told = r"1 of 2 .* \(the longest has \d+ or more\)"
+  with pytest.warns(prompt_batches.CutPrompts, match=told):
+    rows = prompt_batches.tokenize([whole, "b"], made, **options)
+  assert rows == expected and max(lengths) < 300_000
+
+
+def test_a_long_text_of_few_tokens_is_read_whole(monkeypatch):
+  words = lambda self, text: [5] * len(text.split())
+  lengths = lengths_of(vocabulary.ByteVocabulary, words, monkeypatch)
+  assert tokenize([" " * 10**6 + "a b"]) == [[5, 5, 1]]
+  assert max(lengths) == 10**6 + 3
+  with pytest.warns(prompt_batches.CutPrompts, match=r"has 1 or more"):
+    assert tokenize([" " * 10**7 + "a b"]) == [[1]]
+  assert max(lengths) < 2**23
 
 
 def test_prompts_that_fit_raise_no_warning():

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 
+import numpy as np
 import pytest
 
 from calm.calibrate import Prompt
@@ -281,6 +282,16 @@ def test_keys_are_the_same_in_every_row(tmp_path):
     ("a.txt.gz", gzip.compress(b"a\n" * 2**19, mtime=0), r"unpack to at most 200 times"),
     ("a.json.gz", gzip.compress(b'["' + b"a" * 2**20, mtime=0), r"unpack to at most 200"),
     ("a.csv.gz", gzip.compress(b"input\n" + b"a\n" * 2**19, mtime=0), r"unpack to at most"),
+    ("a.txt.gz", gzip.compress(b"\n" * 2**15, mtime=0), r"unpack to at most"),
+    ("a.jsonl.gz", gzip.compress(b"\n" * 2**15, mtime=0), r"unpack to at most"),
+    ("a.json.gz", gzip.compress(b"[" + b'"",' * 2**13, mtime=0), r"unpack to at most"),
+    ("a.csv.gz", gzip.compress(b'input\n"' + b"\n" * 2**15, mtime=0), r"unpack to at most"),
+    ("a.csv", b'input\n"' + b"a\n" * 2**18, r"rows of at most 262144 bytes, got a longer"),
+    (
+      "a.tsv",
+      b'input\nb\n"' + b"a\n" * 2**18,
+      r"a\.tsv.* to hold rows of at most 262144 bytes",
+    ),
     ("a.txt", b"a" * 300_000, r"lines of at most 262144 bytes"),
     ("a.json", b'["' + b"a" * 600_000, r"element 1: expected whole JSON"),
   ],
@@ -290,6 +301,32 @@ def test_damage_is_named_with_its_line(tmp_path, monkeypatch, name, content, mes
   monkeypatch.setattr(bounded, "LONGEST_LINE", 2**18)
   with pytest.raises(ValueError, match=message):
     prompt_files.open_prompts(write(tmp_path, name, content))
+
+
+def test_many_short_rows_are_no_fault(tmp_path, monkeypatch):
+  monkeypatch.setattr(bounded, "UNPACKED", 2**16)
+  random = np.random.default_rng(0)
+  texts = [random.bytes(6).hex() for _ in range(5000)]
+  for name, content in (
+    ("a.txt.gz", "\n".join(texts)),
+    ("a.csv.gz", "input\n" + "\n".join(texts)),
+    ("a.json.gz", json.dumps(texts)),
+    ("b.csv.gz", "input\n" + "\n".join(f'"{text}\n{text}"' for text in texts)),
+  ):
+    path = write(tmp_path, name, gzip.compress(content.encode()))
+    assert len(prompt_files.open_prompts(path)) == 5000
+
+
+def test_a_device_without_an_end_is_not_kept_on_the_disk(monkeypatch):
+  monkeypatch.setattr(prompt_files, "_pieces", lambda stream: pytest.fail("kept"))
+  with pytest.raises(
+    ValueError, match=r"Expected .*/dev/zero.* a file or a pipe, got a device"
+  ):
+    prompt_files.open_prompts("/dev/zero")
+  with open("/dev/zero") as zeros:
+    monkeypatch.setattr(sys, "stdin", zeros)
+    with pytest.raises(ValueError, match=r"Expected standard input to be .*, got a device"):
+      prompt_files.open_prompts("-")
 
 
 def test_what_is_no_file(tmp_path):

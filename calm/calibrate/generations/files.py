@@ -34,7 +34,7 @@ _LONGEST_NAME = 120
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 # What a number must hold to be beyond float64.
 _HUGE = re.compile(r"[0-9][eE]\+?[0-9]{3}|[0-9]{309}")
-_BINARY = getattr(os, "O_BINARY", 0)
+_BINARY, _NO_WAIT = getattr(os, "O_BINARY", 0), getattr(os, "O_NONBLOCK", 0)
 # What is read at once may have so many bytes: the names of some millions of prompts.
 MOST_BYTES = 2**28
 
@@ -82,7 +82,7 @@ def append(path: str | pathlib.Path, content: bytes) -> None:
   Raises:
     OSError: it cannot be written; the message says how much is kept.
   """
-  flags = os.O_WRONLY | os.O_APPEND | _BINARY
+  flags = os.O_WRONLY | os.O_APPEND | _BINARY | _NO_WAIT  # no pipe is waited for
   with _explaining(path):
     try:
       descriptor = os.open(path, flags)
@@ -186,6 +186,24 @@ def sweep(directory: pathlib.Path) -> list[str]:
   return sorted(removed)
 
 
+@contextlib.contextmanager
+def opened(path: str | pathlib.Path) -> Iterator[BinaryIO]:
+  """A regular file to read from: pipes may be waited for, and devices need not end.
+
+  Raises:
+    ValueError: it is of another kind.
+    OSError: it cannot be read.
+  """
+  # A pipe that nobody writes to would be waited for here.
+  with open(os.open(path, os.O_RDONLY | _BINARY | _NO_WAIT), "rb") as file:
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+      raise ValueError(
+        f"Expected {str(path)!r} to be a regular file, got one of another kind; copy what it"
+        " gives to a file."
+      )
+    yield file
+
+
 def content(path: str | pathlib.Path, most: int = MOST_BYTES) -> bytes:
   """What a file holds, for files that are read at once.
 
@@ -193,17 +211,11 @@ def content(path: str | pathlib.Path, most: int = MOST_BYTES) -> bytes:
     ValueError: it has more than `most` bytes, or is no file that ends.
     OSError: it cannot be read.
   """
-  # A pipe that nobody writes to would be waited for.
-  with open(os.open(path, os.O_RDONLY | _BINARY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-    status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode):
-      raise ValueError(
-        f"Expected {str(path)!r} to be a regular file, got one of another kind; copy what it"
-        " gives to a file."
-      )
+  with opened(path) as file:
+    size = os.fstat(file.fileno()).st_size
     # `read(most)` would make room for as much.
-    found = file.read() if status.st_size <= most else b""
-  if status.st_size > most or len(found) > most:
+    found = file.read() if size <= most else b""
+  if size > most or len(found) > most:
     raise ValueError(
       f"Expected {str(path)!r} to have at most {most} bytes, got more; it is a file of another"
       " kind, or made to fill the memory."
@@ -243,8 +255,8 @@ def _finite(digits: str) -> float:
 
 
 def checksum(path: str | pathlib.Path) -> str:
-  """SHA-256 (hexadecimal) of a file."""
-  with open(path, "rb") as file:
+  """SHA-256 (hexadecimal) of a regular file."""
+  with opened(path) as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -47,7 +47,7 @@ def read_predictions(
       by T5X with another threshold, or an id occurs twice; the message names file and line.
   """
   prompts, records = {}, []
-  for line in records_lib.read_lines(path):
+  for line in records_lib.read_lines(path, pipes=True):
     if isinstance(decodes := line.value.get("prediction"), list):
       one = "decode with `return_all_decodes = False`, which keeps the best"
       raise line.error(_several(len(decodes), one))

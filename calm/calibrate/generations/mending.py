@@ -56,8 +56,8 @@ def _write(path: pathlib.Path, without: set[str]) -> None:
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[bytes, Record | None, object]]:
   """(line, its record if it is one, its mark)."""
-  with open(path, "rb") as file:
-    for line in file:
+  with files.opened(path) as file:
+    for line in iter(lambda: file.readline(records_lib.LONGEST_LINE + 1), b""):
       raw = line.removesuffix(b"\n")
       value, _ = records_lib.parse_line(raw) if raw.strip() else (None, "")
       try:

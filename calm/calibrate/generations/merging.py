@@ -259,8 +259,9 @@ def _refuse_other_prompts(
   else:  # a merging that was stopped has left them as they are
     same = True
     if path.exists():
-      with open(path, "rb") as file:
-        pairs = itertools.zip_longest(file, _lines(found, cached.PROMPTS, offsets))
+      with files.opened(path) as file:
+        theirs = iter(lambda: file.readline(records_lib.LONGEST_LINE + 1), b"")
+        pairs = itertools.zip_longest(theirs, _lines(found, cached.PROMPTS, offsets))
         same = all(there == ours for there, ours in pairs)
   if not same:
     raise GenerationsError(

@@ -204,8 +204,12 @@ class Line:
     return GenerationsError(f"{self.path}:{self.number}: {message}")
 
 
-def read_lines(path: str | pathlib.Path) -> Iterator[Line]:
+def read_lines(path: str | pathlib.Path, *, pipes: bool = False) -> Iterator[Line]:
   """Reads a JSON Lines file of objects; blank lines are skipped.
+
+  Args:
+    path: the file.
+    pipes: whether it may be a pipe or a device, whose lines are waited for.
 
   Raises:
     GenerationsError: the file is missing or unreadable, a line is no UTF-8 or no JSON object,
@@ -214,7 +218,7 @@ def read_lines(path: str | pathlib.Path) -> Iterator[Line]:
   path = pathlib.Path(path)
   offset = following = 0
   try:
-    with open(path, "rb") as file:
+    with open(path, "rb") if pipes else files.opened(path) as file:
       for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
         signals.check()
         if len(line) > LONGEST_LINE:

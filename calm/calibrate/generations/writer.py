@@ -220,7 +220,7 @@ def open_writer(
 
 def _write_prompts(path: pathlib.Path, text: str) -> None:
   """Writes the prompts of a new run; what a stopped start has left is the same."""
-  if path.exists() and path.read_bytes() != text.encode("utf-8"):
+  if path.exists() and not _holds(path, text):
     raise GenerationsError(
       f"{path}: expected a folder without a file of that name, or that of this run, got another"
       " one, which would be replaced; choose another folder."
@@ -248,11 +248,17 @@ def _check_same_run(directory: pathlib.Path, manifest: dict[str, Any], prompts: 
         f"{path}: expected `{name}` to be {_short(there.get(name))}, got"
         f" {_short(manifest[name])}; {way_out}"
       )
-  if (directory / cached.PROMPTS).read_text("utf-8") != prompts:
+  if not _holds(directory / cached.PROMPTS, prompts):
     raise GenerationsError(
       f"{directory / cached.PROMPTS}: expected the texts of the run that is there, got"
       f" others; {way_out}"
     )
+
+
+def _holds(path: pathlib.Path, text: str) -> bool:
+  """Whether a file holds this text, whatever else it may be."""
+  content = text.encode("utf-8")
+  return path.stat().st_size == len(content) and files.content(path, len(content)) == content
 
 
 def _short(value: Any) -> str:

@@ -136,7 +136,7 @@ def read_references(path: str | pathlib.Path) -> dict[str, tuple[str, ...]]:
     GenerationsError: a line is none, or an id occurs twice; the message names file and line.
   """
   found: dict[str, tuple[str, ...]] = {}
-  for line in records.read_lines(path):
+  for line in records.read_lines(path, pipes=True):
     name, value = line.value.get("id"), line.value.get("targets", line.value.get("references"))
     texts = [value] if isinstance(value, str) else value
     if not isinstance(name, str) or name in found or not isinstance(texts, list):
@@ -167,7 +167,7 @@ def _answers(path: pathlib.Path) -> dict[str, dict[str, Any]]:
   known = {field.name for field in dataclasses.fields(Question)} | {"targets", "references"}
   try:
     answered = {name for name, texts in read_references(path).items() if texts}
-    lines = list(records.read_lines(path))
+    lines = list(records.read_lines(path, pipes=True))
     odd = next((line for line in lines if set(line.value) - known), None)
     if odd is not None:
       raise odd.error(f"expected {sorted(known)}, got {sorted(odd.value)}; leave the rest out")

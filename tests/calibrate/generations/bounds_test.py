@@ -4,8 +4,9 @@ import os
 
 import pytest
 
-from calm.calibrate import audit
-from calm.calibrate.generations import files, records
+from calm.calibrate import audit, generations
+from calm.calibrate.generations import files, mending, records
+from tests import hostile_documents as documents
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
@@ -13,6 +14,31 @@ def test_a_pipe_is_not_waited_for(tmp_path):
   os.mkfifo(tmp_path / "pipe")
   with pytest.raises(ValueError, match="regular file, got one of another kind"):
     files.content(tmp_path / "pipe")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("kind", ["pipe", "null", "zero"])
+def test_a_folder_of_generations_holds_regular_files(tmp_path, kind):
+  folder = documents.cache(tmp_path / "cache")
+  watch = tmp_path / "monitor.jsonl"
+  for path, read in (
+    (folder / "threshold_0.5.jsonl", lambda: generations.load(folder)),
+    (
+      folder / "threshold_0.5.jsonl",
+      lambda: mending.mend(folder / "threshold_0.5.jsonl", None),
+    ),
+    (folder / "prompts.jsonl", lambda: generations.load(folder)),
+    (folder / "prompts.jsonl", lambda: files.checksum(folder / "prompts.jsonl")),
+    (watch, lambda: audit.open_monitor(watch, audit.Watch(**documents.WATCH))),
+  ):
+    kept = path.read_bytes() if path.exists() else b""
+    path.unlink(missing_ok=True)
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to(f"/dev/{kind}")
+    with pytest.raises(ValueError, match=rf"{path.name}.* (regular|expected a) file"):
+      read()
+    path.unlink()
+    path.write_bytes(kept)
+  generations.load(folder)
 
 
 def test_a_file_is_read_up_to_a_size(tmp_path):
