@@ -35,6 +35,7 @@ from calm.fitting.listening import Listener, on_screen
 from calm.fitting.options import FitOptions
 from calm.fitting.result import Point, Result, Trained
 from calm.inference import calibrating, grid
+from calm.inference import options as options_lib
 from calm.paper.bench import decode, results
 
 READ = "Choose how weights are read"
@@ -299,12 +300,17 @@ class Fit:
     return predictor, result, served
 
   def _untouched(self, predictor: inference.Predictor) -> inference.Predictor:
-    """The model that is given, under limits that cut no text which it writes without a fit, its
-    weights read as is fastest."""
+    """The model that is given, its weights read as is fastest.
+
+    Its lengths are those that its folder states, so that its texts are the same; where it
+    states none, the larger of the defaults and the rows'.
+    """
+    stated = options_lib.stored_options(training.folder_of(self.model))
     limits = {
       name: max(getattr(model.options, name) for model in (self.own, self.source))
       for name in ("max_input_length", "max_decode_length")
     }
+    limits |= {name: stated[name] for name in limits if name in stated}
     read = {option: getattr(predictor.options, option) for option in reading.WAYS}
     return self.source.with_options(**limits, **read)
 

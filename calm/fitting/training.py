@@ -30,7 +30,8 @@ def _title(name: str) -> str:
   return f"Train stage {name}"
 
 
-def _initial(model: str) -> pathlib.Path:
+def folder_of(model: str) -> pathlib.Path:
+  """Where a model lies that is given as a folder or as 'packed'."""
   return inference.PACKED if model == "packed" else pathlib.Path(model)
 
 
@@ -52,7 +53,7 @@ def time_stages(
   timed: dict[str, pilot.Timed] = {}
   for name in options.trains:
     say(f"A step of stage {name} is compiled and timed, to see what the budget has room for.")
-    stage = stages.Stage(name, _initial(model), source, splits, nowhere, nowhere, options)
+    stage = stages.Stage(name, folder_of(model), source, splits, nowhere, nowhere, options)
     timed[name] = stage.measure(silent)
     least[name] = stage.least_budget(timed[name])
   short = max(least, key=lambda name: least[name], default=None)
@@ -100,7 +101,7 @@ class Training:
       step: (title) -> progress of what begins.
       say: told of what was done.
     """
-    initial = _initial(self.model)
+    initial = folder_of(self.model)
     predictor, splits, done = self.source, self.splits, []
     rows_folder = self.folder.path / "splits"
     for name in self.options.trains:
