@@ -352,12 +352,13 @@ def sentences(calibration: Calibration) -> list[str]:
   # A sequential run may stop before it has used them all.
   most = "at most " if calibration.sequential else ""
   told = [
-    f"With probability at least {1.0 - calibration.error_rate:.10g} over the draw of the"
-    f" {most}{calibration.num_examples} calibration {calibration.unit}, decoding with"
+    f"With probability at least {1.0 - calibration.error_rate:.10g} over independent draws of"
+    f" the {most}{calibration.num_examples} calibration {calibration.unit}, decoding with"
     f" {_served(calibration)} has{over} {promise.statement(calibration, loss)}.",
     promise.limits(calibration.unit),
-    "It holds if grid, method, tolerance and error rate were fixed before these losses were"
-    " seen.",
+    f"It holds if these {calibration.unit} and those that are served are independent draws of"
+    " one kind, and if grid, method, tolerance and error rate were fixed before these losses"
+    " were seen.",
   ]
   if calibration.clusters:
     told.append(

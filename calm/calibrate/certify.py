@@ -293,6 +293,7 @@ def _check_rates(tolerance: float, error_rate: float) -> None:
         f"Expected `{name}` to be in (0, 1), got {value!r}; `tolerance` (delta) bounds the"
         " expected loss, `error_rate` (epsilon) the probability that the bound fails."
       )
+  checks.warn_of_error_rate(error_rate)
 
 
 def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
@@ -363,6 +364,8 @@ def _faults(losses: SequenceLosses) -> list[str]:
     row = int(np.argmax(bad))
     name = "" if losses.ids is None else f" (id {losses.ids[row]!r:.200})"
     wanted = "0 or 1" if losses.support.binary else f"in the declared range [{low}, {high}]"
+    if np.isnan(column[row]):
+      wanted += f" (a failure counts as {high:g}; prompts that are left out bias the mean)"
     faults.append(
       f"the loss of row {row}{name} is {float(column[row])!r} and must be {wanted}"
       if bad.any()

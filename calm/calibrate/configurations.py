@@ -144,6 +144,7 @@ def _check(families, costs: Mapping[str, npt.ArrayLike], error_rate: float) -> S
     )
   if not 0.0 < error_rate < 1.0:
     raise ValueError(f"Expected `error_rate` to be in (0, 1), got {error_rate!r}.")
+  checks.warn_of_error_rate(error_rate)
   first = _of(families)[0].losses
   wanted = [(risk.called, risk.tolerance) for risk in _of(families)]
   for name, several in families.items():

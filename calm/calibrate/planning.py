@@ -19,13 +19,14 @@ _MORE = "give more, or allow a larger loss or error rate"
 def min_calibration_size(
   tolerance: float, error_rate: float, *, lower: float = 0.0, upper: float = 1.0
 ) -> int:
-  """The fewest prompts with which any valid method can certify anything.
+  """The fewest prompts with which a valid method that draws nothing can certify anything.
 
       n >= log(error_rate) / log((upper - tolerance) / (upper - lower))
 
   With fewer, losses that are `lower` on every prompt are still too likely under a true risk
   above tolerance: of the losses in [lower, upper] with mean `tolerance`, the one that takes
-  only the two ends is `lower` n times with that share to the n.
+  only the two ends is `lower` n times with that share to the n. Methods that add a random draw
+  of their own can do with fewer; none here does.
 
   Args:
     tolerance: in (lower, upper).
@@ -65,7 +66,8 @@ def method_size(
 ) -> int | None:
   """The fewest prompts with which one method certifies losses that are the lowest throughout.
 
-  `min_calibration_size` is what no valid method can do without; a method may need more
+  `min_calibration_size` is what no valid method without a random draw of its own can do
+  without; a method may need more
   (betting stops short of the largest bet, so that one loss of 1 does not ruin it).
 
   Args:
@@ -159,7 +161,7 @@ def refusal(
     error_rate: epsilon.
     lower: declared lower bound of losses, where no `support` is given.
     support: declared range of losses.
-    method: as for `calibrate`; None asks what no valid method can do without.
+    method: as for `calibrate`; None asks for `min_calibration_size`.
     share: of the error rate at which the first hypothesis is tested.
     unit: what is counted: prompts, or clusters of them.
 

@@ -25,7 +25,7 @@ from calm.calibrate.evidence import betting, bounds, strategies
 from calm.calibrate.generations import order
 from calm.calibrate.generations.cached import Generations
 from calm.calibrate.generations.procedures import Procedure, Provenance
-from calm.calibrate.losses import sequence_losses
+from calm.calibrate.losses import checks, sequence_losses
 from calm.calibrate.losses.sequence_losses import Support
 
 # Losses leave their range by rounding at most so far.
@@ -91,6 +91,7 @@ class SequentialCalibration:
     if clusters:  # means of several 0-or-1 losses are not 0 or 1
       self.support = Support(self.support.lower, self.support.upper)
     betting.check_levels(tolerance, error_rate, self.support.upper)
+    checks.warn_of_error_rate(error_rate)
     whole = isinstance(planned_size, numbers.Integral) and not isinstance(planned_size, bool)
     if tolerance <= 0.0 or not whole or planned_size < 1:
       raise ValueError(

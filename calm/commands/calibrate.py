@@ -31,6 +31,7 @@ from calm.calibrate import (
   sequential,
   showing,
   thresholds,
+  verification,
 )
 from calm.calibrate.evidence import methods, multiple_testing
 from calm.calibrate.generations import foreign
@@ -245,6 +246,13 @@ def _verify(arguments, console, cached: generations.Generations) -> int:
   if drawn := again.seed != told.seed:
     again = _make(arguments, console, cached, told.seed)
   differ = verifying.differences(told, again)
+  sentence = verification.read(pathlib.Path(arguments.verify))["guarantee"]
+  if not differ and sentence != told.guarantee:
+    raise ValueError(
+      f"Expected `guarantee` of {arguments.verify} to be the sentence of its numbers,"
+      f" {told.guarantee!r}, got {sentence!r}: it was worded by another version, or edited;"
+      " calibrate again."
+    )
   if differ:
     raise ValueError(
       f"Expected {arguments.verify} to be what these outputs give, got other fields"

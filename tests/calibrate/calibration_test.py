@@ -15,6 +15,8 @@ from calm.calibrate import (
   Support,
   calibrate,
   calibration,
+  promises,
+  sequential,
 )
 from calm.calibrate.evidence import methods, multiple_testing, p_values
 from calm.calibrate.generations import order
@@ -224,11 +226,12 @@ def test_guarantee_says_what_it_says_and_what_not():
     sample(kind="textual", metric="rouge_l", procedure=laws.procedure()), **RATES
   )
   assert found.guarantee == (
-    "With probability at least 0.95 over the draw of the 300 calibration prompts, decoding with"
-    f" threshold {found.threshold} has an expected dissimilarity to the full model, 1 - rouge_l"
-    " between both outputs, of at most 0.1. This is a mean over prompts drawn like those: it"
-    " says nothing of any single prompt, nor of prompts of another kind. It holds if grid,"
-    " method, tolerance and error rate were fixed before these losses were seen."
+    "With probability at least 0.95 over independent draws of the 300 calibration prompts,"
+    f" decoding with threshold {found.threshold} has an expected dissimilarity to the full"
+    " model, 1 - rouge_l between both outputs, of at most 0.1. This is a mean over prompts"
+    " drawn like those: it says nothing of any single prompt, nor of prompts of another kind."
+    " It holds if these prompts and those that are served are independent draws of one kind,"
+    " and if grid, method, tolerance and error rate were fixed before these losses were seen."
   )
   for kind, words in (
     ("risk_signed", "over the full model of at most"),
@@ -236,6 +239,37 @@ def test_guarantee_says_what_it_says_and_what_not():
   ):
     assert words in calibrate(sample(kind=kind), **RATES).guarantee
   assert "the user answers" in calibrate(sample(), **RATES).guarantee
+
+
+@pytest.mark.parametrize(
+  "promise", [promises.Mean(), promises.Quantile(0.5), promises.TailMean()]
+)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_every_sentence_says_that_prompts_are_independent_draws(promise, grouped):
+  groups = [f"g{row // 2}" for row in range(300)] if grouped else None
+  found = calibrate(sample(), tolerance=0.3, error_rate=0.05, promise=promise, groups=groups)
+  assert found.certified and "over independent draws of the" in found.promised
+  assert "those that are served are independent draws of one kind" in found.guarantee
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_error_rate_above_a_half_is_warned_of():
+  with pytest.warns(UserWarning, match="holds with probability 0.95, give 0.05"):
+    calibrate(sample(), tolerance=0.1, error_rate=0.95)
+  with pytest.warns(UserWarning, match="holds with probability 0.95, give 0.05"):
+    sequential.SequentialCalibration([0.5], 50, tolerance=0.1, error_rate=0.95)
+
+
+def test_no_message_teaches_to_leave_prompts_out():
+  masked = np.ma.masked_array(np.zeros((40, 4)), np.eye(40, 4))
+  with pytest.raises(ValueError, match="a failure counts as the largest") as told:
+    calibrate(masked, GRID, **RATES)
+  with pytest.raises(ValueError, match="to name the cluster of every row") as named:
+    calibrate(np.zeros((2, 4)), GRID, **RATES, groups=["a", None])
+  assert "leave" not in f"{told.value} {named.value}"
+  values = np.zeros((40, 4))
+  values[3] = np.nan
+  assert "a failure counts as 1" in calibrate(values, GRID, **RATES).reason
 
 
 def test_another_procedure_is_refused_by_field():

@@ -8,7 +8,13 @@ import sys
 import numpy as np
 import pytest
 
-from calm.calibrate import Calibration, generations, promises, textual_losses
+from calm.calibrate import (
+  Calibration,
+  generations,
+  promises,
+  textual_losses,
+  verification,
+)
 from calm.calibrate import calibrate as certify
 from calm.calibrate.generations import foreign
 from calm.commands import calibrate, cli, infer
@@ -367,6 +373,17 @@ def test_configurations_count_groups_too(tmp_path):
   found = Calibration.load(output)
   assert not found.clusters and found.num_examples == 200
   assert "the caller took each for an independent draw" in found.guarantee
+
+
+def test_verifying_holds_the_sentence_too(tmp_path, capsys):
+  arguments = outputs(tmp_path)
+  assert cli.main(["calibrate", *arguments]) == 0
+  path = tmp_path / "calibration.json"
+  value = json.loads(path.read_text())
+  value["guarantee"] = value["guarantee"].replace("0.95", "0.99")
+  path.write_text(json.dumps({**value, "digest": verification.digest(value)}))
+  assert cli.main(["calibrate", *arguments, f"--verify={path}"]) == 2
+  assert "to be the sentence of its numbers" in " ".join(capsys.readouterr().err.split())
 
 
 def test_equal_calls_answer_equally_and_a_drawn_order_is_verified_by_its_seed(tmp_path, capsys):

@@ -12,6 +12,7 @@ moment loses at most the record it was writing.
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -192,8 +193,9 @@ def load(
       f"{directory / PROMPTS}: expected the ids of {MANIFEST}, got some that are in one"
       f" only: {odd}; restore the file, or generate again."
     )
-  procedure = manifest_procedure(manifest)
+  procedure, provenance = manifest_procedure(manifest), _provenance(manifest)
   grid = thresholds_lib.validate_grid(manifest["thresholds"])
+  _check_story(directory / MANIFEST, manifest, provenance)
   sequential = bool(manifest.get("sequential", False))
   columns = [
     _read_threshold(directory, threshold, ids, procedure, sequential, in_memory)
@@ -208,10 +210,33 @@ def load(
     records=tuple(columns[1:]),
     full=columns[0],
     procedure=procedure,
-    provenance=_provenance(manifest),
+    provenance=provenance,
     sequential=sequential,
     by_group=bool(manifest.get("by_group", False)),
   )
+
+
+def _check_story(path: pathlib.Path, manifest: Mapping[str, Any], told: Provenance) -> None:
+  """What a manifest says of a run, against its provenance, as far as that tells.
+
+  Raises:
+    GenerationsError: they differ: a threshold or prompts were dropped after the run, or it was
+      made one that stopped early.
+  """
+  notes, kept = told.notes or {}, ("sequential", "by_group")
+  pairs = {
+    "thresholds": (manifest["thresholds"], None if told.grid is None else list(told.grid)),
+    "prompt_ids": (len(manifest["prompt_ids"]), told.num_examples),
+  }
+  pairs = {name: pair for name, pair in pairs.items() if pair[1] is not None}
+  if any(name in notes for name in kept):  # those of earlier versions have neither
+    pairs |= {name: (manifest.get(name, False), notes.get(name)) for name in kept}
+  for name, (there, expected) in pairs.items():
+    if there != expected or type(there) is not type(expected):
+      raise GenerationsError(
+        f"{path}: expected `{name}` as `provenance` tells of the run ({expected!r:.100}), got"
+        f" {there!r:.100}; restore the file, or generate again."
+      )
 
 
 def _check_listed(
@@ -316,6 +341,7 @@ def _records(
 ) -> Iterator[tuple[records_lib.Line, Record]]:
   mark = procedure_mark(procedure)
   found: set[str] = set()
+  path = pathlib.Path(path)
   for line in records_lib.read_lines(path):
     try:
       record = Record.from_json(line.value)
@@ -335,8 +361,22 @@ def _records(
         f" {line.value.get('procedure')!r}, so outputs of two procedures are mixed; generate"
         " again."
       )
+    level = line.value.get("threshold")  # files of earlier versions do not have it
+    if level is not None and path.name != threshold_file(_level(level)):
+      raise line.error(
+        f"expected records of the threshold that the file is named by, got one of {level!r}:"
+        " files were swapped; restore them, or generate again."
+      )
     found.add(record.id)
     yield line, record
+
+
+def _level(value: Any) -> float:
+  """A threshold as a record names it; NaN where it is none."""
+  try:
+    return thresholds_lib.parse_threshold(value)
+  except (TypeError, ValueError):
+    return math.nan
 
 
 def _read_threshold(

@@ -1,5 +1,6 @@
 """Writes cached generations so that a run can be killed at any moment and go on later."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -90,12 +91,9 @@ class Writer:
         f" ids {odd[:5]}, ids already there {twice[:5]}."
       )
     mark = cached.procedure_mark(self._procedure)
-    lines = [
-      records_lib.dump_line(
-        record.to_json() if mark is None else {**record.to_json(), "procedure": mark}
-      )
-      for record in records
-    ]
+    marks = {"threshold": thresholds_lib.threshold_to_json(threshold)}
+    marks |= {} if mark is None else {"procedure": mark}
+    lines = [records_lib.dump_line({**record.to_json(), **marks}) for record in records]
     path = self.directory / cached.threshold_file(threshold)
     begin = path.stat().st_size if path.exists() else 0
     files.append(path, b"".join(encoded := [line.encode("utf-8") for line in lines]))
@@ -178,11 +176,20 @@ def open_writer(
   records_lib.check_unique(prompts)
   if by_group:
     order.consecutive_units(len(prompts), order.prompt_clusters(prompts))
+  grid = thresholds_lib.validate_grid(thresholds).tolist()
+  story = provenance or Provenance()
+  kept = {"sequential": sequential, "by_group": by_group}  # held against the manifest's
+  story = dataclasses.replace(
+    story,
+    grid=story.grid or tuple(grid),
+    num_examples=len(prompts),
+    notes={**(story.notes or {}), **kept},
+  )
   manifest = {
     "schema_version": cached.SCHEMA_VERSION,
     "procedure": None if procedure is None else procedure.to_json(),
-    "provenance": (provenance or Provenance()).to_json(),
-    "thresholds": thresholds_lib.validate_grid(thresholds).tolist(),
+    "provenance": story.to_json(),
+    "thresholds": grid,
     "prompt_ids": [prompt.id for prompt in prompts],
     "sequential": sequential,
     "by_group": by_group,

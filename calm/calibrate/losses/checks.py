@@ -27,8 +27,8 @@ def as_numbers(values: Any, name: str) -> np.ndarray:
   """
   if np.ma.isMaskedArray(values):
     raise ValueError(
-      f"Expected `{name}` without a mask, got a masked array; leave out the masked prompts, or"
-      " give each a loss."
+      f"Expected `{name}` without a mask, got a masked array; give each prompt a loss (a"
+      " failure counts as the largest, 1): a mean without the failures promises too much."
     )
   try:
     array = np.asarray(values)
@@ -88,9 +88,19 @@ def check_groups(groups: Sequence[Any], count: int) -> tuple[str, ...]:
     raise ValueError(
       f"Expected `groups` to name the cluster of every row, got {groups[bare[0]]!r} at row"
       f" {bare[0]} and {len(bare)} rows without a name; give each a cluster (its own id if it"
-      " has none), or leave these prompts out: together they would pass for one cluster."
+      " has none): together they would pass for one cluster."
     )
   return tuple(str(group) for group in groups)
+
+
+def warn_of_error_rate(error_rate: float) -> None:
+  """Warns of an error rate above 0.5, which is most likely meant as its complement."""
+  if error_rate > 0.5:
+    warnings.warn(
+      f"`error_rate` {error_rate:g} lets the promise fail with probability {error_rate:g}: for"
+      f" one that holds with probability {error_rate:g}, give {1.0 - error_rate:.4g}.",
+      stacklevel=4,
+    )
 
 
 def is_line(value: Any, longest: int = LONGEST_NAME) -> bool:

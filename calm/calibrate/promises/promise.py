@@ -175,8 +175,8 @@ def names_of(labels: Sequence[Any]) -> tuple[str, ...]:
   odd = [label for label in labels if not isinstance(label, str) or not label]
   if odd:
     raise ValueError(
-      f"Expected `labels` to be texts, got {odd[0]!r}; leave such prompts out, or give them a"
-      " label."
+      f"Expected `labels` to be texts, got {odd[0]!r}; give such prompts a label of their own"
+      " ('other'): without them the promise would be of other prompts."
     )
   return tuple(sorted({str(label) for label in labels}))
 

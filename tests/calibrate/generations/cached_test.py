@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from calm.calibrate import NEVER_EXIT, generations
-from calm.calibrate.generations import files
+from calm.calibrate.generations import cached, files
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 from tests.calibrate import laws
@@ -207,3 +207,58 @@ def test_a_manifest_of_other_types_is_refused_by_the_field(tmp_path, change, mes
     files.write_atomically(tmp_path / "manifest.json", json.dumps(manifest))
     with pytest.raises(GenerationsError, match=f"expected `{name}` to be .*, got none"):
       generations.load(tmp_path)
+
+
+def sealed(directory):
+  """New checksums for what stands there, as somebody who edits files would write them."""
+  path = directory / cached.MANIFEST
+  manifest = json.loads(path.read_text())
+  names = manifest["checksums"]
+  manifest["checksums"] = {name: files.checksum(directory / name) for name in names}
+  path.write_text(json.dumps(manifest))
+
+
+def test_files_of_two_thresholds_that_were_swapped_are_refused(tmp_path):
+  write(tmp_path).finish()
+  names = [cached.threshold_file(threshold) for threshold in GRID[:2]]
+  texts = [(tmp_path / name).read_text() for name in names]
+  for name, text in zip(names, reversed(texts), strict=True):
+    (tmp_path / name).write_text(text)
+  sealed(tmp_path)
+  with pytest.raises(GenerationsError, match=r"jsonl:1: expected records of the threshold"):
+    cached.load(tmp_path)
+
+
+def test_a_folder_of_an_earlier_version_is_read(tmp_path):
+  """Its records do not name their threshold, nor its provenance how the run went."""
+  write(tmp_path).finish()
+  now = cached.load(tmp_path)
+  for threshold in (NEVER_EXIT, *GRID):
+    path = tmp_path / cached.threshold_file(threshold)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(line.pop("threshold") is not None for line in lines)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  manifest = json.loads((tmp_path / cached.MANIFEST).read_text())
+  manifest["provenance"] = {}
+  (tmp_path / cached.MANIFEST).write_text(json.dumps(manifest))
+  sealed(tmp_path)
+  then = cached.load(tmp_path)
+  assert then.records == now.records and then.full == now.full and then.ids == now.ids
+
+
+@pytest.mark.parametrize("name", ["thresholds", "sequential", "by_group", "prompt_ids"])
+def test_a_manifest_is_held_against_the_story_of_its_run(tmp_path, name):
+  write(tmp_path).finish()
+  path = tmp_path / cached.MANIFEST
+  manifest = json.loads(path.read_text())
+  if name == "prompt_ids":  # the last prompt is dropped, everywhere
+    gone = manifest[name].pop()
+    for file in tmp_path.glob("*.jsonl"):
+      lines = file.read_text().splitlines(True)
+      file.write_text("".join(one for one in lines if json.loads(one)["id"] != gone))
+  else:
+    manifest[name] = manifest[name][1:] if name == "thresholds" else True
+  path.write_text(json.dumps(manifest))
+  sealed(tmp_path)
+  with pytest.raises(GenerationsError, match=f"expected `{name}` as `provenance` tells"):
+    cached.load(tmp_path)
