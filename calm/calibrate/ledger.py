@@ -117,6 +117,7 @@ def record(
   )
   path, own = folder / LEDGER, []
   if path.exists():
+    next(_read(path), None)  # what is mended must be a ledger
     records_lib.drop_partial_line(path)
     own = list(_read(path))
   earlier = [*_beside(folder), *own]

@@ -1,6 +1,7 @@
 """The ledger of calibrations: what was asked of the same prompts, and what that costs."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -81,6 +82,18 @@ def test_damage_is_named_here_and_passed_over_beside(tmp_path, text):
     ledger.record(tmp_path / "a", QUESTION, ROWS, 0.05)
   (tmp_path / "b").mkdir()
   assert ledger.record(tmp_path / "b", QUESTION, ROWS, 0.05) == ""
+
+
+def test_nothing_but_a_ledger_is_mended_or_waited_for(tmp_path):
+  path = tmp_path / ledger.LEDGER
+  path.write_text("somebody's list\nwithout an end")
+  with pytest.raises(GenerationsError, match=r"calibrations\.jsonl:1"):
+    ledger.record(tmp_path, QUESTION, ROWS, 0.05)
+  assert path.read_text().endswith("without an end")
+  path.unlink()
+  os.mkfifo(path)
+  with pytest.raises((GenerationsError, OSError), match="regular"):
+    ledger.record(tmp_path, QUESTION, ROWS, 0.05)
 
 
 def test_a_line_that_was_cut_off_is_dropped_and_links_are_not_followed(tmp_path):
