@@ -102,7 +102,8 @@ def record(
     Sentences for the user, or '' where nothing else was asked of these rows.
 
   Raises:
-    GenerationsError: a line of the folder's own ledger is none; the message names it.
+    ValueError: the folder's own ledger is no regular file, or a line of it is none; the message
+      names it.
     OSError: the ledger cannot be written.
   """
   folder = pathlib.Path(folder)
