@@ -9,6 +9,7 @@ that the link names; devices, pipes and sockets are written to, and `-` is stand
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -187,7 +188,7 @@ def sweep(directory: pathlib.Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def opened(path: str | pathlib.Path) -> Iterator[BinaryIO]:
+def opened(path: str | pathlib.Path) -> Iterator[io.BufferedReader]:
   """A regular file to read from: pipes may be waited for, and devices need not end.
 
   Raises:
