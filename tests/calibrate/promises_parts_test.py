@@ -383,7 +383,7 @@ def test_a_promise_over_clusters_speaks_of_clusters(name, tmp_path):
   found.save(tmp_path / "calibration.json")
   for one in (found, Calibration.load(tmp_path / "calibration.json")):
     # The first sentence stands alone in tables and notebooks.
-    assert "the draw of the 120 calibration clusters of prompts" in one.promised
+    assert "over independent draws of the 120 calibration clusters of prompts" in one.promised
     assert "in the average over clusters, of which each counts once" in one.promised
     assert "prompts that are counted one by one" in one.guarantee
     assert "clusters of prompts" in found.promise.limits(one.unit)
@@ -391,7 +391,7 @@ def test_a_promise_over_clusters_speaks_of_clusters(name, tmp_path):
   alone = dataclasses.replace(found, clusters=False)
   assert (
     "cluster" not in alone.guarantee
-    and "over the draw of the 120 calibration prompts" in (alone.promised)
+    and "over independent draws of the 120 calibration prompts" in (alone.promised)
   )
 
 

@@ -150,7 +150,7 @@ def test_results_are_marked_and_honest():
   assert back.rows[0].p_value == found.rows[0].p_value and back.sequential
   assert (
     "at most"
-    not in calibrate(table((0.01,)), [0.9], **RATES).guarantee.split("over the")[1][:60]
+    not in calibrate(table((0.01,)), [0.9], **RATES).guarantee.split("draws of the")[1][:60]
   )
 
 
