@@ -16,6 +16,7 @@ of vLLM's RequestOutput, or of T5X infer.
 """
 
 import argparse
+import json
 import pathlib
 
 from rich import console as rich_console
@@ -31,7 +32,6 @@ from calm.calibrate import (
   sequential,
   showing,
   thresholds,
-  verification,
 )
 from calm.calibrate.evidence import methods, multiple_testing
 from calm.calibrate.generations import foreign
@@ -246,7 +246,7 @@ def _verify(arguments, console, cached: generations.Generations) -> int:
   if drawn := again.seed != told.seed:
     again = _make(arguments, console, cached, told.seed)
   differ = verifying.differences(told, again)
-  sentence = verification.read(pathlib.Path(arguments.verify))["guarantee"]
+  sentence = json.loads(pathlib.Path(arguments.verify).read_bytes())["guarantee"]
   if not differ and sentence != told.guarantee:
     raise ValueError(
       f"Expected `guarantee` of {arguments.verify} to be the sentence of its numbers,"
