@@ -1,18 +1,17 @@
 """`calm fit` held against three tasks: what it chose, its seconds, its risk beside the promise.
 
-    python scripts/show_fit.py --data=DATA --work=runs/fit --output=scripts/results/fit.json
+    python scripts/show_fit.py --data=DATA --work=runs/fit --output=frozen.json \\
+        --models packed plain=runs/plain_packed/model --ways frozen stored
 
-The packed weights are saved as a Hugging Face folder and fitted to each task with trained exits
-(`--stages=none`), as somebody would who has such a folder; random weights of another size are
-trained and fitted within `--budget`. With `--transformers=PYTHON`, an interpreter that has
-transformers and torch, the packed weights are saved by transformers and fitted once more
-(`--weights=transformers`). Rows are drawn from the test split, which the packed weights have
-not seen; random weights train on rows of the training split. Every fit is put into the table
-when it is made; stopped, the same command goes on.
+`frozen` learns exits beside the model's weights, `stored` takes the exits that it has
+(`--stages=none`), `train_all` trains all weights within `--budget`. 'packed' is the model in
+the box saved as a Hugging Face folder; 'transformers' the same saved by transformers, with
+`--transformers=PYTHON`, an interpreter that has it and torch; NAME=FOLDER any other model.
+Rows are drawn from the test split, for `train_all` from the training split. Every fit is put
+into the table when it is made; stopped, the same command goes on.
 """
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import platform
@@ -20,34 +19,49 @@ import random
 import shutil
 import subprocess
 import time
+from typing import Any
 
 import jax
 import numpy as np
 
 import calm
-from calm import checkpoints, fitting, training
-from calm.calibrate import Prompt
+from calm import checkpoints, exits, fitting, inference
+from calm.calibrate import Prompt, calibrate, generations
 from calm.calibrate.generations import files
+from calm.calibrate.losses import metrics, sequence_losses
 from calm.checkpoints import huggingface
 from calm.commands import common
 from calm.data import datasets
+from calm.paper.bench import decode, scores
 from calm.t5 import network
 
+TOLERANCE = 0.1
 METRICS = {"debian_synopsis": "rouge_l", "debian_enfr": "chrf", "debian_qa": "token_f1"}
 COLUMNS = (
-  "weights",
+  "model",
   "task",
+  "exits",
   "chosen",
   "layers",
+  "cut",
   "ms full",
   "ms served",
   "speed-up",
   "with encoder",
   "in batches",
   "risk, 0.1 promised",
+  "layers at 0.05, 0.2",
   "quality full",
   "quality served",
+  "full texts equal",
+  "exact",
+  "s learning",
 )
+WAYS: dict[str, dict[str, Any]] = {
+  "frozen": {},
+  "stored": {"stages": "none"},
+  "train_all": {"train_all": True},
+}
 SAVE_WITH_TRANSFORMERS = """
 import sys, transformers
 model = transformers.T5ForConditionalGeneration.from_pretrained(sys.argv[1])
@@ -62,21 +76,10 @@ def save_packed(arguments: argparse.Namespace) -> pathlib.Path:
   return save(arguments.work / "packed_hf", packed.params, packed.config)
 
 
-def save_random(arguments: argparse.Namespace) -> pathlib.Path:
-  """Random weights of another size than the packed ones."""
-  packed = checkpoints.load(checkpoints.PACKED).config
-  config = dataclasses.replace(
-    packed, emb_dim=96, num_encoder_layers=2, num_decoder_layers=6, mlp_dim=256, num_heads=3,
-    exit_classifier=False,
-  )  # fmt: skip
-  params = jax.tree.map(np.asarray, training.init_params(config, seed=0))
-  return save(arguments.work / "random_hf", params, config)
-
-
 def save_with_transformers(arguments: argparse.Namespace) -> pathlib.Path:
   """The packed weights, opened and saved by transformers."""
   if not arguments.transformers:
-    raise SystemExit("Expected `--transformers` for --weights=transformers, got none.")
+    raise SystemExit("Expected `--transformers` for the model 'transformers', got none.")
   folder = arguments.work / "saved_by_transformers"
   if not folder.exists():
     source = save_packed(arguments)
@@ -85,11 +88,7 @@ def save_with_transformers(arguments: argparse.Namespace) -> pathlib.Path:
   return folder
 
 
-WEIGHTS = {
-  "packed": save_packed,
-  "transformers": save_with_transformers,
-  "random": save_random,
-}
+MODELS = {"packed": save_packed, "transformers": save_with_transformers}
 
 
 def save(folder: pathlib.Path, params, config: network.T5Config) -> pathlib.Path:
@@ -110,43 +109,98 @@ def draw(data: pathlib.Path, task: str, split: str, count: int) -> list[Prompt]:
   return [Prompt(e.id, e.input, e.targets, e.source) for e in chosen]
 
 
-def fit(name: str, folder: pathlib.Path, task: str, arguments: argparse.Namespace) -> dict:
+def fit(
+  model: str, folder: pathlib.Path, task: str, way: str, arguments: argparse.Namespace
+) -> dict:
   """One fit, and its row of the table."""
-  output = arguments.work / f"{name}-{task}"
-  if name == "random":
+  output = arguments.work / f"{model}-{task}-{way}"
+  options = dict(WAYS[way])
+  if way == "train_all":
     rows = draw(arguments.data, task, "train", 4 * arguments.rows)
-    options = {"budget": fitting.parse_budget(arguments.budget)}
+    options["budget"] = fitting.parse_budget(arguments.budget)
   else:
     rows = draw(arguments.data, task, "test", arguments.rows)
-    options = {"stages": "none"}
   start = time.monotonic()
   fitting.fit(
     folder,
     rows,
     output=output,
-    tolerance=0.1,
+    tolerance=TOLERANCE,
     metric=METRICS[task],
     prefix=datasets.DEBIAN[task].prefix,
     listener=fitting.Listener(say=lambda text: print(text, flush=True)),
     **options,
   )
-  print(f"{name}, {task}: {time.monotonic() - start:.0f} s", flush=True)
-  return row(name, task, json.loads((output / "fit" / "result.json").read_text("utf-8")))
+  print(f"{model}, {task}, {way}: {time.monotonic() - start:.0f} s", flush=True)
+  result = json.loads((output / "fit" / "result.json").read_text("utf-8"))
+  last = datasets.read_examples(output / "splits" / "last.jsonl", require_target=False)
+  prompts = [Prompt(e.id, e.input) for e in last]
+  return {
+    **row(model, task, way, result),
+    "cut": cut(output, prompts, task),
+    "layers at 0.05, 0.2": certified_layers(output, task),
+    "full texts equal": equal_texts(folder, output, prompts),
+  }
 
 
-def row(name: str, task: str, result: dict) -> dict:
+def equal_texts(folder: pathlib.Path, output: pathlib.Path, prompts: list[Prompt]) -> str:
+  """How many of the prompts' full-depth texts are, token by token, those of the given model."""
+  served = inference.load(output, void_guarantee=True)
+  limits = ("task_prefix", "max_input_length", "max_decode_length")
+  same = {name: getattr(served.options, name) for name in limits}
+  given = inference.load(folder, void_guarantee=True, **same)
+  texts = [
+    [record.tokens for record in decode.with_rule(model, prompts, exits.StaticExit())]
+    for model in (given, served)
+  ]
+  return f"{sum(a == b for a, b in zip(*texts, strict=True))} of {len(prompts)}"
+
+
+def cut(output: pathlib.Path, prompts: list[Prompt], task: str) -> str:
+  """The shortest decoder, with its translator, whose mean distance to full depth's texts is
+  within the tolerance, and that distance."""
+  model = inference.load(output, void_guarantee=True)
+  metric = metrics.get_metric(METRICS[task])
+  full = decode.with_rule(model, prompts, exits.StaticExit())
+  for layer in range(1, model.num_layers):
+    made = decode.with_rule(model, prompts, exits.StaticExit(layer))
+    pair = generations.Generations(tuple(prompts), np.array([0.5]), (made,), full)
+    distance = sequence_losses.prefix_losses(pair, "textual", metric=metric)[0].mean()
+    if distance <= TOLERANCE:
+      return f"after {layer} ({distance:.3f})"
+  return "none"
+
+
+def certified_layers(output: pathlib.Path, task: str) -> str:
+  """Mean layers of the lowest threshold certified at tolerances 0.05 and 0.2, of the same
+  generations; full depth where nothing is."""
+  folder = output / "fit" / "calibration"
+  if not folder.is_dir():
+    return ""
+  cached = generations.load(folder)
+  losses = sequence_losses.compute(cached, "textual", metric=METRICS[task])
+  found = []
+  for tolerance in (0.05, 0.2):
+    made = calibrate(losses, tolerance=tolerance, error_rate=0.05)
+    certified = [i for i, t in enumerate(cached.thresholds) if t == made.threshold]
+    depth = scores.mean_layers(cached.records[certified[0]]) if certified else None
+    found.append("full" if depth is None else f"{depth:.2f}")
+  return ", ".join(found)
+
+
+def row(model: str, task: str, way: str, result: dict) -> dict:
   """A fit's result as the table shows it."""
   choice, last, seconds = result["choice"], result["last"], result["seconds"]
-  candidate = (
-    None if choice["chosen"] is None else choice["tried"][choice["chosen"]]["candidate"]
-  )
+  tried = None if choice["chosen"] is None else choice["tried"][choice["chosen"]]
   single, batched = (seconds or {}).get("single"), (seconds or {}).get("batched")
   mean = lambda value: "" if value is None else f"{value['value']:.3f} ± {value['margin']:.3f}"
   speed = lambda pair, key: None if pair is None else pair[key]
+  learned, exact = result.get("learned"), result["exact"]
   return {
-    "weights": name,
+    "model": model,
     "task": task.removeprefix("debian_"),
-    "chosen": described(candidate) if candidate and not result["reason"] else "full depth",
+    "exits": way,
+    "chosen": described(tried["candidate"]) if tried and not result["reason"] else "full depth",
     "layers": f"{last['layers']:.2f} of {result['num_layers']}",
     "ms full": speed(single, "full"),
     "ms served": speed(single, "early"),
@@ -156,6 +210,8 @@ def row(name: str, task: str, result: dict) -> dict:
     "risk, 0.1 promised": mean(last["risk"]),
     "quality full": mean(last["quality_full"]),
     "quality served": mean(last["quality_early"]),
+    "exact": speed((exact or {}).get("single"), "speedup"),
+    "s learning": learned and round(learned["seconds"]),
   }
 
 
@@ -174,29 +230,31 @@ def main() -> None:
   parser.add_argument("--work", type=pathlib.Path, required=True, help="folder of the fits")
   parser.add_argument("--output", required=True, help="JSON of the table")
   parser.add_argument("--tasks", nargs="+", default=list(METRICS), choices=list(METRICS))
-  parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=list(WEIGHTS))
+  parser.add_argument("--models", nargs="+", default=["packed"], help="names, or NAME=FOLDER")
+  parser.add_argument("--ways", nargs="+", default=["frozen", "stored"], choices=list(WAYS))
   parser.add_argument("--rows", type=int, default=600, help="rows a fit (default 600)")
-  parser.add_argument("--budget", default="3m", help="training of random weights (default 3m)")
+  parser.add_argument("--budget", default="3m", help="of `train_all` (default 3m)")
   parser.add_argument("--transformers", metavar="PYTHON", help="has transformers and torch")
   arguments = parser.parse_args()
   common.use_compilation_cache()
-  for name in arguments.weights:
-    folder = WEIGHTS[name](arguments)
+  for model in arguments.models:
+    name, _, path = model.partition("=")
+    folder = pathlib.Path(path) if path else MODELS[name](arguments)
     for task in arguments.tasks:
-      record(arguments, fit(name, folder, task, arguments))
+      for way in arguments.ways:
+        record(arguments, fit(name, folder, task, way, arguments))
 
 
 def record(arguments: argparse.Namespace, made: dict) -> None:
   """Puts a row into the table, in the place of an earlier one of the same fit."""
   path = pathlib.Path(arguments.output)
   rows = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
-  same = lambda row: (row["weights"], row["task"]) == (made["weights"], made["task"])
-  rows = [row for row in rows if not same(row)] + [made]
-  order = [*WEIGHTS]
-  rows.sort(key=lambda row: order.index(row["weights"]))
+  key = lambda row: (row["model"], row["task"], row["exits"])
+  rows = sorted([row for row in rows if key(row) != key(made)] + [made], key=key)
   table = {
     "command": "python scripts/show_fit.py --data=data --work=runs/fit --output=fit.json"
-    f" --rows={arguments.rows} --budget={arguments.budget} --transformers=PYTHON",
+    f" --models {' '.join(arguments.models)} --ways {' '.join(arguments.ways)}"
+    f" --rows={arguments.rows} --budget={arguments.budget}",
     "machine": "two shared CPU cores",
     "columns": COLUMNS,
     "rows": rows,

@@ -9,7 +9,6 @@ import re
 import types
 import unicodedata
 import xml.etree.ElementTree as ElementTree
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from calm import fitting
 from calm.calibrate import calibrate, screen
 from calm.calibrate.generations.shown import visible
 from calm.commands import certificate, common, demo, progress
-from calm.fitting import FitOptions, choose, forecasts, summary
+from calm.fitting import FitOptions, candidates, choose, forecasts, summary
 from calm.fitting import result as result_lib
 from calm.inference import colours, outputs
 from calm.paper.report import document, figures, page, table2, terminal
@@ -135,7 +134,7 @@ def report_page(text: str) -> str:
 
 
 def fit_result(text: str) -> result_lib.Result:
-  candidate: Any = text  # what it is written as
+  candidate = candidates.Candidate(text, (1,))
   tried = forecasts.Tried(candidate, (0.5,), (0.1,), (2.0,), 0.5, 1.0, 2.0)
   choice = choose.Choice((tried,), 0, (0.5,), 2.0, 20, 4)
   example = result_lib.ShownText(text, text, text, text, (text, " b"), (1, 4), (0.5, 0.5))

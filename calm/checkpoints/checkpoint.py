@@ -7,12 +7,15 @@ Our own format is a directory:
   vocabulary.json        which vocabulary, its digest (absent: none was given)
   vocabulary.model       the SentencePiece model, or
   tokenizer.json         the tokenizer of a Hugging Face folder, where it is one
+A folder of any format may hold `exits.safetensors` besides: exit parts that were learned beside
+its frozen weights, with the digest of those weights.
 `load` also opens Hugging Face directories (`huggingface`) and T5X checkpoints, legacy and
 Orbax (`t5x_checkpoints`), so that anything downstream sees one kind of `Checkpoint`.
 """
 
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +26,17 @@ from calm.data import vocabulary as vocabularies
 from calm.t5 import limits, network, parameters
 
 FORMAT = "calm checkpoint 1"
+# Exit parts beside a base model, and what the file says that it is.
+EXITS = "exits.safetensors"
+EXITS_FORMAT = "calm exits 1"
+# What a base model's folder may consist of; a Hugging Face folder holds copies of its weights
+# in other formats besides, which nothing here reads.
+_BASE_FILES = (
+  *("config.json", "params.safetensors", "vocabulary.json", "vocabulary.model"),
+  *("generation_config.json", "model.safetensors", "model.safetensors.index.json"),
+  *("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+  *("added_tokens.json", "model-*-of-*.safetensors"),
+)
 # The small model inside this package.
 PACKED = pathlib.Path(__file__).parents[1] / "assets"
 Vocabulary = stored_vocabulary.Vocabulary
@@ -94,6 +108,7 @@ def load(
   *,
   config: network.T5Config | None = None,
   vocabulary: Vocabulary | None = None,
+  exits: str | pathlib.Path | None = None,
 ) -> Checkpoint:
   """Opens a checkpoint of any known format and checks it leaf by leaf.
 
@@ -103,10 +118,13 @@ def load(
     config: replaces the stored configuration; for T5X, which stores none, it defaults to what
       names and shapes tell (gated GELU or ReLU, 128 as `relpos_max_distance`).
     vocabulary: replaces the stored vocabulary; T5X stores none.
+    exits: a file of exit parts (`save_exits`), or a folder that holds one; None takes the
+      folder's own, where there is one. It replaces exit parts that the model brings.
 
   Raises:
     FileNotFoundError: `path`, or a file that belongs to it, is missing.
-    ValueError: no known format; a truncated file; a leaf that is missing, of no use, of the
+    ValueError: exits of another base model, or of one that was changed since; no known format;
+      a truncated file; a leaf that is missing, of no use, of the
       wrong shape or not finite; a vocabulary larger than the embedding.
   """
   path = pathlib.Path(path)
@@ -121,6 +139,9 @@ def load(
     getattr(stored, part) for part in (*parameters.EXIT_PARTS, "per_layer_heads")
   )
   config = config or stored
+  file = _exits_file(path, exits)
+  if file is not None:
+    config, flat, trained = *_with_exits(config, flat, file), True
   params = parameters.unflatten(flat)
   parameters.check(params, config)
   vocabulary = vocabulary or stored_vocabulary
@@ -129,6 +150,109 @@ def load(
   if trained is False and has_exit_parts and not (path / "params.safetensors").is_file():
     trained = None  # T5X's own models have none: somebody trained them
   return Checkpoint(config, params, vocabulary, trained)
+
+
+def save_exits(
+  file: str | pathlib.Path, leaves: Mapping[str, np.ndarray], base_digest: str
+) -> None:
+  """Writes exit parts that were learned beside a frozen model.
+
+  Args:
+    file: usually `EXITS` in the model's folder.
+    leaves: {path: array}, paths as in the model's tree ("decoder/exit_translators/...").
+    base_digest: `parameters.base_digest` of the model; `load` refuses them beside another.
+
+  Raises:
+    OSError: the file cannot be written.
+  """
+  file = pathlib.Path(file)
+  metadata = {"format": EXITS_FORMAT, "base": base_digest}
+  writer = files.safetensors_writer(leaves, "float32", **metadata)
+  files.write_together(file.parent, {file.name: writer})
+
+
+def copy_base(source: str | pathlib.Path, target: str | pathlib.Path) -> None:
+  """Copies the files of a base model byte for byte, in the layout that they have.
+
+  Raises:
+    ValueError: the folder is a T5X checkpoint, which has no files of a vocabulary.
+    OSError: a file cannot be read or written.
+  """
+  source, target = pathlib.Path(source), pathlib.Path(target)
+  if not (source / "config.json").is_file():
+    raise ValueError(
+      f"Expected a base model with a config.json, got {str(source)!r}; convert a T5X checkpoint"
+      " first (`python scripts/from_t5x.py`)."
+    )
+  found = [file for name in _BASE_FILES for file in sorted(source.glob(name))]
+  writers = {
+    file.name: lambda path, file=file: shutil.copyfile(file, path)
+    for file in found
+    if file.is_file()
+  }
+  files.write_together(target, writers)
+
+
+def with_exits(
+  config: network.T5Config, params: Mapping[str, Any], exits: str | pathlib.Path
+) -> tuple[network.T5Config, dict[str, Any]]:
+  """(configuration, parameters) of a base model with the exits of a file beside it.
+
+  Args:
+    config: of the base model.
+    params: its tree; exit parts in it are replaced.
+    exits: the file, or a folder that holds one.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is damaged, or its exits were learned beside other weights.
+  """
+  file = _exits_file(pathlib.Path(exits), exits)
+  assert file is not None
+  config, flat = _with_exits(config, parameters.flatten(params), file)
+  made = parameters.unflatten(flat)
+  parameters.check(made, config)
+  return config, made
+
+
+def _exits_file(path: pathlib.Path, exits: str | pathlib.Path | None) -> pathlib.Path | None:
+  """The file of exit parts to read, or None."""
+  if exits is None:
+    return path / EXITS if (path / EXITS).is_file() else None
+  file = pathlib.Path(exits)
+  file = file / EXITS if file.is_dir() else file
+  if not file.is_file():
+    raise FileNotFoundError(
+      f"Expected `exits` to be a file of exits, or a folder with {EXITS}, got {str(exits)!r};"
+      " `calm fit` writes one."
+    )
+  return file
+
+
+def _with_exits(config: network.T5Config, flat: Mapping[str, np.ndarray], file: pathlib.Path):
+  """(configuration, {path: leaf}) of a base model with the exits of a file beside it."""
+  leaves, metadata = files.read_safetensors_with_metadata(file)
+  stored, base = metadata.get("format"), metadata.get("base")
+  if stored != EXITS_FORMAT or not leaves or not all(map(_is_exit_part, leaves)):
+    raise ValueError(
+      f"Expected {str(file)!r} to be exits of the format {EXITS_FORMAT!r}, got the format"
+      f" {stored!r} with {len(leaves)} leaves, first {sorted(leaves)[:1]}; fit them again."
+    )
+  kept = {path: leaf for path, leaf in flat.items() if not _is_exit_part(path)}
+  digest = parameters.digest(parameters.unflatten(kept))
+  if digest != base:
+    raise ValueError(
+      f"Expected the base model that {str(file)!r} was fitted beside ({str(base)[:12]}...), got"
+      f" one with the digest {digest[:12]}...: another model, or one that was edited since; put"
+      " the weights back, or fit again."
+    )
+  with files.naming(file):
+    config = dataclasses.replace(config, **parameters.exit_fields(leaves))
+  return config, {**kept, **leaves}
+
+
+def _is_exit_part(path: str) -> bool:
+  return path.startswith(tuple(f"decoder/{part}/" for part in parameters.EXIT_PARTS))
 
 
 def _read(

@@ -41,7 +41,14 @@ def as_float32(name: str, array: Any, path: pathlib.Path) -> np.ndarray:
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """All arrays of a safetensors file, as float32.
+  """All arrays of a safetensors file, as float32. See `read_safetensors_with_metadata`."""
+  return read_safetensors_with_metadata(path)[0]
+
+
+def read_safetensors_with_metadata(
+  path: pathlib.Path,
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """All arrays of a safetensors file, as float32, and the texts in its header.
 
   Raises:
     FileNotFoundError: `path` is missing.
@@ -56,7 +63,11 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     with safetensors.safe_open(path, framework="numpy") as file:
       _check_unique(path)
-      return {name: as_float32(name, file.get_tensor(name), path) for name in file.keys()}  # noqa: SIM118
+      arrays = {
+        name: as_float32(name, file.get_tensor(name), path)
+        for name in file.keys()  # noqa: SIM118
+      }
+      return arrays, file.metadata() or {}
   except safetensors.SafetensorError as error:
     raise ValueError(
       f"Expected `path` to be a whole safetensors file, got {str(path)!r}"

@@ -17,7 +17,7 @@ import numpy as np
 from flax import serialization, traverse_util
 
 from calm.checkpoints import files
-from calm.t5 import network
+from calm.t5 import network, parameters
 
 # No compressor of theirs makes less of more than this.
 _SMALL, _MOST_COMPRESSION = 2**20, 1100
@@ -73,7 +73,6 @@ def infer_config(flat: Mapping[str, np.ndarray]) -> network.T5Config:
       " not read."
     ) from error
   gated = "decoder/layers_0/mlp/wi_0/kernel" in flat
-  downs = [leaf for path, leaf in flat.items() if path.endswith("/down/bias")]
   return network.T5Config(
     vocab_size=vocab_size,
     emb_dim=emb_dim,
@@ -85,19 +84,9 @@ def infer_config(flat: Mapping[str, np.ndarray]) -> network.T5Config:
     mlp_activations=("gelu", "linear") if gated else ("relu",),
     logits_via_embedding="decoder/logits_dense/kernel" not in flat,
     per_layer_heads="decoder/logits_dense_0/kernel" in flat,
-    exit_classifier="decoder/exit_classifier/kernel" in flat,
-    exit_probes="decoder/exit_probes/kernel" in flat,
-    exit_propagation_rank=len(downs[0]) if downs else 0,
-    exit_translators=_mapped_layers(flat, "exit_translators"),
-    exit_propagation=_mapped_layers(flat, "exit_propagation"),
+    **parameters.exit_fields(flat),
     relpos_buckets=relpos_buckets,
   )
-
-
-def _mapped_layers(flat: Mapping[str, np.ndarray], part: str) -> tuple[int, ...]:
-  """1-based layers that a part of the decoder has maps for."""
-  pattern = re.compile(rf"decoder/{part}/layers_(\d+)/")
-  return tuple(sorted({1 + int(match[1]) for path in flat if (match := pattern.match(path))}))
 
 
 def _count_layers(flat: Mapping[str, np.ndarray], side: str) -> int:

@@ -1,17 +1,16 @@
 """From a T5 and a file of rows to a folder that serves early exits under a promise.
 
-Splits the rows by group, trains the exits, chooses measure, layers and grid by measured
+Learns exits beside the model's frozen weights, chooses measure, layers and grid by measured
 seconds, certifies a threshold on rows that nothing was chosen on, and looks at the last part
-once. Where no threshold is both certified and faster, or training has made full depth worse,
-the folder serves full depth by the model that was given, its weights untouched. A run that was
-stopped goes on with the same command.
+once. No weight and no full-depth text changes. Where no threshold is both certified and faster,
+the folder serves full depth. A run that was stopped goes on with the same command.
 
   calm fit --model=flan-t5-small/ --train=rows.jsonl --tolerance=0.1 --output=mine
-  calm fit --model=packed --train=rows.jsonl --stages=none --output=mine
-  calm fit --model=mt5-small/ --train=inputs.txt --stages=own --accept_quality \\
-      --output=mine                                                    # no references
+  calm fit --model=mt5-small/ --train=inputs.txt --output=mine             # no references
+  calm fit --model=packed --train=rows.jsonl --stages=none --output=mine   # exits as they are
   calm fit --model=flan-t5-small/ --train=rows.jsonl --consistency=risk --metric=token_f1 \\
-      --budget=30m --output=mine
+      --output=mine
+  calm fit --model=flan-t5-small/ --train=rows.jsonl --train_all --budget=30m --output=mine
   echo "a long text" | calm infer --model=mine --prompts=-
 """
 
@@ -49,16 +48,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_training(parser: argparse.ArgumentParser) -> None:
   """What is trained, for how long."""
   parser.add_argument(
+    "--train_all",
+    action="store_true",
+    help="train all weights (the paper's way), not only exits beside them",
+  )
+  parser.add_argument(
     "--stages",
     default="all",
     metavar="NAME",
-    help="what is trained: all; both of the paper's: one (Eq. 6, on references) and two (the"
-    " exit classifier); own (every layer learns what the model itself writes: needs no"
-    " references with --accept_quality); none (the model's exits are trained) (default"
-    " %(default)s)",
+    help="with --train_all: all; both of the paper's (Eq. 6, then the classifier); one; two; or"
+    " own (the model's own texts; without references with --accept_quality). none: take the"
+    " model's exits as they are (default %(default)s)",
   )
   parser.add_argument(
-    "--budget", metavar="TIME", help="time for training, like 30m (default: the recipe's steps)"
+    "--budget",
+    metavar="TIME",
+    help="time for --train_all, like 30m (default: the recipe's steps)",
   )
   parser.add_argument(
     "--prefix", metavar="TEXT", help="put before every input (default: the model's own)"
@@ -113,6 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
   names = (
     "tolerance",
     "error_rate",
+    "train_all",
     "stages",
     "consistency",
     "metric",

@@ -34,18 +34,37 @@ class Candidate:
     measure: name of the confidence measure.
     exit_layers: layers after which a token may leave, 1-based.
     temperature: tau of a decaying threshold (Eq. 5); None: constant.
+    propagation: what skipped layers store.
   """
 
   measure: str
   exit_layers: tuple[int, ...]
   temperature: float | None = None
+  propagation: str = "exit_state"
 
   def options(self, max_decode_length: int) -> dict[str, Any]:
     """As fields of `DecodeOptions`."""
     schedule: schedules.Schedule = schedules.Constant()
     if self.temperature is not None:
       schedule = schedules.Decaying(self.temperature, max_decode_length)
-    return {"measure": self.measure, "exit_layers": self.exit_layers, "schedule": schedule}
+    return {
+      "measure": self.measure,
+      "exit_layers": self.exit_layers,
+      "schedule": schedule,
+      "propagation": self.propagation,
+    }
+
+  @property
+  def can_cut(self) -> bool:
+    """Whether at threshold 0 it is the decoder cut after one layer, with its translator."""
+    constant = self.temperature is None and len(self.exit_layers) == 1
+    return constant and self.measure == "softmax"
+
+  def described(self, threshold: float) -> str:
+    """The way to leave at a threshold, in words."""
+    if threshold == 0.0 and self.can_cut:
+      return f"the decoder cut after layer {self.exit_layers[0]}"
+    return str(self)
 
   def __str__(self) -> str:
     several = "s" if len(self.exit_layers) > 1 else ""
@@ -72,10 +91,15 @@ def _kernel(part) -> np.ndarray:
   return np.zeros(1) if part is None else np.asarray(part["kernel"])
 
 
+def exit_layers(num_layers: int) -> tuple[int, ...]:
+  """Layers that sets are made of, below the last: all, or a few evenly spread ones."""
+  spread = np.linspace(1, num_layers - 1, min(_MOST_LAYERS, num_layers - 1))
+  return tuple(sorted({round(float(layer)) for layer in spread}))
+
+
 def layer_sets(num_layers: int) -> tuple[tuple[int, ...], ...]:
   """Sets of layers worth a look: all, from one on, some in a row, and pairs."""
-  spread = np.linspace(1, num_layers - 1, min(_MOST_LAYERS, num_layers - 1))
-  layers = sorted({round(float(layer)) for layer in spread})
+  layers = exit_layers(num_layers)
   sets = [tuple(range(first, num_layers)) for first in layers]
   ends = itertools.combinations(range(len(layers) + 1), 2)
   sets += [tuple(layers[start:end]) for start, end in ends]
@@ -121,7 +145,8 @@ def possible_thresholds(probe: probe_lib.Probe, candidate: Candidate) -> np.ndar
   shares = np.concatenate([_TOP, np.linspace(1.0, 0.0, _NUM_QUANTILES + 2)[1:-1]])
   quantiles = np.quantile(values, shares)
   levels = np.unique(np.round(quantiles, 6))[::-1]
-  return levels[(levels > 0.0) & (levels <= 1.0)]
+  levels = levels[(levels > 0.0) & (levels <= 1.0)]
+  return np.append(levels, 0.0) if candidate.can_cut else levels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,11 +169,16 @@ def rank(
 ) -> list[Ranked]:
   """All candidates, the cheapest first."""
   length = predictor.options.max_decode_length
+  learned = set(predictor.config.exit_propagation)
   found = []
   for measure in measures(predictor):
     for layers in layer_sets(probe.num_layers):
+      if predictor.config.exit_translators and not learned.issuperset(layers):
+        continue  # the others have no maps
       for temperature in TEMPERATURES:
-        candidate = Candidate(measure, layers, temperature)
+        candidate = Candidate(
+          measure, layers, temperature, "learned" if learned else "exit_state"
+        )
         levels = possible_thresholds(probe, candidate)
         if not len(levels):  # the measure is 0 there, as the state's is after layer 1
           continue

@@ -11,6 +11,7 @@ fit/                training runs, gin files, generations and results: a stopped
 import dataclasses
 import json
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,7 +44,10 @@ class Folder:
 
   @classmethod
   def open(
-    cls, path: pathlib.Path, request: Mapping[str, Any], begin: Callable[[], None]
+    cls,
+    path: pathlib.Path,
+    request: Mapping[str, Any],
+    begin: Callable[[], None] = lambda: None,
   ) -> "Folder":
     """Makes the folder, or goes on in it.
 
@@ -81,21 +85,26 @@ class Folder:
 
   def write(
     self,
+    source: pathlib.Path,
     predictor: inference.Predictor,
     result: Result,
     calibration: Calibration | None,
     options: FitOptions,
   ) -> None:
     """Writes the model, its defaults, its promise, and the summary."""
-    # Stage two alone teaches no layer; without a stage the user says that they are trained.
-    taught = options.stages == "none" or (result.serves_exits and options.changes_weights)
-    checkpoints.save(
-      self.path,
-      predictor.params,
-      predictor.config,
-      vocabulary=predictor.vocabulary,
-      exits_trained=True if taught else None,
-    )
+    if options.learns_exits:
+      checkpoints.copy_base(source, self.path)
+      shutil.copyfile(self.work / checkpoints.EXITS, self.path / checkpoints.EXITS)
+    else:
+      # Stage two alone teaches no layer; without a stage the user says that they are trained.
+      taught = options.stages == "none" or (result.serves_exits and options.changes_weights)
+      checkpoints.save(
+        self.path,
+        predictor.params,
+        predictor.config,
+        vocabulary=predictor.vocabulary,
+        exits_trained=True if taught else None,
+      )
     stored = json.dumps(options_lib.to_stored(predictor.options), indent=1)
     files.write_atomically(self.path / "inference.json", stored + "\n")
     stale = inference.FULL_DEPTH if calibration is not None else inference.CALIBRATION

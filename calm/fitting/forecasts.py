@@ -109,4 +109,5 @@ def final_grid(tried: Tried, tolerance: float) -> tuple[float, ...]:
   points |= {t for t, loss in zip(tried.thresholds, losses, strict=True) if loss <= tolerance}
   if np.isfinite(tried.threshold):
     points.add(tried.threshold)
-  return tuple(sorted((t for t in points if 0.0 < t <= 1.0), reverse=True))
+  lowest = 0.0 if tried.candidate.can_cut else np.nextafter(0.0, 1.0)
+  return tuple(sorted((t for t in points if lowest <= t <= 1.0), reverse=True))

@@ -28,8 +28,9 @@ def read_rows(train: str | pathlib.Path | Rows, options: FitOptions) -> tuple[Pr
   if bare and options.needs_targets:
     raise ValueError(
       f"Expected `train` to be rows with references (`target`), got {len(bare)} of {len(rows)}"
-      f" without, first {bare[:3]}; give them, or take textual consistency and stages='none',"
-      " or 'own' with `accept_quality`: nothing would measure how well trained weights write."
+      f" without, first {bare[:3]}; give them, or learn exits beside frozen weights (no"
+      " `train_all`) with textual consistency, or take stages='own' with `accept_quality`:"
+      " nothing would measure how well trained weights write."
     )
   ids = [row.id for row in rows]
   if len(set(ids)) < len(ids):
@@ -52,7 +53,7 @@ def open_model(
       warnings.warn_explicit(
         warning.message, warning.category, warning.filename, warning.lineno
       )
-    elif not options.trains:
+    elif not options.trains and not options.learns_exits:
       say(
         f"The exits of {model} are taken for trained (stages='none'); its folder does not say"
         " so. Where they are not, full depth will be served."

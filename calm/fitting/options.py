@@ -25,17 +25,21 @@ class FitOptions:
   Attributes:
     tolerance: delta, in (0, 1).
     error_rate: epsilon, in (0, 1).
-    stages: what is trained: 'all'; 'both' of the paper's, 'one' (Eq. 6 over the layers, on
-      references) and 'two' (the exit classifier and probes, everything else frozen), or one of
-      them; 'own' (the layers learn what the model itself writes, which needs no references, and
-      stage two); or 'none' (a model whose exits are trained).
+    train_all: whether all weights are trained, the paper's way (`stages`); else exits are
+      learned beside the model's weights, none of which changes.
+    stages: with `train_all`, what is trained: 'all'; 'both' of the paper's, 'one' (Eq. 6 over
+      the layers, on references) and 'two' (the exit classifier and probes, everything else
+      frozen), or one of them; 'own' (the layers learn what the model itself writes, which needs
+      no references, and stage two). Without it 'all' learns exits, and 'none' takes those that
+      the model has.
     consistency: 'textual' (distance to the full model's text) or 'risk' (loss of quality
       against the rows' targets).
     metric: name or import path of the text metric.
     prefix: text put before every input; None takes the model's own.
     input_key: where a row of a file has its text; None: the first of input, inputs, prompt
       and text.
-    budget: seconds that training may take; None trains as many steps as the recipe has.
+    budget: with `train_all`, seconds that training may take; None trains as many steps as the
+      recipe has.
     seed: of splits, training and draws.
     batch_size: prompts decoded together where nothing is timed.
     accept_quality: serve trained weights also where their quality against references on the
@@ -45,6 +49,7 @@ class FitOptions:
 
   tolerance: float = 0.1
   error_rate: float = 0.05
+  train_all: bool = False
   stages: str = "all"
   consistency: str = "textual"
   metric: str = "rouge_l"
@@ -62,6 +67,17 @@ class FitOptions:
     if self.stages not in STAGES:
       raise ValueError(
         f"Expected `stages` to be one of {', '.join(STAGES)}, got {self.stages!r}."
+      )
+    if not self.train_all and self.stages not in ("all", "none"):
+      raise ValueError(
+        f"Expected `train_all` with `stages` {self.stages!r}, which train weights of the model,"
+        " got none; add it (--train_all), or leave `stages` out to learn exits beside frozen"
+        " weights."
+      )
+    if self.budget is not None and not self.train_all:
+      raise ValueError(
+        f"Expected `train_all` with `budget`, got {self.budget:g} s without; leave `budget`"
+        " out: exits beside frozen weights are learned in seconds."
       )
     if self.budget is not None and not self.budget > 0:
       raise ValueError(f"Expected `budget` above 0 seconds, got {self.budget}.")
@@ -83,7 +99,12 @@ class FitOptions:
   @property
   def trains(self) -> tuple[str, ...]:
     """The stages to train, in order."""
-    return STAGES[self.stages]
+    return STAGES[self.stages] if self.train_all else ()
+
+  @property
+  def learns_exits(self) -> bool:
+    """Whether exits are learned beside frozen weights."""
+    return not self.train_all and self.stages != "none"
 
   @property
   def learns_own_texts(self) -> bool:

@@ -76,6 +76,24 @@ def write(
   return replaced
 
 
+def tokens(
+  predictor: inference.Predictor,
+  rows: Sequence[Prompt],
+  folder: pathlib.Path,
+  progress: Callable[[float, str], None],
+) -> list[list[int]]:
+  """[num_rows] what the full model writes, in tokens with EOS; goes on where it was stopped."""
+  folder.mkdir(parents=True, exist_ok=True)
+  predictor = predictor.with_options(batch_size=BATCH)
+  found: list[list[int]] = []
+  for start in range(0, len(rows), CHUNK):
+    chunk = rows[start : start + CHUNK]
+    told = _told(progress, start, len(chunk), len(rows))
+    kept = _chunk(predictor, chunk, folder / f"train-{start:08d}.json", told)
+    found += [list(kept[row.id]["tokens"]) for row in chunk]
+  return found
+
+
 def _told(progress, done: int, count: int, whole: int) -> Callable[[float, str], None]:
   """Progress of a chunk as that of all rows."""
 

@@ -94,6 +94,44 @@ class Trained:
 
 
 @dataclasses.dataclass(frozen=True)
+class LearnedExits:
+  """Exits that were learned beside frozen weights.
+
+  Attributes:
+    layers: 1-based.
+    agreement_before, agreement_after: share of held-out tokens of the full model's texts whose
+      argmax after each layer is the full model's, without the translator and with it.
+    rank: of learned propagation.
+    num_tokens: tokens of the model's own texts that were read.
+    penalty: of the ridge regressions, relative to the mean square of a state's entry.
+    seconds: of learning, without decoding these texts.
+    base_digest: of the model's own parameters, before and after.
+  """
+
+  layers: tuple[int, ...]
+  agreement_before: tuple[float, ...]
+  agreement_after: tuple[float, ...]
+  rank: int
+  num_tokens: int
+  penalty: float
+  seconds: float
+  base_digest: str
+
+  def __str__(self) -> str:
+    gains = ", ".join(
+      f"layer {layer} {before:.2f} -> {after:.2f}"
+      for layer, before, after in zip(
+        self.layers, self.agreement_before, self.agreement_after, strict=True
+      )
+    )
+    return (
+      f"Exits learned in {self.seconds:.0f} s from {self.num_tokens} tokens; share of tokens"
+      f" that agree with the full model: {gains}. The model's weights are unchanged (digest"
+      f" {self.base_digest[:12]})."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
   """A fit.
 
@@ -113,8 +151,9 @@ class Result:
     seconds: on the last part; None where nothing was certified.
     last: the last look.
     examples: some of its prompts.
-    exact: seconds of full depth from the model's own drafts on the last part, where full depth
-      is served and these are faster; then it is served so.
+    exact: seconds of full depth from the model's own verified drafts on the last part, where
+      these are faster; where full depth is served, it is served so.
+    learned: the exits beside frozen weights; None where none were learned.
   """
 
   model: str
@@ -132,6 +171,7 @@ class Result:
   last: LastLook
   examples: tuple[ShownText, ...]
   exact: Seconds | None = None
+  learned: LearnedExits | None = None
 
   @property
   def serves_exits(self) -> bool:

@@ -10,18 +10,21 @@ from typing import Any
 import numpy as np
 from rich import console as rich_console
 
-from calm import inference
+from calm import checkpoints, inference
 from calm.calibrate import Calibration, looking, seconds
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import locks
 from calm.calibrate.losses import sequence_losses
 from calm.data import prompt_batches
 from calm.fitting import (
+  candidates,
   certified_rows,
   drafts,
+  exit_maps,
   inputs,
   known_tokens,
   lengths,
+  own_texts,
   pilot,
   reading,
   summary,
@@ -33,15 +36,21 @@ from calm.fitting import last as last_lib
 from calm.fitting import splits as splits_lib
 from calm.fitting.listening import Listener, on_screen
 from calm.fitting.options import FitOptions
-from calm.fitting.result import Point, Result, Trained
+from calm.fitting.result import LearnedExits, Point, Result, Trained
 from calm.inference import calibrating, grid
 from calm.inference import options as options_lib
 from calm.paper.bench import decode, results
+from calm.t5 import parameters
 
+LEARN = "Learn exits beside the frozen weights"
 READ = "Choose how weights are read"
 CHOOSE = "Choose measure, layers and grid"
 CERTIFY = "Certify the threshold"
 LOOK = "Look at the last part"
+# Rows whose texts exits are learned from: more say little more of linear maps.
+MOST_ROWS = 2000
+# Of learned propagation.
+RANK = 16
 
 
 def fit(
@@ -117,7 +126,7 @@ class Fit:
     support = sequence_losses.kind_support(options.kind, options.metric)
     splits = splits_lib.split(
       rows,
-      trains=bool(options.trains),
+      trains=options.train_all or options.learns_exits,
       tolerance=options.tolerance,
       error_rate=options.error_rate,
       lower=support.lower,
@@ -161,7 +170,11 @@ class Fit:
     return inference.load(self.folder.path)
 
   def _make(self) -> None:
-    predictor, trained = self._train()
+    learned = None
+    if self.options.learns_exits:
+      (predictor, learned), trained = self._learn_exits(), ()
+    else:
+      predictor, trained = self._train()
     predictor = self._as_read_fastest(predictor)
     choice = self._choose(predictor)
     if choice.best is not None:
@@ -170,8 +183,8 @@ class Fit:
       )
     calibration, curve = self._certify(predictor, choice)
     predictor, result, served = self._look(predictor, trained, choice, calibration)
-    result = dataclasses.replace(result, curve=curve)
-    self.folder.write(predictor, result, served, self.options)
+    result = dataclasses.replace(result, curve=curve, learned=learned)
+    self.folder.write(training.folder_of(self.model), predictor, result, served, self.options)
     self.listener.say(result.headline(self.options))
     if served is not None:
       self.listener.say(self.population)
@@ -179,8 +192,35 @@ class Fit:
   def _step(self, title: str) -> looking.Report:
     """Says which of how many steps begins."""
     read = [READ] if reading.to_try(self.source) else []
-    steps = [*training.titles(self.options), *read, CHOOSE, CERTIFY, LOOK]
+    learn = [training.OWN_TEXTS, LEARN] if self.options.learns_exits else []
+    steps = [*learn, *training.titles(self.options), *read, CHOOSE, CERTIFY, LOOK]
     return self.listener.step(f"[{steps.index(title) + 1}/{len(steps)}] {title}")
+
+  def _learn_exits(self) -> tuple[inference.Predictor, LearnedExits]:
+    """The model with exits beside its weights, and what was learned."""
+    rows = self.splits.train[:MOST_ROWS]
+    told = self._step(training.OWN_TEXTS)
+    tokens = own_texts.tokens(self.source, rows, self.folder.work / "own_texts", told)
+    progress, file = self._step(LEARN), self.folder.work / checkpoints.EXITS
+    base, texts = parameters.base_digest(self.source.params), [row.input for row in rows]
+
+    def learn() -> LearnedExits:
+      maps = exit_maps.fit(
+        self.source,
+        texts,
+        tokens,
+        candidates.exit_layers(self.source.num_layers),
+        rank=RANK,
+        seed=self.options.seed,
+        progress=progress,
+      )
+      checkpoints.save_exits(file, maps.parameters(), base)
+      return maps.summary(RANK, base)
+
+    # The file is written first: a result without it was never stored.
+    learned = self.folder.cache.get(LearnedExits, "exits", {"base": base}, learn)
+    self.listener.say(str(learned))
+    return self.source.with_exits(file), learned
 
   def _train(self) -> tuple[inference.Predictor, tuple[Trained, ...]]:
     """The trained model under its limits, and what its stages did."""
@@ -275,11 +315,10 @@ class Fit:
     if look.worse:
       reason, threshold = look.worse, thresholds_lib.NEVER_EXIT
     served = folder_lib.served(calibration, reason, measured)
-    exact = None
+    texts = [prompt.input for prompt in self.splits.last]
+    verified, exact = drafts.fastest(untouched, texts, self.folder.cache)
     if reason:
-      predictor = untouched
-      texts = [prompt.input for prompt in self.splits.last]
-      predictor, exact = drafts.fastest(predictor, texts, self.folder.cache)
+      predictor = verified
     result = Result(
       model=self.model,
       sizes=str(self.splits),
@@ -312,7 +351,11 @@ class Fit:
     }
     limits |= {name: stated[name] for name in limits if name in stated}
     read = {option: getattr(predictor.options, option) for option in reading.WAYS}
-    return self.source.with_options(**limits, **read)
+    given = self.source.with_options(**limits, **read)
+    if self.options.train_all:
+      return given
+    # With the exits that were learned beside its weights: drafts come through them.
+    return dataclasses.replace(given, config=predictor.config, params=predictor.params)
 
   def _seconds(self, predictor, threshold: float, progress) -> seconds.Seconds | None:
     """Of the last part at a certified threshold, measured once; None at full depth."""

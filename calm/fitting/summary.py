@@ -94,5 +94,5 @@ def tried_lines(choice: Choice) -> list[str]:
     rest = "" if entry.decoded else f", {at}"
     mark = " (chosen)" if choice.best is entry else ""
     first = f"x{entry.first_speedup:.2f} in a first look"
-    lines.append(f"  {entry.candidate}: {found}{first}{rest}{mark}")
+    lines.append(f"  {entry.candidate.described(entry.threshold)}: {found}{first}{rest}{mark}")
   return lines

@@ -32,6 +32,7 @@ def load(
   void_guarantee: bool = False,
   allow_platform: bool = False,
   dtype: str | None = None,
+  exits: str | pathlib.Path | None = None,
   **options: Any,
 ) -> Predictor:
   """Opens a model for decoding.
@@ -50,6 +51,8 @@ def load(
       sample of them was checked: `calm infer --allow_platform` does, where a mean loss is
       promised, or `calibrate.audit.Monitor`.
     dtype: activation dtype, 'float32' or 'bfloat16'; None takes the checkpoint's.
+    exits: a file of exits that `calm fit` learned beside this model's weights, or the folder
+      that it wrote; None takes the model folder's own, where there is one.
     **options: fields of `DecodeOptions`.
 
   Raises:
@@ -58,7 +61,7 @@ def load(
   """
   sharded.make_cpu_devices(options.get("num_devices"))
   directory = checkpoints.PACKED if str(path) == "packed" else pathlib.Path(path)
-  checkpoint = checkpoints.load(directory)
+  checkpoint = checkpoints.load(directory, exits=exits)
   if checkpoint.vocabulary is None:
     raise ValueError(
       f"Expected a vocabulary beside the checkpoint in {directory}, got none; save the model"

@@ -9,6 +9,7 @@ Needs no TensorFlow, seqio or T5X.
 import contextlib
 import dataclasses
 import functools
+import pathlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -100,6 +101,16 @@ class Predictor:
     """Of the parameters that full-depth texts depend on, where exits have maps beside them."""
     maps = self.config.exit_translators or self.config.exit_propagation
     return parameters.base_digest(self.params) if maps else None
+
+  def with_exits(self, file: str | pathlib.Path) -> "Predictor":
+    """The same model with the exits of a file that `calm fit` learned beside its weights.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: they were learned beside other weights.
+    """
+    config, params = checkpoints.with_exits(self.config, self.params, file)
+    return dataclasses.replace(self, config=config, params=params)
 
   @property
   def eos_id(self) -> int:

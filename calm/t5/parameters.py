@@ -153,6 +153,27 @@ def add_exit_parts(params: Mapping[str, Any], config: network.T5Config) -> dict[
   return unflatten(flat)
 
 
+def exit_fields(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Fields of `T5Config` that say which exit parts a flat tree holds.
+
+  Args:
+    flat: {path: leaf}.
+  """
+  layers = {"exit_translators": set(), "exit_propagation": set()}
+  rank = 0
+  for path, leaf in flat.items():
+    _, part, *rest = [*path.split("/"), ""]
+    if part in layers and (number := rest[0].removeprefix("layers_")).isdecimal():
+      layers[part].add(int(number) + 1)
+      rank = len(leaf) if path.endswith("/down/bias") else rank
+  return {
+    "exit_classifier": "decoder/exit_classifier/kernel" in flat,
+    "exit_probes": "decoder/exit_probes/kernel" in flat,
+    "exit_propagation_rank": rank,
+    **{part: tuple(sorted(found)) for part, found in layers.items()},
+  }
+
+
 def renew(
   params: Mapping[str, Any], fresh: Mapping[str, Any], parts: Sequence[str]
 ) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def worse(model, always_faster, tmp_path_factory):
 
   def fit(**options):
     listener = fitting.Listener(say=said.append)
-    options = {**OPTIONS, "stages": "one", "tolerance": 0.9, **options}
+    options = {**OPTIONS, "train_all": True, "stages": "one", "tolerance": 0.9, **options}
     with jax.numpy_dtype_promotion("standard"):
       return fitting.fit(given, rows, output=output, listener=listener, **options)
 
@@ -234,7 +234,7 @@ def test_a_budget_without_steps_is_refused_with_the_least_that_is_taken(model, t
   pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
   rows = [dataclasses.replace(ROWS[i % 45], id=f"r{i}", group=f"g{i}") for i in range(90)]
   rows = [dataclasses.replace(row, input=f"{row.input} {row.id}") for row in rows]
-  options = {**OPTIONS, "stages": "one"}
+  options = {**OPTIONS, "train_all": True, "stages": "one"}
   with jax.numpy_dtype_promotion("standard"):
     with pytest.raises(ValueError, match="fewer than 20 steps after compiling") as refused:
       fitting.fit(
@@ -341,9 +341,9 @@ def test_full_depth_is_served_where_exits_are_not_faster(
   whole = folder.Folder(output.parent / "whole", output.parent / "whole" / "fit", None)
   whole.work.mkdir(parents=True)
   result = dataclasses.replace(
-    _result(output), reason=reason, threshold=thresholds_lib.NEVER_EXIT
+    _result(output), reason=reason, threshold=thresholds_lib.NEVER_EXIT, exact=None
   )
-  whole.write(predictor, result, None, fitting.FitOptions(**OPTIONS))
+  whole.write(model, predictor, result, None, fitting.FitOptions(**OPTIONS))
   full = inference.load(whole.path)
   texts = ["a few words", "say it"]
   got, static = full.generate(texts), predictor.generate(texts, rule=exits.StaticExit())
@@ -352,7 +352,7 @@ def test_full_depth_is_served_where_exits_are_not_faster(
   # Where its own drafts were measured to be faster, it is served from them.
   fast = seconds.Pair(1, 2, 1.2, 1.0, 1.2, 1.1)
   exact = dataclasses.replace(result, exact=seconds.Seconds(fast, None))
-  whole.write(predictor, exact, None, fitting.FitOptions(**OPTIONS))
+  whole.write(model, predictor, exact, None, fitting.FitOptions(**OPTIONS))
   drafting = inference.load(whole.path)
   assert drafting.exact == inference.exact_rule(predictor)
   got = drafting.generate(texts)
@@ -399,7 +399,7 @@ def test_rows_that_cannot_do_are_named_before_any_work(model, tmp_path):
   with pytest.raises(ValueError, match=r"at least 59 rows .*29 to calibrate on"):
     fit(ROWS, tolerance=0.1)
   bare = [dataclasses.replace(row, targets=()) for row in ROWS]
-  for more in ({"consistency": "risk"}, {"stages": "own"}):
+  for more in ({"consistency": "risk"}, {"train_all": True, "stages": "own"}):
     with pytest.raises(ValueError, match=r"references .*45 of 45 without.*accept_quality"):
       fit(bare, **more)
   with pytest.raises(ValueError, match="1 ids twice"):
@@ -421,7 +421,10 @@ def test_files_that_cannot_do_are_named_before_any_work(model, tmp_path, name, t
   (tmp_path / name).write_text(text)
   with pytest.raises(ValueError, match=words):
     fitting.fit(
-      model, tmp_path / name, output=tmp_path / "out", **{**OPTIONS, "stages": "both"}
+      model,
+      tmp_path / name,
+      output=tmp_path / "out",
+      **{**OPTIONS, "train_all": True, "stages": "both"},
     )
   assert not (tmp_path / "out").exists()
 

@@ -41,7 +41,7 @@ def stage(directory, parts, tmp_path, monkeypatch):
     parts,
     tmp_path / "splits",
     tmp_path / f"stage_{name}",
-    fitting.FitOptions(stages=name, **options),
+    fitting.FitOptions(train_all=True, stages=name, **options),
   )
 
 

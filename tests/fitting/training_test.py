@@ -122,7 +122,7 @@ def test_rows_that_come_too_late_are_left_out_and_one_chunk_always_is_in_time(
   ],
 )
 def test_the_order_of_the_stages_and_their_shares_of_the_budget(name, order):
-  options = fitting.FitOptions(stages=name, budget=100.0)
+  options = fitting.FitOptions(train_all=True, stages=name, budget=100.0)
   titles = training.titles(options)
   assert [part in title for part, title in zip(order, titles, strict=True)] == [True] * len(
     order
@@ -142,7 +142,7 @@ def test_layers_learn_the_models_own_texts_without_references(
   monkeypatch.setattr(recipes, "batch_size", lambda rows: 4)
   short = lambda recipe: lambda *given: dataclasses.replace(recipe(*given), num_steps=3)
   monkeypatch.setattr(stages, "RECIPES", {k: short(v) for k, v in stages.RECIPES.items()})
-  options = fitting.FitOptions(stages="own", batch_size=8)
+  options = fitting.FitOptions(train_all=True, stages="own", batch_size=8)
   splits.write(tmp_path / "mine" / "splits", parts)
   work = tmp_path / "mine" / "fit"
   work.mkdir()

@@ -20,27 +20,33 @@ RESULT = {
   "last": {"layers": 3.25, "risk": MEAN, "quality_full": MEAN, "quality_early": None},
   "seconds": {"single": PAIR, "batched": None},
   "reason": "",
+  "exact": None,
+  "learned": {"seconds": 12.4},
   "num_layers": 8,
 }
 
 
 def test_a_row_says_what_was_chosen_and_measured():
-  row = show_fit.row("packed", "debian_qa", RESULT)
-  assert set(row) == set(show_fit.COLUMNS)
+  row = show_fit.row("packed", "debian_qa", "frozen", RESULT)
+  measured = {"cut", "layers at 0.05, 0.2", "full texts equal"}
+  assert set(row) | measured == set(show_fit.COLUMNS) and row["s learning"] == 12
   assert (row["task"], row["chosen"]) == ("qa", "softmax after 2,4, tau 4")
   assert row["risk, 0.1 promised"] == "0.051 ± 0.020" and row["quality served"] == ""
   assert row["speed-up"] == 2.0 and row["in batches"] is None
   full = {**RESULT, "reason": "slower", "seconds": None}
-  assert show_fit.row("random", "debian_qa", full)["chosen"] == "full depth"
+  assert show_fit.row("packed", "debian_qa", "stored", full)["chosen"] == "full depth"
 
 
 def test_fits_are_put_into_one_table_whenever_they_are_made(tmp_path):
-  arguments = argparse.Namespace(output=tmp_path / "fit.json", rows=600, budget="3m")
-  for name, task in (("random", "a"), ("packed", "a"), ("packed", "b"), ("random", "a")):
-    show_fit.record(arguments, {"weights": name, "task": task})
+  arguments = argparse.Namespace(
+    output=tmp_path / "fit.json", rows=600, budget="3m", models=["packed"], ways=["frozen"]
+  )
+  keys = (("plain", "a", "x"), ("packed", "a", "x"), ("packed", "b", "x"), ("plain", "a", "x"))
+  for key in keys:
+    show_fit.record(arguments, dict(zip(("model", "task", "exits"), key, strict=True)))
   table = json.loads((tmp_path / "fit.json").read_text("utf-8"))
-  rows = [(row["weights"], row["task"]) for row in table["rows"]]
-  assert rows == [("packed", "a"), ("packed", "b"), ("random", "a")]
+  rows = [(row["model"], row["task"]) for row in table["rows"]]
+  assert rows == [("packed", "a"), ("packed", "b"), ("plain", "a")]
 
 
 def test_the_packed_weights_open_from_a_hugging_face_folder(tmp_path):

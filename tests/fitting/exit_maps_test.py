@@ -1,0 +1,202 @@
+"""Exits beside frozen weights: what is fitted is right, and nothing of the model changes."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+pytest.importorskip("optax", reason="optax (the `train` extra) is not installed")
+pytest.importorskip("matplotlib", reason="matplotlib (the `report` extra) is not installed")
+
+from calm import checkpoints, exits, fitting, inference
+from calm.calibrate import Prompt
+from calm.checkpoints import files
+from calm.fitting import candidates, choose, exit_maps
+from calm.paper.bench import decode
+from calm.t5 import parameters
+
+WORDS = ["a few words", "another text", "say it", "the fourth", "b"]
+ROWS = [
+  Prompt(f"r{i}", f"{WORDS[i % 5]} {i}", (f"{WORDS[i % 3]}",), f"g{i}") for i in range(90)
+]
+OPTIONS = {"tolerance": 0.5, "batch_size": 4, "metric": "chrf"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def promotion():
+  import jax
+
+  with jax.numpy_dtype_promotion("standard"):  # optax
+    yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_rounds():
+  patch = pytest.MonkeyPatch()
+  for name, value in {"TIMED": 2, "ROUNDS": 1, "FINALISTS": 1}.items():
+    patch.setattr(choose, name, value)
+  patch.setattr(candidates, "measures", lambda predictor: ("softmax",))
+  patch.setattr(inference.seconds, "PROMPTS", 2)
+  patch.setattr(inference.seconds, "ROUNDS", 1)
+  yield
+  patch.undo()
+
+
+def silent(share, text):
+  del share, text
+
+
+def sums_of(x, last, inputs, squares=None):
+  """Normal equations of one layer's states."""
+  rows = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+  squares = np.square(inputs).sum(axis=(0, 2)) if squares is None else squares
+  moved = np.einsum("te,tkf->ekf", rows, inputs)
+  return exit_maps._Sums(rows.T @ rows, rows.T @ last, moved, squares)
+
+
+def test_ridge_finds_a_linear_relation_and_needs_its_penalty_where_tokens_are_few():
+  rng = np.random.default_rng(0)
+  truth, bias = rng.normal(size=(6, 6)), rng.normal(size=6)
+  for tokens, close in ((500, 1e-3), (4, None)):
+    x = rng.normal(size=(tokens, 6))
+    last = x @ truth + bias
+    held = np.arange(tokens // 2, tokens)
+    sample = exit_maps._Sample(x[None], last, np.arange(tokens // 2), held)
+    sums = {1: sums_of(x[: tokens // 2], last[: tokens // 2], np.zeros((tokens // 2, 1, 6)))}
+    penalty, ((kernel, offset),) = exit_maps._ridge(sums, sample)
+    assert penalty in exit_maps._PENALTIES and np.isfinite(kernel).all()
+    if close is not None:
+      np.testing.assert_allclose(kernel + np.eye(6), truth, atol=close)
+      np.testing.assert_allclose(offset, bias, atol=close)
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_propagation_of_rank_r_is_exact_where_the_truth_has_rank_r(rank):
+  """Skipped layers k = j + 2 ... are predicted; the next layer's input is the state itself."""
+  rng = np.random.default_rng(1)
+  emb_dim, skipped = 8, 4  # layers j + 1 ... j + 4
+  x = rng.normal(size=(400, emb_dim))
+  down, up = rng.normal(size=(emb_dim, rank)), rng.normal(size=(skipped - 1, rank, emb_dim))
+  inputs = np.einsum("te,er,krf->tkf", x, down, up)
+  kernel, bias, made = exit_maps._low_rank(sums_of(x, x, inputs), 1e-12, rank, skipped)
+  assert kernel.shape == (emb_dim, rank) and made.shape == (skipped, rank, emb_dim)
+  assert not made[0].any()
+  predicted = np.einsum("tr,krf->tkf", x @ kernel + bias, made[1:])
+  np.testing.assert_allclose(predicted, inputs, atol=1e-3)
+  worse = exit_maps._low_rank(sums_of(x, x, inputs), 1e-12, rank - 1, skipped)
+  short = np.einsum("tr,krf->tkf", x @ worse[0] + worse[1], worse[2][1:])
+  assert np.abs(short - inputs).max() > 0.1
+
+
+def test_a_vocabulary_that_is_drawn_from_estimates_the_whole_loss():
+  rng = np.random.default_rng(2)
+  head = rng.normal(size=(300, 8)).astype(np.float32)
+  exits_, last = rng.normal(size=(2, 64, 8)), rng.normal(size=(64, 8))
+  maps = 0.1 * rng.normal(size=(2, 8, 8)), np.zeros((2, 8))
+  loss = lambda columns, drawn: float(
+    exit_maps._loss(maps, exits_, last, drawn, [head, head], head, columns=columns)
+  )
+  whole = loss(np.arange(300), np.zeros(0, int))
+  columns, others = np.arange(100), np.arange(100, 300)
+  drawn = [loss(columns, rng.choice(others, 100, replace=False)) for _ in range(30)]
+  assert abs(np.mean(drawn) - whole) < 0.1 * whole
+  assert abs(loss(columns, others) - whole) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def fitted(directory, tmp_path_factory):
+  """(input folder, output folder, the served model, what was said)."""
+  output, said = tmp_path_factory.mktemp("fit") / "mine", []
+  listener = fitting.Listener(say=said.append)
+  served = fitting.fit(directory, ROWS, output=output, listener=listener, **OPTIONS)
+  return directory, output, served, said
+
+
+def test_the_base_is_copied_byte_for_byte_and_its_full_texts_stay(fitted):
+  source, output, served, said = fitted
+  for name in ("params.safetensors", "config.json", "vocabulary.json"):
+    assert (output / name).read_bytes() == (source / name).read_bytes()
+  limits = ("task_prefix", "max_input_length", "max_decode_length")
+  same = {name: getattr(served.options, name) for name in limits}
+  before = inference.load(source, **same)
+  assert parameters.base_digest(served.params) == parameters.base_digest(before.params)
+  assert any(parameters.base_digest(before.params)[:12] in line for line in said)
+  full = lambda model: [
+    record.tokens for record in decode.with_rule(model, ROWS[:20], exits.StaticExit())
+  ]
+  assert full(before) == full(inference.load(output))
+  assert served.config.exit_translators == (1, 2) == served.config.exit_propagation
+
+
+def test_translators_agree_with_the_full_model_more_often(fitted):
+  _, output, _, _ = fitted
+  learned = json.loads((output / "fit" / "result.json").read_text("utf-8"))["learned"]
+  assert learned["layers"] == [1, 2] and learned["num_tokens"] > 0
+  assert np.mean(learned["agreement_after"]) > np.mean(learned["agreement_before"])
+
+
+def test_exits_open_beside_their_base_and_beside_no_other(fitted, tmp_path):
+  source, output, served, _ = fitted
+  beside = inference.load(source, exits=output)
+  assert beside.parameters_digest == served.parameters_digest
+  edited = tmp_path / "edited"
+  shutil.copytree(output, edited)
+  for name in ("calibration.json", "full_depth.json"):
+    (edited / name).unlink(missing_ok=True)
+  leaves = files.read_safetensors(edited / "params.safetensors")
+  leaves["decoder/decoder_norm/scale"] = leaves["decoder/decoder_norm/scale"] * 1.001
+  files.safetensors_writer(leaves)(edited / "params.safetensors")
+  with pytest.raises(ValueError, match="another model, or one that was edited since"):
+    inference.load(edited)
+  with pytest.raises(FileNotFoundError, match="`exits` to be a file of exits"):
+    inference.load(source, exits=tmp_path / "nowhere")
+  (edited / checkpoints.EXITS).write_bytes((output / checkpoints.EXITS).read_bytes()[:-8])
+  with pytest.raises(ValueError, match="whole safetensors file"):
+    inference.load(edited)
+  checkpoints.save_exits(edited / checkpoints.EXITS, {"encoder/x": np.zeros(1)}, "")
+  with pytest.raises(ValueError, match="to be exits of the format"):
+    inference.load(edited)
+
+
+def test_a_fit_that_was_stopped_while_it_learned_goes_on(fitted, tmp_path, monkeypatch):
+  source, output, _, _ = fitted
+  again = tmp_path / "again"
+
+  def stop(*arguments, **options):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(exit_maps, "fit", stop)
+    with pytest.raises(KeyboardInterrupt):
+      fitting.fit(source, ROWS, output=again, listener=fitting.Listener(), **OPTIONS)
+  assert not (again / checkpoints.EXITS).exists()
+  fitting.fit(source, ROWS, output=again, listener=fitting.Listener(), **OPTIONS)
+  name = "params.safetensors"
+  assert (again / name).read_bytes() == (output / name).read_bytes()
+  maps, before = (files.read_safetensors(each / checkpoints.EXITS) for each in (again, output))
+  assert set(maps) == set(before)
+  for path, leaf in before.items():  # sums of threads differ in their last bits
+    np.testing.assert_allclose(maps[path], leaf, atol=1e-2, err_msg=path)
+
+
+def test_states_that_are_not_finite_are_refused(directory):
+  model = inference.load(directory, batch_size=4, max_decode_length=6)
+  flat = parameters.flatten(model.params)
+  flat["decoder/layers_0/mlp/wo/kernel"] = flat["decoder/layers_0/mlp/wo/kernel"] * np.inf
+  broken = dataclasses.replace(model, params=parameters.unflatten(flat))
+  with pytest.raises(ValueError, match="finite states"):
+    exit_maps.fit(broken, ["a b"], [[3, 1]], (1, 2), rank=2, progress=silent)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"stages": "own"}, "Expected `train_all` with `stages` 'own'"),
+    ({"budget": 60.0}, "Expected `train_all` with `budget`"),
+  ],
+)
+def test_options_of_training_need_train_all(options, message):
+  with pytest.raises(ValueError, match=message):
+    fitting.FitOptions(**options)
