@@ -131,7 +131,7 @@ def errors(tree: ast.Module) -> Iterator[tuple[ast.AST, ast.Call]]:
 # person who stopped a command; an exit status.
 NO_REFUSAL = re.compile(
   r"\w+Error\(None, |ValueError\(repr\(value\)\)|Unanswered\(|common\.StoppedError\("
-  r"|SystemExit\(1 if "
+  r"|SystemExit\(1 if |_Mismatch\("
 )
 FORM = re.compile(
   r"(?:\{\}:(?:\d+:)?)* ?[Ee]xpected (?P<what>.+?), got\b:?(?P<rest>.+)", re.DOTALL

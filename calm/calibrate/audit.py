@@ -23,6 +23,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from calm.calibrate import arguments
 from calm.calibrate.generations import files, locks
 from calm.calibrate.generations import records as records_lib
 from calm.calibrate.losses import metrics
@@ -37,6 +38,7 @@ _MEMORY = 200
 _LATE_SHARE = 0.75
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Watch:
   """What is watched; fixed for the life of one state file.
@@ -54,7 +56,7 @@ class Watch:
   tolerance: float
   alarm_level: float
   sampling_rate: float
-  seed: str
+  seed: str | int
   support: Support = dataclasses.field(default_factory=Support)
   kind: str = "textual"
   calibration_digest: str | None = None
@@ -73,7 +75,8 @@ class Watch:
 
   def sampled(self, name: int | str) -> bool:
     """The coin of the prompt of that number or id: the same everywhere, blind to text."""
-    digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+    tossed = f"{self.seed}/{name}".encode("utf-8", "surrogatepass")
+    digest = hashlib.sha256(tossed).digest()
     return int.from_bytes(digest[:8], "big") < self.sampling_rate * 2.0**64
 
   def to_json(self) -> dict[str, Any]:
@@ -195,7 +198,8 @@ class Monitor:
     """Anytime p-value of "the risk is at most the tolerance"."""
     return math.exp(-self.wealth.highest)
 
-  def serve(self, name: str | None = None) -> tuple[int, bool]:
+  @arguments.checked()
+  def serve(self, name: str | int | None = None) -> tuple[int, bool]:
     """Counts a served prompt.
 
     Args:
@@ -210,6 +214,7 @@ class Monitor:
     self._count(number, check)
     return number, check
 
+  @arguments.checked()
   def record(self, number: int, loss: float) -> bool:
     """Takes the loss of a sampled prompt.
 
@@ -229,12 +234,13 @@ class Monitor:
     self._settle(number, float(loss))
     return self.alarm
 
+  @arguments.checked()
   def check(
     self,
     predictions: Sequence[str],
     full_model: Callable[[list[int]], Sequence[str]],
-    metric: str | metrics.Metric = "rouge_l",
-    names: Sequence[str] | None = None,
+    metric: metrics.MetricLike = "rouge_l",
+    names: Sequence[str | int] | None = None,
   ) -> bool:
     """Counts served outputs, re-runs the full model on some, and bets on how they differ.
 
@@ -246,7 +252,7 @@ class Monitor:
       predictions: [num_prompts] texts as served, in that order.
       full_model: positions in `predictions` -> the full model's texts of those prompts; called
         once, or not at all.
-      metric: registry name, import path or `Metric`.
+      metric: registry name, import path, function or `Metric`.
       names: [num_prompts] ids by which the coin picks; None takes numbers.
 
     Returns:
@@ -263,13 +269,18 @@ class Monitor:
       )
     metric = metrics.get_metric(metric)
     named = [None] * len(predictions) if names is None else names
+    if len(named) != len(predictions):
+      raise ValueError(
+        f"Expected `names` for each of the {len(predictions)} predictions, got {len(named)}."
+      )
     numbers = [self.serve(name) for _, name in zip(predictions, named, strict=True)]
     rows = [row for row, (_, sampled) in enumerate(numbers) if sampled]
-    texts = full_model(rows) if rows else []
-    if len(texts) != len(rows):
+    made: Any = full_model(rows) if rows else ()
+    texts = tuple(made) if arguments.is_listing(made) else (made,)
+    if len(texts) != len(rows) or not all(isinstance(text, str) for text in texts):
       raise ValueError(
         f"Expected `full_model` to return a text for each of the {len(rows)} positions, got"
-        f" {len(texts)}; the prompts wait for their losses: `waiting`."
+        f" {len(texts)}: {texts!r:.60}; the prompts wait for their losses: `waiting`."
       )
     for row, text in zip(rows, texts, strict=True):
       self.record(numbers[row][0], 1.0 - metric(predictions[row], [text]))
@@ -323,6 +334,7 @@ class Monitor:
     )
 
 
+@arguments.checked()
 def open_monitor(path: str | pathlib.Path, watch: Watch) -> Monitor:
   """Starts a monitor, or goes on with the one whose state the file holds.
 

@@ -4,13 +4,14 @@ import dataclasses
 import hashlib
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import scipy
 
 import calm
+from calm.calibrate import arguments, planning, promises
 from calm.calibrate import decision as decision_lib
-from calm.calibrate import planning, promises
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.calibration import Calibration, Row
 from calm.calibrate.decision import Decision, Evidence
@@ -21,6 +22,7 @@ from calm.calibrate.losses import checks, clusters, frames
 from calm.calibrate.losses.sequence_losses import UNKNOWN, SequenceLosses, Support
 
 
+@arguments.checked(promise=promises.of_name)
 def calibrate(
   losses: SequenceLosses | np.ndarray | Sequence[Sequence[float]] | None = None,
   thresholds: Sequence[float] | np.ndarray | None = None,
@@ -29,7 +31,7 @@ def calibrate(
   error_rate: float,
   method: str = "auto",
   testing_procedure: str = "fixed_sequence",
-  groups: Sequence[str] | None = None,
+  groups: Sequence[Any] | None = None,
   support: Support | None = None,
   promise: promises.Promise | None = None,
   risks: Sequence[promises.Risk] | None = None,
@@ -59,7 +61,7 @@ def calibrate(
       those of a `SequenceLosses`, which has none after `.ungrouped()` (the guarantee says so).
     support: declared range of plain arrays; [0, 1] by default, binary for 'auto' where the
       values are 0 and 1 alone, which the guarantee repeats.
-    promise: what is bounded, one of `promises`; None is the mean loss.
+    promise: what is bounded, one of `promises` or its name; None is the mean loss.
     risks: several losses, each with its tolerance, instead of `losses` and `tolerance`.
     seed: of the order of a betting test: that of an earlier `Calibration` of the same losses,
       to repeat it, or one that was drawn before these losses were seen. None makes it of ids,
@@ -345,7 +347,7 @@ def _warn(sample: SequenceLosses, ordered: bool) -> None:
     warnings.warn(
       "the order given follows the losses, and a betting test in such an order proves nothing:"
       " leave `in_given_order` out, or give an order that was fixed before any loss was seen.",
-      stacklevel=3,
+      stacklevel=4,
     )
   numbers_alone = sample.metric == UNKNOWN or (sample.ids is None and not sample.contents)
   if numbers_alone and not sample.groups_ignored:

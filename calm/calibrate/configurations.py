@@ -12,6 +12,7 @@ import numpy.typing as npt
 import scipy
 
 import calm
+from calm.calibrate import arguments
 from calm.calibrate import decision as decision_lib
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.calibration import Calibration, Row
@@ -27,6 +28,7 @@ from calm.calibrate.promises.risks import check_outputs
 _TESTING = "fixed_sequence"
 
 
+@arguments.checked()
 def calibrate_configurations(
   risks: Mapping[str, Sequence[Risk]],
   costs: Mapping[str, npt.ArrayLike],
@@ -68,7 +70,7 @@ def calibrate_configurations(
   checks.check_lines([_configuration(*place) for place in places], "configurations")
   groups = clusters.declared_groups(first)
   tables = [_table(families, number, groups, method) for number in range(len(_of(families)))]
-  price = np.concatenate([np.asarray(costs[name], np.float64) for name in families], axis=1)
+  price = np.concatenate([checks.as_numbers(costs[name], "costs") for name in families], axis=1)
   if groups is None and not first.groups_ignored and first.metric == UNKNOWN:
     checks.warn_of_copies(np.concatenate([table.values for table in tables], axis=1))
   found = pareto.pareto_test(

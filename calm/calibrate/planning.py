@@ -3,19 +3,22 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from calm.calibrate import promises
+from calm.calibrate import arguments, promises
 from calm.calibrate.evidence import methods
-from calm.calibrate.evidence.draws import Draws
+from calm.calibrate.evidence.draws import Draws, check_size
 from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
+from calm.calibrate.promises.promise import in_range
 
 # Where a method's own size is sought no further: nobody calibrates on more prompts.
 _MOST_PROMPTS = 10**6
 _MORE = "give more, or allow a larger loss or error rate"
 
 
+@arguments.checked()
 def min_calibration_size(
   tolerance: float, error_rate: float, *, lower: float = 0.0, upper: float = 1.0
 ) -> int:
@@ -43,7 +46,7 @@ def min_calibration_size(
   >>> [min_calibration_size(tolerance, 0.05) for tolerance in (0.02, 0.05, 0.1, 0.25)]
   [149, 59, 29, 11]
   """
-  if not lower < tolerance < upper:
+  if not -math.inf < lower < tolerance < upper < math.inf:
     raise ValueError(
       f"Expected `tolerance` to be in (`lower`, {upper:g}) = ({lower}, {upper}), got"
       f" {tolerance!r}."
@@ -56,6 +59,7 @@ def min_calibration_size(
   return max(1, nearest if abs(size - nearest) < 1e-9 else math.ceil(size))
 
 
+@arguments.checked()
 def method_size(
   method: str,
   tolerance: float,
@@ -111,6 +115,7 @@ def method_size(
   return enough
 
 
+@arguments.checked(promise=promises.of_name)
 def promise_size(
   promise: promises.Promise,
   tolerance: float,
@@ -122,7 +127,7 @@ def promise_size(
   """The fewest prompts with which each test of a promise certifies the lowest losses.
 
   Args:
-    promise: what is to be promised; its data may be missing.
+    promise: what is to be promised, or its name; its data may be missing.
     tolerance: delta, in (0, 1).
     error_rate: epsilon, in (0, 1).
     support: declared range of losses; [0, 1] by default.
@@ -142,6 +147,7 @@ def promise_size(
   }
 
 
+@arguments.checked()
 def refusal(
   num_examples: int,
   tolerance: float,
@@ -201,6 +207,7 @@ def _own_size(method, tolerance, error_rate, support, share) -> str:
   return f" ({own} by the method {method!r})" if own is not None else ""
 
 
+@arguments.checked()
 def forecast(
   num_examples: int, tolerance: float, error_rate: float, *, method: str = "auto"
 ) -> str:
@@ -265,9 +272,19 @@ class PowerCurve:
   power: np.ndarray
   draws: int
 
+  @arguments.checked()
   def size_for(self, threshold: float, power: float = 0.8) -> int | None:
-    """The smallest size that certifies `threshold` with at least that power, or None."""
-    column = self.power[:, int(np.flatnonzero(self.thresholds == threshold)[0])]
+    """The smallest size that certifies `threshold` with at least that power, or None.
+
+    Raises:
+      ValueError: there is no such threshold.
+    """
+    (places,) = np.nonzero(self.thresholds == threshold)
+    if not len(places):
+      raise ValueError(
+        f"Expected `threshold` to be one of {self.thresholds.tolist()}, got {threshold}."
+      )
+    column = self.power[:, places[0]]
     enough = [size for size, share in zip(self.sizes, column, strict=True) if share >= power]
     return min(enough, default=None)
 
@@ -280,6 +297,7 @@ class PowerCurve:
     return "\n".join([head, *lines])
 
 
+@arguments.checked()
 def power_curve(
   pilot: SequenceLosses,
   sizes: Sequence[int],
@@ -287,7 +305,7 @@ def power_curve(
   tolerance: float,
   error_rate: float,
   method: str = "auto",
-  groups: Sequence[str] | None = None,
+  groups: Sequence[Any] | None = None,
   draws: int = 200,
   seed: int = 0,
 ) -> PowerCurve:
@@ -313,10 +331,13 @@ def power_curve(
   Raises:
     ValueError: a size is below 1, losses leave their range, or `method` does not fit them.
   """
-  if not len(sizes) or min(sizes) < 1 or draws < 1:
+  if not sizes or min(sizes) < 1 or draws < 1:
     raise ValueError(
       f"Expected `sizes` to be at least 1 each and `draws` at least 1, got {sizes} and {draws}."
     )
+  for name, rate in (("tolerance", tolerance), ("error_rate", error_rate)):
+    in_range(name, rate, 0.0, 1.0)
+  check_size("draws", draws, max(sizes), seed)
   pool = Draws(pilot, method, groups)
   generator = np.random.default_rng(seed)
   columns = np.arange(pool.values.shape[1])

@@ -13,12 +13,11 @@ all prompts of a cluster are decoded before its mean is bet on.
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from calm.calibrate import arguments
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.calibration import Calibration, Row
 from calm.calibrate.evidence import betting, bounds, strategies
@@ -52,6 +51,7 @@ class Request:
   stop: int
 
 
+@arguments.checked()
 class SequentialCalibration:
   """Asks for losses and decides; see the module's description.
 
@@ -63,7 +63,7 @@ class SequentialCalibration:
 
   def __init__(
     self,
-    thresholds: npt.ArrayLike,
+    thresholds: Sequence[float] | np.ndarray,
     planned_size: int,
     *,
     tolerance: float,
@@ -85,17 +85,16 @@ class SequentialCalibration:
     Raises:
       ValueError: an argument leaves its range.
     """
-    self.thresholds = thresholds_lib.validate_grid(np.asarray(thresholds))
+    self.thresholds = thresholds_lib.validate_grid(thresholds)
     self.clusters = clusters
     self.support = support or Support()
     if clusters:  # means of several 0-or-1 losses are not 0 or 1
       self.support = Support(self.support.lower, self.support.upper)
     betting.check_levels(tolerance, error_rate, self.support.upper)
     checks.warn_of_error_rate(error_rate)
-    whole = isinstance(planned_size, numbers.Integral) and not isinstance(planned_size, bool)
-    if tolerance <= 0.0 or not whole or planned_size < 1:
+    if tolerance <= 0.0 or planned_size < 1:
       raise ValueError(
-        "Expected `tolerance` to be in (0, 1) and `planned_size` at least 1 and whole, got"
+        "Expected `tolerance` to be in (0, 1) and `planned_size` at least 1, got"
         f" {tolerance!r} and {planned_size!r}."
       )
     self.design = _BETS.design(tolerance, error_rate, planned_size, self.support.upper)
@@ -109,14 +108,15 @@ class SequentialCalibration:
     """Whether nothing more is wanted."""
     return self._states[-1] != OPEN
 
+  @arguments.checked()
   def request(self, batch_size: int = 1) -> Request | None:
     """The next prompts to decode, at most `batch_size` of them; None when all is decided.
 
     Raises:
       ValueError: `batch_size` is not a whole number of at least 1.
     """
-    if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
-      raise ValueError(f"Expected `batch_size` to be at least 1 and whole, got {batch_size!r}.")
+    if batch_size < 1:
+      raise ValueError(f"Expected `batch_size` to be at least 1, got {batch_size!r}.")
     if self.finished:
       return None
     seen = len(self._losses[-1])
@@ -135,7 +135,9 @@ class SequentialCalibration:
       ValueError: nothing was asked for, there are more than planned, or a loss is NaN or out of
         its declared range.
     """
-    values = np.asarray(losses, np.float64)
+    values = checks.as_numbers(losses, "losses")
+    if values.ndim != 1:
+      raise ValueError(f"Expected `losses` to be a list of numbers, got shape {values.shape}.")
     column = self._losses[-1]
     if self.finished or len(column) + len(values) > self.design.planned_size:
       raise ValueError(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from calm.calibrate import arguments
 from calm.calibrate.losses import checks
 
 NEVER_EXIT = math.inf
@@ -89,7 +90,7 @@ def validate_grid(thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
     ValueError: the grid is empty, not one-dimensional, leaves [0, 1] (`NEVER_EXIT` is no grid
       point: it needs no test), holds NaN, or does not strictly descend.
   """
-  grid = np.asarray(thresholds, dtype=np.float64)
+  grid = checks.as_numbers(thresholds, "thresholds")
   if grid.ndim != 1 or grid.size == 0:
     raise ValueError(
       "Expected `thresholds` to be a non-empty one-dimensional grid, as [0.9, 0.8, 0.7],"
@@ -129,6 +130,16 @@ def grid_of_knobs(knobs: Sequence[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
   numbers = all(isinstance(knob, int | float | np.number) for knob in knobs)
   if knobs and numbers and all(0.0 <= knob <= 1.0 for knob in knobs):
     return validate_grid(knobs), ()
+  odd = [
+    knob
+    for knob in knobs
+    if isinstance(knob, int | float | np.number) and not np.isfinite(knob)
+  ]
+  if odd:
+    raise ValueError(
+      f"Expected `knobs` to be finite numbers or names, got {odd[0]!r}; the full system is no"
+      " knob."
+    )
   names = tuple(str(knob) for knob in knobs)
   if not names or len(set(names)) != len(names):
     raise ValueError(f"Expected `knobs` to be at least one, all different, got {list(names)}.")
@@ -162,6 +173,7 @@ _DEFAULT_GRIDS: Mapping[str, Callable[[], np.ndarray]] = {
 }
 
 
+@arguments.checked()
 def default_grid(measure: str) -> np.ndarray:
   """The grid of a confidence measure, fixed before any loss is seen.
 

@@ -12,11 +12,13 @@ Two different questions, two functions:
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from calm.calibrate.evidence.draws import Draws
+from calm.calibrate import arguments
+from calm.calibrate.evidence.draws import Draws, check_size
 from calm.calibrate.losses.sequence_losses import SequenceLosses
 
 
@@ -94,6 +96,7 @@ def _check_rates(tolerances: Sequence[float], error_rate: float, trials: int) ->
     raise ValueError(f"Expected `trials` to be at least 1, got {trials!r}.")
 
 
+@arguments.checked()
 def split_trials(
   losses: SequenceLosses,
   tolerances: Sequence[float],
@@ -101,7 +104,7 @@ def split_trials(
   error_rate: float,
   method: str = "auto",
   layers: LayerCounts | None = None,
-  groups: Sequence[str] | None = None,
+  groups: Sequence[Any] | None = None,
   trials: int = 50,
   seed: int = 0,
 ) -> tuple[SplitTrials, ...]:
@@ -128,6 +131,7 @@ def split_trials(
   count = len(pool.values)
   if count < 2:
     raise ValueError(f"Expected `losses` to have at least 2 units to split, got {count}.")
+  check_size("trials", trials, count, seed)
   cut = min(count - 1, max(1, round(0.8 * count)))
   generator = np.random.default_rng(seed)
   splits = np.stack([generator.permutation(count) for _ in range(trials)])
@@ -172,13 +176,14 @@ def _summarize_splits(tolerance: float, outcomes, thresholds: np.ndarray) -> Spl
   )
 
 
+@arguments.checked()
 def validity_trials(
   losses: SequenceLosses,
   tolerances: Sequence[float],
   *,
   error_rate: float,
   method: str = "auto",
-  groups: Sequence[str] | None = None,
+  groups: Sequence[Any] | None = None,
   calibration_size: int | None = None,
   trials: int = 200,
   seed: int = 0,
@@ -209,6 +214,7 @@ def validity_trials(
     raise ValueError(f"Expected `calibration_size` to be at least 1, got {calibration_size!r}.")
   pool = Draws(losses, method, groups)
   size = calibration_size or len(pool.values)
+  check_size("trials", trials, size, seed)
   generator = np.random.default_rng(seed)
   draws = np.stack([generator.integers(len(pool.values), size=size) for _ in range(trials)])
   chosen = pool.choose(draws, tolerances, error_rate)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from calm.calibrate import Prompt
+from calm.calibrate import Prompt, arguments
 from calm.data import prompt_files, row_formats
 
 _UNKNOWN = object()
@@ -14,16 +14,20 @@ def is_table(value: Any) -> bool:
   return hasattr(value, "columns") and hasattr(value, "__getitem__")
 
 
-def check_texts(texts: Any) -> None:
-  """TypeError where a list of texts is something else, that looks like one when iterated."""
+def check_texts(texts: Any) -> tuple[str, ...]:
+  """Texts of any ordered iterable; TypeError where it is something else that iterates."""
   way_out = "give a list of texts, like `table['input']`, or `[prompt.input, ...]`."
   if isinstance(texts, str):
     raise TypeError("Expected `texts` to be a list of prompts, got one text; put it in a list.")
   if is_table(texts):
     raise TypeError(f"Expected `texts` to be a list of prompts, got a table; {way_out}")
-  other = next((text for text in texts if not isinstance(text, str)), None)
-  if other is not None:
-    raise TypeError(f"Expected `texts` to be a list of texts, got {other!r:.60}; {way_out}")
+  if not arguments.is_listing(texts):
+    raise TypeError(f"Expected `texts` to be a list of texts, got {texts!r:.60}; {way_out}")
+  texts = tuple(texts)
+  odd = [text for text in texts if not isinstance(text, str)]
+  if odd:
+    raise TypeError(f"Expected `texts` to be a list of texts, got {odd[0]!r:.60}; {way_out}")
+  return texts
 
 
 def prompts_of(rows: Any, *, input_key: str | None = None) -> tuple[Prompt, ...]:
@@ -41,6 +45,10 @@ def prompts_of(rows: Any, *, input_key: str | None = None) -> tuple[Prompt, ...]
   """
   if isinstance(rows, str):
     raise TypeError("Expected `prompts` to be a list, got one text; put it in a list.")
+  if not arguments.is_listing(rows) and not is_table(rows):
+    raise TypeError(
+      f"Expected `prompts` to be a list, got {rows!r:.60}; give texts, `Prompt`s or a table."
+    )
   found, key = [], _UNKNOWN
   for number, value in enumerate(_records(rows) if is_table(rows) else rows, start=1):
     if isinstance(value, Prompt):

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from calm.calibrate import arguments
+
 
 def _not_given() -> jax.Array:
   raise ValueError("Expected a `LayerView` with what the measure reads, got one without.")
@@ -263,6 +265,7 @@ def lacking(measure: Measure, parts: Collection[str], shortlist: bool) -> str | 
   return "shortlist" if measure.uses_shortlist and not shortlist else None
 
 
+@arguments.checked()
 def measure(name: str) -> Measure:
   """The measure of this name; ValueError names the choices."""
   if name not in MEASURES:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from calm.calibrate import arguments
 from calm.exits.layers import KeyValue, Layers, select_rows
 
 
@@ -129,6 +130,7 @@ PROPAGATIONS: Mapping[str, Propagation] = {
 }
 
 
+@arguments.checked()
 def propagation(name: str) -> Propagation:
   """The propagation of this name; ValueError names the choices."""
   if name not in PROPAGATIONS:

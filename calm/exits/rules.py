@@ -15,6 +15,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from calm.calibrate import arguments
 from calm.exits import confidence as confidence_lib
 from calm.exits import layers as layers_lib
 from calm.exits import propagation as propagation_lib
@@ -49,16 +50,21 @@ class TokenExit:
     return self.logits if self.greedy is None else self.greedy.token
 
 
+@arguments.checked(
+  measure=confidence_lib.measure,
+  schedule=schedules.schedule,
+  propagation=propagation_lib.propagation,
+)
 @dataclasses.dataclass(frozen=True)
 class DynamicExits:
   """Leave at the first allowed layer whose confidence reaches the threshold (Eq. 4).
 
   Attributes:
-    measure: a `confidence.Measure`.
-    schedule: threshold and token index -> this token's threshold.
+    measure: a `confidence.Measure`, or its name.
+    schedule: threshold and token index -> this token's threshold; 'constant' by name.
     allowed: 1-based layers after which a token may leave, ascending; None allows every
       layer. The last layer always ends a token.
-    propagation: what skipped layers store.
+    propagation: what skipped layers store, or its name.
   """
 
   measure: confidence_lib.Measure
@@ -109,6 +115,7 @@ def token_exit(
   )
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class StaticExit:
   """Every token runs layers 1 ... `layer`; no confidence is computed (None: all layers).
@@ -120,7 +127,7 @@ class StaticExit:
 
   def depth(self, num_layers: int) -> int:
     """Decoder layers in the program."""
-    depth = self.layer or num_layers
+    depth = num_layers if self.layer is None else self.layer
     if not 1 <= depth <= num_layers:
       raise ValueError(f"Expected `layer` in 1 ... {num_layers}, got {depth}.")
     return depth
@@ -142,6 +149,7 @@ class StaticExit:
     return TokenExit(logits, exit_layer, zeros, zeros, tuple(rows), greedy)
 
 
+@arguments.checked(propagation=propagation_lib.propagation)
 @dataclasses.dataclass(frozen=True)
 class OracleExit:
   """Leave at the first allowed layer whose argmax is the last layer's (section 3.3.1).
@@ -151,7 +159,7 @@ class OracleExit:
 
   Attributes:
     allowed: layers after which a token may leave, 1-based; None: all.
-    propagation: what the layers above an exit store.
+    propagation: what the layers above an exit store, or its name.
   """
 
   allowed: tuple[int, ...] | None = None
@@ -242,6 +250,7 @@ class StepRule(Protocol):
     ...
 
 
+@arguments.checked()
 def allowed_layers(allowed: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
   """The layers after which a token may leave, the last excluded.
 

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from calm.calibrate import arguments
+
 # "Never exit" is a value of its own: float32 margins do reach 1.0.
 NEVER_EXIT = math.inf
 
@@ -68,14 +70,26 @@ class Decaying:
     return jnp.where(jnp.isinf(threshold), threshold, clipped)
 
 
+@arguments.checked()
 def schedule(name: str, **options: Any) -> Schedule:
-  """`constant`, or `decaying` with its `temperature` and `max_length`, by name."""
+  """`constant`, or `decaying` with its `temperature` and `max_length`, by name.
+
+  Raises:
+    ValueError: there is no such schedule, or its numbers are missing or out of range.
+  """
   kinds: Mapping[str, Any] = {Constant.name: Constant, Decaying.name: Decaying}
   if name not in kinds:
     raise ValueError(f"Expected `schedule` to be one of {sorted(kinds)}, got {name!r}.")
-  return kinds[name](**options)
+  try:
+    return kinds[name](**options)
+  except TypeError as error:
+    raise ValueError(
+      f"Expected `schedule` to be a name and its numbers, got {name!r} with {options}"
+      f" ({error}); give `schedules.Decaying(temperature, max_length)`."
+    ) from error
 
 
+@arguments.checked()
 def check_threshold(threshold: float) -> None:
   """ValueError where a threshold is neither in [0, 1] nor `NEVER_EXIT`."""
   if not (0.0 <= threshold <= 1.0 or threshold == NEVER_EXIT):

@@ -8,17 +8,20 @@ propagated, and the text is the full model's. This module knows no network and n
 
 import dataclasses
 import decimal
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from calm.calibrate import arguments
 from calm.exits import layers
 from calm.exits.rules import StepRule
 
 DraftHead = Literal["shortlist", "full"]
+# A pass is compiled for every number of drafts up to the most: a hundred take minutes.
+MOST_DRAFTS = 31
 
 
 @struct.dataclass
@@ -68,6 +71,7 @@ class Verdict:
   log_probability: jax.Array
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Verified:
   """Draft with layers 1 ... k, verify with the rest: the full model's own text.
@@ -81,7 +85,7 @@ class Verified:
 
   Attributes:
     draft_layer: k, in 1 ... L - 1.
-    num_drafts: most tokens that are drafted before a pass verifies them, at least 1.
+    num_drafts: most tokens that are drafted before a pass verifies them, 1 ... 31.
     draft_head: 'shortlist' drafts from the model's short list of likely tokens, 'full' from
       the whole vocabulary.
     stop_below: drafting ends at a draft less probable than this under the draft head, [0, 1].
@@ -99,15 +103,10 @@ class Verified:
   measures: bool = False
 
   def __post_init__(self):
-    if self.num_drafts < 1:
+    if not 1 <= self.num_drafts <= MOST_DRAFTS:
       raise ValueError(
-        f"Expected `num_drafts` of at least 1, got {self.num_drafts}; for none, decode with"
-        " `exits.StaticExit()`."
-      )
-    if self.draft_head not in get_args(DraftHead):
-      raise ValueError(
-        f"Expected `draft_head` to be one of {list(get_args(DraftHead))}, got"
-        f" {self.draft_head!r}."
+        f"Expected `num_drafts` in 1 ... {MOST_DRAFTS}, got {self.num_drafts}; for none, decode"
+        " with `exits.StaticExit()`."
       )
     if not 0 <= self.stop_below <= 1:
       raise ValueError(f"Expected `stop_below` in [0, 1], got {self.stop_below}.")
@@ -135,6 +134,7 @@ class Verified:
 Rule = StepRule | Verified
 
 
+@arguments.checked()
 def threshold_of(slack: float) -> float:
   """The threshold 1 - lambda that stands for a slack.
 

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from typing import Any
 
+from calm.calibrate import arguments
 from calm.calibrate.losses import metrics
 from calm.inference import calibrating
 
@@ -18,6 +19,7 @@ STAGES = {
 }
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class FitOptions:
   """A fit's question; with the rows and the model it names everything that comes out.

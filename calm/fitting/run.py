@@ -11,7 +11,7 @@ import numpy as np
 from rich import console as rich_console
 
 from calm import checkpoints, inference
-from calm.calibrate import Calibration, looking, seconds
+from calm.calibrate import Calibration, arguments, looking, seconds
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import locks
 from calm.calibrate.losses import sequence_losses
@@ -53,6 +53,7 @@ MOST_ROWS = 2000
 RANK = 16
 
 
+@arguments.checked()
 def fit(
   model: str | pathlib.Path,
   train: str | pathlib.Path | inputs.Rows,

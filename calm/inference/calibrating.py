@@ -19,7 +19,7 @@ from calm.calibrate import seconds as seconds_lib
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import order
 from calm.calibrate.generations import writer as writer_lib
-from calm.calibrate.losses import sequence_losses
+from calm.calibrate.losses import metrics, sequence_losses
 from calm.data import prompt_tables
 from calm.inference import grid, seconds
 
@@ -52,7 +52,7 @@ def certify(
   tolerance: float,
   error_rate: float = 0.05,
   consistency: str = "textual",
-  metric: str = "rouge_l",
+  metric: metrics.MetricLike = "rouge_l",
   thresholds: Sequence[float] | None = None,
   folder: str | pathlib.Path | None = None,
   progress: grid.Progress | None = None,
@@ -67,7 +67,7 @@ def certify(
     error_rate: epsilon, in (0, 1).
     consistency: 'textual' (distance to the full model's text) or 'risk' (loss of quality
       against references).
-    metric: name or import path of the text metric.
+    metric: name, import path or function of the text metric.
     thresholds: strictly descending; None takes the model's grid, or the measure's own.
     folder: keeps the generations, so that a run that was stopped goes on; None keeps none.
     progress: told after every batch and threshold.

@@ -6,8 +6,10 @@ import pathlib
 import warnings
 from typing import Any
 
+import numpy.typing as npt
+
 from calm import checkpoints
-from calm.calibrate import NEVER_EXIT, Calibration
+from calm.calibrate import NEVER_EXIT, Calibration, arguments
 from calm.calibrate.generations.procedures import describe_differences
 from calm.decode import sharded
 from calm.inference import exact as exact_lib
@@ -25,13 +27,14 @@ class UntrainedExits(UserWarning):
   """No decoder layer but the last has learned to write tokens."""
 
 
+@arguments.checked()
 def load(
   path: str | pathlib.Path = "packed",
   *,
   calibration: Calibration | str | pathlib.Path | None = None,
   void_guarantee: bool = False,
   allow_platform: bool = False,
-  dtype: str | None = None,
+  dtype: npt.DTypeLike | None = None,
   exits: str | pathlib.Path | None = None,
   **options: Any,
 ) -> Predictor:
@@ -110,7 +113,7 @@ def _warn_of_untrained_exits(directory: pathlib.Path) -> None:
         " to write, so tokens that leave before it are often wrong. Train them (`calm fit`, or"
         " `calm train`), or decode at full depth (the threshold 'never')."
       ),
-      stacklevel=3,
+      stacklevel=4,
     )
 
 

@@ -6,6 +6,8 @@ import pathlib
 from typing import Any
 
 from calm import exits
+from calm.calibrate import arguments
+from calm.calibrate import thresholds as thresholds_lib
 from calm.checkpoints import files
 from calm.decode import engines
 from calm.exits import confidence as confidence_lib
@@ -26,6 +28,7 @@ IN_8_BITS = "int8"
 VERIFIED = "verified"
 
 
+@arguments.checked(schedule=schedules.schedule, engine=engines.by_name)
 @dataclasses.dataclass(frozen=True)
 class DecodeOptions:
   """How prompts are decoded; all of it belongs to the `Procedure`, but for the last seven.
@@ -64,8 +67,8 @@ class DecodeOptions:
       float32.
     num_devices: devices that the prompts are spread over; results do not depend on it. On a
       CPU two of 16 rows are faster than one of 32 where the head is read in 8 bits.
-    engine: how decode steps run; results do not depend on it. None takes the fastest for the
-      rule, the rows and the platform (`engines.default_engine`).
+    engine: how decode steps run, or the name of it; results do not depend on it. None takes the
+      fastest for the rule, the rows and the platform (`engines.default_engine`).
     refill: whether `generate` puts the next prompt into a row whose text has ended, for lists
       that are longer than a batch. On one device, in float32, where results do not depend on
       it; not with a `weights_dtype` of 'int8'.
@@ -96,6 +99,8 @@ class DecodeOptions:
   def __post_init__(self):
     for name in _NUMBERS:
       limits.whole(name, getattr(self, name), 1, limits.LONGEST, "give a number in that range")
+    if self.grid is not None:
+      thresholds_lib.validate_grid(self.grid)
     for name, values in CHOICES.items():
       if getattr(self, name) not in (None, *values):
         raise ValueError(
@@ -235,13 +240,10 @@ def _check_stored(name: str, value: Any) -> None:
 
 
 def _schedule(value: Any, path: pathlib.Path) -> schedules.Schedule:
-  try:
+  with files.naming(path):
+    if not isinstance(value, dict) or "name" not in value:
+      raise ValueError(f"Expected `schedule` to be a name and its numbers, got {value!r}.")
     return schedules.schedule(**value)
-  except TypeError as error:
-    raise ValueError(
-      f"Expected `schedule` in {str(path)!r} to be a name and its numbers, got {value!r}"
-      f" ({error}); it was written by another program or a newer version."
-    ) from error
 
 
 def to_stored(options: DecodeOptions) -> dict[str, Any]:

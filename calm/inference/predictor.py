@@ -11,22 +11,24 @@ import dataclasses
 import functools
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
 from calm import checkpoints, exits
-from calm.calibrate import Calibration, Procedure, Prompt, looking, signals
+from calm.calibrate import Calibration, Procedure, Prompt, arguments, looking, signals
 from calm.calibrate import seconds as seconds_lib
+from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations.procedures import describe_differences
+from calm.calibrate.losses import metrics
 from calm.data import prompt_batches, prompt_tables
 from calm.decode import compiled, loop, pool_program
 from calm.decode import program as program_lib
 from calm.decode import sharded as sharded_lib
 from calm.decode import staged as staged_lib
 from calm.exits import schedules
-from calm.inference import calibrating, compiling, drafts, procedures, running, views
+from calm.inference import calibrating, compiling, drafts, grid, procedures, running, views
 from calm.inference import exact as exact_lib
 from calm.inference import outputs as outputs_lib
 from calm.inference.options import DecodeOptions, change
@@ -162,6 +164,7 @@ class Predictor:
     other.__dict__.update({name: self.__dict__[name] for name in made if name in self.__dict__})
     return other
 
+  @arguments.checked()
   def under(self, calibration: Calibration, *, allow_platform: bool = False) -> "Predictor":
     """The same model under a calibration: its threshold is the default, its promise goes along.
 
@@ -178,7 +181,7 @@ class Predictor:
     calibration.refuse_other(self.procedure, allow_platform=allow_platform)
     threshold = calibration.threshold
     if slow := seconds_lib.warning(calibration):
-      warnings.warn(SlowerThanFullDepth(slow), stacklevel=2)
+      warnings.warn(SlowerThanFullDepth(slow), stacklevel=3)
     return self.sharing(dataclasses.replace(self, calibration=calibration, threshold=threshold))
 
   @functools.cached_property
@@ -187,12 +190,18 @@ class Predictor:
     procedure = None if self.calibration is None else self.calibration.procedure
     return "" if procedure is None else describe_differences(procedure, self.procedure)
 
+  @arguments.checked()
   def calibrate(
     self,
     prompts: Sequence[Prompt | str | Mapping[str, Any]] | Any,
     *,
     tolerance: float,
-    **options: Any,
+    error_rate: float = 0.05,
+    consistency: str = "textual",
+    metric: metrics.MetricLike = "rouge_l",
+    thresholds: Sequence[float] | None = None,
+    folder: str | pathlib.Path | None = None,
+    progress: grid.Progress | None = None,
   ) -> "Predictor":
     """The same model under the threshold that is certified on these prompts.
 
@@ -200,14 +209,29 @@ class Predictor:
       prompts: exchangeable prompts like those to come, which nothing was chosen on: texts,
         `Prompt`s, or a DataFrame with a column `input`.
       tolerance: delta, in (0, 1).
-      **options: `error_rate`, `consistency`, `metric`, `thresholds`, `progress`; see
-        `calibrating.certify_and_time`.
+      error_rate: epsilon, in (0, 1).
+      consistency: 'textual' (distance to the full model's text) or 'risk' (loss of quality
+        against references).
+      metric: name, import path or function of the text metric.
+      thresholds: strictly descending; None takes the model's grid, or the measure's own.
+      folder: keeps the generations, so that a run that was stopped goes on; None keeps none.
+      progress: told after every batch and threshold; None shows it where someone looks on.
 
     Returns:
       A predictor whose `generate` needs no threshold; the promise is in `calibration`, and the
       seconds that were measured beside full depth in its notes (`calibrate.seconds.of`).
     """
-    made = calibrating.certify_and_time(self, prompts, tolerance=tolerance, **options)
+    made = calibrating.certify_and_time(
+      self,
+      prompts,
+      tolerance=tolerance,
+      error_rate=error_rate,
+      consistency=consistency,
+      metric=metric,
+      thresholds=thresholds,
+      folder=folder,
+      progress=progress,
+    )
     return self.under(made)
 
   def program(self, rule: exits.Rule | None = None) -> program_lib.Program:
@@ -233,9 +257,8 @@ class Predictor:
 
   def plan(self, texts: Sequence[str]) -> list[prompt_batches.PromptBatch]:
     """Tokenises prompts and groups them into batches."""
-    prompt_tables.check_texts(texts)
     tokens = prompt_batches.tokenize(
-      texts,
+      prompt_tables.check_texts(texts),
       self.vocabulary,
       prefix=self.options.task_prefix,
       max_input_length=self.options.max_input_length,
@@ -302,9 +325,10 @@ class Predictor:
         resume_at.astype(np.int32),
       )
 
+  @arguments.checked(threshold=thresholds_lib.parse_threshold)
   def generate(
     self,
-    texts: Sequence[str],
+    texts: Iterable[str] | Any,
     *,
     threshold: float | None = None,
     rule: exits.Rule | None = None,
@@ -314,9 +338,9 @@ class Predictor:
 
     Args:
       texts: the prompts, without task prefix.
-      threshold: lambda in [0, 1], or `schedules.NEVER_EXIT`. None takes the calibrated one.
-        Any other threshold than the calibrated one carries no promise. `NEVER_EXIT` runs the
-        full-depth program, which pays for no confidence.
+      threshold: lambda in [0, 1], or `schedules.NEVER_EXIT` ('never'). None takes the one
+        of the calibration; any other carries no promise. `NEVER_EXIT` runs the full-depth
+        program, which pays for no confidence.
       rule: another way through the layers: `exits.StaticExit(k)`, `exits.OracleExit()`, which
         have no threshold, or `exits.Verified(k)`, which is the full model's own text (with a
         `threshold` of 1 - lambda below 1: but for drafts that are likely enough).
@@ -324,8 +348,11 @@ class Predictor:
         on (a terminal or a notebook) and it takes long.
 
     Raises:
-      ValueError: there is neither a threshold nor a calibration nor a rule without one.
+      ValueError: there is neither a threshold nor a calibration nor a rule without one, or an
+        argument has no meaning.
+      TypeError: `texts` is no list of texts.
     """
+    texts = prompt_tables.check_texts(texts)
     calibrated = None if rule is not None else self.calibration
     if threshold is None and rule is None:
       threshold = self.threshold
@@ -336,6 +363,8 @@ class Predictor:
       )
     if threshold is not None:
       schedules.check_threshold(threshold)
+    if rule is not None:
+      rule.depth(self.num_layers)  # the rule's own check of its layers
     chosen = rule or self.served_rule(threshold)
     given = contextlib.nullcontext(progress) if progress else looking.counting("prompts")
     with given as told:

@@ -322,7 +322,7 @@ def test_any_input_gives_a_calibration_or_a_clear_error(
   [
     ({"tolerance": 0.0}, r"`tolerance` to be in \(0, 1\), got 0.0.*delta.*epsilon"),
     ({"error_rate": 1.0}, r"`error_rate` to be in \(0, 1\)"),
-    ({"tolerance": "0.1"}, r"`tolerance` to be in \(0, 1\), got '0.1'"),
+    ({"tolerance": "0.1"}, r"`tolerance` to be a number or None, got '0.1' \(str\)"),
     ({"method": "best"}, "`method` to be one of .* got 'best'"),
     ({"method": "binomial"}, r"losses that are declared binary .* `method` 'binomial', got"),
     ({"testing_procedure": "bh"}, "`testing_procedure` to be one of .* got 'bh'"),

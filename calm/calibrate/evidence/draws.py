@@ -15,6 +15,30 @@ from calm.calibrate.evidence import methods
 from calm.calibrate.losses import clusters
 from calm.calibrate.losses.sequence_losses import SequenceLosses
 
+# Units of all sets together that are drawn at once: 2 GB of numbers.
+MOST_DRAWN = 2**28
+
+
+def check_size(name: str, count: int, size: int, seed: int) -> None:
+  """What is to be drawn.
+
+  Args:
+    name: of the argument that says how many sets.
+    count: sets.
+    size: units of each.
+    seed: of the generator.
+
+  Raises:
+    ValueError: it is more than memory would hold, or the seed is below 0.
+  """
+  if count * size > MOST_DRAWN:
+    raise ValueError(
+      f"Expected `{name}` sets of {size} units to have at most {MOST_DRAWN} units together,"
+      f" got {count} sets; draw fewer or smaller ones."
+    )
+  if seed < 0:
+    raise ValueError(f"Expected `seed` to be at least 0, got {seed}.")
+
 
 class Draws:
   """Losses as one method tests them, with rows grouped into exchangeable units.

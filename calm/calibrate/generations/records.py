@@ -5,10 +5,10 @@ import json
 import math
 import numbers
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from calm.calibrate import signals
+from calm.calibrate import arguments, signals
 from calm.calibrate.generations import files
 
 
@@ -23,14 +23,33 @@ class Prompt:
   Attributes:
     id: unique name.
     input: text, without task prefix.
-    targets: accepted references, best first (may be empty).
+    targets: accepted references, best first (may be empty); a lone text is one.
     group: name of the cluster that the prompt belongs to (its source), or None.
+
+  Raises:
+    ValueError: `id` or `input` is no text, or targets are no texts.
   """
 
   id: str
   input: str
   targets: tuple[str, ...] = ()
   group: str | None = None
+
+  def __post_init__(self):
+    _require_text(vars(self), "id")
+    _require_text(vars(self), "input")
+    targets, group = self.targets, self.group
+    listed = arguments.is_listing(targets)
+    texts = () if not listed else (targets,) if isinstance(targets, str) else tuple(targets)
+    if not listed or not all(isinstance(target, str) for target in texts):
+      raise ValueError(f"Expected `targets` to be a list of texts, got {targets!r}")
+    if not isinstance(group, str | numbers.Integral | None) or isinstance(group, bool):
+      raise ValueError(f"Expected `group` to be a text, a whole number or null, got {group!r}")
+    for target in texts:
+      _require_unicode(target, "targets")
+    _require_unicode(str(group), "group")
+    object.__setattr__(self, "targets", texts)
+    object.__setattr__(self, "group", None if group is None else str(group))
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values."""
@@ -44,21 +63,10 @@ class Prompt:
       ValueError: `id` or `input` is missing or no text, targets are no texts, or a text holds
         half of a surrogate pair.
     """
-    targets = value.get("targets", value.get("references", value.get("target", ())))
-    if not isinstance(targets, str | list | tuple | None):
-      raise ValueError(f"Expected `targets` to be a list of texts, got {targets!r}")
-    targets = (targets,) if isinstance(targets, str) else tuple(targets or ())
-    group = value.get("group", value.get("source"))
-    if not isinstance(group, str | int | None) or isinstance(group, bool):
-      raise ValueError(f"Expected `group` to be a text, a whole number or null, got {group!r}")
-    _require_text(value, "id")
-    _require_text(value, "input")
-    if not all(isinstance(target, str) for target in targets):
-      raise ValueError(f"Expected `targets` to be a list of texts, got {targets!r}")
-    for target in targets:
-      _require_unicode(target, "targets")
-    _require_unicode(str(group), "group")
-    return cls(value["id"], value["input"], targets, None if group is None else str(group))
+    field: Any = value.get
+    targets = field("targets", field("references", field("target")))
+    texts = () if targets is None else targets
+    return cls(field("id"), field("input"), texts, field("group", field("source")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +99,7 @@ class Record:
     for name, (kind, check) in _SEQUENCES.items():
       values = getattr(self, name)
       if values is not None:
-        if isinstance(values, str | dict) or not isinstance(values, Iterable):
+        if isinstance(values, str) or not arguments.is_listing(values):
           raise ValueError(f"Expected `{name}` to be a list of {kind}, got {values!r}")
         try:
           values = tuple(check(value) for value in values)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from scipy import special
 
+from calm.calibrate import arguments
+
 # Losses that are looked at at once.
 _CELLS = 2**18
 # How often a prompt may have been copied: all primes that are likely; an odd multiplier.
@@ -31,7 +33,7 @@ def as_numbers(values: Any, name: str) -> np.ndarray:
       " failure counts as the largest, 1): a mean without the failures promises too much."
     )
   try:
-    array = np.asarray(values)
+    array = np.asarray(list(values) if isinstance(values, Iterator) else values)
   except ValueError as error:
     raise ValueError(
       f"Expected `{name}` to be a table of numbers, got rows of several lengths ({error})."
@@ -44,7 +46,8 @@ def as_numbers(values: Any, name: str) -> np.ndarray:
   return np.asarray(array, np.float64)
 
 
-def check_ids(ids: Sequence[str], count: int) -> tuple[str, ...]:
+@arguments.checked()
+def check_ids(ids: Sequence[Any], count: int) -> tuple[str, ...]:
   """Ids of `count` prompts.
 
   Raises:
@@ -68,13 +71,14 @@ def check_ids(ids: Sequence[str], count: int) -> tuple[str, ...]:
   return tuple(str(name) for name in names)
 
 
+@arguments.checked()
 def check_groups(groups: Sequence[Any], count: int) -> tuple[str, ...]:
   """The cluster of each of `count` prompts, as texts.
 
   Raises:
     ValueError: another number of them, or one is missing (None, NaN) or no name.
   """
-  if isinstance(groups, str) or len(groups) != count:
+  if len(groups) != count:
     raise ValueError(
       f"Expected `groups` to name the cluster of each of the {count} rows, got {len(groups)}"
       " names."
@@ -99,7 +103,7 @@ def warn_of_error_rate(error_rate: float) -> None:
     warnings.warn(
       f"`error_rate` {error_rate:g} lets the promise fail with probability {error_rate:g}: for"
       f" one that holds with probability {error_rate:g}, give {1.0 - error_rate:.4g}.",
-      stacklevel=4,
+      stacklevel=5,
     )
 
 
@@ -195,7 +199,7 @@ def warn_of_copies(values: np.ndarray) -> None:
     warnings.warn(
       "rows of losses repeat as copies of a prompt do, and copies count once: give those of one"
       " prompt one of the `groups`.",
-      stacklevel=4,
+      stacklevel=5,
     )
 
 

@@ -19,11 +19,13 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from calm.calibrate import arguments
 from calm.calibrate.losses import checks
 
 MetricFn = Callable[[str, Sequence[str]], float]
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Metric:
   """A similarity in [0, 1]; larger is better.
@@ -262,6 +264,8 @@ METRICS: Mapping[str, Metric] = {
   )
 }
 
+# What names a metric: a name or import path, a function, or the metric itself.
+MetricLike = str | Metric | MetricFn
 _CORPUS_METRICS = frozenset({"bleu", "sacrebleu", "corpus_bleu", "perplexity"})
 
 
@@ -301,11 +305,22 @@ def imported(name: str) -> Any:
   return installed or sys.modules.get(_known(os.path.abspath(path)))
 
 
-def get_metric(name: str | Metric) -> Metric:
-  """A metric by registry name or import path.
+def _of_function(function: MetricFn) -> Metric:
+  """A metric of a function, named by its import path where that leads to it."""
+  name = getattr(function, "__qualname__", type(function).__name__)
+  module = getattr(function, "__module__", None)
+  if getattr(sys.modules.get(str(module)), name, None) is function:
+    name = f"{module}:{name}"
+  known = [metric for metric in METRICS.values() if metric.function is function]
+  return known[0] if known else Metric(name, function, bool(getattr(function, "binary", False)))
+
+
+@arguments.checked()
+def get_metric(name: MetricLike) -> Metric:
+  """A metric by registry name or import path, or of a function.
 
   Args:
-    name: a name of `METRICS`, a `Metric`, 'folder/file.py:function' or
+    name: a name of `METRICS`, a `Metric`, a function, 'folder/file.py:function' or
       'package.module:function' (installed, or 'folder/module.py' in the working directory),
       which are imported (trust them as any program), with
       `function(prediction, references) -> [0, 1]`. A function with a true attribute `binary`
@@ -314,8 +329,8 @@ def get_metric(name: str | Metric) -> Metric:
   Raises:
     ValueError: the name is unknown, cannot be imported, or names a corpus metric.
   """
-  if isinstance(name, Metric):
-    return name
+  if not isinstance(name, str):
+    return name if isinstance(name, Metric) else _of_function(name)
   if name in METRICS:
     return METRICS[name]
   if name.lower() in _CORPUS_METRICS:

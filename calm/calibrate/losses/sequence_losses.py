@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from calm.calibrate import arguments
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import columns
 from calm.calibrate.generations import order as order_lib
@@ -18,6 +19,7 @@ from calm.calibrate.losses.metric_values import Progress
 UNKNOWN = "unknown"
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Support:
   """The values that a loss can take, declared before any is seen.
@@ -44,6 +46,7 @@ class Support:
       )
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True, eq=False)
 class SequenceLosses:
   """Losses of every prompt at every threshold, and what they are losses of.
@@ -78,8 +81,8 @@ class SequenceLosses:
   support: Support = dataclasses.field(default_factory=Support)
   kind: str = "textual"
   metric: str = UNKNOWN
-  ids: tuple[str, ...] | None = None
-  groups: tuple[str, ...] | None = None
+  ids: tuple[Any, ...] | None = None
+  groups: tuple[Any, ...] | None = None
   groups_ignored: bool = False
   procedure: Procedure | None = None
   order: str = "permuted"
@@ -88,14 +91,12 @@ class SequenceLosses:
 
   def __post_init__(self):
     values = checks.as_numbers(self.values, "losses")
-    grid = thresholds_lib.validate_grid(checks.as_numbers(self.thresholds, "thresholds"))
+    grid = thresholds_lib.validate_grid(self.thresholds)
     if values.ndim != 2 or values.shape[1] != len(grid) or not len(values):
       raise ValueError(
         f"Expected `losses` to be [num_examples, num_thresholds] = [n, {len(grid)}] with n at"
         f" least 1, got shape {values.shape}; give one row a prompt, one column a threshold."
       )
-    if not isinstance(self.support, Support):
-      raise ValueError(f"Expected `support` to be a `Support`, got {self.support!r}.")
     if self.order not in ("permuted", "given"):
       raise ValueError(f"Expected `order` to be 'permuted' or 'given', got {self.order!r}.")
     checks.check_lines([self.kind], "kind", checks.LONGEST_KIND)
@@ -127,13 +128,20 @@ class SequenceLosses:
     ignored = self.groups_ignored or len(set(groups)) < len(groups)
     return dataclasses.replace(self, groups=None, groups_ignored=ignored)
 
-  def grouped(self, groups: Sequence[str]) -> "SequenceLosses":
+  @arguments.checked()
+  def grouped(self, groups: Sequence[Any]) -> "SequenceLosses":
     """The same losses, of prompts that come in these clusters."""
     return dataclasses.replace(self, groups=tuple(groups), groups_ignored=False)
 
   def rows(self, index: Sequence[int] | np.ndarray) -> "SequenceLosses":
-    """The losses of some prompts, by row number."""
+    """The losses of some prompts, by row number.
+
+    Raises:
+      ValueError: the numbers are not whole.
+    """
     index = np.asarray(index)
+    if index.dtype.kind not in "iub":
+      raise ValueError(f"Expected `index` to be a list of row numbers, got {index!r:.60}.")
     return dataclasses.replace(
       self,
       values=self.values[index],
@@ -149,10 +157,11 @@ class SequenceLosses:
     )
 
 
+@arguments.checked()
 def textual_losses(
   generations: Generations,
   *,
-  metric: str | metrics.Metric = "rouge_l",
+  metric: metrics.MetricLike = "rouge_l",
   workers: int | None = None,
   progress: Progress | None = None,
 ) -> SequenceLosses:
@@ -162,7 +171,7 @@ def textual_losses(
 
   Args:
     generations: complete cached generations.
-    metric: registry name, import path or `Metric`.
+    metric: registry name, import path, function or `Metric`.
     workers: processes; None decides by the work there is.
     progress: called with (pairs done, pairs in all).
 
@@ -175,10 +184,11 @@ def textual_losses(
   return compute(generations, "textual", metric=metric, workers=workers, progress=progress)
 
 
+@arguments.checked()
 def risk_losses(
   generations: Generations,
   *,
-  metric: str | metrics.Metric = "rouge_l",
+  metric: metrics.MetricLike = "rouge_l",
   signed: bool = True,
   workers: int | None = None,
   progress: Progress | None = None,
@@ -194,7 +204,7 @@ def risk_losses(
   Args:
     generations: complete cached generations; every prompt whose text differs from the full
       model's at some threshold has references (`unlabelled` names those that have none).
-    metric: registry name, import path or `Metric`.
+    metric: registry name, import path, function or `Metric`.
     signed: which of the two.
     workers: processes; None decides by the work there is.
     progress: called with (pairs done, pairs in all).
@@ -210,11 +220,12 @@ def risk_losses(
   return compute(generations, kind, metric=metric, workers=workers, progress=progress)
 
 
+@arguments.checked()
 def compute(
   generations: Generations,
   kind: str,
   *,
-  metric: str | metrics.Metric = "rouge_l",
+  metric: metrics.MetricLike = "rouge_l",
   workers: int | None = None,
   progress: Progress | None = None,
 ) -> SequenceLosses:
@@ -223,7 +234,7 @@ def compute(
   Args:
     generations: complete cached generations.
     kind: the kind.
-    metric: registry name, import path or `Metric`.
+    metric: registry name, import path, function or `Metric`.
     workers: processes; None decides by the work there is.
     progress: called with (pairs done, pairs in all).
 
@@ -275,7 +286,7 @@ def prefix_losses(
   generations: Generations,
   kind: str,
   *,
-  metric: str | metrics.Metric = "rouge_l",
+  metric: metrics.MetricLike = "rouge_l",
   workers: int | None = None,
   progress: Progress | None = None,
 ) -> tuple[np.ndarray, ...]:
@@ -284,7 +295,7 @@ def prefix_losses(
   Args:
     generations: cached generations; a threshold may have records of the first prompts only.
     kind: 'textual', 'risk_signed' or 'risk_clipped'.
-    metric: registry name, import path or `Metric`.
+    metric: registry name, import path, function or `Metric`.
     workers: processes; None decides by the work there is.
     progress: called with (pairs done, pairs in all).
 
@@ -352,7 +363,8 @@ def _definition(kind: str) -> _Definition:
   return _DEFINITIONS[kind]
 
 
-def kind_support(kind: str, metric: str | metrics.Metric) -> Support:
+@arguments.checked()
+def kind_support(kind: str, metric: metrics.MetricLike) -> Support:
   """The declared range of losses of a kind and metric.
 
   Raises:

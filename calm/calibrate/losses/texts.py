@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from calm.calibrate import arguments
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations.cached import Generations
 from calm.calibrate.generations.records import Prompt, Record
@@ -10,15 +11,16 @@ from calm.calibrate.losses import checks, metrics, sequence_losses
 from calm.calibrate.losses.sequence_losses import SequenceLosses
 
 
+@arguments.checked()
 def from_texts(
   full: Sequence[str],
   early: Mapping[Any, Sequence[str]],
   *,
   references: Sequence[str | Sequence[str]] | None = None,
   kind: str | None = None,
-  metric: str | metrics.Metric = "rouge_l",
+  metric: metrics.MetricLike = "rouge_l",
   ids: Sequence[str] | None = None,
-  groups: Sequence[str] | None = None,
+  groups: Sequence[Any] | None = None,
 ) -> SequenceLosses:
   """Losses of texts of any system, to be handed to `calibrate`.
 

@@ -43,6 +43,7 @@ __all__ = [
   "as_promise",
   "each_group",
   "from_json",
+  "of_name",
 ]
 
 PROMISES: Mapping[str, type[Promise]] = {
@@ -59,6 +60,17 @@ PROMISES: Mapping[str, type[Promise]] = {
     Configurations,
   )
 }
+
+
+def of_name(name: str) -> Promise:
+  """The promise of a name, with its default numbers.
+
+  Raises:
+    ValueError: there is none of that name, or it lacks data without which it cannot be made.
+  """
+  if name not in PROMISES:
+    raise ValueError(f"Expected `promise` to be one of {sorted(PROMISES)}, got {name!r}.")
+  return PROMISES[name]()
 
 
 def from_json(value: Any) -> Promise:

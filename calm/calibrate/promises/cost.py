@@ -3,8 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar
 
-import numpy as np
-
+from calm.calibrate import arguments
 from calm.calibrate.losses.sequence_losses import Support
 from calm.calibrate.promises.promise import (
   Part,
@@ -16,6 +15,7 @@ from calm.calibrate.promises.promise import (
 )
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Cost(Promise):
   """E[loss] <= tolerance and E[cost / full cost] <= at_most.
@@ -53,7 +53,7 @@ class Cost(Promise):
 
   def parts(self, losses, tolerance):
     """The losses, and the ratio of costs."""
-    costs = np.asarray(rows_of(self.costs, losses, "costs", table=True), np.float64)
+    costs = rows_of(self.costs, losses, "costs", table=True)
     return (
       Part("risk", losses, tolerance, share=1.0 - self.share),
       Part(

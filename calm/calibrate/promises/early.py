@@ -4,9 +4,11 @@ import dataclasses
 import math
 from typing import Any, ClassVar
 
+from calm.calibrate import arguments
 from calm.calibrate.promises.promise import Part, Promise, Test, rows_of
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class EarlyExits(Promise):
   """E[loss | depth <= t] <= tolerance for every t of a fixed grid.
@@ -29,7 +31,7 @@ class EarlyExits(Promise):
   name: ClassVar[str] = "early_exits"
 
   def __post_init__(self):
-    limits = tuple(float(limit) for limit in self.limits_of_depth)
+    limits = tuple(map(float, self.limits_of_depth))
     rise = all(0 < limit < math.inf for limit in limits) and sorted(set(limits)) == list(limits)
     if not limits or not rise:
       raise ValueError(

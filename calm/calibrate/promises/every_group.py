@@ -6,16 +6,20 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from calm.calibrate import arguments
 from calm.calibrate.losses import checks
+from calm.calibrate.losses.sequence_losses import SequenceLosses
 from calm.calibrate.promises.promise import (
   Part,
   Promise,
   Test,
+  in_range,
   names_of,
   rows_of,
 )
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class EveryGroup(Promise):
   """E[loss | group] <= tolerance in every group.
@@ -32,7 +36,7 @@ class EveryGroup(Promise):
   """
 
   groups: tuple[str, ...] = ()
-  labels: Sequence[str] | None = dataclasses.field(default=None, repr=False, compare=False)
+  labels: Sequence[Any] | None = dataclasses.field(default=None, repr=False, compare=False)
   name: ClassVar[str] = "every_group"
 
   def __post_init__(self):
@@ -72,8 +76,9 @@ class EveryGroup(Promise):
     )
 
 
+@arguments.checked()
 def each_group(
-  losses: Any, labels: Sequence[str], *, error_rate: float, **options: Any
+  losses: SequenceLosses, labels: Sequence[Any], *, error_rate: float, **options: Any
 ) -> dict[str, Any]:
   """A threshold for each group, served by group; all their promises hold at once.
 
@@ -95,6 +100,7 @@ def each_group(
   """
   from calm.calibrate.certify import calibrate
 
+  in_range("error_rate", error_rate, 0.0, 1.0)
   names = names_of(labels)
   column = rows_of(np.asarray(labels), losses, "labels", table=False)
   return {

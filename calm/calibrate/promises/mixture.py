@@ -5,10 +5,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from calm.calibrate import arguments
+from calm.calibrate.losses import checks
 from calm.calibrate.losses.sequence_losses import Support
 from calm.calibrate.promises.promise import Part, Promise, Test, rows_of, transformed
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class KnownMixture(Promise):
   """E_Q[loss] <= tolerance, for a mixture Q other than that of the calibration prompts P.
@@ -36,7 +39,8 @@ class KnownMixture(Promise):
       )
     object.__setattr__(self, "most", float(self.most))
     if self.weights is not None:
-      weights = np.asarray(self.weights, np.float64)
+      weights = checks.as_numbers(self.weights, "weights")
+      object.__setattr__(self, "weights", weights)
       if not np.all((weights >= 0.0) & (weights <= self.most)):
         raise ValueError(
           f"Expected `weights` in [0, `most`] = [0, {self.most}], got"

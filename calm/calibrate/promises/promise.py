@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from calm.calibrate import arguments
+from calm.calibrate.losses import checks
 from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
 
 if TYPE_CHECKING:
@@ -145,6 +147,8 @@ def rows_of(values: Any, losses: SequenceLosses, name: str, *, table: bool) -> n
   """
   shape = losses.values.shape if table else losses.values.shape[:1]
   array = None if values is None else np.asarray(values)
+  if array is not None and table:
+    array = checks.as_numbers(array, name)
   if array is None or array.shape != shape:
     got = "nothing" if array is None else f"shape {array.shape}"
     raise ValueError(
@@ -166,6 +170,7 @@ def in_range(name: str, value: Any, low: float, high: float) -> float:
   return float(value)
 
 
+@arguments.checked()
 def names_of(labels: Sequence[Any]) -> tuple[str, ...]:
   """Different labels, sorted.
 

@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from calm.calibrate import arguments
 from calm.calibrate.generations.procedures import describe_differences
 from calm.calibrate.losses import checks
 from calm.calibrate.losses.sequence_losses import SequenceLosses
 from calm.calibrate.promises.promise import Part, Promise, Test
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True, eq=False)
 class Risk:
   """One of several risks.
@@ -115,13 +117,11 @@ class SeveralRisks(Promise):
     )
 
 
-def as_promise(risks: Sequence[Any]) -> SeveralRisks:
+@arguments.checked()
+def as_promise(risks: Sequence[Risk]) -> SeveralRisks:
   """`risks` of `calibrate`.
 
   Raises:
     ValueError: one is no `Risk`.
   """
-  odd = [risk for risk in risks if not isinstance(risk, Risk)]
-  if odd:
-    raise ValueError(f"Expected `risks` to be a list of `Risk`, got {type(odd[0]).__name__}.")
   return SeveralRisks(risks=tuple(risks))

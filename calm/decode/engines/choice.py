@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from calm import exits
+from calm.calibrate import arguments
 from calm.decode.engines import compacted, deferred
 from calm.decode.engines.eager import Eager
 from calm.decode.engines.engine import Bound, Engine, Task
@@ -41,6 +42,7 @@ ENGINES: Mapping[str, Engine] = {
 }
 
 
+@arguments.checked()
 def by_name(name: str) -> Engine:
   """The engine of a name.
 

@@ -69,7 +69,11 @@ def test_ids_and_groups_are_kept():
   [
     ({}, {}, "`knobs` to be at least one, all different, got"),
     ({"a": CHEAP[:-1]}, {}, r"early\['a'\].* of 100 texts"),
-    ({"a": "text"}, {}, "of 100 texts"),
+    (
+      {"a": "text"},
+      {},
+      r"`early` to be a mapping .*, got 'text' \(str\) at 'a'",
+    ),
     ({1: CHEAP, "1": CHEAP}, {}, "all different"),
     ({0.5: CHEAP, 0.9: FULL}, {}, "descend strictly"),
     ({"a": CHEAP}, {"references": ["x"]}, "`references` of 100"),

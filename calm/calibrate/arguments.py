@@ -1,0 +1,188 @@
+"""Arguments of public functions, compared with their annotations where a caller gives them.
+
+    @arguments.checked(engine=engines.by_name)
+    def decode(sizes: Sequence[int], engine: Engine | None = None, share: float = 1.0): ...
+
+numpy's scalars pass for numbers, any ordered iterable passes for a sequence, and where a
+function is given that finds objects, a name passes for the object. A ValueError names the
+argument that is anything else.
+"""
+
+import functools
+import inspect
+import numbers
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+Target = typing.TypeVar("Target", bound=Callable[..., Any])
+
+# Annotation: one of it in words, several of it, and the values that pass.
+_PLAIN: Mapping[Any, tuple[str, str, Callable[[Any], bool]]] = {
+  bool: ("True or False", "True or False", lambda v: isinstance(v, bool)),
+  int: (
+    "a whole number",
+    "whole numbers",
+    lambda v: isinstance(v, numbers.Integral) and not isinstance(v, bool),
+  ),
+  float: (
+    "a number",
+    "numbers",
+    lambda v: isinstance(v, numbers.Real) and not isinstance(v, bool),
+  ),
+  str: ("a text", "texts", lambda v: isinstance(v, str)),
+  type(None): ("None", "None", lambda v: v is None),
+}
+_UNORDERED = (bytes, bytearray, Mapping, set, frozenset, type)
+_UNIONS = (typing.Union, types.UnionType)
+_SEQUENCES = (tuple, list, Sequence)
+
+
+class _Mismatch(Exception):
+  """A value that an annotation does not allow."""
+
+
+def checked(**by_name: Callable[[str], Any]) -> Callable[[Target], Target]:
+  """A decorator of functions and dataclasses that compares arguments with annotations.
+
+  Annotations that it does not know (arrays, `Any`, `Iterable`) allow everything.
+
+  Args:
+    **by_name: name of an argument -> a function that finds the object of a name.
+  """
+
+  def decorate(target: Any) -> Any:
+    if isinstance(target, type):
+      target.__init__ = decorate(target.__init__)
+      # Another checker of annotations would see the arguments before they are converted.
+      target.__no_type_check__ = True  # pyright: ignore[reportAttributeAccessIssue]
+      return target
+    names = [*inspect.signature(target).parameters]
+    kinds = functools.cache(functools.partial(typing.get_type_hints, target))
+
+    def convert(name: str, value: Any) -> Any:
+      if isinstance(value, str) and name in by_name:
+        return by_name[name](value)
+      kind = kinds().get(name, Any)
+      try:
+        return _converted(value, kind)
+      except _Mismatch as error:
+        raise ValueError(
+          f"Expected `{name}` to be {_words(kind)}, got {str(error) or _shown(value)}."
+        ) from None
+
+    @functools.wraps(target)
+    def call(*args: Any, **kwargs: Any) -> Any:
+      placed = [convert(*pair) for pair in zip(names, args, strict=False)]
+      named = {name: convert(name, value) for name, value in kwargs.items()}
+      return target(*placed, *args[len(placed) :], **named)
+
+    return call
+
+  return decorate
+
+
+def _converted(value: Any, kind: Any) -> Any:
+  """A value in the form of its annotation.
+
+  Raises:
+    _Mismatch: the annotation does not allow it.
+  """
+  origin, inner = typing.get_origin(kind), typing.get_args(kind)
+  if _is_open(kind):
+    return value
+  if kind in _PLAIN:
+    return _plain(value, kind)
+  if origin in _UNIONS:
+    return _one_of(value, inner)
+  if origin in _SEQUENCES:
+    return _sequence(value, origin, inner)
+  if origin is Mapping:
+    _require(isinstance(value, Mapping))
+    return value if inner[1] is Any else {k: _item(k, v, inner[1]) for k, v in value.items()}
+  if origin is typing.Literal:
+    _require(isinstance(value, str) and value in inner)
+  elif origin is Callable:
+    _require(callable(value))
+  elif isinstance(kind, type):
+    _require(isinstance(value, kind) and not isinstance(value, type))
+  return value
+
+
+def _is_open(kind: Any) -> bool:
+  """Whether anything passes: an array is checked by the function that reads it."""
+  return kind is Any or getattr(kind, "__module__", "").startswith("numpy")
+
+
+def _plain(value: Any, kind: Any) -> Any:
+  if getattr(value, "ndim", None) == 0:  # a scalar of numpy or of JAX
+    value = value.item()
+  _require(_PLAIN[kind][2](value))
+  return kind(value) if kind in (int, float) and type(value) not in (int, float) else value
+
+
+def _one_of(value: Any, kinds: Sequence[Any]) -> Any:
+  if any(map(_is_open, kinds)):
+    return value
+  within = _Mismatch()
+  for kind in kinds:
+    try:
+      return _converted(value, kind)
+    except _Mismatch as error:
+      within = error if str(error) else within
+  raise within
+
+
+def _sequence(value: Any, origin: Any, inner: Sequence[Any]) -> Any:
+  _require(is_listing(value) and not isinstance(value, str))
+  items = value if isinstance(value, list | tuple) else tuple(value)
+  kind = inner[0] if inner else Any
+  if kind is not Any and not all(type(item) is kind for item in items):
+    items = [_item(place, item, kind) for place, item in enumerate(items)]
+  return tuple(items) if origin is tuple else items
+
+
+def is_listing(value: Any) -> bool:
+  """Whether a value lists others in an order: a sequence, a generator, an array, a text."""
+  ordered = isinstance(value, Iterable) and not isinstance(value, _UNORDERED)
+  return ordered and getattr(value, "ndim", 1) > 0 and not hasattr(value, "columns")
+
+
+def _item(place: Any, value: Any, kind: Any) -> Any:
+  try:
+    return _converted(value, kind)
+  except _Mismatch as error:
+    raise _Mismatch(f"{str(error) or _shown(value)} at {place!r}") from None
+
+
+def _require(holds: bool) -> None:
+  if not holds:
+    raise _Mismatch
+
+
+def _words(kind: Any, several: bool = False) -> str:
+  """An annotation in words."""
+  origin, inner = typing.get_origin(kind), typing.get_args(kind)
+  if kind in _PLAIN:
+    one, more, _ = _PLAIN[kind]
+    return more if several else one
+  if kind is Any:
+    return "values"
+  if origin in _UNIONS:
+    return " or ".join(_words(one, several) for one in inner)
+  if origin in _SEQUENCES:
+    return f"{'lists' if several else 'a list'} of {_words(inner[0], several=True)}"
+  if origin is typing.Literal:
+    return f"one of {', '.join(map(repr, inner))}"
+  if origin is Mapping:
+    return f"a mapping to {_words(inner[1])}"
+  if origin is Callable:
+    return "a function"
+  return f"{'' if several else 'a '}`{kind.__name__}`"
+
+
+def _shown(value: Any) -> str:
+  if isinstance(value, type):
+    return f"the class {value.__name__}"
+  return f"{value!r:.60} ({type(value).__name__})"

@@ -1,0 +1,351 @@
+"""Arguments of `calm.calibrate`: what stands for a value passes, the rest is named."""
+
+import fractions
+import math
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from calm import calibrate
+from calm.calibrate import (
+  Prompt,
+  SequenceLosses,
+  Support,
+  arguments,
+  audit,
+  planning,
+  promises,
+  sequential,
+  trials,
+)
+from calm.calibrate.evidence import draws
+from calm.calibrate.losses import metrics
+from tests import odd_arguments
+
+COUNT = 60
+GRID = [0.9, 0.5]
+LOSSES = [[0.0, float(row % 3 == 0)] for row in range(COUNT)]
+LABELS = ["a", "b"] * (COUNT // 2)
+RATES = {"tolerance": 0.1, "error_rate": 0.05}
+FULL = [f"text {row}" for row in range(COUNT)]
+CHEAP = [*FULL[:40], *("other",) * 20]
+TABLE = np.full((COUNT, 2), 0.4)
+
+
+def losses() -> SequenceLosses:
+  return SequenceLosses(np.array(LOSSES), np.array(GRID))
+
+
+def once(values):
+  return (value for value in values)
+
+
+@arguments.checked(found=len)
+def every(
+  flag: bool = False,
+  count: int = 0,
+  rate: float = 0.0,
+  text: str = "",
+  kind: Literal["a", "b"] = "a",
+  counts: Sequence[int] = (),
+  pair: tuple[float, ...] | None = None,
+  tables: Mapping[str, Sequence[str]] | None = None,
+  call: Callable[[], Any] = dict,
+  path: str | pathlib.Path = "",
+  found: int = 0,
+  array: np.ndarray | Sequence[float] = (),
+  *,
+  anything: Any = None,
+  **rest: Any,
+) -> dict[str, Any]:
+  return {k: v for k, v in locals().items() if k != "rest"} | rest
+
+
+@pytest.mark.parametrize(
+  ("given", "taken"),
+  [
+    ({"flag": np.bool_(True)}, {"flag": True}),
+    ({"count": np.int64(3)}, {"count": 3}),
+    ({"count": np.array(3)}, {"count": 3}),
+    ({"rate": 1}, {"rate": 1}),
+    ({"rate": np.float32(0.5)}, {"rate": 0.5}),
+    ({"rate": fractions.Fraction(1, 2)}, {"rate": 0.5}),
+    ({"rate": math.nan}, {"rate": math.nan}),  # a number, for whoever bounds it
+    ({"text": np.str_("x")}, {"text": "x"}),
+    ({"counts": [1, 2]}, {"counts": [1, 2]}),
+    ({"counts": once([1, 2])}, {"counts": (1, 2)}),
+    ({"counts": np.array([1, 2])}, {"counts": [1, 2]}),
+    ({"counts": range(2)}, {"counts": (0, 1)}),
+    ({"pair": [0.5, 1]}, {"pair": (0.5, 1)}),
+    ({"pair": None}, {"pair": None}),
+    ({"tables": {"a": once(["x"])}}, {"tables": {"a": ("x",)}}),
+    ({"path": pathlib.Path("x")}, {"path": pathlib.Path("x")}),
+    ({"found": "four"}, {"found": 4}),
+    ({"array": {1}}, {"array": {1}}),  # whoever reads an array checks it
+    ({"anything": {1}, "other": {2}}, {"anything": {1}, "other": {2}}),
+  ],
+)
+def test_what_stands_for_a_value_passes_in_the_form_of_the_annotation(given, taken):
+  made = every(**given)
+  for name, value in taken.items():
+    assert repr(made[name]) == repr(value)  # the type too, and NaN
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ({"flag": 1}, "`flag` to be True or False, got 1 (int)."),
+    ({"count": True}, "`count` to be a whole number, got True (bool)."),
+    ({"count": 2.0}, "`count` to be a whole number, got 2.0 (float)."),
+    ({"rate": "0.5"}, "`rate` to be a number, got '0.5' (str)."),
+    ({"rate": np.array([0.5])}, "`rate` to be a number, got array([0.5]) (ndarray)."),
+    ({"text": b"x"}, "`text` to be a text, got b'x' (bytes)."),
+    ({"kind": "c"}, "`kind` to be one of 'a', 'b', got 'c' (str)."),
+    ({"kind": []}, "`kind` to be one of 'a', 'b', got [] (list)."),
+    ({"counts": "12"}, "`counts` to be a list of whole numbers, got '12' (str)."),
+    ({"counts": {1, 2}}, "`counts` to be a list of whole numbers, got {1, 2} (set)."),
+    (
+      {"counts": np.array(1)},
+      "`counts` to be a list of whole numbers, got array(1)",
+    ),
+    ({"counts": [1, "2"]}, "`counts` to be a list of whole numbers, got '2' (str) at 1."),
+    ({"pair": [None]}, "`pair` to be a list of numbers or None, got None (NoneType) at 0."),
+    (
+      {"tables": {"a": "x"}},
+      "`tables` to be a mapping to a list of texts or None, got 'x'",
+    ),
+    ({"call": 1}, "`call` to be a function, got 1 (int)."),
+    ({"path": int}, "`path` to be a text or a `Path`, got the class int."),
+    ({"found": 0.5}, "`found` to be a whole number, got 0.5 (float)."),
+  ],
+)
+def test_the_rest_is_refused_by_name(given, message):
+  with pytest.raises(ValueError, match=re.escape(f"Expected {message}")):
+    every(**given)
+
+
+def test_places_names_and_what_python_says_itself_stay():
+  assert every(True, 2)["count"] == 2
+  with pytest.raises(ValueError, match="`count`"):
+    every(True, "2")
+  with pytest.raises(TypeError, match="positional"):
+    every(*every().values(), None)
+  assert every.__name__ == "every"
+
+
+# What a reader would expect to work: the same as the plain form.
+@pytest.mark.parametrize(
+  ("odd", "plain"),
+  [
+    (lambda: (once(LOSSES), once(GRID)), lambda: (LOSSES, GRID)),
+    (lambda: (np.array(LOSSES), np.array(GRID)), lambda: (LOSSES, GRID)),
+    (
+      lambda: (LOSSES, GRID, {"groups": once(LABELS)}),
+      lambda: (LOSSES, GRID, {"groups": LABELS}),
+    ),
+    (
+      lambda: (LOSSES, GRID, {"promise": "quantile"}),
+      lambda: (LOSSES, GRID, {"promise": promises.Quantile()}),
+    ),
+    (lambda: (LOSSES, GRID, {"promise": "mean"}), lambda: (LOSSES, GRID)),
+    (
+      lambda: (LOSSES, GRID, {"promise": promises.EveryGroup(labels=once(LABELS))}),
+      lambda: (LOSSES, GRID, {"promise": promises.EveryGroup(labels=LABELS)}),
+    ),
+    (
+      lambda: (LOSSES, GRID, {"promise": promises.KnownMixture(2.0, once([1.0] * COUNT))}),
+      lambda: (LOSSES, GRID, {"promise": promises.KnownMixture(2, [1] * COUNT)}),
+    ),
+    (lambda: (LOSSES, GRID, {"tolerance": np.float64(0.1)}), lambda: (LOSSES, GRID)),
+  ],
+)
+def test_calibrate_takes_what_stands_for_its_arguments(odd, plain):
+  def made(values, grid, options=None):
+    return calibrate.calibrate(values, grid, seed="0", **{**RATES, **(options or {})}).to_json()
+
+  assert made(*odd()) == made(*plain())
+
+
+def shared_words(prediction, references):
+  return max(len({*prediction} & {*text}) / len({*text} | {*prediction}) for text in references)
+
+
+def test_a_function_is_a_metric():
+  named = metrics.get_metric(f"{__name__}:shared_words")
+  assert metrics.get_metric(shared_words) == named
+  assert metrics.get_metric(metrics.exact_match) is metrics.METRICS["exact_match"]
+  early = {"slow": once(FULL), "fast": CHEAP}
+  found = calibrate.from_texts(once(FULL), early, metric=lambda text, others: 0.25)
+  assert found.metric.endswith("<lambda>") and ":" not in found.metric
+  np.testing.assert_array_equal(found.values.sum(axis=0), [0.0, 0.75 * 20])
+
+
+def test_a_prompt_holds_texts():
+  assert Prompt("a", "b", "c") == Prompt("a", "b", ["c"]) == Prompt("a", "b", once(["c"]))
+  assert Prompt("a", "b", group=np.int64(3)).group == "3"
+  for odd in (
+    {"id": None},
+    {"input": None},
+    {"targets": None},
+    {"targets": [None]},
+    {"targets": {"c"}},
+    {"targets": "\ud800"},
+    {"group": 1.5},
+    {"group": True},
+  ):
+    with pytest.raises(ValueError, match=f"Expected `{next(iter(odd))}`"):
+      Prompt(**{"id": "a", "input": "b", **odd})
+
+
+def certify(promise: Any = None, **options) -> calibrate.Calibration:
+  return calibrate.calibrate(LOSSES, GRID, promise=promise, **RATES, **options)
+
+
+def valid(**options):
+  return trials.validity_trials(losses(), [0.1], **{"error_rate": 0.05, **options})
+
+
+def power(*sizes, **options):
+  return planning.power_curve(losses(), sizes, **{**RATES, **options})
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda: certify("median"), "`promise` to be one of"),
+    (lambda: certify("every_group"), "`labels`"),
+    (lambda: certify(promises.Mean), "`promise` to be a `Promise` or None, got the class Mean"),
+    (lambda: certify(support=0), "`support`"),
+    (lambda: certify(groups={"a": 1}), "`groups`"),
+    (lambda: calibrate.from_texts(FULL, {math.nan: CHEAP}), "`knobs` to be finite"),
+    (lambda: calibrate.from_texts(FULL, {math.inf: FULL, 0.5: CHEAP}), "`knobs` to be finite"),
+    (lambda: losses().rows([0.5]), "`index`"),
+    (lambda: promises.each_group(losses(), LABELS, error_rate=1.5), "`error_rate`"),
+    (lambda: planning.min_calibration_size(0.1, 0.05, upper=math.inf), "`tolerance`"),
+    (lambda: power(5, tolerance=2), "`tolerance`"),
+    (lambda: power(5, error_rate=2), "`error_rate`"),
+    (lambda: power(10**9), "`draws` sets of"),
+    (lambda: power(5).size_for(0.4), "`threshold` to be one of"),
+    (lambda: valid(trials=10**9), "`trials` sets of"),
+    (lambda: valid(calibration_size=draws.MOST_DRAWN), "`trials` sets of"),
+    (lambda: valid(seed=-1), "`seed`"),
+  ],
+)
+def test_what_is_wrong_is_named_at_once(call, message):
+  with pytest.raises(ValueError, match=f"Expected .*{message}"):
+    call()
+
+
+def monitor(tmp_path, watch=None):
+  watch = watch or audit.Watch(0.1, 0.05, 1.0, "0")
+  number = len(list(tmp_path.iterdir()))
+  return audit.open_monitor(tmp_path / f"{number}.jsonl", watch)
+
+
+def test_a_monitor_counts_nothing_that_it_refuses(tmp_path):
+  for odd in ({"predictions": "ab"}, {"names": ["a"]}, {"metric": 1}, {"full_model": ["a"]}):
+    watched = monitor(tmp_path)
+    given = {"predictions": ["a", "b"], "full_model": lambda rows: ["a"] * len(rows), **odd}
+    with pytest.raises(ValueError, match=f"Expected `{next(iter(odd))}`"):
+      watched.check(**given)
+    assert watched.served == 0
+  assert not monitor(tmp_path).check(once("ab"), lambda rows: once("ab"))
+  with pytest.raises(ValueError, match="`full_model` to return a text for each"):
+    monitor(tmp_path).check(["a"], lambda rows: 0.5)
+
+
+TEXTS = {"full": FULL, "early": {"a": FULL, "b": CHEAP}, "references": None, "kind": None}
+POOL = {"losses": losses(), "tolerances": [0.1], "error_rate": 0.05, "method": "auto"}
+PLANNED = {"method": "auto", **RATES, "support": None}
+BORDER = {
+  "calibrate": (
+    calibrate.calibrate,
+    {
+      **{"losses": LOSSES, "thresholds": GRID, **RATES, "method": "auto", "groups": None},
+      **{"testing_procedure": "fixed_sequence", "support": None, "promise": None, "seed": None},
+    },
+  ),
+  "risks": (calibrate.calibrate, {"risks": [promises.Risk(losses(), 0.1)], "error_rate": 0.05}),
+  "risk": (
+    lambda **given: calibrate.calibrate(risks=[promises.Risk(**given)], error_rate=0.05),
+    {"losses": losses(), "tolerance": 0.1, "name": "a"},
+  ),
+  "losses": (
+    SequenceLosses,
+    {
+      **{"values": LOSSES, "thresholds": GRID, "support": Support(), "kind": "a"},
+      **{"metric": "b", "ids": None, "groups": None, "procedure": None, "order": "given"},
+      **{"contents": "", "knobs": ()},
+    },
+  ),
+  "support": (Support, {"lower": 0.0, "upper": 1.0, "binary": False}),
+  "configurations": (
+    calibrate.calibrate_configurations,
+    {
+      **{"risks": {"a": [promises.Risk(losses(), 0.1)]}, "costs": {"a": TABLE}},
+      **{"error_rate": 0.05, "method": "auto", "seed": None},
+    },
+  ),
+  "texts": (calibrate.from_texts, {**TEXTS, "ids": None, "groups": None}),
+  "metric": (metrics.Metric, {"name": "a", "function": shared_words, "binary": False}),
+  "size": (planning.min_calibration_size, {**RATES, "lower": 0.0, "upper": 1.0}),
+  "method_size": (planning.method_size, {**PLANNED, "share": 1.0}),
+  "promise_size": (planning.promise_size, {**PLANNED, "promise": promises.Mean()}),
+  "refusal": (planning.refusal, {**PLANNED, "num_examples": 9, "lower": 0.0, "share": 1.0}),
+  "power": (
+    planning.power_curve,
+    {"pilot": losses(), "sizes": [5], **RATES, "method": "auto", "groups": None, "draws": 2},
+  ),
+  "split": (trials.split_trials, {**POOL, "layers": None, "groups": None, "trials": 2}),
+  "validity": (trials.validity_trials, {**POOL, "calibration_size": 9, "trials": 2, "seed": 0}),
+  "sequential": (
+    sequential.SequentialCalibration,
+    {"thresholds": GRID, "planned_size": 9, **RATES, "support": None, "clusters": False},
+  ),
+  "added": (lambda losses: sequential.SequentialCalibration(GRID, 9, **RATES).add(losses), {
+    "losses": [0.0],
+  }),
+  "watch": (
+    audit.Watch,
+    {
+      **{"tolerance": 0.1, "alarm_level": 0.05, "sampling_rate": 1.0, "seed": "0"},
+      **{"support": Support(), "kind": "textual", "calibration_digest": None},
+    },
+  ),
+  "prompt": (Prompt, {"id": "a", "input": "b", "targets": (), "group": None}),
+  "each_group": (
+    promises.each_group,
+    {"losses": losses(), "labels": LABELS, "tolerance": 0.1, "error_rate": 0.05},
+  ),
+  **{
+    kind.__name__: (
+      lambda kind=kind, **given: certify(kind(**given)),
+      given,
+    )
+    for kind, given in {
+      promises.Quantile: {"share": 0.9},
+      promises.TailMean: {"beta": 0.9, "start": 0.0},
+      promises.EveryGroup: {"labels": LABELS},
+      promises.EarlyExits: {"limits_of_depth": (2.0,), "depths": TABLE},
+      promises.KnownMixture: {"most": 2.0, "weights": [1.0] * COUNT},
+      promises.Cost: {"at_most": 0.5, "share": 0.5, "unit": "layers", "costs": TABLE},
+    }.items()
+  },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BORDER)
+@pytest.mark.filterwarnings("ignore:every row of losses")
+def test_every_argument_is_taken_or_refused_by_name(name):
+  call, given = BORDER[name]
+  call(**given)
+  assert list(odd_arguments.unclear(call, given)) == []
+
+
+def test_the_law_of_arguments_can_fail():
+  found = list(odd_arguments.unclear(lambda count: count + 1, {"count": 1}))
+  assert {type(error) for _, _, error in found} >= {TypeError} and len(found) > 8

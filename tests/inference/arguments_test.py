@@ -1,0 +1,183 @@
+"""Arguments of models, options and rules: what stands for a value passes, the rest is named."""
+
+import dataclasses
+import math
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calm import exits, fitting, inference
+from calm.decode import engines
+from calm.exits import confidence, propagation, schedules, verified
+from calm.inference import DecodeOptions
+from tests import odd_arguments
+from tests.inference import predictor_test
+
+TEXTS = ["a", "some words"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  folder = predictor_test.save(tmp_path_factory.mktemp("model") / "toy")
+  return inference.load(str(folder), **{**predictor_test.OPTIONS, "max_decode_length": 3})
+
+
+@pytest.mark.parametrize(
+  ("odd", "plain"),
+  [
+    (lambda: DecodeOptions(engine="eager"), lambda: DecodeOptions(engine=engines.Eager())),
+    (lambda: DecodeOptions(schedule="constant"), lambda: DecodeOptions()),
+    (lambda: DecodeOptions(exit_layers=[1]), lambda: DecodeOptions(exit_layers=(1,))),
+    (lambda: DecodeOptions(exit_layers=np.array([1])), lambda: DecodeOptions(exit_layers=(1,))),
+    (lambda: DecodeOptions(grid=[0.9, 0.5]), lambda: DecodeOptions(grid=(0.9, 0.5))),
+    (
+      lambda: DecodeOptions(shortlist=(token for token in (1, 2))),
+      lambda: DecodeOptions(shortlist=(1, 2)),
+    ),
+    (
+      lambda: exits.DynamicExits("state", "constant", [1], "copy_projections"),
+      lambda: exits.DynamicExits(
+        confidence.State(), schedules.Constant(), (1,), propagation.CopyProjections()
+      ),
+    ),
+    (
+      lambda: exits.OracleExit([1], "first_state"),
+      lambda: exits.OracleExit((1,), propagation.FirstState()),
+    ),
+    (lambda: exits.StaticExit(np.int64(2)), lambda: exits.StaticExit(2)),
+  ],
+)
+def test_options_and_rules_take_names_and_lists(odd, plain):
+  made = odd()
+  assert made == plain() and hash(made) == hash(plain())  # programs are compiled by it
+
+
+@pytest.mark.parametrize(
+  ("texts", "threshold"),
+  [
+    (lambda: (text for text in TEXTS), lambda: 0.5),
+    (lambda: np.array(TEXTS), lambda: np.array(0.5)),
+    (lambda: tuple(TEXTS), lambda: jnp.float32(0.5)),
+    (lambda: TEXTS, lambda: "0.5"),
+  ],
+)
+def test_generate_takes_what_stands_for_texts_and_thresholds(model, texts, threshold):
+  made, plain = (
+    model.generate(texts(), threshold=threshold()),
+    model.generate(TEXTS, threshold=0.5),
+  )
+  assert made.items == plain.items and made.threshold == 0.5
+
+
+def test_never_is_the_name_of_full_depth(model):
+  assert model.generate(TEXTS, threshold="never").threshold == math.inf
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"threshold": np.array([0.5])}, "Expected `threshold` to be a number or None, got array"),
+    ({"threshold": True}, "Expected `threshold` to be a number or None, got True"),
+    ({"threshold": math.nan}, "Expected `threshold` in [0, 1]"),
+    ({"threshold": "most"}, "Expected `threshold` to be a number in [0, 1] or 'never'"),
+    ({"rule": "static"}, "Expected `rule` to be a `StepRule` or a `Verified` or None, got"),
+    ({"rule": exits.StaticExit}, "got the class StaticExit"),
+    ({"rule": exits.StaticExit(0)}, "Expected `layer` in 1 ... 3, got 0"),
+    ({"rule": exits.Verified(99)}, "Expected `draft_layer` in 1 ... 2"),
+    ({"progress": 1}, "Expected `progress` to be a function or None, got 1"),
+  ],
+)
+def test_generate_refuses_by_name(model, options, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    model.generate(TEXTS, **options)
+
+
+@pytest.mark.parametrize(
+  ("texts", "message"),
+  [
+    (None, "got None"),
+    (b"a", "got b'a'"),
+    ({"a": 1}, "got {'a': 1}"),
+    ({"a"}, "got {'a'}"),
+    ([b"a"], "got b'a'"),
+  ],
+)
+def test_texts_are_a_list(model, texts, message):
+  with pytest.raises(TypeError, match=re.escape(f"list of texts, {message}")):
+    model.generate(texts, threshold=0.5)
+  with pytest.raises(TypeError, match=r"Expected `?prompts`? to be"):
+    model.calibrate(texts, tolerance=0.1)
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda: exits.Verified(1, 10**6), "Expected `num_drafts` in 1 ... 31, got 1000000"),
+    (lambda: exits.Verified(1, 1.5), "Expected `num_drafts` to be a whole number"),
+    (lambda: DecodeOptions(schedule="decaying"), "Expected `schedule` to be a name and its"),
+    (lambda: DecodeOptions(engine=engines.Eager), "got the class Eager"),
+    (lambda: DecodeOptions(engine="fast"), "Expected `engine` to be one of"),
+    (lambda: DecodeOptions(grid=[0.5, 0.9]), "Expected `thresholds` to descend strictly"),
+    (
+      lambda: DecodeOptions(exit_layers=["1"]),
+      "to be a list of whole numbers or None, got '1'",
+    ),
+    (lambda: DecodeOptions(refill=1), "Expected `refill` to be True or False, got 1"),
+    (lambda: DecodeOptions(task_prefix=None), "Expected `task_prefix` to be a text, got None"),
+    (lambda: exits.DynamicExits(confidence.Softmax), "got the class Softmax"),
+    (lambda: inference.load(None), "Expected `path` to be a text or a `Path`, got None"),
+    (lambda: inference.load(calibration=1), "Expected `calibration` to be a `Calibration` or"),
+    (lambda: inference.load(void_guarantee=1), "Expected `void_guarantee` to be True or False"),
+    (lambda: fitting.FitOptions(tolerance="0.1"), "Expected `tolerance` to be a number"),
+    (lambda: fitting.fit(None, [], output="x"), "Expected `model` to be a text or a `Path`"),
+  ],
+)
+def test_the_rest_is_refused_before_any_work(call, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    call()
+
+
+def fields(kind, **changes):
+  """{field: default} of a dataclass."""
+  made = {f.name: f.default for f in dataclasses.fields(kind) if f.init}
+  return {**made, **changes}
+
+
+BORDER = {
+  "options": (DecodeOptions, fields(DecodeOptions)),
+  "static": (exits.StaticExit, fields(exits.StaticExit)),
+  "oracle": (exits.OracleExit, fields(exits.OracleExit)),
+  "dynamic": (exits.DynamicExits, fields(exits.DynamicExits, measure="softmax")),
+  "verified": (exits.Verified, fields(exits.Verified, draft_layer=1)),
+  "decaying": (schedules.schedule, {"name": "decaying", "temperature": 1.0, "max_length": 8}),
+  "threshold": (schedules.check_threshold, {"threshold": 0.5}),
+  "slack": (verified.threshold_of, {"slack": 0.5}),
+  "layers": (exits.allowed_layers, {"allowed": (1,), "num_layers": 3}),
+  "measure": (confidence.measure, {"name": "softmax"}),
+  "propagation": (propagation.propagation, {"name": "exit_state"}),
+  "engine": (engines.by_name, {"name": "eager"}),
+  "fit": (fitting.FitOptions, fields(fitting.FitOptions)),
+}
+
+
+@pytest.mark.parametrize("name", BORDER)
+def test_every_argument_is_taken_or_refused_by_name(name):
+  call, given = BORDER[name]
+  call(**given)
+  assert list(odd_arguments.unclear(call, given)) == []
+
+
+def test_every_argument_of_a_model_is_taken_or_refused_by_name(model):
+  given = {"texts": TEXTS, "threshold": 0.5, "rule": None}
+  assert list(odd_arguments.unclear(model.generate, given)) == []
+  rates = {"tolerance": 0.1, "error_rate": 0.05, "consistency": "textual", "metric": "rouge_l"}
+  given = {"prompts": TEXTS, **rates, "thresholds": None, "folder": None, "progress": None}
+
+  def calibrate(**options):  # two prompts are too few, whatever else is right
+    with pytest.raises((TypeError, ValueError)) as caught:
+      model.calibrate(**options)
+    raise caught.value
+
+  assert list(odd_arguments.unclear(calibrate, given)) == []
