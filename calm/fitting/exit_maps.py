@@ -9,6 +9,9 @@ decoder_norm(d^j) at exit layer j, two linear maps are fitted; no parameter chan
 - *learned propagation* from layer j to a skipped layer k: its input d^{k-1} is predicted as
   d^j + [x; 1] D_j U_jk, by reduced-rank regression: the `rank` columns of D_j serve all k.
 
+On texts that no map was fitted to, the exit classifier and a probe a layer learn by logistic
+regression whether the layer's token is the full model's, from states as translators leave them.
+
 Memory is bounded whatever the model and the rows: normal equations of size emb_dim + 1 a
 layer, and a sample of at most `_SAMPLE_BYTES` of states.
 """
@@ -24,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm import inference
+from calm.exits import confidence, evidence
 from calm.fitting.result import LearnedExits
 from calm.t5 import network, parameters
 
@@ -32,14 +36,18 @@ Progress = Callable[[float, str], None]
 # Texts that the full model reads at a time, and the multiple that their length is padded to.
 _BATCH, _BUCKET = 16, 8
 _SAMPLE_BYTES = 2**29
-# Of the sample's texts, the share that no map is fitted to: they choose penalty and last step.
-_HELD_OUT = 0.1
+# Of the sample's texts, the share that no map is fitted to: they choose penalty and last step,
+# and classifier and probes learn from them, since maps agree with their own tokens too often.
+_HELD_OUT = 0.25
 _PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 # Tokens of a training step; steps; steps between two looks at the held-out texts.
 _STEP_TOKENS, _STEPS, _LOOK = 512, 300, 25
 _LEARNING_RATE = 1e-3
 # Looks without a better one after which training ends.
 _PATIENCE = 3
+# Tokens of a shortlist; penalties of logistic regressions, for features of unit variance.
+_SHORTLIST = 512
+_LOGISTIC_PENALTIES = (1.0, 10.0, 100.0)
 # Head columns that a step compares: all of a vocabulary of at most so many pieces; of a larger
 # one the likeliest, and so many others that are drawn anew every step.
 _MOST_COLUMNS, _DRAWN_COLUMNS, _TOP = 2048, 512, 8
@@ -53,6 +61,9 @@ class ExitMaps:
     translators: layer j -> (A_j [emb_dim, emb_dim], b_j [emb_dim]).
     propagation: layer j -> (D_j [emb_dim, rank], its bias [rank], U_j [layers - j, rank,
       emb_dim]); U_j[k - j - 1] is for skipped layer k.
+    classifier: (kernel [emb_dim, 1], bias [1]) of the exit classifier, for all layers.
+    probes: (kernel [emb_dim, L - 1], features [NUM_FEATURES, L - 1], bias [L - 1]) of
+      `evidence.Probes`, zeros of layers without exits; None without a shortlist.
     agreement: layer j -> the share of held-out tokens whose argmax is the full model's:
       (head on x as it is, through the translator).
     num_tokens: tokens that were read.
@@ -63,6 +74,8 @@ class ExitMaps:
 
   translators: Mapping[int, tuple[np.ndarray, np.ndarray]]
   propagation: Mapping[int, tuple[np.ndarray, np.ndarray, np.ndarray]]
+  classifier: tuple[np.ndarray, np.ndarray]
+  probes: tuple[np.ndarray, np.ndarray, np.ndarray] | None
   agreement: Mapping[int, tuple[float, float]]
   num_tokens: int
   num_sampled: int
@@ -93,7 +106,25 @@ class ExitMaps:
       path = f"decoder/exit_propagation/layers_{layer - 1}"
       flat |= {f"{path}/down/kernel": kernel, f"{path}/down/bias": bias}
       flat[f"{path}/up/kernel"] = up
-    return flat
+    names = ("kernel", "features", "bias")
+    for name, leaf in zip(names, self.probes or (), strict=False):
+      flat[f"decoder/exit_probes/{name}"] = leaf
+    for name, leaf in zip(("kernel", "bias"), self.classifier, strict=True):
+      flat[f"decoder/exit_classifier/{name}"] = leaf
+    return {path: np.asarray(leaf, np.float32) for path, leaf in flat.items()}
+
+
+def shortlist(tokens: Sequence[Sequence[int]], vocab_size: int) -> tuple[int, ...]:
+  """The tokens that the full model writes most often, EOS included; at least two.
+
+  Args:
+    tokens: its texts.
+    vocab_size: pieces of the vocabulary; others take part where texts have fewer than two.
+  """
+  counts = np.bincount(np.concatenate([*tokens, [0]]).astype(int), minlength=vocab_size)
+  counts[0] = 0  # padding
+  order = np.argsort(-counts, kind="stable")
+  return tuple(int(token) for token in order[: min(_SHORTLIST, max(2, (counts > 0).sum()))])
 
 
 def fit(
@@ -103,6 +134,7 @@ def fit(
   layers: Sequence[int],
   *,
   rank: int,
+  listed: Sequence[int] | None = None,
   seed: int = 0,
   progress: Progress,
 ) -> ExitMaps:
@@ -114,6 +146,7 @@ def fit(
     tokens: [num_texts] what the full model writes for them, EOS included.
     layers: 1-based exit layers, below the last.
     rank: columns of D_j.
+    listed: tokens of the shortlist that probes read; None: no probes.
     seed: of the sample, the held-out texts and the training steps.
     progress: told of the share done in [0, 1].
 
@@ -134,15 +167,19 @@ def fit(
   heads = [np.asarray(head[:, :num_pieces]) for head in heads]
   by_layer = [heads[layer - 1] if config.per_layer_heads else heads[0] for layer in layers]
   trained = _Translators(sample, by_layer, heads[-1], seed).train(
-    starts, lambda share, text: progress(0.3 + 0.7 * share, text)
+    starts, lambda share, text: progress(0.3 + 0.6 * share, text)
   )
+  progress(0.9, "classifier and probes")
+  judged = _Judged.of(sample, trained, by_layer, heads[-1], listed)
   return ExitMaps(
-    translators=dict(zip(layers, trained.maps, strict=True)),
+    translators=dict(zip(layers, trained, strict=True)),
     propagation={
       layer: _low_rank(sums[layer], penalty, rank, config.num_decoder_layers - layer)
       for layer in layers
     },
-    agreement=dict(zip(layers, trained.agreement, strict=True)),
+    classifier=judged.classifier(),
+    probes=judged.probes(layers, config.num_decoder_layers),
+    agreement=dict(zip(layers, judged.agreement, strict=True)),
     num_tokens=sum(map(len, tokens)),
     num_sampled=len(sample.trains),
     penalty=penalty,
@@ -174,11 +211,14 @@ class _Sample:
   Attributes:
     exits: x at every exit layer, [layers, tokens, emb].
     last: x at the last layer, [tokens, emb].
+    scalars: of `evidence`, what needs no head: cosine with the layer before and log of the root
+      mean square, [layers, tokens, 2].
     trains: tokens that maps are fitted to; `held_out`: the others.
   """
 
   exits: np.ndarray
   last: np.ndarray
+  scalars: np.ndarray
   trains: np.ndarray
   held_out: np.ndarray
 
@@ -219,7 +259,7 @@ class _Reader:
         targets[i, : len(tokens[row])] = tokens[row]
       weights = np.zeros(targets.shape, np.float32)
       weights[: len(rows)] = (targets[: len(rows)] > 0) & ~held_out[rows, None]
-      made, exits, last = read(self.predictor.params, batch.tokens, targets, weights)
+      made, exits, last, scalars = read(self.predictor.params, batch.tokens, targets, weights)
       made = jax.tree.map(lambda x: np.asarray(x, np.float64), made)
       sums = made if sums is None else jax.tree.map(np.add, sums, made)
       for i, row in enumerate(rows):
@@ -229,15 +269,17 @@ class _Reader:
             (
               np.asarray(exits[:, i, :count]),
               np.asarray(last[i, :count]),
+              np.asarray(scalars[:, i, :count]),
               np.full(count, held_out[row]),
             )
           )
       done += len(rows)
       progress(done, len(texts))
-    exits, last, out = zip(*found, strict=True)
+    exits, last, scalars, out = zip(*found, strict=True)
     sample = _Sample(
       np.concatenate(exits, axis=1),
       np.concatenate(last),
+      np.concatenate(scalars, axis=1),
       np.flatnonzero(~np.concatenate(out)),
       np.flatnonzero(np.concatenate(out)),
     )
@@ -255,15 +297,21 @@ class _Reader:
 
 
 def _read(config: network.T5Config, layers, params, inputs, targets, weights):
-  """One batch: normal equations, x at the exits [layers, batch, length, emb], x at the end."""
+  """One batch: normal equations; x at the exits, [layers, batch, length, emb], and at the end;
+  `_Sample.scalars`."""
   shifted = jnp.concatenate([jnp.zeros_like(targets[:, :1]), targets[:, :-1]], axis=1)
   module = network.Transformer(config)
   states: Any = module.apply({"params": params}, inputs, shifted, targets, method=_states)
   hidden, normed = states
   weight = weights.reshape(-1, 1)
   flat = lambda x: x.reshape(-1, config.emb_dim) * weight
-  sums = []
+  sums, scalars = [], []
   for layer in layers:
+    raw = hidden[layer - 1]
+    before = hidden[layer - 2] if layer > 1 else jnp.zeros_like(raw)
+    square = jnp.maximum(jnp.mean(jnp.square(raw), axis=-1), 1e-30)
+    similar = confidence.cosine_similarity(raw, before)
+    scalars.append(jnp.stack([similar, 0.5 * jnp.log(square)], axis=-1))
     x = jnp.concatenate([flat(normed[layer - 1]), weight], axis=1)
     later = hidden[layer:-1].reshape(-1, targets.size, config.emb_dim)
     moved = (later - hidden[layer - 1].reshape(1, targets.size, config.emb_dim)) * weight[None]
@@ -275,7 +323,7 @@ def _read(config: network.T5Config, layers, params, inputs, targets, weights):
         "squares": jnp.sum(jnp.square(later * weight[None]), axis=(1, 2)),
       }
     )
-  return sums, normed[jnp.asarray(layers) - 1], normed[-1]
+  return sums, normed[jnp.asarray(layers) - 1], normed[-1], jnp.stack(scalars)
 
 
 def _states(module: network.Transformer, inputs, shifted, targets):
@@ -339,12 +387,6 @@ def _low_rank(sums: _Sums, penalty: float, rank: int, skipped: int):
   return whole[:-1].astype(np.float32), whole[-1].astype(np.float32), up.astype(np.float32)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Trained:
-  maps: tuple[tuple[np.ndarray, np.ndarray], ...]
-  agreement: tuple[tuple[float, float], ...]
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Translators:
   """Cross entropy of all layers' translators to the full model's probabilities.
@@ -361,7 +403,8 @@ class _Translators:
   last_head: np.ndarray
   seed: int
 
-  def train(self, starts, progress: Progress) -> _Trained:
+  def train(self, starts, progress: Progress) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(A_j, b_j) of every exit layer."""
     import optax
 
     kernels = jnp.asarray(np.stack([kernel for kernel, _ in starts]), jnp.float32)
@@ -403,9 +446,7 @@ class _Translators:
       best, least, worse = (maps, found, 0) if found < least else (best, least, worse + 1)
       if worse == _PATIENCE:
         break
-    kernels, biases = map(np.asarray, best)
-    agreement = self._agreement(kernels, biases)
-    return _Trained(tuple(zip(kernels, biases, strict=True)), agreement)
+    return list(zip(*map(np.asarray, best), strict=True))
 
   def _columns(self) -> np.ndarray:
     """Pieces that every step compares."""
@@ -424,17 +465,96 @@ class _Translators:
     size = min(_DRAWN_COLUMNS, len(others))
     return np.stack([rng.choice(others, size, replace=False) for _ in range(num_steps)])
 
-  def _agreement(self, kernels, biases) -> tuple[tuple[float, float], ...]:
-    held = self.sample.looked_at
-    best = np.argmax(self.sample.last[held] @ self.last_head, axis=1)
-    found = []
-    for number, head in enumerate(self.heads):
-      x = self.sample.exits[number, held]
-      read = x + x @ kernels[number] + biases[number]
-      found.append(
-        tuple(float((np.argmax(y @ head, axis=1) == best).mean()) for y in (x, read))
-      )
-    return tuple(found)
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Judged:
+  """Held-out tokens at every exit layer, with whether the layer's argmax is the full model's.
+
+  Attributes:
+    read: x through the translators, [layers, tokens, emb].
+    agrees: [layers, tokens].
+    agreement: shares of tokens that agree without and with the translator, one pair a layer.
+    known: `evidence` of each token, [layers, tokens, NUM_FEATURES]; None without a shortlist.
+  """
+
+  read: np.ndarray
+  agrees: np.ndarray
+  agreement: tuple[tuple[float, float], ...]
+  known: np.ndarray | None
+
+  @classmethod
+  def of(cls, sample: _Sample, maps, heads, last_head, listed) -> "_Judged":
+    held = sample.looked_at
+    best = np.argmax(sample.last[held] @ last_head, axis=1)
+    read, agrees, agreement, known = [], [], [], []
+    for number, (head, (kernel, bias)) in enumerate(zip(heads, maps, strict=True)):
+      x = sample.exits[number, held]
+      read.append(x + x @ kernel + bias)
+      agrees.append(np.argmax(read[-1] @ head, axis=1) == best)
+      before = float((np.argmax(x @ head, axis=1) == best).mean())
+      agreement.append((before, float(agrees[-1].mean())))
+      if listed is not None:
+        logits = jnp.asarray(read[-1] @ head[:, list(listed)])
+        top, second = confidence.top_two(logits)
+        sure = confidence.softmax_margin(logits), confidence.certainty(logits)
+        of_head = np.stack([jnp.log1p(top - second), *sure], axis=-1)
+        known.append(np.concatenate([of_head, sample.scalars[number, held]], axis=-1))
+    return cls(
+      np.stack(read), np.stack(agrees), tuple(agreement), np.stack(known) if known else None
+    )
+
+  def classifier(self) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel and bias for the states of all exit layers."""
+    weights, bias = _logistic(self.read.reshape(-1, self.read.shape[-1]), self.agrees.ravel())
+    return weights[:, None], np.array([bias])
+
+  def probes(self, layers: Sequence[int], num_layers: int):
+    """Kernels, weights of features and biases, a column a layer; None without a shortlist."""
+    if self.known is None:
+      return None
+    emb_dim = self.read.shape[-1]
+    made = np.zeros((emb_dim + evidence.NUM_FEATURES + 1, num_layers - 1))
+    for number, layer in enumerate(layers):
+      seen = np.concatenate([self.read[number], self.known[number]], axis=1)
+      made[:-1, layer - 1], made[-1, layer - 1] = _logistic(seen, self.agrees[number])
+    return made[:emb_dim], made[emb_dim:-1], made[-1]
+
+
+def _logistic(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
+  """Weights and bias of a logistic regression; of the penalties the one that predicts every
+  second token best from the others."""
+  mean, spread = features.mean(axis=0), features.std(axis=0) + 1e-6
+  unit, labels = (features - mean) / spread, labels.astype(float)
+  least, penalty = np.inf, _LOGISTIC_PENALTIES[0]
+  for each in _LOGISTIC_PENALTIES:
+    weights, bias = _newton(unit[::2], labels[::2], each / 2)
+    margin = (unit[1::2] @ weights + bias) * np.where(labels[1::2] > 0, 1, -1)
+    if (loss := np.logaddexp(0.0, -margin).sum()) < least:
+      least, penalty = loss, each
+  weights, bias = _newton(unit, labels, penalty)
+  return weights / spread, float(bias - mean @ (weights / spread))
+
+
+def _newton(features: np.ndarray, labels: np.ndarray, penalty: float):
+  """The minimum of the log loss plus penalty / 2 |w|^2, by damped Newton steps."""
+  rows = np.concatenate([features, np.ones((len(features), 1))], axis=1)
+  ridge = np.full(rows.shape[1], penalty)
+  ridge[-1] = 1e-3
+  weights = np.zeros(rows.shape[1])
+  signs = np.where(labels > 0, 1.0, -1.0)
+  loss = lambda w: np.logaddexp(0.0, -signs * (rows @ w)).sum() + 0.5 * (ridge * w * w).sum()
+  for _ in range(30):
+    chance = 1.0 / (1.0 + np.exp(-np.clip(rows @ weights, -30.0, 30.0)))
+    slope = rows.T @ (chance - labels) + ridge * weights
+    curve = (rows * (chance * (1.0 - chance))[:, None]).T @ rows + np.diag(ridge)
+    step = np.linalg.solve(curve, slope)
+    size = 1.0
+    while loss(weights - size * step) > loss(weights) and size > 1e-3:
+      size /= 2
+    weights = weights - size * step
+    if np.abs(size * step).max() < 1e-5:
+      break
+  return weights[:-1], weights[-1]
 
 
 def _loss(maps, exits, last, drawn, heads, last_head, *, columns):

@@ -203,15 +203,20 @@ class Fit:
     told = self._step(training.OWN_TEXTS)
     tokens = own_texts.tokens(self.source, rows, self.folder.work / "own_texts", told)
     progress, file = self._step(LEARN), self.folder.work / checkpoints.EXITS
+    source, vocabulary = self.source, self.source.vocabulary
+    if source.options.shortlist is None and not source.config.per_layer_heads:
+      listed = exit_maps.shortlist(tokens, vocabulary.vocab_size)
+      source = source.with_options(shortlist=listed)
     base, texts = parameters.base_digest(self.source.params), [row.input for row in rows]
 
     def learn() -> LearnedExits:
       maps = exit_maps.fit(
-        self.source,
+        source,
         texts,
         tokens,
         candidates.exit_layers(self.source.num_layers),
         rank=RANK,
+        listed=source.options.shortlist,
         seed=self.options.seed,
         progress=progress,
       )
@@ -221,7 +226,7 @@ class Fit:
     # The file is written first: a result without it was never stored.
     learned = self.folder.cache.get(LearnedExits, "exits", {"base": base}, learn)
     self.listener.say(str(learned))
-    return self.source.with_exits(file), learned
+    return source.with_exits(file), learned
 
   def _train(self) -> tuple[inference.Predictor, tuple[Trained, ...]]:
     """The trained model under its limits, and what its stages did."""
@@ -356,6 +361,7 @@ class Fit:
     if self.options.train_all:
       return given
     # With the exits that were learned beside its weights: drafts come through them.
+    given = given.with_options(shortlist=predictor.options.shortlist)
     return dataclasses.replace(given, config=predictor.config, params=predictor.params)
 
   def _seconds(self, predictor, threshold: float, progress) -> seconds.Seconds | None:

@@ -63,7 +63,8 @@ def test_ridge_finds_a_linear_relation_and_needs_its_penalty_where_tokens_are_fe
     x = rng.normal(size=(tokens, 6))
     last = x @ truth + bias
     held = np.arange(tokens // 2, tokens)
-    sample = exit_maps._Sample(x[None], last, np.arange(tokens // 2), held)
+    scalars = np.zeros((1, tokens, 2))
+    sample = exit_maps._Sample(x[None], last, scalars, np.arange(tokens // 2), held)
     sums = {1: sums_of(x[: tokens // 2], last[: tokens // 2], np.zeros((tokens // 2, 1, 6)))}
     penalty, ((kernel, offset),) = exit_maps._ridge(sums, sample)
     assert penalty in exit_maps._PENALTIES and np.isfinite(kernel).all()
@@ -88,6 +89,26 @@ def test_propagation_of_rank_r_is_exact_where_the_truth_has_rank_r(rank):
   worse = exit_maps._low_rank(sums_of(x, x, inputs), 1e-12, rank - 1, skipped)
   short = np.einsum("tr,krf->tkf", x @ worse[0] + worse[1], worse[2][1:])
   assert np.abs(short - inputs).max() > 0.1
+
+
+def test_logistic_regression_finds_the_chances_that_labels_were_drawn_by():
+  rng = np.random.default_rng(3)
+  x = rng.normal(size=(4000, 3)) * [1.0, 0.01, 100.0] + [0.0, 1.0, -50.0]
+  truth = np.array([1.5, 100.0, 0.0])
+  chance = 1.0 / (1.0 + np.exp(-(x @ truth - 100.0)))
+  weights, bias = exit_maps._logistic(x, rng.random(4000) < chance)
+  found = 1.0 / (1.0 + np.exp(-(x @ weights + bias)))
+  assert np.abs(found - chance).mean() < 0.03
+  for always in (True, False):
+    weights, bias = exit_maps._logistic(x, np.full(4000, always))
+    assert ((x @ weights + bias > 3.0) == always).all()
+
+
+def test_a_shortlist_has_the_tokens_that_are_written_most_often_and_two_at_least():
+  texts = [[5, 3, 3, 1], [3, 5, 1], [7, 1]]
+  assert exit_maps.shortlist(texts, 10) == (1, 3, 5, 7)
+  assert len(exit_maps.shortlist([[1], [1]], 10)) == 2
+  assert 0 not in exit_maps.shortlist([[4, 1, 0, 0, 0]], 10)
 
 
 def test_a_vocabulary_that_is_drawn_from_estimates_the_whole_loss():
@@ -128,6 +149,7 @@ def test_the_base_is_copied_byte_for_byte_and_its_full_texts_stay(fitted):
   ]
   assert full(before) == full(inference.load(output))
   assert served.config.exit_translators == (1, 2) == served.config.exit_propagation
+  assert served.config.exit_probes and served.config.exit_classifier
 
 
 def test_translators_agree_with_the_full_model_more_often(fitted):
