@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from calm import checkpoints
-from calm.calibrate import NEVER_EXIT, Calibration, audit, calibrate, generations
-from calm.calibrate.generations import records, writer
+from calm.calibrate import Calibration, audit, calibrate, generations
+from calm.calibrate.generations import records
 from calm.data import datasets, vocabulary
 from calm.inference import options
 from calm.t5 import network
 from tests import toys
-from tests.calibrate import laws
+from tests.calibrate import small_cache
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "huggingface"
 GONE = "@gone@"
@@ -34,21 +34,6 @@ def model(folder: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def cache(folder: pathlib.Path) -> pathlib.Path:
-  made = writer.open_writer(
-    folder, prompts=laws.prompts(3), thresholds=[0.5], procedure=laws.procedure()
-  )
-  for threshold in (NEVER_EXIT, 0.5):
-    made.append(threshold, [_record(f"id-{i:03d}") for i in range(3)])
-  made.finish()
-  return folder
-
-
-def _record(name: str) -> records.Record:
-  numbers = dict(tokens=(5, 1), exit_layers=(1, 2), confidences=(0.5, 0.25))
-  return records.Record(name, "text", **numbers, rejected_confidences=(0.0, 0.1), score=-1.0)
-
-
 def stored(folder: pathlib.Path):
   found = options.stored_options(folder)
   return options.DecodeOptions(**found).rule
@@ -59,22 +44,21 @@ STORED = {
   **dict(task_prefix="", exit_layers=[1], shortlist=[1, 2], grid=[0.5]),
   "schedule": {"name": "decaying", "temperature": 1.0, "max_length": 4},
 }
-WATCH = dict(tolerance=0.2, alarm_level=0.05, sampling_rate=0.5, seed="s")
 
 
 def _files(base: pathlib.Path) -> None:
   """One whole file of every kind."""
   ours = model(base / "ours")
   shutil.copytree(GOLDEN / "flan_t5", base / "sharded")
-  cache(base / "cache")
+  small_cache.write(base / "cache")
   made = calibrate(np.zeros((80, 2)), [0.9, 0.5], tolerance=0.1, error_rate=0.1)
   made.save(base / "calibration.json")
   row = {"id": "a", "source": "s", "input": "text", "target": ["one", "two"]}
   for path, value in (
     (ours / "inference.json", STORED),
     (base / "rows.jsonl", row),
-    (base / "watch.jsonl", audit.Watch(**WATCH).to_json()),
-    (base / "records.jsonl", _record("id-000").to_json()),
+    (base / "watch.jsonl", audit.Watch(**small_cache.WATCH).to_json()),
+    (base / "records.jsonl", small_cache.record("id-000").to_json()),
   ):
     path.write_text(json.dumps(value) + "\n")
 
@@ -99,7 +83,7 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
     "records": (lines, lambda: generations.read_records(lines)),
     "manifest": (whole / "manifest.json", lambda: generations.load(whole)),
     "calibration": (told, lambda: Calibration.load(told)),
-    "monitor": (watch, lambda: audit.open_monitor(watch, audit.Watch(**WATCH))),
+    "monitor": (watch, lambda: audit.open_monitor(watch, audit.Watch(**small_cache.WATCH))),
   }
 
 

@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 
 from calm.calibrate import GenerationsError, Support, calibrate, ledger
-from calm.commands import cli
 from tests.calibrate import laws
-from tests.commands import calibrate_command_test
 
 ROWS = [f"prompt {row}" for row in range(200)]
 QUESTION = {"kind": "textual", "metric": "rouge_l", "tolerance": 0.1}
@@ -107,22 +105,3 @@ def test_a_line_that_was_cut_off_is_dropped_and_links_are_not_followed(tmp_path)
   with pytest.raises(OSError):
     ledger.record(tmp_path / "b", QUESTION, ROWS, 0.05)
   assert not (tmp_path / "elsewhere").exists()
-
-
-def test_calm_calibrate_keeps_a_ledger_and_says_so(tmp_path, capsys):
-  files = calibrate_command_test.outputs(tmp_path, count=200, wrong=(3, 7))
-  said = lambda: " ".join(capsys.readouterr().out.split())
-  assert cli.main(["calibrate", *files]) == 0
-  assert "calibrated on before" not in said()
-  assert cli.main(["calibrate", *files, "--metric=exact_match"]) == 0
-  out = said()
-  assert "textual, rouge_l" in out and "--error_rate=0.025" in out
-  assert cli.main(["calibrate", *files, f"--verify={tmp_path / 'calibration.json'}"]) == 0
-  assert len(lines(tmp_path)) == 2
-  assert [line["question"]["metric"] for line in lines(tmp_path)] == ["rouge_l", "exact_match"]
-  several = ["--risks", "textual:rouge_l:0.2", "risk_signed:token_f1:0.2"]
-  assert cli.main(["calibrate", *files, *several]) == 0
-  assert "each of the 3 again with --error_rate=0.01667" in said()
-  (tmp_path / ledger.LEDGER).write_text("damaged\n")
-  assert cli.main(["calibrate", *files]) == 0
-  assert "could not be recorded" in said()

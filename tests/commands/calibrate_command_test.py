@@ -11,6 +11,7 @@ import pytest
 from calm.calibrate import (
   Calibration,
   generations,
+  ledger,
   promises,
   textual_losses,
   verification,
@@ -408,3 +409,23 @@ def test_equal_calls_answer_equally_and_a_drawn_order_is_verified_by_its_seed(tm
   assert cli.main(["calibrate", *arguments, f"--verify={path}"]) == 0
   said = " ".join(capsys.readouterr().out.split())
   assert "is what these outputs give" in said and "earlier versions drew the order" in said
+
+
+def test_a_ledger_is_kept_and_says_so(tmp_path, capsys):
+  (tmp_path := tmp_path / "runs").mkdir()  # no folder beside it whose ledger would be read
+  files = outputs(tmp_path, count=200, wrong=(3, 7))
+  said = lambda: " ".join(capsys.readouterr().out.split())
+  assert cli.main(["calibrate", *files]) == 0
+  assert "calibrated on before" not in said()
+  assert cli.main(["calibrate", *files, "--metric=exact_match"]) == 0
+  out = said()
+  assert "textual, rouge_l" in out and "--error_rate=0.025" in out
+  assert cli.main(["calibrate", *files, f"--verify={tmp_path / 'calibration.json'}"]) == 0
+  kept = [json.loads(line) for line in (tmp_path / ledger.LEDGER).read_text().splitlines()]
+  assert [line["question"]["metric"] for line in kept] == ["rouge_l", "exact_match"]
+  several = ["--risks", "textual:rouge_l:0.2", "risk_signed:token_f1:0.2"]
+  assert cli.main(["calibrate", *files, *several]) == 0
+  assert "each of the 3 again with --error_rate=0.01667" in said()
+  (tmp_path / ledger.LEDGER).write_text("damaged\n")
+  assert cli.main(["calibrate", *files]) == 0
+  assert "could not be recorded" in said()

@@ -6,7 +6,7 @@ import pytest
 
 from calm.calibrate import audit, generations
 from calm.calibrate.generations import files, mending, records
-from tests import hostile_documents as documents
+from tests.calibrate import small_cache
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
@@ -19,7 +19,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 @pytest.mark.parametrize("kind", ["pipe", "null", "zero"])
 def test_a_folder_of_generations_holds_regular_files(tmp_path, kind):
-  folder = documents.cache(tmp_path / "cache")
+  folder = small_cache.write(tmp_path / "cache")
   watch = tmp_path / "monitor.jsonl"
   for path, read in (
     (folder / "threshold_0.5.jsonl", lambda: generations.load(folder)),
@@ -29,7 +29,7 @@ def test_a_folder_of_generations_holds_regular_files(tmp_path, kind):
     ),
     (folder / "prompts.jsonl", lambda: generations.load(folder)),
     (folder / "prompts.jsonl", lambda: files.checksum(folder / "prompts.jsonl")),
-    (watch, lambda: audit.open_monitor(watch, audit.Watch(**documents.WATCH))),
+    (watch, lambda: audit.open_monitor(watch, audit.Watch(**small_cache.WATCH))),
   ):
     kept = path.read_bytes() if path.exists() else b""
     path.unlink(missing_ok=True)

@@ -1,0 +1,24 @@
+"""A small folder of cached generations, and a monitor's options; made without JAX."""
+
+import pathlib
+
+from calm.calibrate import NEVER_EXIT
+from calm.calibrate.generations import records, writer
+from tests.calibrate import laws
+
+WATCH = dict(tolerance=0.2, alarm_level=0.05, sampling_rate=0.5, seed="s")
+
+
+def write(folder: pathlib.Path) -> pathlib.Path:
+  made = writer.open_writer(
+    folder, prompts=laws.prompts(3), thresholds=[0.5], procedure=laws.procedure()
+  )
+  for threshold in (NEVER_EXIT, 0.5):
+    made.append(threshold, [record(f"id-{i:03d}") for i in range(3)])
+  made.finish()
+  return folder
+
+
+def record(name: str) -> records.Record:
+  numbers = dict(tokens=(5, 1), exit_layers=(1, 2), confidences=(0.5, 0.25))
+  return records.Record(name, "text", **numbers, rejected_confidences=(0.0, 0.1), score=-1.0)
