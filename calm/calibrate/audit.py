@@ -11,7 +11,8 @@ As long as E[loss_i | past] <= tolerance, wealth is a nonnegative supermartingal
 1, the sum of all weights: it ever reaches 1 / alarm_level with probability at most alarm_level
 (Ville 1939). Who begins late has lost nothing in a long good time, so that a change is seen
 however long it was in coming. Losses count in the order of serving, however late they come: an
-order of arrival could depend on the losses.
+order of arrival could depend on the losses. An id is bet on once: a prompt that is served again
+is no independent draw.
 """
 
 import contextlib
@@ -75,9 +76,12 @@ class Watch:
 
   def sampled(self, name: int | str) -> bool:
     """The coin of the prompt of that number or id: the same everywhere, blind to text."""
-    tossed = f"{self.seed}/{name}".encode("utf-8", "surrogatepass")
-    digest = hashlib.sha256(tossed).digest()
-    return int.from_bytes(digest[:8], "big") < self.sampling_rate * 2.0**64
+    return int(self.mark(name), 16) < self.sampling_rate * 2.0**64
+
+  def mark(self, name: int | str) -> str:
+    """16 hexadecimal digits of SHA-256 by which the file knows that number or id."""
+    named = f"{self.seed}/{name}".encode("utf-8", "surrogatepass")
+    return hashlib.sha256(named).hexdigest()[:16]
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values."""
@@ -170,7 +174,8 @@ class Monitor:
     self.watch = watch
     self.wealth = Wealth()
     self._lock = lock
-    self._served = 0
+    self._served = self._repeated = 0
+    self._marks: set[str] = set()
     self._waiting: list[int] = []
     self._losses: dict[int, float] = {}
 
@@ -178,6 +183,11 @@ class Monitor:
   def served(self) -> int:
     """Prompts served so far."""
     return self._served
+
+  @property
+  def repeated(self) -> int:
+    """Served prompts that the coin picked and whose ids had been bet on before."""
+    return self._repeated
 
   @property
   def waiting(self) -> tuple[int, ...]:
@@ -203,15 +213,20 @@ class Monitor:
     """Counts a served prompt.
 
     Args:
-      name: its id, by which the coin picks it; None takes its number.
+      name: its id, by which the coin picks it, once; None takes its number: whoever serves a
+        prompt again without its id has it bet on again, which makes false alarms.
 
     Returns:
       (its number, whether the full model should run on it too).
     """
     number = self._served
     check = self.watch.sampled(number if name is None else name)
-    self._write({"served": number, "sampled": check})
-    self._count(number, check)
+    value: dict[str, Any] = {"served": number, "sampled": check}
+    if check and name is not None:
+      value["name"] = self.watch.mark(name)
+      value["sampled"] = check = value["name"] not in self._marks
+    self._write(value)
+    self._count(value)
     return number, check
 
   @arguments.checked()
@@ -253,7 +268,7 @@ class Monitor:
       full_model: positions in `predictions` -> the full model's texts of those prompts; called
         once, or not at all.
       metric: registry name, import path, function or `Metric`.
-      names: [num_prompts] ids by which the coin picks; None takes numbers.
+      names: [num_prompts] ids by which the coin picks, each once; None takes numbers.
 
     Returns:
       `alarm`.
@@ -297,10 +312,13 @@ class Monitor:
         f"Expected `loss` to lie in the declared range [{low}, {high}], got {loss!r}."
       )
 
-  def _count(self, number: int, check: bool) -> None:
-    self._served = number + 1
-    if check:
-      self._waiting.append(number)
+  def _count(self, value: dict[str, Any]) -> None:
+    self._served = value["served"] + 1
+    if value["sampled"]:
+      self._waiting.append(value["served"])
+    if "name" in value:  # files of earlier versions do not have it
+      self._repeated += not value["sampled"]
+      self._marks.add(str(value["name"]))
 
   def _settle(self, number: int, loss: float) -> None:
     self._losses[number] = loss
@@ -316,7 +334,7 @@ class Monitor:
       if "served" in value:
         if value["served"] != self._served:
           raise ValueError(f"Expected `served` to be {self._served}, got {value['served']!r}")
-        self._count(value["served"], bool(value["sampled"]))
+        self._count(value)
       else:
         self._check(value["number"], value["loss"])
         self._settle(value["number"], value["loss"])

@@ -71,7 +71,7 @@ class Monitored:
 
   def __init__(self, predictor: Any, monitor: audit.Monitor, metric: metrics.Metric):
     self._predictor, self._monitor, self._metric = predictor, monitor, metric
-    self._before = monitor.wealth.count
+    self._before, self._repeated = monitor.wealth.count, monitor.repeated
     self._lost = monitor.waiting
     for number in self._lost:
       # Its run was killed before the loss was known; this makes no false alarm more likely.
@@ -108,6 +108,11 @@ class Monitored:
     lost = (
       f" {len(self._lost)} of a run that was killed count as unchanged." if self._lost else ""
     )
+    if repeated := monitor.repeated - self._repeated:
+      lost += (
+        f" {repeated} were not checked, as their ids had been before: a prompt that is served"
+        " again is no independent draw. Give new prompts ids of their own."
+      )
     if self._predictor.elsewhere:
       count = f"{self._trial(checked)} {count}"
     if not monitor.alarm:

@@ -290,6 +290,39 @@ def test_the_coin_may_go_by_ids(tmp_path):
   assert 10 < len(asked) < 40 and monitor.served == 50
 
 
+def test_an_id_is_bet_on_once(tmp_path):
+  """A list that was served 20 or 60 times at risk = tolerance gave 21 and 26 % false alarms."""
+  path, names = tmp_path / "a.jsonl", [f"id-{i}" for i in range(40)]
+  full = lambda rows: ["a" if row % 2 else "b" for row in rows]
+  texts = ["a"] * 40
+  monitor = audit.open_monitor(path, watch())
+  monitor.check(texts, full, names=names)
+  once, picked = monitor.wealth, len([name for name in names if watch().sampled(name)])
+  assert once.count == picked > 10 and monitor.repeated == 0
+  for again in range(1, 4):
+    del monitor
+    monitor = audit.open_monitor(path, watch())  # ids are kept from run to run
+    monitor.check(texts, full, names=names)
+    assert monitor.wealth == once and not monitor.waiting
+    assert monitor.served == 40 * (again + 1) and monitor.repeated == again * picked
+  monitor.check(texts, full, names=[f"new {name}" for name in names])
+  assert monitor.wealth.count > once.count
+  assert not any(name in path.read_text() for name in names)
+  count = monitor.wealth.count
+  monitor.check(["a"] * 3, full, names=["twice"] * 3)  # in one batch too
+  assert monitor.wealth.count - count == watch().sampled("twice")
+
+
+def test_a_file_without_ids_goes_on(tmp_path):
+  path = tmp_path / "a.jsonl"
+  audit.open_monitor(path, watch(sampling_rate=1.0))
+  line = '{"served": 0, "sampled": true}\n{"number": 0, "loss": 0.5}\n'
+  path.write_text(path.read_text() + line)
+  monitor = audit.open_monitor(path, watch(sampling_rate=1.0))
+  assert monitor.wealth == final([0.5], monitor.watch) and monitor.repeated == 0
+  assert monitor.serve("a") == (1, True) and monitor.serve("a") == (2, False)
+
+
 def test_what_a_full_disk_left_is_taken_out(tmp_path):
   path = tmp_path / "a.jsonl"
   monitor = audit.open_monitor(path, watch(sampling_rate=1.0))

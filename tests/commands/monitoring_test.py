@@ -55,8 +55,8 @@ def arguments(*options):
   return parser.parse_args([str(option) for option in options])
 
 
-def serve(monitored, texts):
-  prompts = [calibrate.Prompt(f"id-{text}", text) for text in TEXTS]
+def serve(monitored, texts, ids="id"):
+  prompts = [calibrate.Prompt(f"{ids}-{text}", text) for text in TEXTS]
   monitored.check(prompts, [types.SimpleNamespace(text=text) for text in texts])
 
 
@@ -72,8 +72,12 @@ def test_a_share_of_the_prompts_is_decoded_at_full_depth(promise, tmp_path):
   assert f"{len(picked)} of these prompts" in report and "No alarm." in report
   again = monitoring.open_monitored(options, model, 0.5)
   serve(again, TEXTS)
-  assert f"{len(picked)} of these prompts" in again.report()
-  assert f"{2 * len(picked)} of 80 so far" in again.report()
+  report = again.report()
+  assert "0 of these prompts" in report and f"{len(picked)} were not checked" in report
+  serve(again, TEXTS, "new")
+  assert f"{len(picked)} were not checked" in again.report()
+  more = [text for text in TEXTS if coin.sampled(f"new-{text}")]
+  assert f"{len(picked) + len(more)} of 120 so far" in again.report()
 
 
 def test_a_monitor_runs_no_metric_that_only_the_file_names(promise, tmp_path, monkeypatch):
@@ -183,7 +187,7 @@ def test_a_watch_of_the_mean_loss_is_kept_from_other_promises(made, tmp_path):
       monitored = monitoring.open_monitored(options, model, 0.5)
       serve(monitored, TEXTS)
       assert "No alarm." in monitored.report()
-      serve(monitored, ["another"] * 40)
+      serve(monitored, ["another"] * 40, "new")
       assert "ALARM" in monitored.report() and "above 0.3" in monitored.report()
       continue
     with pytest.raises(ValueError, match=f"'mean' or 'cost'.*got '{made.name}'.*; .*audit"):
