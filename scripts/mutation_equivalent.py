@@ -121,10 +121,6 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     "losses/labelling",
     "return np.random.default_rng(seed).random(num_examples) < shares [Lt -> LtE]",
   ): "a draw is equal to a share once in 2**53",
-  (
-    "losses/clusters",
-    "kinds |= {row.tobytes() for row in np.unique(block + 0.0, axis=0)}  # -0 is 0 [0 -> 1]",
-  ): "rows of sorted columns are of as many kinds",
   **dict.fromkeys(
     [
       ("configurations", f"if not 0.0 < error_rate < 1.0: [{change}]")

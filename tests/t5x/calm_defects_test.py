@@ -274,7 +274,7 @@ def test_13_beam_search_runs_with_early_exit(monkeypatch):
   def searches(contract):
     bind = loops.Loop.bind
     with monkeypatch.context() as patch:
-      patch.setattr(loops.Loop, "bind", lambda *a: contract(bind(*a)))
+      patch.setattr(loops.Loop, "bind", lambda *a, **named: contract(bind(*a, **named)))
       model = setup.model(toy, decode_fn=decoding.beam_search)
       tokens, aux = model.predict_batch_with_aux(
         setup.params(toy),

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -109,7 +110,9 @@ def test_a_stopped_run_goes_on_where_it_was(trained, work, name, steps, which):
   """What it was started from is not looked at again."""
   stopped = dict(zip(("one", "two"), trained[1:], strict=True))[name]
   before = leaves(stopped)
-  after = leaves(train(work, name, work / "none", steps, which))
+  # A copy goes on: T5X keeps one checkpoint, and other tests start from this one.
+  shutil.copytree(work / name, work / f"{name}_goes_on")
+  after = leaves(train(work, f"{name}_goes_on", work / "none", steps, which))
   moved = {path for path in before if not np.array_equal(before[path], after[path])}
   classifier = {path for path in before if "exit_classifier" in path}
   assert moved == classifier if which else moved
