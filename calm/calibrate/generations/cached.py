@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import columns, files
+from calm.calibrate.generations import columns, files, order
 from calm.calibrate.generations import records as records_lib
 from calm.calibrate.generations.procedures import Procedure, Provenance
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
@@ -197,6 +197,9 @@ def load(
   grid = thresholds_lib.validate_grid(manifest["thresholds"])
   _check_story(directory / MANIFEST, manifest, provenance)
   sequential = bool(manifest.get("sequential", False))
+  if sequential:
+    prompts = [by_id[name] for name in ids]
+    _check_order(directory / MANIFEST, prompts, procedure, bool(manifest.get("by_group")))
   columns = [
     _read_threshold(directory, threshold, ids, procedure, sequential, in_memory)
     for threshold in [thresholds_lib.NEVER_EXIT, *grid]
@@ -237,6 +240,28 @@ def _check_story(path: pathlib.Path, manifest: Mapping[str, Any], told: Provenan
         f"{path}: expected `{name}` as `provenance` tells of the run ({expected!r:.100}), got"
         f" {there!r:.100}; restore the file, or generate again."
       )
+
+
+def _check_order(
+  path: pathlib.Path, prompts: Sequence[Prompt], procedure: Procedure | None, by_group: bool
+) -> None:
+  """Whether prompts stand in the order of a run that stops early; a whole run keeps the user's.
+
+  Raises:
+    GenerationsError: they do not: the manifest was changed to say that the run stopped early.
+  """
+  ids = [prompt.id for prompt in prompts]
+  groups = order.prompt_clusters(prompts) if by_group else None
+  wanted = order.decoding_order(ids, groups, procedure, order.prompts_digest(prompts)).tolist()
+  if wanted != list(range(len(ids))):
+    place = next(place for place, row in enumerate(wanted) if place != row)
+    raise GenerationsError(
+      f"{path}: expected `prompt_ids` in the order of a test that stops early"
+      f" (`sequential`{' and `by_group`' if by_group else ''}), which has"
+      f" {ids[wanted[place]]!r:.60} at {place}, got {ids[place]!r:.60}: `sequential` or"
+      " `by_group` was changed after the run, or an earlier version ordered the prompts; restore"
+      " the file, or generate again."
+    )
 
 
 def _check_listed(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from calm.calibrate import NEVER_EXIT, generations
-from calm.calibrate.generations import cached, files
+from calm.calibrate.generations import cached, files, order
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 from tests.calibrate import laws
@@ -12,9 +12,16 @@ from tests.calibrate import laws
 GRID = [0.9, 0.5]
 
 
+def in_test_order(prompts, procedure=None, by_group=False):
+  ids = [prompt.id for prompt in prompts]
+  groups = order.prompt_clusters(prompts) if by_group else None
+  contents = order.prompts_digest(prompts)
+  return [prompts[row] for row in order.decoding_order(ids, groups, procedure, contents)]
+
+
 def write(directory, procedure=None, *, grid=GRID, count=3, sequential=False, short=()):
   """A finished run; `short` maps thresholds to how many records they get."""
-  rows = laws.prompts(count)
+  rows = in_test_order(laws.prompts(count), procedure) if sequential else laws.prompts(count)
   writer = writer_lib.open_writer(
     directory, prompts=rows, thresholds=grid, procedure=procedure, sequential=sequential
   )
@@ -160,7 +167,9 @@ def test_sequential_runs_may_lack_a_suffix_only(tmp_path):
   manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
   manifest["checksums"] = {}
   files.write_atomically(tmp_path / "a" / "manifest.json", json.dumps(manifest))
-  with pytest.raises(GenerationsError, match=r"only the last prompts .* got 'id-000' missing"):
+  with pytest.raises(
+    GenerationsError, match=r"only the last prompts .* missing before prompts"
+  ):
     generations.load(tmp_path / "a")
 
 
@@ -261,4 +270,28 @@ def test_a_manifest_is_held_against_the_story_of_its_run(tmp_path, name):
   path.write_text(json.dumps(manifest))
   sealed(tmp_path)
   with pytest.raises(GenerationsError, match=f"expected `{name}` as `provenance` tells"):
+    cached.load(tmp_path)
+
+
+@pytest.mark.parametrize("by_group", [False, True])
+def test_sequential_is_not_turned_on_in_a_manifest_of_an_earlier_version(tmp_path, by_group):
+  """Its provenance tells nothing of it, but a run that stops early has an order of its own."""
+  write(tmp_path, count=8).finish()
+  path = tmp_path / cached.MANIFEST
+  manifest = {**json.loads(path.read_text()), "provenance": {"notes": {"model": "m"}}}
+  path.write_text(json.dumps({**manifest, "sequential": True, "by_group": by_group}))
+  with pytest.raises(GenerationsError, match="expected `prompt_ids` in the order of a test"):
+    cached.load(tmp_path)
+  # An honest run of an earlier version, cut off where it was decided, is read; the unit of its
+  # test is not changed either.
+  honest = [prompt.id for prompt in in_test_order(laws.prompts(8), None, by_group)]
+  manifest |= {"prompt_ids": honest, "sequential": True, "by_group": by_group}
+  early = tmp_path / cached.threshold_file(0.5)
+  lines = early.read_text().splitlines(True)
+  early.write_text("".join(line for line in lines if json.loads(line)["id"] in honest[:2]))
+  path.write_text(json.dumps(manifest))
+  sealed(tmp_path)
+  assert [len(rows) for rows in cached.load(tmp_path).records] == [8, 2]
+  path.write_text(json.dumps({**json.loads(path.read_text()), "by_group": not by_group}))
+  with pytest.raises(GenerationsError, match="expected `prompt_ids` in the order of a test"):
     cached.load(tmp_path)
