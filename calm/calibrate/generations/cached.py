@@ -259,8 +259,8 @@ def _check_order(
       f"{path}: expected `prompt_ids` in the order of a test that stops early"
       f" (`sequential`{' and `by_group`' if by_group else ''}), which has"
       f" {ids[wanted[place]]!r:.60} at {place}, got {ids[place]!r:.60}: `sequential` or"
-      " `by_group` was changed after the run, or an earlier version ordered the prompts; restore"
-      " the file, or generate again."
+      " `by_group` was changed after the run, or an earlier version ordered the prompts;"
+      " restore the file, or generate again."
     )
 
 
