@@ -45,7 +45,8 @@ def calibrate_configurations(
   Args:
     risks: {family: its risks}; every family has the same prompts, and risks of the same names
       and tolerances.
-    costs: {family: [num_examples, num_thresholds]} what to make small, such as layers a token.
+    costs: {family: [num_examples, num_thresholds]} what to make small, such as layers a token;
+      finite and at least 0.
     error_rate: epsilon, in (0, 1).
     method: as for `calibrate`.
     seed: of an earlier `Calibration`, to repeat it; several must not be tried.
@@ -70,7 +71,7 @@ def calibrate_configurations(
   checks.check_lines([_configuration(*place) for place in places], "configurations")
   groups = clusters.declared_groups(first)
   tables = [_table(families, number, groups, method) for number in range(len(_of(families)))]
-  price = np.concatenate([checks.as_numbers(costs[name], "costs") for name in families], axis=1)
+  price = np.concatenate([checks.as_amounts(costs[name], "costs") for name in families], axis=1)
   if groups is None and not first.groups_ignored and first.metric == UNKNOWN:
     checks.warn_of_copies(np.concatenate([table.values for table in tables], axis=1))
   found = pareto.pareto_test(

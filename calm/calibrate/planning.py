@@ -79,7 +79,7 @@ def method_size(
     tolerance: delta, in (lower, upper).
     error_rate: epsilon, in (0, 1).
     support: declared range of losses; [0, 1] by default.
-    share: of the error rate at which the first hypothesis is tested.
+    share: of the error rate at which the first hypothesis is tested, in (0, 1].
 
   Returns:
     Prompts, or None where a million are not enough.
@@ -90,6 +90,7 @@ def method_size(
   >>> method_size("convex_order", 0.1, 0.05)
   29
   """
+  _check_share("share", share)
   support = support or Support()
   chosen = methods.get_method(method, support, any_level=share < 1.0)
   lowest, declared = chosen.prepare(np.full((1, 1), support.lower), support)
@@ -168,7 +169,7 @@ def refusal(
     lower: declared lower bound of losses, where no `support` is given.
     support: declared range of losses.
     method: as for `calibrate`; None asks for `min_calibration_size`.
-    share: of the error rate at which the first hypothesis is tested.
+    share: of the error rate at which the first hypothesis is tested, in (0, 1].
     unit: what is counted: prompts, or clusters of them.
 
   Returns:
@@ -177,6 +178,7 @@ def refusal(
   Raises:
     ValueError: `tolerance` or `error_rate` leaves its range, or the method does not fit.
   """
+  _check_share("share", share)
   support = support or Support(lower=lower)
   # 'paper' counts improvements as 0.
   least = max(support.lower, 0.0) if method == "paper" else support.lower
@@ -256,6 +258,11 @@ def forecast(
   return "\n".join(lines)
 
 
+def _check_share(name: str, share: float) -> None:
+  if not 0.0 < share <= 1.0:
+    raise ValueError(f"Expected `{name}` to be in (0, 1], got {share!r}; give a share, as 0.8.")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PowerCurve:
   """How likely a calibration set of some size certifies a threshold, judged by pilot losses.
@@ -276,9 +283,14 @@ class PowerCurve:
   def size_for(self, threshold: float, power: float = 0.8) -> int | None:
     """The smallest size that certifies `threshold` with at least that power, or None.
 
+    Args:
+      threshold: one of `thresholds`.
+      power: share of draws, in (0, 1].
+
     Raises:
-      ValueError: there is no such threshold.
+      ValueError: there is no such threshold, or `power` leaves its range.
     """
+    _check_share("power", power)
     (places,) = np.nonzero(self.thresholds == threshold)
     if not len(places):
       raise ValueError(

@@ -230,6 +230,12 @@ def power(*sizes, **options):
     (lambda: power(5, error_rate=2), "`error_rate`"),
     (lambda: power(10**9), "`draws` sets of"),
     (lambda: power(5).size_for(0.4), "`threshold` to be one of"),
+    (lambda: power(5).size_for(0.5, power=math.nan), "`power`"),
+    (lambda: power(5).size_for(0.5, power=1.5), "`power`"),
+    (lambda: planning.method_size("auto", **RATES, share=1.5), "`share`"),
+    (lambda: planning.method_size("auto", **RATES, share=math.nan), "`share`"),
+    (lambda: planning.refusal(9, **RATES, share=-0.5), "`share`"),
+    (lambda: planning.refusal(9, **RATES, share=2.0), "`share`"),
     (lambda: valid(trials=10**9), "`trials` sets of"),
     (lambda: valid(calibration_size=draws.MOST_DRAWN), "`trials` sets of"),
     (lambda: valid(seed=-1), "`seed`"),
@@ -238,6 +244,23 @@ def power(*sizes, **options):
 def test_what_is_wrong_is_named_at_once(call, message):
   with pytest.raises(ValueError, match=f"Expected .*{message}"):
     call()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.5])
+@pytest.mark.parametrize("name", ["cost", "early_exits", "configurations"])
+def test_costs_and_depths_are_finite_and_not_negative(name, value):
+  table = TABLE.copy()
+  table[3, 1] = value
+  calls = {
+    "cost": lambda: certify(promises.Cost(costs=table)),
+    "early_exits": lambda: certify(promises.EarlyExits((2.0,), depths=table)),
+    "configurations": lambda: calibrate.calibrate_configurations(
+      {"a": [promises.Risk(losses(), 0.1)]}, {"a": table}, error_rate=0.05
+    ),
+  }
+  named = "depths" if name == "early_exits" else "costs"
+  with pytest.raises(ValueError, match=rf"Expected `{named}` .* got {value}"):
+    calls[name]()
 
 
 def monitor(tmp_path, watch=None):

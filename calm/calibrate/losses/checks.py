@@ -46,6 +46,22 @@ def as_numbers(values: Any, name: str) -> np.ndarray:
   return np.asarray(array, np.float64)
 
 
+def as_amounts(values: Any, name: str) -> np.ndarray:
+  """`as_numbers` of what can be counted or timed: finite and at least 0.
+
+  Raises:
+    ValueError: as `as_numbers`, or a value is NaN, infinite or negative.
+  """
+  array = as_numbers(values, name)
+  odd = array[~((array >= 0.0) & (array < np.inf))]
+  if odd.size:
+    raise ValueError(
+      f"Expected `{name}` to be finite and at least 0, got {float(odd.flat[0])!r}; measure it,"
+      " or give the most that it can be."
+    )
+  return array
+
+
 @arguments.checked()
 def check_ids(ids: Sequence[Any], count: int) -> tuple[str, ...]:
   """Ids of `count` prompts.

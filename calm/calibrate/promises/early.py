@@ -22,7 +22,8 @@ class EarlyExits(Promise):
 
   Attributes:
     limits_of_depth: grid of t, in the unit of `depths`, fixed before any depth was seen.
-    depths: [num_examples, num_thresholds] depth of each text, such as layers a token.
+    depths: [num_examples, num_thresholds] depth of each text, such as layers a token; finite
+      and at least 0.
     name: in files and on the command line.
   """
 

@@ -143,12 +143,12 @@ def rows_of(values: Any, losses: SequenceLosses, name: str, *, table: bool) -> n
   """Data of a promise as an array with a row a prompt.
 
   Raises:
-    ValueError: there are none, or they have another shape.
+    ValueError: there are none, they have another shape, or a table's values are no amounts.
   """
   shape = losses.values.shape if table else losses.values.shape[:1]
   array = None if values is None else np.asarray(values)
   if array is not None and table:
-    array = checks.as_numbers(array, name)
+    array = checks.as_amounts(array, name)
   if array is None or array.shape != shape:
     got = "nothing" if array is None else f"shape {array.shape}"
     raise ValueError(
