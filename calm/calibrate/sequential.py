@@ -24,7 +24,7 @@ from calm.calibrate.evidence import betting, bounds, strategies
 from calm.calibrate.generations import order
 from calm.calibrate.generations.cached import Generations
 from calm.calibrate.generations.procedures import Procedure, Provenance
-from calm.calibrate.losses import checks, sequence_losses
+from calm.calibrate.losses import checks, metrics, sequence_losses
 from calm.calibrate.losses.sequence_losses import Support
 
 # Losses leave their range by rounding at most so far.
@@ -326,7 +326,12 @@ def _settle(
 
 
 def replay(
-  cached: Generations, *, tolerance: float, error_rate: float, kind: str, metric: str
+  cached: Generations,
+  *,
+  tolerance: float,
+  error_rate: float,
+  kind: str,
+  metric: metrics.MetricLike,
 ) -> Calibration:
   """Tests a sequential run prompt by prompt, or cluster by cluster, as it was decoded.
 
@@ -335,7 +340,7 @@ def replay(
     tolerance: delta, in (0, 1).
     error_rate: epsilon, in (0, 1).
     kind: 'textual', 'risk_signed' or 'risk_clipped'.
-    metric: name or import path of the text metric.
+    metric: the text metric, as for `metrics.get_metric`.
 
   Returns:
     The calibration that the run itself wrote, if at the same rates.
@@ -343,6 +348,7 @@ def replay(
   Raises:
     ValueError: at these rates the test would have asked for more prompts than the run has.
   """
+  metric = metrics.get_metric(metric)
   columns = sequence_losses.prefix_losses(cached, kind, metric=metric)
   groups = order.prompt_clusters(cached.prompts) if cached.by_group else None
   units = order.consecutive_units(len(cached.prompts), groups)
@@ -367,7 +373,7 @@ def replay(
     test.add([column[unit].mean()])
   return test.calibration(
     kind=kind,
-    metric=metric,
+    metric=metric.name,
     seed=order.order_seed(
       order.unit_names(cached.ids, groups),
       cached.procedure,

@@ -29,7 +29,7 @@ def mean(values: np.ndarray) -> result_lib.Mean:
 
 
 def quality(
-  records: Sequence[Record], prompts: Sequence[Prompt], metric: str
+  records: Sequence[Record], prompts: Sequence[Prompt], metric: metrics.MetricLike
 ) -> result_lib.Mean | None:
   """Mean metric against references; None where a prompt has none."""
   if not all(prompt.targets for prompt in prompts):

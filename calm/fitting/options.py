@@ -36,7 +36,8 @@ class FitOptions:
       the model has.
     consistency: 'textual' (distance to the full model's text) or 'risk' (loss of quality
       against the rows' targets).
-    metric: name or import path of the text metric.
+    metric: name or import path of the text metric, or a function at the top of a module,
+      which is kept as its import path: a run that goes on is given the same one again.
     prefix: text put before every input; None takes the model's own.
     input_key: where a row of a file has its text; None: the first of input, inputs, prompt
       and text.
@@ -54,7 +55,7 @@ class FitOptions:
   train_all: bool = False
   stages: str = "all"
   consistency: str = "textual"
-  metric: str = "rouge_l"
+  metric: metrics.MetricLike = "rouge_l"
   prefix: str | None = None
   input_key: str | None = None
   budget: float | None = None
@@ -86,7 +87,7 @@ class FitOptions:
     if not 0 <= self.seed < 2**32:
       raise ValueError(f"Expected `seed` to be in 0 ... {2**32 - 1}, got {self.seed}.")
     calibrating.kind_of(self.consistency)
-    metrics.get_metric(self.metric)
+    object.__setattr__(self, "metric", metrics.metric_name(self.metric))
 
   @property
   def kind(self) -> str:

@@ -8,7 +8,7 @@ import pytest
 from calm.calibrate import NEVER_EXIT, calibrate, sequential
 from calm.calibrate.evidence import betting
 from calm.calibrate.generations import order
-from calm.calibrate.losses import sequence_losses
+from calm.calibrate.losses import metrics, sequence_losses
 from tests.calibrate import laws
 
 COUNT = 120
@@ -59,6 +59,8 @@ def test_it_is_the_calibration_of_the_run_itself():
     groups_ignored=True,  # two prompts a group, tested one by one
   )
   assert found.to_json() == expected.to_json()
+  by_function = {**LOSS, "metric": metrics.exact_match}
+  assert sequential.replay(cached, **by_function, **RATES) == found
   assert "the caller took each for an independent draw" in found.guarantee
   assert found.sequential and found.threshold == 0.9
   assert found.support.binary and found.column("rejected").tolist() == [True, False]

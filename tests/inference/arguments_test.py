@@ -1,6 +1,7 @@
 """Arguments of models, options and rules: what stands for a value passes, the rest is named."""
 
 import dataclasses
+import json
 import math
 import re
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 from calm import exits, fitting, inference
+from calm.calibrate.losses import metrics
 from calm.decode import engines
 from calm.exits import confidence, propagation, schedules, verified
+from calm.fitting import folder
 from calm.inference import DecodeOptions
 from tests import odd_arguments
 from tests.inference import predictor_test
@@ -137,6 +140,51 @@ def test_texts_are_a_list(model, texts, message):
 def test_the_rest_is_refused_before_any_work(call, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     call()
+
+
+def first_letter(prediction, references):
+  return float(any(prediction[:1] == text[:1] for text in references))
+
+
+def any_letter(prediction, references):
+  return float(any(set(prediction) & set(text) for text in references))
+
+
+def test_a_fit_goes_on_by_the_name_of_a_metric_function(tmp_path):
+  named = f"{__name__}:first_letter"
+  asked = fitting.FitOptions(metric=first_letter)
+  assert asked == fitting.FitOptions(metric=named) and asked.request["metric"] == named
+  assert fitting.FitOptions(metric=metrics.exact_match).metric == "exact_match"
+  assert fitting.FitOptions(metric=metrics.get_metric(first_letter)).metric == named
+  begin = lambda options: folder.Folder.open(
+    tmp_path / "fit", {"model": "a", "rows": "b", "options": options.request}
+  )
+  begin(asked)
+  request = tmp_path / "fit" / "fit" / "request.json"
+  assert json.loads(request.read_text())["options"]["metric"] == named
+  begin(fitting.FitOptions(metric=first_letter))
+  for other in (any_letter, "chrf"):
+    with pytest.raises(ValueError, match=r"other options: `metric` \('.*:first_letter' there"):
+      begin(fitting.FitOptions(metric=other))
+  # A name that the file alone has is compared, and not imported.
+  (tmp_path / "harmful.py").write_text("raise SystemExit('imported')\n")
+  harmful = f"{tmp_path}/harmful.py:run"
+  request.write_text(request.read_text().replace(named, harmful))
+  with pytest.raises(ValueError, match=r"`metric` \('.*harmful.py:run' there"):
+    begin(asked)
+
+
+def test_a_fit_refuses_a_metric_that_its_name_does_not_lead_to():
+  def local(prediction, references):
+    return first_letter(prediction, references)
+
+  named = metrics.Metric("mine", first_letter)
+  posing = metrics.Metric("exact_match", first_letter)
+  for odd in (local, lambda prediction, references: 0.0, named, posing):
+    with pytest.raises(
+      ValueError, match=r"Expected `metric` .* that can be imported, .* module"
+    ):
+      fitting.FitOptions(metric=odd)
 
 
 def fields(kind, **changes):

@@ -97,7 +97,7 @@ def batch_losses(
   full: Sequence[Record],
   *,
   kind: str,
-  metric: str | metrics.Metric = "rouge_l",
+  metric: metrics.MetricLike = "rouge_l",
   ask: Ask | None = None,
 ) -> np.ndarray:
   """Losses of some prompts at one threshold, as `SequentialCalibration.add` wants them.

@@ -358,6 +358,29 @@ def get_metric(name: MetricLike) -> Metric:
   return Metric(name, function, binary=bool(getattr(function, "binary", False)))
 
 
+def metric_name(metric: MetricLike) -> str:
+  """The name that leads to a metric in another process too.
+
+  Args:
+    metric: as for `get_metric`.
+
+  Raises:
+    ValueError: as `get_metric`; or it is a function that no import path leads to.
+  """
+  chosen = get_metric(metric)
+  if not isinstance(metric, str):
+    named = METRICS.get(chosen.name)
+    if named is None and ":" in chosen.name:
+      named = get_metric(chosen.name)
+    if named != chosen:
+      raise ValueError(
+        f"Expected `metric` to be a name, or a function that can be imported, got"
+        f" {chosen.name!r}, to which no import path leads; define the function at the top of a"
+        " module, where a run that goes on finds it again."
+      )
+  return metric if isinstance(metric, str) else chosen.name
+
+
 def stored_metric(name: str, given: str | None) -> Metric:
   """The metric that a file names: a built-in one, or the one that the user has named too.
 

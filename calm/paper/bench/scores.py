@@ -39,7 +39,7 @@ def mean_layers(records: Sequence[Record]) -> float:
 
 
 def similarities(
-  records: Sequence[Record], references: Sequence[Sequence[str]], metric: str | metrics.Metric
+  records: Sequence[Record], references: Sequence[Sequence[str]], metric: metrics.MetricLike
 ) -> np.ndarray:
   """The metric of each prediction against its references, [num_examples] in [0, 1]."""
   pairs = [(r.prediction, tuple(texts)) for r, texts in zip(records, references, strict=True)]
@@ -50,7 +50,7 @@ def score(
   records: Sequence[Record],
   references: Sequence[Sequence[str]],
   full: Sequence[Record],
-  metric: str | metrics.Metric,
+  metric: metrics.MetricLike,
   *,
   bleu: bool = False,
 ) -> Scores:
