@@ -19,9 +19,9 @@ from calm.calibrate.promises import Mean, Promise
 
 SCHEMA_VERSION = verification.SCHEMA_VERSION
 _KINDS = {
-  "textual": "dissimilarity to the full model, 1 - {metric} between both outputs,",
-  "risk_signed": "increase of the risk, 1 - {metric} against references, over the full model",
-  "risk_clipped": "increase of the risk, 1 - {metric} against references, over the full model"
+  "textual": "dissimilarity to {full}, 1 - {metric} between both outputs,",
+  "risk_signed": "increase of the risk, 1 - {metric} against references, over {full}",
+  "risk_clipped": "increase of the risk, 1 - {metric} against references, over {full}"
   " (decreases counted as 0)",
 }
 
@@ -331,18 +331,21 @@ def describe(calibration: Calibration) -> str:
 
 def sentences(calibration: Calibration) -> list[str]:
   """The sentences of `describe`; the first is the promise."""
+  procedure = calibration.procedure
+  apart = None if procedure is None else procedure.reference_dtype
+  full = "the full model" if apart is None else f"the full model in {apart}"
   if not calibration.certified:
-    full = (
+    told = (
       "its loss against itself is 0 by definition."
       if calibration.kind in _KINDS
       else "nothing is promised of its loss."
     )
     return [
-      "No threshold is certified, so the full model is used"
-      f" ({thresholds_lib.NEVER_EXIT_TEXT}); {full}",
+      f"No threshold is certified, so {full} is used"
+      f" ({thresholds_lib.NEVER_EXIT_TEXT}); {told}",
       calibration.reason,
     ]
-  loss = _KINDS.get(calibration.kind, "loss").format(metric=calibration.metric)
+  loss = _KINDS.get(calibration.kind, "loss").format(metric=calibration.metric, full=full)
   promise = calibration.promise
   over = (
     ", in the average over clusters, of which each counts once whatever its size,"
@@ -378,7 +381,7 @@ def sentences(calibration: Calibration) -> list[str]:
       "Some prompts share a group or an input; the caller took each for an independent draw,"
       " and answers for it."
     )
-  if calibration.procedure is None:
+  if procedure is None:
     told.append(
       "The outputs were decoded elsewhere: the user answers for their being decoded as they"
       " will be served."

@@ -16,6 +16,8 @@ DECODE_OPTIONS = (
   "propagation",
   "matmul_precision",
   "weights_dtype",
+  "encoder_dtype",
+  "reference_dtype",
   "head_dtype",
   "weights_layout",
 )
@@ -65,6 +67,16 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
       *("weights_dtype", str, "NAME"),
       "of matrices: float32, bfloat16, or int8 (layers multiply in 8 bits: another full model)",
       "the model's own",
+    ),
+    (
+      *("encoder_dtype", str, "NAME"),
+      "int8: the encoder's layers multiply in 8 bits",
+      "as --weights_dtype has it",
+    ),
+    (
+      *("reference_dtype", str, "NAME"),
+      "float32: the full model that texts are compared with, whatever these are decoded in",
+      "full depth as it is decoded here",
     ),
     (
       *("head_dtype", str, "NAME"),

@@ -48,6 +48,7 @@ def model_weights(
   weights_dtype: str | None = None,
   head_dtype: str | None = None,
   layout: str | None = None,
+  encoder_dtype: str | None = None,
 ) -> ModelWeights:
   """Lays a T5X-shaped tree out for inference.
 
@@ -61,14 +62,16 @@ def model_weights(
       the layers of both in 8 bits and leaves the rest as None does.
     head_dtype: 'int8' reads heads in 8 bits first; None: as they are stored.
     layout: 'columns' cuts the decoder's matrices; None: each in one piece.
+    encoder_dtype: 'int8' multiplies the encoder's layers in 8 bits; None: as `weights_dtype`.
 
   Raises:
     ValueError: `num_pieces` or `shortlist` does not fit the model.
   """
   encoder = {name: params[name] for name in ("token_embedder", "encoder")}
+  encoder_dtype = encoder_dtype or weights_dtype
   return ModelWeights(
     jax.tree_util.tree_map_with_path(
-      lambda path, leaf: _stored(path[-1].key, jnp.asarray(leaf), weights_dtype), encoder
+      lambda path, leaf: _stored(path[-1].key, jnp.asarray(leaf), encoder_dtype), encoder
     ),
     decoder_weights.decoder_weights(
       params, config, num_pieces, shortlist, weights_dtype, head_dtype, layout

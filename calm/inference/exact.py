@@ -35,8 +35,9 @@ def exact_rule(
   """
   config, options = predictor.config, predictor.options
   if not can_be_exact(predictor):
-    in_8_bits = options.weights_dtype == IN_8_BITS
-    got = f"`weights_dtype` {IN_8_BITS!r}" if in_8_bits else f"`dtype` {config.dtype!r}"
+    names = ("weights_dtype", "encoder_dtype")
+    in_8_bits = [name for name in names if getattr(options, name) == IN_8_BITS]
+    got = f"`{in_8_bits[0]}` {IN_8_BITS!r}" if in_8_bits else f"`dtype` {config.dtype!r}"
     way_out = "leave one of the two out" if in_8_bits else "give `dtype` 'float32'"
     raise ValueError(
       f"Expected states in float32 for exact decoding, got {got}: passes over drafts would be"

@@ -63,8 +63,8 @@ def generate(
     thresholds: strictly descending, without `NEVER_EXIT`.
     writer: from `writer.open_writer` with the same prompts and thresholds.
     reuse_records: take over what a lower threshold cannot change: sequences, and beginnings.
-    full: [num_prompts] records of the full-depth program, where there are some: they are
-      written as they are, and nothing is taken over from them.
+    full: [num_prompts] records of the full-depth program (of `predictor.reference`), where
+      there are some: they are written as they are, and nothing is taken over from them.
     encodings: what was encoded by batch number, to be read and filled where several grids are
       decoded for the same prompts in the same batches.
     progress: told after every batch and threshold.
@@ -75,6 +75,7 @@ def generate(
   levels = [schedules.NEVER_EXIT, *thresholds]
   given = {} if full is None else {record.id: record for record in full}
   batches = predictor.plan([prompt.input for prompt in prompts])
+  apart = bool(given) or predictor.reference is not predictor
   summary = reuse.ReuseSummary()
   for number, batch in enumerate(batches):
     ids = [prompts[row].id for row in batch.rows]
@@ -85,6 +86,8 @@ def generate(
       missing = [i for i in ids if i not in records]
       if missing and given and threshold == schedules.NEVER_EXIT:
         writer.append(threshold, [given[i] for i in missing])
+      elif missing and apart and threshold == schedules.NEVER_EXIT:
+        writer.append(threshold, _full_depth(predictor.reference, batch, ids, missing))
       elif missing:
         made, reused = work.decode(missing, threshold, previous if reuse_records else {})
         writer.append(threshold, made)
@@ -92,12 +95,26 @@ def generate(
         if threshold != schedules.NEVER_EXIT:
           summary += reused
       # The full-depth program refused nothing: it says nothing of what would have left.
-      previous = {} if given and threshold == schedules.NEVER_EXIT else records
+      previous = {} if apart and threshold == schedules.NEVER_EXIT else records
       if progress is not None:
         progress(threshold, number, len(batches))
     if encodings is not None and work.encoded is not None:
       encodings[number] = work.encoded
   return summary
+
+
+def _full_depth(
+  reference: "predictor_lib.Predictor",
+  batch: prompts_lib.PromptBatch,
+  ids: Sequence[str],
+  missing: Sequence[str],
+) -> list[Record]:
+  """Records of the full-depth program of another model, which encodes the prompts itself."""
+  active = np.zeros(len(batch.active), bool)
+  active[[ids.index(i) for i in missing]] = True
+  encoded = reference.encode(batch)
+  made = reference.decode(encoded, active, schedules.NEVER_EXIT, exits.StaticExit())
+  return [record(reference, made, ids.index(i), i) for i in missing]
 
 
 class _Batch:

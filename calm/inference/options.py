@@ -17,6 +17,8 @@ from calm.t5 import limits
 CHOICES = {
   "matmul_precision": ("default", "high", "highest"),
   "weights_dtype": ("float32", "bfloat16", "int8"),
+  "encoder_dtype": ("int8",),
+  "reference_dtype": ("float32",),
   "head_dtype": ("int8",),
   "weights_layout": ("columns",),
 }
@@ -57,6 +59,13 @@ class DecodeOptions:
       then depends on the rows that it is decoded with, which round differently, so that the
       batch size is part of the `Procedure`, and nothing is decoded exactly from drafts. None
       stores matrices in the activation dtype and heads in float32.
+    encoder_dtype: 'int8' multiplies the layers of the encoder in 8 bits, whatever the decoder's
+      are stored in; what is said of texts in 8 bits holds for these too. None: as
+      `weights_dtype` has it.
+    reference_dtype: 'float32': the full model, which a promise is about and which
+      `NEVER_EXIT` decodes with, is the one that was given, with states and weights in float32
+      (`Predictor.reference`), so that what 8 bits or bfloat16 change counts as loss. None: full
+      depth under these same options.
     head_dtype: 'int8' reads output heads in 8 bits, and again in full the pieces that may be
       the most likely: tokens at a layer are the same, confidences nearly so. It pays on a CPU,
       and takes a quarter more room than a head. None reads them as they are stored.
@@ -87,6 +96,8 @@ class DecodeOptions:
   max_decode_length: int = 64
   matmul_precision: str | None = None
   weights_dtype: str | None = None
+  encoder_dtype: str | None = None
+  reference_dtype: str | None = None
   head_dtype: str | None = None
   weights_layout: str | None = None
   batch_size: int = 8

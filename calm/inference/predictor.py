@@ -78,6 +78,7 @@ class Predictor:
       self.options.weights_dtype,
       self.options.head_dtype,
       self.options.weights_layout,
+      self.options.encoder_dtype,
     )
     sharded = self.sharded()
     return weights if sharded is None else sharded.replicate(weights)
@@ -113,6 +114,32 @@ class Predictor:
     """
     config, params = checkpoints.with_exits(self.config, self.params, file)
     return dataclasses.replace(self, config=config, params=params)
+
+  @property
+  def reference(self) -> "Predictor":
+    """The model that writes the texts of full depth which a promise compares with.
+
+    Under a `reference_dtype` it is the same parameters with states and weights in float32, laid
+    out a second time where these options have others; else the model itself.
+    """
+    approximates = procedures.rows_matter(self.config, self.options) or (
+      self.options.weights_dtype not in (None, self.options.reference_dtype)
+    )
+    apart = self.options.reference_dtype is not None and approximates
+    return self._reference if apart else self
+
+  @functools.cached_property
+  def _reference(self) -> "Predictor":
+    plain = {"weights_dtype": None, "encoder_dtype": None, "reference_dtype": None}
+    return self.sharing(
+      dataclasses.replace(
+        self,
+        config=dataclasses.replace(self.config, dtype=self.options.reference_dtype),
+        options=dataclasses.replace(self.options, **plain),
+        calibration=None,
+        threshold=None,
+      )
+    )
 
   @property
   def eos_id(self) -> int:
@@ -154,6 +181,7 @@ class Predictor:
     laid_out = lambda model: (
       model.options.num_devices,
       model.options.weights_dtype,
+      model.options.encoder_dtype,
       model.options.head_dtype,
       model.options.weights_layout,
       model.listed,
@@ -242,7 +270,7 @@ class Predictor:
       self.options.max_decode_length,
       self.eos_id,
       self.options.engine if rule is None else None,
-      native=not procedures.rows_matter(self.config, self.options),
+      native=not procedures.decoder_rounds(self.config, self.options),
     )
 
   def sharded(self, rule: exits.Rule | None = None) -> sharded_lib.ShardedProgram | None:
@@ -252,7 +280,7 @@ class Predictor:
 
   def runs(self, rule: exits.Rule | None = None) -> Any:
     """What `decode` runs: `sharded`, or `program`, in stages where last bits decide nothing."""
-    whole, bits = self.sharded(rule) or self.program(rule), procedures.rows_matter
+    whole, bits = self.sharded(rule) or self.program(rule), procedures.decoder_rounds
     return whole if bits(self.config, self.options) else staged_lib.staged(whole)
 
   def plan(self, texts: Sequence[str]) -> list[prompt_batches.PromptBatch]:
@@ -340,7 +368,7 @@ class Predictor:
       texts: the prompts, without task prefix.
       threshold: lambda in [0, 1], or `schedules.NEVER_EXIT` ('never'). None takes the one
         of the calibration; any other carries no promise. `NEVER_EXIT` runs the full-depth
-        program, which pays for no confidence.
+        program of `reference`, which pays for no confidence.
       rule: another way through the layers: `exits.StaticExit(k)`, `exits.OracleExit()`, which
         have no threshold, or `exits.Verified(k)`, which is the full model's own text (with a
         `threshold` of 1 - lambda below 1: but for drafts that are likely enough).
@@ -366,9 +394,10 @@ class Predictor:
     if rule is not None:
       rule.depth(self.num_layers)  # the rule's own check of its layers
     chosen = rule or self.served_rule(threshold)
+    full = rule is None and threshold == schedules.NEVER_EXIT
     given = contextlib.nullcontext(progress) if progress else looking.counting("prompts")
     with given as told:
-      decoded = self._decode_texts(texts, threshold, chosen, told)
+      decoded = (self.reference if full else self)._decode_texts(texts, threshold, chosen, told)
     if calibrated is None or threshold != calibrated.threshold or self.elsewhere:
       return decoded
     return dataclasses.replace(decoded, guarantee=calibrated.guarantee)

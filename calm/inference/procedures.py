@@ -57,6 +57,8 @@ def procedure(
     weights_dtype=options.weights_dtype,
     head_dtype=options.head_dtype,
     base_digest=base_digest,
+    encoder_dtype=options.encoder_dtype,
+    reference_dtype=options.reference_dtype,
   )
 
 
@@ -66,6 +68,11 @@ def rows_matter(config: network.T5Config, options: DecodeOptions) -> bool:
   Sums of other numbers of rows differ in their last bits. Where states are rounded to few bits,
   such a bit may decide how, and so, by and by, which of two likely tokens comes.
   """
+  return decoder_rounds(config, options) or options.encoder_dtype == IN_8_BITS
+
+
+def decoder_rounds(config: network.T5Config, options: DecodeOptions) -> bool:
+  """Whether the decoder's states are rounded to few bits; its encoder may still be."""
   return config.dtype != "float32" or options.weights_dtype == IN_8_BITS
 
 
@@ -90,6 +97,8 @@ def options_of(procedure: Procedure, shortlist: tuple[int, ...] | None = None) -
     max_decode_length=procedure.max_decode_length,
     matmul_precision=_known(procedure.matmul_precision),
     weights_dtype=procedure.weights_dtype,
+    encoder_dtype=procedure.encoder_dtype,
+    reference_dtype=procedure.reference_dtype,
     head_dtype=procedure.head_dtype,
     batch_size=procedure.batch_bucket or DecodeOptions.batch_size,
   )

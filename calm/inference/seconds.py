@@ -39,13 +39,12 @@ def measure(
     prompts: most prompts that are timed one at a time; batches take four batches of them.
     rounds: times that each is decoded, after one uncounted that compiles.
     rule: how tokens go through the layers; None is the model's own.
-    base: the model that decodes at full depth, the same but for its output head; None:
-      `predictor`.
+    base: the model that decodes at full depth; None: the `reference` of `predictor`.
     progress: told of the share done.
   """
   prompts, rounds = prompts or PROMPTS, rounds or ROUNDS
   way = (rule or predictor.options.rule, threshold)
-  size, base = predictor.options.batch_size, base or predictor
+  size, base = predictor.options.batch_size, base or predictor.reference
   alone = predictor.with_options(batch_size=1)
   models = (alone if base is predictor else base.with_options(batch_size=1), alone)
   told = lambda share, text: progress(0.6 * share, f"one at a time, {text}")
@@ -81,31 +80,33 @@ def _pair(models, texts, way, most: int, rounds: int, progress) -> Pair | None:
 
   None where there is no whole batch of one length.
   """
-  predictor = models[1]
-  batches = _of_one_length(predictor, texts, most)
+  batches = _of_one_length(models[1], texts, most)
   if not batches:
     return None
   ways = ((exits.StaticExit(), schedules.NEVER_EXIT), way)
-  encoder = np.zeros((rounds + 1, len(batches)))
+  coders = models[1:] if _encoder(models[0]) == _encoder(models[1]) else models
+  encoder = np.zeros((rounds + 1, len(coders), len(batches)))
   seconds = np.zeros((rounds + 1, len(ways), len(batches)))
   # Round by round: a text that is drafted begins with what those before it had accepted.
   for repeat in range(rounds + 1):
     for number, batch in enumerate(batches):
-      start = time.perf_counter()
-      encoded = jax.block_until_ready(predictor.encode(batch))
-      encoder[repeat, number] = time.perf_counter() - start
+      encoded = []
+      for column, model in enumerate(coders):
+        start = time.perf_counter()
+        encoded.append(jax.block_until_ready(model.encode(batch)))
+        encoder[repeat, column, number] = time.perf_counter() - start
       for column in (0, 1) if repeat % 2 else (1, 0):
         rule, level = ways[column]
         drafts.are_due(models[column])
         start = time.perf_counter()
-        models[column].decode(encoded, batch.active, level, rule)
+        models[column].decode(encoded[column % len(coders)], batch.active, level, rule)
         seconds[repeat, column, number] = time.perf_counter() - start
       done = (repeat + (number + 1) / len(batches)) / (rounds + 1)
       progress(done, f"round {repeat + 1} of {rounds + 1}")
   # The first round compiled. Of the others the fastest counts, batch by batch: what else the
   # machine does only ever adds.
   full, early = np.min(seconds[1:], axis=0).sum(axis=1)
-  both = np.min(encoder[1:], axis=0).sum()
+  encoders = np.min(encoder[1:], axis=0).sum(axis=1)
   count = len(batches) * len(batches[0].rows)
   return Pair(
     batch_size=len(batches[0].active),
@@ -113,8 +114,14 @@ def _pair(models, texts, way, most: int, rounds: int, progress) -> Pair | None:
     full=1e3 * float(full) / count,
     early=1e3 * float(early) / count,
     speedup=float(full / early),
-    end_to_end=float((full + both) / (early + both)),
+    end_to_end=float((full + encoders[0]) / (early + encoders[-1])),
   )
+
+
+def _encoder(predictor: "predictor_lib.Predictor") -> tuple[str | None, ...]:
+  """What the seconds of an encoder depend on."""
+  options = predictor.options
+  return predictor.config.dtype, options.weights_dtype, options.encoder_dtype
 
 
 def _of_one_length(predictor, texts, most: int) -> list[prompt_batches.PromptBatch]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from calm import exits
 from calm.calibrate import Calibration, Prompt, Record, sequential
 from calm.calibrate.generations import order, reuse
 from calm.calibrate.generations import writer as writer_lib
@@ -84,12 +85,15 @@ def generate(
   groups = order.prompt_clusters(prompts) if test.clusters else None
   units = order.consecutive_units(len(prompts), groups)
   decoder = _Decoder(predictor, prompts, writer, kept_bytes)
+  reference = decoder
+  if predictor.reference is not predictor:
+    reference = _Decoder(predictor.reference, prompts, writer, 0, exits.StaticExit())
   # As many units as fill a batch; the same ones at every threshold.
   batch_size = max(1, predictor.options.batch_size * len(units) // len(prompts))
   while (request := test.request(batch_size)) is not None:
     wanted = units[request.start : request.stop]
     rows = slice(wanted[0].start, wanted[-1].stop)
-    full = decoder.records(rows, schedules.NEVER_EXIT)
+    full = reference.records(rows, schedules.NEVER_EXIT)
     early = decoder.records(rows, request.threshold)
     losses = asking.batch_losses(
       prompts[rows], request.threshold, early, full, kind=kind, metric=metric, ask=ask
@@ -114,8 +118,9 @@ class _Decoder:
   would now leave earlier, or the model.
   """
 
-  def __init__(self, predictor, prompts: Sequence[Prompt], writer, kept_bytes: int):
+  def __init__(self, predictor, prompts: Sequence[Prompt], writer, kept_bytes: int, rule=None):
     self._predictor, self._prompts, self._writer = predictor, prompts, writer
+    self._rule: exits.Rule | None = rule
     self._room = kept_bytes
     self._done: dict[float, dict[str, Record]] = {}
     self._encoded: dict[int, list[tuple[prompts_lib.PromptBatch, caches.Encoded]]] = {}
@@ -137,12 +142,9 @@ class _Decoder:
     """Records of higher thresholds that are the same at this one."""
     values = grid.schedule_values(self._predictor, threshold)
     # The last threshold before this one says most: it has the fewest refusals.
-    levels = [level for level in sorted(self._done) if level > threshold]
-    before = {
-      name: next(self._done[level][name] for level in levels if name in self._done[level])
-      for name in names
-      if levels
-    }
+    before: dict[str, Record] = {}
+    for level in sorted((level for level in self._done if level > threshold), reverse=True):
+      before.update({n: self._done[level][n] for n in names if n in self._done[level]})
     return {
       name: record for name, record in before.items() if reuse.is_reusable(record, values)
     }
@@ -154,7 +156,7 @@ class _Decoder:
       active = batch.active.copy()
       active[: len(ids)] = [name in names for name in ids]
       if active.any():
-        generation = self._predictor.decode(encoded, active, threshold)
+        generation = self._predictor.decode(encoded, active, threshold, self._rule)
         for i in np.flatnonzero(active).tolist():
           made[ids[i]] = grid.record(self._predictor, generation, i, ids[i])
     return made

@@ -169,13 +169,19 @@ def in_8_bits(call, arguments, named, context):
   )
 
 
-def test_layers_in_8_bits_are_the_network_with_its_products_rounded(directory):
+@pytest.mark.parametrize("part", ["weights", "encoder"])
+def test_layers_in_8_bits_are_the_network_with_its_products_rounded(directory, part):
   """The whole network over whole texts, every linear map of a layer computed by hand."""
-  coded = inference.load(directory, weights_dtype="int8", **{**OPTIONS, "batch_size": 1})
+  given = {**OPTIONS, "batch_size": 1, f"{part}_dtype": "int8"}
+  coded = inference.load(directory, **given)
   first = coded.weights.decoder.layers[0]
   assert all(
-    isinstance(matrix, eight_bits.EightBits)
+    isinstance(matrix, eight_bits.EightBits) == (part == "weights")
     for matrix in (first.query, *first.key_value, first.cross_key_value, *first.mlp_in)
+  )
+  rounds = lambda context: part == "weights" or context.module.path[:1] == ("encoder",)
+  intercept = lambda call, arguments, named, context: (
+    in_8_bits(call, arguments, named, context) if rounds(context) else call(*arguments, **named)
   )
   whole = network.Transformer(coded.config)
   for text in TEXTS:
@@ -183,7 +189,7 @@ def test_layers_in_8_bits_are_the_network_with_its_products_rounded(directory):
     prompt = coded.plan([text])[0].tokens
     tokens = np.asarray(item.tokens)[None]
     before = np.concatenate([np.zeros_like(tokens[:, :1]), tokens[:, :-1]], axis=1)
-    with nn.intercept_methods(in_8_bits):
+    with nn.intercept_methods(intercept):
       logits = whole.apply(
         {"params": dict(coded.params)}, prompt, before, tokens, enable_dropout=False
       )
@@ -210,6 +216,7 @@ def test_layers_in_8_bits_are_another_procedure_and_go_along(directory, model):
   ("option", "value", "way_out"),
   [
     ("weights_dtype", "int8", "leave one of the two out"),
+    ("encoder_dtype", "int8", "leave one of the two out"),
     ("dtype", "bfloat16", "give `dtype` 'float32'"),
   ],
 )

@@ -16,7 +16,7 @@ RULE_VERSION = 1
 # Fields that versions before did not record: None in their files, which keep their digests.
 _ADDED = (
   *("configuration", "platform", "matmul_precision", "weights_dtype", "head_dtype"),
-  "base_digest",
+  *("base_digest", "encoder_dtype", "reference_dtype"),
 )
 # Of those, None is no value but says that nobody knows; nothing can be compared with it then.
 _UNKNOWN = ("configuration", "platform", "matmul_precision")
@@ -67,6 +67,10 @@ class Procedure:
     head_dtype: 'int8' where output heads were read in 8 bits first; None: as they were stored.
     base_digest: digest of the parameters that every full-depth text depends on, where maps of
       the exits were fitted beside them; None: there are no such maps.
+    encoder_dtype: 'int8' where the encoder's layers multiplied in 8 bits whatever
+      `weights_dtype` is; None: as that has it.
+    reference_dtype: 'float32' where outputs are compared with the full model's in that dtype;
+      None: with those of full depth decoded as they are themselves.
   """
 
   parameters_digest: str
@@ -91,6 +95,8 @@ class Procedure:
   weights_dtype: str | None = None
   head_dtype: str | None = None
   base_digest: str | None = None
+  encoder_dtype: str | None = None
+  reference_dtype: str | None = None
 
   def __post_init__(self):
     _check_layers(self.exit_layers)

@@ -29,6 +29,8 @@ CHANGES = dict(
   weights_dtype="bfloat16",
   head_dtype="int8",
   base_digest="b",
+  encoder_dtype="int8",
+  reference_dtype="float32",
 )
 BASE = laws.procedure(
   configuration={"relpos_max_distance": 128, "emb_dim": 8},
@@ -83,6 +85,18 @@ def test_files_from_before_platforms_were_recorded_are_still_read():
   assert "`weights_dtype`: expected None" in procedures.describe_differences(old, narrow)
   with pytest.raises(ValueError, match="`platform` to be a text or null, got 3"):
     laws.procedure(platform=3)
+
+
+def test_files_from_before_encoder_and_reference_had_dtypes_are_equal_to_none():
+  added = {"encoder_dtype": None, "reference_dtype": None}
+  assert set(added).isdisjoint(BASE.to_json())
+  given = procedures.Procedure.from_json({**BASE.to_json(), **added})
+  assert given == BASE == procedures.Procedure.from_json(BASE.to_json())
+  assert given.digest() == BASE.digest() and not given.differences(BASE)
+  other = dataclasses.replace(BASE, encoder_dtype="int8", reference_dtype="float32")
+  told = procedures.describe_differences(BASE, other)
+  assert "`encoder_dtype`: expected None, got 'int8'" in told
+  assert "`reference_dtype`: expected None, got 'float32'" in told
 
 
 def test_where_it_was_decoded_is_one_question_and_how_another():

@@ -1,0 +1,185 @@
+"""The full model in float32 as the reference of what is decoded in fewer bits."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from calm import calibrate, exits, inference
+from calm.calibrate import Prompt, generations, sequential
+from calm.calibrate.generations import writer as writer_lib
+from calm.calibrate.losses import metrics
+from calm.commands import cli
+from calm.exits import schedules
+from calm.inference import calibrating, until_certified
+from calm.inference import options as options_lib
+from tests.inference.predictor_test import OPTIONS, save
+
+pytestmark = pytest.mark.filterwarnings("ignore::calm.inference.SlowerThanFullDepth")
+TEXTS = [f"{word} {i}" for i in range(6) for word in ("some", "words", "to", "read")]
+PROMPTS = [Prompt(f"p{i}", text) for i, text in enumerate(TEXTS)]
+NEVER = schedules.NEVER_EXIT
+# What is decoded in fewer bits: layers, the encoder alone, states.
+NARROW = (
+  {"weights_dtype": "int8"},
+  {"encoder_dtype": "int8"},
+  {"dtype": "bfloat16"},
+  {"weights_dtype": "bfloat16", "encoder_dtype": "int8"},
+)
+NAMES = ["-".join(f"{name}-{value}" for name, value in given.items()) for given in NARROW]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+  return save(tmp_path_factory.mktemp("reference") / "toy")
+
+
+@pytest.fixture(scope="module")
+def full(directory):
+  return inference.load(directory, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def full_tokens(full):
+  return tokens(full.generate(TEXTS, threshold=NEVER))
+
+
+def load(directory, given):
+  return inference.load(directory, reference_dtype="float32", **given, **OPTIONS)
+
+
+def tokens(outputs):
+  return [tuple(output.tokens) for output in outputs]
+
+
+def own_texts(model):
+  """Of every layer of what is served."""
+  return model.generate(TEXTS, rule=exits.StaticExit()).texts
+
+
+def until_decided(model, folder):
+  """The records at full depth of a run that stops when it is decided."""
+  prompts = until_certified.in_order(model, PROMPTS)
+  levels, rates = [0.9, 0.6], {"tolerance": 0.9, "error_rate": 0.3}
+  writer = writer_lib.open_writer(
+    folder, prompts=prompts, thresholds=levels, procedure=model.procedure, sequential=True
+  )
+  test = sequential.SequentialCalibration(levels, len(prompts), **rates)
+  until_certified.generate(model, prompts, writer, test, kind="textual", metric="rouge_l")
+  return writer.completed_records(NEVER)
+
+
+@pytest.mark.parametrize("given", NARROW, ids=NAMES)
+def test_what_is_compared_with_is_the_float32_text_token_by_token(
+  directory, full, full_tokens, tmp_path, given
+):
+  model = load(directory, given)
+  assert model.reference is model.reference and model.reference.params is model.params
+  assert model.reference.procedure == full.procedure
+  assert tokens(model.generate(TEXTS, threshold=NEVER)) == full_tokens
+  options = {"tolerance": 0.99, "error_rate": 0.3, "thresholds": [1.0, 0.6]}
+  _, cached = calibrating.certify(model, PROMPTS, **options)
+  assert [tuple(record.tokens) for record in cached.full] == full_tokens
+  served = model.generate(TEXTS, threshold=0.6)
+  assert [tuple(record.tokens) for record in cached.records[1]] == tokens(served)
+  known = until_decided(model, tmp_path / "cache")
+  expected = {prompt.id: made for prompt, made in zip(PROMPTS, full_tokens, strict=True)}
+  assert known and all(tuple(r.tokens) == expected[name] for name, r in known.items())
+
+
+def test_what_8_bits_change_counts_as_loss_where_no_token_leaves(directory, full):
+  """At a threshold that no confidence of a toy reaches."""
+  model = load(directory, {"weights_dtype": "int8"})
+  pairs = zip(own_texts(model), full.generate(TEXTS, threshold=NEVER).texts, strict=True)
+  # A text without words is like itself, too.
+  expected = np.mean([0 if a == b else 1 - metrics.rouge_l(a, [b]) for a, b in pairs])
+  options = {"tolerance": 0.99, "error_rate": 0.3, "thresholds": [1.0]}
+  made, _ = calibrating.certify(model, PROMPTS, **options)
+  assert made.rows[0].mean == pytest.approx(expected) and expected > 0
+  alone, _ = calibrating.certify(model.with_options(reference_dtype=None), PROMPTS, **options)
+  assert alone.rows[0].mean == 0.0
+
+
+def test_shards_and_the_command_compare_with_float32_too(directory, full_tokens, tmp_path):
+  prompts, cache = tmp_path / "prompts.jsonl", tmp_path / "cache"
+  lines = [json.dumps({"id": prompt.id, "input": prompt.input}) for prompt in PROMPTS]
+  prompts.write_text("\n".join(lines))
+  given = [f"--{name}={value}" for name, value in OPTIONS.items()]
+  given += ["--encoder_dtype=int8", "--reference_dtype=float32", "--weights_dtype=int8"]
+  named = ["generate", f"--model={directory}", f"--prompts={prompts}", f"--output={cache}"]
+  for shard in range(2):
+    parts = ["--num_shards=2", f"--shard_id={shard}", "--thresholds=0.6"]
+    assert cli.main([*named, *given, *parts]) == 0
+  assert cli.main(["merge", str(cache)]) == 0
+  made = {r.id: tuple(r.tokens) for r in generations.load(cache / "merged").full}
+  assert made == {p.id: t for p, t in zip(PROMPTS, full_tokens, strict=True)}
+
+
+def test_where_nothing_approximates_the_model_is_its_own_reference(full):
+  assert full.reference is full
+  alike = full.with_options(reference_dtype="float32", weights_dtype="float32")
+  assert alike.reference is alike
+  assert full.with_options(weights_dtype="int8").reference.options.weights_dtype == "int8"
+
+
+def test_both_precisions_are_in_the_procedure_its_options_and_its_refusals(full):
+  given = {"encoder_dtype": "int8", "reference_dtype": "float32"}
+  model = full.with_options(**given)
+  changed = full.procedure.differences(model.procedure)
+  assert set(changed) == {*given, "batch_bucket"}
+  assert set(given).isdisjoint(full.procedure.to_json())
+  found = inference.options_of(model.procedure)
+  assert (found.encoder_dtype, found.reference_dtype) == ("int8", "float32")
+  stored = options_lib.to_stored(model.options)
+  assert given.items() <= stored.items()
+  made = calibrate.calibrate(np.zeros((200, 1)), [0.9], tolerance=0.1, error_rate=0.05)
+  made = dataclasses.replace(made, procedure=full.procedure, kind="textual", metric="rouge_l")
+  with pytest.raises(
+    ValueError, match="`encoder_dtype`: expected None, got 'int8'; `reference"
+  ):
+    model.under(made)
+  assert "dissimilarity to the full model, 1" in made.guarantee
+  for kind, words in (("textual", "dissimilarity to"), ("risk_signed", "against references,")):
+    under = dataclasses.replace(made, procedure=model.procedure, kind=kind)
+    assert words in under.guarantee and "the full model in float32" in under.guarantee
+    assert model.under(under).generate(["a"]).guarantee == under.guarantee
+  none = dataclasses.replace(under, threshold=NEVER)
+  assert "so the full model in float32 is used (never)" in none.guarantee
+  with pytest.raises(ValueError, match="`reference_dtype` to be one of float32, or None"):
+    full.with_options(reference_dtype="int8")
+
+
+def test_a_folder_brings_both_precisions_along(tmp_path, directory, full_tokens):
+  folder = save(tmp_path / "toy")
+  given = {"encoder_dtype": "int8", "reference_dtype": "float32", **OPTIONS}
+  (folder / "inference.json").write_text(json.dumps(given))
+  model = inference.load(folder)
+  assert model.procedure == load(directory, {"encoder_dtype": "int8"}).procedure
+  assert tokens(model.generate(TEXTS, threshold=NEVER)) == full_tokens
+  (folder / "inference.json").write_text(json.dumps({"encoder_dtype": ["int8"]}))
+  with pytest.raises(ValueError, match="`encoder_dtype` to be a text or null"):
+    inference.load(folder)
+
+
+def test_an_encoder_in_8_bits_leaves_the_decoder_as_it_is(full):
+  """Its steps run in stages, by calls and with prompts refilled; texts do not depend on it."""
+  model = full.with_options(encoder_dtype="int8")
+  assert type(model.runs()) is type(full.runs()) and model.program().native
+  expected = model.generate(TEXTS, threshold=0.6)
+  refilled = model.with_options(refill=True).generate(TEXTS, threshold=0.6)
+  assert tokens(refilled) == tokens(expected)
+
+
+def test_seconds_of_full_depth_are_those_of_the_reference(directory, full_tokens, monkeypatch):
+  model, decoded = load(directory, {"encoder_dtype": "int8"}), []
+  decode = inference.Predictor.decode
+
+  def noted(self, encoded, active, threshold, rule=None):
+    if isinstance(rule, exits.StaticExit):
+      decoded.append((self.options.encoder_dtype, encoded))
+    return decode(self, encoded, active, threshold, rule)
+
+  monkeypatch.setattr(inference.Predictor, "decode", noted)
+  inference.seconds.measure(model, TEXTS[:4], 0.6, rounds=1)
+  assert decoded and {name for name, _ in decoded} == {None}
