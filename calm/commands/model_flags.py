@@ -70,13 +70,13 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     ),
     (
       *("encoder_dtype", str, "NAME"),
-      "int8: the encoder's layers multiply in 8 bits",
-      "as --weights_dtype has it",
+      "int8: the encoder's layers multiply in 8 bits, whatever --weights_dtype is",
+      "the model's own",
     ),
     (
       *("reference_dtype", str, "NAME"),
-      "float32: the full model that texts are compared with, whatever these are decoded in",
-      "full depth as it is decoded here",
+      "float32: the full model that texts are compared with, whatever they are decoded in",
+      "the model's own",
     ),
     (
       *("head_dtype", str, "NAME"),
