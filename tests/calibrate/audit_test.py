@@ -1,6 +1,7 @@
 import itertools
 import math
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -311,6 +312,29 @@ def test_an_id_is_bet_on_once(tmp_path):
   count = monitor.wealth.count
   monitor.check(["a"] * 3, full, names=["twice"] * 3)  # in one batch too
   assert monitor.wealth.count - count == watch().sampled("twice")
+
+
+def serve_list_at_the_boundary(losses, name_of):
+  """Whether a monitor alarms while one list, whose mean loss is the tolerance's, is served."""
+  monitor = audit.Monitor(pathlib.Path("in memory"), watch(sampling_rate=1.0))
+  for serving in range(60):
+    for row, loss in enumerate(losses):
+      number, sampled = monitor.serve(name_of(serving, row))
+      if sampled and monitor.record(number, loss):
+        return True
+  return False
+
+
+def test_serving_one_list_sixty_times_alarms_no_more_often_than_serving_it_once(monkeypatch):
+  """80 lists of 20 draws at risk = tolerance: betting on every serving alarms in a third."""
+  monkeypatch.setattr(audit.Monitor, "_write", lambda *_: None)  # no file, for speed
+  lists = laws.bernoulli(np.random.default_rng(0), 0.1, (80, 20)).tolist()
+  same, new = (
+    sum(serve_list_at_the_boundary(losses, name_of) for losses in lists)
+    for name_of in (lambda _, row: f"id-{row}", lambda serving, row: f"{serving}/{row}")
+  )
+  most = stats.binom.ppf(0.999, len(lists), watch().alarm_level)
+  assert same <= most < new / 1.5
 
 
 def test_a_file_without_ids_goes_on(tmp_path):
