@@ -1,12 +1,21 @@
 """Whatever order a table is stored in, a test keeps its level."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, special, stats
 
-from calm.calibrate import SequenceLosses, Support, calibrate, calibrate_configurations
+from calm.calibrate import (
+  SequenceLosses,
+  Support,
+  calibrate,
+  calibrate_configurations,
+  certify,
+)
 from calm.calibrate.evidence import methods
 from calm.calibrate.generations import order
 from calm.calibrate.losses import checks, clusters
@@ -120,6 +129,118 @@ def certified(table, tolerance, method):
   sample = methods.Sample(columns, Support(), np.full(len(rows), tolerance), 0.05)
   chosen = methods.get_method(method, Support())
   return len(rows), bool(chosen.certifies(sample, np.arange(len(rows))).all())
+
+
+def of_kinds(kinds):
+  """A law of losses 0, 1 / (kinds - 1), ..., 1 whose mean is given, few of them large."""
+  levels = np.linspace(0.0, 1.0, kinds)
+
+  def law(generator, mean, shape):
+    excess = lambda tilt: special.softmax(tilt * levels) @ levels - mean
+    chances = special.softmax(optimize.brentq(excess, -200.0, 0.0) * levels)
+    return generator.choice(levels, size=shape, p=chances)
+
+  return law
+
+
+BOUNDARY_LAWS = {
+  "0 or 1": laws.bernoulli,
+  "3 kinds": of_kinds(3),
+  "8 kinds": of_kinds(8),
+  "20 kinds": of_kinds(20),
+  "smooth": lambda g, mean, shape: g.beta(3.0 * mean, 3.0 * (1.0 - mean), shape),
+  "rare": lambda g, mean, shape: (g.random(shape) < mean / 0.8) * g.beta(8.0, 2.0, shape),
+}
+STORED = {
+  "random": lambda values, generator: values,
+  "sorted": lambda values, generator: np.sort(values, axis=0),
+  "by difficulty": lambda values, generator: values[
+    np.argsort(values[:, 0] + generator.normal(0.0, 0.3, len(values)))
+  ],
+}
+
+
+def shares_certified(law, size, way, named, contents=""):
+  """Of tables of mean loss 0.1, the share that the default certifies at 0.05 and at 0.1."""
+  generator, tables, orders = np.random.default_rng(size), [], []
+  for _ in range(100):
+    values = STORED[way](law(generator, 0.1, (size, 1)), generator)
+    losses = SequenceLosses(values, [0.5], kind="loss", contents=contents)
+    if named:  # names follow the stored order, as those of a sorted file do
+      losses = dataclasses.replace(losses, ids=tuple(f"p{row:03d}" for row in range(size)))
+    else:
+      losses = certify._seen_binary(losses)  # as `calibrate` takes plain arrays
+    rows = clusters.tested_orders(losses, clusters.order_seeds(losses))
+    tables.append(values[np.stack(rows, axis=1), 0])
+    orders.append(len(rows))
+  columns = np.concatenate(tables, axis=1)
+  sample = methods.Sample(columns, losses.support, np.full(columns.shape[1], 0.1), 0.05)
+  method = methods.get_method("auto", losses.support)
+  for level in (0.05, 0.1):
+    at_level = dataclasses.replace(sample, error_rate=level)
+    passed = method.certifies(at_level, np.arange(columns.shape[1]))
+    # All orders of a table have to certify it.
+    yield level, np.logical_and.reduceat(passed, np.cumsum([0, *orders[:-1]])).mean()
+
+
+@pytest.mark.parametrize(
+  "way, named", [("random", False), ("random", True), ("sorted", True), ("by difficulty", True)]
+)
+@pytest.mark.parametrize("law", BOUNDARY_LAWS)
+def test_the_boundary_is_falsely_certified_no_more_often_than_promised(law, way, named):
+  for level, share in shares_certified(BOUNDARY_LAWS[law], 97, way, named):
+    assert share <= stats.binom.ppf(0.999, 100, level) / 100, level
+
+
+def test_the_boundary_is_falsely_certified_where_names_alone_make_the_order():
+  """Which shows that the test above can fail: contents that are the same for all tables."""
+  (_, share), _ = shares_certified(laws.bernoulli, 383, "sorted", True, contents="2")
+  assert share > 0.2
+
+
+EQUAL_CALLS = {
+  "0 or 1": (laws.bernoulli, {}),
+  "few kinds": (of_kinds(3), {}),
+  "fractional": (laws.mostly_zero, {}),
+  "grouped": (of_kinds(3), {"groups": [f"g{row // 2}" for row in range(60)]}),
+  "in the order given": (laws.mostly_zero, {"order": "given"}),
+}
+
+
+@pytest.mark.parametrize("named", [None, False, True])
+@pytest.mark.parametrize("kind", EQUAL_CALLS)
+def test_twenty_equal_calls_answer_equally(kind, named):
+  """Plain arrays (None), and losses without and with ids."""
+  law, more = EQUAL_CALLS[kind]
+  for seed in range(3):
+    table = law(np.random.default_rng(seed), 0.03, (60, 2))
+    if named is None:
+      call = lambda: calibrate(table.copy(), [0.9, 0.5], **RATES, groups=more.get("groups"))  # noqa: B023
+    else:
+      fields = {**more, "ids": tuple(f"p{row}" for row in range(60)) if named else None}
+      call = lambda: calibrate(SequenceLosses(table.copy(), [0.9, 0.5], **fields), **RATES)  # noqa: B023
+    first = call()
+    assert all(call() == first for _ in range(19))
+
+
+def test_another_process_answers_equally():
+  script = (
+    "import numpy as np; from calm.calibrate import calibrate\n"
+    "table = np.random.default_rng(0).choice([0, 0.5, 1], (60, 2), p=[0.9, 0.05, 0.05])\n"
+    "for values in (table, table > 0, table * np.arange(1, 61)[:, None] / 60):\n"
+    "  print(calibrate(values * 1.0, [0.9, 0.5], tolerance=0.2, error_rate=0.1).digest)\n"
+  )
+  answers = {
+    subprocess.run(
+      [sys.executable, "-c", script],
+      env={**os.environ, "PYTHONHASHSEED": seed},
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout
+    for seed in "12"
+  }
+  assert len(answers) == 1 and len(set(answers.pop().split())) == 3
 
 
 @pytest.mark.parametrize("method", ["betting", "betting_fixed_level"])
