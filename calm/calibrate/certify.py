@@ -41,7 +41,8 @@ def calibrate(
 
   With probability at least 1 - error_rate over the calibration prompts, every certified
   threshold has E[loss] <= tolerance (paper, Eq. 7 and Proposition 1), or keeps what `promise`
-  says instead.
+  says instead. Nothing is written: a second question on the same prompts is told by those who
+  calibrate in a folder alone; `ledger.keep(folder, calibration, prompts)` keeps one of yours.
 
   Args:
     losses: [num_examples, num_thresholds], rows are exchangeable prompts; best a

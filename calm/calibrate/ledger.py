@@ -1,4 +1,4 @@
-"""What was calibrated on which prompts: an append-only file beside cached generations.
+"""What was calibrated on which prompts: an append-only file beside cached generations and fits.
 
 A promise holds with probability 1 - error_rate over the draw of its prompts, if it is the only
 one that was asked of them. Of k promises on the same prompts (another metric, measure, method
@@ -14,15 +14,17 @@ import datetime
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from calm.calibrate import thresholds
 from calm.calibrate.calibration import Calibration
-from calm.calibrate.generations import files
+from calm.calibrate.generations import files, order
 from calm.calibrate.generations import records as records_lib
+from calm.calibrate.generations.records import Prompt
 
-LEDGER = "calibrations.jsonl"
+# A fit has its ledger in its folder `fit`, where earlier versions wrote the other file.
+LEDGER, EARLIER, FIT = "calibrations.jsonl", "certified_rows.json", "fit"
 # Of each set of rows so many of the smallest digests are kept: sets that share a twentieth of
 # their rows hardly ever share none of these.
 _KEPT = 64
@@ -55,7 +57,9 @@ class Entry:
     return json.dumps([self.question, self.count, self.rows], sort_keys=True)
 
   def __str__(self) -> str:
-    told = {name: self.question.get(name) for name in ("kind", "metric", "measure", "method")}
+    told = {
+      name: self.question.get(name) for name in ("kind", "metric", "measure", "method", FIT)
+    }
     names = ", ".join(str(value) for value in told.values() if value)
     tolerance = self.question.get("tolerance")
     bound = f" within {tolerance}" if tolerance is not None else ""
@@ -80,23 +84,44 @@ def question_of(calibration: Calibration) -> dict[str, Any]:
   }
 
 
+def keep(
+  folder: str | pathlib.Path, calibration: Calibration, prompts: Iterable[Prompt]
+) -> str:
+  """`record` of a calibration, in the folder of its cached generations.
+
+  Returns:
+    Sentences for the user; they say so where the calibration could not be recorded.
+  """
+  rows, question = (prompt.input or prompt.id for prompt in prompts), question_of(calibration)
+  try:
+    return record(folder, question, rows, calibration.error_rate, calibration.threshold)
+  except (ValueError, OSError) as error:
+    return f"This calibration could not be recorded: {error}"
+
+
 def record(
   folder: str | pathlib.Path,
   question: Mapping[str, Any],
   rows: Iterable[str],
   error_rate: float,
   threshold: float | None = None,
+  *,
+  around: Sequence[str | pathlib.Path] = (),
+  only_look: bool = False,
 ) -> str:
   """Writes a line to the ledger of a folder, and says what earlier lines do to the promise.
 
   Args:
     folder: of the cached generations (or of whatever else the rows are kept in).
     question: what was asked, as JSON values (`question_of`); equal questions are counted once,
-      with their last error rate.
-    rows: texts of the rows used; lines of disjoint rows do not count. Ledgers of the folders
-      beside, above and below are read too.
+      with their last error rate. Of a fit it has the key 'fit', which is read as its folder.
+    rows: texts of the rows used, equal if their letters and digits are; lines of disjoint rows
+      do not count. Ledgers of the folders beside, above and below are read too, and of the fits
+      there.
     error_rate: epsilon, in (0, 1).
     threshold: what was found, for the record.
+    around: folders beside, above and below which ledgers are read, instead of `folder`.
+    only_look: adds no line.
 
   Returns:
     Sentences for the user, or '' where nothing else was asked of these rows.
@@ -106,27 +131,23 @@ def record(
       names it.
     OSError: the ledger cannot be written.
   """
-  folder = pathlib.Path(folder)
-  count, kept = _sketch(rows)
-  entry = Entry(
-    datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    json.loads(json.dumps(question)),
-    float(error_rate),
-    count,
-    kept,
-    None if threshold is None else thresholds.threshold_to_json(threshold),
-  )
-  path, own = folder / LEDGER, []
+  path = pathlib.Path(folder).resolve() / LEDGER
+  now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+  digests = [_digest(row) for row in rows]
+  level = None if threshold is None else thresholds.threshold_to_json(threshold)
+  line = {"when": now, "question": dict(question), "error_rate": float(error_rate)}
+  line |= {"count": len(digests), "rows": _sketch(digests), "threshold": level}
+  text = records_lib.dump_line(line)
+  entry, own = _entry(json.loads(text), path), []
   if path.exists():
     next(_read(path), None)  # what is mended must be a ledger
     records_lib.drop_partial_line(path)
     own = list(_read(path))
-  earlier = [*_beside(folder), *own]
   same = [old for old in own if old.key == entry.key]
-  if not same or same[-1].error_rate != entry.error_rate:
-    line = records_lib.dump_line(dataclasses.asdict(entry))
-    files.append(path, line.encode("utf-8"))
-  return _describe(entry, [old for old in earlier if set(old.rows) & set(kept)])
+  if not only_look and (not same or same[-1].error_rate != entry.error_rate):
+    files.append(path, text.encode("utf-8"))
+  earlier = [*_beside(path, around or (path.parent,)), *own]
+  return _describe(entry, [old for old in earlier if set(old.rows) & set(entry.rows)])
 
 
 def _describe(entry: Entry, earlier: list[Entry]) -> str:
@@ -152,34 +173,61 @@ def _describe(entry: Entry, earlier: list[Entry]) -> str:
   )
 
 
-def _sketch(rows: Iterable[str]) -> tuple[int, tuple[str, ...]]:
-  """(number of rows, the smallest digests of different ones)."""
-  digests = [hashlib.sha256(row.encode("utf-8")).hexdigest()[:16] for row in rows]
-  return len(digests), tuple(sorted(set(digests))[:_KEPT])
+def _digest(row: str) -> str:
+  return hashlib.sha256(order.letters(row).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def _beside(folder: pathlib.Path) -> Iterator[Entry]:
-  """Lines of ledgers of folders beside, above and below; what cannot be read is left out."""
-  home = folder.resolve()
-  above = [home.parent / LEDGER, *home.parent.glob(f"*/{LEDGER}"), *home.glob(f"*/{LEDGER}")]
-  for path in sorted({*above} - {home / LEDGER})[:_MOST_FILES]:
+def _sketch(digests: Iterable[str]) -> tuple[str, ...]:
+  """The smallest of different digests."""
+  return tuple(sorted(set(digests))[:_KEPT])
+
+
+def _beside(own: pathlib.Path, around: Iterable[str | pathlib.Path]) -> Iterator[Entry]:
+  """Lines of ledgers beside, above and below folders; what cannot be read is left out."""
+  found: set[pathlib.Path] = set()
+  for home in (pathlib.Path(folder).resolve() for folder in around):
+    for name in (LEDGER, f"{FIT}/{LEDGER}", f"{FIT}/{EARLIER}"):
+      found |= {home.parent / name, *home.parent.glob(f"*/{name}"), *home.glob(f"*/{name}")}
+      found |= {home / name}
+  for path in sorted(found - {own})[:_MOST_FILES]:
     with contextlib.suppress(ValueError, OSError):
       if path.is_file() and path.stat().st_size <= _MOST_BYTES:
         yield from list(_read(path))
 
 
 def _read(path: pathlib.Path) -> Iterator[Entry]:
+  if path.name == EARLIER:
+    yield _entry(files.parse_json(files.content(path, _MOST_BYTES)), path)
+    return
   for line in records_lib.read_lines(path):
     try:
-      entry = Entry(**{**line.value, "rows": tuple(line.value["rows"])})
-      texts = all(isinstance(text, str) for text in (entry.when, *entry.rows))
-      whole = texts and isinstance(entry.question, dict) and isinstance(entry.count, int)
-      whole = whole and 0.0 < entry.error_rate < 1.0
-    except (KeyError, TypeError):
-      whole = False
-    if not whole:
+      yield _entry(line.value, path)
+    except ValueError as error:
       raise line.error(
         f"expected a line of a ledger of calibrations, got {line.value!r:.100}; restore the"
         " file, or move it away."
-      )
-    yield entry
+      ) from error
+
+
+def _entry(value: Any, path: pathlib.Path) -> Entry:
+  """A line of a ledger, or what earlier versions wrote of a fit.
+
+  Raises:
+    ValueError: it is neither.
+  """
+  try:
+    value = dict(value)
+    if path.name == EARLIER:
+      question = {name: value.pop(name) for name in ("kind", "metric", "tolerance")}
+      value |= {"question": {**question, FIT: ""}, "count": len(value["rows"])}
+    if FIT in value["question"]:
+      value["question"] = {**value["question"], FIT: str(path.parent.parent)}
+    entry = Entry(**{**value, "rows": _sketch(value["rows"])})
+    texts = all(isinstance(text, str) for text in (entry.when, *entry.rows))
+    whole = texts and isinstance(entry.question, dict) and isinstance(entry.count, int)
+    whole = whole and 0.0 < entry.error_rate < 1.0
+  except (KeyError, TypeError, AttributeError):
+    whole = False
+  if not whole:
+    raise ValueError(f"Expected a line of a ledger, got {value!r:.100}; restore it.")
+  return entry

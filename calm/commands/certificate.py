@@ -48,12 +48,7 @@ def record(
   prompts: Sequence[calibrate_lib.Prompt],
 ) -> None:
   """Writes the folder's ledger, and says what else was asked of the same prompts."""
-  rows = (prompt.input or prompt.id for prompt in prompts)
-  question = ledger.question_of(result)
-  try:
-    said = ledger.record(folder, question, rows, result.error_rate, result.threshold)
-  except (ValueError, OSError) as error:
-    said = f"This calibration could not be recorded: {error}"
+  said = ledger.keep(folder, result, prompts)
   if said:
     screen.say(console, said, "yellow")
 

@@ -116,6 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
   certificate.print_calibration(console, calibration, cached)
   if arguments.output:
     calibration.save(pathlib.Path(arguments.output) / "calibration.json")
+    certificate.record(console, arguments.output, calibration, calibration_prompts)
   console.print(
     f"\n[bold]3. Decode[/bold] {len(unseen_prompts)} unseen prompts, one at a time: full depth"
     " and calibrated early exit, in turn."

@@ -11,14 +11,13 @@ import numpy as np
 from rich import console as rich_console
 
 from calm import checkpoints, inference
-from calm.calibrate import Calibration, arguments, looking, seconds
+from calm.calibrate import Calibration, arguments, ledger, looking, seconds
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import locks
 from calm.calibrate.losses import sequence_losses
 from calm.data import prompt_batches
 from calm.fitting import (
   candidates,
-  certified_rows,
   drafts,
   exit_maps,
   inputs,
@@ -111,7 +110,7 @@ class Fit:
   options: FitOptions
   listener: Listener
   timed: Mapping[str, pilot.Timed]
-  population: str
+  told: str = ""
 
   @classmethod
   def open(
@@ -156,12 +155,29 @@ class Fit:
       f" {limits.max_input_length} tokens{longer}, texts of at most"
       f" {limits.max_decode_length}."
     )
-    shared = certified_rows.warning(splits.calibration, output, str(model), options)
-    population = f"{splits.population} {shared}".strip()
-    listener.say(population)
+    opened = cls(source, own, str(model), splits, folder, options, listener, timed)
+    opened = dataclasses.replace(opened, told=opened.ledger(only_look=True))
+    listener.say(opened.population)
     if strange := known_tokens.warning(source, rows):
       listener.say(strange)
-    return cls(source, own, str(model), splits, folder, options, listener, timed, population)
+    return opened
+
+  @property
+  def population(self) -> str:
+    """What the promise is about, and who else certified on its rows."""
+    return f"{self.splits.population} {self.told}".strip()
+
+  def ledger(self, **options: bool) -> str:
+    """Records what the calibration rows are asked; says what else was (`ledger.record`)."""
+    asked = {name: getattr(self.options, name) for name in ("kind", "metric", "tolerance")}
+    return ledger.record(
+      self.folder.work,
+      {**asked, ledger.FIT: self.folder.path.name},
+      [row.input for row in self.splits.calibration],
+      self.options.error_rate,
+      around=(self.folder.path, self.model),
+      **options,
+    )
 
   def run(self) -> inference.Predictor:
     """All steps; those that an earlier run finished are taken from its folder."""
@@ -282,7 +298,7 @@ class Fit:
     """The calibration of the chosen way to leave, and its curve; None where there is none."""
     if choice.best is None:
       return None, ()
-    certified_rows.write(self.folder.work, self.splits.calibration, self.options)
+    self.ledger()  # before the rows are looked at
     calibration, cached = calibrating.certify(
       decode.in_bulk(predictor),  # of the procedure that is served
       self.splits.calibration,

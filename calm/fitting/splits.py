@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import unicodedata
 from collections.abc import Mapping, Sequence
 
 from calm.calibrate import Prompt, planning
@@ -151,17 +150,11 @@ def _sizes(
 def _groups(rows: Sequence[Prompt]) -> tuple[dict[str, list[Prompt]], int]:
   """Rows by group, groups that share an input joined; and how many rows repeat an input."""
   names = [f"id:{row.id}" if row.group is None else f"group:{row.group}" for row in rows]
-  texts = [letters(row.input) for row in rows]
+  texts = [order.letters(row.input) for row in rows]
   members: dict[str, list[Prompt]] = {}
   for row, name in zip(rows, order.join_equal(names, texts), strict=True):
     members.setdefault(name, []).append(row)
   return members, len(texts) - len(set(texts))
-
-
-def letters(text: str) -> str:
-  """What twins share: the text in lower case without punctuation, symbols and spaces."""
-  folded = order.fold_text(text)
-  return "".join(c for c in folded if unicodedata.category(c)[0] in "LMN") or text
 
 
 def _draw(seed: int, name: str) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import pathlib
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from calm.calibrate import (
   Provenance,
   calibrate,
   generations,
+  ledger,
   looking,
   planning,
 )
@@ -128,6 +130,8 @@ def certify_and_time(
 ) -> Calibration:
   """`certify`, and the seconds of what it certified beside full depth in its notes.
 
+  A given folder has it in its ledger; a `UserWarning` says what else its prompts were asked.
+
   Args:
     predictor: the model under its options.
     prompts: as for `certify`.
@@ -142,6 +146,9 @@ def certify_and_time(
     decoded = lambda share, text: report(_DECODING * share, text)
     progress = progress or grid.as_shares(decoded, levels)
     made, _ = certify(predictor, given, thresholds=levels, progress=progress, **options)
+    folder = options.get("folder")
+    if folder is not None and (said := ledger.keep(folder, made, given)):
+      warnings.warn(said, stacklevel=2)
     if not made.certified:
       return made
     texts = [prompt.input for prompt in given]

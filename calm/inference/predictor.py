@@ -242,7 +242,8 @@ class Predictor:
         against references).
       metric: name, import path or function of the text metric.
       thresholds: strictly descending; None takes the model's grid, or the measure's own.
-      folder: keeps the generations, so that a run that was stopped goes on; None keeps none.
+      folder: keeps the generations, so that a run that was stopped goes on, and the ledger of
+        what its prompts were asked, which warns of a second question; None keeps neither.
       progress: told after every batch and threshold; None shows it where someone looks on.
 
     Returns:

@@ -1,5 +1,6 @@
 """The ledger of calibrations: what was asked of the same prompts, and what that costs."""
 
+import hashlib
 import json
 import os
 
@@ -51,6 +52,42 @@ def test_more_prompts_count_and_other_prompts_do_not(tmp_path):
   said = ledger.record(tmp_path / "more", QUESTION, ROWS, 0.05)
   assert "on 50 rows" in said and "on 200 rows" not in said and "up to 0.1," in said
   assert "on 50 rows" in ledger.record(tmp_path, QUESTION, ROWS[:100], 0.05)
+
+
+def test_fits_and_caches_share_one_ledger_that_twins_do_not_escape(tmp_path):
+  fits = {name: tmp_path / name / "fit" for name in ("mine", "yours")}
+  for work in (*fits.values(), cache := tmp_path / "cache"):
+    work.mkdir(parents=True)
+
+  def fit(name, rows=ROWS, **options):
+    asked, around = {**QUESTION, ledger.FIT: name}, [tmp_path / name]
+    return ledger.record(fits[name], asked, rows, 0.05, around=around, **options)
+
+  assert fit("mine", only_look=True) == "" and not (fits["mine"] / ledger.LEDGER).exists()
+  assert fit("mine") == fit("mine") == ""  # a fit goes on
+  said = fit("yours", [f"{row.upper()} !" for row in ROWS])
+  assert f"{tmp_path / 'mine'} within 0.1 at 0.05 on 200 rows" in said
+  said = ledger.record(cache, QUESTION, ROWS, 0.05)
+  assert str(tmp_path / "yours") in said and "each of the 3 again" in said
+  assert "textual, rouge_l within" in fit("mine", only_look=True)
+  fits["mine"].parent.rename(tmp_path / "moved")  # and is still itself
+  around = [tmp_path / "moved"]
+  asked = {**QUESTION, ledger.FIT: "moved"}
+  said = ledger.record(tmp_path / "moved" / "fit", asked, ROWS, 0.05, around=around)
+  assert "mine" not in said and "each of the 3" in said
+
+
+def test_what_earlier_versions_wrote_of_a_fit_is_read(tmp_path):
+  folder, other = tmp_path / "old" / "fit", tmp_path / "cache"
+  folder.mkdir(parents=True), other.mkdir()
+  rows = [hashlib.sha256(f"prompt{row}".encode()).hexdigest()[:16] for row in range(200)]
+  whole = {"when": "2026-11-30T00:00:00+00:00", **QUESTION, "error_rate": 0.05, "rows": rows}
+  (folder / ledger.EARLIER).write_text(json.dumps(whole, indent=1))
+  said = ledger.record(other, {**QUESTION, "metric": "chrf"}, ROWS, 0.05)
+  assert f"textual, rouge_l, {tmp_path / 'old'} within 0.1 at 0.05 on 200 rows" in said
+  (other / ledger.LEDGER).unlink()
+  asked, around = {**QUESTION, ledger.FIT: "old"}, [tmp_path / "old"]
+  assert ledger.record(folder, asked, ROWS, 0.05, around=around) == ""  # the same fit goes on
 
 
 def test_the_price_is_the_one_that_is_paid():

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from calm.calibrate import Calibration, generations
+from calm.calibrate import Calibration, generations, ledger
 from calm.commands import cli, monitoring
 from tests.commands import toy
 
@@ -170,6 +170,8 @@ def test_demo_decodes_calibrates_and_compares(model, tmp_path, capsys, monkeypat
     assert word in text, word
   assert Calibration.load(output / "calibration.json").procedure is not None
   assert generations.load(output).thresholds.tolist() == own["grid"]
+  (line,) = (output / ledger.LEDGER).read_text().splitlines()
+  assert json.loads(line)["count"] == 2 and json.loads(line)["question"]["tolerance"] == 0.9
   # What it ends with is a command that works as it stands.
   said, piped = text.splitlines()[-1].split(" | ")
   monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a long text\n")))

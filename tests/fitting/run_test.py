@@ -1,6 +1,7 @@
 """A fit from rows to a folder that serves itself, on a toy of bytes; and what is refused."""
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="matplotlib (the `report` extra) is not installed")
 
 from calm import checkpoints, exits, fitting, inference
-from calm.calibrate import Calibration, Prompt, calibrate, seconds
+from calm.calibrate import Calibration, Prompt, calibrate, ledger, seconds
 from calm.calibrate import thresholds as thresholds_lib
 from calm.data import vocabulary
 from calm.fitting import (
@@ -273,20 +274,23 @@ def said_before_work(model, rows, output, **options):
 
 def test_a_fit_on_rows_that_certified_another_says_so_where_it_can_know(made, model, tmp_path):
   output = made[0]
-  known = "have certified another fit: 14 in '"
+  known = "These rows were calibrated on before"
+  assert len((output / "fit" / ledger.LEDGER).read_text().splitlines()) == 1
   beside = output.parent / "beside"
   loud = [dataclasses.replace(row, input=f"{row.input.upper()}!") for row in ROWS]
   for rows, more in ((ROWS, {"tolerance": 0.6}), (loud, {"metric": "rouge_l"})):
     said = said_before_work(model, rows, beside, **more)
-    assert known in said and str(output) in said and "0.05 / 2" in said
+    assert known in said and str(output) in said and "--error_rate=0.025" in said
+    assert not (beside / "fit" / ledger.LEDGER).exists()  # nothing was looked at
     shutil.rmtree(beside)
   others = [dataclasses.replace(row, input=f"new {row.input}") for row in ROWS]
   assert known not in said_before_work(model, others, beside)
   # Out of sight, unless it is what was fitted that is fitted again.
   assert known not in said_before_work(model, ROWS, tmp_path / "elsewhere")
   assert known in said_before_work(output, ROWS, tmp_path / "again")
-  for damage in ("", "[]", '{"rows": 3}', '{"rows": [[]]}'):
-    (beside / "fit" / "certified_rows.json").write_text(damage)
+  damages = ("", "[]", '{"rows": 3}', '{"rows": [[]]}')
+  for name, damage in itertools.product((ledger.LEDGER, ledger.EARLIER), damages):
+    (beside / "fit" / name).write_text(damage)
     assert known in said_before_work(model, ROWS, output.parent / "third", tolerance=0.7)
     shutil.rmtree(output.parent / "third")
   shutil.rmtree(beside)

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from calm import inference
-from calm.calibrate import Prompt, generations, seconds
+from calm.calibrate import Prompt, generations, ledger, seconds
 from calm.inference import calibrating
 from tests.inference import predictor_test
 
@@ -43,6 +43,15 @@ def test_the_grid_of_the_model_is_taken_and_generations_are_kept(model, tmp_path
   assert [row.threshold for row in calibration.rows] == [0.8, 0.7]
   assert calibration.kind == "risk_signed" and calibration.metric == "token_f1"
   assert generations.load(folder).records == cached.records
+
+
+def test_a_folder_has_a_ledger_that_warns_of_a_second_question(model, tmp_path):
+  folder = tmp_path / "runs" / "cache"
+  for _ in range(2):
+    model.calibrate(TEXTS, **RATES, folder=folder)
+  with pytest.warns(UserWarning, match="textual, rouge_l.* within 0.9 at 0.05 on 40 rows"):
+    model.calibrate(TEXTS, **RATES, folder=folder, metric="chrf")
+  assert len((folder / ledger.LEDGER).read_text().splitlines()) == 2
 
 
 def test_what_cannot_be_certified_is_refused_before_any_decoding(model, monkeypatch):
