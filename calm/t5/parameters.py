@@ -139,7 +139,8 @@ def add_exit_parts(params: Mapping[str, Any], config: network.T5Config) -> dict[
   """Fills in the exit parts that `config` has and `params` lack, ready for training them.
 
   Exit parts start at zero, as the network initialises them: classifier and probes with a
-  confidence of 0.5 everywhere, maps that change nothing. Per-layer heads start as copies of the
+  confidence of 0.5 everywhere, maps that change nothing (of learned propagation one factor is
+  drawn, so that the other one learns). Per-layer heads start as copies of the
   shared head, so that nothing changes at first either.
   """
   flat = flatten(params)
@@ -148,6 +149,9 @@ def add_exit_parts(params: Mapping[str, Any], config: network.T5Config) -> dict[
       continue
     if path.startswith(tuple(f"decoder/{part}/" for part in EXIT_PARTS)):
       flat[path] = np.zeros(shape, np.float32)
+      if path.endswith("/down/kernel"):
+        drawn = np.random.default_rng(0).standard_normal(shape) / np.sqrt(shape[0])
+        flat[path] = drawn.astype(np.float32)
     elif path.startswith("decoder/logits_dense_") and "decoder/logits_dense/kernel" in flat:
       flat[path] = np.array(flat["decoder/logits_dense/kernel"])
   return unflatten(flat)

@@ -185,15 +185,16 @@ class Decoder(nn.Module):
 
 
 class ExitParts(nn.Module):
-  """A tree of parameters that start at zero, by name: (shape, axes), or a tree again."""
+  """A tree of parameters by name: (shape, axes), of one that does not start at zero with its
+  initializer besides, or a tree again."""
 
   tree: Mapping[str, Any]
 
   @nn.compact
   def __call__(self) -> dict[str, Any]:
     zeros = nn.initializers.zeros
-    leaf = lambda name, shape, axes: partitioning.param_with_axes(
-      name, zeros, shape, jnp.float32, axes=axes
+    leaf = lambda name, shape, axes, initializer=zeros: partitioning.param_with_axes(
+      name, initializer, shape, jnp.float32, axes=axes
     )
     return {
       name: ExitParts(part, name=name)() if isinstance(part, Mapping) else leaf(name, *part)
@@ -225,7 +226,8 @@ def _propagation(cfg: T5Config) -> Mapping[str, Any]:
   """Of every exit layer one `down` for its code, and one `up` a layer that may be skipped."""
   emb, rank = cfg.emb_dim, cfg.exit_propagation_rank
   down = {
-    "kernel": ((emb, rank), ("embed", "mlp_activations")),
+    # Their product starts at zero with `up`; were both zero, no gradient would move either.
+    "kernel": ((emb, rank), ("embed", "mlp_activations"), nn.initializers.lecun_normal()),
     "bias": ((rank,), ("mlp_activations",)),
   }
   skipped = lambda layer: (cfg.num_decoder_layers - layer, rank, emb)

@@ -1,12 +1,15 @@
-"""Early layers learn what the last one would write, all of its distribution and not a token."""
+"""Early layers, or exits beside them, learn what the last layer would write, all of its
+distribution and not a token."""
 
 import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from calm.t5 import network, parameters
 from calm.training import losses, objectives
 
 
@@ -74,6 +77,100 @@ class SelfDistilled:
 
   def teaches_layers(self, num_layers):
     return num_layers > 1 and self.share > 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitMaps:
+  """Exits beside a frozen model, on any texts: what `calm fit` fits, by gradients alone.
+
+  With x = decoder_norm(d^j) at exit layer j, the sum over tokens of
+
+    mean_j -sum_v p_v log q_v,                              q = softmax(head(x + x A_j + b_j))
+    + mean_{j, k > j + 1} |d^j + [x; 1] D_j U_jk - d^{k-1}|^2 / mean |d^{k-1}|^2
+    + the exit classifier's loss on x + x A_j + b_j,
+
+  p being the full model's probabilities. The configuration says the layers
+  (`T5Config.exit_translators`, `exit_propagation`). Metrics of these layers are the first term
+  and the argmaxes that are the full model's.
+
+  Attributes:
+    classifier: whether the exit classifier is trained beside them.
+  """
+
+  classifier: bool = True
+
+  @property
+  def parts(self) -> tuple[str, ...]:
+    """The classifier; a configuration has to name the layers of the others itself."""
+    return ("exit_classifier",) if self.classifier else ()
+
+  def loss(self, module, params, batch, rng):
+    del rng  # as they are in inference: no dropout
+    config = module.config
+    if not config.exit_translators:
+      raise ValueError(
+        "Expected `exit_translators` in the configuration that ExitMaps trains, got no layers;"
+        " name them (EXIT_LAYERS of configs/runs/exit_maps.gin)."
+      )
+    base, beside = (parameters.flatten(tree) for tree in parameters.split(params))
+    params = parameters.unflatten(jax.lax.stop_gradient(base) | beside)
+    hidden, normed, read = objectives.applied(module, params, batch, method=_states)
+    kernel, weights = objectives.heads(params, config), batch["decoder_loss_weights"]
+    chosen = np.asarray(config.exit_translators) - 1
+    shared = kernel.ndim == 2
+    teacher = _logits(read[-1], kernel if shared else kernel[-1])
+    by_exit, best = kernel if shared else kernel[chosen], jnp.argmax(teacher, axis=-1)
+    apart, _, hits = _divergences(read[chosen], by_exit, teacher, best, weights)
+    wanted = jax.nn.log_softmax(teacher)
+    entropy = -jnp.sum(jnp.exp(wanted) * wanted * weights[..., None])
+    loss = (
+      jnp.mean(apart) + entropy + _propagation_loss(params, config, hidden, normed, weights)
+    )
+    if self.classifier:
+      told = objectives.classified(params, jax.lax.stop_gradient(read))
+      predictions = losses.layer_predictions(jax.lax.stop_gradient(read), kernel)
+      loss += losses.classifier_loss(told, predictions, weights)
+    count = jnp.sum(weights)
+    by_layer = lambda x: jnp.zeros(len(read)).at[chosen].set(x)
+    return loss, objectives.BatchMetrics(
+      loss=loss,
+      weight=count,
+      cross_entropy=by_layer(apart + entropy),
+      correct=by_layer(hits),
+      layer_weight=by_layer(count),
+      z_loss=jnp.zeros(()),
+    )
+
+  def trains(self, path):
+    return bool({"exit_translators", "exit_propagation", *self.parts} & set(path))
+
+  def teaches_layers(self, num_layers):
+    del num_layers
+    return True
+
+
+def _states(module: network.Transformer, *inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """d^i, decoder_norm(d^i), and what heads read of it, of every layer, in float32."""
+  hidden = module.hidden_states(*inputs)
+  normed, read = module.decoder.normed(hidden), module.decoder.read(hidden)
+  return hidden.astype(jnp.float32), normed.astype(jnp.float32), read.astype(jnp.float32)
+
+
+def _propagation_loss(params, config: network.T5Config, hidden, normed, weights) -> jax.Array:
+  """Sum over tokens of the relative squared errors of skipped layers' inputs, their mean over
+  (exit layer, skipped layer); 0 without learned propagation."""
+  over_tokens = lambda x: jnp.sum(jnp.square(x) * weights[None, ..., None], axis=(1, 2, 3))
+  errors = []
+  for layer in config.exit_propagation:
+    later = hidden[layer:-1]  # of the next layer the input is d^j itself
+    part = params["decoder"]["exit_propagation"][f"layers_{layer - 1}"]
+    bias = part["down"]["bias"][None, None]
+    code = normed[layer - 1] @ part["down"]["kernel"] + bias
+    moved = jnp.einsum("btr,kre->kbte", code, part["up"]["kernel"][1:])
+    error = over_tokens(hidden[layer - 1][None] + moved - later)
+    errors.append(error / jnp.maximum(over_tokens(later), 1e-30))
+  errors = jnp.concatenate([jnp.zeros(0), *errors])
+  return jnp.sum(weights) * jnp.sum(errors) / max(1, errors.size)
 
 
 def _logits(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Float
 
 from calm.exits import evidence
 from calm.t5 import network, parameters
@@ -156,7 +157,7 @@ class ExitClassifier:
   def loss(self, module, params, batch, rng):
     del rng  # the features must be those of inference: no dropout
     normed = jax.lax.stop_gradient(normed_states(module, params, batch, None))
-    logits = _classified(params, normed)
+    logits = classified(params, normed)
     predictions = losses.layer_predictions(normed, heads(params, module.config))
     return _stage_two(self.objective, logits, predictions, batch["decoder_loss_weights"])
 
@@ -198,7 +199,7 @@ class ExitProbes:
 
   def loss(self, module, params, batch, rng):
     del rng  # as of the classifier
-    hidden, normed = _inputs(module, params, batch, method=_states)
+    hidden, normed = applied(module, params, batch, method=_states)
     kernel = heads(params, module.config)
     if kernel.ndim > 2:
       raise ValueError(
@@ -216,7 +217,7 @@ class ExitProbes:
     token_weights = batch["decoder_loss_weights"]
     loss, metrics = _stage_two(self.objective, logits, predictions, token_weights)
     if self.classifier:
-      loss += self.objective(_classified(params, normed), predictions, token_weights)
+      loss += self.objective(classified(params, normed), predictions, token_weights)
     return loss, metrics
 
   def trains(self, path):
@@ -227,7 +228,9 @@ class ExitProbes:
     return False
 
 
-def _classified(params: Params, normed: jax.Array) -> jax.Array:
+def classified(
+  params: Params, normed: Float[Array, "layers batch length emb"]
+) -> Float[Array, "layers batch length"]:
   """The exit classifier's logits [layers, batch, length]."""
   classifier = params["decoder"]["exit_classifier"]
   return (normed.astype(jnp.float32) @ classifier["kernel"])[..., 0] + classifier["bias"][0]
@@ -264,7 +267,7 @@ def heads(params: Params, config: network.T5Config) -> jax.Array:
 
 
 def normed_states(module, params, batch, rng):
-  return _inputs(
+  return applied(
     module,
     params,
     batch,
@@ -274,7 +277,8 @@ def normed_states(module, params, batch, rng):
   )
 
 
-def _inputs(module, params, batch, **options) -> Any:
+def applied(module, params, batch, **options) -> Any:
+  """What the network makes of a batch."""
   return module.apply(
     {"params": params},
     batch["encoder_input_tokens"],

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from calm import training
+from calm.t5 import parameters
 from calm.training import distillation
 from tests.training.samples import TOY, batch_of, model_of
 
@@ -108,3 +110,79 @@ def test_the_penalty_is_that_of_the_last_layer():
   assert float(metrics.z_loss) > 0.01 * float(loss)
   np.testing.assert_allclose(metrics.z_loss, loss - without, rtol=1e-4)
   np.testing.assert_allclose(none.z_loss, 0.0, atol=1e-4)
+
+
+MAPPED = dataclasses.replace(
+  TOY, num_decoder_layers=4, exit_translators=(1, 2), exit_propagation=(1, 3),
+  exit_propagation_rank=8,
+)  # fmt: skip
+
+
+def plain_maps_losses(module, params, batch):
+  """The docstring's first two terms, word for word, without the full model's entropy."""
+  found, weights = log_probabilities(module, params, batch), batch["decoder_loss_weights"]
+  apart = jnp.sum(jnp.exp(found[-1:]) * (found[-1:] - found[:2]), axis=-1)
+  bound = module.bind({"params": params})
+  names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+  hidden = bound.hidden_states(*(batch[name] for name in names))
+  x = bound.decoder.normed(hidden)
+  square = lambda state: jnp.sum(jnp.square(state) * weights[..., None])
+  errors = []
+  for j, k in ((1, 3), (1, 4)):  # from 3 no input is skipped that is not d^3 itself
+    part = params["decoder"]["exit_propagation"][f"layers_{j - 1}"]
+    code = x[j - 1] @ part["down"]["kernel"] + part["down"]["bias"][None, None]
+    predicted = hidden[j - 1] + code @ part["up"]["kernel"][k - j - 1]
+    errors.append(square(predicted - hidden[k - 2]) / square(hidden[k - 2]))
+  return jnp.sum(jnp.mean(apart, axis=0) * weights), sum(errors) / 2 * jnp.sum(weights)
+
+
+@pytest.mark.parametrize("options", [{}, {"per_layer_heads": True}])
+def test_maps_minimise_the_equation_and_no_gradient_reaches_the_base(options):
+  module, params = model_of(dataclasses.replace(MAPPED, **options), dropout_rate=0.5)
+  batch = batch_of()
+  objective = distillation.ExitMaps(classifier=False)
+  plain = lambda p: sum(plain_maps_losses(module, p, batch))
+  ours = lambda p: objective.loss(module, p, batch, jax.random.key(0))
+  expected, wanted = jax.jit(jax.value_and_grad(plain))(params)
+  (loss, metrics), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
+  sure = log_probabilities(module, params, batch)[-1]
+  weights = batch["decoder_loss_weights"]
+  entropy = -jnp.sum(jnp.exp(sure) * sure * weights[..., None])
+  np.testing.assert_allclose(loss, expected + entropy, rtol=1e-5)
+  assert (np.asarray(metrics.layer_weight) > 0).tolist() == [True, True, False, False]
+  trained, wanted = set(), traverse_util.flatten_dict(wanted)
+  for path, leaf in traverse_util.flatten_dict(gradient).items():
+    if objective.trains(path):
+      np.testing.assert_allclose(leaf, wanted[path], rtol=1e-3, atol=1e-3, err_msg=str(path))
+    if np.any(leaf):
+      trained.add(path[1:3])
+  names = ("exit_translators", "layers_0"), ("exit_translators", "layers_1")
+  assert trained == {*names, ("exit_propagation", "layers_0")}
+
+
+def test_maps_learn_from_fresh_parameters_beside_a_base_that_stays():
+  """Skipped layers' inputs too: one factor of learned propagation is drawn."""
+  module, params = model_of(MAPPED)
+  base, _ = parameters.split(params)
+  params = parameters.add_exit_parts(base, module.config)
+  params, batch = jax.tree.map(jnp.asarray, params), batch_of()
+  before = plain_maps_losses(module, params, batch)
+  objective = distillation.ExitMaps()
+  schedule = training.Schedule(3e-2, 4)
+  options = training.TrainConfig(num_steps=100, schedule=schedule, optimizer=training.adam)
+  step = training.make_train_step(module, options, objective, params)
+  state = training.init_state(jax.tree.map(jnp.copy, params), options, objective)
+  with jax.numpy_dtype_promotion("standard"):  # optax's own code promotes
+    for _ in range(100):
+      state, metrics = step(state, batch)
+  after = plain_maps_losses(module, state.params, batch)
+  assert all(float(a) < 0.5 * float(b) for a, b in zip(after, before, strict=True))
+  assert np.all(np.asarray(metrics.correct)[:2] > 0.8 * float(metrics.weight))
+  assert np.any(state.params["decoder"]["exit_classifier"]["kernel"])
+  assert parameters.base_digest(state.params) == parameters.digest(base)
+
+
+def test_maps_of_no_layer_are_refused_by_name():
+  module, params = model_of()
+  with pytest.raises(ValueError, match=r"Expected `exit_translators` .* got no layers"):
+    distillation.ExitMaps().loss(module, params, batch_of(), None)
