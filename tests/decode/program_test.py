@@ -84,16 +84,47 @@ def with_zero_maps(toy: engine.Toy) -> engine.Toy:
   return engine.of_params(parameters.add_exit_parts(toy.params, config), sizes)
 
 
-@pytest.mark.parametrize("made", ["eager", "deferred", "compacted"])
+def stored_in(toy: engine.Toy, dtype: str | None) -> engine.Toy:
+  """The same model with its weights stored in another dtype."""
+  weights = program_lib.model_weights(
+    toy.params, toy.config, toy.sizes.num_pieces, None, weights_dtype=dtype
+  )
+  return dataclasses.replace(toy, weights=weights)
+
+
+@pytest.mark.parametrize(
+  ("made", "dtype"),
+  [("eager", None), ("deferred", None), ("compacted", None), ("deferred", "int8")],
+)
 @pytest.mark.parametrize("measure", ["softmax", "state"])
-def test_zero_maps_change_no_bit(measure, made):
+def test_zero_maps_change_no_bit(measure, made, dtype):
   rule, toy = exits.DynamicExits(confidence.measure(measure)), engine.toy()
   learned = dataclasses.replace(rule, propagation=propagation.Learned())
-  run = lambda *given: engine.run(*given, 0.6, engine=engines.by_name(made))
+  run = lambda toy, rule: engine.run(
+    stored_in(toy, dtype), rule, 0.6, engine=engines.by_name(made)
+  )
   today, zero = run(toy, rule), run(with_zero_maps(toy), learned)
   assert 1 < today.generation.mean_layers < 4
   for a, b in zip(jax.tree.leaves(zero), jax.tree.leaves(today), strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("measure", ["softmax", "classifier"])
+def test_layers_in_8_bits_beside_maps_are_the_same_in_every_engine(measure):
+  """There is no yardstick of rounded products; a row's do not depend on what lies beside it."""
+  rule = exits.DynamicExits(confidence.measure(measure), propagation=propagation.Learned())
+  wide = engine.toy(**engine.MAPS)
+  toy = stored_in(wide, "int8")
+  run = lambda made: engine.run(toy, rule, 0.6, engine=engines.by_name(made))
+  one = run("eager")
+  assert 1 < one.generation.mean_layers < 4
+  assert not np.array_equal(
+    one.generation.scores, engine.run(wide, rule, 0.6).generation.scores
+  )
+  for other in map(run, ("deferred", "compacted")):
+    for i in range(BATCH):
+      engine.assert_same_row(one, other, i, i)
+      engine.assert_same_confidences(one.generation, other.generation, i, i)
 
 
 TRANSLATED = (exits.StaticExit(2), exits.StaticExit(3), exits.OracleExit())
