@@ -78,6 +78,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     split_rows: bool | None = None,
     whole_decoder: bool | None = None,
     matmul_precision: str | None = None,
+    exit_maps: tuple[Sequence[int], int] | None = None,
   ):
     """T5X's arguments, and what early exit adds.
 
@@ -112,6 +113,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
         batch gathers them. None: where gin binds t5x/infer.py or t5x/eval.py.
       matmul_precision: of products of float32 matrices in decoding: 'default', 'high' or
         'highest'; None takes what JAX is configured to. A calibration records it.
+      exit_maps: (1-based layers, rank): layers that have a translator and, unless the rank is
+        0, learned propagation, whatever the module says; None: as it says.
 
     Raises:
       TypeError: one of the first four is neither given nor bound, or `threshold` is no number.
@@ -141,7 +144,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     calls.check(rule, threshold, matmul_precision)
     objective = objective or objectives.LayerWeighted(z_loss=theirs.get("z_loss", 0.0))
     parts = sizes.needed_parts(rule, objective)
-    theirs["module"] = network.Transformer(config_of(theirs["module"], parts))
+    theirs["module"] = network.Transformer(config_of(theirs["module"], parts, exit_maps))
     super().__init__(**theirs)
     bindings.bind_methods(self, t5x_models.EncoderDecoderModel)
     self.rule = rule
@@ -154,8 +157,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     self.matmul_precision = matmul_precision
     # A warning: T5X's scripts show no less of what other packages log.
     _LOG.warning(calls.spoken(rule, threshold, self.config.num_decoder_layers))
-    if any(getattr(self.config, part) for part in parameters.EXIT_PARTS):
-      bindings.hold_checkpoints_to(stored.refuse_missing_parts)
+    bindings.hold_checkpoints_to(stored.refuse_missing_parts)
 
   @property
   def config(self) -> network.T5Config:
@@ -343,14 +345,15 @@ def __getattr__(name: str) -> Any:
 class _ExitOptimizer(t5x_optimizers.MultiOptimizer):
   """T5X's, whose checkpoints hold the states of what it trains, and nothing for the others."""
 
-  def __init__(self, optimizer: t5x_optimizers.OptimizerDef):
-    chosen = traverse_util.ModelParamTraversal(lambda path, _: _is_exit_part(path))
+  def __init__(self, optimizer: t5x_optimizers.OptimizerDef, parts: Sequence[str]):
+    self._is_trained = lambda path: not {*parts}.isdisjoint(path.split("/"))
+    chosen = traverse_util.ModelParamTraversal(lambda path, _: self._is_trained(path))
     super().__init__([(chosen, optimizer)])
 
   def state_dict(self, target, state):
     made = super().state_dict(target, state)
     flat = traverse_util.flatten_dict(made["state"]["param_states"], sep="/")
-    kept = {path: leaf for path, leaf in flat.items() if _is_exit_part(path)}
+    kept = {path: leaf for path, leaf in flat.items() if self._is_trained(path)}
     made["state"]["param_states"] = traverse_util.unflatten_dict(kept, sep="/")
     return made
 
@@ -363,17 +366,18 @@ class _ExitOptimizer(t5x_optimizers.MultiOptimizer):
     return super().restore_state(opt_target, opt_state, {**state_dict, "state": state})
 
 
-def _is_exit_part(path: str) -> bool:
-  return "exit_classifier" in path or "exit_probes" in path
-
-
 def exit_classifier_optimizer(optimizer: Any) -> t5x_optimizers.MultiOptimizer:
   """Stage two's optimizer: exit classifier and probes alone; no other parameter is touched.
 
   Its checkpoints hold the states of these, so that T5X resumes a run (its own MultiOptimizer
   writes None for the others, and does not read that).
   """
-  return _ExitOptimizer(optimizer)
+  return _ExitOptimizer(optimizer, ("exit_classifier", "exit_probes"))
+
+
+def exit_maps_optimizer(optimizer: Any) -> t5x_optimizers.MultiOptimizer:
+  """The optimizer of `distillation.ExitMaps`: all exit parts of the decoder; as stage two's."""
+  return _ExitOptimizer(optimizer, parameters.EXIT_PARTS)
 
 
 def save_t5x_checkpoint(

@@ -20,12 +20,18 @@ def needed_parts(rule: exits.Rule, objective: objectives.Objective) -> tuple[str
   return (*objective.parts, *([measured] if measured else []))
 
 
-def config_of(module: Any, parts: Sequence[str] = ("exit_classifier",)) -> network.T5Config:
+def config_of(
+  module: Any,
+  parts: Sequence[str] = ("exit_classifier",),
+  exit_maps: tuple[Sequence[int], int] | None = None,
+) -> network.T5Config:
   """The sizes of T5X's own T5 1.1 network, or of ours, as our configuration.
 
   Args:
     module: the network.
     parts: exit parts that a network of T5X's, whose sizes say nothing of them, gets.
+    exit_maps: layers that have a translator and learned propagation, and the rank of that (0:
+      without it), whatever the sizes say; None: as they say.
 
   Raises:
     ValueError: the module is of another architecture, or its sizes ask for what this
@@ -53,4 +59,8 @@ def config_of(module: Any, parts: Sequence[str] = ("exit_classifier",)) -> netwo
         "No exit classifier: neither the measure nor the objective needs one, and the"
         " parameter tree is T5X's own."
       )
+  if exit_maps is not None:
+    layers, rank = exit_maps
+    given |= {"exit_translators": layers, "exit_propagation": layers if rank else ()}
+    given |= {"exit_propagation_rank": rank}
   return network.T5Config(**given)

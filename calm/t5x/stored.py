@@ -4,13 +4,16 @@ This module does not import T5X; `stored_vocabulary` imports seqio, which brings
 """
 
 import dataclasses
+import logging
 import os
 import pathlib
 from typing import Any
 
 from calm import checkpoints, inference
 from calm.data import vocabulary as vocabularies
-from calm.t5 import network, parameters
+from calm.t5 import limits, network, parameters
+
+_LOG = logging.getLogger(__name__)
 
 
 def stored_checkpoint(checkpoint: str = "packed") -> checkpoints.Checkpoint:
@@ -47,19 +50,39 @@ def refuse_missing_parts(checkpoint: Any, state: Any, *, is_resuming: bool = Fal
     is_resuming: as T5X says it; not used.
 
   Raises:
-    ValueError: the model's decoder has an exit part that the checkpoint's has not.
+    ValueError: the model's decoder has an exit part, or maps of a layer, that the checkpoint's
+      has not. Maps that the model has not are a warning.
   """
   del is_resuming
-  decoders = [tree["target"]["decoder"] for tree in (state, checkpoint)]
-  missing = [part for part in parameters.EXIT_PARTS if part in decoders[0]]
-  missing = [part for part in missing if part not in decoders[1]]
+  held, brought = (_exit_parts(tree["target"]["decoder"]) for tree in (state, checkpoint))
+  missing = [part for part in held if part not in brought]
   if missing:
     raise ValueError(
       f"Expected the checkpoint to hold decoder/{' and decoder/'.join(missing)}, which this"
-      " model has, got none; train it (configs/runs/exit_classifier.gin), or choose a rule that"
-      f" reads none, without `network.T5Config.{missing[0]}` where that is bound."
+      " model has, got none; train it (configs/runs/exit_classifier.gin, exit_translators.gin),"
+      " or choose a rule that reads none, without"
+      f" `network.T5Config.{missing[0].split('/')[0]}` where that is bound."
+    )
+  unread = [part for part in brought if "/" in part and part not in held]
+  if unread:
+    _LOG.warning(
+      "The checkpoint's %s are not read: this model's exits were not told of them; name their"
+      " layers (EXIT_LAYERS of configs/runs/exit_maps.gin).",
+      ", ".join(f"decoder/{part}" for part in unread),
     )
   return checkpoint
+
+
+def _exit_parts(decoder: Any) -> list[str]:
+  """Exit parts of a decoder's tree; of maps, one a layer."""
+  return [
+    name
+    for part in parameters.EXIT_PARTS
+    if part in decoder
+    for name in (
+      [f"{part}/{i}" for i in decoder[part]] if part in limits.EXIT_LAYERS else [part]
+    )
+  ]
 
 
 def stored_vocabulary(checkpoint: str = "packed") -> Any:

@@ -7,9 +7,9 @@ import types
 import pytest
 
 from calm import exits
-from calm.exits import schedules
+from calm.exits import propagation, schedules
 from calm.t5 import network
-from calm.training import objectives
+from calm.training import distillation, objectives
 from tests import configs_test
 from tests.t5x import setup
 
@@ -23,7 +23,7 @@ RUNS = [path for path in sorted((CONFIGS / "runs").glob("*.gin")) if configs_tes
 # Files that others include; they are parsed with those.
 PARTS = (
   *("local.gin", "paper.gin", "early_exit.gin", "t5x_model.gin", "t5x_stored_model.gin"),
-  "exit_classifier.gin",
+  *("exit_classifier.gin", "exit_maps.gin", "exit_translators.gin"),
 )
 WHOLE = [path for path in RUNS if path.name not in PARTS]
 
@@ -82,7 +82,7 @@ def required(path):
   return open_ones - bound - {"MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS"}
 
 
-def parse_run(path, *after):
+def parse_run(path, *after, **more):
   """A run with a network and a task beside it, as its header says, and files after it."""
   names = [f"runs/{path.name}"]
   text = configs_test.text_of(path)
@@ -92,7 +92,7 @@ def parse_run(path, *after):
     names += ["tasks/debian_synopsis.gin"]
   names += [f"runs/{name}.gin" for name in after]
   given = {name: "x" for name in required(path)}
-  parse(*names, **{"DATA": "x", **given, "TRAIN_STEPS": 3})
+  parse(*names, **{"DATA": "x", **given, "TRAIN_STEPS": 3, **more})
 
 
 @pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
@@ -114,9 +114,9 @@ def use_a_vocabulary_without_a_file():
     )
 
 
-def built(path, *after):
+def built(path, *after, **more):
   """MODEL of a run, with a vocabulary that needs no file."""
-  parse_run(path, *after)
+  parse_run(path, *after, **more)
   use_a_vocabulary_without_a_file()
   return gin.query_parameter("MODEL/macro.value").scoped_configurable_fn()
 
@@ -150,6 +150,25 @@ def test_the_papers_second_stage_keeps_what_its_first_was_set_to():
   assert [type(o).__name__ for o in model.optimizer_def.sub_optimizers] == ["Adafactor"]
   assert model._loss_normalizing_factor == 2048 * 114 and model.config.dtype == "bfloat16"
   assert gin.query_parameter("BATCH_SIZE/macro.value") == 128
+
+
+def test_exits_beside_frozen_weights_are_trained_and_read_from_one_pair_of_lines():
+  """After the paper's runs too; in decoding, tokens leave after the layers that have maps."""
+  path, lines = CONFIGS / "runs" / "paper_squad_small.gin", {"EXIT_LAYERS": (1, 3)}
+  model = built(path, "exit_translators", **lines)
+  assert isinstance(model.objective, distillation.ExitMaps) and model.objective.classifier
+  assert [type(o).__name__ for o in model.optimizer_def.sub_optimizers] == ["Adafactor"]
+  assert model._loss_normalizing_factor == 2048 * 114
+  gin.clear_config()
+  reads = built(CONFIGS / "runs" / "infer.gin", "exit_maps", **lines)
+  for config in (model.config, reads.config):
+    assert config.exit_translators == config.exit_propagation == (1, 3)
+    assert config.exit_propagation_rank == 16
+  assert reads.rule.allowed == (1, 3)
+  assert reads.rule.propagation == propagation.Learned()
+  gin.clear_config()
+  plain = built(CONFIGS / "runs" / "infer.gin", "exit_maps", EXIT_RANK=0, **lines).config
+  assert plain.exit_translators == (1, 3) and plain.exit_propagation == ()
 
 
 @pytest.mark.parametrize("run", ["infer", "eval", "sweep"])

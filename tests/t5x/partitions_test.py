@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from calm import exits
-from calm.exits import confidence
+from calm.exits import confidence, propagation
 from tests import engine
 from tests.t5x import setup
 
@@ -20,12 +20,15 @@ pytestmark = setup.MARKS
 
 THRESHOLDS = (0.4, float("inf"))
 RULE = exits.DynamicExits(confidence.Softmax())
+LEARNED = exits.DynamicExits(confidence.Softmax(), propagation=propagation.Learned())
 # name -> partitions of the model, decode function, arguments of the model and of decoding.
 GREEDY = {
   "data": (1, "ours", {}, {}),
   "data_model": (2, "ours", {}, {}),
   "kept_whole": (2, "ours", {"whole_decoder": True}, {}),
   "whole_mesh": (4, "ours", {"split_rows": False}, {}),
+  "maps": (2, "ours", {"rule": LEARNED}, {}),
+  "maps_whole_mesh": (2, "ours", {"rule": LEARNED, "split_rows": False}, {}),
 }
 OTHERS = {
   "sample": (2, "sample", {}, {"num_decodes": 2, "return_all_decodes": True}),
@@ -45,8 +48,16 @@ def model(decode: str, **arguments: Any) -> Any:
 
   sample = functools.partial(decoding.temperature_sample, temperature=0.7, topk=5)
   known = {"ours": models.greedy_decode, "sample": sample, "beam": decoding.beam_search}
-  toy = engine.toy(num_heads=4)
-  return setup.model(toy, rule=RULE, decode_fn=known[decode], **arguments)
+  given = {"rule": RULE, "decode_fn": known[decode], **arguments}
+  toy = toy_of(given["rule"])
+  if given["rule"] == LEARNED:
+    maps = (toy.config.exit_translators, toy.config.exit_propagation_rank)
+    given["exit_maps"] = maps
+  return setup.model(toy, **given)
+
+
+def toy_of(rule: exits.DynamicExits) -> engine.Toy:
+  return engine.toy_for(rule, num_heads=4)
 
 
 # Runs in a process of its own: the number of devices is fixed when JAX starts.
@@ -58,7 +69,6 @@ from tests import engine
 from tests.decode import hlo
 from tests.t5x import partitions_test as here, setup
 
-toy = engine.toy(num_heads=4)
 found = {}
 by_row = {"by_row": (2, "sample", {}, {})}
 runs = {**here.GREEDY, **here.OTHERS, **by_row}
@@ -68,6 +78,9 @@ for name, (partitions, decode, arguments, options) in runs.items():
   partitioning.get_cpu_mesh = lambda: jax.sharding.Mesh(grid, ["data", "model"])
   partitioner = partitioning.PjitPartitioner(num_partitions=partitions)
   model = here.model(decode, **arguments)
+  toy = here.toy_of(model.rule)
+  kept = [f"exit_{maps}" for maps in ("translators", "propagation")]
+  params = setup.t5x_params(toy, kept if model.rule == here.LEARNED else ())
   batch = {name: np.asarray(x) for name, x in setup.batch().items()}
   shapes = {name: x.shape for name, x in batch.items()}
   shapes["decoder_target_tokens"] = shapes["decoder_input_tokens"]
@@ -75,7 +88,7 @@ for name, (partitions, decode, arguments, options) in runs.items():
   initializer = utils.TrainStateInitializer(None, init, shapes, partitioner)
   axes = initializer.train_state_axes.params
   place = partitioner.partition(lambda p: p, in_axis_resources=(None,), out_axis_resources=axes)
-  params = place(flax.core.freeze(jax.tree.map(np.asarray, setup.t5x_params(toy))))
+  params = place(flax.core.freeze(jax.tree.map(np.asarray, params)))
   kernel = params["decoder"]["layers_0"]["self_attention"]["query"]["kernel"]
   given = lambda t: {"threshold": np.float32(t), **(here.BY_ROW if name in by_row else {})}
   predict = lambda p, b, d: model.predict_batch_with_aux(p, b, decoder_params=d, **options)
@@ -125,14 +138,15 @@ def found():
 
 @pytest.mark.parametrize("name", GREEDY)
 def test_generations_are_those_of_one_device_up_to_ties(found, name):
-  toy = engine.toy(num_heads=4)
+  rule = GREEDY[name][2].get("rule", RULE)
+  toy = toy_of(rule)
   width = toy.config.num_heads * toy.config.head_dim
   parts = 1 if name == "kept_whole" else GREEDY[name][0]
   assert found[name]["shard"] == [toy.config.emb_dim, width // parts]
   for threshold in THRESHOLDS:
     tokens, layers = map(np.array, found[name][str(threshold)])
-    state = engine.run(toy, RULE, threshold)
-    rows = engine.reference_rows(toy, RULE, threshold)
+    state = engine.run(toy, rule, threshold)
+    rows = engine.reference_rows(toy, rule, threshold)
     for i in engine.agreeing_rows(rows, state.generation):
       at = rows[i].first_difference(tokens[i].tolist(), layers[i].tolist())
       assert at is None or rows[i].is_tie(at)
@@ -161,7 +175,7 @@ def test_options_of_rows_go_where_their_rows_go(found):
 @pytest.mark.parametrize("name", [*GREEDY, *OTHERS, "by_row"])
 def test_nothing_is_exchanged_while_rows_are_decoded(found, name):
   """But where the whole mesh decodes as one, which shows that the law can fail."""
-  assert bool(found[name]["collectives"]) == (name == "whole_mesh")
+  assert bool(found[name]["collectives"]) == name.endswith("whole_mesh")
 
 
 def test_weights_are_gathered_row_by_row(found):

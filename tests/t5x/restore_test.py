@@ -192,6 +192,7 @@ def test_stage_two_restores_the_target_alone_and_freezes_it_bit_for_bit(tmp_path
 
 
 STAGE_TWO = "runs/finetune_exit_classifier.gin"
+MAPS = "EXIT_LAYERS = (1,)\nEXIT_RANK = 3"
 
 
 def resumed(model, folder) -> Any:
@@ -218,12 +219,19 @@ def resumed(model, folder) -> Any:
   return state
 
 
+def of_maps(path: str, *more: str) -> tuple[Any, Any]:
+  """Of T5X's finetune.gin and exit_translators.gin."""
+  lines = "\n".join([MAPS, *more])
+  return of_t5x_files(path, "finetune", "exit_translators", bindings=lines)
+
+
+@pytest.mark.parametrize("start", [functools.partial(started, STAGE_TWO), of_maps])
 @pytest.mark.parametrize("layout", FORMATS)
-def test_stage_two_stops_and_goes_on_as_if_it_had_not(tmp_path, layout):
+def test_stage_two_stops_and_goes_on_as_if_it_had_not(tmp_path, layout, start):
   for name in ("one", "two"):
     (tmp_path / name).mkdir()
   path = saved(*after_stage_one(), tmp_path / "one", layout)
-  model, state = started(STAGE_TWO, path)
+  model, state = start(path)
   middle = trained(model, state, 2)
   whole = trained(model, middle, 2)
   stopped = saved(model, middle, tmp_path / "two", layout)
@@ -234,15 +242,18 @@ def test_stage_two_stops_and_goes_on_as_if_it_had_not(tmp_path, layout):
     assert_equal_leaves(leaves(after.params), leaves(expected.params))
     assert_equal_leaves(state_leaves(after), state_leaves(expected))
   # In a MODEL_DIR of its own that starts from there, the optimizer alone starts fresh.
-  for run in (STAGE_TWO, "runs/finetune.gin"):
+  plain = functools.partial(started, "runs/finetune.gin")
+  for begin in (start, plain) if start is not of_maps else (start,):
     gin.clear_config()
-    _, elsewhere = started(run, stopped)
+    _, elsewhere = begin(stopped)
     assert int(elsewhere.step) == 4
     assert_equal_leaves(leaves(elsewhere.params), leaves(middle.params))
     assert not any(np.any(leaf) for leaf in state_leaves(elsewhere).values())
 
 
-def of_t5x_files(path: str, run: str, *after: str, bindings: str = "") -> tuple[Any, Any]:
+def of_t5x_files(
+  path: str, run: str, *after: str, bindings: str = "", dtype: str | None = None
+) -> tuple[Any, Any]:
   """Model and first state of T5X's small.gin and one of its runs, with the documented line."""
   from t5x import utils
 
@@ -261,6 +272,7 @@ def of_t5x_files(path: str, run: str, *after: str, bindings: str = "") -> tuple[
   config = gin.get_configurable(utils.RestoreCheckpointConfig)()
   if run == "infer":  # as infer.py does
     config.strict = False
+    config.dtype = dtype or config.dtype
   initializer = initializer_of(model, optimizer=run != "infer")
   state, _ = utils.create_checkpoint_manager_and_restore(
     initializer,
@@ -280,6 +292,52 @@ def test_a_classifier_that_the_checkpoint_lacks_is_named(tmp_path, run, layout):
   path = saved(*of_t5x(), tmp_path, layout)
   with pytest.raises(ValueError, match=r"to hold decoder/exit_classifier, .* got none; train"):
     of_t5x_files(path, run, bindings=measured)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_exits_learn_beside_t5x_own_checkpoint_and_inference_reads_them(tmp_path, layout):
+  """The base stays bit for bit, weight decay or not; without the lines a warning is all."""
+  for name in ("theirs", "maps"):
+    (tmp_path / name).mkdir()
+  decay = "from t5x import adafactor\nadafactor.Adafactor.weight_decay_rate = 0.1"
+  model, state = of_maps(saved(*of_t5x(), tmp_path / "theirs", layout), decay)
+  before, theirs = leaves(state.params), leaves(of_t5x()[1].params)
+  assert_equal_leaves({path: before[path] for path in theirs}, theirs)
+  learned = trained(model, state, 3)
+  after = leaves(learned.params)
+  names = {path.removeprefix("decoder/") for path in before.keys() - theirs.keys()}
+  maps = {f"exit_translators/layers_0/{name}" for name in ("kernel", "bias")}
+  maps |= {f"exit_propagation/layers_0/{name}" for name in ("down/kernel", "down/bias")}
+  classifier = {path.removeprefix("decoder/") for path in CLASSIFIER}
+  up = "exit_propagation/layers_0/up/kernel"
+  assert names == maps | classifier | {up}
+  # From layer 1 of 2 no input is skipped that is to be predicted: the decay alone moves those.
+  assert {n for n in names if np.any(after[f"decoder/{n}"] != before[f"decoder/{n}"])} == (
+    names - {up, "exit_propagation/layers_0/down/bias"}
+  )
+  assert_equal_leaves({path: after[path] for path in theirs}, theirs)
+  path = saved(model, learned, tmp_path / "maps", layout)
+  gin.clear_config()
+  measured = "exits.DynamicExits.measure = @confidence.Classifier()"
+  reads, restored = of_t5x_files(
+    path, "infer", "exit_maps", bindings=f"{MAPS}\n{measured}", dtype="float32"
+  )
+  assert_equal_leaves(leaves(restored.params), after)
+  assert reads.rule.propagation.name == "learned" and reads.rule.allowed == (1,)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_maps_that_a_checkpoint_lacks_or_brings_unread_are_named(tmp_path, caplog, layout):
+  path = saved(*of_t5x(), tmp_path, layout)
+  with pytest.raises(ValueError, match=r"hold decoder/exit_translators/layers_0 and .* train"):
+    of_t5x_files(path, "infer", "exit_maps", bindings=MAPS)
+  gin.clear_config()
+  model, state = of_maps(path)
+  (tmp_path / "maps").mkdir()
+  path = saved(model, state, tmp_path / "maps", layout)
+  gin.clear_config()
+  of_t5x_files(path, "infer")
+  assert "decoder/exit_propagation/layers_0 are not read" in caplog.text
 
 
 def of_contrib_calm() -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import sys
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from calm import checkpoints, inference
 from calm.t5 import parameters
+from tests import engine
 from tests.t5x import setup
 
 models = setup.import_models()
@@ -40,6 +42,17 @@ def test_options_come_back(there_and_back):
   found = inference.load(there_and_back("packed")).options
   assert found.shortlist and found.shortlist == expected.shortlist
   assert found == expected
+
+
+def test_exits_beside_frozen_weights_come_back_bit_for_bit(tmp_path, there_and_back):
+  """As parts of T5X's tree, whose options say that they are read."""
+  toy, folder = engine.toy(**engine.MAPS), tmp_path / "fitted"
+  checkpoints.save(folder, toy.params, toy.config, exits_trained=True)
+  back = there_and_back(str(folder))
+  assert checkpoints.load(back).config == toy.config
+  assert parameters.digest(checkpoints.load(back).params) == parameters.digest(toy.params)
+  options = json.loads((back / "inference.json").read_text())
+  assert options["propagation"] == "learned" and options["exit_layers"] == [1, 2, 3]
 
 
 def test_a_classifier_that_was_added_comes_back(there_and_back):

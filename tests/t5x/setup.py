@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pathlib
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -95,10 +96,11 @@ def params(toy: engine.Toy) -> dict[str, Any]:
   return jax.tree.map(jnp.asarray, toy.params)
 
 
-def t5x_params(toy: engine.Toy) -> dict[str, Any]:
-  """The toy's parameters without the parts that T5X's network does not have."""
+def t5x_params(toy: engine.Toy, kept: Sequence[str] = ()) -> dict[str, Any]:
+  """The toy's parameters without the parts that T5X's network does not have, but for `kept`."""
   tree = params(toy)
-  decoder = {k: v for k, v in tree["decoder"].items() if not k.startswith("exit_")}
+  has = lambda part: part in kept or not part.startswith("exit_")
+  decoder = {part: tree for part, tree in tree["decoder"].items() if has(part)}
   return {**tree, "decoder": decoder}
 
 
