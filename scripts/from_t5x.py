@@ -4,15 +4,26 @@
       --output=runs/model
 
 T5X stores no sizes, no vocabulary and no options of decoding: those come from `--like`, any
-checkpoint that this package reads. Needs no T5X.
+checkpoint that this package reads; learned propagation is read where the checkpoint has it.
+With --fit, exits are learned beside the weights as `calm fit` does, from what the full model
+wrote in a sweep (scripts/t5x_sweep.py, or `calm infer`); scripts/to_t5x.py takes the folder
+back to T5X, the same weights with these exits:
+
+  python scripts/from_t5x.py --checkpoint=runs/one/checkpoint_400 --like=packed \
+      --fit=runs/cache --output=runs/model
+  python scripts/to_t5x.py --checkpoint=runs/model --step=400 --output=runs/maps
+
+Needs no T5X.
 """
 
 import argparse
 import dataclasses
 import json
 import pathlib
+import sys
+from collections.abc import Sequence
 
-from calm import checkpoints, inference
+from calm import calibrate, checkpoints, inference
 from calm.calibrate.generations import files
 from calm.t5 import parameters
 from calm.t5x import stored as stored_lib
@@ -25,6 +36,9 @@ def main() -> None:
   parser.add_argument("--checkpoint", required=True, help="T5X's folder checkpoint_<step>")
   parser.add_argument("--like", default="packed", help="packed, or a checkpoint's folder")
   parser.add_argument("--output", required=True, help="folder to write")
+  parser.add_argument("--fit", help="a sweep's folder, whose full-depth texts exits learn from")
+  parser.add_argument("--layers", help="exit layers of --fit, as in 2,4,6; all below the last")
+  parser.add_argument("--rank", type=int, default=16, help="of its learned propagation")
   arguments = parser.parse_args()
   like = stored_lib.stored_checkpoint(arguments.like)
   stored = checkpoints.load(arguments.checkpoint)
@@ -32,16 +46,82 @@ def main() -> None:
   # `to_t5x.py` and training add exit parts: the checkpoint has those that it has.
   parts = (*parameters.EXIT_PARTS, "exit_propagation_rank", "per_layer_heads")
   held = {part: getattr(stored.config, part) for part in parts}
+  config = dataclasses.replace(like.config, **held)
+  stored = dataclasses.replace(stored, config=config, vocabulary=like.vocabulary)
+  if arguments.fit:
+    below = range(1, config.num_decoder_layers)
+    layers = list(map(int, arguments.layers.split(","))) if arguments.layers else below
+    listed = options.get("shortlist")
+    stored = fitted(stored, arguments.fit, layers, arguments.rank, listed)
+  if stored.config.exit_propagation and options.get("propagation") != "learned":
+    options |= {"propagation": "learned", "exit_layers": stored.config.exit_propagation}
   checkpoints.save(
     arguments.output,
     stored.params,
-    dataclasses.replace(like.config, **held),
-    vocabulary=like.vocabulary,
+    stored.config,
+    vocabulary=stored.vocabulary,
     exits_trained=stored.exits_trained,
   )
   text = json.dumps(options, indent=1) + "\n"
   files.write_atomically(pathlib.Path(arguments.output) / "inference.json", text)
   print(arguments.output)
+
+
+def fitted(
+  stored: checkpoints.Checkpoint,
+  sweep: str,
+  layers: Sequence[int],
+  rank: int,
+  listed: Sequence[int] | None,
+) -> checkpoints.Checkpoint:
+  """The model with exits beside its weights, in place of those that it had.
+
+  Args:
+    stored: the model that was swept, with its vocabulary.
+    sweep: folder of generations.
+    layers: 1-based exit layers.
+    rank: of learned propagation.
+    listed: the shortlist that probes are to read; None: no probes.
+
+  Raises:
+    ValueError: the folder is of another model, or says not of which; no vocabulary.
+  """
+  from calm.fitting import exit_maps  # needs the `report` extra
+
+  found = calibrate.load(sweep)
+  if stored.vocabulary is None or found.procedure is None:
+    raise ValueError(
+      "Expected a vocabulary and a folder that says how it was decoded, got"
+      f" {stored.vocabulary} and {found.procedure}; give --like a model that has one, and --fit"
+      " the folder of a sweep."
+    )
+  base, _ = parameters.split(stored.params)
+  plain = {"measure": "softmax", "exit_layers": None, "propagation": "exit_state"}
+  options = dataclasses.replace(inference.options_of(found.procedure), **plain)
+  predictor = inference.Predictor(stored.config, stored.params, stored.vocabulary, options)
+  own, theirs = predictor.procedure.to_json(), found.procedure.to_json()
+  if theirs["parameters_digest"] == parameters.digest(base):  # T5X reads no exits unasked
+    own["parameters_digest"] = theirs["parameters_digest"]
+  names = ("parameters_digest", "tokenizer_digest", "configuration")
+  if different := [name for name in names if own[name] != theirs[name]]:
+    raise ValueError(
+      f"Expected texts of this very model in {sweep!r}, got other {', '.join(different)}; sweep"
+      " this checkpoint, and give as --like what has its sizes and vocabulary."
+    )
+  maps = exit_maps.fit(
+    predictor,
+    [prompt.input for prompt in found.prompts],
+    [record.tokens or () for record in found.full],
+    layers,
+    rank=rank,
+    listed=None if stored.config.per_layer_heads else listed,
+    progress=lambda share, text: print(f"\r{share:4.0%} {text:40}", end="", file=sys.stderr),
+  )
+  print(file=sys.stderr)
+  made = maps.parameters()
+  config = dataclasses.replace(stored.config, **parameters.exit_fields(made))
+  params = parameters.unflatten(parameters.flatten(base) | made)
+  return dataclasses.replace(stored, config=config, params=params, exits_trained=True)
 
 
 if __name__ == "__main__":
