@@ -62,7 +62,8 @@ def model_weights(
       the layers of both in 8 bits and leaves the rest as None does.
     head_dtype: 'int8' reads heads in 8 bits first; None: as they are stored.
     layout: 'columns' cuts the decoder's matrices; None: each in one piece.
-    encoder_dtype: 'int8' multiplies the encoder's layers in 8 bits; None: as `weights_dtype`.
+    encoder_dtype: 'int8' multiplies the encoder's layers in 8 bits, and its states with what
+      makes the decoder's keys and values of them; None: as `weights_dtype`.
 
   Raises:
     ValueError: `num_pieces` or `shortlist` does not fit the model.
@@ -74,7 +75,7 @@ def model_weights(
       lambda path, leaf: _stored(path[-1].key, jnp.asarray(leaf), encoder_dtype), encoder
     ),
     decoder_weights.decoder_weights(
-      params, config, num_pieces, shortlist, weights_dtype, head_dtype, layout
+      params, config, num_pieces, shortlist, weights_dtype, head_dtype, layout, encoder_dtype
     ),
   )
 
@@ -82,7 +83,7 @@ def model_weights(
 def _stored(name: str, leaf: jax.Array, dtype: str | None) -> jax.Array | eight_bits.EightBits:
   """A parameter of the encoder as it is read."""
   if dtype == "int8":
-    return eight_bits.quantize(leaf) if name == "kernel" else leaf
+    return eight_bits.quantize(leaf).for_many_rows() if name == "kernel" else leaf
   # Scales of norms are vectors, and few; they stay.
   return leaf if dtype is None or leaf.ndim < 2 else leaf.astype(jnp.dtype(dtype))
 

@@ -59,9 +59,10 @@ class DecodeOptions:
       then depends on the rows that it is decoded with, which round differently, so that the
       batch size is part of the `Procedure`, and nothing is decoded exactly from drafts. None
       stores matrices in the activation dtype and heads in float32.
-    encoder_dtype: 'int8' multiplies the layers of the encoder in 8 bits, whatever the decoder's
-      are stored in; what is said of texts in 8 bits holds for these too. None: as
-      `weights_dtype` has it.
+    encoder_dtype: 'int8' multiplies in 8 bits what is multiplied once a prompt, whatever the
+      decoder's layers are stored in: the encoder's layers, and its states with the matrices
+      that make keys and values of them. What is said of texts in 8 bits holds for these too.
+      None: as `weights_dtype` has it.
     reference_dtype: 'float32': the full model, which a promise is about and which
       `NEVER_EXIT` decodes with, is the one that was given, with states and weights in float32
       (`Predictor.reference`), so that what 8 bits or bfloat16 change counts as loss. None: full

@@ -163,6 +163,7 @@ def decoder_weights(
   weights_dtype: Any = None,
   head_dtype: str | None = None,
   layout: str | None = None,
+  encoder_dtype: str | None = None,
 ) -> DecoderWeights:
   """Lays T5X-shaped parameters out for decoding.
 
@@ -181,6 +182,8 @@ def decoder_weights(
       stored.
     layout: 'columns' cuts the layers' matrices into columns where that may be faster, on a CPU
       with float32 activations; None: each in one piece.
+    encoder_dtype: 'int8' multiplies the prompt's states in 8 bits to its keys and values,
+      whatever the other matrices are.
   """
   decoder, dtype = params["decoder"], jnp.dtype(config.dtype)
   weights_dtype, layout = (None, "int8") if weights_dtype == "int8" else (weights_dtype, layout)
@@ -200,6 +203,8 @@ def decoder_weights(
     _laid_out(_layer_weights(decoder[f"layers_{i}"], config, dtype, matrices), layout, dtype)
     for i in range(config.num_decoder_layers)
   )
+  if "int8" in (layout, encoder_dtype):
+    layers = tuple(map(_with_prompts_in_8_bits, layers))
   return DecoderWeights(
     embedding=jnp.asarray(params["token_embedder"]["embedding"], matrices),
     relpos=tuple(
@@ -287,6 +292,15 @@ def cut(layer: LayerWeights) -> LayerWeights:
 def rounded(layer: LayerWeights) -> LayerWeights:
   """The layer with its matrices in 8 bits."""
   return _with_matrices(layer, eight_bits.quantize)
+
+
+def _with_prompts_in_8_bits(layer: LayerWeights) -> LayerWeights:
+  """The layer that makes keys and values of the prompt's states, which are many rows, so."""
+  matrix = layer.cross_key_value
+  if isinstance(matrix, jax.Array):
+    matrix = eight_bits.quantize(matrix)
+  assert isinstance(matrix, eight_bits.EightBits)  # it is never cut into columns
+  return dataclasses.replace(layer, cross_key_value=matrix.for_many_rows())
 
 
 def _with_matrices(layer: LayerWeights, make: Callable[[Any], Matrix]) -> LayerWeights:

@@ -43,22 +43,35 @@ class EightBits:
     codes: of the matrix, transposed.
     sums: of each column's codes.
     scales: what a column's codes are multiplied with.
+    packed: the codes again, as `native.product_in_8_bits` reads them; None: XLA multiplies.
   """
 
   codes: Int8[Array, "outputs inputs"]
   sums: Int32[Array, " outputs"]
   scales: Float[Array, " outputs"]
+  packed: Int8[Array, "vectors quads bytes"] | None = None
 
   def product(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
     """Nearly `x @ matrix`, in the dtype of `x`: rows are rounded to 8 bits, too.
 
     sum_i round(x_i / s) codes_ji  *  s scales_j,   s = max_i |x_i| / 127
     """
+    if self.packed is not None and x.dtype == jnp.float32 and platforms.multiplies_bytes():
+      from calm.t5 import native  # which imports this module
+
+      return native.product_in_8_bits(self, x)
     wide = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     one = step(wide)
-    sums = self.sums_of(jnp.round(wide / one)).astype(jnp.float32)
+    # Written as XLA computes a quotient by a number a row, so that all who do get its bits.
+    sums = self.sums_of(jnp.round(wide * (1 / one))).astype(jnp.float32)
     made = (sums * (one * self.scales[None, :])).astype(x.dtype)
     return made.reshape(*x.shape[:-1], -1)
+
+  def for_many_rows(self) -> "EightBits":
+    """The matrix laid out for them too, where a CPU gains by it: products are the same."""
+    from calm.t5 import native  # which imports this module
+
+    return native.pack(self)
 
   def sums_of(self, codes: Float[Array, "rows inputs"]) -> Int32[Array, "rows outputs"]:
     """Sums of products of codes, which 32 bits hold."""

@@ -177,9 +177,14 @@ def test_layers_in_8_bits_are_the_network_with_its_products_rounded(directory, p
   first = coded.weights.decoder.layers[0]
   assert all(
     isinstance(matrix, eight_bits.EightBits) == (part == "weights")
-    for matrix in (first.query, *first.key_value, first.cross_key_value, *first.mlp_in)
+    for matrix in (first.query, *first.key_value, first.cross_query, *first.mlp_in)
   )
-  rounds = lambda context: part == "weights" or context.module.path[:1] == ("encoder",)
+  assert isinstance(first.cross_key_value, eight_bits.EightBits)
+  once = lambda path: (
+    path[:1] == ("encoder",)
+    or (path[-2:-1] == ("encoder_decoder_attention",) and path[-1] in ("key", "value"))
+  )
+  rounds = lambda context: part == "weights" or once(context.module.path)
   intercept = lambda call, arguments, named, context: (
     in_8_bits(call, arguments, named, context) if rounds(context) else call(*arguments, **named)
   )

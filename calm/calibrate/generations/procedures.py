@@ -67,7 +67,7 @@ class Procedure:
     head_dtype: 'int8' where output heads were read in 8 bits first; None: as they were stored.
     base_digest: digest of the parameters that every full-depth text depends on, where maps of
       the exits were fitted beside them; None: there are no such maps.
-    encoder_dtype: 'int8' where the encoder's layers multiplied in 8 bits whatever
+    encoder_dtype: 'int8' where all that is multiplied once a prompt was in 8 bits, whatever
       `weights_dtype` is; None: as that has it.
     reference_dtype: 'float32' where outputs are compared with the full model's in that dtype;
       None: with those of full depth decoded as they are themselves.

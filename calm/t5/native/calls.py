@@ -50,6 +50,11 @@ def ends(count: int, parts: int) -> list[int]:
   return [i * count // parts for i in range(parts + 1)]
 
 
+def threads() -> int:
+  """Threads that a call may share its work among."""
+  return _num_cores()
+
+
 def _num_cores() -> int:
   """Cores that this process may use, as XLA counts them."""
   allowed = getattr(os, "sched_getaffinity", None)  # Linux only

@@ -182,12 +182,16 @@ class Writer:
     """one * other + added, of vectors, rounded once where the processor can."""
     return self._of_vectors("fmuladd", one, other, added)
 
+  def nearest(self, x: Any) -> Any:
+    """Whole numbers nearest to a vector's, the even one of two."""
+    return self._of_vectors("nearbyint", x)
+
   def exp(self, x: Any) -> Any:
     """e^x to 3e-7 of itself, of x held between -87 and 87; NaN of NaN."""
     b, least, most = self.b, constant(-87.0), constant(87.0)
     x = b.select(b.fcmp_ordered("<", x, least), least, x)
     x = b.select(b.fcmp_ordered(">", x, most), most, x)
-    nearest = self._of_vectors("nearbyint", b.fmul(x, constant(_LOG2_E)))
+    nearest = self.nearest(b.fmul(x, constant(_LOG2_E)))
     r = self.fused(nearest, constant(-_LOG_2_HIGH), x)
     r = self.fused(nearest, constant(-_LOG_2_LOW), r)
     p = constant(_POLYNOMIAL[0])
