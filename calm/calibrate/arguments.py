@@ -3,14 +3,15 @@
     @arguments.checked(engine=engines.by_name)
     def decode(sizes: Sequence[int], engine: Engine | None = None, share: float = 1.0): ...
 
-numpy's scalars pass for numbers, any ordered iterable passes for a sequence, and where a
-function is given that finds objects, a name passes for the object. A ValueError names the
-argument that is anything else.
+numpy's scalars pass for numbers, texts for paths, any ordered iterable passes for a sequence,
+and where a function is given that finds objects, a name passes for the object. A ValueError
+names the argument that is anything else.
 """
 
 import functools
 import inspect
 import numbers
+import pathlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,6 +38,7 @@ _PLAIN: Mapping[Any, tuple[str, str, Callable[[Any], bool]]] = {
 _UNORDERED = (bytes, bytearray, Mapping, set, frozenset, type)
 _UNIONS = (typing.Union, types.UnionType)
 _SEQUENCES = (tuple, list, Sequence)
+_MAPPINGS = (dict, Mapping)
 
 
 class _Mismatch(Exception):
@@ -98,7 +100,9 @@ def _converted(value: Any, kind: Any) -> Any:
     return _one_of(value, inner)
   if origin in _SEQUENCES:
     return _sequence(value, origin, inner)
-  if origin is Mapping:
+  if kind is pathlib.Path and isinstance(value, str):
+    return pathlib.Path(value)
+  if origin in _MAPPINGS:
     _require(isinstance(value, Mapping))
     return value if inner[1] is Any else {k: _item(k, v, inner[1]) for k, v in value.items()}
   if origin is typing.Literal:
@@ -175,7 +179,7 @@ def _words(kind: Any, several: bool = False) -> str:
     return f"{'lists' if several else 'a list'} of {_words(inner[0], several=True)}"
   if origin is typing.Literal:
     return f"one of {', '.join(map(repr, inner))}"
-  if origin is Mapping:
+  if origin in _MAPPINGS:
     return f"a mapping to {_words(inner[1])}"
   if origin is Callable:
     return "a function"

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from calm.calibrate import arguments
 from calm.checkpoints import files, huggingface, stored_vocabulary, t5x
 from calm.data import vocabulary as vocabularies
 from calm.t5 import limits, network, parameters
@@ -40,7 +41,7 @@ _BASE_FILES = (
 # The small model inside this package.
 PACKED = pathlib.Path(__file__).parents[1] / "assets"
 Vocabulary = stored_vocabulary.Vocabulary
-parameters_digest = parameters.digest
+parameters_digest = arguments.checked()(parameters.digest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Checkpoint:
   exits_trained: bool | None = None
 
 
+@arguments.checked()
 def save(
   directory: str | pathlib.Path,
   params: Mapping[str, Any],
@@ -103,6 +105,7 @@ def save(
     (directory / name).unlink(missing_ok=True)
 
 
+@arguments.checked()
 def load(
   path: str | pathlib.Path,
   *,
@@ -152,6 +155,7 @@ def load(
   return Checkpoint(config, params, vocabulary, trained)
 
 
+@arguments.checked()
 def save_exits(
   file: str | pathlib.Path, leaves: Mapping[str, np.ndarray], base_digest: str
 ) -> None:
@@ -171,6 +175,7 @@ def save_exits(
   files.write_together(file.parent, {file.name: writer})
 
 
+@arguments.checked()
 def copy_base(source: str | pathlib.Path, target: str | pathlib.Path) -> None:
   """Copies the files of a base model byte for byte, in the layout that they have.
 
@@ -193,6 +198,7 @@ def copy_base(source: str | pathlib.Path, target: str | pathlib.Path) -> None:
   files.write_together(target, writers)
 
 
+@arguments.checked()
 def with_exits(
   config: network.T5Config, params: Mapping[str, Any], exits: str | pathlib.Path
 ) -> tuple[network.T5Config, dict[str, Any]]:

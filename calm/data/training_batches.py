@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -25,6 +25,7 @@ class Bucket:
   target_length: int
 
 
+@runtime_checkable
 class Source(Protocol):
   """Where batches come from: step -> batch, a pure function."""
 

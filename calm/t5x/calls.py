@@ -54,8 +54,8 @@ def depth(rule: exits.Rule, default: float, given: Any) -> tuple[exits.Rule, Any
   """
   threshold = default if given is None else given
   if given is not None and not isinstance(given, core.Tracer):
-    for value in np.ravel(given):
-      schedules.check_threshold(float(value))
+    for value in np.ravel(given).tolist():
+      schedules.check_threshold(value)
   dynamic = isinstance(rule, exits.DynamicExits)
   if dynamic and given is None and threshold == schedules.NEVER_EXIT:
     return exits.StaticExit(), threshold

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from calm import exits
+from calm.calibrate import arguments
 from calm.t5 import network
 from calm.training import objectives
 
 _LOG = logging.getLogger(__name__)
 
 
+@arguments.checked()
 def needed_parts(rule: exits.Rule, objective: objectives.Objective) -> tuple[str, ...]:
   """Exit parts of the decoder that are measured or trained, fields of `T5Config`."""
   measured = getattr(getattr(rule, "measure", None), "part", None)

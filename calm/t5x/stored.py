@@ -10,17 +10,20 @@ import pathlib
 from typing import Any
 
 from calm import checkpoints, inference
+from calm.calibrate import arguments
 from calm.data import vocabulary as vocabularies
 from calm.t5 import limits, network, parameters
 
 _LOG = logging.getLogger(__name__)
 
 
+@arguments.checked()
 def stored_checkpoint(checkpoint: str = "packed") -> checkpoints.Checkpoint:
   """The model in the box ('packed'), or the checkpoint in a folder."""
   return checkpoints.load(_folder(checkpoint))
 
 
+@arguments.checked()
 def stored_options(checkpoint: str = "packed") -> inference.DecodeOptions:
   """How a checkpoint is decoded: what its `inference.json` says, or the defaults."""
   given = inference.options.stored_options(_folder(checkpoint))
@@ -31,11 +34,13 @@ def _folder(checkpoint: str) -> pathlib.Path:
   return inference.PACKED if checkpoint == "packed" else pathlib.Path(checkpoint)
 
 
+@arguments.checked()
 def stored_config(checkpoint: str = "packed") -> network.T5Config:
   """The sizes of a checkpoint, for `network.Transformer.config`."""
   return stored_checkpoint(checkpoint).config
 
 
+@arguments.checked()
 def absolute_path(path: str) -> str:
   """A run's folder as T5X wants it: a relative path fails at its second checkpoint."""
   return path if "://" in path else os.path.abspath(path)
@@ -85,6 +90,7 @@ def _exit_parts(decoder: Any) -> list[str]:
   ]
 
 
+@arguments.checked()
 def stored_vocabulary(checkpoint: str = "packed") -> Any:
   """The vocabulary of a checkpoint as seqio's, for tasks and models.
 

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from calm.calibrate import arguments
 from calm.t5 import network, parameters
 from calm.training import losses, objectives
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class SelfDistilled:
   """Stage one where a promise is closeness to the full model's own text.
@@ -31,6 +33,9 @@ class SelfDistilled:
   share: float = 3.0
   z_loss: float = 1e-4
   sampled_layers: int | None = None
+
+  def __post_init__(self):
+    objectives.check_terms(self.sampled_layers, z_loss=self.z_loss, share=self.share)
 
   @property
   def parts(self) -> tuple[str, ...]:
@@ -79,6 +84,7 @@ class SelfDistilled:
     return num_layers > 1 and self.share > 0.0
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class ExitMaps:
   """Exits beside a frozen model, on any texts: what `calm fit` fits, by gradients alone.

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from calm.calibrate import signals
+from calm.calibrate import arguments, signals
 from calm.calibrate.generations import files
 from calm.data import training_batches
 from calm.t5.config import Params
@@ -22,6 +22,7 @@ from calm.training.saving import check_writable, checkpointer, restore, save
 from calm.training.updates import TrainConfig, TrainState
 
 
+@arguments.checked()
 def read_history(path: pathlib.Path) -> list[dict[str, float]]:
   """The validations of a run, by step.
 
@@ -30,7 +31,7 @@ def read_history(path: pathlib.Path) -> list[dict[str, float]]:
   """
   try:
     entries = json.loads(files.content(path))  # NaN is a loss that it may well have
-  except (ValueError, RecursionError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise ValueError(
       f"Expected {str(path)!r} to be the validations of a run, got no JSON ({error}); restore"
       " it, or take the folder away to begin anew."
@@ -53,6 +54,7 @@ def read_history(path: pathlib.Path) -> list[dict[str, float]]:
 class History:
   """Validations so far, for early stopping; kept in a JSON file beside the run."""
 
+  @arguments.checked()
   def __init__(self, path: pathlib.Path, metric: str, patience: int | None):
     self._path, self._metric, self._patience = path, metric, patience
     self.entries: list[dict[str, float]] = []
@@ -99,6 +101,7 @@ class Listener:
   on_eval: Callable[[int, dict[str, float]], None] = lambda step, scalars: None
 
 
+@arguments.checked()
 def fit(
   state: TrainState,
   source: training_batches.Source,

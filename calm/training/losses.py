@@ -14,6 +14,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from calm.calibrate import arguments
+from calm.t5 import limits
+
 
 class LayerMetrics(NamedTuple):
   """Per-layer sums over real tokens (divide by the summed weights for means).
@@ -27,20 +30,28 @@ class LayerMetrics(NamedTuple):
   correct: Float[Array, " layers"]
 
 
+@arguments.checked()
 def layer_weights(num_layers: int) -> np.ndarray:
   """Eq. 6's weights, w_i = i / sum_j j for layers i = 1 ... num_layers; they sum to 1."""
-  weights = np.arange(1, num_layers + 1, dtype=np.float32)
+  weights = np.arange(1, _counted(num_layers) + 1, dtype=np.float32)
   return weights / weights.sum()
 
 
+@arguments.checked()
 def equal_weights(num_layers: int) -> np.ndarray:
   """All layers alike, w_i = 1 / num_layers: early ones count for more than in Eq. 6."""
-  return np.full(num_layers, 1.0 / num_layers, np.float32)
+  return np.full(_counted(num_layers), 1.0 / num_layers, np.float32)
 
 
+@arguments.checked()
 def last_layer_weights(num_layers: int) -> np.ndarray:
   """All weight on the last layer: ordinary training, for comparison with Eq. 6."""
-  return np.eye(num_layers, dtype=np.float32)[-1]
+  return np.eye(_counted(num_layers), dtype=np.float32)[-1]
+
+
+def _counted(num_layers: int) -> int:
+  bounds = limits.SIZES["num_decoder_layers"]
+  return limits.whole("num_layers", num_layers, *bounds, "count the decoder's layers")
 
 
 def _layer_terms(x, kernel, targets, weights, z_loss):

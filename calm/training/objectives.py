@@ -5,7 +5,7 @@ An objective is a small frozen class with `loss` and `trains`; `training` knows 
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
+from calm.calibrate import arguments
 from calm.exits import evidence
-from calm.t5 import network, parameters
+from calm.t5 import limits, network, parameters
 from calm.t5.config import Params
 from calm.training import losses
 
@@ -55,6 +56,7 @@ class BatchMetrics:
     return values
 
 
+@runtime_checkable
 class Objective(Protocol):
   """One training stage.
 
@@ -80,6 +82,7 @@ class Objective(Protocol):
     ...
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class LayerWeighted:
   """Stage one: Eq. 6, sum_i w_i NLL_i over all decoder layers.
@@ -95,6 +98,9 @@ class LayerWeighted:
   weights: Callable[[int], np.ndarray] = losses.layer_weights
   z_loss: float = 1e-4
   sampled_layers: int | None = None
+
+  def __post_init__(self):
+    check_terms(self.sampled_layers, z_loss=self.z_loss)
 
   @property
   def parts(self) -> tuple[str, ...]:
@@ -139,6 +145,7 @@ class LayerWeighted:
     return bool(np.any(np.asarray(self.weights(num_layers))[:-1] > 0.0))
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class ExitClassifier:
   """Stage two: the exit classifier alone, everything else frozen (paper section 3.5).
@@ -169,6 +176,7 @@ class ExitClassifier:
     return False
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class ExitProbes:
   """Stage two of the measure 'probe': every layer's own probe, everything else frozen.
@@ -226,6 +234,19 @@ class ExitProbes:
   def teaches_layers(self, num_layers):
     del num_layers
     return False
+
+
+def check_terms(sampled_layers: int | None, **weights: float) -> None:
+  """Raises ValueError for layers that cannot be drawn and weights of terms that are none."""
+  if sampled_layers is not None:
+    bounds = limits.SIZES["num_decoder_layers"]
+    limits.whole("sampled_layers", sampled_layers, *bounds, "draw layers, or leave it out")
+  for name, weight in weights.items():
+    if not 0.0 <= weight < np.inf:
+      raise ValueError(
+        f"Expected `{name}` to be finite and at least 0, got {weight!r}; leave it out for the"
+        " default."
+      )
 
 
 def classified(

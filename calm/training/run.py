@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm import checkpoints
+from calm.calibrate import arguments
 from calm.calibrate.generations import files, locks
 from calm.data import training_batches, vocabulary
 from calm.t5 import growing, limits, network, parameters
@@ -25,6 +26,7 @@ MODEL_FOLDER = "model"
 _LOG = logging.getLogger(__name__)
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Data:
   """What a run trains and validates on.
@@ -51,6 +53,7 @@ class Data:
       limits.whole("num_validation_batches", count, 1, 2**31, "give batches")
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Export:
   """What is written beside the trained parameters, so that inference needs no options.
@@ -72,6 +75,7 @@ class Export:
   shortlist: Sequence[int] = ()
 
   def __post_init__(self):
+    checkpoints.files.safetensors_writer({}, self.storage_dtype)  # refuses another
     for name in ("max_input_length", "max_decode_length"):
       limits.whole(name, getattr(self, name), 1, limits.LONGEST, "give tokens")
     if not isinstance(self.task_prefix, str):
@@ -102,6 +106,7 @@ class Export:
     files.write_atomically(directory / "inference.json", json.dumps(options, indent=1) + "\n")
 
 
+@arguments.checked()
 def train(
   data: Data,
   objective: objectives.Objective,
@@ -111,7 +116,7 @@ def train(
   *,
   model: network.T5Config | None = None,
   initial: str | None = None,
-  fresh: Sequence[str] = (),
+  fresh: str | Sequence[str] = (),
   listener: loop.Listener | None = None,
 ) -> pathlib.Path:
   """Trains (or goes on training) and exports the parameters with the best validation.
@@ -176,11 +181,12 @@ class Start:
   exits_trained: bool | None = None
 
 
+@arguments.checked()
 def starting_point(
   model: network.T5Config | None,
   initial: str | None,
   seed: int,
-  fresh: Sequence[str] = (),
+  fresh: str | Sequence[str] = (),
   parts: Sequence[str] = (),
 ) -> Start:
   """Sizes and parameters at step 0; exit parts that `initial` lacks are added, those in `parts`
@@ -212,6 +218,7 @@ def starting_point(
   return Start(model, jax.tree.map(jnp.asarray, params), stored.exits_trained)
 
 
+@arguments.checked()
 def find_checkpoint(initial: str) -> pathlib.Path:
   """The checkpoint at `initial`, or the one that a run exported below it."""
   path = pathlib.Path(initial)

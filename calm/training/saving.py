@@ -5,9 +5,11 @@ from typing import Any
 
 import jax
 
+from calm.calibrate import arguments
 from calm.calibrate.generations import files
 
 
+@arguments.checked()
 def check_writable(output_dir: pathlib.Path) -> None:
   """Makes the folder, and refuses one that nothing can be written to before hours are spent.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from calm import checkpoints
+from calm.calibrate import arguments
 from calm.calibrate.generations import records
 from calm.checkpoints import files
 from calm.data import datasets, training_batches
@@ -15,6 +16,7 @@ from calm.t5 import limits
 MODEL_FOLDER = "model"
 
 
+@arguments.checked()
 def supervised(
   path: str,
   vocabulary: checkpoints.Vocabulary,
@@ -108,6 +110,7 @@ def _tokens_of(path: pathlib.Path) -> dict[str, list[int]]:
   return found
 
 
+@arguments.checked()
 def frequent_tokens(
   paths: Sequence[str], vocabulary: checkpoints.Vocabulary, size: int, *, root: str = ""
 ) -> tuple[int, ...]:
@@ -139,6 +142,7 @@ def frequent_tokens(
   return tuple(found[:size])
 
 
+@arguments.checked()
 def stored_shortlist(path: str) -> tuple[int, ...]:
   """The shortlist in the folder of a checkpoint, or of a run that exported one.
 
@@ -155,6 +159,7 @@ def stored_shortlist(path: str) -> tuple[int, ...]:
   return tuple(found)
 
 
+@arguments.checked()
 @functools.lru_cache(maxsize=1)
 def stored_vocabulary(path: str) -> checkpoints.Vocabulary | None:
   """The vocabulary in the folder of a checkpoint, or of a run that exported one."""
@@ -166,6 +171,7 @@ def _folder(path: str) -> pathlib.Path:
   return exported if exported.is_dir() else pathlib.Path(path)
 
 
+@arguments.checked()
 def denoising(
   texts: Sequence[tuple[str, str]],
   vocabulary: checkpoints.Vocabulary,
@@ -208,6 +214,7 @@ def denoising(
   return source
 
 
+@arguments.checked()
 def seqio_pairs(
   mixture_or_task_name: str,
   buckets: Sequence[tuple[int, int]],

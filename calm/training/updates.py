@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct, traverse_util
 
+from calm.calibrate import arguments
 from calm.data import training_batches
 from calm.t5 import limits, network
 from calm.t5.config import Params
@@ -34,6 +35,7 @@ class TrainState:
   opt_state: Any
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Schedule:
   """Linear warm-up, then cosine decay to `num_steps`.
@@ -58,6 +60,7 @@ class Schedule:
           f"Expected `{name}` to be a number in [0, 1000], got {value!r}; T5 has 0.01 to 0.001."
         )
 
+  @arguments.checked()
   def __call__(self, num_steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(
       init_value=0.0,
@@ -78,6 +81,7 @@ def adam(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
   return optax.adam(learning_rate)
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
   """One run.
@@ -114,6 +118,7 @@ class TrainConfig:
       limits.whole(name, got, value, MOST_STEPS, "give a number in that range")
 
 
+@arguments.checked()
 def init_params(config: network.T5Config, seed: int) -> Params:
   """Fresh parameters of a model."""
   return _init(config, jax.random.key(seed))
@@ -126,8 +131,9 @@ def _init(config: network.T5Config, key: jax.Array) -> Params:
   return made["params"]
 
 
+@arguments.checked()
 def make_optimizer(
-  config: TrainConfig, objective: objectives.Objective, params: Params
+  config: TrainConfig, objective: objectives.Objective, params: Mapping[str, Any]
 ) -> optax.GradientTransformation:
   """The optimizer over what the objective trains; everything else never changes.
 
@@ -135,17 +141,27 @@ def make_optimizer(
     config: schedule and optimizer.
     objective: says which parameters it trains.
     params: the tree.
+
+  Raises:
+    ValueError: a leaf of `params` is no array.
   """
   transform = config.optimizer(config.schedule(config.num_steps))
   paths = traverse_util.flatten_dict(params)
+  for path, leaf in paths.items():
+    if not hasattr(leaf, "shape"):
+      raise ValueError(
+        f"Expected `params` to be a tree of arrays, got {leaf!r:.60} at {path!r:.100}; take the"
+        " tree of `init_params` or of a checkpoint."
+      )
   labels = traverse_util.unflatten_dict(
     {path: "train" if objective.trains(path) else "freeze" for path in paths}
   )
   return optax.partition({"train": transform, "freeze": optax.set_to_zero()}, labels)
 
 
+@arguments.checked()
 def init_state(
-  params: Params, config: TrainConfig, objective: objectives.Objective
+  params: Mapping[str, Any], config: TrainConfig, objective: objectives.Objective
 ) -> TrainState:
   """Step 0 of a run.
 
@@ -158,11 +174,12 @@ def init_state(
   return TrainState(jnp.array(0, jnp.int32), params, optimizer.init(params))
 
 
+@arguments.checked()
 def make_train_step(
   module: network.Transformer,
   config: TrainConfig,
   objective: objectives.Objective,
-  params: Params,
+  params: Mapping[str, Any],
 ) -> Callable[[TrainState, training_batches.Batch], tuple[TrainState, objectives.BatchMetrics]]:
   """The jitted update; the gradient is that of the mean loss over real tokens.
 
@@ -218,6 +235,7 @@ def _in_parts(gradient, batch: training_batches.Batch, rng: jax.Array, count: in
   return jax.lax.fori_loop(0, count, add, nothing)
 
 
+@arguments.checked()
 def make_eval_fn(
   module: network.Transformer, objective: objectives.Objective, eval_batches: Sequence[Any]
 ) -> Callable[[Params], dict[str, float]]:

@@ -1,0 +1,166 @@
+"""Arguments of training, checkpoints and the adapter to T5X: taken, or refused by name."""
+
+import json
+import math
+
+import pytest
+
+pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
+pytest.importorskip("gin")
+
+from calm import checkpoints, exits, training
+from calm.data import training_batches, vocabulary
+from calm.t5x import calls, loops, sizes, stored
+from calm.training import distillation, losses, objectives, run, sources
+from tests import odd_arguments, toys
+from tests.inference.arguments_test import fields
+from tests.training import samples
+
+MODULE, PARAMS = samples.model_of(toys.Config(num_decoder_layers=2, vocab_size=384))
+CONFIG = MODULE.config
+BYTES = vocabulary.ByteVocabulary()
+RUN = training.TrainConfig(num_steps=1)
+OBJECTIVE = objectives.LayerWeighted()
+ROWS = [{"id": f"{n}", "input": f"text {n} a b c d", "target": f"{n} b"} for n in range(4)]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+  """A text as a path is one in here."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+  checkpoints.save(tmp_path / "model", PARAMS, CONFIG, vocabulary=BYTES)
+  (tmp_path / "model" / "inference.json").write_text('{"shortlist": [3, 4]}')
+  (tmp_path / "history.json").write_text("[]")
+
+
+def of(kind, **given):
+  return kind, fields(kind, **given)
+
+
+SOURCE = training_batches.Supervised(
+  *(training_batches.Ragged([[3, 1]] * 4) for _ in range(2)),
+  (training_batches.Bucket(4, 4),),
+  2,
+  0,
+)
+PAIRS = {"path": "rows.jsonl", "vocabulary": BYTES, "buckets": [(16, 8)], "batch_size": 2}
+BORDER = {
+  "config": of(training.TrainConfig, num_steps=1),
+  "schedule": of(training.Schedule),
+  "rate": (training.Schedule(), {"num_steps": 3}),
+  "weighted": of(objectives.LayerWeighted),
+  "distilled": of(distillation.SelfDistilled),
+  "maps": of(distillation.ExitMaps),
+  "classifier": of(objectives.ExitClassifier),
+  "probes": of(objectives.ExitProbes, shortlist=(3, 4)),
+  "weights": (losses.layer_weights, {"num_layers": 3}),
+  "last": (losses.last_layer_weights, {"num_layers": 3}),
+  "equal": (losses.equal_weights, {"num_layers": 3}),
+  "params": (training.init_params, {"config": CONFIG, "seed": 0}),
+  "writable": (training.check_writable, {"output_dir": "out"}),
+  "history": (training.read_history, {"path": "history.json"}),
+  "validations": (training.History, {"path": "none.json", "metric": "loss", "patience": 1}),
+  "data": of(run.Data, train=SOURCE, validation={}, num_validation_batches={}),
+  "export": of(run.Export, vocabulary=BYTES),
+  "start": (
+    run.starting_point,
+    {"model": CONFIG, "initial": "model", "seed": 0, "fresh": ()},
+  ),
+  "found": (run.find_checkpoint, {"initial": "model"}),
+  "state": (
+    training.init_state,
+    {"params": PARAMS, "config": RUN, "objective": OBJECTIVE},
+  ),
+  "step": (
+    training.make_train_step,
+    {"module": MODULE, "config": RUN, "objective": OBJECTIVE, "params": PARAMS},
+  ),
+  "pairs": (
+    sources.supervised,
+    {**PAIRS, "root": "", "prefix": "", "seed": 0, "every": 1, "outputs": ""},
+  ),
+  "frequent": (
+    sources.frequent_tokens,
+    {"paths": ["rows.jsonl"], "vocabulary": BYTES, "size": 3, "root": ""},
+  ),
+  "shortlist": (sources.stored_shortlist, {"path": "model"}),
+  "vocabulary": (sources.stored_vocabulary, {"path": "model"}),
+  "denoising": (
+    sources.denoising,
+    {
+      **{"texts": [("rows.jsonl", "")], "vocabulary": BYTES, "length": 12, "batch_size": 2},
+      **{"root": "", "seed": 0, "min_tokens": 4},
+    },
+  ),
+  "save": (
+    checkpoints.save,
+    {
+      **{"directory": "saved", "params": PARAMS, "config": CONFIG, "vocabulary": BYTES},
+      **{"storage_dtype": "float32", "exits_trained": None},
+    },
+  ),
+  "load": (
+    checkpoints.load,
+    {"path": "model", "config": None, "vocabulary": None, "exits": None},
+  ),
+  "exits": (
+    checkpoints.save_exits,
+    {"file": "exits.safetensors", "leaves": {}, "base_digest": "0"},
+  ),
+  "copy": (checkpoints.copy_base, {"source": "model", "target": "copied"}),
+  "digest": (checkpoints.parameters_digest, {"params": PARAMS}),
+  "T5X config": (stored.stored_config, {"checkpoint": "model"}),
+  "T5X options": (stored.stored_options, {"checkpoint": "model"}),
+  "T5X checkpoint": (stored.stored_checkpoint, {"checkpoint": "model"}),
+  "T5X path": (stored.absolute_path, {"path": "model"}),
+  "T5X check": (
+    calls.check,
+    {"rule": exits.DynamicExits("softmax"), "threshold": 0.5, "matmul_precision": None},
+  ),
+  "T5X depth": (calls.depth, {"rule": exits.StaticExit(), "default": 1.0, "given": None}),
+  "T5X parts": (sizes.needed_parts, {"rule": exits.StaticExit(), "objective": OBJECTIVE}),
+  "T5X sizes": (sizes.config_of, {"module": MODULE, "parts": ()}),
+  "T5X loop": of(loops.Loop, config=CONFIG, rule=exits.StaticExit(), length=8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BORDER)
+def test_every_argument_is_taken_or_refused_by_name(name, folder):
+  call, given = BORDER[name]
+  call(**given)
+  assert list(odd_arguments.unclear(call, given)) == []
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda: training.TrainConfig(1, optimizer="adam"), "`optimizer` to be a function"),
+    (lambda: training.TrainConfig(1, schedule=0.1), "`schedule` to be a function"),
+    (lambda: training.TrainConfig(1, seed="0"), "`seed` to be a whole number"),
+    (lambda: training.TrainConfig(1, stop_metric=None), "`stop_metric` to be a text"),
+    (lambda: objectives.LayerWeighted(weights=(1, 2)), "`weights` to be a function"),
+    (lambda: objectives.LayerWeighted(z_loss=math.nan), "`z_loss` to be finite"),
+    (lambda: objectives.LayerWeighted(sampled_layers=0), "`sampled_layers`"),
+    (lambda: distillation.SelfDistilled(share=-1.0), "`share` to be finite and at least 0"),
+    (lambda: objectives.ExitClassifier(objective="geometric"), "`objective` to be a function"),
+    (lambda: run.Export(BYTES, storage_dtype="float16"), "`storage_dtype` to be one of"),
+    (lambda: distillation.ExitMaps(classifier="no"), "`classifier` to be True or False"),
+    (lambda: run.Export(None), "`vocabulary` to be"),
+    (lambda: run.Data(train=ROWS), "`train` to be a `Source`"),
+    (lambda: training.init_params(CONFIG, 0.5), "`seed` to be a whole number"),
+    (lambda: checkpoints.load("model", vocabulary="bytes"), "`vocabulary` to be"),
+    (lambda: checkpoints.save("a", PARAMS, CONFIG, exits_trained=1), "`exits_trained` to be"),
+    (lambda: sizes.needed_parts(exits.StaticExit(), "stage_one"), "`objective` to be"),
+  ],
+)
+def test_what_would_be_noticed_late_or_never_is_named_at_once(call, message):
+  with pytest.raises(ValueError, match=f"Expected {message}"):
+    call()
+
+
+def test_a_text_is_a_path_and_a_list_a_tuple():
+  training.check_writable("made")
+  assert training.read_history("history.json") == []
+  probes = objectives.ExitProbes(shortlist=(token for token in (3, 4)))
+  assert probes.shortlist == (3, 4) and hash(probes)
