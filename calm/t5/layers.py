@@ -160,8 +160,7 @@ class Attention(nn.Module):
     value = self._project("value", inputs_kv, attention_init)
     if decode:
       key, value, mask, bias = self._through_cache(key, value, mask, bias)
-    weights = self._weights(query, key, mask, bias, deterministic)
-    mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    mixed = self.mix(query, key, value, mask, bias, deterministic)
     mixed = mixed.reshape(*mixed.shape[:2], -1)
     return Dense(
       inputs_q.shape[-1], ("joined_kv", "embed"), self.dtype, attention_init, name="out"
@@ -172,6 +171,11 @@ class Attention(nn.Module):
     x = Dense(width, ("embed", "joined_kv"), self.dtype, init, name=name)(x)
     x = x.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
     return partitioning.with_sharding_constraint(x, ("batch", "length", "heads", "kv"))
+
+  def mix(self, query, key, value, mask, bias, deterministic) -> jax.Array:
+    """Values by their weights, [batch, query_length, heads, head_dim]."""
+    weights = self._weights(query, key, mask, bias, deterministic)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
 
   def _weights(self, query, key, mask, bias, deterministic) -> jax.Array:
     if self.float32_logits:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from calm.t5 import layers, masks, stacks
+from calm.t5 import layers, masks, platforms, stacks
 from calm.t5.config import Params, T5Config
 from calm.t5.eight_bits import EightBits
 
@@ -32,7 +32,7 @@ def encode(
     encoder_input_tokens: prompts, 0 behind their ends.
   """
   network = Transformer(dataclasses.replace(config, one_hot_embedding=False))
-  with nn.intercept_methods(_in_8_bits):
+  with nn.intercept_methods(_once_a_prompt):
     encoded = network.apply(
       {"params": params}, encoder_input_tokens, enable_dropout=False, method="encode"
     )
@@ -40,14 +40,37 @@ def encode(
   return encoded
 
 
-def _in_8_bits(call, arguments, named, context):
-  """A call of a module; linear maps whose kernel is in 8 bits multiply so."""
+def _once_a_prompt(call, arguments, named, context):
+  """A call of a module: attention as a CPU likes it, linear maps in 8 bits if stored so."""
   module = context.module
+  mixes = isinstance(module, layers.Attention) and context.method_name == "mix"
+  if mixes and platforms.attends_by_row() and jnp.dtype(module.dtype) == jnp.float32:
+    return _mix(*arguments[:5])
   if isinstance(module, layers.Dense) and context.method_name == "__call__":
     kernel = module.variables["params"]["kernel"]
     if isinstance(kernel, EightBits):
       return kernel.product(jnp.asarray(arguments[0], module.dtype))
   return call(*arguments, **named)
+
+
+def _mix(
+  query: Float[Array, "batch queries heads head_dim"],
+  key: Float[Array, "batch keys heads head_dim"],
+  value: Float[Array, "batch keys heads head_dim"],
+  mask: Array,
+  bias: Float[Array, "batch_or_one heads queries keys"],
+) -> Float[Array, "batch queries heads head_dim"]:
+  """As `layers.Attention.mix`, with heads laid out first and weights divided last.
+
+  XLA:CPU lays arrays out for the products it is told of: otherwise it takes three times as long
+  (T5 1.1 small, 32 prompts of 128 tokens).
+  """
+  query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))
+  logits = jnp.einsum("bhqd,bhkd->bhqk", query, key)
+  logits = logits + jnp.where(mask.astype(bool), 0.0, layers.MASK_BIAS) + bias
+  shares = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+  mixed = jnp.einsum("bhqk,bhkd->bhqd", shares, value)
+  return jnp.moveaxis(mixed / jnp.sum(shares, axis=-1, keepdims=True), 1, 2)
 
 
 class Transformer(nn.Module):
