@@ -179,6 +179,8 @@ def rows_of(setting: models.Setting, options: argparse.Namespace, log) -> list[t
   for row, time_ in zip(rows, times, strict=True):
     if rival is not None:
       row.against = table.ratio(_per_step(rival, model), _per_step(time_, model))
+      both = (_whole(each, model, times[0]) for each in (rival, time_))
+      row.against_whole = table.ratio(*both)
   return rows
 
 
@@ -265,12 +267,7 @@ def _table(setting, model: models.Model, times: list[Times], speed: float) -> li
 
 def _row(setting, model: models.Model, times: Times, full: Times, speed: float) -> table.Row:
   system, decoded = times.system, times.decoded
-  steps, decode = _steps(decoded, model), _per_step(times, model)
-  encode = times.encode or (full.encode if not system.peer else [])
-  if system.by_difference:
-    end_to_end = statistics.median(times.decode) / steps
-  else:
-    end_to_end = (statistics.median(times.decode) + statistics.median(encode)) / steps
+  decode, steps = _per_step(times, model), _steps(decoded, model)
   layers = system.measured_layers
   if layers is None and decoded.exit_layers is not None:
     taken = np.concatenate([e.ravel() for e in decoded.exit_layers])
@@ -290,7 +287,7 @@ def _row(setting, model: models.Model, times: Times, full: Times, speed: float) 
     median=statistics.median(decode),
     low=min(decode),
     high=max(decode),
-    end_to_end=1e3 * end_to_end,
+    end_to_end=statistics.median(_whole(times, model, full)),
     compile_seconds=max(times.first - statistics.median(times.decode), 0.0),
     megaflops=megaflops,
     megabytes=megabytes,
@@ -313,6 +310,15 @@ def _per_step(times: Times, model: models.Model) -> list[float]:
   steps = max(steps - len(times.decoded.tokens), 1)
   pairs = zip(times.decode, times.encode, strict=True)
   return [1e3 * (both - encoder) / steps for both, encoder in pairs]
+
+
+def _whole(times: Times, model: models.Model, full: Times) -> list[float]:
+  """Milliseconds a step of every repeat with the encoder, full depth's where it has none."""
+  steps = _steps(times.decoded, model)
+  if times.system.by_difference:
+    return [1e3 * seconds / steps for seconds in times.decode]
+  pairs = zip(times.decode, times.encode or full.encode, strict=True)
+  return [1e3 * (decoder + encoder) / steps for decoder, encoder in pairs]
 
 
 def lengths(tokens: np.ndarray, eos_id: int) -> np.ndarray:

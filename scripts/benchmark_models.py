@@ -114,10 +114,11 @@ READINGS: Mapping[str, str] = {
   "columns": "matrices in columns",
   "both": "head in 8 bits, matrices in columns",
   "layers": "layers and head in 8 bits",
+  "encoder": "encoder and head in 8 bits",
   "xla": "all by XLA",  # not a reading: programs without functions of this process
 }
 # Those of which the encoder's weights are read otherwise, too.
-ENCODES = ("layers",)
+ENCODES = ("layers", "encoder")
 
 
 def read(model: Model, names: Iterable[str]) -> dict[str, Model]:
@@ -128,9 +129,16 @@ def read(model: Model, names: Iterable[str]) -> dict[str, Model]:
 def _read(model: Model, name: str) -> Model:
   if name == "xla":
     return model
-  if name == "layers":
-    listed = model.shortlist, "int8", "int8"
-    weights = program.model_weights(model.params, model.config, model.num_pieces, *listed)
+  if name in ENCODES:
+    weights = program.model_weights(
+      model.params,
+      model.config,
+      model.num_pieces,
+      model.shortlist,
+      "int8" if name == "layers" else None,
+      "int8",
+      encoder_dtype="int8",
+    )
     return dataclasses.replace(model, weights=weights)
   decoder = model.weights.decoder
   if name in ("int8", "both"):

@@ -27,6 +27,7 @@ class Row:
     over_full: time over that of our full depth.
     agreement: share of tokens equal to our full depth's; None where depths differ.
     against: how many times as long a chosen row takes, None where none was chosen.
+    against_whole: the same with both encoders.
   """
 
   setting: str
@@ -46,6 +47,7 @@ class Row:
   over_full: float | None = None
   agreement: float | None = None
   against: "Ratio | None" = None
+  against_whole: "Ratio | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +94,8 @@ def markdown(rows: list[Row], about: dict[str, Any]) -> str:
       f"**{setting}** (memory was read at {_speed(rows, setting):.1f} GB/s)",
       "",
       "| system | layers | MFLOP a token | MB a step | ms a step | spread | x static | x full |"
-      " x floor | end to end | compile s | tokens equal | against |",
-      "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+      " x floor | end to end | compile s | tokens equal | against | with encoders |",
+      "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [_markdown_row(row) for row in rows if row.setting == setting]
   return "\n".join(lines) + "\n"
@@ -113,6 +115,8 @@ def result(rows: list[Row], about: dict[str, Any]) -> dict[str, Any]:
   }
   if any(row.against for row in rows):
     columns[f"{about['against']} over it"] = lambda row: str(row.against or "")
+    columns["with both encoders"] = lambda row: str(row.against_whole or "")
+    columns["tokens equal"] = lambda row: row.agreement
   return {
     "command": about["command"],
     "columns": list(columns),
@@ -141,6 +145,7 @@ def _markdown_row(row: Row) -> str:
     number(row.end_to_end),
     number(row.compile_seconds, 1),
     share,
-    "" if row.against is None else str(row.against),
+    str(row.against or ""),
+    str(row.against_whole or ""),
   ]
   return "| " + " | ".join(cells) + " |"
