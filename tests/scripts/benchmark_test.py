@@ -62,6 +62,8 @@ def test_one_command_makes_one_table(scripts, tmp_path, capsys):
   # Two repeats are too few for an interval.
   assert full["against"] == {"median": 1.0, "low": None, "high": None}
   assert static["against"]["median"] > 0
+  whole = [row["against_whole"]["median"] for row in (full, static)]
+  assert whole[0] == 1.0 and whole[1] > 0
   about = table["about"]
   assert about["cores"] >= 1 and "jax" in about["versions"]
   printed = capsys.readouterr().out
