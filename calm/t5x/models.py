@@ -44,7 +44,7 @@ from calm.exits import confidence, schedules
 from calm.t5 import caches, network, parameters
 from calm.t5.config import Params
 from calm.t5x import bindings, calls, loops, prefixes, shards, sizes, stored, watching
-from calm.training import objectives
+from calm.training import distillation, objectives
 
 Batch = Mapping[str, jax.Array]
 
@@ -191,7 +191,13 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     penalty = sums.z_loss
     if factor is not None:
       loss, penalty = loss / factor, penalty / factor
-    return loss, _metrics(loss, penalty, sums, weighted)
+    metrics = _metrics(loss, penalty, sums, weighted)
+    if isinstance(self.objective, distillation.ExitMaps):  # layers without maps: 0 / 0
+      for layer in {*range(1, self.config.num_decoder_layers)} - {
+        *self.config.exit_translators
+      }:
+        del metrics[f"accuracy/layer_{layer}"], metrics[f"loss/layer_{layer}"]
+    return loss, metrics
 
   def predict_batch_with_aux(
     self,

@@ -96,8 +96,8 @@ class ExitMaps:
     + the exit classifier's loss on x + x A_j + b_j,
 
   p being the full model's probabilities. The configuration says the layers
-  (`T5Config.exit_translators`, `exit_propagation`). Metrics of these layers are the first term
-  and the argmaxes that are the full model's.
+  (`T5Config.exit_translators`, `exit_propagation`). Metrics of these layers, and of the last,
+  are the first term and the argmaxes that are the full model's.
 
   Attributes:
     classifier: whether the exit classifier is trained beside them.
@@ -137,13 +137,14 @@ class ExitMaps:
       predictions = losses.layer_predictions(jax.lax.stop_gradient(read), kernel)
       loss += losses.classifier_loss(told, predictions, weights)
     count = jnp.sum(weights)
-    by_layer = lambda x: jnp.zeros(len(read)).at[chosen].set(x)
+    seen = np.append(chosen, len(read) - 1)
+    by_layer = lambda x, last: jnp.zeros(len(read)).at[seen].set(jnp.append(x, last))
     return loss, objectives.BatchMetrics(
       loss=loss,
       weight=count,
-      cross_entropy=by_layer(apart + entropy),
-      correct=by_layer(hits),
-      layer_weight=by_layer(count),
+      cross_entropy=by_layer(apart + entropy, entropy),
+      correct=by_layer(hits, count),
+      layer_weight=by_layer(jnp.full(len(chosen), count), count),
       z_loss=jnp.zeros(()),
     )
 

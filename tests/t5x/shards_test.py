@@ -68,8 +68,10 @@ def test_large_parameters_do_not_stay_whole_whatever_they_are_stored_in(dtype):
   assert not shards.may_stay_whole(shaped(shards.KEPT_BYTES // 4 + 1))
 
 
-def test_a_decoder_that_is_kept_whole_lies_along_no_mesh_axis():
-  toy = engine.toy()
+@pytest.mark.parametrize("maps", [{}, engine.MAPS], ids=["plain", "maps"])
+def test_a_decoder_that_is_kept_whole_lies_along_no_mesh_axis(maps):
+  """Nor do maps beside it, whether or not it is kept whole."""
+  toy = engine.toy(**maps)
   tokens = jnp.ones((1, 4), jnp.int32)
   init = network.Transformer(toy.config).init
   variables = jax.eval_shape(lambda key: init(key, tokens, tokens, tokens), jax.random.key(0))
@@ -92,6 +94,9 @@ def test_a_decoder_that_is_kept_whole_lies_along_no_mesh_axis():
   read = {path for path in along if "'encoder'" not in path}
   assert before.keys() == after.keys() and changed == read
   assert len(read) > 10 and len(along) > len(read)
+  assert not any("exit_" in path for path in along) and bool(maps) == any(
+    "exit_propagation" in path for path in before
+  )
   for path in read:
     assert set(partitioning.logical_to_mesh_axes(after[path], rules)) <= {None}
     assert len(after[path]) == len(before[path])

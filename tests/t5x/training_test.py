@@ -7,7 +7,7 @@ import pytest
 
 from calm import checkpoints
 from calm.t5 import parameters
-from calm.training import objectives
+from calm.training import distillation, objectives
 from tests import engine
 from tests.t5x import setup
 
@@ -78,3 +78,19 @@ def test_an_exported_checkpoint_is_ours_again_bit_for_bit(tmp_path, step, maps):
   expected = parameters.flatten(toy.params)
   for path, leaf in parameters.flatten(stored.params).items():
     np.testing.assert_array_equal(leaf, expected[path])
+
+
+def test_what_maps_learn_from_is_measured_of_layers_that_have_them():
+  """The last layer's cross entropy with itself, the floor, stands beside."""
+  toy, batch = engine.toy(), setup.training_batch(engine.toy())
+  objective = distillation.ExitMaps(classifier=False)
+  model = setup.model(toy, objective=objective, exit_maps=((2,), 3))
+  params = parameters.add_exit_parts(setup.t5x_params(toy), model.config)
+  loss, metrics = model.loss_fn(jax.tree.map(jnp.asarray, params), batch, None)
+  values = {
+    name: float(metric.compute()) for name, metric in metrics.items() if "/layer_" in name
+  }
+  names = {f"{kind}/layer_{layer}" for kind in ("accuracy", "loss") for layer in (2, 4)}
+  assert values.keys() == names and np.isfinite([float(loss), *values.values()]).all()
+  assert values["accuracy/layer_4"] == 1.0 > values["accuracy/layer_2"]
+  assert values["loss/layer_2"] > values["loss/layer_4"] > 0.0

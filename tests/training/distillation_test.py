@@ -149,7 +149,9 @@ def test_maps_minimise_the_equation_and_no_gradient_reaches_the_base(options):
   weights = batch["decoder_loss_weights"]
   entropy = -jnp.sum(jnp.exp(sure) * sure * weights[..., None])
   np.testing.assert_allclose(loss, expected + entropy, rtol=1e-5)
-  assert (np.asarray(metrics.layer_weight) > 0).tolist() == [True, True, False, False]
+  assert (np.asarray(metrics.layer_weight) > 0).tolist() == [True, True, False, True]
+  np.testing.assert_allclose(metrics.cross_entropy[-1], entropy, rtol=1e-5)
+  assert metrics.correct[-1] == metrics.weight > metrics.correct[0]
   trained, wanted = set(), traverse_util.flatten_dict(wanted)
   for path, leaf in traverse_util.flatten_dict(gradient).items():
     if objective.trains(path):
