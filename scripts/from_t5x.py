@@ -42,7 +42,7 @@ def main() -> None:
   arguments = parser.parse_args()
   like = stored_lib.stored_checkpoint(arguments.like)
   stored = checkpoints.load(arguments.checkpoint)
-  options = inference.options.to_stored(stored_lib.stored_options(arguments.like))
+  options = stored_lib.stored_options(arguments.like)
   # `to_t5x.py` and training add exit parts: the checkpoint has those that it has.
   parts = (*parameters.EXIT_PARTS, "exit_propagation_rank", "per_layer_heads")
   held = {part: getattr(stored.config, part) for part in parts}
@@ -51,10 +51,10 @@ def main() -> None:
   if arguments.fit:
     below = range(1, config.num_decoder_layers)
     layers = list(map(int, arguments.layers.split(","))) if arguments.layers else below
-    listed = options.get("shortlist")
-    stored = fitted(stored, arguments.fit, layers, arguments.rank, listed)
-  if stored.config.exit_propagation and options.get("propagation") != "learned":
-    options |= {"propagation": "learned", "exit_layers": stored.config.exit_propagation}
+    stored = fitted(stored, arguments.fit, layers, arguments.rank, options.shortlist)
+  if stored.config.exit_propagation and options.propagation != "learned":
+    layers = stored.config.exit_propagation
+    options = inference.options.change(options, propagation="learned", exit_layers=layers)
   checkpoints.save(
     arguments.output,
     stored.params,
@@ -62,7 +62,7 @@ def main() -> None:
     vocabulary=stored.vocabulary,
     exits_trained=stored.exits_trained,
   )
-  text = json.dumps(options, indent=1) + "\n"
+  text = json.dumps(inference.options.to_stored(options), indent=1) + "\n"
   files.write_atomically(pathlib.Path(arguments.output) / "inference.json", text)
   print(arguments.output)
 
