@@ -60,11 +60,12 @@ def run(script, *files, devices=1, **bindings):
   return done.stdout + done.stderr
 
 
-def train(work, name, initial, steps, which=""):
+def train(work, name, initial, steps, which="", after=(), **more):
   run(
     "-m t5x.train",
     f"configs/runs/local_debian{which}.gin",
     "configs/tasks/debian_synopsis.gin",
+    *after,
     DATA=str(work / "data"),
     MODEL_DIR=str(work / name),
     INITIAL_CHECKPOINT_PATH=str(initial),
@@ -76,15 +77,21 @@ def train(work, name, initial, steps, which=""):
     **{"utils.SaveCheckpointConfig.period": 2},
     # The same every time, where a user's run takes another order at each start.
     **{"train/utils.DatasetConfig.seed": 0},
+    **more,
   )
   return work / name / f"checkpoint_{steps}"
 
 
 @pytest.fixture(scope="module")
-def trained(work):
-  """Checkpoints of the model in the box, of stage one and of stage two."""
+def start(work):
+  """The model in the box as a T5X checkpoint."""
   run("scripts/to_t5x.py --output=" + str(work / "packed"))
-  start = work / "packed" / "checkpoint_0"
+  return work / "packed" / "checkpoint_0"
+
+
+@pytest.fixture(scope="module")
+def trained(work, start):
+  """Checkpoints of the model in the box, of stage one and of stage two."""
   one = train(work, "one", start, 2)
   # Three steps: Adafactor clips a scalar's to one learning rate, and two of those can cancel.
   return start, one, train(work, "two", one, 5, "_exit_classifier")
@@ -118,13 +125,14 @@ def test_a_stopped_run_goes_on_where_it_was(trained, work, name, steps, which):
   assert moved == classifier if which else moved
 
 
-def infer(work, checkpoint, threshold, devices=1):
-  name = f"infer_{threshold}_{devices}"
-  given = {} if threshold is None else {"THRESHOLD": threshold}
+def infer(work, checkpoint, threshold, devices=1, after=(), **more):
+  name = f"infer_{checkpoint.parent.name}_{threshold}_{devices}"
+  given = more if threshold is None else {"THRESHOLD": threshold, **more}
   log = run(
     "-m t5x.infer",
     "configs/runs/local_debian_infer.gin",
     "configs/tasks/debian_synopsis.gin",
+    *after,
     devices=devices,
     DATA=str(work / "data"),
     CHECKPOINT_PATH=str(checkpoint),
@@ -276,6 +284,36 @@ def test_calm_infer_opens_what_was_trained_here_without_t5x(work, trained, swept
   lines = (work / "out.jsonl").read_text("utf-8").splitlines()
   predictions = {row["id"]: row["prediction"] for row in map(json.loads, lines)}
   assert predictions == {r.id: r.prediction for r in cached.records[1]}
+
+
+def test_exits_beside_frozen_weights_are_trained_inferred_and_opened_without_t5x(work, start):
+  """On two devices, the model axis of T5X's CPU mesh; no other parameter moves."""
+  lines = {"EXIT_LAYERS": (2, 4), "EXIT_RANK": 4}
+  after = ["configs/runs/exit_translators.gin"]
+  maps = train(work, "maps", start, 3, after=after, **lines)
+  before, stored = map(checkpoints.load, (start, maps))
+  assert parameters.base_digest(stored.params) == parameters.base_digest(before.params)
+  assert stored.config.exit_translators == stored.config.exit_propagation == (2, 4)
+  ups = [
+    part["up"]["kernel"][1:] for part in stored.params["decoder"]["exit_propagation"].values()
+  ]
+  assert all(map(np.any, ups)), "skipped layers' inputs were learned"
+  after = ["configs/runs/exit_maps.gin"]
+  file = infer(work, maps, 0.95, devices=2, after=after, **lines)
+  prompts, records = foreign.read_predictions(file, 0.95)
+  rows = (work / "data" / "debian_synopsis" / "test.jsonl").read_text("utf-8").splitlines()
+  texts = {row["id"]: row["input"] for row in map(json.loads, rows)}
+  model = work / "maps_model"
+  run(f"scripts/from_t5x.py --checkpoint={maps} --output={model}")
+  brought = inference.load(model).options
+  read = {"propagation": brought.propagation, "exit_layers": brought.exit_layers}
+  assert read == {"propagation": "learned", "exit_layers": (2, 4)}
+  lengths = {"max_input_length": 32, "max_decode_length": 8}
+  predictor = inference.load(model, measure="classifier", **lengths, **read)
+  outputs = predictor.generate([texts[prompt.id] for prompt in prompts], threshold=0.95)
+  assert len({layer for output in outputs for layer in output.exit_layers}) > 1
+  for output, record in zip(outputs, records, strict=True):
+    assert (output.text, output.exit_layers) == (record.prediction, record.exit_layers)
 
 
 def test_the_tiny_run_trains_from_random_parameters(work):
