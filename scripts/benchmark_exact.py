@@ -37,7 +37,8 @@ from flax import struct
 from calm import exits, inference
 from calm.calibrate.generations import files
 from calm.decode import compiled, drafting, program, verified_state
-from calm.paper.bench import tasks, timing
+from calm.inference import timing
+from calm.paper.bench import tasks
 from calm.t5 import network
 
 GATED = {"mlp_activations": ("gelu", "linear")}

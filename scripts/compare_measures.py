@@ -25,7 +25,8 @@ import calm
 from calm import exits, inference
 from calm.calibrate import NEVER_EXIT, Prompt, generations
 from calm.calibrate.generations import files
-from calm.paper.bench import bench, decode, scores, tasks
+from calm.inference import offline
+from calm.paper.bench import bench, scores, tasks
 from calm.paper.experiments import gains
 
 MEASURES = (
@@ -97,7 +98,7 @@ def calibrated(part: Part, fixed: dict, timed: int) -> list[list[str]]:
     wanted = {measure: set() for measure in task.measures}
     for row in found.rows:
       wanted[row.measure] |= {row.gains[0].threshold} - {NEVER_EXIT}
-    prompts = decode.of_one_length(
+    prompts = offline.of_one_length(
       task.timed_model, part.prompts[found.num_calibration :], timed
     )
     levels = {measure: sorted(levels) for measure, levels in wanted.items()}

@@ -25,7 +25,8 @@ import calm
 from calm import exits, inference
 from calm.calibrate.generations import files
 from calm.fitting import candidates, probe
-from calm.paper.bench import decode, tasks
+from calm.inference import offline
+from calm.paper.bench import tasks
 
 SHARES = (0.02, 0.04, 0.06, 0.1)
 TITLES = {"synopsis": "synopses", "qa": "questions", "enfr": "translations"}
@@ -42,7 +43,7 @@ def read(arguments, folder: str, task: str) -> probe.Probe:
     max_decode_length=settings.max_decode_length,
   )
   prompts = tasks.read_prompts(arguments.data, settings, "validation", limit=arguments.limit)
-  full = decode.with_rule(decode.one_shape(model), prompts, exits.StaticExit())
+  full = offline.with_rule(offline.one_shape(model), prompts, exits.StaticExit())
   silent = lambda share, text: None
   texts = [prompt.input for prompt in prompts]
   return probe.probe(model, texts, full, arguments.measures, silent)

@@ -16,8 +16,8 @@ import tempfile
 from calm import calibrate, exits, inference
 from calm.calibrate.generations import records
 from calm.calibrate.losses import sequence_losses
-from calm.inference import colours
-from calm.paper.bench import decode, scores
+from calm.inference import colours, offline
+from calm.paper.bench import scores
 
 parser = argparse.ArgumentParser(description="A walk through calm on the packed model.")
 parser.add_argument("--prompts", type=int, default=60, help="calibration prompts (60)")
@@ -33,7 +33,7 @@ arguments, _ = parser.parse_known_args()
 # arithmetic, but one compilation a rule, which is what a short session waits for.
 
 # %%
-model = decode.one_shape(inference.load("packed", measure="classifier"))
+model = offline.one_shape(inference.load("packed", measure="classifier"))
 prompts = records.read_prompts(inference.PACKED / "prompts_calibration.jsonl")
 prompts = prompts[: arguments.prompts]
 unseen = records.read_prompts(inference.PACKED / "prompts_unseen.jsonl")[:8]
@@ -72,7 +72,7 @@ for layer in range(1, model.num_layers + 1):
 # %%
 grid = (0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7)
 folder = pathlib.Path(tempfile.mkdtemp(prefix="calm-walkthrough-"))
-cached = decode.on_grid(model, prompts, grid, folder)
+cached = offline.on_grid(model, prompts, grid, folder)
 losses = sequence_losses.textual_losses(cached, metric="rouge_l")
 result = calibrate.calibrate(losses, tolerance=arguments.tolerance, error_rate=0.05)
 print(f"threshold: {result.threshold} ({result.reason})")
@@ -84,7 +84,7 @@ print(result.guarantee)
 # %%
 result.save(folder / "calibration.json")
 served = inference.load("packed", calibration=folder / "calibration.json")
-print(decode.one_shape(served).generate(texts))
+print(offline.one_shape(served).generate(texts))
 
 # %% [markdown]
 # ## Plot

@@ -19,8 +19,7 @@ from calm.calibrate.losses import asking
 from calm.commands import promise_flags, results
 from calm.data import tokenizer_files
 from calm.fitting import folder as folder_lib
-from calm.inference import exact
-from calm.paper.bench import results as results_lib
+from calm.inference import exact, result_cache
 from calm.training import identities, loop, sources
 from tests.hostile_documents import GOLDEN, GONE, _absent, _anything, _of
 
@@ -97,7 +96,7 @@ def _files(base: pathlib.Path) -> None:
   (base / "shard").mkdir()
   mark.save(base / "shard")
   _tokenizer(base / "tokenizer.json")
-  cache = results_lib.ResultCache(base / "results")
+  cache = result_cache.ResultCache(base / "results")
   cache.get(Timing, "timing", {}, lambda: Timing(1.5, 2, ("a",)))
   (base / "fit" / "fit").mkdir(parents=True)
   digest = results.Resumable(base / "out.jsonl", {})
@@ -124,7 +123,7 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
   _files(base)
   at = lambda name: base / name
   theirs, run = base / "codet5", identities.Identity(0, {0: 0.1, 1: 0.2}, {0: "a", 1: "b"})
-  cache = results_lib.ResultCache(base / "results")
+  cache = result_cache.ResultCache(base / "results")
   kept = lambda: cache.get(Timing, "timing", {}, lambda: Timing(0.0, 0, ()))
   return {
     "generation options": (theirs / "generation_config.json", lambda: _theirs(theirs)),

@@ -14,8 +14,7 @@ FRAMEWORKS = ("clu", "flax", "jax", "jaxlib", "optax", "orbax", "seqio", "t5x", 
 # The floors of the house, from the top: a folder imports itself and what lies below its floor.
 FLOORS = (
   {"commands"},
-  {"fitting"},
-  {"paper", "t5x"},
+  {"fitting", "paper", "t5x"},
   {"inference", "training"},
   {"checkpoints", "decode"},
   {"t5"},

@@ -27,7 +27,8 @@ from calm.fitting import probe as probe_lib
 from calm.fitting.candidates import Candidate
 from calm.fitting.forecasts import Tried
 from calm.fitting.options import FitOptions
-from calm.paper.bench import decode, results, scores, timing
+from calm.inference import offline, result_cache, timing
+from calm.paper.bench import scores
 
 Progress = Callable[[float, str], None]
 
@@ -115,22 +116,22 @@ class _Choosing:
   folder: pathlib.Path
 
   @functools.cached_property
-  def cache(self) -> results.ResultCache:
-    return results.ResultCache(self.folder)
+  def cache(self) -> result_cache.ResultCache:
+    return result_cache.ResultCache(self.folder)
 
   @functools.cached_property
   def key(self) -> dict[str, Any]:
     """What everything here depends on."""
     return {
       "procedure": self.predictor.procedure.to_json(),
-      "prompts": results.prompts_digest(self.prompts),
+      "prompts": result_cache.prompts_digest(self.prompts),
       "options": self.options.request,
     }
 
   @functools.cached_property
   def shaped(self) -> inference.Predictor:
     """Of the procedure that will be certified, in batches for many prompts."""
-    return decode.in_bulk(self.predictor)
+    return offline.in_bulk(self.predictor)
 
   def run(self, progress: Progress) -> Choice:
     found = self.cache.get(Full, "full", self.key, lambda: self._full(part(progress, 0.0, 0.2)))
@@ -157,14 +158,14 @@ class _Choosing:
   def _full(self, progress: Progress) -> Full:
     """Full-depth texts of as many prompts as a candidate has time for."""
     size = self.shaped.options.batch_size
-    first = decode.with_rule(self.shaped, self.prompts[:size], exits.StaticExit())  # compiles
+    first = offline.with_rule(self.shaped, self.prompts[:size], exits.StaticExit())  # compiles
     start = time.perf_counter()
-    second = decode.with_rule(self.shaped, self.prompts[size : 2 * size], exits.StaticExit())
+    second = offline.with_rule(self.shaped, self.prompts[size : 2 * size], exits.StaticExit())
     seconds = (time.perf_counter() - start) / max(len(second), 1)
     # A grid costs a candidate about four times the texts.
     affordable = int(_SECONDS / 4 / seconds) if second else len(self.prompts)
     count = min(len(self.prompts), max(affordable, _LEAST_PROMPTS, 2 * size))
-    rest = decode.with_rule(
+    rest = offline.with_rule(
       self.shaped, self.prompts[2 * size : count], exits.StaticExit(), progress=progress
     )
     return Full((*first, *second, *rest))
@@ -205,7 +206,7 @@ class _Choosing:
     model = self.shaped.with_options(**candidate.options(length))
     levels = forecasts.coarse_grid(probe, candidate, options.tolerance, length)
     told = lambda share, text: progress(share, f"{candidate}, {text.split(' at ')[-1]}")
-    cached = decode.on_grid(
+    cached = offline.on_grid(
       model, prompts, levels, self.folder, full=full, encodings=encodings, progress=told
     )
     losses = sequence_losses.compute(cached, options.kind, metric=options.metric).values
@@ -277,7 +278,7 @@ def timed(
     size: (prompts, rounds).
     progress: told of the share done.
   """
-  chosen = decode.of_one_length(predictor, prompts, size[0])
+  chosen = offline.of_one_length(predictor, prompts, size[0])
   length = predictor.options.max_decode_length
   settings = [
     timing.Setting(

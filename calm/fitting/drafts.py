@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from calm import inference
 from calm.calibrate import seconds
 from calm.fitting import reading
-from calm.paper.bench import results
+from calm.inference import result_cache
 
 
 def fastest(
-  predictor: inference.Predictor, texts: Sequence[str], cache: results.ResultCache
+  predictor: inference.Predictor, texts: Sequence[str], cache: result_cache.ResultCache
 ) -> tuple[inference.Predictor, seconds.Seconds | None]:
   """The model that decodes its full texts fastest, one at a time, and its measured seconds.
 

@@ -23,7 +23,7 @@ from calm.fitting import summary
 from calm.fitting.options import FitOptions
 from calm.fitting.result import Result
 from calm.inference import options as options_lib
-from calm.paper.bench import results
+from calm.inference import result_cache
 
 _REQUEST = "request.json"
 
@@ -40,7 +40,7 @@ class Folder:
 
   path: pathlib.Path
   work: pathlib.Path
-  cache: results.ResultCache
+  cache: result_cache.ResultCache
 
   @classmethod
   def open(
@@ -62,7 +62,7 @@ class Folder:
     """
     work = path / "fit"
     there = work / _REQUEST
-    request = json.loads(json.dumps(results.to_json(request)))
+    request = json.loads(json.dumps(result_cache.to_json(request)))
     if there.is_file():
       _check_same(_stored_request(there), request, path)
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -81,7 +81,7 @@ class Folder:
           f" ({error.strerror}); choose another."
         ) from error
       files.write_atomically(there, json.dumps(request, indent=1) + "\n")
-    return cls(path, work, results.ResultCache(work / "results"))
+    return cls(path, work, result_cache.ResultCache(work / "results"))
 
   def write(
     self,
@@ -117,7 +117,7 @@ class Folder:
       text = json.dumps(about, indent=1, ensure_ascii=False)
       files.write_atomically(self.path / inference.FULL_DEPTH, text + "\n")
     whole = {"calm": calm.__version__, "options": dataclasses.asdict(options)}
-    text = json.dumps({**whole, **results.to_json(result)}, indent=1, ensure_ascii=False)
+    text = json.dumps({**whole, **result_cache.to_json(result)}, indent=1, ensure_ascii=False)
     files.write_atomically(self.work / "result.json", text + "\n")
     for name, page in summary.pages(result, options, str(self.path)).items():
       files.write_atomically(self.path / name, page)

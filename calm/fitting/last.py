@@ -14,7 +14,8 @@ from calm.calibrate.losses import metrics, sequence_losses
 from calm.fitting import choose
 from calm.fitting import result as result_lib
 from calm.fitting.options import FitOptions
-from calm.paper.bench import decode, scores
+from calm.inference import offline
+from calm.paper.bench import scores
 
 Progress = Callable[[float, str], None]
 EXAMPLES = 6
@@ -75,12 +76,12 @@ def look(
   """
   static = exits.StaticExit()
   # The batches that certified: their programs are compiled.
-  predictor = decode.in_bulk(predictor)
-  full = decode.with_rule(predictor, prompts, static, progress=choose.part(progress, 0.0, 0.3))
+  predictor = offline.in_bulk(predictor)
+  full = offline.with_rule(predictor, prompts, static, progress=choose.part(progress, 0.0, 0.3))
   before = full
   if original is not None:
     told = choose.part(progress, 0.3, 0.6)
-    before = decode.with_rule(decode.in_bulk(original), prompts, static, progress=told)
+    before = offline.with_rule(offline.in_bulk(original), prompts, static, progress=told)
   quality_original = quality(before, prompts, options.metric)
   quality_full = quality(full, prompts, options.metric)
   worse = "" if options.accept_quality else why_worse(quality_original, quality_full, options)
@@ -92,7 +93,7 @@ def look(
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder)
       levels = (threshold,)
-      made = decode.on_grid(predictor, prompts, levels, path, full=full, progress=told)
+      made = offline.on_grid(predictor, prompts, levels, path, full=full, progress=told)
     early = made.records[0]
   exit_quality = quality(early, prompts, options.metric) if np.isfinite(threshold) else None
   found = result_lib.LastLook(

@@ -16,7 +16,7 @@ from calm import exits, inference
 from calm.calibrate import Prompt
 from calm.calibrate.generations import files
 from calm.fitting import splits as splits_lib
-from calm.paper.bench import decode
+from calm.inference import offline
 
 # Rows of a batch, and those that are decoded between two looks at the clock, which a run that
 # was stopped does not decode again.
@@ -114,7 +114,7 @@ def _chunk(
   """Id -> prediction and tokens, decoded or as they were kept."""
   kept = {} if not file.is_file() else files.parse_json(files.content(file))
   if set(kept) != {row.id for row in rows}:
-    records = decode.with_rule(predictor, rows, exits.StaticExit(), progress=progress)
+    records = offline.with_rule(predictor, rows, exits.StaticExit(), progress=progress)
     kept = {r.id: {"prediction": r.prediction, "tokens": r.tokens} for r in records}
     files.write_atomically(file, json.dumps(kept, ensure_ascii=False) + "\n")
   return kept

@@ -15,7 +15,7 @@ import numpy as np
 from calm import inference
 from calm.calibrate import Record
 from calm.exits import confidence, evidence
-from calm.paper.bench import decode
+from calm.inference import offline
 from calm.t5 import network, parameters
 
 _BATCH = 16
@@ -59,7 +59,7 @@ def probe(
     measures: their names, but 'shortlist', which says what 'softmax' says.
     progress: told of batches.
   """
-  one = decode.one_shape(predictor.with_options(batch_size=_BATCH))
+  one = offline.one_shape(predictor.with_options(batch_size=_BATCH))
   longest = max(len(record.tokens or ()) for record in full)
   found: list[tuple[np.ndarray, ...]] = []
   batches = one.plan(texts)

@@ -11,7 +11,7 @@ import numpy as np
 from calm import exits, inference
 from calm.calibrate import Prompt
 from calm.exits import schedules
-from calm.paper.bench import decode
+from calm.inference import offline
 from calm.t5 import columns
 
 # Heads of fewer numbers are read in no time; prompts that are timed, how often each, and how
@@ -121,7 +121,7 @@ def measure(
   """
   stored = predictor.with_options(batch_size=1)
   models = (stored, with_option(stored, option))
-  chosen = decode.of_one_length(predictor, prompts, PROMPTS)
+  chosen = offline.of_one_length(predictor, prompts, PROMPTS)
   seconds = np.zeros((len(models), len(chosen), ROUNDS))
   for number, batch in enumerate(stored.plan([prompt.input for prompt in chosen])):
     encoded = stored.encode(batch)

@@ -36,9 +36,8 @@ from calm.fitting import splits as splits_lib
 from calm.fitting.listening import Listener, on_screen
 from calm.fitting.options import FitOptions
 from calm.fitting.result import LearnedExits, Point, Result, Trained
-from calm.inference import calibrating, grid
+from calm.inference import calibrating, grid, offline, result_cache
 from calm.inference import options as options_lib
-from calm.paper.bench import decode, results
 from calm.t5 import parameters
 
 LEARN = "Learn exits beside the frozen weights"
@@ -137,7 +136,7 @@ class Fit:
     source = own.with_options(batch_size=options.batch_size, **dataclasses.asdict(limits))
     request = {
       "model": source.parameters_digest,
-      "rows": results.prompts_digest(rows),
+      "rows": result_cache.prompts_digest(rows),
       "options": options.request,
     }
     timed: dict[str, pilot.Timed] = {}
@@ -300,7 +299,7 @@ class Fit:
       return None, ()
     self.ledger()  # before the rows are looked at
     calibration, cached = calibrating.certify(
-      decode.in_bulk(predictor),  # of the procedure that is served
+      offline.in_bulk(predictor),  # of the procedure that is served
       self.splits.calibration,
       tolerance=self.options.tolerance,
       error_rate=self.options.error_rate,

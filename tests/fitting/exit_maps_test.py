@@ -14,7 +14,7 @@ from calm import checkpoints, exits, fitting, inference
 from calm.calibrate import Prompt
 from calm.checkpoints import files
 from calm.fitting import candidates, choose, exit_maps
-from calm.paper.bench import decode
+from calm.inference import offline
 from calm.t5 import parameters
 
 WORDS = ["a few words", "another text", "say it", "the fourth", "b"]
@@ -145,7 +145,7 @@ def test_the_base_is_copied_byte_for_byte_and_its_full_texts_stay(fitted):
   assert parameters.base_digest(served.params) == parameters.base_digest(before.params)
   assert any(parameters.base_digest(before.params)[:12] in line for line in said)
   full = lambda model: [
-    record.tokens for record in decode.with_rule(model, ROWS[:20], exits.StaticExit())
+    record.tokens for record in offline.with_rule(model, ROWS[:20], exits.StaticExit())
   ]
   assert full(before) == full(inference.load(output))
   assert served.config.exit_translators == (1, 2) == served.config.exit_propagation

@@ -28,7 +28,7 @@ from calm.fitting import (
   summary,
 )
 from calm.fitting import result as result_lib
-from calm.paper.bench import decode, results
+from calm.inference import offline, result_cache
 from tests import toy_vocabulary
 
 WORDS = ["a few words", "another text", "say it", "the fourth", "b"]
@@ -298,12 +298,12 @@ def test_a_fit_on_rows_that_certified_another_says_so_where_it_can_know(made, mo
 
 def test_many_prompts_are_decoded_in_larger_batches_where_no_text_depends_on_them(model):
   plain = inference.load(model, batch_size=4, max_input_length=64)
-  larger = decode.in_bulk(plain)
+  larger = offline.in_bulk(plain)
   assert {batch.tokens.shape for batch in larger.plan(WORDS)} == {(8, 64)}
   assert larger.procedure == plain.procedure
   narrow = inference.load(model, dtype="bfloat16")
   for rounded in (narrow, plain.with_options(weights_dtype="int8")):
-    assert decode.in_bulk(rounded) is rounded
+    assert offline.in_bulk(rounded) is rounded
 
 
 def _check_that_nothing_certified_is_said(result):
@@ -375,7 +375,9 @@ def _result(output):
   """The result that a fit wrote, read again."""
   stored = json.loads((output / "fit" / "result.json").read_text("utf-8"))
   fields = {field.name for field in dataclasses.fields(result_lib.Result)}
-  return results.from_json(result_lib.Result, {k: v for k, v in stored.items() if k in fields})
+  return result_cache.from_json(
+    result_lib.Result, {k: v for k, v in stored.items() if k in fields}
+  )
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not
 from calm import checkpoints, exits, fitting, inference
 from calm.calibrate import Prompt
 from calm.fitting import folder, own_texts, recipes, splits, stages, training
-from calm.paper.bench import decode
+from calm.inference import offline
 from calm.training import sources
 
 pytestmark = pytest.mark.usefixtures("promotion_of_optax")
@@ -40,7 +40,7 @@ def small_chunks(monkeypatch):
 
 
 def full_depth(model, rows):
-  return {r.id: r for r in decode.with_rule(model, rows, exits.StaticExit())}
+  return {r.id: r for r in offline.with_rule(model, rows, exits.StaticExit())}
 
 
 def test_targets_are_the_full_models_texts(model, parts, tmp_path, small_chunks):
@@ -88,13 +88,13 @@ def test_what_was_decoded_is_not_decoded_again(
   model, parts, tmp_path, small_chunks, monkeypatch
 ):
   made = own_texts.write(model, parts, tmp_path, None, silent)
-  again, decoded = decode.with_rule, []
+  again, decoded = offline.with_rule, []
 
   def counted(predictor, rows, *given, **named):
     decoded.append(len(rows))
     return again(predictor, rows, *given, **named)
 
-  monkeypatch.setattr(decode, "with_rule", counted)
+  monkeypatch.setattr(offline, "with_rule", counted)
   assert own_texts.write(model, parts, tmp_path, None, silent) == made and not decoded
   (tmp_path / "train-00000008.json").unlink()
   assert own_texts.write(model, parts, tmp_path, None, silent) == made and decoded == [8]

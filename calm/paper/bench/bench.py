@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from calm import exits, inference
 from calm.calibrate import Prompt, Record, generations
 from calm.exits import confidence, schedules
+from calm.inference import offline, result_cache, timing
 from calm.inference.options import VERIFIED
-from calm.paper.bench import decode, grids, results, tasks, timing
+from calm.paper.bench import grids, tasks
 
 MEASURES = ("softmax", "shortlist", "classifier", "state")
 
 # What is about to be done -> where its progress goes.
-Announce = Callable[[str], decode.Progress]
+Announce = Callable[[str], offline.Progress]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Bench:
   data: pathlib.Path | tasks.OwnPrompts
   folder: pathlib.Path
   options: Options = Options()
-  announce: Announce = lambda text: decode.silent
+  announce: Announce = lambda text: offline.silent
 
   @property
   def measures(self) -> tuple[str, ...]:
@@ -157,7 +158,7 @@ class Bench:
   @functools.cached_property
   def whole(self) -> inference.Predictor:
     """The predictor with batches of one shape."""
-    return decode.one_shape(self.predictor)
+    return offline.one_shape(self.predictor)
 
   @functools.cached_property
   def timed_model(self) -> inference.Predictor:
@@ -168,11 +169,11 @@ class Bench:
 
   def result(self, kind, name: str, make, *, prompts: Sequence[Prompt], **key):
     """A result that depends on the model, the task, some prompts and `key`."""
-    cache = results.ResultCache(self.folder / "results" / self.settings.name)
+    cache = result_cache.ResultCache(self.folder / "results" / self.settings.name)
     everything = {
       "procedure": self.predictor.procedure.to_json(),
       "metric": self.settings.metric,
-      "prompts": results.prompts_digest(prompts),
+      "prompts": result_cache.prompts_digest(prompts),
       **key,
     }
     return cache.get(kind, name, everything, make)
@@ -185,7 +186,7 @@ class Bench:
 
     def make() -> tuple[Record, ...]:
       progress = self.announce(f"{self.settings.title}: {name}")
-      return decode.with_rule(model, prompts, rule, progress=progress)
+      return offline.with_rule(model, prompts, rule, progress=progress)
 
     key = {"rule": repr(rule), "decoded_by": model.procedure.to_json()}
     slug = name.replace(" ", "_").replace("'", "")
@@ -211,7 +212,7 @@ class Bench:
     """Prompts over any grid under any options; cached and resumable."""
     folder = self.folder / "generations" / self.settings.name
     progress = self.announce(f"{self.settings.title}: {name}")
-    return decode.on_grid(model, prompts, levels, folder, progress=progress)
+    return offline.on_grid(model, prompts, levels, folder, progress=progress)
 
   @functools.cached_property
   def validation_grids(self) -> Mapping[str, generations.Generations]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from calm.calibrate.evidence import bounds
+from calm.inference import timing
 
 LEVEL = 0.95
 Interval = tuple[float, float]
@@ -55,6 +56,12 @@ def of_ratio(over: Sequence[float], under: Sequence[float]) -> Interval:
   miss = 50.0 * (1.0 - LEVEL)
   low, high = np.percentile(ratios, [miss, 100.0 - miss])
   return float(low), float(high)
+
+
+def of_speedup(timings: timing.Timings, timed: timing.Timed) -> Interval:
+  """The interval of a setting's speed-up over full depth; unknown without full depth."""
+  full = timings.find(timing.FULL)
+  return UNKNOWN if full is None else of_ratio(full.prompt_seconds, timed.prompt_seconds)
 
 
 def of_error(value: float, error: float) -> Interval:

@@ -7,6 +7,7 @@ import numpy as np
 
 from calm.calibrate import Record
 from calm.calibrate.losses import metric_values, metrics
+from calm.inference.offline import mean_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +31,6 @@ class Scores:
   bleu: float
   tokens: float
   similarity_error: float = float("nan")
-
-
-def mean_layers(records: Sequence[Record]) -> float:
-  """Mean decoder layers over real tokens (NaN without tokens)."""
-  layers = [layer for record in records for layer in record.exit_layers or () if layer]
-  return float(np.mean(layers)) if layers else float("nan")
 
 
 def similarities(

@@ -9,7 +9,8 @@ from calm import calibrate as calibrate_lib
 from calm.calibrate import generations
 from calm.calibrate.losses import sequence_losses
 from calm.exits import schedules
-from calm.paper.bench import intervals, timing
+from calm.inference import timing
+from calm.paper.bench import intervals
 
 # (measure, exit layers of the real tokens of every output) -> decoder FLOPs of the full model
 # for as many tokens, over those of these exits.
@@ -250,7 +251,7 @@ def with_times(found: Gains, timings: timing.Timings) -> Gains:
       gain,
       speedup=time.speedup,
       end_to_end=time.end_to_end,
-      speedup_interval=timings.against_full(time),
+      speedup_interval=intervals.of_speedup(timings, time),
     )
 
   rows = tuple(

@@ -9,8 +9,8 @@ import numpy as np
 
 from calm import exits, inference
 from calm.calibrate import Prompt, Record
-from calm.inference import grid
-from calm.paper.bench import decode, scores
+from calm.inference import grid, offline
+from calm.paper.bench import scores
 
 SAMPLING, LAYER = "sampling", "layer"
 
@@ -116,7 +116,7 @@ def perturbations(
   metric: str,
   *,
   at: Sequence[int] | None = None,
-  progress: decode.Progress = decode.silent,
+  progress: offline.Progress = offline.silent,
 ) -> Perturbations:
   """Perturbs every output at every position, in both ways.
 

@@ -8,7 +8,8 @@ from calm import exits, inference
 from calm.calibrate import Prompt
 from calm.data import prompt_batches as prompts_lib
 from calm.exits import schedules
-from calm.paper.bench import bench, decode, intervals, results, scores, tasks, timing
+from calm.inference import offline, result_cache, timing
+from calm.paper.bench import bench, intervals, scores, tasks
 from calm.paper.experiments import (
   decay,
   examples,
@@ -142,7 +143,7 @@ class Suite(bench.Bench):
     depths = range(1, self.predictor.num_layers + 1)
     settings += [timing.Setting(tradeoff.static_name(k), exits.StaticExit(k)) for k in depths]
     settings.append(timing.Setting(tradeoff.ORACLE, exits.OracleExit()))
-    timed = decode.of_one_length(self.timed_model, self.validation, self.options.timed)
+    timed = offline.of_one_length(self.timed_model, self.validation, self.options.timed)
     timings = self.time("tradeoff", timed, settings)
     return self.result(
       tradeoff.TradeOff,
@@ -158,7 +159,7 @@ class Suite(bench.Bench):
       ),
       prompts=self.validation,
       grids={measure: list(map(float, c.thresholds)) for measure, c in cached.items()},
-      timings=results.digest(timings),
+      timings=result_cache.digest(timings),
       intervals=intervals.LEVEL,
     )
 
@@ -193,14 +194,14 @@ class Suite(bench.Bench):
         if gain.threshold not in (*chosen[row.measure], schedules.NEVER_EXIT):
           chosen[row.measure].append(gain.threshold)
     unseen = self.test[found.num_calibration :]
-    timed = decode.of_one_length(self.timed_model, unseen, 2 * self.options.timed)
+    timed = offline.of_one_length(self.timed_model, unseen, 2 * self.options.timed)
     return gains.with_times(found, self.time("gains", timed, self.timed_settings(chosen)))
 
   @functools.cached_property
   def shown_examples(self) -> tuple[examples.Examples, ...]:
     """Fig. 4."""
     unseen = self.test[self.calibrated_gains.num_calibration :]
-    among = {prompt.id for prompt in decode.of_one_length(self.timed_model, unseen)}
+    among = {prompt.id for prompt in offline.of_one_length(self.timed_model, unseen)}
     first = self.test_grids[self.measures[0]]
     rows = examples.choose(first, self.options.examples, among)
     return tuple(

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from calm.calibrate import Prompt, Record, generations
 from calm.exits import schedules
-from calm.paper.bench import intervals, scores, timing
+from calm.inference import timing
+from calm.paper.bench import intervals, scores
 
 STATIC, ORACLE = "static", "oracle"
 
@@ -98,7 +99,7 @@ def tradeoff(
     timed = timings.find(name, threshold) if timings is not None else None
     if timed is None or timings is None:
       return Point(threshold, scored)
-    spread = timings.against_full(timed)
+    spread = intervals.of_speedup(timings, timed)
     return Point(threshold, scored, timed.decode_seconds, timed.speedup, spread)
 
   never = schedules.NEVER_EXIT

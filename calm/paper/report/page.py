@@ -9,10 +9,8 @@ import jinja2
 import markupsafe
 
 from calm.calibrate.generations import shown as escapes
-from calm.inference import colours
-from calm.paper.bench import results
+from calm.inference import colours, drawing, result_cache
 from calm.paper.experiments import examples
-from calm.paper.report import figures
 from calm.paper.report.section import Panel, Section
 from calm.paper.report.tables import number, threshold
 
@@ -53,7 +51,7 @@ def render(page: Page) -> str:
   return environment.get_template("page.html.j2").render(
     page=page,
     palette=_palette(page.num_layers),
-    on_dark=figures.ON_DARK,
+    on_dark=drawing.ON_DARK,
     panel_data=panel_data,
     certified_text=certified_text,
     first_level=lambda item, measure: item.levels[measure.chosen],
@@ -118,5 +116,5 @@ def visible(pieces: Sequence[str]) -> list[str]:
 
 def _script_data(value: Any) -> markupsafe.Markup:
   """JSON that is safe inside a script element."""
-  text = json.dumps(results.to_json(value), ensure_ascii=False, separators=(",", ":"))
+  text = json.dumps(result_cache.to_json(value), ensure_ascii=False, separators=(",", ":"))
   return markupsafe.Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028"))

@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib", reason="needs the extra 'report'")
 pytest.importorskip("jax", reason="needs the extra 'decode'")
 
 from calm.exits import confidence
-from calm.inference import colours
+from calm.inference import colours, drawing
 from calm.paper.bench import bench
 from calm.paper.report import figures
 
@@ -75,7 +75,7 @@ def test_every_measure_has_a_style_and_is_taken_by_its_name():
 
 def seen(colour: str, paper: str) -> str:
   """A series' colour on a page."""
-  return figures.ON_DARK.get(colour, colour) if paper == PAGES[1] else colour
+  return drawing.ON_DARK.get(colour, colour) if paper == PAGES[1] else colour
 
 
 @pytest.mark.parametrize("paper", PAGES)
@@ -111,6 +111,6 @@ def test_a_figure_on_the_page_takes_the_page_s_colours():
   style = figures.styles_of(["static"])["static"]
   made = figures.draw("a", "A.", "", lambda axes: figures.plot(axes, style, [1, 2], [3, 4]))
   assert style.colour in made.svg and f"var(--on-{style.colour[1:]}, " in made.inline
-  assert style.colour in figures.ON_DARK and set(figures.ON_DARK) <= {
+  assert style.colour in drawing.ON_DARK and set(figures.ON_DARK) <= {
     style.colour for style in drawn().values()
   }

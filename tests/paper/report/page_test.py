@@ -15,8 +15,8 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 
 import rich.console
 
-from calm.inference import colours
-from calm.paper.report import document, figures, page, tables, terminal, write
+from calm.inference import colours, drawing
+from calm.paper.report import document, page, tables, terminal, write
 from tests.paper.report import samples
 
 
@@ -122,7 +122,7 @@ def test_figures_take_the_pages_ink(sections):
     for figure in section.figures:
       ElementTree.fromstring(figure.svg)
       assert figure.png.startswith(b"\x89PNG")
-      assert figures.INK in figure.svg and figures.INK not in figure.inline
+      assert drawing.INK in figure.svg and drawing.INK not in figure.inline
       assert "currentColor" in figure.inline and "<?xml" not in figure.inline
       head = figure.inline[: figure.inline.index(">")]
       assert "viewBox" in head and "height=" not in head and "width=" not in head

@@ -6,7 +6,8 @@ import numpy as np
 
 from calm.calibrate import Prompt, Record, generations
 from calm.exits import schedules
-from calm.paper.bench import tasks, timing
+from calm.inference import timing
+from calm.paper.bench import tasks
 from calm.paper.experiments import (
   decay,
   examples,

@@ -10,7 +10,8 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 
 from calm.calibrate import Record, default_grid
 from calm.exits import schedules
-from calm.paper.bench import grids, scores, tasks, timing
+from calm.inference import timing
+from calm.paper.bench import grids, scores, tasks
 from calm.paper.experiments import (
   claims,
   decay,

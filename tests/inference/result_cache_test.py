@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("jax", reason="needs the extra 'decode'")
 
 from calm.calibrate import Prompt, Record
-from calm.paper.bench import results
+from calm.inference import result_cache
 from calm.paper.experiments import suite
 from tests.paper.report import samples
 
@@ -34,16 +34,17 @@ def outer(value: float = 0.5) -> Outer:
 
 
 def test_a_result_reads_back():
-  stored = json.loads(json.dumps(results.to_json(outer()), allow_nan=False))
+  stored = json.loads(json.dumps(result_cache.to_json(outer()), allow_nan=False))
   assert stored["pair"] == [1, "never"]
-  assert results.from_json(Outer, stored) == outer()
+  assert result_cache.from_json(Outer, stored) == outer()
   assert (
-    results.from_json(Outer, results.to_json(Outer(None, (2, 1.0), {}, False))).inner is None
+    result_cache.from_json(Outer, result_cache.to_json(Outer(None, (2, 1.0), {}, False))).inner
+    is None
   )
 
 
 def test_nan_reads_back():
-  back = results.from_json(Outer, results.to_json(outer(math.nan)))
+  back = result_cache.from_json(Outer, result_cache.to_json(outer(math.nan)))
   assert math.isnan(back.inner.value)
 
 
@@ -52,25 +53,28 @@ def test_every_result_of_a_report_reads_back():
   for field in dataclasses.fields(suite.TaskReport):
     value = getattr(report, field.name)
     if dataclasses.is_dataclass(value):
-      stored = json.loads(json.dumps(results.to_json(value), allow_nan=False))
-      assert results.to_json(results.from_json(type(value), stored)) == stored
+      stored = json.loads(json.dumps(result_cache.to_json(value), allow_nan=False))
+      assert result_cache.to_json(result_cache.from_json(type(value), stored)) == stored
 
 
 def test_records_read_back():
   record = Record("p", "text", (5, 1), (2, 4), (0.5, 0.25), (0.0, 0.125), -1.5)
   kind = tuple[Record, ...]
-  assert results.from_json(kind, results.to_json((record, record))) == (record, record)
+  assert result_cache.from_json(kind, result_cache.to_json((record, record))) == (
+    record,
+    record,
+  )
 
 
 def test_what_is_no_result_is_refused():
   with pytest.raises(TypeError, match="numbers, texts, tuples and dataclasses"):
-    results.to_json({"x": object()})
+    result_cache.to_json({"x": object()})
   with pytest.raises(TypeError, match=r"Expected str in a stored result, got 3"):
-    results.from_json(tuple[str, ...], [3])
+    result_cache.from_json(tuple[str, ...], [3])
 
 
 def test_a_result_is_computed_once_per_key(tmp_path):
-  cache = results.ResultCache(tmp_path / "new" / "folder")
+  cache = result_cache.ResultCache(tmp_path / "new" / "folder")
   calls = []
 
   def make():
@@ -85,14 +89,14 @@ def test_a_result_is_computed_once_per_key(tmp_path):
 
 
 def test_a_new_version_of_the_numbers_is_computed_anew(tmp_path, monkeypatch):
-  cache = results.ResultCache(tmp_path)
+  cache = result_cache.ResultCache(tmp_path)
   cache.get(Outer, "thing", {}, outer)
-  monkeypatch.setattr(results, "VERSION", results.VERSION + 1)
+  monkeypatch.setattr(result_cache, "VERSION", result_cache.VERSION + 1)
   assert cache.get(Outer, "thing", {}, lambda: outer(9.0)).inner.value == 9.0
 
 
 def test_a_damaged_file_is_named(tmp_path):
-  cache = results.ResultCache(tmp_path)
+  cache = result_cache.ResultCache(tmp_path)
   cache.get(Outer, "thing", {}, outer)
   path = cache.path("thing", {})
   path.write_text(path.read_text("utf-8")[:-40], "utf-8")
@@ -103,7 +107,7 @@ def test_a_damaged_file_is_named(tmp_path):
 def test_prompts_differ_by_text_reference_and_order():
   one, two = Prompt("a", "x", ("r",)), Prompt("b", "y", ("r",))
   digests = {
-    results.prompts_digest(prompts)
+    result_cache.prompts_digest(prompts)
     for prompts in ([one, two], [two, one], [one], [Prompt("a", "x", ("s",)), two])
   }
   assert len(digests) == 4

@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from calm import exits, inference
+from calm import exits
 from calm.calibrate import Prompt
 from calm.exits import schedules
-from calm.paper.bench import decode, intervals
+from calm.inference import offline
+from calm.inference.predictor import Predictor
 
 FULL = "full depth"
 
@@ -80,22 +81,15 @@ class Timings:
     """The row of a setting, or None."""
     return next((r for r in self.rows if r.name == name and r.threshold == threshold), None)
 
-  def against_full(self, timed: Timed) -> intervals.Interval:
-    """The 95 % interval of a row's speed-up, over prompts; unknown without full depth."""
-    full = self.find(FULL)
-    if full is None:
-      return intervals.UNKNOWN
-    return intervals.of_ratio(full.prompt_seconds, timed.prompt_seconds)
-
 
 def measure(
-  predictor: inference.Predictor,
+  predictor: Predictor,
   prompts: Sequence[Prompt],
   settings: Sequence[Setting],
   *,
   rounds: int = 3,
   of_rounds: Callable[..., np.ndarray] = np.median,
-  progress: decode.Progress = decode.silent,
+  progress: offline.Progress = offline.silent,
 ) -> Timings:
   """Times settings against the static full-depth program.
 
@@ -109,7 +103,7 @@ def measure(
     progress: told of the share done.
   """
   settings = [Setting(FULL, exits.StaticExit()), *settings]
-  items = decode.one_by_one(predictor, prompts)
+  items = offline.one_by_one(predictor, prompts)
   one = predictor.with_options(batch_size=1)
   _compile(one, items, settings, progress)
   seconds = np.zeros((len(settings), len(items), rounds))

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from calm import exits, inference
+from calm import exits
 from calm.calibrate import Prompt, Record, generations
 from calm.calibrate.generations import writer as writer_lib
 from calm.data import prompt_batches
 from calm.exits import schedules
-from calm.inference import grid
-from calm.paper.bench import results
+from calm.inference import grid, procedures, result_cache
+from calm.inference.predictor import Predictor
 from calm.t5 import caches
 
 # (share done in [0, 1], what is being done)
@@ -26,7 +26,7 @@ def silent(share: float, text: str) -> None:
 
 
 def with_rule(
-  predictor: inference.Predictor,
+  predictor: Predictor,
   examples: Sequence[Prompt],
   rule: exits.Rule | None = None,
   threshold: float = schedules.NEVER_EXIT,
@@ -48,8 +48,14 @@ def with_rule(
   return tuple(found[i] for i in range(len(examples)))
 
 
+def mean_layers(records: Sequence[Record]) -> float:
+  """Mean decoder layers over real tokens (NaN without tokens)."""
+  layers = [layer for record in records for layer in record.exit_layers or () if layer]
+  return float(np.mean(layers)) if layers else float("nan")
+
+
 def on_grid(
-  predictor: inference.Predictor,
+  predictor: Predictor,
   examples: Sequence[Prompt],
   thresholds: Sequence[float],
   folder: pathlib.Path,
@@ -72,11 +78,11 @@ def on_grid(
   procedure = predictor.procedure
   key = {
     "procedure": procedure.to_json(),
-    "prompts": results.prompts_digest(examples),
+    "prompts": result_cache.prompts_digest(examples),
     "grid": list(map(float, thresholds)),
     **({} if full is None else {"full": "static"}),
   }
-  path = folder / f"{procedure.measure}-{results.digest(key)}"
+  path = folder / f"{procedure.measure}-{result_cache.digest(key)}"
   if (path / generations.MANIFEST).exists() and generations.read_manifest(path)["checksums"]:
     return generations.load(path)
   writer = writer_lib.open_writer(
@@ -102,7 +108,7 @@ def on_grid(
   return generations.load(path)
 
 
-class OneShape(inference.Predictor):
+class OneShape(Predictor):
   """A predictor that pads every batch to one shape: one compiled program a rule.
 
   Many rules over few prompts are compiled for longer than they run. Rows are independent, so
@@ -126,20 +132,20 @@ class OneShape(inference.Predictor):
     ]
 
 
-def one_shape(predictor: inference.Predictor) -> OneShape:
+def one_shape(predictor: Predictor) -> OneShape:
   """The same model with `OneShape`'s batches."""
-  fields = dataclasses.fields(inference.Predictor)
+  fields = dataclasses.fields(Predictor)
   made = OneShape(**{field.name: getattr(predictor, field.name) for field in fields})
   return predictor.sharing(made)
 
 
-def in_bulk(predictor: inference.Predictor) -> inference.Predictor:
+def in_bulk(predictor: Predictor) -> Predictor:
   """The same model for many prompts, where only what comes out counts.
 
   Twice the rows, in `OneShape`'s batches. Where a text depends on the rows that it is decoded
   with, and so on its padding, other batches would be another procedure's: the model as it is.
   """
-  if inference.procedures.rows_matter(predictor.config, predictor.options):
+  if procedures.rows_matter(predictor.config, predictor.options):
     return predictor
   return one_shape(predictor.with_options(batch_size=2 * predictor.options.batch_size))
 
@@ -165,9 +171,7 @@ class EncodedPrompt:
   encoded: caches.Encoded
 
 
-def one_by_one(
-  predictor: inference.Predictor, examples: Sequence[Prompt]
-) -> tuple[EncodedPrompt, ...]:
+def one_by_one(predictor: Predictor, examples: Sequence[Prompt]) -> tuple[EncodedPrompt, ...]:
   """Encodes prompts one at a time, in the order of `examples`."""
   one = predictor.with_options(batch_size=1)
   found = {}
@@ -180,7 +184,7 @@ def one_by_one(
 
 
 def of_one_length(
-  predictor: inference.Predictor, examples: Sequence[Prompt], limit: int | None = None
+  predictor: Predictor, examples: Sequence[Prompt], limit: int | None = None
 ) -> tuple[Prompt, ...]:
   """The first prompts that have the commonest padded length: one compilation times them all."""
   batches = predictor.with_options(batch_size=1).plan([example.input for example in examples])
