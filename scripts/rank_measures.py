@@ -4,8 +4,8 @@
     python scripts/rank_measures.py --data=data --models before=runs/one/model after=packed
 
 Every layer is read at every token of the full model's own texts for validation prompts, one a
-source (`calm.fitting.probe`). A cell is the least mean number of decoder layers at which at
-most that share of the tokens would be another word, over thresholds, were states not
+source (`calm.fitting.candidates`). A cell is the least mean number of decoder layers at which
+at most that share of the tokens would be another word, over thresholds, were states not
 propagated: what a measure's order of tokens is worth, before any decoding. The oracle leaves at
 the first layer that has the last one's word.
 """
@@ -24,7 +24,7 @@ import numpy as np
 import calm
 from calm import exits, inference
 from calm.calibrate.generations import files
-from calm.fitting import candidates, probe
+from calm.fitting import candidates
 from calm.inference import offline
 from calm.paper.bench import tasks
 
@@ -34,7 +34,7 @@ TITLES = {"synopsis": "synopses", "qa": "questions", "enfr": "translations"}
 LAYERS = (None, (2, 3, 4))
 
 
-def read(arguments, folder: str, task: str) -> probe.Probe:
+def read(arguments, folder: str, task: str) -> candidates.Reading:
   """Every measure at every layer and token."""
   settings = tasks.task(task)
   model = inference.load(folder, batch_size=arguments.batch_size).with_options(
@@ -46,10 +46,10 @@ def read(arguments, folder: str, task: str) -> probe.Probe:
   full = offline.with_rule(offline.one_shape(model), prompts, exits.StaticExit())
   silent = lambda share, text: None
   texts = [prompt.input for prompt in prompts]
-  return probe.probe(model, texts, full, arguments.measures, silent)
+  return candidates.read_layers(model, texts, full, arguments.measures, silent)
 
 
-def layers_at(found: probe.Probe, measure: str, allowed: tuple[int, ...]) -> list[float]:
+def layers_at(found: candidates.Reading, measure: str, allowed: tuple[int, ...]) -> list[float]:
   """Mean layers at every share of `SHARES`."""
   candidate = candidates.Candidate(measure, allowed)
   levels = np.unique(np.quantile(found.confidences[measure], np.linspace(0, 1, 400)))[::-1]
@@ -59,7 +59,7 @@ def layers_at(found: probe.Probe, measure: str, allowed: tuple[int, ...]) -> lis
   return [float(min(mean[shares <= most], default=found.num_layers)) for most in SHARES]
 
 
-def rows(model: str, task: str, found: probe.Probe) -> list[list]:
+def rows(model: str, task: str, found: candidates.Reading) -> list[list]:
   """One line a measure and set of layers; the oracle's last."""
   last = found.num_layers
   made = []

@@ -62,7 +62,7 @@ QUICK = (
   *("decode/pool_test.py", "decode/program_reference_test.py"),
   *("decode/resume_test.py", "decode/staged_test.py", "engines/choice_test.py"),
   *("engines/layout_test.py",),
-  *("exits/confidence_test.py", "exits/rules_test.py", "fitting/reading_test.py"),
+  *("exits/confidence_test.py", "exits/rules_test.py", "fitting/exit_maps_test.py"),
   *("fitting/drafts_test.py", "fitting/run_test.py", "fitting/stages_test.py"),
   *("fitting/training_test.py", "inference/calibrating_test.py", "inference/grid_test.py"),
   *("inference/platform_test.py", "inference/seconds_test.py"),

@@ -18,7 +18,7 @@ from calm.calibrate.generations import foreign, shards
 from calm.calibrate.losses import asking
 from calm.commands import promise_flags, results
 from calm.data import tokenizer_files
-from calm.fitting import folder as folder_lib
+from calm.fitting import result as fit_result
 from calm.inference import exact, result_cache
 from calm.training import identities, loop, sources
 from tests.hostile_documents import GOLDEN, GONE, _absent, _anything, _of
@@ -149,7 +149,7 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
     "validations": (at("validation.json"), lambda: _stage(at("validation.json"))),
     "fit": (
       at("fit/fit/request.json"),
-      lambda: folder_lib.Folder.open(at("fit"), _REQUEST, lambda: None),
+      lambda: fit_result.Folder.open(at("fit"), _REQUEST, lambda: None),
     ),
     "result": (cache.path("timing", {}), kept),
     "unfinished outputs": (at("out.jsonl.partial.json"), lambda: _unfinished(at("out.jsonl"))),

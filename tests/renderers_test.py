@@ -23,7 +23,7 @@ from calm import fitting
 from calm.calibrate import calibrate, screen
 from calm.calibrate.generations.shown import visible
 from calm.commands import certificate, common, demo, progress
-from calm.fitting import FitOptions, candidates, choose, forecasts, summary
+from calm.fitting import FitOptions, candidates, choose, train
 from calm.fitting import result as result_lib
 from calm.inference import colours, outputs
 from calm.paper.report import document, figures, page, table2, terminal
@@ -135,7 +135,7 @@ def report_page(text: str) -> str:
 
 def fit_result(text: str) -> result_lib.Result:
   candidate = candidates.Candidate(text, (1,))
-  tried = forecasts.Tried(candidate, (0.5,), (0.1,), (2.0,), 0.5, 1.0, 2.0)
+  tried = choose.Tried(candidate, (0.5,), (0.1,), (2.0,), 0.5, 1.0, 2.0)
   choice = choose.Choice((tried,), 0, (0.5,), 2.0, 20, 4)
   example = result_lib.ShownText(text, text, text, text, (text, " b"), (1, 4), (0.5, 0.5))
   return result_lib.Result(
@@ -143,7 +143,7 @@ def fit_result(text: str) -> result_lib.Result:
     sizes=text,
     population=text,
     num_layers=4,
-    trained=(result_lib.Trained("one", 3, 1.0, ((1, 0.5),), text),),
+    trained=(train.Trained("one", 3, 1.0, ((1, 0.5),), text),),
     choice=choice,
     threshold=math.inf,
     reason=text,
@@ -162,7 +162,7 @@ HTML = {
   "a calibration": lambda text: calibrated(text)._repr_html_(),
   "coloured tokens": lambda text: colours.to_html([text], [2], 4, confidences=[0.5]),
   "the report": report_page,
-  "the summary of a fit": lambda text: summary.pages(fit_result(text), FitOptions(), text)[
+  "the summary of a fit": lambda text: result_lib.pages(fit_result(text), FitOptions(), text)[
     "summary.html"
   ],
 }
@@ -224,7 +224,7 @@ TERMINAL = {
   "coloured tokens": lambda text: colours.to_terminal([text], [2], 4, mode="truecolor"),
   "tokens without colour": lambda text: colours.to_terminal([text], [2], 4, mode="plain"),
   "an output": lambda text: repr(output(text)) + repr(several(text)),
-  "the summary of a fit": lambda text: summary.pages(fit_result(text), FitOptions(), text)[
+  "the summary of a fit": lambda text: result_lib.pages(fit_result(text), FitOptions(), text)[
     "summary.md"
   ],
 }

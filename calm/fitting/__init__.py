@@ -3,9 +3,8 @@
 model = fit("flan-t5-small", "rows.jsonl", tolerance=0.1, output="mine")
 """
 
-from calm.fitting.held_out import HeldOut, held_out
-from calm.fitting.listening import Listener, on_screen
-from calm.fitting.options import FitOptions, parse_budget
+from calm.fitting.options import FitOptions, Listener, on_screen, parse_budget
 from calm.fitting.run import fit
+from calm.fitting.splits import HeldOut, held_out
 
 __all__ = ["FitOptions", "HeldOut", "Listener", "fit", "held_out", "on_screen", "parse_budget"]

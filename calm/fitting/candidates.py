@@ -1,15 +1,28 @@
-"""Ways to leave the decoder: measure, layers and schedule, ranked before any is decoded."""
+"""Candidates: measure, exit layers and schedule, ranked on one pass of the full model.
+
+`read_layers` runs the full model over its own texts once and records, for every token and
+layer, the confidences and whether the layer's token is the last layer's. From these numbers
+alone every candidate's exits and loss are simulated and its grids are laid; caches hold the
+states that were computed, not those that an early exit would have propagated, so the few
+candidates that rank best are decoded (`choose`).
+"""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from calm import inference
-from calm.exits import confidence, schedules
-from calm.fitting import probe as probe_lib
+from calm.calibrate import Record
+from calm.exits import confidence, evidence, schedules
+from calm.fitting import exit_maps
+from calm.inference import offline
+from calm.t5 import network, parameters
 
 # The paper's tau of Eq. 5 (its Fig. 4 takes 4 for the tasks with long texts), and twice that,
 # which needs the fewest layers on the translations of the model in the box; None: constant.
@@ -17,33 +30,41 @@ TEMPERATURES = (None, 4.0, 8.0)
 # Layers that sets are made of, in deep decoders: a few evenly spread ones.
 _MOST_LAYERS = 7
 _NUM_QUANTILES = 48
-_TOP = (0.999, 0.9975, 0.995, 0.99)  # a measure may be right at its very highest alone
+_TOP = (0.999, 0.9975, 0.995, 0.99)  # a measure may be right at its very highest only
 # ROUGE-L distance of two texts over the share of tokens from their first difference on; between
 # 0.64 and 0.67 from one token in twenty to one in two, for the model in the box on synopses.
 _CHANGED = 2 / 3
 # Nowhere clearly ahead of 'softmax' and 'probe', which cost as much, on the three tasks of the
 # model in the box (scripts/rank_measures.py).
 _LEFT_OUT = ("entropy", "patience")
+# Losses at which a grid has its points, as multiples of the tolerance.
+_COARSE = (0.1, 0.3, 0.6, 0.9, 1.2, 1.8, 3.0)
+_FINE = (0.1, 0.2, 0.3, 0.4, 0.5, *(0.55 + 0.05 * i for i in range(14)), 1.4, 1.7, 2.0)
+# One-sided normal quantile at 5 %: a forecast of what will be certified, no promise.
+_QUANTILE = 1.645
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """One way to leave.
+  """One way to leave the decoder early.
 
   Attributes:
     measure: name of the confidence measure.
     exit_layers: layers after which a token may leave, 1-based.
     temperature: tau of a decaying threshold (Eq. 5); None: constant.
     propagation: what skipped layers store.
+    in_8_bits: whether the matrices of encoder and decoder are read in 8 bits; the reference is
+      then still the text of the float32 model.
   """
 
   measure: str
   exit_layers: tuple[int, ...]
   temperature: float | None = None
   propagation: str = "exit_state"
+  in_8_bits: bool = False
 
   def options(self, max_decode_length: int) -> dict[str, Any]:
-    """As fields of `DecodeOptions`."""
+    """Fields of `DecodeOptions`."""
     schedule: schedules.Schedule = schedules.Constant()
     if self.temperature is not None:
       schedule = schedules.Decaying(self.temperature, max_decode_length)
@@ -52,6 +73,7 @@ class Candidate:
       "exit_layers": self.exit_layers,
       "schedule": schedule,
       "propagation": self.propagation,
+      **(IN_8_BITS if self.in_8_bits else {}),
     }
 
   @property
@@ -61,34 +83,41 @@ class Candidate:
     return constant and self.measure == "softmax"
 
   def described(self, threshold: float) -> str:
-    """The way to leave at a threshold, in words."""
+    """The candidate at a threshold, in words."""
     if threshold == 0.0 and self.can_cut:
-      return f"the decoder cut after layer {self.exit_layers[0]}"
+      layer, bits = self.exit_layers[0], ", in 8 bits" if self.in_8_bits else ""
+      return f"the decoder cut after layer {layer}{bits}"
     return str(self)
 
   def __str__(self) -> str:
     several = "s" if len(self.exit_layers) > 1 else ""
     layers = several + " " + ",".join(map(str, self.exit_layers))
     decays = "" if self.temperature is None else f", decaying with tau {self.temperature:g}"
-    return f"{self.measure} after layer{layers}{decays}"
+    bits = ", in 8 bits" if self.in_8_bits else ""
+    return f"{self.measure} after layer{layers}{decays}{bits}"
+
+
+IN_8_BITS: Mapping[str, str] = {
+  "weights_dtype": "int8",
+  "encoder_dtype": "int8",
+  "reference_dtype": "float32",
+}
 
 
 def measures(predictor: inference.Predictor) -> tuple[str, ...]:
   """The measures that a model has: the classifier where it is trained, and so on."""
   decoder, listed = predictor.params["decoder"], bool(predictor.options.shortlist)
-  # Parts start at 0: one that is still there was never trained.
+  # Exit parameters start at 0: those that are still 0 were never trained.
   trained = [
-    part for part in ("exit_classifier", "exit_probes") if np.any(_kernel(decoder.get(part)))
+    part
+    for part in ("exit_classifier", "exit_probes")
+    if part in decoder and np.any(np.asarray(decoder[part]["kernel"]))
   ]
   return tuple(
     name
     for name, measure in confidence.MEASURES.items()
     if name not in _LEFT_OUT and confidence.lacking(measure, trained, listed) is None
   )
-
-
-def _kernel(part) -> np.ndarray:
-  return np.zeros(1) if part is None else np.asarray(part["kernel"])
 
 
 def exit_layers(num_layers: int) -> tuple[int, ...]:
@@ -98,7 +127,7 @@ def exit_layers(num_layers: int) -> tuple[int, ...]:
 
 
 def layer_sets(num_layers: int) -> tuple[tuple[int, ...], ...]:
-  """Sets of layers worth a look: all, from one on, some in a row, and pairs."""
+  """Sets of exit layers: all, from one on, runs of layers, and pairs."""
   layers = exit_layers(num_layers)
   sets = [tuple(range(first, num_layers)) for first in layers]
   ends = itertools.combinations(range(len(layers) + 1), 2)
@@ -107,29 +136,147 @@ def layer_sets(num_layers: int) -> tuple[tuple[int, ...], ...]:
   return tuple(dict.fromkeys(sets))
 
 
+# ---- Confidences of every layer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reading:
+  """Every layer at every token of the full model's texts, one text after another.
+
+  Attributes:
+    confidences: measure -> [num_tokens, num_layers] in [0, 1].
+    agrees: [num_tokens, num_layers] whether the layer's argmax is the last layer's.
+    rows: [num_tokens] the text that a token belongs to.
+    positions: [num_tokens] its position there.
+  """
+
+  confidences: Mapping[str, np.ndarray]
+  agrees: np.ndarray
+  rows: np.ndarray
+  positions: np.ndarray
+
+  @property
+  def num_layers(self) -> int:
+    return self.agrees.shape[1]
+
+  def of(self, candidate: Candidate) -> np.ndarray:
+    """[num_tokens, num_layers] confidences of a candidate's measure."""
+    measure = candidate.measure
+    return self.confidences["softmax" if measure == "shortlist" else measure]
+
+
+def read_layers(
+  predictor: inference.Predictor,
+  texts: Sequence[str],
+  full: Sequence[Record],
+  names: Sequence[str],
+  progress: Callable[[float, str], None],
+) -> Reading:
+  """Reads every layer at every token of the full-depth records.
+
+  Args:
+    predictor: the model.
+    texts: [num_prompts] prompts.
+    full: [num_prompts] their full-depth records.
+    names: of measures but 'shortlist', whose confidence is that of 'softmax'.
+    progress: called with the share of batches done.
+  """
+  one = offline.one_shape(predictor.with_options(batch_size=exit_maps.BATCH))
+  longest = max(len(record.tokens or ()) for record in full)
+  listed = tuple(predictor.options.shortlist or ())
+  read = _reader(predictor.config, tuple(names), predictor.vocabulary.vocab_size, listed)
+  found: list[tuple[np.ndarray, ...]] = []
+  batches = one.plan(texts)
+  for number, batch in enumerate(batches):
+    rows = [full[int(row)].tokens or () for row in batch.rows]
+    targets = exit_maps.padded_targets(rows, len(batch.tokens), longest)
+    layers = [np.asarray(x) for x in read(predictor.params, batch.tokens, targets)]
+    for i, tokens in enumerate(rows):
+      count, row = len(tokens), int(batch.rows[i])
+      columns = [array[:, i, :count].T for array in layers]
+      found.append((*columns, np.full(count, row), np.arange(count)))
+    progress(
+      (number + 1) / len(batches), f"reading layers, batch {number + 1} of {len(batches)}"
+    )
+  agrees, *confidences, rows, positions = (
+    np.concatenate(part) for part in zip(*found, strict=True)
+  )
+  return Reading(dict(zip(names, confidences, strict=True)), agrees, rows, positions)
+
+
+@functools.lru_cache(maxsize=1)  # one model at a time
+def _reader(config: network.T5Config, names, num_pieces: int, shortlist: tuple[int, ...]):
+  """A program: (params, inputs, targets) -> agrees and confidences, [layers, batch, length]."""
+
+  def read(params, inputs, targets):
+    hidden, _, normed = exit_maps.full_states(config, params, inputs, targets)
+    heads = parameters.head_kernels(params, config)
+    probes = parameters.probes(params)
+
+    def logits_of(layer, columns: Any = slice(num_pieces)):
+      head = heads[layer] if config.per_layer_heads else heads[0]
+      return normed[layer].astype(jnp.float32) @ head[:, columns]
+
+    listed = lambda layer: logits_of(layer, np.asarray(shortlist, int))
+
+    def exit_logit(layer):
+      classifier = params["decoder"]["exit_classifier"]
+      state = normed[layer].astype(jnp.float32)
+      return (state @ classifier["kernel"])[..., 0] + classifier["bias"][0]
+
+    def probe_logit(layer, previous):
+      assert probes is not None  # `measures` asked
+      if layer + 1 == probes.num_layers:
+        return jnp.full(hidden.shape[1:-1], evidence.CERTAIN)
+      features = evidence.evidence(hidden[layer], previous, listed(layer))
+      return probes.logit(layer + 1, normed[layer], features)
+
+    last, columns = None, []
+    for layer in reversed(range(config.num_decoder_layers)):
+      logits = logits_of(layer)
+      best = jnp.argmax(logits, axis=-1)
+      last = best if last is None else last
+      previous = hidden[layer - 1] if layer else jnp.zeros_like(hidden[0])
+      view = confidence.LayerView(
+        layer + 1,
+        hidden[layer],
+        previous,
+        logits=lambda logits=logits: logits,
+        exit_logit=lambda layer=layer: exit_logit(layer),
+        shortlist_logits=lambda layer=layer: listed(layer),
+        previous_shortlist_logits=lambda layer=layer: listed(layer - 1),
+        probe_logit=lambda layer=layer, previous=previous: probe_logit(layer, previous),
+      )
+      columns.append((best == last, *(confidence.measure(name)(view) for name in names)))
+    return tuple(jnp.stack(part) for part in zip(*columns[::-1], strict=True))
+
+  return jax.jit(read)
+
+
+# ---- Simulation and ranking
+
+
 def simulate(
-  probe: probe_lib.Probe, candidate: Candidate, thresholds: np.ndarray, max_length: int
+  reading: Reading, candidate: Candidate, thresholds: np.ndarray, max_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Exit layers, and texts' loss, at every threshold, if states were not propagated.
+  """Exit layers and loss at every threshold, if states were not propagated.
 
   Returns:
     (exit_layers [num_thresholds, num_tokens], loss [num_thresholds]): the loss is the mean over
-    texts of the share of tokens from the first on that another word would stand for, as far as
-    what follows it is another text (`_CHANGED`).
+    texts of the share of tokens from the first changed one on, times `_CHANGED`.
   """
-  layers = np.array([*candidate.exit_layers, probe.num_layers])
-  name = "softmax" if candidate.measure == "shortlist" else candidate.measure
-  sure = probe.confidences[name][:, layers - 1].copy()
+  layers = np.array([*candidate.exit_layers, reading.num_layers])
+  sure = reading.of(candidate)[:, layers - 1].copy()
   sure[:, -1] = np.inf
   levels = thresholds[:, None]
   if candidate.temperature is not None:
-    decay = np.exp(-candidate.temperature * probe.positions / max_length)
+    decay = np.exp(-candidate.temperature * reading.positions / max_length)
     levels = np.clip(0.9 * levels + 0.1 * decay[None], 0.0, 1.0)
   choice = np.argmax(sure[None] >= levels[..., None], axis=-1)
-  wrong = ~np.take_along_axis(probe.agrees[:, layers - 1], choice.T, axis=1).T
-  # Tokens of a text lie one after another: what begins with a wrong one is wrong to its end.
-  starts = np.flatnonzero(probe.positions == 0)
-  lengths = np.diff(np.append(starts, len(probe.positions)))
+  wrong = ~np.take_along_axis(reading.agrees[:, layers - 1], choice.T, axis=1).T
+  # Tokens of a text lie one after another; after a wrong one the text is another to its end.
+  starts = np.flatnonzero(reading.positions == 0)
+  lengths = np.diff(np.append(starts, len(reading.positions)))
   seen = np.cumsum(wrong, axis=1)
   before = (seen - wrong)[:, starts]
   changed = seen > np.repeat(before, lengths, axis=1)
@@ -137,14 +284,11 @@ def simulate(
   return layers[choice], _CHANGED * (sums / lengths).mean(axis=1)
 
 
-def possible_thresholds(probe: probe_lib.Probe, candidate: Candidate) -> np.ndarray:
-  """Thresholds between which tokens change their layer: quantiles of what is measured."""
-  name = "softmax" if candidate.measure == "shortlist" else candidate.measure
-  layers = np.array(candidate.exit_layers)
-  values = np.sort(probe.confidences[name][:, layers - 1].ravel())
+def possible_thresholds(reading: Reading, candidate: Candidate) -> np.ndarray:
+  """Thresholds between which tokens change their layer: quantiles of the confidence."""
+  values = np.sort(reading.of(candidate)[:, np.array(candidate.exit_layers) - 1].ravel())
   shares = np.concatenate([_TOP, np.linspace(1.0, 0.0, _NUM_QUANTILES + 2)[1:-1]])
-  quantiles = np.quantile(values, shares)
-  levels = np.unique(np.round(quantiles, 6))[::-1]
+  levels = np.unique(np.round(np.quantile(values, shares), 6))[::-1]
   levels = levels[(levels > 0.0) & (levels <= 1.0)]
   return np.append(levels, 0.0) if candidate.can_cut else levels
 
@@ -165,56 +309,35 @@ class Ranked:
 
 
 def rank(
-  predictor: inference.Predictor, probe: probe_lib.Probe, tolerance: float, input_length: int
+  predictor: inference.Predictor, reading: Reading, tolerance: float, input_length: int
 ) -> list[Ranked]:
   """All candidates, the cheapest first."""
   length = predictor.options.max_decode_length
   learned = set(predictor.config.exit_propagation)
+  sets = layer_sets(reading.num_layers)
+  if predictor.config.exit_translators:  # other layers have no maps
+    sets = tuple(layers for layers in sets if learned.issuperset(layers))
   found = []
-  for measure in measures(predictor):
-    for layers in layer_sets(probe.num_layers):
-      if predictor.config.exit_translators and not learned.issuperset(layers):
-        continue  # the others have no maps
-      for temperature in TEMPERATURES:
-        candidate = Candidate(
-          measure, layers, temperature, "learned" if learned else "exit_state"
-        )
-        levels = possible_thresholds(probe, candidate)
-        if not len(levels):  # the measure is 0 there, as the state's is after layer 1
-          continue
-        depth, loss = simulate(probe, candidate, levels, length)
-        within = np.flatnonzero(loss <= tolerance)
-        exit_layers = depth[within[-1]] if len(within) else np.full(1, probe.num_layers)
-        moved = _bytes(predictor, candidate, exit_layers, input_length)
-        found.append(Ranked(candidate, moved, float(exit_layers.mean())))
+  for name, layers, tau in itertools.product(measures(predictor), sets, TEMPERATURES):
+    candidate = Candidate(name, layers, tau, "learned" if learned else "exit_state")
+    levels = possible_thresholds(reading, candidate)
+    if not len(levels):  # the confidence is 0 there, as the state's is after layer 1
+      continue
+    depth, loss = simulate(reading, candidate, levels, length)
+    within = np.flatnonzero(loss <= tolerance)
+    depths = depth[within[-1]] if len(within) else np.full(1, reading.num_layers)
+    options = candidate.options(length)
+    costs = inference.costs.of_a_step(predictor.with_options(**options), input_length)
+    counts = np.bincount(depths, minlength=costs.num_layers + 1)
+    moved = sum(costs.early(int(i)).bytes * int(counts[i]) for i in np.flatnonzero(counts))
+    share = float(moved / (costs.full.bytes * counts.sum()))
+    found.append(Ranked(candidate, share, float(depths.mean())))
   return sorted(found, key=lambda entry: entry.bytes)
 
 
-def _bytes(
-  predictor, candidate: Candidate, exit_layers: np.ndarray, input_length: int
-) -> float:
-  options = candidate.options(predictor.options.max_decode_length)
-  costs = inference.costs.of_a_step(predictor.with_options(**options), input_length)
-  counts = np.bincount(exit_layers, minlength=costs.num_layers + 1)
-  moved = sum(
-    costs.early(int(layer)).bytes * int(counts[layer]) for layer in np.flatnonzero(counts)
-  )
-  return float(moved / (costs.full.bytes * counts.sum()))
-
-
-def lowest(
-  probe: probe_lib.Probe, candidate: Candidate, tolerance: float, max_length: int
-) -> float:
-  """The lowest threshold whose loss the probe puts within the tolerance; `inf` where none."""
-  levels = possible_thresholds(probe, candidate)
-  _, loss = simulate(probe, candidate, levels, max_length)
-  within = np.flatnonzero(np.maximum.accumulate(loss) <= tolerance)
-  return float(levels[within[-1]]) if len(within) else float("inf")
-
-
 def finalists(ranked: Sequence[Ranked], most: int) -> list[Candidate]:
-  """What is timed: the best of every measure, the best one constant or decaying where it is the
-  other, then others.
+  """The candidates that are timed: the best of every measure, the first one's constant or
+  decaying counterpart, then others.
 
   Args:
     ranked: the cheapest first.
@@ -224,7 +347,7 @@ def finalists(ranked: Sequence[Ranked], most: int) -> list[Candidate]:
   for entry in ranked:
     if all(entry.candidate.measure != other.measure for other in chosen):
       chosen.append(entry.candidate)
-  # Texts are short or long: seconds will tell which schedule is better.
+  # Texts are short or long: seconds decide which schedule is better.
   first = ranked[0].candidate
   alike = lambda one: (one.measure, one.exit_layers, one.temperature is None)
   other = (first.measure, first.exit_layers, first.temperature is not None)
@@ -232,7 +355,93 @@ def finalists(ranked: Sequence[Ranked], most: int) -> list[Candidate]:
   for entry in ranked:
     if len(chosen) >= most:
       break
-    # Others by one layer in sets that resemble each other tell little.
+    # Sets that differ by one layer resemble each other.
     if entry.candidate.exit_layers not in {c.exit_layers for c in chosen}:
       chosen.append(entry.candidate)
   return list(dict.fromkeys(chosen))
+
+
+# ---- Grids
+
+
+def lowest_threshold(
+  reading: Reading, candidate: Candidate, tolerance: float, max_length: int
+) -> float:
+  """The lowest threshold with a simulated loss within the tolerance; `inf` where none."""
+  levels = possible_thresholds(reading, candidate)
+  _, loss = simulate(reading, candidate, levels, max_length)
+  within = np.flatnonzero(np.maximum.accumulate(loss) <= tolerance)
+  return float(levels[within[-1]]) if len(within) else float("inf")
+
+
+def coarse_grid(
+  reading: Reading, candidate: Candidate, tolerance: float, max_length: int
+) -> tuple[float, ...]:
+  """Descending thresholds from where no text changes to where far too many do."""
+  possible = possible_thresholds(reading, candidate)
+  _, losses = simulate(reading, candidate, possible, max_length)
+  losses = np.maximum.accumulate(losses)
+  chosen = {0}
+  for level in _COARSE:
+    chosen.add(int(np.flatnonzero(losses <= max(level * tolerance, losses[0]))[-1]))
+  return tuple(possible[sorted(chosen)].tolist())
+
+
+def forecast(
+  thresholds: Sequence[float], losses: np.ndarray, tolerance: float, num_calibration: int
+) -> float:
+  """The lowest threshold that calibration will probably certify.
+
+  Args:
+    thresholds: descending.
+    losses: [num_prompts, num_thresholds] on the validation part.
+    tolerance: delta.
+    num_calibration: prompts that will certify.
+
+  Returns:
+    A threshold, between two of the grid where the bound crosses the tolerance there; `inf`
+    where none will do.
+  """
+  error = losses.std(axis=0, ddof=1) / np.sqrt(num_calibration)
+  bound = np.maximum.accumulate(losses.mean(axis=0) + _QUANTILE * error)
+  if bound[0] > tolerance:
+    return float("inf")
+  return _crossing(np.asarray(thresholds), bound, tolerance)
+
+
+def final_grid(
+  candidate: Candidate,
+  thresholds: Sequence[float],
+  losses: Sequence[float],
+  threshold: float,
+  tolerance: float,
+) -> tuple[float, ...]:
+  """Thresholds to certify: densest where the validation loss nears the tolerance.
+
+  Points that pass cost a fixed sequence nothing; points far above the tolerance are left out.
+
+  Args:
+    candidate: the chosen one.
+    thresholds: descending, decoded on the validation part.
+    losses: [num_thresholds] mean loss there.
+    threshold: the forecast.
+    tolerance: delta.
+  """
+  rising = np.maximum.accumulate(np.asarray(losses))
+  points = {_crossing(np.asarray(thresholds), rising, level * tolerance) for level in _FINE}
+  points |= {t for t, loss in zip(thresholds, rising, strict=True) if loss <= tolerance}
+  if np.isfinite(threshold):
+    points.add(threshold)
+  lowest = 0.0 if candidate.can_cut else np.nextafter(0.0, 1.0)
+  return tuple(sorted((t for t in points if lowest <= t <= 1.0), reverse=True))
+
+
+def _crossing(thresholds: np.ndarray, losses: np.ndarray, level: float) -> float:
+  """Where losses, which rise along the grid, reach a level; its lowest threshold if nowhere."""
+  above = np.flatnonzero(losses > level)
+  if not len(above):
+    return float(thresholds[-1])
+  last = int(above[0])
+  start, before = (1.0, 0.0) if last == 0 else (thresholds[last - 1], losses[last - 1])
+  share = (level - before) / (losses[last] - before)
+  return float(np.round(start + max(share, 0.0) * (thresholds[last] - start), 6))

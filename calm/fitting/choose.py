@@ -1,12 +1,10 @@
-"""Measure, layers, schedule and grid, by measured seconds on the validation part.
+"""Measure, exit layers, schedule and grid, by measured seconds on the validation part.
 
-the full model's texts -> `probe` -> `candidates.rank` -> a few finalists
-each finalist timed at the threshold that the probe forecasts -> the fastest go on
-those decoded over a grid of their own -> loss by threshold
-the threshold that so many calibration prompts would certify -> timed beside full depth
-
-Every step costs more than the one before it and is made for fewer; the results of each are
-kept, so that a run that was stopped goes on.
+The full model's texts are read by `candidates`, whose ranking gives a few finalists. Each is
+timed at the threshold that the ranking forecasts; the fastest are decoded over a grid of their
+own, which gives loss by threshold; these are timed again, beside full depth, at the threshold
+that calibration will probably certify. Every step costs more than the one before it and is made
+for fewer candidates; results are kept, so a stopped run resumes.
 """
 
 import dataclasses
@@ -19,31 +17,73 @@ from typing import Any
 import numpy as np
 
 from calm import exits, inference
-from calm.calibrate import Prompt, Record, generations
+from calm.calibrate import Prompt, Record, seconds
 from calm.calibrate.losses import sequence_losses
 from calm.fitting import candidates as candidates_lib
-from calm.fitting import forecasts
-from calm.fitting import probe as probe_lib
-from calm.fitting.candidates import Candidate
-from calm.fitting.forecasts import Tried
+from calm.fitting.candidates import Candidate, Reading
 from calm.fitting.options import FitOptions
 from calm.inference import offline, result_cache, timing
-from calm.paper.bench import scores
 
 Progress = Callable[[float, str], None]
 
-# Ways to leave that are timed; those of them, the fastest first, that are decoded over a grid
-# until so many have a threshold.
+# Finalists that are timed; how many of them, the fastest first, get a grid with a threshold.
 FINALISTS, DECODED = 5, 2
-TIMED, ROUNDS = 12, 3
-_FIRST_TIMED, _FIRST_ROUNDS = 6, 2
-# Where decoding is slow, fewer prompts are looked at: seconds that a candidate may take.
+# (prompts, rounds) of the first timing and of the last one.
+FIRST, LAST = (6, 2), (12, 3)
+# Where decoding is slow, fewer prompts are decoded: seconds that a candidate may take.
 _SECONDS, _LEAST_PROMPTS = 120.0, 32
+# Weights of fewer numbers are read in no time; how much faster a way must be to be taken.
+LEAST_NUMBERS, MARGIN = 2**20, 1.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+  """One finalist.
+
+  Attributes:
+    candidate: the way to leave.
+    thresholds: its grid on the validation part; empty where it was only timed, since others
+      were faster.
+    losses: [num_thresholds] mean loss there.
+    depths: [num_thresholds] mean decoder layers a token.
+    threshold: the lowest that calibration will probably certify; `NEVER_EXIT` where none. Of
+      one that was only timed, the ranking's forecast.
+    milliseconds: measured decode time a prompt at that threshold; NaN where none.
+    speedup: full depth's over these, the fastest of rounds in turn; NaN where none.
+    first_speedup: the same of the first timing; NaN where none.
+    end_to_end: as `speedup`, with the encoder's time on both sides.
+  """
+
+  candidate: Candidate
+  thresholds: tuple[float, ...]
+  losses: tuple[float, ...]
+  depths: tuple[float, ...]
+  threshold: float
+  milliseconds: float
+  speedup: float
+  first_speedup: float = float("nan")
+  end_to_end: float = float("nan")
+
+  @property
+  def decoded(self) -> bool:
+    """Whether its loss was measured, and not only its seconds."""
+    return bool(self.thresholds)
+
+  @property
+  def line(self) -> str:
+    """A line for the screen; the first timing decided which went on."""
+    if np.isnan(self.speedup):
+      return f"  {self.candidate}: no threshold within the tolerance"
+    at = f"at threshold {self.threshold:g}"
+    found = f"x{self.speedup:.2f} as fast {at}, " if self.decoded else ""
+    rest = "" if self.decoded else f", {at}"
+    name = self.candidate.described(self.threshold)
+    return f"  {name}: {found}x{self.first_speedup:.2f} in a first timing{rest}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """What was found on the validation part.
+  """The choice on the validation part.
 
   Attributes:
     tried: every finalist.
@@ -66,31 +106,17 @@ class Choice:
     """The finalist that was chosen."""
     return None if self.chosen is None else self.tried[self.chosen]
 
-
-def choose(
-  predictor: inference.Predictor,
-  prompts: Sequence[Prompt],
-  options: FitOptions,
-  num_calibration: int,
-  folder: pathlib.Path,
-  progress: Progress,
-) -> Choice:
-  """Chooses on validation prompts.
-
-  Args:
-    predictor: the trained model.
-    prompts: the validation part.
-    options: what the fit is asked for.
-    num_calibration: prompts that will certify.
-    folder: keeps what was found so far, so that a stopped run goes on.
-    progress: told of the share done.
-  """
-  return _Choosing(predictor, tuple(prompts), options, num_calibration, folder).run(progress)
+  def lines(self) -> list[str]:
+    """The finalists, those that were decoded first, the fastest first."""
+    speed = lambda entry: 0.0 if np.isnan(entry.speedup) else entry.speedup
+    ranked = sorted(self.tried, key=lambda entry: (not entry.decoded, -speed(entry)))
+    mark = lambda entry: " (chosen)" if self.best is entry else ""
+    return [entry.line + mark(entry) for entry in ranked]
 
 
 @dataclasses.dataclass(frozen=True)
 class Full:
-  """The full model's texts of the validation prompts that are looked at."""
+  """The full model's texts of validation prompts."""
 
   records: tuple[Record, ...]
 
@@ -102,12 +128,26 @@ class Seconds:
   full: float
   milliseconds: tuple[float, ...]
   speedups: tuple[float, ...]
+  end_to_end: tuple[float, ...]
   num_prompts: int
 
 
+def part(progress: Progress, start: float, end: float) -> Progress:
+  """A step's progress as a part of the whole's."""
+  return lambda share, text: progress(start + share * (end - start), text)
+
+
 @dataclasses.dataclass(frozen=True)
-class _Choosing:
-  """A choice at work; see `choose`."""
+class Choosing:
+  """A choice on validation prompts; `run` makes it.
+
+  Attributes:
+    predictor: the model with its exits.
+    prompts: the validation part.
+    options: of the fit.
+    num_calibration: prompts that will certify.
+    folder: keeps results, so that a stopped run resumes.
+  """
 
   predictor: inference.Predictor
   prompts: tuple[Prompt, ...]
@@ -121,7 +161,7 @@ class _Choosing:
 
   @functools.cached_property
   def key(self) -> dict[str, Any]:
-    """What everything here depends on."""
+    """Everything that the results depend on."""
     return {
       "procedure": self.predictor.procedure.to_json(),
       "prompts": result_cache.prompts_digest(self.prompts),
@@ -129,134 +169,115 @@ class _Choosing:
     }
 
   @functools.cached_property
-  def shaped(self) -> inference.Predictor:
-    """Of the procedure that will be certified, in batches for many prompts."""
+  def bulk(self) -> inference.Predictor:
+    """The same procedure, in batches for many prompts."""
     return offline.in_bulk(self.predictor)
 
   def run(self, progress: Progress) -> Choice:
-    found = self.cache.get(Full, "full", self.key, lambda: self._full(part(progress, 0.0, 0.2)))
-    prompts = self.prompts[: len(found.records)]
-    ranked, probe = self._rank(prompts, found.records, part(progress, 0.2, 0.35))
-    first = [self._forecast(probe, candidate) for candidate in ranked]
-    first, _ = self._timed("first", first, (_FIRST_TIMED, _FIRST_ROUNDS), progress, 0.35, 0.55)
+    full = self.cache.get(Full, "full", self.key, lambda: self._full(part(progress, 0.0, 0.2)))
+    prompts = self.prompts[: len(full.records)]
+    texts = [prompt.input for prompt in prompts]
+    names = [m for m in candidates_lib.measures(self.predictor) if m != "shortlist"]
+    told = part(progress, 0.2, 0.35)
+    reading = candidates_lib.read_layers(self.predictor, texts, full.records, names, told)
+    first = [self._forecast(reading, one) for one in self._finalists(texts, reading)]
+    first, _ = self._timed("first", first, FIRST, part(progress, 0.35, 0.55))
     first = [dataclasses.replace(entry, first_speedup=entry.speedup) for entry in first]
-    tried = self._decoded(prompts, found.records, probe, first, part(progress, 0.55, 0.85))
-    tried, seconds = self._timed("seconds", tried, (TIMED, ROUNDS), progress, 0.85, 1.0)
-    faster = [i for i, entry in enumerate(tried) if entry.decoded and entry.speedup > 1.0]
-    chosen = max(faster, key=lambda i: tried[i].speedup, default=None)
-    return Choice(
-      tried=tuple(tried),
-      chosen=chosen,
-      grid=()
-      if chosen is None
-      else forecasts.final_grid(tried[chosen], self.options.tolerance),
-      full_milliseconds=seconds.full,
-      num_prompts=len(prompts),
-      num_timed=seconds.num_prompts,
-    )
+    told = part(progress, 0.55, 0.85)
+    tried = self._decoded(prompts, full.records, reading, first, told)
+    tried, found = self._timed("seconds", tried, LAST, part(progress, 0.85, 1.0))
+    faster = [i for i, entry in enumerate(tried) if entry.decoded and entry.end_to_end > 1.0]
+    chosen = max(faster, key=lambda i: tried[i].end_to_end, default=None)
+    grid: tuple[float, ...] = ()
+    if chosen is not None:
+      best = tried[chosen]
+      known = best.candidate, best.thresholds, best.losses, best.threshold
+      grid = candidates_lib.final_grid(*known, self.options.tolerance)
+    return Choice(tuple(tried), chosen, grid, found.full, len(prompts), found.num_prompts)
 
   def _full(self, progress: Progress) -> Full:
     """Full-depth texts of as many prompts as a candidate has time for."""
-    size = self.shaped.options.batch_size
-    first = offline.with_rule(self.shaped, self.prompts[:size], exits.StaticExit())  # compiles
+    size, static = self.bulk.options.batch_size, exits.StaticExit()
+    first = offline.with_rule(self.bulk, self.prompts[:size], static)  # compiles
     start = time.perf_counter()
-    second = offline.with_rule(self.shaped, self.prompts[size : 2 * size], exits.StaticExit())
-    seconds = (time.perf_counter() - start) / max(len(second), 1)
+    second = offline.with_rule(self.bulk, self.prompts[size : 2 * size], static)
+    spent = (time.perf_counter() - start) / max(len(second), 1)
     # A grid costs a candidate about four times the texts.
-    affordable = int(_SECONDS / 4 / seconds) if second else len(self.prompts)
+    affordable = int(_SECONDS / 4 / spent) if second else len(self.prompts)
     count = min(len(self.prompts), max(affordable, _LEAST_PROMPTS, 2 * size))
-    rest = offline.with_rule(
-      self.shaped, self.prompts[2 * size : count], exits.StaticExit(), progress=progress
+    rest = self.prompts[2 * size : count]
+    return Full(
+      (*first, *second, *offline.with_rule(self.bulk, rest, static, progress=progress))
     )
-    return Full((*first, *second, *rest))
 
-  def _rank(self, prompts, full, progress: Progress):
-    """The finalists, the cheapest first, and the probe that says so."""
-    texts = [prompt.input for prompt in prompts]
-    names = [m for m in candidates_lib.measures(self.predictor) if m != "shortlist"]
-    probe = probe_lib.probe(self.predictor, texts, full, names, progress)
+  def _finalists(self, texts: Sequence[str], reading: Reading) -> list[Candidate]:
     longest = max(batch.tokens.shape[1] for batch in self.predictor.plan(texts))
-    ranked = candidates_lib.rank(self.predictor, probe, self.options.tolerance, longest)
-    return candidates_lib.finalists(ranked, FINALISTS), probe
+    tolerance = self.options.tolerance
+    ranked = candidates_lib.rank(self.predictor, reading, tolerance, longest)
+    return candidates_lib.finalists(ranked, FINALISTS)
 
-  def _forecast(self, probe: probe_lib.Probe, candidate: Candidate) -> Tried:
-    """A finalist at the threshold that the probe forecasts for it."""
+  def _forecast(self, reading: Reading, candidate: Candidate) -> Tried:
+    """A finalist at the threshold that the ranking forecasts for it."""
     length = self.predictor.options.max_decode_length
-    threshold = candidates_lib.lowest(probe, candidate, self.options.tolerance, length)
-    return Tried(candidate, (), (), (), threshold, float("nan"), float("nan"))
+    tolerance = self.options.tolerance
+    lowest = candidates_lib.lowest_threshold(reading, candidate, tolerance, length)
+    return Tried(candidate, (), (), (), lowest, float("nan"), float("nan"))
 
-  def _decoded(self, prompts, full, probe, first, progress: Progress) -> list[Tried]:
+  def _decoded(self, prompts, full, reading, first, progress: Progress) -> list[Tried]:
     """Finalists with their losses, the fastest first, until `DECODED` have a threshold."""
-    order = sorted(first, key=lambda entry: -np.nan_to_num(entry.speedup))
     tried: list[Tried] = []
     encodings: dict[int, Any] = {}
-    for number, entry in enumerate(order):
+    fastest = sorted(first, key=lambda entry: -np.nan_to_num(entry.end_to_end))
+    for number, entry in enumerate(fastest):
       found = sum(e.decoded and np.isfinite(e.threshold) for e in tried)
-      if found == DECODED:
-        tried.append(entry)
-        continue
-      inner = part(progress, *((number + i) / (number + DECODED - found) for i in (0, 1)))
-      tried.append(self._try(prompts, full, probe, entry, encodings, inner))
+      if found < DECODED:
+        share = [(number + i) / (number + DECODED - found) for i in (0, 1)]
+        told = part(progress, *share)
+        entry = self._decode(prompts, full, reading, entry, encodings, told)
+      tried.append(entry)
     return tried
 
-  def _try(self, prompts, full, probe, entry: Tried, encodings, progress: Progress) -> Tried:
+  def _decode(self, prompts, full, reading, entry: Tried, encodings, progress) -> Tried:
     """A finalist decoded over the grid that its confidences ask for."""
     options, candidate = self.options, entry.candidate
-    length = self.shaped.options.max_decode_length
-    model = self.shaped.with_options(**candidate.options(length))
-    levels = forecasts.coarse_grid(probe, candidate, options.tolerance, length)
+    length = self.bulk.options.max_decode_length
+    model = self.bulk.with_options(**candidate.options(length))
+    levels = candidates_lib.coarse_grid(reading, candidate, options.tolerance, length)
     told = lambda share, text: progress(share, f"{candidate}, {text.split(' at ')[-1]}")
+    shared = {} if candidate.in_8_bits else encodings
     cached = offline.on_grid(
-      model, prompts, levels, self.folder, full=full, encodings=encodings, progress=told
+      model, prompts, levels, self.folder, full=full, encodings=shared, progress=told
     )
     losses = sequence_losses.compute(cached, options.kind, metric=options.metric).values
     return dataclasses.replace(
       entry,
       thresholds=levels,
       losses=tuple(losses.mean(axis=0).tolist()),
-      depths=mean_depths(cached),
-      threshold=forecasts.forecast(levels, losses, options.tolerance, self.num_calibration),
+      depths=tuple(map(offline.mean_layers, cached.records)),
+      threshold=candidates_lib.forecast(
+        levels, losses, options.tolerance, self.num_calibration
+      ),
       milliseconds=float("nan"),
       speedup=float("nan"),
+      end_to_end=float("nan"),
     )
 
-  def _timed(
-    self,
-    name: str,
-    tried: Sequence[Tried],
-    size: tuple[int, int],
-    progress: Progress,
-    *share: float,
-  ) -> tuple[list[Tried], Seconds]:
-    """Those that have a threshold, with their seconds beside full depth's.
-
-    One that was only timed keeps the seconds that it has.
-    """
+  def _timed(self, name: str, tried: Sequence[Tried], size: tuple[int, int], progress):
+    """(finalists, seconds): those that have a threshold and no seconds yet get them."""
     able = [
-      i
-      for i, entry in enumerate(tried)
-      if np.isfinite(entry.threshold) and not np.isfinite(entry.speedup)
+      i for i, e in enumerate(tried) if np.isfinite(e.threshold) and not np.isfinite(e.speedup)
     ]
     entries = [tried[i] for i in able]
     key = {**self.key, "entries": [(str(e.candidate), e.threshold) for e in entries]}
-    told = part(progress, *share)
-    seconds = self.cache.get(
-      Seconds, name, key, lambda: timed(self.predictor, self.prompts, entries, size, told)
-    )
+    measure = lambda: timed(self.predictor, self.prompts, entries, size, progress)
+    found = self.cache.get(Seconds, name, key, measure)
     made = list(tried)
-    for i, spent, speedup in zip(able, seconds.milliseconds, seconds.speedups, strict=True):
-      made[i] = dataclasses.replace(tried[i], milliseconds=spent, speedup=speedup)
-    return made, seconds
-
-
-def part(progress: Progress, start: float, end: float) -> Progress:
-  """A step's progress as a part of the whole's."""
-  return lambda share, text: progress(start + share * (end - start), text)
-
-
-def mean_depths(cached: generations.Generations) -> tuple[float, ...]:
-  """Mean decoder layers a token at every threshold."""
-  return tuple(scores.mean_layers(records) for records in cached.records)
+    numbers = zip(able, found.milliseconds, found.speedups, found.end_to_end, strict=True)
+    for i, spent, speedup, whole in numbers:
+      made[i] = dataclasses.replace(
+        tried[i], milliseconds=spent, speedup=speedup, end_to_end=whole
+      )
+    return made, found
 
 
 def timed(
@@ -266,30 +287,34 @@ def timed(
   size: tuple[int, int],
   progress: Progress,
 ) -> Seconds:
-  """Finalists at their thresholds and full depth, all in turn on the same prompts.
+  """Times finalists at their thresholds and full depth, all in turn on the same prompts.
 
-  The fastest of the rounds counts, prompt by prompt: a process that rested for a minute made
-  half of its medians of two rounds, and a way to leave x0.02 as fast.
+  The fastest of the rounds counts, prompt by prompt: other work on the machine only ever adds.
 
   Args:
-    predictor: the trained model.
+    predictor: the model with its exits.
     prompts: so many of those of the commonest length are timed.
     tried: finalists with thresholds.
     size: (prompts, rounds).
-    progress: told of the share done.
+    progress: called with the share done.
   """
   chosen = offline.of_one_length(predictor, prompts, size[0])
   length = predictor.options.max_decode_length
+  # Weights that serve every measure, a shortlist's too.
+  asked = any(entry.candidate.measure == "shortlist" for entry in tried)
+  serving = predictor.with_options(measure="shortlist") if asked else predictor
+  narrow = None
+  if any(entry.candidate.in_8_bits for entry in tried):
+    narrow = serving.with_options(**candidates_lib.IN_8_BITS)
   settings = [
     timing.Setting(
       f"{number}: {entry.candidate}",
       predictor.with_options(**entry.candidate.options(length)).options.rule,
       entry.threshold,
+      narrow if entry.candidate.in_8_bits else None,
     )
     for number, entry in enumerate(tried)
   ]
-  # Weights that serve every measure, a shortlist's too.
-  serving = predictor.with_options(measure=_with_shortlist(tried, predictor))
   told = lambda share, text: progress(share, text.split(": ")[-1])
   found = timing.measure(
     serving, chosen, settings, rounds=size[1], of_rounds=np.min, progress=told
@@ -299,10 +324,96 @@ def timed(
     full=1e3 * found.full_seconds,
     milliseconds=tuple(1e3 * row.decode_seconds for row in rows),
     speedups=tuple(row.speedup for row in rows),
+    end_to_end=tuple(row.end_to_end for row in rows),
     num_prompts=len(chosen),
   )
 
 
-def _with_shortlist(tried: Sequence[Tried], predictor: inference.Predictor) -> str:
-  asked = any(entry.candidate.measure == "shortlist" for entry in tried)
-  return "shortlist" if asked else predictor.options.measure
+# ---- The output head in 8 bits, and exact decoding: the texts do not change
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadReading:
+  """Full depth with the output head as it is stored, and read in 8 bits.
+
+  Attributes:
+    stored, narrow: milliseconds a prompt.
+    num_prompts: prompts that were timed.
+  """
+
+  stored: float
+  narrow: float
+  num_prompts: int
+
+  @property
+  def pays(self) -> bool:
+    """Whether the head is read in 8 bits."""
+    return self.stored / self.narrow > MARGIN
+
+  def __str__(self) -> str:
+    return (
+      f"Output head: read {'in 8 bits' if self.pays else 'as it is stored'}; in 8 bits full"
+      f" depth is x{self.stored / self.narrow:.2f} as fast ({self.stored:.1f} ->"
+      f" {self.narrow:.1f} ms a prompt, {self.num_prompts} prompts)."
+    )
+
+
+def has_large_head(predictor: inference.Predictor) -> bool:
+  """Whether reading the output head in 8 bits is worth timing; its tokens are the same."""
+  size = predictor.vocabulary.vocab_size * predictor.config.emb_dim
+  return size >= LEAST_NUMBERS and predictor.options.head_dtype is None
+
+
+def read_head(
+  predictor: inference.Predictor, prompts: Sequence[Prompt], progress: Progress
+) -> HeadReading:
+  """Times full depth with the head read either way, prompt by prompt and in turn."""
+  chosen = offline.of_one_length(predictor, prompts, 8)
+  setting = timing.Setting(
+    "8 bits", exits.StaticExit(), model=predictor.with_options(head_dtype="int8")
+  )
+  found = timing.measure(predictor, chosen, [setting], progress=progress)
+  narrow = 1e3 * found.rows[1].decode_seconds
+  return HeadReading(1e3 * found.full_seconds, narrow, len(chosen))
+
+
+def fastest_exact(
+  predictor: inference.Predictor, texts: Sequence[str], cache: result_cache.ResultCache
+) -> tuple[inference.Predictor, seconds.Seconds | None]:
+  """The model that decodes its full texts fastest from verified drafts, and its seconds.
+
+  A pass over drafts asks the head about several positions, of which 8 bits save more time than
+  of one. The texts are the same.
+
+  Args:
+    predictor: the model.
+    texts: prompts to time.
+    cache: of earlier measurements.
+
+  Returns:
+    The model and its seconds beside full depth; `predictor` and None where drafts are not
+    faster, there is one layer only, or states are rounded to few bits.
+  """
+  if predictor.num_layers == 1 or not inference.can_be_exact(predictor):
+    return predictor, None
+  rule, best, least = inference.exact_rule(predictor), (predictor, None), 1.0
+  models = [predictor]
+  if has_large_head(predictor):
+    models.append(predictor.with_options(head_dtype="int8"))
+  for model in models:
+    found = cache.get(
+      seconds.Seconds,
+      "exact" if model is predictor else "exact_in_8_bits",
+      {
+        "procedure": model.procedure.to_json(),
+        "head": model.options.head_dtype,
+        "beside": predictor.options.head_dtype,
+        "rule": dataclasses.asdict(rule),
+      },
+      lambda model=model: inference.seconds.measure(
+        model, texts, 1.0, rule=rule, base=predictor
+      ),
+    )
+    if not found.slower and found.single.speedup > least:
+      best, least = (model, found), found.single.speedup * MARGIN
+  return best

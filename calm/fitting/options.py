@@ -1,14 +1,19 @@
-"""What a fit is asked for."""
+"""What a fit is asked for, and how it reports progress."""
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from calm.calibrate import arguments
+from rich import console as rich_console
+
+from calm.calibrate import arguments, looking, screen
+from calm.calibrate.generations.shown import visible
 from calm.calibrate.losses import metrics
 from calm.inference import calibrating
 
-# What `stages` trains, in order; 'both' are the paper's two.
+# The stages that a value of `FitOptions.stages` trains, in order.
 STAGES = {
   "all": ("one", "own", "two"),
   "both": ("one", "two"),
@@ -22,32 +27,30 @@ STAGES = {
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class FitOptions:
-  """A fit's question; with the rows and the model it names everything that comes out.
+  """The options of `fit`; with the rows and the model they determine its output.
 
   Attributes:
     tolerance: delta, in (0, 1).
     error_rate: epsilon, in (0, 1).
-    train_all: whether all weights are trained, the paper's way (`stages`); else exits are
+    train_all: whether all weights are trained, as in the paper (`stages`). By default exits are
       learned beside the model's weights, none of which changes.
-    stages: with `train_all`, what is trained: 'all'; 'both' of the paper's, 'one' (Eq. 6 over
-      the layers, on references) and 'two' (the exit classifier and probes, everything else
-      frozen), or one of them; 'own' (the layers learn what the model itself writes, which needs
-      no references, and stage two). Without it 'all' learns exits, and 'none' takes those that
-      the model has.
+    stages: the stages of `train_all`: 'one' (Eq. 6 over all layers, on references), 'own' (the
+      layers learn the model's own texts, which needs no references, then stage two), 'two' (the
+      exit classifier and probes, all other weights frozen), 'both' of the paper's, or 'all'.
+      Without `train_all`, 'all' learns exits and 'none' uses the model's stored exits.
     consistency: 'textual' (distance to the full model's text) or 'risk' (loss of quality
-      against the rows' targets).
+      against the rows' references).
     metric: name or import path of the text metric, or a function at the top of a module,
-      which is kept as its import path: a run that goes on is given the same one again.
-    prefix: text put before every input; None takes the model's own.
-    input_key: where a row of a file has its text; None: the first of input, inputs, prompt
+      which is kept as its import path: a run that resumes is given the same one again.
+    prefix: text put before every input; None uses the model's own.
+    input_key: key of the text in a row of a file; None: the first of input, inputs, prompt
       and text.
-    budget: with `train_all`, seconds that training may take; None trains as many steps as the
-      recipe has.
-    seed: of splits, training and draws.
-    batch_size: prompts decoded together where nothing is timed.
-    accept_quality: serve trained weights also where their quality against references on the
-      last part is below the 95 % interval of the original's, or where rows without references
-      leave it unknown. No part of the request: a fit goes on in its folder with another value.
+    budget: seconds that `train_all` may take; None trains the recipe's number of steps.
+    seed: of splits, training and sampling.
+    batch_size: prompts that are decoded together.
+    accept_quality: whether trained weights are served although their quality against references
+      on the last part is below the 95 % interval of the original's, or unknown. It is not part
+      of the request: a fit resumes with another value.
   """
 
   tolerance: float = 0.1
@@ -96,7 +99,7 @@ class FitOptions:
 
   @property
   def request(self) -> dict[str, Any]:
-    """What names everything that is computed."""
+    """The options that determine the output."""
     return {k: v for k, v in dataclasses.asdict(self).items() if k != "accept_quality"}
 
   @property
@@ -116,17 +119,18 @@ class FitOptions:
 
   @property
   def changes_weights(self) -> bool:
-    """Whether full depth writes other texts after training; stage two adds parts alone."""
+    """Whether training changes full depth's texts; stage two adds parameters only."""
     return bool({"one", "own"} & set(self.trains))
 
   @property
   def needs_targets(self) -> bool:
-    """Whether rows without references are of no use."""
+    """Whether every row needs a reference."""
     learned = "one" in self.trains or self.consistency != "textual"
     return learned or (self.changes_weights and not self.accept_quality)
 
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)")
 
 
 def parse_budget(text: str) -> float:
@@ -135,9 +139,53 @@ def parse_budget(text: str) -> float:
   Raises:
     ValueError: the text is no time.
   """
-  parts = re.findall(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip().lower())
-  seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
-  rest = re.sub(r"(\d+(?:\.\d+)?)\s*([smh]?)|\s", "", text.strip().lower())
-  if rest or not seconds > 0:
+  lower = text.strip().lower()
+  seconds = sum(float(number) * _UNITS[unit] for number, unit in _TIME.findall(lower))
+  if _TIME.sub("", lower).strip() or not seconds > 0:
     raise ValueError(f"Expected `budget` to be a time like 90s, 30m or 1h30m, got {text!r}.")
   return seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Listener:
+  """Callbacks of a fit; the default is silent.
+
+  Attributes:
+    say: called with a sentence.
+    step: called with the title of a step; returns its progress callback (share, text).
+  """
+
+  say: Callable[[str], None] = lambda text: None
+  step: Callable[[str], looking.Report] = lambda title: lambda share, text: None
+
+
+@contextlib.contextmanager
+def on_screen(console: rich_console.Console) -> Iterator[Listener]:
+  """A listener that prints sentences and draws the step's progress with its remaining time."""
+  view, started = looking.view(console), False
+  drawn = not isinstance(view, looking.Lines)  # a pipe gets the step's title only
+  show = lambda text: screen.say(console, text, soft_wrap=True)
+
+  def step(title: str) -> looking.Report:
+    nonlocal started
+    number, left = visible(title.partition(" ")[0]), looking.Left()
+    show(f"{title} ...")
+    if drawn:
+      view.show(0.0, number)
+    if not started:
+      started = True
+      view.start()
+
+    def report(share: float, text: str) -> None:
+      rest = left(share)
+      view.show(share, f"{number} {rest}, {text}" if rest else f"{number} {text}")
+
+    return report
+
+  try:
+    yield Listener(say=show, step=step)
+    if isinstance(view, looking.Notebook):  # whose last line stays
+      view.show(1.0, "done")
+  finally:
+    if started:
+      view.stop()

@@ -1,9 +1,8 @@
-"""Rows -> what trains, what chooses, what calibrates, and what is only looked at in the end.
+"""Rows -> the parts that train, choose, calibrate and are evaluated once, in the end.
 
-Rows of one source resemble each other, and so do rows whose inputs differ in nothing but case,
-punctuation and spaces: such rows stay together, in one part. The parts that measure take one
-row of every group, drawn by the seed, so that their prompts are exchangeable: draws of a group,
-each as likely, and of a row of it.
+Rows of one source resemble each other, and so do rows whose inputs differ only in case,
+punctuation and spaces: such rows form a group and stay in one part. The parts that measure take
+one row of every group, drawn by the seed, so that their prompts are exchangeable.
 """
 
 import dataclasses
@@ -11,22 +10,96 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
+
+from calm import inference
 from calm.calibrate import Prompt, planning
 from calm.calibrate.generations import files, order
+from calm.data import prompt_files, prompt_tables
+from calm.fitting.options import FitOptions
 
+# Rows in memory; or a DataFrame, which has no type that could be named here.
+Rows = Sequence[Prompt | str | Mapping[str, Any]] | Any
 PARTS = ("train", "validation", "calibration", "last")
 # (share of the groups, most groups) of the parts that measure; training has the rest.
 _SHARES = {
   True: {"validation": (0.1, 128), "calibration": (0.15, 1000), "last": (0.05, 200)},
   False: {"validation": (0.25, 128), "calibration": (0.5, 1000), "last": (0.25, 200)},
 }
-# Fewest groups of the parts that measure: a choice or a check on fewer says nothing.
 _LEAST = {"validation": 20, "last": 10}
-# Unchanged outputs certify at the least number; some that change want a multiple of it.
+# The calibration part gets this multiple of the least number, as far as there are rows.
 _COMFORT = 4
-# Groups that are named: those with so large a share of the rows.
+# Groups with at least this share of the rows are named.
 _LARGE = 0.1
+# Share of the rows that the length limits leave whole; the limits' own limits, in tokens.
+_WHOLE, _LONGEST_INPUT, _LONGEST_TEXT = 0.99, 1024, 256
+
+
+def read_rows(train: str | pathlib.Path | Rows, options: FitOptions) -> tuple[Prompt, ...]:
+  """Rows of a file in any format of `calm infer`, of a DataFrame, or those given, checked.
+
+  Raises:
+    ValueError: a row has no reference where they are needed, or an id occurs twice.
+  """
+  if isinstance(train, str | pathlib.Path):
+    rows = tuple(prompt_files.open_prompts(train, input_key=options.input_key))
+  else:
+    rows = prompt_tables.prompts_of(train, input_key=options.input_key)
+  bare = [row.id for row in rows if not any(target.strip() for target in row.targets)]
+  if bare and options.needs_targets:
+    raise ValueError(
+      f"Expected `train` to be rows with references (`target`), got {len(bare)} of {len(rows)}"
+      f" without, first {bare[:3]}; give them, or learn exits beside frozen weights (no"
+      " `train_all`) with textual consistency, or take stages='own' with `accept_quality`:"
+      " nothing would measure how well trained weights write."
+    )
+  ids = [row.id for row in rows]
+  if len(set(ids)) < len(ids):
+    raise ValueError(
+      f"Expected `train` to be rows with ids of their own, got {len(ids) - len(set(ids))} ids"
+      " twice; number them."
+    )
+  return rows
+
+
+def length_limits(
+  predictor: inference.Predictor, rows: Sequence[Prompt], prefix: str | None
+) -> tuple[dict[str, Any], int]:
+  """`task_prefix`, `max_input_length`, `max_decode_length` for rows, and how many are cut.
+
+  Args:
+    predictor: the model; gives the prefix where `prefix` is None, and the text limit where rows
+      have no references.
+    rows: all rows.
+    prefix: text put before every input, or None.
+
+  Raises:
+    ValueError: the vocabulary does not know the pieces of these texts.
+  """
+  vocabulary = predictor.vocabulary
+  prefix = predictor.options.task_prefix if prefix is None else prefix
+  inputs = [vocabulary.encode(prefix + row.input) for row in rows]
+  unknown = sum(token == vocabulary.unk_id for tokens in inputs for token in tokens)
+  total = sum(map(len, inputs))
+  if unknown > 0.2 * max(total, 1):
+    raise ValueError(
+      f"Expected the model's vocabulary to know the rows' texts, got {unknown} unknown of"
+      f" {total} pieces; is it the tokenizer that the model was trained with, and the language?"
+    )
+  quantile = lambda sizes: 1 + int(np.quantile(sizes, _WHOLE, method="higher"))  # with EOS
+  targets = [len(vocabulary.encode(row.targets[0])) for row in rows if row.targets]
+  decode_length = predictor.options.max_decode_length
+  if targets:
+    decode_length = min(_LONGEST_TEXT, -(-quantile(targets) // 8) * 8)
+  input_length = -(-min(quantile([*map(len, inputs)]), _LONGEST_INPUT) // 32) * 32
+  limits = {
+    "task_prefix": prefix,
+    "max_input_length": input_length,
+    "max_decode_length": decode_length,
+  }
+  return limits, sum(len(tokens) >= input_length for tokens in inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +110,9 @@ class Splits:
     train: rows that train; all rows of their groups.
     validation: prompts on which everything is chosen, one a group.
     calibration: prompts that certify, one a group; nothing else looks at them.
-    last: prompts that are looked at once, in the end, one a group.
-    num_groups: groups there are.
-    num_repeats: rows whose input stands in an earlier row but for case, punctuation and spaces,
-      kept in that row's part.
+    last: prompts that are evaluated once, in the end, one a group.
+    num_groups: number of groups.
+    num_repeats: rows that repeat another's input but for case, punctuation and spaces.
     population: what the promise is about, and the part of every group with many of the rows.
   """
 
@@ -67,12 +139,12 @@ def split(
   lower: float = 0.0,
   seed: int = 0,
 ) -> Splits:
-  """Splits rows by group, the same way for the same rows and seed, in whatever order they are.
+  """Splits rows by group; the split depends on rows and seed, not on the order of the rows.
 
   Args:
     rows: with their groups (`Prompt.group`), where there are any.
-    trains: whether a part trains; else it stays empty and the others are larger.
-    tolerance: delta; says how many prompts calibrate at least.
+    trains: whether a part trains; else it is empty and the others are larger.
+    tolerance: delta; it sets the least number of calibration prompts.
     error_rate: epsilon.
     lower: declared lower bound of the loss.
     seed: of the draw.
@@ -80,22 +152,51 @@ def split(
   Raises:
     ValueError: too few groups (says how many are needed).
   """
-  members, repeats = _groups(rows)
+  names = [f"id:{row.id}" if row.group is None else f"group:{row.group}" for row in rows]
+  texts = [order.letters(row.input) for row in rows]
+  members: dict[str, list[Prompt]] = {}
+  for row, name in zip(rows, order.join_equal(names, texts), strict=True):
+    members.setdefault(name, []).append(row)
   needed = max(
     planning.min_calibration_size(tolerance, error_rate, lower=lower),
     planning.min_calibration_size(tolerance, error_rate),
   )
   sizes = _sizes(len(members), trains, needed, tolerance, error_rate)
-  order = sorted(members, key=lambda name: _draw(seed, name))
+  ranked = sorted(members, key=lambda name: _draw(seed, name))
   parts, start = {}, 0
   for name in ("calibration", "validation", "last"):
-    chosen = order[start : start + sizes[name]]
+    chosen = ranked[start : start + sizes[name]]
     start += sizes[name]
     parts[name] = tuple(min(members[g], key=lambda row: _draw(seed, row.id)) for g in chosen)
-  rest = order[start:] if trains else []
+  rest = ranked[start:] if trains else []
   parts["train"] = tuple(row for group in rest for row in members[group])
-  population = _population(members, parts)
-  return Splits(**parts, num_groups=len(members), num_repeats=repeats, population=population)
+  return Splits(
+    **parts,
+    num_groups=len(members),
+    num_repeats=len(texts) - len(set(texts)),
+    population=_population(members, parts),
+  )
+
+
+def _sizes(
+  groups: int, trains: bool, needed: int, tolerance: float, error_rate: float
+) -> Mapping[str, int]:
+  sizes = {n: min(round(share * groups), most) for n, (share, most) in _SHARES[trains].items()}
+  # With few rows the calibration part comes first, then validation.
+  third = groups // (3 if trains else 2)
+  sizes["calibration"] = max(sizes["calibration"], min(third, _COMFORT * needed))
+  sizes |= {name: max(sizes[name], least) for name, least in _LEAST.items()}
+  least = (needed + sum(_LEAST.values())) * (2 if trains else 1)
+  left = groups - sum(sizes.values())
+  sizes["calibration"] += min(0, left if not trains else left - sizes["validation"])
+  if groups < least or sizes["calibration"] < needed:
+    raise ValueError(
+      f"Expected at least {least} rows of different groups for `tolerance` {tolerance} and"
+      f" `error_rate` {error_rate}: {needed} to calibrate on, the others to choose on and to"
+      f" look at{', and as many again to train on' if trains else ''}, got {groups}; give more"
+      " rows, or a larger tolerance."
+    )
+  return sizes
 
 
 def _population(
@@ -125,38 +226,6 @@ def _population(
   return text
 
 
-def _sizes(
-  groups: int, trains: bool, needed: int, tolerance: float, error_rate: float
-) -> Mapping[str, int]:
-  shares = _SHARES[trains]
-  sizes = {name: min(round(share * groups), most) for name, (share, most) in shares.items()}
-  # Few rows: the promise comes first, then what chooses.
-  third = groups // (3 if trains else 2)
-  sizes["calibration"] = max(sizes["calibration"], min(third, _COMFORT * needed))
-  sizes |= {name: max(sizes[name], least) for name, least in _LEAST.items()}
-  least = (needed + sum(_LEAST.values())) * (2 if trains else 1)
-  left = groups - sum(sizes.values())
-  sizes["calibration"] += min(0, left if not trains else left - sizes["validation"])
-  if groups < least or sizes["calibration"] < needed:
-    raise ValueError(
-      f"Expected at least {least} rows of different groups for `tolerance` {tolerance} and"
-      f" `error_rate` {error_rate}: {needed} to calibrate on, the others to choose on and to"
-      f" look at{', and as many again to train on' if trains else ''}, got {groups}; give more"
-      " rows, or a larger tolerance."
-    )
-  return sizes
-
-
-def _groups(rows: Sequence[Prompt]) -> tuple[dict[str, list[Prompt]], int]:
-  """Rows by group, groups that share an input joined; and how many rows repeat an input."""
-  names = [f"id:{row.id}" if row.group is None else f"group:{row.group}" for row in rows]
-  texts = [order.letters(row.input) for row in rows]
-  members: dict[str, list[Prompt]] = {}
-  for row, name in zip(rows, order.join_equal(names, texts), strict=True):
-    members.setdefault(name, []).append(row)
-  return members, len(texts) - len(set(texts))
-
-
 def _draw(seed: int, name: str) -> str:
   return hashlib.sha256(f"{seed}\n{name}".encode()).hexdigest()
 
@@ -165,11 +234,54 @@ def write(folder: pathlib.Path, splits: Splits, names: Sequence[str] = PARTS) ->
   """Writes `train.jsonl`, `validation.jsonl`, ... as rows that `calm train` reads too."""
   folder.mkdir(parents=True, exist_ok=True)
   for name in names:
-    lines = [_line(row) for row in getattr(splits, name)]
+    lines = []
+    for row in getattr(splits, name):
+      value = {
+        "id": row.id,
+        "source": row.group,
+        "input": row.input,
+        "target": list(row.targets),
+      }
+      kept = {key: entry for key, entry in value.items() if entry not in (None, [])}
+      lines.append(json.dumps(kept, ensure_ascii=False) + "\n")
     files.write_atomically(folder / f"{name}.jsonl", "".join(lines))
 
 
-def _line(row: Prompt) -> str:
-  value = {"id": row.id, "source": row.group, "input": row.input, "target": list(row.targets)}
-  kept = {name: entry for name, entry in value.items() if entry not in (None, [])}
-  return json.dumps(kept, ensure_ascii=False) + "\n"
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+  """Rows that `fit` with the same options does not train on.
+
+  Attributes:
+    validation: on which it chooses, one a group.
+    test: on which it certifies, then those that it evaluates once in the end, one a group.
+    decoding: `task_prefix`, `max_input_length` and `max_decode_length` for these rows.
+  """
+
+  validation: tuple[Prompt, ...]
+  test: tuple[Prompt, ...]
+  decoding: Mapping[str, Any]
+
+
+def held_out(
+  predictor: inference.Predictor, train: str | pathlib.Path | Rows, options: FitOptions
+) -> HeldOut:
+  """Splits rows as `fit` does where it trains, and leaves the training rows out.
+
+  Args:
+    predictor: the model whose tokens count for the lengths.
+    train: rows of {input, target, source}: a file, a DataFrame, or `Prompt`s.
+    options: rates, prefix and seed of the fit.
+
+  Raises:
+    ValueError: invalid rows, or too few of them (says how many are needed).
+  """
+  rows = read_rows(train, options)
+  parts = split(
+    rows,
+    trains=True,
+    tolerance=options.tolerance,
+    error_rate=options.error_rate,
+    seed=options.seed,
+  )
+  limits, _ = length_limits(predictor, rows, options.prefix)
+  return HeldOut(parts.validation, parts.calibration + parts.last, limits)

@@ -7,10 +7,6 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-import matplotlib
-from matplotlib import axes as mpl_axes
-from matplotlib import figure as mpl_figure
-
 from calm.calibrate.generations.shown import visible
 
 # Placeholders that the page replaces by its own colours.
@@ -84,7 +80,7 @@ def _without_height(svg: str) -> str:
   return re.sub(r'<svg ([^>]*?)height="[^"]*" ?', r"<svg \1", svg, count=1)
 
 
-def draw(name: str, title: str, caption: str, paint: Callable[[mpl_axes.Axes], None]) -> Figure:
+def draw(name: str, title: str, caption: str, paint: Callable[[Any], None]) -> Figure:
   """Makes a figure of one panel.
 
   Args:
@@ -93,6 +89,9 @@ def draw(name: str, title: str, caption: str, paint: Callable[[mpl_axes.Axes], N
     caption: one or two sentences.
     paint: draws into the axes.
   """
+  import matplotlib
+  from matplotlib import figure as mpl_figure
+
   title = visible(title[:1].upper() + title[1:] if title[:1].isascii() else title)
   with matplotlib.rc_context({**_RC, "svg.hashsalt": name}):
     figure = mpl_figure.Figure(figsize=_SIZE, layout="constrained")

@@ -29,11 +29,13 @@ class Setting:
     name: of its curve.
     rule: how tokens go through the layers.
     threshold: lambda.
+    model: the model that decodes, under its options; None: the one that is measured.
   """
 
   name: str
   rule: exits.Rule
   threshold: float = schedules.NEVER_EXIT
+  model: Predictor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,7 @@ def measure(
 
   Args:
     predictor: a model whose weights serve every setting (a shortlist's measure included).
-    prompts: best of one padded length (`decode.of_one_length`), or more is compiled.
+    prompts: best of one padded length (`offline.of_one_length`), or more is compiled.
     settings: what to time; full depth is added.
     rounds: repeats.
     of_rounds: what counts of them: `np.median`, or `np.min` where they are few and the machine
@@ -103,35 +105,41 @@ def measure(
     progress: told of the share done.
   """
   settings = [Setting(FULL, exits.StaticExit()), *settings]
-  items = offline.one_by_one(predictor, prompts)
   one = predictor.with_options(batch_size=1)
-  _compile(one, items, settings, progress)
-  seconds = np.zeros((len(settings), len(items), rounds))
-  encode = np.zeros((len(items), rounds))
+  # Settings of one model share what its encoder makes of a prompt.
+  models = {id(s.model): (s.model or predictor).with_options(batch_size=1) for s in settings}
+  models[id(None)] = one
+  items = [offline.one_by_one(model, prompts) for model in models.values()]
+  which = [list(models).index(id(setting.model)) for setting in settings]
+  programs = list(models.values())
+  _compile(programs, items, settings, which, progress)
+  seconds = np.zeros((len(settings), len(prompts), rounds))
+  encode = np.zeros((len(programs), len(prompts), rounds))
   depths: list[list[int]] = [[] for _ in settings]
   # Round by round: a text that is drafted begins with what those before it had accepted.
   for repeat in range(rounds):
-    for row, item in enumerate(items):
-      start = time.perf_counter()
-      jax.block_until_ready(one.encode(item.batch))
-      encode[row, repeat] = time.perf_counter() - start
-      for column in _turn(len(settings), repeat):
-        setting = settings[column]
+    for row in range(len(prompts)):
+      for model in _turn(len(programs), repeat):
         start = time.perf_counter()
-        generation = one.decode(
+        jax.block_until_ready(programs[model].encode(items[model][row].batch))
+        encode[model, row, repeat] = time.perf_counter() - start
+      for column in _turn(len(settings), repeat):
+        setting, item = settings[column], items[which[column]][row]
+        start = time.perf_counter()
+        generation = programs[which[column]].decode(
           item.encoded, item.batch.active, setting.threshold, setting.rule
         )
         seconds[column, row, repeat] = time.perf_counter() - start
         if not repeat:
           depths[column] += [int(layer) for layer in generation.exit_layers[0] if layer]
-      done = (repeat + (row + 1) / len(items)) / rounds
+      done = (repeat + (row + 1) / len(prompts)) / rounds
       progress(done, f"round {repeat + 1} of {rounds}")
-  encoder = of_rounds(encode, axis=1)
+  encoder = of_rounds(encode, axis=2)[which]
   rows = _rows(settings, of_rounds(seconds, axis=2), encoder, depths)
   return Timings(
-    num_prompts=len(items),
+    num_prompts=len(prompts),
     rounds=rounds,
-    encode_seconds=float(encoder.mean()),
+    encode_seconds=float(encoder[0].mean()),
     full_seconds=rows[0].decode_seconds,
     rows=rows,
   )
@@ -143,18 +151,17 @@ def _turn(count: int, repeat: int) -> list[int]:
   return order if repeat % 2 == 0 else order[::-1]
 
 
-def _compile(one, items, settings, progress) -> None:
-  shapes = {item.batch.tokens.shape: item for item in items}
-  for item in shapes.values():
-    rules = {setting.rule: setting for setting in settings}
-    for number, setting in enumerate(rules.values()):
-      progress(0.0, f"compiling {setting.name} ({number + 1} of {len(rules)})")
-      one.decode(item.encoded, item.batch.active, setting.threshold, setting.rule)
+def _compile(programs, items, settings, which, progress) -> None:
+  distinct = {(s.rule, model): s for s, model in zip(settings, which, strict=True)}
+  for number, ((rule, model), setting) in enumerate(distinct.items()):
+    progress(0.0, f"compiling {setting.name} ({number + 1} of {len(distinct)})")
+    for item in {item.batch.tokens.shape: item for item in items[model]}.values():
+      programs[model].decode(item.encoded, item.batch.active, setting.threshold, rule)
 
 
 def _rows(settings, seconds: np.ndarray, encode: np.ndarray, depths) -> tuple[Timed, ...]:
-  """From what counts of the rounds, [settings, prompts] and [prompts]."""
-  totals, encoder = seconds.sum(axis=1), encode.sum()
+  """From what counts of the rounds, [settings, prompts] each."""
+  totals, encoders = seconds.sum(axis=1), encode.sum(axis=1)
   return tuple(
     Timed(
       name=setting.name,
@@ -163,7 +170,9 @@ def _rows(settings, seconds: np.ndarray, encode: np.ndarray, depths) -> tuple[Ti
       prompt_seconds=tuple(map(float, own)),
       decode_seconds=float(own.mean()),
       speedup=float(totals[0] / total),
-      end_to_end=float((totals[0] + encoder) / (total + encoder)),
+      end_to_end=float((totals[0] + encoders[0]) / (total + encoder)),
     )
-    for setting, own, total, layers in zip(settings, seconds, totals, depths, strict=True)
+    for setting, own, total, encoder, layers in zip(
+      settings, seconds, totals, encoders, depths, strict=True
+    )
   )

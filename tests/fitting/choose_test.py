@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from calm.fitting import candidates, choose, forecasts, probe, summary
+from calm.fitting import candidates, choose
 from calm.fitting.candidates import Candidate
 
 
@@ -15,7 +15,7 @@ def tokens():
   sure = np.array([[0.9, 0.95, 0.0], [0.2, 0.8, 0.0], [0.6, 0.7, 0.0], [0.1, 0.3, 0.0]])
   agrees = np.array([[1, 1, 1], [0, 1, 1], [0, 1, 1], [0, 0, 1]], bool)
   rows, positions = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
-  return probe.Probe({"softmax": sure}, agrees, rows, positions)
+  return candidates.Reading({"softmax": sure}, agrees, rows, positions)
 
 
 def test_exits_and_losses_of_a_set_of_layers(tokens):
@@ -71,17 +71,17 @@ def test_the_forecast_is_where_the_bound_crosses_the_tolerance():
   losses = np.tile([[0.0, 0.0, 0.0], [0.0, 0.2, 0.4]], (100, 1))
   thresholds = (0.9, 0.5, 0.1)
   # Means 0, 0.1, 0.2: with endless prompts the bound is the mean.
-  assert forecasts.forecast(thresholds, losses, 0.15, 10**9) == pytest.approx(0.3, abs=1e-3)
-  assert 0.5 < forecasts.forecast(thresholds, losses, 0.1, 100) < 0.9
-  assert forecasts.forecast(thresholds, losses, 0.3, 10**9) == 0.1
-  assert forecasts.forecast(thresholds, losses + 0.5, 0.1, 100) == math.inf
+  assert candidates.forecast(thresholds, losses, 0.15, 10**9) == pytest.approx(0.3, abs=1e-3)
+  assert 0.5 < candidates.forecast(thresholds, losses, 0.1, 100) < 0.9
+  assert candidates.forecast(thresholds, losses, 0.3, 10**9) == 0.1
+  assert candidates.forecast(thresholds, losses + 0.5, 0.1, 100) == math.inf
 
 
 def test_the_final_grid_descends_and_is_densest_near_the_tolerance():
-  tried = forecasts.Tried(
-    Candidate("softmax", (1,)), (0.9, 0.5, 0.1), (0.01, 0.08, 0.3), (3, 2, 1), 0.45, 1.0, 2.0
+  candidate = Candidate("softmax", (1,))
+  grid = np.array(
+    candidates.final_grid(candidate, (0.9, 0.5, 0.1), (0.01, 0.08, 0.3), 0.45, 0.1)
   )
-  grid = np.array(forecasts.final_grid(tried, 0.1))
   assert (np.diff(grid) < 0).all() and grid[-1] > 0.0 and grid[0] <= 1.0
   assert {0.9, 0.5, 0.45} <= set(grid.tolist())
   # Loss 0.2, twice the tolerance, is at 0.28; what lies far beyond is left out.
@@ -92,13 +92,13 @@ def test_the_final_grid_descends_and_is_densest_near_the_tolerance():
 
 def test_a_way_that_was_looked_at_first_is_told_beside_the_others_first_looks():
   """Its x2.7 is of other rounds than the chosen one's x2.1, which was x3.1 in them."""
-  way = lambda *args: forecasts.Tried(Candidate("softmax", (1,)), *args)
+  way = lambda *args: choose.Tried(Candidate("softmax", (1,)), *args)
   chosen = way((0.5,), (0.1,), (2.0,), 0.5, 1.0, 2.1, 3.1)
   looked = way((), (), (), 0.4, 1.0, 2.7, 2.7)
   without = way((0.5,), (0.3,), (2.0,), math.inf, math.nan, math.nan, 2.9)
   choice = choose.Choice((looked, without, chosen), 2, (0.5,), 2.0, 20, 4)
-  assert summary.tried_lines(choice) == [
-    "  softmax after layer 1: x2.10 as fast at threshold 0.5, x3.10 in a first look (chosen)",
+  assert choice.lines() == [
+    "  softmax after layer 1: x2.10 as fast at threshold 0.5, x3.10 in a first timing (chosen)",
     "  softmax after layer 1: no threshold within the tolerance",
-    "  softmax after layer 1: x2.70 in a first look, at threshold 0.4",
+    "  softmax after layer 1: x2.70 in a first timing, at threshold 0.4",
   ]

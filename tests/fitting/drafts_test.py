@@ -6,7 +6,7 @@ import pytest
 from calm import exits, inference
 from calm.calibrate import seconds
 from calm.exits import schedules
-from calm.fitting import drafts, reading
+from calm.fitting import choose
 from calm.inference import result_cache
 
 TEXTS = ["some words", "other words", "more of them"]
@@ -26,7 +26,7 @@ def measured(monkeypatch):
     return seconds.Seconds(pair(1, alone), pair(8, batched))
 
   monkeypatch.setattr(inference.seconds, "measure", measure)
-  monkeypatch.setattr(reading, "LEAST_NUMBERS", 1)
+  monkeypatch.setattr(choose, "LEAST_NUMBERS", 1)
   return told, asked
 
 
@@ -46,7 +46,7 @@ def test_the_faster_head_is_served_and_none_where_drafts_are_slower(
   told, asked = measured
   told |= {None: stored, "int8": narrow}
   for _ in range(2):  # the second time from what was kept
-    chosen, found = drafts.fastest(model, TEXTS, result_cache.ResultCache(tmp_path))
+    chosen, found = choose.fastest_exact(model, TEXTS, result_cache.ResultCache(tmp_path))
     if served == "full depth":
       assert found is None and chosen is model
     else:
@@ -59,14 +59,14 @@ def test_the_faster_head_is_served_and_none_where_drafts_are_slower(
 def test_a_small_head_is_timed_as_it_is(model, measured, monkeypatch, tmp_path):
   told, asked = measured
   told[None] = (1.5, 1.1)
-  monkeypatch.setattr(reading, "LEAST_NUMBERS", 2**20)
-  chosen, found = drafts.fastest(model, TEXTS, result_cache.ResultCache(tmp_path))
+  monkeypatch.setattr(choose, "LEAST_NUMBERS", 2**20)
+  chosen, found = choose.fastest_exact(model, TEXTS, result_cache.ResultCache(tmp_path))
   assert chosen is model and found is not None and asked == [(None, None)]
 
 
 def test_layers_in_8_bits_are_served_without_drafts(model, measured, tmp_path):
   coded = model.with_options(weights_dtype="int8")
-  chosen, found = drafts.fastest(coded, TEXTS, result_cache.ResultCache(tmp_path))
+  chosen, found = choose.fastest_exact(coded, TEXTS, result_cache.ResultCache(tmp_path))
   assert chosen is coded and found is None and measured[1] == []
 
 

@@ -35,7 +35,7 @@ def promotion():
 @pytest.fixture(scope="module", autouse=True)
 def few_rounds():
   patch = pytest.MonkeyPatch()
-  for name, value in {"TIMED": 2, "ROUNDS": 1, "FINALISTS": 1}.items():
+  for name, value in {"FIRST": (1, 1), "LAST": (2, 1), "FINALISTS": 1}.items():
     patch.setattr(choose, name, value)
   patch.setattr(candidates, "measures", lambda predictor: ("softmax",))
   patch.setattr(inference.seconds, "PROMPTS", 2)
@@ -65,7 +65,7 @@ def test_ridge_finds_a_linear_relation_and_needs_its_penalty_where_tokens_are_fe
     held = np.arange(tokens // 2, tokens)
     scalars = np.zeros((1, tokens, 2))
     sample = exit_maps._Sample(x[None], last, scalars, np.arange(tokens // 2), held)
-    sums = {1: sums_of(x[: tokens // 2], last[: tokens // 2], np.zeros((tokens // 2, 1, 6)))}
+    sums = [sums_of(x[: tokens // 2], last[: tokens // 2], np.zeros((tokens // 2, 1, 6)))]
     penalty, ((kernel, offset),) = exit_maps._ridge(sums, sample)
     assert penalty in exit_maps._PENALTIES and np.isfinite(kernel).all()
     if close is not None:
@@ -117,7 +117,7 @@ def test_a_vocabulary_that_is_drawn_from_estimates_the_whole_loss():
   exits_, last = rng.normal(size=(2, 64, 8)), rng.normal(size=(64, 8))
   maps = 0.1 * rng.normal(size=(2, 8, 8)), np.zeros((2, 8))
   loss = lambda columns, drawn: float(
-    exit_maps._loss(maps, exits_, last, drawn, [head, head], head, columns=columns)
+    exit_maps.cross_entropy(maps, exits_, last, drawn, [head, head], head, columns=columns)
   )
   whole = loss(np.arange(300), np.zeros(0, int))
   columns, others = np.arange(100), np.arange(100, 300)

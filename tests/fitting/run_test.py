@@ -16,17 +16,7 @@ from calm import checkpoints, exits, fitting, inference
 from calm.calibrate import Calibration, Prompt, calibrate, ledger, seconds
 from calm.calibrate import thresholds as thresholds_lib
 from calm.data import vocabulary
-from calm.fitting import (
-  candidates,
-  choose,
-  folder,
-  forecasts,
-  inputs,
-  last,
-  reading,
-  run,
-  summary,
-)
+from calm.fitting import candidates, choose, run, splits
 from calm.fitting import result as result_lib
 from calm.inference import offline, result_cache
 from tests import toy_vocabulary
@@ -48,10 +38,8 @@ def model(directory):
 def few_rounds():
   """Seconds are looked at for their form here, not for their size."""
   patch = pytest.MonkeyPatch()
-  patch.setattr(choose, "TIMED", 2)
-  patch.setattr(choose, "ROUNDS", 1)
-  patch.setattr(choose, "_FIRST_TIMED", 1)
-  patch.setattr(choose, "_FIRST_ROUNDS", 1)
+  patch.setattr(choose, "FIRST", (1, 1))
+  patch.setattr(choose, "LAST", (2, 1))
   patch.setattr(choose, "FINALISTS", 1)
   patch.setattr(candidates, "measures", lambda predictor: ("softmax",))
   patch.setattr(inference.seconds, "PROMPTS", 2)
@@ -74,7 +62,8 @@ def always_faster():
 
   def faster(*arguments):
     found = timed(*arguments)
-    return dataclasses.replace(found, speedups=tuple(1.5 for _ in found.speedups))
+    faster = tuple(1.5 for _ in found.speedups)
+    return dataclasses.replace(found, speedups=faster, end_to_end=faster)
 
   patch.setattr(inference.seconds, "measure", measure)
   patch.setattr(choose, "timed", faster)
@@ -127,7 +116,7 @@ def test_the_summary_says_what_was_found(made):
   tried = result["choice"]["tried"]
   went_on = [entry["first_speedup"] for entry in tried if entry["thresholds"]]
   looked = [entry["first_speedup"] for entry in tried if not entry["thresholds"]]
-  assert "in a first look" in markdown and min(went_on) >= max(looked, default=0.0)
+  assert "in a first timing" in markdown and min(went_on) >= max(looked, default=0.0)
   assert result["threshold"] == served.threshold
 
 
@@ -139,7 +128,7 @@ def test_a_stopped_fit_goes_on_and_another_request_is_refused(
     fitting.fit(model, ROWS, output=output, **{**OPTIONS, "tolerance": 0.6})
   with pytest.raises(ValueError, match="the rows"):
     fitting.fit(model, ROWS[:-1], output=output, **OPTIONS)
-  monkeypatch.setattr(choose, "choose", None)  # what is done is not done again
+  monkeypatch.setattr(choose.Choosing, "run", None)  # what is done is not done again
   monkeypatch.setattr(inference.seconds, "measure", None)
   again = fitting.fit(model, ROWS, output=output, **OPTIONS)
   assert again.calibration == served.calibration
@@ -310,14 +299,14 @@ def _check_that_nothing_certified_is_said(result):
   """Where nothing was chosen, no column, no seconds and no second text tell of exits."""
   last = dataclasses.replace(result.last, risk=None, quality_early=None)
   bare = dataclasses.replace(result, seconds=None, last=last, curve=())
-  for text in summary.pages(bare, fitting.FitOptions(**OPTIONS), "mine").values():
+  for text in result_lib.pages(bare, fitting.FitOptions(**OPTIONS), "mine").values():
     assert "certified exits" not in text and "Seconds are" not in text
     assert "What was tried" in text and "What was chosen" not in text
     assert "At full depth: " in text and "  served `" not in text
     assert "decoder layers per token" not in text and "layer 1 of 3" not in text
 
 
-TRIED = forecasts.Tried(LEAVES, (0.5,), (0.1,), (1.0,), 0.5, 1.0, 0.9)
+TRIED = choose.Tried(LEAVES, (0.5,), (0.1,), (1.0,), 0.5, 1.0, 0.9)
 NONE = choose.Choice((), None, (), 1.0, 20, 2)
 SLOWER = dataclasses.replace(NONE, tried=(TRIED,))
 SLOW = seconds.Seconds(seconds.Pair(1, 2, 1.0, 1.2, 0.83, 0.9), None)
@@ -330,7 +319,6 @@ def test_why_full_depth_is_served_is_said(made):
   chosen = dataclasses.replace(SLOWER, chosen=0)
   reason = run.why_full_depth(chosen, calibration, SLOW)
   assert "certified but was not faster" in reason and "x0.83" in reason
-  assert folder.served(calibration, reason, SLOW) is None
   failed = calibrate(np.ones((200, 1)), [0.9], tolerance=0.1, error_rate=0.05)
   assert run.why_full_depth(chosen, failed, None).startswith("nothing is certified: the first")
 
@@ -342,7 +330,7 @@ def test_full_depth_is_served_where_exits_are_not_faster(
   predictor = served.with_options()
   reason = run.why_full_depth(dataclasses.replace(SLOWER, chosen=0), served.calibration, SLOW)
   # It is served without further options, and as the full-depth program.
-  whole = folder.Folder(output.parent / "whole", output.parent / "whole" / "fit", None)
+  whole = result_lib.Folder(output.parent / "whole", output.parent / "whole" / "fit", None)
   whole.work.mkdir(parents=True)
   result = dataclasses.replace(
     _result(output), reason=reason, threshold=thresholds_lib.NEVER_EXIT, exact=None
@@ -472,7 +460,7 @@ def test_rows_come_in_every_format_of_prompts(tmp_path, suffix):
   lines = [list(values[0]), *(list(value.values()) for value in values)]
   text = json.dumps(values) if delimiter is None else "\n".join(map(delimiter.join, lines))
   (tmp_path / f"rows.{suffix}").write_text(text)
-  read = inputs.read_rows(tmp_path / f"rows.{suffix}", fitting.FitOptions())
+  read = splits.read_rows(tmp_path / f"rows.{suffix}", fitting.FitOptions())
   assert [(r.input, r.targets, r.group) for r in read] == [
     (row.input, row.targets, row.group) for row in ROWS
   ]
@@ -497,16 +485,16 @@ def test_budgets_are_times():
 
 
 def test_means_have_intervals():
-  found = last.mean(np.array([0.0, 1.0] * 50))
+  found = run.mean(np.array([0.0, 1.0] * 50))
   assert found.value == 0.5 and found.count == 100
   assert found.margin == pytest.approx(1.96 * 0.5025 / 10, rel=1e-3)
 
 
-def test_weights_are_served_as_they_are_read_fastest(model, tmp_path, monkeypatch):
+def test_the_head_is_read_in_8_bits_where_that_is_faster(model, tmp_path, monkeypatch):
   said: list[str] = []
-  monkeypatch.setattr(reading, "to_try", lambda predictor: list(reading.WAYS))
-  told = lambda predictor, option, *arguments: reading.Reading(option, 6.0, 4.0, 2)
-  monkeypatch.setattr(reading, "measure", told)
+  monkeypatch.setattr(choose, "LEAST_NUMBERS", 1)
+  found = choose.HeadReading(6.0, 4.0, 2)
+  monkeypatch.setattr(choose, "read_head", lambda *arguments: found)
   served = fitting.fit(
     model,
     ROWS,
@@ -514,20 +502,44 @@ def test_weights_are_served_as_they_are_read_fastest(model, tmp_path, monkeypatc
     listener=fitting.Listener(say=said.append),
     **OPTIONS,
   )
-  for option, way in reading.WAYS.items():
-    assert getattr(served.options, option) == way.value
-    assert str(reading.Reading(option, 6.0, 4.0, 2)) in said
-  # What can change a confidence belongs to the procedure, what cannot does not.
-  assert served.procedure.head_dtype == "int8"
-  assert "weights_layout" not in served.procedure.to_json()
+  assert served.procedure.head_dtype == "int8" and str(found) in said
   if served.calibration is not None:
     assert served.calibration.procedure.head_dtype == "int8"
+
+
+@pytest.mark.parametrize(
+  ("stored", "narrow", "pays"), [(6.0, 5.0, True), (6.0, 5.9, False), (5.0, 6.0, False)]
+)
+def test_a_head_in_8_bits_is_taken_where_it_is_clearly_faster(stored, narrow, pays):
+  found = choose.HeadReading(stored, narrow, 8)
+  assert found.pays == pays and f"x{stored / narrow:.2f}" in str(found)
+  assert ("read in 8 bits;" in str(found)) == pays
+
+
+def test_both_heads_are_timed_on_the_same_prompts_and_a_small_one_is_not(model, monkeypatch):
+  opened = inference.load(model, max_input_length=16, max_decode_length=4)
+  assert not choose.has_large_head(opened)
+  monkeypatch.setattr(choose, "LEAST_NUMBERS", 1)
+  assert choose.has_large_head(opened)
+  assert not choose.has_large_head(opened.with_options(head_dtype="int8"))
+  decoded = []
+  real = inference.Predictor.decode
+
+  def note(self, *arguments):
+    decoded.append(self.options.head_dtype)
+    return real(self, *arguments)
+
+  monkeypatch.setattr(inference.Predictor, "decode", note)
+  shares = []
+  found = choose.read_head(opened, ROWS[:3], lambda share, text: shares.append(share))
+  assert found.stored > 0 and found.narrow > 0 and shares[-1] == 1.0
+  assert decoded.count(None) == decoded.count("int8") > found.num_prompts > 0
 
 
 def test_a_tokenizer_that_the_model_does_not_know_is_said_before_any_work(
   model, monkeypatch, tmp_path
 ):
-  monkeypatch.setattr(run.known_tokens, "warning", lambda predictor, rows: "Another's.")
+  monkeypatch.setattr(run.tokenizer_check, "warning", lambda predictor, rows: "Another's.")
   said = []
   listener = fitting.Listener(say=said.append)
   run.Fit.open(str(model), ROWS, tmp_path / "mine", fitting.FitOptions(**OPTIONS), listener)
@@ -536,7 +548,7 @@ def test_a_tokenizer_that_the_model_does_not_know_is_said_before_any_work(
 
 def test_rows_may_be_mappings_and_other_lists_are_named():
   rows = [{"input": f"t {i}", "target": "x"} for i in range(3)]
-  read = inputs.read_rows(rows, fitting.FitOptions(**OPTIONS))
+  read = splits.read_rows(rows, fitting.FitOptions(**OPTIONS))
   assert read[1] == Prompt("prompt/2", "t 1", ("x",))
   with pytest.raises(TypeError, match="got 7 as number 1"):
-    inputs.read_rows([7], fitting.FitOptions(**OPTIONS))
+    splits.read_rows([7], fitting.FitOptions(**OPTIONS))

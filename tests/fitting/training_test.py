@@ -10,8 +10,8 @@ pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not
 
 from calm import checkpoints, exits, fitting, inference
 from calm.calibrate import Prompt
-from calm.fitting import folder, own_texts, recipes, splits, stages, training
-from calm.inference import offline
+from calm.fitting import splits, train
+from calm.inference import offline, result_cache
 from calm.training import sources
 
 pytestmark = pytest.mark.usefixtures("promotion_of_optax")
@@ -35,8 +35,16 @@ def silent(share, text):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-  monkeypatch.setattr(own_texts, "BATCH", 8)
-  monkeypatch.setattr(own_texts, "CHUNK", 8)
+  monkeypatch.setattr(train, "BATCH", 8)
+  monkeypatch.setattr(train, "CHUNK", 8)
+
+
+def write(model, parts, folder, *, seconds=None, progress=silent):
+  """Own texts of the parts; `seconds` is all that the budget has for them."""
+  options = fitting.FitOptions(train_all=True, stages="two")
+  if seconds is not None:
+    options = dataclasses.replace(options, budget=seconds)
+  return train.write_own_texts(model, parts, folder, options, progress, lambda text: None)
 
 
 def full_depth(model, rows):
@@ -46,7 +54,7 @@ def full_depth(model, rows):
 def test_targets_are_the_full_models_texts(model, parts, tmp_path, small_chunks):
   told = []
   progress = lambda share, text: told.append((share, text))
-  made = own_texts.write(model, parts, tmp_path, None, progress)
+  made = write(model, parts, tmp_path, progress=progress)
   for name in ("train", "validation"):
     rows = getattr(parts, name)
     records = full_depth(model, rows)
@@ -63,7 +71,7 @@ def test_targets_are_the_full_models_texts(model, parts, tmp_path, small_chunks)
 
 
 def test_no_end_is_learned_that_a_text_does_not_have(model, parts, tmp_path, small_chunks):
-  own_texts.write(model, parts, tmp_path, None, silent)
+  write(model, parts, tmp_path)
   records = full_depth(model, parts.train)
   ended = sum(record.tokens[-1] == model.eos_id for record in records.values())
   source = sources.supervised(
@@ -71,7 +79,7 @@ def test_no_end_is_learned_that_a_text_does_not_have(model, parts, tmp_path, sma
     model.vocabulary,
     ((16, 4),),
     batch_size=len(records),
-    outputs=str(tmp_path / own_texts.OUTPUTS),
+    outputs=str(tmp_path / train.OUTPUTS),
   )
   batch = source.batch(0)
   learned = [
@@ -87,7 +95,7 @@ def test_no_end_is_learned_that_a_text_does_not_have(model, parts, tmp_path, sma
 def test_what_was_decoded_is_not_decoded_again(
   model, parts, tmp_path, small_chunks, monkeypatch
 ):
-  made = own_texts.write(model, parts, tmp_path, None, silent)
+  made = write(model, parts, tmp_path)
   again, decoded = offline.with_rule, []
 
   def counted(predictor, rows, *given, **named):
@@ -95,16 +103,16 @@ def test_what_was_decoded_is_not_decoded_again(
     return again(predictor, rows, *given, **named)
 
   monkeypatch.setattr(offline, "with_rule", counted)
-  assert own_texts.write(model, parts, tmp_path, None, silent) == made and not decoded
+  assert write(model, parts, tmp_path) == made and not decoded
   (tmp_path / "train-00000008.json").unlink()
-  assert own_texts.write(model, parts, tmp_path, None, silent) == made and decoded == [8]
+  assert write(model, parts, tmp_path) == made and decoded == [8]
 
 
 def test_rows_that_come_too_late_are_left_out_and_one_chunk_always_is_in_time(
   model, parts, tmp_path, small_chunks
 ):
-  made = own_texts.write(model, parts, tmp_path, 0.0, silent)
-  first = own_texts.write(model, parts, tmp_path / "whole", None, silent)
+  made = write(model, parts, tmp_path, seconds=1e-9)
+  first = write(model, parts, tmp_path / "whole")
   assert len(made.validation) == len(first.validation)
   assert len(made.train) == 8 < len(first.train)
   assert made.train == first.train[: len(made.train)]
@@ -123,36 +131,35 @@ def test_rows_that_come_too_late_are_left_out_and_one_chunk_always_is_in_time(
 )
 def test_the_order_of_the_stages_and_their_shares_of_the_budget(name, order):
   options = fitting.FitOptions(train_all=True, stages=name, budget=100.0)
-  titles = training.titles(options)
+  titles = train.titles(options)
   assert [part in title for part, title in zip(order, titles, strict=True)] == [True] * len(
     order
   )
   assert options.needs_targets == bool({"one", "own"} & set(options.trains))
   accepted = dataclasses.replace(options, accept_quality=True)
   assert accepted.needs_targets == ("one" in options.trains)
-  names = [*options.trains, *([stages.TEXTS] if options.learns_own_texts else [])]
-  seconds = [stages.seconds_of(each, options) for each in names]
-  assert sum(seconds) == pytest.approx(100.0 if names else 0.0)
-  assert stages.seconds_of("one", fitting.FitOptions()) is None
+  names = [*options.trains, *([train.TEXTS] if options.learns_own_texts else [])]
+  shares = [train.share_of(each, options) for each in names]
+  assert sum(shares) == pytest.approx(1.0 if names else 0.0)
 
 
 def test_layers_learn_the_models_own_texts_without_references(
   directory, model, parts, tmp_path, small_chunks, monkeypatch
 ):
-  monkeypatch.setattr(recipes, "batch_size", lambda rows: 4)
-  short = lambda recipe: lambda *given: dataclasses.replace(recipe(*given), num_steps=3)
-  monkeypatch.setattr(stages, "RECIPES", {k: short(v) for k, v in stages.RECIPES.items()})
+  real = train.recipe
+  few = lambda *given: dataclasses.replace(real(*given), num_steps=3, batch_size=4)
+  monkeypatch.setattr(train, "recipe", few)
   options = fitting.FitOptions(train_all=True, stages="own", batch_size=8)
   splits.write(tmp_path / "mine" / "splits", parts)
   work = tmp_path / "mine" / "fit"
   work.mkdir()
-  place = folder.Folder(tmp_path / "mine", work, folder.results.ResultCache(work / "results"))
+  cache = result_cache.ResultCache(work / "results")
   steps, said = [], []
   begun = lambda title: steps.append(title) or silent
-  made, done = training.Training(model, str(directory), parts, place, options).run(
-    begun, said.append
+  made, done = train.train_stages(
+    model, directory, parts, tmp_path / "mine", options, {}, cache, begun, said.append
   )
-  assert steps == training.titles(options) and [each.name for each in done] == ["own", "two"]
+  assert steps == train.titles(options) and [each.name for each in done] == ["own", "two"]
   own = (work / "stage_own.gin").read_text("utf-8")
   assert "own_texts/train.jsonl" in own and "@losses.equal_weights" in own
   assert "own_texts/outputs.jsonl" in own

@@ -16,7 +16,7 @@ from calm import checkpoints, exits, inference
 from calm.calibrate import Prompt
 from calm.commands import cli
 from calm.data import vocabulary
-from calm.fitting import choose, forecasts
+from calm.fitting import choose
 from calm.fitting.candidates import Candidate
 from calm.inference import offline, timing
 from calm.paper.bench import tasks
@@ -125,7 +125,7 @@ def test_seconds_are_of_every_setting_and_every_prompt(plain):
 def test_a_rest_in_one_round_makes_no_way_to_leave_slow(plain, monkeypatch):
   candidates = [Candidate("softmax", (1,)), Candidate("state", (1,))]
   tried = [
-    forecasts.Tried(c, (0.9, 0.5), (0.0, 0.1), (2.0, 1.0), 0.5, math.nan, math.nan)
+    choose.Tried(c, (0.9, 0.5), (0.0, 0.1), (2.0, 1.0), 0.5, math.nan, math.nan)
     for c in candidates
   ]
   readings = itertools.count()

@@ -10,7 +10,7 @@ from calm import inference, training
 from calm.calibrate import Prompt
 from calm.calibrate.generations import records
 from calm.data import tokenizer_files, vocabulary
-from calm.fitting import known_tokens
+from calm.fitting import tokenizer_check
 
 ROWS = records.read_prompts(inference.PACKED / "prompts_unseen.jsonl")[:200]
 
@@ -58,14 +58,14 @@ OTHERS = {
 
 @pytest.mark.parametrize("rows", [ROWS, [Prompt(row.id, row.input) for row in ROWS]])
 def test_a_model_knows_its_own_tokens(model, rows):
-  assert known_tokens.warning(model, rows) == ""
+  assert tokenizer_check.warning(model, rows) == ""
 
 
 def test_other_texts_than_the_model_was_trained_on_change_nothing_of_that(model):
   """Written the other way round, and without spaces."""
   turned = [Prompt(row.id, row.targets[0] * 5, (row.input,)) for row in ROWS]
   close = [Prompt(row.id, row.input.replace(" ", "")) for row in ROWS]
-  assert known_tokens.warning(model, turned) == known_tokens.warning(model, close) == ""
+  assert tokenizer_check.warning(model, turned) == tokenizer_check.warning(model, close) == ""
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -74,14 +74,15 @@ def test_a_tokenizer_of_another_model_is_named(model, name, tmp_path):
   other = OTHERS[name](tmp_path, texts)
   assert other.vocab_size <= model.config.vocab_size
   strange = dataclasses.replace(model, vocabulary=other)
-  told = known_tokens.warning(strange, ROWS)
+  told = tokenizer_check.warning(strange, ROWS)
   assert re.search(r"probably not the model's: .* Put the tokenizer that", told)
   bare = [Prompt(row.id, row.input) for row in ROWS]
-  assert known_tokens.warning(strange, bare)
+  assert tokenizer_check.warning(strange, bare)
 
 
 def test_nothing_is_told_of_a_model_that_was_never_trained(model):
   fresh = dataclasses.replace(model, params=training.init_params(model.config, 0))
-  assert known_tokens.never_trained(fresh) and not known_tokens.never_trained(model)
-  assert known_tokens.warning(fresh, ROWS) == ""
-  assert known_tokens.measure(fresh, [("a text", "another")] * 8).gain < known_tokens.LEAST_GAIN
+  assert tokenizer_check.never_trained(fresh) and not tokenizer_check.never_trained(model)
+  assert tokenizer_check.warning(fresh, ROWS) == ""
+  own, exchanged = tokenizer_check.losses(fresh, [("a text", "another")] * 8)
+  assert exchanged - own < tokenizer_check.LEAST_GAIN

@@ -1,12 +1,11 @@
-"""Whether a model knows the tokens that its tokenizer makes of texts, told by its own loss.
+"""A check, by the model's own loss, that a tokenizer is the model's.
 
-A tokenizer of another model gives ids that exist and mean something else. To the model they
-are as good as ids exchanged at random among those about as frequent (SentencePiece numbers
-pieces by frequency, so that ids of one power of two are); to a model with its own tokenizer
-that exchange costs several nats a token, whatever it was trained for.
+The ids of another model's tokenizer exist and mean something else. To the model they are as
+good as ids exchanged at random among those about as frequent (SentencePiece numbers pieces by
+frequency, so that ids of one power of two are). With its own tokenizer that exchange costs a
+model several nats a token, whatever it was trained for.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -25,78 +24,56 @@ LEAST_GAIN = 1.0
 _ROWS, _BATCH, _INPUT, _TEXT, _EXCHANGES = 32, 8, 128, 32, 3
 
 
-@dataclasses.dataclass(frozen=True)
-class Known:
-  """Losses of some rows, nats a token.
-
-  Attributes:
-    own: with the tokens as they are.
-    exchanged: with other tokens in their place, about as frequent.
-  """
-
-  own: float
-  exchanged: float
-
-  @property
-  def gain(self) -> float:
-    """What the tokens' meaning is worth to the model, nats a token."""
-    return self.exchanged - self.own
-
-
 def warning(predictor: inference.Predictor, rows: Sequence[Prompt]) -> str:
-  """What to say where the tokenizer is probably not the model's; '' where nothing is.
+  """A warning where the tokenizer is probably not the model's; else ''.
 
   Of a model that was never trained nothing can be told.
 
   Args:
     predictor: the model with its tokenizer and prefix.
-    rows: texts; references are compared where there are some, and beginnings of inputs with
-      their ends.
+    rows: texts; references are read where there are some, and the ends of inputs.
   """
   if never_trained(predictor):
     return ""
   prefix, chosen = predictor.options.task_prefix, rows[:: max(1, len(rows) // _ROWS)][:_ROWS]
-  halves = [_halves(row.input) for row in chosen]
+  middles = [(row.input, len(row.input) // 2) for row in chosen]
+  halves = [(text[:middle], text[middle:]) for text, middle in middles]
   pairs = [(prefix + row.input, row.targets[0]) for row in chosen if row.targets]
-  found = [measure(predictor, each) for each in (pairs, halves) if each]
-  best = max(found, key=lambda known: known.gain, default=None)
-  if best is None or best.gain >= LEAST_GAIN:
+  found = [losses(predictor, each) for each in (pairs, halves) if each]
+  own, exchanged = max(found, key=lambda pair: pair[1] - pair[0], default=(0.0, LEAST_GAIN))
+  if exchanged - own >= LEAST_GAIN:
     return ""
   return (
     "The tokenizer is probably not the model's: on its tokens the model loses"
-    f" {best.own:.1f} nats each, and {best.exchanged:.1f} with others in their place, where a"
+    f" {own:.1f} nats each, and {exchanged:.1f} with others in their place, where a"
     f" model that knows its tokens loses {LEAST_GAIN:g} more at least. Put the tokenizer that"
     " it was trained with into its folder; go on if it was hardly trained, or never on such"
     " texts."
   )
 
 
-def _halves(text: str) -> tuple[str, str]:
-  middle = len(text) // 2
-  return text[:middle], text[middle:]
-
-
 def never_trained(predictor: inference.Predictor) -> bool:
-  """Whether every scale of a layer norm is still what it begins with, 1."""
+  """Whether every scale of a layer norm still has its initial value, 1."""
   flat = parameters.flatten(predictor.params)
   scales = [np.asarray(x) for path, x in flat.items() if path.endswith("/scale")]
   return all(np.all(scale == 1.0) for scale in scales)
 
 
-def measure(predictor: inference.Predictor, pairs: Sequence[tuple[str, str]]) -> Known:
-  """Losses of the second texts after the first ones.
-
-  Args:
-    predictor: the model with its tokenizer.
-    pairs: (input, text).
-  """
+def losses(
+  predictor: inference.Predictor, pairs: Sequence[tuple[str, str]]
+) -> tuple[float, float]:
+  """Nats a token of the second texts after the first ones: (as they are, exchanged)."""
   vocabulary, eos_id = predictor.vocabulary, predictor.eos_id
   inputs, texts = (
-    _padded([vocabulary.encode(pair[column]) for pair in pairs], length, eos_id)
+    np.array(
+      [
+        [*kept, eos_id, *[0] * (length - 1 - len(kept))]
+        for kept in (vocabulary.encode(pair[column])[: length - 1] for pair in pairs)
+      ],
+      np.int32,
+    )
     for column, length in ((0, _INPUT), (1, _TEXT))
   )
-  kept = {0, eos_id, vocabulary.unk_id}
-  others = [_exchange(vocabulary.vocab_size, kept, seed) for seed in range(_EXCHANGES)]
   loss = functools.partial(_loss, predictor.config, predictor.params)
 
   def mean(inputs, texts):
@@ -104,8 +81,10 @@ def measure(predictor: inference.Predictor, pairs: Sequence[tuple[str, str]]) ->
     total = sum(float(loss(inputs[part], texts[part])) for part in parts)
     return total / float(np.sum(texts > 0))
 
+  kept = {0, eos_id, vocabulary.unk_id}
+  others = [exchange(vocabulary.vocab_size, kept, seed) for seed in range(_EXCHANGES)]
   exchanged = np.mean([mean(other[inputs], other[texts]) for other in others])
-  return Known(mean(inputs, texts), float(exchanged))
+  return mean(inputs, texts), float(exchanged)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -116,22 +95,13 @@ def _loss(config: network.T5Config, params: Params, inputs: jax.Array, texts: ja
   logits = net.apply({"params": params}, inputs, shifted, texts, enable_dropout=False)
   logits = jnp.asarray(logits, jnp.float32)
   named = jnp.take_along_axis(logits, texts[..., None], axis=-1)[..., 0]
-  losses = jax.nn.logsumexp(logits, axis=-1) - named
-  return jnp.sum(jnp.where(texts > 0, losses, 0.0))
+  return jnp.sum(jnp.where(texts > 0, jax.nn.logsumexp(logits, axis=-1) - named, 0.0))
 
 
-def _exchange(size: int, kept: set[int | None], seed: int) -> np.ndarray:
+def exchange(size: int, kept: set[int | None], seed: int) -> np.ndarray:
   """Other ids for ids, [size]: drawn among those of the same power of two."""
   rng, order = np.random.default_rng(seed), np.arange(size)
   for power in range(size.bit_length()):
     ids = [i for i in range(2**power, min(2 ** (power + 1), size)) if i not in kept]
     order[ids] = rng.permutation(ids)
   return order
-
-
-def _padded(rows: Sequence[Sequence[int]], length: int, eos_id: int) -> np.ndarray:
-  padded = np.zeros((len(rows), length), np.int32)
-  for i, row in enumerate(rows):
-    kept = [*row[: length - 1], eos_id]
-    padded[i, : len(kept)] = kept
-  return padded
