@@ -20,6 +20,7 @@ from calm import exits, inference
 from calm.calibrate import Prompt, Record, seconds
 from calm.calibrate.losses import sequence_losses
 from calm.fitting import candidates as candidates_lib
+from calm.fitting import train
 from calm.fitting.candidates import Candidate, Reading
 from calm.fitting.options import FitOptions
 from calm.inference import offline, result_cache, timing
@@ -32,8 +33,8 @@ FINALISTS, DECODED = 5, 2
 FIRST, LAST = (6, 2), (12, 3)
 # Where decoding is slow, fewer prompts are decoded: seconds that a candidate may take.
 _SECONDS, _LEAST_PROMPTS = 120.0, 32
-# Weights of fewer numbers are read in no time; how much faster a way must be to be taken.
-LEAST_NUMBERS, MARGIN = 2**20, 1.05
+# Heads and layers of fewer numbers gain nothing in 8 bits; how much faster a head must be.
+LEAST_NUMBERS, LEAST_LAYERS, MARGIN = 2**20, 2**21, 1.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +215,10 @@ class Choosing:
     longest = max(batch.tokens.shape[1] for batch in self.predictor.plan(texts))
     tolerance = self.options.tolerance
     ranked = candidates_lib.rank(self.predictor, reading, tolerance, longest)
-    return candidates_lib.finalists(ranked, FINALISTS)
+    chosen = candidates_lib.finalists(ranked, FINALISTS)
+    if has_large_layers(self.predictor):
+      chosen.append(dataclasses.replace(chosen[0], in_8_bits=True))
+    return chosen
 
   def _forecast(self, reading: Reading, candidate: Candidate) -> Tried:
     """A finalist at the threshold that the ranking forecasts for it."""
@@ -241,7 +245,7 @@ class Choosing:
     """A finalist decoded over the grid that its confidences ask for."""
     options, candidate = self.options, entry.candidate
     length = self.bulk.options.max_decode_length
-    model = self.bulk.with_options(**candidate.options(length))
+    model = offline.in_bulk(self.predictor.with_options(**candidate.options(length)))
     levels = candidates_lib.coarse_grid(reading, candidate, options.tolerance, length)
     told = lambda share, text: progress(share, f"{candidate}, {text.split(' at ')[-1]}")
     shared = {} if candidate.in_8_bits else encodings
@@ -362,6 +366,15 @@ def has_large_head(predictor: inference.Predictor) -> bool:
   """Whether reading the output head in 8 bits is worth timing; its tokens are the same."""
   size = predictor.vocabulary.vocab_size * predictor.config.emb_dim
   return size >= LEAST_NUMBERS and predictor.options.head_dtype is None
+
+
+def has_large_layers(predictor: inference.Predictor) -> bool:
+  """Whether layers in 8 bits are a candidate; they change texts, which the promise covers."""
+  config, options = predictor.config, predictor.options
+  heads = 1 if config.logits_via_embedding else 2
+  layers = train.num_parameters(config) - heads * config.vocab_size * config.emb_dim
+  exact = not inference.procedures.rows_matter(config, options)
+  return exact and options.weights_dtype is None and layers >= LEAST_LAYERS
 
 
 def read_head(

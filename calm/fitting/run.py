@@ -456,7 +456,8 @@ def evaluate(
   static = exits.StaticExit()
   # The batches that certified: their programs are compiled.
   predictor = offline.in_bulk(predictor)
-  full = offline.with_rule(predictor, prompts, static, progress=part(progress, 0.0, 0.3))
+  reference = offline.in_bulk(predictor.reference)
+  full = offline.with_rule(reference, prompts, static, progress=part(progress, 0.0, 0.3))
   before = full
   if original is not None:
     told = part(progress, 0.3, 0.6)

@@ -148,6 +148,37 @@ def test_what_is_served_is_certified_where_a_text_depends_on_its_rows(
   assert served.procedure.batch_bucket == OPTIONS["batch_size"]
 
 
+def test_layers_in_8_bits_are_a_candidate_against_the_texts_of_the_given_model(
+  model, always_faster, monkeypatch, tmp_path
+):
+  monkeypatch.setattr(choose, "LEAST_LAYERS", 1)
+  timed = choose.timed
+
+  def faster_in_8_bits(predictor, prompts, tried, *rest):
+    found = timed(predictor, prompts, tried, *rest)
+    speedups = tuple(2.0 if entry.candidate.in_8_bits else 1.5 for entry in tried)
+    return dataclasses.replace(found, speedups=speedups, end_to_end=speedups)
+
+  monkeypatch.setattr(choose, "timed", faster_in_8_bits)
+  said: list[str] = []
+  output, listener = tmp_path / "mine", fitting.Listener(say=said.append)
+  served = fitting.fit(model, ROWS, output=output, listener=listener, **OPTIONS)
+  assert served.calibration is not None and served.calibration.procedure == served.procedure
+  procedure = served.calibration.procedure
+  assert (procedure.weights_dtype, procedure.encoder_dtype) == ("int8", "int8")
+  assert procedure.reference_dtype == "float32" and "float32" in served.calibration.guarantee
+  assert any(", in 8 bits" in line and "(chosen)" in line for line in said)
+  # What it is held against is what the given model writes, token by token.
+  opened = inference.load(output)
+  limits = ("task_prefix", "max_input_length", "max_decode_length")
+  given = inference.load(model, **{name: getattr(opened.options, name) for name in limits})
+  texts = given.generate(WORDS, rule=exits.StaticExit())
+  assert [o.tokens for o in opened.generate(WORDS, threshold="never")] == [
+    o.tokens for o in texts
+  ]
+  assert "in 8 bits" in (output / "summary.md").read_text("utf-8")
+
+
 LARGE = 40
 
 
