@@ -161,8 +161,8 @@ def _own_task(arguments: argparse.Namespace, predictor):
     prefix=found.decoding["task_prefix"],
     max_input_length=found.decoding["max_input_length"],
     max_decode_length=found.decoding["max_decode_length"],
-    metric=options.metric,
-    metric_title=options.metric,
+    metric=options.request["metric"],
+    metric_title=options.request["metric"],
   )
   # Calibrated on four fifths of the test prompts; what comes last is only looked at.
   return settings, tasks_lib.OwnPrompts(found.validation, found.test)

@@ -277,7 +277,7 @@ class Stage:
     if self.gin_file.exists():
       self._check_stored()
     else:
-      files.write_atomically(self.gin_file, self.gin(progress, say))
+      files.write_atomically(self.gin_file, self.gin_text(progress, say))
     total = 1
 
     def begun(step: int, num_steps: int) -> None:
@@ -297,7 +297,7 @@ class Stage:
     say(f"Stage {self.name}: {losses[-1][0]} steps. {note}")
     return Trained(self.name, losses[-1][0], time.monotonic() - start, losses, note)
 
-  def gin(self, progress: Progress, say: Callable[[str], None]) -> str:
+  def gin_text(self, progress: Progress, say: Callable[[str], None]) -> str:
     """The gin file, with as many steps as the budget allows."""
     steps, validations = self.recipe.num_steps, _VALIDATIONS
     if self.options.budget is not None:

@@ -93,7 +93,7 @@ def test_a_gin_file_that_the_stage_did_not_write_is_not_run(stage, tmp_path, mon
   monkeypatch.syspath_prepend(str(tmp_path))
   (tmp_path / "planted_gin.py").write_text(PLANTED)
   one = stage("one")
-  written = one.gin(lambda share, text: None, lambda text: None)
+  written = one.gin_text(lambda share, text: None, lambda text: None)
   head, _, rest = written.partition("\n")
   for text in (
     f"import planted_gin\n{written}",
@@ -120,11 +120,11 @@ def _at(tree, path):
 def test_a_budget_sets_the_steps_and_says_what_the_recipe_would_take(stage):
   said, told = [], []
   made = stage("two", budget=3600.0)
-  text = made.gin(lambda share, text: told.append(text), said.append)
+  text = made.gin_text(lambda share, text: told.append(text), said.append)
   assert "num_steps = 40\n" in text  # at most ten times the recipe's
   assert "the recipe has 4:" in said[0]
   assert told[0].startswith("compiling for ") and told[1] == "timing a step"
-  assert "num_steps = 4\n" in stage("two", budget=1e-3).gin(lambda s, t: None, said.append)
+  assert "num_steps = 4\n" in stage("two", budget=1e-3).gin_text(lambda s, t: None, said.append)
 
 
 def test_steps_validations_and_compiling_all_fit_the_budget(stage, monkeypatch):
@@ -147,7 +147,7 @@ def test_steps_validations_and_compiling_all_fit_the_budget(stage, monkeypatch):
 
   def plan(budget):
     options = dataclasses.replace(one.options, budget=budget)
-    dataclasses.replace(one, options=options).gin(lambda s, t: None, lambda text: None)
+    dataclasses.replace(one, options=options).gin_text(lambda s, t: None, lambda text: None)
     steps, every = found[-1]
     return steps, -(-steps // every)
 

@@ -13,7 +13,7 @@ from calm import exits, fitting, inference
 from calm.calibrate.losses import metrics
 from calm.decode import engines
 from calm.exits import confidence, propagation, schedules, verified
-from calm.fitting import folder
+from calm.fitting import result
 from calm.inference import DecodeOptions
 from tests import odd_arguments
 from tests.inference import predictor_test
@@ -156,7 +156,7 @@ def test_a_fit_goes_on_by_the_name_of_a_metric_function(tmp_path):
   assert asked == fitting.FitOptions(metric=named) and asked.request["metric"] == named
   assert fitting.FitOptions(metric=metrics.exact_match).metric == "exact_match"
   assert fitting.FitOptions(metric=metrics.get_metric(first_letter)).metric == named
-  begin = lambda options: folder.Folder.open(
+  begin = lambda options: result.Folder.open(
     tmp_path / "fit", {"model": "a", "rows": "b", "options": options.request}
   )
   begin(asked)

@@ -111,6 +111,6 @@ def test_a_figure_on_the_page_takes_the_page_s_colours():
   style = figures.styles_of(["static"])["static"]
   made = figures.draw("a", "A.", "", lambda axes: figures.plot(axes, style, [1, 2], [3, 4]))
   assert style.colour in made.svg and f"var(--on-{style.colour[1:]}, " in made.inline
-  assert style.colour in drawing.ON_DARK and set(figures.ON_DARK) <= {
+  assert style.colour in drawing.ON_DARK and set(drawing.ON_DARK) <= {
     style.colour for style in drawn().values()
   }
