@@ -332,8 +332,11 @@ def describe(calibration: Calibration) -> str:
 def sentences(calibration: Calibration) -> list[str]:
   """The sentences of `describe`; the first is the promise."""
   procedure = calibration.procedure
-  apart = None if procedure is None else procedure.reference_dtype
-  full = "the full model" if apart is None else f"the full model in {apart}"
+  full = "the full model"
+  if procedure is not None and procedure.reference_digest is not None:
+    full += f" that was given (parameters {procedure.reference_digest[:12]})"
+  if procedure is not None and procedure.reference_dtype is not None:
+    full += f" in {procedure.reference_dtype}"
   if not calibration.certified:
     told = (
       "its loss against itself is 0 by definition."

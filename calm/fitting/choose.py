@@ -148,6 +148,7 @@ class Choosing:
     options: of the fit.
     num_calibration: prompts that will certify.
     folder: keeps results, so that a stopped run resumes.
+    reference: the model whose full-depth texts losses compare with; None: `predictor`.
   """
 
   predictor: inference.Predictor
@@ -155,6 +156,7 @@ class Choosing:
   options: FitOptions
   num_calibration: int
   folder: pathlib.Path
+  reference: inference.Predictor | None = None
 
   @functools.cached_property
   def cache(self) -> result_cache.ResultCache:
@@ -184,8 +186,12 @@ class Choosing:
     first = [self._forecast(reading, one) for one in self._finalists(texts, reading)]
     first, _ = self._timed("first", first, FIRST, part(progress, 0.35, 0.55))
     first = [dataclasses.replace(entry, first_speedup=entry.speedup) for entry in first]
+    compared = full.records
+    if self.reference is not None:
+      static, model = exits.StaticExit(), offline.in_bulk(self.reference)
+      compared = offline.with_rule(model, prompts, static)
     told = part(progress, 0.55, 0.85)
-    tried = self._decoded(prompts, full.records, reading, first, told)
+    tried = self._decoded(prompts, compared, reading, first, told)
     tried, found = self._timed("seconds", tried, LAST, part(progress, 0.85, 1.0))
     faster = [i for i, entry in enumerate(tried) if entry.decoded and entry.end_to_end > 1.0]
     chosen = max(faster, key=lambda i: tried[i].end_to_end, default=None)

@@ -172,8 +172,8 @@ class Result:
       before, after = self.last.quality_original, self.last.quality_full
       known = f"{options.metric} {after} against references where the given model has {before}"
       changed = (
-        "The weights are trained ones, and the promise is about their full depth, which writes"
-        " other texts than the given model"
+        "The weights are trained ones; the promise is about the texts of the given model, from"
+        " which their own full depth differs"
         f" ({known if after else 'without references nobody knows how well'}). "
       )
     batch = self.seconds.batched

@@ -193,6 +193,9 @@ class Fit:
         self._step,
         self.listener.say,
       )
+    if self.options.changes_weights:  # the promise is about the given model
+      digest = self.source.parameters_digest
+      predictor = predictor.with_options(reference_digest=digest)
     predictor = self._with_fastest_head(predictor)
     choice = self._choose(predictor)
     if choice.best is not None:
@@ -268,6 +271,7 @@ class Fit:
       self.options,
       len(self.splits.calibration),
       self.folder.work / "validation",
+      self.source if self.options.changes_weights else None,
     )
     key = {"model": predictor.parameters_digest, "head": predictor.options.head_dtype}
     make = lambda: choosing.run(progress)
@@ -283,6 +287,10 @@ class Fit:
     if choice.best is None:
       return None, ()
     self.ledger()  # before the rows are looked at
+    full = None
+    if self.options.changes_weights:
+      given = offline.in_bulk(self.source)
+      full = offline.with_rule(given, self.splits.calibration, exits.StaticExit())
     calibration, cached = calibrating.certify(
       offline.in_bulk(predictor),  # of the procedure that is served
       self.splits.calibration,
@@ -291,6 +299,7 @@ class Fit:
       consistency=self.options.consistency,
       metric=self.options.metric,
       folder=self.folder.work / "calibration",
+      full=full,
       progress=grid.as_shares(self._step(CERTIFY), choice.grid),
     )
     depths = map(offline.mean_layers, cached.records)
@@ -468,14 +477,15 @@ def evaluate(
   if original is not None and (worse or not np.isfinite(threshold)):
     predictor, full, threshold = original, before, thresholds_lib.NEVER_EXIT
   early, early_quality, risk = full, None, None
+  compared = before if options.changes_weights else full
   if np.isfinite(threshold):
     told, levels = part(progress, 0.6, 1.0), (threshold,)
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder)
-      made = offline.on_grid(predictor, prompts, levels, path, full=full, progress=told)
+      made = offline.on_grid(predictor, prompts, levels, path, full=compared, progress=told)
     early = made.records[0]
     early_quality = quality(early, prompts, options.metric)
-    pair = generations.Generations(tuple(prompts), np.array([0.5]), (early,), tuple(full))
+    pair = generations.Generations(tuple(prompts), np.array([0.5]), (early,), tuple(compared))
     metric = metrics.get_metric(options.metric)
     risk = mean(sequence_losses.prefix_losses(pair, options.kind, metric=metric)[0])
   layers = offline.mean_layers(early)
@@ -492,7 +502,7 @@ def evaluate(
       exit_layers=record.exit_layers or (),
       confidences=record.confidences or (),
     )
-    for prompt, whole, record in zip(prompts, full, early, strict=True)
+    for prompt, whole, record in zip(prompts, compared, early, strict=True)
   ]
   look = result_lib.LastLook(quality_original, quality_full, early_quality, risk, layers)
   return look, tuple(shown[:EXAMPLES]), worse

@@ -11,6 +11,7 @@ from calm.calibrate import (
   Calibration,
   Prompt,
   Provenance,
+  Record,
   calibrate,
   generations,
   ledger,
@@ -57,6 +58,7 @@ def certify(
   metric: metrics.MetricLike = "rouge_l",
   thresholds: Sequence[float] | None = None,
   folder: str | pathlib.Path | None = None,
+  full: Sequence[Record] | None = None,
   progress: grid.Progress | None = None,
 ) -> tuple[Calibration, generations.Generations]:
   """Decodes prompts at full depth and over a grid, and calibrates the threshold on them.
@@ -72,6 +74,7 @@ def certify(
     metric: name, import path or function of the text metric.
     thresholds: strictly descending; None takes the model's grid, or the measure's own.
     folder: keeps the generations, so that a run that was stopped goes on; None keeps none.
+    full: [num_prompts] full-depth records; None decodes them.
     progress: told after every batch and threshold.
 
   Returns:
@@ -106,7 +109,7 @@ def certify(
       procedure=predictor.procedure,
       provenance=Provenance(grid=tuple(map(float, levels)), num_examples=len(prompts)),
     )
-    grid.generate(predictor, prompts, levels, writer, progress=progress)
+    grid.generate(predictor, prompts, levels, writer, full=full, progress=progress)
     writer.finish()
     # A folder that nobody asked for is gone by the time that its records are read.
     cached = generations.load(folder, in_memory=temporary)

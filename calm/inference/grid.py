@@ -72,6 +72,8 @@ def generate(
   Returns:
     How much of the grid was not decoded again.
   """
+  if full is None:
+    check_reference(predictor)
   levels = [schedules.NEVER_EXIT, *thresholds]
   given = {} if full is None else {record.id: record for record in full}
   batches = predictor.plan([prompt.input for prompt in prompts])
@@ -101,6 +103,20 @@ def generate(
     if encodings is not None and work.encoded is not None:
       encodings[number] = work.encoded
   return summary
+
+
+def check_reference(predictor: "predictor_lib.Predictor") -> None:
+  """Refuses a model whose reference texts another model writes, which is not here.
+
+  Raises:
+    ValueError: `reference_digest` is set.
+  """
+  if predictor.options.reference_digest is not None:
+    raise ValueError(
+      "Expected the full-depth texts of the model that was given, with which this promise"
+      f" compares, got none (parameters {predictor.options.reference_digest[:12]}); set"
+      " `reference_digest` None for a promise about this model's own full depth."
+    )
 
 
 def _full_depth(

@@ -67,6 +67,8 @@ class DecodeOptions:
       `NEVER_EXIT` decodes with, is the one that was given, with states and weights in float32
       (`Predictor.reference`), so that what 8 bits or bfloat16 change counts as loss. None: full
       depth under these same options.
+    reference_digest: `Predictor.parameters_digest` of another model, whose full-depth texts a
+      promise compares with: that which `calm fit --train_all` was given. None: this model.
     head_dtype: 'int8' reads output heads in 8 bits, and again in full the pieces that may be
       the most likely: tokens at a layer are the same, confidences nearly so. It pays on a CPU,
       and takes a quarter more room than a head. None reads them as they are stored.
@@ -99,6 +101,7 @@ class DecodeOptions:
   weights_dtype: str | None = None
   encoder_dtype: str | None = None
   reference_dtype: str | None = None
+  reference_digest: str | None = None
   head_dtype: str | None = None
   weights_layout: str | None = None
   batch_size: int = 8
@@ -241,7 +244,7 @@ def _check_stored(name: str, value: Any) -> None:
     numbers = isinstance(value, list) and all(type(v) in (int, float) for v in value)
     if not numbers or not all(0 <= v <= 1 for v in value):
       raise ValueError(f"Expected `{name}` to be a list of numbers in [0, 1], got {value!r}.")
-  elif name in CHOICES and value is not None and not isinstance(value, str):
+  elif name in (*CHOICES, "reference_digest") and not isinstance(value, str | None):
     raise ValueError(f"Expected `{name}` to be a text or null, got {value!r}.")
   elif name in ("measure", "propagation", "task_prefix") and not isinstance(value, str):
     raise ValueError(f"Expected `{name}` to be a text, got {value!r}.")
@@ -269,6 +272,7 @@ def to_stored(options: DecodeOptions) -> dict[str, Any]:
     "shortlist",
     "grid",
     "num_drafts",
+    "reference_digest",
     *CHOICES,
   )
   limits = ("task_prefix", "max_input_length", "max_decode_length")

@@ -59,6 +59,7 @@ def procedure(
     base_digest=base_digest,
     encoder_dtype=options.encoder_dtype,
     reference_dtype=options.reference_dtype,
+    reference_digest=options.reference_digest,
   )
 
 
@@ -99,6 +100,7 @@ def options_of(procedure: Procedure, shortlist: tuple[int, ...] | None = None) -
     weights_dtype=procedure.weights_dtype,
     encoder_dtype=procedure.encoder_dtype,
     reference_dtype=procedure.reference_dtype,
+    reference_digest=procedure.reference_digest,
     head_dtype=procedure.head_dtype,
     batch_size=procedure.batch_bucket or DecodeOptions.batch_size,
   )

@@ -84,6 +84,7 @@ def generate(
   """
   groups = order.prompt_clusters(prompts) if test.clusters else None
   units = order.consecutive_units(len(prompts), groups)
+  grid.check_reference(predictor)
   decoder = _Decoder(predictor, prompts, writer, kept_bytes)
   reference = decoder
   if predictor.reference is not predictor:

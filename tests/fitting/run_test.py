@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="matplotlib (the `report` extra) is not installed")
 
 from calm import checkpoints, exits, fitting, inference
-from calm.calibrate import Calibration, Prompt, calibrate, ledger, seconds
+from calm.calibrate import Calibration, Prompt, calibrate, generations, ledger, seconds
 from calm.calibrate import thresholds as thresholds_lib
 from calm.data import vocabulary
 from calm.fitting import candidates, choose, run, splits
@@ -170,8 +170,7 @@ def test_layers_in_8_bits_are_a_candidate_against_the_texts_of_the_given_model(
   assert any(", in 8 bits" in line and "(chosen)" in line for line in said)
   # What it is held against is what the given model writes, token by token.
   opened = inference.load(output)
-  limits = ("task_prefix", "max_input_length", "max_decode_length")
-  given = inference.load(model, **{name: getattr(opened.options, name) for name in limits})
+  given = inference.load(model, **limits_of(opened))
   texts = given.generate(WORDS, rule=exits.StaticExit())
   assert [o.tokens for o in opened.generate(WORDS, threshold="never")] == [
     o.tokens for o in texts
@@ -239,10 +238,21 @@ def test_weights_that_write_worse_are_not_served_and_the_given_ones_are_untouche
 def test_weights_that_write_worse_are_served_where_that_is_accepted_and_the_page_says_it_first(
   worse,
 ):
-  _, output, refused, _, fit = worse
+  given, output, refused, _, fit = worse
   served = fit(accept_quality=True)  # nothing is trained again
   assert served.calibration == Calibration.load(output / "calibration.json")
   assert served.parameters_digest != refused.parameters_digest
+  # The promise is about the given model's texts, which were decoded with the given weights.
+  own = inference.load(given, **limits_of(served))
+  procedure = served.calibration.procedure
+  assert procedure is not None and procedure.reference_digest == own.parameters_digest
+  named = f"that was given (parameters {own.parameters_digest[:12]})"
+  assert named in served.calibration.guarantee
+  cached = generations.load(output / "fit" / "calibration")
+  texts = own.generate([prompt.input for prompt in cached.prompts], rule=exits.StaticExit())
+  assert [record.prediction for record in cached.full] == texts.texts
+  with pytest.raises(ValueError, match="full-depth texts of the model that was given"):
+    served.with_options(grid=(0.5,)).calibrate(cached.prompts, tolerance=0.9)
   assert not (output / "full_depth.json").exists()
   page = page_of(output)
   found = re.match(r"The weights are trained ones.*\(chrf ([\d.]+) .* has ([\d.]+) ", page)
@@ -274,6 +284,11 @@ def test_the_population_is_said_beside_the_promise(worse):
   fit(accept_quality=True)
   for text in (said[1], said[-1], (output / "summary.md").read_text("utf-8")):
     assert "one row of each of 80 groups" in text and "Group 'g0' has 34 % of the rows" in text
+
+
+def limits_of(model):
+  names = ("task_prefix", "max_input_length", "max_decode_length")
+  return {name: getattr(model.options, name) for name in names}
 
 
 class Begun(Exception):

@@ -16,7 +16,7 @@ RULE_VERSION = 1
 # Fields that versions before did not record: None in their files, which keep their digests.
 _ADDED = (
   *("configuration", "platform", "matmul_precision", "weights_dtype", "head_dtype"),
-  *("base_digest", "encoder_dtype", "reference_dtype"),
+  *("base_digest", "encoder_dtype", "reference_dtype", "reference_digest"),
 )
 # Of those, None is no value but says that nobody knows; nothing can be compared with it then.
 _UNKNOWN = ("configuration", "platform", "matmul_precision")
@@ -71,6 +71,8 @@ class Procedure:
       `weights_dtype` is; None: as that has it.
     reference_dtype: 'float32' where outputs are compared with the full model's in that dtype;
       None: with those of full depth decoded as they are themselves.
+    reference_digest: `parameters_digest` of another model, with whose full-depth outputs they
+      are compared; None: with this model's own.
   """
 
   parameters_digest: str
@@ -97,6 +99,7 @@ class Procedure:
   base_digest: str | None = None
   encoder_dtype: str | None = None
   reference_dtype: str | None = None
+  reference_digest: str | None = None
 
   def __post_init__(self):
     _check_layers(self.exit_layers)

@@ -31,6 +31,7 @@ CHANGES = dict(
   base_digest="b",
   encoder_dtype="int8",
   reference_dtype="float32",
+  reference_digest="c" * 64,
 )
 BASE = laws.procedure(
   configuration={"relpos_max_distance": 128, "emb_dim": 8},
