@@ -66,7 +66,8 @@ def generate(
     full: [num_prompts] records of the full-depth program (of `predictor.reference`), where
       there are some: they are written as they are, and nothing is taken over from them.
     encodings: what was encoded by batch number, to be read and filled where several grids are
-      decoded for the same prompts in the same batches.
+      decoded for the same prompts in the same batches by the same encoder. What a reference of
+      its own encodes is not among it: give its records as `full` to decode them once.
     progress: told after every batch and threshold.
 
   Returns:
