@@ -183,3 +183,13 @@ def test_seconds_of_full_depth_are_those_of_the_reference(directory, full_tokens
   monkeypatch.setattr(inference.Predictor, "decode", noted)
   inference.seconds.measure(model, TEXTS[:4], 0.6, rounds=1)
   assert decoded and {name for name, _ in decoded} == {None}
+
+
+def test_a_trained_model_writes_nearly_the_same_texts_with_an_encoder_in_8_bits():
+  """Of 96 prompts of the model in the box all; here a few may differ on another processor."""
+  lines = (inference.PACKED / "prompts_unseen.jsonl").read_text().splitlines()[:16]
+  texts = [json.loads(line)["input"] for line in lines]
+  full = inference.load("packed", batch_size=16, max_input_length=256, max_decode_length=24)
+  made = full.with_options(encoder_dtype="int8").generate(texts, threshold=NEVER)
+  pairs = zip(made, full.generate(texts, threshold=NEVER), strict=True)
+  assert sum(ours.tokens == theirs.tokens for ours, theirs in pairs) >= 14
