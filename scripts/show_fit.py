@@ -220,7 +220,8 @@ def described(candidate: dict) -> str:
   """A way to leave in a few words."""
   layers = ",".join(map(str, candidate["exit_layers"]))
   decays = "" if candidate["temperature"] is None else f", tau {candidate['temperature']:g}"
-  return f"{candidate['measure']} after {layers}{decays}"
+  bits = ", in 8 bits" if candidate.get("in_8_bits") else ""
+  return f"{candidate['measure']} after {layers}{decays}{bits}"
 
 
 def main() -> None:

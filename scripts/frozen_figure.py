@@ -1,0 +1,157 @@
+"""Exits beside frozen weights in one figure: seconds, a sentence, distance against layers.
+
+    python scripts/frozen_figure.py --model=FOLDER --fit=runs/plain-debian_synopsis-frozen \\
+        --rows=synopsis_validation.jsonl
+
+decodes the rows over a grid in four ways (raw exits, translators, translators with learned
+propagation, the decoder cut after a layer), writes scripts/results/frozen_curves.json, and
+draws scripts/figures/frozen_exits.png. Without arguments it draws again from that file.
+"""
+
+import argparse
+import json
+import pathlib
+import tempfile
+from typing import Any
+
+from calm import exits, inference
+from calm.calibrate import Prompt
+from calm.calibrate.generations import files
+from calm.calibrate.losses import metric_values, metrics, sequence_losses
+from calm.data import datasets
+from calm.inference import colours, offline
+
+FOLDER = pathlib.Path(__file__).parent
+CURVES = FOLDER / "results" / "frozen_curves.json"
+FIGURE = FOLDER / "figures" / "frozen_exits.png"
+THRESHOLDS = (0.95, 0.8, 0.65, 0.5, 0.35, 0.2)
+PROMPTS = 128
+
+
+def measure(model: pathlib.Path, fit: pathlib.Path, rows: pathlib.Path) -> dict[str, Any]:
+  """Mean layers and mean distance of every way, and what the fit found.
+
+  Args:
+    model: folder of the given model.
+    fit: folder that `calm fit` made of it.
+    rows: prompts that the fit did not see.
+  """
+  examples = datasets.read_examples(rows, require_target=False)[:PROMPTS]
+  prompts = [Prompt(example.id, example.input) for example in examples]
+  result = json.loads((fit / "fit" / "result.json").read_text("utf-8"))
+  tried = result["choice"]["tried"][result["choice"]["chosen"] or 0]["candidate"]
+  layers, metric = tuple(tried["exit_layers"]), result["options"]["metric"]
+  served = inference.load(fit, void_guarantee=True)
+  limits = ("task_prefix", "max_input_length", "max_decode_length")
+  given = inference.load(
+    model, void_guarantee=True, **{name: getattr(served.options, name) for name in limits}
+  )
+  ways = {
+    "raw exits": (given, "exit_state"),
+    "translators": (served, "exit_state"),
+    "translators, learned propagation": (served, "learned"),
+  }
+  bulk = offline.in_bulk(given)
+  full = offline.with_rule(bulk, prompts, exits.StaticExit())
+  curves = {}
+  for name, (way, propagation) in ways.items():
+    options = {"measure": "softmax", "exit_layers": layers, "propagation": propagation}
+    decoder = offline.in_bulk(way.with_options(**options))
+    with tempfile.TemporaryDirectory() as folder:
+      path = pathlib.Path(folder)
+      cached = offline.on_grid(decoder, prompts, THRESHOLDS, path, full=full)
+      losses = sequence_losses.compute(cached, "textual", metric=metric).values
+      depths = [offline.mean_layers(records) for records in cached.records]
+    curves[name] = [depths, losses.mean(axis=0).tolist()]
+  decoder, cut = offline.in_bulk(served), ([], [])
+  for layer in range(2, served.num_layers):
+    records = offline.with_rule(decoder, prompts, exits.StaticExit(layer))
+    pairs = [(a.prediction, (b.prediction,)) for a, b in zip(records, full, strict=True)]
+    alike = metric_values.compute(metrics.get_metric(metric), pairs)
+    cut[0].append(layer)
+    cut[1].append(float(1.0 - alike.mean()))
+  curves["cut decoder"] = cut
+  pieces = [e for e in result["examples"] if 5 <= len(e["pieces"]) <= 14] or result["examples"]
+  return {
+    "num_layers": served.num_layers,
+    "num_prompts": len(prompts),
+    "tolerance": result["options"]["tolerance"],
+    "metric": metric,
+    "exit_layers": layers,
+    "curves": curves,
+    "seconds": result["seconds"],
+    "learning": result["learned"]["seconds"],
+    "example": {name: pieces[0][name] for name in ("pieces", "exit_layers")},
+  }
+
+
+def draw(found: dict[str, Any], output: pathlib.Path = FIGURE) -> None:
+  """Bars of seconds and the curves side by side, the sentence below."""
+  from matplotlib import figure as mpl_figure
+
+  figure = mpl_figure.Figure(figsize=(8.4, 4.4), layout="constrained")
+  grid = figure.add_gridspec(2, 2, height_ratios=(6, 1), width_ratios=(2, 3))
+  bars, curve = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
+  single, batched = found["seconds"]["single"], found["seconds"]["batched"]
+  pairs = {"one at a time": single, "in batches": batched}
+  for place, (name, pair) in enumerate((k, v) for k, v in pairs.items() if v):
+    heights = (pair["full"], pair["early"])
+    shown = bars.bar([3 * place, 3 * place + 1], heights, color=("#889966", "#0077aa"))
+    words = ("full depth", f"x{pair['speedup']:.2f}")
+    bars.bar_label(shown, labels=words, fontsize=8)
+    bars.text(
+      3 * place + 0.5,
+      -0.02,
+      name,
+      ha="center",
+      va="top",
+      fontsize=9,
+      transform=bars.get_xaxis_transform(),
+    )
+  bars.set(ylabel="decoder, ms a prompt", xticks=[])
+  markers = "^so*"
+  for marker, (name, (layers, distances)) in zip(markers, found["curves"].items(), strict=True):
+    curve.plot(layers, distances, marker=marker, label=name, linewidth=1.4)
+  curve.axhline(found["tolerance"], color="#111213", linestyle=":", linewidth=0.9)
+  curve.set(xlabel="mean decoder layers a token", ylabel="distance to full depth's texts")
+  curve.legend(frameon=False, fontsize=8)
+  for axes in (bars, curve):
+    axes.spines[["top", "right"]].set_visible(False)
+  sentence(figure.add_subplot(grid[1, :]), found)
+  figure.savefig(output, dpi=160, facecolor="white", metadata={"Software": None})
+
+
+def sentence(axes, found: dict[str, Any]) -> None:
+  """A text of the last part, each piece on the colour of its layer."""
+  axes.axis("off")
+  scale, place = colours.scale(found["num_layers"]), 0.0
+  total = sum(len(piece) + 1 for piece in found["example"]["pieces"])
+  for piece, layer in zip(*found["example"].values(), strict=True):
+    background = scale[layer - 1]
+    axes.text(
+      place / max(total, 60),
+      0.5,
+      f"{piece.replace(chr(0x2581), ' ').strip()} {layer}",
+      fontsize=9,
+      color=colours.text_colour(background),
+      bbox={"facecolor": background, "edgecolor": "none", "pad": 2},
+    )
+    place += len(piece) + 2.5
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--model", type=pathlib.Path, help="folder of the given model")
+  parser.add_argument("--fit", type=pathlib.Path, help="folder that calm fit made of it")
+  parser.add_argument("--rows", type=pathlib.Path, help="prompts that the fit did not see")
+  arguments = parser.parse_args()
+  if arguments.fit is not None:
+    found = measure(arguments.model, arguments.fit, arguments.rows)
+    files.write_atomically(CURVES, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+  draw(json.loads(CURVES.read_text("utf-8")))
+
+
+if __name__ == "__main__":
+  main()
