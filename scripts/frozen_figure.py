@@ -4,7 +4,7 @@
         --rows=synopsis_validation.jsonl
 
 decodes the rows over a grid in four ways (raw exits, translators, translators with learned
-propagation, the decoder cut after a layer), writes scripts/results/frozen_curves.json, and
+propagation, the decoder cut after a layer), writes scripts/figures/frozen_exits.json, and
 draws scripts/figures/frozen_exits.png. Without arguments it draws again from that file.
 """
 
@@ -22,7 +22,7 @@ from calm.data import datasets
 from calm.inference import colours, offline
 
 FOLDER = pathlib.Path(__file__).parent
-CURVES = FOLDER / "results" / "frozen_curves.json"
+CURVES = FOLDER / "figures" / "frozen_exits.json"
 FIGURE = FOLDER / "figures" / "frozen_exits.png"
 THRESHOLDS = (0.95, 0.8, 0.65, 0.5, 0.35, 0.2)
 PROMPTS = 128

@@ -6,7 +6,8 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`, and comes from
 `scripts/results/NAME.json`: {"command", "columns", "rows", "versions", "machine"?, "align"?}.
 A row is a list of cells, or an object with the columns as keys.
-`<!-- table: NAME rows: 1 3 -->` shows some of the rows, counted from 1.
+`<!-- table: NAME rows: 1 3 -->` shows some of the rows, counted from 1, and after it
+`columns: model; task` some of the columns of rows that are objects.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from calm.calibrate.generations import files
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "scripts" / "results"
 MARK = re.compile(
-  r"(<!-- table: ([\w-]+)(?: rows: ([\d ]+))? -->\n).*?(<!-- end -->)", re.DOTALL
+  r"(<!-- table: ([\w-]+)(?: rows: ([\d ]+))?(?: columns: (.+?))? -->\n).*?(<!-- end -->)",
+  re.DOTALL,
 )
 
 
@@ -72,7 +74,9 @@ def rendered(text: str) -> str:
     result = json.loads((RESULTS / f"{match[2]}.json").read_text("utf-8"))
     if match[3]:
       result["rows"] = [result["rows"][int(number) - 1] for number in match[3].split()]
-    return f"{match[1]}{table(result)}\n{match[4]}"
+    if match[4]:
+      result["columns"] = match[4].split("; ")
+    return f"{match[1]}{table(result)}\n{match[5]}"
 
   return MARK.sub(replace, text)
 
