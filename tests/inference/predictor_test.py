@@ -210,6 +210,9 @@ def test_every_option_but_the_batch_size_belongs_to_the_procedure(model):
     "matmul_precision": "highest",
     "weights_dtype": "bfloat16",
     "head_dtype": "int8",
+    "reference_dtype": "float32",
+    "reference_digest": "d" * 64,
+    "encoder_dtype": "int8",
   }
   fields = {field.name for field in dataclasses.fields(inference.DecodeOptions)}
   assert fields == {
@@ -219,7 +222,9 @@ def test_every_option_but_the_batch_size_belongs_to_the_procedure(model):
   }
   for name, value in changes.items():
     other = model.with_options(**{name: value}).procedure
-    assert set(model.procedure.differences(other)) == {name}
+    # Below float32 a text depends on the rows that it is decoded with.
+    beside = {"batch_bucket"} if name == "encoder_dtype" else set()
+    assert set(model.procedure.differences(other)) == {name} | beside
   assert model.with_options(batch_size=1).procedure == model.procedure
 
 
