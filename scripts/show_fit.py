@@ -16,6 +16,7 @@ import json
 import pathlib
 import platform
 import random
+import re
 import shutil
 import subprocess
 import time
@@ -220,7 +221,7 @@ def described(candidate: dict) -> str:
   """A way to leave in a few words."""
   layers = ",".join(map(str, candidate["exit_layers"]))
   decays = "" if candidate["temperature"] is None else f", tau {candidate['temperature']:g}"
-  bits = ", in 8 bits" if candidate.get("in_8_bits") else ""
+  bits = f", {part} in 8 bits" if (part := candidate.get("in_8_bits")) else ""
   return f"{candidate['measure']} after {layers}{decays}{bits}"
 
 
@@ -252,10 +253,11 @@ def record(arguments: argparse.Namespace, made: dict) -> None:
   path = pathlib.Path(arguments.output)
   rows = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
   key = lambda row: (row["model"], row["task"], row["exits"])
+  names = [re.sub("=.*", "=FOLDER", model) for model in arguments.models]
   rows = sorted([row for row in rows if key(row) != key(made)] + [made], key=key)
   table = {
-    "command": "python scripts/show_fit.py --data=data --work=runs/fit --output=fit.json"
-    f" --models {' '.join(arguments.models)} --ways {' '.join(arguments.ways)}"
+    "command": "python scripts/show_fit.py --data=data --work=runs/fit --output=frozen.json"
+    f" --models {' '.join(names)} --ways {' '.join(arguments.ways)}"
     f" --rows={arguments.rows} --budget={arguments.budget}",
     "machine": "two shared CPU cores",
     "columns": COLUMNS,

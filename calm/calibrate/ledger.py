@@ -160,8 +160,8 @@ def _describe(entry: Entry, earlier: list[Entry]) -> str:
   whole = max(old.error_rate for old in [*earlier, entry])
   shown = "; ".join(map(str, others[:_MOST_TOLD])) + "; ..." * (len(others) > _MOST_TOLD)
   told = (
-    f"These rows were calibrated on before ({LEDGER}): {shown}. Each promise holds by itself."
-    " The one that is served because it came out best of these fails with probability up to"
+    f"Some or all of these rows were calibrated on before ({LEDGER}): {shown}. Each promise"
+    " holds by itself. The one that is served because it came out best of these fails with probability up to"
     f" {total:.4g}, the sum of their error rates"
   )
   if total <= whole * (1.0 + 1e-9):

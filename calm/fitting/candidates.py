@@ -53,15 +53,15 @@ class Candidate:
     exit_layers: layers after which a token may leave, 1-based.
     temperature: tau of a decaying threshold (Eq. 5); None: constant.
     propagation: what skipped layers store.
-    in_8_bits: whether the matrices of encoder and decoder are read in 8 bits; the reference is
-      then still the text of the float32 model.
+    in_8_bits: what is multiplied in 8 bits, a key of `IN_8_BITS`; the reference is still the
+      text of the float32 model.
   """
 
   measure: str
   exit_layers: tuple[int, ...]
   temperature: float | None = None
   propagation: str = "exit_state"
-  in_8_bits: bool = False
+  in_8_bits: str = ""
 
   def options(self, max_decode_length: int) -> dict[str, Any]:
     """Fields of `DecodeOptions`."""
@@ -73,7 +73,7 @@ class Candidate:
       "exit_layers": self.exit_layers,
       "schedule": schedule,
       "propagation": self.propagation,
-      **(IN_8_BITS if self.in_8_bits else {}),
+      **IN_8_BITS[self.in_8_bits],
     }
 
   @property
@@ -85,22 +85,26 @@ class Candidate:
   def described(self, threshold: float) -> str:
     """The candidate at a threshold, in words."""
     if threshold == 0.0 and self.can_cut:
-      layer, bits = self.exit_layers[0], ", in 8 bits" if self.in_8_bits else ""
-      return f"the decoder cut after layer {layer}{bits}"
+      return f"the decoder cut after layer {self.exit_layers[0]}{self._bits}"
     return str(self)
 
   def __str__(self) -> str:
     several = "s" if len(self.exit_layers) > 1 else ""
     layers = several + " " + ",".join(map(str, self.exit_layers))
     decays = "" if self.temperature is None else f", decaying with tau {self.temperature:g}"
-    bits = ", in 8 bits" if self.in_8_bits else ""
-    return f"{self.measure} after layer{layers}{decays}{bits}"
+    return f"{self.measure} after layer{layers}{decays}{self._bits}"
+
+  @property
+  def _bits(self) -> str:
+    return f", {self.in_8_bits} in 8 bits" if self.in_8_bits else ""
 
 
-IN_8_BITS: Mapping[str, str] = {
-  "weights_dtype": "int8",
-  "encoder_dtype": "int8",
-  "reference_dtype": "float32",
+_ENCODER = {"encoder_dtype": "int8", "reference_dtype": "float32"}
+# Fields of `DecodeOptions` by what is in 8 bits.
+IN_8_BITS: Mapping[str, Mapping[str, str]] = {
+  "": {},
+  "encoder": _ENCODER,
+  "layers": {"weights_dtype": "int8", **_ENCODER},
 }
 
 

@@ -30,7 +30,7 @@ Progress = Callable[[float, str], None]
 # Finalists that are timed; how many of them, the fastest first, get a grid with a threshold.
 FINALISTS, DECODED = 5, 2
 # (prompts, rounds) of the first timing and of the last one.
-FIRST, LAST = (6, 2), (12, 3)
+FIRST, LAST = (6, 3), (12, 5)
 # Where decoding is slow, fewer prompts are decoded: seconds that a candidate may take.
 _SECONDS, _LEAST_PROMPTS = 120.0, 32
 # Heads and layers of fewer numbers gain nothing in 8 bits; how much faster a head must be.
@@ -71,15 +71,22 @@ class Tried:
     return bool(self.thresholds)
 
   @property
+  def gains(self) -> bool:
+    """Whether the decoder alone was faster, and the encoder with it."""
+    return self.speedup > 1.0 and self.end_to_end > 1.0
+
+  @property
   def line(self) -> str:
     """A line for the screen; the first timing decided which went on."""
     if np.isnan(self.speedup):
       return f"  {self.candidate}: no threshold within the tolerance"
     at = f"at threshold {self.threshold:g}"
-    found = f"x{self.speedup:.2f} as fast {at}, " if self.decoded else ""
-    rest = "" if self.decoded else f", {at}"
-    name = self.candidate.described(self.threshold)
-    return f"  {name}: {found}x{self.first_speedup:.2f} in a first timing{rest}"
+    name = f"  {self.candidate.described(self.threshold)}:"
+    first = f"x{self.first_speedup:.2f} in a first timing"
+    if not self.decoded:
+      return f"{name} {first}, {at}"
+    more = "" if np.isnan(self.first_speedup) else f", {first}"
+    return f"{name} x{self.speedup:.2f} as fast {at}{more}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +200,7 @@ class Choosing:
     told = part(progress, 0.55, 0.85)
     tried = self._decoded(prompts, compared, reading, first, told)
     tried, found = self._timed("seconds", tried, LAST, part(progress, 0.85, 1.0))
-    faster = [i for i, entry in enumerate(tried) if entry.decoded and entry.end_to_end > 1.0]
+    faster = [i for i, entry in enumerate(tried) if entry.decoded and entry.gains]
     chosen = max(faster, key=lambda i: tried[i].end_to_end, default=None)
     grid: tuple[float, ...] = ()
     if chosen is not None:
@@ -221,10 +228,7 @@ class Choosing:
     longest = max(batch.tokens.shape[1] for batch in self.predictor.plan(texts))
     tolerance = self.options.tolerance
     ranked = candidates_lib.rank(self.predictor, reading, tolerance, longest)
-    chosen = candidates_lib.finalists(ranked, FINALISTS)
-    if has_large_layers(self.predictor):
-      chosen.append(dataclasses.replace(chosen[0], in_8_bits=True))
-    return chosen
+    return candidates_lib.finalists(ranked, FINALISTS)
 
   def _forecast(self, reading: Reading, candidate: Candidate) -> Tried:
     """A finalist at the threshold that the ranking forecasts for it."""
@@ -234,10 +238,15 @@ class Choosing:
     return Tried(candidate, (), (), (), lowest, float("nan"), float("nan"))
 
   def _decoded(self, prompts, full, reading, first, progress: Progress) -> list[Tried]:
-    """Finalists with their losses, the fastest first, until `DECODED` have a threshold."""
+    """Finalists with their losses, the fastest first, until `DECODED` have a threshold.
+
+    Where layers are large, the fastest is decoded in 8 bits too.
+    """
     tried: list[Tried] = []
     encodings: dict[int, Any] = {}
-    fastest = sorted(first, key=lambda entry: -np.nan_to_num(entry.end_to_end))
+    fastest = sorted(
+      first, key=lambda entry: (not entry.gains, -np.nan_to_num(entry.end_to_end))
+    )
     for number, entry in enumerate(fastest):
       found = sum(e.decoded and np.isfinite(e.threshold) for e in tried)
       if found < DECODED:
@@ -245,6 +254,11 @@ class Choosing:
         told = part(progress, *share)
         entry = self._decode(prompts, full, reading, entry, encodings, told)
       tried.append(entry)
+    if has_large_layers(self.predictor):
+      for part_ in filter(None, candidates_lib.IN_8_BITS):
+        narrow = dataclasses.replace(fastest[0].candidate, in_8_bits=part_)
+        entry = self._forecast(reading, narrow)
+        tried.append(self._decode(prompts, full, reading, entry, encodings, progress))
     return tried
 
   def _decode(self, prompts, full, reading, entry: Tried, encodings, progress) -> Tried:
@@ -313,15 +327,14 @@ def timed(
   # Weights that serve every measure, a shortlist's too.
   asked = any(entry.candidate.measure == "shortlist" for entry in tried)
   serving = predictor.with_options(measure="shortlist") if asked else predictor
-  narrow = None
-  if any(entry.candidate.in_8_bits for entry in tried):
-    narrow = serving.with_options(**candidates_lib.IN_8_BITS)
+  parts = {entry.candidate.in_8_bits for entry in tried} - {""}
+  narrow = {part: serving.with_options(**candidates_lib.IN_8_BITS[part]) for part in parts}
   settings = [
     timing.Setting(
       f"{number}: {entry.candidate}",
       predictor.with_options(**entry.candidate.options(length)).options.rule,
       entry.threshold,
-      narrow if entry.candidate.in_8_bits else None,
+      narrow.get(entry.candidate.in_8_bits),
     )
     for number, entry in enumerate(tried)
   ]

@@ -1,5 +1,6 @@
 """Ranking, grids and forecasts by hand, without a model."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -96,6 +97,9 @@ def test_a_way_that_was_looked_at_first_is_told_beside_the_others_first_looks():
   chosen = way((0.5,), (0.1,), (2.0,), 0.5, 1.0, 2.1, 3.1)
   looked = way((), (), (), 0.4, 1.0, 2.7, 2.7)
   without = way((0.5,), (0.3,), (2.0,), math.inf, math.nan, math.nan, 2.9)
+  assert [entry.gains for entry in (chosen, looked, without)] == [False] * 3
+  assert dataclasses.replace(chosen, end_to_end=1.2).gains
+  assert not dataclasses.replace(chosen, speedup=0.9, end_to_end=1.2).gains
   choice = choose.Choice((looked, without, chosen), 2, (0.5,), 2.0, 20, 4)
   assert choice.lines() == [
     "  softmax after layer 1: x2.10 as fast at threshold 0.5, x3.10 in a first timing (chosen)",

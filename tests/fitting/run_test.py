@@ -148,15 +148,16 @@ def test_what_is_served_is_certified_where_a_text_depends_on_its_rows(
   assert served.procedure.batch_bucket == OPTIONS["batch_size"]
 
 
-def test_layers_in_8_bits_are_a_candidate_against_the_texts_of_the_given_model(
-  model, always_faster, monkeypatch, tmp_path
+@pytest.mark.parametrize("part", ["encoder", "layers"])
+def test_8_bits_are_a_candidate_against_the_texts_of_the_given_model(
+  model, always_faster, monkeypatch, tmp_path, part
 ):
   monkeypatch.setattr(choose, "LEAST_LAYERS", 1)
   timed = choose.timed
 
   def faster_in_8_bits(predictor, prompts, tried, *rest):
     found = timed(predictor, prompts, tried, *rest)
-    speedups = tuple(2.0 if entry.candidate.in_8_bits else 1.5 for entry in tried)
+    speedups = tuple(2.0 if entry.candidate.in_8_bits == part else 1.5 for entry in tried)
     return dataclasses.replace(found, speedups=speedups, end_to_end=speedups)
 
   monkeypatch.setattr(choose, "timed", faster_in_8_bits)
@@ -165,9 +166,10 @@ def test_layers_in_8_bits_are_a_candidate_against_the_texts_of_the_given_model(
   served = fitting.fit(model, ROWS, output=output, listener=listener, **OPTIONS)
   assert served.calibration is not None and served.calibration.procedure == served.procedure
   procedure = served.calibration.procedure
-  assert (procedure.weights_dtype, procedure.encoder_dtype) == ("int8", "int8")
+  weights_dtype = {"layers": "int8", "encoder": None}[part]
+  assert (procedure.weights_dtype, procedure.encoder_dtype) == (weights_dtype, "int8")
   assert procedure.reference_dtype == "float32" and "float32" in served.calibration.guarantee
-  assert any(", in 8 bits" in line and "(chosen)" in line for line in said)
+  assert any(f", {part} in 8 bits" in line and "(chosen)" in line for line in said)
   # What it is held against is what the given model writes, token by token.
   opened = inference.load(output)
   given = inference.load(model, **limits_of(opened))
@@ -309,7 +311,7 @@ def said_before_work(model, rows, output, **options):
 
 def test_a_fit_on_rows_that_certified_another_says_so_where_it_can_know(made, model, tmp_path):
   output = made[0]
-  known = "These rows were calibrated on before"
+  known = "Some or all of these rows were calibrated on before"
   assert len((output / "fit" / ledger.LEDGER).read_text().splitlines()) == 1
   beside = output.parent / "beside"
   loud = [dataclasses.replace(row, input=f"{row.input.upper()}!") for row in ROWS]
