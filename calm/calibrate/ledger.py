@@ -161,8 +161,8 @@ def _describe(entry: Entry, earlier: list[Entry]) -> str:
   shown = "; ".join(map(str, others[:_MOST_TOLD])) + "; ..." * (len(others) > _MOST_TOLD)
   told = (
     f"Some or all of these rows were calibrated on before ({LEDGER}): {shown}. Each promise"
-    " holds by itself. The one that is served because it came out best of these fails with probability up to"
-    f" {total:.4g}, the sum of their error rates"
+    " holds by itself. The one that is served because it came out best of these fails with"
+    f" probability up to {total:.4g}, the sum of their error rates"
   )
   if total <= whole * (1.0 + 1e-9):
     return f"{told}."
