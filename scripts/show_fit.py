@@ -153,7 +153,7 @@ def equal_texts(folder: pathlib.Path, output: pathlib.Path, prompts: list[Prompt
   given = inference.load(folder, void_guarantee=True, **same)
   texts = [
     [record.tokens for record in offline.with_rule(model, prompts, exits.StaticExit())]
-    for model in (given, served)
+    for model in (given, served.reference)
   ]
   return f"{sum(a == b for a, b in zip(*texts, strict=True))} of {len(prompts)}"
 
@@ -163,7 +163,7 @@ def cut(output: pathlib.Path, prompts: list[Prompt], task: str) -> str:
   within the tolerance, and that distance."""
   model = inference.load(output, void_guarantee=True)
   metric = metrics.get_metric(METRICS[task])
-  full = offline.with_rule(model, prompts, exits.StaticExit())
+  full = offline.with_rule(model.reference, prompts, exits.StaticExit())
   for layer in range(1, model.num_layers):
     made = offline.with_rule(model, prompts, exits.StaticExit(layer))
     pair = generations.Generations(tuple(prompts), np.array([0.5]), (made,), full)

@@ -33,8 +33,9 @@ FINALISTS, DECODED = 5, 2
 FIRST, LAST = (6, 3), (12, 5)
 # Where decoding is slow, fewer prompts are decoded: seconds that a candidate may take.
 _SECONDS, _LEAST_PROMPTS = 120.0, 32
-# Heads and layers of fewer numbers gain nothing in 8 bits; how much faster a head must be.
-LEAST_NUMBERS, LEAST_LAYERS, MARGIN = 2**20, 2**21, 1.05
+# Heads and layers of fewer numbers gain nothing in 8 bits; how much faster a head must be, and
+# a candidate in 8 bits.
+LEAST_NUMBERS, LEAST_LAYERS, MARGIN, CLEARLY = 2**20, 2**21, 1.05, 1.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,12 @@ class Tried:
   def gains(self) -> bool:
     """Whether the decoder alone was faster, and the encoder with it."""
     return self.speedup > 1.0 and self.end_to_end > 1.0
+
+  @property
+  def score(self) -> float:
+    """Full depth's time over this one's, encoder included; 8 bits must gain clearly, since
+    texts then depend on the batch that they are decoded in."""
+    return self.end_to_end / (CLEARLY if self.candidate.in_8_bits else 1.0)
 
   @property
   def line(self) -> str:
@@ -201,7 +208,7 @@ class Choosing:
     tried = self._decoded(prompts, compared, reading, first, told)
     tried, found = self._timed("seconds", tried, LAST, part(progress, 0.85, 1.0))
     faster = [i for i, entry in enumerate(tried) if entry.decoded and entry.gains]
-    chosen = max(faster, key=lambda i: tried[i].end_to_end, default=None)
+    chosen = max(faster, key=lambda i: tried[i].score, default=None)
     grid: tuple[float, ...] = ()
     if chosen is not None:
       best = tried[chosen]

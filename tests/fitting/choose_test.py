@@ -100,6 +100,10 @@ def test_a_way_that_was_looked_at_first_is_told_beside_the_others_first_looks():
   assert [entry.gains for entry in (chosen, looked, without)] == [False] * 3
   assert dataclasses.replace(chosen, end_to_end=1.2).gains
   assert not dataclasses.replace(chosen, speedup=0.9, end_to_end=1.2).gains
+  narrow = dataclasses.replace(chosen.candidate, in_8_bits="layers")
+  for whole, better in ((1.3, False), (1.5, True)):
+    in_8_bits = dataclasses.replace(chosen, candidate=narrow, end_to_end=whole)
+    assert (in_8_bits.score > dataclasses.replace(chosen, end_to_end=1.2).score) == better
   choice = choose.Choice((looked, without, chosen), 2, (0.5,), 2.0, 20, 4)
   assert choice.lines() == [
     "  softmax after layer 1: x2.10 as fast at threshold 0.5, x3.10 in a first timing (chosen)",
