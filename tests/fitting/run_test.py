@@ -263,6 +263,25 @@ def test_weights_that_write_worse_are_served_where_that_is_accepted_and_the_page
   assert not (output / "calibration.json").exists()
 
 
+def test_trained_weights_that_are_not_faster_leave_the_given_ones_untouched(worse, monkeypatch):
+  given, output, refused, _, fit = worse
+  stored = output / "fit" / "results"
+  for file in stored.glob("seconds-*.json"):
+    file.unlink()
+  measure = inference.seconds.measure
+  slower = seconds.Seconds(dataclasses.replace(SLOW.single, speedup=0.9), None)
+  monkeypatch.setattr(inference.seconds, "measure", lambda *args, **options: slower)
+  served = fit(accept_quality=True)
+  assert served.calibration is None and served.parameters_digest == refused.parameters_digest
+  before, after = (checkpoints.load(folder).params for folder in (given, output))
+  jax.tree.map(np.testing.assert_array_equal, before, after)
+  assert "was not faster" in page_of(output) and "its weights untouched" in page_of(output)
+  for file in stored.glob("seconds-*.json"):
+    file.unlink()
+  monkeypatch.setattr(inference.seconds, "measure", measure)
+  assert fit(accept_quality=True).calibration is not None
+
+
 def test_a_budget_without_steps_is_refused_with_the_least_that_is_taken(model, tmp_path):
   pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
   rows = [dataclasses.replace(ROWS[i % 45], id=f"r{i}", group=f"g{i}") for i in range(90)]
