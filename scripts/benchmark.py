@@ -33,8 +33,7 @@ import benchmark_table as table
 import jax
 import numpy as np
 
-from calm import exits
-from calm.calibrate.generations import files
+from calm import exits, storage
 from calm.decode import sharded
 from calm.t5 import costs
 
@@ -373,12 +372,12 @@ def main(arguments: list[str] | None = None) -> int:
     rows += rows_of(setting, options, log)
     if path is not None:
       stored = {"about": about, "rows": [dataclasses.asdict(row) for row in rows]}
-      files.write_atomically(path.with_suffix(".json"), json.dumps(stored, indent=1) + "\n")
-      files.write_atomically(path.with_suffix(".md"), table.markdown(rows, about))
+      storage.write_atomically(path.with_suffix(".json"), json.dumps(stored, indent=1) + "\n")
+      storage.write_atomically(path.with_suffix(".md"), table.markdown(rows, about))
   print(table.markdown(rows, about))
   if options.results:
     path = pathlib.Path(__file__).parent / "results" / f"{options.results}.json"
-    files.write_atomically(path, json.dumps(table.result(rows, about), indent=1) + "\n")
+    storage.write_atomically(path, json.dumps(table.result(rows, about), indent=1) + "\n")
   return 0
 
 

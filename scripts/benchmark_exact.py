@@ -34,8 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from calm import exits, inference
-from calm.calibrate.generations import files
+from calm import exits, inference, storage
 from calm.decode import compiled, drafting, program, verified_state
 from calm.inference import timing
 from calm.paper.bench import tasks
@@ -350,7 +349,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(json.dumps(line))
   if flags.results:
     path = pathlib.Path(__file__).parent / "results" / f"{flags.results}.json"
-    files.write_atomically(path, json.dumps(result, indent=1) + "\n")
+    storage.write_atomically(path, json.dumps(result, indent=1) + "\n")
   return 0
 
 

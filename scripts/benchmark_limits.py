@@ -25,8 +25,7 @@ import jax
 import numpy as np
 import tables
 
-from calm import calibrate, exits, inference
-from calm.calibrate.generations import files
+from calm import calibrate, exits, inference, storage
 from calm.decode import staged
 from calm.exits import schedules
 from calm.inference import grid, offline
@@ -164,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
   print(tables.table(result))
   if flags.results:
     path = tables.RESULTS / f"{flags.results}.json"
-    files.write_atomically(path, json.dumps(result, indent=1) + "\n")
+    storage.write_atomically(path, json.dumps(result, indent=1) + "\n")
   return 0
 
 

@@ -24,8 +24,7 @@ import jax
 import tables
 
 import calm
-from calm import exits, inference
-from calm.calibrate.generations import files
+from calm import exits, inference, storage
 from calm.calibrate.generations import writer as writer_lib
 from calm.commands import generate, model_flags
 from calm.inference import grid
@@ -136,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
   made = result(table(seconds), len(prompts))
   print(tables.table(made))
   if flags.output:
-    files.write_atomically(flags.output, json.dumps(made, indent=1) + "\n")
+    storage.write_atomically(flags.output, json.dumps(made, indent=1) + "\n")
   return 0
 
 

@@ -22,8 +22,9 @@ import time
 import numpy as np
 
 import calm
+from calm import storage
 from calm.calibrate import Procedure, Prompt, Record, generations, open_writer, thresholds
-from calm.calibrate.generations import files, shards
+from calm.calibrate.generations import shards
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARDS = 4
@@ -122,7 +123,7 @@ def main() -> int:
     "machine": "two cores that other work shares",
   }
   if flags.output:
-    files.write_atomically(flags.output, json.dumps(result, indent=1) + "\n")
+    storage.write_atomically(flags.output, json.dumps(result, indent=1) + "\n")
   return 0
 
 

@@ -26,8 +26,7 @@ import benchmark_exact as exact
 import jax
 import numpy as np
 
-from calm import exits, inference
-from calm.calibrate.generations import files
+from calm import exits, inference, storage
 from calm.inference import drafts
 from calm.paper.bench import tasks
 
@@ -222,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
       "machine": f"{about['cpu']}, {about['cores']} cores",
     }
     path = pathlib.Path(__file__).parent / "results" / f"{flags.results}.json"
-    files.write_atomically(path, json.dumps(result, indent=1) + "\n")
+    storage.write_atomically(path, json.dumps(result, indent=1) + "\n")
   return 0
 
 

@@ -41,8 +41,7 @@ from t5x import models as t5x_models  # pyright: ignore[reportMissingImports]
 from t5x.examples.t5 import network as t5x_network  # pyright: ignore[reportMissingImports]
 
 import calm
-from calm import checkpoints, exits, inference
-from calm.calibrate.generations import files
+from calm import checkpoints, exits, inference, storage
 from calm.data import prompt_files
 from calm.exits import confidence
 from calm.t5 import network
@@ -342,7 +341,7 @@ def write(path: pathlib.Path, table: dict[str, Any]) -> None:
     "versions": versions(),
     "machine": f"{os.cpu_count()} CPU cores, shared",
   }
-  files.write_atomically(path, json.dumps(about | table, indent=1) + "\n")
+  storage.write_atomically(path, json.dumps(about | table, indent=1) + "\n")
 
 
 def measure_loops(flags: argparse.Namespace) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from collections.abc import Callable
 import chaos_compare
 
 import calm
-from calm.calibrate.generations import files
+from calm import storage
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "calm" / "assets"
@@ -92,7 +92,7 @@ def write_prompts(path: pathlib.Path) -> None:
   """48 of the packed model's prompts, with targets to train on."""
   rows = (ASSETS / "prompts_calibration.jsonl").read_text("utf-8").splitlines()[:48]
   targets = [{"target": json.loads(row)["targets"], **json.loads(row)} for row in rows]
-  files.write_atomically(path, "".join(json.dumps(row) + "\n" for row in targets))
+  storage.write_atomically(path, "".join(json.dumps(row) + "\n" for row in targets))
 
 
 def train_trial(prompts: pathlib.Path) -> Trial:
@@ -162,7 +162,7 @@ def fit_trial(base: pathlib.Path, rates: list[str]) -> Trial:
     {"id": f"r{i}", "source": f"s{i}", "input": f"text {i}", "target": "word"}
     for i in range(48)
   ]
-  files.write_atomically(base / "fit.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+  storage.write_atomically(base / "fit.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
   words = ("fit", f"--model={base / 'toy'}", f"--train={base / 'fit.jsonl'}", "--stages=none")
   whole = ("config.json", "inference.json", "calibration.json", "fit/result.json")
   return Trial(
@@ -299,7 +299,7 @@ def write(path: pathlib.Path, rows: list[list]) -> None:
     "rows": [*kept, *rows],
     "versions": {"calm": calm.__version__, "python": platform.python_version()},
   }
-  files.write_atomically(path, json.dumps(result, indent=1) + "\n")
+  storage.write_atomically(path, json.dumps(result, indent=1) + "\n")
 
 
 def main() -> int:

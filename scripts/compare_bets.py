@@ -21,8 +21,8 @@ import numpy as np
 import scipy
 from scipy import special
 
+from calm import storage
 from calm.calibrate.evidence import betting, strategies
-from calm.calibrate.generations import files
 
 ERROR_RATE = 0.05
 COLUMNS = ("law", "tolerance", "mean", "prompts", "plug-in", "WSR", "STaR", "digital", "auto")
@@ -147,7 +147,7 @@ def main() -> None:
       "versions": {"numpy": np.__version__, "scipy": scipy.__version__},
     }
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    files.write_atomically(pathlib.Path(arguments.output), text)
+    storage.write_atomically(pathlib.Path(arguments.output), text)
 
 
 def table(arguments: argparse.Namespace) -> tuple[tuple[str, ...], list[list[str]]]:

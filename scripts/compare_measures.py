@@ -22,9 +22,8 @@ import jax
 import numpy as np
 
 import calm
-from calm import exits, inference
+from calm import exits, inference, storage
 from calm.calibrate import NEVER_EXIT, Prompt, generations
-from calm.calibrate.generations import files
 from calm.inference import offline
 from calm.paper.bench import bench, scores, tasks
 from calm.paper.experiments import gains
@@ -173,7 +172,7 @@ def write(path: str, columns, rows, command: str) -> None:
     "versions": {"calm": calm.__version__, "jax": jax.__version__},
   }
   text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-  files.write_atomically(pathlib.Path(path), text)
+  storage.write_atomically(pathlib.Path(path), text)
 
 
 def main() -> None:

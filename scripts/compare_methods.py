@@ -18,8 +18,8 @@ import sys
 import numpy as np
 import scipy
 
+from calm import storage
 from calm.calibrate import calibrate, generations, thresholds, trials
-from calm.calibrate.generations import files
 from calm.calibrate.losses import sequence_losses
 
 HEADER = (
@@ -112,7 +112,7 @@ def main() -> None:
       "versions": {"numpy": np.__version__, "scipy": scipy.__version__},
     }
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    files.write_atomically(pathlib.Path(arguments.output), text)
+    storage.write_atomically(pathlib.Path(arguments.output), text)
 
 
 if __name__ == "__main__":

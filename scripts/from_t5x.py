@@ -23,8 +23,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from calm import calibrate, checkpoints, inference
-from calm.calibrate.generations import files
+from calm import calibrate, checkpoints, inference, storage
 from calm.t5 import parameters
 from calm.t5x import stored as stored_lib
 
@@ -63,7 +62,7 @@ def main() -> None:
     exits_trained=stored.exits_trained,
   )
   text = json.dumps(inference.options.to_stored(options), indent=1) + "\n"
-  files.write_atomically(pathlib.Path(arguments.output) / "inference.json", text)
+  storage.write_atomically(pathlib.Path(arguments.output) / "inference.json", text)
   print(arguments.output)
 
 

@@ -14,9 +14,8 @@ import pathlib
 import tempfile
 from typing import Any
 
-from calm import exits, inference
+from calm import exits, inference, storage
 from calm.calibrate import Prompt
-from calm.calibrate.generations import files
 from calm.calibrate.losses import metric_values, metrics, sequence_losses
 from calm.data import datasets
 from calm.inference import colours, offline
@@ -149,7 +148,7 @@ def main() -> None:
   arguments = parser.parse_args()
   if arguments.fit is not None:
     found = measure(arguments.model, arguments.fit, arguments.rows)
-    files.write_atomically(CURVES, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    storage.write_atomically(CURVES, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
   draw(json.loads(CURVES.read_text("utf-8")))
 
 

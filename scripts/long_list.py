@@ -24,7 +24,7 @@ import jax
 import soak
 
 import calm
-from calm.calibrate.generations import files
+from calm import storage
 
 COLUMNS = ["command", "prompts", "CPU seconds", "prompts a CPU second", "most resident MB", ""]
 OPTIONS = ("--max_input_length=32", "--max_decode_length=4", "--batch_size=128")
@@ -128,7 +128,7 @@ def main() -> int:
     "machine": "two cores that other work shares",
   }
   if flags.output:
-    files.write_atomically(flags.output, json.dumps(result, indent=1) + "\n")
+    storage.write_atomically(flags.output, json.dumps(result, indent=1) + "\n")
   return 0
 
 

@@ -22,8 +22,7 @@ import jax
 import numpy as np
 
 import calm
-from calm import exits, inference
-from calm.calibrate.generations import files
+from calm import exits, inference, storage
 from calm.fitting import candidates
 from calm.inference import offline
 from calm.paper.bench import tasks
@@ -109,7 +108,7 @@ def main() -> None:
       },
     }
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    files.write_atomically(pathlib.Path(arguments.output), text)
+    storage.write_atomically(pathlib.Path(arguments.output), text)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 import ray  # pyright: ignore[reportMissingImports]
 from ray import data as ray_data  # pyright: ignore[reportMissingImports]
 
-from calm.calibrate.generations import files
+from calm import storage
 from calm.data import prompt_files
 
 
@@ -83,7 +83,7 @@ def main() -> int:
       f"Expected outputs of {len(rows)} prompts, got {len(lines)}; run it again."
     )
   text = "".join(f"{lines[place]}\n" for place in range(len(rows)))
-  files.write_atomically(flags.output, text)
+  storage.write_atomically(flags.output, text)
   print(f"{len(lines)} prompts by {flags.actors} actors: {flags.output}")
   return 0
 

@@ -21,7 +21,7 @@ import tempfile
 import time
 
 import calm
-from calm.calibrate.generations import files
+from calm import storage
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROMPTS = ROOT / "calm" / "assets" / "prompts_calibration.jsonl"
@@ -105,7 +105,7 @@ def main() -> int:
   with tempfile.TemporaryDirectory() as folder:
     base = pathlib.Path(folder)
     lines = PROMPTS.read_text("utf-8").splitlines(keepends=True)[: flags.prompts]
-    files.write_atomically(base / "prompts.jsonl", "".join(lines))
+    storage.write_atomically(base / "prompts.jsonl", "".join(lines))
     for size in flags.batch_sizes:
       one, many = base / f"one{size}", base / f"many{size}"
       if start(command(base / "prompts.jsonl", one, size)).wait():
@@ -125,7 +125,7 @@ def main() -> int:
     "versions": {"calm": calm.__version__},
   }
   if flags.output:
-    files.write_atomically(flags.output, json.dumps(result, indent=1) + "\n")
+    storage.write_atomically(flags.output, json.dumps(result, indent=1) + "\n")
   return int(any(row[-1] for row in rows) or any(row[0] == 1 and row[-2] for row in rows))
 
 

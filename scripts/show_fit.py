@@ -26,9 +26,8 @@ import jax
 import numpy as np
 
 import calm
-from calm import checkpoints, exits, fitting, inference
+from calm import checkpoints, exits, fitting, inference, storage
 from calm.calibrate import Prompt, calibrate, generations
-from calm.calibrate.generations import files
 from calm.calibrate.losses import metrics, sequence_losses
 from calm.checkpoints import huggingface
 from calm.commands import common
@@ -100,7 +99,7 @@ def save(folder: pathlib.Path, params, config: network.T5Config) -> pathlib.Path
     shutil.copy(checkpoints.PACKED / "vocabulary.model", folder / "spiece.model")
     stored = json.loads((checkpoints.PACKED / "vocabulary.json").read_text("utf-8"))
     options = {"tokenizer_class": "T5Tokenizer", "extra_ids": stored["extra_ids"]}
-    files.write_atomically(folder / "tokenizer_config.json", json.dumps(options))
+    storage.write_atomically(folder / "tokenizer_config.json", json.dumps(options))
   return folder
 
 
@@ -269,7 +268,7 @@ def record(arguments: argparse.Namespace, made: dict) -> None:
     },
   }
   text = json.dumps(table, indent=1, ensure_ascii=False)
-  files.write_atomically(path, text + "\n")
+  storage.write_atomically(path, text + "\n")
 
 
 if __name__ == "__main__":

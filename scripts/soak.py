@@ -33,8 +33,7 @@ import numpy as np
 import soak_measures
 
 import calm
-from calm import checkpoints, inference
-from calm.calibrate.generations import files
+from calm import checkpoints, inference, storage
 from calm.data import vocabulary as vocabulary_lib
 from calm.decode import compiled
 from calm.t5 import network
@@ -271,7 +270,7 @@ def write(output: str, rows: list[list]) -> None:
     "machine": "two cores that other work shares",
   }
   if output:
-    files.write_atomically(output, json.dumps(result, indent=1) + "\n")
+    storage.write_atomically(output, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

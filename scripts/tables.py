@@ -17,7 +17,7 @@ import re
 import sys
 from typing import Any
 
-from calm.calibrate.generations import files
+from calm import storage
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "scripts" / "results"
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     if new != old:
       stale.append(path.relative_to(ROOT).as_posix())
       if not flags.check:
-        files.write_atomically(path, new)
+        storage.write_atomically(path, new)
   print("\n".join(stale) or "every table is up to date")
   return int(flags.check and bool(stale))
 

@@ -35,8 +35,7 @@ import tpu_figure
 import tpu_hlo
 from jax.experimental import topologies
 
-from calm import exits
-from calm.calibrate.generations import files
+from calm import exits, storage
 from calm.decode import engines
 from calm.decode import program as program_lib
 from calm.exits import confidence, propagation
@@ -307,7 +306,7 @@ def write(path: pathlib.Path, command: str, estimates: Sequence[Estimate]) -> No
     "programs": [dataclasses.asdict(one) for one in order],
   }
   path.parent.mkdir(parents=True, exist_ok=True)
-  files.write_atomically(path, json.dumps(value, indent=1) + "\n")
+  storage.write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -31,8 +31,7 @@ from jax import lax
 from jax.experimental import topologies
 
 import calm
-from calm import inference
-from calm.calibrate.generations import files
+from calm import inference, storage
 from calm.decode.engines import deferred
 from calm.exits import confidence
 from calm.t5 import platforms
@@ -304,7 +303,7 @@ def _write(path: pathlib.Path, exits: list[list[int]], by_rows: dict[int, Costs]
     "costs": {str(rows): dataclasses.asdict(cost) for rows, cost in by_rows.items()},
     "exits": ["".join(map(str, text)) for text in exits],
   }
-  files.write_atomically(path, json.dumps(value, indent=1) + "\n")
+  storage.write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
 if __name__ == "__main__":

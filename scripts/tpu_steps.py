@@ -30,8 +30,7 @@ from flax.linen import partitioning
 from jax import sharding
 from jax.experimental import topologies
 
-from calm import exits
-from calm.calibrate.generations import files
+from calm import exits, storage
 from calm.decode import program as program_lib
 from calm.exits import confidence, schedules
 from calm.t5 import caches, network, platforms
@@ -291,7 +290,7 @@ def write(path: pathlib.Path, made: Mapping[str, Memory]) -> None:
     "rows": [row(name, made[name]) for name in names],
     "steps": {name: dataclasses.asdict(made[name]) for name in names},
   }
-  files.write_atomically(path, json.dumps(value, indent=1) + "\n")
+  storage.write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
 def stored(path: pathlib.Path) -> dict[str, Memory]:

@@ -11,7 +11,7 @@ import argparse
 
 import sentencepiece
 
-from calm.calibrate.generations import files
+from calm import storage
 from calm.data import datasets
 
 
@@ -27,7 +27,7 @@ def main() -> None:
   for path in flags.paths:
     for example in datasets.read_examples(path):
       texts.update([example.input, *example.targets])
-  with files.replacing(flags.output) as output:
+  with storage.replacing(flags.output) as output:
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(sorted(texts)),
       model_writer=output,

@@ -24,9 +24,9 @@ import numpy as np
 import scipy
 from scipy import stats
 
+from calm import storage
 from calm.calibrate import SequenceLosses, Support, calibrate, promises, sequential
 from calm.calibrate.evidence import methods, pareto
-from calm.calibrate.generations import files
 from calm.calibrate.losses import clusters, labelling
 
 LEVEL, TOLERANCE = 0.05, 0.1
@@ -331,7 +331,7 @@ def main() -> int:
       "versions": {"numpy": np.__version__, "scipy": scipy.__version__},
     }
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    files.write_atomically(pathlib.Path(arguments.output), text)
+    storage.write_atomically(pathlib.Path(arguments.output), text)
   print("every share is within three errors of its level" if kept else "a share is too large")
   return 0 if kept else 1
 

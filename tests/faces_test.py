@@ -133,6 +133,8 @@ def strangers():
       if not isinstance(node, ast.ImportFrom) or not str(node.module).startswith("calm."):
         continue
       module = str(node.module)
+      if (PACKAGE / f"{module.split('.')[1]}.py").exists():  # below every room
+        continue
       if module.split(".")[1] == room or module.startswith(CLOSED):
         continue
       parent, _, leaf = module.rpartition(".")

@@ -20,6 +20,7 @@ FLOORS = (
   {"t5"},
   {"data", "exits"},
   {"calibrate"},
+  {"arguments", "console", "signals", "storage"},
 )
 FOLDERS = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
@@ -167,9 +168,17 @@ def test_calibrate_knows_nothing_of_ours_outside_itself():
     (path.name, name)
     for path in (PACKAGE / "calibrate").rglob("*.py")
     for name in imported(path)
-    if name.startswith("calm.") and not name.startswith("calm.calibrate")
+    if name.startswith("calm.") and name.split(".")[1] not in ("calibrate", *FLOORS[-1])
   }
   assert not outside
+
+
+def test_the_lowest_modules_need_no_numpy_and_no_room():
+  got = loaded("import " + ", ".join(f"calm.{name}" for name in sorted(FLOORS[-1])))
+  assert got.isdisjoint({*FRAMEWORKS, "numpy"})
+  for name in FLOORS[-1]:
+    ours = {n for n in imported(PACKAGE / f"{name}.py") if n.startswith("calm.")}
+    assert {n.split(".")[1] for n in ours} <= FLOORS[-1]
 
 
 def upward(package: pathlib.Path) -> set[tuple[str, str]]:

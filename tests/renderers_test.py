@@ -20,9 +20,9 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 from rich import console as rich_console
 
 from calm import fitting
-from calm.calibrate import calibrate, screen
-from calm.calibrate.generations.shown import visible
-from calm.commands import certificate, common, demo, progress
+from calm.calibrate import calibrate
+from calm.commands import certificate, common, demo
+from calm.console import announced_steps, print_table, print_text, sanitize
 from calm.fitting import FitOptions, candidates, choose, train
 from calm.fitting import result as result_lib
 from calm.inference import colours, outputs
@@ -50,7 +50,7 @@ TEXTS = {
 
 def words(text: str) -> str:
   """Without spaces, which lines and pieces may change, and as it is shown."""
-  return "".join(visible(text).split())
+  return "".join(sanitize(text).split())
 
 
 class Page(html.parser.HTMLParser):
@@ -177,7 +177,7 @@ def told(text: str, write) -> str:
 
 def of_steps(text: str) -> str:
   def draw(console):
-    with progress.steps(console) as announce:
+    with announced_steps(console) as announce:
       announce.expect(2)
       announce(text)(0.5, text)
 
@@ -203,9 +203,9 @@ def of_the_demo(text: str) -> str:
 
 
 TERMINAL = {
-  "a line": lambda text: console_of(lambda console: screen.say(console, text)),
+  "a line": lambda text: console_of(lambda console: print_text(console, text)),
   "a table": lambda text: console_of(
-    lambda console: screen.print_table(console, (text, "b"), ((text, text),), title=text)
+    lambda console: print_table(console, (text, "b"), ((text, text),), title=text)
   ),
   "a calibration": lambda text: console_of(
     lambda console: certificate.print_calibration(console, calibrated(text))
@@ -244,7 +244,7 @@ def test_pages_show_text_as_text(name, kind):
     if attribute in ("href", "src", "action"):
       assert not value.lower().startswith(("javascript:", "http"))
   assert not dangerous(made.text)
-  if name not in REPLACED or visible(text) == text:
+  if name not in REPLACED or sanitize(text) == text:
     assert words(text) in "".join(made.text.split())
 
 

@@ -11,10 +11,8 @@
     planning      how many prompts are needed, before any is decoded
     sequential    stops decoding prompts as soon as the outcome is clear
     trials        the paper's 50 splits, and whether the promise holds as often as it says
-    arguments     what callers give public functions, compared with the annotations
     audit         a watch on a deployed threshold
     seconds       what was measured of a threshold beside full depth, kept with the calibration
-    signals       SIGINT and SIGTERM as a flag that loops read between two steps
 
 The shortest way, from losses of any origin:
 
@@ -50,7 +48,6 @@ __all__ = [
   "Record",
   "SequenceLosses",
   "Support",
-  "arguments",
   "audit",
   "calibrate",
   "calibrate_configurations",
@@ -60,17 +57,13 @@ __all__ = [
   "generations",
   "ledger",
   "load",
-  "looking",
   "losses",
   "open_writer",
   "planning",
   "promises",
   "risk_losses",
-  "screen",
   "seconds",
   "sequential",
-  "showing",
-  "signals",
   "textual_losses",
   "thresholds",
   "trials",

@@ -24,8 +24,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from calm.calibrate import arguments
-from calm.calibrate.generations import files, locks
+from calm import arguments, storage
 from calm.calibrate.generations import records as records_lib
 from calm.calibrate.losses import metrics
 from calm.calibrate.losses.sequence_losses import Support
@@ -169,7 +168,7 @@ class Monitor:
   if monitor.alarm: ...
   """
 
-  def __init__(self, path: pathlib.Path, watch: Watch, lock: locks.Lock | None = None):
+  def __init__(self, path: pathlib.Path, watch: Watch, lock: storage.Lock | None = None):
     self.path = path
     self.watch = watch
     self.wealth = Wealth()
@@ -326,9 +325,9 @@ class Monitor:
       self.wealth = self.wealth.after(self._losses.pop(self._waiting.pop(0)), self.watch)
 
   def _write(self, value: dict[str, Any]) -> None:
-    files.append(self.path, records_lib.dump_line(value).encode("utf-8"))
+    storage.append(self.path, storage.dump_line(value).encode("utf-8"))
 
-  def _replay(self, line: records_lib.Line) -> None:
+  def _replay(self, line: storage.Line) -> None:
     value = line.value
     try:
       if "served" in value:
@@ -376,15 +375,15 @@ def open_monitor(path: str | pathlib.Path, watch: Watch) -> Monitor:
     raise ValueError(
       f"Expected {str(path)!r} to be a regular file, got one of another kind; name another."
     )
-  monitor = Monitor(path, watch, locks.lock(path))
+  monitor = Monitor(path, watch, storage.lock(path))
   if not path.exists() or not path.stat().st_size:
     monitor._write(watch.to_json())
     return monitor
   # Looked at first: what is mended below must be a monitor's.
   monitor.wealth = Wealth(restarts=_check_watch(path, watch) != 1)
-  records_lib.drop_partial_line(path)
+  storage.drop_partial_line(path)
   _unglue(path)
-  lines = records_lib.read_lines(path)
+  lines = storage.read_lines(path)
   next(lines)
   for line in lines:
     monitor._replay(line)
@@ -399,9 +398,9 @@ def _check_watch(path: pathlib.Path, watch: Watch) -> int:
       not known.
   """
   with open(path, "rb") as file:
-    raw = file.readline(records_lib.LONGEST_LINE + 1)
+    raw = file.readline(storage.LONGEST_LINE + 1)
   expected = json.loads(json.dumps(watch.to_json()))
-  got, _ = records_lib.parse_line(raw.removesuffix(b"\n"))
+  got, _ = storage.parse_line(raw.removesuffix(b"\n"))
   for version in (expected["schema_version"], 1):
     wanted = expected | {"schema_version": version}
     if json.dumps(got, sort_keys=True) == json.dumps(wanted, sort_keys=True):
@@ -413,7 +412,7 @@ def _check_watch(path: pathlib.Path, watch: Watch) -> int:
 
 def _unglue(path: pathlib.Path) -> None:
   """Takes out what is left of lines that a full disk cut off, each before a whole one."""
-  longest = records_lib.LONGEST_LINE
+  longest = storage.LONGEST_LINE
   with open(path, "rb") as file:
     whole = True
     while line := file.readline(longest + 1):
@@ -423,12 +422,12 @@ def _unglue(path: pathlib.Path) -> None:
   if not whole:
     mended = map(_last_whole, path.read_bytes().split(b"\n"))
     with contextlib.suppress(UnicodeDecodeError):  # it is damaged otherwise, and will be named
-      files.write_atomically(path, b"\n".join(mended).decode("utf-8"))
+      storage.write_atomically(path, b"\n".join(mended).decode("utf-8"))
 
 
 def _last_whole(raw: bytes) -> bytes:
   """A line as it is, if it is whole or hopeless; else the whole line at its end."""
-  if not raw.strip() or records_lib.parse_line(raw)[0] is not None:
+  if not raw.strip() or storage.parse_line(raw)[0] is not None:
     return raw
   start = raw.rfind(b'{"')
-  return raw[start:] if start > 0 and records_lib.parse_line(raw[start:])[0] else raw
+  return raw[start:] if start > 0 and storage.parse_line(raw[start:])[0] else raw

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from calm import storage
 from calm.calibrate import promises, verification, views
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.decision import Decision, Evidence
-from calm.calibrate.generations import files
 from calm.calibrate.generations.procedures import Procedure, Provenance, describe_differences
 from calm.calibrate.losses.sequence_losses import Support
 from calm.calibrate.promises import Mean, Promise
@@ -294,7 +294,7 @@ class Calibration:
       OSError: the file cannot be written.
     """
     text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
-    files.write_atomically(path, text + "\n")
+    storage.write_atomically(path, text + "\n")
 
   @classmethod
   def load(cls, path: str | pathlib.Path, *, expect_digest: str | None = None) -> "Calibration":

@@ -10,8 +10,9 @@ import numpy as np
 import scipy
 
 import calm
-from calm.calibrate import arguments, planning, promises
+from calm import arguments
 from calm.calibrate import decision as decision_lib
+from calm.calibrate import planning, promises
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.calibration import Calibration, Row
 from calm.calibrate.decision import Decision, Evidence

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import scipy
 
 import calm
-from calm.calibrate import arguments
+from calm import arguments
 from calm.calibrate import decision as decision_lib
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.calibration import Calibration, Row

@@ -17,10 +17,10 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from calm import storage
 from calm.calibrate import thresholds
 from calm.calibrate.calibration import Calibration
-from calm.calibrate.generations import files, order
-from calm.calibrate.generations import records as records_lib
+from calm.calibrate.generations import order
 from calm.calibrate.generations.records import Prompt
 
 # A fit has its ledger in its folder `fit`, where earlier versions wrote the other file.
@@ -137,15 +137,15 @@ def record(
   level = None if threshold is None else thresholds.threshold_to_json(threshold)
   line = {"when": now, "question": dict(question), "error_rate": float(error_rate)}
   line |= {"count": len(digests), "rows": _sketch(digests), "threshold": level}
-  text = records_lib.dump_line(line)
+  text = storage.dump_line(line)
   entry, own = _entry(json.loads(text), path), []
   if path.exists():
     next(_read(path), None)  # what is mended must be a ledger
-    records_lib.drop_partial_line(path)
+    storage.drop_partial_line(path)
     own = list(_read(path))
   same = [old for old in own if old.key == entry.key]
   if not only_look and (not same or same[-1].error_rate != entry.error_rate):
-    files.append(path, text.encode("utf-8"))
+    storage.append(path, text.encode("utf-8"))
   earlier = [*_beside(path, around or (path.parent,)), *own]
   return _describe(entry, [old for old in earlier if set(old.rows) & set(entry.rows)])
 
@@ -197,9 +197,9 @@ def _beside(own: pathlib.Path, around: Iterable[str | pathlib.Path]) -> Iterator
 
 def _read(path: pathlib.Path) -> Iterator[Entry]:
   if path.name == EARLIER:
-    yield _entry(files.parse_json(files.content(path, _MOST_BYTES)), path)
+    yield _entry(storage.parse_json(storage.content(path, _MOST_BYTES)), path)
     return
-  for line in records_lib.read_lines(path):
+  for line in storage.read_lines(path):
     try:
       yield _entry(line.value, path)
     except ValueError as error:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from calm.calibrate import arguments, promises
+from calm import arguments
+from calm.calibrate import promises
 from calm.calibrate.evidence import methods
 from calm.calibrate.evidence.draws import Draws, check_size
 from calm.calibrate.losses.sequence_losses import SequenceLosses, Support

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from calm.calibrate import arguments
+from calm import arguments
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.calibration import Calibration, Row
 from calm.calibrate.evidence import betting, bounds, strategies

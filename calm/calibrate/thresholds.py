@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from calm.calibrate import arguments
+from calm import arguments
 from calm.calibrate.losses import checks
 
 NEVER_EXIT = math.inf

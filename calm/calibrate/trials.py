@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from calm.calibrate import arguments
+from calm import arguments
 from calm.calibrate.evidence.draws import Draws, check_size
 from calm.calibrate.losses.sequence_losses import SequenceLosses
 

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calm import storage
 from calm.calibrate import decision as decision_lib
 from calm.calibrate.decision import Evidence
 from calm.calibrate.evidence import methods, multiple_testing
-from calm.calibrate.generations import files
 from calm.calibrate.losses import checks
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ def read(path: pathlib.Path) -> Any:
     ValueError: it is no such JSON, too large, or no regular file.
     OSError: it cannot be read.
   """
-  content = files.content(path, _MOST_BYTES)
+  content = storage.content(path, _MOST_BYTES)
   try:
-    return files.parse_json(content)
+    return storage.parse_json(content)
   except ValueError as error:
     raise ValueError(f"Expected `calibration` to be one JSON object, got {error}.") from error
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calm.calibrate.generations.shown import visible
 from calm.calibrate.losses.sequence_losses import UNKNOWN
 from calm.calibrate.thresholds import format_threshold
+from calm.console import sanitize
 
 if TYPE_CHECKING:
   from calm.calibrate.calibration import Calibration
@@ -82,7 +82,7 @@ def loss_name(calibration: "Calibration") -> str:
 def title(calibration: "Calibration") -> str:
   """Like `textual loss, rouge_l`; losses that were given have no metric that is known."""
   metric = "" if calibration.metric == UNKNOWN else f", {calibration.metric}"
-  return visible(f"{loss_name(calibration)}{metric}")
+  return sanitize(f"{loss_name(calibration)}{metric}")
 
 
 def in_short(calibration: "Calibration") -> str:
@@ -122,21 +122,21 @@ def as_text(calibration: "Calibration") -> str:
     mark + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
     for mark, row in zip(marks, rows, strict=True)
   ]
-  return "\n".join([title(calibration), *lines, visible(calibration.promised)])
+  return "\n".join([title(calibration), *lines, sanitize(calibration.promised)])
 
 
 def as_html(calibration: "Calibration") -> str:
   """The same for a notebook, in the page's own colours."""
   cell = lambda tag, text: (
-    f'<{tag} style="text-align:right">{html.escape(visible(text))}</{tag}>'
+    f'<{tag} style="text-align:right">{html.escape(sanitize(text))}</{tag}>'
   )
   heads = "".join(cell("th", head) for head in (unit(calibration), *_HEADS))
   lines = []
   for number, texts in enumerate(_cells(calibration)):
     style = ' style="font-weight:bold"' if number == place(calibration) else ""
     lines.append(f"<tr{style}>{''.join(cell('td', text) for text in texts)}</tr>")
-  promise = html.escape(visible(calibration.promised))
-  whole = html.escape(visible(calibration.guarantee))
+  promise = html.escape(sanitize(calibration.promised))
+  whole = html.escape(sanitize(calibration.guarantee))
   caption = html.escape(title(calibration))
   return (
     f"<div><table><caption>{caption}</caption><thead><tr>{heads}</tr></thead>"
@@ -171,14 +171,14 @@ def plot(calibration: "Calibration", axes: Any = None, *, layers: Any = None) ->
     axes.plot(x[certified], bound[certified], "s", color="#009e73", label="certified")
   chosen = place(calibration)
   if chosen is not None:
-    at = visible(f"chosen: {names(calibration)[chosen]}")
+    at = sanitize(f"chosen: {names(calibration)[chosen]}")
     axes.plot(x[chosen], mean[chosen], "*", color="black", markersize=14, label=at)
   tested = (calibration.parts or calibration.rows)[0]
   tolerance = getattr(tested, "tolerance", calibration.tolerance)
   axes.axhline(
     tolerance, color="0.4", linewidth=1.0, linestyle=":", label=f"tolerance {tolerance:g}"
   )
-  axes.set_ylabel(visible(loss_name(calibration)), parse_math=False)
+  axes.set_ylabel(sanitize(loss_name(calibration)), parse_math=False)
   if layers is not None:
     axes.set_xlabel("mean decoder layers a token")
   else:
@@ -234,5 +234,6 @@ def _found(calibration: "Calibration", where: str | None, tolerance: float) -> s
     return f"Nothing is certified at a tolerance of {tolerance:g}: the full model serves"
   probability = f"{1.0 - calibration.error_rate:.10g}"
   return (
-    f"Certified down to {visible(where)}: at most {tolerance:g}, with probability {probability}"
+    f"Certified down to {sanitize(where)}: at most {tolerance:g}, with probability"
+    f" {probability}"
   )

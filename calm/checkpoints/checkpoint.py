@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from calm.calibrate import arguments
+from calm import arguments
 from calm.checkpoints import files, huggingface, stored_vocabulary, t5x
 from calm.data import vocabulary as vocabularies
 from calm.t5 import limits, network, parameters

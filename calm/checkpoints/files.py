@@ -17,7 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from calm.calibrate.generations import files as safe
+from calm import storage
 
 # What a parameter may be stored as; all are read as float32.
 _MOST_JSON = 2**26
@@ -140,7 +140,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       " missing; download or save the checkpoint again."
     )
   try:
-    value = safe.parse_json(safe.content(path, _MOST_JSON))
+    value = storage.parse_json(storage.content(path, _MOST_JSON))
   except ValueError as error:
     raise ValueError(
       f"Expected {str(path)!r} to be JSON in UTF-8, got: {error}; copy or download it again."
@@ -178,14 +178,14 @@ def write_together(
     with contextlib.ExitStack() as stack:
       whole = []
       for name, write in writers.items():
-        target = safe.destination(directory / name)
+        target = storage.destination(directory / name)
         if target is None:
           raise PermissionError(None, f"{name} is there and is no regular file")
-        partial = stack.enter_context(safe.temporary(target))
+        partial = stack.enter_context(storage.temporary(target))
         write(partial)
         whole.append((partial, target))
       for partial, target in whole:
-        safe.put(partial, target)
+        storage.put(partial, target)
   except (OSError, safetensors.SafetensorError) as error:
     raise OSError(
       f"Expected `directory` to be a folder that can be written, got {str(directory)!r}"

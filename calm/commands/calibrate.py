@@ -24,18 +24,9 @@ from rich import markup as rich_markup
 from rich import progress as rich_progress
 
 from calm import calibrate as calibrate_lib
-from calm.calibrate import (
-  Support,
-  generations,
-  planning,
-  screen,
-  sequential,
-  showing,
-  thresholds,
-)
+from calm.calibrate import Support, generations, planning, sequential, thresholds
 from calm.calibrate.evidence import methods, multiple_testing
 from calm.calibrate.generations import foreign
-from calm.calibrate.generations.shown import visible
 from calm.calibrate.losses import sequence_losses
 from calm.commands import (
   certificate,
@@ -47,6 +38,7 @@ from calm.commands import (
   several,
   verifying,
 )
+from calm.console import print_text, progress_bar, sanitize
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
   if arguments.verify:
     return _verify(arguments, console, cached)
   if said := promise_flags.describe_clusters(arguments, cached.prompts):
-    screen.say(console, said, "yellow")
+    print_text(console, said, "yellow")
   if arguments.risks:
     return _save(
       arguments, console, several.calibrate_risks(arguments, cached), cached.prompts, cached
@@ -157,7 +149,7 @@ def _save(arguments, console, result, prompts, cached=None, model: object = None
   )
   result.save(output)
   certificate.print_calibration(console, result, cached)
-  screen.say(console, f"Written to {output}, digest {result.digest}", soft_wrap=True)
+  print_text(console, f"Written to {output}, digest {result.digest}", soft_wrap=True)
   if arguments.directory or output.is_file():  # not beside a device
     certificate.record(console, arguments.directory or output.parent, result, prompts)
   known = model if cached is None else following.model_of(cached)
@@ -208,21 +200,21 @@ def _tell_power(
       error_rate=rates[1],
       method=arguments.method,
     )
-    screen.say(
+    print_text(
       console, f"Power by prompts and threshold, judged by {arguments.pilot}:\n{curve}"
     )
   elif support.lower < 0.0:
     forecast = planning.forecast(count, *rates, method=arguments.method)
     if forecast:
-      screen.say(console, forecast, "yellow")
+      print_text(console, forecast, "yellow")
 
 
 def _calibrate(arguments, console, cached, seed=None) -> calibrate_lib.Calibration:
   promise = promise_flags.promise_of(arguments, cached)  # refused before any text is compared
   columns = (*rich_progress.Progress.get_default_columns(), rich_progress.MofNCompleteColumn())
-  with showing.bar(console, *columns) as bar:
+  with progress_bar(console, *columns) as bar:
     # Descriptions are read as markup, which a path need not be.
-    name = rich_markup.escape(visible(arguments.metric))
+    name = rich_markup.escape(sanitize(arguments.metric))
     task = bar.add_task(f"{name} losses", total=None)
     losses = _losses(
       arguments, cached, lambda done, total: bar.update(task, completed=done, total=total)
@@ -259,15 +251,15 @@ def _verify(arguments, console, cached: generations.Generations) -> int:
       f" {differ}: it was made from other outputs or by another version, or was edited;"
       " calibrate again."
     )
-  screen.say(console, f"{arguments.verify} is what these outputs give (digest {told.digest}).")
+  print_text(console, f"{arguments.verify} is what these outputs give (digest {told.digest}).")
   if drawn and told.order == "permuted":
-    screen.say(
+    print_text(
       console,
       "Its order is not the one that these outputs give: earlier versions drew the order of"
       " outputs without the texts of prompts. It was checked in the order that it names.",
       "yellow",
     )
-  screen.say(console, told.guarantee)
+  print_text(console, told.guarantee)
   return 0
 
 

@@ -7,9 +7,9 @@ from rich import console as rich_console
 from rich import markup as rich_markup
 
 from calm import calibrate as calibrate_lib
-from calm.calibrate import generations, ledger, screen, thresholds, views
+from calm.calibrate import generations, ledger, thresholds, views
 from calm.calibrate.generations import columns
-from calm.calibrate.generations.shown import visible
+from calm.console import print_table, print_text, sanitize
 
 
 def print_calibration(
@@ -32,13 +32,13 @@ def print_calibration(
     rows.append([*cells, f"{layers[row.threshold]:.2f}"] if layers else cells)
   heads += ["layers / token"] if layers else []
   title = f"{views.title(result)}; p-values: {result.method}"
-  screen.print_table(console, heads, rows, title=title, words=0, bold=chosen)
+  print_table(console, heads, rows, title=title, words=0, bold=chosen)
   found = thresholds.NEVER_EXIT_TEXT if chosen is None else views.names(result)[chosen]
   console.print(
-    f"Calibrated {views.unit(result)}: [bold]{rich_markup.escape(visible(found))}[/bold]"
-    f" ({rich_markup.escape(visible(result.reason))})"
+    f"Calibrated {views.unit(result)}: [bold]{rich_markup.escape(sanitize(found))}[/bold]"
+    f" ({rich_markup.escape(sanitize(result.reason))})"
   )
-  screen.say(console, result.guarantee)
+  print_text(console, result.guarantee)
 
 
 def record(
@@ -50,7 +50,7 @@ def record(
   """Writes the folder's ledger, and says what else was asked of the same prompts."""
   said = ledger.keep(folder, result, prompts)
   if said:
-    screen.say(console, said, "yellow")
+    print_text(console, said, "yellow")
 
 
 def mean_layers(cached: generations.Generations | None) -> dict[float, float]:

@@ -9,9 +9,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import calm
-from calm.calibrate import looking
-from calm.calibrate.generations.shown import visible
 from calm.commands import helping
+from calm.console import quiet, sanitize
 
 DESCRIPTION = """\
 Confident Adaptive Language Modeling: a T5 whose tokens leave the decoder as soon as they are
@@ -67,7 +66,7 @@ class _Parser(argparse.ArgumentParser):
     if message.startswith("the following arguments are required"):
       message += self._misspelt()
     found = re.search(r"argument COMMAND: invalid choice: '([^']*)'", message)
-    super().error(visible(message) + (_meant(found[1], COMMANDS) if found else ""))
+    super().error(sanitize(message) + (_meant(found[1], COMMANDS) if found else ""))
 
   def _misspelt(self) -> str:
     """The first option that this parser does not know: it may be the one that is missed."""
@@ -127,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   chosen = next((word for word in argv if word in COMMANDS), None)
   parser = make_parser(chosen)
   arguments = parser.parse_args([_underscored(word) for word in argv])
-  with looking.quiet():  # each shows its own progress
+  with quiet():  # each shows its own progress
     return arguments.run(arguments)
 
 

@@ -11,10 +11,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from calm.calibrate import signals
-from calm.calibrate.generations import files
-from calm.calibrate.generations.shown import visible
+from calm import signals, storage
 from calm.commands import gin_files
+from calm.console import sanitize
 
 # A mistake of the user's: one clear message, no traceback. Anything else is a bug of ours.
 USER_ERRORS = (ValueError, OSError, TypeError, ImportError, FloatingPointError)
@@ -74,7 +73,7 @@ def user_errors(
 
 
 def _say(text: str) -> None:
-  print(f"calm: {visible(text)}", file=sys.stderr)
+  print(f"calm: {sanitize(text)}", file=sys.stderr)
 
 
 def _is_the_users(error: Exception) -> bool:
@@ -129,8 +128,8 @@ def check_output(path: str | pathlib.Path, *, read: Iterable[str | None] = ()) -
         " which would be replaced; choose another name."
       )
   try:
-    if (target := files.destination(path)) is not None:
-      with files.temporary(target):
+    if (target := storage.destination(path)) is not None:
+      with storage.temporary(target):
         if target.exists() and not os.access(target, os.W_OK):
           raise PermissionError(None, "it may not be written")
   except OSError as error:
@@ -148,7 +147,7 @@ def check_folder(path: str | pathlib.Path) -> pathlib.Path:
   """
   try:
     (folder := pathlib.Path(path)).mkdir(parents=True, exist_ok=True)
-    with files.temporary(folder / "output"):
+    with storage.temporary(folder / "output"):
       return folder
   except OSError as error:
     raise type(error)(
@@ -178,7 +177,7 @@ def missing_package(error: ModuleNotFoundError) -> str:
 
 def _show_warning(message, category, filename, lineno, file=None, line=None):
   del category, filename, lineno, line
-  print(f"calm: warning: {visible(message)}", file=file or sys.stderr)
+  print(f"calm: warning: {sanitize(message)}", file=file or sys.stderr)
 
 
 def use_compilation_cache() -> None:

@@ -25,14 +25,13 @@ from calm.calibrate import (
   calibrate,
   generations,
   planning,
-  screen,
-  showing,
   thresholds,
 )
 from calm.calibrate.generations import records
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import metrics, sequence_losses
 from calm.commands import certificate, common, following, helping, model_flags
+from calm.console import print_table, print_text, progress_bar
 
 # Fixed before the first run; another tolerance is the user's choice, not ours.
 TOLERANCE, ERROR_RATE = 0.1, 0.05
@@ -124,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
   result = compare(console, predictor, calibration, unseen_prompts)
   print_comparison(console, calibration, result)
   print_examples(console, unseen_prompts, result, arguments.examples)
-  screen.say(console, "\nA text of yours, under this threshold:")
+  print_text(console, "\nA text of yours, under this threshold:")
   print(serving_command(arguments, calibration), flush=True)
   return 0
 
@@ -186,7 +185,7 @@ def generate_grid(
     folder, prompts=prompts, thresholds=levels, procedure=procedure
   )
   columns = (*rich_progress.Progress.get_default_columns(), rich_progress.TextColumn("left"))
-  with showing.bar(console, *columns) as bar:
+  with progress_bar(console, *columns) as bar:
     task = bar.add_task("encode and decode")
 
     def advance(threshold, number, count):
@@ -252,7 +251,7 @@ def print_comparison(
     for i in (0, 1)
   )
   cells.append(("speed-up", "", f"x{decode:.2f}", f"x{both:.2f}", ""))
-  screen.print_table(console, heads, cells)
+  print_table(console, heads, cells)
   console.print(
     f"Seconds: median of {REPEATS} rounds in turn, compilation excluded.\n"
     f"Measured risk on the unseen prompts: [bold]{result.risk:.4f}[/bold]"
@@ -272,17 +271,17 @@ def print_examples(console, prompts, result: Comparison, count: int) -> None:
     print(colours.legend_terminal(layers, mode=mode))
   for prompt, full, early in list(zip(prompts, result.full, result.early, strict=True))[:count]:
     text = prompt.input if len(prompt.input) <= 160 else prompt.input[:157] + "..."
-    screen.say(console, f"\n{prompt.id}", "dim")
+    print_text(console, f"\n{prompt.id}", "dim")
     for name, value in (
       ("prompt", text),
       ("reference", prompt.targets[0]),
       ("full", full.text),
     ):
-      screen.say(console, f"  {name:<10} {value}", soft_wrap=True)
+      print_text(console, f"  {name:<10} {value}", soft_wrap=True)
     if mode == "plain":
-      screen.say(console, f"  {'early':<10} {early.text}", soft_wrap=True)
+      print_text(console, f"  {'early':<10} {early.text}", soft_wrap=True)
       told = " ".join(map(str, early.exit_layers))
     else:
       print(f"  {'early':<10} {early.coloured(mode)}")
       told = f"{early.mean_layers:.2f} a token"
-    screen.say(console, f"  {'layers':<10} {told}", "dim")
+    print_text(console, f"  {'layers':<10} {told}", "dim")

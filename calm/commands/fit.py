@@ -18,8 +18,8 @@ import argparse
 
 from rich import console as rich_console
 
-from calm.calibrate import screen
 from calm.commands import common, following, helping
+from calm.console import print_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,10 +136,10 @@ def run(arguments: argparse.Namespace) -> int:
       arguments.model, arguments.train, output=arguments.output, listener=listener, **options
     )
   if served.calibration is not None:
-    screen.say(console, served.calibration.guarantee, soft_wrap=True)
+    print_text(console, served.calibration.guarantee, soft_wrap=True)
   shown = arguments.output
-  screen.say(console, f"Summary: {shown}/summary.md and {shown}/summary.html", soft_wrap=True)
-  screen.say(console, "Serve it:")
+  print_text(console, f"Summary: {shown}/summary.md and {shown}/summary.html", soft_wrap=True)
+  print_text(console, "Serve it:")
   # A command that works as it stands.
   print(following.infer(f"--model={arguments.output}"), flush=True)
   return 0

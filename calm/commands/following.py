@@ -8,8 +8,8 @@ import sys
 
 from rich import console as rich_console
 
-from calm.calibrate import Calibration, generations, screen
-from calm.calibrate.generations.shown import visible
+from calm.calibrate import Calibration, generations
+from calm.console import print_text, sanitize
 
 
 def program() -> str:
@@ -32,7 +32,7 @@ def program() -> str:
 
 def command(*words: object) -> str:
   """`calm` with these words, for the shell."""
-  return " ".join([program(), *(shlex.quote(visible(word)) for word in words)])
+  return " ".join([program(), *(shlex.quote(sanitize(word)) for word in words)])
 
 
 def infer(*words: object, text: str = "a long text") -> str:
@@ -58,6 +58,6 @@ def say_serve(
   """
   if calibration.procedure is None or not isinstance(model, str):
     return
-  screen.say(console, "Serve it:")
+  print_text(console, "Serve it:")
   named = [] if model == "packed" else [f"--model={model}"]
   print(infer(*named, f"--calibration={saved}"), flush=True)

@@ -16,16 +16,7 @@ from collections.abc import Sequence
 from rich import console as rich_console
 from rich import progress as rich_progress
 
-from calm.calibrate import (
-  NEVER_EXIT,
-  Provenance,
-  generations,
-  planning,
-  screen,
-  sequential,
-  showing,
-  thresholds,
-)
+from calm.calibrate import NEVER_EXIT, Provenance, generations, planning, sequential, thresholds
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import asking, sequence_losses
 from calm.commands import (
@@ -37,6 +28,7 @@ from calm.commands import (
   promise_flags,
   sharding,
 )
+from calm.console import print_text, progress_bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
   from calm.inference import until_certified
 
   console = rich_console.Console()
-  screen.say(console, f"{opened.taken}.")
+  print_text(console, f"{opened.taken}.")
   load = common.configured(arguments, inference.load)
   with common.called("--model"):
     predictor = load(
@@ -128,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
   if arguments.until_certified:
     groups = promise_flags.clusters_of(arguments, prompts)
     if said := promise_flags.describe_clusters(arguments, prompts):
-      screen.say(console, said, "yellow")
+      print_text(console, said, "yellow")
     prompts = until_certified.in_order(predictor, prompts, ungrouped=groups is None)
     test = _test(arguments, levels, groups or [prompt.id for prompt in prompts])
   writer = _open_writer(arguments, console, arguments.output, predictor, prompts, levels, test)
@@ -152,7 +144,7 @@ def _open_writer(arguments, console, folder, predictor, prompts, levels, test=No
     by_group=test is not None and test.clusters,
   )
   for report in writer.reports:
-    screen.say(console, report, "yellow")
+    print_text(console, report, "yellow")
   return writer
 
 
@@ -170,13 +162,13 @@ def _part(arguments, console, predictor, prompts, levels, part: sharding.Part) -
     _grid(arguments, console, predictor, prompts, levels, writer)
     names = [generations.PROMPTS, *map(generations.threshold_file, (NEVER_EXIT, *levels))]
   part.finish("generate", about, names)
-  screen.say(console, f"{part.folder} is finished; {merge}", soft_wrap=True)
+  print_text(console, f"{part.folder} is finished; {merge}", soft_wrap=True)
   return 0
 
 
 def _bar(console: rich_console.Console) -> rich_progress.Progress:
   columns = (*rich_progress.Progress.get_default_columns(), rich_progress.TextColumn("left"))
-  return showing.bar(console, *columns)
+  return progress_bar(console, *columns)
 
 
 def _grid(arguments, console, predictor, prompts, levels, writer) -> None:
@@ -197,7 +189,7 @@ def _grid(arguments, console, predictor, prompts, levels, writer) -> None:
   writer.finish()
   console.print(f"{len(prompts)} prompts, {len(levels)} thresholds and full depth: {summary}.")
   if arguments.num_shards is None:
-    screen.say(console, f"Written to {arguments.output}. Calibrate on it:", soft_wrap=True)
+    print_text(console, f"Written to {arguments.output}. Calibrate on it:", soft_wrap=True)
     print(following.command("calibrate", arguments.output), flush=True)
 
 
@@ -261,7 +253,7 @@ def _until_certified(arguments, console, predictor, prompts, test, writer) -> No
   calibration.save(path)
   certificate.print_calibration(console, calibration)
   certificate.record(console, arguments.output, calibration, prompts)
-  screen.say(console, f"Written to {path}")
+  print_text(console, f"Written to {path}")
   following.say_serve(console, calibration, path, arguments.model)
 
 

@@ -24,9 +24,10 @@ from typing import Any
 
 from rich import console as rich_console
 
-from calm.calibrate import NEVER_EXIT, Calibration, Prompt, screen, thresholds
+from calm.calibrate import NEVER_EXIT, Calibration, Prompt, thresholds
 from calm.calibrate.generations import merging, procedures
 from calm.commands import common, model_flags, monitoring, results, serving, sharding
+from calm.console import print_text
 from calm.inference import exact_rule
 
 
@@ -99,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     threshold = thresholds.parse_threshold(threshold)
   console = rich_console.Console(stderr=True, highlight=False)
   prompts, part = _prompts(arguments)
-  screen.say(console, f"{prompts.taken}.")
+  print_text(console, f"{prompts.taken}.")
   predictor = _load(arguments, threshold)
   predictor.weights  # noqa: B018 (laid out now, or it would count as decoding)
   threshold = predictor.threshold if threshold is None else threshold

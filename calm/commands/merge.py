@@ -12,10 +12,9 @@ import pathlib
 
 from rich import console as rich_console
 
-from calm.calibrate import screen
 from calm.calibrate.generations import merging
-from calm.calibrate.generations.shown import visible
 from calm.commands import common, following
+from calm.console import print_text, sanitize
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
   output = pathlib.Path(arguments.output or found[0].folder.parent / name)
   count = merging.merge(arguments.shards, output)
   console = rich_console.Console(highlight=False)
-  console.print(f"{count} prompts of {len(found)} shards: {visible(output)}", markup=False)
+  console.print(f"{count} prompts of {len(found)} shards: {sanitize(output)}", markup=False)
   if kind == "generate":
-    screen.say(console, "Calibrate on them:")
+    print_text(console, "Calibrate on them:")
     print(following.command("calibrate", output), flush=True)
   return 0

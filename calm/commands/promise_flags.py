@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from calm import storage
 from calm.calibrate import generations, promises
 from calm.calibrate.generations import order, records
 
@@ -133,7 +134,7 @@ def _labels(arguments, cached: generations.Generations) -> list[str]:
       "Expected `--labels` for --promise=every_group, got none; give a file of {id, label}."
     )
   found = {}
-  for line in records.read_lines(arguments.labels, pipes=True):
+  for line in storage.read_lines(arguments.labels, pipes=True):
     name, label = line.value.get("id"), line.value.get("label")
     if not isinstance(name, str) or not isinstance(label, str) or name in found:
       raise line.error(f"expected an `id` that is new and a `label`, got {line.value!r:.100}")

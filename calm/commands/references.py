@@ -5,8 +5,9 @@ import dataclasses
 
 from rich import console as rich_console
 
-from calm.calibrate import generations, screen
+from calm.calibrate import generations
 from calm.calibrate.losses import asking
+from calm.console import print_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,7 @@ def list_unlabelled(
   """Writes what a person, or a judge, has to look at: prompts and their different texts."""
   wanted = asking.questions(cached)
   asking.write_questions(arguments.list_unlabelled, wanted)
-  screen.say(
+  print_text(
     console,
     f"{len(wanted)} of {len(cached.prompts)} prompts need references and have none; written to"
     f" {arguments.list_unlabelled}. Fill in `targets`, then: --references=FILE.",

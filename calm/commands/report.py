@@ -35,9 +35,9 @@ import warnings
 from rich import console as rich_console
 
 import calm
-from calm.calibrate import screen
-from calm.calibrate.generations import locks
-from calm.commands import common, progress, report_flags
+from calm import storage
+from calm.commands import common, report_flags
+from calm.console import announced_steps, print_text
 from calm.data import prompt_batches
 
 add_arguments = report_flags.add_arguments
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
   warnings.simplefilter("ignore", prompt_batches.CutPrompts)
   common.check_count("--examples", arguments.examples)
   common.check_folder(output)
-  with locks.held(output), progress.steps(console) as announce:
+  with storage.held(output), announced_steps(console) as announce:
     reports, predictor = _experiments(arguments, output / "cache", announce)
   facts = _facts(arguments, predictor, time.monotonic() - start)
   made = page.Page(
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
   )
   written = write.write(output, made)
   terminal.print_report(console, reports)
-  screen.say(console, f"\n{written}. Open {output / 'index.html'}", soft_wrap=True)
+  print_text(console, f"\n{written}. Open {output / 'index.html'}", soft_wrap=True)
   return 0
 
 

@@ -16,8 +16,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Protocol
 
+from calm import storage
 from calm.calibrate import Prompt
-from calm.calibrate.generations import files, locks
 
 FORMAT = "calm infer 1"
 
@@ -96,7 +96,7 @@ class Resumable:
     return iter(prompts)
 
   def write(self, prompts: Sequence[Prompt], lines: Sequence[str]) -> None:
-    files.append(self._partial, "".join(lines).encode("utf-8"))
+    storage.append(self._partial, "".join(lines).encode("utf-8"))
     for prompt in prompts:
       self._add(prompt)
     self.done += len(prompts)
@@ -107,11 +107,11 @@ class Resumable:
       "prompts": self._digest.hexdigest(),
       "bytes": self._partial.stat().st_size,
     }
-    files.write_atomically(self._state, json.dumps(state, indent=2) + "\n")
+    storage.write_atomically(self._state, json.dumps(state, indent=2) + "\n")
 
   def finish(self) -> None:
     """The file takes its place."""
-    files.put(self._partial, self._target)
+    storage.put(self._partial, self._target)
     self._state.unlink(missing_ok=True)
 
   def _add(self, prompt: Prompt) -> None:
@@ -120,7 +120,7 @@ class Resumable:
   def _stored(self) -> tuple[dict[str, Any], str]:
     """What an earlier run of the same says of itself; else nothing, and what it was of."""
     try:
-      stored = files.parse_json(files.content(self._state))
+      stored = storage.parse_json(storage.content(self._state))
       whole = all(type(stored[name]) is int and stored[name] >= 0 for name in ("done", "bytes"))
       if (
         stored["format"] != FORMAT
@@ -165,12 +165,12 @@ def open_results(path: str, about: Mapping[str, Any]) -> Iterator[Results]:
   Raises:
     OSError: it cannot be written, or another process is at it.
   """
-  target = files.destination(path)
+  target = storage.destination(path)
   if target is None:
-    with files.replacing(path) as file:
+    with storage.replacing(path) as file:
       yield Stream(file)
     return
-  lock = locks.lock(target)
+  lock = storage.lock(target)
   try:
     results = Resumable(target, about)
     yield results

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from calm import exits
-from calm.calibrate import NEVER_EXIT, Prompt, screen, seconds, showing, thresholds
-from calm.calibrate.generations.shown import visible
+from calm.calibrate import NEVER_EXIT, Prompt, seconds, thresholds
 from calm.commands import common, monitoring, results
+from calm.console import Counter, counted, print_text, rate, sanitize
 from calm.data import prompt_batches
 from calm.inference import colours, costs
 
@@ -54,9 +54,9 @@ class Served:
     """Lines of JSON, as they are made."""
     pending = opened.pending(prompts)
     if opened.report:
-      screen.say(self._console, opened.report)
+      print_text(self._console, opened.report)
     try:
-      with showing.counting(self._console, self._count, "prompts", done=opened.done) as counter:
+      with counted(self._console, self._count, "prompts", done=opened.done) as counter:
         for chunk, outputs in self._decode(pending, counter):
           opened.write(chunk, [_line(*pair) for pair in zip(chunk, outputs, strict=True)])
     except KeyboardInterrupt:
@@ -66,12 +66,12 @@ class Served:
   def to_screen(self, prompts: Iterable[Prompt], coloured: bool) -> None:
     """Texts, as they are made."""
     try:
-      with showing.counting(self._console, self._count, "prompts") as counter:
+      with counted(self._console, self._count, "prompts") as counter:
         for _, outputs in self._decode(iter(prompts), counter):
           # The texts would be printed into the bar.
           with counter.hidden() if sys.stdout.isatty() else contextlib.nullcontext():
             for output in outputs:
-              text = visible(output.text) if sys.stdout.isatty() else output.text
+              text = sanitize(output.text) if sys.stdout.isatty() else output.text
               print(output.coloured() if coloured else text)
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -83,7 +83,7 @@ class Served:
       print(colours.legend_terminal(self.predictor.num_layers), file=sys.stderr)
 
   def _decode(
-    self, prompts: Iterator[Prompt], counter: showing.Counter
+    self, prompts: Iterator[Prompt], counter: Counter
   ) -> Iterator[tuple[Sequence[Prompt], Any]]:
     """(prompts, outputs), so many at a time that memory and what a kill costs are bounded."""
     options = self.predictor.options
@@ -155,7 +155,7 @@ class Served:
 
   def report(self, arguments: argparse.Namespace) -> None:
     """What it took, and the promise."""
-    say = lambda text: screen.say(self._console, text)
+    say = lambda text: print_text(self._console, text)
     if self._cut:
       cut, last = sum(each.cut for each in self._cut), self._cut[-1]
       longest = max(each.longest for each in self._cut)
@@ -171,7 +171,7 @@ class Served:
     )
     say(
       f"{timing.seconds:.2f} s: encoder {timing.encode_seconds:.2f} s, decoder"
-      f" {timing.decode_seconds:.2f} s ({showing.rate(self._done, timing.seconds)}); besides,"
+      f" {timing.decode_seconds:.2f} s ({rate(self._done, timing.seconds)}); besides,"
       f" start-up {self._startup:.1f} s and compilation {timing.compile_seconds:.1f} s"
       f" ({_count(timing.compilations, 'program')})."
     )

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from calm import storage
 from calm.calibrate import Prompt
-from calm.calibrate.generations import files, shards
+from calm.calibrate.generations import shards
 from calm.calibrate.generations.records import GenerationsError
-from calm.calibrate.generations.shown import visible
+from calm.console import sanitize
 
 AUTO = "auto"
 
@@ -159,7 +160,7 @@ class Part:
         )
     for name, expected in there.checksums.items():
       path = self.folder / name
-      if not path.is_file() or files.checksum(path) != expected:
+      if not path.is_file() or storage.checksum(path) != expected:
         raise GenerationsError(
           f"{path}: expected the file as it was when its shard was finished, got another or"
           f" none; take {self.folder} away and run the shard again."
@@ -169,7 +170,7 @@ class Part:
   def begin(self, kind: str, about: Mapping[str, Any], console: Any) -> bool:
     """Makes the folder, and says whether there is nothing left to do in it."""
     if self.done(kind, about):
-      console.print(f"{visible(self.folder)} is finished already.", markup=False)
+      console.print(f"{sanitize(self.folder)} is finished already.", markup=False)
       return True
     self.folder.mkdir(parents=True, exist_ok=True)
     return False

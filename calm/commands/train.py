@@ -13,7 +13,7 @@ import pathlib
 import time
 from typing import Any
 
-from calm.calibrate.generations import files
+from calm import storage
 from calm.commands import common, following, gin_files
 
 # Bindings on the command line see only what a gin file has named before them: these always.
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
   print(f"Checkpoints, validations and scalars: {output_dir}", flush=True)
   with Progress(output_dir, tensorboard=not arguments.no_tensorboard) as monitor:
     exported = train(listener=monitor.listener, **options)
-  files.write_atomically(output_dir / "config.gin", gin.config_str())
+  storage.write_atomically(output_dir / "config.gin", gin.config_str())
   print(f"Model with the best validation: {exported}")
   print("Decode with it:")
   # A command that works as it stands.

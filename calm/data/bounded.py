@@ -4,7 +4,7 @@ import gzip
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from calm.calibrate import signals
+from calm import signals
 
 GZIP_MAGIC = b"\x1f\x8b"
 LONGEST_LINE = 2**26

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from calm.calibrate.generations import files
+from calm import storage
 from calm.data import bounded
 
 
@@ -152,7 +152,7 @@ def _object(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
       f" line (0x{line[error.start]:02x}); save the file as UTF-8."
     ) from error
   try:
-    fields = files.parse_json(text)
+    fields = storage.parse_json(text)
   except json.JSONDecodeError as error:
     raise ValueError(
       f"{path}:{number}: expected one JSON object a line, got invalid JSON at column"

@@ -29,7 +29,8 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
-from calm.calibrate import Prompt, signals
+from calm import signals
+from calm.calibrate import Prompt
 from calm.data import bounded, row_formats
 
 INPUT_KEYS = ("input", "inputs", "prompt", "text")

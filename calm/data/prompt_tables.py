@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from calm.calibrate import Prompt, arguments
+from calm import arguments
+from calm.calibrate import Prompt
 from calm.data import prompt_files, row_formats
 
 _UNKNOWN = object()

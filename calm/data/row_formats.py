@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
-from calm.calibrate.generations import files
+from calm import storage
 from calm.data import bounded
 
 # What each is called in messages.
@@ -69,7 +69,7 @@ def json_lines(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
       continue
     where = f"{name}:{number}"
     try:
-      value = files.parse_json(line)
+      value = storage.parse_json(line)
     except ValueError as error:
       where_in_line = isinstance(error, json.JSONDecodeError) and f" at column {error.colno}"
       raise ValueError(
@@ -134,7 +134,7 @@ class _Pieces:
     while True:
       try:
         value, end = json.JSONDecoder().raw_decode(self._text)
-        files.parse_json(self._text[:end])  # numbers that are none
+        storage.parse_json(self._text[:end])  # numbers that are none
       except json.JSONDecodeError as error:
         if len(self._text) <= bounded.LONGEST_LINE and self._more(size):
           size *= 2

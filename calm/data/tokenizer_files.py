@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from calm.calibrate.generations import files
+from calm import storage
 from calm.data import vocabulary as vocabulary_lib
 
 SENTINEL = re.compile(r"<extra_id_\d+>")
@@ -47,7 +47,7 @@ class TokenizerVocabulary:
       raise FileNotFoundError(
         f"Expected `path` to name a tokenizer.json, got {str(path)!r}, which is missing."
       )
-    object.__setattr__(self, "model", files.content(path))
+    object.__setattr__(self, "model", storage.content(path))
     if self._tokenizer.id_to_token(self.eos_id) is None:
       raise ValueError(
         f"Expected {str(path)!r} to have the end-of-text token {self.eos_id}, got"
@@ -71,7 +71,7 @@ class TokenizerVocabulary:
         " tokenizers`, or put the model's spiece.model beside it."
       ) from error
     with self._naming("to be a tokenizer.json that the package tokenizers reads"):
-      content = files.parse_json(self.model)
+      content = storage.parse_json(self.model)
       for part in ("normalizer", "decoder"):
         _check_steps(part, content.get(part))
       made = tokenizers.Tokenizer.from_buffer(self.model)

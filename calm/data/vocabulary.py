@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import sentencepiece
 
-from calm.calibrate.generations import files
+from calm import storage
 
 # The sentencepiece.ModelProto.SentencePiece.Type of pieces that are matched before any other.
 _USER_DEFINED = 4
@@ -81,7 +81,7 @@ class SentencePieceVocabulary:
         f"Expected `path` to name a SentencePiece model file, got {str(path)!r}, which is"
         " missing; give the path of a `.model` file (T5 calls it `spiece.model`)."
       )
-    object.__setattr__(self, "model", files.content(path))
+    object.__setattr__(self, "model", storage.content(path))
     processor = _load(self.model, self.extra_ids, path, padded=self.padded)
     object.__setattr__(self, "_processor", processor)
 

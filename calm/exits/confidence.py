@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from calm.calibrate import arguments
+from calm import arguments
 
 
 def _not_given() -> jax.Array:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from calm.calibrate import arguments
+from calm import arguments
 from calm.exits.layers import KeyValue, Layers, select_rows
 
 

@@ -15,7 +15,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from calm.calibrate import arguments
+from calm import arguments
 from calm.exits import confidence as confidence_lib
 from calm.exits import layers as layers_lib
 from calm.exits import propagation as propagation_lib

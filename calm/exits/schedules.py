@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from calm.calibrate import arguments
+from calm import arguments
 
 # "Never exit" is a value of its own: float32 margins do reach 1.0.
 NEVER_EXIT = math.inf

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from calm.calibrate import arguments
+from calm import arguments
 from calm.exits import layers
 from calm.exits.rules import StepRule
 

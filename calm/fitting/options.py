@@ -8,9 +8,17 @@ from typing import Any
 
 from rich import console as rich_console
 
-from calm.calibrate import arguments, looking, screen
-from calm.calibrate.generations.shown import visible
+from calm import arguments
 from calm.calibrate.losses import metrics
+from calm.console import (
+  EtaEstimator,
+  Lines,
+  Notebook,
+  Report,
+  print_text,
+  progress_view,
+  sanitize,
+)
 from calm.inference import calibrating
 
 # The stages that a value of `FitOptions.stages` trains, in order.
@@ -156,19 +164,19 @@ class Listener:
   """
 
   say: Callable[[str], None] = lambda text: None
-  step: Callable[[str], looking.Report] = lambda title: lambda share, text: None
+  step: Callable[[str], Report] = lambda title: lambda share, text: None
 
 
 @contextlib.contextmanager
 def on_screen(console: rich_console.Console) -> Iterator[Listener]:
   """A listener that prints sentences and draws the step's progress with its remaining time."""
-  view, started = looking.view(console), False
-  drawn = not isinstance(view, looking.Lines)  # a pipe gets the step's title only
-  show = lambda text: screen.say(console, text, soft_wrap=True)
+  view, started = progress_view(console), False
+  drawn = not isinstance(view, Lines)  # a pipe gets the step's title only
+  show = lambda text: print_text(console, text, soft_wrap=True)
 
-  def step(title: str) -> looking.Report:
+  def step(title: str) -> Report:
     nonlocal started
-    number, left = visible(title.partition(" ")[0]), looking.Left()
+    number, left = sanitize(title.partition(" ")[0]), EtaEstimator()
     show(f"{title} ...")
     if drawn:
       view.show(0.0, number)
@@ -184,7 +192,7 @@ def on_screen(console: rich_console.Console) -> Iterator[Listener]:
 
   try:
     yield Listener(say=show, step=step)
-    if isinstance(view, looking.Notebook):  # whose last line stays
+    if isinstance(view, Notebook):  # whose last line stays
       view.show(1.0, "done")
   finally:
     if started:

@@ -20,12 +20,11 @@ import jinja2
 import markupsafe
 
 import calm
-from calm import checkpoints, inference
+from calm import checkpoints, inference, storage
 from calm.calibrate import Calibration
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import files
-from calm.calibrate.generations.shown import visible
 from calm.calibrate.seconds import Seconds
+from calm.console import sanitize
 from calm.fitting.choose import Choice
 from calm.fitting.exit_maps import LearnedExits
 from calm.fitting.options import FitOptions
@@ -241,7 +240,7 @@ class Folder:
           f"Expected `output` to be a folder that can be written, got {str(path)!r}"
           f" ({error.strerror}); choose another."
         ) from error
-      files.write_atomically(there, json.dumps(request, indent=1) + "\n")
+      storage.write_atomically(there, json.dumps(request, indent=1) + "\n")
     return cls(path, work, result_cache.ResultCache(work / "results"))
 
   def write(
@@ -267,7 +266,7 @@ class Folder:
         exits_trained=True if taught else None,
       )
     stored = json.dumps(options_lib.to_stored(predictor.options), indent=1)
-    files.write_atomically(self.path / "inference.json", stored + "\n")
+    storage.write_atomically(self.path / "inference.json", stored + "\n")
     stale = inference.FULL_DEPTH if calibration is not None else inference.CALIBRATION
     (self.path / stale).unlink(missing_ok=True)
     if calibration is not None:
@@ -276,18 +275,18 @@ class Folder:
       exact = inference.exact_rule(predictor) if result.exact else None
       about = {"reason": result.reason, "exact": exact and dataclasses.asdict(exact)}
       text = json.dumps(about, indent=1, ensure_ascii=False)
-      files.write_atomically(self.path / inference.FULL_DEPTH, text + "\n")
+      storage.write_atomically(self.path / inference.FULL_DEPTH, text + "\n")
     whole = {"calm": calm.__version__, "options": dataclasses.asdict(options)}
     text = json.dumps({**whole, **result_cache.to_json(result)}, indent=1, ensure_ascii=False)
-    files.write_atomically(self.work / "result.json", text + "\n")
+    storage.write_atomically(self.work / "result.json", text + "\n")
     for name, page in pages(result, options, str(self.path)).items():
-      files.write_atomically(self.path / name, page)
+      storage.write_atomically(self.path / name, page)
 
 
 def _check_same(file: pathlib.Path, request: Any, path: pathlib.Path) -> None:
   """Refuses a stored request that is damaged or another one."""
   try:
-    there = files.parse_json(files.content(file))
+    there = storage.parse_json(storage.content(file))
   except ValueError as error:
     there = str(error)
   if not isinstance(there, dict) or not isinstance(there.get("options"), dict):
@@ -330,7 +329,7 @@ def pages(result: Result, options: FitOptions, folder: str) -> Mapping[str, str]
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
     # Control and direction marks of other people's texts are made visible.
-    finalize=lambda value: visible(value) if type(value) is str else value,
+    finalize=lambda value: sanitize(value) if type(value) is str else value,
     autoescape=jinja2.select_autoescape(["html.j2"]),
   )
   environment.filters["number"] = lambda value, digits=2: (

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from rich import console as rich_console
 
-from calm import checkpoints, exits, inference
-from calm.calibrate import Calibration, Prompt, Record, arguments, generations, ledger, looking
+from calm import arguments, checkpoints, exits, inference, storage
+from calm.calibrate import Calibration, Prompt, Record, generations, ledger
 from calm.calibrate import seconds as seconds_lib
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import locks
 from calm.calibrate.losses import metric_values, metrics, sequence_losses
+from calm.console import Report, quiet
 from calm.data import prompt_batches
 from calm.fitting import candidates, exit_maps, tokenizer_check
 from calm.fitting import choose as choose_lib
@@ -77,9 +77,9 @@ def fit(
     if listener is None:
       console = rich_console.Console(stderr=True, highlight=False)
       listener = stack.enter_context(on_screen(console))
-    stack.enter_context(looking.quiet())
+    stack.enter_context(quiet())
     made = Fit.open(str(model), train, pathlib.Path(output), wishes, listener)
-    stack.enter_context(locks.held(output))
+    stack.enter_context(storage.held(output))
     return made.run()
 
 
@@ -209,7 +209,7 @@ class Fit:
     if served is not None:
       self.listener.say(self.population)
 
-  def _step(self, title: str) -> looking.Report:
+  def _step(self, title: str) -> Report:
     """Says which of how many steps begins."""
     head = [HEAD] if choose_lib.has_large_head(self.source) else []
     learn = [train_lib.DECODE_TEXTS, LEARN] if self.options.learns_exits else []
@@ -444,7 +444,7 @@ def evaluate(
   prompts: Sequence[Prompt],
   options: FitOptions,
   threshold: float,
-  progress: looking.Report,
+  progress: Report,
 ) -> tuple[result_lib.LastLook, tuple[result_lib.ShownText, ...], str]:
   """Decodes the last part at full depth and under the threshold, once.
 

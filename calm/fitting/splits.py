@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from calm import inference
+from calm import inference, storage
 from calm.calibrate import Prompt, planning
-from calm.calibrate.generations import files, order
+from calm.calibrate.generations import order
 from calm.data import prompt_files, prompt_tables
 from calm.fitting.options import FitOptions
 
@@ -244,7 +244,7 @@ def write(folder: pathlib.Path, splits: Splits, names: Sequence[str] = PARTS) ->
       }
       kept = {key: entry for key, entry in value.items() if entry not in (None, [])}
       lines.append(json.dumps(kept, ensure_ascii=False) + "\n")
-    files.write_atomically(folder / f"{name}.jsonl", "".join(lines))
+    storage.write_atomically(folder / f"{name}.jsonl", "".join(lines))
 
 
 @dataclasses.dataclass(frozen=True)

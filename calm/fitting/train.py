@@ -20,9 +20,8 @@ import jax
 import jinja2
 import numpy as np
 
-from calm import exits, inference, training
+from calm import exits, inference, storage, training
 from calm.calibrate import Prompt
-from calm.calibrate.generations import files
 from calm.data import training_batches
 from calm.fitting import splits as splits_lib
 from calm.fitting.options import FitOptions
@@ -82,11 +81,11 @@ def own_texts(
       done = start + share * count
       progress(done / len(rows), f"{round(done)} of {len(rows)} rows")
 
-    kept = files.parse_json(files.content(file)) if file.is_file() else {}
+    kept = storage.parse_json(storage.content(file)) if file.is_file() else {}
     if set(kept) != {row.id for row in chunk}:
       records = offline.with_rule(predictor, chunk, exits.StaticExit(), progress=told)
       kept = {r.id: {"prediction": r.prediction, "tokens": r.tokens} for r in records}
-      files.write_atomically(file, json.dumps(kept, ensure_ascii=False) + "\n")
+      storage.write_atomically(file, json.dumps(kept, ensure_ascii=False) + "\n")
     found += [{"id": row.id, **kept[row.id]} for row in chunk]
   return found
 
@@ -277,7 +276,7 @@ class Stage:
     if self.gin_file.exists():
       self._check_stored()
     else:
-      files.write_atomically(self.gin_file, self.gin_text(progress, say))
+      storage.write_atomically(self.gin_file, self.gin_text(progress, say))
     total = 1
 
     def begun(step: int, num_steps: int) -> None:
@@ -390,7 +389,7 @@ class Stage:
 
   def _check_stored(self) -> None:
     """Only the numbers of steps, which a budget set, may differ from what would be written."""
-    text = files.content(self.gin_file).decode("utf-8", "replace")
+    text = storage.content(self.gin_file).decode("utf-8", "replace")
     numbers = _STEPS.search(text)
     if numbers is None or text != self._render(*map(int, numbers.groups())):
       raise ValueError(
@@ -600,7 +599,7 @@ def write_own_texts(
     )
   replaced = dataclasses.replace(splits, **parts)
   splits_lib.write(folder, replaced, names=tuple(parts))
-  files.write_atomically(folder / OUTPUTS, "".join(lines))
+  storage.write_atomically(folder / OUTPUTS, "".join(lines))
   late = "" if len(parts["train"]) == len(splits.train) else ", as many as the budget allows"
   say(f"Own texts: of {len(parts['train'])} of {len(splits.train)} rows that train{late}.")
   return replaced

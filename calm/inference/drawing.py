@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from calm.calibrate.generations.shown import visible
+from calm.console import sanitize
 
 # Placeholders that the page replaces by its own colours.
 INK, RULE = "#111213", "#cdcecf"
@@ -92,7 +92,7 @@ def draw(name: str, title: str, caption: str, paint: Callable[[Any], None]) -> F
   import matplotlib
   from matplotlib import figure as mpl_figure
 
-  title = visible(title[:1].upper() + title[1:] if title[:1].isascii() else title)
+  title = sanitize(title[:1].upper() + title[1:] if title[:1].isascii() else title)
   with matplotlib.rc_context({**_RC, "svg.hashsalt": name}):
     figure = mpl_figure.Figure(figsize=_SIZE, layout="constrained")
     axes = figure.subplots()

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from calm import checkpoints
-from calm.calibrate import NEVER_EXIT, Calibration, arguments
+from calm import arguments, checkpoints
+from calm.calibrate import NEVER_EXIT, Calibration
 from calm.calibrate.generations.procedures import describe_differences
 from calm.decode import sharded
 from calm.inference import exact as exact_lib

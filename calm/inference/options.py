@@ -5,8 +5,7 @@ import functools
 import pathlib
 from typing import Any
 
-from calm import exits
-from calm.calibrate import arguments
+from calm import arguments, exits
 from calm.calibrate import thresholds as thresholds_lib
 from calm.checkpoints import files
 from calm.decode import engines

@@ -8,8 +8,8 @@ from typing import overload
 import numpy as np
 
 from calm import checkpoints
-from calm.calibrate.generations.shown import visible
 from calm.calibrate.thresholds import format_threshold
+from calm.console import sanitize
 from calm.decode import loop
 from calm.inference import colours
 
@@ -224,6 +224,6 @@ class Outputs(Sequence[Output]):
     head = self._heading(" · ")
     if len(self) > 20:
       rows.append(f"<p>… and {len(self) - 20} more</p>")
-    note = f"<p>{html.escape(visible(self.guarantee))}</p>" if self.guarantee else ""
+    note = f"<p>{html.escape(sanitize(self.guarantee))}</p>" if self.guarantee else ""
     legend = colours.legend_html(self.num_layers)
     return f"<div><p>{head}</p>{''.join(rows)}{legend}{note}</div>"

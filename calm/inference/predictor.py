@@ -16,12 +16,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from calm import checkpoints, exits
-from calm.calibrate import Calibration, Procedure, Prompt, arguments, looking, signals
+from calm import arguments, checkpoints, exits, signals
+from calm.calibrate import Calibration, Procedure, Prompt
 from calm.calibrate import seconds as seconds_lib
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations.procedures import describe_differences
 from calm.calibrate.losses import metrics
+from calm.console import show_count
 from calm.data import prompt_batches, prompt_tables
 from calm.decode import compiled, loop, pool_program
 from calm.decode import program as program_lib
@@ -396,7 +397,7 @@ class Predictor:
       rule.depth(self.num_layers)  # the rule's own check of its layers
     chosen = rule or self.served_rule(threshold)
     full = rule is None and threshold == schedules.NEVER_EXIT
-    given = contextlib.nullcontext(progress) if progress else looking.counting("prompts")
+    given = contextlib.nullcontext(progress) if progress else show_count("prompts")
     with given as told:
       decoded = (self.reference if full else self)._decode_texts(texts, threshold, chosen, told)
     if calibrated is None or threshold != calibrated.threshold or self.elsewhere:

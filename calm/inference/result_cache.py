@@ -15,8 +15,8 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from calm import storage
 from calm.calibrate import Prompt
-from calm.calibrate.generations import files
 
 # Raised whenever an experiment's numbers change their meaning: older files are not read again.
 VERSION = 1
@@ -110,7 +110,7 @@ class ResultCache:
     path = self.path(name, key)
     if path.exists():
       try:
-        return from_json(kind, files.parse_json(files.content(path))["result"])
+        return from_json(kind, storage.parse_json(storage.content(path))["result"])
       except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
           f"Expected a stored result of {name} in {path}, got something else ({error}); delete"
@@ -119,6 +119,6 @@ class ResultCache:
     result = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = {"experiment": name, "key": to_json(dict(key)), "result": to_json(result)}
-    files.write_atomically(path, json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
+    storage.write_atomically(path, json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
     # As it will be read again, so that the first run and the second one draw the same.
     return from_json(kind, to_json(result))

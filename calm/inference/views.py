@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 from calm import exits
 from calm.calibrate import Calibration, views
-from calm.calibrate.generations.shown import visible
 from calm.calibrate.losses.sequence_losses import UNKNOWN
 from calm.calibrate.thresholds import NEVER_EXIT, format_threshold
+from calm.console import sanitize
 
 if TYPE_CHECKING:
   from calm.inference import predictor as predictor_lib
@@ -33,7 +33,7 @@ def _promised(calibration: Calibration) -> str:
   """Like `mean textual loss at most 0.1 by rouge_l (error rate 0.05, 200 prompts)`."""
   if not calibration.certified:
     return "none, no threshold is certified"
-  metric = "" if calibration.metric == UNKNOWN else f" by {visible(calibration.metric)}"
+  metric = "" if calibration.metric == UNKNOWN else f" by {sanitize(calibration.metric)}"
   return (
     f"{calibration.promise.name} {views.loss_name(calibration)} at most"
     f" {calibration.tolerance:g}{metric} (error rate {calibration.error_rate:g},"

@@ -7,8 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from calm import exits
-from calm.calibrate import arguments
+from calm import arguments, exits
 from calm.t5 import network
 from calm.training import objectives
 

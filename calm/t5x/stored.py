@@ -9,8 +9,7 @@ import os
 import pathlib
 from typing import Any
 
-from calm import checkpoints, inference
-from calm.calibrate import arguments
+from calm import arguments, checkpoints, inference
 from calm.data import vocabulary as vocabularies
 from calm.t5 import limits, network, parameters
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from calm.calibrate import arguments
+from calm import arguments
 from calm.t5 import network, parameters
 from calm.training import losses, objectives
 

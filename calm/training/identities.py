@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from calm.calibrate.generations import files
+from calm import storage
 from calm.data import training_batches
 from calm.training.updates import TrainConfig
 
@@ -87,7 +87,7 @@ def check(path: pathlib.Path, identity: Identity, reached: int) -> None:
     ],
     "batches": [list(pair) for pair in identity.batches.items()],
   }
-  files.write_atomically(path, json.dumps(stored, indent=1) + "\n")
+  storage.write_atomically(path, json.dumps(stored, indent=1) + "\n")
 
 
 def _read(path: pathlib.Path) -> Identity | None:
@@ -95,7 +95,7 @@ def _read(path: pathlib.Path) -> Identity | None:
   if not path.exists():
     return None
   try:
-    stored = files.parse_json(files.content(path))
+    stored = storage.parse_json(storage.content(path))
     rates = {s: math.nan if r is None else float(r) for s, r in stored["learning_rates"]}
     batches = {s: str(d) for s, d in stored["batches"]}
     # Steps that are not there would not be compared.

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from calm.calibrate import arguments, signals
-from calm.calibrate.generations import files
+from calm import arguments, signals, storage
 from calm.data import training_batches
 from calm.t5.config import Params
 from calm.training import identities, objectives
@@ -30,7 +29,7 @@ def read_history(path: pathlib.Path) -> list[dict[str, float]]:
     ValueError: the file holds something else.
   """
   try:
-    entries = json.loads(files.content(path))  # NaN is a loss that it may well have
+    entries = json.loads(storage.content(path))  # NaN is a loss that it may well have
   except (OSError, ValueError, RecursionError) as error:
     raise ValueError(
       f"Expected {str(path)!r} to be the validations of a run, got no JSON ({error}); restore"
@@ -65,7 +64,7 @@ class History:
     """Records a validation; True where it is the best so far."""
     self.truncate(step - 1)
     self.entries.append({"step": step, **scalars})
-    files.write_atomically(self._path, json.dumps(self.entries, indent=1))
+    storage.write_atomically(self._path, json.dumps(self.entries, indent=1))
     return self._best_index() == len(self.entries) - 1
 
   def should_stop(self) -> bool:

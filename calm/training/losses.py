@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from calm.calibrate import arguments
+from calm import arguments
 from calm.t5 import limits
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
-from calm.calibrate import arguments
+from calm import arguments
 from calm.exits import evidence
 from calm.t5 import limits, network, parameters
 from calm.t5.config import Params

@@ -15,9 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import checkpoints
-from calm.calibrate import arguments
-from calm.calibrate.generations import files, locks
+from calm import arguments, checkpoints, storage
 from calm.data import training_batches, vocabulary
 from calm.t5 import growing, limits, network, parameters
 from calm.training import loop, objectives, updates
@@ -103,7 +101,7 @@ class Export:
     options: dict[str, Any] = {name: getattr(self, name) for name in names}
     if self.shortlist:
       options["shortlist"] = list(self.shortlist)
-    files.write_atomically(directory / "inference.json", json.dumps(options, indent=1) + "\n")
+    storage.write_atomically(directory / "inference.json", json.dumps(options, indent=1) + "\n")
 
 
 @arguments.checked()
@@ -142,7 +140,7 @@ def train(
     FileNotFoundError: there is no checkpoint at `initial`.
     ValueError: neither `model` nor `initial`, or they do not fit; a part in `fresh` that
       the tree lacks; a vocabulary larger than the model's. Errors of `training.fit` besides.
-    locks.LockedError: another process trains in `output_dir`; the message names it.
+    storage.LockedError: another process trains in `output_dir`; the message names it.
   """
   folder = pathlib.Path(output_dir)
   loop.check_writable(folder)
@@ -150,7 +148,7 @@ def train(
   model, params = start.model, start.params
   vocabulary.check_fits(export.vocabulary, model.vocab_size)
   module = network.Transformer(model)
-  with locks.held(folder):
+  with storage.held(folder):
     state = loop.fit(
       updates.init_state(params, config, objective),
       data.train,

@@ -5,8 +5,7 @@ from typing import Any
 
 import jax
 
-from calm.calibrate import arguments
-from calm.calibrate.generations import files
+from calm import arguments, storage
 
 
 @arguments.checked()
@@ -18,7 +17,7 @@ def check_writable(output_dir: pathlib.Path) -> None:
   """
   try:
     output_dir.mkdir(parents=True, exist_ok=True)
-    with files.temporary(output_dir / "writable"):
+    with storage.temporary(output_dir / "writable"):
       pass
   except OSError as error:
     raise type(error)(

@@ -6,8 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from calm import checkpoints
-from calm.calibrate import arguments
+from calm import arguments, checkpoints, storage
 from calm.calibrate.generations import records
 from calm.checkpoints import files
 from calm.data import datasets, training_batches
@@ -95,7 +94,7 @@ def _bucket(pair: Any) -> training_batches.Bucket:
 def _tokens_of(path: pathlib.Path) -> dict[str, list[int]]:
   """{id: generated tokens} of an output file of `calm infer`."""
   found = {}
-  for line in records.read_lines(path):
+  for line in storage.read_lines(path):
     try:
       # A line of `calm infer` lacks what a record may lack.
       record = records.Record.from_json({"prediction": "", **line.value})

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct, traverse_util
 
-from calm.calibrate import arguments
+from calm import arguments
 from calm.data import training_batches
 from calm.t5 import limits, network
 from calm.t5.config import Params

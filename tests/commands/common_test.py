@@ -10,7 +10,7 @@ import stat
 import gin
 import pytest
 
-from calm.calibrate import signals
+from calm import signals
 from calm.commands import common, gin_files
 
 

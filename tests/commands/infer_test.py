@@ -12,9 +12,8 @@ import threading
 import numpy as np
 import pytest
 
-from calm import calibrate, inference
+from calm import calibrate, inference, storage
 from calm.calibrate import Prompt, seconds
-from calm.calibrate.generations import files
 from calm.commands import cli, results, serving
 from calm.decode import compiled, verified_passes
 from calm.inference import predictor
@@ -64,7 +63,7 @@ def test_lines_stand_in_the_order_of_the_prompts(expected):
 
 def stop_after(monkeypatch, chunks: int, half: bytes = b"") -> None:
   """Ctrl-C while the chunk after so many is written, of which `half` has got there."""
-  append, done = files.append, []
+  append, done = storage.append, []
 
   def stopped(path, content):
     if len(done) == chunks:

@@ -11,8 +11,8 @@ from calm.commands import cli
 
 HOLD = """
 import sys
-from calm.calibrate.generations import locks
-held = locks.lock(sys.argv[1])
+from calm import storage
+held = storage.lock(sys.argv[1])
 print("held", flush=True)
 sys.stdin.read()
 """

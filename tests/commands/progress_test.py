@@ -5,7 +5,7 @@ import io
 from rich import console as rich_console
 from rich import progress as rich_progress
 
-from calm.commands import progress
+from calm.console import Steps, announced_steps
 
 
 class Clock:
@@ -18,7 +18,7 @@ class Clock:
 def test_the_time_left_counts_steps_that_work_only():
   file, clock = io.StringIO(), Clock()
   bar = rich_progress.Progress(console=rich_console.Console(file=file, width=80))
-  steps = progress.Steps(bar, clock)
+  steps = Steps(bar, clock)
   steps.expect(6)
   steps("read from a file")  # never reports: it was there already
   slow = steps("slow [/b]")
@@ -35,7 +35,7 @@ def test_the_time_left_counts_steps_that_work_only():
 def test_nothing_is_said_before_anything_is_known():
   bar = rich_progress.Progress(console=rich_console.Console(file=io.StringIO()))
   clock = Clock()
-  steps = progress.Steps(bar, clock)
+  steps = Steps(bar, clock)
   report = steps("first")
   assert steps.left(1, 0.0) == ""
   report(0.1, "x")
@@ -49,7 +49,7 @@ def test_nothing_is_said_before_anything_is_known():
 def test_where_there_is_no_terminal_a_bar_leaves_nothing():
   """rich ends one with an empty line, before an error too."""
   file = io.StringIO()
-  with progress.steps(rich_console.Console(file=file)):
+  with announced_steps(rich_console.Console(file=file)):
     pass
   assert file.getvalue() == ""
 
@@ -57,7 +57,7 @@ def test_where_there_is_no_terminal_a_bar_leaves_nothing():
 def test_a_narrow_terminal_cuts_what_is_done_and_not_the_time_that_is_left(monkeypatch):
   clock, file = Clock(), io.StringIO()
   console = rich_console.Console(file=file, width=60, force_terminal=True)
-  with progress.steps(console) as steps:
+  with announced_steps(console) as steps:
     monkeypatch.setattr(steps, "_clock", clock)
     steps.expect(6)
     report = steps("summaries: copied projections")

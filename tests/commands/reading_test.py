@@ -7,9 +7,9 @@ import pathlib
 
 import pytest
 
-from calm import inference
+from calm import inference, storage
 from calm.calibrate import Record
-from calm.calibrate.generations import files, reuse
+from calm.calibrate.generations import reuse
 from calm.commands import cli, serving
 from calm.inference import grid, predictor
 
@@ -45,7 +45,7 @@ def no_decoding(model, monkeypatch, cache_in_tmp):
 
 def stop_at(monkeypatch, lines: int) -> None:
   """Ctrl-C when so many lines are written."""
-  append, written = files.append, []
+  append, written = storage.append, []
 
   def stopping(path, content):
     append(path, content)

@@ -7,14 +7,14 @@ import pytest
 from rich import console as rich_console
 
 from calm import fitting
-from calm.calibrate import looking
+from calm.console import Notebook, time
 from calm.fitting import run
 
 
 @pytest.fixture
 def now(monkeypatch):
   now = [0.0]
-  monkeypatch.setattr(looking.time, "monotonic", lambda: now[0])
+  monkeypatch.setattr(time, "monotonic", lambda: now[0])
   return now
 
 
@@ -66,7 +66,7 @@ def test_from_python_a_fit_tells_standard_error_and_a_listener_takes_its_place(
 def test_what_stays_in_a_notebook_is_that_it_is_done(monkeypatch):
   seen = []
 
-  class View(looking.Notebook):
+  class View(Notebook):
     start = stop = lambda self: None
     show = lambda self, share, text: seen.append((share, text))
 

@@ -11,15 +11,15 @@ SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 
 WELL = """
 import pathlib, sys, time
-from calm.calibrate.generations import files
+from calm import storage
 at = pathlib.Path(sys.argv[1])
 done = at.read_text().count("\\n") if at.exists() else 0
 for number in range(done, 8):
-  files.append(at, b'{"id": "%d"}\\n' % number)
+  storage.append(at, b'{"id": "%d"}\\n' % number)
   time.sleep(0.02)
 """
 # Begins anew after a kill, and keeps what was there: lines come twice, whole and torn.
-ILL = WELL.replace("range(done, 8)", "range(1, 9)").replace("files.append(at, ", "append(")
+ILL = WELL.replace("range(done, 8)", "range(1, 9)").replace("storage.append(at, ", "append(")
 ILL = ILL.replace("for number", "append = lambda line: at.open('ab').write(line)\nfor number")
 
 

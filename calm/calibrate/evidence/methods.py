@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from calm.calibrate import signals
+from calm import signals
 from calm.calibrate.evidence import betting, bounds, p_values
 from calm.calibrate.losses.sequence_losses import Support
 

@@ -19,10 +19,8 @@ __all__ = [
   "Generations",
   "cached",
   "columns",
-  "files",
   "foreign",
   "load",
-  "locks",
   "manifest_procedure",
   "merging",
   "order",
@@ -32,7 +30,6 @@ __all__ = [
   "records",
   "reuse",
   "shards",
-  "shown",
   "threshold_file",
   "writer",
 ]

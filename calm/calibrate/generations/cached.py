@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from calm import storage
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import columns, files, order
+from calm.calibrate.generations import columns, order
 from calm.calibrate.generations import records as records_lib
 from calm.calibrate.generations.procedures import Procedure, Provenance
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
@@ -113,7 +114,7 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
   """
   path = pathlib.Path(directory) / MANIFEST
   try:
-    manifest = files.parse_json(files.content(path))
+    manifest = storage.parse_json(storage.content(path))
   except FileNotFoundError as error:
     raise GenerationsError(
       f"Expected `directory` to be a folder of cached generations, got {str(path.parent)!r},"
@@ -320,10 +321,10 @@ def check_checksums(
         f"{path}: expected a file, as {manifest} lists it, got none; restore it, or generate"
         " again."
       )
-    if files.checksum(path) != expected:
+    if storage.checksum(path) != expected:
       # The line-by-line check below says more when a line is damaged; a whole line edited by
       # hand is found by the checksum alone.
-      for _ in records_lib.read_lines(path):
+      for _ in storage.read_lines(path):
         pass
       raise GenerationsError(
         f"{path}: expected the SHA-256 {expected[:12]!r}... of {manifest}, got another: it"
@@ -356,18 +357,18 @@ def read_records_at(path: str | pathlib.Path, offsets: Iterable[int]) -> dict[st
   with open(path, "rb") as file:
     for offset in offsets:
       file.seek(offset)
-      record = Record.from_json(files.parse_json(file.readline()))
+      record = Record.from_json(storage.parse_json(file.readline()))
       found[record.id] = record
   return found
 
 
 def _records(
   path: str | pathlib.Path, procedure: Procedure | None
-) -> Iterator[tuple[records_lib.Line, Record]]:
+) -> Iterator[tuple[storage.Line, Record]]:
   mark = procedure_mark(procedure)
   found: set[str] = set()
   path = pathlib.Path(path)
-  for line in records_lib.read_lines(path):
+  for line in storage.read_lines(path):
     try:
       record = Record.from_json(line.value)
     except (TypeError, ValueError, OverflowError) as error:
@@ -446,7 +447,7 @@ def _read_threshold(
   return columns.Column(path, table[:, 0], *table[:, 1:].T.astype(np.int32))
 
 
-def _brief(line: records_lib.Line, record: Record) -> tuple[int, int, int]:
+def _brief(line: storage.Line, record: Record) -> tuple[int, int, int]:
   """What a `Column` keeps of a record."""
   row = record.exit_layers
   return line.offset, -1 if row is None else sum(row), sum(map(bool, row or ()))

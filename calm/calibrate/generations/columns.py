@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, overload
 
 import numpy as np
 
-from calm.calibrate.generations import files
+from calm import storage
 from calm.calibrate.generations.records import Record
 
 
@@ -70,7 +70,7 @@ class Column(Sequence[Record]):
 def _value(file: BinaryIO, offset: int) -> dict[str, Any]:
   if file.tell() != offset:  # a seek throws away what was read ahead
     file.seek(offset)
-  return files.parse_json(file.readline())
+  return storage.parse_json(file.readline())
 
 
 def texts(column: Sequence[Record]) -> Iterator[str]:

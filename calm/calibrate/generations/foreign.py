@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from calm import storage
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import records as records_lib
 from calm.calibrate.generations.cached import Generations
 from calm.calibrate.generations.procedures import Procedure, Provenance
-from calm.calibrate.generations.records import GenerationsError, Line, Prompt, Record
+from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 
 Path = str | pathlib.Path
 
@@ -47,7 +48,7 @@ def read_predictions(
       by T5X with another threshold, or an id occurs twice; the message names file and line.
   """
   prompts, records = {}, []
-  for line in records_lib.read_lines(path, pipes=True):
+  for line in storage.read_lines(path, pipes=True):
     if isinstance(decodes := line.value.get("prediction"), list):
       one = "decode with `return_all_decodes = False`, which keeps the best"
       raise line.error(_several(len(decodes), one))
@@ -74,7 +75,7 @@ def read_predictions(
   return tuple(prompts.values()), tuple(records)
 
 
-def _read_line(line: Line) -> tuple[Prompt, Record]:
+def _read_line(line: storage.Line) -> tuple[Prompt, Record]:
   value = line.value
   if isinstance(value.get("inputs"), Mapping):
     features = value["inputs"]
@@ -89,7 +90,7 @@ def _read_line(line: Line) -> tuple[Prompt, Record]:
   return prompt, Record.from_json(value)
 
 
-def _served(line: Line) -> dict[str, Any]:
+def _served(line: storage.Line) -> dict[str, Any]:
   """A line of a server's output as {id, prediction}.
 
   Raises:
@@ -118,7 +119,7 @@ def _served(line: Line) -> dict[str, Any]:
   return {"id": value["custom_id"], "prediction": text}
 
 
-def _only(entries: Any, name: str, line: Line) -> Mapping[str, Any]:
+def _only(entries: Any, name: str, line: storage.Line) -> Mapping[str, Any]:
   if not isinstance(entries, list) or not entries or not isinstance(entries[0], Mapping):
     raise ValueError(f"Expected `{name}` to be a list of objects, got {entries!r:.100}")
   if len(entries) > 1:  # which of them is served is not known
@@ -175,7 +176,7 @@ def _t5x_record(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
   return record
 
 
-def _check_threshold(line: Line, given: float | None) -> None:
+def _check_threshold(line: storage.Line, given: float | None) -> None:
   """Refuses a T5X line whose `aux` says that it was decoded otherwise than the file is given.
 
   Raises:

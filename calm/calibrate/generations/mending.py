@@ -8,8 +8,8 @@ import hashlib
 import pathlib
 from collections.abc import Iterator
 
-from calm.calibrate.generations import cached, files
-from calm.calibrate.generations import records as records_lib
+from calm import storage
+from calm.calibrate.generations import cached
 from calm.calibrate.generations.procedures import Procedure
 from calm.calibrate.generations.records import Record
 
@@ -47,7 +47,7 @@ def mend(path: pathlib.Path, procedure: Procedure | None) -> str | None:
 
 def _write(path: pathlib.Path, without: set[str]) -> None:
   done: set[str] = set()
-  with files.replacing(path) as file:
+  with storage.replacing(path) as file:
     for raw, record, _ in _lines(path):
       if record is not None and record.id not in without and record.id not in done:
         done.add(record.id)
@@ -56,10 +56,10 @@ def _write(path: pathlib.Path, without: set[str]) -> None:
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[bytes, Record | None, object]]:
   """(line, its record if it is one, its mark)."""
-  with files.opened(path) as file:
-    for line in iter(lambda: file.readline(records_lib.LONGEST_LINE + 1), b""):
+  with storage.opened(path) as file:
+    for line in iter(lambda: file.readline(storage.LONGEST_LINE + 1), b""):
       raw = line.removesuffix(b"\n")
-      value, _ = records_lib.parse_line(raw) if raw.strip() else (None, "")
+      value, _ = storage.parse_line(raw) if raw.strip() else (None, "")
       try:
         record = None if value is None else Record.from_json(value)
       except (TypeError, ValueError, OverflowError):

@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from calm import storage
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import cached, files, locks, shards
-from calm.calibrate.generations import records as records_lib
+from calm.calibrate.generations import cached, shards
 from calm.calibrate.generations.procedures import Procedure, describe_differences
 from calm.calibrate.generations.records import GenerationsError, Prompt
 
@@ -209,24 +209,24 @@ def _generations(found: Sequence[Part], output: pathlib.Path) -> None:
   for part in with_prompts:
     _check_files(part, [cached.PROMPTS, *names])
   output.mkdir(parents=True, exist_ok=True)
-  files.refuse_planted_links(output / n for n in (cached.MANIFEST, cached.PROMPTS, *names))
-  lock = locks.lock(output)
+  storage.refuse_planted_links(output / n for n in (cached.MANIFEST, cached.PROMPTS, *names))
+  lock = storage.lock(output)
   try:
     _refuse_other(output, _field(found[0].mark, "procedure"), grid)
     ids, offsets = _prompts(with_prompts)
     _refuse_other_prompts(output, with_prompts, ids, offsets)
-    with files.replacing(output / cached.PROMPTS) as file:
+    with storage.replacing(output / cached.PROMPTS) as file:
       for line in _lines(with_prompts, cached.PROMPTS, offsets):
         file.write(line)
     for name in names:
-      with files.replacing(output / name) as file:
+      with storage.replacing(output / name) as file:
         for lines in _in_order(with_prompts, name, ids):
           file.write(lines)
     manifest = cached.read_manifest(with_prompts[0].folder)
     provenance = {**(manifest.get("provenance") or {}), "num_examples": len(ids)}
-    checksums = {n: files.checksum(output / n) for n in (cached.PROMPTS, *names)}
+    checksums = {n: storage.checksum(output / n) for n in (cached.PROMPTS, *names)}
     whole = {**manifest, "provenance": provenance, "prompt_ids": ids, "checksums": checksums}
-    files.write_atomically(
+    storage.write_atomically(
       output / cached.MANIFEST, json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
     )
   finally:
@@ -259,8 +259,8 @@ def _refuse_other_prompts(
   else:  # a merging that was stopped has left them as they are
     same = True
     if path.exists():
-      with files.opened(path) as file:
-        theirs = iter(lambda: file.readline(records_lib.LONGEST_LINE + 1), b"")
+      with storage.opened(path) as file:
+        theirs = iter(lambda: file.readline(storage.LONGEST_LINE + 1), b"")
         pairs = itertools.zip_longest(theirs, _lines(found, cached.PROMPTS, offsets))
         same = all(there == ours for there, ours in pairs)
   if not same:
@@ -276,7 +276,7 @@ def _prompts(found: Sequence[Part]) -> tuple[list[str], dict[int, list[int]]]:
   owner: dict[str, pathlib.Path] = {}
   offsets: dict[int, list[int]] = {}
   for number, part in enumerate(found):
-    lines = records_lib.read_lines(part.folder / cached.PROMPTS)
+    lines = storage.read_lines(part.folder / cached.PROMPTS)
     places = iter(part.mark.positions)
     offsets[number] = []
     for line in lines:
@@ -347,7 +347,7 @@ def _outputs(found: Sequence[Part], output: pathlib.Path) -> None:
   for number, part in enumerate(with_prompts):
     _check_files(part, [OUTPUTS])
     offsets[number] = []
-    for line in records_lib.read_lines(part.folder / OUTPUTS):
+    for line in storage.read_lines(part.folder / OUTPUTS):
       name = line.value.get("id")
       if not isinstance(name, str):
         raise line.error(
@@ -366,6 +366,6 @@ def _outputs(found: Sequence[Part], output: pathlib.Path) -> None:
         f"{part.folder / OUTPUTS}: expected {len(part.mark.positions)} lines, one a prompt,"
         f" got {len(offsets[number])}; take the folder away and run the shard again."
       )
-  with files.replacing(output) as file:
+  with storage.replacing(output) as file:
     for line in _lines(with_prompts, OUTPUTS, offsets):
       file.write(line)

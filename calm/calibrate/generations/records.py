@@ -1,19 +1,16 @@
 """Prompts and outputs as lines of JSON, with errors that name the file and the line."""
 
 import dataclasses
-import json
 import math
 import numbers
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from calm.calibrate import arguments, signals
-from calm.calibrate.generations import files
+from calm import arguments, storage
 
-
-class GenerationsError(ValueError):
-  """Cached generations that cannot be used; the message names the file and the line."""
+# Cached generations that cannot be used; the message names the file and the line.
+GenerationsError = storage.FormatError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +166,6 @@ def _score(value: Any) -> float:
 
 # Float32 cosines and softmax margins pass their bounds by so much.
 _ROUNDING = 1e-5
-LONGEST_LINE = 2**26
-_RESUME = "the last line is cut off: resume the run that wrote it"
 # Field: what each of its values is, and a check that raises ValueError with what was got.
 _SEQUENCES = {
   "tokens": (f"whole numbers in 0 ... {2**31 - 1}", _whole(2**31 - 1)),
@@ -198,77 +193,6 @@ def _require_unicode(text: str, name: str) -> None:
     ) from None
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
-  """One line of a file that holds a JSON object; `offset` is where it begins, in bytes."""
-
-  path: pathlib.Path
-  number: int
-  value: dict[str, Any]
-  offset: int = 0
-
-  def error(self, message: str) -> GenerationsError:
-    """An error that names this line."""
-    return GenerationsError(f"{self.path}:{self.number}: {message}")
-
-
-def read_lines(path: str | pathlib.Path, *, pipes: bool = False) -> Iterator[Line]:
-  """Reads a JSON Lines file of objects; blank lines are skipped.
-
-  Args:
-    path: the file.
-    pipes: whether it may be a pipe or a device, whose lines are waited for.
-
-  Raises:
-    GenerationsError: the file is missing or unreadable, a line is no UTF-8 or no JSON object,
-      or the last line is cut off.
-  """
-  path = pathlib.Path(path)
-  offset = following = 0
-  try:
-    with open(path, "rb") if pipes else files.opened(path) as file:
-      for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
-        signals.check()
-        if len(line) > LONGEST_LINE:
-          raise GenerationsError(
-            f"{path}:{number}: expected lines of at most {LONGEST_LINE} bytes, got a longer"
-            " one; restore the file, or generate again."
-          )
-        offset, following = following, following + len(line)
-        raw = line.removesuffix(b"\n")
-        if not raw.strip():
-          continue
-        value, problem = parse_line(raw)
-        if value is None:
-          cut_off = not line.endswith(b"\n")
-          way_out = _RESUME if cut_off else "write the line again"
-          raise GenerationsError(
-            f"{path}:{number}: expected a JSON object, got {problem}; {way_out}."
-          )
-        yield Line(path, number, value, offset)
-  except OSError as error:
-    raise GenerationsError(
-      f"{path}: expected a file that can be read, got: {error.strerror}; check its path and"
-      " rights."
-    ) from error
-
-
-def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
-  """One line as (JSON object, ''), or (None, what it is instead)."""
-  try:
-    value = files.parse_json(raw)
-  except UnicodeDecodeError as error:
-    return None, f"invalid UTF-8 at byte {error.start}"
-  except ValueError as error:
-    return None, f"{raw[:60].decode('utf-8', 'replace')!r} ({error})"
-  return (value, "") if isinstance(value, dict) else (None, type(value).__name__)
-
-
-def dump_line(value: Mapping[str, Any]) -> str:
-  """One JSON Lines line, its newline included."""
-  return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 def read_prompts(path: str | pathlib.Path) -> tuple[Prompt, ...]:
   """Reads prompts from JSON Lines of {id, input, targets or target, group or source}.
 
@@ -276,7 +200,7 @@ def read_prompts(path: str | pathlib.Path) -> tuple[Prompt, ...]:
     GenerationsError: a line is no prompt, an id occurs twice, or there is no prompt at all.
   """
   prompts: dict[str, Prompt] = {}
-  for line in read_lines(path):
+  for line in storage.read_lines(path):
     try:
       prompt = Prompt.from_json(line.value)
     except (TypeError, ValueError) as error:
@@ -311,24 +235,3 @@ def check_unique(prompts: Sequence[Prompt]) -> dict[str, Prompt]:
       f" ids that occur more than once: {twice[:5]}."
     )
   return by_id
-
-
-def drop_partial_line(path: pathlib.Path) -> str | None:
-  """Repairs the end of a file whose writer was killed; returns what was done, if anything."""
-  with open(path, "rb") as file:
-    size = file.seek(0, 2)
-    file.seek(max(0, size - LONGEST_LINE - 1))
-    last = file.read()
-    last = last[last.rfind(b"\n") + 1 :]
-    if not last or len(last) > LONGEST_LINE:  # none, or no line, which `read_lines` names
-      return None
-    start = size - len(last)
-    file.seek(0)
-    pieces = iter(lambda: file.read(2**20), b"")
-    number = 1 + sum(piece.count(b"\n") for piece in pieces)
-  if parse_line(last)[0] is not None:
-    files.append(path, b"\n")
-    return None
-  with open(path, "r+b") as file:
-    file.truncate(start)
-  return f"{path}:{number}: the last line was cut off and has been dropped ({len(last)} bytes)."

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from calm.calibrate.generations import files
+from calm import storage
 from calm.calibrate.generations.records import GenerationsError, Prompt
 
 SCHEMA_VERSION = 1
@@ -126,14 +126,14 @@ class Mark:
       "about": dict(self.about),
       "checksums": dict(self.checksums),
     }
-    files.write_atomically(folder / MARK, json.dumps(value, ensure_ascii=False) + "\n")
+    storage.write_atomically(folder / MARK, json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def mark_of(
   kind: str, listing: Listing, about: Mapping[str, Any], folder: pathlib.Path, names
 ) -> Mark:
   """The mark of a part whose files are whole; `names` are those that it answers for."""
-  sums = {name: files.checksum(folder / name) for name in names}
+  sums = {name: storage.checksum(folder / name) for name in names}
   # As it is when it is read again: what is compared was JSON once.
   plain = json.loads(json.dumps(about))
   positions = tuple(listing.positions)
@@ -148,7 +148,7 @@ def read_mark(folder: pathlib.Path) -> Mark | None:
   """
   path = folder / MARK
   try:
-    value = files.parse_json(files.content(path))
+    value = storage.parse_json(storage.content(path))
   except FileNotFoundError:
     return None
   except (OSError, ValueError) as error:

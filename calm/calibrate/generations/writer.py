@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from calm import storage
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import cached, files, locks, mending, order, procedures
+from calm.calibrate.generations import cached, mending, order, procedures
 from calm.calibrate.generations import records as records_lib
 from calm.calibrate.generations.procedures import Procedure, Provenance, describe_differences
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
@@ -23,7 +24,7 @@ class Writer:
     reports: what resuming found and repaired, one sentence each.
   """
 
-  def __init__(self, directory: pathlib.Path, manifest: dict[str, Any], lock: locks.Lock):
+  def __init__(self, directory: pathlib.Path, manifest: dict[str, Any], lock: storage.Lock):
     self.directory = directory
     self._lock = lock  # held until `finish`, or as long as this object lives
     self.reports: list[str] = []
@@ -37,7 +38,7 @@ class Writer:
       path = directory / cached.threshold_file(threshold)
       self._done[threshold] = {}
       if path.exists():
-        report = records_lib.drop_partial_line(path)
+        report = storage.drop_partial_line(path)
         self.reports += [report] if report else []
         self._done[threshold] = self._offsets(path)
 
@@ -93,10 +94,10 @@ class Writer:
     mark = cached.procedure_mark(self._procedure)
     marks = {"threshold": thresholds_lib.threshold_to_json(threshold)}
     marks |= {} if mark is None else {"procedure": mark}
-    lines = [records_lib.dump_line({**record.to_json(), **marks}) for record in records]
+    lines = [storage.dump_line({**record.to_json(), **marks}) for record in records]
     path = self.directory / cached.threshold_file(threshold)
     begin = path.stat().st_size if path.exists() else 0
-    files.append(path, b"".join(encoded := [line.encode("utf-8") for line in lines]))
+    storage.append(path, b"".join(encoded := [line.encode("utf-8") for line in lines]))
     for name, line in zip(names, encoded, strict=True):
       done[name] = begin
       begin += len(line)
@@ -120,7 +121,7 @@ class Writer:
       *(cached.threshold_file(threshold) for threshold in self._thresholds),
     ]
     self._manifest["checksums"] = {
-      name: files.checksum(self.directory / name)
+      name: storage.checksum(self.directory / name)
       for name in names
       if (self.directory / name).exists()
     }
@@ -135,7 +136,7 @@ class Writer:
 
 
 def _write_manifest(directory: pathlib.Path, manifest: Mapping[str, Any]) -> None:
-  files.write_atomically(
+  storage.write_atomically(
     directory / cached.MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
   )
 
@@ -169,7 +170,7 @@ def open_writer(
     GenerationsError: the directory holds another procedure, grid or prompts (the message names
       the field), or is damaged.
     ValueError: ids occur twice, or `by_group` and a cluster's prompts do not stand together.
-    locks.LockedError: another process writes there.
+    storage.LockedError: another process writes there.
     OSError: it cannot be written, or one of its files is a link to nothing.
   """
   directory = pathlib.Path(directory)
@@ -195,7 +196,7 @@ def open_writer(
     "by_group": by_group,
     "checksums": {},
   }
-  prompt_text = "".join(records_lib.dump_line(prompt.to_json()) for prompt in prompts)
+  prompt_text = "".join(storage.dump_line(prompt.to_json()) for prompt in prompts)
   try:
     directory.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -204,8 +205,8 @@ def open_writer(
       " choose a folder that can be written."
     ) from error
   names = map(cached.threshold_file, (thresholds_lib.NEVER_EXIT, *manifest["thresholds"]))
-  files.refuse_planted_links(directory / n for n in (cached.MANIFEST, cached.PROMPTS, *names))
-  lock = locks.lock(directory)
+  storage.refuse_planted_links(directory / n for n in (cached.MANIFEST, cached.PROMPTS, *names))
+  lock = storage.lock(directory)
   if (directory / cached.MANIFEST).exists():
     _check_same_run(directory, manifest, prompt_text)
     there = cached.read_manifest(directory)
@@ -232,7 +233,7 @@ def _write_prompts(path: pathlib.Path, text: str) -> None:
       f"{path}: expected a folder without a file of that name, or that of this run, got another"
       " one, which would be replaced; choose another folder."
     )
-  files.write_atomically(path, text)
+  storage.write_atomically(path, text)
 
 
 def _check_same_run(directory: pathlib.Path, manifest: dict[str, Any], prompts: str) -> None:
@@ -265,7 +266,7 @@ def _check_same_run(directory: pathlib.Path, manifest: dict[str, Any], prompts: 
 def _holds(path: pathlib.Path, text: str) -> bool:
   """Whether a file holds this text, whatever else it may be."""
   content = text.encode("utf-8")
-  return path.stat().st_size == len(content) and files.content(path, len(content)) == content
+  return path.stat().st_size == len(content) and storage.content(path, len(content)) == content
 
 
 def _short(value: Any) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from calm.calibrate.generations import files, records
+from calm import storage
+from calm.calibrate.generations import records
 from calm.calibrate.generations.cached import Generations
 from calm.calibrate.generations.records import Prompt, Record
 from calm.calibrate.losses import metrics, sequence_losses
@@ -136,7 +137,7 @@ def read_references(path: str | pathlib.Path) -> dict[str, tuple[str, ...]]:
     GenerationsError: a line is none, or an id occurs twice; the message names file and line.
   """
   found: dict[str, tuple[str, ...]] = {}
-  for line in records.read_lines(path, pipes=True):
+  for line in storage.read_lines(path, pipes=True):
     name, value = line.value.get("id"), line.value.get("targets", line.value.get("references"))
     texts = [value] if isinstance(value, str) else value
     if not isinstance(name, str) or name in found or not isinstance(texts, list):
@@ -157,7 +158,7 @@ def write_questions(path: str | pathlib.Path, wanted: Sequence[Question]) -> Non
   """
   kept = _answers(pathlib.Path(path))
   asked = [{**dataclasses.asdict(q), "targets": []} for q in wanted if q.id not in kept]
-  files.write_atomically(path, "".join(map(records.dump_line, [*kept.values(), *asked])))
+  storage.write_atomically(path, "".join(map(storage.dump_line, [*kept.values(), *asked])))
 
 
 def _answers(path: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -167,7 +168,7 @@ def _answers(path: pathlib.Path) -> dict[str, dict[str, Any]]:
   known = {field.name for field in dataclasses.fields(Question)} | {"targets", "references"}
   try:
     answered = {name for name, texts in read_references(path).items() if texts}
-    lines = list(records.read_lines(path, pipes=True))
+    lines = list(storage.read_lines(path, pipes=True))
     odd = next((line for line in lines if set(line.value) - known), None)
     if odd is not None:
       raise odd.error(f"expected {sorted(known)}, got {sorted(odd.value)}; leave the rest out")

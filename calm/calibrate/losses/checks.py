@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from calm.calibrate import arguments
+from calm import arguments
 
 # Losses that are looked at at once.
 _CELLS = 2**18

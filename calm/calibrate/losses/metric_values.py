@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from calm.calibrate import signals
+from calm import signals
 from calm.calibrate.losses import metrics
 
 Pair = tuple[str, tuple[str, ...]]

@@ -19,7 +19,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from calm.calibrate import arguments
+from calm import arguments
 from calm.calibrate.losses import checks
 
 MetricFn = Callable[[str, Sequence[str]], float]

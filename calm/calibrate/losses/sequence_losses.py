@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from calm.calibrate import arguments
+from calm import arguments
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import columns
 from calm.calibrate.generations import order as order_lib

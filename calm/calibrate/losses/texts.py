@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from calm.calibrate import arguments
+from calm import arguments
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations.cached import Generations
 from calm.calibrate.generations.records import Prompt, Record

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar
 
-from calm.calibrate import arguments
+from calm import arguments
 from calm.calibrate.losses.sequence_losses import Support
 from calm.calibrate.promises.promise import (
   Part,

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any, ClassVar
 
-from calm.calibrate import arguments
+from calm import arguments
 from calm.calibrate.promises.promise import Part, Promise, Test, rows_of
 
 

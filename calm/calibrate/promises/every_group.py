@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from calm.calibrate import arguments
+from calm import arguments
 from calm.calibrate.losses import checks
 from calm.calibrate.losses.sequence_losses import SequenceLosses
 from calm.calibrate.promises.promise import (

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from calm.calibrate import arguments
+from calm import arguments
 from calm.calibrate.losses import checks
 from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
 

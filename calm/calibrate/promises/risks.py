@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
-from calm.calibrate import arguments
+from calm import arguments
 from calm.calibrate.generations.procedures import describe_differences
 from calm.calibrate.losses import checks
 from calm.calibrate.losses.sequence_losses import SequenceLosses

@@ -5,8 +5,7 @@ from typing import Any
 
 import jax
 
-from calm import exits
-from calm.calibrate import arguments
+from calm import arguments, exits
 from calm.decode.engines import compacted, deferred
 from calm.decode.engines.eager import Eager
 from calm.decode.engines.engine import Bound, Engine, Task

@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from calm.calibrate.generations import shown as escapes
+from calm.console import sanitize
 from calm.inference import colours, drawing, result_cache
 from calm.paper.experiments import examples
 from calm.paper.report.section import Panel, Section
@@ -60,7 +60,7 @@ def render(page: Page) -> str:
 
 def shown(value: Any) -> Any:
   """What a template writes: text of others with its control and direction marks visible."""
-  return escapes.visible(value) if type(value) is str else value
+  return sanitize(value) if type(value) is str else value
 
 
 def _palette(num_layers: int) -> list[tuple[int, str, str]]:
@@ -110,7 +110,7 @@ def _level(level: examples.Level) -> Mapping[str, Any]:
 
 def visible(pieces: Sequence[str]) -> list[str]:
   """Pieces as text: SentencePiece's mark is a space, the first of a text is dropped."""
-  text = [escapes.visible(piece).replace("\u2581", " ") for piece in pieces]
+  text = [sanitize(piece).replace("\u2581", " ") for piece in pieces]
   return [text[0].lstrip(" "), *text[1:]] if text else []
 
 

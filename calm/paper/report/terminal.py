@@ -5,7 +5,7 @@ from typing import TextIO, cast
 
 from rich import console as rich_console
 
-from calm.calibrate import screen
+from calm.console import print_table, print_text
 from calm.inference import colours
 from calm.paper.experiments import examples, suite
 from calm.paper.report import findings, page, table2
@@ -23,17 +23,17 @@ def print_report(
     outputs: examples a task.
   """
   for report in reports:
-    screen.say(console, f"\n{findings.headline(report)}", "bold")
-    print_table(console, table2.gains_table(report))
+    print_text(console, f"\n{findings.headline(report)}", "bold")
+    print_report_table(console, table2.gains_table(report))
     for measure in report.examples[:1]:
       print_examples(console, measure, outputs)
 
 
-def print_table(console: rich_console.Console, table: Table) -> None:
+def print_report_table(console: rich_console.Console, table: Table) -> None:
   """A table with its note."""
   # The headline and the page have the intervals.
   shown = [i for i, head in enumerate(table.heads) if "95 %" not in head]
-  screen.print_table(
+  print_table(
     console,
     [table.heads[i] for i in shown],
     [[row[i] for i in shown] for row in table.rows],
@@ -41,7 +41,7 @@ def print_table(console: rich_console.Console, table: Table) -> None:
     words=table.text_columns,
   )
   if table.note:
-    screen.say(console, table.note.replace(table2.INTERVALS, ""), "dim")
+    print_text(console, table.note.replace(table2.INTERVALS, ""), "dim")
 
 
 def print_examples(console: rich_console.Console, found: examples.Examples, count: int) -> None:
@@ -58,14 +58,14 @@ def print_examples(console: rich_console.Console, found: examples.Examples, coun
     level = item.levels[level_at]
     pieces = page.visible(level.pieces)
     text = colours.to_terminal(pieces, level.exit_layers, found.num_layers, mode=mode)
-    screen.say(console, f"\n{item.id}", "dim")
+    print_text(console, f"\n{item.id}", "dim")
     for name, value in (("reference", item.reference), ("full", item.full)):
-      screen.say(console, f"  {name:<10} {value}", soft_wrap=True)
+      print_text(console, f"  {name:<10} {value}", soft_wrap=True)
     layers = f"{level.layers:.2f} layers a token"
     if mode == "plain":
-      screen.say(console, f"  {'early':<10} {''.join(pieces)}", soft_wrap=True)
+      print_text(console, f"  {'early':<10} {''.join(pieces)}", soft_wrap=True)
       layers = f"layers {' '.join(map(str, level.exit_layers))}"
     else:
       print(f"  {'early':<10} {text}", file=console.file)
     told = f"D {number(level.distance)}, R {number(level.risk_difference)}, {layers}"
-    screen.say(console, f"  {told}", "dim")
+    print_text(console, f"  {told}", "dim")

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from calm.calibrate.generations import files
+from calm import storage
 from calm.paper.report import page as page_lib
 
 
@@ -17,10 +17,10 @@ def write(output: pathlib.Path, page: page_lib.Page) -> str:
   for folder in ("figures", "tables"):
     (output / folder).mkdir(parents=True, exist_ok=True)
   for figure in figures:
-    files.write_atomically(output / "figures" / f"{figure.name}.svg", figure.svg)
-    files.write_atomically(output / "figures" / f"{figure.name}.png", figure.png)
+    storage.write_atomically(output / "figures" / f"{figure.name}.svg", figure.svg)
+    storage.write_atomically(output / "figures" / f"{figure.name}.png", figure.png)
   for table in tables:
-    files.write_atomically(output / "tables" / f"{table.name}.csv", table.csv)
-    files.write_atomically(output / "tables" / f"{table.name}.md", table.markdown)
-  files.write_atomically(output / "index.html", page_lib.render(page))
+    storage.write_atomically(output / "tables" / f"{table.name}.csv", table.csv)
+    storage.write_atomically(output / "tables" / f"{table.name}.md", table.markdown)
+  storage.write_atomically(output / "index.html", page_lib.render(page))
   return f"{len(figures)} figures, {len(tables)} tables and one page are in {output}"

@@ -4,8 +4,9 @@ import os
 
 import pytest
 
+from calm import storage
 from calm.calibrate import audit, generations
-from calm.calibrate.generations import files, mending, records
+from calm.calibrate.generations import mending, records
 from tests.calibrate import small_cache
 
 
@@ -13,7 +14,7 @@ from tests.calibrate import small_cache
 def test_a_pipe_is_not_waited_for(tmp_path):
   os.mkfifo(tmp_path / "pipe")
   with pytest.raises(ValueError, match="regular file, got one of another kind"):
-    files.content(tmp_path / "pipe")
+    storage.content(tmp_path / "pipe")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
@@ -28,7 +29,7 @@ def test_a_folder_of_generations_holds_regular_files(tmp_path, kind):
       lambda: mending.mend(folder / "threshold_0.5.jsonl", None),
     ),
     (folder / "prompts.jsonl", lambda: generations.load(folder)),
-    (folder / "prompts.jsonl", lambda: files.checksum(folder / "prompts.jsonl")),
+    (folder / "prompts.jsonl", lambda: storage.checksum(folder / "prompts.jsonl")),
     (watch, lambda: audit.open_monitor(watch, audit.Watch(**small_cache.WATCH))),
   ):
     kept = path.read_bytes() if path.exists() else b""
@@ -43,15 +44,15 @@ def test_a_folder_of_generations_holds_regular_files(tmp_path, kind):
 
 def test_a_file_is_read_up_to_a_size(tmp_path):
   (tmp_path / "file").write_bytes(b"12345")
-  assert files.content(tmp_path / "file", most=5) == b"12345"
+  assert storage.content(tmp_path / "file", most=5) == b"12345"
   with pytest.raises(ValueError, match="at most 4 bytes, got more"):
-    files.content(tmp_path / "file", most=4)
+    storage.content(tmp_path / "file", most=4)
 
 
 def test_a_long_line_is_left_to_its_reader(tmp_path, monkeypatch):
-  monkeypatch.setattr(records, "LONGEST_LINE", 8)
+  monkeypatch.setattr(storage, "LONGEST_LINE", 8)
   (tmp_path / "file").write_bytes(b'{"a": "longer than eight"}\n')
   audit._unglue(tmp_path / "file")
   assert (tmp_path / "file").read_bytes() == b'{"a": "longer than eight"}\n'
   with pytest.raises(records.GenerationsError, match=r"file:1: expected lines of at most 8"):
-    list(records.read_lines(tmp_path / "file"))
+    list(storage.read_lines(tmp_path / "file"))

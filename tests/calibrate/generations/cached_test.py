@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 
+from calm import storage
 from calm.calibrate import NEVER_EXIT, generations
-from calm.calibrate.generations import cached, files, order
+from calm.calibrate.generations import cached, order
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 from tests.calibrate import laws
@@ -166,7 +167,7 @@ def test_sequential_runs_may_lack_a_suffix_only(tmp_path):
   edit(tmp_path / "a" / "threshold_0.9.jsonl", lambda b: b.splitlines(True)[1])
   manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
   manifest["checksums"] = {}
-  files.write_atomically(tmp_path / "a" / "manifest.json", json.dumps(manifest))
+  storage.write_atomically(tmp_path / "a" / "manifest.json", json.dumps(manifest))
   with pytest.raises(
     GenerationsError, match=r"only the last prompts .* missing before prompts"
   ):
@@ -182,7 +183,7 @@ def test_a_manifest_without_checksums_is_refused_unless_asked(tmp_path):
     changed = {**manifest, "checksums": checksums}
     if checksums is None:
       del changed["checksums"]
-    files.write_atomically(tmp_path / "manifest.json", json.dumps(changed))
+    storage.write_atomically(tmp_path / "manifest.json", json.dumps(changed))
     with pytest.raises(GenerationsError, match=r"`checksums` .* none for .*unverified=True"):
       generations.load(tmp_path)
     assert generations.load(tmp_path, unverified=True).records[1][0].prediction
@@ -207,13 +208,13 @@ def test_a_manifest_without_checksums_is_refused_unless_asked(tmp_path):
 def test_a_manifest_of_other_types_is_refused_by_the_field(tmp_path, change, message):
   write(tmp_path, laws.procedure())
   manifest = json.loads((tmp_path / "manifest.json").read_text())
-  files.write_atomically(tmp_path / "manifest.json", json.dumps({**manifest, **change}))
+  storage.write_atomically(tmp_path / "manifest.json", json.dumps({**manifest, **change}))
   with pytest.raises(GenerationsError, match=rf"manifest\.json: expected {message}"):
     generations.load(tmp_path, unverified=True)
   (name,) = change
   if name in ("prompt_ids", "thresholds"):
     del manifest[name]
-    files.write_atomically(tmp_path / "manifest.json", json.dumps(manifest))
+    storage.write_atomically(tmp_path / "manifest.json", json.dumps(manifest))
     with pytest.raises(GenerationsError, match=f"expected `{name}` to be .*, got none"):
       generations.load(tmp_path)
 
@@ -223,7 +224,7 @@ def sealed(directory):
   path = directory / cached.MANIFEST
   manifest = json.loads(path.read_text())
   names = manifest["checksums"]
-  manifest["checksums"] = {name: files.checksum(directory / name) for name in names}
+  manifest["checksums"] = {name: storage.checksum(directory / name) for name in names}
   path.write_text(json.dumps(manifest))
 
 

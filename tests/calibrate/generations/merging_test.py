@@ -10,8 +10,9 @@ import tracemalloc
 
 import pytest
 
+from calm import storage
 from calm.calibrate import GenerationsError, Prompt, Record, generations, open_writer
-from calm.calibrate.generations import files, merging, shards
+from calm.calibrate.generations import merging, shards
 from tests.calibrate import laws
 from tests.spent import Spent
 
@@ -222,7 +223,7 @@ def lost(folder):
 
 def resign(at):
   mark = json.loads((at / shards.MARK).read_text())
-  mark["checksums"] = {name: files.checksum(at / name) for name in mark["checksums"]}
+  mark["checksums"] = {name: storage.checksum(at / name) for name in mark["checksums"]}
   (at / shards.MARK).write_text(json.dumps(mark))
 
 

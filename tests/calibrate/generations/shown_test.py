@@ -2,7 +2,7 @@
 
 import pytest
 
-from calm.calibrate.generations.shown import visible
+from calm.console import sanitize
 
 
 @pytest.mark.parametrize(
@@ -16,4 +16,4 @@ from calm.calibrate.generations.shown import visible
   ],
 )
 def test_marks_that_do_something_are_shown(text, shown):
-  assert visible(text) == shown
+  assert sanitize(text) == shown

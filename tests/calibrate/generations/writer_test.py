@@ -8,9 +8,9 @@ import time
 
 import pytest
 
+from calm import storage
 from calm.calibrate import NEVER_EXIT, generations
-from calm.calibrate.generations import cached, files, locks, mending
-from calm.calibrate.generations import records as records_lib
+from calm.calibrate.generations import cached, mending
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.generations.procedures import Provenance
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
@@ -138,9 +138,7 @@ def test_records_are_read_once_however_many_batches_ask(tmp_path, monkeypatch):
   read = []
   at = cached.read_records_at
   monkeypatch.setattr(cached, "read_records_at", lambda path, o: read.extend(o) or at(path, o))
-  monkeypatch.setattr(
-    records_lib, "read_lines", lambda path: pytest.fail("reads the whole file")
-  )
+  monkeypatch.setattr(storage, "read_lines", lambda path: pytest.fail("reads the whole file"))
   for first in range(0, 200, 8):
     got = again.completed_records(0.9, ids[first : first + 8])
     assert [r.prediction for r in got.values()] == [f"é {n}" for n in ids[first : first + 8]]
@@ -169,7 +167,7 @@ def test_a_second_writer_is_refused_until_the_first_ends(tmp_path):
   try:
     assert first.stdout is not None and first.stdout.readline() == "held\n"
     with pytest.raises(
-      locks.LockedError, match=f"one writer at a time, got process {first.pid}"
+      storage.LockedError, match=f"one writer at a time, got process {first.pid}"
     ):
       start(tmp_path)
   finally:
@@ -226,7 +224,7 @@ def test_a_run_from_before_groups_goes_on(tmp_path):
   start(tmp_path)
   manifest = generations.read_manifest(tmp_path)
   del manifest["by_group"]
-  files.write_atomically(tmp_path / "manifest.json", json.dumps(manifest))
+  storage.write_atomically(tmp_path / "manifest.json", json.dumps(manifest))
   start(tmp_path)
   assert not generations.read_manifest(tmp_path)["by_group"]
 
@@ -266,7 +264,7 @@ def test_folders_that_cannot_be_written_are_named(tmp_path):
   with pytest.raises(OSError, match="choose a folder that can be written"):
     start(tmp_path / "file" / "below")
   with pytest.raises(OSError, match=r"x.json.*No such file.*choose a folder that can"):
-    files.write_atomically(tmp_path / "nowhere" / "x.json", "")
+    storage.write_atomically(tmp_path / "nowhere" / "x.json", "")
   assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 
-from calm.calibrate import signals
+from calm import signals
 
 STEPS = 4
 
@@ -115,7 +115,7 @@ def test_signals_that_are_ignored_and_other_threads_are_left_alone():
 # A long call in compiled code, during which no handler of Python's runs.
 BUSY = """
 import hashlib, signal, sys
-from calm.calibrate import signals
+from calm import signals
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with signals.deferred():
   print("ready", flush=True)

@@ -1,29 +1,233 @@
-"""The one writer of files: what is there is whole, before, while and after it is written.
+"""Files that are read and written whole, locks, and lines of JSON.
 
-Every file of the package is written here. A text goes to a temporary file beside its
-destination, of a name that nobody can guess, which is then renamed: a kill or a full disk
-leaves the old file as it was. Only a regular file is ever replaced, through a link the file
-that the link names; devices, pipes and sockets are written to, and `-` is standard output.
+A text goes to a temporary file beside its destination, of a name that nobody can guess, which
+is then renamed: a kill or a full disk leaves the old file as it was. Only a regular file is
+ever replaced, through a link the file that the link names; devices, pipes and sockets are
+written to, and `-` is standard output.
+
+A lock is a file beside what it protects, held with `flock` and naming its holder. The system
+lets go of it when the holder dies, however it dies; where the file system knows no `flock`, the
+named process is looked for instead (its id and the time it was started).
 """
 
 import contextlib
+import dataclasses
 import errno
+import functools
 import hashlib
 import io
 import json
 import math
 import os
 import pathlib
+import platform
 import re
 import secrets
 import socket
 import stat
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator
-from typing import Any, BinaryIO
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, BinaryIO, NamedTuple
 
-from calm.calibrate.generations import locks
+from calm import signals
+
+try:
+  import fcntl
+except ImportError:  # Windows: nothing is locked there
+  fcntl = None
+
+
+_PROCESSES = pathlib.Path("/proc")
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+
+
+class LockedError(OSError):
+  """Another process writes there; the message names it."""
+
+
+class Process(NamedTuple):
+  """A process of some machine.
+
+  Attributes:
+    host: eight hexadecimal digits for the machine's name.
+    pid: its number there.
+    start: when it started, in the system's ticks; 0 where the system does not tell.
+  """
+
+  host: str
+  pid: int
+  start: int
+
+  def __str__(self) -> str:
+    return f"{self.host}-{self.pid}-{self.start}"
+
+  def is_dead(self) -> bool | None:
+    """Whether it has ended; None for a process of another machine."""
+    if self.host != _host():
+      return None
+    start = _start(self.pid)
+    if fcntl is None:
+      return None
+    return start is None or (start != self.start and 0 not in (start, self.start))
+
+
+def this_process() -> Process:
+  """The process that asks."""
+  return Process(_host(), os.getpid(), _start(os.getpid()) or 0)
+
+
+@functools.cache
+def _host() -> str:
+  return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _start(pid: int) -> int | None:
+  """When a process of this machine started: None if there is none, 0 if that is not known."""
+  try:
+    # The second field is the program's name, in parentheses, and may hold anything.
+    return int((_PROCESSES / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()[19])
+  except FileNotFoundError:
+    if (_PROCESSES / "self" / "stat").exists():
+      return None
+  except (OSError, ValueError, IndexError):
+    return 0
+  if fcntl is None:
+    return 0
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return None
+  except OSError:
+    pass
+  return 0
+
+
+class Lock:
+  """A held lock; let go of by `release`, with the last reference to it, or with the process."""
+
+  def __init__(self, path: pathlib.Path, descriptor: int):
+    self.path = path
+    self.release = weakref.finalize(self, _release, path, descriptor, os.getpid())
+
+
+# A process may take its own locks again: a notebook cell is run twice, an object lingers.
+_held: weakref.WeakValueDictionary[str, Lock] = weakref.WeakValueDictionary()
+
+
+def lock(target: str | pathlib.Path) -> Lock:
+  """Takes a folder (its `.lock`) or a file (`.NAME.lock` beside it) for this process.
+
+  Args:
+    target: a folder, or a file that need not exist yet.
+
+  Raises:
+    LockedError: a living process has it; the message names it.
+    OSError: the lock cannot be written.
+  """
+  target = pathlib.Path(os.path.realpath(target))
+  path = target / ".lock" if target.is_dir() else target.with_name(f".{target.name}.lock")
+  mine = _held.get(f"{os.getpid()} {path}")
+  if mine is not None and mine.release.alive:
+    return mine
+  about = {"process": str(this_process()), "command": _command(), "since": _now()}
+  try:
+    descriptor = _acquire(path, target)
+    try:
+      os.ftruncate(descriptor, 0)
+      os.write(descriptor, json.dumps(about).encode())
+    except OSError:  # a full disk
+      _release(path, descriptor, os.getpid())
+      raise
+  except LockedError:
+    raise
+  except OSError as error:
+    raise type(error)(
+      f"Expected {str(target)!r} to be a place that can be written, got: {error.strerror} for"
+      f" {path.name!r}; free some space, change its permissions, or choose another."
+    ) from error
+  made = Lock(path, descriptor)
+  _held[f"{os.getpid()} {path}"] = made
+  return made
+
+
+@contextlib.contextmanager
+def held(target: str | pathlib.Path) -> Iterator[None]:
+  """Takes `target` for as long as a block runs; errors as of `lock`."""
+  made = lock(target)
+  try:
+    yield
+  finally:
+    made.release()
+
+
+def _acquire(path: pathlib.Path, target: pathlib.Path) -> int:
+  while True:
+    # No link is followed: the lock could be planted to have another file overwritten.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o644)
+    try:
+      try:
+        if fcntl is not None:
+          fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        raise LockedError(_refusal(target, _holder(descriptor))) from None
+      except OSError as error:
+        holder = _holder(descriptor)
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+          raise
+        if (process := _process(holder)) is not None and process.is_dead() is False:
+          raise LockedError(_refusal(target, holder)) from None
+      # Its last holder may have removed the file between our opening and locking it.
+      if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+        return descriptor
+    except BaseException:
+      os.close(descriptor)
+      raise
+    os.close(descriptor)
+
+
+def _release(path: pathlib.Path, descriptor: int, pid: int) -> None:
+  # A forked child has a copy of the lock, which is not the child's to end.
+  if os.getpid() == pid:
+    with contextlib.suppress(OSError):
+      os.unlink(path)
+  with contextlib.suppress(OSError):
+    os.close(descriptor)
+
+
+def _holder(descriptor: int) -> dict[str, str]:
+  try:
+    value = json.loads(os.read(descriptor, 4096).decode("utf-8", "replace") or "{}")
+  except ValueError:
+    return {}
+  return value if isinstance(value, dict) else {}
+
+
+def _process(holder: dict[str, str]) -> Process | None:
+  host, _, rest = str(holder.get("process", "")).partition("-")
+  pid, _, start = rest.partition("-")
+  return Process(host, int(pid), int(start)) if pid.isdigit() and start.isdigit() else None
+
+
+def _refusal(target: pathlib.Path, holder: dict[str, str]) -> str:
+  process = _process(holder)
+  where = "" if process is None or process.host == _host() else " of another machine"
+  who = "a process that gives no name" if process is None else f"process {process.pid}{where}"
+  command, since = (str(holder.get(name, "?")) for name in ("command", "since"))
+  return (
+    f"Expected {str(target)!r} to have one writer at a time, got {who} ({command!r}, since"
+    f" {since}) at work on it; wait for it to end, stop it, or choose another place."
+  )
+
+
+def _command() -> str:
+  return " ".join(sys.argv)[:200]
+
+
+def _now() -> str:
+  return time.strftime("%Y-%m-%d %H:%M:%S")
+
 
 # .NAME.HOST-PID-START.TOKEN.tmp; versions before wrote .NAME.PID.tmp and NAME.partial.
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-(\d+)\.[0-9a-f]{16}\.tmp", re.DOTALL)
@@ -115,7 +319,7 @@ def temporary(target: pathlib.Path) -> Iterator[pathlib.Path]:
   name = target.name
   if len(os.fsencode(name)) > _LONGEST_NAME:
     name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
-  owner = locks.this_process()
+  owner = this_process()
   partial = target.with_name(f".{name}.{owner}.{secrets.token_hex(8)}.tmp")
   # Fails where anything of that name is there, a link included.
   os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
@@ -267,7 +471,7 @@ def _left_over(entry: os.DirEntry) -> bool:
     return False
   dead = None
   if found:
-    dead = locks.Process(found[1], int(found[2]), int(found[3])).is_dead()
+    dead = Process(found[1], int(found[2]), int(found[3])).is_dead()
   if dead is None:
     return time.time() - entry.stat(follow_symlinks=False).st_mtime > _ABANDONED_SECONDS
   return dead
@@ -346,3 +550,103 @@ def _explaining(
       f" {error.strerror or error}; {kept}. Free some space, or choose a folder that can be"
       " written."
     ) from error
+
+
+LONGEST_LINE = 2**26
+_RESUME = "the last line is cut off: resume the run that wrote it"
+
+
+class FormatError(ValueError):
+  """A file whose content cannot be used; the message names the file and the line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """One line of a file that holds a JSON object; `offset` is where it begins, in bytes."""
+
+  path: pathlib.Path
+  number: int
+  value: dict[str, Any]
+  offset: int = 0
+
+  def error(self, message: str) -> FormatError:
+    """An error that names this line."""
+    return FormatError(f"{self.path}:{self.number}: {message}")
+
+
+def read_lines(path: str | pathlib.Path, *, pipes: bool = False) -> Iterator[Line]:
+  """Reads a JSON Lines file of objects; blank lines are skipped.
+
+  Args:
+    path: the file.
+    pipes: whether it may be a pipe or a device, whose lines are waited for.
+
+  Raises:
+    FormatError: the file is missing or unreadable, a line is no UTF-8 or no JSON object,
+      or the last line is cut off.
+  """
+  path = pathlib.Path(path)
+  offset = following = 0
+  try:
+    with open(path, "rb") if pipes else opened(path) as file:
+      for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
+        signals.check()
+        if len(line) > LONGEST_LINE:
+          raise FormatError(
+            f"{path}:{number}: expected lines of at most {LONGEST_LINE} bytes, got a longer"
+            " one; restore the file, or generate again."
+          )
+        offset, following = following, following + len(line)
+        raw = line.removesuffix(b"\n")
+        if not raw.strip():
+          continue
+        value, problem = parse_line(raw)
+        if value is None:
+          cut_off = not line.endswith(b"\n")
+          way_out = _RESUME if cut_off else "write the line again"
+          raise FormatError(
+            f"{path}:{number}: expected a JSON object, got {problem}; {way_out}."
+          )
+        yield Line(path, number, value, offset)
+  except OSError as error:
+    raise FormatError(
+      f"{path}: expected a file that can be read, got: {error.strerror}; check its path and"
+      " rights."
+    ) from error
+
+
+def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
+  """One line as (JSON object, ''), or (None, what it is instead)."""
+  try:
+    value = parse_json(raw)
+  except UnicodeDecodeError as error:
+    return None, f"invalid UTF-8 at byte {error.start}"
+  except ValueError as error:
+    return None, f"{raw[:60].decode('utf-8', 'replace')!r} ({error})"
+  return (value, "") if isinstance(value, dict) else (None, type(value).__name__)
+
+
+def dump_line(value: Mapping[str, Any]) -> str:
+  """One JSON Lines line, its newline included."""
+  return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def drop_partial_line(path: pathlib.Path) -> str | None:
+  """Repairs the end of a file whose writer was killed; returns what was done, if anything."""
+  with open(path, "rb") as file:
+    size = file.seek(0, 2)
+    file.seek(max(0, size - LONGEST_LINE - 1))
+    last = file.read()
+    last = last[last.rfind(b"\n") + 1 :]
+    if not last or len(last) > LONGEST_LINE:  # none, or no line, which `read_lines` names
+      return None
+    start = size - len(last)
+    file.seek(0)
+    pieces = iter(lambda: file.read(2**20), b"")
+    number = 1 + sum(piece.count(b"\n") for piece in pieces)
+  if parse_line(last)[0] is not None:
+    append(path, b"\n")
+    return None
+  with open(path, "r+b") as file:
+    file.truncate(start)
+  return f"{path}:{number}: the last line was cut off and has been dropped ({len(last)} bytes)."

@@ -10,12 +10,11 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from calm import calibrate
+from calm import arguments, calibrate
 from calm.calibrate import (
   Prompt,
   SequenceLosses,
   Support,
-  arguments,
   audit,
   planning,
   promises,
