@@ -277,6 +277,4 @@ def test_every_file_of_the_package_is_written_by_this_writer():
     "stored_vocabulary.py: path.write_bytes(base.model)",
     # Keeps what another run has left under another name.
     "results.py: os.replace(self._partial, old)",
-    # Cuts a half line off the end.
-    "records.py: open(path, 'r+b')",
   }
