@@ -1,11 +1,9 @@
 """The house is kept: no file and no function grows beyond what one can read at a sitting."""
 
 import ast
-import collections
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
 
 import pytest
 
@@ -58,157 +56,6 @@ def test_the_count_of_a_function_can_fail():
   nested = text + "  def g():\n" + "    a = 1\n" * 4
   assert long_functions(text, 2) == {"f": 3} and long_functions(text, 3) == {}
   assert long_functions(nested, 3) == {"f": 8, "g": 4}
-
-
-def text_of(node: ast.expr) -> str | None:
-  """A text as it is written, what is put in as {}; None where it is none."""
-  if isinstance(node, ast.JoinedStr):
-    parts = [v.value if isinstance(v, ast.Constant) else "{}" for v in node.values]
-    return "".join(map(str, parts))
-  if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-    sides = [text_of(side) for side in (node.left, node.right)]
-    return None if sides == [None, None] else "".join(side or "{}" for side in sides)
-  if isinstance(node, ast.Constant) and isinstance(node.value, str):
-    return node.value
-  return None
-
-
-def texts(node: ast.expr, scope: ast.AST, functions: dict[str, list[ast.AST]]) -> Iterator[str]:
-  """What an error's argument may say: a text, a name bound to one, a call that returns one."""
-  if text := text_of(node):
-    yield text
-  elif isinstance(node, ast.Name):
-    for found in ast.walk(scope):
-      if isinstance(found, ast.Assign) and ast.unparse(found.targets[0]) == node.id:
-        yield from texts(found.value, ast.Module([], []), functions)
-  elif isinstance(node, ast.Call):
-    called = ast.unparse(node.func).split(".")[-1]
-    for function in functions.get(called, []):
-      for found in ast.walk(function):
-        if isinstance(found, ast.Return) and found.value and (text := text_of(found.value)):
-          yield text
-
-
-def raised(files: Mapping[str, str]) -> list[tuple[str, int, str]]:
-  """(file, line, text) of what errors say, in {file: source}: where one is raised, or built.
-
-  Where the text cannot be read from the source, it is the call itself.
-  """
-  trees = {name: ast.parse(text) for name, text in files.items()}
-  functions = collections.defaultdict(list)
-  for function in (node for tree in trees.values() for node in ast.walk(tree)):
-    if isinstance(function, ast.FunctionDef):
-      functions[function.name].append(function)
-  found = set()
-  for name, tree in trees.items():
-    for scope, call in errors(tree):
-      if not NO_REFUSAL.match(written := ast.unparse(call)):
-        said = list(texts(call.args[0], scope, functions)) or [written]
-        found |= {(name, call.lineno, text) for text in said}
-  return sorted(found)
-
-
-def errors(tree: ast.Module) -> Iterator[tuple[ast.AST, ast.Call]]:
-  """Every call that makes an error of its arguments, and the function that it stands in."""
-  inside = set()
-  for scope in [*(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)), tree]:
-    for node in ast.walk(scope):
-      call = node.exc if isinstance(node, ast.Raise) and id(node) not in inside else None
-      if isinstance(call, ast.Call) and call.args:
-        yield scope, call
-    inside |= {id(node) for node in ast.walk(scope)}
-  for node in ast.walk(tree):
-    if isinstance(node, ast.ClassDef) and any(
-      b.endswith("Error") for b in map(ast.unparse, node.bases)
-    ):
-      for call in ast.walk(node):
-        if isinstance(call, ast.Call) and ast.unparse(call.func) == "super().__init__":
-          yield node, call
-
-
-# What is no refusal in itself: what the system would have said (an OSError without number) and
-# a value of the wrong kind, where the caller says the rest; a class that builds its message; a
-# person who stopped a command; an exit status.
-NO_REFUSAL = re.compile(
-  r"\w+Error\(None, |ValueError\(repr\(value\)\)|Unanswered\(|common\.StoppedError\("
-  r"|SystemExit\(1 if |_Mismatch\("
-)
-FORM = re.compile(
-  r"(?:\{\}:(?:\d+:)?)* ?[Ee]xpected (?P<what>.+?), got\b:?(?P<rest>.+)", re.DOTALL
-)
-
-
-def in_the_form(text: str) -> bool:
-  """Whether an error reads "Expected ..., got ...; way out", after the place where it is so.
-
-  The way out of a wrong argument, flag or field is to give the one expected, so that a message
-  that names it may end with what was got. A text without a word passes another error on.
-  """
-  if not re.search("[a-z]", text):
-    return True
-  if not (match := FORM.fullmatch(text)):
-    return False
-  got, way_out = re.match(r"([^;]*)(; .+)?", match["rest"]).groups()  # pyright: ignore
-  named = re.search(r"`|--\w", match["what"])
-  return bool(way_out or named) and not re.search(r"(?<!\.)\. ", got)
-
-
-@pytest.mark.parametrize("folder", ["calm", "scripts"])
-def test_errors_have_one_form(folder):
-  """Expected ..., got ...; way out."""
-  files = {str(p.relative_to(REPOSITORY)): p.read_text("utf-8") for p in sources(folder)}
-  found = raised(files)
-  assert len(found) > {"calm": 480, "scripts": 15}[folder]
-  assert [error for error in found if not in_the_form(error[2])] == []
-
-
-def test_the_check_of_errors_can_fail():
-  source = """
-def f(path):
-  raise ValueError(f"{path}: must be a, got {path!r}.")
-def g(path):
-  text = "Expected a, got b."
-  raise ValueError(text)
-def why():
-  return "no good"
-def h(line, odd):
-  if odd:
-    raise ValueError(odd)
-  try:
-    raise line.error(why()) from None
-  except OSError:
-    raise PermissionError(None, "it may not be written")
-class Odd(ValueError):
-  def __init__(self):
-    super().__init__("odd")
-if not f:
-  raise ImportError("no f")
-"""
-  found = {text for _, _, text in raised({"a.py": source})}
-  assert found == {"{}: must be a, got {}.", "Expected a, got b.", "no good", "odd", "no f"} | {
-    "ValueError(odd)"
-  }
-  assert not any(map(in_the_form, found))
-
-
-@pytest.mark.parametrize(
-  ("text", "good"),
-  [
-    ("Expected `x` to be y, got {}.", True),
-    ("Expected --x to be y, got none.", True),
-    ("{}:{}: expected a whole line, got {} ({}); copy the file again.", True),
-    ("{}:1: expected a, got: {}; do b. Or c.", True),
-    ("{}: {}", True),
-    ("Expected a, got {}: it was b.", False),
-    ("Expected `x` to be y, got {}. Do z.", False),
-    ("Expected `x` to be y. Got {}; do z.", False),
-    ("Expected `x` to be y; got {}.", False),
-    ("`x` must be y, got {}; do z.", False),
-    ("a: expected `x` to be y, got {}.", False),
-  ],
-)
-def test_what_the_form_of_errors_is(text, good):
-  assert in_the_form(text) == good
 
 
 # A path of folders, or the name of a Python, Markdown or gin file alone.
