@@ -57,7 +57,7 @@ QUICK = (
   *("commands/calibrate_command_test.py", "commands/cli_test.py", "commands/following_test.py"),
   *("commands/gin_test.py", "commands/infer_test.py", "commands/locked_test.py"),
   *("commands/monitoring_test.py", "commands/options_test.py", "commands/pipeline_test.py"),
-  *("commands/progress_test.py", "commands/reading_test.py", "commands/sharding_test.py"),
+  *("commands/reading_test.py", "commands/sharding_test.py"),
   *("commands/stopped_test.py", "decode/loop_test.py", "decode/pool_program_test.py"),
   *("decode/pool_test.py", "decode/program_reference_test.py"),
   *("decode/resume_test.py", "decode/staged_test.py", "engines/choice_test.py"),

@@ -1,4 +1,4 @@
-"""Progress from Python: seen where someone looks on and it takes long, and nowhere else."""
+"""The console: sanitized text, tables, progress in terminals, notebooks and pipes."""
 
 import io
 import sys
@@ -11,19 +11,83 @@ from rich import console as rich_console
 
 from calm import console as console_module
 from calm.console import (
-  LINE_SECONDS,
   NOTEBOOK_SECONDS,
-  EtaEstimator,
-  progress_view,
+  Progress,
+  clock,
+  print_table,
+  print_text,
   quiet,
-  show_count,
-  show_progress,
+  rate,
+  sanitize,
 )
+
+HEADS = ("threshold", "mean loss", "upper bound", "p-value", "certified", "layers / token")
+ROWS = (
+  ("0.95", "0.0005", "0.0130", "2.1e-11", "yes", "7.33"),
+  ("0.9", "0.0190", "0.0421", "1.3e-05", "no", "4.33"),
+)
+
+
+def terminal(width=80):
+  return rich_console.Console(file=io.StringIO(), width=width, force_terminal=True)
+
+
+def pipe(width=80):
+  return rich_console.Console(file=io.StringIO(), width=width)
+
+
+@pytest.mark.parametrize(
+  ("text", "shown"),
+  [
+    ("\x1b[31mred\x1b]0;title\x07", r"\x1b[31mred\x1b]0;title\x07"),
+    ("a\u202eb\u2066c\u200bd\ufeff", r"a\u202eb\u2066c\u200bd\ufeff"),
+    ("\r\x08\x9b2J", r"\r\x08\x9b2J"),
+    ("a\nb\tc é 漢 [/b] <script>", "a\nb\tc é 漢 [/b] <script>"),
+    ("می\u200cخواهم", "می\u200cخواهم"),
+  ],
+)
+def test_control_characters_are_escaped(text, shown):
+  assert sanitize(text) == shown
+
+
+def test_printed_text_is_no_markup():
+  console = terminal(20)
+  print_text(console, "[bold]:smile:\x1b[2J", "bold")
+  assert console.file.getvalue() == "\x1b[1m[bold]:smile:\\x1b[2J\x1b[0m\n"
+  print_text(console, "a path of more than twenty letters", soft_wrap=True)
+  assert console.file.getvalue().endswith("m\na path of more than twenty letters\n")
+
+
+@pytest.mark.parametrize("width", [120, 80, 60, 40, 20])
+def test_a_table_fits_any_width(width):
+  console = pipe(width)
+  print_table(console, HEADS, ROWS, title="textual loss", words=0)
+  text = console.file.getvalue()
+  lines = text.splitlines()
+  assert max(map(len, lines)) <= width and "…" not in text
+  assert all(cell in text for row in ROWS for cell in row)
+  if width >= 60:  # a row is a line
+    assert any(all(cell in line for cell in ROWS[0]) for line in lines)
+  else:
+    assert any(line.startswith("0.95: mean loss") for line in lines)
+
+
+def test_a_table_has_sections_a_bold_row_and_sanitized_cells():
+  console = terminal()
+  print_table(console, ("a", "b"), (("[/b]", ":smile:"), ("\x1b[2J", "x")), bold=0)
+  text = console.file.getvalue()
+  assert "[/b]" in text and ":smile:" in text and r"\x1b[2J" in text
+  assert text.count("\x1b[1m") >= 2
+  console = pipe()
+  rows = (("a", "1", "x"), ("a", "2", "x"), ("b", "1", "x"))
+  print_table(console, ("task", "n"), [], words=1)
+  print_table(console, ("task", "n", "x"), rows, words=2)
+  assert console.file.getvalue().count("├") == 1
 
 
 @pytest.fixture
 def now(monkeypatch):
-  """A clock, and a timer that rings at once where `LEAST_SECONDS` have gone by."""
+  """A clock that the test sets."""
   now = [0.0]
   monkeypatch.setattr(time, "monotonic", lambda: now[0])
   return now
@@ -34,12 +98,8 @@ def at_once(monkeypatch):
   monkeypatch.setattr(console_module, "LEAST_SECONDS", 0.0)
 
 
-def terminal():
-  return rich_console.Console(file=io.StringIO(), width=80, force_terminal=True)
-
-
 def begin(report, share=0.0):
-  """The first report, and the moment in which it is seen."""
+  """The first report, and the moment at which the display starts."""
   report(share, "begun")
   for thread in threading.enumerate():
     if isinstance(thread, threading.Timer):
@@ -68,57 +128,51 @@ def notebook(monkeypatch):
   return cell, rich_console.Console(file=io.StringIO(), force_jupyter=True)
 
 
-def test_a_terminal_sees_how_far_it_is_and_how_much_is_left(now, at_once):
-  console = terminal()
-  with show_progress(console) as report:
+@pytest.mark.parametrize("width", [80, 60])
+def test_a_terminal_has_a_bar_with_the_remaining_time(now, at_once, width):
+  console = terminal(width)
+  with Progress(console) as report:
     begin(report, 0.1)
     now[0] = 40.0
-    report(0.5, "5 of 10 prompts")
+    report(0.5, "[b] 5 of 10 prompts, \x1b[2J and a long text that has no room")
   shown = console.file.getvalue()
-  assert "5 of 10 prompts, about 0:50 left" in shown
-  assert shown.endswith("\x1b[2K")  # nothing of it stays
+  assert "about 0:50 left" in shown and "[b] 5 of 10 prompts" in shown
+  assert shown.endswith("\x1b[2K") and "\x1b[2J" not in shown  # nothing of the bar stays
 
 
-def test_what_is_quick_shows_nothing():
-  console = terminal()
-  with show_progress(console) as report:
-    report(0.5, "half of it")
-  assert console.file.getvalue() == ""
+def test_short_work_shows_nothing(notebook):
+  cell, console = notebook
+  for each in (console, terminal(), pipe()):
+    with Progress(each) as report:
+      report(0.5, "half of it")
+    assert each.file.getvalue() == ""
+  assert not cell.seen
 
 
-def test_files_and_pipes_get_nothing(at_once, capsys):
-  with show_progress() as report:
+def test_without_a_console_only_somebody_who_looks_on_sees_progress(
+  at_once, monkeypatch, capsys
+):
+  with Progress() as report:
     begin(report)
+    report.step("a step")(0.5, "half")
   assert capsys.readouterr() == ("", "")
-
-
-def test_things_are_counted(at_once, monkeypatch):
-  console = terminal()
+  console, outer = terminal(), terminal()
   monkeypatch.setattr(rich_console, "Console", lambda **options: console)
-  with show_count("prompts") as told:
-    told(0, 0)
-    told(3, 12)
+  with quiet(), Progress() as report:
+    begin(report)
+  with Progress(outer), Progress() as report:  # the outer one reports already
+    begin(report)
+  assert console.file.getvalue() == ""
+  with Progress() as report:
+    report.count("prompts")(0, 0)
+    report.count("prompts")(3, 12)
     begin(lambda share, text: None)
   assert "3 of 12 prompts" in console.file.getvalue()
 
 
-def test_what_another_tells_of_is_told_once(at_once):
-  outer, inner = terminal(), terminal()
-  with show_progress(outer) as report:
-    begin(report)
-    with show_progress(inner) as within:
-      begin(within)
-  with quiet(), show_progress(inner) as within:
-    begin(within)
-  assert "begun" in outer.file.getvalue() and inner.file.getvalue() == ""
-  with show_progress(inner) as report:  # later, by itself
-    begin(report)
-  assert "begun" in inner.file.getvalue()
-
-
 def test_a_failure_leaves_no_bar(at_once):
   console = terminal()
-  with pytest.raises(RuntimeError), show_progress(console) as report:
+  with pytest.raises(RuntimeError), Progress(console) as report:
     begin(report)
     raise RuntimeError
   assert console.file.getvalue().endswith("\x1b[2K")
@@ -127,38 +181,73 @@ def test_a_failure_leaves_no_bar(at_once):
 
 def test_a_notebook_has_one_line_that_changes(now, at_once, notebook):
   cell, console = notebook
-  with show_progress(console) as report:
+  with Progress(console) as report:
     begin(report)
     for second in range(1, 41):
       now[0] = second / 4
       report(second / 40, f"{second} of 40 prompts")
-  assert cell.seen[0] == "begun ..."
+  assert cell.seen[0] in ("begun ...", "0 %, begun")
   assert len(cell.seen) <= 3 + 40 / 4 / NOTEBOOK_SECONDS  # not each report
-  assert "50 %, 20 of 40 prompts, about 0:05 left" in cell.seen
+  assert "50 %, about 0:05 left, 20 of 40 prompts" in cell.seen
   assert cell.seen[-1] == "100 %, 40 of 40 prompts"
 
 
-def test_a_notebook_sees_nothing_of_what_is_quick(notebook):
-  cell, console = notebook
-  with show_progress(console) as report:
-    report(1.0, "done")
-  assert not cell.seen
+def test_a_pipe_gets_a_line_now_and_then(now):
+  console = pipe()
+  with Progress(console) as report:
+    report.restart("the beginning")
+    for second in range(1, 41):
+      now[0] = float(second)
+      report(second / 40, f"prompt {second}")
+  assert console.file.getvalue().split("\n") == [
+    "  38 %, about 0:25 left, prompt 15",
+    "  75 %, about 0:10 left, prompt 30",
+    "",
+  ]
 
 
-def test_a_file_gets_a_line_now_and_then(now):
-  file = io.StringIO()
-  lines = progress_view(rich_console.Console(file=file, width=80))
-  lines.start()
-  for second in range(1, 41):
-    now[0] = float(second)
-    lines.show(second / 40, f"step {second}")
-  lines.stop()
-  assert file.getvalue().split("\n") == ["  38 %, step 15", "  75 %, step 30", ""]
-  assert LINE_SECONDS == 15.0
+def test_the_remaining_time_is_not_said_too_early(now):
+  console = pipe()
+  with Progress(console) as report:
+    for at, share in ((20.0, 0.0), (40.0, 0.01), (60.0, 0.02), (80.0, 0.21)):
+      now[0] = at
+      report(share, "x")
+  assert console.file.getvalue().splitlines() == [
+    *("  0 %, x", "  1 %, x", "  2 %, x"),
+    "  21 %, about 2:38 left, x",
+  ]
+  assert rate(3, 60) == "3.0 a minute" and rate(30, 2) == "15 a second"
+  assert clock(3725) == "1:02:05"
 
 
-def test_nothing_is_left_of_what_is_done_or_hardly_begun(now):
-  left = EtaEstimator()
-  assert left(0.0) == left(0.01) == ""
-  now[0] = 10.0
-  assert left(0.02) == "" and left(0.21) == "about 0:40 left" and left(1.0) == ""
+def test_steps_of_an_earlier_run_take_no_time(now):
+  console = pipe()
+  with Progress(console) as progress:
+    progress.expect(6)
+    progress.step("read from a file")  # never reports
+    slow = progress.step("slow [/b]")
+    slow(0.1, "begun")
+    now[0] = 27.0
+    slow(1.0, "all of it")
+    progress.step("read from a file")
+    now[0] = 54.0
+    progress.step("quick")(0.9, "x")
+  assert console.file.getvalue().splitlines() == [
+    "[2/6] slow [/b]",
+    "  20 %, about 2:00 left, [2/6] slow [/b]: all of it",  # 30 s a step, four are left
+    "[4/6] quick",
+    "  48 %, about 1:02 left, [4/6] quick: x",  # two steps and a tenth are left
+  ]
+
+
+def test_text_is_printed_beside_the_bar_and_to_standard_output(at_once, capsys):
+  console = terminal()
+  with Progress(console) as report:
+    begin(report)
+    report(0.4, "20 of 50 prompts")
+    print("to standard output")
+    with report.hidden():
+      console.print("a text")
+  before, _, after = console.file.getvalue().partition("a text\n")
+  assert before.endswith("\x1b[2K") and "50 prompts" in after and after.endswith("\x1b[2K")
+  assert capsys.readouterr().out == "to standard output\n"

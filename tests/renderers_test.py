@@ -6,9 +6,11 @@ import html.parser
 import io
 import math
 import re
+import threading
 import types
 import unicodedata
 import xml.etree.ElementTree as ElementTree
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from rich import console as rich_console
 from calm import fitting
 from calm.calibrate import calibrate
 from calm.commands import certificate, common, demo
-from calm.console import announced_steps, print_table, print_text, sanitize
+from calm.console import Progress, print_table, print_text, sanitize
 from calm.fitting import FitOptions, candidates, choose, train
 from calm.fitting import result as result_lib
 from calm.inference import colours, outputs
@@ -177,9 +179,12 @@ def told(text: str, write) -> str:
 
 def of_steps(text: str) -> str:
   def draw(console):
-    with announced_steps(console) as announce:
-      announce.expect(2)
-      announce(text)(0.5, text)
+    with mock.patch("calm.console.LEAST_SECONDS", 0.0), Progress(console) as progress:
+      progress.expect(2)
+      progress.step(text)(0.5, text)
+      for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer):
+          thread.join()
 
   return console_of(draw)
 

@@ -20,8 +20,6 @@ import json
 import pathlib
 
 from rich import console as rich_console
-from rich import markup as rich_markup
-from rich import progress as rich_progress
 
 from calm import calibrate as calibrate_lib
 from calm.calibrate import Support, generations, planning, sequential, thresholds
@@ -38,7 +36,7 @@ from calm.commands import (
   several,
   verifying,
 )
-from calm.console import print_text, progress_bar, sanitize
+from calm.console import Progress, print_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -211,14 +209,8 @@ def _tell_power(
 
 def _calibrate(arguments, console, cached, seed=None) -> calibrate_lib.Calibration:
   promise = promise_flags.promise_of(arguments, cached)  # refused before any text is compared
-  columns = (*rich_progress.Progress.get_default_columns(), rich_progress.MofNCompleteColumn())
-  with progress_bar(console, *columns) as bar:
-    # Descriptions are read as markup, which a path need not be.
-    name = rich_markup.escape(sanitize(arguments.metric))
-    task = bar.add_task(f"{name} losses", total=None)
-    losses = _losses(
-      arguments, cached, lambda done, total: bar.update(task, completed=done, total=total)
-    )
+  with Progress(console) as progress:
+    losses = _losses(arguments, cached, progress.count(f"{arguments.metric} losses"))
   return calibrate_lib.calibrate(
     losses,
     tolerance=arguments.tolerance,

@@ -16,7 +16,6 @@ import tempfile
 from typing import Any
 
 from rich import console as rich_console
-from rich import progress as rich_progress
 
 from calm.calibrate import (
   Calibration,
@@ -31,7 +30,7 @@ from calm.calibrate.generations import records
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import metrics, sequence_losses
 from calm.commands import certificate, common, following, helping, model_flags
-from calm.console import print_table, print_text, progress_bar
+from calm.console import Progress, print_table, print_text
 
 # Fixed before the first run; another tolerance is the user's choice, not ours.
 TOLERANCE, ERROR_RATE = 0.1, 0.05
@@ -184,15 +183,8 @@ def generate_grid(
   writer = writer_lib.open_writer(
     folder, prompts=prompts, thresholds=levels, procedure=procedure
   )
-  columns = (*rich_progress.Progress.get_default_columns(), rich_progress.TextColumn("left"))
-  with progress_bar(console, *columns) as bar:
-    task = bar.add_task("encode and decode")
-
-    def advance(threshold, number, count):
-      del threshold
-      text = f"encode and decode batch {number + 1} of {count}"
-      bar.update(task, advance=1, total=count * (len(levels) + 1), description=text)
-
+  with Progress(console) as progress:
+    advance = grid.as_shares(progress, levels)
     summary = grid.generate(predictor, prompts, levels, writer, progress=advance)
   writer.finish()
   console.print(f"{len(levels)} thresholds and full depth: {summary}.")

@@ -14,7 +14,6 @@ import pathlib
 from collections.abc import Sequence
 
 from rich import console as rich_console
-from rich import progress as rich_progress
 
 from calm.calibrate import NEVER_EXIT, Provenance, generations, planning, sequential, thresholds
 from calm.calibrate.generations import writer as writer_lib
@@ -28,7 +27,7 @@ from calm.commands import (
   promise_flags,
   sharding,
 )
-from calm.console import print_text, progress_bar
+from calm.console import Progress, print_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,22 +165,11 @@ def _part(arguments, console, predictor, prompts, levels, part: sharding.Part) -
   return 0
 
 
-def _bar(console: rich_console.Console) -> rich_progress.Progress:
-  columns = (*rich_progress.Progress.get_default_columns(), rich_progress.TextColumn("left"))
-  return progress_bar(console, *columns)
-
-
 def _grid(arguments, console, predictor, prompts, levels, writer) -> None:
   from calm.inference import grid
 
-  with _bar(console) as bar:
-    task = bar.add_task(f"{len(prompts)} prompts x {len(levels) + 1} thresholds", total=None)
-
-    def advance(threshold, number, count):
-      shown = thresholds.format_threshold(threshold)
-      text = f"batch {number + 1} of {count}, threshold {shown}"
-      bar.update(task, advance=1, total=count * (len(levels) + 1), description=text)
-
+  with Progress(console) as progress:
+    advance = grid.as_shares(progress, levels)
     reuse = not arguments.no_reuse
     summary = grid.generate(
       predictor, prompts, levels, writer, reuse_records=reuse, progress=advance
@@ -221,12 +209,11 @@ def _until_certified(arguments, console, predictor, prompts, test, writer) -> No
   from calm.inference import until_certified
 
   known = asking.read_references(arguments.references) if arguments.references else {}
-  with _bar(console) as bar:
-    task = bar.add_task("first threshold", total=len(prompts))
+  with Progress(console) as progress:
 
     def advance(threshold, done, planned):
       text = f"prompt {done} of {planned}, threshold {thresholds.format_threshold(threshold)}"
-      bar.update(task, completed=done, total=planned, description=text)
+      progress(done / planned, text)
 
     try:
       calibration = until_certified.generate(

@@ -37,7 +37,7 @@ from rich import console as rich_console
 import calm
 from calm import storage
 from calm.commands import common, report_flags
-from calm.console import announced_steps, print_text
+from calm.console import Progress, print_text
 from calm.data import prompt_batches
 
 add_arguments = report_flags.add_arguments
@@ -57,8 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
   warnings.simplefilter("ignore", prompt_batches.CutPrompts)
   common.check_count("--examples", arguments.examples)
   common.check_folder(output)
-  with storage.held(output), announced_steps(console) as announce:
-    reports, predictor = _experiments(arguments, output / "cache", announce)
+  with storage.held(output), Progress(console) as progress:
+    reports, predictor = _experiments(arguments, output / "cache", progress)
   facts = _facts(arguments, predictor, time.monotonic() - start)
   made = page.Page(
     f"calm report: {arguments.model}",
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
   return 0
 
 
-def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, announce):
+def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, progress: Progress):
   """(one report a task, the predictor of the last)."""
   from calm.paper.bench import tasks as tasks_lib
   from calm.paper.experiments import suite
@@ -103,11 +103,11 @@ def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, announce):
       data=source,
       folder=cache,
       options=options,
-      announce=announce,
+      announce=progress.step,
       **chosen,
     )
     suites.append(made)
-  announce.expect(sum(each.num_steps for each in suites))
+  progress.expect(sum(each.num_steps for each in suites))
   return [each.run() for each in suites], models["predictor"]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from calm import exits
 from calm.calibrate import NEVER_EXIT, Prompt, seconds, thresholds
 from calm.commands import common, monitoring, results
-from calm.console import Counter, counted, print_text, rate, sanitize
+from calm.console import Progress, print_text, rate, sanitize
 from calm.data import prompt_batches
 from calm.inference import colours, costs
 
@@ -56,8 +56,8 @@ class Served:
     if opened.report:
       print_text(self._console, opened.report)
     try:
-      with counted(self._console, self._count, "prompts", done=opened.done) as counter:
-        for chunk, outputs in self._decode(pending, counter):
+      with Progress(self._console) as progress:
+        for chunk, outputs in self._decode(pending, progress, opened.done):
           opened.write(chunk, [_line(*pair) for pair in zip(chunk, outputs, strict=True)])
     except KeyboardInterrupt:
       done = f"stopped after {opened.done} of {self._count} prompts; {opened.stopped}"
@@ -66,10 +66,10 @@ class Served:
   def to_screen(self, prompts: Iterable[Prompt], coloured: bool) -> None:
     """Texts, as they are made."""
     try:
-      with counted(self._console, self._count, "prompts") as counter:
-        for _, outputs in self._decode(iter(prompts), counter):
+      with Progress(self._console) as progress:
+        for _, outputs in self._decode(iter(prompts), progress):
           # The texts would be printed into the bar.
-          with counter.hidden() if sys.stdout.isatty() else contextlib.nullcontext():
+          with progress.hidden() if sys.stdout.isatty() else contextlib.nullcontext():
             for output in outputs:
               text = sanitize(output.text) if sys.stdout.isatty() else output.text
               print(output.coloured() if coloured else text)
@@ -83,7 +83,7 @@ class Served:
       print(colours.legend_terminal(self.predictor.num_layers), file=sys.stderr)
 
   def _decode(
-    self, prompts: Iterator[Prompt], counter: Counter
+    self, prompts: Iterator[Prompt], progress: Progress, done: int = 0
   ) -> Iterator[tuple[Sequence[Prompt], Any]]:
     """(prompts, outputs), so many at a time that memory and what a kill costs are bounded."""
     options = self.predictor.options
@@ -102,7 +102,7 @@ class Served:
         self._look_at_drafts(self._exact)
       if self.monitored is not None:  # what was served is safe by now
         self.monitored.check(chunk, outputs)
-      counter.add(len(chunk), outputs.timing.compile_seconds)
+      progress.count("prompts")(done + self._done, self._count)
       affordable = int(CHUNK_SECONDS / max(outputs.timing.seconds, 1e-9) * len(chunk) / batch)
       batches = max(1, min(most, 4 * batches, affordable))
 

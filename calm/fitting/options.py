@@ -10,15 +10,7 @@ from rich import console as rich_console
 
 from calm import arguments
 from calm.calibrate.losses import metrics
-from calm.console import (
-  EtaEstimator,
-  Lines,
-  Notebook,
-  Report,
-  print_text,
-  progress_view,
-  sanitize,
-)
+from calm.console import Progress, Report, print_text
 from calm.inference import calibrating
 
 # The stages that a value of `FitOptions.stages` trains, in order.
@@ -170,30 +162,14 @@ class Listener:
 @contextlib.contextmanager
 def on_screen(console: rich_console.Console) -> Iterator[Listener]:
   """A listener that prints sentences and draws the step's progress with its remaining time."""
-  view, started = progress_view(console), False
-  drawn = not isinstance(view, Lines)  # a pipe gets the step's title only
   show = lambda text: print_text(console, text, soft_wrap=True)
+  with Progress(console) as progress:
 
-  def step(title: str) -> Report:
-    nonlocal started
-    number, left = sanitize(title.partition(" ")[0]), EtaEstimator()
-    show(f"{title} ...")
-    if drawn:
-      view.show(0.0, number)
-    if not started:
-      started = True
-      view.start()
+    def step(title: str) -> Report:
+      number = title.partition(" ")[0]
+      show(f"{title} ...")
+      progress.restart(number)
+      return lambda share, text: progress(share, f"{number} {text}")
 
-    def report(share: float, text: str) -> None:
-      rest = left(share)
-      view.show(share, f"{number} {rest}, {text}" if rest else f"{number} {text}")
-
-    return report
-
-  try:
     yield Listener(say=show, step=step)
-    if isinstance(view, Notebook):  # whose last line stays
-      view.show(1.0, "done")
-  finally:
-    if started:
-      view.stop()
+    progress(1.0, "done")

@@ -22,7 +22,7 @@ from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import order
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import metrics, sequence_losses
-from calm.console import show_progress
+from calm.console import Progress
 from calm.data import prompt_tables
 from calm.inference import grid, seconds
 
@@ -145,7 +145,7 @@ def certify_and_time(
   given, levels = prompt_tables.prompts_of(prompts), thresholds or default_grid(predictor)
   with contextlib.ExitStack() as stack:
     silent = lambda share, text: None
-    report = stack.enter_context(show_progress()) if progress is None else silent
+    report = stack.enter_context(Progress()) if progress is None else silent
     decoded = lambda share, text: report(_DECODING * share, text)
     progress = progress or grid.as_shares(decoded, levels)
     made, _ = certify(predictor, given, thresholds=levels, progress=progress, **options)

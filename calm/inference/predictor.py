@@ -22,7 +22,7 @@ from calm.calibrate import seconds as seconds_lib
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations.procedures import describe_differences
 from calm.calibrate.losses import metrics
-from calm.console import show_count
+from calm.console import Progress
 from calm.data import prompt_batches, prompt_tables
 from calm.decode import compiled, loop, pool_program
 from calm.decode import program as program_lib
@@ -397,9 +397,10 @@ class Predictor:
       rule.depth(self.num_layers)  # the rule's own check of its layers
     chosen = rule or self.served_rule(threshold)
     full = rule is None and threshold == schedules.NEVER_EXIT
-    given = contextlib.nullcontext(progress) if progress else show_count("prompts")
-    with given as told:
-      decoded = (self.reference if full else self)._decode_texts(texts, threshold, chosen, told)
+    with contextlib.ExitStack() as stack:
+      report = progress or stack.enter_context(Progress()).count("prompts")
+      predictor = self.reference if full else self
+      decoded = predictor._decode_texts(texts, threshold, chosen, report)
     if calibrated is None or threshold != calibrated.threshold or self.elsewhere:
       return decoded
     return dataclasses.replace(decoded, guarantee=calibrated.guarantee)

@@ -72,7 +72,7 @@ def stop_after(monkeypatch, chunks: int, half: bytes = b"") -> None:
     done.append(content)
     append(path, content)
 
-  monkeypatch.setattr(files, "append", stopped)
+  monkeypatch.setattr(storage, "append", stopped)
 
 
 def count_prompts(monkeypatch) -> list[int]:

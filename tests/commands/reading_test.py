@@ -53,7 +53,7 @@ def stop_at(monkeypatch, lines: int) -> None:
     if sum(written) >= lines:
       raise KeyboardInterrupt
 
-  monkeypatch.setattr(files, "append", stopping)
+  monkeypatch.setattr(storage, "append", stopping)
 
 
 def bytes_read() -> int:

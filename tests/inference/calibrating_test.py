@@ -75,7 +75,7 @@ def test_who_looks_on_sees_all_of_it_and_who_asks_is_told(model, monkeypatch):
   def looking_on():
     yield lambda share, text: seen.append((share, text))
 
-  monkeypatch.setattr(calibrating.looking, "looking", looking_on)
+  monkeypatch.setattr(calibrating, "Progress", looking_on)
   model.calibrate(TEXTS, **RATES)
   shares = [share for share, _ in seen]
   assert shares == sorted(shares) and shares[0] > 0.0 and shares[-1] == pytest.approx(1.0)
