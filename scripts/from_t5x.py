@@ -107,7 +107,7 @@ def fitted(
       f"Expected texts of this very model in {sweep!r}, got other {', '.join(different)}; sweep"
       " this checkpoint, and give as --like what has its sizes and vocabulary."
     )
-  maps = exit_maps.fit(
+  made, _ = exit_maps.fit(
     predictor,
     [prompt.input for prompt in found.prompts],
     [record.tokens or () for record in found.full],
@@ -117,7 +117,6 @@ def fitted(
     progress=lambda share, text: print(f"\r{share:4.0%} {text:40}", end="", file=sys.stderr),
   )
   print(file=sys.stderr)
-  made = maps.parameters()
   config = dataclasses.replace(stored.config, **parameters.exit_fields(made))
   params = parameters.unflatten(parameters.flatten(base) | made)
   return dataclasses.replace(stored, config=config, params=params, exits_trained=True)

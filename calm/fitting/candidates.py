@@ -176,14 +176,9 @@ def read_layers(
   names: Sequence[str],
   progress: Callable[[float, str], None],
 ) -> Reading:
-  """Reads every layer at every token of the full-depth records.
+  """Reads every layer at every token of `full`, the full-depth records of `texts`.
 
-  Args:
-    predictor: the model.
-    texts: [num_prompts] prompts.
-    full: [num_prompts] their full-depth records.
-    names: of measures but 'shortlist', whose confidence is that of 'softmax'.
-    progress: called with the share of batches done.
+  `names` are measures but 'shortlist', whose confidence is that of 'softmax'.
   """
   one = offline.one_shape(predictor.with_options(batch_size=exit_maps.BATCH))
   longest = max(len(record.tokens or ()) for record in full)
@@ -385,26 +380,21 @@ def coarse_grid(
   possible = possible_thresholds(reading, candidate)
   _, losses = simulate(reading, candidate, possible, max_length)
   losses = np.maximum.accumulate(losses)
-  chosen = {0}
-  for level in _COARSE:
-    chosen.add(int(np.flatnonzero(losses <= max(level * tolerance, losses[0]))[-1]))
+  levels = [max(level * tolerance, losses[0]) for level in _COARSE]
+  chosen = {0} | {int(np.flatnonzero(losses <= level)[-1]) for level in levels}
   return tuple(possible[sorted(chosen)].tolist())
 
 
 def forecast(
   thresholds: Sequence[float], losses: np.ndarray, tolerance: float, num_calibration: int
 ) -> float:
-  """The lowest threshold that calibration will probably certify.
+  """The lowest threshold that `num_calibration` prompts will probably certify; `inf`: none.
 
   Args:
-    thresholds: descending.
+    thresholds: descending; the forecast may lie between two of them.
     losses: [num_prompts, num_thresholds] on the validation part.
     tolerance: delta.
     num_calibration: prompts that will certify.
-
-  Returns:
-    A threshold, between two of the grid where the bound crosses the tolerance there; `inf`
-    where none will do.
   """
   error = losses.std(axis=0, ddof=1) / np.sqrt(num_calibration)
   bound = np.maximum.accumulate(losses.mean(axis=0) + _QUANTILE * error)
@@ -420,16 +410,9 @@ def final_grid(
   threshold: float,
   tolerance: float,
 ) -> tuple[float, ...]:
-  """Thresholds to certify: densest where the validation loss nears the tolerance.
+  """Thresholds to certify, densest where the mean validation loss nears the tolerance.
 
   Points that pass cost a fixed sequence nothing; points far above the tolerance are left out.
-
-  Args:
-    candidate: the chosen one.
-    thresholds: descending, decoded on the validation part.
-    losses: [num_thresholds] mean loss there.
-    threshold: the forecast.
-    tolerance: delta.
   """
   rising = np.maximum.accumulate(np.asarray(losses))
   points = {_crossing(np.asarray(thresholds), rising, level * tolerance) for level in _FINE}

@@ -19,7 +19,7 @@ layer, and a sample of at most `_SAMPLE_BYTES` of states.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -91,58 +91,6 @@ class LearnedExits:
     )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ExitMaps:
-  """Fitted maps, by 1-based exit layer.
-
-  Attributes:
-    translators: layer j -> (A_j [emb_dim, emb_dim], b_j [emb_dim]).
-    propagation: layer j -> (D_j [emb_dim, rank], its bias [rank], U_j [layers - j, rank,
-      emb_dim]); U_j[k - j - 1] is for skipped layer k.
-    classifier: (kernel [emb_dim, 1], bias [1]) of the exit classifier, for all layers.
-    probes: (kernel [emb_dim, L - 1], features [NUM_FEATURES, L - 1], bias [L - 1]) of
-      `evidence.Probes`, zeros at layers without exits; None without a shortlist.
-    agreement: layer j -> the share of held-out tokens whose argmax is the full model's:
-      (head on x as it is, through the translator).
-    num_tokens: tokens that were read.
-    num_sampled: those of them that trained the translators.
-    penalty: of the ridge regression, over the mean squared entry of x.
-    seconds: of fitting, without decoding the model's texts.
-  """
-
-  translators: Mapping[int, tuple[np.ndarray, np.ndarray]]
-  propagation: Mapping[int, tuple[np.ndarray, np.ndarray, np.ndarray]]
-  classifier: tuple[np.ndarray, np.ndarray]
-  probes: tuple[np.ndarray, np.ndarray, np.ndarray] | None
-  agreement: Mapping[int, tuple[float, float]]
-  num_tokens: int
-  num_sampled: int
-  penalty: float
-  seconds: float
-
-  def summary(self, rank: int, base_digest: str) -> LearnedExits:
-    """The numbers of the report."""
-    before, after = zip(*self.agreement.values(), strict=True)
-    layers, numbers = tuple(self.translators), (self.num_tokens, self.penalty, self.seconds)
-    return LearnedExits(layers, before, after, rank, *numbers, base_digest)
-
-  def parameters(self) -> dict[str, np.ndarray]:
-    """Paths and leaves of the decoder's parameter tree."""
-    flat = {}
-    for layer, (kernel, bias) in self.translators.items():
-      path = f"decoder/exit_translators/layers_{layer - 1}"
-      flat |= {f"{path}/kernel": kernel, f"{path}/bias": bias}
-    for layer, (kernel, bias, up) in self.propagation.items():
-      path = f"decoder/exit_propagation/layers_{layer - 1}"
-      flat |= {f"{path}/down/kernel": kernel, f"{path}/down/bias": bias}
-      flat[f"{path}/up/kernel"] = up
-    for name, leaf in zip(("kernel", "features", "bias"), self.probes or (), strict=False):
-      flat[f"decoder/exit_probes/{name}"] = leaf
-    for name, leaf in zip(("kernel", "bias"), self.classifier, strict=True):
-      flat[f"decoder/exit_classifier/{name}"] = leaf
-    return {path: np.asarray(leaf, np.float32) for path, leaf in flat.items()}
-
-
 def shortlist(tokens: Sequence[Sequence[int]], vocab_size: int) -> tuple[int, ...]:
   """The tokens that the full model writes most often, EOS included; at least two.
 
@@ -166,7 +114,7 @@ def fit(
   listed: Sequence[int] | None = None,
   seed: int = 0,
   progress: Progress,
-) -> ExitMaps:
+) -> tuple[dict[str, np.ndarray], LearnedExits]:
   """Fits translators, learned propagation, classifier and probes of some layers.
 
   Args:
@@ -179,36 +127,54 @@ def fit(
     seed: of the sample, the held-out texts and the training steps.
     progress: called with the share done in [0, 1].
 
+  Returns:
+    Leaves of the decoder's parameter tree by path, float32, and the report.
+
   Raises:
     ValueError: no token to learn from, or states that are not finite.
   """
   start = time.monotonic()
   config, layers = predictor.config, tuple(layers)
-  told = lambda done, of: progress(0.3 * done / of, f"states of text {done} of {of}")
-  sums, sample = _read_all(predictor, layers, texts, tokens, seed, told)
+  report = lambda done, of: progress(0.3 * done / of, f"states of text {done} of {of}")
+  sums, sample = _read_all(predictor, layers, texts, tokens, seed, report)
   penalty, starts = _ridge(sums, sample)
   heads = parameters.head_kernels(predictor.params, config)
   heads = [np.asarray(head[:, : predictor.vocabulary.vocab_size]) for head in heads]
   by_layer = [heads[layer - 1] if config.per_layer_heads else heads[0] for layer in layers]
-  told = lambda share, text: progress(0.3 + 0.6 * share, text)
-  trained = _train_translators(sample, by_layer, heads[-1], starts, seed, told)
+  report = lambda share, text: progress(0.3 + 0.6 * share, text)
+  translators = _train_translators(sample, by_layer, heads[-1], starts, seed, report)
   progress(0.9, "classifier and probes")
-  read, agrees, agreement, features = _held_out(sample, trained, by_layer, heads[-1], listed)
+  read, agrees, agreement, features = _held_out(
+    sample, translators, by_layer, heads[-1], listed
+  )
+  flat: dict[str, np.ndarray] = {}
+  for layer, translator, each in zip(layers, translators, sums, strict=True):
+    place = f"layers_{layer - 1}"
+    path = f"decoder/exit_translators/{place}"
+    flat[f"{path}/kernel"], flat[f"{path}/bias"] = translator
+    path = f"decoder/exit_propagation/{place}"
+    flat[f"{path}/down/kernel"], flat[f"{path}/down/bias"], flat[f"{path}/up/kernel"] = (
+      _low_rank(each, penalty, rank, config.num_decoder_layers - layer)
+    )
   weights, bias = _logistic(np.concatenate(read), np.concatenate(agrees))
-  return ExitMaps(
-    translators=dict(zip(layers, trained, strict=True)),
-    propagation={
-      layer: _low_rank(each, penalty, rank, config.num_decoder_layers - layer)
-      for layer, each in zip(layers, sums, strict=True)
-    },
-    classifier=(weights[:, None], np.array([bias])),
-    probes=_probes(read, agrees, features, layers, config.num_decoder_layers),
-    agreement=dict(zip(layers, agreement, strict=True)),
+  flat["decoder/exit_classifier/kernel"] = weights[:, None]
+  flat["decoder/exit_classifier/bias"] = np.array([bias])
+  if features:
+    probes = _probes(read, agrees, features, layers, config.num_decoder_layers)
+    for name, leaf in zip(("kernel", "features", "bias"), probes, strict=True):
+      flat[f"decoder/exit_probes/{name}"] = leaf
+  before, after = zip(*agreement, strict=True)
+  learned = LearnedExits(
+    layers,
+    before,
+    after,
+    rank,
     num_tokens=sum(map(len, tokens)),
-    num_sampled=len(sample.trains),
     penalty=penalty,
     seconds=time.monotonic() - start,
+    base_digest=parameters.base_digest(predictor.params),
   )
+  return {path: np.asarray(leaf, np.float32) for path, leaf in flat.items()}, learned
 
 
 # ---- The full model reading its own texts
@@ -499,9 +465,7 @@ def _held_out(sample: _Sample, maps: _Maps, heads, last_head, listed):
 
 
 def _probes(read, agrees, features, layers: Sequence[int], num_layers: int):
-  """Kernels, weights of features and biases, a column a layer; None without a shortlist."""
-  if not features:
-    return None
+  """Kernels [emb, L - 1], weights of features and biases of `evidence.Probes`."""
   emb_dim = read[0].shape[-1]
   made = np.zeros((emb_dim + evidence.NUM_FEATURES + 1, num_layers - 1))
   for layer, x, known, right in zip(layers, read, features, agrees, strict=True):

@@ -5,7 +5,7 @@ inference.json      prefix, lengths, measure, layers, schedule and grid
 calibration.json    the promise; or full_depth.json, with the reason
 summary.md, .html   the numbers, the curve, texts coloured by exit layer
 splits/             the rows of every part
-fit/                training runs, gin files, generations and results: a stopped run resumes
+fit/                training runs, generations and results: a stopped run resumes
 """
 
 import dataclasses

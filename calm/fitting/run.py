@@ -230,7 +230,7 @@ class Fit:
     base = parameters.base_digest(self.source.params)
 
     def learn() -> exit_maps.LearnedExits:
-      maps = exit_maps.fit(
+      maps, report = exit_maps.fit(
         source,
         [row.input for row in rows],
         tokens,
@@ -240,8 +240,8 @@ class Fit:
         seed=self.options.seed,
         progress=progress,
       )
-      checkpoints.save_exits(file, maps.parameters(), base)
-      return maps.summary(RANK, base)
+      checkpoints.save_exits(file, maps, base)
+      return report
 
     # The file is written first: a report without it was never stored.
     learned = self.folder.cache.get(exit_maps.LearnedExits, "exits", {"base": base}, learn)

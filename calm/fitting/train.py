@@ -1,23 +1,19 @@
-"""`train_all`: the stages one (Eq. 6), own and two, as gin files that `calm train` runs.
+"""`train_all`: stages one (Eq. 6), own and two, one after another.
 
 Stage own is Eq. 6's sum with equal weights on texts that the model itself writes, since the
 promise is about the full model's text (sequence-level distillation, Kim and Rush 2016); stage
-two trains the exit classifier and the probes only. A stage's gin file is written before the
-stage begins and is what trains, so the folder holds what ran; a stopped stage resumes from its
-checkpoint.
+two trains the exit classifier and the probes only. A stopped stage resumes from its checkpoint.
 """
 
 import dataclasses
 import json
 import math
 import pathlib
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jinja2
 import numpy as np
 
 from calm import exits, inference, storage, training
@@ -27,8 +23,7 @@ from calm.fitting import splits as splits_lib
 from calm.fitting.options import FitOptions
 from calm.inference import offline, result_cache
 from calm.t5 import network
-from calm.training import losses as losses_lib
-from calm.training import objectives, read_history, run
+from calm.training import losses, objectives, read_history, run, sources
 
 Progress = Callable[[float, str], None]
 Bucket = tuple[int, int]
@@ -40,12 +35,13 @@ _SHARES = {"one": 0.5, TEXTS: 0.15, "own": 0.25, "two": 0.1}
 BATCH, CHUNK = 64, 512
 OUTPUTS = "outputs.jsonl"
 _DENOISING_LENGTH, _LEAST_TEXT, _SHORTLIST = 96, 16, 512
-_STEPS = re.compile(r"^  num_steps = (\d{1,9})$.*^  eval_every = (\d{1,9})$", re.M | re.S)
 # A budget with room for fewer steps is refused; the least budget that is named has room for a
 # machine that is slower the next time.
 LEAST_STEPS, _ROOM = 20, 1.25
 # At most this share of a budget validates; a row of validation costs this share of a step's.
 _VALIDATIONS, _VALIDATING, _FORWARD = 8, 0.2, 0.4
+# Shares of the rows in the buckets of `buckets`.
+_BUCKET_SHARES = (0.4, 0.35, 0.25)
 
 
 def own_texts(
@@ -62,28 +58,27 @@ def own_texts(
   Args:
     predictor: the model under its limits and prefix.
     rows: to decode, in chunks of `CHUNK`.
-    folder: keeps the chunks.
+    folder: keeps a file a chunk.
     progress: called with the share done.
     name: of the chunks' files.
     seconds: after which no further chunk begins; None: all rows are decoded.
   """
+  predictor, begun = predictor.with_options(batch_size=BATCH), time.monotonic()
   folder.mkdir(parents=True, exist_ok=True)
-  predictor = predictor.with_options(batch_size=BATCH)
   found: list[dict[str, Any]] = []
-  begun = time.monotonic()
   for start in range(0, len(rows), CHUNK):
     if found and seconds is not None and time.monotonic() - begun > seconds:
       break
     chunk, file = rows[start : start + CHUNK], folder / f"{name}-{start:08d}.json"
 
-    def told(share: float, text: str, start: int = start, count: int = len(chunk)) -> None:
+    def report(share: float, text: str, start: int = start, count: int = len(chunk)) -> None:
       del text
       done = start + share * count
       progress(done / len(rows), f"{round(done)} of {len(rows)} rows")
 
     kept = storage.parse_json(storage.content(file)) if file.is_file() else {}
     if set(kept) != {row.id for row in chunk}:
-      records = offline.with_rule(predictor, chunk, exits.StaticExit(), progress=told)
+      records = offline.with_rule(predictor, chunk, exits.StaticExit(), progress=report)
       kept = {r.id: {"prediction": r.prediction, "tokens": r.tokens} for r in records}
       storage.write_atomically(file, json.dumps(kept, ensure_ascii=False) + "\n")
     found += [{"id": row.id, **kept[row.id]} for row in chunk]
@@ -159,12 +154,7 @@ def num_parameters(config: network.T5Config) -> int:
 
 
 def row_bytes(config: network.T5Config, bucket: Bucket) -> int:
-  """Approximate bytes of the float32 activations of one row in a training step.
-
-  Args:
-    config: sizes.
-    bucket: padded (input, target) lengths.
-  """
+  """Approximate bytes of the float32 activations of one row of (input, target) length."""
   read, written = bucket
   emb, mlp, heads = config.emb_dim, 5 * config.mlp_dim, config.num_heads
   width = heads * config.head_dim
@@ -201,6 +191,14 @@ def buckets(
 
 
 @dataclasses.dataclass(frozen=True)
+class Plan:
+  """Updates of a stage, and updates between two validations."""
+
+  num_steps: int
+  eval_every: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Trained:
   """The report of a stage.
 
@@ -221,7 +219,7 @@ class Trained:
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-  """Seconds of one update of a part of a batch of the longest rows; see `Stage.time_update`."""
+  """Seconds of one update of `rows` of the longest rows, of compiling, and of timing them."""
 
   rows: int
   seconds: float
@@ -239,9 +237,8 @@ class Stage:
     model: the same, opened under its limits and prefix.
     splits: rows.
     rows_folder: where `splits.write` wrote them.
-    folder: of the run; the gin file lies beside it.
+    folder: of the run.
     options: of the fit.
-    timed: an update, timed; None: it is timed where a budget needs it.
   """
 
   name: str
@@ -251,11 +248,6 @@ class Stage:
   rows_folder: pathlib.Path
   folder: pathlib.Path
   options: FitOptions
-  timed: Timed | None = None
-
-  @property
-  def gin_file(self) -> pathlib.Path:
-    return self.folder.with_suffix(".gin")
 
   @property
   def exported(self) -> pathlib.Path:
@@ -266,18 +258,19 @@ class Stage:
   def recipe(self) -> Recipe:
     return recipe(self.name, self.model.config, len(self.splits.train))
 
-  def train(self, progress: Progress, say: Callable[[str], None]) -> Trained:
-    """Trains or resumes; writes the gin file first where there is none.
+  @property
+  def sizes(self) -> network.T5Config:
+    """The network that is trained, with the parts that the stage adds."""
+    parts = dict.fromkeys(("exit_classifier", *self._objective().parts), True)
+    return dataclasses.replace(
+      self.model.config, dropout_rate=self.recipe.dropout_rate, one_hot_embedding=False, **parts
+    )
 
-    Raises:
-      ValueError: the gin file there, which is a program, is not the one that this writes.
-    """
-    start = time.monotonic()
-    if self.gin_file.exists():
-      self._check_stored()
-    else:
-      storage.write_atomically(self.gin_file, self.gin_text(progress, say))
-    total = 1
+  def train(self, plan: Plan, progress: Progress, say: Callable[[str], None]) -> Trained:
+    """Trains or resumes."""
+    start, total = time.monotonic(), 1
+    made, export = self.recipe, self._export()
+    objective = self._objective(export.shortlist)
 
     def begun(step: int, num_steps: int) -> None:
       nonlocal total
@@ -287,32 +280,55 @@ class Stage:
     def advance(step: int, scalars: dict[str, float]) -> None:
       progress(step / total, f"step {step} of {total}, loss {scalars['loss']:.3f}")
 
-    _run_gin(self.gin_file, self.folder, training.Listener(on_start=begun, on_step=advance))
+    run.train(
+      self._data(export),
+      objective,
+      training.TrainConfig(
+        num_steps=plan.num_steps,
+        schedule=training.Schedule(
+          peak=made.peak,
+          warmup_steps=min(made.warmup_steps, plan.num_steps // 5),
+          final_fraction=made.final_fraction,
+        ),
+        optimizer=getattr(training, made.optimizer),
+        seed=self.options.seed,
+        eval_every=plan.eval_every,
+        log_every=1,
+        patience=made.patience,
+        num_microbatches=microbatches(self.sizes, self._buckets()[-1], made.batch_size),
+      ),
+      export,
+      str(self.folder),
+      model=self.sizes,
+      initial=str(self.initial),
+      fresh=objective.parts,
+      listener=training.Listener(on_start=begun, on_step=advance),
+    )
     history = read_history(self.folder / "validation.json")
-    losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in history)
-    best = min(losses, key=lambda entry: entry[1])
-    note = f"Validation loss {losses[0][1]:.3f} at step {losses[0][0]}, best {best[1]:.3f} at"
-    note += f" {best[0]}; the recipe has {self.recipe.num_steps} steps."
-    say(f"Stage {self.name}: {losses[-1][0]} steps. {note}")
-    return Trained(self.name, losses[-1][0], time.monotonic() - start, losses, note)
+    by_step = tuple((int(entry["step"]), float(entry["loss"])) for entry in history)
+    best = min(by_step, key=lambda entry: entry[1])
+    note = (
+      f"Validation loss {by_step[0][1]:.3f} at step {by_step[0][0]}, best {best[1]:.3f} at"
+      f" {best[0]}; the recipe has {made.num_steps} steps."
+    )
+    say(f"Stage {self.name}: {by_step[-1][0]} steps. {note}")
+    return Trained(self.name, by_step[-1][0], time.monotonic() - start, by_step, note)
 
-  def gin_text(self, progress: Progress, say: Callable[[str], None]) -> str:
-    """The gin file, with as many steps as the budget allows."""
+  def plan(self, timed: Timed | None, say: Callable[[str], None]) -> Plan:
+    """As many steps as the budget allows, by a timed update; the recipe's without a budget."""
     steps, validations = self.recipe.num_steps, _VALIDATIONS
     if self.options.budget is not None:
-      timed = self.timed or self.time_update(progress)
-      each, overhead, validation = self._seconds(timed)
-      budget = self.options.budget * share_of(self.name, self.options)
-      room = max(0.0, budget - overhead)
+      each, overhead, validation = self._seconds(timed or self.time_update())
+      room = max(0.0, self.options.budget * share_of(self.name, self.options) - overhead)
       validations = int(np.clip(_VALIDATING * room / validation, 1, _VALIDATIONS))
       least, most = min(LEAST_STEPS, steps), 10 * steps
-      made = int(np.clip((room - validations * validation) / each, least, most))
+      affordable = int(np.clip((room - validations * validation) / each, least, most))
       say(
-        f"Stage {self.name}: {each:.2f} s a step, {made} steps in the budget (the recipe has"
-        f" {steps}: {_time(steps * each + overhead)})."
+        f"Stage {self.name}: {each:.2f} s a step, {affordable} steps in the budget (the recipe"
+        f" has {steps}: {_time(steps * each + overhead)})."
       )
-      steps, validations = made, min(validations, made)
-    return self._render(steps, -(-steps // validations))
+      steps, validations = affordable, min(validations, affordable)
+    return Plan(steps, -(-steps // validations))
 
   def least_budget(self, timed: Timed) -> float:
     """Seconds of a whole fit's budget in which this stage makes `LEAST_STEPS` steps."""
@@ -320,16 +336,12 @@ class Stage:
     steps = min(LEAST_STEPS, self.recipe.num_steps)
     return (overhead + validation + steps * each) / share_of(self.name, self.options)
 
-  def time_update(self, progress: Progress) -> Timed:
+  def time_update(self) -> Timed:
     """Compiles and times an update of a part of a batch of the longest rows, at rate 0."""
     begun = time.perf_counter()
-    bucket, made, objective = self._buckets()[-1], self.recipe, self._objective
-    if isinstance(objective, objectives.LayerWeighted):
-      objective = dataclasses.replace(objective, sampled_layers=made.sampled_layers)
-    model = dataclasses.replace(
-      self.model.config, exit_classifier=True, dropout_rate=made.dropout_rate
-    )
-    start = run.starting_point(model, str(self.initial), 0, parts=objective.parts)
+    bucket, made = self._buckets()[-1], self.recipe
+    objective = self._objective(range(min(_SHORTLIST, self.model.config.vocab_size)))
+    start = run.starting_point(self.sizes, str(self.initial), 0, parts=objective.parts)
     rows = made.batch_size // microbatches(start.model, bucket, made.batch_size)
     config = training.TrainConfig(
       num_steps=100,
@@ -339,13 +351,10 @@ class Stage:
     net = network.Transformer(start.model)
     step = training.make_train_step(net, config, objective, start.params)
     state = training.init_state(start.params, config, objective)
-    batch = training_batches.pad_batch(
-      [(np.ones(bucket[0], np.int32), np.ones(bucket[1], np.int32))] * rows,
-      training_batches.Bucket(*bucket),
-    )
+    row = np.ones(bucket[0], np.int32), np.ones(bucket[1], np.int32)
+    batch = training_batches.pad_batch([row] * rows, training_batches.Bucket(*bucket))
     times = []
-    for text in (f"compiling for {bucket[0]} tokens", "timing a step", "timing a step"):
-      progress(0.0, text)
+    for _ in range(3):
       since = time.perf_counter()
       state, metrics = step(state, batch)
       jax.block_until_ready(metrics)
@@ -355,123 +364,74 @@ class Stage:
 
   def _seconds(self, timed: Timed) -> tuple[float, float, float]:
     """Seconds of a step, on average over lengths, of timing and compiling, of a validation."""
-    found, longest = self._buckets(), row_bytes(self.model.config, self._buckets()[-1])
-    lengths = [row_bytes(self.model.config, bucket) / longest for bucket in self._plan(found)]
-    each = float(np.mean(lengths)) * timed.seconds * self.recipe.batch_size / timed.rows
+    found = self._buckets()
+    size = [row_bytes(self.model.config, bucket) for bucket in found]
+    shares = np.array(_BUCKET_SHARES[-len(found) :])
+    average = float(np.average(size, weights=shares)) / size[-1]
+    each = average * timed.seconds * self.recipe.batch_size / timed.rows
     overhead = timed.spent + timed.compiling * (1 + len(found))  # and one that validates
     count = len(self.splits.validation)
     return each, overhead, _FORWARD * timed.seconds * count / timed.rows
 
-  def _plan(self, found: Sequence[Bucket]) -> list[Bucket]:
-    """The bucket of every step of an epoch."""
-    inputs, targets = self._tokens()
-    source = training_batches.Supervised(
-      training_batches.Ragged(inputs),
-      training_batches.Ragged(targets),
-      tuple(training_batches.Bucket(*bucket) for bucket in found),
-      self.recipe.batch_size,
-      self.options.seed,
-    )
-    return [dataclasses.astuple(bucket) for _, bucket in source.epoch_plan(0)]
-
-  def _tokens(self) -> tuple[list[list[int]], list[list[int]]]:
-    encode, eos_id = self.model.vocabulary.encode, self.model.eos_id
-    prefix, rows = self.model.options.task_prefix, self.splits.train
-    inputs = [[*encode(prefix + row.input), eos_id] for row in rows]
-    targets = [row.targets[0] if row.targets else "" for row in rows]
-    return inputs, [[*encode(text), eos_id] for text in targets]
-
   def _buckets(self) -> tuple[Bucket, ...]:
-    inputs, targets = self._tokens()
-    options = self.model.options
-    limits = (options.max_input_length, options.max_decode_length)
-    return buckets([*map(len, inputs)], [*map(len, targets)], limits)
+    encode, options = self.model.vocabulary.encode, self.model.options
+    rows = self.splits.train
+    inputs = [len(encode(options.task_prefix + row.input)) + 1 for row in rows]
+    targets = [len(encode(row.targets[0] if row.targets else "")) + 1 for row in rows]
+    return buckets(inputs, targets, (options.max_input_length, options.max_decode_length))
 
-  def _check_stored(self) -> None:
-    """Only the numbers of steps, which a budget set, may differ from what would be written."""
-    text = storage.content(self.gin_file).decode("utf-8", "replace")
-    numbers = _STEPS.search(text)
-    if numbers is None or text != self._render(*map(int, numbers.groups())):
-      raise ValueError(
-        f"Expected {str(self.gin_file)!r} to be the gin file that this fit wrote, got another:"
-        " it was edited, moved, or written by another version, and a gin file can run any"
-        " program; choose a new folder, or run it yourself with `calm train --gin_file`."
-      )
-
-  @property
-  def _objective(self) -> objectives.Objective:
-    """What the stage minimises."""
+  def _objective(self, shortlist: Sequence[int] = (0, 1)) -> objectives.Objective:
+    """What the stage minimises; probes read `shortlist`."""
+    if self.name == "two":
+      if self.model.config.per_layer_heads:  # no single head to read a shortlist with
+        return objectives.ExitClassifier()
+      return objectives.ExitProbes(tuple(shortlist), classifier=True)
+    sampled = self.recipe.sampled_layers
     if self.name == "one":
-      return objectives.LayerWeighted()
-    if self.name == "own":
-      return objectives.LayerWeighted(losses_lib.equal_weights)
-    if self.model.config.per_layer_heads:  # no single head to read a shortlist with
-      return objectives.ExitClassifier()
-    listed = range(min(_SHORTLIST, self.model.config.vocab_size))
-    return objectives.ExitProbes(tuple(listed), classifier=True)
+      return objectives.LayerWeighted(sampled_layers=sampled)
+    return objectives.LayerWeighted(losses.equal_weights, sampled_layers=sampled)
 
-  def _render(self, num_steps: int, eval_every: int) -> str:
-    """The gin file with these numbers of steps."""
-    made, found, objective = self.recipe, self._buckets(), self._objective
-    validation = len(self.splits.validation)
-    parts = microbatches(self.model.config, found[-1], made.batch_size)
+  def _export(self) -> run.Export:
+    vocabulary, (inputs, targets) = self.model.vocabulary, self._buckets()[-1]
+    train = str(self.rows_folder / "train.jsonl")
+    return run.Export(
+      vocabulary=vocabulary,
+      task_prefix=self.model.options.task_prefix,
+      max_input_length=inputs,
+      max_decode_length=targets,
+      shortlist=sources.frequent_tokens((train,), vocabulary, _SHORTLIST),
+    )
+
+  def _data(self, export: run.Export) -> run.Data:
+    made, found, vocabulary = self.recipe, self._buckets(), export.vocabulary
+    seed, validation = self.options.seed, len(self.splits.validation)
     # Without gradients one layer's activations live at a time.
-    validation_batch = min(made.batch_size, validation, 4 * made.batch_size // parts)
-    sizes = dataclasses.asdict(self.model.config)
-    sizes |= {"dropout_rate": made.dropout_rate, "exit_classifier": True}
-    sizes |= dict.fromkeys(objective.parts, True) | {"one_hot_embedding": False}
+    parts = microbatches(self.model.config, found[-1], made.batch_size)
+    rows = min(made.batch_size, validation, 4 * made.batch_size // parts)
     outputs = self.rows_folder / OUTPUTS
-    absolute = lambda path: str(path.absolute())
-    environment = jinja2.Environment(
-      loader=jinja2.PackageLoader("calm.fitting", "templates"),
-      trim_blocks=True,
-      lstrip_blocks=True,
-      undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["gin"] = repr
-    return environment.get_template("stage.gin.j2").render(
-      name=self.name,
-      file=absolute(self.gin_file),
-      train=absolute(self.rows_folder / "train.jsonl"),
-      validation=absolute(self.rows_folder / "validation.jsonl"),
-      initial=absolute(self.initial),
-      outputs=absolute(outputs) if outputs.is_file() else "",
-      sizes=sizes,
-      fresh=objective.parts,
-      objective=type(objective).__name__,
-      recipe=made,
-      num_steps=num_steps,
-      num_microbatches=parts,
-      warmup_steps=min(made.warmup_steps, num_steps // 5),
-      seed=self.options.seed,
-      eval_every=eval_every,
-      validation_batches=max(1, validation // validation_batch),
-      validation_batch=validation_batch,
-      prefix=self.model.options.task_prefix,
-      buckets=found,
-      denoises=self._denoises(),
-      denoising_length=_DENOISING_LENGTH,
-      shortlist=_SHORTLIST,
-    )
+    common = {
+      "prefix": export.task_prefix,
+      "seed": seed,
+      "outputs": str(outputs) if outputs.is_file() else "",
+    }
+    path = str(self.rows_folder / "train.jsonl")
+    train: Any = sources.supervised(path, vocabulary, found, made.batch_size, **common)
+    if made.denoising and self._denoises():
+      denoising = sources.denoising(
+        ((path, ""),), vocabulary, _DENOISING_LENGTH, made.batch_size, seed=seed + 1
+      )
+      counts = (10, made.denoising)
+      train = training_batches.Mixture((train, denoising), counts, seed)
+    path = str(self.rows_folder / "validation.jsonl")
+    held_out = sources.supervised(path, vocabulary, found[-1:], rows, **common)
+    return run.Data(train, {"rows": held_out}, {"rows": max(1, validation // rows)})
 
   def _denoises(self) -> bool:
     """Whether span corruption has the sentinels and the texts that it needs."""
     sentinels = getattr(self.model.vocabulary, "extra_ids", 0)
     texts = {row.input for row in self.splits.train}
     long = sum(len(self.model.vocabulary.encode(text)) >= _LEAST_TEXT for text in texts)
-    enough = long >= self.recipe.batch_size and sentinels >= _DENOISING_LENGTH * 0.15 / 3 + 1
-    return bool(self.recipe.denoising) and enough
-
-
-def _run_gin(file: pathlib.Path, output_dir: pathlib.Path, listener: training.Listener) -> None:
-  import gin
-
-  gin.clear_config()
-  try:
-    gin.parse_config_files_and_bindings([str(file)], [])
-    gin.get_configurable(run.train)(listener=listener, output_dir=str(output_dir))
-  finally:
-    gin.clear_config()
+    return long >= self.recipe.batch_size and sentinels >= _DENOISING_LENGTH * 0.15 / 3 + 1
 
 
 # ---- All stages
@@ -509,7 +469,7 @@ def time_stages(
   for name in options.trains:
     say(f"A step of stage {name} is compiled and timed to plan the budget.")
     stage = Stage(name, initial, source, splits, here, here, options)
-    timed[name] = stage.time_update(lambda share, text: None)
+    timed[name] = stage.time_update()
     least[name] = stage.least_budget(timed[name])
   short = max(least, key=lambda name: least[name], default=None)
   if short is not None and least[short] > options.budget:
@@ -546,7 +506,7 @@ def train_stages(
     output: folder of the fit; `splits` are written in it.
     options: of the fit.
     timed: see `time_stages`.
-    cache: reports of finished stages.
+    cache: plans, and reports of finished stages.
     step: called with the title of a step; returns its progress callback.
     say: called with a sentence.
 
@@ -560,10 +520,11 @@ def train_stages(
       rows_folder = work / "own_texts"
       rows = write_own_texts(predictor, splits, rows_folder, options, step(DECODE_TEXTS), say)
     folder = work / f"stage_{name}"
-    stage = Stage(name, initial, predictor, rows, rows_folder, folder, options, timed.get(name))
-    told = step(f"Train stage {name}")
-    key = {"initial": str(initial)}
-    train = lambda stage=stage, told=told: stage.train(told, say)
+    stage = Stage(name, initial, predictor, rows, rows_folder, folder, options)
+    report, key = step(f"Train stage {name}"), {"initial": str(initial)}
+    make = lambda stage=stage: stage.plan(timed.get(stage.name), say)
+    plan = cache.get(Plan, f"plan_{name}", key, make)
+    train = lambda stage=stage, plan=plan, report=report: stage.train(plan, report, say)
     done.append(cache.get(Trained, f"stage_{name}", key, train))
     initial = stage.exported
     predictor = inference.load(initial, batch_size=options.batch_size)
@@ -589,13 +550,13 @@ def write_own_texts(
   shares = {"validation": (0.0, count), "train": (count, 1.0 - count)}
   for name, (start, size) in shares.items():
     given = getattr(splits, name)
-    told = lambda share, text, start=start, size=size: progress(start + size * share, text)
+    report = lambda share, text, start=start, size=size: progress(start + size * share, text)
     limit = seconds if name == "train" else None
-    made = own_texts(predictor, given, folder, told, name=name, seconds=limit)
-    lines += [json.dumps(entry) + "\n" for entry in made]
+    texts = own_texts(predictor, given, folder, report, name=name, seconds=limit)
+    lines += [json.dumps(entry) + "\n" for entry in texts]
     parts[name] = tuple(
       dataclasses.replace(row, targets=(entry["prediction"],))
-      for row, entry in zip(given, made, strict=False)
+      for row, entry in zip(given, texts, strict=False)
     )
   replaced = dataclasses.replace(splits, **parts)
   splits_lib.write(folder, replaced, names=tuple(parts))
