@@ -29,7 +29,11 @@ from calm.paper.bench import bench, scores, tasks
 from calm.paper.experiments import gains
 
 MEASURES = (
-  *("softmax@2,4", "softmax@2,3,4", "shortlist@2,4", "entropy@2,4", "patience@2,4"),
+  *(
+    "softmax@2,4",
+    "softmax@2,3,4",
+    "shortlist@2,4",
+  ),
   *("classifier", "probe@2,4", "probe@2,3,4"),
 )
 DELTAS = (0.02, 0.1, 0.25)

@@ -83,7 +83,7 @@ def main() -> None:
   parser.add_argument(
     "--measures",
     nargs="+",
-    default=["softmax", "entropy", "patience", "state", "classifier", "probe"],
+    default=["softmax", "state", "classifier", "probe"],
   )
   parser.add_argument("--limit", type=int, default=300, help="prompts of a task")
   parser.add_argument("--batch_size", type=int, default=50)

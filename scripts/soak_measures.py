@@ -4,7 +4,7 @@ against itself alone.
 Where they differ, the first difference has to be a tie: the text alone comes out so too at a
 threshold within 1e-5, or the two likeliest tokens of that exit are as near to each other. That
 holds for measures of any kind, since no confidence is taken for a margin. A flip that is
-neither fails, `patience` between two shortlists that agree by a hair included.
+neither fails.
 """
 
 import collections

@@ -50,26 +50,9 @@ def certainty(logits: np.ndarray) -> float:
   return float(1 + np.sum(np.exp(real) * real) / math.log(len(real)))
 
 
-def entropy_confidence(model: network.Model, states: Sequence[np.ndarray], layer: int) -> float:
-  """Certainty of the full head."""
-  return certainty(network.head_logits(model, layer, states[layer]))
-
-
 def listed_logits(model: network.Model, states: Sequence[np.ndarray], layer: int) -> np.ndarray:
   """Of the pieces on the shortlist."""
   return network.head_logits(model, layer, states[layer])[list(model.shortlist)]
-
-
-def patience_confidence(
-  model: network.Model, states: Sequence[np.ndarray], layer: int
-) -> float:
-  """The lesser probability of the listed piece that two layers put first, or 0."""
-  if layer == 1:
-    return 0.0
-  now, before = (
-    np.exp(network.log_softmax(listed_logits(model, states, i))) for i in (layer, layer - 1)
-  )
-  return float(min(now.max(), before.max())) if now.argmax() == before.argmax() else 0.0
 
 
 def probe_confidence(model: network.Model, states: Sequence[np.ndarray], layer: int) -> float:
@@ -95,8 +78,6 @@ def probe_confidence(model: network.Model, states: Sequence[np.ndarray], layer: 
 
 MEASURES: Mapping[str, Measure] = {
   "softmax": softmax_confidence,
-  "entropy": entropy_confidence,
-  "patience": patience_confidence,
   "state": state_confidence,
   "classifier": classifier_confidence,
   "probe": probe_confidence,

@@ -164,8 +164,6 @@ def _slack_grid() -> np.ndarray:
 _DEFAULT_GRIDS: Mapping[str, Callable[[], np.ndarray]] = {
   "softmax": _even_grid,
   "shortlist": _even_grid,
-  "entropy": _even_grid,
-  "patience": _even_grid,
   "classifier": _even_grid,
   "probe": _even_grid,
   "state": _toward_one_grid,

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--measure",
     metavar="NAME",
-    help="softmax, shortlist, entropy, patience, state, classifier (default: the model's own)",
+    help="softmax, shortlist, state, classifier (default: the model's own)",
   )
   parser.add_argument(
     "--exit_layers",

@@ -103,7 +103,7 @@ def _add_exits(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--measure",
     metavar="NAME",
-    help="softmax, state, shortlist, entropy, patience; classifier and probe, which are trained"
+    help="softmax, state, shortlist; classifier and probe, which are trained"
     " (default: the model's own, or softmax); or verified: exact decoding with slack,"
     " --exit_layers being the one layer that drafts",
   )

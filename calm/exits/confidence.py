@@ -30,7 +30,6 @@ class LayerView:
     logits: () -> float32 logits of the full head at this layer, [batch, vocab].
     exit_logit: () -> pre-sigmoid output of the exit classifier, [batch].
     shortlist_logits: () -> float32 logits of the shortlist only, [batch, shortlist].
-    previous_shortlist_logits: () -> the same of the layer before, from d^{i-1}.
     probe_logit: () -> pre-sigmoid output of this layer's own probe, [batch].
   """
 
@@ -40,7 +39,6 @@ class LayerView:
   logits: Callable[[], jax.Array]
   exit_logit: Callable[[], jax.Array]
   shortlist_logits: Callable[[], jax.Array] = _not_given
-  previous_shortlist_logits: Callable[[], jax.Array] = _not_given
   probe_logit: Callable[[], jax.Array] = _not_given
 
 
@@ -103,19 +101,6 @@ def certainty(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch"]:
   mean = jnp.sum(weights * jnp.maximum(below, -1e4), axis=-1) / total
   most = jnp.log(jnp.sum((below > -jnp.inf).astype(jnp.float32), axis=-1))
   return jnp.clip(1.0 - (jnp.log(total) - mean) / jnp.maximum(most, 1e-6), 0.0, 1.0)
-
-
-def shared_top(
-  logits: Float[Array, "*batch tokens"], others: Float[Array, "*batch tokens"]
-) -> Float[Array, "*batch"]:
-  """The lesser of two softmaxes' probabilities of the token that both put first; 0 where they
-  put different ones first."""
-  top, other = (jnp.max(x, axis=-1, keepdims=True) for x in (logits, others))
-  agree = jnp.any((logits == top) & (others == other), axis=-1)
-  first, second = (
-    1.0 / jnp.sum(jnp.exp(x - t), axis=-1) for x, t in ((logits, top), (others, other))
-  )
-  return jnp.where(agree, jnp.minimum(first, second), 0.0)
 
 
 def cosine_similarity(
@@ -195,40 +180,6 @@ class Classifier:
 
 
 @dataclasses.dataclass(frozen=True)
-class Entropy:
-  """`certainty` of the full head at every allowed layer."""
-
-  name: ClassVar[str] = "entropy"
-  uses_head: ClassVar[bool] = True
-  uses_shortlist: ClassVar[bool] = False
-  part: ClassVar[str | None] = None
-  bound = None
-
-  def __call__(self, view: LayerView) -> jax.Array:
-    return certainty(view.logits())
-
-
-@dataclasses.dataclass(frozen=True)
-class Patience:
-  """`shared_top` of two layers running, over a short list of likely tokens; 0 at layer 1.
-
-  The patience of Zhou et al. (PABEE, NeurIPS 2020) is a count of layers that agree; here two
-  have to, and how sure they are can be compared with a threshold.
-  """
-
-  name: ClassVar[str] = "patience"
-  uses_head: ClassVar[bool] = False
-  uses_shortlist: ClassVar[bool] = True
-  part: ClassVar[str | None] = None
-  bound = None
-
-  def __call__(self, view: LayerView) -> jax.Array:
-    if view.layer == 1:  # as for the state: there is no layer before
-      return jnp.zeros(view.hidden.shape[:-1], jnp.float32)
-    return shared_top(view.shortlist_logits(), view.previous_shortlist_logits())
-
-
-@dataclasses.dataclass(frozen=True)
 class Probe:
   """sigmoid of each layer's own linear probe of its state and of what a shortlist says of it.
 
@@ -247,9 +198,10 @@ class Probe:
 
 
 MEASURES: Mapping[str, Measure] = {
-  m.name: m
-  for m in (Softmax(), Shortlist(), Entropy(), Patience(), State(), Classifier(), Probe())
+  m.name: m for m in (Softmax(), Shortlist(), State(), Classifier(), Probe())
 }
+# Measures of earlier versions, which files of theirs may name.
+_REMOVED = ("entropy", "patience")
 
 
 def lacking(measure: Measure, parts: Collection[str], shortlist: bool) -> str | None:
@@ -268,6 +220,11 @@ def lacking(measure: Measure, parts: Collection[str], shortlist: bool) -> str | 
 @arguments.checked()
 def measure(name: str) -> Measure:
   """The measure of this name; ValueError names the choices."""
+  if name in _REMOVED:
+    raise ValueError(
+      f"Expected a measure of this version, got {name!r}, which calm 0.1 had; calibrate again"
+      " with 'softmax' or 'probe', or serve with calm 0.1."
+    )
   if name not in MEASURES:
     raise ValueError(f"Expected `measure` to be one of {sorted(MEASURES)}, got {name!r}.")
   return MEASURES[name]

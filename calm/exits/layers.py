@@ -50,8 +50,8 @@ def no_shortlist(read: jax.Array) -> jax.Array:
   """What a model without a shortlist says when it is asked for one."""
   del read
   raise ValueError(
-    "Expected a shortlist of likely tokens for the measure 'shortlist', 'patience' or 'probe',"
-    " got a model without; give `shortlist` (token ids), or use the measure 'softmax'."
+    "Expected a shortlist of likely tokens for the measure 'shortlist' or 'probe', got"
+    " a model without; give `shortlist` (token ids), or use the measure 'softmax'."
   )
 
 

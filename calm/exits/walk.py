@@ -161,7 +161,6 @@ class Walk:
     """Confidence of every row after `layer`, and its logits where they are chosen inside."""
     layers, hidden = self.layers, state.hidden
     read = lambda: layers.read(layer, hidden)
-    before = lambda: layers.read(layer - 1, previous)
     view = confidence_lib.LayerView(
       layer,
       hidden,
@@ -169,7 +168,6 @@ class Walk:
       logits=lambda: layers.logits(layer, read()),
       exit_logit=lambda: layers.exit_logit(read()),
       shortlist_logits=lambda: layers.shortlist_logits(read()),
-      previous_shortlist_logits=lambda: layers.shortlist_logits(before()),
       probe_logit=lambda: layers.probe_logit(layer, read(), hidden, previous),
     )
     if not last and self.measure.bound is not None:

@@ -34,9 +34,6 @@ _TOP = (0.999, 0.9975, 0.995, 0.99)  # a measure may be right at its very highes
 # ROUGE-L distance of two texts over the share of tokens from their first difference on; between
 # 0.64 and 0.67 from one token in twenty to one in two, for the model in the box on synopses.
 _CHANGED = 2 / 3
-# Nowhere clearly ahead of 'softmax' and 'probe', which cost as much, on the three tasks of the
-# model in the box (scripts/rank_measures.py).
-_LEFT_OUT = ("entropy", "patience")
 # Losses at which a grid has its points, as multiples of the tolerance.
 _COARSE = (0.1, 0.3, 0.6, 0.9, 1.2, 1.8, 3.0)
 _FINE = (0.1, 0.2, 0.3, 0.4, 0.5, *(0.55 + 0.05 * i for i in range(14)), 1.4, 1.7, 2.0)
@@ -120,7 +117,7 @@ def measures(predictor: inference.Predictor) -> tuple[str, ...]:
   return tuple(
     name
     for name, measure in confidence.MEASURES.items()
-    if name not in _LEFT_OUT and confidence.lacking(measure, trained, listed) is None
+    if confidence.lacking(measure, trained, listed) is None
   )
 
 
@@ -243,7 +240,6 @@ def _reader(config: network.T5Config, names, num_pieces: int, shortlist: tuple[i
         logits=lambda logits=logits: logits,
         exit_logit=lambda layer=layer: exit_logit(layer),
         shortlist_logits=lambda layer=layer: listed(layer),
-        previous_shortlist_logits=lambda layer=layer: listed(layer - 1),
         probe_logit=lambda layer=layer, previous=previous: probe_logit(layer, previous),
       )
       columns.append((best == last, *(confidence.measure(name)(view) for name in names)))

@@ -42,8 +42,8 @@ class DecodeOptions:
       'verified' the one layer that drafts.
     propagation: what skipped layers store; 'exit_state' is the paper's, 'learned' predicts it
       with the model's `exit_propagation`.
-    shortlist: token ids, most likely first, for the measures 'shortlist', 'patience' and
-      'probe', and for drafts.
+    shortlist: token ids, most likely first, for the measures 'shortlist' and 'probe',
+      and for drafts.
     task_prefix: text put before every prompt.
     max_input_length: tokens of a prompt that are read, EOS included.
     max_decode_length: most tokens generated, EOS included. On a CPU texts that end long before

@@ -220,9 +220,6 @@ def _measure_costs(
     return head, Cost()
   if isinstance(measure, confidence_lib.Classifier):
     return Cost(2.0 * emb, 4.0 * emb), head
-  if isinstance(measure, confidence_lib.Patience):
-    # Both layers' states meet the list, which is read once.
-    return shortlist + Cost(shortlist.flops), head
   if measure.uses_shortlist:
     return shortlist + Cost(10.0 * emb, 4.0 * emb), head
   return Cost(6.0 * emb), head

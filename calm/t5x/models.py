@@ -101,7 +101,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
         `exits.Verified` needs `decode_fn=greedy_decode`.
       threshold: lambda where `decoder_params` gives none. At `NEVER_EXIT` nothing is measured:
         the program is the full model's.
-      shortlist: likely tokens, for the measures 'shortlist', 'patience' and 'probe'.
+      shortlist: likely tokens, for the measures 'shortlist' and 'probe'.
       objective: the training stage; None is Eq. 6 with this `z_loss`.
       engine: how decode steps run, as in `program.Program`; None takes the fastest for the
         rows that a device decodes.

@@ -16,8 +16,8 @@ from tests.decode import hlo, hlo_test
 
 NEVER = schedules.NEVER_EXIT
 PROMPTS = toys.prompts(5, batch=23, length=12, num_pieces=toys.Config().num_pieces)
-STATE, CLASSIFIER, PATIENCE = (
-  confidence.MEASURES[name] for name in ("state", "classifier", "patience")
+STATE, CLASSIFIER, SOFTMAX = (
+  confidence.MEASURES[name] for name in ("state", "classifier", "softmax")
 )
 LEARNED = exits.DynamicExits(CLASSIFIER, propagation=propagation.Learned())
 COMPACTED = engines.Compacted(buckets=(2,))
@@ -59,7 +59,7 @@ def decode(toy, rule, threshold, made=None, tokens=PROMPTS, size=4):
   ("rule", "made"),
   [
     (LEARNED, engines.Deferred(8)),
-    (exits.DynamicExits(PATIENCE, engine.DECAYING), engines.Eager()),
+    (exits.DynamicExits(SOFTMAX, engine.DECAYING), engines.Eager()),
     (exits.DynamicExits(STATE, engine.DECAYING, (2, 3)), COMPACTED),
     (exits.StaticExit(), engines.Eager()),
   ],

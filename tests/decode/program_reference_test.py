@@ -8,9 +8,8 @@ from calm.decode import engines
 from calm.exits import confidence, propagation, schedules
 from tests import engine
 
-SOFTMAX, STATE, CLASSIFIER, ENTROPY, PATIENCE, PROBE = (
-  confidence.MEASURES[name]
-  for name in ("softmax", "state", "classifier", "entropy", "patience", "probe")
+SOFTMAX, STATE, CLASSIFIER, PROBE = (
+  confidence.MEASURES[name] for name in ("softmax", "state", "classifier", "probe")
 )
 CONSTANT, DECAYING = schedules.Constant(), engine.DECAYING
 EXIT, FIRST, COPY = (
@@ -34,8 +33,7 @@ DYNAMIC = [
   (CLASSIFIER, DECAYING, None, FIRST, TIED),
   (CLASSIFIER, CONSTANT, (1, 3), FIRST, HEADS),
   (CLASSIFIER, DECAYING, (2,), COPY, {}),
-  (ENTROPY, CONSTANT, None, EXIT, {}),
-  (PATIENCE, DECAYING, None, FIRST, TIED),
+  (PROBE, DECAYING, None, FIRST, TIED),
   (PROBE, CONSTANT, None, EXIT, {}),
 ]
 

@@ -1,7 +1,5 @@
 """Confidence measures: laws, numbers by hand, and laziness."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,21 +95,10 @@ def test_certainty_by_hand():
   # H is 1 bit of 1, as minus infinity is none of the pieces; then 2 of 2; then none at all.
   np.testing.assert_allclose(confidence.certainty(halves), [0.0, 0.0, 1.0], atol=1e-6)
   logits = jnp.log(jnp.array([[0.5, 0.25, 0.125, 0.125]]))  # 1.75 bits of 2
-  np.testing.assert_allclose(confidence.Entropy()(view(logits=logits)), [0.125], atol=1e-6)
+  np.testing.assert_allclose(confidence.certainty(logits), [0.125], atol=1e-6)
   many = 20 * jax.random.normal(jax.random.key(3), (500, 30))
   got = confidence.certainty(many)
   assert got.min() >= 0 and got.max() <= 1 and np.isfinite(got).all()
-
-
-def test_patience_wants_two_layers_to_put_the_same_piece_first():
-  now = jnp.log(jnp.array([[0.6, 0.3, 0.1], [0.6, 0.3, 0.1], [0.4, 0.4, 0.2]]))
-  before = jnp.log(jnp.array([[0.5, 0.4, 0.1], [0.3, 0.6, 0.1], [0.1, 0.8, 0.1]]))
-  seen = lambda layer: dataclasses.replace(
-    view(layer), shortlist_logits=lambda: now, previous_shortlist_logits=lambda: before
-  )
-  # Of two that are tied, either may be the one that the layer before had first.
-  np.testing.assert_allclose(confidence.Patience()(seen(2)), [0.5, 0.0, 0.4], atol=1e-6)
-  assert confidence.Patience()(view(layer=1)).tolist() == [0.0]
 
 
 def test_a_probe_is_one_linear_map_a_layer_of_state_and_evidence():
@@ -132,11 +119,13 @@ def test_a_probe_is_one_linear_map_a_layer_of_state_and_evidence():
 
 
 def test_measures_are_found_by_name():
-  heads = {"softmax": True, "entropy": True, "state": False, "classifier": False}
-  heads |= {"patience": False, "probe": False}
+  heads = {"softmax": True, "probe": False, "state": False, "classifier": False}
   assert set(heads) <= set(confidence.MEASURES)
   for name, measure in confidence.MEASURES.items():
     assert confidence.measure(name) is measure and measure.name == name
     assert measure.uses_head == heads.get(name, measure.uses_head)
   with pytest.raises(ValueError, match=r"`measure`.*'classifier'.*'state'.*'margin'"):
     confidence.measure("margin")
+  for removed in ("entropy", "patience"):
+    with pytest.raises(ValueError, match="calibrate again"):
+      confidence.measure(removed)

@@ -12,8 +12,8 @@ from calm.decode.engines import deferred
 from calm.exits import confidence, propagation, schedules
 from tests import engine
 
-SOFTMAX, STATE, CLASSIFIER, PATIENCE, PROBE = (
-  confidence.MEASURES[name] for name in ("softmax", "state", "classifier", "patience", "probe")
+SOFTMAX, STATE, CLASSIFIER, PROBE = (
+  confidence.MEASURES[name] for name in ("softmax", "state", "classifier", "probe")
 )
 FIRST, LEARNED = map(propagation.propagation, ("first_state", "learned"))
 # Of 8 rows: chunks of 4 and 1 positions, of 1, and of the whole length (which overlaps).
@@ -23,7 +23,6 @@ RULES = [
   (exits.DynamicExits(STATE, allowed=(2, 3)), 512),
   (exits.DynamicExits(CLASSIFIER), 1),
   (exits.DynamicExits(PROBE, allowed=(2, 3)), 32),
-  (exits.DynamicExits(PATIENCE), 32),
   (exits.DynamicExits(CLASSIFIER, allowed=(1, 3), propagation=FIRST), 512),
   (exits.DynamicExits(SOFTMAX, allowed=(1, 3), propagation=LEARNED), 1),
   (exits.DynamicExits(CLASSIFIER, propagation=LEARNED), 32),
