@@ -1,12 +1,13 @@
-"""The one writer of files: whole or not at all, and only regular files are ever replaced."""
+"""Files are written whole or not at all, one writer at a time; what is read is bounded."""
 
 import ast
 import errno
+import importlib.util
+import json
 import os
 import pathlib
 import re
 import secrets
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +16,9 @@ import time
 import pytest
 
 from calm import storage
+from calm.calibrate import generations
+from calm.calibrate.generations import mending
+from tests.calibrate import small_cache
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "calm"
 
@@ -31,12 +35,8 @@ def test_a_file_is_replaced_whole_and_nothing_is_left(tmp_path):
   assert path.read_bytes() == b"\xfftwo" and path.stat().st_mode & 0o777 == 0o640
   storage.write_atomically(tmp_path / ("é" * 100), "long names too")
   assert names(tmp_path) == {"a.txt", "é" * 100}
-
-
-def test_a_new_file_has_the_permissions_that_any_program_gives(tmp_path):
-  storage.write_atomically(tmp_path / "ours", "x")
   (tmp_path / "others").write_text("x")
-  assert (tmp_path / "ours").stat().st_mode == (tmp_path / "others").stat().st_mode
+  assert (tmp_path / ("é" * 100)).stat().st_mode == (tmp_path / "others").stat().st_mode
 
 
 def test_pieces_take_their_place_at_the_end_only(tmp_path):
@@ -76,7 +76,7 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path):
   assert circle.is_symlink()
 
 
-def test_a_pipe_and_a_socket_are_written_to(tmp_path):
+def test_a_pipe_and_a_device_are_written_to(tmp_path):
   pipe = tmp_path / "pipe"
   os.mkfifo(pipe)
   got = []
@@ -85,14 +85,6 @@ def test_a_pipe_and_a_socket_are_written_to(tmp_path):
   storage.write_atomically(pipe, "through the pipe")
   reader.join(10)
   assert got == [b"through the pipe"] and pipe.is_fifo()
-  with socket.socket(socket.AF_UNIX) as server:
-    server.bind(str(tmp_path / "socket"))
-    server.listen()
-    storage.write_atomically(tmp_path / "socket", "through the socket")
-    connection = server.accept()[0]
-    assert connection.recv(100) == b"through the socket"
-    connection.close()
-  assert (tmp_path / "socket").is_socket()
   storage.write_atomically("/dev/null", "x")
   assert pathlib.Path("/dev/null").is_char_device()
 
@@ -115,7 +107,7 @@ def test_a_folder_and_a_file_without_permission_are_refused(tmp_path, monkeypatc
   path = tmp_path / "protected"
   path.write_text("kept")
   monkeypatch.setattr(os, "access", lambda path, mode: False)  # also for root
-  with pytest.raises(PermissionError, match="what stood there is as it was"):
+  with pytest.raises(PermissionError, match="the old content is kept"):
     storage.write_atomically(path, "x")
   assert path.read_text() == "kept" and names(tmp_path) == {"protected"}
 
@@ -168,7 +160,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, pieces):
     f"  for _ in range({pieces}): file.write(b'x' * (9000 // {pieces}))"
   )
   message = limited(code, tmp_path)
-  assert re.search(r"^OSError: Expected .*a.txt.*File too large; what stood there is", message)
+  assert re.search(r"^OSError: Expected .*a.txt.*File too large; the old content is", message)
   assert (tmp_path / "a.txt").read_text() == "whole" and names(tmp_path) == {"a.txt"}
 
 
@@ -201,13 +193,6 @@ def test_a_write_that_fails_half_way_is_taken_back(tmp_path, monkeypatch):
   assert path.read_bytes() == b"before\n"
 
 
-@pytest.mark.parametrize("name", ["-", "/dev/stdout"])
-def test_standard_output_of_this_process_is_written_to(capfdbinary, name):
-  storage.write_atomically(name, "text\n")
-  sys.stdout.flush()
-  assert capfdbinary.readouterr().out == b"text\n"
-
-
 def test_a_reader_that_has_gone_is_no_fault_of_the_place(tmp_path):
   read, write = os.pipe()
   os.close(read)
@@ -236,9 +221,9 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     }
     for name, text in kept.items():
       (tmp_path / name).write_text(text)
-    for name in (".e.txt.00000000-17-99.0123456789abcdef.tmp", ".f.json.123.tmp"):
-      (tmp_path / name).write_text("long ago")
-      os.utime(tmp_path / name, (time.time() - 7200,) * 2)
+    old = tmp_path / ".e.txt.00000000-17-99.0123456789abcdef.tmp"
+    old.write_text("long ago")
+    os.utime(old, (time.time() - 7200,) * 2)
     storage.write_atomically(tmp_path / "a.txt", "whole")
     assert names(tmp_path) == {*kept, "a.txt"}
 
@@ -278,3 +263,189 @@ def test_every_file_of_the_package_is_written_by_this_writer():
     # Keeps what another run has left under another name.
     "results.py: os.replace(self._partial, old)",
   }
+
+
+HOLDER = """
+import sys
+from calm import storage
+held = storage.lock(sys.argv[1])
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder():
+  """Starts a process that holds the lock of a target until it is killed."""
+  started = []
+
+  def start(target: pathlib.Path) -> subprocess.Popen:
+    process = subprocess.Popen(
+      [sys.executable, "-c", HOLDER, str(target)],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+      cwd=PACKAGE.parent,
+    )
+    started.append(process)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+  yield start
+  for process in started:
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("name", ["", "monitor.jsonl"])
+def test_the_second_writer_is_refused_and_the_first_named(tmp_path, holder, name):
+  target = tmp_path / name
+  if name:
+    holder(tmp_path / "other.jsonl").kill()  # does not meet it
+  first = holder(target)
+  with pytest.raises(
+    storage.LockedError, match=rf"got process {first.pid} \('-c .*wait for it"
+  ):
+    storage.lock(target)
+  link = tmp_path.parent / "link"
+  link.unlink(missing_ok=True)
+  link.symlink_to(tmp_path)
+  with pytest.raises(storage.LockedError, match=f"process {first.pid}"):
+    storage.lock(link / name)
+  path = tmp_path / (f".{name}.lock" if name else ".lock")
+  path.write_text("{")
+  with pytest.raises(storage.LockedError, match="got a process that gives no name"):
+    storage.lock(target)
+  first.kill()
+  first.wait()
+  assert path.exists()  # the dead process's lock
+  with storage.lock(target):
+    assert json.loads(path.read_text())["process"] == storage.this_process()
+  assert not path.exists()
+
+
+def test_a_process_may_lock_again_and_lets_go_with_the_last_reference(tmp_path, holder):
+  first, second = storage.lock(tmp_path), storage.lock(tmp_path)
+  assert first is second and (tmp_path / ".lock").exists()
+  child = os.fork()
+  if not child:  # a forked child does not end its parent's lock
+    first.release()
+    os._exit(0)
+  os.waitpid(child, 0)
+  del first
+  assert (tmp_path / ".lock").exists()
+  del second
+  assert not (tmp_path / ".lock").exists()
+  holder(tmp_path)
+  with pytest.raises(KeyError), storage.lock(tmp_path / "a"):
+    assert (tmp_path / ".a.lock").exists()
+    raise KeyError("in the block")
+  assert names(tmp_path) == {".lock"}
+
+
+def test_a_planted_lock_is_not_followed(tmp_path):
+  victim = tmp_path / "victim"
+  victim.write_text("precious")
+  (tmp_path / "folder").mkdir()
+  (tmp_path / "folder" / ".lock").symlink_to(victim)
+  with pytest.raises(OSError, match="symbolic links"):
+    storage.lock(tmp_path / "folder")
+  assert victim.read_text() == "precious"
+
+
+def test_without_flock_the_named_process_is_looked_for(tmp_path, monkeypatch):
+  def refuse(descriptor, flags):
+    raise OSError(38, "Function not implemented")
+
+  monkeypatch.setattr(storage.fcntl, "flock", refuse)
+  host, pid, start = storage.this_process().split("-")
+  for process, free in [
+    (f"{host}-{pid}-{int(start) + 1}", True),  # another process had the number
+    (f"{host}-{2**22 + 1}-{start}", True),
+    (f"00000000-{pid}-{start}", True),  # of another machine: nobody can tell
+    (storage.this_process(), False),
+  ]:
+    (tmp_path / ".lock").write_text(json.dumps({"process": process, "command": "calm"}))
+    if free:
+      storage.lock(tmp_path).release()
+    else:
+      with pytest.raises(storage.LockedError, match=rf"process {os.getpid()} \('calm'"):
+        storage.lock(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"process": 3}', "\\xff"])
+def test_a_damaged_lock_is_taken_over(tmp_path, content):
+  (tmp_path / ".lock").write_text(content)
+  storage.lock(tmp_path).release()
+
+
+def test_a_lock_that_its_holder_removed_in_between_is_made_again(tmp_path, monkeypatch):
+  flock, path = storage.fcntl.flock, tmp_path / ".lock"
+
+  def once(descriptor, flags):
+    monkeypatch.setattr(storage.fcntl, "flock", flock)
+    path.unlink()
+    flock(descriptor, flags)
+
+  monkeypatch.setattr(storage.fcntl, "flock", once)
+  with storage.lock(tmp_path):
+    assert json.loads(path.read_text())["process"] == storage.this_process()
+
+
+@pytest.mark.parametrize(
+  ("module", "name", "code"), [("fcntl", "flock", errno.EIO), ("os", "write", errno.ENOSPC)]
+)
+def test_a_disk_that_fails_is_no_lock_of_another(tmp_path, monkeypatch, module, name, code):
+  def fail(descriptor, argument):
+    raise OSError(code, os.strerror(code))
+
+  with monkeypatch.context() as failing:
+    failing.setattr(getattr(storage, module), name, fail)
+    with pytest.raises(OSError, match=r"to be a place that can be written, got: [IN]"):
+      storage.lock(tmp_path)
+  storage.lock(tmp_path).release()
+  assert not list(tmp_path.iterdir())
+
+
+def test_where_nothing_can_be_locked_nothing_is_refused(tmp_path, monkeypatch):
+  """Windows has no `fcntl`."""
+  monkeypatch.setitem(sys.modules, "fcntl", None)
+  spec = importlib.util.spec_from_file_location("storage_of_windows", storage.__file__)
+  assert spec is not None and spec.loader is not None
+  windows = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(windows)
+  with windows.lock(tmp_path), storage.lock(tmp_path / "other"):
+    pass
+
+
+def test_a_pipe_is_not_waited_for_and_a_size_is_kept(tmp_path, monkeypatch):
+  os.mkfifo(tmp_path / "pipe")
+  with pytest.raises(ValueError, match="regular file, got one of another kind"):
+    storage.content(tmp_path / "pipe")
+  (tmp_path / "file").write_bytes(b'{"a": "longer than eight"}\n')
+  assert len(storage.content(tmp_path / "file", most=27)) == 27
+  with pytest.raises(ValueError, match="at most 26 bytes, got more"):
+    storage.content(tmp_path / "file", most=26)
+  monkeypatch.setattr(storage, "LONGEST_LINE", 8)
+  with pytest.raises(storage.FormatError, match=r"file:1: expected lines of at most 8"):
+    list(storage.read_lines(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "null", "zero"])
+def test_a_folder_of_generations_holds_regular_files(tmp_path, kind):
+  folder = small_cache.write(tmp_path / "cache")
+  threshold, prompts = folder / "threshold_0.5.jsonl", folder / "prompts.jsonl"
+  for path, read in (
+    (threshold, lambda: generations.load(folder)),
+    (threshold, lambda: mending.mend(threshold, None)),
+    (prompts, lambda: generations.load(folder)),
+    (prompts, lambda: storage.checksum(prompts)),
+  ):
+    kept = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to(f"/dev/{kind}")
+    with pytest.raises(ValueError, match=rf"{path.name}.* (regular|expected a) file"):
+      read()
+    path.unlink()
+    path.write_bytes(kept)
+  generations.load(folder)

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
   warnings.simplefilter("ignore", prompt_batches.CutPrompts)
   common.check_count("--examples", arguments.examples)
   common.check_folder(output)
-  with storage.held(output), Progress(console) as progress:
+  with storage.lock(output), Progress(console) as progress:
     reports, predictor = _experiments(arguments, output / "cache", progress)
   facts = _facts(arguments, predictor, time.monotonic() - start)
   made = page.Page(

@@ -79,7 +79,7 @@ def fit(
       listener = stack.enter_context(on_screen(console))
     stack.enter_context(quiet())
     made = Fit.open(str(model), train, pathlib.Path(output), wishes, listener)
-    stack.enter_context(storage.held(output))
+    stack.enter_context(storage.lock(output))
     return made.run()
 
 

@@ -148,7 +148,7 @@ def train(
   model, params = start.model, start.params
   vocabulary.check_fits(export.vocabulary, model.vocab_size)
   module = network.Transformer(model)
-  with storage.held(folder):
+  with storage.lock(folder):
     state = loop.fit(
       updates.init_state(params, config, objective),
       data.train,
