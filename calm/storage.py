@@ -1,8 +1,8 @@
 """Files that are read and written whole, locks, and JSON lines.
 
 New content goes to a temporary file of a name that nobody can guess, which is renamed at the
-end: a kill or a full disk leaves the old file as it was. Only a regular file is replaced (at the
-end of links); devices and pipes are written to, and `-` is standard output.
+end: a kill or a full disk leaves the old file as it was. Only a regular file is replaced (at
+the end of links); devices and pipes are written to, and `-` is standard output.
 
 A lock is a file beside its target, held with `flock`, that names its holder. The system lets go
 of it when the holder dies; where a file system has no `flock`, the named process is looked for.

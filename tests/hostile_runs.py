@@ -17,7 +17,7 @@ from calm.calibrate import Prompt
 from calm.calibrate.generations import foreign, shards
 from calm.calibrate.losses import asking
 from calm.commands import promise_flags, results
-from calm.data import tokenizer_files
+from calm.data import vocabulary
 from calm.fitting import result as fit_result
 from calm.inference import exact, result_cache
 from calm.training import identities, loop, sources
@@ -63,7 +63,7 @@ def _tokenizer(path: pathlib.Path) -> None:
 
 
 def _read_tokenizer(path: pathlib.Path):
-  made = tokenizer_files.TokenizerVocabulary(path)
+  made = vocabulary.TokenizerVocabulary(path)
   return made.decode(made.encode("a b")), made.unk_id, made.extra_ids, made.piece(3)
 
 

@@ -259,7 +259,7 @@ def test_every_file_of_the_package_is_written_by_this_writer():
   assert found == {
     # Into a temporary file that `write_together` has made.
     "files.py: path.write_text(text, encoding='utf-8')",
-    "stored_vocabulary.py: path.write_bytes(base.model)",
+    "checkpoint.py: path.write_bytes(base.model)",
     # Keeps what another run has left under another name.
     "results.py: os.replace(self._partial, old)",
   }

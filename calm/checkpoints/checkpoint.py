@@ -1,37 +1,36 @@
 """Checkpoints: a model (configuration, parameters, vocabulary) from disk, and back.
 
 Our own format is a directory:
-  config.json            the fields of `network.T5Config`, which format this is, and whether
-                         exits are trained, where that is known
+  config.json            the fields of `network.T5Config`, the format's name, and whether exits
+                         are trained, where that is known
   params.safetensors     leaves by "/"-joined path; float32 or bfloat16 (read as float32)
-  vocabulary.json        which vocabulary, its digest (absent: none was given)
+  vocabulary.json        the kind of the vocabulary and its digest (absent: there is none)
   vocabulary.model       the SentencePiece model, or
-  tokenizer.json         the tokenizer of a Hugging Face folder, where it is one
-A folder of any format may hold `exits.safetensors` besides: exit parts that were learned beside
-its frozen weights, with the digest of those weights.
-`load` also opens Hugging Face directories (`huggingface`) and T5X checkpoints, legacy and
-Orbax (`t5x_checkpoints`), so that anything downstream sees one kind of `Checkpoint`.
+  tokenizer.json         the tokenizer of a Hugging Face folder
+A folder of any format may also hold `exits.safetensors`: exit parts that were learned beside
+its frozen weights, with the digest of those weights. `load` also opens directories of Hugging
+Face (`huggingface`) and checkpoints of T5X (`t5x`).
 """
 
 import dataclasses
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from calm import arguments
-from calm.checkpoints import files, huggingface, stored_vocabulary, t5x
+from calm.checkpoints import files, huggingface, t5x
 from calm.data import vocabulary as vocabularies
 from calm.t5 import limits, network, parameters
 
 FORMAT = "calm checkpoint 1"
-# Exit parts beside a base model, and what the file says that it is.
+# The file of exit parts beside a base model, and its format.
 EXITS = "exits.safetensors"
 EXITS_FORMAT = "calm exits 1"
-# What a base model's folder may consist of; a Hugging Face folder holds copies of its weights
-# in other formats besides, which nothing here reads.
+# The files of a base model that are read here; a Hugging Face folder may hold copies of its
+# weights in other formats.
 _BASE_FILES = (
   *("config.json", "params.safetensors", "vocabulary.json", "vocabulary.model"),
   *("generation_config.json", "model.safetensors", "model.safetensors.index.json"),
@@ -40,7 +39,14 @@ _BASE_FILES = (
 )
 # The small model inside this package.
 PACKED = pathlib.Path(__file__).parents[1] / "assets"
-Vocabulary = stored_vocabulary.Vocabulary
+# Kind of vocabulary -> the file that holds it, if any; `_RECORD` names the kind.
+_RECORD = "vocabulary.json"
+_VOCABULARIES: Mapping[str, str | None] = {
+  "sentencepiece": "vocabulary.model",
+  "tokenizer": "tokenizer.json",
+  "bytes": None,
+}
+Vocabulary = vocabularies.AnyVocabulary
 parameters_digest = arguments.checked()(parameters.digest)
 
 
@@ -91,7 +97,7 @@ def save(
   writers = {}
   if vocabulary is not None:
     vocabularies.check_fits(vocabulary, config.vocab_size)
-    writers |= stored_vocabulary.writers(vocabulary)
+    writers |= _vocabulary_writers(vocabulary)
   writers["params.safetensors"] = files.safetensors_writer(
     parameters.flatten(params), storage_dtype
   )
@@ -100,9 +106,9 @@ def save(
     fields["exits_trained"] = exits_trained
   writers["config.json"] = files.json_writer({"format": FORMAT, **fields})
   files.write_together(directory, writers)
-  for name in set(stored_vocabulary.NAMES) - set(writers):
+  for name in {_RECORD, *_VOCABULARIES.values()} - {None, *writers}:
     # Left by an earlier save with another vocabulary.
-    (directory / name).unlink(missing_ok=True)
+    (directory / str(name)).unlink(missing_ok=True)
 
 
 @arguments.checked()
@@ -137,7 +143,7 @@ def load(
       f" {'a file' if path.exists() else 'missing'}; give the folder that holds config.json"
       " (or a T5X checkpoint)."
     )
-  stored, flat, stored_vocabulary, trained = _read(path)
+  stored, flat, read_vocabulary, trained = _read(path)
   has_exit_parts = any(
     getattr(stored, part) for part in (*parameters.EXIT_PARTS, "per_layer_heads")
   )
@@ -147,7 +153,7 @@ def load(
     config, flat, trained = *_with_exits(config, flat, file), True
   params = parameters.unflatten(flat)
   parameters.check(params, config)
-  vocabulary = vocabulary or stored_vocabulary
+  vocabulary = vocabulary or read_vocabulary
   if vocabulary is not None:
     vocabularies.check_fits(vocabulary, config.vocab_size)
   if trained is False and has_exit_parts and not (path / "params.safetensors").is_file():
@@ -237,7 +243,7 @@ def _exits_file(path: pathlib.Path, exits: str | pathlib.Path | None) -> pathlib
 
 def _with_exits(config: network.T5Config, flat: Mapping[str, np.ndarray], file: pathlib.Path):
   """(configuration, {path: leaf}) of a base model with the exits of a file beside it."""
-  leaves, metadata = files.read_safetensors_with_metadata(file)
+  leaves, metadata = files.read_safetensors(file)
   stored, base = metadata.get("format"), metadata.get("base")
   if stored != EXITS_FORMAT or not leaves or not all(map(_is_exit_part, leaves)):
     raise ValueError(
@@ -277,8 +283,8 @@ def _read(
         f" {trained!r}; save the model again."
       )
     config = _config_of(fields, path)
-    flat = files.read_safetensors(path / "params.safetensors")
-    return config, flat, stored_vocabulary.read(path), trained
+    flat, _ = files.read_safetensors(path / "params.safetensors")
+    return config, flat, _read_vocabulary(path), trained
   found = t5x.find(path)
   if found is None:
     names = sorted(child.name for child in path.iterdir())
@@ -303,3 +309,61 @@ def _config_of(fields: dict[str, Any], path: pathlib.Path) -> network.T5Config:
     )
   with files.naming(path / "config.json"):
     return network.T5Config(**limits.check(fields))
+
+
+def _vocabulary_writers(vocabulary: Vocabulary) -> dict[str, Callable[[pathlib.Path], Any]]:
+  """Writers for `files.write_together`."""
+  base: Any = getattr(vocabulary, "base", vocabulary)
+  if isinstance(base, vocabularies.TokenizerVocabulary):
+    record = {"kind": "tokenizer", "eos_id": base.eos_id, "pad_id": base.pad_id}
+  else:
+    kind = "sentencepiece" if hasattr(base, "model") else "bytes"
+    record = {"kind": kind, "extra_ids": base.extra_ids}
+  if isinstance(vocabulary, vocabularies.Renumbered):
+    record["base_pad_id"] = vocabulary.base_pad_id
+  record["digest"] = vocabulary.digest()
+  name, made = _VOCABULARIES[record["kind"]], {}
+  if name is not None:
+    made[name] = lambda path: path.write_bytes(base.model)
+  return {**made, _RECORD: files.json_writer(record)}
+
+
+def _read_vocabulary(directory: pathlib.Path) -> Vocabulary | None:
+  """The vocabulary that was saved in a folder, or None; ValueError where it was exchanged."""
+  if not (directory / _RECORD).is_file():
+    return None
+  record = files.read_json(directory / _RECORD)
+  kind = str(record.get("kind"))
+  if kind not in _VOCABULARIES:
+    raise ValueError(
+      f"Expected {_RECORD} to be of a kind of {', '.join(map(repr, _VOCABULARIES))}, got"
+      f" {kind!r} in {str(directory)!r}; give `vocabulary` instead."
+    )
+  path, extra_ids = directory / (_VOCABULARIES[kind] or ""), record.get("extra_ids")
+  renumbered = "base_pad_id" in record
+  with files.naming(directory / _RECORD):
+    made: Any
+    if kind == "bytes":
+      made = vocabularies.ByteVocabulary(extra_ids)  # pyright: ignore[reportArgumentType]
+    elif kind == "tokenizer":
+      ids = (_token_id(record, name) for name in ("eos_id", "pad_id"))
+      made = vocabularies.TokenizerVocabulary(path, *ids)
+    else:
+      made = vocabularies.SentencePieceVocabulary(path, extra_ids, padded=not renumbered)  # pyright: ignore[reportArgumentType]
+    if renumbered:
+      made = vocabularies.Renumbered(made, _token_id(record, "base_pad_id"))
+  digest = str(record.get("digest"))
+  if _VOCABULARIES[kind] is not None and made.digest() != digest:
+    raise ValueError(
+      f"Expected {path.name} to have the digest {digest[:12]}... that was saved with it, got"
+      f" {made.digest()[:12]}... in {str(directory)!r}; the file was exchanged, and other token"
+      " ids would give other texts: put the saved one back."
+    )
+  return made
+
+
+def _token_id(record: Mapping[str, Any], name: str) -> int:
+  value = record.get(name)
+  if type(value) is not int or value < 0:
+    raise ValueError(f"Expected `{name}` to be a token id, got {value!r}; it is damaged.")
+  return value

@@ -1,7 +1,4 @@
-"""Named arrays on disk: safetensors and JSON files, read with care and written together.
-
-Shared by the checkpoint formats, each of which has a file of its own.
-"""
+"""The files of checkpoints: safetensors and JSON, checked when read, written together."""
 
 import collections
 import contextlib
@@ -19,8 +16,8 @@ import safetensors.numpy
 
 from calm import storage
 
-# What a parameter may be stored as; all are read as float32.
 _MOST_JSON = 2**26
+# The types that a parameter may be stored as; all are read as float32.
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 STORAGE_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -40,14 +37,7 @@ def as_float32(name: str, array: Any, path: pathlib.Path) -> np.ndarray:
   return array.astype(np.float32)
 
 
-def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """All arrays of a safetensors file, as float32. See `read_safetensors_with_metadata`."""
-  return read_safetensors_with_metadata(path)[0]
-
-
-def read_safetensors_with_metadata(
-  path: pathlib.Path,
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   """All arrays of a safetensors file, as float32, and the texts in its header.
 
   Raises:
@@ -55,11 +45,7 @@ def read_safetensors_with_metadata(
     ValueError: the file is truncated or no safetensors file, names a tensor twice, or holds
       other than floats.
   """
-  if not path.is_file():
-    raise FileNotFoundError(
-      f"Expected `path` to name a checkpoint with {path.name!r}, got {str(path)!r}, which is"
-      " missing; download or save the checkpoint again."
-    )
+  _check_file(path)
   try:
     with safetensors.safe_open(path, framework="numpy") as file:
       _check_unique(path)
@@ -74,6 +60,14 @@ def read_safetensors_with_metadata(
       f" ({path.stat().st_size} bytes), truncated or of another kind ({error}); download or"
       " save the checkpoint again."
     ) from error
+
+
+def _check_file(path: pathlib.Path) -> None:
+  if not path.is_file():
+    raise FileNotFoundError(
+      f"Expected `path` to name a checkpoint with {path.name!r}, got {str(path)!r}, which is"
+      " missing; download or save the checkpoint again."
+    )
 
 
 def _check_unique(path: pathlib.Path) -> None:
@@ -134,28 +128,21 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     FileNotFoundError: `path` is missing.
     ValueError: it is not a JSON object.
   """
-  if not path.is_file():
-    raise FileNotFoundError(
-      f"Expected `path` to name a checkpoint with {path.name!r}, got {str(path)!r}, which is"
-      " missing; download or save the checkpoint again."
-    )
+  _check_file(path)
   try:
     value = storage.parse_json(storage.content(path, _MOST_JSON))
+    if not isinstance(value, dict):
+      raise ValueError(f"no JSON object, got {type(value).__name__}")
   except ValueError as error:
     raise ValueError(
       f"Expected {str(path)!r} to be JSON in UTF-8, got: {error}; copy or download it again."
     ) from error
-  if not isinstance(value, dict):
-    raise ValueError(
-      f"Expected {str(path)!r} to be a JSON object, got {type(value).__name__}; copy or"
-      " download it again."
-    )
   return value
 
 
 @contextlib.contextmanager
 def naming(path: pathlib.Path) -> Iterator[None]:
-  """Errors about what a file says name the file."""
+  """Within the block, a ValueError names the file."""
   try:
     yield
   except ValueError as error:
@@ -165,10 +152,9 @@ def naming(path: pathlib.Path) -> Iterator[None]:
 def write_together(
   directory: pathlib.Path, writers: Mapping[str, Callable[[pathlib.Path], Any]]
 ) -> None:
-  """Writes several files of one directory, none of them ever seen half written.
+  """Writes several files of one directory under temporary names, then renames them in order.
 
-  All are written under temporary names first and renamed at the end, in the given order, so
-  that a full disk or a kill leaves an earlier checkpoint as it was.
+  A full disk or a kill leaves an earlier checkpoint as it was.
 
   Raises:
     OSError: the directory cannot be written.

@@ -1,41 +1,67 @@
 """Hugging Face T5 checkpoints <-> T5X's parameter tree, without torch or transformers.
 
-Read: T5 1.0 and 1.1, LM-adapted, Flan-T5, mT5, ByT5, CodeT5, umT5, Pile-T5 and MADLAD-400, that
-is `config.json` (and `generation_config.json`) beside `model.safetensors` (whole, or in shards
-listed by `model.safetensors.index.json`), with `spiece.model` or `tokenizer.json`, which is
-taken where it alone has what was added to the pieces (`added_tokens`). The layers compute the
-same functions; the differences are of names and layout: linear weights are stored [out, in]
-there and [in, out] here, relative position biases [buckets, heads] there and [heads, buckets]
-here.
+Read: T5 1.0 and 1.1, LM-adapted, Flan-T5, mT5, ByT5, CodeT5, umT5, Pile-T5 and MADLAD-400, from
+safetensors. Linear weights are stored [out, in] there and [in, out] here, relative position
+biases [buckets, heads] there and [heads, buckets] here.
 
-The head takes care. Whether `lm_head` is tied is told by the weights alone (configurations of
-transformers 5 call every T5 tied); whether decoder states are scaled by emb_dim**-0.5 before
-it is told by the configuration. T5X ties and scales together, so every other combination is
-folded into an untied head.
+Whether `lm_head` is tied is told by the weights alone (configurations of transformers 5 call
+every T5 tied); whether decoder states are scaled by emb_dim**-0.5 before it, by the
+configuration. T5X ties and scales together; other combinations are folded into an untied head.
 
-So do ids. The network takes token 0 for padding and for what decoding starts from. A model with
-other ids (MADLAD-400: 0 is `<unk>` and starts, 1 is padding) has those rows exchanged, and its
-vocabulary with them (`tokenizer_files.Renumbered`).
+The network takes token 0 for padding and for the start of decoding. A model with other ids
+(MADLAD-400: 0 is `<unk>` and starts, 1 is padding) has those rows exchanged, and its vocabulary
+with them (`vocabulary.Renumbered`).
 """
 
 import pathlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from calm.checkpoints import (
-  added_tokens,
-  files,
-  huggingface_config,
-  huggingface_names,
-  stored_vocabulary,
-)
-from calm.data import tokenizer_files, vocabulary
-from calm.t5 import network, parameters
+from calm.checkpoints import files
+from calm.data import vocabulary
+from calm.t5 import limits, network, parameters
 
+MODEL_TYPES = ("t5", "mt5", "umt5")
+# Our field -> theirs; those that a file may lack have T5's defaults in both.
+FIELDS = {
+  "vocab_size": "vocab_size",
+  "emb_dim": "d_model",
+  "head_dim": "d_kv",
+  "mlp_dim": "d_ff",
+  "num_heads": "num_heads",
+  "num_encoder_layers": "num_layers",
+  "num_decoder_layers": "num_decoder_layers",
+  "dropout_rate": "dropout_rate",
+  "relpos_buckets": "relative_attention_num_buckets",
+  "relpos_max_distance": "relative_attention_max_distance",
+}
+_SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+# Their activation -> ours. flax's gelu is the tanh approximation, their "gelu_new".
+_ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "silu": "silu", "swish": "silu"}
+_IDS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
+# The options of generation_config.json by which transformers does not decode greedily, and the
+# values that leave decoding greedy.
+_GREEDY: Mapping[str, tuple[Any, ...]] = {
+  "num_beams": (None, 1),
+  "do_sample": (None, False),
+  "repetition_penalty": (None, 1, 1.0),
+  "no_repeat_ngram_size": (None, 0),
+  "min_length": (None, 0),
+  "min_new_tokens": (None, 0),
+  "forced_bos_token_id": (None,),
+  "forced_eos_token_id": (None,),
+  "suppress_tokens": (None, []),
+  "begin_suppress_tokens": (None, []),
+  "bad_words_ids": (None, []),
+}
 _EMBEDDING, _HEAD = "shared.weight", "lm_head.weight"
 _COPIES_OF_EMBEDDING = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+# A leftover of early T5 1.0 conversions that no implementation reads.
+_UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+_RELPOS = "relative_attention_bias.weight"
 
 
 def read(directory: pathlib.Path) -> tuple[network.T5Config, dict[str, np.ndarray]]:
@@ -50,19 +76,24 @@ def read(directory: pathlib.Path) -> tuple[network.T5Config, dict[str, np.ndarra
     ValueError: another kind of model, an option that T5X's network does not have, or weights
       whose names are not those of this kind of model.
   """
-  theirs = huggingface_config.read(directory)
+  theirs, generation = _read_config(directory)
   with files.naming(directory / "config.json"):
-    huggingface_config.check(theirs)
-    # Before any weight is read.
-    huggingface_config.network_config(theirs, logits_via_embedding=False)
-  huggingface_config.warn_unless_greedy(directory)
+    _check(theirs)
+    _network_config(theirs, logits_via_embedding=False)  # before any weight is read
+  other = [f"{k}={generation[k]!r}" for k, v in _GREEDY.items() if generation.get(k) not in v]
+  if other:
+    warnings.warn(
+      f"generation_config.json of {directory} asks for {', '.join(other)}; decoding here is"
+      " greedy and leaves that out.",
+      stacklevel=4,
+    )
   weights = _read_weights(directory)
   embedding, head = _take_embedding_and_head(weights)
-  scaled = huggingface_config.scales_decoder_states(theirs)
-  pad, start = huggingface_config.padding_and_start(theirs)
+  scaled = _scales_decoder_states(theirs)
+  pad, start = _padding_and_start(theirs)
   tied = head is None and scaled and not (pad or start)
-  config = huggingface_config.network_config(theirs, logits_via_embedding=tied)
-  params = huggingface_names.renamed(weights, config)
+  config = _network_config(theirs, logits_via_embedding=tied)
+  params = _renamed(weights, config)
   order = np.arange(len(embedding))
   order[[0, pad]] = order[[pad, 0]]
   rows = embedding[order]
@@ -75,100 +106,98 @@ def read(directory: pathlib.Path) -> tuple[network.T5Config, dict[str, np.ndarra
   return config, params
 
 
-def read_vocabulary(directory: pathlib.Path) -> stored_vocabulary.Vocabulary | None:
-  """The vocabulary beside a model, with padding 0, or None."""
-  theirs = huggingface_config.read(directory)
-  pad, _ = huggingface_config.padding_and_start(theirs)
-  made = _read_vocabulary(directory, theirs, pad)
-  return tokenizer_files.Renumbered(made, pad) if made is not None and pad else made
+def _read_config(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(config.json with the ids of generation, generation_config.json)."""
+  theirs = files.read_json(directory / "config.json")
+  generation = _optional_json(directory / "generation_config.json")
+  ids = {name: generation[name] for name in _IDS if generation.get(name) is not None}
+  return theirs | ids, generation
 
 
-def _read_vocabulary(directory: pathlib.Path, theirs: Mapping[str, Any], pad: int):
-  pieces, path = _read_pieces(directory, theirs, pad), directory / "tokenizer.json"
-  if pieces is not None and not added_tokens.need_tokenizer(directory, pieces):
-    return pieces
-  if not path.is_file():
-    return None
-  eos = _ends(theirs)[0]
-  if type(eos) is not int or not 0 <= eos < 2**31 or eos == pad:
-    raise ValueError(
-      f"Expected `eos_token_id` of {str(directory)!r} to be a token id, and not that of"
-      f" padding, got {eos!r}; copy the model's config.json and generation_config.json again."
-    )
-  return tokenizer_files.TokenizerVocabulary(path, eos_id=eos, pad_id=pad)
+def _optional_json(path: pathlib.Path) -> dict[str, Any]:
+  return files.read_json(path) if path.exists() else {}
 
 
-def _read_pieces(
-  directory: pathlib.Path, theirs: Mapping[str, Any], pad: int
-) -> vocabulary.SentencePieceVocabulary | vocabulary.ByteVocabulary | None:
-  options_path, path = directory / "tokenizer_config.json", directory / "spiece.model"
-  options = files.read_json(options_path) if options_path.exists() else {}
-  if path.is_file():
-    # The model files of mT5 and its kin hold their extra ids already.
-    default = 100 if theirs.get("model_type") == "t5" and not pad else 0
-    made = vocabulary.SentencePieceVocabulary(
-      path, extra_ids=options.get("extra_ids", default), padded=not pad
-    )
-    ends = _ends(theirs)
-    if ends != [None] and made.eos_id not in ends:
-      raise ValueError(
-        f"Expected {str(path)!r} to end a text with the model's token {ends[0]}"
-        f" (`eos_token_id`), got {made.eos_id}; it belongs to another model."
-      )
-    return made
-  # As transformers looks for it: ByT5's may be named in config.json alone.
-  kind = options.get("tokenizer_class") or theirs.get("tokenizer_class")
-  if str(kind).startswith("ByT5"):
-    return vocabulary.ByteVocabulary(extra_ids=options.get("extra_ids", 125))
-  return None
+def _padding_and_start(theirs: Mapping[str, Any]) -> tuple[int, int]:
+  """Ids of padding and of the start of decoding, which is padding unless it is named."""
+  pad = theirs.get("pad_token_id") or 0
+  start = theirs.get("decoder_start_token_id")
+  return pad, pad if start is None else start
 
 
-def _ends(theirs: Mapping[str, Any]) -> list[Any]:
-  """Tokens that end a text, the first of them what is told of them all."""
-  eos = theirs.get("eos_token_id", 1)
-  return eos if isinstance(eos, list) and eos else [eos]
+def _scales_decoder_states(theirs: Mapping[str, Any]) -> bool:
+  """Whether decoder states are multiplied by emb_dim**-0.5 before the head.
 
-
-def write(
-  directory: pathlib.Path,
-  params: Mapping[str, Any],
-  config: network.T5Config,
-  *,
-  storage_dtype: str = "float32",
-) -> None:
-  """Writes a directory that transformers' `T5ForConditionalGeneration` opens.
-
-  The exit classifier has no place there and is left out.
-
-  Args:
-    directory: made if missing.
-    params: the tree of `config`.
-    config: one shared head; activations that transformers has.
-    storage_dtype: 'float32' or 'bfloat16'.
-
-  Raises:
-    ValueError: per-layer heads, which have no place there, another activation, or `params`
-      that are not the tree of `config`.
-    OSError: `directory` cannot be written.
+  transformers 5 stores it for T5 and never does it for mT5; before, it followed
+  `tie_word_embeddings` (true by default for T5), which published mT5 sets to false.
   """
-  if config.per_layer_heads:
+  if theirs["model_type"] == "mt5":
+    return False
+  tied = theirs.get("tie_word_embeddings", True)
+  return theirs.get("scale_decoder_outputs", tied is not False)
+
+
+def _check(theirs: Mapping[str, Any]) -> None:
+  """Raises ValueError, naming the field, for a model that is not of the T5 family."""
+  rows = theirs.get("vocab_size", 0)
+  rows = rows if type(rows) is int else 2**31  # which `_network_config` refuses
+  is_flag = lambda value: value is None or isinstance(value, bool)
+  is_row = lambda value: value is None or (type(value) is int and 0 <= value < max(rows, 1))
+  is_names = lambda value: (
+    value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+  )
+  one_of = lambda values: lambda value: isinstance(value, str | float) and value in values
+  row = f"one of the {rows} rows of the embedding"
+  for field, default, is_good, expected in (
+    ("model_type", None, one_of(MODEL_TYPES), "'t5' or 'mt5' or 'umt5' (the T5 family)"),
+    ("layer_norm_epsilon", 1e-6, one_of((1e-6,)), "1e-06 (the T5 family)"),
+    ("tie_word_embeddings", None, is_flag, "true or false"),
+    ("scale_decoder_outputs", None, is_flag, "true or false"),
+    ("is_encoder_decoder", None, is_flag, "true or false"),
+    ("is_encoder_decoder", None, lambda value: value is not False, "true: a whole model"),
+    ("architectures", None, is_names, "a list of class names"),
+    ("pad_token_id", None, is_row, row),
+    ("decoder_start_token_id", None, is_row, row),
+  ):
+    if not is_good(theirs.get(field, default)):
+      raise ValueError(
+        f"Expected `{field}` in config.json to be {expected}, got"
+        f" {theirs.get(field, default)!r:.60}; give a T5 model as transformers saves it."
+      )
+
+
+def _network_config(
+  theirs: Mapping[str, Any], *, logits_via_embedding: bool
+) -> network.T5Config:
+  """Our configuration of theirs, without exit parts; ValueError for impossible sizes."""
+  missing = [field for field in _SIZES if field not in theirs]
+  if missing:
     raise ValueError(
-      "Expected `config` with one head for all layers: Hugging Face's T5 has no place for more,"
-      " got `per_layer_heads`; save in this project's own format instead."
+      f"Expected config.json to give {', '.join(_SIZES)}, got none of {missing}; copy or"
+      " download it again."
     )
-  their_config = huggingface_config.their_config(config)
-  parameters.check(params, config)
-  flat = parameters.flatten(params)
-  pairs = huggingface_names.names(config)
-  weights = {theirs: np.asarray(flat[ours]).T for ours, theirs in pairs.items()}
-  weights[_EMBEDDING] = np.asarray(flat["token_embedder/embedding"])
-  if not config.logits_via_embedding:
-    weights[_HEAD] = np.asarray(flat["decoder/logits_dense/kernel"]).T
-  writers = {
-    "model.safetensors": files.safetensors_writer(weights, storage_dtype, format="pt"),
-    "config.json": files.json_writer(their_config),
-  }
-  files.write_together(directory, writers)
+  options = {"relpos_buckets": 32, "relpos_max_distance": 128}
+  options |= {ours: theirs[name] for ours, name in FIELDS.items() if name in theirs}
+  if theirs.get("num_decoder_layers") is None:  # as many as the encoder has
+    options["num_decoder_layers"] = theirs["num_layers"]
+  kind = theirs.get(
+    "feed_forward_proj", "relu" if theirs["model_type"] == "t5" else "gated-gelu"
+  )
+  # transformers means the tanh approximation by "gated-gelu", and by no other "gelu".
+  name = "gelu_new" if kind == "gated-gelu" else str(kind).removeprefix("gated-")
+  if not isinstance(kind, str) or name not in _ACTIVATIONS:
+    raise ValueError(
+      "Expected `feed_forward_proj` in config.json to be gated-gelu, relu, silu, gelu_new"
+      f" (or one of these after 'gated-'), got {kind!r}; T5X's network has no other."
+    )
+  activation = _ACTIVATIONS[name]
+  return network.T5Config(
+    **limits.check(options, FIELDS),
+    mlp_activations=(activation, "linear") if kind.startswith("gated-") else (activation,),
+    logits_via_embedding=logits_via_embedding,
+    exit_classifier=False,
+    relpos_per_layer=theirs["model_type"] == "umt5",
+  )
 
 
 def _read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
@@ -181,7 +210,7 @@ def _read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
         f"Expected `path` to hold {path.name!r}, got {pickled[0].name!r} only, a pickle, which"
         " is never opened here; save the model as safetensors with transformers first."
       )
-    return files.read_safetensors(path)
+    return files.read_safetensors(path)[0]
   weight_map = files.read_json(index_path).get("weight_map")
   if not (isinstance(weight_map, dict) and weight_map) or not all(
     isinstance(name, str) and name.endswith(".safetensors") for name in weight_map.values()
@@ -193,7 +222,7 @@ def _read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
   weights: dict[str, np.ndarray] = {}
   for name in sorted(set(weight_map.values())):
     # The index is not trusted with where to look.
-    shard = files.read_safetensors(directory / pathlib.PurePosixPath(name).name)
+    shard, _ = files.read_safetensors(directory / pathlib.PurePosixPath(name).name)
     listed = {weight for weight, place in weight_map.items() if place == name}
     if set(shard) != listed:
       odd = sorted(set(shard) ^ listed)
@@ -228,3 +257,231 @@ def _take_embedding_and_head(
         f" {_EMBEDDING!r}; an encoder and a decoder with embeddings of their own are not T5."
       )
   return embedding, None if head is None or np.array_equal(head, embedding) else head
+
+
+def _names(config: network.T5Config) -> dict[str, str]:
+  """{T5X's path: Hugging Face's name} of all weights but the embedding and the head."""
+  pairs = {}
+  sides = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
+  for side, num_layers in sides.items():
+    for i in range(num_layers):
+      pairs |= _layer_names(f"{side}/layers_{i}", f"{side}.block.{i}.layer", config)
+    if not config.relpos_per_layer:
+      first = f"{side}.block.0.layer.0.SelfAttention"
+      pairs[f"{side}/relpos_bias/rel_embedding"] = f"{first}.{_RELPOS}"
+    pairs[f"{side}/{side}_norm/scale"] = f"{side}.final_layer_norm.weight"
+  return pairs
+
+
+def _layer_names(ours: str, theirs: str, config: network.T5Config) -> dict[str, str]:
+  if ours.startswith("encoder"):
+    blocks = [("attention", "pre_attention_layer_norm", "SelfAttention")]
+  else:
+    blocks = [
+      ("self_attention", "pre_self_attention_layer_norm", "SelfAttention"),
+      ("encoder_decoder_attention", "pre_cross_attention_layer_norm", "EncDecAttention"),
+    ]
+  pairs = {}
+  for k, (block, norm, their_block) in enumerate(blocks):
+    pairs[f"{ours}/{norm}/scale"] = f"{theirs}.{k}.layer_norm.weight"
+    for projection, letter in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
+      path = f"{ours}/{block}/{projection}/kernel"
+      pairs[path] = f"{theirs}.{k}.{their_block}.{letter}.weight"
+  if config.relpos_per_layer:
+    pairs[f"{ours}/relpos_bias/rel_embedding"] = f"{theirs}.0.SelfAttention.{_RELPOS}"
+  last = len(blocks)
+  pairs[f"{ours}/pre_mlp_layer_norm/scale"] = f"{theirs}.{last}.layer_norm.weight"
+  for dense in ("wi_0", "wi_1", "wo") if len(config.mlp_activations) == 2 else ("wi", "wo"):
+    pairs[f"{ours}/mlp/{dense}/kernel"] = f"{theirs}.{last}.DenseReluDense.{dense}.weight"
+  return pairs
+
+
+def _renamed(
+  weights: Mapping[str, np.ndarray], config: network.T5Config
+) -> dict[str, np.ndarray]:
+  """{T5X's path: weight, [in, out]}; ValueError where weights are missing or unknown."""
+  pairs = _names(config)
+  missing = sorted(set(pairs.values()) - set(weights))
+  unknown = sorted(set(weights) - set(pairs.values()) - set(_UNUSED))
+  if missing or unknown:
+    raise ValueError(
+      "Expected `path` to hold the weights that its config.json describes, got"
+      f" {len(missing)} missing {missing[:3]} and {len(unknown)} unknown {unknown[:3]}; give a"
+      " whole T5 checkpoint of its own, adapters merged."
+    )
+  return {ours: np.ascontiguousarray(weights[theirs].T) for ours, theirs in pairs.items()}
+
+
+def read_vocabulary(directory: pathlib.Path) -> vocabulary.AnyVocabulary | None:
+  """The vocabulary beside a model, with padding 0, or None.
+
+  `spiece.model` or ByT5's bytes, unless tokens were added to them, or `tokenizer.json`.
+
+  Raises:
+    ValueError: it belongs to another model, or lacks tokens that the folder lists.
+  """
+  theirs, _ = _read_config(directory)
+  pad, _ = _padding_and_start(theirs)
+  made, path = _read_pieces(directory, theirs, pad), directory / "tokenizer.json"
+  if made is None or _needs_tokenizer(directory, made):
+    if not path.is_file():
+      return None
+    eos = _ends(theirs)[0]
+    if type(eos) is not int or not 0 <= eos < 2**31 or eos == pad:
+      raise ValueError(
+        f"Expected `eos_token_id` of {str(directory)!r} to be a token id, and not that of"
+        f" padding, got {eos!r}; copy the model's config.json and generation_config.json again."
+      )
+    made = vocabulary.TokenizerVocabulary(path, eos_id=eos, pad_id=pad)
+  return vocabulary.Renumbered(made, pad) if pad else made
+
+
+def _read_pieces(
+  directory: pathlib.Path, theirs: Mapping[str, Any], pad: int
+) -> vocabulary.SentencePieceVocabulary | vocabulary.ByteVocabulary | None:
+  options = _optional_json(directory / "tokenizer_config.json")
+  path = directory / "spiece.model"
+  if path.is_file():
+    # The model files of mT5 and its kin hold their extra ids already.
+    default = 100 if theirs.get("model_type") == "t5" and not pad else 0
+    made = vocabulary.SentencePieceVocabulary(
+      path, extra_ids=options.get("extra_ids", default), padded=not pad
+    )
+    ends = _ends(theirs)
+    if ends != [None] and made.eos_id not in ends:
+      raise ValueError(
+        f"Expected {str(path)!r} to end a text with the model's token {ends[0]}"
+        f" (`eos_token_id`), got {made.eos_id}; it belongs to another model."
+      )
+    return made
+  # As transformers looks for it: ByT5's may be named in config.json alone.
+  kind = options.get("tokenizer_class") or theirs.get("tokenizer_class")
+  if str(kind).startswith("ByT5"):
+    return vocabulary.ByteVocabulary(extra_ids=options.get("extra_ids", 125))
+  return None
+
+
+def _ends(theirs: Mapping[str, Any]) -> list[Any]:
+  """Tokens that end a text; messages name the first."""
+  eos = theirs.get("eos_token_id", 1)
+  return eos if isinstance(eos, list) and eos else [eos]
+
+
+def _needs_tokenizer(
+  directory: pathlib.Path,
+  pieces: vocabulary.SentencePieceVocabulary | vocabulary.ByteVocabulary,
+) -> bool:
+  """Whether tokens were added after `pieces`, all of them in tokenizer.json.
+
+  transformers lists them there and, before its version 5, in added_tokens.json and in
+  `added_tokens_decoder` of tokenizer_config.json, among padding, EOS and T5's sentinels. A
+  listed token at the id of a piece is that piece; a sentinel is its own, wherever it stands.
+
+  Raises:
+    ValueError: tokenizer.json lacks one of them, or a list is of another form.
+  """
+  listed = list(_listed_tokens(directory))
+  held = {i: token for name, i, token in listed if name == "tokenizer.json"}
+  first = pieces.vocab_size - pieces.extra_ids
+  added = {i: t for _, i, t in listed if i >= first and not vocabulary.SENTINEL.fullmatch(t)}
+  for token_id, token in added.items():
+    if held.get(token_id) == token:
+      continue
+    if isinstance(pieces, vocabulary.ByteVocabulary):
+      raise ValueError(
+        f"Expected {str(directory)!r} to have no tokens beyond ByT5's bytes and sentinels, got"
+        f" {token!r} ({token_id}); train it without added tokens."
+      )
+    raise ValueError(
+      f"Expected {str(directory / 'tokenizer.json')!r} to hold the tokens that were added to"
+      f" the pieces of spiece.model, got a folder that lists {token!r} ({token_id}) elsewhere"
+      " only; save it once with a fast tokenizer:"
+      " AutoTokenizer.from_pretrained(FOLDER, use_fast=True).save_pretrained(FOLDER)."
+    )
+  return bool(added)
+
+
+def _listed_tokens(directory: pathlib.Path) -> Iterator[tuple[str, int, str]]:
+  """(file, id, text) of the tokens that each file of a folder lists."""
+  held = _optional_json(directory / "tokenizer.json").get("added_tokens") or []
+  added = _optional_json(directory / "added_tokens.json")
+  flags = _optional_json(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
+  number = lambda text: int(text) if text.isdecimal() and len(text) < 10 else None
+  field = lambda token, name: token.get(name) if isinstance(token, dict) else None
+  tokens = [
+    ("tokenizer.json", field(token, "id"), field(token, "content"))
+    for token in (held if isinstance(held, list) else [held])
+  ]
+  tokens += [("added_tokens.json", token_id, token) for token, token_id in added.items()]
+  tokens += [
+    ("tokenizer_config.json", number(text), field(token, "content"))
+    for text, token in (flags.items() if isinstance(flags, dict) else [("", flags)])
+  ]
+  for name, token_id, token in tokens:
+    if type(token_id) is not int or not isinstance(token, str):
+      raise ValueError(
+        f"Expected {str(directory / name)!r} to list added tokens, each a text with its id, got"
+        f" {token!r:.60} with {token_id!r:.60}; save the tokenizer again."
+      )
+    yield name, token_id, token
+
+
+def write(
+  directory: pathlib.Path,
+  params: Mapping[str, Any],
+  config: network.T5Config,
+  *,
+  storage_dtype: str = "float32",
+) -> None:
+  """Writes a directory that transformers' `T5ForConditionalGeneration` opens.
+
+  The exit classifier has no place there and is left out.
+
+  Args:
+    directory: made if missing.
+    params: the tree of `config`.
+    config: one shared head; activations that transformers has.
+    storage_dtype: 'float32' or 'bfloat16'.
+
+  Raises:
+    ValueError: per-layer heads, which have no place there, another activation, or `params`
+      that are not the tree of `config`.
+    OSError: `directory` cannot be written.
+  """
+  gated = len(config.mlp_activations) == 2
+  activation = config.mlp_activations[0]
+  known = {"relu": "relu", "silu": "silu", "gelu": "gelu" if gated else "gelu_new"}
+  if activation not in known or (gated and config.mlp_activations[1] != "linear"):
+    raise ValueError(
+      f"Expected `config.mlp_activations` to be one of {sorted(known)}, alone or before"
+      f" 'linear', got {config.mlp_activations}; save in this project's own format instead."
+    )
+  if config.per_layer_heads:
+    raise ValueError(
+      "Expected `config` with one head for all layers: Hugging Face's T5 has no place for more,"
+      " got `per_layer_heads`; save in this project's own format instead."
+    )
+  parameters.check(params, config)
+  flat = parameters.flatten(params)
+  weights = {theirs: np.asarray(flat[ours]).T for ours, theirs in _names(config).items()}
+  weights[_EMBEDDING] = np.asarray(flat["token_embedder/embedding"])
+  if not config.logits_via_embedding:
+    weights[_HEAD] = np.asarray(flat["decoder/logits_dense/kernel"]).T
+  their_config = {
+    "architectures": [f"{'UM' * config.relpos_per_layer}T5ForConditionalGeneration"],
+    "model_type": "umt5" if config.relpos_per_layer else "t5",
+    **{name: getattr(config, ours) for ours, name in FIELDS.items()},
+    "feed_forward_proj": ("gated-" if gated else "") + known[activation],
+    "layer_norm_epsilon": 1e-6,
+    "tie_word_embeddings": config.logits_via_embedding,
+    "scale_decoder_outputs": config.logits_via_embedding,
+    "is_encoder_decoder": True,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+  }
+  writers = {
+    "model.safetensors": files.safetensors_writer(weights, storage_dtype, format="pt"),
+    "config.json": files.json_writer(their_config),
+  }
+  files.write_together(directory, writers)

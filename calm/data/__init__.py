@@ -7,9 +7,7 @@ from calm.data import (
   datasets,
   prompt_batches,
   prompt_files,
-  prompt_tables,
   row_formats,
-  tokenizer_files,
   training_batches,
   vocabulary,
 )
@@ -18,10 +16,8 @@ __all__ = [
   "datasets",
   "prompt_batches",
   "prompt_files",
-  "prompt_tables",
   "row_formats",
   "seqio_tasks",
-  "tokenizer_files",
   "training_batches",
   "vocabulary",
 ]

@@ -1,10 +1,8 @@
-"""Rows of a Parquet file, bounded: a few bytes of one may stand for more than memory holds.
+"""Rows of a Parquet file, bounded: 500 bytes, in which a text repeats, may stand for 200 GB.
 
-A text that repeats is stored once, with how often: a file of 500 bytes may say 200 GB. What
-the footer tells is checked before anything is read. No text is longer than its column is when
-unpacked, which says how many rows are read at once. Of lists one row may hold all values: their
-texts are read as they are stored, each once (a dictionary), and counted before they are written
-out.
+The footer is checked before anything is read. No text is longer than its unpacked column,
+which bounds the rows that are read at once. One row may hold all values of lists: their texts
+are read as they are stored, each once (a dictionary), and counted before they are written out.
 """
 
 from collections.abc import Iterator
@@ -14,7 +12,8 @@ import numpy as np
 import pyarrow
 from pyarrow import compute, parquet, types
 
-from calm.data import bounded
+from calm import storage
+from calm.data import row_formats
 
 # What the least of rows, and of values in them, takes; a file may say 10**9 of either.
 _ROW, _VALUE = 64, 8
@@ -32,10 +31,10 @@ def rows(file: BinaryIO, name: str) -> Iterator[dict[str, Any]]:
     name: for messages.
 
   Raises:
-    ValueError: it is damaged, stands for more than `bounded.most` says, or has two columns of
+    ValueError: it is damaged, unpacks to more than `row_formats.most`, or has two columns of
       one name.
   """
-  most = bounded.most(file.seek(0, 2))
+  most = row_formats.most(file.seek(0, 2))
   file.seek(0)
   try:
     schema = parquet.ParquetFile(file).schema_arrow
@@ -112,9 +111,9 @@ def _size(chunk: Any) -> int:
 
 def _too_much(name: str) -> str:
   return (
-    f"Expected {name!r} to unpack to at most {bounded.UNPACKED >> 20} MiB and {bounded.RATIO}"
-    " times its size, got more; it is no file of texts, or made to fill the memory: save the"
-    " rows as JSON Lines, or as several files."
+    f"Expected {name!r} to unpack to at most {row_formats.UNPACKED >> 20} MiB and"
+    f" {row_formats.RATIO} times its size, got more; it is no file of texts, or made to fill"
+    " the memory: save the rows as JSON Lines, or as several files."
   )
 
 
@@ -133,7 +132,7 @@ class _Reader:
         yield from _written_out(part).to_pylist()
 
   def _at_once(self, group: int) -> int:
-    """Rows of which a batch is bounded."""
+    """Rows of which a batch is row_formats."""
     metadata = self._opened.metadata
     chunks = list(_chunks(metadata, range(group, group + 1), self._columns))
     if all("." not in chunk.path_in_schema for chunk in chunks):
@@ -152,10 +151,10 @@ class _Reader:
     begin = 0
     while begin < len(ends):
       before = ends[begin - 1] if begin else 0
-      end = int(np.searchsorted(ends, before + bounded.LONGEST_LINE, side="right"))
+      end = int(np.searchsorted(ends, before + storage.LONGEST_LINE, side="right"))
       if end == begin:
         raise ValueError(
-          f"Expected {self._name!r} to hold rows of at most {bounded.LONGEST_LINE} bytes, got a"
+          f"Expected {self._name!r} to hold rows of at most {storage.LONGEST_LINE} bytes, got a"
           " longer one; it is no file of texts, or made to fill the memory."
         )
       end = min(end, begin + _ROWS)

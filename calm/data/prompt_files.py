@@ -1,14 +1,11 @@
-"""Prompts from files as people have them, and from standard input, one at a time.
+"""Prompts from files of any format, from standard input, and from rows in memory.
 
-JSON Lines, a JSON array, plain text (a prompt a line), CSV, TSV or Parquet, any of them
-gzipped. The text of a row stands under `input`, `inputs`, `prompt` or `text`, or under a key
-that is given; `id`, `target` (or `targets`, `reference`, `references`) and `source` (or
-`group`) are read where they are there. `PromptFile.taken` says what was taken for what.
+The text of a row is in `input`, `inputs`, `prompt` or `text`, or in a named field; `id`,
+`target` (or `targets`, `reference`, `references`) and `source` (or `group`) are optional.
 
-A file is read twice: once to check and count it before any work, and once for the work, so that
-its texts do not fill the memory. Each later pass compares every prompt with the first pass, by
-its hash, and refuses a file that was changed in between. What cannot be read twice is kept on
-the disk meanwhile.
+A file is read twice, so that its texts do not fill the memory: once to check and count it, and
+once for the work. Each later pass compares every prompt with the first pass, by its hash, and
+refuses a file that has changed. A stream is kept on the disk meanwhile.
 """
 
 import array
@@ -29,9 +26,9 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
-from calm import signals
+from calm import arguments, signals
 from calm.calibrate import Prompt
-from calm.data import bounded, row_formats
+from calm.data import row_formats
 
 INPUT_KEYS = ("input", "inputs", "prompt", "text")
 _TARGET_KEYS = ("target", "targets", "reference", "references")
@@ -131,18 +128,9 @@ def open_prompts(
   rows = lambda: _rows(source, format)
   # Eight bytes a prompt; the texts of a long file would fill the memory.
   hashes, running = array.array("q"), 0
-  seen: set[int] = set()
-  for row in itertools.islice(rows(), limit):
+  for row, prompt in itertools.islice(_checked(rows(), input_key), limit):
     if not hashes:
       input_key = key_of(row, input_key)
-    prompt = prompt_of(row, input_key)
-    if isinstance(row.value, Mapping):  # a text has a number only, which no other has
-      if hash(prompt.id) in seen:
-        raise row.error(
-          f"expected every `id` once, got {prompt.id!r} of an earlier row again (a row without"
-          " an `id` is named by its number); give every row its own, or none"
-        )
-      seen.add(hash(prompt.id))
     running = hash((running, prompt))
     hashes.append(running)
   if not hashes:
@@ -153,12 +141,36 @@ def open_prompts(
   return PromptFile(source.name, format, input_key, len(hashes), rows, limit, hashes)
 
 
+def read(path: pathlib.Path, input_key: str) -> Iterator[tuple[row_formats.Row, Prompt]]:
+  """Rows of a JSON Lines file, each with its prompt; errors as of `open_prompts`."""
+  return _checked(_rows(_Source(path), "jsonl"), input_key)
+
+
+def _checked(
+  rows: Iterator[row_formats.Row], input_key: str | None
+) -> Iterator[tuple[row_formats.Row, Prompt]]:
+  """Rows with their prompts, whose ids do not repeat."""
+  seen: set[int] = set()
+  for number, row in enumerate(rows):
+    if not number:
+      input_key = key_of(row, input_key)
+    prompt = prompt_of(row, input_key)
+    if isinstance(row.value, Mapping):  # a text is named by its number, which is no other's
+      if hash(prompt.id) in seen:
+        raise row.error(
+          f"expected every `id` once, got {prompt.id!r} of an earlier row again (a row without"
+          " an `id` is named by its number); give every row its own, or none"
+        )
+      seen.add(hash(prompt.id))
+    yield row, prompt
+
+
 class _Source:
-  """A file that can be opened as often as one likes."""
+  """A file that can be opened any number of times."""
 
   def __init__(self, path: str | os.PathLike):
     self.path = pathlib.Path(path)
-    self._kept: BinaryIO | None = None  # what can be read once only
+    self._kept: BinaryIO | None = None  # the content of a stream
     if str(path) == "-":
       self.name, self.stem = "standard input", "stdin"
       self._keep(sys.stdin.buffer)
@@ -199,15 +211,10 @@ class _Source:
     with contextlib.ExitStack() as stack:
       file = self._kept or stack.enter_context(self.path.open("rb"))
       file.seek(0)
-      packed = file.read(2) == bounded.GZIP_MAGIC
-      file.seek(0)
-      if not packed:
-        yield file
-        return
-      size = file.seek(0, os.SEEK_END)
+      packed = file.read(2) == row_formats.GZIP_MAGIC
       file.seek(0)
       try:
-        yield stack.enter_context(bounded.Gzip(file, size, self.name))  # pyright: ignore[reportReturnType]
+        yield stack.enter_context(row_formats.Gzip(file, self.name)) if packed else file  # pyright: ignore[reportReturnType]
       except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(
           f"{self.name}: expected whole gzip data, got some that are damaged or cut off"
@@ -216,7 +223,7 @@ class _Source:
 
 
 def _pieces(stream: BinaryIO) -> Iterator[bytes]:
-  """What a stream gives, which may take long; a signal ends the waiting."""
+  """The bytes of a stream; a signal ends the waiting for them."""
   try:
     number = stream.fileno()
   except OSError:  # no file of the system's
@@ -244,7 +251,7 @@ def _rows(source: _Source, format: str) -> Iterator[row_formats.Row]:
   with _reading(source), source.open() as file:
     for row in row_formats.READERS[format](file, source.name, source.stem):
       signals.check()
-      if isinstance(file, bounded.Gzip):
+      if isinstance(file, row_formats.Gzip):
         file.count_row()
       yield row
 
@@ -263,7 +270,7 @@ def _reading(source: _Source) -> Iterator[None]:
 
 
 def _format(source: _Source) -> str:
-  """What a file is, by its name; where that does not tell, by how it begins."""
+  """The format of a file, by its name or else by its beginning."""
   suffixes = [suffix.lower() for suffix in source.path.suffixes if suffix.lower() != ".gz"]
   named = _SUFFIXES.get(suffixes[-1]) if suffixes else None
   if named:
@@ -282,7 +289,7 @@ def _format(source: _Source) -> str:
 
 
 def _is_object(line: str, *, whole: bool) -> bool:
-  if not whole:  # a line that is longer than what was looked at
+  if not whole:  # a line that is longer than the beginning
     return re.match(r'\{\s*"', line) is not None
   try:
     return isinstance(json.loads(line), dict)
@@ -291,7 +298,7 @@ def _is_object(line: str, *, whole: bool) -> bool:
 
 
 def key_of(row: row_formats.Row, wanted: str | None) -> str | None:
-  """Where the rows of a file have their text, told by the first of them."""
+  """The field that has the text of every row, by the first row; None where rows are texts."""
   if isinstance(row.value, str):
     if wanted is not None:
       raise row.error(f"expected rows with a key {wanted!r}, got a text; leave the key out")
@@ -337,7 +344,7 @@ def _first(value: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
 
 
 def _named(value: Any) -> Any:
-  """A whole number as a name is its digits."""
+  """The digits of a whole number, which is a name."""
   return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -357,3 +364,74 @@ def _text(row: row_formats.Row, key: str | None, value: Any) -> str:
       " or its pair of escapes"
     ) from error
   return value
+
+
+def is_table(value: Any) -> bool:
+  """Whether a value is a DataFrame; pandas and polars are not imported for it."""
+  return hasattr(value, "columns") and hasattr(value, "__getitem__")
+
+
+def check_texts(texts: Any) -> tuple[str, ...]:
+  """Texts of any ordered iterable; TypeError where it is something else that iterates."""
+  way_out = "give a list of texts, like `table['input']`, or `[prompt.input, ...]`."
+  if isinstance(texts, str):
+    raise TypeError("Expected `texts` to be a list of prompts, got one text; put it in a list.")
+  if is_table(texts):
+    raise TypeError(f"Expected `texts` to be a list of prompts, got a table; {way_out}")
+  if not arguments.is_listing(texts):
+    raise TypeError(f"Expected `texts` to be a list of texts, got {texts!r:.60}; {way_out}")
+  texts = tuple(texts)
+  odd = [text for text in texts if not isinstance(text, str)]
+  if odd:
+    raise TypeError(f"Expected `texts` to be a list of texts, got {odd[0]!r:.60}; {way_out}")
+  return texts
+
+
+def prompts_of(rows: Any, *, input_key: str | None = None) -> tuple[Prompt, ...]:
+  """Prompts of rows in memory, by the same names as in files.
+
+  Args:
+    rows: a DataFrame of pandas or polars, or texts, mappings or `Prompt`s; those without an
+      id are named by their number.
+    input_key: where a row has its text; None: the first of `INPUT_KEYS` that the
+      first row has.
+
+  Raises:
+    TypeError: one text instead of a list, or something that is no prompt.
+    ValueError: a row lacks its text, or has one that is no text (names the row).
+  """
+  if isinstance(rows, str):
+    raise TypeError("Expected `prompts` to be a list, got one text; put it in a list.")
+  if not arguments.is_listing(rows) and not is_table(rows):
+    raise TypeError(
+      f"Expected `prompts` to be a list, got {rows!r:.60}; give texts, `Prompt`s or a table."
+    )
+  found, key, is_first = [], input_key, True
+  for number, value in enumerate(_records(rows) if is_table(rows) else rows, start=1):
+    if isinstance(value, Prompt):
+      found.append(value)
+      continue
+    if not isinstance(value, str | Mapping):
+      raise TypeError(
+        "Expected prompts to be texts, mappings with a text at `input`, or `Prompt`s, got"
+        f" {value!r:.60} as number {number}; leave it out, or give its text."
+      )
+    row = row_formats.Row(value, f"prompt/{number}", f"prompt {number}")
+    key = key_of(row, input_key) if is_first else key
+    found.append(prompt_of(row, key))
+    is_first = False
+  return tuple(found)
+
+
+def _records(frame: Any) -> list[dict[str, Any]]:
+  """Rows of a DataFrame with plain values; what is missing is None."""
+  columns = {str(name): [_plain(value) for value in frame[name]] for name in frame.columns}
+  return [
+    dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+  ]
+
+
+def _plain(value: Any) -> Any:
+  """Numpy's and polars' values as Python's own."""
+  made = next((getattr(value, n)() for n in ("tolist", "to_list") if hasattr(value, n)), value)
+  return None if isinstance(made, float) and made != made else made

@@ -1,16 +1,17 @@
-"""Rows of a file, one at a time: JSON Lines, a JSON array, plain text, CSV, TSV, Parquet."""
+"""Rows of a file, one at a time: JSON Lines, a JSON array, plain text, CSV, TSV, Parquet.
 
-import codecs
+What is read is bounded: no small file, packed or not, fills the memory.
+"""
+
 import csv
 import dataclasses
-import json
+import gzip
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from calm import storage
-from calm.data import bounded
 
-# What each is called in messages.
+# The names of the formats, and what messages call them.
 FORMATS = {
   "jsonl": "JSON Lines",
   "json": "a JSON array",
@@ -19,7 +20,55 @@ FORMATS = {
   "tsv": "TSV",
   "parquet": "Parquet",
 }
-_READ = 2**16
+GZIP_MAGIC = b"\x1f\x8b"
+# Texts pack to a third or a tenth; a file that unpacks to less than this is not judged.
+UNPACKED, RATIO = 2**28, 200
+# Bytes that every line and row counts for besides its own: each takes time, even when empty.
+ROW = 512
+
+
+def most(size: int) -> int:
+  """The number of bytes that a file of `size` bytes may unpack to."""
+  return UNPACKED + RATIO * size
+
+
+class Gzip(gzip.GzipFile):
+  """A gzip file that unpacks to at most 256 MiB and 200 times its size, lines and rows counted.
+
+  Args:
+    file: the packed file.
+    name: for messages.
+  """
+
+  def __init__(self, file: BinaryIO, name: str):
+    self._most, self._called, self._rows = most(file.seek(0, 2)), name, 0
+    file.seek(0)
+    super().__init__(fileobj=file, mode="rb")
+
+  def count_row(self) -> None:
+    """Counts a row; ValueError beyond the bound."""
+    self._rows += 1
+    self._checked(b"")
+
+  def read(self, size: int | None = -1) -> bytes:
+    """As of any file; ValueError beyond the bound."""
+    left = self._most + 1 - self.tell()
+    return self._checked(super().read(left if size is None or size < 0 else min(size, left)))
+
+  def readline(self, size: int | None = -1) -> bytes:  # pyright: ignore[reportIncompatibleMethodOverride]
+    """As of any file; ValueError beyond the bound."""
+    left = self._most + 1 - self.tell()
+    self._rows += 1
+    return self._checked(super().readline(left if size is None or size < 0 else size))
+
+  def _checked(self, content: bytes) -> bytes:
+    if self.tell() + ROW * self._rows > self._most:
+      raise ValueError(
+        f"Expected {self._called!r} to unpack to at most {RATIO} times its size, with {ROW}"
+        " bytes more for each line and row, got more; it is no file of texts, or made to fill"
+        " the memory."
+      )
+    return content
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +95,7 @@ def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
 
   Lines end at newlines only: `splitlines` would end a prompt at characters that are no ends.
   """
-  for number, line in enumerate(bounded.lines(file, name), start=1):
+  for number, line in enumerate(storage.lines(file, name), start=1):
     if b"\0" in line:
       raise ValueError(
         f"Expected prompts in UTF-8, got the byte 0x00 in line {number} of {name}; save the"
@@ -71,100 +120,37 @@ def json_lines(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
     try:
       value = storage.parse_json(line)
     except ValueError as error:
-      where_in_line = isinstance(error, json.JSONDecodeError) and f" at column {error.colno}"
       raise ValueError(
-        f"{where}: expected one JSON object a line, got invalid JSON{where_in_line or ''}"
-        f" ({error}); where these are plain texts, name the file .txt, or say"
-        " `--prompts_format=text`."
+        f"{where}: expected one JSON object a line, got invalid JSON ({error}); where these are"
+        " plain texts, name the file .txt, or say `--prompts_format=text`."
       ) from error
     yield _checked(Row(value, f"{stem}/{number}", where))
 
 
 def json_array(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
-  """A JSON array of objects or texts, read element by element."""
-  pieces = _Pieces(file, name)
-  if pieces.next_character() != "[":
+  """A JSON array of objects or texts, which is read whole."""
+  content = file.read(storage.LONGEST_LINE + 1)
+  if len(content) > storage.LONGEST_LINE:
     raise ValueError(
-      f"{name}: expected a JSON array, got no `[` at its beginning; name the format that it"
-      " has."
+      f"{name}: expected a JSON array of at most {storage.LONGEST_LINE} bytes, got more; save"
+      " the rows as JSON Lines."
     )
-  pieces.drop(1)
-  number, first = 0, True
-  while (character := pieces.next_character()) != "]":
-    if not first:
-      if character != ",":
-        raise ValueError(
-          f"{name}: expected `,` or `]` after element {number} of the JSON array, got"
-          f" {character or 'the end of the file'!r}."
-        )
-      pieces.drop(1)
-    number, first = number + 1, False
-    where = f"{name}, element {number}"
-    yield _checked(Row(pieces.take(where), f"{stem}/{number}", where))
-  pieces.drop(1)
-  if rest := pieces.next_character():
+  try:
+    values = storage.parse_json(content.decode("utf-8-sig"))
+  except UnicodeDecodeError as error:
     raise ValueError(
-      f"{name}: expected the JSON array to end the file, got {rest!r} after its `]`; write one"
-      " array, or JSON Lines."
-    )
-
-
-class _Pieces:
-  """A text of which only a part is in memory."""
-
-  def __init__(self, file: BinaryIO, name: str):
-    self._file, self._name = file, name
-    self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    self._text, self._ended = "", False
-
-  def next_character(self) -> str:
-    """The next that is no space; '' at the end."""
-    while True:
-      self._text = self._text.lstrip()
-      if self._text or not self._more(_READ):
-        return self._text[:1]
-
-  def drop(self, count: int) -> None:
-    self._text = self._text[count:]
-
-  def take(self, where: str) -> Any:
-    """The next value."""
-    self.next_character()
-    size = _READ
-    while True:
-      try:
-        value, end = json.JSONDecoder().raw_decode(self._text)
-        storage.parse_json(self._text[:end])  # numbers that are none
-      except json.JSONDecodeError as error:
-        if len(self._text) <= bounded.LONGEST_LINE and self._more(size):
-          size *= 2
-          continue
-        raise ValueError(
-          f"{where}: expected whole JSON, got some that is invalid or cut off ({error.msg});"
-          " copy the file again."
-        ) from error
-      except (ValueError, RecursionError) as error:
-        what = error if isinstance(error, ValueError) else "too deep to be read"
-        raise ValueError(
-          f"{where}: expected JSON, got some that is none ({what}); write it again."
-        ) from error
-      self.drop(end)
-      return value
-
-  def _more(self, size: int) -> bool:
-    """Whether there was more to read."""
-    if self._ended:
-      return False
-    content = self._file.read(size)
-    self._ended = not content
-    try:
-      self._text += self._decoder.decode(content, final=self._ended)
-    except UnicodeDecodeError as error:
-      raise ValueError(
-        f"Expected prompts in UTF-8, got the byte 0x{error.object[error.start]:02x} in"
-        f" {self._name}; save the text as UTF-8."
-      ) from error
-    return not self._ended
+      f"Expected prompts in UTF-8, got the byte 0x{content[error.start]:02x} in {name}; save"
+      " the text as UTF-8."
+    ) from error
+  except ValueError as error:
+    raise ValueError(
+      f"{name}: expected a whole JSON array, got JSON that is invalid or cut off ({error});"
+      " copy the file again."
+    ) from error
+  if not isinstance(values, list):
+    raise ValueError(f"{name}: expected a JSON array, got {type(values).__name__}.")
+  for number, value in enumerate(values, start=1):
+    yield _checked(Row(value, f"{stem}/{number}", f"{name}, element {number}"))
 
 
 def _checked(row: Row) -> Row:
@@ -195,9 +181,9 @@ def _table(delimiter: str) -> Callable[[BinaryIO, str, str], Iterator[Row]]:
       nonlocal size
       for _, line in _lines(file, name):
         size += len(line)
-        if size > bounded.LONGEST_LINE:
+        if size > storage.LONGEST_LINE:
           raise ValueError(
-            f"Expected {name!r} to hold rows of at most {bounded.LONGEST_LINE} bytes, got a"
+            f"Expected {name!r} to hold rows of at most {storage.LONGEST_LINE} bytes, got a"
             " longer one; close the quote that it opens."
           )
         yield line

@@ -1,10 +1,9 @@
 """seqio tasks: JSON Lines files, the Debian data sets, and the paper's three from TFDS.
 
-Each function registers its task (or mixture) and returns the name, which is what T5X wants in
-`MIXTURE_OR_TASK_NAME`; calling it again with the same arguments is harmless, so a gin macro may
-be evaluated many times. Examples keep `id`, `references` (all accepted targets),
-`inputs_pretokenized` and `targets_pretokenized`; both features end with end-of-text, also where
-they were truncated. Importing this module loads TensorFlow.
+Each function registers its task (or mixture) and returns the name, for T5X's
+`MIXTURE_OR_TASK_NAME`; a call with the same arguments may be repeated. Examples keep `id`,
+`references` (all accepted targets), `inputs_pretokenized` and `targets_pretokenized`; both
+features end with end-of-text, truncated or not. Importing this module loads TensorFlow.
 """
 
 import functools
@@ -23,24 +22,20 @@ Tensors = Mapping[str, Any]
 MetricFn = Callable[[Sequence[Sequence[str]], Sequence[str]], dict[str, float]]
 
 _CORPUS = ("bleu", "chrf")
-# What each name was registered from, to tell a repeated call from another task of that name.
+# The arguments that each name was registered from.
 _registered: dict[str, tuple[Any, ...]] = {}
 
 
 def metric_fn(name: str) -> MetricFn:
-  """One evaluation metric, as a seqio metric function.
+  """A seqio metric function of (references of each example, predictions); percentages.
 
   Args:
     name: `bleu` or `chrf` (of the corpus, sacrebleu), or any name that
-      `calm.calibrate.losses.metrics.get_metric` knows, such as `rouge_l`, `token_f1` and
-      `exact_match` (mean over examples of the best over references).
-
-  Returns:
-    Function of (targets, predictions), `targets` being a list of references for each
-    prediction; gives {name: value in 0 to 100}.
+      `calm.calibrate.losses.metrics.get_metric` knows, such as `rouge_l` (mean over examples of
+      the best over references).
 
   Raises:
-    ValueError: if there is no such metric.
+    ValueError: there is no such metric.
   """
   if name in _CORPUS:
 
@@ -139,8 +134,8 @@ def jsonl(
     `name`.
 
   Raises:
-    ValueError: if `name` is taken by something else, or a metric is unknown. What is wrong
-      with a file is told when it is read.
+    ValueError: `name` is taken by something else, or a metric is unknown; what is wrong with a
+      file is told when it is read.
   """
   source = JsonlSource(paths, prefix)
   made_from = (tuple(source.paths.items()), prefix)
@@ -148,18 +143,15 @@ def jsonl(
 
 
 def debian(task: str, root: str | os.PathLike[str], vocabulary: seqio.Vocabulary | str) -> str:
-  """Registers one of the three Debian data sets.
+  """Registers one of the three Debian data sets, under its own name.
 
   Args:
-    task: `debian_synopsis`, `debian_enfr` or `debian_qa`; also the registered name.
+    task: `debian_synopsis`, `debian_enfr` or `debian_qa`.
     root: folder that holds `<task>/{train,validation,test}.jsonl.gz`.
     vocabulary: a seqio vocabulary, or the path of a SentencePiece model.
 
-  Returns:
-    `task`.
-
   Raises:
-    ValueError: if there is no such task, or its name is taken by something else.
+    ValueError: there is no such task, or its name is taken by something else.
   """
   if task not in datasets.DEBIAN:
     raise ValueError(f"Expected `task` to be one of {list(datasets.DEBIAN)}, got {task!r}.")
@@ -210,8 +202,7 @@ def translation_example(example: Tensors) -> dict[str, Any]:
 def question_example(example: Tensors) -> dict[str, Any]:
   """SQuAD of TFDS -> `question: <question> context: <context>`, as T5 was trained on it.
 
-  Reads `id`, `question`, `context` and `answers/text`. Like T5's own task it puts spaces around
-  ASCII punctuation, in the answers too; blanks at the ends go.
+  Like T5's own task it puts spaces around ASCII punctuation, in the answers too.
   """
   question, context = _spaced(example["question"]), _spaced(example["context"])
   answers = _spaced(example["answers"]["text"])
@@ -240,9 +231,6 @@ def cnn_dailymail(
     vocabulary: a seqio vocabulary, or the path of a SentencePiece model.
     tfds_name: name and version in TFDS.
     data_dir: where TFDS keeps its data; None: its default.
-
-  Returns:
-    The registered name.
   """
   return _tfds(
     "calm_cnn_dailymail", tfds_name, data_dir, summarization_example, vocabulary, ["rouge_l"]

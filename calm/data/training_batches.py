@@ -1,8 +1,6 @@
 """Training batches in numpy: the batch of step s is a pure function of (seed, s).
 
-Nothing is consumed: a run that was killed and resumed sees exactly the batches of an
-uninterrupted one, because batch s is computed from s alone (a permutation of the epoch's
-ids, cut into length buckets). No TensorFlow here.
+So a run that was killed and resumed sees exactly the batches of an uninterrupted one.
 """
 
 import dataclasses
@@ -27,7 +25,7 @@ class Bucket:
 
 @runtime_checkable
 class Source(Protocol):
-  """Where batches come from: step -> batch, a pure function."""
+  """A pure function of the step that returns a batch."""
 
   def batch(self, step: int) -> Batch: ...
 
@@ -122,7 +120,7 @@ def _plan(
   order = rng.permutation(len(bucket_of))
   plan, rest = [], np.zeros(0, np.int64)
   for bucket in range(bucket_of.max() + 1):
-    # What does not fill a batch moves on to the next, longer bucket.
+    # Rows that do not fill a batch move on to the next, longer bucket.
     rows = np.concatenate([rest, order[bucket_of[order] == bucket]])
     cut = len(rows) // batch_size * batch_size
     plan += [(chunk, bucket) for chunk in rows[:cut].reshape(-1, batch_size)]

@@ -1,16 +1,20 @@
-"""Text <-> token ids without TensorFlow: SentencePiece models and raw bytes.
+"""Text <-> token ids without TensorFlow: SentencePiece models, raw bytes, a `tokenizer.json`.
 
-Ids are those of seqio's vocabularies of the same names, so that a model trained through seqio
-is decoded here as it was trained: 0 is padding, EOS is never added by `encode`, and the extra
-ids (T5's sentinels) stand at the end of the vocabulary, `<extra_id_0>` last.
+Ids of the first two are those of seqio's vocabularies of the same names: 0 is padding, `encode`
+adds no EOS, and the extra ids (T5's sentinels) are the last ones, `<extra_id_0>` last of all.
 """
 
+import base64
+import contextlib
 import dataclasses
+import functools
 import hashlib
+import json
 import os
 import pathlib
+import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import sentencepiece
@@ -21,6 +25,9 @@ from calm import storage
 _USER_DEFINED = 4
 _WORD_START = "▁"
 _MOST_EXTRA_IDS = 2**14
+SENTINEL = re.compile(r"<extra_id_\d+>")
+# The characters that the steps of a tokenizer may make of one; real ones make three of a few.
+_MOST_GROWTH = 1000
 
 
 @runtime_checkable
@@ -59,7 +66,7 @@ class SentencePieceVocabulary:
     extra_ids: number of `<extra_id_N>` pieces after the model's own (100 for T5; 0 for mT5,
       whose model file already holds them).
     padded: whether padding must be 0, as it is in all of T5's models; where it is not
-      (MADLAD-400), `tokenizer_files.Renumbered` makes it so.
+      (MADLAD-400), `Renumbered` makes it so.
 
   Raises:
     FileNotFoundError: there is no file at `path`.
@@ -82,8 +89,26 @@ class SentencePieceVocabulary:
         " missing; give the path of a `.model` file (T5 calls it `spiece.model`)."
       )
     object.__setattr__(self, "model", storage.content(path))
-    processor = _load(self.model, self.extra_ids, path, padded=self.padded)
-    object.__setattr__(self, "_processor", processor)
+    object.__setattr__(self, "_processor", self._load(path))
+
+  def _load(self, path: pathlib.Path) -> Any:
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+      # The bare model first: appended pieces would make a model of any readable rubbish.
+      processor.LoadFromSerializedProto(self.model)
+      processor.LoadFromSerializedProto(_with_extra_pieces(self.model, self.extra_ids))
+    except (RuntimeError, OSError) as error:
+      raise ValueError(
+        f"Expected `path` to be a SentencePiece model, got {str(path)!r} ({len(self.model)}"
+        f" bytes), which cannot be parsed ({error}); fetch the file again or give another."
+      ) from error
+    if (self.padded and processor.pad_id() != 0) or processor.eos_id() < 0:
+      raise ValueError(
+        "Expected `path` to be a SentencePiece model with padding id 0 and an EOS piece, as"
+        f" T5's are, got {str(path)!r} with pad_id {processor.pad_id()} and eos_id"
+        f" {processor.eos_id()}; train it with pad_id=0, eos_id=1, unk_id=2, bos_id=-1."
+      )
+    return processor
 
   @property
   def vocab_size(self) -> int:
@@ -120,7 +145,7 @@ class SentencePieceVocabulary:
 
   def digest(self) -> str:
     """sha256 (hexadecimal) of the model's bytes and the number of extra ids."""
-    return _digest(self.model, self.extra_ids)
+    return _sha256(self.model + f"\nextra_ids {self.extra_ids}".encode())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +194,206 @@ class ByteVocabulary:
 
   def digest(self) -> str:
     """sha256 (hexadecimal) of this kind of vocabulary and the number of extra ids."""
-    return _digest(b"utf-8 bytes, 3 special", self.extra_ids)
+    return _sha256(f"utf-8 bytes, 3 special\nextra_ids {self.extra_ids}".encode())
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerVocabulary:
+  """A `tokenizer.json` of the package tokenizers, which transformers saves for every model.
+
+  Attributes:
+    path: the file; two vocabularies are equal when its bytes and ids are.
+    eos_id: the token that ends a text.
+    pad_id: padding.
+
+  Raises:
+    FileNotFoundError: there is no file at `path`.
+    ValueError: it is no tokenizer, or has no token `eos_id`, or one that ends no text.
+    ImportError: the package tokenizers is not installed.
+  """
+
+  path: str | os.PathLike = dataclasses.field(compare=False)
+  eos_id: int = 1
+  pad_id: int = 0
+  model: bytes = dataclasses.field(init=False, repr=False)
+
+  def __post_init__(self):
+    path = pathlib.Path(self.path)
+    if not path.is_file():
+      raise FileNotFoundError(
+        f"Expected `path` to name a tokenizer.json, got {str(path)!r}, which is missing."
+      )
+    object.__setattr__(self, "model", storage.content(path))
+    if self._tokenizer.id_to_token(self.eos_id) is None:
+      raise ValueError(
+        f"Expected {str(path)!r} to have the end-of-text token {self.eos_id}, got"
+        f" {self._tokenizer.get_vocab_size()} tokens without it; it belongs to another model."
+      )
+    special = self._special
+    if special and self.eos_id not in special:
+      raise ValueError(
+        f"Expected {str(path)!r} to have a special token at {self.eos_id}, which ends a text of"
+        f" the model, got {self._tokenizer.id_to_token(self.eos_id)!r} beside"
+        f" {sorted(special.values())[:4]}; it belongs to another model."
+      )
+
+  @functools.cached_property
+  def _tokenizer(self) -> Any:
+    try:
+      import tokenizers
+    except ImportError as error:
+      raise ImportError(
+        f"Expected the package tokenizers to read {str(self.path)!r}, got none; `pip install"
+        " tokenizers`, or put the model's spiece.model beside it."
+      ) from error
+    with self._naming("to be a tokenizer.json that the package tokenizers reads"):
+      content = storage.parse_json(self.model)
+      for part in ("normalizer", "decoder"):
+        _check_steps(part, content.get(part))
+      made = tokenizers.Tokenizer.from_buffer(self.model)
+      # What a model was once called with is saved beside its pieces; lengths are chosen here.
+      made.no_truncation()
+      made.no_padding()
+      made.encode("a")  # some only say now what they lack
+    return made
+
+  @contextlib.contextmanager
+  def _naming(self, expected: str) -> Iterator[None]:
+    """Errors of the package name the file; its panics are no `Exception`."""
+    try:
+      yield
+    except BaseException as error:
+      if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise
+      raise ValueError(
+        f"Expected {str(self.path)!r} {expected}, got: {error!s:.300}; save the tokenizer"
+        " again."
+      ) from error
+
+  @functools.cached_property
+  def _content(self) -> dict[str, Any]:
+    return json.loads(self.model)
+
+  @functools.cached_property
+  def _special(self) -> dict[int, str]:
+    """{id: token} of the special tokens that are no text, so without the sentinels."""
+    return {
+      token["id"]: token["content"]
+      for token in self._content.get("added_tokens") or ()
+      if token.get("special") and not SENTINEL.fullmatch(token["content"])
+    }
+
+  @property
+  def vocab_size(self) -> int:
+    """Ids, added tokens included."""
+    return self._size
+
+  @functools.cached_property
+  def _size(self) -> int:
+    return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+  @property
+  def extra_ids(self) -> int:
+    """Sentinels at the end of the ids, `<extra_id_0>` last."""
+    last, count = self.vocab_size - 1, 0
+    while self._tokenizer.id_to_token(last - count) == f"<extra_id_{count}>":
+      count += 1
+    return count
+
+  @property
+  def unk_id(self) -> int | None:
+    """The token of what has no other, or None."""
+    model = self._content["model"]
+    if model.get("unk_id") is not None:
+      return model["unk_id"]
+    token = model.get("unk_token")
+    return None if token is None else self._tokenizer.token_to_id(token)
+
+  def encode(self, s: str, /) -> list[int]:
+    """Token ids of a text as transformers makes them, the EOS at their end left out."""
+    check_utf8(s)
+    with self._naming(f"to have tokens for every text, so for {s[:40]!r}"):
+      ids = self._tokenizer.encode(s).ids
+    return ids[:-1] if ids[-1:] == [self.eos_id] else ids
+
+  def decode(self, ids: Iterable[int], /) -> str:
+    """Text of the ids before the first EOS; special tokens but sentinels are skipped."""
+    kept = until_eos(ids, self.eos_id, self.pad_id)
+    texts = [i for i in kept if i not in self._special and i < self.vocab_size]
+    with self._naming("to give a text for every list of tokens"):
+      return self._tokenizer.decode(texts, skip_special_tokens=False)
+
+  def piece(self, token_id: int, /) -> str:
+    """What one token looks like on its own; a word's first piece begins with a space."""
+    token = self._tokenizer.id_to_token(int(token_id))
+    if token is None:
+      return _unused(token_id)
+    if token_id in self._special or SENTINEL.fullmatch(token):
+      return token
+    if "ByteLevel" in json.dumps(self._content.get("decoder")):
+      with self._naming("to give a text for every token"):
+        return self._tokenizer.decode([int(token_id)], skip_special_tokens=False)
+    return token.replace(_WORD_START, " ")
+
+  def digest(self) -> str:
+    """sha256 (hexadecimal) of the file's bytes and the ids."""
+    return _sha256(self.model + f"\neos_id {self.eos_id} pad_id {self.pad_id}".encode())
+
+
+@dataclasses.dataclass(frozen=True)
+class Renumbered:
+  """A vocabulary whose padding is not 0 (MADLAD-400: 1), with that id and 0 exchanged.
+
+  The network takes token 0 for padding; the model's rows are exchanged too (`checkpoints`).
+
+  Attributes:
+    base: the vocabulary.
+    base_pad_id: its padding, above 0.
+  """
+
+  base: Any
+  base_pad_id: int
+
+  pad_id = 0
+
+  @property
+  def vocab_size(self) -> int:
+    return self.base.vocab_size
+
+  @property
+  def extra_ids(self) -> int:
+    return self.base.extra_ids
+
+  @property
+  def eos_id(self) -> int:
+    return self._swap(self.base.eos_id)
+
+  @property
+  def unk_id(self) -> int | None:
+    return None if self.base.unk_id is None else self._swap(self.base.unk_id)
+
+  def encode(self, s: str, /) -> list[int]:
+    """Token ids of a text, without EOS."""
+    return [self._swap(i) for i in self.base.encode(s)]
+
+  def decode(self, ids: Iterable[int], /) -> str:
+    """Text of the ids before the first EOS; padding is skipped."""
+    kept = until_eos(ids, self.eos_id, 0)
+    return self.base.decode([self._swap(i) for i in kept])
+
+  def piece(self, token_id: int, /) -> str:
+    """What one token looks like on its own."""
+    return self.base.piece(self._swap(int(token_id)))
+
+  def digest(self) -> str:
+    """sha256 (hexadecimal) of the vocabulary and its padding."""
+    return _sha256(f"{self.base.digest()} pad {self.base_pad_id}".encode())
+
+  def _swap(self, token_id: int) -> int:
+    return {0: self.base_pad_id, self.base_pad_id: 0}.get(token_id, token_id)
+
+
+AnyVocabulary = SentencePieceVocabulary | ByteVocabulary | TokenizerVocabulary | Renumbered
 
 
 def from_seqio(vocabulary: Any) -> SentencePieceVocabulary | ByteVocabulary:
@@ -218,26 +442,6 @@ def check_fits(vocabulary: Vocabulary, num_rows: int) -> None:
       f" got {vocabulary.vocab_size}; use the vocabulary that the model was trained with (or"
       " fewer `extra_ids`)."
     )
-
-
-def _load(model: bytes, extra_ids: int, path: pathlib.Path, *, padded: bool):
-  processor = sentencepiece.SentencePieceProcessor()
-  try:
-    # The bare model first: appended pieces would make a model of any readable rubbish.
-    processor.LoadFromSerializedProto(model)
-    processor.LoadFromSerializedProto(_with_extra_pieces(model, extra_ids))
-  except (RuntimeError, OSError) as error:
-    raise ValueError(
-      f"Expected `path` to be a SentencePiece model, got {str(path)!r} ({len(model)} bytes),"
-      f" which cannot be parsed ({error}); fetch the file again or give another."
-    ) from error
-  if (padded and processor.pad_id() != 0) or processor.eos_id() < 0:
-    raise ValueError(
-      "Expected `path` to be a SentencePiece model with padding id 0 and an EOS piece, as T5's"
-      f" are, got {str(path)!r} with pad_id {processor.pad_id()} and eos_id"
-      f" {processor.eos_id()}; train it with pad_id=0, eos_id=1, unk_id=2, bos_id=-1."
-    )
-  return processor
 
 
 def _with_extra_pieces(model: bytes, extra_ids: int) -> bytes:
@@ -293,17 +497,33 @@ def _unused(token_id: int) -> str:
   return f"<unused_{int(token_id)}>"
 
 
-def _digest(content: bytes, extra_ids: int) -> str:
-  return hashlib.sha256(content + f"\nextra_ids {extra_ids}".encode()).hexdigest()
+def _sha256(content: bytes) -> str:
+  return hashlib.sha256(content).hexdigest()
 
 
-def _check_extra_ids(extra_ids: int) -> None:
-  if not isinstance(extra_ids, int) or isinstance(extra_ids, bool):
+def _check_extra_ids(extra_ids: Any) -> None:
+  if type(extra_ids) is not int or not 0 <= extra_ids <= _MOST_EXTRA_IDS:
     raise ValueError(
-      f"Expected `extra_ids` to be a whole number, got {extra_ids!r}; T5 has 100."
+      f"Expected `extra_ids` to be a whole number in [0, {_MOST_EXTRA_IDS}], got"
+      f" {extra_ids!r}; T5 has 100, ByT5 125, mT5 0."
     )
-  if not 0 <= extra_ids <= _MOST_EXTRA_IDS:
-    raise ValueError(
-      f"Expected `extra_ids` to be 0 or more, and at most {_MOST_EXTRA_IDS}, got {extra_ids};"
-      " T5 has 100, ByT5 125, mT5 0."
-    )
+
+
+def _check_steps(part: str, step: Any) -> None:
+  """ValueError for steps by which a few bytes of the file would take gigabytes."""
+  growth, left = 1.0, [step] if step else []
+  while left:
+    step = left.pop()
+    left += step.get("normalizers") or step.get("decoders") or []
+    if step["type"] == "Replace":
+      # A regular expression may match one character; an empty text is found between all.
+      found = len(step["pattern"].get("String", "x"))
+      growth *= max(1.0, len(step["content"]) / found if found else 1 + len(step["content"]))
+    if step["type"] == "Precompiled":
+      table = base64.b64decode(step["precompiled_charsmap"] or "")
+      if int.from_bytes(table[:4], "little") > len(table):
+        raise ValueError(f"Expected `{part}` with a whole `precompiled_charsmap`, got a part")
+    if growth > _MOST_GROWTH:
+      raise ValueError(
+        f"Expected `{part}` to lengthen a text at most {_MOST_GROWTH} times, got {growth:.3g}"
+      )

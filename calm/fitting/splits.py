@@ -17,7 +17,7 @@ import numpy as np
 from calm import inference, storage
 from calm.calibrate import Prompt, planning
 from calm.calibrate.generations import order
-from calm.data import prompt_files, prompt_tables
+from calm.data import prompt_files
 from calm.fitting.options import FitOptions
 
 # Rows in memory; or a DataFrame, which has no type that could be named here.
@@ -46,7 +46,7 @@ def read_rows(train: str | pathlib.Path | Rows, options: FitOptions) -> tuple[Pr
   if isinstance(train, str | pathlib.Path):
     rows = tuple(prompt_files.open_prompts(train, input_key=options.input_key))
   else:
-    rows = prompt_tables.prompts_of(train, input_key=options.input_key)
+    rows = prompt_files.prompts_of(train, input_key=options.input_key)
   bare = [row.id for row in rows if not any(target.strip() for target in row.targets)]
   if bare and options.needs_targets:
     raise ValueError(

@@ -23,7 +23,7 @@ from calm.calibrate.generations import order
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import metrics, sequence_losses
 from calm.console import Progress
-from calm.data import prompt_tables
+from calm.data import prompt_files
 from calm.inference import grid, seconds
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def certify(
     ValueError: too few prompts for any threshold (says how many are needed), prompts without
       references for 'risk', or an argument has no meaning. Nothing is decoded then.
   """
-  prompts, kind = prompt_tables.prompts_of(prompts), kind_of(consistency)
+  prompts, kind = prompt_files.prompts_of(prompts), kind_of(consistency)
   support = sequence_losses.kind_support(kind, metric)
   count = len(set(order.prompt_clusters(prompts)))
   unit = "prompts" if count == len(prompts) else "clusters of prompts"
@@ -142,7 +142,7 @@ def certify_and_time(
     progress: told after every batch and threshold; None shows it where someone looks on.
     **options: the others of `certify`.
   """
-  given, levels = prompt_tables.prompts_of(prompts), thresholds or default_grid(predictor)
+  given, levels = prompt_files.prompts_of(prompts), thresholds or default_grid(predictor)
   with contextlib.ExitStack() as stack:
     silent = lambda share, text: None
     report = stack.enter_context(Progress()) if progress is None else silent

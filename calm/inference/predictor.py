@@ -23,7 +23,7 @@ from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations.procedures import describe_differences
 from calm.calibrate.losses import metrics
 from calm.console import Progress
-from calm.data import prompt_batches, prompt_tables
+from calm.data import prompt_batches, prompt_files
 from calm.decode import compiled, loop, pool_program
 from calm.decode import program as program_lib
 from calm.decode import sharded as sharded_lib
@@ -288,7 +288,7 @@ class Predictor:
   def plan(self, texts: Sequence[str]) -> list[prompt_batches.PromptBatch]:
     """Tokenises prompts and groups them into batches."""
     tokens = prompt_batches.tokenize(
-      prompt_tables.check_texts(texts),
+      prompt_files.check_texts(texts),
       self.vocabulary,
       prefix=self.options.task_prefix,
       max_input_length=self.options.max_input_length,
@@ -382,7 +382,7 @@ class Predictor:
         argument has no meaning.
       TypeError: `texts` is no list of texts.
     """
-    texts = prompt_tables.check_texts(texts)
+    texts = prompt_files.check_texts(texts)
     calibrated = None if rule is not None else self.calibration
     if threshold is None and rule is None:
       threshold = self.threshold

@@ -8,7 +8,7 @@ import sentencepiece
 
 from calm import checkpoints
 from calm.checkpoints import huggingface
-from calm.data import tokenizer_files, vocabulary
+from calm.data import vocabulary
 from calm.t5 import network, parameters
 from tests import toy_vocabulary
 
@@ -78,7 +78,7 @@ def test_added_tokens_are_encoded_and_decoded(folder, listed):
   if listed is not None:
     listed(folder)
   made = huggingface.read_vocabulary(folder)
-  assert isinstance(made, tokenizer_files.TokenizerVocabulary)
+  assert isinstance(made, vocabulary.TokenizerVocabulary)
   assert (made.vocab_size, made.pad_id, made.eos_id, made.unk_id) == (SIZE + 2, 0, 1, 2)
   ids = made.encode("the lazy<hl>dog<sep>")
   assert ids.count(SIZE + 1) == ids.count(SIZE) == 1

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from calm.checkpoints import huggingface
-from calm.data import tokenizer_files
+from calm.data import vocabulary
 from tests import toy_vocabulary
 
 CONFIG = {"model_type": "t5", "pad_token_id": 0, "eos_token_id": 1}
@@ -44,14 +44,14 @@ def test_a_tokenizer_whose_end_is_another_token_is_refused(tmp_path):
   write_config(tmp_path)
   with pytest.raises(ValueError, match=r"special token at 1.*got '\[unused1\]'.*another model"):
     huggingface.read_vocabulary(tmp_path)
-  assert tokenizer_files.TokenizerVocabulary(path, eos_id=3).eos_id == 3
+  assert vocabulary.TokenizerVocabulary(path, eos_id=3).eos_id == 3
 
 
 @pytest.mark.parametrize("special", [[], ["<extra_id_0>"]])
 def test_where_nothing_is_called_special_nothing_is_told(tmp_path, special):
   path = tmp_path / "tokenizer.json"
   write_tokenizer(path, ["<pad>", "</s>", "<unk>", "<extra_id_0>"], special)
-  assert tokenizer_files.TokenizerVocabulary(path).eos_id == 1
+  assert vocabulary.TokenizerVocabulary(path).eos_id == 1
 
 
 def repeated(step, count):
@@ -107,17 +107,17 @@ def changed(tmp_path):
 def test_what_panics_in_the_package_is_refused_by_name(changed, name, value):
   path = changed(**{name: value})
   with pytest.raises(ValueError, match=r"Expected '.*tokenizer\.json' to (be|have|give)"):
-    made = tokenizer_files.TokenizerVocabulary(path)
+    made = vocabulary.TokenizerVocabulary(path)
     made.decode([*made.encode("a" * 40), 3])
 
 
 IN_LITTLE_MEMORY = """
 import resource, sys
-from calm.data import tokenizer_files
+from calm.data import vocabulary
 
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 try:
-  made = tokenizer_files.TokenizerVocabulary(sys.argv[1])
+  made = vocabulary.TokenizerVocabulary(sys.argv[1])
   print(made.encode("a" * 9), made.decode([3]))
 except ValueError as error:
   print(error)

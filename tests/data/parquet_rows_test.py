@@ -7,7 +7,8 @@ import pytest
 pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow (`test`)")
 from pyarrow import parquet
 
-from calm.data import bounded, parquet_rows, prompt_files
+from calm import storage
+from calm.data import parquet_rows, prompt_files
 from tests.spent import Spent
 
 LONG = "x" * 10**6
@@ -89,9 +90,9 @@ def rows(count: int) -> dict:
     {"use_dictionary": False, "column_encoding": {"input": "DELTA_BYTE_ARRAY"}},
   ],
 )
-@pytest.mark.parametrize("longest", [64, bounded.LONGEST_LINE])
+@pytest.mark.parametrize("longest", [64, storage.LONGEST_LINE])
 def test_rows_are_those_that_were_written(tmp_path, monkeypatch, written, longest):
-  monkeypatch.setattr(bounded, "LONGEST_LINE", longest)
+  monkeypatch.setattr(storage, "LONGEST_LINE", longest)
   columns = {
     name: column for name, column in rows(2500).items() if longest > 64 or name == "input"
   }
@@ -104,7 +105,7 @@ def test_rows_are_those_that_were_written(tmp_path, monkeypatch, written, longes
 
 
 def test_a_row_longer_than_a_line_may_be_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(bounded, "LONGEST_LINE", 64)
+  monkeypatch.setattr(storage, "LONGEST_LINE", 64)
   parquet.write_table(pyarrow.table({"input": ["a", "x" * 65]}), tmp_path / "rows.parquet")
   with pytest.raises(ValueError, match="rows of at most 64 bytes, got a longer one"):
     prompt_files.open_prompts(tmp_path / "rows.parquet")

@@ -1,4 +1,4 @@
-"""Prompts from every kind of file, and what is said of a damaged one."""
+"""Prompts from files of every format and from rows in memory; damage is named."""
 
 import gzip
 import io
@@ -10,8 +10,9 @@ import threading
 import numpy as np
 import pytest
 
+from calm import storage
 from calm.calibrate import Prompt
-from calm.data import bounded, prompt_files, row_formats
+from calm.data import prompt_files, row_formats
 
 ROWS = [
   {"id": "a", "input": "one, two", "target": ["eins", "uns"], "source": "x"},
@@ -25,6 +26,9 @@ PROMPTS = [
 
 def lines(rows) -> bytes:
   return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+PACKED = gzip.compress(lines(ROWS), mtime=0)
 
 
 def write(folder, name: str, content: bytes):
@@ -47,8 +51,7 @@ def test_json_lines_by_name_or_content(tmp_path, name, pack):
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_a_json_array_is_read_element_by_element(tmp_path, indent, monkeypatch):
-  monkeypatch.setattr(row_formats, "_READ", 7)  # elements and characters are cut anywhere
+def test_a_json_array_has_objects_or_texts(tmp_path, indent):
   content = json.dumps(ROWS, indent=indent, ensure_ascii=False).encode()
   opened = prompt_files.open_prompts(write(tmp_path, "rows.json", content))
   assert (opened.format, list(opened)) == ("json", PROMPTS)
@@ -152,14 +155,19 @@ def test_the_limit_leaves_the_rest_unread(tmp_path):
   assert list(prompt_files.open_prompts(path, limit=2)) == PROMPTS
   with pytest.raises(ValueError, match=r"rows\.jsonl:3: expected .*, got invalid JSON"):
     prompt_files.open_prompts(path)
+  opened = prompt_files.open_prompts(path, limit=1)
+  path.write_bytes(lines([ROWS[0], {"input": "other"}, {"input": "more"}]))
+  assert list(opened) == PROMPTS[:1]  # rows beyond the limit may change
+  with pytest.raises(FileNotFoundError, match=r"`path`.*missing\.jsonl.*does not exist"):
+    prompt_files.open_prompts(tmp_path / "missing.jsonl")
+  with pytest.raises(IsADirectoryError, match="a folder; name a file"):
+    prompt_files.open_prompts(tmp_path)
 
 
 # What happens to a file between its first and its second pass.
 CHANGES = {
-  "truncated": lambda rows: rows[:-1],
   "emptied": lambda rows: [],
   "appended": lambda rows: [*rows, {"id": "z", "input": "new"}],
-  "rewritten": lambda rows: [*rows[:2], {**rows[2], "input": "other"}, *rows[3:]],
   "another target": lambda rows: [*rows[:2], {**rows[2], "target": "other"}, *rows[3:]],
   "another id": lambda rows: [*rows[:2], {**rows[2], "id": "other"}, *rows[3:]],
   "swapped": lambda rows: [*rows[:2], rows[3], rows[2], *rows[4:]],
@@ -197,13 +205,6 @@ def test_a_file_that_changes_between_its_passes_is_refused(tmp_path, name, chang
   assert seen == first[: len(seen)] and len(seen) < 7
   save(rows)
   assert list(opened) == first
-
-
-def test_rows_beyond_the_limit_may_change(tmp_path):
-  path = write(tmp_path, "rows.jsonl", lines(ROWS))
-  opened = prompt_files.open_prompts(path, limit=1)
-  path.write_bytes(lines([ROWS[0], {"input": "other"}, {"input": "more"}]))
-  assert list(opened) == PROMPTS[:1]
 
 
 def test_keys_are_the_same_in_every_row(tmp_path):
@@ -260,31 +261,26 @@ def test_keys_are_the_same_in_every_row(tmp_path):
     ("a.csv", b"input\na\nb\0c\n", r"the byte 0x00 in line 3 of"),
     ("a.tsv", b"input\0\na\n", r"the byte 0x00 in line 1 of"),
     ("a.json", b'[{"input": "\xe9"}]', "0xe9 in"),
-    ("a.json", b'[{"input": "a"}]\n[{"input": "b"}]', r"to end the file, got '\[' after its"),
-    ("a.json", b'["a"] {}', r"to end the file, got '\{' after its `\]`"),
-    ("a.json", b'["a"]' + b" " * 200_000 + b"]", r"to end the file, got '\]' after its"),
-    ("a.json", b'[{"input": "a"} {"input": "b"}]', r"`,` or `]` after element 1"),
-    ("a.json", b'[{"input": "a"},', r"element 2: expected whole JSON, got .*cut off"),
-    ("a.json", b'[{"input": "a"}', r"after element 1.*the end of the file"),
-    (
-      "a.jsonl",
-      gzip.compress(lines(ROWS), mtime=0)[:-12],
-      "expected whole gzip data, got .* damaged",
-    ),
+    ("a.json", b'[{"input": "a"}]\n[{"input": "b"}]', r"a whole JSON array, got .*Extra data"),
+    ("a.json", b'[{"input": "a"},', r"a whole JSON array, got .*cut off"),
+    ("a.json", b'["a", 3]', r"element 2: expected a JSON object or a text, got int"),
+    ("a.jsonl", PACKED[:-12], "expected whole gzip data, got .* damaged"),
+    ("a.jsonl", PACKED[:-8] + bytes(8), "expected whole gzip data, got .* damaged"),
+    ("a.jsonl", PACKED[:10] + b"\xff" * 50, "expected whole gzip data, got .* damaged"),
     ("a.jsonl", b'{"input": "half of \\ud83d"}\n', r"a\.jsonl:1: .*surrogate.*character 9"),
     ("a.jsonl", b'{"input": "a", "b": NaN}', r"a\.jsonl:1: .*NaN"),
     ("a.jsonl", b'{"input": "a", "b": 1e400}', r"a\.jsonl:1: .*1e400"),
     ("a.jsonl", b'{"input": ' + b"[" * 50_000, r"a\.jsonl:1: .*too deep"),
-    ("a.json", b'[{"input": ' + b"[" * 50_000, r"a\.json, element 1: .*too deep"),
-    ("a.json", b'[{"input": "a", "b": NaN}]', r"a\.json, element 1: .*NaN"),
-    ("a.json", b'[{"input": "a", "b": 1e400}]', r"a\.json, element 1: .*1e400"),
+    ("a.json", b'[{"input": ' + b"[" * 50_000, r"a\.json: .*too deep"),
+    ("a.json", b'[{"input": "a", "b": NaN}]', r"a\.json: .*NaN"),
+    ("a.json", b'[{"input": "a", "b": 1e400}]', r"a\.json: .*1e400"),
     ("a.jsonl.gz", gzip.compress(b"a" * 2**20, mtime=0), r"lines of at most 262144"),
     ("a.txt.gz", gzip.compress(b"a\n" * 2**19, mtime=0), r"unpack to at most 200 times"),
-    ("a.json.gz", gzip.compress(b'["' + b"a" * 2**20, mtime=0), r"unpack to at most 200"),
+    ("a.json.gz", gzip.compress(b'["' + b"a" * 2**20, mtime=0), r"(un|at most 262144)"),
     ("a.csv.gz", gzip.compress(b"input\n" + b"a\n" * 2**19, mtime=0), r"unpack to at most"),
     ("a.txt.gz", gzip.compress(b"\n" * 2**15, mtime=0), r"unpack to at most"),
     ("a.jsonl.gz", gzip.compress(b"\n" * 2**15, mtime=0), r"unpack to at most"),
-    ("a.json.gz", gzip.compress(b"[" + b'"",' * 2**13, mtime=0), r"unpack to at most"),
+    ("a.json.gz", gzip.compress(b"[" + b'"",' * 2**13 + b"1]", mtime=0), r"unpack to at most"),
     ("a.csv.gz", gzip.compress(b'input\n"' + b"\n" * 2**15, mtime=0), r"unpack to at most"),
     ("a.csv", b'input\n"' + b"a\n" * 2**18, r"rows of at most 262144 bytes, got a longer"),
     (
@@ -293,18 +289,18 @@ def test_keys_are_the_same_in_every_row(tmp_path):
       r"a\.tsv.* to hold rows of at most 262144 bytes",
     ),
     ("a.txt", b"a" * 300_000, r"lines of at most 262144 bytes"),
-    ("a.json", b'["' + b"a" * 600_000, r"element 1: expected whole JSON"),
+    ("a.json", b'["' + b"a" * 600_000, r"a JSON array of at most 262144 bytes, got more"),
   ],
 )
 def test_damage_is_named_with_its_line(tmp_path, monkeypatch, name, content, message):
-  monkeypatch.setattr(bounded, "UNPACKED", 2**16)
-  monkeypatch.setattr(bounded, "LONGEST_LINE", 2**18)
+  monkeypatch.setattr(row_formats, "UNPACKED", 2**16)
+  monkeypatch.setattr(storage, "LONGEST_LINE", 2**18)
   with pytest.raises(ValueError, match=message):
     prompt_files.open_prompts(write(tmp_path, name, content))
 
 
 def test_many_short_rows_are_no_fault(tmp_path, monkeypatch):
-  monkeypatch.setattr(bounded, "UNPACKED", 2**16)
+  monkeypatch.setattr(row_formats, "UNPACKED", 2**16)
   random = np.random.default_rng(0)
   texts = [random.bytes(6).hex() for _ in range(5000)]
   for name, content in (
@@ -329,8 +325,68 @@ def test_a_device_without_an_end_is_not_kept_on_the_disk(monkeypatch):
       prompt_files.open_prompts("-")
 
 
-def test_what_is_no_file(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"`path`.*missing\.jsonl.*does not exist"):
-    prompt_files.open_prompts(tmp_path / "missing.jsonl")
-  with pytest.raises(IsADirectoryError, match="a folder; name a file"):
-    prompt_files.open_prompts(tmp_path)
+COLUMNS = {
+  "id": ["a", "b", "c"],
+  "input": ["one text", "two", "three"],
+  "target": [["x", "y"], ["z"], None],
+  "source": [7, 7, 8],
+}
+WANTED = (
+  Prompt("a", "one text", ("x", "y"), "7"),
+  Prompt("b", "two", ("z",), "7"),
+  Prompt("c", "three", (), "8"),
+)
+
+
+class Frame(dict):
+  """What pandas and polars have in common, with numpy's values, as Parquet files give them."""
+
+  columns = property(lambda self: list(self))
+
+
+def numpys():
+  targets = [np.array(["x", "y"], object), np.array(["z"], object), float("nan")]
+  return Frame(COLUMNS, target=targets, source=np.array([7, 7, 8]))
+
+
+def made(library):
+  return pytest.importorskip(library, reason=f"{library} is not installed").DataFrame(COLUMNS)
+
+
+FRAMES = {"numpy": numpys, "pandas": lambda: made("pandas"), "polars": lambda: made("polars")}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_table_is_read_as_a_file_is(name):
+  frame = FRAMES[name]()
+  assert prompt_files.is_table(frame)
+  assert prompt_files.prompts_of(frame) == WANTED
+
+
+def test_lists_of_texts_mappings_and_prompts_are_read():
+  rows = [
+    dict(zip(COLUMNS, values, strict=True)) for values in zip(*COLUMNS.values(), strict=True)
+  ]
+  assert prompt_files.prompts_of(rows) == prompt_files.prompts_of(WANTED) == WANTED
+  texts = prompt_files.prompts_of(np.array(["a", "b"]))
+  assert texts == (Prompt("prompt/1", "a"), Prompt("prompt/2", "b"))
+  (named,) = prompt_files.prompts_of([{"description": "a"}], input_key="description")
+  assert named.input == "a"
+
+
+def test_what_is_no_prompt_is_named_with_its_number():
+  with pytest.raises(TypeError, match="put it in a list"):
+    prompt_files.prompts_of("one text")
+  with pytest.raises(TypeError, match=r"got nan as number 2; leave it out"):
+    prompt_files.prompts_of(["a", float("nan")])
+  with pytest.raises(ValueError, match=r"prompt 1: expected a field `input` or .*\['words'\]"):
+    prompt_files.prompts_of(Frame(words=["a"]))
+  with pytest.raises(ValueError, match="prompt 2: expected `input` to be a string"):
+    prompt_files.prompts_of(Frame(input=["a", float("nan")]))
+
+
+@pytest.mark.parametrize("texts", ["one text", Frame(COLUMNS), [WANTED[0]], [{"input": "a"}]])
+def test_what_is_no_list_of_texts_is_refused(texts):
+  with pytest.raises(TypeError, match=r"Expected `texts` .*, got .*; .*list"):
+    prompt_files.check_texts(texts)
+  prompt_files.check_texts(np.array(["a", "b"]))

@@ -119,23 +119,19 @@ def test_registering_twice_is_harmless_unless_it_is_another_task(rows_path):
     seqio_tasks.jsonl("odd", {"test": rows_path}, BYTES, metrics=["entropy"])
 
 
-def test_summarization_reads_tfds_fields():
+def test_tfds_fields_become_prompts_and_references():
   rows = [{"id": "h1", "publisher": "x", "article": "Long.\nText", "highlights": "Short ."}]
-  task = from_rows(seqio_tasks.cnn_dailymail(BYTES), rows)
-  (row,) = examples(task)
-  assert row["inputs_pretokenized"] == b"summarize: Long.\nText"
-  assert row["targets_pretokenized"] == b"Short ."
-  assert row["references"].tolist() == [b"Short ."]
-  assert row["id"] == b"h1"
+  (row,) = examples(from_rows(seqio_tasks.cnn_dailymail(BYTES), rows))
   assert row["inputs"].tolist() == ids("summarize: Long.\nText")
-
-
-def test_translation_reads_tfds_fields():
+  assert row["targets_pretokenized"] == b"Short ." and row["id"] == b"h1"
+  assert row["references"].tolist() == [b"Short ."]
   rows = [{"en": "Hello.", "fr": "Bonjour."}, {"en": "Hello.", "fr": "Salut."}]
   first, second = examples(from_rows(seqio_tasks.wmt15_enfr(BYTES), rows))
   assert first["inputs_pretokenized"] == b"translate English to French: Hello."
   assert second["targets_pretokenized"] == b"Salut."
   assert first["id"] != second["id"] and first["id"].startswith(b"enfr/")
+  with pytest.raises(ValueError, match=r"`task` to be one of .*, got 'debian_xy'"):
+    seqio_tasks.debian("debian_xy", "data", BYTES)
 
 
 def test_questions_are_spaced_as_t5_spaces_them():
@@ -241,11 +237,6 @@ def test_debian_mixture_is_proportional_to_training_examples(data_dir):
   mixture = seqio.MixtureRegistry.get(name)
   rates = {task.name: mixture.get_rate(task) for task in mixture.tasks}
   assert rates == {"debian_synopsis": 26525, "debian_enfr": 54541, "debian_qa": 28504}
-
-
-def test_unknown_debian_task_is_an_error():
-  with pytest.raises(ValueError, match=r"`task` to be one of .*, got 'debian_xy'"):
-    seqio_tasks.debian("debian_xy", "data", BYTES)
 
 
 @pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.gin")))

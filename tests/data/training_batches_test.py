@@ -55,6 +55,9 @@ def test_a_batch_depends_on_seed_and_step_alone(make):
 def test_another_seed_gives_other_batches(make):
   firsts = [[make(seed=seed).batch(step) for step in range(3)] for seed in (1, 2)]
   assert not all(same(a, b) for a, b in zip(*firsts, strict=True))
+  per_epoch = supervised().batches_per_epoch
+  epochs = [supervised().batch(step) for step in (0, per_epoch)]
+  assert not same(*epochs)
 
 
 def examples_seen(source, steps):
@@ -72,16 +75,8 @@ def test_an_epoch_has_every_example_once_up_to_the_dropped_rest(num, batch_size,
   seen = examples_seen(source, steps)
   assert set(seen.values()) == {1}
   assert len(seen) == num - num % batch_size
-
-
-def test_epochs_drop_other_examples_and_come_in_another_order():
-  source = supervised()
-  per_epoch = source.batches_per_epoch
-  first, second = (
-    [examples_seen(source, [step]) for step in range(e * per_epoch, (e + 1) * per_epoch)]
-    for e in (0, 1)
-  )
-  assert first != second
+  with pytest.raises(ValueError, match=rf"`batch_size` = {num + 1} .* got {num}"):
+    supervised(num, batch_size=num + 1)
 
 
 def test_an_example_goes_to_the_first_bucket_that_holds_it_or_one_longer():
@@ -182,13 +177,7 @@ def test_noise_mask_has_its_density_for_any_length(length, density, mean_span_le
   assert mask.sum() == min(max(round(length * density), 1), max(length - 1, 1))
   if length > 1:
     assert not mask[0] and mask[-1]
-
-
-def test_noise_falls_on_every_position_but_the_first():
-  rng = np.random.default_rng(0)
-  mean = np.mean([training_batches.noise_mask(60, 0.15, 3.0, rng) for _ in range(2000)], axis=0)
-  np.testing.assert_allclose(mean.mean(), 0.15, atol=1e-6)
-  assert mean[0] == 0 and (mean[1:] > 0).all()
+    assert mask.any() and not mask.all()
 
 
 class Counting:
@@ -219,13 +208,6 @@ def test_ragged_gives_back_what_it_was_given():
   assert [list(made[i]) for i in range(len(made))] == sequences
   assert made.lengths.tolist() == [3, 1, 2]
   assert len(training_batches.Ragged([])) == 0
-
-
-def test_too_few_examples_are_refused():
-  with pytest.raises(ValueError, match=r"`batch_size` = 64 .* got 29"):
-    supervised(batch_size=64)
-  with pytest.raises(ValueError, match=r"`batch_size` = 9 .* got 5"):
-    denoising(batch_size=9)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import sentencepiece
 from calm import inference, training
 from calm.calibrate import Prompt
 from calm.calibrate.generations import records
-from calm.data import tokenizer_files, vocabulary
+from calm.data import vocabulary
 from calm.fitting import tokenizer_check
 
 ROWS = records.read_prompts(inference.PACKED / "prompts_unseen.jsonl")[:200]
@@ -46,7 +46,7 @@ def tokenizer_json(folder, texts):
   trainer = tokenizers.trainers.BpeTrainer(vocab_size=4000, special_tokens=special)
   made.train_from_iterator(texts, trainer)
   made.save(str(folder / "tokenizer.json"))
-  return tokenizer_files.TokenizerVocabulary(folder / "tokenizer.json")
+  return vocabulary.TokenizerVocabulary(folder / "tokenizer.json")
 
 
 OTHERS = {

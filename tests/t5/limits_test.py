@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from calm import checkpoints
-from calm.checkpoints import huggingface, huggingface_config, t5x
+from calm.checkpoints import huggingface, t5x
 from calm.t5 import limits, network, parameters
 from tests.spent import Spent
 
@@ -144,11 +144,11 @@ THEIRS = {
   [
     (n, v)
     for n, v in SAID
-    if n in huggingface_config.FIELDS and (n, v) != ("num_decoder_layers", None)
+    if n in huggingface.FIELDS and (n, v) != ("num_decoder_layers", None)
   ],
 )
 def test_their_files_have_these_limits_before_weights_are_read(tmp_path, name, value):
-  theirs = huggingface_config.FIELDS[name]
+  theirs = huggingface.FIELDS[name]
   write(tmp_path / "config.json", {**THEIRS, theirs: value})
   with pytest.raises(ValueError, match=rf"config.json: Expected `{theirs}`"):
     checkpoints.load(tmp_path)
