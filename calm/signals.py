@@ -1,8 +1,8 @@
 """Signals that end a program between two steps of its loops, never in the middle of one.
 
-What a signal handler raises comes at any bytecode: in the callback of a weak reference it is
-printed and lost, in a library's `except` it is swallowed. Here a handler only sets a flag,
-which loops read between two steps (`check`). A second signal ends the process at once.
+An exception of a signal handler comes at any bytecode: a weak reference's callback prints it,
+a library's `except` swallows it. Here a handler only sets a flag, which loops read between two
+steps (`check`). A second signal ends the process at once.
 """
 
 import contextlib
@@ -47,12 +47,12 @@ def deferred() -> Iterator[None]:
   if inner or threading.current_thread() is not threading.main_thread():
     yield
     return
-  told, tell = os.pipe()
-  os.set_blocking(tell, False)
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)
   before = {number: signal.getsignal(number) for number in handled}
   before = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}
-  wakeup = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
-  watcher = threading.Thread(target=_end_at_second, args=(told, set(before)), daemon=True)
+  wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+  watcher = threading.Thread(target=_end_at_second, args=(reader, set(before)), daemon=True)
   watcher.start()
   for number in before:
     signal.signal(number, _note)
@@ -63,9 +63,9 @@ def deferred() -> Iterator[None]:
     for number, old in before.items():
       signal.signal(number, old)
     signal.set_wakeup_fd(wakeup)
-    os.close(tell)
+    os.close(writer)
     watcher.join()
-    os.close(told)
+    os.close(reader)
     _first = None
 
 
@@ -78,14 +78,14 @@ def _note(number: int, frame: object) -> None:
       os.write(2, b"\ncalm: stopping after this step; once more stops at once.\n")
 
 
-def _end_at_second(told: int, numbers: set[int]) -> None:
+def _end_at_second(reader: int, numbers: set[int]) -> None:
   """Ends the process at the second signal, whatever its main thread does.
 
   Python runs a handler between two bytecodes, and two signals during one compiled call as one;
   the system writes the number of each to the pipe at once.
   """
   came = 0
-  while number := os.read(told, 1):
+  while number := os.read(reader, 1):
     came += number[0] in numbers
     if came == 2:
       end(number[0])

@@ -231,7 +231,7 @@ def replacing(path: str | pathlib.Path) -> Iterator[BinaryIO]:
 
 
 def append(path: str | pathlib.Path, content: bytes) -> None:
-  """Appends whole lines, or nothing: what a full disk cut off is taken back.
+  """Appends whole lines, or nothing: a write that fails half way is taken back.
 
   Raises:
     OSError: it cannot be written; the message says how much is kept.
@@ -368,7 +368,7 @@ def _explaining(
   codes: Collection[int] = (),
   kept: str = "the old content is kept",
 ) -> Iterator[None]:
-  """Errors (those of `codes`, if given) name the file, what is kept, and what to do."""
+  """Within the block, errors (of `codes`, if any) name the file, what is kept and a way out."""
   try:
     yield
   except BrokenPipeError:  # its reader has gone; nothing is wrong with the place
@@ -384,7 +384,7 @@ def _explaining(
 
 
 def refuse_planted_links(paths: Iterable[str | pathlib.Path]) -> None:
-  """Refuses links to files that do not exist, where nobody but an intruder has put any.
+  """Refuses links to files that do not exist, which only an intruder puts there.
 
   Raises:
     OSError: names the link; writing would make a file where it leads.
@@ -542,7 +542,7 @@ def read_lines(path: str | pathlib.Path, *, pipes: bool = False) -> Iterator[Lin
 
 
 def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
-  """One line as (JSON object, ''), or (None, what it is instead)."""
+  """(JSON object, '') of one line, or (None, a description of the line)."""
   try:
     value = parse_json(raw)
   except UnicodeDecodeError as error:

@@ -59,7 +59,7 @@ class Checkpoint:
     params: the parameter tree of `config`, leaves float32 numpy arrays.
     vocabulary: the vocabulary stored beside it, or None.
     exits_trained: whether layers before the last have learned to write, where that is known:
-      False in Hugging Face's models and T5X's own; None where nothing tells.
+      False in Hugging Face's models and T5X's own; None where it is not known.
   """
 
   config: network.T5Config

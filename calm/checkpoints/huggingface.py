@@ -4,7 +4,7 @@ Read: T5 1.0 and 1.1, LM-adapted, Flan-T5, mT5, ByT5, CodeT5, umT5, Pile-T5 and 
 safetensors. Linear weights are stored [out, in] there and [in, out] here, relative position
 biases [buckets, heads] there and [heads, buckets] here.
 
-Whether `lm_head` is tied is told by the weights alone (configurations of transformers 5 call
+Whether `lm_head` is tied follows from the weights alone (configurations of transformers 5 call
 every T5 tied); whether decoder states are scaled by emb_dim**-0.5 before it, by the
 configuration. T5X ties and scales together; other combinations are folded into an untied head.
 

@@ -54,7 +54,7 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
 def infer_config(flat: Mapping[str, np.ndarray]) -> network.T5Config:
   """The configuration that names and shapes tell; T5X stores none beside its checkpoints.
 
-  Not told by shapes, so assumed: gated layers are GELU (T5 1.1), others ReLU (T5 1.0), and
+  Assumed, as no shape tells: gated layers are GELU (T5 1.1), others ReLU (T5 1.0), and
   `relpos_max_distance` is 128, which T5X's network has fixed.
 
   Raises:

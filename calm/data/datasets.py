@@ -73,7 +73,7 @@ def read_examples(
   """Reads one JSON Lines file whole.
 
   Args:
-    path: the file; gzip is told by its first bytes, whatever the name.
+    path: the file; gzip is detected by its first bytes, whatever the name.
     limit: stop after this many examples; None: all.
     require_target: whether a line without `target` (or `targets`) is an error (else it has no
       targets).
@@ -95,8 +95,9 @@ def read_examples(
     raise FileNotFoundError(
       f"Expected `path` to be a JSON Lines file (.jsonl, .gz), got {str(path)!r}, which {what}."
     )
+  rows = prompt_files.PromptFile(path, "jsonl").read("input")
   examples: list[Example] = []
-  for row, prompt in itertools.islice(prompt_files.read(path, "input"), limit):
+  for row, prompt in itertools.islice(rows, limit):
     if require_target and not prompt.targets:
       raise row.error(
         "expected a field `target`, a reference for training and scoring, got none, or an"

@@ -74,7 +74,7 @@ def _opened(file: BinaryIO, flat: list[str], lists: list[str], most: int, name: 
   """The file, texts of its lists as dictionaries.
 
   Raises:
-    ValueError: its footer tells of more than `most` bytes, or of lists that share texts.
+    ValueError: by its footer it has more than `most` bytes, or lists that share texts.
   """
   metadata = parquet.read_metadata(file)
   chunks = list(_chunks(metadata, range(metadata.num_row_groups), [*flat, *lists]))
@@ -83,7 +83,7 @@ def _opened(file: BinaryIO, flat: list[str], lists: list[str], most: int, name: 
   texts = [c for c in _chunks(metadata, range(metadata.num_row_groups), lists) if _is_text(c)]
   if any(_PREFIXES in chunk.encodings for chunk in texts):
     raise ValueError(
-      f"Expected {name!r} to hold lists in an encoding that tells their size, got {_PREFIXES};"
+      f"Expected {name!r} to hold lists in an encoding that gives their size, got {_PREFIXES};"
       " save it in another, or as JSON Lines."
     )
   paths = {chunk.path_in_schema for chunk in texts if _LENGTHS not in chunk.encodings}
@@ -132,7 +132,7 @@ class _Reader:
         yield from _written_out(part).to_pylist()
 
   def _at_once(self, group: int) -> int:
-    """Rows of which a batch is row_formats."""
+    """The number of rows whose batch is bounded."""
     metadata = self._opened.metadata
     chunks = list(_chunks(metadata, range(group, group + 1), self._columns))
     if all("." not in chunk.path_in_schema for chunk in chunks):

@@ -10,7 +10,6 @@ refuses a file that has changed. A stream is kept on the disk meanwhile.
 
 import array
 import contextlib
-import dataclasses
 import gzip
 import itertools
 import json
@@ -23,7 +22,7 @@ import sys
 import tempfile
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 from calm import arguments, signals
@@ -42,32 +41,48 @@ _SUFFIXES = {
 _PIECE, _WAIT_SECONDS = 2**16, 0.2
 
 
-@dataclasses.dataclass(frozen=True)
 class PromptFile:
-  """Prompts that were checked and counted; iterate over them, as often as you like.
+  """Prompts of a file or a stream, checked and counted; iterate over them any number of times.
 
   Attributes:
     name: the file, for messages; 'standard input' for that.
     format: a name of `row_formats.FORMATS`.
-    input_key: where a row has its text; None where rows are texts.
-    count: prompts there are.
-    rows: reads the rows anew.
-    limit: prompts wanted, or None for all.
-    hashes: [count] running hashes of the prompts that the first pass read.
+    input_key: the field with the text of a row; None where rows are texts.
   """
 
-  name: str
-  format: str
-  input_key: str | None
-  count: int
-  rows: Callable[[], Iterator[row_formats.Row]] = dataclasses.field(repr=False)
-  limit: int | None = None
-  hashes: Sequence[int] = dataclasses.field(default=(), repr=False)
+  def __init__(self, path: str | os.PathLike, format: str | None = None):
+    self._path = pathlib.Path(path)
+    self._kept: BinaryIO | None = None  # the content of a stream
+    self.name, self._stem = str(path), self._path.name.split(".")[0]
+    if str(path) == "-":
+      self.name, self._stem = "standard input", "stdin"
+      self._keep(sys.stdin.buffer)
+    else:
+      try:
+        mode = os.stat(path).st_mode
+      except OSError as error:
+        raise type(error)(
+          f"Expected `path` to name a file of prompts, got {str(path)!r}, which does not exist"
+          f" or cannot be read ({error.strerror}); '-' reads standard input."
+        ) from error
+      if stat.S_ISDIR(mode):
+        raise IsADirectoryError(
+          f"Expected `path` to name a file of prompts, got {str(path)!r}, a folder; name a file"
+          " in it."
+        )
+      if not stat.S_ISREG(mode):
+        with open(path, "rb") as file:
+          self._keep(file)
+    self.format = format or self._detect_format()
+    self.input_key: str | None = None
+    self._limit: int | None = None
+    # Eight bytes a prompt, the running hash; the texts of a long file would fill the memory.
+    self._hashes = array.array("q")
 
   @property
   def taken(self) -> str:
-    """What was taken for what, like `prompts.csv: 12 prompts, CSV, column 'text'`."""
-    count = "1 prompt" if self.count == 1 else f"{self.count} prompts"
+    """The detected format and field, like `prompts.csv: 12 prompts, CSV, column 'text'`."""
+    count = "1 prompt" if len(self) == 1 else f"{len(self)} prompts"
     parts = [count, row_formats.FORMATS[self.format]]
     if self.input_key is not None:
       place = "column" if self.format in ("csv", "tsv", "parquet") else "key"
@@ -75,25 +90,116 @@ class PromptFile:
     return f"{self.name}: {', '.join(parts)}"
 
   def __len__(self) -> int:
-    return self.count
+    return len(self._hashes)
 
   def __iter__(self) -> Iterator[Prompt]:
     number = running = 0
-    for row in itertools.islice(self.rows(), self.limit):
+    for row in itertools.islice(self._rows(), self._limit):
       prompt = prompt_of(row, self.input_key)
       running = hash((running, prompt))
-      if number == self.count or running != self.hashes[number]:
+      if number == len(self) or running != self._hashes[number]:
         break
       yield prompt
       number += 1
     else:
-      if number == self.count:
+      if number == len(self):
         return
     raise ValueError(
-      f"Expected {self.name} to have the {self.count} rows that were counted at first, got"
+      f"Expected {self.name} to have the {len(self)} rows that were counted at first, got"
       f" another row {number + 1}, or none: it was changed while it was in use; start again,"
       " with a file that nobody writes to."
     )
+
+  def check(self, input_key: str | None, limit: int | None = None) -> None:
+    """The first pass: checks and counts the prompts; errors as of `open_prompts`."""
+    self._limit = None if limit is None else min(limit, sys.maxsize)
+    running = 0
+    for row, prompt in itertools.islice(self.read(input_key), self._limit):
+      if not self._hashes:
+        self.input_key = key_of(row, input_key)
+      running = hash((running, prompt))
+      self._hashes.append(running)
+    if not self._hashes:
+      raise ValueError(
+        f"Expected {self.name} to hold prompts, got no examples: no line with text, or no"
+        f" row, read as {row_formats.FORMATS[self.format]}; write at least one, or name the"
+        " format."
+      )
+
+  def read(self, input_key: str | None) -> Iterator[tuple[row_formats.Row, Prompt]]:
+    """Rows with their prompts, whose ids do not repeat; errors as of `open_prompts`."""
+    seen: set[int] = set()
+    for number, row in enumerate(self._rows()):
+      input_key = input_key if number else key_of(row, input_key)
+      prompt = prompt_of(row, input_key)
+      if isinstance(row.value, Mapping):  # a text is named by its number, which is no other's
+        if hash(prompt.id) in seen:
+          raise row.error(
+            f"expected every `id` once, got {prompt.id!r} of an earlier row again (a row"
+            " without an `id` is named by its number); give every row its own, or none"
+          )
+        seen.add(hash(prompt.id))
+      yield row, prompt
+
+  def _rows(self) -> Iterator[row_formats.Row]:
+    with self._open() as file:
+      for row in row_formats.READERS[self.format](file, self.name, self._stem):
+        signals.check()
+        if isinstance(file, row_formats.Gzip):
+          file.count_rows()
+        yield row
+
+  @contextlib.contextmanager
+  def _open(self) -> Iterator[BinaryIO]:
+    """The bytes from the beginning on, unpacked."""
+    try:
+      with contextlib.ExitStack() as stack:
+        file = self._kept or stack.enter_context(self._path.open("rb"))
+        file.seek(0)
+        packed = file.read(2) == row_formats.GZIP_MAGIC
+        file.seek(0)
+        yield stack.enter_context(row_formats.Gzip(file, self.name)) if packed else file  # pyright: ignore[reportReturnType]
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+      raise ValueError(
+        f"{self.name}: expected whole gzip data, got some that are damaged or cut off"
+        f" ({error}); copy the file again."
+      ) from error
+    except OSError as error:
+      raise type(error)(
+        f"Expected {self.name!r} to be a file that can be read, got:"
+        f" {error.strerror or error}; copy it again, or give another."
+      ) from error
+
+  def _detect_format(self) -> str:
+    """The format of a file, by its name or else by its beginning."""
+    suffixes = [s for s in map(str.lower, self._path.suffixes) if s != ".gz"]
+    named = _SUFFIXES.get(suffixes[-1]) if suffixes else None
+    if named:
+      return named
+    with self._open() as file:
+      head = file.read(2**16)
+    if head.startswith(b"PAR1"):
+      return "parquet"
+    text = head.decode("utf-8-sig", "replace").lstrip()
+    if re.match(r'\[\s*[{"\]]', text):
+      return "json"
+    line, ended, _ = text.partition("\n")
+    if suffixes[-1:] == [".json"] or _is_object(line, whole=bool(ended) or len(head) < 2**16):
+      return "jsonl"
+    return "text"
+
+  def _keep(self, stream: BinaryIO) -> None:
+    if stream.isatty():
+      print("Prompts, one a line; end with Ctrl-D:", file=sys.stderr)
+    elif _is_device(stream):
+      raise ValueError(
+        f"Expected {self.name} to be a file or a pipe, got a device, which need not end; copy"
+        " a part of it to a file."
+      )
+    kept = self._kept = tempfile.TemporaryFile()  # noqa: SIM115 (closed with its owner)
+    weakref.finalize(self, kept.close)
+    for piece in _pieces(stream):
+      kept.write(piece)
 
 
 def open_prompts(
@@ -107,9 +213,10 @@ def open_prompts(
 
   Args:
     path: a file, a pipe, or '-' for standard input.
-    limit: take the first so many prompts; None: all.
-    input_key: where a row has its text; None: the first of `INPUT_KEYS` that the first row has.
-    format: a name of `row_formats.FORMATS`; None: told by the name, then by the content.
+    limit: the number of prompts to take; None: all.
+    input_key: the field with the text of a row; None: the first of `INPUT_KEYS` that the first
+      row has.
+    format: a name of `row_formats.FORMATS`; None: detected by the name, then by the content.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -122,104 +229,9 @@ def open_prompts(
     raise ValueError(
       f"Expected `format` to be one of {', '.join(row_formats.FORMATS)}, got {format!r}."
     )
-  limit = None if limit is None else min(limit, sys.maxsize)
-  source = _Source(path)
-  format = format or _format(source)
-  rows = lambda: _rows(source, format)
-  # Eight bytes a prompt; the texts of a long file would fill the memory.
-  hashes, running = array.array("q"), 0
-  for row, prompt in itertools.islice(_checked(rows(), input_key), limit):
-    if not hashes:
-      input_key = key_of(row, input_key)
-    running = hash((running, prompt))
-    hashes.append(running)
-  if not hashes:
-    raise ValueError(
-      f"Expected {source.name} to hold prompts, got no examples: no line with text, or no"
-      f" row, read as {row_formats.FORMATS[format]}; write at least one, or name the format."
-    )
-  return PromptFile(source.name, format, input_key, len(hashes), rows, limit, hashes)
-
-
-def read(path: pathlib.Path, input_key: str) -> Iterator[tuple[row_formats.Row, Prompt]]:
-  """Rows of a JSON Lines file, each with its prompt; errors as of `open_prompts`."""
-  return _checked(_rows(_Source(path), "jsonl"), input_key)
-
-
-def _checked(
-  rows: Iterator[row_formats.Row], input_key: str | None
-) -> Iterator[tuple[row_formats.Row, Prompt]]:
-  """Rows with their prompts, whose ids do not repeat."""
-  seen: set[int] = set()
-  for number, row in enumerate(rows):
-    if not number:
-      input_key = key_of(row, input_key)
-    prompt = prompt_of(row, input_key)
-    if isinstance(row.value, Mapping):  # a text is named by its number, which is no other's
-      if hash(prompt.id) in seen:
-        raise row.error(
-          f"expected every `id` once, got {prompt.id!r} of an earlier row again (a row without"
-          " an `id` is named by its number); give every row its own, or none"
-        )
-      seen.add(hash(prompt.id))
-    yield row, prompt
-
-
-class _Source:
-  """A file that can be opened any number of times."""
-
-  def __init__(self, path: str | os.PathLike):
-    self.path = pathlib.Path(path)
-    self._kept: BinaryIO | None = None  # the content of a stream
-    if str(path) == "-":
-      self.name, self.stem = "standard input", "stdin"
-      self._keep(sys.stdin.buffer)
-      return
-    self.name, self.stem = str(path), self.path.name.split(".")[0]
-    try:
-      mode = os.stat(path).st_mode
-    except OSError as error:
-      raise type(error)(
-        f"Expected `path` to name a file of prompts, got {str(path)!r}, which does not exist or"
-        f" cannot be read ({error.strerror}); '-' reads standard input."
-      ) from error
-    if stat.S_ISDIR(mode):
-      raise IsADirectoryError(
-        f"Expected `path` to name a file of prompts, got {str(path)!r}, a folder; name a file"
-        " in it."
-      )
-    if not stat.S_ISREG(mode):
-      with open(path, "rb") as file:
-        self._keep(file)
-
-  def _keep(self, stream: BinaryIO) -> None:
-    if stream.isatty():
-      print("Prompts, one a line; end with Ctrl-D:", file=sys.stderr)
-    elif _is_device(stream):
-      raise ValueError(
-        f"Expected {self.name} to be a file or a pipe, got a device, which need not end; copy"
-        " what it gives to a file."
-      )
-    kept = self._kept = tempfile.TemporaryFile()  # noqa: SIM115 (closed with its source)
-    weakref.finalize(self, kept.close)
-    for piece in _pieces(stream):
-      kept.write(piece)
-
-  @contextlib.contextmanager
-  def open(self) -> Iterator[BinaryIO]:
-    """The bytes from the beginning on, unpacked."""
-    with contextlib.ExitStack() as stack:
-      file = self._kept or stack.enter_context(self.path.open("rb"))
-      file.seek(0)
-      packed = file.read(2) == row_formats.GZIP_MAGIC
-      file.seek(0)
-      try:
-        yield stack.enter_context(row_formats.Gzip(file, self.name)) if packed else file  # pyright: ignore[reportReturnType]
-      except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(
-          f"{self.name}: expected whole gzip data, got some that are damaged or cut off"
-          f" ({error}); copy the file again."
-        ) from error
+  prompts = PromptFile(path, format)
+  prompts.check(input_key, limit)
+  return prompts
 
 
 def _pieces(stream: BinaryIO) -> Iterator[bytes]:
@@ -245,47 +257,6 @@ def _is_device(stream: BinaryIO) -> bool:
     return False
   null = os.path.exists(os.devnull) and os.path.samestat(status, os.stat(os.devnull))
   return stat.S_ISCHR(status.st_mode) and not null
-
-
-def _rows(source: _Source, format: str) -> Iterator[row_formats.Row]:
-  with _reading(source), source.open() as file:
-    for row in row_formats.READERS[format](file, source.name, source.stem):
-      signals.check()
-      if isinstance(file, row_formats.Gzip):
-        file.count_row()
-      yield row
-
-
-@contextlib.contextmanager
-def _reading(source: _Source) -> Iterator[None]:
-  try:
-    yield
-  except OSError as error:
-    if isinstance(error, gzip.BadGzipFile):
-      raise
-    raise type(error)(
-      f"Expected {source.name!r} to be a file that can be read, got: {error.strerror or error};"
-      " copy it again, or give another."
-    ) from error
-
-
-def _format(source: _Source) -> str:
-  """The format of a file, by its name or else by its beginning."""
-  suffixes = [suffix.lower() for suffix in source.path.suffixes if suffix.lower() != ".gz"]
-  named = _SUFFIXES.get(suffixes[-1]) if suffixes else None
-  if named:
-    return named
-  with _reading(source), source.open() as file:
-    head = file.read(2**16)
-  if head.startswith(b"PAR1"):
-    return "parquet"
-  text = head.decode("utf-8-sig", "replace").lstrip()
-  if re.match(r'\[\s*[{"\]]', text):
-    return "json"
-  line, ended, _ = text.partition("\n")
-  if suffixes[-1:] == [".json"] or _is_object(line, whole=bool(ended) or len(head) < 2**16):
-    return "jsonl"
-  return "text"
 
 
 def _is_object(line: str, *, whole: bool) -> bool:
@@ -424,7 +395,7 @@ def prompts_of(rows: Any, *, input_key: str | None = None) -> tuple[Prompt, ...]
 
 
 def _records(frame: Any) -> list[dict[str, Any]]:
-  """Rows of a DataFrame with plain values; what is missing is None."""
+  """Rows of a DataFrame with plain values; a missing one is None."""
   columns = {str(name): [_plain(value) for value in frame[name]] for name in frame.columns}
   return [
     dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)

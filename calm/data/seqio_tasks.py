@@ -134,8 +134,8 @@ def jsonl(
     `name`.
 
   Raises:
-    ValueError: `name` is taken by something else, or a metric is unknown; what is wrong with a
-      file is told when it is read.
+    ValueError: `name` is taken by something else, or a metric is unknown; faults of a file are
+      found when it is read.
   """
   source = JsonlSource(paths, prefix)
   made_from = (tuple(source.paths.items()), prefix)

@@ -249,7 +249,7 @@ class Mixture:
   """Interleaves sources by a repeating pattern, so that any step finds its own batch.
 
   Attributes:
-    sources: what is mixed.
+    sources: the sources to mix.
     counts: how many of every `sum(counts)` consecutive steps each source gets.
     seed: seeds the order inside the pattern.
   """

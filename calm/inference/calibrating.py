@@ -66,7 +66,7 @@ def certify(
   Args:
     predictor: the model under its options.
     prompts: [num_prompts] exchangeable prompts, which nothing else was chosen on, or a
-      DataFrame of them (`prompt_tables`); texts do for textual consistency.
+      DataFrame of them (`prompt_files`); texts do for textual consistency.
     tolerance: delta, in (0, 1).
     error_rate: epsilon, in (0, 1).
     consistency: 'textual' (distance to the full model's text) or 'risk' (loss of quality

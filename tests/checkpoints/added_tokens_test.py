@@ -89,6 +89,9 @@ def test_added_tokens_are_encoded_and_decoded(folder, listed):
   for text in toy_vocabulary.TEXTS[:3]:
     assert made.encode(text) == pieces.encode(text)
     assert made.decode(pieces.encode(text)) == text
+  write_tokenizer(folder, ADDED, special=["<hl>"])  # special ones leave no text
+  made = huggingface.read_vocabulary(folder)
+  assert made.decode(made.encode("the<hl>dog")) == "the dog"
 
 
 def test_the_head_keeps_their_rows(folder, tmp_path):
@@ -100,14 +103,6 @@ def test_the_head_keeps_their_rows(folder, tmp_path):
   assert made is not None and made.vocab_size == config.vocab_size
   checkpoints.save(tmp_path / "own", parameters.unflatten(params), config, vocabulary=made)
   assert checkpoints.load(tmp_path / "own").vocabulary == made
-
-
-def test_special_ones_are_read_and_leave_no_text(folder):
-  write_tokenizer(folder, ADDED, special=["<hl>"])
-  made = huggingface.read_vocabulary(folder)
-  assert made is not None
-  ids = made.encode("the<hl>dog")
-  assert SIZE + 1 in ids and made.decode(ids) == "the dog"
 
 
 @pytest.mark.parametrize("listed", [in_decoder, in_added_tokens, in_place_of_sentinels])
@@ -175,24 +170,17 @@ def test_lists_of_another_form_are_refused(folder, name, value):
     huggingface.read_vocabulary(folder)
 
 
-def write_bytes_folder(folder, **config) -> None:
+def test_bytes_have_no_added_tokens_and_may_be_named_by_the_configuration(folder):
   (folder / "spiece.model").unlink()
-  write(folder / "config.json", {"model_type": "t5", "vocab_size": 384, **config})
-
-
-def test_byt5_may_be_named_by_the_configuration_alone(folder):
-  write_bytes_folder(folder, tokenizer_class="ByT5Tokenizer")
+  byt5 = {"model_type": "t5", "vocab_size": 384, "tokenizer_class": "ByT5Tokenizer"}
+  write(folder / "config.json", byt5)
   assert huggingface.read_vocabulary(folder) == vocabulary.ByteVocabulary()
-  # The tokenizer's own word goes first, as in transformers.
-  write(folder / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer"})
-  assert huggingface.read_vocabulary(folder) is None
-
-
-def test_tokens_added_to_bytes_are_refused(folder):
-  write_bytes_folder(folder, tokenizer_class="ByT5Tokenizer")
   sentinels = {259 + k: f"<extra_id_{k}>" for k in range(125)}
   write_decoder(folder, SPECIAL | sentinels)
   assert huggingface.read_vocabulary(folder) == vocabulary.ByteVocabulary()
   write_decoder(folder, SPECIAL | sentinels | {384: "<sep>"})
   with pytest.raises(ValueError, match=r"^Expected .*ByT5.*, got '<sep>' \(384\); "):
     huggingface.read_vocabulary(folder)
+  # The tokenizer's own word goes first, as in transformers.
+  write(folder / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer"})
+  assert huggingface.read_vocabulary(folder) is None

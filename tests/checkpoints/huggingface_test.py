@@ -125,21 +125,22 @@ def test_one_weight_under_several_names_is_read_once(copied):
   safetensors.numpy.save_file(weights | extra, path)
   with pytest.raises(ValueError, match=r"one token embedding.*decoder.embed_tokens"):
     huggingface.read(copied)
-
-
-def test_tied_head_stored_beside_the_embedding_stays_tied(tmp_path):
-  directory = shutil.copytree(GOLDEN / "huggingface" / "t5_1_0", tmp_path / "model")
-  path = directory / "model.safetensors"
-  weights = safetensors.numpy.load_file(path)
+  # A tied head that is stored beside the embedding stays tied.
+  tied = shutil.copytree(GOLDEN / "huggingface" / "t5_1_0", copied / "tied")
+  weights = safetensors.numpy.load_file(tied / "model.safetensors")
   weights["lm_head.weight"] = weights["shared.weight"].copy()
-  safetensors.numpy.save_file(weights, path)
-  assert huggingface.read(directory)[0].logits_via_embedding
+  safetensors.numpy.save_file(weights, tied / "model.safetensors")
+  assert huggingface.read(tied)[0].logits_via_embedding
 
 
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
     ({"model_type": "longt5"}, r"`model_type`.*'t5' or 'mt5' or 'umt5'.*'longt5'"),
+    ({"d_model": None}, r"`d_model`"),
+    ({"is_encoder_decoder": False}, r"`is_encoder_decoder`.*a whole model"),
+    ({"tie_word_embeddings": 1}, r"`tie_word_embeddings`.*true or false, got 1"),
+    ({"architectures": "T5"}, r"`architectures`.*list of class names"),
     ({"model_type": "umt5"}, r"1 missing|2 missing.*relative_attention_bias"),
     ({"layer_norm_epsilon": 1e-5}, r"`layer_norm_epsilon`.*1e-05"),
     ({"pad_token_id": 48}, r"`pad_token_id`.*48 rows.*got 48"),
@@ -157,38 +158,29 @@ def test_configurations_of_other_functions_are_refused(copied, changes, message)
     checkpoints.load(copied)
 
 
-def test_configuration_without_sizes(copied):
-  (copied / "config.json").write_text('{"model_type": "t5"}')
-  with pytest.raises(ValueError, match=r"got none of \['vocab_size'"):
-    checkpoints.load(copied)
-
-
-def test_missing_and_pickled_weights(copied):
-  (copied / "model.safetensors").unlink()
-  with pytest.raises(FileNotFoundError, match=r"model.safetensors.*missing"):
-    checkpoints.load(copied)
-  (copied / "pytorch_model.bin").write_bytes(b"")
-  with pytest.raises(FileNotFoundError, match=r"pickle.*never opened"):
-    checkpoints.load(copied)
-
-
-def test_missing_shard(tmp_path):
-  directory = shutil.copytree(GOLDEN / "huggingface" / "flan_t5", tmp_path / "model")
-  (directory / "model-00002-of-00002.safetensors").unlink()
-  with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002"):
-    checkpoints.load(directory)
-  (directory / "model.safetensors.index.json").write_text("{}")
-  with pytest.raises(ValueError, match="`weight_map`"):
-    checkpoints.load(directory)
-
-
-def test_quantised_weights(copied):
+def test_missing_pickled_and_quantised_weights(copied, tmp_path):
   path = copied / "model.safetensors"
   weights = safetensors.numpy.load_file(path)
   weights["lm_head.weight"] = weights["lm_head.weight"].astype(np.int8)
   safetensors.numpy.save_file(weights, path)
   with pytest.raises(ValueError, match=r"int8 for 'lm_head.weight'.*unquantised"):
     checkpoints.load(copied)
+  path.unlink()
+  with pytest.raises(FileNotFoundError, match=r"model.safetensors.*missing"):
+    checkpoints.load(copied)
+  (copied / "pytorch_model.bin").write_bytes(b"")
+  with pytest.raises(FileNotFoundError, match=r"pickle.*never opened"):
+    checkpoints.load(copied)
+  (copied / "config.json").write_text('{"model_type": "t5"}')
+  with pytest.raises(ValueError, match=r"got none of \['vocab_size'"):
+    checkpoints.load(copied)
+  sharded = shutil.copytree(GOLDEN / "huggingface" / "flan_t5", tmp_path / "sharded")
+  (sharded / "model-00002-of-00002.safetensors").unlink()
+  with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002"):
+    checkpoints.load(sharded)
+  (sharded / "model.safetensors.index.json").write_text("{}")
+  with pytest.raises(ValueError, match="`weight_map`"):
+    checkpoints.load(sharded)
 
 
 def test_what_hugging_face_cannot_hold_is_refused(tmp_path):
@@ -202,18 +194,16 @@ def test_what_hugging_face_cannot_hold_is_refused(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_vocabulary_beside_the_model(copied):
+@pytest.mark.parametrize(("kind", "extra_ids"), [("t5", 100), ("mt5", 0)])
+def test_sentence_pieces_or_bytes_beside_the_model(copied, kind, extra_ids):
+  edit_config(copied, model_type=kind)
   assert huggingface.read_vocabulary(copied) is None
   options = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}
   (copied / "tokenizer_config.json").write_text(json.dumps(options))
   assert huggingface.read_vocabulary(copied) == vocabulary.ByteVocabulary()
   with pytest.raises(ValueError, match=r"at most 48 ids.*got 384"):
     checkpoints.load(copied)
-
-
-@pytest.mark.parametrize(("kind", "extra_ids"), [("t5", 100), ("mt5", 0)])
-def test_sentence_pieces_beside_the_model(copied, kind, extra_ids):
-  edit_config(copied, model_type=kind)
+  (copied / "tokenizer_config.json").unlink()
   toy_vocabulary.train(copied / "spiece.model")
   assert huggingface.read_vocabulary(copied).extra_ids == extra_ids
   (copied / "tokenizer_config.json").write_text('{"extra_ids": 7}')
@@ -287,13 +277,10 @@ def test_ids_change_places_where_padding_is_not_0(copied, tmp_path):
   assert checkpoints.load(tmp_path / "own").vocabulary == made
 
 
-def test_generation_that_is_not_greedy_is_said(copied):
+def test_generation_config_warns_and_may_alone_hold_the_ids(copied):
   (copied / "generation_config.json").write_text('{"num_beams": 4, "do_sample": false}')
   with pytest.warns(UserWarning, match=r"asks for num_beams=4; decoding here is greedy"):
     checkpoints.load(copied)
-
-
-def test_ids_may_stand_in_the_generation_config_alone(copied):
   config = json.loads((copied / "config.json").read_text())
   del config["pad_token_id"], config["decoder_start_token_id"]
   (copied / "config.json").write_text(json.dumps(config))

@@ -68,13 +68,6 @@ def test_parameters_are_read_bit_for_bit_and_give_the_logits_of_t5x(unpacked, na
   np.testing.assert_allclose(ours, logits, atol=1e-5)
 
 
-def test_configuration_is_told_by_names_and_shapes():
-  golden = expected()
-  del golden["tokens"], golden["logits"]
-  config = network.T5Config(vocab_size=32, exit_classifier=False, **toys.SMALLEST)
-  assert t5x.infer_config(golden) == config
-
-
 @pytest.mark.parametrize(
   "changes",
   [
@@ -100,6 +93,19 @@ def test_inferred_configuration_round_trips(changes):
   assert t5x.infer_config(flat) == config
 
 
+def test_configuration_is_told_by_names_and_shapes_or_given(unpacked):
+  golden = expected()
+  del golden["tokens"], golden["logits"]
+  config = network.T5Config(vocab_size=32, exit_classifier=False, **toys.SMALLEST)
+  assert t5x.infer_config(golden) == config
+  assert checkpoints.load(unpacked / "legacy", config=config).config == config
+  with pytest.raises(ValueError, match=r"leaf '.*' .*shape"):
+    checkpoints.load(unpacked / "legacy", config=network.T5Config(vocab_size=32, emb_dim=8))
+  scanned = {"token_embedder/embedding": np.zeros((4, 2)), "decoder/decoder/x": np.zeros(3)}
+  with pytest.raises(ValueError, match=r"T5X's own T5 network.*lacking 'decoder/relpos_bias"):
+    t5x.infer_config(scanned)
+
+
 def test_the_newest_step_is_taken(unpacked, tmp_path):
   for step in (7, 12):
     shutil.copytree(unpacked / "legacy" / "checkpoint_7", tmp_path / f"checkpoint_{step}")
@@ -109,33 +115,30 @@ def test_the_newest_step_is_taken(unpacked, tmp_path):
   assert t5x.find(tmp_path / "checkpoint_100.orbax-checkpoint-tmp") is None
 
 
-def test_configuration_may_be_given(unpacked):
-  stored = checkpoints.load(unpacked / "legacy").config
-  wrong = network.T5Config(vocab_size=32, emb_dim=8)
-  assert checkpoints.load(unpacked / "legacy", config=stored).config == stored
-  with pytest.raises(ValueError, match=r"leaf '.*' .*shape"):
-    checkpoints.load(unpacked / "legacy", config=wrong)
+def cut(path):
+  path.write_bytes(path.read_bytes()[:10])
 
 
-def test_truncated_msgpack(copied):
-  path = copied("legacy")
-  (path / "checkpoint").write_bytes((path / "checkpoint").read_bytes()[:200])
-  with pytest.raises(ValueError, match=r"`path`.*msgpack does not open.*truncated"):
-    checkpoints.load(path)
-
-
-def test_missing_array_is_named(copied):
-  path = copied("legacy")
-  shutil.rmtree(path / "target.decoder.logits_dense.kernel")
-  with pytest.raises(ValueError, match=r"target.decoder.logits_dense.kernel.*whole folder"):
-    checkpoints.load(path)
-
-
-def test_damaged_orbax(copied):
-  path = copied("orbax")
-  for file in (path / "state" / "d").iterdir():
-    file.write_bytes(file.read_bytes()[:10])
-  with pytest.raises(ValueError, match=r"`path`.*Orbax's format.*does not open"):
+@pytest.mark.parametrize(
+  ("name", "damage", "message"),
+  [
+    ("legacy", lambda p: cut(p / "checkpoint"), r"`path`.*msgpack does not open.*truncated"),
+    (
+      "legacy",
+      lambda p: shutil.rmtree(p / "target.decoder.logits_dense.kernel"),
+      r"target.decoder.logits_dense.kernel.*whole folder",
+    ),
+    (
+      "orbax",
+      lambda p: [cut(file) for file in (p / "state" / "d").iterdir()],
+      r"`path`.*Orbax's format.*does not open",
+    ),
+  ],
+)
+def test_damage_is_named(copied, name, damage, message):
+  path = copied(name)
+  damage(path)
+  with pytest.raises(ValueError, match=message):
     checkpoints.load(path)
 
 
@@ -167,12 +170,6 @@ except ValueError as error:
   made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
   assert "does not open" in made.stdout and made.stdout.count("\n") == 1
   assert made.stderr == ""
-
-
-def test_other_architectures_are_refused():
-  scanned = {"token_embedder/embedding": np.zeros((4, 2)), "decoder/decoder/x": np.zeros(3)}
-  with pytest.raises(ValueError, match=r"T5X's own T5 network.*lacking 'decoder/relpos_bias"):
-    t5x.infer_config(scanned)
 
 
 def test_reading_imports_no_t5x_and_other_formats_no_orbax(unpacked):
