@@ -100,7 +100,7 @@ def test_perturbed_outputs_are_compared_where_they_have_that_token(model, full, 
   task = dataclasses.replace(tasks.task("synopsis"), metric="rouge_l")
   own = tasks.OwnPrompts(tuple(PROMPTS), ())
   of = bench.Bench(model, task, own, tmp_path)
-  of.__dict__ |= {"whole": model, "static": {2: full}}
+  of.__dict__.update(whole=model, static={2: full})
   result = perturbations.perturbations(of)
   assert [point.position for point in result.layer] == list(perturbations.positions(full))
   first, last = result.sampling[0], result.sampling[-1]

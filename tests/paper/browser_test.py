@@ -118,7 +118,7 @@ def test_the_certified_point_is_marked_where_the_slider_stands(tab):
   track, mark = (tab.evaluate(middle.replace("{}", name)) for name in ("track", "mark"))
   assert abs(track - mark) < 2  # the second of three thresholds
   told = tab.evaluate("document.querySelector('.promise').textContent")
-  assert told.startswith("certified: at 0.6") and "0.1, with" in told
+  assert told.startswith("certified: at 0.6") and "0.25" in told
 
 
 SIDEWAYS = (

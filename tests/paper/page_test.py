@@ -115,7 +115,7 @@ def test_the_slider_has_what_the_generations_have(sections):
   )
   assert at_lowest["p"][0][0] != " " and at_lowest["p"][1][0] == " "
   assert set(at_lowest) == {"p", "l", "c", "m", "d", "r"}  # a prompt alone has no seconds
-  assert softmax["certified"].startswith("certified: at 0.6 the mean distance is at most 0.1")
+  assert softmax["certified"].startswith("certified: at 0.6 the mean distance is at most 0.25")
 
 
 def test_figures_take_the_pages_ink(sections):
