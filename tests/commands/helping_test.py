@@ -11,7 +11,7 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 from calm import fitting, inference
 from calm.commands import cli, demo, helping, monitoring
 from calm.decode import engines
-from calm.paper.bench import bench
+from calm.paper import bench
 
 OPTIONS = inference.DecodeOptions()
 # What holds where an option is not given, of options whose parser says None.
