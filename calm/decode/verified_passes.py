@@ -17,8 +17,8 @@ from calm.decode.verified_state import Drafted
 from calm.exits import verified as verified_lib
 from calm.exits.layers import Greedy, greedy
 from calm.t5 import caches as caches_lib
+from calm.t5 import decoder as decoder_lib
 from calm.t5 import (
-  columns,
   decoder_weights,
   eight_bits,
   native,
@@ -27,7 +27,6 @@ from calm.t5 import (
   quantized_heads,
   windows,
 )
-from calm.t5 import decoder as decoder_lib
 
 # Drafts for eight rows and more must promise more: rows that differ in what is accepted wait
 # for each other, and drafts may be worse than is hoped for. With 8 rows of T5 1.1 small, x1.09
@@ -315,8 +314,6 @@ def _head(head: jax.Array | quantized_heads.QuantizedHead, rows: int) -> float:
 def _layer(matrix: decoder_weights.Matrix, rows: int) -> float:
   """Time of layers whose matrices are kept so, over so many rows, over that of whole ones with
   one row."""
-  if isinstance(matrix, columns.Columns):
-    return _columns(rows)
   return _in_8_bits(rows) if isinstance(matrix, eight_bits.EightBits) else _rows(rows)
 
 
@@ -353,16 +350,6 @@ def _small(batch: int, positions: int) -> float:
     return min(0.6 + 0.4 * rows, 1.4 + 0.2 * rows)
   window = 1.1 + 0.22 * rows if rows <= 8 else 2.86 * (rows / 8) ** 0.8
   return 0.8 * window if batch == 1 else window
-
-
-def _columns(rows: int) -> float:
-  """Time of layers in columns over so many rows, over that with one row and whole matrices.
-
-  Between what two CPU cores took of T5 1.1 small: all products of its layers over 1, 2, 8, 16
-  and 32 rows 0.8, 0.8, 0.9, 1.3 and 2.0 times; in passes over 8 positions a layer took about as
-  long as in a step of one.
-  """
-  return 0.9 + 0.015 * rows if rows <= 8 else 1.02 * (rows / 8) ** 0.6
 
 
 def _in_8_bits(rows: int) -> float:

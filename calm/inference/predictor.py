@@ -78,7 +78,6 @@ class Predictor:
       self.listed,
       self.options.weights_dtype,
       self.options.head_dtype,
-      self.options.weights_layout,
       self.options.encoder_dtype,
     )
     sharded = self.sharded()
@@ -184,7 +183,6 @@ class Predictor:
       model.options.weights_dtype,
       model.options.encoder_dtype,
       model.options.head_dtype,
-      model.options.weights_layout,
       model.listed,
       model.config,
     )

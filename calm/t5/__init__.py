@@ -3,7 +3,6 @@
 from calm.t5 import (
   attention,
   caches,
-  columns,
   config,
   costs,
   decoder,
@@ -29,7 +28,6 @@ __all__ = [
   "Transformer",
   "attention",
   "caches",
-  "columns",
   "config",
   "costs",
   "decoder",

@@ -20,7 +20,6 @@ from calm.t5 import layers as layers_lib
 from calm.t5 import native, network, platforms
 from calm.t5.attention import Attends, Attention
 from calm.t5.caches import Cache, Encoded
-from calm.t5.columns import Columns
 from calm.t5.decoder_weights import DecoderWeights, Matrix
 from calm.t5.eight_bits import EightBits
 from calm.t5.quantized_heads import QuantizedHead
@@ -289,7 +288,7 @@ class DecoderStep:
 
 def times(x: jax.Array, matrix: Matrix) -> jax.Array:
   """x @ matrix in the dtype of `x`, whatever the matrix is stored in."""
-  if isinstance(matrix, Columns | EightBits):
+  if isinstance(matrix, EightBits):
     return matrix.product(x)
   return platforms.product(x, matrix.astype(x.dtype))
 

@@ -1,7 +1,7 @@
 """T5X-shaped parameters laid out for decoding: made once, at load time, and never saved."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,17 +11,16 @@ from flax import struct
 
 from calm import exits
 from calm.exits.evidence import Probes
-from calm.t5 import columns, eight_bits, network, parameters, platforms, quantized_heads
+from calm.t5 import eight_bits, network, parameters, platforms, quantized_heads
 from calm.t5.config import Params
 
-# A matrix of a layer: whole, cut or in 8 bits.
-Matrix = jax.Array | columns.Columns | eight_bits.EightBits
+# A matrix of a layer: whole or in 8 bits.
+Matrix = jax.Array | eight_bits.EightBits
 
 
 @struct.dataclass
 class LayerWeights:
-  """One decoder layer; every matrix but `cross_key_value` may be cut into columns, or every one
-  be in 8 bits.
+  """One decoder layer; every matrix may be in 8 bits.
 
   Attributes:
     self_norm, cross_norm, mlp_norm: scales [emb_dim].
@@ -162,7 +161,6 @@ def decoder_weights(
   shortlist: Sequence[int] | None = None,
   weights_dtype: Any = None,
   head_dtype: str | None = None,
-  layout: str | None = None,
   encoder_dtype: str | None = None,
 ) -> DecoderWeights:
   """Lays T5X-shaped parameters out for decoding.
@@ -180,13 +178,12 @@ def decoder_weights(
       and heads as with None.
     head_dtype: 'int8' reads the heads in 8 bits first (`quantized_heads`); None: as they are
       stored.
-    layout: 'columns' cuts the layers' matrices into columns where that may be faster, on a CPU
-      with float32 activations; None: each in one piece.
     encoder_dtype: 'int8' multiplies the prompt's states in 8 bits to its keys and values,
       whatever the other matrices are.
   """
   decoder, dtype = params["decoder"], jnp.dtype(config.dtype)
-  weights_dtype, layout = (None, "int8") if weights_dtype == "int8" else (weights_dtype, layout)
+  in_8_bits = weights_dtype == "int8"
+  weights_dtype = None if in_8_bits else weights_dtype
   matrices = dtype if weights_dtype is None else jnp.dtype(weights_dtype)
   num_pieces = config.vocab_size if num_pieces is None else num_pieces
   if not 0 < num_pieces <= config.vocab_size:
@@ -200,10 +197,12 @@ def decoder_weights(
     heads = tuple(head.astype(matrices) for head in heads)
   read = tuple(map(quantized_heads.quantize, heads)) if head_dtype == "int8" else heads
   layers = tuple(
-    _laid_out(_layer_weights(decoder[f"layers_{i}"], config, dtype, matrices), layout, dtype)
+    _layer_weights(decoder[f"layers_{i}"], config, dtype, matrices)
     for i in range(config.num_decoder_layers)
   )
-  if "int8" in (layout, encoder_dtype):
+  if in_8_bits:
+    layers = tuple(map(rounded, layers))
+  if in_8_bits or encoder_dtype == "int8":
     layers = tuple(map(_with_prompts_in_8_bits, layers))
   return DecoderWeights(
     embedding=jnp.asarray(params["token_embedder"]["embedding"], matrices),
@@ -276,22 +275,15 @@ def _layer_weights(layer: Params, config: network.T5Config, dtype, matrices) -> 
   )
 
 
-def _laid_out(layer: LayerWeights, layout: str | None, dtype: Any) -> LayerWeights:
-  """The layer in 8 bits, cut or as it is."""
-  if layout == "int8":
-    return rounded(layer)
-  return cut(layer) if layout == "columns" and platforms.multiplies_columns(dtype) else layer
-
-
-def cut(layer: LayerWeights) -> LayerWeights:
-  """The layer with the matrices that a step multiplies in columns."""
-  cut_ = _with_matrices(layer, columns.cut)
-  return dataclasses.replace(cut_, cross_key_value=layer.cross_key_value)
-
-
 def rounded(layer: LayerWeights) -> LayerWeights:
   """The layer with its matrices in 8 bits."""
-  return _with_matrices(layer, eight_bits.quantize)
+  every = lambda matrices: tuple(map(eight_bits.quantize, matrices))
+  one = ("query", "self_out", "cross_query", "cross_key_value", "cross_out", "mlp_out")
+  return dataclasses.replace(
+    layer,
+    **{name: eight_bits.quantize(getattr(layer, name)) for name in one},
+    **{name: every(getattr(layer, name)) for name in ("key_value", "mlp_in")},
+  )
 
 
 def _with_prompts_in_8_bits(layer: LayerWeights) -> LayerWeights:
@@ -299,18 +291,7 @@ def _with_prompts_in_8_bits(layer: LayerWeights) -> LayerWeights:
   matrix = layer.cross_key_value
   if isinstance(matrix, jax.Array):
     matrix = eight_bits.quantize(matrix)
-  assert isinstance(matrix, eight_bits.EightBits)  # it is never cut into columns
   return dataclasses.replace(layer, cross_key_value=matrix.for_many_rows())
-
-
-def _with_matrices(layer: LayerWeights, make: Callable[[Any], Matrix]) -> LayerWeights:
-  one = ("query", "self_out", "cross_query", "cross_key_value", "cross_out", "mlp_out")
-  every = lambda matrices: tuple(map(make, matrices))
-  return dataclasses.replace(
-    layer,
-    **{name: make(getattr(layer, name)) for name in one},
-    **{name: every(getattr(layer, name)) for name in ("key_value", "mlp_in")},
-  )
 
 
 def _shortlist_head(heads: Sequence[jax.Array], shortlist: Sequence[int]) -> jax.Array:

@@ -123,15 +123,6 @@ def grows_caches() -> bool:
   return _on("cpu")
 
 
-def multiplies_columns(dtype: Any) -> bool:
-  """Whether matrices may be cut into columns (`columns`), for activations of this dtype.
-
-  A matrix unit or a GPU fills itself with one product. In narrower activations a sum that is
-  made otherwise may be rounded otherwise, and a `Procedure` does not tell the layout.
-  """
-  return _on("cpu") and jnp.dtype(dtype) == jnp.float32
-
-
 def multiplies_unsigned() -> bool:
   """Whether 8-bit products are faster where one side has no sign.
 

@@ -18,8 +18,8 @@ from calm.decode import engines, ordering, staged
 from calm.decode import program as program_lib
 from calm.exits import confidence, propagation
 from calm.exits.layers import KeyValue
-from calm.t5 import columns, platforms
 from calm.t5 import native as native_lib
+from calm.t5 import platforms
 from tests import engine
 from tests.decode import hlo
 
@@ -144,19 +144,6 @@ def test_a_head_in_8_bits_is_neither_widened_nor_copied(rule):
   shapes = [f"[{a},{b}]" for a, b in itertools.permutations((made.vocab_size, made.emb_dim))]
   assert not written(text, shapes)
   assert "s8[" in text and "TopK" in text
-
-
-def test_matrices_in_columns_are_neither_copied_nor_put_together(monkeypatch):
-  monkeypatch.setattr(columns, "LEAST_NUMBERS", 1)
-  monkeypatch.setattr(columns, "WIDTH", 6)
-  text, config = compiled(SHALLOW, engines.Deferred(), layout="columns"), engine.toy().config
-  widths = {columns.width(n) for n in (config.emb_dim, config.mlp_dim)} | {
-    *(config.emb_dim, config.mlp_dim, config.num_heads * config.head_dim)
-  }
-  inputs = config.emb_dim, config.mlp_dim, config.num_heads * config.head_dim
-  shapes = [f"f32[{rows},{width}]" for rows in inputs for width in widths]
-  assert not written(text, shapes)
-  assert f"f32[{config.emb_dim},{min(widths)}]" in text  # a piece is read
 
 
 @pytest.mark.parametrize("rows", [1, 8])

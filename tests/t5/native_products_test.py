@@ -12,7 +12,7 @@ pytest.importorskip("llvmlite")
 from calm import exits
 from calm.decode import program as program_lib
 from calm.exits import layers
-from calm.t5 import columns, native, platforms
+from calm.t5 import native, platforms
 from calm.t5.native import calls, products
 from tests import engine
 
@@ -60,7 +60,6 @@ def test_one_thread_multiplies_few_rows_and_small_layers(monkeypatch):
   assert not native.alone(matrix, products.MOST_ROWS + 1)
   assert not native.alone(drawn(1024, 1024), 8)
   assert not native.alone(matrix.astype(jnp.bfloat16), 8)
-  assert not native.alone(columns.cut(drawn(1024, 1024)), 8)
   with platforms.laid_out_for("tpu"):
     assert not native.alone(matrix, 8)
   for owner, name, value in (
