@@ -14,7 +14,7 @@ from calm import exits, inference
 from calm.data import datasets, prompt_batches
 from calm.decode import program
 from calm.exits import confidence
-from calm.t5 import network, parameters, quantized_heads
+from calm.t5 import eight_bits, network, parameters
 
 GATED = {"mlp_activations": ("gelu", "linear")}
 SIZES: Mapping[str, dict[str, Any]] = {
@@ -140,7 +140,7 @@ def _read(model: Model, name: str) -> Model:
     return dataclasses.replace(model, weights=weights)
   decoder = model.weights.decoder
   stored = [head for head in decoder.heads if isinstance(head, jax.Array)]
-  decoder = dataclasses.replace(decoder, heads=tuple(map(quantized_heads.quantize, stored)))
+  decoder = dataclasses.replace(decoder, heads=tuple(map(eight_bits.quantize_head, stored)))
   return dataclasses.replace(model, weights=dataclasses.replace(model.weights, decoder=decoder))
 
 

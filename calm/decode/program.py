@@ -24,7 +24,7 @@ from calm.decode import (
   verified_state,
 )
 from calm.t5 import caches, decoder_weights, eight_bits, network
-from calm.t5.config import Params
+from calm.t5.network import Params
 
 
 @struct.dataclass

@@ -3,45 +3,32 @@
 from calm.t5 import (
   attention,
   caches,
-  config,
   costs,
   decoder,
   decoder_weights,
   eight_bits,
-  growing,
+  kernels,
   layers,
   limits,
-  masks,
-  native,
   network,
   parameters,
   platforms,
-  quantized_heads,
-  stacks,
-  windows,
 )
-from calm.t5.config import T5Config
-from calm.t5.network import Transformer
+from calm.t5.network import T5Config, Transformer
 
 __all__ = [
   "T5Config",
   "Transformer",
   "attention",
   "caches",
-  "config",
   "costs",
   "decoder",
   "decoder_weights",
   "eight_bits",
-  "growing",
+  "kernels",
   "layers",
   "limits",
-  "masks",
-  "native",
   "network",
   "parameters",
   "platforms",
-  "quantized_heads",
-  "stacks",
-  "windows",
 ]

@@ -11,8 +11,8 @@ from flax import struct
 
 from calm import exits
 from calm.exits.evidence import Probes
-from calm.t5 import eight_bits, network, parameters, platforms, quantized_heads
-from calm.t5.config import Params
+from calm.t5 import eight_bits, network, parameters, platforms
+from calm.t5.network import Params
 
 # A matrix of a layer: whole or in 8 bits.
 Matrix = jax.Array | eight_bits.EightBits
@@ -32,10 +32,8 @@ class LayerWeights:
     self_out, cross_out: [heads * head_dim, emb_dim].
     cross_query: [emb_dim, heads * head_dim].
     cross_key_value: [emb_dim, 2 * heads * head_dim].
-    mlp_in: the MLP's input projections, one an activation, [emb_dim, mlp_dim]; apart as well,
-      as the parameters have them. Beside each other, XLA:CPU multiplies them with one row in a
-      twelfth less time, and with more rows in a twelfth more (in two thirds more at 32 rows of
-      the model in the box).
+    mlp_in: the MLP's input projections, one an activation, [emb_dim, mlp_dim]; apart: XLA:CPU
+      takes a twelfth more time for more rows than one where they are fused.
     mlp_out: [mlp_dim, emb_dim].
   """
 
@@ -95,17 +93,12 @@ class LearnedPropagation:
   def from_layers(self, layers: Sequence[int]) -> "LearnedPropagation":
     """Of some of the exit layers alone."""
     at, rank = [self.layers.index(layer) for layer in layers], self.rank
-
-    def blocks(layer: int, up: jax.Array) -> jax.Array:
-      found = [up[i * rank : (i + 1) * rank] for i in at if self.layers[i] < layer]
-      return jnp.concatenate(found) if found else up[:0]
-
-    return LearnedPropagation(
-      tuple(layers),
-      tuple(self.down[i] for i in at),
-      tuple(self.bias[i] for i in at),
-      tuple(blocks(layer, up) for layer, up in enumerate(self.up, start=1)),
-    )
+    up = []
+    for layer, blocks in enumerate(self.up, start=1):
+      found = [blocks[i * rank : (i + 1) * rank] for i in at if self.layers[i] < layer]
+      up.append(jnp.concatenate(found) if found else blocks[:0])
+    of = lambda parts: tuple(parts[i] for i in at)
+    return LearnedPropagation(tuple(layers), of(self.down), of(self.bias), tuple(up))
 
 
 @struct.dataclass
@@ -132,7 +125,7 @@ class DecoderWeights:
   relpos: tuple[jax.Array, ...]
   layers: tuple[LayerWeights, ...]
   decoder_norm: jax.Array
-  heads: tuple[jax.Array | quantized_heads.QuantizedHead, ...]
+  heads: tuple[jax.Array | eight_bits.QuantizedHead, ...]
   exit_kernel: jax.Array | None
   exit_bias: jax.Array | None
   shortlist: jax.Array | None = None
@@ -176,7 +169,7 @@ def decoder_weights(
       narrower weights are a model of rounded weights and nothing else; but for 'int8': the
       layers' matrices and what they are multiplied with in 8 bits (`eight_bits`), embedding
       and heads as with None.
-    head_dtype: 'int8' reads the heads in 8 bits first (`quantized_heads`); None: as they are
+    head_dtype: 'int8' reads the heads in 8 bits first (`eight_bits`); None: as they are
       stored.
     encoder_dtype: 'int8' multiplies the prompt's states in 8 bits to its keys and values,
       whatever the other matrices are.
@@ -195,7 +188,7 @@ def decoder_weights(
   heads = tuple(head[:, :num_pieces] for head in parameters.head_kernels(params, config))
   if weights_dtype is not None:
     heads = tuple(head.astype(matrices) for head in heads)
-  read = tuple(map(quantized_heads.quantize, heads)) if head_dtype == "int8" else heads
+  read = tuple(map(eight_bits.quantize_head, heads)) if head_dtype == "int8" else heads
   layers = tuple(
     _layer_weights(decoder[f"layers_{i}"], config, dtype, matrices)
     for i in range(config.num_decoder_layers)

@@ -16,7 +16,7 @@ from calm.decode import engines
 from calm.decode import program as program_lib
 from calm.exits import schedules
 from calm.inference import options as options_lib
-from calm.t5 import eight_bits, network, quantized_heads
+from calm.t5 import eight_bits, network
 from calm.t5 import layers as layers_lib
 from tests.inference.predictor_test import OPTIONS, TEXTS, rows, save
 
@@ -273,7 +273,7 @@ def test_heads_in_8_bits_emit_the_same_tokens(directory, measure, batch_size):
   plain = inference.load(directory, **given)
   quantized = inference.load(directory, head_dtype="int8", **given)
   (head,) = quantized.weights.decoder.heads
-  assert isinstance(head, quantized_heads.QuantizedHead)
+  assert isinstance(head, eight_bits.QuantizedHead)
   assert head.coded.codes.dtype == jnp.int8
   for threshold in (schedules.NEVER_EXIT, 0.6):
     got, expected = (m.generate(TEXTS, threshold=threshold) for m in (quantized, plain))
