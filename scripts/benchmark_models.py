@@ -14,7 +14,7 @@ from calm import exits, inference
 from calm.data import datasets, prompt_batches
 from calm.decode import program
 from calm.exits import confidence
-from calm.t5 import decoder_weights, network, parameters, quantized_heads
+from calm.t5 import eight_bits, network, parameters
 
 GATED = {"mlp_activations": ("gelu", "linear")}
 SIZES: Mapping[str, dict[str, Any]] = {
@@ -111,8 +111,6 @@ def load(shape: str, dtype: str, shortlist: int) -> Model:
 # How weights may be read, and how that is called in a row.
 READINGS: Mapping[str, str] = {
   "int8": "head in 8 bits",
-  "columns": "matrices in columns",
-  "both": "head in 8 bits, matrices in columns",
   "layers": "layers and head in 8 bits",
   "encoder": "encoder and head in 8 bits",
   "xla": "all by XLA",  # not a reading: programs without functions of this process
@@ -141,13 +139,8 @@ def _read(model: Model, name: str) -> Model:
     )
     return dataclasses.replace(model, weights=weights)
   decoder = model.weights.decoder
-  if name in ("int8", "both"):
-    stored = [head for head in decoder.heads if isinstance(head, jax.Array)]
-    decoder = dataclasses.replace(decoder, heads=tuple(map(quantized_heads.quantize, stored)))
-  if name in ("columns", "both"):
-    decoder = dataclasses.replace(
-      decoder, layers=tuple(map(decoder_weights.cut, decoder.layers))
-    )
+  stored = [head for head in decoder.heads if isinstance(head, jax.Array)]
+  decoder = dataclasses.replace(decoder, heads=tuple(map(eight_bits.quantize_head, stored)))
   return dataclasses.replace(model, weights=dataclasses.replace(model.weights, decoder=decoder))
 
 

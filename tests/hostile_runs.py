@@ -20,7 +20,7 @@ from calm.commands import promise_flags, results
 from calm.data import vocabulary
 from calm.fitting import result as fit_result
 from calm.inference import exact, result_cache
-from calm.training import identities, loop, sources
+from calm.training import loop, sources
 from tests.hostile_documents import GOLDEN, GONE, _absent, _anything, _of
 
 # Marks of `hostile_test` for what JSON has no value for, and for what was done to a whole text.
@@ -122,7 +122,7 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
   """Name -> (the file that is exchanged, what reads it)."""
   _files(base)
   at = lambda name: base / name
-  theirs, run = base / "codet5", identities.Identity(0, {0: 0.1, 1: 0.2}, {0: "a", 1: "b"})
+  theirs, run = base / "codet5", loop.Identity(0, {0: 0.1, 1: 0.2}, {0: "a", 1: "b"})
   cache = result_cache.ResultCache(base / "results")
   kept = lambda: cache.get(Timing, "timing", {}, lambda: Timing(0.0, 0, ()))
   return {
@@ -145,7 +145,7 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
       at("outputs.jsonl"),
       lambda: sources._tokens_of(at("outputs.jsonl")),
     ),
-    "run": (at("run.json"), lambda: identities.check(at("run.json"), run, 2)),
+    "run": (at("run.json"), lambda: loop.check_identity(at("run.json"), run, 2)),
     "validations": (at("validation.json"), lambda: _stage(at("validation.json"))),
     "fit": (
       at("fit/fit/request.json"),

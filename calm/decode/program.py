@@ -24,7 +24,7 @@ from calm.decode import (
   verified_state,
 )
 from calm.t5 import caches, decoder_weights, eight_bits, network
-from calm.t5.config import Params
+from calm.t5.network import Params
 
 
 @struct.dataclass
@@ -47,7 +47,6 @@ def model_weights(
   shortlist: Sequence[int] | None = None,
   weights_dtype: str | None = None,
   head_dtype: str | None = None,
-  layout: str | None = None,
   encoder_dtype: str | None = None,
 ) -> ModelWeights:
   """Lays a T5X-shaped tree out for inference.
@@ -61,7 +60,6 @@ def model_weights(
       as they are, the decoder's in the activation dtype, heads in float32. 'int8' multiplies
       the layers of both in 8 bits and leaves the rest as None does.
     head_dtype: 'int8' reads heads in 8 bits first; None: as they are stored.
-    layout: 'columns' cuts the decoder's matrices; None: each in one piece.
     encoder_dtype: 'int8' multiplies the encoder's layers in 8 bits, and its states with what
       makes the decoder's keys and values of them; None: as `weights_dtype`.
 
@@ -75,7 +73,7 @@ def model_weights(
       lambda path, leaf: _stored(path[-1].key, jnp.asarray(leaf), encoder_dtype), encoder
     ),
     decoder_weights.decoder_weights(
-      params, config, num_pieces, shortlist, weights_dtype, head_dtype, layout, encoder_dtype
+      params, config, num_pieces, shortlist, weights_dtype, head_dtype, encoder_dtype
     ),
   )
 

@@ -124,22 +124,21 @@ class Verifying:
     columns = jnp.zeros((len(active), self.length), jnp.float32)
     verification = loop.Verification(columns > 0, pairs.astype(jnp.int32), triples)
     generation = loop.empty_generation(len(active), self.length)
-    empty = dict(
+    return VerifiedState(
+      active=active,
+      odds=odds,
+      planned=self.plan(odds, active),
       positions=zeros,
       current=zeros,
       generation=dataclasses.replace(generation, verification=verification),
       log_probabilities=columns,
       ahead=zeros,
       idle=none,
-      waits=none,
+      waits=none if self.plan.hopes else jnp.asarray(self.length, jnp.int32),
       cost=none.astype(jnp.float32),
       drafted=self._room(active),
       cache=self.passes.empty(),
     )
-    made = self.passes.zeros_like(empty)
-    if not self.plan.hopes:
-      made["waits"] = jnp.asarray(self.length, jnp.int32)
-    return VerifiedState(active=active, odds=odds, planned=self.plan(odds, active), **made)
 
   def _room(self, active: jax.Array) -> Drafted:
     """That of the first pass of all."""

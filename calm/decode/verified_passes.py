@@ -16,18 +16,16 @@ from calm.decode import drafting, engines, loop, ordering, verified
 from calm.decode.verified_state import Drafted
 from calm.exits import verified as verified_lib
 from calm.exits.layers import Greedy, greedy
+from calm.t5 import attention as attention_lib
 from calm.t5 import caches as caches_lib
+from calm.t5 import decoder as decoder_lib
 from calm.t5 import (
-  columns,
   decoder_weights,
   eight_bits,
-  native,
+  kernels,
   network,
   platforms,
-  quantized_heads,
-  windows,
 )
-from calm.t5 import decoder as decoder_lib
 
 # Drafts for eight rows and more must promise more: rows that differ in what is accepted wait
 # for each other, and drafts may be worse than is hoped for. With 8 rows of T5 1.1 small, x1.09
@@ -65,7 +63,7 @@ class BoundPasses:
   task: engines.Task
   rule: exits.Verified
   sizes: tuple[int, ...]
-  table: decoder_lib.BiasTable
+  table: attention_lib.BiasTable
 
   @property
   def num_layers(self) -> int:
@@ -73,9 +71,6 @@ class BoundPasses:
 
   def empty(self) -> tuple[caches_lib.Cache, ...]:
     return self.task.empty_caches()
-
-  def zeros_like(self, arrays: Any) -> Any:
-    return self.task.zeros_like(arrays)
 
   @property
   def shortens(self) -> bool:
@@ -91,7 +86,7 @@ class BoundPasses:
 
   def read(self, cache, token: jax.Array, positions: jax.Array):
     k = self.rule.draft_layer
-    past = windows.past_biases(self.table, positions, self.task.native)
+    past = attention_lib.past_biases(self.table, positions, self.task.native)
     hidden, rows = self._one(1, self.task.embed(token), cache[:k], past)
     lower = self._written(cache[:k], rows, positions, hidden)
     return Read(hidden, past), (*lower, *cache[k:])
@@ -101,7 +96,7 @@ class BoundPasses:
     seen = decoder.read(layer, read.hidden)
     if self.rule.draft_head == "shortlist":
       logits = decoder.shortlist_logits(seen)
-      return verified_lib.draft(logits, weights.shortlist_ids, decoder.likeliest(logits))
+      return verified_lib.draft(logits, weights.shortlist_ids)
     best = decoder.greedy(layer, seen)
     if best is not None:
       return verified_lib.Draft(best.token, jnp.exp(best.log_probability))
@@ -127,13 +122,13 @@ class BoundPasses:
     its logit is above that of the likeliest."""
     decoder, last = self._decoder(), self.num_layers
     read = decoder.read(last, hidden)
-    if isinstance(self.task.weights.heads[-1], quantized_heads.QuantizedHead):
+    if isinstance(self.task.weights.heads[-1], eight_bits.QuantizedHead):
       best = decoder.greedy(last, read)
       assert best is not None  # so says the head
       score = lambda token: decoder.score(last, read, token)
     else:
       logits = decoder.logits(last, read)
-      best = decoder.likeliest(logits) or greedy(logits)
+      best = greedy(logits)
       score = lambda token: jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return best, lambda token: score(token) - score(best.token)
 
@@ -158,37 +153,33 @@ class BoundPasses:
   def _several(self, first: int, states: jax.Array, caches, positions: jax.Array):
     """The same over positions beside each other, [batch, positions, emb]: [rows, emb]."""
     task, decoder = self.task, self._decoder()
-    biases = windows.window_biases(self.table, positions, states.shape[1], task.native)
+    biases = attention_lib.window_biases(self.table, positions, states.shape[1], task.native)
     hidden, made = states.reshape(-1, states.shape[-1]), []
     for layer, cache in enumerate(caches, start=first):
       row = decoder.project(layer, hidden)
-      window = jax.tree.map(lambda x: windows.by_window(x, task.batch_size), row)
+      window = jax.tree.map(lambda x: attention_lib.by_window(x, task.batch_size), row)
       made.append(self._write(cache, window, positions))
-      attention = windows.WindowAttention(
+      attention = attention_lib.WindowAttention(
         made[-1],
         biases[min(layer, len(biases)) - 1],
         task.encoded.cross[layer - 1],
         task.encoded.bias,
         task.config.float32_attention_logits,
         task.native,
-        decoder.alone(hidden),
+        decoder.single_threaded(hidden),
       )
       hidden = decoder.run_projected(layer, hidden, row, attention)
     return hidden, tuple(made)
 
   def _write(self, cache: caches_lib.Cache, window, positions: jax.Array) -> caches_lib.Cache:
     """Every row's window written at its position."""
-    if self.task.native and native.takes(cache):
-      return native.write([cache], [window], positions)[0]
-    return windows.write_window(cache, window, positions)
+    return attention_lib.write_window(cache, window, positions)
 
   def _written(self, caches, rows, positions: jax.Array, last: jax.Array):
     """Every layer's cache with its row [batch, heads, 1, head_dim] written at `positions`, once
     that leads to `last`."""
-    if self.task.native and native.takes(caches[0]):
-      return native.write(caches, rows, ordering.after(positions, last))
     each = zip(caches, rows, ordering.after_each(positions, rows, last), strict=True)
-    return tuple(windows.write_window(cache, row, where) for cache, row, where in each)
+    return tuple(attention_lib.write_window(cache, row, where) for cache, row, where in each)
 
   def _decoder(self, past: tuple[jax.Array, ...] = ()) -> decoder_lib.DecoderStep:
     """The decoder at one position of every row, `past` the biases of the keys before it."""
@@ -217,7 +208,7 @@ def bind(task: engines.Task, rule: exits.Verified, eos_id: Any) -> verified.Veri
       " none; give `shortlist` (token ids), or use `draft_head='full'`."
     )
   roomy = dataclasses.replace(task, length=cache_length(rule, task.length))
-  table = decoder_lib.bias_table(task.weights, task.config, roomy.length)
+  table = attention_lib.bias_table(task.weights, task.config, roomy.length)
   passes = BoundPasses(roomy, rule, _sizes(rule), table)
   made = plan(task.config, task.weights, rule, task.batch_size, task.native)
   return verified.Verifying(passes, rule, made, task.threshold, task.length, eos_id)
@@ -257,7 +248,7 @@ def plan(
   count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
   numbers = count(dataclasses.replace(weights.layers[0], cross_key_value=()))  # once a prompt
   matrix = weights.layers[0].mlp_out
-  small = is_native and native.alone(matrix, 1)
+  small = is_native and kernels.single_threaded(matrix, 1)
 
   def layer(positions: int) -> float:
     kept = _small(batch, positions) if small else _layer(matrix, batch * positions)
@@ -265,7 +256,7 @@ def plan(
 
   def head(positions: int) -> float:
     matrix = weights.heads[0]
-    if small and not isinstance(matrix, quantized_heads.QuantizedHead):
+    if small and not isinstance(matrix, eight_bits.QuantizedHead):
       return _small(batch, positions) * matrix.size
     return _head(matrix, batch * positions)
 
@@ -286,14 +277,14 @@ def plan(
 
 
 def _hope(matrix: decoder_weights.Matrix, batch: int, small: bool) -> float:
-  """`drafting.Plan.hope`; `small` layers are multiplied in one thread (`native.alone`)."""
-  wakes = platforms.wakes_threads() and native.small(matrix) and not small
+  """`drafting.Plan.hope`; `small`: one thread multiplies the layers (`kernels`)."""
+  wakes = platforms.wakes_threads() and kernels.is_small(matrix) and not small
   if batch == 1 and wakes:
     return math.inf
   return 1.0 if batch < MANY_ROWS else MANY_ROWS_HOPE
 
 
-def _head(head: jax.Array | quantized_heads.QuantizedHead, rows: int) -> float:
+def _head(head: jax.Array | eight_bits.QuantizedHead, rows: int) -> float:
   """Time of the head over so many rows, in float32 numbers that are read for one.
 
   8 bits beside one row in float32, on two CPU cores (products of T5 1.1 small's head): 2 rows
@@ -304,7 +295,7 @@ def _head(head: jax.Array | quantized_heads.QuantizedHead, rows: int) -> float:
   product. So passes of 2, 4 and 8 positions of T5 1.1 small say 1.8, 2.2 and 3.1 steps of one,
   and took 1.7, 2.1 and 3.1; with the head in 8 bits 1.6, 2.1 and 3.2 for 1.5, 2.1 and 3.2.
   """
-  if not isinstance(head, quantized_heads.QuantizedHead):
+  if not isinstance(head, eight_bits.QuantizedHead):
     return _rows(rows) * (1.0 if rows <= platforms.least_rows() else 1.3) * head.size
   if platforms.least_rows() > 1:  # a TPU: what the bytes take
     return _rows(rows) * head.rows.size / 4
@@ -315,8 +306,6 @@ def _head(head: jax.Array | quantized_heads.QuantizedHead, rows: int) -> float:
 def _layer(matrix: decoder_weights.Matrix, rows: int) -> float:
   """Time of layers whose matrices are kept so, over so many rows, over that of whole ones with
   one row."""
-  if isinstance(matrix, columns.Columns):
-    return _columns(rows)
   return _in_8_bits(rows) if isinstance(matrix, eight_bits.EightBits) else _rows(rows)
 
 
@@ -334,7 +323,7 @@ def _rows(rows: int) -> float:
 
 
 def _small(batch: int, positions: int) -> float:
-  """Time of layers that one thread multiplies (`native.alone`), over that with one row.
+  """Time of layers that one thread multiplies (`kernels`), over that with one row.
 
   Between what one of two CPU cores took of the model in the box (AMD EPYC, k = 2, whole head).
   A step of 2, 4 and 8 rows took 1.5, 2.4 and 3.0 times as long as one of one row, where these
@@ -353,16 +342,6 @@ def _small(batch: int, positions: int) -> float:
     return min(0.6 + 0.4 * rows, 1.4 + 0.2 * rows)
   window = 1.1 + 0.22 * rows if rows <= 8 else 2.86 * (rows / 8) ** 0.8
   return 0.8 * window if batch == 1 else window
-
-
-def _columns(rows: int) -> float:
-  """Time of layers in columns over so many rows, over that with one row and whole matrices.
-
-  Between what two CPU cores took of T5 1.1 small: all products of its layers over 1, 2, 8, 16
-  and 32 rows 0.8, 0.8, 0.9, 1.3 and 2.0 times; in passes over 8 positions a layer took about as
-  long as in a step of one.
-  """
-  return 0.9 + 0.015 * rows if rows <= 8 else 1.02 * (rows / 8) ** 0.6
 
 
 def _in_8_bits(rows: int) -> float:

@@ -92,10 +92,6 @@ class Passes(Protocol):
     """Room for what is kept of the positions of a pass (`Drafted.work`), zeros."""
     ...
 
-  def zeros_like(self, arrays: Any) -> Any:
-    """Zeros of these shapes, made as the platform makes them fastest."""
-    ...
-
   def read(self, cache: Any, token: jax.Array, positions: jax.Array) -> tuple[Any, Any]:
     """Layers 1 ... k on `token` [batch]: what the other layers go on from, and the caches."""
     ...

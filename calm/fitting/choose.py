@@ -399,7 +399,7 @@ def has_large_layers(predictor: inference.Predictor) -> bool:
   config, options = predictor.config, predictor.options
   heads = 1 if config.logits_via_embedding else 2
   layers = train.num_parameters(config) - heads * config.vocab_size * config.emb_dim
-  exact = not inference.procedures.rows_matter(config, options)
+  exact = not inference.procedures.batch_size_affects_output(config, options)
   return exact and options.weights_dtype is None and layers >= LEAST_LAYERS
 
 

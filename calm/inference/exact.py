@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from calm import exits
 from calm.checkpoints import files
 from calm.inference.options import IN_8_BITS, VERIFIED, DecodeOptions
-from calm.inference.procedures import rows_matter
+from calm.inference.procedures import batch_size_affects_output
 from calm.t5 import costs, limits, network
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def can_be_exact(predictor: "predictor_lib.Predictor") -> bool:
   A pass reads several positions where full depth reads one, and sums of other numbers of rows
   differ in their last bits: where states are rounded to few, such a bit may change a text.
   """
-  return not rows_matter(predictor.config, predictor.options)
+  return not batch_size_affects_output(predictor.config, predictor.options)
 
 
 def stored_rule(path: pathlib.Path) -> exits.Verified | None:

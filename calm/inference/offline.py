@@ -145,7 +145,7 @@ def in_bulk(predictor: Predictor) -> Predictor:
   Twice the rows, in `OneShape`'s batches. Where a text depends on the rows that it is decoded
   with, and so on its padding, other batches would be another procedure's: the model as it is.
   """
-  if procedures.rows_matter(predictor.config, predictor.options):
+  if procedures.batch_size_affects_output(predictor.config, predictor.options):
     return predictor
   return one_shape(predictor.with_options(batch_size=2 * predictor.options.batch_size))
 

@@ -19,7 +19,6 @@ CHOICES = {
   "encoder_dtype": ("int8",),
   "reference_dtype": ("float32",),
   "head_dtype": ("int8",),
-  "weights_layout": ("columns",),
 }
 # Options that are whole numbers of at least 1.
 _NUMBERS = ("max_input_length", "max_decode_length", "batch_size", "num_devices", "num_drafts")
@@ -32,7 +31,7 @@ VERIFIED = "verified"
 @arguments.checked(schedule=schedules.schedule, engine=engines.by_name)
 @dataclasses.dataclass(frozen=True)
 class DecodeOptions:
-  """How prompts are decoded; all of it belongs to the `Procedure`, but for the last seven.
+  """How prompts are decoded; all of it belongs to the `Procedure`, but for the last six.
 
   Attributes:
     measure: confidence measure, one of `confidence.MEASURES`; 'verified' is `exits.Verified`,
@@ -71,9 +70,6 @@ class DecodeOptions:
     head_dtype: 'int8' reads output heads in 8 bits, and again in full the pieces that may be
       the most likely: tokens at a layer are the same, confidences nearly so. It pays on a CPU,
       and takes a quarter more room than a head. None reads them as they are stored.
-    weights_layout: 'columns' cuts the decoder's matrices into columns, whose products a CPU
-      makes side by side: of models from T5 small's size on it decodes sooner, and compiles
-      longer; results do not depend on it in float32. None keeps each in one piece.
     batch_size: prompts that a device decodes together; results do not depend on it in
       float32.
     num_devices: devices that the prompts are spread over; results do not depend on it. On a
@@ -102,7 +98,6 @@ class DecodeOptions:
   reference_dtype: str | None = None
   reference_digest: str | None = None
   head_dtype: str | None = None
-  weights_layout: str | None = None
   batch_size: int = 8
   num_devices: int = 1
   engine: engines.Engine | None = None
@@ -213,6 +208,8 @@ def stored_options(directory: pathlib.Path) -> dict[str, Any]:
   """
   path = directory / "inference.json"
   stored = files.read_json(path) if path.exists() else {}
+  if stored.get("weights_layout") in ("columns", None):
+    stored.pop("weights_layout", None)  # an option of before, without effect on results
   unknown = sorted(set(stored) - {field.name for field in dataclasses.fields(DecodeOptions)})
   if unknown:
     raise ValueError(

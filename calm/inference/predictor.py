@@ -78,7 +78,6 @@ class Predictor:
       self.listed,
       self.options.weights_dtype,
       self.options.head_dtype,
-      self.options.weights_layout,
       self.options.encoder_dtype,
     )
     sharded = self.sharded()
@@ -123,7 +122,7 @@ class Predictor:
     Under a `reference_dtype` it is the same parameters with states and weights in float32, laid
     out a second time where these options have others; else the model itself.
     """
-    approximates = procedures.rows_matter(self.config, self.options) or (
+    approximates = procedures.batch_size_affects_output(self.config, self.options) or (
       self.options.weights_dtype not in (None, self.options.reference_dtype)
     )
     apart = self.options.reference_dtype is not None and approximates
@@ -184,7 +183,6 @@ class Predictor:
       model.options.weights_dtype,
       model.options.encoder_dtype,
       model.options.head_dtype,
-      model.options.weights_layout,
       model.listed,
       model.config,
     )
@@ -299,7 +297,7 @@ class Predictor:
       batch_size=self.options.batch_size * self.options.num_devices,
       max_input_length=self.options.max_input_length,
       # The size is part of the procedure there: another one rounds otherwise.
-      whole_batches=procedures.rows_matter(self.config, self.options),
+      whole_batches=procedures.batch_size_affects_output(self.config, self.options),
     )
 
   def encode(self, batch: prompt_batches.PromptBatch) -> caches.Encoded:

@@ -50,7 +50,7 @@ def procedure(
     heads="per_layer" if config.per_layer_heads else "shared",
     activation_dtype=config.dtype,
     decode_method={"name": "greedy"},
-    batch_bucket=options.batch_size if rows_matter(config, options) else None,
+    batch_bucket=options.batch_size if batch_size_affects_output(config, options) else None,
     configuration=configuration_record(config),
     platform=jax.default_backend(),
     matmul_precision=precision_record(options),
@@ -63,7 +63,7 @@ def procedure(
   )
 
 
-def rows_matter(config: network.T5Config, options: DecodeOptions) -> bool:
+def batch_size_affects_output(config: network.T5Config, options: DecodeOptions) -> bool:
   """Whether a text depends on the rows that it is decoded with.
 
   Sums of other numbers of rows differ in their last bits. Where states are rounded to few bits,

@@ -1,13 +1,137 @@
-"""Attention of the positions that are decoded now, one of every row, as XLA computes it."""
+"""Attention of the positions that are decoded now: one of every row, or a window of each row.
+
+Biases of relative positions and causality come from one `BiasTable`. One position attends to
+the cache and, beside it, to itself: a cache that is written before one query reads it would be
+copied. A window is some consecutive positions of every row; its keys and values are written
+first, each row's at its own position, and read with the rest of the cache.
+"""
 
 import dataclasses
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Int
 
 from calm.exits.layers import KeyValue
+from calm.t5 import kernels, layers, network, platforms
 from calm.t5.caches import Cache
+from calm.t5.decoder_weights import DecoderWeights
+
+# Rows whose windows are written one after the other without a loop: its turns take longer.
+UNROLLED = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class BiasTable:
+  """Causal self-attention biases for every position, one slice a step.
+
+  Each is a tuple of one for all layers, or of one a layer (`T5Config.relpos_per_layer`).
+
+  Attributes:
+    extended: [heads, 2 * length]; the slice of `length` that begins at `length - 1 - t` has,
+      at key j, the bias of distance t - j for j < t and the mask elsewhere.
+    current: bias of a token with itself, [heads].
+    length: positions in the caches.
+  """
+
+  extended: tuple[jax.Array, ...]
+  current: tuple[jax.Array, ...]
+  length: int
+
+  def at(self, position: jax.Array, starts: jax.Array | None = None) -> tuple[jax.Array, ...]:
+    """Of the keys before `position`, which are in the cache while its own is not yet.
+
+    Args:
+      position: [].
+      starts: position of each row's first key, [batch]; None: 0.
+
+    Returns:
+      [heads, length]; with `starts` [batch, heads, length], earlier keys masked too.
+    """
+    first = self.length - 1 - position
+    biases = tuple(
+      lax.dynamic_slice_in_dim(extended, first, self.length, axis=1)
+      for extended in self.extended
+    )
+    if starts is None:
+      return biases
+    other = jnp.arange(self.length)[None, None, :] < starts[:, None, None]
+    masked = jnp.asarray(layers.MASK_BIAS, biases[0].dtype)
+    return tuple(jnp.where(other, masked, bias) for bias in biases)
+
+
+def bias_table(weights: DecoderWeights, config: network.T5Config, length: int) -> BiasTable:
+  """Lays the relative-position biases out by distance."""
+  buckets = layers.relative_position_buckets(
+    -np.arange(length), False, config.relpos_buckets, config.relpos_max_distance
+  )
+  # [heads, length], at distance 0, 1, ...
+  by_distance = [relpos[:, buckets] for relpos in weights.relpos]
+  masked = jnp.full(
+    (by_distance[0].shape[0], length + 1), layers.MASK_BIAS, by_distance[0].dtype
+  )
+  return BiasTable(
+    tuple(jnp.concatenate([bias[:, :0:-1], masked], axis=1) for bias in by_distance),
+    tuple(bias[:, 0] for bias in by_distance),
+    length,
+  )
+
+
+def past_biases(
+  table: BiasTable, positions: Int[Array, " batch"], native: bool
+) -> tuple[jax.Array, ...]:
+  """Biases of the keys before each row's position, as `BiasTable.at`, for rows that are not in
+  step: [batch, heads, length]; one for all layers, or one a layer.
+
+  Args:
+    table: of the caches.
+    positions: the rows'.
+    native: see `engines.Task`.
+  """
+  length = table.length
+  first = length - 1 - positions
+  return tuple(_slices(extended, first, length, native) for extended in table.extended)
+
+
+def window_biases(
+  table: BiasTable, positions: Int[Array, " batch"], window: int, native: bool
+) -> tuple[jax.Array, ...]:
+  """Causal biases of windows, their own keys among the cache's.
+
+  Args:
+    table: of caches with room for a window from any position on.
+    positions: of the first token of each window.
+    window: positions.
+    native: see `engines.Task`.
+
+  Returns:
+    [batch, heads, window, length]; one for all layers, or one a layer.
+  """
+  length, biases = table.length, []
+  for extended, current in zip(table.extended, table.current, strict=True):
+    own = np.arange(extended.shape[1]) == length - 1
+    with_itself = jnp.where(own[None, :], current[:, None], extended)
+    # The slice of the window's last position is the widest, the others lie in it.
+    first = length - positions - window
+    rows = _slices(with_itself, first, length + window - 1, native)
+    shifted = [rows[:, :, window - 1 - i : window - 1 - i + length] for i in range(window)]
+    biases.append(jnp.stack(shifted, axis=2))
+  return tuple(biases)
+
+
+def _slices(extended: jax.Array, first: jax.Array, width: int, native: bool) -> jax.Array:
+  """[batch, heads, width] from each row's first column on."""
+
+  def of_row(first: jax.Array) -> jax.Array:
+    return lax.dynamic_slice_in_dim(extended, first, width, axis=1)
+
+  # XLA:CPU goes through a gather number by number, and copies slices.
+  if len(first) == 1 or (native and len(first) <= UNROLLED and platforms.wakes_threads()):
+    return jnp.stack([of_row(each) for each in first])
+  return jax.vmap(of_row)(first)
 
 
 @runtime_checkable
@@ -64,6 +188,47 @@ class Attention:
     return x.astype(jnp.float32) if self.float32 else x
 
 
+@dataclasses.dataclass(frozen=True)
+class KernelAttention:
+  """`Attention` by `kernels.attend`, for float32 caches on a CPU.
+
+  Attributes:
+    whole: the batch's.
+    single_threaded, rows: see there.
+  """
+
+  whole: Attention
+  single_threaded: bool = False
+  rows: Int[Array, " queries"] | None = None
+
+  def to_past(self, query: jax.Array, row: KeyValue) -> jax.Array:
+    """As `Attention.to_past`."""
+    bias = self.whole.past_bias
+    now = row.key, row.value, self.whole.current_bias
+    return self._attend(query, self.whole.cache, bias if bias.ndim == 3 else bias[None], now)
+
+  def to_prompt(self, query: jax.Array) -> jax.Array:
+    """As `Attention.to_prompt`."""
+    return self._attend(query, self.whole.cross, self.whole.cross_bias, None)
+
+  def _attend(self, query, cache: Cache, bias: jax.Array, now) -> jax.Array:
+    keys, values, alone = cache.keys, cache.values, self.single_threaded
+    return kernels.attend(self.rows, query, keys, values, bias, now, alone)
+
+
+def by_kernel(
+  whole: Attention, single_threaded: bool, rows: Int[Array, " queries"] | None = None
+) -> KernelAttention | None:
+  """The attention of a batch or of some of its rows; None where XLA has to compute it.
+
+  Args:
+    whole: the batch's.
+    single_threaded, rows: see `kernels.attend`.
+  """
+  reads = all(kernels.reads(each.keys, each.values) for each in (whole.cross, whole.cache))
+  return KernelAttention(whole, single_threaded, rows) if reads else None
+
+
 def _scores(query: jax.Array, keys: jax.Array) -> jax.Array:
   """[batch, heads, length] of queries [batch, heads, head_dim]."""
   if keys.ndim == 4:
@@ -85,3 +250,97 @@ def _mixed(weights: jax.Array, values: jax.Array) -> jax.Array:
 def _own_head(x: jax.Array) -> jax.Array:
   """1 where a head of [batch, heads, ...] meets itself, [heads, heads]."""
   return jnp.eye(x.shape[1], dtype=x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowAttention:
+  """What positions of a window attend to, at one layer: `attention.Attends`.
+
+  Rows of queries are batch times positions, the positions of a row beside each other.
+
+  Attributes:
+    cache: keys and values, those of the window among them.
+    bias: of those keys, [batch, heads, positions, length].
+    cross: keys and values of the prompts.
+    cross_bias: of those keys, [batch, 1, input_length].
+    float32: whether scores are float32 whatever the activation dtype.
+    native: see `engines.Task`.
+    single_threaded: see `kernels.attend`.
+  """
+
+  cache: Cache
+  bias: jax.Array
+  cross: Cache
+  cross_bias: jax.Array
+  float32: bool
+  native: bool = False
+  single_threaded: bool = False
+
+  def to_past(self, query: jax.Array, row: KeyValue) -> jax.Array:
+    """Mixed values [rows, heads * head_dim] of the past and of the window."""
+    del row  # it is in the cache
+    heads = query.shape[1]
+    cache = Cache(_apart(self.cache.keys, heads), _apart(self.cache.values, heads))
+    return self._attend(query, cache, self.bias)
+
+  def to_prompt(self, query: jax.Array) -> jax.Array:
+    """Mixed values [rows, heads * head_dim] of the prompt."""
+    return self._attend(query, self.cross, self.cross_bias[:, :, None])
+
+  def _attend(self, query: jax.Array, cache: Cache, bias: jax.Array) -> jax.Array:
+    batch = len(self.cross_bias)
+    if self.native and kernels.reads(cache.keys, cache.values):
+      wide = jnp.broadcast_to(bias, (batch, bias.shape[1], len(query) // batch, bias.shape[3]))
+      by_query = jnp.swapaxes(wide, 1, 2).reshape(len(query), *wide.shape[1::2])
+      keys, values, alone = cache.keys, cache.values, self.single_threaded
+      return kernels.attend(None, query, keys, values, by_query, None, alone)
+    scored = lambda x: x.astype(jnp.float32) if self.float32 else x
+    rows = by_window(query, self.cross_bias.shape[0])
+    # Of "bhwd,bhld->bhwl" XLA:CPU transposes the second factor: all keys, not a few queries.
+    queries = jnp.swapaxes(scored(rows), 2, 3)
+    scores = jnp.einsum("bhld,bhdw->bhlw", scored(cache.keys), queries).swapaxes(2, 3)
+    weights = jax.nn.softmax(scores + bias.astype(scores.dtype)).astype(query.dtype)
+    # The heads' own order, then moved: XLA:CPU multiplies "bhwl,bhld->bwhd" number by number.
+    mixed = jnp.moveaxis(jnp.einsum("bhwl,bhld->bhwd", weights, cache.values), 1, 2)
+    return mixed.reshape(len(query), -1)
+
+
+def by_window(rows: jax.Array, batch_size: int) -> jax.Array:
+  """[batch, heads, positions, head_dim] of [batch * positions, heads, head_dim]."""
+  return jnp.moveaxis(rows.reshape(batch_size, -1, *rows.shape[1:]), 1, 2)
+
+
+def write_window(cache: Cache, window: KeyValue, positions: Int[Array, " batch"]) -> Cache:
+  """Writes every row's window at its own position, in place.
+
+  Args:
+    cache: of one layer, with room for a whole window.
+    window: keys and values, [batch, heads, window, head_dim].
+    positions: of each row's window, [batch].
+  """
+  keys, values = _laid(window.key, cache.keys), _laid(window.value, cache.values)
+
+  def row(i, cache: Cache) -> Cache:
+    def put(array, update):
+      start = [jnp.zeros((), jnp.int32)] * array.ndim
+      start[0], start[-2] = jnp.asarray(i, jnp.int32), positions[i]
+      part = lax.dynamic_slice_in_dim(update, i, 1, axis=0)
+      return lax.dynamic_update_slice(array, part, start, allow_negative_indices=False)
+
+    return Cache(put(cache.keys, keys), put(cache.values, values))
+
+  return lax.fori_loop(0, len(positions), row, cache, unroll=len(positions) <= UNROLLED)
+
+
+def _laid(window: jax.Array, cache: jax.Array) -> jax.Array:
+  """[batch, heads, window, head_dim] as `cache` has it."""
+  if cache.ndim == 4:
+    return window
+  return jnp.moveaxis(window, 1, 2).reshape(window.shape[0], window.shape[2], -1)
+
+
+def _apart(cache: jax.Array, heads: int) -> jax.Array:
+  """[batch, heads, length, head_dim], however the platform has it."""
+  if cache.ndim == 4:
+    return cache
+  return jnp.moveaxis(cache.reshape(*cache.shape[:2], heads, -1), 2, 1)

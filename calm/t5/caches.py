@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from calm.exits.layers import KeyValue
 from calm.t5 import layers as layers_lib
 from calm.t5 import network, platforms
-from calm.t5.decoder_weights import DecoderWeights, Matrix
+from calm.t5.decoder_weights import DecoderWeights
 from calm.t5.eight_bits import EightBits
 
 
@@ -23,7 +23,7 @@ class Cache:
   would lie in a cache line of its own, and writing one take ten times as long.
 
   Attributes:
-    keys, values: [batch, heads, length, head_dim]; where `platforms.heads_beside`,
+    keys, values: [batch, heads, length, head_dim]; where `platforms.merged_heads`,
       [batch, length, heads * head_dim]. Positions are the last axis but one of either.
   """
 
@@ -52,25 +52,21 @@ def cross_attention_inputs(
 ) -> Encoded:
   """Every decoder layer's cross-attention keys and values, once a prompt."""
   encoded = encoded.astype(config.dtype)
-
-  def projected(matrix: Matrix) -> jax.Array:
-    if isinstance(matrix, EightBits):
-      return matrix.product(encoded)
-    assert isinstance(matrix, jax.Array)
-    return encoded @ matrix.astype(encoded.dtype)
-
-  cross = tuple(
-    _prompt_cache(projected(layer.cross_key_value), config) for layer in weights.layers
-  )
+  cross = []
+  for layer in weights.layers:
+    matrix = layer.cross_key_value
+    in_8_bits = isinstance(matrix, EightBits)
+    made = matrix.product(encoded) if in_8_bits else encoded @ matrix.astype(encoded.dtype)
+    cross.append(_prompt_cache(made, config))
   bias = jnp.where(encoder_input_tokens > 0, 0.0, layers_lib.MASK_BIAS)[:, None, :]
-  return Encoded(cross, bias.astype(config.dtype))
+  return Encoded(tuple(cross), bias.astype(config.dtype))
 
 
 def _prompt_cache(
   projected: Float[Array, "batch input_length both"], config: network.T5Config
 ) -> Cache:
-  """A prompt's keys and values, projected side by side, as `platforms.heads_beside` says."""
-  if platforms.heads_beside():
+  """A prompt's keys and values, projected side by side, as `platforms.merged_heads` says."""
+  if platforms.merged_heads():
     # Branches of a conditional read what they are given: XLA:TPU lays a prompt's keys out as
     # it likes them only where nothing but straight code reads them.
     return Cache(*jnp.split(projected, 2, axis=-1))
@@ -85,7 +81,7 @@ def empty_caches(
   heads, head_dim, dtype = config.num_heads, config.head_dim, jnp.dtype(config.dtype)
   num_layers = config.num_decoder_layers if num_layers is None else num_layers
   apart, beside = (batch_size, heads, length, head_dim), (batch_size, length, heads * head_dim)
-  shape = beside if platforms.heads_beside() else apart
+  shape = beside if platforms.merged_heads() else apart
   empty = lambda: jnp.zeros(shape, dtype)
   return tuple(Cache(empty(), empty()) for _ in range(num_layers))
 

@@ -225,25 +225,6 @@ def _measure_costs(
   return Cost(6.0 * emb), head
 
 
-def encoder_cost(config: network.T5Config, input_length: int) -> Cost:
-  """One prompt: the encoder and every decoder layer's cross-attention keys and values.
-
-  `flops` and `row_bytes` (the keys and values written) are a prompt's; `weight_bytes` are
-  read once a batch.
-  """
-  size, emb = jnp.dtype(config.dtype).itemsize, config.emb_dim
-  width = config.num_heads * config.head_dim
-  layer = emb * (4 * width + (len(config.mlp_activations) + 1) * config.mlp_dim)
-  cross = emb * 2 * width * config.num_decoder_layers
-  weights = config.num_encoder_layers * layer + cross
-  attention = 4.0 * width * input_length * config.num_encoder_layers
-  return Cost(
-    flops=input_length * (2.0 * weights + attention),
-    weight_bytes=size * weights,
-    row_bytes=2.0 * width * size * input_length * config.num_decoder_layers,
-  )
-
-
 def totals(costs: DecodingCosts, exit_layers: Iterable[Sequence[int] | np.ndarray]) -> Totals:
   """Composes a step's costs with recorded exits, one row at a time.
 

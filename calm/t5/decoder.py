@@ -6,80 +6,22 @@ input are fused (`decoder_weights`), cross-attention keys and values are made on
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 from calm.exits.evidence import CERTAIN, evidence
 from calm.exits.layers import Greedy, KeyValue, Layers, no_code, no_probes, no_shortlist
-from calm.t5 import layers as layers_lib
-from calm.t5 import native, network, platforms
-from calm.t5.attention import Attends, Attention
+from calm.t5 import kernels, network, platforms
+from calm.t5.attention import Attends, Attention, by_kernel
 from calm.t5.caches import Cache, Encoded
-from calm.t5.columns import Columns
 from calm.t5.decoder_weights import DecoderWeights, Matrix
-from calm.t5.eight_bits import EightBits
-from calm.t5.quantized_heads import QuantizedHead
-
-
-@dataclasses.dataclass(frozen=True)
-class BiasTable:
-  """Causal self-attention biases for every position, one slice a step.
-
-  Each is a tuple of one for all layers, or of one a layer (`T5Config.relpos_per_layer`).
-
-  Attributes:
-    extended: [heads, 2 * length]; the slice of `length` that begins at `length - 1 - t` has,
-      at key j, the bias of distance t - j for j < t and the mask elsewhere.
-    current: bias of a token with itself, [heads].
-    length: positions in the caches.
-  """
-
-  extended: tuple[jax.Array, ...]
-  current: tuple[jax.Array, ...]
-  length: int
-
-  def at(self, position: jax.Array, starts: jax.Array | None = None) -> tuple[jax.Array, ...]:
-    """Of the keys before `position`, which are in the cache while its own is not yet.
-
-    Args:
-      position: [].
-      starts: position of each row's first key, [batch]; None: 0.
-
-    Returns:
-      [heads, length]; with `starts` [batch, heads, length], earlier keys masked too.
-    """
-    first = self.length - 1 - position
-    biases = tuple(
-      lax.dynamic_slice_in_dim(extended, first, self.length, axis=1)
-      for extended in self.extended
-    )
-    if starts is None:
-      return biases
-    other = jnp.arange(self.length)[None, None, :] < starts[:, None, None]
-    masked = jnp.asarray(layers_lib.MASK_BIAS, biases[0].dtype)
-    return tuple(jnp.where(other, masked, bias) for bias in biases)
-
-
-def bias_table(weights: DecoderWeights, config: network.T5Config, length: int) -> BiasTable:
-  """Lays the relative-position biases out by distance."""
-  buckets = layers_lib.relative_position_buckets(
-    -np.arange(length), False, config.relpos_buckets, config.relpos_max_distance
-  )
-  # [heads, length], at distance 0, 1, ...
-  by_distance = [relpos[:, buckets] for relpos in weights.relpos]
-  masked = jnp.full(
-    (by_distance[0].shape[0], length + 1), layers_lib.MASK_BIAS, by_distance[0].dtype
-  )
-  return BiasTable(
-    tuple(jnp.concatenate([bias[:, :0:-1], masked], axis=1) for bias in by_distance),
-    tuple(bias[:, 0] for bias in by_distance),
-    length,
-  )
+from calm.t5.eight_bits import EightBits, QuantizedHead
+from calm.t5.layers import activation_fn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,20 +79,20 @@ class DecoderStep:
   def run(self, layer: int, hidden: jax.Array, cache: Cache) -> tuple[jax.Array, KeyValue]:
     """One decoder layer (Eq. 3): d^{i-1} [batch, emb_dim] -> d^i and its key and value."""
     row, attention = self.project(layer, hidden), self.attention(layer, cache)
-    attends = self.natively(attention, hidden) or attention
+    attends = self.kernel_attention(attention, hidden) or attention
     return self.run_projected(layer, hidden, row, attends), row
 
-  def natively(
+  def kernel_attention(
     self, attention: Attention, states: jax.Array, rows: jax.Array | None = None
   ) -> Attends | None:
-    """`native.attends` for the queries of these states, where that may be."""
+    """`attention.by_kernel` for the queries of these states, where that may be."""
     if not self.native:
       return None  # before the states are counted: their number may be a symbol
-    return native.attends(attention, self.alone(states), rows)
+    return by_kernel(attention, self.single_threaded(states), rows)
 
-  def alone(self, states: jax.Array) -> bool:
-    """Whether products of so many rows are made in one thread, natively."""
-    return self.native and native.alone(self.weights.layers[0].mlp_out, len(states))
+  def single_threaded(self, states: jax.Array) -> bool:
+    """Whether a kernel makes products of so many rows in one thread."""
+    return self.native and kernels.single_threaded(self.weights.layers[0].mlp_out, len(states))
 
   def run_projected(
     self, layer: int, hidden: jax.Array, row: KeyValue, attention: Attends
@@ -215,13 +157,7 @@ class DecoderStep:
   def greedy(self, layer: int, read: jax.Array) -> Greedy | None:
     """The argmax of these logits; None where they have to be asked."""
     head = self._head(layer)
-    if not isinstance(head, QuantizedHead):
-      return self.likeliest(self._times(read, head))
-    return (native.greedy(head, read) if self.native else None) or head.greedy(read)
-
-  def likeliest(self, logits: jax.Array) -> Greedy | None:
-    """The argmax of logits; None where XLA finds it as fast (`exits.layers.greedy`)."""
-    return native.likeliest(logits) if self.native else None
+    return head.greedy(read, self.native) if isinstance(head, QuantizedHead) else None
 
   def score(self, layer: int, read: jax.Array, token: jax.Array) -> jax.Array:
     """The logit of one token of every row, [batch], where `greedy` knows without them."""
@@ -266,11 +202,11 @@ class DecoderStep:
     return probes.logit(layer, read, known)
 
   def _times(self, x: jax.Array, matrix: Matrix) -> jax.Array:
-    """`times`, natively where that is faster."""
-    made = None
-    if isinstance(matrix, jax.Array) and self.alone(x):
-      made = native.product(x, matrix)
-    return times(x, matrix) if made is None else made
+    """x @ matrix in the dtype of `x`, whatever the matrix is stored in."""
+    if isinstance(matrix, EightBits):
+      return matrix.product(x)
+    made = kernels.product(x, matrix) if self.single_threaded(x) else None
+    return platforms.product(x, matrix.astype(x.dtype)) if made is None else made
 
   def _heads(self, projected: jax.Array, count: int) -> list[jax.Array]:
     shape = (projected.shape[0], count, self.config.num_heads, self.config.head_dim)
@@ -278,20 +214,9 @@ class DecoderStep:
     return [split[:, i] for i in range(count)]
 
   def _mlp(self, normed: jax.Array, matrices: Sequence[Matrix]) -> jax.Array:
-    names = self.config.mlp_activations
-    product = None
-    for matrix, name in zip(matrices, names, strict=True):
-      part = layers_lib.activation_fn(name)(self._times(normed, matrix))
-      product = part if product is None else product * part
-    assert product is not None
-    return product
-
-
-def times(x: jax.Array, matrix: Matrix) -> jax.Array:
-  """x @ matrix in the dtype of `x`, whatever the matrix is stored in."""
-  if isinstance(matrix, Columns | EightBits):
-    return matrix.product(x)
-  return platforms.product(x, matrix.astype(x.dtype))
+    pairs = zip(matrices, self.config.mlp_activations, strict=True)
+    parts = [activation_fn(name)(self._times(normed, matrix)) for matrix, name in pairs]
+    return functools.reduce(jnp.multiply, parts)
 
 
 def rms_norm(x: Float[Array, "batch emb"], scale: Float[Array, " emb"]) -> jax.Array:

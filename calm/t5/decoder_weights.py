@@ -1,7 +1,7 @@
 """T5X-shaped parameters laid out for decoding: made once, at load time, and never saved."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,17 +11,16 @@ from flax import struct
 
 from calm import exits
 from calm.exits.evidence import Probes
-from calm.t5 import columns, eight_bits, network, parameters, platforms, quantized_heads
-from calm.t5.config import Params
+from calm.t5 import eight_bits, network, parameters, platforms
+from calm.t5.network import Params
 
-# A matrix of a layer: whole, cut or in 8 bits.
-Matrix = jax.Array | columns.Columns | eight_bits.EightBits
+# A matrix of a layer: whole or in 8 bits.
+Matrix = jax.Array | eight_bits.EightBits
 
 
 @struct.dataclass
 class LayerWeights:
-  """One decoder layer; every matrix but `cross_key_value` may be cut into columns, or every one
-  be in 8 bits.
+  """One decoder layer; every matrix may be in 8 bits.
 
   Attributes:
     self_norm, cross_norm, mlp_norm: scales [emb_dim].
@@ -33,10 +32,8 @@ class LayerWeights:
     self_out, cross_out: [heads * head_dim, emb_dim].
     cross_query: [emb_dim, heads * head_dim].
     cross_key_value: [emb_dim, 2 * heads * head_dim].
-    mlp_in: the MLP's input projections, one an activation, [emb_dim, mlp_dim]; apart as well,
-      as the parameters have them. Beside each other, XLA:CPU multiplies them with one row in a
-      twelfth less time, and with more rows in a twelfth more (in two thirds more at 32 rows of
-      the model in the box).
+    mlp_in: the MLP's input projections, one an activation, [emb_dim, mlp_dim]; apart: XLA:CPU
+      takes a twelfth more time for more rows than one where they are fused.
     mlp_out: [mlp_dim, emb_dim].
   """
 
@@ -96,17 +93,12 @@ class LearnedPropagation:
   def from_layers(self, layers: Sequence[int]) -> "LearnedPropagation":
     """Of some of the exit layers alone."""
     at, rank = [self.layers.index(layer) for layer in layers], self.rank
-
-    def blocks(layer: int, up: jax.Array) -> jax.Array:
-      found = [up[i * rank : (i + 1) * rank] for i in at if self.layers[i] < layer]
-      return jnp.concatenate(found) if found else up[:0]
-
-    return LearnedPropagation(
-      tuple(layers),
-      tuple(self.down[i] for i in at),
-      tuple(self.bias[i] for i in at),
-      tuple(blocks(layer, up) for layer, up in enumerate(self.up, start=1)),
-    )
+    up = []
+    for layer, blocks in enumerate(self.up, start=1):
+      found = [blocks[i * rank : (i + 1) * rank] for i in at if self.layers[i] < layer]
+      up.append(jnp.concatenate(found) if found else blocks[:0])
+    of = lambda parts: tuple(parts[i] for i in at)
+    return LearnedPropagation(tuple(layers), of(self.down), of(self.bias), tuple(up))
 
 
 @struct.dataclass
@@ -133,7 +125,7 @@ class DecoderWeights:
   relpos: tuple[jax.Array, ...]
   layers: tuple[LayerWeights, ...]
   decoder_norm: jax.Array
-  heads: tuple[jax.Array | quantized_heads.QuantizedHead, ...]
+  heads: tuple[jax.Array | eight_bits.QuantizedHead, ...]
   exit_kernel: jax.Array | None
   exit_bias: jax.Array | None
   shortlist: jax.Array | None = None
@@ -162,7 +154,6 @@ def decoder_weights(
   shortlist: Sequence[int] | None = None,
   weights_dtype: Any = None,
   head_dtype: str | None = None,
-  layout: str | None = None,
   encoder_dtype: str | None = None,
 ) -> DecoderWeights:
   """Lays T5X-shaped parameters out for decoding.
@@ -178,15 +169,14 @@ def decoder_weights(
       narrower weights are a model of rounded weights and nothing else; but for 'int8': the
       layers' matrices and what they are multiplied with in 8 bits (`eight_bits`), embedding
       and heads as with None.
-    head_dtype: 'int8' reads the heads in 8 bits first (`quantized_heads`); None: as they are
+    head_dtype: 'int8' reads the heads in 8 bits first (`eight_bits`); None: as they are
       stored.
-    layout: 'columns' cuts the layers' matrices into columns where that may be faster, on a CPU
-      with float32 activations; None: each in one piece.
     encoder_dtype: 'int8' multiplies the prompt's states in 8 bits to its keys and values,
       whatever the other matrices are.
   """
   decoder, dtype = params["decoder"], jnp.dtype(config.dtype)
-  weights_dtype, layout = (None, "int8") if weights_dtype == "int8" else (weights_dtype, layout)
+  in_8_bits = weights_dtype == "int8"
+  weights_dtype = None if in_8_bits else weights_dtype
   matrices = dtype if weights_dtype is None else jnp.dtype(weights_dtype)
   num_pieces = config.vocab_size if num_pieces is None else num_pieces
   if not 0 < num_pieces <= config.vocab_size:
@@ -198,12 +188,14 @@ def decoder_weights(
   heads = tuple(head[:, :num_pieces] for head in parameters.head_kernels(params, config))
   if weights_dtype is not None:
     heads = tuple(head.astype(matrices) for head in heads)
-  read = tuple(map(quantized_heads.quantize, heads)) if head_dtype == "int8" else heads
+  read = tuple(map(eight_bits.quantize_head, heads)) if head_dtype == "int8" else heads
   layers = tuple(
-    _laid_out(_layer_weights(decoder[f"layers_{i}"], config, dtype, matrices), layout, dtype)
+    _layer_weights(decoder[f"layers_{i}"], config, dtype, matrices)
     for i in range(config.num_decoder_layers)
   )
-  if "int8" in (layout, encoder_dtype):
+  if in_8_bits:
+    layers = tuple(map(rounded, layers))
+  if in_8_bits or encoder_dtype == "int8":
     layers = tuple(map(_with_prompts_in_8_bits, layers))
   return DecoderWeights(
     embedding=jnp.asarray(params["token_embedder"]["embedding"], matrices),
@@ -276,22 +268,15 @@ def _layer_weights(layer: Params, config: network.T5Config, dtype, matrices) -> 
   )
 
 
-def _laid_out(layer: LayerWeights, layout: str | None, dtype: Any) -> LayerWeights:
-  """The layer in 8 bits, cut or as it is."""
-  if layout == "int8":
-    return rounded(layer)
-  return cut(layer) if layout == "columns" and platforms.multiplies_columns(dtype) else layer
-
-
-def cut(layer: LayerWeights) -> LayerWeights:
-  """The layer with the matrices that a step multiplies in columns."""
-  cut_ = _with_matrices(layer, columns.cut)
-  return dataclasses.replace(cut_, cross_key_value=layer.cross_key_value)
-
-
 def rounded(layer: LayerWeights) -> LayerWeights:
   """The layer with its matrices in 8 bits."""
-  return _with_matrices(layer, eight_bits.quantize)
+  every = lambda matrices: tuple(map(eight_bits.quantize, matrices))
+  one = ("query", "self_out", "cross_query", "cross_key_value", "cross_out", "mlp_out")
+  return dataclasses.replace(
+    layer,
+    **{name: eight_bits.quantize(getattr(layer, name)) for name in one},
+    **{name: every(getattr(layer, name)) for name in ("key_value", "mlp_in")},
+  )
 
 
 def _with_prompts_in_8_bits(layer: LayerWeights) -> LayerWeights:
@@ -299,18 +284,7 @@ def _with_prompts_in_8_bits(layer: LayerWeights) -> LayerWeights:
   matrix = layer.cross_key_value
   if isinstance(matrix, jax.Array):
     matrix = eight_bits.quantize(matrix)
-  assert isinstance(matrix, eight_bits.EightBits)  # it is never cut into columns
   return dataclasses.replace(layer, cross_key_value=matrix.for_many_rows())
-
-
-def _with_matrices(layer: LayerWeights, make: Callable[[Any], Matrix]) -> LayerWeights:
-  one = ("query", "self_out", "cross_query", "cross_key_value", "cross_out", "mlp_out")
-  every = lambda matrices: tuple(map(make, matrices))
-  return dataclasses.replace(
-    layer,
-    **{name: make(getattr(layer, name)) for name in one},
-    **{name: every(getattr(layer, name)) for name in ("key_value", "mlp_in")},
-  )
 
 
 def _shortlist_head(heads: Sequence[jax.Array], shortlist: Sequence[int]) -> jax.Array:

@@ -1,18 +1,29 @@
-"""Products in 8 bits: what rows and a matrix are rounded to, and the sums of their products.
+"""Products in 8 bits, and output heads that are read in 8 bits first.
 
 A matrix is rounded once, each of its columns by a step of its own; rows when they are
 multiplied, each by its own step. Sums of products of codes are whole numbers, so that a row's
 product depends neither on the rows beside it nor on the order of its sums. Steps are chosen as
 CTranslate2 chooses them: the largest number of a row or column is code 127.
+
+Of a head, a bound on what rounding can change says which pieces may be the most likely one, and
+those are scored again in float32. Where more pieces are in question than are scored again, the
+float32 head is asked whole. So the largest logit and its place are those of the float32 head;
+of the others, which only a softmax's sum reads, most are rounded.
 """
 
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int8, Int32, Shaped
+from jaxtyping import Array, Float, Int, Int8, Int32, Shaped
 
-from calm.t5 import platforms
+from calm.exits import layers
+from calm.t5 import kernels, platforms
 
 # Codes lie in -127 ... 127.
 CODES = 127.0
@@ -22,6 +33,15 @@ _ONE_CODE = np.float32(1 / CODES)
 LEAST_ROWS = 2
 # Added to codes that must have no sign.
 _SHIFT = 128
+# Pieces that are scored again, most.
+CANDIDATES = 32
+# What the first code of a state leaves is coded again, so much finer, where there are rows to
+# spare.
+_FINER = 254.0
+# Of float32 sums, relative to the norms of what is multiplied.
+_ROUNDING = 1e-5
+# Pieces of which one is looked at first, where the largest are sought.
+_GROUP = 16
 
 
 def least_rows() -> int:
@@ -43,7 +63,7 @@ class EightBits:
     codes: of the matrix, transposed.
     sums: of each column's codes.
     scales: what a column's codes are multiplied with.
-    packed: the codes again, as `native.product_in_8_bits` reads them; None: XLA multiplies.
+    packed: the codes again, as `kernels.product_in_8_bits` reads them; None: XLA multiplies.
   """
 
   codes: Int8[Array, "outputs inputs"]
@@ -57,9 +77,7 @@ class EightBits:
     sum_i round(x_i / s) codes_ji  *  s scales_j,   s = max_i |x_i| / 127
     """
     if self.packed is not None and x.dtype == jnp.float32 and platforms.multiplies_bytes():
-      from calm.t5 import native  # which imports this module
-
-      return native.product_in_8_bits(self, x)
+      return kernels.product_in_8_bits(x, self.packed, self.sums, self.scales)
     wide = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     one = step(wide)
     # Written as XLA computes a quotient by a number a row, so that all who do get its bits.
@@ -69,9 +87,7 @@ class EightBits:
 
   def for_many_rows(self) -> "EightBits":
     """The matrix laid out for them too, where a CPU gains by it: products are the same."""
-    from calm.t5 import native  # which imports this module
-
-    return native.pack(self)
+    return dataclasses.replace(self, packed=kernels.pack(self.codes))
 
   def sums_of(self, codes: Float[Array, "rows inputs"]) -> Int32[Array, "rows outputs"]:
     """Sums of products of codes, which 32 bits hold."""
@@ -84,28 +100,22 @@ class EightBits:
     """As `sums_of`, and what is still to be taken away: so many times `sums`."""
     count = len(codes)
     codes = jnp.pad(codes, ((0, max(0, least_rows() - count)), (0, 0)))
-    if platforms.multiplies_unsigned():  # (c + 128) w = c w + 128 w
-      unsigned = (codes + _SHIFT).astype(jnp.uint8)
-      return _dot(unsigned, self.codes)[:count], _SHIFT
-    return _dot(codes.astype(jnp.int8), self.codes)[:count], 0
+    shift = _SHIFT if platforms.multiplies_unsigned() else 0  # (c + 128) w = c w + 128 w
+    rows = (codes + shift).astype(jnp.uint8) if shift else codes.astype(jnp.int8)
+    sums = lax.dot_general(
+      rows,
+      self.codes,
+      (((1,), (1,)), ((), ())),
+      # Without an algorithm JAX makes 32-bit numbers of 8-bit ones of which one has a sign.
+      precision=lax.DotAlgorithmPreset.DEFAULT,
+      preferred_element_type=jnp.int32,
+    )
+    return sums[:count], shift
 
   @property
-  def seen(self) -> Float[Array, "outputs inputs"]:
+  def dequantized(self) -> Float[Array, "outputs inputs"]:
     """The matrix that the codes stand for, transposed."""
     return self.codes.astype(jnp.float32) * self.scales[:, None]
-
-
-def _dot(
-  rows: Shaped[Array, "rows inputs"], codes: Int8[Array, "outputs inputs"]
-) -> Int32[Array, "rows outputs"]:
-  return lax.dot_general(
-    rows,
-    codes,
-    (((1,), (1,)), ((), ())),
-    # Without an algorithm JAX makes 32-bit numbers of 8-bit ones of which one side has a sign.
-    precision=lax.DotAlgorithmPreset.DEFAULT,
-    preferred_element_type=jnp.int32,
-  )
 
 
 def of_rows(rows: Shaped[Array, "outputs inputs"]) -> EightBits:
@@ -120,3 +130,179 @@ def of_rows(rows: Shaped[Array, "outputs inputs"]) -> EightBits:
 def quantize(matrix: Shaped[Array, "inputs outputs"]) -> EightBits:
   """A matrix, rounded."""
   return of_rows(jnp.asarray(matrix).T)
+
+
+@struct.dataclass
+class QuantizedHead:
+  """One output head.
+
+  Attributes:
+    rows: the head, transposed, in the dtype of the matrices.
+    coded: the head in 8 bits.
+    left: norms of what the codes leave of the pieces.
+    norms: norms of what they do not leave.
+  """
+
+  rows: Float[Array, "pieces emb"]
+  coded: EightBits
+  left: Float[Array, " pieces"]
+  norms: Float[Array, " pieces"]
+
+  def logits(self, states: Float[Array, "batch emb"]) -> Float[Array, "batch pieces"]:
+    """float32 logits, the largest of each row that of the float32 head.
+
+    Args:
+      states: decoder_norm(d^i), float32.
+    """
+    if len(self.rows) <= CANDIDATES:
+      return self.whole(states)
+    logits, places, scored, certain = self._candidates(states)
+    batch = jnp.arange(len(states))[:, None]
+    return lax.cond(
+      certain, lambda: logits.at[batch, places].set(scored), lambda: self.whole(states)
+    )
+
+  def greedy(self, states: Float[Array, "batch emb"], native: bool = False) -> layers.Greedy:
+    """The argmax of these logits and its log-probability, without writing them all.
+
+    Args:
+      states: as of `logits`.
+      native: whether a kernel may find it.
+    """
+    if native and kernels.scans(states, self.rows):
+      return self._by_kernel(states)
+    if len(self.rows) <= CANDIDATES:
+      return layers.greedy(self.whole(states))
+    logits, places, scored, certain = self._candidates(states)
+    return lax.cond(
+      certain,
+      lambda: _greedy(logits, places, scored),
+      lambda: layers.greedy(self.whole(states)),
+    )
+
+  def _by_kernel(self, states: jax.Array) -> layers.Greedy:
+    codes, steps = _codes(states)
+    sums, offset = self.coded.raw_sums(jnp.concatenate(codes))
+    sums = sums.reshape(len(codes), len(states), -1)
+    rows = jnp.concatenate([*_slack_factors(states, codes, steps), *steps], axis=1)
+    head = self.coded.sums, self.coded.scales, self.left, self.norms
+    return kernels.greedy(sums, offset, *head, rows, states, self.rows)
+
+  def score(
+    self, states: Float[Array, "batch emb"], pieces: Int[Array, "batch *places"]
+  ) -> Float[Array, "batch *places"]:
+    """The float32 head's logits of some pieces of each row."""
+    # Multiplied and summed: of a product XLA:CPU would transpose the whole head first.
+    wide = jnp.expand_dims(states, tuple(range(1, pieces.ndim)))
+    return jnp.sum(self.rows[pieces].astype(jnp.float32) * wide, axis=-1)
+
+  def _candidates(self, states: jax.Array) -> tuple[jax.Array, ...]:
+    """Rounded logits; the pieces that may be the most likely, their float32 logits, and whether
+    the most likely one of every row is among them."""
+    logits, slack = self.rounded(states)
+    upper, places = largest(logits + slack, CANDIDATES)
+    scored = self.score(states, places)
+    certain = jnp.all(jnp.max(scored, axis=1) > jnp.min(upper, axis=1))
+    return logits, places, scored, certain
+
+  def rounded(
+    self, states: Float[Array, "batch emb"]
+  ) -> tuple[Float[Array, "batch pieces"], Float[Array, "batch pieces"]]:
+    """Logits of the 8-bit head, and the most that the float32 head's differ from them.
+
+    With a piece w coded as v and a state x as y, w x - v y = (w - v) x + v (x - y), which is at
+    most |w - v| |x| + |v| |x - y|.
+    """
+    codes, steps = _codes(states)
+    count = len(states)
+    sums = self.coded.sums_of(jnp.concatenate(codes)).astype(jnp.float32)
+    logits = sum(sums[i * count : (i + 1) * count] * one for i, one in enumerate(steps))
+    of_left, of_norms = _slack_factors(states, codes, steps)
+    slack = of_left * self.left[None, :] + of_norms * self.norms[None, :]
+    return logits * self.coded.scales[None, :], slack
+
+  def whole(self, states: Float[Array, "batch emb"]) -> Float[Array, "batch pieces"]:
+    """Logits of the float32 head."""
+    rows = self.rows.astype(states.dtype)
+    return lax.dot_general(states, rows, (((1,), (1,)), ((), ())))
+
+
+def _greedy(logits: jax.Array, places: jax.Array, scored: jax.Array) -> layers.Greedy:
+  """The argmax where it is among the candidates at `places`."""
+  top = jnp.max(scored, axis=1, keepdims=True)
+  token = jnp.min(jnp.where(scored == top, places, logits.shape[1] - 1), axis=1)
+  rounded = jnp.take_along_axis(logits, places, axis=1)
+  # Of all pieces as they are rounded; then those that are known better.
+  total = jnp.sum(_fold(jnp.add, jnp.exp(_padded(logits) - top)), axis=1)
+  better = jnp.exp(scored - top) - jnp.exp(rounded - top)
+  return layers.Greedy(token.astype(jnp.int32), -jnp.log(total + jnp.sum(better, axis=1)))
+
+
+def _fold(
+  combine: Callable[[jax.Array, jax.Array], jax.Array], values: Float[Array, "batch pieces"]
+) -> Float[Array, "batch groups"]:
+  """Every group's values combined: XLA:CPU does so while it makes them, and writes none."""
+  groups = values.shape[1] // _GROUP
+  members = [values[:, i * groups : (i + 1) * groups] for i in range(_GROUP)]
+  return functools.reduce(combine, members)
+
+
+def _padded(values: Float[Array, "batch pieces"]) -> Float[Array, "batch more"]:
+  """With -inf up to whole groups."""
+  missing = -values.shape[1] % _GROUP
+  return (
+    jnp.pad(values, ((0, 0), (0, missing)), constant_values=-jnp.inf) if missing else values
+  )
+
+
+def _slack_factors(
+  states: jax.Array, codes: list[jax.Array], steps: list[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  """What a head's `left` and `norms` are multiplied with, [batch, 1]; the sum is the slack."""
+  norm = lambda x: jnp.linalg.norm(x, axis=1, keepdims=True)
+  coded_as = functools.reduce(jnp.add, map(jnp.multiply, codes, steps))
+  of_left = norm(states)
+  return of_left, norm(states - coded_as) + _ROUNDING * of_left
+
+
+def _codes(states: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+  """Codes of states, and what they are multiplied with: their sum is nearly the states."""
+  one = step(states)
+  coarse = jnp.round(states / one)
+  if 2 * len(states) > least_rows():
+    return [coarse], [one]
+  return [coarse, jnp.round((states / one - coarse) * _FINER)], [one, one / _FINER]
+
+
+def largest(
+  values: Float[Array, "batch pieces"], count: int
+) -> tuple[Float[Array, "batch count"], Int[Array, "batch count"]]:
+  """The largest values of each row, and where they are, as `lax.top_k`.
+
+  They lie in the `count` groups whose own largest are largest: XLA:CPU compares groups in
+  vector registers, and what `top_k` is given value by value.
+  """
+  batch, pieces = values.shape
+  groups = -(-pieces // _GROUP)
+  if groups <= count:
+    return lax.top_k(values, count)
+  # A group's members lie `groups` apart, so that neighbours are compared with neighbours.
+  padded = _padded(values)
+  members = padded.reshape(batch, _GROUP, groups)
+  _, chosen = lax.top_k(_fold(jnp.maximum, padded), count)
+  few = jnp.take_along_axis(members, chosen[:, None, :], axis=2).reshape(batch, -1)
+  found, at = lax.top_k(few, count)
+  group = jnp.take_along_axis(chosen, at % count, axis=1)
+  return found, at // count * groups + group
+
+
+def quantize_head(head: Float[Array, "emb pieces"]) -> QuantizedHead:
+  """A head, rounded.
+
+  Args:
+    head: float32 or narrower; it is the head that `QuantizedHead` is exact for.
+  """
+  rows = head.T
+  coded = of_rows(rows)
+  left = jnp.linalg.norm(rows.astype(jnp.float32) - coded.dequantized, axis=1)
+  return QuantizedHead(rows, coded, left, jnp.linalg.norm(coded.dequantized, axis=1))

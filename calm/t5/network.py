@@ -7,70 +7,24 @@ for gin. It serves training and T5X; `decoder` decodes from the same parameters.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from flax.linen import partitioning
+from jaxtyping import Array, ArrayLike, Float, Int, Num
 
-from calm.t5 import layers, masks, platforms, stacks
-from calm.t5.config import Params, T5Config
+from calm.exits.evidence import NUM_FEATURES
+from calm.t5 import layers, platforms
 from calm.t5.eight_bits import EightBits
+from calm.t5.limits import T5Config
 
-__all__ = ["T5Config", "Transformer", "encode"]
+__all__ = ["Params", "T5Config", "Transformer", "encode"]
 
-
-def encode(
-  params: Params, config: T5Config, encoder_input_tokens: Int[Array, "batch length"]
-) -> Float[Array, "batch length emb"]:
-  """Encoder states of prompts, for decoding: without dropout, and embedded by a gather.
-
-  Args:
-    params: the tree of `Transformer`; its embedding and encoder are read. Kernels may be in
-      8 bits (`eight_bits.EightBits`).
-    config: its sizes.
-    encoder_input_tokens: prompts, 0 behind their ends.
-  """
-  network = Transformer(dataclasses.replace(config, one_hot_embedding=False))
-  with nn.intercept_methods(_once_a_prompt):
-    encoded = network.apply(
-      {"params": params}, encoder_input_tokens, enable_dropout=False, method="encode"
-    )
-  assert isinstance(encoded, jax.Array)
-  return encoded
-
-
-def _once_a_prompt(call, arguments, named, context):
-  """A call of a module: attention as a CPU likes it, linear maps in 8 bits if stored so."""
-  module = context.module
-  mixes = isinstance(module, layers.Attention) and context.method_name == "mix"
-  if mixes and platforms.attends_by_row() and jnp.dtype(module.dtype) == jnp.float32:
-    return _mix(*arguments[:5])
-  if isinstance(module, layers.Dense) and context.method_name == "__call__":
-    kernel = module.variables["params"]["kernel"]
-    if isinstance(kernel, EightBits):
-      return kernel.product(jnp.asarray(arguments[0], module.dtype))
-  return call(*arguments, **named)
-
-
-def _mix(
-  query: Float[Array, "batch queries heads head_dim"],
-  key: Float[Array, "batch keys heads head_dim"],
-  value: Float[Array, "batch keys heads head_dim"],
-  mask: Array,
-  bias: Float[Array, "batch_or_one heads queries keys"],
-) -> Float[Array, "batch queries heads head_dim"]:
-  """As `layers.Attention.mix`, with heads laid out first and weights divided last.
-
-  XLA:CPU lays arrays out for the products it is told of: otherwise it takes three times as long
-  (T5 1.1 small, 32 prompts of 128 tokens).
-  """
-  query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))
-  logits = jnp.einsum("bhqd,bhkd->bhqk", query, key)
-  logits = logits + jnp.where(mask.astype(bool), 0.0, layers.MASK_BIAS) + bias
-  shares = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-  mixed = jnp.einsum("bhqk,bhkd->bhqd", shares, value)
-  return jnp.moveaxis(mixed / jnp.sum(shares, axis=-1, keepdims=True), 1, 2)
+# A parameter tree: nested mappings of names to arrays, as flax has it.
+Params = Any
 
 
 class Transformer(nn.Module):
@@ -88,8 +42,8 @@ class Transformer(nn.Module):
     self.token_embedder = layers.Embed(
       cfg.vocab_size, cfg.emb_dim, cfg.dtype, cfg.one_hot_embedding
     )
-    self.encoder = stacks.Encoder(cfg, shared_embedding=self.token_embedder)
-    self.decoder = stacks.Decoder(cfg, shared_embedding=self.token_embedder)
+    self.encoder = Encoder(cfg, shared_embedding=self.token_embedder)
+    self.decoder = Decoder(cfg, shared_embedding=self.token_embedder)
 
   def encode(
     self, encoder_input_tokens, encoder_segment_ids=None, enable_dropout: bool = True
@@ -102,9 +56,9 @@ class Transformer(nn.Module):
       )
     # T5X may feed float tokens when it shapes its caches, as to the decoder.
     tokens = jnp.asarray(encoder_input_tokens, jnp.int32)
-    mask = masks.attention_mask(tokens > 0, tokens > 0)
+    mask = attention_mask(tokens > 0, tokens > 0)
     if encoder_segment_ids is not None:
-      mask &= masks.segment_mask(encoder_segment_ids, encoder_segment_ids)
+      mask &= segment_mask(encoder_segment_ids, encoder_segment_ids)
     return self.encoder(tokens, mask, deterministic=not enable_dropout)
 
   def decode(
@@ -122,7 +76,7 @@ class Transformer(nn.Module):
   ) -> jax.Array:
     """Full-depth float32 logits [batch, length, vocab]."""
     del decoder_positions  # relative positions: packed examples are kept apart by masks
-    mask, cross_mask = masks.decoder_masks(
+    mask, cross_mask = decoder_masks(
       encoder_input_tokens,
       decoder_target_tokens,
       encoder_segment_ids,
@@ -179,14 +133,15 @@ class Transformer(nn.Module):
   ) -> Float[Array, "layers batch length emb"]:
     """decoder_norm(d^i) of every layer, teacher-forced, through the layer's translator where it
     has one: what the layer losses read."""
-    encoded = self.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout)
-    mask, cross_mask = masks.decoder_masks(
-      encoder_input_tokens, decoder_target_tokens, encoder_segment_ids, decoder_segment_ids
+    hidden = self.hidden_states(
+      encoder_input_tokens,
+      decoder_input_tokens,
+      decoder_target_tokens,
+      encoder_segment_ids,
+      decoder_segment_ids,
+      enable_dropout=enable_dropout,
     )
-    hidden = self.decoder.hidden_states(
-      encoded, decoder_input_tokens, mask, cross_mask, not enable_dropout
-    )
-    return self.decoder.read(jnp.stack(hidden), not enable_dropout)
+    return self.decoder.read(hidden, not enable_dropout)
 
   def hidden_states(
     self,
@@ -195,12 +150,371 @@ class Transformer(nn.Module):
     decoder_target_tokens,
     encoder_segment_ids=None,
     decoder_segment_ids=None,
+    *,
+    enable_dropout: bool = False,
   ) -> Float[Array, "layers batch length emb"]:
-    """Raw d^i of every layer, teacher-forced, without dropout."""
-    encoded = self.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout=False)
-    mask, cross_mask = masks.decoder_masks(
+    """Raw d^i of every layer, teacher-forced."""
+    encoded = self.encode(encoder_input_tokens, encoder_segment_ids, enable_dropout)
+    mask, cross_mask = decoder_masks(
       encoder_input_tokens, decoder_target_tokens, encoder_segment_ids, decoder_segment_ids
     )
-    return jnp.stack(
-      self.decoder.hidden_states(encoded, decoder_input_tokens, mask, cross_mask, True)
+    hidden = self.decoder.hidden_states(
+      encoded, decoder_input_tokens, mask, cross_mask, not enable_dropout
     )
+    return jnp.stack(hidden)
+
+
+def encode(
+  params: Params, config: T5Config, encoder_input_tokens: Int[Array, "batch length"]
+) -> Float[Array, "batch length emb"]:
+  """Encoder states of prompts, for decoding: without dropout, and embedded by a gather.
+
+  Args:
+    params: the tree of `Transformer`; its embedding and encoder are read. Kernels may be in
+      8 bits (`eight_bits.EightBits`).
+    config: its sizes.
+    encoder_input_tokens: prompts, 0 behind their ends.
+  """
+  network = Transformer(dataclasses.replace(config, one_hot_embedding=False))
+  with nn.intercept_methods(_once_a_prompt):
+    encoded = network.apply(
+      {"params": params}, encoder_input_tokens, enable_dropout=False, method="encode"
+    )
+  assert isinstance(encoded, jax.Array)
+  return encoded
+
+
+def _once_a_prompt(call, arguments, named, context):
+  """A call of a module: attention as a CPU likes it, linear maps in 8 bits if stored so."""
+  module = context.module
+  mixes = isinstance(module, layers.Attention) and context.method_name == "mix"
+  if mixes and platforms.attends_by_row() and jnp.dtype(module.dtype) == jnp.float32:
+    return _mix(*arguments[:5])
+  if isinstance(module, layers.Dense) and context.method_name == "__call__":
+    kernel = module.variables["params"]["kernel"]
+    if isinstance(kernel, EightBits):
+      return kernel.product(jnp.asarray(arguments[0], module.dtype))
+  return call(*arguments, **named)
+
+
+def _mix(
+  query: Float[Array, "batch queries heads head_dim"],
+  key: Float[Array, "batch keys heads head_dim"],
+  value: Float[Array, "batch keys heads head_dim"],
+  mask: Array,
+  bias: Float[Array, "batch_or_one heads queries keys"],
+) -> Float[Array, "batch queries heads head_dim"]:
+  """As `layers.Attention.mix`, with heads laid out first and weights divided last.
+
+  XLA:CPU lays arrays out for the products it is told of: otherwise it takes three times as long
+  (T5 1.1 small, 32 prompts of 128 tokens).
+  """
+  query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))
+  logits = jnp.einsum("bhqd,bhkd->bhqk", query, key)
+  logits = logits + jnp.where(mask.astype(bool), 0.0, layers.MASK_BIAS) + bias
+  shares = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+  mixed = jnp.einsum("bhqk,bhkd->bhqd", shares, value)
+  return jnp.moveaxis(mixed / jnp.sum(shares, axis=-1, keepdims=True), 1, 2)
+
+
+def attention_mask(query_valid, key_valid) -> jax.Array:
+  """Boolean [batch, 1, query_length, key_length]: both ends are real tokens."""
+  return (query_valid[:, None, :, None]) & (key_valid[:, None, None, :])
+
+
+def segment_mask(query_segments, key_segments) -> jax.Array:
+  """Boolean [batch, 1, query_length, key_length]: both ends in one packed example."""
+  return jnp.equal(query_segments[:, None, :, None], key_segments[:, None, None, :])
+
+
+def decoder_masks(
+  encoder_input_tokens: Num[ArrayLike, "batch input_length"],
+  decoder_target_tokens: Num[ArrayLike, "batch length"],
+  encoder_segment_ids=None,
+  decoder_segment_ids=None,
+  *,
+  decode: bool = False,
+) -> tuple[jax.Array | None, jax.Array]:
+  """Self-attention mask (None with a cache) and cross-attention mask."""
+  source = jnp.asarray(encoder_input_tokens) > 0
+  if decode:
+    if encoder_segment_ids is not None:
+      raise ValueError(
+        "Expected no packing while decoding, got `encoder_segment_ids`; unpack the batch."
+      )
+    return None, attention_mask(jnp.ones_like(decoder_target_tokens, bool), source)
+  target = jnp.asarray(decoder_target_tokens) > 0
+  length = target.shape[-1]
+  causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
+  mask = causal & attention_mask(target, target)
+  cross_mask = attention_mask(target, source)
+  if decoder_segment_ids is not None:
+    mask &= segment_mask(decoder_segment_ids, decoder_segment_ids)
+  if encoder_segment_ids is not None:
+    cross_mask &= segment_mask(decoder_segment_ids, encoder_segment_ids)
+  return mask, cross_mask
+
+
+class EncoderLayer(nn.Module):
+  """Self-attention and feed-forward, each with a norm before and a residual around."""
+
+  config: T5Config
+
+  @nn.compact
+  def __call__(self, inputs, mask, bias, *, deterministic: bool):
+    cfg = self.config
+    drop = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+    if cfg.relpos_per_layer:
+      bias = relpos(cfg)(inputs.shape[-2], inputs.shape[-2], True)
+    x = layers.LayerNorm(cfg.dtype, name="pre_attention_layer_norm")(inputs)
+    x = attention(cfg, "attention")(x, x, mask, bias, deterministic=deterministic)
+    x = inputs + drop(x, deterministic=deterministic)
+    y = layers.LayerNorm(cfg.dtype, name="pre_mlp_layer_norm")(x)
+    y = mlp(cfg)(y, deterministic=deterministic)
+    return x + drop(y, deterministic=deterministic)
+
+
+class DecoderLayer(nn.Module):
+  """Self-attention, cross-attention and feed-forward (Eq. 3): d^{i-1} -> d^i."""
+
+  config: T5Config
+
+  @nn.compact
+  def __call__(
+    self, inputs, encoded, mask, cross_mask, bias, *, deterministic: bool, decode: bool = False
+  ):
+    cfg = self.config
+    drop = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+    if cfg.relpos_per_layer:
+      bias = relpos(cfg)(bias, bias, False)  # only the length was given
+    x = layers.LayerNorm(cfg.dtype, name="pre_self_attention_layer_norm")(inputs)
+    x = attention(cfg, "self_attention")(
+      x, x, mask, bias, deterministic=deterministic, decode=decode
+    )
+    x = inputs + drop(x, deterministic=deterministic)
+    y = layers.LayerNorm(cfg.dtype, name="pre_cross_attention_layer_norm")(x)
+    y = attention(cfg, "encoder_decoder_attention")(
+      y, encoded, cross_mask, deterministic=deterministic
+    )
+    y = x + drop(y, deterministic=deterministic)
+    z = layers.LayerNorm(cfg.dtype, name="pre_mlp_layer_norm")(y)
+    z = mlp(cfg)(z, deterministic=deterministic)
+    return y + drop(z, deterministic=deterministic)
+
+
+class Encoder(nn.Module):
+  """The encoder stack: tokens -> encoder states."""
+
+  config: T5Config
+  shared_embedding: layers.Embed
+
+  @nn.compact
+  def __call__(self, tokens, mask, *, deterministic: bool):
+    cfg = self.config
+    length = tokens.shape[-1]
+    bias = None if cfg.relpos_per_layer else relpos(cfg)(length, length, True)
+    x = self.shared_embedding(tokens)
+    x = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(x, deterministic=deterministic)
+    x = x.astype(cfg.dtype)
+    for i in range(cfg.num_encoder_layers):
+      x = EncoderLayer(cfg, name=f"layers_{i}")(x, mask, bias, deterministic=deterministic)
+    x = layers.LayerNorm(cfg.dtype, name="encoder_norm")(x)
+    return nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
+
+
+class Decoder(nn.Module):
+  """The decoder stack, with its final norm, output heads and exit classifier."""
+
+  config: T5Config
+  shared_embedding: layers.Embed
+
+  def setup(self):
+    cfg = self.config
+    if not cfg.relpos_per_layer:
+      self.relpos_bias = relpos(cfg, name=None)
+    self.layers = [DecoderLayer(cfg) for _ in range(cfg.num_decoder_layers)]
+    self.decoder_norm = layers.LayerNorm(cfg.dtype)
+    self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+    if not cfg.logits_via_embedding:
+      # float32 whatever the activation dtype: confidences are compared with a threshold.
+      self.logits_dense = output_head(cfg)
+    if cfg.per_layer_heads:
+      # Names matter to checkpoints: logits_dense_0 ... logits_dense_{L-2}.
+      self.layer_heads = [
+        output_head(cfg, name=f"logits_dense_{i}") for i in range(cfg.num_decoder_layers - 1)
+      ]
+    if cfg.exit_classifier:
+      self.exit_classifier = ExitHead()
+    if cfg.exit_probes:
+      self.exit_probes = ExitParts(_probes(cfg))
+    if cfg.exit_translators:
+      self.exit_translators = ExitParts(_translators(cfg))
+    if cfg.exit_propagation:
+      self.exit_propagation = ExitParts(_propagation(cfg))
+
+  def __call__(
+    self, encoded, tokens, mask, cross_mask, *, deterministic, decode=False, length=None
+  ):
+    hidden = self.hidden_states(
+      encoded, tokens, mask, cross_mask, deterministic, decode, length
+    )
+    if self.is_initializing():
+      self._touch_exit_parts(hidden[-1])
+    return self.logits(hidden[-1], self.config.num_decoder_layers, deterministic=deterministic)
+
+  def hidden_states(
+    self, encoded, tokens, mask, cross_mask, deterministic, decode=False, length=None
+  ) -> list[jax.Array]:
+    """Raw residuals [batch, length, emb_dim] d^1 ... d^L after each layer."""
+    length = length if decode and length else tokens.shape[-1]
+    per_layer = self.config.relpos_per_layer
+    bias = length if per_layer else self.relpos_bias(length, length, False)
+    tokens = jnp.asarray(tokens, jnp.int32)
+    x = self.dropout(self.shared_embedding(tokens), deterministic=deterministic)
+    x = x.astype(self.config.dtype)
+    hidden = []
+    for layer in self.layers:
+      x = layer(x, encoded, mask, cross_mask, bias, deterministic=deterministic, decode=decode)
+      hidden.append(x)
+    return hidden
+
+  def normed(self, hidden: jax.Array, deterministic: bool = True) -> jax.Array:
+    """decoder_norm(d^i)."""
+    return self.dropout(self.decoder_norm(hidden), deterministic=deterministic)
+
+  def translated(self, normed: jax.Array, layer: int) -> jax.Array:
+    """x + x A_i + b_i of x = decoder_norm(d^i), float32; x of a layer without translator."""
+    if layer not in self.config.exit_translators:
+      return normed
+    part, x = self.exit_translators()[f"layers_{layer - 1}"], normed.astype(jnp.float32)
+    return x + x @ part["kernel"] + jnp.broadcast_to(part["bias"], x.shape)
+
+  def read(self, hidden: jax.Array, deterministic: bool = True) -> jax.Array:
+    """What heads and confidences read of every layer's states, [layers, ...]: `translated`."""
+    normed = self.normed(hidden, deterministic)
+    if not self.config.exit_translators:
+      return normed
+    wide = normed.astype(jnp.float32)
+    return jnp.stack([self.translated(x, layer) for layer, x in enumerate(wide, start=1)])
+
+  def logits(self, hidden: jax.Array, layer: int, deterministic: bool = True) -> jax.Array:
+    """float32 logits [batch, length, vocab] of the head of 1-based `layer`."""
+    x = self.translated(self.normed(hidden, deterministic), layer)
+    if self.config.logits_via_embedding:
+      return self.shared_embedding.attend(x) / jnp.sqrt(x.shape[-1])
+    if self.config.per_layer_heads and layer < self.config.num_decoder_layers:
+      return self.layer_heads[layer - 1](x)
+    return self.logits_dense(x)
+
+  def exit_logits(self, hidden: jax.Array, layer: int) -> jax.Array:
+    """Pre-sigmoid confidence [batch, length] of the exit classifier for d^i."""
+    return self.exit_classifier(self.translated(self.normed(hidden), layer))
+
+  def _touch_exit_parts(self, hidden: jax.Array) -> None:
+    """Creates the parameters that the full-depth call never uses."""
+    if self.config.exit_classifier:
+      self.exit_logits(hidden, self.config.num_decoder_layers)
+    for name in ("exit_probes", "exit_translators", "exit_propagation"):
+      if getattr(self.config, name):
+        getattr(self, name)()
+    if self.config.per_layer_heads:
+      for head in self.layer_heads:
+        head(hidden)
+
+
+class ExitParts(nn.Module):
+  """A tree of parameters by name: (shape, axes), of one that does not start at zero with its
+  initializer besides, or a tree again."""
+
+  tree: Mapping[str, Any]
+
+  @nn.compact
+  def __call__(self) -> dict[str, Any]:
+    zeros = nn.initializers.zeros
+    leaf = lambda name, shape, axes, initializer=zeros: partitioning.param_with_axes(
+      name, initializer, shape, jnp.float32, axes=axes
+    )
+    return {
+      name: ExitParts(part, name=name)() if isinstance(part, Mapping) else leaf(name, *part)
+      for name, part in self.tree.items()
+    }
+
+
+# T5X's own axis names, of axes that it replicates, as of `ExitHead`. Along its "layers" its
+# Adafactor would not average.
+def _probes(cfg: T5Config) -> Mapping[str, Any]:
+  """Parameters of `evidence.Probes`, one column a layer below the last."""
+  count = cfg.num_decoder_layers - 1
+  return {
+    "kernel": ((cfg.emb_dim, count), ("embed", "mlp_activations")),
+    "features": ((NUM_FEATURES, count), ("relpos_buckets", "mlp_activations")),
+    "bias": ((count,), ("mlp_activations",)),
+  }
+
+
+def _translators(cfg: T5Config) -> Mapping[str, Any]:
+  part = {
+    "kernel": ((cfg.emb_dim, cfg.emb_dim), ("embed", "mlp_activations")),
+    "bias": ((cfg.emb_dim,), ("mlp_activations",)),
+  }
+  return {f"layers_{layer - 1}": part for layer in cfg.exit_translators}
+
+
+def _propagation(cfg: T5Config) -> Mapping[str, Any]:
+  """Of every exit layer one `down` for its code, and one `up` a layer that may be skipped."""
+  emb, rank = cfg.emb_dim, cfg.exit_propagation_rank
+  down = {
+    # Their product starts at zero with `up`; were both zero, no gradient would move either.
+    "kernel": ((emb, rank), ("embed", "mlp_activations"), nn.initializers.lecun_normal()),
+    "bias": ((rank,), ("mlp_activations",)),
+  }
+  skipped = lambda layer: (cfg.num_decoder_layers - layer, rank, emb)
+  up_axes = ("stack", "mlp_activations", "embed")
+  return {
+    f"layers_{layer - 1}": {"down": down, "up": {"kernel": (skipped(layer), up_axes)}}
+    for layer in cfg.exit_propagation
+  }
+
+
+class ExitHead(nn.Module):
+  """One linear map emb_dim -> 1, shared by all layers (paper section 3.5)."""
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*batch emb"]) -> Float[Array, "*batch"]:
+    # T5X's own axis names: a new one would be unknown to its Adafactor.
+    kernel = partitioning.param_with_axes(
+      "kernel",
+      nn.initializers.zeros,
+      (x.shape[-1], 1),
+      jnp.float32,
+      axes=("embed", "mlp_activations"),
+    )
+    bias = partitioning.param_with_axes(
+      "bias", nn.initializers.zeros, (1,), jnp.float32, axes=("mlp_activations",)
+    )
+    return (x.astype(jnp.float32) @ kernel)[..., 0] + bias[0]
+
+
+def attention(cfg: T5Config, name: str) -> layers.Attention:
+  return layers.Attention(
+    cfg.num_heads,
+    cfg.head_dim,
+    cfg.dropout_rate,
+    cfg.dtype,
+    cfg.float32_attention_logits,
+    name=name,
+  )
+
+
+def mlp(cfg: T5Config) -> layers.Mlp:
+  return layers.Mlp(cfg.mlp_dim, cfg.mlp_activations, cfg.dropout_rate, cfg.dtype, name="mlp")
+
+
+def relpos(cfg: T5Config, name: str | None = "relpos_bias") -> layers.RelativePositionBiases:
+  return layers.RelativePositionBiases(
+    cfg.num_heads, cfg.relpos_buckets, cfg.relpos_max_distance, cfg.dtype, name=name
+  )
+
+
+def output_head(cfg: T5Config, name: str | None = None) -> layers.Dense:
+  return layers.Dense(cfg.vocab_size, ("embed", "vocab"), jnp.float32, name=name)

@@ -42,7 +42,7 @@ from calm import exits
 from calm.decode import compiled, engines, program
 from calm.exits import confidence, schedules
 from calm.t5 import caches, network, parameters
-from calm.t5.config import Params
+from calm.t5.network import Params
 from calm.t5x import bindings, calls, loops, prefixes, shards, sizes, stored, watching
 from calm.training import distillation, objectives
 

@@ -25,7 +25,7 @@ from jax.extend import random as random_impls
 
 from calm.decode import engines
 from calm.t5 import parameters
-from calm.t5.config import Params
+from calm.t5.network import Params
 
 # The axes that T5X's partitioner lays batches along; 'replica' where there are several slices.
 DATA_AXES = ("replica", "data")

@@ -1,7 +1,6 @@
 """Stage one (Eq. 6) and stage two (the exit classifier): objectives, updates, runs."""
 
-from calm.training.loop import History, Listener, fit, read_history
-from calm.training.saving import check_writable
+from calm.training.loop import History, Listener, check_writable, fit, read_history
 from calm.training.updates import (
   Schedule,
   TrainConfig,

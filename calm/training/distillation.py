@@ -65,16 +65,14 @@ class SelfDistilled:
     )
     penalty = loss - jnp.sum(metrics.cross_entropy)
     loss += self.share * jnp.mean(apart) if early else 0.0
-    weight = jnp.sum(token_weights)
-    layers = jnp.append(chosen, early)
-    by_layer = lambda x, own: jnp.zeros(early + 1).at[layers].add(jnp.append(x, own))
-    return loss, objectives.BatchMetrics(
-      loss=loss,
-      weight=weight,
-      cross_entropy=by_layer(entropies, metrics.cross_entropy),
-      correct=by_layer(hits, metrics.correct),
-      layer_weight=by_layer(jnp.full(len(chosen), weight), weight),
-      z_loss=penalty,
+    return loss, objectives.layer_metrics(
+      early + 1,
+      jnp.append(chosen, early),
+      loss,
+      jnp.sum(token_weights),
+      jnp.append(entropies, metrics.cross_entropy),
+      jnp.append(hits, metrics.correct),
+      penalty,
     )
 
   def trains(self, path):
@@ -137,15 +135,14 @@ class ExitMaps:
       predictions = losses.layer_predictions(jax.lax.stop_gradient(read), kernel)
       loss += losses.classifier_loss(told, predictions, weights)
     count = jnp.sum(weights)
-    seen = np.append(chosen, len(read) - 1)
-    by_layer = lambda x, last: jnp.zeros(len(read)).at[seen].set(jnp.append(x, last))
-    return loss, objectives.BatchMetrics(
-      loss=loss,
-      weight=count,
-      cross_entropy=by_layer(apart + entropy, entropy),
-      correct=by_layer(hits, count),
-      layer_weight=by_layer(jnp.full(len(chosen), count), count),
-      z_loss=jnp.zeros(()),
+    return loss, objectives.layer_metrics(
+      len(read),
+      jnp.append(chosen, len(read) - 1),
+      loss,
+      count,
+      jnp.append(apart + entropy, entropy),
+      jnp.append(hits, count),
+      jnp.zeros(()),
     )
 
   def trains(self, path):

@@ -5,20 +5,25 @@ and resumes exactly: batch, dropout and learning rate of step s depend on (seed,
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
+import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from calm import arguments, signals, storage
 from calm.data import training_batches
-from calm.t5.config import Params
-from calm.training import identities, objectives
-from calm.training.saving import check_writable, checkpointer, restore, save
+from calm.t5.network import Params
+from calm.training import objectives
 from calm.training.updates import TrainConfig, TrainState
+
+# What the steps of a run were made with.
+IDENTITY_FILE = "run.json"
 
 
 @arguments.checked()
@@ -133,11 +138,12 @@ def fit(
   """
   listener = listener or Listener()
   check_writable(output_dir)
-  identity = identities.of_run(config, source)
-  with checkpointer(output_dir) as latest, checkpointer(output_dir, "best", 2) as bests:
+  identity = identity_of(config, source)
+  latest_checkpoints = _checkpointer(output_dir, "checkpoints", 1)
+  with latest_checkpoints as latest, _checkpointer(output_dir, "best", 2) as bests:
     keeper = _Keeper(latest, bests, evaluate, config, output_dir, listener)
     state = keeper.resume(state)
-    identities.check(output_dir / identities.FILE, identity, int(state.step))
+    check_identity(output_dir / IDENTITY_FILE, identity, int(state.step))
     step, running = int(state.step), None
     listener.on_start(step, config.num_steps)
     while step < config.num_steps and not keeper.history.should_stop():
@@ -173,7 +179,7 @@ class _Keeper:
   def resume(self, state: TrainState) -> TrainState:
     step = self.latest.latest_step()
     if step is not None:
-      state = restore(self.latest, step, state)
+      state = _restore(self.latest, step, state)
     reached = int(state.step)
     self.history.truncate(reached)
     # Killed between the best checkpoint and the newest: the best will be made again.
@@ -190,14 +196,14 @@ class _Keeper:
     self._check_finite("validation", scalars, step)
     self.listener.on_eval(step, scalars)
     if scalars and self.history.update(step, scalars):
-      save(self.bests, step, {"params": state.params})
-    save(self.latest, step, state)
+      _save(self.bests, step, {"params": state.params})
+    _save(self.latest, step, state)
 
   def best(self, state: TrainState) -> TrainState:
     step = self.bests.latest_step()
     if step is None:
       return state
-    restored = restore(self.bests, step, {"params": state.params})
+    restored = _restore(self.bests, step, {"params": state.params})
     return TrainState(state.step, restored["params"], state.opt_state)
 
   def _check_finite(self, which: str, scalars: dict[str, float], step: int) -> None:
@@ -208,3 +214,179 @@ class _Keeper:
         f" (`training.Schedule.peak`) and run again: training resumes from the last checkpoint"
         f" in {self.output_dir}."
       )
+
+
+@arguments.checked()
+def check_writable(output_dir: pathlib.Path) -> None:
+  """Makes the folder, and refuses one that nothing can be written to before hours are spent.
+
+  Raises:
+    OSError: says which folder, and what to do.
+  """
+  try:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with storage.temporary(output_dir / "writable"):
+      pass
+  except OSError as error:
+    raise type(error)(
+      f"Expected `output_dir` to be a folder that can be written, got {str(output_dir)!r}"
+      f" ({error.strerror}); choose another or change its permissions."
+    ) from error
+
+
+def _checkpointer(output_dir: pathlib.Path, name: str, max_to_keep: int):
+  """An Orbax manager of one folder of the run; checkpoints appear whole or not at all."""
+  import orbax.checkpoint as ocp
+
+  options = ocp.CheckpointManagerOptions(
+    max_to_keep=max_to_keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+  )
+  return ocp.CheckpointManager(
+    (output_dir / name).absolute(),
+    options=options,
+    item_handlers=ocp.StandardCheckpointHandler(),
+  )
+
+
+def _save(manager, step: int, tree: Any) -> None:
+  import orbax.checkpoint as ocp
+
+  manager.save(step, args=ocp.args.StandardSave(tree), force=True)
+  manager.wait_until_finished()
+
+
+def _restore(manager, step: int, like: Any) -> Any:
+  """The checkpoint of a step, with the structure and shapes of `like`."""
+  import orbax.checkpoint as ocp
+
+  # Orbax reads all leaves at once, and leaves the other reads behind at the first misfit.
+  stored, expected = _shapes(manager.item_metadata(step)), _shapes(like)
+  misfits = [path for path in expected if stored.get(path) != expected[path]]
+  if misfits:
+    path = misfits[0]
+    raise ValueError(
+      f"Expected {str(manager.directory)!r} to hold a run of this model and optimizer, with"
+      f" {path!r} of shape {expected[path]}, got {stored.get(path, 'none')} at step {step};"
+      " give another `output_dir`, or the configuration that it was started with."
+    )
+  abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+  return manager.restore(step, args=ocp.args.StandardRestore(abstract))
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """{path: shape} of a tree or of Orbax's description of one."""
+  leaves, _ = jax.tree.flatten_with_path(getattr(tree, "tree", tree))
+  named = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+  return {named(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+  """What the steps of a run depend on, so that another run does not go on from them.
+
+  Learning rates and batches are pure functions of the step: they are recorded at a few steps
+  and compared at those that the run has made. A run that is only to become longer goes on where
+  its learning rate does not depend on the length.
+
+  Attributes:
+    seed: of dropout and sampled layers.
+    learning_rates: step -> learning rate.
+    batches: step -> digest of its batch.
+  """
+
+  seed: int
+  learning_rates: Mapping[int, float]
+  batches: Mapping[int, str]
+
+
+def identity_of(config: TrainConfig, source: training_batches.Source) -> Identity:
+  """That of a run, recorded at steps 0, 1, 2, 4, 8, ..."""
+  steps = [s for s in _steps(config.num_steps.bit_length() + 1) if s < config.num_steps]
+  schedule = config.schedule(config.num_steps)
+  return Identity(
+    seed=int(config.seed),
+    learning_rates={step: float(np.asarray(schedule(step))) for step in steps},
+    batches={step: _digest(source.batch(step)) for step in steps},
+  )
+
+
+def _steps(count: int) -> list[int]:
+  return [0, *(2**i for i in range(count - 1))]
+
+
+def _digest(batch: training_batches.Batch) -> str:
+  digest = hashlib.sha256()
+  for name in sorted(batch):
+    array = np.ascontiguousarray(batch[name])
+    digest.update(f"{name} {array.dtype} {array.shape}".encode())
+    digest.update(array.tobytes())
+  return digest.hexdigest()[:16]
+
+
+def check_identity(path: pathlib.Path, identity: Identity, reached: int) -> None:
+  """Compares a run with the one whose steps it goes on from; then it is the one recorded.
+
+  Args:
+    path: where the identity is kept.
+    identity: of this run.
+    reached: steps that were made.
+
+  Raises:
+    ValueError: steps were made under another learning rate or seed, or on other data.
+  """
+  differing = _differences(_read_identity(path), identity, reached) if reached else []
+  if differing:
+    raise ValueError(
+      f"Expected `output_dir` to be a new folder, or one of the same run, got"
+      f" {str(path.parent)!r}, whose {reached} steps were made with {'; '.join(differing)};"
+      " give another folder, or the configuration and data that it was started with."
+    )
+  stored = {
+    "seed": identity.seed,
+    "learning_rates": [
+      [step, rate if math.isfinite(rate) else None]
+      for step, rate in identity.learning_rates.items()
+    ],
+    "batches": [list(pair) for pair in identity.batches.items()],
+  }
+  storage.write_atomically(path, json.dumps(stored, indent=1) + "\n")
+
+
+def _read_identity(path: pathlib.Path) -> Identity | None:
+  """What was recorded; None of runs of earlier versions."""
+  if not path.exists():
+    return None
+  try:
+    stored = storage.parse_json(storage.content(path))
+    rates = {s: math.nan if r is None else float(r) for s, r in stored["learning_rates"]}
+    batches = {s: str(d) for s, d in stored["batches"]}
+    # Steps that are not there would not be compared.
+    for steps in (rates, batches):
+      if list(steps) != _steps(len(steps)) or any(type(s) is not int for s in steps):
+        raise ValueError(f"Expected `steps` to be 0, 1, 2, 4, 8, ..., got {list(steps)[:8]}")
+    if type(stored["seed"]) is not int:
+      raise ValueError(f"Expected `seed` to be a whole number, got {stored['seed']!r}")
+    return Identity(stored["seed"], rates, batches)
+  except (KeyError, TypeError, ValueError, OverflowError) as error:
+    raise ValueError(
+      f"Expected {str(path)!r} to say what a run was made with, got something else ({error});"
+      " restore it, or take the folder away to begin anew."
+    ) from error
+
+
+def _differences(before: Identity | None, now: Identity, reached: int) -> list[str]:
+  """What the steps that were made depend on and would be otherwise now, in words."""
+  if before is None:
+    return []
+  found = []
+  if before.seed != now.seed:
+    found.append(f"seed {before.seed}, now {now.seed}")
+  for step in sorted(set(before.learning_rates) & set(now.learning_rates)):
+    old, new = before.learning_rates[step], now.learning_rates[step]
+    if step < reached and not math.isclose(old, new, rel_tol=1e-4) and old == old:
+      found.append(f"learning rate {old:g} at step {step}, now {new:g}")
+      break
+  steps = [s for s in set(before.batches) & set(now.batches) if s < reached]
+  if any(before.batches[step] != now.batches[step] for step in steps):
+    found.append("other data (or their seed, prefix, lengths or batch size)")
+  return found

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from calm import arguments
 from calm.exits import evidence
 from calm.t5 import limits, network, parameters
-from calm.t5.config import Params
+from calm.t5.network import Params
 from calm.training import losses
 
 Batch = dict[str, jax.Array]
@@ -54,6 +54,21 @@ class BatchMetrics:
         values[f"loss/layer_{layer}"] = float(self.cross_entropy[layer - 1]) / float(seen)
         values[f"accuracy/layer_{layer}"] = float(self.correct[layer - 1]) / float(seen)
     return values
+
+
+def layer_metrics(
+  num_layers: int, layers: jax.Array, loss, weight, cross_entropy, correct, z_loss
+) -> BatchMetrics:
+  """Metrics of the 0-based `layers` that were measured, whose sums are [len(layers)]."""
+  to_layers = lambda x: jnp.zeros(num_layers).at[layers].add(x)
+  return BatchMetrics(
+    loss=loss,
+    weight=weight,
+    cross_entropy=to_layers(cross_entropy),
+    correct=to_layers(correct),
+    layer_weight=to_layers(jnp.broadcast_to(weight, layers.shape)),
+    z_loss=z_loss,
+  )
 
 
 @runtime_checkable
@@ -127,15 +142,9 @@ class LayerWeighted:
       chosen_weights,
       self.z_loss,
     )
-    weight = jnp.sum(token_weights)
-    to_layers = lambda x: jnp.zeros(num_layers).at[chosen].add(x)
-    return loss, BatchMetrics(
-      loss=loss,
-      weight=weight,
-      cross_entropy=to_layers(metrics.cross_entropy),
-      correct=to_layers(metrics.correct),
-      layer_weight=to_layers(jnp.broadcast_to(weight, chosen.shape)),
-      z_loss=loss - jnp.sum(chosen_weights * metrics.cross_entropy),
+    penalty = loss - jnp.sum(chosen_weights * metrics.cross_entropy)
+    return loss, layer_metrics(
+      num_layers, chosen, loss, jnp.sum(token_weights), *metrics, penalty
     )
 
   def trains(self, path):

@@ -17,7 +17,7 @@ import numpy as np
 
 from calm import arguments, checkpoints, storage
 from calm.data import training_batches, vocabulary
-from calm.t5 import growing, limits, network, parameters
+from calm.t5 import limits, network, parameters
 from calm.training import loop, objectives, updates
 
 MODEL_FOLDER = "model"
@@ -126,7 +126,7 @@ def train(
     export: vocabulary and decoding limits that go with the parameters.
     output_dir: checkpoints, validations, and the exported model in `model/`.
     model: sizes; None takes those of `initial`. MLPs wider than those of `initial` begin as
-      the same function (`growing.wider`).
+      the same function (`parameters.wider`).
     initial: a checkpoint to start from (ours, Hugging Face's or T5X's), or the `output_dir`
       of an earlier run; None starts from random parameters.
     fresh: parts of the parameter tree of `initial` that start anew: ("exit_classifier",) to
@@ -207,7 +207,7 @@ def starting_point(
   if model.mlp_dim > stored.config.mlp_dim:
     widths = stored.config.mlp_dim, model.mlp_dim
     _LOG.warning("MLPs of `initial` are made wider, %d units each to %d.", *widths)
-    params, _ = growing.wider(params, stored.config, model.mlp_dim, seed)
+    params, _ = parameters.wider(params, stored.config, model.mlp_dim, seed)
   parameters.check(params, model)
   if fresh:
     # A tuple of one without its comma is a string: that one part is meant.
@@ -239,15 +239,11 @@ def find_checkpoint(initial: str) -> pathlib.Path:
 def evaluator(module: network.Transformer, objective: objectives.Objective, data: Data):
   """Parameters -> the validation scalars of every source of `data`."""
   functions = {}
-  for name, source in data.validation.items():
+  for number, (name, source) in enumerate(data.validation.items()):
     rows = [source.batch(step) for step in range(data.num_validation_batches.get(name, 8))]
-    functions[name] = updates.make_eval_fn(module, objective, rows)
-
-  def evaluate(params):
-    scalars = {}
-    for number, (name, function) in enumerate(functions.items()):
-      prefix = f"{name}/" if number else ""
-      scalars |= {prefix + key: value for key, value in function(params).items()}
-    return scalars
-
-  return evaluate
+    functions[f"{name}/" if number else ""] = updates.make_eval_fn(module, objective, rows)
+  return lambda params: {
+    prefix + key: value
+    for prefix, function in functions.items()
+    for key, value in function(params).items()
+  }

@@ -46,7 +46,7 @@ def supervised(
     ValueError: `outputs` has none of the prompts, or is no such file.
   """
   limits.whole("batch_size", batch_size, 1, 2**20, "give rows")
-  made = tuple(_bucket(bucket) for bucket in _listed(buckets))
+  made = tuple(map(_bucket, buckets if isinstance(buckets, list | tuple) else [buckets]))
   file = pathlib.Path(root) / path
   examples = datasets.read_examples(file, require_target=not outputs)[::every]
   eos_id = vocabulary.eos_id
@@ -71,20 +71,11 @@ def supervised(
   )
 
 
-def _listed(buckets: Any) -> Sequence[Any]:
-  if not isinstance(buckets, list | tuple):
-    raise ValueError(
-      f"Expected `buckets` to be pairs of lengths, as ((64, 32),), got {buckets!r}; list them."
-    )
-  return buckets
-
-
 def _bucket(pair: Any) -> training_batches.Bucket:
   """Lengths of inputs and of targets."""
   if not isinstance(pair, list | tuple) or len(pair) != 2:
     raise ValueError(
-      f"Expected `buckets` to be pairs of lengths, as ((64, 32),), got {pair!r} among them;"
-      " give two lengths."
+      f"Expected `buckets` to be pairs of lengths, as ((64, 32),), got {pair!r}; list pairs."
     )
   return training_batches.Bucket(
     *(limits.whole("buckets", each, 1, limits.LONGEST, "give tokens") for each in pair)

@@ -14,7 +14,7 @@ from flax import struct, traverse_util
 from calm import arguments
 from calm.data import training_batches
 from calm.t5 import limits, network
-from calm.t5.config import Params
+from calm.t5.network import Params
 from calm.training import objectives
 
 MOST_STEPS = 2**31 - 1

@@ -18,8 +18,7 @@ from calm.decode import engines, ordering, staged
 from calm.decode import program as program_lib
 from calm.exits import confidence, propagation
 from calm.exits.layers import KeyValue
-from calm.t5 import columns, platforms
-from calm.t5 import native as native_lib
+from calm.t5 import platforms
 from tests import engine
 from tests.decode import hlo
 
@@ -28,7 +27,6 @@ SHALLOW = exits.DynamicExits(confidence.Classifier())
 LEARNED = exits.DynamicExits(confidence.Classifier(), propagation=propagation.Learned())
 SOFTMAX, STATIC = exits.DynamicExits(confidence.Softmax()), exits.StaticExit()
 ROWS = len(engine.PROMPTS)
-ALONE = native_lib.available() and platforms.has_wide_vectors()
 # LLVM, which comes after HLO, need not try hard.
 USERS_HLO = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": True}
 
@@ -146,19 +144,6 @@ def test_a_head_in_8_bits_is_neither_widened_nor_copied(rule):
   assert "s8[" in text and "TopK" in text
 
 
-def test_matrices_in_columns_are_neither_copied_nor_put_together(monkeypatch):
-  monkeypatch.setattr(columns, "LEAST_NUMBERS", 1)
-  monkeypatch.setattr(columns, "WIDTH", 6)
-  text, config = compiled(SHALLOW, engines.Deferred(), layout="columns"), engine.toy().config
-  widths = {columns.width(n) for n in (config.emb_dim, config.mlp_dim)} | {
-    *(config.emb_dim, config.mlp_dim, config.num_heads * config.head_dim)
-  }
-  inputs = config.emb_dim, config.mlp_dim, config.num_heads * config.head_dim
-  shapes = [f"f32[{rows},{width}]" for rows in inputs for width in widths]
-  assert not written(text, shapes)
-  assert f"f32[{config.emb_dim},{min(widths)}]" in text  # a piece is read
-
-
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("native", [True, False])
 def test_no_operation_of_a_pass_over_drafts_makes_half_of_a_layers_cache(rows, native):
@@ -192,15 +177,6 @@ def test_a_pass_without_a_draft_has_hardly_more_operations_than_a_step():
   (step,) = hlo.turns(compiled(STATIC, None, 1, layers=6))
   turns = hlo.turns(compiled(exits.Verified(1, 3, draft_head="full"), None, 1, layers=6))
   assert max(turns) <= step + 6
-
-
-@pytest.mark.skipif(not ALONE, reason="needs AVX-512 and llvmlite, else XLA makes it")
-@pytest.mark.parametrize("rule", [STATIC, exits.Verified(1, 3, draft_head="full")])
-@pytest.mark.parametrize(("native", "few"), [(True, True), (False, False)])
-def test_fewer_than_ten_operations_are_ready_where_a_text_begins(rule, native, few):
-  """Else a thread is woken for half of them, several times before the first token."""
-  text = compiled(rule, None, rows=1, layers=6, length=64, native=native)
-  assert (hlo.ready_at_the_beginning(text) < 10) == few
 
 
 @pytest.mark.parametrize("rows", [2, 8, 9])

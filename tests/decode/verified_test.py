@@ -13,7 +13,7 @@ from calm import exits
 from calm.decode import drafting
 from calm.decode import program as program_lib
 from calm.exits import schedules
-from calm.t5 import columns, platforms
+from calm.t5 import platforms
 from tests import engine, reference_verified, toys
 
 SHORTLIST = (1, *(i for i in range(3, 40) if i % 4))
@@ -394,11 +394,3 @@ def test_a_large_head_in_8_bits_makes_steps_and_passes_cheaper(unsigned, monkeyp
   made = engine.of_params(toys.params(sizes, seed=1), sizes)
   ratio = planned(made, head_dtype="int8") / planned(made)
   assert 0.2 < ratio[0] < 0.65 and np.all(ratio[1:] < 0.65)
-
-
-def test_layers_in_columns_make_passes_of_several_positions_cheaper_still(monkeypatch):
-  """Many rows of them take hardly longer than one."""
-  monkeypatch.setattr(columns, "LEAST_NUMBERS", 1)
-  monkeypatch.setattr(platforms, "has_wide_vectors", lambda: False)  # else one thread has them
-  ratio = planned(engine.toy(), layout="columns") / planned(engine.toy())
-  assert np.all(ratio < 1) and np.all(ratio[1:] < ratio[0])

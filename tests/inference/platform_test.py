@@ -16,7 +16,7 @@ from calm.decode import engines
 from calm.decode import program as program_lib
 from calm.exits import schedules
 from calm.inference import options as options_lib
-from calm.t5 import columns, eight_bits, network, quantized_heads
+from calm.t5 import eight_bits, network
 from calm.t5 import layers as layers_lib
 from tests.inference.predictor_test import OPTIONS, TEXTS, rows, save
 
@@ -213,8 +213,6 @@ def test_layers_in_8_bits_are_another_procedure_and_go_along(directory, model):
   # Another number of rows rounds otherwise: every batch has the procedure's.
   sizes = lambda model: {len(batch.active) for batch in model.plan(["short"] * 5)}
   assert sizes(coded) == {4} and sizes(model) == {4, 1}
-  rows_in_8_bits = coded.with_options(weights_layout="columns").weights.decoder.layers[0]
-  assert isinstance(rows_in_8_bits.query, eight_bits.EightBits)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +273,7 @@ def test_heads_in_8_bits_emit_the_same_tokens(directory, measure, batch_size):
   plain = inference.load(directory, **given)
   quantized = inference.load(directory, head_dtype="int8", **given)
   (head,) = quantized.weights.decoder.heads
-  assert isinstance(head, quantized_heads.QuantizedHead)
+  assert isinstance(head, eight_bits.QuantizedHead)
   assert head.coded.codes.dtype == jnp.int8
   for threshold in (schedules.NEVER_EXIT, 0.6):
     got, expected = (m.generate(TEXTS, threshold=threshold) for m in (quantized, plain))
@@ -295,37 +293,11 @@ def test_heads_in_8_bits_are_another_procedure_and_go_along(model):
     model.with_options(head_dtype="int4")
 
 
-@pytest.fixture
-def small_are_cut(monkeypatch):
-  monkeypatch.setattr(columns, "LEAST_NUMBERS", 1)
-  monkeypatch.setattr(columns, "WIDTH", 4)
-
-
-@pytest.mark.parametrize(
-  ("batch_size", "given"),
-  [
-    (1, {}),
-    (4, {}),
-    (4, {"measure": "verified", "exit_layers": (1,)}),
-    (2, {"refill": True, "engine": engines.Compacted()}),
-  ],
-)
-def test_matrices_in_columns_emit_the_same_tokens(directory, small_are_cut, batch_size, given):
-  given = {**OPTIONS, "batch_size": batch_size, **given}
-  plain = inference.load(directory, **given)
-  cut = plain.with_options(weights_layout="columns")
-  assert isinstance(cut.weights.decoder.layers[0].query, columns.Columns)
-  assert not isinstance(plain.weights.decoder.layers[0].query, columns.Columns)
-  for threshold in (schedules.NEVER_EXIT, 0.6):
-    got, expected = (m.generate(TEXTS, threshold=threshold) for m in (cut, plain))
-    assert rows(got) == rows(expected)
-    for ours, theirs in zip(got, expected, strict=True):
-      np.testing.assert_allclose(ours.confidences, theirs.confidences, atol=1e-4)
-
-
-def test_matrices_in_columns_are_the_same_procedure_and_go_along(model):
-  cut = model.with_options(weights_layout="columns")
-  assert cut.procedure == model.procedure
-  assert options_lib.to_stored(cut.options)["weights_layout"] == "columns"
-  with pytest.raises(ValueError, match="`weights_layout` to be one of columns, or None"):
-    model.with_options(weights_layout="rows")
+def test_a_layout_that_files_of_before_name_is_read_as_none(tmp_path):
+  file = tmp_path / "inference.json"
+  for stored in ("columns", None):
+    file.write_text(json.dumps({"measure": "state", "weights_layout": stored}))
+    assert options_lib.stored_options(tmp_path) == {"measure": "state"}
+  file.write_text('{"weights_layout": "rows"}')
+  with pytest.raises(ValueError, match=r"weights_layout.*by another program"):
+    options_lib.stored_options(tmp_path)

@@ -218,7 +218,6 @@ def test_every_option_but_the_batch_size_belongs_to_the_procedure(model):
   assert fields == {
     *changes,
     *("batch_size", "num_devices", "engine", "refill", "shortlist", "grid", "num_drafts"),
-    "weights_layout",
   }
   for name, value in changes.items():
     other = model.with_options(**{name: value}).procedure

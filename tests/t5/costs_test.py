@@ -11,6 +11,7 @@ import pytest
 from calm import exits, inference
 from calm.decode import program as program_lib
 from calm.exits import confidence, propagation
+from calm.t5 import attention as attention_lib
 from calm.t5 import caches as caches_lib
 from calm.t5 import costs, network
 from calm.t5 import decoder as decoder_lib
@@ -62,7 +63,7 @@ def xla_step(piece, batch: int) -> Counted:
   encoded = program.encode(weights(), jnp.ones((batch, INPUT), jnp.int32))
 
   def run(weights, encoded, caches, hidden, position):
-    table = decoder_lib.bias_table(weights, CONFIG, CACHE)
+    table = attention_lib.bias_table(weights, CONFIG, CACHE)
     decoder = decoder_lib.DecoderStep(
       weights, CONFIG, encoded, table.at(position), table.current
     )
@@ -125,14 +126,6 @@ def test_cross_attention_is_xlas():
 
   assert grown == pytest.approx(compiled(attend, query, cache).flops, rel=0.02)
   assert longer.layer.row_bytes - COSTS.layer.row_bytes == 2 * width * INPUT * 4
-
-
-def test_the_encoder_is_xlas():
-  program = program_lib.Program(CONFIG, exits.StaticExit(), CACHE)
-  got = compiled(program.encode, weights(), jnp.ones((2, INPUT), jnp.int32))
-  cost = costs.encoder_cost(CONFIG, INPUT)
-  # Norms, softmaxes and gelu weigh more here: there are so many positions.
-  assert got.flops == pytest.approx(2 * cost.flops, rel=0.05)
 
 
 def by_hand(measure, shortlist=0, allowed=None):

@@ -10,6 +10,7 @@ import pytest
 
 from calm import exits
 from calm.exits import confidence, propagation
+from calm.t5 import attention as attention_lib
 from calm.t5 import caches as caches_lib
 from calm.t5 import decoder as decoder_lib
 from calm.t5 import decoder_weights, network, platforms
@@ -35,7 +36,7 @@ FIRST_MAP = {"exit_propagation": (1,), "exit_propagation_rank": 2}
 )
 def one_position(config, weights, encoded, caches, tokens, position):
   """(hidden, logits, exit logit, row, projected row) of every layer, and the new caches."""
-  table = decoder_lib.bias_table(weights.decoder, config, LENGTH)
+  table = attention_lib.bias_table(weights.decoder, config, LENGTH)
   decoder = decoder_lib.DecoderStep(
     weights.decoder, config, encoded, table.at(position), table.current
   )
@@ -166,7 +167,7 @@ def test_learned_propagation_that_a_model_lacks_is_refused_by_name():
 
 
 def decoder_step(toy) -> decoder_lib.DecoderStep:
-  table = decoder_lib.bias_table(toy.weights.decoder, toy.config, LENGTH)
+  table = attention_lib.bias_table(toy.weights.decoder, toy.config, LENGTH)
   return decoder_lib.DecoderStep(
     toy.weights.decoder,
     toy.config,
@@ -214,7 +215,7 @@ def test_logits_of_each_layer_are_its_own_heads_where_there_are_heads():
 
 def test_biases_by_distance_with_the_future_masked():
   toy, length = engine.toy(), 200  # beyond the distance where buckets end
-  table = decoder_lib.bias_table(toy.weights.decoder, toy.config, length)
+  table = attention_lib.bias_table(toy.weights.decoder, toy.config, length)
   rel = toy.params["decoder"]["relpos_bias"]["rel_embedding"]
   for t in (0, 1, 17, 199):
     (got,) = map(np.asarray, table.at(jnp.int32(t)))
@@ -226,7 +227,7 @@ def test_biases_by_distance_with_the_future_masked():
 
 def test_keys_before_a_rows_start_are_masked_too():
   toy = engine.toy()
-  table = decoder_lib.bias_table(toy.weights.decoder, toy.config, LENGTH)
+  table = attention_lib.bias_table(toy.weights.decoder, toy.config, LENGTH)
   for t in (0, 3, LENGTH - 1):
     (plain,) = map(np.asarray, table.at(jnp.int32(t)))
     (got,) = table.at(jnp.int32(t), jnp.array([0, 2, t]))
@@ -283,7 +284,7 @@ def test_float32_attention_in_a_bfloat16_model():
 def test_the_number_of_rows_may_be_a_symbol():
   """As T5X exports a model: for any batch."""
   toy = engine.toy(**engine.MAPS)
-  table = decoder_lib.bias_table(toy.weights.decoder, toy.config, LENGTH)
+  table = attention_lib.bias_table(toy.weights.decoder, toy.config, LENGTH)
 
   def run(hidden, encoded, cache):
     step = decoder_lib.DecoderStep(

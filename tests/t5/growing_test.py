@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from calm import checkpoints, training
-from calm.t5 import growing, network, parameters
+from calm.t5 import network, parameters
 from calm.training import objectives, run
 from tests import toys
 
@@ -44,7 +44,7 @@ def batch_of():
 
 def test_every_layers_states_are_those_of_the_narrower_model():
   config, params = model_of()
-  grown, wider = growing.wider(params, config, 3 * config.mlp_dim)
+  grown, wider = parameters.wider(params, config, 3 * config.mlp_dim)
   parameters.check(grown, wider)
   assert dataclasses.replace(wider, mlp_dim=config.mlp_dim) == config
   np.testing.assert_allclose(
@@ -54,7 +54,7 @@ def test_every_layers_states_are_those_of_the_narrower_model():
 
 def test_new_units_learn_from_the_first_update_on():
   config, params = model_of()
-  grown, wider = growing.wider(params, config, config.mlp_dim + 5)
+  grown, wider = parameters.wider(params, config, config.mlp_dim + 5)
   grown = jax.tree.map(jnp.asarray, grown)
   options = training.TrainConfig(num_steps=1, schedule=training.Schedule(1e-2, 0))
   objective = objectives.LayerWeighted()
@@ -70,7 +70,7 @@ def test_new_units_learn_from_the_first_update_on():
 def test_units_are_never_dropped():
   config, params = model_of()
   with pytest.raises(ValueError, match="never dropped"):
-    growing.wider(params, config, config.mlp_dim - 1)
+    parameters.wider(params, config, config.mlp_dim - 1)
 
 
 def test_wider_mlps_begin_as_the_checkpoint_and_a_line_says_so(tmp_path, caplog):

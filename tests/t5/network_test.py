@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm.t5 import masks, network
+from calm.t5 import network
 from tests import engine, reference_network, toys
 
 INPUTS = np.array([[5, 6, 7, 1, 0, 0]], np.int32)
@@ -187,4 +187,4 @@ def test_bad_shapes_and_packed_decoding_are_refused():
   with pytest.raises(ValueError, match=r"`encoder_input_tokens`.*\(batch, length\).*\(6,\)"):
     apply(INPUTS[0], method="encode")
   with pytest.raises(ValueError, match="no packing while decoding"):
-    masks.decoder_masks(INPUTS, TOKENS, np.ones_like(INPUTS), ALL_REAL, decode=True)
+    network.decoder_masks(INPUTS, TOKENS, np.ones_like(INPUTS), ALL_REAL, decode=True)

@@ -36,9 +36,9 @@ def test_19_the_classifier_has_a_parameter_a_feature_and_reads_the_normed_state(
 
 
 def engine_step(toy, weights):
-  from calm.t5 import decoder
+  from calm.t5 import attention, decoder
 
-  table = decoder.bias_table(weights, toy.config, engine.LENGTH)
+  table = attention.bias_table(weights, toy.config, engine.LENGTH)
   return decoder.DecoderStep(
     weights, toy.config, engine.encode(toy), table.at(jnp.array(0)), table.current
   )

@@ -9,7 +9,7 @@ pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not
 
 from calm import training
 from calm.data import training_batches
-from calm.training import identities
+from calm.training import loop
 
 CONSTANT = training.Schedule(peak=0.01, warmup_steps=1, final_fraction=1.0)
 CONFIG = training.TrainConfig(num_steps=20, schedule=CONSTANT)
@@ -35,24 +35,24 @@ def source(seed=0, first=3):
 )
 def test_another_rate_seed_or_data_is_refused(tmp_path, change, rows, words):
   path = tmp_path / "run.json"
-  identities.check(path, identities.of_run(CONFIG, source()), 0)
+  loop.check_identity(path, loop.identity_of(CONFIG, source()), 0)
   before = path.read_text()
-  other = identities.of_run(dataclasses.replace(CONFIG, **change), source(**rows))
+  other = loop.identity_of(dataclasses.replace(CONFIG, **change), source(**rows))
   with pytest.raises(ValueError, match=words):
-    identities.check(path, other, 10)
+    loop.check_identity(path, other, 10)
   assert path.read_text() == before
-  identities.check(path, other, 0)  # nothing was made yet: it begins
+  loop.check_identity(path, other, 0)  # nothing was made yet: it begins
 
 
 def test_the_same_run_and_a_longer_one_at_a_constant_rate_go_on(tmp_path):
   path = tmp_path / "run.json"
   for config in (CONFIG, CONFIG, dataclasses.replace(CONFIG, num_steps=64)):
-    identities.check(path, identities.of_run(config, source()), 10)
+    loop.check_identity(path, loop.identity_of(config, source()), 10)
   path.unlink()  # a run of an earlier version
-  identities.check(path, identities.of_run(CONFIG, source(seed=3)), 10)
+  loop.check_identity(path, loop.identity_of(CONFIG, source(seed=3)), 10)
   path.write_text("{}")
   with pytest.raises(ValueError, match="to say what a run was made with"):
-    identities.check(path, identities.of_run(CONFIG, source()), 10)
+    loop.check_identity(path, loop.identity_of(CONFIG, source()), 10)
 
 
 @pytest.mark.parametrize(

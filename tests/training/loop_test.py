@@ -156,14 +156,14 @@ def test_a_run_killed_twice_ends_as_if_it_never_was(whole, tmp_path):
 
 def test_killed_between_the_best_and_the_newest_checkpoint(whole, tmp_path, monkeypatch):
   *_, expected = whole
-  save = loop.save
+  save = loop._save
 
   def save_and_die(manager, step, tree):
     if step == 10 and manager.directory.name == "checkpoints":
       raise KeyboardInterrupt
     save(manager, step, tree)
 
-  monkeypatch.setattr(loop, "save", save_and_die)
+  monkeypatch.setattr(loop, "_save", save_and_die)
   with pytest.raises(KeyboardInterrupt):
     Toy(CONFIG).fit(tmp_path / "killed")
   monkeypatch.undo()

@@ -23,6 +23,7 @@ from calm import exits
 from calm.decode import loop, ordering
 from calm.decode.engines import engine as engine_lib
 from calm.exits import walk as walk_lib
+from calm.t5 import attention as attention_lib
 from calm.t5 import caches as caches_lib
 from calm.t5 import decoder as decoder_lib
 from calm.t5 import platforms
@@ -89,7 +90,7 @@ def bind(task: engine_lib.Task, chunk_rows: int) -> "BoundDeferred":
       f" {task.rule.propagation.name!r}; use `engines.Eager`."
     )
   chunks = chunk_sizes(task.batch_size, task.length, chunk_rows)
-  table = decoder_lib.bias_table(task.weights, task.config, task.length)
+  table = attention_lib.bias_table(task.weights, task.config, task.length)
   return BoundDeferred(task, task.rule, chunks, table)
 
 
@@ -120,7 +121,7 @@ class BoundDeferred:
   task: engine_lib.Task
   rule: exits.DynamicExits
   chunks: tuple[int, ...]
-  table: decoder_lib.BiasTable
+  table: attention_lib.BiasTable
 
   def engine(self, take_step: loop.Step | None = None) -> engine_lib.Bound:
     """The engine, with the walk of another one where that is given."""

@@ -3,12 +3,11 @@
 import dataclasses
 import functools
 
-import jax
-
 from calm import exits
 from calm.decode import ordering
 from calm.decode.engines.engine import Bound, Task, grown, shifted
-from calm.t5 import caches, native
+from calm.t5 import attention as attention_lib
+from calm.t5 import caches
 from calm.t5 import decoder as decoder_lib
 
 
@@ -22,7 +21,7 @@ class Eager:
       raise TypeError(
         "Expected a rule of one token a step, got `exits.Verified`; it runs none."
       )
-    table = decoder_lib.bias_table(task.weights, task.config, task.length)
+    table = attention_lib.bias_table(task.weights, task.config, task.length)
 
     def take_step(current, position, active, cache):
       decoder = decoder_lib.DecoderStep(
@@ -37,10 +36,6 @@ class Eager:
       generated = task.generated(position)
       made = rule(decoder.layers(cache), hidden, active, task.threshold, generated)
       keeps = task.keeps(position)
-      if keeps is None and task.native and native.takes(cache[0]):
-        rows = [jax.tree.map(lambda x: x[:, :, None], row) for row in made.rows]
-        end = ordering.after(position, made.head)
-        return made, native.write(cache, rows, end[None])
       ends = ordering.after_each(position, made.rows, made.head)
       return made, caches.write_rows(cache, made.rows, ends, keeps)
 

@@ -6,7 +6,7 @@ carries, and the caches as if every layer had run at every token.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,8 @@ from jax import lax
 from calm import exits
 from calm.decode import loop
 from calm.t5 import caches as caches_lib
-from calm.t5 import decoder_weights, native, network, platforms
+from calm.t5 import decoder_weights, network, platforms
 
-Tree = TypeVar("Tree")
 # Rows whose embeddings are picked one by one.
 _FEW_ROWS = 8
 
@@ -38,7 +37,7 @@ class Task:
     starts: position of each row's first token, [batch], where rows do not begin together
       (`refill`); None: 0.
     native: whether attention, products and heads may be functions of this process, where these
-      are faster (`t5.native`): not in programs that are exported or that a compiler
+      are faster (`t5.kernels`): not in programs that are exported or that a compiler
       splits over devices.
   """
 
@@ -83,20 +82,7 @@ class Task:
 
   def empty_caches(self) -> tuple[caches_lib.Cache, ...]:
     depth = self.rule.depth(self.config.num_decoder_layers)
-    empty = caches_lib.empty_caches(self.config, self.batch_size, self.length, depth)
-    return self.zeros_like(empty)
-
-  def zeros_like(self, arrays: Tree) -> Tree:
-    """Zeros of these shapes, given as XLA makes them.
-
-    Made in one call where one thread does all there is to do: then nothing wakes another. A
-    loop whose products XLA's threads share runs faster in one of them, and one that makes
-    many arrays begins there.
-    """
-    each = self.rule.window if isinstance(self.rule, exits.Verified) else 1
-    one = self.weights.layers[0].mlp_out
-    alone = self.native and native.alone(one, self.batch_size * each)
-    return native.zeros_like(arrays) if alone else arrays
+    return caches_lib.empty_caches(self.config, self.batch_size, self.length, depth)
 
 
 @dataclasses.dataclass(frozen=True)

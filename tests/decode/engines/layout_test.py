@@ -106,4 +106,4 @@ def test_the_layout_is_the_platforms():
       shapes[platform] = caches_lib.empty_caches(toy.config, 2, 7, 1)[0].keys.shape
   heads, dim = toy.config.num_heads, toy.config.head_dim
   assert shapes == {"cpu": (2, heads, 7, dim), "tpu": (2, 7, heads * dim)}
-  assert not platforms.heads_beside() or jax.default_backend() == "tpu"
+  assert not platforms.merged_heads() or jax.default_backend() == "tpu"

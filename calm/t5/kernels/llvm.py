@@ -1,14 +1,21 @@
-"""Instructions in LLVM's own language, as functions for XLA are written.
+"""Functions for XLA, written in LLVM's own language and compiled in a tenth of a second.
 
 A compiler of Python's loops (numba) keeps the sums of a product in memory, which takes eight
-rows three times as long, and two seconds to compile what LLVM alone does in a tenth of one.
+rows three times as long, and compiles for two seconds.
 """
 
+import ctypes
+import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+import llvmlite.binding as llvm
 from llvmlite import ir
 
+# XLA:CPU runs up to nine operations that are ready one after another; more, side by side.
+PIECES = 12
 LANES = 16  # numbers of a vector
 LEAST = -3.0e38  # of numbers that are worth a comparison
 _BYTES, _WORD = 4, 8  # of a number, of a word of a frame
@@ -20,6 +27,90 @@ _LOG2_E, _LOG_2_HIGH, _LOG_2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
 _POLYNOMIAL = (
   1.98756915e-4, 1.39819995e-3, 8.3334519e-3, 4.16657959e-2, 0.166666655, 0.5,
 )  # fmt: skip
+
+
+# XLA calls a function with one `XLA_FFI_CallFrame` (xla/ffi/api/c_api.h, whose layout a major
+# version keeps). All that is read of it lies in words of 64 bits: of what is asked besides a
+# call, and of the arrays.
+_EXTENSION, _ARGUMENTS, _RESULTS = 1, 9, 14
+# Words of an array, `XLA_FFI_Buffer`.
+_DATA, _SIZES = 3, 5
+# Words of `XLA_FFI_Metadata_Extension` and of its `XLA_FFI_Metadata`; the version that this was
+# written by, which XLA refuses where it can no longer serve it.
+_METADATA, _VERSION, _TRAITS = 3, 3, 4
+_MAJOR, _MINOR = 0, 3
+# What XLA was given; it calls them for as long as the process lives.
+_COMPILED: dict[str, Any] = {}
+_lock = threading.Lock()
+
+
+def target(name: str, write: Callable[["Writer", "Frame"], None]) -> str:
+  """The name by which XLA calls a function, compiled when it is first asked for.
+
+  Args:
+    name: of the function, and of its sizes.
+    write: writes what it does with a call's arrays.
+  """
+  with _lock:
+    if name not in _COMPILED:
+      engine = _compile(write)
+      kind = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)
+      function = kind(engine.get_function_address("kernel"))
+      jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
+      _COMPILED[name] = engine, function
+  return name
+
+
+def split(count: int, parts: int) -> list[int]:
+  """Where so many parts of equal ones end, from 0 on: none is empty, so there may be fewer."""
+  parts = min(parts, count)
+  return [i * count // parts for i in range(parts + 1)]
+
+
+def pieces(worth: bool = True) -> int:
+  """Calls that a function is divided into: several where it is worth that XLA's threads share
+  them, and XLA has more than one."""
+  return PIECES if worth and num_cores() > 1 else 1
+
+
+def num_cores() -> int:
+  """Cores that this process may use, as XLA counts them."""
+  allowed = getattr(os, "sched_getaffinity", None)  # Linux only
+  return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def _compile(write: Callable[["Writer", "Frame"], None]) -> Any:
+  """Machine code of this process that has a C function `kernel`."""
+  module = ir.Module()
+  module.triple = llvm.get_process_triple()
+  function = ir.Function(module, ir.FunctionType(INDEX, [INDEX]), "kernel")
+  begin, asked, called, end = map(
+    function.append_basic_block, ("begin", "asked", "called", "end")
+  )
+  w = Writer(ir.IRBuilder(begin), module)
+  frame = Frame(w, function.args[0])
+  asks = w.word(frame.address, _EXTENSION)
+  w.b.cbranch(w.b.icmp_signed("!=", asks, number(0)), asked, called)
+  w.b.position_at_end(asked)
+  metadata = w.word(asks, _METADATA)
+  w.set_word(metadata, _VERSION, _MAJOR | _MINOR << 32)
+  w.set_word(metadata, _TRAITS, 0)
+  w.b.branch(end)
+  w.b.position_at_end(called)
+  write(w, frame)
+  w.b.branch(end)
+  w.b.position_at_end(end)
+  w.b.ret(number(0))  # no error
+  llvm.initialize_native_target()
+  llvm.initialize_native_asmprinter()
+  parsed = llvm.parse_assembly(str(module))
+  parsed.verify()
+  machine = llvm.Target.from_default_triple().create_target_machine(
+    cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+  )
+  engine = llvm.create_mcjit_compiler(parsed, machine)
+  engine.finalize_object()
+  return engine
 
 
 def number(value: int) -> ir.Constant:
@@ -126,7 +217,7 @@ class Writer:
     if mask is None:
       return self.b.load(pointer, align=_BYTES)
     given = [pointer.type, INT, mask.type, vector_of(FLOAT)]
-    load = self._known("llvm.masked.load.v16f32.p0v16f32", vector_of(FLOAT), given)
+    load = self.external("llvm.masked.load.v16f32.p0v16f32", vector_of(FLOAT), given)
     return self.b.call(load, [pointer, _ALIGNED, mask, constant(instead)])
 
   def load_one(self, address: Any) -> Any:
@@ -169,12 +260,12 @@ class Writer:
       self.b.store(value, pointer, align=_BYTES)
       return
     given = [value.type, pointer.type, INT, mask.type]
-    store = self._known("llvm.masked.store.v16f32.p0v16f32", ir.VoidType(), given)
+    store = self.external("llvm.masked.store.v16f32.p0v16f32", ir.VoidType(), given)
     self.b.call(store, [value, pointer, _ALIGNED, mask])
 
-  def ask_for(self, address: Any) -> None:
+  def prefetch(self, address: Any) -> None:
     """Has a line of memory read ahead; it may be none of this process's."""
-    ask = self._known("llvm.prefetch.p0i8", ir.VoidType(), [_POINTER, INT, INT, INT])
+    ask = self.external("llvm.prefetch.p0i8", ir.VoidType(), [_POINTER, INT, INT, INT])
     flags = [ir.Constant(INT, flag) for flag in (0, 3, 1)]  # to read, soon, data
     self.b.call(ask, [self.b.inttoptr(address, _POINTER), *flags])
 
@@ -234,9 +325,38 @@ class Writer:
   def _of_vectors(self, name: str, *given: Any) -> Any:
     """What one of LLVM's functions makes of vectors of float32."""
     kinds = [value.type for value in given]
-    return self.b.call(self._known(f"llvm.{name}.v{LANES}f32", vector_of(FLOAT), kinds), given)
+    return self.b.call(
+      self.external(f"llvm.{name}.v{LANES}f32", vector_of(FLOAT), kinds), given
+    )
 
-  def _known(self, name: str, result: Any, given: list[Any]) -> Any:
-    """One of LLVM's own functions."""
+  def external(self, name: str, result: Any, given: list[Any]) -> Any:
+    """A function of LLVM's or of this process."""
     known = self._module.globals.get(name)
     return known or ir.Function(self._module, ir.FunctionType(result, given), name)
+
+
+class Frame:
+  """What XLA hands to a call.
+
+  Attributes:
+    address: where it is.
+  """
+
+  def __init__(self, writer: Writer, address: Any):
+    self._w, self.address = writer, address
+
+  def argument(self, i: int) -> Any:
+    """The address of what describes the `i`th array that a call is given."""
+    return self._w.word(self._w.word(self.address, _ARGUMENTS), i)
+
+  def result(self, i: int) -> Any:
+    """The same of the `i`th array that it fills."""
+    return self._w.word(self._w.word(self.address, _RESULTS), i)
+
+  def numbers(self, array: Any) -> Any:
+    """The address of an array's numbers."""
+    return self._w.word(array, _DATA)
+
+  def size(self, array: Any, axis: int) -> Any:
+    """Numbers along an axis."""
+    return self._w.word(self._w.word(array, _SIZES), axis)

@@ -3,7 +3,7 @@
 One instruction multiplies 64 bytes without a sign by 64 with one and adds them by fours. So
 rows are given as code + 128, and what that adds is taken away behind: 128 times the sum of a
 column's codes. Sums are whole numbers in 32 bits: neither the order of a sum nor the rows
-beside a row change a bit of it.
+beside a row change a bit of it, and the products are those of `EightBits`, bit for bit.
 
 A matrix is packed once, 16 columns of four codes each beside one another: [columns / 16,
 inputs / 4, 16, 4]. Sums of 12 rows and 32 columns stay in registers while all inputs pass. The
@@ -14,10 +14,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from llvmlite import ir
 
-from calm.t5.native import frames, instructions
-from calm.t5.native.instructions import INDEX, INT, LANES, Writer, constant, number
+from calm.t5.kernels import llvm
+from calm.t5.kernels.llvm import INDEX, INT, LANES, Frame, Writer, constant, number
 
 # Rows, and vectors of columns, whose sums are in registers: 24 of 32.
 _HEIGHTS, _WIDTH = (12, 4, 1), 2
@@ -31,49 +34,52 @@ _BYTE, _BYTES = ir.IntType(8), ir.VectorType(ir.IntType(8), LANES)
 _LEAST_PRODUCTS, _LEAST_NUMBERS = 2**24, 2**19
 
 # Writes what is done with the rows of a call from one to another.
-_Body = Callable[[Writer, frames.Frame, Any, Any], None]
+_Body = Callable[[Writer, Frame, Any, Any], None]
 
 
-def codes(threads: int) -> frames.Compiled:
-  """What XLA calls: [rows, inputs] as codes + 128, and the step of each row.
+def pack(codes: jax.Array) -> jax.Array:
+  """See `kernels.pack`."""
+  inputs = codes.shape[1]
+  beside = codes.reshape(-1, LANES, inputs // _QUAD, _QUAD).swapaxes(1, 2)
+  return beside.reshape(-1, inputs // _QUAD, LANES * _QUAD)
 
-  Args:
-    threads: most that share the rows.
-  """
 
-  def write(w: Writer, frame: frames.Frame) -> None:
-    x = frame.argument(0)
-    rows, inputs = frame.size(x, 0), frame.size(x, 1)
+def product_in_8_bits(x, packed, sums, scales) -> jax.Array:
+  """See `kernels.product_in_8_bits`."""
+  rows, shape = x.reshape(-1, x.shape[-1]), jax.ShapeDtypeStruct
+  given = shape(rows.shape, jnp.uint8), shape(rows.shape[:1], jnp.float32)
+  coded = llvm.target("calm_codes_in_8_bits", _sharing(_write_codes, _LEAST_NUMBERS, False))
+  codes, steps = jax.ffi.ffi_call(coded, given)(rows)
+  multiplied = llvm.target(
+    "calm_product_in_8_bits", _sharing(_write_product, _LEAST_PRODUCTS, True)
+  )
+  made = jax.ffi.ffi_call(multiplied, shape((len(rows), len(sums)), jnp.float32))(
+    codes, steps, packed, sums, scales
+  )
+  return made.reshape(*x.shape[:-1], -1)
+
+
+def _sharing(body: _Body, least: int, multiplies: bool) -> Callable[[Writer, Frame], None]:
+  """Writes a call whose rows are shared by threads, one for every `least` of its work."""
+
+  def write(w: Writer, frame: Frame) -> None:
+    rows, inputs = (frame.size(frame.argument(0), axis) for axis in (0, 1))
     work = w.b.mul(rows, inputs)
-    _share(w, frame, rows, w.b.udiv(work, number(_LEAST_NUMBERS)), threads, _write_codes)
+    work = w.b.mul(work, frame.size(frame.result(0), 1)) if multiplies else work
+    _share(w, frame, rows, w.b.udiv(work, number(least)), body)
 
-  return frames.handler("codes", write)
-
-
-def product(threads: int) -> frames.Compiled:
-  """What XLA calls: what `codes` makes of rows, and a packed matrix -> [rows, columns].
-
-  The matrix is given as its codes, and each column's sum of codes and scale.
-
-  Args:
-    threads: most that share the rows.
-  """
-
-  def write(w: Writer, frame: frames.Frame) -> None:
-    rows, inputs = frame.size(frame.argument(0), 0), frame.size(frame.argument(0), 1)
-    work = w.b.mul(w.b.mul(rows, inputs), frame.size(frame.result(0), 1))
-    _share(w, frame, rows, w.b.udiv(work, number(_LEAST_PRODUCTS)), threads, _write_product)
-
-  return frames.handler("product", write)
+  return write
 
 
-def _share(
-  w: Writer, frame: frames.Frame, rows: Any, worth: Any, threads: int, body: _Body
-) -> None:
+def _share(w: Writer, frame: Frame, rows: Any, worth: Any, body: _Body) -> None:
   """Divides rows among as many threads as the work is worth, this one being the first."""
-  b, word = w.b, number(8)
+  b, word, threads = w.b, number(8), llvm.num_cores()
   work = ir.Function(b.module, ir.FunctionType(INDEX, [INDEX]), "work")
-  _write_work(work, body)
+  part = Writer(ir.IRBuilder(work.append_basic_block("begin")), b.module)
+  (told,) = work.args
+  of_call = Frame(part, part.word(told, 0))
+  body(part, of_call, part.word(told, 1), part.word(told, 2))
+  part.b.ret(number(0))
   parts = w.most(number(1), w.least(worth, number(threads)))
   # Of each part: the call, its first row and the one behind its last, its thread.
   told = b.ptrtoint(b.alloca(INDEX, number(4 * threads)), INDEX)
@@ -82,8 +88,8 @@ def _share(
   tall = number(_HEIGHTS[0])
   tiles = b.udiv(b.add(rows, number(_HEIGHTS[0] - 1)), tall)
   edge = lambda i: w.least(rows, b.mul(b.udiv(b.mul(i, tiles), parts), tall))
-  begin = _known(b, "pthread_create", INT, [INDEX] * 4)
-  end = _known(b, "pthread_join", INT, [INDEX] * 2)
+  begin = w.external("pthread_create", INT, [INDEX] * 4)
+  end = w.external("pthread_join", INT, [INDEX] * 2)
   for i, _ in w.loop(number(0), parts, 1):
     for field, value in enumerate((frame.address, edge(i), edge(b.add(i, number(1))))):
       put(value, of_part(i, field))
@@ -101,15 +107,7 @@ def _share(
       b.call(end, [thread, number(0)])
 
 
-def _write_work(function: ir.Function, body: _Body) -> None:
-  """What a thread does with its part."""
-  w = Writer(ir.IRBuilder(function.append_basic_block("begin")), function.module)
-  (told,) = function.args
-  body(w, frames.Frame(w, w.word(told, 0)), w.word(told, 1), w.word(told, 2))
-  w.b.ret(number(0))
-
-
-def _write_codes(w: Writer, frame: frames.Frame, begin: Any, end: Any) -> None:
+def _write_codes(w: Writer, frame: Frame, begin: Any, end: Any) -> None:
   b, x = w.b, frame.argument(0)
   inputs = frame.size(x, 1)
   x, coded, steps = map(frame.numbers, (x, frame.result(0), frame.result(1)))
@@ -125,7 +123,7 @@ def _write_codes(w: Writer, frame: frames.Frame, begin: Any, end: Any) -> None:
     peak, odd = w.folded(peaks[0], w.larger), w.folded(peaks[1], b.fadd)
     peak = w.larger(peak, w.float(1e-30))
     # As `eight_bits.step`, in its rounding.
-    step = b.fadd(b.fmul(peak, w.float(_float32(1 / 127))), odd)
+    step = b.fadd(b.fmul(peak, w.float(float(np.float32(1 / 127)))), odd)
     w.store(step, w.item(steps, row))
     finer = w.spread(b.fdiv(w.float(1.0), step))
     out = b.add(coded, b.mul(row, inputs))
@@ -136,14 +134,7 @@ def _write_codes(w: Writer, frame: frames.Frame, begin: Any, end: Any) -> None:
       b.store(b.trunc(whole, _BYTES), address, align=1)
 
 
-def _float32(value: float) -> float:
-  """The nearest float32, which LLVM's text has to name exactly."""
-  import numpy as np
-
-  return float(np.float32(value))
-
-
-def _write_product(w: Writer, frame: frames.Frame, begin: Any, end: Any) -> None:
+def _write_product(w: Writer, frame: Frame, begin: Any, end: Any) -> None:
   arrays = [frame.argument(i) for i in range(5)]
   rows, steps, matrix, sums, scales = map(frame.numbers, arrays)
   columns = frame.size(frame.result(0), 1)
@@ -162,14 +153,7 @@ def _write_product(w: Writer, frame: frames.Frame, begin: Any, end: Any) -> None
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-  """A product.
-
-  Attributes:
-    w: writes it.
-    inputs, columns: numbers of a row that is given, and of one that is made.
-    rows, steps, matrix, sums, scales: where what is given begins.
-    out: where what is made does.
-  """
+  """A product: numbers of a row of either side, and where its arrays begin."""
 
   w: Writer
   inputs: Any
@@ -192,13 +176,13 @@ class _Task:
 
   def _tile(self, row: Any, height: int, column: Any, width: int) -> None:
     w, b = self.w, self.w.b
-    vector, word = instructions.vector_of(INT), INT.as_pointer()
+    vector, word = llvm.vector_of(INT), INT.as_pointer()
     panels = [
       b.add(self.matrix, b.mul(b.add(column, number(LANES * v)), self.inputs))
       for v in range(width)
     ]
     given = [b.add(self.rows, b.mul(b.add(row, number(r)), self.inputs)) for r in range(height)]
-    multiply = _known(b, "llvm.x86.avx512.vpdpbusd.512", vector, [vector] * 3)
+    multiply = w.external("llvm.x86.avx512.vpdpbusd.512", vector, [vector] * 3)
     sums = [constant(0, INT) for _ in range(height * width)]
     for i, values in w.loop(number(0), self.inputs, _QUAD, sums):
       at = b.mul(i, number(LANES))
@@ -218,9 +202,3 @@ class _Task:
         whole = b.sitofp(b.sub(sums[r * width + v], away), scale.type)
         made = b.fmul(whole, b.fmul(step, scale))
         w.store(made, w.at(self.out, self.columns, at, place))
-
-
-def _known(b: ir.IRBuilder, name: str, result: Any, given: list[Any]) -> Any:
-  """A function of LLVM's or of this process."""
-  known = b.module.globals.get(name)
-  return known or ir.Function(b.module, ir.FunctionType(result, given), name)

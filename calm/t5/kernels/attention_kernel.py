@@ -1,33 +1,55 @@
-"""Attention of one query after another.
+"""Attention of one query a row, in pieces that XLA's threads share.
 
-One query reads the keys and values of its row and head once, in order, and only those from the
-first to the last that it may see: a core then waits for memory only. Functions are made for one
-size of heads each, whose numbers stay in registers.
+XLA:CPU makes the small products of a query with its keys in one thread. Here one query reads
+the keys and values of its row and head once, in order, and only those from the first to the
+last that it may see: a core then waits for memory only.
 """
 
+import itertools
 from typing import Any
 
-from calm.t5.native import frames
-from calm.t5.native.instructions import INT, LANES, LEAST, Writer, constant, number
+import jax
+import jax.numpy as jnp
 
+from calm.t5.kernels import llvm
+from calm.t5.kernels.llvm import INT, LANES, LEAST, Frame, Writer, constant, number
+
+# Keys and values of so many numbers are worth a second thread: one that is awake, or one that
+# has to be woken for them.
+AWAKE_NUMBERS, ASLEEP_NUMBERS = 2**16, 2**18
 _MASKED = -1e9  # biases of keys that nobody sees are lower
 
 
-def attention(head_dim: int, has_now: bool) -> frames.Compiled:
-  """What XLA calls for heads of this size: one piece of `attention.attend`.
-
-  Its arrays, as that function has them: the first query and head of the piece, `rows`,
-  `query`, `keys`, `values`, `bias`, and the three of `now` if it has them. `rows` is empty
-  where as many queries read each row, in order. The result: [heads of the piece, head_dim].
-  """
-  write = lambda w, frame: _Piece(w, frame, head_dim, has_now).write()
-  return frames.handler("attention", write)
+def attend(rows, query, keys, values, bias, now, single_threaded: bool) -> jax.Array:
+  """See `kernels.attend`."""
+  _, heads, head_dim = query.shape
+  enough = ASLEEP_NUMBERS if single_threaded else AWAKE_NUMBERS
+  pieces = llvm.pieces(keys[0].size * len(query) >= enough)
+  # Their numbers, written out, are one operation more of every layer of a step.
+  rows = jnp.zeros((0,), jnp.int32) if rows is None else rows
+  given = rows, *(x.astype(jnp.float32) for x in (query, keys, values, bias, *(now or ())))
+  has_now = now is not None
+  target = llvm.target(
+    f"calm_attention_{head_dim}{'_now' if has_now else ''}",
+    lambda w, frame: _Piece(w, frame, head_dim, has_now).write(),
+  )
+  made = [
+    jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((end - begin, head_dim), "float32"))(
+      jnp.full((), begin, jnp.int32), *given
+    )
+    for begin, end in itertools.pairwise(llvm.split(len(query) * heads, pieces))
+  ]
+  return jnp.concatenate(made).reshape(len(query), -1)
 
 
 class _Piece:
-  """Some queries and heads."""
+  """One call, for heads of one size, whose numbers stay in registers.
 
-  def __init__(self, w: Writer, frame: frames.Frame, head_dim: int, has_now: bool):
+  Its arrays: the first query and head of the piece, then those of `attend`. `rows` is empty
+  where as many queries read each row, in order. The result is [heads of the piece, head_dim].
+  """
+
+  def __init__(self, w: Writer, frame: Frame, head_dim: int, has_now: bool):
     self._w, self._head_dim = w, number(head_dim)
     arrays = [frame.argument(i) for i in range(9 if has_now else 6)]
     begin, self._rows, self._queries, self._keys, self._values, self._biases, *now = map(

@@ -1,43 +1,66 @@
-"""The most likely piece of a head in 8 bits.
+"""The argmax of a head in 8 bits, in parts that XLA's threads share.
 
 A row's logits are made of its 8-bit sums once. Those of pieces that may be the most likely are
 made again in float32, however many they are: nothing is sorted, and no row needs another way.
 """
 
+import itertools
 from typing import Any
 
-from calm.t5.native import frames, instructions
-from calm.t5.native.instructions import LEAST, Writer, constant, number
+import jax
+import jax.numpy as jnp
+
+from calm.exits.layers import Greedy
+from calm.t5.kernels import llvm
+from calm.t5.kernels.llvm import INT, LANES, LEAST, Frame, Writer, constant, number
+
+# Of a part: its logits lie on a thread's stack.
+MOST_PIECES = 2**14
 
 
-def head(num_codes: int) -> frames.Compiled:
-  """What XLA calls: some parts of some rows of `heads.greedy`.
-
-  Its arrays, as that function has them: (the first part, pieces of a part, `offset`), `sums`
-  [codes, rows, pieces] of products of a row's codes, with `offset` times the pieces' codes in
-  them (see `EightBits.raw_sums`), the head's `sums`, `scales`, `left` and `norms`, `rows` (what
-  `left` and what `norms` is multiplied with, then the codes' steps), `states`, the head in
-  float32. The results are [parts] places in the head and [parts, 3]: the largest float32 logit,
-  the largest rounded one, the sum of e^(logit - that) over all, float32 ones where these were
-  made.
-
-  Args:
-    num_codes: of a row, 1 or 2.
-  """
-  return frames.handler("head", lambda w, frame: _Parts(w, frame, num_codes).write())
+def greedy(sums, offset: int, of_head, scales, left, norms, rows, states, pieces) -> Greedy:
+  """See `kernels.greedy`; the arrays are those of `_Parts`."""
+  num_codes, batch, count = sums.shape
+  parts = max(-(-llvm.pieces() // batch), -(-count // MOST_PIECES))
+  size = -(-count // parts)
+  given = sums, of_head, scales, left, norms, rows, states, pieces
+  target = llvm.target(
+    f"calm_head_{num_codes}", lambda w, frame: _Parts(w, frame, num_codes).write()
+  )
+  shape = lambda *sizes, dtype="float32": jax.ShapeDtypeStruct(sizes, dtype)
+  made = [
+    jax.ffi.ffi_call(target, (shape(end - begin, dtype="int32"), shape(end - begin, 3)))(
+      jnp.array([begin, size, offset], jnp.int32), *given
+    )
+    for begin, end in itertools.pairwise(llvm.split(batch * -(-count // size), llvm.pieces()))
+  ]
+  places, numbers = (jnp.concatenate(each) for each in zip(*made, strict=True))
+  best, peak, total = jnp.moveaxis(numbers.reshape(batch, -1, 3), 2, 0)
+  places = places.reshape(best.shape)
+  most = jnp.max(best, axis=1, keepdims=True)
+  token = jnp.min(jnp.where(best == most, places, count - 1), axis=1)
+  return Greedy(token, -jnp.log(jnp.sum(total * jnp.exp(peak - most), axis=1)))
 
 
 class _Parts:
-  """Some parts of some rows."""
+  """One call: some parts of some rows.
 
-  def __init__(self, w: Writer, frame: frames.Frame, num_codes: int):
+  Its arrays: (the first part, pieces of a part, `offset`), `sums` [codes, rows, pieces] of
+  products of a row's codes, with `offset` times the pieces' codes in them (see
+  `EightBits.raw_sums`), the head's `sums`, `scales`, `left`, `norms`, `rows` (what `left` and
+  what `norms` is multiplied with, then the codes' steps), `states`, the head in float32. The
+  results are [parts] places in the head and [parts, 3]: the largest float32 logit, the largest
+  rounded one, the sum of e^(logit - that) over all, float32 ones where these were made.
+  """
+
+  def __init__(self, w: Writer, frame: Frame, num_codes: int):
     self._w, self._num_codes = w, num_codes
     arrays = [frame.argument(i) for i in range(9)]
     words, self._sums, self._of_head, *others = map(frame.numbers, arrays)
     self._scales, self._left, self._norms, self._rows, self._states, self._pieces = others
     index = lambda i: w.load_index(w.item(words, number(i)))
     self._begin, self._size, offset = map(index, range(3))
-    self._offset = w.spread(w.b.trunc(offset, instructions.INT))
+    self._offset = w.spread(w.b.trunc(offset, INT))
     self._count, self._batch = frame.size(arrays[1], 2), frame.size(arrays[1], 1)
     self._emb = frame.size(arrays[7], 1)
     self._num_parts = frame.size(frame.result(0), 0)
@@ -57,7 +80,7 @@ class _Parts:
       peak, floor = self._bounds(row, low, b.sub(high, low))
       total = self._scored(row, low, b.sub(high, low), peak, floor)
       place = b.add(low, w.load_index(self._place))
-      w.store(b.trunc(place, instructions.INT), w.item(self._places, i))
+      w.store(b.trunc(place, INT), w.item(self._places, i))
       total = b.fadd(total, w.load_one(self._better))
       for j, value in enumerate((w.load_one(self._best), peak, total)):
         w.store(value, w.at(self._told, number(3), i, number(j)))
@@ -115,7 +138,7 @@ class _Parts:
         shares, asked = b.select(mask, shares, constant(0.0)), b.and_(asked, mask)
       totals[0] = b.fadd(totals[0], shares)
       with b.if_then(w.any(asked)):
-        end = w.least(b.add(place, number(instructions.LANES)), count)
+        end = w.least(b.add(place, number(LANES)), count)
         for j, _ in w.loop(place, end, 1):
           upper = w.load_one(w.item(self._upper, j))
           with b.if_then(b.fcmp_ordered(">=", upper, floor)):
@@ -137,4 +160,4 @@ class _Parts:
     w.store(b.fadd(w.load_one(self._better), more), self._better)
     with b.if_then(b.fcmp_ordered(">", logit, w.load_one(self._best))):
       w.store(logit, self._best)
-      w.store(b.trunc(j, instructions.INT), self._place)
+      w.store(b.trunc(j, INT), self._place)

@@ -1,15 +1,18 @@
-"""Products of a few rows and a matrix, their sums in registers.
+"""Products of a few rows and a small matrix in one thread, their sums in registers.
 
-The matrix is read in its own order, some of its rows at a time, and what comes next is asked
-for while these are multiplied: a product of eight rows then takes little longer than it takes
-to read the matrix.
+XLA:CPU shares them between threads, the second of which takes longer to wake than to work. The
+matrix is read in its own order, some of its rows at a time, and what comes next is asked for
+while these are multiplied: a product of eight rows then takes little longer than it takes to
+read the matrix.
 """
 
 import dataclasses
 from typing import Any
 
-from calm.t5.native import frames, instructions
-from calm.t5.native.instructions import LANES, Writer, number
+import jax
+
+from calm.t5.kernels import llvm
+from calm.t5.kernels.llvm import LANES, Frame, Writer, constant, number
 
 # Rows of the matrix that are multiplied at a time.
 _BLOCK = 16
@@ -17,12 +20,13 @@ _BLOCK = 16
 _TILES = ((8, 2), (2, 8), (1, 8))
 
 
-def product() -> frames.Compiled:
-  """What XLA calls: x [rows, inputs] times matrix [inputs, columns]."""
-  return frames.handler("product", _write)
+def product(x: jax.Array, matrix: jax.Array) -> jax.Array:
+  """See `kernels.product`."""
+  shape = jax.ShapeDtypeStruct((len(x), matrix.shape[1]), "float32")
+  return jax.ffi.ffi_call(llvm.target("calm_product", _write), shape)(x, matrix)
 
 
-def _write(w: Writer, frame: frames.Frame) -> None:
+def _write(w: Writer, frame: Frame) -> None:
   x, matrix, out = frame.argument(0), frame.argument(1), frame.result(0)
   rows, inputs, columns = frame.size(x, 0), frame.size(x, 1), frame.size(matrix, 1)
   x, matrix, out = map(frame.numbers, (x, matrix, out))
@@ -48,16 +52,10 @@ def _write(w: Writer, frame: frames.Frame) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Strip:
-  """Some rows of x times some rows of the matrix.
+  """`rows` rows of x times `count` rows of the matrix, which begin at `x`, `matrix` and `out`.
 
-  Attributes:
-    w: writes it.
-    rows: of x, known here.
-    inputs, columns: numbers of a row of x, and of the matrix and the result.
-    count: rows of the matrix, at least one.
-    x, matrix, out: where the first of these rows begin.
-    first: whether the sums begin here, or go on from what is in `out`.
-    to_come: rows of the matrix behind these that are asked for.
+  Sums begin here if `first`, or go on from what is in `out`; `to_come` rows of the matrix
+  behind these are prefetched.
   """
 
   w: Writer
@@ -87,14 +85,14 @@ class _Strip:
       self._tile(column, vectors, None)
       for row, _ in w.loop(self.count, w.b.add(self.count, self.to_come), 1):
         for place in self._places(column, vectors):
-          w.ask_for(w.at(self.matrix, self.columns, row, place))
+          w.prefetch(w.at(self.matrix, self.columns, row, place))
 
   def _tile(self, column: Any, vectors: int, mask: Any) -> None:
     w, places = self.w, self._places(column, vectors)
     outs = [
       w.at(self.out, self.columns, number(r), p) for r in range(self.rows) for p in places
     ]
-    before, zero = w.b.block, instructions.constant(0.0)
+    before, zero = w.b.block, constant(0.0)
     with w.b.if_then(w.b.not_(self.first)):
       old, read = [w.load(address, mask) for address in outs], w.b.block
     sums = []

@@ -1,0 +1,159 @@
+"""What XLA:CPU computes slowly, as functions of this process that XLA calls.
+
+Every kernel is one file, written in LLVM's own language (`llvm`); this is the one place that
+asks for them. Without llvmlite (`pip install 'calm-t5x[cpu]'`), or on another platform, XLA
+computes all of it; texts are the same but for what a last bit decides.
+"""
+
+import functools
+import importlib.util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int8, Int32
+
+from calm.exits.layers import Greedy
+from calm.t5 import platforms
+
+__all__ = [
+  "attend",
+  "available",
+  "greedy",
+  "is_small",
+  "pack",
+  "product",
+  "product_in_8_bits",
+  "reads",
+  "scans",
+  "single_threaded",
+]
+
+# Rows that one thread multiplies with a layer's matrices, and numbers of its largest one; XLA
+# wakes a second thread for less.
+MOST_ROWS, MOST_NUMBERS = 16, 2**17
+# Numbers of any matrix beside such layers: a head.
+MOST_NUMBERS_OF_HEADS = 2**20
+# Rounded logits that are fewer are looked through in less time than the calls cost.
+LEAST_LOGITS = 2**16
+
+
+def available() -> bool:
+  """Whether XLA can be given functions that LLVM compiles."""
+  return platforms.runs_in_this_process() and _has_llvmlite()
+
+
+def reads(keys: jax.Array, values: jax.Array) -> bool:
+  """Whether `attend` reads keys and values of this layout."""
+  return keys.dtype == values.dtype == jnp.float32 and keys.ndim == 4 and available()
+
+
+def attend(
+  rows: Int[Array, " queries"] | None,
+  query: Float[Array, "queries heads head_dim"],
+  keys: Float[Array, "batch heads length head_dim"],
+  values: Float[Array, "batch heads length head_dim"],
+  bias: Float[Array, "queries_batch_or_one heads_or_one length"],
+  now: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+  single_threaded: bool = False,
+) -> Float[Array, "queries heads_head_dim"]:
+  """softmax(keys query + bias) values, of every query and head.
+
+  Args:
+    rows: the row of the batch that each query reads; of queries with a negative one the result
+      is 0. None: as many read each row, in the batch's order.
+    query: the queries.
+    keys, values: the batch's, which it `reads`.
+    bias: of the keys: for each query, for each row of the batch, or for all. Keys at
+      `layers.MASK_BIAS` before the first or behind the last that is not are not read; a query
+      that sees none gets 0.
+    now: one key more of every query, its value [queries, heads, head_dim], bias [heads].
+    single_threaded: whether one thread makes the layer's products, the others asleep.
+  """
+  from calm.t5.kernels import attention_kernel
+
+  return attention_kernel.attend(rows, query, keys, values, bias, now, single_threaded)
+
+
+def single_threaded(matrix: Any, rows: int) -> bool:
+  """Whether so few rows meet layers so small that one thread is as fast as two.
+
+  Args:
+    matrix: the largest of a layer.
+    rows: of the products.
+  """
+  can = platforms.has_wide_vectors() and available()
+  return can and is_small(matrix) and rows <= MOST_ROWS
+
+
+def is_small(matrix: Any) -> bool:
+  """Whether one thread multiplies a few rows by this matrix as fast as two do."""
+  whole = isinstance(matrix, jax.Array)
+  return whole and matrix.dtype == jnp.float32 and matrix.size <= MOST_NUMBERS
+
+
+def product(
+  x: Float[Array, "rows inputs"], matrix: Float[Array, "inputs outputs"]
+) -> Float[Array, "rows outputs"] | None:
+  """`x @ matrix` in one thread, beside layers that are `single_threaded`; None where XLA is as
+  fast, as for a single row, whose code XLA:CPU compiles itself."""
+  float32 = x.dtype == matrix.dtype == jnp.float32
+  if len(x) == 1 or matrix.size > MOST_NUMBERS_OF_HEADS or not float32:
+    return None
+  from calm.t5.kernels import product_kernel
+
+  return product_kernel.product(x, matrix)
+
+
+def scans(states: jax.Array, pieces: jax.Array) -> bool:
+  """Whether `greedy` finds the argmax of these rows and this head sooner than XLA."""
+  numbers = len(states) * len(pieces)
+  return numbers >= LEAST_LOGITS and pieces.dtype == jnp.float32 and available()
+
+
+def greedy(
+  sums: Int32[Array, "codes batch pieces"], offset: int, *head_and_states: jax.Array
+) -> Greedy:
+  """The argmax of a head in 8 bits; see `QuantizedHead.greedy`, which calls it.
+
+  Args:
+    sums: of products of each row's codes and the pieces' ones.
+    offset: see `EightBits.raw_sums`.
+    head_and_states: see `head_kernel`.
+  """
+  from calm.t5.kernels import head_kernel
+
+  return head_kernel.greedy(sums, offset, *head_and_states)
+
+
+def pack(codes: Int8[Array, "outputs inputs"]) -> Int8[Array, "vectors quads bytes"] | None:
+  """Codes of a matrix laid out for `product_in_8_bits`; None where no CPU gains by it."""
+  outputs, inputs = codes.shape
+  if not (platforms.multiplies_bytes() and available()) or outputs % 16 or inputs % 16:
+    return None
+  from calm.t5.kernels import codes_kernel
+
+  return codes_kernel.pack(codes)
+
+
+def product_in_8_bits(
+  x: Float[Array, "*rows inputs"],
+  packed: Int8[Array, "vectors quads bytes"],
+  sums: Int32[Array, " outputs"],
+  scales: Float[Array, " outputs"],
+) -> Float[Array, "*rows outputs"]:
+  """`EightBits.product` of a packed matrix, bit for bit.
+
+  Args:
+    x: the rows.
+    packed: from `pack`.
+    sums, scales: see `EightBits`.
+  """
+  from calm.t5.kernels import codes_kernel
+
+  return codes_kernel.product_in_8_bits(x, packed, sums, scales)
+
+
+@functools.cache
+def _has_llvmlite() -> bool:
+  return importlib.util.find_spec("llvmlite") is not None
