@@ -24,7 +24,7 @@ import numpy as np
 import calm
 from calm import exits, inference, storage
 from calm.calibrate import NEVER_EXIT, Prompt, generations
-from calm.inference import offline
+from calm.inference import timing
 from calm.paper.bench import bench, scores, tasks
 from calm.paper.experiments import gains
 
@@ -101,7 +101,7 @@ def calibrated(part: Part, fixed: dict, timed: int) -> list[list[str]]:
     wanted = {measure: set() for measure in task.measures}
     for row in found.rows:
       wanted[row.measure] |= {row.gains[0].threshold} - {NEVER_EXIT}
-    prompts = offline.of_one_length(
+    prompts = timing.of_one_length(
       task.timed_model, part.prompts[found.num_calibration :], timed
     )
     levels = {measure: sorted(levels) for measure, levels in wanted.items()}

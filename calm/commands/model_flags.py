@@ -19,7 +19,6 @@ DECODE_OPTIONS = (
   "encoder_dtype",
   "reference_dtype",
   "head_dtype",
-  "weights_layout",
 )
 
 
@@ -81,11 +80,6 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     (
       *("head_dtype", str, "NAME"),
       "int8: output heads are read in 8 bits first; the same tokens, on a CPU sooner",
-      "the model's own",
-    ),
-    (
-      *("weights_layout", str, "NAME"),
-      "columns: matrices are cut for a CPU, which then decodes sooner and compiles longer",
       "the model's own",
     ),
     (

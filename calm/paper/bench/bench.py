@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from calm import exits, inference
 from calm.calibrate import Prompt, Record, generations
 from calm.exits import confidence, schedules
-from calm.inference import offline, result_cache, timing
+from calm.inference import grid, result_cache, timing
 from calm.inference.options import VERIFIED
 from calm.paper.bench import grids, tasks
 
 MEASURES = ("softmax", "shortlist", "classifier", "state")
 
 # What is about to be done -> where its progress goes.
-Announce = Callable[[str], offline.Progress]
+Announce = Callable[[str], grid.ShareProgress]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Bench:
   data: pathlib.Path | tasks.OwnPrompts
   folder: pathlib.Path
   options: Options = Options()
-  announce: Announce = lambda text: offline.silent
+  announce: Announce = lambda text: grid.silent
 
   @property
   def measures(self) -> tuple[str, ...]:
@@ -158,7 +158,7 @@ class Bench:
   @functools.cached_property
   def whole(self) -> inference.Predictor:
     """The predictor with batches of one shape."""
-    return offline.one_shape(self.predictor)
+    return grid.one_shape(self.predictor)
 
   @functools.cached_property
   def timed_model(self) -> inference.Predictor:
@@ -186,7 +186,7 @@ class Bench:
 
     def make() -> tuple[Record, ...]:
       progress = self.announce(f"{self.settings.title}: {name}")
-      return offline.with_rule(model, prompts, rule, progress=progress)
+      return grid.with_rule(model, prompts, rule, progress=progress)
 
     key = {"rule": repr(rule), "decoded_by": model.procedure.to_json()}
     slug = name.replace(" ", "_").replace("'", "")
@@ -212,7 +212,7 @@ class Bench:
     """Prompts over any grid under any options; cached and resumable."""
     folder = self.folder / "generations" / self.settings.name
     progress = self.announce(f"{self.settings.title}: {name}")
-    return offline.on_grid(model, prompts, levels, folder, progress=progress)
+    return grid.on_grid(model, prompts, levels, folder, progress=progress)
 
   @functools.cached_property
   def validation_grids(self) -> Mapping[str, generations.Generations]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from calm.calibrate import Record
 from calm.calibrate.losses import metric_values, metrics
-from calm.inference.offline import mean_layers
+from calm.inference.grid import mean_layers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from calm import exits, inference
 from calm.calibrate import Prompt, Record
-from calm.inference import grid, offline
+from calm.inference import grid
 from calm.paper.bench import scores
 
 SAMPLING, LAYER = "sampling", "layer"
@@ -116,7 +116,7 @@ def perturbations(
   metric: str,
   *,
   at: Sequence[int] | None = None,
-  progress: offline.Progress = offline.silent,
+  progress: grid.ShareProgress = grid.silent,
 ) -> Perturbations:
   """Perturbs every output at every position, in both ways.
 

@@ -8,7 +8,7 @@ from calm import exits, inference
 from calm.calibrate import Prompt
 from calm.data import prompt_batches as prompts_lib
 from calm.exits import schedules
-from calm.inference import offline, result_cache, timing
+from calm.inference import result_cache, timing
 from calm.paper.bench import bench, intervals, scores, tasks
 from calm.paper.experiments import (
   decay,
@@ -73,7 +73,7 @@ def flops_reduction(
     exit_layers: of the real tokens of every output.
     input_length: positions of the padded prompt.
   """
-  step = inference.costs.of_a_step(bench.under(predictor, measure), input_length)
+  step = bench.under(predictor, measure).step_costs(input_length)
   return costs.totals(step, exit_layers).flops_ratio
 
 
@@ -143,7 +143,7 @@ class Suite(bench.Bench):
     depths = range(1, self.predictor.num_layers + 1)
     settings += [timing.Setting(tradeoff.static_name(k), exits.StaticExit(k)) for k in depths]
     settings.append(timing.Setting(tradeoff.ORACLE, exits.OracleExit()))
-    timed = offline.of_one_length(self.timed_model, self.validation, self.options.timed)
+    timed = timing.of_one_length(self.timed_model, self.validation, self.options.timed)
     timings = self.time("tradeoff", timed, settings)
     return self.result(
       tradeoff.TradeOff,
@@ -194,14 +194,14 @@ class Suite(bench.Bench):
         if gain.threshold not in (*chosen[row.measure], schedules.NEVER_EXIT):
           chosen[row.measure].append(gain.threshold)
     unseen = self.test[found.num_calibration :]
-    timed = offline.of_one_length(self.timed_model, unseen, 2 * self.options.timed)
+    timed = timing.of_one_length(self.timed_model, unseen, 2 * self.options.timed)
     return gains.with_times(found, self.time("gains", timed, self.timed_settings(chosen)))
 
   @functools.cached_property
   def shown_examples(self) -> tuple[examples.Examples, ...]:
     """Fig. 4."""
     unseen = self.test[self.calibrated_gains.num_calibration :]
-    among = {prompt.id for prompt in offline.of_one_length(self.timed_model, unseen)}
+    among = {prompt.id for prompt in timing.of_one_length(self.timed_model, unseen)}
     first = self.test_grids[self.measures[0]]
     rows = examples.choose(first, self.options.examples, among)
     return tuple(

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from calm.calibrate import generations, trials
 from calm.calibrate.losses import sequence_losses
-from calm.inference import offline
+from calm.inference import grid
 
 TOLERANCES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 METHODS = ("paper", "auto")
@@ -58,7 +58,7 @@ def validity(
   calibration_size: int = 300,
   splits: int = 50,
   draws: int = 200,
-  progress: offline.Progress = offline.silent,
+  progress: grid.ShareProgress = grid.silent,
 ) -> Validity:
   """Calibrates again and again on the cached outputs of the test prompts.
 

@@ -9,7 +9,7 @@ import jinja2
 import markupsafe
 
 from calm.console import sanitize
-from calm.inference import colours, drawing, result_cache
+from calm.inference import drawing, outputs, result_cache
 from calm.paper.experiments import examples
 from calm.paper.report.section import Panel, Section
 from calm.paper.report.tables import number, threshold
@@ -66,8 +66,8 @@ def shown(value: Any) -> Any:
 def _palette(num_layers: int) -> list[tuple[int, str, str]]:
   """(layer, background, text colour) of every layer."""
   return [
-    (layer, colour, colours.text_colour(colour))
-    for layer, colour in enumerate(colours.scale(num_layers), start=1)
+    (layer, colour, outputs.text_colour(colour))
+    for layer, colour in enumerate(outputs.scale(num_layers), start=1)
   ]
 
 

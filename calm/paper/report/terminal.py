@@ -6,7 +6,7 @@ from typing import TextIO, cast
 from rich import console as rich_console
 
 from calm.console import print_table, print_text
-from calm.inference import colours
+from calm.inference import outputs
 from calm.paper.experiments import examples, suite
 from calm.paper.report import findings, page, table2
 from calm.paper.report.tables import Table, number, threshold
@@ -51,13 +51,13 @@ def print_examples(console: rich_console.Console, found: examples.Examples, coun
     f"\nmeasure {found.measure}, threshold {threshold(found.thresholds[level_at])}",
     highlight=False,
   )
-  mode = colours.terminal_mode(stream=cast(TextIO, console.file))
+  mode = outputs.terminal_mode(stream=cast(TextIO, console.file))
   if mode != "plain":
-    print(colours.legend_terminal(found.num_layers, mode=mode), file=console.file)
+    print(outputs.legend_terminal(found.num_layers, mode=mode), file=console.file)
   for item in found.items[:count]:
     level = item.levels[level_at]
     pieces = page.visible(level.pieces)
-    text = colours.to_terminal(pieces, level.exit_layers, found.num_layers, mode=mode)
+    text = outputs.to_terminal(pieces, level.exit_layers, found.num_layers, mode=mode)
     print_text(console, f"\n{item.id}", "dim")
     for name, value in (("reference", item.reference), ("full", item.full)):
       print_text(console, f"  {name:<10} {value}", soft_wrap=True)
