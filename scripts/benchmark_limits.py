@@ -28,7 +28,7 @@ import tables
 from calm import calibrate, exits, inference, storage
 from calm.decode import staged
 from calm.exits import schedules
-from calm.inference import grid, offline
+from calm.inference import grid, timing
 from calm.paper import tasks
 
 # No piece has this number: a text ends at its limit.
@@ -109,7 +109,7 @@ def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
   shared |= {"measure": "softmax", "exit_layers": (2, 4)}
   base, lines = inference.load("packed", **shared), []
   prompts = tasks.read_prompts(flags.data, task, "test", limit=10 * flags.num_prompts)
-  texts = [prompt.input for prompt in offline.of_one_length(base, prompts, flags.num_prompts)]
+  texts = [prompt.input for prompt in timing.of_one_length(base, prompts, flags.num_prompts)]
   ways = {
     "full depth": (exits.StaticExit(), schedules.NEVER_EXIT),
     "exact": (inference.exact_rule(base), schedules.NEVER_EXIT),

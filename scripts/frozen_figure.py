@@ -18,7 +18,7 @@ from calm import exits, inference, storage
 from calm.calibrate import Prompt
 from calm.calibrate.losses import metric_values, metrics, sequence_losses
 from calm.data import datasets
-from calm.inference import colours, offline
+from calm.inference import grid, outputs
 
 FOLDER = pathlib.Path(__file__).parent
 CURVES = FOLDER / "figures" / "frozen_exits.json"
@@ -50,21 +50,21 @@ def measure(model: pathlib.Path, fit: pathlib.Path, rows: pathlib.Path) -> dict[
     "translators": (served, "exit_state"),
     "translators, learned propagation": (served, "learned"),
   }
-  bulk = offline.in_bulk(given)
-  full = offline.with_rule(bulk, prompts, exits.StaticExit())
+  bulk = grid.in_bulk(given)
+  full = grid.with_rule(bulk, prompts, exits.StaticExit())
   curves = {}
   for name, (way, propagation) in ways.items():
     options = {"measure": "softmax", "exit_layers": layers, "propagation": propagation}
-    decoder = offline.in_bulk(way.with_options(**options))
+    decoder = grid.in_bulk(way.with_options(**options))
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder)
-      cached = offline.on_grid(decoder, prompts, THRESHOLDS, path, full=full)
+      cached = grid.on_grid(decoder, prompts, THRESHOLDS, path, full=full)
       losses = sequence_losses.compute(cached, "textual", metric=metric).values
-      depths = [offline.mean_layers(records) for records in cached.records]
+      depths = [grid.mean_layers(records) for records in cached.records]
     curves[name] = [depths, losses.mean(axis=0).tolist()]
-  decoder, cut = offline.in_bulk(served), ([], [])
+  decoder, cut = grid.in_bulk(served), ([], [])
   for layer in range(2, served.num_layers):
-    records = offline.with_rule(decoder, prompts, exits.StaticExit(layer))
+    records = grid.with_rule(decoder, prompts, exits.StaticExit(layer))
     pairs = [(a.prediction, (b.prediction,)) for a, b in zip(records, full, strict=True)]
     alike = metric_values.compute(metrics.get_metric(metric), pairs)
     cut[0].append(layer)
@@ -123,7 +123,7 @@ def draw(found: dict[str, Any], output: pathlib.Path = FIGURE) -> None:
 def sentence(axes, found: dict[str, Any]) -> None:
   """A text of the last part, each piece on the colour of its layer."""
   axes.axis("off")
-  scale, place = colours.scale(found["num_layers"]), 0.0
+  scale, place = outputs.scale(found["num_layers"]), 0.0
   total = sum(len(piece) + 1 for piece in found["example"]["pieces"])
   for piece, layer in zip(*found["example"].values(), strict=True):
     background = scale[layer - 1]
@@ -132,7 +132,7 @@ def sentence(axes, found: dict[str, Any]) -> None:
       0.5,
       f"{piece.replace(chr(0x2581), ' ').strip()} {layer}",
       fontsize=9,
-      color=colours.text_colour(background),
+      color=outputs.text_colour(background),
       bbox={"facecolor": background, "edgecolor": "none", "pad": 2},
     )
     place += len(piece) + 2.5

@@ -24,7 +24,7 @@ import numpy as np
 import calm
 from calm import exits, inference, storage
 from calm.fitting import candidates
-from calm.inference import offline
+from calm.inference import grid
 from calm.paper import tasks
 
 SHARES = (0.02, 0.04, 0.06, 0.1)
@@ -42,7 +42,7 @@ def read(arguments, folder: str, task: str) -> candidates.Reading:
     max_decode_length=settings.max_decode_length,
   )
   prompts = tasks.read_prompts(arguments.data, settings, "validation", limit=arguments.limit)
-  full = offline.with_rule(offline.one_shape(model), prompts, exits.StaticExit())
+  full = grid.with_rule(grid.one_shape(model), prompts, exits.StaticExit())
   silent = lambda share, text: None
   texts = [prompt.input for prompt in prompts]
   return candidates.read_layers(model, texts, full, arguments.measures, silent)

@@ -32,7 +32,7 @@ from calm.calibrate.losses import metrics, sequence_losses
 from calm.checkpoints import huggingface
 from calm.commands import common
 from calm.data import datasets
-from calm.inference import offline
+from calm.inference import grid
 from calm.t5 import network
 
 TOLERANCE = 0.1
@@ -150,7 +150,7 @@ def equal_texts(folder: pathlib.Path, output: pathlib.Path, prompts: list[Prompt
   same = {name: getattr(served.options, name) for name in limits}
   given = inference.load(folder, void_guarantee=True, **same)
   texts = [
-    [record.tokens for record in offline.with_rule(model, prompts, exits.StaticExit())]
+    [record.tokens for record in grid.with_rule(model, prompts, exits.StaticExit())]
     for model in (given, served.reference)
   ]
   return f"{sum(a == b for a, b in zip(*texts, strict=True))} of {len(prompts)}"
@@ -161,9 +161,9 @@ def cut(output: pathlib.Path, prompts: list[Prompt], task: str) -> str:
   within the tolerance, and that distance."""
   model = inference.load(output, void_guarantee=True)
   metric = metrics.get_metric(METRICS[task])
-  full = offline.with_rule(model.reference, prompts, exits.StaticExit())
+  full = grid.with_rule(model.reference, prompts, exits.StaticExit())
   for layer in range(1, model.num_layers):
-    made = offline.with_rule(model, prompts, exits.StaticExit(layer))
+    made = grid.with_rule(model, prompts, exits.StaticExit(layer))
     pair = generations.Generations(tuple(prompts), np.array([0.5]), (made,), full)
     distance = sequence_losses.prefix_losses(pair, "textual", metric=metric)[0].mean()
     if distance <= TOLERANCE:
@@ -183,7 +183,7 @@ def certified_layers(output: pathlib.Path, task: str) -> str:
   for tolerance in (0.05, 0.2):
     made = calibrate(losses, tolerance=tolerance, error_rate=0.05)
     certified = [i for i, t in enumerate(cached.thresholds) if t == made.threshold]
-    depth = offline.mean_layers(cached.records[certified[0]]) if certified else None
+    depth = grid.mean_layers(cached.records[certified[0]]) if certified else None
     found.append("full" if depth is None else f"{depth:.2f}")
   return ", ".join(found)
 

@@ -16,7 +16,7 @@ import tempfile
 from calm import calibrate, exits, inference
 from calm.calibrate.generations import records
 from calm.calibrate.losses import sequence_losses
-from calm.inference import colours, offline
+from calm.inference import grid, outputs
 from calm.paper import scores
 
 parser = argparse.ArgumentParser(description="A walk through calm on the packed model.")
@@ -33,7 +33,7 @@ arguments, _ = parser.parse_known_args()
 # arithmetic, but one compilation a rule, which is what a short session waits for.
 
 # %%
-model = offline.one_shape(inference.load("packed", measure="classifier"))
+model = grid.one_shape(inference.load("packed", measure="classifier"))
 prompts = records.read_prompts(inference.PACKED / "prompts_calibration.jsonl")
 prompts = prompts[: arguments.prompts]
 unseen = records.read_prompts(inference.PACKED / "prompts_unseen.jsonl")[:8]
@@ -55,7 +55,7 @@ print(f"full depth: {full.mean_layers:.2f} layers a token; early: {early.mean_la
 # In a notebook, `early` alone as the last line of a cell shows all outputs coloured.
 
 # %%
-print(colours.legend_terminal(model.num_layers))
+print(outputs.legend_terminal(model.num_layers))
 for prompt, whole, output in zip(unseen, full, early, strict=True):
   print(f"\nreference  {prompt.targets[0]}\nfull       {whole.text}")
   print(f"early      {output.coloured()}   ({output.mean_layers:.2f} layers)")
@@ -70,9 +70,9 @@ for layer in range(1, model.num_layers + 1):
 # encoded once, the grid compiles once), then the lowest threshold that is certified.
 
 # %%
-grid = (0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7)
+thresholds = (0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7)
 folder = pathlib.Path(tempfile.mkdtemp(prefix="calm-walkthrough-"))
-cached = offline.on_grid(model, prompts, grid, folder)
+cached = grid.on_grid(model, prompts, thresholds, folder)
 losses = sequence_losses.textual_losses(cached, metric="rouge_l")
 result = calibrate.calibrate(losses, tolerance=arguments.tolerance, error_rate=0.05)
 print(f"threshold: {result.threshold} ({result.reason})")
@@ -84,7 +84,7 @@ print(result.guarantee)
 # %%
 result.save(folder / "calibration.json")
 served = inference.load("packed", calibration=folder / "calibration.json")
-print(offline.one_shape(served).generate(texts))
+print(grid.one_shape(served).generate(texts))
 
 # %% [markdown]
 # ## Plot

@@ -20,7 +20,12 @@ CHECKED = (
   *("data.prompt_batches", "decode.loop", "decode.pool", "decode.pool_program"),
   *("decode.program", "exits.confidence", "exits.propagation", "exits.rules"),
   *("exits.schedules", "inference.options", "inference.outputs", "inference.predictor"),
-  *("inference.opening", "t5.decoder", "t5.layers", "t5.network"),
+  *(
+    "inference.batch_decoder",
+    "t5.decoder",
+    "t5.layers",
+    "t5.network",
+  ),
   *("training.losses", "training.objectives"),
 )
 

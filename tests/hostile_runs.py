@@ -19,7 +19,7 @@ from calm.calibrate.losses import asking
 from calm.commands import promise_flags, results
 from calm.data import vocabulary
 from calm.fitting import result as fit_result
-from calm.inference import exact, result_cache
+from calm.inference import predictor, result_cache
 from calm.training import loop, sources
 from tests.hostile_documents import GOLDEN, GONE, _absent, _anything, _of
 
@@ -153,7 +153,7 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
     ),
     "result": (cache.path("timing", {}), kept),
     "unfinished outputs": (at("out.jsonl.partial.json"), lambda: _unfinished(at("out.jsonl"))),
-    "full depth": (at("full_depth.json"), lambda: exact.stored_rule(at("full_depth.json"))),
+    "full depth": (at("full_depth.json"), lambda: predictor.stored_rule(at("full_depth.json"))),
   }
 
 

@@ -27,7 +27,7 @@ from calm.commands import certificate, common, demo
 from calm.console import Progress, print_table, print_text, sanitize
 from calm.fitting import FitOptions, candidates, choose, train
 from calm.fitting import result as result_lib
-from calm.inference import colours, drawing, outputs
+from calm.inference import drawing, outputs
 from calm.paper import page
 from calm.paper import sections as sections_lib
 from tests.paper import samples
@@ -163,7 +163,7 @@ HTML = {
   "an output": lambda text: output(text)._repr_html_(),
   "outputs": lambda text: several(text)._repr_html_(),
   "a calibration": lambda text: calibrated(text)._repr_html_(),
-  "coloured tokens": lambda text: colours.to_html([text], [2], 4, confidences=[0.5]),
+  "coloured tokens": lambda text: outputs.to_html([text], [2], 4, confidences=[0.5]),
   "the report": report_page,
   "the summary of a fit": lambda text: result_lib.pages(fit_result(text), FitOptions(), text)[
     "summary.html"
@@ -227,8 +227,8 @@ TERMINAL = {
   "steps": of_steps,
   "a fit": of_a_fit,
   "the demo": of_the_demo,
-  "coloured tokens": lambda text: colours.to_terminal([text], [2], 4, mode="truecolor"),
-  "tokens without colour": lambda text: colours.to_terminal([text], [2], 4, mode="plain"),
+  "coloured tokens": lambda text: outputs.to_terminal([text], [2], 4, mode="truecolor"),
+  "tokens without colour": lambda text: outputs.to_terminal([text], [2], 4, mode="plain"),
   "an output": lambda text: repr(output(text)) + repr(several(text)),
   "the summary of a fit": lambda text: result_lib.pages(fit_result(text), FitOptions(), text)[
     "summary.md"

@@ -254,13 +254,13 @@ def print_comparison(
 
 def print_examples(console, prompts, result: Comparison, count: int) -> None:
   """A few outputs, every token coloured by its exit layer, beside the full model's."""
-  from calm.inference import colours
+  from calm.inference import outputs
 
-  layers, mode = result.early.num_layers, colours.terminal_mode()
+  layers, mode = result.early.num_layers, outputs.terminal_mode()
   how = "" if mode == "plain" else ", tokens coloured by them"
   console.print(f"\n[bold]4. Outputs[/bold] and the decoder layers of each token{how}")
   if mode != "plain":
-    print(colours.legend_terminal(layers, mode=mode))
+    print(outputs.legend_terminal(layers, mode=mode))
   for prompt, full, early in list(zip(prompts, result.full, result.early, strict=True))[:count]:
     text = prompt.input if len(prompt.input) <= 160 else prompt.input[:157] + "..."
     print_text(console, f"\n{prompt.id}", "dim")

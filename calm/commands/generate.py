@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
   prompts = list(opened)
   common.use_compilation_cache()
   from calm import inference
-  from calm.inference import until_certified
+  from calm.inference import grid
 
   console = rich_console.Console()
   print_text(console, f"{opened.taken}.")
@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
     groups = promise_flags.clusters_of(arguments, prompts)
     if said := promise_flags.describe_clusters(arguments, prompts):
       print_text(console, said, "yellow")
-    prompts = until_certified.in_order(predictor, prompts, ungrouped=groups is None)
+    prompts = grid.sequential_order(predictor, prompts, ungrouped=groups is None)
     test = _test(arguments, levels, groups or [prompt.id for prompt in prompts])
   writer = _open_writer(arguments, console, arguments.output, predictor, prompts, levels, test)
   if test is None:
@@ -206,7 +206,7 @@ def _test(arguments, levels, units: Sequence[str]) -> sequential.SequentialCalib
 
 
 def _until_certified(arguments, console, predictor, prompts, test, writer) -> None:
-  from calm.inference import until_certified
+  from calm.inference import grid
 
   known = asking.read_references(arguments.references) if arguments.references else {}
   with Progress(console) as progress:
@@ -216,7 +216,7 @@ def _until_certified(arguments, console, predictor, prompts, test, writer) -> No
       progress(done / planned, text)
 
     try:
-      calibration = until_certified.generate(
+      calibration = grid.generate_until_certified(
         predictor,
         prompts,
         writer,

@@ -113,7 +113,7 @@ class Monitored:
         f" {repeated} were not checked, as their ids had been before: a prompt that is served"
         " again is no independent draw. Give new prompts ids of their own."
       )
-    if self._predictor.elsewhere:
+    if self._predictor.platform_mismatch:
       count = f"{self._trial(checked)} {count}"
     if not monitor.alarm:
       return f"{count}{lost} No alarm."
@@ -131,7 +131,7 @@ class Monitored:
     )
     return (
       "Served on trial, the calibration being made elsewhere:"
-      f" {self._predictor.elsewhere}. {found}"
+      f" {self._predictor.platform_mismatch}. {found}"
     )
 
 
@@ -145,7 +145,7 @@ def open_monitored(
       is neither built in nor that of `--metric`, or an option leaves its range.
     LockedError: another process writes the monitor's file.
   """
-  on_trial = bool(predictor.elsewhere) and threshold not in (NEVER_EXIT, None)
+  on_trial = bool(predictor.platform_mismatch) and threshold not in (NEVER_EXIT, None)
   if arguments.monitor is None and not on_trial:
     for name in ("fail_on_alarm", "monitor_share", "monitor_level", "metric"):
       if (given := getattr(arguments, name)) is not None and given is not False:

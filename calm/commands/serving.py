@@ -14,7 +14,7 @@ from calm.calibrate import NEVER_EXIT, Prompt, seconds, thresholds
 from calm.commands import common, monitoring, results
 from calm.console import Progress, print_text, rate, sanitize
 from calm.data import prompt_batches
-from calm.inference import colours, costs
+from calm.inference.outputs import legend_terminal
 
 # Seconds of full depth are measured beside a calibrated threshold's where the calibration does
 # not say them and the prompts are so many that it costs them little.
@@ -80,7 +80,7 @@ class Served:
         " command would go on"
       ) from None
     if coloured:
-      print(colours.legend_terminal(self.predictor.num_layers), file=sys.stderr)
+      print(legend_terminal(self.predictor.num_layers), file=sys.stderr)
 
   def _decode(
     self, prompts: Iterator[Prompt], progress: Progress, done: int = 0
@@ -113,7 +113,7 @@ class Served:
     if self._looked or not self._drafts:  # without drafts both would be full depth
       return
     texts = [prompt.input for prompt in self._sample]
-    found = inference.seconds.exactly(self.predictor, texts, rule)
+    found = inference.timing.exact_beside_full_depth(self.predictor, texts, rule)
     self._looked = True
     if found is not None and found.speedup < 1:
       self._exact = exits.StaticExit()
@@ -143,7 +143,7 @@ class Served:
     self._drafted += sum(sum(output.drafted) for output in outputs)
     if not self._passes:
       rule = self.predictor.served_rule(self.threshold)
-      self._costs += costs.totals(self.predictor, outputs, rule)
+      self._costs += self.predictor.total_costs(outputs, rule)
     self._guarantee = outputs.guarantee
     for warning in caught:
       if isinstance(warning.message, prompt_batches.CutPrompts):
@@ -190,7 +190,7 @@ class Served:
     elif self.threshold == NEVER_EXIT and not self._guarantee:
       say("This was the full model: there is nothing that a guarantee would be about.")
     else:
-      why = self.predictor.elsewhere or _why_none(arguments)
+      why = self.predictor.platform_mismatch or _why_none(arguments)
       say(self._guarantee or f"No guarantee: {why}.")
     if self.monitored is not None:
       say(self.monitored.report())
@@ -218,7 +218,7 @@ class Served:
     texts = [prompt.input for prompt in self._sample]
     with warnings.catch_warnings():
       warnings.simplefilter("ignore", prompt_batches.CutPrompts)  # said above, of all prompts
-      return inference.seconds.measure(
+      return inference.timing.beside_full_depth(
         self.predictor, texts, self.threshold, prompts=4, rounds=3
       )
 

@@ -21,7 +21,7 @@ from calm import inference
 from calm.calibrate import Record
 from calm.exits import confidence, evidence, schedules
 from calm.fitting import exit_maps
-from calm.inference import offline
+from calm.inference import grid
 from calm.t5 import network, parameters
 
 # The paper's tau of Eq. 5 (its Fig. 4 takes 4 for the tasks with long texts), and twice that,
@@ -177,7 +177,7 @@ def read_layers(
 
   `names` are measures but 'shortlist', whose confidence is that of 'softmax'.
   """
-  one = offline.one_shape(predictor.with_options(batch_size=exit_maps.BATCH))
+  one = grid.one_shape(predictor.with_options(batch_size=exit_maps.BATCH))
   longest = max(len(record.tokens or ()) for record in full)
   listed = tuple(predictor.options.shortlist or ())
   read = _reader(predictor.config, tuple(names), predictor.vocabulary.vocab_size, listed)
@@ -322,7 +322,7 @@ def rank(
     within = np.flatnonzero(loss <= tolerance)
     depths = depth[within[-1]] if len(within) else np.full(1, reading.num_layers)
     options = candidate.options(length)
-    costs = inference.costs.of_a_step(predictor.with_options(**options), input_length)
+    costs = predictor.with_options(**options).step_costs(input_length)
     counts = np.bincount(depths, minlength=costs.num_layers + 1)
     moved = sum(costs.early(int(i)).bytes * int(counts[i]) for i in np.flatnonzero(counts))
     share = float(moved / (costs.full.bytes * counts.sum()))

@@ -23,7 +23,7 @@ from calm.fitting import candidates as candidates_lib
 from calm.fitting import train
 from calm.fitting.candidates import Candidate, Reading
 from calm.fitting.options import FitOptions
-from calm.inference import offline, result_cache, timing
+from calm.inference import grid, result_cache, timing
 
 Progress = Callable[[float, str], None]
 
@@ -188,7 +188,7 @@ class Choosing:
   @functools.cached_property
   def bulk(self) -> inference.Predictor:
     """The same procedure, in batches for many prompts."""
-    return offline.in_bulk(self.predictor)
+    return grid.in_bulk(self.predictor)
 
   def run(self, progress: Progress) -> Choice:
     full = self.cache.get(Full, "full", self.key, lambda: self._full(part(progress, 0.0, 0.2)))
@@ -202,34 +202,32 @@ class Choosing:
     first = [dataclasses.replace(entry, first_speedup=entry.speedup) for entry in first]
     compared = full.records
     if self.reference is not None:
-      static, model = exits.StaticExit(), offline.in_bulk(self.reference)
-      compared = offline.with_rule(model, prompts, static)
+      static, model = exits.StaticExit(), grid.in_bulk(self.reference)
+      compared = grid.with_rule(model, prompts, static)
     told = part(progress, 0.55, 0.85)
     tried = self._decoded(prompts, compared, reading, first, told)
     tried, found = self._timed("seconds", tried, LAST, part(progress, 0.85, 1.0))
     faster = [i for i, entry in enumerate(tried) if entry.decoded and entry.gains]
     chosen = max(faster, key=lambda i: tried[i].score, default=None)
-    grid: tuple[float, ...] = ()
+    levels: tuple[float, ...] = ()
     if chosen is not None:
       best = tried[chosen]
       known = best.candidate, best.thresholds, best.losses, best.threshold
-      grid = candidates_lib.final_grid(*known, self.options.tolerance)
-    return Choice(tuple(tried), chosen, grid, found.full, len(prompts), found.num_prompts)
+      levels = candidates_lib.final_grid(*known, self.options.tolerance)
+    return Choice(tuple(tried), chosen, levels, found.full, len(prompts), found.num_prompts)
 
   def _full(self, progress: Progress) -> Full:
     """Full-depth texts of as many prompts as a candidate has time for."""
     size, static = self.bulk.options.batch_size, exits.StaticExit()
-    first = offline.with_rule(self.bulk, self.prompts[:size], static)  # compiles
+    first = grid.with_rule(self.bulk, self.prompts[:size], static)  # compiles
     start = time.perf_counter()
-    second = offline.with_rule(self.bulk, self.prompts[size : 2 * size], static)
+    second = grid.with_rule(self.bulk, self.prompts[size : 2 * size], static)
     spent = (time.perf_counter() - start) / max(len(second), 1)
     # A grid costs a candidate about four times the texts.
     affordable = int(_SECONDS / 4 / spent) if second else len(self.prompts)
     count = min(len(self.prompts), max(affordable, _LEAST_PROMPTS, 2 * size))
     rest = self.prompts[2 * size : count]
-    return Full(
-      (*first, *second, *offline.with_rule(self.bulk, rest, static, progress=progress))
-    )
+    return Full((*first, *second, *grid.with_rule(self.bulk, rest, static, progress=progress)))
 
   def _finalists(self, texts: Sequence[str], reading: Reading) -> list[Candidate]:
     longest = max(batch.tokens.shape[1] for batch in self.predictor.plan(texts))
@@ -272,11 +270,11 @@ class Choosing:
     """A finalist decoded over the grid that its confidences ask for."""
     options, candidate = self.options, entry.candidate
     length = self.bulk.options.max_decode_length
-    model = offline.in_bulk(self.predictor.with_options(**candidate.options(length)))
+    model = grid.in_bulk(self.predictor.with_options(**candidate.options(length)))
     levels = candidates_lib.coarse_grid(reading, candidate, options.tolerance, length)
     told = lambda share, text: progress(share, f"{candidate}, {text.split(' at ')[-1]}")
     shared = {} if candidate.in_8_bits else encodings
-    cached = offline.on_grid(
+    cached = grid.on_grid(
       model, prompts, levels, self.folder, full=full, encodings=shared, progress=told
     )
     losses = sequence_losses.compute(cached, options.kind, metric=options.metric).values
@@ -284,7 +282,7 @@ class Choosing:
       entry,
       thresholds=levels,
       losses=tuple(losses.mean(axis=0).tolist()),
-      depths=tuple(map(offline.mean_layers, cached.records)),
+      depths=tuple(map(grid.mean_layers, cached.records)),
       threshold=candidates_lib.forecast(
         levels, losses, options.tolerance, self.num_calibration
       ),
@@ -329,7 +327,7 @@ def timed(
     size: (prompts, rounds).
     progress: called with the share done.
   """
-  chosen = offline.of_one_length(predictor, prompts, size[0])
+  chosen = timing.of_one_length(predictor, prompts, size[0])
   length = predictor.options.max_decode_length
   # Weights that serve every measure, a shortlist's too.
   asked = any(entry.candidate.measure == "shortlist" for entry in tried)
@@ -399,7 +397,7 @@ def has_large_layers(predictor: inference.Predictor) -> bool:
   config, options = predictor.config, predictor.options
   heads = 1 if config.logits_via_embedding else 2
   layers = train.num_parameters(config) - heads * config.vocab_size * config.emb_dim
-  exact = not inference.procedures.batch_size_affects_output(config, options)
+  exact = not inference.options.batch_size_affects_output(config, options)
   return exact and options.weights_dtype is None and layers >= LEAST_LAYERS
 
 
@@ -407,7 +405,7 @@ def read_head(
   predictor: inference.Predictor, prompts: Sequence[Prompt], progress: Progress
 ) -> HeadReading:
   """Times full depth with the head read either way, prompt by prompt and in turn."""
-  chosen = offline.of_one_length(predictor, prompts, 8)
+  chosen = timing.of_one_length(predictor, prompts, 8)
   setting = timing.Setting(
     "8 bits", exits.StaticExit(), model=predictor.with_options(head_dtype="int8")
   )
@@ -449,7 +447,7 @@ def fastest_exact(
         "beside": predictor.options.head_dtype,
         "rule": dataclasses.asdict(rule),
       },
-      lambda model=model: inference.seconds.measure(
+      lambda model=model: inference.timing.beside_full_depth(
         model, texts, 1.0, rule=rule, base=predictor
       ),
     )

@@ -11,7 +11,7 @@ from rich import console as rich_console
 from calm import arguments
 from calm.calibrate.losses import metrics
 from calm.console import Progress, Report, print_text
-from calm.inference import calibrating
+from calm.inference import certified
 
 # The stages that a value of `FitOptions.stages` trains, in order.
 STAGES = {
@@ -89,13 +89,13 @@ class FitOptions:
       raise ValueError(f"Expected `budget` above 0 seconds, got {self.budget}.")
     if not 0 <= self.seed < 2**32:
       raise ValueError(f"Expected `seed` to be in 0 ... {2**32 - 1}, got {self.seed}.")
-    calibrating.kind_of(self.consistency)
+    certified.kind_of(self.consistency)
     object.__setattr__(self, "metric", metrics.metric_name(self.metric))
 
   @property
   def kind(self) -> str:
     """The loss that is controlled."""
-    return calibrating.kind_of(self.consistency)
+    return certified.kind_of(self.consistency)
 
   @property
   def request(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from calm.fitting.choose import Choice
 from calm.fitting.exit_maps import LearnedExits
 from calm.fitting.options import FitOptions
 from calm.fitting.train import Trained
-from calm.inference import colours, drawing, result_cache
+from calm.inference import drawing, outputs, result_cache
 from calm.inference import options as options_lib
 
 _REQUEST = "request.json"
@@ -350,7 +350,7 @@ def pages(result: Result, options: FitOptions, folder: str) -> Mapping[str, str]
     **values,
     figure=None if figure is None else markupsafe.Markup(figure.inline),
     coloured=lambda example: markupsafe.Markup(
-      colours.to_html(
+      outputs.to_html(
         example.pieces,
         example.exit_layers,
         layers,
@@ -358,9 +358,9 @@ def pages(result: Result, options: FitOptions, folder: str) -> Mapping[str, str]
         legend=False,
       )
     ),
-    legend=markupsafe.Markup(colours.legend_html(layers)),
+    legend=markupsafe.Markup(outputs.legend_html(layers)),
   )
-  plain = lambda example: colours.to_terminal(
+  plain = lambda example: outputs.to_terminal(
     example.pieces, example.exit_layers, layers, mode="plain"
   )
   markdown = environment.get_template("summary.md.j2").render(

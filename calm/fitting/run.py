@@ -25,7 +25,7 @@ from calm.fitting import splits as splits_lib
 from calm.fitting import train as train_lib
 from calm.fitting.choose import part
 from calm.fitting.options import FitOptions, Listener, on_screen
-from calm.inference import calibrating, grid, offline, result_cache
+from calm.inference import certified, grid, result_cache
 from calm.inference import options as options_lib
 from calm.t5 import parameters
 
@@ -289,10 +289,10 @@ class Fit:
     self.ledger()  # before the rows are looked at
     full = None
     if self.options.changes_weights:
-      given = offline.in_bulk(self.source)
-      full = offline.with_rule(given, self.splits.calibration, exits.StaticExit())
-    calibration, cached = calibrating.certify(
-      offline.in_bulk(predictor),  # of the procedure that is served
+      given = grid.in_bulk(self.source)
+      full = grid.with_rule(given, self.splits.calibration, exits.StaticExit())
+    calibration, cached = certified.certify(
+      grid.in_bulk(predictor),  # of the procedure that is served
       self.splits.calibration,
       tolerance=self.options.tolerance,
       error_rate=self.options.error_rate,
@@ -302,7 +302,7 @@ class Fit:
       full=full,
       progress=grid.as_shares(self._step(CERTIFY), choice.grid),
     )
-    depths = map(offline.mean_layers, cached.records)
+    depths = map(grid.mean_layers, cached.records)
     return calibration, tuple(
       result_lib.Point(
         row.threshold, depth, row.mean, row.upper_bound, row.rejected, row.num_examples
@@ -380,7 +380,9 @@ class Fit:
       return None
     texts = [prompt.input for prompt in self.splits.last]
     key = {"procedure": predictor.procedure.to_json(), "threshold": threshold}
-    measure = lambda: inference.seconds.measure(predictor, texts, threshold, progress=progress)
+    measure = lambda: inference.timing.beside_full_depth(
+      predictor, texts, threshold, progress=progress
+    )
     return self.folder.cache.get(seconds_lib.Seconds, "seconds", key, measure)
 
 
@@ -464,13 +466,13 @@ def evaluate(
   """
   static = exits.StaticExit()
   # The batches that certified: their programs are compiled.
-  predictor = offline.in_bulk(predictor)
-  reference = offline.in_bulk(predictor.reference)
-  full = offline.with_rule(reference, prompts, static, progress=part(progress, 0.0, 0.3))
+  predictor = grid.in_bulk(predictor)
+  reference = grid.in_bulk(predictor.reference)
+  full = grid.with_rule(reference, prompts, static, progress=part(progress, 0.0, 0.3))
   before = full
   if original is not None:
     told = part(progress, 0.3, 0.6)
-    before = offline.with_rule(offline.in_bulk(original), prompts, static, progress=told)
+    before = grid.with_rule(grid.in_bulk(original), prompts, static, progress=told)
   quality_original = quality(before, prompts, options.metric)
   quality_full = quality(full, prompts, options.metric)
   worse = "" if options.accept_quality else why_worse(quality_original, quality_full, options)
@@ -482,13 +484,13 @@ def evaluate(
     told, levels = part(progress, 0.6, 1.0), (threshold,)
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder)
-      made = offline.on_grid(predictor, prompts, levels, path, full=compared, progress=told)
+      made = grid.on_grid(predictor, prompts, levels, path, full=compared, progress=told)
     early = made.records[0]
     early_quality = quality(early, prompts, options.metric)
     pair = generations.Generations(tuple(prompts), np.array([0.5]), (early,), tuple(compared))
     metric = metrics.get_metric(options.metric)
     risk = mean(sequence_losses.prefix_losses(pair, options.kind, metric=metric)[0])
-  layers = offline.mean_layers(early)
+  layers = grid.mean_layers(early)
   shown = [
     result_lib.ShownText(
       prompt=prompt.input,

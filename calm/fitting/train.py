@@ -21,7 +21,7 @@ from calm.calibrate import Prompt
 from calm.data import training_batches
 from calm.fitting import splits as splits_lib
 from calm.fitting.options import FitOptions
-from calm.inference import offline, result_cache
+from calm.inference import grid, result_cache
 from calm.t5 import network
 from calm.training import losses, objectives, read_history, run, sources
 
@@ -78,7 +78,7 @@ def own_texts(
 
     kept = storage.parse_json(storage.content(file)) if file.is_file() else {}
     if set(kept) != {row.id for row in chunk}:
-      records = offline.with_rule(predictor, chunk, exits.StaticExit(), progress=report)
+      records = grid.with_rule(predictor, chunk, exits.StaticExit(), progress=report)
       kept = {r.id: {"prediction": r.prediction, "tokens": r.tokens} for r in records}
       storage.write_atomically(file, json.dumps(kept, ensure_ascii=False) + "\n")
     found += [{"id": row.id, **kept[row.id]} for row in chunk]

@@ -2,25 +2,24 @@
 
 from calm.checkpoints import PACKED
 from calm.inference import (
-  calibrating,
-  colours,
-  costs,
+  certified,
   drawing,
   grid,
-  offline,
   options,
   outputs,
-  procedures,
   result_cache,
-  seconds,
   timing,
-  until_certified,
 )
-from calm.inference.exact import can_be_exact, exact_rule
-from calm.inference.opening import CALIBRATION, FULL_DEPTH, UntrainedExits, load
-from calm.inference.options import DecodeOptions
-from calm.inference.predictor import Predictor, SlowerThanFullDepth
-from calm.inference.procedures import options_of
+from calm.inference.batch_decoder import can_be_exact, exact_rule
+from calm.inference.options import DecodeOptions, options_of
+from calm.inference.predictor import (
+  CALIBRATION,
+  FULL_DEPTH,
+  Predictor,
+  SlowerThanFullDepth,
+  UntrainedExits,
+  load,
+)
 
 __all__ = [
   "CALIBRATION",
@@ -30,21 +29,15 @@ __all__ = [
   "Predictor",
   "SlowerThanFullDepth",
   "UntrainedExits",
-  "calibrating",
   "can_be_exact",
-  "colours",
-  "costs",
+  "certified",
   "drawing",
   "exact_rule",
   "grid",
   "load",
-  "offline",
   "options",
   "options_of",
   "outputs",
-  "procedures",
   "result_cache",
-  "seconds",
   "timing",
-  "until_certified",
 ]

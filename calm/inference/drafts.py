@@ -4,21 +4,13 @@ No text depends on it; how many drafts are made, and so the seconds, do.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from calm import exits
-from calm.decode import compiled, drafting, loop, verified_passes
-from calm.exits import schedules
-from calm.inference import exact, running
+from calm.decode import drafting, loop, verified_passes
 
-if TYPE_CHECKING:
-  from calm.inference import predictor as predictor_lib
-  from calm.t5 import caches
-
-
-_STATIC = exits.StaticExit()
 # What a batch's savings still weigh after the next one.
 MEMORY = 0.8
 # A batch must save more than this much of its steps: passes take a little more than is told.
@@ -92,55 +84,14 @@ class Expected:
     self.waits = 0 if self.must else min(4**self.idle // 4, MOST_WAITS)
 
 
-def decode(
-  predictor: "predictor_lib.Predictor",
-  encoded: "caches.Encoded",
-  active: np.ndarray,
-  threshold: float,
-  rule: exits.Verified,
-) -> loop.Generation:
-  """`Predictor.decode` of a rule that verifies drafts, as a program of full depth where they do
-  not pay: passes without drafts say the same, and cost more."""
-  key, rows = (rule, threshold), len(active)
-  expected = predictor.expected_drafts.get(key)
-  if expected is None:
-    expected = predictor.expected_drafts[key] = Expected(_must(predictor, threshold, rule))
-  expected.learn()
-  if rows not in expected.plans:
-    expected.plans[rows] = _plan(predictor, rule, rows)
-  if not expected.drafts(rows):
-    full = running.run(predictor, _STATIC, encoded, active, schedules.NEVER_EXIT)
-    return _without_drafts(full)
-  programs = compiled.num_made()
-  made = running.run(predictor, rule, encoded, active, threshold, expected.prior)
-  # What compiles is run again by who times it, and is to be looked at once.
-  if compiled.num_made() == programs:
-    expected.last = made, active
-  return made
-
-
-def are_due(predictor: "predictor_lib.Predictor") -> None:
-  """The next batch makes drafts, whatever those before it were worth: to time them."""
-  for expected in predictor.expected_drafts.values():
-    expected.learn()
-    expected.waits = 0
-
-
-def _must(predictor: "predictor_lib.Predictor", threshold: float, rule: exits.Verified) -> bool:
-  """Whether drafts decide something, or full depth would round otherwise than passes do."""
-  decide = threshold < 1 or not rule.adapts or rule.measures
-  return decide or not exact.can_be_exact(predictor)
-
-
-def _plan(predictor: "predictor_lib.Predictor", rule: exits.Verified, rows: int):
+def plan(model: Any, rule: exits.Verified, rows: int) -> drafting.Plan:
   """What passes of a batch of so many rows cost."""
-  native = predictor.program(rule).native
-  each = -(-rows // predictor.options.num_devices)
-  weights = predictor.weights.decoder
-  return verified_passes.plan(predictor.config, weights, rule, each, native)
+  each = -(-rows // model.options.num_devices)
+  weights, native = model.weights.decoder, model.program(rule).native
+  return verified_passes.plan(model.config, weights, rule, each, native)
 
 
-def _without_drafts(full: loop.Generation) -> loop.Generation:
+def without_drafts(full: loop.Generation) -> loop.Generation:
   """A generation of full depth, told as `exits.Verified` tells one that made no draft; of what
   drafts are worth it says nothing. A call of NumPy between two texts costs microseconds."""
   emitted = np.asarray(full.exit_layers) > 0

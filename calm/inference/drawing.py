@@ -73,11 +73,9 @@ class Figure:
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{self.name}-\1)", svg)
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{self.name}-\1"', svg)
     # The page sets the width; the view box keeps the shape.
-    return re.sub(r'<svg ([^>]*?)width="[^"]*" ?', r"<svg \1", _without_height(svg), count=1)
-
-
-def _without_height(svg: str) -> str:
-  return re.sub(r'<svg ([^>]*?)height="[^"]*" ?', r"<svg \1", svg, count=1)
+    for size in ("height", "width"):
+      svg = re.sub(rf'<svg ([^>]*?){size}="[^"]*" ?', r"<svg \1", svg, count=1)
+    return svg
 
 
 def draw(name: str, title: str, caption: str, paint: Callable[[Any], None]) -> Figure:

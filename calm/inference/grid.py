@@ -1,35 +1,49 @@
-"""Prompts x thresholds -> cached generations: one encoding a prompt, one compilation a grid.
+"""Prompts x thresholds -> records: whole grids, single rules, and runs that stop when decided.
 
-The first pass never exits but measures; a sequence whose refused confidences all stay below
+Prompts are encoded once for all thresholds. A sequence whose refused confidences all stay below
 the next threshold is the same there and is not decoded again, any other from the first token
 on where they do not (`calibrate.reuse`).
 """
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from calm import exits
-from calm.calibrate import Prompt, Record
+from calm.calibrate import Calibration, Prompt, Record, generations, sequential
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import reuse
+from calm.calibrate.generations import order, reuse
 from calm.calibrate.generations import writer as writer_lib
-from calm.data import prompt_batches as prompts_lib
+from calm.calibrate.losses import asking
+from calm.data import prompt_batches
 from calm.decode import loop
 from calm.exits import schedules
+from calm.inference import options as options_lib
+from calm.inference import result_cache
+from calm.inference.batch_decoder import BatchDecoder, Decoder
 from calm.t5 import caches
-
-if TYPE_CHECKING:  # the predictor itself decodes grids
-  from calm.inference import predictor as predictor_lib
 
 # (threshold just finished, batch number, number of batches)
 Progress = Callable[[float, int, int], None]
+# (share done in [0, 1], what is being done)
+ShareProgress = Callable[[float, str], None]
+# (threshold, units decided on at it, planned units)
+UnitProgress = Callable[[float, int, int], None]
+
+# Encoded prompts are kept for lower thresholds up to so many bytes; others are encoded again.
+KEPT_BYTES = 2**30
 
 
-def as_shares(report: Callable[[float, str], None], thresholds: Sequence[float]) -> Progress:
+def silent(share: float, text: str) -> None:
+  """A `ShareProgress` that shows nothing."""
+  del share, text
+
+
+def as_shares(report: ShareProgress, thresholds: Sequence[float]) -> Progress:
   """Progress that reports the share of a grid that is done, in [0, 1], and what is done."""
   count = len(thresholds) + 1
 
@@ -42,8 +56,117 @@ def as_shares(report: Callable[[float, str], None], thresholds: Sequence[float])
   return advance
 
 
+class _Batch:
+  """Prompts that are decoded together, threshold after threshold.
+
+  With `resumes`, caches stay on the device: at a lower threshold a sequence is the same up to
+  the first token that would now leave earlier, and decoding goes on there.
+  """
+
+  def __init__(
+    self,
+    model: BatchDecoder,
+    batch: prompt_batches.PromptBatch,
+    ids: Sequence[str],
+    rule: exits.Rule | None = None,
+    resumes: bool = False,
+  ):
+    self._model, self._batch, self._rule = model, batch, rule
+    self.ids, self._resumes = ids, resumes
+    self._state: loop.DecodingState | None = None
+    self.encoded: caches.Encoded | None = None
+
+  def decode(
+    self, missing: Sequence[str], threshold: float, previous: Mapping[str, Record]
+  ) -> tuple[list[Record], reuse.ReuseSummary]:
+    """The missing records at one threshold, and how much of `previous` they reuse.
+
+    Args:
+      missing: ids of the prompts.
+      threshold: lambda.
+      previous: records of higher thresholds, by id.
+    """
+    values = schedule_values(self._model, threshold)
+    made = {
+      i: previous[i]
+      for i in missing
+      if i in previous and reuse.is_reusable(previous[i], values)
+    }
+    same = {i: len(record.tokens or ()) for i, record in made.items()}
+    if fresh := [i for i in missing if i not in made]:
+      generation, begins = self._run(fresh, threshold, values)
+      made.update({i: self._record(generation, i) for i in fresh})
+      same.update(begins)
+    records = [made[i] for i in missing]
+    lengths = [len(record.tokens or ()) for record in records]
+    return records, reuse.summarize([same.get(i, 0) for i in missing], lengths)
+
+  def _run(
+    self, fresh: Sequence[str], threshold: float, values: np.ndarray
+  ) -> tuple[loop.Generation, dict[str, int]]:
+    """The rows' generation, and how many of its tokens were not decoded again."""
+    if self.encoded is None:
+      self.encoded = self._model.encode(self._batch)
+    active = np.zeros(len(self._batch.active), bool)
+    active[[self.ids.index(i) for i in fresh]] = True
+    if not self._resumes:
+      return self._model.decode(self.encoded, active, threshold, self._rule), {}
+    resume_at = np.zeros(len(active), np.int32)
+    if self._state is not None:
+      before = jax.device_get(self._state.generation)
+      for i in fresh:
+        record = self._record(before, i)
+        same = reuse.reusable_tokens(record, values)
+        # The last token is decoded again whatever the records say: there is a row to run.
+        resume_at[self.ids.index(i)] = max(0, min(same, len(record.tokens or ()) - 1))
+    self._state = self._model.resume(self.encoded, self._state, active, threshold, resume_at)
+    begins = {i: int(resume_at[self.ids.index(i)]) for i in fresh}
+    return jax.device_get(self._state.generation), begins
+
+  def _record(self, generation: loop.Generation, prompt_id: str) -> Record:
+    return record(self._model, generation, self.ids.index(prompt_id), prompt_id)
+
+
+def schedule_values(model: BatchDecoder, threshold: float) -> np.ndarray:
+  """The schedule's threshold at every token, in float32 as the decoder has it."""
+  positions = jnp.arange(model.options.max_decode_length)
+  values = model.options.schedule(jnp.asarray(threshold, jnp.float32), positions)
+  return np.broadcast_to(np.asarray(values), positions.shape)
+
+
+def record(model: BatchDecoder, generation, row: int, prompt_id: str) -> Record:
+  """One row of a generation as a record on disk."""
+  output = model.output(generation, row)
+  return Record(
+    id=prompt_id,
+    prediction=output.text,
+    tokens=output.tokens,
+    exit_layers=output.exit_layers,
+    confidences=output.confidences,
+    rejected_confidences=output.rejected_confidences,
+    score=output.score,
+  )
+
+
+def check_reference(model: BatchDecoder) -> None:
+  """Refuses a model whose reference texts another model writes, which is not here.
+
+  Raises:
+    ValueError: `reference_digest` is set.
+  """
+  if model.options.reference_digest is not None:
+    raise ValueError(
+      "Expected the full-depth texts of the model that was given, with which this promise"
+      f" compares, got none (parameters {model.options.reference_digest[:12]}); set"
+      " `reference_digest` None for a promise about this model's own full depth."
+    )
+
+
+# ---- A grid, and one rule
+
+
 def generate(
-  predictor: "predictor_lib.Predictor",
+  model: BatchDecoder,
   prompts: Sequence[Prompt],
   thresholds: Sequence[float],
   writer: writer_lib.Writer,
@@ -58,47 +181,52 @@ def generate(
   What the writer already has is not decoded again, so that a killed run goes on.
 
   Args:
-    predictor: the model.
+    model: the model.
     prompts: the prompts; their ids name the records.
     thresholds: strictly descending, without `NEVER_EXIT`.
     writer: from `writer.open_writer` with the same prompts and thresholds.
     reuse_records: take over what a lower threshold cannot change: sequences, and beginnings.
-    full: [num_prompts] records of the full-depth program (of `predictor.reference`), where
-      there are some: they are written as they are, and nothing is taken over from them.
-    encodings: what was encoded by batch number, to be read and filled where several grids are
-      decoded for the same prompts in the same batches by the same encoder. What a reference of
-      its own encodes is not among it: give its records as `full` to decode them once.
+    full: [num_prompts] records of the full-depth program (of `model.reference`), where there
+      are some: they are written as they are, and nothing is taken over from them.
+    encodings: encoded prompts by batch number, to be read and filled where several grids are
+      decoded for the same prompts in the same batches by the same encoder. Encodings of a
+      separate reference are not among them: give its records as `full` to decode them once.
     progress: told after every batch and threshold.
 
   Returns:
     How much of the grid was not decoded again.
   """
   if full is None:
-    check_reference(predictor)
-  levels = [schedules.NEVER_EXIT, *thresholds]
-  given = {} if full is None else {record.id: record for record in full}
-  batches = predictor.plan([prompt.input for prompt in prompts])
-  apart = bool(given) or predictor.reference is not predictor
+    check_reference(model)
+  known = {} if full is None else {record.id: record for record in full}
+  # Full depth is then a program of its own, which refuses nothing: no record follows from it.
+  apart = bool(known) or model.reference is not model
+  # Each device would need its own loop's state; passes over drafts keep none.
+  one_loop = model.options.num_devices == 1 and not isinstance(
+    model.options.rule, exits.Verified
+  )
   summary = reuse.ReuseSummary()
+  batches = model.plan([prompt.input for prompt in prompts])
   for number, batch in enumerate(batches):
     ids = [prompts[row].id for row in batch.rows]
-    work, previous = _Batch(predictor, batch, ids, reuse_records), dict[str, Record]()
+    work = _Batch(model, batch, ids, resumes=reuse_records and one_loop)
     work.encoded = None if encodings is None else encodings.get(number)
-    for threshold in levels:
+    previous: dict[str, Record] = {}
+    for threshold in (schedules.NEVER_EXIT, *thresholds):
+      never = threshold == schedules.NEVER_EXIT
       records = writer.completed_records(threshold, ids)
-      missing = [i for i in ids if i not in records]
-      if missing and given and threshold == schedules.NEVER_EXIT:
-        writer.append(threshold, [given[i] for i in missing])
-      elif missing and apart and threshold == schedules.NEVER_EXIT:
-        writer.append(threshold, _full_depth(predictor.reference, batch, ids, missing))
-      elif missing:
-        made, reused = work.decode(missing, threshold, previous if reuse_records else {})
+      if missing := [i for i in ids if i not in records]:
+        if never and known:
+          made = [known[i] for i in missing]
+        elif never and apart:
+          reference = _Batch(model.reference, batch, ids, exits.StaticExit())
+          made, _ = reference.decode(missing, threshold, {})
+        else:
+          made, reused = work.decode(missing, threshold, previous)
+          summary = summary if never else summary + reused
         writer.append(threshold, made)
         records.update({record.id: record for record in made})
-        if threshold != schedules.NEVER_EXIT:
-          summary += reused
-      # The full-depth program refused nothing: it says nothing of what would have left.
-      previous = {} if apart and threshold == schedules.NEVER_EXIT else records
+      previous = records if reuse_records and not (never and apart) else {}
       if progress is not None:
         progress(threshold, number, len(batches))
     if encodings is not None and work.encoded is not None:
@@ -106,118 +234,222 @@ def generate(
   return summary
 
 
-def check_reference(predictor: "predictor_lib.Predictor") -> None:
-  """Refuses a model whose reference texts another model writes, which is not here.
+def on_grid(
+  model: BatchDecoder,
+  examples: Sequence[Prompt],
+  thresholds: Sequence[float],
+  folder: pathlib.Path,
+  *,
+  full: Sequence[Record] | None = None,
+  encodings: dict[int, caches.Encoded] | None = None,
+  progress: ShareProgress = silent,
+) -> generations.Generations:
+  """Decodes prompts at full depth and at every threshold, into (and out of) a folder.
+
+  Args:
+    model: the model under its own rule.
+    examples: the prompts.
+    thresholds: strictly descending.
+    folder: parent of the run's folder, which is named after the procedure, prompts and grid.
+    full: records of the full-depth program, taken as the full model's; None decodes them.
+    encodings: see `generate`.
+    progress: told of thresholds.
+  """
+  procedure = model.procedure
+  key = {
+    "procedure": procedure.to_json(),
+    "prompts": result_cache.prompts_digest(examples),
+    "grid": list(map(float, thresholds)),
+    **({} if full is None else {"full": "static"}),
+  }
+  path = folder / f"{procedure.measure}-{result_cache.digest(key)}"
+  if (path / generations.MANIFEST).exists() and generations.read_manifest(path)["checksums"]:
+    return generations.load(path)
+  writer = writer_lib.open_writer(
+    path, prompts=examples, thresholds=thresholds, procedure=procedure
+  )
+  advance = as_shares(
+    lambda share, text: progress(share, f"{procedure.measure} at {text}"), list(thresholds)
+  )
+  generate(
+    model, examples, thresholds, writer, full=full, encodings=encodings, progress=advance
+  )
+  writer.finish()
+  return generations.load(path)
+
+
+def with_rule(
+  model: BatchDecoder,
+  examples: Sequence[Prompt],
+  rule: exits.Rule | None = None,
+  threshold: float = schedules.NEVER_EXIT,
+  *,
+  progress: ShareProgress = silent,
+) -> tuple[Record, ...]:
+  """Decodes prompts under a rule (None: the model's own) at one threshold.
+
+  Returns:
+    One record a prompt, in the order of `examples`.
+  """
+  records: dict[int, Record] = {}
+  batches = model.plan([example.input for example in examples])
+  for number, batch in enumerate(batches):
+    generation = model.decode(model.encode(batch), batch.active, threshold, rule)
+    for i, row in enumerate(batch.rows):
+      records[int(row)] = record(model, generation, i, examples[row].id)
+    progress((number + 1) / len(batches), f"batch {number + 1} of {len(batches)}")
+  return tuple(records[i] for i in range(len(examples)))
+
+
+def mean_layers(records: Sequence[Record]) -> float:
+  """Mean decoder layers over real tokens (NaN without tokens)."""
+  layers = [layer for record in records for layer in record.exit_layers or () if layer]
+  return float(np.mean(layers)) if layers else float("nan")
+
+
+def in_bulk(model: Decoder) -> Decoder:
+  """The same model for many prompts, where only the results count: twice the rows, one shape.
+
+  Where a text depends on the rows that are decoded with it, and so on its padding, other
+  batches would be another procedure's: the model as it is.
+  """
+  if options_lib.batch_size_affects_output(model.config, model.options):
+    return model
+  return one_shape(model.with_options(batch_size=2 * model.options.batch_size))
+
+
+def one_shape(model: Decoder) -> Decoder:
+  """The same model with every batch padded to one shape: one compiled program a rule."""
+  return model.sharing(dataclasses.replace(model, one_shape=True))
+
+
+# ---- Runs that stop as soon as calibration can decide
+
+
+def sequential_order(
+  model: BatchDecoder, prompts: Sequence[Prompt], *, ungrouped: bool = False
+) -> list[Prompt]:
+  """The prompts in the order in which a sequential test sees them.
+
+  Args:
+    model: the model; its procedure is part of the order's seed.
+    prompts: [num_prompts] prompts.
+    ungrouped: whether prompts are the units of the test where they come in clusters
+      (`order.known_groups`); else the prompts of a cluster stand together.
+  """
+  ids = [prompt.id for prompt in prompts]
+  groups = None if ungrouped else order.known_groups(prompts)
+  contents = order.prompts_digest(prompts)
+  rows = order.decoding_order(ids, groups, model.procedure, contents)
+  return [prompts[row] for row in rows]
+
+
+def generate_until_certified(
+  model: BatchDecoder,
+  prompts: Sequence[Prompt],
+  writer: writer_lib.Writer,
+  test: sequential.SequentialCalibration,
+  *,
+  kind: str,
+  metric: str,
+  ask: asking.Ask | None = None,
+  progress: UnitProgress | None = None,
+  kept_bytes: int = KEPT_BYTES,
+) -> Calibration:
+  """Decodes what a sequential test asks for, into `writer`, until it has decided.
+
+  Thresholds are taken from the safest down; the first one that can no longer be certified ends
+  the run.
+
+  Args:
+    model: the model.
+    prompts: from `sequential_order`; `ungrouped` unless `test.clusters`.
+    writer: opened with these prompts, the test's thresholds, `sequential=True` and
+      `by_group=test.clusters`.
+    test: decides what is decoded next; planned for all prompts, or for all clusters.
+    kind: 'textual', 'risk_signed' or 'risk_clipped'.
+    metric: name or import path of the text metric.
+    ask: who knows references that a risk needs, of prompts that have none; it is asked batch by
+      batch, where texts differ.
+    progress: told after every batch.
+    kept_bytes: memory for encoded prompts; those beyond it are encoded again at every
+      threshold.
+
+  Returns:
+    The calibration; its p-values and bounds hold although the run stopped when it pleased.
 
   Raises:
-    ValueError: `reference_digest` is set.
+    asking.Unanswered: references are missing; what was decoded is kept, and the same call goes
+      on there.
   """
-  if predictor.options.reference_digest is not None:
-    raise ValueError(
-      "Expected the full-depth texts of the model that was given, with which this promise"
-      f" compares, got none (parameters {predictor.options.reference_digest[:12]}); set"
-      " `reference_digest` None for a promise about this model's own full depth."
+  groups = order.prompt_clusters(prompts) if test.clusters else None
+  units = order.consecutive_units(len(prompts), groups)
+  check_reference(model)
+  decoder = _SequentialDecoder(model, prompts, writer, kept_bytes)
+  reference = decoder
+  if model.reference is not model:
+    rule = exits.StaticExit()
+    reference = _SequentialDecoder(model.reference, prompts, writer, 0, rule)
+  # As many units as fill a batch; the same ones at every threshold.
+  batch_size = max(1, model.options.batch_size * len(units) // len(prompts))
+  while (request := test.request(batch_size)) is not None:
+    wanted = units[request.start : request.stop]
+    rows = slice(wanted[0].start, wanted[-1].stop)
+    full = reference.records(rows, schedules.NEVER_EXIT)
+    early = decoder.records(rows, request.threshold)
+    losses = asking.batch_losses(
+      prompts[rows], request.threshold, early, full, kind=kind, metric=metric, ask=ask
     )
-
-
-def _full_depth(
-  reference: "predictor_lib.Predictor",
-  batch: prompts_lib.PromptBatch,
-  ids: Sequence[str],
-  missing: Sequence[str],
-) -> list[Record]:
-  """Records of the full-depth program of another model, which encodes the prompts itself."""
-  active = np.zeros(len(batch.active), bool)
-  active[[ids.index(i) for i in missing]] = True
-  encoded = reference.encode(batch)
-  made = reference.decode(encoded, active, schedules.NEVER_EXIT, exits.StaticExit())
-  return [record(reference, made, ids.index(i), i) for i in missing]
-
-
-class _Batch:
-  """Prompts that are decoded together, threshold after threshold.
-
-  What was decoded stays on the device with its caches: at a lower threshold a sequence is the
-  same up to the first token that would now leave earlier, and decoding goes on there.
-  """
-
-  def __init__(
-    self,
-    predictor: "predictor_lib.Predictor",
-    batch: prompts_lib.PromptBatch,
-    ids: Sequence[str],
-    resumes: bool,
-  ):
-    self._predictor, self._batch, self._ids = predictor, batch, ids
-    self._resumes = resumes
-    self.encoded: caches.Encoded | None = None
-    self._state: loop.DecodingState | None = None
-
-  def decode(
-    self, missing: Sequence[str], threshold: float, previous: dict[str, Record]
-  ) -> tuple[list[Record], reuse.ReuseSummary]:
-    """The missing records at one threshold, and what was taken over."""
-    values = schedule_values(self._predictor, threshold)
-    kept = [i for i in missing if i in previous and reuse.is_reusable(previous[i], values)]
-    fresh = [i for i in missing if i not in kept]
-    made = {i: previous[i] for i in kept}
-    begins: dict[str, int] = {}
-    if fresh:
-      generation, begins = self._run(fresh, threshold, values)
-      made.update({i: self._record(generation, i) for i in fresh})
-    records = [made[i] for i in missing]
-    lengths = [len(r.tokens or ()) for r in records]
-    reused = [len(r.tokens or ()) if r.id in kept else begins.get(r.id, 0) for r in records]
-    return records, reuse.summarize(reused, lengths)
-
-  def _run(
-    self, fresh: Sequence[str], threshold: float, values: np.ndarray
-  ) -> tuple[loop.Generation, dict[str, int]]:
-    """The rows' generation, and how many of its tokens were not decoded again."""
-    if self.encoded is None:
-      self.encoded = self._predictor.encode(self._batch)
-    active = np.zeros(len(self._batch.active), bool)
-    active[[self._ids.index(i) for i in fresh]] = True
-    options = self._predictor.options
-    # Each device would need its own loop's state; passes keep none.
-    if options.num_devices > 1 or isinstance(options.rule, exits.Verified):
-      return self._predictor.decode(self.encoded, active, threshold), {}
-    resume_at = np.zeros(len(active), np.int32)
-    if self._state is not None and self._resumes:
-      before = jax.device_get(self._state.generation)
-      for i in fresh:
-        record = self._record(before, i)
-        same = reuse.reusable_tokens(record, values)
-        # The last token is decoded again whatever the records say: there is a row to run.
-        resume_at[self._ids.index(i)] = max(0, min(same, len(record.tokens or ()) - 1))
-    self._state = self._predictor.resume(
-      self.encoded, self._state, active, threshold, resume_at
-    )
-    begins = {i: int(resume_at[self._ids.index(i)]) for i in fresh}
-    return jax.device_get(self._state.generation), begins
-
-  def _record(self, generation: loop.Generation, prompt_id: str) -> Record:
-    return record(self._predictor, generation, self._ids.index(prompt_id), prompt_id)
-
-
-def schedule_values(predictor: "predictor_lib.Predictor", threshold: float) -> np.ndarray:
-  """The schedule's threshold at every token, in float32 as the decoder has it."""
-  positions = jnp.arange(predictor.options.max_decode_length)
-  values = predictor.options.schedule(jnp.asarray(threshold, jnp.float32), positions)
-  return np.broadcast_to(np.asarray(values), positions.shape)
-
-
-def record(
-  predictor: "predictor_lib.Predictor", generation, row: int, prompt_id: str
-) -> Record:
-  """One row of a generation as a record on disk."""
-  output = predictor.output(generation, row)
-  return Record(
-    id=prompt_id,
-    prediction=output.text,
-    tokens=output.tokens,
-    exit_layers=output.exit_layers,
-    confidences=output.confidences,
-    rejected_confidences=output.rejected_confidences,
-    score=output.score,
+    test.add(order.unit_means(losses, wanted))
+    if progress is not None:
+      progress(request.threshold, request.stop, len(units))
+  names = order.unit_names([prompt.id for prompt in prompts], groups)
+  return test.calibration(
+    kind=kind,
+    metric=metric,
+    seed=order.order_seed(names, model.procedure, order.prompts_digest(prompts)),
+    procedure=model.procedure,
+    groups_ignored=groups is None and order.known_groups(prompts) is not None,
   )
+
+
+class _SequentialDecoder:
+  """Records of slices of prompts at thresholds: from the writer (a run that goes on), from the
+  records of higher thresholds, or from the model."""
+
+  def __init__(self, model, prompts: Sequence[Prompt], writer, kept_bytes: int, rule=None):
+    self._model, self._prompts, self._writer, self._rule = model, prompts, writer, rule
+    self._kept_bytes = kept_bytes
+    self._done: dict[float, dict[str, Record]] = {}
+    self._batches: dict[int, list[_Batch]] = {}
+
+  def records(self, rows: slice, threshold: float) -> list[Record]:
+    """The records of some prompts at one threshold; they are in the writer then."""
+    if threshold not in self._done:
+      self._done[threshold] = self._writer.completed_records(threshold)
+    done = self._done[threshold]
+    ids = [prompt.id for prompt in self._prompts[rows]]
+    missing = [i for i in ids if i not in done]
+    made: dict[str, Record] = {}
+    if missing and rows.start not in self._batches:
+      planned = self._model.plan([prompt.input for prompt in self._prompts[rows]])
+      self._batches[rows.start] = [
+        _Batch(self._model, batch, [ids[row] for row in batch.rows], self._rule)
+        for batch in planned
+      ]
+    # The last threshold before this one says most: it has the fewest refusals.
+    before: dict[str, Record] = {}
+    for level in sorted((level for level in self._done if level > threshold), reverse=True):
+      before.update({i: self._done[level][i] for i in missing if i in self._done[level]})
+    for batch in self._batches[rows.start] if missing else ():
+      records, _ = batch.decode([i for i in batch.ids if i in missing], threshold, before)
+      made.update({record.id: record for record in records})
+      if self._encoded_bytes() > self._kept_bytes:
+        batch.encoded = None
+    self._writer.append(threshold, [made[i] for i in missing])
+    done.update(made)
+    return [done[i] for i in ids]
+
+  def _encoded_bytes(self) -> int:
+    batches = [batch.encoded for slices in self._batches.values() for batch in slices]
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(batches))

@@ -1,17 +1,23 @@
-"""How prompts are decoded: options, of one's own or from the file beside a checkpoint."""
+"""Decoding options, their stored form (`inference.json`), and their `Procedure`."""
 
 import dataclasses
 import functools
+import hashlib
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
+import jax
+import numpy as np
+from jax import lax
+
 from calm import arguments, exits
+from calm.calibrate import Procedure
 from calm.calibrate import thresholds as thresholds_lib
 from calm.checkpoints import files
 from calm.decode import engines
-from calm.exits import confidence as confidence_lib
-from calm.exits import propagation, schedules
-from calm.t5 import limits
+from calm.exits import confidence, propagation, schedules
+from calm.t5 import costs, limits, network
 
 CHOICES = {
   "matmul_precision": ("default", "high", "highest"),
@@ -41,44 +47,38 @@ class DecodeOptions:
       'verified' the one layer that drafts.
     propagation: what skipped layers store; 'exit_state' is the paper's, 'learned' predicts it
       with the model's `exit_propagation`.
-    shortlist: token ids, most likely first, for the measures 'shortlist' and 'probe',
-      and for drafts.
+    shortlist: token ids, most likely first, for the measures 'shortlist' and 'probe', and for
+      drafts.
     task_prefix: text put before every prompt.
     max_input_length: tokens of a prompt that are read, EOS included.
-    max_decode_length: most tokens generated, EOS included. On a CPU texts that end long before
-      it cost little more than under a lower one (`decode.staged`).
-    matmul_precision: of products of float32 matrices: 'default', 'high' or 'highest', as
-      `jax.default_matmul_precision` has them; None takes what JAX is configured to. A CPU
-      knows one only.
-    weights_dtype: 'float32' or 'bfloat16', what matrices and output heads are rounded to and
-      stored in; products, logits and confidences are as wide as without. 'int8' multiplies the
-      layers of encoder and decoder in 8 bits, what they are given too, and leaves embedding and
-      heads: on a CPU the fastest, and another full model, to which losses are taken. A text
-      then depends on the rows that it is decoded with, which round differently, so that the
-      batch size is part of the `Procedure`, and nothing is decoded exactly from drafts. None
-      stores matrices in the activation dtype and heads in float32.
-    encoder_dtype: 'int8' multiplies in 8 bits what is multiplied once a prompt, whatever the
-      decoder's layers are stored in: the encoder's layers, and its states with the matrices
-      that make keys and values of them. What is said of texts in 8 bits holds for these too.
-      None: as `weights_dtype` has it.
-    reference_dtype: 'float32': the full model, which a promise is about and which
-      `NEVER_EXIT` decodes with, is the one that was given, with states and weights in float32
-      (`Predictor.reference`), so that what 8 bits or bfloat16 change counts as loss. None: full
-      depth under these same options.
-    reference_digest: `Predictor.parameters_digest` of another model, whose full-depth texts a
-      promise compares with: that which `calm fit --train_all` was given. None: this model.
-    head_dtype: 'int8' reads output heads in 8 bits, and again in full the pieces that may be
-      the most likely: tokens at a layer are the same, confidences nearly so. It pays on a CPU,
-      and takes a quarter more room than a head. None reads them as they are stored.
+    max_decode_length: most tokens generated, EOS included.
+    matmul_precision: of products of float32 matrices: 'default', 'high' or 'highest', as in
+      `jax.default_matmul_precision`; None takes JAX's configuration. A CPU has one only.
+    weights_dtype: 'float32' or 'bfloat16': the type in which matrices and output heads are
+      stored; products, logits and confidences keep their width. 'int8' multiplies the layers of
+      encoder and decoder in 8 bits; texts then depend on the rows that are decoded together, so
+      that the batch size is part of the `Procedure`, and exact decoding from drafts is refused.
+      None stores matrices in the activation dtype and heads in float32.
+    encoder_dtype: 'int8' multiplies the encoder's layers and the decoder's cross-attention keys
+      and values in 8 bits. Texts depend on the batch as with 8-bit `weights_dtype`. None: as
+      `weights_dtype` has it.
+    reference_dtype: 'float32': the full model, which a promise compares with and which
+      `NEVER_EXIT` decodes with, has states and weights in float32 (`Predictor.reference`), so
+      that the effect of 8 bits or bfloat16 counts as loss. None: these options' own.
+    reference_digest: `Predictor.parameters_digest` of another model, with whose full-depth
+      texts a promise compares: the model that `calm fit --train_all` started from. None: this
+      model.
+    head_dtype: 'int8' reads output heads in 8 bits first, and the likely pieces again in full:
+      tokens at a layer are the same, confidences nearly so. None reads heads as they are
+      stored.
     batch_size: prompts that a device decodes together; results do not depend on it in
       float32.
-    num_devices: devices that the prompts are spread over; results do not depend on it. On a
-      CPU two of 16 rows are faster than one of 32 where the head is read in 8 bits.
+    num_devices: devices that the prompts are spread over; results do not depend on it.
     engine: how decode steps run, or the name of it; results do not depend on it. None takes the
       fastest for the rule, the rows and the platform (`engines.default_engine`).
     refill: whether `generate` puts the next prompt into a row whose text has ended, for lists
-      that are longer than a batch. On one device, in float32, where results do not depend on
-      it; not with a `weights_dtype` of 'int8'.
+      that are longer than a batch; on one device, in float32, where results do not depend on
+      it.
     grid: thresholds to decode at where none are given, descending, chosen for this measure,
       layers and schedule; None takes the measure's own (`thresholds.default_grid`).
     num_drafts: of 'verified', most tokens drafted before a pass; results do not depend on it.
@@ -128,7 +128,7 @@ class DecodeOptions:
 
   def __repr__(self) -> str:
     """What differs from the defaults; long lists as how many they are."""
-    told = []
+    words = []
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if field.name == "grid" and value:
@@ -139,15 +139,15 @@ class DecodeOptions:
         continue
       else:
         value = repr(value)
-      told.append(f"{field.name}={value}")
-    return f"{type(self).__name__}({', '.join(told)})"
+      words.append(f"{field.name}={value}")
+    return f"{type(self).__name__}({', '.join(words)})"
 
   @property
   def uses_shortlist(self) -> bool:
     """Whether results depend on the shortlist."""
     if self.measure == VERIFIED:
       return self.shortlist is not None
-    return confidence_lib.measure(self.measure).uses_shortlist
+    return confidence.measure(self.measure).uses_shortlist
 
   @functools.cached_property
   def rule(self) -> exits.Rule:
@@ -156,16 +156,13 @@ class DecodeOptions:
     Raises:
       ValueError: there is no such measure, or 'verified' has not one layer to draft.
     """
-    if self.measure == VERIFIED:
-      return self._verified()
-    return exits.DynamicExits(
-      confidence_lib.measure(self.measure),
-      self.schedule,
-      self.exit_layers,
-      propagation.propagation(self.propagation),
-    )
-
-  def _verified(self) -> exits.Verified:
+    if self.measure != VERIFIED:
+      return exits.DynamicExits(
+        confidence.measure(self.measure),
+        self.schedule,
+        self.exit_layers,
+        propagation.propagation(self.propagation),
+      )
     layers = self.exit_layers or ()
     if len(layers) != 1:
       raise ValueError(
@@ -188,8 +185,8 @@ _OF_THE_MEASURE = ("exit_layers", "schedule", "propagation")
 def change(options: DecodeOptions, **given: Any) -> DecodeOptions:
   """The options with some of them given.
 
-  Layers, schedule and grid belong together, as a model folder brings them: whoever names a
-  measure gets that measure's own defaults, and a grid goes with what it was made for.
+  Layers, schedule and grid belong together, as a model folder brings them: a named measure
+  brings that measure's own defaults, and a grid goes with the fields it was chosen for.
   """
   base: dict[str, Any] = {}
   if "measure" in given:
@@ -200,6 +197,14 @@ def change(options: DecodeOptions, **given: Any) -> DecodeOptions:
   return dataclasses.replace(options, **{**base, **given})
 
 
+# ---- The stored form
+
+
+# Options of one machine, which no file sets.
+_OF_THE_MACHINE = ("num_devices", "engine", "refill")
+_ALWAYS_STORED = ("measure", "task_prefix", "max_input_length", "max_decode_length")
+
+
 def stored_options(directory: pathlib.Path) -> dict[str, Any]:
   """Decoding defaults that a checkpoint brings along in `inference.json`.
 
@@ -208,77 +213,178 @@ def stored_options(directory: pathlib.Path) -> dict[str, Any]:
   """
   path = directory / "inference.json"
   stored = files.read_json(path) if path.exists() else {}
+  # An option of earlier versions, on which no result depends.
   if stored.get("weights_layout") in ("columns", None):
-    stored.pop("weights_layout", None)  # an option of before, without effect on results
-  unknown = sorted(set(stored) - {field.name for field in dataclasses.fields(DecodeOptions)})
-  if unknown:
+    stored.pop("weights_layout", None)
+  known = {field.name for field in dataclasses.fields(DecodeOptions)} - {"engine"}
+  if unknown := sorted(set(stored) - known):
     raise ValueError(
       f"Expected {str(path)!r} to name fields of `DecodeOptions`, got {unknown}; it was written"
       " by another program or a newer version."
     )
   with files.naming(path):
-    for name, value in stored.items():
-      _check_stored(name, value)
-  stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-  if stored.get("grid") is not None:
-    stored["grid"] = tuple(map(float, stored["grid"]))
-  if "schedule" in stored:
-    stored["schedule"] = _schedule(stored["schedule"], path)
-  return stored
-
-
-def _check_stored(name: str, value: Any) -> None:
-  """The types of `DecodeOptions`, of a file that anybody may have written."""
-  if name in _NUMBERS:
-    limits.whole(name, value, 1, limits.LONGEST)
-  elif name in ("exit_layers", "shortlist") and value is not None:
-    if not isinstance(value, list):
-      raise ValueError(f"Expected `{name}` to be a list of whole numbers, got {value!r}.")
-    for number in value:
-      limits.whole(name, number, 0, limits.SIZES["vocab_size"][1])
-  elif name == "grid" and value is not None:
-    numbers = isinstance(value, list) and all(type(v) in (int, float) for v in value)
-    if not numbers or not all(0 <= v <= 1 for v in value):
-      raise ValueError(f"Expected `{name}` to be a list of numbers in [0, 1], got {value!r}.")
-  elif name in (*CHOICES, "reference_digest") and not isinstance(value, str | None):
-    raise ValueError(f"Expected `{name}` to be a text or null, got {value!r}.")
-  elif name in ("measure", "propagation", "task_prefix") and not isinstance(value, str):
-    raise ValueError(f"Expected `{name}` to be a text, got {value!r}.")
-  elif name == "refill" and not isinstance(value, bool):
-    raise ValueError(f"Expected `{name}` to be true or false, got {value!r}.")
-  elif name == "engine":
-    raise ValueError(f"Expected no `{name}` in a file: it changes no result, got {value!r}.")
-
-
-def _schedule(value: Any, path: pathlib.Path) -> schedules.Schedule:
-  with files.naming(path):
-    if not isinstance(value, dict) or "name" not in value:
-      raise ValueError(f"Expected `schedule` to be a name and its numbers, got {value!r}.")
-    return schedules.schedule(**value)
+    if "schedule" in stored:
+      value = stored["schedule"]
+      if not isinstance(value, dict) or "name" not in value:
+        raise ValueError(f"Expected `schedule` to be a name and its numbers, got {value!r}.")
+      stored["schedule"] = schedules.schedule(**value)
+    options = DecodeOptions(**stored)
+    for token in options.shortlist or ():
+      limits.whole("shortlist", token, 0, limits.SIZES["vocab_size"][1])
+  return {name: getattr(options, name) for name in stored}
 
 
 def to_stored(options: DecodeOptions) -> dict[str, Any]:
-  """The options as `inference.json` keeps them; what says nothing is left out."""
-  plain = DecodeOptions()
-  names = (
-    "measure",
-    "exit_layers",
-    "propagation",
-    "batch_size",
-    "shortlist",
-    "grid",
-    "num_drafts",
-    "reference_digest",
-    *CHOICES,
-  )
-  limits = ("task_prefix", "max_input_length", "max_decode_length")
-  stored: dict[str, Any] = {name: getattr(options, name) for name in limits}
-  for name in names:
-    value = getattr(options, name)
-    if name == "measure" or value != getattr(plain, name):
-      stored[name] = list(value) if isinstance(value, tuple) else value
-  schedule = options.schedule
-  if schedule != plain.schedule:
-    numbers = dataclasses.asdict(schedule)  # pyright: ignore[reportArgumentType]
-    stored["schedule"] = {"name": schedule.name, **numbers}
+  """The options as `inference.json` keeps them, without defaults and those of a machine."""
+  stored = {}
+  for field in dataclasses.fields(options):
+    value = getattr(options, field.name)
+    differs = value != field.default and field.name not in _OF_THE_MACHINE
+    if field.name in _ALWAYS_STORED or differs:
+      stored[field.name] = list(value) if isinstance(value, tuple) else value
+  if "schedule" in stored:
+    stored["schedule"] = _schedule_record(options.schedule)
   return stored
+
+
+def _schedule_record(schedule: schedules.Schedule) -> dict[str, Any]:
+  return {"name": schedule.name, **dataclasses.asdict(schedule)}  # pyright: ignore[reportArgumentType]
+
+
+# ---- The procedure
+
+
+def procedure(
+  config: network.T5Config,
+  options: DecodeOptions,
+  *,
+  parameters_digest: str,
+  tokenizer_digest: str,
+  eos_id: int,
+  base_digest: str | None = None,
+) -> Procedure:
+  """The procedure for which a calibration of a model's outputs is valid.
+
+  Args:
+    config: the model's sizes and choices.
+    options: how its prompts are decoded; those that change no result are left out.
+    parameters_digest: of the parameter tree as decoded (`checkpoints.parameters_digest`).
+    tokenizer_digest: of the vocabulary.
+    eos_id: the token that ends a text.
+    base_digest: of the base model (`t5.parameters.base_digest`), where it has exit maps.
+  """
+  shortlist = None
+  if options.uses_shortlist:
+    ids = np.asarray(options.shortlist or (), np.int64)
+    shortlist = {"digest": hashlib.sha256(ids.tobytes()).hexdigest(), "size": len(ids)}
+  together = batch_size_affects_output(config, options)
+  return Procedure(
+    parameters_digest=parameters_digest,
+    tokenizer_digest=tokenizer_digest,
+    eos_id=eos_id,
+    base_digest=base_digest,
+    exit_layers=exits.allowed_layers(options.exit_layers, config.num_decoder_layers),
+    schedule=_schedule_record(options.schedule),
+    shortlist=shortlist,
+    heads="per_layer" if config.per_layer_heads else "shared",
+    activation_dtype=config.dtype,
+    decode_method={"name": "greedy"},
+    batch_bucket=options.batch_size if together else None,
+    configuration={
+      name: value
+      for name, value in dataclasses.asdict(config).items()
+      if name not in _NOT_DECODED
+    },
+    platform=jax.default_backend(),
+    matmul_precision=_precision_name(options),
+    **{name: getattr(options, name) for name in _SAME},
+  )
+
+
+# Fields that have the same name and value in options and in their procedure.
+_SAME = (
+  *("task_prefix", "max_input_length", "max_decode_length", "measure", "propagation"),
+  *("weights_dtype", "head_dtype", "encoder_dtype", "reference_dtype", "reference_digest"),
+)
+# Fields of a network's configuration that decoding does not read, or that stand in the
+# procedure under a name of their own, or that follow from the tree of its parameters.
+_NOT_DECODED = (
+  *("dtype", "dropout_rate", "one_hot_embedding"),
+  *("exit_classifier", "exit_probes", "relpos_per_layer"),
+  *("exit_translators", "exit_propagation", "exit_propagation_rank"),
+)
+
+
+def _precision_name(options: DecodeOptions) -> str:
+  """The precision of products as a `Procedure` names it: JAX has several names for one."""
+  name = options.matmul_precision or jax.config.jax_default_matmul_precision or "default"  # pyright: ignore[reportAttributeAccessIssue]
+  try:
+    return lax.Precision(name).name.lower()
+  except ValueError:  # the name of an algorithm
+    return name
+
+
+def options_of(procedure: Procedure, shortlist: tuple[int, ...] | None = None) -> DecodeOptions:
+  """The options under which a calibration's outputs were decoded.
+
+  Args:
+    procedure: what the calibration recorded.
+    shortlist: the checkpoint's list of likely tokens; the procedure says how many of them.
+  """
+  size = procedure.shortlist["size"] if procedure.shortlist else None
+  if procedure.measure == VERIFIED and size is None:  # it drafts with the full head
+    shortlist = None
+  precision = procedure.matmul_precision
+  return DecodeOptions(
+    schedule=schedules.schedule(**procedure.schedule),
+    exit_layers=procedure.exit_layers,
+    shortlist=None if shortlist is None else shortlist[:size],
+    # An algorithm's name is for JAX's configuration.
+    matmul_precision=precision if precision in CHOICES["matmul_precision"] else None,
+    batch_size=procedure.batch_bucket or DecodeOptions.batch_size,
+    **{name: getattr(procedure, name) for name in _SAME},
+  )
+
+
+# ---- Rounding, and exact decoding
+
+
+def batch_size_affects_output(config: network.T5Config, options: DecodeOptions) -> bool:
+  """Whether a text depends on the rows that are decoded together with it.
+
+  Sums of other numbers of rows differ in their last bits. Where states are rounded to few bits,
+  such a bit may decide which of two likely tokens follows.
+  """
+  return decoder_rounds(config, options) or options.encoder_dtype == IN_8_BITS
+
+
+def decoder_rounds(config: network.T5Config, options: DecodeOptions) -> bool:
+  """Whether the decoder's states are rounded to few bits."""
+  return config.dtype != "float32" or options.weights_dtype == IN_8_BITS
+
+
+def draft_head(
+  config: network.T5Config, options: DecodeOptions, layer: int
+) -> exits.verified.DraftHead:
+  """The head that drafts after a layer: the shortlist where the whole head costs more than the
+  layers below it, since every token that the shortlist lacks is a refused draft."""
+  listed = options.shortlist is not None and not config.per_layer_heads
+  cost = costs.decoding_costs(config, input_length=1, cache_length=1)
+  return "shortlist" if listed and cost.head.flops > layer * cost.layer.flops else "full"
+
+
+def with_draft_head(
+  config: network.T5Config, options: DecodeOptions, given: Collection[str]
+) -> DecodeOptions:
+  """The options; of 'verified', without a shortlist where the whole head drafts better.
+
+  Args:
+    config: of the model.
+    options: how it is to decode.
+    given: fields that a user has named; a named shortlist is kept.
+  """
+  layers = options.exit_layers or ()
+  asked = options.measure == VERIFIED and "measure" in given and "shortlist" not in given
+  if not asked or len(layers) != 1 or draft_head(config, options, layers[0]) == "shortlist":
+    return options
+  return dataclasses.replace(options, shortlist=None)

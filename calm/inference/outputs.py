@@ -1,17 +1,27 @@
-"""What `inference` returns: texts with their exits, printable in terminals and notebooks."""
+"""Generated texts with the exits of their tokens, and their display in terminals and notebooks.
+
+Tokens are coloured by exit layer on Cividis (Nunez, Anderton and Renslow 2018), whose lightness
+alone orders the layers: the first is bright, the last dark, on every page. Colour is never the
+only sign: HTML has tooltips, and a terminal without colour gets numbers in brackets.
+"""
 
 import dataclasses
 import html
-from collections.abc import Iterator, Sequence
-from typing import overload
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, overload
 
 import numpy as np
+from rich import color as rich_color
+from rich import style as rich_style
 
 from calm import checkpoints
 from calm.calibrate.thresholds import format_threshold
 from calm.console import sanitize
 from calm.decode import loop
-from calm.inference import colours
+
+Mode = Literal["plain", "256", "truecolor"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +76,15 @@ class Output:
 
     The space before the first word, which is no part of the text, is left out.
     """
-    pieces = ["⏎" if token == self.eos_id else piece for token, piece in self._pairs()]
+    pairs = zip(self.tokens, self.pieces, strict=True)
+    pieces = ["⏎" if token == self.eos_id else piece for token, piece in pairs]
     pieces[:1] = [piece.lstrip(" ") or piece for piece in pieces[:1]]
     return tuple(pieces), self.exit_layers, self.confidences
 
-  def coloured(self, mode: colours.Mode | None = None) -> str:
+  def coloured(self, mode: Mode | None = None) -> str:
     """The text for a terminal, every token coloured by its exit layer."""
     pieces, exit_layers, _ = self.visible
-    return colours.to_terminal(pieces, exit_layers, self.num_layers, mode=mode)
-
-  def _pairs(self):
-    return zip(self.tokens, self.pieces, strict=True)
+    return to_terminal(pieces, exit_layers, self.num_layers, mode=mode)
 
   def __repr__(self) -> str:
     return (
@@ -86,7 +94,7 @@ class Output:
 
   def _repr_html_(self) -> str:
     pieces, exit_layers, confidences = self.visible
-    return colours.to_html(pieces, exit_layers, self.num_layers, confidences=confidences)
+    return to_html(pieces, exit_layers, self.num_layers, confidences=confidences)
 
 
 def from_generation(
@@ -109,22 +117,23 @@ def from_generation(
     input_length: positions of the prompt as it was encoded, padding included.
   """
   length = int(np.sum(np.asarray(generation.exit_layers[row]) > 0))
-  seen = generation.verification
-  tokens = tuple(int(token) for token in generation.tokens[row][:length])
+  columns = lambda array: tuple(array[row][:length].tolist())
+  verification = generation.verification
+  tokens = columns(generation.tokens)
   return Output(
     text=vocabulary.decode(list(tokens)),
     tokens=tokens,
     pieces=tuple(vocabulary.piece(token) for token in tokens),
-    exit_layers=tuple(int(layer) for layer in generation.exit_layers[row][:length]),
-    confidences=tuple(generation.confidences[row][:length].tolist()),
-    rejected_confidences=tuple(generation.rejected_confidences[row][:length].tolist()),
+    exit_layers=columns(generation.exit_layers),
+    confidences=columns(generation.confidences),
+    rejected_confidences=columns(generation.rejected_confidences),
     score=float(generation.scores[row]),
     num_layers=num_layers,
     eos_id=eos_id,
     input_length=input_length,
-    drafted=() if seen is None else tuple(seen.drafted[row][:length].tolist()),
-    passes=0 if seen is None else int(seen.passes[row]),
-    drafts=0 if seen is None else int(seen.drafts[row]),
+    drafted=() if verification is None else columns(verification.drafted),
+    passes=0 if verification is None else int(verification.passes[row]),
+    drafts=0 if verification is None else int(verification.drafts[row]),
   )
 
 
@@ -184,9 +193,6 @@ class Outputs(Sequence[Output]):
   def __getitem__(self, index):
     return self.items[index]
 
-  def __iter__(self) -> Iterator[Output]:
-    return iter(self.items)
-
   @property
   def texts(self) -> list[str]:
     """The decoded texts."""
@@ -205,25 +211,222 @@ class Outputs(Sequence[Output]):
     return separator.join([count, f"threshold {threshold}", layers])
 
   def __repr__(self) -> str:
-    head = self._heading(", ")
-    shown = [f"  {output!r}" for output in self.items[:5]]
+    lines = [self._heading(", "), *(f"  {output!r}" for output in self.items[:5])]
     if len(self) > 5:
-      shown.append(f"  ... and {len(self) - 5} more")
-    return "\n".join([head, *shown])
+      lines.append(f"  ... and {len(self) - 5} more")
+    return "\n".join(lines)
 
   def _repr_html_(self) -> str:
-    rows = [
-      colours.to_html(
-        *output.visible[:2],
-        self.num_layers,
-        confidences=output.confidences,
-        legend=False,
+    rows = []
+    for output in self.items[:20]:
+      pieces, layers, confidences = output.visible
+      rows.append(
+        to_html(pieces, layers, self.num_layers, confidences=confidences, legend=False)
       )
-      for output in self.items[:20]
-    ]
-    head = self._heading(" · ")
     if len(self) > 20:
       rows.append(f"<p>… and {len(self) - 20} more</p>")
     note = f"<p>{html.escape(sanitize(self.guarantee))}</p>" if self.guarantee else ""
-    legend = colours.legend_html(self.num_layers)
-    return f"<div><p>{head}</p>{''.join(rows)}{legend}{note}</div>"
+    legend = legend_html(self.num_layers)
+    return f"<div><p>{self._heading(' · ')}</p>{''.join(rows)}{legend}{note}</div>"
+
+
+# ---- Colours of exit layers
+
+
+_CIVIDIS = (
+  *("#00224e", "#123570", "#3b496c", "#575d6d", "#707173"),
+  *("#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"),
+)
+
+
+def scale(num_layers: int) -> list[str]:
+  """One background colour a decoder layer, `#rrggbb`, first layer first and brightest.
+
+  Raises:
+    ValueError: if `num_layers` is below 1.
+  """
+  if num_layers < 1:
+    raise ValueError(f"Expected `num_layers` of at least 1, got {num_layers}.")
+  positions = [i * (len(_CIVIDIS) - 1) / max(1, num_layers - 1) for i in range(num_layers)]
+  return [_blend(position) for position in positions][::-1]
+
+
+def _blend(position: float) -> str:
+  """The scale at a real position between its stops."""
+  low = min(int(position), len(_CIVIDIS) - 2)
+  pairs = zip(_rgb(_CIVIDIS[low]), _rgb(_CIVIDIS[low + 1]), strict=True)
+  mixed = [round(a + (b - a) * (position - low)) for a, b in pairs]
+  return "#{:02x}{:02x}{:02x}".format(*mixed)
+
+
+def _rgb(colour: str) -> list[int]:
+  return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+
+
+def luminance(colour: str) -> float:
+  """Relative luminance of `#rrggbb` in [0, 1] (WCAG 2)."""
+  linear = [
+    c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+    for c in (channel / 255 for channel in _rgb(colour))
+  ]
+  return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: str, b: str) -> float:
+  """Contrast ratio of two colours, 1 to 21 (WCAG 2)."""
+  light, dim = sorted((luminance(a), luminance(b)), reverse=True)
+  return (light + 0.05) / (dim + 0.05)
+
+
+def text_colour(background: str) -> str:
+  """Black or white, whichever reads better; the ratio is at least 4.5 on any background."""
+  return max("#000000", "#ffffff", key=lambda colour: contrast(colour, background))
+
+
+def _tokens(
+  pieces: Sequence[str], exit_layers: Sequence[int], num_layers: int
+) -> Iterator[tuple[int, str, int]]:
+  """(position, printable text, exit layer) of the real tokens.
+
+  Raises:
+    ValueError: if the lengths differ or an exit layer is out of range.
+  """
+  if len(pieces) != len(exit_layers):
+    raise ValueError(
+      f"Expected one of `exit_layers` for each of `pieces`, got {len(exit_layers)} for"
+      f" {len(pieces)}; cut both at the same token."
+    )
+  kept = "\n\t\u200c\u200d"  # joiners are letters of Persian, Hindi and others
+  for i, (piece, layer) in enumerate(zip(pieces, exit_layers, strict=True)):
+    if not 0 <= layer <= num_layers:
+      raise ValueError(
+        f"Expected `exit_layers` from 0 (padding) to `num_layers` = {num_layers}, got {layer}"
+        f" at token {i}; pass the decoder layers of the model that wrote it."
+      )
+    if layer:
+      text = piece.replace("\u2581", " ")  # SentencePiece's space
+      text = "".join(c if c.isprintable() or c in kept else "\ufffd" for c in text)
+      yield i, text, int(layer)
+
+
+def to_html(
+  pieces: Sequence[str],
+  exit_layers: Sequence[int],
+  num_layers: int,
+  *,
+  confidences: Sequence[float] | None = None,
+  legend: bool = True,
+) -> str:
+  """A `<div>` of one coloured `<span>` a token; styles are inline, nothing is fetched.
+
+  Args:
+    pieces: text of each token; SentencePiece's U+2581 becomes a space. Escaped here.
+    exit_layers: decoder layers that each token took, 1-based; 0 (padding) is left out.
+    num_layers: decoder layers of the model.
+    confidences: confidence at each token's exit, in [0, 1]; shown in the tooltips.
+    legend: append the legend.
+
+  Returns:
+    HTML. Each span's `title` reads like `layer 3 of 8, confidence 0.97`.
+
+  Raises:
+    ValueError: if the lengths differ or an exit layer is out of range.
+  """
+  if confidences is not None and len(confidences) != len(pieces):
+    raise ValueError(
+      f"Expected one of `confidences` for each of `pieces`, got {len(confidences)} for"
+      f" {len(pieces)}."
+    )
+  colours, spans = scale(num_layers), []
+  for i, text, layer in _tokens(pieces, exit_layers, num_layers):
+    more = "" if confidences is None else f", confidence {confidences[i]:.2f}"
+    spans.append(_span(text, colours[layer - 1], f"layer {layer} of {num_layers}{more}"))
+  body = f'<div style="white-space:pre-wrap;line-height:1.7">{"".join(spans)}</div>'
+  return f"<div>{body}{legend_html(num_layers)}</div>" if legend else body
+
+
+def _span(text: str, colour: str, title: str) -> str:
+  style = f"background:{colour};color:{text_colour(colour)};padding:1px 0"
+  return f'<span style="{style}" title="{title}">{html.escape(text)}</span>'
+
+
+def legend_html(num_layers: int) -> str:
+  """The scale with its numbers, as HTML."""
+  swatches = "".join(
+    _span(f" {i} ", colour, f"layer {i} of {num_layers}")
+    for i, colour in enumerate(scale(num_layers), start=1)
+  )
+  return (
+    '<div style="white-space:pre-wrap;font-size:85%;margin-top:4px">'
+    f"decoder layers per token: {swatches}</div>"
+  )
+
+
+def terminal_mode(environ: Mapping[str, str] | None = None, stream: Any = None) -> Mode:
+  """The colours of a terminal: `plain`, `256` or `truecolor`.
+
+  Args:
+    environ: environment variables; None: this process's. `NO_COLOR` (non-empty) and
+      `TERM=dumb` turn colour off, `COLORTERM=truecolor` (or `24bit`) gives 24-bit colour.
+    stream: where the text goes; None: standard output. Without colour if no terminal, unless
+      `FORCE_COLOR` (non-empty) is set.
+  """
+  environ = os.environ if environ is None else environ
+  target = sys.stdout if stream is None else stream
+  if environ.get("NO_COLOR") or environ.get("TERM") == "dumb":
+    return "plain"
+  if not (environ.get("FORCE_COLOR") or target.isatty()):
+    return "plain"
+  return "truecolor" if environ.get("COLORTERM") in ("truecolor", "24bit") else "256"
+
+
+def to_terminal(
+  pieces: Sequence[str],
+  exit_layers: Sequence[int],
+  num_layers: int,
+  *,
+  mode: Mode | None = None,
+) -> str:
+  """The tokens on coloured backgrounds (ANSI), or with `[layers]` before each run of tokens.
+
+  Args:
+    pieces: text of each token; control characters are replaced, so that no generated text can
+      steer the terminal.
+    exit_layers: decoder layers that each token took, 1-based; 0 (padding) is left out.
+    num_layers: decoder layers of the model.
+    mode: `plain`, `256` or `truecolor`; None: the one of `terminal_mode`.
+
+  Raises:
+    ValueError: if the lengths differ or an exit layer is out of range.
+  """
+  mode = mode or terminal_mode()
+  colours, painted, previous = scale(num_layers), [], 0
+  for _, text, layer in _tokens(pieces, exit_layers, num_layers):
+    if mode != "plain":
+      text = _paint(text, colours[layer - 1], mode)
+    elif layer != previous:
+      # Between words as a word of its own; within one where a word's pieces differ.
+      text = text if previous else " " + text.lstrip(" ")
+      text = f" [{layer}]{text}" if text[:1].isspace() else f"[{layer}]{text}"
+    painted.append(text)
+    previous = layer
+  whole = "".join(painted)
+  return whole.lstrip(" ") if mode == "plain" else whole
+
+
+def _paint(text: str, colour: str, mode: Mode) -> str:
+  systems = rich_color.ColorSystem
+  system = systems.TRUECOLOR if mode == "truecolor" else systems.EIGHT_BIT
+  style = rich_style.Style(color=text_colour(colour), bgcolor=colour)
+  # Colour ends before a line does, or the rest of the line would be painted too.
+  return "\n".join(style.render(line, color_system=system) for line in text.split("\n"))
+
+
+def legend_terminal(num_layers: int, *, mode: Mode | None = None) -> str:
+  """The scale with its numbers, or what the brackets mean; one line."""
+  mode = mode or terminal_mode()
+  if mode == "plain":
+    return f"[n]: the text that follows took n of {num_layers} decoder layers a token"
+  layers = range(1, num_layers + 1)
+  swatches = to_terminal([f" {i} " for i in layers], layers, num_layers, mode=mode)
+  return f"decoder layers per token: {swatches}"

@@ -1,4 +1,4 @@
-"""Prompts -> `Outputs`: a model, its vocabulary and, where there is one, its promise.
+"""A model that decodes prompts under its promise.
 
     model = inference.load("packed", calibration="calibration.json")
     outputs = model.generate(["A long description of a package ..."])
@@ -12,40 +12,50 @@ import functools
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from calm import arguments, checkpoints, exits, signals
-from calm.calibrate import Calibration, Procedure, Prompt
+from calm import arguments, checkpoints, exits
+from calm.calibrate import NEVER_EXIT, Calibration, Prompt, ledger
 from calm.calibrate import seconds as seconds_lib
 from calm.calibrate import thresholds as thresholds_lib
+from calm.calibrate import views as calibration_display
 from calm.calibrate.generations.procedures import describe_differences
 from calm.calibrate.losses import metrics
-from calm.console import Progress
+from calm.calibrate.losses.sequence_losses import UNKNOWN
+from calm.checkpoints import files
+from calm.console import Progress, sanitize
 from calm.data import prompt_batches, prompt_files
-from calm.decode import compiled, loop, pool_program
-from calm.decode import program as program_lib
-from calm.decode import sharded as sharded_lib
-from calm.decode import staged as staged_lib
+from calm.decode import compiled, pool_program, sharded
 from calm.exits import schedules
-from calm.inference import calibrating, compiling, drafts, grid, procedures, running, views
-from calm.inference import exact as exact_lib
-from calm.inference import outputs as outputs_lib
-from calm.inference.options import DecodeOptions, change
-from calm.t5 import caches, network, parameters
+from calm.inference import certified, grid, outputs, timing
+from calm.inference import options as options_lib
+from calm.inference.batch_decoder import BatchDecoder, can_be_exact
+from calm.t5 import caches
+
+# What a folder with a promise holds beside the model.
+CALIBRATION = "calibration.json"
+# Or this, where full depth is what it should be served with.
+FULL_DEPTH = "full_depth.json"
+# Of the time that it takes to certify and to time, the share that decoding has.
+_DECODING = 0.9
+# Layers that are still listed one by one.
+_FEW = 4
 
 
 class SlowerThanFullDepth(UserWarning):
   """A threshold is served that was measured not to be faster than the full model."""
 
 
-SomePredictor = TypeVar("SomePredictor", bound="Predictor")
+class UntrainedExits(UserWarning):
+  """No decoder layer but the last has learned to write tokens."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Predictor:
-  """A model ready to decode.
+class Predictor(BatchDecoder):
+  """A model ready to decode, and its promise.
 
   Attributes:
     config: the model's sizes.
@@ -55,141 +65,17 @@ class Predictor:
     calibration: carries the promise, or None.
     threshold: what `generate` decodes with where it is given none; a calibration's.
     exact: how full depth is decoded where that was measured to be faster; None: static.
+    one_shape: whether every batch is padded to one shape (`BatchDecoder`).
   """
 
-  config: network.T5Config
-  params: Mapping[str, Any] = dataclasses.field(repr=False)
-  vocabulary: Any = dataclasses.field(repr=False)
-  options: DecodeOptions
   calibration: Calibration | None = None
   threshold: float | None = None
   exact: exits.Verified | None = None
 
-  def __repr__(self) -> str:
-    return views.in_short(self)
-
-  @functools.cached_property
-  def weights(self) -> program_lib.ModelWeights:
-    """The parameters laid out for decoding."""
-    weights = program_lib.model_weights(
-      self.params,
-      self.config,
-      self.vocabulary.vocab_size,
-      self.listed,
-      self.options.weights_dtype,
-      self.options.head_dtype,
-      self.options.encoder_dtype,
-    )
-    sharded = self.sharded()
-    return weights if sharded is None else sharded.replicate(weights)
-
-  @functools.cached_property
-  def expected_drafts(self) -> dict[tuple[exits.Verified, float], drafts.Expected]:
-    """What drafts of the texts so far were worth, by rule and threshold."""
-    return {}
-
-  @property
-  def listed(self) -> tuple[int, ...] | None:
-    """The tokens of `weights`' shortlist, which drafts come from whatever the measure."""
-    # One head a layer has none.
-    wanted = self.options.uses_shortlist or not self.config.per_layer_heads
-    return self.options.shortlist if wanted else None
-
-  @functools.cached_property
-  def parameters_digest(self) -> str:
-    return checkpoints.parameters_digest(self.params)
-
-  @functools.cached_property
-  def base_digest(self) -> str | None:
-    """Of the parameters that full-depth texts depend on, where exits have maps beside them."""
-    maps = self.config.exit_translators or self.config.exit_propagation
-    return parameters.base_digest(self.params) if maps else None
-
-  def with_exits(self, file: str | pathlib.Path) -> "Predictor":
-    """The same model with the exits of a file that `calm fit` learned beside its weights.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: they were learned beside other weights.
-    """
-    config, params = checkpoints.with_exits(self.config, self.params, file)
-    return dataclasses.replace(self, config=config, params=params)
-
-  @property
-  def reference(self) -> "Predictor":
-    """The model that writes the texts of full depth which a promise compares with.
-
-    Under a `reference_dtype` it is the same parameters with states and weights in float32, laid
-    out a second time where these options have others; else the model itself.
-    """
-    approximates = procedures.batch_size_affects_output(self.config, self.options) or (
-      self.options.weights_dtype not in (None, self.options.reference_dtype)
-    )
-    apart = self.options.reference_dtype is not None and approximates
-    return self._reference if apart else self
-
-  @functools.cached_property
-  def _reference(self) -> "Predictor":
-    plain = {"weights_dtype": None, "encoder_dtype": None, "reference_dtype": None}
-    return self.sharing(
-      dataclasses.replace(
-        self,
-        config=dataclasses.replace(self.config, dtype=self.options.reference_dtype),
-        options=dataclasses.replace(self.options, **plain),
-        calibration=None,
-        threshold=None,
-      )
-    )
-
-  @property
-  def eos_id(self) -> int:
-    eos_id = self.vocabulary.eos_id
-    return 1 if eos_id is None else eos_id
-
-  @property
-  def num_layers(self) -> int:
-    """Decoder layers."""
-    return self.config.num_decoder_layers
-
-  def __post_init__(self):
-    # Full depth asks for no exits, and would pass over measures and layers that are none.
-    self.options.rule.depth(self.num_layers)
-    exits.allowed_layers(self.options.exit_layers, self.num_layers)
-    exits.mapped_layers(self.options.rule, self.num_layers, self.config.exit_propagation)
-
-  @property
-  def procedure(self) -> Procedure:
-    """What a calibration of this model's outputs is valid for."""
-    return procedures.procedure(
-      self.config,
-      self.options,
-      parameters_digest=self.parameters_digest,
-      tokenizer_digest=self.vocabulary.digest(),
-      eos_id=self.eos_id,
-      base_digest=self.base_digest,
-    )
-
   def with_options(self, **options: Any) -> "Predictor":
     """The same model under other options and without a calibration."""
-    changed = exact_lib.with_draft_head(self.config, change(self.options, **options), options)
-    none = {"calibration": None, "threshold": None, "exact": None}
-    return self.sharing(dataclasses.replace(self, options=changed, **none))
-
-  def sharing(self, other: SomePredictor) -> SomePredictor:
-    """`other`, a model of the same parameters, with what was made of them already."""
-    made = ["parameters_digest", "base_digest"]
-    laid_out = lambda model: (
-      model.options.num_devices,
-      model.options.weights_dtype,
-      model.options.encoder_dtype,
-      model.options.head_dtype,
-      model.listed,
-      model.config,
-    )
-    if laid_out(self) == laid_out(other):
-      made.append("weights")
-    other.__dict__.update({name: self.__dict__[name] for name in made if name in self.__dict__})
-    return other
+    other = dataclasses.replace(self, calibration=None, threshold=None, exact=None)
+    return super(Predictor, self.sharing(other)).with_options(**options)
 
   @arguments.checked()
   def under(self, calibration: Calibration, *, allow_platform: bool = False) -> "Predictor":
@@ -198,7 +84,7 @@ class Predictor:
     Args:
       calibration: for this procedure.
       allow_platform: take one that was made on another platform or with another matmul
-        precision too; outputs then carry no promise (`elsewhere` says why).
+        precision too; outputs then carry no promise (`platform_mismatch` says why).
 
     Warns (`SlowerThanFullDepth`) where its threshold was measured not to be faster.
 
@@ -206,14 +92,15 @@ class Predictor:
       ValueError: the calibration is for another procedure; the message names the fields.
     """
     calibration.refuse_other(self.procedure, allow_platform=allow_platform)
-    threshold = calibration.threshold
     if slow := seconds_lib.warning(calibration):
       warnings.warn(SlowerThanFullDepth(slow), stacklevel=3)
-    return self.sharing(dataclasses.replace(self, calibration=calibration, threshold=threshold))
+    return self.sharing(
+      dataclasses.replace(self, calibration=calibration, threshold=calibration.threshold)
+    )
 
   @functools.cached_property
-  def elsewhere(self) -> str:
-    """What of the platform differs from the calibration's, named; '' where nothing does."""
+  def platform_mismatch(self) -> str:
+    """The fields of the platform that differ from the calibration's; '' where none does."""
     procedure = None if self.calibration is None else self.calibration.procedure
     return "" if procedure is None else describe_differences(procedure, self.procedure)
 
@@ -249,109 +136,37 @@ class Predictor:
       A predictor whose `generate` needs no threshold; the promise is in `calibration`, and the
       seconds that were measured beside full depth in its notes (`calibrate.seconds.of`).
     """
-    made = calibrating.certify_and_time(
-      self,
-      prompts,
-      tolerance=tolerance,
-      error_rate=error_rate,
-      consistency=consistency,
-      metric=metric,
-      thresholds=thresholds,
-      folder=folder,
-      progress=progress,
-    )
-    return self.under(made)
-
-  def program(self, rule: exits.Rule | None = None) -> program_lib.Program:
-    """The compiled program of a rule (the options' own by default)."""
-    return program_lib.Program(
-      self.config,
-      rule or self.options.rule,
-      self.options.max_decode_length,
-      self.eos_id,
-      self.options.engine if rule is None else None,
-      native=not procedures.decoder_rounds(self.config, self.options),
-    )
-
-  def sharded(self, rule: exits.Rule | None = None) -> sharded_lib.ShardedProgram | None:
-    """`program` spread over the options' devices; None where there is one."""
-    count = self.options.num_devices
-    return None if count == 1 else sharded_lib.ShardedProgram(self.program(rule), count)
-
-  def runs(self, rule: exits.Rule | None = None) -> Any:
-    """What `decode` runs: `sharded`, or `program`, in stages where last bits decide nothing."""
-    whole, bits = self.sharded(rule) or self.program(rule), procedures.decoder_rounds
-    return whole if bits(self.config, self.options) else staged_lib.staged(whole)
-
-  def plan(self, texts: Sequence[str]) -> list[prompt_batches.PromptBatch]:
-    """Tokenises prompts and groups them into batches."""
-    tokens = prompt_batches.tokenize(
-      prompt_files.check_texts(texts),
-      self.vocabulary,
-      prefix=self.options.task_prefix,
-      max_input_length=self.options.max_input_length,
-      eos_id=self.eos_id,
-    )
-    return prompt_batches.plan(
-      tokens,
-      batch_size=self.options.batch_size * self.options.num_devices,
-      max_input_length=self.options.max_input_length,
-      # The size is part of the procedure there: another one rounds otherwise.
-      whole_batches=procedures.batch_size_affects_output(self.config, self.options),
-    )
-
-  def encode(self, batch: prompt_batches.PromptBatch) -> caches.Encoded:
-    """Encodes a batch once, for any number of thresholds."""
-    signals.check()
-    # The rule has no part in it: one compiled encoder serves all of them.
-    program = program_lib.Program(self.config, exits.StaticExit(), 1, self.eos_id)
-    count = self.options.num_devices
-    encoder = program if count == 1 else sharded_lib.ShardedProgram(program, count)
-    with compiled.at_precision(self.options.matmul_precision):
-      return encoder.encode(self.weights, batch.tokens)
-
-  def decode(
-    self,
-    encoded: caches.Encoded,
-    active: np.ndarray,
-    threshold: float,
-    rule: exits.Rule | None = None,
-  ) -> loop.Generation:
-    """Decodes the active rows of an encoded batch; numpy arrays come back."""
-    signals.check()
-    chosen = rule or self.options.rule
-    if isinstance(chosen, exits.Verified):
-      return drafts.decode(self, encoded, active, threshold, chosen)
-    return running.run(self, rule, encoded, active, threshold)
-
-  def resume(
-    self,
-    encoded: caches.Encoded,
-    state: loop.DecodingState | None,
-    active: np.ndarray,
-    threshold: float,
-    resume_at: np.ndarray,
-  ) -> loop.DecodingState:
-    """Decodes the active rows from some token of each on; see `program.Program.resume`.
-
-    Args:
-      encoded: from `encode`, on one device.
-      state: what an earlier call returned for the same prompts; None: nothing yet.
-      active: rows to decode, [batch]; the others stay as they are.
-      threshold: lambda.
-      resume_at: the first token of each row that may differ from `state`, [batch].
-    """
-    signals.check()
-    program = self.runs() if self.options.num_devices == 1 else self.program()
-    with compiled.at_precision(self.options.matmul_precision):
-      return program.resume(
-        self.weights,
-        encoded,
-        program.nothing_yet(len(active)) if state is None else state,
-        active,
-        np.asarray(threshold, np.float32),
-        resume_at.astype(np.int32),
+    prompts, levels = prompt_files.prompts_of(prompts), thresholds
+    levels = levels or certified.default_grid(self)
+    with contextlib.ExitStack() as stack:
+      shown = stack.enter_context(Progress()) if progress is None else grid.silent
+      decoded = grid.as_shares(lambda share, text: shown(_DECODING * share, text), levels)
+      calibration, _ = certified.certify(
+        self,
+        prompts,
+        tolerance=tolerance,
+        error_rate=error_rate,
+        consistency=consistency,
+        metric=metric,
+        thresholds=levels,
+        folder=folder,
+        progress=progress or decoded,
       )
+      if folder is not None and (seen := ledger.keep(folder, calibration, prompts)):
+        warnings.warn(seen, stacklevel=3)
+      if calibration.certified:
+        found = timing.beside_full_depth(
+          self,
+          [prompt.input for prompt in prompts],
+          calibration.threshold,
+          prompts=8,
+          rounds=3,
+          progress=lambda share, text: shown(
+            _DECODING + (1 - _DECODING) * share, f"timing {text}"
+          ),
+        )
+        calibration = seconds_lib.noted(calibration, found)
+    return self.under(calibration)
 
   @arguments.checked(threshold=thresholds_lib.parse_threshold)
   def generate(
@@ -361,7 +176,7 @@ class Predictor:
     threshold: float | None = None,
     rule: exits.Rule | None = None,
     progress: Callable[[int, int], None] | None = None,
-  ) -> outputs_lib.Outputs:
+  ) -> outputs.Outputs:
     """Decodes prompts greedily.
 
     Args:
@@ -381,25 +196,25 @@ class Predictor:
       TypeError: `texts` is no list of texts.
     """
     texts = prompt_files.check_texts(texts)
-    calibrated = None if rule is not None else self.calibration
     if threshold is None and rule is None:
       threshold = self.threshold
-    if threshold is None and rule is None:
-      raise ValueError(
-        "Expected `threshold`, or a model loaded with a `calibration`, got neither; pass a"
-        " number in [0, 1], or calm.exits.schedules.NEVER_EXIT for the full model."
-      )
+      if threshold is None:
+        raise ValueError(
+          "Expected `threshold`, or a model loaded with a `calibration`, got neither; pass a"
+          " number in [0, 1], or calm.exits.schedules.NEVER_EXIT for the full model."
+        )
     if threshold is not None:
       schedules.check_threshold(threshold)
     if rule is not None:
       rule.depth(self.num_layers)  # the rule's own check of its layers
-    chosen = rule or self.served_rule(threshold)
-    full = rule is None and threshold == schedules.NEVER_EXIT
+    full = rule is None and threshold == NEVER_EXIT
     with contextlib.ExitStack() as stack:
       report = progress or stack.enter_context(Progress()).count("prompts")
-      predictor = self.reference if full else self
-      decoded = predictor._decode_texts(texts, threshold, chosen, report)
-    if calibrated is None or threshold != calibrated.threshold or self.elsewhere:
+      decoded = (self.reference if full else self)._decode_texts(
+        texts, threshold, rule or self.served_rule(threshold), report
+      )
+    calibrated = None if rule is not None else self.calibration
+    if calibrated is None or threshold != calibrated.threshold or self.platform_mismatch:
       return decoded
     return dataclasses.replace(decoded, guarantee=calibrated.guarantee)
 
@@ -408,8 +223,7 @@ class Predictor:
 
     Where no token can leave early, no confidence is asked for: that is the full-depth program.
     """
-    never = threshold == schedules.NEVER_EXIT
-    return (self.exact or exits.StaticExit()) if never else None
+    return (self.exact or exits.StaticExit()) if threshold == NEVER_EXIT else None
 
   def _decode_texts(
     self,
@@ -417,9 +231,9 @@ class Predictor:
     threshold: float | None,
     rule: exits.Rule | None,
     progress: Callable[[int, int], None],
-  ) -> outputs_lib.Outputs:
+  ) -> outputs.Outputs:
     """Prompts through batches or a pool of rows, in the order of the list and timed."""
-    made, clock, begun = compiled.num_made(), compiling.Clock(), 0
+    programs, clock, begun = compiled.num_made(), timing.Clock(), 0
 
     def encode(batch: prompt_batches.PromptBatch) -> caches.Encoded:
       nonlocal begun
@@ -427,8 +241,8 @@ class Predictor:
       begun += len(batch.rows)
       return clock.run("encode", functools.partial(self.encode, batch))
 
-    level = schedules.NEVER_EXIT if threshold is None else threshold
-    items: dict[int, outputs_lib.Output] = {}
+    level = NEVER_EXIT if threshold is None else threshold
+    items: dict[int, outputs.Output] = {}
     verified = isinstance(rule or self.options.rule, exits.Verified)
     pooled = self.options.refill and not verified  # whose rows have positions of their own
     for batches in prompt_batches.together(self.plan(texts), pooled=pooled):
@@ -443,22 +257,176 @@ class Predictor:
       for i, row in enumerate(np.concatenate([batch.rows for batch in batches])):
         items[int(row)] = self.output(generation, i, batches[0].tokens.shape[1])
     progress(len(texts), len(texts))
-    seconds, programs = clock.seconds, compiled.num_made() - made
-    timing = outputs_lib.Timing(
-      seconds["encode"], seconds["decode"], programs, clock.compile_seconds
+    seconds = outputs.Timing(
+      clock.seconds["encode"],
+      clock.seconds["decode"],
+      compiled.num_made() - programs,
+      clock.compile_seconds,
     )
     in_order = tuple(items[row] for row in range(len(texts)))
-    return outputs_lib.Outputs(in_order, self.num_layers, threshold, None, timing)
+    return outputs.Outputs(in_order, self.num_layers, threshold, None, seconds)
 
-  def output(
-    self, generation: loop.Generation, row: int, input_length: int = 0
-  ) -> outputs_lib.Output:
-    """One row of a generation as text with its exits; see `outputs.from_generation`."""
-    return outputs_lib.from_generation(
-      generation,
-      row,
-      self.vocabulary,
-      num_layers=self.num_layers,
-      eos_id=self.eos_id,
-      input_length=input_length,
+  def __repr__(self) -> str:
+    """Sizes, what it decodes with and, on a line of its own, the promise."""
+    config = self.config
+    layers = f"{config.num_encoder_layers} + {config.num_decoder_layers} layers"
+    first = f"{layers}, emb_dim {config.emb_dim}, {config.dtype}; {self._way}"
+    made = self.calibration
+    if made is None:
+      return f"Predictor({first})"
+    promise = "none, no threshold is certified"
+    if made.certified:
+      metric = "" if made.metric == UNKNOWN else f" by {sanitize(made.metric)}"
+      promise = (
+        f"{made.promise.name} {calibration_display.loss_name(made)} at most"
+        f" {made.tolerance:g}{metric} (error rate {made.error_rate:g},"
+        f" {made.num_examples} prompts)"
+      )
+    return f"Predictor({first},\n  promise: {promise})"
+
+  @property
+  def _way(self) -> str:
+    """Like `softmax at layers 2, 4, threshold 0.35`."""
+    level, layers = self.threshold, self.options.exit_layers
+    if level == NEVER_EXIT:
+      drafts = f", drafts by layer {self.exact.draft_layer}" if self.exact else ""
+      return f"full depth{drafts}"
+    if layers is None:
+      where = "every layer"
+    elif len(layers) == 1:
+      where = f"layer {layers[0]}"
+    elif len(layers) > 2 and layers[-1] - layers[0] == len(layers) - 1:
+      where = f"layers {layers[0]} to {layers[-1]}"
+    elif len(layers) <= _FEW:
+      where = f"layers {', '.join(map(str, layers))}"
+    else:
+      where = f"{len(layers)} layers"
+    at = "" if level is None else f", threshold {thresholds_lib.format_threshold(level)}"
+    return f"{self.options.measure} at {where}{at}"
+
+
+@arguments.checked()
+def load(
+  path: str | pathlib.Path = "packed",
+  *,
+  calibration: Calibration | str | pathlib.Path | None = None,
+  void_guarantee: bool = False,
+  allow_platform: bool = False,
+  dtype: npt.DTypeLike | None = None,
+  exits: str | pathlib.Path | None = None,
+  **options: Any,
+) -> Predictor:
+  """Opens a model for decoding.
+
+  Args:
+    path: a checkpoint directory of any format that `checkpoints.load` knows, or 'packed' for
+      the small model inside this package.
+    calibration: a `Calibration` or its JSON file. Its procedure sets the options that are not
+      given; a model or an option that differs from it is refused. None takes the
+      `calibration.json` of the model's own folder, where there is one and no option that is
+      given differs from it.
+    void_guarantee: decode under another procedure all the same: the calibrated threshold
+      stays, the promise goes.
+    allow_platform: decode all the same where the calibration differs in nothing but the
+      platform that it was made on and its matmul precision. Outputs carry no promise until a
+      sample of them was checked: `calm infer --allow_platform` does, where a mean loss is
+      promised, or `calibrate.audit.Monitor`.
+    dtype: activation dtype, 'float32' or 'bfloat16'; None takes the checkpoint's.
+    exits: a file of exits that `calm fit` learned beside this model's weights, or the folder
+      that it wrote; None takes the model folder's own, where there is one.
+    **options: fields of `DecodeOptions`.
+
+  Raises:
+    ValueError: the calibration is for another procedure (the message names the fields), or the
+      checkpoint has no vocabulary.
+  """
+  sharded.make_cpu_devices(options.get("num_devices"))
+  directory = checkpoints.PACKED if str(path) == "packed" else pathlib.Path(path)
+  checkpoint = checkpoints.load(directory, exits=exits)
+  if checkpoint.vocabulary is None:
+    raise ValueError(
+      f"Expected a vocabulary beside the checkpoint in {directory}, got none; save the model"
+      " with one (`checkpoints.save(..., vocabulary=...)`)."
     )
+  if isinstance(calibration, str | pathlib.Path):
+    calibration = Calibration.load(calibration)
+  stored = options_lib.stored_options(directory)
+  procedure = None if calibration is None else calibration.procedure
+  if procedure is None:
+    base = options_lib.DecodeOptions(**stored)
+  else:
+    base = options_lib.options_of(procedure, stored.get("shortlist"))
+    dtype = dtype or procedure.activation_dtype
+  config = checkpoint.config
+  if dtype is not None:
+    config = dataclasses.replace(config, dtype=dtype)
+  changed = options_lib.change(base, **options)
+  predictor = Predictor(
+    config=config,
+    params=checkpoint.params,
+    vocabulary=checkpoint.vocabulary,
+    options=options_lib.with_draft_head(config, changed, options),
+  )
+  if calibration is None:
+    untrained = checkpoint.exits_trained is False and not config.exit_translators
+    given = bool(options) or dtype is not None
+    return _of_a_folder(directory, predictor, given, untrained, void_guarantee, allow_platform)
+  if void_guarantee:
+    return dataclasses.replace(predictor, threshold=calibration.threshold)
+  return predictor.under(calibration, allow_platform=allow_platform)
+
+
+def _of_a_folder(
+  directory: pathlib.Path,
+  predictor: Predictor,
+  options_given: bool,
+  untrained: bool,
+  void_guarantee: bool,
+  allow_platform: bool,
+) -> Predictor:
+  """The model as its folder serves it: under a calibration, at full depth, or bare."""
+  own, full_depth = directory / CALIBRATION, directory / FULL_DEPTH
+  if untrained and not own.exists() and not full_depth.exists():
+    warnings.warn(
+      UntrainedExits(
+        f"the exits of {directory} were never trained: only its last decoder layer has learned"
+        " to write, so tokens that leave before it are often wrong. Train them (`calm fit`, or"
+        " `calm train`), or decode at full depth (the threshold 'never')."
+      ),
+      stacklevel=4,
+    )
+  if not own.exists() or void_guarantee:
+    if not full_depth.exists():
+      return predictor
+    exact = None if options_given else stored_rule(full_depth)
+    exact = exact if can_be_exact(predictor) else None
+    return dataclasses.replace(predictor, threshold=NEVER_EXIT, exact=exact)
+  calibration = Calibration.load(own)
+  compare = functools.partial(describe_differences, calibration.procedure, predictor.procedure)
+  difference = compare(allow_platform=allow_platform)
+  if not difference:
+    return predictor.under(calibration, allow_platform=allow_platform)
+  if not compare(allow_platform=True):  # the same options, at another place
+    calibration.refuse_other(predictor.procedure)
+  if not options_given:  # the folder disagrees with itself
+    raise ValueError(
+      f"Expected {str(own)!r} to be for the model beside it, got one for another procedure:"
+      f" {difference}; calibrate again, or take the file away to decode without a promise."
+    )
+  return predictor
+
+
+def stored_rule(path: pathlib.Path) -> exits.Verified | None:
+  """The rule that a folder's `full_depth.json` names, where it was measured to be faster.
+
+  Raises:
+    ValueError: the file is damaged (names it).
+  """
+  stored = files.read_json(path).get("exact")
+  if stored is None:
+    return None
+  known = {field.name for field in dataclasses.fields(exits.Verified)}
+  with files.naming(path):
+    if not isinstance(stored, dict) or set(stored) != known:
+      raise ValueError(f"Expected `exact` to have {sorted(known)}, got {stored!r}.")
+    return exits.Verified(**stored)

@@ -1,8 +1,6 @@
-"""Results as JSON files, found again by what they depend on.
+"""Results as JSON files, whose names hold a digest of everything that they depend on.
 
-A result is a frozen dataclass of numbers, texts, tuples and other such dataclasses. The file
-name holds a digest of everything that the result depends on (procedure, prompts, options), so
-that a report goes on where it was stopped and draws again without computing.
+A result is a frozen dataclass of numbers, texts, tuples and other such dataclasses.
 """
 
 import dataclasses

@@ -11,14 +11,14 @@ import numpy as np
 from calm import exits, inference
 from calm.calibrate import Prompt, Record, generations, thresholds
 from calm.exits import confidence, schedules
-from calm.inference import offline, result_cache, timing
+from calm.inference import grid, result_cache, timing
 from calm.inference.options import VERIFIED
 from calm.paper import tasks
 
 MEASURES = ("softmax", "shortlist", "classifier", "state")
 
 # The name of a step -> its progress.
-Announce = Callable[[str], offline.Progress]
+Announce = Callable[[str], grid.ShareProgress]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Bench:
   data: pathlib.Path | tasks.OwnPrompts  # folder of the data sets, or a user's own prompts
   folder: pathlib.Path  # where generations and results are kept
   options: Options = Options()  # how much is done
-  announce: Announce = lambda text: offline.silent  # called before every step
+  announce: Announce = lambda text: grid.silent  # called before every step
   # The same model with an exit classifier trained Elbayad's way, or None.
   geometric: inference.Predictor | None = None
   last_layer: inference.Predictor | None = None  # a model trained without Eq. 6, or None
@@ -172,7 +172,7 @@ class Bench:
   @functools.cached_property
   def whole(self) -> inference.Predictor:
     """The predictor with batches of one shape."""
-    return offline.one_shape(self.predictor)
+    return grid.one_shape(self.predictor)
 
   def model(self, measure: str, **options) -> inference.Predictor:
     """`whole` under a measure (and other options)."""
@@ -184,7 +184,7 @@ class Bench:
     listed = [name for name in self.measures if self.model(name).options.uses_shortlist]
     return under(self.predictor, (listed or self.measures)[0])
 
-  def step(self, text: str) -> offline.Progress:
+  def step(self, text: str) -> grid.ShareProgress:
     """Announces a step of this task."""
     return self.announce(f"{self.settings.title}: {text}")
 
@@ -205,7 +205,7 @@ class Bench:
     model = self.model(measure) if measure else self.whole
 
     def make() -> tuple[Record, ...]:
-      return offline.with_rule(model, prompts, rule, progress=self.step(name))
+      return grid.with_rule(model, prompts, rule, progress=self.step(name))
 
     key = {"rule": repr(rule), "decoded_by": model.procedure.to_json()}
     slug = name.replace(" ", "_").replace("'", "")
@@ -225,7 +225,7 @@ class Bench:
   ) -> generations.Generations:
     """Prompts over any grid under any options; cached and resumable."""
     folder = self.folder / "generations" / self.settings.name
-    return offline.on_grid(model, prompts, levels, folder, progress=self.step(name))
+    return grid.on_grid(model, prompts, levels, folder, progress=self.step(name))
 
   def decoded(self, measure: str, prompts: Sequence[Prompt]) -> generations.Generations:
     """Prompts over a measure's grid; cached and resumable."""

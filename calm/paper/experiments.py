@@ -13,7 +13,7 @@ from calm.calibrate import generations, trials
 from calm.calibrate.losses import metrics, sequence_losses
 from calm.data import prompt_batches
 from calm.exits import propagation, schedules
-from calm.inference import offline, result_cache, timing
+from calm.inference import result_cache, timing
 from calm.paper import bench, perturbations, scores, tasks
 from calm.paper.scores import Curve
 from calm.t5 import costs
@@ -108,7 +108,7 @@ def tradeoff(of: bench.Bench) -> Curves:
   settings = of.timed_settings({measure: of.grid(measure) for measure in grids})
   settings += [timing.Setting(static_name(k), exits.StaticExit(k)) for k in depths]
   settings.append(timing.Setting(ORACLE, exits.OracleExit()))
-  timed = offline.of_one_length(of.timed_model, of.validation, of.options.timed)
+  timed = timing.of_one_length(of.timed_model, of.validation, of.options.timed)
   timings = of.time("tradeoff", timed, settings)
 
   def make() -> Curves:
@@ -303,7 +303,7 @@ def flops_reduction(
     exit_layers: of the real tokens of every output.
     input_length: positions of the padded prompt.
   """
-  step = inference.costs.of_a_step(bench.under(predictor, measure), input_length)
+  step = bench.under(predictor, measure).step_costs(input_length)
   return costs.totals(step, exit_layers).flops_ratio
 
 
@@ -376,7 +376,7 @@ def _timed_gains(of: bench.Bench, table: Gains) -> Gains:
       if gain.threshold not in (*chosen[row.measure], schedules.NEVER_EXIT):
         chosen[row.measure].append(gain.threshold)
   unseen = of.test[table.num_calibration :]
-  prompts = offline.of_one_length(of.timed_model, unseen, 2 * of.options.timed)
+  prompts = timing.of_one_length(of.timed_model, unseen, 2 * of.options.timed)
   timings = of.time("gains", prompts, of.timed_settings(chosen))
 
   def timed(measure: str, gain: Gain) -> Gain:
@@ -544,7 +544,7 @@ def choose_examples(
 def examples(of: bench.Bench, table: Gains) -> tuple[Examples, ...]:
   """Fig. 4: outputs with each token's layers at every threshold, first the lowest certified."""
   unseen = of.test[table.num_calibration :]
-  among = {prompt.id for prompt in offline.of_one_length(of.timed_model, unseen)}
+  among = {prompt.id for prompt in timing.of_one_length(of.timed_model, unseen)}
   rows = choose_examples(of.test_grids[of.measures[0]], of.options.examples, among)
   metric, predictor = metrics.get_metric(of.settings.metric), of.predictor
   shown = []

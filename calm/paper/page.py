@@ -12,7 +12,7 @@ from rich import console as rich_console
 
 from calm import storage
 from calm.console import print_table, print_text, sanitize
-from calm.inference import colours, drawing, result_cache
+from calm.inference import drawing, outputs, result_cache
 from calm.paper import experiments, findings
 from calm.paper.sections import INTERVALS, Section, gains_table
 from calm.paper.tables import number, threshold
@@ -44,10 +44,10 @@ def render(page: Page) -> str:
   environment.filters["data"] = script_data
   environment.filters["threshold"] = threshold
   environment.filters["number"] = number
-  scale = enumerate(colours.scale(page.num_layers), start=1)
+  scale = enumerate(outputs.scale(page.num_layers), start=1)
   return environment.get_template("page.html.j2").render(
     page=page,
-    palette=[(layer, colour, colours.text_colour(colour)) for layer, colour in scale],
+    palette=[(layer, colour, outputs.text_colour(colour)) for layer, colour in scale],
     on_dark=drawing.ON_DARK,
     panel_data=panel_data,
     certified_text=certified_text,
@@ -151,9 +151,9 @@ def _print_examples(
   """Outputs at the threshold shown first, each token on its layers' colour."""
   at = threshold(found.thresholds[found.chosen])
   console.print(f"\nmeasure {found.measure}, threshold {at}", highlight=False)
-  mode = colours.terminal_mode(stream=cast(TextIO, console.file))
+  mode = outputs.terminal_mode(stream=cast(TextIO, console.file))
   if mode != "plain":
-    print(colours.legend_terminal(found.num_layers, mode=mode), file=console.file)
+    print(outputs.legend_terminal(found.num_layers, mode=mode), file=console.file)
   for item in found.items[:count]:
     level = item.levels[found.chosen]
     pieces = visible(level.pieces)
@@ -165,7 +165,7 @@ def _print_examples(
       print_text(console, f"  {'early':<10} {''.join(pieces)}", soft_wrap=True)
       layers = f"layers {' '.join(map(str, level.exit_layers))}"
     else:
-      text = colours.to_terminal(pieces, level.exit_layers, found.num_layers, mode=mode)
+      text = outputs.to_terminal(pieces, level.exit_layers, found.num_layers, mode=mode)
       print(f"  {'early':<10} {text}", file=console.file)
     numbers = f"D {number(level.distance)}, R {number(level.risk_difference)}, {layers}"
     print_text(console, f"  {numbers}", "dim")

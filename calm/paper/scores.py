@@ -10,7 +10,7 @@ from calm.calibrate.evidence import bounds
 from calm.calibrate.losses import metric_values, metrics
 from calm.exits import schedules
 from calm.inference import timing
-from calm.inference.offline import mean_layers
+from calm.inference.grid import mean_layers
 
 LEVEL = 0.95  # of every interval
 Interval = tuple[float, float]

@@ -263,14 +263,14 @@ def test_the_speed_beside_full_depth_is_said(
   procedure = inference.load(model, max_input_length=6, batch_size=2).procedure
   dataclasses.replace(made, procedure=procedure).save(tmp_path / "calibration.json")
   monkeypatch.setattr(serving, "MEASURED_PROMPTS", 7)
-  measure = inference.seconds.measure
+  measure = inference.timing.beside_full_depth
 
   def measured(predictor, *given, **options):
     found = measure(predictor, *given, **options)
     single = dataclasses.replace(found.single, speedup=speedup, end_to_end=1.25)
     return dataclasses.replace(found, single=single, batched=None)
 
-  monkeypatch.setattr(inference.seconds, "measure", measured)
+  monkeypatch.setattr(inference.timing, "beside_full_depth", measured)
   named = [f"--model={model}", f"--prompts={prompts}", "--input_key=review", "--output=-"]
   calibration = f"--calibration={tmp_path / 'calibration.json'}"
   assert cli.main(["infer", *named, calibration]) == 0
@@ -287,7 +287,7 @@ def test_drafts_that_do_not_pay_are_given_up(
   """The texts are the full model's either way: only seconds decide."""
   monkeypatch.setattr(serving, "MEASURED_PROMPTS", 7)
   found = seconds.Pair(2, 4, 1.0, 1.0 / speedup, speedup, speedup)
-  monkeypatch.setattr(inference.seconds, "exactly", lambda *asked: found)
+  monkeypatch.setattr(inference.timing, "exact_beside_full_depth", lambda *asked: found)
   output = tmp_path / "exact.jsonl"
   threshold = toy.DECODE
   # Batches of a model so small have no drafts.
@@ -311,7 +311,9 @@ def test_batches_that_draft_nothing_say_so(calm_infer, tmp_path, monkeypatch, ca
   monkeypatch.setattr(serving, "MEASURED_PROMPTS", measured)
   monkeypatch.setattr(verified_passes, "MANY_ROWS", 1)
   monkeypatch.setattr(verified_passes, "MANY_ROWS_HOPE", 1e9)
-  monkeypatch.setattr(inference.seconds, "exactly", lambda *asked: pytest.fail("measured"))
+  monkeypatch.setattr(
+    inference.timing, "exact_beside_full_depth", lambda *asked: pytest.fail("measured")
+  )
   monkeypatch.setattr(f"{__name__}.DECODE", [*toy.DECODE, "--exact"])
   compiled.drop_all()  # those with other plans
   calm_infer(f"--output={tmp_path / 'exact.jsonl'}")

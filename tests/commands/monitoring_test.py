@@ -41,7 +41,7 @@ class Full:
   """A model whose full-depth text is the prompt, and who keeps what it was asked."""
 
   def __init__(self, calibration, elsewhere=""):
-    self.calibration, self.asked, self.elsewhere = calibration, [], elsewhere
+    self.calibration, self.asked, self.platform_mismatch = calibration, [], elsewhere
 
   def generate(self, texts, threshold):
     assert threshold == calibrate.NEVER_EXIT

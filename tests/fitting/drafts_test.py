@@ -25,7 +25,7 @@ def measured(monkeypatch):
     pair = lambda size, x: seconds.Pair(size, 3, x, 1.0, x, x)
     return seconds.Seconds(pair(1, alone), pair(8, batched))
 
-  monkeypatch.setattr(inference.seconds, "measure", measure)
+  monkeypatch.setattr(inference.timing, "beside_full_depth", measure)
   monkeypatch.setattr(choose, "LEAST_NUMBERS", 1)
   return told, asked
 
@@ -82,7 +82,9 @@ def test_drafts_are_timed_beside_the_full_depth_of_another_head(model, monkeypat
   monkeypatch.setattr(inference.Predictor, "decode", note)
   narrow = model.with_options(head_dtype="int8")
   rule = inference.exact_rule(model)
-  found = inference.seconds.measure(narrow, TEXTS, 1.0, rounds=2, rule=rule, base=model)
+  found = inference.timing.beside_full_depth(
+    narrow, TEXTS, 1.0, rounds=2, rule=rule, base=model
+  )
   full = (None, exits.StaticExit, schedules.NEVER_EXIT)
   drafted = ("int8", exits.Verified, 1.0)
   assert decoded.count(full) == decoded.count(drafted) == len(decoded) / 2

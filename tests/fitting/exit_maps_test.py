@@ -14,7 +14,7 @@ from calm import checkpoints, exits, fitting, inference
 from calm.calibrate import Prompt
 from calm.checkpoints import files
 from calm.fitting import candidates, choose, exit_maps
-from calm.inference import offline
+from calm.inference import grid
 from calm.t5 import parameters
 
 WORDS = ["a few words", "another text", "say it", "the fourth", "b"]
@@ -38,8 +38,8 @@ def few_rounds():
   for name, value in {"FIRST": (1, 1), "LAST": (2, 1), "FINALISTS": 1}.items():
     patch.setattr(choose, name, value)
   patch.setattr(candidates, "measures", lambda predictor: ("softmax",))
-  patch.setattr(inference.seconds, "PROMPTS", 2)
-  patch.setattr(inference.seconds, "ROUNDS", 1)
+  patch.setattr(inference.timing, "PROMPTS", 2)
+  patch.setattr(inference.timing, "ROUNDS", 1)
   yield
   patch.undo()
 
@@ -145,7 +145,7 @@ def test_the_base_is_copied_byte_for_byte_and_its_full_texts_stay(fitted):
   assert parameters.base_digest(served.params) == parameters.base_digest(before.params)
   assert any(parameters.base_digest(before.params)[:12] in line for line in said)
   full = lambda model: [
-    record.tokens for record in offline.with_rule(model, ROWS[:20], exits.StaticExit())
+    record.tokens for record in grid.with_rule(model, ROWS[:20], exits.StaticExit())
   ]
   assert full(before) == full(inference.load(output))
   assert served.config.exit_translators == (1, 2) == served.config.exit_propagation

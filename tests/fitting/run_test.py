@@ -18,7 +18,7 @@ from calm.calibrate import thresholds as thresholds_lib
 from calm.data import vocabulary
 from calm.fitting import candidates, choose, run, splits
 from calm.fitting import result as result_lib
-from calm.inference import offline, result_cache
+from calm.inference import grid, result_cache
 from tests import toy_vocabulary
 
 WORDS = ["a few words", "another text", "say it", "the fourth", "b"]
@@ -42,8 +42,8 @@ def few_rounds():
   patch.setattr(choose, "LAST", (2, 1))
   patch.setattr(choose, "FINALISTS", 1)
   patch.setattr(candidates, "measures", lambda predictor: ("softmax",))
-  patch.setattr(inference.seconds, "PROMPTS", 2)
-  patch.setattr(inference.seconds, "ROUNDS", 1)
+  patch.setattr(inference.timing, "PROMPTS", 2)
+  patch.setattr(inference.timing, "ROUNDS", 1)
   yield
   patch.undo()
 
@@ -52,7 +52,7 @@ def few_rounds():
 def always_faster():
   """Whatever was measured, exits are taken to be faster: a toy's seconds are noise."""
   patch = pytest.MonkeyPatch()
-  measured, timed = inference.seconds.measure, choose.timed
+  measured, timed = inference.timing.beside_full_depth, choose.timed
 
   def measure(*arguments, **options):
     found = measured(*arguments, **options)
@@ -65,7 +65,7 @@ def always_faster():
     faster = tuple(1.5 for _ in found.speedups)
     return dataclasses.replace(found, speedups=faster, end_to_end=faster)
 
-  patch.setattr(inference.seconds, "measure", measure)
+  patch.setattr(inference.timing, "beside_full_depth", measure)
   patch.setattr(choose, "timed", faster)
   yield patch
   patch.undo()
@@ -129,7 +129,7 @@ def test_a_stopped_fit_goes_on_and_another_request_is_refused(
   with pytest.raises(ValueError, match="the rows"):
     fitting.fit(model, ROWS[:-1], output=output, **OPTIONS)
   monkeypatch.setattr(choose.Choosing, "run", None)  # what is done is not done again
-  monkeypatch.setattr(inference.seconds, "measure", None)
+  monkeypatch.setattr(inference.timing, "beside_full_depth", None)
   again = fitting.fit(model, ROWS, output=output, **OPTIONS)
   assert again.calibration == served.calibration
 
@@ -268,9 +268,9 @@ def test_trained_weights_that_are_not_faster_leave_the_given_ones_untouched(wors
   stored = output / "fit" / "results"
   for file in stored.glob("seconds-*.json"):
     file.unlink()
-  measure = inference.seconds.measure
+  measure = inference.timing.beside_full_depth
   slower = seconds.Seconds(dataclasses.replace(SLOW.single, speedup=0.9), None)
-  monkeypatch.setattr(inference.seconds, "measure", lambda *args, **options: slower)
+  monkeypatch.setattr(inference.timing, "beside_full_depth", lambda *args, **options: slower)
   served = fit(accept_quality=True)
   assert served.calibration is None and served.parameters_digest == refused.parameters_digest
   before, after = (checkpoints.load(folder).params for folder in (given, output))
@@ -278,7 +278,7 @@ def test_trained_weights_that_are_not_faster_leave_the_given_ones_untouched(wors
   assert "was not faster" in page_of(output) and "its weights untouched" in page_of(output)
   for file in stored.glob("seconds-*.json"):
     file.unlink()
-  monkeypatch.setattr(inference.seconds, "measure", measure)
+  monkeypatch.setattr(inference.timing, "beside_full_depth", measure)
   assert fit(accept_quality=True).calibration is not None
 
 
@@ -354,12 +354,12 @@ def test_a_fit_on_rows_that_certified_another_says_so_where_it_can_know(made, mo
 
 def test_many_prompts_are_decoded_in_larger_batches_where_no_text_depends_on_them(model):
   plain = inference.load(model, batch_size=4, max_input_length=64)
-  larger = offline.in_bulk(plain)
+  larger = grid.in_bulk(plain)
   assert {batch.tokens.shape for batch in larger.plan(WORDS)} == {(8, 64)}
   assert larger.procedure == plain.procedure
   narrow = inference.load(model, dtype="bfloat16")
   for rounded in (narrow, plain.with_options(weights_dtype="int8")):
-    assert offline.in_bulk(rounded) is rounded
+    assert grid.in_bulk(rounded) is rounded
 
 
 def _check_that_nothing_certified_is_said(result):

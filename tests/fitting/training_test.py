@@ -11,7 +11,7 @@ pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not
 from calm import checkpoints, exits, fitting, inference
 from calm.calibrate import Prompt
 from calm.fitting import splits, train
-from calm.inference import offline, result_cache
+from calm.inference import grid, result_cache
 from calm.training import sources
 
 pytestmark = pytest.mark.usefixtures("promotion_of_optax")
@@ -48,7 +48,7 @@ def write(model, parts, folder, *, seconds=None, progress=silent):
 
 
 def full_depth(model, rows):
-  return {r.id: r for r in offline.with_rule(model, rows, exits.StaticExit())}
+  return {r.id: r for r in grid.with_rule(model, rows, exits.StaticExit())}
 
 
 def test_targets_are_the_full_models_texts(model, parts, tmp_path, small_chunks):
@@ -96,7 +96,7 @@ def test_what_was_decoded_is_not_decoded_again(
   model, parts, tmp_path, small_chunks, monkeypatch
 ):
   made = write(model, parts, tmp_path)
-  again, decoded = offline.with_rule, []
+  again, decoded = grid.with_rule, []
 
   def counted(predictor, rows, *given, **named):
     decoded.append(len(rows))

@@ -6,7 +6,7 @@ import pytest
 
 from calm import inference
 from calm.calibrate import Prompt, generations, ledger, seconds
-from calm.inference import calibrating
+from calm.inference import certified, predictor
 from tests.inference import predictor_test
 
 # A toy's seconds are noise.
@@ -39,7 +39,7 @@ def test_the_grid_of_the_model_is_taken_and_generations_are_kept(model, tmp_path
   prompts = [Prompt(str(i), text, (text,)) for i, text in enumerate(TEXTS)]
   folder = tmp_path / "cache"
   options = {"tolerance": 0.9, "consistency": "risk", "metric": "token_f1", "folder": folder}
-  calibration, cached = calibrating.certify(with_grid, prompts, **options)
+  calibration, cached = certified.certify(with_grid, prompts, **options)
   assert [row.threshold for row in calibration.rows] == [0.8, 0.7]
   assert calibration.kind == "risk_signed" and calibration.metric == "token_f1"
   assert generations.load(folder).records == cached.records
@@ -75,7 +75,7 @@ def test_who_looks_on_sees_all_of_it_and_who_asks_is_told(model, monkeypatch):
   def looking_on():
     yield lambda share, text: seen.append((share, text))
 
-  monkeypatch.setattr(calibrating, "Progress", looking_on)
+  monkeypatch.setattr(predictor, "Progress", looking_on)
   model.calibrate(TEXTS, **RATES)
   shares = [share for share, _ in seen]
   assert shares == sorted(shares) and shares[0] > 0.0 and shares[-1] == pytest.approx(1.0)

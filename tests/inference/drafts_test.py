@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from calm import exits, inference
-from calm.decode import compiled, drafting, loop, verified_passes
+from calm.decode import loop, verified_passes
 from calm.exits import schedules
-from calm.inference import drafts, running, seconds
+from calm.inference import drafts, timing
 from tests.inference import predictor_test
 
 TEXTS = [f"{word} {i}" for i in range(12) for word in ("a", "the words")]
@@ -39,18 +39,17 @@ def full(model):
 def ran(model, monkeypatch):
   """The rules of the programs that were run, batch by batch; nothing was seen before."""
   model.__dict__.pop("expected_drafts", None)
-  rules, run = [], running.run
+  rules, run = [], inference.Predictor._run
 
   def spy(predictor, rule, *args):
     rules.append(rule)
     return run(predictor, rule, *args)
 
-  monkeypatch.setattr(running, "run", spy)
+  monkeypatch.setattr(inference.Predictor, "_run", spy)
   return rules
 
 
 def begun(model, ran, rule, **options) -> None:
-  """A program's first text is decoded twice, so that its seconds are told without compiling."""
   model.generate(TEXTS[:1], rule=rule, **options)
   model.expected_drafts.clear()
   ran.clear()
@@ -155,17 +154,8 @@ def test_a_batch_that_hopes_for_no_draft_is_full_depths(model, full, ran, monkey
 def test_drafts_that_are_timed_are_made_whatever_they_are_worth(model, ran):
   timed = model.with_options(batch_size=1)
   timed.__dict__["weights"] = model.weights
-  seconds.measure(timed, TEXTS[:6], 1.0, rule=NONSENSE, prompts=6, rounds=3)
+  timing.beside_full_depth(timed, TEXTS[:6], 1.0, rule=NONSENSE, prompts=6, rounds=3)
   assert ran.count(NONSENSE) == len(ran) / 2 > 10
-
-
-def test_a_text_that_is_decoded_twice_for_its_programs_seconds_is_looked_at_once(model, ran):
-  compiled.drop_all()
-  outputs = model.generate(TEXTS[:1], rule=NONSENSE)
-  expected = model.expected_drafts[NONSENSE, schedules.NEVER_EXIT]
-  expected.learn()
-  assert ran == [NONSENSE] * 2 and expected.idle == expected.prior.texts == 1
-  assert expected.prior.chance < drafting.CHANCE and outputs[0].drafts > 0
 
 
 def test_a_text_is_given_back_before_it_is_learned_of(model, ran, monkeypatch):

@@ -1,7 +1,6 @@
 """Exact decoding through a predictor, and slack as a measure that is calibrated."""
 
 import dataclasses
-import types
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from calm import checkpoints, exits, inference
 from calm.calibrate import generations
 from calm.calibrate.losses import sequence_losses
 from calm.decode import drafting
-from calm.inference import calibrating
+from calm.inference import certified
 from calm.inference import drafts as drafts_lib
 from tests.inference import predictor_test
 
@@ -106,7 +105,7 @@ def test_the_prior_says_how_many_drafts_are_made_and_changes_no_text(model, full
 
 
 def test_slack_is_calibrated_from_a_hypothesis_that_is_true(model, full, tmp_path):
-  calibration, cached = calibrating.certify(
+  calibration, cached = certified.certify(
     model, TEXTS, tolerance=0.6, thresholds=GRID, folder=tmp_path / "cache"
   )
   losses = sequence_losses.compute(cached, "textual", metric="rouge_l")
@@ -130,7 +129,7 @@ def test_slack_is_calibrated_from_a_hypothesis_that_is_true(model, full, tmp_pat
 
 def test_what_a_lower_threshold_cannot_change_is_not_decoded_again(model, tmp_path):
   kept, plain = (
-    calibrating.certify(m, TEXTS, tolerance=0.6, thresholds=GRID, folder=tmp_path / name)[1]
+    certified.certify(m, TEXTS, tolerance=0.6, thresholds=GRID, folder=tmp_path / name)[1]
     for name, m in (("a", model), ("b", model.with_options(num_drafts=1)))
   )
   for a, b in zip(kept.records, plain.records, strict=True):
@@ -155,12 +154,9 @@ def test_one_layer_drafts(model, layers):
 def test_a_shortlist_drafts_where_the_whole_head_outweighs_the_layers_below(vocab_size, head):
   packed = checkpoints.load(inference.PACKED).config
   config = dataclasses.replace(packed, vocab_size=vocab_size)
-  options = inference.DecodeOptions(shortlist=(1, 2, 3))
-  bare = types.SimpleNamespace(config=config, options=options)
-  assert inference.exact_rule(bare).draft_head == head
-  options = dataclasses.replace(options, shortlist=None)
-  bare = types.SimpleNamespace(config=config, options=options)
-  assert inference.exact_rule(bare).draft_head == "full"
+  listed = inference.DecodeOptions(shortlist=(1, 2, 3))
+  assert inference.options.draft_head(config, listed, 2) == head
+  assert inference.options.draft_head(config, inference.DecodeOptions(), 2) == "full"
 
 
 def test_verified_drafts_from_the_whole_head_where_a_shortlist_lacks_too_much():

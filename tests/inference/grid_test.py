@@ -7,7 +7,7 @@ from calm.calibrate import Prompt, Provenance
 from calm.calibrate.generations import writer as writer_lib
 from calm.decode import compiled
 from calm.exits import schedules
-from calm.inference import grid, offline
+from calm.inference import grid
 from tests.inference import predictor_test
 
 THRESHOLDS = [0.9, 0.6, 0.3]
@@ -46,7 +46,7 @@ def decode(model, directory, monkeypatch, **options):
 @pytest.mark.filterwarnings("ignore:.*prompts have more than")
 def test_full_depth_that_is_known_is_not_decoded_nor_taken_over(model, tmp_path, monkeypatch):
   _, records, _ = decode(model, tmp_path / "whole", monkeypatch)
-  static = offline.with_rule(model, PROMPTS, exits.StaticExit())
+  static = grid.with_rule(model, PROMPTS, exits.StaticExit())
   encodings = {}
   options = {"full": static, "encodings": encodings}
   summary, made, _ = decode(model, tmp_path / "given", monkeypatch, **options)

@@ -5,7 +5,7 @@ import pytest
 from calm import calibrate, exits, inference
 from calm.decode import compiled, staged
 from calm.exits import schedules
-from calm.inference import costs, grid
+from calm.inference import grid
 from calm.t5 import costs as costs_lib
 from tests.inference.predictor_test import OPTIONS, TEXTS, save
 
@@ -73,9 +73,9 @@ def test_costs_count_the_caches_that_a_text_has_read(directory, monkeypatch):
   longest = max(model.generate(TEXTS, rule=rule), key=lambda output: len(output.tokens))
   layers = longest.exit_layers
   assert len(layers) > 4  # made with short caches, then with long ones
-  step = lambda positions: costs.of_a_step(model, longest.input_length, rule, positions)
-  got = costs.totals(model, [longest], rule)
+  step = lambda positions: model.step_costs(longest.input_length, rule, positions)
+  got = model.total_costs([longest], rule)
   first, rest = costs_lib.totals(step(4), [layers[:4]]), costs_lib.totals(step(8), [layers[4:]])
   assert got == first + rest
   monkeypatch.setattr(staged, "FIRST", 8)
-  assert costs.totals(model, [longest], rule).full.bytes > got.full.bytes
+  assert model.total_costs([longest], rule).full.bytes > got.full.bytes

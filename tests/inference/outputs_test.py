@@ -1,8 +1,11 @@
-"""What a terminal and a notebook show of outputs."""
+"""What a terminal and a notebook show of outputs, and the colours of exit layers."""
 
 import dataclasses
 import html.parser
+import io
+import itertools
 import math
+import re
 
 import pytest
 
@@ -14,18 +17,19 @@ VOID = ("area", "br", "hr", "img", "input", "link", "meta")
 
 
 class Page(html.parser.HTMLParser):
-  """Collects text and titles; tags must close in the order of their nesting."""
+  """Collects text and spans (text, title, style); tags must close in the order of nesting."""
 
   def __init__(self, source: str):
     super().__init__()
-    self.open, self.tags, self.text, self.titles = [], [], "", []
+    self.open, self.tags, self.text, self.spans = [], [], "", []
     self.feed(source)
     self.close()
     assert not self.open, f"not closed: {self.open}"
 
   def handle_starttag(self, tag, attrs):
     self.tags.append(tag)
-    self.titles += [value for name, value in attrs if name == "title"]
+    if tag == "span":
+      self.spans.append(["", dict(attrs)["title"], dict(attrs)["style"]])
     if tag not in VOID:
       self.open.append(tag)
 
@@ -33,13 +37,14 @@ class Page(html.parser.HTMLParser):
     assert self.open and self.open.pop() == tag
 
   def handle_data(self, data):
-    if "style" not in self.open:
-      self.text += data
+    self.text += "" if "style" in self.open else data
+    if self.open[-1:] == ["span"]:
+      self.spans[-1][0] += data
 
 
-def output(text=TEXT, layers=(1, 4, 2, 3)) -> outputs.Output:
+def output(text=TEXT, layers=(1, 4, 2, 3), **changes) -> outputs.Output:
   count = len(layers)
-  return outputs.Output(
+  made = outputs.Output(
     text=text,
     tokens=(5, 6, 7, 1)[:count],
     pieces=("a", " <b>", " & c", "</s>")[:count],
@@ -49,18 +54,13 @@ def output(text=TEXT, layers=(1, 4, 2, 3)) -> outputs.Output:
     score=-1.5,
     num_layers=4,
   )
+  return dataclasses.replace(made, **changes)
 
 
 def several(count=2, threshold: float | None = 0.5, guarantee: str | None = GUARANTEE):
   timing = outputs.Timing(0.5, 1.25, 0)
   items = tuple(output(f"text {i}", (1, 2, 3)) for i in range(count))
   return outputs.Outputs(items, 4, threshold, guarantee, timing)
-
-
-def test_the_models_own_end_of_text_is_the_one_that_is_marked():
-  assert output().visible[0] == ("a", " <b>", " & c", "⏎")
-  other = dataclasses.replace(output(), eos_id=7)
-  assert other.visible[0] == ("a", " <b>", "⏎", "</s>")
 
 
 def test_the_checker_can_fail():
@@ -76,29 +76,27 @@ def test_one_output_in_words():
   assert repr(output("", ())) == "Output('', tokens=0, mean_layers=nan/4)"
 
 
-def test_end_of_text_is_shown_as_a_mark():
-  pieces, exit_layers, confidences = output().visible
-  assert pieces == ("a", " <b>", " & c", "⏎")
-  assert exit_layers == (1, 4, 2, 3) and confidences == (0.875, 0.5, 0.25, 1.0)
+@pytest.mark.parametrize(
+  ("changes", "pieces"),
+  [
+    ({}, ("a", " <b>", " & c", "⏎")),
+    ({"eos_id": 7}, ("a", " <b>", "⏎", "</s>")),
+    ({"pieces": (" a", " <b>", " & c", "</s>")}, ("a", " <b>", " & c", "⏎")),
+    ({"pieces": (" ", "b", " & c", "</s>")}, (" ", "b", " & c", "⏎")),
+  ],
+)
+def test_end_of_text_is_a_mark_and_the_first_space_is_not_shown(changes, pieces):
+  assert output(**changes).visible == (pieces, (1, 4, 2, 3), (0.875, 0.5, 0.25, 1.0))
 
 
-def test_coloured_text_for_terminals():
+def test_one_output_in_colours():
   assert output().coloured("plain") == "[1] a [4] <b> [2] & c[3]⏎"
-  assert "\x1b[48;5;" in output().coloured("256")
-
-
-def test_the_space_before_the_first_word_is_not_shown():
-  first = dataclasses.replace(output(), pieces=(" a", " <b>", " & c", "</s>"))
-  assert first.visible[0] == ("a", " <b>", " & c", "⏎")
-  blank = dataclasses.replace(output(), pieces=(" ", "b", " & c", "</s>"))
-  assert blank.visible[0][0] == " "  # a token of its own stays to be seen
-
-
-def test_one_output_as_html():
+  assert ";48;5;" in output().coloured("256")
   page = Page(output()._repr_html_())
   assert page.text.startswith("a <b> & c⏎")
   assert "b" not in page.tags  # the text is escaped
-  assert page.titles[:2] == ["layer 1 of 4, confidence 0.88", "layer 4 of 4, confidence 0.50"]
+  titles = ["layer 1 of 4, confidence 0.88", "layer 4 of 4, confidence 0.50"]
+  assert [title for _, title, _ in page.spans[:2]] == titles
 
 
 def test_outputs_are_a_sequence_in_order():
@@ -136,3 +134,127 @@ def test_outputs_as_html():
   assert "2.00 of 4" in page.text
   assert "more" not in Page(several(20, guarantee=None)._repr_html_()).text
   assert Page(several(0)._repr_html_()).text.startswith("0 outputs")
+
+
+# ---- Colours
+
+
+DEPTHS = [1, 2, 4, 8, 12, 24]
+# Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
+DEFICIENCIES = {
+  "protanopia": ((0.152, 1.053, -0.205), (0.115, 0.786, 0.099), (-0.004, -0.048, 1.052)),
+  "deuteranopia": ((0.367, 0.861, -0.228), (0.280, 0.673, 0.047), (-0.012, 0.043, 0.969)),
+  "tritanopia": ((1.256, -0.077, -0.179), (-0.078, 0.931, 0.148), (0.005, 0.691, 0.304)),
+}
+
+
+def seen(colour, matrix):
+  """Linear RGB as a reader with the deficiency sees it."""
+  channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+  linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+  return [sum(m * c for m, c in zip(row, linear, strict=True)) for row in matrix]
+
+
+@pytest.mark.parametrize("num_layers", DEPTHS)
+def test_lightness_alone_orders_the_layers_and_text_reads_on_all(num_layers):
+  scale = outputs.scale(num_layers)
+  assert len(scale) == len(set(scale)) == num_layers
+  assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in scale)
+  luminances = [outputs.luminance(colour) for colour in scale]
+  assert luminances == sorted(luminances, reverse=True)
+  for colour in scale:
+    assert outputs.contrast(colour, outputs.text_colour(colour)) >= 4.5
+
+
+@pytest.mark.parametrize("deficiency", DEFICIENCIES)
+def test_lightness_orders_the_layers_for_readers_with_colour_deficiencies(deficiency):
+  lightness = [
+    0.2126 * r + 0.7152 * g + 0.0722 * b
+    for r, g, b in (seen(c, DEFICIENCIES[deficiency]) for c in outputs.scale(12)[::-1])
+  ]
+  assert all(b > 1.1 * a for a, b in itertools.pairwise(lightness))
+
+
+def test_contrast_by_hand():
+  assert outputs.contrast("#000000", "#ffffff") == pytest.approx(21)
+  assert outputs.contrast("#777777", "#777777") == 1
+  # 0x80 / 255 is 0.21586 linear: (1.05) / (0.26586).
+  assert outputs.contrast("#808080", "#ffffff") == pytest.approx(3.949, abs=1e-3)
+  assert outputs.luminance("#ff0000") == pytest.approx(0.2126)
+
+
+def test_html_has_one_span_a_token_and_a_legend_that_numbers_every_layer():
+  pieces, layers = ["▁a", "<b>&", "▁\"c'", ""], [3, 1, 8, 0]
+  page = outputs.to_html(pieces, layers, 8, confidences=[0.971, 1.0, 0.05, 0.0])
+  spans, scale = Page(page).spans, outputs.scale(8)
+  titles = [f"layer {layer} of 8" for layer in (*layers[:3], *range(1, 9))]
+  ends = [", confidence 0.97", ", confidence 1.00", ", confidence 0.05", *8 * [""]]
+  assert [title for _, title, _ in spans] == [a + b for a, b in zip(titles, ends, strict=True)]
+  numbers = [f" {i} " for i in range(1, 9)]
+  assert [text for text, _, _ in spans] == [" a", "<b>&", " \"c'", *numbers]
+  for (_, _, style), layer in zip(spans, [*layers[:3], *range(1, 9)], strict=True):
+    colour = scale[layer - 1]
+    assert f"background:{colour};color:{outputs.text_colour(colour)};" in style
+  bare = outputs.to_html(["x", ""], [2, 0], 4, legend=False)
+  assert [span[:2] for span in Page(bare).spans] == [["x", "layer 2 of 4"]]
+  # Nothing asks for the page's own colours: a colour means the same layer on light and dark.
+  assert not re.search(r"<style|var\(|prefers-color-scheme|light-dark", page)
+
+
+def test_no_generated_text_can_steer_the_terminal():
+  out = outputs.to_terminal(["\x1b[2Jx\r", "ok"], [1, 1], 2, mode="plain")
+  assert out == "[1] �[2Jx�ok"
+  assert "\x1b" not in outputs.to_html(["\x1b[2J"], [1], 2)
+
+
+def test_plain_terminal_says_the_layers_in_brackets():
+  pieces, layers = ["▁Perl", "▁mod", "ule", "▁for", ""], [1, 1, 8, 3, 0]
+  out = outputs.to_terminal(pieces, layers, 8, mode="plain")
+  assert out == "[1] Perl mod[8]ule [3] for"
+  assert "8 decoder layers" in outputs.legend_terminal(8, mode="plain")
+
+
+def test_truecolor_is_the_scale_and_is_reset():
+  out = outputs.to_terminal(["a\nb"], [2], 2, mode="truecolor")
+  start = "\x1b[38;2;255;255;255;48;2;0;34;78m"
+  assert out == f"{start}a\x1b[0m\n{start}b\x1b[0m"
+
+
+@pytest.mark.parametrize("num_layers", [2, 4, 8])
+def test_256_colours_still_tell_the_layers_apart(num_layers):
+  legend = outputs.legend_terminal(num_layers, mode="256")
+  backgrounds = re.findall(r"48;5;(\d+)m", legend)
+  assert len(backgrounds) == len(set(backgrounds)) == num_layers
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+@pytest.mark.parametrize(
+  ("environ", "stream", "mode"),
+  [
+    ({"NO_COLOR": ""}, Terminal(), "256"),
+    ({"COLORTERM": "truecolor"}, Terminal(), "truecolor"),
+    ({"COLORTERM": "24bit"}, Terminal(), "truecolor"),
+    ({"COLORTERM": "truecolor", "NO_COLOR": "1"}, Terminal(), "plain"),
+    ({"TERM": "dumb"}, Terminal(), "plain"),
+    ({"COLORTERM": "truecolor"}, io.StringIO(), "plain"),
+    ({"FORCE_COLOR": "1"}, io.StringIO(), "256"),
+    ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, io.StringIO(), "plain"),
+  ],
+)
+def test_the_terminal_says_what_it_can_show(environ, stream, mode):
+  assert outputs.terminal_mode(environ, stream) == mode
+
+
+def test_bad_arguments_are_named():
+  with pytest.raises(ValueError, match="`num_layers`"):
+    outputs.scale(0)
+  with pytest.raises(ValueError, match="`exit_layers` for each"):
+    outputs.to_html(["a"], [1, 2], 4)
+  with pytest.raises(ValueError, match=r"got 5\s+at token 1"):
+    outputs.to_terminal(["a", "b"], [1, 5], 4)
+  with pytest.raises(ValueError, match="`confidences`"):
+    outputs.to_html(["a"], [1], 4, confidences=[])

@@ -142,18 +142,6 @@ def test_narrow_weights_are_a_model_of_rounded_weights(directory, tmp_path, dtyp
   assert generation.confidences.dtype == generation.scores.dtype == np.float32
 
 
-def test_narrow_weights_are_another_procedure_and_go_along(directory, model, tmp_path):
-  narrow = model.with_options(weights_dtype="bfloat16")
-  assert list(model.procedure.differences(narrow.procedure)) == ["weights_dtype"]
-  assert inference.options_of(narrow.procedure).weights_dtype == "bfloat16"
-  assert options_lib.to_stored(narrow.options)["weights_dtype"] == "bfloat16"
-  stored = json.dumps({"weights_dtype": ["bfloat16"]})
-  save(tmp_path / "toy")
-  (tmp_path / "toy" / "inference.json").write_text(stored)
-  with pytest.raises(ValueError, match="`weights_dtype` to be a text or null"):
-    inference.load(tmp_path / "toy")
-
-
 def in_8_bits(call, arguments, named, context):
   """Linear maps of layers as the 8-bit formula has them, in whole numbers of float64."""
   module = context.module
@@ -202,17 +190,6 @@ def test_layers_in_8_bits_are_the_network_with_its_products_rounded(directory, p
     np.testing.assert_array_equal(logits.argmax(-1), tokens[0])
     score = np.sum(np.max(jax.nn.log_softmax(logits), axis=-1))
     np.testing.assert_allclose(item.score, score, rtol=0.02, atol=0.02)
-
-
-def test_layers_in_8_bits_are_another_procedure_and_go_along(directory, model):
-  coded = model.with_options(weights_dtype="int8")
-  assert set(model.procedure.differences(coded.procedure)) == {"weights_dtype", "batch_bucket"}
-  options = inference.options_of(coded.procedure)
-  assert (options.weights_dtype, options.batch_size) == ("int8", OPTIONS["batch_size"])
-  assert options_lib.to_stored(coded.options)["weights_dtype"] == "int8"
-  # Another number of rows rounds otherwise: every batch has the procedure's.
-  sizes = lambda model: {len(batch.active) for batch in model.plan(["short"] * 5)}
-  assert sizes(coded) == {4} and sizes(model) == {4, 1}
 
 
 @pytest.mark.parametrize(
@@ -283,21 +260,19 @@ def test_heads_in_8_bits_emit_the_same_tokens(directory, measure, batch_size):
       np.testing.assert_allclose(ours.score, theirs.score, atol=5e-3 * len(ours.confidences))
 
 
-def test_heads_in_8_bits_are_another_procedure_and_go_along(model):
-  quantized = model.with_options(head_dtype="int8")
-  assert list(model.procedure.differences(quantized.procedure)) == ["head_dtype"]
-  assert "head_dtype" not in model.procedure.to_json()  # digests of earlier files stay
-  assert inference.options_of(quantized.procedure).head_dtype == "int8"
-  assert options_lib.to_stored(quantized.options)["head_dtype"] == "int8"
-  with pytest.raises(ValueError, match="`head_dtype` to be one of int8, or None, got 'int4'"):
-    model.with_options(head_dtype="int4")
-
-
-def test_a_layout_that_files_of_before_name_is_read_as_none(tmp_path):
+def test_files_of_before_are_read_and_what_is_no_option_is_refused(tmp_path):
   file = tmp_path / "inference.json"
   for stored in ("columns", None):
     file.write_text(json.dumps({"measure": "state", "weights_layout": stored}))
     assert options_lib.stored_options(tmp_path) == {"measure": "state"}
-  file.write_text('{"weights_layout": "rows"}')
-  with pytest.raises(ValueError, match=r"weights_layout.*by another program"):
-    options_lib.stored_options(tmp_path)
+  for stored, message in (
+    ({"weights_layout": "rows"}, "weights_layout.*by another program"),
+    ({"weights_dtype": ["bfloat16"]}, "`weights_dtype` to be a text or None"),
+    ({"head_dtype": "int4"}, "`head_dtype` to be one of int8, or None, got 'int4'"),
+    ({"shortlist": [10**30]}, "`shortlist` to be in 0"),
+    ({"engine": "eager"}, "engine.*by another program"),
+    ({"schedule": {"name": "constant", "x": 1}}, "json: Expected `schedule`"),
+  ):
+    file.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=message):
+      options_lib.stored_options(tmp_path)

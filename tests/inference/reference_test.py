@@ -12,8 +12,7 @@ from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import metrics
 from calm.commands import cli
 from calm.exits import schedules
-from calm.inference import calibrating, until_certified
-from calm.inference import options as options_lib
+from calm.inference import certified, grid
 from tests.inference.predictor_test import OPTIONS, save
 
 pytestmark = pytest.mark.filterwarnings("ignore::calm.inference.SlowerThanFullDepth")
@@ -60,13 +59,13 @@ def own_texts(model):
 
 def until_decided(model, folder):
   """The records at full depth of a run that stops when it is decided."""
-  prompts = until_certified.in_order(model, PROMPTS)
+  prompts = grid.sequential_order(model, PROMPTS)
   levels, rates = [0.9, 0.6], {"tolerance": 0.9, "error_rate": 0.3}
   writer = writer_lib.open_writer(
     folder, prompts=prompts, thresholds=levels, procedure=model.procedure, sequential=True
   )
   test = sequential.SequentialCalibration(levels, len(prompts), **rates)
-  until_certified.generate(model, prompts, writer, test, kind="textual", metric="rouge_l")
+  grid.generate_until_certified(model, prompts, writer, test, kind="textual", metric="rouge_l")
   return writer.completed_records(NEVER)
 
 
@@ -79,7 +78,7 @@ def test_what_is_compared_with_is_the_float32_text_token_by_token(
   assert model.reference.procedure == full.procedure
   assert tokens(model.generate(TEXTS, threshold=NEVER)) == full_tokens
   options = {"tolerance": 0.99, "error_rate": 0.3, "thresholds": [1.0, 0.6]}
-  _, cached = calibrating.certify(model, PROMPTS, **options)
+  _, cached = certified.certify(model, PROMPTS, **options)
   assert [tuple(record.tokens) for record in cached.full] == full_tokens
   served = model.generate(TEXTS, threshold=0.6)
   assert [tuple(record.tokens) for record in cached.records[1]] == tokens(served)
@@ -95,9 +94,9 @@ def test_what_8_bits_change_counts_as_loss_where_no_token_leaves(directory, full
   # A text without words is like itself, too.
   expected = np.mean([0 if a == b else 1 - metrics.rouge_l(a, [b]) for a, b in pairs])
   options = {"tolerance": 0.99, "error_rate": 0.3, "thresholds": [1.0]}
-  made, _ = calibrating.certify(model, PROMPTS, **options)
+  made, _ = certified.certify(model, PROMPTS, **options)
   assert made.rows[0].mean == pytest.approx(expected) and expected > 0
-  alone, _ = calibrating.certify(model.with_options(reference_dtype=None), PROMPTS, **options)
+  alone, _ = certified.certify(model.with_options(reference_dtype=None), PROMPTS, **options)
   assert alone.rows[0].mean == 0.0
 
 
@@ -123,16 +122,8 @@ def test_where_nothing_approximates_the_model_is_its_own_reference(full):
   assert full.with_options(weights_dtype="int8").reference.options.weights_dtype == "int8"
 
 
-def test_both_precisions_are_in_the_procedure_its_options_and_its_refusals(full):
-  given = {"encoder_dtype": "int8", "reference_dtype": "float32"}
-  model = full.with_options(**given)
-  changed = full.procedure.differences(model.procedure)
-  assert set(changed) == {*given, "batch_bucket"}
-  assert set(given).isdisjoint(full.procedure.to_json())
-  found = inference.options_of(model.procedure)
-  assert (found.encoder_dtype, found.reference_dtype) == ("int8", "float32")
-  stored = options_lib.to_stored(model.options)
-  assert given.items() <= stored.items()
+def test_both_precisions_are_in_refusals_and_guarantees(full):
+  model = full.with_options(encoder_dtype="int8", reference_dtype="float32")
   made = calibrate.calibrate(np.zeros((200, 1)), [0.9], tolerance=0.1, error_rate=0.05)
   made = dataclasses.replace(made, procedure=full.procedure, kind="textual", metric="rouge_l")
   with pytest.raises(
@@ -157,9 +148,6 @@ def test_a_folder_brings_both_precisions_along(tmp_path, directory, full_tokens)
   model = inference.load(folder)
   assert model.procedure == load(directory, {"encoder_dtype": "int8"}).procedure
   assert tokens(model.generate(TEXTS, threshold=NEVER)) == full_tokens
-  (folder / "inference.json").write_text(json.dumps({"encoder_dtype": ["int8"]}))
-  with pytest.raises(ValueError, match="`encoder_dtype` to be a text or null"):
-    inference.load(folder)
 
 
 def test_an_encoder_in_8_bits_leaves_the_decoder_as_it_is(full):
@@ -181,7 +169,7 @@ def test_seconds_of_full_depth_are_those_of_the_reference(directory, full_tokens
     return decode(self, encoded, active, threshold, rule)
 
   monkeypatch.setattr(inference.Predictor, "decode", noted)
-  inference.seconds.measure(model, TEXTS[:4], 0.6, rounds=1)
+  inference.timing.beside_full_depth(model, TEXTS[:4], 0.6, rounds=1)
   assert decoded and {name for name, _ in decoded} == {None}
 
 

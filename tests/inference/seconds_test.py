@@ -20,7 +20,7 @@ def model(tmp_path_factory):
 
 def test_prompts_are_timed_alone_and_in_whole_batches(model):
   told = []
-  found = inference.seconds.measure(
+  found = inference.timing.beside_full_depth(
     model, TEXTS, 0.6, prompts=3, rounds=1, progress=lambda share, text: told.append(share)
   )
   single, batched = found.single, found.batched
@@ -34,7 +34,7 @@ def test_prompts_are_timed_alone_and_in_whole_batches(model):
 
 def test_there_are_no_batches_of_too_few_prompts(model):
   few = model.with_options(batch_size=4)
-  assert inference.seconds.measure(few, TEXTS[:3], 0.6, rounds=1).batched is None
+  assert inference.timing.beside_full_depth(few, TEXTS[:3], 0.6, rounds=1).batched is None
 
 
 def test_a_threshold_that_is_not_faster_warns_wherever_it_is_served(model, tmp_path):

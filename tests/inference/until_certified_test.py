@@ -13,7 +13,7 @@ from calm.calibrate.generations import order
 from calm.calibrate.generations import writer as writer_lib
 from calm.calibrate.losses import sequence_losses
 from calm.exits import schedules
-from calm.inference import until_certified
+from calm.inference import grid
 from tests.inference import predictor_test
 
 THRESHOLDS = [0.9, 0.6, 0.3]
@@ -52,7 +52,7 @@ def calls(monkeypatch):
 
 def run(model, folder, *, by_group=False, rates=RATES, **options):
   """(calibration, cached generations) of a run into `folder`."""
-  prompts = until_certified.in_order(model, PROMPTS, ungrouped=not by_group)
+  prompts = grid.sequential_order(model, PROMPTS, ungrouped=not by_group)
   writer = writer_lib.open_writer(
     folder,
     prompts=prompts,
@@ -67,7 +67,7 @@ def run(model, folder, *, by_group=False, rates=RATES, **options):
   test = sequential.SequentialCalibration(
     THRESHOLDS, len(units), clusters=by_group, support=LOSS_SUPPORT, **rates
   )
-  made = until_certified.generate(model, prompts, writer, test, **LOSS, **options)
+  made = grid.generate_until_certified(model, prompts, writer, test, **LOSS, **options)
   writer.finish()
   return made, generations.load(folder)
 
@@ -140,7 +140,7 @@ def test_prompts_of_one_text_stand_together_as_those_of_one_group_do(model):
     dataclasses.replace(prompt, group=None, input=f"Text {i % 12}" + " " * (i // 12))
     for i, prompt in enumerate(PROMPTS)
   ]
-  inputs = [prompt.input.split()[1] for prompt in until_certified.in_order(model, twins)]
+  inputs = [prompt.input.split()[1] for prompt in grid.sequential_order(model, twins)]
   assert inputs[::2] == inputs[1::2] and len(set(inputs)) == 12
-  alone = [prompt.input for prompt in until_certified.in_order(model, twins, ungrouped=True)]
+  alone = [prompt.input for prompt in grid.sequential_order(model, twins, ungrouped=True)]
   assert len(set(alone)) == 24

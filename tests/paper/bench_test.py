@@ -20,7 +20,7 @@ from calm.data import vocabulary
 from calm.exits import schedules
 from calm.fitting import choose
 from calm.fitting.candidates import Candidate
-from calm.inference import offline, timing
+from calm.inference import grid, timing
 from calm.paper import bench, experiments, perturbations, tasks
 from calm.t5 import network
 from tests import toys
@@ -51,12 +51,12 @@ def plain(folder):
 
 @pytest.fixture(scope="module")
 def model(plain):
-  return offline.one_shape(plain)
+  return grid.one_shape(plain)
 
 
 @pytest.fixture(scope="module")
 def full(model):
-  return offline.with_rule(model, PROMPTS, exits.StaticExit())
+  return grid.with_rule(model, PROMPTS, exits.StaticExit())
 
 
 def tokens(records):
@@ -69,7 +69,7 @@ def test_one_shape_is_one_shape_and_the_same_text(plain, model, full):
   assert sorted(row for batch in batches for row in batch.rows) == list(range(6))
   assert [batch.active.sum() for batch in batches] == [4, 2]
   assert len({batch.tokens.shape for batch in plain.plan(TEXTS)}) > 1
-  assert tokens(full) == tokens(offline.with_rule(plain, PROMPTS, exits.StaticExit()))
+  assert tokens(full) == tokens(grid.with_rule(plain, PROMPTS, exits.StaticExit()))
   assert [record.id for record in full] == [prompt.id for prompt in PROMPTS]
   assert isinstance(model.with_options(measure="state"), offline.OneShape)
   assert model.plan([]) == []
@@ -78,7 +78,7 @@ def test_one_shape_is_one_shape_and_the_same_text(plain, model, full):
 @pytest.mark.parametrize("position", [0, 2])
 def test_one_token_is_the_tenth_choice_and_what_came_before_stays(model, full, position):
   rule = perturbations.RULES[perturbations.SAMPLING]
-  changed = offline.with_rule(model, PROMPTS, rule, float(position))
+  changed = grid.with_rule(model, PROMPTS, rule, float(position))
   reached = [row for row, record in enumerate(full) if len(record.tokens) > position]
   assert len(reached) > 2
   for row in reached:
@@ -86,13 +86,13 @@ def test_one_token_is_the_tenth_choice_and_what_came_before_stays(model, full, p
     assert after[:position] == before[:position] and after[position] != before[position]
   # The tenth choice: nine tokens are likelier there.
   first = perturbations.PerturbedRule(rank=1)
-  assert tokens(offline.with_rule(model, PROMPTS, first, float(position))) == tokens(full)
+  assert tokens(grid.with_rule(model, PROMPTS, first, float(position))) == tokens(full)
 
 
 def test_one_token_is_the_first_layers_own(model):
   rule = perturbations.RULES[perturbations.LAYER]
-  changed = offline.with_rule(model, PROMPTS, rule, 0.0)
-  shallow = offline.with_rule(model, PROMPTS, exits.StaticExit(1))
+  changed = grid.with_rule(model, PROMPTS, rule, 0.0)
+  shallow = grid.with_rule(model, PROMPTS, exits.StaticExit(1))
   assert [r.tokens[0] for r in changed] == [r.tokens[0] for r in shallow]
 
 
@@ -114,7 +114,7 @@ def test_seconds_are_of_every_setting_and_every_prompt(plain):
     timing.Setting("softmax", plain.options.rule, 0.5),
     timing.Setting("static 1", exits.StaticExit(1)),
   ]
-  asked = offline.of_one_length(plain, PROMPTS, 2)
+  asked = timing.of_one_length(plain, PROMPTS, 2)
   assert len(asked) == 2
   told = []
   made = timing.measure(

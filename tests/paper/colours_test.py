@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib", reason="needs the extra 'report'")
 pytest.importorskip("jax", reason="needs the extra 'decode'")
 
 from calm.exits import confidence
-from calm.inference import colours, drawing
+from calm.inference import drawing, outputs
 from calm.paper import bench, figures
 
 # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.
@@ -103,7 +103,7 @@ def test_series_are_seen_on_both_pages():
   assert len(PAGES) == 2
   for style in drawn().values():
     for paper in PAGES:
-      assert colours.contrast(seen(style.colour, paper), paper) >= 3.0, (style, paper)
+      assert outputs.contrast(seen(style.colour, paper), paper) >= 3.0, (style, paper)
 
 
 def test_a_figure_on_the_page_takes_the_page_s_colours():

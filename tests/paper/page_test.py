@@ -15,7 +15,7 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 
 import rich.console
 
-from calm.inference import colours, drawing
+from calm.inference import drawing, outputs
 from calm.paper import page, tables
 from calm.paper import sections as sections_lib
 from tests.paper import samples
@@ -98,8 +98,8 @@ def test_every_section_is_there(sections, text):
 
 
 def test_layer_colours_are_those_of_the_package(text):
-  for layer, colour in enumerate(colours.scale(4), start=1):
-    ink = colours.text_colour(colour)
+  for layer, colour in enumerate(outputs.scale(4), start=1):
+    ink = outputs.text_colour(colour)
     assert text.count(f".k{layer} {{ background: {colour}; color: {ink}; }}") == 1
 
 

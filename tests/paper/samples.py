@@ -12,7 +12,7 @@ import numpy as np
 from calm.calibrate import Prompt, Record, generations
 from calm.data import prompt_batches
 from calm.exits import schedules
-from calm.inference import offline, timing
+from calm.inference import grid, timing
 from calm.paper import bench, experiments, perturbations, tasks
 
 NUM_LAYERS = 4
@@ -100,7 +100,7 @@ class Bench(bench.Bench):
   """A bench whose prompts, records and seconds are made up."""
 
   count: int = 60
-  step = staticmethod(lambda text: offline.silent)
+  step = staticmethod(lambda text: grid.silent)
   measures = MEASURES
   validation = test = property(lambda self: prompts(self.count))
   validation_grids = test_grids = property(

@@ -264,10 +264,10 @@ def test_outputs_of_a_model_cost_what_their_exits_say():
   model = inference.load("packed", measure="classifier", max_decode_length=8, batch_size=2)
   outputs = model.generate(["A library to read ZIP archives.", "A game. " * 30], threshold=0.9)
   assert {output.input_length for output in outputs} == {32, 128}
-  got = inference.costs.totals(model, outputs)
-  by_output = [inference.costs.totals(model, [output]) for output in outputs]
+  got = model.total_costs(outputs)
+  by_output = [model.total_costs([output]) for output in outputs]
   assert got.early.flops == pytest.approx(sum(part.early.flops for part in by_output))
   assert got.tokens == sum(len(output.tokens) for output in outputs)
   assert got.flops_ratio > 1
-  narrow = inference.costs.of_a_step(model.with_options(weights_dtype="bfloat16"), 32)
-  assert narrow.full.weight_bytes * 2 == inference.costs.of_a_step(model, 32).full.weight_bytes
+  narrow = model.with_options(weights_dtype="bfloat16").step_costs(32)
+  assert narrow.full.weight_bytes * 2 == model.step_costs(32).full.weight_bytes
