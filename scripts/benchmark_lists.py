@@ -26,7 +26,8 @@ import tables
 import calm
 from calm import exits, inference, storage
 from calm.calibrate.generations import writer as writer_lib
-from calm.commands import generate, model_flags
+from calm.commands import flags as flags_lib
+from calm.commands import generate
 from calm.inference import grid
 
 
@@ -119,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  model_flags.add_arguments(parser)
+  flags_lib.add_model(parser)
   parser.add_argument("--thresholds", help="strictly descending, comma-separated")
   parser.add_argument("--threshold", type=float, help="one to time a list at, with refill")
   parser.add_argument("--repeats", type=int, default=3)
@@ -127,8 +128,8 @@ def main(arguments: list[str] | None = None) -> int:
   flags = parser.parse_args(arguments)
   if flags.repeats < 1:
     parser.error(f"Expected `--repeats` of 1 or more, got {flags.repeats}.")
-  model = inference.load(flags.model, **model_flags.decode_options(flags))
-  prompts = list(model_flags.open_prompts(flags))
+  model = inference.load(flags.model, **flags_lib.decode_options(flags))
+  prompts = list(flags_lib.open_prompts(flags))
   levels = generate.parse_grid(flags.thresholds, model.options)
   seconds = measure(rows(model, prompts, levels, flags.threshold), flags.repeats)
   print(f"{len(prompts)} prompts, batches of {model.options.batch_size}\n")

@@ -9,18 +9,19 @@ import statistics
 
 from calm import exits, inference
 from calm.calibrate.losses import metrics
-from calm.commands import common, model_flags
+from calm.commands import flags
+from calm.commands import run as run_lib
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description="Scores outputs against references.")
-  model_flags.add_arguments(parser)
+  flags.add_model(parser)
   parser.add_argument("--layers", type=int, help="static depth (default: all decoder layers)")
   parser.add_argument("--metrics", nargs="+", default=["rouge_l"], help="names or import paths")
   arguments = parser.parse_args()
-  common.use_compilation_cache()
-  model = inference.load(arguments.model, **model_flags.decode_options(arguments))
-  prompts = list(model_flags.open_prompts(arguments))
+  run_lib.use_compilation_cache()
+  model = inference.load(arguments.model, **flags.decode_options(arguments))
+  prompts = list(flags.open_prompts(arguments))
   texts = [prompt.input for prompt in prompts]
   outputs = model.generate(texts, rule=exits.StaticExit(arguments.layers))
   for name in arguments.metrics:

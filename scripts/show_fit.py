@@ -30,7 +30,7 @@ from calm import checkpoints, exits, fitting, inference, storage
 from calm.calibrate import Prompt, calibrate, generations
 from calm.calibrate.losses import metrics, sequence_losses
 from calm.checkpoints import huggingface
-from calm.commands import common
+from calm.commands import run as run_lib
 from calm.data import datasets
 from calm.inference import grid
 from calm.t5 import network
@@ -237,7 +237,7 @@ def main() -> None:
   parser.add_argument("--budget", default="3m", help="of `train_all` (default 3m)")
   parser.add_argument("--transformers", metavar="PYTHON", help="has transformers and torch")
   arguments = parser.parse_args()
-  common.use_compilation_cache()
+  run_lib.use_compilation_cache()
   for model in arguments.models:
     name, _, path = model.partition("=")
     folder = pathlib.Path(path) if path else MODELS[name](arguments)

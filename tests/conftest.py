@@ -59,11 +59,11 @@ def pytest_collection_modifyitems(items):
 # Files that are about what programs do, not how fast or by which instructions. What compares
 # numbers with others' or with the paper's, or reads HLO, is compiled as users do.
 QUICK = (
-  *("commands/calibrate_command_test.py", "commands/cli_test.py", "commands/following_test.py"),
-  *("commands/gin_test.py", "commands/infer_test.py", "commands/locked_test.py"),
-  *("commands/monitoring_test.py", "commands/options_test.py", "commands/pipeline_test.py"),
-  *("commands/reading_test.py", "commands/sharding_test.py"),
-  *("commands/stopped_test.py", "decode/loop_test.py", "decode/pool_program_test.py"),
+  *("commands/calibrate_command_test.py", "commands/cli_test.py", "commands/gin_test.py"),
+  *("commands/infer_test.py", "commands/monitoring_test.py", "commands/options_test.py"),
+  *("commands/pipeline_test.py", "commands/reading_test.py", "commands/run_test.py"),
+  *("commands/sharding_test.py", "commands/stopped_test.py"),
+  *("decode/loop_test.py", "decode/pool_program_test.py"),
   *("decode/pool_test.py", "decode/program_reference_test.py"),
   *("decode/resume_test.py", "decode/staged_test.py", "engines/choice_test.py"),
   *("engines/layout_test.py",),

@@ -1,6 +1,5 @@
 """Documents of runs, outputs and foreign models, in the form of `hostile_documents`."""
 
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -16,7 +15,7 @@ from calm import checkpoints, exits
 from calm.calibrate import Prompt
 from calm.calibrate.generations import foreign, shards
 from calm.calibrate.losses import asking
-from calm.commands import promise_flags, results
+from calm.commands import calibrate, infer
 from calm.data import vocabulary
 from calm.fitting import result as fit_result
 from calm.inference import predictor, result_cache
@@ -42,7 +41,7 @@ _VLLM = {"request_id": "a", "prompt": "text", "outputs": [{"text": "word"}]}
 _REQUEST = {"model": "0123", "rows": "4567", "options": {"tolerance": 0.1, "stages": "none"}}
 _RUN = {"seed": 0, "learning_rates": [[0, 0.1], [1, 0.2]], "batches": [[0, "a"], [1, "b"]]}
 _EXACT = dataclasses.asdict(exits.Verified(1, 4, "full"))
-_STATE = {"format": results.FORMAT, "about": {"threshold": "0.5"}, "done": 1, "bytes": 4}
+_STATE = {"format": infer.FORMAT, "about": {"threshold": "0.5"}, "done": 1, "bytes": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +72,7 @@ def _stage(path: pathlib.Path):
 
 
 def _unfinished(target: pathlib.Path):
-  made = results.Resumable(target, _STATE["about"])
+  made = infer.ResumableFile(target, _STATE["about"])
   prompts = [Prompt("a", "text"), Prompt("b", "text")]
   made._partial.write_text("abcd")
   return [prompt.id for prompt in made.pending(prompts)]
@@ -85,11 +84,6 @@ def _theirs(folder: pathlib.Path):
     return checkpoints.load(folder)
 
 
-def _labels(path: pathlib.Path):
-  flags, cached = argparse.Namespace(labels=path), argparse.Namespace(ids=("a",))
-  return promise_flags._labels(flags, cached)  # pyright: ignore[reportArgumentType]
-
-
 def _files(base: pathlib.Path) -> None:
   shutil.copytree(GOLDEN / "codet5", base / "codet5")
   mark = shards.Mark("infer", shards.Shard(0, 2), 3, "d", (0, 2), {"x": 1}, {"a": "b"})
@@ -99,7 +93,7 @@ def _files(base: pathlib.Path) -> None:
   cache = result_cache.ResultCache(base / "results")
   cache.get(Timing, "timing", {}, lambda: Timing(1.5, 2, ("a",)))
   (base / "fit" / "fit").mkdir(parents=True)
-  digest = results.Resumable(base / "out.jsonl", {})
+  digest = infer.ResumableFile(base / "out.jsonl", {})
   digest._add(Prompt("a", "text"))
   state = _STATE | {"prompts": digest._digest.hexdigest()}
   for name, value in (
@@ -134,7 +128,7 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
       at("references.jsonl"),
       lambda: asking.read_references(at("references.jsonl")),
     ),
-    "labels": (at("labels.jsonl"), lambda: _labels(at("labels.jsonl"))),
+    "labels": (at("labels.jsonl"), lambda: calibrate.read_labels(at("labels.jsonl"), ["a"])),
     "outputs of T5X": (at("t5x.jsonl"), lambda: foreign.read_predictions(at("t5x.jsonl"))),
     "outputs of a batch": (
       at("batch.jsonl"),

@@ -1,25 +1,42 @@
-"""Malformed and forged input, generated: every field of every file that is read, exchanged.
+"""Malformed and forged input, generated: every field and byte of every file that is read.
 
-A table of documents, each with the function that reads it; a generator of exchanges. What comes
-back is an error that says what was expected where, or a value that the table calls fair; never
-a traceback of another kind, never a wait, never a silent acceptance.
+Tables of documents, each with the function that reads it; generators of exchanges. The outcome
+is an error that says what was expected where, or a value that the table calls fair; never a
+traceback of another kind, never a wait, never a silent acceptance.
 """
 
 import collections
+import contextlib
 import copy
+import gzip
 import json
+import os
+import pathlib
 import resource
+import shutil
+import signal
+import struct
 import sys
 import types
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+pytest.importorskip("tensorstore", reason="T5X checkpoints need tensorstore (`train`)")
+pytest.importorskip("pyarrow", reason="Parquet needs pyarrow (`test`)")
+
+from calm import checkpoints
+from calm.data import datasets, prompt_files, vocabulary
+from calm.t5 import parameters
 from tests import hostile_documents as documents
 from tests import hostile_runs as runs
+from tests import toy_vocabulary
 from tests.spent import Spent
 
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 # No module has this name; to look for it is a fault.
 PLANTED = "planted_module"
 VALUES = (
@@ -29,12 +46,13 @@ VALUES = (
 SECONDS, BYTES = 10.0, 2**30
 _DEEP, _HUGE, _NAN = "@deep@", "@huge@", "@nan@"
 _RAW = {f'"{_DEEP}"': "[" * 20_000, f'"{_HUGE}"': "1e400", f'"{_NAN}"': "NaN"}
+ALLOWED = {**documents.FAIR, **runs.FAIR}
 
 
 def paths(value: Any, prefix: tuple = ()) -> Iterator[tuple]:
   """Every place of a document, the first two of a list."""
-  items = value.items() if isinstance(value, dict) else ()
-  for key, child in items if isinstance(value, dict) else list(enumerate(value))[:2]:
+  items = value.items() if isinstance(value, dict) else list(enumerate(value))[:2]
+  for key, child in items:
     yield (*prefix, key)
     if isinstance(child, dict | list):
       yield from paths(child, (*prefix, key))
@@ -44,8 +62,7 @@ def exchanged(document: Any) -> Iterator[tuple[str, Any, str]]:
   """(the field, or what was done; its new value; the text of the document after it)."""
   for path in paths(document):
     for value in (*VALUES, _DEEP, _HUGE, _NAN, documents.GONE):
-      changed = copy.deepcopy(document)
-      holder = changed
+      holder = changed = copy.deepcopy(document)
       for key in path[:-1]:
         holder = holder[key]
       if holder[path[-1]] == value and type(holder[path[-1]]) is type(value):
@@ -78,10 +95,6 @@ def named(error: Exception) -> bool:
   return names and "xpected " in text and ", got" in text
 
 
-# Errors of use; anything else is a traceback to the user.
-TOLD = (ValueError, OSError)
-
-
 class Tally(collections.Counter):
   """Outcomes by kind, and what was wrong."""
 
@@ -96,31 +109,37 @@ class Tally(collections.Counter):
       found = read()
       fair = fair(found) if callable(fair) else fair
       kind = "accepted" if fair else "silent"
-      if not fair:
-        self.wrong.append(f"{what}: accepted")
-    except TOLD as error:
-      kind = "named" if named(error) else "vague"
-      if kind == "vague":
-        self.wrong.append(f"{what}: vague: {error!r}")
+      text = kind
+    except (ValueError, OSError) as error:  # errors of use
+      kind, text = "named" if named(error) else "vague", f"vague: {error!r}"
     except Exception as error:
-      kind = "traceback"
-      self.wrong.append(f"{what}: traceback: {error!r:.200}")
+      kind, text = "traceback", f"traceback: {error!r:.200}"
+    if kind not in ("accepted", "named"):
+      self.wrong.append(f"{what}: {text}")
     if spent.seconds > SECONDS:
       self.wrong.append(f"{what}: took {spent.seconds:.0f} s")
       self["slow"] += 1
     self[kind] += 1
 
+  def check(self) -> int:
+    """Refusals, of which most have to be named."""
+    wrong = self["traceback"], self["slow"], self["silent"]
+    refused = self["named"] + self["vague"]
+    assert wrong == (0, 0, 0) and self["named"] >= 0.95 * refused, "\n".join(self.wrong[:20])
+    return refused
 
-NAMES = (
-  *documents.FAIR,
-  *runs.FAIR,
-)
 
-
-def fair(name: str, field: str, value: Any) -> bool:
-  """Whether a reader may take `value` in `field` of the document `name`."""
-  allowed = {**documents.FAIR, **runs.FAIR}[name]
-  return any(holds(value) for fields, holds in allowed.items() if field in fields.split())
+@contextlib.contextmanager
+def bounded(path: pathlib.Path):
+  """The file is as before after the block, which took less than `BYTES` of memory."""
+  good = path.read_bytes()
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  try:
+    yield good
+  finally:
+    path.unlink(missing_ok=True)  # what is begun anew is taken away
+    path.write_bytes(good)
+  assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < BYTES
 
 
 @pytest.fixture(scope="module")
@@ -138,27 +157,20 @@ def looked_for(monkeypatch):
   return found
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALLOWED)
 def test_exchanged_fields_are_refused_by_name(table, name, looked_for):
   path, read = table[name]
-  good = path.read_bytes()
   read()  # what is not exchanged is read
-  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   tally = Tally()
-  try:
+  with bounded(path) as good:
     for field, value, text in exchanged(json.loads(good)):
       path.write_bytes(text.encode("utf-8", "surrogateescape"))
-      tally.take(f"{name}: {field} = {value!r}", read, fair(name, field, value))
-  finally:
-    path.write_bytes(good)
-  refused = tally["named"] + tally["vague"] + tally["traceback"]
-  wrong = tally["traceback"], tally["slow"], tally["silent"]
-  assert wrong == (0, 0, 0), "\n".join(tally.wrong[:20])
+      rules = ALLOWED[name].items()
+      fair = any(holds(value) for fields, holds in rules if field in fields.split())
+      tally.take(f"{name}: {field} = {value!r}", read, fair)
   assert PLANTED not in looked_for, "a name of a file was imported"
   # What an earlier run left unfinished is begun anew, whatever it is.
-  assert refused or name == "unfinished outputs"
-  assert tally["named"] >= 0.95 * refused, "\n".join(tally.wrong[:20])
-  assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < BYTES
+  assert tally.check() or name == "unfinished outputs"
 
 
 def test_the_check_of_messages_can_fail():
@@ -171,3 +183,131 @@ def test_the_check_of_messages_can_fail():
   tally.take("d", lambda: 1, False)
   kinds = {"traceback": 1, "vague": 1, "accepted": 1, "silent": 1}
   assert dict(tally) == kinds and len(tally.wrong) == 3
+  with pytest.raises(AssertionError, match="traceback"):
+    tally.check()
+
+
+# Files of five gigabytes, of which a disk holds none, pipes to which nobody writes, and devices
+# without an end.
+HUGE = 5 * 2**30
+# What an earlier run left unfinished is begun anew; a model may have no vocabulary beside it.
+ENDLESS = {
+  "unfinished outputs": ("huge", "pipe"),
+  "our vocabulary": ("pipe", "endless"),
+}
+# What a user may well give through a pipe is waited for, as by any program.
+PIPED = ("references", "labels", "outputs of T5X", "outputs of a batch", "outputs of vLLM")
+CASES = [
+  (n, k) for n in ALLOWED for k in ("huge", "pipe", "endless") if k != "pipe" or n not in PIPED
+]
+
+
+@pytest.fixture
+def no_waiting():
+  """Ends what hangs."""
+  signal.signal(signal.SIGALRM, signal.default_int_handler)
+  signal.alarm(60)
+  yield
+  signal.alarm(0)
+  signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_what_has_no_end_is_refused_by_name(table, name, kind, no_waiting):
+  path, read = table[name]
+  tally, fair = Tally(), kind in ENDLESS.get(name, ())
+  with bounded(path):
+    path.unlink()
+    if kind == "pipe":
+      os.mkfifo(path)
+    elif kind == "endless":
+      path.symlink_to("/dev/zero")
+    else:
+      path.touch()
+      os.truncate(path, HUGE)
+    tally.take(f"{name}: {kind}", read, fair)
+  assert dict(tally) == {"accepted" if fair else "named": 1}, tally.wrong
+
+
+# Weights have no digest of their own, so that a byte that turned within them may be read.
+FLIPS = 64
+BINARY = (
+  *("our weights", "their weights", "T5X msgpack", "T5X array", "T5X array's metadata"),
+  *("Orbax manifest", "Orbax arrays"),
+  *("pieces", "packed rows", "packed prompts", "Parquet"),
+)
+
+
+def damaged(content: bytes) -> Iterator[tuple[str, bytes, bool]]:
+  """(what was done, the bytes, whether they may be read)."""
+  size = len(content)
+  for keep in (0, 1, 7, 8, 9, size // 4, size // 2, size - 9, size - 1):
+    yield f"first {keep}", content[: max(keep, 0)], False
+  yield "zeros", bytes(size), False
+  yield "ones", b"\xff" * size, False
+  yield "text", b"no such thing\n" * 99, False
+  yield "page", b"<!doctype html><html>" + content, False
+  for number in (0, 1, 2**31, 2**40, 2**63 - 1, 2**64 - 1):  # a length, where one stands first
+    yield f"length {number}", struct.pack("<Q", number) + content[8:], False
+  for at in {*range(0, min(size, FLIPS // 2)), *range(0, size, max(1, size // FLIPS))}:
+    turned = bytearray(content)
+    turned[at] ^= 0xFF
+    yield f"byte {at}", bytes(turned), True
+
+
+def weights(folder: pathlib.Path) -> Any:
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    made = checkpoints.load(folder)
+  flat = parameters.flatten(made.params)
+  return made.config, {name: array.shape for name, array in flat.items()}
+
+
+@pytest.fixture(scope="module")
+def binaries(tmp_path_factory) -> dict[str, tuple[pathlib.Path, Callable[[], Any]]]:
+  """Name -> (the file that is damaged, what reads it)."""
+  import pyarrow
+  from pyarrow import parquet
+
+  base = tmp_path_factory.mktemp("bytes")
+  ours = documents.model(base / "ours")
+  theirs = shutil.copytree(GOLDEN / "huggingface" / "t5_1_1", base / "theirs")
+  for name in ("legacy", "orbax"):
+    zipfile.ZipFile(GOLDEN / f"t5x_{name}.zip").extractall(base / name)
+  legacy, orbax = (base / name / "checkpoint_7" for name in ("legacy", "orbax"))
+  array = legacy / "target.decoder.layers_0.mlp.wo.kernel"
+  model = toy_vocabulary.train(base / "tiny.model")
+  texts = [{"id": f"r{i}", "input": f"text {i}", "target": "word"} for i in range(50)]
+  text = "".join(json.dumps(row) + "\n" for row in texts)
+  packed, rows = base / "rows.jsonl.gz", base / "rows.parquet"
+  packed.write_bytes(gzip.compress(text.encode(), mtime=0))
+  parquet.write_table(pyarrow.Table.from_pylist(texts), rows)
+  chunk = next(path for path in sorted(array.iterdir()) if path.name != ".zarray")
+  blob = max((orbax / "state" / "d").iterdir(), key=lambda path: path.stat().st_size)
+  of_legacy, of_orbax = lambda: weights(legacy), lambda: weights(orbax)
+  return {
+    "our weights": (ours / "params.safetensors", lambda: weights(ours)),
+    "their weights": (theirs / "model.safetensors", lambda: weights(theirs)),
+    "T5X msgpack": (legacy / "checkpoint", of_legacy),
+    "T5X array": (chunk, of_legacy),
+    "T5X array's metadata": (array / ".zarray", of_legacy),
+    "Orbax manifest": (orbax / "state" / "manifest.ocdbt", of_orbax),
+    "Orbax arrays": (blob, of_orbax),
+    "pieces": (model, lambda: vocabulary.SentencePieceVocabulary(model).vocab_size),
+    "packed rows": (packed, lambda: datasets.read_examples(packed)),
+    "packed prompts": (packed, lambda: list(prompt_files.open_prompts(packed))),
+    "Parquet": (rows, lambda: list(prompt_files.open_prompts(rows))),
+  }
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_damaged_bytes_are_refused_by_name(binaries, name):
+  path, read = binaries[name]
+  tally, expected = Tally(), read()
+  with bounded(path) as good:
+    for what, content, turned in damaged(good):
+      path.write_bytes(content)
+      # A list of pieces that was cut between two of them is a list of pieces.
+      loose = turned or (name == "pieces" and what.startswith("first"))
+      tally.take(f"{name}: {what}", read, lambda found, loose=loose: loose or found == expected)
+  assert read() == expected and tally.check() > 9

@@ -8,7 +8,8 @@ import shlex
 
 import pytest
 
-from calm.commands import cli, gin_files
+from calm.commands import cli
+from calm.commands import run as run_lib
 from calm.data import datasets
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -78,17 +79,17 @@ def test_every_command_of_the_first_page_is_one():
   given = commands(ROOT / "README.md")
   assert {line[0] for line in given} >= {"fit", "generate", "calibrate", "infer", "train"}
   for line in given:
-    cli.make_parser(line[0]).parse_args(line)
+    cli.make_parser(line[0]).parse_args(line[1:])
 
 
 def test_the_first_pages_training_has_all_it_needs(monkeypatch):
   gin = pytest.importorskip("gin", reason="gin-config (the `train` extra) is not installed")
   monkeypatch.chdir(ROOT)
   (line,) = (line for line in commands(ROOT / "README.md") if line[0] == "train")
-  arguments = cli.make_parser(line[0]).parse_args(line)
+  arguments = cli.make_parser(line[0]).parse_args(line[1:])
   assert arguments.output_dir
   try:
-    gin_files.parse(arguments)
+    run_lib.parse_gin(arguments)
     assert datasets.read_examples(gin.query_parameter("%TRAIN"))
     assert pathlib.Path(gin.query_parameter("%VOCABULARY_PATH")).is_file()
   finally:

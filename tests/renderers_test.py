@@ -23,7 +23,8 @@ from rich import console as rich_console
 
 from calm import fitting
 from calm.calibrate import calibrate
-from calm.commands import certificate, common, demo
+from calm.commands import demo
+from calm.commands import run as run_lib
 from calm.console import Progress, print_table, print_text, sanitize
 from calm.fitting import FitOptions, candidates, choose, train
 from calm.fitting import result as result_lib
@@ -201,10 +202,11 @@ def of_a_fit(text: str) -> str:
 
 def of_the_demo(text: str) -> str:
   prompt = types.SimpleNamespace(id=text, input=text, targets=(text,))
-  made = types.SimpleNamespace(full=[output(text)], early=several(text))
   file = io.StringIO()
   with contextlib.redirect_stdout(file):
-    drawn = console_of(lambda console: demo.print_examples(console, [prompt], made, 1))
+    drawn = console_of(
+      lambda console: demo.print_examples(console, [prompt], [output(text)], several(text), 1)
+    )
   return drawn + file.getvalue()
 
 
@@ -214,12 +216,12 @@ TERMINAL = {
     lambda console: print_table(console, (text, "b"), ((text, text),), title=text)
   ),
   "a calibration": lambda text: console_of(
-    lambda console: certificate.print_calibration(console, calibrated(text))
+    lambda console: run_lib.print_calibration(console, calibrated(text))
   ),
   "a calibration's text": lambda text: str(calibrated(text)) + repr(calibrated(text)),
-  "an error": lambda text: told(text, common._say),
+  "an error": lambda text: told(text, run_lib._print_error),
   "a warning": lambda text: told(
-    text, lambda text: common._show_warning(UserWarning(text), UserWarning, "", 0)
+    text, lambda text: run_lib._show_warning(UserWarning(text), UserWarning, "", 0)
   ),
   "the report": lambda text: console_of(
     lambda console: page.print_report(console, [report(text)])

@@ -261,7 +261,7 @@ def test_every_file_of_the_package_is_written_by_this_writer():
     "files.py: path.write_text(text, encoding='utf-8')",
     "checkpoint.py: path.write_bytes(base.model)",
     # Keeps what another run has left under another name.
-    "results.py: os.replace(self._partial, old)",
+    "infer.py: os.replace(self._partial, old)",
   }
 
 

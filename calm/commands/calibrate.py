@@ -1,258 +1,202 @@
 """Choose the lowest threshold that is certified to stay within the tolerance.
 
-Reads the folder that `calm generate` wrote (or JSON Lines files of anybody's) and writes
+Reads the folder of `calm generate`, or JSON Lines of any other system, and writes
 calibration.json. Needs no JAX.
 
   calm calibrate runs/cache --tolerance=0.1 --error_rate=0.05
-  calm calibrate runs/cache --kind=risk_signed --metric=token_f1 --tolerance=0.02
-  calm calibrate --full=full.jsonl --outputs 0.9=a.jsonl 0.8=b.jsonl --output=calibration.json
+  calm calibrate runs/cache --kind=risk_signed --metric=token_f1
+  calm calibrate --full=full.jsonl --outputs 0.9=a.jsonl 0.8=b.jsonl
+  calm calibrate --full=xl.jsonl --outputs large=l.jsonl base=b.jsonl
   calm calibrate runs/cache --risks textual:rouge_l:0.1 risk_signed:token_f1:0.02
   calm calibrate --configurations a=runs/a b=runs/b --output=calibration.json
-  calm calibrate --full=xl.jsonl --outputs large=l.jsonl base=b.jsonl --metric=file.py:overlap
 
-A line of such files is {"id", "prediction"}, and where they are there `input`, `targets` or
-`references` and `group`; or a line as it is of an OpenAI batch's output, of `vllm run-batch`,
-of vLLM's RequestOutput, or of T5X infer.
+A line of such files is {"id", "prediction"} with `input`, `targets` and `group`
+where known, or a line of OpenAI batches, `vllm run-batch`, vLLM or T5X infer.
 """
 
 import argparse
+import dataclasses
 import json
+import math
 import pathlib
+from typing import Any
 
+import numpy as np
 from rich import console as rich_console
 
 from calm import calibrate as calibrate_lib
-from calm.calibrate import Support, generations, planning, sequential, thresholds
+from calm import storage
+from calm.calibrate import generations, planning, promises, sequential, thresholds
 from calm.calibrate.evidence import methods, multiple_testing
 from calm.calibrate.generations import foreign
-from calm.calibrate.losses import sequence_losses
-from calm.commands import (
-  certificate,
-  common,
-  following,
-  helping,
-  promise_flags,
-  references,
-  several,
-  verifying,
-)
+from calm.calibrate.losses import asking, metrics, sequence_losses
+from calm.commands import flags
+from calm.commands import run as run_lib
 from calm.console import Progress, print_text
+
+METRIC = "rouge_l"  # the default of --metric
+# Promises that flags can describe; the others need tables, from Python.
+PROMISES = ("mean", "quantile", "every_group", "early_exits", "tail_mean", "cost")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the command's options."""
-  _add_outputs(parser)
-  _add_test(parser)
-  promise_flags.add_arguments(parser)
-  several.add_arguments(parser)
-  references.add_arguments(parser)
-  parser.add_argument(
-    "--verify",
-    metavar="FILE",
-    help="make this calibration.json again from the outputs and compare; writes nothing",
-  )
-  parser.add_argument(
-    "--unverified",
-    action="store_true",
-    help="take a folder that lists no checksums, whose records may have been changed",
-  )
-  parser.add_argument(
-    "--output", metavar="FILE", help="where to write (default DIRECTORY/calibration.json)"
-  )
+  add, more = flags.add, flags.more(parser)
+  text = "folder written by `calm generate`"
+  parser.add_argument("directory", nargs="?", type=flags.filled, help=text)
+  add(parser, "full", "FILE", "JSON Lines of the full model's outputs")
+  text = "outputs at thresholds, or at any other knob, the best first"
+  add(parser, "outputs", "KNOB=FILE", text, nargs="+")
+  flags.add_rates(parser)
+  kinds = ("textual", "risk_signed", "risk_clipped")
+  add(parser, "kind", "NAME", f"loss: {', '.join(kinds)}", "textual", choices=kinds)
+  add(parser, "metric", "NAME", flags.METRICS, METRIC)
+  text = f"bound: {', '.join(PROMISES)}"
+  way = parser.add_mutually_exclusive_group()
+  add(way, "promise", "NAME", text, "mean", choices=PROMISES)
+  text = "several losses, each with its own tolerance"
+  add(way, "risks", "KIND:METRIC:DELTA", text, nargs="+")
+  text = "folders of the same prompts; certifies the cheapest of all thresholds"
+  add(parser, "configurations", "NAME=DIR", text, nargs="+")
+  add(way, "list_unlabelled", "FILE", "write the prompts that need references, and stop")
+  add(way, "verify", "FILE", "compare a calibration.json with one made from these outputs")
+  add(parser, "references", "FILE", "JSON Lines of {id, targets} of prompts without references")
+  add(parser, "output", "FILE", "where to write", without="DIRECTORY/calibration.json")
+  add(more, "method", "NAME", f"p-values: {', '.join(methods.METHODS)}", "auto")
+  add(more, "testing", "NAME", ", ".join(multiple_testing.PROCEDURES), "fixed_sequence")
+  flags.add_ungrouped(more)
+  add(more, "pilot", "DIR", "outputs of other prompts: print first how likely each certifies")
+  add(more, "share", "X", "quantile: share of texts within the tolerance", 0.95)
+  add(more, "labels", "FILE", "every_group: JSON Lines of {id, label}, one a prompt")
+  add(more, "depths", "T,T", "early_exits: mean layers a token, rising, as 3,5")
+  add(more, "beta", "X", "tail_mean: share of texts that are not counted", 0.9)
+  add(more, "start", "X", "tail_mean: where the tail begins, from other prompts", 0.0)
+  text = "cost: layers a token over all layers"
+  add(more, "at_most", "X", text, 2 / 3, without="%(default).3g")
+  add(more, "unverified", None, "accept a folder without checksums")
+  parser.set_defaults(cost_share=promises.Cost.share)  # others only from Python
 
 
-def _add_outputs(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("directory", nargs="?", help="folder written by `calm generate`")
-  parser.add_argument(
-    "--full", metavar="FILE", help="JSON Lines of the full model's outputs, made elsewhere"
-  )
-  parser.add_argument(
-    "--outputs",
-    nargs="+",
-    metavar="KNOB=FILE",
-    help="JSON Lines of outputs at each threshold, made elsewhere; or at each setting of any"
-    " other knob (layers, beams, a smaller model), the best first: 12=a.jsonl 6=b.jsonl",
-  )
-
-
-def _add_test(parser: argparse.ArgumentParser) -> None:
-  helping.add_rates(parser)
-  parser.add_argument(
-    "--kind",
-    choices=["textual", "risk_signed", "risk_clipped"],
-    default="textual",
-    metavar="NAME",
-    help="loss: textual, distance to the full model's text; risk_signed or risk_clipped,"
-    " increase of the risk against references (default %(default)s)",
-  )
-  parser.add_argument(
-    "--metric",
-    default=verifying.METRIC,
-    metavar="NAME",
-    help="rouge_l, token_f1, exact_match, chrf, file.py:function, or module:function"
-    " (installed, or a file of the working directory) (default %(default)s)",
-  )
-  parser.add_argument(
-    "--method",
-    default="auto",
-    metavar="NAME",
-    help=f"p-values: {', '.join(methods.METHODS)} (default %(default)s: bets, or binomial"
-    " where losses are 0 or 1)",
-  )
-  parser.add_argument(
-    "--testing",
-    default="fixed_sequence",
-    metavar="NAME",
-    help=f"{', '.join(multiple_testing.PROCEDURES)} (default %(default)s)",
-  )
-  promise_flags.add_ungrouped(parser)
-  parser.add_argument(
-    "--pilot",
-    metavar="DIR",
-    help="folder of `calm generate` for other prompts, on the same grid (the validation"
-    " split): prints first how likely so many prompts certify each threshold",
-  )
-
-
-@common.user_errors
+@run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
-  """Calibrates, prints the table and the promise, writes the file."""
+  """Calibrates, prints the table and the guarantee, writes the file."""
   console = rich_console.Console()
   if arguments.output:
     named = (pair.rpartition("=")[2] for pair in arguments.outputs or ())
-    common.check_output(arguments.output, read=(arguments.full, arguments.references, *named))
+    read = (arguments.full, arguments.references, *named)
+    run_lib.check_output(arguments.output, read=read)
   if arguments.configurations:
-    chosen, model, prompts = several.calibrate_configurations(arguments)
-    return _save(arguments, console, chosen, prompts, model=model)
+    found, model, prompts = _cheapest_configuration(arguments)
+    _save(arguments, console, found, prompts, model=model)
+    return 0
   cached = _read(arguments)
-  if arguments.references:
-    cached = references.with_references(cached, arguments.references)
   if arguments.list_unlabelled:
-    return references.list_unlabelled(arguments, console, cached)
+    return _list_unlabelled(arguments, console, cached)
   if arguments.verify:
     return _verify(arguments, console, cached)
-  if said := promise_flags.describe_clusters(arguments, cached.prompts):
-    print_text(console, said, "yellow")
+  run_lib.print_clusters(arguments, console, cached.prompts)
   if arguments.risks:
-    return _save(
-      arguments, console, several.calibrate_risks(arguments, cached), cached.prompts, cached
-    )
-  _plan(arguments, console, cached)
-  return _save(arguments, console, _make(arguments, console, cached), cached.prompts, cached)
-
-
-def _save(arguments, console, result, prompts, cached=None, model: object = None) -> int:
-  output = pathlib.Path(
-    arguments.output or pathlib.Path(arguments.directory or ".") / "calibration.json"
-  )
-  result.save(output)
-  certificate.print_calibration(console, result, cached)
-  print_text(console, f"Written to {output}, digest {result.digest}", soft_wrap=True)
-  if arguments.directory or output.is_file():  # not beside a device
-    certificate.record(console, arguments.directory or output.parent, result, prompts)
-  known = model if cached is None else following.model_of(cached)
-  following.say_serve(console, result, output, known)
+    found = _several_risks(arguments, cached)
+  else:
+    _plan(arguments, console, cached)
+    found = _make(arguments, console, cached)
+  _save(arguments, console, found, cached.prompts, cached=cached, model=_model(cached))
   return 0
+
+
+def _save(arguments, console, result, prompts, **options) -> None:
+  folder = arguments.directory or "."
+  path = pathlib.Path(arguments.output or pathlib.Path(folder) / "calibration.json")
+  folder = pathlib.Path(arguments.directory or path.parent)
+  run_lib.save_calibration(console, result, path, prompts, folder=folder, **options)
+
+
+def _model(cached: generations.Generations) -> object:
+  """The model that outputs were decoded with, as the user named it; None: unknown."""
+  return (cached.provenance.notes or {}).get("model")
+
+
+def _read(arguments: argparse.Namespace) -> generations.Generations:
+  """The outputs, with the references of --references."""
+  elsewhere = arguments.full, arguments.outputs
+  if arguments.directory and not any(elsewhere):
+    cached = generations.load(arguments.directory, unverified=arguments.unverified)
+  elif all(elsewhere) and not arguments.directory:
+    names, _, paths = zip(*(pair.rpartition("=") for pair in arguments.outputs), strict=True)
+    knobs: Any = thresholds.parse_knobs(names)
+    cached = foreign.gather(arguments.full, dict(zip(knobs, paths, strict=True)))
+  else:
+    raise ValueError(
+      "Expected the folder of `calm generate`, or both `--full` and `--outputs`."
+    )
+  if not arguments.references:
+    return cached
+  found = asking.read_references(arguments.references)
+  if unknown := sorted(set(found) - set(cached.ids)):
+    raise ValueError(
+      f"Expected {arguments.references} to name prompts of these outputs, got {len(unknown)}"
+      f" others, first {unknown[:5]}; leave them out."
+    )
+  prompts = tuple(
+    prompt if prompt.targets else dataclasses.replace(prompt, targets=found.get(prompt.id, ()))
+    for prompt in cached.prompts
+  )
+  return dataclasses.replace(cached, prompts=prompts)
+
+
+def _list_unlabelled(arguments, console, cached: generations.Generations) -> int:
+  """Writes prompts and their different texts, for a person or a judge."""
+  wanted = asking.questions(cached)
+  asking.write_questions(arguments.list_unlabelled, wanted)
+  print_text(
+    console,
+    f"{len(wanted)} of {len(cached.prompts)} prompts need references and have none; written to"
+    f" {arguments.list_unlabelled}. Fill in `targets`, then: --references=FILE.",
+  )
+  return 0
+
+
+def _losses(arguments, cached, progress=None) -> sequence_losses.SequenceLosses:
+  losses = sequence_losses.compute(
+    cached, arguments.kind, metric=arguments.metric, progress=progress
+  )
+  return losses.ungrouped() if arguments.ungrouped else losses
+
+
+def _rates(arguments: argparse.Namespace) -> dict[str, Any]:
+  """Keyword arguments of `calibrate` without the tolerance."""
+  return {
+    "error_rate": arguments.error_rate,
+    "method": arguments.method,
+    "testing_procedure": arguments.testing,
+  }
 
 
 def _plan(arguments, console, cached: generations.Generations) -> None:
   """Refuses, before any work, where nothing could be certified; warns where little could."""
   support = sequence_losses.kind_support(arguments.kind, arguments.metric)
-  units = promise_flags.clusters_of(arguments, cached.prompts) or cached.ids
-  count, name = len(set(units)), arguments.testing
-  share = (
-    multiple_testing.first_share(name, len(cached.thresholds))
-    if name in multiple_testing.PROCEDURES
-    else 1
-  )
-  rates = (arguments.tolerance, arguments.error_rate * share)
-  refusal = planning.refusal(
-    count,
-    arguments.tolerance,
-    arguments.error_rate,
-    support=support if count == len(cached.ids) else Support(support.lower, support.upper),
-    method=sequential.METHOD if cached.sequential else arguments.method,
-    share=share,
-    unit="prompts" if count == len(cached.ids) else "clusters of prompts",
-  )
-  if refusal and arguments.promise == "mean":
-    raise ValueError(refusal)
+  units = run_lib.test_clusters(arguments, cached.prompts) or cached.ids
+  share, testing, count = 1.0, arguments.testing, len(set(units))
+  if testing in multiple_testing.PROCEDURES:
+    share = multiple_testing.first_share(testing, len(cached.thresholds))
+  if arguments.promise == "mean":
+    method = sequential.METHOD if cached.sequential else arguments.method
+    run_lib.refuse_few(arguments, units, support, method, share)
   if cached.sequential and arguments.promise != "mean":
     raise ValueError(
-      "Expected --promise=mean for a run that stopped early: it was decided for the mean, got"
-      f" {arguments.promise!r}; generate without --until_certified."
+      f"--promise={arguments.promise} needs a complete run: one that stopped early was decided"
+      " for the mean."
     )
-  _tell_power(arguments, console, count, rates, support)
-
-
-def _tell_power(
-  arguments, console, count: int, rates: tuple[float, float], support: Support
-) -> None:
-  """How likely so many prompts certify: judged by a pilot, or forecast for signed losses."""
+  rates = {"tolerance": arguments.tolerance, "error_rate": arguments.error_rate * share}
+  rates["method"] = arguments.method
   if arguments.pilot:
     pilot = _losses(arguments, generations.load(arguments.pilot))
-    curve = planning.power_curve(
-      pilot,
-      [count, 2 * count, 4 * count],
-      tolerance=rates[0],
-      error_rate=rates[1],
-      method=arguments.method,
-    )
+    curve = planning.power_curve(pilot, [count, 2 * count, 4 * count], **rates)
     print_text(
       console, f"Power by prompts and threshold, judged by {arguments.pilot}:\n{curve}"
     )
-  elif support.lower < 0.0:
-    forecast = planning.forecast(count, *rates, method=arguments.method)
-    if forecast:
-      print_text(console, forecast, "yellow")
-
-
-def _calibrate(arguments, console, cached, seed=None) -> calibrate_lib.Calibration:
-  promise = promise_flags.promise_of(arguments, cached)  # refused before any text is compared
-  with Progress(console) as progress:
-    losses = _losses(arguments, cached, progress.count(f"{arguments.metric} losses"))
-  return calibrate_lib.calibrate(
-    losses,
-    tolerance=arguments.tolerance,
-    error_rate=arguments.error_rate,
-    method=arguments.method,
-    testing_procedure=arguments.testing,
-    promise=promise,
-    seed=seed,
-  )
-
-
-def _verify(arguments, console, cached: generations.Generations) -> int:
-  """Makes a calibration again, by its own rates and method, and says what differs."""
-  told = calibrate_lib.Calibration.load(arguments.verify)
-  verifying.take_over(arguments, told)
-  again = _make(arguments, console, cached)
-  if drawn := again.seed != told.seed:
-    again = _make(arguments, console, cached, told.seed)
-  differ = verifying.differences(told, again)
-  sentence = json.loads(pathlib.Path(arguments.verify).read_bytes())["guarantee"]
-  if not differ and sentence != told.guarantee:
-    raise ValueError(
-      f"Expected `guarantee` of {arguments.verify} to be the sentence of its numbers,"
-      f" {told.guarantee!r}, got {sentence!r}: it was worded by another version, or edited;"
-      " calibrate again."
-    )
-  if differ:
-    raise ValueError(
-      f"Expected {arguments.verify} to be what these outputs give, got other fields"
-      f" {differ}: it was made from other outputs or by another version, or was edited;"
-      " calibrate again."
-    )
-  print_text(console, f"{arguments.verify} is what these outputs give (digest {told.digest}).")
-  if drawn and told.order == "permuted":
-    print_text(
-      console,
-      "Its order is not the one that these outputs give: earlier versions drew the order of"
-      " outputs without the texts of prompts. It was checked in the order that it names.",
-      "yellow",
-    )
-  print_text(console, told.guarantee)
-  return 0
+  elif support.lower < 0.0 and (forecast := planning.forecast(count, **rates)):
+    print_text(console, forecast, "yellow")
 
 
 def _make(
@@ -260,28 +204,21 @@ def _make(
 ) -> calibrate_lib.Calibration:
   """The calibration, tested as the outputs were decoded: whole, or prompt by prompt."""
   if cached.sequential:
-    return _replay(arguments, console, cached)
-  return _calibrate(arguments, console, cached, seed)
+    return _replay(arguments, cached)
+  promise = _promise(arguments, cached)  # refused before any text is compared
+  with Progress(console) as progress:
+    losses = _losses(arguments, cached, progress.count(f"{arguments.metric} losses"))
+  rates = _rates(arguments) | {"tolerance": arguments.tolerance}
+  return calibrate_lib.calibrate(losses, promise=promise, seed=seed, **rates)
 
 
-def _losses(arguments, cached, progress=None) -> sequence_losses.SequenceLosses:
-  """Losses as the flags want them."""
-  losses = sequence_losses.compute(
-    cached, arguments.kind, metric=arguments.metric, progress=progress
-  )
-  return losses.ungrouped() if arguments.ungrouped else losses
-
-
-def _replay(arguments, console, cached) -> calibrate_lib.Calibration:
-  """A run that stopped early is tested prompt by prompt, as it was decoded."""
-  del console
-  grouped = promise_flags.clusters_of(arguments, cached.prompts) is not None
+def _replay(arguments, cached: generations.Generations) -> calibrate_lib.Calibration:
+  grouped = run_lib.test_clusters(arguments, cached.prompts) is not None
   if (cached.by_group and arguments.ungrouped) or (grouped and not cached.by_group):
-    tested = "by cluster" if cached.by_group else "by prompt"
     raise ValueError(
       "Expected `--ungrouped` as the run that stopped early had it (decided"
-      f" {tested}, in an order made for that), got ungrouped={arguments.ungrouped}; change the"
-      " flag, or generate again."
+      f" {'by cluster' if cached.by_group else 'by prompt'}, in an order made for that), got"
+      f" ungrouped={arguments.ungrouped}; change the flag, or generate again."
     )
   return sequential.replay(
     cached,
@@ -292,15 +229,200 @@ def _replay(arguments, console, cached) -> calibrate_lib.Calibration:
   )
 
 
-def _read(arguments: argparse.Namespace) -> generations.Generations:
-  if arguments.directory and not (arguments.full or arguments.outputs):
-    return generations.load(arguments.directory, unverified=arguments.unverified)
-  if arguments.full and arguments.outputs and not arguments.directory:
-    names, _, paths = zip(*(pair.rpartition("=") for pair in arguments.outputs), strict=True)
-    knobs = thresholds.parse_knobs(names)
-    return foreign.gather(arguments.full, dict(zip(knobs, paths, strict=True)))  # type: ignore
-  raise ValueError(
-    "Expected the folder of `calm generate`, or both --full and --outputs, got"
-    f" directory={arguments.directory!r}, --full={arguments.full!r},"
-    f" --outputs={arguments.outputs!r}."
+def _promise(arguments, cached: generations.Generations) -> promises.Promise:
+  """The promise that the flags name, with what it needs of the outputs.
+
+  Raises:
+    ValueError: a flag is missing, or the outputs lack something.
+  """
+  name = arguments.promise
+  if name == "quantile":
+    return promises.Quantile(arguments.share)
+  if name == "tail_mean":
+    return promises.TailMean(arguments.beta, arguments.start)
+  if name == "every_group":
+    if not arguments.labels:
+      raise ValueError("--promise=every_group needs `--labels`, a file of {id, label}.")
+    return promises.EveryGroup(labels=read_labels(arguments.labels, cached.ids))
+  if name == "mean":
+    return promises.Mean()
+  counts = cached.layer_counts()
+  deepest = max((max(record.exit_layers or (0,)) for record in cached.full), default=0)
+  if counts is None or deepest < 1:
+    raise ValueError(
+      f"--promise={name} needs outputs with `exit_layers`, as of `calm generate`."
+    )
+  depths = counts[0] / np.maximum(counts[1], 1)
+  if name == "cost":
+    return promises.Cost(arguments.at_most, arguments.cost_share, costs=depths / deepest)
+  try:
+    limits = tuple(float(text) for text in (arguments.depths or "").split(","))
+    return promises.EarlyExits(limits, depths=depths)
+  except ValueError as error:
+    raise ValueError(
+      "--promise=early_exits needs `--depths`, numbers above 0 that rise, for example"
+      f" --depths=3,5; got {arguments.depths!r} ({error})."
+    ) from error
+
+
+def read_labels(path: str, ids) -> list[str]:
+  """[number of ids] labels of a file of {id, label}."""
+  found = {}
+  for line in storage.read_lines(path, pipes=True):
+    name, label = line.value.get("id"), line.value.get("label")
+    if not isinstance(name, str) or not isinstance(label, str) or name in found:
+      raise line.error(f"expected an `id` that is new and a `label`, got {line.value!r:.100}")
+    found[name] = label
+  if missing := [name for name in ids if name not in found]:
+    raise ValueError(
+      f"Expected `--labels` to name every prompt, got none for {len(missing)}, first"
+      f" {missing[:5]}."
+    )
+  return [found[name] for name in ids]
+
+
+def _parse_risk(text: str) -> tuple[str, str, float]:
+  """(kind, metric, tolerance) of KIND:METRIC:DELTA; metrics may have colons of their own."""
+  kind, _, rest = text.partition(":")
+  metric, _, number = rest.rpartition(":")
+  try:
+    tolerance = float(number)
+  except ValueError:
+    tolerance = -1.0
+  if not metric or not 0.0 < tolerance < 1.0:
+    raise ValueError(
+      f"Expected `--risks` as KIND:METRIC:DELTA with DELTA in (0, 1), got {text!r}; write"
+      " textual:rouge_l:0.1."
+    )
+  sequence_losses.kind_support(kind, metric)
+  return kind, metrics.get_metric(metric).name, tolerance
+
+
+def _risks(arguments, cached: generations.Generations) -> list[promises.Risk]:
+  """The risks of --risks, or the one of --kind, --metric and --tolerance."""
+  own = [f"{arguments.kind}:{arguments.metric}:{arguments.tolerance}"]
+  found = []
+  for kind, metric, tolerance in map(_parse_risk, arguments.risks or own):
+    losses = sequence_losses.compute(cached, kind, metric=metric)
+    found.append(
+      promises.Risk(losses.ungrouped() if arguments.ungrouped else losses, tolerance)
+    )
+  return found
+
+
+def _several_risks(arguments, cached: generations.Generations) -> calibrate_lib.Calibration:
+  """The lowest threshold that keeps all of --risks."""
+  if cached.sequential:
+    raise ValueError("`--risks` needs a complete run, not one that stopped early.")
+  return calibrate_lib.calibrate(risks=_risks(arguments, cached), **_rates(arguments))
+
+
+def _cheapest_configuration(arguments):
+  """(the cheapest certified threshold of all folders, its model as named, the prompts)."""
+  others = ("directory", "full", "outputs", "verify", "list_unlabelled")
+  odd = any(getattr(arguments, name) for name in others) or arguments.promise != "mean"
+  if odd or not arguments.output:
+    raise ValueError(
+      "`--configurations` needs `--output`, and neither other outputs nor `--promise`,"
+      " `--verify` or `--list_unlabelled`."
+    )
+  risks, costs, models, prompts = {}, {}, [], ()
+  for pair in arguments.configurations:
+    name, _, folder = pair.partition("=")
+    if not name or not folder or name in risks:
+      raise ValueError(f"Expected `--configurations` as NAME=DIR, names unique, got {pair!r}.")
+    cached = generations.load(folder)
+    counts = cached.layer_counts()
+    if counts is None or cached.sequential:
+      raise ValueError(f"Expected a complete run with `exit_layers` in {folder}, got none.")
+    risks[name] = _risks(arguments, cached)
+    costs[name] = counts[0] / np.maximum(counts[1], 1)
+    prompts = cached.prompts
+    models.append((cached.procedure, _model(cached)))
+  found = calibrate_lib.calibrate_configurations(
+    risks, costs, error_rate=arguments.error_rate, method=arguments.method
   )
+  chosen = (model for procedure, model in models if procedure == found.procedure)
+  return found, next(chosen, None), prompts
+
+
+def _verify(arguments, console, cached: generations.Generations) -> int:
+  """Makes a calibration again, by its own rates and method, and says what differs."""
+  path = arguments.verify
+  stored = calibrate_lib.Calibration.load(path)
+  _apply_stored_flags(arguments, stored)
+  again = _make(arguments, console, cached)
+  if drawn := again.seed != stored.seed:
+    again = _make(arguments, console, cached, stored.seed)
+  if differ := _differences(stored, again):
+    raise ValueError(
+      f"Expected {path} to be what these outputs give, got other fields {differ}; calibrate"
+      " again."
+    )
+  sentence = json.loads(pathlib.Path(path).read_bytes())["guarantee"]
+  if sentence != stored.guarantee:
+    raise ValueError(
+      f"Expected `guarantee` of {path} to be the sentence of its numbers,"
+      f" {stored.guarantee!r}, got {sentence!r}; calibrate again."
+    )
+  print_text(console, f"{path} is what these outputs give (digest {stored.digest}).")
+  if drawn and stored.order == "permuted":
+    print_text(
+      console,
+      "Its order is not the one that these outputs give: earlier versions drew the order of"
+      " outputs without the texts of prompts. It was checked in the order that it names.",
+      "yellow",
+    )
+  print_text(console, stored.guarantee)
+  return 0
+
+
+def _apply_stored_flags(arguments, stored: calibrate_lib.Calibration) -> None:
+  """Sets the flags to those that a calibration was made with.
+
+  Raises:
+    ValueError: its promise needs tables that no flag names, or its metric is neither built in
+      nor that of `--metric`.
+  """
+  promise = stored.promise
+  if promise.name not in PROMISES:
+    raise ValueError(
+      f"Expected one of {list(PROMISES)} to verify, got {promise.name!r}; make it again and"
+      " compare the files."
+    )
+  arguments.tolerance, arguments.error_rate = stored.tolerance, stored.error_rate
+  metric = None if arguments.metric == METRIC else arguments.metric
+  metrics.stored_metric(stored.metric, metric)
+  arguments.kind, arguments.metric = stored.kind, metric or stored.metric
+  # Only 'auto' gives parts of one promise different methods: each the one that fits its losses.
+  several = len({part.method for part in stored.parts}) > 1
+  arguments.method = "auto" if several else stored.method
+  arguments.testing, arguments.ungrouped = stored.testing, not stored.clusters
+  arguments.promise = promise.name
+  for name, value in promise.to_json().items():
+    if name == "limits_of_depth":
+      arguments.depths = ",".join(map(repr, value))
+    elif name in ("share", "beta", "start", "at_most"):
+      setattr(arguments, name, value)
+  if isinstance(promise, promises.Cost):  # its share is another thing than --share
+    arguments.cost_share = promise.share
+
+
+def _differences(
+  stored: calibrate_lib.Calibration, again: calibrate_lib.Calibration
+) -> list[str]:
+  """Fields that differ; digests, provenance and sentences follow from the others."""
+  ours, theirs = again.to_json(), stored.to_json()
+  names = {**ours, **theirs}.keys() - {"digest", "provenance", "guarantee", "reason"}
+  return sorted(name for name in names if not _same(ours.get(name), theirs.get(name)))
+
+
+def _same(ours, theirs) -> bool:
+  """Equal JSON, numbers to nine digits (libraries differ in the last ones)."""
+  if isinstance(ours, dict) and isinstance(theirs, dict):
+    return set(ours) == set(theirs) and all(_same(ours[key], theirs[key]) for key in ours)
+  if isinstance(ours, list) and isinstance(theirs, list):
+    return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+  if isinstance(ours, float) and isinstance(theirs, float):
+    return math.isclose(ours, theirs, rel_tol=1e-9, abs_tol=1e-12)
+  return ours == theirs

@@ -1,96 +1,92 @@
-"""Decode prompts under a calibrated threshold, with the promise attached.
+"""Decode prompts under a calibrated threshold, with its guarantee.
 
-A calibration that was made for another model or other options is refused. A model folder that
-`calm fit` made brings its own: it is served under its promise with no further options.
+A calibration for another model or other options is refused. A model folder of
+`calm fit` has its own, and needs no further options.
 
   calm infer --model=mine --prompts=prompts.txt
   calm infer --calibration=runs/cache/calibration.json --prompts=prompts.txt
-  calm infer --threshold=0.8 --prompts=prompts.jsonl --output=out.jsonl
-  calm infer --threshold=0.8 --prompts=rows.csv --input_key=review --output=- | head -3
-  echo "A long package description" | calm infer --threshold=never --prompts=- --color
+  calm infer --threshold=0.8 --prompts=rows.csv --input_key=review --output=-
+  echo "a long text" | calm infer --threshold=never --prompts=- --color
 
---output takes JSON Lines of {id, prediction, tokens, exit_layers, confidences, score}, in the
-order of the prompts, as they are made. A file takes its place when it is whole; until then it
-is FILE.partial, and after a kill or Ctrl-C the same command goes on from there.
+--output takes JSON Lines of {id, prediction, tokens, exit_layers, confidences,
+score}, first into FILE.partial, with which the same command goes on after a kill.
 """
 
 import argparse
+import collections
+import contextlib
+import hashlib
+import itertools
+import json
 import os
 import pathlib
+import shutil
+import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Iterable
-from typing import Any
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
 
 from rich import console as rich_console
 
-from calm.calibrate import NEVER_EXIT, Calibration, Prompt, thresholds
+from calm import storage
+from calm.calibrate import NEVER_EXIT, Calibration, Prompt, audit, promises, seconds, thresholds
 from calm.calibrate.generations import merging, procedures
-from calm.commands import common, model_flags, monitoring, results, serving, sharding
-from calm.console import print_text
-from calm.inference import exact_rule
+from calm.calibrate.losses import metrics
+from calm.commands import flags
+from calm.commands import run as run_lib
+from calm.console import Progress, print_text, rate, sanitize
+from calm.data import prompt_batches
+from calm.inference import exact_rule, outputs
+from calm.t5 import costs as t5_costs
+
+FORMAT = "calm infer 1"
+# Exit status of a run with an alarm, with --fail_on_alarm.
+ALARM_STATUS = 3
+# Share of the prompts that a monitor checks; that of a calibration from another platform; and
+# the probability that it ever raises a false alarm.
+SHARE, TRIAL_SHARE, LEVEL = 0.05, 0.25, 0.05
+# The monitor bets on the mean loss. These promises bound it by `tolerance`.
+_WATCHED = (promises.Mean, promises.Cost)
+# With so many prompts, seconds that the calibration does not name are measured.
+MEASURED_PROMPTS = 64
+# Batches a chunk: at first, at most, and at most with --refill; and most seconds a chunk.
+FIRST_BATCHES, MOST_BATCHES, MOST_BATCHES_REFILLED, CHUNK_SECONDS = 4, 16, 64, 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the command's options."""
-  model_flags.add_arguments(parser)
-  parser.add_argument(
-    "--calibration",
-    metavar="FILE",
-    help="calibration.json of `calm calibrate` (default: the model's own, if it has one)",
+  flags.add_model(parser)
+  add, more = flags.add, flags.more(parser)
+  add(
+    parser, "calibration", "FILE", "file of `calm calibrate`", without="the model's own, if any"
   )
-  parser.add_argument(
-    "--expect_digest",
-    metavar="HEX",
-    help="refuse the calibration unless this is its digest, as `calm calibrate` printed it",
+  add(parser, "threshold", "T", "a number in [0, 1], or 'never'; without a guarantee")
+  add(parser, "exact", None, "the full model's own texts, drafted by first layers")
+  add(parser, "output", "FILE", "write JSON Lines here; '-': standard output")
+  help = "color every token by its exit layer"
+  parser.add_argument("--color", "--colour", dest="colour", action="store_true", help=help)
+  add(parser, "monitor", "FILE", "check a share of the prompts, and keep the bets here")
+  flags.add_shards(parser)
+  add(
+    more, "draft_layer", "K", "with --exact: the layer that drafts", without="a quarter of them"
   )
-  parser.add_argument(
-    "--threshold",
-    metavar="T",
-    help="a number in [0, 1], or 'never' for the full-depth program; without a promise",
-  )
-  _add_exact(parser)
-  parser.add_argument(
-    "--void_guarantee",
-    action="store_true",
-    help="decode although the calibration is for another procedure; no promise holds",
-  )
-  parser.add_argument(
-    "--refill",
-    action="store_true",
-    help="put the next prompt into a row whose text has ended: fewer steps for long lists"
-    " (one device, float32, not --weights_dtype=int8)",
-  )
-  parser.add_argument(
-    "--output",
-    metavar="FILE",
-    help="JSON Lines to write: a file (resumed if it was stopped), a pipe or device, or '-' for"
-    " standard output; default: texts to the screen",
-  )
-  parser.add_argument(
-    *("--colour", "--color"), action="store_true", help="color every token by its exit layer"
-  )
-  monitoring.add_arguments(parser)
-  sharding.add_arguments(parser)
-  common.add_gin_arguments(parser)
+  add(more, "expect_digest", "HEX", "refuse a calibration of another digest")
+  add(more, "void_guarantee", None, "decode although the calibration is for another procedure")
+  add(more, "refill", None, "replace rows whose text has ended (one device, float32)")
+  add(more, "allow_platform", None, "serve a calibration of another platform, monitored")
+  without = f"{SHARE}; {TRIAL_SHARE} with --allow_platform"
+  add(more, "monitor_share", "SHARE", "share of prompts that --monitor checks", without=without)
+  text = "probability that --monitor ever raises a false alarm"
+  add(more, "monitor_level", "LEVEL", text, without=LEVEL)
+  add(more, "metric", "NAME", "the calibration's metric again, where it is not built in")
+  add(more, "fail_on_alarm", None, f"end with exit status {ALARM_STATUS} after an alarm")
+  flags.add_gin(more)
 
 
-def _add_exact(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument(
-    "--exact",
-    action="store_true",
-    help="the full model's own texts, faster: its first layers draft tokens, one pass of the"
-    " others verifies them; needs no calibration",
-  )
-  parser.add_argument(
-    "--draft_layer",
-    type=int,
-    metavar="K",
-    help="with --exact, the layer that drafts (default: a quarter of them)",
-  )
-
-
-@common.user_errors
+@run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
   """Decodes the prompts."""
   start = time.monotonic()
@@ -99,7 +95,10 @@ def run(arguments: argparse.Namespace) -> int:
   if threshold is not None:
     threshold = thresholds.parse_threshold(threshold)
   console = rich_console.Console(stderr=True, highlight=False)
-  prompts, part = _prompts(arguments)
+  prompts = flags.open_prompts(arguments)
+  part = None
+  if which := run_lib.shard(arguments):
+    prompts = part = run_lib.ShardRun(prompts, which, arguments.output)
   print_text(console, f"{prompts.taken}.")
   predictor = _load(arguments, threshold)
   predictor.weights  # noqa: B018 (laid out now, or it would count as decoding)
@@ -111,93 +110,81 @@ def run(arguments: argparse.Namespace) -> int:
     )
   calibration = predictor.calibration
   if old := procedures.unknown_platform(calibration and calibration.procedure):
-    console.print(f"About the calibration: {old}", markup=False)
+    print_text(console, f"About the calibration: {old}")
   exact = exact_rule(predictor, arguments.draft_layer) if arguments.exact else None
   startup = time.monotonic() - start
-  work = serving.Served(predictor, threshold, exact, console, len(prompts), startup)
+  serving = Serving(predictor, threshold, exact, console, len(prompts), startup)
   if part is None:
-    return _serve(arguments, work, prompts)
-  about = {"threshold": work.about["threshold"], "procedure": predictor.procedure.to_json()}
+    return _serve(arguments, serving, prompts)
+  about = {"threshold": serving.about["threshold"], "procedure": predictor.procedure.to_json()}
+  status = 0
   if part.begin("infer", about, console):
-    return 0
-  if len(part):  # few prompts leave shards empty
-    arguments.output = str(part.folder / merging.OUTPUTS)
-    status = _serve(arguments, work, prompts)
-  part.finish("infer", about, [merging.OUTPUTS] if len(part) else [])
-  return status if len(part) else 0
+    if len(part):  # few prompts leave shards empty
+      arguments.output = str(part.folder / merging.OUTPUTS)
+      status = _serve(arguments, serving, prompts)
+    part.finish("infer", about, [merging.OUTPUTS] if len(part) else [])
+  return status
 
 
-def _prompts(arguments: argparse.Namespace) -> tuple[Any, sharding.Part | None]:
-  """The prompts to decode, and the shard that they are of, if any."""
-  which = sharding.shard(arguments)
-  if arguments.output and which is None:
-    common.check_output(arguments.output, read=(arguments.prompts, arguments.calibration))
-    if os.path.realpath(arguments.output) == os.path.realpath(arguments.monitor or ""):
-      raise ValueError(
-        f"Expected `--output` to be another file than `--monitor`, got {arguments.output!r} for"
-        " both, and the one would replace the other; choose another name."
-      )
-  prompts = model_flags.open_prompts(arguments)
-  if which is None:
-    return prompts, None
-  if not arguments.output:
-    raise ValueError("Expected `--output` beside `--num_shards`, got none; name a folder.")
-  part = sharding.Part(prompts, which, arguments.output)
-  return part, part
-
-
-def _serve(
-  arguments: argparse.Namespace, work: serving.Served, prompts: Iterable[Prompt]
-) -> int:
-  """Decodes, reports, and says by the exit status whether the monitor gave its alarm."""
-  work.monitored = monitoring.open_monitored(arguments, work.predictor, work.threshold)
+def _serve(arguments, serving: "Serving", prompts: Iterable[Prompt]) -> int:
+  """Decodes and reports; returns the exit status."""
+  serving.monitored = open_monitored(arguments, serving.predictor, serving.threshold)
   if arguments.output:
-    with results.open_results(arguments.output, work.about) as opened:
-      work.to_results(prompts, opened)
+    with open_results(arguments.output, serving.about) as results:
+      serving.serve(prompts, results)
   else:
-    work.to_screen(prompts, arguments.colour)
-  work.report(arguments)
-  alarm = work.monitored is not None and work.monitored.alarm
-  return monitoring.ALARM_STATUS if alarm and arguments.fail_on_alarm else 0
+    serving.serve(prompts, Screen(arguments.colour))
+    if arguments.colour:
+      print(outputs.legend_terminal(serving.predictor.num_layers), file=sys.stderr)
+  serving.report(arguments)
+  alarm = serving.monitored is not None and serving.monitored.monitor.alarm
+  return ALARM_STATUS if alarm and arguments.fail_on_alarm else 0
 
 
 def _check(arguments: argparse.Namespace) -> pathlib.Path:
-  """Where the model's own calibration would be; ValueError if nothing says how to decode."""
+  """Where the model's own calibration would be; ValueError where options do not fit."""
   own = pathlib.Path(arguments.model) / "calibration.json"
   serves_itself = own.is_file() or own.with_name("full_depth.json").is_file()
-  says = arguments.calibration is not None or arguments.threshold is not None
-  if not (says or serves_itself or arguments.exact):
+  named = arguments.calibration is not None or arguments.threshold is not None
+  if not (named or serves_itself or arguments.exact):
     raise ValueError(
       "Expected `--calibration`, `--threshold` or `--exact`, got none of them, and no"
       " calibration.json in the folder of `--model`; make one with `calm fit`, or with `calm"
-      " generate` and `calm calibrate`, or decode without a promise: --threshold=0.9."
+      " generate` and `calm calibrate`, or decode without a guarantee: --threshold=0.9."
     )
-  if arguments.exact and says:
-    raise ValueError(
-      "Expected neither `--calibration` nor `--threshold` with `--exact`, whose texts are the"
-      " full model's, got one; leave it out."
-    )
+  if arguments.exact and named:
+    raise ValueError("`--exact` needs neither `--calibration` nor `--threshold`.")
   if arguments.draft_layer is not None and not arguments.exact:
-    raise ValueError(
-      f"Expected `--exact` beside `--draft_layer`, got {arguments.draft_layer} alone; add it."
-    )
+    raise ValueError("`--draft_layer` needs `--exact`.")
+  if arguments.expect_digest is not None and arguments.calibration is None:
+    raise ValueError("`--expect_digest` needs `--calibration`, the file of that digest.")
+  if arguments.output and arguments.num_shards is None:
+    run_lib.check_output(arguments.output, read=(arguments.prompts, arguments.calibration))
+    if os.path.realpath(arguments.output) == os.path.realpath(arguments.monitor or ""):
+      raise ValueError(
+        f"Expected `--output` to be another file than `--monitor`, got {arguments.output!r} for"
+        " both; choose another name."
+      )
   return own
 
 
 def _load(arguments: argparse.Namespace, threshold: float | None):
-  common.use_compilation_cache()
+  run_lib.use_compilation_cache()
   from calm import inference
 
-  load = common.configured(arguments, inference.load)
-  options = model_flags.decode_options(arguments)
+  load = run_lib.configured(arguments, inference.load)
+  options = flags.decode_options(arguments)
   if arguments.refill:
     options["refill"] = True
-  with common.called("--model"), warnings.catch_warnings():
+  calibration = arguments.calibration
+  if (digest := arguments.expect_digest) is not None:
+    calibration = Calibration.load(calibration, expect_digest=digest)
+  with run_lib.naming_flag("--model"), warnings.catch_warnings():
     if threshold == NEVER_EXIT:
       warnings.simplefilter("ignore", inference.UntrainedExits)
     return load(
       arguments.model,
-      calibration=_calibration(arguments),
+      calibration=calibration,
       void_guarantee=arguments.void_guarantee,
       allow_platform=arguments.allow_platform,
       dtype=arguments.dtype,
@@ -205,10 +192,442 @@ def _load(arguments: argparse.Namespace, threshold: float | None):
     )
 
 
-def _calibration(arguments: argparse.Namespace):
-  """What `load` is to take: the file, or what it holds where a digest is expected."""
-  if arguments.expect_digest is None:
-    return arguments.calibration
+class Serving:
+  """Decodes `count` prompts chunk after chunk and adds up what the report needs."""
+
+  monitored: "Monitored | None" = None
+
+  def __init__(self, predictor, threshold: float, exact, console, count: int, startup: float):
+    self.predictor, self.threshold, self._console = predictor, threshold, console
+    self._exact, self._count, self._startup = exact, count, startup
+    self._sums = collections.Counter[str]()
+    self._timing = outputs.Timing(0.0, 0.0, 0)
+    self._costs = t5_costs.Totals(0, t5_costs.Cost(), t5_costs.Cost())
+    self._cut: list[prompt_batches.CutPrompts] = []
+    self._guarantee: str | None = None
+    self._sample: tuple[Prompt, ...] = ()
+
+  @property
+  def about(self) -> dict[str, Any]:
+    """What the outputs depend on."""
+    text = thresholds.format_threshold(self.threshold)
+    return {"threshold": text, **self.predictor.procedure.to_json()}
+
+  def serve(self, prompts: Iterable[Prompt], results: "Results") -> None:
+    """Decodes the prompts into a file, a stream or onto the screen."""
+    pending = results.pending(prompts)
+    if results.report:
+      print_text(self._console, results.report)
+    try:
+      with Progress(self._console) as progress:
+        for chunk, made in self._decode(pending, progress, results.done):
+          # Texts would be printed into the bar.
+          hides = isinstance(results, Screen) and sys.stdout.isatty()
+          with progress.hidden() if hides else contextlib.nullcontext():
+            results.write(chunk, made)
+    except KeyboardInterrupt:
+      raise run_lib.StoppedError(
+        f"stopped after {results.done} of {self._count} prompts; {results.stopped}"
+      ) from None
+
+  def _decode(
+    self, prompts: Iterator[Prompt], progress: Progress, done: int = 0
+  ) -> Iterator[tuple[Sequence[Prompt], Any]]:
+    """(prompts, outputs), so many at a time that memory and what a kill costs are bounded."""
+    options = self.predictor.options
+    batch = options.batch_size * options.num_devices
+    most = MOST_BATCHES_REFILLED if options.refill else MOST_BATCHES
+    batches = FIRST_BATCHES
+    while chunk := list(itertools.islice(prompts, batches * batch)):
+      with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        texts = [prompt.input for prompt in chunk]
+        made = self.predictor.generate(texts, threshold=self.threshold, rule=self._exact)
+      self._add(made, caught)
+      self._sample = (*self._sample, *chunk)[: 2 * batch]
+      yield chunk, made
+      if self.monitored is not None:  # what was served is written by now
+        self.monitored.check(chunk, made)
+      progress.count("prompts")(done + self._sums["prompts"], self._count)
+      affordable = int(CHUNK_SECONDS / max(made.timing.seconds, 1e-9) * len(chunk) / batch)
+      batches = max(1, min(most, 4 * batches, affordable))
+
+  def _add(self, made, caught: Sequence[warnings.WarningMessage]) -> None:
+    self._sums.update(
+      prompts=len(made),
+      tokens=sum(len(output.exit_layers) for output in made),
+      layers=sum(sum(output.exit_layers) for output in made),
+      passes=sum(output.passes for output in made),
+      drafts=sum(output.drafts for output in made),
+      accepted=sum(sum(output.drafted) for output in made),
+    )
+    self._timing += made.timing
+    if not self._sums["passes"]:
+      rule = self.predictor.served_rule(self.threshold)
+      self._costs += self.predictor.total_costs(made, rule)
+    self._guarantee = made.guarantee
+    for warning in caught:
+      if isinstance(warning.message, prompt_batches.CutPrompts):
+        self._cut.append(warning.message)
+      else:
+        warnings.warn_explicit(
+          warning.message, warning.category, warning.filename, warning.lineno
+        )
+
+  def report(self, arguments: argparse.Namespace) -> None:
+    """Prints what it took, and the guarantee."""
+    say = lambda text: print_text(self._console, text)
+    sums, timing, layers = self._sums, self._timing, self.predictor.num_layers
+    if cut := self._cut:
+      counts = (
+        sum(each.cut for each in cut),
+        sums["prompts"],
+        max(each.longest for each in cut),
+      )
+      part = any(each.part for each in cut)
+      say(f"Warning: {prompt_batches.CutPrompts(*counts, cut[-1].limit, part)}")
+    mean = sums["layers"] / sums["tokens"] if sums["tokens"] else float("nan")
+    say(
+      f"{_count(sums['prompts'], 'prompt')}, threshold {self.about['threshold']},"
+      f" {mean:.2f} of {layers} decoder layers a token."
+    )
+    say(
+      f"{timing.seconds:.2f} s: encoder {timing.encode_seconds:.2f} s, decoder"
+      f" {timing.decode_seconds:.2f} s ({rate(sums['prompts'], timing.seconds)}); besides,"
+      f" start-up {self._startup:.1f} s and compilation {timing.compile_seconds:.1f} s"
+      f" ({_count(timing.compilations, 'program')})."
+    )
+    size = self.predictor.options.batch_size
+    if sums["drafts"]:
+      say(
+        f"{sums['tokens'] / sums['passes']:.2f} tokens a pass of all layers; of"
+        f" {_count(sums['drafts'], 'draft')} {sums['accepted'] / sums['drafts']:.0%} were"
+        " accepted."
+      )
+    elif sums["passes"] and size > 1:
+      say(
+        f"No draft was made: in batches of {size} a pass over several positions costs about as"
+        " much as so many steps. --batch_size=1 makes drafts where they are worth it."
+      )
+    elif sums["tokens"] and not sums["passes"]:
+      say(f"Costs by formula, decoder only: {self._costs}.")
+    self._report_seconds(say)
+    if self._exact:
+      say("These are the full model's own texts: every token was verified at full depth.")
+    elif self.threshold == NEVER_EXIT and not self._guarantee:
+      say("The full model was used; no guarantee is needed.")
+    else:
+      why = self.predictor.platform_mismatch or _why_no_guarantee(arguments)
+      say(self._guarantee or f"No guarantee: {why}.")
+    if self.monitored is not None:
+      say(self.monitored.report())
+
+  def _report_seconds(self, say) -> None:
+    """The calibrated threshold beside full depth, and a warning where it is not faster."""
+    calibration = self.predictor.calibration
+    if calibration is None or not self._guarantee or not calibration.certified:
+      return
+    if (noted := seconds.of(calibration)) is not None:  # whose warning came with `load`
+      say(f"Decoder beside full depth, as measured with the calibration: {noted.told}.")
+    elif self._sums["prompts"] >= MEASURED_PROMPTS:
+      from calm import inference
+
+      texts = [prompt.input for prompt in self._sample]
+      with warnings.catch_warnings():
+        warnings.simplefilter("ignore", prompt_batches.CutPrompts)  # reported above
+        found = inference.timing.beside_full_depth(
+          self.predictor, texts, self.threshold, prompts=4, rounds=3
+        )
+      say(f"Decoder beside full depth, measured on some of these prompts: {found.told}.")
+      if slow := seconds.warning(calibration, found):
+        say(f"Warning: {slow}")
+
+
+def _count(number: int, thing: str) -> str:
+  return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def _why_no_guarantee(arguments: argparse.Namespace) -> str:
+  if arguments.void_guarantee:
+    return "--void_guarantee was given"
   if arguments.calibration is None:
-    raise ValueError("Expected `--calibration` beside `--expect_digest`, got none.")
-  return Calibration.load(arguments.calibration, expect_digest=arguments.expect_digest)
+    return "nothing was calibrated for these options and this threshold"
+  return "the calibration is for another threshold than --threshold"
+
+
+def _lines(prompts: Sequence[Prompt], made: Sequence[Any]) -> bytes:
+  """Outputs as JSON Lines."""
+  lines = []
+  for prompt, output in zip(prompts, made, strict=True):
+    value = {
+      "id": prompt.id,
+      "prediction": output.text,
+      "tokens": list(output.tokens),
+      "exit_layers": list(output.exit_layers),
+      "confidences": [float(str(c)) for c in output.confidences],
+      "score": output.score,
+    }
+    if output.passes:
+      value |= {"drafted": list(output.drafted), "passes": output.passes}
+    lines.append(json.dumps(value, ensure_ascii=False) + "\n")
+  return "".join(lines).encode("utf-8")
+
+
+class Stream:
+  """Lines for standard output, a device, a pipe or a socket.
+
+  Attributes:
+    done: prompts whose lines are there.
+    report: what an earlier run left, for the user.
+    stopped: what a run that stops now leaves.
+  """
+
+  report = ""
+  stopped = "what was written is whole lines; the same command starts anew"
+
+  def __init__(self, file: BinaryIO):
+    self.done, self._file = 0, file
+
+  def pending(self, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
+    """The prompts whose lines are missing."""
+    return iter(prompts)
+
+  def write(self, prompts: Sequence[Prompt], made: Sequence[Any]) -> None:
+    """Writes the outputs of the next prompts."""
+    self._file.write(_lines(prompts, made))
+    self._file.flush()
+    self.done += len(prompts)
+
+
+class Screen(Stream):
+  """Texts on standard output."""
+
+  stopped = "with --output=FILE the same command would go on"
+
+  def __init__(self, coloured: bool):
+    self.done, self._coloured = 0, coloured
+
+  def write(self, prompts: Sequence[Prompt], made: Sequence[Any]) -> None:
+    """Prints the texts of the next prompts."""
+    for output in made:
+      text = sanitize(output.text) if sys.stdout.isatty() else output.text
+      print(output.coloured() if self._coloured else text)
+    sys.stdout.flush()
+    self.done += len(prompts)
+
+
+class ResumableFile:
+  """A regular file: NAME.partial until it is whole, with NAME.partial.json about its run.
+
+  The same command goes on after a kill; another one starts anew and keeps what was there as
+  NAME.partial.old, or NAME.partial.old.2 and so on. Attributes and methods as of `Stream`.
+  """
+
+  def __init__(self, target: pathlib.Path, about: Mapping[str, Any]):
+    self._about = json.loads(json.dumps(about))
+    self._target = target
+    self._partial = target.with_name(target.name + ".partial")
+    self._state = target.with_name(target.name + ".partial.json")
+    for path in (self._partial, self._state):
+      if path.is_symlink():  # lines would go to whatever it names
+        raise OSError(f"Expected {str(path)!r} to be no link, got one; take it away.")
+    self.done, self.report = 0, ""
+    self._digest = hashlib.sha256()
+
+  @property
+  def stopped(self) -> str:
+    return f"the same command goes on from {self._partial}" if self.done else "nothing was made"
+
+  def pending(self, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
+    """The prompts whose lines are missing; they are the last ones."""
+    stored, why = self._stored()
+    rest = iter(prompts)
+    for prompt in itertools.islice(rest, min(stored.get("done", 0), sys.maxsize)):
+      self._add(prompt)
+    if stored and self._digest.hexdigest() == stored["prompts"]:
+      self.done = stored["done"]
+      os.truncate(self._partial, stored["bytes"])
+      self.report = f"{self._partial} has {self.done} prompts' outputs already; going on."
+      return rest
+    self.done, self._digest = 0, hashlib.sha256()
+    if self._partial.exists() and self._partial.stat().st_size:
+      old = first = self._partial.with_name(self._partial.name + ".old")
+      numbers = itertools.count(2)
+      while os.path.lexists(old):  # a link to nowhere included
+        old = first.with_name(f"{first.name}.{next(numbers)}")
+      os.replace(self._partial, old)
+      self.report = (
+        f"{self._partial} is of {why or 'other prompts'}: starting anew, and keeping it as"
+        f" {old.name}."
+      )
+    self._state.unlink(missing_ok=True)
+    return iter(prompts)
+
+  def write(self, prompts: Sequence[Prompt], made: Sequence[Any]) -> None:
+    """Writes the outputs of the next prompts."""
+    storage.append(self._partial, _lines(prompts, made))
+    for prompt in prompts:
+      self._add(prompt)
+    self.done += len(prompts)
+    state = {
+      "format": FORMAT,
+      "about": self._about,
+      "done": self.done,
+      "prompts": self._digest.hexdigest(),
+      "bytes": self._partial.stat().st_size,
+    }
+    storage.write_atomically(self._state, json.dumps(state, indent=2) + "\n")
+
+  def finish(self) -> None:
+    """The file takes its place."""
+    storage.put(self._partial, self._target)
+    self._state.unlink(missing_ok=True)
+
+  def _add(self, prompt: Prompt) -> None:
+    self._digest.update(json.dumps([prompt.id, prompt.input]).encode() + b"\n")
+
+  def _stored(self) -> tuple[dict[str, Any], str]:
+    """The state of an earlier run of the same; else nothing, and what it was of."""
+    try:
+      stored = storage.parse_json(storage.content(self._state))
+      theirs = dict(stored["about"])
+      numbers = stored["done"], stored["bytes"], self._partial.stat().st_size - stored["bytes"]
+      whole = all(type(number) is int and number >= 0 for number in numbers)
+      if not whole or (stored["format"], type(stored["prompts"])) != (FORMAT, str):
+        return {}, "a run that cannot be gone on with"
+    except (OSError, ValueError, TypeError, KeyError):
+      return {}, "a run that says nothing of itself"
+    differs = sorted(
+      name for name in {*theirs, *self._about} if theirs.get(name) != self._about.get(name)
+    )
+    return ({}, f"another {', '.join(differs)}") if differs else (stored, "")
+
+
+Results = Stream | ResumableFile
+
+
+@contextlib.contextmanager
+def open_results(path: str, about: Mapping[str, Any]) -> Iterator[Results]:
+  """Opens `--output`; a file takes its place when the block ends well.
+
+  Args:
+    path: a file, a link to one, a device, a pipe, a socket, or '-' for standard output.
+    about: what the lines depend on; a stopped run of the same is gone on with.
+
+  Raises:
+    OSError: it cannot be written, or another process writes it.
+  """
+  target = storage.destination(path)
+  if target is None:
+    with storage.replacing(path) as file:
+      yield Stream(file)
+    return
+  with storage.lock(target):
+    results = ResumableFile(target, about)
+    yield results
+    results.finish()
+
+
+class Monitored:
+  """A monitor, and the model that decodes at full depth for it."""
+
+  def __init__(self, predictor: Any, monitor: audit.Monitor, metric: metrics.Metric):
+    self._predictor, self.monitor, self._metric = predictor, monitor, metric
+    self._before, self._repeated = monitor.wealth.count, monitor.repeated
+    self._lost = monitor.waiting
+    for number in self._lost:
+      # Its run was killed before the loss was known; this makes no false alarm more likely.
+      monitor.record(number, monitor.watch.support.lower)
+
+  def check(self, prompts: Sequence[Prompt], made: Sequence[Any]) -> None:
+    """Counts served outputs, and decodes at full depth those that the coin picks."""
+
+    def full_model(rows: list[int]) -> list[str]:
+      texts = [prompts[row].input for row in rows]
+      return [output.text for output in self._predictor.generate(texts, threshold=NEVER_EXIT)]
+
+    texts, names = [output.text for output in made], [prompt.id for prompt in prompts]
+    self.monitor.check(texts, full_model, self._metric, names=names)
+
+  def report(self) -> str:
+    """What is known by now, in words."""
+    monitor, watch = self.monitor, self.monitor.watch
+    checked = monitor.wealth.count - self._before
+    text = (
+      f"Monitor: {checked} of these prompts were decoded at full depth too,"
+      f" {monitor.wealth.count} of {monitor.served} so far; evidence against the guarantee:"
+      f" p = {monitor.p_value:.3g}."
+    )
+    if repeated := monitor.repeated - self._repeated:
+      text += f" {repeated} were not checked, as their ids had been checked before."
+    if self._lost:
+      text += f" {len(self._lost)} of a run that was killed count as unchanged."
+    if self._predictor.platform_mismatch:
+      evidence = (
+        "What was checked here is below; it can refute the guarantee, not renew it."
+        if checked
+        else "None of these prompts was checked: raise --monitor_share."
+      )
+      text = (
+        "Served on trial, as the calibration was made elsewhere:"
+        f" {self._predictor.platform_mismatch}. {evidence} {text}"
+      )
+    if not monitor.alarm:
+      return f"{text} No alarm."
+    return (
+      f"{text} ALARM: the expected loss of the prompts that are served has been above"
+      f" {watch.tolerance:.10g} (a false alarm, ever, has probability at most"
+      f" {watch.alarm_level:.10g}). Calibrate again on prompts like these."
+    )
+
+
+def open_monitored(
+  arguments: argparse.Namespace, predictor: Any, threshold: float
+) -> Monitored | None:
+  """The monitor that `--monitor` names, or that a calibration from elsewhere needs, or None."""
+  on_trial = bool(predictor.platform_mismatch) and threshold not in (NEVER_EXIT, None)
+  if arguments.monitor is None and not on_trial:
+    for name in ("fail_on_alarm", "monitor_share", "monitor_level", "metric"):
+      if getattr(arguments, name) not in (None, False):
+        raise ValueError(f"`--{name}` needs `--monitor`, the file of the monitor.")
+    return None
+  calibration = _watched(predictor.calibration, threshold)
+  metric = metrics.stored_metric(calibration.metric, arguments.metric)
+  share, level = arguments.monitor_share, arguments.monitor_level
+  text = json.dumps(calibration.to_json(), sort_keys=True, ensure_ascii=False)
+  digest = hashlib.sha256(text.encode()).hexdigest()[:32]
+  watch = audit.Watch(
+    tolerance=calibration.tolerance,
+    alarm_level=LEVEL if level is None else level,
+    sampling_rate=(TRIAL_SHARE if on_trial else SHARE) if share is None else share,
+    seed=digest,
+    support=calibration.support,
+    calibration_digest=digest,
+  )
+  if arguments.monitor is not None:
+    return Monitored(predictor, audit.open_monitor(arguments.monitor, watch), metric)
+  folder = tempfile.mkdtemp(prefix="calm-monitor-")  # nobody asked to keep it
+  monitor = audit.open_monitor(pathlib.Path(folder) / "monitor.jsonl", watch)
+  weakref.finalize(monitor, shutil.rmtree, folder, True)
+  return Monitored(predictor, monitor, metric)
+
+
+def _watched(calibration: Calibration | None, threshold: float) -> Calibration:
+  if calibration is None or calibration.threshold != threshold or threshold == NEVER_EXIT:
+    raise ValueError(
+      "`--monitor` needs a calibration that certified a threshold, and no `--threshold`."
+    )
+  if not isinstance(calibration.promise, _WATCHED):
+    names = " or ".join(repr(promise.name) for promise in _WATCHED)
+    raise ValueError(
+      f"Expected `--monitor` or `--allow_platform` with the promise {names}, whose mean loss is"
+      f" watched, got {calibration.promise.name!r}; leave `--monitor` out, calibrate on this"
+      " platform, or record what it bounds yourself: `calm.calibrate.audit`."
+    )
+  if calibration.kind != "textual" or calibration.clusters:
+    unit = "clusters of prompts" if calibration.clusters else "prompts"
+    raise ValueError(
+      "Expected `--monitor` with a promise on the textual loss of single prompts, got"
+      f" {calibration.kind!r} over {unit}; record such losses by `calm.calibrate.audit`."
+    )
+  return calibration

@@ -1,26 +1,19 @@
-"""Every table and figure of the paper from a model and data: one page, figures, tables.
+"""Every table and figure of the paper from a model and data, on one page.
 
-Decodes validation prompts (trade-offs, grids) and test prompts (calibration, unseen prompts),
-measures seconds, and writes into --output:
+Decodes validation prompts (trade-offs) and test prompts (calibration, unseen
+prompts), measures seconds, and writes into --output: index.html, figures/ (SVG and
+PNG), tables/ (CSV and Markdown), and cache/, from which the same command goes on.
 
-  index.html       everything on one page that needs no network; open it in any browser
-  figures/         each figure as SVG and PNG
-  tables/          each table as CSV and Markdown
-  cache/           generations and results: the same command goes on, or draws again, from here
+--data names a folder of debian_synopsis, debian_qa and debian_enfr, each with
+validation.jsonl.gz and test.jsonl.gz. --train names rows of your own, which are
+split as by `calm fit`; the part that it trains on is left out.
 
---data names a folder with one folder a task (debian_synopsis, debian_qa, debian_enfr) with
-validation.jsonl.gz and test.jsonl.gz in it. --train names rows of your own, as `calm fit` reads
-them: they are split as it splits them, and the part that it trains on is left out.
+  calm report --data=data --output=runs/report --tasks=synopsis --limit=50
+  calm report --data=data --output=runs/report --measures softmax@2,4 classifier
+  calm report --model=mine --train=rows.jsonl --output=runs/report
 
-  calm report --data=data --output=runs/report --tasks=synopsis --limit=50  # a first look
-  calm report --data=data --output=runs/report
-  calm report --model=mine --train=rows.jsonl --metric=token_f1 --output=runs/report
-  calm report --data=data --output=runs/report --measures classifier --timed=40 --rounds=5
-  calm report --data=data --output=runs/report --geometric_model=runs/elbayad/model
-  calm report --data=data --output=runs/report --measures softmax softmax@2,4 classifier
-
-Seconds are worth what the machine was free of while they were measured; --retime measures
-them again.
+A measure softmax@2,4 may leave after these layers only; softmax@2,4/8 has a
+decaying threshold with temperature 8.
 """
 
 import argparse
@@ -36,33 +29,71 @@ from rich import console as rich_console
 
 import calm
 from calm import storage
-from calm.commands import common, report_flags
+from calm.commands import flags
+from calm.commands import run as run_lib
 from calm.console import Progress, print_text
 from calm.data import prompt_batches
 
-add_arguments = report_flags.add_arguments
+TASKS = ("debian_synopsis", "debian_qa", "debian_enfr")
+_MEASURES = ["softmax", "shortlist", "classifier", "state"]
+# What a model is compared for, and the option that names it.
+_MODELS = {
+  "predictor": "model",
+  "geometric": "geometric_model",
+  "last_layer": "last_layer_model",
+  "all_layers": "all_layers_model",
+}
 
 
-@common.user_errors
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Declares the command's options."""
+  add, more = flags.add, flags.more(parser)
+  add(parser, "model", "FOLDER", "checkpoint folder, or 'packed'", "packed")
+  source = parser.add_mutually_exclusive_group(required=True)
+  add(source, "data", "FOLDER", "folder of the three tasks")
+  add(source, "train", "FILE", "rows of your own, as of `calm fit`")
+  add(parser, "output", "DIR", "folder to write (resumed if it exists)", required=True)
+  text = "of --data, like synopsis qa enfr"
+  add(parser, "tasks", "TASK", text, list(TASKS), nargs="+", without="all")
+  add(parser, "metric", "NAME", f"of --train: {flags.METRICS}", "rouge_l")
+  add(parser, "limit", "N", "prompts of each split", without="one of every source")
+  text = "confidence measures"
+  add(parser, "measures", "NAME", text, _MEASURES, nargs="+", without="all of the model")
+  add(parser, "retime", None, "forget the seconds measured before")
+  add(more, "prefix", "TEXT", "of --train: put before every input", without="the model's own")
+  text = "probability that the guarantee fails (epsilon)"
+  add(more, "error_rate", "RATE", text, 0.05)
+  add(more, "step", "STEP", "between the thresholds of Fig. 2c", 0.02)
+  add(more, "ablated", "N", "validation prompts of Fig. 2", 200)
+  add(more, "batch_size", "N", "prompts decoded together", 8)
+  add(more, "examples", "K", "outputs to show a task", 6)
+  add(more, "timed", "N", "prompts decoded alone, one after another", 16)
+  add(more, "rounds", "N", "times each; the median counts", 3)
+  add(more, "geometric_model", "FOLDER", "classifier trained Elbayad's way, for App. D")
+  add(more, "last_layer_model", "FOLDER", "a model trained without Eq. 6")
+  add(more, "all_layers_model", "FOLDER", "the same trained with Eq. 6", without="--model")
+  text = "tasks that these two were trained on"
+  add(more, "objective_tasks", "TASK", text, nargs="+", without="those of --tasks")
+
+
+@run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
   """Runs the experiments of every task and writes the report."""
-  common.use_compilation_cache()
-  # What is missing should be said before an hour of decoding, not after it.
+  run_lib.use_compilation_cache()
+  # A missing package is reported before an hour of decoding.
   from calm.paper import findings, page, sections
 
   console = rich_console.Console()
   output = pathlib.Path(arguments.output)
   start = time.monotonic()
-  # Table 1 says which share of the inputs is cut, once.
+  # Table 1 has the share of the inputs that is cut.
   warnings.simplefilter("ignore", prompt_batches.CutPrompts)
-  common.check_count("--examples", arguments.examples)
-  common.check_folder(output)
+  output.mkdir(parents=True, exist_ok=True)
   with storage.lock(output), Progress(console) as progress:
     reports, predictor = _experiments(arguments, output / "cache", progress)
-  facts = _facts(arguments, predictor, time.monotonic() - start)
   made = page.Page(
     f"calm report: {arguments.model}",
-    facts,
+    _facts(arguments, predictor, time.monotonic() - start),
     sections.sections(reports),
     predictor.num_layers,
     tuple(findings.headline(report) for report in reports),
@@ -75,13 +106,23 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, progress: Progress):
   """(one report a task, the predictor of the last)."""
+  from calm import inference
   from calm.paper import bench, experiments
   from calm.paper import tasks as tasks_lib
 
-  named = [tasks_lib.task(name) for name in arguments.tasks] if arguments.data else []
   compared = [tasks_lib.task(name) for name in arguments.objective_tasks or ()]
-  options, models = _options(arguments), _models(arguments)
-  tasks = [(settings, pathlib.Path(arguments.data)) for settings in named]
+  tasks = []
+  if arguments.data:
+    data = pathlib.Path(arguments.data)
+    tasks = [(tasks_lib.task(name), data) for name in arguments.tasks]
+  names = ("limit", "timed", "rounds", "examples", "ablated", "step", "error_rate")
+  options = {name: getattr(arguments, name) for name in names}
+  options = bench.Options(measures=tuple(arguments.measures), **options)
+  models = {}
+  for name, flag in _MODELS.items():
+    if (path := getattr(arguments, flag)) is not None:
+      with run_lib.naming_flag(f"--{flag}"):
+        models[name] = inference.load(path, batch_size=arguments.batch_size)
   if arguments.train:
     tasks = [_own_task(arguments, models["predictor"])]
   benches = []
@@ -111,39 +152,6 @@ def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, progress: P
   return [experiments.run(each) for each in benches], models["predictor"]
 
 
-def _options(arguments: argparse.Namespace):
-  """How much is run of every experiment."""
-  from calm.paper import bench
-
-  return bench.Options(
-    limit=arguments.limit,
-    timed=arguments.timed,
-    rounds=arguments.rounds,
-    examples=arguments.examples,
-    ablated=arguments.ablated,
-    step=arguments.step,
-    error_rate=arguments.error_rate,
-    measures=tuple(arguments.measures),
-  )
-
-
-def _models(arguments: argparse.Namespace):
-  """The models that were named, by what they are for."""
-  from calm import inference
-
-  models = {}
-  for name, flag in (
-    ("predictor", "model"),
-    ("geometric", "geometric_model"),
-    ("last_layer", "last_layer_model"),
-    ("all_layers", "all_layers_model"),
-  ):
-    if (path := getattr(arguments, flag)) is not None:
-      with common.called(f"--{flag}"):
-        models[name] = inference.load(path, batch_size=arguments.batch_size)
-  return models
-
-
 def _own_task(arguments: argparse.Namespace, predictor):
   """(settings, prompts) of a user's own rows."""
   from calm import fitting
@@ -152,7 +160,7 @@ def _own_task(arguments: argparse.Namespace, predictor):
   options = fitting.FitOptions(
     error_rate=arguments.error_rate, metric=arguments.metric, prefix=arguments.prefix
   )
-  with common.called("--train"):
+  with run_lib.naming_flag("--train"):
     found = fitting.held_out(predictor, arguments.train, options)
   title = pathlib.Path(arguments.train).name.split(".")[0]
   settings = tasks_lib.TaskSettings(
@@ -164,7 +172,7 @@ def _own_task(arguments: argparse.Namespace, predictor):
     metric=options.request["metric"],
     metric_title=options.request["metric"],
   )
-  # Calibrated on four fifths of the test prompts; what comes last is only looked at.
+  # Calibrated on four fifths of the test prompts; the rest is evaluated only.
   return settings, tasks_lib.OwnPrompts(found.validation, found.test)
 
 

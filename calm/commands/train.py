@@ -1,20 +1,25 @@
-"""Trains a model with an exit at every decoder layer, its exit classifier or probes, from gin.
+"""Train a model with an exit at every decoder layer, its classifier or probes, from gin.
 
   calm train --gin_file=configs/runs/local_tiny.gin \\
-      --gin_bindings="TRAIN = 'rows.jsonl'" --gin_bindings="VOCABULARY_PATH = 'spiece.model'" \\
-      --output_dir=runs/tiny
+      --gin_bindings="TRAIN = 'rows.jsonl'" \\
+      --gin_bindings="VOCABULARY_PATH = 'spiece.model'" --output_dir=runs/tiny
 
-Killed or stopped, the same command goes on where it was, with the same losses as if it had
-never stopped. Scalars for TensorBoard go to the output folder, the model to its `model/`.
+A stopped run goes on with the same command, and with the losses of a run that never
+stopped. TensorBoard's scalars go to the output folder, the model to its `model/`.
 """
 
 import argparse
+import contextlib
 import pathlib
 import time
 from typing import Any
 
+from rich import console as rich_console
+
 from calm import storage
-from calm.commands import common, following, gin_files
+from calm.commands import flags
+from calm.commands import run as run_lib
+from calm.console import Progress, print_text
 
 # Bindings on the command line see only what a gin file has named before them: these always.
 CHOICES = """
@@ -38,23 +43,16 @@ CHOICES = [
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Declares the options of `calm train`."""
-  common.add_gin_arguments(parser, required=True)
-  parser.add_argument(
-    "--output_dir",
-    metavar="DIR",
-    help="folder of the run (gone on with if it exists); overrides `run.train.output_dir`",
-  )
-  parser.add_argument(
-    "--no_tensorboard",
-    action="store_true",
-    help="write no TensorBoard scalars (saves TensorFlow's start)",
-  )
+  """Declares the command's options."""
+  flags.add_gin(parser, required=True)
+  text = "folder of the run (resumed if it exists); overrides gin's"
+  flags.add(parser, "output_dir", "DIR", text)
+  flags.add(parser, "no_tensorboard", None, "write no scalars; saves TensorFlow's start")
 
 
-@common.user_errors
+@run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
-  """Runs `calm train`."""
+  """Trains."""
   import gin
 
   from calm.training import configs
@@ -63,25 +61,29 @@ def run(arguments: argparse.Namespace) -> int:
     # Includes are written from the repository's root; a run's own files may lie elsewhere.
     gin.add_config_file_search_path(str(pathlib.Path(path).absolute().parent))
   gin.add_config_file_search_path(str(configs.root()))
-  common.use_compilation_cache()
+  run_lib.use_compilation_cache()
   gin.clear_config()  # an earlier command of this process leaves its own, locked
-  gin.parse_config(CHOICES)  # only the names are wanted, which stay known
+  gin.parse_config(CHOICES)  # registers the names, which stay known
 
-  from calm.training import run as run_lib
+  from calm import training
+  from calm.training import run as training_run
 
-  train = common.configured(arguments, run_lib.train)
-  gin_files.refuse_unread_macros()
+  train = run_lib.configured(arguments, training_run.train)
+  run_lib.refuse_unread_macros()
   options = {} if arguments.output_dir is None else {"output_dir": arguments.output_dir}
   output_dir = pathlib.Path(_output_dir(arguments))
   print(f"Checkpoints, validations and scalars: {output_dir}", flush=True)
-  with Progress(output_dir, tensorboard=not arguments.no_tensorboard) as monitor:
-    exported = train(listener=monitor.listener, **options)
+  console, tensorboard = rich_console.Console(), not arguments.no_tensorboard
+  with Progress(console) as progress:
+    monitor = Monitor(output_dir, console, progress, tensorboard=tensorboard)
+    with contextlib.closing(monitor):
+      listener = training.Listener(monitor.start, monitor.step, monitor.evaluation)
+      exported = train(listener=listener, **options)
   storage.write_atomically(output_dir / "config.gin", gin.config_str())
   print(f"Model with the best validation: {exported}")
   print("Decode with it:")
-  # A command that works as it stands.
   words = (f"--model={exported}", "--threshold=0.9")
-  print(following.infer(*words, text="a text"), flush=True)
+  print(run_lib.infer_command(*words, text="a text"), flush=True)
   return 0
 
 
@@ -94,65 +96,46 @@ def _output_dir(arguments: argparse.Namespace) -> str:
     return gin.query_parameter("calm.training.run.train.output_dir")
   except ValueError as error:
     raise ValueError(
-      "Expected `--output_dir`, or `run.train.output_dir` in the gin file, to name a folder"
-      " for the run, got neither."
+      "`calm train` needs `--output_dir`, or `run.train.output_dir` in the gin file."
     ) from error
 
 
-class Progress:
-  """A progress bar and TensorBoard scalars; its `listener` is what `training.fit` tells."""
+class Monitor:
+  """Shows a run's progress, and writes TensorBoard scalars; its methods are the `Listener`."""
 
-  def __init__(self, output_dir: pathlib.Path, *, tensorboard: bool):
-    from rich import progress
-
-    from calm import training
-
-    self._bar = progress.Progress(
-      progress.TextColumn("step {task.completed}/{task.total}"),
-      progress.BarColumn(),
-      progress.TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s"),
-      progress.TimeRemainingColumn(),
-      transient=False,
-    )
-    # Nothing to see before the loop starts: mistakes are found until then.
-    self._task = self._bar.add_task("train", visible=False, loss="-", rate="-")
+  def __init__(self, output_dir: pathlib.Path, console, progress, *, tensorboard: bool):
     self._output_dir, self._tensorboard = output_dir, tensorboard
+    self._console, self._progress = console, progress
     self._writers: dict[str, Any] = {}
-    self._since = time.monotonic()
-    self.listener = training.Listener(self._start, self._step, self._eval)
+    self._num_steps, self._since = 1, time.monotonic()
 
-  def __enter__(self) -> "Progress":
-    self._bar.start()
-    return self
-
-  def __exit__(self, *_) -> None:
-    self._bar.stop()
-    for writer in self._writers.values():
-      writer.close()
-
-  def _start(self, step: int, num_steps: int) -> None:
-    self._bar.update(self._task, total=num_steps, completed=step, visible=True)
+  def start(self, step: int, num_steps: int) -> None:
+    """The run begins, or goes on, after `step` of `num_steps`."""
+    self._num_steps = num_steps
     if step:
-      self._bar.console.print(f"resumed at step {step}")
+      print_text(self._console, f"resumed at step {step}")
     self._since = time.monotonic()
 
-  def _step(self, step: int, scalars: dict[str, float]) -> None:
+  def step(self, step: int, scalars: dict[str, float]) -> None:
+    """Scalars of a training step."""
     now = time.monotonic()
     rate = scalars["target_tokens"] / max(now - self._since, 1e-9)
     self._since = now
-    loss = f"{scalars['loss']:.3f}"
-    self._bar.update(self._task, completed=step, loss=loss, rate=f"{rate:.0f}")
-    if not self._bar.console.is_terminal:
-      self._bar.console.print(f"{step} loss {loss} {rate:.0f} tokens/s")
+    text = f"loss {scalars['loss']:.3f} {rate:.0f} tokens/s"
+    if self._console.is_terminal:
+      self._progress(step / self._num_steps, f"step {step} of {self._num_steps}, {text}")
+    else:
+      print_text(self._console, f"{step} {text}")
     self._write("train", step, {**scalars, "tokens_per_second": rate})
 
-  def _eval(self, step: int, scalars: dict[str, float]) -> None:
-    layers = [key for key in scalars if key.startswith("accuracy/layer_")]
-    shown = " ".join(f"{scalars[key]:.3f}" for key in layers)
+  def evaluation(self, step: int, scalars: dict[str, float]) -> None:
+    """Scalars of a validation."""
+    layers = [value for key, value in scalars.items() if key.startswith("accuracy/layer_")]
+    shown = " ".join(f"{value:.3f}" for value in layers)
     text = f"{step} validation loss {scalars.get('loss', float('nan')):.4f}"
     others = [f"{k} {v:.4f}" for k, v in scalars.items() if k.endswith("/loss")]
     line = ", ".join([text, *others, f"accuracy by layer {shown}"])
-    self._bar.console.print(line, highlight=False, soft_wrap=True)
+    print_text(self._console, line, soft_wrap=True)
     self._write("validation", step, scalars)
     self._since = time.monotonic()
 
@@ -166,3 +149,8 @@ class Progress:
       self._writers[split] = metric_writers.SummaryWriter(str(self._output_dir / split))
     self._writers[split].write_scalars(step, scalars)
     self._writers[split].flush()
+
+  def close(self) -> None:
+    """Closes the files of scalars."""
+    for writer in self._writers.values():
+      writer.close()

@@ -1,7 +1,10 @@
 """The `calm` command: its words and helps, and every kind of bad input by name."""
 
+import argparse
+import dataclasses
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,12 +12,74 @@ import sys
 import numpy as np
 import pytest
 
+pytest.importorskip("matplotlib", reason="matplotlib (the `report` extra) is not installed")
+
+from calm import fitting, inference
 from calm.calibrate import generations
 from calm.calibrate.losses import sequence_losses
-from calm.commands import cli
+from calm.commands import cli, flags
+from calm.paper.bench import bench
 from tests.commands import toy
 
 pytestmark = pytest.mark.usefixtures("cache_in_tmp")
+MOST_HELP_LINES, MOST_INFER_OPTIONS = 50, 16
+
+
+def listed(command: str, option: str, capsys) -> str:
+  with pytest.raises(SystemExit, match="0"):
+    cli.main([command, option])
+  return capsys.readouterr().out
+
+
+def options(command: str) -> dict[str, argparse.Action]:
+  actions = cli.make_parser(command)._actions
+  return {a.dest: a for a in actions if a.option_strings and "help" not in a.option_strings[-1]}
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_is_one_screen_and_help_all_lists_every_option(command, capsys, monkeypatch):
+  monkeypatch.setenv("COLUMNS", "80")
+  short, whole = (listed(command, option, capsys) for option in ("--help", "--help_all"))
+  assert len(short.splitlines()) <= MOST_HELP_LINES
+  assert max(map(len, short.splitlines())) <= 88
+  names = {f"--{name}" for name in options(command) if name != "colour"}
+  assert names <= set(re.findall(r"--\w+", whole)) and f"calm {command} " in short
+  own = [name for name in names if re.search(rf"^ +{name}\b", short, re.MULTILINE)]
+  assert command != "infer" or len(own) < MOST_INFER_OPTIONS  # --color is not among them
+  for action in options(command).values():
+    if action.metavar == "RATE":
+      assert re.search(r"\w+ \w+.* \((delta|epsilon)\)", action.help)
+    if action.nargs != 0 and action.default not in (None, [], "") and not action.required:
+      assert "(default: " in action.help, f"{action.dest} does not say {action.default!r}"
+
+
+def test_the_first_help_says_each_command_once(capsys):
+  assert cli.main(["--help"]) == 0
+  text = capsys.readouterr().out
+  assert len(text.splitlines()) <= 30
+  for name, summary in cli.COMMANDS.items():
+    assert text.count(f"  {name:<11}{summary}\n") == 1
+  for words in (["calbrate", "runs"], []):
+    assert cli.main(words) == 2
+  assert "did you mean calibrate?" in capsys.readouterr().err
+  made = subprocess.run(
+    [sys.executable, "-m", "calm", "--version"], capture_output=True, text=True, check=True
+  )
+  assert made.stdout.startswith("calm ")
+
+
+def test_python_and_the_command_line_have_the_same_defaults():
+  values = lambda kind: {field.name: field.default for field in dataclasses.fields(kind)}
+  for command, kind in (("fit", fitting.FitOptions), ("report", bench.Options)):
+    theirs = values(kind)
+    shared = {name: a.default for name, a in options(command).items() if name in theirs}
+    assert len(shared) > 6
+    for name, value in shared.items():
+      assert (tuple(value) if isinstance(value, list) else value) == theirs[name], name
+  decoding = values(inference.DecodeOptions)
+  decoding |= {"temperature": decoding["schedule"].name, "exit_layers": "all"}
+  for name, _, _, fallback in flags._DECODING:
+    assert fallback in (0, decoding.get(name) or "none"), name
 
 
 @pytest.mark.parametrize(
@@ -27,179 +92,129 @@ pytestmark = pytest.mark.usefixtures("cache_in_tmp")
     ("--exit_layers=9", "`allowed` exit layers"),
     ("--exit_layers=two", "`--exit_layers`"),
     ("--dtype=float17", "`dtype`"),
-    ("--limit=0", "`--limit`"),
     ("--thresholds=never,0.9", "[0, 1]"),
     ("--gin_file=missing.gin", "`--gin_file`"),
-    ("--batch_size=0", "`batch_size`"),
     ("--temperature=-1", "`temperature`"),
     ("--engine=steam", "['compacted', 'deferred', 'eager']"),
+    ("--until-certified --tolerance=0.1", "got 5, which are too few"),
+    ("--until_certified --error_rate=1", "`error_rate`"),
   ],
 )
-def test_bad_options_are_named(model, prompts, tmp_path, capsys, option, words):
-  arguments = [
-    "generate",
-    f"--model={model}",
-    f"--prompts={prompts}",
-    *toy.DECODE,
-    option,
-  ]
-  assert words in toy.failure(capsys, [*arguments, f"--output={tmp_path / 'out'}"])
+def test_bad_options_are_named(model, prompts, tmp_path, calm, option, words):
+  named = [f"--model={model}", f"--prompts={prompts}", f"--output={tmp_path / 'out'}"]
+  assert words in calm("generate", *named, *toy.DECODE, *option.split(), code=2)
   assert not (tmp_path / "out" / generations.MANIFEST).exists()
 
 
-def test_a_missing_gin_file_is_one_message(tmp_path, capsys, caplog):
-  arguments = ["train", "--gin_file=missing.gin", f"--output_dir={tmp_path}"]
-  assert "got missing.gin" in toy.failure(capsys, arguments)
-  assert caplog.text == ""
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    ("calibrate runs --tolerence=0.2", "did you mean --tolerance?"),
+    ("infer --prompts=- --treshold never", "did you mean --threshold?"),
+    ("infer --promts=-", "required: --prompts"),
+    ("calibrate runs --zzz", "unrecognized arguments: --zzz\n"),
+    ("infer --prompts=", "argument --prompts: is empty; leave it out, or check the shell"),
+    ("infer --prompts=- --batch_size=0", "--batch_size: expected a whole number from 1 on"),
+    ("demo --limit=0", "--limit: expected a whole number from 1 on, got '0'"),
+    ("demo --examples=-1", "--examples: expected a whole number from 0 on, got '-1'"),
+  ],
+)
+def test_bad_words_are_refused_before_any_work(words, message, capsys):
+  with pytest.raises(SystemExit, match="2"):
+    cli.main(words.split())
+  assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--tolerance=0", "--tolerance=1.2", "--error_rate=0"])
-def test_rates_outside_their_range(cached, capsys, option):
-  name = option[2:].split("=")[0]
-  assert f"`{name}`" in toy.failure(capsys, ["calibrate", str(cached), option])
-
-
-def test_too_few_prompts_are_refused_before_the_work(cached, tmp_path, capsys, monkeypatch):
+def test_too_few_prompts_are_refused_before_the_work(cached, tmp_path, calm, monkeypatch):
   monkeypatch.setattr(sequence_losses, "compute", None)  # any work would fail
   output = f"--output={tmp_path / 'c.json'}"
-  text = toy.failure(capsys, ["calibrate", str(cached), "--tolerance=0.1", output])
-  assert "got 5, which are too few" in text
-  assert "at least 29 prompts" in text
-  rates = ["--tolerance=0.5", "--testing=bonferroni", output]
-  assert "at least 6 prompts" in toy.failure(capsys, ["calibrate", str(cached), *rates])
+  printed = calm("calibrate", cached, "--tolerance=0.1", output, code=2)
+  assert "got 5, which are too few" in printed and "at least 29 prompts" in printed
+  rates = ["--tolerance=0.5", "--testing=holm", output]
+  assert "at least 6 prompts" in calm("calibrate", cached, *rates, code=2)
+  for option in ("--tolerance=0", "--tolerance=1.2", "--error_rate=0"):
+    for words in (["calibrate", cached], ["demo"]):
+      name = option[2:].split("=")[0]
+      assert f"`{name}`" in calm(*words, option, output, code=2)
+  assert "got 3, which are too few" in calm("demo", "--limit=3", output, code=2)
   assert not (tmp_path / "c.json").exists()
 
 
-def test_rates_are_checked_before_anything_is_decoded(model, prompts, tmp_path, capsys):
-  output = tmp_path / "out"
-  for command, option, words in (
-    ("demo", "--tolerance=2", "`tolerance`"),
-    ("demo", "--error_rate=0", "`error_rate`"),
-    ("demo", "--limit=3", "got 3, which are too few"),
-    ("demo", "--limit=0", "`--limit`"),
-    ("generate", "--error_rate=1", "`error_rate`"),
-    ("generate", "--tolerance=0.1", "got 5, which are too few"),
-  ):
-    options = [f"--model={model}", f"--output={output}", option]
-    if command == "generate":
-      options += [f"--prompts={prompts}", "--until-certified", *toy.DECODE]
-    assert words in toy.failure(capsys, [command, *options])
-  assert not output.exists()
-
-
-def test_bytes_that_are_no_text_are_no_prompts(model, tmp_path, capsys, monkeypatch):
+def test_prompts_that_cannot_be_read_are_named(model, tmp_path, calm, monkeypatch):
   infer = ["infer", f"--model={model}", "--threshold=0.5"]
   content = b"fine\ncaf\xe9\n"
-  (tmp_path / "latin.txt").write_bytes(content)
+  for name, text, *words in (
+    ("latin.txt", content, "0xe9 in line 2 of "),
+    ("half.jsonl", b'{"input": "half of \\ud83d"}\n', "half.jsonl:1", "character 9"),
+    ("blank.txt", b"\n \n", "no line with text"),
+    ("empty.jsonl", b"", "empty.jsonl"),
+    ("latin.jsonl", b'{"id": "a", "input": "caf\xe9"}\n', "UTF-8"),
+  ):
+    (tmp_path / name).write_bytes(text)
+    message = calm(*infer, f"--prompts={tmp_path / name}", code=2)
+    assert name in message and all(word in message for word in words)
+  assert "missing.jsonl" in calm(*infer, f"--prompts={tmp_path / 'missing.jsonl'}", code=2)
   monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-  for path, name in (("-", "standard input"), (tmp_path / "latin.txt", "latin.txt")):
-    message = toy.failure(capsys, [*infer, f"--prompts={path}"])
-    assert "0xe9 in line 2 of " in message and name in message
-  (tmp_path / "half.jsonl").write_text('{"input": "half of \\ud83d"}\n')
-  message = toy.failure(capsys, [*infer, f"--prompts={tmp_path / 'half.jsonl'}"])
-  assert "half.jsonl:1" in message and "character 9" in message
-  (tmp_path / "blank.txt").write_text("\n \n")
-  assert "no line with text" in toy.failure(
-    capsys, [*infer, f"--prompts={tmp_path / 'blank.txt'}"]
-  )
+  assert "standard input" in calm(*infer, "--prompts=-", code=2)
 
 
-def test_bad_prompt_files(model, tmp_path, capsys):
-  infer = ["infer", f"--model={model}", "--threshold=0.5"]
-  empty, latin = tmp_path / "empty.jsonl", tmp_path / "latin.jsonl"
-  empty.write_text("")
-  latin.write_bytes(b'{"id": "a", "input": "caf\xe9"}\n')
-  assert "empty.jsonl" in toy.failure(capsys, [*infer, f"--prompts={empty}"])
-  assert "UTF-8" in toy.failure(capsys, [*infer, f"--prompts={latin}"])
-  assert "missing.jsonl" in toy.failure(
-    capsys, [*infer, f"--prompts={tmp_path / 'missing.jsonl'}"]
-  )
-
-
-def test_bad_checkpoints(model, prompts, tmp_path, capsys):
-  infer = ["infer", f"--prompts={prompts}", "--threshold=0.5"]
-  message = toy.failure(capsys, [*infer, f"--model={tmp_path / 'nowhere'}"])
-  assert "`--model`" in message and "missing" in message
-  cut = tmp_path / "cut"
-  shutil.copytree(model, cut)
-  weights = (cut / "params.safetensors").read_bytes()
-  (cut / "params.safetensors").write_bytes(weights[: len(weights) // 2])
-  assert "params.safetensors" in toy.failure(capsys, [*infer, f"--model={cut}"])
-  options = tmp_path / "options"
-  shutil.copytree(model, options)
-  for text, words in (('{"a', "JSON"), ('{"beams": 4}', "['beams']")):
-    (options / "inference.json").write_text(text)
-    message = toy.failure(capsys, [*infer, f"--model={options}"])
-    assert "inference.json" in message and words in message
-  big = tmp_path / "big"
-  shutil.copytree(model, big)
-  record = json.loads((big / "vocabulary.json").read_text())
-  (big / "vocabulary.json").write_text(json.dumps(record | {"extra_ids": 125}))
-  assert "264" in toy.failure(capsys, [*infer, f"--model={big}"])
-
-
-def test_parameters_that_are_not_numbers(prompts, tmp_path, capsys):
+def test_bad_checkpoints(model, prompts, tmp_path, calm):
   from safetensors import numpy as safetensors
 
-  model = toy.save_model(tmp_path / "nan")
+  infer = ["infer", f"--prompts={prompts}", "--threshold=0.5"]
+  message = calm(*infer, f"--model={tmp_path / 'nowhere'}", code=2)
+  assert "`--model`" in message and "missing" in message
+  cut = shutil.copytree(model, tmp_path / "cut")
+  weights = (cut / "params.safetensors").read_bytes()
+  (cut / "params.safetensors").write_bytes(weights[: len(weights) // 2])
+  assert "params.safetensors" in calm(*infer, f"--model={cut}", code=2)
   tensors = safetensors.load_file(model / "params.safetensors")
   tensors["decoder/decoder_norm/scale"][0] = np.nan
-  safetensors.save_file(tensors, model / "params.safetensors")
-  message = toy.failure(
-    capsys, ["infer", f"--model={model}", f"--prompts={prompts}", "--threshold=0.5"]
-  )
-  assert "decoder/decoder_norm/scale" in message
+  safetensors.save_file(tensors, cut / "params.safetensors")
+  assert "decoder/decoder_norm/scale" in calm(*infer, f"--model={cut}", code=2)
+  (cut / "params.safetensors").write_bytes(weights)
+  for text, words in (('{"a', "JSON"), ('{"beams": 4}', "['beams']")):
+    (cut / "inference.json").write_text(text)
+    message = calm(*infer, f"--model={cut}", code=2)
+    assert "inference.json" in message and words in message
+  big = shutil.copytree(model, tmp_path / "big")
+  record = json.loads((big / "vocabulary.json").read_text())
+  (big / "vocabulary.json").write_text(json.dumps(record | {"extra_ids": 125}))
+  assert "264" in calm(*infer, f"--model={big}", code=2)
 
 
-def test_unwritable_output(model, prompts, tmp_path, capsys):
+def test_unwritable_output(model, prompts, tmp_path, calm):
   blocked = tmp_path / "file"
   blocked.write_text("")
-  arguments = ["generate", f"--model={model}", f"--prompts={prompts}", *toy.DECODE]
-  message = toy.failure(capsys, [*arguments, f"--output={blocked / 'below'}"])
-  assert str(blocked) in message
+  words = ["generate", f"--model={model}", f"--prompts={prompts}", *toy.DECODE]
+  assert str(blocked) in calm(*words, f"--output={blocked / 'below'}", code=2)
   # Of one file, before it is decoded: the model is not even looked for.
   infer = ["infer", "--model=nowhere", f"--prompts={prompts}", "--threshold=0.5"]
   for output in (blocked / "out.jsonl", tmp_path / "none" / "out.jsonl", tmp_path):
-    message = toy.failure(capsys, [*infer, f"--output={output}"])
-    assert "`--output`" in message and str(output) in message
+    message = calm(*infer, f"--output={output}", code=2)
+    assert str(output) in message and "nowhere" not in message
 
 
-def test_neither_calibration_nor_threshold(prompts, capsys):
-  assert "`--calibration`, `--threshold` or `--exact`" in toy.failure(
-    capsys, ["infer", f"--prompts={prompts}"]
-  )
-
-
-def test_dashes_are_underscores_and_colour_is_color(model, prompts, capsys):
+def test_dashes_are_underscores_and_colour_is_color(model, prompts, calm):
   named = [f"--model={model}", f"--prompts={prompts}", "--threshold=never", "--limit=1"]
-  dashed = [
-    option.replace("max_", "max-").replace("_length", "-length") for option in toy.DECODE
-  ]
-  assert cli.main(["infer", *named, *dashed, "--color"]) == 0
+  dashed = [o.replace("max_", "max-").replace("_length", "-length") for o in toy.DECODE]
+  for colour in ("--color", "--colour"):
+    calm("infer", *named, *dashed, colour)
   # Values stay as they are.
-  assert "got 'a-b'" in toy.failure(capsys, ["infer", *named, "--exit-layers=a-b"])
+  assert "got 'a-b'" in calm("infer", *named, "--exit-layers=a-b", code=2)
 
 
-@pytest.mark.parametrize(
-  ("arguments", "meant"),
-  [
-    (["calibrate", "runs", "--tolerence=0.2"], "did you mean --tolerance?"),
-    (["infer", "--prompts=-", "--treshold", "never"], "did you mean --threshold?"),
-    (["calbrate", "runs"], "did you mean calibrate?"),
-    (["infer", "--promts=-"], "required: --prompts; got --promts, which is none; did you mean"),
-    (["calibrate", "runs", "--zzz"], "unrecognized arguments: --zzz\n"),
-  ],
-)
-def test_what_was_probably_meant_is_named(capsys, arguments, meant):
-  with pytest.raises(SystemExit, match="2"):
-    cli.main(arguments)
-  assert meant in capsys.readouterr().err
-
-
-def test_help_of_every_command_teaches():
-  for command in cli.COMMANDS:
-    made = subprocess.run(
-      [sys.executable, "-m", "calm", command, "--help"], capture_output=True, text=True
-    )
-    assert made.returncode == 0, made.stderr
-    assert f"calm {command}" in made.stdout.split("usage:")[1]
+def test_mistakes_of_a_fit_are_one_message(model, prompts, tmp_path, calm):
+  rows = tmp_path / "rows.jsonl"
+  rows.write_text(
+    "".join(json.dumps({"input": f"t {i}", "target": "x"}) + "\n" for i in range(9))
+  )
+  base = ["fit", "--model=nowhere", f"--train={rows}", f"--output={tmp_path / 'out'}"]
+  assert "at least 118 rows" in calm(*base, code=2)
+  assert "`stages`" in calm(*base, "--stages=three", code=2)
+  assert "`budget`" in calm(*base, "--budget=soon", code=2)
+  assert "missing.jsonl" in calm(*base, "--train=missing.jsonl", code=2)
+  assert not (tmp_path / "out").exists()
+  # A model folder without a guarantee asks for one.
+  assert "calm fit" in calm("infer", f"--model={model}", "--prompts=-", code=2)
+  assert "`--calibration`, `--threshold` or" in calm("infer", f"--prompts={prompts}", code=2)

@@ -4,7 +4,22 @@ import json
 
 import pytest
 
+from calm.commands import cli
 from tests.commands import toy
+
+
+@pytest.fixture
+def calm(capsys):
+  """Runs a command that ends with `code`; returns what it printed, with single spaces."""
+
+  def run(*words, code=0) -> str:
+    capsys.readouterr()
+    status, printed = cli.main([str(word) for word in words]), capsys.readouterr()
+    assert status == code, printed
+    assert "Traceback" not in printed.err
+    return " ".join((printed.out + printed.err).split())
+
+  return run
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,13 @@ import pytest
 from calm import calibrate
 from calm.calibrate import audit, promises
 from calm.calibrate.losses import metrics
-from calm.commands import monitoring
+from calm.commands import infer
 
 TEXTS = [f"text {i}" for i in range(40)]
 LOSSES = calibrate.SequenceLosses([[0.0]] * 200, [0.5], metric="exact_match")
 RISKS = (promises.Risk(LOSSES, 0.3),)
-# Every promise, as `calibrate` takes it: that the mean loss is watched for some is told below.
+WHERE = "`platform`: expected 'tpu', got 'cpu'"
+# Every promise, as `calibrate` takes it; the mean loss of some is watched.
 MADE = (
   promises.Mean(),
   promises.Quantile(0.9),
@@ -49,10 +50,11 @@ class Full:
     return [types.SimpleNamespace(text=text) for text in texts]
 
 
-def arguments(*options):
+def opened(model, *options, threshold=0.5):
   parser = argparse.ArgumentParser()
-  monitoring.add_arguments(parser)
-  return parser.parse_args([str(option) for option in options])
+  infer.add_arguments(parser)
+  arguments = parser.parse_args(["--prompts=-", *map(str, options)])
+  return infer.open_monitored(arguments, model, threshold)
 
 
 def serve(monitored, texts, ids="id"):
@@ -61,22 +63,20 @@ def serve(monitored, texts, ids="id"):
 
 
 def test_a_share_of_the_prompts_is_decoded_at_full_depth(promise, tmp_path):
-  model = Full(promise)
-  options = arguments("--monitor", tmp_path / "m.jsonl", "--monitor_share=0.4")
-  monitored = monitoring.open_monitored(options, model, 0.5)
+  model, options = Full(promise), (f"--monitor={tmp_path / 'm.jsonl'}", "--monitor_share=0.4")
+  monitored = opened(model, *options)
   serve(monitored, TEXTS)
-  coin = audit.open_monitor(tmp_path / "m.jsonl", monitored._monitor.watch).watch
+  coin = audit.open_monitor(tmp_path / "m.jsonl", monitored.monitor.watch).watch
   picked = [text for text in TEXTS if coin.sampled(f"id-{text}")]
-  assert model.asked == picked and 5 < len(picked) < 30 and not monitored.alarm
+  assert model.asked == picked and 5 < len(picked) < 30
   report = monitored.report()
   assert f"{len(picked)} of these prompts" in report and "No alarm." in report
-  again = monitoring.open_monitored(options, model, 0.5)
+  again = opened(model, *options)
   serve(again, TEXTS)
-  report = again.report()
-  assert "0 of these prompts" in report and f"{len(picked)} were not checked" in report
+  assert "0 of these prompts" in again.report()
   serve(again, TEXTS, "new")
-  assert f"{len(picked)} were not checked" in again.report()
   more = [text for text in TEXTS if coin.sampled(f"new-{text}")]
+  assert f"{len(picked)} were not checked" in again.report()
   assert f"{len(picked) + len(more)} of 120 so far" in again.report()
 
 
@@ -86,110 +86,91 @@ def test_a_monitor_runs_no_metric_that_only_the_file_names(promise, tmp_path, mo
     "import pathlib\npathlib.Path('ran').touch()\nrun = lambda text, references: 0.0\n"
   )
   evil = types.SimpleNamespace(**{**vars(promise), "metric": "own_metric.py:run"})
-  for asked, model in (
-    (("--monitor", "m.jsonl"), Full(evil)),
-    (("--allow_platform",), Full(evil, "`platform`: ...")),
+  for option, model in (
+    ("--monitor=m.jsonl", Full(evil)),
+    ("--allow_platform", Full(evil, WHERE)),
   ):
     for given in ((), ("--metric=rouge_l",), ("--metric=chrf",)):
       with pytest.raises(ValueError, match=r"Expected `--metric` 'own_metric\.py:run'"):
-        monitoring.open_monitored(arguments(*asked, *given), model, 0.5)
-    assert not (tmp_path / "m.jsonl").exists()
-    assert not (tmp_path / "ran").exists()
-    given = arguments(*asked, "--monitor_share=1", "--metric=own_metric.py:run")
-    monitored = monitoring.open_monitored(given, model, 0.5)
+        opened(model, option, *given)
+    assert not (tmp_path / "m.jsonl").exists() and not (tmp_path / "ran").exists()
+    monitored = opened(model, option, "--monitor_share=1", "--metric=own_metric.py:run")
     serve(monitored, ["another"] * 40)
-    assert monitored.alarm and (tmp_path / "ran").exists()
+    assert monitored.monitor.alarm and (tmp_path / "ran").exists()
     del monitored
     for left in ("ran", "m.jsonl"):
       (tmp_path / left).unlink(missing_ok=True)
     monkeypatch.delitem(sys.modules, metrics._known(str(tmp_path / "own_metric.py")))
   with pytest.raises(ValueError, match=r"Expected `--metric` 'exact_match', .* got 'chrf'"):
-    monitoring.open_monitored(arguments("--monitor=m", "--metric=chrf"), Full(promise), 0.5)
-  with pytest.raises(ValueError, match="Expected `--monitor` beside `--metric`"):
-    monitoring.open_monitored(arguments("--metric=chrf"), Full(promise), 0.5)
-
-
-def test_texts_that_differ_raise_the_alarm(promise, tmp_path):
-  options = arguments("--monitor", tmp_path / "m.jsonl", "--monitor_share=1")
-  monitored = monitoring.open_monitored(options, Full(promise), 0.5)
-  serve(monitored, ["another"] * 40)
-  assert monitored.alarm and "ALARM: the expected loss" in monitored.report()
-  assert "above 0.1" in monitored.report()
+    opened(Full(promise), "--monitor=m", "--metric=chrf")
 
 
 def test_a_killed_run_holds_nothing_up(promise, tmp_path):
-  options = arguments("--monitor", tmp_path / "m.jsonl", "--monitor_share=1")
-  monitored = monitoring.open_monitored(options, Full(promise), 0.5)
-  monitored._monitor.serve("id-0")
-  again = monitoring.open_monitored(options, Full(promise), 0.5)
+  options = f"--monitor={tmp_path / 'm.jsonl'}", "--monitor_share=1"
+  monitored = opened(Full(promise), *options)
+  monitored.monitor.serve("id-0")
+  again = opened(Full(promise), *options)
   assert "1 of a run that was killed" in again.report()
   serve(again, TEXTS)
-  assert again._monitor.wealth.count == 41
+  assert again.monitor.wealth.count == 41
 
 
 def test_a_promise_from_another_platform_is_watched_unasked(promise):
-  where = "`platform`: expected 'tpu', got 'cpu'"
-  model = Full(promise, where)
-  monitored = monitoring.open_monitored(arguments("--allow_platform"), model, 0.5)
-  assert monitored.report().count("None of these prompts was checked") == 1
+  model = Full(promise, WHERE)
+  monitored = opened(model, "--allow_platform")
+  assert "None of these prompts was checked" in monitored.report()
   serve(monitored, TEXTS)
   assert 2 < len(model.asked) < 20
   report = monitored.report()
-  assert f"made elsewhere: {where}. What was checked" in report and "No alarm." in report
-  options = arguments("--allow_platform", "--monitor_share=1")
-  monitored = monitoring.open_monitored(options, Full(promise, where), 0.5)
+  assert f"made elsewhere: {WHERE}. What was checked" in report and "No alarm." in report
+  monitored = opened(model, "--allow_platform", "--monitor_share=1")
   serve(monitored, ["another"] * 40)
-  assert monitored.alarm and "ALARM" in monitored.report()
-  kept = monitored._monitor.path
+  assert monitored.monitor.alarm and "ALARM" in monitored.report()
+  kept = monitored.monitor.path
   assert kept.exists()
   del monitored
   assert not kept.parent.exists()
-  never = calibrate.NEVER_EXIT
-  assert monitoring.open_monitored(arguments(), Full(promise, where), never) is None
+  assert opened(model, threshold=calibrate.NEVER_EXIT) is None
 
 
 def test_what_texts_cannot_show_is_refused(promise, tmp_path):
-  options = arguments("--monitor", tmp_path / "m.jsonl")
+  monitor = f"--monitor={tmp_path / 'm.jsonl'}"
   other = lambda **fields: Full(types.SimpleNamespace(**{**vars(promise), **fields}))
+  never = calibrate.NEVER_EXIT
   for model, threshold in (
     (Full(None), 0.5),
     (Full(promise), 0.4),
-    (other(threshold=calibrate.NEVER_EXIT), calibrate.NEVER_EXIT),
+    (other(threshold=never), never),
   ):
-    with pytest.raises(
-      ValueError, match="`--monitor` with a calibration and its own threshold"
-    ):
-      monitoring.open_monitored(options, model, threshold)
+    with pytest.raises(ValueError, match="`--monitor` needs a calibration that certified"):
+      opened(model, monitor, threshold=threshold)
   for model in (other(kind="risk_signed"), other(clusters=True)):
     with pytest.raises(ValueError, match="textual loss of single prompts"):
-      monitoring.open_monitored(options, model, 0.5)
-  with pytest.raises(ValueError, match="Expected `--monitor` beside `--fail_on_alarm`"):
-    monitoring.open_monitored(arguments("--fail_on_alarm"), Full(promise), 0.5)
-  assert monitoring.open_monitored(arguments(), Full(promise), 0.5) is None
+      opened(model, monitor)
+  for option in ("--fail_on_alarm", "--metric=chrf"):
+    with pytest.raises(ValueError, match=f"`{option.partition('=')[0]}` needs `--monitor`"):
+      opened(Full(promise), option)
+  assert opened(Full(promise)) is None
   with pytest.raises(ValueError, match="`sampling_rate` to be in"):
-    shares = arguments("--monitor", tmp_path / "m.jsonl", "--monitor_share=0")
-    monitoring.open_monitored(shares, Full(promise), 0.5)
+    opened(Full(promise), monitor, "--monitor_share=0")
   assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("made", MADE, ids=lambda made: made.name)
 def test_a_watch_of_the_mean_loss_is_kept_from_other_promises(made, tmp_path):
   assert {promise.name for promise in MADE} == set(promises.PROMISES)
-  calibrate.calibrate(LOSSES, tolerance=0.3, error_rate=0.05, promise=made).save(
-    tmp_path / "calibration.json"
-  )
-  told = calibrate.Calibration.load(tmp_path / "calibration.json")
-  assert told.threshold == 0.5
-  asked = arguments("--monitor", tmp_path / "m.jsonl", "--monitor_share=1"), Full(told)
-  on_trial = arguments("--allow_platform", "--monitor_share=1"), Full(told, "`platform`: ...")
-  for options, model in (asked, on_trial):
+  path, monitor = tmp_path / "calibration.json", f"--monitor={tmp_path / 'm.jsonl'}"
+  calibrate.calibrate(LOSSES, tolerance=0.3, error_rate=0.05, promise=made).save(path)
+  stored = calibrate.Calibration.load(path)
+  assert stored.threshold == 0.5
+  for option, model in ((monitor, Full(stored)), ("--allow_platform", Full(stored, WHERE))):
     if made.name in ("mean", "cost"):
-      monitored = monitoring.open_monitored(options, model, 0.5)
+      monitored = opened(model, option, "--monitor_share=1")
       serve(monitored, TEXTS)
       assert "No alarm." in monitored.report()
       serve(monitored, ["another"] * 40, "new")
       assert "ALARM" in monitored.report() and "above 0.3" in monitored.report()
       continue
-    with pytest.raises(ValueError, match=f"'mean' or 'cost'.*got '{made.name}'.*; .*audit"):
-      monitoring.open_monitored(options, model, 0.5)
+    with pytest.raises(ValueError, match=f"'mean' or 'cost'.*got '{made.name}'; .*audit"):
+      opened(model, option, "--monitor_share=1")
     assert not model.asked and not (tmp_path / "m.jsonl").exists()

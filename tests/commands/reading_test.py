@@ -10,17 +10,14 @@ import pytest
 from calm import inference, storage
 from calm.calibrate import Record
 from calm.calibrate.generations import reuse
-from calm.commands import cli, serving
+from calm.commands import cli, infer
 from calm.inference import grid, predictor
 
 COUNTS = 2_000, 8_000
 COUNTER = pathlib.Path("/proc/thread-self/io")
 # Some is read once whatever the prompts, which makes less of it.
 MOST = 1.2 * COUNTS[1] / COUNTS[0]
-OPTIONS = {
-  "infer": ["--threshold=0.9", "--batch_size=8"],
-  "generate": ["--thresholds=0.9", "--batch_size=8"],
-}
+OPTIONS = {"infer": "--threshold=0.9", "generate": "--thresholds=0.9"}
 
 pytestmark = pytest.mark.skipif(not COUNTER.exists(), reason="needs Linux's count of bytes")
 
@@ -40,25 +37,7 @@ def no_decoding(model, monkeypatch, cache_in_tmp):
 
   monkeypatch.setattr(predictor.Predictor, "generate", generate)
   monkeypatch.setattr(grid._Batch, "decode", decode)
-  monkeypatch.setattr(serving, "MOST_BATCHES", 4)
-
-
-def stop_at(monkeypatch, lines: int) -> None:
-  """Ctrl-C when so many lines are written."""
-  append, written = storage.append, []
-
-  def stopping(path, content):
-    append(path, content)
-    written.append(content.count(b"\n"))
-    if sum(written) >= lines:
-      raise KeyboardInterrupt
-
-  monkeypatch.setattr(storage, "append", stopping)
-
-
-def bytes_read() -> int:
-  """By this thread so far, of any file."""
-  return int(COUNTER.read_text().split()[1])
+  monkeypatch.setattr(infer, "MOST_BATCHES", 4)
 
 
 def read_to_resume(words: list[str], count: int, folder: pathlib.Path, monkeypatch) -> int:
@@ -67,8 +46,18 @@ def read_to_resume(words: list[str], count: int, folder: pathlib.Path, monkeypat
   lines = (json.dumps({"id": f"p{i:06}", "input": f"text {i:06}"}) for i in range(count))
   prompts.write_text("\n".join(lines) + "\n")
   words = [*words, f"--prompts={prompts}", f"--output={folder / f'out{count}'}"]
+  append, written = storage.append, []
+
+  def stopping(path, content):
+    """Ctrl-C when half of the lines are written."""
+    append(path, content)
+    written.append(content.count(b"\n"))
+    if sum(written) >= count // 2:
+      raise KeyboardInterrupt
+
+  bytes_read = lambda: int(COUNTER.read_text().split()[1])  # by this thread
   with monkeypatch.context() as patched:
-    stop_at(patched, count // 2)
+    patched.setattr(storage, "append", stopping)
     assert cli.main(words) == 130
   before = bytes_read()
   assert cli.main(words) == 0
@@ -77,7 +66,7 @@ def read_to_resume(words: list[str], count: int, folder: pathlib.Path, monkeypat
 
 @pytest.mark.parametrize("command", OPTIONS)
 def test_reading_is_linear_in_the_prompts(command, model, tmp_path, monkeypatch):
-  lengths = ["--max_input_length=32", "--max_decode_length=6"]
-  words = [command, f"--model={model}", *lengths, *OPTIONS[command]]
+  lengths = ["--max_input_length=32", "--max_decode_length=6", "--batch_size=8"]
+  words = [command, f"--model={model}", *lengths, OPTIONS[command]]
   few, many = (read_to_resume(words, count, tmp_path, monkeypatch) for count in COUNTS)
   assert many <= MOST * few, (few, many)

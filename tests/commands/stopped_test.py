@@ -24,15 +24,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # What `calm calibrate` works at; the others are in `asked.WORK`.
 WORK = asked.WORK | {"calibrate": "calm.calibrate.losses.sequence_losses.compute"}
 # What each says is kept. Nothing was written yet where work has only begun.
+NOTHING = "files that were there are as they were, and the same command starts anew"
+RESUMES = "what was finished is kept, and the same command goes on from there"
 KEPT = {
-  "demo": "files that were there are as they were, and the same command starts anew",
-  "fit": "what was finished is kept, and the same command goes on from there",
-  "train": "the same command goes on from its last checkpoint, if there is one",
-  "generate": "what was decoded is kept, and the same command goes on from there",
-  "calibrate": "files that were there are as they were, and the same command starts anew",
+  **dict.fromkeys(("demo", "calibrate", "merge"), NOTHING),
+  **dict.fromkeys(("fit", "train", "generate", "report"), RESUMES),
   "infer": "stopped after 0 of 1 prompts",
-  "merge": "files that were there are as they were, and the same command starts anew",
-  "report": "what was decoded is kept, and the same command goes on from there",
 }
 
 

@@ -1,6 +1,7 @@
 """Runs from their parts, and `calm train` from gin to an exported checkpoint."""
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from rich import console as rich_console
 
 pytest.importorskip("orbax.checkpoint", reason="Orbax (the `train` extra) is not installed")
 gin = pytest.importorskip("gin")
@@ -149,11 +151,11 @@ def test_stage_two_starts_from_the_run_of_stage_one(stage_one, files, tmp_path):
 @pytest.mark.tf
 def test_scalars_reach_tensorboard(files, tmp_path):
   pytest.importorskip("tensorflow")
-  monitor = train.Progress(tmp_path, tensorboard=True)
-  with monitor:
-    monitor.listener.on_start(0, 3)
-    monitor.listener.on_step(3, {"loss": 2.0, "target_tokens": 5.0, "accuracy/layer_1": 0.5})
-    monitor.listener.on_eval(3, {"loss": 1.0, "accuracy/layer_1": 0.5, "qa/loss": 3.0})
+  monitor = train.Monitor(tmp_path, rich_console.Console(), None, tensorboard=True)
+  with contextlib.closing(monitor):
+    monitor.start(0, 3)
+    monitor.step(3, {"loss": 2.0, "target_tokens": 5.0, "accuracy/layer_1": 0.5})
+    monitor.evaluation(3, {"loss": 1.0, "accuracy/layer_1": 0.5, "qa/loss": 3.0})
   for split in ("train", "validation"):
     (events,) = (tmp_path / split).glob("events*")
     assert b"accuracy/layer_1" in events.read_bytes()

@@ -8,7 +8,7 @@ import pytest
 from calm.calibrate import generations
 from calm.calibrate.generations import cached, columns
 from calm.calibrate.losses import blocks, sequence_losses
-from calm.commands import certificate
+from calm.commands import run as run_lib
 from tests.calibrate.generations import merging_test
 
 FIELDS = ("values", "thresholds", "ids")
@@ -49,8 +49,8 @@ def test_layers_are_counted_without_reading_again(folder, on_disk):
   try:
     for ours, theirs in zip(on_disk.layer_counts(), there.layer_counts(), strict=True):
       np.testing.assert_array_equal(ours, theirs)
-    means = certificate.mean_layers(on_disk)
-    assert means == certificate.mean_layers(there) == {0.9: 2.5, 0.5: 2.5}
+    means = run_lib.mean_layers(on_disk)
+    assert means == run_lib.mean_layers(there) == {0.9: 2.5, 0.5: 2.5}
   finally:
     on_disk.records[0].path.with_suffix(".away").rename(on_disk.records[0].path)
 

@@ -1,0 +1,192 @@
+"""Options of the command line that several commands share, and what their values mean."""
+
+import argparse
+import functools
+from typing import Any
+
+from calm.commands.run import naming_flag
+
+# The group of options that `--help` leaves out and `--help_all` lists.
+MORE = "more options"
+
+
+def _whole(text: str, least: int) -> int:
+  """A whole number."""
+  if not text.isascii() or not text.isdigit() or int(text) < least:
+    raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
+  return int(text)
+
+
+def filled(text: str) -> str:
+  """A text with letters: an empty path would be the folder in which the command is run."""
+  if not text:
+    raise argparse.ArgumentTypeError(
+      "is empty; leave it out, or check the shell variable that it comes from"
+    )
+  return text
+
+
+# Types of values by their metavar; all others are `filled` texts.
+_TYPES = dict.fromkeys(("RATE", "LEVEL", "SHARE", "STEP", "TAU", "X"), float) | {
+  "N": functools.partial(_whole, least=1),
+  "K": functools.partial(_whole, least=0),
+  **dict.fromkeys(("TEXT", "DIRS", "'A.b = 1'"), str),  # may be empty
+}
+METRICS = "rouge_l, token_f1, exact_match, chrf, file.py:function, or module:function"
+# Options of `inference.load`: (name, metavar, help, value where neither the option, nor the
+# model, nor its calibration names one).
+_DECODING = (
+  ("measure", "NAME", "confidence: softmax, shortlist, state, classifier, probe, verified", 0),
+  ("exit_layers", "LAYERS", "layers after which a token may leave, like 2,4,6", "all"),
+  ("max_decode_length", "N", "most tokens of an output", 64),
+  ("batch_size", "N", "prompts that a device decodes together", 8),
+  ("max_input_length", "N", "most tokens of a prompt; the rest is cut", 512),
+  ("task_prefix", "TEXT", "put this before every prompt", "none"),
+  ("temperature", "TAU", "decaying threshold (Eq. 5) over max_decode_length", "constant"),
+  ("propagation", "NAME", "exit_state, first_state, learned or copy_projections", 0),
+  ("engine", "NAME", "compacted, deferred or eager; outputs are the same", 0),
+  ("num_devices", "N", "devices that share the prompts", 1),
+  ("dtype", "NAME", "activations: float32 or bfloat16", 0),
+  ("weights_dtype", "NAME", "matrices: float32, bfloat16 or int8", 0),
+  ("encoder_dtype", "NAME", "int8: multiply the encoder's layers in 8 bits", 0),
+  ("reference_dtype", "NAME", "float32: the full model of the guarantee", 0),
+  ("head_dtype", "NAME", "int8: read the output head in 8 bits first", 0),
+  ("matmul_precision", "NAME", "products: default, high or highest", 0),
+)
+_VISIBLE = 4  # of these, in `--help`
+_FORMATS = ("jsonl", "json", "text", "csv", "tsv", "parquet")
+_PARSED = ("dtype", "engine", "exit_layers", "temperature")
+
+
+def more(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+  """The group of options that only `--help_all` lists."""
+  groups = [group for group in parser._action_groups if group.title == MORE]
+  return groups[0] if groups else parser.add_argument_group(MORE)
+
+
+def add(
+  parser: argparse._ActionsContainer,
+  name: str,
+  metavar: str | None,
+  help: str,
+  default: Any = None,
+  *,
+  without: object = "",
+  **options: Any,
+) -> None:
+  """Declares `--name`; its metavar decides its type, None makes it a switch.
+
+  The help ends with the default, or with what holds `without` the option.
+  """
+  if options.get("required"):
+    help += " (required)"
+  if without or default not in (None, "", []):
+    help += f" (default: {without or '%(default)s'})"
+  if metavar is None:
+    parser.add_argument(f"--{name}", action="store_true", help=help, **options)
+    return
+  options = {"type": _TYPES.get(metavar, filled), "metavar": metavar, **options}
+  parser.add_argument(f"--{name}", default=default, help=help, **options)
+
+
+def add_rates(parser: argparse._ActionsContainer) -> None:
+  """Declares --tolerance and --error_rate."""
+  add(parser, "tolerance", "RATE", "mean loss that is allowed (delta)", 0.1)
+  add(parser, "error_rate", "RATE", "probability that the guarantee fails (epsilon)", 0.05)
+
+
+def add_input_key(parser: argparse._ActionsContainer) -> None:
+  """Declares --input_key."""
+  keys = "the first of input, inputs, prompt, text"
+  add(parser, "input_key", "KEY", "key or column of the text", without=keys)
+
+
+def add_ungrouped(parser: argparse._ActionsContainer) -> None:
+  """Declares --ungrouped."""
+  add(parser, "ungrouped", None, "take prompts of one group or equal input as independent")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+  """Declares the model, the prompts, and how they are decoded."""
+  add(parser, "model", "FOLDER", "checkpoint folder, or 'packed'", "packed")
+  text = "JSON Lines, JSON, text, CSV, TSV or Parquet; '-': standard input"
+  add(parser, "prompts", "FILE", text, required=True)
+  add_input_key(parser)
+  add(parser, "limit", "N", "read only the first N prompts")
+  for number, (name, metavar, text, fallback) in enumerate(_DECODING):
+    without = f"the model's own{f', or {fallback}' if fallback else ''}"
+    add(parser if number < _VISIBLE else more(parser), name, metavar, text, without=without)
+  without = "by the name, or the content"
+  add(
+    more(parser),
+    "prompts_format",
+    "NAME",
+    ", ".join(_FORMATS),
+    without=without,
+    choices=_FORMATS,
+  )
+
+
+def decode_options(arguments: argparse.Namespace) -> dict[str, Any]:
+  """The options that were given, as keyword arguments of `inference.load`."""
+  from calm.decode import engines
+  from calm.exits import schedules
+
+  options = {
+    name: value
+    for name, *_ in _DECODING
+    if name not in _PARSED and (value := getattr(arguments, name)) is not None
+  }
+  if arguments.exit_layers is not None:
+    options["exit_layers"] = parse_layers(arguments.exit_layers)
+  if arguments.engine is not None:
+    options["engine"] = engines.by_name(arguments.engine)
+  if arguments.temperature is not None:
+    if (length := arguments.max_decode_length) is None:
+      raise ValueError(
+        "`--temperature` needs `--max_decode_length`, over which the threshold decays."
+      )
+    options["schedule"] = schedules.Decaying(arguments.temperature, length)
+  return options
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+  """Layers such as 2,4,6."""
+  try:
+    return tuple(int(layer) for layer in text.split(","))
+  except ValueError as error:
+    raise ValueError(
+      f"Expected `--exit_layers` to be layers like 2,4,6, got {text!r}; the first layer is 1."
+    ) from error
+
+
+def open_prompts(arguments: argparse.Namespace):
+  """The `prompt_files.PromptFile` that the options name, checked and counted."""
+  from calm.data import prompt_files  # needs packages that `calm calibrate` does without
+
+  with naming_flag("--prompts"):
+    return prompt_files.open_prompts(
+      arguments.prompts,
+      limit=arguments.limit,
+      input_key=arguments.input_key,
+      format=arguments.prompts_format,
+    )
+
+
+def add_shards(parser: argparse._ActionsContainer) -> None:
+  """Declares --num_shards and --shard_id."""
+  text = "decode one of N parts into OUTPUT/shard-...; 'auto': as Slurm or JAX says"
+  add(parser, "num_shards", "N", text, type=filled)
+  add(
+    parser, "shard_id", "K", "which part, from 0 on", without="as Slurm, Kubernetes or JAX says"
+  )
+
+
+def add_gin(parser: argparse._ActionsContainer, *, required: bool = False) -> None:
+  """Declares T5X's gin flags."""
+  text = "gin file (a program: use only what you would run); repeatable"
+  add(parser, "gin_file", "FILE", text, [], action="append", required=required)
+  text = "gin binding (a program too) that overrides the files; repeatable"
+  add(parser, "gin_bindings", "'A.b = 1'", text, [], action="append")
+  text = "folders to look for gin files in, comma-separated"
+  add(parser, "gin_search_paths", "DIRS", text, "")

@@ -1,0 +1,545 @@
+"""What commands share while they run: errors, signals, gin, shards, what is printed."""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import logging
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import stat
+import sys
+import tokenize
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TextIO
+
+from rich import console as rich_console
+from rich import markup as rich_markup
+
+from calm import signals, storage
+from calm.calibrate import (
+  Calibration,
+  Prompt,
+  Support,
+  generations,
+  ledger,
+  planning,
+  thresholds,
+  views,
+)
+from calm.calibrate.generations import columns, order, shards
+from calm.calibrate.generations.records import GenerationsError
+from calm.console import print_table, print_text, sanitize
+
+# Mistakes of a user, shown as one message. Any other error is a bug, with its traceback.
+USER_ERRORS = (ValueError, OSError, TypeError, ImportError, FloatingPointError)
+_NO_PLATFORM = "Unable to initialize backend"  # JAX, where JAX_PLATFORMS names what is missing
+_NO_MEMORY = "RESOURCE_EXHAUSTED"
+# What a stopped command leaves; those of _RESUMING go on.
+_RESUMING = ("fit", "generate", "report", "train")
+_KEPT = "stopped; what was finished is kept, and the same command goes on from there"
+_NOTHING = "stopped; files that were there are as they were, and the same command starts anew"
+_EXTRAS = {
+  "decode": {"jax", "flax", "gin", "sentencepiece", "safetensors", "jaxtyping", "tokenizers"},
+  "train": {"optax", "orbax", "clu", "seqio", "tensorboard", "tensorflow"},
+  "report": {"matplotlib", "jinja2"},
+}
+MOST_GIN_FILES, MOST_GIN_BYTES = 1000, 2**24
+_GIN_PLACE = re.compile(r'In (?:file "(?P<file>[^"]*)"|bindings string), line (?P<line>[0-9]+)')
+
+
+class StoppedError(Exception):
+  """The user stopped the command; the message says what is kept."""
+
+
+def user_errors(
+  run: Callable[[argparse.Namespace], int],
+) -> Callable[[argparse.Namespace], int]:
+  """Prints a user's error as one message and returns 2; CALM_DEBUG=1 shows the traceback.
+
+  SIGINT and SIGTERM end the command between two steps of its loops (`signals.check`), with one
+  line that says what is kept and exit status 130 or 143.
+  """
+
+  @functools.wraps(run)
+  def guarded(arguments: argparse.Namespace) -> int:
+    warnings.showwarning = _show_warning
+    try:
+      with signals.deferred():
+        return run(arguments)
+    except BrokenPipeError:  # its reader has what it wanted, like `head`
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      return 0
+    except (*USER_ERRORS, RuntimeError, MemoryError) as error:
+      if (message := _message(error)) is None or os.environ.get("CALM_DEBUG"):
+        raise
+      _print_error(message)
+      return 2
+    except (StoppedError, KeyboardInterrupt) as error:
+      kept = _KEPT if getattr(arguments, "command", "") in _RESUMING else _NOTHING
+      _print_error(f"{error if isinstance(error, StoppedError) else kept}.")
+      terminated = isinstance(error.__context__ or error, signals.Terminated)
+      return 143 if terminated else 130
+
+  return guarded
+
+
+def _print_error(text: str) -> None:
+  print(f"calm: {sanitize(text)}", file=sys.stderr)
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None):
+  del category, filename, lineno, line
+  print(f"calm: warning: {sanitize(message)}", file=file or sys.stderr)
+
+
+def _extra_of(error: ModuleNotFoundError) -> str | None:
+  """The extra of calm-t5x that brings the missing package."""
+  name = (error.name or "").split(".")[0]
+  return next((extra for extra, names in _EXTRAS.items() if name in names), None)
+
+
+def _message(error: Exception) -> str | None:
+  """What a user is told of an error; None of a bug."""
+  text = str(error)
+  if isinstance(error, ModuleNotFoundError):
+    name, extra = (error.name or "").split(".")[0], _extra_of(error)
+    hint = f"pip install 'calm-t5x[{extra}]'" if extra else f"install {name!r}"
+    return f"This command needs the package {name!r}, which is not installed; {hint}."
+  if isinstance(error, MemoryError) or _NO_MEMORY in text[:200]:
+    return "The model does not fit the memory; lower --batch_size or --max_decode_length."
+  if _NO_PLATFORM in text[:200]:
+    return f"JAX does not find what JAX_PLATFORMS names ({error}); unset it, or set it to cpu."
+  if isinstance(error, RecursionError):
+    return "Files or bindings lie too deep in one another; use fewer levels."
+  if not isinstance(error, USER_ERRORS):
+    return None
+  return " ".join([text, *getattr(error, "__notes__", ())])
+
+
+@contextlib.contextmanager
+def naming_flag(flag: str) -> Iterator[None]:
+  """Adds to an error about a function's `path` the option that it came from."""
+  try:
+    yield
+  except (ValueError, OSError) as error:
+    if "`path`" in str(error):
+      error.add_note(f"(`path` is `{flag}` here.)")
+    raise
+
+
+def check_output(path: str, read: Iterable[str | None]) -> None:
+  """Refuses, before the work, a file that cannot be written or that the command reads.
+
+  Raises:
+    ValueError: it is one of the files that are `read`.
+    OSError: it cannot be written.
+  """
+  for name in read:
+    if name and os.path.isfile(name) and os.path.exists(path) and os.path.samefile(name, path):
+      raise ValueError(
+        f"Expected `--output` to be another file than those that are read, got {path!r};"
+        " choose another name."
+      )
+  try:
+    if (target := storage.destination(path)) is not None:
+      storage.lock(target).release()
+      if target.exists() and not os.access(target, os.W_OK):
+        raise PermissionError("it may not be written")
+  except OSError as error:
+    raise OSError(
+      f"Expected `--output` to be a file that can be written, got {path!r} ({error})."
+    ) from error
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs on disk: the second run of a command starts at once.
+
+  Raises:
+    ValueError: others may write the folder, whose files are read back as machine code.
+  """
+  import jax
+
+  signals.check()
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification ignores an empty or relative path.
+    base = pathlib.Path(named) if os.path.isabs(named) else pathlib.Path.home() / ".cache"
+    cache = base / "calm" / "xla"
+    with contextlib.suppress(OSError):  # JAX warns of a folder that it cannot write
+      for folder in (base, cache.parent, cache):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+      _check_private(cache)
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _check_private(cache: pathlib.Path) -> None:
+  """ValueError where another user may write the cache, or put another in its place."""
+  if not hasattr(os, "geteuid"):  # Windows, where modes say nothing
+    return
+  for folder in (cache, *cache.parents, *cache.resolve().parents):
+    status = os.stat(folder)
+    mode, ours = stat.S_IMODE(status.st_mode), folder in (cache, cache.parent)
+    # Who may write to a folder may rename what is in it, unless it is sticky.
+    shared = not ours and mode & stat.S_IWOTH and not mode & stat.S_ISVTX
+    if shared or (ours and (status.st_uid != os.geteuid() or mode & 0o022)):
+      raise ValueError(
+        f"Expected {str(folder)!r} to be a folder that can be written by you alone, as compiled"
+        f" programs of {str(cache)!r} are run, got mode {mode:o} of user {status.st_uid};"
+        " remove it and run chmod go-w, or set XDG_CACHE_HOME to another folder."
+      )
+
+
+def configured(
+  arguments: argparse.Namespace, function: Callable[..., Any]
+) -> Callable[..., Any]:
+  """The function with gin's bindings, where the files bind it; options win over them."""
+  if not (arguments.gin_file or arguments.gin_bindings):
+    return function
+  import gin
+
+  parse_gin(arguments)
+  try:
+    return gin.get_configurable(function)
+  except ValueError:  # the files bind other functions only
+    return function
+
+
+def parse_gin(arguments: argparse.Namespace) -> None:
+  """Reads the gin files and bindings, in place of all that was bound before.
+
+  Raises:
+    ValueError: a line or a binding cannot be read, in one line with its place.
+    OSError: a file is not there.
+  """
+  import gin
+  from gin import config
+
+  gin.clear_config()  # an earlier command of this process leaves its own, locked
+  for path in filter(None, arguments.gin_search_paths.split(",")):
+    gin.add_config_file_search_path(path)
+  # gin logs every place where a file is not; the error below names them all.
+  keep = lambda record: not record.getMessage().startswith("Path not found")
+  logging.getLogger().addFilter(keep)
+  readers: list[Any] = config._FILE_READERS  # gin has no public list of them
+  before, files = list(readers), itertools.count(1)
+
+  def opened(path: str) -> TextIO:
+    if next(files) > MOST_GIN_FILES or os.path.getsize(path) > MOST_GIN_BYTES:
+      raise ValueError(
+        f"Expected at most {MOST_GIN_FILES} gin files of {MOST_GIN_BYTES} bytes, got more;"
+        " include each of them once"
+      )
+    return open(path, encoding="utf-8")
+
+  readers[:] = [(opened, os.path.isfile)]  # gin's own take the folder `configs` for a package
+  try:
+    gin.parse_config_files_and_bindings(arguments.gin_file, arguments.gin_bindings)
+  except OSError as error:
+    raise FileNotFoundError(
+      f"Expected `--gin_file` to name a gin file, got {' '.join(arguments.gin_file)}:"
+      f" {' '.join(str(error).split()).rstrip('.')}; `--gin_search_paths` adds folders to"
+      " look in."
+    ) from error
+  except Exception as error:
+    if isinstance(error, ModuleNotFoundError) and (_extra_of(error) or error.name == "t5x"):
+      raise
+    raise ValueError(_gin_message(arguments, error)) from error
+  finally:
+    readers[:] = before
+    logging.getLogger().removeFilter(keep)
+
+
+def _gin_message(arguments: argparse.Namespace, error: Exception) -> str:
+  """One line: where, and what."""
+  files = " ".join(arguments.gin_file) or "--gin_bindings"
+  text = str(error.msg if isinstance(error, SyntaxError) else error)
+  missing = sorted(name for name, value in _macros().items() if value == "%gin.REQUIRED")
+  if "gin.REQUIRED" in text and missing:
+    bindings = " ".join(f"--gin_bindings=\"{name} = '...'\"" for name in missing)
+    return (
+      f"{files} needs a value for {', '.join(missing)}; give {bindings}. The head of the file"
+      " says what each is."
+    )
+  place = " ".join([*arguments.gin_file, *arguments.gin_bindings])[:200]
+  if isinstance(error, RecursionError):
+    text = "files that include themselves, or values too deep in one another"
+  elif isinstance(error, SyntaxError) and error.lineno:
+    place = f"{error.filename or '--gin_bindings'}:{error.lineno}"
+  elif isinstance(error, tokenize.TokenError):  # (what, (line, column))
+    place, text = f"{files}:{error.args[1][0]}", str(error.args[0])
+  elif found := _GIN_PLACE.search(str(error)):
+    place = f"{found['file'] or '--gin_bindings'}:{found['line']}"
+  what = " ".join(text.split("\n  In ")[0].split())[:300]
+  return (
+    f"Expected `--gin_file` and `--gin_bindings` that gin can read, got, in {place}: {what};"
+    " correct that line."
+  )
+
+
+def _macros() -> dict[str, str]:
+  """The macros that are bound, and what to."""
+  from gin import config
+
+  bound = config._CONFIG.items()  # gin has no public list of its bindings
+  return {scope: repr(v.get("value")) for (scope, name), v in bound if name == "gin.macro"}
+
+
+def refuse_unread_macros() -> None:
+  """Refuses macros that nothing reads: a run would not begin where its user thinks.
+
+  Raises:
+    ValueError: names them, and the macros that are read.
+  """
+  from gin import config
+
+  read = {
+    reference.scopes[-1]
+    for reference in config.iterate_references(config._CONFIG)
+    if reference.selector.rpartition(".")[2] == "macro" and reference.scopes
+  }
+  if unread := sorted(_macros().keys() - read):
+    raise ValueError(
+      f"Expected macros that a binding reads, got {', '.join(unread)}, which nothing reads"
+      f" (read are: {', '.join(sorted(read)) or 'none'}); name the parameter itself, as in"
+      " run.train.initial = '...'."
+    )
+
+
+def program() -> str:
+  """How this process was called, for the shell: `calm` where the shell finds this one."""
+  called = pathlib.Path(sys.argv[0])
+  if called.parts[-2:] == ("calm", "__main__.py"):
+    found = shutil.which("python")
+    python = "python" if found == sys.executable else shlex.quote(sys.executable)
+    return f"{python} -m calm"
+  found = shutil.which("calm")
+  known = found is not None and os.path.abspath(found) == os.path.abspath(called)
+  # Other stems: a notebook or a test, which has imported the commands.
+  return "calm" if known or called.stem != "calm" else shlex.quote(os.path.abspath(called))
+
+
+def command(*words: object) -> str:
+  """`calm` with these words, as a line for the shell."""
+  return " ".join([program(), *(shlex.quote(sanitize(word)) for word in words)])
+
+
+def infer_command(*words: object, text: str = "a long text") -> str:
+  """A line for the shell that decodes a text by `calm infer` with these words."""
+  return f"echo {shlex.quote(text)} | {command('infer', *words, '--prompts=-')}"
+
+
+def print_calibration(
+  console: rich_console.Console,
+  result: Calibration,
+  cached: generations.Generations | None = None,
+) -> None:
+  """Prints the tested thresholds as a table, and the guarantee."""
+  layers = mean_layers(cached)
+  heads = [views.unit(result), "mean loss", "upper bound", "p-value", "certified"]
+  rows, chosen = [], views.place(result)
+  for name, row in zip(views.names(result), result.rows, strict=True):
+    certified = "yes" if row.rejected else "no"
+    numbers = [f"{row.mean:.4f}", f"{row.upper_bound:.4f}", f"{row.p_value:.2g}"]
+    depth = [f"{layers[row.threshold]:.2f}"] if layers else []
+    rows.append([name, *numbers, certified, *depth])
+  heads += ["layers / token"] if layers else []
+  title = f"{views.title(result)}; p-values: {result.method}"
+  print_table(console, heads, rows, title=title, words=0, bold=chosen)
+  found = thresholds.NEVER_EXIT_TEXT if chosen is None else views.names(result)[chosen]
+  console.print(
+    f"Calibrated {views.unit(result)}: [bold]{rich_markup.escape(sanitize(found))}[/bold]"
+    f" ({rich_markup.escape(sanitize(result.reason))})"
+  )
+  print_text(console, result.guarantee)
+
+
+def mean_layers(cached: generations.Generations | None) -> dict[float, float]:
+  """Mean decoder layers a token at every threshold, where the outputs record exits."""
+  means = {}
+  if cached is not None:
+    for threshold, column in zip(cached.thresholds.tolist(), cached.records, strict=True):
+      sums = columns.layer_sums(column)
+      if sums is None or not sums[1].sum():
+        return {}
+      means[threshold] = float(sums[0].sum() / sums[1].sum())
+  return means
+
+
+def save_calibration(
+  console: rich_console.Console,
+  result: Calibration,
+  path: pathlib.Path,
+  prompts: Iterable[Prompt],
+  *,
+  folder: pathlib.Path,
+  cached: generations.Generations | None = None,
+  model: object = None,
+) -> None:
+  """Writes a calibration, prints it and how it is served, and keeps the ledger of its outputs.
+
+  `folder` has the outputs, `cached` are they, `model` is the folder as the user named it.
+  """
+  result.save(path)
+  print_calibration(console, result, cached)
+  print_text(console, f"Written to {path}, digest {result.digest}", soft_wrap=True)
+  if path.is_file():  # no device
+    record_calibration(console, folder, result, prompts)
+  if result.procedure is not None and isinstance(model, str):
+    print_text(console, "Serve it:")
+    named = [] if model == "packed" else [f"--model={model}"]
+    print(infer_command(*named, f"--calibration={path}"), flush=True)
+
+
+def record_calibration(
+  console: rich_console.Console, folder: pathlib.Path, result: Calibration, prompts
+) -> None:
+  """Writes the folder's ledger, and prints what else was calibrated on the same prompts."""
+  if report := ledger.keep(folder, result, prompts):
+    print_text(console, report, "yellow")
+
+
+def test_clusters(arguments, prompts) -> tuple[str, ...] | None:
+  """[num_prompts] clusters that are tested; None where prompts are independent draws."""
+  return None if arguments.ungrouped else order.known_groups(prompts)
+
+
+def refuse_few(arguments, units, support, method: str, share: float = 1.0) -> None:
+  """ValueError where so few `units`, [num_prompts] prompts or clusters, can certify nothing."""
+  count = len(set(units))
+  clustered = count < len(units)
+  refusal = planning.refusal(
+    count,
+    arguments.tolerance,
+    arguments.error_rate,
+    support=Support(support.lower, support.upper) if clustered else support,
+    method=method,
+    share=share,
+    unit="clusters of prompts" if clustered else "prompts",
+  )
+  if refusal:
+    raise ValueError(refusal)
+
+
+def print_clusters(arguments, console, prompts) -> None:
+  """Prints how many clusters the prompts come in, if any, and how they count."""
+  if (groups := order.known_groups(prompts)) is None:
+    return
+  counted = (
+    "each prompt is taken for an independent draw all the same (--ungrouped)."
+    if arguments.ungrouped
+    else "which count once each: the guarantee is about clusters."
+  )
+  text = f"The {len(groups)} prompts come in {len(set(groups))} clusters (of one group, or of"
+  print_text(console, f"{text} equal input); {counted}", "yellow")
+
+
+def shard(
+  arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ
+) -> shards.Shard | None:
+  """The shard that `--num_shards` and `--shard_id` name; None: all prompts.
+
+  Raises:
+    ValueError: the number of the shard, or of shards, is not known.
+  """
+  count, number = arguments.num_shards, arguments.shard_id
+  if count is None:
+    if number is not None:
+      raise ValueError("`--shard_id` needs `--num_shards`, the number of shards.")
+    return None
+  index, processes = _jax_processes()
+  if count == "auto":
+    slurm = {"SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"} <= environment.keys()
+    if not slurm and processes == 1:
+      raise ValueError(
+        "`--num_shards=auto` needs SLURM_ARRAY_TASK_COUNT or several JAX processes; give the"
+        " number of shards (of a Kubernetes job its `completions`)."
+      )
+    count = _whole(environment, "SLURM_ARRAY_TASK_COUNT") if slurm else processes
+  elif not (count.isascii() and count.isdigit()):
+    raise ValueError(f"Expected `--num_shards` to be a number or 'auto', got {count!r}.")
+  if number is None and "JOB_COMPLETION_INDEX" in environment:  # Kubernetes
+    number = _whole(environment, "JOB_COMPLETION_INDEX")
+  elif number is None and "SLURM_ARRAY_TASK_ID" in environment:
+    first = _whole(environment, "SLURM_ARRAY_TASK_MIN", "0")
+    step = max(1, _whole(environment, "SLURM_ARRAY_TASK_STEP", "1"))
+    number = (_whole(environment, "SLURM_ARRAY_TASK_ID") - first) // step
+  elif number is None and processes > 1:
+    number = index
+  if number is None:
+    raise ValueError(
+      "`--num_shards` needs `--shard_id`, from 0 on, as neither JOB_COMPLETION_INDEX"
+      " (Kubernetes) nor SLURM_ARRAY_TASK_ID is set."
+    )
+  return shards.Shard(number, int(count))
+
+
+def _whole(environment: Mapping[str, str], name: str, default: str = "") -> int:
+  text = environment.get(name, default)
+  if not (text.isascii() and text.isdigit()):
+    raise ValueError(f"Expected {name} to be a whole number, got {text!r}; give `--shard_id`.")
+  return int(text)
+
+
+def _jax_processes() -> tuple[int, int]:
+  """(this process, processes) where JAX was started as several; asks no other process."""
+  jax = sys.modules.get("jax")
+  if jax is None or not jax.distributed.is_initialized():
+    return 0, 1
+  return jax.process_index(), jax.process_count()
+
+
+class ShardRun:
+  """The prompts of one shard, to be iterated over as often as one likes, and its folder.
+
+  Attributes:
+    folder: where its files go.
+    taken: the detected format, and how many of the prompts are in the shard.
+  """
+
+  def __init__(self, prompts: Any, which: shards.Shard, output: str | None):
+    if not output or output == "-" or (os.path.exists(output) and not os.path.isdir(output)):
+      raise ValueError(
+        f"`--num_shards` needs `--output`, a folder in which every shard has its own; got"
+        f" {output!r}."
+      )
+    self._prompts, self._shard = prompts, which
+    self.folder = pathlib.Path(output) / which.name
+    self._count = sum(1 for _ in self)
+    self.taken = f"{prompts.taken}; {self._count} of them are in {which.name}"
+
+  def __iter__(self) -> Iterator[Prompt]:
+    self._listing = shards.Listing(self._shard)
+    return self._listing.mine(self._prompts)
+
+  def __len__(self) -> int:
+    return self._count
+
+  def begin(self, kind: str, about: Mapping[str, Any], console: rich_console.Console) -> bool:
+    """Makes the folder; returns False where the shard is finished, of the same run.
+
+    Raises:
+      GenerationsError: it is finished, of another run.
+    """
+    if (there := shards.read_mark(self.folder)) is None:
+      self.folder.mkdir(parents=True, exist_ok=True)
+      return True
+    mark = shards.mark_of(kind, self._listing, about, self.folder, there.checksums)
+    ours, theirs = ({**vars(each), "about": None, **each.about} for each in (mark, there))
+    if differ := [name for name in ours | theirs if ours.get(name) != theirs.get(name)]:
+      got = "; ".join(f"`{n}`: {theirs.get(n)!r:.200} for {ours.get(n)!r:.200}" for n in differ)
+      raise GenerationsError(
+        f"{self.folder / shards.MARK}: expected a finished shard of this run, got another's:"
+        f" {got}; choose another --output, or take {self.folder} away."
+      )
+    print_text(console, f"{self.folder} is finished already.", soft_wrap=True)
+    return False
+
+  def finish(self, kind: str, about: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Marks the shard as done; its files are whole."""
+    shards.mark_of(kind, self._listing, about, self.folder, tuple(names)).save(self.folder)

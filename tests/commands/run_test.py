@@ -1,0 +1,286 @@
+"""What every command does alike: one true line, whatever ends it; commands that work."""
+
+import argparse
+import io
+import os
+import pathlib
+import re
+import shlex
+import signal
+import stat
+import subprocess
+import sys
+
+import gin
+import pytest
+
+from calm import signals
+from calm.commands import run as run_lib
+from tests import toys
+from tests.commands import toy
+
+
+@pytest.fixture(autouse=True)
+def clean():
+  gin.clear_config()  # whatever a test before left, locked
+  yield
+  gin.clear_config()
+
+
+def ended(capsys, run, **arguments) -> tuple[int, str]:
+  code = run_lib.user_errors(run)(argparse.Namespace(**arguments))
+  return code, capsys.readouterr().err
+
+
+def gin_arguments(files=(), bindings=(), folders="") -> argparse.Namespace:
+  return argparse.Namespace(
+    gin_file=list(map(str, files)), gin_bindings=list(bindings), gin_search_paths=str(folders)
+  )
+
+
+@pytest.mark.parametrize(
+  ("text", "unread"),
+  [
+    ("A = 1\nB = %A\njson.dumps.indent = %B", ""),
+    ("A = 1\njson.dumps.indent = [{'x': (%A,)}]", ""),
+    ("INITIAL = 'model'\njson.dumps.indent = 2", "INITIAL"),
+    ("A = 1\nB = 2\njson.dumps.indent = %A", "B"),
+  ],
+)
+def test_macros_that_nothing_reads_are_refused(text, unread):
+  gin.parse_config(f"from __gin__ import dynamic_registration\nimport json\n{text}")
+  if not unread:
+    run_lib.refuse_unread_macros()
+    return
+  with pytest.raises(ValueError, match=rf"got {unread}, which nothing reads"):
+    run_lib.refuse_unread_macros()
+
+
+def test_a_command_reads_its_own_gin_files_alone(tmp_path, calm):
+  """Whatever this process has bound before, and locked."""
+  (tmp_path / "mine.gin").write_text("import nothing_of_this_name\n")
+  gin.parse_config("OTHERS = 1")
+  gin.finalize()
+  words = [f"--gin_file={tmp_path / 'mine.gin'}", f"--output_dir={tmp_path / 'run'}"]
+  printed = calm("train", *words, code=2)
+  assert "nothing_of_this_name" in printed and "locked" not in printed
+  gin.parse_config("OTHERS = 1")
+  gin.finalize()
+  run_lib.parse_gin(gin_arguments(bindings=["MINE = 2"]))
+  assert "OTHERS" not in gin.config_str() and gin.query_parameter("MINE/gin.macro.value") == 2
+
+
+@pytest.mark.parametrize(
+  ("number", "command", "code", "line"),
+  [
+    (signal.SIGTERM, "generate", 143, "what was finished is kept"),
+    (signal.SIGINT, "train", 130, "the same command goes on from there"),
+    (signal.SIGTERM, "calibrate", 143, "files that were there are as they were"),
+  ],
+)
+def test_signals_end_a_command_with_one_line(capsys, number, command, code, line):
+  before = signal.getsignal(signal.SIGTERM)
+  # A shell starts what it puts into the background with SIGINT ignored.
+  interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)
+  steps = []
+
+  def run(arguments):
+    os.kill(os.getpid(), number)
+    steps.append("whole")  # what is being done is done
+    signals.check()
+    steps.append("another")
+
+  try:
+    got, err = ended(capsys, run, command=command)
+  finally:
+    signal.signal(signal.SIGINT, interrupts)
+  assert got == code and line in err and err.count("\n") == 1 and steps == ["whole"]
+  assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+  ("error", "words"),
+  [
+    (ValueError("a \x1b[2J path \u202e"), r"a \x1b[2J path \u202e"),
+    (MemoryError(), "does not fit the memory"),
+    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "does not fit the memory"),
+    (RecursionError("maximum"), "too deep in one another"),
+    (RuntimeError("Unable to initialize backend 'bogus'"), "what JAX_PLATFORMS names"),
+    (ModuleNotFoundError("x", name="optax.transforms"), "pip install 'calm-t5x[train]'"),
+    (ModuleNotFoundError("x", name="other"), "install 'other'"),
+    (RuntimeError("a bug"), None),
+  ],
+)
+def test_errors_are_one_line_without_effects(capsys, error, words):
+  def run(arguments):
+    raise error
+
+  if words is None:
+    with pytest.raises(RuntimeError, match="a bug"):
+      ended(capsys, run)
+    return
+  code, err = ended(capsys, run)
+  assert code == 2 and words in err and err.count("\n") == 1
+
+
+GIN_FILES = {
+  "syntax.gin": ("a.b = (1,\n", r"syntax\.gin:\d"),
+  "unknown.gin": ("\nnot_configurable.x = 3\n", r"unknown\.gin:2: .*not_configurable"),
+  "self.gin": ("include 'self.gin'\n", "include themselves"),
+  "passwd.gin": ("include '/etc/passwd'\n", r"/etc/passwd:1"),
+  "module.gin": ("import no_such_module_here\n", "no_such_module_here"),
+  "missing.gin": ("include 'nowhere.gin'\n", "nowhere.gin"),
+}
+BINDINGS = ("x", "a.b = ", "nobody.knows = 1", "= 3", "a.b = @c(")
+
+
+@pytest.mark.parametrize("case", [*GIN_FILES, *BINDINGS])
+def test_bad_gin_is_one_line_with_its_place(tmp_path, capsys, case):
+  for name, (text, _) in GIN_FILES.items():
+    (tmp_path / name).write_text(text)
+  given = gin_arguments(bindings=[case]) if case in BINDINGS else gin_arguments([case])
+  given.gin_search_paths = str(tmp_path)
+  code, err = ended(capsys, lambda _: run_lib.parse_gin(given))
+  assert code == 2 and err.count("\n") == 1 and "Traceback" not in err
+  assert re.search(GIN_FILES.get(case, ("", "--gin_bindings"))[1], err), err
+
+
+def cache_folder():
+  import jax
+
+  run_lib.use_compilation_cache()
+  return jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("given", ["", "cache", ".", "../cache"])
+def test_compiled_programs_are_never_read_from_the_working_directory(
+  given, cache_in_tmp, tmp_path, monkeypatch
+):
+  home = tmp_path / "home"
+  (here := tmp_path / "here").mkdir()
+  monkeypatch.chdir(here)
+  monkeypatch.setenv("HOME", str(home))
+  monkeypatch.setenv("XDG_CACHE_HOME", given)
+  assert cache_folder() == str(home / ".cache" / "calm" / "xla")
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+  assert cache_folder() == str(tmp_path / "xdg" / "calm" / "xla")
+  assert not list(here.iterdir())
+
+
+def test_a_new_cache_is_its_users_alone_whatever_the_umask(cache_in_tmp, tmp_path, monkeypatch):
+  before = os.umask(0)
+  try:
+    made = pathlib.Path(cache_folder())
+  finally:
+    os.umask(before)
+  for folder in (made, made.parent):
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+  (tmp_path / "file").touch()  # a home that cannot be written leaves the cache out
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+  cache_folder()
+
+
+@pytest.mark.parametrize(
+  ("place", "mode", "refused"),
+  [
+    ("xdg/calm/xla", 0o775, True),
+    ("xdg/calm/xla", 0o757, True),
+    ("xdg/calm/xla", 0o1777, True),
+    ("xdg/calm", 0o777, True),
+    ("xdg", 0o777, True),  # anybody may put another `calm` there
+    ("xdg", 0o1777, False),  # as /tmp
+    ("xdg/calm/xla", 0o755, False),
+  ],
+)
+def test_a_cache_that_others_may_write_is_refused(place, mode, refused, cache_in_tmp, tmp_path):
+  cache_folder()
+  (tmp_path / place).chmod(mode)
+  if not refused:
+    assert cache_folder() == str(tmp_path / "xdg" / "calm" / "xla")
+    return
+  with pytest.raises(ValueError, match=rf"Expected '.*{place}' to be .* by you alone"):
+    cache_folder()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives folders to others")
+@pytest.mark.parametrize("place", ["xdg/calm/xla", "xdg/calm"])
+def test_a_cache_of_another_user_is_refused(place, cache_in_tmp, tmp_path):
+  cache_folder()
+  os.chown(tmp_path / place, 12345, -1)
+  with pytest.raises(ValueError, match=r"by you alone, .* user 12345"):
+    cache_folder()
+
+
+def test_the_script_that_was_called_is_named(tmp_path, monkeypatch):
+  """Whole where the shell does not find it, or finds another; with a space in its folder."""
+  script, other = tmp_path / "my env" / "calm", tmp_path / "calm"
+  script.parent.mkdir()
+  for path in (script, other):
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, "argv", ["my env/calm", "demo"])
+  for folder, expected in (
+    ("/nowhere", [str(script)]),
+    (tmp_path, [str(script)]),
+    (script.parent, ["calm"]),
+  ):
+    monkeypatch.setenv("PATH", str(folder))
+    assert shlex.split(run_lib.program()) == expected
+  monkeypatch.setenv("PATH", "/nowhere")
+  monkeypatch.setattr(sys, "argv", ["/there/calm/__main__.py"])
+  assert shlex.split(run_lib.program()) == [sys.executable, "-m", "calm"]
+  monkeypatch.setattr(sys, "argv", ["a test"])
+  first, piped = run_lib.infer_command("--model=my model", text="it's").split(" | ")
+  assert shlex.split(first) == ["echo", "it's"]
+  assert shlex.split(piped) == ["calm", "infer", "--model=my model", "--prompts=-"]
+
+
+@pytest.mark.parametrize("first", ["softmax", "state"])
+def test_what_generate_and_calibrate_end_with_works(
+  first, model, tmp_path, calm, capsys, monkeypatch, cache_in_tmp
+):
+  """Each folder of another model, so that the chosen one's is named, wherever it stands."""
+  other = toy.save_model(tmp_path / "other model", toys.params(toy.SIZES, 2))
+  prompts = tmp_path / "prompts.txt"
+  prompts.write_text("".join(f"{text} {number}\n" for text in toy.TEXTS for number in range(6)))
+  assert toy.generate(model, prompts, tmp_path / "softmax") == 0
+  last = capsys.readouterr().out.splitlines()[-1]
+  assert shlex.split(last) == ["calm", "calibrate", str(tmp_path / "softmax")]
+  assert toy.generate(other, prompts, tmp_path / "state", "--measure=state") == 0
+  pairs = [f"{name}={tmp_path / name}" for name in ("softmax", "state")]
+  pairs = pairs if first == "softmax" else pairs[::-1]
+  chosen = ["--configurations", *pairs, f"--output={tmp_path / 'chosen.json'}"]
+  for words in (shlex.split(last)[2:], chosen):
+    printed = calm("calibrate", *words, *toy.CERTIFIES)
+    piped = printed.partition("Serve it: ")[2].partition(" | ")[2]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a long text\n")))
+    assert "With probability at least" in calm(*shlex.split(piped)[1:])
+
+
+HOLD = """
+import sys
+from calm import storage
+held = storage.lock(sys.argv[1])
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("command", ["generate", "report"])
+def test_a_second_writer_is_refused_by_name(
+  command, model, prompts, tmp_path, calm, cache_in_tmp
+):
+  pytest.importorskip("matplotlib", reason="matplotlib (the `report` extra) is not installed")
+  folder = tmp_path / "held"
+  folder.mkdir()
+  words = [command, f"--output={folder}", f"--model={model}"]
+  generates = [f"--prompts={prompts}", "--thresholds=0.5"]
+  words += generates if command == "generate" else ["--data=nowhere"]
+  called = [sys.executable, "-c", HOLD, str(folder)]
+  with subprocess.Popen(called, stdin=-1, stdout=-1) as holder:
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    printed = calm(*words, code=2)
+    assert "to have one writer at a time" in printed and f"process {holder.pid}" in printed
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+    holder.communicate()
