@@ -37,7 +37,7 @@ from flax import struct
 from calm import exits, inference, storage
 from calm.decode import compiled, drafting, program, verified_state
 from calm.inference import timing
-from calm.paper.bench import tasks
+from calm.paper import tasks
 from calm.t5 import network
 
 GATED = {"mlp_activations": ("gelu", "linear")}

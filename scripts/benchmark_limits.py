@@ -29,7 +29,7 @@ from calm import calibrate, exits, inference, storage
 from calm.decode import staged
 from calm.exits import schedules
 from calm.inference import grid, timing
-from calm.paper.bench import tasks
+from calm.paper import tasks
 
 # No piece has this number: a text ends at its limit.
 NEVER_ENDS = -1

@@ -28,7 +28,7 @@ import numpy as np
 
 from calm import exits, inference, storage
 from calm.inference import drafts
-from calm.paper.bench import tasks
+from calm.paper import tasks
 
 # Batches of a turn: a program's first one finds another's code in the processor's caches.
 IN_TURN = 8

@@ -25,7 +25,7 @@ import calm
 from calm import exits, inference, storage
 from calm.fitting import candidates
 from calm.inference import grid
-from calm.paper.bench import tasks
+from calm.paper import tasks
 
 SHARES = (0.02, 0.04, 0.06, 0.1)
 TITLES = {"synopsis": "synopses", "qa": "questions", "enfr": "translations"}

@@ -11,12 +11,17 @@ A row is a list of cells, or an object with the columns as keys.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import re
+import shlex
 import sys
+from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
+import calm
 from calm import storage
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -79,6 +84,39 @@ def rendered(text: str) -> str:
     return f"{match[1]}{table(result)}\n{match[5]}"
 
   return MARK.sub(replace, text)
+
+
+def command_line() -> str:
+  """The command that runs, by its script's name, without where results are written to."""
+  words = ["python", f"scripts/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]]
+  return re.sub(r" --output[ =]\S+", "", shlex.join(words))
+
+
+def versions(*packages: str) -> dict[str, str]:
+  """Versions of this package and of others, those that are installed."""
+  found = {"calm": calm.__version__}
+  for name in packages:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+      found[name] = metadata.version(name)
+  return found
+
+
+def write(
+  path: str | pathlib.Path,
+  columns: Sequence[str],
+  rows: Sequence[Any],
+  *,
+  machine: str = "two shared CPU cores",
+  packages: Sequence[str] = ("jax", "numpy"),
+  **more: Any,
+) -> dict[str, Any]:
+  """Writes and returns a result; `more` are other keys of it, like `align`."""
+  about = {"command": command_line(), "columns": list(columns), **more, "rows": list(rows)}
+  result = about | {"machine": machine, "versions": versions(*packages)}
+  storage.write_atomically(
+    pathlib.Path(path), json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+  )
+  return result
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from calm import calibrate, exits, inference
 from calm.calibrate.generations import records
 from calm.calibrate.losses import sequence_losses
 from calm.inference import grid, outputs
-from calm.paper.bench import scores
+from calm.paper import scores
 
 parser = argparse.ArgumentParser(description="A walk through calm on the packed model.")
 parser.add_argument("--prompts", type=int, default=60, help="calibration prompts (60)")
@@ -94,9 +94,8 @@ print(grid.one_shape(served).generate(texts))
 from matplotlib.figure import Figure  # noqa: E402 (the extra 'report')
 
 references = [prompt.targets for prompt in cached.prompts]
-points = [
-  scores.score(outputs, references, cached.full, "rouge_l") for outputs in cached.records
-]
+scorer = scores.Scorer(references, "rouge_l")
+points = [scorer.scores(records, cached.full) for records in cached.records]
 figure = Figure(figsize=(5, 3.5), layout="constrained")
 axes = figure.subplots()
 axes.plot([p.layers for p in points], [100 * p.similarity for p in points], "o-")

@@ -28,9 +28,10 @@ from calm.commands import run as run_lib
 from calm.console import Progress, print_table, print_text, sanitize
 from calm.fitting import FitOptions, candidates, choose, train
 from calm.fitting import result as result_lib
-from calm.inference import outputs
-from calm.paper.report import document, figures, page, table2, terminal
-from tests.paper.report import samples
+from calm.inference import drawing, outputs
+from calm.paper import page
+from calm.paper import sections as sections_lib
+from tests.paper import samples
 
 TEXTS = {
   "script": '<script>alert("x")</script>',
@@ -129,7 +130,7 @@ def report(text: str):
 def sections(text: str):
   """Parts whose words are a user's; the figures, which are slow to draw, have a case."""
   made = report(text)
-  return (document.coloured_outputs([made]), table2.calibrated_gains([made]))
+  return tuple(sections_lib.section(name, [made]) for name in ("outputs", "gains"))
 
 
 def report_page(text: str) -> str:
@@ -223,7 +224,7 @@ TERMINAL = {
     text, lambda text: run_lib._show_warning(UserWarning(text), UserWarning, "", 0)
   ),
   "the report": lambda text: console_of(
-    lambda console: terminal.print_report(console, [report(text)])
+    lambda console: page.print_report(console, [report(text)])
   ),
   "steps": of_steps,
   "a fit": of_a_fit,
@@ -275,7 +276,7 @@ def dangerous(text: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", TEXTS)
 def test_figures_are_drawn_whatever_their_titles_say(kind):
-  made = figures.draw("f", TEXTS[kind], "", lambda axes: None)
+  made = drawing.draw("f", TEXTS[kind], "", lambda axes: None)
   ElementTree.fromstring(made.svg)
   assert made.png.startswith(b"\x89PNG")
 

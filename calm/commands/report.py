@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
   """Runs the experiments of every task and writes the report."""
   run_lib.use_compilation_cache()
   # A missing package is reported before an hour of decoding.
-  from calm.paper.report import document, findings, page, terminal, write
+  from calm.paper import findings, page, sections
 
   console = rich_console.Console()
   output = pathlib.Path(arguments.output)
@@ -94,12 +94,12 @@ def run(arguments: argparse.Namespace) -> int:
   made = page.Page(
     f"calm report: {arguments.model}",
     _facts(arguments, predictor, time.monotonic() - start),
-    document.sections(reports),
+    sections.sections(reports),
     predictor.num_layers,
     tuple(findings.headline(report) for report in reports),
   )
-  written = write.write(output, made)
-  terminal.print_report(console, reports)
+  written = page.write(output, made)
+  page.print_report(console, reports)
   print_text(console, f"\n{written}. Open {output / 'index.html'}", soft_wrap=True)
   return 0
 
@@ -107,9 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, progress: Progress):
   """(one report a task, the predictor of the last)."""
   from calm import inference
-  from calm.paper.bench import bench
-  from calm.paper.bench import tasks as tasks_lib
-  from calm.paper.experiments import suite
+  from calm.paper import bench, experiments
+  from calm.paper import tasks as tasks_lib
 
   compared = [tasks_lib.task(name) for name in arguments.objective_tasks or ()]
   tasks = []
@@ -126,7 +125,7 @@ def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, progress: P
         models[name] = inference.load(path, batch_size=arguments.batch_size)
   if arguments.train:
     tasks = [_own_task(arguments, models["predictor"])]
-  suites = []
+  benches = []
   for settings, source in tasks:
     chosen = {
       name: model.with_options(
@@ -140,7 +139,7 @@ def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, progress: P
     if arguments.retime:
       for old in (cache / "results" / settings.name).glob("seconds-*.json"):
         old.unlink()
-    made = suite.Suite(
+    made = bench.Bench(
       settings=settings,
       data=source,
       folder=cache,
@@ -148,15 +147,15 @@ def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, progress: P
       announce=progress.step,
       **chosen,
     )
-    suites.append(made)
-  progress.expect(sum(each.num_steps for each in suites))
-  return [each.run() for each in suites], models["predictor"]
+    benches.append(made)
+  progress.expect(sum(map(experiments.num_steps, benches)))
+  return [experiments.run(each) for each in benches], models["predictor"]
 
 
 def _own_task(arguments: argparse.Namespace, predictor):
   """(settings, prompts) of a user's own rows."""
   from calm import fitting
-  from calm.paper.bench import tasks as tasks_lib
+  from calm.paper import tasks as tasks_lib
 
   options = fitting.FitOptions(
     error_rate=arguments.error_rate, metric=arguments.metric, prefix=arguments.prefix

@@ -1,1 +1,1 @@
-"""The paper's tables and figures: `bench` measures, `experiments` gathers, `report` draws."""
+"""The paper's tables and figures: `experiments` measures on a `bench`, `sections` draws."""

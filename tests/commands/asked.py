@@ -23,7 +23,7 @@ WORK = {
   "generate": "calm.inference.grid.generate",
   "infer": "calm.inference.predictor.Predictor.generate",
   "merge": "calm.calibrate.generations.merging.merge",
-  "report": "calm.paper.experiments.suite.Suite.run",
+  "report": "calm.paper.experiments.run",
 }
 # What makes an option be looked at, where others must be given with it.
 BESIDE = {

@@ -10,8 +10,8 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 
 from calm.calibrate import Prompt, Record
 from calm.inference import result_cache
-from calm.paper.experiments import suite
-from tests.paper.report import samples
+from calm.paper import experiments
+from tests.paper import samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def test_nan_reads_back():
 
 def test_every_result_of_a_report_reads_back():
   report = samples.report()
-  for field in dataclasses.fields(suite.TaskReport):
+  for field in dataclasses.fields(experiments.TaskReport):
     value = getattr(report, field.name)
     if dataclasses.is_dataclass(value):
       stored = json.loads(json.dumps(result_cache.to_json(value), allow_nan=False))

@@ -16,13 +16,14 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 import rich.console
 
 from calm.inference import drawing, outputs
-from calm.paper.report import document, page, tables, terminal, write
-from tests.paper.report import samples
+from calm.paper import page, tables
+from calm.paper import sections as sections_lib
+from tests.paper import samples
 
 
 @pytest.fixture(scope="module")
 def sections():
-  return document.sections([samples.report()])
+  return sections_lib.sections([samples.report()])
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_every_section_is_there(sections, text):
   names = [section.name for section in sections]
   assert names == [
     *("summary", "tradeoff", "gains", "outputs", "validity", "oracles", "perturbations"),
-    *("schedules", "trainings", "lengths", "claims"),
+    *("schedules", "trainings", "lengths"),
   ]
   for section in sections:
     assert section.figures or section.tables or section.panels
@@ -104,7 +105,7 @@ def test_layer_colours_are_those_of_the_package(text):
 
 def test_the_slider_has_what_the_generations_have(sections):
   (panel,) = next(section.panels for section in sections if section.panels)
-  data = json.loads(page._script_data(page.panel_data(panel)))
+  data = json.loads(page.script_data(page.panel_data(panel.examples)))
   softmax = data["measures"][0]
   assert softmax["thresholds"] == list(samples.GRID) and softmax["chosen"] == 1
   at_lowest = softmax["items"][0][2]
@@ -129,7 +130,7 @@ def test_figures_take_the_pages_ink(sections):
 
 
 def test_the_same_results_draw_the_same(sections, text, made):
-  again = document.sections([samples.report()])
+  again = sections_lib.sections([samples.report()])
   assert page.render(page.Page(made.title, made.facts, again, 4)) == text
 
 
@@ -145,13 +146,6 @@ def test_tables_read_back(sections):
   assert summary.heads[0] == "task" and summary.heads[6] == "certified, textual: measure"
 
 
-def test_a_crooked_table_is_refused():
-  with pytest.raises(ValueError, match="`rows` of 'x' to have 2 cells each, got others"):
-    tables.Table("x", "X", ("a", "b"), (("1",),))
-  with pytest.raises(ValueError, match="`groups` of 'x' to span"):
-    tables.Table("x", "X", ("a", "b"), (), groups=(("g", 1),))
-
-
 @pytest.mark.parametrize(
   ("value", "shown"), [(float("nan"), "–"), (1.234, "1.23"), (0.0, "0.00")]
 )
@@ -165,7 +159,7 @@ def test_thresholds_and_ratios():
 
 
 def test_files_are_written(tmp_path, made, sections):
-  said = write.write(tmp_path / "report", made)
+  said = page.write(tmp_path / "report", made)
   drawn = [figure for section in sections for figure in section.figures]
   assert said.startswith(f"{len(drawn)} figures")
   assert (tmp_path / "report" / "index.html").read_text("utf-8") == page.render(made)
@@ -177,7 +171,7 @@ def test_files_are_written(tmp_path, made, sections):
 def test_the_terminal_shows_the_table_and_the_outputs():
   file = io.StringIO()
   console = rich.console.Console(file=file, width=100)
-  terminal.print_report(console, [samples.report()])
+  page.print_report(console, [samples.report()])
   shown = file.getvalue()
   assert "textual" in shown and "layers" in shown and "…" not in shown
   assert "95 %" not in shown, "its columns are not there"
@@ -187,6 +181,6 @@ def test_the_terminal_shows_the_table_and_the_outputs():
   assert re.search(r"decodes ×1.82 as fast", " ".join(shown.split()))
   for width in (60, 40):
     file = io.StringIO()
-    terminal.print_report(rich.console.Console(file=file, width=width), [samples.report()])
+    page.print_report(rich.console.Console(file=file, width=width), [samples.report()])
     narrow = file.getvalue().split("measure softmax")[0]
     assert max(map(len, narrow.splitlines())) <= width and "…" not in narrow

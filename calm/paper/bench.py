@@ -1,4 +1,4 @@
-"""One task's prompts, decoded and timed step by step; every step is cached and goes on."""
+"""One task's prompts, decoded and timed step by step; every step is cached and resumes."""
 
 import dataclasses
 import functools
@@ -6,16 +6,18 @@ import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from calm import exits, inference
-from calm.calibrate import Prompt, Record, generations
+from calm.calibrate import Prompt, Record, generations, thresholds
 from calm.exits import confidence, schedules
 from calm.inference import grid, result_cache, timing
 from calm.inference.options import VERIFIED
-from calm.paper.bench import grids, tasks
+from calm.paper import tasks
 
 MEASURES = ("softmax", "shortlist", "classifier", "state")
 
-# What is about to be done -> where its progress goes.
+# The name of a step -> its progress.
 Announce = Callable[[str], grid.ShareProgress]
 
 
@@ -23,43 +25,32 @@ Announce = Callable[[str], grid.ShareProgress]
 class Options:
   """How much is done.
 
-  Attributes:
-    limit: prompts of each split; None: one of every source.
-    timed: prompts decoded alone for the seconds.
-    rounds: repeats of each timing.
-    ablated: validation prompts of Fig. 2, whose runs are many.
-    step: between the thresholds of Fig. 2c; the paper's is 0.01.
-    examples: outputs to show.
-    error_rate: epsilon.
-    seed: draws the prompts.
-    measures: confidence measures; the model must have them. See `under` for their names.
-
   Raises:
     ValueError: a number without meaning, or an unknown measure.
   """
 
-  limit: int | None = None
-  timed: int = 16
-  rounds: int = 3
-  ablated: int = 200
-  step: float = 0.02
-  examples: int = 6
-  error_rate: float = 0.05
-  seed: int = 0
+  limit: int | None = None  # prompts of each split; None: one of every source
+  timed: int = 16  # prompts decoded alone for the seconds
+  rounds: int = 3  # repeats of each timing
+  ablated: int = 200  # validation prompts of Fig. 2, whose runs are many
+  step: float = 0.02  # between the thresholds of Fig. 2c; the paper's is 0.01
+  examples: int = 6  # outputs to show
+  error_rate: float = 0.05  # epsilon
+  seed: int = 0  # draws the prompts
+  # Confidence measures; the model must have them. See `under` for their names.
   measures: tuple[str, ...] = MEASURES
 
   def __post_init__(self):
-    for name in ("limit", "timed", "rounds", "ablated"):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise ValueError(f"Expected `{name}` of at least 1, got {value}.")
-    if self.examples < 0:
-      raise ValueError(f"Expected `examples` of at least 0, got {self.examples}.")
+    for name in ("limit", "timed", "rounds", "ablated", "examples"):
+      value, least = getattr(self, name), 0 if name == "examples" else 1
+      if value is not None and value < least:
+        raise ValueError(f"Expected `{name}` of at least {least}, got {value}.")
     for name in ("step", "error_rate"):
       if not 0.0 < getattr(self, name) < 1.0:
         raise ValueError(f"Expected `{name}` in (0, 1), got {getattr(self, name)}.")
-    named = "|".join(confidence.MEASURES)
-    known = re.compile(rf"({named})(@\d+(,\d+)*)?(/\d+)?|{VERIFIED}@\d+")
+    known = re.compile(
+      rf"({'|'.join(confidence.MEASURES)})(@\d+(,\d+)*)?(/\d+)?|{VERIFIED}@\d+"
+    )
     for name in self.measures:
       if not known.fullmatch(name):
         raise ValueError(
@@ -102,36 +93,64 @@ def available(predictor: inference.Predictor, measures: Sequence[str]) -> tuple[
     for name in measures
     if measure_of(name) != VERIFIED  # every model can draft
   }
-  found = tuple(name for name in measures if lacks.get(name) is None)
-  if not found:
+  computed = tuple(name for name in measures if lacks.get(name) is None)
+  if not computed:
     raise ValueError(
       f"Expected a measure that the model has, got {list(measures)}; it lacks"
       f" {sorted(set(filter(None, lacks.values())))}; train its exits, or take 'softmax'."
     )
-  return found
+  return computed
+
+
+def grid_of(records: Sequence[Record], measure: str, *, points: int = 10) -> tuple[float, ...]:
+  """The measure's default grid, and points in between where its confidences really lie.
+
+  The added points are quantiles, over the tokens of a full-depth pass that measured, of each
+  token's highest refused confidence: at the quantile q, a share 1 - q of the tokens would leave
+  before the last layer. A classifier's confidences may crowd above 0.9, where a grid with
+  steps of 0.05 has one point.
+
+  Args:
+    records: validation prompts decoded with `NEVER_EXIT` through the exit rule.
+    measure: name of the confidence measure.
+    points: quantiles.
+
+  Returns:
+    Strictly descending thresholds in [0, 1].
+  """
+  refused = np.array([c for record in records for c in record.rejected_confidences or ()])
+  quantiles = np.quantile(refused, np.linspace(1.0, 0.0, points + 2)[1:-1])
+  grid: list[float] = []
+  default = thresholds.default_grid(measure)
+  for value in sorted({*np.round(quantiles, 6).tolist(), *default.tolist()}, reverse=True):
+    # Closer neighbours would be one point to a float32 confidence.
+    if 0.0 < value <= 1.0 and (not grid or grid[-1] - value > 1e-6):
+      grid.append(value)
+  return tuple(grid)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bench:
-  """One task's prompts, decoded and measured step by step.
+  """One task's prompts, decoded and measured step by step."""
 
-  Attributes:
-    predictor: the model under the task's prefix and lengths.
-    settings: the task.
-    data: folder of the data sets, or a user's own prompts.
-    folder: where generations and results are kept.
-    options: how much is done.
-    announce: told before every step.
-  """
-
-  predictor: inference.Predictor
-  settings: tasks.TaskSettings
-  data: pathlib.Path | tasks.OwnPrompts
-  folder: pathlib.Path
-  options: Options = Options()
-  announce: Announce = lambda text: grid.silent
+  predictor: inference.Predictor  # the model under the task's prefix and lengths
+  settings: tasks.TaskSettings  # the task
+  data: pathlib.Path | tasks.OwnPrompts  # folder of the data sets, or a user's own prompts
+  folder: pathlib.Path  # where generations and results are kept
+  options: Options = Options()  # how much is done
+  announce: Announce = lambda text: grid.silent  # called before every step
+  # The same model with an exit classifier trained Elbayad's way, or None.
+  geometric: inference.Predictor | None = None
+  last_layer: inference.Predictor | None = None  # a model trained without Eq. 6, or None
+  # A model trained like `last_layer`, but with Eq. 6; None: the predictor.
+  all_layers: inference.Predictor | None = None
 
   @property
+  def num_layers(self) -> int:
+    """Decoder layers of the model."""
+    return self.predictor.num_layers
+
+  @functools.cached_property
   def measures(self) -> tuple[str, ...]:
     """Confidence measures that the model has."""
     return available(self.predictor, self.options.measures)
@@ -147,36 +166,37 @@ class Bench:
     return self._prompts("test")
 
   def _prompts(self, split: str) -> tuple[Prompt, ...]:
-    return tasks.read_prompts(
-      self.data, self.settings, split, limit=self.options.limit, seed=self.options.seed
-    )
-
-  def model(self, measure: str, **options) -> inference.Predictor:
-    """The predictor under a measure (and other options), with batches of one shape."""
-    return under(self.whole, measure, **options)
+    limit, seed = self.options.limit, self.options.seed
+    return tasks.read_prompts(self.data, self.settings, split, limit=limit, seed=seed)
 
   @functools.cached_property
   def whole(self) -> inference.Predictor:
     """The predictor with batches of one shape."""
     return grid.one_shape(self.predictor)
 
+  def model(self, measure: str, **options) -> inference.Predictor:
+    """`whole` under a measure (and other options)."""
+    return under(self.whole, measure, **options)
+
   @functools.cached_property
   def timed_model(self) -> inference.Predictor:
     """A predictor whose weights serve every measure."""
     listed = [name for name in self.measures if self.model(name).options.uses_shortlist]
-    measure = (listed or self.measures)[0]
-    return under(self.predictor, measure)
+    return under(self.predictor, (listed or self.measures)[0])
+
+  def step(self, text: str) -> grid.ShareProgress:
+    """Announces a step of this task."""
+    return self.announce(f"{self.settings.title}: {text}")
 
   def result(self, kind, name: str, make, *, prompts: Sequence[Prompt], **key):
-    """A result that depends on the model, the task, some prompts and `key`."""
+    """A result that depends on the model, the task, some prompts and `key`; cached."""
     cache = result_cache.ResultCache(self.folder / "results" / self.settings.name)
-    everything = {
+    key |= {
       "procedure": self.predictor.procedure.to_json(),
       "metric": self.settings.metric,
       "prompts": result_cache.prompts_digest(prompts),
-      **key,
     }
-    return cache.get(kind, name, everything, make)
+    return cache.get(kind, name, key, make)
 
   def records(
     self, name: str, rule: exits.Rule | None, prompts: Sequence[Prompt], measure: str = ""
@@ -185,22 +205,16 @@ class Bench:
     model = self.model(measure) if measure else self.whole
 
     def make() -> tuple[Record, ...]:
-      progress = self.announce(f"{self.settings.title}: {name}")
-      return grid.with_rule(model, prompts, rule, progress=progress)
+      return grid.with_rule(model, prompts, rule, progress=self.step(name))
 
     key = {"rule": repr(rule), "decoded_by": model.procedure.to_json()}
     slug = name.replace(" ", "_").replace("'", "")
     return self.result(tuple[Record, ...], f"records-{slug}", make, prompts=prompts, **key)
 
   def grid(self, measure: str) -> tuple[float, ...]:
-    """The measure's grid, chosen on validation prompts."""
+    """The measure's grid, chosen on validation prompts before a test prompt is decoded."""
     records = self.records(f"grid of {measure}", None, self.validation, measure)
-    return grids.from_validation(records, measure_of(measure))
-
-  def decoded(self, measure: str, prompts: Sequence[Prompt]) -> generations.Generations:
-    """Prompts over a measure's grid; cached and resumable."""
-    levels = self.grid(measure)
-    return self.over(self.model(measure), prompts, levels, f"grid of {measure}")
+    return grid_of(records, measure_of(measure))
 
   def over(
     self,
@@ -211,8 +225,12 @@ class Bench:
   ) -> generations.Generations:
     """Prompts over any grid under any options; cached and resumable."""
     folder = self.folder / "generations" / self.settings.name
-    progress = self.announce(f"{self.settings.title}: {name}")
-    return grid.on_grid(model, prompts, levels, folder, progress=progress)
+    return grid.on_grid(model, prompts, levels, folder, progress=self.step(name))
+
+  def decoded(self, measure: str, prompts: Sequence[Prompt]) -> generations.Generations:
+    """Prompts over a measure's grid; cached and resumable."""
+    grid = self.grid(measure)
+    return self.over(self.model(measure), prompts, grid, f"grid of {measure}")
 
   @functools.cached_property
   def validation_grids(self) -> Mapping[str, generations.Generations]:
@@ -229,20 +247,24 @@ class Bench:
     """Depth -> validation prompts through that many layers."""
     return {
       depth: self.records(f"static {depth}", exits.StaticExit(depth), self.validation)
-      for depth in range(1, self.predictor.num_layers + 1)
+      for depth in range(1, self.num_layers + 1)
     }
 
-  def rule(self, measure: str) -> exits.Rule:
-    """The rule of a measure."""
-    return self.model(measure).options.rule
+  @property
+  def full(self) -> tuple[Record, ...]:
+    """Validation prompts through the full model."""
+    return self.static[self.num_layers]
 
   def time(self, name: str, prompts: Sequence[Prompt], settings) -> timing.Timings:
     """Measured seconds; cached."""
 
     def make() -> timing.Timings:
-      progress = self.announce(f"{self.settings.title}: seconds, {name}")
       return timing.measure(
-        self.timed_model, prompts, settings, rounds=self.options.rounds, progress=progress
+        self.timed_model,
+        prompts,
+        settings,
+        rounds=self.options.rounds,
+        progress=self.step(f"seconds, {name}"),
       )
 
     key = {
@@ -251,10 +273,10 @@ class Bench:
     }
     return self.result(timing.Timings, f"seconds-{name}", make, prompts=prompts, **key)
 
-  def timed_settings(self, thresholds: Mapping[str, Sequence[float]]) -> list[timing.Setting]:
+  def timed_settings(self, grids: Mapping[str, Sequence[float]]) -> list[timing.Setting]:
     """A setting for every measure and threshold."""
     return [
-      timing.Setting(measure, self.rule(measure), float(threshold))
-      for measure, levels in thresholds.items()
+      timing.Setting(measure, self.model(measure).options.rule, float(threshold))
+      for measure, levels in grids.items()
       for threshold in levels
     ]

@@ -1,32 +1,24 @@
-"""What figures and tables show, as sentences made from their numbers."""
+"""Titles of figures and headlines: sentences made from the numbers that they show."""
 
 import math
 from collections.abc import Sequence
 
 from calm.exits import schedules
-from calm.paper.bench import intervals
-from calm.paper.experiments import (
-  decay,
-  gains,
-  perturbations,
-  suite,
-  tradeoff,
-  trainings,
-  validity,
-)
-from calm.paper.report.figures import series_title
-from calm.paper.report.tables import number, threshold, times
+from calm.paper import experiments, perturbations, scores
+from calm.paper.figures import series_title
+from calm.paper.tables import interval, threshold, times
 
 # Share of the full model's quality that counts as kept.
 KEPT = 0.98
+Cell = tuple[experiments.Row, experiments.Gain]
 
 
-def headline(report: suite.TaskReport) -> str:
+def headline(report: experiments.TaskReport) -> str:
   """The result of a task in one sentence, or two where a remark is due."""
   title, best = report.settings.title.capitalize(), best_gain(report.gains, "textual")
   if best is None or not best[1].speedup > 1.0:
-    found = "" if best is None else f"; the fastest that is certified runs {pace(best[1])}"
-    return f"{title}: full depth serves best here, nothing faster was certified{found}."
+    slower = "" if best is None else f"; the fastest that is certified runs {pace(best[1])}"
+    return f"{title}: full depth serves best here, nothing faster was certified{slower}."
   row, gain = best
   drift = f"drift {gain.risk:.2f}{ends(gain.risk_interval)}"
   return (
@@ -36,25 +28,24 @@ def headline(report: suite.TaskReport) -> str:
   )
 
 
-def pace(gain: gains.Gain) -> str:
+def pace(gain: experiments.Gain) -> str:
   """Like `×1.90 as fast (1.70 to 2.10)`."""
   return f"{times(gain.speedup)} as fast{ends(gain.speedup_interval)}"
 
 
-def ends(interval: intervals.Interval, digits: int = 2) -> str:
+def ends(bounds: scores.Interval, digits: int = 2) -> str:
   """Like ` (0.02 to 0.12)`, or nothing where it is unknown."""
-  if any(map(math.isnan, interval)):
-    return ""
-  return f" ({number(interval[0], digits)} to {number(interval[1], digits)})"
+  text = interval(bounds, digits, "")
+  return f" ({text})" if text else ""
 
 
-def above(row: gains.Row, gain: gains.Gain) -> bool:
+def above(row: experiments.Row, gain: experiments.Gain) -> bool:
   """Whether the risk that was measured on unseen prompts is above what was promised."""
   return gain.risk > row.target.tolerance
 
 
-def remark(row: gains.Row, gain: gains.Gain) -> str:
-  """What there is to say where a measured risk is above the tolerance, with a space before."""
+def remark(row: experiments.Row, gain: experiments.Gain) -> str:
+  """A remark where a measured risk is above the tolerance, with a space before."""
   if not above(row, gain):
     return ""
   if gain.risk_interval[0] > row.target.tolerance:
@@ -65,28 +56,27 @@ def remark(row: gains.Row, gain: gains.Gain) -> str:
   )
 
 
-def best_gain(found: gains.Gains, consistency: str) -> tuple[gains.Row, gains.Gain] | None:
+def best_gain(table: experiments.Gains, consistency: str) -> Cell | None:
   """The certified cell at the tightest tolerance that is faster than full depth.
 
   Where none is faster, the fastest that was certified; None where nothing was.
   """
   cells = [
     (row, gain)
-    for row in found.rows
+    for row in table.rows
     for gain in row.gains
     if row.target.consistency == consistency and gain.threshold != schedules.NEVER_EXIT
   ]
   faster = [cell for cell in cells if cell[1].speedup > 1.0]
   tightest = min((row.target.tolerance for row, _ in faster), default=None)
   among = [cell for cell in faster if cell[0].target.tolerance == tightest] or cells
-  return max(among, key=lambda cell: _or_least(cell[1].speedup), default=None)
+  speed = lambda cell: -math.inf if math.isnan(cell[1].speedup) else cell[1].speedup
+  return max(among, key=speed, default=None)
 
 
-def _or_least(value: float) -> float:
-  return -math.inf if math.isnan(value) else value
-
-
-def quality_and_layers(found: tradeoff.TradeOff, title: str, metric: str) -> str:
+def quality_and_layers(
+  found: experiments.Curves, title: str, metric: str, num_layers: int
+) -> str:
   """Title of Fig. 3 against layers."""
   kept = _kept(found)
   if not kept:
@@ -94,11 +84,11 @@ def quality_and_layers(found: tradeoff.TradeOff, title: str, metric: str) -> str
   layers, name = min((point.scores.layers, name) for name, point in kept)
   return (
     f"{title}: {series_title(name)} keeps {KEPT:.0%} of the {metric} with {layers:.1f} of"
-    f" {found.num_layers} layers"
+    f" {num_layers} layers"
   )
 
 
-def quality_and_seconds(found: tradeoff.TradeOff, title: str, metric: str) -> str:
+def quality_and_seconds(found: experiments.Curves, title: str, metric: str) -> str:
   """Title of Fig. 3 against seconds."""
   timed = [(p.speedup, name, p) for name, p in _kept(found) if p.speedup > 1.0]
   if not timed:
@@ -110,19 +100,20 @@ def quality_and_seconds(found: tradeoff.TradeOff, title: str, metric: str) -> st
   )
 
 
-def _kept(found: tradeoff.TradeOff) -> list[tuple[str, tradeoff.Point]]:
+def _kept(found: experiments.Curves) -> list[tuple[str, scores.Point]]:
   """Points of measures that keep the quality."""
-  least = KEPT * found.full.scores.quality
+  least = KEPT * found.first(experiments.FULL).scores.quality
+  others = (experiments.STATIC, experiments.ORACLE, experiments.FULL)
   return [
     (curve.name, point)
     for curve in found.curves
-    if curve.name not in (tradeoff.STATIC, tradeoff.ORACLE)
+    if curve.name not in others
     for point in curve.points
     if point.scores.quality >= least
   ]
 
 
-def risks(entries: Sequence[validity.MethodTrials], title: str) -> str:
+def risks(entries: Sequence[experiments.MethodTrials], title: str) -> str:
   """Title of the figure of risk against tolerance."""
   over = [
     (split.risk_mean - split.tolerance, entry.measure, split.tolerance)
@@ -139,7 +130,9 @@ def risks(entries: Sequence[validity.MethodTrials], title: str) -> str:
   )
 
 
-def violations(entries: Sequence[validity.MethodTrials], title: str, error_rate: float) -> str:
+def violations(
+  entries: Sequence[experiments.MethodTrials], title: str, error_rate: float
+) -> str:
   """Title of the figure of broken promises."""
   trials = [trial for entry in entries for trial in entry.validity]
   worst = max((trial.share for trial in trials), default=0.0)
@@ -154,36 +147,35 @@ def perturbed(found: perturbations.Perturbations, title: str) -> str:
   first, last = found.sampling[0], found.sampling[-1]
   fell = last.similarity - first.similarity
   spread = 1.96 * math.hypot(first.similarity_error, last.similarity_error)
-  told = f"{100 * first.similarity:.0f} against {100 * last.similarity:.0f} of 100 stay"
+  shares = f"{100 * first.similarity:.0f} against {100 * last.similarity:.0f} of 100 stay"
   if not abs(fell) > spread:  # also where there is no error to go by
-    return f"{title}: a wrong token costs about as much wherever it stands ({told})"
-  return f"{title}: an early wrong token costs {'more' if fell > 0 else 'less'} ({told})"
+    return f"{title}: a wrong token costs about as much wherever it stands ({shares})"
+  return f"{title}: an early wrong token costs {'more' if fell > 0 else 'less'} ({shares})"
 
 
-def thresholds_shown(found: decay.Decay) -> str:
+def thresholds_shown(name: str, values: Sequence[float]) -> str:
   """Title of Fig. 2b."""
-  last = found.values[-1]
   return (
-    f"λ = {last.threshold:g} asks {last.values[0]:.2f} of the first token and"
-    f" {last.values[-1]:.2f} of the last ({last.name})"
+    f"λ = {experiments.SHOWN_THRESHOLD:g} asks {values[0]:.2f} of the first token and"
+    f" {values[-1]:.2f} of the last ({name})"
   )
 
 
-def schedules_compared(found: decay.Decay, title: str) -> str:
+def schedules_compared(found: experiments.Curves, title: str) -> str:
   """Title of Fig. 2c."""
   least = 0.95
-  layers = {curve.name: decay.reachable_layers(curve, least) for curve in found.curves}
+  layers = {c.name: experiments.reachable_layers(c, least) for c in found.curves}
   known = {name: value for name, value in layers.items() if not math.isnan(value)}
-  if decay.CONSTANT not in known or len(known) < 2:
+  if experiments.CONSTANT not in known or len(known) < 2:
     return f"{title}: too few points reach {least:.0%} of the full model's text to compare"
   best = min(known, key=lambda name: known[name])
-  told = ", ".join(f"{name} {value:.1f}" for name, value in known.items())
+  numbers = ", ".join(f"{name} {value:.1f}" for name, value in known.items())
   alike = max(known.values()) - known[best] < 0.1
-  what = "schedules need as many layers" if alike else f"{best} needs the fewest layers"
-  return f"{title}: for {least:.0%} of the full model's text, {what} ({told})"
+  result = "schedules need as many layers" if alike else f"{best} needs the fewest layers"
+  return f"{title}: for {least:.0%} of the full model's text, {result} ({numbers})"
 
 
-def classifiers(found: trainings.Comparison, title: str) -> str:
+def classifiers(found: experiments.Curves, title: str) -> str:
   """Title of App. D's figure."""
   least = KEPT * max(p.scores.quality for curve in found.curves for p in curve.points)
   layers = []
@@ -193,10 +185,9 @@ def classifiers(found: trainings.Comparison, title: str) -> str:
   return f"{title}: layers for {KEPT:.0%} of the best quality: {', '.join(layers)}"
 
 
-def objectives(found: trainings.Comparison, title: str) -> str:
+def objectives(found: experiments.Curves, title: str) -> str:
   """Title of the figure about Eq. 6."""
-  of = {curve.name: curve.points for curve in found.curves}
-  pairs = list(zip(of[trainings.ALL_LAYERS], of[trainings.LAST_LAYER], strict=True))
+  pairs = list(zip(*(curve.points for curve in found.curves), strict=True))
   gained = [(100 * (a.scores.quality - b.scores.quality), a.scores.layers) for a, b in pairs]
   full, (most, layer) = gained[0][0], max(gained)  # points descend from full depth
   return (

@@ -4,63 +4,41 @@ import csv
 import dataclasses
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from calm.calibrate import thresholds
+
+# A head, and its cell for one entry.
+Column = tuple[str, Callable[[Any], str]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """A table of texts.
+  """A table of texts."""
 
-  Attributes:
-    name: file name without its ending; unique in a report.
-    title: short.
-    columns: heads.
-    rows: cells, as many as heads in each.
-    groups: (head above, columns it spans), or none; together they span all columns.
-    note: how to read it.
-    text_columns: columns that hold words, aligned left, from the first on.
-    wrap: whether cells hold sentences, which break into lines.
-  """
-
-  name: str
-  title: str
-  columns: tuple[str, ...]
-  rows: tuple[tuple[str, ...], ...]
+  name: str  # file name without its ending; unique in a report
+  title: str  # short
+  columns: tuple[str, ...]  # heads
+  rows: tuple[tuple[str, ...], ...]  # cells, as many as heads in each
+  # (head above, columns it spans), or none; together they span all columns.
   groups: tuple[tuple[str, int], ...] = ()
-  note: str = ""
-  text_columns: int = 1
-  wrap: bool = False
-
-  def __post_init__(self):
-    if any(len(row) != len(self.columns) for row in self.rows):
-      raise ValueError(
-        f"Expected `rows` of {self.name!r} to have {len(self.columns)} cells each, got others."
-      )
-    if self.groups and sum(span for _, span in self.groups) != len(self.columns):
-      raise ValueError(
-        f"Expected `groups` of {self.name!r} to span all {len(self.columns)} columns, got"
-        " others."
-      )
+  note: str = ""  # how to read it
+  text_columns: int = 1  # columns that hold words, aligned left, from the first on
+  wrap: bool = False  # whether cells hold sentences, which break into lines
 
   @property
   def heads(self) -> tuple[str, ...]:
     """Heads that stand alone: with the group's in front where there are groups."""
     above = [label for label, span in self.groups for _ in range(span)]
-    if not above:
-      return self.columns
-    return tuple(
-      f"{label}: {head}" if label else head
-      for label, head in zip(above, self.columns, strict=True)
-    )
+    pairs = zip(above or [""] * len(self.columns), self.columns, strict=True)
+    return tuple(f"{label}: {head}" if label else head for label, head in pairs)
 
   @property
   def csv(self) -> str:
     """The table as CSV with one line of heads."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerows([self.heads, *self.rows])
+    csv.writer(out, lineterminator="\n").writerows([self.heads, *self.rows])
     return out.getvalue()
 
   @property
@@ -70,6 +48,14 @@ class Table:
     lines = [_line(self.heads), _line(mark), *map(_line, self.rows)]
     note = f"\n{self.note}\n" if self.note else ""
     return f"**{self.title}**\n\n" + "\n".join(lines) + "\n" + note
+
+
+def tabulate(
+  name: str, title: str, columns: Sequence[Column], entries: Iterable[Any], **options: Any
+) -> Table:
+  """A table with a row for each entry; `options` are other fields of `Table`."""
+  rows = tuple(tuple(cell(entry) for _, cell in columns) for entry in entries)
+  return Table(name, title, tuple(head for head, _ in columns), rows, **options)
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -96,3 +82,10 @@ def threshold(value: float) -> str:
   if value == thresholds.NEVER_EXIT:
     return thresholds.NEVER_EXIT_TEXT
   return f"{value:.4g}"
+
+
+def interval(ends: tuple[float, float], digits: int = 2, dash: str = "–") -> str:
+  """An interval like `0.02 to 0.12`, or a dash where it is unknown."""
+  if any(map(math.isnan, ends)):
+    return dash
+  return f"{number(ends[0], digits)} to {number(ends[1], digits)}"

@@ -1,5 +1,6 @@
 """What the experiments decode, on a toy model: wrong tokens, one shape, seconds, all of it."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -16,11 +17,11 @@ from calm import checkpoints, exits, inference
 from calm.calibrate import Prompt
 from calm.commands import cli
 from calm.data import vocabulary
+from calm.exits import schedules
 from calm.fitting import choose
 from calm.fitting.candidates import Candidate
 from calm.inference import grid, timing
-from calm.paper.bench import tasks
-from calm.paper.experiments import perturbations, suite
+from calm.paper import bench, experiments, perturbations, tasks
 from calm.t5 import network
 from tests import toys
 
@@ -95,12 +96,16 @@ def test_one_token_is_the_first_layers_own(model):
   assert [r.tokens[0] for r in changed] == [r.tokens[0] for r in shallow]
 
 
-def test_perturbed_outputs_are_compared_where_they_have_that_token(model, full):
-  made = perturbations.perturbations(model, PROMPTS, full, "rouge_l", at=(0, 5))
-  first, last = made.sampling
+def test_perturbed_outputs_are_compared_where_they_have_that_token(model, full, tmp_path):
+  task = dataclasses.replace(tasks.task("synopsis"), metric="rouge_l")
+  own = tasks.OwnPrompts(tuple(PROMPTS), ())
+  of = bench.Bench(model, task, own, tmp_path)
+  of.__dict__.update(whole=model, static={2: full})
+  result = perturbations.perturbations(of)
+  assert [point.position for point in result.layer] == list(perturbations.positions(full))
+  first, last = result.sampling[0], result.sampling[-1]
   assert first.prompts == 6 and first.changed > 0.5
-  assert last.prompts == sum(len(record.tokens) > 5 for record in full)
-  assert [point.position for point in made.layer] == [0, 5]
+  assert last.prompts == sum(len(record.tokens) > last.position for record in full)
   assert 0 <= first.similarity <= 1 and 0 <= first.quality <= 1
 
 
@@ -139,8 +144,6 @@ def test_a_rest_in_one_round_makes_no_way_to_leave_slow(plain, monkeypatch):
 
 def small_tasks(monkeypatch, data):
   """Tasks as short as the toy; their names and metrics stay."""
-  import dataclasses
-
   monkeypatch.setattr(
     tasks,
     "TASKS",
@@ -203,7 +206,6 @@ def test_a_users_own_rows_are_split_as_fit_splits_them(folder, tmp_path, monkeyp
   numbers = [int(line[1:].split("/")[0]) for line in steps]
   planned = {int(line.split("/")[1].split("]")[0]) for line in steps}
   assert numbers == sorted(numbers) and planned == {max(numbers)}
-  assert "left" in steps[-1]
   page = (output / "index.html").read_text("utf-8")
   assert "My rows: " in page and "token_f1" in page and "<b>" not in page.split("<main>")[1]
   with pytest.raises(SystemExit):
@@ -223,15 +225,45 @@ def test_unknown_tasks_and_missing_data_are_named(folder, tmp_path, capsys):
 
 
 def test_measures_that_a_model_lacks_are_left_out(plain):
-  from calm.paper.bench import bench
-
   assert bench.available(plain, bench.MEASURES) == ("softmax", "classifier", "state")
   with pytest.raises(ValueError, match="a measure that the model has"):
     bench.available(plain, ["shortlist"])
 
 
 def test_flops_reductions_are_those_of_the_cost_model(plain):
-  assert suite.flops_reduction(plain, "classifier", [[2, 2]], 32) < 1.0  # it pays the measure
-  saved = suite.flops_reduction(plain, "classifier", [[2, 1, 1, 1]], 32)
+  assert (
+    experiments.flops_reduction(plain, "classifier", [[2, 2]], 32) < 1.0
+  )  # it pays the measure
+  saved = experiments.flops_reduction(plain, "classifier", [[2, 1, 1, 1]], 32)
   assert 1.0 < saved < 2.0 and not math.isnan(saved)
-  assert np.isclose(saved, suite.flops_reduction(plain, "classifier", [[2, 1], [1, 1]], 32))
+  assert np.isclose(
+    saved, experiments.flops_reduction(plain, "classifier", [[2, 1], [1, 1]], 32)
+  )
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    *(("limit", -1), ("timed", 0), ("rounds", -2), ("ablated", 0), ("examples", -1)),
+    *(("step", 0.0), ("error_rate", 1.0), ("error_rate", float("nan"))),
+    *(("measures", (odd,)) for odd in ("sotfmax", "softmax@a", "softmax/-1", "verified")),
+    ("measures", ("verified@2,4",)),
+  ],
+)
+def test_options_without_meaning_are_refused(name, value):
+  with pytest.raises(ValueError, match=f"`{name}`"):
+    bench.Options(**{name: value})
+
+
+def test_a_name_says_measure_layers_and_decay():
+  packed = inference.load("packed", max_decode_length=24)
+  options = bench.under(packed, "softmax@2,4/8").options
+  assert (options.measure, options.exit_layers) == ("softmax", (2, 4))
+  assert options.schedule == schedules.Decaying(8.0, 24)
+  assert bench.under(packed, "softmax").options.schedule == schedules.Constant()
+  assert bench.available(packed, ("softmax@2,4/8", "probe/2")) == ("softmax@2,4/8",)
+  # Drafts with slack: every model can draft.
+  assert bench.Options(measures=("verified@2",)).measures == ("verified@2",)
+  rule = bench.under(packed, "verified@2").options.rule
+  assert isinstance(rule, exits.Verified) and rule.draft_layer == 2
+  assert bench.available(packed, ("probe", "verified@2")) == ("verified@2",)

@@ -1,4 +1,4 @@
-"""Fig. 2a: one wrong token at each position, and what it does to the whole output."""
+"""Fig. 2a: one wrong token at each position, and its effect on the whole output."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,25 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm import exits, inference
-from calm.calibrate import Prompt, Record
+from calm import exits
+from calm.calibrate import Record
 from calm.inference import grid
-from calm.paper.bench import scores
+from calm.paper import bench, scores
 
 SAMPLING, LAYER = "sampling", "layer"
 
 
 @dataclasses.dataclass(frozen=True)
 class PerturbedRule:
-  """Full depth, but for one token: an `exits.StepRule` whose threshold is that token's index.
+  """Full depth but for one token: an `exits.StepRule` whose threshold is the token's index."""
 
-  Attributes:
-    layer: emits this layer's own prediction there (layer-based); None: the token of `rank`.
-    rank: of the last layer's tokens, 1 = the most likely (sampling-based).
-  """
-
+  # Emits this layer's own prediction there (layer-based); None: the token of `rank`.
   layer: int | None = None
-  rank: int = 10
+  rank: int = 10  # of the last layer's tokens, 1 = the most likely (sampling-based)
 
   def depth(self, num_layers: int) -> int:
     """Decoder layers in the program."""
@@ -65,42 +61,25 @@ RULES = {SAMPLING: PerturbedRule(), LAYER: PerturbedRule(layer=1)}
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-  """One kind of perturbation at one position.
+  """One kind of perturbation at one position."""
 
-  Attributes:
-    position: index of the token, 0 for the first.
-    prompts: outputs that have a token there; the others are left out.
-    changed: share of those whose text changed, in [0, 1].
-    similarity: mean metric against the unperturbed text.
-    quality: mean metric against the references.
-    full_quality: the same of the unperturbed texts of these prompts.
-    similarity_error: standard error of `similarity` over prompts.
-  """
-
-  position: int
-  prompts: int
-  changed: float
-  similarity: float
-  quality: float
-  full_quality: float
-  similarity_error: float = float("nan")
+  position: int  # index of the token, 0 for the first
+  prompts: int  # outputs that have a token there; the others are left out
+  changed: float  # share of those whose text changed, in [0, 1]
+  similarity: float  # mean metric against the unperturbed text
+  quality: float  # mean metric against the references
+  full_quality: float  # the same of the unperturbed texts of these prompts
+  similarity_error: float = float("nan")  # standard error of `similarity` over prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class Perturbations:
-  """Fig. 2a for one task.
-
-  Attributes:
-    metric: bounded metric.
-    num_prompts: validation prompts.
-    sampling: the last layer's 10th-ranked token at each position.
-    layer: the first layer's prediction at each position.
-  """
+  """Fig. 2a for one task: both kinds at each position."""
 
   metric: str
   num_prompts: int
-  sampling: tuple[Position, ...]
-  layer: tuple[Position, ...]
+  sampling: tuple[Position, ...]  # the last layer's 10th-ranked token
+  layer: tuple[Position, ...]  # the first layer's prediction
 
 
 def positions(full: Sequence[Record], most: int = 16) -> tuple[int, ...]:
@@ -109,63 +88,59 @@ def positions(full: Sequence[Record], most: int = 16) -> tuple[int, ...]:
   return tuple(sorted({int(p) for p in np.linspace(0, max(0, reach - 1), min(most, reach))}))
 
 
-def perturbations(
-  predictor: inference.Predictor,
-  prompts: Sequence[Prompt],
-  full: Sequence[Record],
-  metric: str,
-  *,
-  at: Sequence[int] | None = None,
-  progress: grid.ShareProgress = grid.silent,
-) -> Perturbations:
-  """Perturbs every output at every position, in both ways.
+def perturbations(of: bench.Bench) -> Perturbations:
+  """Perturbs every output of the validation prompts of Fig. 2 at `positions`, in both ways."""
+  prompts = of.validation[: of.options.ablated]
+  full = of.full[: len(prompts)]
+  return of.result(
+    Perturbations,
+    "perturbations",
+    lambda: _perturb(of, prompts, full, positions(full)),
+    prompts=prompts,
+    rules=repr(RULES),
+    intervals=scores.LEVEL,
+  )
 
-  Args:
-    predictor: the model.
-    prompts: with references.
-    full: the full model's records of these prompts.
-    metric: a bounded metric.
-    at: token indices; None: `positions`.
-    progress: told after every batch.
-  """
-  at = positions(full) if at is None else tuple(at)
-  found: dict[tuple[str, int], dict[int, Record]] = {
+
+def _perturb(of: bench.Bench, prompts, full, at: Sequence[int]) -> Perturbations:
+  predictor, progress = of.whole, of.step("perturbed tokens")
+  perturbed: dict[tuple[str, int], dict[int, Record]] = {
     (kind, position): {} for kind in RULES for position in at
   }
   lengths = np.array([len(record.tokens or ()) for record in full])
   batches = predictor.plan([prompt.input for prompt in prompts])
   for number, batch in enumerate(batches):
     encoded = predictor.encode(batch)
-    for (kind, position), records in found.items():
+    for (kind, position), records in perturbed.items():
       reaches = np.zeros(len(batch.active), bool)
       reaches[: len(batch.rows)] = lengths[batch.rows] > position
       if not reaches.any():
         continue
-      made = predictor.decode(encoded, reaches, float(position), RULES[kind])
+      decoded = predictor.decode(encoded, reaches, float(position), RULES[kind])
       for i in np.flatnonzero(reaches):
         row = int(batch.rows[i])
-        records[row] = grid.record(predictor, made, int(i), prompts[row].id)
+        records[row] = grid.record(predictor, decoded, int(i), prompts[row].id)
     progress((number + 1) / len(batches), f"batch {number + 1} of {len(batches)}")
-
-  def summed(kind: str) -> tuple[Position, ...]:
-    return tuple(_position(p, found[kind, p], prompts, full, metric) for p in at)
-
-  return Perturbations(metric, len(prompts), summed(SAMPLING), summed(LAYER))
+  metric = of.settings.metric
+  sampling, layer = (
+    tuple(_position(p, perturbed[kind, p], prompts, full, metric) for p in at) for kind in RULES
+  )
+  return Perturbations(metric, len(prompts), sampling, layer)
 
 
 def _position(position: int, records: dict[int, Record], prompts, full, metric) -> Position:
   rows = sorted(records)
-  made, before = [records[row] for row in rows], [full[row] for row in rows]
+  after, before = [records[row] for row in rows], [full[row] for row in rows]
   references = [prompts[row].targets for row in rows]
-  alike = scores.similarities(made, [(record.prediction,) for record in before], metric)
+  texts = [(record.prediction,) for record in before]
+  similarity = scores.similarities(after, texts, metric)
+  changed = [a.prediction != b.prediction for a, b in zip(after, before, strict=True)]
   return Position(
     position=position,
     prompts=len(rows),
-    changed=float(
-      np.mean([a.prediction != b.prediction for a, b in zip(made, before, strict=True)])
-    ),
-    similarity=float(alike.mean()),
-    quality=float(scores.similarities(made, references, metric).mean()),
+    changed=float(np.mean(changed)),
+    similarity=float(similarity.mean()),
+    quality=float(scores.similarities(after, references, metric).mean()),
     full_quality=float(scores.similarities(before, references, metric).mean()),
-    similarity_error=scores.standard_error(alike),
+    similarity_error=scores.standard_error(similarity),
   )

@@ -6,8 +6,8 @@ pytest.importorskip("matplotlib", reason="needs the extra 'report'")
 pytest.importorskip("jinja2", reason="needs the extra 'report'")
 pytest.importorskip("jax", reason="needs the extra 'decode'")
 
-from calm.paper.report import document, page, write
-from tests.paper.report import browser, samples
+from calm.paper import page, sections
+from tests.paper import browser, samples
 
 if browser.executable() is None:
   pytest.skip("needs Chromium: apt-get install chromium", allow_module_level=True)
@@ -18,8 +18,8 @@ TOKENS = "[...document.querySelectorAll('.example:nth-of-type(1) .tokens .k')]"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   path = tmp_path_factory.mktemp("report")
-  sections = document.sections([samples.report()])
-  write.write(path, page.Page("made up", (("model", "none"),), sections, 4))
+  every = sections.sections([samples.report()])
+  page.write(path, page.Page("made up", (("model", "none"),), every, 4))
   return path
 
 

@@ -12,8 +12,7 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 
 from calm.exits import confidence
 from calm.inference import drawing, outputs
-from calm.paper.bench import bench
-from calm.paper.report import figures
+from calm.paper import bench, figures
 
 # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.
 SEEN_BY = {
@@ -109,7 +108,7 @@ def test_series_are_seen_on_both_pages():
 
 def test_a_figure_on_the_page_takes_the_page_s_colours():
   style = figures.styles_of(["static"])["static"]
-  made = figures.draw("a", "A.", "", lambda axes: figures.plot(axes, style, [1, 2], [3, 4]))
+  made = figures.draw("a", "A.", "", ("x", "y"), [figures.Series(style, [1, 2], [3, 4])])
   assert style.colour in made.svg and f"var(--on-{style.colour[1:]}, " in made.inline
   assert style.colour in drawing.ON_DARK and set(drawing.ON_DARK) <= {
     style.colour for style in drawn().values()

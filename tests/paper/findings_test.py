@@ -3,17 +3,14 @@
 import dataclasses
 import math
 
-import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib", reason="needs the extra 'report'")
 pytest.importorskip("jax", reason="needs the extra 'decode'")
 
 from calm.exits import schedules
-from calm.paper.bench import intervals
-from calm.paper.experiments import perturbations
-from calm.paper.report import document, findings, table2
-from tests.paper.report import samples
+from calm.paper import findings, perturbations, sections
+from tests.paper import samples
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +43,11 @@ def test_a_risk_above_the_promise_is_remarked(report):
   few = worse(0.05)
   assert "so few prompts cannot tell the two apart" in findings.headline(few)
   assert "do not rely on it" in findings.headline(worse(0.28))
-  table, _ = table2.calibrated_gains([few]).tables
+  table, _ = sections.section("gains", [few]).tables
   marked = [row for row in table.rows if any("▲" in cell for cell in row)]
   assert len(marked) == len(table.rows) and "▲: 12 of 12 measured risks are above" in table.note
   assert "in 3 of them the whole interval is" in table.note  # δ = 0.02, of the signed loss
-  quiet, _ = table2.calibrated_gains([report]).tables
+  quiet, _ = sections.section("gains", [report]).tables
   assert "No measured risk is above its δ." in quiet.note
 
 
@@ -69,20 +66,24 @@ def test_where_nothing_is_faster_full_depth_is_said_to_be_best(report):
 
 def test_titles_of_figure_3_are_its_numbers(report):
   found = report.tradeoff
-  title = findings.quality_and_layers(found, "summaries", "ROUGE-L")
+  title = findings.quality_and_layers(found, "summaries", "ROUGE-L", 4)
   kept = [
     point.scores.layers
     for curve in found.curves
     if curve.name in samples.MEASURES
     for point in curve.points
-    if point.scores.quality >= 0.98 * found.full.scores.quality
+    if point.scores.quality >= 0.98 * found.first("full model").scores.quality
   ]
   assert title.endswith(f"keeps 98% of the ROUGE-L with {min(kept):.1f} of 4 layers")
   seconds = findings.quality_and_seconds(found, "summaries", "ROUGE-L")
   assert seconds.endswith("of the ROUGE-L up to ×1.82 as fast (1.8 to 1.8)")
-  better = dataclasses.replace(found.full.scores, quality=2.0)
-  none = dataclasses.replace(found, full=dataclasses.replace(found.full, scores=better))
-  assert "no measure keeps" in findings.quality_and_layers(none, "summaries", "ROUGE-L")
+  *curves, full = found.curves
+  better = dataclasses.replace(full.points[0].scores, quality=2.0)
+  point = dataclasses.replace(full.points[0], scores=better)
+  none = dataclasses.replace(
+    found, curves=(*curves, dataclasses.replace(full, points=(point,)))
+  )
+  assert "no measure keeps" in findings.quality_and_layers(none, "summaries", "ROUGE-L", 4)
   assert "nothing that keeps" in findings.quality_and_seconds(none, "summaries", "ROUGE-L")
 
 
@@ -118,34 +119,9 @@ def test_titles_of_wrong_tokens_heed_their_errors(first, last, error, says):
 
 
 def test_every_figure_of_the_page_is_titled_by_what_it_shows(report):
-  sections = document.sections([report])
-  titles = [figure.title for section in sections for figure in section.figures]
+  every = sections.sections([report])
+  titles = [figure.title for section in every for figure in section.figures]
   assert len(set(titles)) == len(titles)
   for title in titles:
     assert any(c.isdigit() for c in title) or "stays below" in title, title
     assert title[0].isupper() or not title[0].isalpha() or title[0] == "λ"
-
-
-def test_intervals_cover_and_shrink():
-  rng = np.random.default_rng(1)
-  missed = 0
-  for _ in range(100):
-    losses = (rng.random(24) < 0.1) * rng.random(24)  # expectation 0.05
-    low, high = intervals.of_mean(losses)
-    assert 0.0 <= low <= losses.mean() <= high <= 1.0
-    missed += not low <= 0.05 <= high
-  assert missed <= 5
-  assert intervals.of_mean([0.0] * 24)[0] == 0.0 and intervals.of_mean([0.0] * 24)[1] > 0.1
-  assert intervals.of_mean([0.0] * 500)[1] < 0.02
-  low, high = intervals.of_mean([-1.0, 0.0, 0.0, 0.4] * 6, -1.0)
-  assert -1.0 <= low < -0.15 < high < 1.0
-  assert all(map(math.isnan, intervals.of_mean([])))
-
-
-def test_intervals_of_ratios_are_over_prompts():
-  full, early = [4.0, 4.0, 4.0, 4.0], [1.0, 2.0, 3.0, 2.0]
-  low, high = intervals.of_ratio(full, early)
-  assert 4 / 3 <= low < 2.0 < high <= 4.0
-  assert intervals.of_ratio(full, early) == (low, high)
-  assert intervals.of_ratio(full, [2.0] * 4) == (2.0, 2.0)
-  assert all(map(math.isnan, intervals.of_ratio([1.0], [1.0])))

@@ -1,1 +1,0 @@
-"""What every experiment measures with: decoding, timing, grids, scores, cached results."""

@@ -1,0 +1,171 @@
+"""Sections as one HTML file that needs no network, as files, and in a terminal."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, TextIO, cast
+
+import jinja2
+import markupsafe
+from rich import console as rich_console
+
+from calm import storage
+from calm.console import print_table, print_text, sanitize
+from calm.inference import drawing, outputs, result_cache
+from calm.paper import experiments, findings
+from calm.paper.sections import INTERVALS, Section, gains_table
+from calm.paper.tables import number, threshold
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+  """A whole report."""
+
+  title: str  # of the page
+  # (name, value) about the model, the machine and the command.
+  facts: tuple[tuple[str, str], ...]
+  sections: tuple[Section, ...]  # in the order of reading
+  num_layers: int  # decoder layers of the model, for the colours
+  headlines: tuple[str, ...] = ()  # the result in a sentence a task, under the title
+
+
+def render(page: Page) -> str:
+  """The page as HTML; text of others is shown with its control and direction marks visible."""
+  environment = jinja2.Environment(
+    loader=jinja2.PackageLoader("calm.paper", "templates"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+    finalize=lambda value: sanitize(value) if type(value) is str else value,
+  )
+  environment.filters["inline"] = lambda figure: markupsafe.Markup(figure.inline)
+  environment.filters["data"] = script_data
+  environment.filters["threshold"] = threshold
+  environment.filters["number"] = number
+  scale = enumerate(outputs.scale(page.num_layers), start=1)
+  return environment.get_template("page.html.j2").render(
+    page=page,
+    palette=[(layer, colour, outputs.text_colour(colour)) for layer, colour in scale],
+    on_dark=drawing.ON_DARK,
+    panel_data=panel_data,
+    certified_text=certified_text,
+  )
+
+
+def write(output: pathlib.Path, page: Page) -> str:
+  """Writes index.html, figures/ and tables/; returns a sentence that says so."""
+  figures = [figure for section in page.sections for figure in section.figures]
+  tables = [table for section in page.sections for table in section.tables]
+  files: dict[str, str | bytes] = {}
+  for figure in figures:
+    files |= {
+      f"figures/{figure.name}.svg": figure.svg,
+      f"figures/{figure.name}.png": figure.png,
+    }
+  for table in tables:
+    files |= {f"tables/{table.name}.csv": table.csv, f"tables/{table.name}.md": table.markdown}
+  for name, content in (files | {"index.html": render(page)}).items():
+    (output / name).parent.mkdir(parents=True, exist_ok=True)
+    storage.write_atomically(output / name, content)
+  return f"{len(figures)} figures, {len(tables)} tables and one page are in {output}"
+
+
+def panel_data(measures: Sequence[experiments.Examples]) -> dict[str, Any]:
+  """The slider's numbers, without the prompts, which stand on the page already."""
+  return {
+    "measures": [
+      {
+        "name": measure.measure,
+        "chosen": measure.chosen,
+        "certified": certified_text(measure),
+        "thresholds": list(measure.thresholds),
+        "items": [
+          [
+            {
+              "p": visible(level.pieces),
+              "l": level.exit_layers,
+              "c": level.confidences,
+              "m": round(level.layers, 3),
+              "d": round(level.distance, 3),
+              "r": round(level.risk_difference, 3),
+            }
+            for level in item.levels
+          ]
+          for item in measure.items
+        ],
+      }
+      for measure in measures
+    ]
+  }
+
+
+def certified_text(measure: experiments.Examples) -> str:
+  """The sentence under the slider about the point where it begins."""
+  if measure.certified is None:
+    return "nothing is certified: the safest threshold is shown"
+  tolerance, error_rate = measure.certified
+  return (
+    f"certified: at {threshold(measure.thresholds[measure.chosen])} the mean distance is at"
+    f" most {tolerance:g}, with probability {1.0 - error_rate:.10g}"
+  )
+
+
+def visible(pieces: Sequence[str]) -> list[str]:
+  """Pieces as text: SentencePiece's mark is a space, the first of a text is dropped."""
+  text = [sanitize(piece).replace("\u2581", " ") for piece in pieces]
+  return [text[0].lstrip(" "), *text[1:]] if text else []
+
+
+def script_data(value: Any) -> markupsafe.Markup:
+  """JSON that is safe inside a script element."""
+  text = json.dumps(result_cache.to_json(value), ensure_ascii=False, separators=(",", ":"))
+  return markupsafe.Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028"))
+
+
+def print_report(
+  console: rich_console.Console, reports: Sequence[experiments.TaskReport], *, count: int = 2
+) -> None:
+  """Prints every task's headline, Table 2 and some coloured outputs in a terminal."""
+  for report in reports:
+    print_text(console, f"\n{findings.headline(report)}", "bold")
+    table = gains_table(report)
+    # The headline and the page have the intervals.
+    shown = [i for i, head in enumerate(table.heads) if "95 %" not in head]
+    print_table(
+      console,
+      [table.heads[i] for i in shown],
+      [[row[i] for i in shown] for row in table.rows],
+      title=table.title,
+      words=table.text_columns,
+    )
+    print_text(console, table.note.replace(INTERVALS, ""), "dim")
+    for measure in report.examples[:1]:
+      _print_examples(console, measure, count)
+
+
+def _print_examples(
+  console: rich_console.Console, found: experiments.Examples, count: int
+) -> None:
+  """Outputs at the threshold shown first, each token on its layers' colour."""
+  at = threshold(found.thresholds[found.chosen])
+  console.print(f"\nmeasure {found.measure}, threshold {at}", highlight=False)
+  mode = outputs.terminal_mode(stream=cast(TextIO, console.file))
+  if mode != "plain":
+    print(outputs.legend_terminal(found.num_layers, mode=mode), file=console.file)
+  for item in found.items[:count]:
+    level = item.levels[found.chosen]
+    pieces = visible(level.pieces)
+    print_text(console, f"\n{item.id}", "dim")
+    for name, value in (("reference", item.reference), ("full", item.full)):
+      print_text(console, f"  {name:<10} {value}", soft_wrap=True)
+    layers = f"{level.layers:.2f} layers a token"
+    if mode == "plain":
+      print_text(console, f"  {'early':<10} {''.join(pieces)}", soft_wrap=True)
+      layers = f"layers {' '.join(map(str, level.exit_layers))}"
+    else:
+      text = outputs.to_terminal(pieces, level.exit_layers, found.num_layers, mode=mode)
+      print(f"  {'early':<10} {text}", file=console.file)
+    numbers = f"D {number(level.distance)}, R {number(level.risk_difference)}, {layers}"
+    print_text(console, f"  {numbers}", "dim")

@@ -1,0 +1,157 @@
+"""Quality, similarity to the full model and layers of records, with 95 % intervals."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from calm.calibrate import Record, generations
+from calm.calibrate.evidence import bounds
+from calm.calibrate.losses import metric_values, metrics
+from calm.exits import schedules
+from calm.inference import timing
+from calm.inference.grid import mean_layers
+
+LEVEL = 0.95  # of every interval
+Interval = tuple[float, float]
+UNKNOWN: Interval = (float("nan"), float("nan"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """Scores of the records of one setting."""
+
+  layers: float  # mean decoder layers a token over all real tokens, EOS included
+  quality: float  # mean metric against the references, in [0, 1]
+  quality_error: float  # its standard error over prompts
+  similarity: float  # mean metric against the full model's text, in [0, 1]
+  similarity_error: float  # its standard error over prompts
+  identical: float  # share of texts equal to the full model's, in [0, 1]
+  bleu: float = float("nan")  # corpus BLEU in [0, 100]; NaN where not computed
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """One setting of one curve."""
+
+  threshold: float  # lambda; `NEVER_EXIT` where the setting has none
+  scores: Scores  # on all prompts
+  # Measured decode seconds a prompt, on the timed prompts; NaN if not timed.
+  seconds: float = float("nan")
+  speedup: float = float("nan")  # full depth's decode seconds over these; NaN if not timed
+  speedup_interval: Interval = UNKNOWN  # its 95 % interval, over prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+  """Points of one measure, schedule or training, from the deepest to the shallowest."""
+
+  name: str
+  points: tuple[Point, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+  """Scores records of the same prompts."""
+
+  references: Sequence[Sequence[str]]  # accepted texts of each prompt
+  metric: metrics.MetricLike  # a bounded metric
+  bleu: bool = False  # whether to compute corpus BLEU
+
+  def scores(self, records: Sequence[Record], full: Sequence[Record]) -> Scores:
+    """Scores records beside the full model's of the same prompts."""
+    quality = similarities(records, self.references, self.metric)
+    similarity = similarities(records, [(r.prediction,) for r in full], self.metric)
+    texts = [record.prediction for record in records]
+    same = [text == record.prediction for text, record in zip(texts, full, strict=True)]
+    return Scores(
+      layers=mean_layers(records),
+      quality=float(quality.mean()),
+      quality_error=standard_error(quality),
+      similarity=float(similarity.mean()),
+      similarity_error=standard_error(similarity),
+      identical=sum(same) / len(same),
+      bleu=metrics.corpus_scores(texts, self.references)["bleu"] if self.bleu else float("nan"),
+    )
+
+  def point(
+    self,
+    records: Sequence[Record],
+    full: Sequence[Record],
+    threshold: float = schedules.NEVER_EXIT,
+    *,
+    name: str = "",
+    timings: timing.Timings | None = None,
+  ) -> Point:
+    """A point of a curve, with the measured seconds of the setting of that name."""
+    scored = self.scores(records, full)
+    timed = timings and timings.find(name, threshold)
+    if not timings or not timed:
+      return Point(threshold, scored)
+    interval = speedup_interval(timings, timed)
+    return Point(threshold, scored, timed.decode_seconds, timed.speedup, interval)
+
+  def curve(
+    self,
+    name: str,
+    cached: generations.Generations,
+    full: Sequence[Record],
+    timings: timing.Timings | None = None,
+  ) -> Curve:
+    """A curve with one point a threshold."""
+    points = (
+      self.point(records, full, float(threshold), name=name, timings=timings)
+      for threshold, records in zip(cached.thresholds, cached.records, strict=True)
+    )
+    return Curve(name, tuple(points))
+
+
+def similarities(
+  records: Sequence[Record], references: Sequence[Sequence[str]], metric: metrics.MetricLike
+) -> np.ndarray:
+  """The metric of each prediction against its references, [num_examples] in [0, 1]."""
+  pairs = [(r.prediction, tuple(texts)) for r, texts in zip(records, references, strict=True)]
+  return metric_values.compute(metrics.get_metric(metric), pairs)
+
+
+def standard_error(values: np.ndarray) -> float:
+  """Of the mean of values [num_prompts]; NaN below two."""
+  return float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+
+
+def mean_interval(losses: Sequence[float] | np.ndarray, lower: float = 0.0) -> Interval:
+  """Interval of the expected loss of a prompt, by inverting a betting test on both sides.
+
+  It covers at any number of prompts, however few of their losses differ from 0, where a normal
+  interval would be a point. Losses [num_prompts] lie in [`lower`, 1]; each end is missed with a
+  probability of at most (1 - LEVEL) / 2; unknown without prompts.
+  """
+  values = np.asarray(losses, np.float64)
+  if not values.size:
+    return UNKNOWN
+  values = np.random.default_rng(0).permutation(values)
+  miss = (1.0 - LEVEL) / 2.0
+  high = bounds.betting(values, error_rate=miss, lower=lower)
+  # The same test of 1 + lower - loss, which has the same range.
+  low = 1.0 + lower - bounds.betting(1.0 + lower - values, error_rate=miss, lower=lower)
+  return max(lower, float(low)), float(high)
+
+
+def speedup_interval(timings: timing.Timings, timed: timing.Timed) -> Interval:
+  """Interval of a setting's speed-up over full depth, prompts drawn with replacement.
+
+  Unknown without full depth or below two prompts.
+  """
+  full, count = timings.find(timing.FULL), len(timed.prompt_seconds)
+  if full is None or count < 2:
+    return UNKNOWN
+  drawn = np.random.default_rng(0).integers(0, count, size=(2000, count))
+  sums = [np.asarray(row.prompt_seconds)[drawn].sum(axis=1) for row in (full, timed)]
+  miss = 50.0 * (1.0 - LEVEL)
+  low, high = np.percentile(sums[0] / sums[1], [miss, 100.0 - miss])
+  return float(low), float(high)
+
+
+def normal_interval(value: float, error: float) -> Interval:
+  """Interval of a mean by its standard error."""
+  return value - 1.96 * error, value + 1.96 * error

@@ -1,0 +1,212 @@
+"""The experiments on made-up generations, against numbers by hand."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+pytest.importorskip("jax", reason="needs the extra 'decode'")
+
+from calm.calibrate import Record, default_grid
+from calm.exits import schedules
+from calm.inference import timing
+from calm.paper import bench, experiments, perturbations, scores, tasks
+from tests.paper import samples
+from tests.paper.samples import GRID, MEASURES, NUM_LAYERS
+
+
+@pytest.fixture(scope="module")
+def report():
+  return samples.report()
+
+
+def test_scores_by_hand():
+  full = [samples.record(i, 4) for i in range(4)]
+  early = [samples.record(i, 2, wrong=i == 0) for i in range(4)]
+  references = [(r.prediction,) for r in full]
+  scored = scores.Scorer(references, "rouge_l", bleu=True).scores(early, full)
+  # The first output lacks its last of four words: precision 1, recall 3/4.
+  assert scored.similarity == scored.quality == pytest.approx((6 / 7 + 3) / 4)
+  layers = [layer for record in early for layer in record.exit_layers]
+  assert scored.layers == pytest.approx(sum(layers) / len(layers))
+  assert scored.identical == 0.75 and 0 < scored.bleu < 100
+  assert math.isnan(scores.Scorer([("x",)] * 4, "rouge_l").scores(early, full).bleu)
+
+
+def test_lengths_by_hand(report):
+  counts = [len(samples.full_text(i).split()) for i in range(60)]
+  references = report.lengths.references
+  assert references.count == 60 and references.mean == pytest.approx(np.mean(counts) + 1)
+  assert (references.low, references.high) == (5, 8) and str(references) == "6 (5 - 8)"
+  assert report.lengths.inputs.mean == pytest.approx(np.mean(counts) + 2)
+  # Eight tokens are read, EOS among them: texts of six and seven words and two more are cut.
+  assert report.lengths.cut_inputs == np.mean([count >= 6 for count in counts])
+
+
+def test_a_grid_has_points_where_confidences_lie():
+  refused = tuple(np.linspace(0.951, 0.999, 49).tolist())
+  count = len(refused)
+  record = Record("p", "t", (3,) * count, (4,) * count, (0.0,) * count, refused)
+  grid = np.array(bench.grid_of([record], "classifier", points=4))
+  assert np.all(np.diff(grid) < 0) and set(default_grid("classifier")) <= set(grid)
+  between = grid[grid > 0.95]
+  assert between == pytest.approx(np.quantile(refused, [0.8, 0.6, 0.4, 0.2]))
+
+
+def test_the_tradeoff_has_every_curve_and_its_seconds(report):
+  found = report.tradeoff
+  assert [c.name for c in found.curves] == [*MEASURES, "static", "oracle", "full model"]
+  softmax = found.curve("softmax")
+  assert [p.threshold for p in softmax.points] == list(GRID)
+  assert [p.seconds for p in softmax.points] == pytest.approx([3.3e-3, 2.2e-3, 1.1e-3])
+  similarity = [p.scores.similarity for p in softmax.points]
+  assert 1.0 == similarity[0] > similarity[1] > similarity[2]
+  depths = [p.scores.layers for p in found.curve("static").points]
+  assert depths[0] == 4 and depths == sorted(depths, reverse=True)
+  assert softmax.points[1].speedup_interval == pytest.approx((4 / 2.2, 4 / 2.2))
+  assert found.first("full model").speedup == 1.0
+  assert (found.num_timed, found.num_prompts) == (3, 60) and found.curve("missing") is None
+
+
+def test_gains_calibrate_on_one_part_and_measure_on_the_other(report):
+  found = report.gains
+  assert (found.num_calibration, found.num_unseen, found.num_timed) == (48, 12, 3)
+  assert len(found.rows) == len(experiments.TARGETS) * len(MEASURES)
+  row = next(r for r in found.rows if r.target == experiments.Target("textual", 0.1))
+  _, auto = row.gains
+  assert auto.threshold == 0.6 and 0 < auto.risk < 0.1
+  exits = [r.exit_layers for r in samples.cached().records[1][48:]]
+  assert auto.layers == pytest.approx(sum(map(sum, exits)) / sum(map(len, exits)))
+  assert auto.speedup == pytest.approx(4 / 2.2) and auto.flops_reduction == 1.5
+  assert auto.speedup_interval == pytest.approx((4 / 2.2, 4 / 2.2))  # all prompts alike
+  assert auto.risk_interval[0] <= auto.risk < auto.risk_interval[1] < 0.5
+
+
+def test_risk_is_clipped_for_the_paper_and_signed_for_the_bettor(monkeypatch):
+  kinds = []
+  compute = experiments.sequence_losses.compute
+
+  def recorded(cached, kind, **options):
+    kinds.append(kind)
+    return compute(cached, kind, **options)
+
+  monkeypatch.setattr(experiments.sequence_losses, "compute", recorded)
+  monkeypatch.setattr(experiments, "flops_reduction", lambda *asked: 1.5)
+  experiments.gains(samples.sample(), targets=[experiments.Target("risk", 0.02)])
+  assert kinds == ["risk_clipped", "risk_signed"] * len(MEASURES)
+
+
+def test_nothing_certified_is_the_full_model():
+  for row in experiments.gains(samples.sample(5)).rows:
+    for gain in row.gains:
+      assert gain.threshold == schedules.NEVER_EXIT
+      assert (gain.layers, gain.risk, gain.flops_reduction) == (NUM_LAYERS, 0.0, 1.0)
+      assert (gain.speedup, gain.end_to_end, gain.speedup_interval) == (1.0, 1.0, (1.0, 1.0))
+
+
+def test_examples_show_distance_risk_and_layers(report):
+  shown = experiments.examples(samples.sample(), report.gains)[0]
+  # The lowest that is certified for any tolerance.
+  assert shown.thresholds[shown.chosen] == 0.3 and shown.certified == (0.25, 0.05)
+  first = shown.items[0]
+  above, _, below = first.levels
+  assert first.reference == first.full + " more" and above.distance == 0.0
+  words = len(first.full.split())
+  # One word of `words` is lost.
+  assert below.distance == pytest.approx(1 - 2 * (words - 1) / (2 * words - 1))
+  assert below.risk_difference > 0 and above.risk_difference == 0.0
+  assert below.layers == pytest.approx((4 + words - 1) / words)
+  assert above.pieces[-1] == "⏎"
+
+
+def test_examples_are_taken_in_order_from_those_that_change():
+  cached = samples.cached()
+  among = {f"p{i}" for i in range(1, 30)}
+  assert experiments.choose_examples(cached, 3, among) == (2, 4, 6)
+  assert experiments.choose_examples(cached, 2, {"p1", "p3"}) == (1, 3)
+  assert experiments.choose_examples(cached, 2, among, max_tokens=4) == ()
+
+
+def test_schedules_are_three_different_things(report):
+  values = experiments.schedule_values(10)
+  assert values["constant"] == pytest.approx([0.8] * 10)
+  assert values["decaying, τ = 0"] == pytest.approx([0.82] * 10)
+  fast = values["decaying, τ = 4"]
+  assert (fast[0], fast[-1]) == pytest.approx((0.82, 0.72 + 0.1 * math.exp(-3.6)))
+  assert experiments.schedule_grid(0.25) == (0.75, 0.5, 0.25)
+  curve = report.decay.curves[0]
+  assert experiments.reachable_layers(curve, 0.99) < NUM_LAYERS
+  assert math.isnan(experiments.reachable_layers(curve, 1.1))
+
+
+def test_positions_reach_as_far_as_a_quarter_of_the_outputs():
+  records = [Record(f"p{i}", "t", (3,) * n) for i, n in enumerate((2, 4, 8, 8))]
+  assert perturbations.positions(records) == tuple(range(8))
+  assert perturbations.positions(records, most=3) == (0, 3, 7)
+
+
+def test_validity_has_both_figures_for_every_measure_and_method(report):
+  entries = report.validity.trials
+  assert [(e.measure, e.method) for e in entries] == [
+    (measure, method) for measure in MEASURES for method in ("paper", "auto")
+  ]
+  for entry in entries:
+    assert [split.tolerance for split in entry.splits] == [0.05, 0.2]
+    assert all(trial.trials == 10 for trial in entry.validity)
+    assert entry.splits[1].layers_mean < NUM_LAYERS
+
+
+def test_tasks_go_by_their_names_and_their_ends():
+  assert tasks.task("qa") is tasks.task("debian_qa")
+  assert tasks.task("enfr").metric == "chrf" and tasks.task("enfr").bleu
+  with pytest.raises(ValueError, match=r"to be a task of .*debian_enfr.* got 'squad'"):
+    tasks.task("squad")
+
+
+def test_prompts_are_one_a_source_in_a_drawn_order(tmp_path):
+  folder = tmp_path / "debian_qa"
+  folder.mkdir()
+  rows = [
+    f'{{"id": "q{i}", "source": "s{i // 3}", "input": "i", "target": ["t"]}}\n'
+    for i in range(30)
+  ]
+  (folder / "test.jsonl").write_text("".join(rows))
+  settings = tasks.task("qa")
+  every = tasks.read_prompts(tmp_path, settings, "test")
+  assert sorted(p.group for p in every) == sorted(f"s{i}" for i in range(10))
+  assert [p.id for p in every] != sorted(p.id for p in every)
+  assert tasks.read_prompts(tmp_path, settings, "test", limit=4) == every[:4]
+  assert tasks.read_prompts(tmp_path, settings, "test", seed=1) != every
+
+
+def test_intervals_cover_and_shrink():
+  rng = np.random.default_rng(1)
+  missed = 0
+  for _ in range(100):
+    losses = (rng.random(24) < 0.1) * rng.random(24)  # expectation 0.05
+    low, high = scores.mean_interval(losses)
+    assert 0.0 <= low <= losses.mean() <= high <= 1.0
+    missed += not low <= 0.05 <= high
+  assert missed <= 5
+  assert scores.mean_interval([0.0] * 24)[0] == 0.0 < 0.1 < scores.mean_interval([0.0] * 24)[1]
+  assert scores.mean_interval([0.0] * 500)[1] < 0.02
+  low, high = scores.mean_interval([-1.0, 0.0, 0.0, 0.4] * 6, -1.0)
+  assert -1.0 <= low < -0.15 < high < 1.0
+  assert all(map(math.isnan, scores.mean_interval([])))
+
+
+def test_intervals_of_speedups_are_over_prompts():
+  full, early = (
+    timing.Timed(name, schedules.NEVER_EXIT, 1.0, seconds, 1.0, 1.0, 1.0)
+    for name, seconds in ((timing.FULL, (4.0,) * 4), ("softmax", (1.0, 2.0, 3.0, 2.0)))
+  )
+  timings = timing.Timings(4, 1, 0.0, 4.0, (full, early))
+  low, high = scores.speedup_interval(timings, early)
+  assert 4 / 3 <= low < 2.0 < high <= 4.0
+  assert scores.speedup_interval(timings, full) == (1.0, 1.0)
+  alone = dataclasses.replace(early, prompt_seconds=(1.0,))
+  assert all(map(math.isnan, scores.speedup_interval(timings, alone)))
+  assert all(
+    map(math.isnan, scores.speedup_interval(dataclasses.replace(timings, rows=()), early))
+  )
