@@ -45,7 +45,7 @@ _check_annotations()
 
 # Files that take longest, these first: else one of two workers ends long after the other.
 LONGEST = (
-  *("decode/program_test.py", "paper/bench/engine_test.py", "fitting/stages_test.py"),
+  *("decode/program_test.py", "paper/bench_test.py", "fitting/stages_test.py"),
   *("training/loop_test.py", "commands/pipeline_test.py", "inference/predictor_test.py"),
   *("checkpoints/huggingface_test.py", "training/objectives_test.py", "training/run_test.py"),
   *("fitting/run_test.py", "decode/program_reference_test.py", "t5/network_golden_test.py"),
@@ -74,7 +74,7 @@ QUICK = (
   *("fitting/training_test.py", "inference/calibrating_test.py", "inference/grid_test.py"),
   *("inference/platform_test.py", "inference/seconds_test.py"),
   *("inference/until_certified_test.py",),
-  *("paper/bench/engine_test.py",),
+  *("paper/bench_test.py",),
   *("scripts/benchmark_limits_test.py", "scripts/benchmark_lists_test.py"),
   *("scripts/benchmark_test.py", "scripts/soak_test.py"),
   *("scripts/walkthrough_test.py", "t5/costs_test.py", "t5/decoder_test.py"),
