@@ -18,7 +18,7 @@ from calm import fitting, inference
 from calm.calibrate import generations
 from calm.calibrate.losses import sequence_losses
 from calm.commands import cli, flags
-from calm.paper.bench import bench
+from calm.paper import bench
 from tests.commands import toy
 
 pytestmark = pytest.mark.usefixtures("cache_in_tmp")
