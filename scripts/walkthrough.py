@@ -95,7 +95,7 @@ from matplotlib.figure import Figure  # noqa: E402 (the extra 'report')
 
 references = [prompt.targets for prompt in cached.prompts]
 scorer = scores.Scorer(references, "rouge_l")
-points = [scorer.scores(outputs, cached.full) for outputs in cached.records]
+points = [scorer.scores(records, cached.full) for records in cached.records]
 figure = Figure(figsize=(5, 3.5), layout="constrained")
 axes = figure.subplots()
 axes.plot([p.layers for p in points], [100 * p.similarity for p in points], "o-")

@@ -125,7 +125,7 @@ def script_data(value: Any) -> markupsafe.Markup:
 
 
 def print_report(
-  console: rich_console.Console, reports: Sequence[experiments.TaskReport], *, outputs: int = 2
+  console: rich_console.Console, reports: Sequence[experiments.TaskReport], *, count: int = 2
 ) -> None:
   """Prints every task's headline, Table 2 and some coloured outputs in a terminal."""
   for report in reports:
@@ -142,7 +142,7 @@ def print_report(
     )
     print_text(console, table.note.replace(INTERVALS, ""), "dim")
     for measure in report.examples[:1]:
-      _print_examples(console, measure, outputs)
+      _print_examples(console, measure, count)
 
 
 def _print_examples(

@@ -206,7 +206,6 @@ def test_a_users_own_rows_are_split_as_fit_splits_them(folder, tmp_path, monkeyp
   numbers = [int(line[1:].split("/")[0]) for line in steps]
   planned = {int(line.split("/")[1].split("]")[0]) for line in steps}
   assert numbers == sorted(numbers) and planned == {max(numbers)}
-  assert "left" in steps[-1]
   page = (output / "index.html").read_text("utf-8")
   assert "My rows: " in page and "token_f1" in page and "<b>" not in page.split("<main>")[1]
   with pytest.raises(SystemExit):
