@@ -47,10 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(parser, "full", "FILE", "JSON Lines of the full model's outputs")
   text = "outputs at thresholds, or at any other knob, the best first"
   add(parser, "outputs", "KNOB=FILE", text, nargs="+")
-  flags.add_rates(parser)
+  flags.add_shared(parser, "tolerance", "error_rate")
   kinds = ("textual", "risk_signed", "risk_clipped")
   add(parser, "kind", "NAME", f"loss: {', '.join(kinds)}", "textual", choices=kinds)
-  add(parser, "metric", "NAME", flags.METRICS, METRIC)
+  flags.add_shared(parser, "metric")
   text = f"bound: {', '.join(PROMISES)}"
   way = parser.add_mutually_exclusive_group()
   add(way, "promise", "NAME", text, "mean", choices=PROMISES)
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(parser, "output", "FILE", "where to write", without="DIRECTORY/calibration.json")
   add(more, "method", "NAME", f"p-values: {', '.join(methods.METHODS)}", "auto")
   add(more, "testing", "NAME", ", ".join(multiple_testing.PROCEDURES), "fixed_sequence")
-  flags.add_ungrouped(more)
+  flags.add_shared(more, "ungrouped")
   add(more, "pilot", "DIR", "outputs of other prompts: print first how likely each certifies")
   add(more, "share", "X", "quantile: share of texts within the tolerance", 0.95)
   add(more, "labels", "FILE", "every_group: JSON Lines of {id, label}, one a prompt")
@@ -175,7 +175,7 @@ def _rates(arguments: argparse.Namespace) -> dict[str, Any]:
 def _plan(arguments, console, cached: generations.Generations) -> None:
   """Refuses, before any work, where nothing could be certified; warns where little could."""
   support = sequence_losses.kind_support(arguments.kind, arguments.metric)
-  units = run_lib.test_clusters(arguments, cached.prompts) or cached.ids
+  units = run_lib.tested_clusters(arguments, cached.prompts) or cached.ids
   share, testing, count = 1.0, arguments.testing, len(set(units))
   if testing in multiple_testing.PROCEDURES:
     share = multiple_testing.first_share(testing, len(cached.thresholds))
@@ -213,7 +213,7 @@ def _make(
 
 
 def _replay(arguments, cached: generations.Generations) -> calibrate_lib.Calibration:
-  grouped = run_lib.test_clusters(arguments, cached.prompts) is not None
+  grouped = run_lib.tested_clusters(arguments, cached.prompts) is not None
   if (cached.by_group and arguments.ungrouped) or (grouped and not cached.by_group):
     raise ValueError(
       "Expected `--ungrouped` as the run that stopped early had it (decided"

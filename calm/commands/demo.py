@@ -11,14 +11,12 @@ the threshold, then decodes prompts that were never seen and compares.
 import argparse
 import pathlib
 import statistics
-import tempfile
 
 from rich import console as rich_console
 
-from calm.calibrate import Calibration, Prompt, Support, calibrate, generations, thresholds
+from calm.calibrate import Calibration, thresholds
 from calm.calibrate.generations import records
-from calm.calibrate.generations import writer as writer_lib
-from calm.calibrate.losses import metrics, sequence_losses
+from calm.calibrate.losses import metrics
 from calm.commands import flags
 from calm.commands import run as run_lib
 from calm.console import Progress, print_table, print_text
@@ -32,13 +30,12 @@ REPEATS = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the command's options."""
   add = flags.add
-  flags.add_rates(parser)
+  flags.add_shared(parser, "tolerance", "error_rate")
   text = "softmax, shortlist, state or classifier"
   add(parser, "measure", "NAME", text, without="the model's own")
   text = "layers after which a token may leave, like 2,4, or all"
   add(parser, "exit_layers", "LAYERS", text, without="the model's own")
-  add(parser, "model", "FOLDER", "a checkpoint, or 'packed'", "packed")
-  add(parser, "limit", "N", "use only the first N prompts of each set")
+  flags.add_shared(parser, "model", "limit")
   add(parser, "examples", "K", "outputs to show at the end", 4)
   add(parser, "output", "DIR", "keep the generations in this folder (resumable)")
 
@@ -47,26 +44,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
   """Runs all steps and prints what they found."""
   run_lib.use_compilation_cache()
-  calibration_prompts = _packed_prompts("calibration", arguments)
-  unseen_prompts = _packed_prompts("unseen", arguments)
-  rates = {"tolerance": arguments.tolerance, "error_rate": arguments.error_rate}
-  run_lib.refuse_few(arguments, range(len(calibration_prompts)), Support(), "auto")
+  from calm import inference
+
+  calibration_prompts, unseen_prompts = (
+    records.read_prompts(inference.PACKED / f"prompts_{split}.jsonl")[: arguments.limit]
+    for split in ("calibration", "unseen")
+  )
   console, predictor = rich_console.Console(), _load(arguments)
-  allowed = predictor.options.exit_layers
-  shown = "all" if allowed is None else ",".join(map(str, allowed))
+  options = predictor.options
+  allowed = "all" if options.exit_layers is None else ",".join(map(str, options.exit_layers))
   console.print(
     f"[bold]1. Decode[/bold] {len(calibration_prompts)} calibration prompts at full depth and"
-    f" over the grid of the measure '{predictor.options.measure}', exits after layers {shown}."
+    f" over the grid of the measure '{options.measure}', exits after layers {allowed}."
   )
-  with tempfile.TemporaryDirectory() as scratch:
-    folder = pathlib.Path(arguments.output or scratch)
-    cached = _generate(console, predictor, calibration_prompts, folder)
+  own = options.grid or GRIDS.get(options.measure) or thresholds.default_grid(options.measure)
+  levels = [float(level) for level in own]
+  with Progress(console) as progress:
+    calibration, cached = inference.certified.certify(
+      predictor,
+      calibration_prompts,
+      tolerance=arguments.tolerance,
+      error_rate=arguments.error_rate,
+      thresholds=levels,
+      folder=arguments.output,
+      progress=inference.grid.as_shares(progress, levels),
+    )
   console.print("\n[bold]2. Calibrate[/bold] the threshold on them.")
-  calibration = calibrate(sequence_losses.compute(cached, "textual", metric=METRIC), **rates)
   run_lib.print_calibration(console, calibration, cached)
   if arguments.output:
-    calibration.save(folder / "calibration.json")
-    run_lib.record_calibration(console, folder, calibration, calibration_prompts)
+    calibration.save(pathlib.Path(arguments.output) / "calibration.json")
+    run_lib.record_calibration(console, arguments.output, calibration, calibration_prompts)
   console.print(
     f"\n[bold]3. Decode[/bold] {len(unseen_prompts)} unseen prompts, one at a time: full depth"
     " and calibrated early exit, in turn."
@@ -104,32 +111,6 @@ def _load(arguments: argparse.Namespace):
     options["exit_layers"] = None if named == "all" else flags.parse_layers(named)
   with run_lib.naming_flag("--model"):
     return inference.load(arguments.model, **options)
-
-
-def _packed_prompts(split: str, arguments: argparse.Namespace) -> tuple[Prompt, ...]:
-  """The packed prompts of a split; no source is in both."""
-  from calm import inference
-
-  path = inference.PACKED / f"prompts_{split}.jsonl"
-  return records.read_prompts(path)[: arguments.limit]
-
-
-def _generate(console, predictor, prompts, folder: pathlib.Path) -> generations.Generations:
-  """Decodes the prompts at every threshold."""
-  from calm.inference import grid
-
-  measure = predictor.options.measure
-  own = predictor.options.grid or GRIDS.get(measure) or thresholds.default_grid(measure)
-  levels = [float(t) for t in own]
-  writer = writer_lib.open_writer(
-    folder, prompts=prompts, thresholds=levels, procedure=predictor.procedure
-  )
-  with Progress(console) as progress:
-    advance = grid.as_shares(progress, levels)
-    summary = grid.generate(predictor, prompts, levels, writer, progress=advance)
-  writer.finish()
-  console.print(f"{len(levels)} thresholds and full depth: {summary}.")
-  return generations.load(folder)
 
 
 def _compare(console, predictor, calibration: Calibration, prompts):

@@ -30,15 +30,15 @@ _OPTIONS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the command's options."""
   add, more = flags.add, flags.more(parser)
-  add(parser, "model", "FOLDER", "checkpoint, or 'packed'", required=True)
+  flags.add_shared(parser, "model", default=None, required=True)
   text = "rows of {input, target, source}, or plain texts (.txt)"
   add(parser, "train", "FILE", text, required=True)
-  flags.add_input_key(parser)
+  flags.add_shared(parser, "input_key")
   add(parser, "output", "DIR", "folder to write", required=True)
-  flags.add_rates(parser)
+  flags.add_shared(parser, "tolerance", "error_rate")
   text = "textual: distance to the full model's text; risk: to the targets"
   add(parser, "consistency", "NAME", text, "textual")
-  add(parser, "metric", "NAME", flags.METRICS, "rouge_l")
+  flags.add_shared(parser, "metric")
   add(parser, "train_all", None, "train all weights, not only exits beside them")
   text = "all, both, one, two, own; none: the model's exits as they are"
   add(parser, "stages", "NAME", text, "all")

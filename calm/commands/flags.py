@@ -33,6 +33,26 @@ _TYPES = dict.fromkeys(("RATE", "LEVEL", "SHARE", "STEP", "TAU", "X"), float) | 
   **dict.fromkeys(("TEXT", "DIRS", "'A.b = 1'"), str),  # may be empty
 }
 METRICS = "rouge_l, token_f1, exact_match, chrf, file.py:function, or module:function"
+_KEYS = "the first of input, inputs, prompt, text"
+_INPUT = "JSON Lines, JSON, text, CSV, TSV or Parquet; '-': standard input"
+_SHARD = "decode one of N parts into OUTPUT/shard-...; 'auto': as Slurm or JAX says"
+_GIN = "gin file (a program: use only what you would run); repeatable"
+# Options of several commands: (metavar, help), and the rest of the arguments of `add`.
+_SHARED = {
+  "model": ("FOLDER", "checkpoint folder, or 'packed'", {"default": "packed"}),
+  "prompts": ("FILE", _INPUT, {"required": True}),
+  "input_key": ("KEY", "key or column of the text", {"without": _KEYS}),
+  "limit": ("N", "read only the first N prompts", {}),
+  "tolerance": ("RATE", "mean loss that is allowed (delta)", {"default": 0.1}),
+  "error_rate": ("RATE", "probability that the guarantee fails (epsilon)", {"default": 0.05}),
+  "metric": ("NAME", METRICS, {"default": "rouge_l"}),
+  "ungrouped": (None, "take prompts of one group or equal input as independent", {}),
+  "num_shards": ("COUNT", _SHARD, {}),
+  "shard_id": ("K", "which part, from 0 on", {"without": "as Slurm, Kubernetes or JAX says"}),
+  "gin_file": ("FILE", _GIN, {"default": [], "action": "append"}),
+  "gin_bindings": ("'A.b = 1'", "gin binding; repeatable", {"default": [], "action": "append"}),
+  "gin_search_paths": ("DIRS", "folders of gin files, comma-separated", {"default": ""}),
+}
 # Options of `inference.load`: (name, metavar, help, value where neither the option, nor the
 # model, nor its calibration names one).
 _DECODING = (
@@ -55,6 +75,7 @@ _DECODING = (
 )
 _VISIBLE = 4  # of these, in `--help`
 _FORMATS = ("jsonl", "json", "text", "csv", "tsv", "parquet")
+GIN = ("gin_file", "gin_bindings", "gin_search_paths")
 _PARSED = ("dtype", "engine", "exit_layers", "temperature")
 
 
@@ -89,42 +110,21 @@ def add(
   parser.add_argument(f"--{name}", default=default, help=help, **options)
 
 
-def add_rates(parser: argparse._ActionsContainer) -> None:
-  """Declares --tolerance and --error_rate."""
-  add(parser, "tolerance", "RATE", "mean loss that is allowed (delta)", 0.1)
-  add(parser, "error_rate", "RATE", "probability that the guarantee fails (epsilon)", 0.05)
-
-
-def add_input_key(parser: argparse._ActionsContainer) -> None:
-  """Declares --input_key."""
-  keys = "the first of input, inputs, prompt, text"
-  add(parser, "input_key", "KEY", "key or column of the text", without=keys)
-
-
-def add_ungrouped(parser: argparse._ActionsContainer) -> None:
-  """Declares --ungrouped."""
-  add(parser, "ungrouped", None, "take prompts of one group or equal input as independent")
+def add_shared(parser: argparse._ActionsContainer, *names: str, **more: Any) -> None:
+  """Declares options that several commands have."""
+  for name in names:
+    metavar, help, options = _SHARED[name]
+    add(parser, name, metavar, help, **{**options, **more})
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
   """Declares the model, the prompts, and how they are decoded."""
-  add(parser, "model", "FOLDER", "checkpoint folder, or 'packed'", "packed")
-  text = "JSON Lines, JSON, text, CSV, TSV or Parquet; '-': standard input"
-  add(parser, "prompts", "FILE", text, required=True)
-  add_input_key(parser)
-  add(parser, "limit", "N", "read only the first N prompts")
+  add_shared(parser, "model", "prompts", "input_key", "limit")
   for number, (name, metavar, text, fallback) in enumerate(_DECODING):
     without = f"the model's own{f', or {fallback}' if fallback else ''}"
     add(parser if number < _VISIBLE else more(parser), name, metavar, text, without=without)
-  without = "by the name, or the content"
-  add(
-    more(parser),
-    "prompts_format",
-    "NAME",
-    ", ".join(_FORMATS),
-    without=without,
-    choices=_FORMATS,
-  )
+  options = {"choices": _FORMATS, "without": "by the name, or the content"}
+  add(more(parser), "prompts_format", "NAME", ", ".join(_FORMATS), **options)
 
 
 def decode_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -171,22 +171,3 @@ def open_prompts(arguments: argparse.Namespace):
       input_key=arguments.input_key,
       format=arguments.prompts_format,
     )
-
-
-def add_shards(parser: argparse._ActionsContainer) -> None:
-  """Declares --num_shards and --shard_id."""
-  text = "decode one of N parts into OUTPUT/shard-...; 'auto': as Slurm or JAX says"
-  add(parser, "num_shards", "N", text, type=filled)
-  add(
-    parser, "shard_id", "K", "which part, from 0 on", without="as Slurm, Kubernetes or JAX says"
-  )
-
-
-def add_gin(parser: argparse._ActionsContainer, *, required: bool = False) -> None:
-  """Declares T5X's gin flags."""
-  text = "gin file (a program: use only what you would run); repeatable"
-  add(parser, "gin_file", "FILE", text, [], action="append", required=required)
-  text = "gin binding (a program too) that overrides the files; repeatable"
-  add(parser, "gin_bindings", "'A.b = 1'", text, [], action="append")
-  text = "folders to look for gin files in, comma-separated"
-  add(parser, "gin_search_paths", "DIRS", text, "")

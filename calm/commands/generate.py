@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   text = "descending, like 0.9,0.8"
   add(parser, "thresholds", "LIST", text, without="the model's own grid, or the measure's")
   add(parser, "until_certified", None, "stop when the calibration is decided, and write it")
-  flags.add_rates(parser)
-  flags.add_shards(parser)
+  flags.add_shared(parser, "tolerance", "error_rate")
+  flags.add_shared(parser, "num_shards", "shard_id")
   text = "with --measure=verified: ascending in [0, 1), like 0,0.1,0.3"
   add(more, "slacks", "LIST", text)
   add(more, "no_reuse", None, "decode every sequence, even where it cannot change")
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(more, "metric", "NAME", f"with --until_certified: {flags.METRICS}", "rouge_l")
   text = "with --until_certified and a risk: JSON Lines of {id, targets}"
   add(more, "references", "FILE", text)
-  flags.add_ungrouped(more)
-  flags.add_gin(more)
+  flags.add_shared(more, "ungrouped")
+  flags.add_shared(more, *flags.GIN)
 
 
 @run_lib.user_errors
@@ -130,7 +130,7 @@ def _until_certified(arguments, console, predictor, prompts, levels) -> None:
   """Decodes until the calibration is decided, and writes it."""
   from calm.inference import grid
 
-  groups = run_lib.test_clusters(arguments, prompts)
+  groups = run_lib.tested_clusters(arguments, prompts)
   run_lib.print_clusters(arguments, console, prompts)
   prompts = grid.sequential_order(predictor, prompts, ungrouped=groups is None)
   units = groups or [prompt.id for prompt in prompts]

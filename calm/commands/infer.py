@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   help = "color every token by its exit layer"
   parser.add_argument("--color", "--colour", dest="colour", action="store_true", help=help)
   add(parser, "monitor", "FILE", "check a share of the prompts, and keep the bets here")
-  flags.add_shards(parser)
+  flags.add_shared(parser, "num_shards", "shard_id")
   add(
     more, "draft_layer", "K", "with --exact: the layer that drafts", without="a quarter of them"
   )
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(more, "monitor_level", "LEVEL", text, without=LEVEL)
   add(more, "metric", "NAME", "the calibration's metric again, where it is not built in")
   add(more, "fail_on_alarm", None, f"end with exit status {ALARM_STATUS} after an alarm")
-  flags.add_gin(more)
+  flags.add_shared(more, *flags.GIN)
 
 
 @run_lib.user_errors

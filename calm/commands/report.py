@@ -48,7 +48,7 @@ _MODELS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the command's options."""
   add, more = flags.add, flags.more(parser)
-  add(parser, "model", "FOLDER", "checkpoint folder, or 'packed'", "packed")
+  flags.add_shared(parser, "model")
   source = parser.add_mutually_exclusive_group(required=True)
   add(source, "data", "FOLDER", "folder of the three tasks")
   add(source, "train", "FILE", "rows of your own, as of `calm fit`")
@@ -61,8 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(parser, "measures", "NAME", text, _MEASURES, nargs="+", without="all of the model")
   add(parser, "retime", None, "forget the seconds measured before")
   add(more, "prefix", "TEXT", "of --train: put before every input", without="the model's own")
-  text = "probability that the guarantee fails (epsilon)"
-  add(more, "error_rate", "RATE", text, 0.05)
+  flags.add_shared(more, "error_rate")
   add(more, "step", "STEP", "between the thresholds of Fig. 2c", 0.02)
   add(more, "ablated", "N", "validation prompts of Fig. 2", 200)
   add(more, "batch_size", "N", "prompts decoded together", 8)

@@ -82,8 +82,8 @@ def user_errors(
     except (StoppedError, KeyboardInterrupt) as error:
       kept = _KEPT if getattr(arguments, "command", "") in _RESUMING else _NOTHING
       _print_error(f"{error if isinstance(error, StoppedError) else kept}.")
-      terminated = isinstance(error.__context__ or error, signals.Terminated)
-      return 143 if terminated else 130
+      causes = (error, error.__context__)
+      return 143 if any(isinstance(e, signals.Terminated) for e in causes) else 130
 
   return guarded
 
@@ -397,14 +397,14 @@ def save_calibration(
 
 
 def record_calibration(
-  console: rich_console.Console, folder: pathlib.Path, result: Calibration, prompts
+  console: rich_console.Console, folder: str | pathlib.Path, result: Calibration, prompts
 ) -> None:
   """Writes the folder's ledger, and prints what else was calibrated on the same prompts."""
   if report := ledger.keep(folder, result, prompts):
     print_text(console, report, "yellow")
 
 
-def test_clusters(arguments, prompts) -> tuple[str, ...] | None:
+def tested_clusters(arguments, prompts) -> tuple[str, ...] | None:
   """[num_prompts] clusters that are tested; None where prompts are independent draws."""
   return None if arguments.ungrouped else order.known_groups(prompts)
 

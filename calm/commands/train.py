@@ -44,7 +44,8 @@ CHOICES = [
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the command's options."""
-  flags.add_gin(parser, required=True)
+  flags.add_shared(parser, "gin_file", required=True)
+  flags.add_shared(parser, "gin_bindings", "gin_search_paths")
   text = "folder of the run (resumed if it exists); overrides gin's"
   flags.add(parser, "output_dir", "DIR", text)
   flags.add(parser, "no_tensorboard", None, "write no scalars; saves TensorFlow's start")

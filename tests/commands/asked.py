@@ -46,16 +46,7 @@ UNTIL = ("--tolerance", "--error_rate", "--kind", "--metric", "--references")
 SERVES = ("--threshold", "--draft_layer", "--calibration", "--monitor", "--expect_digest")
 
 
-SECONDS, BYTES = 10.0, 2**30  # that a refusal may take
-
-
-def _held(name: str) -> int:
-  """Bytes of memory that this process holds (VmRSS), or held at most (VmHWM); 0: unknown."""
-  try:
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-  except OSError:
-    return 0
-  return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+SECONDS = 10.0  # that a refusal may take
 
 
 class AtWork(BaseException):
@@ -91,7 +82,7 @@ class Asker:
     self.model, self.outputs, self.calibration = model, outputs, calibration
     self.folder, self._capsys = folder, capsys
     self._numbers = itertools.count()
-    self.seconds, self.bytes = 0.0, 0  # that the last call took
+    self.seconds = 0.0  # that the last call took
     self.refused = False  # else it began to work, which may import what nothing had needed
     self.prompts = _write_rows(folder / "prompts.jsonl", 1)
     self.rows = _write_rows(folder / "rows.jsonl", 400)
@@ -127,9 +118,9 @@ class Asker:
     return [command, *(word for word in base if not word.startswith(f"{option}="))]
 
   @property
-  def dear(self) -> bool:
-    """Whether the last call was a refusal that took more time or memory than one may."""
-    return self.refused and (self.seconds > SECONDS or self.bytes > BYTES)
+  def slow(self) -> bool:
+    """Whether the last call was a refusal that took more time than one may."""
+    return self.refused and self.seconds > SECONDS
 
   def ask(self, words: list[str]) -> tuple[int | str, str]:
     """(exit status, or 'taken' where it began to work; what was said)."""
@@ -137,8 +128,6 @@ class Asker:
 
     importlib.import_module("calm.training.run")  # what is read once is no part of a refusal
     self._capsys.readouterr()
-    if before := _held("VmRSS"):
-      pathlib.Path("/proc/self/clear_refs").write_text("5")  # the most until now
     spent = Spent()
     try:
       status = cli.main(words)
@@ -147,7 +136,7 @@ class Asker:
     except SystemExit as stopped:  # argparse's own refusal
       status = stopped.code if isinstance(stopped.code, int) else 1
     finally:
-      self.seconds, self.bytes = spent.seconds, _held("VmHWM") - before
+      self.seconds = spent.seconds
       gin.clear_config()
     self.refused = status == 2
     return status, self._capsys.readouterr().err

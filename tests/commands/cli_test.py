@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib (the `report` extra) is not installed")
@@ -140,47 +139,32 @@ def test_too_few_prompts_are_refused_before_the_work(cached, tmp_path, calm, mon
   assert not (tmp_path / "c.json").exists()
 
 
-def test_prompts_that_cannot_be_read_are_named(model, tmp_path, calm, monkeypatch):
+def test_files_that_cannot_be_read_are_named(model, prompts, tmp_path, calm, monkeypatch):
   infer = ["infer", f"--model={model}", "--threshold=0.5"]
   content = b"fine\ncaf\xe9\n"
-  for name, text, *words in (
-    ("latin.txt", content, "0xe9 in line 2 of "),
-    ("half.jsonl", b'{"input": "half of \\ud83d"}\n', "half.jsonl:1", "character 9"),
-    ("blank.txt", b"\n \n", "no line with text"),
-    ("empty.jsonl", b"", "empty.jsonl"),
-    ("latin.jsonl", b'{"id": "a", "input": "caf\xe9"}\n', "UTF-8"),
+  (tmp_path / "latin.txt").write_bytes(content)
+  (tmp_path / "blank.txt").write_bytes(b"\n \n")
+  for name, words in (
+    ("latin.txt", "0xe9 in line 2 of "),
+    ("blank.txt", "no line with text"),
+    ("missing.jsonl", "missing.jsonl"),
   ):
-    (tmp_path / name).write_bytes(text)
     message = calm(*infer, f"--prompts={tmp_path / name}", code=2)
-    assert name in message and all(word in message for word in words)
-  assert "missing.jsonl" in calm(*infer, f"--prompts={tmp_path / 'missing.jsonl'}", code=2)
+    assert name in message and words in message
   monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
   assert "standard input" in calm(*infer, "--prompts=-", code=2)
-
-
-def test_bad_checkpoints(model, prompts, tmp_path, calm):
-  from safetensors import numpy as safetensors
-
-  infer = ["infer", f"--prompts={prompts}", "--threshold=0.5"]
-  message = calm(*infer, f"--model={tmp_path / 'nowhere'}", code=2)
+  words = [
+    "infer",
+    f"--prompts={prompts}",
+    "--threshold=0.5",
+    f"--model={tmp_path / 'nowhere'}",
+  ]
+  message = calm(*words, code=2)
   assert "`--model`" in message and "missing" in message
-  cut = shutil.copytree(model, tmp_path / "cut")
-  weights = (cut / "params.safetensors").read_bytes()
-  (cut / "params.safetensors").write_bytes(weights[: len(weights) // 2])
-  assert "params.safetensors" in calm(*infer, f"--model={cut}", code=2)
-  tensors = safetensors.load_file(model / "params.safetensors")
-  tensors["decoder/decoder_norm/scale"][0] = np.nan
-  safetensors.save_file(tensors, cut / "params.safetensors")
-  assert "decoder/decoder_norm/scale" in calm(*infer, f"--model={cut}", code=2)
-  (cut / "params.safetensors").write_bytes(weights)
-  for text, words in (('{"a', "JSON"), ('{"beams": 4}', "['beams']")):
-    (cut / "inference.json").write_text(text)
-    message = calm(*infer, f"--model={cut}", code=2)
-    assert "inference.json" in message and words in message
-  big = shutil.copytree(model, tmp_path / "big")
+  big = shutil.copytree(model, tmp_path / "big")  # files of which each is whole
   record = json.loads((big / "vocabulary.json").read_text())
   (big / "vocabulary.json").write_text(json.dumps(record | {"extra_ids": 125}))
-  assert "264" in calm(*infer, f"--model={big}", code=2)
+  assert "264" in calm(*words[:-1], f"--model={big}", code=2)
 
 
 def test_unwritable_output(model, prompts, tmp_path, calm):

@@ -19,7 +19,7 @@ SLURM = {
 
 def shard(words: str, environment):
   parser = argparse.ArgumentParser()
-  flags_lib.add_shards(parser)
+  flags_lib.add_shared(parser, "num_shards", "shard_id")
   return run_lib.shard(parser.parse_args(words.split()), environment)
 
 
