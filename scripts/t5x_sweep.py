@@ -37,7 +37,7 @@ from calm import exits, inference
 from calm.calibrate import Procedure, Prompt, Provenance, Record, default_grid, open_writer
 from calm.data import vocabulary as vocabularies
 from calm.exits import schedules
-from calm.t5x import models, shards
+from calm.t5x import meshes, models
 from calm.training import configs
 
 
@@ -244,7 +244,7 @@ def procedure_of(
 
 def rows_of_a_device(model, params, mesh, size: int) -> int:
   """Rows of a batch that a device decodes together, which `calm infer` is to decode too."""
-  axes = shards.row_axes(mesh, size) if model.splits_rows(params) else ()
+  axes = meshes.row_axes(mesh, size) if model.splits_rows(params) else ()
   return size // math.prod(mesh.shape[axis] for axis in axes)
 
 

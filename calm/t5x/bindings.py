@@ -1,8 +1,8 @@
-"""Gin's bindings of T5X's model class, which ours honours: nothing bound there is ignored.
+"""Arguments of the model in a gin file: T5X's bindings, which are honoured, and their checks.
 
 Users bind `models.EncoderDecoderModel` of T5X, and its methods, in files that they do not want
-to touch. Our class is another configurable to gin; what theirs was bound to is read here.
-This module does not import T5X.
+to touch. Our class is another configurable to gin, and reads the bindings of theirs here. This
+module does not import T5X.
 """
 
 import contextlib
@@ -11,6 +11,11 @@ import inspect
 from typing import Any
 
 import gin
+import numpy as np
+
+from calm import exits
+from calm.exits import schedules
+from calm.inference import options as options_lib
 
 
 def of(configurable: Any) -> dict[str, Any]:
@@ -112,3 +117,45 @@ def refuse_subclass(model: Any, theirs: type) -> None:
     f"Expected `model` to be T5X's EncoderDecoderModel, got {type(model).__qualname__}, whose"
     " own methods would be lost; derive it from calm.t5x.models.EncoderDecoderModel instead."
   )
+
+
+def check(rule: exits.Rule, threshold: float, matmul_precision: str | None) -> None:
+  """Raises for what a model is not to be made with.
+
+  Raises:
+    TypeError: the threshold is not one number.
+    ValueError: the threshold lies outside [0, 1], or the rule would not look at it, or the
+      precision has another name than JAX's.
+  """
+  if np.ndim(threshold) or np.asarray(threshold).dtype.kind not in "fiu":
+    raise TypeError(
+      f"Expected `threshold` (the macro THRESHOLD) to be one number, got {threshold!r}; a grid"
+      " is THRESHOLDS of scripts/t5x_sweep.py, or one call each with `decoder_params`."
+    )
+  schedules.check_threshold(float(threshold))
+  compares = isinstance(rule, exits.DynamicExits | exits.Verified)
+  if threshold != schedules.NEVER_EXIT and not compares:
+    raise ValueError(
+      f"Expected no `threshold` with {type(rule).__name__}, which compares none, got"
+      f" {threshold}; leave it out, or choose `exits.DynamicExits`."
+    )
+  names = options_lib.CHOICES["matmul_precision"]
+  if matmul_precision not in (None, *names):
+    raise ValueError(
+      f"Expected `matmul_precision` to be one of {', '.join(names)}, or None, got"
+      f" {matmul_precision!r}; choose one of these."
+    )
+
+
+def described(rule: exits.Rule, threshold: float, num_layers: int) -> str:
+  """One line of what decodes where a call gives no threshold: "no exits", or which."""
+  if not isinstance(rule, exits.DynamicExits):
+    return f"exits: {rule}, threshold {threshold:g}"
+  if threshold == schedules.NEVER_EXIT:
+    return f"no exits: every token runs {num_layers} layers, unless a call gives a threshold"
+  allowed = exits.allowed_layers(rule.allowed, num_layers)
+  first, last = (min(allowed), max(allowed)) if allowed else (0, 0)
+  is_range = last - first > 1 and len(allowed) == last - first + 1
+  layers = f"{first}-{last}" if is_range else ", ".join(map(str, allowed))
+  schedule = "" if rule.schedule == schedules.Constant() else f" by {rule.schedule}"
+  return f"exits: {rule.measure.name} after {layers}, threshold {threshold:g}{schedule}"

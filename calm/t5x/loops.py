@@ -1,30 +1,151 @@
-"""Early exit inside decode loops that belong to somebody else: T5X's sampling and beam search.
+"""Early exit inside decode loops of somebody else: T5X's sampling and beam search.
 
 Those loops know a function "tokens to logits" and a cache. They tile, flatten and gather every
 leaf of the cache along axis 0, except the scalar `cache_index`; so every leaf here has its row
-axis first, and what never changes (cross-attention keys and values, the prompt) is bound into
-the function instead. They return tokens and scores only; exits come from `watching`, or from
-`replay`, one teacher-forced pass over what was returned. This module does not import T5X.
+axis first, and constants (cross-attention keys and values, the prefix) are bound into the
+function instead. They return tokens and scores only; exits come from a `Watch` of T5X's
+sampling, or from `Loop.replay`, one teacher-forced pass over the returned sequences. This
+module does not import T5X.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
+import gin
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
-from jax import lax
-from jaxtyping import Array, Bool, Int
+from jax import core, lax
+from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
 from calm.decode import engines, loop, verified, verified_passes
-from calm.t5 import layers, network
-from calm.t5x import prefixes
+from calm.exits import layers as layers_lib
+from calm.exits import schedules
+from calm.t5 import caches, layers, network
 
 LoopCache = dict[str, Any]
-Rows = prefixes.Rows
-make_rows = prefixes.make_rows
+CALLBACK = "state_callback_fn"
+
+
+# ---- Rows and their forced prefixes
+
+
+@struct.dataclass
+class Rows:
+  """What is known of every row before it is decoded.
+
+  Attributes:
+    encoded: the inputs' cross-attention keys and values.
+    forced: at position i, whether the token after it is the prefix's, [rows, length] bool.
+    generated: free positions before position i, [rows, length] int32.
+    num_eos: EOS tokens in the prefix, which end nothing, [rows] int32.
+    threshold: lambda, [rows] float32.
+  """
+
+  encoded: caches.Encoded
+  forced: Bool[Array, "rows length"]
+  generated: Int[Array, "rows length"]
+  num_eos: Int[Array, " rows"]
+  threshold: Float[Array, " rows"]
+
+
+def prefix_of(
+  decoder_input_tokens: Int[Array, "batch length"], eos_id: int | None, kept: bool
+) -> Int[Array, "batch length"]:
+  """The targets as a prefix to be forced, or none of them."""
+  if not kept:
+    return jnp.zeros_like(decoder_input_tokens)
+  # As T5X does: an EOS at the prompt's end would end it.
+  return jnp.where(decoder_input_tokens == eos_id, 0, decoder_input_tokens)
+
+
+def make_rows(
+  encoded: caches.Encoded,
+  prefix: Int[Array, "batch length"],
+  threshold: Float[Array, "..."],
+  eos_id: int | Int[Array, ""],
+  num_decodes: int = 1,
+) -> Rows:
+  """Rows of a batch, each prompt `num_decodes` times in a row, as T5X's loops lay them out.
+
+  Args:
+    encoded: from `caches.cross_attention_inputs`.
+    prefix: BOS (0), then tokens to be forced, 0 where the model is free.
+    threshold: lambda, [] or [batch].
+    eos_id: the token that ends a row.
+    num_decodes: sequences a prompt.
+  """
+  forced = jnp.pad(prefix[:, 1:], ((0, 0), (0, 1))) != 0
+  free = jnp.logical_not(forced).astype(jnp.int32)
+  rows = Rows(
+    encoded=encoded,
+    forced=forced,
+    generated=jnp.cumsum(free, axis=1) - free,
+    num_eos=jnp.sum(prefix == eos_id, axis=1),
+    threshold=jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), prefix.shape[:1]),
+  )
+  if num_decodes == 1:
+    return rows
+  return jax.tree.map(lambda x: jnp.repeat(x, num_decodes, 0), rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class AfterPrefix:
+  """A schedule of free tokens: t starts after the prefix, which itself never exits early.
+
+  A forced token is context, not output: what it stores is stored at full depth.
+  """
+
+  inner: schedules.Schedule
+  rows: Rows
+  name: ClassVar[str] = "after_prefix"
+
+  def __call__(self, threshold, position):
+    here = self.inner(threshold, _at(self.rows.generated, position))
+    return jnp.where(_at(self.rows.forced, position), schedules.NEVER_EXIT, here)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeepInPrefix:
+  """A rule without a schedule (the oracle's), whose forced tokens run all of its layers."""
+
+  inner: exits.StepRule
+  rows: Rows
+
+  @property
+  def allowed(self) -> tuple[int, ...] | None:
+    return getattr(self.inner, "allowed", None)
+
+  @property
+  def propagation(self) -> Any:
+    return getattr(self.inner, "propagation", None)
+
+  def depth(self, num_layers: int) -> int:
+    return self.inner.depth(num_layers)
+
+  def __call__(self, layers, hidden, active, threshold, generated) -> exits.TokenExit:
+    arguments = (layers, hidden, active, threshold, generated)
+    # Both run the same layers, which XLA computes once.
+    deep = exits.StaticExit(self.depth(layers.num_layers))(*arguments)
+    forced = _at(self.rows.forced, generated)
+    return layers_lib.select_rows(forced, deep, self.inner(*arguments))
+
+
+def _at(array: jax.Array, position: jax.Array) -> jax.Array:
+  """The column of `array` [rows, length] at a position."""
+  return lax.dynamic_index_in_dim(array, position, 1, keepdims=False)
+
+
+def _put(array: jax.Array, position: jax.Array, column: jax.Array) -> jax.Array:
+  return lax.dynamic_update_slice_in_dim(array, column[:, None], position, axis=1)
+
+
+# ---- Loops
 
 
 @struct.dataclass
@@ -59,6 +180,27 @@ class LoopState:
   cache: LoopCache
 
 
+def rule_and_threshold(rule: exits.Rule, default: float, given: Any) -> tuple[exits.Rule, Any]:
+  """The rule to run and the threshold to report; the full model's where nothing exits.
+
+  Args:
+    rule: the model's.
+    default: its threshold.
+    given: that of the call, which may be traced; None: none.
+
+  Raises:
+    ValueError: the one given lies outside [0, 1].
+  """
+  threshold = default if given is None else given
+  if given is not None and not isinstance(given, core.Tracer):
+    for value in np.ravel(given).tolist():
+      schedules.check_threshold(value)
+  dynamic = isinstance(rule, exits.DynamicExits)
+  if dynamic and given is None and threshold == schedules.NEVER_EXIT:
+    return exits.StaticExit(), threshold
+  return rule, threshold
+
+
 @dataclasses.dataclass(frozen=True)
 class Loop:
   """The early-exit step as T5X's loops call it; static, like `program.Program`.
@@ -79,9 +221,9 @@ class Loop:
     rule = self.rule
     assert not isinstance(rule, exits.Verified)  # has no step
     if isinstance(rule, exits.DynamicExits):
-      rule = dataclasses.replace(rule, schedule=prefixes.AfterPrefix(rule.schedule, rows))
+      rule = dataclasses.replace(rule, schedule=AfterPrefix(rule.schedule, rows))
     elif not isinstance(rule, exits.StaticExit):  # all of whose tokens run all its layers
-      rule = prefixes.DeepInPrefix(rule, rows)
+      rule = DeepInPrefix(rule, rows)
     task = engines.Task(self.config, rule, weights, rows.encoded, rows.threshold, self.length)
     return engines.bind(task, self.engine)
 
@@ -98,12 +240,8 @@ class Loop:
     empty = self._bound(weights, rows).empty
     empty = jax.tree.map(lambda x: x[:batch_size] if x.ndim else x, empty)
     floats = jnp.zeros((batch_size, self.length), jnp.float32)
-    seen = {
-      "exit_layers": jnp.zeros((batch_size, self.length), jnp.int32),
-      "confidences": floats,
-      "rejected_confidences": floats,
-    }
-    return _to_loop(jnp.array(0, jnp.int32), seen, empty)
+    noted = Exits(jnp.zeros((batch_size, self.length), jnp.int32), floats, floats)
+    return _to_loop(jnp.array(0, jnp.int32), vars(noted), empty)
 
   def bind(
     self, weights: Any, rows: Rows, eos_id: int | jax.Array, wide: bool = False
@@ -128,9 +266,7 @@ class Loop:
     bound = self._bound(weights, rows)
 
     def tokens_to_logits(state) -> tuple[jax.Array, LoopCache]:
-      # The prefix may hold EOS tokens; one more than those was generated, and ends the row.
-      num_eos = jnp.sum(state.sequences == eos_id, axis=1)
-      active = num_eos <= rows.num_eos
+      active = _is_active(state.sequences, eos_id, rows.num_eos)
       logits, cache = _step(bound, rows, state.cur_token[:, 0], active, state.cache)
       beyond = self.config.vocab_size - logits.shape[1] if wide else 0
       wider = jnp.pad(logits, ((0, 0), (0, beyond)), constant_values=layers.MASK_BIAS)
@@ -164,9 +300,7 @@ class Loop:
 
     def advance(cache):
       position = cache["cache_index"]
-      return _step(
-        bound, rows, prefixes.at(inputs, position), prefixes.at(real, position), cache
-      )[1]
+      return _step(bound, rows, _at(inputs, position), _at(real, position), cache)[1]
 
     cache = self.empty_cache(weights, rows, tokens.shape[0])
     return Exits(**lax.while_loop(unfinished, advance, cache)["exits"])
@@ -194,20 +328,20 @@ class Loop:
         f" caches are made, got {length}; give longer targets."
       )
     flat = jnp.pad(decodes.reshape(-1, length), ((0, 0), (0, self.length - length)))
-    shaped = lambda x: x[:, :length].reshape(decodes.shape)
-    if isinstance(self.rule, exits.StaticExit):
-      depth = self.rule.depth(self.config.num_decoder_layers)
-      return {"exit_layers": shaped(full_depth(flat, rows, eos_id, depth))}
-    found = same_pass[0] if same_pass else self.replay(weights, rows, flat, eos_id)
     # A loop may go on with a row that it has ended.
     counted = real_tokens(flat, rows, eos_id) & jnp.logical_not(rows.forced)
-    noted = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    if isinstance(self.rule, exits.StaticExit):
+      depth = jnp.int32(self.rule.depth(self.config.num_decoder_layers))
+      noted = {"exit_layers": jnp.broadcast_to(depth, counted.shape)}
+    else:
+      noted = vars(same_pass[0] if same_pass else self.replay(weights, rows, flat, eos_id))
+    shaped = lambda x: x[:, :length].reshape(decodes.shape)
     return {name: shaped(jnp.where(counted, of, 0)) for name, of in noted.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-  """What `Loop.bind` makes of a rule that emits several tokens a pass.
+  """`Loop.bind` of a rule that emits several tokens a pass.
 
   Attributes:
     verifying: the loop, its prefix yet to be given.
@@ -238,38 +372,37 @@ class Passes:
 
 def _step(bound: engines.Bound, rows: Rows, current, active, cache: LoopCache):
   """One position of every row -> logits and the cache after it."""
-  position = cache["cache_index"]
-  carried = _from_loop(cache, bound.empty)
+  position, structure = cache["cache_index"], jax.tree.structure(bound.empty)
+  leaves = [next(iter(cache[f"carried_{i}"].values())) for i in range(structure.num_leaves)]
+  carried = jax.tree.unflatten(structure, leaves)
   made, carried = bound.take_step(current, position, active, carried)
-  counted = active & jnp.logical_not(prefixes.at(rows.forced, position))
+  counted = active & jnp.logical_not(_at(rows.forced, position))
   columns = {
     "exit_layers": made.exit_layer,
     "confidences": made.confidence,
     "rejected_confidences": made.rejected_confidence,
   }
-  seen = {
+  noted = {
     name: _put(array, position, jnp.where(counted, columns[name], 0).astype(array.dtype))
     for name, array in cache["exits"].items()
   }
-  return made.logits, _to_loop(position + 1, seen, carried)
+  return made.logits, _to_loop(position + 1, noted, carried)
 
 
-def _to_loop(position: jax.Array, seen: dict[str, jax.Array], carried: Any) -> LoopCache:
+def _to_loop(position: jax.Array, noted: dict[str, jax.Array], carried: Any) -> LoopCache:
   """T5X goes by the names of leaves: those called `cache_index` have no row axis."""
-  leaves = jax.tree.leaves(carried)
   name = lambda leaf: "per_row" if leaf.ndim else "cache_index"
+  leaves = enumerate(jax.tree.leaves(carried))
   return {
     "cache_index": position,
-    "exits": seen,
-    **{f"carried_{i}": {name(leaf): leaf} for i, leaf in enumerate(leaves)},
+    "exits": noted,
+    **{f"carried_{i}": {name(leaf): leaf} for i, leaf in leaves},
   }
 
 
-def _from_loop(cache: LoopCache, like: Any) -> Any:
-  """What the engine carries, in its own structure."""
-  structure = jax.tree.structure(like)
-  leaves = [next(iter(cache[f"carried_{i}"].values())) for i in range(structure.num_leaves)]
-  return jax.tree.unflatten(structure, leaves)
+def _is_active(sequences: jax.Array, eos_id: int | jax.Array, num_eos: jax.Array) -> jax.Array:
+  """Rows that have not generated EOS; their prefixes may hold `num_eos` of them, [rows]."""
+  return jnp.sum(sequences == eos_id, axis=1) <= num_eos
 
 
 def real_tokens(
@@ -284,12 +417,6 @@ def real_tokens(
   last = jnp.max(jnp.where(tokens != 0, jnp.arange(tokens.shape[1])[None, :], -1), axis=1)
   inside = jnp.arange(tokens.shape[1])[None, :] <= last[:, None]
   return inside & (before <= rows.num_eos[:, None])
-
-
-def full_depth(tokens, rows: Rows, eos_id, num_layers: int) -> jax.Array:
-  """Exit layers [rows, length] of sequences whose every token ran `num_layers` layers."""
-  counted = real_tokens(tokens, rows, eos_id) & jnp.logical_not(rows.forced)
-  return jnp.where(counted, num_layers, 0).astype(jnp.int32)
 
 
 def greedy_decode(
@@ -327,67 +454,93 @@ def greedy_decode(
   if isinstance(tokens_to_logits, Passes):
     return tokens_to_logits.decode(inputs)
   batch_size, length = inputs.shape
-  sequences = jnp.pad(inputs, ((0, 0), (0, 1)))
-  greedy = _Greedy(
-    tokens_to_logits,
-    eos_id,
-    given=jnp.pad(inputs[:, 1:], ((0, 0), (0, 2))),
-    num_eos=jnp.sum(sequences == eos_id, axis=1),
-  )
-  start = LoopState(
-    jnp.zeros((batch_size,), jnp.int32),
-    sequences,
-    jnp.zeros((batch_size, 1), jnp.int32),
-    cache,
-  )
+  # The prefix's token after each position, 0 where the model is free.
+  prefix = jnp.pad(inputs[:, 1:], ((0, 0), (0, 2)))
+  num_eos = jnp.sum(inputs == eos_id, axis=1)
 
   def unfinished(carry):
     state, _ = carry
-    return (state.cur_index[0] < length) & jnp.any(greedy.is_active(state))
+    active = _is_active(state.sequences, eos_id, num_eos)
+    return (state.cur_index[0] < length) & jnp.any(active)
 
   def advance(carry):
     state, scores = carry
-    state, more = greedy.step(state)
-    return state, scores + more
+    position, active = state.cur_index[0], _is_active(state.sequences, eos_id, num_eos)
+    logits, cache = tokens_to_logits(state)
+    emitted = loop.emit(logits, active)
+    following = jnp.where(active, _at(prefix, position), 0)
+    token = jnp.where(following == 0, emitted.token, following)
+    sequences = _put(state.sequences, position + 1, token)
+    scores += jnp.where(following == 0, emitted.log_probability, 0.0)
+    return LoopState(state.cur_index + 1, sequences, token[:, None], cache), scores
 
+  start = LoopState(
+    jnp.zeros((batch_size,), jnp.int32),
+    jnp.pad(inputs, ((0, 0), (0, 1))),
+    jnp.zeros((batch_size, 1), jnp.int32),
+    cache,
+  )
   scores = jnp.zeros((batch_size,), jnp.float32)
   state, scores = lax.while_loop(unfinished, advance, (start, scores))
   return state.sequences[:, None, 1:], scores[:, None], Exits(**state.cache["exits"])
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Greedy:
-  """What stays the same over a greedy loop.
+# ---- Exits of T5X's own sampling
+
+
+@dataclasses.dataclass
+class Watch:
+  """T5X's `state_callback_fn`, which keeps the state that it saw last.
+
+  `decoding.temperature_sample` shows its state before every step and once more after the last,
+  and with it the cache, in which `Loop` notes the exits.
 
   Attributes:
-    tokens_to_logits: from `Loop.bind`.
-    eos_id: the token that ends a row.
-    given: the prefix's token after each position, 0 where the model is free, [rows, length].
-    num_eos: EOS that the prefix holds itself, [rows].
+    state: while the loop is traced that of a step, afterwards the final one. A tracer: it is
+      read in the function that called the loop, and a watch is of one call.
   """
 
-  tokens_to_logits: Callable[[LoopState], tuple[jax.Array, LoopCache]]
-  eos_id: int
-  given: jax.Array
-  num_eos: jax.Array
+  state: Any = None
 
-  def is_active(self, state: LoopState) -> jax.Array:
-    """Rows that have not generated EOS yet, [rows]."""
-    return jnp.sum(state.sequences == self.eos_id, axis=1) <= self.num_eos
+  def __call__(self, state: Any) -> Any:
+    self.state = state
+    return state
 
-  def step(self, state: LoopState) -> tuple[LoopState, jax.Array]:
-    """The state with one token more, and its log-probability (0 where it was given), [rows]."""
-    position, active = state.cur_index[0], self.is_active(state)
-    logits, cache = self.tokens_to_logits(state)
-    emitted = loop.emit(logits, active)
-    following = jnp.where(active, prefixes.at(self.given, position), 0)
-    free = following == 0
-    token = jnp.where(free, emitted.token, following)
-    made = LoopState(
-      state.cur_index + 1, _put(state.sequences, position + 1, token), token[:, None], cache
-    )
-    return made, jnp.where(free, emitted.log_probability, 0.0)
+  def exits(self, num_decodes: int) -> Exits:
+    """Those of the sequences in the order in which T5X returns them, by ascending score.
+
+    Args:
+      num_decodes: as the loop was told.
+
+    Returns:
+      Arrays [batch * num_decodes, length]; what a row noted after its end is still in them.
+    """
+    scores = self.state.log_prob.reshape(-1, num_decodes)
+    order = jnp.argsort(scores, axis=-1)[..., None]
+
+    def sorted_rows(noted: jax.Array) -> jax.Array:
+      decodes = noted.reshape(*scores.shape, -1)
+      return jnp.take_along_axis(decodes, order, axis=1).reshape(noted.shape)
+
+    return Exits(**jax.tree.map(sorted_rows, self.state.cache["exits"]))
 
 
-def _put(array: jax.Array, position: jax.Array, column: jax.Array) -> jax.Array:
-  return lax.dynamic_update_slice_in_dim(array, column[:, None], position, axis=1)
+def watch(
+  decode_fn: Callable[..., Any], sampling: Callable[..., Any], options: Mapping[str, Any]
+) -> Watch | None:
+  """A watch to give to a decode function as `state_callback_fn`, if it is T5X's sampling.
+
+  Args:
+    decode_fn: the model's, as it is, in `functools.partial`, or as gin configures it.
+    sampling: T5X's `decoding.temperature_sample`.
+    options: what the call gives to `decode_fn`.
+
+  Returns:
+    None for another function, and where somebody has a callback there already.
+  """
+  taken = CALLBACK in options or f".{CALLBACK}" in gin.config_str()
+  inner: Any = inspect.unwrap(decode_fn)
+  while isinstance(inner, functools.partial):
+    taken = taken or CALLBACK in inner.keywords
+    inner = inspect.unwrap(inner.func)
+  return None if taken or inner is not inspect.unwrap(sampling) else Watch()

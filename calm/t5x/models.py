@@ -43,7 +43,7 @@ from calm.decode import compiled, engines, program
 from calm.exits import confidence, schedules
 from calm.t5 import caches, network, parameters
 from calm.t5.network import Params
-from calm.t5x import bindings, calls, loops, prefixes, shards, sizes, stored, watching
+from calm.t5x import bindings, loops, meshes, stored
 from calm.training import distillation, objectives
 
 Batch = Mapping[str, jax.Array]
@@ -51,7 +51,7 @@ Batch = Mapping[str, jax.Array]
 _LOG = logging.getLogger(__name__)
 
 greedy_decode = loops.greedy_decode
-config_of = sizes.config_of
+config_of = stored.config_of
 
 
 class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
@@ -80,23 +80,19 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     matmul_precision: str | None = None,
     exit_maps: tuple[Sequence[int], int] | None = None,
   ):
-    """T5X's arguments, and what early exit adds.
+    """T5X's ten arguments, and what early exit adds.
 
     Of T5X's arguments those that are None are what gin binds for T5X's own class, or its
-    defaults; what gin binds for T5X's methods holds for this model's.
+    defaults; what gin binds for T5X's methods holds for this model's. `label_smoothing` is 0
+    only, and embedding rows beyond the output vocabulary's pieces are never emitted.
 
     Args:
       module: `calm.t5.network.Transformer`, or T5X's own T5 1.1 `network.Transformer`, which is
         built anew from its `config`: with an exit classifier only where something needs it.
-      input_vocabulary: as in T5X.
-      output_vocabulary: as in T5X; embedding rows beyond its pieces are never emitted.
+      input_vocabulary, output_vocabulary, feature_converter_cls, label_smoothing, z_loss,
+        loss_normalizing_factor, default_decoder_params: as in T5X.
       optimizer_def: as in T5X; `exit_classifier_optimizer` for stage two.
       decode_fn: T5X's `beam_search` or `temperature_sample`, or `greedy_decode`.
-      feature_converter_cls: as in T5X.
-      label_smoothing: 0 only.
-      z_loss: as in T5X.
-      loss_normalizing_factor: as in T5X.
-      default_decoder_params: as in T5X.
       rule: how a token goes through the layers; None is the paper's softmax confidence.
         `exits.Verified` needs `decode_fn=greedy_decode`.
       threshold: lambda where `decoder_params` gives none. At `NEVER_EXIT` nothing is measured:
@@ -107,7 +103,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
         rows that a device decodes.
       split_rows: on a mesh, whether each device decodes rows of its own with the decoder's
         weights whole, exchanging nothing; otherwise every step is the whole mesh's, as T5X's
-        are. None splits where those weights take at most `shards.APART_BYTES`.
+        are. None splits where those weights take at most `meshes.APART_BYTES`.
       whole_decoder: for inference on a mesh with a model axis: where rows are split, whether
         the decoder's weights stay whole on every device (2 GiB of float32 at most), so that no
         batch gathers them. None: where gin binds t5x/infer.py or t5x/eval.py.
@@ -118,7 +114,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
 
     Raises:
       TypeError: one of the first four is neither given nor bound, or `threshold` is no number.
-      ValueError: another architecture, label smoothing, or what `calls.check` refuses.
+      ValueError: another architecture, label smoothing, or what `bindings.check` refuses.
     """
     given = dict(
       module=module,
@@ -141,9 +137,9 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
         " loss has none: leave it out."
       )
     rule = rule or exits.DynamicExits(confidence.Softmax())
-    calls.check(rule, threshold, matmul_precision)
+    bindings.check(rule, threshold, matmul_precision)
     objective = objective or objectives.LayerWeighted(z_loss=theirs.get("z_loss", 0.0))
-    parts = sizes.needed_parts(rule, objective)
+    parts = stored.needed_parts(rule, objective)
     theirs["module"] = network.Transformer(config_of(theirs["module"], parts, exit_maps))
     super().__init__(**theirs)
     bindings.bind_methods(self, t5x_models.EncoderDecoderModel)
@@ -156,7 +152,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     self.whole_decoder = bindings.only_infers() if whole_decoder is None else whole_decoder
     self.matmul_precision = matmul_precision
     # A warning: T5X's scripts show no less of what other packages log.
-    _LOG.warning(calls.spoken(rule, threshold, self.config.num_decoder_layers))
+    _LOG.warning(bindings.described(rule, threshold, self.config.num_decoder_layers))
     bindings.hold_checkpoints_to(stored.refuse_missing_parts)
 
   @property
@@ -173,7 +169,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     """As T5X's; with `whole_decoder`, the decoder has axes that no mesh axis divides."""
     found = super().get_initial_variables(*args, **kwargs)
     stays = self.whole_decoder and self.splits_rows(found["params"])
-    return shards.kept_whole(found) if stays else found
+    return meshes.kept_whole(found) if stays else found
 
   def loss_fn(self, params: Params, batch: Batch, dropout_rng: jax.Array | None):
     """The objective's loss and its metrics, layer by layer, under T5X's names.
@@ -193,9 +189,8 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       loss, penalty = loss / factor, penalty / factor
     metrics = _metrics(loss, penalty, sums, weighted)
     if isinstance(self.objective, distillation.ExitMaps):  # layers without maps: 0 / 0
-      for layer in {*range(1, self.config.num_decoder_layers)} - {
-        *self.config.exit_translators
-      }:
+      layers = range(1, self.config.num_decoder_layers)
+      for layer in {*layers} - {*self.config.exit_translators}:
         del metrics[f"accuracy/layer_{layer}"], metrics[f"loss/layer_{layer}"]
     return loss, metrics
 
@@ -212,13 +207,9 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     """Decodes a batch with early exit, in T5X's own loop or in `greedy_decode`.
 
     Args:
-      params: as in T5X.
-      batch: as in T5X.
-      rng: as in T5X.
+      params, batch, rng, return_all_decodes, num_decodes: as in T5X.
       decoder_params: as in T5X; left as it is. `threshold` (lambda, [] or [batch], may be
         traced) is taken out of it: the decode function never sees it.
-      return_all_decodes: as in T5X.
-      num_decodes: as in T5X.
       prompt_with_targets: as in T5X; the prefix runs every layer of the rule, is not counted,
         and schedules count tokens from its end.
 
@@ -233,27 +224,28 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       defaults.return_all_decodes if return_all_decodes is None else return_all_decodes
     )
     num_decodes = defaults.num_decodes if num_decodes is None else num_decodes
-    options = shards.with_rng(dict(decoder_params or {}), rng)
-    rule, threshold = calls.depth(self.rule, self.threshold, options.pop("threshold", None))
+    options = meshes.with_rng(dict(decoder_params or {}), rng)
+    given = options.pop("threshold", None)
+    rule, threshold = loops.rule_and_threshold(self.rule, self.threshold, given)
     options.setdefault("eos_id", self.output_vocabulary.eos_id or 1)
     eos_id = self.output_vocabulary.eos_id
-    prefix = prefixes.prefix_of(batch["decoder_input_tokens"], eos_id, prompt_with_targets)
+    prefix = loops.prefix_of(batch["decoder_input_tokens"], eos_id, prompt_with_targets)
     mesh, num_rows = _context_mesh(), prefix.shape[0]
 
     with compiled.at_precision(self.matmul_precision):
-      axes = shards.row_axes(mesh, num_rows) if self.splits_rows(params) else ()
-      at_rest = self.whole_decoder and shards.may_stay_whole(params)
-      whole = functools.partial(shards.whole, at_rest=at_rest)
+      axes = meshes.row_axes(mesh, num_rows) if self.splits_rows(params) else ()
+      at_rest = self.whole_decoder and meshes.may_stay_whole(params)
+      whole = functools.partial(meshes.whole, at_rest=at_rest)
       weights = self._weights(whole(params, mesh, self.config.dtype) if axes else params)
       encoded = self._encode(params, weights, batch["encoder_input_tokens"])
     threshold = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), (num_rows,))
-    engine = shards.engine_over(self.engine, num_rows, apart=bool(axes) or mesh.size <= 1)
+    engine = meshes.engine_over(self.engine, num_rows, apart=bool(axes) or mesh.size <= 1)
     loop = loops.Loop(self.config, rule, prefix.shape[1], engine)
-    by_row, traced, static = shards.split_options(options, num_rows)
+    by_row, traced, static = meshes.split_options(options, num_rows)
     decode = functools.partial(self._decode_rows, loop, num_decodes, static)
-    key, rows = shards.key_of(options, self._decode_fn), (prefix, encoded, threshold, by_row)
+    key, rows = meshes.key_of(options, self._decode_fn), (prefix, encoded, threshold, by_row)
     with compiled.at_precision(self.matmul_precision):
-      over_rows = shards.over_rows(decode, mesh, axes, one_draw="temperature" in by_row)
+      over_rows = meshes.over_rows(decode, mesh, axes, one_draw="temperature" in by_row)
       decodes, aux = over_rows((weights.decoder, traced), rows, key)
     pick = (lambda x: x) if return_all else (lambda x: x[:, -1])
     aux = jax.tree.map(pick, aux)
@@ -276,17 +268,17 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
   def splits_rows(self, params: Params) -> bool:
     """Whether each device of a mesh decodes rows of its own: `split_rows`, or what it takes."""
     weights = jax.eval_shape(self._weights, params)
-    return shards.fits(weights.decoder) if self.split_rows is None else self.split_rows
+    return meshes.fits(weights.decoder) if self.split_rows is None else self.split_rows
 
   def _decode_rows(self, loop, num_decodes, static, shared, batch, rng):
     """Decodes of the rows that this function is given, and what is known of them."""
     (weights, traced), (prefix, encoded, threshold, by_row) = shared, batch
     options = {**static, **traced, **by_row} | ({} if rng is None else {"decode_rng": rng})
     eos_id = options["eos_id"]
-    rows = prefixes.make_rows(encoded, prefix, threshold, eos_id, num_decodes)
-    watch = watching.watch(self._decode_fn, t5x_decoding.temperature_sample, options)
+    rows = loops.make_rows(encoded, prefix, threshold, eos_id, num_decodes)
+    watch = loops.watch(self._decode_fn, t5x_decoding.temperature_sample, options)
     if watch is not None:
-      options[watching.CALLBACK] = watch
+      options[loops.CALLBACK] = watch
     decodes, scores, *same_pass = self._decode_fn(
       inputs=prefix,
       cache=loop.empty_cache(weights, rows, prefix.shape[0]),

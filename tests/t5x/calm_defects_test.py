@@ -19,7 +19,7 @@ import pytest
 from calm import exits
 from calm.exits import confidence, propagation, rules, schedules
 from calm.t5 import caches, network, parameters
-from calm.t5x import loops, prefixes
+from calm.t5x import loops
 from calm.training import losses, objectives
 from tests import engine
 from tests.t5x import setup
@@ -51,7 +51,7 @@ def test_2_the_threshold_decays_along_the_sequence():
   )
 
   def decays(rows):
-    schedule = prefixes.AfterPrefix(engine.DECAYING, rows)
+    schedule = loops.AfterPrefix(engine.DECAYING, rows)
     values = [float(schedule(jnp.float32(0.5), i)[0]) for i in range(engine.LENGTH)]
     assert np.all(np.diff(values) < 0)
 

@@ -98,7 +98,7 @@ for name, (partitions, decode, arguments, options) in runs.items():
     out_axis_resources=None,
   )
   said = []
-  logging.getLogger("calm.t5x.shards").handlers = [keep := logging.Handler()]
+  logging.getLogger("calm.t5x.meshes").handlers = [keep := logging.Handler()]
   keep.emit = lambda record, said=said: said.append(record.getMessage())
   run = step.lower(params, batch, given(0.4)).compile()
   kinds = ("all-", "collective", "reduce-scatter")

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from calm.t5x import watching
+from calm.t5x import loops
 from tests import engine
 from tests.t5x import models_test, setup
 
@@ -73,12 +73,12 @@ def test_only_the_sampling_of_t5x_is_watched_and_only_where_nobody_else_does():
   from t5x import decoding
 
   sampling = decoding.temperature_sample
-  watch = functools.partial(watching.watch, sampling=sampling, options={})
-  assert isinstance(watch(sampling), watching.Watch)
-  assert isinstance(watch(functools.partial(sampling, topk=1)), watching.Watch)
+  watch = functools.partial(loops.watch, sampling=sampling, options={})
+  assert isinstance(watch(sampling), loops.Watch)
+  assert isinstance(watch(functools.partial(sampling, topk=1)), loops.Watch)
   assert watch(decoding.beam_search) is None
   assert watch(functools.partial(sampling, state_callback_fn=unchanged)) is None
-  assert watching.watch(sampling, sampling, {"state_callback_fn": unchanged}) is None
+  assert loops.watch(sampling, sampling, {"state_callback_fn": unchanged}) is None
   try:
     gin.parse_config(
       "from __gin__ import dynamic_registration\nfrom t5x import decoding\n"
@@ -88,6 +88,6 @@ def test_only_the_sampling_of_t5x_is_watched_and_only_where_nobody_else_does():
     configured = gin.get_configurable(sampling)
     assert watch(configured) is None
     gin.clear_config()
-    assert isinstance(watch(configured), watching.Watch)
+    assert isinstance(watch(configured), loops.Watch)
   finally:
     gin.clear_config()

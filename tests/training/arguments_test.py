@@ -10,7 +10,7 @@ pytest.importorskip("gin")
 
 from calm import checkpoints, exits, training
 from calm.data import training_batches, vocabulary
-from calm.t5x import calls, loops, sizes, stored
+from calm.t5x import bindings, loops, stored
 from calm.training import distillation, losses, objectives, run, sources
 from tests import odd_arguments, toys
 from tests.inference.arguments_test import fields
@@ -115,12 +115,15 @@ BORDER = {
   "T5X checkpoint": (stored.stored_checkpoint, {"checkpoint": "model"}),
   "T5X path": (stored.absolute_path, {"path": "model"}),
   "T5X check": (
-    calls.check,
+    bindings.check,
     {"rule": exits.DynamicExits("softmax"), "threshold": 0.5, "matmul_precision": None},
   ),
-  "T5X depth": (calls.depth, {"rule": exits.StaticExit(), "default": 1.0, "given": None}),
-  "T5X parts": (sizes.needed_parts, {"rule": exits.StaticExit(), "objective": OBJECTIVE}),
-  "T5X sizes": (sizes.config_of, {"module": MODULE, "parts": ()}),
+  "T5X depth": (
+    loops.rule_and_threshold,
+    {"rule": exits.StaticExit(), "default": 1.0, "given": None},
+  ),
+  "T5X parts": (stored.needed_parts, {"rule": exits.StaticExit(), "objective": OBJECTIVE}),
+  "T5X sizes": (stored.config_of, {"module": MODULE, "parts": ()}),
   "T5X loop": of(loops.Loop, config=CONFIG, rule=exits.StaticExit(), length=8),
 }  # fmt: skip
 
@@ -151,7 +154,7 @@ def test_every_argument_is_taken_or_refused_by_name(name, folder):
     (lambda: training.init_params(CONFIG, 0.5), "`seed` to be a whole number"),
     (lambda: checkpoints.load("model", vocabulary="bytes"), "`vocabulary` to be"),
     (lambda: checkpoints.save("a", PARAMS, CONFIG, exits_trained=1), "`exits_trained` to be"),
-    (lambda: sizes.needed_parts(exits.StaticExit(), "stage_one"), "`objective` to be"),
+    (lambda: stored.needed_parts(exits.StaticExit(), "stage_one"), "`objective` to be"),
   ],
 )
 def test_what_would_be_noticed_late_or_never_is_named_at_once(call, message):

@@ -1,12 +1,10 @@
-"""Rows belong to their device: decode loops under `shard_map` over a mesh.
+"""Decode loops under `shard_map` over a mesh: every device decodes rows of its own.
 
 In T5X's partitioned step a conditional is one decision of the whole mesh: every device would
-run as deep and as long as the deepest row anywhere, and an engine that moves rows would move
-them between devices. Here each device decodes rows of its own, with the decoder's weights
-whole, and ends its own loop; nothing is exchanged until all have ended. Weights that lie along
-the model axis are gathered once a batch, and rows are split along that axis too: loops of
-different lengths with the compiler's collectives inside would wait for each other for ever
-(XLA's collective-permute has every device of the mesh come). This module does not import T5X.
+run as deep and as long as the deepest row. Here each device ends its own loop, with the
+decoder's weights whole; nothing is exchanged until all have ended. Weights along the model axis
+are gathered once a batch, and rows are split along that axis too: loops of different lengths
+with collectives inside would wait for each other for ever. This module does not import T5X.
 """
 
 import inspect
@@ -37,19 +35,16 @@ _ALONG_MODEL = ("vocab", "heads", "joined_kv", "mlp")
 READ_IN_LOOPS = ("token_embedder", "decoder")
 # Kernels whose first axis lies along the model axis under T5X's rules; the others' last does.
 _SPLIT_BY_ROWS = ("out", "wo")
-# Parts of the decoder that T5X's rules lay along no mesh axis.
-_WHOLE_PARTS = parameters.EXIT_PARTS
-
 # Decoders larger than this are decoded across devices: half of a TPU v3 core's memory.
 APART_BYTES = 8 * 2**30
 # Decoders stored in more do not stay whole between batches: T5 1.1 large's do, XL's does not.
 KEPT_BYTES = 2 * 2**30
 
 
-def fits(weights: Any, limit: int = APART_BYTES) -> bool:
-  """Whether every device can hold these weights whole: in `limit` bytes at most."""
+def fits(weights: Any) -> bool:
+  """Whether every device can hold these weights whole: in `APART_BYTES` at most."""
   sizes = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
-  return sum(sizes) <= limit
+  return sum(sizes) <= APART_BYTES
 
 
 def row_axes(mesh: Any, num_rows: Any) -> tuple[str, ...]:
@@ -69,15 +64,12 @@ def row_axes(mesh: Any, num_rows: Any) -> tuple[str, ...]:
 
 
 def may_stay_whole(params: Params) -> bool:
-  """Whether every device can hold what loops read, in float32, whole between batches too.
+  """Whether every device can hold what loops read whole between batches too.
 
-  Counted in float32 whatever it is restored in, so that a model's first variables and its
-  checkpoint have one answer.
+  Counted in float32, so that a model's first variables and its checkpoint have one answer.
   """
-  read = {part: params[part] for part in READ_IN_LOOPS}
-  return fits(
-    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), read), KEPT_BYTES
-  )
+  sizes = (leaf.size for part in READ_IN_LOOPS for leaf in jax.tree.leaves(params[part]))
+  return 4 * sum(sizes) <= KEPT_BYTES
 
 
 def kept_whole(variables: Any) -> Any:
@@ -87,9 +79,9 @@ def kept_whole(variables: Any) -> Any:
     variables: as T5X's models make them, with 'params_axes'.
 
   Returns:
-    The same with axes renamed in those of the decoder and the embedding: to "kv", which T5X's
-    rules lay along no mesh axis, and which its Adafactor factors as those that it replaces.
-    As they are where they may not stay whole.
+    The same with axes of the decoder and the embedding renamed to "kv", which T5X's rules lay
+    along no mesh axis, and which its Adafactor factors as those that it replaces. As they are
+    where they may not stay whole.
   """
   if not may_stay_whole(variables["params"]):
     return variables
@@ -134,7 +126,9 @@ def whole(params: Params, mesh: Any, dtype: Any, at_rest: bool = False) -> Param
     if kind == "kernel" and path[-3:-2] not in (("decoder",), ("exit_translators",)):
       leaf = jnp.asarray(leaf, dtype)
     by_rows = (
-      kind != "kernel" or block in _SPLIT_BY_ROWS or not {*_WHOLE_PARTS}.isdisjoint(path)
+      kind != "kernel"
+      or block in _SPLIT_BY_ROWS
+      or not {*parameters.EXIT_PARTS}.isdisjoint(path)
     )
     if count == 1 or by_rows or leaf.ndim != 2 or leaf.shape[1] % count:
       return put(leaf)
@@ -271,27 +265,20 @@ def of_shard(key: Any, index: jax.Array) -> Any:
   return jax.random.wrap_key_data(data, impl=_SHARD_IMPL)
 
 
-def _threefry(key: jax.Array) -> jax.Array:
-  return jax.random.wrap_key_data(key[:2], impl="threefry2x32")
+def _derived(derive: Callable[[jax.Array, Any], jax.Array]) -> Callable[..., jax.Array]:
+  """A function that derives threefry keys [..., 2], of keys with their shard, [..., 3]."""
 
+  def function(key: jax.Array, argument: Any) -> jax.Array:
+    inner = jax.random.wrap_key_data(key[:2], impl="threefry2x32")
+    keys = jax.random.key_data(derive(inner, argument))
+    return jnp.concatenate([keys, jnp.broadcast_to(key[2:], (*keys.shape[:-1], 1))], axis=-1)
 
-def _with_shard(keys: jax.Array, key: jax.Array) -> jax.Array:
-  """Raw threefry keys [..., 2] with the shard of `key`, [..., 3]."""
-  shard = jnp.broadcast_to(key[2:], (*keys.shape[:-1], 1))
-  return jnp.concatenate([keys, shard], axis=-1)
+  return function
 
 
 def _seed(seed: jax.Array) -> jax.Array:
   data = jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
   return jnp.concatenate([data, jnp.zeros((1,), jnp.uint32)])
-
-
-def _split(key: jax.Array, shape: Any) -> jax.Array:
-  return _with_shard(jax.random.key_data(jax.random.split(_threefry(key), shape)), key)
-
-
-def _fold_in(key: jax.Array, data: Any) -> jax.Array:
-  return _with_shard(jax.random.key_data(jax.random.fold_in(_threefry(key), data)), key)
 
 
 def _random_bits(key: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.Array:
@@ -315,9 +302,9 @@ def _random_bits(key: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.
 _SHARD_IMPL = random_impls.define_prng_impl(
   key_shape=(3,),
   seed=_seed,
-  split=_split,
+  split=_derived(jax.random.split),
   random_bits=_random_bits,
-  fold_in=_fold_in,
+  fold_in=_derived(jax.random.fold_in),
   name="threefry2x32_of_shard",
   tag="fry_of_shard",
 )

@@ -7,7 +7,7 @@ import pytest
 from flax.linen import partitioning
 
 from calm.t5 import network
-from calm.t5x import shards
+from calm.t5x import meshes
 from tests import engine
 
 SHARDS, ROWS = 3, 2
@@ -26,46 +26,46 @@ def draws(key, rows):
 @pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
 def test_shards_draw_what_one_device_draws(make):
   whole = draws(make(3), SHARDS * ROWS)
-  parts = [draws(shards.of_shard(make(3), jnp.array(i)), ROWS) for i in range(SHARDS)]
+  parts = [draws(meshes.of_shard(make(3), jnp.array(i)), ROWS) for i in range(SHARDS)]
   for expected, *got in zip(whole, *parts, strict=True):
     np.testing.assert_array_equal(np.concatenate(got), expected)
 
 
 def test_other_generators_draw_apart():
   key = jax.random.key(3, impl="unsafe_rbg")
-  parts = [draws(shards.of_shard(key, jnp.array(i)), ROWS)[0] for i in range(SHARDS)]
+  parts = [draws(meshes.of_shard(key, jnp.array(i)), ROWS)[0] for i in range(SHARDS)]
   assert not np.any(np.asarray(parts[0]) == np.asarray(parts[1]))
-  assert shards.of_shard(None, jnp.array(0)) is None
+  assert meshes.of_shard(None, jnp.array(0)) is None
 
 
 def test_rows_are_split_along_axes_that_divide_them():
   mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
-  assert shards.row_axes(mesh, 16) == ("data", "model")
-  assert shards.row_axes(mesh, 12) == ("data",)
-  assert shards.row_axes(mesh, 3) == ()
-  assert shards.row_axes(mesh, object()) == (), "a symbolic batch is never split"
-  assert shards.row_axes(jax.sharding.AbstractMesh((1, 4), ("data", "model")), 6) == ()
-  assert shards.row_axes(jax.sharding.AbstractMesh((), ()), 8) == ()
+  assert meshes.row_axes(mesh, 16) == ("data", "model")
+  assert meshes.row_axes(mesh, 12) == ("data",)
+  assert meshes.row_axes(mesh, 3) == ()
+  assert meshes.row_axes(mesh, object()) == (), "a symbolic batch is never split"
+  assert meshes.row_axes(jax.sharding.AbstractMesh((1, 4), ("data", "model")), 6) == ()
+  assert meshes.row_axes(jax.sharding.AbstractMesh((), ()), 8) == ()
 
 
 def test_options_with_a_number_for_every_row_are_split():
   given = {"temperature": jnp.ones(2), "max_decode_steps": np.full(2, 5), "topk": jnp.array(3)}
   given |= {"decode_rng": jax.random.PRNGKey(0), "eos_id": 1, "alpha": jnp.ones(3)}
-  by_row, traced, static = shards.split_options(given, 2)
+  by_row, traced, static = meshes.split_options(given, 2)
   assert by_row.keys() == {"temperature", "max_decode_steps"}
   assert traced.keys() == {"topk", "alpha"} and static == {"eos_id": 1}
 
 
 def test_weights_are_gathered_where_a_device_holds_them():
-  large = jax.ShapeDtypeStruct((2, shards.APART_BYTES // 4), jnp.float32)
-  assert shards.fits({"a": jnp.zeros(3)}) and not shards.fits({"a": large})
+  large = jax.ShapeDtypeStruct((2, meshes.APART_BYTES // 4), jnp.float32)
+  assert meshes.fits({"a": jnp.zeros(3)}) and not meshes.fits({"a": large})
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_large_parameters_do_not_stay_whole_whatever_they_are_stored_in(dtype):
   shaped = lambda size: {"token_embedder": {}, "decoder": jax.ShapeDtypeStruct((size,), dtype)}
-  assert shards.may_stay_whole(shaped(shards.KEPT_BYTES // 4))
-  assert not shards.may_stay_whole(shaped(shards.KEPT_BYTES // 4 + 1))
+  assert meshes.may_stay_whole(shaped(meshes.KEPT_BYTES // 4))
+  assert not meshes.may_stay_whole(shaped(meshes.KEPT_BYTES // 4 + 1))
 
 
 @pytest.mark.parametrize("maps", [{}, engine.MAPS], ids=["plain", "maps"])
@@ -82,7 +82,7 @@ def test_a_decoder_that_is_kept_whole_lies_along_no_mesh_axis(maps):
       is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec),
     )
   }
-  before, after = names(variables), names(shards.kept_whole(variables))
+  before, after = names(variables), names(meshes.kept_whole(variables))
   rules = (("vocab", "model"), ("mlp", "model"), ("joined_kv", "model"), ("heads", "model"))
   rules += (("embed", None), ("kv", None), ("relpos_buckets", None))
   changed = {path for path in before if before[path] != after[path]}
