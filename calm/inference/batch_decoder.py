@@ -325,10 +325,8 @@ class BatchDecoder:
   ) -> costs.DecodingCosts:
     """FLOPs and bytes of a decode step, by the layer at which tokens leave.
 
-    Args:
-      input_length: positions of the padded prompt.
-      rule: how tokens go through the layers; None is the options' own.
-      cache_length: positions of the caches that are read; None: those of the limit.
+    `input_length` is of the padded prompt, `cache_length` the positions of the caches that are
+    read (None: those of the limit).
     """
     options = self.options
     if cache_length is None:
@@ -348,12 +346,7 @@ class BatchDecoder:
   def total_costs(
     self, items: Sequence[outputs.Output], rule: exits.Rule | None = None
   ) -> costs.Totals:
-    """FLOPs and bytes of outputs, at full depth and at their exits.
-
-    Args:
-      items: outputs of this model's `generate`, or some of them.
-      rule: the rule that they were decoded with; None is the options' own.
-    """
+    """FLOPs and bytes of outputs of `generate`, at full depth and at their exits."""
     # (first token, token after the last, positions of the caches that these read)
     stages: list[tuple[int, int, int | None]] = [(0, self.options.max_decode_length, None)]
     if not self.options.refill and isinstance(self.runs(rule), staged_lib.StagedProgram):

@@ -63,15 +63,10 @@ def certify(
 
   Args:
     model: the model under its options.
-    prompts: [num_prompts] as for `Predictor.calibrate`.
-    tolerance: delta, in (0, 1).
-    error_rate: epsilon, in (0, 1).
-    consistency: 'textual' or 'risk', as for `Predictor.calibrate`.
-    metric: name, import path or function of the text metric.
-    thresholds: strictly descending; None takes the model's grid, or the measure's own.
+    prompts, tolerance, error_rate, consistency, metric, thresholds, progress: as for
+      `Predictor.calibrate`.
     folder: keeps the generations, so that a run that was stopped goes on; None keeps none.
     full: [num_prompts] full-depth records; None decodes them.
-    progress: told after every batch and threshold.
 
   Returns:
     The calibration, and the generations that it was made from.

@@ -79,13 +79,7 @@ class _Batch:
   def decode(
     self, missing: Sequence[str], threshold: float, previous: Mapping[str, Record]
   ) -> tuple[list[Record], reuse.ReuseSummary]:
-    """The missing records at one threshold, and how much of `previous` they reuse.
-
-    Args:
-      missing: ids of the prompts.
-      threshold: lambda.
-      previous: records of higher thresholds, by id.
-    """
+    """The missing records at one threshold, and how much of `previous` they reuse."""
     values = schedule_values(self._model, threshold)
     made = {
       i: previous[i]
@@ -186,11 +180,10 @@ def generate(
     thresholds: strictly descending, without `NEVER_EXIT`.
     writer: from `writer.open_writer` with the same prompts and thresholds.
     reuse_records: take over what a lower threshold cannot change: sequences, and beginnings.
-    full: [num_prompts] records of the full-depth program (of `model.reference`), where there
-      are some: they are written as they are, and nothing is taken over from them.
-    encodings: encoded prompts by batch number, to be read and filled where several grids are
-      decoded for the same prompts in the same batches by the same encoder. Encodings of a
-      separate reference are not among them: give its records as `full` to decode them once.
+    full: [num_prompts] full-depth records of `model.reference`, written as they are; None
+      decodes them.
+    encodings: encoded prompts by batch number, read and filled where several grids are decoded
+      for the same prompts in the same batches by the same encoder.
     progress: told after every batch and threshold.
 
   Returns:
@@ -244,16 +237,9 @@ def on_grid(
   encodings: dict[int, caches.Encoded] | None = None,
   progress: ShareProgress = silent,
 ) -> generations.Generations:
-  """Decodes prompts at full depth and at every threshold, into (and out of) a folder.
+  """`generate` into a folder inside `folder`, named after the procedure, prompts and grid.
 
-  Args:
-    model: the model under its own rule.
-    examples: the prompts.
-    thresholds: strictly descending.
-    folder: parent of the run's folder, which is named after the procedure, prompts and grid.
-    full: records of the full-depth program, taken as the full model's; None decodes them.
-    encodings: see `generate`.
-    progress: told of thresholds.
+  A finished run is read again.
   """
   procedure = model.procedure
   key = {
@@ -329,13 +315,9 @@ def one_shape(model: Decoder) -> Decoder:
 def sequential_order(
   model: BatchDecoder, prompts: Sequence[Prompt], *, ungrouped: bool = False
 ) -> list[Prompt]:
-  """The prompts in the order in which a sequential test sees them.
+  """The prompts in the order in which a sequential test sees them, seeded by the procedure.
 
-  Args:
-    model: the model; its procedure is part of the order's seed.
-    prompts: [num_prompts] prompts.
-    ungrouped: whether prompts are the units of the test where they come in clusters
-      (`order.known_groups`); else the prompts of a cluster stand together.
+  The prompts of a cluster (`order.known_groups`) stand together, unless `ungrouped`.
   """
   ids = [prompt.id for prompt in prompts]
   groups = None if ungrouped else order.known_groups(prompts)

@@ -378,10 +378,7 @@ def with_draft_head(
 ) -> DecodeOptions:
   """The options; of 'verified', without a shortlist where the whole head drafts better.
 
-  Args:
-    config: of the model.
-    options: how it is to decode.
-    given: fields that a user has named; a named shortlist is kept.
+  `given` are the fields that a user has named; a named shortlist is kept.
   """
   layers = options.exit_layers or ()
   asked = options.measure == VERIFIED and "measure" in given and "shortlist" not in given

@@ -106,16 +106,7 @@ def from_generation(
   eos_id: int,
   input_length: int = 0,
 ) -> Output:
-  """One row of a generation as text with its exits.
-
-  Args:
-    generation: numpy arrays [batch, max_decode_length]; scores [batch].
-    row: which row of the batch.
-    vocabulary: ids -> text.
-    num_layers: decoder layers of the model.
-    eos_id: the token that ends a text.
-    input_length: positions of the prompt as it was encoded, padding included.
-  """
+  """One row of a generation (numpy arrays [batch, max_decode_length]) as an `Output`."""
   length = int(np.sum(np.asarray(generation.exit_layers[row]) > 0))
   columns = lambda array: tuple(array[row][:length].tolist())
   verification = generation.verification
@@ -365,11 +356,8 @@ def legend_html(num_layers: int) -> str:
 def terminal_mode(environ: Mapping[str, str] | None = None, stream: Any = None) -> Mode:
   """The colours of a terminal: `plain`, `256` or `truecolor`.
 
-  Args:
-    environ: environment variables; None: this process's. `NO_COLOR` (non-empty) and
-      `TERM=dumb` turn colour off, `COLORTERM=truecolor` (or `24bit`) gives 24-bit colour.
-    stream: where the text goes; None: standard output. Without colour if no terminal, unless
-      `FORCE_COLOR` (non-empty) is set.
+  `NO_COLOR` and `TERM=dumb` turn colour off, `COLORTERM=truecolor` (or `24bit`) gives 24-bit
+  colour; a `stream` (None: standard output) that is no terminal has none without `FORCE_COLOR`.
   """
   environ = os.environ if environ is None else environ
   target = sys.stdout if stream is None else stream
@@ -389,15 +377,8 @@ def to_terminal(
 ) -> str:
   """The tokens on coloured backgrounds (ANSI), or with `[layers]` before each run of tokens.
 
-  Args:
-    pieces: text of each token; control characters are replaced, so that no generated text can
-      steer the terminal.
-    exit_layers: decoder layers that each token took, 1-based; 0 (padding) is left out.
-    num_layers: decoder layers of the model.
-    mode: `plain`, `256` or `truecolor`; None: the one of `terminal_mode`.
-
-  Raises:
-    ValueError: if the lengths differ or an exit layer is out of range.
+  Control characters are replaced, so that no generated text can steer the terminal. Arguments
+  and errors as for `to_html`; `mode` None is the one of `terminal_mode`.
   """
   mode = mode or terminal_mode()
   colours, painted, previous = scale(num_layers), [], 0

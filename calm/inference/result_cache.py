@@ -83,11 +83,7 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ResultCache:
-  """A folder of results.
-
-  Attributes:
-    folder: made when the first result is stored.
-  """
+  """A folder of results, made when the first one is stored."""
 
   folder: pathlib.Path
 
@@ -97,13 +93,9 @@ class ResultCache:
     return self.folder / f"{name}-{digest(marked)}.json"
 
   def get(self, kind: type[T], name: str, key: Mapping[str, Any], make: Callable[[], T]) -> T:
-    """The stored result, or the one that `make` gives, stored.
+    """The stored result of type `kind`, or the one that `make` computes, stored.
 
-    Args:
-      kind: type of the result.
-      name: of the experiment; begins the file's name.
-      key: JSON values that the result depends on, all of them.
-      make: computes it.
+    `name` begins the file's name; `key` holds all JSON values that the result depends on.
     """
     path = self.path(name, key)
     if path.exists():

@@ -30,14 +30,7 @@ PROMPTS, ROUNDS = 24, 5
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """One way of decoding that is timed.
-
-  Attributes:
-    name: of its curve.
-    rule: how tokens go through the layers.
-    threshold: lambda.
-    model: the model that decodes, under its options; None: the one that is measured.
-  """
+  """One way of decoding that is timed; `model` None is the one that is measured."""
 
   name: str
   rule: exits.Rule
@@ -105,7 +98,7 @@ def measure(
   Args:
     model: a model whose weights serve every setting (a shortlist's measure included).
     prompts: best of one padded length (`of_one_length`), or more is compiled.
-    settings: what to time; full depth is added.
+    settings: full depth is added.
     rounds: repeats.
     of_rounds: what counts of them: `np.median`, or `np.min` where they are few and the machine
       has other work, which only ever adds.
@@ -192,13 +185,7 @@ def exact_beside_full_depth(
 ) -> Pair | None:
   """Times exact decoding against full depth in the model's own batches, on a few prompts.
 
-  Args:
-    model: the model under its options.
-    texts: prompts; those of the commonest padded length are timed.
-    rule: how drafts are made and verified.
-
-  Returns:
-    Milliseconds of both and their ratio; None where the prompts fill no batch.
+  None where the prompts fill no batch.
   """
   few, way = 2 * model.options.batch_size, (rule, schedules.NEVER_EXIT)
   return _pair(model, model, texts, way, few, 3, grid.silent)

@@ -36,11 +36,7 @@ def only_infers() -> bool:
 
 
 def hold_checkpoints_to(check: Any) -> None:
-  """Has T5X show what it restores to a function, where no other transformation is bound.
-
-  Args:
-    check: a `state_transformation_fns` of T5X's `RestoreCheckpointConfig`.
-  """
+  """Binds T5X's `RestoreCheckpointConfig.state_transformation_fns`, where nothing else does."""
   name = "RestoreCheckpointConfig."
   for other in ("state_transformation_fns", "fallback_to_scratch"):
     with contextlib.suppress(ValueError):  # not bound, or nothing is restored
@@ -61,10 +57,7 @@ def configured(configurable: Any) -> Any:
 def resolve(given: dict[str, Any], theirs: type, required: tuple[str, ...]) -> dict[str, Any]:
   """Arguments of a class in place of T5X's, from those that were given and T5X's bindings.
 
-  Args:
-    given: arguments by name; None is not given.
-    theirs: T5X's class.
-    required: names that have no default.
+  An argument of `given` that is None is not given; `theirs` is T5X's class.
 
   Raises:
     TypeError: a required one is neither given nor bound.

@@ -73,12 +73,7 @@ def make_rows(
 ) -> Rows:
   """Rows of a batch, each prompt `num_decodes` times in a row, as T5X's loops lay them out.
 
-  Args:
-    encoded: from `caches.cross_attention_inputs`.
-    prefix: BOS (0), then tokens to be forced, 0 where the model is free.
-    threshold: lambda, [] or [batch].
-    eos_id: the token that ends a row.
-    num_decodes: sequences a prompt.
+  `prefix` is BOS (0), then tokens to be forced, 0 where the model is free.
   """
   forced = jnp.pad(prefix[:, 1:], ((0, 0), (0, 1))) != 0
   free = jnp.logical_not(forced).astype(jnp.int32)
@@ -183,10 +178,7 @@ class LoopState:
 def rule_and_threshold(rule: exits.Rule, default: float, given: Any) -> tuple[exits.Rule, Any]:
   """The rule to run and the threshold to report; the full model's where nothing exits.
 
-  Args:
-    rule: the model's.
-    default: its threshold.
-    given: that of the call, which may be traced; None: none.
+  `default` is the model's threshold, `given` that of the call (may be traced), or None.
 
   Raises:
     ValueError: the one given lies outside [0, 1].
@@ -204,6 +196,9 @@ def rule_and_threshold(rule: exits.Rule, default: float, given: Any) -> tuple[ex
 @dataclasses.dataclass(frozen=True)
 class Loop:
   """The early-exit step as T5X's loops call it; static, like `program.Program`.
+
+  `weights` of its methods are the decoder's, from `program.model_weights`, `rows` are from
+  `make_rows`, and `eos_id` is the token that ends a row.
 
   Attributes:
     config: the model's sizes.
@@ -230,10 +225,7 @@ class Loop:
   def empty_cache(self, weights: Any, rows: Rows, batch_size: int) -> LoopCache:
     """A cache that T5X's loops can tile, flatten and gather: plain dictionaries of arrays.
 
-    Args:
-      weights: the decoder, from `program.model_weights`.
-      rows: from `make_rows`.
-      batch_size: rows of the cache: of the batch, before a loop of T5X's multiplies them.
+    `batch_size` is the rows of the batch, before a loop of T5X's multiplies them.
     """
     if isinstance(self.rule, exits.Verified):  # whose loop makes its own
       return {"cache_index": jnp.zeros((), jnp.int32)}
@@ -250,13 +242,8 @@ class Loop:
 
     Of `exits.Verified` it is a `Passes`, which `greedy_decode` alone can use.
 
-    Args:
-      weights: the decoder, from `program.model_weights`.
-      rows: from `make_rows`.
-      eos_id: the token that ends a row.
-      wide: whether logits are as wide as the embedding, as T5X's are, and not as the
-        vocabulary: what draws from them draws what it draws from T5X's. Ids beyond the
-        vocabulary have no probability.
+    With `wide`, logits are as wide as the embedding, as T5X's are, so that samplers draw what
+    they draw from T5X's; ids beyond the vocabulary have no probability.
     """
     if isinstance(self.rule, exits.Verified):
       task = engines.Task(
@@ -283,11 +270,7 @@ class Loop:
   ) -> Exits:
     """The exits of sequences that some loop returned, by feeding them to the same step.
 
-    Args:
-      weights: the decoder, from `program.model_weights`.
-      rows: as they were decoded.
-      tokens: prefix, generated tokens, padding.
-      eos_id: the token that ended them.
+    `tokens` are prefix, generated tokens, padding.
     """
     bound = self._bound(weights, rows)
     real = real_tokens(tokens, rows, eos_id)
@@ -310,12 +293,7 @@ class Loop:
   ) -> dict[str, jax.Array]:
     """Exits in the order of the decodes, [batch, num_decodes, length], by name.
 
-    Args:
-      weights: as in `replay`.
-      rows: as they were decoded.
-      decodes: sequences [batch, num_decodes, length].
-      eos_id: the token that ended them.
-      same_pass: what the loop itself returned of them, if it did.
+    `same_pass` holds the exits that the loop itself returned, if it did.
 
     Raises:
       ValueError: the decodes are longer than the caches.
@@ -341,11 +319,7 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-  """`Loop.bind` of a rule that emits several tokens a pass.
-
-  Attributes:
-    verifying: the loop, its prefix yet to be given.
-  """
+  """`Loop.bind` of a rule that emits several tokens a pass: the loop, without its prefix."""
 
   verifying: verified.Verifying
 
@@ -507,13 +481,9 @@ class Watch:
     return state
 
   def exits(self, num_decodes: int) -> Exits:
-    """Those of the sequences in the order in which T5X returns them, by ascending score.
+    """Exits [batch * num_decodes, length] in the order in which T5X returns sequences.
 
-    Args:
-      num_decodes: as the loop was told.
-
-    Returns:
-      Arrays [batch * num_decodes, length]; what a row noted after its end is still in them.
+    T5X sorts by ascending score; what a row noted after its end is still in them.
     """
     scores = self.state.log_prob.reshape(-1, num_decodes)
     order = jnp.argsort(scores, axis=-1)[..., None]
@@ -530,13 +500,8 @@ def watch(
 ) -> Watch | None:
   """A watch to give to a decode function as `state_callback_fn`, if it is T5X's sampling.
 
-  Args:
-    decode_fn: the model's, as it is, in `functools.partial`, or as gin configures it.
-    sampling: T5X's `decoding.temperature_sample`.
-    options: what the call gives to `decode_fn`.
-
-  Returns:
-    None for another function, and where somebody has a callback there already.
+  None for another function, and where somebody has a callback there already. `decode_fn` may be
+  a `functools.partial`, or configured by gin; `options` are those of the call.
   """
   taken = CALLBACK in options or f".{CALLBACK}" in gin.config_str()
   inner: Any = inspect.unwrap(decode_fn)

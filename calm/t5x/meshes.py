@@ -50,10 +50,7 @@ def fits(weights: Any) -> bool:
 def row_axes(mesh: Any, num_rows: Any) -> tuple[str, ...]:
   """The axes of a mesh along which rows are split: all, or its data axes, or none.
 
-  Args:
-    mesh: the partitioner's, possibly empty.
-    num_rows: rows of the batch, which the axes' sizes must divide; may be symbolic
-      (`jax.export`), which is never split.
+  The axes' sizes must divide `num_rows`; a symbolic number (`jax.export`) is never split.
   """
   every = tuple(name for name in mesh.axis_names if mesh.shape[name] > 1)
   for axes in (every, tuple(name for name in every if name in DATA_AXES)):
@@ -104,10 +101,9 @@ def whole(params: Params, mesh: Any, dtype: Any, at_rest: bool = False) -> Param
   the last axis: on a CPU it lays both the parts and the whole out anew, element by element.
 
   Args:
-    params: T5X-shaped, along whichever axes; elsewhere than along `MODEL_AXIS` the compiler
-      gathers.
+    params: T5X-shaped; elsewhere than along `MODEL_AXIS` the compiler gathers.
     mesh: the partitioner's.
-    dtype: what the layers' kernels are multiplied in; they are exchanged in it.
+    dtype: in which the layers' kernels are multiplied, and so exchanged.
     at_rest: whether they are whole already along the model axis (`kept_whole`).
   """
   count = 1 if at_rest else dict(mesh.shape).get(MODEL_AXIS, 1)
@@ -180,11 +176,8 @@ def engine_over(
 ) -> engines.Engine | None:
   """The engine of a batch; None is the fastest for its rows.
 
-  Args:
-    engine: the one asked for.
-    num_rows: rows of the batch; may be symbolic, which only the plain engine takes.
-    apart: whether every device has rows of its own; where steps are the whole mesh's, the plain
-      engine exchanges least.
+  Only the plain engine takes a symbolic `num_rows`; it exchanges least where steps are the
+  whole mesh's (not `apart`).
 
   Raises:
     ValueError: the one asked for does not take symbolic sizes.
@@ -231,13 +224,8 @@ def key_of(options: dict[str, Any], decode_fn: Callable[..., Any]) -> Any:
 def split_options(options: dict[str, Any], num_rows: Any) -> tuple[dict[str, Any], ...]:
   """Options of a decode function without its key, as (by row, traced, static).
 
-  Args:
-    options: by name.
-    num_rows: rows of the batch.
-
-  Returns:
-    Arrays with an entry for every row, which are split as rows are; other traced ones, which
-    go in as arguments; and static ones, which are part of the program.
+  Those with an entry for every row are split as rows are, other traced ones go in as arguments,
+  and static ones are part of the program.
   """
   by_row, traced, static = {}, {}, {}
   for name, value in options.items():

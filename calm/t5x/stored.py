@@ -48,12 +48,9 @@ def absolute_path(path: str) -> str:
 
 
 def refuse_missing_parts(checkpoint: Any, state: Any, *, is_resuming: bool = False) -> Any:
-  """What T5X read of a checkpoint, as it is: a `state_transformation_fns` of T5X's.
+  """A `state_transformation_fns` of T5X's that changes nothing, and compares exit parts.
 
-  Args:
-    checkpoint: T5X's state dictionary of the checkpoint.
-    state: that of the model.
-    is_resuming: as T5X says it; not used.
+  `checkpoint` and `state` are T5X's state dictionaries of the checkpoint and of the model.
 
   Raises:
     ValueError: the model's decoder has an exit part, or maps of a layer, that the checkpoint's
