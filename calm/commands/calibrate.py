@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   kinds = ("textual", "risk_signed", "risk_clipped")
   add(parser, "kind", "NAME", f"loss: {', '.join(kinds)}", "textual", choices=kinds)
   flags.add_shared(parser, "metric")
+  add(parser, "references", "FILE", "JSON Lines of {id, targets} of prompts without references")
   text = f"bound: {', '.join(PROMISES)}"
   way = parser.add_mutually_exclusive_group()
   add(way, "promise", "NAME", text, "mean", choices=PROMISES)
@@ -60,7 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(parser, "configurations", "NAME=DIR", text, nargs="+")
   add(way, "list_unlabelled", "FILE", "write the prompts that need references, and stop")
   add(way, "verify", "FILE", "compare a calibration.json with one made from these outputs")
-  add(parser, "references", "FILE", "JSON Lines of {id, targets} of prompts without references")
   add(parser, "output", "FILE", "where to write", without="DIRECTORY/calibration.json")
   add(more, "method", "NAME", f"p-values: {', '.join(methods.METHODS)}", "auto")
   add(more, "testing", "NAME", ", ".join(multiple_testing.PROCEDURES), "fixed_sequence")

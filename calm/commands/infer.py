@@ -588,7 +588,7 @@ def open_monitored(
   on_trial = bool(predictor.platform_mismatch) and threshold not in (NEVER_EXIT, None)
   if arguments.monitor is None and not on_trial:
     for name in ("fail_on_alarm", "monitor_share", "monitor_level", "metric"):
-      if getattr(arguments, name) not in (None, False):
+      if (value := getattr(arguments, name)) is not None and value is not False:
         raise ValueError(f"`--{name}` needs `--monitor`, the file of the monitor.")
     return None
   calibration = _watched(predictor.calibration, threshold)
