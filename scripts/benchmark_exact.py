@@ -23,30 +23,23 @@ import json
 import pathlib
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import benchmark
 import benchmark_models as models
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tables
 from flax import struct
 
-from calm import exits, inference, storage
+from calm import exits, inference
 from calm.decode import compiled, drafting, program, verified_state
 from calm.inference import timing
 from calm.paper import tasks
-from calm.t5 import network
 
-GATED = {"mlp_activations": ("gelu", "linear")}
-MT5_SMALL = {
-  **{"vocab_size": 250112, "emb_dim": 512, "num_heads": 6, "head_dim": 64, "mlp_dim": 1024},
-  # The encoder is not timed: two layers of it spare the memory of six.
-  **{"num_encoder_layers": 2, "num_decoder_layers": 8, **GATED},
-}
-SHORTLIST = {"small": 2048, "mt5-small": 4096, "tiny": 32}
+SHORTLIST = {"small": 2048, "tiny": 32}
 
 
 @struct.dataclass
@@ -201,20 +194,9 @@ def rules(flags: argparse.Namespace) -> dict[str, exits.Verified]:
   return made
 
 
-def random_model(shape: str) -> models.Model:
-  """Random weights of a shape, with a shortlist."""
-  if shape != "mt5-small":
-    return models.load(shape, "float32", SHORTLIST.get(shape, 512))
-  config = network.T5Config(**MT5_SMALL)
-  params = models.random_params(config)
-  ids = tuple(range(3, 3 + SHORTLIST[shape]))
-  weights = program.model_weights(params, config, None, ids)
-  return models.Model(shape, config, {}, weights, ids, models.NO_EOS, config.vocab_size)
-
-
 def forced_rows(shape: str, size: int, flags: argparse.Namespace) -> list[dict[str, Any]]:
   """Random weights: milliseconds a token of the full model and of every rule and chance."""
-  model, length = random_model(shape), flags.decode_length
+  model, length = models.load(shape, "float32", SHORTLIST[shape]), flags.decode_length
   setting = models.Setting(shape, size, flags.input_length, length)
   tokens, active = models.batches(model, setting)[0], np.ones(size, bool)
   full = program.Program(model.config, exits.StaticExit(), length, models.NO_EOS)
@@ -234,18 +216,13 @@ def forced_rows(shape: str, size: int, flags: argparse.Namespace) -> list[dict[s
           functools.partial(forced.decode, variant.weights, encoded, active, chance),
           flags.learn,
         )
-  seconds, made = in_turn(timed, flags.repeats)
-  lines, base, own = [], seconds["full depth"], seconds["full depth"]
-  for name in timed:
-    own = seconds[name] if name.startswith("full depth") else own
-    line = row(f"{shape}, B = {size}", name, seconds[name], base, length, made[name])
-    lines.append(line | {"x same reading": _ratio(own, seconds[name])})
+  runs = harness.in_turn(timed, flags.repeats)
+  lines, base, own = [], runs["full depth"].seconds, runs["full depth"].seconds
+  for name, run in runs.items():
+    own = run.seconds if name.startswith("full depth") else own
+    line = row(f"{shape}, B = {size}", name, run.seconds, base, length, run.results)
+    lines.append(line | {"x same reading": harness.ratio(own, run.seconds).median})
   return lines
-
-
-def _ratio(base: Sequence[float], seconds: Sequence[float]) -> float:
-  """The median of how many times as fast as `base`, in the same repeats."""
-  return statistics.median(a / b for a, b in zip(base, seconds, strict=True))
 
 
 def row(setting, name, seconds, base, tokens, generations) -> dict[str, Any]:
@@ -259,28 +236,13 @@ def row(setting, name, seconds, base, tokens, generations) -> dict[str, Any]:
     "setting": setting,
     "rule": name,
     "ms a token": 1e3 * middle / tokens,
-    "x full depth": _ratio(base, seconds),
+    "x full depth": harness.ratio(base, seconds).median,
     "x same reading": None,
     "x in all": sum(base) / sum(seconds),
     "spread": f"{1e3 * min(seconds) / tokens:.2f} - {1e3 * max(seconds) / tokens:.2f}",
     "drafts accepted": share,
     "tokens a pass": None if passes is None else tokens / passes,
   }
-
-
-def in_turn(timed: dict[str, Callable[[], Any]], repeats: int):
-  """Seconds of every repeat, and what was made in it."""
-  seconds: dict[str, list[float]] = {name: [] for name in timed}
-  made: dict[str, list[Any]] = {name: [] for name in timed}
-  for run in timed.values():
-    jax.block_until_ready(run())
-  for repeat in range(repeats):
-    for name in list(timed)[:: 1 if repeat % 2 else -1]:
-      start = time.perf_counter()
-      generation = jax.block_until_ready(timed[name]())
-      seconds[name].append(time.perf_counter() - start)
-      made[name].append(jax.device_get(generation))
-  return seconds, made
 
 
 def packed(task: Any, batch_size: int) -> inference.Predictor:
@@ -333,23 +295,20 @@ def packed_rows(name: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> int:
   """Times what is asked for; prints the rows, and writes them where asked."""
   flags = parse(arguments)
-  about = benchmark.machine()
   sizes = itertools.product(flags.shapes, flags.batch_sizes)
   made = [line for shape, size in sizes for line in forced_rows(shape, size, flags)]
   made += [line for name in flags.tasks for line in packed_rows(name, flags)]
   columns = [name for name in made[-1] if any(line.get(name) is not None for line in made)]
-  result = {
-    "command": about["command"],
-    "columns": columns,
-    "rows": [[line.get(name) for name in columns] for line in made],
-    "versions": {k: about["versions"][k] for k in ("jax", "numpy")},
-    "machine": f"{about['cpu']}, {about['cores']} cores",
-  }
   for line in made:
     print(json.dumps(line))
   if flags.results:
-    path = pathlib.Path(__file__).parent / "results" / f"{flags.results}.json"
-    storage.write_atomically(path, json.dumps(result, indent=1) + "\n")
+    tables.write(
+      tables.RESULTS / f"{flags.results}.json",
+      columns,
+      [[line.get(name) for name in columns] for line in made],
+      machine=harness.machine(),
+      packages=("jax", "numpy"),
+    )
   return 0
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Sequence
 
 import benchmark_models as models
@@ -14,7 +13,7 @@ from calm import exits
 from calm.decode import engines, sharded
 from calm.decode import program as program_lib
 from calm.exits import confidence
-from calm.t5 import caches, costs
+from calm.t5 import caches
 
 # Ways of running the loop; a rule's own default is what `inference` takes.
 ENGINES: dict[str, engines.Engine | None] = {
@@ -52,7 +51,6 @@ class System:
     name: what it is.
     decode: decodes every batch and waits for the result.
     encode: encodes every batch and waits; None where the time of another row is the same.
-    pieces: costs of a step, for the floor; None for peers.
     measured_layers: layers that every token runs, where they are known beforehand.
     by_difference: `decode` encodes too, and `encode` decodes one token: the decoder's time is
       their difference, over a step less.
@@ -63,7 +61,6 @@ class System:
   name: str
   decode: Callable[[], Decoded]
   encode: Callable[[], object] | None = None
-  pieces: costs.DecodingCosts | None = None
   measured_layers: float | None = None
   by_difference: bool = False
   exact: list[np.ndarray] | None = None
@@ -156,17 +153,7 @@ class Ours:
       made = jax.device_get(made)
       return Decoded([m.tokens for m in made], [m.exit_layers for m in made])
 
-    pieces = costs.decoding_costs(
-      self.model.config,
-      input_length=self.setting.input_length,
-      cache_length=self.setting.decode_length,
-      rule=rule,
-      num_pieces=self.model.num_pieces,
-      shortlist=len(self.model.shortlist),
-    )
-    return System(
-      name, decode, self.encode if encode else None, pieces, measured_layers=measured_layers
-    )
+    return System(name, decode, self.encode if encode else None, measured_layers)
 
   def _program(self, rule, engine="default"):
     model, length = self.model, self.setting.decode_length
@@ -180,40 +167,3 @@ class Ours:
     program = self._program(exits.StaticExit())
     encoded = [program.encode(self.weights, tokens) for tokens in self.tokens]
     return jax.block_until_ready(encoded)
-
-
-def renamed(system: System, words: str, encode: Callable[[], object] | None) -> System:
-  """A system run in another way: its floor not known; encoded alike where `encode` is None."""
-  return dataclasses.replace(system, name=f"{system.name}, {words}", encode=encode, pieces=None)
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-  """Reads as many weights as a model's decoder has: what bounds a step from below.
-
-  Attributes:
-    num_bytes: float32 weights of one step.
-  """
-
-  num_bytes: int
-
-  @functools.cached_property
-  def matrix(self) -> jax.Array:
-    """The weights; a product with one row reads each of them once."""
-    return jnp.ones((512, max(self.num_bytes // (4 * 512), 1)), jnp.float32)
-
-  def bytes_per_second(self, readings: int = 5) -> float:
-    """The fastest of some readings: interruptions are no part of a bound."""
-    row = jnp.ones((1, 512), jnp.float32)
-    jax.block_until_ready(_product(row, self.matrix))
-    seconds = []
-    for _ in range(readings):
-      start = time.perf_counter()
-      jax.block_until_ready(_product(row, self.matrix))
-      seconds.append(time.perf_counter() - start)
-    return self.matrix.nbytes / min(seconds)
-
-
-@jax.jit
-def _product(row: jax.Array, matrix: jax.Array) -> jax.Array:
-  return row @ matrix

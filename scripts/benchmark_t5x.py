@@ -17,13 +17,10 @@ repeats that take turns, in one process. Needs T5X.
 import argparse
 import dataclasses
 import functools
-import importlib.metadata
 import itertools
 import json
 import os
 import pathlib
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -31,17 +28,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import seqio
+import tables
 from flax import core as flax_core
 from t5x import adafactor, decoding, partitioning, utils  # pyright: ignore[reportMissingImports]
 from t5x import models as t5x_models  # pyright: ignore[reportMissingImports]
 from t5x.examples.t5 import network as t5x_network  # pyright: ignore[reportMissingImports]
 
-import calm
-from calm import checkpoints, exits, inference, storage
+from calm import checkpoints, exits, inference
 from calm.data import prompt_files
 from calm.exits import confidence
 from calm.t5 import network
@@ -92,6 +90,7 @@ WAYS = {
   "whole_mesh": ({"split_rows": False}, "t5x_whole_mesh.json"),
 }
 T5X = "cc342d4"
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "seqio")
 INPUTS = "encoder_input_tokens"
 VOCABULARY = 32128
 NO_EOS = 2**30  # an id that is never emitted: every step runs
@@ -158,7 +157,7 @@ def measure_compilation(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def runners(shape: str, batch: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-  """Name -> one timed call, compiled already."""
+  """Name -> one timed call,"""
   kinds = systems(shape)
   shapes = {name: array.shape for name, array in batch.items()}
   params = kinds["our model, T5X's loop"].get_initial_variables(jax.random.key(0), shapes)
@@ -173,7 +172,6 @@ def runners(shape: str, batch: dict[str, Any]) -> dict[str, Callable[[], Any]]:
       p, b, decoder_params={"eos_id": NO_EOS}
     )
     made[name] = functools.partial(jax.jit(predict), tree, batch)
-    jax.block_until_ready(made[name]())
   return made
 
 
@@ -227,7 +225,7 @@ def predict(model: Any, params: Any, batch: Any, options: Any) -> Any:
 def partitioned(
   model: Any, threshold: float | None, batch: Any, partitioner: Any, function: Any = predict
 ) -> Any:
-  """T5X's partitioned prediction of a batch by the model in the box, compiled already."""
+  """T5X's partitioned prediction of a batch by the model in the box."""
   shapes = {name: x.shape for name, x in batch.items()}
   shapes["decoder_target_tokens"] = shapes["decoder_input_tokens"]
   init = model.get_initial_variables
@@ -262,7 +260,9 @@ def measure_mesh(mesh: str, kind: str, flags: argparse.Namespace) -> list[dict]:
     runs = {name: partitioned(*x, batch, partitioner) for name, x in known.items()}
     full = known["ours, full depth"][0]
     runs[ENCODER] = partitioned(full, None, batch, partitioner, encode_only)
-    medians = {name: 1000 * x for name, x in interleaved(runs, flags.repeats).items()}
+    medians = {
+      name: 1000 * timed.median for name, timed in harness.in_turn(runs, flags.repeats).items()
+    }
     row: dict[str, Any] = {"texts": kind, "data x model": mesh, "rows": len(batch[INPUTS])}
     for name, run in runs.items():
       layers = np.asarray(dict(jax.device_get(run())[1]).get("exit_layers", 0))
@@ -279,17 +279,6 @@ def told(name: str, medians: dict[str, float], layers: np.ndarray) -> str:
   apart = (full - encoder) / max(here - encoder, 1e-9)
   cell = f"{here:.0f} (x{full / here:.2f}; x{apart:.2f})"
   return cell + (f", {layers.mean():.1f} layers" if len(layers) else "")
-
-
-def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-  """Median seconds of calls that take turns."""
-  times: dict[str, list[float]] = {}
-  for _ in range(repeats):
-    for name, call in runs.items():
-      start = time.perf_counter()
-      jax.block_until_ready(call())
-      times.setdefault(name, []).append(time.perf_counter() - start)
-  return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def measure_meshes(flags: argparse.Namespace, path: pathlib.Path) -> None:
@@ -322,26 +311,17 @@ def stored(path: pathlib.Path, repeats: int) -> list[dict[str, Any]]:
   if not path.exists():
     return []
   found = json.loads(path.read_text("utf-8"))
-  same = found["versions"] == versions() and found.get("repeats") == repeats
+  same = (
+    found["versions"] == tables.versions(*PACKAGES) | {"t5x": T5X}
+    and found.get("repeats") == repeats
+  )
   return found["rows"] if same else []
-
-
-def versions() -> dict[str, str]:
-  """Of what decides the figures."""
-  names = ("jax", "jaxlib", "flax", "numpy", "seqio")
-  known = {name: importlib.metadata.version(name) for name in names}
-  return known | {"calm": calm.__version__, "python": platform.python_version(), "t5x": T5X}
 
 
 def write(path: pathlib.Path, table: dict[str, Any]) -> None:
   """A table as scripts/tables.py reads it; its command leaves out where it was written."""
-  given = re.sub(r"\s?--output[ =]\S+", "", " ".join(sys.argv[1:]))
-  about = {
-    "command": f"python scripts/benchmark_t5x.py {given}".strip(),
-    "versions": versions(),
-    "machine": f"{os.cpu_count()} CPU cores, shared",
-  }
-  storage.write_atomically(path, json.dumps(about | table, indent=1) + "\n")
+  cores = f"{os.cpu_count()} CPU cores, shared"
+  tables.write(path, **table, machine=cores, packages=PACKAGES, versions={"t5x": T5X})
 
 
 def measure_loops(flags: argparse.Namespace) -> dict[str, Any]:
@@ -352,7 +332,8 @@ def measure_loops(flags: argparse.Namespace) -> dict[str, Any]:
     tokens = rng.integers(3, VOCABULARY - 200, (size, flags.input_length))
     decoder = jnp.zeros((size, flags.steps), jnp.int32)
     batch = {INPUTS: jnp.asarray(tokens), "decoder_input_tokens": decoder}
-    medians = interleaved(runners(flags.shape, batch), flags.repeats)
+    runs = harness.in_turn(runners(flags.shape, batch), flags.repeats)
+    medians = {name: timed.median for name, timed in runs.items()}
     base = medians["T5X's network, T5X's loop"]
     for name, median in medians.items():
       cell = f"{1000 * median / flags.steps:.2f} (x{base / median:.2f})"

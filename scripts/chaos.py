@@ -24,9 +24,7 @@ import dataclasses
 import json
 import os
 import pathlib
-import platform
 import random
-import shlex
 import shutil
 import subprocess
 import sys
@@ -35,8 +33,8 @@ import time
 from collections.abc import Callable
 
 import chaos_compare
+import tables
 
-import calm
 from calm import storage
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -172,12 +170,30 @@ def fit_trial(base: pathlib.Path, rates: list[str]) -> Trial:
   )
 
 
+def save_toy(folder: pathlib.Path) -> None:
+  """A model of bytes that has learned nothing."""
+  import jax
+
+  from calm import checkpoints
+  from calm.data import vocabulary
+  from calm.t5 import network
+
+  config = network.T5Config(
+    **{"vocab_size": 264, "emb_dim": 16, "num_heads": 2, "head_dim": 8, "mlp_dim": 24},
+    **{"num_encoder_layers": 1, "num_decoder_layers": 2, "mlp_activations": ("gelu", "linear")},
+  )
+  tokens = jax.numpy.ones((1, 4), "int32")
+  params = network.Transformer(config).init(
+    jax.random.key(0), tokens, tokens, tokens, enable_dropout=False
+  )["params"]
+  words = vocabulary.ByteVocabulary(extra_ids=0)
+  checkpoints.save(folder, jax.device_get(params), config, vocabulary=words)
+
+
 def prepare(name: str, table: dict[str, Trial], base: pathlib.Path) -> None:
   """Makes what a trial reads."""
   if name == "fit":
-    import soak  # brings JAX
-
-    soak.save_toy(base / "toy")
+    save_toy(base / "toy")
   if name == "calibrate":
     run(table["generate"], base)
   if name == "merge":
@@ -287,19 +303,11 @@ def write(path: pathlib.Path, rows: list[list]) -> None:
   there = json.loads(path.read_text("utf-8")) if path.exists() else {}
   if there.get("columns") != COLUMNS:
     there = {"rows": [], "command": ""}
-  made = shlex.join(
-    ["python", "scripts/chaos.py", *(w for w in sys.argv[1:] if "output" not in w)]
-  )
-  again = {row[0] for row in rows}
+  command, again = tables.command_line(), {row[0] for row in rows}
   kept = [row for row in there["rows"] if row[0] not in again]
-  commands = [*(c for c in there["command"].split("; ") if c and kept and c != made), made]
-  result = {
-    "command": "; ".join(commands),
-    "columns": COLUMNS,
-    "rows": [*kept, *rows],
-    "versions": {"calm": calm.__version__, "python": platform.python_version()},
-  }
-  storage.write_atomically(path, json.dumps(result, indent=1) + "\n")
+  earlier = [c for c in there["command"].split("; ") if c and kept and c != command]
+  commands = "; ".join([*earlier, command])
+  tables.write(path, COLUMNS, [*kept, *rows], command=commands, packages=())
 
 
 def main() -> int:

@@ -11,17 +11,12 @@ scipy only.
 """
 
 import argparse
-import json
 import math
-import pathlib
-import shlex
-import sys
 
 import numpy as np
-import scipy
+import tables
 from scipy import special
 
-from calm import storage
 from calm.calibrate.evidence import betting, strategies
 
 ERROR_RATE = 0.05
@@ -140,14 +135,7 @@ def main() -> None:
   for line in (list(columns), *rows):
     print("  ".join(f"{cell:>11}" for cell in line))
   if arguments.output:
-    value = {
-      "command": shlex.join(["python", "scripts/compare_bets.py", *sys.argv[1:]]),
-      "columns": columns,
-      "rows": rows,
-      "versions": {"numpy": np.__version__, "scipy": scipy.__version__},
-    }
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    storage.write_atomically(pathlib.Path(arguments.output), text)
+    tables.write(arguments.output, columns, rows)
 
 
 def table(arguments: argparse.Namespace) -> tuple[tuple[str, ...], list[list[str]]]:

@@ -112,7 +112,8 @@ def main() -> None:
       columns = ["task", "measure", *heads]
       padded = [[*row, *[""] * (len(columns) - len(row))] for row in made]
       align = ["left", "left", *["right"] * len(heads)]
-      tables.write(f"{arguments.output}_{kind}.json", columns, padded, align=align)
+      about = {"align": align, "machine": "two shared CPU cores", "packages": ["jax"]}
+      tables.write(f"{arguments.output}_{kind}.json", columns, padded, **about)
 
 
 if __name__ == "__main__":

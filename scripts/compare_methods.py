@@ -10,15 +10,10 @@ is then the true risk, with its 95 % interval. Needs numpy and scipy only.
 """
 
 import argparse
-import json
-import pathlib
-import shlex
-import sys
 
 import numpy as np
-import scipy
+import tables
 
-from calm import storage
 from calm.calibrate import calibrate, generations, thresholds, trials
 from calm.calibrate.losses import sequence_losses
 
@@ -103,16 +98,8 @@ def main() -> None:
   for row in rows:
     print("| " + " | ".join(row) + " |")
   if arguments.output:
-    command = shlex.join(["python", "scripts/compare_methods.py", *sys.argv[1:]])
-    value = {
-      "command": command,
-      "columns": HEADER,
-      "align": ["left"] * len(HEADER),
-      "rows": rows,
-      "versions": {"numpy": np.__version__, "scipy": scipy.__version__},
-    }
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    storage.write_atomically(pathlib.Path(arguments.output), text)
+    align = ["left"] * len(HEADER)
+    tables.write(arguments.output, HEADER, rows, align=align)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,11 @@ level 0.05, and how many watches gave a false alarm before. Needs numpy and scip
 """
 
 import argparse
-import json
 import math
-import pathlib
-import shlex
-import sys
 
 import numpy as np
-import scipy
+import tables
 
-from calm import storage
 from calm.calibrate import audit
 
 COLUMNS = (
@@ -77,14 +72,7 @@ def main() -> None:
       rows.append(row(tolerance, good, arguments.watches))
       print("  ".join(f"{cell:>13}" for cell in rows[-1]), flush=True)
   if arguments.output:
-    value = {
-      "command": shlex.join(["python", "scripts/monitor_delay.py", *sys.argv[1:]]),
-      "columns": COLUMNS,
-      "rows": rows,
-      "versions": {"numpy": np.__version__, "scipy": scipy.__version__},
-    }
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    storage.write_atomically(pathlib.Path(arguments.output), text)
+    tables.write(arguments.output, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import pathlib
-import shlex
 import signal
 import sys
 import tempfile
@@ -185,11 +184,11 @@ def survivors(
     yield running.pop(child), status == 0
 
 
-def check(module: str, options: argparse.Namespace) -> tuple[list[object], list[list[str]]]:
+def check(module: str, options: argparse.Namespace) -> list[object]:
   """Runs mutants of one module; prints those that live.
 
   Returns:
-    (line of the table, [module, mutant, why] of each equivalent one).
+    A row of the table.
   """
   path = ROOT / "calm" / "calibrate" / f"{module}.py"
   source = path.read_text("utf-8")
@@ -199,7 +198,7 @@ def check(module: str, options: argparse.Namespace) -> tuple[list[object], list[
   subject = Subject(f"calm.calibrate.{module.replace('/', '.')}", path, tests)
   subject, seen = watched(subject, source)
   chosen = itertools.islice(mutation_trees.mutants(source), 0, None, options.every)
-  total, unexplained, explained = 0, 0, []
+  total = unexplained = explained = 0
   for mutant, lives in survivors(subject, chosen, seen, options.jobs):
     total += 1
     if not lives:
@@ -208,32 +207,17 @@ def check(module: str, options: argparse.Namespace) -> tuple[list[object], list[
     if why is None:
       unexplained += 1
     else:
-      explained.append([module, f"`{mutant.called}`", why])
+      explained += 1
     reason = "" if why is None else f" ({why})"
     print(f"  survived {path.name}:{mutant.line}: {mutant.called}{reason}", flush=True)
-  killed = total - unexplained - len(explained)
+  killed = total - unexplained - explained
   print(
-    f"{module}: {killed} of {total} mutants killed, {len(explained)} equivalent,"
+    f"{module}: {killed} of {total} mutants killed, {explained} equivalent,"
     f" {unexplained} left ({time.perf_counter() - started:.0f} s)",
     flush=True,
   )
-  score = f"{killed / max(1, total - len(explained)):.3f}" if total else None
-  return [module, total, killed, len(explained), unexplained, score], sorted(explained)
-
-
-def write(output: pathlib.Path, rows: list, columns: list[str]) -> None:
-  """A table for `scripts/tables.py`."""
-  import numpy
-  import scipy
-
-  value = {
-    "command": shlex.join(["python", "scripts/mutation_check.py", *sys.argv[1:]]),
-    "columns": columns,
-    "rows": rows,
-    "versions": {"numpy": numpy.__version__, "scipy": scipy.__version__},
-  }
-  text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-  output.write_text(text, "utf-8")
+  score = f"{killed / max(1, total - explained):.3f}" if total else None
+  return [module, total, killed, explained, unexplained, score]
 
 
 def main() -> None:
@@ -243,9 +227,7 @@ def main() -> None:
     "--module", nargs="+", help="modules of calm.calibrate (default: all of `TESTS`)"
   )
   parser.add_argument("--tests", nargs="+", help="test modules in tests/calibrate")
-  parser.add_argument(
-    "--output", type=pathlib.Path, help="JSON file; NAME_equivalent.json comes beside it"
-  )
+  parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
   parser.add_argument("--every", type=int, default=1, help="take one mutant of so many")
   parser.add_argument("--jobs", type=int, default=1, help="mutants that are tested at once")
   options = parser.parse_args()
@@ -256,11 +238,11 @@ def main() -> None:
   import numpy  # noqa: F401
   import scipy.stats  # noqa: F401
 
-  rows, explained = zip(*(check(m, options) for m in options.module or TESTS), strict=True)
+  rows = [check(module, options) for module in options.module or TESTS]
   if options.output:
-    write(options.output, list(rows), COLUMNS)
-    beside = options.output.with_stem(f"{options.output.stem}_equivalent")
-    write(beside, [*itertools.chain(*explained)], ["module", "line [change]", "why"])
+    import tables  # imports the project: only after the last mutant
+
+    tables.write(options.output, COLUMNS, rows)
   raise SystemExit(1 if any(row[4] for row in rows) else 0)
 
 

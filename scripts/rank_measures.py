@@ -12,17 +12,11 @@ the first layer that has the last one's word.
 
 import argparse
 import itertools
-import json
-import pathlib
-import platform
-import shlex
-import sys
 
-import jax
 import numpy as np
+import tables
 
-import calm
-from calm import exits, inference, storage
+from calm import exits, inference
 from calm.fitting import candidates
 from calm.inference import grid
 from calm.paper import tasks
@@ -97,18 +91,8 @@ def main() -> None:
       print("  ".join(f"{x:<24}" if isinstance(x, str) else f"{x:.2f}" for x in line))
   if arguments.output:
     shown = [f"{100 * share:g} % other words" for share in SHARES]
-    value = {
-      "command": shlex.join(["python", "scripts/rank_measures.py", *sys.argv[1:]]),
-      "columns": ["model", "task", "measure", *shown],
-      "rows": lines,
-      "versions": {
-        "calm": calm.__version__,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-      },
-    }
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    storage.write_atomically(pathlib.Path(arguments.output), text)
+    columns = ["model", "task", "measure", *shown]
+    tables.write(arguments.output, columns, lines, packages=("jax", "numpy"))
 
 
 if __name__ == "__main__":

@@ -106,13 +106,14 @@ def write(
   columns: Sequence[str],
   rows: Sequence[Any],
   *,
-  machine: str = "two shared CPU cores",
-  packages: Sequence[str] = ("jax", "numpy"),
+  machine: str = "",
+  packages: Sequence[str] = ("numpy", "scipy"),
   **more: Any,
 ) -> dict[str, Any]:
-  """Writes and returns a result; `more` are other keys of it, like `align`."""
+  """Writes and returns a result; `more` are other keys, like `align` and more `versions`."""
+  known = versions(*packages) | more.pop("versions", {})
   about = {"command": command_line(), "columns": list(columns), **more, "rows": list(rows)}
-  result = about | {"machine": machine, "versions": versions(*packages)}
+  result = about | {"machine": machine, "versions": known}
   storage.write_atomically(
     pathlib.Path(path), json.dumps(result, indent=1, ensure_ascii=False) + "\n"
   )

@@ -13,18 +13,14 @@ may not be more than that explains. Needs numpy and scipy only.
 
 import argparse
 import dataclasses
-import json
 import math
-import pathlib
-import shlex
 import sys
 from collections.abc import Callable
 
 import numpy as np
-import scipy
+import tables
 from scipy import stats
 
-from calm import storage
 from calm.calibrate import SequenceLosses, Support, calibrate, promises, sequential
 from calm.calibrate.evidence import methods, pareto
 from calm.calibrate.losses import clusters, labelling
@@ -324,14 +320,7 @@ def main() -> int:
       print("  ".join(rows[-1]), flush=True)
   if arguments.output:
     more = ["most at one size", "level + 3 errors", "sizes above"] if arguments.orders else []
-    value = {
-      "command": shlex.join(["python", "scripts/validity.py", *sys.argv[1:]]),
-      "columns": [*COLUMN_NAMES, *more],
-      "rows": rows,
-      "versions": {"numpy": np.__version__, "scipy": scipy.__version__},
-    }
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    storage.write_atomically(pathlib.Path(arguments.output), text)
+    tables.write(arguments.output, [*COLUMN_NAMES, *more], rows)
   print("every share is within three errors of its level" if kept else "a share is too large")
   return 0 if kept else 1
 

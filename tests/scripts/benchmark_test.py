@@ -35,40 +35,27 @@ def scripts(monkeypatch):
 
 
 def test_one_command_makes_one_table(scripts, tmp_path, capsys):
-  benchmark = scripts["benchmark"]
-  path = tmp_path / "table"
+  path = tmp_path / "table.json"
   options = ("--depths=1", "--measures=classifier", "--repeats=2", "--shortlist=8", "--peers=")
-  options = (*options, "--engines=default")
-  chosen = "--systems=static,mixed"
-  options = (*options, "--against=full depth")
-  assert benchmark.main([*TINY, *options, chosen, f"--output={path}"]) == 0
-  table = json.loads(path.with_suffix(".json").read_text())
-  rows = {row["system"]: row for row in table["rows"]}
+  options = (*options, "--engines=default", "--systems=static,mixed", "--against=full depth")
+  assert scripts["benchmark"].main([*TINY, *options, f"--output={path}"]) == 0
+  table = json.loads(path.read_text())
+  rows = {row[1]: dict(zip(table["columns"], row, strict=True)) for row in table["rows"]}
   assert {"full depth", "static 1", "classifier, mixed, default"} <= set(rows)
-  assert rows["full depth"]["layers"] == 4 and rows["static 1"]["layers"] == 1
+  full, static = rows["full depth"], rows["static 1"]
+  assert full["layers"] == 4 and static["layers"] == 1
   mixed = rows["classifier, mixed, default"]
-  assert 1 < mixed["layers"] < 4
   narrow = rows["classifier, mixed, default, head in 8 bits"]
-  assert narrow["layers"] == mixed["layers"] and narrow["floor"] is None
+  assert 1 < mixed["layers"] < 4 and narrow["layers"] == mixed["layers"]
   for row in rows.values():
-    assert 0 < row["low"] <= row["median"] <= row["high"] and row["compile_seconds"] >= 0
-    if row is not narrow:
-      assert row["floor"] > 0 and row["megabytes"] > 0
-  assert mixed["over_static"] > 0 and rows["static 1"]["over_static"] == pytest.approx(1)
-  static, full = rows["static 1"], rows["full depth"]
-  assert static["megaflops"] < mixed["megaflops"] < full["megaflops"]
-  assert static["megabytes"] < full["megabytes"]
-  assert rows["full depth"]["agreement"] == 1 and mixed["agreement"] is None
+    assert 0 < row["ms a step"] < row["with the encoder"] and row["compile s"] >= 0
+  assert mixed["over static"] > 0 and static["over static"] == pytest.approx(1)
+  assert full["tokens equal"] == 1 and mixed["tokens equal"] is None
   # Two repeats are too few for an interval.
-  assert full["against"] == {"median": 1.0, "low": None, "high": None}
-  assert static["against"]["median"] > 0
-  whole = [row["against_whole"]["median"] for row in (full, static)]
-  assert whole[0] == 1.0 and whole[1] > 0
-  about = table["about"]
-  assert about["cores"] >= 1 and "jax" in about["versions"]
-  printed = capsys.readouterr().out
-  assert printed.strip() == path.with_suffix(".md").read_text().strip()
-  assert "| classifier, mixed, default |" in printed
+  assert full["full depth over it"] == full["with both encoders"] == "1.00"
+  assert float(static["full depth over it"]) > 0
+  assert table["machine"].endswith("cores") and "jax" in table["versions"]
+  assert "| classifier, mixed, default |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("measure", ["probe", "shortlist"])
@@ -130,37 +117,24 @@ def test_rows_are_counted_to_their_end(scripts):
 
 def test_a_ratio_has_an_interval_that_supposes_no_distribution(scripts):
   """The median of 7 lies between the least and the most of them but once in 64."""
-  import benchmark_table
+  import harness
 
   ours, theirs = [1.0] * 7, [2.0, 9.0, 3.0, 1.0, 4.0, 5.0, 100.0]
-  got = benchmark_table.ratio(theirs, ours)
+  got = harness.ratio(theirs, ours)
   assert (got.median, got.low, got.high) == (4.0, 1.0, 100.0)
   assert str(got) == "4.00 [1.00, 100.00]"
-  assert str(benchmark_table.ratio(theirs[:5], ours[:5])) == "3.00"
+  assert str(harness.ratio(theirs[:5], ours[:5])) == "3.00"
 
 
-def test_what_is_done_is_written_before_the_next_setting(scripts, tmp_path, monkeypatch):
-  benchmark, path, done = scripts["benchmark"], tmp_path / "table", []
+def test_calls_take_turns(scripts):
+  import harness
 
-  def rows_of(setting, options, log):
-    if done:
-      raise KeyboardInterrupt
-    done.append(setting)
-    return []
-
-  monkeypatch.setattr(benchmark, "rows_of", rows_of)
-  with pytest.raises(KeyboardInterrupt):
-    benchmark.main([*TINY, "--batch_sizes=1,2", "--peers=", f"--output={path}"])
-  assert json.loads(path.with_suffix(".json").read_text())["rows"] == []
-  assert path.with_suffix(".md").exists()
-
-
-def test_a_part_replaces_no_table_of_results(scripts):
-  benchmark = scripts["benchmark"]
-  parse = lambda *options: benchmark.output_of(benchmark.parse(list(options)))
-  assert parse("--results=small") == pathlib.Path("runs/benchmark_small")
-  assert parse("--results=small", "--output=here") == pathlib.Path("here")
-  assert parse() is None
+  order = []
+  runs = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
+  timed = harness.in_turn(runs, 2)
+  assert order == ["a", "b", "a", "b", "b", "a"]
+  assert timed["a"].result == 1 and timed["a"].results == [3, 6]
+  assert len(timed["b"].seconds) == 2 and timed["b"].median > 0
 
 
 def test_an_unknown_shape_is_refused(scripts, capsys):

@@ -1,0 +1,78 @@
+"""Timing: calls that take turns, medians of the repeats, and ratios within a repeat."""
+
+import dataclasses
+import math
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from scipy import stats
+
+
+@dataclasses.dataclass
+class Timed:
+  """One call: seconds and result of its first run, which compiles, and of every repeat."""
+
+  first: float
+  result: Any
+  seconds: list[float] = dataclasses.field(default_factory=list)
+  results: list[Any] = dataclasses.field(default_factory=list)
+
+  @property
+  def median(self) -> float:
+    return statistics.median(self.seconds)
+
+
+def in_turn(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Timed]:
+  """Runs every call once and then `repeats` times; every second repeat goes the other way."""
+
+  def clock(run: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = jax.block_until_ready(run())
+    return time.perf_counter() - start, result
+
+  timed = {name: Timed(*clock(run)) for name, run in runs.items()}
+  for repeat in range(repeats):
+    for name in list(runs)[:: -1 if repeat % 2 else 1]:
+      seconds, result = clock(runs[name])
+      timed[name].seconds.append(seconds)
+      timed[name].results.append(jax.device_get(result))
+  return timed
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+  """The median of ratios within repeats, and its 95 % interval by order statistics.
+
+  The interval supposes no distribution; its ends are NaN where there are too few repeats.
+  """
+
+  median: float
+  low: float
+  high: float
+
+  def __str__(self) -> str:
+    if math.isnan(self.low) or math.isnan(self.high):
+      return f"{self.median:.2f}"
+    return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> Ratio:
+  """How many times as long `over` took as `under`, repeat by repeat."""
+  ratios = [a / b for a, b in zip(over, under, strict=True)]
+  ends = stats.quantile_test(ratios, p=0.5).confidence_interval(0.95)
+  return Ratio(statistics.median(ratios), float(ends.low), float(ends.high))
+
+
+def machine() -> str:
+  """The processor and the cores that this process may use."""
+  name, cpu = platform.processor() or platform.machine(), pathlib.Path("/proc/cpuinfo")
+  if cpu.exists():
+    lines = (line for line in cpu.read_text().splitlines() if line.startswith("model name"))
+    name = next(lines, f": {name}").partition(":")[2].strip()
+  return f"{name}, {len(os.sched_getaffinity(0))} cores"
