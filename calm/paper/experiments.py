@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from calm import calibrate as calibrate_lib
-from calm import exits, inference
+from calm import exits
 from calm.calibrate import generations, trials
 from calm.calibrate.losses import metrics, sequence_losses
 from calm.data import prompt_batches
@@ -35,12 +35,8 @@ class Curves:
   curves: tuple[Curve, ...]
   num_timed: int = 0  # of the prompts, decoded alone for the seconds
 
-  def curve(self, name: str) -> Curve | None:
-    """The curve of a name, or None."""
-    return next((curve for curve in self.curves if curve.name == name), None)
-
   def first(self, name: str) -> scores.Point:
-    """The deepest point of a curve that is there."""
+    """The deepest point of the curve of a name."""
     return next(curve.points[0] for curve in self.curves if curve.name == name)
 
 
@@ -289,24 +285,6 @@ class Gains:
   rows: tuple[Row, ...]
 
 
-def flops_reduction(
-  predictor: inference.Predictor,
-  measure: str,
-  exit_layers: Sequence[Sequence[int]],
-  input_length: int,
-) -> float:
-  """Decoder FLOPs of the full model over those of recorded exits (`calm.t5.costs`).
-
-  Args:
-    predictor: the model.
-    measure: what the exits were decided by; its own cost counts.
-    exit_layers: of the real tokens of every output.
-    input_length: positions of the padded prompt.
-  """
-  step = bench.under(predictor, measure).step_costs(input_length)
-  return costs.totals(step, exit_layers).flops_ratio
-
-
 def gains(
   of: bench.Bench, *, targets: Sequence[Target] = TARGETS, methods: Sequence[Method] = METHODS
 ) -> Gains:
@@ -343,7 +321,7 @@ def gains(
       float(unseen.mean()),
       scores.mean_interval(unseen, table.support.lower),
       sum(map(sum, layers)) / sum(map(len, layers)),
-      flops_reduction(of.predictor, measure, layers, padded),
+      costs.totals(bench.under(of.predictor, measure).step_costs(padded), layers).flops_ratio,
     )
 
   def make() -> Gains:

@@ -6,7 +6,6 @@ import json
 import math
 import types
 
-import numpy as np
 import pytest
 
 pytest.importorskip("jax", reason="needs the extra 'decode'")
@@ -21,8 +20,8 @@ from calm.exits import schedules
 from calm.fitting import choose
 from calm.fitting.candidates import Candidate
 from calm.inference import grid, timing
-from calm.paper import bench, experiments, perturbations, tasks
-from calm.t5 import network
+from calm.paper import bench, perturbations, tasks
+from calm.t5 import costs, network
 from tests import toys
 
 SIZES = toys.Config(vocab_size=264, num_pieces=259, num_encoder_layers=1, num_decoder_layers=2)
@@ -231,14 +230,11 @@ def test_measures_that_a_model_lacks_are_left_out(plain):
 
 
 def test_flops_reductions_are_those_of_the_cost_model(plain):
-  assert (
-    experiments.flops_reduction(plain, "classifier", [[2, 2]], 32) < 1.0
-  )  # it pays the measure
-  saved = experiments.flops_reduction(plain, "classifier", [[2, 1, 1, 1]], 32)
-  assert 1.0 < saved < 2.0 and not math.isnan(saved)
-  assert np.isclose(
-    saved, experiments.flops_reduction(plain, "classifier", [[2, 1], [1, 1]], 32)
-  )
+  step = bench.under(plain, "classifier").step_costs(32)
+  ratio = lambda layers: costs.totals(step, layers).flops_ratio
+  assert ratio([[2, 2]]) < 1.0  # it pays the measure
+  assert 1.0 < ratio([[2, 1, 1, 1]]) < 2.0
+  assert ratio([[2, 1, 1, 1]]) == pytest.approx(ratio([[2, 1], [1, 1]]))
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,9 @@ class Model:
   def with_options(self, **options: Any) -> "Model":
     return self
 
+  def step_costs(self, input_length: int) -> None:
+    return None
+
   def plan(self, texts) -> list[prompt_batches.PromptBatch]:
     batch = prompt_batches.PromptBatch
     active = np.ones(1, bool)
@@ -149,8 +152,10 @@ def report() -> experiments.TaskReport:
   point = perturbations.Position(0, 60, 0.5, 0.75, 0.5, 0.6)
   wrong = perturbations.Perturbations("rouge_l", 60, (point,) * 3, (point,) * 3)
   short = {"TOLERANCES": (0.05, 0.2), "SPLITS": 5, "DRAWS": 10}
+  totals = lambda step, layers: types.SimpleNamespace(flops_ratio=1.5)
   with (
-    mock.patch.multiple(experiments, **short, flops_reduction=lambda *asked: 1.5),
+    mock.patch.multiple(experiments, **short),
+    mock.patch.object(experiments.costs, "totals", totals),
     mock.patch.object(perturbations, "perturbations", lambda of: wrong),
   ):
     report = experiments.run(sample())
