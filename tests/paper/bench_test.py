@@ -70,7 +70,7 @@ def test_one_shape_is_one_shape_and_the_same_text(plain, model, full):
   assert len({batch.tokens.shape for batch in plain.plan(TEXTS)}) > 1
   assert tokens(full) == tokens(grid.with_rule(plain, PROMPTS, exits.StaticExit()))
   assert [record.id for record in full] == [prompt.id for prompt in PROMPTS]
-  assert isinstance(model.with_options(measure="state"), offline.OneShape)
+  assert model.with_options(measure="state").one_shape
   assert model.plan([]) == []
 
 
