@@ -11,8 +11,9 @@ pytest.importorskip("matplotlib", reason="needs the extra 'report'")
 pytest.importorskip("jax", reason="needs the extra 'decode'")
 
 from calm.exits import confidence
-from calm.inference import drawing, outputs
+from calm.inference import drawing
 from calm.paper import bench, figures
+from tests.inference import outputs_test
 
 # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.
 SEEN_BY = {
@@ -103,7 +104,7 @@ def test_series_are_seen_on_both_pages():
   assert len(PAGES) == 2
   for style in drawn().values():
     for paper in PAGES:
-      assert outputs.contrast(seen(style.colour, paper), paper) >= 3.0, (style, paper)
+      assert outputs_test.contrast(seen(style.colour, paper), paper) >= 3.0, (style, paper)
 
 
 def test_a_figure_on_the_page_takes_the_page_s_colours():
