@@ -1,17 +1,18 @@
 """Choose the lowest threshold that is certified to stay within the tolerance.
 
-Reads the folder of `calm generate`, or JSON Lines of any other system, and writes
-calibration.json. Needs no JAX.
+Reads the folder of `calm generate`, or JSON Lines of any other system, and
+writes calibration.json. Needs no JAX.
 
   calm calibrate runs/cache --tolerance=0.1 --error_rate=0.05
   calm calibrate runs/cache --kind=risk_signed --metric=token_f1
   calm calibrate --full=full.jsonl --outputs 0.9=a.jsonl 0.8=b.jsonl
   calm calibrate --full=xl.jsonl --outputs large=l.jsonl base=b.jsonl
-  calm calibrate runs/cache --risks textual:rouge_l:0.1 risk_signed:token_f1:0.02
+  calm calibrate runs/cache --risks textual:rouge_l:0.1 risk_signed:chrf:0.02
   calm calibrate --configurations a=runs/a b=runs/b --output=calibration.json
 
-A line of such files is {"id", "prediction"} with `input`, `targets` and `group`
-where known, or a line of OpenAI batches, `vllm run-batch`, vLLM or T5X infer.
+A line of such files is {"id", "prediction"} with `input`, `targets` and
+`group` where known, or a line of OpenAI batches, `vllm run-batch`, vLLM or T5X
+infer.
 """
 
 import argparse
@@ -60,12 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   text = "folders of the same prompts; certifies the cheapest of all thresholds"
   add(parser, "configurations", "NAME=DIR", text, nargs="+")
   add(way, "list_unlabelled", "FILE", "write the prompts that need references, and stop")
-  add(way, "verify", "FILE", "compare a calibration.json with one made from these outputs")
+  add(way, "verify", "FILE", "compare a calibration.json with these outputs")
   add(parser, "output", "FILE", "where to write", without="DIRECTORY/calibration.json")
   add(more, "method", "NAME", f"p-values: {', '.join(methods.METHODS)}", "auto")
   add(more, "testing", "NAME", ", ".join(multiple_testing.PROCEDURES), "fixed_sequence")
   flags.add_shared(more, "ungrouped")
-  add(more, "pilot", "DIR", "outputs of other prompts: print first how likely each certifies")
   add(more, "share", "X", "quantile: share of texts within the tolerance", 0.95)
   add(more, "labels", "FILE", "every_group: JSON Lines of {id, label}, one a prompt")
   add(more, "depths", "T,T", "early_exits: mean layers a token, rising, as 3,5")
@@ -187,16 +187,9 @@ def _plan(arguments, console, cached: generations.Generations) -> None:
       f"--promise={arguments.promise} needs a complete run: one that stopped early was decided"
       " for the mean."
     )
-  rates = {"tolerance": arguments.tolerance, "error_rate": arguments.error_rate * share}
-  rates["method"] = arguments.method
-  if arguments.pilot:
-    pilot = _losses(arguments, generations.load(arguments.pilot))
-    curve = planning.power_curve(pilot, [count, 2 * count, 4 * count], **rates)
-    print_text(
-      console, f"Power by prompts and threshold, judged by {arguments.pilot}:\n{curve}"
-    )
-  elif support.lower < 0.0 and (forecast := planning.forecast(count, **rates)):
-    print_text(console, forecast, "yellow")
+  rates = {"error_rate": arguments.error_rate * share, "method": arguments.method}
+  if support.lower < 0.0 and (text := planning.forecast(count, arguments.tolerance, **rates)):
+    print_text(console, text, "yellow")
 
 
 def _make(

@@ -1,7 +1,8 @@
 """The whole pipeline on the packed model: decode, calibrate, decode faster.
 
-Decodes the packed calibration prompts at full depth and over the grid, calibrates
-the threshold, then decodes prompts that were never seen and compares.
+Decodes the packed calibration prompts at full depth and over the grid,
+calibrates the threshold, then decodes prompts that were never seen and
+compares.
 
   calm demo
   calm demo --tolerance=0.25 --output=runs/demo

@@ -1,9 +1,10 @@
-"""From a T5 and a file of rows to a folder that serves early exits with a guarantee.
+"""From a T5 and a file of rows to a folder that serves early exits.
 
-Learns exits beside the frozen weights, chooses measure, layers and grid by measured
-seconds, certifies a threshold on rows that nothing was chosen on, and evaluates the
-last part once. Full-depth texts do not change. Where no threshold is both certified
-and faster, the folder serves full depth. A stopped run goes on with the same command.
+Learns exits beside the frozen weights, chooses measure, layers and grid by
+measured seconds, certifies a threshold on rows that nothing was chosen on, and
+evaluates the last part once. Full-depth texts do not change. Where no
+threshold is both certified and faster, the folder serves full depth. A stopped
+run goes on with the same command.
 
   calm fit --model=flan-t5-small/ --train=rows.jsonl --output=mine
   calm fit --model=mt5-small/ --train=inputs.txt --output=mine  # no references

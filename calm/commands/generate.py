@@ -1,4 +1,5 @@
-"""Decode prompts at full depth and at every threshold of a grid, into a folder.
+"""Decode prompts at full depth and at every threshold of a grid, into a
+folder.
 
 The folder is what `calm calibrate` reads. A stopped run goes on with the same
 command. Each prompt is encoded once, and the grid compiles once.
@@ -6,7 +7,7 @@ command. Each prompt is encoded once, and the grid compiles once.
   calm generate --prompts=prompts.jsonl --output=runs/cache
   calm generate --model=mine --prompts=dev.jsonl.gz --output=runs/cache
   calm generate --prompts=p.jsonl --output=runs/cache --until_certified
-  calm generate --prompts=p.jsonl --output=runs/cache --num_shards=4 --shard_id=0
+  calm generate --prompts=p.jsonl --output=runs/a --num_shards=4 --shard_id=0
 """
 
 import argparse
@@ -34,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   flags.add_shared(parser, "num_shards", "shard_id")
   text = "with --measure=verified: ascending in [0, 1), like 0,0.1,0.3"
   add(more, "slacks", "LIST", text)
-  add(more, "no_reuse", None, "decode every sequence, even where it cannot change")
   add(more, "kind", "NAME", "with --until_certified: textual or risk_signed", "textual")
   add(more, "metric", "NAME", f"with --until_certified: {flags.METRICS}", "rouge_l")
   text = "with --until_certified and a risk: JSON Lines of {id, targets}"
@@ -114,14 +114,8 @@ def _grid(arguments, console, predictor, prompts, levels, writer) -> None:
   from calm.inference import grid
 
   with Progress(console) as progress:
-    summary = grid.generate(
-      predictor,
-      prompts,
-      levels,
-      writer,
-      reuse_records=not arguments.no_reuse,
-      progress=grid.as_shares(progress, levels),
-    )
+    advance = grid.as_shares(progress, levels)
+    summary = grid.generate(predictor, prompts, levels, writer, progress=advance)
   writer.finish()
   console.print(f"{len(prompts)} prompts, {len(levels)} thresholds and full depth: {summary}.")
 

@@ -9,7 +9,8 @@ A calibration for another model or other options is refused. A model folder of
   echo "a long text" | calm infer --threshold=never --prompts=- --color
 
 --output takes JSON Lines of {id, prediction, tokens, exit_layers, confidences,
-score}, first into FILE.partial, with which the same command goes on after a kill.
+score}, first into FILE.partial, with which the same command goes on after a
+kill.
 """
 
 import argparse

@@ -1,7 +1,8 @@
-"""Put the shards of `calm generate` or `calm infer` together, in the prompts' order.
+"""Put the shards of `calm generate` or `calm infer` together, in order.
 
-Refuses shards of unlike procedures, grids or prompts, and shards that are missing,
-doubled or not finished; names the shard, the field or the id. Needs no JAX.
+Refuses shards of unlike procedures, grids or prompts, and shards that are
+missing, doubled or not finished; names the shard, the field or the id. Needs
+no JAX.
 
   calm merge runs/cache  # -> runs/cache/merged, for `calm calibrate`
   calm merge runs/outputs --output=outputs.jsonl

@@ -1,12 +1,13 @@
 """Every table and figure of the paper from a model and data, on one page.
 
 Decodes validation prompts (trade-offs) and test prompts (calibration, unseen
-prompts), measures seconds, and writes into --output: index.html, figures/ (SVG and
-PNG), tables/ (CSV and Markdown), and cache/, from which the same command goes on.
+prompts), measures seconds, and writes into --output: index.html, figures/ (SVG
+and PNG), tables/ (CSV and Markdown), and cache/, from which the same command
+goes on.
 
 --data names a folder of debian_synopsis, debian_qa and debian_enfr, each with
-validation.jsonl.gz and test.jsonl.gz. --train names rows of your own, which are
-split as by `calm fit`; the part that it trains on is left out.
+validation.jsonl.gz and test.jsonl.gz. --train names rows of your own, which
+are split as by `calm fit`; the part that it trains on is left out.
 
   calm report --data=data --output=runs/report --tasks=synopsis --limit=50
   calm report --data=data --output=runs/report --measures softmax@2,4 classifier
@@ -59,7 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(parser, "limit", "N", "prompts of each split", without="one of every source")
   text = "confidence measures"
   add(parser, "measures", "NAME", text, _MEASURES, nargs="+", without="all of the model")
-  add(parser, "retime", None, "forget the seconds measured before")
   add(more, "prefix", "TEXT", "of --train: put before every input", without="the model's own")
   flags.add_shared(more, "error_rate")
   add(more, "step", "STEP", "between the thresholds of Fig. 2c", 0.02)
@@ -71,8 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(more, "geometric_model", "FOLDER", "classifier trained Elbayad's way, for App. D")
   add(more, "last_layer_model", "FOLDER", "a model trained without Eq. 6")
   add(more, "all_layers_model", "FOLDER", "the same trained with Eq. 6", without="--model")
-  text = "tasks that these two were trained on"
-  add(more, "objective_tasks", "TASK", text, nargs="+", without="those of --tasks")
 
 
 @run_lib.user_errors
@@ -109,7 +107,6 @@ def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, progress: P
   from calm.paper import bench, experiments
   from calm.paper import tasks as tasks_lib
 
-  compared = [tasks_lib.task(name) for name in arguments.objective_tasks or ()]
   tasks = []
   if arguments.data:
     data = pathlib.Path(arguments.data)
@@ -133,11 +130,7 @@ def _experiments(arguments: argparse.Namespace, cache: pathlib.Path, progress: P
         max_decode_length=settings.max_decode_length,
       )
       for name, model in models.items()
-      if not compared or settings in compared or name not in ("last_layer", "all_layers")
     }
-    if arguments.retime:
-      for old in (cache / "results" / settings.name).glob("seconds-*.json"):
-        old.unlink()
     made = bench.Bench(
       settings=settings,
       data=source,

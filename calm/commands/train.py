@@ -1,11 +1,12 @@
-"""Train a model with an exit at every decoder layer, its classifier or probes, from gin.
+"""Train a model with an exit at every decoder layer, from gin files.
 
   calm train --gin_file=configs/runs/local_tiny.gin \\
       --gin_bindings="TRAIN = 'rows.jsonl'" \\
       --gin_bindings="VOCABULARY_PATH = 'spiece.model'" --output_dir=runs/tiny
 
-A stopped run goes on with the same command, and with the losses of a run that never
-stopped. TensorBoard's scalars go to the output folder, the model to its `model/`.
+A stopped run goes on with the same command, and with the losses of a run that
+never stopped. TensorBoard's scalars go to the output folder, the model to its
+`model/`.
 """
 
 import argparse

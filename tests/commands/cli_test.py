@@ -40,7 +40,7 @@ def test_help_is_one_screen_and_help_all_lists_every_option(command, capsys, mon
   monkeypatch.setenv("COLUMNS", "80")
   short, whole = (listed(command, option, capsys) for option in ("--help", "--help_all"))
   assert len(short.splitlines()) <= MOST_HELP_LINES
-  assert max(map(len, short.splitlines())) <= 88
+  assert max(map(len, short.splitlines())) <= 80
   names = {f"--{name}" for name in options(command) if name != "colour"}
   assert names <= set(re.findall(r"--\w+", whole)) and f"calm {command} " in short
   own = [name for name in names if re.search(rf"^ +{name}\b", short, re.MULTILINE)]
