@@ -181,7 +181,7 @@ def beside_full_depth(
 
 
 def exact_beside_full_depth(
-  model: BatchDecoder, texts: Sequence[str], rule: exits.Verified
+  model: BatchDecoder, texts: Sequence[str], rule: exits.Rule
 ) -> Pair | None:
   """Times exact decoding against full depth in the model's own batches, on a few prompts.
 
