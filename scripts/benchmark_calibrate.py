@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from calm.calibrate import SequenceLosses, calibrate, trials
-from calm.calibrate.evidence import p_values
+from calm.calibrate import SequenceLosses, calibrate, p_values, trials
 from calm.calibrate.losses import metric_values, metrics
 
 

@@ -55,9 +55,9 @@ COLUMNS = [
 
 MONITOR = """
 import sys, time
-from calm.calibrate import audit
-watch = audit.Watch(tolerance=0.2, alarm_level=0.01, sampling_rate=0.5, seed="chaos")
-monitor = audit.open_monitor(sys.argv[1], watch)
+from calm.calibrate import monitor as monitor_lib
+watch = monitor_lib.Watch(tolerance=0.2, alarm_level=0.01, sampling_rate=0.5, seed="chaos")
+monitor = monitor_lib.open_monitor(sys.argv[1], watch)
 for number in monitor.waiting:
   monitor.record(number, (number % 7) / 50)
 while monitor.served < 40000:

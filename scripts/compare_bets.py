@@ -17,7 +17,7 @@ import numpy as np
 import tables
 from scipy import special
 
-from calm.calibrate.evidence import betting, strategies
+from calm.calibrate import betting
 
 ERROR_RATE = 0.05
 COLUMNS = ("law", "tolerance", "mean", "prompts", "plug-in", "WSR", "STaR", "digital", "auto")
@@ -47,8 +47,8 @@ def draw(law: str, generator: np.random.Generator, mean: float, shape: tuple[int
 def looking(rule: str):
   """STaR-Bets (Voracek 2025) or Browne's hedge (1999), with the plug-in variance."""
 
-  def free(losses: np.ndarray, design: strategies.Design) -> np.ndarray:
-    bets = strategies.plug_in_bets(losses, design)
+  def free(losses: np.ndarray, design: betting.Design) -> np.ndarray:
+    bets = betting.plug_in_bets(losses, design)
     bets /= math.sqrt(2.0 * design.target / design.planned_size)  # 1 / standard deviation
     wealth = np.zeros(losses.shape[1])
     for row, loss in enumerate(losses):
@@ -62,12 +62,12 @@ def looking(rule: str):
       wealth += np.log1p(np.minimum(bets[row], design.cap) * (design.tolerance - loss))
     return bets
 
-  return strategies.Strategy(rule, free, strategies.HEDGE_CAP_SHARE)
+  return betting.Strategy(rule, free, betting.HEDGE_CAP_SHARE)
 
 
 RULES = (
   betting.PLUG_IN,
-  strategies.Strategy("WSR", strategies.plug_in_bets, strategies.HEDGE_CAP_SHARE),
+  betting.Strategy("WSR", betting.plug_in_bets, betting.HEDGE_CAP_SHARE),
   looking("STaR"),
   looking("digital"),
   betting.FIXED_LEVEL,

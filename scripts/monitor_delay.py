@@ -13,7 +13,7 @@ import math
 import numpy as np
 import tables
 
-from calm.calibrate import audit
+from calm.calibrate import monitor
 
 COLUMNS = (
   "tolerance",
@@ -35,8 +35,8 @@ def losses(generator: np.random.Generator, mean: float, count: int) -> list[floa
 def delay(tolerance: float, good: int, seed: int) -> int | None:
   """Checks from the jump to the alarm; None where the alarm came before it."""
   generator = np.random.default_rng([seed, good])
-  watch = audit.Watch(tolerance, 0.05, 1.0, seed="simulation")
-  target, wealth = math.log(1.0 / watch.alarm_level), audit.Wealth()
+  watch = monitor.Watch(tolerance, 0.05, 1.0, seed="simulation")
+  target, wealth = math.log(1.0 / watch.alarm_level), monitor.Wealth()
   for loss in losses(generator, 0.9 * tolerance, good):
     wealth = wealth.after(loss, watch)
   if wealth.highest >= target:

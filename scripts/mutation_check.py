@@ -1,7 +1,7 @@
 """Breaks `calm.calibrate` on purpose, one place at a time, and counts what the tests notice.
 
     python scripts/mutation_check.py                    # every module of `TESTS`
-    python scripts/mutation_check.py --module evidence/betting --every 5
+    python scripts/mutation_check.py --module betting --every 5
 
 Each mutant swaps one operator, comparison, constant or call (min for max, ...). It is killed
 when a test fails or runs out of time. Survivors are listed with their line; the exit status is
@@ -29,38 +29,16 @@ import pytest
 from mutation_equivalent import EQUIVALENT
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-_PROMISES = ("promises_parts_test", "promises_test", "configurations_test", "forgery_test")
 TESTS = {
-  "evidence/p_values": (
-    *("evidence/p_values_test", "evidence/betting_test", "pitfalls_test"),
-    "evidence/bounds_test",
-  ),
-  "evidence/multiple_testing": ("evidence/multiple_testing_test", "pitfalls_test"),
-  "evidence/betting": (
-    *("evidence/betting_test", "evidence/hedge_test", "evidence/bounds_test"),
-    "evidence/draws_test",
-  ),
-  "evidence/strategies": (
-    *("evidence/hedge_test", "evidence/betting_test", "evidence/bounds_test"),
-    "sequential_test",
-  ),
-  "evidence/draws": ("evidence/draws_test", "trials_test"),
-  "evidence/pareto": ("evidence/pareto_test", "configurations_test", "pitfalls_test"),
+  "p_values": ("p_values_test", "betting_test", "pitfalls_test"),
+  "testing": ("testing_test", "pitfalls_test", "risks_test", "configurations_test"),
+  "betting": ("betting_test", "trials_test", "sequential_test"),
+  "trials": ("trials_test", "edges_test"),
   "generations/order": ("generations/order_test", "order_edges_test"),
   "losses/clusters": ("order_edges_test", "calibration_test", "edges_test"),
   "losses/labelling": ("losses/labelling_test",),
-  "decision": ("decision_test", "promises_test", "calibration_test", "configurations_test"),
   "configurations": ("configurations_test",),
-  "promises/promise": _PROMISES,
-  "promises/mean": _PROMISES,
-  "promises/quantile": _PROMISES,
-  "promises/every_group": _PROMISES,
-  "promises/early": _PROMISES,
-  "promises/tail": _PROMISES,
-  "promises/mixture": _PROMISES,
-  "promises/risks": _PROMISES,
-  "promises/cost": _PROMISES,
-  "promises/configurations": _PROMISES,
+  "risks": ("risks_test", "configurations_test", "forgery_test"),
 }
 COLUMNS = ["module", "mutants", "killed", "equivalent", "survived", "score"]
 

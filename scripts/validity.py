@@ -21,8 +21,16 @@ import numpy as np
 import tables
 from scipy import stats
 
-from calm.calibrate import SequenceLosses, Support, calibrate, promises, sequential
-from calm.calibrate.evidence import methods, pareto
+from calm.calibrate import (
+  SequenceLosses,
+  Support,
+  calibrate,
+  calibrate_configurations,
+  methods,
+  risks,
+  sequential,
+)
+from calm.calibrate.certify import each_group as calibrate_each_group
 from calm.calibrate.losses import clusters, labelling
 
 LEVEL, TOLERANCE = 0.05, 0.1
@@ -96,21 +104,21 @@ def mean(law, support=None, method="auto"):
 
 def quantile(generator, count):
   values = np.where(generator.random((count, COLUMNS)) < 0.1, 0.5, 0.05)
-  return certified(table(values), tolerance=TOLERANCE, promise=promises.Quantile(0.9))
+  return certified(table(values), tolerance=TOLERANCE, promise=risks.Quantile(0.9))
 
 
 def every_group(generator, count):
   labels = np.where(generator.random(count) < 0.5, "easy", "hard")
   rates = np.where(labels == "hard", TOLERANCE, 0.0)[:, None]
   values = text_like(generator, rates, (count, COLUMNS))
-  promise = promises.EveryGroup(labels=labels.tolist())
+  promise = risks.EveryGroup(labels=labels.tolist())
   return certified(table(values), tolerance=TOLERANCE, promise=promise)
 
 
 def each_group(generator, count):
   labels = ["a" if row % 2 else "b" for row in range(count)]
   losses = table(text_like(generator, TOLERANCE, (count, COLUMNS)))
-  found = promises.each_group(losses, labels, tolerance=TOLERANCE, error_rate=LEVEL)
+  found = calibrate_each_group(losses, labels, tolerance=TOLERANCE, error_rate=LEVEL)
   wrong = [one.column("p_value") <= LEVEL / len(found) for one in found.values()]
   return np.any(wrong, axis=0)
 
@@ -118,29 +126,29 @@ def each_group(generator, count):
 def early_exits(generator, count):
   depths = generator.choice([2.0, 4.0, 8.0], (count, COLUMNS))
   values = text_like(generator, np.where(depths <= 2.0, TOLERANCE, 0.02), depths.shape)
-  promise = promises.EarlyExits((2.0, 4.0), depths=depths)
+  promise = risks.EarlyExits((2.0, 4.0), depths=depths)
   return certified(table(values), tolerance=TOLERANCE, promise=promise)
 
 
 def tail_mean(generator, count):
   shape = (count, COLUMNS)  # the worst tenth loses 0.4 on average
   values = np.where(generator.random(shape) < 0.1, generator.uniform(0.2, 0.6, shape), 0.0)
-  return certified(table(values), tolerance=0.4, promise=promises.TailMean(0.9, 0.2))
+  return certified(table(values), tolerance=0.4, promise=risks.TailMean(0.9, 0.2))
 
 
 def known_mixture(generator, count):
   often = generator.random(count) < 0.5
   rates = np.where(often, 0.12, 0.04)[:, None]  # 0.1 under the weights
   values = text_like(generator, rates, (count, COLUMNS))
-  promise = promises.KnownMixture(1.5, weights=np.where(often, 1.5, 0.5))
+  promise = risks.KnownMixture(1.5, weights=np.where(often, 1.5, 0.5))
   return certified(table(values), tolerance=TOLERANCE, promise=promise)
 
 
 def several_risks(generator, count):
   first = table(text_like(generator, TOLERANCE, (count, COLUMNS)), kind="first")
   second = table(text_like(generator, 0.01, (count, COLUMNS)), kind="second")
-  risks = [promises.Risk(first, TOLERANCE), promises.Risk(second, TOLERANCE)]
-  found = calibrate(risks=risks, error_rate=LEVEL)
+  several = [risks.Risk(first, TOLERANCE), risks.Risk(second, TOLERANCE)]
+  found = calibrate(risks=several, error_rate=LEVEL)
   return found.column("p_value") <= LEVEL
 
 
@@ -149,9 +157,7 @@ def cost(risk: bool):
     shape = (count, COLUMNS)
     values = text_like(generator, TOLERANCE if risk else 0.0, shape)
     costs = np.full(shape, 0.1) if risk else generator.beta(2.0, 2.0, shape)
-    return certified(
-      table(values), tolerance=TOLERANCE, promise=promises.Cost(0.5, costs=costs)
-    )
+    return certified(table(values), tolerance=TOLERANCE, promise=risks.Cost(0.5, costs=costs))
 
   return wrong
 
@@ -172,12 +178,15 @@ def cluster_means(generator, count):
 
 
 def one_configuration(generator, count):
-  """All configurations are at the boundary; which is tested first is learned."""
-  values = zero_or_one(generator, TOLERANCE, (count, 6))
-  risk = pareto.Risk(values, TOLERANCE, Support(binary=True))
-  costs = generator.random((count, 6))
-  found = pareto.pareto_test([risk], costs, error_rate=LEVEL)
-  return np.array([found.chosen is not None])
+  """All configurations are at the boundary, in two families of three."""
+  families, costs = {}, {}
+  for name in ("one", "other"):
+    values = zero_or_one(generator, TOLERANCE, (count, 3))
+    losses = SequenceLosses(values, np.array([0.9, 0.6, 0.3]), Support(binary=True))
+    families[name] = [risks.Risk(losses, TOLERANCE)]
+    costs[name] = generator.random((count, 3))
+  found = calibrate_configurations(families, costs, error_rate=LEVEL)
+  return np.array([found.certified])
 
 
 def sequential_run(lower: float):

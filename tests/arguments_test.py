@@ -15,13 +15,13 @@ from calm.calibrate import (
   Prompt,
   SequenceLosses,
   Support,
-  audit,
+  each_group,
+  monitor,
   planning,
-  promises,
+  risks,
   sequential,
   trials,
 )
-from calm.calibrate.evidence import draws
 from calm.calibrate.losses import metrics
 from tests import odd_arguments
 
@@ -148,16 +148,16 @@ def test_places_names_and_what_python_says_itself_stay():
     ),
     (
       lambda: (LOSSES, GRID, {"promise": "quantile"}),
-      lambda: (LOSSES, GRID, {"promise": promises.Quantile()}),
+      lambda: (LOSSES, GRID, {"promise": risks.Quantile()}),
     ),
     (lambda: (LOSSES, GRID, {"promise": "mean"}), lambda: (LOSSES, GRID)),
     (
-      lambda: (LOSSES, GRID, {"promise": promises.EveryGroup(labels=once(LABELS))}),
-      lambda: (LOSSES, GRID, {"promise": promises.EveryGroup(labels=LABELS)}),
+      lambda: (LOSSES, GRID, {"promise": risks.EveryGroup(labels=once(LABELS))}),
+      lambda: (LOSSES, GRID, {"promise": risks.EveryGroup(labels=LABELS)}),
     ),
     (
-      lambda: (LOSSES, GRID, {"promise": promises.KnownMixture(2.0, once([1.0] * COUNT))}),
-      lambda: (LOSSES, GRID, {"promise": promises.KnownMixture(2, [1] * COUNT)}),
+      lambda: (LOSSES, GRID, {"promise": risks.KnownMixture(2.0, once([1.0] * COUNT))}),
+      lambda: (LOSSES, GRID, {"promise": risks.KnownMixture(2, [1] * COUNT)}),
     ),
     (lambda: (LOSSES, GRID, {"tolerance": np.float64(0.1)}), lambda: (LOSSES, GRID)),
   ],
@@ -217,26 +217,23 @@ def power(*sizes, **options):
   [
     (lambda: certify("median"), "`promise` to be one of"),
     (lambda: certify("every_group"), "`labels`"),
-    (lambda: certify(promises.Mean), "`promise` to be a `Promise` or None, got the class Mean"),
+    (lambda: certify(risks.Mean), "`promise` to be a `Promise` or None, got the class Mean"),
     (lambda: certify(support=0), "`support`"),
     (lambda: certify(groups={"a": 1}), "`groups`"),
     (lambda: calibrate.from_texts(FULL, {math.nan: CHEAP}), "`knobs` to be finite"),
     (lambda: calibrate.from_texts(FULL, {math.inf: FULL, 0.5: CHEAP}), "`knobs` to be finite"),
     (lambda: losses().rows([0.5]), "`index`"),
-    (lambda: promises.each_group(losses(), LABELS, error_rate=1.5), "`error_rate`"),
+    (lambda: each_group(losses(), LABELS, error_rate=1.5), "`error_rate`"),
     (lambda: planning.min_calibration_size(0.1, 0.05, upper=math.inf), "`tolerance`"),
     (lambda: power(5, tolerance=2), "`tolerance`"),
     (lambda: power(5, error_rate=2), "`error_rate`"),
     (lambda: power(10**9), "`draws` sets of"),
-    (lambda: power(5).size_for(0.4), "`threshold` to be one of"),
-    (lambda: power(5).size_for(0.5, power=math.nan), "`power`"),
-    (lambda: power(5).size_for(0.5, power=1.5), "`power`"),
     (lambda: planning.method_size("auto", **RATES, share=1.5), "`share`"),
     (lambda: planning.method_size("auto", **RATES, share=math.nan), "`share`"),
     (lambda: planning.refusal(9, **RATES, share=-0.5), "`share`"),
     (lambda: planning.refusal(9, **RATES, share=2.0), "`share`"),
     (lambda: valid(trials=10**9), "`trials` sets of"),
-    (lambda: valid(calibration_size=draws.MOST_DRAWN), "`trials` sets of"),
+    (lambda: valid(calibration_size=trials.MOST_DRAWN), "`trials` sets of"),
     (lambda: valid(seed=-1), "`seed`"),
   ],
 )
@@ -251,10 +248,10 @@ def test_costs_and_depths_are_finite_and_not_negative(name, value):
   table = TABLE.copy()
   table[3, 1] = value
   calls = {
-    "cost": lambda: certify(promises.Cost(costs=table)),
-    "early_exits": lambda: certify(promises.EarlyExits((2.0,), depths=table)),
+    "cost": lambda: certify(risks.Cost(costs=table)),
+    "early_exits": lambda: certify(risks.EarlyExits((2.0,), depths=table)),
     "configurations": lambda: calibrate.calibrate_configurations(
-      {"a": [promises.Risk(losses(), 0.1)]}, {"a": table}, error_rate=0.05
+      {"a": [risks.Risk(losses(), 0.1)]}, {"a": table}, error_rate=0.05
     ),
   }
   named = "depths" if name == "early_exits" else "costs"
@@ -262,22 +259,22 @@ def test_costs_and_depths_are_finite_and_not_negative(name, value):
     calls[name]()
 
 
-def monitor(tmp_path, watch=None):
-  watch = watch or audit.Watch(0.1, 0.05, 1.0, "0")
+def open_watch(tmp_path, watch=None):
+  watch = watch or monitor.Watch(0.1, 0.05, 1.0, "0")
   number = len(list(tmp_path.iterdir()))
-  return audit.open_monitor(tmp_path / f"{number}.jsonl", watch)
+  return monitor.open_monitor(tmp_path / f"{number}.jsonl", watch)
 
 
 def test_a_monitor_counts_nothing_that_it_refuses(tmp_path):
   for odd in ({"predictions": "ab"}, {"names": ["a"]}, {"metric": 1}, {"full_model": ["a"]}):
-    watched = monitor(tmp_path)
+    watched = open_watch(tmp_path)
     given = {"predictions": ["a", "b"], "full_model": lambda rows: ["a"] * len(rows), **odd}
     with pytest.raises(ValueError, match=f"Expected `{next(iter(odd))}`"):
       watched.check(**given)
     assert watched.served == 0
-  assert not monitor(tmp_path).check(once("ab"), lambda rows: once("ab"))
+  assert not open_watch(tmp_path).check(once("ab"), lambda rows: once("ab"))
   with pytest.raises(ValueError, match="`full_model` to return a text for each"):
-    monitor(tmp_path).check(["a"], lambda rows: 0.5)
+    open_watch(tmp_path).check(["a"], lambda rows: 0.5)
 
 
 TEXTS = {"full": FULL, "early": {"a": FULL, "b": CHEAP}, "references": None, "kind": None}
@@ -291,9 +288,9 @@ BORDER = {
       **{"testing_procedure": "fixed_sequence", "support": None, "promise": None, "seed": None},
     },
   ),
-  "risks": (calibrate.calibrate, {"risks": [promises.Risk(losses(), 0.1)], "error_rate": 0.05}),
+  "risks": (calibrate.calibrate, {"risks": [risks.Risk(losses(), 0.1)], "error_rate": 0.05}),
   "risk": (
-    lambda **given: calibrate.calibrate(risks=[promises.Risk(**given)], error_rate=0.05),
+    lambda **given: calibrate.calibrate(risks=[risks.Risk(**given)], error_rate=0.05),
     {"losses": losses(), "tolerance": 0.1, "name": "a"},
   ),
   "losses": (
@@ -308,7 +305,7 @@ BORDER = {
   "configurations": (
     calibrate.calibrate_configurations,
     {
-      **{"risks": {"a": [promises.Risk(losses(), 0.1)]}, "costs": {"a": TABLE}},
+      **{"risks": {"a": [risks.Risk(losses(), 0.1)]}, "costs": {"a": TABLE}},
       **{"error_rate": 0.05, "method": "auto", "seed": None},
     },
   ),
@@ -316,7 +313,7 @@ BORDER = {
   "metric": (metrics.Metric, {"name": "a", "function": shared_words, "binary": False}),
   "size": (planning.min_calibration_size, {**RATES, "lower": 0.0, "upper": 1.0}),
   "method_size": (planning.method_size, {**PLANNED, "share": 1.0}),
-  "promise_size": (planning.promise_size, {**PLANNED, "promise": promises.Mean()}),
+  "promise_size": (planning.promise_size, {**PLANNED, "promise": risks.Mean()}),
   "refusal": (planning.refusal, {**PLANNED, "num_examples": 9, "lower": 0.0, "share": 1.0}),
   "power": (
     planning.power_curve,
@@ -332,7 +329,7 @@ BORDER = {
     "losses": [0.0],
   }),
   "watch": (
-    audit.Watch,
+    monitor.Watch,
     {
       **{"tolerance": 0.1, "alarm_level": 0.05, "sampling_rate": 1.0, "seed": "0"},
       **{"support": Support(), "kind": "textual", "calibration_digest": None},
@@ -340,7 +337,7 @@ BORDER = {
   ),
   "prompt": (Prompt, {"id": "a", "input": "b", "targets": (), "group": None}),
   "each_group": (
-    promises.each_group,
+    each_group,
     {"losses": losses(), "labels": LABELS, "tolerance": 0.1, "error_rate": 0.05},
   ),
   **{
@@ -349,12 +346,12 @@ BORDER = {
       given,
     )
     for kind, given in {
-      promises.Quantile: {"share": 0.9},
-      promises.TailMean: {"beta": 0.9, "start": 0.0},
-      promises.EveryGroup: {"labels": LABELS},
-      promises.EarlyExits: {"limits_of_depth": (2.0,), "depths": TABLE},
-      promises.KnownMixture: {"most": 2.0, "weights": [1.0] * COUNT},
-      promises.Cost: {"at_most": 0.5, "share": 0.5, "unit": "layers", "costs": TABLE},
+      risks.Quantile: {"share": 0.9},
+      risks.TailMean: {"beta": 0.9, "start": 0.0},
+      risks.EveryGroup: {"labels": LABELS},
+      risks.EarlyExits: {"limits_of_depth": (2.0,), "depths": TABLE},
+      risks.KnownMixture: {"most": 2.0, "weights": [1.0] * COUNT},
+      risks.Cost: {"at_most": 0.5, "share": 0.5, "unit": "layers", "costs": TABLE},
     }.items()
   },
 }  # fmt: skip

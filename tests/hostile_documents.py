@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from calm import checkpoints
-from calm.calibrate import Calibration, audit, calibrate, generations
+from calm.calibrate import Calibration, calibrate, generations, monitor
 from calm.calibrate.generations import records
 from calm.data import datasets, vocabulary
 from calm.inference import options
@@ -57,7 +57,7 @@ def _files(base: pathlib.Path) -> None:
   for path, value in (
     (ours / "inference.json", STORED),
     (base / "rows.jsonl", row),
-    (base / "watch.jsonl", audit.Watch(**small_cache.WATCH).to_json()),
+    (base / "watch.jsonl", monitor.Watch(**small_cache.WATCH).to_json()),
     (base / "records.jsonl", small_cache.record("id-000").to_json()),
   ):
     path.write_text(json.dumps(value) + "\n")
@@ -83,7 +83,7 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
     "records": (lines, lambda: generations.read_records(lines)),
     "manifest": (whole / "manifest.json", lambda: generations.load(whole)),
     "calibration": (told, lambda: Calibration.load(told)),
-    "monitor": (watch, lambda: audit.open_monitor(watch, audit.Watch(**small_cache.WATCH))),
+    "monitor": (watch, lambda: monitor.open_monitor(watch, monitor.Watch(**small_cache.WATCH))),
   }
 
 

@@ -2,17 +2,19 @@
 
     generations   cached outputs per threshold, on disk and in memory (`load`, `open_writer`)
     losses        cached outputs -> losses [num_examples, num_thresholds]
-    evidence      losses -> p-value of "the expected loss exceeds the tolerance" -> certified?
+    methods       losses -> p-values of "the expected loss exceeds the tolerance": `p_values` of
+                  the sum (the paper's is `p_values.hoeffding_bentkus`), or `betting`
+    testing       p-values -> what is certified: fixed sequence, fallback, Holm
     certify       all of it: `calibrate(losses, ...)` -> `calibration.Calibration`
-    configurations  one of many configurations, for several risks: Pareto testing
-    promises      what can be promised besides the mean: quantiles, groups, tails, costs, ...
-    verification  what a calibration's file must be before its promise is spoken
-    ledger        what else was calibrated on the same prompts, and what that costs
+    risks         what can be promised: mean, quantiles, groups, tails, costs, ...
+    configurations  the cheapest of many configurations
+    verification  validation of calibration files
+    ledger        the calibrations on the same prompts, and what they cost
     planning      how many prompts are needed, before any is decoded
     sequential    stops decoding prompts as soon as the outcome is clear
     trials        the paper's 50 splits, and whether the promise holds as often as it says
-    audit         a watch on a deployed threshold
-    seconds       what was measured of a threshold beside full depth, kept with the calibration
+    monitor       watches a deployed threshold
+    seconds       measured seconds beside full depth, kept with the calibration
 
 The shortest way, from losses of any origin:
 
@@ -21,9 +23,9 @@ The shortest way, from losses of any origin:
     result.threshold, result.guarantee
 """
 
-from calm.calibrate import promises
+from calm.calibrate import monitor, risks
 from calm.calibrate.calibration import Calibration
-from calm.calibrate.certify import calibrate
+from calm.calibrate.certify import calibrate, each_group
 from calm.calibrate.configurations import calibrate_configurations
 from calm.calibrate.generations.cached import load
 from calm.calibrate.generations.procedures import Procedure, Provenance
@@ -38,6 +40,9 @@ from calm.calibrate.losses.sequence_losses import (
 from calm.calibrate.losses.texts import from_texts
 from calm.calibrate.thresholds import NEVER_EXIT, default_grid
 
+# The names of versions before.
+promises, audit = risks, monitor
+
 __all__ = [
   "NEVER_EXIT",
   "Calibration",
@@ -48,24 +53,28 @@ __all__ = [
   "Record",
   "SequenceLosses",
   "Support",
-  "audit",
+  "betting",
   "calibrate",
   "calibrate_configurations",
   "default_grid",
-  "evidence",
+  "display",
+  "each_group",
   "from_texts",
   "generations",
   "ledger",
   "load",
   "losses",
+  "methods",
+  "monitor",
   "open_writer",
+  "p_values",
   "planning",
-  "promises",
   "risk_losses",
+  "risks",
   "seconds",
   "sequential",
+  "testing",
   "textual_losses",
   "thresholds",
   "trials",
-  "views",
 ]

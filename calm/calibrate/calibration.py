@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 
 from calm import storage
-from calm.calibrate import promises, verification, views
+from calm.calibrate import display, risks, verification
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.decision import Decision, Evidence
 from calm.calibrate.generations.procedures import Procedure, Provenance, describe_differences
 from calm.calibrate.losses.sequence_losses import Support
-from calm.calibrate.promises import Mean, Promise
+from calm.calibrate.risks import Mean, Promise
+from calm.calibrate.testing import Decision, Evidence
 
-SCHEMA_VERSION = verification.SCHEMA_VERSION
 _KINDS = {
   "textual": "dissimilarity to {full}, 1 - {metric} between both outputs,",
   "risk_signed": "increase of the risk, 1 - {metric} against references, over {full}",
@@ -167,20 +166,20 @@ class Calibration:
   @property
   def guarantee(self) -> str:
     """The promise in plain words, with what it does not say."""
-    return describe(self)
+    return " ".join(sentences(self))
 
   def column(self, name: str) -> np.ndarray:
     """One field of `rows` as an array [num_thresholds]."""
     return np.array([getattr(row, name) for row in self.rows])
 
   def __repr__(self) -> str:
-    return f"Calibration({views.in_short(self)})"
+    return f"Calibration({display.in_short(self)})"
 
   def __str__(self) -> str:
-    return views.as_text(self)
+    return display.as_text(self)
 
   def _repr_html_(self) -> str:
-    return views.as_html(self)
+    return display.as_html(self)
 
   @property
   def promised(self) -> str:
@@ -188,12 +187,12 @@ class Calibration:
     return sentences(self)[0]
 
   def to_frame(self, library: str = "pandas") -> Any:
-    """`rows` as a DataFrame of 'pandas' or 'polars'; see `views.to_frame`."""
-    return views.to_frame(self, library)
+    """`rows` as a DataFrame of 'pandas' or 'polars'; see `display.to_frame`."""
+    return display.to_frame(self, library)
 
   def plot(self, axes: Any = None, *, layers: Any = None) -> Any:
-    """Losses, bounds and what is certified, by matplotlib; see `views.plot`."""
-    return views.plot(self, axes, layers=layers)
+    """Losses, bounds and what is certified, by matplotlib; see `display.plot`."""
+    return display.plot(self, axes, layers=layers)
 
   def refuse_other(self, procedure: Procedure | None, *, allow_platform: bool = False) -> None:
     """Does nothing if the promise holds for outputs decoded by `procedure`.
@@ -234,7 +233,7 @@ class Calibration:
     """All fields as JSON values, the guarantee for people who read the file, and a digest."""
     value = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     value = {
-      "schema_version": SCHEMA_VERSION,
+      "schema_version": verification.SCHEMA_VERSION,
       **value,
       "threshold": thresholds_lib.threshold_to_json(self.threshold),
       "support": dataclasses.asdict(self.support),
@@ -246,7 +245,7 @@ class Calibration:
       "parts": [part.to_json() for part in self.parts],
       "guarantee": self.guarantee,
     }
-    for name in ("knobs", "groups_ignored"):  # other files are as they were
+    for name in verification.OPTIONAL:
       if not value[name]:
         del value[name]
     return {**value, "digest": verification.digest(value)}
@@ -279,7 +278,7 @@ class Calibration:
         "visited": tuple(value["visited"]),
         "procedure": None if procedure is None else Procedure.from_json(procedure),
         "provenance": Provenance.from_json(value["provenance"]),
-        "promise": promises.from_json(value.get("promise", Mean().to_json())),
+        "promise": risks.from_json(value.get("promise", Mean().to_json())),
         "parts": tuple(Evidence.from_json(part) for part in value.get("parts", ())),
         "knobs": tuple(value.get("knobs", ())),
       }
@@ -318,19 +317,8 @@ class Calibration:
       ) from error
 
 
-def _served(calibration: Calibration) -> str:
-  if calibration.knobs:
-    return repr(calibration.knob)
-  return f"threshold {calibration.threshold:.10g}"
-
-
-def describe(calibration: Calibration) -> str:
-  """What is promised, over what, with which probability, and what is not promised."""
-  return " ".join(sentences(calibration))
-
-
 def sentences(calibration: Calibration) -> list[str]:
-  """The sentences of `describe`; the first is the promise."""
+  """The sentences of the guarantee; the first is the promise."""
   procedure = calibration.procedure
   full = "the full model"
   if procedure is not None and procedure.reference_digest is not None:
@@ -338,18 +326,19 @@ def sentences(calibration: Calibration) -> list[str]:
   if procedure is not None and procedure.reference_dtype is not None:
     full += f" in {procedure.reference_dtype}"
   if not calibration.certified:
-    told = (
-      "its loss against itself is 0 by definition."
-      if calibration.kind in _KINDS
-      else "nothing is promised of its loss."
-    )
+    rest = "nothing is promised of its loss."
+    if calibration.kind in _KINDS:
+      rest = "its loss against itself is 0 by definition."
     return [
       f"No threshold is certified, so {full} is used"
-      f" ({thresholds_lib.NEVER_EXIT_TEXT}); {told}",
+      f" ({thresholds_lib.NEVER_EXIT_TEXT}); {rest}",
       calibration.reason,
     ]
   loss = _KINDS.get(calibration.kind, "loss").format(metric=calibration.metric, full=full)
   promise = calibration.promise
+  served = f"threshold {calibration.threshold:.10g}"
+  if calibration.knobs:
+    served = repr(calibration.knob)
   over = (
     ", in the average over clusters, of which each counts once whatever its size,"
     if calibration.clusters
@@ -357,36 +346,36 @@ def sentences(calibration: Calibration) -> list[str]:
   )
   # A sequential run may stop before it has used them all.
   most = "at most " if calibration.sequential else ""
-  told = [
+  said = [
     f"With probability at least {1.0 - calibration.error_rate:.10g} over independent draws of"
     f" the {most}{calibration.num_examples} calibration {calibration.unit}, decoding with"
-    f" {_served(calibration)} has{over} {promise.statement(calibration, loss)}.",
+    f" {served} has{over} {promise.statement(calibration, loss)}.",
     promise.limits(calibration.unit),
     f"It holds if these {calibration.unit} and those that are served are independent draws of"
     " one kind, and if grid, method, tolerance and error rate were fixed before these losses"
     " were seen.",
   ]
   if calibration.clusters:
-    told.append(
+    said.append(
       "Within a cluster it is the average over its prompts that the promise is about. Nothing"
       " is said of prompts that are counted one by one: where large clusters lose more than"
       " small ones, the bound may fail for them."
     )
   if calibration.support.binary and calibration.kind not in _KINDS:
-    told.append("Every loss is taken to be 0 or 1 by its nature.")
+    said.append("Every loss is taken to be 0 or 1 by its nature.")
   if calibration.order == "given":
-    told.append(
+    said.append(
       "The test saw prompts in the order given by the caller, who answers for its having been"
       " fixed before any loss was seen."
     )
   if calibration.groups_ignored:
-    told.append(
+    said.append(
       "Some prompts share a group or an input; the caller took each for an independent draw,"
       " and answers for it."
     )
   if procedure is None:
-    told.append(
+    said.append(
       "The outputs were decoded elsewhere: the user answers for their being decoded as they"
       " will be served."
     )
-  return told
+  return said

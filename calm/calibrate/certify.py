@@ -11,19 +11,18 @@ import scipy
 
 import calm
 from calm import arguments
-from calm.calibrate import decision as decision_lib
-from calm.calibrate import planning, promises
+from calm.calibrate import methods, planning, testing
+from calm.calibrate import risks as risks_lib
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.calibration import Calibration, Row
-from calm.calibrate.decision import Decision, Evidence
-from calm.calibrate.evidence import methods
-from calm.calibrate.evidence import multiple_testing as testing
 from calm.calibrate.generations.procedures import Provenance
 from calm.calibrate.losses import checks, clusters, frames
 from calm.calibrate.losses.sequence_losses import UNKNOWN, SequenceLosses, Support
+from calm.calibrate.risks import Part, Promise, Risk
+from calm.calibrate.testing import Decision, Evidence
 
 
-@arguments.checked(promise=promises.of_name)
+@arguments.checked(promise=risks_lib.of_name)
 def calibrate(
   losses: SequenceLosses | np.ndarray | Sequence[Sequence[float]] | None = None,
   thresholds: Sequence[float] | np.ndarray | None = None,
@@ -34,16 +33,16 @@ def calibrate(
   testing_procedure: str = "fixed_sequence",
   groups: Sequence[Any] | None = None,
   support: Support | None = None,
-  promise: promises.Promise | None = None,
-  risks: Sequence[promises.Risk] | None = None,
+  promise: Promise | None = None,
+  risks: Sequence[Risk] | None = None,
   seed: str | None = None,
 ) -> Calibration:
   """Chooses the lowest threshold whose expected loss is certified to be within the tolerance.
 
   With probability at least 1 - error_rate over the calibration prompts, every certified
   threshold has E[loss] <= tolerance (paper, Eq. 7 and Proposition 1), or keeps what `promise`
-  says instead. Nothing is written: a second question on the same prompts is told by those who
-  calibrate in a folder alone; `ledger.keep(folder, calibration, prompts)` keeps one of yours.
+  says instead. Nothing is written; `ledger.keep(folder, calibration, prompts)` records a
+  calibration, so that a second one on the same prompts is noticed.
 
   Args:
     losses: [num_examples, num_thresholds], rows are exchangeable prompts; best a
@@ -55,15 +54,14 @@ def calibrate(
     error_rate: epsilon, in (0, 1).
     method: 'auto' (binary support, or a plain array of 0 and 1: 'binomial'; else
       'betting_fixed_level' for fixed sequence testing, 'betting' for all other procedures),
-      'paper' (Eq. 11, Hoeffding-Bentkus),
-      'betting', 'betting_fixed_level', 'convex_order', 'hoeffding_bentkus', 'hoeffding' or
-      'binomial'.
-    testing_procedure: 'fixed_sequence', 'fallback', 'holm' or 'bonferroni'.
+      'paper' (Eq. 11 and the Hoeffding-Bentkus p-value, `p_values.hoeffding_bentkus`),
+      'betting', 'betting_fixed_level', 'betting_early', 'convex_order' or 'binomial'.
+    testing_procedure: 'fixed_sequence', 'fallback' or 'holm'.
     groups: [num_examples] cluster of each row; the test is then on cluster means. None takes
       those of a `SequenceLosses`, which has none after `.ungrouped()` (the guarantee says so).
     support: declared range of plain arrays; [0, 1] by default, binary for 'auto' where the
       values are 0 and 1 alone, which the guarantee repeats.
-    promise: what is bounded, one of `promises` or its name; None is the mean loss.
+    promise: the risk functional, one of `risks` or its name; None is the mean loss.
     risks: several losses, each with its tolerance, instead of `losses` and `tolerance`.
     seed: of the order of a betting test: that of an earlier `Calibration` of the same losses,
       to repeat it, or one that was drawn before these losses were seen. None makes it of ids,
@@ -79,152 +77,215 @@ def calibrate(
     ValueError: an argument is malformed (shapes, grid, tolerance, error rate, names), or
       `method` does not fit the declared support.
   """
-  losses, tolerance, promise = _what(losses, tolerance, promise, risks)
+  losses, tolerance, promise = _promise_and_losses(losses, tolerance, promise, risks)
   sample = _as_losses(losses, thresholds, support)
   if sample is not losses and support is None and method == "auto":
-    sample = _seen_binary(sample)
+    sample = _declare_binary(sample)
   _check_rates(tolerance, error_rate)
+  checks.check_seed(seed)
   tables = [sample, *(risk.losses for risk in risks or ())]
   if groups is None:
     groups = next(filter(None, map(clusters.declared_groups, tables)), None)
   if groups is not None:
     groups = checks.check_groups(groups, len(sample.values))
   sample = dataclasses.replace(sample, groups=groups)
-  run = _Run(method, testing_procedure, error_rate, seed)
   parts = promise.parts(sample, tolerance)
+  run = Run(method, testing_procedure, error_rate)
   ordered = any(run.method_of(part.losses, groups).ordered for part in parts)
   seeds = (
     clusters.order_seeds(sample, seed) if ordered else (seed or clusters.order_seed(sample),)
   )
   names = clusters.names_of_rows(sample) if ordered else sample.ids
-  tested = [_test(part, sample, run, seeds, names) for part in parts]
+  evidence = tuple(run.test(part, sample, seeds, names) for part in parts)
   _warn(sample, ordered)
-  evidence = tuple(found.evidence for found in tested)
-  decision = decision_lib.decide(evidence, testing_procedure, error_rate)
-  grid, first = sample.thresholds, tested[0]
-  return Calibration(
-    threshold=_lowest(grid, decision.rejected),
-    reason=_reason(sample.knobs or grid.tolist(), decision, tested, run),
+  decision = testing.decide(evidence, testing_procedure, error_rate)
+  grid = sample.thresholds
+  place = promise.place(decision.rejected)
+  return record(
+    sample,
+    promise,
+    evidence,
+    decision,
+    threshold=thresholds_lib.NEVER_EXIT if place is None else float(grid[place]),
+    thresholds=grid.tolist(),
+    reason=_reason(sample, decision, parts, evidence, run),
     tolerance=float(tolerance),
     error_rate=float(error_rate),
-    method=first.evidence.method,
     testing=testing_procedure,
-    kind=sample.kind,
-    metric=sample.metric,
-    support=first.evidence.support,
     num_examples=len(sample.values) if groups is None else len(set(groups)),
-    clusters=groups is not None,
     groups_ignored=groups is None and any(table.groups_ignored for table in tables),
-    rows=tuple(Row.of(level, evidence, decision, j) for j, level in enumerate(grid)),
-    visited=decision.visited,
     order=sample.order if ordered else "irrelevant",
-    seed=first.seed,
-    procedure=sample.procedure,
-    provenance=_provenance(sample, first),
-    promise=promise,
-    parts=() if _is_plain(evidence) else evidence,
+    seed=seeds[0],
     losses_digest=_digest(sample),
     knobs=sample.knobs,
   )
 
 
+def record(
+  sample: SequenceLosses,
+  promise: Promise,
+  evidence: tuple[Evidence, ...],
+  decision: Decision,
+  *,
+  thresholds: Sequence[float],
+  order: str,
+  seed: str,
+  **fields: Any,
+) -> Calibration:
+  """The `Calibration` of a decision, with what follows from the losses and the evidence."""
+  method = evidence[0].method
+  return Calibration(
+    method=method,
+    kind=sample.kind,
+    metric=sample.metric,
+    support=evidence[0].support,
+    clusters=sample.groups is not None,
+    rows=tuple(Row.of(level, evidence, decision, j) for j, level in enumerate(thresholds)),
+    visited=decision.visited,
+    order=order,
+    seed=seed,
+    procedure=fields.pop("procedure", sample.procedure),
+    provenance=Provenance(
+      metric=sample.metric,
+      references="full model" if sample.kind == "textual" else "targets",
+      grid=fields.pop("grid", tuple(thresholds)),
+      num_examples=max(evidence[0].num_examples),
+      order=sample.order,
+      seed=seed,
+      method=method,
+      versions={
+        "calm": calm.__version__,
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+      },
+    ),
+    promise=promise,
+    # The rows of a calibration say all that there is of one part.
+    parts=() if len(evidence) == 1 and not evidence[0].name else evidence,
+    **fields,
+  )
+
+
+@arguments.checked()
+def each_group(
+  losses: SequenceLosses, labels: Sequence[Any], *, error_rate: float, **options: Any
+) -> dict[str, Calibration]:
+  """A threshold for each group, served by group; all their promises hold at once.
+
+  Each group is calibrated by itself at error_rate / (number of groups) (Bonferroni), so that
+  with probability at least 1 - error_rate no group exceeds its tolerance. The group must be
+  known when a prompt is served.
+
+  Args:
+    losses: as for `calibrate`, `SequenceLosses`.
+    labels: [num_examples] group of each prompt.
+    error_rate: epsilon for all groups together.
+    options: as for `calibrate`.
+
+  Returns:
+    {group: `Calibration`}, groups sorted.
+
+  Raises:
+    ValueError: as `calibrate`.
+  """
+  risks_lib.in_range("error_rate", error_rate, 0.0, 1.0)
+  names = risks_lib.EveryGroup(labels=labels).groups
+  column = risks_lib.rows_of(np.asarray(labels), losses, "labels", table=False)
+  rows = {name: losses.rows(np.flatnonzero(column == name)) for name in names}
+  level = error_rate / len(names)
+  return {name: calibrate(rows[name], error_rate=level, **options) for name in names}
+
+
 @dataclasses.dataclass(frozen=True)
-class _Run:
-  """What all parts of a promise are tested with."""
+class Run:
+  """What all parts of a promise are tested with.
+
+  Attributes:
+    method: name of the p-value method.
+    procedure: name of the multiple-testing procedure.
+    error_rate: epsilon.
+  """
 
   method: str
   procedure: str
   error_rate: float
-  seed: str | None
-
-  def __post_init__(self):
-    checks.check_seed(self.seed)
 
   def method_of(self, losses: SequenceLosses, groups) -> methods.Method:
     """The p-value method for such losses."""
+    if self.procedure not in testing.PROCEDURES:
+      raise ValueError(
+        f"Expected `testing_procedure` to be one of {sorted(testing.PROCEDURES)}, got"
+        f" {self.procedure!r}."
+      )
     several_levels = self.procedure != "fixed_sequence"
     units = clusters.unit_support(losses, groups)
-    return methods.get_method(self.method, units, any_level=several_levels)
+    chosen = methods.get_method(self.method, units, any_level=several_levels)
+    if several_levels and not chosen.any_level:
+      raise ValueError(
+        f"Expected `testing_procedure` 'fixed_sequence' with `method` {chosen.name!r}, which"
+        f" bets for the level `error_rate` alone, got {self.procedure!r}; use 'betting'"
+        " with it."
+      )
+    return chosen
+
+  def test(self, part: Part, sample: SequenceLosses, seeds, names) -> Evidence:
+    """Tests one part, column by column where other rows count at each threshold."""
+    test = part.test
+    losses = dataclasses.replace(part.losses, groups=sample.groups, order=sample.order)
+    chosen = self.method_of(losses, losses.groups)
+    faults = _faults(losses)
+    _, declared = chosen.prepare(losses.values[:1], losses.support)
+    losses = dataclasses.replace(losses, ids=names)
+    size = losses.values.shape[1]
+    counts, log_p = np.zeros(size, np.int64), np.zeros(size)
+    means, bounds = np.full(size, np.nan), np.full(size, np.nan)
+    for places in _alike(part.rows, size):
+      some = _subset(losses, part.rows, places)
+      if some is None:  # no rows, no evidence
+        continue
+      prepared, support = chosen.prepare(some.values, some.support)
+      some = dataclasses.replace(some, values=prepared, support=support)
+      if some.groups is not None:
+        some = clusters.cluster_means(some, some.groups)
+      usable = np.array([not faults[place] for place in places])
+      values, order = some.values, None
+      orders = clusters.tested_orders(some, seeds) if chosen.ordered else [None]
+      if len(orders) > 1:  # side by side, as columns
+        values = np.concatenate([values[rows] for rows in orders], axis=1)
+      else:
+        order = orders[0]
+      level = self.error_rate * test.share
+      rates = methods.Sample(values, some.support, test.tolerance, level, order)
+      found = chosen.evidence(rates, np.tile(usable, len(orders)))
+      log_p[places], bounds[places] = np.reshape(found, (2, len(orders), -1)).max(axis=1)
+      means[places], counts[places] = some.values.mean(axis=0), len(some.values)
+    return Evidence(
+      name=test.name,
+      tolerance=float(test.tolerance),
+      method=chosen.name,
+      support=dataclasses.replace(declared, binary=declared.binary and losses.groups is None),
+      share=test.share,
+      ascending=part.ascending,
+      num_examples=tuple(counts.tolist()),
+      means=tuple(np.where(np.isfinite(means), means, np.nan).tolist()),
+      log_p_values=tuple(log_p.tolist()),
+      upper_bounds=tuple(bounds.tolist()),
+    )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Tested:
-  """Evidence of one part, and what else there is to say of it."""
-
-  evidence: Evidence
-  faults: list[str]
-  seed: str
-  unit: str
-
-
-def _what(losses, tolerance, promise, risks):
+def _promise_and_losses(losses, tolerance, promise, risks):
   """(losses, tolerance, promise), of whichever of the arguments were given."""
   if risks is None:
     if losses is None or tolerance is None:
       raise ValueError("Expected `losses` and `tolerance`, or `risks`, got neither.")
-    return losses, tolerance, promise or promises.Mean()
+    return losses, tolerance, promise or risks_lib.Mean()
   if losses is not None or tolerance is not None or promise is not None:
     raise ValueError(
       "Expected `risks` alone, which bring their losses and tolerances, got `losses`,"
       " `tolerance` or `promise` beside; leave these out."
     )
-  several = promises.as_promise(risks)
+  several = risks_lib.as_promise(risks)
   return risks[0].losses, risks[0].tolerance, several
-
-
-def _is_plain(evidence: Sequence[Evidence]) -> bool:
-  """Whether the rows of a calibration say all that there is."""
-  return len(evidence) == 1 and not evidence[0].name
-
-
-def _test(part: promises.Part, sample: SequenceLosses, run: _Run, seeds, names) -> _Tested:
-  """Tests one part, column by column where other rows count at each threshold."""
-  losses = dataclasses.replace(part.losses, groups=sample.groups, order=sample.order)
-  chosen = run.method_of(losses, losses.groups)
-  _check_procedure(chosen, run.procedure)
-  faults = _faults(losses)
-  _, declared = chosen.prepare(losses.values[:1], losses.support)
-  losses = dataclasses.replace(losses, ids=names)
-  size = losses.values.shape[1]
-  counts, log_p = np.zeros(size, np.int64), np.zeros(size)
-  means, bounds = np.full(size, np.nan), np.full(size, np.nan)
-  for places in _alike(part.rows, size):
-    some = _subset(losses, part.rows, places)
-    if some is None:  # nobody is there to testify
-      continue
-    prepared, support = chosen.prepare(some.values, some.support)
-    some = _units(dataclasses.replace(some, values=prepared, support=support))
-    level = run.error_rate * part.share
-    usable = np.array([not faults[place] for place in places])
-    values, order = some.values, None
-    orders = clusters.tested_orders(some, seeds) if chosen.ordered else [None]
-    if len(orders) > 1:  # side by side, as columns
-      values = np.concatenate([values[rows] for rows in orders], axis=1)
-    else:
-      order = orders[0]
-    rates = methods.Sample(values, some.support, part.tolerance, level, order)
-    found = chosen.evidence(rates, np.tile(usable, len(orders)))
-    log_p[places], bounds[places] = np.reshape(found, (2, len(orders), -1)).max(axis=1)
-    means[places], counts[places] = some.values.mean(axis=0), len(some.values)
-  evidence = Evidence(
-    name=part.name,
-    tolerance=float(part.tolerance),
-    method=chosen.name,
-    support=dataclasses.replace(declared, binary=declared.binary and losses.groups is None),
-    share=part.share,
-    ascending=part.ascending,
-    num_examples=tuple(counts.tolist()),
-    means=tuple(np.where(np.isfinite(means), means, np.nan).tolist()),
-    log_p_values=tuple(log_p.tolist()),
-    upper_bounds=tuple(bounds.tolist()),
-  )
-  unit = "prompts" if losses.groups is None else "clusters of prompts"
-  return _Tested(evidence, faults, seeds[0], unit)
-
-
-def _units(losses: SequenceLosses) -> SequenceLosses:
-  """Prompts, or means of clusters."""
-  return losses if losses.groups is None else clusters.cluster_means(losses, losses.groups)
 
 
 def _alike(rows: np.ndarray | None, size: int) -> list[list[int]]:
@@ -257,37 +318,6 @@ def _digest(sample: SequenceLosses) -> str:
     digest.update(np.ascontiguousarray(array, "<f8").data)
   digest.update("\n".join(sample.ids or ()).encode("utf-8"))
   return digest.hexdigest()
-
-
-def _provenance(sample: SequenceLosses, tested: _Tested) -> Provenance:
-  return Provenance(
-    metric=sample.metric,
-    references="full model" if sample.kind == "textual" else "targets",
-    grid=tuple(sample.thresholds.tolist()),
-    num_examples=max(tested.evidence.num_examples),
-    order=sample.order,
-    seed=tested.seed,
-    method=tested.evidence.method,
-    versions={
-      "calm": calm.__version__,
-      "numpy": np.__version__,
-      "scipy": scipy.__version__,
-    },
-  )
-
-
-def _check_procedure(chosen: methods.Method, testing_procedure: str) -> None:
-  if testing_procedure not in testing.PROCEDURES:
-    raise ValueError(
-      f"Expected `testing_procedure` to be one of {sorted(testing.PROCEDURES)}, got"
-      f" {testing_procedure!r}."
-    )
-  if not chosen.any_level and testing_procedure != "fixed_sequence":
-    raise ValueError(
-      f"Expected `testing_procedure` 'fixed_sequence' with `method` {chosen.name!r}, which"
-      f" bets for the level `error_rate` alone, got {testing_procedure!r}; use 'betting'"
-      " with it."
-    )
 
 
 def _check_rates(tolerance: float, error_rate: float) -> None:
@@ -324,7 +354,7 @@ def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
   return losses
 
 
-def _seen_binary(sample: SequenceLosses) -> SequenceLosses:
+def _declare_binary(sample: SequenceLosses) -> SequenceLosses:
   """`sample`, declared binary where it holds 0 and 1 and nothing else.
 
   The binomial test is then exact, whatever the order, if every loss is 0 or 1 by its nature,
@@ -359,52 +389,52 @@ def _warn(sample: SequenceLosses, ordered: bool) -> None:
 def _faults(losses: SequenceLosses) -> list[str]:
   """Per threshold why its losses cannot be tested, or ''."""
   low, high = losses.support.lower, losses.support.upper
-  values = losses.values
+  wanted = "0 or 1" if losses.support.binary else f"in the declared range [{low}, {high}]"
   faults = []
-  for column in values.T:
+  for column in losses.values.T:
     bad = ~((column >= low - 1e-9) & (column <= high + 1e-9))
     if losses.support.binary:
       bad |= (column != 0.0) & (column != 1.0)
     row = int(np.argmax(bad))
+    if not bad[row]:
+      faults.append("")
+      continue
     name = "" if losses.ids is None else f" (id {losses.ids[row]!r:.200})"
-    wanted = "0 or 1" if losses.support.binary else f"in the declared range [{low}, {high}]"
+    fault = f"the loss of row {row}{name} is {float(column[row])!r} and must be {wanted}"
     if np.isnan(column[row]):
-      wanted += f" (a failure counts as {high:g}; prompts that are left out bias the mean)"
-    faults.append(
-      f"the loss of row {row}{name} is {float(column[row])!r} and must be {wanted}"
-      if bad.any()
-      else ""
-    )
+      fault += f" (a failure counts as {high:g}; prompts that are left out bias the mean)"
+    faults.append(fault)
   return faults
 
 
-def _lowest(grid: np.ndarray, rejected: np.ndarray) -> float:
-  return float(grid[rejected].min()) if rejected.any() else thresholds_lib.NEVER_EXIT
-
-
 def _reason(
-  grid: Sequence[object], decision: Decision, tested: Sequence[_Tested], run: _Run
+  sample: SequenceLosses,
+  decision: Decision,
+  parts: Sequence[Part],
+  evidence: Sequence[Evidence],
+  run: Run,
 ) -> str:
-  rejected = decision.rejected
+  grid, rejected = sample.knobs or sample.thresholds.tolist(), decision.rejected
   if rejected.all():
     return f"Every threshold of the grid is certified; {grid[-1]} is the lowest."
   first = int(np.argmin(rejected))
-  worst = tested[decision.worst[first]]
-  name = f" ({worst.evidence.name})" if worst.evidence.name else ""
-  fault = f"{name}: {worst.faults[first]}" if worst.faults[first] else name
+  worst = parts[decision.worst[first]]
+  name = f" ({worst.test.name})" if worst.test.name else ""
+  fault = _faults(worst.losses)[first]
+  why = f"{name}: {fault}" if fault else name
   if rejected.any():
     last = int(np.flatnonzero(rejected)[-1])
     lowest, beyond = grid[last], grid[last + 1 :]
     shown = grid[first] if not rejected[0] or not len(beyond) else beyond[0]
-    return f"{lowest} is the lowest certified threshold; {shown} is not certified{fault}."
-  for found in tested:
-    few = _too_few(found.evidence, run, len(grid), found.unit)
-    if few:
+    return f"{lowest} is the lowest certified threshold; {shown} is not certified{why}."
+  unit = "prompts" if sample.groups is None else "clusters of prompts"
+  for part in evidence:
+    if few := _too_few(part, run, len(grid), unit):
       return f"Nothing can be certified: {few}"
-  return f"Nothing is certified: the first threshold {grid[first]} already fails{fault}."
+  return f"Nothing is certified: the first threshold {grid[first]} already fails{why}."
 
 
-def _too_few(part: Evidence, run: _Run, count: int, unit: str) -> str:
+def _too_few(part: Evidence, run: Run, count: int, unit: str) -> str:
   """Why a part has too few prompts to certify anything, or ''."""
   if not part.support.lower < part.tolerance < part.support.upper:
     return ""  # no matter of how many

@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 
 from calm import arguments
-from calm.calibrate import promises
-from calm.calibrate.evidence import methods
-from calm.calibrate.evidence.draws import Draws, check_size
+from calm.calibrate import methods, risks
 from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
-from calm.calibrate.promises.promise import in_range
+from calm.calibrate.trials import Draws, check_size
 
 # Where a method's own size is sought no further: nobody calibrates on more prompts.
 _MOST_PROMPTS = 10**6
@@ -28,9 +26,7 @@ def min_calibration_size(
       n >= log(error_rate) / log((upper - tolerance) / (upper - lower))
 
   With fewer, losses that are `lower` on every prompt are still too likely under a true risk
-  above tolerance: of the losses in [lower, upper] with mean `tolerance`, the one that takes
-  only the two ends is `lower` n times with that share to the n. Methods that add a random draw
-  of their own can do with fewer; none here does.
+  above `tolerance`: the law on both ends with that mean gives them with that share to the n.
 
   Args:
     tolerance: in (lower, upper).
@@ -71,9 +67,8 @@ def method_size(
 ) -> int | None:
   """The fewest prompts with which one method certifies losses that are the lowest throughout.
 
-  `min_calibration_size` is what no valid method without a random draw of its own can do
-  without; a method may need more
-  (betting stops short of the largest bet, so that one loss of 1 does not ruin it).
+  A method may need more than `min_calibration_size` (bets stop short of the largest one, so
+  that one loss of 1 does not ruin them).
 
   Args:
     method: as for `calibrate`.
@@ -117,26 +112,23 @@ def method_size(
   return enough
 
 
-@arguments.checked(promise=promises.of_name)
+@arguments.checked(promise=risks.of_name)
 def promise_size(
-  promise: promises.Promise,
+  promise: risks.Promise,
   tolerance: float,
   error_rate: float,
   *,
   support: Support | None = None,
   method: str = "auto",
 ) -> dict[str, int | None]:
-  """The fewest prompts with which each test of a promise certifies the lowest losses.
+  """{name of each test of a promise: the fewest prompts with which it certifies}.
 
   Args:
-    promise: what is to be promised, or its name; its data may be missing.
+    promise: a promise, or its name; its data may be missing.
     tolerance: delta, in (0, 1).
     error_rate: epsilon, in (0, 1).
     support: declared range of losses; [0, 1] by default.
     method: as for `calibrate`.
-
-  Returns:
-    {name of the test: prompts of its own, or None where a million are not enough}.
 
   Raises:
     ValueError: as `method_size`.
@@ -161,7 +153,7 @@ def refusal(
   share: float = 1.0,
   unit: str = "prompts",
 ) -> str:
-  """Why so few prompts cannot certify anything, and how many could; '' where they can.
+  """The reason why so few prompts cannot certify anything, or ''.
 
   Args:
     num_examples: prompts there are.
@@ -171,10 +163,7 @@ def refusal(
     support: declared range of losses.
     method: as for `calibrate`; None asks for `min_calibration_size`.
     share: of the error rate at which the first hypothesis is tested, in (0, 1].
-    unit: what is counted: prompts, or clusters of them.
-
-  Returns:
-    A sentence, or ''.
+    unit: prompts, or clusters of them.
 
   Raises:
     ValueError: `tolerance` or `error_rate` leaves its range, or the method does not fit.
@@ -185,49 +174,41 @@ def refusal(
   least = max(support.lower, 0.0) if method == "paper" else support.lower
   needed = min_calibration_size(tolerance, error_rate * share, lower=least, upper=support.upper)
   rates = f"at tolerance {tolerance} and error rate {error_rate * share}"
+  own = None
+  if method is not None:
+    own = method_size(method, tolerance, error_rate, support=support, share=share)
   if num_examples < needed:
-    own_size = (
-      "" if method is None else _own_size(method, tolerance, error_rate, support, share)
-    )
-    return (
-      f"Expected at least {needed} {unit} {rates}{own_size}, got {num_examples}, which are"
-      f" too few whatever their losses; {_MORE}."
-    )
-  if method is None:
+    wanted = f"at least {needed}"
+    by = f" ({own} by the method {method!r})" if own is not None else ""
+  elif method is None or (own is not None and num_examples >= own):
     return ""
-  own = method_size(method, tolerance, error_rate, support=support, share=share)
-  if own is not None and num_examples >= own:
-    return ""
-  wanted = f"at least {own}" if own else f"more than {_MOST_PROMPTS}"
+  else:
+    wanted = f"at least {own}" if own else f"more than {_MOST_PROMPTS}"
+    by = f" for the method {method!r}"
   return (
-    f"Expected {wanted} {unit} {rates} for the method {method!r}, got {num_examples}, which"
-    f" are too few whatever their losses; {_MORE}."
+    f"Expected {wanted} {unit} {rates}{by}, got {num_examples}, which are too few whatever"
+    f" their losses; {_MORE}."
   )
-
-
-def _own_size(method, tolerance, error_rate, support, share) -> str:
-  own = method_size(method, tolerance, error_rate, support=support, share=share)
-  return f" ({own} by the method {method!r})" if own is not None else ""
 
 
 @arguments.checked()
 def forecast(
   num_examples: int, tolerance: float, error_rate: float, *, method: str = "auto"
 ) -> str:
-  """What to expect of so few signed losses; '' where unchanged outputs would certify.
+  """The power of so few signed losses as a sentence with a table, or ''.
 
   Signed losses have a floor far below that of losses in [0, 1], but outputs that are never
-  better certify no earlier. The forecast is a power curve on losses made up for it: the exit
-  changes no prompt, or a share of them, as often for the better as for the worse.
+  better certify no earlier. The curve is of losses made up for it: the exit changes no prompt,
+  or a share of them, as often for the better as for the worse.
 
   Args:
     num_examples: prompts there are.
     tolerance: in (0, 1).
     error_rate: level of the first hypothesis that is tested.
-    method: as for `calibration.calibrate`.
+    method: as for `calibrate`.
 
   Returns:
-    A sentence with a table under it, or ''.
+    '' where unchanged outputs would certify.
 
   Raises:
     ValueError: an argument leaves its range.
@@ -280,27 +261,6 @@ class PowerCurve:
   power: np.ndarray
   draws: int
 
-  @arguments.checked()
-  def size_for(self, threshold: float, power: float = 0.8) -> int | None:
-    """The smallest size that certifies `threshold` with at least that power, or None.
-
-    Args:
-      threshold: one of `thresholds`.
-      power: share of draws, in (0, 1].
-
-    Raises:
-      ValueError: there is no such threshold, or `power` leaves its range.
-    """
-    _check_share("power", power)
-    (places,) = np.nonzero(self.thresholds == threshold)
-    if not len(places):
-      raise ValueError(
-        f"Expected `threshold` to be one of {self.thresholds.tolist()}, got {threshold}."
-      )
-    column = self.power[:, places[0]]
-    enough = [size for size, share in zip(self.sizes, column, strict=True) if share >= power]
-    return min(enough, default=None)
-
   def __str__(self) -> str:
     head = "prompts " + " ".join(f"{threshold:>7.4g}" for threshold in self.thresholds)
     lines = [
@@ -349,7 +309,7 @@ def power_curve(
       f"Expected `sizes` to be at least 1 each and `draws` at least 1, got {sizes} and {draws}."
     )
   for name, rate in (("tolerance", tolerance), ("error_rate", error_rate)):
-    in_range(name, rate, 0.0, 1.0)
+    risks.in_range(name, rate, 0.0, 1.0)
   check_size("draws", draws, max(sizes), seed)
   pool = Draws(pilot, method, groups)
   generator = np.random.default_rng(seed)

@@ -3,12 +3,9 @@
 Prompts come in a recorded order. At each threshold, from the safest down, wealth is followed
 prompt by prompt: it certifies as soon as it reaches 1 / error_rate, and it fails as soon as
 even the lowest declared loss at the largest bet on all remaining prompts would not get it
-there. The first failure ends the grid (fixed sequence testing).
-
-Stopping early is valid only because the bet on prompt i is a function of the losses of prompts
-before i in the recorded order, of tolerance, error rate and the planned number alone. Where
-prompts come in clusters, "prompt" reads "cluster" throughout and a loss is a cluster's mean:
-all prompts of a cluster are decoded before its mean is bet on.
+there. The first failure ends the grid (fixed sequence testing). Stopping early is valid because
+each bet is a function of the losses before it in that order, of tolerance, error rate and the
+planned number alone. Of clusters, each is one loss, its mean.
 """
 
 import dataclasses
@@ -18,9 +15,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from calm import arguments
+from calm.calibrate import betting
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.calibration import Calibration, Row
-from calm.calibrate.evidence import betting, bounds, strategies
 from calm.calibrate.generations import order
 from calm.calibrate.generations.cached import Generations
 from calm.calibrate.generations.procedures import Procedure, Provenance
@@ -29,10 +26,8 @@ from calm.calibrate.losses.sequence_losses import Support
 
 # Losses leave their range by rounding at most so far.
 _SLACK = 1e-9
-
 # Bets that aim at the one level of fixed sequence testing, and go on when they are ahead.
 METHOD, _BETS = "betting_early", betting.EARLY
-
 OPEN, CERTIFIED, FAILED = "open", "certified", "failed"
 
 
@@ -49,6 +44,45 @@ class Request:
   threshold: float
   start: int
   stop: int
+
+
+class _Column:
+  """One threshold: its losses, and the wealth of bets on them.
+
+  Bets go loss by loss, so that batches change no digit of what `betting.log_wealth` gives.
+  """
+
+  def __init__(self, design: betting.Design, lower: float):
+    self.state, self.highest = OPEN, 0.0
+    self.losses: list[float] = []
+    self._design, self._lower = design, lower
+    self._hedge = betting.Hedge(design, 1)
+    self._total = self._squares = 0.0
+
+  def add(self, losses: Sequence[float]) -> None:
+    """Takes losses up to the one that decides."""
+    design = self._design
+    best_gain = float(np.log1p(design.cap * (np.asarray(design.tolerance) - self._lower)))
+    for loss in losses:
+      if self.state != OPEN:
+        return
+      self._hedge.advance(np.array([[loss]]), np.array([[self._squares]]))
+      self._total += loss
+      self._squares += (loss - self._total / (self._hedge.row + 1.0)) ** 2
+      self.losses.append(loss)
+      wealth = float(self._hedge.wealth[0])
+      self.highest = max(self.highest, wealth)
+      left = design.planned_size - len(self.losses)
+      if wealth >= design.target:
+        self.state = CERTIFIED
+      elif left == 0 or wealth + left * best_gain < design.target:
+        self.state = FAILED
+
+  @property
+  def log_p_value(self) -> float:
+    """log p; of what is certified at most the level, which rounding might miss."""
+    level = -self._design.target if self.state == CERTIFIED else 0.0
+    return min(level, -self.highest)
 
 
 @arguments.checked()
@@ -71,7 +105,7 @@ class SequentialCalibration:
     support: Support | None = None,
     clusters: bool = False,
   ):
-    """Starts with nothing seen.
+    """Starts with no losses.
 
     Args:
       thresholds: strictly descending grid.
@@ -79,8 +113,7 @@ class SequentialCalibration:
       tolerance: delta, in (0, 1).
       error_rate: epsilon, in (0, 1).
       support: declared range of losses; [0, 1] by default.
-      clusters: whether the losses that will be added are means of clusters of prompts, which
-        are the exchangeable units then.
+      clusters: whether losses are means of clusters of prompts.
 
     Raises:
       ValueError: an argument leaves its range.
@@ -98,15 +131,12 @@ class SequentialCalibration:
         f" {tolerance!r} and {planned_size!r}."
       )
     self.design = _BETS.design(tolerance, error_rate, planned_size, self.support.upper)
-    self._losses: list[list[float]] = [[]]
-    self._states: list[str] = [OPEN]
-    self._highest: list[float] = [0.0]
-    self._carried = _Carried(self.design)
+    self._columns = [_Column(self.design, self.support.lower)]
 
   @property
   def finished(self) -> bool:
     """Whether nothing more is wanted."""
-    return self._states[-1] != OPEN
+    return self._columns[-1].state != OPEN
 
   @arguments.checked()
   def request(self, batch_size: int = 1) -> Request | None:
@@ -119,9 +149,9 @@ class SequentialCalibration:
       raise ValueError(f"Expected `batch_size` to be at least 1, got {batch_size!r}.")
     if self.finished:
       return None
-    seen = len(self._losses[-1])
+    seen = len(self._columns[-1].losses)
     stop = min(seen + batch_size, self.design.planned_size)
-    return Request(float(self.thresholds[len(self._losses) - 1]), seen, stop)
+    return Request(float(self.thresholds[len(self._columns) - 1]), seen, stop)
 
   def add(self, losses: Sequence[float] | np.ndarray) -> str:
     """Takes the losses that `request` asked for, in the recorded order.
@@ -138,31 +168,23 @@ class SequentialCalibration:
     values = checks.as_numbers(losses, "losses")
     if values.ndim != 1:
       raise ValueError(f"Expected `losses` to be a list of numbers, got shape {values.shape}.")
-    column = self._losses[-1]
-    if self.finished or len(column) + len(values) > self.design.planned_size:
+    column = self._columns[-1]
+    if self.finished or len(column.losses) + len(values) > self.design.planned_size:
       raise ValueError(
         "Expected `losses` to be those of the last `request`, got more than it asked for."
       )
     low, high = self.support.lower, self.support.upper
     inside = (values >= low - _SLACK) & (values <= high + _SLACK)
     if not inside.all():
+      place = int(np.argmin(inside))
       raise ValueError(
         f"Expected `losses` to lie in the declared range [{low}, {high}], got"
-        f" {float(values[~inside][0])!r} at prompt {len(column) + int(np.argmin(inside))} of"
-        " the order."
+        f" {float(values[place])!r} at prompt {len(column.losses) + place} of the order."
       )
-    values = np.clip(values, low, high)
-    wealth = self._carried.add(values)
-    used, state = _settle(wealth, len(column), self.design, low)
-    column.extend(values[:used].tolist())
-    self._highest[-1] = max([self._highest[-1], *wealth[:used].tolist()])
-    self._states[-1] = state
-    if state == CERTIFIED and len(self._losses) < len(self.thresholds):
-      self._losses.append([])
-      self._states.append(OPEN)
-      self._highest.append(0.0)
-      self._carried = _Carried(self.design)
-    return state
+    column.add(np.clip(values, low, high).tolist())
+    if column.state == CERTIFIED and len(self._columns) < len(self.thresholds):
+      self._columns.append(_Column(self.design, low))
+    return column.state
 
   def calibration(
     self,
@@ -213,7 +235,7 @@ class SequentialCalibration:
       clusters=self.clusters,
       groups_ignored=groups_ignored,
       rows=tuple(rows),
-      visited=tuple(range(len(self._losses))),
+      visited=tuple(range(len(self._columns))),
       order=order,
       seed=seed,
       sequential=True,
@@ -223,106 +245,49 @@ class SequentialCalibration:
 
   def _row(self, index: int) -> Row:
     threshold = float(self.thresholds[index])
-    losses = self._losses[index] if index < len(self._losses) else []
-    if not losses:
+    if index >= len(self._columns) or not self._columns[index].losses:
       return Row(threshold, 0, math.nan, 1.0, 0.0, math.nan, 1.0, False)
-    log_p = self._log_p_value(index)
-    bound = bounds.betting(
-      losses,
-      error_rate=self.design.error_rate,
-      lower=self.support.lower,
-      upper=self.support.upper,
-      planned_size=self.design.planned_size,
-      tolerance=float(np.asarray(self.design.tolerance)),
-      strategy=_BETS,
-    )
-    certified = self._states[index] == CERTIFIED
-    # Bound and decision are of one test; they differ by the precision of a search at most.
+    column = self._columns[index]
     tolerance = float(np.asarray(self.design.tolerance))
-    above = max(float(bound), float(np.nextafter(tolerance, np.inf)))
-    earlier = [math.exp(self._log_p_value(before)) for before in range(index)]
+    bound = float(
+      betting.upper_bound(
+        column.losses,
+        error_rate=self.design.error_rate,
+        lower=self.support.lower,
+        upper=self.support.upper,
+        planned_size=self.design.planned_size,
+        tolerance=tolerance,
+        strategy=_BETS,
+      )
+    )
+    certified = column.state == CERTIFIED
+    # Bound and decision are of one test; they differ by the precision of a search at most.
+    above = max(bound, float(np.nextafter(tolerance, np.inf)))
+    p_values = [math.exp(each.log_p_value) for each in self._columns[: index + 1]]
     return Row(
       threshold=threshold,
-      num_examples=len(losses),
+      num_examples=len(column.losses),
       # A mean that stopped when it looked good is no estimate.
       mean=math.nan,
-      p_value=math.exp(log_p),
-      log_p_value=log_p,
-      upper_bound=min(float(bound), tolerance) if certified else above,
-      adjusted_p_value=max([math.exp(log_p), *earlier]),
+      p_value=p_values[-1],
+      log_p_value=column.log_p_value,
+      upper_bound=min(bound, tolerance) if certified else above,
+      adjusted_p_value=max(p_values),
       rejected=certified,
     )
 
-  def _log_p_value(self, index: int) -> float:
-    """log p; of what is certified at most the level, which rounding might miss."""
-    level = -self.design.target if self._states[index] == CERTIFIED else 0.0
-    return min(level, -self._highest[index])
-
   def _reason(self, certified: int) -> str:
-    used = sum(len(column) for column in self._losses)
+    used = sum(len(column.losses) for column in self._columns)
     most = self.design.planned_size * len(self.thresholds)
     cost = f" {used} of at most {most} losses were needed."
     if certified == len(self.thresholds):
       return f"Every threshold of the grid is certified.{cost}"
     failed = self.thresholds[certified]
-    seen = len(self._losses[certified])
+    seen = len(self._columns[certified].losses)
     why = f"{failed} could no longer be certified after {seen} prompts.{cost}"
     if certified:
       return f"{self.thresholds[certified - 1]} is the lowest certified threshold; {why}"
     return f"Nothing is certified: the first threshold {why}"
-
-
-def decide(
-  losses: Sequence[float] | np.ndarray, design: betting.Design, lower: float
-) -> tuple[int, str]:
-  """How many losses settle the hypothesis, and how.
-
-  Args:
-    losses: those seen so far, in the recorded order.
-    design: tolerance, level, planned size, upper bound.
-    lower: declared lower bound of losses.
-
-  Returns:
-    (losses used, 'certified' | 'failed' | 'open').
-  """
-  return _settle(_Carried(design).add(np.asarray(losses, np.float64)), 0, design, lower)
-
-
-class _Carried:
-  """Wealth so far, loss by loss, so that batches change no digit.
-
-  Attributes:
-    hedge: bets and wealth.
-  """
-
-  def __init__(self, design: betting.Design):
-    self.hedge = strategies.Hedge(design, 1)
-    self._total = self._squares = 0.0
-
-  def add(self, losses: np.ndarray) -> np.ndarray:
-    """log wealth after each of the next losses; that of `betting.log_wealth` on all of them."""
-    wealth = np.empty(len(losses))
-    for row, loss in enumerate(losses.tolist()):
-      self.hedge.advance(np.array([[loss]]), np.array([[self._squares]]))
-      wealth[row] = self.hedge.wealth[0]
-      self._total += loss
-      self._squares += (loss - self._total / (self.hedge.row + 1.0)) ** 2
-    return wealth
-
-
-def _settle(
-  wealth: np.ndarray, before: int, design: betting.Design, lower: float
-) -> tuple[int, str]:
-  """(losses used of those just added, state), from the wealth after each of them."""
-  left = design.planned_size - before - np.arange(1, len(wealth) + 1)
-  best_gain = float(np.log1p(design.cap * (np.asarray(design.tolerance) - lower)))
-  certifies = wealth >= design.target
-  hopeless = ~certifies & ((wealth + left * best_gain < design.target) | (left == 0))
-  settled = certifies | hopeless
-  if not settled.any():
-    return len(wealth), OPEN
-  first = int(np.argmax(settled))
-  return first + 1, CERTIFIED if certifies[first] else FAILED
 
 
 def replay(

@@ -6,7 +6,7 @@ full model, which the threshold 1 is not (float32 confidences saturate to exactl
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,7 @@ NEVER_EXIT_TEXT = "never"
 
 
 def parse_threshold(value: str | float) -> float:
-  """Reads one threshold from the command line or from JSON.
-
-  Args:
-    value: a number in [0, 1], its text, or 'never'.
-
-  Returns:
-    The threshold, or `NEVER_EXIT`.
+  """A threshold in [0, 1], or `NEVER_EXIT` for 'never', from the command line or JSON.
 
   Raises:
     ValueError: `value` is neither a number in [0, 1] nor 'never'.
@@ -41,8 +35,7 @@ def parse_threshold(value: str | float) -> float:
   if not 0.0 <= threshold <= 1.0:
     raise ValueError(
       f"Expected `threshold` to be a number in [0, 1] or {NEVER_EXIT_TEXT!r} (the full model),"
-      " got"
-      f" {value!r}."
+      f" got {value!r}."
     )
   return threshold
 
@@ -78,13 +71,7 @@ def threshold_to_json(threshold: float) -> float | str:
 
 
 def validate_grid(thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
-  """Checks a grid of thresholds to be tested from the safest to the fastest.
-
-  Args:
-    thresholds: [num_thresholds] numbers in [0, 1], strictly descending.
-
-  Returns:
-    [num_thresholds] float64.
+  """A grid of thresholds, [num_thresholds] float64, from the safest to the fastest.
 
   Raises:
     ValueError: the grid is empty, not one-dimensional, leaves [0, 1] (`NEVER_EXIT` is no grid
@@ -130,44 +117,24 @@ def grid_of_knobs(knobs: Sequence[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
   numbers = all(isinstance(knob, int | float | np.number) for knob in knobs)
   if knobs and numbers and all(0.0 <= knob <= 1.0 for knob in knobs):
     return validate_grid(knobs), ()
-  odd = [
-    knob
-    for knob in knobs
-    if isinstance(knob, int | float | np.number) and not np.isfinite(knob)
-  ]
-  if odd:
-    raise ValueError(
-      f"Expected `knobs` to be finite numbers or names, got {odd[0]!r}; the full system is no"
-      " knob."
-    )
   names = tuple(str(knob) for knob in knobs)
-  if not names or len(set(names)) != len(names):
-    raise ValueError(f"Expected `knobs` to be at least one, all different, got {list(names)}.")
+  infinite = any(isinstance(k, int | float | np.number) and not np.isfinite(k) for k in knobs)
+  if not names or len(set(names)) != len(names) or infinite:
+    raise ValueError(
+      "Expected `knobs` to be finite numbers or names, at least one, all different and without"
+      f" the full system, got {list(names)}."
+    )
   checks.check_lines(names, "knobs")
   return 1.0 - np.arange(len(names)) / len(names), names
 
 
-def _even_grid() -> np.ndarray:
-  return np.round(np.arange(19, 0, -1) * 0.05, 2)
-
-
-def _toward_one_grid() -> np.ndarray:
+_EVEN = np.round(np.arange(19, 0, -1) * 0.05, 2)
+_DEFAULT_GRIDS: Mapping[str, np.ndarray] = {
+  **dict.fromkeys(("softmax", "shortlist", "classifier", "probe"), _EVEN),
   # Neighbouring residual states differ by a few per cent or less, so cosines crowd near 1.
-  return np.round(1.0 - np.geomspace(1e-3, 0.5, 19), 6)
-
-
-def _slack_grid() -> np.ndarray:
+  "state": np.round(1.0 - np.geomspace(1e-3, 0.5, 19), 6),
   # The first slack is 0, where the loss is: a test that begins there begins with a truth.
-  return np.round(np.arange(20, 0, -1) * 0.05, 2)
-
-
-_DEFAULT_GRIDS: Mapping[str, Callable[[], np.ndarray]] = {
-  "softmax": _even_grid,
-  "shortlist": _even_grid,
-  "classifier": _even_grid,
-  "probe": _even_grid,
-  "state": _toward_one_grid,
-  "verified": _slack_grid,
+  "verified": np.round(np.arange(20, 0, -1) * 0.05, 2),
 }
 
 
@@ -191,4 +158,4 @@ def default_grid(measure: str) -> np.ndarray:
       f"Expected `measure` to be one of {sorted(_DEFAULT_GRIDS)}, got {measure!r}; for"
       " another measure choose a grid on validation prompts and pass it."
     )
-  return _DEFAULT_GRIDS[measure]()
+  return _DEFAULT_GRIDS[measure].copy()

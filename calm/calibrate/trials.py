@@ -1,13 +1,9 @@
 """Repeated calibration on cached losses: the paper's protocol, and a test of the promise.
 
-Two different questions, two functions:
-
-(a) `split_trials`: the paper's 50 random 80/20 splits. Mean and spread of test risk and of
-    layers. A test risk above the tolerance is partly noise of the test split, so nothing here
-    is called a violation.
-(b) `validity_trials`: calibration sets drawn with replacement from the pool, whose own mean is
-    the true risk of that draw. The share of draws whose chosen threshold exceeds the tolerance
-    is the share of violations, to be compared with the error rate.
+`split_trials` are the paper's 50 random 80/20 splits; a test risk above the tolerance is partly
+noise of the test split. `validity_trials` draw calibration sets with replacement from the pool,
+whose own mean is the true risk: the share of draws whose chosen threshold exceeds the tolerance
+is compared with the error rate.
 """
 
 import dataclasses
@@ -15,24 +11,95 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 
 from calm import arguments
-from calm.calibrate.evidence.draws import Draws, check_size
+from calm.calibrate import methods
+from calm.calibrate.losses import clusters
 from calm.calibrate.losses.sequence_losses import SequenceLosses
+
+# Units of all sets together that are drawn at once: 2 GB of numbers.
+MOST_DRAWN = 2**28
+
+
+def check_size(name: str, count: int, size: int, seed: int) -> None:
+  """Refuses draws that memory would not hold, and a seed below 0."""
+  if count * size > MOST_DRAWN:
+    raise ValueError(
+      f"Expected `{name}` sets of {size} units to have at most {MOST_DRAWN} units together,"
+      f" got {count} sets; draw fewer or smaller ones."
+    )
+  if seed < 0:
+    raise ValueError(f"Expected `seed` to be at least 0, got {seed}.")
+
+
+class Draws:
+  """A pool of losses from which calibration sets are drawn and tested, many at once.
+
+  All sets and tolerances walk down the grid in lockstep, and those that failed drop out.
+
+  Attributes:
+    method: the p-value method, 'auto' resolved.
+    values: [num_units, num_thresholds] losses.
+    thresholds: [num_thresholds], strictly descending.
+    support: declared range of `values`.
+    unit_of_row: [num_examples] unit of each row of the losses.
+  """
+
+  def __init__(self, losses: SequenceLosses, method: str, groups: Sequence[str] | None = None):
+    low, high = losses.support.lower, losses.support.upper
+    if not np.all((losses.values >= low - 1e-9) & (losses.values <= high + 1e-9)):
+      raise ValueError(
+        f"Expected `losses` to lie in the declared range [{low}, {high}], without NaN, got"
+        " others; declare the range that they lie in."
+      )
+    groups = clusters.declared_groups(losses) if groups is None else groups
+    names = [str(row) for row in range(len(losses.values))] if groups is None else groups
+    self.method = methods.get_method(method, clusters.unit_support(losses, names))
+    prepared, support = self.method.prepare(losses.values, losses.support)
+    losses = dataclasses.replace(losses, values=prepared, support=support)
+    units = clusters.cluster_means(losses, names)
+    self.values = np.clip(units.values, support.lower, support.upper)
+    self.thresholds, self.support = np.asarray(units.thresholds), units.support
+    _, self.unit_of_row = np.unique([str(name) for name in names], return_inverse=True)
+
+  def choose(
+    self, draws: npt.ArrayLike, tolerances: Sequence[float], error_rate: float
+  ) -> np.ndarray:
+    """The lowest threshold that fixed sequence testing certifies, for sets and tolerances.
+
+    Args:
+      draws: [num_sets, set_size] units of each calibration set, in the tested order.
+      tolerances: [num_tolerances] deltas, each its own test.
+      error_rate: epsilon.
+
+    Returns:
+      [num_sets, num_tolerances] columns of `values`; -1 where nothing is certified.
+    """
+    draws, levels = np.asarray(draws), np.asarray(tolerances, np.float64)
+    chosen = np.full((len(draws), len(levels)), -1)
+    for column in range(self.values.shape[1]):
+      # Who has certified everything so far goes on.
+      sets, positions = np.nonzero(chosen == column - 1)
+      going, places = np.unique(sets, return_inverse=True)
+      losses = self.values[:, column][draws[going].T]
+      sample = methods.Sample(losses, self.support, levels[positions], error_rate)
+      passed = self.method.certifies(sample, places)
+      chosen[sets[passed], positions[passed]] = column
+    return chosen
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitTrials:
-  """Figure (a) at one tolerance, over random splits.
+  """Results over random splits at one tolerance.
 
   Attributes:
     tolerance: delta.
     trials: number of splits.
     risk_mean: mean over splits of the mean test loss at the chosen threshold.
     risk_spread: its standard deviation.
-    layers_mean: mean over splits of decoder layers per token on the test split; NaN without
-      layers.
+    layers_mean: mean of decoder layers per token on the test split; NaN without layers.
     layers_spread: its standard deviation.
     certified_share: share of splits with any threshold certified.
     threshold_mean: mean of the certified thresholds; NaN if none.
@@ -50,7 +117,7 @@ class SplitTrials:
 
 @dataclasses.dataclass(frozen=True)
 class ValidityTrials:
-  """Figure (b) at one tolerance.
+  """Violations at one tolerance.
 
   Attributes:
     tolerance: delta.
@@ -108,7 +175,7 @@ def split_trials(
   trials: int = 50,
   seed: int = 0,
 ) -> tuple[SplitTrials, ...]:
-  """Figure (a): random splits, 80 % calibrate and 20 % test, by whole clusters.
+  """The paper's protocol: random splits, 80 % calibrate and 20 % test, by whole clusters.
 
   Args:
     losses: pool of losses on a strictly descending grid.
@@ -188,7 +255,7 @@ def validity_trials(
   trials: int = 200,
   seed: int = 0,
 ) -> tuple[ValidityTrials, ...]:
-  """Figure (b): does the promise hold as often as it says?
+  """Measures how often the promise holds.
 
   Calibration sets are drawn with replacement, so that prompts are independent draws from the
   pool and the pool's mean is their true expectation. The full model has loss 0 by definition.

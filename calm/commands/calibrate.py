@@ -27,8 +27,15 @@ from rich import console as rich_console
 
 from calm import calibrate as calibrate_lib
 from calm import storage
-from calm.calibrate import generations, planning, promises, sequential, thresholds
-from calm.calibrate.evidence import methods, multiple_testing
+from calm.calibrate import (
+  generations,
+  methods,
+  planning,
+  sequential,
+  testing,
+  thresholds,
+)
+from calm.calibrate import risks as risks_lib
 from calm.calibrate.generations import foreign
 from calm.calibrate.losses import asking, metrics, sequence_losses
 from calm.commands import flags
@@ -63,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(way, "list_unlabelled", "FILE", "write the prompts that need references, and stop")
   add(way, "verify", "FILE", "compare a calibration.json with these outputs")
   add(parser, "output", "FILE", "where to write", without="DIRECTORY/calibration.json")
-  add(more, "method", "NAME", f"p-values: {', '.join(methods.METHODS)}", "auto")
-  add(more, "testing", "NAME", ", ".join(multiple_testing.PROCEDURES), "fixed_sequence")
+  add(more, "method", "NAME", f"p-values: {', '.join(methods.NAMES)}", "auto")
+  add(more, "testing", "NAME", ", ".join(testing.PROCEDURES), "fixed_sequence")
   flags.add_shared(more, "ungrouped")
   add(more, "share", "X", "quantile: share of texts within the tolerance", 0.95)
   add(more, "labels", "FILE", "every_group: JSON Lines of {id, label}, one a prompt")
@@ -74,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   text = "cost: layers a token over all layers"
   add(more, "at_most", "X", text, 2 / 3, without="%(default).3g")
   add(more, "unverified", None, "accept a folder without checksums")
-  parser.set_defaults(cost_share=promises.Cost.share)  # others only from Python
+  parser.set_defaults(cost_share=risks_lib.Cost.share)  # others only from Python
 
 
 @run_lib.user_errors
@@ -176,9 +183,9 @@ def _plan(arguments, console, cached: generations.Generations) -> None:
   """Refuses, before any work, where nothing could be certified; warns where little could."""
   support = sequence_losses.kind_support(arguments.kind, arguments.metric)
   units = run_lib.tested_clusters(arguments, cached.prompts) or cached.ids
-  share, testing, count = 1.0, arguments.testing, len(set(units))
-  if testing in multiple_testing.PROCEDURES:
-    share = multiple_testing.first_share(testing, len(cached.thresholds))
+  share, count = 1.0, len(set(units))
+  if arguments.testing in testing.PROCEDURES:
+    share = testing.first_share(arguments.testing, len(cached.thresholds))
   if arguments.promise == "mean":
     method = sequential.METHOD if cached.sequential else arguments.method
     run_lib.refuse_few(arguments, units, support, method, share)
@@ -222,7 +229,7 @@ def _replay(arguments, cached: generations.Generations) -> calibrate_lib.Calibra
   )
 
 
-def _promise(arguments, cached: generations.Generations) -> promises.Promise:
+def _promise(arguments, cached: generations.Generations) -> risks_lib.Promise:
   """The promise that the flags name, with what it needs of the outputs.
 
   Raises:
@@ -230,15 +237,15 @@ def _promise(arguments, cached: generations.Generations) -> promises.Promise:
   """
   name = arguments.promise
   if name == "quantile":
-    return promises.Quantile(arguments.share)
+    return risks_lib.Quantile(arguments.share)
   if name == "tail_mean":
-    return promises.TailMean(arguments.beta, arguments.start)
+    return risks_lib.TailMean(arguments.beta, arguments.start)
   if name == "every_group":
     if not arguments.labels:
       raise ValueError("--promise=every_group needs `--labels`, a file of {id, label}.")
-    return promises.EveryGroup(labels=read_labels(arguments.labels, cached.ids))
+    return risks_lib.EveryGroup(labels=read_labels(arguments.labels, cached.ids))
   if name == "mean":
-    return promises.Mean()
+    return risks_lib.Mean()
   counts = cached.layer_counts()
   deepest = max((max(record.exit_layers or (0,)) for record in cached.full), default=0)
   if counts is None or deepest < 1:
@@ -247,10 +254,10 @@ def _promise(arguments, cached: generations.Generations) -> promises.Promise:
     )
   depths = counts[0] / np.maximum(counts[1], 1)
   if name == "cost":
-    return promises.Cost(arguments.at_most, arguments.cost_share, costs=depths / deepest)
+    return risks_lib.Cost(arguments.at_most, arguments.cost_share, costs=depths / deepest)
   try:
     limits = tuple(float(text) for text in (arguments.depths or "").split(","))
-    return promises.EarlyExits(limits, depths=depths)
+    return risks_lib.EarlyExits(limits, depths=depths)
   except ValueError as error:
     raise ValueError(
       "--promise=early_exits needs `--depths`, numbers above 0 that rise, for example"
@@ -291,14 +298,14 @@ def _parse_risk(text: str) -> tuple[str, str, float]:
   return kind, metrics.get_metric(metric).name, tolerance
 
 
-def _risks(arguments, cached: generations.Generations) -> list[promises.Risk]:
+def _risks(arguments, cached: generations.Generations) -> list[risks_lib.Risk]:
   """The risks of --risks, or the one of --kind, --metric and --tolerance."""
   own = [f"{arguments.kind}:{arguments.metric}:{arguments.tolerance}"]
   found = []
   for kind, metric, tolerance in map(_parse_risk, arguments.risks or own):
     losses = sequence_losses.compute(cached, kind, metric=metric)
     found.append(
-      promises.Risk(losses.ungrouped() if arguments.ungrouped else losses, tolerance)
+      risks_lib.Risk(losses.ungrouped() if arguments.ungrouped else losses, tolerance)
     )
   return found
 
@@ -397,7 +404,7 @@ def _apply_stored_flags(arguments, stored: calibrate_lib.Calibration) -> None:
       arguments.depths = ",".join(map(repr, value))
     elif name in ("share", "beta", "start", "at_most"):
       setattr(arguments, name, value)
-  if isinstance(promise, promises.Cost):  # its share is another thing than --share
+  if isinstance(promise, risks_lib.Cost):  # its share is another thing than --share
     arguments.cost_share = promise.share
 
 

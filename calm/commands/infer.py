@@ -33,7 +33,8 @@ from typing import Any, BinaryIO
 from rich import console as rich_console
 
 from calm import storage
-from calm.calibrate import NEVER_EXIT, Calibration, Prompt, audit, promises, seconds, thresholds
+from calm.calibrate import NEVER_EXIT, Calibration, Prompt, risks, seconds, thresholds
+from calm.calibrate import monitor as monitor_lib
 from calm.calibrate.generations import merging, procedures
 from calm.calibrate.losses import metrics
 from calm.commands import flags
@@ -50,7 +51,7 @@ ALARM_STATUS = 3
 # the probability that it ever raises a false alarm.
 SHARE, TRIAL_SHARE, LEVEL = 0.05, 0.25, 0.05
 # The monitor bets on the mean loss. These promises bound it by `tolerance`.
-_WATCHED = (promises.Mean, promises.Cost)
+_WATCHED = (risks.Mean, risks.Cost)
 # With so many prompts, seconds that the calibration does not name are measured.
 MEASURED_PROMPTS = 64
 # Batches a chunk: at first, at most, and at most with --refill; and most seconds a chunk.
@@ -532,7 +533,7 @@ def open_results(path: str, about: Mapping[str, Any]) -> Iterator[Results]:
 class Monitored:
   """A monitor, and the model that decodes at full depth for it."""
 
-  def __init__(self, predictor: Any, monitor: audit.Monitor, metric: metrics.Metric):
+  def __init__(self, predictor: Any, monitor: monitor_lib.Monitor, metric: metrics.Metric):
     self._predictor, self.monitor, self._metric = predictor, monitor, metric
     self._before, self._repeated = monitor.wealth.count, monitor.repeated
     self._lost = monitor.waiting
@@ -597,7 +598,7 @@ def open_monitored(
   share, level = arguments.monitor_share, arguments.monitor_level
   text = json.dumps(calibration.to_json(), sort_keys=True, ensure_ascii=False)
   digest = hashlib.sha256(text.encode()).hexdigest()[:32]
-  watch = audit.Watch(
+  watch = monitor_lib.Watch(
     tolerance=calibration.tolerance,
     alarm_level=LEVEL if level is None else level,
     sampling_rate=(TRIAL_SHARE if on_trial else SHARE) if share is None else share,
@@ -606,9 +607,9 @@ def open_monitored(
     calibration_digest=digest,
   )
   if arguments.monitor is not None:
-    return Monitored(predictor, audit.open_monitor(arguments.monitor, watch), metric)
+    return Monitored(predictor, monitor_lib.open_monitor(arguments.monitor, watch), metric)
   folder = tempfile.mkdtemp(prefix="calm-monitor-")  # nobody asked to keep it
-  monitor = audit.open_monitor(pathlib.Path(folder) / "monitor.jsonl", watch)
+  monitor = monitor_lib.open_monitor(pathlib.Path(folder) / "monitor.jsonl", watch)
   weakref.finalize(monitor, shutil.rmtree, folder, True)
   return Monitored(predictor, monitor, metric)
 
@@ -623,12 +624,12 @@ def _watched(calibration: Calibration | None, threshold: float) -> Calibration:
     raise ValueError(
       f"Expected `--monitor` or `--allow_platform` with the promise {names}, whose mean loss is"
       f" watched, got {calibration.promise.name!r}; leave `--monitor` out, calibrate on this"
-      " platform, or record what it bounds yourself: `calm.calibrate.audit`."
+      " platform, or record what it bounds yourself: `calm.calibrate.monitor`."
     )
   if calibration.kind != "textual" or calibration.clusters:
     unit = "clusters of prompts" if calibration.clusters else "prompts"
     raise ValueError(
       "Expected `--monitor` with a promise on the textual loss of single prompts, got"
-      f" {calibration.kind!r} over {unit}; record such losses by `calm.calibrate.audit`."
+      f" {calibration.kind!r} over {unit}; record such losses by `calm.calibrate.monitor`."
     )
   return calibration

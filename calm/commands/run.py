@@ -25,11 +25,11 @@ from calm.calibrate import (
   Calibration,
   Prompt,
   Support,
+  display,
   generations,
   ledger,
   planning,
   thresholds,
-  views,
 )
 from calm.calibrate.generations import columns, order, shards
 from calm.calibrate.generations.records import GenerationsError
@@ -341,19 +341,19 @@ def print_calibration(
 ) -> None:
   """Prints the tested thresholds as a table, and the guarantee."""
   layers = mean_layers(cached)
-  heads = [views.unit(result), "mean loss", "upper bound", "p-value", "certified"]
-  rows, chosen = [], views.place(result)
-  for name, row in zip(views.names(result), result.rows, strict=True):
+  heads = [display.unit(result), "mean loss", "upper bound", "p-value", "certified"]
+  rows, chosen = [], display.place(result)
+  for name, row in zip(display.names(result), result.rows, strict=True):
     certified = "yes" if row.rejected else "no"
     numbers = [f"{row.mean:.4f}", f"{row.upper_bound:.4f}", f"{row.p_value:.2g}"]
     depth = [f"{layers[row.threshold]:.2f}"] if layers else []
     rows.append([name, *numbers, certified, *depth])
   heads += ["layers / token"] if layers else []
-  title = f"{views.title(result)}; p-values: {result.method}"
+  title = f"{display.title(result)}; p-values: {result.method}"
   print_table(console, heads, rows, title=title, words=0, bold=chosen)
-  found = thresholds.NEVER_EXIT_TEXT if chosen is None else views.names(result)[chosen]
+  found = thresholds.NEVER_EXIT_TEXT if chosen is None else display.names(result)[chosen]
   console.print(
-    f"Calibrated {views.unit(result)}: [bold]{rich_markup.escape(sanitize(found))}[/bold]"
+    f"Calibrated {display.unit(result)}: [bold]{rich_markup.escape(sanitize(found))}[/bold]"
     f" ({rich_markup.escape(sanitize(result.reason))})"
   )
   print_text(console, result.guarantee)

@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from calm import arguments, checkpoints, exits
 from calm.calibrate import NEVER_EXIT, Calibration, Prompt, ledger
+from calm.calibrate import display as calibration_display
 from calm.calibrate import seconds as seconds_lib
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate import views as calibration_display
 from calm.calibrate.generations.procedures import describe_differences
 from calm.calibrate.losses import metrics
 from calm.calibrate.losses.sequence_losses import UNKNOWN
@@ -329,7 +329,7 @@ def load(
     allow_platform: decode all the same where the calibration differs in nothing but the
       platform that it was made on and its matmul precision. Outputs carry no promise until a
       sample of them was checked: `calm infer --allow_platform` does, where a mean loss is
-      promised, or `calibrate.audit.Monitor`.
+      promised, or `calibrate.monitor.Monitor`.
     dtype: activation dtype, 'float32' or 'bfloat16'; None takes the checkpoint's.
     exits: a file of exits that `calm fit` learned beside this model's weights, or the folder
       that it wrote; None takes the model folder's own, where there is one.

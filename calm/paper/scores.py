@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from calm.calibrate import Record, generations
-from calm.calibrate.evidence import bounds
+from calm.calibrate import Record, betting, generations
 from calm.calibrate.losses import metric_values, metrics
 from calm.exits import schedules
 from calm.inference import timing
@@ -131,9 +130,9 @@ def mean_interval(losses: Sequence[float] | np.ndarray, lower: float = 0.0) -> I
     return UNKNOWN
   values = np.random.default_rng(0).permutation(values)
   miss = (1.0 - LEVEL) / 2.0
-  high = bounds.betting(values, error_rate=miss, lower=lower)
+  high = betting.upper_bound(values, error_rate=miss, lower=lower)
   # The same test of 1 + lower - loss, which has the same range.
-  low = 1.0 + lower - bounds.betting(1.0 + lower - values, error_rate=miss, lower=lower)
+  low = 1.0 + lower - betting.upper_bound(1.0 + lower - values, error_rate=miss, lower=lower)
   return max(lower, float(low)), float(high)
 
 

@@ -13,12 +13,15 @@ from calm.calibrate import (
   Calibration,
   SequenceLosses,
   Support,
+  betting,
   calibrate,
   calibration,
-  promises,
+  methods,
+  p_values,
+  risks,
   sequential,
+  testing,
 )
-from calm.calibrate.evidence import methods, multiple_testing, p_values
 from calm.calibrate.generations import order
 from calm.calibrate.losses import clusters
 from tests.calibrate import laws
@@ -53,7 +56,7 @@ def test_paper_is_clipping_hoeffding_bentkus_and_fixed_sequence():
   p = p_values.hoeffding_bentkus(clipped.sum(axis=0), 300, 0.1)
   np.testing.assert_allclose(found.column("p_value"), p, rtol=1e-12)
   np.testing.assert_allclose(found.column("mean"), clipped.mean(axis=0))
-  expected = multiple_testing.fixed_sequence(p, 0.05)
+  expected = testing.fixed_sequence(p, 0.05)
   np.testing.assert_array_equal(found.column("rejected"), expected.rejected)
   assert found.visited == expected.visited and found.threshold == GRID[expected.rejected].min()
   assert found.method == "paper" and found.support == Support()
@@ -96,7 +99,7 @@ def test_another_order_is_repeated_by_the_guarantee():
   losses = sample()
   given_order = calibrate(losses.in_given_order(), **RATES, method="betting")
   assert given_order.order == "given" and "order given by the caller" in given_order.guarantee
-  expected = p_values.betting(losses.values, 0.1)
+  expected = betting.p_value(losses.values, 0.1)
   np.testing.assert_allclose(given_order.column("p_value"), expected)
   permuted = calibrate(losses, **RATES, method="betting")
   assert "order given" not in permuted.guarantee
@@ -104,13 +107,11 @@ def test_another_order_is_repeated_by_the_guarantee():
   assert calibrate(losses.in_given_order(), **RATES, method="paper").order == "irrelevant"
 
 
-ANY_LEVEL = sorted(
-  name for name, method in methods.METHODS.items() if getattr(method, "any_level", True)
-)
+ANY_LEVEL = sorted(name for name, method in methods.METHODS.items() if method.any_level)
 
 
 @pytest.mark.parametrize("method", ANY_LEVEL)
-@pytest.mark.parametrize("procedure", sorted(multiple_testing.PROCEDURES))
+@pytest.mark.parametrize("procedure", sorted(testing.PROCEDURES))
 def test_json_round_trip_through_a_file(tmp_path, method, procedure):
   losses = SequenceLosses(
     laws.bernoulli(np.random.default_rng(0), 0.01, (500, 4)),
@@ -241,9 +242,7 @@ def test_guarantee_says_what_it_says_and_what_not():
   assert "the user answers" in calibrate(sample(), **RATES).guarantee
 
 
-@pytest.mark.parametrize(
-  "promise", [promises.Mean(), promises.Quantile(0.5), promises.TailMean()]
-)
+@pytest.mark.parametrize("promise", [risks.Mean(), risks.Quantile(0.5), risks.TailMean()])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_every_sentence_says_that_prompts_are_independent_draws(promise, grouped):
   groups = [f"g{row // 2}" for row in range(300)] if grouped else None

@@ -13,7 +13,7 @@ from calm.calibrate import (
   Support,
   calibrate,
   calibrate_configurations,
-  promises,
+  risks,
   verification,
 )
 from calm.calibrate.generations.procedures import Procedure
@@ -32,7 +32,7 @@ def procedure(measure):
 
 def families(count=400, seed=0, tolerances=(0.1, 0.2), groups=None):
   generator = np.random.default_rng(seed)
-  risks, costs = {}, {}
+  several, costs = {}, {}
   for name, grid in GRIDS.items():
     values = (generator.random((count, len(grid))) < RATES[name]) * 1.0
     losses = SequenceLosses(
@@ -43,22 +43,24 @@ def families(count=400, seed=0, tolerances=(0.1, 0.2), groups=None):
       groups=groups,
     )
     signed = dataclasses.replace(losses, values=values / 2.0, kind="risk_clipped")
-    risks[name] = [
-      promises.Risk(losses, tolerances[0], "texts"),
-      promises.Risk(signed, tolerances[1], "answers"),
+    several[name] = [
+      risks.Risk(losses, tolerances[0], "texts"),
+      risks.Risk(signed, tolerances[1], "answers"),
     ]
     costs[name] = np.tile(DEPTHS[name], (count, 1))
-  return risks, costs
+  return several, costs
 
 
 def test_the_cheapest_certified_configuration_of_all_families():
   found = calibrate_configurations(*families(), error_rate=0.05, seed="ab")
   assert found.threshold == 0.8 and found.procedure == procedure("state")
-  assert found.num_examples == 200 and found.testing == "fixed_sequence"
+  assert found.num_examples == 400 and found.testing == "fixed_sequence"
   promise = found.promise
   assert promise.names == ("texts", "answers") and promise.tolerances == (0.1, 0.2)
-  assert promise.configurations[-1] == "softmax at 0.5" and promise.costs[-1] == 2.0
-  assert [row.threshold for row in found.rows][-1] == 0.5 and not found.rows[-1].rejected
+  assert promise.configurations == ("softmax at 0.9", "softmax at 0.5", "state at 0.8")
+  assert promise.costs == (6.0, 2.0, 4.0) and promise.grids == (2, 1)
+  assert found.column("rejected").tolist() == [True, False, True]
+  assert [part.share for part in found.parts] == [0.5, 0.5] and found.visited == (0, 1, 2)
   assert "state at 0.8 is the cheapest (4) of 2 certified among 3" in found.reason
   assert "(state at 0.8) expected values of texts of at most 0.1 and answers of" in (
     found.guarantee
@@ -74,8 +76,14 @@ def test_it_is_stored_and_its_decision_made_again(tmp_path):
   assert Calibration.load(path, expect_digest=found.digest) == found
   for change, message in (
     (lambda v: v.update(threshold=0.9), "`threshold` 0.8"),
-    (lambda v: v["promise"].update(costs=[1.0, 9.0, 2.0][::-1]), "`threshold`"),
-    (lambda v: v["promise"].update(configurations=["a"], costs=[1.0]), "one a configuration"),
+    (lambda v: v["promise"].update(costs=[1.0, 2.0, 9.0]), "`threshold`"),
+    (lambda v: v["promise"].update(grids=[3]), "`parts`"),
+    (lambda v: v["promise"].update(grids=[1, 1]), "`grids` of 3"),
+    (lambda v: v["promise"].pop("grids"), "`parts`"),
+    (
+      lambda v: v["promise"].update(configurations=["a"], costs=[1.0]),
+      "`grids` of 1 configurations",
+    ),
     (lambda v: v["promise"].update(tolerances=[0.1, 0.3]), "`parts`"),
     (lambda v: v["promise"].update(costs=[1.0, 2.0, "x"]), "costs|numbers"),
   ):
@@ -84,6 +92,19 @@ def test_it_is_stored_and_its_decision_made_again(tmp_path):
     value["digest"] = verification.digest(value)
     with pytest.raises(ValueError, match=message):
       Calibration.from_json(value)
+
+
+def test_every_family_is_calibrated_at_its_share():
+  several, costs = families()
+  found = calibrate_configurations(several, costs, error_rate=0.05, seed="ab")
+  for name, start in (("softmax", 0), ("state", 2)):
+    alone = calibrate(risks=several[name], error_rate=0.025, seed="ab")
+    stop = start + len(alone.rows)
+    for part, whole in zip(alone.parts, found.parts, strict=True):
+      assert part.log_p_values == whole.log_p_values[start:stop]
+      assert part.upper_bounds == whole.upper_bounds[start:stop]
+    rejected = found.column("rejected")[start:stop]
+    assert rejected.tolist() == alone.column("rejected").tolist()
 
 
 def test_nothing_certified_is_full_depth():
@@ -96,46 +117,49 @@ def test_clusters_are_the_units():
   groups = tuple(f"g{row // 4}" for row in range(400))
   found = calibrate_configurations(*families(groups=groups), error_rate=0.05)
   assert "in the average over clusters, of which each counts once" in found.promised
-  assert found.clusters and found.num_examples == 50
+  assert found.clusters and found.num_examples == 100
   one = [{"softmax": table["softmax"]} for table in families(groups=groups)]
   alone = calibrate_configurations(*one, error_rate=0.05)
   assert alone.clusters and alone.promise.configurations == ("softmax at 0.9", "softmax at 0.5")
 
 
 def test_what_texts_were_compared_with_is_recorded():
-  risks, costs = families()
-  found = calibrate_configurations(risks, costs, error_rate=0.05)
+  several, costs = families()
+  found = calibrate_configurations(several, costs, error_rate=0.05)
   assert found.provenance.references == "full model"
   against_targets = {
     name: [
       dataclasses.replace(r, losses=dataclasses.replace(r.losses, kind="risk_signed"))
-      for r in several
+      for r in given
     ]
-    for name, several in risks.items()
+    for name, given in several.items()
   }
   found = calibrate_configurations(against_targets, costs, error_rate=0.05)
   assert found.provenance.references == "targets"
 
 
 def test_families_that_differ_are_refused():
-  risks, costs = families()
+  several, costs = families()
   few, _ = families(count=300)
   grouped, _ = families(groups=tuple(f"g{row // 4}" for row in range(400)))
-  lone = {"softmax": risks["softmax"]}
-  other = {**risks, "state": [dataclasses.replace(r, tolerance=0.3) for r in risks["state"]]}
+  lone = {"softmax": several["softmax"]}
+  other = {
+    **several,
+    "state": [dataclasses.replace(r, tolerance=0.3) for r in several["state"]],
+  }
   for changed, prices, message in (
     ({}, {}, "at least one family"),
-    ({**risks, "state": []}, costs, "at least one family, each with"),
-    ({**risks, "state": grouped["state"]}, costs, "the same prompts everywhere, got others"),
+    ({**several, "state": []}, costs, "at least one family, each with"),
+    ({**several, "state": grouped["state"]}, costs, "the same prompts, got others"),
     (lone, costs, "each with a table of `costs`"),
     (other, costs, "of every family"),
-    ({**risks, "state": few["state"]}, costs, "same prompts"),
-    (risks, {**costs, "state": [1.0]}, "`costs` of 'state' of shape"),
+    ({**several, "state": few["state"]}, costs, "same prompts"),
+    (several, {**costs, "state": [1.0]}, "`costs` of 'state' of shape"),
   ):
     with pytest.raises(ValueError, match=message):
       calibrate_configurations(changed, prices, error_rate=0.05)
   with pytest.raises(ValueError, match="error_rate"):
-    calibrate_configurations(risks, costs, error_rate=1.0)
+    calibrate_configurations(several, costs, error_rate=1.0)
 
 
 def test_sorted_tables_at_the_boundary_are_certified_as_seldom_as_any():
@@ -145,50 +169,20 @@ def test_sorted_tables_at_the_boundary_are_certified_as_seldom_as_any():
     values = np.sort((generator.random((200, 2)) < 0.1) * 1.0, axis=0)
     losses = SequenceLosses(values, [0.9, 0.5])
     found = calibrate_configurations(
-      {"a": [promises.Risk(losses, 0.1)]}, {"a": np.tile([2.0, 1.0], (200, 1))}, error_rate=0.05
+      {"a": [risks.Risk(losses, 0.1)]}, {"a": np.tile([2.0, 1.0], (200, 1))}, error_rate=0.05
     )
     wrong += found.certified
   assert stats.binomtest(wrong, draws, 0.05, alternative="greater").pvalue > 1e-3
 
 
-@pytest.mark.parametrize(
-  ("fields", "message"),
-  [
-    ({}, "a cost each, got 0 and 0 costs"),
-    ({"configurations": ("a",), "costs": (1.0, 2.0)}, "a cost each, got 1 and 2 costs"),
-    ({"configurations": (1,), "costs": (1.0,)}, "of texts"),
-    ({"configurations": ("a",), "costs": (float("inf"),)}, "finite `costs`"),
-  ],
-)
-def test_a_promise_of_configurations_has_a_cost_for_each(fields, message):
-  with pytest.raises(ValueError, match=message):
-    promises.Configurations(names=("texts",), tolerances=(0.1,), **fields)
-
-
-def test_of_certified_configurations_the_cheapest_is_served_and_of_equal_ones_the_safest():
-  promise = promises.Configurations(
-    names=("texts",),
-    tolerances=(0.1,),
-    configurations=tuple("abcd"),
-    costs=(3.0, 2.0, 2.0, 1.0),
-  )
-  assert promise.place([True, True, True, False]) == 1
-  assert promise.place([True, False, False, False]) == 0
-  assert promise.place([False] * 4) is None
-  promise.check_rows([0.5, 0.9, 0.9, 0.1])
-  with pytest.raises(ValueError, match="Expected 4 `rows`"):
-    promise.check_rows([0.5])
-  assert promises.from_json(promise.to_json()) == promise
-
-
 def test_a_risk_has_one_range_in_all_families():
-  risks, costs = families()
+  several, costs = families()
   wider = [
     dataclasses.replace(risk, losses=dataclasses.replace(risk.losses, support=Support(-1.0)))
-    for risk in risks["state"]
+    for risk in several["state"]
   ]
   with pytest.raises(ValueError, match="one support of 'texts'"):
-    calibrate_configurations({**risks, "state": wider}, costs, error_rate=0.05)
+    calibrate_configurations({**several, "state": wider}, costs, error_rate=0.05)
 
 
 @pytest.mark.parametrize(
@@ -199,17 +193,17 @@ def test_a_risk_has_one_range_in_all_families():
   ],
 )
 def test_risks_of_other_outputs_are_refused(changes, message):
-  risks, costs = families()
-  first, second = risks["softmax"]
-  other = promises.Risk(dataclasses.replace(second.losses, **changes), 0.2, "answers")
+  several, costs = families()
+  first, second = several["softmax"]
+  other = risks.Risk(dataclasses.replace(second.losses, **changes), 0.2, "answers")
   with pytest.raises(ValueError, match=message):
     calibrate_configurations(
-      {**risks, "softmax": [first, other]}, costs, error_rate=0.05, seed="ab"
+      {**several, "softmax": [first, other]}, costs, error_rate=0.05, seed="ab"
     )
   with pytest.raises(ValueError, match=message):
     calibrate(risks=[first, other], error_rate=0.05, seed="ab")
   unknown = dataclasses.replace(second.losses, procedure=None)  # the user answers for it
   found = calibrate(
-    risks=[first, promises.Risk(unknown, 0.2, "answers")], error_rate=0.05, seed="ab"
+    risks=[first, risks.Risk(unknown, 0.2, "answers")], error_rate=0.05, seed="ab"
   )
   assert found.procedure == procedure("softmax")

@@ -13,7 +13,7 @@ from calm.calibrate import (
   SequenceLosses,
   Support,
   calibrate,
-  promises,
+  risks,
   verification,
 )
 from tests.calibrate import laws
@@ -160,10 +160,10 @@ def test_every_forgery_is_refused_with_a_named_error(honest, path, new, tmp_path
 CONTRADICTIONS = [
   ("threshold", 0.02, "`threshold` 0.5"),
   ("threshold", "never", "`threshold` 0.5"),
-  ("tolerance", 0.0001, "smallest that 300 prompts"),
+  ("tolerance", 0.0001, "the least that 300 prompts"),
   ("error_rate", 1e-30, "`rejected` False"),
-  ("num_examples", 30, "`num_examples` = 30"),
-  ("rows.0.num_examples", 20, "smallest that 20 prompts"),
+  ("num_examples", 30, "`num_examples` of at most 30"),
+  ("rows.0.num_examples", 20, "the least that 20 prompts"),
   ("rows.0.p_value", 1.0, "`p_value`"),
   ("rows.2.log_p_value", -1.0, "`p_value`"),
   ("rows.0.rejected", False, "`rejected` True"),
@@ -172,12 +172,12 @@ CONTRADICTIONS = [
   ("rows.0.threshold", 0.01, "strictly descending"),
   ("rows.0.upper_bound", -1.0, "`upper_bound` in "),
   ("rows.0.upper_bound", 1.5, "`upper_bound` in "),
-  ("rows.0.upper_bound", 0.11, "`upper_bound` .* at most the tolerance 0.1"),
-  ("rows.0.upper_bound", None, "`upper_bound` a number"),
-  ("rows.2.upper_bound", 0.09, "`upper_bound` .* above the tolerance 0.1"),
+  ("rows.0.upper_bound", 0.11, "`upper_bound` .* at most 0.1"),
+  ("rows.0.upper_bound", None, "`upper_bound` in"),
+  ("rows.2.upper_bound", 0.09, "`upper_bound` .* above 0.1"),
   ("testing", "bonferroni", "`adjusted_p_value`"),
   ("visited", [0], "`visited`"),
-  ("promise", {"name": "quantile", "share": 0.5}, "binary `support` for the promise"),
+  ("promise", {"name": "quantile", "share": 0.5}, "`support` binary for the promise"),
   ("support.upper", 0.05, r"`tolerance` in "),
   ("support.lower", 0.05, "Expected"),
 ]
@@ -204,11 +204,11 @@ def test_methods_of_sums_are_computed_again(path, new):
 @pytest.mark.parametrize("path", ["rows.0.mean", "rows.0.upper_bound"])
 def test_rows_say_what_the_least_certain_part_says(path):
   labels = [f"g{row % 2}" for row in range(300)]
-  value = made(promise=promises.EveryGroup(labels=labels)).to_json()
+  value = made(promise=risks.EveryGroup(labels=labels)).to_json()
   assert Calibration.from_json(value).certified
   value = edited(value, path, 0.05)
   value["digest"] = verification.digest(value)
-  with pytest.raises(ValueError, match=rf"`{path[7:]}` .* in row 0, that of the part 'g[01]'"):
+  with pytest.raises(ValueError, match=rf"`{path[7:]}` .* in row 0, that of part 'g[01]'"):
     Calibration.from_json(value)
 
 
@@ -230,10 +230,10 @@ def test_files_of_version_1_are_read_and_their_decision_made_again():
   value = {k: v for k, v in HONEST.items() if k not in ("digest", *verification.NEW_FIELDS)}
   value["schema_version"] = 1
   back = Calibration.from_json(value)
-  assert back.threshold == 0.5 and back.promise == promises.Mean()
+  assert back.threshold == 0.5 and back.promise == risks.Mean()
   with pytest.raises(ValueError, match=r"`threshold` 0\.5"):
     Calibration.from_json({**value, "threshold": 0.02})
-  with pytest.raises(ValueError, match="without or with other fields"):
+  with pytest.raises(ValueError, match="without other fields"):
     Calibration.from_json({**HONEST, "schema_version": 1})
 
 
@@ -282,16 +282,16 @@ def test_p_equal_to_the_error_rate_goes_either_way():
 @pytest.mark.parametrize(
   ("name", "column", "message"),
   [
-    ("means", [0.1, 0.2], "a list of at least 3 entries"),
-    ("means", [0.1, 0.2, 0.3, 0.4], "3 times a number"),
-    ("num_examples", [300, 300, 0.5], "3 times whole numbers"),
-    ("log_p_values", [-1.0, -1.0, 1.0], "3 times a number"),
-    ("upper_bounds", "0.1", "a list of at least 3 entries"),
+    ("means", [0.1, 0.2], "a list of 3"),
+    ("means", [0.1, 0.2, 0.3, 0.4], "a list of 3"),
+    ("num_examples", [300, 300, 0.5], "a list of 3"),
+    ("log_p_values", [-1.0, -1.0, 1.0], "a list of 3"),
+    ("upper_bounds", "0.1", "a list of 3"),
   ],
 )
 def test_columns_of_a_part_have_an_entry_a_threshold(name, column, message):
   labels = [f"g{row % 2}" for row in range(300)]
-  value = made(promise=promises.EveryGroup(labels=labels)).to_json()
+  value = made(promise=risks.EveryGroup(labels=labels)).to_json()
   assert Calibration.from_json(value).promise.groups == ("g0", "g1")
   forged = edited(value, f"parts.1.{name}", column)
   forged["digest"] = verification.digest(forged)

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from calm.calibrate import Calibration, SequenceLosses, calibrate, from_texts, promises
+from calm.calibrate import Calibration, SequenceLosses, calibrate, from_texts, risks
 from calm.calibrate.configurations import calibrate_configurations
 from calm.calibrate.generations import foreign
 from calm.calibrate.losses import metrics
-from calm.calibrate.promises import Risk
+from calm.calibrate.risks import Risk
 from calm.calibrate.sequential import SequentialCalibration
 
 RATES = dict(tolerance=0.1, error_rate=0.05)
@@ -45,7 +45,7 @@ MADE = {
   ),
   "kind": lambda text: calibrate(losses(kind=text), **RATES),
   "label": lambda text: calibrate(
-    losses(), **RATES, promise=promises.EveryGroup(labels=[text] * 100 + ["other"] * 100)
+    losses(), **RATES, promise=risks.EveryGroup(labels=[text] * 100 + ["other"] * 100)
   ),
   "risk": lambda text: calibrate(
     risks=[Risk(losses(), 0.1, name=text), Risk(losses(), 0.2, name="other")], error_rate=0.05
@@ -77,7 +77,7 @@ def test_what_would_not_be_loaded_is_not_made(made, text):
 @pytest.mark.parametrize("label", ["a\u00a0b", "a\tb"])
 def test_the_label_and_the_way_out_are_named_before_any_work(label, tmp_path):
   with pytest.raises(ValueError, match=r"`labels` .*, got 'a\\.*b'; write it "):
-    promises.EveryGroup(labels=[label, "other"])
+    risks.EveryGroup(labels=[label, "other"])
   with pytest.raises(ValueError, match=r"`knobs` .*, got 'a\\.*b'; write it "):
     foreign.gather(tmp_path / "none", {label: tmp_path / "none"})
 
@@ -100,7 +100,7 @@ def test_a_reason_is_loaded_whatever_the_names_in_it(tmp_path):
   values = VALUES.copy()
   values[3, 1] = 2.0
   table = SequenceLosses(values, GRID, ids=ids, knobs=("x" * 500, "y" * 500))
-  found = calibrate(table, **RATES, promise=promises.EveryGroup(labels=["z" * 500] * 200))
+  found = calibrate(table, **RATES, promise=risks.EveryGroup(labels=["z" * 500] * 200))
   found.save(tmp_path / "c.json")
   back = Calibration.load(tmp_path / "c.json")
   assert "row 3" in found.reason and back.to_json() == found.to_json()  # NaN is not itself

@@ -15,11 +15,11 @@ from calm.calibrate import (
   calibrate,
   calibrate_configurations,
   certify,
+  methods,
 )
-from calm.calibrate.evidence import methods
 from calm.calibrate.generations import order
 from calm.calibrate.losses import checks, clusters
-from calm.calibrate.promises import Risk
+from calm.calibrate.risks import Risk
 from tests.calibrate import laws
 
 RATES = dict(tolerance=0.1, error_rate=0.05)
@@ -169,7 +169,7 @@ def shares_certified(law, size, way, named, contents=""):
     if named:  # names follow the stored order, as those of a sorted file do
       losses = dataclasses.replace(losses, ids=tuple(f"p{row:03d}" for row in range(size)))
     else:
-      losses = certify._seen_binary(losses)  # as `calibrate` takes plain arrays
+      losses = certify._declare_binary(losses)  # as `calibrate` takes plain arrays
     rows = clusters.tested_orders(losses, clusters.order_seeds(losses))
     tables.append(values[np.stack(rows, axis=1), 0])
     orders.append(len(rows))

@@ -1,4 +1,3 @@
-import doctest
 import math
 
 import numpy as np
@@ -6,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm.calibrate import SequenceLosses, Support, calibrate, planning
-from calm.calibrate.evidence import p_values
+from calm.calibrate import SequenceLosses, Support, calibrate, p_values, planning
 from tests.calibrate import laws
 
 
@@ -21,7 +19,6 @@ def test_it_is_exactly_where_losses_of_zero_certify(tolerance, error_rate):
 
 
 def test_numbers_of_the_literature_and_of_signed_losses():
-  assert doctest.testmod(planning).failed == 0
   found = [planning.min_calibration_size(d, 0.05) for d in (0.02, 0.05, 0.1, 0.25)]
   assert found == [149, 59, 29, 11]
   assert planning.min_calibration_size(0.1, 0.05, lower=-1.0) == 4  # log 0.05 / log 0.45
@@ -56,7 +53,6 @@ def test_power_grows_with_the_size_and_falls_along_the_grid():
   assert curve.power.shape == (3, 3)
   assert np.all(np.diff(curve.power, axis=1) <= 0.0)  # fixed sequence: a prefix each time
   assert curve.power[0, 0] < 0.2 < 0.9 < curve.power[2, 0] and np.all(curve.power[:, 2] == 0.0)
-  assert curve.size_for(0.9) in (100, 400) and curve.size_for(0.3) is None
   assert str(curve).splitlines()[0].split() == ["prompts", "0.9", "0.6", "0.3"]
   assert len(str(curve).splitlines()) == 4
   again = planning.power_curve(
@@ -108,7 +104,7 @@ def test_signed_losses_are_forecast_below_the_size_that_no_change_needs():
   assert power[0][2] > power[1][2] > power[3][2]
 
 
-@pytest.mark.parametrize("method", ["auto", "paper", "hoeffding", "convex_order", "betting"])
+@pytest.mark.parametrize("method", ["auto", "paper", "convex_order", "betting"])
 @pytest.mark.parametrize("tolerance", [0.02, 0.1, 0.25])
 def test_a_method_needs_what_calibrate_needs(method, tolerance):
   """All-zero prompts, one more or fewer than planned."""
@@ -151,8 +147,6 @@ def test_a_share_of_the_error_rate_needs_more():
 def test_no_number_of_prompts_is_enough_for_next_to_nothing():
   assert planning.min_calibration_size(1e-300, 0.05) > 10**299
   assert planning.method_size("auto", 1e-300, 0.05) is None
-  assert planning.method_size("hoeffding", 1e-5, 0.05) is None
+  assert planning.method_size("paper", 1e-6, 0.05) is None
   found = calibrate(np.zeros((20, 1)), [0.5], tolerance=1e-300, error_rate=0.05)
   assert "got 20, which are too few" in found.reason
-  text = planning.refusal(400_000, 1e-5, 0.05, method="hoeffding")
-  assert "for the method 'hoeffding'" in text and "more than 1000000 prompts" in text

@@ -1,12 +1,24 @@
+"""Sequential calibration: valid whenever one stops, with fewer prompts, and replayed."""
+
+import dataclasses
 import json
+import math
+import time
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from calm.calibrate import NEVER_EXIT, Calibration, Support, calibrate, sequential
-from calm.calibrate.evidence import betting, p_values
+from calm.calibrate import (
+  NEVER_EXIT,
+  Calibration,
+  Support,
+  betting,
+  calibrate,
+  sequential,
+)
 from calm.calibrate.generations import order
+from calm.calibrate.losses import metrics, sequence_losses
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.7, 0.5])
@@ -44,7 +56,7 @@ def test_it_certifies_what_the_fixed_sample_certifies_with_fewer_prompts():
   values = table((0.01, 0.02, 0.3))
   test, asked = run(values, batch=1)
   found = test.calibration(kind="textual", metric="rouge_l")
-  fixed = p_values.betting(values, 0.1)
+  fixed = betting.p_value(values, 0.1)
   assert found.threshold == 0.7 and found.column("rejected").tolist() == [1, 1, 0]
   assert asked[0] < 200 and asked[1] < 300
   for column in (0, 1):
@@ -69,6 +81,13 @@ def test_nothing_is_asked_beyond_the_first_failure():
   assert found.visited == (0,)
 
 
+def decide(losses, lower=0.0, count=60):
+  """(losses used, state) at one threshold."""
+  column = sequential._Column(betting.EARLY.design(0.1, 0.05, count), lower)
+  column.add(losses)
+  return len(column.losses), column.state
+
+
 @pytest.mark.parametrize("lower", [0.0, -1.0])
 def test_hopeless_is_hopeless(lower):
   """Wherever it gives up, the lowest losses at the largest bets would not have certified."""
@@ -76,7 +95,7 @@ def test_hopeless_is_hopeless(lower):
   generator = np.random.default_rng(1)
   for _ in range(50):
     losses = laws.bernoulli(generator, 0.4, 60)
-    used, state = sequential.decide(losses, design, lower)
+    used, state = decide(losses, lower)
     assert state in (sequential.FAILED, sequential.CERTIFIED)
     if state == sequential.FAILED and used < 60:
       wealth = betting.log_wealth(losses[:used], design, betting.EARLY)[-1]
@@ -86,8 +105,8 @@ def test_hopeless_is_hopeless(lower):
       path = betting.log_wealth(losses[:used], design, betting.EARLY)
       before = path[-2] if used > 1 else 0.0
       assert before + (61 - used) * np.log1p(design.cap * (0.1 - lower)) >= design.target
-  assert sequential.decide([0.0], design, lower) == (1, sequential.OPEN)
-  assert sequential.decide(np.ones(60) * 0.09, design, lower)[1] == sequential.FAILED
+  assert decide([0.0], lower) == (1, sequential.OPEN)
+  assert decide(np.ones(60) * 0.09, lower)[1] == sequential.FAILED
 
 
 def test_bets_do_not_see_later_rows():
@@ -117,14 +136,10 @@ def test_batches_do_not_change_the_outcome():
 def test_wealth_carried_on_is_wealth_taken_at_once():
   values = table((0.11,), 300)[:, 0]
   design = betting.EARLY.design(0.1, 0.05, 300)
-  whole = betting.log_wealth(values, design, betting.EARLY)
-  found = []
-  for batch in (1, 7, 300):
-    carried = sequential._Carried(design)
-    parts = [carried.add(values[i : i + batch]) for i in range(0, 300, batch)]
-    found.append(np.concatenate(parts))
-    np.testing.assert_array_equal(found[-1], found[0])
-  np.testing.assert_allclose(found[0], whole, atol=1e-11)
+  column = sequential._Column(design, -9.0)  # never hopeless
+  column.add(values)
+  whole = betting.log_wealth(values, design, betting.EARLY)[: len(column.losses)]
+  assert column.highest == pytest.approx(max(0.0, whole.max()), abs=1e-11)
 
 
 def test_signed_losses_certify_sooner():
@@ -168,7 +183,7 @@ def test_cluster_means_are_the_units_and_are_not_binary():
   found = test.calibration(metric="exact_match")
   assert found.clusters and found.num_examples == 90 and not found.support.binary
   assert "at most 90 calibration clusters of prompts" in found.guarantee
-  assert found.rows[0].num_examples == sequential.decide(means, test.design, 0.0)[0]
+  assert found.rows[0].num_examples == decide(means, count=90)[0]
 
 
 def test_family_wise_error_with_clusters_of_copies():
@@ -203,3 +218,153 @@ def test_misuse_is_refused():
   assert test.request() is None
   with pytest.raises(ValueError, match="more than it asked for"):
     test.add([0.0])
+
+
+def test_a_sequential_run_asks_for_something_and_plans_for_a_whole_number():
+  for size in (2.5, math.nan, True, "9"):
+    with pytest.raises(ValueError, match="`planned_size` to be a whole number, got"):
+      sequential.SequentialCalibration([0.5], size, **RATES)
+  test = sequential.SequentialCalibration([0.5], 60, **RATES)
+  for batch in (0, -1, 2.5):
+    with pytest.raises(ValueError, match="`batch_size` to be a"):
+      test.request(batch)
+  test.add([1.0 + 1e-12, -1e-12])  # rounding is no fault
+  with pytest.raises(ValueError, match=r"got 1.1 at prompt 2"):
+    test.add([1.1])
+
+
+def test_a_sequential_run_is_linear_in_prompts():
+  """Wealth is carried on: as many losses again take no more than about as long again."""
+  test = sequential.SequentialCalibration([0.5], 40_000, tolerance=0.1, error_rate=0.05)
+  seconds = []
+  for _ in range(2):
+    started = time.process_time()
+    for _ in range(4_000):
+      assert test.add([0.1]) == sequential.OPEN
+    seconds.append(time.process_time() - started)
+  assert seconds[1] < 2.0 * seconds[0] + 0.05
+
+
+COUNT = 120
+LOSS = {"kind": "textual", "metric": "exact_match"}
+
+
+def complete():
+  """Every prompt at both thresholds; at the lower one every third text is another."""
+  same = [f"word{i} same" for i in range(COUNT)]
+  wrong = [text if i % 3 else "else" for i, text in enumerate(same)]
+  return laws.generations(COUNT, texts=[same, wrong], procedure=laws.procedure())
+
+
+def stopped(**rates):
+  """The run that stops where these rates decide, and the calibration that it printed."""
+  everything = complete()
+  columns = sequence_losses.prefix_losses(everything, "textual", metric="exact_match")
+  test = sequential.SequentialCalibration(
+    everything.thresholds,
+    COUNT,
+    support=sequence_losses.kind_support(**LOSS),
+    **{**RATES, **rates},
+  )
+  asked = [0, 0]
+  while (request := test.request(8)) is not None:
+    column = everything.thresholds.tolist().index(request.threshold)
+    asked[column] = request.stop
+    test.add(columns[column][request.start : request.stop])
+  cached = dataclasses.replace(
+    everything,
+    records=tuple(r[:n] for r, n in zip(everything.records, asked, strict=True)),
+    full=everything.full[: max(asked)],
+    sequential=True,
+  )
+  return cached, test
+
+
+def test_it_is_the_calibration_of_the_run_itself():
+  cached, test = stopped()
+  lengths = [len(records) for records in cached.records]
+  assert 0 < lengths[1] < lengths[0] < COUNT  # it did stop early, twice
+  found = sequential.replay(cached, **LOSS, **RATES)
+  expected = test.calibration(
+    **LOSS,
+    seed=order.order_seed(cached.ids, cached.procedure, order.prompts_digest(cached.prompts)),
+    procedure=cached.procedure,
+    groups_ignored=True,  # two prompts a group, tested one by one
+  )
+  assert found.to_json() == expected.to_json()
+  by_function = {**LOSS, "metric": metrics.exact_match}
+  assert sequential.replay(cached, **by_function, **RATES) == found
+  assert "the caller took each for an independent draw" in found.guarantee
+  assert found.sequential and found.threshold == 0.9
+  assert found.support.binary and found.column("rejected").tolist() == [True, False]
+
+
+def clustered():
+  """A complete run by group, two prompts a cluster, in the order of the test."""
+  made = complete()
+  groups = order.prompt_clusters(made.prompts)
+  contents = order.prompts_digest(made.prompts)
+  rows = order.decoding_order(made.ids, groups, made.procedure, contents)
+  return dataclasses.replace(
+    made,
+    prompts=tuple(made.prompts[row] for row in rows),
+    records=tuple(tuple(column[row] for row in rows) for column in made.records),
+    full=tuple(made.full[row] for row in rows),
+    sequential=True,
+    by_group=True,
+  )
+
+
+def test_a_run_by_group_is_tested_on_cluster_means():
+  cached = clustered()
+  found = sequential.replay(cached, **LOSS, **RATES)
+  assert found.clusters and found.num_examples == COUNT // 2 and found.threshold == 0.9
+  assert not found.support.binary and found.sequential
+  used = found.rows[0].num_examples
+  assert 0 < used < COUNT // 2
+  # It needs whole clusters: one prompt less, and the last cluster is not there.
+  enough = dataclasses.replace(
+    cached, records=(cached.records[0][: 2 * used], cached.records[1])
+  )
+  assert sequential.replay(enough, **LOSS, **RATES) == found
+  short = (cached.records[0][: 2 * used - 1], cached.records[1])
+  with pytest.raises(ValueError, match=r"stopped earlier, at threshold 0\.9"):
+    sequential.replay(dataclasses.replace(cached, records=short), **LOSS, **RATES)
+
+
+def test_clusters_are_tested_in_the_order_that_calibrate_tests_them():
+  cached = clustered()
+  losses = sequence_losses.textual_losses(
+    dataclasses.replace(cached, sequential=False), metric="exact_match"
+  )
+  fixed = calibrate(losses, **RATES, groups=losses.groups, method="betting_early")
+  found = sequential.replay(cached, **LOSS, **RATES)
+  assert found.seed == fixed.seed and found.num_examples == fixed.num_examples
+  used = found.rows[0].num_examples
+  groups = order.prompt_clusters(cached.prompts)
+  means = order.unit_means(losses.values[:, 1], order.consecutive_units(COUNT, groups))
+  wealth = betting.log_wealth(means, betting.EARLY.design(0.1, 0.05, COUNT // 2), betting.EARLY)
+  assert fixed.rows[1].log_p_value == pytest.approx(-max(0.0, wealth.max()), abs=1e-12)
+  assert found.rows[1].log_p_value == pytest.approx(
+    -max(0.0, wealth[: found.rows[1].num_examples].max())
+  )
+  assert used < COUNT // 2
+
+
+@pytest.mark.parametrize("rates", [{"tolerance": 0.03}, {"error_rate": 0.001}])
+def test_stricter_rates_would_have_asked_for_more(rates):
+  cached, _ = stopped()
+  with pytest.raises(ValueError, match=r"stopped earlier, at threshold 0.9 after") as caught:
+    sequential.replay(cached, **LOSS, **{**RATES, **rates})
+  assert f"after {len(cached.records[0])} prompts; generate again" in str(caught.value)
+
+
+def test_a_run_that_certified_nothing_replays_as_such():
+  everything = complete()
+  bad = laws.generations(COUNT, texts=[["else"] * COUNT] * 2, procedure=laws.procedure())
+  cached = dataclasses.replace(
+    bad, records=(bad.records[0], ()), full=everything.full, sequential=True
+  )
+  found = sequential.replay(cached, **LOSS, **RATES)
+  assert found.threshold == NEVER_EXIT
+  assert found.rows[0].num_examples < COUNT and np.isnan(found.rows[1].mean)

@@ -98,5 +98,5 @@ def test_a_grid_of_knobs_descends_whatever_they_are():
     grid, names = thresholds.grid_of_knobs(knobs)
     assert grid.tolist() == [1.0, 0.5] and names == tuple(map(str, knobs))
   for bad in ([], ["a", "a"], [2, 2]):
-    with pytest.raises(ValueError, match="`knobs` to be at least one, all different, got"):
+    with pytest.raises(ValueError, match=r"`knobs` to be finite .* all different"):
       thresholds.grid_of_knobs(bad)

@@ -11,7 +11,7 @@ from calm.calibrate import (
   Calibration,
   generations,
   ledger,
-  promises,
+  risks,
   textual_losses,
   verification,
 )
@@ -151,7 +151,7 @@ def test_promises_are_named_by_flags(tmp_path, calm, monkeypatch):
   printed = calm(*words, "--promise=quantile", "--share=0.85")
   assert "for at least 85 % of texts" in printed
   found = Calibration.load(saved)
-  assert found.certified and found.promise == promises.Quantile(0.85)
+  assert found.certified and found.promise == risks.Quantile(0.85)
   rows = [{"id": f"p{row}", "label": "xy"[row % 2]} for row in range(120)]
   calm(*words, "--promise=every_group", f"--labels={write(tmp_path, rows, 'labels.jsonl')}")
   assert Calibration.load(saved).promise.groups == ("x", "y")
@@ -244,7 +244,7 @@ def test_a_promise_of_cost_is_verified(metric, share, tmp_path, calm):
     calm("calibrate", folder, "--promise=cost", f"--metric={metric}", f"--output={saved}")
   else:
     losses = textual_losses(generations.load(folder), metric=metric)
-    promise = promises.Cost(0.6, share, costs=[[4 / 8, 2 / 8]] * 400)
+    promise = risks.Cost(0.6, share, costs=[[4 / 8, 2 / 8]] * 400)
     made = certify(losses, tolerance=0.1, error_rate=0.05, promise=promise)
     assert made.parts[0].method != made.parts[1].method or metric == "token_f1"
     made.save(saved)

@@ -7,25 +7,25 @@ import types
 import pytest
 
 from calm import calibrate
-from calm.calibrate import audit, promises
+from calm.calibrate import monitor, risks
 from calm.calibrate.losses import metrics
 from calm.commands import infer
 
 TEXTS = [f"text {i}" for i in range(40)]
 LOSSES = calibrate.SequenceLosses([[0.0]] * 200, [0.5], metric="exact_match")
-RISKS = (promises.Risk(LOSSES, 0.3),)
+RISKS = (risks.Risk(LOSSES, 0.3),)
 WHERE = "`platform`: expected 'tpu', got 'cpu'"
 # Every promise, as `calibrate` takes it; the mean loss of some is watched.
 MADE = (
-  promises.Mean(),
-  promises.Quantile(0.9),
-  promises.EveryGroup(labels=["a", "b"] * 100),
-  promises.EarlyExits((3.0,), depths=[[1.0]] * 200),
-  promises.TailMean(0.9, 0.05),
-  promises.KnownMixture(2.0, weights=[1.0] * 200),
-  promises.SeveralRisks(risks=RISKS),
-  promises.Cost(0.5, 0.3, costs=[[0.1]] * 200),
-  promises.Configurations(risks=RISKS, configurations=("a",), costs=(1.0,)),
+  risks.Mean(),
+  risks.Quantile(0.9),
+  risks.EveryGroup(labels=["a", "b"] * 100),
+  risks.EarlyExits((3.0,), depths=[[1.0]] * 200),
+  risks.TailMean(0.9, 0.05),
+  risks.KnownMixture(2.0, weights=[1.0] * 200),
+  risks.SeveralRisks(risks=RISKS),
+  risks.Cost(0.5, 0.3, costs=[[0.1]] * 200),
+  risks.Configurations(risks=RISKS, configurations=("a",), costs=(1.0,)),
 )
 
 
@@ -66,7 +66,7 @@ def test_a_share_of_the_prompts_is_decoded_at_full_depth(promise, tmp_path):
   model, options = Full(promise), (f"--monitor={tmp_path / 'm.jsonl'}", "--monitor_share=0.4")
   monitored = opened(model, *options)
   serve(monitored, TEXTS)
-  coin = audit.open_monitor(tmp_path / "m.jsonl", monitored.monitor.watch).watch
+  coin = monitor.open_monitor(tmp_path / "m.jsonl", monitored.monitor.watch).watch
   picked = [text for text in TEXTS if coin.sampled(f"id-{text}")]
   assert model.asked == picked and 5 < len(picked) < 30
   report = monitored.report()
@@ -158,7 +158,7 @@ def test_what_texts_cannot_show_is_refused(promise, tmp_path):
 
 @pytest.mark.parametrize("made", MADE, ids=lambda made: made.name)
 def test_a_watch_of_the_mean_loss_is_kept_from_other_promises(made, tmp_path):
-  assert {promise.name for promise in MADE} == set(promises.PROMISES)
+  assert {promise.name for promise in MADE} == set(risks.PROMISES)
   path, monitor = tmp_path / "calibration.json", f"--monitor={tmp_path / 'm.jsonl'}"
   calibrate.calibrate(LOSSES, tolerance=0.3, error_rate=0.05, promise=made).save(path)
   stored = calibrate.Calibration.load(path)

@@ -1,18 +1,16 @@
-"""A watch on a deployed threshold: an alarm, valid at any time, when the risk is too high.
+"""A monitor of a deployed threshold: an alarm, valid at any time, when the risk is too high.
 
-A coin decides for every served prompt whether the full model runs on it too. The coin knows a
-seed and the prompt's number or id, nothing of its text or output. From the losses of sampled
-prompts gamblers bet that the risk is above the tolerance, one who begins at every loss:
+A hash of its id decides for every served prompt whether the full model runs on it too. From the
+losses of sampled prompts gamblers bet that the risk is above the tolerance; one begins at every
+loss, so that a change is seen soon after a long good time as well:
 
     wealth = sum over k of weight_k product over i >= k of (1 + bet_i (loss_i - tolerance))
     0 <= bet_i <= 0.5 / (tolerance - lower),   weight_0 about 1/2, weight_k ~ 1 / (k log(k)^2)
 
 As long as E[loss_i | past] <= tolerance, wealth is a nonnegative supermartingale that starts at
-1, the sum of all weights: it ever reaches 1 / alarm_level with probability at most alarm_level
-(Ville 1939). Who begins late has lost nothing in a long good time, so that a change is seen
-however long it was in coming. Losses count in the order of serving, however late they come: an
-order of arrival could depend on the losses. An id is bet on once: a prompt that is served again
-is no independent draw.
+1: it ever reaches 1 / alarm_level with probability at most alarm_level (Ville 1939). Losses
+count in the order of serving, however late they come: an order of arrival could depend on them.
+An id is bet on once: a prompt that is served again is no independent draw.
 """
 
 import contextlib
@@ -95,8 +93,8 @@ class Wealth:
     count: losses seen.
     log_started: log wealth of the gamblers who have begun, nats.
     highest: largest log wealth so far.
-    mean: running mean with a memory.
-    square: running mean of squared losses.
+    mean: running mean of about the last 200 losses.
+    square: running mean of their squares.
     restarts: whether gamblers begin after the first loss too.
   """
 
@@ -192,8 +190,8 @@ class Monitor:
   def waiting(self) -> tuple[int, ...]:
     """Numbers of sampled prompts whose losses have not arrived or wait for earlier ones.
 
-    A loss that will never come (a run was killed between `serve` and `record`) holds up all
-    later ones. Record it as the lowest declared loss: that makes no false alarm more likely.
+    Record a loss that will never come (a run was killed) as the lowest declared loss: that
+    makes no false alarm more likely.
     """
     return tuple(self._waiting)
 
@@ -212,8 +210,8 @@ class Monitor:
     """Counts a served prompt.
 
     Args:
-      name: its id, by which the coin picks it, once; None takes its number: whoever serves a
-        prompt again without its id has it bet on again, which makes false alarms.
+      name: its id, by which the coin picks it, once; None takes its number, so that a prompt
+        that is served again is bet on again, which makes false alarms.
 
     Returns:
       (its number, whether the full model should run on it too).
@@ -230,14 +228,7 @@ class Monitor:
 
   @arguments.checked()
   def record(self, number: int, loss: float) -> bool:
-    """Takes the loss of a sampled prompt.
-
-    Args:
-      number: what `serve` returned.
-      loss: in the declared range.
-
-    Returns:
-      `alarm`.
+    """Takes the loss, in the declared range, of a sampled prompt; returns `alarm`.
 
     Raises:
       ValueError: the prompt was not sampled or has a loss already, or the loss leaves its
@@ -256,7 +247,7 @@ class Monitor:
     metric: metrics.MetricLike = "rouge_l",
     names: Sequence[str | int] | None = None,
   ) -> bool:
-    """Counts served outputs, re-runs the full model on some, and bets on how they differ.
+    """Counts served outputs, runs the full model on some, and bets on how they differ.
 
         loss = 1 - metric(served, [full model's])   (Def. 1), of the prompts that the coin picks
 
@@ -391,12 +382,7 @@ def open_monitor(path: str | pathlib.Path, watch: Watch) -> Monitor:
 
 
 def _check_watch(path: pathlib.Path, watch: Watch) -> int:
-  """The version of the watch that a file begins with.
-
-  Raises:
-    GenerationsError: it begins with something else, or with a part of it: what came after is
-      not known.
-  """
+  """The version of the watch that a file begins with; GenerationsError if it is another."""
   with open(path, "rb") as file:
     raw = file.readline(storage.LONGEST_LINE + 1)
   expected = json.loads(json.dumps(watch.to_json()))

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from calm.calibrate import calibrate, from_texts, views
+from calm.calibrate import calibrate, display, from_texts
 from tests.calibrate import laws
 
 
@@ -95,7 +95,7 @@ def test_a_library_that_is_not_there_is_named(monkeypatch):
       raise ModuleNotFoundError(name)
     return type("pandas", (), {"DataFrame": Frame})
 
-  monkeypatch.setattr(views.importlib, "import_module", found)
+  monkeypatch.setattr(display.importlib, "import_module", found)
   assert made().to_frame().columns["threshold"] == [0.9, 0.5]
   with pytest.raises(ModuleNotFoundError, match="'polars' to be installed, got none; install"):
     made().to_frame("polars")
@@ -119,7 +119,7 @@ def test_knobs_are_called_by_their_names(monkeypatch):
   assert axes.get_xlabel() == "the best first"
   assert axes.get_title().startswith("Certified down to knob base:")
   library = type("pandas", (), {"DataFrame": dict})
-  monkeypatch.setattr(views.importlib, "import_module", lambda name: library)
+  monkeypatch.setattr(display.importlib, "import_module", lambda name: library)
   assert found.to_frame()["knob"] == ["base", "tiny"]
 
 

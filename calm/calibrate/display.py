@@ -5,16 +5,13 @@ import functools
 import html
 import importlib
 import io
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from calm.calibrate.losses.sequence_losses import UNKNOWN
 from calm.calibrate.thresholds import format_threshold
 from calm.console import sanitize
-
-if TYPE_CHECKING:
-  from calm.calibrate.calibration import Calibration
 
 
 def _module(name: str) -> Any:
@@ -29,15 +26,8 @@ def _module(name: str) -> Any:
     ) from error
 
 
-def to_frame(calibration: "Calibration", library: str = "pandas") -> Any:
-  """One line a threshold, one column a field of `Row`.
-
-  Args:
-    calibration: any.
-    library: 'pandas' or 'polars'.
-
-  Returns:
-    A DataFrame of that library.
+def to_frame(calibration: Any, library: str = "pandas") -> Any:
+  """A DataFrame of 'pandas' or 'polars', one line a threshold, one column a field of `Row`.
 
   Raises:
     ValueError: another library.
@@ -55,13 +45,13 @@ def to_frame(calibration: "Calibration", library: str = "pandas") -> Any:
 _HEADS = ("mean loss", "upper bound", "p-value", "certified")
 
 
-def names(calibration: "Calibration") -> tuple[str, ...]:
+def names(calibration: Any) -> tuple[str, ...]:
   """What its rows are called: its knobs or configurations, or its thresholds."""
   others = calibration.knobs or getattr(calibration.promise, "configurations", ())
   return tuple(others) or tuple(format_threshold(row.threshold) for row in calibration.rows)
 
 
-def unit(calibration: "Calibration") -> str:
+def unit(calibration: Any) -> str:
   """What one row is: a knob's setting, a configuration or a threshold."""
   if calibration.knobs:
     return "knob"
@@ -69,23 +59,23 @@ def unit(calibration: "Calibration") -> str:
   return "configuration" if configured else "threshold"
 
 
-def place(calibration: "Calibration") -> int | None:
+def place(calibration: Any) -> int | None:
   """Position of the row that was chosen, or None."""
   return calibration.promise.place([row.rejected for row in calibration.rows])
 
 
-def loss_name(calibration: "Calibration") -> str:
+def loss_name(calibration: Any) -> str:
   """Like `textual loss`."""
   return "loss" if calibration.kind == "loss" else f"{calibration.kind} loss"
 
 
-def title(calibration: "Calibration") -> str:
+def title(calibration: Any) -> str:
   """Like `textual loss, rouge_l`; losses that were given have no metric that is known."""
   metric = "" if calibration.metric == UNKNOWN else f", {calibration.metric}"
   return sanitize(f"{loss_name(calibration)}{metric}")
 
 
-def in_short(calibration: "Calibration") -> str:
+def in_short(calibration: Any) -> str:
   """What a calibration says, in a few words."""
   certified = sum(row.rejected for row in calibration.rows)
   return (
@@ -97,7 +87,7 @@ def in_short(calibration: "Calibration") -> str:
   )
 
 
-def _cells(calibration: "Calibration") -> list[tuple[str, ...]]:
+def _cells(calibration: Any) -> list[tuple[str, ...]]:
   return [
     (
       name,
@@ -110,7 +100,7 @@ def _cells(calibration: "Calibration") -> list[tuple[str, ...]]:
   ]
 
 
-def as_text(calibration: "Calibration") -> str:
+def as_text(calibration: Any) -> str:
   """The tested thresholds as a table, an arrow at the chosen one, and the promise below."""
   rows = [(unit(calibration), *_HEADS), *_cells(calibration)]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -125,7 +115,7 @@ def as_text(calibration: "Calibration") -> str:
   return "\n".join([title(calibration), *lines, sanitize(calibration.promised)])
 
 
-def as_html(calibration: "Calibration") -> str:
+def as_html(calibration: Any) -> str:
   """The same for a notebook, in the page's own colours."""
   cell = lambda tag, text: (
     f'<{tag} style="text-align:right">{html.escape(sanitize(text))}</{tag}>'
@@ -145,8 +135,8 @@ def as_html(calibration: "Calibration") -> str:
   )
 
 
-def plot(calibration: "Calibration", axes: Any = None, *, layers: Any = None) -> Any:
-  """Mean loss and upper bound along the grid, the tolerance, and the chosen threshold.
+def plot(calibration: Any, axes: Any = None, *, layers: Any = None) -> Any:
+  """Mean loss and upper bound along the grid, by matplotlib, with the chosen threshold.
 
   Args:
     calibration: any.
@@ -155,7 +145,7 @@ def plot(calibration: "Calibration", axes: Any = None, *, layers: Any = None) ->
       `Generations` that were calibrated on; None draws against the threshold.
 
   Returns:
-    The axes; `axes.figure.savefig(path)` writes them. A notebook shows those that were made.
+    The axes; `axes.figure.savefig(path)` writes them.
 
   Raises:
     ModuleNotFoundError: matplotlib is not installed.
@@ -210,7 +200,7 @@ def _png(figure: Any) -> bytes:
   return written.getvalue()
 
 
-def _layers(calibration: "Calibration", layers: Any) -> np.ndarray:
+def _layers(calibration: Any, layers: Any) -> np.ndarray:
   if layers is None:
     return calibration.column("threshold")
   count = len(calibration.rows)
@@ -228,7 +218,7 @@ def _layers(calibration: "Calibration", layers: Any) -> np.ndarray:
   return values
 
 
-def _found(calibration: "Calibration", where: str | None, tolerance: float) -> str:
+def _found(calibration: Any, where: str | None, tolerance: float) -> str:
   """The title: what was found."""
   if where is None:
     return f"Nothing is certified at a tolerance of {tolerance:g}: the full model serves"

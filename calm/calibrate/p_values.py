@@ -1,28 +1,26 @@
-"""p-values for H: E[loss] > tolerance, one function a bound, vectorised over thresholds.
+"""p-values for H: E[loss] > tolerance from the sum of losses, and the bounds that invert them.
 
-Each valid function satisfies P(p <= u) <= u for every u in [0, 1] whenever H is true: for
-independent prompts, any distribution of losses in the declared range, and every sample size.
-Functions of the sum of losses take sums, not means (n * (k / n) is not always k in floating
-point) and hold in whatever order prompts are stored. `betting` takes the losses themselves and
-needs their order to be exchangeable: rows sorted by loss, or by anything that goes with it,
-break it, however fixed that order was. `calibrate` permutes rows for it.
-
+Each satisfies P(p <= u) <= u for every u in [0, 1] whenever H is true: for independent prompts,
+any distribution of losses in the declared range, and every sample size, in whatever order
+prompts are stored. Sums are taken, not means: n * (k / n) is not always k in floating point.
 Everything is computed in log space; `log=True` returns log p, which does not underflow.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
+from scipy import optimize, special
 
-from calm.calibrate.evidence import betting as betting_lib
+SumPValue = Callable[..., np.ndarray]
 
 # A sum of floats that stands for an integer may be off by rounding, by this share at most.
 _SNAP = 1e-9
 # Below this a binomial probability from `special.betaincc` is near the end of float64.
 _TINY = 1e-280
+# Bounds are sought with this precision, and between these tolerances.
+_PRECISION, _LEAST, _MOST = 1e-9, 1e-12, 1.0 - 1e-12
 
 
 def _check(sums, num_examples, tolerance) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -222,81 +220,50 @@ def convex_order(
   return _finish(log_p, log)
 
 
-def betting(
-  losses: npt.ArrayLike,
-  tolerance: npt.ArrayLike,
-  *,
-  error_rate: float = 0.05,
-  upper: float = 1.0,
-  planned_size: int | None = None,
-  strategy: betting_lib.Strategy = betting_lib.PLUG_IN,
-  log: bool = False,
+def invert(
+  p_value: SumPValue, sums: npt.ArrayLike, num_examples: int, *, error_rate: float
 ) -> np.ndarray:
-  """A one-sided betting p-value (Waudby-Smith and Ramdas 2024; Ville's inequality).
+  """Upper confidence bound on E[loss]: the largest tolerance that is not rejected.
 
-      wealth_t = product over i <= t of (1 + bet_i (tolerance - loss_i)),   p = 1 / max(1, max
-      over t wealth_t)
-
-  bet_i >= 0 depends on losses before i only and is at most 0.9 / (upper - tolerance), or 0.99
-  of it, so that wealth stays positive; under H it is a supermartingale. `strategies` has the
-  bets before that cut. Only the upper bound of losses is used: signed differences in [-1, 1] go
-  in as they are. The p-value is valid for every level; `error_rate` only tunes the bets.
+  P(E[loss] > bound) is at most `error_rate` for one threshold at a time, not for a whole grid.
 
   Args:
-    losses: [num_examples] or [num_examples, num_thresholds], rows in the order fixed
-      beforehand.
-    tolerance: below `upper`; a number, or [num_thresholds].
-    error_rate: level the bets are tuned for, in (0, 1).
-    upper: declared upper bound of losses.
-    planned_size: prompts that were planned; None takes the number of losses. A test that may
-      stop early must plan beforehand.
-    strategy: how bets are chosen.
-    log: whether to return log p.
+    p_value: one of the functions above.
+    sums: [num_thresholds] sums of losses in [0, 1].
+    num_examples: prompts summed over.
+    error_rate: in (0, 1).
 
   Returns:
-    p in (0, 1], [] or [num_thresholds].
+    [num_thresholds] in (0, 1], rounded up by at most 1e-9.
 
   Raises:
-    ValueError: losses are empty, NaN or above `upper`, or another argument leaves its range.
-
-  >>> float(betting(np.zeros(100), 0.1).round(6))
-  8e-05
+    ValueError: an argument leaves its range.
   """
-  losses = np.asarray(losses, np.float64)
-  size = planned_size or len(np.atleast_1d(losses))
-  design = strategy.design(tolerance, error_rate, size, upper)
-  wealth = betting_lib.log_wealth(losses, design, strategy)
-  return _finish(-np.maximum(0.0, wealth.max(axis=0)), log)
+  if not 0.0 < error_rate < 1.0:
+    raise ValueError(f"Expected `error_rate` to be in (0, 1), got {error_rate!r}.")
+  totals = np.atleast_1d(np.asarray(sums, np.float64))
+  level = np.log(error_rate)
+  found = {
+    total: _invert_one(p_value, total, num_examples, level)
+    for total in np.unique(totals).tolist()
+  }
+  return np.array([found[total] for total in totals.tolist()]).reshape(np.shape(sums))
 
 
-def clt_not_valid(losses: npt.ArrayLike, tolerance: float, *, log: bool = False) -> np.ndarray:
-  """The normal approximation: NOT a valid p-value at any sample size; for comparison only.
+def _invert_one(p_value: SumPValue, total: float, num_examples: int, level: float) -> float:
+  @functools.cache  # brentq asks for both ends again
+  def excess(tolerance: float) -> float:
+    return float(p_value(total, num_examples, tolerance, log=True)) - level
 
-      p = P(Normal <= (mean - tolerance) sqrt(n) / standard deviation)
-
-  On mostly-zero losses it rejects true hypotheses up to several times too often. One prompt, or
-  losses without any spread, give p = 1.
-
-  Args:
-    losses: [num_examples] or [num_examples, num_thresholds].
-    tolerance: risk tolerance.
-    log: whether to return log p.
-
-  Raises:
-    ValueError: losses are empty or not finite.
-
-  >>> float(clt_not_valid([0.0, 0.2, 0.1, 0.0], 0.1).round(3))
-  0.301
-  """
-  losses = np.asarray(losses, np.float64)
-  if losses.ndim not in (1, 2) or not len(losses) or not np.isfinite(losses).all():
-    raise ValueError(
-      "Expected `losses` to be finite, [num_examples] or [num_examples, num_thresholds], got"
-      " shape"
-      f" {losses.shape}."
-    )
-  size = len(losses)
-  spread = losses.std(axis=0, ddof=1) if size > 1 else np.zeros_like(losses[0])
-  has_spread = spread > 0.0
-  z = (losses.mean(axis=0) - tolerance) * np.sqrt(size) / np.where(has_spread, spread, 1.0)
-  return _finish(np.where(has_spread, special.log_ndtr(z), 0.0), log)
+  low = min(max(total / num_examples, _LEAST), _MOST)
+  # Hoeffding's own bound is near, and hardly any p-value is worse; far tails take longest.
+  high = min(low + np.sqrt(-level / (2 * num_examples)), _MOST)
+  if excess(high) > 0.0:
+    high = _MOST
+    if excess(high) > 0.0:
+      return 1.0
+  if excess(low) <= 0.0:
+    return low
+  root = float(optimize.brentq(excess, low, high, xtol=_PRECISION / 4))  # type: ignore
+  # The root may lie a hair on the unrejected side; the bound may not.
+  return min(1.0, root + _PRECISION)

@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from calm.calibrate import Support, audit
+from calm.calibrate import Support
+from calm.calibrate import monitor as monitor_lib
 from calm.calibrate.generations.records import GenerationsError
 from tests.calibrate import laws
 
 
 def watch(**changes):
   fields = dict(tolerance=0.1, alarm_level=0.05, sampling_rate=0.5, seed="coin")
-  return audit.Watch(**{**fields, **changes})
+  return monitor_lib.Watch(**{**fields, **changes})
 
 
 def final(losses, watched):
-  wealth = audit.Wealth()
+  wealth = monitor_lib.Wealth()
   for loss in losses:
     wealth = wealth.after(float(loss), watched)
   return wealth
@@ -81,13 +82,13 @@ def test_wealth_stays_positive_at_the_lowest_losses():
     watched = watch(support=Support(lower=lower))
     assert math.isfinite(final([1.0] * 5 + [lower] * 500, watched).log_wealth)
     cap = 0.5 / (0.1 - lower)
-    assert audit.Wealth(mean=0.2, square=0.04).bet(watched) == pytest.approx(cap)
+    assert monitor_lib.Wealth(mean=0.2, square=0.04).bet(watched) == pytest.approx(cap)
 
 
 def test_bets_by_hand():
   watched = watch(tolerance=0.1)
-  assert audit.Wealth().bet(watched) == 0.0
-  wealth = audit.Wealth(mean=0.2, square=0.25)
+  assert monitor_lib.Wealth().bet(watched) == 0.0
+  wealth = monitor_lib.Wealth(mean=0.2, square=0.25)
   assert wealth.bet(watched) == pytest.approx(0.1 / (0.25 - 0.04 + 0.01))
   after = wealth.after(1.0, watched)
   # Of three quarters of the weight a share waits, all else begins at once.
@@ -99,7 +100,7 @@ def test_bets_by_hand():
   later = 0.75 * math.log(2) / math.log(4)
   by_hand = ((1 - waiting) * factor + waiting - later) * gain + later
   assert second.log_wealth == pytest.approx(math.log(by_hand))
-  alone = audit.Wealth(mean=0.2, square=0.25, restarts=False).after(1.0, watched)
+  alone = monitor_lib.Wealth(mean=0.2, square=0.25, restarts=False).after(1.0, watched)
   assert alone.log_wealth == pytest.approx(math.log(factor))
   assert after.mean == pytest.approx(0.6) and after.square == pytest.approx(0.625)
 
@@ -116,11 +117,11 @@ def test_the_coin_is_fair_recorded_and_blind():
 
 
 def test_state_survives_restarts_and_kills(tmp_path):
-  path = tmp_path / "audit.jsonl"
+  path = tmp_path / "monitor.jsonl"
   watched = watch(calibration_digest="abc")
   generator = np.random.default_rng(0)
-  monitor = audit.open_monitor(path, watched)
-  plain = audit.Wealth()
+  monitor = monitor_lib.open_monitor(path, watched)
+  plain = monitor_lib.Wealth()
   for step in range(200):
     number, check = monitor.serve()
     assert number == step and check == watched.sampled(number)
@@ -130,29 +131,29 @@ def test_state_survives_restarts_and_kills(tmp_path):
       plain = plain.after(loss, watched)
     if step % 50 == 7:
       path.write_bytes(path.read_bytes() + b'{"served": 9')  # killed while it wrote
-      monitor = audit.open_monitor(path, watched)
+      monitor = monitor_lib.open_monitor(path, watched)
   assert monitor.wealth == plain and monitor.served == 200
   assert monitor.p_value == pytest.approx(math.exp(-plain.highest))
   assert monitor.alarm == (plain.highest >= math.log(20)) and "ALARM" in repr(monitor)
-  assert "quiet" in repr(audit.open_monitor(tmp_path / "new.jsonl", watched))
+  assert "quiet" in repr(monitor_lib.open_monitor(tmp_path / "new.jsonl", watched))
 
 
 def test_late_losses_count_in_the_order_of_serving(tmp_path):
-  monitor = audit.open_monitor(tmp_path / "a.jsonl", watch(sampling_rate=1.0))
+  monitor = monitor_lib.open_monitor(tmp_path / "a.jsonl", watch(sampling_rate=1.0))
   for _ in range(3):
     monitor.serve()
   monitor.record(2, 1.0)
-  assert monitor.wealth == audit.Wealth() and monitor.waiting == (0, 1, 2)
+  assert monitor.wealth == monitor_lib.Wealth() and monitor.waiting == (0, 1, 2)
   monitor.record(0, 0.0)
   assert monitor.wealth.count == 1 and monitor.waiting == (1, 2)
   monitor.record(1, 0.5)
   assert monitor.wealth == final([0.0, 0.5, 1.0], monitor.watch) and monitor.waiting == ()
-  again = audit.open_monitor(tmp_path / "a.jsonl", watch(sampling_rate=1.0))
+  again = monitor_lib.open_monitor(tmp_path / "a.jsonl", watch(sampling_rate=1.0))
   assert again.wealth == monitor.wealth
 
 
 def test_the_full_model_runs_on_the_sampled_prompts_alone(tmp_path):
-  monitor = audit.open_monitor(tmp_path / "a.jsonl", watch())
+  monitor = monitor_lib.open_monitor(tmp_path / "a.jsonl", watch())
   asked = []
 
   def full_model(rows):
@@ -166,13 +167,13 @@ def test_the_full_model_runs_on_the_sampled_prompts_alone(tmp_path):
   assert monitor.wealth == final(losses, watch()) and monitor.served == 160
   # A third of the outputs differ, not a tenth.
   assert alarms == sorted(alarms) and not alarms[0] and monitor.alarm and not monitor.waiting
-  assert audit.open_monitor(tmp_path / "a.jsonl", watch()).wealth == monitor.wealth
+  assert monitor_lib.open_monitor(tmp_path / "a.jsonl", watch()).wealth == monitor.wealth
 
 
 def test_the_full_model_is_not_called_for_nothing_and_its_answers_are_counted(tmp_path):
-  rare = audit.open_monitor(tmp_path / "a.jsonl", watch(sampling_rate=1e-9))
+  rare = monitor_lib.open_monitor(tmp_path / "a.jsonl", watch(sampling_rate=1e-9))
   assert not rare.check(["x"] * 5, lambda rows: pytest.fail("called")) and rare.served == 5
-  all_of_them = audit.open_monitor(tmp_path / "b.jsonl", watch(sampling_rate=1.0))
+  all_of_them = monitor_lib.open_monitor(tmp_path / "b.jsonl", watch(sampling_rate=1.0))
   with pytest.raises(ValueError, match="each of the 2 positions, got 1"):
     all_of_them.check(["x", "y"], lambda rows: ["x"])
   assert all_of_them.waiting == (0, 1)
@@ -181,11 +182,11 @@ def test_the_full_model_is_not_called_for_nothing_and_its_answers_are_counted(tm
   assert not all_of_them.check(["x"], lambda rows: ["x"], "exact_match")
   signed = watch(kind="risk_signed", support=Support(lower=-1.0))
   with pytest.raises(ValueError, match=r"got one on 'risk_signed'; use `serve`"):
-    audit.open_monitor(tmp_path / "c.jsonl", signed).check(["x"], lambda rows: ["x"])
+    monitor_lib.open_monitor(tmp_path / "c.jsonl", signed).check(["x"], lambda rows: ["x"])
 
 
 def test_misuse_is_refused(tmp_path):
-  monitor = audit.open_monitor(tmp_path / "a.jsonl", watch(sampling_rate=1.0))
+  monitor = monitor_lib.open_monitor(tmp_path / "a.jsonl", watch(sampling_rate=1.0))
   monitor.serve()
   for number, loss, message in (
     (5, 0.0, "`number` to be a sampled prompt"),
@@ -211,11 +212,11 @@ def test_misuse_is_refused(tmp_path):
 
 def test_damage_is_named(tmp_path):
   path = tmp_path / "a.jsonl"
-  audit.open_monitor(path, watch()).serve()
+  monitor_lib.open_monitor(path, watch()).serve()
   with pytest.raises(
     GenerationsError, match=r"a.jsonl:1: expected the watch .*, got .*; start a new file"
   ):
-    audit.open_monitor(path, watch(tolerance=0.2))
+    monitor_lib.open_monitor(path, watch(tolerance=0.2))
   good = path.read_text()
   for line in (
     '{"served": 5, "sampled": true}',
@@ -226,16 +227,16 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(
       GenerationsError, match=r"a.jsonl:3: expected a line of this monitor, got another"
     ):
-      audit.open_monitor(path, watch())
+      monitor_lib.open_monitor(path, watch())
   path.write_text("\n")
   with pytest.raises(
     GenerationsError, match=r"a.jsonl:1: expected the watch .*, got .*; start a new file"
   ):
-    audit.open_monitor(path, watch())
+    monitor_lib.open_monitor(path, watch())
 
 
 def first_alarm(losses, watched, **start):
-  wealth = audit.Wealth(**start)
+  wealth = monitor_lib.Wealth(**start)
   for number, loss in enumerate(losses.tolist(), start=1):
     wealth = wealth.after(loss, watched)
     if wealth.highest >= math.log(1 / watched.alarm_level):
@@ -263,27 +264,27 @@ def test_a_long_good_time_delays_an_alarm_little():
 
 def test_all_weights_sum_to_one():
   for restarts in (True, False):
-    weights = [math.exp(audit._log_weight(k, restarts)) for k in range(2000)]
-    waiting = math.exp(audit._log_waiting(2000, restarts))
+    weights = [math.exp(monitor_lib._log_weight(k, restarts)) for k in range(2000)]
+    waiting = math.exp(monitor_lib._log_waiting(2000, restarts))
     assert math.fsum(weights) + waiting == pytest.approx(1.0, abs=1e-12)
 
 
 def test_a_file_from_before_restarts_goes_on_as_it_was(tmp_path):
   path = tmp_path / "a.jsonl"
-  monitor = audit.open_monitor(path, watch(sampling_rate=1.0))
+  monitor = monitor_lib.open_monitor(path, watch(sampling_rate=1.0))
   losses = [1.0, 0.0, 1.0, 1.0]
   for loss in losses:
     monitor.record(monitor.serve()[0], loss)
   path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 1'))
-  again = audit.open_monitor(path, watch(sampling_rate=1.0))
-  plain = audit.Wealth(restarts=False)
+  again = monitor_lib.open_monitor(path, watch(sampling_rate=1.0))
+  plain = monitor_lib.Wealth(restarts=False)
   for loss in losses:
     plain = plain.after(loss, watch())
   assert again.wealth == plain != monitor.wealth
 
 
 def test_the_coin_may_go_by_ids(tmp_path):
-  monitor = audit.open_monitor(tmp_path / "a.jsonl", watch())
+  monitor = monitor_lib.open_monitor(tmp_path / "a.jsonl", watch())
   names = [f"id-{i}" for i in range(50)]
   asked = []
   monitor.check(["x"] * 50, lambda rows: asked.extend(rows) or ["x"] * len(rows), names=names)
@@ -296,13 +297,13 @@ def test_an_id_is_bet_on_once(tmp_path):
   path, names = tmp_path / "a.jsonl", [f"id-{i}" for i in range(40)]
   full = lambda rows: ["a" if row % 2 else "b" for row in rows]
   texts = ["a"] * 40
-  monitor = audit.open_monitor(path, watch())
+  monitor = monitor_lib.open_monitor(path, watch())
   monitor.check(texts, full, names=names)
   once, picked = monitor.wealth, len([name for name in names if watch().sampled(name)])
   assert once.count == picked > 10 and monitor.repeated == 0
   for again in range(1, 4):
     del monitor
-    monitor = audit.open_monitor(path, watch())  # ids are kept from run to run
+    monitor = monitor_lib.open_monitor(path, watch())  # ids are kept from run to run
     monitor.check(texts, full, names=names)
     assert monitor.wealth == once and not monitor.waiting
     assert monitor.served == 40 * (again + 1) and monitor.repeated == again * picked
@@ -316,7 +317,7 @@ def test_an_id_is_bet_on_once(tmp_path):
 
 def serve_list_at_the_boundary(losses, name_of):
   """Whether a monitor alarms while one list, whose mean loss is the tolerance's, is served."""
-  monitor = audit.Monitor(pathlib.Path("in memory"), watch(sampling_rate=1.0))
+  monitor = monitor_lib.Monitor(pathlib.Path("in memory"), watch(sampling_rate=1.0))
   for serving in range(60):
     for row, loss in enumerate(losses):
       number, sampled = monitor.serve(name_of(serving, row))
@@ -327,7 +328,7 @@ def serve_list_at_the_boundary(losses, name_of):
 
 def test_serving_one_list_sixty_times_alarms_no_more_often_than_serving_it_once(monkeypatch):
   """80 lists of 20 draws at risk = tolerance: betting on every serving alarms in a third."""
-  monkeypatch.setattr(audit.Monitor, "_write", lambda *_: None)  # no file, for speed
+  monkeypatch.setattr(monitor_lib.Monitor, "_write", lambda *_: None)  # no file, for speed
   lists = laws.bernoulli(np.random.default_rng(0), 0.1, (80, 20)).tolist()
   same, new = (
     sum(serve_list_at_the_boundary(losses, name_of) for losses in lists)
@@ -339,17 +340,17 @@ def test_serving_one_list_sixty_times_alarms_no_more_often_than_serving_it_once(
 
 def test_a_file_without_ids_goes_on(tmp_path):
   path = tmp_path / "a.jsonl"
-  audit.open_monitor(path, watch(sampling_rate=1.0))
+  monitor_lib.open_monitor(path, watch(sampling_rate=1.0))
   line = '{"served": 0, "sampled": true}\n{"number": 0, "loss": 0.5}\n'
   path.write_text(path.read_text() + line)
-  monitor = audit.open_monitor(path, watch(sampling_rate=1.0))
+  monitor = monitor_lib.open_monitor(path, watch(sampling_rate=1.0))
   assert monitor.wealth == final([0.5], monitor.watch) and monitor.repeated == 0
   assert monitor.serve("a") == (1, True) and monitor.serve("a") == (2, False)
 
 
 def test_what_a_full_disk_left_is_taken_out(tmp_path):
   path = tmp_path / "a.jsonl"
-  monitor = audit.open_monitor(path, watch(sampling_rate=1.0))
+  monitor = monitor_lib.open_monitor(path, watch(sampling_rate=1.0))
   for loss in (0.0, 1.0, 0.5):
     monitor.record(monitor.serve()[0], loss)
   whole = path.read_text()
@@ -362,16 +363,16 @@ def test_what_a_full_disk_left_is_taken_out(tmp_path):
     lines[5][:7],
   ]
   path.write_text("".join(glued))
-  again = audit.open_monitor(path, watch(sampling_rate=1.0))
+  again = monitor_lib.open_monitor(path, watch(sampling_rate=1.0))
   assert again.wealth == monitor.wealth and path.read_text() == whole
 
 
 def test_a_second_process_is_refused_by_name_until_the_first_lets_go(tmp_path):
   path = tmp_path / "a.jsonl"
   script = (
-    "import sys; from calm.calibrate import audit\n"
-    "watch = audit.Watch(0.1, 0.05, 1.0, 'coin')\n"
-    "try: audit.open_monitor(sys.argv[1], watch).serve()\n"
+    "import sys; from calm.calibrate import monitor as monitor_lib\n"
+    "watch = monitor_lib.Watch(0.1, 0.05, 1.0, 'coin')\n"
+    "try: monitor_lib.open_monitor(sys.argv[1], watch).serve()\n"
     "except OSError as error: print(error)\n"
   )
 
@@ -381,7 +382,7 @@ def test_a_second_process_is_refused_by_name_until_the_first_lets_go(tmp_path):
     )
     return made.stdout
 
-  monitor = audit.open_monitor(path, watch(sampling_rate=1.0))
+  monitor = monitor_lib.open_monitor(path, watch(sampling_rate=1.0))
   monitor.serve()
   assert f"process {os.getpid()}" in other()
   assert path.read_text().count("served") == 1

@@ -1,0 +1,195 @@
+"""The p-value methods that `calibrate` knows, by name."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from calm import signals
+from calm.calibrate import betting, p_values
+from calm.calibrate.losses.sequence_losses import Support
+
+# Losses that are copied at once: a table of any length is tested in memory of its own size.
+_CELLS = 2**20
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+  """Losses as a method sees them.
+
+  Attributes:
+    values: [num_examples, num_thresholds], in the tested order if `order` is None.
+    support: declared range.
+    tolerance: risk tolerance; a number, or one a pair for `Method.certifies`.
+    error_rate: error probability.
+    order: [num_examples] rows in the tested order, for `Method.evidence`.
+  """
+
+  values: np.ndarray
+  support: Support
+  tolerance: npt.ArrayLike
+  error_rate: float
+  order: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A way to p-values: a p-value of the sum of losses, or a strategy of bets.
+
+  Attributes:
+    name: registry name.
+    p_value: (sum, number, tolerance) -> p, where that is all it depends on.
+    strategy: rule for bets, whose p-values depend on the order of prompts.
+    clips: whether negative losses are set to 0 first (Eq. 11).
+    any_level: whether p-values mean anything at levels other than `error_rate`; if not, only
+      fixed sequence testing, which tests every hypothesis at that level, can use them.
+  """
+
+  name: str
+  p_value: p_values.SumPValue | None = None
+  strategy: betting.Strategy = betting.PLUG_IN
+  clips: bool = False
+  any_level: bool = True
+
+  @property
+  def ordered(self) -> bool:
+    """Whether p-values depend on the order of prompts."""
+    return self.p_value is None
+
+  def log_p_values(self, sample: Sample) -> np.ndarray:
+    """[num_thresholds] log p."""
+    values = sample.values
+    if self.p_value is not None:
+      return self.p_value(values.sum(axis=0), len(values), sample.tolerance, log=True)
+    return betting.p_value(
+      values,
+      sample.tolerance,
+      error_rate=sample.error_rate,
+      upper=sample.support.upper,
+      strategy=self.strategy,
+      log=True,
+    )
+
+  def upper_bounds(self, sample: Sample) -> np.ndarray:
+    """[num_thresholds] upper confidence bounds at `error_rate`."""
+    values, level = sample.values, sample.error_rate
+    if self.p_value is not None:
+      return p_values.invert(self.p_value, values.sum(axis=0), len(values), error_rate=level)
+    return betting.upper_bound(
+      values,
+      error_rate=level,
+      lower=sample.support.lower,
+      upper=sample.support.upper,
+      tolerance=float(np.asarray(sample.tolerance)),
+      strategy=self.strategy,
+    )
+
+  def certifies(self, sample: Sample, columns: np.ndarray) -> np.ndarray:
+    """[num_pairs] whether p <= error_rate, for pairs of a column and a tolerance."""
+    values, level = sample.values, sample.error_rate
+    if self.p_value is not None:
+      sums = values.sum(axis=0)[columns]
+      return self.p_value(sums, len(values), sample.tolerance) <= level
+    upper = sample.support.upper
+    design = self.strategy.design(sample.tolerance, level, len(values), upper)
+    return betting.certifies(values, columns, design, self.strategy)
+
+  def evidence(self, sample: Sample, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """p-values and upper bounds that agree, a few columns at a time.
+
+    Args:
+      sample: losses at one tolerance.
+      usable: [num_thresholds] bool, columns whose losses can be tested.
+
+    Returns:
+      (log p, upper bounds), [num_thresholds] each; the bound is at most the tolerance exactly
+      where p <= error_rate. Columns that are not usable have p = 1 and no bound (NaN).
+    """
+    log_p, bound = np.zeros(len(usable)), np.full(len(usable), np.nan)
+    (columns,) = np.nonzero(usable)
+    step = max(1, _CELLS // len(sample.values))
+    for start in range(0, len(columns), step):
+      signals.check()
+      part = columns[start : start + step]
+      values = sample.values[:, part]
+      if sample.order is not None:
+        values = values[sample.order]
+      # What leaves the range by rounding is put back.
+      np.clip(values, sample.support.lower, sample.support.upper, out=values)
+      block = dataclasses.replace(sample, values=values, order=None)
+      log_p[part] = self.log_p_values(block)
+      bound[part] = self.upper_bounds(block)
+    # Both are of one test, and p falls as the tolerance grows: they can only disagree by the
+    # precision of a search.
+    tolerance = float(np.asarray(sample.tolerance))
+    above = np.maximum(bound, np.nextafter(tolerance, np.inf))
+    rejected = np.exp(log_p) <= sample.error_rate
+    return log_p, np.where(rejected, np.minimum(bound, tolerance), above)
+
+  def prepare(self, values: np.ndarray, support: Support) -> tuple[np.ndarray, Support]:
+    """(losses as this method tests them, their support)."""
+    if not self.clips:
+      return values, support
+    return np.maximum(values, 0.0), Support(binary=support.binary)
+
+
+METHODS: Mapping[str, Method] = {
+  method.name: method
+  for method in (
+    Method("paper", p_values.hoeffding_bentkus, clips=True),
+    Method("convex_order", p_values.convex_order),
+    Method("binomial", p_values.binomial),
+    Method("betting"),
+    Method("betting_fixed_level", strategy=betting.FIXED_LEVEL, any_level=False),
+    Method("betting_early", strategy=betting.EARLY, any_level=False),
+  )
+}
+NAMES = ("auto", *METHODS)
+# p-values by which stored calibrations are checked; these two were methods once.
+SUM_P_VALUES: Mapping[str, p_values.SumPValue | None] = {
+  **{name: method.p_value for name, method in METHODS.items()},
+  "hoeffding": p_values.hoeffding,
+  "hoeffding_bentkus": p_values.hoeffding_bentkus,
+}
+
+
+def get_method(name: str, support: Support, *, any_level: bool = False) -> Method:
+  """The method of a name, checked against the declared support.
+
+  Args:
+    name: one of `NAMES`; 'auto' chooses by `support` and `any_level`, never by values.
+    support: declared range of the losses.
+    any_level: whether 'auto' needs p-values that mean something at every level (Holm,
+      fallback), not at `error_rate` alone (fixed sequence testing).
+
+  Raises:
+    ValueError: the name is unknown, or the method does not fit such losses.
+  """
+  if name in SUM_P_VALUES and name not in METHODS:
+    raise ValueError(
+      f"Expected `method` to be one of {sorted(NAMES)}, got {name!r}, of which earlier"
+      " calibrations are read but no new ones are made; use 'convex_order', which is never"
+      " weaker, or 'paper'."
+    )
+  if name not in NAMES:
+    raise ValueError(f"Expected `method` to be one of {sorted(NAMES)}, got {name!r}.")
+  if name == "auto":
+    bets = "betting" if any_level else "betting_fixed_level"
+    name = "binomial" if support.binary else bets
+  method = METHODS[name]
+  needed, way_out = "in [0, 1]", ""
+  if name == "binomial" and not support.binary:
+    needed = "that are declared binary (0 or 1)"
+    way_out = "use 'convex_order' or 'betting'"
+  elif method.p_value is not None and support.upper > 1.0:
+    way_out = "divide losses and tolerance by the upper end, or use 'betting'"
+  elif method.p_value is not None and support.lower < 0.0 and not method.clips:
+    way_out = "signed losses go into 'betting', and 'paper' clips them at 0"
+  if way_out:
+    declared = "binary " * support.binary + f"[{support.lower}, {support.upper}]"
+    raise ValueError(
+      f"Expected losses {needed} for `method` {name!r}, got the declared range {declared};"
+      f" {way_out}."
+    )
+  return method

@@ -1,0 +1,691 @@
+"""Risk functionals: what can be promised of a threshold; each is a transform of the losses.
+
+Mean           the mean loss is at most delta (the paper's)
+Quantile       95 % of texts lose at most delta each
+EveryGroup     every language, length or task keeps delta; `certify.each_group` serves by group
+EarlyExits     the texts that left early keep delta
+TailMean       the mean over the worst 10 % of texts
+KnownMixture   the mean over another mixture of tasks, whose shares are known
+SeveralRisks   several losses, each with its delta: `calibrate(risks=[Risk(...), ...])`
+Cost           the mean loss, and at least x1.5 fewer layers
+Configurations several risks, of the cheapest of many configurations
+
+A promise turns a table of losses into `Part`s, each a table with a tolerance of its own, and
+certifies a threshold where every part is certified (p = the largest p over parts).
+"""
+
+import abc
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from calm import arguments
+from calm.calibrate.generations.procedures import describe_differences
+from calm.calibrate.losses import checks
+from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
+
+
+@dataclasses.dataclass(frozen=True)
+class Test:
+  """One test of a promise, as known before there is any loss.
+
+  Attributes:
+    name: of the part, '' where there is one test only.
+    tolerance: bound on the expectation of what is tested.
+    support: declared range of what is tested.
+    share: of the error rate.
+  """
+
+  __test__: ClassVar[bool] = False  # no test of pytest's
+
+  name: str
+  tolerance: float
+  support: Support
+  share: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+  """One test of a promise on losses.
+
+  Attributes:
+    test: its name, tolerance, support and share.
+    losses: what is tested, [num_examples, num_thresholds].
+    rows: [num_examples, num_thresholds] rows that count at each threshold, or None for all.
+    ascending: whether thresholds are tested from the lowest up (what falls as texts leave
+      earlier), not from the highest down.
+  """
+
+  test: Test
+  losses: SequenceLosses
+  rows: np.ndarray | None = None
+  ascending: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Promise(abc.ABC):
+  """Base of all promises: a frozen dataclass of plain numbers.
+
+  Fields with rows of the calibration prompts are not compared and not stored: a promise that
+  was read from a file has its sentence, and cannot be tested again.
+  """
+
+  name: ClassVar[str]
+  # The sentence of `limits`.
+  nothing: ClassVar[str] = (
+    "This is a mean over {unit} drawn like those: it says nothing of any single prompt, nor of"
+    " prompts of another kind."
+  )
+
+  @abc.abstractmethod
+  def tests(self, tolerance: float, support: Support) -> tuple[Test, ...]:
+    """What will be tested of losses in `support`, in the order of `parts`."""
+
+  def parts(self, losses: SequenceLosses, tolerance: float) -> tuple[Part, ...]:
+    """The tests on these losses.
+
+    Raises:
+      ValueError: the promise lacks its data, or they do not fit the losses.
+    """
+    return tuple(Part(test, losses) for test in self.tests(tolerance, losses.support))
+
+  def place(self, rejected: Any) -> int | None:
+    """Position of the served one of the certified rows [num_thresholds], or None."""
+    (certified,) = np.nonzero(rejected)
+    return int(certified[-1]) if len(certified) else None
+
+  def sequences(self) -> tuple[int, ...] | None:
+    """Lengths of the grids that are tested each for itself; None where there is one."""
+    return None
+
+  def check_rows(self, thresholds: Sequence[float]) -> None:
+    """Raises ValueError unless a stored calibration may have rows of these thresholds."""
+    if any(a <= b for a, b in itertools.pairwise(thresholds)):
+      raise ValueError(
+        "Expected `rows` with strictly descending thresholds, got another order."
+      )
+
+  @abc.abstractmethod
+  def statement(self, calibration: Any, loss: str) -> str:
+    """The end of "decoding with threshold x has ..."; `loss` is the loss in words."""
+
+  def limits(self, unit: str) -> str:
+    """What is not promised of such prompts (or clusters)."""
+    return self.nothing.format(**{**vars(self), "unit": unit})
+
+  def to_json(self) -> dict[str, Any]:
+    """Name and numbers."""
+    fields = [field for field in dataclasses.fields(self) if field.compare]
+    kept = {field.name: getattr(self, field.name) for field in fields}
+    optional = {field.name for field in fields if field.metadata.get("optional")}
+    return {"name": self.name} | {
+      key: list(value) if isinstance(value, tuple) else value
+      for key, value in kept.items()
+      if value or key not in optional
+    }
+
+
+def _transformed(test: Test, losses: SequenceLosses, values: np.ndarray, **fields) -> Part:
+  """A part that tests other values in another range."""
+  return Part(test, dataclasses.replace(losses, values=values, support=test.support), **fields)
+
+
+def rows_of(values: Any, losses: SequenceLosses, name: str, *, table: bool) -> np.ndarray:
+  """Data of a promise as an array with a row a prompt, and a column a threshold of a table."""
+  shape = losses.values.shape if table else losses.values.shape[:1]
+  array = None if values is None else np.asarray(values)
+  if array is not None and table:
+    array = checks.as_amounts(array, name)
+  if array is None or array.shape != shape:
+    got = "nothing" if array is None else f"shape {array.shape}"
+    raise ValueError(
+      f"Expected `{name}` of shape {shape}, a row a prompt of `losses`, got {got}; a promise"
+      " read from a file has no rows and cannot be tested again."
+    )
+  return array
+
+
+def in_range(name: str, value: Any, low: float, high: float) -> float:
+  """A number strictly between two others; raises ValueError if it is not."""
+  plain = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+  if not plain or not low < value < high:
+    raise ValueError(f"Expected `{name}` to be in ({low:g}, {high:g}), got {value!r}.")
+  return float(value)
+
+
+@arguments.checked()
+def _names_of(labels: Sequence[Any]) -> tuple[str, ...]:
+  """Different labels, sorted."""
+  odd = [label for label in labels if not isinstance(label, str) or not label]
+  if odd:
+    raise ValueError(
+      f"Expected `labels` to be texts, got {odd[0]!r}; give such prompts a label of their own"
+      " ('other'): without them the promise would be of other prompts."
+    )
+  return tuple(sorted({str(label) for label in labels}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean(Promise):
+  """E[loss] <= tolerance, over all prompts (paper, Definitions 1 and 2)."""
+
+  name: ClassVar[str] = "mean"
+
+  def tests(self, tolerance, support):
+    return (Test("", tolerance, support),)
+
+  def statement(self, calibration, loss):
+    return f"an expected {loss} of at most {calibration.tolerance:.10g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantile(Promise):
+  """P(loss <= tolerance) >= share.
+
+      Z = 1{loss > tolerance},   E[Z] <= 1 - share
+
+  Z is binary, so the test is the exact binomial one. The fewest prompts that can certify it are
+  log(error_rate) / log(share): 29, 59 and 299 for 0.9, 0.95 and 0.99 at 0.05.
+
+  Attributes:
+    share: of texts, in (0, 1).
+  """
+
+  share: float = 0.95
+  name: ClassVar[str] = "quantile"
+  nothing: ClassVar[str] = (
+    "This is a share over {unit} drawn like those: it says nothing of how much the others lose,"
+    " nor which they are, nor of prompts of another kind."
+  )
+
+  def __post_init__(self):
+    object.__setattr__(self, "share", in_range("share", self.share, 0.0, 1.0))
+
+  def tests(self, tolerance, support):
+    # 1 - 0.9 is 0.09999999999999998, which would ask for one prompt more.
+    return (Test("", round(1.0 - self.share, 12), Support(binary=True)),)
+
+  def parts(self, losses, tolerance):
+    # NaN stays NaN, and no threshold with it passes.
+    values, low, high = losses.values, losses.support.lower, losses.support.upper
+    above = np.where(np.isnan(values), np.nan, values > tolerance)
+    outside = (values < low - 1e-9) | (values > high + 1e-9)
+    (test,) = self.tests(tolerance, losses.support)
+    return (_transformed(test, losses, np.where(outside, np.nan, above)),)
+
+  def statement(self, calibration, loss):
+    share = 100.0 * self.share
+    return (
+      f"a {loss} of at most {calibration.tolerance:.10g} for at least {share:.10g} % of texts"
+    )
+
+
+@arguments.checked()
+@dataclasses.dataclass(frozen=True)
+class EveryGroup(Promise):
+  """E[loss | group] <= tolerance in every group.
+
+      p = max over groups of p on the prompts of that group
+
+  There is no charge for the number of groups, but each needs prompts enough of its own. Groups
+  are those that the calibration prompts have; of any other nothing is said.
+
+  Attributes:
+    groups: names, sorted; made of `labels`.
+    labels: [num_examples] group of each prompt.
+  """
+
+  groups: tuple[str, ...] = ()
+  labels: Sequence[Any] | None = dataclasses.field(default=None, repr=False, compare=False)
+  name: ClassVar[str] = "every_group"
+  nothing: ClassVar[str] = (
+    "These are means over the {unit} of each group, drawn like those: they say nothing of any"
+    " single prompt, nor of a group that is not named."
+  )
+
+  def __post_init__(self):
+    if self.labels is not None:
+      object.__setattr__(self, "groups", _names_of(self.labels))
+    if not self.groups:
+      raise ValueError("Expected `labels` to name at least one group, got none.")
+    checks.check_lines(self.groups, "labels")
+
+  def tests(self, tolerance, support):
+    return tuple(Test(group, tolerance, support) for group in self.groups)
+
+  def parts(self, losses, tolerance):
+    labels = rows_of(self.labels, losses, "labels", table=False)[:, None]
+    shape = losses.values.shape
+    return tuple(
+      Part(test, losses, np.broadcast_to(labels == test.name, shape))
+      for test in self.tests(tolerance, losses.support)
+    )
+
+  def statement(self, calibration, loss):
+    groups = ", ".join(repr(group) for group in self.groups[:12])
+    rest = f" and {len(self.groups) - 12} more" if len(self.groups) > 12 else ""
+    return (
+      f"an expected {loss} of at most {calibration.tolerance:.10g} in each of the groups"
+      f" {groups}{rest}"
+    )
+
+
+@arguments.checked()
+@dataclasses.dataclass(frozen=True)
+class EarlyExits(Promise):
+  """E[loss | depth <= t] <= tolerance for every t of a fixed grid.
+
+      p = max over t of p on the prompts whose depth at that threshold is at most t
+
+  A mean over all texts may hide that those that leave early are bad, because many never leave
+  and lose nothing. Given that their depth is at most t, prompts are independent draws from that
+  event, so the test on them is valid (Ringel et al., arXiv 2402.00857; with one grid fixed
+  beforehand no second stage is needed). Where no prompt is so early, nothing is certified.
+
+  Attributes:
+    limits_of_depth: grid of t, in the unit of `depths`, fixed before any depth was seen.
+    depths: [num_examples, num_thresholds] depth of each text, such as layers a token; finite
+      and at least 0.
+  """
+
+  limits_of_depth: tuple[float, ...] = ()
+  depths: Any = dataclasses.field(default=None, repr=False, compare=False)
+  name: ClassVar[str] = "early_exits"
+  nothing: ClassVar[str] = (
+    "These are means over the early texts of {unit} drawn like those: they say nothing of any"
+    " single prompt, of other depths, nor of prompts of another kind."
+  )
+
+  def __post_init__(self):
+    limits = tuple(map(float, self.limits_of_depth))
+    rise = all(0 < limit < math.inf for limit in limits) and sorted(set(limits)) == list(limits)
+    if not limits or not rise:
+      raise ValueError(
+        "Expected `limits_of_depth` to be finite, above 0 and to rise strictly, got"
+        f" {self.limits_of_depth!r}."
+      )
+    object.__setattr__(self, "limits_of_depth", limits)
+
+  def tests(self, tolerance, support):
+    return tuple(
+      Test(f"depth <= {limit:g}", tolerance, support) for limit in self.limits_of_depth
+    )
+
+  def parts(self, losses, tolerance):
+    depths = rows_of(self.depths, losses, "depths", table=True)
+    tests = self.tests(tolerance, losses.support)
+    return tuple(
+      Part(test, losses, depths <= limit)
+      for test, limit in zip(tests, self.limits_of_depth, strict=True)
+    )
+
+  def statement(self, calibration, loss):
+    limits = ", ".join(f"{limit:g}" for limit in self.limits_of_depth)
+    return (
+      f"an expected {loss} of at most {calibration.tolerance:.10g} among texts of mean depth at"
+      f" most t, for each t of {limits}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TailMean(Promise):
+  """CVaR_beta(loss) <= tolerance: the mean over the worst share 1 - beta of texts.
+
+      Z = start + max(0, loss - start) / (1 - beta),   E[Z] <= tolerance
+
+  CVaR is at most E[Z] for every start (Rockafellar and Uryasev 2000), so any start that was
+  fixed before these losses were seen is valid; the best is the beta-quantile of losses, to be
+  taken from validation prompts. It must be below the tolerance.
+
+  Attributes:
+    beta: share of texts that are not counted, in (0, 1).
+    start: where the tail begins, in the unit of the loss.
+  """
+
+  beta: float = 0.9
+  start: float = 0.0
+  name: ClassVar[str] = "tail_mean"
+  nothing: ClassVar[str] = (
+    "This is a mean over the worst texts among {unit} drawn like those: it says nothing of any"
+    " single prompt, nor of prompts of another kind, and holds if the start of the tail"
+    " ({start:.10g}) was fixed before these losses were seen."
+  )
+
+  def __post_init__(self):
+    object.__setattr__(self, "beta", in_range("beta", self.beta, 0.0, 1.0))
+    object.__setattr__(self, "start", in_range("start", self.start, -2.0, 1.0))
+
+  def tests(self, tolerance, support):
+    if not max(self.start, support.lower) < tolerance:
+      raise ValueError(
+        f"Expected `start` below the tolerance {tolerance}, got {self.start}; no tail mean can"
+        " be certified to lie below where the tail begins."
+      )
+    low, high = self._of(np.array([support.lower, support.upper])).tolist()
+    return (Test("", tolerance, Support(low, high)),)
+
+  def parts(self, losses, tolerance):
+    (test,) = self.tests(tolerance, losses.support)
+    return (_transformed(test, losses, self._of(losses.values)),)
+
+  def _of(self, values: np.ndarray) -> np.ndarray:
+    return self.start + np.maximum(0.0, values - self.start) / (1.0 - self.beta)
+
+  def statement(self, calibration, loss):
+    worst = 100.0 * (1.0 - self.beta)
+    return (
+      f"a mean {loss} over the worst {worst:.10g} % of texts of at most"
+      f" {calibration.tolerance:.10g}"
+    )
+
+
+@arguments.checked()
+@dataclasses.dataclass(frozen=True)
+class KnownMixture(Promise):
+  """E_Q[loss] <= tolerance, for a mixture Q other than that of the calibration prompts P.
+
+      Z = tolerance + w (loss - tolerance),   w = dQ / dP <= most,   E_P[Z] = E_Q[loss]
+
+  since E_P[w] = 1. A bet of nu on Z is the factor 1 + nu w (tolerance - loss). Weights must be
+  known, not estimated: shares of tasks at serving over shares in the calibration population.
+  (Almeida et al., PMLR 266, 2025.)
+
+  Attributes:
+    most: declared upper bound of weights, at least 1.
+    weights: [num_examples] w of each prompt.
+  """
+
+  most: float = 1.0
+  weights: Any = dataclasses.field(default=None, repr=False, compare=False)
+  name: ClassVar[str] = "known_mixture"
+  nothing: ClassVar[str] = (
+    "This is a mean over {unit} weighted so: it says nothing of any single prompt nor of"
+    " another mixture, and nothing at all if the weights were estimated."
+  )
+
+  def __post_init__(self):
+    if not (np.isfinite(self.most) and self.most >= 1.0):
+      raise ValueError(
+        f"Expected `most` of at least 1 (weights have mean 1), got {self.most!r}."
+      )
+    object.__setattr__(self, "most", float(self.most))
+    if self.weights is not None:
+      weights = checks.as_numbers(self.weights, "weights")
+      object.__setattr__(self, "weights", weights)
+      if not np.all((weights >= 0.0) & (weights <= self.most)):
+        raise ValueError(
+          f"Expected `weights` in [0, `most`] = [0, {self.most}], got"
+          f" {float(weights.min())} to {float(weights.max())}."
+        )
+
+  def tests(self, tolerance, support):
+    low = tolerance + self.most * (support.lower - tolerance)
+    high = tolerance + self.most * (support.upper - tolerance)
+    return (Test("", tolerance, Support(low, high)),)
+
+  def parts(self, losses, tolerance):
+    weights = rows_of(self.weights, losses, "weights", table=False)[:, None]
+    (test,) = self.tests(tolerance, losses.support)
+    return (_transformed(test, losses, tolerance + weights * (losses.values - tolerance)),)
+
+  def statement(self, calibration, loss):
+    return (
+      f"an expected {loss} of at most {calibration.tolerance:.10g} over the mixture that the"
+      f" caller's weights (at most {self.most:.10g}) describe"
+    )
+
+
+@arguments.checked()
+@dataclasses.dataclass(frozen=True, eq=False)
+class Risk:
+  """One of several risks.
+
+  Attributes:
+    losses: of the same prompts on the same grid as the others.
+    tolerance: bound on their expectation.
+    name: in words; '' takes the losses' kind and metric.
+  """
+
+  losses: SequenceLosses
+  tolerance: float
+  name: str = ""
+
+  @property
+  def called(self) -> str:
+    """The name in words."""
+    return self.name or f"{self.losses.kind} loss ({self.losses.metric})"
+
+
+@dataclasses.dataclass(frozen=True)
+class SeveralRisks(Promise):
+  """E[loss of risk r] <= tolerance of r, for every r.
+
+      p = max over risks
+
+  Attributes:
+    names: of the risks.
+    tolerances: of the risks.
+    risks: the tables.
+  """
+
+  names: tuple[str, ...] = ()
+  tolerances: tuple[float, ...] = ()
+  risks: Sequence[Risk] | None = dataclasses.field(default=None, repr=False, compare=False)
+  name: ClassVar[str] = "several_risks"
+  nothing: ClassVar[str] = (
+    "These are means over {unit} drawn like those: they say nothing of any single prompt, nor"
+    " of prompts of another kind."
+  )
+
+  def __post_init__(self):
+    if self.risks is not None:
+      object.__setattr__(self, "names", tuple(risk.called for risk in self.risks))
+      object.__setattr__(self, "tolerances", tuple(float(r.tolerance) for r in self.risks))
+    if not self.names or len(self.names) != len(self.tolerances):
+      raise ValueError("Expected `risks` to hold at least one `Risk`, got none.")
+    if len(set(self.names)) != len(self.names):
+      raise ValueError(f"Expected `risks` of different names, got {list(self.names)}.")
+    checks.check_lines(self.names, "names")
+
+  def tests(self, tolerance, support):
+    pairs = zip(self.names, self.tolerances, strict=True)
+    return tuple(Test(name, bound, support) for name, bound in pairs)
+
+  def parts(self, losses, tolerance):
+    if self.risks is None:
+      raise ValueError("Expected `risks` with their tables, got a promise read from a file.")
+    for risk in self.risks:
+      check_outputs(risk, losses)
+    tests = self.tests(tolerance, losses.support)
+    return tuple(Part(test, risk.losses) for test, risk in zip(tests, self.risks, strict=True))
+
+  def statement(self, calibration, loss):
+    pairs = zip(self.names, self.tolerances, strict=True)
+    return "expected values of " + " and ".join(
+      f"{name} of at most {bound:.10g}" for name, bound in pairs
+    )
+
+
+def check_outputs(risk: Risk, first: SequenceLosses) -> None:
+  """Raises ValueError unless a risk is of the first one's prompts, grid and procedure."""
+  losses = risk.losses
+  if len(losses.values) != len(first.values) or losses.ids != first.ids:
+    raise ValueError(f"Expected `risks` of the same prompts, got others in {risk.called!r}.")
+  ours, theirs = first.thresholds.tolist(), losses.thresholds.tolist()
+  if ours != theirs:
+    raise ValueError(
+      f"Expected `risks` on the same grid, got {theirs} of {risk.called!r} beside {ours}; take"
+      " every loss from the same outputs."
+    )
+  if first.procedure is None or losses.procedure is None:
+    return
+  if difference := describe_differences(first.procedure, losses.procedure):
+    raise ValueError(
+      f"Expected `risks` of outputs of one procedure, got another of {risk.called!r}:"
+      f" {difference}; take every loss from the same outputs."
+    )
+
+
+@arguments.checked()
+def as_promise(risks: Sequence[Risk]) -> SeveralRisks:
+  """The promise of `calibrate(risks=...)`; raises ValueError if one is no `Risk`."""
+  return SeveralRisks(risks=tuple(risks))
+
+
+@arguments.checked()
+@dataclasses.dataclass(frozen=True)
+class Cost(Promise):
+  """E[loss] <= tolerance and E[cost / full cost] <= at_most.
+
+      Z = cost of the early text / cost of the same at full depth, in [0, 1]
+
+  Losses rise and costs fall along the grid, so the two are tested from opposite ends: the risk
+  from the highest threshold down at (1 - share) of the error rate, the cost from the lowest up
+  at `share` of it. A threshold that both certify keeps both (union bound).
+
+  Attributes:
+    at_most: bound on the mean ratio, in (0, 1); 1 / 1.5 for "at least 1.5 times fewer".
+    share: of the error rate that the cost may use.
+    unit: what is counted, in words.
+    costs: [num_examples, num_thresholds] ratio of each text, in [0, 1].
+  """
+
+  at_most: float = 0.5
+  share: float = 0.5
+  unit: str = "decoder layers a token"
+  costs: Any = dataclasses.field(default=None, repr=False, compare=False)
+  name: ClassVar[str] = "cost"
+  nothing: ClassVar[str] = (
+    "These are means over {unit} drawn like those: they say nothing of any single prompt, nor"
+    " of prompts of another kind, and nothing of seconds, which the machine decides."
+  )
+
+  def __post_init__(self):
+    object.__setattr__(self, "at_most", in_range("at_most", self.at_most, 0.0, 1.0))
+    object.__setattr__(self, "share", in_range("share", self.share, 0.0, 1.0))
+
+  def tests(self, tolerance, support):
+    return (
+      Test("risk", tolerance, support, 1.0 - self.share),
+      Test("cost", self.at_most, Support(), self.share),
+    )
+
+  def parts(self, losses, tolerance):
+    costs = rows_of(self.costs, losses, "costs", table=True)
+    risk, cost = self.tests(tolerance, losses.support)
+    return (Part(risk, losses), _transformed(cost, losses, costs, ascending=True))
+
+  def statement(self, calibration, loss):
+    return (
+      f"an expected {loss} of at most {calibration.tolerance:.10g}, and needs at most"
+      f" {self.at_most:.10g} of the {self.unit} of full depth (at least"
+      f" x{1.0 / self.at_most:.4g} fewer), on average over texts"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Configurations(SeveralRisks):
+  """E[loss of risk r] <= tolerance of r, for every r, of one configuration among many.
+
+  Rows are configurations, grid after grid; the cheapest certified one is served. Made by
+  `configurations.calibrate_configurations`.
+
+  Attributes:
+    configurations: names, in the tested order.
+    costs: of the configurations.
+    grids: configurations of each family, which is tested for itself at its share of the error
+      rate; empty in files of versions that tested one order of all.
+  """
+
+  configurations: tuple[str, ...] = ()
+  costs: tuple[float, ...] = ()
+  grids: tuple[int, ...] = dataclasses.field(default=(), metadata={"optional": True})
+  name: ClassVar[str] = "configurations"
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not self.configurations or len(self.configurations) != len(self.costs):
+      raise ValueError(
+        "Expected `configurations` with a cost each, got"
+        f" {len(self.configurations)} and {len(self.costs)} costs."
+      )
+    checks.check_lines(self.configurations, "configurations")
+    if not np.isfinite(self.costs).all():
+      raise ValueError(f"Expected finite `costs`, got {self.costs!r:.200}.")
+    whole = all(type(size) is int and size > 0 for size in self.grids)
+    if self.grids and (not whole or sum(self.grids) != len(self.configurations)):
+      raise ValueError(
+        f"Expected `grids` of {len(self.configurations)} configurations together, got"
+        f" {self.grids!r:.200}."
+      )
+
+  def tests(self, tolerance, support):
+    tests = super().tests(tolerance, support)
+    share = 1.0 / max(1, len(self.grids))
+    return tuple(dataclasses.replace(test, share=share) for test in tests)
+
+  def sequences(self):
+    return self.grids or None
+
+  def place(self, rejected: Any) -> int | None:
+    """The cheapest certified configuration; of equal ones the first."""
+    (certified,) = np.nonzero(rejected)
+    if not len(certified):
+      return None
+    return int(certified[np.argmin(np.asarray(self.costs)[certified])])
+
+  def check_rows(self, thresholds):
+    if len(thresholds) != len(self.configurations):
+      raise ValueError(
+        f"Expected {len(self.configurations)} `rows`, one a configuration, got"
+        f" {len(thresholds)}."
+      )
+
+  def statement(self, calibration, loss):
+    place = self.place([row.rejected for row in calibration.rows])
+    means = super().statement(calibration, loss)
+    return means if place is None else f"({self.configurations[place]}) {means}"
+
+
+PROMISES: Mapping[str, type[Promise]] = {
+  promise.name: promise
+  for promise in (
+    *(Mean, Quantile, EveryGroup, EarlyExits, TailMean),
+    *(KnownMixture, SeveralRisks, Cost, Configurations),
+  )
+}
+
+
+def of_name(name: str) -> Promise:
+  """The promise of a name with its default numbers; raises ValueError where it needs data."""
+  if name not in PROMISES:
+    raise ValueError(f"Expected `promise` to be one of {sorted(PROMISES)}, got {name!r}.")
+  return PROMISES[name]()
+
+
+def from_json(value: Any) -> Promise:
+  """The inverse of `Promise.to_json`.
+
+  Raises:
+    ValueError: no promise of that name, or its fields are missing, unknown or out of range.
+  """
+  name = value.get("name") if isinstance(value, Mapping) else None
+  if not isinstance(name, str) or name not in PROMISES:
+    raise ValueError(f"Expected `promise` to name one of {sorted(PROMISES)}, got {value!r}.")
+  fields = [field for field in dataclasses.fields(PROMISES[name]) if field.compare]
+  optional = {field.name for field in fields if field.metadata.get("optional")}
+  allowed = {field.name for field in fields} - (optional - set(value))
+  found = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k != "name"}
+  if set(found) != allowed:
+    raise ValueError(
+      f"Expected `promise` {name!r} with the fields {sorted(allowed)}, got {sorted(found)}; it"
+      " was made by another version, or edited."
+    )
+  try:
+    return PROMISES[name](**found)
+  except TypeError as error:
+    raise ValueError(f"Expected `promise` {name!r} of numbers, got {value!r}.") from error

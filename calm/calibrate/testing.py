@@ -1,0 +1,243 @@
+"""Multiple testing: from p-values in a fixed order to what is certified.
+
+Every procedure controls the family-wise error rate: whatever the dependence between p-values,
+the probability of rejecting any true hypothesis is at most `error_rate`. The order must be
+fixed before any loss is seen. NaN counts as p = 1.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from calm.calibrate.losses.sequence_losses import Support
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rejections:
+  """The outcome of a procedure.
+
+  Attributes:
+    rejected: [num_hypotheses] bool.
+    adjusted_p_values: [num_hypotheses] in [0, 1]; rejected at error rate e exactly where <= e.
+    visited: positions in the order they were looked at; fixed sequence testing stops early.
+  """
+
+  rejected: np.ndarray
+  adjusted_p_values: np.ndarray
+  visited: tuple[int, ...]
+
+
+def _check(p_values: npt.ArrayLike, error_rate: float) -> np.ndarray:
+  p_values = np.asarray(p_values, np.float64)
+  if p_values.ndim != 1 or not p_values.size or np.any((p_values < 0.0) | (p_values > 1.0)):
+    raise ValueError(
+      "Expected `p_values` to be a non-empty vector in [0, 1] (NaN counts as 1), got"
+      f" {p_values!r:.200}."
+    )
+  if not 0.0 < error_rate < 1.0:
+    raise ValueError(f"Expected `error_rate` to be in (0, 1), got {error_rate!r}.")
+  return np.where(np.isnan(p_values), 1.0, p_values)
+
+
+def fixed_sequence(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
+  """Tests in order at the full level and stops at the first hypothesis that is not rejected.
+
+      adjusted p_j = max over i <= j of p_i
+
+  Args:
+    p_values: [num_hypotheses] in the order fixed beforehand.
+    error_rate: family-wise error rate, in (0, 1).
+
+  Returns:
+    Rejections form a prefix of the order (paper, section 4.3).
+
+  Raises:
+    ValueError: p-values or `error_rate` leave their range.
+
+  >>> fixed_sequence([0.01, 0.2, 0.01], 0.05).rejected.tolist()
+  [True, False, False]
+  """
+  p_values = _check(p_values, error_rate)
+  adjusted = np.maximum.accumulate(p_values)
+  rejected = adjusted <= error_rate
+  visited = min(int(rejected.sum()) + 1, len(p_values))
+  return Rejections(rejected, adjusted, tuple(range(visited)))
+
+
+def holm(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
+  """Holm's step-down procedure (1979): the smallest p at error_rate / k, the next at / (k - 1).
+
+      adjusted p of the j-th smallest = max over i <= j of min(1, (k - i + 1) p_(i))
+
+  Arguments, result and errors are those of `fixed_sequence`; the order does not matter.
+  """
+  p_values = _check(p_values, error_rate)
+  order = np.argsort(p_values, kind="stable")
+  count = len(p_values)
+  steps = _divide(p_values[order], 1.0 / np.arange(count, 0, -1))
+  adjusted = np.empty(count)
+  adjusted[order] = np.maximum.accumulate(steps)
+  rejected = adjusted <= error_rate
+  visited = order[: min(int(rejected.sum()) + 1, count)]
+  return Rejections(rejected, adjusted, tuple(visited.tolist()))
+
+
+def fallback(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
+  """Fixed order with a level for each; a rejection hands its whole level to the next.
+
+  Half of the level is on the first hypothesis and the rest is spread evenly, so that one bad
+  hypothesis does not end the test as it ends `fixed_sequence` (Wiens and Dmitrienko 2005).
+  Arguments, result and errors are those of `fixed_sequence`.
+  """
+  p_values = _check(p_values, error_rate)
+  weights = _front_loaded(len(p_values))
+  waiting = np.ones(len(p_values), bool)
+  adjusted, visited, highest = np.ones(len(p_values)), [], 0.0
+  while waiting.any():
+    ratios = np.where(waiting, _divide(p_values, weights), np.inf)
+    chosen = int(np.argmin(ratios))
+    highest = max(highest, float(ratios[chosen]))
+    adjusted[chosen] = highest
+    visited.append(chosen)
+    waiting[chosen] = False
+    if (after := np.flatnonzero(waiting[chosen:])).size:
+      weights[chosen + after[0]] += weights[chosen]
+  return Rejections(adjusted <= error_rate, adjusted, tuple(visited))
+
+
+def _bonferroni(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
+  """p <= error_rate / k; only calibrations of earlier versions have it."""
+  p_values = _check(p_values, error_rate)
+  adjusted = _divide(p_values, np.full(len(p_values), 1.0 / len(p_values)))
+  return Rejections(adjusted <= error_rate, adjusted, tuple(range(len(p_values))))
+
+
+def _divide(p_values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+  """min(1, p / weight)."""
+  return np.minimum(p_values / weights, 1.0)
+
+
+def _front_loaded(count: int) -> np.ndarray:
+  rest = np.full(count - 1, 0.5 / max(1, count - 1))
+  return np.concatenate([[0.5 if count > 1 else 1.0], rest])
+
+
+PROCEDURES: Mapping[str, Callable[[npt.ArrayLike, float], Rejections]] = {
+  "fixed_sequence": fixed_sequence,
+  "fallback": fallback,
+  "holm": holm,
+}
+# Procedures of stored calibrations.
+READABLE = {**PROCEDURES, "bonferroni": _bonferroni}
+
+
+def first_share(procedure: str, count: int) -> float:
+  """Share of the error rate at which a procedure tests its first hypothesis of `count`."""
+  shares = {"fixed_sequence": 1.0, "fallback": 0.5 if count > 1 else 1.0, "holm": 1.0 / count}
+  return shares[procedure]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+  """The result of one test of a promise at each threshold of the grid.
+
+  Attributes:
+    name: of the part of the promise, '' where there is one.
+    tolerance: bound that was tested.
+    method: p-value method.
+    support: declared range of what was tested.
+    share: of the error rate that it may use.
+    ascending: whether it is tested from the lowest threshold up.
+    num_examples: prompts or clusters used.
+    means: of what was tested; NaN where there is nothing.
+    log_p_values: of H: expectation > tolerance.
+    upper_bounds: of the expectation, at `share` of the error rate.
+  """
+
+  name: str
+  tolerance: float
+  method: str
+  support: Support
+  share: float
+  ascending: bool
+  num_examples: tuple[int, ...]
+  means: tuple[float, ...]
+  log_p_values: tuple[float, ...]
+  upper_bounds: tuple[float, ...]
+
+  def to_json(self) -> dict[str, Any]:
+    """All fields as JSON values; NaN is null."""
+    value = dataclasses.asdict(self)
+    for name in ("means", "log_p_values", "upper_bounds"):
+      value[name] = [None if math.isnan(entry) else entry for entry in value[name]]
+    return {**value, "num_examples": list(self.num_examples)}
+
+  @classmethod
+  def from_json(cls, value: Mapping[str, Any]) -> "Evidence":
+    """The inverse of `to_json`."""
+    fields = dict(value)
+    for name in ("means", "log_p_values", "upper_bounds"):
+      fields[name] = tuple(math.nan if entry is None else entry for entry in value[name])
+    fields["num_examples"] = tuple(value["num_examples"])
+    return cls(**{**fields, "support": Support(**value["support"])})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decision:
+  """Which thresholds are certified.
+
+  Attributes:
+    log_p_values: [num_thresholds] largest over parts, each over its share.
+    worst: [num_thresholds] which part that is.
+    rejected: [num_thresholds] whether all parts are certified.
+    adjusted_p_values: [num_thresholds] rejected at any error rate that is at least this.
+    visited: positions in the order of testing.
+  """
+
+  log_p_values: np.ndarray
+  worst: np.ndarray
+  rejected: np.ndarray
+  adjusted_p_values: np.ndarray
+  visited: tuple[int, ...]
+
+
+def decide(
+  parts: Sequence[Evidence],
+  procedure: str,
+  error_rate: float,
+  sequences: Sequence[int] | None = None,
+) -> Decision:
+  """Certifies where every part is; used to certify and to verify.
+
+  A threshold that breaks the promise breaks one of its parts, whose p-value alone is small with
+  probability at most the error rate (intersection-union): parts cost no share of it.
+
+  Args:
+    parts: at least one; ascending ones have a share of their own.
+    procedure: name of the multiple-testing procedure.
+    error_rate: epsilon.
+    sequences: lengths of the grids, one after another, that are tested each for itself; the
+      share of every part then divides the error rate by their number. None is one grid.
+  """
+  scaled = np.array(
+    [np.minimum(np.array(p.log_p_values) - math.log(p.share), 0.0) for p in parts]
+  )
+  up = np.array([part.ascending for part in parts])
+  test = READABLE[procedure]
+  ends = np.cumsum(sequences or [scaled.shape[1]])
+  grids = np.split(np.exp(scaled[~up].max(axis=0)), ends[:-1])
+  down = [test(p_values, error_rate) for p_values in grids]
+  rejected = np.concatenate([found.rejected for found in down])
+  adjusted = np.concatenate([found.adjusted_p_values for found in down])
+  starts = [0, *ends[:-1].tolist()]
+  pairs = zip(starts, down, strict=True)
+  visited = tuple(start + place for start, found in pairs for place in found.visited)
+  if up.any():
+    other = test(np.exp(scaled[up].max(axis=0))[::-1], error_rate)
+    rejected = rejected & other.rejected[::-1]
+    adjusted = np.maximum(adjusted, other.adjusted_p_values[::-1])
+  return Decision(scaled.max(axis=0), scaled.argmax(axis=0), rejected, adjusted, visited)

@@ -1,0 +1,392 @@
+"""Bets against the mean and bounds: predictable, fair at the boundary, as counted by hand."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from calm.calibrate import Support, betting, methods, p_values
+from tests.calibrate import laws
+
+
+@pytest.mark.parametrize(
+  "strategy", [betting.PLUG_IN, betting.FIXED_LEVEL, betting.EARLY], ids=lambda s: s.name
+)
+@pytest.mark.parametrize(
+  ("values", "chances", "size"),
+  [
+    ((0.0, 1.0), (0.6, 0.4), 11),
+    ((0.0, 1.0), (0.9, 0.1), 11),
+    ((0.0, 0.5, 1.0), (0.5, 0.4, 0.1), 7),
+    ((-1.0, 0.0, 1.0), (0.2, 0.4, 0.4), 7),
+    ((-1.0, 1.0), (0.45, 0.55), 11),
+  ],
+)
+def test_betting_is_super_uniform_exactly(strategy, values, chances, size):
+  tolerance = float(np.dot(values, chances))
+  paths = np.array(list(itertools.product(range(len(values)), repeat=size)))
+  weights = np.array(chances)[paths].prod(axis=1)
+  losses = np.array(values)[paths].T
+  p = betting.p_value(losses, tolerance, error_rate=0.2, strategy=strategy)
+  assert weights.sum() == pytest.approx(1.0)
+  laws.assert_super_uniform(p, weights)
+  design = betting.Design(tolerance, 0.2, size)
+  wealth = np.exp(betting.log_wealth(losses, design, strategy))
+  np.testing.assert_allclose(wealth @ weights, 1.0, rtol=1e-9)  # a martingale at the boundary
+
+
+def test_betting_by_hand():
+  # Before the first prompt the variance is 1/4, so the bet is sqrt(2 log 20 / n) / 0.5.
+  tolerance, losses = 0.5, np.array([0.2, 0.4])
+  first = min(math.sqrt(math.log(20.0)) / 0.5, 0.9 / 0.5)
+  mean = 0.2 / 2
+  second = min(math.sqrt(math.log(20.0)) / math.sqrt((0.25 + (0.2 - mean) ** 2) / 2), 0.9 / 0.5)
+  wealth = [1 + first * 0.3, (1 + first * 0.3) * (1 + second * 0.1)]
+  found = betting.p_value(losses, tolerance)
+  assert found == pytest.approx(1 / max(wealth), rel=1e-12)
+  assert betting.p_value(losses, tolerance, log=True) == pytest.approx(-math.log(max(wealth)))
+
+
+def test_small_bets_by_hand():
+  # With many prompts planned the cap does not bind.
+  losses = np.array([1.0, 0.0, 0.0])
+  scale = math.sqrt(2 * math.log(10.0) / 1000)
+  deviations = [math.sqrt(0.25), math.sqrt((0.25 + 0.25) / 2)]
+  deviations.append(math.sqrt((0.25 + 0.25 + (0.0 - 1 / 3) ** 2) / 3))
+  wealth = np.cumprod(1 + scale / np.array(deviations) * (0.3 - losses))
+  found = betting.p_value(losses, 0.3, error_rate=0.1, planned_size=1000)
+  assert found == pytest.approx(min(1.0, 1 / wealth.max()))
+  design = betting.Design(0.3, 0.1, 1000)
+  np.testing.assert_allclose(np.exp(betting.log_wealth(losses, design)), wealth)
+
+
+def test_bets_see_the_past_only():
+  generator = np.random.default_rng(5)
+  losses = laws.signed(generator, 0.0, (40, 3))
+  for strategy in (betting.PLUG_IN, betting.FIXED_LEVEL, betting.EARLY):
+    design = strategy.design(0.1, 0.05, 40)
+    bets = strategy.bets(losses, design)
+    for row in (0, 1, 17, 39):
+      changed = losses.copy()
+      changed[row:] = generator.permutation(changed[row:]) * 0.5
+      np.testing.assert_array_equal(strategy.bets(changed, design)[: row + 1], bets[: row + 1])
+    assert np.all((bets >= 0.0) & (bets <= strategy.cap_share / 0.9 + 1e-15))
+
+
+def test_pairs_beyond_one_block_are_certified_like_alone(monkeypatch):
+  generator = np.random.default_rng(4)
+  losses = laws.mostly_zero(generator, 0.05, (60, 5))
+  columns = np.arange(20) % 5
+  design = betting.FIXED_LEVEL.design(np.linspace(0.05, 0.4, 20), 0.05, 60)
+  whole = betting.certifies(losses, columns, design, betting.FIXED_LEVEL)
+  monkeypatch.setattr(betting, "_HEDGED_PAIRS", 7)
+  parts = betting.certifies(losses, columns, design, betting.FIXED_LEVEL)
+  np.testing.assert_array_equal(parts, whole)
+  wealth = betting.log_wealth(losses[:, columns], design, betting.FIXED_LEVEL)
+  np.testing.assert_array_equal(whole, wealth.max(axis=0) >= design.target)
+  assert 0 < whole.sum() < 20
+
+
+def test_wealth_that_just_gets_there_has_got_there():
+  """A factor of 2 at an error rate of 1/2, to the last digit."""
+  losses, only = np.array([[-0.99]]), np.array([0])
+  for strategy in (betting.FIXED_LEVEL, betting.EARLY):
+    design = strategy.design(0.01, 0.5, 1)
+    assert float(design.cap) == 1.0 < strategy.free(losses.copy(), design)[0, 0]
+    assert betting.log_wealth(losses, design, strategy)[0, 0] == design.target
+    assert betting.certifies(losses, only, design, strategy)
+  design = betting.Design(np.array([0.5]), 0.5, 1, cap_share=1.0)
+  assert betting._reaches(np.zeros((1, 1)), np.full((1, 1), 2.0), only, design)
+
+
+def test_every_tolerance_is_checked_against_the_upper_bound():
+  for tolerance in ([0.1, 1.0], [1.0, 0.1], [0.1, math.nan]):
+    with pytest.raises(ValueError, match="`tolerance` to be below `upper`"):
+      betting.log_wealth(np.zeros((3, 2)), betting.Design(np.array(tolerance), 0.05, 3))
+
+
+def test_a_huge_need_does_not_underflow():
+  losses = np.ones((3000, 1))
+  design = betting.FIXED_LEVEL.design(0.5, 1e-300, 3000)
+  bets = betting.FIXED_LEVEL.bets(losses, design)
+  assert np.all(np.isfinite(bets)) and np.all(bets > 0.0)
+  assert betting.p_value(losses, 0.5, error_rate=1e-300, strategy=betting.FIXED_LEVEL) == 1.0
+
+
+@pytest.mark.parametrize(
+  "losses", [[], [[[0.0]]], [0.0, math.nan], [math.inf], [-math.inf], [1.5]]
+)
+def test_losses_that_cannot_be_bet_on_are_refused(losses):
+  with pytest.raises(ValueError, match="`losses` to be"):
+    betting.p_value(losses, 0.1)
+
+
+def test_levels_of_bets_are_checked():
+  for changes in (
+    {"tolerance": 1.0},
+    {"tolerance": math.nan},
+    {"error_rate": 0.0},
+    {"error_rate": 1},
+  ):
+    with pytest.raises(ValueError, match=r"`tolerance` to be|`error_rate` to be"):
+      betting.p_value([0.0], **{"tolerance": 0.1, **changes})
+  with pytest.raises(ValueError, match="`planned_size` to be at least the number of losses"):
+    betting.p_value([0.0, 0.0], 0.1, planned_size=1)
+
+
+def hedge_by_hand(losses, tolerance, error_rate, planned, least_pace=0.0):
+  """One column, its wealth looked at before every loss; see `betting.Hedge`."""
+  target, pace = math.log(1 / error_rate), math.sqrt(2 * math.log(1 / error_rate) / planned)
+  wealth, highest, squares, total = 0.0, 0.0, 8 * tolerance * (1 - tolerance), 0.0
+  bets, deviations = [], []
+  for row, loss in enumerate(losses):
+    deviation = math.sqrt(squares / (row + 8))
+    chance = min(1.0, error_rate * math.exp(wealth))
+    if highest < target and chance > error_rate**2:
+      z = stats.norm.ppf(chance)
+      bet = stats.norm.pdf(z) / (chance * deviation * math.sqrt(planned - row))
+      bet = max(bet, least_pace * pace / deviation)
+    else:
+      bet = pace / deviation
+    bets.append(bet)
+    deviations.append(deviation)
+    wealth += math.log(1 + min(bet, 0.99 / (1 - tolerance)) * (tolerance - loss))
+    highest = max(highest, wealth)
+    total += loss
+    squares += (loss - total / (row + 2)) ** 2
+  return np.array(bets), highest, np.array(deviations)
+
+
+@pytest.mark.parametrize(("mean", "reached"), [(0.01, True), (0.1, False), (0.3, False)])
+@pytest.mark.parametrize("error_rate", [0.05, 0.3])
+@pytest.mark.parametrize(
+  ("strategy", "pace"), [(betting.FIXED_LEVEL, 0.0), (betting.EARLY, 0.7)]
+)
+def test_the_hedge_by_hand(mean, reached, error_rate, strategy, pace):
+  losses = laws.mostly_zero(np.random.default_rng(8), mean, 90)
+  bets, highest, _ = hedge_by_hand(losses, 0.1, error_rate, 120, pace)
+  design = strategy.design(0.1, error_rate, 120)
+  found = strategy.free(losses[:, None], design)[:, 0]
+  # Where wealth is nearly there the chance is nearly 1, and its digits cancel.
+  np.testing.assert_allclose(found, bets, rtol=1e-6, atol=1e-6)
+  p = betting.p_value(losses, 0.1, error_rate=error_rate, planned_size=120, strategy=strategy)
+  assert p == pytest.approx(math.exp(-highest), rel=1e-6) and reached == (p <= error_rate)
+  assert betting.certifies(losses[:, None], np.array([0]), design, strategy) == reached
+
+
+def test_a_sequential_hedge_bets_at_least_seven_tenths_of_the_plug_in_pace():
+  losses = laws.mostly_zero(np.random.default_rng(8), 0.02, 300)[:, None]
+  design = betting.EARLY.design(0.1, 0.05, 300)
+  early = betting.EARLY.free(losses, design)
+  plain = betting.FIXED_LEVEL.free(losses, betting.FIXED_LEVEL.design(0.1, 0.05, 300))
+  # Ahead, a hedge slows down to nothing; this one does not.
+  ahead = early[60:80] / plain[60:80]
+  assert np.all(ahead > 1.0) and early.shape == plain.shape
+  assert (betting.EARLY.least_pace, betting.FIXED_LEVEL.least_pace) == (0.7, 0.0)
+  assert betting.EARLY.cap_share == betting.FIXED_LEVEL.cap_share == 0.99
+
+
+def test_what_comes_before_a_row_is_summed_by_hand():
+  losses = np.array([[0.5], [0.0], [0.2]])
+  first = (0.5 - 0.5 / 2) ** 2
+  second = first + (0.0 - 0.5 / 3) ** 2
+  found = betting._squares_before(losses)
+  np.testing.assert_allclose(found[:, 0], [0.0, first, second], rtol=1e-14)
+  np.testing.assert_array_equal(losses[:, 0], [0.5, 0.0, 0.2])  # they are left alone
+
+
+def test_the_hedge_looks_at_its_wealth_less_often_where_many_prompts_are_left():
+  losses = laws.mostly_zero(np.random.default_rng(8), 0.05, 400)
+  _, _, deviations = hedge_by_hand(losses, 0.1, 0.05, 400)
+  design = betting.FIXED_LEVEL.design(0.1, 0.05, 400)
+  aims = betting.FIXED_LEVEL.free(losses[:, None], design)[:, 0] * deviations
+  # 400 // 64 = 6 prompts are bet on before the second look, 394 // 64 = 6 before the third.
+  np.testing.assert_allclose(aims[:6], aims[0])
+  np.testing.assert_allclose(aims[6:12], aims[6])
+  assert not math.isclose(aims[0], aims[6]) and not math.isclose(aims[6], aims[12])
+
+
+def test_looks_are_a_64th_of_what_is_left():
+  for planned, look in ((1, 1), (127, 1), (128, 2), (640, 10)):
+    assert betting.Hedge(betting.Design(0.1, 0.05, planned), 1).look == look
+  assert betting.Design(0.1, 0.05, 9).least_pace == 0.0
+
+
+@pytest.mark.parametrize("upper", [2.0, 0.25, -0.5])
+def test_bets_know_no_unit(upper):
+  """Losses, tolerance and range in another unit: bets in its inverse, the same wealth."""
+  losses = laws.signed_smooth(np.random.default_rng(3), 0.05, (50, 2))
+  tolerance = 0.1
+  scale = abs(upper)
+  moved = tolerance if upper > 0 else tolerance - 2.0  # an upper end below 0
+  shifted = losses if upper > 0 else losses - 2.0
+  plain = betting.Design(moved, 0.05, 50, math.copysign(1.0, upper))
+  scaled = betting.Design(moved * scale, 0.05, 50, upper)
+  expected = betting.hedge_bets(shifted, plain)
+  np.testing.assert_allclose(
+    betting.hedge_bets(shifted * scale, scaled) * scale, expected, rtol=1e-9
+  )
+
+
+@pytest.mark.parametrize(
+  ("tolerance", "share"), [(0.001, 0.01), (0.2, 0.2), (0.5, 0.5), (0.9, 0.5)]
+)
+def test_the_first_bet_knows_the_tolerance_alone(tolerance, share):
+  """At an error rate of 1/2 the chance is 1/2: phi(0) / (1/2) over the deviation."""
+  design = betting.Design(tolerance, 0.5, 9)
+  (bet,) = betting.hedge_bets(np.zeros((1, 1)), design)[0]
+  deviation = math.sqrt(share * (1.0 - share))
+  assert bet == pytest.approx(math.sqrt(2.0 / math.pi) / deviation / 3.0)
+
+
+@pytest.mark.parametrize(("loss", "factor"), [(-0.99, 2.0), (0.51, 0.5)])
+def test_at_either_end_bets_go_on_at_the_plug_in_pace(loss, factor):
+  """Wealth of exactly 1 / error_rate, or of error_rate: nothing is left to hedge."""
+  design = betting.FIXED_LEVEL.design(0.01, 0.5, 2)
+  losses = np.array([[loss], [0.0]])
+  wealth = betting.log_wealth(losses[:1], design, betting.FIXED_LEVEL)
+  assert wealth[0, 0] == math.log(factor)
+  squares = 8.0 * 0.01 * 0.99 + (loss - loss / 2.0) ** 2
+  pace = math.sqrt(2.0 * math.log(2.0) / 2.0)
+  found = betting.hedge_bets(losses, design)[1, 0]
+  assert found == pytest.approx(pace * math.sqrt(9.0 / squares), rel=1e-9)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 63, 64, 65, 200])
+def test_wealth_is_followed_alike_in_factors_and_in_logarithms(rows):
+  gains = np.random.default_rng(rows).uniform(-0.5, 0.5, (rows, 4))
+  sums = np.cumsum(np.log1p(gains), axis=0)
+  highest, last = betting._follow(gains.copy())
+  np.testing.assert_allclose(highest, sums.max(axis=0), rtol=1e-9, atol=1e-12)
+  np.testing.assert_allclose(last, sums[-1], rtol=1e-9, atol=1e-12)
+
+
+SUM_BASED = (
+  p_values.hoeffding,
+  p_values.hoeffding_bentkus,
+  p_values.convex_order,
+  p_values.binomial,
+)
+STRATEGIES = (betting.PLUG_IN, betting.FIXED_LEVEL)
+
+
+@pytest.mark.parametrize("p_value", SUM_BASED, ids=lambda f: f.__name__)
+@given(st.integers(1, 120), st.floats(0, 1), st.sampled_from([0.01, 0.05, 0.3]))
+def test_the_bound_is_where_the_p_value_crosses_the_level(p_value, size, share, error_rate):
+  total = float(round(share * size))
+  bound = float(p_values.invert(p_value, total, size, error_rate=error_rate))
+  assert total / size <= bound <= 1.0
+  if bound < 1.0:
+    assert p_value(total, size, bound) <= error_rate * (1 + 1e-9)
+  if bound > 1e-6:
+    assert p_value(total, size, min(bound, 1.0) - 3e-9) > error_rate
+
+
+def test_binomial_bound_is_clopper_pearson():
+  for count, size in ((0, 10), (3, 10), (40, 500)):
+    found = p_values.invert(p_values.binomial, count, size, error_rate=0.05)
+    assert found == pytest.approx(stats.beta.ppf(0.95, count + 1, size - count), abs=2e-9)
+
+
+def test_bounds_order_as_their_p_values_and_are_vectorised():
+  sums = np.array([0.0, 3.3, 17.9, 3.3, 50.0])
+  found = [p_values.invert(p, sums, 50, error_rate=0.05) for p in SUM_BASED[:3]]
+  assert np.all(found[2] <= found[1] + 1e-9) and np.all(found[1] <= found[0] + 1e-9)
+  assert found[2][1] == found[2][3] and found[2][4] == 1.0 and found[0].shape == (5,)
+
+
+@pytest.mark.parametrize("law", [*laws.UNIT_LAWS, *laws.SIGNED_LAWS], ids=lambda f: f.__name__)
+def test_betting_bound_covers(law):
+  generator = np.random.default_rng(11)
+  lower = -1.0 if law in laws.SIGNED_LAWS else 0.0
+  losses = law(generator, 0.1, (150, 1500))
+  bound = betting.upper_bound(losses, error_rate=0.1, lower=lower)
+  misses = int(np.sum(bound < 0.1))
+  assert stats.binomtest(misses, 1500, 0.1, alternative="greater").pvalue > 1e-5
+
+
+def test_everything_above_the_betting_bound_is_rejected_without_assuming_an_interval():
+  generator = np.random.default_rng(2)
+  for law in (laws.bernoulli, laws.mostly_zero, laws.signed):
+    lower = -1.0 if law is laws.signed else 0.0
+    losses = law(generator, 0.08, (60, 8))
+    bound = betting.upper_bound(losses, error_rate=0.1, lower=lower)
+    for column, end in zip(losses.T, bound, strict=True):
+      for tolerance in np.linspace(end, 1.0, 80)[:-1]:
+        assert betting.p_value(column, tolerance, error_rate=0.1) <= 0.1 * (1 + 1e-9)
+      if end < 1.0:
+        # ... and it is not far above the largest tolerance that is not rejected.
+        below = end - np.linspace(0.0, 0.05, 200)[1:]
+        p = [betting.p_value(column, tolerance, error_rate=0.1) for tolerance in below]
+        assert max(p) > 0.1
+
+
+def test_betting_bound_ends():
+  assert betting.upper_bound([0.0], error_rate=0.05) == 1.0
+  assert betting.upper_bound([1.0] * 50, error_rate=0.05) == 1.0
+  small = betting.upper_bound(np.zeros(2000), error_rate=0.05)
+  assert 0.0015 < small < 0.003  # -log(0.05) / 2000 is the best that any bound can do
+  signed = betting.upper_bound(np.full((2000, 2), -1.0), error_rate=0.05, lower=-1.0)
+  assert signed.shape == (2,) and np.all(signed < -0.99)
+
+
+def test_planned_size_makes_bets_smaller_and_bounds_wider():
+  losses = laws.mostly_zero(np.random.default_rng(4), 0.05, (300, 1))
+  planned = betting.upper_bound(losses, error_rate=0.05, planned_size=3000)
+  assert planned > betting.upper_bound(losses, error_rate=0.05)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s.name)
+@pytest.mark.parametrize("law", [laws.mostly_zero, laws.signed], ids=lambda f: f.__name__)
+def test_wealth_of_bets_that_aim_elsewhere_grows_with_the_tolerance(strategy, law):
+  """So that rejected tolerances are an interval, and halving finds its end."""
+  losses = law(np.random.default_rng(6), 0.1, (80, 5))
+  free = strategy.free(losses, strategy.design(0.15, 0.05, 80))
+  before = np.full(losses.shape, -np.inf)
+  for tolerance in np.linspace(0.001, 0.999, 80):
+    cap = strategy.design(tolerance, 0.05, 80).cap
+    wealth = np.cumsum(np.log1p(np.minimum(free, cap) * (tolerance - losses)), axis=0)
+    assert np.all(before <= wealth + 1e-12)
+    before = wealth
+
+
+@pytest.mark.parametrize("name", sorted(methods.METHODS))
+@given(
+  st.integers(0, 10**6),
+  st.sampled_from([1, 2, 30, 150]),
+  st.floats(0.003, 0.9),
+  st.sampled_from([0.01, 0.05, 0.3]),
+  st.sampled_from([laws.bernoulli, laws.mostly_zero, laws.signed]),
+)
+def test_bounds_agree_with_decisions(name, seed, size, tolerance, error_rate, law):
+  generator = np.random.default_rng(seed)
+  if name == "binomial":
+    law = laws.bernoulli
+  lower = -1.0 if law is laws.signed and name.startswith("betting") else 0.0
+  means = tolerance * np.array([0.1, 0.5, 0.8, 0.95, 1.0, 1.05])
+  losses = np.stack([law(generator, mean, size) for mean in means], axis=1)
+  losses = np.clip(losses, lower, 1.0)
+  support = Support(lower, binary=name == "binomial")
+  sample = methods.Sample(losses, support, tolerance, error_rate)
+  log_p, bound = methods.get_method(name, support).evidence(sample, np.ones(6, bool))
+  np.testing.assert_array_equal(bound <= tolerance, np.exp(log_p) <= error_rate)
+  assert np.all((bound > lower) & (bound <= 1.0))
+
+
+def test_levels_are_checked():
+  with pytest.raises(ValueError, match="`error_rate`"):
+    p_values.invert(p_values.hoeffding, 1.0, 10, error_rate=1.0)
+  with pytest.raises(ValueError, match="`error_rate`"):
+    betting.upper_bound([0.0], error_rate=0.0)
+  with pytest.raises(
+    ValueError, match=r"`tolerance` for the bets of 'fixed_level', .* got None"
+  ):
+    betting.upper_bound([0.0], error_rate=0.1, strategy=betting.FIXED_LEVEL)
+
+
+def test_a_level_above_one_half_does_not_go_below_the_mean():
+  assert p_values.invert(p_values.binomial, 50, 100, error_rate=0.99) == 0.5

@@ -1,0 +1,88 @@
+"""Files that earlier versions wrote (commit d1de7c0) are read, checked, and made again."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+
+from calm.calibrate import Calibration, ledger
+from calm.calibrate import monitor as monitor_lib
+from calm.commands import calibrate as command
+from tests.golden import make_calibrations as golden
+
+FOLDER = pathlib.Path(golden.__file__).with_name("calibrations")
+LINES = [json.loads(line) for line in (FOLDER / "every_kind.jsonl").read_text().splitlines()]
+STORED = {line["name"]: line for line in LINES}
+
+
+def test_there_is_a_file_of_every_kind():
+  assert set(STORED) == set(golden.KINDS) and set(golden.RETIRED) <= set(STORED)
+  assert {value["calibration"]["schema_version"] for value in STORED.values()} == {2}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_stored_calibration_is_read_and_promises_the_same(name, tmp_path):
+  stored = STORED[name]["calibration"]
+  (path := tmp_path / "calibration.json").write_text(json.dumps(stored))
+  found = Calibration.load(path, expect_digest=stored["digest"])
+  assert [row.threshold for row in found.rows if row.rejected] == STORED[name]["certified"]
+  assert json.loads(json.dumps(found.to_json())) == stored
+  assert found.guarantee == stored["guarantee"] and found.certified == (
+    stored["threshold"] != "never"
+  )
+
+
+@pytest.mark.parametrize("name", sorted(set(STORED) - set(golden.RETIRED)))
+def test_a_stored_calibration_is_verified_by_making_it_again(name):
+  stored = Calibration.from_json(STORED[name]["calibration"])
+  again = golden.KINDS[name]()
+  assert command._differences(stored, again) == []
+  assert again.guarantee == stored.guarantee and again.reason == stored.reason
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    name
+    for name, line in STORED.items()
+    if line["calibration"]["promise"] == {"name": "mean"}  # version 1 had no other
+  ],
+)
+def test_a_file_of_version_1_is_read(name):
+  value = dict(STORED[name]["calibration"])
+  for field in ("promise", "parts", "losses_digest", "digest"):
+    del value[field]
+  found = Calibration.from_json({**value, "schema_version": 1})
+  assert [row.threshold for row in found.rows if row.rejected] == STORED[name]["certified"]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_stored_monitor_goes_on(version, tmp_path):
+  path = tmp_path / "monitor.jsonl"
+  text = (FOLDER / "monitor.jsonl").read_text()
+  path.write_text(text.replace('"schema_version": 2', f'"schema_version": {version}', 1))
+  watch = monitor_lib.Watch(0.1, 0.05, 0.5, "seed")
+  monitor = monitor_lib.open_monitor(path, watch)
+  assert (monitor.served, monitor.repeated, monitor.wealth.count) == (60, 3, 26)
+  expected = {1: 10.656177, 2: 10.327631}[version]
+  assert monitor.wealth.log_wealth == pytest.approx(expected, abs=1e-6) and monitor.alarm
+  assert monitor.serve("prompt 1") == (60, False)
+
+
+def test_a_stored_monitor_is_written_again_line_by_line(tmp_path):
+  golden.write_monitor(tmp_path / "monitor.jsonl")
+  assert (tmp_path / "monitor.jsonl").read_bytes() == (FOLDER / "monitor.jsonl").read_bytes()
+
+
+def test_a_stored_ledger_is_read(tmp_path):
+  folder = tmp_path / "alone" / "cache"  # ledgers beside are read too
+  folder.mkdir(parents=True)
+  shutil.copy(FOLDER / ledger.LEDGER, folder)
+  prompts = [f"text {row}" for row in range(160)]
+  text = ledger.record(folder, {"kind": "textual"}, prompts, 0.05)
+  assert "textual, rouge_l, betting_fixed_level within 0.1 at 0.05 on 160 rows" in text
+  assert (
+    "up to 0.15, the sum" in text
+    and len((folder / ledger.LEDGER).read_text().splitlines()) == 3
+  )

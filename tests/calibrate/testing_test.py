@@ -1,0 +1,239 @@
+"""Multiple testing: family-wise error by exact enumeration first, then numbers by hand."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from calm.calibrate import Support, p_values, testing
+from calm.calibrate.testing import Evidence, decide
+
+PROCEDURES = testing.READABLE
+P_VALUES = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=6)
+
+
+def joint_laws():
+  """Chances of every vector of k losses in {0, 1} of one prompt: {vector: chance}."""
+  generator = np.random.default_rng(7)
+  for count, repeats in ((2, 4), (3, 3)):
+    vectors = list(itertools.product([0, 1], repeat=count))
+    yield count, dict(zip(vectors, np.full(len(vectors), 1 / len(vectors)), strict=True))
+    # All thresholds fail together; one fails exactly when the other does not.
+    yield count, {(0,) * count: 0.5, (1,) * count: 0.5}
+    yield count, {(0,) * (count - 1) + (1,): 0.5, (1,) * (count - 1) + (0,): 0.5}
+    for _ in range(repeats):
+      chances = generator.dirichlet(np.full(len(vectors), 0.5))
+      yield count, dict(zip(vectors, chances, strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(PROCEDURES))
+@pytest.mark.parametrize("tolerance", [0.4, 0.5])
+def test_family_wise_error_by_enumeration(name, tolerance):
+  """Every outcome of 5 prompts, for laws with every pattern of true and false hypotheses."""
+  error_rate, size = 0.2, 5
+  for _, law in joint_laws():
+    # Move the law so that every hypothesis sits at, above or below its boundary.
+    vectors, chances = np.array(list(law)), np.array(list(law.values()))
+    means = chances @ vectors
+    true = means > tolerance - 1e-12
+    if not true.any():
+      continue
+    outcomes = {}
+    for path in itertools.combinations_with_replacement(range(len(vectors)), size):
+      ways = np.bincount(path, minlength=len(vectors))
+      weight = _multinomial(ways) * np.prod(chances**ways)
+      sums = tuple((ways @ vectors).tolist())
+      outcomes[sums] = outcomes.get(sums, 0.0) + weight
+    assert sum(outcomes.values()) == pytest.approx(1.0)
+    wrong = 0.0
+    for sums, weight in outcomes.items():
+      p = p_values.binomial(np.array(sums), size, tolerance)
+      wrong += weight * bool((PROCEDURES[name](p, error_rate).rejected & true).any())
+    assert wrong <= error_rate + 1e-9, (law, wrong)
+
+
+def _multinomial(ways):
+  result, left = 1.0, int(ways.sum())
+  for way in ways:
+    for k in range(int(way)):
+      result *= left / (k + 1)
+      left -= 1
+  return result
+
+
+@pytest.mark.parametrize("name", sorted(PROCEDURES))
+@pytest.mark.parametrize("true", list(itertools.product([False, True], repeat=3))[1:])
+def test_family_wise_error_with_uniform_p_values_and_any_pattern_of_truth(name, true):
+  """True hypotheses: independent, equal or opposite p-values on a grid; false ones: p = 0."""
+  steps, error_rate = 20, 0.25
+  grid = (np.arange(steps) + 1) / steps
+  mask = np.array(true)
+  free = int(mask.sum())
+  independent = list(itertools.product(grid, repeat=free))
+  equal = [(value,) * free for value in grid]
+  opposite = [tuple(v if i % 2 else 1 + 1 / steps - v for i in range(free)) for v in grid]
+  for family in (independent, equal, opposite):
+    wrong = 0
+    for values in family:
+      p = np.zeros(3)
+      p[mask] = np.minimum(values, 1.0)
+      wrong += bool(PROCEDURES[name](p, error_rate).rejected[mask].any())
+    assert wrong / len(family) <= error_rate + 1e-12
+
+
+@given(P_VALUES, st.floats(0.01, 0.5), st.floats(0.01, 0.5))
+def test_adjusted_p_values_decide_at_every_level(p, first, second):
+  for procedure in testing.PROCEDURES.values():
+    low, high = procedure(p, min(first, second)), procedure(p, max(first, second))
+    np.testing.assert_array_equal(low.adjusted_p_values, high.adjusted_p_values)
+    np.testing.assert_array_equal(low.rejected, low.adjusted_p_values <= min(first, second))
+    assert np.all(low.rejected <= high.rejected)
+    assert np.all(low.adjusted_p_values >= np.array(p) - 1e-15)
+    assert sorted(set(low.visited)) == sorted(low.visited)
+
+
+def test_numbers_by_hand():
+  p = [0.01, 0.03, 0.2, 0.001]
+  fixed = testing.fixed_sequence(p, 0.05)
+  assert fixed.rejected.tolist() == [True, True, False, False]
+  assert fixed.adjusted_p_values.tolist() == [0.01, 0.03, 0.2, 0.2]
+  assert fixed.visited == (0, 1, 2)
+  holm = testing.holm(p, 0.05)
+  np.testing.assert_allclose(holm.adjusted_p_values, [0.03, 0.06, 0.2, 0.004])
+  assert holm.rejected.tolist() == [True, False, False, True] and holm.visited == (3, 0, 1)
+  bonferroni = testing.READABLE["bonferroni"](p, 0.05)
+  np.testing.assert_allclose(bonferroni.adjusted_p_values, [0.04, 0.12, 0.8, 0.004])
+  assert bonferroni.visited == (0, 1, 2, 3)
+  # Fallback: half the level first; the third fails and the fourth keeps its own share.
+  fallback = testing.fallback(p, 0.06)
+  assert fallback.rejected.tolist() == [True, True, False, True]
+
+
+@given(P_VALUES)
+def test_fallback_equals_its_definition(p):
+  """Half of the level first; a rejection hands its whole level to the next."""
+  weights = [0.5, *[0.5 / max(1, len(p) - 1)] * (len(p) - 1)] if len(p) > 1 else [1.0]
+  carried, expected = 0.0, []
+  for value, weight in zip(p, weights, strict=True):
+    level = 0.3 * weight + carried
+    assume(abs(value - level) > 1e-12)  # rounding decides ties
+    expected.append(value <= level)
+    carried = level if expected[-1] else 0.0
+  assert testing.fallback(p, 0.3).rejected.tolist() == expected
+
+
+@given(P_VALUES)
+def test_holm_rejects_all_that_bonferroni_does_and_ignores_the_order(p):
+  holm, bonferroni = testing.holm(p, 0.2), testing.READABLE["bonferroni"](p, 0.2)
+  assert np.all(holm.rejected >= bonferroni.rejected)
+  np.testing.assert_array_equal(testing.holm(p[::-1], 0.2).rejected, holm.rejected[::-1])
+
+
+def test_first_shares_are_the_largest_initial_weights():
+  shares = {"fixed_sequence": 1.0, "fallback": 0.5, "holm": 0.2}
+  assert shares == {name: testing.first_share(name, 5) for name in testing.PROCEDURES}
+  assert {testing.first_share(name, 1) for name in shares} == {1.0}
+
+
+def test_equality_with_the_level_rejects():
+  for procedure in testing.PROCEDURES.values():
+    assert procedure([0.05], 0.05).rejected.tolist() == [True]
+    assert procedure([np.nextafter(0.05, 1)], 0.05).rejected.tolist() == [False]
+
+
+@pytest.mark.parametrize(
+  ("p", "error_rate", "message"),
+  [
+    ([], 0.05, "`p_values` to be a non-empty vector"),
+    ([[0.1]], 0.05, "`p_values` to be a non-empty vector"),
+    ([1.5], 0.05, r"`p_values` to be .* in \[0, 1\]"),
+    ([0.1, 1.5], 0.05, r"`p_values` to be .* in \[0, 1\]"),
+    ([-0.1], 0.05, r"`p_values` to be .* in \[0, 1\]"),
+    ([0.1], 0.0, "`error_rate` to be in"),
+    ([0.1], 1.0, "`error_rate` to be in"),
+    ([0.1], float("nan"), "`error_rate` to be in"),
+  ],
+)
+def test_arguments_out_of_range_are_refused(p, error_rate, message):
+  for procedure in testing.PROCEDURES.values():
+    with pytest.raises(ValueError, match=message):
+      procedure(p, error_rate)
+
+
+def test_adjusted_p_values_end_at_one():
+  for procedure in testing.PROCEDURES.values():
+    assert procedure([0.9, 1.0, float("nan")], 0.1).adjusted_p_values.max() == 1.0
+
+
+def part(p_values, share=1.0, ascending=False):
+  many = len(p_values)
+  return Evidence(
+    name="",
+    tolerance=0.1,
+    method="betting",
+    support=Support(),
+    share=share,
+    ascending=ascending,
+    num_examples=(9,) * many,
+    means=(0.0, float("nan"), 0.5)[:many],
+    log_p_values=tuple(np.log(p_values).tolist()),
+    upper_bounds=(0.2,) * many,
+  )
+
+
+def check(found, p_values, worst, rejected, adjusted, visited):
+  np.testing.assert_allclose(np.exp(found.log_p_values), p_values, rtol=1e-12)
+  np.testing.assert_allclose(found.adjusted_p_values, adjusted, rtol=1e-12)
+  assert found.worst.tolist() == worst and found.rejected.tolist() == rejected
+  assert found.visited == visited
+
+
+def test_the_worst_part_decides():
+  parts = [part([0.01, 0.02, 0.2]), part([0.03, 0.01, 0.04])]
+  found = decide(parts, "fixed_sequence", 0.05)
+  largest = [0.03, 0.02, 0.2]
+  check(found, largest, [1, 0, 0], [True, True, False], [0.03, 0.03, 0.2], (0, 1, 2))
+
+
+def test_what_is_tested_from_either_end_has_shares_and_needs_both():
+  risk = part([0.01, 0.02, 0.024], share=0.5)
+  costs = [
+    part([0.4, 0.012, 0.006], share=0.5, ascending=True),
+    part([0.5, 0.01, 0.008], share=0.5, ascending=True),
+  ]
+  found = decide([risk, *costs], "fixed_sequence", 0.05)
+  # Over its share, a p-value of 1/2 is 1. Costs are accumulated from the last threshold up.
+  largest, adjusted = [1.0, 0.04, 0.048], [1.0, 0.04, 0.048]
+  check(found, largest, [2, 0, 0], [False, True, True], adjusted, (0, 1, 2))
+  found = decide([part([0.01, 0.02, 0.3], share=0.5), *costs], "fixed_sequence", 0.05)
+  check(found, [1.0, 0.04, 0.6], [2, 0, 0], [False, True, False], [1.0, 0.04, 0.6], (0, 1, 2))
+
+
+def test_a_cost_that_fails_at_the_cheap_end_ends_the_test_of_costs():
+  cost = part([0.001, 0.001, 0.02], share=0.25, ascending=True)
+  found = decide([part([0.001] * 3, share=0.75), cost], "fixed_sequence", 0.05)
+  assert not found.rejected.any()
+  np.testing.assert_allclose(found.adjusted_p_values, 0.08)
+
+
+def test_a_share_of_the_error_rate_is_a_higher_p_value():
+  assert not decide([part([0.03], share=0.5)], "fixed_sequence", 0.05).rejected[0]
+  assert decide([part([0.025], share=0.5)], "fixed_sequence", 0.0500001).rejected[0]
+
+
+def test_evidence_is_the_same_after_a_file():
+  first = part([0.5, 0.25, 0.125], share=0.5, ascending=True)
+  stored = first.to_json()
+  assert stored["means"] == [0.0, None, 0.5] and stored["num_examples"] == [9, 9, 9]
+  again = Evidence.from_json(stored)
+  assert repr(again) == repr(first)
+
+
+def test_grids_are_tested_each_for_itself():
+  parts = [part([0.01, 0.03, 0.02], share=0.5), part([0.02, 0.001, 0.024], share=0.5)]
+  found = decide(parts, "fixed_sequence", 0.05, (2, 1))
+  check(
+    found, [0.04, 0.06, 0.048], [1, 0, 1], [True, False, True], [0.04, 0.06, 0.048], (0, 1, 2)
+  )
