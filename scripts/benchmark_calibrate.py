@@ -34,7 +34,8 @@ def main() -> None:
   generator, shape = np.random.default_rng(0), (flags.prompts, flags.thresholds)
   shares = np.linspace(0.0, 0.3, flags.thresholds)
   losses = (generator.random(shape) < shares) * generator.random(shape)
-  grid, rates = np.linspace(0.99, 0.0, flags.thresholds), {"error_rate": 0.05}
+  grid = np.linspace(0.99, 0.0, flags.thresholds)
+  rates: dict[str, Any] = {"error_rate": 0.05}
   print(f"{flags.prompts} prompts x {flags.thresholds} thresholds")
   clock("p-values, betting", lambda: p_values.betting(losses, 0.1))
   pool = SequenceLosses(losses[:2000, ::5], grid[::5])
