@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from calm.calibrate import SequenceLosses, calibrate, trials
+from calm.calibrate import SequenceLosses, calibrate, metrics, trials
 from calm.calibrate.evidence import p_values
-from calm.calibrate.losses import metric_values, metrics
 
 
 def clock(name: str, work: Callable[[], Any]) -> None:
@@ -55,7 +54,7 @@ def main() -> None:
     for workers in (1, None):
       clock(
         f"{name}, 20,000 pairs, {workers or 'several'} processes",
-        lambda m=metric, w=workers: metric_values.compute(m, pairs, workers=w),
+        lambda m=metric, w=workers: metrics.compute(m, pairs, workers=w),
       )
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
   print(f"peak memory {peak:.0f} MiB, of which the losses {losses.nbytes / 2**20:.0f} MiB")

@@ -16,13 +16,13 @@ from calm.calibrate import (
   SequenceLosses,
   Support,
   audit,
+  metrics,
   planning,
   promises,
   sequential,
   trials,
 )
 from calm.calibrate.evidence import draws
-from calm.calibrate.losses import metrics
 from tests import odd_arguments
 
 COUNT = 60

@@ -2,6 +2,7 @@
 
     generations   cached outputs per threshold, on disk and in memory (`load`, `open_writer`)
     losses        cached outputs -> losses [num_examples, num_thresholds]
+    metrics       text metrics; `label_requests` asks for references where a loss needs them
     evidence      losses -> p-value of "the expected loss exceeds the tolerance" -> certified?
     certify       all of it: `calibrate(losses, ...)` -> `calibration.Calibration`
     configurations  one of many configurations, for several risks: Pareto testing
@@ -25,17 +26,17 @@ from calm.calibrate import promises
 from calm.calibrate.calibration import Calibration
 from calm.calibrate.certify import calibrate
 from calm.calibrate.configurations import calibrate_configurations
-from calm.calibrate.generations.cached import load
-from calm.calibrate.generations.procedures import Procedure, Provenance
+from calm.calibrate.generations.cache import load
+from calm.calibrate.generations.procedure import Procedure, Provenance
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 from calm.calibrate.generations.writer import open_writer
-from calm.calibrate.losses.sequence_losses import (
+from calm.calibrate.losses import (
   SequenceLosses,
   Support,
+  from_texts,
   risk_losses,
   textual_losses,
 )
-from calm.calibrate.losses.texts import from_texts
 from calm.calibrate.thresholds import NEVER_EXIT, default_grid
 
 __all__ = [
@@ -55,9 +56,11 @@ __all__ = [
   "evidence",
   "from_texts",
   "generations",
+  "label_requests",
   "ledger",
   "load",
   "losses",
+  "metrics",
   "open_writer",
   "planning",
   "promises",

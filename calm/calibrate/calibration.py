@@ -13,8 +13,8 @@ from calm import storage
 from calm.calibrate import promises, verification, views
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.decision import Decision, Evidence
-from calm.calibrate.generations.procedures import Procedure, Provenance, describe_differences
-from calm.calibrate.losses.sequence_losses import Support
+from calm.calibrate.generations.procedure import Procedure, Provenance, describe_differences
+from calm.calibrate.losses import Support
 from calm.calibrate.promises import Mean, Promise
 
 SCHEMA_VERSION = verification.SCHEMA_VERSION

@@ -11,16 +11,16 @@ import scipy
 
 import calm
 from calm import arguments
+from calm.calibrate import checks, clusters, planning, promises
 from calm.calibrate import decision as decision_lib
-from calm.calibrate import planning, promises
+from calm.calibrate import losses as sequence_losses
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.calibration import Calibration, Row
 from calm.calibrate.decision import Decision, Evidence
 from calm.calibrate.evidence import methods
 from calm.calibrate.evidence import multiple_testing as testing
-from calm.calibrate.generations.procedures import Provenance
-from calm.calibrate.losses import checks, clusters, frames
-from calm.calibrate.losses.sequence_losses import UNKNOWN, SequenceLosses, Support
+from calm.calibrate.generations.procedure import Provenance
+from calm.calibrate.losses import UNKNOWN, SequenceLosses, Support
 
 
 @arguments.checked(promise=promises.of_name)
@@ -301,8 +301,8 @@ def _check_rates(tolerance: float, error_rate: float) -> None:
 
 
 def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
-  if frames.is_frame(losses):
-    losses, support = frames.losses_of(losses, support), None
+  if sequence_losses.is_frame(losses):
+    losses, support = sequence_losses.from_frame(losses, support), None
   if not isinstance(losses, SequenceLosses):
     if thresholds is None:
       raise ValueError(

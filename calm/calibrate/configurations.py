@@ -13,14 +13,14 @@ import scipy
 
 import calm
 from calm import arguments
+from calm.calibrate import checks, clusters
 from calm.calibrate import decision as decision_lib
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.calibration import Calibration, Row
 from calm.calibrate.decision import Evidence
 from calm.calibrate.evidence import pareto
-from calm.calibrate.generations.procedures import Provenance
-from calm.calibrate.losses import checks, clusters
-from calm.calibrate.losses.sequence_losses import UNKNOWN, SequenceLosses
+from calm.calibrate.generations.procedure import Provenance
+from calm.calibrate.losses import UNKNOWN, SequenceLosses
 from calm.calibrate.promises import Configurations, Risk, as_promise
 from calm.calibrate.promises.risks import check_outputs
 

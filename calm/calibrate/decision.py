@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from calm.calibrate.evidence import multiple_testing as testing
-from calm.calibrate.losses.sequence_losses import Support
+from calm.calibrate.losses import Support
 
 
 @dataclasses.dataclass(frozen=True)

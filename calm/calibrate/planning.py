@@ -11,7 +11,7 @@ from calm import arguments
 from calm.calibrate import promises
 from calm.calibrate.evidence import methods
 from calm.calibrate.evidence.draws import Draws, check_size
-from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
+from calm.calibrate.losses import SequenceLosses, Support
 from calm.calibrate.promises.promise import in_range
 
 # Where a method's own size is sought no further: nobody calibrates on more prompts.

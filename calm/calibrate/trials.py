@@ -19,7 +19,7 @@ from scipy import stats
 
 from calm import arguments
 from calm.calibrate.evidence.draws import Draws, check_size
-from calm.calibrate.losses.sequence_losses import SequenceLosses
+from calm.calibrate.losses import SequenceLosses
 
 
 @dataclasses.dataclass(frozen=True)

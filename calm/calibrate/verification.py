@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calm import storage
+from calm.calibrate import checks
 from calm.calibrate import decision as decision_lib
 from calm.calibrate.decision import Evidence
 from calm.calibrate.evidence import methods, multiple_testing
-from calm.calibrate.losses import checks
 
 if TYPE_CHECKING:
   from calm.calibrate.calibration import Calibration

@@ -15,12 +15,12 @@ from calm.calibrate import (
   Support,
   calibrate,
   calibration,
+  clusters,
   promises,
   sequential,
 )
 from calm.calibrate.evidence import methods, multiple_testing, p_values
 from calm.calibrate.generations import order
-from calm.calibrate.losses import clusters
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.7, 0.5, 0.3])

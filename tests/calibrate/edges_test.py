@@ -7,9 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from calm.calibrate import SequenceLosses, Support, calibrate, sequential, trials
+from calm.calibrate import SequenceLosses, Support, calibrate, checks, sequential, trials
 from calm.calibrate.evidence import draws, p_values, pareto
-from calm.calibrate.losses import checks
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.5])

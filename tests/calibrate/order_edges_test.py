@@ -15,10 +15,11 @@ from calm.calibrate import (
   calibrate,
   calibrate_configurations,
   certify,
+  checks,
+  clusters,
 )
 from calm.calibrate.evidence import methods
 from calm.calibrate.generations import order
-from calm.calibrate.losses import checks, clusters
 from calm.calibrate.promises import Risk
 from tests.calibrate import laws
 
@@ -91,7 +92,7 @@ KINDS = {
 def test_equal_calls_answer_equally_however_rows_are_stored(kinds, method):
   generator = np.random.default_rng(0)
   values, support = KINDS[kinds]
-  for _ in range(20):
+  for _ in range(6):
     table = generator.choice(
       values, size=(60, 1), p=[0.8, *[0.2 / (len(values) - 1)] * (len(values) - 1)]
     )
@@ -209,7 +210,7 @@ EQUAL_CALLS = {
 
 @pytest.mark.parametrize("named", [None, False, True])
 @pytest.mark.parametrize("kind", EQUAL_CALLS)
-def test_twenty_equal_calls_answer_equally(kind, named):
+def test_equal_calls_answer_equally_of_every_kind_of_table(kind, named):
   """Plain arrays (None), and losses without and with ids."""
   law, more = EQUAL_CALLS[kind]
   for seed in range(3):
@@ -220,7 +221,7 @@ def test_twenty_equal_calls_answer_equally(kind, named):
       fields = {**more, "ids": tuple(f"p{row}" for row in range(60)) if named else None}
       call = lambda: calibrate(SequenceLosses(table.copy(), [0.9, 0.5], **fields), **RATES)  # noqa: B023
     first = call()
-    assert all(call() == first for _ in range(19))
+    assert all(call() == first for _ in range(4))
 
 
 def test_another_process_answers_equally():

@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from calm.calibrate import NEVER_EXIT, calibrate, sequential
+from calm.calibrate import NEVER_EXIT, calibrate, metrics, sequential
+from calm.calibrate import losses as sequence_losses
 from calm.calibrate.evidence import betting
 from calm.calibrate.generations import order
-from calm.calibrate.losses import metrics, sequence_losses
 from tests.calibrate import laws
 
 COUNT = 120

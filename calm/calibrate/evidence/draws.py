@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from calm.calibrate import clusters
 from calm.calibrate.evidence import methods
-from calm.calibrate.losses import clusters
-from calm.calibrate.losses.sequence_losses import SequenceLosses
+from calm.calibrate.losses import SequenceLosses
 
 # Units of all sets together that are drawn at once: 2 GB of numbers.
 MOST_DRAWN = 2**28

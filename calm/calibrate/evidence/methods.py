@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from calm import signals
 from calm.calibrate.evidence import betting, bounds, p_values
-from calm.calibrate.losses.sequence_losses import Support
+from calm.calibrate.losses import Support
 
 # Pairs of a column and a tolerance that are tested at once; their losses should fit a cache.
 _PAIRS = 256

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from calm.calibrate import clusters
 from calm.calibrate.evidence import methods, multiple_testing
-from calm.calibrate.losses import clusters
-from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
+from calm.calibrate.losses import SequenceLosses, Support
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

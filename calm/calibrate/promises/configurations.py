@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from calm.calibrate.losses import checks
+from calm.calibrate import checks
 from calm.calibrate.promises.risks import SeveralRisks
 
 

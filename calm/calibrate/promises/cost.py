@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from calm import arguments
-from calm.calibrate.losses.sequence_losses import Support
+from calm.calibrate.losses import Support
 from calm.calibrate.promises.promise import (
   Part,
   Promise,

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from calm import arguments
-from calm.calibrate.losses import checks
-from calm.calibrate.losses.sequence_losses import SequenceLosses
+from calm.calibrate import checks
+from calm.calibrate.losses import SequenceLosses
 from calm.calibrate.promises.promise import (
   Part,
   Promise,

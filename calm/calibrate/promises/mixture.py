@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from calm import arguments
-from calm.calibrate.losses import checks
-from calm.calibrate.losses.sequence_losses import Support
+from calm.calibrate import checks
+from calm.calibrate.losses import Support
 from calm.calibrate.promises.promise import Part, Promise, Test, rows_of, transformed
 
 

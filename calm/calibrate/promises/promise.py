@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from calm import arguments
-from calm.calibrate.losses import checks
-from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
+from calm.calibrate import checks
+from calm.calibrate.losses import SequenceLosses, Support
 
 if TYPE_CHECKING:
   from calm.calibrate.calibration import Calibration

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from calm.calibrate.losses.sequence_losses import Support
+from calm.calibrate.losses import Support
 from calm.calibrate.promises.promise import Part, Promise, Test, in_range, transformed
 
 

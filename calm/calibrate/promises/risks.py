@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from calm import arguments
-from calm.calibrate.generations.procedures import describe_differences
-from calm.calibrate.losses import checks
-from calm.calibrate.losses.sequence_losses import SequenceLosses
+from calm.calibrate import checks
+from calm.calibrate.generations.procedure import describe_differences
+from calm.calibrate.losses import SequenceLosses
 from calm.calibrate.promises.promise import Part, Promise, Test
 
 
