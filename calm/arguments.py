@@ -3,9 +3,9 @@
     @arguments.checked(engine=engines.by_name)
     def decode(sizes: Sequence[int], engine: Engine | None = None, share: float = 1.0): ...
 
-numpy's scalars pass for numbers, texts for paths, any ordered iterable passes for a sequence,
-and where a function is given that finds objects, a name passes for the object. A ValueError
-names the argument that is anything else.
+numpy's scalars pass for numbers, texts for paths, any ordered iterable for a sequence, and a
+name for an object where a function is given that looks it up. A ValueError names the argument
+that is anything else.
 """
 
 import functools
@@ -19,21 +19,13 @@ from typing import Any
 
 Target = typing.TypeVar("Target", bound=Callable[..., Any])
 
-# Annotation: one of it in words, several of it, and the values that pass.
-_PLAIN: Mapping[Any, tuple[str, str, Callable[[Any], bool]]] = {
-  bool: ("True or False", "True or False", lambda v: isinstance(v, bool)),
-  int: (
-    "a whole number",
-    "whole numbers",
-    lambda v: isinstance(v, numbers.Integral) and not isinstance(v, bool),
-  ),
-  float: (
-    "a number",
-    "numbers",
-    lambda v: isinstance(v, numbers.Real) and not isinstance(v, bool),
-  ),
-  str: ("a text", "texts", lambda v: isinstance(v, str)),
-  type(None): ("None", "None", lambda v: v is None),
+# Annotation: one of it in words, several of it, and the class of values that pass.
+_PLAIN: Mapping[Any, tuple[str, str, type]] = {
+  bool: ("True or False", "True or False", bool),
+  int: ("a whole number", "whole numbers", numbers.Integral),
+  float: ("a number", "numbers", numbers.Real),
+  str: ("a text", "texts", str),
+  type(None): ("None", "None", type(None)),
 }
 _UNORDERED = (bytes, bytearray, Mapping, set, frozenset, type)
 _UNIONS = (typing.Union, types.UnionType)
@@ -42,7 +34,7 @@ _MAPPINGS = (dict, Mapping)
 
 
 class _Mismatch(Exception):
-  """A value that an annotation does not allow."""
+  """A value that an annotation does not allow; the message names an item of a list."""
 
 
 def checked(**by_name: Callable[[str], Any]) -> Callable[[Target], Target]:
@@ -86,20 +78,25 @@ def checked(**by_name: Callable[[str], Any]) -> Callable[[Target], Target]:
 
 
 def _converted(value: Any, kind: Any) -> Any:
-  """A value in the form of its annotation.
-
-  Raises:
-    _Mismatch: the annotation does not allow it.
-  """
+  """A value in the form of its annotation; _Mismatch where the annotation does not allow it."""
   origin, inner = typing.get_origin(kind), typing.get_args(kind)
   if _is_open(kind):
     return value
   if kind in _PLAIN:
-    return _plain(value, kind)
+    if getattr(value, "ndim", None) == 0:  # a scalar of numpy or of JAX
+      value = value.item()
+    _require(
+      isinstance(value, _PLAIN[kind][2]) and (kind is bool or not isinstance(value, bool))
+    )
+    return kind(value) if kind in (int, float) and type(value) not in (int, float) else value
   if origin in _UNIONS:
     return _one_of(value, inner)
   if origin in _SEQUENCES:
-    return _sequence(value, origin, inner)
+    _require(is_listing(value) and not isinstance(value, str))
+    items = value if isinstance(value, list | tuple) else tuple(value)
+    if inner and inner[0] is not Any and not all(type(item) is inner[0] for item in items):
+      items = [_item(place, item, inner[0]) for place, item in enumerate(items)]
+    return tuple(items) if origin is tuple else items
   if kind is pathlib.Path and isinstance(value, str):
     return pathlib.Path(value)
   if origin in _MAPPINGS:
@@ -119,13 +116,6 @@ def _is_open(kind: Any) -> bool:
   return kind is Any or getattr(kind, "__module__", "").startswith("numpy")
 
 
-def _plain(value: Any, kind: Any) -> Any:
-  if getattr(value, "ndim", None) == 0:  # a scalar of numpy or of JAX
-    value = value.item()
-  _require(_PLAIN[kind][2](value))
-  return kind(value) if kind in (int, float) and type(value) not in (int, float) else value
-
-
 def _one_of(value: Any, kinds: Sequence[Any]) -> Any:
   if any(map(_is_open, kinds)):
     return value
@@ -136,15 +126,6 @@ def _one_of(value: Any, kinds: Sequence[Any]) -> Any:
     except _Mismatch as error:
       within = error if str(error) else within
   raise within
-
-
-def _sequence(value: Any, origin: Any, inner: Sequence[Any]) -> Any:
-  _require(is_listing(value) and not isinstance(value, str))
-  items = value if isinstance(value, list | tuple) else tuple(value)
-  kind = inner[0] if inner else Any
-  if kind is not Any and not all(type(item) is kind for item in items):
-    items = [_item(place, item, kind) for place, item in enumerate(items)]
-  return tuple(items) if origin is tuple else items
 
 
 def is_listing(value: Any) -> bool:

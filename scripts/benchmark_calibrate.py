@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from calm.calibrate import SequenceLosses, calibrate, p_values, trials
-from calm.calibrate.losses import metric_values, metrics
+from calm.calibrate import SequenceLosses, betting, calibrate, metrics, trials
 
 
 def clock(name: str, work: Callable[[], Any]) -> None:
@@ -37,10 +36,10 @@ def main() -> None:
   grid = np.linspace(0.99, 0.0, flags.thresholds)
   rates: dict[str, Any] = {"error_rate": 0.05}
   print(f"{flags.prompts} prompts x {flags.thresholds} thresholds")
-  clock("p-values, betting", lambda: p_values.betting(losses, 0.1))
+  clock("p-values, betting", lambda: betting.p_value(losses, 0.1))
   pool = SequenceLosses(losses[:2000, ::5], grid[::5])
   for method in ("auto", "paper"):
-    options = rates | {"method": method}
+    options: dict[str, Any] = rates | {"method": method}
     clock(
       f"calibrate, method {method}",
       lambda o=options: calibrate(losses, grid, tolerance=0.1, **o),
@@ -55,7 +54,7 @@ def main() -> None:
     for workers in (1, None):
       clock(
         f"{name}, 20,000 pairs, {workers or 'several'} processes",
-        lambda m=metric, w=workers: metric_values.compute(m, pairs, workers=w),
+        lambda m=metric, w=workers: metrics.compute(m, pairs, workers=w),
       )
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
   print(f"peak memory {peak:.0f} MiB, of which the losses {losses.nbytes / 2**20:.0f} MiB")

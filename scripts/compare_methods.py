@@ -15,7 +15,7 @@ import numpy as np
 import tables
 
 from calm.calibrate import calibrate, generations, thresholds, trials
-from calm.calibrate.losses import sequence_losses
+from calm.calibrate import losses as sequence_losses
 
 HEADER = (
   "tolerance",

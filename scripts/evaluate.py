@@ -8,7 +8,7 @@ import argparse
 import statistics
 
 from calm import exits, inference
-from calm.calibrate.losses import metrics
+from calm.calibrate import metrics
 from calm.commands import flags
 from calm.commands import run as run_lib
 

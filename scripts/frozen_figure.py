@@ -15,8 +15,8 @@ import tempfile
 from typing import Any
 
 from calm import exits, inference, storage
-from calm.calibrate import Prompt
-from calm.calibrate.losses import metric_values, metrics, sequence_losses
+from calm.calibrate import Prompt, metrics
+from calm.calibrate import losses as sequence_losses
 from calm.data import datasets
 from calm.inference import grid, outputs
 
@@ -66,7 +66,7 @@ def measure(model: pathlib.Path, fit: pathlib.Path, rows: pathlib.Path) -> dict[
   for layer in range(2, served.num_layers):
     records = grid.with_rule(decoder, prompts, exits.StaticExit(layer))
     pairs = [(a.prediction, (b.prediction,)) for a, b in zip(records, full, strict=True)]
-    alike = metric_values.compute(metrics.get_metric(metric), pairs)
+    alike = metrics.compute(metrics.get_metric(metric), pairs)
     cut[0].append(layer)
     cut[1].append(float(1.0 - alike.mean()))
   curves["cut decoder"] = cut

@@ -35,8 +35,7 @@ TESTS = {
   "betting": ("betting_test", "trials_test", "sequential_test"),
   "trials": ("trials_test", "edges_test"),
   "generations/order": ("generations/order_test", "order_edges_test"),
-  "losses/clusters": ("order_edges_test", "calibration_test", "edges_test"),
-  "losses/labelling": ("losses/labelling_test",),
+  "clusters": ("order_edges_test", "calibration_test", "edges_test"),
   "configurations": ("configurations_test",),
   "risks": ("risks_test", "configurations_test", "forgery_test"),
 }

@@ -94,8 +94,4 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     "p_values",
     "cdf = np.asarray(np.where(counts < sizes, incomplete, 1.0)) [1.0 -> 2.0]",
   ): "log p is cut at 0 afterwards",
-  (
-    "losses/labelling",
-    "return np.random.default_rng(seed).random(num_examples) < shares [Lt -> LtE]",
-  ): "a draw is equal to a share once in 2**53",
 }

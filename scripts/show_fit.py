@@ -27,8 +27,8 @@ import numpy as np
 
 import calm
 from calm import checkpoints, exits, fitting, inference, storage
-from calm.calibrate import Prompt, calibrate, generations
-from calm.calibrate.losses import metrics, sequence_losses
+from calm.calibrate import Prompt, calibrate, generations, metrics
+from calm.calibrate import losses as sequence_losses
 from calm.checkpoints import huggingface
 from calm.commands import run as run_lib
 from calm.data import datasets

@@ -26,12 +26,12 @@ from calm.calibrate import (
   Support,
   calibrate,
   calibrate_configurations,
+  clusters,
   methods,
   risks,
   sequential,
 )
 from calm.calibrate.certify import each_group as calibrate_each_group
-from calm.calibrate.losses import clusters, labelling
 
 LEVEL, TOLERANCE = 0.05, 0.1
 # Columns that share what belongs to a prompt (labels, weights); blocks of them are independent.
@@ -162,15 +162,6 @@ def cost(risk: bool):
   return wrong
 
 
-def labelled_share(generator, count):
-  values = text_like(generator, TOLERANCE, (count, COLUMNS))
-  guess = np.clip(values + generator.normal(0.0, 0.1, values.shape), 0.0, 1.0)
-  chosen = labelling.choose(count, 0.25, seed=int(generator.integers(2**32)))
-  known = np.where(chosen[:, None], values, np.nan)
-  losses = labelling.with_predictions(table(known), guess, chosen, 0.25)
-  return certified(losses, tolerance=TOLERANCE)
-
-
 def cluster_means(generator, count):
   values = np.repeat(text_like(generator, TOLERANCE, (count, COLUMNS)), 4, axis=0)
   groups = tuple(f"g{row // 4}" for row in range(len(values)))
@@ -230,7 +221,6 @@ CELLS = (
   Cell("several risks", "text", 100, several_risks),
   Cell("cost, the risk", "text", 100, cost(risk=True), LEVEL / 2),
   Cell("cost, the cost", "Beta(2, 2)", 100, cost(risk=False), LEVEL / 2),
-  Cell("a quarter labelled", "text", 300, labelled_share),
   Cell("one of six configurations", "0 or 1", 200, one_configuration, block=1, most=5000),
   Cell("sequential", "text", 60, sequential_run(0.0), block=1, most=5000),
   Cell("sequential", "signed", 60, sequential_run(-1.0), block=1, most=5000),

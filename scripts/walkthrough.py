@@ -14,8 +14,8 @@ import pathlib
 import tempfile
 
 from calm import calibrate, exits, inference
+from calm.calibrate import losses as sequence_losses
 from calm.calibrate.generations import records
-from calm.calibrate.losses import sequence_losses
 from calm.inference import grid, outputs
 from calm.paper import scores
 

@@ -16,13 +16,13 @@ from calm.calibrate import (
   SequenceLosses,
   Support,
   each_group,
+  metrics,
   monitor,
   planning,
   risks,
   sequential,
   trials,
 )
-from calm.calibrate.losses import metrics
 from tests import odd_arguments
 
 COUNT = 60

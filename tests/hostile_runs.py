@@ -12,9 +12,8 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from calm import checkpoints, exits
-from calm.calibrate import Prompt
+from calm.calibrate import Prompt, label_requests
 from calm.calibrate.generations import foreign, shards
-from calm.calibrate.losses import asking
 from calm.commands import calibrate, infer
 from calm.data import vocabulary
 from calm.fitting import result as fit_result
@@ -126,7 +125,7 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
     "shard": (at("shard") / shards.MARK, lambda: shards.read_mark(at("shard"))),
     "references": (
       at("references.jsonl"),
-      lambda: asking.read_references(at("references.jsonl")),
+      lambda: label_requests.read_references(at("references.jsonl")),
     ),
     "labels": (at("labels.jsonl"), lambda: calibrate.read_labels(at("labels.jsonl"), ["a"])),
     "outputs of T5X": (at("t5x.jsonl"), lambda: foreign.read_predictions(at("t5x.jsonl"))),

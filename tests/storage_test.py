@@ -17,7 +17,7 @@ import pytest
 
 from calm import storage
 from calm.calibrate import generations
-from calm.calibrate.generations import mending
+from calm.calibrate.generations import writer
 from tests.calibrate import small_cache
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "calm"
@@ -437,7 +437,7 @@ def test_a_folder_of_generations_holds_regular_files(tmp_path, kind):
   threshold, prompts = folder / "threshold_0.5.jsonl", folder / "prompts.jsonl"
   for path, read in (
     (threshold, lambda: generations.load(folder)),
-    (threshold, lambda: mending.mend(threshold, None)),
+    (threshold, lambda: writer.repair(threshold, None)),
     (prompts, lambda: generations.load(folder)),
     (prompts, lambda: storage.checksum(prompts)),
   ):

@@ -27,17 +27,17 @@ from calm.calibrate import monitor, risks
 from calm.calibrate.calibration import Calibration
 from calm.calibrate.certify import calibrate, each_group
 from calm.calibrate.configurations import calibrate_configurations
-from calm.calibrate.generations.cached import load
-from calm.calibrate.generations.procedures import Procedure, Provenance
+from calm.calibrate.generations.cache import load
+from calm.calibrate.generations.procedure import Procedure, Provenance
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 from calm.calibrate.generations.writer import open_writer
-from calm.calibrate.losses.sequence_losses import (
+from calm.calibrate.losses import (
   SequenceLosses,
   Support,
+  from_texts,
   risk_losses,
   textual_losses,
 )
-from calm.calibrate.losses.texts import from_texts
 from calm.calibrate.thresholds import NEVER_EXIT, default_grid
 
 # The names of versions before.

@@ -12,8 +12,8 @@ import numpy as np
 from calm import storage
 from calm.calibrate import display, risks, verification
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations.procedures import Procedure, Provenance, describe_differences
-from calm.calibrate.losses.sequence_losses import Support
+from calm.calibrate.generations.procedure import Procedure, Provenance, describe_differences
+from calm.calibrate.losses import Support
 from calm.calibrate.risks import Mean, Promise
 from calm.calibrate.testing import Decision, Evidence
 

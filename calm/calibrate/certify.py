@@ -11,13 +11,13 @@ import scipy
 
 import calm
 from calm import arguments
-from calm.calibrate import methods, planning, testing
+from calm.calibrate import checks, clusters, methods, planning, testing
+from calm.calibrate import losses as sequence_losses
 from calm.calibrate import risks as risks_lib
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.calibration import Calibration, Row
-from calm.calibrate.generations.procedures import Provenance
-from calm.calibrate.losses import checks, clusters, frames
-from calm.calibrate.losses.sequence_losses import UNKNOWN, SequenceLosses, Support
+from calm.calibrate.generations.procedure import Provenance
+from calm.calibrate.losses import UNKNOWN, SequenceLosses, Support
 from calm.calibrate.risks import Part, Promise, Risk
 from calm.calibrate.testing import Decision, Evidence
 
@@ -331,8 +331,8 @@ def _check_rates(tolerance: float, error_rate: float) -> None:
 
 
 def _as_losses(losses, thresholds, support: Support | None) -> SequenceLosses:
-  if frames.is_frame(losses):
-    losses, support = frames.losses_of(losses, support), None
+  if sequence_losses.is_frame(losses):
+    losses, support = sequence_losses.from_frame(losses, support), None
   if not isinstance(losses, SequenceLosses):
     if thresholds is None:
       raise ValueError(

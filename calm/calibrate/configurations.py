@@ -13,12 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from calm import arguments
-from calm.calibrate import testing
+from calm.calibrate import checks, clusters, testing
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.calibration import Calibration
 from calm.calibrate.certify import Run, record
-from calm.calibrate.losses import checks, clusters
-from calm.calibrate.losses.sequence_losses import UNKNOWN, SequenceLosses
+from calm.calibrate.losses import UNKNOWN, SequenceLosses
 from calm.calibrate.risks import Configurations, Part, Risk, as_promise, check_outputs
 from calm.calibrate.testing import Evidence
 

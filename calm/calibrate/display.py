@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from calm.calibrate.losses.sequence_losses import UNKNOWN
+from calm.calibrate.losses import UNKNOWN
 from calm.calibrate.thresholds import format_threshold
 from calm.console import sanitize
 

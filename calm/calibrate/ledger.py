@@ -4,8 +4,7 @@ A promise holds with probability 1 - error_rate over the draw of its prompts, if
 one that was asked of them. Of k promises on the same prompts (another metric, measure, method
 or tolerance, or more prompts after a look at the first ones) the one that is served because it
 came out best fails with probability up to k error_rate. At error_rate / k each, all hold at
-once with probability 1 - error_rate (Bonferroni). Whoever calibrates does not count; the ledger
-does.
+once with probability 1 - error_rate (Bonferroni). The ledger counts them.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ LEDGER, EARLIER, FIT = "calibrations.jsonl", "certified_rows.json", "fit"
 # Of each set of rows so many of the smallest digests are kept: sets that share a twentieth of
 # their rows hardly ever share none of these.
 _KEPT = 64
-_MOST_FILES, _MOST_BYTES, _MOST_TOLD = 256, 2**24, 3
+_MOST_FILES, _MOST_BYTES, _MOST_LISTED = 256, 2**24, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +56,8 @@ class Entry:
     return json.dumps([self.question, self.count, self.rows], sort_keys=True)
 
   def __str__(self) -> str:
-    told = {
-      name: self.question.get(name) for name in ("kind", "metric", "measure", "method", FIT)
-    }
-    names = ", ".join(str(value) for value in told.values() if value)
+    values = map(self.question.get, ("kind", "metric", "measure", "method", FIT))
+    names = ", ".join(str(value) for value in values if value)
     tolerance = self.question.get("tolerance")
     bound = f" within {tolerance}" if tolerance is not None else ""
     return f"{names or 'another'}{bound} at {self.error_rate:g} on {self.count} rows"
@@ -140,7 +137,7 @@ def record(
   text = storage.dump_line(line)
   entry, own = _entry(json.loads(text), path), []
   if path.exists():
-    next(_read(path), None)  # what is mended must be a ledger
+    next(_read(path), None)  # only a ledger is repaired
     storage.drop_partial_line(path)
     own = list(_read(path))
   same = [old for old in own if old.key == entry.key]
@@ -158,18 +155,18 @@ def _describe(entry: Entry, earlier: list[Entry]) -> str:
   others, number = list(latest.values()), len(latest) + 1
   total = min(1.0, sum(old.error_rate for old in others) + entry.error_rate)
   whole = max(old.error_rate for old in [*earlier, entry])
-  shown = "; ".join(map(str, others[:_MOST_TOLD])) + "; ..." * (len(others) > _MOST_TOLD)
-  told = (
-    f"Some or all of these rows were calibrated on before ({LEDGER}): {shown}. Each promise"
+  listed = "; ".join(map(str, others[:_MOST_LISTED])) + "; ..." * (number > _MOST_LISTED + 1)
+  sentence = (
+    f"Some or all of these rows were calibrated on before ({LEDGER}): {listed}. Each promise"
     " holds by itself. The one that is served because it came out best of these fails with"
     f" probability up to {total:.4g}, the sum of their error rates"
   )
   if total <= whole * (1.0 + 1e-9):
-    return f"{told}."
+    return f"{sentence}."
   return (
-    f"{told}, not {entry.error_rate:.4g}: keep the one that was planned, or make each of the"
-    f" {number} again with --error_rate={whole / number:.4g} (error_rate / k), with which all"
-    f" hold at once with probability {1.0 - whole:.4g}."
+    f"{sentence}, not {entry.error_rate:.4g}: keep the one that was planned, or make each of"
+    f" the {number} again with --error_rate={whole / number:.4g} (error_rate / k), with which"
+    f" all hold at once with probability {1.0 - whole:.4g}."
   )
 
 
@@ -184,13 +181,13 @@ def _sketch(digests: Iterable[str]) -> tuple[str, ...]:
 
 def _beside(own: pathlib.Path, around: Iterable[str | pathlib.Path]) -> Iterator[Entry]:
   """Lines of ledgers beside, above and below folders; what cannot be read is left out."""
-  found: set[pathlib.Path] = set()
+  paths: set[pathlib.Path] = set()
   for home in (pathlib.Path(folder).resolve() for folder in around):
     for name in (LEDGER, f"{FIT}/{LEDGER}", f"{FIT}/{EARLIER}"):
-      found |= {home.parent / name, *home.parent.glob(f"*/{name}"), *home.glob(f"*/{name}")}
-      found |= {home / name}
-  for path in sorted(found - {own})[:_MOST_FILES]:
-    with contextlib.suppress(ValueError, OSError):
+      paths |= {home / name, home.parent / name}
+      paths |= {*home.parent.glob(f"*/{name}"), *home.glob(f"*/{name}")}
+  for path in sorted(paths - {own})[:_MOST_FILES]:
+    with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError, OSError):
       if path.is_file() and path.stat().st_size <= _MOST_BYTES:
         yield from list(_read(path))
 
@@ -202,7 +199,7 @@ def _read(path: pathlib.Path) -> Iterator[Entry]:
   for line in storage.read_lines(path):
     try:
       yield _entry(line.value, path)
-    except ValueError as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
       raise line.error(
         f"expected a line of a ledger of calibrations, got {line.value!r:.100}; restore the"
         " file, or move it away."
@@ -210,24 +207,16 @@ def _read(path: pathlib.Path) -> Iterator[Entry]:
 
 
 def _entry(value: Any, path: pathlib.Path) -> Entry:
-  """A line of a ledger, or what earlier versions wrote of a fit.
-
-  Raises:
-    ValueError: it is neither.
-  """
-  try:
-    value = dict(value)
-    if path.name == EARLIER:
-      question = {name: value.pop(name) for name in ("kind", "metric", "tolerance")}
-      value |= {"question": {**question, FIT: ""}, "count": len(value["rows"])}
-    if FIT in value["question"]:
-      value["question"] = {**value["question"], FIT: str(path.parent.parent)}
-    entry = Entry(**{**value, "rows": _sketch(value["rows"])})
-    texts = all(isinstance(text, str) for text in (entry.when, *entry.rows))
-    whole = texts and isinstance(entry.question, dict) and isinstance(entry.count, int)
-    whole = whole and 0.0 < entry.error_rate < 1.0
-  except (KeyError, TypeError, AttributeError):
-    whole = False
-  if not whole:
+  """A line of a ledger, or what earlier versions wrote of a fit."""
+  value = dict(value)
+  if path.name == EARLIER:
+    question = {name: value.pop(name) for name in ("kind", "metric", "tolerance")}
+    value |= {"question": {**question, FIT: ""}, "count": len(value["rows"])}
+  if FIT in value["question"]:
+    value["question"] = {**value["question"], FIT: str(path.parent.parent)}
+  entry = Entry(**{**value, "rows": _sketch(value["rows"])})
+  texts = all(isinstance(text, str) for text in (entry.when, *entry.rows))
+  whole = texts and isinstance(entry.question, dict) and isinstance(entry.count, int)
+  if not whole or not 0.0 < entry.error_rate < 1.0:
     raise ValueError(f"Expected a line of a ledger, got {value!r:.100}; restore it.")
   return entry

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from calm import signals
 from calm.calibrate import betting, p_values
-from calm.calibrate.losses.sequence_losses import Support
+from calm.calibrate.losses import Support
 
 # Losses that are copied at once: a table of any length is tested in memory of its own size.
 _CELLS = 2**20

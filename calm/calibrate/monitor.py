@@ -23,9 +23,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from calm import arguments, storage
+from calm.calibrate import metrics
 from calm.calibrate.generations import records as records_lib
-from calm.calibrate.losses import metrics
-from calm.calibrate.losses.sequence_losses import Support
+from calm.calibrate.losses import Support
 
 # Version 1 had the first gambler alone; its files go on so.
 SCHEMA_VERSION = 2

@@ -9,7 +9,7 @@ import numpy as np
 
 from calm import arguments
 from calm.calibrate import methods, risks
-from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
+from calm.calibrate.losses import SequenceLosses, Support
 from calm.calibrate.trials import Draws, check_size
 
 # Where a method's own size is sought no further: nobody calibrates on more prompts.

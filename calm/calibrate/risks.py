@@ -24,9 +24,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from calm import arguments
-from calm.calibrate.generations.procedures import describe_differences
-from calm.calibrate.losses import checks
-from calm.calibrate.losses.sequence_losses import SequenceLosses, Support
+from calm.calibrate import checks
+from calm.calibrate.generations.procedure import describe_differences
+from calm.calibrate.losses import SequenceLosses, Support
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,14 +15,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from calm import arguments
-from calm.calibrate import betting
+from calm.calibrate import betting, checks, metrics
+from calm.calibrate import losses as sequence_losses
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.calibration import Calibration, Row
 from calm.calibrate.generations import order
-from calm.calibrate.generations.cached import Generations
-from calm.calibrate.generations.procedures import Procedure, Provenance
-from calm.calibrate.losses import checks, metrics, sequence_losses
-from calm.calibrate.losses.sequence_losses import Support
+from calm.calibrate.generations.cache import Generations
+from calm.calibrate.generations.procedure import Procedure, Provenance
+from calm.calibrate.losses import Support
 
 # Losses leave their range by rounding at most so far.
 _SLACK = 1e-9

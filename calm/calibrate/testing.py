@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from calm.calibrate.losses.sequence_losses import Support
+from calm.calibrate.losses import Support
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from calm import arguments
-from calm.calibrate.losses import checks
+from calm.calibrate import checks
 
 NEVER_EXIT = math.inf
 NEVER_EXIT_TEXT = "never"

@@ -15,9 +15,8 @@ import numpy.typing as npt
 from scipy import stats
 
 from calm import arguments
-from calm.calibrate import methods
-from calm.calibrate.losses import clusters
-from calm.calibrate.losses.sequence_losses import SequenceLosses
+from calm.calibrate import clusters, methods
+from calm.calibrate.losses import SequenceLosses
 
 # Units of all sets together that are drawn at once: 2 GB of numbers.
 MOST_DRAWN = 2**28

@@ -18,8 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from calm import storage
-from calm.calibrate import methods, testing
-from calm.calibrate.losses import checks
+from calm.calibrate import checks, methods, testing
 from calm.calibrate.testing import Evidence
 
 # 2: digests, promises. Files of version 1 are read; they have none to compare.

@@ -29,15 +29,17 @@ from calm import calibrate as calibrate_lib
 from calm import storage
 from calm.calibrate import (
   generations,
+  label_requests,
   methods,
+  metrics,
   planning,
   sequential,
   testing,
   thresholds,
 )
+from calm.calibrate import losses as sequence_losses
 from calm.calibrate import risks as risks_lib
 from calm.calibrate.generations import foreign
-from calm.calibrate.losses import asking, metrics, sequence_losses
 from calm.commands import flags
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text
@@ -138,7 +140,7 @@ def _read(arguments: argparse.Namespace) -> generations.Generations:
     )
   if not arguments.references:
     return cached
-  found = asking.read_references(arguments.references)
+  found = label_requests.read_references(arguments.references)
   if unknown := sorted(set(found) - set(cached.ids)):
     raise ValueError(
       f"Expected {arguments.references} to name prompts of these outputs, got {len(unknown)}"
@@ -153,8 +155,8 @@ def _read(arguments: argparse.Namespace) -> generations.Generations:
 
 def _list_unlabelled(arguments, console, cached: generations.Generations) -> int:
   """Writes prompts and their different texts, for a person or a judge."""
-  wanted = asking.questions(cached)
-  asking.write_questions(arguments.list_unlabelled, wanted)
+  wanted = label_requests.find_requests(cached)
+  label_requests.write_requests(arguments.list_unlabelled, wanted)
   print_text(
     console,
     f"{len(wanted)} of {len(cached.prompts)} prompts need references and have none; written to"

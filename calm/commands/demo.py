@@ -15,9 +15,8 @@ import statistics
 
 from rich import console as rich_console
 
-from calm.calibrate import Calibration, thresholds
+from calm.calibrate import Calibration, metrics, thresholds
 from calm.calibrate.generations import records
-from calm.calibrate.losses import metrics
 from calm.commands import flags
 from calm.commands import run as run_lib
 from calm.console import Progress, print_table, print_text

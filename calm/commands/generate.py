@@ -15,9 +15,16 @@ import pathlib
 
 from rich import console as rich_console
 
-from calm.calibrate import NEVER_EXIT, Provenance, generations, sequential, thresholds
+from calm.calibrate import (
+  NEVER_EXIT,
+  Provenance,
+  generations,
+  label_requests,
+  losses,
+  sequential,
+  thresholds,
+)
 from calm.calibrate.generations import writer as writer_lib
-from calm.calibrate.losses import asking, sequence_losses
 from calm.commands import flags
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text
@@ -128,7 +135,7 @@ def _until_certified(arguments, console, predictor, prompts, levels) -> None:
   run_lib.print_clusters(arguments, console, prompts)
   prompts = grid.sequential_order(predictor, prompts, ungrouped=groups is None)
   units = groups or [prompt.id for prompt in prompts]
-  support = sequence_losses.kind_support(arguments.kind, arguments.metric)
+  support = losses.kind_support(arguments.kind, arguments.metric)
   run_lib.refuse_few(arguments, units, support, sequential.METHOD)
   test = sequential.SequentialCalibration(
     levels,
@@ -141,7 +148,7 @@ def _until_certified(arguments, console, predictor, prompts, levels) -> None:
   folder = pathlib.Path(arguments.output)
   options = {"sequential": True, "by_group": test.clusters}
   writer = _open_writer(arguments, console, folder, predictor, prompts, levels, **options)
-  known = asking.read_references(arguments.references) if arguments.references else {}
+  known = label_requests.read_references(arguments.references) if arguments.references else {}
   with Progress(console) as progress:
 
     def advance(threshold, done, planned):
@@ -156,16 +163,16 @@ def _until_certified(arguments, console, predictor, prompts, levels) -> None:
         test,
         kind=arguments.kind,
         metric=arguments.metric,
-        ask=lambda questions: known,
+        ask=lambda requests: known,
         progress=advance,
       )
-    except asking.Unanswered as error:
+    except label_requests.MissingReferences as error:
       wanted = folder / "unlabelled.jsonl"
-      asking.write_questions(wanted, error.questions)
+      label_requests.write_requests(wanted, error.requests)
       writer.finish()
       raise ValueError(
         "Expected references of every prompt whose text differs from the full model's, got none"
-        f" for {len(error.questions)} in {wanted}; fill in `targets` there and give it as"
+        f" for {len(error.requests)} in {wanted}; fill in `targets` there and give it as"
         f" --references={wanted}: what was decoded, and what was answered, is kept."
       ) from error
   writer.finish()

@@ -33,10 +33,9 @@ from typing import Any, BinaryIO
 from rich import console as rich_console
 
 from calm import storage
-from calm.calibrate import NEVER_EXIT, Calibration, Prompt, risks, seconds, thresholds
+from calm.calibrate import NEVER_EXIT, Calibration, Prompt, metrics, risks, seconds, thresholds
 from calm.calibrate import monitor as monitor_lib
-from calm.calibrate.generations import merging, procedures
-from calm.calibrate.losses import metrics
+from calm.calibrate.generations import procedure, shards
 from calm.commands import flags
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text, rate, sanitize
@@ -111,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
       " got none; give one, or leave the options out."
     )
   calibration = predictor.calibration
-  if old := procedures.unknown_platform(calibration and calibration.procedure):
+  if old := procedure.unknown_platform(calibration and calibration.procedure):
     print_text(console, f"About the calibration: {old}")
   exact = exact_rule(predictor, arguments.draft_layer) if arguments.exact else None
   startup = time.monotonic() - start
@@ -122,9 +121,9 @@ def run(arguments: argparse.Namespace) -> int:
   status = 0
   if part.begin("infer", about, console):
     if len(part):  # few prompts leave shards empty
-      arguments.output = str(part.folder / merging.OUTPUTS)
+      arguments.output = str(part.folder / shards.OUTPUTS)
       status = _serve(arguments, serving, prompts)
-    part.finish("infer", about, [merging.OUTPUTS] if len(part) else [])
+    part.finish("infer", about, [shards.OUTPUTS] if len(part) else [])
   return status
 
 

@@ -13,7 +13,7 @@ import pathlib
 
 from rich import console as rich_console
 
-from calm.calibrate.generations import merging
+from calm.calibrate.generations import shards
 from calm.commands import flags
 from calm.commands import run as run_lib
 from calm.console import print_text
@@ -30,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @run_lib.user_errors
 def run(arguments: argparse.Namespace) -> int:
   """Merges."""
-  found = merging.parts(arguments.shards)
+  found = shards.parts(arguments.shards)
   generated = found[0].mark.kind == "generate"
-  name = "merged" if generated else merging.OUTPUTS
+  name = "merged" if generated else shards.OUTPUTS
   output = pathlib.Path(arguments.output or found[0].folder.parent / name)
-  count = merging.merge(arguments.shards, output)
+  count = shards.merge(arguments.shards, output)
   console = rich_console.Console(highlight=False)
   print_text(console, f"{count} prompts of {len(found)} shards: {output}")
   if generated:

@@ -15,7 +15,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from calm.calibrate.losses import metrics as text_metrics
+from calm.calibrate import metrics as text_metrics
 from calm.data import datasets
 
 Tensors = Mapping[str, Any]
@@ -31,7 +31,7 @@ def metric_fn(name: str) -> MetricFn:
 
   Args:
     name: `bleu` or `chrf` (of the corpus, sacrebleu), or any name that
-      `calm.calibrate.losses.metrics.get_metric` knows, such as `rouge_l` (mean over examples of
+      `calm.calibrate.metrics.get_metric` knows, such as `rouge_l` (mean over examples of
       the best over references).
 
   Raises:

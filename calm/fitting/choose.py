@@ -18,7 +18,7 @@ import numpy as np
 
 from calm import exits, inference
 from calm.calibrate import Prompt, Record, seconds
-from calm.calibrate.losses import sequence_losses
+from calm.calibrate import losses as sequence_losses
 from calm.fitting import candidates as candidates_lib
 from calm.fitting import train
 from calm.fitting.candidates import Candidate, Reading

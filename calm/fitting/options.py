@@ -9,7 +9,7 @@ from typing import Any
 from rich import console as rich_console
 
 from calm import arguments
-from calm.calibrate.losses import metrics
+from calm.calibrate import metrics
 from calm.console import Progress, Report, print_text
 from calm.inference import certified
 

@@ -12,10 +12,9 @@ import numpy as np
 from rich import console as rich_console
 
 from calm import arguments, checkpoints, exits, inference, storage
-from calm.calibrate import Calibration, Prompt, Record, generations, ledger
+from calm.calibrate import Calibration, Prompt, Record, generations, ledger, losses, metrics
 from calm.calibrate import seconds as seconds_lib
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.losses import metric_values, metrics, sequence_losses
 from calm.console import Report, quiet
 from calm.data import prompt_batches
 from calm.fitting import candidates, exit_maps, tokenizer_check
@@ -122,7 +121,7 @@ class Fit:
       trains=options.train_all or options.learns_exits,
       tolerance=options.tolerance,
       error_rate=options.error_rate,
-      lower=sequence_losses.kind_support(options.kind, options.metric).lower,
+      lower=losses.kind_support(options.kind, options.metric).lower,
       seed=options.seed,
     )
     own = open_model(model, options, listener)
@@ -489,7 +488,7 @@ def evaluate(
     early_quality = quality(early, prompts, options.metric)
     pair = generations.Generations(tuple(prompts), np.array([0.5]), (early,), tuple(compared))
     metric = metrics.get_metric(options.metric)
-    risk = mean(sequence_losses.prefix_losses(pair, options.kind, metric=metric)[0])
+    risk = mean(losses.prefix_losses(pair, options.kind, metric=metric)[0])
   layers = grid.mean_layers(early)
   shown = [
     result_lib.ShownText(
@@ -523,7 +522,7 @@ def quality(
   if not all(prompt.targets for prompt in prompts):
     return None
   pairs = [(r.prediction, tuple(p.targets)) for r, p in zip(records, prompts, strict=True)]
-  return mean(metric_values.compute(metrics.get_metric(metric), pairs))
+  return mean(metrics.compute(metrics.get_metric(metric), pairs))
 
 
 def why_worse(

@@ -13,12 +13,13 @@ from calm.calibrate import (
   Record,
   calibrate,
   generations,
+  metrics,
   planning,
 )
+from calm.calibrate import losses as sequence_losses
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import order
 from calm.calibrate.generations import writer as writer_lib
-from calm.calibrate.losses import metrics, sequence_losses
 from calm.data import prompt_files
 from calm.inference import grid
 from calm.inference.batch_decoder import BatchDecoder

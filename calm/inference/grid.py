@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm import exits
-from calm.calibrate import Calibration, Prompt, Record, generations, sequential
+from calm.calibrate import Calibration, Prompt, Record, generations, label_requests, sequential
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import order, reuse
 from calm.calibrate.generations import writer as writer_lib
-from calm.calibrate.losses import asking
 from calm.data import prompt_batches
 from calm.decode import loop
 from calm.exits import schedules
@@ -332,7 +331,7 @@ def generate_until_certified(
   *,
   kind: str,
   metric: str,
-  ask: asking.Ask | None = None,
+  ask: label_requests.Labeler | None = None,
   progress: UnitProgress | None = None,
   kept_bytes: int = KEPT_BYTES,
 ) -> Calibration:
@@ -359,8 +358,8 @@ def generate_until_certified(
     The calibration; its p-values and bounds hold although the run stopped when it pleased.
 
   Raises:
-    asking.Unanswered: references are missing; what was decoded is kept, and the same call goes
-      on there.
+    label_requests.MissingReferences: references are missing; what was decoded is kept, and the
+      same call goes on there.
   """
   groups = order.prompt_clusters(prompts) if test.clusters else None
   units = order.consecutive_units(len(prompts), groups)
@@ -377,7 +376,7 @@ def generate_until_certified(
     rows = slice(wanted[0].start, wanted[-1].stop)
     full = reference.records(rows, schedules.NEVER_EXIT)
     early = decoder.records(rows, request.threshold)
-    losses = asking.batch_losses(
+    losses = label_requests.batch_losses(
       prompts[rows], request.threshold, early, full, kind=kind, metric=metric, ask=ask
     )
     test.add(order.unit_means(losses, wanted))

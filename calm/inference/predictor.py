@@ -18,13 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from calm import arguments, checkpoints, exits
-from calm.calibrate import NEVER_EXIT, Calibration, Prompt, ledger
+from calm.calibrate import NEVER_EXIT, Calibration, Prompt, ledger, metrics
 from calm.calibrate import display as calibration_display
 from calm.calibrate import seconds as seconds_lib
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations.procedures import describe_differences
-from calm.calibrate.losses import metrics
-from calm.calibrate.losses.sequence_losses import UNKNOWN
+from calm.calibrate.generations.procedure import describe_differences
+from calm.calibrate.losses import UNKNOWN
 from calm.checkpoints import files
 from calm.console import Progress, sanitize
 from calm.data import prompt_batches, prompt_files

@@ -9,8 +9,8 @@ import numpy as np
 
 from calm import calibrate as calibrate_lib
 from calm import exits
-from calm.calibrate import generations, trials
-from calm.calibrate.losses import metrics, sequence_losses
+from calm.calibrate import generations, metrics, trials
+from calm.calibrate import losses as sequence_losses
 from calm.data import prompt_batches
 from calm.exits import propagation, schedules
 from calm.inference import result_cache, timing

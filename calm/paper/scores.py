@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from calm.calibrate import Record, betting, generations
-from calm.calibrate.losses import metric_values, metrics
+from calm.calibrate import Record, betting, generations, metrics
 from calm.exits import schedules
 from calm.inference import timing
 from calm.inference.grid import mean_layers
@@ -110,7 +109,7 @@ def similarities(
 ) -> np.ndarray:
   """The metric of each prediction against its references, [num_examples] in [0, 1]."""
   pairs = [(r.prediction, tuple(texts)) for r, texts in zip(records, references, strict=True)]
-  return metric_values.compute(metrics.get_metric(metric), pairs)
+  return metrics.compute(metrics.get_metric(metric), pairs)
 
 
 def standard_error(values: np.ndarray) -> float:

@@ -16,6 +16,7 @@ from calm.calibrate import (
   betting,
   calibrate,
   calibration,
+  clusters,
   methods,
   p_values,
   risks,
@@ -23,7 +24,6 @@ from calm.calibrate import (
   testing,
 )
 from calm.calibrate.generations import order
-from calm.calibrate.losses import clusters
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.7, 0.5, 0.3])

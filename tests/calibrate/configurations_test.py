@@ -16,7 +16,7 @@ from calm.calibrate import (
   risks,
   verification,
 )
-from calm.calibrate.generations.procedures import Procedure
+from calm.calibrate.generations.procedure import Procedure
 
 GRIDS = {"softmax": [0.9, 0.5], "state": [0.8]}
 RATES = {"softmax": [0.01, 0.3], "state": [0.02]}

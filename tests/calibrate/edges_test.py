@@ -11,10 +11,10 @@ from calm.calibrate import (
   Support,
   betting,
   calibrate,
+  checks,
   p_values,
   trials,
 )
-from calm.calibrate.losses import checks
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.5])

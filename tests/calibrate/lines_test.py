@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 
-from calm.calibrate import Calibration, SequenceLosses, calibrate, from_texts, risks
+from calm.calibrate import Calibration, SequenceLosses, calibrate, from_texts, metrics, risks
 from calm.calibrate.configurations import calibrate_configurations
 from calm.calibrate.generations import foreign
-from calm.calibrate.losses import metrics
 from calm.calibrate.risks import Risk
 from calm.calibrate.sequential import SequentialCalibration
 

@@ -15,10 +15,11 @@ from calm.calibrate import (
   calibrate,
   calibrate_configurations,
   certify,
+  checks,
+  clusters,
   methods,
 )
 from calm.calibrate.generations import order
-from calm.calibrate.losses import checks, clusters
 from calm.calibrate.risks import Risk
 from tests.calibrate import laws
 

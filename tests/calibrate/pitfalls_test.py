@@ -14,6 +14,7 @@ from calm.calibrate import (
   calibrate,
   calibrate_configurations,
   default_grid,
+  metrics,
   p_values,
   planning,
   risks,
@@ -21,8 +22,8 @@ from calm.calibrate import (
   thresholds,
   trials,
 )
+from calm.calibrate import losses as sequence_losses
 from calm.calibrate.generations import order
-from calm.calibrate.losses import metrics, sequence_losses
 from tests.calibrate import laws
 
 RATES = dict(tolerance=0.1, error_rate=0.05)

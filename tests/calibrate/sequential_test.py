@@ -15,10 +15,11 @@ from calm.calibrate import (
   Support,
   betting,
   calibrate,
+  metrics,
   sequential,
 )
+from calm.calibrate import losses as sequence_losses
 from calm.calibrate.generations import order
-from calm.calibrate.losses import metrics, sequence_losses
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.7, 0.5])

@@ -22,7 +22,7 @@ WORK = {
   "train": "calm.training.loop.fit",
   "generate": "calm.inference.grid.generate",
   "infer": "calm.inference.predictor.Predictor.generate",
-  "merge": "calm.calibrate.generations.merging.merge",
+  "merge": "calm.calibrate.generations.shards.merge",
   "report": "calm.paper.experiments.run",
 }
 # What makes an option be looked at, where others must be given with it.

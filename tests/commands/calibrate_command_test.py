@@ -129,7 +129,7 @@ def test_verify_takes_a_metric_that_is_given_again(planted, calm):
   words = outputs(planted, wrong=(3, 7))
   verify = f"--verify={planted / 'calibration.json'}"
   (planted / "wrapped.py").write_text(
-    "from calm.calibrate.losses import metrics\n"
+    "from calm.calibrate import metrics\n"
     "plain = lambda text, references: 0.5\n"
     "named = metrics.Metric('half', plain)\n"
   )

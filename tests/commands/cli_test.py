@@ -14,8 +14,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="matplotlib (the `report` extra) is not installed")
 
 from calm import fitting, inference
-from calm.calibrate import generations
-from calm.calibrate.losses import sequence_losses
+from calm.calibrate import generations, losses
 from calm.commands import cli, flags
 from calm.paper import bench
 from tests.commands import toy
@@ -125,7 +124,7 @@ def test_bad_words_are_refused_before_any_work(words, message, capsys):
 
 
 def test_too_few_prompts_are_refused_before_the_work(cached, tmp_path, calm, monkeypatch):
-  monkeypatch.setattr(sequence_losses, "compute", None)  # any work would fail
+  monkeypatch.setattr(losses, "compute", None)  # any work would fail
   output = f"--output={tmp_path / 'c.json'}"
   printed = calm("calibrate", cached, "--tolerance=0.1", output, code=2)
   assert "got 5, which are too few" in printed and "at least 29 prompts" in printed

@@ -7,8 +7,7 @@ import types
 import pytest
 
 from calm import calibrate
-from calm.calibrate import monitor, risks
-from calm.calibrate.losses import metrics
+from calm.calibrate import metrics, monitor, risks
 from calm.commands import infer
 
 TEXTS = [f"text {i}" for i in range(40)]

@@ -22,7 +22,7 @@ from tests.commands import asked
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # What `calm calibrate` works at; the others are in `asked.WORK`.
-WORK = asked.WORK | {"calibrate": "calm.calibrate.losses.sequence_losses.compute"}
+WORK = asked.WORK | {"calibrate": "calm.calibrate.losses.compute"}
 # What each says is kept. Nothing was written yet where work has only begun.
 NOTHING = "files that were there are as they were, and the same command starts anew"
 RESUMES = "what was finished is kept, and the same command goes on from there"

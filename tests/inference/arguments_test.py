@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from calm import exits, fitting, inference
-from calm.calibrate.losses import metrics
+from calm.calibrate import metrics
 from calm.decode import engines
 from calm.exits import confidence, propagation, schedules, speculative
 from calm.fitting import result

@@ -7,7 +7,7 @@ import pytest
 
 from calm import checkpoints, exits, inference
 from calm.calibrate import generations
-from calm.calibrate.losses import sequence_losses
+from calm.calibrate import losses as sequence_losses
 from calm.decode import acceptance
 from calm.inference import certified
 from tests.inference import predictor_test

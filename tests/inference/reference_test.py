@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from calm import calibrate, exits, inference
-from calm.calibrate import Prompt, generations, sequential
+from calm.calibrate import Prompt, generations, metrics, sequential
 from calm.calibrate.generations import writer as writer_lib
-from calm.calibrate.losses import metrics
 from calm.commands import cli
 from calm.exits import schedules
 from calm.inference import certified, grid

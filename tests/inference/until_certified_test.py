@@ -9,9 +9,9 @@ import pytest
 
 from calm import inference
 from calm.calibrate import Prompt, generations, sequential
+from calm.calibrate import losses as sequence_losses
 from calm.calibrate.generations import order
 from calm.calibrate.generations import writer as writer_lib
-from calm.calibrate.losses import sequence_losses
 from calm.exits import schedules
 from calm.inference import grid
 from tests.inference import predictor_test

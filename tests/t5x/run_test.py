@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from calm import calibrate, checkpoints, inference
+from calm.calibrate import metrics as text_metrics
 from calm.calibrate.generations import foreign
-from calm.calibrate.losses import metrics as text_metrics
 from calm.t5 import parameters
 from tests.t5x import setup
 

@@ -1,6 +1,6 @@
 """Cached outputs: one record per prompt and threshold, on disk and in memory."""
 
-from calm.calibrate.generations.cached import (
+from calm.calibrate.generations.cache import (
   MANIFEST,
   PROMPTS,
   SCHEMA_VERSION,
@@ -17,14 +17,12 @@ __all__ = [
   "PROMPTS",
   "SCHEMA_VERSION",
   "Generations",
-  "cached",
-  "columns",
+  "cache",
   "foreign",
   "load",
   "manifest_procedure",
-  "merging",
   "order",
-  "procedures",
+  "procedure",
   "read_manifest",
   "read_records",
   "records",

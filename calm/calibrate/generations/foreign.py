@@ -13,8 +13,8 @@ import numpy as np
 from calm import storage
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import records as records_lib
-from calm.calibrate.generations.cached import Generations
-from calm.calibrate.generations.procedures import Procedure, Provenance
+from calm.calibrate.generations.cache import Generations
+from calm.calibrate.generations.procedure import Procedure, Provenance
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 
 Path = str | pathlib.Path
@@ -91,17 +91,12 @@ def _read_line(line: storage.Line) -> tuple[Prompt, Record]:
 
 
 def _served(line: storage.Line) -> dict[str, Any]:
-  """A line of a server's output as {id, prediction}.
-
-  Raises:
-    ValueError: the request failed, or its answer is no text.
-    GenerationsError: there are several answers.
-  """
+  """A line of a server's output as {id, prediction}; ValueError where its request failed."""
   value = line.value
   if "custom_id" not in value:
     output = _only(value["outputs"], "outputs", line)
-    found = {"id": value["request_id"], "prediction": output.get("text")}
-    return found | ({"input": value["prompt"]} if isinstance(value.get("prompt"), str) else {})
+    plain = {"id": value["request_id"], "prediction": output.get("text")}
+    return plain | ({"input": value["prompt"]} if isinstance(value.get("prompt"), str) else {})
   response = value.get("response") or {}
   if value.get("error") or response.get("status_code", 200) != 200:
     raise ValueError(
@@ -148,57 +143,46 @@ def _t5x_prompt(name: str, features: Mapping[str, Any]) -> Prompt:
 
 
 def _t5x_record(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
-  record = {"id": name, "prediction": value.get("prediction")}
   aux = {} if value.get("aux") is None else value["aux"]
   if not isinstance(aux, Mapping):
     raise ValueError(f"Expected `aux` to be an object, got {aux!r:.100}")
-  for field in ("exit_layers", "confidences", "rejected_confidences"):
-    if field in aux:
-      record[field] = aux[field]
   tokens = value.get("prediction_tokens")
   if tokens is not None and not isinstance(tokens, list):
     raise ValueError(f"Expected `prediction_tokens` to be a list, got {tokens!r:.100}")
+  names = ("exit_layers", "confidences", "rejected_confidences")
+  record = {field: aux[field] for field in names if field in aux}
   layers = record.get("exit_layers")
   if layers is not None:
-    # Padding has exit layer 0 and follows the real tokens.
-    length = sum(layer > 0 for layer in layers)
     if any(layer < 0 for layer in layers):
       raise ValueError(f"Expected `exit_layers` of at least 0, got {layers!r:.100}")
-    for field in ("exit_layers", "confidences", "rejected_confidences"):
-      if field in record:
-        record[field] = record[field][:length]
+    # Padding has exit layer 0 and follows the real tokens.
+    length = sum(layer > 0 for layer in layers)
+    record = {field: values[:length] for field, values in record.items()}
     tokens = tokens if tokens is None or len(tokens) == length else None
-  if tokens is not None:
-    record["tokens"] = tokens
   score = aux.get("scores", aux.get("score"))
-  if score is not None:
-    record["score"] = score
-  return record
+  more = {"tokens": tokens, "score": score}
+  record |= {field: value for field, value in more.items() if value is not None}
+  return {"id": name, "prediction": value.get("prediction"), **record}
 
 
-def _check_threshold(line: storage.Line, given: float | None) -> None:
-  """Refuses a T5X line whose `aux` says that it was decoded otherwise than the file is given.
-
-  Raises:
-    GenerationsError: another threshold, or one where the full model's outputs are expected, or
-      none where exits were decoded by one.
-    ValueError: `aux.threshold` is no number.
-  """
+def _check_threshold(line: storage.Line, expected: float | None) -> None:
+  """Refuses a T5X line whose `aux` names another threshold than the file is given as."""
   aux = line.value.get("aux")
-  if given is None or not isinstance(line.value.get("inputs"), Mapping) or not aux:
+  if expected is None or not isinstance(line.value.get("inputs"), Mapping) or not aux:
     return
-  said = aux.get("threshold")
-  if said is None:
+  level = aux.get("threshold")
+  if level is None:
     # With exits but no confidence nothing was measured: every token ran a fixed depth.
-    said = given if "confidences" in aux or "exit_layers" not in aux else math.inf
-  number = isinstance(said, int | float) and not isinstance(said, bool)
-  if not number or not (0 <= said <= 1 or said == math.inf):
-    raise ValueError(f"Expected `aux.threshold` to be a number in [0, 1], got {said!r:.100}")
-  if not math.isclose(said, given, rel_tol=2.0**-23):  # T5X writes the digits of a float32
+    level = expected if "confidences" in aux or "exit_layers" not in aux else math.inf
+  number = isinstance(level, int | float) and not isinstance(level, bool)
+  if not number or not (0 <= level <= 1 or level == math.inf):
+    raise ValueError(f"Expected `aux.threshold` to be a number in [0, 1], got {level!r:.100}")
+  if not math.isclose(level, expected, rel_tol=2.0**-23):  # T5X writes a float32's digits
     name = lambda value: "none (the full model)" if value == math.inf else f"{value:.7g}"
     raise line.error(
-      f"expected outputs of threshold {name(given)}, as the file is given, got outputs of"
-      f" threshold {name(said)} (`aux.threshold`); name each file by what it was decoded with."
+      f"expected outputs of threshold {name(expected)}, as the file is given, got outputs of"
+      f" threshold {name(level)} (`aux.threshold`); name each file by the threshold that"
+      " decoded it."
     )
 
 
@@ -238,11 +222,11 @@ def gather(
   if prompts is not None:
     known = records_lib.read_prompts(prompts)
   by_id = {prompt.id: prompt for prompt in known}
-  columns = [_align(full, known, full_records, by_id, by_id)]
+  columns = [_align(full, known, full_records, by_id, known)]
   for knob in order:
     path: Path = by_threshold[knob]  # type: ignore[index]
     others, records = read_predictions(path, None if knobs else float(knob))
-    columns.append(_align(path, known, records, by_id, {other.id: other for other in others}))
+    columns.append(_align(path, known, records, by_id, others))
   return Generations(
     prompts=known,
     thresholds=np.asarray(grid),
@@ -255,19 +239,21 @@ def gather(
 
 
 def _align(path: Path, known, records, by_id, others) -> tuple[Record, ...]:
-  found = {record.id: record for record in records}
-  missing = [prompt.id for prompt in known if prompt.id not in found]
-  unknown = [name for name in found if name not in by_id]
+  """The records in the order of `known`; GenerationsError where they are of other prompts."""
+  by_name = {record.id: record for record in records}
+  missing = [prompt.id for prompt in known if prompt.id not in by_name]
+  unknown = [name for name in by_name if name not in by_id]
   if missing or unknown:
     raise GenerationsError(
       f"{path}: expected one output of each of the {len(known)} prompts, got missing"
       f" {missing[:5]}, unknown {unknown[:5]}; decode the same prompts for every file."
     )
-  for number, (name, other) in enumerate(others.items(), start=1):
-    if other.input and by_id[name].input and other.input != by_id[name].input:
+  for number, other in enumerate(others, start=1):
+    ours = by_id[other.id].input
+    if other.input and ours and other.input != ours:
       raise GenerationsError(
-        f"{path}: expected output {number} (id {name!r}) to be of the input"
-        f" {by_id[name].input[:60]!r}, got {other.input[:60]!r}: the files are not aligned;"
-        " decode the same prompts in one order, or give them ids."
+        f"{path}: expected output {number} (id {other.id!r}) to be of the input"
+        f" {ours[:60]!r}, got {other.input[:60]!r}: the files are not aligned; decode the same"
+        " prompts in one order, or give them ids."
       )
-  return tuple(found[prompt.id] for prompt in known)
+  return tuple(by_name[prompt.id] for prompt in known)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from calm.calibrate.generations.procedures import Procedure
+from calm.calibrate.generations.procedure import Procedure
 from calm.calibrate.generations.records import Prompt
 
 # Unicode's Default_Ignorable_Code_Point: soft hyphens, joiners, marks of direction, ...
@@ -52,12 +52,7 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
 def run_digest(prompts: Sequence[Prompt], predictions: Iterable[str]) -> str:
   """`prompts_digest`; where an input is missing, that of inputs and the full model's texts.
 
-  Args:
-    prompts: [num_prompts].
-    predictions: [num_prompts] the full model's texts.
-
-  Returns:
-    A digest, or '' where texts are of few kinds, which say too little for a seed.
+  '' where these texts are of few kinds, which say too little for a seed.
   """
   if all(prompt.input for prompt in prompts):
     return prompts_digest(prompts)
@@ -87,15 +82,7 @@ def order_seed(ids: Sequence[str], procedure: Procedure | None, contents: str = 
 
 
 def seeded_order(names: Sequence[str], seed: str) -> np.ndarray:
-  """Row numbers sorted by SHA-256 of seed and name.
-
-  Args:
-    names: [num_examples] unique names.
-    seed: of `order_seed`.
-
-  Returns:
-    [num_examples] row numbers.
-  """
+  """[num_examples] row numbers sorted by SHA-256 of seed and (unique) name."""
   start = hashlib.sha256(seed.encode("utf-8") + b"\n")
 
   def key(name: str) -> bytes:
@@ -110,16 +97,7 @@ def seeded_order(names: Sequence[str], seed: str) -> np.ndarray:
 def permutation(
   ids: Sequence[str], procedure: Procedure | None, contents: str = ""
 ) -> np.ndarray:
-  """Row numbers in the tested order; it does not depend on how the prompts are stored.
-
-  Args:
-    ids: [num_examples] unique ids.
-    procedure: how outputs were decoded, or None.
-    contents: as for `order_seed`.
-
-  Returns:
-    [num_examples] row numbers.
-  """
+  """[num_examples] row numbers in the tested order, however the prompts are stored."""
   return seeded_order(ids, order_seed(ids, procedure, contents))
 
 
@@ -145,10 +123,6 @@ def join_equal(names: Sequence[str], texts: Sequence[str]) -> tuple[str, ...]:
   """[num_rows] cluster of each row: rows of one name, or of equal text, are in one.
 
   A cluster has the name that is first of its names, sorted. '' is equal to no text.
-
-  Args:
-    names: [num_rows] names.
-    texts: [num_rows] texts.
   """
   parent: dict[str, str] = {}
 
@@ -218,14 +192,11 @@ def decoding_order(
 
 
 def consecutive_units(count: int, groups: Sequence[str] | None) -> tuple[slice, ...]:
-  """Rows of each unit, where the rows of a cluster stand together.
+  """[num_units] slices of rows, where the rows of a cluster stand together.
 
   Args:
     count: rows.
     groups: [count] cluster of each row; None makes every row its own unit.
-
-  Returns:
-    [num_units] slices that follow one another.
 
   Raises:
     ValueError: a cluster stands in two places.

@@ -1,13 +1,15 @@
 """Prompts and outputs as lines of JSON, with errors that name the file and the line."""
 
 import dataclasses
+import functools
 import math
 import numbers
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calm import arguments, storage
+from calm.calibrate import checks
 
 # Cached generations that cannot be used; the message names the file and the line.
 GenerationsError = storage.FormatError
@@ -93,26 +95,31 @@ class Record:
     _require_text(vars(self), "id")
     _require_text(vars(self), "prediction")
     lengths = {}
-    for name, (kind, check) in _SEQUENCES.items():
+    for name, (kind, convert) in _SEQUENCES.items():
       values = getattr(self, name)
-      if values is not None:
-        if isinstance(values, str) or not arguments.is_listing(values):
-          raise ValueError(f"Expected `{name}` to be a list of {kind}, got {values!r}")
-        try:
-          values = tuple(check(value) for value in values)
-        except (TypeError, ValueError, OverflowError) as error:
-          raise ValueError(
-            f"Expected `{name}` of {self.id!r} to be a list of {kind}, got {error}"
-          ) from None
-        object.__setattr__(self, name, values)
-        lengths[name] = len(values)
+      if values is None:
+        continue
+      if isinstance(values, str) or not arguments.is_listing(values):
+        raise ValueError(f"Expected `{name}` to be a list of {kind}, got {values!r}")
+      try:
+        values = tuple(map(convert, values))
+      except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+          f"Expected `{name}` of {self.id!r} to be a list of {kind}, got {error}"
+        ) from None
+      object.__setattr__(self, name, values)
+      lengths[name] = len(values)
     if len(set(lengths.values())) > 1:
       raise ValueError(
         f"Expected the sequences of {self.id!r} to have one length, got {lengths}; give each an"
         " entry for every token"
       )
     if self.score is not None:
-      object.__setattr__(self, "score", _score(self.score))
+      score = self.score
+      real = isinstance(score, numbers.Real) and not isinstance(score, bool)
+      if not real or not math.isfinite(float(score)):
+        raise ValueError(f"Expected `score` to be a finite number (nats), got {score!r}")
+      object.__setattr__(self, "score", float(score))
 
   def to_json(self) -> dict[str, Any]:
     """The fields that are there, as JSON values."""
@@ -135,16 +142,11 @@ class Record:
     return cls(**{name: value[name] for name in _RECORD_FIELDS if name in value})
 
 
-def _whole(most: int) -> Callable[[Any], int]:
-  """A check of whole numbers from 0 to `most`."""
-
-  def check(value: Any) -> int:
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or not 0 <= int(value) <= most:
-      raise ValueError(repr(value))
-    return int(value)
-
-  return check
+def _whole(most: int, value: Any) -> int:
+  whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+  if not whole or not 0 <= int(value) <= most:
+    raise ValueError(repr(value))
+  return int(value)
 
 
 def _confidence(value: Any) -> float:
@@ -157,19 +159,12 @@ def _confidence(value: Any) -> float:
   return number
 
 
-def _score(value: Any) -> float:
-  real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-  if not real or not -math.inf < float(value) < math.inf:
-    raise ValueError(f"Expected `score` to be a finite number (nats), got {value!r}")
-  return float(value)
-
-
 # Float32 cosines and softmax margins pass their bounds by so much.
 _ROUNDING = 1e-5
-# Field: what each of its values is, and a check that raises ValueError with what was got.
+# Field: what its values are, and a conversion of each that raises ValueError with what was got.
 _SEQUENCES = {
-  "tokens": (f"whole numbers in 0 ... {2**31 - 1}", _whole(2**31 - 1)),
-  "exit_layers": (f"whole numbers in 0 ... {2**10}", _whole(2**10)),
+  "tokens": (f"whole numbers in 0 ... {2**31 - 1}", functools.partial(_whole, 2**31 - 1)),
+  "exit_layers": (f"whole numbers in 0 ... {2**10}", functools.partial(_whole, 2**10)),
   "confidences": ("numbers in [0, 1]", _confidence),
   "rejected_confidences": ("numbers in [0, 1]", _confidence),
 }
@@ -219,19 +214,11 @@ def read_prompts(path: str | pathlib.Path) -> tuple[Prompt, ...]:
   return tuple(prompts.values())
 
 
-def check_unique(prompts: Sequence[Prompt]) -> dict[str, Prompt]:
-  """Prompts by id.
-
-  Raises:
-    ValueError: there is no prompt, or an id occurs twice.
-  """
-  by_id = {prompt.id: prompt for prompt in prompts}
-  if not prompts or len(by_id) != len(prompts):
-    seen: set[str] = set()
-    twice = sorted({p.id for p in prompts if p.id in seen or seen.add(p.id)})
+def check_unique(prompts: Sequence[Prompt]) -> None:
+  """ValueError unless there is at least one prompt and every id occurs once."""
+  twice = checks.repeated(prompt.id for prompt in prompts)
+  if not prompts or twice:
     raise ValueError(
       f"Expected `prompts` to be at least one prompt with unique ids, got {len(prompts)}"
-      " prompts;"
-      f" ids that occur more than once: {twice[:5]}."
+      f" prompts; ids that occur more than once: {twice[:5]}."
     )
-  return by_id

@@ -1,27 +1,37 @@
-"""Writes cached generations so that a run can be killed at any moment and go on later."""
+"""Writes cached generations so that a run can be killed at any moment and go on later.
+
+A run that is killed loses at most the record it was writing.
+"""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from calm import storage
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import cached, mending, order, procedures
+from calm.calibrate.generations import cache, order
 from calm.calibrate.generations import records as records_lib
-from calm.calibrate.generations.procedures import Procedure, Provenance, describe_differences
+from calm.calibrate.generations.procedure import (
+  Procedure,
+  Provenance,
+  describe_differences,
+  unknown_platform,
+)
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 
 
 class Writer:
-  """Appends records to a directory of cached generations; made by `open_writer`.
+  """Appends records to a directory of cached generations; returned by `open_writer`.
 
   Attributes:
     directory: where.
-    reports: what resuming found and repaired, one sentence each.
+    procedure: how the records that are there were decoded.
+    reports: what resuming repaired, one sentence each.
   """
 
   def __init__(self, directory: pathlib.Path, manifest: dict[str, Any], lock: storage.Lock):
@@ -29,38 +39,30 @@ class Writer:
     self._lock = lock  # held until `finish`, or as long as this object lives
     self.reports: list[str] = []
     self._manifest = manifest
-    self._procedure = cached.manifest_procedure(manifest)
+    self.procedure = cache.manifest_procedure(manifest)
     self._ids = frozenset(manifest["prompt_ids"])
-    self._thresholds = (thresholds_lib.NEVER_EXIT, *manifest["thresholds"])
     # Where each record begins in its file.
     self._done: dict[float, dict[str, int]] = {}
-    for threshold in self._thresholds:
-      path = directory / cached.threshold_file(threshold)
-      self._done[threshold] = {}
-      if path.exists():
-        report = storage.drop_partial_line(path)
-        self.reports += [report] if report else []
-        self._done[threshold] = self._offsets(path)
+    for threshold in (thresholds_lib.NEVER_EXIT, *manifest["thresholds"]):
+      path = directory / cache.threshold_file(threshold)
+      report = storage.drop_partial_line(path) if path.exists() else None
+      self.reports += [report] if report else []
+      self._done[threshold] = self._offsets(path) if path.exists() else {}
 
   def _offsets(self, path: pathlib.Path) -> dict[str, int]:
-    """Where each record begins, what two writers left having been taken out."""
+    """Where each record begins, after lines that two writers left were removed."""
     try:
-      return cached.record_offsets(path, self._procedure)
+      return cache.record_offsets(path, self.procedure)
     except GenerationsError:
-      report = mending.mend(path, self._procedure)
+      report = repair(path, self.procedure)
       if report is None:
         raise
     self.reports.append(report)
-    return cached.record_offsets(path, self._procedure)
-
-  @property
-  def procedure(self) -> Procedure | None:
-    """How the records that are there were decoded."""
-    return self._procedure
+    return cache.record_offsets(path, self.procedure)
 
   def completed_ids(self, threshold: float) -> frozenset[str]:
     """Ids that already have a record at `threshold` (`NEVER_EXIT` for the reference)."""
-    return frozenset(self._done[self._known(threshold)])
+    return frozenset(self._known(threshold))
 
   def completed_records(
     self, threshold: float, ids: Iterable[str] | None = None
@@ -70,10 +72,13 @@ class Writer:
     Only the lines that are asked for are read: as many calls as there are batches read the
     file once.
     """
-    done = self._done[self._known(threshold)]
+    done = self._known(threshold)
     offsets = [done[name] for name in (done if ids is None else ids) if name in done]
-    path = self.directory / cached.threshold_file(threshold)
-    return cached.read_records_at(path, offsets) if offsets else {}
+    table = np.array([(offset, -1, 0) for offset in offsets], np.int64).reshape(-1, 3)
+    column = (
+      cache.Column(self.directory / cache.threshold_file(threshold), table) if offsets else ()
+    )
+    return {record.id: record for record in column}
 
   def append(self, threshold: float, records: Iterable[Record]) -> None:
     """Appends whole records and hands them to the operating system before it returns.
@@ -81,7 +86,7 @@ class Writer:
     Raises:
       ValueError: `threshold` is not in the grid, an id is unknown or already written.
     """
-    done = self._done[self._known(threshold)]
+    done = self._known(threshold)
     records = tuple(records)
     names = [record.id for record in records]
     odd = sorted(set(names) - self._ids)
@@ -91,14 +96,14 @@ class Writer:
         f"Expected `records` to be of prompts that have none at {threshold} yet, got unknown"
         f" ids {odd[:5]}, ids already there {twice[:5]}."
       )
-    mark = cached.procedure_mark(self._procedure)
+    mark = cache.procedure_mark(self.procedure)
     marks = {"threshold": thresholds_lib.threshold_to_json(threshold)}
     marks |= {} if mark is None else {"procedure": mark}
-    lines = [storage.dump_line({**record.to_json(), **marks}) for record in records]
-    path = self.directory / cached.threshold_file(threshold)
+    lines = [storage.dump_line({**r.to_json(), **marks}).encode("utf-8") for r in records]
+    path = self.directory / cache.threshold_file(threshold)
     begin = path.stat().st_size if path.exists() else 0
-    storage.append(path, b"".join(encoded := [line.encode("utf-8") for line in lines]))
-    for name, line in zip(names, encoded, strict=True):
+    storage.append(path, b"".join(lines))
+    for name, line in zip(names, lines, strict=True):
       done[name] = begin
       begin += len(line)
 
@@ -108,37 +113,32 @@ class Writer:
     Raises:
       ValueError: a prompt has no record at some threshold (sequential runs excepted).
     """
-    for threshold in self._thresholds:
-      missing = len(self._ids - set(self._done[threshold]))
+    for threshold, done in self._done.items():
+      missing = len(self._ids - set(done))
       if missing and not self._manifest["sequential"]:
         raise ValueError(
           f"{self.directory}: expected a record of every prompt at threshold"
           f" {thresholds_lib.format_threshold(threshold)}, got {missing} without one;"
           " append them before `finish`."
         )
-    names = [
-      cached.PROMPTS,
-      *(cached.threshold_file(threshold) for threshold in self._thresholds),
-    ]
-    self._manifest["checksums"] = {
-      name: storage.checksum(self.directory / name)
-      for name in names
-      if (self.directory / name).exists()
-    }
-    _write_manifest(self.directory, self._manifest)
+    names = cache.file_names(self._manifest["thresholds"])
+    there = [name for name in names if (self.directory / name).exists()]
+    sums = {name: storage.checksum(self.directory / name) for name in there}
+    self._manifest["checksums"] = sums
+    write_manifest(self.directory, self._manifest)
     self._lock.release()
 
-  def _known(self, threshold: float) -> float:
+  def _known(self, threshold: float) -> dict[str, int]:
     if threshold not in self._done:
-      grid = [thresholds_lib.format_threshold(value) for value in self._thresholds]
+      grid = [thresholds_lib.format_threshold(value) for value in self._done]
       raise ValueError(f"Expected `threshold` to be one of {grid}, got {threshold!r}.")
-    return threshold
+    return self._done[threshold]
 
 
-def _write_manifest(directory: pathlib.Path, manifest: Mapping[str, Any]) -> None:
-  storage.write_atomically(
-    directory / cached.MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-  )
+def write_manifest(directory: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+  """Writes a manifest whole."""
+  text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+  storage.write_atomically(directory / cache.MANIFEST, text)
 
 
 def open_writer(
@@ -178,25 +178,47 @@ def open_writer(
   if by_group:
     order.consecutive_units(len(prompts), order.prompt_clusters(prompts))
   grid = thresholds_lib.validate_grid(thresholds).tolist()
+  flags = {"sequential": sequential, "by_group": by_group}  # held against the manifest's
   story = provenance or Provenance()
-  kept = {"sequential": sequential, "by_group": by_group}  # held against the manifest's
-  story = dataclasses.replace(
-    story,
-    grid=story.grid or tuple(grid),
-    num_examples=len(prompts),
-    notes={**(story.notes or {}), **kept},
-  )
+  changes = {"grid": story.grid or tuple(grid), "num_examples": len(prompts)}
+  story = dataclasses.replace(story, **changes, notes={**(story.notes or {}), **flags})
   manifest = {
-    "schema_version": cached.SCHEMA_VERSION,
+    "schema_version": cache.SCHEMA_VERSION,
     "procedure": None if procedure is None else procedure.to_json(),
     "provenance": story.to_json(),
     "thresholds": grid,
     "prompt_ids": [prompt.id for prompt in prompts],
-    "sequential": sequential,
-    "by_group": by_group,
+    **flags,
     "checksums": {},
   }
   prompt_text = "".join(storage.dump_line(prompt.to_json()) for prompt in prompts)
+  lock = lock_folder(directory, grid)
+  if (directory / cache.MANIFEST).exists():
+    there = cache.read_manifest(directory)
+    _check_same_run(directory, there, manifest, prompt_text)
+    # Records that were edited must not be written into new checksums.
+    cache.check_checksums(directory, there.get("checksums") or {})
+    # The story begins with the first run, and records are marked with its procedure.
+    manifest |= {name: there[name] for name in ("provenance", "procedure")}
+  else:
+    path = directory / cache.PROMPTS
+    if path.exists() and not _holds(path, prompt_text):  # a stopped start has left the same
+      raise GenerationsError(
+        f"{path}: expected a folder without a file of that name, or that of this run, got"
+        " another one, which would be replaced; choose another folder."
+      )
+    storage.write_atomically(path, prompt_text)
+  # Resuming reopens a finished run: its checksums are written again by `finish`.
+  write_manifest(directory, manifest)
+  writer = Writer(directory, manifest, lock)
+  old = unknown_platform(writer.procedure)
+  if old and not unknown_platform(procedure):
+    writer.reports.append(f"{directory}: {old}")
+  return writer
+
+
+def lock_folder(directory: pathlib.Path, grid: Iterable[float]) -> storage.Lock:
+  """Makes a folder for a run and takes it for this process; errors as of `open_writer`."""
   try:
     directory.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -204,62 +226,36 @@ def open_writer(
       f"Expected {str(directory)!r} to be a folder that can be made, got: {error.strerror};"
       " choose a folder that can be written."
     ) from error
-  names = map(cached.threshold_file, (thresholds_lib.NEVER_EXIT, *manifest["thresholds"]))
-  storage.refuse_planted_links(directory / n for n in (cached.MANIFEST, cached.PROMPTS, *names))
-  lock = storage.lock(directory)
-  if (directory / cached.MANIFEST).exists():
-    _check_same_run(directory, manifest, prompt_text)
-    there = cached.read_manifest(directory)
-    # Records that were edited must not be written into new checksums.
-    cached.check_checksums(directory, there.get("checksums") or {})
-    manifest["provenance"] = there["provenance"]
-    # Its records are marked with the procedure as it was written then.
-    manifest["procedure"] = there["procedure"]
-  else:
-    _write_prompts(directory / cached.PROMPTS, prompt_text)
-  # Resuming reopens a finished run: its checksums are written again by `finish`.
-  _write_manifest(directory, manifest)
-  writer = Writer(directory, manifest, lock)
-  old = procedures.unknown_platform(writer.procedure)
-  if old and not procedures.unknown_platform(procedure):
-    writer.reports.append(f"{directory}: {old}")
-  return writer
+  storage.refuse_planted_links(
+    directory / name for name in (cache.MANIFEST, *cache.file_names(grid))
+  )
+  return storage.lock(directory)
 
 
-def _write_prompts(path: pathlib.Path, text: str) -> None:
-  """Writes the prompts of a new run; what a stopped start has left is the same."""
-  if path.exists() and not _holds(path, text):
-    raise GenerationsError(
-      f"{path}: expected a folder without a file of that name, or that of this run, got another"
-      " one, which would be replaced; choose another folder."
-    )
-  storage.write_atomically(path, text)
-
-
-def _check_same_run(directory: pathlib.Path, manifest: dict[str, Any], prompts: str) -> None:
-  there = cached.read_manifest(directory)
-  path = directory / cached.MANIFEST
+def _check_same_run(
+  directory: pathlib.Path, there: dict[str, Any], manifest: dict[str, Any], prompts: str
+) -> None:
+  path = directory / cache.MANIFEST
   way_out = "choose another folder, or the options of the run that is there."
   difference = describe_differences(
-    cached.manifest_procedure(there), cached.manifest_procedure(manifest)
+    cache.manifest_procedure(there), cache.manifest_procedure(manifest)
   )
   if difference:
     raise GenerationsError(
       f"{path}: expected the procedure of the run that is there, got another: {difference};"
       f" {way_out}"
     )
-  # Older manifests do not say `by_group`.
-  there = {"by_group": False, **there}
+  there = {"by_group": False, **there}  # older manifests do not say it
   for name in ("thresholds", "prompt_ids", "sequential", "by_group"):
     if there.get(name) != manifest[name]:
       raise GenerationsError(
         f"{path}: expected `{name}` to be {_short(there.get(name))}, got"
         f" {_short(manifest[name])}; {way_out}"
       )
-  if not _holds(directory / cached.PROMPTS, prompts):
+  if not _holds(directory / cache.PROMPTS, prompts):
     raise GenerationsError(
-      f"{directory / cached.PROMPTS}: expected the texts of the run that is there, got"
-      f" others; {way_out}"
+      f"{directory / cache.PROMPTS}: expected the texts of the run that is there, got others;"
+      f" {way_out}"
     )
 
 
@@ -272,3 +268,52 @@ def _holds(path: pathlib.Path, text: str) -> bool:
 def _short(value: Any) -> str:
   text = repr(value)
   return text if len(text) <= 120 else f"{text[:100]}... ({len(value)} entries)"
+
+
+def repair(path: pathlib.Path, procedure: Procedure | None) -> str | None:
+  """Removes doubled and damaged lines of a file; says which, or None for nothing.
+
+  Two writers at once left them, in earlier versions and on file systems without locks. Of equal
+  lines the first is kept; where two of one id differ, none is: the prompt is decoded again. A
+  file with a record of another procedure is left as it is.
+  """
+  mark = cache.procedure_mark(procedure)
+  seen: dict[str, bytes] = {}
+  torn, twice, differ = 0, 0, set[str]()
+  for raw, record, marked in _lines(path):
+    if record is None:
+      torn += 1
+      continue
+    if marked != mark:
+      return None
+    digest = hashlib.sha256(raw).digest()
+    if record.id in seen and seen[record.id] == digest:
+      twice += 1
+    elif seen.setdefault(record.id, digest) != digest:
+      differ.add(record.id)
+  if not (torn or twice or differ):
+    return None
+  done = set(differ)
+  with storage.replacing(path) as file:
+    for raw, record, _ in _lines(path):
+      if record is not None and record.id not in done:
+        done.add(record.id)
+        file.write(raw + b"\n")
+  return (
+    f"{path}: {torn} damaged lines and {twice} doubled ones were removed, and {len(differ)}"
+    " prompts that had two outputs; what is missing is decoded again."
+  )
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[bytes, Record | None, object]]:
+  """(line, its record if it is one, its mark)."""
+  with storage.opened(path) as file:
+    for line in iter(lambda: file.readline(storage.LONGEST_LINE + 1), b""):
+      raw = line.removesuffix(b"\n")
+      value, _ = storage.parse_line(raw) if raw.strip() else (None, "")
+      try:
+        record = None if value is None else Record.from_json(value)
+      except (TypeError, ValueError, OverflowError):
+        record = None
+      if raw.strip():
+        yield raw, record, (value or {}).get("procedure")

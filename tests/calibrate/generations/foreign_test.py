@@ -1,9 +1,10 @@
+"""Files of other systems are read as they are, or refused with their line."""
+
 import json
 
 import numpy as np
 import pytest
 
-from calm.calibrate import textual_losses
 from calm.calibrate.generations import foreign
 from calm.calibrate.generations.records import GenerationsError, Record
 
@@ -16,15 +17,6 @@ def write(path, rows):
 def t5x(text, prediction, **fields):
   inputs = {"inputs_pretokenized": text, "targets_pretokenized": f"target of {text}"}
   return {"inputs": inputs, "prediction": prediction, **fields}
-
-
-def test_t5x_predict_files_go_by_line_number(tmp_path):
-  full = write(tmp_path / "full.jsonl", [t5x("a", "x y"), t5x("b", "z")])
-  early = write(tmp_path / "early.jsonl", [t5x("a", "x y"), t5x("b", "other")])
-  loaded = foreign.gather(full, {0.5: early})
-  assert loaded.ids == ("line 1", "line 2") and loaded.procedure is None
-  assert loaded.references == (("target of a",), ("target of b",))
-  assert textual_losses(loaded).values.tolist() == [[0.0], [1.0]]
 
 
 def test_t5x_predict_with_aux_brings_exits_without_padding(tmp_path):
@@ -156,6 +148,7 @@ def test_a_threshold_that_is_none_is_refused(tmp_path, said):
 
 
 HALF = "half \ud83d"
+
 # Field: lines of each form in which it holds half of a surrogate pair.
 HALVES = {
   "prediction": [
@@ -180,3 +173,83 @@ def test_half_of_a_surrogate_pair_is_refused_with_its_line(tmp_path, name, row):
   message = rf"f\.jsonl:2: .*`{name}` to be Unicode, got half of a surrogate pair"
   with pytest.raises(GenerationsError, match=message):
     foreign.read_predictions(path)
+
+
+ANSWERS = [f"answer {row}" for row in range(100)]
+
+CHEAP = ["another" if row % 3 == 0 else text for row, text in enumerate(ANSWERS)]
+
+
+def chat(row, text, **body):
+  message = {"index": 0, "message": {"role": "assistant", "content": text}}
+  return {
+    "id": f"batch_{row}",
+    "custom_id": f"p{row}",
+    "response": {"status_code": 200, "body": {"choices": [message], **body}},
+    "error": None,
+  }
+
+
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    (
+      {**chat(0, "x"), "error": {"code": "batch_expired"}},
+      "got one that failed: .*batch_expired",
+    ),
+    ({"custom_id": "p0", "response": {"status_code": 500}}, "got one that failed: .*500"),
+    ({"custom_id": "p0", "response": {"body": {"choices": []}}}, "`choices`"),
+    ({"custom_id": "p0", "response": {"body": {}}}, "`output`"),
+    ({"custom_id": "p0"}, "`output`"),
+    ({"custom_id": "p0", "response": "x"}, "no output"),
+    (chat(0, None), "`prediction` to be a text"),
+    ({"request_id": "p0", "outputs": []}, "`outputs`"),
+    ({"request_id": 3, "outputs": [{"text": "x"}]}, "`id` to be a text"),
+  ],
+)
+def test_answers_that_are_none_are_refused_by_line(line, message, tmp_path):
+  path = tmp_path / "out.jsonl"
+  path.write_text(json.dumps(line) + "\n")
+  with pytest.raises(foreign.GenerationsError, match=rf"out.jsonl:1: .*{message}"):
+    foreign.read_predictions(path)
+
+
+def message(text):
+  return {"type": "message", "content": [{"type": "output_text", "text": text}]}
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    {"request_id": "p0", "outputs": [{"text": "x"}, {"text": "y"}]},
+    chat(0, "x", choices=[{"index": i, "message": {"content": t}} for i, t in enumerate("xy")]),
+    {"custom_id": "p0", "response": {"body": {"output": [message("x"), message("y")]}}},
+  ],
+  ids=["vllm", "openai chat", "openai response"],
+)
+def test_several_decodes_of_a_server_are_refused_as_those_of_t5x(line, tmp_path):
+  path = tmp_path / "out.jsonl"
+  path.write_text(
+    json.dumps({"id": "p1", "prediction": "a text"}) + "\n" + json.dumps(line) + "\n"
+  )
+  said = (
+    r"out.jsonl:2: expected one `prediction` of a prompt, got a list of 2 decodes; .*`n = 1`"
+  )
+  with pytest.raises(foreign.GenerationsError, match=said):
+    foreign.read_predictions(path)
+
+
+def test_files_at_any_knob_are_gathered(tmp_path):
+  def write(name, texts):
+    path = tmp_path / name
+    path.write_text("".join(json.dumps(chat(r, t)) + "\n" for r, t in enumerate(texts)))
+    return path
+
+  full, cheap = write("full.jsonl", ANSWERS), write("cheap.jsonl", CHEAP)
+  found = foreign.gather(full, {"12": full, "2": cheap})
+  assert found.knobs == ("12", "2") and found.thresholds.tolist() == [1.0, 0.5]
+  plain = foreign.gather(full, {0.5: cheap, 0.9: full})
+  assert plain.knobs == () and plain.thresholds.tolist() == [0.9, 0.5]
+  assert plain.records[0] == plain.full
+  with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+    foreign.gather(full, {9.0: full, 0.5: cheap})

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm.calibrate import Prompt, SequenceLosses
+from calm.calibrate import Prompt, SequenceLosses, clusters
 from calm.calibrate.generations import order
-from calm.calibrate.losses import clusters
 from tests.calibrate import laws
 
 GROUPS = st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=20)

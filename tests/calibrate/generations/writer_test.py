@@ -1,3 +1,5 @@
+"""A run is written so that it can be killed at any moment, resumed, and mixed with nothing."""
+
 import json
 import os
 import pathlib
@@ -9,12 +11,19 @@ import time
 import pytest
 
 from calm import storage
-from calm.calibrate import NEVER_EXIT, generations
-from calm.calibrate.generations import cached, mending
+from calm.calibrate import (
+  NEVER_EXIT,
+  GenerationsError,
+  Prompt,
+  generations,
+  open_writer,
+)
+from calm.calibrate.generations import cache, shards
 from calm.calibrate.generations import writer as writer_lib
-from calm.calibrate.generations.procedures import Provenance
-from calm.calibrate.generations.records import GenerationsError, Prompt, Record
+from calm.calibrate.generations.procedure import Provenance
+from calm.calibrate.generations.records import Record
 from tests.calibrate import laws
+from tests.calibrate.generations import shards_test
 
 GRID = [0.9, 0.5]
 
@@ -39,7 +48,7 @@ def test_what_two_writers_left_is_taken_out_and_decoded_again(tmp_path):
   other = second.replace(b"at 0.9", b"at 9.9")
   with pytest.raises(GenerationsError, match=r"got 'id-000' twice; resume"):
     path.write_bytes(first + second + first)
-    cached.read_records(path, laws.procedure())
+    cache.read_records(path, laws.procedure())
   path.write_bytes(first + second + first + third[:20] + b"\n" + other + third[:-9] + b"\n")
   again = start(tmp_path)
   assert again.completed_ids(0.9) == {"id-000"} and path.read_bytes() == first
@@ -56,8 +65,8 @@ def test_records_of_another_procedure_are_no_damage_to_mend(tmp_path):
   writer.append(0.9, [Record("id-000", "x"), Record("id-001", "y")])
   path = tmp_path / "threshold_0.9.jsonl"
   before = path.read_bytes()
-  assert mending.mend(path, laws.procedure()) is None and path.read_bytes() == before
-  mark = cached.procedure_mark(laws.procedure()).encode()
+  assert writer_lib.repair(path, laws.procedure()) is None and path.read_bytes() == before
+  mark = cache.procedure_mark(laws.procedure()).encode()
   first, second = before.splitlines(keepends=True)
   path.write_bytes(before := first + second.replace(mark, b"0123456789abcdef"))
   with pytest.raises(GenerationsError, match="outputs of two procedures are mixed"):
@@ -136,8 +145,8 @@ def test_records_are_read_once_however_many_batches_ask(tmp_path, monkeypatch):
   writer.append(0.9, [Record(name, f"é {name}", tokens=(i,)) for i, name in enumerate(ids)])
   again = start(tmp_path, prompts=laws.prompts(200))
   read = []
-  at = cached.read_records_at
-  monkeypatch.setattr(cached, "read_records_at", lambda path, o: read.extend(o) or at(path, o))
+  at = cache._value
+  monkeypatch.setattr(cache, "_value", lambda file, o: read.append(o) or at(file, o))
   monkeypatch.setattr(storage, "read_lines", lambda path: pytest.fail("reads the whole file"))
   for first in range(0, 200, 8):
     got = again.completed_records(0.9, ids[first : first + 8])
@@ -295,3 +304,37 @@ for p in laws.prompts(400):
   )
   found = generations.read_records(tmp_path / "threshold_0.9.jsonl", laws.procedure())
   assert set(found) == {p.id for p in laws.prompts(400)}
+
+
+PROMPTS = [Prompt(f"p{row}", f"prompt {row}") for row in range(5)]
+
+RUN = dict(thresholds=(0.5,), procedure=None)
+
+
+def test_a_run_does_not_begin_on_prompts_of_another(tmp_path):
+  mine = tmp_path / "prompts.jsonl"
+  rows = [{"id": prompt.id, "input": "x", "note": 1} for prompt in PROMPTS]
+  mine.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  before = mine.read_bytes()
+  with pytest.raises(GenerationsError, match=r"prompts\.jsonl: expected a folder without"):
+    open_writer(tmp_path, prompts=PROMPTS[:2], **RUN)
+  assert mine.read_bytes() == before and not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "prompts.jsonl", "threshold_0.5.jsonl"])
+def test_a_run_makes_no_file_where_a_planted_link_leads(tmp_path, name):
+  (folder := tmp_path / "run").mkdir()
+  (folder / name).symlink_to(tmp_path / "elsewhere")
+  with pytest.raises(OSError, match=rf"{name}' .* got a link to a file that does not exist"):
+    open_writer(folder, prompts=PROMPTS[:1], **RUN)
+  shards_test.write(tmp_path / "shards")
+  with pytest.raises(OSError, match=rf"{name}' .* got a link to a file that does not exist"):
+    shards.merge([tmp_path / "shards"], folder)
+  assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_start_that_was_stopped_goes_on(tmp_path):
+  open_writer(tmp_path, prompts=PROMPTS, **RUN)
+  (tmp_path / generations.MANIFEST).unlink()
+  open_writer(tmp_path, prompts=PROMPTS, **RUN)
+  assert (tmp_path / generations.MANIFEST).exists()

@@ -1,0 +1,238 @@
+"""Checks of tables of losses: numbers, names, clusters, texts, copies."""
+
+import numbers
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from calm import arguments
+
+# Losses that are looked at at once.
+_CELLS = 2**18
+# How often a prompt may have been copied: all primes that are likely; an odd multiplier.
+_COPIES, _ODD = (2, 3, 5, 7, 11, 13), np.uint64(0x9E3779B97F4A7C15)
+# Characters of a name (a knob, a label, a metric, a risk) in a calibration's file.
+LONGEST_NAME = 500
+LONGEST_KIND = 200
+
+
+def as_numbers(values: Any, name: str) -> np.ndarray:
+  """Real numbers as float64; an array of float64 is returned as it is.
+
+  Raises:
+    ValueError: `values` is masked, complex, text or objects, or ragged.
+  """
+  if np.ma.isMaskedArray(values):
+    raise ValueError(
+      f"Expected `{name}` without a mask, got a masked array; give each prompt a loss (a"
+      " failure counts as the largest, 1): a mean without the failures promises too much."
+    )
+  try:
+    array = np.asarray(list(values) if isinstance(values, Iterator) else values)
+  except ValueError as error:
+    raise ValueError(
+      f"Expected `{name}` to be a table of numbers, got rows of several lengths ({error})."
+    ) from error
+  if array.dtype.kind not in "fiub":
+    raise ValueError(
+      f"Expected `{name}` to be real numbers, got an array of {array.dtype}; convert it."
+    )
+  return np.asarray(array, np.float64)
+
+
+def as_amounts(values: Any, name: str) -> np.ndarray:
+  """`as_numbers`, finite and at least 0; ValueError otherwise."""
+  array = as_numbers(values, name)
+  odd = array[~((array >= 0.0) & (array < np.inf))]
+  if odd.size:
+    raise ValueError(
+      f"Expected `{name}` to be finite and at least 0, got {float(odd.flat[0])!r}; measure it,"
+      " or give the most that it can be."
+    )
+  return array
+
+
+@arguments.checked()
+def check_ids(ids: Sequence[Any], count: int) -> tuple[str, ...]:
+  """Ids of `count` prompts; ValueError unless they are as many different texts."""
+  names = tuple(ids)
+  if len(names) != count:
+    raise ValueError(f"Expected `ids` for each of the {count} rows, got {len(names)}.")
+  odd = [name for name in names if not isinstance(name, str)]
+  if odd:
+    raise ValueError(
+      f"Expected `ids` to be texts, got {odd[0]!r} ({type(odd[0]).__name__}); use `str(id)`."
+    )
+  if len(set(names)) != count:
+    raise ValueError(
+      f"Expected `ids` to be unique, got {repeated(names)[:5]} more than once; rows of one"
+      " prompt are a cluster: give them ids of their own and one of the `groups`."
+    )
+  return tuple(str(name) for name in names)
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+  """Names that occur more than once, sorted."""
+  seen: set[str] = set()
+  return sorted({name for name in names if name in seen or seen.add(name)})
+
+
+@arguments.checked()
+def check_groups(groups: Sequence[Any], count: int) -> tuple[str, ...]:
+  """The cluster of each of `count` prompts; ValueError where one is missing or no name."""
+  if len(groups) != count:
+    raise ValueError(
+      f"Expected `groups` to name the cluster of each of the {count} rows, got {len(groups)}"
+      " names."
+    )
+  named = lambda g: isinstance(g, str | numbers.Integral) and not isinstance(g, bool)
+  bare = [row for row, group in enumerate(groups) if not named(group)]
+  if bare:
+    raise ValueError(
+      f"Expected `groups` to name the cluster of every row, got {groups[bare[0]]!r} at row"
+      f" {bare[0]} and {len(bare)} rows without a name; give each a cluster (its own id if it"
+      " has none): together they would pass for one cluster."
+    )
+  return tuple(str(group) for group in groups)
+
+
+def warn_of_error_rate(error_rate: float) -> None:
+  """Warns of an error rate above 0.5, which is most likely meant as its complement."""
+  if error_rate > 0.5:
+    warnings.warn(
+      f"`error_rate` {error_rate:g} lets the promise fail with probability {error_rate:g}: for"
+      f" one that holds with probability {error_rate:g}, give {1.0 - error_rate:.4g}.",
+      stacklevel=5,
+    )
+
+
+def is_line(value: Any, longest: int = LONGEST_NAME) -> bool:
+  """Whether a calibration's file may hold this text: it is printed as it is, on one line."""
+  return isinstance(value, str) and len(value) <= longest and value.isprintable()
+
+
+def check_lines(values: Iterable[Any], name: str, longest: int = LONGEST_NAME) -> None:
+  """ValueError for the first that `is_line` is not true of: loading would refuse it."""
+  for value in values:
+    if not is_line(value, longest):
+      raise ValueError(
+        f"Expected `{name}` of texts of at most {longest} printable characters, got"
+        f" {value!r:.200}; write it on one line, with plain spaces and no control characters."
+      )
+
+
+def is_seed(value: Any) -> bool:
+  """Whether a calibration's file may hold this seed."""
+  return isinstance(value, str) and bool(re.fullmatch(r"[0-9a-f]{0,64}", value))
+
+
+def check_seed(seed: str | None) -> None:
+  """ValueError unless an order's seed is None or one that a calibration has."""
+  if seed is not None and not is_seed(seed):
+    raise ValueError(
+      f"Expected `seed` of at most 64 hexadecimal digits, got {seed!r:.200}; give the `seed` of"
+      " an earlier calibration, or none."
+    )
+
+
+def looks_sorted(values: np.ndarray) -> bool:
+  """Whether rows stand in an order that follows their losses.
+
+      |r| sqrt(n - 1) > 4,   r Spearman's correlation of row number and mean loss
+
+  Rows in an order that has nothing to do with losses look so once in 10,000 tables.
+
+  Args:
+    values: [num_examples, num_thresholds] finite losses.
+  """
+  means = values.mean(axis=1)
+  _, place, sizes = np.unique(means, return_inverse=True, return_counts=True)
+  if len(sizes) < 2:
+    return False
+  ranks = (np.cumsum(sizes) - (sizes - 1) / 2.0)[place]  # equal losses share a rank
+  correlation = float(np.corrcoef(np.arange(len(ranks)), ranks)[0, 1])
+  return abs(correlation) * np.sqrt(len(ranks) - 1.0) > 4.0
+
+
+def looks_copied(values: np.ndarray) -> bool:
+  """Whether rows occur as copies of prompts do, and independent draws hardly ever.
+
+  Either nearly all kinds of equal rows, or nearly all stretches of equal rows (in the stored
+  order, or of rows that stand n / k apart), have a size that is a multiple of one k >= 2:
+
+      P(size of a kind = 0 mod k) < max(1 / k, 1 / 5) for independent draws
+
+  Or one row with three different losses besides -1, 0 and 1 is more than a tenth of a table of
+  more than eight kinds. Where kinds are few, as 0 and 1 at one threshold, shuffled copies look
+  like draws and are not seen, nor are copies of some prompts among others. A table that repeats
+  one pattern of few rows throughout was made by hand, and is judged by its kinds alone.
+
+  Args:
+    values: [num_examples, num_thresholds] finite losses.
+  """
+  _, first, kinds, sizes = np.unique(
+    _row_hashes(values), return_index=True, return_inverse=True, return_counts=True
+  )
+  count = len(kinds)
+  for times in _COPIES:
+    period = count // times
+    apart = kinds[: times * period].reshape(times, period).T.ravel()
+    if _are_multiples(sizes, times):
+      return True
+    stretches = _stretches(kinds), _stretches(apart)
+    if any(_are_multiples(lengths, times) for lengths in stretches) and not _is_pattern(kinds):
+      return True
+  often = values[first[sizes > max(1, count // 10)]]
+  several = (len(set(row.tolist()) - {-1.0, 0.0, 1.0}) >= 3 for row in often)
+  return len(sizes) > 8 and any(several)
+
+
+def warn_of_copies(values: np.ndarray) -> None:
+  """Warns where `looks_copied`."""
+  if looks_copied(values):
+    warnings.warn(
+      "rows of losses repeat as copies of a prompt do, and copies count once: give those of one"
+      " prompt one of the `groups`.",
+      stacklevel=5,
+    )
+
+
+def _row_hashes(values: np.ndarray) -> np.ndarray:
+  """[num_examples] uint64, equal for equal rows and, but for 1 in 2^64 pairs, for no others."""
+  hashes = []
+  for block in row_blocks(values):
+    mixed = np.zeros(len(block), np.uint64)
+    for column in (block + 0.0).T:  # -0 is 0
+      mixed = (mixed ^ np.ascontiguousarray(column).view(np.uint64)) * _ODD
+      mixed ^= mixed >> np.uint64(32)
+    hashes.append(mixed)
+  return np.concatenate(hashes)
+
+
+def _stretches(kinds: np.ndarray) -> np.ndarray:
+  """Lengths of the stretches of equal entries."""
+  ends = np.flatnonzero(np.diff(kinds)) + 1
+  return np.diff(ends, prepend=0, append=len(kinds))
+
+
+def _is_pattern(kinds: np.ndarray) -> bool:
+  """Whether at most 64 entries, in that order again and again, make them all."""
+  longest = min(64, len(kinds) // 2)
+  return any(np.array_equal(kinds[n:], kinds[:-n]) for n in range(1, longest + 1))
+
+
+def _are_multiples(sizes: np.ndarray, times: int) -> bool:
+  """Whether so many sizes are multiples of `times` as happens once in 10^6 draws at most."""
+  hits = int((sizes % times == 0).sum())
+  chance = max(1.0 / times, 0.2)
+  return hits > 0 and bool(special.bdtrc(hits - 1, len(sizes), chance) < 1e-6)
+
+
+def row_blocks(values: np.ndarray) -> Iterator[np.ndarray]:
+  """`values` in pieces of whole rows, so that what is computed of each stays small."""
+  step = max(1, _CELLS // values.shape[1])
+  return (values[start : start + step] for start in range(0, len(values), step))

@@ -1,0 +1,136 @@
+"""The tested order of losses, and losses of whole clusters."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from calm.calibrate import checks
+from calm.calibrate.generations import order as order_lib
+from calm.calibrate.losses import SequenceLosses, Support
+
+# Orders of which the least favourable counts, where rows are of few kinds.
+_ORDERS = 16
+
+
+def with_contents(losses: SequenceLosses) -> SequenceLosses:
+  """`losses` with a digest of their units' losses, where no text of a prompt is known."""
+  if losses.contents:
+    return losses
+  digests = order_lib.content_digests(_units(losses))
+  return dataclasses.replace(losses, contents=order_lib.digest_of_digests(digests))
+
+
+def order_seeds(losses: SequenceLosses, seed: str | None = None) -> tuple[str, ...]:
+  """Hexadecimal seeds of the orders in which rows, or clusters, are tested; the first is kept.
+
+  The seed is a function of ids, contents and procedure, so that equal calls answer equally.
+  Rows of few kinds (0 or 1 at one threshold) leave too few seeds: for n prompts n + 1, so that
+  the level would be that of n + 1 fixed orders, up to 0.26 where 0.05 is promised. There 16
+  orders are tested and the largest p-value counts: a false certificate must pass all of them,
+  and its probability is at most the smallest of their levels.
+
+  Args:
+    losses: of all prompts, with their groups.
+    seed: of an earlier calibration; the one that contents give stands for all orders, any other
+      (earlier versions drew it) for one order.
+  """
+  own = order_seed(with_contents(losses))
+  if seed not in (None, own):
+    return (seed,)
+  if losses.contents or losses.order == "given" or not _are_of_few_kinds(losses):
+    return (own,)
+  more = (hashlib.sha256(f"{own}/{number}".encode()) for number in range(1, _ORDERS))
+  return (own, *(digest.hexdigest()[:16] for digest in more))
+
+
+def _units(losses: SequenceLosses):
+  """Rows, or cluster means, as bytes; -0 is 0."""
+  units = losses if losses.groups is None else cluster_means(losses, losses.groups)
+  blocks = checks.row_blocks(units.values)
+  return (row.tobytes() for block in blocks for row in block + 0.0)
+
+
+def _are_of_few_kinds(losses: SequenceLosses) -> bool:
+  kinds: set[bytes] = set()
+  for row in _units(losses):
+    kinds.add(row)
+    if len(kinds) > order_lib.FEW_KINDS:
+      return False
+  return len(kinds) > 1
+
+
+def names_of_rows(losses: SequenceLosses) -> tuple[str, ...]:
+  """Ids; without them numbers that rows keep however they are stored."""
+  if losses.ids:
+    return losses.ids
+  digests = order_lib.content_digests(_units(dataclasses.replace(losses, groups=None)))
+  places = np.argsort(np.argsort(digests, kind="stable"), kind="stable")
+  return tuple(f"{place:09d}" for place in places.tolist())
+
+
+def order_seed(losses: SequenceLosses) -> str:
+  """Hexadecimal seed of the order in which rows, or clusters, are tested."""
+  names = losses.ids or tuple(f"{row:09d}" for row in range(len(losses.values)))
+  units = order_lib.unit_names(names, losses.groups)
+  return order_lib.order_seed(units, losses.procedure, losses.contents)
+
+
+def tested_orders(losses: SequenceLosses, seeds: Sequence[str]) -> list[np.ndarray]:
+  """Row numbers of `losses` (units by now) in each of the tested orders."""
+  if losses.order == "given":
+    return [np.arange(len(losses.values))]
+  names = names_of_rows(losses)
+  return [order_lib.seeded_order(names, seed) for seed in seeds]
+
+
+def declared_groups(losses: SequenceLosses) -> tuple[str, ...] | None:
+  """The groups that `losses` carry, or None where each prompt is a cluster of its own."""
+  groups = losses.groups
+  return None if groups is None or len(set(groups)) == len(groups) else groups
+
+
+def unit_support(losses: SequenceLosses, groups: Sequence[str] | None) -> Support:
+  """Declared range of cluster means: means of several 0-or-1 losses are not 0 or 1.
+
+  Raises:
+    ValueError: `groups` has another length than `losses`, or a row has none.
+  """
+  if groups is None:
+    return losses.support
+  groups = checks.check_groups(groups, len(losses.values))
+  binary = losses.support.binary and len(set(groups)) == len(groups)
+  return Support(losses.support.lower, losses.support.upper, binary)
+
+
+def cluster_means(losses: SequenceLosses, groups: Sequence[str]) -> SequenceLosses:
+  """One row a cluster, the mean of its prompts: clusters are the exchangeable units.
+
+  Args:
+    losses: [num_examples, num_thresholds] losses.
+    groups: [num_examples] cluster names.
+
+  Returns:
+    [num_clusters, num_thresholds] losses, clusters sorted by name, or by where they begin if
+    rows are tested in the given order.
+
+  Raises:
+    ValueError: `groups` has another length, or a row has none.
+  """
+  support = unit_support(losses, groups)
+  groups = checks.check_groups(groups, len(losses.values))
+  names, first, index = np.unique(np.asarray(groups), return_index=True, return_inverse=True)
+  if losses.order == "given":
+    places = np.argsort(first)
+    names, index = names[places], np.argsort(places)[index]
+  sizes = np.bincount(index).astype(np.float64)
+  sums = np.zeros((len(names), losses.values.shape[1]))
+  np.add.at(sums, index, losses.values)
+  return dataclasses.replace(
+    losses,
+    values=sums / sizes[:, None],
+    support=support,
+    ids=tuple(names.tolist()),
+    groups=None,
+  )

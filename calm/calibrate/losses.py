@@ -1,0 +1,521 @@
+"""Outputs -> losses [num_examples, num_thresholds] (Definitions 1 and 2).
+
+From cached generations (`compute`), texts in memory (`from_texts`) or a DataFrame of pandas or
+polars (`from_frame`), neither of which is imported.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from calm import arguments, signals
+from calm.calibrate import checks, metrics
+from calm.calibrate import thresholds as thresholds_lib
+from calm.calibrate.generations import cache
+from calm.calibrate.generations import order as order_lib
+from calm.calibrate.generations.cache import Generations
+from calm.calibrate.generations.procedure import Procedure
+from calm.calibrate.generations.records import Prompt, Record
+from calm.calibrate.metrics import Progress
+
+# The metric of losses that were given as numbers.
+UNKNOWN = "unknown"
+# Kind: the least loss that it can have.
+KINDS = {"textual": 0.0, "risk_signed": -1.0, "risk_clipped": 0.0}
+# Texts of so many prompts are in memory at a time, at all thresholds.
+PROMPTS = 4096
+
+
+@arguments.checked()
+@dataclasses.dataclass(frozen=True)
+class Support:
+  """The values that a loss can take, declared before any is seen.
+
+  Attributes:
+    lower: smallest possible loss, in [-1, 0] or above.
+    upper: largest possible loss; 1 for every loss of this package.
+    binary: whether 0 and 1 are the only values.
+  """
+
+  lower: float = 0.0
+  upper: float = 1.0
+  binary: bool = False
+
+  def __post_init__(self):
+    if not (np.isfinite([self.lower, self.upper]).all() and self.lower < self.upper):
+      raise ValueError(
+        f"Expected `support` to have finite `lower` < `upper`, got [{self.lower},"
+        f" {self.upper}]; an unbounded loss cannot be controlled."
+      )
+    if self.binary and (self.lower, self.upper) != (0.0, 1.0):
+      raise ValueError(
+        f"Expected a binary `support` to be [0, 1], got [{self.lower}, {self.upper}]."
+      )
+
+
+@arguments.checked()
+@dataclasses.dataclass(frozen=True, eq=False)
+class SequenceLosses:
+  """Losses of every prompt at every threshold, and what they are losses of.
+
+  Everything that is tested passes through here and is checked here, once.
+
+  Attributes:
+    values: [num_examples, num_thresholds] float64.
+    thresholds: [num_thresholds] float64, strictly descending.
+    support: declared range of `values`.
+    kind: 'textual', 'risk_clipped' or 'risk_signed'.
+    metric: name of the text metric.
+    ids: [num_examples] prompt ids.
+    groups: [num_examples] cluster of each prompt, or None; `calibrate` tests cluster means
+      then (`ungrouped` takes prompts for independent).
+    groups_ignored: whether there were clusters, which `ungrouped` took away.
+    procedure: how the outputs were decoded, or None.
+    order: 'permuted' (tests that depend on the order see a permutation seeded by the sorted
+      ids, the contents and the procedure) or 'given' (rows as they are).
+    contents: digest of what the prompts say, or '' where that is not known.
+    knobs: names of the settings, in the order of `thresholds`, where they were no thresholds.
+
+  Raises:
+    ValueError: `values` is no table of real numbers with a row a prompt and a column a
+      threshold, the grid does not descend in [0, 1], ids are not unique texts, a group is
+      missing, or a calibration cannot store kind, metric or knobs (`checks.is_line`). Losses
+      that leave the support are no error here: `calibrate` says so in words.
+  """
+
+  values: np.ndarray
+  thresholds: np.ndarray
+  support: Support = dataclasses.field(default_factory=Support)
+  kind: str = "textual"
+  metric: str = UNKNOWN
+  ids: tuple[Any, ...] | None = None
+  groups: tuple[Any, ...] | None = None
+  groups_ignored: bool = False
+  procedure: Procedure | None = None
+  order: str = "permuted"
+  contents: str = ""
+  knobs: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    values = checks.as_numbers(self.values, "losses")
+    grid = thresholds_lib.validate_grid(self.thresholds)
+    if values.ndim != 2 or values.shape[1] != len(grid) or not len(values):
+      raise ValueError(
+        f"Expected `losses` to be [num_examples, num_thresholds] = [n, {len(grid)}] with n at"
+        f" least 1, got shape {values.shape}; give one row a prompt, one column a threshold."
+      )
+    if self.order not in ("permuted", "given"):
+      raise ValueError(f"Expected `order` to be 'permuted' or 'given', got {self.order!r}.")
+    checks.check_lines([self.kind], "kind", checks.LONGEST_KIND)
+    checks.check_lines([self.metric], "metric")
+    checks.check_lines(self.knobs, "knobs")
+    if self.knobs and len(self.knobs) != len(grid):
+      raise ValueError(f"Expected {len(grid)} `knobs`, one a column, got {len(self.knobs)}.")
+    object.__setattr__(self, "values", values)
+    object.__setattr__(self, "thresholds", grid)
+    if self.ids is not None:
+      object.__setattr__(self, "ids", checks.check_ids(self.ids, len(values)))
+    if self.groups is not None:
+      object.__setattr__(self, "groups", checks.check_groups(self.groups, len(values)))
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    return np.array(self.values, dtype=dtype, copy=copy)
+
+  def in_given_order(self) -> "SequenceLosses":
+    """The same losses, to be tested in the order of their rows; the guarantee will say so."""
+    return dataclasses.replace(self, order="given")
+
+  def ungrouped(self) -> "SequenceLosses":
+    """The same losses, each prompt taken for an independent draw.
+
+    The promise is false if prompts of one cluster are not; the guarantee says so.
+    """
+    groups = self.groups or ()
+    ignored = self.groups_ignored or len(set(groups)) < len(groups)
+    return dataclasses.replace(self, groups=None, groups_ignored=ignored)
+
+  @arguments.checked()
+  def grouped(self, groups: Sequence[Any]) -> "SequenceLosses":
+    """The same losses, of prompts that come in these clusters."""
+    return dataclasses.replace(self, groups=tuple(groups), groups_ignored=False)
+
+  def rows(self, index: Sequence[int] | np.ndarray) -> "SequenceLosses":
+    """The losses of some prompts, by row number.
+
+    Raises:
+      ValueError: the numbers are not whole.
+    """
+    index = np.asarray(index)
+    if index.dtype.kind not in "iub":
+      raise ValueError(f"Expected `index` to be a list of row numbers, got {index!r:.60}.")
+    return dataclasses.replace(
+      self,
+      values=self.values[index],
+      ids=None if self.ids is None else tuple(np.array(self.ids, object)[index]),
+      groups=None if self.groups is None else tuple(np.array(self.groups, object)[index]),
+    )
+
+  def __repr__(self) -> str:
+    return (
+      f"SequenceLosses({self.kind}, {self.metric}, {self.values.shape[0]} prompts x"
+      f" {self.values.shape[1]} thresholds, means"
+      f" {np.array2string(self.values.mean(axis=0), precision=4, threshold=6)})"
+    )
+
+
+@arguments.checked()
+def textual_losses(
+  generations: Generations,
+  *,
+  metric: metrics.MetricLike = "rouge_l",
+  workers: int | None = None,
+  progress: Progress | None = None,
+) -> SequenceLosses:
+  """Textual dissimilarity to the full model's output (Def. 1, Eq. 10).
+
+      L_i(threshold) = 1 - metric(early_i, [full_i])  in [0, 1];  0 where both texts are equal
+
+  Arguments, result and errors are those of `compute`.
+
+  Args:
+    generations: complete cached generations.
+    metric: registry name, import path, function or `Metric`.
+    workers: processes; None decides by the work there is.
+    progress: called with (pairs done, pairs in all).
+  """
+  return compute(generations, "textual", metric=metric, workers=workers, progress=progress)
+
+
+@arguments.checked()
+def risk_losses(
+  generations: Generations,
+  *,
+  metric: metrics.MetricLike = "rouge_l",
+  signed: bool = True,
+  workers: int | None = None,
+  progress: Progress | None = None,
+) -> SequenceLosses:
+  """Increase of the risk against references, early exit over full model (Def. 2).
+
+      signed:   L_i(threshold) = R(early_i, Z_i) - R(full_i, Z_i)           in [-1, 1] (Eq. 2)
+      clipped:  L_i(threshold) = max(0, R(early_i, Z_i) - R(full_i, Z_i))   in [0, 1]  (Eq. 11)
+
+  with R = 1 - metric. The clipped mean is an upper bound of the signed one: it does not reward
+  prompts whose output improves.
+
+  Args:
+    generations: complete cached generations; every prompt whose text differs from the full
+      model's at some threshold has references (`unlabelled` names those that have none).
+    metric: registry name, import path, function or `Metric`.
+    signed: which of the two.
+    workers: processes; None decides by the work there is.
+    progress: called with (pairs done, pairs in all).
+  """
+  kind = "risk_signed" if signed else "risk_clipped"
+  return compute(generations, kind, metric=metric, workers=workers, progress=progress)
+
+
+@arguments.checked()
+def compute(
+  generations: Generations,
+  kind: str,
+  *,
+  metric: metrics.MetricLike = "rouge_l",
+  workers: int | None = None,
+  progress: Progress | None = None,
+) -> SequenceLosses:
+  """Losses of the kind 'textual', 'risk_signed' or 'risk_clipped'; see the functions above.
+
+  Args:
+    generations: complete cached generations.
+    kind: the kind.
+    metric: registry name, import path, function or `Metric`.
+    workers: processes; None decides by the work there is.
+    progress: called with (pairs done, pairs in all).
+
+  Returns:
+    [num_examples, num_thresholds] losses.
+
+  Raises:
+    ValueError: generations are incomplete, a prompt lacks references, or as `prefix_losses`.
+  """
+  grid = [*generations.thresholds, thresholds_lib.NEVER_EXIT]
+  columns = [*generations.records, generations.full]
+  pairs = zip(grid, columns, strict=True)
+  count = len(generations.prompts)
+  short = [thresholds_lib.format_threshold(at) for at, rows in pairs if len(rows) < count]
+  if short:
+    raise ValueError(
+      "Expected `generations` to have a record of every prompt at every threshold, got"
+      f" incomplete ones at {short[:5]}; a sequential run is tested prompt by prompt:"
+      " `prefix_losses`."
+    )
+  metric = metrics.get_metric(metric)
+  prefixes = prefix_losses(generations, kind, metric=metric, workers=workers, progress=progress)
+  values = np.stack(prefixes, axis=1)
+  groups = order_lib.known_groups(generations.prompts)
+  if groups is None and not all(prompt.input for prompt in generations.prompts):
+    # Copies of a prompt have one text of the full model, too.
+    numbers: dict[str, int] = {}
+    texts = [numbers.setdefault(t, len(numbers)) for t in cache.texts(generations.full)]
+    checks.warn_of_copies(np.column_stack([values, texts]))
+  return SequenceLosses(
+    values=values,
+    thresholds=generations.thresholds,
+    support=kind_support(kind, metric),
+    kind=kind,
+    metric=metric.name,
+    ids=generations.ids,
+    groups=groups,
+    procedure=generations.procedure,
+    contents=order_lib.run_digest(generations.prompts, cache.texts(generations.full)),
+    knobs=generations.knobs,
+  )
+
+
+def prefix_losses(
+  generations: Generations,
+  kind: str,
+  *,
+  metric: metrics.MetricLike = "rouge_l",
+  workers: int | None = None,
+  progress: Progress | None = None,
+) -> tuple[np.ndarray, ...]:
+  """Losses of a run that may have stopped early: per threshold a prefix of the recorded order.
+
+  Args:
+    generations: cached generations; a threshold may have records of the first prompts only.
+    kind: 'textual', 'risk_signed' or 'risk_clipped'.
+    metric: registry name, import path, function or `Metric`.
+    workers: processes; None decides by the work there is.
+    progress: called with (pairs done, pairs in all).
+
+  Returns:
+    [num_thresholds] arrays, each [records of that threshold].
+
+  Raises:
+    ValueError: a prompt has no references, a threshold has more records than the full model,
+      the metric is no bounded mean or leaves [0, 1], or `kind` is unknown.
+  """
+  kind_support(kind, metric := metrics.get_metric(metric))
+  count = len(generations.full)
+  if max(map(len, generations.records)) > count:
+    raise ValueError(
+      f"Expected `generations` to have full-model records for all prompts used, got {count}."
+    )
+  if kind != "textual":
+    _check_references(generations)
+  columns = [cache.texts(records) for records in (generations.full, *generations.records)]
+  options = {"workers": workers, "progress": _over_blocks(generations, progress)}
+  pieces = []
+  for first in range(0, max(1, count), PROMPTS):
+    signals.check()
+    full, *early = (list(itertools.islice(texts, PROMPTS)) for texts in columns)
+    prompts = None if kind == "textual" else generations.prompts[first : first + PROMPTS]
+    columns_here = _block_losses(full, early, prompts, metric, options)
+    pieces.append([np.maximum(column, KINDS[kind]) for column in columns_here])
+  return tuple(map(np.concatenate, zip(*pieces, strict=True)))
+
+
+def _over_blocks(generations: Generations, progress: Progress | None) -> Progress | None:
+  """Progress over all blocks; pairs of blocks to come are estimated."""
+  if progress is None:
+    return None
+  pairs, before = sum(map(len, generations.records)), 0
+  alone = len(generations.full) <= PROMPTS
+
+  def report(done: int, total: int) -> None:
+    nonlocal before
+    progress(before + done, total if alone else max(pairs, before + total))
+    before += total if done == total else 0
+
+  return report
+
+
+def _block_losses(
+  full: list[str],
+  early: list[list[str]],
+  prompts: Sequence[Prompt] | None,
+  metric: metrics.Metric,
+  options: Mapping[str, Any],
+) -> list[np.ndarray]:
+  """Losses per threshold; 0, without a call of the metric, where texts are equal.
+
+  With `prompts` they are risk differences against references, else 1 - metric.
+  """
+  differ = [_changed(texts, full) for texts in early]
+  rows = [] if prompts is None else sorted({row for changed in differ for row in changed})
+  known = lambda row: (full[row],) if prompts is None else prompts[row].targets
+  pairs = [(full[row], known(row)) for row in rows]
+  for texts, changed in zip(early, differ, strict=True):
+    pairs += [(texts[row], known(row)) for row in changed]
+  similarity = metrics.compute(metric, pairs, **options)
+  of_full = dict(zip(rows, similarity, strict=False))
+  columns, start = [], len(rows)
+  for texts, changed in zip(early, differ, strict=True):
+    column = np.zeros(len(texts))
+    ours = similarity[start : start + len(changed)]
+    column[changed] = np.array([of_full.get(row, 1.0) for row in changed]) - ours
+    columns.append(column)
+    start += len(changed)
+  return columns
+
+
+def _changed(early: Sequence[str], full: Sequence[str]) -> list[int]:
+  """Rows whose text differs from the full model's."""
+  pairs = enumerate(zip(early, full, strict=False))
+  return [row for row, (ours, theirs) in pairs if ours != theirs]
+
+
+def unlabelled(generations: Generations) -> tuple[str, ...]:
+  """Ids of prompts that need references for a risk and have none.
+
+  Where the early text equals the full one, the risk difference is 0 whatever the references.
+  """
+  rows: set[int] = set()
+  for records in generations.records:
+    texts = zip(cache.texts(records), cache.texts(generations.full), strict=False)
+    rows |= {row for row, (ours, theirs) in enumerate(texts) if ours != theirs}
+  prompts = generations.prompts
+  return tuple(prompts[row].id for row in sorted(rows) if not prompts[row].targets)
+
+
+@arguments.checked()
+def kind_support(kind: str, metric: metrics.MetricLike) -> Support:
+  """The declared range of losses of a kind and metric.
+
+  Raises:
+    ValueError: `kind` or `metric` is unknown.
+  """
+  if kind not in KINDS:
+    raise ValueError(f"Expected `kind` to be one of {sorted(KINDS)}, got {kind!r}.")
+  floor = KINDS[kind]
+  return Support(lower=floor, binary=metrics.get_metric(metric).binary and floor == 0.0)
+
+
+def _check_references(generations: Generations) -> None:
+  bare = unlabelled(generations)
+  if bare:
+    raise ValueError(
+      "Expected `generations` to have references (`targets`) for every prompt whose text"
+      f" differs from the full model's to compute a risk, got {len(bare)} that have none,"
+      f" first {list(bare[:5])}; `--list_unlabelled` writes them all, and `textual_losses`"
+      " needs none."
+    )
+
+
+@arguments.checked()
+def from_texts(
+  full: Sequence[str],
+  early: Mapping[Any, Sequence[str]],
+  *,
+  references: Sequence[str | Sequence[str]] | None = None,
+  kind: str | None = None,
+  metric: metrics.MetricLike = "rouge_l",
+  ids: Sequence[str] | None = None,
+  groups: Sequence[Any] | None = None,
+) -> SequenceLosses:
+  """Losses of texts of any system, to be handed to `calibrate`.
+
+  >>> from calm.calibrate import calibrate
+  >>> full = [f"answer {row}" for row in range(100)]
+  >>> cheap = ["another" if row % 3 == 0 else text for row, text in enumerate(full)]
+  >>> losses = from_texts(full, {"12 layers": full, "2 layers": cheap}, metric="exact_match")
+  >>> calibrate(losses, tolerance=0.1, error_rate=0.05).knob
+  '12 layers'
+
+  Args:
+    full: [num_examples] texts of the full system.
+    early: {knob: [num_examples] texts}, the best (slowest) first: thresholds, layers, beams,
+      names of smaller models. The order was fixed before any loss was seen. Knobs that are
+      numbers in [0, 1] and descend are thresholds.
+    references: [num_examples] accepted texts of each prompt, one or several; needed by risks,
+      and there only where texts differ: an empty list will do elsewhere.
+    kind: 'textual', 'risk_signed' or 'risk_clipped'; by default 'risk_signed' with references,
+      'textual' without.
+    metric: the text metric.
+    ids: [num_examples] unique ids.
+    groups: [num_examples] clusters of prompts.
+
+  Returns:
+    [num_examples, num_knobs] losses; `calibrate(...).knob` is the knob that was chosen.
+
+  Raises:
+    ValueError: lengths differ, there is no knob, or references are missing that a risk needs.
+  """
+  names = tuple(f"text {row}" for row in range(len(full))) if ids is None else ids
+  names = checks.check_ids(names, len(full))
+  targets: Any = [()] * len(full) if references is None else references
+  tables = {"references": targets}
+  for name, rows in (tables | {f"early[{knob!r}]": early[knob] for knob in early}).items():
+    if isinstance(rows, str) or len(rows) != len(full):
+      raise ValueError(f"Expected `{name}` of {len(full)} texts, as `full`, got {len(rows)}.")
+  grid, knobs = thresholds_lib.grid_of_knobs(list(early))
+  records = lambda texts: tuple(map(Record, names, texts))
+  generations = Generations(
+    prompts=tuple(Prompt(name, "", rows) for name, rows in zip(names, targets, strict=True)),
+    thresholds=grid,
+    records=tuple(map(records, early.values())),
+    full=records(full),
+    knobs=knobs,
+  )
+  kind = kind or ("textual" if references is None else "risk_signed")
+  losses = compute(generations, kind, metric=metric)
+  return losses if groups is None else losses.grouped(groups)
+
+
+def is_frame(value: Any) -> bool:
+  """Whether a value is a table with named columns."""
+  return hasattr(value, "columns") and hasattr(value, "__getitem__")
+
+
+def from_frame(frame: Any, support: Support | None = None) -> SequenceLosses:
+  """The losses of a DataFrame: one row a prompt, one column a threshold.
+
+  Args:
+    frame: columns named by thresholds (numbers or their text, in any order), and `id` and
+      `group` where there are such.
+    support: declared range; [0, 1] by default.
+
+  Returns:
+    `SequenceLosses` on the descending grid.
+
+  Raises:
+    ValueError: another column has no number for a name, or holds no numbers, or two columns
+      are of one threshold.
+  """
+  named: dict[float, Any] = {}
+  for name in frame.columns:
+    if name in ("id", "group"):
+      continue
+    try:
+      threshold = float(name)
+    except (TypeError, ValueError):
+      raise ValueError(
+        "Expected columns of `losses` to be named by thresholds, `id` or `group`, got"
+        f" {name!r}."
+      ) from None
+    if threshold in named:
+      raise ValueError(
+        f"Expected one column of `losses` a threshold, got {named[threshold]!r} and {name!r}"
+        f" for {threshold}; leave one out, or name it by its own threshold."
+      )
+    named[threshold] = name
+  if not named:
+    raise ValueError("Expected `losses` to have a column a threshold, got no such column.")
+  grid = sorted(named, reverse=True)
+  column = lambda name: checks.as_numbers(np.asarray(frame[name]), f"column {name!r}")
+  # What is missing (None, NaN, NaT, NA) stays and is refused as a group.
+  missing = lambda v: v is None or type(v).__name__ in ("NAType", "NaTType") or v != v
+  texts = lambda name: tuple(v if missing(v) else str(v) for v in frame[name])
+  return SequenceLosses(
+    np.stack([column(named[threshold]) for threshold in grid], axis=1),
+    np.array(grid),
+    support or Support(),
+    kind="loss",
+    ids=tuple(map(str, frame["id"])) if "id" in list(frame.columns) else None,
+    groups=texts("group") if "group" in list(frame.columns) else None,
+  )

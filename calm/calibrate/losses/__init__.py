@@ -1,9 +1,0 @@
-"""Outputs -> losses: text metrics, their values in parallel, losses per prompt or cluster."""
-
-__all__ = [
-  "asking",
-  "clusters",
-  "metric_values",
-  "metrics",
-  "sequence_losses",
-]

@@ -1,0 +1,579 @@
+"""Text metrics, similarity in [0, 1] of a prediction to its references, and many at once.
+
+A metric that can calibrate is a mean over prompts of a bounded number. Each one declares
+whether it takes only two values; the tests look at the declaration, never at the values.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import re
+import string
+import subprocess
+import sys
+import tempfile
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TextIO
+
+import numpy as np
+
+from calm import arguments, signals
+from calm.calibrate import checks
+
+MetricFn = Callable[[str, Sequence[str]], float]
+Pair = tuple[str, tuple[str, ...]]
+# Called with (pairs done, pairs in all).
+Progress = Callable[[int, int], None]
+
+
+@arguments.checked()
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """A similarity in [0, 1]; larger is better.
+
+  Attributes:
+    name: name in the registry, or import path 'package.module:function'.
+    function: (prediction, references) -> similarity; the best over references.
+    binary: whether it takes only the values 0 and 1.
+  """
+
+  name: str
+  function: MetricFn
+  binary: bool = False
+
+  def __post_init__(self):
+    checks.check_lines([self.name], "metric")
+
+  def __call__(self, prediction: str, references: Sequence[str]) -> float:
+    """Similarity of `prediction` to its best reference, 1 for equal texts.
+
+    Raises:
+      ValueError: there is no reference, or the metric gives no number in [0, 1].
+    """
+    if not references:
+      raise ValueError(
+        f"Expected `references` to hold at least one text to compute {self.name!r}, got none."
+      )
+    # Equal texts agree before any metric is asked: some give 0 to two empty texts.
+    if prediction in references:
+      return 1.0
+    value = self._number(prediction, references)
+    expected = "0 or 1, as it is declared binary" if self.binary else "a number in [0, 1]"
+    if not -1e-9 <= value <= 1.0 + 1e-9 or (self.binary and value not in (0.0, 1.0)):
+      raise ValueError(
+        f"Expected `metric` {self.name!r} to give {expected}, got {value!r} for"
+        f" {prediction[:80]!r} against {list(references)[:2]!r}; change the function."
+      )
+    return min(1.0, max(0.0, value))
+
+  def _number(self, prediction: str, references: Sequence[str]) -> float:
+    try:
+      value: Any = self.function(prediction, references)
+    except SystemExit as error:  # the command would end as if all was well
+      value = f"the end of the program ({error.code})"
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+      return float(value)
+    raise ValueError(
+      f"Expected `metric` {self.name!r} to give a number in [0, 1], got {value!r:.80}; have it"
+      " return one."
+    )
+
+
+_ASCII_WORD = re.compile(r"[a-z0-9]+")
+# Scripts written without spaces: every character is a word, or a whole sentence would be one.
+_UNSPACED = (
+  (0x0E00, 0x0EFF),  # Thai, Lao
+  (0x1000, 0x109F),  # Burmese
+  (0x1780, 0x17FF),  # Khmer
+  (0x3040, 0x30FF),  # Hiragana, Katakana
+  (0x3400, 0x4DBF),  # CJK
+  (0x4E00, 0x9FFF),
+  (0xF900, 0xFAFF),
+  (0x20000, 0x323AF),
+)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def unicode_words(text: str) -> tuple[str, ...]:
+  """Lower-case words of a text in any script.
+
+  ASCII text gives exactly rouge-score's words. Accented letters stay in their words, combining
+  marks belong to the letter before them, and scripts without spaces are cut into characters.
+  """
+  text = unicodedata.normalize("NFKC", text).lower()
+  if text.isascii():
+    return tuple(_ASCII_WORD.findall(text))
+  words, word = [], ""
+  for character in text:
+    category = unicodedata.category(character)
+    if category[0] == "M":
+      if word:
+        word += character
+      elif words:
+        words[-1] += character
+      continue
+    code = ord(character)
+    alone = any(low <= code <= high for low, high in _UNSPACED)
+    if category[0] in "LN" and not alone:
+      word += character
+      continue
+    if word:
+      words.append(word)
+      word = ""
+    if category[0] in "LN":
+      words.append(character)
+  return tuple([*words, word] if word else words)
+
+
+def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+  """Length of the longest common subsequence, one big-integer step a word (Hyyro 2004)."""
+  positions: dict[str, int] = collections.defaultdict(int)
+  for index, word in enumerate(first):
+    positions[word] |= 1 << index
+  mask = (1 << len(first)) - 1
+  row = mask
+  for word in second:
+    matched = row & positions.get(word, 0)
+    row = ((row + matched) | (row - matched)) & mask
+  return len(first) - row.bit_count()
+
+
+def _f_measure(common: int, predicted: int, expected: int) -> float:
+  return 2.0 * common / (predicted + expected) if common else 0.0
+
+
+def rouge_l(prediction: str, references: Sequence[str]) -> float:
+  """ROUGE-L F-measure over `unicode_words`, best over references, in [0, 1] (Lin 2004).
+
+  2 LCS(prediction, reference) / (words of prediction + words of reference)
+  """
+  words = unicode_words(prediction)
+  others = [unicode_words(reference) for reference in references]
+  return max(
+    _f_measure(_longest_common_subsequence(words, other), len(words), len(other))
+    for other in others
+  )
+
+
+@functools.cache
+def _rouge_scorer() -> Any:
+  from rouge_score import rouge_scorer
+
+  return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
+
+
+def rouge_l_rouge_score(prediction: str, references: Sequence[str]) -> float:
+  """ROUGE-L F-measure as the rouge-score package computes it: Latin letters and digits only."""
+  scorer = _rouge_scorer()
+  return max(scorer.score(text, prediction)["rougeL"].fmeasure for text in references)
+
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def squad_normalize(text: str) -> str:
+  """SQuAD's answer normalisation: lower case, no punctuation, no articles, single spaces."""
+  return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> float:
+  """1 if the normalised prediction equals a normalised reference, else 0 (SQuAD)."""
+  answer = squad_normalize(prediction)
+  return float(any(answer == squad_normalize(text) for text in references))
+
+
+def _token_f1(prediction: str, reference: str) -> float:
+  words, others = squad_normalize(prediction).split(), squad_normalize(reference).split()
+  if not words and not others:
+    return 1.0
+  common = sum((collections.Counter(words) & collections.Counter(others)).values())
+  return _f_measure(common, len(words), len(others))
+
+
+def token_f1(prediction: str, references: Sequence[str]) -> float:
+  """Token F1 after SQuAD's normalisation, best over references, in [0, 1].
+
+      2 common tokens / (tokens of prediction + tokens of reference)
+
+  (Rajpurkar et al. 2016.)
+  """
+  return max(_token_f1(prediction, text) for text in references)
+
+
+@functools.cache
+def _chrf() -> Any:
+  import sacrebleu
+
+  return sacrebleu.CHRF()
+
+
+def chrf(prediction: str, references: Sequence[str]) -> float:
+  """chrF2 of one sentence (sacrebleu), divided by 100, best over references, in [0, 1].
+
+      (1 + 4) precision recall / (4 precision + recall)   of character 1- to 6-grams
+
+  (Popovic 2015.)
+  """
+  return _chrf().sentence_score(prediction, list(references)).score / 100.0
+
+
+METRICS: Mapping[str, Metric] = {
+  metric.name: metric
+  for metric in (
+    Metric("rouge_l", rouge_l),
+    Metric("rouge_l_rouge_score", rouge_l_rouge_score),
+    Metric("token_f1", token_f1),
+    Metric("exact_match", exact_match, binary=True),
+    Metric("chrf", chrf),
+  )
+}
+
+# What names a metric: a name or import path, a function, or the metric itself.
+MetricLike = str | Metric | MetricFn
+_CORPUS_METRICS = frozenset({"bleu", "sacrebleu", "corpus_bleu", "perplexity"})
+
+
+def _module(name: str) -> Any:
+  """A module by its import name, or by the path of its file.
+
+  A name that nothing installed has is that of a file in the working directory, which is loaded
+  by its path: no folder is searched for what such a file, or anything else, imports.
+  """
+  path = os.path.abspath(name)
+  if not name.endswith(".py"):
+    path = os.path.abspath(name.replace(".", os.sep) + ".py")
+    try:
+      return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+      if not name.startswith(str(error.name)) or not os.path.isfile(path):
+        raise
+  known = _known(path)
+  if known not in sys.modules:
+    spec = importlib.util.spec_from_file_location(known, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[known] = module
+  return sys.modules[known]
+
+
+def _known(path: str) -> str:
+  """The name in `sys.modules` of a metric's file."""
+  return f"calm_metric_{hashlib.sha256(path.encode()).hexdigest()[:16]}"
+
+
+def imported(name: str) -> Any:
+  """The module that `_module` gave for a name, or None: nothing is imported."""
+  path = name if name.endswith(".py") else name.replace(".", os.sep) + ".py"
+  installed = None if name.endswith(".py") else sys.modules.get(name)
+  return installed or sys.modules.get(_known(os.path.abspath(path)))
+
+
+def _of_function(function: MetricFn) -> Metric:
+  """A metric of a function, named by its import path where that leads to it."""
+  name = getattr(function, "__qualname__", type(function).__name__)
+  module = getattr(function, "__module__", None)
+  if getattr(sys.modules.get(str(module)), name, None) is function:
+    name = f"{module}:{name}"
+  known = [metric for metric in METRICS.values() if metric.function is function]
+  return known[0] if known else Metric(name, function, bool(getattr(function, "binary", False)))
+
+
+@arguments.checked()
+def get_metric(name: MetricLike) -> Metric:
+  """A metric by registry name or import path, or of a function.
+
+  Args:
+    name: a name of `METRICS`, a `Metric`, a function, 'folder/file.py:function' or
+      'package.module:function' (installed, or 'folder/module.py' in the working directory),
+      which are imported (trust them as any program), with
+      `function(prediction, references) -> [0, 1]`. A function with a true attribute `binary`
+      declares values 0 and 1 only.
+
+  Raises:
+    ValueError: the name is unknown, cannot be imported, or names a corpus metric.
+  """
+  if not isinstance(name, str):
+    return name if isinstance(name, Metric) else _of_function(name)
+  if name in METRICS:
+    return METRICS[name]
+  if name.lower() in _CORPUS_METRICS:
+    raise ValueError(
+      f"Expected `metric` to be a mean over prompts, got {name!r}, a number of a whole"
+      " corpus; use 'chrf' or 'rouge_l' (`corpus_scores` reports BLEU beside)."
+    )
+  module_name, _, attribute = name.partition(":")
+  if not attribute:
+    raise ValueError(
+      f"Expected `metric` to be one of {sorted(METRICS)} or an import path"
+      f" 'package.module:function', got {name!r}."
+    )
+  try:
+    function = getattr(_module(module_name), attribute)
+  except (ImportError, AttributeError, OSError, SyntaxError) as error:
+    raise ValueError(
+      f"Expected `metric` {name!r} to be a function that can be imported, got: {error};"
+      " check the import path."
+    ) from error
+  if isinstance(function, Metric):
+    return function
+  return Metric(name, function, binary=bool(getattr(function, "binary", False)))
+
+
+def metric_name(metric: MetricLike) -> str:
+  """The name that leads to a metric in another process too.
+
+  Raises:
+    ValueError: as `get_metric`; or it is a function that no import path leads to.
+  """
+  if isinstance(metric, str):
+    get_metric(metric)
+    return metric
+  chosen = get_metric(metric)
+  if chosen not in (METRICS.get(chosen.name), ":" in chosen.name and get_metric(chosen.name)):
+    raise ValueError(
+      f"Expected `metric` to be a name, or a function that can be imported, got"
+      f" {chosen.name!r}, to which no import path leads; define the function at the top of a"
+      " module."
+    )
+  return chosen.name
+
+
+def stored_metric(name: str, option: str | None) -> Metric:
+  """The metric that a file names: a built-in one, or the one that the user has named too.
+
+  Whoever writes a file would choose what runs, so that a name in a file is never imported.
+
+  Args:
+    name: as the file has it.
+    option: as the user has it (`--metric`), imported as by `get_metric`; None: no option.
+
+  Raises:
+    ValueError: the name is not built in and no option, or the option names another one.
+  """
+  chosen = METRICS.get(name) if option is None else get_metric(option)
+  if chosen is None or name not in (option, chosen.name):
+    raise ValueError(
+      f"Expected `--metric` {name!r}, as the calibration names it, got {option or 'none'!r}; a"
+      " metric that is not built in is never imported because a file names it: if you trust"
+      f" that code, add --metric={name}."
+    )
+  return chosen
+
+
+def corpus_scores(
+  predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, float]:
+  """Corpus BLEU and chrF (sacrebleu, 0 to 100), to be reported beside a calibrated loss.
+
+  Args:
+    predictions: [num_examples] texts.
+    references: [num_examples] accepted references of each.
+
+  Returns:
+    {'bleu': ..., 'chrf': ...}.
+
+  Raises:
+    ValueError: a prompt has no reference, or the lengths differ.
+  """
+  import sacrebleu
+
+  if len(predictions) != len(references) or not predictions or not all(references):
+    raise ValueError(
+      "Expected `references` to hold at least one text for each prediction, got"
+      f" {len(predictions)} predictions and {len(references)} lists of references."
+    )
+  most = max(len(texts) for texts in references)
+  # sacrebleu wants one stream a reference number; a repeated reference changes nothing.
+  streams = [[texts[min(i, len(texts) - 1)] for texts in references] for i in range(most)]
+  return {
+    "bleu": sacrebleu.corpus_bleu(list(predictions), streams).score,
+    "chrf": sacrebleu.corpus_chrf(list(predictions), streams).score,
+  }
+
+
+# Below this many seconds of work, starting processes costs more than it gives.
+_WORTH_SECONDS = 4.0
+_PROBE_PAIRS = 200
+
+
+def compute(
+  metric: Metric,
+  pairs: Sequence[Pair],
+  *,
+  workers: int | None = None,
+  progress: Progress | None = None,
+) -> np.ndarray:
+  """Similarity of every pair: equal pairs once, on all cores when it pays.
+
+  Args:
+    metric: a metric.
+    pairs: [num_pairs] (prediction, references).
+    workers: processes; 1 stays in this one; None starts one a core when the pairs after the
+      first ones would take more than a few seconds here.
+    progress: called with (different pairs done, different pairs in all).
+
+  Returns:
+    [num_pairs] float64 in [0, 1].
+
+  Raises:
+    ValueError: the metric refuses a pair.
+  """
+  unique = list(dict.fromkeys(pairs))
+  report = lambda: progress and progress(len(values), len(unique))
+  values: list[float] = []
+  started = time.perf_counter()
+  wanted = workers or (os.cpu_count() or 1)
+  while len(values) < len(unique):
+    signals.check()
+    chunk = unique[len(values) : len(values) + _PROBE_PAIRS]
+    values += [metric(*pair) for pair in chunk]
+    report()
+    left = len(unique) - len(values)
+    worth = left * (time.perf_counter() - started) / len(values) > _WORTH_SECONDS
+    if left and wanted > 1 and (workers or worth) and _reachable(metric):
+      for more in _in_processes(metric, unique[len(values) :], wanted):
+        values += more
+        report()
+  by_pair = dict(zip(unique, values, strict=True))
+  return np.array([by_pair[pair] for pair in pairs], dtype=np.float64)
+
+
+def _reachable(metric: Metric) -> bool:
+  """Whether a child process finds this metric by its name, and nothing else is run there."""
+  if metric.name in METRICS:
+    return METRICS[metric.name] == metric
+  module, _, attribute = metric.name.partition(":")
+  function = getattr(imported(module), attribute or "", None)
+  return function in (metric, metric.function) and module != "__main__"
+
+
+def _in_processes(metric: Metric, pairs: Sequence[Pair], workers: int) -> Iterator[list[float]]:
+  """Values of consecutive pairs, in order, from child processes."""
+  size = max(1, min(1000, -(-len(pairs) // workers)))
+  chunks = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+  with contextlib.ExitStack() as stack:
+    children = [stack.enter_context(_Child(metric)) for _ in range(min(workers, len(chunks)))]
+    # A thread a child, which only waits for it, so that threads are no bottleneck.
+    threads = [stack.enter_context(concurrent.futures.ThreadPoolExecutor(1)) for _ in children]
+    futures = [
+      threads[number % len(children)].submit(children[number % len(children)].ask, chunk)
+      for number, chunk in enumerate(chunks)
+    ]
+    try:
+      for future in futures:
+        signals.check()
+        yield future.result()
+    finally:
+      for future in futures:
+        future.cancel()
+
+
+# Loads this package, and the user's own metric, from where the parent has them. What the metric
+# prints, when it is imported too, must not pass for an answer.
+_CHILD = f"""
+import importlib.util, json, os, sys, types
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+sys.stdout = sys.stderr
+for name, origin, folders in json.loads(sys.argv[2]):
+  if origin is None:
+    module = types.ModuleType(name)
+    module.__path__ = folders
+  else:
+    spec = importlib.util.spec_from_file_location(
+      name, origin, submodule_search_locations=folders
+    )
+    module = importlib.util.module_from_spec(spec)
+  sys.modules[name] = module
+  if origin is not None:
+    spec.loader.exec_module(module)
+from {__name__} import serve
+serve(answers)
+"""
+
+
+def _place(name: str) -> tuple[str, str | None, list[str] | None]:
+  """(name, file, folders) of the package or module that a metric's import path begins with."""
+  top = name.partition(":")[0].partition(".")[0]
+  module = sys.modules[top]
+  folders = getattr(module, "__path__", None)
+  origin = getattr(module, "__file__", None)
+  return top, origin, None if folders is None else [os.path.abspath(f) for f in folders]
+
+
+class _Child:
+  """A child process that answers a line of pairs with a line of values.
+
+  It speaks JSON lines: nothing is pickled and the caller's own `__main__` is not run again, so
+  that a script needs no guard and a notebook works.
+  """
+
+  def __init__(self, metric: Metric):
+    self._name = metric.name
+    # The folder that one happens to be in is no place to import from: a scipy.py lies there.
+    here = os.path.realpath(os.getcwd())
+    path = os.pathsep.join(e for e in sys.path if e and os.path.realpath(e) != here)
+    named = ":" in metric.name and ".py:" not in metric.name
+    known = [_place("calm"), *([_place(metric.name)] if named else [])]
+    self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
+    self._process = subprocess.Popen(
+      [sys.executable, "-P", "-c", _CHILD, metric.name, json.dumps(known)],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=self._errors,
+      env={**os.environ, "PYTHONPATH": path},
+    )
+
+  def __enter__(self) -> "_Child":
+    return self
+
+  def __exit__(self, *unused) -> None:
+    for stream in (self._process.stdin, self._process.stdout):
+      with contextlib.suppress(OSError):
+        stream.close()  # type: ignore[union-attr]
+    self._process.wait()
+    self._errors.close()
+
+  def ask(self, pairs: Sequence[Pair]) -> list[float]:
+    """The metric of each pair; ValueError where the child gives none."""
+    answer, values = b"", None
+    with contextlib.suppress(OSError):
+      self._process.stdin.write(json.dumps(pairs).encode() + b"\n")  # type: ignore[union-attr]
+      self._process.stdin.flush()  # type: ignore[union-attr]
+      answer = self._process.stdout.readline()  # type: ignore[union-attr]
+    with contextlib.suppress(ValueError):
+      values = json.loads(answer)
+    whole = isinstance(values, list) and len(values) == len(pairs)
+    if isinstance(values, list) and whole and all(type(v) in (int, float) for v in values):
+      return values
+    got = repr(answer.decode("utf-8", "replace").strip()[:80])
+    if not answer:
+      self._process.wait()
+      self._errors.seek(0)
+      last = self._errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]
+      got = f"a child process that failed: {' '.join(last).rstrip('.')}"
+    raise ValueError(
+      f"Expected `metric` {self._name!r} to answer {len(pairs)} numbers, got {got}; correct"
+      " the function."
+    )
+
+
+def serve(answers: TextIO) -> None:
+  """The child's side: answers lines of pairs with lines of values until its input ends."""
+  metric = get_metric(sys.argv[1])
+  for line in sys.stdin.buffer:
+    values = [metric(text, tuple(references)) for text, references in json.loads(line)]
+    answers.write(json.dumps(values) + "\n")
+    answers.flush()

@@ -1,0 +1,167 @@
+import dataclasses
+import json
+
+import pytest
+
+from calm.calibrate.generations import procedure
+from tests.calibrate import laws
+
+CHANGES = dict(
+  parameters_digest="q",
+  tokenizer_digest="u",
+  task_prefix="",
+  max_input_length=65,
+  max_decode_length=17,
+  eos_id=2,
+  measure="state",
+  exit_layers=(1, 2),
+  schedule={"name": "decaying", "temperature": 4.0, "max_decode_length": 16},
+  propagation="projected",
+  shortlist={"digest": "d", "size": 100},
+  heads="per_layer",
+  activation_dtype="bfloat16",
+  decode_method={"name": "sample", "temperature": 0.5},
+  batch_bucket=8,
+  rule_version=99,
+  configuration={"relpos_max_distance": 20, "emb_dim": 8},
+  platform="tpu",
+  matmul_precision="highest",
+  weights_dtype="bfloat16",
+  head_dtype="int8",
+  base_digest="b",
+  encoder_dtype="int8",
+  reference_dtype="float32",
+  reference_digest="c" * 64,
+)
+BASE = laws.procedure(
+  configuration={"relpos_max_distance": 128, "emb_dim": 8},
+  platform="cpu",
+  matmul_precision="default",
+)
+
+
+def test_every_field_is_compared_and_changes_the_digest():
+  base = BASE
+  assert set(CHANGES) == {field.name for field in dataclasses.fields(base)}
+  for name, value in CHANGES.items():
+    other = dataclasses.replace(base, **{name: value})
+    assert list(base.differences(other)) == [name]
+    assert base.digest() != other.digest()
+    assert f"`{name}`: expected" in procedure.describe_differences(base, other)
+
+
+def test_same_fields_are_the_same_procedure_whatever_their_containers():
+  base = laws.procedure(exit_layers=[1, 2], decode_method={"name": "sample", "k": (1, 2)})
+  other = laws.procedure(exit_layers=(1, 2), decode_method={"k": [1, 2], "name": "sample"})
+  assert base == other and base.digest() == other.digest() and not base.differences(other)
+  assert procedure.describe_differences(base, other) == ""
+  assert procedure.describe_differences(None, None) == ""
+  assert "(null)" in procedure.describe_differences(base, None)
+  assert "(null)" in procedure.describe_differences(None, base)
+
+
+def test_a_difference_of_configurations_names_the_entries():
+  other = dataclasses.replace(BASE, configuration=CHANGES["configuration"])
+  text = procedure.describe_differences(BASE, other)
+  assert "{'relpos_max_distance': 128}, got {'relpos_max_distance': 20}" in text
+
+
+def test_files_from_before_platforms_were_recorded_are_still_read():
+  old = dataclasses.replace(BASE, platform=None, matmul_precision=None)
+  assert {"platform", "matmul_precision", "weights_dtype"}.isdisjoint(old.to_json())
+  assert procedure.Procedure.from_json(old.to_json()) == old
+  assert procedure.describe_differences(old, BASE) == ""
+  assert "not record `platform` and `matmul_precision`" in procedure.unknown_platform(old)
+  assert procedure.unknown_platform(BASE) == procedure.unknown_platform(None) == ""
+  # What older versions stored is known: another dtype of the weights is another procedure.
+  narrow = dataclasses.replace(BASE, weights_dtype="bfloat16")
+  assert "`weights_dtype`: expected None" in procedure.describe_differences(old, narrow)
+  with pytest.raises(ValueError, match="`platform` to be a text or null, got 3"):
+    laws.procedure(platform=3)
+
+
+def test_files_from_before_encoder_and_reference_had_dtypes_are_equal_to_none():
+  added = {"encoder_dtype": None, "reference_dtype": None}
+  assert set(added).isdisjoint(BASE.to_json())
+  given = procedure.Procedure.from_json({**BASE.to_json(), **added})
+  assert given == BASE == procedure.Procedure.from_json(BASE.to_json())
+  assert given.digest() == BASE.digest() and not given.differences(BASE)
+  other = dataclasses.replace(BASE, encoder_dtype="int8", reference_dtype="float32")
+  told = procedure.describe_differences(BASE, other)
+  assert "`encoder_dtype`: expected None, got 'int8'" in told
+  assert "`reference_dtype`: expected None, got 'float32'" in told
+
+
+def test_where_it_was_decoded_is_one_question_and_how_another():
+  other = dataclasses.replace(BASE, platform="tpu", matmul_precision="high")
+  both = procedure.describe_differences(BASE, other)
+  assert both == (
+    "`platform`: expected 'cpu', got 'tpu'; `matmul_precision`: expected 'default', got 'high'"
+  )
+  assert procedure.describe_differences(BASE, other, allow_platform=True) == ""
+  other = dataclasses.replace(other, measure="state")
+  only = procedure.describe_differences(BASE, other, allow_platform=True)
+  assert only == "`measure`: expected 'softmax', got 'state'"
+
+
+def test_digest_does_not_drift():
+  assert laws.procedure().digest() == (
+    "65cc22c6e0a9dfb10163733d6188342a91a1c5c674cfaf8114866c26c308bfb6"
+  )
+
+
+def test_json_round_trip_through_text():
+  base = laws.procedure(shortlist={"digest": "d", "size": 10}, batch_bucket=4)
+  assert procedure.Procedure.from_json(json.loads(json.dumps(base.to_json()))) == base
+  story = procedure.Provenance(metric="rouge_l", grid=[0.9, 0.8], versions={"numpy": "2"})
+  assert procedure.Provenance.from_json(json.loads(json.dumps(story.to_json()))) == story
+  assert procedure.Provenance.from_json({}) == procedure.Provenance()
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"schedule": {}}, "`schedule` to be a dict with a 'name'"),
+    ({"decode_method": "greedy"}, "`decode_method` to be a dict with a 'name'"),
+    ({"schedule": {"name": "x", "tau": float("nan")}}, "`schedule` to hold JSON values"),
+    ({"shortlist": {"digest": object()}}, "`shortlist` to hold JSON values"),
+    ({"exit_layers": "12"}, "`exit_layers` to be decoder layers"),
+    ({"exit_layers": [1, True]}, "`exit_layers` to be decoder layers"),
+    ({"exit_layers": [1.0]}, "`exit_layers` to be decoder layers"),
+  ],
+)
+def test_malformed_fields_are_refused(change, message):
+  with pytest.raises(ValueError, match=message):
+    laws.procedure(**change)
+
+
+def test_missing_and_unknown_fields_are_named():
+  value = laws.procedure().to_json()
+  del value["measure"]
+  value["tau"] = 1
+  with pytest.raises(ValueError, match=r"missing \['measure'\], unknown \['tau'\]"):
+    procedure.Procedure.from_json(value)
+  with pytest.raises(ValueError, match=r"unknown \['tau'\]"):
+    procedure.Provenance.from_json({"tau": 1})
+  with pytest.raises(ValueError, match="to be a JSON object"):
+    procedure.Procedure.from_json([])
+
+
+@pytest.mark.parametrize(
+  "story",
+  [
+    {"metric": 3},
+    {"grid": "0.9"},
+    {"grid": [True]},
+    {"grid": 0.9},
+    {"num_examples": -1},
+    {"num_examples": True},
+    {"num_examples": 0.5},
+    {"versions": {"numpy": 2}},
+    {"notes": [1]},
+  ],
+)
+def test_a_story_of_other_types_is_refused(story):
+  (name,) = story
+  with pytest.raises(ValueError, match=rf"Expected `{name}` (to be|from) .*got"):
+    procedure.Provenance.from_json(story)

@@ -1,0 +1,436 @@
+"""Shards of a list: who is where, what is refused, and that together they are the whole."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tracemalloc
+
+import pytest
+
+from calm import storage
+from calm.calibrate import (
+  GenerationsError,
+  Prompt,
+  Record,
+  generations,
+  open_writer,
+)
+from calm.calibrate.generations import shards
+from tests.calibrate import laws
+from tests.spent import Spent
+
+GRID = (0.9, 0.5)
+
+LEVELS = (float("inf"), *GRID)
+
+COUNT = 60
+
+PROMPTS = [
+  Prompt(f"id-{i}", f"input {i}", (), None if i % 3 else f"group-{i // 9}")
+  for i in range(COUNT)
+]
+
+
+def record(prompt: Prompt, threshold: float) -> Record:
+  text = f"{prompt.input} at {threshold}"
+  return Record(prompt.id, text, (5, 1), (2, 3), (0.25, 0.0), (0.0, 0.5), -1.5)
+
+
+def write(folder, number=0, count=1, *, prompts=PROMPTS, procedure=None, grid=GRID):
+  """One shard, as `calm generate` writes it, batches of like prompts first."""
+  procedure = procedure or laws.procedure()
+  listing = shards.Listing(shards.Shard(number, count))
+  mine = list(listing.mine(prompts))
+  at = folder / listing.shard.name
+  if mine:
+    writer = open_writer(at, prompts=mine, thresholds=grid, procedure=procedure)
+    for threshold in (float("inf"), *grid):
+      done = writer.completed_ids(threshold)
+      for prompt in sorted(mine, key=lambda p: p.id[::-1]):
+        if prompt.id not in done:
+          writer.append(threshold, [record(prompt, threshold)])
+    writer.finish()
+  names = [generations.PROMPTS, *map(generations.threshold_file, (float("inf"), *grid))]
+  about = {"procedure": procedure.to_json(), "thresholds": list(grid)}
+  at.mkdir(parents=True, exist_ok=True)
+  shards.mark_of("generate", listing, about, at, names if mine else ()).save(at)
+  return at
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("whole")
+  write(folder)
+  shards.merge([folder], folder / "merged")
+  return folder / "merged"
+
+
+@pytest.fixture
+def four(tmp_path):
+  for number in range(4):
+    write(tmp_path, number, 4)
+  return tmp_path
+
+
+def contents(folder) -> dict[str, bytes]:
+  return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
+
+
+def test_a_prompt_has_one_shard_everywhere_and_groups_stay_together():
+  # Stored shards are gone on with by later versions: these numbers never change.
+  assert [shards.shard_of(Prompt(f"id-{i}", ""), 4) for i in range(8)] == [
+    *(3, 1, 3, 2, 0, 2, 2, 3)
+  ]
+  groups = {}
+  for prompt in PROMPTS:
+    if prompt.group is not None:
+      groups.setdefault(prompt.group, set()).add(shards.shard_of(prompt, 4))
+  assert len(groups) > 4 and all(len(numbers) == 1 for numbers in groups.values())
+  with pytest.raises(ValueError, match="got 4 of 4; the first shard is 0"):
+    shards.Shard(4, 4)
+
+
+def test_four_shards_are_the_whole_byte_for_byte(four, whole):
+  assert shards.merge([four], four / "merged") == COUNT
+  assert contents(four / "merged") == contents(whole)
+  loaded = generations.load(four / "merged")
+  assert loaded.ids == tuple(prompt.id for prompt in PROMPTS)
+  assert loaded.records[1] == tuple(record(prompt, 0.5) for prompt in PROMPTS)
+  # Again, and in another order of folders, it is the same.
+  shards.merge(shards.folders(four)[::-1], four / "merged")
+  assert contents(four / "merged") == contents(whole)
+
+
+PROCESS = """
+import pathlib, sys
+from tests.calibrate.generations import shards_test
+shards_test.write(pathlib.Path(sys.argv[1]), int(sys.argv[2]), 4)
+"""
+
+
+def test_four_processes_that_are_killed_give_the_records_of_one(tmp_path, whole):
+  rng, kills = random.Random(0), 0
+  command = [sys.executable, "-c", PROCESS, str(tmp_path)]
+  start = lambda number: subprocess.Popen([*command, str(number)])
+  running = {number: start(number) for number in range(4)}
+  while running:
+    for number, process in list(running.items()):
+      folder = tmp_path / shards.Shard(number, 4).name
+      if process.poll() is not None:
+        assert process.returncode in (0, -signal.SIGKILL)
+        del running[number]
+        if process.returncode:
+          assert not (folder / shards.MARK).exists() or shards.read_mark(folder)
+          running[number] = start(number)
+      elif kills < 6 and folder.exists() and rng.random() < 0.2:
+        process.kill()
+        kills += 1
+        process.wait()
+  assert kills >= 4
+  shards.merge([tmp_path], tmp_path / "merged")
+  assert contents(tmp_path / "merged") == contents(whole)
+
+
+def infer(folder, number, count=2, lines=None):
+  """One shard, as `calm infer` writes it: last prompts first, no newline at the end."""
+  listing = shards.Listing(shards.Shard(number, count))
+  mine = list(listing.mine(PROMPTS))
+  at = folder / listing.shard.name
+  at.mkdir(exist_ok=True)
+  lines = lines or [json.dumps({"id": p.id, "prediction": p.input}) for p in mine]
+  (at / shards.OUTPUTS).write_text("\n".join(lines))
+  shards.mark_of("infer", listing, {"threshold": 0.5}, at, [shards.OUTPUTS]).save(at)
+  return at, lines
+
+
+def test_outputs_of_shards_are_one_file_in_the_order_of_the_list(tmp_path):
+  for number in range(2):
+    infer(tmp_path, number)
+  assert shards.merge([tmp_path], tmp_path / "all.jsonl") == COUNT
+  rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+  assert rows == [{"id": p.id, "prediction": p.input} for p in PROMPTS]
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda lines, other: lines[1:], r"expected \d+ lines, one a prompt, got \d+"),
+    (
+      lambda lines, other: [other[0], *lines[1:]],
+      r":1: expected every id in one shard, got 'id-\d+' in .*00000",
+    ),
+    (lambda lines, other: ["{}", *lines[1:]], r":1: expected an `id`, a text, got None"),
+  ],
+)
+def test_outputs_that_are_not_one_a_prompt_are_refused(tmp_path, change, message):
+  _, first = infer(tmp_path, 0)
+  _, second = infer(tmp_path, 1)
+  infer(tmp_path, 1, lines=change(second, first))
+  with pytest.raises(GenerationsError, match=message):
+    shards.merge([tmp_path], tmp_path / "all.jsonl")
+  assert not (tmp_path / "all.jsonl").exists()
+
+
+def test_few_prompts_leave_shards_empty(tmp_path):
+  for number in range(8):
+    write(tmp_path, number, 8, prompts=PROMPTS[:3])
+  assert shards.merge([tmp_path], tmp_path / "merged") == 3
+  assert generations.load(tmp_path / "merged").ids == ("id-0", "id-1", "id-2")
+
+
+def half(folder):
+  (folder / "shard-00002-of-00004" / shards.MARK).unlink()
+
+
+def missing(folder):
+  shutil.rmtree(folder / "shard-00001-of-00004")
+
+
+def divided_otherwise(folder):
+  write(folder, 0, 3)
+
+
+def another_procedure(folder):
+  write_anew(folder, procedure=laws.procedure(measure="state"))
+
+
+def another_grid(folder):
+  write_anew(folder, grid=(0.9, 0.4))
+
+
+def another_list(folder):
+  write_anew(folder, prompts=[*PROMPTS[:-1], Prompt("id-59", "another text")])
+
+
+def write_anew(folder, **changes):
+  shutil.rmtree(folder / "shard-00003-of-00004")
+  write(folder, 3, 4, **changes)
+
+
+def edited(folder):
+  path = folder / "shard-00000-of-00004" / "threshold_0.5.jsonl"
+  path.write_text(path.read_text().replace("at 0.5", "at 0.4", 1))
+
+
+def doubled(folder):
+  """A shard whose records were doubled before its mark was written."""
+  at = folder / "shard-00000-of-00004"
+  path = at / "threshold_0.5.jsonl"
+  path.write_text(path.read_text() + path.read_text().splitlines(keepends=True)[0])
+  resign(at)
+
+
+def lost(folder):
+  at = folder / "shard-00000-of-00004"
+  path = at / "threshold_0.5.jsonl"
+  path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+  resign(at)
+
+
+def resign(at):
+  mark = json.loads((at / shards.MARK).read_text())
+  mark["checksums"] = {name: storage.checksum(at / name) for name in mark["checksums"]}
+  (at / shards.MARK).write_text(json.dumps(mark))
+
+
+def positions(folder):
+  """Two shards that claim one prompt, and one that nobody has."""
+  path = folder / "shard-00000-of-00004" / shards.MARK
+  mark = json.loads(path.read_text())
+  other = shards.read_mark(folder / "shard-00001-of-00004").positions
+  mark["positions"] = sorted({*mark["positions"][1:], other[0]})
+  path.write_text(json.dumps(mark))
+
+
+def nobodys(folder):
+  """A prompt that no shard claims."""
+  path = folder / "shard-00000-of-00004" / shards.MARK
+  mark = json.loads(path.read_text())
+  path.write_text(json.dumps({**mark, "positions": mark["positions"][1:]}))
+
+
+def unanswered(folder):
+  path = folder / "shard-00000-of-00004" / shards.MARK
+  mark = json.loads(path.read_text())
+  del mark["checksums"]["threshold_0.5.jsonl"]
+  path.write_text(json.dumps(mark))
+
+
+def prompts_of_another(folder):
+  prompts_from(folder, 1, lambda mine, other: [*mine[1:], other[0]])
+
+
+def prompts_in_two(folder):
+  prompts_from(folder, 0, lambda mine, other: [mine[1], *mine[1:]])
+
+
+def prompts_lost(folder):
+  prompts_from(folder, 0, lambda mine, other: mine[1:])
+
+
+def prompts_from(folder, source, change):
+  """Changed before the first shard's mark was written."""
+  at, other = (folder / shards.Shard(number, 4).name for number in (0, source))
+  lines = [(part / generations.PROMPTS).read_text().splitlines(True) for part in (at, other)]
+  (at / generations.PROMPTS).write_text("".join(change(*lines)))
+  resign(at)
+
+
+@pytest.mark.parametrize(
+  ("damage", "message"),
+  [
+    (nobodys, r"got 1 in none: the prompts \d+ of the list"),
+    (unanswered, r"complete\.json: expected a mark that answers for threshold_0\.5\.jsonl"),
+    (prompts_of_another, r"expected prompts of shard-00000-of-00004, got 'id-\d+'"),
+    (prompts_in_two, r":2: expected every id in one shard, got 'id-\d+' in .*00000"),
+    (prompts_lost, r"prompts\.jsonl: expected \d+ lines, one a prompt, got \d+"),
+    (half, r"got 1 without complete\.json: .*shard-00002-of-00004; run them again"),
+    (missing, r"Expected all 4 shards, got none with --shard_id 1; run them"),
+    (divided_otherwise, r"one division, got some of \[3, 4\] shards"),
+    (
+      another_procedure,
+      r"one run, got two procedures: .* differ: `measure`: expected 'softmax', got 'state'",
+    ),
+    (another_grid, r"differ: `thresholds` \(\[0\.9, 0\.5\], \[0\.9, 0\.4\]\)"),
+    (another_list, r"two lists of prompts: .*differ: `prompts_digest`"),
+    (edited, r"threshold_0\.5\.jsonl: expected the SHA-256 .* of complete\.json, got another"),
+    (doubled, r"expected every id once, got 'id-[0-9]+' twice"),
+    (lost, r"expected a record of each of its .* prompts.*'id-[0-9]+'"),
+    (positions, r"Expected every prompt in one shard, got 1 in .*first the prompt"),
+  ],
+)
+def test_what_is_not_one_run_is_refused_and_named(four, damage, message):
+  damage(four)
+  with pytest.raises(GenerationsError, match=message):
+    shards.merge([four], four / "merged")
+  assert not (four / "merged" / generations.MANIFEST).exists()
+
+
+def test_a_folder_of_another_run_is_not_merged_into(four):
+  open_writer(four / "merged", prompts=PROMPTS, thresholds=(0.3,), procedure=None)
+  before = contents(four / "merged")
+  with pytest.raises(
+    GenerationsError, match="grid of these shards, got others; choose another"
+  ):
+    shards.merge([four], four / "merged")
+  assert contents(four / "merged") == before
+
+
+def test_folders_given_twice_or_of_something_else_are_refused(four, tmp_path):
+  named = shards.folders(four)
+  shutil.copytree(named[0], tmp_path / "copy")
+  with pytest.raises(GenerationsError, match="got shard-00000-of-00004 twice"):
+    shards.merge([*named, tmp_path / "copy"], four / "merged")
+  with pytest.raises(GenerationsError, match=r"got .*empty without any; `calm generate`"):
+    (tmp_path / "empty").mkdir()
+    shards.merge([tmp_path / "empty"], four / "merged")
+  with pytest.raises(GenerationsError, match="nowhere, which is none"):
+    shards.merge([tmp_path / "nowhere"], four / "merged")
+  shutil.move(named[0], four / "shard-00001-of-00009")
+  with pytest.raises(
+    GenerationsError, match="expected the folder shard-00000-of-00004 of its mark, got"
+  ):
+    shards.merge([four], four / "merged")
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"positions": [0, 0]},
+    {"positions": [99]},
+    {"shard_id": 9},
+    {"kind": "x"},
+    {"about": 3},
+    {"checksums": {"../a": "b"}},
+    {"schema_version": True},
+    {"prompts_digest": 3},
+    {"positions": "0"},
+    {"num_prompts": 60.0},
+    {"checksums": {"a": 3}},
+  ],
+)
+def test_a_damaged_mark_is_no_mark(four, change):
+  path = four / "shard-00000-of-00004" / shards.MARK
+  path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+  with pytest.raises(
+    GenerationsError, match=r"complete\.json: expected the mark of a finished"
+  ):
+    shards.merge([four], four / "merged")
+
+
+@pytest.mark.parametrize("place", ["", "outputs.jsonl", "../{name}"])
+def test_a_shard_is_not_merged_into(four, place):
+  at = shards.folders(four)[0]
+  before = {path.name: path.read_bytes() for path in at.iterdir()}
+  with pytest.raises(GenerationsError, match="whose files it would replace; choose another"):
+    shards.merge([four], at / place.format(name=at.name))
+  assert {path.name: path.read_bytes() for path in at.iterdir()} == before
+
+
+MANY = 10**9
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"num_prompts": MANY},
+    {"num_prompts": MANY, "positions": [MANY - 1]},
+    {"num_prompts": MANY, "positions": []},
+    {"num_prompts": 10**30},
+    {"num_shards": MANY},
+    {"num_shards": 99_999},
+  ],
+)
+@pytest.mark.parametrize("kind", ["generate", "infer"])
+def test_what_a_mark_claims_is_not_made_room_for(four, change, kind):
+  for folder in shards.folders(four):
+    path = folder / shards.MARK
+    path.write_text(json.dumps({**json.loads(path.read_text()), "kind": kind, **change}))
+  spent = Spent()
+  tracemalloc.start()
+  try:
+    with pytest.raises(GenerationsError, match=r"xpected .*, got "):
+      shards.merge([four], four / "merged")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+  finally:
+    tracemalloc.stop()
+  assert spent.seconds < 5
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"NaN"])
+def test_a_mark_that_cannot_be_read_is_named(four, content):
+  path = four / "shard-00000-of-00004" / shards.MARK
+  path.write_bytes(content)
+  with pytest.raises(GenerationsError, match=r"complete\.json: .* finished shard, got no JSON"):
+    shards.merge([four], four / "merged")
+
+
+def test_shards_are_not_merged_over_another_list(tmp_path):
+  for number in range(4):
+    write(tmp_path / "shards", number, 4)
+  others = [Prompt(f"other-{row}", "text") for row in range(3)]
+  write(tmp_path / "other", prompts=others)
+  shards.merge([tmp_path / "other"], tmp_path / "out")
+  before = contents(tmp_path / "out")
+  with pytest.raises(GenerationsError, match="prompts of these shards, or none, got others"):
+    shards.merge([tmp_path / "shards"], tmp_path / "out")
+  assert contents(tmp_path / "out") == before
+  (tmp_path / "out" / generations.MANIFEST).unlink()  # prompts of nobody knows which run
+  before = contents(tmp_path / "out")
+  with pytest.raises(GenerationsError, match="choose another --output"):
+    shards.merge([tmp_path / "shards"], tmp_path / "out")
+  assert contents(tmp_path / "out") == before
+
+
+def test_a_merging_that_was_stopped_is_made_again(tmp_path):
+  write(tmp_path)
+  shards.merge([tmp_path], tmp_path / "out")
+  before = contents(tmp_path / "out")
+  (tmp_path / "out" / generations.MANIFEST).unlink()
+  shards.merge([tmp_path], tmp_path / "out")
+  assert contents(tmp_path / "out") == before
+  shards.merge([tmp_path], tmp_path / "out")
+  assert contents(tmp_path / "out") == before

@@ -1,0 +1,305 @@
+"""Losses by hand: of generations, of texts of any system, of DataFrames."""
+
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from calm.calibrate import Calibration, SequenceLosses, Support, calibrate, from_texts
+from calm.calibrate import losses as sequence_losses
+from calm.calibrate.generations.records import Prompt
+from tests.calibrate import laws
+
+RATES = {"tolerance": 0.1, "error_rate": 0.05}
+TEXTS = [["word0 same", "word1 other"], ["x y", "word1 same"]]
+
+
+def test_equal_texts_lose_nothing_before_any_metric_is_called():
+  def never(prediction, references):
+    raise AssertionError("the metric was called")
+
+  from calm.calibrate.metrics import Metric
+
+  losses = sequence_losses.textual_losses(laws.generations(3), metric=Metric("never", never))
+  np.testing.assert_array_equal(losses.values, np.zeros((3, 2)))
+
+
+def test_textual_losses_by_hand():
+  losses = sequence_losses.textual_losses(laws.generations(2, texts=TEXTS))
+  np.testing.assert_allclose(losses.values, [[0.0, 1.0], [0.5, 0.0]])
+  assert losses.support == Support() and losses.kind == "textual"
+  assert losses.ids == ("id-000", "id-001") and losses.groups == ("group-0", "group-0")
+  assert losses.thresholds.tolist() == [0.9, 0.5]
+  assert "textual, rouge_l, 2 prompts x 2 thresholds" in repr(losses)
+  np.testing.assert_array_equal(np.asarray(losses), losses.values)
+
+
+def improving():
+  """The full model is wrong on the first prompt, where early exit is right."""
+  made = laws.generations(2, texts=[["word0 same", "word1 same"], ["word0 same", "x y"]])
+  full = (laws.record("id-000", "p q"), made.full[1])
+  return type(made)(made.prompts, made.thresholds, made.records, full)
+
+
+def test_risk_losses_are_paired_differences_and_clipping_forgets_improvements():
+  signed = sequence_losses.risk_losses(improving())
+  np.testing.assert_allclose(signed.values, [[-1.0, -1.0], [0.0, 1.0]])
+  assert signed.support == Support(lower=-1.0) and signed.kind == "risk_signed"
+  clipped = sequence_losses.risk_losses(improving(), signed=False)
+  np.testing.assert_allclose(clipped.values, [[0.0, 0.0], [0.0, 1.0]])
+  assert clipped.support == Support() and clipped.kind == "risk_clipped"
+  assert (clipped.values.mean(axis=0) >= signed.values.mean(axis=0)).all()
+
+
+def test_binary_metrics_declare_binary_losses_except_signed_ones():
+  made = improving()
+  assert sequence_losses.textual_losses(made, metric="exact_match").support.binary
+  assert sequence_losses.risk_losses(made, metric="exact_match", signed=False).support.binary
+  assert not sequence_losses.risk_losses(made, metric="exact_match").support.binary
+
+
+def test_several_references_count_by_the_best():
+  made = improving()
+  rows = (Prompt("id-000", "i", ("zzz", "p q")), made.prompts[1])
+  made = type(made)(rows, made.thresholds, made.records, made.full)
+  np.testing.assert_allclose(sequence_losses.risk_losses(made).values[0], [1.0, 1.0])
+
+
+def test_prefixes_of_a_sequential_run():
+  texts = [["word0 same", "word1 other"], ["x y"]]
+  made = laws.generations(2, texts=texts)
+  textual = sequence_losses.prefix_losses(made, "textual")
+  assert [column.tolist() for column in textual] == [[0.0, 0.5], [1.0]]
+  risk = sequence_losses.prefix_losses(made, "risk_signed")
+  assert [column.tolist() for column in risk] == [[0.0, 0.5], [1.0]]
+  with pytest.raises(ValueError, match=r"got incomplete ones at \['0.5'\].*`prefix_losses`"):
+    sequence_losses.textual_losses(made)
+  more = type(made)(made.prompts, made.thresholds, made.records, made.full[:1])
+  with pytest.raises(ValueError, match="full-model records for all prompts used"):
+    sequence_losses.prefix_losses(more, "textual")
+
+
+def test_errors():
+  made = laws.generations(2, texts=[["else", "word1 same"]] * 2)
+  rows = (Prompt("id-000", "i"), made.prompts[1])
+  bare = type(made)(rows, made.thresholds, made.records, made.full)
+  with pytest.raises(ValueError, match=r"got 1 that have none, first \['id-000'\]; `"):
+    sequence_losses.risk_losses(bare)
+  with pytest.raises(ValueError, match=r"`kind` to be one of .* got 'other'"):
+    sequence_losses.compute(made, "other")
+  with pytest.raises(ValueError, match="whole corpus"):
+    sequence_losses.textual_losses(made, metric="bleu")
+  for fields in ({"lower": 1.0}, {"upper": np.inf}, {"lower": np.nan}):
+    with pytest.raises(ValueError, match="`support` to have finite"):
+      Support(**fields)
+  with pytest.raises(ValueError, match=r"a binary `support` to be \[0, 1\]"):
+    Support(lower=-1.0, binary=True)
+
+
+def test_rows_and_order_travel_with_the_losses():
+  losses = sequence_losses.textual_losses(laws.generations(4))
+  part = losses.rows([2, 0])
+  assert part.ids == ("id-002", "id-000") and part.groups == ("group-1", "group-0")
+  assert losses.order == "permuted" and losses.in_given_order().order == "given"
+  plain = sequence_losses.SequenceLosses(np.zeros((2, 1)), np.array([0.5])).rows([1])
+  assert plain.ids is None and plain.groups is None
+
+
+FULL = [f"answer {row}" for row in range(100)]
+
+CHEAP = ["another" if row % 3 == 0 else text for row, text in enumerate(FULL)]
+
+
+@pytest.mark.parametrize("knobs", [(12, 2), ("large", "base"), (8.0, 1.0)])
+def test_any_ordered_knob_is_calibrated_best_first(knobs, tmp_path):
+  losses = from_texts(FULL, dict(zip(knobs, (FULL, CHEAP), strict=True)), metric="exact_match")
+  assert losses.knobs == tuple(map(str, knobs)) and losses.kind == "textual"
+  np.testing.assert_allclose(losses.values.mean(axis=0), [0.0, 0.34])
+  found = calibrate(losses, **RATES)
+  first, second = map(str, knobs)
+  assert found.knob == first and found.knobs == (first, second)
+  assert f"decoding with {first!r} has" in found.guarantee
+  assert (
+    found.reason == f"{first} is the lowest certified threshold; {second} is not certified."
+  )
+  found.save(tmp_path / "c.json")
+  assert Calibration.load(tmp_path / "c.json", expect_digest=found.digest) == found
+  value = json.loads((tmp_path / "c.json").read_text())
+  for odd in (["a"], [1, 2], ["a", "b\n"], "ab"):
+    with pytest.raises(ValueError, match="`knobs`"):
+      Calibration.from_json({**value, "knobs": odd})
+  with pytest.raises(ValueError, match="digest"):
+    Calibration.from_json({**value, "knobs": ["other", "names"]})
+
+
+def test_thresholds_stay_thresholds_and_nothing_certified_is_the_full_model():
+  found = calibrate(from_texts(FULL, {0.9: FULL, 0.5: CHEAP}, metric="exact_match"), **RATES)
+  assert found.knobs == () and found.knob == found.threshold == 0.9
+  assert "knobs" not in found.to_json()
+  none = calibrate(from_texts(FULL, {"small": CHEAP}, metric="exact_match"), **RATES)
+  assert none.knob is None and not none.certified
+
+
+def test_references_are_read_where_texts_differ():
+  references = [[] if row % 3 else ["another", "x"] for row in range(100)]
+  losses = from_texts(FULL, {"base": CHEAP}, references=references, metric="exact_match")
+  assert losses.kind == "risk_signed" and losses.support.lower == -1.0
+  np.testing.assert_array_equal(losses.values[:4, 0], [-1.0, 0.0, 0.0, -1.0])
+  texts = ["z"] * 100  # one text a prompt
+  clipped = from_texts(FULL, {1: CHEAP}, references=texts, kind="risk_clipped")
+  assert clipped.kind == "risk_clipped" and np.all(clipped.values == 0.0)
+  with pytest.raises(ValueError, match="references"):
+    from_texts(FULL, {"base": CHEAP}, references=[[]] * 100)
+
+
+def test_ids_and_groups_are_kept():
+  names = [f"p{row}" for row in range(100)]
+  groups = [f"g{row // 2}" for row in range(100)]
+  losses = from_texts(FULL, {"base": CHEAP}, ids=names, groups=groups)
+  assert losses.ids == tuple(names) and losses.groups == tuple(groups)
+  assert calibrate(losses, **RATES).num_examples == 50
+
+
+@pytest.mark.parametrize(
+  ("early", "options", "message"),
+  [
+    ({}, {}, "`knobs` to be at least one, all different, got"),
+    ({"a": CHEAP[:-1]}, {}, r"early\['a'\].* of 100 texts"),
+    (
+      {"a": "text"},
+      {},
+      r"`early` to be a mapping .*, got 'text' \(str\) at 'a'",
+    ),
+    ({1: CHEAP, "1": CHEAP}, {}, "all different"),
+    ({0.5: CHEAP, 0.9: FULL}, {}, "descend strictly"),
+    ({"a": CHEAP}, {"references": ["x"]}, "`references` of 100"),
+    ({"a": CHEAP}, {"ids": ["x"] * 100}, "unique"),
+  ],
+)
+def test_what_does_not_fit_is_refused(early, options, message):
+  with pytest.raises(ValueError, match=message):
+    from_texts(FULL, early, **options)
+
+
+def test_losses_need_a_knob_a_column():
+  losses = from_texts(FULL, {"a": CHEAP})
+  with pytest.raises(ValueError, match="Expected 1 `knobs`"):
+    sequence_losses.SequenceLosses(losses.values, losses.thresholds, knobs=("a", "b"))
+
+
+def test_copies_of_prompts_are_seen_in_their_texts():
+  """Inputs are not known here: equal losses beside equal texts of the full system are told."""
+  with pytest.warns(UserWarning, match="as copies of a prompt do"):
+    from_texts(FULL * 3, {"large": FULL * 3, "base": CHEAP * 3}, metric="exact_match")
+  # The losses repeat every third row, and the texts say that these are other prompts.
+  calibrate(from_texts(FULL, {"large": CHEAP}, metric="exact_match"), **RATES)
+
+
+VALUES = (np.random.default_rng(0).random((200, 2)) < [0.02, 0.4]) * 1.0
+
+IDS = [f"p{row}" for row in range(200)]
+
+
+class Table(dict):
+  """What a DataFrame is to `frames`: columns by name."""
+
+  @property
+  def columns(self):
+    return list(self)
+
+
+def columns(**more):
+  # Not in the order of the grid.
+  return {"0.5": VALUES[:, 1].tolist(), "id": IDS, "0.9": VALUES[:, 0].tolist(), **more}
+
+
+@pytest.fixture(params=["pandas", "polars", "plain"])
+def make(request):
+  if request.param == "plain":
+    return Table
+  return pytest.importorskip(request.param).DataFrame
+
+
+def test_a_frame_of_losses_is_calibrated(make):
+  # 0 and 1 alone, and nothing declared: taken for binary.
+  support = Support(binary=True)
+  losses = SequenceLosses(VALUES, [0.9, 0.5], support, kind="loss", ids=tuple(IDS))
+  expected = calibrate(losses, **RATES)
+  found = calibrate(make(columns()), **RATES)
+  assert found == expected and found.threshold == 0.9
+  told = calibrate(make(columns()), support=Support(), **RATES)
+  assert told.method == "betting_fixed_level"
+  grouped = calibrate(make(columns(group=[f"g{row // 2}" for row in range(200)])), **RATES)
+  assert grouped.clusters and grouped.num_examples == 100
+
+
+def test_columns_that_are_no_thresholds_are_refused(make):
+  with pytest.raises(ValueError, match=r"named by thresholds, `id` or `group`, got 'score'"):
+    calibrate(make(columns(score=[0.0] * 200)), **RATES)
+  with pytest.raises(ValueError, match="a column a threshold"):
+    calibrate(make({"id": IDS}), **RATES)
+  with pytest.raises(ValueError, match=r"column '0.9'` to be real numbers"):
+    calibrate(make({"0.9": IDS}), **RATES)
+  with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+    calibrate(make({"9": [0.0] * 40}), **RATES)
+
+
+def test_two_columns_of_one_threshold_are_refused(make):
+  with pytest.raises(
+    ValueError, match=r"Expected one column .* a threshold, got '0.9' and '0.90' .*0\.9; "
+  ):
+    calibrate(make(columns(**{"0.90": [0.0] * 200})), **RATES)
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_a_calibration_is_a_frame(library):
+  pytest.importorskip(library)
+  found = calibrate(VALUES, [0.9, 0.5], **RATES)
+  frame = found.to_frame(library)
+  assert type(frame).__module__.startswith(library) and frame.shape == (2, 8)
+  assert list(frame["threshold"]) == [0.9, 0.5] and list(frame["rejected"]) == [True, False]
+  np.testing.assert_allclose(np.asarray(frame["mean"]), VALUES.mean(axis=0))
+  # What comes out goes in again.
+  table = {str(row.threshold): VALUES[:, place] for place, row in enumerate(found.rows)}
+  assert calibrate(type(frame)(table), **RATES).threshold == found.threshold
+
+
+def test_rows_without_a_group_are_refused_and_not_one_cluster(make):
+  groups = [*(f"g{row}" for row in range(100)), *[None] * 100]
+  with pytest.raises(
+    ValueError, match=r"name the cluster of every row, got .* 100 rows without"
+  ):
+    calibrate(make(columns(group=groups)), **RATES)
+
+
+def test_missing_groups_of_pandas_are_refused():
+  pandas = pytest.importorskip("pandas")
+  for kind, names in (
+    ("object", ["a", float("nan")]),
+    ("string", ["a", pandas.NA]),
+    ("datetime64[ns]", ["2026-01-01", pandas.NaT]),
+  ):
+    table = pandas.DataFrame(columns()).assign(group=pandas.array(names * 100, dtype=kind))
+    with pytest.raises(ValueError, match="name the cluster of every row"):
+      calibrate(table, **RATES)
+  numbered = pandas.DataFrame(columns()).assign(group=np.arange(200) // 2)
+  assert calibrate(numbered, **RATES).num_examples == 100
+
+
+def peak(method: str) -> float:
+  """Most bytes held while a table is calibrated, itself included, in tables."""
+  generator = np.random.default_rng(0)
+  losses = generator.random((30_000, 100)) * (generator.random((30_000, 100)) < 0.1)
+  grid = np.linspace(0.99, 0.0, 100)
+  tracemalloc.start()
+  try:
+    calibrate(losses, grid, tolerance=0.1, error_rate=0.05, method=method)
+    return 1.0 + tracemalloc.get_traced_memory()[1] / losses.nbytes
+  finally:
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("method", ["auto", "paper"])
+def test_a_table_is_calibrated_in_at_most_four_times_its_memory(method):
+  assert peak(method) <= 4.0

@@ -1,0 +1,326 @@
+"""Text metrics, and many pairs at once in processes."""
+
+import io
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calm.calibrate import metrics
+
+WORDS = st.lists(st.sampled_from("abcd"), max_size=12).map(" ".join)
+
+
+def slow_longest_common_subsequence(first, second):
+  table = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
+  for i, a in enumerate(first):
+    for j, b in enumerate(second):
+      table[i + 1][j + 1] = table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
+  return table[-1][-1]
+
+
+@given(WORDS, WORDS)
+def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(first, second):
+  a, b = first.split(), second.split()
+  common = slow_longest_common_subsequence(a, b)
+  assert metrics._longest_common_subsequence(a, b) == common
+  expected = 2 * common / (len(a) + len(b)) if common else 0.0
+  assert metrics.rouge_l(first, [second]) == pytest.approx(expected, abs=1e-15)
+
+
+@given(st.text(alphabet=st.characters(max_codepoint=127), max_size=60), WORDS)
+def test_rouge_l_equals_rouge_score_on_ascii(first, second):
+  for a, b in ((first, second), (second, first)):
+    ours, theirs = metrics.rouge_l(a, [b]), metrics.rouge_l_rouge_score(a, [b])
+    assert ours == pytest.approx(theirs, abs=1e-12)
+
+
+@given(st.text(max_size=30), st.lists(st.text(max_size=30), min_size=1, max_size=3))
+def test_every_metric_stays_in_its_declared_range_and_equal_texts_agree(text, references):
+  for name in ("rouge_l", "token_f1", "exact_match", "chrf"):
+    metric = metrics.METRICS[name]
+    value = metric(text, references)
+    assert 0.0 <= value <= 1.0
+    assert not metric.binary or value in (0.0, 1.0)
+    assert metric(text, [*references, text]) == 1.0
+    assert metric(text, references[::-1]) == pytest.approx(value, abs=1e-12)
+    assert value == pytest.approx(max(metric(text, [other]) for other in references), abs=1e-12)
+
+
+def test_rouge_score_gives_zero_to_equal_texts_without_latin_words_and_we_do_not():
+  for text in ("", "Привет мир", "..."):
+    assert metrics.rouge_l_rouge_score(text, [text]) == 0.0
+    assert metrics.METRICS["rouge_l_rouge_score"](text, [text]) == 1.0
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    ("Full-Featured, GTK+ 3!", ("full", "featured", "gtk", "3")),
+    ("snake_case", ("snake", "case")),
+    ("Éléphant déjà", ("éléphant", "déjà")),
+    ("e\u0301te\u0301", ("été",)),
+    ("हिन्दी भाषा", ("हिन्दी", "भाषा")),
+    ("Привет, мир", ("привет", "мир")),
+    ("漢字 ab", ("漢", "字", "ab")),
+    ("ก่อน", ("ก่", "อ", "น")),
+    ("\u0301 x", ("x",)),
+    ("…", ()),
+  ],
+)
+def test_words_of_any_script(text, words):
+  assert metrics.unicode_words(text) == words
+
+
+def test_squad_metrics_by_hand():
+  assert metrics.squad_normalize("The  Cat, sat! ") == "cat sat"
+  assert metrics.exact_match("The cat.", ["dog", "a cat"]) == 1.0
+  assert metrics.exact_match("cats", ["cat"]) == 0.0
+  assert metrics.token_f1("the cat sat", ["cat sat down", "x"]) == pytest.approx(0.8)
+  assert metrics.token_f1("cat cat", ["cat"]) == pytest.approx(2 / 3)
+  assert metrics.token_f1("the", ["an"]) == 1.0
+  assert metrics.token_f1("the", ["cat"]) == 0.0
+
+
+def test_chrf_is_scaled_to_the_unit_interval():
+  assert metrics.chrf("abc", ["abc"]) == pytest.approx(1.0)
+  assert 0.0 < metrics.chrf("the cat sat", ["the cat sits"]) < 1.0
+
+
+def test_import_paths_and_errors():
+  path = "tests.calibrate.metrics_test:half"
+  metric = metrics.get_metric(path)
+  assert metric.name == path and not metric.binary and metric("a", ["b"]) == 0.5
+  assert metrics.get_metric("tests.calibrate.metrics_test:same_length").binary
+  assert metrics.get_metric("tests.calibrate.metrics_test:HALF") is HALF
+  assert metrics.get_metric(HALF) is HALF
+  for name, message in (
+    ("rouge", "to be one of .* or an import path 'package.module:function'"),
+    ("no_such_module:f", "that can be imported, got: "),
+    ("tests.calibrate.metrics_test:nothing", "that can be imported, got: "),
+    ("BLEU", "to be a mean over prompts, got .BLEU., a number of a whole corpus"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      metrics.get_metric(name)
+
+
+def half(prediction, references):
+  del prediction, references
+  return 0.5
+
+
+def same_length(prediction, references):
+  return float(len(prediction) == len(references[0]))
+
+
+same_length.binary = True
+
+HALF = metrics.Metric("half", half)
+
+
+@pytest.mark.parametrize("value", [1.5, -0.5, float("nan")])
+def test_a_metric_that_leaves_its_range_is_refused(value):
+  metric = metrics.Metric("bad", lambda prediction, references: value)
+  with pytest.raises(ValueError, match=r"`metric` 'bad' to give a number in \[0, 1\], got"):
+    metric("a", ["b"])
+
+
+def test_rounding_at_the_ends_is_no_error():
+  assert metrics.Metric("m", lambda p, r: 1.0 + 1e-12)("a", ["b"]) == 1.0
+  assert metrics.Metric("m", lambda p, r: -1e-12)("a", ["b"]) == 0.0
+
+
+def test_declared_binary_is_held_to_it_and_references_are_needed():
+  with pytest.raises(ValueError, match=r"to give 0 or 1, as it is declared binary, got 0.5"):
+    metrics.Metric("bad", half, binary=True)("a", ["b"])
+  with pytest.raises(ValueError, match="`references` to hold at least one text"):
+    HALF("a", [])
+
+
+def test_corpus_scores_stand_beside():
+  scores = metrics.corpus_scores(
+    ["the cat sat on the mat"] * 2, [["the cat sat on the mat"]] * 2
+  )
+  assert scores == {"bleu": pytest.approx(100.0), "chrf": pytest.approx(100.0)}
+  uneven = [["the cat sat on the mat", "other"], ["another thing here"]]
+  scores = metrics.corpus_scores(["the cat sat on the mat", "x"], uneven)
+  assert 0.0 < scores["bleu"] < 100.0
+  for predictions, references in (([], []), (["a"], [[]]), (["a"], [])):
+    with pytest.raises(ValueError, match="`references` to hold at least one text for each"):
+      metrics.corpus_scores(predictions, references)
+
+
+def test_a_file_of_the_working_directory_is_a_module(tmp_path, monkeypatch):
+  (tmp_path / "own").mkdir()
+  (tmp_path / "own" / "measure.py").write_text(
+    "from calm.calibrate import metrics\n"
+    "calls = []\n"
+    "def same(prediction, references): return float(prediction in references)\n"
+    "same.binary = True\n"
+    "ready = metrics.METRICS['chrf']\n"
+  )
+  monkeypatch.chdir(tmp_path)
+  before = list(sys.path)
+  found = [metrics.get_metric(f"own{way}:same") for way in ("/measure.py", ".measure")]
+  for metric in found:
+    assert metric.binary and metric("a", ("a", "b")) == 1.0 and metric("c", ("a",)) == 0.0
+  assert found[0].function is found[1].function  # loaded once
+  assert metrics.get_metric("own.measure:ready") is metrics.METRICS["chrf"]
+  assert sys.path == before and "own" not in sys.modules
+  for name in ("own/nothing.py:same", "own.nothing:same", "own.measure:other"):
+    with pytest.raises(ValueError, match="a function that can be imported, got"):
+      metrics.get_metric(name)
+
+
+@pytest.mark.parametrize("made", [None, "x", 10**400, [1.0, 2.0], "exit"])
+def test_what_is_no_number_is_refused_by_the_metrics_name(made):
+  def function(prediction, references):
+    if made == "exit":
+      raise SystemExit(0)  # the command would end as if all was well
+    return made
+
+  with pytest.raises(ValueError, match=r"`metric` 'odd' to give a number in \[0, 1\], got"):
+    metrics.Metric("odd", function)("a", ["b"])
+
+
+ROUGE = metrics.METRICS["rouge_l"]
+
+PAIRS = [(f"a b {i % 7}", (f"a c {i % 5}",)) for i in range(600)]
+
+
+def test_equal_pairs_are_computed_once():
+  asked = []
+
+  def function(prediction, references):
+    asked.append((prediction, references))
+    return 0.5
+
+  metrics.compute(metrics.Metric("counting", function), PAIRS)
+  assert len(asked) == len(set(asked)) == 35
+  assert metrics.compute(ROUGE, []).shape == (0,)
+
+
+def test_processes_give_the_same_numbers_in_the_same_order():
+  different = [(f"a b {i}", (f"a c {i % 5} b",)) for i in range(450)]
+  seen = []
+  ours = metrics.compute(ROUGE, different, workers=1)
+  theirs = metrics.compute(
+    ROUGE, different, workers=2, progress=lambda done, total: seen.append((done, total))
+  )
+  np.testing.assert_array_equal(ours, theirs)
+  assert ours.tolist() == [ROUGE(*pair) for pair in different]
+  assert seen[0] == (200, 450) and seen[-1] == (450, 450) and seen == sorted(seen)
+
+
+def process_id(prediction, references):
+  del references
+  time.sleep(0.001)
+  return os.getpid() / 2**32 if prediction.startswith("x") else float(prediction)
+
+
+def test_processes_start_when_the_work_left_is_worth_it(monkeypatch):
+  metric = metrics.get_metric(f"{__name__}:process_id")
+  pairs = [(f"x{i}", ("",)) for i in range(205)]
+  own = os.getpid() / 2**32
+  assert set(metrics.compute(metric, pairs)) == {own}
+  monkeypatch.setattr(metrics, "_WORTH_SECONDS", 1e-4)
+  monkeypatch.setattr(os, "cpu_count", lambda: 2)
+  found = metrics.compute(metric, pairs)
+  assert set(found[:200]) == {own} and own not in found[200:]
+
+
+def test_functions_without_an_import_path_stay_in_this_process():
+  pairs = [(f"x{i}", ("",)) for i in range(205)]
+  own = os.getpid() / 2**32
+  for metric in (
+    metrics.Metric("anything", process_id),
+    metrics.Metric("rouge_l", process_id),
+    metrics.Metric("__main__:process_id", process_id),
+    # Names of other functions, or of a module that is not loaded: only this one may run.
+    metrics.Metric(f"{__name__}:test_equal_pairs_are_computed_once", process_id),
+    metrics.Metric("not_loaded_yet:process_id", process_id),
+    metrics.Metric("shutil:rmtree", process_id),
+  ):
+    assert set(metrics.compute(metric, pairs, workers=2)) == {own}
+
+
+def test_an_error_in_a_child_is_reported():
+  metric = metrics.get_metric(f"{__name__}:process_id")
+  pairs = [(f"x{i}", ("",)) for i in range(200)] + [("3.0", ("",))] * 2
+  with pytest.raises(
+    ValueError, match=r"got a child process that failed: ValueError: .*to give a number in"
+  ):
+    metrics.compute(metric, pairs, workers=2)
+
+
+def test_the_childs_side_answers_line_by_line(monkeypatch):
+  lines = [b'[["a b", ["a b"]], ["a", ["b"]]]\n', b"[]\n"]
+  monkeypatch.setattr("sys.argv", ["child", "rouge_l"])
+  monkeypatch.setattr("sys.stdin", type("Input", (), {"buffer": lines}))
+  metrics.serve(answers := io.StringIO())
+  assert answers.getvalue() == "[1.0, 0.0]\n[]\n"
+
+
+def test_the_folder_that_one_is_in_is_no_module_path(tmp_path):
+  for name in ("scipy", "numpy", "unicodedata2", "json", "calm"):
+    (tmp_path / f"{name}.py").write_text("open('imported', 'w').close()\n")
+  (tmp_path / "own.py").write_text(
+    "def same(text, references): return float(text == references[0])\n"
+  )
+  code = (
+    "import os, sys, numpy; from calm.calibrate import metrics\n"
+    f"os.chdir({str(tmp_path)!r}); sys.path.insert(0, '')\n"
+    "pairs = [(f'x{i}', (f'x{i % 203}',)) for i in range(206)]\n"
+    "for name in ('rouge_l', './own.py:same'):\n"
+    "  metric = metrics.get_metric(name)\n"
+    "  print(metrics.compute(metric, pairs, workers=2).sum())"
+  )
+  done = subprocess.run(
+    [sys.executable, "-P", "-c", code],
+    capture_output=True,
+    text=True,
+    env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
+  )
+  assert done.stdout == "203.0\n203.0\n", done.stderr
+  assert not (tmp_path / "imported").exists()
+
+
+PRINTING = """
+import os, sys
+print(7)
+os.write(1, b"of the system\\n")
+
+def score(text, references):
+  print("[0.0]", flush=True)
+  return float(text[1:]) / 1000
+"""
+
+
+@pytest.mark.parametrize("named", ["{folder}/printing_one.py:score", "printing_two:score"])
+def test_a_metric_may_print_in_a_child_too(named, tmp_path, monkeypatch, capfd):
+  for name in ("printing_one", "printing_two"):
+    (tmp_path / f"{name}.py").write_text(PRINTING)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  metric = metrics.get_metric(named.format(folder=tmp_path))
+  pairs = [(f"x{i}", ("",)) for i in range(400)]
+  alone = metrics.compute(metric, pairs, workers=1)
+  capfd.readouterr()
+  np.testing.assert_array_equal(metrics.compute(metric, pairs, workers=2), alone)
+  assert capfd.readouterr().out == "[0.0]\n" * 200, "of the pairs that were made here"
+
+
+@pytest.mark.parametrize("answer", ["hello", "7.5", "[1.0]", "[0.5, null]", "[true, 0.5]"])
+def test_an_answer_that_is_none_is_told_of(answer, monkeypatch):
+  child = f"import sys\nfor line in sys.stdin: print({answer!r}, flush=True)"
+  monkeypatch.setattr(metrics, "_CHILD", child)
+  pairs = [(f"x{i}", ("",)) for i in range(204)]
+  message = rf"'rouge_l' to answer 2 numbers, got '{re.escape(answer)}'; correct the function"
+  with pytest.raises(ValueError, match=message):
+    metrics.compute(ROUGE, pairs, workers=2)
