@@ -140,8 +140,7 @@ def load(
   if not path.is_dir():
     raise FileNotFoundError(
       f"Expected `path` to be a checkpoint directory, got {str(path)!r}, which is"
-      f" {'a file' if path.exists() else 'missing'}; give the folder that holds config.json"
-      " (or a T5X checkpoint)."
+      f" {'a file' if path.exists() else 'missing'}; give the folder that holds config.json."
     )
   stored, flat, read_vocabulary, trained = _read(path)
   has_exit_parts = any(
@@ -254,9 +253,8 @@ def _with_exits(config: network.T5Config, flat: Mapping[str, np.ndarray], file: 
   digest = parameters.digest(parameters.unflatten(kept))
   if digest != base:
     raise ValueError(
-      f"Expected the base model that {str(file)!r} was fitted beside ({str(base)[:12]}...), got"
-      f" one with the digest {digest[:12]}...: another model, or one that was edited since; put"
-      " the weights back, or fit again."
+      f"Expected the base model of {str(file)!r}, with the digest {str(base)[:12]}..., got"
+      f" {digest[:12]}...: another model, or one that was edited since; fit again."
     )
   with files.naming(file):
     config = dataclasses.replace(config, **parameters.exit_fields(leaves))
@@ -289,9 +287,8 @@ def _read(
   if found is None:
     names = sorted(child.name for child in path.iterdir())
     raise ValueError(
-      "Expected `path` to be a checkpoint of this project, of Hugging Face (config.json in"
-      f" both) or of T5X, got {str(path)!r} with {names[:6] or 'nothing in it'}; give the"
-      " folder that holds one."
+      "Expected `path` to be a checkpoint of this project, Hugging Face or T5X, got"
+      f" {str(path)!r} with {names[:6] or 'nothing in it'}; give the folder that holds one."
     )
   flat = t5x.read(found)
   return t5x.infer_config(flat), flat, None, False
@@ -303,9 +300,8 @@ def _config_of(fields: dict[str, Any], path: pathlib.Path) -> network.T5Config:
   unknown = sorted(set(fields) - known)
   if stored_format != FORMAT or unknown or "vocab_size" not in fields:
     raise ValueError(
-      f"Expected `path` to hold a config.json with format {FORMAT!r} and fields of T5Config,"
-      f" got {str(path)!r} with format {stored_format!r}, unknown fields {unknown}; it was"
-      " written by another program or a newer version."
+      f"Expected a config.json with format {FORMAT!r} and fields of T5Config, got {str(path)!r}"
+      f" with format {stored_format!r}, unknown fields {unknown}; take a newer version of calm."
     )
   with files.naming(path / "config.json"):
     return network.T5Config(**limits.check(fields))
@@ -356,8 +352,7 @@ def _read_vocabulary(directory: pathlib.Path) -> Vocabulary | None:
   if _VOCABULARIES[kind] is not None and made.digest() != digest:
     raise ValueError(
       f"Expected {path.name} to have the digest {digest[:12]}... that was saved with it, got"
-      f" {made.digest()[:12]}... in {str(directory)!r}; the file was exchanged, and other token"
-      " ids would give other texts: put the saved one back."
+      f" {made.digest()[:12]}... in {str(directory)!r}; it was exchanged: put it back."
     )
   return made
 

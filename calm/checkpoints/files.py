@@ -56,9 +56,8 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[st
       return arrays, file.metadata() or {}
   except safetensors.SafetensorError as error:
     raise ValueError(
-      f"Expected `path` to be a whole safetensors file, got {str(path)!r}"
-      f" ({path.stat().st_size} bytes), truncated or of another kind ({error}); download or"
-      " save the checkpoint again."
+      f"Expected `path` to be a whole safetensors file, got {str(path)!r}, truncated or of"
+      f" another kind ({error}); download or save the checkpoint again."
     ) from error
 
 

@@ -228,8 +228,7 @@ def _read_weights(directory: pathlib.Path) -> dict[str, np.ndarray]:
       odd = sorted(set(shard) ^ listed)
       raise ValueError(
         f"Expected {name!r} to hold the weights that {index_path.name!r} lists for it, got"
-        f" {len(odd)} that are in one of the two only, as {odd[0]!r}, in {str(directory)!r};"
-        " download the checkpoint again."
+        f" {odd[0]!r} in one of the two only, in {str(directory)!r}; download it again."
       )
     weights |= shard
   return weights
@@ -305,9 +304,8 @@ def _renamed(
   unknown = sorted(set(weights) - set(pairs.values()) - set(_UNUSED))
   if missing or unknown:
     raise ValueError(
-      "Expected `path` to hold the weights that its config.json describes, got"
-      f" {len(missing)} missing {missing[:3]} and {len(unknown)} unknown {unknown[:3]}; give a"
-      " whole T5 checkpoint of its own, adapters merged."
+      f"Expected the weights that config.json describes, got {len(missing)} missing"
+      f" {missing[:3]} and {len(unknown)} unknown {unknown[:3]}; merge adapters, save again."
     )
   return {ours: np.ascontiguousarray(weights[theirs].T) for ours, theirs in pairs.items()}
 
@@ -393,9 +391,8 @@ def _needs_tokenizer(
         f" {token!r} ({token_id}); train it without added tokens."
       )
     raise ValueError(
-      f"Expected {str(directory / 'tokenizer.json')!r} to hold the tokens that were added to"
-      f" the pieces of spiece.model, got a folder that lists {token!r} ({token_id}) elsewhere"
-      " only; save it once with a fast tokenizer:"
+      f"Expected {str(directory / 'tokenizer.json')!r} to hold all tokens that were added, got"
+      f" {token!r} ({token_id}) elsewhere only; save it once with a fast tokenizer:"
       " AutoTokenizer.from_pretrained(FOLDER, use_fast=True).save_pretrained(FOLDER)."
     )
   return bool(added)

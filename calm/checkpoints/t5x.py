@@ -68,9 +68,8 @@ def infer_config(flat: Mapping[str, np.ndarray]) -> network.T5Config:
     layers = [_count_layers(flat, side) for side in ("encoder", "decoder")]
   except (KeyError, IndexError, ValueError) as error:
     raise ValueError(
-      "Expected `path` to hold the parameters of T5X's own T5 network (t5x/examples/t5), got"
-      f" {sorted(flat)[:4]}, lacking {error}; other architectures, scanned layers included, are"
-      " not read."
+      "Expected `path` to hold the parameters of T5X's own T5 network, without scanned layers,"
+      f" got {sorted(flat)[:4]}, lacking {error}; no other architecture is read."
     ) from error
   gated = "decoder/layers_0/mlp/wi_0/kernel" in flat
   return network.T5Config(
@@ -112,9 +111,8 @@ def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
     target = contents["optimizer"]["target"]
   except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise ValueError(
-      f"Expected `path` to be a T5X checkpoint of version 2 or newer, got {str(path)!r} whose"
-      f" msgpack does not open ({type(error).__name__}: {error}); it is truncated or of another"
-      " program: copy it again."
+      f"Expected `path` to be a T5X checkpoint, got {str(path)!r} whose msgpack does not open"
+      f" ({type(error).__name__}: {error}); it is truncated or no checkpoint: copy it again."
     ) from error
   leaves: dict[str, Any] = traverse_util.flatten_dict(
     target, is_leaf=lambda _, node: _is_reference(node), sep="/"
@@ -153,8 +151,7 @@ def _open_zarr(path: pathlib.Path, name: str, reference: Mapping[str, Any]):
   if folder.name != f"target.{name.replace('/', '.')}" or reference["driver"] != "zarr":
     raise ValueError(
       f"Expected the leaf {name!r} of {str(path)!r} to be in the zarr array of its name, got"
-      f" {reference['driver']!r} {folder.name!r}; parameters under other names would be taken"
-      " for one another: copy the checkpoint again."
+      f" {reference['driver']!r} {folder.name!r}; copy the checkpoint again."
     )
   store = {"driver": "file", "path": f"{folder}/"}
   try:
@@ -174,8 +171,7 @@ def _check_size(folder: pathlib.Path, size: int) -> None:
   if size > _SMALL + _MOST_COMPRESSION * stored:
     raise ValueError(
       f"Expected {str(folder)!r} to hold the arrays that its metadata describe, got {stored}"
-      f" bytes for arrays of {size}; the metadata are damaged, or files are missing: copy the"
-      " whole folder again."
+      f" bytes for arrays of {size}; copy the whole folder again."
     )
 
 
@@ -206,9 +202,8 @@ def _read_orbax(path: pathlib.Path) -> dict[str, np.ndarray]:
     arrays = {name: read.result() for name, read in reads.items()}
   except (ValueError, OSError) as error:
     raise ValueError(
-      "Expected `path` to be a T5X checkpoint in Orbax's format, with a `target`, got"
-      f" {str(path)!r}, which does not open ({type(error).__name__}: {error}); copy the whole"
-      " folder again."
+      f"Expected `path` to be a T5X checkpoint in Orbax's format, got {str(path)!r}, which does"
+      f" not open ({type(error).__name__}: {error}); copy the whole folder again."
     ) from error
   names = {name: name.removeprefix("target.").replace(".", "/") for name in arrays}
   return {names[name]: files.as_float32(name, arrays[name], path) for name in arrays}
@@ -219,7 +214,6 @@ def _import(name: str) -> Any:
     return importlib.import_module(name)
   except ImportError as error:
     raise ImportError(
-      f"Expected {name} to read T5X checkpoints with, got none that is installed; install"
-      " the `train` extra (`pip install 'calm-t5x[train]'`), or convert the checkpoint"
-      " where it is."
+      f"Expected the package {name} to read T5X checkpoints, got none; install the `train`"
+      " extra (`pip install 'calm-t5x[train]'`)."
     ) from error

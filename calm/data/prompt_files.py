@@ -106,8 +106,7 @@ class PromptFile:
         return
     raise ValueError(
       f"Expected {self.name} to have the {len(self)} rows that were counted at first, got"
-      f" another row {number + 1}, or none: it was changed while it was in use; start again,"
-      " with a file that nobody writes to."
+      f" another row {number + 1}, or none: it was changed while it was in use; start again."
     )
 
   def check(self, input_key: str | None, limit: int | None = None) -> None:
@@ -121,9 +120,8 @@ class PromptFile:
       self._hashes.append(running)
     if not self._hashes:
       raise ValueError(
-        f"Expected {self.name} to hold prompts, got no examples: no line with text, or no"
-        f" row, read as {row_formats.FORMATS[self.format]}; write at least one, or name the"
-        " format."
+        f"Expected {self.name} to hold prompts, got no examples: no line with text, or no row,"
+        f" read as {row_formats.FORMATS[self.format]}; write one, or name the format."
       )
 
   def read(self, input_key: str | None) -> Iterator[tuple[row_formats.Row, Prompt]]:
@@ -331,8 +329,7 @@ def _text(row: row_formats.Row, key: str | None, value: Any) -> str:
   except UnicodeEncodeError as error:
     raise row.error(
       f"expected {called} to be Unicode, got half of a surrogate pair,"
-      f" {value[error.start]!r}, at character {error.start + 1}; write the character whole,"
-      " or its pair of escapes"
+      f" {value[error.start]!r}, at character {error.start + 1}; write the whole character"
     ) from error
   return value
 

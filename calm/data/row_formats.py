@@ -65,8 +65,7 @@ class Gzip(gzip.GzipFile):
     if self.tell() + ROW * self._rows > self._most:
       raise ValueError(
         f"Expected {self._called!r} to unpack to at most {RATIO} times its size, with {ROW}"
-        " bytes more for each line and row, got more; it is no file of texts, or made to fill"
-        " the memory."
+        " bytes more for each line and row, got more; it is made to fill the memory."
       )
     return content
 

@@ -315,6 +315,5 @@ def _is_same(name: str, made_from: tuple[Any, ...], registry: Any) -> bool:
     return True
   raise ValueError(
     f"Expected `name` to be new, or registered from the same arguments, got {name!r}, a"
-    " task or mixture of other arguments; choose another, or remove that one from its"
-    " registry first."
+    " task or mixture of other arguments; choose another."
   )

@@ -104,9 +104,8 @@ class SentencePieceVocabulary:
       ) from error
     if (self.padded and processor.pad_id() != 0) or processor.eos_id() < 0:
       raise ValueError(
-        "Expected `path` to be a SentencePiece model with padding id 0 and an EOS piece, as"
-        f" T5's are, got {str(path)!r} with pad_id {processor.pad_id()} and eos_id"
-        f" {processor.eos_id()}; train it with pad_id=0, eos_id=1, unk_id=2, bos_id=-1."
+        f"Expected a SentencePiece model with padding id 0 and an EOS piece, got {str(path)!r}"
+        f" with pad_id {processor.pad_id()} and eos_id {processor.eos_id()}; train another."
       )
     return processor
 
@@ -232,9 +231,8 @@ class TokenizerVocabulary:
     special = self._special
     if special and self.eos_id not in special:
       raise ValueError(
-        f"Expected {str(path)!r} to have a special token at {self.eos_id}, which ends a text of"
-        f" the model, got {self._tokenizer.id_to_token(self.eos_id)!r} beside"
-        f" {sorted(special.values())[:4]}; it belongs to another model."
+        f"Expected {str(path)!r} to have a special token at {self.eos_id}, the model's EOS, got"
+        f" {self._tokenizer.id_to_token(self.eos_id)!r}; it belongs to another model."
       )
 
   @functools.cached_property
@@ -422,8 +420,7 @@ def from_seqio(vocabulary: Any) -> SentencePieceVocabulary | ByteVocabulary:
   if not counts_down or getattr(vocabulary, "_normalizer_spec_overrides", None) is not None:
     raise ValueError(
       "Expected `vocabulary` to use its model file as it is, with extra ids counted downward,"
-      " got normalizer overrides or `reverse_extra_ids=False`, which change the ids; bake them"
-      " into the model file."
+      " got normalizer overrides or `reverse_extra_ids=False`; put them into the model file."
     )
   return ours
 
@@ -439,8 +436,7 @@ def check_fits(vocabulary: Vocabulary, num_rows: int) -> None:
   if vocabulary.vocab_size > num_rows:
     raise ValueError(
       f"Expected `vocabulary` to have at most {num_rows} ids, the embedding rows of the model,"
-      f" got {vocabulary.vocab_size}; use the vocabulary that the model was trained with (or"
-      " fewer `extra_ids`)."
+      f" got {vocabulary.vocab_size}; use the model's own vocabulary, or fewer `extra_ids`."
     )
 
 
