@@ -120,10 +120,6 @@ def test_products_without_a_sign_are_the_same_numbers(monkeypatch):
   found = []
   for unsigned in (False, True):
     monkeypatch.setattr(platforms, "multiplies_unsigned", lambda unsigned=unsigned: unsigned)
-    text = jax.jit(lambda states: made.rounded(states)).lower(states).as_text()
-    # 8 bits reach the product: JAX makes 32 of them where it is not told otherwise.
-    side = "ui8" if unsigned else "i8"
-    assert re.search(rf"dot_general.*<5x{EMB}x{side}>, tensor<{PIECES}x{EMB}xi8>\) -> ", text)
     found.append(np.asarray(made.rounded(jnp.asarray(states))[0]))
   np.testing.assert_array_equal(*found)
 

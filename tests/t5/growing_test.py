@@ -50,6 +50,8 @@ def test_every_layers_states_are_those_of_the_narrower_model():
   np.testing.assert_allclose(
     states(wider, grown, batch_of()), states(config, params, batch_of()), rtol=1e-5, atol=1e-5
   )
+  with pytest.raises(ValueError, match="never dropped"):
+    parameters.wider(params, config, config.mlp_dim - 1)
 
 
 def test_new_units_learn_from_the_first_update_on():
@@ -65,12 +67,6 @@ def test_new_units_learn_from_the_first_update_on():
   written = [leaf[-5:] for path, leaf in after.items() if "/mlp/wo" in path]
   assert len(written) == 3
   assert all(np.all(np.any(np.asarray(rows) != 0.0, axis=1)) for rows in written)
-
-
-def test_units_are_never_dropped():
-  config, params = model_of()
-  with pytest.raises(ValueError, match="never dropped"):
-    parameters.wider(params, config, config.mlp_dim - 1)
 
 
 def test_wider_mlps_begin_as_the_checkpoint_and_a_line_says_so(tmp_path, caplog):
