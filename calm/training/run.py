@@ -41,12 +41,6 @@ class Data:
   num_validation_batches: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    for name in ("validation", "num_validation_batches"):
-      if not isinstance(getattr(self, name), Mapping):
-        raise ValueError(
-          f"Expected `{name}` to be by names, as {{'rows': ...}}, got {getattr(self, name)!r};"
-          " name them."
-        )
     for count in self.num_validation_batches.values():
       limits.whole("num_validation_batches", count, 1, 2**31, "give batches")
 
@@ -76,10 +70,6 @@ class Export:
     checkpoints.files.safetensors_writer({}, self.storage_dtype)  # refuses another
     for name in ("max_input_length", "max_decode_length"):
       limits.whole(name, getattr(self, name), 1, limits.LONGEST, "give tokens")
-    if not isinstance(self.task_prefix, str):
-      raise ValueError(
-        f"Expected `task_prefix` to be a text, got {self.task_prefix!r}; quote it."
-      )
 
   def write(
     self,

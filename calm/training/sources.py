@@ -4,7 +4,6 @@ import collections
 import functools
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 from calm import arguments, checkpoints, storage
 from calm.calibrate.generations import records
@@ -46,7 +45,11 @@ def supervised(
     ValueError: `outputs` has none of the prompts, or is no such file.
   """
   limits.whole("batch_size", batch_size, 1, 2**20, "give rows")
-  made = tuple(map(_bucket, buckets if isinstance(buckets, list | tuple) else [buckets]))
+  if any(len(pair) != 2 or not all(0 < n <= limits.LONGEST for n in pair) for pair in buckets):
+    raise ValueError(
+      f"Expected `buckets` to be pairs of lengths in 1 ... {limits.LONGEST}, as ((64, 32),),"
+      f" got {buckets!r}."
+    )
   file = pathlib.Path(root) / path
   examples = datasets.read_examples(file, require_target=not outputs)[::every]
   eos_id = vocabulary.eos_id
@@ -65,20 +68,9 @@ def supervised(
   return training_batches.Supervised(
     training_batches.encode_all([prefix + e.input for e in examples], encode, eos_id),
     targets,
-    made,
+    tuple(training_batches.Bucket(*pair) for pair in buckets),
     batch_size,
     seed,
-  )
-
-
-def _bucket(pair: Any) -> training_batches.Bucket:
-  """Lengths of inputs and of targets."""
-  if not isinstance(pair, list | tuple) or len(pair) != 2:
-    raise ValueError(
-      f"Expected `buckets` to be pairs of lengths, as ((64, 32),), got {pair!r}; list pairs."
-    )
-  return training_batches.Bucket(
-    *(limits.whole("buckets", each, 1, limits.LONGEST, "give tokens") for each in pair)
   )
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,9 +52,7 @@ class Schedule:
   def __post_init__(self):
     limits.whole("warmup_steps", self.warmup_steps, 0, MOST_STEPS, "give steps")
     for name in ("peak", "final_fraction"):
-      value = getattr(self, name)
-      real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-      if not real or not 0 <= float(value) <= 1000:
+      if not 0 <= (value := getattr(self, name)) <= 1000:
         raise ValueError(
           f"Expected `{name}` to be a number in [0, 1000], got {value!r}; T5 has 0.01 to 0.001."
         )
@@ -111,11 +108,9 @@ class TrainConfig:
   num_microbatches: int = 1
 
   def __post_init__(self):
-    least = dict.fromkeys(("num_steps", "eval_every", "log_every", "num_microbatches"), 1)
-    least |= {} if self.patience is None else {"patience": 1}
-    for name, value in least.items():
-      got = getattr(self, name)
-      limits.whole(name, got, value, MOST_STEPS, "give a number in that range")
+    for name in ("num_steps", "eval_every", "log_every", "num_microbatches", "patience"):
+      if (value := getattr(self, name)) is not None:
+        limits.whole(name, value, 1, MOST_STEPS, "give a number in that range")
 
 
 @arguments.checked()

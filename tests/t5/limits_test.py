@@ -113,12 +113,8 @@ def test_weights_that_are_stored_in_float16_open_and_compute_in_float32(tmp_path
   assert {leaf.dtype for leaf in params.values()} == {np.dtype(np.float32)}
 
 
-# What JSON can say.
-SAID = [
-  (n, v)
-  for n, v in CASES
-  if not (isinstance(v, type) or (isinstance(v, float) and not np.isfinite(v)))
-]
+# One of each field: that files go through the table.
+SAID = [(name, values[0]) for name, values in WRONG.items()]
 
 
 def write(path, value) -> None:
@@ -141,11 +137,7 @@ THEIRS = {
 
 @pytest.mark.parametrize(
   ("name", "value"),
-  [
-    (n, v)
-    for n, v in SAID
-    if n in huggingface.FIELDS and (n, v) != ("num_decoder_layers", None)
-  ],
+  [(name, value) for name, value in SAID if name in huggingface.FIELDS],
 )
 def test_their_files_have_these_limits_before_weights_are_read(tmp_path, name, value):
   theirs = huggingface.FIELDS[name]
