@@ -35,7 +35,7 @@ import tables
 from flax import struct
 
 from calm import exits, inference
-from calm.decode import compiled, drafting, program, verified_state
+from calm.decode import acceptance, compiled, program, speculative
 from calm.inference import timing
 from calm.paper import tasks
 
@@ -44,15 +44,20 @@ SHORTLIST = {"small": 2048, "tiny": 32}
 
 @struct.dataclass
 class ForcedRead:
-  """What `verified.Passes` has read of a position of every row, and where that is."""
+  """What `speculative.Passes` has read of a position of every row, and where that is."""
 
   inner: Any
   positions: jax.Array
 
+  @property
+  def hidden(self) -> jax.Array:
+    """d^k, [batch, emb]."""
+    return self.inner.hidden
+
 
 @dataclasses.dataclass(frozen=True)
 class Forced:
-  """`verified.Passes` whose drafts are accepted by a coin; all that is computed stays.
+  """`speculative.Passes` whose drafts are accepted by a coin; all that is computed stays.
 
   A position has its draft, whatever layers say; what the full model says there is that token or
   another one.
@@ -76,11 +81,8 @@ class Forced:
     read, cache = self.inner.read(cache, token, positions)
     return ForcedRead(read, positions), cache
 
-  def keep(self, work, read, at):
-    return self.inner.keep(work, read.inner, at)
-
-  def look(self, read):
-    made = self.inner.look(read.inner)
+  def draft(self, read):
+    made = self.inner.draft(read.inner)
     # As sure as the coin is, or never sure enough to stop.
     sure = jnp.where(self.sure, 1.0, self.chance)
     # The head's own answer stays in use, or it would not be computed.
@@ -88,13 +90,10 @@ class Forced:
     token = jnp.where(made.token < 0, made.token, self._draft(read.positions))
     return dataclasses.replace(made, token=token, confidence=confidence)
 
-  def verify(self, cache, positions, drafted: verified_state.Drafted, made, threshold):
-    verdict, cache = self.inner.verify(cache, positions, drafted, made, threshold)
-    at = positions[:, None] + jnp.arange(drafted.tokens.shape[1])[None, :]
-    accepted = made[None, :] & self._coins(at)
-    return dataclasses.replace(
-      verdict, accepted=accepted, token=self._said(at, verdict.token)
-    ), cache
+  def verify(self, cache, positions, pending: speculative.Pending):
+    output, cache = self.inner.verify(cache, positions, pending)
+    at = positions[:, None] + jnp.arange(pending.tokens.shape[1])[None, :]
+    return dataclasses.replace(output, token=self._said(at, output.token)), cache
 
   def verify_one(self, cache, positions, read):
     best, gap, cache = self.inner.verify_one(cache, positions, read.inner)
@@ -118,7 +117,7 @@ class Forced:
 
 @dataclasses.dataclass(frozen=True)
 class ForcedProgram:
-  """A program of `exits.Verified` whose drafts are accepted by a coin."""
+  """A program of `exits.Speculative` whose drafts are accepted by a coin."""
 
   program: program.Program
   sure: bool
@@ -126,9 +125,9 @@ class ForcedProgram:
   @compiled.method()
   def decode(self, weights, encoded, active, chance, text, prior):
     """As `Program.decode`."""
-    made = self.program.passes(weights, encoded, jnp.ones(()))
+    made = self.program.speculation(weights, encoded, jnp.ones(()), prior)
     forced = Forced(made.passes, chance, text, self.sure)
-    return dataclasses.replace(made, passes=forced, prior=prior).decode(active).generation
+    return dataclasses.replace(made, passes=forced).decode(active).generation
 
 
 @dataclasses.dataclass
@@ -142,9 +141,9 @@ class Texts:
     number: of the next text.
   """
 
-  decode: Callable[[np.int32, drafting.Prior], Any]
+  decode: Callable[[np.int32, acceptance.Prior], Any]
   learns: bool
-  prior: drafting.Prior = drafting.UNKNOWN
+  prior: acceptance.Prior = acceptance.UNKNOWN
   number: int = 0
 
   def __call__(self) -> Any:
@@ -152,7 +151,7 @@ class Texts:
     self.number += 1
     if self.learns:
       seen = jax.device_get(made.verification)
-      self.prior = drafting.learned(self.prior, seen.share, seen.trust)
+      self.prior = self.prior.after(seen.chance.tolist(), seen.calibration.tolist())
     return made
 
 
@@ -183,13 +182,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   return parser.parse_args(arguments)
 
 
-def rules(flags: argparse.Namespace) -> dict[str, exits.Verified]:
+def rules(flags: argparse.Namespace) -> dict[str, exits.Speculative]:
   """Name -> rule."""
   made = {}
   for text in flags.rules:
     for head in flags.heads:
       layer, drafts = map(int, text.split("x"))
-      rule = exits.Verified(layer, drafts, head, adapts=not flags.fixed)
+      rule = exits.Speculative(layer, drafts, head, adapts=not flags.fixed)
       made[f"k = {layer}, {drafts} drafts, {head}"] = rule
   return made
 

@@ -17,7 +17,7 @@ os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 # Modules whose jaxtyping annotations are checked at every call (`calibrate` has none).
 CHECKED = (
-  *("data.prompt_batches", "decode.loop", "decode.pool", "decode.pool_program"),
+  *("data.prompt_batches", "decode.loop", "decode.pool"),
   *("decode.program", "exits.confidence", "exits.propagation", "exits.rules"),
   *("exits.schedules", "inference.options", "inference.outputs", "inference.predictor"),
   *(
@@ -47,7 +47,7 @@ LONGEST = (
   *("training/loop_test.py", "commands/pipeline_test.py", "inference/predictor_test.py"),
   *("checkpoints/huggingface_test.py", "training/objectives_test.py", "training/run_test.py"),
   *("fitting/run_test.py", "decode/program_reference_test.py", "t5/network_golden_test.py"),
-  *("decode/verified_test.py", "scripts/walkthrough_test.py", "decode/sharded_test.py"),
+  *("decode/speculative_test.py", "scripts/walkthrough_test.py", "decode/sharded_test.py"),
 )
 
 
@@ -63,7 +63,7 @@ QUICK = (
   *("commands/infer_test.py", "commands/monitoring_test.py", "commands/options_test.py"),
   *("commands/pipeline_test.py", "commands/reading_test.py", "commands/run_test.py"),
   *("commands/sharding_test.py", "commands/stopped_test.py"),
-  *("decode/loop_test.py", "decode/pool_program_test.py"),
+  *("decode/loop_test.py",),
   *("decode/pool_test.py", "decode/program_reference_test.py"),
   *("decode/resume_test.py", "decode/staged_test.py", "engines/choice_test.py"),
   *("engines/layout_test.py",),

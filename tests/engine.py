@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from calm import exits
-from calm.decode import drafting, engines, loop
+from calm.decode import acceptance, engines, loop
 from calm.decode import program as program_lib
 from calm.exits import propagation, schedules
 from calm.t5 import caches as caches_lib
@@ -88,7 +88,7 @@ def run(
   prompts=PROMPTS,
   active=None,
   engine: engines.Engine | None = None,
-  prior: drafting.Prior | None = None,
+  prior: acceptance.Prior | None = None,
 ) -> loop.DecodingState:
   """Decodes `prompts`; the final state, caches included. `prior` is of drafts."""
   active = jnp.ones(len(prompts), bool) if active is None else jnp.asarray(active)

@@ -39,7 +39,7 @@ _BATCH = {
 _VLLM = {"request_id": "a", "prompt": "text", "outputs": [{"text": "word"}]}
 _REQUEST = {"model": "0123", "rows": "4567", "options": {"tolerance": 0.1, "stages": "none"}}
 _RUN = {"seed": 0, "learning_rates": [[0, 0.1], [1, 0.2]], "batches": [[0, "a"], [1, "b"]]}
-_EXACT = dataclasses.asdict(exits.Verified(1, 4, "full"))
+_EXACT = dataclasses.asdict(exits.Speculative(1, 4, "full"))
 _STATE = {"format": infer.FORMAT, "about": {"threshold": "0.5"}, "done": 1, "bytes": 4}
 
 

@@ -1,18 +1,15 @@
-"""Prompts to generations: the loop, compiled programs, engines, pools of rows."""
+"""Prompts to generations: the loop, compiled programs, engines, speculation, pools of rows."""
 
 from calm.decode import (
+  acceptance,
   compiled,
-  drafting,
   engines,
   loop,
-  packed,
   pool,
-  pool_program,
   program,
   sharded,
+  speculative,
   staged,
-  verified,
-  verified_passes,
 )
 from calm.decode.loop import Generation
 from calm.decode.program import ModelWeights, Program, model_weights
@@ -21,17 +18,14 @@ __all__ = [
   "Generation",
   "ModelWeights",
   "Program",
+  "acceptance",
   "compiled",
-  "drafting",
   "engines",
   "loop",
   "model_weights",
-  "packed",
   "pool",
-  "pool_program",
   "program",
   "sharded",
+  "speculative",
   "staged",
-  "verified",
-  "verified_passes",
 ]

@@ -1,9 +1,7 @@
 """The compiled programs that this process keeps: the one place that makes them, and drops them.
 
-Every compiled program holds memory maps (about 250 on a CPU), of which a process may have so
-many (65,530 on Linux); beyond them XLA ends with "Failed to materialize symbols". So a program
-is kept per method, object and shape of its arguments, and what was not used for longest makes
-room for the next.
+Every compiled program holds memory maps (about 250 on a CPU), of which Linux allows a process
+65,530; beyond them XLA ends with "Failed to materialize symbols". The least recently used go.
 """
 
 import collections
@@ -21,7 +19,7 @@ LIMIT = 128
 # Part of the memory maps of a process that may be in use before programs are dropped.
 MAPS_PART = 0.5
 
-# Programs made so far by method: where a method is compiled into another's, the outer's counts.
+# Programs made so far by method; a method that is compiled into another's does not count.
 _made: collections.Counter[str] = collections.Counter()
 _tracing = threading.local()
 _kept: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()

@@ -1,8 +1,7 @@
 """One sequence, token by token: the decode loop. It knows no network, it takes a step.
 
-The step is bound by `Program.bind` in `program` (or is a toy of a few lines in a test); it
-turns the last token into a `exits.TokenExit` and the caches after it. Where it leads, file by
-file, is in `calm/__init__.py`.
+The step is bound by `Program.bind`, and turns the last token into an `exits.TokenExit` and the
+caches after it.
 """
 
 import dataclasses
@@ -25,47 +24,45 @@ AnyArray = Array | np.ndarray
 
 @struct.dataclass
 class Verification:
-  """How an exact text came about (`exits.Verified`).
+  """How a text of `exits.Speculative` came about.
 
   Attributes:
     drafted: tokens that were drafted and accepted; the others are the full model's correction
       of a draft, or had none, [batch, length] bool.
-    counts: `passes` and `drafts`, [batch, 2] int32. (Every array that comes back costs a short
-      text some microseconds.)
-    expected: `share`, `trust` and `steps`, [batch, 3] float32.
+    numbers: `passes`, `drafts`, `chance`, `calibration` and `steps`, [batch, 5] float32. (Every
+      array that comes back costs a short text some microseconds.)
   """
 
   drafted: Bool[AnyArray, "batch length"]
-  counts: Int[AnyArray, "batch 2"]
-  expected: Float[AnyArray, "batch 3"]
+  numbers: Float[AnyArray, "batch 5"]
 
   @property
   def passes(self) -> Int[AnyArray, " batch"]:
-    """Passes of the full model over each row's text, [batch]."""
-    return self.counts[:, 0]
+    """Passes of the full model over each row's text, [batch] int32."""
+    return self.numbers[:, 0].astype(np.int32)
 
   @property
   def drafts(self) -> Int[AnyArray, " batch"]:
-    """Tokens that were drafted for each row, refused ones too, [batch]; in a batch as many as
-    the row that goes on longest."""
-    return self.counts[:, 1]
+    """Tokens that were drafted for each row, refused ones too, [batch] int32; in a batch as
+    many as for the row that goes on longest."""
+    return self.numbers[:, 1].astype(np.int32)
 
   @property
-  def share(self) -> Float[AnyArray, " batch"]:
-    """The chance that one more draft would have been accepted, as `drafting.Odds` estimates it,
-    [batch]; 0 where no draft was to be made."""
-    return self.expected[:, 0]
+  def chance(self) -> Float[AnyArray, " batch"]:
+    """`acceptance.AcceptanceEstimate.chance` at the end, [batch]; 0 where nothing was decoded
+    in passes."""
+    return self.numbers[:, 2]
 
   @property
-  def trust(self) -> Float[AnyArray, " batch"]:
-    """Odds of that over those that its confidence would have said, [batch]."""
-    return self.expected[:, 1]
+  def calibration(self) -> Float[AnyArray, " batch"]:
+    """`acceptance.AcceptanceEstimate.calibration` at the end, [batch]."""
+    return self.numbers[:, 3]
 
   @property
   def steps(self) -> Float[AnyArray, " batch"]:
-    """What the batch took, in steps of the full model, as `drafting.Plan` estimates it: the
+    """What the batch took, in steps of the full model, as `acceptance.Plan` estimates it: the
     same for every row that has a prompt, [batch]."""
-    return self.expected[:, 2]
+    return self.numbers[:, 4]
 
 
 @struct.dataclass
@@ -80,7 +77,7 @@ class Generation:
       token, 0 if none, [batch, length] in [0, 1].
     scores: log-probability of the emitted tokens, EOS included, under the full head at
       their exit layer, temperature 1, [batch] in nats.
-    verification: of `exits.Verified`; None of other rules.
+    verification: of `exits.Speculative`; None of other rules.
   """
 
   tokens: Int[AnyArray, "batch length"]
@@ -266,7 +263,7 @@ def _advance(
 ) -> DecodingState:
   """One position of the rows that decode; the others wait, or have ended."""
   made, cache = step(state.current, state.position, decodes, state.cache)
-  said = emitted(made, decodes)
+  said = emit(made.best, decodes)
   return dataclasses.replace(
     state,
     position=state.position + 1,
@@ -305,41 +302,16 @@ def _put(array, column, position, decodes) -> jax.Array:
   return lax.dynamic_update_slice_in_dim(array, column[:, None], position, axis=1)
 
 
-@struct.dataclass
-class Emitted:
-  """What rows say at one position.
-
-  Attributes:
-    token: [batch] int32, 0 of rows that do not decode.
-    log_probability: of that token at temperature 1, nats, [batch]; 0 of rows that do not.
-  """
-
-  token: jax.Array
-  log_probability: jax.Array
-
-
-def emit(logits: Float[Array, "batch vocab"], decodes: Bool[Array, " batch"]) -> Emitted:
-  """The greedy token of the rows that decode."""
-  return _of_rows(layers.greedy(logits), decodes)
-
-
-def emitted(made: exits.TokenExit, decodes: Bool[Array, " batch"]) -> Emitted:
-  """The same of a token's outcome, all of whose logits the head may not have been asked for."""
-  if made.greedy is None:
-    return emit(made.logits, decodes)
-  return _of_rows(made.greedy, decodes)
-
-
-def _of_rows(said: layers.Greedy, decodes: jax.Array) -> Emitted:
-  told = lambda x: jnp.where(decodes, x, jnp.zeros_like(x))
-  return Emitted(told(said.token), told(said.log_probability))
+def emit(best: layers.Greedy, decodes: Bool[Array, " batch"]) -> layers.Greedy:
+  """The greedy token of the rows that decode, 0 of the others; log-probability likewise."""
+  return jax.tree.map(lambda x: jnp.where(decodes, x, jnp.zeros_like(x)), best)
 
 
 def record(
   generation: Generation,
   position: jax.Array,
   active: jax.Array,
-  emitted: Emitted,
+  emitted: layers.Greedy,
   token_exit: exits.TokenExit,
 ) -> Generation:
   """Writes one position of every active row; the others stay."""
@@ -351,6 +323,56 @@ def record(
     confidences=put(generation.confidences, token_exit.confidence),
     rejected_confidences=put(generation.rejected_confidences, token_exit.rejected_confidence),
     scores=generation.scores + jnp.where(active, emitted.log_probability, 0.0),
+  )
+
+
+def pack(made: Generation) -> Int[Array, "batch columns"]:
+  """A generation's arrays beside each other, float32 by their bits: every array that comes back
+  to the host takes a short text of a small model some microseconds longer."""
+  bits = lambda x: (
+    lax.bitcast_convert_type(x, jnp.int32) if x.dtype == jnp.float32 else x.astype(jnp.int32)
+  )
+  parts = [bits(leaf.reshape(len(leaf), -1)) for leaf in jax.tree.leaves(made)]
+  return jnp.concatenate(parts, axis=1)
+
+
+def unpack(array: np.ndarray, length: int) -> Generation:
+  """The generation again, of numpy arrays.
+
+  Args:
+    array: of `pack`, on the host.
+    length: most tokens of a row.
+  """
+  ints, floats = array, array.view(np.float32)
+  columns = [slice(i * length, (i + 1) * length) for i in range(4)]
+  rest, verification = 4 * length, None
+  if array.shape[1] > rest + 1:
+    drafted = ints[:, rest + 1 : rest + 1 + length] > 0
+    verification = Verification(drafted, floats[:, rest + 1 + length :])
+  return Generation(
+    tokens=ints[:, columns[0]],
+    exit_layers=ints[:, columns[1]],
+    confidences=floats[:, columns[2]],
+    rejected_confidences=floats[:, columns[3]],
+    scores=floats[:, rest],
+    verification=verification,
+  )
+
+
+def without_drafts(full: Generation) -> Generation:
+  """A generation of full depth, numpy arrays, as `exits.Speculative` reports one that made no
+  draft."""
+  emitted = np.asarray(full.exit_layers) > 0
+  numbers = np.zeros((len(emitted), 5), np.float32)
+  numbers[:, 0] = emitted.sum(axis=-1)
+  # By hand: `replace` looks at every field, microseconds between two texts.
+  return Generation(
+    tokens=full.tokens,
+    exit_layers=full.exit_layers,
+    confidences=emitted.astype(np.float32),
+    rejected_confidences=full.rejected_confidences,
+    scores=full.scores,
+    verification=Verification(np.zeros(emitted.shape, bool), numbers),
   )
 
 

@@ -13,16 +13,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
-from calm.decode import (
-  compiled,
-  drafting,
-  engines,
-  loop,
-  packed,
-  verified,
-  verified_passes,
-  verified_state,
-)
+from calm.decode import acceptance, compiled, engines, loop, speculative
 from calm.t5 import caches, decoder_weights, eight_bits, network
 from calm.t5.network import Params
 
@@ -123,13 +114,11 @@ class Program:
     encoded: caches.Encoded,
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
-    prior: drafting.Prior | None = None,
-  ) -> "loop.DecodingState | verified_state.VerifiedState":
+    prior: acceptance.Prior | None = None,
+  ) -> "loop.DecodingState | speculative.SpeculativeState":
     """Decodes greedily and returns the final state, caches filled (not compiled)."""
-    if isinstance(self.rule, exits.Verified):
-      made = self.passes(weights, encoded, threshold)
-      known = made if prior is None else dataclasses.replace(made, prior=prior)
-      return known.decode(active)
+    if isinstance(self.rule, exits.Speculative):
+      return self.speculation(weights, encoded, threshold, prior).decode(active)
     bound = self.bind(weights.decoder, encoded, threshold)
     state = loop.decode(
       bound.take_step,
@@ -147,7 +136,7 @@ class Program:
     encoded: caches.Encoded,
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
-    prior: drafting.Prior | None = None,
+    prior: acceptance.Prior | None = None,
   ) -> loop.Generation:
     """Decodes greedily.
 
@@ -156,8 +145,8 @@ class Program:
       encoded: from `encode`.
       active: rows that hold a prompt; the others are padding of the batch.
       threshold: lambda, [] or one a row; `schedules.NEVER_EXIT` runs every layer.
-      prior: of `exits.Verified`: what is expected of a text's drafts; the texts do not depend
-        on it. None: nothing is known.
+      prior: of `exits.Speculative`: what is expected of a text's drafts; the texts do not
+        depend on it. None: nothing is known.
     """
     return self.decode_state(weights, encoded, active, threshold, prior).generation
 
@@ -173,36 +162,28 @@ class Program:
 
     Args:
       weights, encoded, active: as there.
-      known: the threshold, and the three numbers of a `drafting.Prior` if there is one.
+      known: the threshold, and the three numbers of a `acceptance.Prior` if there is one.
 
     Returns:
-      See `packed.unpacked`.
+      See `loop.unpack`.
     """
     threshold, *prior = known
-    expected = drafting.Prior(*prior) if prior else None
+    expected = acceptance.Prior(*prior) if prior else None
     state = self.decode_state(weights, encoded, active, threshold, expected)
-    return packed.packed(state.generation)
+    return loop.pack(state.generation)
 
-  def passes(
-    self, weights: ModelWeights, encoded: caches.Encoded, threshold: Float[Array, "..."]
-  ) -> verified.Verifying:
-    """The loop of a rule that verifies drafts, at work on these prompts.
-
-    Raises:
-      TypeError: the rule is another one.
-    """
-    if not isinstance(self.rule, exits.Verified):
-      raise TypeError(f"Expected `exits.Verified`, got {type(self.rule).__name__}.")
-    task = engines.Task(
-      self.config,
-      self.rule,
-      weights.decoder,
-      encoded,
-      threshold,
-      self.max_decode_length,
-      native=self.native,
-    )
-    return verified_passes.bind(task, self.rule, self.eos_id)
+  def speculation(
+    self,
+    weights: ModelWeights,
+    encoded: caches.Encoded,
+    threshold: Float[Array, "..."],
+    prior: acceptance.Prior | None = None,
+  ) -> speculative.Speculation:
+    """The loop of `exits.Speculative` at work on these prompts."""
+    assert isinstance(self.rule, exits.Speculative)
+    task = self._task(weights.decoder, encoded, threshold)
+    made = speculative.bind(task, self.rule, self.eos_id)
+    return made if prior is None else dataclasses.replace(made, prior=prior)
 
   def nothing_yet(self, batch_size: int) -> loop.DecodingState:
     """What `resume` starts from where nothing was decoded yet."""
@@ -260,7 +241,11 @@ class Program:
     kept: jax.Array | None = None,
   ) -> engines.Bound:
     """The engine at work on these prompts at this threshold; `kept` as in `engines.Task`."""
-    task = engines.Task(
+    task = self._task(weights, encoded, threshold, kept)
+    return engines.bind(task, self.engine)
+
+  def _task(self, weights, encoded, threshold, kept=None) -> engines.Task:
+    return engines.Task(
       self.config,
       self.rule,
       weights,
@@ -270,4 +255,3 @@ class Program:
       kept,
       native=self.native,
     )
-    return engines.bind(task, self.engine)

@@ -1,9 +1,7 @@
 """Prompts over several devices: every device runs a decode loop of its own.
 
-Under plain `jit` a conditional is one decision for the whole mesh, so that every device would
-run as deep and as long as the deepest row anywhere. Under `shard_map` a device knows its own
-rows only, and nothing is exchanged: the results are those of one device (design: rows are
-independent), and each loop ends when its own rows have ended.
+Under plain `jit` every device would run as deep and as long as the deepest row anywhere. Under
+`shard_map` a device knows its own rows only, and nothing is exchanged.
 """
 
 import contextlib
@@ -17,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import sharding
 
-from calm.decode import compiled, drafting, loop
+from calm.decode import acceptance, compiled, loop
 from calm.decode import program as program_lib
 from calm.t5 import caches
 
@@ -89,7 +87,7 @@ class ShardedProgram:
     encoded: caches.Encoded,
     active: jax.Array | np.ndarray,
     threshold: jax.Array | np.ndarray,
-    prior: drafting.Prior | None = None,
+    prior: acceptance.Prior | None = None,
   ) -> loop.Generation:
     """As `Program.decode`, for as many rows as `active` has."""
     rows, threshold = self._rows(len(active)), jnp.asarray(threshold)

@@ -1,12 +1,7 @@
 """Long limits in stages: a text costs what its own length costs, whatever its limit is.
 
-A step's attention reads every position of the caches, filled or not. So a first program has
-caches of 64 positions, and where some row has not ended by then, the next one goes on with
-caches of four times as many, up to the limit. A stage is compiled when a text first needs it.
-What is in the caches is copied once a stage; the steps are those of one program, and positions
-that are not filled weigh nothing, so that texts are the same but for sums' last bits. While a
-stage runs, the caches of the one before it are kept: at most half as much memory again. A grid
-of thresholds goes on with the caches that it has: they grow, and do not become short again.
+A step's attention reads every position of the caches, filled or not. So a first program has 64
+positions, and where some row goes on, the next one has four times as many, up to the limit.
 """
 
 import dataclasses
@@ -18,15 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from calm import exits
-from calm.decode import (
-  compiled,
-  drafting,
-  engines,
-  loop,
-  verified,
-  verified_passes,
-  verified_state,
-)
+from calm.decode import acceptance, compiled, engines, loop, speculative
 from calm.decode import program as program_lib
 from calm.t5 import caches, platforms
 
@@ -48,9 +35,15 @@ def lengths(max_decode_length: int) -> tuple[int, ...]:
   return (*stages, max_decode_length)
 
 
+State = loop.DecodingState | speculative.SpeculativeState
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
   """One stage's program; compiled once for every batch shape.
+
+  Passes over drafts that begin in a stage may end in the next one's positions: caches have room
+  for that.
 
   Attributes:
     program: what is decoded; its limit is the last stage's.
@@ -67,11 +60,13 @@ class Stage:
     encoded: caches.Encoded,
     active: Bool[Array, " batch"],
     threshold: Float[Array, "..."],
-    prior: drafting.Prior | None = None,
-  ) -> loop.DecodingState:
+    prior: acceptance.Prior | None = None,
+  ) -> State:
     """Decodes from the first token on, up to this stage's length."""
-    del prior  # of drafts, which these rules do not make
-    bound = self._bind(weights, encoded, threshold)
+    if isinstance(self.program.rule, exits.Speculative):
+      made = self._speculation(weights, encoded, threshold, prior)
+      return made.finish(made.go_on(made.begin(active), self.length))
+    bound = self._cut().bind(weights.decoder, encoded, threshold)
     return loop.decode(
       bound.take_step,
       bound.empty,
@@ -86,11 +81,16 @@ class Stage:
     self,
     weights: program_lib.ModelWeights,
     encoded: caches.Encoded,
-    state: loop.DecodingState,
+    state: State,
     threshold: Float[Array, "..."],
-  ) -> loop.DecodingState:
+  ) -> State:
     """Decodes the rows that a shorter stage has not ended, up to this one's length."""
-    bound = self._bind(weights, encoded, threshold)
+    if isinstance(state, speculative.SpeculativeState):
+      made = self._speculation(weights, encoded, threshold)
+      room = speculative.cache_length(made.rule, self.length)
+      state = dataclasses.replace(state, cache=engines.grown(state.cache, room))
+      return made.finish(made.go_on(state, self.length))
+    bound = self._cut().bind(weights.decoder, encoded, threshold)
     return loop.go_on(
       bound.take_step,
       state,
@@ -99,54 +99,11 @@ class Stage:
       eos_id=self.program.eos_id,
     )
 
-  def _bind(self, weights, encoded, threshold) -> engines.Bound:
-    program = dataclasses.replace(self.program, max_decode_length=self.length)
-    return program.bind(weights.decoder, encoded, threshold)
+  def _cut(self) -> program_lib.Program:
+    return dataclasses.replace(self.program, max_decode_length=self.length)
 
-
-@dataclasses.dataclass(frozen=True)
-class DraftedStage:
-  """The same for `exits.Verified`. Passes that begin in a stage may end in the next one's
-  positions: caches have room for that.
-
-  Attributes:
-    program, length: as a `Stage`'s.
-  """
-
-  program: program_lib.Program
-  length: int
-
-  @compiled.method()
-  def begin(
-    self,
-    weights: program_lib.ModelWeights,
-    encoded: caches.Encoded,
-    active: Bool[Array, " batch"],
-    threshold: Float[Array, "..."],
-    prior: drafting.Prior | None = None,
-  ) -> verified_state.VerifiedState:
-    """As `Stage.begin`; `prior` as in `Program.decode`."""
-    made = self._bind(weights, encoded, threshold)
-    made = made if prior is None else dataclasses.replace(made, prior=prior)
-    return made.summed(made.go_on(made.begin(active), self.length))
-
-  @compiled.method()
-  def go_on(
-    self,
-    weights: program_lib.ModelWeights,
-    encoded: caches.Encoded,
-    state: verified_state.VerifiedState,
-    threshold: Float[Array, "..."],
-  ) -> verified_state.VerifiedState:
-    """As `Stage.go_on`."""
-    made = self._bind(weights, encoded, threshold)
-    room = verified_passes.cache_length(made.rule, self.length)
-    state = dataclasses.replace(state, cache=engines.grown(state.cache, room))
-    return made.summed(made.go_on(state, self.length))
-
-  def _bind(self, weights, encoded, threshold) -> verified.Verifying:
-    program = dataclasses.replace(self.program, max_decode_length=self.length)
-    made = program.passes(weights, encoded, threshold)
+  def _speculation(self, weights, encoded, threshold, prior=None) -> speculative.Speculation:
+    made = self._cut().speculation(weights, encoded, threshold, prior)
     return dataclasses.replace(made, length=self.program.max_decode_length)
 
 
@@ -166,7 +123,7 @@ class StagedProgram:
     encoded: caches.Encoded,
     active: jax.Array | np.ndarray,
     threshold: jax.Array | np.ndarray,
-    prior: drafting.Prior | None = None,
+    prior: acceptance.Prior | None = None,
   ) -> loop.Generation:
     """As `Program.decode`."""
     first, *others = self.stages
@@ -212,10 +169,9 @@ class StagedProgram:
     return dataclasses.replace(self.program, max_decode_length=length)
 
   @property
-  def stages(self) -> tuple[Stage | DraftedStage, ...]:
+  def stages(self) -> tuple[Stage, ...]:
     """Of which a text runs as many as it needs."""
-    made = DraftedStage if isinstance(self.program.rule, exits.Verified) else Stage
-    return tuple(made(self.program, n) for n in lengths(self.program.max_decode_length))
+    return tuple(Stage(self.program, n) for n in lengths(self.program.max_decode_length))
 
 
 def staged(program: Decodes) -> Decodes | StagedProgram:

@@ -6,7 +6,7 @@ from calm.exits import (
   layers,
   propagation,
   schedules,
-  verified,
+  speculative,
   walk,
 )
 from calm.exits.rules import (
@@ -19,12 +19,15 @@ from calm.exits.rules import (
   mapped_layers,
   token_exit,
 )
-from calm.exits.verified import Rule, Verified
+from calm.exits.speculative import Rule, Speculative
+
+Verified = Speculative  # its earlier name
 
 __all__ = [
   "DynamicExits",
   "OracleExit",
   "Rule",
+  "Speculative",
   "StaticExit",
   "StepRule",
   "TokenExit",
@@ -36,7 +39,7 @@ __all__ = [
   "mapped_layers",
   "propagation",
   "schedules",
+  "speculative",
   "token_exit",
-  "verified",
   "walk",
 ]

@@ -222,8 +222,8 @@ def measure(name: str) -> Measure:
   """The measure of this name; ValueError names the choices."""
   if name in _REMOVED:
     raise ValueError(
-      f"Expected a measure of this version, got {name!r}, which calm 0.1 had; calibrate again"
-      " with 'softmax' or 'probe', or serve with calm 0.1."
+      f"Expected `measure` to be one of {sorted(MEASURES)}, got {name!r}, which earlier"
+      " versions had; calibrate again with 'softmax' or 'probe'."
     )
   if name not in MEASURES:
     raise ValueError(f"Expected `measure` to be one of {sorted(MEASURES)}, got {name!r}.")

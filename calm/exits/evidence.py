@@ -1,9 +1,7 @@
 """What a layer's probe reads: its normed state, and a few numbers that are at hand with it.
 
-A probe is a logistic regression of one layer's own (Alain and Bengio, 2016): the paper's
-classifier, emb_dim + 1 numbers for all layers, has to say the same of a state at layer 2 and at
-layer 7, and cannot see how near two pieces are to each other, which is no linear function of a
-state.
+A probe is a logistic regression of one layer's own (Alain and Bengio, 2016), where the paper's
+classifier is one for all layers.
 """
 
 import jax

@@ -41,37 +41,28 @@ def greedy(logits: Float[Array, "*rows vocab"]) -> Greedy:
   return Greedy(jnp.min(place, axis=-1), -jnp.log(total))
 
 
-def no_greedy(layer: int, read: jax.Array) -> Greedy | None:
-  """Of a head whose logits have to be asked."""
-  del layer, read
+def _refusing(message: str) -> Callable[..., Any]:
+  """What a model answers when it is asked for a part that it lacks."""
+
+  def refuse(*args: jax.Array | int) -> Any:
+    raise ValueError(message)
+
+  return refuse
 
 
-def no_shortlist(read: jax.Array) -> jax.Array:
-  """What a model without a shortlist says when it is asked for one."""
-  del read
-  raise ValueError(
-    "Expected a shortlist of likely tokens for the measure 'shortlist' or 'probe', got"
-    " a model without; give `shortlist` (token ids), or use the measure 'softmax'."
-  )
-
-
-def no_code(layer: int, hidden: jax.Array) -> jax.Array:
-  """What a model without learned propagation says when it is asked for a code."""
-  del layer, hidden
-  raise ValueError(
-    "Expected a model with learned propagation for the propagation 'learned', got none in its"
-    " parameters; fit it (`calm fit`), or use the propagation 'exit_state'."
-  )
-
-
-def no_probes(layer: int, read: jax.Array, hidden: jax.Array, previous: jax.Array) -> jax.Array:
-  """What a model without probes says when it is asked for one."""
-  del layer, read, hidden, previous
-  raise ValueError(
-    "Expected a model with exit probes for the measure 'probe', got none in its parameters;"
-    " train them (`calm train --gin_file=configs/runs/exit_probes.gin`), or use the measure"
-    " 'softmax' or 'state'."
-  )
+no_shortlist = _refusing(
+  "Expected a shortlist of likely tokens for the measure 'shortlist' or 'probe', got a model"
+  " without; give `shortlist` (token ids), or use the measure 'softmax'."
+)
+no_code = _refusing(
+  "Expected a model with learned propagation for the propagation 'learned', got none in its"
+  " parameters; fit it (`calm fit`), or use the propagation 'exit_state'."
+)
+no_probes = _refusing(
+  "Expected a model with exit probes for the measure 'probe', got none in its parameters;"
+  " train them (`calm train --gin_file=configs/runs/exit_probes.gin`), or use the measure"
+  " 'softmax' or 'state'."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +99,7 @@ class Layers:
   shared_head: bool = True
   shortlist_logits: Callable[[jax.Array], jax.Array] = no_shortlist
   probe_logit: Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array] = no_probes
-  greedy: Callable[[int, jax.Array], Greedy | None] = no_greedy
+  greedy: Callable[[int, jax.Array], Greedy | None] = lambda layer, read: None
   code: Callable[[int, jax.Array], jax.Array] = no_code
   predict: Callable[[int, jax.Array], jax.Array] = no_code
 

@@ -1,8 +1,7 @@
-"""One token through the decoder layers: exit rule and per-row stop.
+"""One token through the decoder layers: exit rule and per-row stop. Knows no network.
 
-This module knows no network: it takes a `layers.Layers` of callables. Rows are
-independent: a row that has left keeps its exit state while its batch mates go on, and the
-layers above write the keys and values of that state (paper section 3.2: d^k := d^j, k > j).
+A row that has left keeps its exit state while its batch mates go on, and the layers above write
+the keys and values of that state (paper section 3.2: d^k := d^j, k > j).
 """
 
 import dataclasses
@@ -49,6 +48,53 @@ class TokenExit:
     """What the head made that is emitted from; the rest is not computed."""
     return self.logits if self.greedy is None else self.greedy.token
 
+  @property
+  def best(self) -> layers_lib.Greedy:
+    """The argmax of the logits."""
+    return layers_lib.greedy(self.logits) if self.greedy is None else self.greedy
+
+
+@runtime_checkable
+class StepRule(Protocol):
+  """How one token goes through the layers: `DynamicExits`, `StaticExit` or `OracleExit`.
+
+  Attributes:
+    speculates: whether it decodes in passes over drafts, which rows leave at positions of their
+      own, and not in steps; then `decode.speculative` runs it.
+    reads_threshold: whether a token's way depends on the threshold.
+  """
+
+  @property
+  def speculates(self) -> bool:
+    return False
+
+  @property
+  def reads_threshold(self) -> bool:
+    return False
+
+  def depth(self, num_layers: int) -> int:
+    """Decoder layers in the program, each with a cache."""
+    ...
+
+  def __call__(
+    self,
+    layers: layers_lib.Layers,
+    hidden: Float[Array, "batch emb"],
+    active: jax.Array,
+    threshold: jax.Array,
+    generated: Int[Array, "..."],
+  ) -> TokenExit:
+    """Runs one token.
+
+    Args:
+      layers: the decoder at this position.
+      hidden: embedded input token, d^0.
+      active: rows that still generate, [batch] bool; others neither vote nor count.
+      threshold: lambda, [] or [batch], traced; `NEVER_EXIT` runs every layer.
+      generated: tokens that each row generated before this one, [] or [batch].
+    """
+    ...
+
 
 @arguments.checked(
   measure=confidence_lib.measure,
@@ -56,7 +102,7 @@ class TokenExit:
   propagation=propagation_lib.propagation,
 )
 @dataclasses.dataclass(frozen=True)
-class DynamicExits:
+class DynamicExits(StepRule):
   """Leave at the first allowed layer whose confidence reaches the threshold (Eq. 4).
 
   Attributes:
@@ -72,6 +118,11 @@ class DynamicExits:
   allowed: tuple[int, ...] | None = None
   propagation: propagation_lib.Propagation = propagation_lib.ExitState()
 
+  @property
+  def reads_threshold(self) -> bool:
+    """See `StepRule`."""
+    return True
+
   def depth(self, num_layers: int) -> int:
     """Decoder layers that keep a cache."""
     return num_layers
@@ -81,7 +132,7 @@ class DynamicExits:
   ) -> TokenExit:
     """Runs one token of every active row. See `StepRule`."""
     walk = self.walk(layers, threshold, generated)
-    state, rows = _NestedWalk(walk).from_layer(1, walk_lib.start(hidden, active))
+    state, rows = _walk_from(walk, 1, walk_lib.start(hidden, active))
     return token_exit(walk, state, active, rows)
 
   def walk(self, layers: layers_lib.Layers, threshold, generated) -> walk_lib.Walk:
@@ -117,7 +168,7 @@ def token_exit(
 
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
-class StaticExit:
+class StaticExit(StepRule):
   """Every token runs layers 1 ... `layer`; no confidence is computed (None: all layers).
 
   The layers above are not in the program, so that this is a `layer`-layer model.
@@ -151,7 +202,7 @@ class StaticExit:
 
 @arguments.checked(propagation=propagation_lib.propagation)
 @dataclasses.dataclass(frozen=True)
-class OracleExit:
+class OracleExit(StepRule):
   """Leave at the first allowed layer whose argmax is the last layer's (section 3.3.1).
 
   It runs every layer to know the answer and then stores the propagated states, not the
@@ -175,7 +226,10 @@ class OracleExit:
     """Runs one token of every active row. See `StepRule`."""
     del threshold, generated
     allowed = allowed_layers(self.allowed, layers.num_layers)
-    ran = self._every_layer(layers, hidden)
+    ran = []
+    for layer in range(1, layers.num_layers + 1):
+      hidden, row = layers.run(layer, hidden)
+      ran.append(_Ran(layer, hidden, row, layers.logits(layer, layers.read(layer, hidden))))
     last = ran[-1]
     answer = jnp.argmax(last.logits, axis=-1)
     exit_layer = jnp.full(active.shape, last.layer, jnp.int32)
@@ -190,15 +244,8 @@ class OracleExit:
     exit_layer = jnp.where(active, exit_layer, 0)
     return TokenExit(exit_logits, exit_layer, ones, jnp.zeros_like(ones), rows)
 
-  def _every_layer(self, layers: layers_lib.Layers, hidden) -> "tuple[_Ran, ...]":
-    ran = []
-    for layer in range(1, layers.num_layers + 1):
-      hidden, row = layers.run(layer, hidden)
-      ran.append(_Ran(layer, hidden, row, layers.logits(layer, layers.read(layer, hidden))))
-    return tuple(ran)
-
   def _stored(
-    self, layers: layers_lib.Layers, ran: "tuple[_Ran, ...]", exit_layer, exit_hidden
+    self, layers: layers_lib.Layers, ran: "list[_Ran]", exit_layer, exit_hidden
   ) -> tuple[layers_lib.KeyValue, ...]:
     """Each layer's row, above the exit the propagated one."""
     memory, stored = None, []
@@ -220,34 +267,6 @@ class _Ran:
   hidden: jax.Array
   row: layers_lib.KeyValue
   logits: jax.Array
-
-
-@runtime_checkable
-class StepRule(Protocol):
-  """How one token goes through the layers: `DynamicExits`, `StaticExit` or `OracleExit`."""
-
-  def depth(self, num_layers: int) -> int:
-    """Decoder layers in the program, each with a cache."""
-    ...
-
-  def __call__(
-    self,
-    layers: layers_lib.Layers,
-    hidden: Float[Array, "batch emb"],
-    active: jax.Array,
-    threshold: jax.Array,
-    generated: Int[Array, "..."],
-  ) -> TokenExit:
-    """Runs one token.
-
-    Args:
-      layers: the decoder at this position.
-      hidden: embedded input token, d^0.
-      active: rows that still generate, [batch] bool; others neither vote nor count.
-      threshold: lambda, [] or [batch], traced; `NEVER_EXIT` runs every layer.
-      generated: tokens that each row generated before this one, [] or [batch].
-    """
-    ...
 
 
 @arguments.checked()
@@ -296,35 +315,24 @@ def mapped_layers(rule: Any, num_layers: int, found: Collection[int]) -> tuple[i
   return asked
 
 
-@dataclasses.dataclass(frozen=True)
-class _NestedWalk:
+def _walk_from(
+  walk: walk_lib.Walk, layer: int, state: walk_lib.WalkState
+) -> tuple[walk_lib.WalkState, tuple[layers_lib.KeyValue, ...]]:
   """The nested conditionals of one token; the branches read caches and return rows."""
+  hidden, row = walk.layers.run(layer, walk.layer_input(layer, state))
+  row = walk.stored(layer, state, row)
+  state = walk.after(layer, state, hidden, row)
+  if layer == walk.layers.num_layers:
+    return state, (row,)
 
-  walk: walk_lib.Walk
+  def skip(state):
+    above = range(layer + 1, walk.layers.num_layers + 1)
+    skipped = lambda k: walk.propagation.skipped(k, state.hidden, state.memory, walk.layers)
+    return state, tuple(map(skipped, above))
 
-  def from_layer(
-    self, layer: int, state: walk_lib.WalkState
-  ) -> tuple[walk_lib.WalkState, tuple[layers_lib.KeyValue, ...]]:
-    walk = self.walk
-    hidden, row = walk.layers.run(layer, walk.layer_input(layer, state))
-    row = walk.stored(layer, state, row)
-    state = walk.after(layer, state, hidden, row)
-    if layer == walk.layers.num_layers:
-      return state, (row,)
-    deeper = lambda state: self.from_layer(layer + 1, state)
-    if layer not in walk.allowed:
-      state, rows = deeper(state)
-    else:
-      skip = lambda state: self._skip_from(layer + 1, state)
-      state, rows = lax.cond(jnp.all(state.done), skip, deeper, state)
-    return state, (row, *rows)
-
-  def _skip_from(
-    self, layer: int, state: walk_lib.WalkState
-  ) -> tuple[walk_lib.WalkState, tuple[layers_lib.KeyValue, ...]]:
-    walk = self.walk
-    skipped = [
-      walk.propagation.skipped(k, state.hidden, state.memory, walk.layers)
-      for k in range(layer, walk.layers.num_layers + 1)
-    ]
-    return state, tuple(skipped)
+  deeper = lambda state: _walk_from(walk, layer + 1, state)
+  if layer not in walk.allowed:
+    state, rows = deeper(state)
+  else:
+    state, rows = lax.cond(jnp.all(state.done), skip, deeper, state)
+  return state, (row, *rows)

@@ -13,13 +13,13 @@ import numpy as np
 from calm import checkpoints, exits, signals
 from calm.calibrate import Procedure
 from calm.data import prompt_batches, prompt_files
-from calm.decode import compiled, loop, packed, pool
+from calm.decode import acceptance, compiled, loop, pool
 from calm.decode import program as program_lib
 from calm.decode import sharded as sharded_lib
 from calm.decode import staged as staged_lib
 from calm.exits import schedules
-from calm.inference import drafts, outputs
 from calm.inference import options as options_lib
+from calm.inference import outputs
 from calm.t5 import caches, costs, network, parameters, platforms
 
 Decoder = TypeVar("Decoder", bound="BatchDecoder")
@@ -82,7 +82,7 @@ class BatchDecoder:
     return parameters.base_digest(self.params) if maps else None
 
   @functools.cached_property
-  def expected_drafts(self) -> dict[tuple[exits.Verified, float], drafts.Expected]:
+  def expected_drafts(self) -> dict[tuple[exits.Rule, float], acceptance.History]:
     """What drafts of the texts so far were worth, by rule and threshold."""
     return {}
 
@@ -225,26 +225,29 @@ class BatchDecoder:
     """Decodes the active rows of an encoded batch; numpy arrays come back."""
     signals.check()
     chosen = rule or self.options.rule
-    if not isinstance(chosen, exits.Verified):
+    if not chosen.speculates:
       return self._run(rule, encoded, active, threshold)
+    assert isinstance(chosen, exits.Speculative)
     # Drafts decide something, or full depth would round otherwise than passes do.
     must = threshold < 1 or not chosen.adapts or chosen.measures or not can_be_exact(self)
-    expected = self.expected_drafts.setdefault((chosen, threshold), drafts.Expected(must))
-    expected.learn()
-    if len(active) not in expected.plans:
-      expected.plans[len(active)] = drafts.plan(self, chosen, len(active))
-    if not expected.drafts(len(active)):
+    history = self.expected_drafts.setdefault((chosen, threshold), acceptance.History(must))
+    history.update_from_last()
+    if len(active) not in history.plans:
+      each = -(-len(active) // self.options.num_devices)
+      weights, native = self.weights.decoder, self.program(chosen).native
+      history.plans[len(active)] = acceptance.plan(self.config, weights, chosen, each, native)
+    if not history.drafts_next(len(active)):
       full = self._run(exits.StaticExit(), encoded, active, schedules.NEVER_EXIT)
-      return drafts.without_drafts(full)
-    generation = self._run(chosen, encoded, active, threshold, expected.prior)
-    expected.last = generation, active
+      return loop.without_drafts(full)
+    generation = self._run(chosen, encoded, active, threshold, history.prior)
+    history.last = generation, active
     return generation
 
   def expect_drafts(self) -> None:
     """The next batch makes drafts, whatever those before it were worth: to time them."""
-    for expected in self.expected_drafts.values():
-      expected.learn()
-      expected.waits = 0
+    for history in self.expected_drafts.values():
+      history.update_from_last()
+      history.backoff = 0
 
   def _run(
     self,
@@ -261,10 +264,10 @@ class BatchDecoder:
     program = self.runs(rule)
     with compiled.at_precision(self.options.matmul_precision):
       if isinstance(program, program_lib.Program):
-        numbers = () if prior is None else (prior.chance, prior.trust, prior.texts)
+        numbers = () if prior is None else (prior.chance, prior.calibration, prior.texts)
         known = np.array((threshold, *numbers), np.float32)
         generation = np.asarray(program.decode_packed(weights, encoded, active, known))
-        return packed.unpacked(generation, program.max_decode_length)
+        return loop.unpack(generation, program.max_decode_length)
       level, expected = jax.tree.map(np.float32, (threshold, prior))
       generation = program.decode(weights, encoded, active, level, expected)
     # Where host and device are one, nothing is to be sent for ahead, and asking takes a core
@@ -378,7 +381,7 @@ def can_be_exact(model: BatchDecoder) -> bool:
   return not options_lib.batch_size_affects_output(model.config, model.options)
 
 
-def exact_rule(model: BatchDecoder, draft_layer: int | None = None) -> exits.Verified:
+def exact_rule(model: BatchDecoder, draft_layer: int | None = None) -> exits.Speculative:
   """The rule that decodes a model's full texts from its own exits, for `Predictor.generate`.
 
   Drafts come from the shortlist of the model's options where the head has more weights than
@@ -410,7 +413,7 @@ def exact_rule(model: BatchDecoder, draft_layer: int | None = None) -> exits.Ver
       f" rounded otherwise than full depth's tokens; {way_out}."
     )
   layer = max(1, config.num_decoder_layers // 4) if draft_layer is None else draft_layer
-  rule = exits.Verified(
+  rule = exits.Speculative(
     layer, options.num_drafts, options_lib.draft_head(config, options, layer)
   )
   rule.depth(config.num_decoder_layers)

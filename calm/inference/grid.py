@@ -192,9 +192,7 @@ def generate(
   # Full depth is then a program of its own, which refuses nothing: no record follows from it.
   apart = bool(known) or model.reference is not model
   # Each device would need its own loop's state; passes over drafts keep none.
-  one_loop = model.options.num_devices == 1 and not isinstance(
-    model.options.rule, exits.Verified
-  )
+  one_loop = model.options.num_devices == 1 and not model.options.rule.speculates
   summary = reuse.ReuseSummary()
   batches = model.plan([prompt.input for prompt in prompts])
   for number, batch in enumerate(batches):

@@ -40,8 +40,8 @@ class DecodeOptions:
   """How prompts are decoded; all of it belongs to the `Procedure`, but for the last six.
 
   Attributes:
-    measure: confidence measure, one of `confidence.MEASURES`; 'verified' is `exits.Verified`,
-      whose threshold is 1 - lambda, its slack.
+    measure: confidence measure, one of `confidence.MEASURES`; 'verified' is
+      `exits.Speculative`, whose threshold is 1 - lambda, its slack.
     schedule: threshold schedule, `schedules.Constant()` or `schedules.Decaying(...)`.
     exit_layers: 1-based layers after which a token may leave; None allows every layer. Of
       'verified' the one layer that drafts.
@@ -175,7 +175,7 @@ class DecodeOptions:
         f" tokens, got {self.schedule}; leave the schedule out."
       )
     head = "full" if self.shortlist is None else "shortlist"
-    return exits.Verified(layers[0], self.num_drafts, head, measures=True)
+    return exits.Speculative(layers[0], self.num_drafts, head, measures=True)
 
 
 # What was chosen for one measure, and what the grid was chosen for.
@@ -365,7 +365,7 @@ def decoder_rounds(config: network.T5Config, options: DecodeOptions) -> bool:
 
 def draft_head(
   config: network.T5Config, options: DecodeOptions, layer: int
-) -> exits.verified.DraftHead:
+) -> exits.speculative.DraftHead:
   """The head that drafts after a layer: the shortlist where the whole head costs more than the
   layers below it, since every token that the shortlist lacks is a refused draft."""
   listed = options.shortlist is not None and not config.per_layer_heads

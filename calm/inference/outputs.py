@@ -40,10 +40,10 @@ class Output:
     num_layers: decoder layers of the model.
     eos_id: the token that ends a text.
     input_length: positions of the prompt as it was encoded, padding included.
-    drafted: of `exits.Verified`: which tokens were drafted and accepted; the others are the
+    drafted: of `exits.Speculative`: which tokens were drafted and accepted; the others are the
       full model's own.
-    passes: of `exits.Verified`: how many verified the text.
-    drafts: of `exits.Verified`: tokens drafted, refused ones too.
+    passes: of `exits.Speculative`: how many verified the text.
+    drafts: of `exits.Speculative`: tokens drafted, refused ones too.
   """
 
   text: str

@@ -27,7 +27,7 @@ from calm.calibrate.losses import UNKNOWN
 from calm.checkpoints import files
 from calm.console import Progress, sanitize
 from calm.data import prompt_batches, prompt_files
-from calm.decode import compiled, pool_program, sharded
+from calm.decode import compiled, pool, sharded
 from calm.exits import schedules
 from calm.inference import certified, grid, outputs, timing
 from calm.inference import options as options_lib
@@ -69,7 +69,7 @@ class Predictor(BatchDecoder):
 
   calibration: Calibration | None = None
   threshold: float | None = None
-  exact: exits.Verified | None = None
+  exact: exits.Speculative | None = None
 
   def with_options(self, **options: Any) -> "Predictor":
     """The same model under other options and without a calibration."""
@@ -184,7 +184,7 @@ class Predictor(BatchDecoder):
         of the calibration; any other carries no promise. `NEVER_EXIT` runs the full-depth
         program of `reference`, which pays for no confidence.
       rule: another way through the layers: `exits.StaticExit(k)`, `exits.OracleExit()`, which
-        have no threshold, or `exits.Verified(k)`, which is the full model's own text (with a
+        have no threshold, or `exits.Speculative(k)`, which is the full model's own text (with a
         `threshold` of 1 - lambda below 1: but for drafts that are likely enough).
       progress: told how many prompts are done of how many; None shows it where someone looks
         on (a terminal or a notebook) and it takes long.
@@ -242,13 +242,13 @@ class Predictor(BatchDecoder):
 
     level = NEVER_EXIT if threshold is None else threshold
     items: dict[int, outputs.Output] = {}
-    verified = isinstance(rule or self.options.rule, exits.Verified)
-    pooled = self.options.refill and not verified  # whose rows have positions of their own
+    # Rows of passes over drafts have positions of their own.
+    pooled = self.options.refill and not (rule or self.options.rule).speculates
     for batches in prompt_batches.together(self.plan(texts), pooled=pooled):
       if len(batches) > 1:
-        pool = pool_program.PoolProgram(self.program(rule))
+        rows = pool.PoolProgram(self.program(rule))
         with clock.phase("decode"), compiled.at_precision(self.options.matmul_precision):
-          generation = pool.decode(self.weights, batches, level, encode)
+          generation = rows.decode(self.weights, batches, level, encode)
       else:
         encoded, active = encode(batches[0]), batches[0].active
         decode = functools.partial(self.decode, encoded, active, level, rule)
@@ -288,8 +288,7 @@ class Predictor(BatchDecoder):
     """Like `softmax at layers 2, 4, threshold 0.35`."""
     level, layers = self.threshold, self.options.exit_layers
     if level == NEVER_EXIT:
-      drafts = f", drafts by layer {self.exact.draft_layer}" if self.exact else ""
-      return f"full depth{drafts}"
+      return self.exact.description if self.exact else "full depth"
     if layers is None:
       where = "every layer"
     elif len(layers) == 1:
@@ -415,7 +414,7 @@ def _of_a_folder(
   return predictor
 
 
-def stored_rule(path: pathlib.Path) -> exits.Verified | None:
+def stored_rule(path: pathlib.Path) -> exits.Speculative | None:
   """The rule that a folder's `full_depth.json` names, where it was measured to be faster.
 
   Raises:
@@ -424,8 +423,8 @@ def stored_rule(path: pathlib.Path) -> exits.Verified | None:
   stored = files.read_json(path).get("exact")
   if stored is None:
     return None
-  known = {field.name for field in dataclasses.fields(exits.Verified)}
+  known = {field.name for field in dataclasses.fields(exits.Speculative)}
   with files.naming(path):
     if not isinstance(stored, dict) or set(stored) != known:
       raise ValueError(f"Expected `exact` to have {sorted(known)}, got {stored!r}.")
-    return exits.Verified(**stored)
+    return exits.Speculative(**stored)

@@ -16,7 +16,7 @@ SAMPLING, LAYER = "sampling", "layer"
 
 
 @dataclasses.dataclass(frozen=True)
-class PerturbedRule:
+class PerturbedRule(exits.StepRule):
   """Full depth but for one token: an `exits.StepRule` whose threshold is the token's index."""
 
   # Emits this layer's own prediction there (layer-based); None: the token of `rank`.

@@ -126,8 +126,7 @@ def check(rule: exits.Rule, threshold: float, matmul_precision: str | None) -> N
       " is THRESHOLDS of scripts/t5x_sweep.py, or one call each with `decoder_params`."
     )
   schedules.check_threshold(float(threshold))
-  compares = isinstance(rule, exits.DynamicExits | exits.Verified)
-  if threshold != schedules.NEVER_EXIT and not compares:
+  if threshold != schedules.NEVER_EXIT and not rule.reads_threshold:
     raise ValueError(
       f"Expected no `threshold` with {type(rule).__name__}, which compares none, got"
       f" {threshold}; leave it out, or choose `exits.DynamicExits`."

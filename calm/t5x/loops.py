@@ -23,7 +23,7 @@ from jax import core, lax
 from jaxtyping import Array, Bool, Float, Int
 
 from calm import exits
-from calm.decode import engines, loop, verified, verified_passes
+from calm.decode import engines, loop, speculative
 from calm.exits import layers as layers_lib
 from calm.exits import schedules
 from calm.t5 import caches, layers, network
@@ -106,7 +106,7 @@ class AfterPrefix:
 
 
 @dataclasses.dataclass(frozen=True)
-class DeepInPrefix:
+class DeepInPrefix(exits.StepRule):
   """A rule without a schedule (the oracle's), whose forced tokens run all of its layers."""
 
   inner: exits.StepRule
@@ -214,7 +214,7 @@ class Loop:
 
   def _bound(self, weights: Any, rows: Rows) -> engines.Bound:
     rule = self.rule
-    assert not isinstance(rule, exits.Verified)  # has no step
+    assert not isinstance(rule, exits.Speculative)  # has no step
     if isinstance(rule, exits.DynamicExits):
       rule = dataclasses.replace(rule, schedule=AfterPrefix(rule.schedule, rows))
     elif not isinstance(rule, exits.StaticExit):  # all of whose tokens run all its layers
@@ -227,7 +227,7 @@ class Loop:
 
     `batch_size` is the rows of the batch, before a loop of T5X's multiplies them.
     """
-    if isinstance(self.rule, exits.Verified):  # whose loop makes its own
+    if self.rule.speculates:  # whose loop makes its own
       return {"cache_index": jnp.zeros((), jnp.int32)}
     empty = self._bound(weights, rows).empty
     empty = jax.tree.map(lambda x: x[:batch_size] if x.ndim else x, empty)
@@ -240,16 +240,16 @@ class Loop:
   ) -> Callable[[Any], tuple[jax.Array, LoopCache]]:
     """The function that T5X's loops call with their `DecodingState` at every position.
 
-    Of `exits.Verified` it is a `Passes`, which `greedy_decode` alone can use.
+    Of `exits.Speculative` it is a `Passes`, which `greedy_decode` alone can use.
 
     With `wide`, logits are as wide as the embedding, as T5X's are, so that samplers draw what
     they draw from T5X's; ids beyond the vocabulary have no probability.
     """
-    if isinstance(self.rule, exits.Verified):
+    if isinstance(self.rule, exits.Speculative):
       task = engines.Task(
         self.config, self.rule, weights, rows.encoded, rows.threshold, self.length
       )
-      return Passes(verified_passes.bind(task, self.rule, eos_id))
+      return Passes(speculative.bind(task, self.rule, eos_id))
     bound = self._bound(weights, rows)
 
     def tokens_to_logits(state) -> tuple[jax.Array, LoopCache]:
@@ -321,7 +321,7 @@ class Loop:
 class Passes:
   """`Loop.bind` of a rule that emits several tokens a pass: the loop, without its prefix."""
 
-  verifying: verified.Verifying
+  speculation: speculative.Speculation
 
   def __call__(self, state: Any) -> tuple[jax.Array, LoopCache]:
     """Refuses a loop that asks for one token after another.
@@ -330,15 +330,16 @@ class Passes:
       ValueError: always.
     """
     raise ValueError(
-      "Expected `decode_fn` to be calm.t5x.loops.greedy_decode with the rule `exits.Verified`,"
-      " got a loop that asks for one token at a time; bind it, or choose another rule."
+      "Expected `decode_fn` to be calm.t5x.loops.greedy_decode with the rule"
+      " `exits.Speculative`, got a loop that asks for one token at a time; bind it, or choose"
+      " another rule."
     )
 
   def decode(self, inputs: Int[Array, "batch length"]) -> tuple[jax.Array, jax.Array, Exits]:
     """As `greedy_decode`; the prefix is verified in passes too."""
     prefix = jnp.pad(inputs[:, 1:], ((0, 0), (0, 1)))
-    verifying = dataclasses.replace(self.verifying, prefix=prefix)
-    made = verifying.decode(jnp.ones((len(inputs),), bool)).generation
+    speculation = dataclasses.replace(self.speculation, prefix=prefix)
+    made = speculation.decode(jnp.ones((len(inputs),), bool)).generation
     columns = made.exit_layers, made.confidences, made.rejected_confidences
     tokens, scores = jnp.asarray(made.tokens), jnp.asarray(made.scores)
     return tokens[:, None], scores[:, None], Exits(*map(jnp.asarray, columns))
@@ -441,7 +442,7 @@ def greedy_decode(
     state, scores = carry
     position, active = state.cur_index[0], _is_active(state.sequences, eos_id, num_eos)
     logits, cache = tokens_to_logits(state)
-    emitted = loop.emit(logits, active)
+    emitted = loop.emit(layers_lib.greedy(logits), active)
     following = jnp.where(active, _at(prefix, position), 0)
     token = jnp.where(following == 0, emitted.token, following)
     sequences = _put(state.sequences, position + 1, token)

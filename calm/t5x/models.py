@@ -94,7 +94,7 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       optimizer_def: as in T5X; `exit_classifier_optimizer` for stage two.
       decode_fn: T5X's `beam_search` or `temperature_sample`, or `greedy_decode`.
       rule: how a token goes through the layers; None is the paper's softmax confidence.
-        `exits.Verified` needs `decode_fn=greedy_decode`.
+        `exits.Speculative` needs `decode_fn=greedy_decode`.
       threshold: lambda where `decoder_params` gives none. At `NEVER_EXIT` nothing is measured:
         the program is the full model's.
       shortlist: likely tokens, for the measures 'shortlist' and 'probe'.

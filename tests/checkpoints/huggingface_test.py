@@ -13,7 +13,7 @@ import safetensors.numpy
 from calm import calibrate, checkpoints, inference
 from calm.checkpoints import huggingface
 from calm.data import vocabulary
-from calm.decode.engines import choice
+from calm.decode import engines
 from calm.t5 import network, parameters
 from tests import toy_vocabulary
 
@@ -322,7 +322,7 @@ def test_a_bias_in_every_layer_is_decoded_as_the_network_computes_it():
   threshold = float(np.median([c for o in full for c in o.confidences] + [0.05]))
   every = [
     rows(model.with_options(engine=engine).generate(texts, threshold=threshold))
-    for engine in choice.ENGINES.values()
+    for engine in engines.ENGINES.values()
   ]
   assert every[0] == every[1] == every[2]
 

@@ -16,7 +16,7 @@ import pytest
 from calm import calibrate, inference, storage
 from calm.calibrate import Prompt
 from calm.commands import cli, infer
-from calm.decode import compiled, verified_passes
+from calm.decode import acceptance, compiled
 from calm.inference import predictor
 from tests.commands import toy
 
@@ -277,8 +277,8 @@ def test_exact_texts_are_the_full_models(calm_infer, expected, tmp_path, monkeyp
   assert "the full model's own texts" in printed
   rate = sum(len(line["tokens"]) for line in lines) / sum(line["passes"] for line in lines)
   assert f"{rate:.2f} tokens a pass" in printed
-  monkeypatch.setattr(verified_passes, "MANY_ROWS", 1)
-  monkeypatch.setattr(verified_passes, "MANY_ROWS_HOPE", 1e9)
+  monkeypatch.setattr(acceptance, "MANY_ROWS", 1)
+  monkeypatch.setattr(acceptance, "MANY_ROWS_GAIN", 1e9)
   compiled.drop_all()  # those with other plans
   printed = calm_infer(f"--output={output}", way=("--exact",))
   assert "No draft was made: in batches of 2" in printed and "tokens a pass" not in printed

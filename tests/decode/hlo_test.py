@@ -14,8 +14,9 @@ import pytest
 
 from calm import exits
 from calm.decode import compiled as compiled_lib
-from calm.decode import engines, ordering, staged
+from calm.decode import engines, staged
 from calm.decode import program as program_lib
+from calm.decode.engines import engine as engine_lib
 from calm.exits import confidence, propagation
 from calm.exits.layers import KeyValue
 from calm.t5 import platforms
@@ -112,7 +113,7 @@ def test_full_depth_has_nothing_of_the_maps_of_its_exits():
 def test_a_stage_that_goes_on_makes_no_cache_in_its_loop(drafts):
   """Those of the stage before are copied once, before it."""
   toy = engine.toy(num_decoder_layers=3, num_encoder_layers=1)
-  rule = exits.Verified(1, 3, "full") if drafts else SHALLOW
+  rule = exits.Speculative(1, 3, "full") if drafts else SHALLOW
   made = None if drafts else engines.Deferred()
   stages = staged.StagedProgram(program_lib.Program(toy.config, rule, LENGTH, engine=made))
   *_, before, last = stages.stages
@@ -148,7 +149,7 @@ def test_a_head_in_8_bits_is_neither_widened_nor_copied(rule):
 @pytest.mark.parametrize("native", [True, False])
 def test_no_operation_of_a_pass_over_drafts_makes_half_of_a_layers_cache(rows, native):
   """Of one position, of some, and of the whole window; the loop over drafts is within."""
-  rule = exits.Verified(1, 3, draft_head="full", adapts=native)
+  rule = exits.Speculative(1, 3, draft_head="full", adapts=native)
   text = compiled(rule, None, rows, native=native)
   found = [operation.text for operation in hlo.large(text, half_a_layers_cache(rows))]
   assert not found
@@ -158,13 +159,13 @@ def test_no_operation_of_a_pass_over_drafts_makes_half_of_a_layers_cache(rows, n
 
 def test_the_check_finds_caches_that_are_copied(monkeypatch):
   """Meta: where nothing ties the update to the reads, XLA copies the cache."""
-  monkeypatch.setattr(ordering, "after", lambda position, made: position)
+  monkeypatch.setattr(engine_lib, "after", lambda position, made: position)
   text = compiled(exits.DynamicExits(confidence.State()), engines.Eager(), native=False)
   opcodes = {operation.opcode for operation in hlo.large(text, half_a_layers_cache())}
   assert "copy" in opcodes
 
 
-@pytest.mark.parametrize("rule", [SHALLOW, STATIC, exits.Verified(1, 3, draft_head="full")])
+@pytest.mark.parametrize("rule", [SHALLOW, STATIC, exits.Speculative(1, 3, draft_head="full")])
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_fewer_than_ten_operations_of_a_few_rows_are_ready_at_once(rule, native, rows):
@@ -175,7 +176,7 @@ def test_fewer_than_ten_operations_of_a_few_rows_are_ready_at_once(rule, native,
 def test_a_pass_without_a_draft_has_hardly_more_operations_than_a_step():
   """Where drafts are bad a text is made of such passes."""
   (step,) = hlo.turns(compiled(STATIC, None, 1, layers=6))
-  turns = hlo.turns(compiled(exits.Verified(1, 3, draft_head="full"), None, 1, layers=6))
+  turns = hlo.turns(compiled(exits.Speculative(1, 3, draft_head="full"), None, 1, layers=6))
   assert max(turns) <= step + 6
 
 
@@ -198,8 +199,8 @@ def test_embeddings_of_a_few_rows_are_picked_in_one_thread(rows):
 
 def test_the_check_finds_updates_that_are_ready_together(monkeypatch):
   """Meta: where all of them wait for the last layer."""
-  last = lambda position, rows, made: [ordering.after(position, made)] * len(rows)
-  monkeypatch.setattr(ordering, "after_each", last)
+  last = lambda position, rows, made: [engine_lib.after(position, made)] * len(rows)
+  monkeypatch.setattr(engine_lib, "after_each", last)
   compiled_lib.drop_all()  # those of other tests
   assert hlo.most_ready(compiled(STATIC, None, rows=1, layers=6, native=False)) >= 12
 
@@ -208,7 +209,7 @@ def test_elsewhere_than_on_a_cpu_updates_wait_for_the_last_layer():
   row = KeyValue(jnp.ones((1, 2, 4)), jnp.ones((1, 2, 4)))
   for platform, different in (("tpu", 1), ("cpu", 3)):
     with platforms.laid_out_for(platform):
-      ends = ordering.after_each(jnp.int32(4), [row] * 3, jnp.ones(2))
+      ends = engine_lib.after_each(jnp.int32(4), [row] * 3, jnp.ones(2))
     assert [int(end) for end in ends] == [4, 4, 4]
     assert len({id(end) for end in ends}) == different
 

@@ -1,6 +1,7 @@
-"""Refilled rows on scripted steps: no network, every text known beforehand."""
+"""Refilled rows: scripted texts, and toy networks' beside the yardstick."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,12 @@ import pytest
 
 from calm import exits
 from calm.data import prompt_batches
-from calm.decode import engines, loop, pool_program
-from calm.decode import pool as pool_lib
+from calm.decode import compiled, engines, loop, pool
 from calm.decode import program as program_lib
+from calm.exits import confidence, propagation, schedules
 from calm.t5 import caches
-from tests import engine
+from tests import engine, toys
+from tests.decode import hlo, hlo_test
 
 VOCAB, EOS, WRONG = 8, 1, 7
 LENGTH = 4
@@ -22,7 +24,7 @@ NO_NETWORK = program_lib.Program(TOY.config, exits.StaticExit(), LENGTH, EOS)
 
 
 @dataclasses.dataclass(frozen=True)
-class Scripted(pool_program.PoolProgram):
+class Scripted(pool.PoolProgram):
   """Prompt p becomes script[p]; a row that was fed or kept anything else says `WRONG`.
 
   The cache remembers who wrote each slot: a row's own prompt from its start on.
@@ -54,14 +56,14 @@ class Scripted(pool_program.PoolProgram):
     same = lambda carried, position: carried
     return engines.Bound(empty, take_step, same, same, shift, grow=lambda carried: carried)
 
-  def advance(self, weights, encoded, pool, threshold, min_free):
-    before, rows = int(pool.slot), len(pool.active)
-    made = super().advance(weights, encoded, pool, threshold, min_free)
-    self.seen.append(("steps", (int(made.slot) - before) * rows))
+  def advance(self, weights, encoded, rows, threshold, min_free):
+    before, count = int(rows.slot), len(rows.active)
+    made = super().advance(weights, encoded, rows, threshold, min_free)
+    self.seen.append(("steps", (int(made.slot) - before) * count))
     return made
 
-  def shift(self, weights, encoded, pool):
-    made = super().shift(weights, encoded, pool)
+  def shift(self, weights, encoded, rows):
+    made = super().shift(weights, encoded, rows)
     self.seen.append(("shift", int(made.slot)))
     return made
 
@@ -77,10 +79,10 @@ def scripts(count: int, seed: int) -> np.ndarray:
   return script
 
 
-def decode(script: np.ndarray, size: int, free_part: float):
+def decode_script(script: np.ndarray, size: int):
   """(program, generation) of all prompts in a pool of `size` rows."""
   script_rows = tuple(map(tuple, script.tolist()))
-  program = Scripted(NO_NETWORK, free_part, script=script_rows)
+  program = Scripted(NO_NETWORK, script=script_rows)
   numbers = np.arange(1, len(script) + 1, dtype=np.int32)[:, None]
   tokens = [row.tolist() for row in numbers]
   batches = prompt_batches.plan(tokens, batch_size=size, max_input_length=1)
@@ -92,9 +94,12 @@ def decode(script: np.ndarray, size: int, free_part: float):
   ("count", "size", "free_part"),
   [(40, 4, 0.0), (40, 4, 0.5), (40, 3, 1.0), (19, 1, 0.25), (3, 4, 0.25), (5, 4, 0.25)],
 )
-def test_each_prompt_gets_its_own_text_in_the_order_of_the_prompts(count, size, free_part):
+def test_each_prompt_gets_its_own_text_in_the_order_of_the_prompts(
+  count, size, free_part, monkeypatch
+):
   script = scripts(count, seed=count + size)
-  program, got = decode(script, size, free_part)
+  monkeypatch.setattr(pool, "FREE_PART", free_part)
+  program, got = decode_script(script, size)
   lengths = np.minimum((script != EOS).sum(1) + 1, LENGTH)
   real = np.arange(LENGTH)[None, :] < lengths[:, None]
   np.testing.assert_array_equal(got.tokens, np.where(real, script, 0))
@@ -110,49 +115,110 @@ def test_each_prompt_gets_its_own_text_in_the_order_of_the_prompts(count, size, 
   assert all(slot < LENGTH for slot in left)
 
 
-def test_fewer_steps_than_in_batches():
-  script, size = scripts(64, seed=3), 4
+def test_fewer_steps_than_in_batches(monkeypatch):
+  script, size, steps = scripts(64, seed=3), 4, {}
   lengths = np.minimum((script != EOS).sum(1) + 1, LENGTH)
-  steps = {
-    part: sum(count for kind, count in decode(script, size, part)[0].seen if kind == "steps")
-    for part in (0.0, 1.0)
-  }
+  for part in (0.0, 1.0):
+    monkeypatch.setattr(pool, "FREE_PART", part)
+    seen = decode_script(script, size)[0].seen
+    steps[part] = sum(count for kind, count in seen if kind == "steps")
   in_batches = lengths.reshape(-1, size).max(axis=1).sum() * size
   assert steps[1.0] == in_batches
   assert lengths.sum() <= steps[0.0] < lengths.sum() + size * LENGTH < in_batches
 
 
-def test_a_row_takes_its_prompt_and_the_others_keep_theirs():
-  pool = pool_lib.empty_pool(jnp.zeros(()), batch_size=4, slots=6)
-  pool = dataclasses.replace(
-    pool,
-    slot=jnp.int32(5),
-    starts=jnp.array([1, 2, 3, 4]),
-    current=jnp.array([5, 6, 7, 8]),
-    active=jnp.array([True, False, True, False]),
-    generation=dataclasses.replace(pool.generation, scores=jnp.arange(4.0)),
-  )
-  held, waiting = jnp.arange(8).reshape(4, 2), 10 + jnp.arange(6).reshape(3, 2)
-  got, encoded = pool_lib.take_in(pool, (held,), (waiting,), jnp.array([-1, 2, -1, 0]))
-  assert encoded[0].tolist() == [[0, 1], [14, 15], [4, 5], [10, 11]]
-  assert got.starts.tolist() == [1, 5, 3, 5] and got.current.tolist() == [5, 0, 7, 0]
-  assert got.active.all() and got.generation.scores.tolist() == [0, 0, 2, 0]
+NEVER = schedules.NEVER_EXIT
+PROMPTS = toys.prompts(5, batch=23, length=12, num_pieces=toys.Config().num_pieces)
+STATE, CLASSIFIER, SOFTMAX = (
+  confidence.MEASURES[name] for name in ("state", "classifier", "softmax")
+)
+LEARNED = exits.DynamicExits(CLASSIFIER, propagation=propagation.Learned())
+COMPACTED = engines.Compacted(buckets=(2,))
 
 
-def test_moving_down_keeps_what_active_rows_need():
-  pool = pool_lib.empty_pool(jnp.arange(6).reshape(1, 6), batch_size=2, slots=6)
-  marks = jnp.arange(12).reshape(2, 6)
-  pool = dataclasses.replace(
-    pool,
-    slot=jnp.int32(6),
-    starts=jnp.array([4, 0]),
-    active=jnp.array([True, False]),
-    generation=dataclasses.replace(pool.generation, tokens=marks),
+def quick(method, *donated: str):
+  """Compiled without LLVM trying hard: toys compute in no time and compile for long."""
+  options = {"xla_backend_optimization_level": 0}
+  return jax.jit(
+    method.__wrapped__, static_argnums=0, donate_argnames=donated, compiler_options=options
   )
-  by_axis = lambda cache, by: loop.shift_positions(cache, by, axis=1)
-  got = pool_lib.shift(pool, by_axis)
-  assert got.slot == 2 and got.starts.tolist() == [0, -4]
-  assert got.generation.tokens.tolist() == [[4, 5, 0, 0, 0, 0], [10, 11, 0, 0, 0, 0]]
-  assert got.cache.tolist() == [[4, 5, 0, 0, 0, 0]]
-  idle = dataclasses.replace(pool, active=jnp.zeros(2, bool))
-  assert pool_lib.shift(idle, by_axis).slot == 0
+
+
+class QuickPool(pool.PoolProgram):
+  empty = quick(pool.PoolProgram.empty)
+  advance = quick(pool.PoolProgram.advance, "pool")
+  take_in = quick(pool.PoolProgram.take_in, "pool", "encoded")
+  shift = quick(pool.PoolProgram.shift, "pool")
+
+
+@functools.cache
+def uneven_toy(**changes) -> engine.Toy:
+  """Texts of one token up to the limit."""
+  sizes = toys.Config(**changes)
+  params = toys.params(sizes, seed=1)
+  params["decoder"]["logits_dense"]["kernel"][:, toys.EOS_ID] *= 4
+  return engine.of_params(params, sizes)
+
+
+def decode(toy, rule, threshold, made=None, tokens=PROMPTS, size=4):
+  program = program_lib.Program(toy.config, rule, engine.LENGTH, engine=made)
+  rows = [row[row > 0].tolist() for row in tokens]
+  batches = prompt_batches.plan(rows, batch_size=size, max_input_length=12)
+  encode = lambda batch: program.encode(toy.weights, jnp.asarray(batch.tokens))
+  return QuickPool(program).decode(toy.weights, batches, threshold, encode)
+
+
+@pytest.mark.parametrize(
+  ("rule", "made"),
+  [
+    (LEARNED, engines.Deferred(8)),
+    (exits.DynamicExits(SOFTMAX, engine.DECAYING), engines.Eager()),
+    (exits.DynamicExits(STATE, engine.DECAYING, (2, 3)), COMPACTED),
+    (exits.StaticExit(), engines.Eager()),
+  ],
+  ids=["deferred", "eager", "compacted", "static"],
+)
+def test_the_yardstick(rule, made):
+  toy, seen, lengths = uneven_toy(**(engine.MAPS if rule == LEARNED else {})), set(), set()
+  traced = compiled.num_made("PoolProgram.advance")
+  thresholds = (0.0,) if isinstance(rule, exits.StaticExit) else (0.3, 0.6, 0.9, NEVER)
+  for threshold in thresholds:
+    got = decode(toy, rule, threshold, made)
+    engine.compare_generation(engine.reference_rows(toy, rule, threshold, PROMPTS), got)
+    seen |= set(got.exit_layers[got.exit_layers > 0].tolist())
+    lengths |= set((got.exit_layers > 0).sum(axis=1).tolist())
+  assert len(seen) >= min(2, len(thresholds))
+  assert {1, engine.LENGTH} < lengths
+  assert compiled.num_made("PoolProgram.advance") == traced + 1
+
+
+@pytest.mark.parametrize(("count", "size"), [(5, 1), (3, 4)])
+def test_one_row_and_more_rows_than_prompts(count, size):
+  toy, rule, tokens = uneven_toy(), exits.DynamicExits(CLASSIFIER), PROMPTS[:count]
+  got = decode(toy, rule, 0.6, engines.Deferred(8), tokens, size)
+  rows = engine.reference_rows(toy, rule, 0.6, tokens)
+  assert engine.compare_generation(rows, got) == list(range(count))
+
+
+@pytest.mark.parametrize(
+  "rule", [hlo_test.SHALLOW, exits.StaticExit()], ids=["deferred", "static"]
+)
+def test_no_operation_in_the_loop_makes_half_of_a_layers_cache(rule):
+  toy = engine.toy(num_decoder_layers=3, num_encoder_layers=1)
+  made = pool.PoolProgram(program_lib.Program(toy.config, rule, hlo_test.LENGTH))
+  rows, room = made.empty(toy.weights, engine.encode(toy))
+  kept, tree = jax.tree.flatten((toy.weights, room, jnp.float32(0), jnp.int32(1)))
+  given, pool_tree = jax.tree.flatten(rows)
+
+  def run(kept, given):
+    weights, room, *numbers = jax.tree.unflatten(tree, kept)
+    return made.advance(weights, room, jax.tree.unflatten(pool_tree, given), *numbers)
+
+  lowered = jax.jit(run, donate_argnums=1).lower(kept, given)
+  text = lowered.compile(hlo_test.USERS_HLO).as_text() or ""
+  assert not [op.text for op in hlo.large(text, hlo_test.half_a_layers_cache())]
+  sizes = [operation.elements for operation in hlo.in_loops(text)]
+  assert max(sizes) >= hlo_test.half_a_layers_cache()
+  # Outside of the loop neither: the caches that came in are the ones that go out.
+  copies = [op for ops in hlo.computations(text).values() for op in ops if op.opcode == "copy"]
+  assert not [op.text for op in copies if op.elements >= hlo_test.half_a_layers_cache()]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from calm import exits
-from calm.decode import compiled, engines
+from calm.decode import acceptance, compiled, engines, loop
 from calm.decode import program as program_lib
 from calm.exits import confidence, propagation, schedules
 from calm.t5 import network, parameters
@@ -314,3 +314,53 @@ def test_prompts_of_nothing_but_eos():
   rows = engine.reference_rows(engine.toy(), SOFTMAX, 0.6, prompts=prompts)
   got = engine.run(engine.toy(), SOFTMAX, 0.6, prompts=prompts).generation
   assert engine.agreeing_rows(rows, got) == [0]
+
+
+@pytest.mark.parametrize(
+  "rule",
+  [
+    exits.StaticExit(),
+    exits.DynamicExits(confidence.Softmax()),
+    exits.Speculative(2, num_drafts=4, stop_below=0.0),
+  ],
+)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_generation_comes_back_bit_for_bit(rule, rows):
+  toy = engine.toy()
+  active = np.arange(rows) != 1
+  program = program_lib.Program(toy.config, rule, engine.LENGTH)
+  encoded = engine.encode(toy, engine.PROMPTS[:rows])
+  expected = program.decode(toy.weights, encoded, active, np.float32(0.4))
+  known = np.array([0.4], np.float32)
+  array = np.asarray(program.decode_packed(toy.weights, encoded, active, known))
+  got = loop.unpack(array, engine.LENGTH)
+  assert jax.tree.structure(got) == jax.tree.structure(jax.device_get(expected))
+  for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    assert ours.dtype == theirs.dtype and isinstance(ours, np.ndarray)
+    np.testing.assert_array_equal(ours, theirs)
+  assert np.any(got.tokens) and np.any(got.scores)
+
+
+def test_bits_that_are_no_number_stay_as_they_are():
+  generation = loop.empty_generation(2, 3)
+  odd = jnp.array([[jnp.nan, -0.0, jnp.inf], [1e-45, -jnp.inf, 1.0]], jnp.float32)
+  generation = generation.replace(confidences=odd)
+  array = np.asarray(jax.jit(loop.pack)(generation))
+  got = loop.unpack(array, 3).confidences
+  np.testing.assert_array_equal(got.view(np.int32), np.asarray(odd).view(np.int32))
+
+
+def test_what_is_known_of_drafts_is_sent_beside_the_threshold():
+  toy, rule = engine.toy(), exits.Speculative(2, num_drafts=4, stop_below=0.0)
+  program = program_lib.Program(toy.config, rule, engine.LENGTH)
+  encoded, active = engine.encode(toy, engine.PROMPTS[:1]), np.ones(1, bool)
+  seen = []
+  for prior in (0.02, 0.02, 100.0), (0.9, 1.0, 100.0):
+    values = acceptance.Prior(*map(np.float32, prior))
+    expected = program.decode(toy.weights, encoded, active, np.float32(1.0), values)
+    known = np.array([1.0, *prior], np.float32)
+    array = np.asarray(program.decode_packed(toy.weights, encoded, active, known))
+    got = loop.unpack(array, engine.LENGTH)
+    np.testing.assert_array_equal(got.verification.numbers, expected.verification.numbers)
+    seen.append(got.verification.numbers.tolist())
+  assert seen[0] != seen[1]

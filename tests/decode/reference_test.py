@@ -394,19 +394,3 @@ def test_one_decoder_layer_by_hand():
   out = network.decoder_layer(m, 1, np.array([2.0]), memory, cross)
   np.testing.assert_allclose(out, 4.0, rtol=1e-6)
   np.testing.assert_allclose(memory.values, 0.5, rtol=1e-6)
-
-
-def test_bad_arguments_are_named():
-  m, prompt = model(), prompts(1)[0]
-  with pytest.raises(ValueError, match="`measure`"):
-    reference.ExitRule("margin")
-  with pytest.raises(ValueError, match="`threshold`"):
-    reference.ExitRule("state", 1.5)
-  with pytest.raises(ValueError, match="`propagation`"):
-    reference.ExitRule("state", 0.5, propagation="none")
-  with pytest.raises(ValueError, match="`allowed_layers`"):
-    dynamic(m, prompt, "state", 0.5, allowed_layers=(5,))
-  with pytest.raises(ValueError, match="`num_layers`"):
-    static(m, prompt, 0)
-  with pytest.raises(ValueError, match="`prompt`"):
-    network.encode(m, [0, 0])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from calm import exits
-from calm.decode import compiled, drafting, engines, staged
+from calm.decode import acceptance, compiled, engines, staged
 from calm.decode import program as program_lib
 from calm.exits import confidence
 from calm.t5 import caches, platforms
@@ -142,7 +142,7 @@ def test_a_stage_that_no_text_needs_is_not_even_compiled(short):
 @pytest.mark.parametrize("num_drafts", [1, 5])
 def test_drafts_in_stages_are_those_of_one_program(num_drafts, adapts, threshold, short):
   """Passes of six positions go beyond stages of two and four."""
-  rule = exits.Verified(1, num_drafts, "full", adapts=adapts)
+  rule = exits.Speculative(1, num_drafts, "full", adapts=adapts)
   program = ending(program_lib.Program(engine.toy().config, rule, engine.LENGTH))
   active = np.arange(len(engine.PROMPTS)) != 1
   made = [decoded(p, active, threshold) for p in (program, staged.staged(program))]
@@ -157,11 +157,11 @@ def test_drafts_in_stages_are_those_of_one_program(num_drafts, adapts, threshold
 
 def test_what_is_expected_of_drafts_reaches_the_first_stage(short):
   """It says how many are drafted, and no text."""
-  rule = exits.Verified(1, 5, "full")
+  rule = exits.Speculative(1, 5, "full")
   program = program_lib.Program(engine.toy().config, rule, engine.LENGTH)
   made = {}
   for chance in (0.99, 0.01):
-    prior = drafting.Prior(chance, 50.0, 1.0)
+    prior = acceptance.Prior(chance, 50.0, 1.0)
     whole, stages = (decoded(p, prior=prior) for p in (program, staged.staged(program)))
     assert stages.verification and whole.verification
     np.testing.assert_array_equal(stages.verification.drafts, whole.verification.drafts)
@@ -172,7 +172,7 @@ def test_what_is_expected_of_drafts_reaches_the_first_stage(short):
 
 def test_short_limits_and_other_platforms_have_one_program():
   config = engine.toy().config
-  for rule in (STATIC, exits.Verified(1, draft_head="full")):
+  for rule in (STATIC, exits.Speculative(1, draft_head="full")):
     program = program_lib.Program(config, rule, 127)
     assert staged.staged(program) is program
   long = dataclasses.replace(program_lib.Program(config, STATIC, 127), max_decode_length=128)

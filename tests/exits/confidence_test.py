@@ -127,5 +127,7 @@ def test_measures_are_found_by_name():
   with pytest.raises(ValueError, match=r"`measure`.*'classifier'.*'state'.*'margin'"):
     confidence.measure("margin")
   for removed in ("entropy", "patience"):
-    with pytest.raises(ValueError, match="calibrate again"):
+    with pytest.raises(
+      ValueError, match=rf"`measure`.*'{removed}', which earlier versions had"
+    ):
       confidence.measure(removed)

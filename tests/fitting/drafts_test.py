@@ -86,6 +86,6 @@ def test_drafts_are_timed_beside_the_full_depth_of_another_head(model, monkeypat
     narrow, TEXTS, 1.0, rounds=2, rule=rule, base=model
   )
   full = (None, exits.StaticExit, schedules.NEVER_EXIT)
-  drafted = ("int8", exits.Verified, 1.0)
+  drafted = ("int8", exits.Speculative, 1.0)
   assert decoded.count(full) == decoded.count(drafted) == len(decoded) / 2
   assert found.single.num_prompts > 0 and np.isfinite(found.single.speedup)

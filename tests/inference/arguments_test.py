@@ -12,7 +12,7 @@ import pytest
 from calm import exits, fitting, inference
 from calm.calibrate import metrics
 from calm.decode import engines
-from calm.exits import confidence, propagation, schedules, verified
+from calm.exits import confidence, propagation, schedules, speculative
 from calm.fitting import result
 from calm.inference import DecodeOptions
 from tests import odd_arguments
@@ -86,9 +86,9 @@ def test_never_is_the_name_of_full_depth(model):
     ({"threshold": -0.1}, "Expected `threshold` in [0, 1]"),
     ({}, "Expected `threshold`, or a model loaded with a"),
     ({"threshold": "most"}, "Expected `threshold` to be a number in [0, 1] or 'never'"),
-    ({"rule": "static"}, "Expected `rule` to be a `StepRule` or a `Verified` or None, got"),
+    ({"rule": "static"}, "Expected `rule` to be a `StepRule` or a `Speculative` or None, got"),
     ({"rule": exits.StaticExit(0)}, "Expected `layer` in 1 ... 3, got 0"),
-    ({"rule": exits.Verified(99)}, "Expected `draft_layer` in 1 ... 2"),
+    ({"rule": exits.Speculative(99)}, "Expected `draft_layer` in 1 ... 2"),
   ],
 )
 def test_generate_refuses_by_name(model, options, message):
@@ -116,7 +116,7 @@ def test_texts_are_a_list(model, texts, message):
 @pytest.mark.parametrize(
   ("call", "message"),
   [
-    (lambda: exits.Verified(1, 10**6), "Expected `num_drafts` in 1 ... 31, got 1000000"),
+    (lambda: exits.Speculative(1, 10**6), "Expected `num_drafts` in 1 ... 31, got 1000000"),
     (lambda: DecodeOptions(schedule="decaying"), "Expected `schedule` to be a name and its"),
     (lambda: DecodeOptions(engine=engines.Eager), "got the class Eager"),
     (lambda: DecodeOptions(grid=[0.5, 0.9]), "Expected `thresholds` to descend strictly"),
@@ -186,10 +186,10 @@ BORDER = {
   "static": (exits.StaticExit, fields(exits.StaticExit)),
   "oracle": (exits.OracleExit, fields(exits.OracleExit)),
   "dynamic": (exits.DynamicExits, fields(exits.DynamicExits, measure="softmax")),
-  "verified": (exits.Verified, fields(exits.Verified, draft_layer=1)),
+  "speculative": (exits.Speculative, fields(exits.Speculative, draft_layer=1)),
   "decaying": (schedules.schedule, {"name": "decaying", "temperature": 1.0, "max_length": 8}),
   "threshold": (schedules.check_threshold, {"threshold": 0.5}),
-  "slack": (verified.threshold_of, {"slack": 0.5}),
+  "slack": (speculative.threshold_of, {"slack": 0.5}),
   "layers": (exits.allowed_layers, {"allowed": (1,), "num_layers": 3}),
   "measure": (confidence.measure, {"name": "softmax"}),
   "propagation": (propagation.propagation, {"name": "exit_state"}),

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from calm import exits, inference
-from calm.decode import loop, verified_passes
+from calm.decode import acceptance, loop
 from calm.exits import schedules
-from calm.inference import drafts, timing
+from calm.inference import timing
 from tests.inference import predictor_test
 
 TEXTS = [f"{word} {i}" for i in range(12) for word in ("a", "the words")]
 OPTIONS = {**predictor_test.OPTIONS, "max_input_length": 16, "batch_size": 1}
-NONSENSE = exits.Verified(2, 3, stop_below=0.0)
+NONSENSE = exits.Speculative(2, 3, stop_below=0.0)
 ACTIVE = np.ones(1, bool)
 
 
@@ -56,48 +56,48 @@ def begun(model, ran, rule, **options) -> None:
 
 
 def seen(tokens: int, passes: int) -> loop.Generation:
-  """A text as `exits.Verified` tells it."""
+  """A text as `exits.Speculative` tells it."""
   row = np.zeros((1, 16), np.int32)
   layers = row + (np.arange(16) < tokens) * 4
-  counts, level = np.full((1, 2), passes, np.int32), np.full((1, 3), 0.5, np.float32)
-  level[:, 2] = passes + 0.1  # one draft was looked at, or read on from
-  verification = loop.Verification(row > 0, counts, level)
-  return loop.Generation(row, layers, row * 0.0, row * 0.0, level[:, 0], verification)
+  # One draft was verified alone, or read on from.
+  numbers = np.array([[passes, passes, 0.5, 0.5, passes + 0.1]], np.float32)
+  verification = loop.Verification(row > 0, numbers)
+  return loop.Generation(row, layers, row * 0.0, row * 0.0, numbers[:, 0], verification)
 
 
 def test_the_longer_drafts_bring_nothing_the_longer_they_are_let_be():
-  expected, waits = drafts.Expected(must=False), []
+  expected, waits = acceptance.History(must=False), []
   for _ in range(9):
-    expected.saw(seen(tokens=12, passes=12), ACTIVE)
-    waits.append(expected.waits)
+    expected.update(seen(tokens=12, passes=12), ACTIVE)
+    waits.append(expected.backoff)
   assert waits == [1, 4, 16, 64, 64, 64, 64, 64, 64]
-  expected.saw(seen(tokens=12, passes=4), ACTIVE)
-  assert expected.waits == expected.idle == 0
+  expected.update(seen(tokens=12, passes=4), ACTIVE)
+  assert expected.backoff == expected.miss_streak == 0
   assert expected.prior.texts == 10
 
 
 def test_batches_that_took_as_long_as_full_depth_are_followed_by_full_depth():
   """However many tokens a pass emitted: one of several positions takes several steps."""
   slow = seen(tokens=12, passes=4)
-  slow.verification.expected[:, 2] = 12.0
-  expected = drafts.Expected(must=False)
-  expected.saw(slow, ACTIVE)
-  assert expected.waits == expected.idle == 1
+  slow.verification.numbers[:, 4] = 12.0
+  expected = acceptance.History(must=False)
+  expected.update(slow, ACTIVE)
+  assert expected.backoff == expected.miss_streak == 1
   # What earlier batches saved, later ones may lose, for a while.
-  expected = drafts.Expected(must=False)
-  expected.saw(seen(tokens=12, passes=4), ACTIVE)
+  expected = acceptance.History(must=False)
+  expected.update(seen(tokens=12, passes=4), ACTIVE)
   idle = []
   for _ in range(12):
-    expected.saw(slow, ACTIVE)
-    idle.append(expected.idle)
+    expected.update(slow, ACTIVE)
+    idle.append(expected.miss_streak)
   assert idle[0] == 0 and idle[-1] > 1
 
 
 def test_where_drafts_decide_something_they_are_always_made():
-  expected = drafts.Expected(must=True)
+  expected = acceptance.History(must=True)
   for _ in range(9):
-    expected.saw(seen(tokens=12, passes=12), ACTIVE)
-  assert expected.waits == 0
+    expected.update(seen(tokens=12, passes=12), ACTIVE)
+  assert expected.backoff == 0
 
 
 def test_texts_of_drafts_that_bring_nothing_are_decoded_at_full_depth(model, full, ran):
@@ -107,7 +107,7 @@ def test_texts_of_drafts_that_bring_nothing_are_decoded_at_full_depth(model, ful
   # Each makes the next one wait longer, once the texts before it saved nothing.
   waits = np.diff([*drafted, len(TEXTS)])
   assert drafted[:2] == [0, 2] and waits.max() > 8 and len(ran) == len(TEXTS)
-  assert {type(rule) for rule in ran} == {exits.Verified, exits.StaticExit}
+  assert {type(rule) for rule in ran} == {exits.Speculative, exits.StaticExit}
   for i, (output, expected) in enumerate(zip(outputs, full, strict=True)):
     assert output.tokens == expected.tokens and output.exit_layers == expected.exit_layers
     assert output.score == pytest.approx(expected.score, abs=1e-4)
@@ -124,10 +124,10 @@ def test_a_batch_at_full_depth_is_told_as_one_of_passes_is(model, ran):
   encoded = four.encode(batch)
   made = four.decode(encoded, batch.active, 1.0, NONSENSE)
   expected = four.expected_drafts[NONSENSE, 1.0]
-  expected.learn()
-  expected.waits = 1
+  expected.update_from_last()
+  expected.backoff = 1
   static = four.decode(encoded, batch.active, 1.0, NONSENSE)
-  assert ran[-2:] == [NONSENSE, exits.StaticExit()] and expected.waits == 0
+  assert ran[-2:] == [NONSENSE, exits.StaticExit()] and expected.backoff == 0
   assert not batch.active.all()
   for name in ("tokens", "exit_layers", "confidences"):
     one, other = getattr(made, name), getattr(static, name)
@@ -142,13 +142,13 @@ def test_a_batch_at_full_depth_is_told_as_one_of_passes_is(model, ran):
 
 
 def test_a_batch_that_hopes_for_no_draft_is_full_depths(model, full, ran, monkeypatch):
-  monkeypatch.setattr(verified_passes, "MANY_ROWS", 1)
-  monkeypatch.setattr(verified_passes, "MANY_ROWS_HOPE", 1e9)
+  monkeypatch.setattr(acceptance, "MANY_ROWS", 1)
+  monkeypatch.setattr(acceptance, "MANY_ROWS_GAIN", 1e9)
   outputs = model.generate(TEXTS[:3], rule=NONSENSE)
   assert ran == [exits.StaticExit()] * 3
   assert [o.tokens for o in outputs] == [o.tokens for o in full[:3]]
   # It is no wait: the next ones hope no more.
-  assert model.expected_drafts[NONSENSE, schedules.NEVER_EXIT].waits == 0
+  assert model.expected_drafts[NONSENSE, schedules.NEVER_EXIT].backoff == 0
 
 
 def test_drafts_that_are_timed_are_made_whatever_they_are_worth(model, ran):
@@ -163,9 +163,9 @@ def test_a_text_is_given_back_before_it_is_learned_of(model, ran, monkeypatch):
   begun(model, ran, exits.StaticExit())
   begun(model, ran, NONSENSE)
   looked = []
-  saw = drafts.Expected.saw
+  update = acceptance.History.update
   monkeypatch.setattr(
-    drafts.Expected, "saw", lambda *args: (looked.append(len(ran)), saw(*args))
+    acceptance.History, "update", lambda *args: (looked.append(len(ran)), update(*args))
   )
   model.generate(TEXTS[:1], rule=NONSENSE)
   assert ran == [NONSENSE] and not looked

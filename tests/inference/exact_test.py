@@ -8,9 +8,8 @@ import pytest
 from calm import checkpoints, exits, inference
 from calm.calibrate import generations
 from calm.calibrate import losses as sequence_losses
-from calm.decode import drafting
+from calm.decode import acceptance
 from calm.inference import certified
-from calm.inference import drafts as drafts_lib
 from tests.inference import predictor_test
 
 TEXTS = [f"{word} {i}" for i in range(20) for word in ("a", "the words")]
@@ -46,11 +45,11 @@ def test_texts_are_the_full_models_and_say_how_they_came_about(model, full):
   assert all(output.passes == 0 and output.drafted == () for output in full)
 
 
-def prior_of(model, rule, threshold) -> drafting.Prior:
+def prior_of(model, rule, threshold) -> acceptance.Prior:
   expected = model.expected_drafts.get((rule, threshold))
   if expected is None:
-    return drafting.UNKNOWN
-  expected.learn()
+    return acceptance.UNKNOWN
+  expected.update_from_last()
   return expected.prior
 
 
@@ -73,14 +72,14 @@ def test_a_text_begins_with_what_those_before_it_had(model, full, monkeypatch):
   outputs = [*one.generate(TEXTS[:4], rule=rule), *one.generate(TEXTS[4:6], rule=rule)]
   for output, expected in zip(outputs, full, strict=False):
     assert output.tokens == expected.tokens
-  assert priors[0] == drafting.UNKNOWN != priors[-1]
+  assert priors[0] == acceptance.UNKNOWN != priors[-1]
   for before, made, after in zip(priors, seen, priors[1:], strict=False):
-    assert after == drafting.learned(before, made.share.tolist(), made.trust.tolist())
+    assert after == before.after(made.chance.tolist(), made.calibration.tolist())
   # Of other drafts, and of other tolerances, nothing is known.
   for other in ({"rule": dataclasses.replace(rule, draft_layer=1)}, {"threshold": 0.5}):
     count = len(priors)
     one.generate(TEXTS[:1], **{"rule": rule, **other})
-    assert priors[count] == drafting.UNKNOWN
+    assert priors[count] == acceptance.UNKNOWN
 
 
 def test_the_prior_says_how_many_drafts_are_made_and_changes_no_text(model, full):
@@ -92,7 +91,7 @@ def test_the_prior_says_how_many_drafts_are_made_and_changes_no_text(model, full
   def drafts(prior):
     made = 0
     for batch, encoded in batches:
-      one.expected_drafts[rule, 1.0] = drafts_lib.Expected(must=False, prior=prior)
+      one.expected_drafts[rule, 1.0] = acceptance.History(must=False, prior=prior)
       generation = one.decode(encoded, batch.active, 1.0, rule)
       expected = full[int(batch.rows[0])].tokens
       assert generation.tokens[0, : len(expected)].tolist() == list(expected)
@@ -100,7 +99,7 @@ def test_the_prior_says_how_many_drafts_are_made_and_changes_no_text(model, full
     return made
 
   # Random drafts: what trust makes of their confidences is all that says whether they pay.
-  timid, bold = drafting.Prior(0.9, 1e-3, texts=1.0), drafting.Prior(0.99, 1e4, texts=1.0)
+  timid, bold = acceptance.Prior(0.9, 1e-3, texts=1.0), acceptance.Prior(0.99, 1e4, texts=1.0)
   assert drafts(timid) < drafts(bold)
 
 

@@ -31,10 +31,10 @@ def test_a_long_limit_is_reached_in_stages_and_changes_no_text(directory, monkey
 def test_exact_texts_are_reached_in_stages_too(directory, monkeypatch):
   long = inference.load(directory, **OPTIONS | {"max_decode_length": 40})
   monkeypatch.setattr(staged, "FIRST", 5)
-  before = compiled.num_made("DraftedStage.begin")
-  rule = exits.Verified(1, draft_head="full", adapts=False)
+  before = compiled.num_made("Stage.begin")
+  rule = exits.Speculative(1, draft_head="full", adapts=False)
   exact = long.generate(TEXTS, rule=rule)
-  assert compiled.num_made("DraftedStage.begin") > before
+  assert compiled.num_made("Stage.begin") > before
   full = long.generate(TEXTS, rule=exits.StaticExit())
   assert exact.texts == full.texts and max(len(o.tokens) for o in exact) > 5
 

@@ -216,9 +216,9 @@ def test_nothing_is_decoded_exactly_from_drafts_where_states_are_rounded(
 def test_a_folder_whose_states_are_rounded_forgets_that_drafts_were_faster(directory, tmp_path):
   folder = tmp_path / "model"
   shutil.copytree(directory, folder)
-  exact = dataclasses.asdict(exits.Verified(1))
+  exact = dataclasses.asdict(exits.Speculative(1))
   (folder / inference.FULL_DEPTH).write_text(json.dumps({"exact": exact}))
-  assert inference.load(folder).exact == exits.Verified(1)
+  assert inference.load(folder).exact == exits.Speculative(1)
   config = json.loads((folder / "config.json").read_text())
   (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
   opened = inference.load(folder)

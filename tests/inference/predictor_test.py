@@ -85,7 +85,7 @@ def test_maps_beside_a_model_change_no_full_text_and_are_recorded(directory, mod
   assert rows(mapped.generate(TEXTS, threshold=NEVER)) == full
   assert [
     tokens
-    for tokens, _ in rows(mapped.generate(TEXTS, rule=exits.Verified(1, draft_head="full")))
+    for tokens, _ in rows(mapped.generate(TEXTS, rule=exits.Speculative(1, draft_head="full")))
   ] == [tokens for tokens, _ in full]
   early = mapped.generate(TEXTS, threshold=0.5)
   assert 1 < early.mean_layers < 3
@@ -394,7 +394,7 @@ def test_a_served_model_says_what_it_promises(model, calibration):
 def test_a_model_that_is_served_at_full_depth_says_what_drafts(model):
   full = dataclasses.replace(model, threshold=NEVER)
   assert repr(full).endswith("float32; full depth)")
-  drafted = dataclasses.replace(full, exact=exits.Verified(2))
+  drafted = dataclasses.replace(full, exact=exits.Speculative(2))
   assert repr(drafted).endswith("full depth, drafts by layer 2)")
 
 

@@ -261,5 +261,5 @@ def test_a_name_says_measure_layers_and_decay():
   # Drafts with slack: every model can draft.
   assert bench.Options(measures=("verified@2",)).measures == ("verified@2",)
   rule = bench.under(packed, "verified@2").options.rule
-  assert isinstance(rule, exits.Verified) and rule.draft_layer == 2
+  assert isinstance(rule, exits.Speculative) and rule.draft_layer == 2
   assert bench.available(packed, ("probe", "verified@2")) == ("verified@2",)

@@ -12,7 +12,8 @@ pytest.importorskip("llvmlite")
 
 from calm import exits
 from calm.data import prompt_batches
-from calm.decode import engines, pool_program
+from calm.decode import engines
+from calm.decode import pool as pool_lib
 from calm.decode import program as program_lib
 from calm.exits import confidence
 from calm.exits.layers import KeyValue
@@ -29,7 +30,7 @@ ENGINES = {
   "deferred": (CLASSIFIER, engines.Deferred(8)),
   "compacted by row": (CLASSIFIER, engines.Compacted(buckets=(2, 4))),
   "compacted": (CLASSIFIER, engines.Compacted(buckets=(5,), part_by_row=0.0)),
-  "drafts": (exits.Verified(1, 3, "full"), None),
+  "drafts": (exits.Speculative(1, 3, "full"), None),
 }
 
 
@@ -263,7 +264,7 @@ def test_refilled_rows_decode_the_same(small):
     encode = lambda batch, program=program: program.encode(
       toy.weights, jnp.asarray(batch.tokens)
     )
-    pool = pool_program.PoolProgram(program)
+    pool = pool_lib.PoolProgram(program)
     made.append(pool.decode(toy.weights, batches, 0.5, encode))
   np.testing.assert_array_equal(made[0].tokens, made[1].tokens)
   np.testing.assert_array_equal(made[0].exit_layers, made[1].exit_layers)

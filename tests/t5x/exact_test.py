@@ -23,7 +23,7 @@ def test_exact_decoding_is_full_depth_in_t5x_and_needs_greedy_decode(
   given = np.zeros((len(engine.PROMPTS), engine.LENGTH), np.int32)
   given[::2, 1:3] = [7, 9]
   batch = {**batch, "decoder_input_tokens": jnp.asarray(given)}
-  exact = exits.Verified(3, 3, draft_head="full", adapts=adapts)
+  exact = exits.Speculative(3, 3, draft_head="full", adapts=adapts)
   ask = lambda rule, **more: models_test.predictor(
     setup.model(toy, rule=rule, **more), prompt_with_targets=prompt_with_targets
   )(setup.params(toy), batch, {})

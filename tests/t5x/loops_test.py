@@ -163,7 +163,7 @@ def test_exact_decoding_is_greedy_decoding_at_full_depth_its_prefix_too():
     cache = loop.empty_cache(weights, rows, 8)
     return loops.greedy_decode(jnp.asarray(prefix), cache, loop.bind(weights, rows, EOS), EOS)
 
-  exact = exits.Verified(3, 3, draft_head="full")
+  exact = exits.Speculative(3, 3, draft_head="full")
   one, other = (
     compiled(lambda weights, rule=rule: run(weights, rule))(toy.weights.decoder)
     for rule in (exits.StaticExit(), exact)
@@ -177,7 +177,7 @@ def test_exact_decoding_is_greedy_decoding_at_full_depth_its_prefix_too():
 def test_exact_decoding_refuses_loops_that_ask_token_by_token():
   toy = engine.toy()
   loop, rows, _ = bound(toy, "eager")
-  exact = dataclasses.replace(loop, rule=exits.Verified(2, draft_head="full"))
+  exact = dataclasses.replace(loop, rule=exits.Speculative(2, draft_head="full"))
   ask = exact.bind(toy.weights.decoder, rows, EOS)
   with pytest.raises(ValueError, match="greedy_decode"):
     ask(None)

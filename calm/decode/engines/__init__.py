@@ -1,10 +1,18 @@
-"""How the layers of one step are run, and when skipped ones are filled: the same results."""
+"""How the layers of one step are run, and when skipped ones are filled: the same results.
 
-from calm.decode.engines.choice import ENGINES, MANY_ROWS, bind, by_name, default_engine
+`default_engine` takes the fastest engine of a rule, a number of rows and a platform.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from calm import arguments, exits
+from calm.decode.engines import deferred
 from calm.decode.engines.compacted import Compacted
 from calm.decode.engines.deferred import Deferred
-from calm.decode.engines.eager import Eager
-from calm.decode.engines.engine import Bound, Engine, Task, grown, shifted
+from calm.decode.engines.engine import Bound, Eager, Engine, Task, grown, shifted
 
 __all__ = [
   "ENGINES",
@@ -21,3 +29,66 @@ __all__ = [
   "grown",
   "shifted",
 ]
+
+# From this batch on, the layers that rows save by leaving pay for moving those that stay, on
+# a CPU.
+MANY_ROWS = 8
+
+# By platform, (from this many rows on, engine), ascending.
+#
+# cpu: measured (the tables of the benchmarks).
+# tpu: compiled for TPU v3, estimated by its compiler, T5 1.1 small, float32, 64 positions
+# (scripts/results/tpu.json); every row leaves after layer 1 / 8, over the static model:
+#
+#   rows           1            8            32           128
+#   Eager          1.24 / 1.01  1.23 / 1.04  1.19 / 1.03  1.24 / 1.02
+#   Deferred       0.95 / 1.01  1.03 / 1.05  1.04 / 1.04  1.04 / 1.03
+#   Compacted                   1.56 / 1.18  1.40 / 1.11
+#
+# `Eager` projects keys and values for the layers that are skipped, a seventh of a layer each;
+# `Deferred` does so when one is needed. `Compacted` lays matrices out anew at every token.
+_BY_PLATFORM: Mapping[str, tuple[tuple[int, Engine], ...]] = {
+  "cpu": ((1, Deferred()), (MANY_ROWS, Compacted())),
+  "tpu": ((1, Deferred()),),
+}
+
+
+# Names on the command line; all engines decode the same.
+ENGINES: Mapping[str, Engine] = {
+  "eager": Eager(),
+  "deferred": Deferred(),
+  "compacted": Compacted(),
+}
+
+
+@arguments.checked()
+def by_name(name: str) -> Engine:
+  """The engine of a name.
+
+  Raises:
+    ValueError: there is none of that name.
+  """
+  if name not in ENGINES:
+    raise ValueError(f"Expected `engine` to be one of {sorted(ENGINES)}, got {name!r}.")
+  return ENGINES[name]
+
+
+def default_engine(rule: exits.Rule, rows: Any, platform: str | None = None) -> Engine:
+  """The engine that is fastest for a rule and a number of rows on a platform.
+
+  Args:
+    rule: how a token goes through the layers.
+    rows: of the batch, or of one shard of it; where it is symbolic (`jax.export`), `Eager`,
+      which need not know it.
+    platform: 'cpu', 'tpu', ...; None: JAX's default. Platforms that nothing is known of are
+      treated like a CPU.
+  """
+  if not deferred.can_defer(rule) or not isinstance(rows, int):
+    return Eager()
+  known = _BY_PLATFORM.get(platform or jax.default_backend(), _BY_PLATFORM["cpu"])
+  return [engine for least, engine in known if least <= max(rows, 1)][-1]
+
+
+def bind(task: Task, engine: Engine | None = None) -> Bound:
+  """An engine at work on a task; None takes `default_engine` for its rule and rows."""
+  return (engine or default_engine(task.rule, task.batch_size))(task)

@@ -1,14 +1,8 @@
 """Batches whose rows leave at different layers: the rows that stay are moved together.
 
-With one exit for a whole batch, every layer runs for all rows as long as one of them stays.
-Here a layer runs on the smallest bucket (0, 4, 16, 32 rows, say) that holds those that do:
-one `lax.switch` a layer, one after another. Tokens stay in step, so a layer's caches are
-filled alike for all rows, later where nobody needed it (`deferred`). What a row gets does not
-depend on the bucket that it was computed in.
-
-Products take a whole bucket, with rows that nobody needs. Attention reads caches, as much as a
-step of many rows reads of weights: on a CPU that of a bucket is a loop over the rows that stay
-(`platforms.attends_by_row`).
+A layer runs on the smallest bucket (0, 4, 16, 32 rows, say) that holds those that stay: one
+`lax.switch` a layer. Tokens stay in step, so a layer's caches are filled alike for all rows.
+What a row gets does not depend on its bucket.
 """
 
 import dataclasses
@@ -21,7 +15,6 @@ from flax import struct
 from jax import lax
 
 from calm import exits
-from calm.decode import ordering
 from calm.decode.engines import deferred, engine
 from calm.exits import layers as layers_lib
 from calm.exits import walk as walk_lib
@@ -213,7 +206,7 @@ class _BoundCompacted:
       old = tuple(fill.cache for fill in before)
       steps = tuple(_Step(decoder, *pair) for pair in zip(segment, old, strict=True))
       state, rows = self._switch(walk, steps, state, stays)
-      end = ordering.after(position, state.hidden)
+      end = engine.after(position, state.hidden)
       caches = caches_lib.write_rows(old, rows, (end,) * len(old), task.keeps(position))
       filled = [jnp.where(needed, position + 1, fill.filled) for fill in before]
       fills += map(deferred.LayerFill, caches, filled)

@@ -20,7 +20,7 @@ from flax import struct
 from jax import lax
 
 from calm import exits
-from calm.decode import loop, ordering
+from calm.decode import loop
 from calm.decode.engines import engine as engine_lib
 from calm.exits import walk as walk_lib
 from calm.t5 import attention as attention_lib
@@ -218,7 +218,7 @@ class BoundDeferred:
     hidden, row = decoder.run(layer, walk.layer_input(layer, state), fill.cache)
     row = walk.stored(layer, state, row)
     made = walk.after(layer, state, hidden, row)
-    end = ordering.after(position, hidden)
+    end = engine_lib.after(position, hidden)
     (cache,) = caches_lib.write_rows((fill.cache,), (row,), (end,), self.task.keeps(position))
     return made, LayerFill(cache, position + 1)
 

@@ -1,11 +1,11 @@
-"""Ways of running the decode loop's steps; all of them decode the same.
+"""Ways of running the decode loop's steps, and the plain one; all of them decode the same.
 
-An engine is a small frozen class. Bound to a `Task` it offers the loop's step, what the loop
-carries, and the caches as if every layer had run at every token.
+Bound to a `Task`, an engine offers the loop's step and what the loop carries.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -14,7 +14,10 @@ from jax import lax
 
 from calm import exits
 from calm.decode import loop
+from calm.exits import layers
+from calm.t5 import attention as attention_lib
 from calm.t5 import caches as caches_lib
+from calm.t5 import decoder as decoder_lib
 from calm.t5 import decoder_weights, network, platforms
 
 # Rows whose embeddings are picked one by one.
@@ -132,3 +135,65 @@ def grown_array(array: jax.Array, length: int, axis: int) -> jax.Array:
   missing = [(0, 0)] * array.ndim
   missing[axis] = (0, length - array.shape[axis])
   return jnp.pad(array, missing)
+
+
+def after(position: jax.Array, made: jax.Array) -> jax.Array:
+  """`position`, in a form that XLA can know only once it has `made` (any float array).
+
+  XLA:CPU begins what has its inputs. A cache that is written before it is read would be copied
+  whole; tied to what the reads lead to, the write waits for them. And of ten small operations
+  that are ready at once it gives half to another thread, which takes longer to wake than they
+  take. (XLA:CPU drops `lax.optimization_barrier` before it decides on copies.)
+  """
+  bits = lax.bitcast_convert_type(made.reshape(-1)[0].astype(jnp.float32), jnp.int32)
+  # Without its lowest bit and shifted, it is never negative, whatever the float is: adds 0.
+  return position + jnp.minimum(lax.shift_right_logical(bits, 1), 0)
+
+
+def after_each(
+  position: jax.Array, rows: Sequence[layers.KeyValue], last: jax.Array
+) -> list[jax.Array]:
+  """`position` for every layer's cache, in a form that is known once that cache has been read.
+
+  So writes become ready layer by layer, not all of them at the end. Elsewhere than on a CPU
+  they wait for the last layer: a mesh would send one number more a layer.
+
+  Args:
+    position: [] or [batch].
+    rows: keys and values of the layers, ascending.
+    last: what the last layer's state led to.
+  """
+  end = after(position, last)
+  if not platforms.wakes_threads():
+    return [end] * len(rows)
+  return [*(after(position, row.key) for row in rows[1:]), end]
+
+
+@dataclasses.dataclass(frozen=True)
+class Eager:
+  """Skipped layers are filled at every token. The plain engine, and the one for any rule."""
+
+  def __call__(self, task: Task) -> Bound:
+    rule = task.rule
+    assert not isinstance(rule, exits.Speculative)  # which runs no step
+    table = attention_lib.bias_table(task.weights, task.config, task.length)
+
+    def take_step(current, position, active, cache):
+      decoder = decoder_lib.DecoderStep(
+        task.weights,
+        task.config,
+        task.encoded,
+        table.at(position, task.starts),
+        table.current,
+        task.native,
+      )
+      hidden = task.embed(current)
+      generated = task.generated(position)
+      made = rule(decoder.layers(cache), hidden, active, task.threshold, generated)
+      keeps = task.keeps(position)
+      ends = after_each(position, made.rows, made.head)
+      return made, caches_lib.write_rows(cache, made.rows, ends, keeps)
+
+    same = lambda caches, position: caches
+    grow = functools.partial(grown, length=task.length)
+    return Bound(task.empty_caches(), take_step, same, same, shifted, grow)

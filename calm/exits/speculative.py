@@ -1,9 +1,8 @@
-"""Exact decoding from a model's own exits: the first layers draft, the rest verify.
+"""Speculative decoding from a model's own exits: the first layers draft, the rest verify.
 
-Layers 1 ... k are exact functions of the tokens before, so that what they predict costs no
-second model; one pass of layers k + 1 ... L and the head over all drafted positions then says
-what the full model would have emitted at each, and writes their caches. No state is
-propagated, and the text is the full model's. This module knows no network and no loop.
+Layers 1 ... k are exact functions of the tokens before, so that their drafts need no second
+model. One pass of layers k + 1 ... L and the head over all drafted positions says what the full
+model emits at each, and writes their caches (Leviathan et al., 2023; Elhoushi et al., 2024).
 """
 
 import dataclasses
@@ -20,31 +19,27 @@ from calm.exits import layers
 from calm.exits.rules import StepRule
 
 DraftHead = Literal["shortlist", "full"]
-# A pass is compiled for every number of drafts up to the most: a hundred take minutes.
+# A pass may have as many positions: the limit bounds the memory of a pass.
 MOST_DRAFTS = 31
 
 
 @struct.dataclass
 class Draft:
-  """What layer k says of some positions.
-
-  Attributes:
-    token: its most likely token, [...] int32.
-    confidence: that token's probability under the draft head, [...] in (0, 1].
-  """
+  """A draft at some positions: layer k's most likely token [...] int32, and its probability
+  under the draft head, [...] in (0, 1]."""
 
   token: jax.Array
   confidence: jax.Array
 
 
 @struct.dataclass
-class Said:
+class VerifierOutput:
   """What the full model says of some positions, each of which may have a draft.
 
   Attributes:
     token: the argmax, [...] int32.
-    log_probability: its, nats.
-    gap: log p_full of the draft less that, at most 0 but for rounding.
+    log_probability: of the argmax, nats.
+    gap: log p_full of the draft less that of the argmax, at most 0 but for rounding.
   """
 
   token: jax.Array
@@ -54,26 +49,24 @@ class Said:
 
 @struct.dataclass
 class Verdict:
-  """What the full model says of some positions and of the drafts there.
+  """What is emitted at some positions.
 
   Attributes:
-    token: what is emitted: the draft where it is accepted, else the full model's argmax.
+    token: the draft where it is accepted, else the full model's argmax.
     accepted: whether the draft is what is emitted.
-    confidence: p_full of the emitted token over that of the argmax, in (0, 1].
-    rejected_confidence: the same of a draft that was refused, 0 if none was.
-    log_probability: of the emitted token under the full head, nats.
+    gap: `VerifierOutput.gap`.
+    rejected_confidence: exp of it where a draft was refused, 0 elsewhere.
   """
 
   token: jax.Array
   accepted: jax.Array
-  confidence: jax.Array
+  gap: jax.Array
   rejected_confidence: jax.Array
-  log_probability: jax.Array
 
 
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
-class Verified:
+class Speculative:
   """Draft with layers 1 ... k, verify with the rest: the full model's own text.
 
   A draft d is accepted if it is the full model's argmax, or, where some slack lambda is given,
@@ -89,7 +82,6 @@ class Verified:
     draft_head: 'shortlist' drafts from the model's short list of likely tokens, 'full' from
       the whole vocabulary.
     stop_below: drafting ends at a draft less probable than this under the draft head, [0, 1].
-      A draft costs a fifth to a third of a step of the full model.
     adapts: whether fewer tokens are drafted, or none, where drafts are unlikely to be accepted.
     measures: whether every token is drafted, even where no pass can use it, so that the
       refused confidences of a text tell at which slack it would be another. With slack it is.
@@ -129,9 +121,24 @@ class Verified:
     """Most positions of a pass: the drafts, and the token that needs none."""
     return self.num_drafts + 1
 
+  @property
+  def speculates(self) -> bool:
+    """See `rules.StepRule`."""
+    return True
+
+  @property
+  def reads_threshold(self) -> bool:
+    """See `rules.StepRule`."""
+    return True
+
+  @property
+  def description(self) -> str:
+    """The rule in a few words."""
+    return f"full depth, drafts by layer {self.draft_layer}"
+
 
 # How a program goes through the layers: a token at a time, or in passes over drafts.
-Rule = StepRule | Verified
+Rule = StepRule | Speculative
 
 
 @arguments.checked()
@@ -149,55 +156,39 @@ def threshold_of(slack: float) -> float:
   return float(1 - decimal.Decimal(str(slack)))
 
 
-def draft(
-  logits: Float[Array, "*rows tokens"],
-  ids: Int[Array, " tokens"] | None,
-  best: layers.Greedy | None = None,
-) -> Draft:
+def draft(logits: Float[Array, "*rows tokens"], ids: Int[Array, " tokens"] | None) -> Draft:
   """The most likely token (the first of equals) of a draft head.
 
   Args:
     logits: of the draft head.
     ids: token ids of its columns; None: they are the columns' numbers.
-    best: the most likely column, where it is known already.
   """
-  best = best or layers.greedy(logits)
+  best = layers.greedy(logits)
   token = best.token if ids is None else ids[best.token]
   return Draft(token, jnp.exp(best.log_probability))
 
 
-def undrafted(best: layers.Greedy) -> Verdict:
-  """What is emitted where no draft was made: what the full model finds likeliest."""
-  zeros = jnp.zeros_like(best.log_probability)
-  return Verdict(
-    token=best.token,
-    accepted=zeros > 0,
-    confidence=zeros + 1.0,
-    rejected_confidence=zeros,
-    log_probability=best.log_probability,
-  )
-
-
 def verdict(
-  said: Said, drafted: Int[Array, "*rows"], has_draft: jax.Array, threshold: jax.Array
+  output: VerifierOutput,
+  drafted: Int[Array, "*rows"],
+  has_draft: jax.Array,
+  threshold: jax.Array,
 ) -> Verdict:
   """What is emitted where the full model says this.
 
   Args:
-    said: of the full head at the last layer.
+    output: of the full head at the last layer.
     drafted: the drafts.
     has_draft: where there is one, bool.
     threshold: 1 - lambda; at 1 and above only the argmax is accepted.
   """
-  ratio = jnp.exp(said.gap)
+  ratio = jnp.exp(output.gap)
   # Of two equal logits the argmax is the first: only with slack may the second be emitted.
   close = (ratio >= threshold) & (threshold < 1.0)
-  accepted = has_draft & ((drafted == said.token) | close)
-  log_probability = said.log_probability
+  accepted = has_draft & ((drafted == output.token) | close)
   return Verdict(
-    token=jnp.where(accepted, drafted, said.token),
+    token=jnp.where(accepted, drafted, output.token),
     accepted=accepted,
-    confidence=jnp.where(accepted, ratio, 1.0),
+    gap=output.gap,
     rejected_confidence=jnp.where(has_draft & ~accepted, ratio, 0.0),
-    log_probability=jnp.where(accepted, log_probability + said.gap, log_probability),
   )

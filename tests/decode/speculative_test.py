@@ -1,8 +1,9 @@
-"""Exact decoding: the full model's tokens, scores and caches, whatever is drafted."""
+"""Speculative decoding: the full model's tokens, scores and caches, whatever is drafted."""
 
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +11,19 @@ import numpy as np
 import pytest
 
 from calm import exits
-from calm.decode import drafting
+from calm.decode import acceptance
 from calm.decode import program as program_lib
 from calm.exits import schedules
 from calm.t5 import platforms
-from tests import engine, reference_verified, toys
+from tests import engine, reference_speculative, toys
 
 SHORTLIST = (1, *(i for i in range(3, 40) if i % 4))
 STATIC = exits.StaticExit()
-RULE = exits.Verified(2, num_drafts=5, adapts=False)
+RULE = exits.Speculative(2, num_drafts=5, adapts=False)
+ADAPTS = dataclasses.replace(RULE, adapts=True)
 BATCH = len(engine.PROMPTS)
 # Texts that begin so are drafted where passes adapt, short as they are.
-HOPEFUL = drafting.Prior(0.99, 50.0, texts=1.0)
+HOPEFUL = acceptance.Prior(0.99, 50.0, texts=1.0)
 
 
 @functools.cache
@@ -50,7 +52,7 @@ def reference_rows(
 ):
   shortlist = listed if rule.draft_head == "shortlist" else None
   return [
-    reference_verified.decode(
+    reference_speculative.decode(
       made.reference,
       prompt,
       rule.draft_layer,
@@ -106,9 +108,9 @@ def compare_with_reference(got, rows, rule, threshold) -> None:
   [
     (RULE, 8),
     (dataclasses.replace(RULE, draft_head="full", num_drafts=1), 1),
-    (exits.Verified(1, num_drafts=9, draft_head="full", adapts=False), 3),
-    (exits.Verified(3, num_drafts=2, stop_below=0.5, draft_head="full"), 3),
-    (exits.Verified(2, num_drafts=4), 1),
+    (exits.Speculative(1, num_drafts=9, draft_head="full", adapts=False), 3),
+    (exits.Speculative(3, num_drafts=2, stop_below=0.5, draft_head="full"), 3),
+    (exits.Speculative(2, num_drafts=4), 1),
   ],
 )
 def test_it_is_the_full_model_whatever_is_drafted(rule, batch):
@@ -207,20 +209,34 @@ def test_of_equal_logits_the_first_is_emitted():
   assert any(seconds)
 
 
+def speculation(rule=RULE, prompts=engine.PROMPTS, threshold=1.0, **changes):
+  """The loop at work on the toy."""
+  made = toy()
+  program = program_lib.Program(made.config, rule, engine.LENGTH)
+  encoded = engine.encode(made, prompts)
+  bound = program.speculation(made.weights, encoded, jnp.float32(threshold))
+  return dataclasses.replace(bound, **changes)
+
+
+def decoded(bound, active=None):
+  rows = bound.passes.task.batch_size
+  active = jnp.ones(rows, bool) if active is None else jnp.asarray(active)
+  run = jax.jit(bound.decode, compiler_options={"xla_backend_optimization_level": 0})
+  return run(active)
+
+
 def test_caches_are_the_full_models_after_every_pass():
   made, prompts = toy(), engine.PROMPTS[:3]
   full = engine.run(made, STATIC, prompts=prompts)
-  program = program_lib.Program(made.config, RULE, engine.LENGTH)
-  encoded, threshold = engine.encode(made, prompts), jnp.float32(1.0)
-
-  @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-  def one(weights, state):
-    return program.passes(weights, encoded, threshold).run(state)
-
-  start = program.passes(made.weights, encoded, threshold)
-  state, positions = start.begin(jnp.ones(3, bool)), []
+  bound = speculation(prompts=prompts)
+  quick = {"xla_backend_optimization_level": 0}
+  advance, verify = (jax.jit(x, compiler_options=quick) for x in (bound.advance, bound.verify))
+  state, positions = bound.begin(jnp.ones(3, bool)), []
   while np.any(state.active):
-    state = one(made.weights, state)
+    state = advance(state)
+    state = verify(state) if state.pending.ended else state
+    if state.pending.count > 0:
+      continue
     positions.append(np.asarray(state.positions).tolist())
     for row, length in enumerate(positions[-1]):
       compare_caches(state.cache, full.cache, row, length)
@@ -230,27 +246,22 @@ def test_caches_are_the_full_models_after_every_pass():
   assert any(len(set(each)) > 1 for each in positions)
 
 
-def test_a_fixed_window_ends_where_its_first_draft_is_not_read_on_from(monkeypatch):
+def test_a_window_ends_where_its_first_draft_is_not_read_on_from(monkeypatch):
   """It drafts EOS: such a pass went on for ever."""
-  rule, made = dataclasses.replace(RULE, stop_below=0.0), toy()
-  full = engine.run(made, STATIC, prompts=engine.PROMPTS[:1])
-  program = program_lib.Program(made.config, rule, engine.LENGTH)
-  passes = program.passes(made.weights, engine.encode(made, engine.PROMPTS[:1]), jnp.float32(1))
-  eos = lambda read: exits.verified.Draft(jnp.full(1, passes.eos_id), jnp.ones(1))
-  monkeypatch.setattr(type(passes.passes), "look", lambda self, read: eos(read))
-  got = passes.decode(jnp.ones(1, bool))
+  rule, prompts = dataclasses.replace(RULE, stop_below=0.0), engine.PROMPTS[:1]
+  full = engine.run(toy(), STATIC, prompts=prompts)
+  bound = speculation(rule, prompts)
+  eos = exits.speculative.Draft(jnp.full(1, bound.eos_id), jnp.ones(1))
+  monkeypatch.setattr(type(bound.passes), "draft", lambda self, read: eos)
+  got = bound.decode(jnp.ones(1, bool))
   np.testing.assert_array_equal(got.generation.tokens, full.generation.tokens)
 
 
-def test_what_a_batch_took_is_told_in_steps_of_the_full_model():
-  """Of fixed passes: as many times the whole window's cost."""
-  made = toy()
-  program = program_lib.Program(made.config, RULE, engine.LENGTH)
-  passes = program.passes(made.weights, engine.encode(made), jnp.float32(1.0))
-  seen = engine.run(made, RULE, 1.0).generation.verification
-  cost = passes.plan.costs[-1] / passes.plan.costs[0]
-  assert cost > 1
-  least, most = (int(np.max(seen.passes)) * each for each in (1.0, cost))
+def test_the_steps_that_a_batch_took_are_estimated():
+  """At most as many times the whole window's cost."""
+  seen = engine.run(toy(), RULE, 1.0).generation.verification
+  cost = speculation().plan.costs
+  least, most = (int(np.max(seen.passes)) * each for each in (1.0, cost[-1] / cost[0]))
   assert np.all((least < seen.steps) & (seen.steps <= most * (1 + 1e-6)))
   assert len(set(np.asarray(seen.steps).tolist())) == 1
 
@@ -264,9 +275,7 @@ def test_rows_that_hold_no_prompt_stay_empty():
   generations = []
   for state in (got, everything):
     seen = state.generation.verification
-    seen = dataclasses.replace(
-      seen, counts=seen.counts.at[:, 1].set(0), expected=seen.expected.at[:, 2].set(0)
-    )
+    seen = dataclasses.replace(seen, numbers=seen.numbers.at[:, np.array([1, 4])].set(0))
     generations.append(dataclasses.replace(state.generation, verification=seen))
   for leaf, whole in zip(*map(jax.tree.leaves, generations), strict=True):
     assert not np.asarray(leaf)[~active].any()
@@ -279,25 +288,22 @@ def test_bad_drafts_are_not_made():
   weights = made.weights.decoder
   nonsense = dataclasses.replace(weights, shortlist=-weights.shortlist)
   made = dataclasses.replace(made, weights=dataclasses.replace(made.weights, decoder=nonsense))
-  got, refused = {}, {}
+  got = {}
   for adapts in (True, False):
     rule = dataclasses.replace(RULE, adapts=adapts)
     state = engine.run(made, rule, 1.0, prompts=engine.PROMPTS[:4])
     full = engine.run(made, STATIC, prompts=engine.PROMPTS[:4])
     np.testing.assert_array_equal(state.generation.tokens, full.generation.tokens)
     got[adapts] = jax.device_get(state.generation.verification)
-    refused[adapts] = np.asarray(state.generation.rejected_confidences)
   assert 0 < np.sum(got[True].drafts) < 0.6 * np.sum(got[False].drafts)
   assert np.sum(got[False].drafted) < 5
-  # No pass could have used the first ones: they are looked at once the full model has spoken.
-  assert np.all(got[True].share < drafting.CHANCE) and not np.any(refused[True])
-  assert np.sum(refused[False] > 0) > 5
+  assert np.all(got[True].chance < acceptance.CHANCE)
 
 
 @pytest.mark.parametrize("threshold", [1.0, 0.8])
 def test_where_the_draft_head_is_sure_of_nothing_few_drafts_are_made(threshold):
   """Every draft is as likely as any other, and ends drafting; with slack each place has one."""
-  made, rule = toy(), dataclasses.replace(RULE, adapts=True)
+  made, rule = toy(), ADAPTS
   weights = made.weights.decoder
   unsure = dataclasses.replace(weights, shortlist=jnp.zeros_like(weights.shortlist))
   made = dataclasses.replace(made, weights=dataclasses.replace(made.weights, decoder=unsure))
@@ -312,22 +318,86 @@ def test_where_the_draft_head_is_sure_of_nothing_few_drafts_are_made(threshold):
     assert tokens >= 8 and drafts <= tokens / 2 + 1
 
 
-@pytest.mark.parametrize("threshold", [1.0, 0.8])
-def test_where_passes_cost_as_many_steps_drafts_are_left_to_slack(threshold):
-  """The rows' tokens are those of fixed drafts, whatever is drafted."""
-  made, fixed = toy(), engine.run(toy(), RULE, threshold)
-  rule = dataclasses.replace(RULE, adapts=True)
-  program = program_lib.Program(made.config, rule, engine.LENGTH)
-  passes = program.passes(made.weights, engine.encode(made), jnp.float32(threshold))
-  plan = dataclasses.replace(passes.plan, costs=tuple(map(float, range(1, 7))))
-  state = dataclasses.replace(passes, plan=plan).decode(jnp.ones(BATCH, bool))
-  np.testing.assert_array_equal(state.generation.tokens, fixed.generation.tokens)
-  seen = state.generation.verification
-  if threshold < 1:
-    np.testing.assert_array_equal(seen.drafted, fixed.generation.verification.drafted)
-  else:
-    assert not np.any(seen.drafts) and np.any(fixed.generation.verification.drafts)
-    np.testing.assert_array_equal(seen.passes, np.sum(state.generation.exit_layers > 0, axis=1))
+@dataclasses.dataclass(frozen=True)
+class Marking:
+  """`Passes` whose steps lower the score of a token by 1, which its passes do not."""
+
+  inner: Any
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self.inner, name)
+
+  def step(self, current, position, active, cache):
+    made, cache = self.inner.step(current, position, active, cache)
+    best = dataclasses.replace(made.best, log_probability=made.best.log_probability - 1.0)
+    return dataclasses.replace(made, greedy=best), cache
+
+
+def costly(rule=ADAPTS, rows=BATCH, threshold=1.0, **changes):
+  """The loop where passes of several positions cost as many steps."""
+  bound = speculation(rule, engine.PROMPTS[:rows], threshold, **changes)
+  plan = dataclasses.replace(bound.plan, costs=tuple(map(float, range(1, 7))))
+  return dataclasses.replace(bound, plan=plan, passes=Marking(bound.passes))
+
+
+@pytest.mark.parametrize("rows", [1, BATCH])
+def test_where_no_draft_pays_a_text_is_full_depths_loop(rows):
+  full, bound = engine.run(toy(), STATIC), costly(rows=rows)
+  assert not bound.plan.worth_drafting
+  active = np.arange(rows) % 3 != 1
+  got = decoded(bound, active)
+  generation, kept = got.generation, np.flatnonzero(active)
+  tokens = np.asarray(generation.tokens)
+  np.testing.assert_array_equal(tokens[kept], full.generation.tokens[kept])
+  np.testing.assert_array_equal(generation.exit_layers[kept], full.generation.exit_layers[kept])
+  lengths = np.asarray(generation.num_tokens)
+  by_step = np.asarray(full.generation.scores)[kept] - lengths[kept]
+  np.testing.assert_allclose(generation.scores[kept], by_step, atol=1e-5)
+  np.testing.assert_array_equal(generation.confidences, tokens > 0)
+  for row in kept:
+    compare_caches(got.cache, full.cache, row, lengths[row])
+  np.testing.assert_array_equal(got.positions, lengths)
+  seen = generation.verification
+  np.testing.assert_array_equal(seen.passes, lengths)
+  assert not np.any(seen.drafts) and not np.any(seen.drafted) and not np.any(got.active)
+  np.testing.assert_array_equal(seen.steps[kept], lengths.max())
+  for leaf in jax.tree.leaves(generation):
+    assert not np.asarray(leaf)[~active].any()
+
+
+def test_with_slack_every_token_is_drafted_in_the_same_program():
+  fixed = engine.run(toy(), RULE, 0.5).generation
+  got = decoded(costly(threshold=0.5)).generation
+  np.testing.assert_array_equal(got.tokens, fixed.tokens)
+  np.testing.assert_array_equal(got.verification.drafted, fixed.verification.drafted)
+
+
+def test_prefixes_are_forced_in_passes_with_drafts_and_without():
+  """Rows are forced at different places, some after free ones."""
+  prefix = np.zeros((BATCH, engine.LENGTH), np.int32)
+  prefix[:, 0], prefix[::2, 1:3], prefix[1, 4] = 5, 7, 9
+  got = decoded(costly(prefix=jnp.asarray(prefix))).generation
+  cheap = speculation(ADAPTS, prefix=jnp.asarray(prefix), prior=HOPEFUL)
+  plan = dataclasses.replace(cheap.plan, costs=(1.0, 1.1, 1.2, 1.3, 1.4, 1.5))
+  assert plan.worth_drafting
+  other = decoded(dataclasses.replace(cheap, plan=plan)).generation
+  for name in ("tokens", "exit_layers"):
+    np.testing.assert_array_equal(getattr(got, name), getattr(other, name))
+  np.testing.assert_allclose(got.scores, other.scores, atol=1e-4)
+  tokens = np.asarray(got.tokens)
+  reached = np.cumprod(np.pad(tokens, ((0, 0), (1, 0)))[:, :-1] != 1, axis=1) > 0
+  forced = (prefix > 0) & reached & (tokens > 0)
+  np.testing.assert_array_equal(tokens[forced], prefix[forced])
+  assert not np.any(np.asarray(got.exit_layers)[forced])
+  assert not np.any(got.verification.drafts) and np.any(other.verification.drafted)
+
+
+@pytest.mark.parametrize("change", [{"measures": True}, {"adapts": False}])
+def test_rules_that_draft_everywhere_make_no_step(change):
+  got = decoded(costly(dataclasses.replace(ADAPTS, **change))).generation
+  full = engine.run(toy(), STATIC).generation
+  np.testing.assert_allclose(got.scores, full.scores, atol=1e-5)
+  assert np.any(got.verification.drafts)
 
 
 @pytest.mark.parametrize("wide", [True, False])
@@ -335,7 +405,7 @@ def test_a_pass_asks_the_full_head_once_for_all_of_its_positions(monkeypatch, wi
   """Read off what is compiled: one product with the head for every size of a pass."""
   monkeypatch.setattr(platforms, "has_wide_vectors", lambda: wide)
   made = toy()
-  program = program_lib.Program(made.config, exits.Verified(2, num_drafts=4), engine.LENGTH)
+  program = program_lib.Program(made.config, exits.Speculative(2, num_drafts=4), engine.LENGTH)
   rows = 4
   encoded = jax.tree.map(lambda leaf: leaf[:rows], engine.encode(made))
   args = made.weights, encoded, jnp.ones(rows, bool), jnp.float32(1)
@@ -360,14 +430,18 @@ def test_a_pass_asks_the_full_head_once_for_all_of_its_positions(monkeypatch, wi
 )
 def test_bad_rules_are_named(options, named):
   with pytest.raises(ValueError, match=named):
-    exits.Verified(**{"draft_layer": 2, **options}).depth(4)
+    exits.Speculative(**{"draft_layer": 2, **options}).depth(4)
 
 
 @pytest.mark.parametrize("slack", [-0.1, 1.0, float("nan")])
 def test_slack_outside_of_its_range_is_named(slack):
   with pytest.raises(ValueError, match="`slack`"):
-    exits.verified.threshold_of(slack)
-  assert [exits.verified.threshold_of(slack) for slack in (0.0, 0.25, 0.7)] == [1.0, 0.75, 0.3]
+    exits.speculative.threshold_of(slack)
+  assert [exits.speculative.threshold_of(slack) for slack in (0.0, 0.25, 0.7)] == [
+    1.0,
+    0.75,
+    0.3,
+  ]
 
 
 def test_a_missing_shortlist_is_named():
@@ -375,15 +449,15 @@ def test_a_missing_shortlist_is_named():
   none = dataclasses.replace(made.weights.decoder, shortlist=None, shortlist_ids=None)
   made = dataclasses.replace(made, weights=dataclasses.replace(made.weights, decoder=none))
   with pytest.raises(ValueError, match="shortlist"):
-    engine.run(made, exits.Verified(2))
+    engine.run(made, exits.Speculative(2))
 
 
 def planned(made: engine.Toy, **read: str | None) -> np.ndarray:
   """Costs of passes of a prompt, its weights read so."""
   encoded = engine.encode(made, engine.PROMPTS[:1])
-  program = program_lib.Program(made.config, exits.Verified(2), engine.LENGTH, 1)
+  program = program_lib.Program(made.config, exits.Speculative(2), engine.LENGTH, 1)
   weights = program_lib.model_weights(made.params, made.config, None, SHORTLIST, **read)
-  return np.array(program.passes(weights, encoded, jnp.ones(())).plan.costs)
+  return np.array(program.speculation(weights, encoded, jnp.ones(())).plan.costs)
 
 
 @pytest.mark.parametrize("unsigned", [False, True])

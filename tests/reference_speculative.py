@@ -17,7 +17,7 @@ from tests import reference_network as network
 
 
 @dataclasses.dataclass(frozen=True)
-class Verified:
+class Text:
   """One row; per-token lists end with the end-of-text token or at the maximum length.
 
   Attributes:
@@ -79,7 +79,7 @@ def decode(
   threshold: float = 1.0,
   max_decode_length: int,
   eos_id: int = reference.EOS_ID,
-) -> Verified:
+) -> Text:
   """Emits the draft where it is the argmax or, below a threshold of 1, likely enough.
 
   Args:
@@ -97,7 +97,7 @@ def decode(
   memory = network.Memory([[] for _ in range(layers)], [[] for _ in range(layers)])
   ids = np.arange(model.num_pieces or model.config.vocab_size)
   ids = ids if shortlist is None else np.asarray(shortlist)
-  out, token = Verified([], [], [], [], [], []), reference.START_ID
+  out, token = Text([], [], [], [], [], []), reference.START_ID
   while len(out.tokens) < max_decode_length:
     states = [network.embed(model, token)]
     for layer in range(1, layers + 1):
