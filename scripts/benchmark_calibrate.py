@@ -34,19 +34,19 @@ def main() -> None:
   shares = np.linspace(0.0, 0.3, flags.thresholds)
   losses = (generator.random(shape) < shares) * generator.random(shape)
   grid = np.linspace(0.99, 0.0, flags.thresholds)
-  rates: dict[str, Any] = {"error_rate": 0.05}
   print(f"{flags.prompts} prompts x {flags.thresholds} thresholds")
   clock("p-values, betting", lambda: betting.p_value(losses, 0.1))
   pool = SequenceLosses(losses[:2000, ::5], grid[::5])
   for method in ("auto", "paper"):
-    options: dict[str, Any] = rates | {"method": method}
     clock(
       f"calibrate, method {method}",
-      lambda o=options: calibrate(losses, grid, tolerance=0.1, **o),
+      lambda m=method: calibrate(losses, grid, tolerance=0.1, error_rate=0.05, method=m),
     )
-    for name in ("split_trials", "validity_trials"):
-      repeated = getattr(trials, name)
-      clock(f"{name}, {method}", lambda r=repeated, o=options: r(pool, [0.05, 0.1], **o))
+    for repeated in (trials.split_trials, trials.validity_trials):
+      clock(
+        f"{repeated.__name__}, {method}",
+        lambda r=repeated, m=method: r(pool, [0.05, 0.1], error_rate=0.05, method=m),
+      )
   texts = [" ".join(f"w{k}" for k in row) for row in generator.integers(0, 400, (40_000, 12))]
   pairs = [(text, (other,)) for text, other in zip(texts[::2], texts[1::2], strict=True)]
   for name in ("rouge_l", "chrf"):

@@ -327,11 +327,6 @@ def test_the_second_writer_is_refused_and_the_first_named(tmp_path, holder, name
 def test_a_process_may_lock_again_and_lets_go_with_the_last_reference(tmp_path, holder):
   first, second = storage.lock(tmp_path), storage.lock(tmp_path)
   assert first is second and (tmp_path / ".lock").exists()
-  child = os.fork()
-  if not child:  # a forked child does not end its parent's lock
-    first.release()
-    os._exit(0)
-  os.waitpid(child, 0)
   del first
   assert (tmp_path / ".lock").exists()
   del second
@@ -341,6 +336,25 @@ def test_a_process_may_lock_again_and_lets_go_with_the_last_reference(tmp_path, 
     assert (tmp_path / ".a.lock").exists()
     raise KeyError("in the block")
   assert names(tmp_path) == {".lock"}
+
+
+FORK = """
+import os, sys
+from calm import storage
+held = storage.lock(sys.argv[1])
+child = os.fork()
+if not child:
+  held.release()
+  os._exit(0)
+os.waitpid(child, 0)
+print(os.path.exists(held.path))
+"""
+
+
+def test_a_forked_child_does_not_end_the_lock(tmp_path):
+  run = [sys.executable, "-c", FORK, str(tmp_path)]
+  done = subprocess.run(run, capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+  assert done.stdout == "True\n" and not list(tmp_path.iterdir())
 
 
 def test_a_planted_lock_is_not_followed(tmp_path):

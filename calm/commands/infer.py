@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(parser, "output", "FILE", "write JSON Lines here; '-': standard output")
   help = "color every token by its exit layer"
   parser.add_argument("--color", "--colour", dest="colour", action="store_true", help=help)
-  add(parser, "monitor", "FILE", "check a share of the prompts, and keep the bets here")
+  add(parser, "monitor", "FILE", "check a share of the prompts; keeps its evidence in FILE")
   flags.add_shared(parser, "num_shards", "shard_id")
   add(
     more, "draft_layer", "K", "with --exact: the layer that drafts", without="a quarter of them"

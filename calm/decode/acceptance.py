@@ -382,7 +382,7 @@ def _rows(rows: int) -> float:
 
 
 def _single_threaded(batch: int, positions: int) -> float:
-  """The same of layers that one thread multiplies (`native.alone`).
+  """The same of layers that one thread multiplies (`kernels.single_threaded`).
 
   Between what one of two CPU cores took of the model in the box. One prompt's passes are
   planned a fifth cheaper than they were: drafts that are accepted come in runs.

@@ -164,7 +164,6 @@ def generate(
   thresholds: Sequence[float],
   writer: writer_lib.Writer,
   *,
-  reuse_records: bool = True,
   full: Sequence[Record] | None = None,
   encodings: dict[int, caches.Encoded] | None = None,
   progress: Progress | None = None,
@@ -178,7 +177,6 @@ def generate(
     prompts: the prompts; their ids name the records.
     thresholds: strictly descending, without `NEVER_EXIT`.
     writer: from `writer.open_writer` with the same prompts and thresholds.
-    reuse_records: take over what a lower threshold cannot change: sequences, and beginnings.
     full: [num_prompts] full-depth records of `model.reference`, written as they are; None
       decodes them.
     encodings: encoded prompts by batch number, read and filled where several grids are decoded
@@ -199,7 +197,7 @@ def generate(
   batches = model.plan([prompt.input for prompt in prompts])
   for number, batch in enumerate(batches):
     ids = [prompts[row].id for row in batch.rows]
-    work = _Batch(model, batch, ids, resumes=reuse_records and one_loop)
+    work = _Batch(model, batch, ids, resumes=one_loop)
     work.encoded = None if encodings is None else encodings.get(number)
     previous: dict[str, Record] = {}
     for threshold in (schedules.NEVER_EXIT, *thresholds):
@@ -216,7 +214,7 @@ def generate(
           summary = summary if never else summary + reused
         writer.append(threshold, made)
         records.update({record.id: record for record in made})
-      previous = records if reuse_records and not (never and apart) else {}
+      previous = {} if never and apart else records
       if progress is not None:
         progress(threshold, number, len(batches))
     if encodings is not None and work.encoded is not None:
@@ -333,7 +331,6 @@ def generate_until_certified(
   metric: str,
   ask: label_requests.Labeler | None = None,
   progress: UnitProgress | None = None,
-  kept_bytes: int = KEPT_BYTES,
 ) -> Calibration:
   """Decodes what a sequential test asks for, into `writer`, until it has decided.
 
@@ -351,8 +348,6 @@ def generate_until_certified(
     ask: who knows references that a risk needs, of prompts that have none; it is asked batch by
       batch, where texts differ.
     progress: told after every batch.
-    kept_bytes: memory for encoded prompts; those beyond it are encoded again at every
-      threshold.
 
   Returns:
     The calibration; its p-values and bounds hold although the run stopped when it pleased.
@@ -364,11 +359,10 @@ def generate_until_certified(
   groups = order.prompt_clusters(prompts) if test.clusters else None
   units = order.consecutive_units(len(prompts), groups)
   check_reference(model)
-  decoder = _SequentialDecoder(model, prompts, writer, kept_bytes)
+  decoder = _SequentialDecoder(model, prompts, writer)
   reference = decoder
   if model.reference is not model:
-    rule = exits.StaticExit()
-    reference = _SequentialDecoder(model.reference, prompts, writer, 0, rule)
+    reference = _SequentialDecoder(model.reference, prompts, writer, exits.StaticExit())
   # As many units as fill a batch; the same ones at every threshold.
   batch_size = max(1, model.options.batch_size * len(units) // len(prompts))
   while (request := test.request(batch_size)) is not None:
@@ -396,9 +390,8 @@ class _SequentialDecoder:
   """Records of slices of prompts at thresholds: from the writer (a run that goes on), from the
   records of higher thresholds, or from the model."""
 
-  def __init__(self, model, prompts: Sequence[Prompt], writer, kept_bytes: int, rule=None):
+  def __init__(self, model, prompts: Sequence[Prompt], writer, rule=None):
     self._model, self._prompts, self._writer, self._rule = model, prompts, writer, rule
-    self._kept_bytes = kept_bytes
     self._done: dict[float, dict[str, Record]] = {}
     self._batches: dict[int, list[_Batch]] = {}
 
@@ -423,7 +416,8 @@ class _SequentialDecoder:
     for batch in self._batches[rows.start] if missing else ():
       records, _ = batch.decode([i for i in batch.ids if i in missing], threshold, before)
       made.update({record.id: record for record in records})
-      if self._encoded_bytes() > self._kept_bytes:
+      # Full depth of a reference is decoded once.
+      if self._rule is not None or self._encoded_bytes() > KEPT_BYTES:
         batch.encoded = None
     self._writer.append(threshold, [made[i] for i in missing])
     done.update(made)

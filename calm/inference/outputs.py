@@ -10,7 +10,7 @@ import html
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -349,19 +349,18 @@ def legend_html(num_layers: int) -> str:
   )
 
 
-def terminal_mode(environ: Mapping[str, str] | None = None, stream: Any = None) -> Mode:
+def terminal_mode(stream: Any = None) -> Mode:
   """The colours of a terminal: `plain`, `256` or `truecolor`.
 
   `NO_COLOR` and `TERM=dumb` turn colour off, `COLORTERM=truecolor` (or `24bit`) gives 24-bit
   colour; a `stream` (None: standard output) that is no terminal has none without `FORCE_COLOR`.
   """
-  environ = os.environ if environ is None else environ
-  target = sys.stdout if stream is None else stream
-  if environ.get("NO_COLOR") or environ.get("TERM") == "dumb":
+  given, target = os.environ.get, sys.stdout if stream is None else stream
+  if given("NO_COLOR") or given("TERM") == "dumb":
     return "plain"
-  if not (environ.get("FORCE_COLOR") or target.isatty()):
+  if not (given("FORCE_COLOR") or target.isatty()):
     return "plain"
-  return "truecolor" if environ.get("COLORTERM") in ("truecolor", "24bit") else "256"
+  return "truecolor" if given("COLORTERM") in ("truecolor", "24bit") else "256"
 
 
 def to_terminal(

@@ -180,17 +180,6 @@ def beside_full_depth(
   return Seconds(alone, _pair(base, model, texts, way, 4 * size, rounds or ROUNDS, part))
 
 
-def exact_beside_full_depth(
-  model: BatchDecoder, texts: Sequence[str], rule: exits.Rule
-) -> Pair | None:
-  """Times exact decoding against full depth in the model's own batches, on a few prompts.
-
-  None where the prompts fill no batch.
-  """
-  few, way = 2 * model.options.batch_size, (rule, schedules.NEVER_EXIT)
-  return _pair(model, model, texts, way, few, 3, grid.silent)
-
-
 def _pair(full: BatchDecoder, model: BatchDecoder, texts, way, most: int, rounds, progress):
   """Full depth of a model beside `way` (rule, threshold) of another, in whole batches."""
   batches = _commonest([batch for batch in model.plan(texts) if batch.active.all()])

@@ -277,7 +277,7 @@ def test_keys_are_the_same_in_every_row(tmp_path):
     ("a.jsonl.gz", gzip.compress(b"a" * 2**20, mtime=0), r"lines of at most 262144"),
     ("a.txt.gz", gzip.compress(b"a\n" * 2**19, mtime=0), r"unpack to at most 200 times"),
     ("a.json.gz", gzip.compress(b'["' + b"a" * 2**20, mtime=0), r"(un|at most 262144)"),
-    ("a.json.gz", gzip.compress(b"[" + b"[]," * 2**13, mtime=0), r"unpack to at most"),
+    ("a.json.gz", gzip.compress(b"[" + b"{}," * 2**13, mtime=0), r"unpack to at most"),
     ("a.csv.gz", gzip.compress(b"input\n" + b"a\n" * 2**19, mtime=0), r"unpack to at most"),
     ("a.txt.gz", gzip.compress(b"\n" * 2**15, mtime=0), r"unpack to at most"),
     ("a.jsonl.gz", gzip.compress(b"\n" * 2**15, mtime=0), r"unpack to at most"),

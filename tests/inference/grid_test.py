@@ -1,5 +1,6 @@
 """A grid decoded from where each sequence changes: the same records, fewer steps."""
 
+import numpy as np
 import pytest
 
 from calm import exits, inference
@@ -67,6 +68,11 @@ def test_beginnings_are_taken_over_and_the_records_are_the_same(model, tmp_path,
   # Meta: some sequence was decoded on from its middle, and some token was saved by that.
   middles = sum(at for batch in begun for at in batch)
   assert middles > 0 and summary.reused_tokens >= middles
-  plain, again, anew = decode(model, tmp_path / "plain", monkeypatch, reuse_records=False)
-  assert plain.reused_tokens == 0 and not any(at for batch in anew for at in batch)
-  assert records == again
+  for threshold, made in zip((schedules.NEVER_EXIT, *THRESHOLDS), records, strict=True):
+    for plain in grid.with_rule(model, PROMPTS, threshold=threshold):
+      reused = made[plain.id]
+      assert (reused.tokens, reused.exit_layers) == (plain.tokens, plain.exit_layers)
+      np.testing.assert_allclose(reused.confidences, plain.confidences, atol=1e-5)
+      np.testing.assert_allclose(
+        reused.rejected_confidences, plain.rejected_confidences, atol=1e-5
+      )

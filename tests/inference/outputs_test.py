@@ -251,8 +251,12 @@ class Terminal(io.StringIO):
     ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, io.StringIO(), "plain"),
   ],
 )
-def test_the_terminal_says_what_it_can_show(environ, stream, mode):
-  assert outputs.terminal_mode(environ, stream) == mode
+def test_the_terminal_says_what_it_can_show(environ, stream, mode, monkeypatch):
+  for name in ("NO_COLOR", "TERM", "FORCE_COLOR", "COLORTERM"):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in environ.items():
+    monkeypatch.setenv(name, value)
+  assert outputs.terminal_mode(stream) == mode
 
 
 def test_bad_arguments_are_named():

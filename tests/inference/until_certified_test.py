@@ -75,13 +75,14 @@ def run(model, folder, *, by_group=False, rates=RATES, **options):
 LOSS_SUPPORT = sequence_losses.kind_support(**LOSS)
 
 
-def test_every_prompt_is_encoded_once_for_all_thresholds(model, tmp_path, calls):
+def test_every_prompt_is_encoded_once_for_all_thresholds(model, tmp_path, calls, monkeypatch):
   found, cached = run(model, tmp_path / "kept")
   used = [len(records) for records in cached.records]
   assert min(used) > 0 and len(cached.full) == max(used)  # every threshold was looked at
   assert calls["encoded"] == max(used) == calls[schedules.NEVER_EXIT]
   again = calls["encoded"]
-  anew, same = run(model, tmp_path / "anew", kept_bytes=0)
+  monkeypatch.setattr(grid, "KEPT_BYTES", 0)
+  anew, same = run(model, tmp_path / "anew")
   assert calls["encoded"] - again > max(used)  # without memory for them: more than once
   assert anew == found and same.records == cached.records
 

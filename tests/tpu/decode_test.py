@@ -84,7 +84,7 @@ def test_a_token_costs_more_cycles_the_deeper_it_goes():
 
 @pytest.mark.parametrize("layer", range(1, LAYERS + 1))
 def test_an_exit_costs_at_most_a_tenth_more_than_a_model_of_that_depth(layer):
-  """What skipped layers are filled with later comes on top: see the simulation in scripts."""
+  """Filling what skipped layers left comes on top, later."""
   path = tpu_report.PATHS[default()]
   cycles = tpu_hlo.step_cycles(program("default").module, path, layer)
   sizes = ROWS, INPUT, LENGTH
