@@ -456,7 +456,10 @@ def from_texts(
   grid, knobs = thresholds_lib.grid_of_knobs(list(early))
   records = lambda texts: tuple(map(Record, names, texts))
   generations = Generations(
-    prompts=tuple(Prompt(name, "", rows) for name, rows in zip(names, targets, strict=True)),
+    prompts=tuple(
+      Prompt(name, "", (rows,) if isinstance(rows, str) else tuple(rows))
+      for name, rows in zip(names, targets, strict=True)
+    ),
     thresholds=grid,
     records=tuple(map(records, early.values())),
     full=records(full),
