@@ -37,6 +37,8 @@ except ImportError:  # Windows: nothing is locked there
 
 LONGEST_LINE = 2**26
 MOST_BYTES = 2**28  # of a file that is read at once: the names of some millions of prompts
+# Texts pack to a third or a tenth; a file that unpacks to less than this is not judged.
+UNPACKED, UNPACKED_RATIO = 2**28, 200
 _NO_LINK, _BINARY = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_BINARY", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # opening a pipe does not wait for its other end
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -436,6 +438,11 @@ def checksum(path: str | pathlib.Path) -> str:
   """SHA-256 (hexadecimal) of a regular file."""
   with opened(path) as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def most_unpacked(size: int) -> int:
+  """The number of bytes that a packed file of `size` bytes may unpack to."""
+  return UNPACKED + UNPACKED_RATIO * size
 
 
 def parse_json(content: str | bytes) -> Any:

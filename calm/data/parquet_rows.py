@@ -13,7 +13,6 @@ import pyarrow
 from pyarrow import compute, parquet, types
 
 from calm import storage
-from calm.data import row_formats
 
 # What the least of rows, and of values in them, takes; a file may say 10**9 of either.
 _ROW, _VALUE = 64, 8
@@ -31,10 +30,10 @@ def rows(file: BinaryIO, name: str) -> Iterator[dict[str, Any]]:
     name: for messages.
 
   Raises:
-    ValueError: it is damaged, unpacks to more than `row_formats.most`, or has two columns of
-      one name.
+    ValueError: it is damaged, unpacks to more than `storage.most_unpacked`, or has two columns
+      of one name.
   """
-  most = row_formats.most(file.seek(0, 2))
+  most = storage.most_unpacked(file.seek(0, 2))
   file.seek(0)
   try:
     schema = parquet.ParquetFile(file).schema_arrow
@@ -111,9 +110,9 @@ def _size(chunk: Any) -> int:
 
 def _too_much(name: str) -> str:
   return (
-    f"Expected {name!r} to unpack to at most {row_formats.UNPACKED >> 20} MiB and"
-    f" {row_formats.RATIO} times its size, got more; it is no file of texts, or made to fill"
-    " the memory: save the rows as JSON Lines, or as several files."
+    f"Expected {name!r} to unpack to at most {storage.UNPACKED >> 20} MiB and"
+    f" {storage.UNPACKED_RATIO} times its size, got more; it is no file of texts, or made to"
+    " fill the memory: save the rows as JSON Lines, or as several files."
   )
 
 

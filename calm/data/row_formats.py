@@ -21,15 +21,8 @@ FORMATS = {
   "parquet": "Parquet",
 }
 GZIP_MAGIC = b"\x1f\x8b"
-# Texts pack to a third or a tenth; a file that unpacks to less than this is not judged.
-UNPACKED, RATIO = 2**28, 200
 # Bytes that every line and row counts for besides its own: each takes time, even when empty.
 ROW = 512
-
-
-def most(size: int) -> int:
-  """The number of bytes that a file of `size` bytes may unpack to."""
-  return UNPACKED + RATIO * size
 
 
 class Gzip(gzip.GzipFile):
@@ -41,7 +34,7 @@ class Gzip(gzip.GzipFile):
   """
 
   def __init__(self, file: BinaryIO, name: str):
-    self._most, self._called, self._rows = most(file.seek(0, 2)), name, 0
+    self._most, self._called, self._rows = storage.most_unpacked(file.seek(0, 2)), name, 0
     file.seek(0)
     super().__init__(fileobj=file, mode="rb")
 
@@ -64,8 +57,8 @@ class Gzip(gzip.GzipFile):
   def _checked(self, content: bytes) -> bytes:
     if self.tell() + ROW * self._rows > self._most:
       raise ValueError(
-        f"Expected {self._called!r} to unpack to at most {RATIO} times its size, with {ROW}"
-        " bytes more for each line and row, got more; it is made to fill the memory."
+        f"Expected {self._called!r} to unpack to at most {storage.UNPACKED_RATIO} times its size,"
+        f" with {ROW} bytes more for each line and row, got more; it is made to fill the memory."
       )
     return content
 

@@ -12,7 +12,7 @@ import pytest
 
 from calm import storage
 from calm.calibrate import Prompt
-from calm.data import prompt_files, row_formats
+from calm.data import prompt_files
 
 ROWS = [
   {"id": "a", "input": "one, two", "target": ["eins", "uns"], "source": "x"},
@@ -294,14 +294,14 @@ def test_keys_are_the_same_in_every_row(tmp_path):
   ],
 )
 def test_damage_is_named_with_its_line(tmp_path, monkeypatch, name, content, message):
-  monkeypatch.setattr(row_formats, "UNPACKED", 2**16)
+  monkeypatch.setattr(storage, "UNPACKED", 2**16)
   monkeypatch.setattr(storage, "LONGEST_LINE", 2**18)
   with pytest.raises(ValueError, match=message):
     prompt_files.open_prompts(write(tmp_path, name, content))
 
 
 def test_many_short_rows_are_no_fault(tmp_path, monkeypatch):
-  monkeypatch.setattr(row_formats, "UNPACKED", 2**16)
+  monkeypatch.setattr(storage, "UNPACKED", 2**16)
   random = np.random.default_rng(0)
   texts = [random.bytes(6).hex() for _ in range(5000)]
   for name, content in (
