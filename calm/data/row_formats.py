@@ -57,8 +57,9 @@ class Gzip(gzip.GzipFile):
   def _checked(self, content: bytes) -> bytes:
     if self.tell() + ROW * self._rows > self._most:
       raise ValueError(
-        f"Expected {self._called!r} to unpack to at most {storage.UNPACKED_RATIO} times its size,"
-        f" with {ROW} bytes more for each line and row, got more; it is made to fill the memory."
+        f"Expected {self._called!r} to unpack to at most {storage.UNPACKED_RATIO} times its"
+        f" size, with {ROW} bytes more for each line and row, got more; it is made to fill the"
+        " memory."
       )
     return content
 
