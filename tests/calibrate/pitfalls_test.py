@@ -253,7 +253,7 @@ def test_24_samples_of_one_prompt_count_once_and_corpus_metrics_are_refused():
 def test_25_a_metric_outside_its_declared_range_is_an_error():
   metric = metrics.Metric("bleurt_like", lambda prediction, references: 1.07)
   made = laws.generations(3, texts=[["x"] * 3, ["y"] * 3])
-  with pytest.raises(ValueError, match=r"to lie in \[0, 1\], got 1.07"):
+  with pytest.raises(ValueError, match=r"a number in \[0, 1\], got 1.07"):
     sequence_losses.textual_losses(made, metric=metric)
   nan = metrics.Metric("nan", lambda prediction, references: math.nan)
   with pytest.raises(ValueError, match="got nan"):
