@@ -133,7 +133,8 @@ FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {
   },
   "their index": {"metadata metadata.total_size": _anything},
   "rows": {
-    "id source": _story,
+    # Whole numbers name rows and sources too, as in prompt files.
+    "id source": lambda value: _story(value) or type(value) is int,
     "input target": _text,
     "target.0 target.1": lambda value: isinstance(value, str),
   },

@@ -108,6 +108,10 @@ class DecodeOptions:
   def __post_init__(self):
     for name in _NUMBERS:
       limits.whole(name, getattr(self, name), 1, limits.LONGEST, "give a number in that range")
+    for layer in self.exit_layers or ():
+      limits.whole(
+        "exit_layers", layer, 1, limits.SIZES["num_decoder_layers"][1], "name layers"
+      )
     if self.grid is not None:
       thresholds_lib.validate_grid(self.grid)
     for name, values in CHOICES.items():

@@ -32,7 +32,7 @@ from calm.exits import schedules
 from calm.inference import certified, grid, outputs, timing
 from calm.inference import options as options_lib
 from calm.inference.batch_decoder import BatchDecoder, can_be_exact
-from calm.t5 import caches
+from calm.t5 import caches, limits
 
 # What a folder with a promise holds beside the model.
 CALIBRATION = "calibration.json"
@@ -427,4 +427,6 @@ def stored_rule(path: pathlib.Path) -> exits.Speculative | None:
   with files.naming(path):
     if not isinstance(stored, dict) or set(stored) != known:
       raise ValueError(f"Expected `exact` to have {sorted(known)}, got {stored!r}.")
+    limits.whole("draft_layer", stored["draft_layer"], 1, limits.SIZES["num_decoder_layers"][1])
+    limits.whole("num_drafts", stored["num_drafts"], 1, limits.LONGEST)
     return exits.Speculative(**stored)
