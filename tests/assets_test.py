@@ -32,8 +32,10 @@ def test_golden_files_of_a_family_of_checkpoints_stay_small(family):
 
 
 def test_the_other_golden_files_stay_small():
-  others = [path for path in GOLDEN.iterdir() if path.name != "huggingface"]
-  assert 0 < size(*others) <= 450e3
+  # What earlier versions wrote, which has to be read as long as there is a reader.
+  kept = [GOLDEN / name for name in ("caches", "calibrations")]
+  others = [path for path in GOLDEN.iterdir() if path not in (*kept, GOLDEN / "huggingface")]
+  assert 0 < size(*others) <= 450e3 and 0 < size(*kept) <= 600e3
 
 
 def test_the_model_in_the_box_has_layers_to_leave_and_a_classifier():

@@ -117,9 +117,13 @@ def check(rule: exits.Rule, threshold: float, matmul_precision: str | None) -> N
 
   Raises:
     TypeError: the threshold is not one number.
-    ValueError: the threshold lies outside [0, 1], or the rule would not look at it, or the
-      precision has another name than JAX's.
+    ValueError: no rule, a threshold outside [0, 1] or one that the rule does not read, or a
+      precision of another name than JAX's.
   """
+  if not isinstance(getattr(rule, "reads_threshold", None), bool):
+    raise ValueError(
+      f"Expected `rule` to be an exit rule, got {rule!r}; for example `exits.StaticExit()`."
+    )
   if np.ndim(threshold) or np.asarray(threshold).dtype.kind not in "fiu":
     raise TypeError(
       f"Expected `threshold` (the macro THRESHOLD) to be one number, got {threshold!r}; a grid"

@@ -284,7 +284,7 @@ def test_the_cheapest_of_several_folders(tmp_path, calm):
   assert "Calibrated configuration: state at 0.9 (state at 0.9 is the cheapest (4)" in printed
   found = Calibration.load(output)
   assert found.threshold == 0.9 and found.procedure.measure == "state"
-  assert found.promise.name == "configurations" and found.num_examples == 200
+  assert found.promise.name == "configurations" and found.num_examples == 400
   # Without --risks: the one of --kind, --metric and --tolerance.
   printed = calm("calibrate", *pairs, f"--output={output}", "--tolerance=0.001")
   assert "Calibrated configuration: never" in printed
@@ -300,7 +300,7 @@ def test_the_cheapest_of_several_folders(tmp_path, calm):
 def test_configurations_count_groups_too(tmp_path, calm):
   output = tmp_path / "chosen.json"
   pairs = [f"{way}={grid(tmp_path / way, [0.01], [4], way, size=4)}" for way in ("a", "b")]
-  for flags, clusters, count in (((), True, 50), (("--ungrouped",), False, 200)):
+  for flags, clusters, count in (((), True, 100), (("--ungrouped",), False, 400)):
     calm("calibrate", "--configurations", *pairs, f"--output={output}", *flags)
     found = Calibration.load(output)
     assert (found.clusters, found.num_examples) == (clusters, count)

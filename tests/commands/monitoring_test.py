@@ -170,6 +170,6 @@ def test_a_watch_of_the_mean_loss_is_kept_from_other_promises(made, tmp_path):
       serve(monitored, ["another"] * 40, "new")
       assert "ALARM" in monitored.report() and "above 0.3" in monitored.report()
       continue
-    with pytest.raises(ValueError, match=f"'mean' or 'cost'.*got '{made.name}'; .*audit"):
+    with pytest.raises(ValueError, match=f"'mean' or 'cost'.*got '{made.name}'; .*monitor"):
       opened(model, option, "--monitor_share=1")
     assert not model.asked and not (tmp_path / "m.jsonl").exists()

@@ -102,7 +102,7 @@ def test_what_was_decoded_is_not_decoded_again(
     decoded.append(len(rows))
     return again(predictor, rows, *given, **named)
 
-  monkeypatch.setattr(offline, "with_rule", counted)
+  monkeypatch.setattr(grid, "with_rule", counted)
   assert write(model, parts, tmp_path) == made and not decoded
   (tmp_path / "train-00000008.json").unlink()
   assert write(model, parts, tmp_path) == made and decoded == [8]
