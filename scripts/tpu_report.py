@@ -7,7 +7,7 @@ Compiled for the TPU that is named, estimated by its compiler: nothing runs, non
   python scripts/tpu_report.py --table                                  scripts/results/tpu.json
 
 Of the programs that a command names, those that its output holds already are kept; that of
-`--table` is shown by scripts/tables.py, and `--figure` draws it.
+`--table` is shown by scripts/tables.py.
 """
 
 import argparse
@@ -31,7 +31,6 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
 import jax.numpy as jnp
-import tpu_figure
 import tpu_hlo
 from jax.experimental import topologies
 
@@ -324,11 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--exit_layers", default=[1, 2, 4, 8], type=numbers)
   parser.add_argument("--programs", default="static,deferred", help=", ".join(PATHS))
   parser.add_argument("--output", type=pathlib.Path, help="of --table: results/tpu.json")
-  parser.add_argument("--figure", action="store_true", help="draw what the table holds")
   flags = parser.parse_args(arguments)
-  if flags.figure:
-    tpu_figure.draw(flags.output or OUTPUT)
-    return
   output = flags.output or (OUTPUT if flags.table else None)
   if reason := available():
     raise SystemExit(
