@@ -34,7 +34,6 @@ TESTS = {
   "trials": ("trials_test", "edges_test"),
   "generations/order": ("generations/order_test", "order_edges_test"),
   "clusters": ("order_edges_test", "calibration_test", "edges_test"),
-  "configurations": ("configurations_test",),
   "risks": ("risks_test", "configurations_test", "forgery_test"),
 }
 COLUMNS = ["module", "mutants", "killed", "survived", "score"]

@@ -73,7 +73,7 @@ for layer in range(1, model.num_layers + 1):
 thresholds = (0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7)
 folder = pathlib.Path(tempfile.mkdtemp(prefix="calm-walkthrough-"))
 cached = grid.on_grid(model, prompts, thresholds, folder)
-losses = sequence_losses.textual_losses(cached, metric="rouge_l")
+losses = sequence_losses.compute(cached, "textual", metric="rouge_l")
 result = calibrate.calibrate(losses, tolerance=arguments.tolerance, error_rate=0.05)
 print(f"threshold: {result.threshold} ({result.reason})")
 print(result.guarantee)

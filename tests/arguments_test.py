@@ -297,7 +297,7 @@ BORDER = {
     SequenceLosses,
     {
       **{"values": LOSSES, "thresholds": GRID, "support": Support(), "kind": "a"},
-      **{"metric": "b", "ids": None, "groups": None, "procedure": None, "order": "given"},
+      **{"metric": "b", "ids": None, "groups": None, "procedure": None},
       **{"contents": "", "knobs": ()},
     },
   ),

@@ -53,6 +53,9 @@ def lacks(value):
     return ["docstring"]
   if inspect.isclass(value):
     fields = [name for name in getattr(value, "__annotations__", {}) if name[0] != "_"]
+    # A comment above a field, or beside it, documents it as well.
+    for line in re.findall(r"# .*\n +\w+:|\n +\w+: .*  #", inspect.getsource(value)):
+      text += line
     faults += [f for f in fields if len(fields) > 1 and not re.search(rf"\b{f}\b", text)]
   else:
     raised = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(value))))
@@ -123,6 +126,12 @@ def test_every_example_runs():
   assert count >= 3
 
 
+def modules(package):
+  """Names of a package's modules and packages that are not private."""
+  folder = PACKAGE.parent / package.replace(".", "/")
+  return {path.stem for path in (*folder.glob("[!_]*.py"), *folder.glob("[!_]*/"))}
+
+
 def strangers():
   """(file, name) of what a file takes from another room and no face offers."""
   faces = {face: set(importlib.import_module(face).__all__) for face in FACES}
@@ -139,8 +148,9 @@ def strangers():
         continue
       parent, _, leaf = module.rpartition(".")
       for alias in node.names:
-        inside = module in faces and alias.name in faces[module]
-        beneath = module not in faces and leaf in faces.get(parent, ()) and alias.name[0] != "_"
+        offered = faces.get(module, set()) | modules(module)
+        inside = module in faces and alias.name in offered
+        beneath = module not in faces and parent in faces and alias.name[0] != "_" != leaf[0]
         if not inside and not beneath:
           found.add((path.relative_to(PACKAGE).as_posix(), f"{module}.{alias.name}"))
   return found

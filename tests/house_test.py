@@ -57,7 +57,7 @@ def test_no_function_is_long(folder):
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (180, 1),
-  "calibrate": (9450, 32),
+  "calibrate": (8500, 31),
   "checkpoints": (1280, 5),
   "commands": (2760, 12),
   "console.py": (300, 1),
@@ -66,7 +66,7 @@ BUDGETS = {
   "exits": (1440, 9),
   "fitting": (3470, 10),
   "inference": (2780, 10),
-  "paper": (2530, 11),
+  "paper": (2500, 11),
   "signals.py": (100, 1),
   "storage.py": (590, 1),
   "t5": (4260, 18),

@@ -36,23 +36,15 @@ _CELLS = 2**16
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Design:
-  """What bets may depend on besides earlier losses; fixed before any loss is seen.
+  """What bets may depend on besides earlier losses; fixed before any loss is seen."""
 
-  Attributes:
-    tolerance: the bound that is tested; a number or one a column.
-    error_rate: level the bets are tuned for.
-    planned_size: prompts that there will be at most.
-    upper: declared upper bound of losses.
-    cap_share: the largest bet as a share of the largest that keeps wealth nonnegative.
-    least_pace: the smallest bet of a hedge as a share of the plug-in bet.
-  """
-
-  tolerance: npt.ArrayLike
-  error_rate: float
-  planned_size: int
-  upper: float = 1.0
+  tolerance: npt.ArrayLike  # the bound that is tested; a number or one a column
+  error_rate: float  # level the bets are tuned for
+  planned_size: int  # prompts that there will be at most
+  upper: float = 1.0  # declared upper bound of losses
+  # The largest bet as a share of the largest that keeps wealth nonnegative.
   cap_share: float = CAP_SHARE
-  least_pace: float = 0.0
+  least_pace: float = 0.0  # the smallest bet of a hedge as a share of the plug-in bet
 
   @property
   def cap(self) -> np.ndarray:
@@ -67,22 +59,15 @@ class Design:
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-  """A rule for bets.
+  """A rule for bets."""
 
-  Attributes:
-    name: what it is called in results.
-    free: (losses [n, k], design) -> bets [n, k] of at least 0, before they are cut at the cap;
-      row i depends on rows before i of the same column and on the design alone.
-    cap_share: `Design.cap_share` that the rule is made for.
-    least_pace: `Design.least_pace` that the rule is made for.
-    aims: whether free bets depend on the tolerance.
-  """
-
-  name: str
+  name: str  # what it is called in results
+  # (losses [n, k], design) -> bets [n, k] of at least 0, before they are cut at the cap; row i
+  # depends on rows before i of the same column and on the design alone.
   free: Callable[[np.ndarray, Design], np.ndarray]
-  cap_share: float = CAP_SHARE
-  aims: bool = False
-  least_pace: float = 0.0
+  cap_share: float = CAP_SHARE  # `Design.cap_share` that the rule is made for
+  aims: bool = False  # whether free bets depend on the tolerance
+  least_pace: float = 0.0  # `Design.least_pace` that the rule is made for
 
   def design(
     self, tolerance: npt.ArrayLike, error_rate: float, planned_size: int, upper: float = 1.0
@@ -138,10 +123,7 @@ class Hedge:
   has fallen below error_rate, nothing is left to hedge: bets go on at the plug-in pace, for the
   sake of upper bounds. No bet is below `design.least_pace` of the plug-in one.
 
-  Attributes:
-    row: losses seen.
-    wealth: [num_columns] log wealth after them.
-    highest: [num_columns] largest log wealth so far.
+  After `row` losses `wealth` [num_columns] is log wealth, `highest` the largest so far.
   """
 
   def __init__(self, design: Design, num_columns: int):
@@ -169,9 +151,7 @@ class Hedge:
   def advance(self, losses: np.ndarray, squares: np.ndarray) -> np.ndarray:
     """Bets on the next losses, at most `look`, before they are cut.
 
-    Args:
-      losses: [rows, num_columns]; overwritten.
-      squares: [rows, num_columns] of `_squares_before`; overwritten, and returned as bets.
+    `losses` and `squares` (of `_squares_before`) are [rows, num_columns] and overwritten.
     """
     if self.row == self._next_look:
       self._aim, self._next_look = self._aims(), self.row + self.look
@@ -275,25 +255,16 @@ def log_wealth(
 ) -> np.ndarray:
   """log wealth after each prompt, in nats; wealth starts at 1 before the first row.
 
-  Args:
-    losses: [num_examples] or [num_examples, num_thresholds], in the fixed order.
-    design: tolerance, level, planned size and upper bound.
-    strategy: rule for bets.
-
-  Returns:
-    The shape of `losses`.
-
-  Raises:
-    ValueError: losses are not finite or above the upper bound, there are more of them than
-      planned, or the design leaves its range.
+  `losses` are [num_examples] or [num_examples, num_thresholds], in the fixed order, as is the
+  result. ValueError where they are not finite, above the upper bound or more than planned, or
+  the design leaves its range.
   """
   losses = _check_losses(losses, design.upper)
   check_levels(float(np.max(design.tolerance)), design.error_rate, design.upper)
   if len(losses) > design.planned_size:
     raise ValueError(
-      f"Expected `planned_size` to be at least the number of losses, got {design.planned_size}"
-      " for"
-      f" {len(losses)}."
+      "Expected `planned_size` to be at least the number of losses, got"
+      f" {design.planned_size} for {len(losses)}."
     )
   columns = losses.reshape(len(losses), -1)
   gains = design.tolerance - columns

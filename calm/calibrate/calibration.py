@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,8 +14,9 @@ from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations.procedure import Procedure, Provenance, describe_differences
 from calm.calibrate.losses import Support
 from calm.calibrate.risks import Mean, Promise
-from calm.calibrate.testing import Decision, Evidence
+from calm.calibrate.testing import Decision, Evidence, nan_of_null, null_of_nan
 
+_MOST_BYTES = 64 * 2**20
 _KINDS = {
   "textual": "dissimilarity to {full}, 1 - {metric} between both outputs,",
   "risk_signed": "increase of the risk, 1 - {metric} against references, over {full}",
@@ -27,27 +27,18 @@ _KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """What was found at one threshold.
+  """What was found at one threshold."""
 
-  Attributes:
-    threshold: grid point.
-    num_examples: prompts (or clusters) used.
-    mean: mean loss of those.
-    p_value: p-value of H: E[loss] > tolerance; underflows to 0 where `log_p_value` does not.
-    log_p_value: its logarithm.
-    upper_bound: upper confidence bound of E[loss] at `error_rate`, for this threshold alone.
-    adjusted_p_value: rejected at any family-wise error rate that is at least this.
-    rejected: whether E[loss] <= tolerance is certified.
-  """
-
-  threshold: float
-  num_examples: int
-  mean: float
+  threshold: float  # grid point
+  num_examples: int  # prompts (or clusters) used
+  mean: float  # mean loss of those
+  # P-value of H: E[loss] > tolerance; underflows to 0 where `log_p_value` does not.
   p_value: float
-  log_p_value: float
+  log_p_value: float  # its logarithm
+  # Upper confidence bound of E[loss] at `error_rate`, for this threshold alone.
   upper_bound: float
-  adjusted_p_value: float
-  rejected: bool
+  adjusted_p_value: float  # rejected at any family-wise error rate that is at least this
+  rejected: bool  # whether E[loss] <= tolerance is certified
 
   @classmethod
   def of(
@@ -68,78 +59,53 @@ class Row:
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values; NaN is null."""
-    return {
-      name: None if isinstance(value, float) and math.isnan(value) else value
-      for name, value in dataclasses.asdict(self).items()
-    }
+    return {name: null_of_nan(value) for name, value in vars(self).items()}
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> "Row":
     """The inverse of `to_json`."""
-    fields: dict[str, Any] = {
-      name: math.nan if entry is None else entry for name, entry in value.items()
-    }
-    return cls(**fields)
+    return cls(**{name: nan_of_null(entry) for name, entry in value.items()})
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
   """A calibrated threshold and everything that it stands on.
 
-  Attributes:
-    threshold: the lowest certified threshold, or `NEVER_EXIT` (the full model).
-    reason: why it is this one, in one sentence.
-    tolerance: bound on the expected loss.
-    error_rate: allowed probability that the bound does not hold.
-    method: name of the p-value method, 'auto' resolved.
-    testing: name of the multiple-testing procedure.
-    kind: what the loss is ('textual', 'risk_signed', 'risk_clipped' or the caller's word).
-    metric: name of the text metric.
-    support: declared range of losses.
-    num_examples: prompts (or clusters) in the calibration set.
-    clusters: whether losses are means of clusters of prompts.
-    groups_ignored: whether prompts come in clusters that the caller took for independent.
-    rows: one `Row` a grid point, in grid order.
-    visited: grid positions in the order of testing.
-    order: 'permuted' (by `seed`), 'given', or 'irrelevant' where the method does not depend on
-      it.
-    seed: hexadecimal seed of the permutation.
-    sequential: whether prompts stopped being decoded when the outcome was clear.
-    procedure: how outputs were decoded; None when they came from elsewhere.
-    provenance: the story of the numbers.
-    promise: what is bounded; the mean loss by default.
-    parts: evidence of each test of the promise, where there is more than one; `rows` then hold
-      what the least certain of them found.
-    losses_digest: SHA-256 of the losses that were tested, '' in a sequential run.
-    knobs: what was turned, a text a row, where that was no threshold; rows then have a place in
-      [0, 1] for a threshold.
-
   Raises:
     ValueError: a text is none that `load` would read again.
   """
 
-  threshold: float
-  reason: str
-  tolerance: float
-  error_rate: float
-  method: str
-  testing: str
-  kind: str
-  metric: str
-  support: Support
-  num_examples: int
-  clusters: bool
-  rows: tuple[Row, ...]
-  visited: tuple[int, ...]
+  threshold: float  # the lowest certified threshold, or `NEVER_EXIT` (the full model)
+  reason: str  # why it is this one, in one sentence
+  tolerance: float  # bound on the expected loss
+  error_rate: float  # allowed probability that the bound does not hold
+  method: str  # name of the p-value method, 'auto' resolved
+  testing: str  # name of the multiple-testing procedure
+  kind: str  # what the loss is ('textual', 'risk_signed', 'risk_clipped' or the caller's word)
+  metric: str  # name of the text metric
+  support: Support  # declared range of losses
+  num_examples: int  # prompts (or clusters) in the calibration set
+  clusters: bool  # whether losses are means of clusters of prompts
+  rows: tuple[Row, ...]  # one `Row` a grid point, in grid order
+  visited: tuple[int, ...]  # grid positions in the order of testing
+  # 'permuted' (by `seed`), 'given', or 'irrelevant' where the method does not depend on it.
   order: str
-  seed: str
-  sequential: bool = False
+  seed: str  # hexadecimal seed of the permutation
+  sequential: bool = False  # whether prompts stopped being decoded when the outcome was clear
+  # How outputs were decoded; None when they came from elsewhere.
   procedure: Procedure | None = None
+  # The story of the numbers.
   provenance: Provenance = dataclasses.field(default_factory=Provenance)
+  # What is bounded; the mean loss by default.
   promise: Promise = dataclasses.field(default_factory=Mean)
+  # Evidence of each test of the promise, where there is more than one; `rows` then hold what
+  # the least certain of them found.
   parts: tuple[Evidence, ...] = ()
-  losses_digest: str = ""
+  losses_digest: str = ""  # SHA-256 of the losses that were tested, '' in a sequential run
+  # What was turned, a text a row, where that was no threshold; rows then have a place in [0, 1]
+  # for a threshold.
   knobs: tuple[str, ...] = ()
+  # Whether prompts come in clusters that the caller took for independent.
   groups_ignored: bool = False
 
   def __post_init__(self):
@@ -195,15 +161,12 @@ class Calibration:
     return display.plot(self, axes, layers=layers)
 
   def refuse_other(self, procedure: Procedure | None, *, allow_platform: bool = False) -> None:
-    """Does nothing if the promise holds for outputs decoded by `procedure`.
+    """Raises ValueError, which names each differing field, unless the promise holds.
 
     Args:
       procedure: how outputs are decoded.
       allow_platform: whether the platform and its matmul precision may be others. The promise
         is then not of these outputs: whoever says so checks a sample of them.
-
-    Raises:
-      ValueError: it does not; the message names each differing field.
     """
     if self.procedure is None:
       raise ValueError(
@@ -214,10 +177,9 @@ class Calibration:
       )
     difference = describe_differences(self.procedure, procedure, allow_platform=allow_platform)
     if difference:
-      platform = not describe_differences(self.procedure, procedure, allow_platform=True)
-      check = (
-        " have a sample of the prompts checked here (`--allow_platform`)," if platform else ""
-      )
+      check = ""
+      if not describe_differences(self.procedure, procedure, allow_platform=True):
+        check = " have a sample of the prompts checked here (`--allow_platform`),"
       raise ValueError(
         "Expected a calibration for this model and these options, got one for another"
         f" procedure: {difference}; calibrate again under this one,{check} or say that the"
@@ -258,8 +220,7 @@ class Calibration:
 
     Args:
       value: JSON values.
-      expect_digest: what the digest must be, from whoever made the calibration; None asks only
-        that it is the one of these values.
+      expect_digest: what the digest must be, from whoever made the calibration.
 
     Raises:
       ValueError: another schema version, a field is missing or has no meaning, or the fields
@@ -267,11 +228,13 @@ class Calibration:
     """
     verification.check_fields(value, {field.name for field in dataclasses.fields(cls)})
     verification.check_digest(value, expect_digest)
-    known = {field.name for field in dataclasses.fields(cls)} & set(value)
     procedure = value["procedure"]
+    fields = {
+      field.name: value[field.name] for field in dataclasses.fields(cls) if field.name in value
+    }
     found = cls(
       **{
-        **{name: value[name] for name in known},
+        **fields,
         "threshold": thresholds_lib.parse_threshold(value["threshold"]),
         "support": Support(**value["support"]),
         "rows": tuple(Row.from_json(row) for row in value["rows"]),
@@ -287,11 +250,7 @@ class Calibration:
     return found
 
   def save(self, path: str | pathlib.Path) -> None:
-    """Writes JSON under a temporary name and renames it.
-
-    Raises:
-      OSError: the file cannot be written.
-    """
+    """Writes JSON under a temporary name and renames it."""
     text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
     storage.write_atomically(path, text + "\n")
 
@@ -303,8 +262,8 @@ class Calibration:
       ValueError: the file is missing, no JSON, or no calibration; the message names it.
     """
     try:
-      value = verification.read(pathlib.Path(path))
-      return cls.from_json(value, expect_digest=expect_digest)
+      content = storage.content(path, _MOST_BYTES)
+      return cls.from_json(storage.parse_json(content), expect_digest=expect_digest)
     except OSError as error:
       raise ValueError(
         f"{path}: expected a calibration that can be read, got: {error.strerror}; check its"

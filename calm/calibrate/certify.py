@@ -1,12 +1,15 @@
-"""Losses -> a calibrated threshold with a promise (paper, section 4; Proposition 1)."""
+"""Losses -> a calibrated threshold with a promise (paper, section 4; Proposition 1).
+
+`calibrate` walks down one grid, `calibrate_configurations` down one grid a family.
+"""
 
 import dataclasses
 import hashlib
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import scipy
 
 import calm
@@ -18,7 +21,7 @@ from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.calibration import Calibration, Row
 from calm.calibrate.generations.procedure import Provenance
 from calm.calibrate.losses import UNKNOWN, SequenceLosses, Support
-from calm.calibrate.risks import Part, Promise, Risk
+from calm.calibrate.risks import Configurations, Part, Promise, Risk, SeveralRisks
 from calm.calibrate.testing import Decision, Evidence
 
 
@@ -81,7 +84,8 @@ def calibrate(
   sample = _as_losses(losses, thresholds, support)
   if sample is not losses and support is None and method == "auto":
     sample = _declare_binary(sample)
-  _check_rates(tolerance, error_rate)
+  risks_lib.in_range("tolerance", tolerance, 0.0, 1.0)
+  _check_error_rate(error_rate)
   checks.check_seed(seed)
   tables = [sample, *(risk.losses for risk in risks or ())]
   if groups is None:
@@ -97,11 +101,13 @@ def calibrate(
   )
   names = clusters.names_of_rows(sample) if ordered else sample.ids
   evidence = tuple(run.test(part, sample, seeds, names) for part in parts)
-  _warn(sample, ordered)
+  numbers_alone = sample.metric == UNKNOWN or (sample.ids is None and not sample.contents)
+  if groups is None and numbers_alone and not sample.groups_ignored:
+    checks.warn_of_copies(sample.values)
   decision = testing.decide(evidence, testing_procedure, error_rate)
   grid = sample.thresholds
   place = promise.place(decision.rejected)
-  return record(
+  return _record(
     sample,
     promise,
     evidence,
@@ -114,26 +120,26 @@ def calibrate(
     testing=testing_procedure,
     num_examples=len(sample.values) if groups is None else len(set(groups)),
     groups_ignored=groups is None and any(table.groups_ignored for table in tables),
-    order=sample.order if ordered else "irrelevant",
+    order="permuted" if ordered else "irrelevant",
     seed=seeds[0],
     losses_digest=_digest(sample),
     knobs=sample.knobs,
   )
 
 
-def record(
+def _record(
   sample: SequenceLosses,
   promise: Promise,
   evidence: tuple[Evidence, ...],
   decision: Decision,
   *,
   thresholds: Sequence[float],
-  order: str,
   seed: str,
   **fields: Any,
 ) -> Calibration:
   """The `Calibration` of a decision, with what follows from the losses and the evidence."""
   method = evidence[0].method
+  versions = {"calm": calm.__version__, "numpy": np.__version__, "scipy": scipy.__version__}
   return Calibration(
     method=method,
     kind=sample.kind,
@@ -142,7 +148,6 @@ def record(
     clusters=sample.groups is not None,
     rows=tuple(Row.of(level, evidence, decision, j) for j, level in enumerate(thresholds)),
     visited=decision.visited,
-    order=order,
     seed=seed,
     procedure=fields.pop("procedure", sample.procedure),
     provenance=Provenance(
@@ -150,14 +155,10 @@ def record(
       references="full model" if sample.kind == "textual" else "targets",
       grid=fields.pop("grid", tuple(thresholds)),
       num_examples=max(evidence[0].num_examples),
-      order=sample.order,
+      order="permuted",
       seed=seed,
       method=method,
-      versions={
-        "calm": calm.__version__,
-        "numpy": np.__version__,
-        "scipy": scipy.__version__,
-      },
+      versions=versions,
     ),
     promise=promise,
     # The rows of a calibration say all that there is of one part.
@@ -198,17 +199,11 @@ def each_group(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What all parts of a promise are tested with.
+  """What all parts of a promise are tested with."""
 
-  Attributes:
-    method: name of the p-value method.
-    procedure: name of the multiple-testing procedure.
-    error_rate: epsilon.
-  """
-
-  method: str
-  procedure: str
-  error_rate: float
+  method: str  # name of the p-value method
+  procedure: str  # name of the multiple-testing procedure
+  error_rate: float  # epsilon
 
   def method_of(self, losses: SequenceLosses, groups) -> methods.Method:
     """The p-value method for such losses."""
@@ -230,24 +225,18 @@ class Run:
 
   def test(self, part: Part, sample: SequenceLosses, seeds, names) -> Evidence:
     """Tests one part, column by column where other rows count at each threshold."""
-    test = part.test
-    losses = dataclasses.replace(part.losses, groups=sample.groups, order=sample.order)
-    chosen = self.method_of(losses, losses.groups)
-    faults = _faults(losses)
+    test, groups = part.test, sample.groups
+    losses = dataclasses.replace(part.losses, groups=groups)
+    chosen, usable = self.method_of(losses, groups), np.array([not f for f in _faults(losses)])
     _, declared = chosen.prepare(losses.values[:1], losses.support)
-    losses = dataclasses.replace(losses, ids=names)
     size = losses.values.shape[1]
     counts, log_p = np.zeros(size, np.int64), np.zeros(size)
     means, bounds = np.full(size, np.nan), np.full(size, np.nan)
-    for places in _alike(part.rows, size):
-      some = _subset(losses, part.rows, places)
-      if some is None:  # no rows, no evidence
-        continue
+    for some, places in _tables(dataclasses.replace(losses, ids=names), part.rows):
       prepared, support = chosen.prepare(some.values, some.support)
       some = dataclasses.replace(some, values=prepared, support=support)
-      if some.groups is not None:
+      if groups is not None:
         some = clusters.cluster_means(some, some.groups)
-      usable = np.array([not faults[place] for place in places])
       values, order = some.values, None
       orders = clusters.tested_orders(some, seeds) if chosen.ordered else [None]
       if len(orders) > 1:  # side by side, as columns
@@ -256,21 +245,40 @@ class Run:
         order = orders[0]
       level = self.error_rate * test.share
       rates = methods.Sample(values, some.support, test.tolerance, level, order)
-      found = chosen.evidence(rates, np.tile(usable, len(orders)))
+      found = chosen.evidence(rates, np.tile(usable[places], len(orders)))
       log_p[places], bounds[places] = np.reshape(found, (2, len(orders), -1)).max(axis=1)
       means[places], counts[places] = some.values.mean(axis=0), len(some.values)
     return Evidence(
       name=test.name,
       tolerance=float(test.tolerance),
       method=chosen.name,
-      support=dataclasses.replace(declared, binary=declared.binary and losses.groups is None),
+      support=dataclasses.replace(declared, binary=declared.binary and groups is None),
       share=test.share,
-      ascending=part.ascending,
+      ascending=test.ascending,
       num_examples=tuple(counts.tolist()),
       means=tuple(np.where(np.isfinite(means), means, np.nan).tolist()),
       log_p_values=tuple(log_p.tolist()),
       upper_bounds=tuple(bounds.tolist()),
     )
+
+
+def _tables(
+  losses: SequenceLosses, rows: np.ndarray | None
+) -> Iterator[tuple[SequenceLosses, list[int]]]:
+  """(losses, their places in the grid) of the thresholds at which the same rows count."""
+  size = losses.values.shape[1]
+  if rows is None:
+    yield losses, list(range(size))
+    return
+  alike: dict[bytes, list[int]] = {}
+  for column in range(size):
+    alike.setdefault(np.packbits(rows[:, column]).tobytes(), []).append(column)
+  for places in alike.values():
+    index = np.flatnonzero(rows[:, places[0]])
+    if len(index):  # no rows, no evidence
+      some = losses.rows(index)
+      grid = losses.thresholds[places]
+      yield dataclasses.replace(some, values=some.values[:, places], thresholds=grid), places
 
 
 def _promise_and_losses(losses, tolerance, promise, risks):
@@ -284,31 +292,8 @@ def _promise_and_losses(losses, tolerance, promise, risks):
       "Expected `risks` alone, which bring their losses and tolerances, got `losses`,"
       " `tolerance` or `promise` beside; leave these out."
     )
-  several = risks_lib.as_promise(risks)
+  several = risks_lib.SeveralRisks(risks=risks)
   return risks[0].losses, risks[0].tolerance, several
-
-
-def _alike(rows: np.ndarray | None, size: int) -> list[list[int]]:
-  """Thresholds at which the same rows count, which are tested at once."""
-  if rows is None:
-    return [list(range(size))]
-  found: dict[bytes, list[int]] = {}
-  for column in range(size):
-    found.setdefault(np.packbits(rows[:, column]).tobytes(), []).append(column)
-  return list(found.values())
-
-
-def _subset(losses, rows: np.ndarray | None, places: list[int]) -> SequenceLosses | None:
-  """The rows that count at some thresholds, and these alone; None where there are none."""
-  if rows is None:
-    return losses
-  index = np.flatnonzero(rows[:, places[0]])
-  if not len(index):
-    return None
-  some = losses.rows(index)
-  return dataclasses.replace(
-    some, values=some.values[:, places], thresholds=losses.thresholds[places]
-  )
 
 
 def _digest(sample: SequenceLosses) -> str:
@@ -320,13 +305,8 @@ def _digest(sample: SequenceLosses) -> str:
   return digest.hexdigest()
 
 
-def _check_rates(tolerance: float, error_rate: float) -> None:
-  for name, value in (("tolerance", tolerance), ("error_rate", error_rate)):
-    if not (isinstance(value, int | float | np.number) and 0.0 < value < 1.0):
-      raise ValueError(
-        f"Expected `{name}` to be in (0, 1), got {value!r}; `tolerance` (delta) bounds the"
-        " expected loss, `error_rate` (epsilon) the probability that the bound fails."
-      )
+def _check_error_rate(error_rate: float) -> None:
+  risks_lib.in_range("error_rate", error_rate, 0.0, 1.0)
   checks.warn_of_error_rate(error_rate)
 
 
@@ -365,25 +345,6 @@ def _declare_binary(sample: SequenceLosses) -> SequenceLosses:
   if not binary or not any(block.any() for block in blocks):
     return sample
   return dataclasses.replace(sample, support=Support(binary=True))
-
-
-def _warn(sample: SequenceLosses, ordered: bool) -> None:
-  """Says where the table itself suggests that prompts are no independent draws."""
-  if sample.groups is not None:
-    return
-  kept = np.concatenate([np.isfinite(b).all(axis=1) for b in checks.row_blocks(sample.values)])
-  finite = sample.values if kept.all() else sample.values[kept]
-  if not len(finite):
-    return
-  if ordered and sample.order == "given" and checks.looks_sorted(finite):
-    warnings.warn(
-      "the order given follows the losses, and a betting test in such an order proves nothing:"
-      " leave `in_given_order` out, or give an order that was fixed before any loss was seen.",
-      stacklevel=4,
-    )
-  numbers_alone = sample.metric == UNKNOWN or (sample.ids is None and not sample.contents)
-  if numbers_alone and not sample.groups_ignored:
-    checks.warn_of_copies(finite)
 
 
 def _faults(losses: SequenceLosses) -> list[str]:
@@ -449,3 +410,152 @@ def _too_few(part: Evidence, run: Run, count: int, unit: str) -> str:
   )
   text = text[:1].lower() + text[1:]  # it ends a sentence
   return (text and part.name and f"{part.name}: {text}") or text
+
+
+@arguments.checked()
+def calibrate_configurations(
+  risks: Mapping[str, Sequence[Risk]],
+  costs: Mapping[str, npt.ArrayLike],
+  *,
+  error_rate: float,
+  method: str = "auto",
+  seed: str | None = None,
+) -> Calibration:
+  """Chooses the cheapest of all (family, threshold) pairs that are certified for all risks.
+
+  With probability at least 1 - error_rate over the prompts, every certified configuration has
+  E[loss of risk r] <= tolerance of r for every r.
+
+  Args:
+    risks: {family: its risks}; every family has the same prompts, and risks of the same names
+      and tolerances.
+    costs: {family: [num_examples, num_thresholds]} what to make small, such as layers a token;
+      finite and at least 0.
+    error_rate: epsilon, in (0, 1).
+    method: as for `calibrate`.
+    seed: of an earlier `Calibration`, to repeat it; several must not be tried.
+
+  Returns:
+    A `Calibration` whose `promise` names the configurations and whose `rows` are grid after
+    grid; its `threshold` and `procedure` are those of the chosen one. Where none is certified
+    the threshold is `NEVER_EXIT`.
+
+  Raises:
+    ValueError: families differ in prompts or risks, or an argument leaves its range.
+  """
+  families = {name: tuple(several) for name, several in risks.items()}
+  first = _check_families(families, costs, error_rate)
+  checks.check_seed(seed)
+  tables = [risk.losses for several in families.values() for risk in several]
+  values = np.concatenate([table.values for table in tables], axis=1)
+  groups = clusters.declared_groups(first)
+  if groups is None and not first.groups_ignored and first.metric == UNKNOWN:
+    checks.warn_of_copies(values)
+  grids = tuple(len(several[0].losses.thresholds) for several in families.values())
+  places = [
+    (name, float(threshold))
+    for name, several in families.items()
+    for threshold in several[0].losses.thresholds
+  ]
+  several = SeveralRisks(risks=next(iter(families.values())))
+  promise = Configurations(
+    names=several.names,
+    tolerances=several.tolerances,
+    configurations=tuple(f"{name} at {threshold:.10g}" for name, threshold in places),
+    costs=tuple(_mean_costs(families, costs, groups).tolist()),
+    grids=grids,
+  )
+  # One order of prompts for all: it depends on all losses and on no single procedure.
+  grid = np.linspace(1.0, 0.0, values.shape[1])
+  whole = SequenceLosses(values, grid, ids=first.ids, contents=first.contents, groups=groups)
+  seeds, names = clusters.order_seeds(whole, seed), clusters.names_of_rows(whole)
+  run = Run(method, "fixed_sequence", error_rate)
+  parts = []
+  for number, name in enumerate(several.names):
+    found = []
+    for risks_of in families.values():
+      losses = risks_of[number].losses
+      test = promise.tests(promise.tolerances[0], losses.support)[number]
+      found.append(run.test(Part(test, losses), whole, seeds, names))
+    if len({(each.method, each.support) for each in found}) != 1:
+      raise ValueError(f"Expected `risks` with one support of {name!r}, got several.")
+    parts.append(_joined(found))
+  decision = testing.decide(parts, run.procedure, error_rate, grids)
+  place = promise.place(decision.rejected)
+  family, threshold = places[place or 0]
+  return _record(
+    dataclasses.replace(first, groups=groups),
+    promise,
+    tuple(parts),
+    decision,
+    threshold=thresholds_lib.NEVER_EXIT if place is None else threshold,
+    thresholds=[level for _, level in places],
+    reason=_reason_of_families(promise, place, int(decision.rejected.sum())),
+    tolerance=promise.tolerances[0],
+    error_rate=error_rate,
+    testing=run.procedure,
+    num_examples=max(parts[0].num_examples),
+    groups_ignored=first.groups_ignored,
+    order="permuted",
+    seed=seeds[0],
+    grid=(),
+    procedure=families[family][0].losses.procedure,
+  )
+
+
+def _reason_of_families(promise: Configurations, place: int | None, count: int) -> str:
+  if place is None:
+    return "Nothing is certified: the safest configuration of every family already fails."
+  return (
+    f"{promise.configurations[place]} is the cheapest ({promise.costs[place]:.4g}) of {count}"
+    f" certified among {len(promise.configurations)} configurations."
+  )
+
+
+def _joined(found: Sequence[Evidence]) -> Evidence:
+  """Evidence of one risk, grid after grid."""
+  columns = ("num_examples", "means", "log_p_values", "upper_bounds")
+  joined = {name: sum((getattr(each, name) for each in found), ()) for name in columns}
+  return dataclasses.replace(found[0], **joined)
+
+
+def _mean_costs(families, costs, groups) -> np.ndarray:
+  """[num_configurations] means over prompts, or over clusters."""
+  tables = []
+  for name, several in families.items():
+    losses, amounts = several[0].losses, checks.as_amounts(costs[name], "costs")
+    table = SequenceLosses(amounts, losses.thresholds, ids=losses.ids)
+    tables.append(table if groups is None else clusters.cluster_means(table, groups))
+  return np.concatenate([table.values.mean(axis=0) for table in tables])
+
+
+def _check_families(
+  families, costs: Mapping[str, npt.ArrayLike], error_rate: float
+) -> SequenceLosses:
+  """The losses of the first risk of the first family, once all families are checked."""
+  if not families or not all(families.values()) or set(families) != set(costs):
+    raise ValueError(
+      "Expected `risks` of at least one family, each with a table of `costs`, got families"
+      f" {sorted(families)} and costs of {sorted(costs)}."
+    )
+  _check_error_rate(error_rate)
+  of_first = next(iter(families.values()))
+  first = of_first[0].losses
+  wanted = [(risk.called, risk.tolerance) for risk in of_first]
+  for name, several in families.items():
+    if [(risk.called, risk.tolerance) for risk in several] != wanted:
+      raise ValueError(
+        f"Expected `risks` to be {wanted} of every family, got others of {name!r}."
+      )
+    losses = several[0].losses
+    for risk in several:
+      risks_lib.check_outputs(risk, losses)
+    alike = losses.ids == first.ids and losses.groups == first.groups
+    if len(losses.values) != len(first.values) or not alike:
+      raise ValueError(f"Expected `risks` of the same prompts, got others in {name!r}.")
+    if np.shape(costs[name]) != losses.values.shape:
+      raise ValueError(
+        f"Expected `costs` of {name!r} of shape {losses.values.shape}, got"
+        f" {np.shape(costs[name])}."
+      )
+  return first

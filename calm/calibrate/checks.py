@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from calm import arguments
-
 # Losses that are looked at at once.
 _CELLS = 2**18
 # How often a prompt may have been copied: all primes that are likely; an odd multiplier.
@@ -21,11 +19,7 @@ LONGEST_KIND = 200
 
 
 def as_numbers(values: Any, name: str) -> np.ndarray:
-  """Real numbers as float64; an array of float64 is returned as it is.
-
-  Raises:
-    ValueError: `values` is masked, complex, text or objects, or ragged.
-  """
+  """Real numbers as float64; ValueError for masked, complex, ragged, text and object arrays."""
   if np.ma.isMaskedArray(values):
     raise ValueError(
       f"Expected `{name}` without a mask, got a masked array; give each prompt a loss (a"
@@ -38,9 +32,7 @@ def as_numbers(values: Any, name: str) -> np.ndarray:
       f"Expected `{name}` to be a table of numbers, got rows of several lengths ({error})."
     ) from error
   if array.dtype.kind not in "fiub":
-    raise ValueError(
-      f"Expected `{name}` to be real numbers, got an array of {array.dtype}; convert it."
-    )
+    raise ValueError(f"Expected `{name}` to be real numbers, got an array of {array.dtype}.")
   return np.asarray(array, np.float64)
 
 
@@ -50,20 +42,17 @@ def as_amounts(values: Any, name: str) -> np.ndarray:
   odd = array[~((array >= 0.0) & (array < np.inf))]
   if odd.size:
     raise ValueError(
-      f"Expected `{name}` to be finite and at least 0, got {float(odd.flat[0])!r}; measure it,"
-      " or give the most that it can be."
+      f"Expected `{name}` to be finite and at least 0, got {odd.flat[0].item()!r}."
     )
   return array
 
 
-@arguments.checked()
 def check_ids(ids: Sequence[Any], count: int) -> tuple[str, ...]:
   """Ids of `count` prompts; ValueError unless they are as many different texts."""
   names = tuple(ids)
   if len(names) != count:
     raise ValueError(f"Expected `ids` for each of the {count} rows, got {len(names)}.")
-  odd = [name for name in names if not isinstance(name, str)]
-  if odd:
+  if odd := [name for name in names if not isinstance(name, str)]:
     raise ValueError(
       f"Expected `ids` to be texts, got {odd[0]!r} ({type(odd[0]).__name__}); use `str(id)`."
     )
@@ -72,7 +61,7 @@ def check_ids(ids: Sequence[Any], count: int) -> tuple[str, ...]:
       f"Expected `ids` to be unique, got {repeated(names)[:5]} more than once; rows of one"
       " prompt are a cluster: give them ids of their own and one of the `groups`."
     )
-  return tuple(str(name) for name in names)
+  return tuple(map(str, names))
 
 
 def repeated(names: Iterable[str]) -> list[str]:
@@ -81,23 +70,21 @@ def repeated(names: Iterable[str]) -> list[str]:
   return sorted({name for name in names if name in seen or seen.add(name)})
 
 
-@arguments.checked()
 def check_groups(groups: Sequence[Any], count: int) -> tuple[str, ...]:
   """The cluster of each of `count` prompts; ValueError where one is missing or no name."""
+  named = lambda g: isinstance(g, str | numbers.Integral) and not isinstance(g, bool)
   if len(groups) != count:
     raise ValueError(
       f"Expected `groups` to name the cluster of each of the {count} rows, got {len(groups)}"
       " names."
     )
-  named = lambda g: isinstance(g, str | numbers.Integral) and not isinstance(g, bool)
-  bare = [row for row, group in enumerate(groups) if not named(group)]
-  if bare:
+  if bare := [row for row, group in enumerate(groups) if not named(group)]:
     raise ValueError(
       f"Expected `groups` to name the cluster of every row, got {groups[bare[0]]!r} at row"
       f" {bare[0]} and {len(bare)} rows without a name; give each a cluster (its own id if it"
       " has none): together they would pass for one cluster."
     )
-  return tuple(str(group) for group in groups)
+  return tuple(map(str, groups))
 
 
 def warn_of_error_rate(error_rate: float) -> None:
@@ -139,25 +126,6 @@ def check_seed(seed: str | None) -> None:
     )
 
 
-def looks_sorted(values: np.ndarray) -> bool:
-  """Whether rows stand in an order that follows their losses.
-
-      |r| sqrt(n - 1) > 4,   r Spearman's correlation of row number and mean loss
-
-  Rows in an order that has nothing to do with losses look so once in 10,000 tables.
-
-  Args:
-    values: [num_examples, num_thresholds] finite losses.
-  """
-  means = values.mean(axis=1)
-  _, place, sizes = np.unique(means, return_inverse=True, return_counts=True)
-  if len(sizes) < 2:
-    return False
-  ranks = (np.cumsum(sizes) - (sizes - 1) / 2.0)[place]  # equal losses share a rank
-  correlation = float(np.corrcoef(np.arange(len(ranks)), ranks)[0, 1])
-  return abs(correlation) * np.sqrt(len(ranks) - 1.0) > 4.0
-
-
 def looks_copied(values: np.ndarray) -> bool:
   """Whether rows occur as copies of prompts do, and independent draws hardly ever.
 
@@ -192,8 +160,10 @@ def looks_copied(values: np.ndarray) -> bool:
 
 
 def warn_of_copies(values: np.ndarray) -> None:
-  """Warns where `looks_copied`."""
-  if looks_copied(values):
+  """Warns where `looks_copied`, of the rows without NaN."""
+  kept = np.concatenate([np.isfinite(block).all(axis=1) for block in row_blocks(values)])
+  finite = values if kept.all() else values[kept]
+  if len(finite) and looks_copied(finite):
     warnings.warn(
       "rows of losses repeat as copies of a prompt do, and copies count once: give those of one"
       " prompt one of the `groups`.",

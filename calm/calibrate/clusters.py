@@ -29,17 +29,13 @@ def order_seeds(losses: SequenceLosses, seed: str | None = None) -> tuple[str, .
   Rows of few kinds (0 or 1 at one threshold) leave too few seeds: for n prompts n + 1, so that
   the level would be that of n + 1 fixed orders, up to 0.26 where 0.05 is promised. There 16
   orders are tested and the largest p-value counts: a false certificate must pass all of them,
-  and its probability is at most the smallest of their levels.
-
-  Args:
-    losses: of all prompts, with their groups.
-    seed: of an earlier calibration; the one that contents give stands for all orders, any other
-      (earlier versions drew it) for one order.
+  and its probability is at most the smallest of their levels. Any other `seed` than the one
+  that contents give (earlier versions drew it) is of one order.
   """
   own = order_seed(with_contents(losses))
   if seed not in (None, own):
     return (seed,)
-  if losses.contents or losses.order == "given" or not _are_of_few_kinds(losses):
+  if losses.contents or not _are_of_few_kinds(losses):
     return (own,)
   more = (hashlib.sha256(f"{own}/{number}".encode()) for number in range(1, _ORDERS))
   return (own, *(digest.hexdigest()[:16] for digest in more))
@@ -79,8 +75,6 @@ def order_seed(losses: SequenceLosses) -> str:
 
 def tested_orders(losses: SequenceLosses, seeds: Sequence[str]) -> list[np.ndarray]:
   """Row numbers of `losses` (units by now) in each of the tested orders."""
-  if losses.order == "given":
-    return [np.arange(len(losses.values))]
   names = names_of_rows(losses)
   return [order_lib.seeded_order(names, seed) for seed in seeds]
 
@@ -92,11 +86,7 @@ def declared_groups(losses: SequenceLosses) -> tuple[str, ...] | None:
 
 
 def unit_support(losses: SequenceLosses, groups: Sequence[str] | None) -> Support:
-  """Declared range of cluster means: means of several 0-or-1 losses are not 0 or 1.
-
-  Raises:
-    ValueError: `groups` has another length than `losses`, or a row has none.
-  """
+  """Declared range of cluster means: means of several 0-or-1 losses are not 0 or 1."""
   if groups is None:
     return losses.support
   groups = checks.check_groups(groups, len(losses.values))
@@ -105,32 +95,12 @@ def unit_support(losses: SequenceLosses, groups: Sequence[str] | None) -> Suppor
 
 
 def cluster_means(losses: SequenceLosses, groups: Sequence[str]) -> SequenceLosses:
-  """One row a cluster, the mean of its prompts: clusters are the exchangeable units.
-
-  Args:
-    losses: [num_examples, num_thresholds] losses.
-    groups: [num_examples] cluster names.
-
-  Returns:
-    [num_clusters, num_thresholds] losses, clusters sorted by name, or by where they begin if
-    rows are tested in the given order.
-
-  Raises:
-    ValueError: `groups` has another length, or a row has none.
-  """
+  """[num_clusters, num_thresholds] means over the prompts of each cluster, sorted by name."""
   support = unit_support(losses, groups)
   groups = checks.check_groups(groups, len(losses.values))
-  names, first, index = np.unique(np.asarray(groups), return_index=True, return_inverse=True)
-  if losses.order == "given":
-    places = np.argsort(first)
-    names, index = names[places], np.argsort(places)[index]
-  sizes = np.bincount(index).astype(np.float64)
+  names, index = np.unique(np.asarray(groups), return_inverse=True)
   sums = np.zeros((len(names), losses.values.shape[1]))
   np.add.at(sums, index, losses.values)
-  return dataclasses.replace(
-    losses,
-    values=sums / sizes[:, None],
-    support=support,
-    ids=tuple(names.tolist()),
-    groups=None,
-  )
+  means = sums / np.bincount(index).astype(np.float64)[:, None]
+  ids = tuple(names.tolist())
+  return dataclasses.replace(losses, values=means, support=support, ids=ids, groups=None)

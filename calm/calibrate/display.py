@@ -13,6 +13,8 @@ from calm.calibrate.losses import UNKNOWN
 from calm.calibrate.thresholds import format_threshold
 from calm.console import sanitize
 
+_HEADS = ("mean loss", "upper bound", "p-value", "certified")
+
 
 def _module(name: str) -> Any:
   try:
@@ -36,13 +38,10 @@ def to_frame(calibration: Any, library: str = "pandas") -> Any:
   if library not in ("pandas", "polars"):
     raise ValueError(f"Expected `library` 'pandas' or 'polars', got {library!r}.")
   rows = [dataclasses.asdict(row) for row in calibration.rows]
-  columns = {name: [row[name] for row in rows] for name in rows[0]}
-  if calibration.knobs:
-    columns = {"knob": list(calibration.knobs), **columns}
-  return _module(library).DataFrame(columns)
-
-
-_HEADS = ("mean loss", "upper bound", "p-value", "certified")
+  columns = {"knob": list(calibration.knobs)} if calibration.knobs else {}
+  return _module(library).DataFrame(
+    columns | {name: [r[name] for r in rows] for name in rows[0]}
+  )
 
 
 def names(calibration: Any) -> tuple[str, ...]:
@@ -88,50 +87,41 @@ def in_short(calibration: Any) -> str:
 
 
 def _cells(calibration: Any) -> list[tuple[str, ...]]:
-  return [
-    (
-      name,
-      f"{row.mean:.4f}",
-      f"{row.upper_bound:.4f}",
-      f"{row.p_value:.2g}",
-      "yes" if row.rejected else "no",
-    )
-    for name, row in zip(names(calibration), calibration.rows, strict=True)
+  """The table's head and lines."""
+  lines = [
+    (f"{r.mean:.4f}", f"{r.upper_bound:.4f}", f"{r.p_value:.2g}", "yes" if r.rejected else "no")
+    for r in calibration.rows
   ]
+  named = zip(names(calibration), lines, strict=True)
+  return [(unit(calibration), *_HEADS), *((name, *line) for name, line in named)]
 
 
 def as_text(calibration: Any) -> str:
   """The tested thresholds as a table, an arrow at the chosen one, and the promise below."""
-  rows = [(unit(calibration), *_HEADS), *_cells(calibration)]
+  rows, chosen = _cells(calibration), place(calibration)
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  marks = [
-    "  ",
-    *("> " if i == place(calibration) else "  " for i in range(len(calibration.rows))),
-  ]
-  lines = [
-    mark + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-    for mark, row in zip(marks, rows, strict=True)
-  ]
-  return "\n".join([title(calibration), *lines, sanitize(calibration.promised)])
+  lines = [title(calibration)]
+  for number, row in enumerate(rows, -1):
+    cells = "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+    lines.append(("> " if number == chosen else "  ") + cells)
+  return "\n".join([*lines, sanitize(calibration.promised)])
 
 
 def as_html(calibration: Any) -> str:
   """The same for a notebook, in the page's own colours."""
-  cell = lambda tag, text: (
-    f'<{tag} style="text-align:right">{html.escape(sanitize(text))}</{tag}>'
+  safe = lambda text: html.escape(sanitize(text))
+  cells = lambda tag, row: "".join(
+    f'<{tag} style="text-align:right">{safe(text)}</{tag}>' for text in row
   )
-  heads = "".join(cell("th", head) for head in (unit(calibration), *_HEADS))
+  (head, *rows), chosen = _cells(calibration), place(calibration)
   lines = []
-  for number, texts in enumerate(_cells(calibration)):
-    style = ' style="font-weight:bold"' if number == place(calibration) else ""
-    lines.append(f"<tr{style}>{''.join(cell('td', text) for text in texts)}</tr>")
-  promise = html.escape(sanitize(calibration.promised))
-  whole = html.escape(sanitize(calibration.guarantee))
-  caption = html.escape(title(calibration))
+  for number, row in enumerate(rows):
+    style = ' style="font-weight:bold"' if number == chosen else ""
+    lines.append(f"<tr{style}>{cells('td', row)}</tr>")
   return (
-    f"<div><table><caption>{caption}</caption><thead><tr>{heads}</tr></thead>"
-    f"<tbody>{''.join(lines)}</tbody></table>"
-    f'<p title="{whole}">{promise}</p></div>'
+    f"<div><table><caption>{html.escape(title(calibration))}</caption>"
+    f"<thead><tr>{cells('th', head)}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    f'<p title="{safe(calibration.guarantee)}">{safe(calibration.promised)}</p></div>'
   )
 
 
@@ -151,23 +141,28 @@ def plot(calibration: Any, axes: Any = None, *, layers: Any = None) -> Any:
     ModuleNotFoundError: matplotlib is not installed.
     ValueError: `layers` has another length, or the generations do not know them.
   """
-  x = _layers(calibration, layers)
+  x = calibration.column("threshold") if layers is None else _layers(calibration, layers)
   axes = _new_axes() if axes is None else axes
   mean, bound = calibration.column("mean"), calibration.column("upper_bound")
-  certified = calibration.column("rejected").astype(bool)
+  certified, chosen = calibration.column("rejected").astype(bool), place(calibration)
+  tested = (calibration.parts or calibration.rows)[0]
+  tolerance = getattr(tested, "tolerance", calibration.tolerance)
+  found = f"Nothing is certified at a tolerance of {tolerance:g}: the full model serves"
   axes.plot(x, mean, "o-", color="#0072b2", label="mean loss")
   axes.plot(x, bound, "--", color="#d55e00", label="upper bound, one threshold at a time")
   if certified.any():
     axes.plot(x[certified], bound[certified], "s", color="#009e73", label="certified")
-  chosen = place(calibration)
   if chosen is not None:
-    at = sanitize(f"chosen: {names(calibration)[chosen]}")
-    axes.plot(x[chosen], mean[chosen], "*", color="black", markersize=14, label=at)
-  tested = (calibration.parts or calibration.rows)[0]
-  tolerance = getattr(tested, "tolerance", calibration.tolerance)
-  axes.axhline(
-    tolerance, color="0.4", linewidth=1.0, linestyle=":", label=f"tolerance {tolerance:g}"
-  )
+    name = sanitize(names(calibration)[chosen])
+    label = f"chosen: {name}"
+    axes.plot(x[chosen], mean[chosen], "*", color="black", markersize=14, label=label)
+    down = f"{unit(calibration)} {name}"
+    if layers is not None:
+      down = f"{x[chosen]:.2f} layers a token"
+    probability = f"{1.0 - calibration.error_rate:.10g}"
+    found = f"Certified down to {down}: at most {tolerance:g}, with probability {probability}"
+  label = f"tolerance {tolerance:g}"
+  axes.axhline(tolerance, color="0.4", linewidth=1.0, linestyle=":", label=label)
   axes.set_ylabel(sanitize(loss_name(calibration)), parse_math=False)
   if layers is not None:
     axes.set_xlabel("mean decoder layers a token")
@@ -176,10 +171,7 @@ def plot(calibration: Any, axes: Any = None, *, layers: Any = None) -> Any:
     axes.invert_xaxis()
     if calibration.knobs:
       axes.set(xticks=x, xticklabels=calibration.knobs, xlabel="the best first")
-  where = None if chosen is None else f"{unit(calibration)} {names(calibration)[chosen]}"
-  if where is not None and layers is not None:
-    where = f"{x[chosen]:.2f} layers a token"
-  axes.set_title(_found(calibration, where, tolerance), fontsize=10)
+  axes.set_title(found, fontsize=10)
   axes.legend(frameon=False, fontsize=9)
   return axes
 
@@ -201,29 +193,13 @@ def _png(figure: Any) -> bytes:
 
 
 def _layers(calibration: Any, layers: Any) -> np.ndarray:
-  if layers is None:
-    return calibration.column("threshold")
-  count = len(calibration.rows)
   if hasattr(layers, "layer_counts"):
     counts = layers.layer_counts()
-    layers = (
-      [] if counts is None else counts[0].sum(axis=0) / np.maximum(counts[1].sum(axis=0), 1)
-    )
-  values = np.asarray(layers, np.float64)
+    layers = () if counts is None else counts[0].sum(0) / np.maximum(counts[1].sum(0), 1)
+  values, count = np.asarray(layers, np.float64), len(calibration.rows)
   if values.shape != (count,):
     raise ValueError(
       f"Expected `layers` of [{count}], one a threshold, or generations that know them, got"
       f" shape {values.shape}; leave it out to draw against the threshold."
     )
   return values
-
-
-def _found(calibration: Any, where: str | None, tolerance: float) -> str:
-  """The title: what was found."""
-  if where is None:
-    return f"Nothing is certified at a tolerance of {tolerance:g}: the full model serves"
-  probability = f"{1.0 - calibration.error_rate:.10g}"
-  return (
-    f"Certified down to {sanitize(where)}: at most {tolerance:g}, with probability"
-    f" {probability}"
-  )

@@ -101,7 +101,7 @@ def batch_losses(
     labelled = {request.id: tuple(answers[request.id]) for request in requests}
     rows = (dataclasses.replace(p, targets=labelled.get(p.id, p.targets)) for p in prompts)
     pairs = dataclasses.replace(pairs, prompts=tuple(rows))
-  return losses.prefix_losses(pairs, kind, metric=metric, workers=1)[0]
+  return losses.prefix_losses(pairs, kind, metric=metric)[0]
 
 
 def read_references(path: str | pathlib.Path) -> dict[str, tuple[str, ...]]:

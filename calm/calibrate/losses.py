@@ -6,7 +6,7 @@ polars (`from_frame`), neither of which is imported.
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,30 +19,23 @@ from calm.calibrate.generations import order as order_lib
 from calm.calibrate.generations.cache import Generations
 from calm.calibrate.generations.procedure import Procedure
 from calm.calibrate.generations.records import Prompt, Record
-from calm.calibrate.metrics import Progress
 
 # The metric of losses that were given as numbers.
 UNKNOWN = "unknown"
 # Kind: the least loss that it can have.
 KINDS = {"textual": 0.0, "risk_signed": -1.0, "risk_clipped": 0.0}
 # Texts of so many prompts are in memory at a time, at all thresholds.
-PROMPTS = 4096
+PROMPTS = 256
 
 
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Support:
-  """The values that a loss can take, declared before any is seen.
+  """The values that a loss can take, declared before any is seen."""
 
-  Attributes:
-    lower: smallest possible loss, in [-1, 0] or above.
-    upper: largest possible loss; 1 for every loss of this package.
-    binary: whether 0 and 1 are the only values.
-  """
-
-  lower: float = 0.0
-  upper: float = 1.0
-  binary: bool = False
+  lower: float = 0.0  # smallest possible loss, in [-1, 0] or above
+  upper: float = 1.0  # largest possible loss; 1 for every loss of this package
+  binary: bool = False  # whether 0 and 1 are the only values
 
   def __post_init__(self):
     if not (np.isfinite([self.lower, self.upper]).all() and self.lower < self.upper):
@@ -63,22 +56,6 @@ class SequenceLosses:
 
   Everything that is tested passes through here and is checked here, once.
 
-  Attributes:
-    values: [num_examples, num_thresholds] float64.
-    thresholds: [num_thresholds] float64, strictly descending.
-    support: declared range of `values`.
-    kind: 'textual', 'risk_clipped' or 'risk_signed'.
-    metric: name of the text metric.
-    ids: [num_examples] prompt ids.
-    groups: [num_examples] cluster of each prompt, or None; `calibrate` tests cluster means
-      then (`ungrouped` takes prompts for independent).
-    groups_ignored: whether there were clusters, which `ungrouped` took away.
-    procedure: how the outputs were decoded, or None.
-    order: 'permuted' (tests that depend on the order see a permutation seeded by the sorted
-      ids, the contents and the procedure) or 'given' (rows as they are).
-    contents: digest of what the prompts say, or '' where that is not known.
-    knobs: names of the settings, in the order of `thresholds`, where they were no thresholds.
-
   Raises:
     ValueError: `values` is no table of real numbers with a row a prompt and a column a
       threshold, the grid does not descend in [0, 1], ids are not unique texts, a group is
@@ -86,17 +63,19 @@ class SequenceLosses:
       that leave the support are no error here: `calibrate` says so in words.
   """
 
-  values: np.ndarray
-  thresholds: np.ndarray
-  support: Support = dataclasses.field(default_factory=Support)
-  kind: str = "textual"
-  metric: str = UNKNOWN
-  ids: tuple[Any, ...] | None = None
+  values: np.ndarray  # [num_examples, num_thresholds] float64
+  thresholds: np.ndarray  # [num_thresholds] float64, strictly descending
+  support: Support = dataclasses.field(default_factory=Support)  # declared range of `values`
+  kind: str = "textual"  # 'textual', 'risk_clipped' or 'risk_signed'
+  metric: str = UNKNOWN  # name of the text metric
+  ids: tuple[Any, ...] | None = None  # [num_examples] prompt ids
+  # [num_examples] cluster of each prompt, or None; `calibrate` tests cluster means then
+  # (`ungrouped` takes prompts for independent).
   groups: tuple[Any, ...] | None = None
-  groups_ignored: bool = False
-  procedure: Procedure | None = None
-  order: str = "permuted"
-  contents: str = ""
+  groups_ignored: bool = False  # whether there were clusters, which `ungrouped` took away
+  procedure: Procedure | None = None  # how the outputs were decoded, or None
+  contents: str = ""  # digest of what the prompts say, or '' where that is not known
+  # Names of the settings, in the order of `thresholds`, where they were no thresholds.
   knobs: tuple[str, ...] = ()
 
   def __post_init__(self):
@@ -107,8 +86,6 @@ class SequenceLosses:
         f"Expected `losses` to be [num_examples, num_thresholds] = [n, {len(grid)}] with n at"
         f" least 1, got shape {values.shape}; give one row a prompt, one column a threshold."
       )
-    if self.order not in ("permuted", "given"):
-      raise ValueError(f"Expected `order` to be 'permuted' or 'given', got {self.order!r}.")
     checks.check_lines([self.kind], "kind", checks.LONGEST_KIND)
     checks.check_lines([self.metric], "metric")
     checks.check_lines(self.knobs, "knobs")
@@ -120,13 +97,6 @@ class SequenceLosses:
       object.__setattr__(self, "ids", checks.check_ids(self.ids, len(values)))
     if self.groups is not None:
       object.__setattr__(self, "groups", checks.check_groups(self.groups, len(values)))
-
-  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-    return np.array(self.values, dtype=dtype, copy=copy)
-
-  def in_given_order(self) -> "SequenceLosses":
-    """The same losses, to be tested in the order of their rows; the guarantee will say so."""
-    return dataclasses.replace(self, order="given")
 
   def ungrouped(self) -> "SequenceLosses":
     """The same losses, each prompt taken for an independent draw.
@@ -143,11 +113,7 @@ class SequenceLosses:
     return dataclasses.replace(self, groups=tuple(groups), groups_ignored=False)
 
   def rows(self, index: Sequence[int] | np.ndarray) -> "SequenceLosses":
-    """The losses of some prompts, by row number.
-
-    Raises:
-      ValueError: the numbers are not whole.
-    """
+    """The losses of some prompts, by row number; ValueError where these are not whole."""
     index = np.asarray(index)
     if index.dtype.kind not in "iub":
       raise ValueError(f"Expected `index` to be a list of row numbers, got {index!r:.60}.")
@@ -167,74 +133,29 @@ class SequenceLosses:
 
 
 @arguments.checked()
-def textual_losses(
-  generations: Generations,
-  *,
-  metric: metrics.MetricLike = "rouge_l",
-  workers: int | None = None,
-  progress: Progress | None = None,
-) -> SequenceLosses:
-  """Textual dissimilarity to the full model's output (Def. 1, Eq. 10).
-
-      L_i(threshold) = 1 - metric(early_i, [full_i])  in [0, 1];  0 where both texts are equal
-
-  Arguments, result and errors are those of `compute`.
-
-  Args:
-    generations: complete cached generations.
-    metric: registry name, import path, function or `Metric`.
-    workers: processes; None decides by the work there is.
-    progress: called with (pairs done, pairs in all).
-  """
-  return compute(generations, "textual", metric=metric, workers=workers, progress=progress)
-
-
-@arguments.checked()
-def risk_losses(
-  generations: Generations,
-  *,
-  metric: metrics.MetricLike = "rouge_l",
-  signed: bool = True,
-  workers: int | None = None,
-  progress: Progress | None = None,
-) -> SequenceLosses:
-  """Increase of the risk against references, early exit over full model (Def. 2).
-
-      signed:   L_i(threshold) = R(early_i, Z_i) - R(full_i, Z_i)           in [-1, 1] (Eq. 2)
-      clipped:  L_i(threshold) = max(0, R(early_i, Z_i) - R(full_i, Z_i))   in [0, 1]  (Eq. 11)
-
-  with R = 1 - metric. The clipped mean is an upper bound of the signed one: it does not reward
-  prompts whose output improves.
-
-  Args:
-    generations: complete cached generations; every prompt whose text differs from the full
-      model's at some threshold has references (`unlabelled` names those that have none).
-    metric: registry name, import path, function or `Metric`.
-    signed: which of the two.
-    workers: processes; None decides by the work there is.
-    progress: called with (pairs done, pairs in all).
-  """
-  kind = "risk_signed" if signed else "risk_clipped"
-  return compute(generations, kind, metric=metric, workers=workers, progress=progress)
-
-
-@arguments.checked()
 def compute(
   generations: Generations,
   kind: str,
   *,
   metric: metrics.MetricLike = "rouge_l",
-  workers: int | None = None,
-  progress: Progress | None = None,
+  progress: Callable[[int, int], None] | None = None,
 ) -> SequenceLosses:
-  """Losses of the kind 'textual', 'risk_signed' or 'risk_clipped'; see the functions above.
+  """Losses of cached generations (Definitions 1 and 2).
+
+      textual       1 - metric(early_i, [full_i])             in [0, 1]   (Eq. 10)
+      risk_signed   R(early_i, Z_i) - R(full_i, Z_i)          in [-1, 1]  (Eq. 2)
+      risk_clipped  max(0, R(early_i, Z_i) - R(full_i, Z_i))  in [0, 1]   (Eq. 11)
+
+  of prompt i at each threshold, with R = 1 - metric and references Z_i; 0, without a call of
+  the metric, where both texts are equal. The clipped mean is an upper bound of the signed one:
+  it does not reward prompts whose output improves.
 
   Args:
-    generations: complete cached generations.
+    generations: complete cached generations; for a risk, every prompt whose text differs from
+      the full model's has references (`unlabelled` names those that have none).
     kind: the kind.
     metric: registry name, import path, function or `Metric`.
-    workers: processes; None decides by the work there is.
-    progress: called with (pairs done, pairs in all).
+    progress: called with (prompts done, prompts in all).
 
   Returns:
     [num_examples, num_thresholds] losses.
@@ -243,8 +164,7 @@ def compute(
     ValueError: generations are incomplete, a prompt lacks references, or as `prefix_losses`.
   """
   grid = [*generations.thresholds, thresholds_lib.NEVER_EXIT]
-  columns = [*generations.records, generations.full]
-  pairs = zip(grid, columns, strict=True)
+  pairs = zip(grid, [*generations.records, generations.full], strict=True)
   count = len(generations.prompts)
   short = [thresholds_lib.format_threshold(at) for at, rows in pairs if len(rows) < count]
   if short:
@@ -254,8 +174,7 @@ def compute(
       " `prefix_losses`."
     )
   metric = metrics.get_metric(metric)
-  prefixes = prefix_losses(generations, kind, metric=metric, workers=workers, progress=progress)
-  values = np.stack(prefixes, axis=1)
+  values = np.stack(prefix_losses(generations, kind, metric=metric, progress=progress), axis=1)
   groups = order_lib.known_groups(generations.prompts)
   if groups is None and not all(prompt.input for prompt in generations.prompts):
     # Copies of a prompt have one text of the full model, too.
@@ -281,17 +200,11 @@ def prefix_losses(
   kind: str,
   *,
   metric: metrics.MetricLike = "rouge_l",
-  workers: int | None = None,
-  progress: Progress | None = None,
+  progress: Callable[[int, int], None] | None = None,
 ) -> tuple[np.ndarray, ...]:
   """Losses of a run that may have stopped early: per threshold a prefix of the recorded order.
 
-  Args:
-    generations: cached generations; a threshold may have records of the first prompts only.
-    kind: 'textual', 'risk_signed' or 'risk_clipped'.
-    metric: registry name, import path, function or `Metric`.
-    workers: processes; None decides by the work there is.
-    progress: called with (pairs done, pairs in all).
+  Arguments are those of `compute`; a threshold may have records of the first prompts only.
 
   Returns:
     [num_thresholds] arrays, each [records of that threshold].
@@ -306,75 +219,47 @@ def prefix_losses(
     raise ValueError(
       f"Expected `generations` to have full-model records for all prompts used, got {count}."
     )
-  if kind != "textual":
-    _check_references(generations)
+  if kind != "textual" and (bare := unlabelled(generations)):
+    raise ValueError(
+      "Expected `generations` to have references (`targets`) for every prompt whose text"
+      f" differs from the full model's to compute a risk, got {len(bare)} that have none,"
+      f" first {list(bare[:5])}; `--list_unlabelled` writes them all, and a textual loss needs"
+      " none."
+    )
   columns = [cache.texts(records) for records in (generations.full, *generations.records)]
-  options = {"workers": workers, "progress": _over_blocks(generations, progress)}
   pieces = []
   for first in range(0, max(1, count), PROMPTS):
     signals.check()
     full, *early = (list(itertools.islice(texts, PROMPTS)) for texts in columns)
-    prompts = None if kind == "textual" else generations.prompts[first : first + PROMPTS]
-    columns_here = _block_losses(full, early, prompts, metric, options)
-    pieces.append([np.maximum(column, KINDS[kind]) for column in columns_here])
+    prompts = generations.prompts[first : first + PROMPTS]
+    known = [(text,) for text in full] if kind == "textual" else [p.targets for p in prompts]
+    pieces.append([np.maximum(c, KINDS[kind]) for c in _losses(full, early, known, metric)])
+    if progress is not None:
+      progress(min(first + PROMPTS, count), count)
   return tuple(map(np.concatenate, zip(*pieces, strict=True)))
 
 
-def _over_blocks(generations: Generations, progress: Progress | None) -> Progress | None:
-  """Progress over all blocks; pairs of blocks to come are estimated."""
-  if progress is None:
-    return None
-  pairs, before = sum(map(len, generations.records)), 0
-  alone = len(generations.full) <= PROMPTS
-
-  def report(done: int, total: int) -> None:
-    nonlocal before
-    progress(before + done, total if alone else max(pairs, before + total))
-    before += total if done == total else 0
-
-  return report
-
-
-def _block_losses(
-  full: list[str],
-  early: list[list[str]],
-  prompts: Sequence[Prompt] | None,
-  metric: metrics.Metric,
-  options: Mapping[str, Any],
-) -> list[np.ndarray]:
-  """Losses per threshold; 0, without a call of the metric, where texts are equal.
-
-  With `prompts` they are risk differences against references, else 1 - metric.
-  """
-  differ = [_changed(texts, full) for texts in early]
-  rows = [] if prompts is None else sorted({row for changed in differ for row in changed})
-  known = lambda row: (full[row],) if prompts is None else prompts[row].targets
-  pairs = [(full[row], known(row)) for row in rows]
-  for texts, changed in zip(early, differ, strict=True):
-    pairs += [(texts[row], known(row)) for row in changed]
-  similarity = metrics.compute(metric, pairs, **options)
-  of_full = dict(zip(rows, similarity, strict=False))
-  columns, start = [], len(rows)
-  for texts, changed in zip(early, differ, strict=True):
-    column = np.zeros(len(texts))
-    ours = similarity[start : start + len(changed)]
-    column[changed] = np.array([of_full.get(row, 1.0) for row in changed]) - ours
-    columns.append(column)
-    start += len(changed)
+def _losses(full: list[str], early: list[list[str]], known, metric) -> list[np.ndarray]:
+  """metric(full, known) - metric(early, known) per threshold, 0 where texts are equal."""
+  differ = [
+    [row for row, (ours, theirs) in enumerate(zip(texts, full, strict=False)) if ours != theirs]
+    for texts in early
+  ]
+  of_full = sorted({row for rows in differ for row in rows})
+  pairs = [(full[row], known[row]) for row in of_full]
+  for texts, rows in zip(early, differ, strict=True):
+    pairs += [(texts[row], known[row]) for row in rows]
+  similarity = iter(metrics.compute(metric, pairs).tolist())
+  theirs = dict(zip(of_full, similarity, strict=False))
+  columns = [np.zeros(len(texts)) for texts in early]
+  for column, rows in zip(columns, differ, strict=True):
+    for row in rows:
+      column[row] = theirs[row] - next(similarity)
   return columns
 
 
-def _changed(early: Sequence[str], full: Sequence[str]) -> list[int]:
-  """Rows whose text differs from the full model's."""
-  pairs = enumerate(zip(early, full, strict=False))
-  return [row for row, (ours, theirs) in pairs if ours != theirs]
-
-
 def unlabelled(generations: Generations) -> tuple[str, ...]:
-  """Ids of prompts that need references for a risk and have none.
-
-  Where the early text equals the full one, the risk difference is 0 whatever the references.
-  """
+  """Ids of prompts without references whose text differs from the full model's somewhere."""
   rows: set[int] = set()
   for records in generations.records:
     texts = zip(cache.texts(records), cache.texts(generations.full), strict=False)
@@ -385,26 +270,11 @@ def unlabelled(generations: Generations) -> tuple[str, ...]:
 
 @arguments.checked()
 def kind_support(kind: str, metric: metrics.MetricLike) -> Support:
-  """The declared range of losses of a kind and metric.
-
-  Raises:
-    ValueError: `kind` or `metric` is unknown.
-  """
+  """The declared range of losses of a kind and metric; ValueError where either is unknown."""
   if kind not in KINDS:
     raise ValueError(f"Expected `kind` to be one of {sorted(KINDS)}, got {kind!r}.")
   floor = KINDS[kind]
   return Support(lower=floor, binary=metrics.get_metric(metric).binary and floor == 0.0)
-
-
-def _check_references(generations: Generations) -> None:
-  bare = unlabelled(generations)
-  if bare:
-    raise ValueError(
-      "Expected `generations` to have references (`targets`) for every prompt whose text"
-      f" differs from the full model's to compute a risk, got {len(bare)} that have none,"
-      f" first {list(bare[:5])}; `--list_unlabelled` writes them all, and `textual_losses`"
-      " needs none."
-    )
 
 
 @arguments.checked()
@@ -476,19 +346,10 @@ def is_frame(value: Any) -> bool:
 
 
 def from_frame(frame: Any, support: Support | None = None) -> SequenceLosses:
-  """The losses of a DataFrame: one row a prompt, one column a threshold.
+  """The losses of a DataFrame: one row a prompt, one column a threshold, in any order.
 
-  Args:
-    frame: columns named by thresholds (numbers or their text, in any order), and `id` and
-      `group` where there are such.
-    support: declared range; [0, 1] by default.
-
-  Returns:
-    `SequenceLosses` on the descending grid.
-
-  Raises:
-    ValueError: another column has no number for a name, or holds no numbers, or two columns
-      are of one threshold.
+  Columns are named by thresholds (numbers or their text), and `id` and `group` where there are
+  such; ValueError where another column has no number for a name, or two have the same.
   """
   named: dict[float, Any] = {}
   for name in frame.columns:

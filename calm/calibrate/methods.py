@@ -16,40 +16,28 @@ _CELLS = 2**20
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-  """Losses as a method sees them.
+  """Losses as a method sees them."""
 
-  Attributes:
-    values: [num_examples, num_thresholds], in the tested order if `order` is None.
-    support: declared range.
-    tolerance: risk tolerance; a number, or one a pair for `Method.certifies`.
-    error_rate: error probability.
-    order: [num_examples] rows in the tested order, for `Method.evidence`.
-  """
-
-  values: np.ndarray
-  support: Support
-  tolerance: npt.ArrayLike
-  error_rate: float
+  values: np.ndarray  # [num_examples, num_thresholds], in the tested order if `order` is None
+  support: Support  # declared range
+  tolerance: npt.ArrayLike  # risk tolerance; a number, or one a pair for `Method.certifies`
+  error_rate: float  # error probability
+  # [num_examples] rows in the tested order, for `Method.evidence`.
   order: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """A way to p-values: a p-value of the sum of losses, or a strategy of bets.
+  """A way to p-values: a p-value of the sum of losses, or a strategy of bets."""
 
-  Attributes:
-    name: registry name.
-    p_value: (sum, number, tolerance) -> p, where that is all it depends on.
-    strategy: rule for bets, whose p-values depend on the order of prompts.
-    clips: whether negative losses are set to 0 first (Eq. 11).
-    any_level: whether p-values mean anything at levels other than `error_rate`; if not, only
-      fixed sequence testing, which tests every hypothesis at that level, can use them.
-  """
-
-  name: str
+  name: str  # registry name
+  # (sum, number, tolerance) -> p, where that is all it depends on.
   p_value: p_values.SumPValue | None = None
+  # Rule for bets, whose p-values depend on the order of prompts.
   strategy: betting.Strategy = betting.PLUG_IN
-  clips: bool = False
+  clips: bool = False  # whether negative losses are set to 0 first (Eq. 11)
+  # Whether p-values mean anything at levels other than `error_rate`; if not, only fixed
+  # sequence testing, which tests every hypothesis at that level, can use them.
   any_level: bool = True
 
   @property
@@ -96,15 +84,10 @@ class Method:
     return betting.certifies(values, columns, design, self.strategy)
 
   def evidence(self, sample: Sample, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """p-values and upper bounds that agree, a few columns at a time.
+    """(log p, upper bounds) [num_thresholds], a few columns at a time.
 
-    Args:
-      sample: losses at one tolerance.
-      usable: [num_thresholds] bool, columns whose losses can be tested.
-
-    Returns:
-      (log p, upper bounds), [num_thresholds] each; the bound is at most the tolerance exactly
-      where p <= error_rate. Columns that are not usable have p = 1 and no bound (NaN).
+    The bound is at most the tolerance exactly where p <= error_rate. Columns that are not
+    `usable` have p = 1 and no bound (NaN).
     """
     log_p, bound = np.zeros(len(usable)), np.full(len(usable), np.nan)
     (columns,) = np.nonzero(usable)
@@ -155,16 +138,10 @@ SUM_P_VALUES: Mapping[str, p_values.SumPValue | None] = {
 
 
 def get_method(name: str, support: Support, *, any_level: bool = False) -> Method:
-  """The method of a name, checked against the declared support.
+  """The method of a name; ValueError where it is unknown or does not fit the declared support.
 
-  Args:
-    name: one of `NAMES`; 'auto' chooses by `support` and `any_level`, never by values.
-    support: declared range of the losses.
-    any_level: whether 'auto' needs p-values that mean something at every level (Holm,
-      fallback), not at `error_rate` alone (fixed sequence testing).
-
-  Raises:
-    ValueError: the name is unknown, or the method does not fit such losses.
+  'auto' chooses by `support`, never by values, and by whether p-values must mean something at
+  every level (Holm, fallback), not at `error_rate` alone (fixed sequence testing).
   """
   if name in SUM_P_VALUES and name not in METHODS:
     raise ValueError(

@@ -5,50 +5,37 @@ whether it takes only two values; the tests look at the declaration, never at th
 """
 
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib
 import importlib.util
-import json
 import os
 import re
 import string
-import subprocess
 import sys
-import tempfile
-import time
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from calm import arguments, signals
+from calm import arguments
 from calm.calibrate import checks
 
 MetricFn = Callable[[str, Sequence[str]], float]
 Pair = tuple[str, tuple[str, ...]]
-# Called with (pairs done, pairs in all).
-Progress = Callable[[int, int], None]
 
 
 @arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """A similarity in [0, 1]; larger is better.
+  """A similarity in [0, 1]; larger is better."""
 
-  Attributes:
-    name: name in the registry, or import path 'package.module:function'.
-    function: (prediction, references) -> similarity; the best over references.
-    binary: whether it takes only the values 0 and 1.
-  """
-
-  name: str
-  function: MetricFn
-  binary: bool = False
+  name: str  # name in the registry, or import path 'package.module:function'
+  function: MetricFn  # (prediction, references) -> similarity; the best over references
+  binary: bool = False  # whether it takes only the values 0 and 1
 
   def __post_init__(self):
     checks.check_lines([self.name], "metric")
@@ -273,13 +260,6 @@ def _known(path: str) -> str:
   return f"calm_metric_{hashlib.sha256(path.encode()).hexdigest()[:16]}"
 
 
-def imported(name: str) -> Any:
-  """The module that `_module` gave for a name, or None: nothing is imported."""
-  path = name if name.endswith(".py") else name.replace(".", os.sep) + ".py"
-  installed = None if name.endswith(".py") else sys.modules.get(name)
-  return installed or sys.modules.get(_known(os.path.abspath(path)))
-
-
 def _of_function(function: MetricFn) -> Metric:
   """A metric of a function, named by its import path where that leads to it."""
   name = getattr(function, "__qualname__", type(function).__name__)
@@ -353,14 +333,8 @@ def metric_name(metric: MetricLike) -> str:
 def stored_metric(name: str, option: str | None) -> Metric:
   """The metric that a file names: a built-in one, or the one that the user has named too.
 
-  Whoever writes a file would choose what runs, so that a name in a file is never imported.
-
-  Args:
-    name: as the file has it.
-    option: as the user has it (`--metric`), imported as by `get_metric`; None: no option.
-
-  Raises:
-    ValueError: the name is not built in and no option, or the option names another one.
+  Whoever writes a file would choose what runs, so that a name in a file is never imported:
+  `option` is the user's `--metric`, or None. ValueError where the two differ.
   """
   chosen = METRICS.get(name) if option is None else get_metric(option)
   if chosen is None or name not in (option, chosen.name):
@@ -375,17 +349,9 @@ def stored_metric(name: str, option: str | None) -> Metric:
 def corpus_scores(
   predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-  """Corpus BLEU and chrF (sacrebleu, 0 to 100), to be reported beside a calibrated loss.
+  """{'bleu', 'chrf'}: of the corpus (sacrebleu, 0 to 100), reported beside a calibrated loss.
 
-  Args:
-    predictions: [num_examples] texts.
-    references: [num_examples] accepted references of each.
-
-  Returns:
-    {'bleu': ..., 'chrf': ...}.
-
-  Raises:
-    ValueError: a prompt has no reference, or the lengths differ.
+  Texts are [num_examples], `references` those accepted of each; ValueError where one has none.
   """
   import sacrebleu
 
@@ -403,177 +369,7 @@ def corpus_scores(
   }
 
 
-# Below this many seconds of work, starting processes costs more than it gives.
-_WORTH_SECONDS = 4.0
-_PROBE_PAIRS = 200
-
-
-def compute(
-  metric: Metric,
-  pairs: Sequence[Pair],
-  *,
-  workers: int | None = None,
-  progress: Progress | None = None,
-) -> np.ndarray:
-  """Similarity of every pair: equal pairs once, on all cores when it pays.
-
-  Args:
-    metric: a metric.
-    pairs: [num_pairs] (prediction, references).
-    workers: processes; 1 stays in this one; None starts one a core when the pairs after the
-      first ones would take more than a few seconds here.
-    progress: called with (different pairs done, different pairs in all).
-
-  Returns:
-    [num_pairs] float64 in [0, 1].
-
-  Raises:
-    ValueError: the metric refuses a pair.
-  """
-  unique = list(dict.fromkeys(pairs))
-  report = lambda: progress and progress(len(values), len(unique))
-  values: list[float] = []
-  started = time.perf_counter()
-  wanted = workers or (os.cpu_count() or 1)
-  while len(values) < len(unique):
-    signals.check()
-    chunk = unique[len(values) : len(values) + _PROBE_PAIRS]
-    values += [metric(*pair) for pair in chunk]
-    report()
-    left = len(unique) - len(values)
-    worth = left * (time.perf_counter() - started) / len(values) > _WORTH_SECONDS
-    if left and wanted > 1 and (workers or worth) and _reachable(metric):
-      for more in _in_processes(metric, unique[len(values) :], wanted):
-        values += more
-        report()
-  by_pair = dict(zip(unique, values, strict=True))
-  return np.array([by_pair[pair] for pair in pairs], dtype=np.float64)
-
-
-def _reachable(metric: Metric) -> bool:
-  """Whether a child process finds this metric by its name, and nothing else is run there."""
-  if metric.name in METRICS:
-    return METRICS[metric.name] == metric
-  module, _, attribute = metric.name.partition(":")
-  function = getattr(imported(module), attribute or "", None)
-  return function in (metric, metric.function) and module != "__main__"
-
-
-def _in_processes(metric: Metric, pairs: Sequence[Pair], workers: int) -> Iterator[list[float]]:
-  """Values of consecutive pairs, in order, from child processes."""
-  size = max(1, min(1000, -(-len(pairs) // workers)))
-  chunks = [pairs[start : start + size] for start in range(0, len(pairs), size)]
-  with contextlib.ExitStack() as stack:
-    children = [stack.enter_context(_Child(metric)) for _ in range(min(workers, len(chunks)))]
-    # A thread a child, which only waits for it, so that threads are no bottleneck.
-    threads = [stack.enter_context(concurrent.futures.ThreadPoolExecutor(1)) for _ in children]
-    futures = [
-      threads[number % len(children)].submit(children[number % len(children)].ask, chunk)
-      for number, chunk in enumerate(chunks)
-    ]
-    try:
-      for future in futures:
-        signals.check()
-        yield future.result()
-    finally:
-      for future in futures:
-        future.cancel()
-
-
-# Loads this package, and the user's own metric, from where the parent has them. What the metric
-# prints, when it is imported too, must not pass for an answer.
-_CHILD = f"""
-import importlib.util, json, os, sys, types
-answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)
-sys.stdout = sys.stderr
-for name, origin, folders in json.loads(sys.argv[2]):
-  if origin is None:
-    module = types.ModuleType(name)
-    module.__path__ = folders
-  else:
-    spec = importlib.util.spec_from_file_location(
-      name, origin, submodule_search_locations=folders
-    )
-    module = importlib.util.module_from_spec(spec)
-  sys.modules[name] = module
-  if origin is not None:
-    spec.loader.exec_module(module)
-from {__name__} import serve
-serve(answers)
-"""
-
-
-def _place(name: str) -> tuple[str, str | None, list[str] | None]:
-  """(name, file, folders) of the package or module that a metric's import path begins with."""
-  top = name.partition(":")[0].partition(".")[0]
-  module = sys.modules[top]
-  folders = getattr(module, "__path__", None)
-  origin = getattr(module, "__file__", None)
-  return top, origin, None if folders is None else [os.path.abspath(f) for f in folders]
-
-
-class _Child:
-  """A child process that answers a line of pairs with a line of values.
-
-  It speaks JSON lines: nothing is pickled and the caller's own `__main__` is not run again, so
-  that a script needs no guard and a notebook works.
-  """
-
-  def __init__(self, metric: Metric):
-    self._name = metric.name
-    # The folder that one happens to be in is no place to import from: a scipy.py lies there.
-    here = os.path.realpath(os.getcwd())
-    path = os.pathsep.join(e for e in sys.path if e and os.path.realpath(e) != here)
-    named = ":" in metric.name and ".py:" not in metric.name
-    known = [_place("calm"), *([_place(metric.name)] if named else [])]
-    self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
-    self._process = subprocess.Popen(
-      [sys.executable, "-P", "-c", _CHILD, metric.name, json.dumps(known)],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      stderr=self._errors,
-      env={**os.environ, "PYTHONPATH": path},
-    )
-
-  def __enter__(self) -> "_Child":
-    return self
-
-  def __exit__(self, *unused) -> None:
-    for stream in (self._process.stdin, self._process.stdout):
-      with contextlib.suppress(OSError):
-        stream.close()  # type: ignore[union-attr]
-    self._process.wait()
-    self._errors.close()
-
-  def ask(self, pairs: Sequence[Pair]) -> list[float]:
-    """The metric of each pair; ValueError where the child gives none."""
-    answer, values = b"", None
-    with contextlib.suppress(OSError):
-      self._process.stdin.write(json.dumps(pairs).encode() + b"\n")  # type: ignore[union-attr]
-      self._process.stdin.flush()  # type: ignore[union-attr]
-      answer = self._process.stdout.readline()  # type: ignore[union-attr]
-    with contextlib.suppress(ValueError):
-      values = json.loads(answer)
-    whole = isinstance(values, list) and len(values) == len(pairs)
-    if isinstance(values, list) and whole and all(type(v) in (int, float) for v in values):
-      return values
-    got = repr(answer.decode("utf-8", "replace").strip()[:80])
-    if not answer:
-      self._process.wait()
-      self._errors.seek(0)
-      last = self._errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]
-      got = f"a child process that failed: {' '.join(last).rstrip('.')}"
-    raise ValueError(
-      f"Expected `metric` {self._name!r} to answer {len(pairs)} numbers, got {got}; correct"
-      " the function."
-    )
-
-
-def serve(answers: TextIO) -> None:
-  """The child's side: answers lines of pairs with lines of values until its input ends."""
-  metric = get_metric(sys.argv[1])
-  for line in sys.stdin.buffer:
-    values = [metric(text, tuple(references)) for text, references in json.loads(line)]
-    answers.write(json.dumps(values) + "\n")
-    answers.flush()
+def compute(metric: Metric, pairs: Sequence[Pair]) -> np.ndarray:
+  """[num_pairs] similarity in [0, 1] of (prediction, references), equal pairs once."""
+  found = {pair: metric(*pair) for pair in dict.fromkeys(pairs)}
+  return np.array([found[pair] for pair in pairs], np.float64)

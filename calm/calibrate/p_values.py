@@ -61,15 +61,7 @@ def _log_choose(num_examples: int) -> np.ndarray:
 
 
 def log_binomial_cdf_table(num_examples: int, probability: float) -> np.ndarray:
-  """log P(Binomial(num_examples, probability) <= j) for j = 0 ... num_examples, in O(n).
-
-  Args:
-    num_examples: n, at least 1.
-    probability: in (0, 1).
-
-  Returns:
-    [num_examples + 1], non-decreasing, at most 0.
-  """
+  """[num_examples + 1] log P(Binomial(num_examples, probability) <= j), j = 0 ..., in O(n)."""
   successes = np.arange(num_examples + 1, dtype=np.float64)
   log_mass = (
     _log_choose(num_examples)
@@ -102,11 +94,7 @@ def _log_binomial_cdf(counts: np.ndarray, sizes: np.ndarray, probabilities: np.n
 
 
 def hoeffding(
-  sums: npt.ArrayLike,
-  num_examples: npt.ArrayLike,
-  tolerance: npt.ArrayLike,
-  *,
-  log: bool = False,
+  sums: npt.ArrayLike, num_examples: npt.ArrayLike, tolerance: npt.ArrayLike, log: bool = False
 ) -> np.ndarray:
   """Hoeffding's p-value, Eq. 9 of the paper.
 
@@ -132,11 +120,7 @@ def hoeffding(
 
 
 def hoeffding_bentkus(
-  sums: npt.ArrayLike,
-  num_examples: npt.ArrayLike,
-  tolerance: npt.ArrayLike,
-  *,
-  log: bool = False,
+  sums: npt.ArrayLike, num_examples: npt.ArrayLike, tolerance: npt.ArrayLike, log: bool = False
 ) -> np.ndarray:
   """The Hoeffding-Bentkus p-value, the paper's (section 4.2, footnote; Bates et al. 2021).
 
@@ -156,11 +140,7 @@ def hoeffding_bentkus(
 
 
 def binomial(
-  sums: npt.ArrayLike,
-  num_examples: npt.ArrayLike,
-  tolerance: npt.ArrayLike,
-  *,
-  log: bool = False,
+  sums: npt.ArrayLike, num_examples: npt.ArrayLike, tolerance: npt.ArrayLike, log: bool = False
 ) -> np.ndarray:
   """The exact p-value for losses that are all 0 or 1.
 
@@ -183,11 +163,7 @@ def binomial(
 
 
 def convex_order(
-  sums: npt.ArrayLike,
-  num_examples: npt.ArrayLike,
-  tolerance: npt.ArrayLike,
-  *,
-  log: bool = False,
+  sums: npt.ArrayLike, num_examples: npt.ArrayLike, tolerance: npt.ArrayLike, log: bool = False
 ) -> np.ndarray:
   """Bentkus's bound before it is relaxed to the factor e; never above `hoeffding_bentkus`.
 
@@ -235,9 +211,6 @@ def invert(
 
   Returns:
     [num_thresholds] in (0, 1], rounded up by at most 1e-9.
-
-  Raises:
-    ValueError: an argument leaves its range.
   """
   if not 0.0 < error_rate < 1.0:
     raise ValueError(f"Expected `error_rate` to be in (0, 1), got {error_rate!r}.")

@@ -1,20 +1,9 @@
 """Risk functionals: what can be promised of a threshold; each is a transform of the losses.
 
-Mean           the mean loss is at most delta (the paper's)
-Quantile       95 % of texts lose at most delta each
-EveryGroup     every language, length or task keeps delta; `certify.each_group` serves by group
-EarlyExits     the texts that left early keep delta
-TailMean       the mean over the worst 10 % of texts
-KnownMixture   the mean over another mixture of tasks, whose shares are known
-SeveralRisks   several losses, each with its delta: `calibrate(risks=[Risk(...), ...])`
-Cost           the mean loss, and at least x1.5 fewer layers
-Configurations several risks, of the cheapest of many configurations
-
 A promise turns a table of losses into `Part`s, each a table with a tolerance of its own, and
 certifies a threshold where every part is certified (p = the largest p over parts).
 """
 
-import abc
 import dataclasses
 import itertools
 import math
@@ -31,43 +20,30 @@ from calm.calibrate.losses import SequenceLosses, Support
 
 @dataclasses.dataclass(frozen=True)
 class Test:
-  """One test of a promise, as known before there is any loss.
-
-  Attributes:
-    name: of the part, '' where there is one test only.
-    tolerance: bound on the expectation of what is tested.
-    support: declared range of what is tested.
-    share: of the error rate.
-  """
+  """One test of a promise, as known before there is any loss."""
 
   __test__: ClassVar[bool] = False  # no test of pytest's
 
-  name: str
-  tolerance: float
-  support: Support
-  share: float = 1.0
+  name: str  # of the part, '' where there is one test only
+  tolerance: float  # bound on the expectation of what is tested
+  support: Support  # declared range of what is tested
+  share: float = 1.0  # of the error rate
+  # Whether thresholds are tested from the lowest up (what falls as texts leave earlier), not
+  # from the highest down.
+  ascending: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-  """One test of a promise on losses.
-
-  Attributes:
-    test: its name, tolerance, support and share.
-    losses: what is tested, [num_examples, num_thresholds].
-    rows: [num_examples, num_thresholds] rows that count at each threshold, or None for all.
-    ascending: whether thresholds are tested from the lowest up (what falls as texts leave
-      earlier), not from the highest down.
-  """
+  """A test on losses [num_examples, num_thresholds], or on the `rows` that count at each."""
 
   test: Test
   losses: SequenceLosses
   rows: np.ndarray | None = None
-  ascending: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Promise(abc.ABC):
+class Promise:
   """Base of all promises: a frozen dataclass of plain numbers.
 
   Fields with rows of the calibration prompts are not compared and not stored: a promise that
@@ -75,22 +51,20 @@ class Promise(abc.ABC):
   """
 
   name: ClassVar[str]
+  # Fields that files leave out where they are empty.
+  optional: ClassVar[tuple[str, ...]] = ()
   # The sentence of `limits`.
   nothing: ClassVar[str] = (
     "This is a mean over {unit} drawn like those: it says nothing of any single prompt, nor of"
     " prompts of another kind."
   )
 
-  @abc.abstractmethod
   def tests(self, tolerance: float, support: Support) -> tuple[Test, ...]:
     """What will be tested of losses in `support`, in the order of `parts`."""
+    return (Test("", tolerance, support),)
 
   def parts(self, losses: SequenceLosses, tolerance: float) -> tuple[Part, ...]:
-    """The tests on these losses.
-
-    Raises:
-      ValueError: the promise lacks its data, or they do not fit the losses.
-    """
+    """The tests on these losses; ValueError where the promise lacks fitting data."""
     return tuple(Part(test, losses) for test in self.tests(tolerance, losses.support))
 
   def place(self, rejected: Any) -> int | None:
@@ -109,29 +83,36 @@ class Promise(abc.ABC):
         "Expected `rows` with strictly descending thresholds, got another order."
       )
 
-  @abc.abstractmethod
   def statement(self, calibration: Any, loss: str) -> str:
     """The end of "decoding with threshold x has ..."; `loss` is the loss in words."""
+    return f"an expected {loss} of at most {calibration.tolerance:.10g}"
 
   def limits(self, unit: str) -> str:
     """What is not promised of such prompts (or clusters)."""
     return self.nothing.format(**{**vars(self), "unit": unit})
 
+  @classmethod
+  def stored(cls) -> list[str]:
+    """Names of the fields that files have."""
+    return [field.name for field in dataclasses.fields(cls) if field.compare]
+
   def to_json(self) -> dict[str, Any]:
     """Name and numbers."""
-    fields = [field for field in dataclasses.fields(self) if field.compare]
-    kept = {field.name: getattr(self, field.name) for field in fields}
-    optional = {field.name for field in fields if field.metadata.get("optional")}
+    values = {key: getattr(self, key) for key in self.stored()}
     return {"name": self.name} | {
       key: list(value) if isinstance(value, tuple) else value
-      for key, value in kept.items()
-      if value or key not in optional
+      for key, value in values.items()
+      if value or key not in self.optional
     }
 
+  def _set(self, **values: Any) -> None:
+    for name, value in values.items():
+      object.__setattr__(self, name, value)
 
-def _transformed(test: Test, losses: SequenceLosses, values: np.ndarray, **fields) -> Part:
+
+def _transformed(test: Test, losses: SequenceLosses, values: np.ndarray) -> Part:
   """A part that tests other values in another range."""
-  return Part(test, dataclasses.replace(losses, values=values, support=test.support), **fields)
+  return Part(test, dataclasses.replace(losses, values=values, support=test.support))
 
 
 def rows_of(values: Any, losses: SequenceLosses, name: str, *, table: bool) -> np.ndarray:
@@ -157,29 +138,11 @@ def in_range(name: str, value: Any, low: float, high: float) -> float:
   return float(value)
 
 
-@arguments.checked()
-def _names_of(labels: Sequence[Any]) -> tuple[str, ...]:
-  """Different labels, sorted."""
-  odd = [label for label in labels if not isinstance(label, str) or not label]
-  if odd:
-    raise ValueError(
-      f"Expected `labels` to be texts, got {odd[0]!r}; give such prompts a label of their own"
-      " ('other'): without them the promise would be of other prompts."
-    )
-  return tuple(sorted({str(label) for label in labels}))
-
-
 @dataclasses.dataclass(frozen=True)
 class Mean(Promise):
   """E[loss] <= tolerance, over all prompts (paper, Definitions 1 and 2)."""
 
   name: ClassVar[str] = "mean"
-
-  def tests(self, tolerance, support):
-    return (Test("", tolerance, support),)
-
-  def statement(self, calibration, loss):
-    return f"an expected {loss} of at most {calibration.tolerance:.10g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,12 +153,9 @@ class Quantile(Promise):
 
   Z is binary, so the test is the exact binomial one. The fewest prompts that can certify it are
   log(error_rate) / log(share): 29, 59 and 299 for 0.9, 0.95 and 0.99 at 0.05.
-
-  Attributes:
-    share: of texts, in (0, 1).
   """
 
-  share: float = 0.95
+  share: float = 0.95  # of texts, in (0, 1)
   name: ClassVar[str] = "quantile"
   nothing: ClassVar[str] = (
     "This is a share over {unit} drawn like those: it says nothing of how much the others lose,"
@@ -203,7 +163,7 @@ class Quantile(Promise):
   )
 
   def __post_init__(self):
-    object.__setattr__(self, "share", in_range("share", self.share, 0.0, 1.0))
+    self._set(share=in_range("share", self.share, 0.0, 1.0))
 
   def tests(self, tolerance, support):
     # 1 - 0.9 is 0.09999999999999998, which would ask for one prompt more.
@@ -218,10 +178,8 @@ class Quantile(Promise):
     return (_transformed(test, losses, np.where(outside, np.nan, above)),)
 
   def statement(self, calibration, loss):
-    share = 100.0 * self.share
-    return (
-      f"a {loss} of at most {calibration.tolerance:.10g} for at least {share:.10g} % of texts"
-    )
+    bound, share = calibration.tolerance, 100.0 * self.share
+    return f"a {loss} of at most {bound:.10g} for at least {share:.10g} % of texts"
 
 
 @arguments.checked()
@@ -233,13 +191,10 @@ class EveryGroup(Promise):
 
   There is no charge for the number of groups, but each needs prompts enough of its own. Groups
   are those that the calibration prompts have; of any other nothing is said.
-
-  Attributes:
-    groups: names, sorted; made of `labels`.
-    labels: [num_examples] group of each prompt.
   """
 
-  groups: tuple[str, ...] = ()
+  groups: tuple[str, ...] = ()  # names, sorted; made of `labels`
+  # [num_examples] group of each prompt.
   labels: Sequence[Any] | None = dataclasses.field(default=None, repr=False, compare=False)
   name: ClassVar[str] = "every_group"
   nothing: ClassVar[str] = (
@@ -248,8 +203,14 @@ class EveryGroup(Promise):
   )
 
   def __post_init__(self):
+    odd = [label for label in self.labels or () if not isinstance(label, str) or not label]
+    if odd:
+      raise ValueError(
+        f"Expected `labels` to be texts, got {odd[0]!r}; give such prompts a label of their own"
+        " ('other'): without them the promise would be of other prompts."
+      )
     if self.labels is not None:
-      object.__setattr__(self, "groups", _names_of(self.labels))
+      self._set(groups=tuple(sorted({str(label) for label in self.labels})))
     if not self.groups:
       raise ValueError("Expected `labels` to name at least one group, got none.")
     checks.check_lines(self.groups, "labels")
@@ -268,10 +229,7 @@ class EveryGroup(Promise):
   def statement(self, calibration, loss):
     groups = ", ".join(repr(group) for group in self.groups[:12])
     rest = f" and {len(self.groups) - 12} more" if len(self.groups) > 12 else ""
-    return (
-      f"an expected {loss} of at most {calibration.tolerance:.10g} in each of the groups"
-      f" {groups}{rest}"
-    )
+    return f"{super().statement(calibration, loss)} in each of the groups {groups}{rest}"
 
 
 @arguments.checked()
@@ -285,14 +243,12 @@ class EarlyExits(Promise):
   and lose nothing. Given that their depth is at most t, prompts are independent draws from that
   event, so the test on them is valid (Ringel et al., arXiv 2402.00857; with one grid fixed
   beforehand no second stage is needed). Where no prompt is so early, nothing is certified.
-
-  Attributes:
-    limits_of_depth: grid of t, in the unit of `depths`, fixed before any depth was seen.
-    depths: [num_examples, num_thresholds] depth of each text, such as layers a token; finite
-      and at least 0.
   """
 
+  # Grid of t, in the unit of `depths`, fixed before any depth was seen.
   limits_of_depth: tuple[float, ...] = ()
+  # [num_examples, num_thresholds] depth of each text, such as layers a token; finite and at
+  # least 0.
   depths: Any = dataclasses.field(default=None, repr=False, compare=False)
   name: ClassVar[str] = "early_exits"
   nothing: ClassVar[str] = (
@@ -308,7 +264,7 @@ class EarlyExits(Promise):
         "Expected `limits_of_depth` to be finite, above 0 and to rise strictly, got"
         f" {self.limits_of_depth!r}."
       )
-    object.__setattr__(self, "limits_of_depth", limits)
+    self._set(limits_of_depth=limits)
 
   def tests(self, tolerance, support):
     return tuple(
@@ -325,10 +281,8 @@ class EarlyExits(Promise):
 
   def statement(self, calibration, loss):
     limits = ", ".join(f"{limit:g}" for limit in self.limits_of_depth)
-    return (
-      f"an expected {loss} of at most {calibration.tolerance:.10g} among texts of mean depth at"
-      f" most t, for each t of {limits}"
-    )
+    among = f"among texts of mean depth at most t, for each t of {limits}"
+    return f"{super().statement(calibration, loss)} {among}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,14 +294,10 @@ class TailMean(Promise):
   CVaR is at most E[Z] for every start (Rockafellar and Uryasev 2000), so any start that was
   fixed before these losses were seen is valid; the best is the beta-quantile of losses, to be
   taken from validation prompts. It must be below the tolerance.
-
-  Attributes:
-    beta: share of texts that are not counted, in (0, 1).
-    start: where the tail begins, in the unit of the loss.
   """
 
-  beta: float = 0.9
-  start: float = 0.0
+  beta: float = 0.9  # share of texts that are not counted, in (0, 1)
+  start: float = 0.0  # where the tail begins, in the unit of the loss
   name: ClassVar[str] = "tail_mean"
   nothing: ClassVar[str] = (
     "This is a mean over the worst texts among {unit} drawn like those: it says nothing of any"
@@ -356,8 +306,8 @@ class TailMean(Promise):
   )
 
   def __post_init__(self):
-    object.__setattr__(self, "beta", in_range("beta", self.beta, 0.0, 1.0))
-    object.__setattr__(self, "start", in_range("start", self.start, -2.0, 1.0))
+    self._set(beta=in_range("beta", self.beta, 0.0, 1.0))
+    self._set(start=in_range("start", self.start, -2.0, 1.0))
 
   def tests(self, tolerance, support):
     if not max(self.start, support.lower) < tolerance:
@@ -376,11 +326,8 @@ class TailMean(Promise):
     return self.start + np.maximum(0.0, values - self.start) / (1.0 - self.beta)
 
   def statement(self, calibration, loss):
-    worst = 100.0 * (1.0 - self.beta)
-    return (
-      f"a mean {loss} over the worst {worst:.10g} % of texts of at most"
-      f" {calibration.tolerance:.10g}"
-    )
+    worst, bound = 100.0 * (1.0 - self.beta), calibration.tolerance
+    return f"a mean {loss} over the worst {worst:.10g} % of texts of at most {bound:.10g}"
 
 
 @arguments.checked()
@@ -393,13 +340,10 @@ class KnownMixture(Promise):
   since E_P[w] = 1. A bet of nu on Z is the factor 1 + nu w (tolerance - loss). Weights must be
   known, not estimated: shares of tasks at serving over shares in the calibration population.
   (Almeida et al., PMLR 266, 2025.)
-
-  Attributes:
-    most: declared upper bound of weights, at least 1.
-    weights: [num_examples] w of each prompt.
   """
 
-  most: float = 1.0
+  most: float = 1.0  # declared upper bound of weights, at least 1
+  # [num_examples] w of each prompt.
   weights: Any = dataclasses.field(default=None, repr=False, compare=False)
   name: ClassVar[str] = "known_mixture"
   nothing: ClassVar[str] = (
@@ -412,10 +356,9 @@ class KnownMixture(Promise):
       raise ValueError(
         f"Expected `most` of at least 1 (weights have mean 1), got {self.most!r}."
       )
-    object.__setattr__(self, "most", float(self.most))
+    self._set(most=float(self.most))
     if self.weights is not None:
-      weights = checks.as_numbers(self.weights, "weights")
-      object.__setattr__(self, "weights", weights)
+      self._set(weights=(weights := checks.as_numbers(self.weights, "weights")))
       if not np.all((weights >= 0.0) & (weights <= self.most)):
         raise ValueError(
           f"Expected `weights` in [0, `most`] = [0, {self.most}], got"
@@ -433,26 +376,18 @@ class KnownMixture(Promise):
     return (_transformed(test, losses, tolerance + weights * (losses.values - tolerance)),)
 
   def statement(self, calibration, loss):
-    return (
-      f"an expected {loss} of at most {calibration.tolerance:.10g} over the mixture that the"
-      f" caller's weights (at most {self.most:.10g}) describe"
-    )
+    weights = f"the caller's weights (at most {self.most:.10g})"
+    return f"{super().statement(calibration, loss)} over the mixture that {weights} describe"
 
 
 @arguments.checked()
 @dataclasses.dataclass(frozen=True, eq=False)
 class Risk:
-  """One of several risks.
+  """One of several risks."""
 
-  Attributes:
-    losses: of the same prompts on the same grid as the others.
-    tolerance: bound on their expectation.
-    name: in words; '' takes the losses' kind and metric.
-  """
-
-  losses: SequenceLosses
-  tolerance: float
-  name: str = ""
+  losses: SequenceLosses  # of the same prompts on the same grid as the others
+  tolerance: float  # bound on their expectation
+  name: str = ""  # in words; '' takes the losses' kind and metric
 
   @property
   def called(self) -> str:
@@ -460,20 +395,17 @@ class Risk:
     return self.name or f"{self.losses.kind} loss ({self.losses.metric})"
 
 
+@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class SeveralRisks(Promise):
   """E[loss of risk r] <= tolerance of r, for every r.
 
-      p = max over risks
-
-  Attributes:
-    names: of the risks.
-    tolerances: of the risks.
-    risks: the tables.
+  p = max over risks
   """
 
-  names: tuple[str, ...] = ()
-  tolerances: tuple[float, ...] = ()
+  names: tuple[str, ...] = ()  # of the risks
+  tolerances: tuple[float, ...] = ()  # of the risks
+  # The tables.
   risks: Sequence[Risk] | None = dataclasses.field(default=None, repr=False, compare=False)
   name: ClassVar[str] = "several_risks"
   nothing: ClassVar[str] = (
@@ -483,8 +415,8 @@ class SeveralRisks(Promise):
 
   def __post_init__(self):
     if self.risks is not None:
-      object.__setattr__(self, "names", tuple(risk.called for risk in self.risks))
-      object.__setattr__(self, "tolerances", tuple(float(r.tolerance) for r in self.risks))
+      self._set(names=tuple(risk.called for risk in self.risks))
+      self._set(tolerances=tuple(float(risk.tolerance) for risk in self.risks))
     if not self.names or len(self.names) != len(self.tolerances):
       raise ValueError("Expected `risks` to hold at least one `Risk`, got none.")
     if len(set(self.names)) != len(self.names):
@@ -531,12 +463,6 @@ def check_outputs(risk: Risk, first: SequenceLosses) -> None:
 
 
 @arguments.checked()
-def as_promise(risks: Sequence[Risk]) -> SeveralRisks:
-  """The promise of `calibrate(risks=...)`; raises ValueError if one is no `Risk`."""
-  return SeveralRisks(risks=tuple(risks))
-
-
-@arguments.checked()
 @dataclasses.dataclass(frozen=True)
 class Cost(Promise):
   """E[loss] <= tolerance and E[cost / full cost] <= at_most.
@@ -546,17 +472,13 @@ class Cost(Promise):
   Losses rise and costs fall along the grid, so the two are tested from opposite ends: the risk
   from the highest threshold down at (1 - share) of the error rate, the cost from the lowest up
   at `share` of it. A threshold that both certify keeps both (union bound).
-
-  Attributes:
-    at_most: bound on the mean ratio, in (0, 1); 1 / 1.5 for "at least 1.5 times fewer".
-    share: of the error rate that the cost may use.
-    unit: what is counted, in words.
-    costs: [num_examples, num_thresholds] ratio of each text, in [0, 1].
   """
 
+  # Bound on the mean ratio, in (0, 1); 1 / 1.5 for "at least 1.5 times fewer".
   at_most: float = 0.5
-  share: float = 0.5
-  unit: str = "decoder layers a token"
+  share: float = 0.5  # of the error rate that the cost may use
+  unit: str = "decoder layers a token"  # what is counted, in words
+  # [num_examples, num_thresholds] ratio of each text, in [0, 1].
   costs: Any = dataclasses.field(default=None, repr=False, compare=False)
   name: ClassVar[str] = "cost"
   nothing: ClassVar[str] = (
@@ -565,25 +487,23 @@ class Cost(Promise):
   )
 
   def __post_init__(self):
-    object.__setattr__(self, "at_most", in_range("at_most", self.at_most, 0.0, 1.0))
-    object.__setattr__(self, "share", in_range("share", self.share, 0.0, 1.0))
+    self._set(at_most=in_range("at_most", self.at_most, 0.0, 1.0))
+    self._set(share=in_range("share", self.share, 0.0, 1.0))
 
   def tests(self, tolerance, support):
-    return (
-      Test("risk", tolerance, support, 1.0 - self.share),
-      Test("cost", self.at_most, Support(), self.share),
-    )
+    risk = Test("risk", tolerance, support, 1.0 - self.share)
+    return risk, Test("cost", self.at_most, Support(), self.share, ascending=True)
 
   def parts(self, losses, tolerance):
     costs = rows_of(self.costs, losses, "costs", table=True)
     risk, cost = self.tests(tolerance, losses.support)
-    return (Part(risk, losses), _transformed(cost, losses, costs, ascending=True))
+    return Part(risk, losses), _transformed(cost, losses, costs)
 
   def statement(self, calibration, loss):
     return (
-      f"an expected {loss} of at most {calibration.tolerance:.10g}, and needs at most"
-      f" {self.at_most:.10g} of the {self.unit} of full depth (at least"
-      f" x{1.0 / self.at_most:.4g} fewer), on average over texts"
+      f"{super().statement(calibration, loss)}, and needs at most {self.at_most:.10g} of the"
+      f" {self.unit} of full depth (at least x{1.0 / self.at_most:.4g} fewer), on average over"
+      " texts"
     )
 
 
@@ -593,18 +513,15 @@ class Configurations(SeveralRisks):
 
   Rows are configurations, grid after grid; the cheapest certified one is served. Made by
   `configurations.calibrate_configurations`.
-
-  Attributes:
-    configurations: names, in the tested order.
-    costs: of the configurations.
-    grids: configurations of each family, which is tested for itself at its share of the error
-      rate; empty in files of versions that tested one order of all.
   """
 
-  configurations: tuple[str, ...] = ()
-  costs: tuple[float, ...] = ()
-  grids: tuple[int, ...] = dataclasses.field(default=(), metadata={"optional": True})
+  configurations: tuple[str, ...] = ()  # names, in the tested order
+  costs: tuple[float, ...] = ()  # of the configurations
+  # Configurations of each family, which is tested for itself at its share of the error rate;
+  # empty in files of versions that tested one order of all.
+  grids: tuple[int, ...] = ()
   name: ClassVar[str] = "configurations"
+  optional: ClassVar[tuple[str, ...]] = ("grids",)
 
   def __post_init__(self):
     super().__post_init__()
@@ -668,17 +585,12 @@ def of_name(name: str) -> Promise:
 
 
 def from_json(value: Any) -> Promise:
-  """The inverse of `Promise.to_json`.
-
-  Raises:
-    ValueError: no promise of that name, or its fields are missing, unknown or out of range.
-  """
+  """The inverse of `Promise.to_json`; ValueError where a name, field or range is wrong."""
   name = value.get("name") if isinstance(value, Mapping) else None
   if not isinstance(name, str) or name not in PROMISES:
     raise ValueError(f"Expected `promise` to name one of {sorted(PROMISES)}, got {value!r}.")
-  fields = [field for field in dataclasses.fields(PROMISES[name]) if field.compare]
-  optional = {field.name for field in fields if field.metadata.get("optional")}
-  allowed = {field.name for field in fields} - (optional - set(value))
+  kind = PROMISES[name]
+  allowed = set(kind.stored()) - (set(kind.optional) - set(value))
   found = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k != "name"}
   if set(found) != allowed:
     raise ValueError(
@@ -686,6 +598,6 @@ def from_json(value: Any) -> Promise:
       " was made by another version, or edited."
     )
   try:
-    return PROMISES[name](**found)
+    return kind(**found)
   except TypeError as error:
     raise ValueError(f"Expected `promise` {name!r} of numbers, got {value!r}.") from error

@@ -1,8 +1,6 @@
-"""Measured seconds of a calibrated threshold beside full depth, kept with its calibration.
+"""Measured seconds of a calibrated threshold beside full depth, noted in its calibration.
 
 A threshold can be certified and decode no faster than the full model: exits cost something too.
-Whoever calibrates with a model at hand measures both, notes it, and whoever serves the
-threshold is told where it is not faster.
 """
 
 import dataclasses
@@ -18,59 +16,40 @@ _NOTE = "seconds"
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-  """Decode milliseconds a prompt, the fastest of rounds in which both took their turn.
+  """Decode milliseconds a prompt, the fastest of rounds in which both took their turn."""
 
-  Attributes:
-    batch_size: prompts decoded together.
-    num_prompts: prompts timed.
-    full: milliseconds a prompt at full depth.
-    early: the same with calibrated exits.
-    speedup: the first over the second.
-    end_to_end: the same with the encoder on both sides.
-  """
+  batch_size: int  # prompts decoded together
+  num_prompts: int  # prompts timed
+  full: float  # milliseconds a prompt at full depth
+  early: float  # the same with calibrated exits
+  speedup: float  # the first over the second
+  end_to_end: float  # the same with the encoder on both sides
 
-  batch_size: int
-  num_prompts: int
-  full: float
-  early: float
-  speedup: float
-  end_to_end: float
+  def __str__(self) -> str:
+    several = f"in batches of {self.batch_size}"
+    return f"x{self.speedup:.2f} {several if self.batch_size > 1 else 'one at a time'}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
-  """What was measured.
+  """What was measured."""
 
-  Attributes:
-    single: one prompt at a time.
-    batched: in full batches, where there were enough prompts of one length.
-  """
+  single: Pair  # one prompt at a time
+  batched: Pair | None = None  # in full batches, where there were enough prompts of one length
 
-  single: Pair
-  batched: Pair | None = None
+  @property
+  def _pairs(self) -> list[Pair]:
+    return [pair for pair in (self.single, self.batched) if pair is not None]
 
   @property
   def slower(self) -> str:
     """Where calibrated exits are no faster than full depth, in words; '' where they are."""
-    slow = [f"x{p.speedup:.2f} {together(p)}" for p in self._pairs if not p.speedup > 1.0]
-    return " and ".join(slow)
+    return " and ".join(str(pair) for pair in self._pairs if not pair.speedup > 1.0)
 
   @property
   def told(self) -> str:
     """Full depth's time over that of calibrated exits, in words."""
-    return ", ".join(
-      f"x{pair.speedup:.2f} {together(pair)} (x{pair.end_to_end:.2f} with the encoder)"
-      for pair in self._pairs
-    )
-
-  @property
-  def _pairs(self) -> list["Pair"]:
-    return [pair for pair in (self.single, self.batched) if pair is not None]
-
-
-def together(pair: Pair) -> str:
-  """How prompts were decoded, in words."""
-  return "one at a time" if pair.batch_size == 1 else f"in batches of {pair.batch_size}"
+    return ", ".join(f"{p} (x{p.end_to_end:.2f} with the encoder)" for p in self._pairs)
 
 
 def noted(calibration: Calibration, seconds: Seconds | None) -> Calibration:
@@ -92,16 +71,15 @@ def of(calibration: Calibration) -> Seconds | None:
 
 
 def _pair(value: Any) -> Pair | None:
-  names = [field.name for field in dataclasses.fields(Pair)]
-  if not isinstance(value, Mapping) or sorted(value) != sorted(names):
+  names = {field.name for field in dataclasses.fields(Pair)}
+  if not isinstance(value, Mapping) or set(value) != names:
     return None
   numbers = all(type(v) in (int, float) and math.isfinite(v) for v in value.values())
   return Pair(**value) if numbers else None
 
 
 def warning(calibration: Calibration, seconds: Seconds | None = None) -> str:
-  """What to say of a threshold that is served though it is not faster; '' where it is, or
-  nothing was measured.
+  """What to say of a threshold that is served though it is not faster, or ''.
 
   Args:
     calibration: the one that is served.

@@ -2,7 +2,7 @@
 
 Every procedure controls the family-wise error rate: whatever the dependence between p-values,
 the probability of rejecting any true hypothesis is at most `error_rate`. The order must be
-fixed before any loss is seen. NaN counts as p = 1.
+fixed before any loss is seen.
 """
 
 import dataclasses
@@ -18,29 +18,13 @@ from calm.calibrate.losses import Support
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rejections:
-  """The outcome of a procedure.
+  """The outcome of a procedure."""
 
-  Attributes:
-    rejected: [num_hypotheses] bool.
-    adjusted_p_values: [num_hypotheses] in [0, 1]; rejected at error rate e exactly where <= e.
-    visited: positions in the order they were looked at; fixed sequence testing stops early.
-  """
-
-  rejected: np.ndarray
+  rejected: np.ndarray  # [num_hypotheses] bool
+  # [num_hypotheses] in [0, 1]; rejected at error rate e exactly where <= e.
   adjusted_p_values: np.ndarray
+  # Positions in the order they were looked at; fixed sequence testing stops early.
   visited: tuple[int, ...]
-
-
-def _check(p_values: npt.ArrayLike, error_rate: float) -> np.ndarray:
-  p_values = np.asarray(p_values, np.float64)
-  if p_values.ndim != 1 or not p_values.size or np.any((p_values < 0.0) | (p_values > 1.0)):
-    raise ValueError(
-      "Expected `p_values` to be a non-empty vector in [0, 1] (NaN counts as 1), got"
-      f" {p_values!r:.200}."
-    )
-  if not 0.0 < error_rate < 1.0:
-    raise ValueError(f"Expected `error_rate` to be in (0, 1), got {error_rate!r}.")
-  return np.where(np.isnan(p_values), 1.0, p_values)
 
 
 def fixed_sequence(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
@@ -49,19 +33,16 @@ def fixed_sequence(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
       adjusted p_j = max over i <= j of p_i
 
   Args:
-    p_values: [num_hypotheses] in the order fixed beforehand.
+    p_values: [num_hypotheses] in [0, 1], in the order fixed beforehand.
     error_rate: family-wise error rate, in (0, 1).
 
   Returns:
     Rejections form a prefix of the order (paper, section 4.3).
 
-  Raises:
-    ValueError: p-values or `error_rate` leave their range.
-
   >>> fixed_sequence([0.01, 0.2, 0.01], 0.05).rejected.tolist()
   [True, False, False]
   """
-  p_values = _check(p_values, error_rate)
+  p_values = np.asarray(p_values, np.float64)
   adjusted = np.maximum.accumulate(p_values)
   rejected = adjusted <= error_rate
   visited = min(int(rejected.sum()) + 1, len(p_values))
@@ -73,12 +54,12 @@ def holm(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
 
       adjusted p of the j-th smallest = max over i <= j of min(1, (k - i + 1) p_(i))
 
-  Arguments, result and errors are those of `fixed_sequence`; the order does not matter.
+  Arguments and result are those of `fixed_sequence`; the order does not matter.
   """
-  p_values = _check(p_values, error_rate)
+  p_values = np.asarray(p_values, np.float64)
   order = np.argsort(p_values, kind="stable")
   count = len(p_values)
-  steps = _divide(p_values[order], 1.0 / np.arange(count, 0, -1))
+  steps = np.minimum(p_values[order] / (1.0 / np.arange(count, 0, -1)), 1.0)
   adjusted = np.empty(count)
   adjusted[order] = np.maximum.accumulate(steps)
   rejected = adjusted <= error_rate
@@ -91,14 +72,16 @@ def fallback(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
 
   Half of the level is on the first hypothesis and the rest is spread evenly, so that one bad
   hypothesis does not end the test as it ends `fixed_sequence` (Wiens and Dmitrienko 2005).
-  Arguments, result and errors are those of `fixed_sequence`.
+  Arguments and result are those of `fixed_sequence`.
   """
-  p_values = _check(p_values, error_rate)
-  weights = _front_loaded(len(p_values))
-  waiting = np.ones(len(p_values), bool)
-  adjusted, visited, highest = np.ones(len(p_values)), [], 0.0
+  p_values = np.asarray(p_values, np.float64)
+  count = len(p_values)
+  weights = np.full(count, 0.5 / max(1, count - 1))
+  weights[0] = first_share("fallback", count)
+  waiting = np.ones(count, bool)
+  adjusted, visited, highest = np.ones(count), [], 0.0
   while waiting.any():
-    ratios = np.where(waiting, _divide(p_values, weights), np.inf)
+    ratios = np.where(waiting, np.minimum(p_values / weights, 1.0), np.inf)
     chosen = int(np.argmin(ratios))
     highest = max(highest, float(ratios[chosen]))
     adjusted[chosen] = highest
@@ -111,19 +94,9 @@ def fallback(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
 
 def _bonferroni(p_values: npt.ArrayLike, error_rate: float) -> Rejections:
   """p <= error_rate / k; only calibrations of earlier versions have it."""
-  p_values = _check(p_values, error_rate)
-  adjusted = _divide(p_values, np.full(len(p_values), 1.0 / len(p_values)))
+  p_values = np.asarray(p_values, np.float64)
+  adjusted = np.minimum(p_values / np.full(len(p_values), 1.0 / len(p_values)), 1.0)
   return Rejections(adjusted <= error_rate, adjusted, tuple(range(len(p_values))))
-
-
-def _divide(p_values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-  """min(1, p / weight)."""
-  return np.minimum(p_values / weights, 1.0)
-
-
-def _front_loaded(count: int) -> np.ndarray:
-  rest = np.full(count - 1, 0.5 / max(1, count - 1))
-  return np.concatenate([[0.5 if count > 1 else 1.0], rest])
 
 
 PROCEDURES: Mapping[str, Callable[[npt.ArrayLike, float], Rejections]] = {
@@ -143,66 +116,55 @@ def first_share(procedure: str, count: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-  """The result of one test of a promise at each threshold of the grid.
+  """The result of one test of a promise at each threshold of the grid."""
 
-  Attributes:
-    name: of the part of the promise, '' where there is one.
-    tolerance: bound that was tested.
-    method: p-value method.
-    support: declared range of what was tested.
-    share: of the error rate that it may use.
-    ascending: whether it is tested from the lowest threshold up.
-    num_examples: prompts or clusters used.
-    means: of what was tested; NaN where there is nothing.
-    log_p_values: of H: expectation > tolerance.
-    upper_bounds: of the expectation, at `share` of the error rate.
-  """
-
-  name: str
-  tolerance: float
-  method: str
-  support: Support
-  share: float
-  ascending: bool
-  num_examples: tuple[int, ...]
-  means: tuple[float, ...]
-  log_p_values: tuple[float, ...]
-  upper_bounds: tuple[float, ...]
+  name: str  # of the part of the promise, '' where there is one
+  tolerance: float  # bound that was tested
+  method: str  # p-value method
+  support: Support  # declared range of what was tested
+  share: float  # of the error rate that it may use
+  ascending: bool  # whether it is tested from the lowest threshold up
+  num_examples: tuple[int, ...]  # prompts or clusters used
+  means: tuple[float, ...]  # of what was tested; NaN where there is nothing
+  log_p_values: tuple[float, ...]  # of H: expectation > tolerance
+  upper_bounds: tuple[float, ...]  # of the expectation, at `share` of the error rate
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values; NaN is null."""
-    value = dataclasses.asdict(self)
-    for name in ("means", "log_p_values", "upper_bounds"):
-      value[name] = [None if math.isnan(entry) else entry for entry in value[name]]
-    return {**value, "num_examples": list(self.num_examples)}
+    return {
+      name: [null_of_nan(entry) for entry in value] if isinstance(value, tuple) else value
+      for name, value in dataclasses.asdict(self).items()
+    }
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> "Evidence":
     """The inverse of `to_json`."""
-    fields = dict(value)
-    for name in ("means", "log_p_values", "upper_bounds"):
-      fields[name] = tuple(math.nan if entry is None else entry for entry in value[name])
-    fields["num_examples"] = tuple(value["num_examples"])
+    fields: dict[str, Any] = {
+      name: tuple(map(nan_of_null, entry)) if isinstance(entry, list) else entry
+      for name, entry in value.items()
+    }
     return cls(**{**fields, "support": Support(**value["support"])})
+
+
+def null_of_nan(value: Any) -> Any:
+  """A JSON value: NaN is null."""
+  return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def nan_of_null(value: Any) -> Any:
+  """The inverse of `null_of_nan`."""
+  return math.nan if value is None else value
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Decision:
-  """Which thresholds are certified.
+  """Which thresholds are certified; arrays are [num_thresholds]."""
 
-  Attributes:
-    log_p_values: [num_thresholds] largest over parts, each over its share.
-    worst: [num_thresholds] which part that is.
-    rejected: [num_thresholds] whether all parts are certified.
-    adjusted_p_values: [num_thresholds] rejected at any error rate that is at least this.
-    visited: positions in the order of testing.
-  """
-
-  log_p_values: np.ndarray
-  worst: np.ndarray
-  rejected: np.ndarray
-  adjusted_p_values: np.ndarray
-  visited: tuple[int, ...]
+  log_p_values: np.ndarray  # largest over parts, each over its share
+  worst: np.ndarray  # which part that is
+  rejected: np.ndarray  # whether all parts are certified
+  adjusted_p_values: np.ndarray  # rejected at any error rate that is at least this
+  visited: tuple[int, ...]  # positions in the order of testing
 
 
 def decide(
@@ -214,14 +176,10 @@ def decide(
   """Certifies where every part is; used to certify and to verify.
 
   A threshold that breaks the promise breaks one of its parts, whose p-value alone is small with
-  probability at most the error rate (intersection-union): parts cost no share of it.
-
-  Args:
-    parts: at least one; ascending ones have a share of their own.
-    procedure: name of the multiple-testing procedure.
-    error_rate: epsilon.
-    sequences: lengths of the grids, one after another, that are tested each for itself; the
-      share of every part then divides the error rate by their number. None is one grid.
+  probability at most the error rate (intersection-union): parts cost no share of it. Ascending
+  parts have a share of their own. `sequences` are the lengths of grids, one after another, that
+  are tested each for itself; the share of every part then divides the error rate by their
+  number.
   """
   scaled = np.array(
     [np.minimum(np.array(p.log_p_values) - math.log(p.share), 0.0) for p in parts]

@@ -5,6 +5,7 @@ Confidences lie in [0, 1], so grids do too. `NEVER_EXIT` stands outside of every
 full model, which the threshold 1 is not (float32 confidences saturate to exactly 1.0).
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,11 +20,7 @@ NEVER_EXIT_TEXT = "never"
 
 
 def parse_threshold(value: str | float) -> float:
-  """A threshold in [0, 1], or `NEVER_EXIT` for 'never', from the command line or JSON.
-
-  Raises:
-    ValueError: `value` is neither a number in [0, 1] nor 'never'.
-  """
+  """A threshold in [0, 1], or `NEVER_EXIT` for 'never', from the command line or JSON."""
   if isinstance(value, str) and value.strip().lower() == NEVER_EXIT_TEXT:
     return NEVER_EXIT
   try:
@@ -41,17 +38,11 @@ def parse_threshold(value: str | float) -> float:
 
 
 def parse_knobs(values: Sequence[str]) -> list[float] | list[str]:
-  """Thresholds as numbers where all are in [0, 1], or the texts of any other knob.
-
-  Raises:
-    ValueError: some are thresholds and others are not.
-  """
+  """Thresholds as numbers where all are in [0, 1], or the texts of any other knob."""
   found: list[float] = []
   for value in values:
-    try:
+    with contextlib.suppress(ValueError):
       found.append(parse_threshold(value))
-    except ValueError:
-      continue
   if found and len(found) != len(values):
     raise ValueError(
       f"Expected thresholds in [0, 1], or another knob throughout, got both: {list(values)};"
@@ -83,36 +74,28 @@ def validate_grid(thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
       "Expected `thresholds` to be a non-empty one-dimensional grid, as [0.9, 0.8, 0.7],"
       f" got an array of shape {grid.shape}."
     )
-  outside = np.flatnonzero(~((grid >= 0.0) & (grid <= 1.0)))
+  (outside,) = np.nonzero(~((grid >= 0.0) & (grid <= 1.0)))
   if outside.size:
     raise ValueError(
       f"Expected `thresholds` to lie in [0, 1], got {grid[outside[0]]} at position"
-      f" {outside[0]}; the full model ({NEVER_EXIT_TEXT!r}) is always the fallback and is no"
-      " grid point."
+      f" {outside[0]}; the full model ({NEVER_EXIT_TEXT!r}) is always there and no grid point."
     )
-  rising = np.flatnonzero(np.diff(grid) >= 0.0)
+  (rising,) = np.nonzero(np.diff(grid) >= 0.0)
   if rising.size:
-    first = rising[0]
     raise ValueError(
       "Expected `thresholds` to descend strictly, from the safest to the fastest, got"
-      f" {grid[first]} before {grid[first + 1]} at positions {first} and {first + 1}; sort"
-      " the grid in descending order and drop duplicates."
+      f" {grid[rising[0]]} before {grid[rising[0] + 1]}; sort the grid in descending order and"
+      " drop duplicates."
     )
   return grid
 
 
 def grid_of_knobs(knobs: Sequence[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
-  """A grid for any ordered knob: layers, beams, names of models.
+  """(grid, knobs as texts) of any ordered knob, the best first: layers, beams, names of models.
 
-  Args:
-    knobs: the best first.
-
-  Returns:
-    (grid, knobs as texts): numbers in [0, 1] that descend are the grid, and no knobs; for all
-    else the grid is 1 - i / len(knobs).
-
-  Raises:
-    ValueError: there are none, two have the same text, or a calibration cannot store one.
+  Numbers in [0, 1] that descend are the grid, and no knobs; for all else the grid is
+  1 - i / len(knobs). ValueError where there are none, two have the same text, or a calibration
+  cannot store one.
   """
   numbers = all(isinstance(knob, int | float | np.number) for knob in knobs)
   if knobs and numbers and all(0.0 <= knob <= 1.0 for knob in knobs):

@@ -37,13 +37,8 @@ class Draws:
   """A pool of losses from which calibration sets are drawn and tested, many at once.
 
   All sets and tolerances walk down the grid in lockstep, and those that failed drop out.
-
-  Attributes:
-    method: the p-value method, 'auto' resolved.
-    values: [num_units, num_thresholds] losses.
-    thresholds: [num_thresholds], strictly descending.
-    support: declared range of `values`.
-    unit_of_row: [num_examples] unit of each row of the losses.
+  `values` [num_units, num_thresholds] are prompts or cluster means, clipped where the method
+  does; `unit_of_row` [num_examples] is the unit of each row of the losses.
   """
 
   def __init__(self, losses: SequenceLosses, method: str, groups: Sequence[str] | None = None):
@@ -66,15 +61,10 @@ class Draws:
   def choose(
     self, draws: npt.ArrayLike, tolerances: Sequence[float], error_rate: float
   ) -> np.ndarray:
-    """The lowest threshold that fixed sequence testing certifies, for sets and tolerances.
+    """[num_sets, num_tolerances] lowest columns that fixed sequence testing certifies, or -1.
 
-    Args:
-      draws: [num_sets, set_size] units of each calibration set, in the tested order.
-      tolerances: [num_tolerances] deltas, each its own test.
-      error_rate: epsilon.
-
-    Returns:
-      [num_sets, num_tolerances] columns of `values`; -1 where nothing is certified.
+    `draws` are [num_sets, set_size] units of each calibration set, in the tested order;
+    `tolerances` each have their own test.
     """
     draws, levels = np.asarray(draws), np.asarray(tolerances, np.float64)
     chosen = np.full((len(draws), len(levels)), -1)
@@ -91,75 +81,51 @@ class Draws:
 
 @dataclasses.dataclass(frozen=True)
 class SplitTrials:
-  """Results over random splits at one tolerance.
+  """Results over random splits at one tolerance; spreads are standard deviations."""
 
-  Attributes:
-    tolerance: delta.
-    trials: number of splits.
-    risk_mean: mean over splits of the mean test loss at the chosen threshold.
-    risk_spread: its standard deviation.
-    layers_mean: mean of decoder layers per token on the test split; NaN without layers.
-    layers_spread: its standard deviation.
-    certified_share: share of splits with any threshold certified.
-    threshold_mean: mean of the certified thresholds; NaN if none.
-  """
-
-  tolerance: float
-  trials: int
-  risk_mean: float
+  tolerance: float  # delta
+  trials: int  # number of splits
+  risk_mean: float  # mean over splits of the mean test loss at the chosen threshold
   risk_spread: float
-  layers_mean: float
+  layers_mean: float  # mean of decoder layers per token on the test split; NaN without layers
   layers_spread: float
-  certified_share: float
-  threshold_mean: float
+  certified_share: float  # share of splits with any threshold certified
+  threshold_mean: float  # mean of the certified thresholds; NaN if none
 
 
 @dataclasses.dataclass(frozen=True)
 class ValidityTrials:
-  """Violations at one tolerance.
+  """Violations at one tolerance."""
 
-  Attributes:
-    tolerance: delta.
-    error_rate: epsilon, the most violations that the promise allows.
-    trials: calibration sets drawn.
-    violations: of those, with a pool risk above delta at the chosen threshold.
-    share: violations / trials.
-    interval: 95 % Clopper-Pearson interval of the share.
-    certified_share: share of draws with any threshold certified.
-  """
-
-  tolerance: float
-  error_rate: float
-  trials: int
-  violations: int
-  share: float
-  interval: tuple[float, float]
-  certified_share: float
+  tolerance: float  # delta
+  error_rate: float  # epsilon, the most violations that the promise allows
+  trials: int  # calibration sets drawn
+  violations: int  # of those, with a pool risk above delta at the chosen threshold
+  share: float  # violations / trials
+  interval: tuple[float, float]  # 95 % Clopper-Pearson interval of the share
+  certified_share: float  # share of draws with any threshold certified
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerCounts:
-  """Decoder layers and tokens behind the losses.
+  """Decoder layers and tokens behind the losses."""
 
-  Attributes:
-    layers: [num_examples, num_thresholds] layers summed over a prompt's tokens.
-    tokens: [num_examples, num_thresholds] tokens.
-    full_depth: decoder layers of the full model (`NEVER_EXIT`).
-  """
-
-  layers: np.ndarray
-  tokens: np.ndarray
-  full_depth: int
+  layers: np.ndarray  # [num_examples, num_thresholds] layers summed over a prompt's tokens
+  tokens: np.ndarray  # [num_examples, num_thresholds] tokens
+  full_depth: int  # decoder layers of the full model (`NEVER_EXIT`)
 
 
-def _check_rates(tolerances: Sequence[float], error_rate: float, trials: int) -> None:
-  """Raises ValueError unless tolerances and error rate are in (0, 1) and trials at least 1."""
-  for name, values in (("tolerances", tuple(tolerances)), ("error_rate", (error_rate,))):
+def _check(
+  name: str, tolerances: Sequence[float], error_rate: float, trials: int, size: int, seed: int
+) -> None:
+  for kind, values in (("tolerances", tuple(tolerances)), ("error_rate", (error_rate,))):
     odd = [value for value in values if not 0.0 < value < 1.0]
     if odd or not values:
-      raise ValueError(f"Expected `{name}` to be in (0, 1), got {odd[0] if odd else 'none'}.")
-  if trials < 1:
-    raise ValueError(f"Expected `trials` to be at least 1, got {trials!r}.")
+      raise ValueError(f"Expected `{kind}` to be in (0, 1), got {odd[0] if odd else 'none'}.")
+  for kind, count in (("trials", trials), (name, size)):
+    if count < 1:
+      raise ValueError(f"Expected `{kind}` to be at least 1, got {count!r}.")
+  check_size("trials", trials, size, seed)
 
 
 @arguments.checked()
@@ -192,54 +158,42 @@ def split_trials(
   Raises:
     ValueError: the pool has fewer than 2 units, losses leave their range, or a rate does.
   """
-  _check_rates(tolerances, error_rate, trials)
   pool = Draws(losses, method, groups)
   count = len(pool.values)
+  _check("losses", tolerances, error_rate, trials, count, seed)
   if count < 2:
     raise ValueError(f"Expected `losses` to have at least 2 units to split, got {count}.")
-  check_size("trials", trials, count, seed)
   cut = min(count - 1, max(1, round(0.8 * count)))
   generator = np.random.default_rng(seed)
   splits = np.stack([generator.permutation(count) for _ in range(trials)])
   chosen = pool.choose(splits[:, :cut], tolerances, error_rate)
-  outcomes = [
-    [_test_outcome(pool, column, test, layers) for column in columns]
-    for test, columns in zip(splits[:, cut:], chosen.tolist(), strict=True)
-  ]
-  return tuple(
-    _summarize_splits(tolerance, list(column), pool.thresholds)
-    for tolerance, column in zip(tolerances, zip(*outcomes, strict=True), strict=True)
-  )
+  found = []
+  for tolerance, columns in zip(tolerances, chosen.T.tolist(), strict=True):
+    pairs = list(zip(columns, splits[:, cut:], strict=True))
+    risks = np.array([0.0 if c < 0 else pool.values[test, c].mean() for c, test in pairs])
+    depths = np.array([_depth(pool, layers, c, test) for c, test in pairs])
+    certified = [column for column in columns if column >= 0]
+    found.append(
+      SplitTrials(
+        tolerance=float(tolerance),
+        trials=trials,
+        risk_mean=float(risks.mean()),
+        risk_spread=float(risks.std()),
+        layers_mean=float(depths.mean()),
+        layers_spread=float(depths.std()),
+        certified_share=len(certified) / trials,
+        threshold_mean=float(np.mean(pool.thresholds[certified])) if certified else np.nan,
+      )
+    )
+  return tuple(found)
 
 
-def _test_outcome(pool: Draws, column: int, test: np.ndarray, layers: LayerCounts | None):
-  """(column, mean loss, layers a token) on test units; column -1 is the full model."""
-  risk = 0.0 if column < 0 else float(pool.values[test, column].mean())
-  if layers is None:
-    depth = np.nan
-  elif column < 0:
-    depth = float(layers.full_depth)
-  else:
-    rows = np.isin(pool.unit_of_row, test)
-    depth = layers.layers[rows, column].sum() / layers.tokens[rows, column].sum()
-  return column, risk, depth
-
-
-def _summarize_splits(tolerance: float, outcomes, thresholds: np.ndarray) -> SplitTrials:
-  chosen = [outcome[0] for outcome in outcomes]
-  risks = np.array([outcome[1] for outcome in outcomes])
-  depths = np.array([outcome[2] for outcome in outcomes])
-  certified = [column for column in chosen if column >= 0]
-  return SplitTrials(
-    tolerance=float(tolerance),
-    trials=len(outcomes),
-    risk_mean=float(risks.mean()),
-    risk_spread=float(risks.std()),
-    layers_mean=float(depths.mean()),
-    layers_spread=float(depths.std()),
-    certified_share=len(certified) / len(outcomes),
-    threshold_mean=float(np.mean(thresholds[certified])) if certified else float("nan"),
-  )
+def _depth(pool: Draws, layers: LayerCounts | None, column: int, test: np.ndarray) -> float:
+  """Layers a token of test units; column -1 is the full model."""
+  if layers is None or column < 0:
+    return np.nan if layers is None else float(layers.full_depth)
+  rows = np.isin(pool.unit_of_row, test)
+  return layers.layers[rows, column].sum() / layers.tokens[rows, column].sum()
 
 
 @arguments.checked()
@@ -258,51 +212,42 @@ def validity_trials(
 
   Calibration sets are drawn with replacement, so that prompts are independent draws from the
   pool and the pool's mean is their true expectation. The full model has loss 0 by definition.
+  Arguments and errors are those of `split_trials`; the same draws serve all tolerances.
 
   Args:
-    losses: pool of losses on a strictly descending grid.
-    tolerances: deltas, each its own test.
+    losses: pool of losses.
+    tolerances: deltas.
     error_rate: epsilon.
     method: as for `calibrate`.
-    groups: [num_examples] cluster of each row; None takes those of `losses`, if any.
+    groups: clusters.
     calibration_size: units per calibration set; None takes as many as the pool has.
     trials: calibration sets.
-    seed: of the draws; the same draws serve all tolerances.
+    seed: of the draws.
 
   Returns:
     One `ValidityTrials` a tolerance.
-
-  Raises:
-    ValueError: losses leave their range, or a rate does.
   """
-  _check_rates(tolerances, error_rate, trials)
-  if calibration_size is not None and calibration_size < 1:
-    raise ValueError(f"Expected `calibration_size` to be at least 1, got {calibration_size!r}.")
   pool = Draws(losses, method, groups)
-  size = calibration_size or len(pool.values)
-  check_size("trials", trials, size, seed)
+  size = len(pool.values) if calibration_size is None else calibration_size
+  _check("calibration_size", tolerances, error_rate, trials, size, seed)
   generator = np.random.default_rng(seed)
   draws = np.stack([generator.integers(len(pool.values), size=size) for _ in range(trials)])
-  chosen = pool.choose(draws, tolerances, error_rate)
   # The last entry is what -1 reads: the full model, whose loss is 0 by definition.
   true_risk = np.append(pool.values.mean(axis=0), 0.0)
-  return tuple(
-    _summarize_draws(float(tolerance), error_rate, columns, true_risk)
-    for tolerance, columns in zip(tolerances, chosen.T, strict=True)
-  )
-
-
-def _summarize_draws(
-  tolerance: float, error_rate: float, chosen: np.ndarray, true_risk: np.ndarray
-) -> ValidityTrials:
-  violations = int(np.sum((chosen >= 0) & (true_risk[chosen] > tolerance)))
-  interval = stats.binomtest(violations, len(chosen)).proportion_ci(0.95)
-  return ValidityTrials(
-    tolerance=tolerance,
-    error_rate=error_rate,
-    trials=len(chosen),
-    violations=violations,
-    share=violations / len(chosen),
-    interval=(float(interval.low), float(interval.high)),
-    certified_share=float(np.mean(chosen >= 0)),
-  )
+  found = []
+  chosen = pool.choose(draws, tolerances, error_rate)
+  for tolerance, columns in zip(tolerances, chosen.T, strict=True):
+    violations = int(np.sum((columns >= 0) & (true_risk[columns] > tolerance)))
+    interval = stats.binomtest(violations, trials).proportion_ci(0.95)
+    found.append(
+      ValidityTrials(
+        tolerance=float(tolerance),
+        error_rate=error_rate,
+        trials=trials,
+        violations=violations,
+        share=violations / trials,
+        interval=(float(interval.low), float(interval.high)),
+        certified_share=float(np.mean(columns >= 0)),
+      )
+    )
+  return tuple(found)

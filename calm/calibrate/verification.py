@@ -11,13 +11,11 @@ import functools
 import hashlib
 import json
 import math
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
 
-from calm import storage
 from calm.calibrate import checks, methods, testing
 from calm.calibrate.testing import Evidence
 
@@ -26,18 +24,8 @@ SCHEMA_VERSION = 2
 NEW_FIELDS = {"promise", "parts", "losses_digest"}
 # Left out of files where they are empty.
 OPTIONAL = {"knobs", "groups_ignored"}
-_MOST_BYTES = 64 * 2**20
 # p-values are compared so closely; libraries differ in the last digits.
 _CLOSE = 1e-6
-
-
-def read(path: pathlib.Path) -> Any:
-  """JSON of a file, without NaN and of a size that a calibration can have."""
-  content = storage.content(path, _MOST_BYTES)
-  try:
-    return storage.parse_json(content)
-  except ValueError as error:
-    raise ValueError(f"Expected `calibration` to be one JSON object, got {error}.") from error
 
 
 def digest(value: Mapping[str, Any]) -> str:
@@ -62,6 +50,8 @@ def check_digest(value: Mapping[str, Any], expected: str | None = None) -> None:
     )
 
 
+# What a field must be: (a test of its value, what it expects in words), an object of such
+# fields, or a list of such values.
 _Check = tuple[Callable[[Any], bool], str]
 
 
@@ -96,25 +86,16 @@ _P_VALUE = _number(_BELOW_0, _ABOVE_1, "a number in [0, 1]")
 _LOG_P = _number(-math.inf, -_BELOW_0, "a finite number of at most 0")
 _MEAN = _number(-1e300, 1e300, "a finite number or null", null=True)
 _HEX: _Check = (checks.is_seed, "at most 64 hexadecimal digits")
+_NAME = _line(checks.LONGEST_NAME)
 _METHOD = _one_of(methods.SUM_P_VALUES)
-_FIELDS: Mapping[str, _Check] = {
-  "tolerance": _RATE,
-  "error_rate": _RATE,
+_TEXTS: Mapping[str, _Check] = {
   "reason": _line(4000),
-  "method": _METHOD,
-  "testing": _one_of(testing.READABLE),
   "kind": _line(checks.LONGEST_KIND),
-  "metric": _line(checks.LONGEST_NAME),
-  "num_examples": _COUNT,
-  "clusters": _FLAG,
-  "groups_ignored": _FLAG,
+  "metric": _NAME,
   "order": _one_of({"permuted", "given", "irrelevant"}),
   "seed": _HEX,
-  "sequential": _FLAG,
-  "losses_digest": _HEX,
-  "guarantee": (lambda value: isinstance(value, str), "a text"),
 }
-_ROW: Mapping[str, _Check] = {
+_ROW = {
   "threshold": _P_VALUE,
   "num_examples": _COUNT,
   "mean": _MEAN,
@@ -124,51 +105,62 @@ _ROW: Mapping[str, _Check] = {
   "adjusted_p_value": _P_VALUE,
   "rejected": _FLAG,
 }
-_SUPPORT: Mapping[str, _Check] = {"lower": _NUMBER, "upper": _NUMBER, "binary": _FLAG}
-_PART: Mapping[str, _Check] = {
-  "name": _line(checks.LONGEST_NAME),
+_SUPPORT = {"lower": _NUMBER, "upper": _NUMBER, "binary": _FLAG}
+_PART = {
+  "name": _NAME,
   "tolerance": _NUMBER,
   "method": _METHOD,
   "share": _number(0.0, _ABOVE_1, "a number in (0, 1]"),
   "ascending": _FLAG,
+  "support": _SUPPORT,
+  "num_examples": [_COUNT],
+  "means": [_MEAN],
+  "log_p_values": [_LOG_P],
+  "upper_bounds": [_MEAN],
 }
-_COLUMNS: Mapping[str, _Check] = {
+_FIELDS: Mapping[str, Any] = {
+  **_TEXTS,
+  "tolerance": _RATE,
+  "error_rate": _RATE,
+  "method": _METHOD,
+  "testing": _one_of(testing.READABLE),
   "num_examples": _COUNT,
-  "means": _MEAN,
-  "log_p_values": _LOG_P,
-  "upper_bounds": _MEAN,
+  "clusters": _FLAG,
+  "groups_ignored": _FLAG,
+  "sequential": _FLAG,
+  "losses_digest": _HEX,
+  "guarantee": (lambda value: isinstance(value, str), "a text"),
+  "support": _SUPPORT,
+  "rows": [_ROW],
+  "visited": [_COUNT],
+  "knobs": [_NAME],
+  "parts": [_PART],
 }
 
 
 def check_texts(calibration: Any) -> None:
   """Raises ValueError unless a calibration's texts are such as can be loaded again."""
-  texts = ("reason", "kind", "metric", "order", "seed")
-  _check_all(vars(calibration), {name: _FIELDS[name] for name in texts}, "the calibration")
+  for name, check in _TEXTS.items():
+    _check(getattr(calibration, name), check, f"`{name}` of the calibration")
   checks.check_lines(calibration.knobs, "knobs")
 
 
-def _check_all(value: Any, fields: Mapping[str, _Check], where: str) -> None:
-  for name, (fits, wanted) in fields.items():
-    if not fits(value[name]):
-      raise ValueError(
-        f"Expected `{name}` of {where} to be {wanted}, got {value[name]!r:.200}."
-      )
-
-
-def _object(value: Any, where: str, fields: Mapping[str, _Check], more: set[str]) -> None:
-  names = {*fields, *more}
-  if not isinstance(value, Mapping) or set(value) != names:
-    got = sorted(value) if isinstance(value, Mapping) else type(value).__name__
-    raise ValueError(f"Expected {where} to have the fields {sorted(names)}, got {got!r:.300}.")
-  _check_all(value, fields, where)
-
-
-def _list(value: Any, name: str, check: Callable[[Any], bool], count: int | None = None) -> Any:
-  right = isinstance(value, list) and all(map(check, value))
-  if not right or (count is not None and len(value) != count):
-    wanted = "a list" if count is None else f"a list of {count}, one a row,"
-    raise ValueError(f"Expected `{name}` to be {wanted} of its values, got {value!r:.100}.")
-  return value
+def _check(value: Any, wanted: Any, where: str) -> None:
+  """Raises ValueError unless a value is as a table above wants it."""
+  if isinstance(wanted, list):
+    if not isinstance(value, list):
+      raise ValueError(f"Expected {where} to be a list of its values, got {value!r:.100}.")
+    for number, entry in enumerate(value):
+      _check(entry, wanted[0], f"entry {number} of {where}")
+  elif isinstance(wanted, Mapping):
+    if not isinstance(value, Mapping) or set(value) != set(wanted):
+      got = sorted(value) if isinstance(value, Mapping) else type(value).__name__
+      fields = sorted(wanted)
+      raise ValueError(f"Expected {where} to have the fields {fields}, got {got!r:.300}.")
+    for name, check in wanted.items():
+      _check(value[name], check, f"`{name}` of {where}")
+  elif not wanted[0](value):
+    raise ValueError(f"Expected {where} to be {wanted[1]}, got {value!r:.200}.")
 
 
 def check_fields(value: Any, names: set[str]) -> None:
@@ -188,22 +180,15 @@ def check_fields(value: Any, names: set[str]) -> None:
     )
   if odd := sorted(set(value) - names):
     raise ValueError(f"Expected `calibration` without other fields, got {odd!r:.200}.")
-  fields = {name: check for name, check in _FIELDS.items() if name in names}
-  _check_all(value, fields, "the calibration")
-  _object(value["support"], "`support`", _SUPPORT, set())
-  rows = value["rows"]
-  if not isinstance(rows, list) or not rows:
-    raise ValueError(f"Expected `rows` to be a list of at least one, got {rows!r:.100}.")
-  for number, row in enumerate(rows):
-    _object(row, f"row {number}", _ROW, set())
-  _list(value["visited"], "visited", _COUNT[0])
-  knobs = value.get("knobs", [])
-  _list(knobs, "knobs", checks.is_line, len(rows) if knobs else 0)
-  for part in _list(value.get("parts", []), "parts", lambda part: True):
-    _object(part, "a part", _PART, {*_COLUMNS, "support"})
-    _object(part["support"], "`support` of a part", _SUPPORT, set())
-    for name, (fits, _) in _COLUMNS.items():
-      _list(part[name], name, fits, len(rows))
+  for name in _FIELDS.keys() & names:
+    _check(value[name], _FIELDS[name], f"`{name}` of the calibration")
+  count, columns = len(value["rows"]), [name for name in _PART if isinstance(_PART[name], list)]
+  lists = [part[name] for part in value.get("parts", ()) for name in columns]
+  lists += [value["knobs"]] if value.get("knobs") else []
+  if not count or any(len(column) != count for column in lists):
+    raise ValueError(
+      f"Expected `rows` of at least one, got {count}, and `knobs` and `parts` of as many."
+    )
 
 
 def _edited(name: str, wanted: Any, got: Any) -> NoReturn:
@@ -236,6 +221,7 @@ def check_decision(calibration: Any) -> None:
 
 
 def _only_part(calibration: Any, test: Any) -> Evidence:
+  column = lambda name: tuple(getattr(row, name) for row in calibration.rows)
   return Evidence(
     name="",
     tolerance=test.tolerance,
@@ -243,10 +229,10 @@ def _only_part(calibration: Any, test: Any) -> Evidence:
     support=calibration.support,
     share=1.0,
     ascending=False,
-    num_examples=tuple(row.num_examples for row in calibration.rows),
-    means=tuple(row.mean for row in calibration.rows),
-    log_p_values=tuple(row.log_p_value for row in calibration.rows),
-    upper_bounds=tuple(row.upper_bound for row in calibration.rows),
+    num_examples=column("num_examples"),
+    means=column("mean"),
+    log_p_values=column("log_p_value"),
+    upper_bounds=column("upper_bound"),
   )
 
 
@@ -296,28 +282,22 @@ def _check_rows(calibration: Any, parts) -> None:
   """The decision is that of the stored p-values, and rows repeat their least certain part."""
   sequences = calibration.promise.sequences()
   again = testing.decide(parts, calibration.testing, calibration.error_rate, sequences)
+  # p = error_rate may fall on either side by rounding, where it does the stored word counts.
   adjusted = calibration.column("adjusted_p_value")
-  for name, wanted in (
-    ("p_value", np.exp(again.log_p_values)),
-    ("log_p_value", again.log_p_values),
-    ("adjusted_p_value", again.adjusted_p_values),
+  close = np.abs(adjusted - calibration.error_rate) <= 1e-12
+  worst = lambda name: np.array([getattr(parts[k], name)[j] for j, k in enumerate(again.worst)])
+  for name, wanted, slack in (
+    ("p_value", np.exp(again.log_p_values), 1e-9),
+    ("log_p_value", again.log_p_values, 1e-9),
+    ("adjusted_p_value", again.adjusted_p_values, 1e-9),
+    ("mean", worst("means"), 0.0),
+    ("upper_bound", worst("upper_bounds"), 0.0),
+    ("rejected", np.where(close, calibration.column("rejected"), again.rejected), 0.0),
   ):
     got = calibration.column(name)
-    odd = np.flatnonzero(np.abs(got - wanted) > 1e-9 * (1.0 + np.abs(wanted)))
-    if len(odd):
-      _edited(name, f"{float(wanted[odd[0]])!r} in row {odd[0]}", float(got[odd[0]]))
-  for number, row in enumerate(calibration.rows):
-    part = parts[int(again.worst[number])]
-    for name, column in (("mean", part.means), ("upper_bound", part.upper_bounds)):
-      got, wanted = getattr(row, name), column[number]
-      if got != wanted and not (math.isnan(got) and math.isnan(wanted)):
-        _edited(name, f"{wanted!r} in row {number}, that of part {part.name!r}", got)
-  # p = error_rate may fall on either side by rounding, where it does the stored word counts.
-  close = np.abs(adjusted - calibration.error_rate) <= 1e-12
-  rejected = calibration.column("rejected")
-  odd = np.flatnonzero((rejected != again.rejected) & ~close)
-  if len(odd):
-    wanted = f"{bool(again.rejected[odd[0]])} in row {odd[0]}, adjusted p-value"
-    _edited("rejected", f"{wanted} {adjusted[odd[0]]:.4g}", bool(rejected[odd[0]]))
+    same = np.isclose(got, wanted, rtol=slack, atol=slack, equal_nan=True)
+    if not same.all():
+      row = int(np.argmin(same))
+      _edited(name, f"{wanted[row].item()!r} in row {row}", got[row].item())
   if not close.any() and tuple(calibration.visited) != again.visited:
     _edited("visited", f"{again.visited!r:.200}", calibration.visited)

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import math
 
@@ -13,17 +12,13 @@ from calm.calibrate import (
   Calibration,
   SequenceLosses,
   Support,
-  betting,
   calibrate,
-  calibration,
   clusters,
   methods,
   p_values,
-  risks,
   sequential,
   testing,
 )
-from calm.calibrate.generations import order
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.7, 0.5, 0.3])
@@ -82,29 +77,6 @@ def test_rows_do_not_depend_on_how_the_file_was_sorted():
   again = calibrate(shuffled, **RATES)
   np.testing.assert_array_equal(found.column("log_p_value"), again.column("log_p_value"))
   assert found.seed == again.seed and found.order == "permuted"
-
-
-def test_the_order_comes_from_ids_and_procedure():
-  ids = [f"id-{i}" for i in range(50)]
-  first = order.permutation(ids, None)
-  assert sorted(first) == list(range(50)) and list(first) != list(range(50))
-  np.testing.assert_array_equal(first, order.permutation(ids, None))
-  assert list(order.permutation(ids, laws.procedure())) != list(first)
-  assert list(order.permutation(ids[1:], None)) != list(first[1:])
-  backwards = order.permutation(ids[::-1], None)
-  assert [ids[::-1][row] for row in backwards] == [ids[row] for row in first]
-
-
-def test_another_order_is_repeated_by_the_guarantee():
-  losses = sample()
-  given_order = calibrate(losses.in_given_order(), **RATES, method="betting")
-  assert given_order.order == "given" and "order given by the caller" in given_order.guarantee
-  expected = betting.p_value(losses.values, 0.1)
-  np.testing.assert_allclose(given_order.column("p_value"), expected)
-  permuted = calibrate(losses, **RATES, method="betting")
-  assert "order given" not in permuted.guarantee
-  assert permuted.column("p_value")[0] != expected[0]
-  assert calibrate(losses.in_given_order(), **RATES, method="paper").order == "irrelevant"
 
 
 ANY_LEVEL = sorted(name for name, method in methods.METHODS.items() if method.any_level)
@@ -186,22 +158,6 @@ def test_losses_that_cannot_be_tested_stop_the_grid_there(bad):
   assert "must be in the declared range [0.0, 1.0]" in calibrate(losses, **RATES).reason
 
 
-def test_losses_declared_binary_must_be_0_or_1():
-  values = np.zeros((100, 4))
-  values[3, 2] = 0.5
-  found = calibrate(values, GRID, **RATES, support=Support(binary=True))
-  assert found.threshold == 0.7 and "the loss of row 3 is" in found.reason
-  assert "must be 0 or 1" in found.reason
-  values[:] = math.nan
-  assert calibrate(values, GRID, **RATES).threshold == NEVER_EXIT
-
-
-def test_rounding_at_the_ends_of_the_range_is_no_fault():
-  values = np.zeros((100, 4))
-  values[0] = 1.0 + 1e-12
-  assert calibrate(values, GRID, **RATES).threshold == 0.3
-
-
 def test_groups_are_cluster_means():
   generator = np.random.default_rng(0)
   values = laws.bernoulli(generator, 0.01, (180, 4))
@@ -242,33 +198,12 @@ def test_guarantee_says_what_it_says_and_what_not():
   assert "the user answers" in calibrate(sample(), **RATES).guarantee
 
 
-@pytest.mark.parametrize("promise", [risks.Mean(), risks.Quantile(0.5), risks.TailMean()])
-@pytest.mark.parametrize("grouped", [False, True])
-def test_every_sentence_says_that_prompts_are_independent_draws(promise, grouped):
-  groups = [f"g{row // 2}" for row in range(300)] if grouped else None
-  found = calibrate(sample(), tolerance=0.3, error_rate=0.05, promise=promise, groups=groups)
-  assert found.certified and "over independent draws of the" in found.promised
-  assert "those that are served are independent draws of one kind" in found.guarantee
-
-
 @pytest.mark.filterwarnings("default")
 def test_an_error_rate_above_a_half_is_warned_of():
   with pytest.warns(UserWarning, match="holds with probability 0.95, give 0.05"):
     calibrate(sample(), tolerance=0.1, error_rate=0.95)
   with pytest.warns(UserWarning, match="holds with probability 0.95, give 0.05"):
     sequential.SequentialCalibration([0.5], 50, tolerance=0.1, error_rate=0.95)
-
-
-def test_no_message_teaches_to_leave_prompts_out():
-  masked = np.ma.masked_array(np.zeros((40, 4)), np.eye(40, 4))
-  with pytest.raises(ValueError, match="a failure counts as the largest") as told:
-    calibrate(masked, GRID, **RATES)
-  with pytest.raises(ValueError, match="to name the cluster of every row") as named:
-    calibrate(np.zeros((2, 4)), GRID, **RATES, groups=["a", None])
-  assert "leave" not in f"{told.value} {named.value}"
-  values = np.zeros((40, 4))
-  values[3] = np.nan
-  assert "a failure counts as 1" in calibrate(values, GRID, **RATES).reason
 
 
 def test_another_procedure_is_refused_by_field():
@@ -280,16 +215,6 @@ def test_another_procedure_is_refused_by_field():
     found.refuse_other(None)
   with pytest.raises(ValueError, match="`procedure` null"):
     calibrate(sample(), **RATES).refuse_other(laws.procedure())
-
-
-def test_other_tests_than_fixed_sequence_return_the_lowest_certified():
-  means = (0.01, 0.4, 0.01, 0.4)
-  assert calibrate(sample(means=means), **RATES).threshold == 0.9
-  fallback = calibrate(sample(means=means), **RATES, testing_procedure="fallback")
-  assert fallback.threshold == 0.5 and fallback.testing == "fallback"
-  assert fallback.column("rejected").tolist() == [True, False, True, False]
-  full = calibrate(sample(means=(0.01,) * 4), **RATES)
-  assert full.threshold == 0.3 and full.reason.startswith("Every threshold")
 
 
 @given(
@@ -319,7 +244,7 @@ def test_any_input_gives_a_calibration_or_a_clear_error(
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"tolerance": 0.0}, r"`tolerance` to be in \(0, 1\), got 0.0.*delta.*epsilon"),
+    ({"tolerance": 0.0}, r"`tolerance` to be in \(0, 1\), got 0.0"),
     ({"error_rate": 1.0}, r"`error_rate` to be in \(0, 1\)"),
     ({"tolerance": "0.1"}, r"`tolerance` to be a number or None, got '0.1' \(str\)"),
     ({"method": "best"}, "`method` to be one of .* got 'best'"),
@@ -350,24 +275,3 @@ def test_arguments_are_checked(changes, message):
   losses, grid = options.pop("losses"), options.pop("thresholds")
   with pytest.raises(ValueError, match=message):
     calibrate(losses, grid, **options)
-
-
-def test_everything_is_recorded():
-  found = calibrate(sample(metric="rouge_l", kind="textual"), **RATES)
-  assert {field.name for field in dataclasses.fields(calibration.Row)} == {
-    "threshold",
-    "num_examples",
-    "mean",
-    "p_value",
-    "log_p_value",
-    "upper_bound",
-    "adjusted_p_value",
-    "rejected",
-  }
-  np.testing.assert_allclose(np.exp(found.column("log_p_value")), found.column("p_value"))
-  assert np.all(found.column("upper_bound") >= found.column("mean"))
-  assert found.column("num_examples").tolist() == [300] * 4
-  assert found.provenance.metric == "rouge_l" and found.provenance.references == "full model"
-  assert found.provenance.grid == tuple(GRID)
-  assert found.provenance.method == "betting_fixed_level"
-  assert len(found.seed) == 16 and found.visited == (0, 1, 2, 3)[: len(found.visited)]

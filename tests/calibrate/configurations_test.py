@@ -10,7 +10,6 @@ from scipy import stats
 from calm.calibrate import (
   Calibration,
   SequenceLosses,
-  Support,
   calibrate,
   calibrate_configurations,
   risks,
@@ -113,31 +112,6 @@ def test_nothing_certified_is_full_depth():
   assert Calibration.from_json(found.to_json()) == found
 
 
-def test_clusters_are_the_units():
-  groups = tuple(f"g{row // 4}" for row in range(400))
-  found = calibrate_configurations(*families(groups=groups), error_rate=0.05)
-  assert "in the average over clusters, of which each counts once" in found.promised
-  assert found.clusters and found.num_examples == 100
-  one = [{"softmax": table["softmax"]} for table in families(groups=groups)]
-  alone = calibrate_configurations(*one, error_rate=0.05)
-  assert alone.clusters and alone.promise.configurations == ("softmax at 0.9", "softmax at 0.5")
-
-
-def test_what_texts_were_compared_with_is_recorded():
-  several, costs = families()
-  found = calibrate_configurations(several, costs, error_rate=0.05)
-  assert found.provenance.references == "full model"
-  against_targets = {
-    name: [
-      dataclasses.replace(r, losses=dataclasses.replace(r.losses, kind="risk_signed"))
-      for r in given
-    ]
-    for name, given in several.items()
-  }
-  found = calibrate_configurations(against_targets, costs, error_rate=0.05)
-  assert found.provenance.references == "targets"
-
-
 def test_families_that_differ_are_refused():
   several, costs = families()
   few, _ = families(count=300)
@@ -173,16 +147,6 @@ def test_sorted_tables_at_the_boundary_are_certified_as_seldom_as_any():
     )
     wrong += found.certified
   assert stats.binomtest(wrong, draws, 0.05, alternative="greater").pvalue > 1e-3
-
-
-def test_a_risk_has_one_range_in_all_families():
-  several, costs = families()
-  wider = [
-    dataclasses.replace(risk, losses=dataclasses.replace(risk.losses, support=Support(-1.0)))
-    for risk in several["state"]
-  ]
-  with pytest.raises(ValueError, match="one support of 'texts'"):
-    calibrate_configurations({**several, "state": wider}, costs, error_rate=0.05)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,7 @@ import pytest
 from calm.calibrate import (
   SequenceLosses,
   Support,
-  betting,
   calibrate,
-  checks,
-  p_values,
   trials,
 )
 from tests.calibrate import laws
@@ -39,12 +36,6 @@ def test_losses_above_1_are_not_clipped_to_1(method):
   assert not found.certified
 
 
-def test_the_paper_still_clips_signed_losses_at_0():
-  values = np.full((100, 1), -0.5)
-  found = calibrate(values, [0.5], **RATES, support=Support(lower=-1.0), method="paper")
-  assert found.rows[0].mean == 0.0 and found.certified
-
-
 def test_groups_that_losses_carry_are_used():
   generator = np.random.default_rng(0)
   wrong = 0
@@ -59,11 +50,6 @@ def test_groups_that_losses_carry_are_used():
   assert len(trials.Draws(losses, "auto").values) == 40
   prompts = losses.ungrouped()
   assert calibrate(prompts, **RATES).num_examples == len(trials.Draws(prompts, "auto").values)
-
-
-def test_a_cluster_of_one_prompt_each_is_no_cluster():
-  found = calibrate(zeros(groups=tuple(f"g{row}" for row in range(60))), **RATES)
-  assert not found.clusters and found.num_examples == 60
 
 
 @pytest.mark.parametrize("missing", [None, math.nan, 1.5, True, ["a"]])
@@ -85,7 +71,6 @@ def test_a_missing_group_is_refused_and_not_one_cluster(missing):
     ({"ids": ("a",) * 60}, r"`ids` to be unique, got \['a'\] more than once"),
     ({"ids": tuple(range(60))}, r"`ids` to be texts, got 0 \(int\)"),
     ({"groups": ("a",) * 59}, "each of the 60 rows, got 59"),
-    ({"order": "sorted"}, "`order` to be 'permuted' or 'given'"),
     ({"support": (0, 1)}, "`support` to be a `Support`"),
     ({"support": {"lower": 0}}, "`support` to be a `Support`"),
   ],
@@ -116,27 +101,6 @@ def test_only_tables_of_real_numbers_are_losses(values, message):
     SequenceLosses(values, GRID)
 
 
-@pytest.mark.parametrize("kind", [bool, np.float16, np.int64, np.float32])
-def test_tables_of_other_numbers_are_converted(kind):
-  found = calibrate(np.zeros((60, 2), kind, order="F"), GRID, **RATES)
-  assert found == calibrate(np.zeros((60, 2)), GRID, **RATES)
-
-
-def test_clusters_in_the_given_order_are_tested_in_the_given_order():
-  # Names would sort the other way round: z, y, x, ...
-  names = [f"{25 - row:02d}" for row in range(26) for _ in range(2)]
-  values = np.repeat(laws.mostly_zero(np.random.default_rng(0), 0.05, (26, 1)), 2, axis=0)
-  losses = SequenceLosses(values, [0.5]).in_given_order()
-  found = calibrate(losses, tolerance=0.2, error_rate=0.05, groups=names)
-  plain = calibrate(
-    SequenceLosses(values[::2], [0.5]).in_given_order(), tolerance=0.2, error_rate=0.05
-  )
-  assert found.rows[0].log_p_value == plain.rows[0].log_p_value
-  backwards = SequenceLosses(values[::-1], [0.5]).in_given_order()
-  other = calibrate(backwards, tolerance=0.2, error_rate=0.05, groups=names[::-1])
-  assert other.rows[0].log_p_value != found.rows[0].log_p_value
-
-
 def test_the_full_model_is_promised_nothing_where_losses_say_nothing_of_it():
   plain = calibrate(np.ones((100, 1)), [0.5], **RATES)
   assert "nothing is promised of its loss" in plain.guarantee
@@ -144,27 +108,8 @@ def test_the_full_model_is_promised_nothing_where_losses_say_nothing_of_it():
   assert "against itself is 0 by definition" in textual.guarantee
 
 
-def test_messages_show_plain_numbers():
-  values = np.zeros((60, 2))
-  values[3, 0] = math.nan
-  assert "is nan and must" in calibrate(values, GRID, **RATES).reason
-  for call in (
-    lambda: betting.p_value([math.nan], 0.1),
-    lambda: p_values.hoeffding(np.array([2.0]), 1, 0.1),
-    lambda: p_values.binomial(np.array([0.5]), 1, 0.1),
-  ):
-    with pytest.raises(ValueError, match="got") as caught:
-      call()
-    assert "np.float64" not in str(caught.value)
-
-
 def test_a_range_above_the_tolerance_is_not_a_matter_of_how_many():
   losses = SequenceLosses(np.full((5, 1), 0.3), [0.5], Support(0.2, 1.0))
   found = calibrate(losses, tolerance=0.1, error_rate=0.05)
   assert not found.certified and "too few" not in found.reason
   assert found.reason.startswith("Nothing is certified: the first threshold 0.5 already fails")
-
-
-def test_equal_losses_have_no_order_to_follow():
-  assert not checks.looks_sorted(np.full((500, 2), 0.3))
-  assert checks.looks_sorted(np.sort(np.random.default_rng(0).random((500, 2)), axis=0))

@@ -3,8 +3,15 @@
 import numpy as np
 import pytest
 
-from calm.calibrate import Calibration, SequenceLosses, calibrate, from_texts, metrics, risks
-from calm.calibrate.configurations import calibrate_configurations
+from calm.calibrate import (
+  Calibration,
+  SequenceLosses,
+  calibrate,
+  calibrate_configurations,
+  from_texts,
+  metrics,
+  risks,
+)
 from calm.calibrate.generations import foreign
 from calm.calibrate.risks import Risk
 from calm.calibrate.sequential import SequentialCalibration
@@ -92,14 +99,3 @@ def test_seeds_that_would_not_be_loaded_are_not_tried(seed):
       made()
   with pytest.raises(ValueError, match=r"Expected `order` .* one of .*, got 'sorted'"):
     sequential(order="sorted")
-
-
-def test_a_reason_is_loaded_whatever_the_names_in_it(tmp_path):
-  ids = tuple("\u00a0" * 2000 + str(row) for row in range(200))
-  values = VALUES.copy()
-  values[3, 1] = 2.0
-  table = SequenceLosses(values, GRID, ids=ids, knobs=("x" * 500, "y" * 500))
-  found = calibrate(table, **RATES, promise=risks.EveryGroup(labels=["z" * 500] * 200))
-  found.save(tmp_path / "c.json")
-  back = Calibration.load(tmp_path / "c.json")
-  assert "row 3" in found.reason and back.to_json() == found.to_json()  # NaN is not itself

@@ -21,18 +21,19 @@ def test_equal_texts_lose_nothing_before_any_metric_is_called():
 
   from calm.calibrate.metrics import Metric
 
-  losses = sequence_losses.textual_losses(laws.generations(3), metric=Metric("never", never))
+  losses = sequence_losses.compute(
+    laws.generations(3), "textual", metric=Metric("never", never)
+  )
   np.testing.assert_array_equal(losses.values, np.zeros((3, 2)))
 
 
 def test_textual_losses_by_hand():
-  losses = sequence_losses.textual_losses(laws.generations(2, texts=TEXTS))
+  losses = sequence_losses.compute(laws.generations(2, texts=TEXTS), "textual")
   np.testing.assert_allclose(losses.values, [[0.0, 1.0], [0.5, 0.0]])
   assert losses.support == Support() and losses.kind == "textual"
   assert losses.ids == ("id-000", "id-001") and losses.groups == ("group-0", "group-0")
   assert losses.thresholds.tolist() == [0.9, 0.5]
   assert "textual, rouge_l, 2 prompts x 2 thresholds" in repr(losses)
-  np.testing.assert_array_equal(np.asarray(losses), losses.values)
 
 
 def improving():
@@ -43,10 +44,10 @@ def improving():
 
 
 def test_risk_losses_are_paired_differences_and_clipping_forgets_improvements():
-  signed = sequence_losses.risk_losses(improving())
+  signed = sequence_losses.compute(improving(), "risk_signed")
   np.testing.assert_allclose(signed.values, [[-1.0, -1.0], [0.0, 1.0]])
   assert signed.support == Support(lower=-1.0) and signed.kind == "risk_signed"
-  clipped = sequence_losses.risk_losses(improving(), signed=False)
+  clipped = sequence_losses.compute(improving(), "risk_clipped")
   np.testing.assert_allclose(clipped.values, [[0.0, 0.0], [0.0, 1.0]])
   assert clipped.support == Support() and clipped.kind == "risk_clipped"
   assert (clipped.values.mean(axis=0) >= signed.values.mean(axis=0)).all()
@@ -54,16 +55,9 @@ def test_risk_losses_are_paired_differences_and_clipping_forgets_improvements():
 
 def test_binary_metrics_declare_binary_losses_except_signed_ones():
   made = improving()
-  assert sequence_losses.textual_losses(made, metric="exact_match").support.binary
-  assert sequence_losses.risk_losses(made, metric="exact_match", signed=False).support.binary
-  assert not sequence_losses.risk_losses(made, metric="exact_match").support.binary
-
-
-def test_several_references_count_by_the_best():
-  made = improving()
-  rows = (Prompt("id-000", "i", ("zzz", "p q")), made.prompts[1])
-  made = type(made)(rows, made.thresholds, made.records, made.full)
-  np.testing.assert_allclose(sequence_losses.risk_losses(made).values[0], [1.0, 1.0])
+  assert sequence_losses.compute(made, "textual", metric="exact_match").support.binary
+  assert sequence_losses.compute(made, "risk_clipped", metric="exact_match").support.binary
+  assert not sequence_losses.compute(made, "risk_signed", metric="exact_match").support.binary
 
 
 def test_prefixes_of_a_sequential_run():
@@ -74,7 +68,7 @@ def test_prefixes_of_a_sequential_run():
   risk = sequence_losses.prefix_losses(made, "risk_signed")
   assert [column.tolist() for column in risk] == [[0.0, 0.5], [1.0]]
   with pytest.raises(ValueError, match=r"got incomplete ones at \['0.5'\].*`prefix_losses`"):
-    sequence_losses.textual_losses(made)
+    sequence_losses.compute(made, "textual")
   more = type(made)(made.prompts, made.thresholds, made.records, made.full[:1])
   with pytest.raises(ValueError, match="full-model records for all prompts used"):
     sequence_losses.prefix_losses(more, "textual")
@@ -85,25 +79,16 @@ def test_errors():
   rows = (Prompt("id-000", "i"), made.prompts[1])
   bare = type(made)(rows, made.thresholds, made.records, made.full)
   with pytest.raises(ValueError, match=r"got 1 that have none, first \['id-000'\]; `"):
-    sequence_losses.risk_losses(bare)
+    sequence_losses.compute(bare, "risk_signed")
   with pytest.raises(ValueError, match=r"`kind` to be one of .* got 'other'"):
     sequence_losses.compute(made, "other")
   with pytest.raises(ValueError, match="whole corpus"):
-    sequence_losses.textual_losses(made, metric="bleu")
+    sequence_losses.compute(made, "textual", metric="bleu")
   for fields in ({"lower": 1.0}, {"upper": np.inf}, {"lower": np.nan}):
     with pytest.raises(ValueError, match="`support` to have finite"):
       Support(**fields)
   with pytest.raises(ValueError, match=r"a binary `support` to be \[0, 1\]"):
     Support(lower=-1.0, binary=True)
-
-
-def test_rows_and_order_travel_with_the_losses():
-  losses = sequence_losses.textual_losses(laws.generations(4))
-  part = losses.rows([2, 0])
-  assert part.ids == ("id-002", "id-000") and part.groups == ("group-1", "group-0")
-  assert losses.order == "permuted" and losses.in_given_order().order == "given"
-  plain = sequence_losses.SequenceLosses(np.zeros((2, 1)), np.array([0.5])).rows([1])
-  assert plain.ids is None and plain.groups is None
 
 
 FULL = [f"answer {row}" for row in range(100)]
@@ -153,14 +138,6 @@ def test_references_are_read_where_texts_differ():
     from_texts(FULL, {"base": CHEAP}, references=[[]] * 100)
 
 
-def test_ids_and_groups_are_kept():
-  names = [f"p{row}" for row in range(100)]
-  groups = [f"g{row // 2}" for row in range(100)]
-  losses = from_texts(FULL, {"base": CHEAP}, ids=names, groups=groups)
-  assert losses.ids == tuple(names) and losses.groups == tuple(groups)
-  assert calibrate(losses, **RATES).num_examples == 50
-
-
 @pytest.mark.parametrize(
   ("early", "options", "message"),
   [
@@ -180,12 +157,6 @@ def test_ids_and_groups_are_kept():
 def test_what_does_not_fit_is_refused(early, options, message):
   with pytest.raises(ValueError, match=message):
     from_texts(FULL, early, **options)
-
-
-def test_losses_need_a_knob_a_column():
-  losses = from_texts(FULL, {"a": CHEAP})
-  with pytest.raises(ValueError, match="Expected 1 `knobs`"):
-    sequence_losses.SequenceLosses(losses.values, losses.thresholds, knobs=("a", "b"))
 
 
 def test_copies_of_prompts_are_seen_in_their_texts():
@@ -245,46 +216,12 @@ def test_columns_that_are_no_thresholds_are_refused(make):
     calibrate(make({"9": [0.0] * 40}), **RATES)
 
 
-def test_two_columns_of_one_threshold_are_refused(make):
-  with pytest.raises(
-    ValueError, match=r"Expected one column .* a threshold, got '0.9' and '0.90' .*0\.9; "
-  ):
-    calibrate(make(columns(**{"0.90": [0.0] * 200})), **RATES)
-
-
-@pytest.mark.parametrize("library", ["pandas", "polars"])
-def test_a_calibration_is_a_frame(library):
-  pytest.importorskip(library)
-  found = calibrate(VALUES, [0.9, 0.5], **RATES)
-  frame = found.to_frame(library)
-  assert type(frame).__module__.startswith(library) and frame.shape == (2, 8)
-  assert list(frame["threshold"]) == [0.9, 0.5] and list(frame["rejected"]) == [True, False]
-  np.testing.assert_allclose(np.asarray(frame["mean"]), VALUES.mean(axis=0))
-  # What comes out goes in again.
-  table = {str(row.threshold): VALUES[:, place] for place, row in enumerate(found.rows)}
-  assert calibrate(type(frame)(table), **RATES).threshold == found.threshold
-
-
 def test_rows_without_a_group_are_refused_and_not_one_cluster(make):
   groups = [*(f"g{row}" for row in range(100)), *[None] * 100]
   with pytest.raises(
     ValueError, match=r"name the cluster of every row, got .* 100 rows without"
   ):
     calibrate(make(columns(group=groups)), **RATES)
-
-
-def test_missing_groups_of_pandas_are_refused():
-  pandas = pytest.importorskip("pandas")
-  for kind, names in (
-    ("object", ["a", float("nan")]),
-    ("string", ["a", pandas.NA]),
-    ("datetime64[ns]", ["2026-01-01", pandas.NaT]),
-  ):
-    table = pandas.DataFrame(columns()).assign(group=pandas.array(names * 100, dtype=kind))
-    with pytest.raises(ValueError, match="name the cluster of every row"):
-      calibrate(table, **RATES)
-  numbered = pandas.DataFrame(columns()).assign(group=np.arange(200) // 2)
-  assert calibrate(numbered, **RATES).num_examples == 100
 
 
 def peak(method: str) -> float:

@@ -1,9 +1,6 @@
 """Whatever order a table is stored in, a test keeps its level."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -37,32 +34,6 @@ def stored(values, way, generator):
   return values[np.argsort((values[:, 0] > 0) * generator.random(len(values)))]  # clustered
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_a_sorted_table_certifies_no_more_often_than_as_drawn(named):
-  generator = np.random.default_rng(0)
-  wrong = 0
-  ids = tuple(f"p{i}" for i in range(383)) if named else None
-  for _ in range(60):
-    values = np.sort(laws.bernoulli(generator, 0.13, (383, 1)), axis=0)
-    found = calibrate(SequenceLosses(values, [0.5], ids=ids), **RATES, method="betting")
-    wrong += found.certified
-  assert wrong <= 5  # 89 % of draws when names alone made the order; as drawn 1 %
-
-
-@pytest.mark.parametrize("way", ["sorted", "descending", "stratified", "clustered"])
-@pytest.mark.parametrize("law", [laws.bernoulli, laws.mostly_zero])
-def test_every_stored_order_keeps_the_level_at_every_size(way, law):
-  """At the boundary, over sizes up to 400; each draw has another size."""
-  generator = np.random.default_rng(1)
-  sizes = np.arange(30, 401, 2)
-  wrong = 0
-  for size in sizes:
-    values = stored(law(generator, 0.2, (size, 1)), way, generator)
-    wrong += calibrate(values, [0.5], tolerance=0.2, error_rate=0.1).certified
-  spread = np.sqrt(0.1 * 0.9 / len(sizes))
-  assert wrong / len(sizes) <= 0.1 + 3 * spread
-
-
 def test_contents_move_the_order_and_storage_does_not():
   values = laws.mostly_zero(np.random.default_rng(0), 0.2, (50, 3))
   ids = tuple(f"p{i}" for i in range(50))
@@ -92,7 +63,7 @@ KINDS = {
 def test_equal_calls_answer_equally_however_rows_are_stored(kinds, method):
   generator = np.random.default_rng(0)
   values, support = KINDS[kinds]
-  for _ in range(20):
+  for _ in range(5):
     table = generator.choice(
       values, size=(60, 1), p=[0.8, *[0.2 / (len(values) - 1)] * (len(values) - 1)]
     )
@@ -105,21 +76,6 @@ def test_equal_calls_answer_equally_however_rows_are_stored(kinds, method):
     named = dataclasses.replace(losses, ids=tuple(f"p{i}" for i in range(60)))
     first = calibrate(named, **RATES, method=method)
     assert calibrate(named.rows(np.arange(60)[::-1]), **RATES, method=method).rows == first.rows
-
-
-def test_equal_calls_answer_equally_of_configurations():
-  generator = np.random.default_rng(0)
-  for _ in range(5):
-    tables = {
-      name: SequenceLosses(laws.bernoulli(generator, 0.03, (200, 1)), [0.5]) for name in "ab"
-    }
-    risks = {name: [Risk(table, 0.2)] for name, table in tables.items()}
-    costs = {name: np.full((200, 1), cost) for cost, name in enumerate("ab")}
-    first = calibrate_configurations(risks, costs, error_rate=0.2)
-    assert calibrate_configurations(risks, costs, error_rate=0.2) == first
-    assert first.certified  # 16 splits agree on so low a risk
-    once = calibrate_configurations(risks, costs, error_rate=0.2, seed="0123456789abcdef")
-    assert len(once.promise.configurations) and once.seed == "0123456789abcdef"
 
 
 def certified(table, tolerance, method):
@@ -148,8 +104,6 @@ BOUNDARY_LAWS = {
   "0 or 1": laws.bernoulli,
   "3 kinds": of_kinds(3),
   "8 kinds": of_kinds(8),
-  "20 kinds": of_kinds(20),
-  "smooth": lambda g, mean, shape: g.beta(3.0 * mean, 3.0 * (1.0 - mean), shape),
   "rare": lambda g, mean, shape: (g.random(shape) < mean / 0.8) * g.beta(8.0, 2.0, shape),
 }
 STORED = {
@@ -185,7 +139,7 @@ def shares_certified(law, size, way, named, contents=""):
 
 
 @pytest.mark.parametrize(
-  "way, named", [("random", False), ("random", True), ("sorted", True), ("by difficulty", True)]
+  ("way", "named"), [("random", False), ("sorted", True), ("by difficulty", True)]
 )
 @pytest.mark.parametrize("law", BOUNDARY_LAWS)
 def test_the_boundary_is_falsely_certified_no_more_often_than_promised(law, way, named):
@@ -199,55 +153,10 @@ def test_the_boundary_is_falsely_certified_where_names_alone_make_the_order():
   assert share > 0.2
 
 
-EQUAL_CALLS = {
-  "0 or 1": (laws.bernoulli, {}),
-  "few kinds": (of_kinds(3), {}),
-  "fractional": (laws.mostly_zero, {}),
-  "grouped": (of_kinds(3), {"groups": [f"g{row // 2}" for row in range(60)]}),
-  "in the order given": (laws.mostly_zero, {"order": "given"}),
-}
-
-
-@pytest.mark.parametrize("named", [None, False, True])
-@pytest.mark.parametrize("kind", EQUAL_CALLS)
-def test_twenty_equal_calls_answer_equally(kind, named):
-  """Plain arrays (None), and losses without and with ids."""
-  law, more = EQUAL_CALLS[kind]
-  for seed in range(3):
-    table = law(np.random.default_rng(seed), 0.03, (60, 2))
-    if named is None:
-      call = lambda: calibrate(table.copy(), [0.9, 0.5], **RATES, groups=more.get("groups"))  # noqa: B023
-    else:
-      fields = {**more, "ids": tuple(f"p{row}" for row in range(60)) if named else None}
-      call = lambda: calibrate(SequenceLosses(table.copy(), [0.9, 0.5], **fields), **RATES)  # noqa: B023
-    first = call()
-    assert all(call() == first for _ in range(19))
-
-
-def test_another_process_answers_equally():
-  script = (
-    "import numpy as np; from calm.calibrate import calibrate\n"
-    "table = np.random.default_rng(0).choice([0, 0.5, 1], (60, 2), p=[0.9, 0.05, 0.05])\n"
-    "for values in (table, table > 0, table * np.arange(1, 61)[:, None] / 60):\n"
-    "  print(calibrate(values * 1.0, [0.9, 0.5], tolerance=0.2, error_rate=0.1).digest)\n"
-  )
-  answers = {
-    subprocess.run(
-      [sys.executable, "-c", script],
-      env={**os.environ, "PYTHONHASHSEED": seed},
-      capture_output=True,
-      text=True,
-      check=True,
-    ).stdout
-    for seed in "12"
-  }
-  assert len(answers) == 1 and len(set(answers.pop().split())) == 3
-
-
 @pytest.mark.parametrize("method", ["betting", "betting_fixed_level"])
 @pytest.mark.parametrize(
   "count, tolerance",
-  [(30, 0.1), (50, 0.1), (97, 0.05), (100, 0.05), (100, 0.1), (285, 0.05), (383, 0.1)],
+  [(50, 0.1), (97, 0.05), (383, 0.1)],
 )
 def test_the_level_of_every_table_of_zeros_and_ones_is_exact(count, tolerance, method):
   """The sum over all n + 1 tables: with one order made of contents up to 0.26 (first: 0.25)."""
@@ -302,18 +211,7 @@ def test_tables_of_two_to_eight_kinds_of_rows_are_tested_in_many_orders(kinds, m
     assert len(set(seeds)) == len(seeds) == (16 if 1 < kinds <= 8 else 1)
     assert all(len(seed) == 16 and int(seed, 16) >= 0 for seed in seeds)
     assert clusters.order_seeds(losses, "ab") == ("ab",)  # as earlier versions drew it
-    assert len(clusters.order_seeds(losses.in_given_order())) == 1
     assert len(clusters.order_seeds(dataclasses.replace(losses, contents="c"))) == 1
-
-
-def test_contents_of_a_table_are_the_digests_of_its_rows():
-  table = np.arange(20.0).reshape(10, 2) / 100.0
-  signed = table.copy()
-  table[0, 0], signed[0, 0] = 0.0, -0.0
-  expected = order.contents_digest(row.tobytes() for row in table)
-  for values in (table, signed, table[::-1]):
-    losses = SequenceLosses(values, [0.9, 0.5])
-    assert clusters.with_contents(losses).contents == expected
 
 
 def test_places_are_those_of_sha256_whatever_the_version_of_numpy():
@@ -322,15 +220,6 @@ def test_places_are_those_of_sha256_whatever_the_version_of_numpy():
   ]
   assert order.contents_digest([b"a", b"b"]) == order.contents_digest([b"b", b"a"])
   assert order.contents_digest([b"a", b"b"]) != order.contents_digest([b"a", b"a"])
-
-
-def test_an_order_that_follows_the_losses_is_warned_of():
-  values = np.sort(laws.mostly_zero(np.random.default_rng(0), 0.1, (100, 1)), axis=0)
-  losses = SequenceLosses(values, [0.5])
-  calibrate(losses, **RATES)
-  with pytest.warns(UserWarning, match="follows the losses"):
-    calibrate(losses.in_given_order(), **RATES)
-  calibrate(losses.in_given_order(), **RATES, method="paper")  # sums have no order
 
 
 def text_like(generator, mean, shape):
@@ -348,8 +237,7 @@ COPIED_LAWS = {
 }
 
 
-@pytest.mark.parametrize("lone", [0, 1])
-@pytest.mark.parametrize("times", [2, 3, 10])
+@pytest.mark.parametrize(("times", "lone"), [(2, 0), (3, 1), (10, 0)])
 @pytest.mark.parametrize("name", COPIED_LAWS)
 def test_copies_are_seen_in_every_table_that_can_show_them(name, times, lone):
   """Each prompt several times in a row, or the list again; beside a lone row, or not.
@@ -371,7 +259,7 @@ def test_copies_are_seen_in_every_table_that_can_show_them(name, times, lone):
 
 
 def test_independent_draws_do_not_look_copied_however_they_are_stored():
-  """Among 1,200 tables not one; at its level one in 80,000 would."""
+  """Among 400 tables not one; at its level one in 80,000 would."""
   generator = np.random.default_rng(1)
   ways = [
     lambda values: values,
@@ -380,7 +268,7 @@ def test_independent_draws_do_not_look_copied_however_they_are_stored():
     lambda values: stored(values, "stratified", generator),
   ]
   everywhere = [*laws.UNIT_LAWS, *laws.SIGNED_LAWS, text_like]
-  for seed in range(1200):
+  for seed in range(400):
     law, way = everywhere[seed % len(everywhere)], ways[seed // 8 % len(ways)]
     shape = (int(generator.integers(2, 400)), int(generator.integers(1, 9)))
     values = way(law(generator, float(generator.uniform(0.01, 0.3)), shape))
@@ -395,15 +283,6 @@ def test_a_pattern_made_by_hand_is_no_copy_of_prompts(period):
   assert checks.looks_copied(np.insert(pattern, 0, True)[:, None].astype(float)) == (
     period < 60
   )
-
-
-def test_one_prompt_many_times_among_others_looks_copied():
-  values = np.random.default_rng(0).random((200, 4))
-  assert not checks.looks_copied(values)
-  assert not checks.looks_copied(values[[*range(200), *[7] * 15]])
-  assert checks.looks_copied(values[[*range(200), *[7] * 40]])
-  values[:, :2] = 1.0  # of two different losses alone it may happen by itself
-  assert not checks.looks_copied(values[[*range(200), *[7] * 40]])
 
 
 def test_copied_prompts_are_warned_of():

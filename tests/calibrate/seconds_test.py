@@ -49,11 +49,3 @@ def test_nothing_is_said_where_nothing_was_measured_or_certified(calibration):
   ):
     provenance = dataclasses.replace(calibration.provenance, notes={"seconds": note})
     assert seconds.of(dataclasses.replace(calibration, provenance=provenance)) is None
-
-
-def test_how_fast_it_was_is_told_of_one_prompt_and_of_batches():
-  batched = seconds.Pair(8, 16, full=2.0, early=1.6, speedup=1.25, end_to_end=1.1)
-  alone = "x2.00 one at a time (x1.50 with the encoder)"
-  assert seconds.Seconds(FAST).told == alone
-  both = f"{alone}, x1.25 in batches of 8 (x1.10 with the encoder)"
-  assert seconds.Seconds(FAST, batched).told == both

@@ -335,8 +335,8 @@ def test_a_run_by_group_is_tested_on_cluster_means():
 
 def test_clusters_are_tested_in_the_order_that_calibrate_tests_them():
   cached = clustered()
-  losses = sequence_losses.textual_losses(
-    dataclasses.replace(cached, sequential=False), metric="exact_match"
+  losses = sequence_losses.compute(
+    dataclasses.replace(cached, sequential=False), "textual", metric="exact_match"
   )
   fixed = calibrate(losses, **RATES, groups=losses.groups, method="betting_early")
   found = sequential.replay(cached, **LOSS, **RATES)

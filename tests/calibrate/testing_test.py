@@ -63,26 +63,6 @@ def _multinomial(ways):
   return result
 
 
-@pytest.mark.parametrize("name", sorted(PROCEDURES))
-@pytest.mark.parametrize("true", list(itertools.product([False, True], repeat=3))[1:])
-def test_family_wise_error_with_uniform_p_values_and_any_pattern_of_truth(name, true):
-  """True hypotheses: independent, equal or opposite p-values on a grid; false ones: p = 0."""
-  steps, error_rate = 20, 0.25
-  grid = (np.arange(steps) + 1) / steps
-  mask = np.array(true)
-  free = int(mask.sum())
-  independent = list(itertools.product(grid, repeat=free))
-  equal = [(value,) * free for value in grid]
-  opposite = [tuple(v if i % 2 else 1 + 1 / steps - v for i in range(free)) for v in grid]
-  for family in (independent, equal, opposite):
-    wrong = 0
-    for values in family:
-      p = np.zeros(3)
-      p[mask] = np.minimum(values, 1.0)
-      wrong += bool(PROCEDURES[name](p, error_rate).rejected[mask].any())
-    assert wrong / len(family) <= error_rate + 1e-12
-
-
 @given(P_VALUES, st.floats(0.01, 0.5), st.floats(0.01, 0.5))
 def test_adjusted_p_values_decide_at_every_level(p, first, second):
   for procedure in testing.PROCEDURES.values():
@@ -124,47 +104,10 @@ def test_fallback_equals_its_definition(p):
   assert testing.fallback(p, 0.3).rejected.tolist() == expected
 
 
-@given(P_VALUES)
-def test_holm_rejects_all_that_bonferroni_does_and_ignores_the_order(p):
-  holm, bonferroni = testing.holm(p, 0.2), testing.READABLE["bonferroni"](p, 0.2)
-  assert np.all(holm.rejected >= bonferroni.rejected)
-  np.testing.assert_array_equal(testing.holm(p[::-1], 0.2).rejected, holm.rejected[::-1])
-
-
-def test_first_shares_are_the_largest_initial_weights():
-  shares = {"fixed_sequence": 1.0, "fallback": 0.5, "holm": 0.2}
-  assert shares == {name: testing.first_share(name, 5) for name in testing.PROCEDURES}
-  assert {testing.first_share(name, 1) for name in shares} == {1.0}
-
-
 def test_equality_with_the_level_rejects():
   for procedure in testing.PROCEDURES.values():
     assert procedure([0.05], 0.05).rejected.tolist() == [True]
     assert procedure([np.nextafter(0.05, 1)], 0.05).rejected.tolist() == [False]
-
-
-@pytest.mark.parametrize(
-  ("p", "error_rate", "message"),
-  [
-    ([], 0.05, "`p_values` to be a non-empty vector"),
-    ([[0.1]], 0.05, "`p_values` to be a non-empty vector"),
-    ([1.5], 0.05, r"`p_values` to be .* in \[0, 1\]"),
-    ([0.1, 1.5], 0.05, r"`p_values` to be .* in \[0, 1\]"),
-    ([-0.1], 0.05, r"`p_values` to be .* in \[0, 1\]"),
-    ([0.1], 0.0, "`error_rate` to be in"),
-    ([0.1], 1.0, "`error_rate` to be in"),
-    ([0.1], float("nan"), "`error_rate` to be in"),
-  ],
-)
-def test_arguments_out_of_range_are_refused(p, error_rate, message):
-  for procedure in testing.PROCEDURES.values():
-    with pytest.raises(ValueError, match=message):
-      procedure(p, error_rate)
-
-
-def test_adjusted_p_values_end_at_one():
-  for procedure in testing.PROCEDURES.values():
-    assert procedure([0.9, 1.0, float("nan")], 0.1).adjusted_p_values.max() == 1.0
 
 
 def part(p_values, share=1.0, ascending=False):
@@ -209,26 +152,6 @@ def test_what_is_tested_from_either_end_has_shares_and_needs_both():
   check(found, largest, [2, 0, 0], [False, True, True], adjusted, (0, 1, 2))
   found = decide([part([0.01, 0.02, 0.3], share=0.5), *costs], "fixed_sequence", 0.05)
   check(found, [1.0, 0.04, 0.6], [2, 0, 0], [False, True, False], [1.0, 0.04, 0.6], (0, 1, 2))
-
-
-def test_a_cost_that_fails_at_the_cheap_end_ends_the_test_of_costs():
-  cost = part([0.001, 0.001, 0.02], share=0.25, ascending=True)
-  found = decide([part([0.001] * 3, share=0.75), cost], "fixed_sequence", 0.05)
-  assert not found.rejected.any()
-  np.testing.assert_allclose(found.adjusted_p_values, 0.08)
-
-
-def test_a_share_of_the_error_rate_is_a_higher_p_value():
-  assert not decide([part([0.03], share=0.5)], "fixed_sequence", 0.05).rejected[0]
-  assert decide([part([0.025], share=0.5)], "fixed_sequence", 0.0500001).rejected[0]
-
-
-def test_evidence_is_the_same_after_a_file():
-  first = part([0.5, 0.25, 0.125], share=0.5, ascending=True)
-  stored = first.to_json()
-  assert stored["means"] == [0.0, None, 0.5] and stored["num_examples"] == [9, 9, 9]
-  again = Evidence.from_json(stored)
-  assert repr(again) == repr(first)
 
 
 def test_grids_are_tested_each_for_itself():

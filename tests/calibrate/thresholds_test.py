@@ -1,4 +1,3 @@
-import itertools
 import math
 
 import numpy as np
@@ -27,26 +26,6 @@ def test_never_is_infinity_and_no_number(text):
 def test_anything_else_is_refused_by_name(value):
   with pytest.raises(ValueError, match=r"`threshold` to be .* got"):
     thresholds.parse_threshold(value)
-
-
-@given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=20, unique=True))
-def test_any_strictly_descending_grid_in_the_unit_interval_is_accepted(values):
-  grid = sorted(values, reverse=True)
-  np.testing.assert_array_equal(thresholds.validate_grid(grid), grid)
-
-
-@given(st.lists(st.floats(allow_nan=True), max_size=6))
-def test_any_other_grid_is_refused(values):
-  good = (
-    len(values) > 0
-    and all(0.0 <= v <= 1.0 for v in values)
-    and all(a > b for a, b in itertools.pairwise(values))
-  )
-  if good:
-    thresholds.validate_grid(values)
-  else:
-    with pytest.raises(ValueError, match="`thresholds`"):
-      thresholds.validate_grid(values)
 
 
 @pytest.mark.parametrize(
@@ -89,14 +68,3 @@ def test_knobs_are_thresholds_throughout_or_not_at_all():
   assert thresholds.parse_knobs(["base", "tiny"]) == ["base", "tiny"]
   with pytest.raises(ValueError, match=r"another knob throughout, got both: \['0.9', '12'\]"):
     thresholds.parse_knobs(["0.9", "12"])
-
-
-def test_a_grid_of_knobs_descends_whatever_they_are():
-  grid, names = thresholds.grid_of_knobs([0.9, 0.5])
-  assert grid.tolist() == [0.9, 0.5] and names == ()
-  for knobs in (["large", "base"], [12, 6]):
-    grid, names = thresholds.grid_of_knobs(knobs)
-    assert grid.tolist() == [1.0, 0.5] and names == tuple(map(str, knobs))
-  for bad in ([], ["a", "a"], [2, 2]):
-    with pytest.raises(ValueError, match=r"`knobs` to be finite .* all different"):
-      thresholds.grid_of_knobs(bad)

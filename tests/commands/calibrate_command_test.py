@@ -12,11 +12,11 @@ from calm.calibrate import (
   generations,
   ledger,
   risks,
-  textual_losses,
   verification,
 )
 from calm.calibrate import calibrate as certify
 from calm.calibrate.generations import foreign
+from calm.calibrate.losses import compute
 from calm.commands import calibrate
 
 RISKS = ("--risks", "textual:rouge_l:0.2", "risk_signed:token_f1:0.2")
@@ -243,7 +243,7 @@ def test_a_promise_of_cost_is_verified(metric, share, tmp_path, calm):
   if share is None:  # as the command makes it, of whatever method fits each part
     calm("calibrate", folder, "--promise=cost", f"--metric={metric}", f"--output={saved}")
   else:
-    losses = textual_losses(generations.load(folder), metric=metric)
+    losses = compute(generations.load(folder), "textual", metric=metric)
     promise = risks.Cost(0.6, share, costs=[[4 / 8, 2 / 8]] * 400)
     made = certify(losses, tolerance=0.1, error_rate=0.05, promise=promise)
     assert made.parts[0].method != made.parts[1].method or metric == "token_f1"
@@ -320,9 +320,8 @@ def test_equal_calls_answer_equally_and_a_drawn_order_is_verified_by_its_seed(tm
   assert found[0] == found[1]
   printed = calm(*words, f"--verify={path}")
   assert "is what these outputs give" in printed and "earlier versions" not in printed
-  losses = textual_losses(
-    foreign.gather(full, {0.5: tmp_path / "early.jsonl"}), metric="exact_match"
-  )
+  gathered = foreign.gather(full, {0.5: tmp_path / "early.jsonl"})
+  losses = compute(gathered, "textual", metric="exact_match")
   # As earlier versions drew the order of such outputs.
   certify(losses, tolerance=0.3, error_rate=0.05, method="betting", seed="ab").save(path)
   printed = calm(*words, f"--verify={path}")

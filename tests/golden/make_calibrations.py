@@ -28,7 +28,7 @@ RATES = {"tolerance": 0.1, "error_rate": 0.05}
 SHARES = np.array([0.0, 0.03, 0.07, 0.9])
 RETIRED = (
   *("method_hoeffding", "method_hoeffding_bentkus", "testing_bonferroni"),
-  *("configurations", "configurations_of_clusters"),
+  *("configurations", "configurations_of_clusters", "given_order"),
 )
 
 
