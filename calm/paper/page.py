@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any, TextIO, cast
+from typing import Any
 
 import jinja2
 import markupsafe
@@ -125,9 +125,9 @@ def script_data(value: Any) -> markupsafe.Markup:
 
 
 def print_report(
-  console: rich_console.Console, reports: Sequence[experiments.TaskReport], *, count: int = 2
+  console: rich_console.Console, reports: Sequence[experiments.TaskReport]
 ) -> None:
-  """Prints every task's headline, Table 2 and some coloured outputs in a terminal."""
+  """Prints every task's headline and Table 2 in a terminal."""
   for report in reports:
     print_text(console, f"\n{findings.headline(report)}", "bold")
     table = gains_table(report)
@@ -141,31 +141,3 @@ def print_report(
       words=table.text_columns,
     )
     print_text(console, table.note.replace(INTERVALS, ""), "dim")
-    for measure in report.examples[:1]:
-      _print_examples(console, measure, count)
-
-
-def _print_examples(
-  console: rich_console.Console, found: experiments.Examples, count: int
-) -> None:
-  """Outputs at the threshold shown first, each token on its layers' colour."""
-  at = threshold(found.thresholds[found.chosen])
-  console.print(f"\nmeasure {found.measure}, threshold {at}", highlight=False)
-  mode = outputs.terminal_mode(stream=cast(TextIO, console.file))
-  if mode != "plain":
-    print(outputs.legend_terminal(found.num_layers, mode=mode), file=console.file)
-  for item in found.items[:count]:
-    level = item.levels[found.chosen]
-    pieces = visible(level.pieces)
-    print_text(console, f"\n{item.id}", "dim")
-    for name, value in (("reference", item.reference), ("full", item.full)):
-      print_text(console, f"  {name:<10} {value}", soft_wrap=True)
-    layers = f"{level.layers:.2f} layers a token"
-    if mode == "plain":
-      print_text(console, f"  {'early':<10} {''.join(pieces)}", soft_wrap=True)
-      layers = f"layers {' '.join(map(str, level.exit_layers))}"
-    else:
-      text = outputs.to_terminal(pieces, level.exit_layers, found.num_layers, mode=mode)
-      print(f"  {'early':<10} {text}", file=console.file)
-    numbers = f"D {number(level.distance)}, R {number(level.risk_difference)}, {layers}"
-    print_text(console, f"  {numbers}", "dim")

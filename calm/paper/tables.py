@@ -25,7 +25,6 @@ class Table:
   groups: tuple[tuple[str, int], ...] = ()
   note: str = ""  # how to read it
   text_columns: int = 1  # columns that hold words, aligned left, from the first on
-  wrap: bool = False  # whether cells hold sentences, which break into lines
 
   @property
   def heads(self) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from calm.fitting import choose
 from calm.fitting.candidates import Candidate
 from calm.inference import grid, timing
 from calm.paper import bench, perturbations, tasks
-from calm.t5 import costs, network
+from calm.t5 import network
 from tests import toys
 
 SIZES = toys.Config(vocab_size=264, num_pieces=259, num_encoder_layers=1, num_decoder_layers=2)
@@ -62,18 +62,6 @@ def tokens(records):
   return [record.tokens for record in records]
 
 
-def test_one_shape_is_one_shape_and_the_same_text(plain, model, full):
-  batches = model.plan(TEXTS)
-  assert {batch.tokens.shape for batch in batches} == {(4, 40)}
-  assert sorted(row for batch in batches for row in batch.rows) == list(range(6))
-  assert [batch.active.sum() for batch in batches] == [4, 2]
-  assert len({batch.tokens.shape for batch in plain.plan(TEXTS)}) > 1
-  assert tokens(full) == tokens(grid.with_rule(plain, PROMPTS, exits.StaticExit()))
-  assert [record.id for record in full] == [prompt.id for prompt in PROMPTS]
-  assert model.with_options(measure="state").one_shape
-  assert model.plan([]) == []
-
-
 @pytest.mark.parametrize("position", [0, 2])
 def test_one_token_is_the_tenth_choice_and_what_came_before_stays(model, full, position):
   rule = perturbations.RULES[perturbations.SAMPLING]
@@ -106,24 +94,6 @@ def test_perturbed_outputs_are_compared_where_they_have_that_token(model, full, 
   assert first.prompts == 6 and first.changed > 0.5
   assert last.prompts == sum(len(record.tokens) > last.position for record in full)
   assert 0 <= first.similarity <= 1 and 0 <= first.quality <= 1
-
-
-def test_seconds_are_of_every_setting_and_every_prompt(plain):
-  settings = [
-    timing.Setting("softmax", plain.options.rule, 0.5),
-    timing.Setting("static 1", exits.StaticExit(1)),
-  ]
-  asked = timing.of_one_length(plain, PROMPTS, 2)
-  assert len(asked) == 2
-  told = []
-  made = timing.measure(
-    plain, asked, settings, rounds=2, progress=lambda share, text: told.append(share)
-  )
-  assert [row.name for row in made.rows] == ["full depth", "softmax", "static 1"]
-  assert all(len(r.prompt_seconds) == 2 and min(r.prompt_seconds) > 0 for r in made.rows)
-  assert made.rows[0].speedup == 1.0 and made.full_seconds == made.rows[0].decode_seconds
-  assert [made.rows[0].layers, made.rows[2].layers] == [2.0, 1.0]
-  assert made.encode_seconds > 0 and told[-1] == 1.0
 
 
 def test_a_rest_in_one_round_makes_no_way_to_leave_slow(plain, monkeypatch):
@@ -227,14 +197,6 @@ def test_measures_that_a_model_lacks_are_left_out(plain):
   assert bench.available(plain, bench.MEASURES) == ("softmax", "classifier", "state")
   with pytest.raises(ValueError, match="a measure that the model has"):
     bench.available(plain, ["shortlist"])
-
-
-def test_flops_reductions_are_those_of_the_cost_model(plain):
-  step = bench.under(plain, "classifier").step_costs(32)
-  ratio = lambda layers: costs.totals(step, layers).flops_ratio
-  assert ratio([[2, 2]]) < 1.0  # it pays the measure
-  assert 1.0 < ratio([[2, 1, 1, 1]]) < 2.0
-  assert ratio([[2, 1, 1, 1]]) == pytest.approx(ratio([[2, 1], [1, 1]]))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ with browser.open_page(path) as page:
   page.evaluate("document.title")
 """
 
-import base64
 import contextlib
 import json
 import os
@@ -118,11 +117,6 @@ class Page:
     """Sets the preferred colours and the medium."""
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
     self.command("Emulation.setEmulatedMedia", media=medium, features=[scheme])
-
-  def screenshot(self, path: pathlib.Path) -> None:
-    """The whole page as PNG."""
-    answer = self.command("Page.captureScreenshot", captureBeyondViewport=True)
-    path.write_bytes(base64.b64decode(answer["data"]))
 
   def complaints(self) -> list[str]:
     """Errors and warnings of the console so far, and uncaught exceptions."""

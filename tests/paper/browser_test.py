@@ -127,11 +127,6 @@ SIDEWAYS = (
 )
 
 
-def test_no_table_is_cut_on_a_small_screen(tab):
-  tab.size(1100, 800)
-  assert tab.evaluate(SIDEWAYS) == []
-
-
 def test_tables_are_cards_on_a_phone(tab):
   tab.size(375, 812)
   assert tab.evaluate(SIDEWAYS) == []
@@ -139,15 +134,6 @@ def test_tables_are_cards_on_a_phone(tab):
   assert tab.evaluate(head) == '"task"'
   tab.size(1200, 900)
   assert tab.evaluate(head) in ("none", "normal")
-
-
-def test_no_table_is_split_in_print(tab):
-  tab.media(medium="print")
-  kept = (
-    "[...document.querySelectorAll('.scroll:not(.long), tr, figure, p')]"
-    ".every(e => getComputedStyle(e).breakInside === 'avoid')"
-  )
-  assert tab.evaluate(kept)
 
 
 @pytest.mark.parametrize("width", [375, 768, 1200])

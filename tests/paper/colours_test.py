@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs the extra 'report'")
 pytest.importorskip("jax", reason="needs the extra 'decode'")
 
-from calm.exits import confidence
 from calm.inference import drawing
 from calm.paper import bench, figures
 from tests.inference import outputs_test
@@ -64,15 +63,6 @@ def drawn() -> dict[str, figures.Style]:
   return figures.styles_of([*bench.MEASURES, *variants, "static", "oracle"])
 
 
-def test_every_measure_has_a_style_and_is_taken_by_its_name():
-  names = [*confidence.MEASURES, "probe@2,4"]
-  assert bench.Options(measures=tuple(names)).measures == tuple(names)
-  styles = figures.styles_of(names)
-  assert styles["probe"].title == "probe" and styles["probe@2,4"].title == "probe, exits 2,4"
-  with pytest.raises(ValueError, match=r"`measures` of softmax, .*probe.*got 'margin'"):
-    bench.Options(measures=("margin",))
-
-
 def seen(colour: str, paper: str) -> str:
   """A series' colour on a page."""
   return drawing.ON_DARK.get(colour, colour) if paper == PAGES[1] else colour
@@ -88,12 +78,6 @@ def test_no_two_series_look_alike(seen_by, paper):
     assert distance(seen(one[0], paper), seen(other[0], paper), seen_by) >= FAR
 
 
-def test_the_check_can_fail():
-  # What `softmax@3,4` and `classifier` were: one colour to deuteranopes.
-  assert distance("#b8860b", "#d55e00", "deuteranopes") < FAR
-  assert distance("#b8860b", "#d55e00", "everybody else") > FAR
-
-
 def test_no_two_series_share_a_marker():
   markers = [style.marker for style in drawn().values()]
   assert len(set(markers)) == len(markers)
@@ -105,12 +89,3 @@ def test_series_are_seen_on_both_pages():
   for style in drawn().values():
     for paper in PAGES:
       assert outputs_test.contrast(seen(style.colour, paper), paper) >= 3.0, (style, paper)
-
-
-def test_a_figure_on_the_page_takes_the_page_s_colours():
-  style = figures.styles_of(["static"])["static"]
-  made = figures.draw("a", "A.", "", ("x", "y"), [figures.Series(style, [1, 2], [3, 4])])
-  assert style.colour in made.svg and f"var(--on-{style.colour[1:]}, " in made.inline
-  assert style.colour in drawing.ON_DARK and set(drawing.ON_DARK) <= {
-    style.colour for style in drawn().values()
-  }

@@ -12,7 +12,7 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 from calm.calibrate import Record, default_grid
 from calm.exits import schedules
 from calm.inference import timing
-from calm.paper import bench, experiments, perturbations, scores, tasks
+from calm.paper import bench, experiments, scores, tasks
 from tests.paper import samples
 from tests.paper.samples import GRID, MEASURES, NUM_LAYERS
 
@@ -33,16 +33,6 @@ def test_scores_by_hand():
   assert scored.layers == pytest.approx(sum(layers) / len(layers))
   assert scored.identical == 0.75 and 0 < scored.bleu < 100
   assert math.isnan(scores.Scorer([("x",)] * 4, "rouge_l").scores(early, full).bleu)
-
-
-def test_lengths_by_hand(report):
-  counts = [len(samples.full_text(i).split()) for i in range(60)]
-  references = report.lengths.references
-  assert references.count == 60 and references.mean == pytest.approx(np.mean(counts) + 1)
-  assert (references.low, references.high) == (5, 8) and str(references) == "6 (5 - 8)"
-  assert report.lengths.inputs.mean == pytest.approx(np.mean(counts) + 2)
-  # Eight tokens are read, EOS among them: texts of six and seven words and two more are cut.
-  assert report.lengths.cut_inputs == np.mean([count >= 6 for count in counts])
 
 
 def test_a_grid_has_points_where_confidences_lie():
@@ -141,30 +131,6 @@ def test_schedules_are_three_different_things(report):
   curve = report.decay.curves[0]
   assert experiments.reachable_layers(curve, 0.99) < NUM_LAYERS
   assert math.isnan(experiments.reachable_layers(curve, 1.1))
-
-
-def test_positions_reach_as_far_as_a_quarter_of_the_outputs():
-  records = [Record(f"p{i}", "t", (3,) * n) for i, n in enumerate((2, 4, 8, 8))]
-  assert perturbations.positions(records) == tuple(range(8))
-  assert perturbations.positions(records, most=3) == (0, 3, 7)
-
-
-def test_validity_has_both_figures_for_every_measure_and_method(report):
-  entries = report.validity.trials
-  assert [(e.measure, e.method) for e in entries] == [
-    (measure, method) for measure in MEASURES for method in ("paper", "auto")
-  ]
-  for entry in entries:
-    assert [split.tolerance for split in entry.splits] == [0.05, 0.2]
-    assert all(trial.trials == 10 for trial in entry.validity)
-    assert entry.splits[1].layers_mean < NUM_LAYERS
-
-
-def test_tasks_go_by_their_names_and_their_ends():
-  assert tasks.task("qa") is tasks.task("debian_qa")
-  assert tasks.task("enfr").metric == "chrf" and tasks.task("enfr").bleu
-  with pytest.raises(ValueError, match=r"to be a task of .*debian_enfr.* got 'squad'"):
-    tasks.task("squad")
 
 
 def test_prompts_are_one_a_source_in_a_drawn_order(tmp_path):
