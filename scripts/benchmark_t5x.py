@@ -9,9 +9,8 @@ scripts/results/t5x_full_depth.json; with `--compile` the seconds that lowering 
 take, exits at every layer too, to t5x_compile.json beside it. With `--devices` (data x
 model): the model in the box and real prompts in T5X's partitioned step on virtual CPU devices,
 a process for each mesh and kind of text, to scripts/results/t5x_mesh.json; what that file holds
-of the same versions and repeats is kept. Our decoder's weights stay whole on every device, as
-with t5x/infer.py; --gathered and --whole_mesh are the other ways. Medians of
-repeats that take turns, in one process. Needs T5X.
+of the same versions and repeats is kept. Our decoder's weights stay whole on every device.
+Medians of repeats that take turns, in one process. Needs T5X.
 """
 
 import argparse
@@ -82,12 +81,6 @@ TEXTS = {
 SHAPES = {
   "tiny": dict(emb_dim=128, num_heads=4, head_dim=32, mlp_dim=256, num_layers=4),
   "small": dict(emb_dim=512, num_heads=6, head_dim=64, mlp_dim=1024, num_layers=8),
-}
-# Ways to have weights where they are needed -> (arguments of our model, file of the table).
-WAYS = {
-  "kept": ({"whole_decoder": True}, "t5x_mesh.json"),
-  "gathered": ({}, "t5x_gathered.json"),
-  "whole_mesh": ({"split_rows": False}, "t5x_whole_mesh.json"),
 }
 T5X = "cc342d4"
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "seqio")
@@ -189,8 +182,8 @@ def packed_batch(rows: int, kind: str, data: pathlib.Path) -> dict[str, np.ndarr
   return {INPUTS: tokens, "decoder_input_tokens": decoder}
 
 
-def packed_models(kind: str, **options: Any) -> dict[str, tuple[Any, float | None]]:
-  """Name -> (model, threshold), for one kind of texts; `options` are our model's."""
+def packed_models(kind: str) -> dict[str, tuple[Any, float | None]]:
+  """Name -> (model, threshold), for one kind of texts."""
   config = checkpoints.load(inference.PACKED).config
   fields = t5x_network.T5Config.__dataclass_fields__
   given = {name: getattr(config, name) for name in fields if name != "dtype"}
@@ -202,7 +195,7 @@ def packed_models(kind: str, **options: Any) -> dict[str, tuple[Any, float | Non
     *arguments,
     models.greedy_decode,
     rule=exits.DynamicExits(measure, allowed=layers or None),
-    **options,
+    whole_decoder=True,
   )
   softmax = ours(confidence.Softmax(), *LAYERS)
   return {
@@ -256,7 +249,7 @@ def measure_mesh(mesh: str, kind: str, flags: argparse.Namespace) -> list[dict]:
   found = []
   for per_device in PER_DEVICE:
     batch = packed_batch(per_device * grid.size, kind, flags.data)
-    known = packed_models(kind, **WAYS[flags.way][0])
+    known = packed_models(kind)
     runs = {name: partitioned(*x, batch, partitioner) for name, x in known.items()}
     full = known["ours, full depth"][0]
     runs[ENCODER] = partitioned(full, None, batch, partitioner, encode_only)
@@ -291,7 +284,6 @@ def measure_meshes(flags: argparse.Namespace, path: pathlib.Path) -> None:
       count = int(np.prod([int(n) for n in mesh.split("x")]))
       devices = f"--xla_force_host_platform_device_count={count}"
       command = [sys.executable, "-W", "ignore", __file__, "--mesh", mesh, "--texts", kind]
-      command += [] if flags.way == "kept" else [f"--{flags.way}"]
       done = subprocess.run(
         [*command, "--data", str(flags.data), "--repeats", str(flags.repeats)],
         env=os.environ | {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"},
@@ -354,9 +346,6 @@ def main() -> None:
   add("--steps", type=int, default=64)
   add("--repeats", type=int, default=5)
   add("--devices", nargs="+", help="meshes, data x model: 4x1 8x1 2x2")
-  way = functools.partial(add, dest="way", action="store_const", default="kept")
-  way("--gathered", const="gathered", help="with --devices: `whole_decoder = False`")
-  way("--whole_mesh", const="whole_mesh", help="with --devices: `split_rows = False`")
   add("--texts", nargs="+", default=list(TEXTS), choices=TEXTS, help="with --devices")
   add("--data", type=pathlib.Path, default="data", help="folder of the data sets")
   add("--output", type=pathlib.Path, help="default: in scripts/results")
@@ -367,7 +356,7 @@ def main() -> None:
     made = measure_mesh(flags.mesh, flags.texts[0], flags)
     print(json.dumps(made))
   elif flags.devices:
-    measure_meshes(flags, flags.output or RESULTS / WAYS[flags.way][1])
+    measure_meshes(flags, flags.output or RESULTS / "t5x_mesh.json")
   elif flags.compile:
     write(flags.output or RESULTS / "t5x_compile.json", measure_compilation(flags))
   else:

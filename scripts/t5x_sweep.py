@@ -6,7 +6,7 @@ text; examples without `id` are numbered by line, those of a mixture are named b
 T5X.
 
   python scripts/t5x_sweep.py --gin_search_paths=. \
-      --gin_file=configs/runs/local_debian_sweep.gin \
+      --gin_file=configs/runs/sweep.gin --gin_file=configs/runs/t5x_stored_model.gin \
       --gin_file=configs/tasks/debian_synopsis.gin --gin.DATA="'data'" \
       --gin.CHECKPOINT_PATH="'runs/two/checkpoint_400'" --gin.OUTPUT_DIR="'runs/cache'"
 
@@ -14,12 +14,10 @@ On several hosts start it once a host; with --coordinator_address, --process_cou
 --process_index where JAX does not find its peers by itself. The first process writes.
 """
 
-import copy
+import dataclasses
 import functools
 import itertools
-import math
 import pathlib
-import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,7 +25,6 @@ import gin
 import jax
 import numpy as np
 import seqio
-import tensorflow as tf
 from absl import flags
 from flax import core as flax_core
 from jax.experimental import multihost_utils
@@ -35,9 +32,8 @@ from t5x import gin_utils, partitioning, utils  # pyright: ignore[reportMissingI
 
 from calm import exits, inference
 from calm.calibrate import Procedure, Prompt, Provenance, Record, default_grid, open_writer
-from calm.data import vocabulary as vocabularies
 from calm.exits import schedules
-from calm.t5x import meshes, models
+from calm.t5x import models, stored
 from calm.training import configs
 
 
@@ -63,7 +59,7 @@ def sweep(
     task_prefix: what the task puts before every input; recorded, and taken off the inputs.
     limit: decode the first so many examples only.
   """
-  words = our_vocabulary(model)
+  words = stored.our_vocabulary(model.output_vocabulary)
   params, step = load(model, dataset_cfg, partitioner, restore_checkpoint_cfg)
   examples = list(itertools.islice(read(dataset_cfg, model), limit))
   prompts = [prompt_of(model, example, name, task_prefix) for example, _, name in examples]
@@ -223,42 +219,17 @@ def procedure_of(
       "Expected `decode_fn` models.greedy_decode and a `rule` exits.DynamicExits, got"
       f" {model.decode_fn} and {model.rule}; sampled outputs have no calibration here."
     )
-  lengths, rule = dataset_cfg.task_feature_lengths, model.rule
-  options = inference.DecodeOptions(
-    measure=rule.measure.name,
-    schedule=rule.schedule,
-    exit_layers=rule.allowed,
-    propagation=rule.propagation.name,
-    shortlist=model.shortlist,
-    task_prefix=task_prefix,
+  lengths = dataset_cfg.task_feature_lengths
+  options = dataclasses.replace(
+    stored.decode_options(model, task_prefix),
     max_input_length=lengths["inputs"],
     max_decode_length=lengths["targets"],
-    matmul_precision=model.matmul_precision,
-    batch_size=rows_of_a_device(model, params, partitioner.mesh, dataset_cfg.batch_size),
+    batch_size=model.rows_of_a_device(params, partitioner.mesh, dataset_cfg.batch_size),
   )
   if jax.process_count() > 1:
     params = multihost_utils.process_allgather(params, tiled=True)
   tree = flax_core.unfreeze(jax.device_get(params))
   return inference.Predictor(model.config, tree, words, options).procedure
-
-
-def rows_of_a_device(model, params, mesh, size: int) -> int:
-  """Rows of a batch that a device decodes together, which `calm infer` is to decode too."""
-  axes = meshes.row_axes(mesh, size) if model.splits_rows(params) else ()
-  return size // math.prod(mesh.shape[axis] for axis in axes)
-
-
-def our_vocabulary(model) -> Any:
-  """The model's seqio vocabulary as ours, for its digest; refused where ids would differ."""
-  words = model.output_vocabulary
-  if not isinstance(words, seqio.SentencePieceVocabulary):
-    return vocabularies.from_seqio(words)
-  with tempfile.TemporaryDirectory() as folder:
-    # The file may be a bucket's, which ours does not read.
-    local = copy.copy(words)
-    local._sentencepiece_model_file = str(pathlib.Path(folder) / "vocabulary.model")
-    tf.io.gfile.copy(words.sentencepiece_model_file, local._sentencepiece_model_file)
-    return vocabularies.from_seqio(local)
 
 
 def record_of(model, tokens, aux: dict[str, np.ndarray], row: int, name: str) -> Record:

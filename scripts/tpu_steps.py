@@ -234,7 +234,7 @@ def memory(step: Step) -> Memory:
 
 
 def _paper(task: str, shape: str, inputs: int, targets: int, model: int) -> dict[str, Step]:
-  """What configs/runs/paper_TASK_SHAPE.gin trains and decodes, on the eight cores of a v3-8."""
+  """What configs/runs/paper_TASK.gin trains and decodes, on the eight cores of a v3-8."""
   kinds = {"train": "stage one", "classifier": "stage two", "decode": "decode"}
   return {
     f"{task}_{shape}_{name}": Step(kind, shape, model=model, inputs=inputs, targets=targets)

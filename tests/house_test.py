@@ -70,10 +70,10 @@ BUDGETS = {
   "signals.py": (100, 1),
   "storage.py": (590, 1),
   "t5": (4260, 18),
-  "t5x": (1590, 6),
+  "t5x": (1690, 6),
   "training": (1940, 9),
 }
-WHOLE = {"calm": (38_200, 150), "tests": (36_800, 201), "scripts": (5_950, 32)}
+WHOLE = {"calm": (38_250, 150), "tests": (36_800, 201), "scripts": (5_950, 32)}
 
 
 def sizes(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -26,15 +26,6 @@ def of(configurable: Any) -> dict[str, Any]:
     return {}
 
 
-def only_infers() -> bool:
-  """Whether gin binds a run of t5x/infer.py or t5x/eval.py: one that trains nothing."""
-  for name in ("infer.output_dir", "evaluate.output_dir"):
-    with contextlib.suppress(ValueError):  # not registered, or not bound
-      gin.query_parameter(name)
-      return True
-  return False
-
-
 def hold_checkpoints_to(check: Any) -> None:
   """Binds T5X's `RestoreCheckpointConfig.state_transformation_fns`, where nothing else does."""
   name = "RestoreCheckpointConfig."
@@ -95,21 +86,19 @@ def refuse_subclass(model: Any, theirs: type) -> None:
   Raises:
     TypeError: it is of a subclass other than gin's own, or no encoder-decoder model.
   """
-  if not isinstance(model, theirs):
+  # Gin's subclasses take the name of what they configure.
+  name = lambda cls: (cls.__module__, cls.__qualname__)
+  classes = type(model).__mro__
+  before = classes[: classes.index(theirs)] if theirs in classes else [type(model)]
+  if {name(cls) for cls in before} - {name(theirs)}:
     raise TypeError(
-      f"Expected `model` to be T5X's EncoderDecoderModel, got {type(model).__qualname__}, which"
-      " has no exits here; leave early_exit.gin out."
+      f"Expected `model` to be T5X's EncoderDecoderModel, got {type(model).__qualname__}, "
+      + (
+        "whose own methods would be lost; derive it from calm.t5x.models.EncoderDecoderModel."
+        if theirs in classes
+        else "which has no exits here; leave early_exit.gin out."
+      )
     )
-  for cls in type(model).__mro__:
-    if cls is theirs:
-      return
-    # Gin's subclasses take the name of what they configure.
-    if (cls.__module__, cls.__qualname__) != (theirs.__module__, theirs.__qualname__):
-      break
-  raise TypeError(
-    f"Expected `model` to be T5X's EncoderDecoderModel, got {type(model).__qualname__}, whose"
-    " own methods would be lost; derive it from calm.t5x.models.EncoderDecoderModel instead."
-  )
 
 
 def check(rule: exits.Rule, threshold: float, matmul_precision: str | None) -> None:

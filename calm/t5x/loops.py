@@ -14,7 +14,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +26,7 @@ from calm.decode import engines, loop, speculative
 from calm.exits import layers as layers_lib
 from calm.exits import schedules
 from calm.t5 import caches, layers, network
+from calm.t5x import bindings
 
 LoopCache = dict[str, Any]
 CALLBACK = "state_callback_fn"
@@ -504,7 +504,7 @@ def watch(
   None for another function, and where somebody has a callback there already. `decode_fn` may be
   a `functools.partial`, or configured by gin; `options` are those of the call.
   """
-  taken = CALLBACK in options or f".{CALLBACK}" in gin.config_str()
+  taken = CALLBACK in options or CALLBACK in bindings.of(sampling)
   inner: Any = inspect.unwrap(decode_fn)
   while isinstance(inner, functools.partial):
     taken = taken or CALLBACK in inner.keywords

@@ -19,7 +19,6 @@ import numpy as np
 from flax import traverse_util
 from flax.linen import partitioning
 from jax import sharding
-from jax.extend import random as random_impls
 
 from calm.decode import engines
 from calm.t5 import parameters
@@ -153,14 +152,14 @@ def over_rows(
 
   Returns:
     A function of the same arguments and results; `function` itself where there is nothing to
-    split. A threefry key draws for every row what it would draw on one device; keys of other
-    generators draw independently, but otherwise than on one device.
+    split. Every device draws by a key of its own, and so otherwise than one device would.
   """
   if not axes:
     return function
 
   def local(shared, rows, rng):
-    own = rng if one_draw else of_shard(rng, jax.lax.axis_index(axes))
+    apart = rng is not None and not one_draw
+    own = jax.random.fold_in(rng, jax.lax.axis_index(axes)) if apart else rng
     return function(shared, rows, own)
 
   whole, split = sharding.PartitionSpec(), sharding.PartitionSpec(axes)
@@ -236,63 +235,3 @@ def split_options(options: dict[str, Any], num_rows: Any) -> tuple[dict[str, Any
     if name != "decode_rng":
       kind[name] = value
   return by_row, traced, static
-
-
-def of_shard(key: Any, index: jax.Array) -> Any:
-  """A key whose draws of arrays [the shard's rows, ...] are those rows of the batch's draws."""
-  if key is None:
-    return None
-  typed = (
-    key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
-  )
-  is_threefry = str(jax.random.key_impl(typed)) == "threefry2x32"
-  partitionable = jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
-  if not is_threefry or not partitionable:
-    return jax.random.fold_in(key, index)
-  data = jnp.concatenate([jax.random.key_data(typed), index[None].astype(jnp.uint32)])
-  return jax.random.wrap_key_data(data, impl=_SHARD_IMPL)
-
-
-def _derived(derive: Callable[[jax.Array, Any], jax.Array]) -> Callable[..., jax.Array]:
-  """A function that derives threefry keys [..., 2], of keys with their shard, [..., 3]."""
-
-  def function(key: jax.Array, argument: Any) -> jax.Array:
-    inner = jax.random.wrap_key_data(key[:2], impl="threefry2x32")
-    keys = jax.random.key_data(derive(inner, argument))
-    return jnp.concatenate([keys, jnp.broadcast_to(key[2:], (*keys.shape[:-1], 1))], axis=-1)
-
-  return function
-
-
-def _seed(seed: jax.Array) -> jax.Array:
-  data = jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
-  return jnp.concatenate([data, jnp.zeros((1,), jnp.uint32)])
-
-
-def _random_bits(key: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.Array:
-  """Threefry's bits, counted on from where the shards before this one end."""
-  size = math.prod(shape)
-  if bit_width > 32:
-    raise NotImplementedError(
-      "Expected draws of at most 32 bits a number, got 64; leave jax_enable_x64 off, or sample"
-      " on one device."
-    )
-  # Counters are pairs of 32-bit words; the place of an element in the whole batch is one.
-  place = jnp.arange(size, dtype=jnp.uint32) + key[2] * jnp.uint32(size % 2**32)
-  high = jnp.zeros((size,), jnp.uint32)
-  words = random_impls.threefry2x32_p.bind(
-    jnp.broadcast_to(key[0], high.shape), jnp.broadcast_to(key[1], high.shape), high, place
-  )
-  bits = (words[0] ^ words[1]).reshape(shape)
-  return bits.astype(jnp.dtype(f"uint{bit_width}"))
-
-
-_SHARD_IMPL = random_impls.define_prng_impl(
-  key_shape=(3,),
-  seed=_seed,
-  split=_derived(jax.random.split),
-  random_bits=_random_bits,
-  fold_in=_derived(jax.random.fold_in),
-  name="threefry2x32_of_shard",
-  tag="fry_of_shard",
-)

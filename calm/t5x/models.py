@@ -9,6 +9,8 @@ T5X's own loops. T5X is not on the package index; its README says how to install
 import functools
 import inspect
 import logging
+import math
+import os
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -22,8 +24,10 @@ from flax import traverse_util
 
 try:
   import clu.metrics as clu_metrics
+  import tensorflow as tf
   from t5x import checkpoints as t5x_checkpoints
   from t5x import decoding as t5x_decoding
+  from t5x import gin_utils
   from t5x import losses as t5x_losses
   from t5x import metrics as t5x_metrics
   from t5x import models as t5x_models
@@ -76,9 +80,10 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     objective: objectives.Objective | None = None,
     engine: engines.Engine | None = None,
     split_rows: bool | None = None,
-    whole_decoder: bool | None = None,
+    whole_decoder: bool = False,
     matmul_precision: str | None = None,
     exit_maps: tuple[Sequence[int], int] | None = None,
+    calibration: stored.Calibrated | None = None,
   ):
     """T5X's ten arguments, and what early exit adds.
 
@@ -106,11 +111,13 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
         are. None splits where those weights take at most `meshes.APART_BYTES`.
       whole_decoder: for inference on a mesh with a model axis: where rows are split, whether
         the decoder's weights stay whole on every device (2 GiB of float32 at most), so that no
-        batch gathers them. None: where gin binds t5x/infer.py or t5x/eval.py.
+        batch gathers them.
       matmul_precision: of products of float32 matrices in decoding: 'default', 'high' or
         'highest'; None takes what JAX is configured to. A calibration records it.
       exit_maps: (1-based layers, rank): layers that have a translator and, unless the rank is
         0, learned propagation, whatever the module says; None: as it says.
+      calibration: decode at the threshold of this calibration, in place of `threshold`, and
+        refuse what it was not made for: another checkpoint, vocabulary, rule, length, dtype.
 
     Raises:
       TypeError: one of the first four is neither given nor bound, or `threshold` is no number.
@@ -138,6 +145,10 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
       )
     rule = rule or exits.DynamicExits(confidence.Softmax())
     bindings.check(rule, threshold, matmul_precision)
+    if calibration is not None and threshold != schedules.NEVER_EXIT:
+      raise ValueError(
+        f"Expected THRESHOLD or CALIBRATION, got both ({threshold:g}); leave THRESHOLD out."
+      )
     objective = objective or objectives.LayerWeighted(z_loss=theirs.get("z_loss", 0.0))
     parts = stored.needed_parts(rule, objective)
     theirs["module"] = network.Transformer(config_of(theirs["module"], parts, exit_maps))
@@ -149,11 +160,15 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     self.objective = objective
     self.engine = engine
     self.split_rows = split_rows
-    self.whole_decoder = bindings.only_infers() if whole_decoder is None else whole_decoder
+    self.whole_decoder = whole_decoder
     self.matmul_precision = matmul_precision
-    # A warning: T5X's scripts show no less of what other packages log.
-    _LOG.warning(bindings.described(rule, threshold, self.config.num_decoder_layers))
     bindings.hold_checkpoints_to(stored.refuse_missing_parts)
+    self.calibration = None if calibration is None else calibration.load(self)
+    # Warnings: T5X's scripts show no less of what other packages log.
+    if self.calibration is not None:
+      self.threshold = self.calibration.threshold
+      _LOG.warning("%s (%s)", self.calibration.guarantee, self.calibration.digest)
+    _LOG.warning(bindings.described(rule, self.threshold, self.config.num_decoder_layers))
 
   @property
   def config(self) -> network.T5Config:
@@ -231,6 +246,9 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     eos_id = self.output_vocabulary.eos_id
     prefix = loops.prefix_of(batch["decoder_input_tokens"], eos_id, prompt_with_targets)
     mesh, num_rows = _context_mesh(), prefix.shape[0]
+    if self.calibration is not None and given is None:
+      together = self.rows_of_a_device(params, mesh, num_rows)
+      stored.refuse_batch(self.calibration, params, batch, together)
 
     with compiled.at_precision(self.matmul_precision):
       axes = meshes.row_axes(mesh, num_rows) if self.splits_rows(params) else ()
@@ -269,6 +287,11 @@ class EncoderDecoderModel(t5x_models.EncoderDecoderModel):
     """Whether each device of a mesh decodes rows of its own: `split_rows`, or what it takes."""
     weights = jax.eval_shape(self._weights, params)
     return meshes.fits(weights.decoder) if self.split_rows is None else self.split_rows
+
+  def rows_of_a_device(self, params: Params, mesh: Any, num_rows: int) -> int:
+    """Rows of a batch that a device of a mesh decodes together."""
+    axes = meshes.row_axes(mesh, num_rows) if self.splits_rows(params) else ()
+    return num_rows // math.prod(mesh.shape[axis] for axis in axes)
 
   def _decode_rows(self, loop, num_decodes, static, shared, batch, rng):
     """Decodes of the rows that this function is given, and what is known of them."""
@@ -405,6 +428,20 @@ def save_t5x_checkpoint(
   checkpointer = t5x_checkpoints.Checkpointer(state, partitioner, directory)
   checkpointer.save(state)
   return f"{directory}/checkpoint_{train_step}"
+
+
+def summarize_config(
+  model_dir: str, summary_writer: Any, step: int, calibration: str | None = None
+) -> None:
+  """T5X's `summarize_gin_config`, and the calibration of the run beside it.
+
+  Args:
+    model_dir, summary_writer, step: as T5X's scripts give them.
+    calibration: the file whose sentence and digest lie beside the outputs; None: there is none.
+  """
+  gin_utils.summarize_gin_config(model_dir, summary_writer, step)
+  if calibration is not None and jax.process_index() == 0:
+    tf.io.gfile.copy(calibration, os.path.join(model_dir, "calibration.json"), overwrite=True)
 
 
 def _context_mesh() -> Any:

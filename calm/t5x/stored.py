@@ -1,16 +1,22 @@
-"""Checkpoints and networks in T5X's terms: sizes, exit parts and a seqio vocabulary.
+"""Checkpoints, networks and calibrations in T5X's terms: sizes, exit parts, a vocabulary.
 
 This module does not import T5X; `stored_vocabulary` imports seqio, which brings TensorFlow.
 """
 
+import copy
 import dataclasses
 import logging
 import os
 import pathlib
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from calm import arguments, checkpoints, exits, inference
+from calm.calibrate import Calibration
+from calm.calibrate.generations.procedure import describe_differences
 from calm.data import vocabulary as vocabularies
 from calm.t5 import limits, network, parameters
 from calm.training import objectives
@@ -164,3 +170,135 @@ def config_of(
     given |= {"exit_translators": layers, "exit_propagation": layers if rank else ()}
     given |= {"exit_propagation_rank": rank}
   return network.T5Config(**given)
+
+
+# ---- Calibrations
+
+
+@arguments.checked()
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+  """A calibration under which a run of T5X decodes (configs/runs/calibrated.gin).
+
+  Attributes:
+    path: the file that `calm calibrate` wrote for a sweep (scripts/t5x_sweep.py).
+    checkpoint: the checkpoint that the run restores.
+    task_prefix: what the task puts before every input.
+  """
+
+  path: str
+  checkpoint: str
+  task_prefix: str = ""
+
+  def load(self, model: Any) -> Calibration:
+    """The calibration, for a model whose outputs are those that it is about.
+
+    Reads the checkpoint's parameters once, for their digest. Lengths, rows and the dtype that
+    parameters are restored in are known with a batch alone: see `refuse_batch`.
+
+    Raises:
+      ValueError: the model decodes otherwise: every differing field is named.
+    """
+    found = Calibration.load(self.path)
+    if found.procedure is None or found.knobs:
+      raise ValueError(
+        f"Expected {self.path} to be of one sweep in T5X (scripts/t5x_sweep.py), got one of"
+        f" {'several configurations' if found.knobs else 'outputs from elsewhere'}; calibrate"
+        " what the sweep wrote."
+      )
+    if not model.is_greedy or not isinstance(model.rule, exits.DynamicExits):
+      raise ValueError(
+        "Expected `decode_fn` models.greedy_decode and a `rule` exits.DynamicExits under a"
+        f" calibration, got {model.decode_fn} and {model.rule}; bind these, or leave the"
+        " calibration out."
+      )
+    theirs = found.procedure
+    options = dataclasses.replace(
+      decode_options(model, self.task_prefix),
+      max_input_length=theirs.max_input_length,
+      max_decode_length=theirs.max_decode_length,
+      batch_size=inference.options_of(theirs).batch_size,
+    )
+    stored = parameters.flatten(checkpoints.load(self.checkpoint).params)
+    read = parameters.expected_shapes(model.config)  # a classifier that nothing reads is not
+    params = parameters.unflatten({path: stored[path] for path in read if path in stored})
+    words = our_vocabulary(model.output_vocabulary)
+    ours = inference.Predictor(model.config, params, words, options).procedure
+    if difference := describe_differences(theirs, ours):
+      raise ValueError(
+        f"Expected the calibration {self.path} to be of this run, got one of another procedure:"
+        f" {difference}; set these, or give THRESHOLD, which promises nothing."
+      )
+    return found
+
+
+def decode_options(model: Any, task_prefix: str) -> inference.DecodeOptions:
+  """How a model of `calm.t5x.models` decodes, but for lengths and rows."""
+  return inference.DecodeOptions(
+    measure=model.rule.measure.name,
+    schedule=model.rule.schedule,
+    exit_layers=model.rule.allowed,
+    propagation=model.rule.propagation.name,
+    shortlist=model.shortlist,
+    task_prefix=task_prefix,
+    matmul_precision=model.matmul_precision,
+  )
+
+
+def refuse_batch(
+  calibration: Calibration, params: Any, batch: Mapping[str, Any], num_rows: int
+) -> None:
+  """Refuses a batch that is decoded otherwise than those of the calibration.
+
+  Args:
+    calibration: from `Calibrated.load`.
+    params: as restored; arrays or tracers.
+    batch: as `predict_batch_with_aux` has it.
+    num_rows: rows that a device decodes together.
+
+  Raises:
+    ValueError: another length, number of rows or dtype, by name.
+  """
+  assert calibration.procedure is not None
+  theirs = calibration.procedure
+  rows = theirs.batch_bucket
+  expected = {
+    "inputs of TASK_FEATURE_LENGTHS": theirs.max_input_length,
+    "targets of TASK_FEATURE_LENGTHS": theirs.max_decode_length,
+    "rows a device": rows,
+    "RestoreCheckpointConfig.dtype": "float32",
+  }
+  (dtype,) = {leaf.dtype.name for leaf in jax.tree.leaves(params)} or {"float32"}
+  got = {
+    "inputs of TASK_FEATURE_LENGTHS": batch["encoder_input_tokens"].shape[1],
+    "targets of TASK_FEATURE_LENGTHS": batch["decoder_input_tokens"].shape[1],
+    "rows a device": None if rows is None else num_rows,
+    "RestoreCheckpointConfig.dtype": dtype,
+  }
+  if wrong := [name for name in expected if expected[name] != got[name]]:
+    raise ValueError(
+      "Expected what the calibration was made with, "
+      + ", ".join(f"{name} {expected[name]}" for name in wrong)
+      + ", got "
+      + ", ".join(str(got[name]) for name in wrong)
+      + "; set these, or calibrate a sweep with yours."
+    )
+
+
+def our_vocabulary(words: Any) -> Any:
+  """A seqio vocabulary as ours, for its digest.
+
+  Raises:
+    ValueError: ours would give other ids.
+  """
+  import seqio
+  import tensorflow as tf
+
+  if not isinstance(words, seqio.SentencePieceVocabulary):
+    return vocabularies.from_seqio(words)
+  with tempfile.TemporaryDirectory() as folder:
+    # The file may be a bucket's, which ours does not read.
+    local = copy.copy(words)
+    local._sentencepiece_model_file = str(pathlib.Path(folder) / "vocabulary.model")
+    tf.io.gfile.copy(words.sentencepiece_model_file, local._sentencepiece_model_file)
+    return vocabularies.from_seqio(local)

@@ -265,15 +265,8 @@ def test_bindings_of_our_own_methods_go_before_those_of_t5x():
   assert model.rule.measure == confidence.Softmax()
 
 
-@pytest.mark.parametrize(
-  ("run", "given", "whole"),
-  [(FINETUNE, None, False), (INFER, None, True), (INFER, False, False), (FINETUNE, True, True)],
-)
-def test_a_decoder_stays_whole_where_t5x_only_infers(run, given, whole):
-  lines = [SMALL, run, OURS, "INFER_OUTPUT_DIR = '/tmp/none'", NETWORK]
-  if given is not None:
-    lines += [
-      "from calm.t5x import models as calm_models",
-      f"calm_models.EncoderDecoderModel.whole_decoder = {given}",
-    ]
-  assert model_of(*lines).whole_decoder == whole
+def test_a_decoder_stays_whole_where_it_is_asked_to():
+  lines = [SMALL, INFER, OURS, "INFER_OUTPUT_DIR = '/tmp/none'", NETWORK]
+  assert not model_of(*lines).whole_decoder
+  gin.clear_config()
+  assert model_of(*lines, "WHOLE_DECODER = True").whole_decoder

@@ -1,4 +1,4 @@
-"""Keys of shards draw what one device draws; rows are split along axes that divide them."""
+"""Rows are split along axes that divide them, and weights lie where loops read them."""
 
 import jax
 import jax.numpy as jnp
@@ -9,33 +9,6 @@ from flax.linen import partitioning
 from calm.t5 import network
 from calm.t5x import meshes
 from tests import engine
-
-SHARDS, ROWS = 3, 2
-
-
-def draws(key, rows):
-  first, second = jax.random.split(key)
-  shape = (rows, 5)
-  return (
-    jax.random.uniform(first, shape),
-    jax.random.categorical(jax.random.fold_in(second, 7), jnp.zeros(shape)),
-    jax.random.bits(second, shape, "uint16"),
-  )
-
-
-@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
-def test_shards_draw_what_one_device_draws(make):
-  whole = draws(make(3), SHARDS * ROWS)
-  parts = [draws(meshes.of_shard(make(3), jnp.array(i)), ROWS) for i in range(SHARDS)]
-  for expected, *got in zip(whole, *parts, strict=True):
-    np.testing.assert_array_equal(np.concatenate(got), expected)
-
-
-def test_other_generators_draw_apart():
-  key = jax.random.key(3, impl="unsafe_rbg")
-  parts = [draws(meshes.of_shard(key, jnp.array(i)), ROWS)[0] for i in range(SHARDS)]
-  assert not np.any(np.asarray(parts[0]) == np.asarray(parts[1]))
-  assert meshes.of_shard(None, jnp.array(0)) is None
 
 
 def test_rows_are_split_along_axes_that_divide_them():

@@ -77,12 +77,13 @@ def saved(model, state, folder, layout: str) -> str:
   return str(folder / f"checkpoint_{int(state.step)}")
 
 
-def started(run: str, path: str, **bindings) -> tuple[Any, Any]:
+def started(run: str, path: str, *after: str, **bindings) -> tuple[Any, Any]:
   """The model of a gin file and the state that a run of it starts from."""
   from t5x import utils
 
   given = {"MODEL_DIR": "x", "INITIAL_CHECKPOINT_PATH": path, "TRAIN_STEPS": 9, "DATA": "x"}
-  configs_test.parse("models/tiny.gin", run, "tasks/debian_synopsis.gin", **given)
+  names = ("models/tiny.gin", run, "tasks/debian_synopsis.gin", *after)
+  configs_test.parse(*names, **given)
   configs_test.use_a_vocabulary_without_a_file()
   with gin.unlock_config():
     for name, value in (toy_sizes() | bindings).items():
@@ -99,6 +100,10 @@ def started(run: str, path: str, **bindings) -> tuple[Any, Any]:
     use_orbax=True,
   )
   return model, state
+
+
+def started_stage_two(path: str, **bindings) -> tuple[Any, Any]:
+  return started("runs/finetune.gin", path, "runs/exit_classifier.gin", **bindings)
 
 
 def toy_sizes() -> dict[str, Any]:
@@ -176,7 +181,7 @@ def test_stage_two_restores_the_target_alone_and_freezes_it_bit_for_bit(tmp_path
   stage_one, expected = after_stage_one()
   path = saved(stage_one, expected, tmp_path, layout)
   decay = {"adafactor.Adafactor.weight_decay_rate": 0.1}
-  model, state = started("runs/finetune_exit_classifier.gin", path, **decay)
+  model, state = started_stage_two(path, **decay)
   assert isinstance(model.objective, objectives.ExitClassifier)
   assert model.optimizer_def.sub_optimizers[0].hyper_params.weight_decay_rate == 0.1
   before = leaves(state.params)
@@ -191,7 +196,6 @@ def test_stage_two_restores_the_target_alone_and_freezes_it_bit_for_bit(tmp_path
   } == CLASSIFIER
 
 
-STAGE_TWO = "runs/finetune_exit_classifier.gin"
 MAPS = "EXIT_LAYERS = (1,)\nEXIT_RANK = 3"
 
 
@@ -225,7 +229,7 @@ def of_maps(path: str, *more: str) -> tuple[Any, Any]:
   return of_t5x_files(path, "finetune", "exit_translators", bindings=lines)
 
 
-@pytest.mark.parametrize("start", [functools.partial(started, STAGE_TWO), of_maps])
+@pytest.mark.parametrize("start", [started_stage_two, of_maps])
 @pytest.mark.parametrize("layout", FORMATS)
 def test_stage_two_stops_and_goes_on_as_if_it_had_not(tmp_path, layout, start):
   for name in ("one", "two"):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from calm import calibrate, checkpoints, inference
+from calm.calibrate import losses
 from calm.calibrate import metrics as text_metrics
 from calm.calibrate.generations import foreign
 from calm.t5 import parameters
@@ -60,11 +61,16 @@ def run(script, *files, devices=1, **bindings):
   return done.stdout + done.stderr
 
 
-def train(work, name, initial, steps, which="", after=(), **more):
+STAGE_TWO = ("configs/runs/exit_classifier.gin",)
+TASK = "configs/tasks/debian_synopsis.gin"
+STORED = ("configs/runs/t5x_stored_model.gin", TASK)
+
+
+def train(work, name, initial, steps, after=(), **more):
   run(
     "-m t5x.train",
-    f"configs/runs/local_debian{which}.gin",
-    "configs/tasks/debian_synopsis.gin",
+    "configs/runs/local_debian.gin",
+    TASK,
     *after,
     DATA=str(work / "data"),
     MODEL_DIR=str(work / name),
@@ -94,7 +100,7 @@ def trained(work, start):
   """Checkpoints of the model in the box, of stage one and of stage two."""
   one = train(work, "one", start, 2)
   # Three steps: Adafactor clips a scalar's to one learning rate, and two of those can cancel.
-  return start, one, train(work, "two", one, 5, "_exit_classifier")
+  return start, one, train(work, "two", one, 5, STAGE_TWO)
 
 
 def leaves(path):
@@ -110,19 +116,17 @@ def test_two_stages_train_what_they_should_and_open_without_t5x(trained):
   assert len(first - classifier) == len(one) - 2, "stage one trains everything else"
 
 
-@pytest.mark.parametrize(
-  ("name", "steps", "which"), [("one", 4, ""), ("two", 7, "_exit_classifier")]
-)
-def test_a_stopped_run_goes_on_where_it_was(trained, work, name, steps, which):
+@pytest.mark.parametrize(("name", "steps", "after"), [("one", 4, ()), ("two", 7, STAGE_TWO)])
+def test_a_stopped_run_goes_on_where_it_was(trained, work, name, steps, after):
   """What it was started from is not looked at again."""
   stopped = dict(zip(("one", "two"), trained[1:], strict=True))[name]
   before = leaves(stopped)
   # A copy goes on: T5X keeps one checkpoint, and other tests start from this one.
   shutil.copytree(work / name, work / f"{name}_goes_on")
-  after = leaves(train(work, f"{name}_goes_on", work / "none", steps, which))
+  after = leaves(train(work, f"{name}_goes_on", work / "none", steps, after))
   moved = {path for path in before if not np.array_equal(before[path], after[path])}
   classifier = {path for path in before if "exit_classifier" in path}
-  assert moved == classifier if which else moved
+  assert moved == classifier if after else moved
 
 
 def infer(work, checkpoint, threshold, devices=1, after=(), **more):
@@ -130,8 +134,8 @@ def infer(work, checkpoint, threshold, devices=1, after=(), **more):
   given = more if threshold is None else {"THRESHOLD": threshold, **more}
   log = run(
     "-m t5x.infer",
-    "configs/runs/local_debian_infer.gin",
-    "configs/tasks/debian_synopsis.gin",
+    "configs/runs/infer.gin",
+    *STORED,
     *after,
     devices=devices,
     DATA=str(work / "data"),
@@ -150,11 +154,12 @@ def infer(work, checkpoint, threshold, devices=1, after=(), **more):
 def swept(work, trained) -> pathlib.Path:
   log = run(
     "scripts/t5x_sweep.py",
-    "configs/runs/local_debian_sweep.gin",
-    "configs/tasks/debian_synopsis.gin",
+    "configs/runs/sweep.gin",
+    *STORED,
     DATA=str(work / "data"),
     CHECKPOINT_PATH=str(trained[2]),
     OUTPUT_DIR=str(work / "cache"),
+    TASK_PREFIX="summarize: ",
     THRESHOLDS=GRID,
     TASK_FEATURE_LENGTHS=LENGTHS,
     BATCH_SIZE=8,
@@ -168,11 +173,12 @@ def test_two_processes_sweep_as_one_and_the_first_writes(work, trained, swept):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
-  files = ["configs/runs/local_debian_sweep.gin", "configs/tasks/debian_synopsis.gin"]
+  files = ["configs/runs/sweep.gin", *STORED]
   bindings = dict(
     DATA=str(work / "data"),
     CHECKPOINT_PATH=str(trained[2]),
     OUTPUT_DIR=str(work / "cache_of_two"),
+    TASK_PREFIX="summarize: ",
     THRESHOLDS=GRID[1:],
     TASK_FEATURE_LENGTHS=LENGTHS,
     BATCH_SIZE=8,
@@ -211,6 +217,24 @@ def test_infer_writes_what_calibrate_reads_and_the_sweep_says_the_same(work, tra
   assert got.procedure is None and cached.procedure is not None
 
 
+def test_infer_serves_under_a_calibration_of_the_sweep(work, trained, swept):
+  """The outputs are the sweep's at the certified threshold; the promise lies beside them."""
+  cached = calibrate.load(swept)
+  path = work / "calibration.json"
+  found = losses.textual_losses(cached, metric="rouge_l")
+  made = calibrate.calibrate(found, tolerance=0.95, error_rate=0.5)
+  made.save(path)
+  assert made.threshold in cached.thresholds
+  after = ["configs/runs/calibrated.gin"]
+  given = {"CALIBRATION": str(path), "TASK_PREFIX": "summarize: "}
+  file = infer(work, trained[2], None, devices=2, after=after, **given)
+  beside = json.loads((file.parent / "calibration.json").read_text("utf-8"))
+  assert beside["digest"] == made.digest and beside["guarantee"] == made.guarantee
+  got = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+  column = cached.records[cached.thresholds.tolist().index(made.threshold)]
+  assert [row["prediction"] for row in got] == [record.prediction for record in column]
+
+
 def test_infer_on_a_model_axis_restores_a_whole_decoder_and_writes_the_same(work, trained):
   """On a CPU T5X puts every device on its model axis; no batch gathers weights."""
   read = lambda file: [json.loads(line) for line in file.read_text("utf-8").splitlines()]
@@ -243,8 +267,8 @@ def test_the_procedure_is_that_of_calm_infer_and_so_are_the_outputs(work, traine
 def test_eval_measures_the_outputs_of_its_threshold(work, trained, swept):
   run(
     "-m t5x.eval",
-    "configs/runs/local_debian_eval.gin",
-    "configs/tasks/debian_synopsis.gin",
+    "configs/runs/eval.gin",
+    *STORED,
     DATA=str(work / "data"),
     CHECKPOINT_PATH=str(trained[2]),
     EVAL_OUTPUT_DIR=str(work / "eval"),
@@ -275,7 +299,7 @@ def test_calm_infer_opens_what_was_trained_here_without_t5x(work, trained, swept
     "sys.modules['t5x'] = sys.modules['seqio'] = None;"
     "sys.exit(cli.main(sys.argv[1:]))"
   )
-  options = "--measure=classifier --threshold=0.5 --max_input_length=32 --max_decode_length=8"
+  options = "--measure=softmax --threshold=0.5 --max_input_length=32 --max_decode_length=8"
   command = [sys.executable, "-W", "ignore", "-c", code, "infer", *options.split()]
   command += ["--task_prefix=summarize: ", f"--model={model}"]
   command += [f"--prompts={prompts}", f"--output={work / 'out.jsonl'}"]

@@ -123,12 +123,3 @@ def training_batch(toy: engine.Toy, rows: int = 8, seed: int = 5) -> dict[str, A
     "decoder_target_tokens": jnp.asarray(targets),
     "decoder_loss_weights": jnp.asarray(targets > 0, jnp.float32),
   }
-
-
-def fails(check, *arguments) -> bool:
-  """Whether a check does not hold of what it is given."""
-  try:
-    check(*arguments)
-  except (AssertionError, TypeError, ValueError):
-    return True
-  return False

@@ -139,11 +139,10 @@ def test_words_are_those_of_calm():
   import seqio
 
   from calm.t5x import stored
-  from scripts import t5x_sweep
 
-  words = t5x_sweep.our_vocabulary(with_words(stored.stored_vocabulary()))
+  words = stored.our_vocabulary(stored.stored_vocabulary())
   assert words == checkpoints.load(inference.PACKED).vocabulary
-  words = t5x_sweep.our_vocabulary(with_words(seqio.ByteVocabulary(extra_ids=125)))
+  words = stored.our_vocabulary(seqio.ByteVocabulary(extra_ids=125))
   assert words == vocabulary.ByteVocabulary()
 
 
