@@ -66,7 +66,7 @@ BUDGETS = {
   "exits": (1440, 9),
   "fitting": (3470, 10),
   "inference": (2780, 10),
-  "paper": (2500, 11),
+  "paper": (2470, 11),
   "signals.py": (100, 1),
   "storage.py": (590, 1),
   "t5": (4260, 18),

@@ -61,14 +61,11 @@ class Options:
 
 
 def under(predictor: inference.Predictor, name: str, **options) -> inference.Predictor:
-  """The predictor under a measure by its name here.
+  """The predictor under a measure by its name here, and other `inference.DecodeOptions`.
 
-  Args:
-    predictor: the model.
-    name: 'softmax', or 'softmax@2,4' for exits after those layers only; 'softmax@2,4/8' for a
-      threshold that falls along the text as well, with the paper's temperature 8; 'verified@2'
-      for drafts of layer 2, accepted with slack.
-    **options: other fields of `inference.DecodeOptions`.
+  'softmax', or 'softmax@2,4' for exits after those layers only; 'softmax@2,4/8' for a threshold
+  that falls along the text as well, with the paper's temperature 8; 'verified@2' for drafts of
+  layer 2, accepted with slack.
   """
   name, _, decay = name.partition("/")
   measure, _, layers = name.partition("@")
@@ -105,18 +102,10 @@ def available(predictor: inference.Predictor, measures: Sequence[str]) -> tuple[
 def grid_of(records: Sequence[Record], measure: str, *, points: int = 10) -> tuple[float, ...]:
   """The measure's default grid, and points in between where its confidences really lie.
 
-  The added points are quantiles, over the tokens of a full-depth pass that measured, of each
-  token's highest refused confidence: at the quantile q, a share 1 - q of the tokens would leave
-  before the last layer. A classifier's confidences may crowd above 0.9, where a grid with
-  steps of 0.05 has one point.
-
-  Args:
-    records: validation prompts decoded with `NEVER_EXIT` through the exit rule.
-    measure: name of the confidence measure.
-    points: quantiles.
-
-  Returns:
-    Strictly descending thresholds in [0, 1].
+  `records` are validation prompts decoded with `NEVER_EXIT` through the exit rule. The added
+  points are quantiles, over their tokens, of each token's highest refused confidence: at the
+  quantile q, a share 1 - q of the tokens would leave before the last layer. A classifier's
+  confidences may crowd above 0.9, where a grid with steps of 0.05 has one point.
   """
   refused = np.array([c for record in records for c in record.rejected_confidences or ()])
   quantiles = np.quantile(refused, np.linspace(1.0, 0.0, points + 2)[1:-1])

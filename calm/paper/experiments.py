@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -285,9 +285,7 @@ class Gains:
   rows: tuple[Row, ...]
 
 
-def gains(
-  of: bench.Bench, *, targets: Sequence[Target] = TARGETS, methods: Sequence[Method] = METHODS
-) -> Gains:
+def gains(of: bench.Bench) -> Gains:
   """Table 2: what calibrated thresholds save on unseen prompts.
 
   Four fifths of the test prompts, the paper's share, are calibrated on; each cell has its own
@@ -326,8 +324,8 @@ def gains(
 
   def make() -> Gains:
     rows = tuple(
-      Row(target, measure, tuple(gain(measure, target, method) for method in methods))
-      for target in targets
+      Row(target, measure, tuple(gain(measure, target, method) for method in METHODS))
+      for target in TARGETS
       for measure in of.measures
     )
     return Gains(rate, cut, len(of.test) - cut, 0, rows)
@@ -338,8 +336,8 @@ def gains(
     make,
     prompts=of.test,
     grids={measure: of.grid(measure) for measure in of.measures},
-    targets=[dataclasses.asdict(target) for target in targets],
-    methods=[method.name for method in methods],
+    targets=[dataclasses.asdict(target) for target in TARGETS],
+    methods=[method.name for method in METHODS],
     error_rate=rate,
     intervals=scores.LEVEL,
   )
@@ -498,16 +496,10 @@ def example(
 def choose_examples(
   cached: generations.Generations, count: int, among: Collection[str], *, max_tokens: int = 60
 ) -> tuple[int, ...]:
-  """Positions of prompts worth showing, neither too short nor too long.
+  """Positions of up to `count` prompts, by id among some, of 3 to `max_tokens` tokens.
 
   The first prompts, in the random order of the run, whose output changes somewhere in the
   lower half of the grid, then the others: nothing is chosen by its quality.
-
-  Args:
-    cached: generations over a grid.
-    count: how many.
-    among: ids to choose from.
-    max_tokens: longest output.
   """
   fitting = [
     row

@@ -79,17 +79,10 @@ def read_prompts(
   limit: int | None = None,
   seed: int = 0,
 ) -> tuple[Prompt, ...]:
-  """One prompt of every source of a split, in a random order.
+  """At most `limit` prompts of a split, one of every source, in a random order of the seed.
 
   Rows of one source resemble each other; one of each makes prompts exchangeable, as a
   calibration needs. Files are sorted by id, so the order is drawn.
-
-  Args:
-    data: folder of the data sets, or prompts that are split already.
-    settings: the task.
-    split: 'validation' or 'test'.
-    limit: most prompts; None: all sources.
-    seed: of the draw.
   """
   if isinstance(data, OwnPrompts):
     return getattr(data, split)[:limit]

@@ -139,7 +139,7 @@ def test_one_command_makes_the_report_and_goes_on(folder, tmp_path, monkeypatch,
   command = [
     *("report", f"--model={folder}", f"--data={data}", f"--output={output}", "--tasks", "enfr"),
     *("--limit=6", "--measures", "softmax", "--timed=1", "--rounds=1", "--examples=2"),
-    *("--step=0.25", f"--geometric_model={folder}", f"--last_layer_model={folder}"),
+    *("--step=0.5", f"--geometric_model={folder}"),
   ]
   assert cli.main(command) == 0
   first = capsys.readouterr().out

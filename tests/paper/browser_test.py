@@ -104,38 +104,6 @@ def test_dark_is_dark_and_readable(tab):
   assert tab.evaluate(ink) == light
 
 
-def test_the_certified_point_is_marked_where_the_slider_stands(tab):
-  tab.evaluate(
-    "{ const select = document.querySelector('.measure'); select.value = '0';"
-    " select.dispatchEvent(new Event('change')); }"
-  )
-  ends = tab.evaluate("document.querySelector('.range').textContent.split(/\\s+/).join(' ')")
-  assert ends.strip().startswith("safer") and ends.strip().endswith("faster")
-  middle = (
-    "(() => { const box = document.querySelector('.{}').getBoundingClientRect();"
-    " return box.left + box.width / 2; })()"
-  )
-  track, mark = (tab.evaluate(middle.replace("{}", name)) for name in ("track", "mark"))
-  assert abs(track - mark) < 2  # the second of three thresholds
-  told = tab.evaluate("document.querySelector('.promise').textContent")
-  assert told.startswith("certified: at 0.6") and "0.25" in told
-
-
-SIDEWAYS = (
-  "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1)"
-  ".map(e => e.querySelector('table').id)"
-)
-
-
-def test_tables_are_cards_on_a_phone(tab):
-  tab.size(375, 812)
-  assert tab.evaluate(SIDEWAYS) == []
-  head = "getComputedStyle(document.querySelector('#table-summary td'), '::before').content"
-  assert tab.evaluate(head) == '"task"'
-  tab.size(1200, 900)
-  assert tab.evaluate(head) in ("none", "normal")
-
-
 @pytest.mark.parametrize("width", [375, 768, 1200])
 def test_no_width_scrolls_the_page_sideways(tab, width):
   tab.size(width, 844)

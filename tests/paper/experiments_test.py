@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import types
 
 import numpy as np
 import pytest
@@ -74,22 +73,6 @@ def test_gains_calibrate_on_one_part_and_measure_on_the_other(report):
   assert auto.risk_interval[0] <= auto.risk < auto.risk_interval[1] < 0.5
 
 
-def test_risk_is_clipped_for_the_paper_and_signed_for_the_bettor(monkeypatch):
-  kinds = []
-  compute = experiments.sequence_losses.compute
-
-  def recorded(cached, kind, **options):
-    kinds.append(kind)
-    return compute(cached, kind, **options)
-
-  monkeypatch.setattr(experiments.sequence_losses, "compute", recorded)
-  monkeypatch.setattr(
-    experiments.costs, "totals", lambda *asked: types.SimpleNamespace(flops_ratio=1.5)
-  )
-  experiments.gains(samples.sample(), targets=[experiments.Target("risk", 0.02)])
-  assert kinds == ["risk_clipped", "risk_signed"] * len(MEASURES)
-
-
 def test_nothing_certified_is_the_full_model():
   for row in experiments.gains(samples.sample(5)).rows:
     for gain in row.gains:
@@ -111,14 +94,6 @@ def test_examples_show_distance_risk_and_layers(report):
   assert below.risk_difference > 0 and above.risk_difference == 0.0
   assert below.layers == pytest.approx((4 + words - 1) / words)
   assert above.pieces[-1] == "⏎"
-
-
-def test_examples_are_taken_in_order_from_those_that_change():
-  cached = samples.cached()
-  among = {f"p{i}" for i in range(1, 30)}
-  assert experiments.choose_examples(cached, 3, among) == (2, 4, 6)
-  assert experiments.choose_examples(cached, 2, {"p1", "p3"}) == (1, 3)
-  assert experiments.choose_examples(cached, 2, among, max_tokens=4) == ()
 
 
 def test_schedules_are_three_different_things(report):

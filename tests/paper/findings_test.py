@@ -87,19 +87,6 @@ def test_titles_of_figure_3_are_its_numbers(report):
   assert "nothing that keeps" in findings.quality_and_seconds(none, "summaries", "ROUGE-L")
 
 
-def test_titles_of_broken_promises(report):
-  entries = report.validity.trials
-  entry = entries[0]
-  split = dataclasses.replace(entry.splits[0], risk_mean=0.3)
-  trial = dataclasses.replace(entry.validity[0], share=0.6, interval=(0.3, 0.9))
-  broken = (dataclasses.replace(entry, splits=(split,), validity=(trial,)),)
-  over = 0.3 - split.tolerance
-  assert f"by up to {over:.3f} (softmax, δ = 0.05)" in findings.risks(broken, "t")
-  assert "breaks too often, in up to 60.0 % (5 %" in findings.violations(broken, "t", 0.05)
-  kept = (dataclasses.replace(entry, splits=(dataclasses.replace(split, risk_mean=0.0),)),)
-  assert "stays below" in findings.risks(kept, "t")
-
-
 @pytest.mark.parametrize(
   ("first", "last", "error", "says"),
   [
