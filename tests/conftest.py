@@ -43,7 +43,7 @@ _check_annotations()
 
 # Files that take longest, these first: else one of two workers ends long after the other.
 LONGEST = (
-  *("decode/program_test.py", "paper/bench_test.py", "fitting/stages_test.py"),
+  *("decode/program_test.py", "paper/bench_test.py", "fitting/train_test.py"),
   *("training/loop_test.py", "commands/pipeline_test.py", "inference/predictor_test.py"),
   *("checkpoints/huggingface_test.py", "training/objectives_test.py", "training/run_test.py"),
   *("fitting/run_test.py", "decode/program_reference_test.py", "t5/network_golden_test.py"),
@@ -68,8 +68,8 @@ QUICK = (
   *("decode/resume_test.py", "decode/staged_test.py", "engines/choice_test.py"),
   *("engines/layout_test.py",),
   *("exits/confidence_test.py", "exits/rules_test.py", "fitting/exit_maps_test.py"),
-  *("fitting/drafts_test.py", "fitting/run_test.py", "fitting/stages_test.py"),
-  *("fitting/training_test.py", "inference/calibrating_test.py", "inference/grid_test.py"),
+  *("fitting/choose_test.py", "fitting/run_test.py", "fitting/train_test.py"),
+  *("inference/calibrating_test.py", "inference/grid_test.py"),
   *("inference/platform_test.py", "inference/seconds_test.py"),
   *("inference/until_certified_test.py",),
   *("paper/bench_test.py", "scripts/benchmark_test.py"),

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import html.parser
 import io
-import math
 import re
 import threading
 import types
@@ -22,7 +21,7 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 from rich import console as rich_console
 
 from calm import fitting
-from calm.calibrate import calibrate
+from calm.calibrate import calibrate, seconds
 from calm.commands import demo
 from calm.commands import run as run_lib
 from calm.console import Progress, print_table, print_text, sanitize
@@ -139,24 +138,26 @@ def report_page(text: str) -> str:
 
 def fit_result(text: str) -> result_lib.Result:
   candidate = candidates.Candidate(text, (1,))
-  tried = choose.Tried(candidate, (0.5,), (0.1,), (2.0,), 0.5, 1.0, 2.0)
-  choice = choose.Choice((tried,), 0, (0.5,), 2.0, 20, 4)
-  example = result_lib.ShownText(text, text, text, text, (text, " b"), (1, 4), (0.5, 0.5))
+  tried = choose.Tried(candidate, (0.5,), (0.1,), 0.5, 1.0, 2.0)
+  choice = choose.Choice((tried,), 0, (0.5,), 2.0, 20)
+  example = result_lib.ShownText(text, text, (text, " b"), (1, 4), (0.5, 0.5))
+  pair = seconds.Seconds(seconds.Pair(1, 4, 2.0, 1.0, 2.0, 1.5))
+  mean = result_lib.Mean(0.1, 0.0, 4)
   return result_lib.Result(
     model=text,
     sizes=text,
     population=text,
     num_layers=4,
-    trained=(train.Trained("one", 3, 1.0, ((1, 0.5),), text),),
+    trained=(train.Trained(text, ((1, 0.5),)),),
     choice=choice,
-    threshold=math.inf,
+    threshold=0.5,
     reason=text,
     guarantee=text,
-    certified_threshold=math.inf,
-    curve=(),
-    seconds=None,
-    last=result_lib.LastLook(None, None, None, None, 4.0),
+    certified_threshold=0.5,
+    seconds=pair,
+    last=result_lib.LastLook(None, None, mean, 4.0),
     examples=(example,),
+    exact=None,
   )
 
 
@@ -166,9 +167,7 @@ HTML = {
   "a calibration": lambda text: calibrated(text)._repr_html_(),
   "coloured tokens": lambda text: outputs.to_html([text], [2], 4, confidences=[0.5]),
   "the report": report_page,
-  "the summary of a fit": lambda text: result_lib.pages(fit_result(text), FitOptions(), text)[
-    "summary.html"
-  ],
+  "the summary of a fit": lambda text: result_lib.summary(fit_result(text), FitOptions(), text),
 }
 
 
@@ -232,9 +231,6 @@ TERMINAL = {
   "coloured tokens": lambda text: outputs.to_terminal([text], [2], 4, mode="truecolor"),
   "tokens without colour": lambda text: outputs.to_terminal([text], [2], 4, mode="plain"),
   "an output": lambda text: repr(output(text)) + repr(several(text)),
-  "the summary of a fit": lambda text: result_lib.pages(fit_result(text), FitOptions(), text)[
-    "summary.md"
-  ],
 }
 # Where marks that do something are replaced by a sign, or written as Python writes them.
 REPLACED = ("an output", "outputs", "coloured tokens", "tokens without colour")
@@ -265,7 +261,7 @@ def test_terminals_show_text_as_text(name, kind):
   bare = re.sub(r"\x1b\[(?:[0-9;]*m|\?25[lh]|[0-9]*[AK]|2K)", "", made).replace("\r", "")
   assert not dangerous(bare)
   assert "\x1b[31m" not in made or "\x1b[31m" in TERMINAL[name]("harmless")
-  if name not in REPLACED and (name, kind) != ("the summary of a fit", "markdown"):
+  if name not in REPLACED:
     assert words(text) in "".join(bare.split())
 
 

@@ -15,7 +15,7 @@ import statistics
 
 from rich import console as rich_console
 
-from calm.calibrate import Calibration, metrics, thresholds
+from calm.calibrate import Calibration, ledger, metrics, thresholds
 from calm.calibrate.generations import records
 from calm.commands import flags
 from calm.commands import run as run_lib
@@ -73,7 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
   run_lib.print_calibration(console, calibration, cached)
   if arguments.output:
     calibration.save(pathlib.Path(arguments.output) / "calibration.json")
-    run_lib.record_calibration(console, arguments.output, calibration, calibration_prompts)
+    if report := ledger.keep(arguments.output, calibration, calibration_prompts):
+      print_text(console, report, "yellow")
   console.print(
     f"\n[bold]3. Decode[/bold] {len(unseen_prompts)} unseen prompts, one at a time: full depth"
     " and calibrated early exit, in turn."

@@ -24,7 +24,7 @@ from calm.console import print_text
 
 _OPTIONS = (
   *("tolerance", "error_rate", "train_all", "stages", "consistency", "metric", "prefix"),
-  *("input_key", "seed", "batch_size", "accept_quality"),
+  *("input_key", "seed", "batch_size"),
 )
 
 
@@ -41,12 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(parser, "consistency", "NAME", text, "textual")
   flags.add_shared(parser, "metric")
   add(parser, "train_all", None, "train all weights, not only exits beside them")
-  text = "all, both, one, two, own; none: the model's exits as they are"
+  text = "all, or none: the model's exits as they are"
   add(parser, "stages", "NAME", text, "all")
   text = "time for --train_all, like 30m"
   add(parser, "budget", "TIME", text, without="the recipe's steps")
-  text = "serve trained weights even if full depth writes worse"
-  add(more, "accept_quality", None, text)
   add(more, "prefix", "TEXT", "put this before every input", without="the model's own")
   add(more, "seed", "K", "of splits and training", 0)
   add(more, "batch_size", "N", "prompts decoded together", 8)
@@ -69,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
   if served.calibration is not None:
     print_text(console, served.calibration.guarantee, soft_wrap=True)
-  print_text(console, f"Summary: {output}/summary.md and {output}/summary.html", soft_wrap=True)
+  print_text(console, f"Summary: {output}/summary.html", soft_wrap=True)
   print_text(console, "Serve it:")
   print(run_lib.infer_command(f"--model={output}"), flush=True)
   return 0

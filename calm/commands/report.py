@@ -153,19 +153,19 @@ def _own_task(arguments: argparse.Namespace, predictor):
     error_rate=arguments.error_rate, metric=arguments.metric, prefix=arguments.prefix
   )
   with run_lib.naming_flag("--train"):
-    found = fitting.held_out(predictor, arguments.train, options)
+    splits, limits = fitting.held_out(predictor, arguments.train, options)
   title = pathlib.Path(arguments.train).name.split(".")[0]
   settings = tasks_lib.TaskSettings(
     name=re.sub(r"[^A-Za-z0-9_-]+", "_", title) or "rows",
     title=title or "rows",
-    prefix=found.decoding["task_prefix"],
-    max_input_length=found.decoding["max_input_length"],
-    max_decode_length=found.decoding["max_decode_length"],
-    metric=options.request["metric"],
-    metric_title=options.request["metric"],
+    prefix=limits["task_prefix"],
+    max_input_length=limits["max_input_length"],
+    max_decode_length=limits["max_decode_length"],
+    metric=str(options.metric),
+    metric_title=str(options.metric),
   )
   # Calibrated on four fifths of the test prompts; the rest is evaluated only.
-  return settings, tasks_lib.OwnPrompts(found.validation, found.test)
+  return settings, tasks_lib.OwnPrompts(splits.validation, splits.calibration + splits.last)
 
 
 def _facts(arguments: argparse.Namespace, predictor, seconds: float):

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import functools
-import itertools
 import logging
 import os
 import pathlib
@@ -15,7 +14,7 @@ import sys
 import tokenize
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TextIO
+from typing import Any
 
 from rich import console as rich_console
 from rich import markup as rich_markup
@@ -48,7 +47,6 @@ _EXTRAS = {
   "train": {"optax", "orbax", "clu", "seqio", "tensorboard", "tensorflow"},
   "report": {"matplotlib", "jinja2"},
 }
-MOST_GIN_FILES, MOST_GIN_BYTES = 1000, 2**24
 _GIN_PLACE = re.compile(r'In (?:file "(?P<file>[^"]*)"|bindings string), line (?P<line>[0-9]+)')
 
 
@@ -173,18 +171,17 @@ def use_compilation_cache() -> None:
     with contextlib.suppress(OSError):  # JAX warns of a folder that it cannot write
       for folder in (base, cache.parent, cache):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-      _check_private(cache)
+      if hasattr(os, "geteuid"):  # on Windows modes say nothing
+        _check_private(cache)
     jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _check_private(cache: pathlib.Path) -> None:
   """ValueError where another user may write the cache, or put another in its place."""
-  if not hasattr(os, "geteuid"):  # Windows, where modes say nothing
-    return
   for folder in (cache, *cache.parents, *cache.resolve().parents):
-    status = os.stat(folder)
-    mode, ours = stat.S_IMODE(status.st_mode), folder in (cache, cache.parent)
+    status, ours = os.stat(folder), folder in (cache, cache.parent)
+    mode = stat.S_IMODE(status.st_mode)
     # Who may write to a folder may rename what is in it, unless it is sticky.
     shared = not ours and mode & stat.S_IWOTH and not mode & stat.S_ISVTX
     if shared or (ours and (status.st_uid != os.geteuid() or mode & 0o022)):
@@ -227,17 +224,9 @@ def parse_gin(arguments: argparse.Namespace) -> None:
   keep = lambda record: not record.getMessage().startswith("Path not found")
   logging.getLogger().addFilter(keep)
   readers: list[Any] = config._FILE_READERS  # gin has no public list of them
-  before, files = list(readers), itertools.count(1)
-
-  def opened(path: str) -> TextIO:
-    if next(files) > MOST_GIN_FILES or os.path.getsize(path) > MOST_GIN_BYTES:
-      raise ValueError(
-        f"Expected at most {MOST_GIN_FILES} gin files of {MOST_GIN_BYTES} bytes, got more;"
-        " include each of them once"
-      )
-    return open(path, encoding="utf-8")
-
-  readers[:] = [(opened, os.path.isfile)]  # gin's own take the folder `configs` for a package
+  before = list(readers)
+  # gin's own readers take the folder `configs` for a package.
+  readers[:] = [(functools.partial(open, encoding="utf-8"), os.path.isfile)]
   try:
     gin.parse_config_files_and_bindings(arguments.gin_file, arguments.gin_bindings)
   except OSError as error:
@@ -257,23 +246,22 @@ def parse_gin(arguments: argparse.Namespace) -> None:
 
 def _gin_message(arguments: argparse.Namespace, error: Exception) -> str:
   """One line: where, and what."""
-  files = " ".join(arguments.gin_file) or "--gin_bindings"
-  text = str(error.msg if isinstance(error, SyntaxError) else error)
+  place = " ".join([*arguments.gin_file, *arguments.gin_bindings])[:200]
   missing = sorted(name for name, value in _macros().items() if value == "%gin.REQUIRED")
-  if "gin.REQUIRED" in text and missing:
+  if "gin.REQUIRED" in str(error) and missing:
     bindings = " ".join(f"--gin_bindings=\"{name} = '...'\"" for name in missing)
     return (
-      f"{files} needs a value for {', '.join(missing)}; give {bindings}. The head of the file"
+      f"{place} needs a value for {', '.join(missing)}; give {bindings}. The head of the file"
       " says what each is."
     )
-  place = " ".join([*arguments.gin_file, *arguments.gin_bindings])[:200]
+  text = str(error)
   if isinstance(error, RecursionError):
     text = "files that include themselves, or values too deep in one another"
   elif isinstance(error, SyntaxError) and error.lineno:
-    place = f"{error.filename or '--gin_bindings'}:{error.lineno}"
+    place, text = f"{error.filename or '--gin_bindings'}:{error.lineno}", error.msg
   elif isinstance(error, tokenize.TokenError):  # (what, (line, column))
-    place, text = f"{files}:{error.args[1][0]}", str(error.args[0])
-  elif found := _GIN_PLACE.search(str(error)):
+    place, text = f"{place}:{error.args[1][0]}", str(error.args[0])
+  elif found := _GIN_PLACE.search(text):
     place = f"{found['file'] or '--gin_bindings'}:{found['line']}"
   what = " ".join(text.split("\n  In ")[0].split())[:300]
   return (
@@ -313,12 +301,9 @@ def refuse_unread_macros() -> None:
 
 def program() -> str:
   """How this process was called, for the shell: `calm` where the shell finds this one."""
-  called = pathlib.Path(sys.argv[0])
+  called, found = pathlib.Path(sys.argv[0]), shutil.which("calm")
   if called.parts[-2:] == ("calm", "__main__.py"):
-    found = shutil.which("python")
-    python = "python" if found == sys.executable else shlex.quote(sys.executable)
-    return f"{python} -m calm"
-  found = shutil.which("calm")
+    return f"{shlex.quote(sys.executable)} -m calm"
   known = found is not None and os.path.abspath(found) == os.path.abspath(called)
   # Other stems: a notebook or a test, which has imported the commands.
   return "calm" if known or called.stem != "calm" else shlex.quote(os.path.abspath(called))
@@ -388,20 +373,12 @@ def save_calibration(
   result.save(path)
   print_calibration(console, result, cached)
   print_text(console, f"Written to {path}, digest {result.digest}", soft_wrap=True)
-  if path.is_file():  # no device
-    record_calibration(console, folder, result, prompts)
+  if path.is_file() and (report := ledger.keep(folder, result, prompts)):  # no device
+    print_text(console, report, "yellow")
   if result.procedure is not None and isinstance(model, str):
     print_text(console, "Serve it:")
     named = [] if model == "packed" else [f"--model={model}"]
     print(infer_command(*named, f"--calibration={path}"), flush=True)
-
-
-def record_calibration(
-  console: rich_console.Console, folder: str | pathlib.Path, result: Calibration, prompts
-) -> None:
-  """Writes the folder's ledger, and prints what else was calibrated on the same prompts."""
-  if report := ledger.keep(folder, result, prompts):
-    print_text(console, report, "yellow")
 
 
 def tested_clusters(arguments, prompts) -> tuple[str, ...] | None:

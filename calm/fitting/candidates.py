@@ -1,10 +1,8 @@
 """Candidates: measure, exit layers and schedule, ranked on one pass of the full model.
 
-`read_layers` runs the full model over its own texts once and records, for every token and
-layer, the confidences and whether the layer's token is the last layer's. From these numbers
-alone every candidate's exits and loss are simulated and its grids are laid; caches hold the
-states that were computed, not those that an early exit would have propagated, so the few
-candidates that rank best are decoded (`choose`).
+From the confidences of every layer at every token of the full model's texts all candidates'
+exits and losses are simulated, as if states were not propagated; the few that rank best are
+decoded (`choose`).
 """
 
 import dataclasses
@@ -22,7 +20,7 @@ from calm.calibrate import Record
 from calm.exits import confidence, evidence, schedules
 from calm.fitting import exit_maps
 from calm.inference import grid
-from calm.t5 import network, parameters
+from calm.t5 import parameters
 
 # The paper's tau of Eq. 5 (its Fig. 4 takes 4 for the tasks with long texts), and twice that,
 # which needs the fewest layers on the translations of the model in the box; None: constant.
@@ -147,13 +145,11 @@ class Reading:
   Attributes:
     confidences: measure -> [num_tokens, num_layers] in [0, 1].
     agrees: [num_tokens, num_layers] whether the layer's argmax is the last layer's.
-    rows: [num_tokens] the text that a token belongs to.
-    positions: [num_tokens] its position there.
+    positions: [num_tokens] of a token in its text.
   """
 
   confidences: Mapping[str, np.ndarray]
   agrees: np.ndarray
-  rows: np.ndarray
   positions: np.ndarray
 
   @property
@@ -177,75 +173,63 @@ def read_layers(
 
   `names` are measures but 'shortlist', whose confidence is that of 'softmax'.
   """
-  one = grid.one_shape(predictor.with_options(batch_size=exit_maps.BATCH))
+  batches = grid.one_shape(predictor.with_options(batch_size=exit_maps.BATCH)).plan(texts)
   longest = max(len(record.tokens or ()) for record in full)
-  listed = tuple(predictor.options.shortlist or ())
-  read = _reader(predictor.config, tuple(names), predictor.vocabulary.vocab_size, listed)
+  read = jax.jit(functools.partial(_read, predictor, tuple(names)))
   found: list[tuple[np.ndarray, ...]] = []
-  batches = one.plan(texts)
   for number, batch in enumerate(batches):
     rows = [full[int(row)].tokens or () for row in batch.rows]
     targets = exit_maps.padded_targets(rows, len(batch.tokens), longest)
     layers = [np.asarray(x) for x in read(predictor.params, batch.tokens, targets)]
     for i, tokens in enumerate(rows):
-      count, row = len(tokens), int(batch.rows[i])
-      columns = [array[:, i, :count].T for array in layers]
-      found.append((*columns, np.full(count, row), np.arange(count)))
-    progress(
-      (number + 1) / len(batches), f"reading layers, batch {number + 1} of {len(batches)}"
+      columns = [array[:, i, : len(tokens)].T for array in layers]
+      found.append((*columns, np.arange(len(tokens))))
+    share = (number + 1) / len(batches)
+    progress(share, f"reading layers, batch {number + 1} of {len(batches)}")
+  agrees, *values, positions = map(np.concatenate, zip(*found, strict=True))
+  return Reading(dict(zip(names, values, strict=True)), agrees, positions)
+
+
+def _read(predictor: inference.Predictor, names: Sequence[str], params, inputs, targets):
+  """Whether layers agree with the last, and their confidences, [layers, batch, length] each."""
+  config, num_pieces = predictor.config, predictor.vocabulary.vocab_size
+  shortlist = np.asarray(predictor.options.shortlist or (), int)
+  hidden, _, normed = exit_maps.full_states(config, params, inputs, targets)
+  heads = parameters.head_kernels(params, config)
+  probes: Any = parameters.probes(params)
+
+  def logits_of(layer, columns: Any = slice(num_pieces)):
+    head = heads[layer] if config.per_layer_heads else heads[0]
+    return normed[layer].astype(jnp.float32) @ head[:, columns]
+
+  def exit_logit(layer):
+    classifier = params["decoder"]["exit_classifier"]
+    state = normed[layer].astype(jnp.float32)
+    return (state @ classifier["kernel"])[..., 0] + classifier["bias"][0]
+
+  def probe_logit(layer, previous):
+    if layer + 1 == probes.num_layers:
+      return jnp.full(hidden.shape[1:-1], evidence.CERTAIN)
+    features = evidence.evidence(hidden[layer], previous, logits_of(layer, shortlist))
+    return probes.logit(layer + 1, normed[layer], features)
+
+  last, columns = None, []
+  for layer in reversed(range(config.num_decoder_layers)):
+    logits = logits_of(layer)
+    best = jnp.argmax(logits, axis=-1)
+    last = best if last is None else last
+    previous = hidden[layer - 1] if layer else jnp.zeros_like(hidden[0])
+    view = confidence.LayerView(
+      layer + 1,
+      hidden[layer],
+      previous,
+      logits=lambda logits=logits: logits,
+      exit_logit=lambda layer=layer: exit_logit(layer),
+      shortlist_logits=lambda layer=layer: logits_of(layer, shortlist),
+      probe_logit=lambda layer=layer, previous=previous: probe_logit(layer, previous),
     )
-  agrees, *confidences, rows, positions = (
-    np.concatenate(part) for part in zip(*found, strict=True)
-  )
-  return Reading(dict(zip(names, confidences, strict=True)), agrees, rows, positions)
-
-
-@functools.lru_cache(maxsize=1)  # one model at a time
-def _reader(config: network.T5Config, names, num_pieces: int, shortlist: tuple[int, ...]):
-  """A program: (params, inputs, targets) -> agrees and confidences, [layers, batch, length]."""
-
-  def read(params, inputs, targets):
-    hidden, _, normed = exit_maps.full_states(config, params, inputs, targets)
-    heads = parameters.head_kernels(params, config)
-    probes = parameters.probes(params)
-
-    def logits_of(layer, columns: Any = slice(num_pieces)):
-      head = heads[layer] if config.per_layer_heads else heads[0]
-      return normed[layer].astype(jnp.float32) @ head[:, columns]
-
-    listed = lambda layer: logits_of(layer, np.asarray(shortlist, int))
-
-    def exit_logit(layer):
-      classifier = params["decoder"]["exit_classifier"]
-      state = normed[layer].astype(jnp.float32)
-      return (state @ classifier["kernel"])[..., 0] + classifier["bias"][0]
-
-    def probe_logit(layer, previous):
-      assert probes is not None  # `measures` asked
-      if layer + 1 == probes.num_layers:
-        return jnp.full(hidden.shape[1:-1], evidence.CERTAIN)
-      features = evidence.evidence(hidden[layer], previous, listed(layer))
-      return probes.logit(layer + 1, normed[layer], features)
-
-    last, columns = None, []
-    for layer in reversed(range(config.num_decoder_layers)):
-      logits = logits_of(layer)
-      best = jnp.argmax(logits, axis=-1)
-      last = best if last is None else last
-      previous = hidden[layer - 1] if layer else jnp.zeros_like(hidden[0])
-      view = confidence.LayerView(
-        layer + 1,
-        hidden[layer],
-        previous,
-        logits=lambda logits=logits: logits,
-        exit_logit=lambda layer=layer: exit_logit(layer),
-        shortlist_logits=lambda layer=layer: listed(layer),
-        probe_logit=lambda layer=layer, previous=previous: probe_logit(layer, previous),
-      )
-      columns.append((best == last, *(confidence.measure(name)(view) for name in names)))
-    return tuple(jnp.stack(part) for part in zip(*columns[::-1], strict=True))
-
-  return jax.jit(read)
+    columns.append((best == last, *(confidence.measure(name)(view) for name in names)))
+  return tuple(jnp.stack(part) for part in zip(*columns[::-1], strict=True))
 
 
 # ---- Simulation and ranking
@@ -290,17 +274,12 @@ def possible_thresholds(reading: Reading, candidate: Candidate) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Ranked:
-  """A candidate's forecast at the lowest threshold within the tolerance.
-
-  Attributes:
-    candidate: the way to leave.
-    bytes: moved a token, over full depth's.
-    layers: decoder layers a token.
-  """
+  """A candidate, the lowest threshold with a simulated loss within the tolerance (`inf` where
+  none has), and the bytes moved a token there over full depth's."""
 
   candidate: Candidate
+  threshold: float
   bytes: float
-  layers: float
 
 
 def rank(
@@ -319,54 +298,40 @@ def rank(
     if not len(levels):  # the confidence is 0 there, as the state's is after layer 1
       continue
     depth, loss = simulate(reading, candidate, levels, length)
-    within = np.flatnonzero(loss <= tolerance)
+    within = np.flatnonzero(np.maximum.accumulate(loss) <= tolerance)
     depths = depth[within[-1]] if len(within) else np.full(1, reading.num_layers)
-    options = candidate.options(length)
-    costs = predictor.with_options(**options).step_costs(input_length)
+    threshold = float(levels[within[-1]]) if len(within) else float("inf")
+    costs = predictor.with_options(**candidate.options(length)).step_costs(input_length)
     counts = np.bincount(depths, minlength=costs.num_layers + 1)
     moved = sum(costs.early(int(i)).bytes * int(counts[i]) for i in np.flatnonzero(counts))
-    share = float(moved / (costs.full.bytes * counts.sum()))
-    found.append(Ranked(candidate, share, float(depths.mean())))
+    found.append(Ranked(candidate, threshold, moved / (costs.full.bytes * counts.sum())))
   return sorted(found, key=lambda entry: entry.bytes)
 
 
-def finalists(ranked: Sequence[Ranked], most: int) -> list[Candidate]:
+def finalists(ranked: Sequence[Ranked], most: int) -> list[Ranked]:
   """The candidates that are timed: the best of every measure, the first one's constant or
-  decaying counterpart, then others.
+  decaying counterpart, then others with other layers.
 
   Args:
     ranked: the cheapest first.
     most: how many, at least one a measure.
   """
-  chosen: list[Candidate] = []
-  for entry in ranked:
-    if all(entry.candidate.measure != other.measure for other in chosen):
-      chosen.append(entry.candidate)
+  best = {entry.candidate.measure: entry for entry in reversed(ranked)}
+  chosen = sorted(best.values(), key=ranked.index)
   # Texts are short or long: seconds decide which schedule is better.
-  first = ranked[0].candidate
   alike = lambda one: (one.measure, one.exit_layers, one.temperature is None)
+  first = ranked[0].candidate
   other = (first.measure, first.exit_layers, first.temperature is not None)
-  chosen += [entry.candidate for entry in ranked if alike(entry.candidate) == other][:1]
+  chosen += [entry for entry in ranked if alike(entry.candidate) == other][:1]
   for entry in ranked:
-    if len(chosen) >= most:
-      break
     # Sets that differ by one layer resemble each other.
-    if entry.candidate.exit_layers not in {c.exit_layers for c in chosen}:
-      chosen.append(entry.candidate)
+    layers = {e.candidate.exit_layers for e in chosen}
+    if len(chosen) < most and entry.candidate.exit_layers not in layers:
+      chosen.append(entry)
   return list(dict.fromkeys(chosen))
 
 
 # ---- Grids
-
-
-def lowest_threshold(
-  reading: Reading, candidate: Candidate, tolerance: float, max_length: int
-) -> float:
-  """The lowest threshold with a simulated loss within the tolerance; `inf` where none."""
-  levels = possible_thresholds(reading, candidate)
-  _, loss = simulate(reading, candidate, levels, max_length)
-  within = np.flatnonzero(np.maximum.accumulate(loss) <= tolerance)
-  return float(levels[within[-1]]) if len(within) else float("inf")
 
 
 def coarse_grid(

@@ -1,7 +1,7 @@
 """Exits learned beside frozen weights: translators, learned propagation, confidence heads.
 
-The full model reads its own texts once. From the states d^i of every decoder layer, with x =
-decoder_norm(d^j) at exit layer j, two linear maps are fitted; no parameter changes:
+From the states d^i of every decoder layer at the full model's own texts, with x =
+decoder_norm(d^j) at exit layer j, two linear maps are fitted:
 
 - the *translator* of layer j (tuned lens, Belrose et al. 2023): head(x + x A_j + b_j) predicts
   the full model's probabilities. A_j starts at the ridge regression of the last layer's x and
@@ -10,10 +10,8 @@ decoder_norm(d^j) at exit layer j, two linear maps are fitted; no parameter chan
   d^j + [x; 1] D_j U_jk, by reduced-rank regression: the `rank` columns of D_j serve all k.
 
 On held-out texts, the exit classifier and a probe a layer learn by logistic regression whether
-the layer's token is the full model's, from states that the translators have read.
-
-Memory is bounded whatever the model and the rows: normal equations of size emb_dim + 1 a
-layer, and a sample of at most `_SAMPLE_BYTES` of states.
+the layer's token is the full model's. Memory is bounded whatever the model and the rows: normal
+equations of size emb_dim + 1 a layer, and a sample of states.
 """
 
 import dataclasses
@@ -65,7 +63,7 @@ class LearnedExits:
     num_tokens: tokens of the model's own texts that were read.
     penalty: of the ridge regressions, relative to the mean square of a state's entry.
     seconds: of learning, without decoding these texts.
-    base_digest: of the model's own parameters, before and after.
+    base_digest: of the model's own parameters.
   """
 
   layers: tuple[int, ...]
@@ -78,12 +76,8 @@ class LearnedExits:
   base_digest: str
 
   def __str__(self) -> str:
-    gains = ", ".join(
-      f"layer {layer} {before:.2f} -> {after:.2f}"
-      for layer, before, after in zip(
-        self.layers, self.agreement_before, self.agreement_after, strict=True
-      )
-    )
+    each = zip(self.layers, self.agreement_before, self.agreement_after, strict=True)
+    gains = ", ".join(f"layer {layer} {old:.2f} -> {new:.2f}" for layer, old, new in each)
     return (
       f"Exits learned in {self.seconds:.0f} s from {self.num_tokens} tokens; share of tokens"
       f" that agree with the full model: {gains}. The model's weights are unchanged (digest"
@@ -92,12 +86,7 @@ class LearnedExits:
 
 
 def shortlist(tokens: Sequence[Sequence[int]], vocab_size: int) -> tuple[int, ...]:
-  """The tokens that the full model writes most often, EOS included; at least two.
-
-  Args:
-    tokens: its texts.
-    vocab_size: pieces of the vocabulary; others fill up where texts have fewer than two.
-  """
+  """The tokens that texts have most often, EOS included; at least two of the vocabulary."""
   counts = np.bincount(np.concatenate([*tokens, [0]]).astype(int), minlength=vocab_size)
   counts[0] = 0  # padding
   ranked = np.argsort(-counts, kind="stable")
@@ -207,14 +196,9 @@ def padded_targets(rows: Sequence[Sequence[int]], num_rows: int, longest: int) -
 
 @dataclasses.dataclass
 class _Sums:
-  """Normal equations of one exit layer, with X = [x; 1] of every token.
-
-  Attributes:
-    gram: X^T X, [emb + 1, emb + 1].
-    last: X^T x of the last layer, [emb + 1, emb].
-    inputs: X^T (d^{k-1} - d^j) for k = j + 2 ... L, [emb + 1, layers - j - 1, emb].
-    squares: sum of squares of d^{k-1}, [layers - j - 1].
-  """
+  """Normal equations of one exit layer with X = [x; 1] of every token: X^T X, X^T x of the last
+  layer, X^T (d^{k-1} - d^j) [emb + 1, skipped, emb] and sums of squares of d^{k-1} [skipped]
+  for the skipped layers k = j + 2 ... L."""
 
   gram: Any
   last: Any
@@ -224,16 +208,10 @@ class _Sums:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Sample:
-  """States of some tokens.
-
-  Attributes:
-    exits: x at every exit layer, [layers, tokens, emb].
-    last: x at the last layer, [tokens, emb].
-    scalars: features of `evidence` that need no head: cosine with the layer before and log of
-      the root mean square, [layers, tokens, 2].
-    trains: tokens that maps are fitted to.
-    held_out: the other tokens; those that train where there is one text only.
-  """
+  """States of some tokens: x at every exit layer [layers, tokens, emb] and at the last layer;
+  features of `evidence` that need no head (cosine with the layer before, log of the root mean
+  square) [layers, tokens, 2]; tokens that maps are fitted to, and the others (the same where
+  there is one text only)."""
 
   exits: np.ndarray
   last: np.ndarray

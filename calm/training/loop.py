@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import pathlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -146,12 +147,14 @@ def fit(
     check_identity(output_dir / IDENTITY_FILE, identity, int(state.step))
     step, running = int(state.step), None
     listener.on_start(step, config.num_steps)
-    while step < config.num_steps and not keeper.history.should_stop():
+    begun, late = time.monotonic(), False
+    while step < config.num_steps and not late and not keeper.history.should_stop():
       signals.check()
       state, metrics = train_step(state, source.batch(step))
       step += 1
       running = metrics if running is None else running + metrics
-      at_validation = step % config.eval_every == 0 or step == config.num_steps
+      late = config.seconds is not None and time.monotonic() - begun > config.seconds
+      at_validation = step % config.eval_every == 0 or step == config.num_steps or late
       # A window never crosses a checkpoint: a resumed run reports the same windows.
       if step % config.log_every == 0 or at_validation:
         keeper.report(step, running.scalars())

@@ -95,6 +95,7 @@ class TrainConfig:
     patience: validations without improvement before the run stops; None never stops.
     num_microbatches: parts that a batch is computed in, one after the other, so that long
       rows fit the memory; the gradient is that of the whole batch.
+    seconds: after which a run, or a resumed one, validates and stops; None never stops.
   """
 
   num_steps: int
@@ -106,11 +107,14 @@ class TrainConfig:
   stop_metric: str = "loss"
   patience: int | None = None
   num_microbatches: int = 1
+  seconds: float | None = None
 
   def __post_init__(self):
     for name in ("num_steps", "eval_every", "log_every", "num_microbatches", "patience"):
       if (value := getattr(self, name)) is not None:
         limits.whole(name, value, 1, MOST_STEPS, "give a number in that range")
+    if self.seconds is not None and not self.seconds > 0:
+      raise ValueError(f"Expected `seconds` above 0, got {self.seconds}; None is no limit.")
 
 
 @arguments.checked()

@@ -1,4 +1,4 @@
-"""Ranking, grids and forecasts by hand, without a model."""
+"""Ranking, grids and forecasts by hand; which head and which drafts are timed and taken."""
 
 import dataclasses
 import math
@@ -6,8 +6,11 @@ import math
 import numpy as np
 import pytest
 
+from calm import inference
+from calm.calibrate import Prompt, seconds
 from calm.fitting import candidates, choose
 from calm.fitting.candidates import Candidate
+from calm.inference import result_cache
 
 
 @pytest.fixture
@@ -15,8 +18,7 @@ def tokens():
   """Two texts of two tokens under three layers: what a layer says, and how sure it is."""
   sure = np.array([[0.9, 0.95, 0.0], [0.2, 0.8, 0.0], [0.6, 0.7, 0.0], [0.1, 0.3, 0.0]])
   agrees = np.array([[1, 1, 1], [0, 1, 1], [0, 1, 1], [0, 0, 1]], bool)
-  rows, positions = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
-  return candidates.Reading({"softmax": sure}, agrees, rows, positions)
+  return candidates.Reading({"softmax": sure}, agrees, np.array([0, 1, 0, 1]))
 
 
 def test_exits_and_losses_of_a_set_of_layers(tokens):
@@ -48,7 +50,7 @@ def test_layer_sets_are_of_real_layers_and_few():
 
 def test_finalists_hold_the_best_of_every_measure_and_the_other_schedule():
   ranked = [
-    candidates.Ranked(Candidate(measure, layers, tau), 0.0, 0.0)
+    candidates.Ranked(Candidate(measure, layers, tau), 0.5, 0.0)
     for measure, layers, tau in (
       ("softmax", (2,), None),
       ("softmax", (2,), 8.0),
@@ -59,13 +61,13 @@ def test_finalists_hold_the_best_of_every_measure_and_the_other_schedule():
     )
   ]
   got = candidates.finalists(ranked, 4)
-  assert got[:3] == [ranked[0].candidate, ranked[4].candidate, ranked[5].candidate]
-  assert got[3:] == [Candidate("softmax", (2,), 8.0)]  # the cheaper of those that decay
+  # The best of each measure; of the first one the cheaper of those that decay.
+  assert got == [ranked[0], ranked[4], ranked[5], ranked[1]]
   falling_first = candidates.finalists([ranked[1], ranked[2], ranked[0]], 2)
-  assert falling_first == [Candidate("softmax", (2,), 8.0), Candidate("softmax", (2,), None)]
+  assert falling_first == [ranked[1], ranked[0]]
   # Room for one more goes to layers that none has yet.
-  more = [*ranked, candidates.Ranked(Candidate("softmax", (1, 2)), 0.0, 0.0)]
-  assert candidates.finalists(more, 5) == [*got, Candidate("softmax", (1, 2))]
+  more = candidates.Ranked(Candidate("softmax", (1, 2)), 0.5, 0.0)
+  assert candidates.finalists([*ranked, more], 5) == [*got, more]
 
 
 def test_the_forecast_is_where_the_bound_crosses_the_tolerance():
@@ -94,9 +96,9 @@ def test_the_final_grid_descends_and_is_densest_near_the_tolerance():
 def test_a_way_that_was_looked_at_first_is_told_beside_the_others_first_looks():
   """Its x2.7 is of other rounds than the chosen one's x2.1, which was x3.1 in them."""
   way = lambda *args: choose.Tried(Candidate("softmax", (1,)), *args)
-  chosen = way((0.5,), (0.1,), (2.0,), 0.5, 1.0, 2.1, 3.1)
-  looked = way((), (), (), 0.4, 1.0, 2.7, 2.7)
-  without = way((0.5,), (0.3,), (2.0,), math.inf, math.nan, math.nan, 2.9)
+  chosen = way((0.5,), (0.1,), 0.5, 1.0, 2.1, 3.1)
+  looked = way((), (), 0.4, 1.0, 2.7, 2.7)
+  without = way((0.5,), (0.3,), math.inf, math.nan, math.nan, 2.9)
   assert [entry.gains for entry in (chosen, looked, without)] == [False] * 3
   assert dataclasses.replace(chosen, end_to_end=1.2).gains
   assert not dataclasses.replace(chosen, speedup=0.9, end_to_end=1.2).gains
@@ -104,9 +106,75 @@ def test_a_way_that_was_looked_at_first_is_told_beside_the_others_first_looks():
   for whole, better in ((1.3, False), (1.5, True)):
     in_8_bits = dataclasses.replace(chosen, candidate=narrow, end_to_end=whole)
     assert (in_8_bits.score > dataclasses.replace(chosen, end_to_end=1.2).score) == better
-  choice = choose.Choice((looked, without, chosen), 2, (0.5,), 2.0, 20, 4)
+  choice = choose.Choice((looked, without, chosen), 2, (0.5,), 2.0, 20)
   assert choice.lines() == [
     "  softmax after layer 1: x2.10 as fast at threshold 0.5, x3.10 in a first timing (chosen)",
     "  softmax after layer 1: no threshold within the tolerance",
     "  softmax after layer 1: x2.70 in a first timing, at threshold 0.4",
   ]
+
+
+PROMPTS = [Prompt(text, text) for text in ("some words", "other words", "more of them")]
+
+
+def silent(share, text):
+  del share, text
+
+
+@pytest.fixture
+def cache(tmp_path):
+  return result_cache.ResultCache(tmp_path)
+
+
+@pytest.mark.parametrize(("speedup", "pays"), [(1.2, True), (1.01, False), (0.8, False)])
+def test_a_head_in_8_bits_is_taken_where_it_is_clearly_faster(
+  model, cache, monkeypatch, speedup, pays
+):
+  """Both heads are timed on the same prompts, once."""
+  decoded, real, measured = [], inference.Predictor.decode, inference.timing.measure
+
+  def note(self, *arguments):
+    decoded.append(self.options.head_dtype)
+    return real(self, *arguments)
+
+  def measure(*arguments, **options):
+    found = measured(*arguments, **options)
+    row = dataclasses.replace(found.rows[1], speedup=speedup)
+    return dataclasses.replace(found, rows=(found.rows[0], row))
+
+  monkeypatch.setattr(inference.Predictor, "decode", note)
+  monkeypatch.setattr(inference.timing, "measure", measure)
+  for _ in range(2):
+    found, said = choose.fastest_head(model, PROMPTS, cache, silent)
+    assert found.options.head_dtype == ("int8" if pays else None)
+    assert f"x{speedup:.2f}" in said and ("read in 8 bits;" in said) == pays
+  assert decoded.count(None) == decoded.count("int8") == len(decoded) / 2 > 0
+
+
+def test_a_small_head_is_not_timed(model, monkeypatch):
+  assert not choose.has_large_head(model)
+  monkeypatch.setattr(choose, "LEAST_NUMBERS", 1)
+  assert choose.has_large_head(model)
+  assert not choose.has_large_head(model.with_options(head_dtype="int8"))
+
+
+@pytest.mark.parametrize(
+  ("alone", "batched", "served"), [(1.5, 1.1, True), (1.5, 0.9, False), (0.9, 1.1, False)]
+)
+def test_drafts_are_served_where_they_are_faster(
+  model, cache, monkeypatch, alone, batched, served
+):
+  pair = lambda size, x: seconds.Pair(size, 3, x, 1.0, x, x)
+  asked = []
+
+  def measure(predictor, texts, threshold, *, rule, base):
+    asked.append(texts)
+    assert threshold == 1.0 and rule == inference.exact_rule(base) and base is predictor
+    return seconds.Seconds(pair(1, alone), pair(8, batched))
+
+  monkeypatch.setattr(inference.timing, "beside_full_depth", measure)
+  for _ in range(2):
+    assert bool(choose.faster_exact(model, PROMPTS, cache)) == served
+  coded = model.with_options(weights_dtype="int8")  # states are rounded to few bits
+  assert choose.faster_exact(coded, PROMPTS, cache) is None
+  assert asked == [[prompt.input for prompt in PROMPTS]]

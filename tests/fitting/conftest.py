@@ -1,14 +1,19 @@
-"""What tests of a fit's parts share; what it needs may be missing, and the files skip then."""
+"""A toy that fits share; the files skip where what a fit needs is not installed."""
+
+import dataclasses
 
 import pytest
 
+WORDS = ["a few words", "another text", "say it", "the fourth", "b"]
+OPTIONS = {"tolerance": 0.5, "batch_size": 4, "metric": "chrf"}
 
-@pytest.fixture
-def promotion_of_optax():
-  import jax
 
-  with jax.numpy_dtype_promotion("standard"):
-    yield
+@pytest.fixture(scope="module")
+def rows():
+  """90 rows with references, each of a source of its own."""
+  from calm.calibrate import Prompt
+
+  return [Prompt(f"r{i}", f"{WORDS[i % 5]} {i}", (WORDS[i % 3],), f"g{i}") for i in range(90)]
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +34,49 @@ def model(directory):
 
 
 @pytest.fixture(scope="module")
-def parts(rows):
-  """The `rows` of a file, split as for a fit that trains."""
-  from calm.fitting import splits
+def promotion():
+  import jax
 
-  return splits.split(rows, trains=True, tolerance=0.5, error_rate=0.05)
+  with jax.numpy_dtype_promotion("standard"):  # optax
+    yield
+
+
+@pytest.fixture(scope="module")
+def few_rounds():
+  """One candidate and few rounds: a toy's seconds are looked at for their form only."""
+  from calm import inference
+  from calm.fitting import candidates, choose
+
+  patch = pytest.MonkeyPatch()
+  for name, value in {"FIRST": (1, 1), "LAST": (2, 1), "FINALISTS": 1}.items():
+    patch.setattr(choose, name, value)
+  patch.setattr(candidates, "measures", lambda predictor: ("softmax",))
+  patch.setattr(inference.timing, "PROMPTS", 2)
+  patch.setattr(inference.timing, "ROUNDS", 1)
+  yield
+  patch.undo()
+
+
+@pytest.fixture(scope="module")
+def always_faster(few_rounds):
+  """Whatever was measured, exits are taken to be faster: a toy's seconds are noise."""
+  from calm import inference
+  from calm.fitting import choose
+
+  patch = pytest.MonkeyPatch()
+  measured, timed = inference.timing.beside_full_depth, choose.timed
+
+  def measure(*arguments, **options):
+    found = measured(*arguments, **options)
+    single = dataclasses.replace(found.single, speedup=1.5)
+    return dataclasses.replace(found, single=single, batched=None)
+
+  def faster(*arguments):
+    found, full = timed(*arguments)
+    made = [dataclasses.replace(entry, speedup=1.5, end_to_end=1.5) for entry in found]
+    return made, full
+
+  patch.setattr(inference.timing, "beside_full_depth", measure)
+  patch.setattr(choose, "timed", faster)
+  yield patch
+  patch.undo()

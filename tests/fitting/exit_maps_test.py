@@ -8,40 +8,17 @@ import numpy as np
 import pytest
 
 pytest.importorskip("optax", reason="optax (the `train` extra) is not installed")
-pytest.importorskip("matplotlib", reason="matplotlib (the `report` extra) is not installed")
+pytest.importorskip("jinja2", reason="jinja2 (the `report` extra) is not installed")
 
 from calm import checkpoints, exits, fitting, inference
-from calm.calibrate import Prompt
 from calm.checkpoints import files
-from calm.fitting import candidates, choose, exit_maps
+from calm.fitting import exit_maps
 from calm.inference import grid
 from calm.t5 import parameters
+from tests.fitting import conftest
 
-WORDS = ["a few words", "another text", "say it", "the fourth", "b"]
-ROWS = [
-  Prompt(f"r{i}", f"{WORDS[i % 5]} {i}", (f"{WORDS[i % 3]}",), f"g{i}") for i in range(90)
-]
-OPTIONS = {"tolerance": 0.5, "batch_size": 4, "metric": "chrf"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def promotion():
-  import jax
-
-  with jax.numpy_dtype_promotion("standard"):  # optax
-    yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_rounds():
-  patch = pytest.MonkeyPatch()
-  for name, value in {"FIRST": (1, 1), "LAST": (2, 1), "FINALISTS": 1}.items():
-    patch.setattr(choose, name, value)
-  patch.setattr(candidates, "measures", lambda predictor: ("softmax",))
-  patch.setattr(inference.timing, "PROMPTS", 2)
-  patch.setattr(inference.timing, "ROUNDS", 1)
-  yield
-  patch.undo()
+pytestmark = pytest.mark.usefixtures("promotion", "few_rounds")
+OPTIONS = conftest.OPTIONS
 
 
 def silent(share, text):
@@ -127,15 +104,15 @@ def test_a_vocabulary_that_is_drawn_from_estimates_the_whole_loss():
 
 
 @pytest.fixture(scope="module")
-def fitted(directory, tmp_path_factory):
+def fitted(directory, rows, promotion, few_rounds, tmp_path_factory):
   """(input folder, output folder, the served model, what was said)."""
   output, said = tmp_path_factory.mktemp("fit") / "mine", []
   listener = fitting.Listener(say=said.append)
-  served = fitting.fit(directory, ROWS, output=output, listener=listener, **OPTIONS)
+  served = fitting.fit(directory, rows, output=output, listener=listener, **OPTIONS)
   return directory, output, served, said
 
 
-def test_the_base_is_copied_byte_for_byte_and_its_full_texts_stay(fitted):
+def test_the_base_is_copied_byte_for_byte_and_its_full_texts_stay(fitted, rows):
   source, output, served, said = fitted
   for name in ("params.safetensors", "config.json", "vocabulary.json"):
     assert (output / name).read_bytes() == (source / name).read_bytes()
@@ -145,7 +122,7 @@ def test_the_base_is_copied_byte_for_byte_and_its_full_texts_stay(fitted):
   assert parameters.base_digest(served.params) == parameters.base_digest(before.params)
   assert any(parameters.base_digest(before.params)[:12] in line for line in said)
   full = lambda model: [
-    record.tokens for record in grid.with_rule(model, ROWS[:20], exits.StaticExit())
+    record.tokens for record in grid.with_rule(model, rows[:20], exits.StaticExit())
   ]
   assert full(before) == full(inference.load(output))
   assert served.config.exit_translators == (1, 2) == served.config.exit_propagation
@@ -182,7 +159,7 @@ def test_exits_open_beside_their_base_and_beside_no_other(fitted, tmp_path):
     inference.load(edited)
 
 
-def test_a_fit_that_was_stopped_while_it_learned_goes_on(fitted, tmp_path, monkeypatch):
+def test_a_fit_that_was_stopped_while_it_learned_goes_on(fitted, rows, tmp_path, monkeypatch):
   source, output, _, _ = fitted
   again = tmp_path / "again"
 
@@ -192,9 +169,9 @@ def test_a_fit_that_was_stopped_while_it_learned_goes_on(fitted, tmp_path, monke
   with monkeypatch.context() as patch:
     patch.setattr(exit_maps, "fit", stop)
     with pytest.raises(KeyboardInterrupt):
-      fitting.fit(source, ROWS, output=again, listener=fitting.Listener(), **OPTIONS)
+      fitting.fit(source, rows, output=again, listener=fitting.Listener(), **OPTIONS)
   assert not (again / checkpoints.EXITS).exists()
-  fitting.fit(source, ROWS, output=again, listener=fitting.Listener(), **OPTIONS)
+  fitting.fit(source, rows, output=again, listener=fitting.Listener(), **OPTIONS)
   name = "params.safetensors"
   assert (again / name).read_bytes() == (output / name).read_bytes()
   maps, before = (
@@ -212,15 +189,3 @@ def test_states_that_are_not_finite_are_refused(directory):
   broken = dataclasses.replace(model, params=parameters.unflatten(flat))
   with pytest.raises(ValueError, match="finite states"):
     exit_maps.fit(broken, ["a b"], [[3, 1]], (1, 2), rank=2, progress=silent)
-
-
-@pytest.mark.parametrize(
-  ("options", "message"),
-  [
-    ({"stages": "own"}, "Expected `train_all` with `stages` 'own'"),
-    ({"budget": 60.0}, "Expected `train_all` with `budget`"),
-  ],
-)
-def test_options_of_training_need_train_all(options, message):
-  with pytest.raises(ValueError, match=message):
-    fitting.FitOptions(**options)

@@ -141,11 +141,11 @@ def any_letter(prediction, references):
 def test_a_fit_goes_on_by_the_name_of_a_metric_function(tmp_path):
   named = f"{__name__}:first_letter"
   asked = fitting.FitOptions(metric=first_letter)
-  assert asked == fitting.FitOptions(metric=named) and asked.request["metric"] == named
+  assert asked == fitting.FitOptions(metric=named) and asked.metric == named
   assert fitting.FitOptions(metric=metrics.exact_match).metric == "exact_match"
   assert fitting.FitOptions(metric=metrics.get_metric(first_letter)).metric == named
   begin = lambda options: result.Folder.open(
-    tmp_path / "fit", {"model": "a", "rows": "b", "options": options.request}
+    tmp_path / "fit", {"model": "a", "rows": "b", "options": dataclasses.asdict(options)}
   )
   begin(asked)
   request = tmp_path / "fit" / "fit" / "request.json"

@@ -1,4 +1,4 @@
-"""Rows -> the parts that train, choose, calibrate and are evaluated once, in the end.
+"""What a fit is asked for: its options, and its rows in the parts that train and measure.
 
 Rows of one source resemble each other, and so do rows whose inputs differ only in case,
 punctuation and spaces: such rows form a group and stay in one part. The parts that measure take
@@ -9,16 +9,17 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from calm import inference, storage
-from calm.calibrate import Prompt, planning
+from calm import arguments, inference, storage
+from calm.calibrate import Prompt, metrics, planning
 from calm.calibrate.generations import order
 from calm.data import prompt_files
-from calm.fitting.options import FitOptions
+from calm.inference import certified
 
 # Rows in memory; or a DataFrame, which has no type that could be named here.
 Rows = Sequence[Prompt | str | Mapping[str, Any]] | Any
@@ -31,10 +32,97 @@ _SHARES = {
 _LEAST = {"validation": 20, "last": 10}
 # The calibration part gets this multiple of the least number, as far as there are rows.
 _COMFORT = 4
-# Groups with at least this share of the rows are named.
+# A group with at least this share of the rows is named.
 _LARGE = 0.1
 # Share of the rows that the length limits leave whole; the limits' own limits, in tokens.
 _WHOLE, _LONGEST_INPUT, _LONGEST_TEXT = 0.99, 1024, 256
+
+
+@arguments.checked()
+@dataclasses.dataclass(frozen=True)
+class FitOptions:
+  """The options of `fit`; with the rows and the model they determine its output.
+
+  Attributes:
+    tolerance: delta, in (0, 1).
+    error_rate: epsilon, in (0, 1).
+    train_all: whether all weights are trained, as in the paper. By default exits are learned
+      beside the model's weights, none of which changes.
+    stages: 'all', or 'none' to use the exits that the model has.
+    consistency: 'textual' (distance to the full model's text) or 'risk' (loss of quality
+      against the rows' references).
+    metric: name or import path of the text metric, or a function at the top of a module,
+      which is kept as its import path: a run that resumes is given the same one again.
+    prefix: text put before every input; None uses the model's own.
+    input_key: key of the text in a row of a file; None: the first of input, inputs, prompt
+      and text.
+    budget: seconds after which `train_all` stops training, shared by its stages; None: it makes
+      the recipe's steps.
+    seed: of splits, training and sampling.
+    batch_size: prompts that are decoded together.
+  """
+
+  tolerance: float = 0.1
+  error_rate: float = 0.05
+  train_all: bool = False
+  stages: str = "all"
+  consistency: str = "textual"
+  metric: metrics.MetricLike = "rouge_l"
+  prefix: str | None = None
+  input_key: str | None = None
+  budget: float | None = None
+  seed: int = 0
+  batch_size: int = 8
+
+  def __post_init__(self):
+    for name in ("tolerance", "error_rate"):
+      if not 0.0 < getattr(self, name) < 1.0:
+        raise ValueError(f"Expected `{name}` in (0, 1), got {getattr(self, name)}.")
+    if self.stages not in ("all", "none"):
+      raise ValueError(f"Expected `stages` to be all or none, got {self.stages!r}.")
+    if self.train_all and self.stages == "none":
+      raise ValueError(
+        "Expected `train_all` or `stages` 'none', got both; leave out what is not meant."
+      )
+    if self.budget is not None and not (self.train_all and self.budget > 0):
+      raise ValueError(
+        f"Expected `budget` to be seconds above 0, and `train_all` with it, got {self.budget}"
+        f" and {self.train_all}; exits beside frozen weights need none."
+      )
+    if not 0 <= self.seed < 2**32:
+      raise ValueError(f"Expected `seed` to be in 0 ... {2**32 - 1}, got {self.seed}.")
+    certified.kind_of(self.consistency)
+    object.__setattr__(self, "metric", metrics.metric_name(self.metric))
+
+  @property
+  def kind(self) -> str:
+    """The loss that is controlled."""
+    return certified.kind_of(self.consistency)
+
+  @property
+  def learns_exits(self) -> bool:
+    """Whether exits are learned beside frozen weights."""
+    return not self.train_all and self.stages != "none"
+
+
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)")
+
+
+def parse_budget(text: str) -> float:
+  """Seconds of '90s', '30m', '1.5h', '1h30m'.
+
+  Raises:
+    ValueError: the text is no time.
+  """
+  lower = text.strip().lower()
+  seconds = sum(float(number) * _UNITS[unit] for number, unit in _TIME.findall(lower))
+  if _TIME.sub("", lower).strip() or not seconds > 0:
+    raise ValueError(f"Expected `budget` to be a time like 90s, 30m or 1h30m, got {text!r}.")
+  return seconds
+
+
+# ---- Rows
 
 
 def read_rows(train: str | pathlib.Path | Rows, options: FitOptions) -> tuple[Prompt, ...]:
@@ -48,18 +136,16 @@ def read_rows(train: str | pathlib.Path | Rows, options: FitOptions) -> tuple[Pr
   else:
     rows = prompt_files.prompts_of(train, input_key=options.input_key)
   bare = [row.id for row in rows if not any(target.strip() for target in row.targets)]
-  if bare and options.needs_targets:
+  if bare and options.consistency != "textual":
     raise ValueError(
       f"Expected `train` to be rows with references (`target`), got {len(bare)} of {len(rows)}"
-      f" without, first {bare[:3]}; give them, or learn exits beside frozen weights (no"
-      " `train_all`) with textual consistency, or take stages='own' with `accept_quality`:"
-      " nothing would measure how well trained weights write."
+      f" without, first {bare[:3]}; give them, or take textual consistency."
     )
-  ids = [row.id for row in rows]
-  if len(set(ids)) < len(ids):
+  repeated = len(rows) - len({row.id for row in rows})
+  if repeated:
     raise ValueError(
-      f"Expected `train` to be rows with ids of their own, got {len(ids) - len(set(ids))} ids"
-      " twice; number them."
+      f"Expected `train` to be rows with ids of their own, got {repeated} ids twice; number"
+      " them."
     )
   return rows
 
@@ -162,12 +248,13 @@ def split(
     planning.min_calibration_size(tolerance, error_rate),
   )
   sizes = _sizes(len(members), trains, needed, tolerance, error_rate)
-  ranked = sorted(members, key=lambda name: _draw(seed, name))
+  draw = lambda name: hashlib.sha256(f"{seed}\n{name}".encode()).hexdigest()
+  ranked = sorted(members, key=draw)
   parts, start = {}, 0
   for name in ("calibration", "validation", "last"):
     chosen = ranked[start : start + sizes[name]]
     start += sizes[name]
-    parts[name] = tuple(min(members[g], key=lambda row: _draw(seed, row.id)) for g in chosen)
+    parts[name] = tuple(min(members[g], key=lambda row: draw(row.id)) for g in chosen)
   rest = ranked[start:] if trains else []
   parts["train"] = tuple(row for group in rest for row in members[group])
   return Splits(
@@ -212,22 +299,16 @@ def _population(
   )
   part_of = {row.id: name for name in PARTS for row in parts[name]}
   for rows in sorted(members.values(), key=len, reverse=True):
-    if len(rows) < 2 or len(rows) < _LARGE * count:
+    if len(rows) < max(2, _LARGE * count):
       break
     name = rows[0].input[:40] if rows[0].group is None else rows[0].group
     found = [part_of[row.id] for row in rows if row.id in part_of]
-    place = f"in the {found[0]} part" if found else "in no part"
-    if found[:1] != ["train"] and found:
-      place += ", by one row"
     text += (
-      f" Group {name!r:.60} has {100 * len(rows) / count:.0f} % of the rows and is {place}:"
-      " nothing is promised about its rows alone."
+      f" Group {name!r:.60} has {100 * len(rows) / count:.0f} % of the rows and is in"
+      f" {f'the {found[0]} part' if found else 'no part'}: nothing is promised about its rows"
+      " alone."
     )
   return text
-
-
-def _draw(seed: int, name: str) -> str:
-  return hashlib.sha256(f"{seed}\n{name}".encode()).hexdigest()
 
 
 def write(folder: pathlib.Path, splits: Splits, names: Sequence[str] = PARTS) -> None:
@@ -236,52 +317,22 @@ def write(folder: pathlib.Path, splits: Splits, names: Sequence[str] = PARTS) ->
   for name in names:
     lines = []
     for row in getattr(splits, name):
-      value = {
-        "id": row.id,
-        "source": row.group,
-        "input": row.input,
-        "target": list(row.targets),
-      }
+      value = {"id": row.id, "source": row.group, "input": row.input}
+      value["target"] = list(row.targets)
       kept = {key: entry for key, entry in value.items() if entry not in (None, [])}
       lines.append(json.dumps(kept, ensure_ascii=False) + "\n")
     storage.write_atomically(folder / f"{name}.jsonl", "".join(lines))
 
 
-@dataclasses.dataclass(frozen=True)
-class HeldOut:
-  """Rows that `fit` with the same options does not train on.
-
-  Attributes:
-    validation: on which it chooses, one a group.
-    test: on which it certifies, then those that it evaluates once in the end, one a group.
-    decoding: `task_prefix`, `max_input_length` and `max_decode_length` for these rows.
-  """
-
-  validation: tuple[Prompt, ...]
-  test: tuple[Prompt, ...]
-  decoding: Mapping[str, Any]
-
-
 def held_out(
   predictor: inference.Predictor, train: str | pathlib.Path | Rows, options: FitOptions
-) -> HeldOut:
-  """Splits rows as `fit` does where it trains, and leaves the training rows out.
-
-  Args:
-    predictor: the model whose tokens count for the lengths.
-    train: rows of {input, target, source}: a file, a DataFrame, or `Prompt`s.
-    options: rates, prefix and seed of the fit.
+) -> tuple[Splits, dict[str, Any]]:
+  """Rows split as `fit` does where it trains, and their `length_limits`.
 
   Raises:
     ValueError: invalid rows, or too few of them (says how many are needed).
   """
   rows = read_rows(train, options)
-  parts = split(
-    rows,
-    trains=True,
-    tolerance=options.tolerance,
-    error_rate=options.error_rate,
-    seed=options.seed,
-  )
-  limits, _ = length_limits(predictor, rows, options.prefix)
-  return HeldOut(parts.validation, parts.calibration + parts.last, limits)
+  rates = {"tolerance": options.tolerance, "error_rate": options.error_rate}
+  splits = split(rows, trains=True, seed=options.seed, **rates)
+  return splits, length_limits(predictor, rows, options.prefix)[0]
