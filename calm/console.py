@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import importlib
 import re
 import sys
 import textwrap
@@ -10,7 +9,6 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from rich import box as rich_box
 from rich import console as rich_console
@@ -137,8 +135,7 @@ def clock(seconds: float) -> str:
 Report = Callable[[float, str], None]
 
 LEAST_SECONDS = 2.0  # work that ends sooner shows no progress
-LINE_SECONDS = 15.0  # between two lines in a pipe or a file
-NOTEBOOK_SECONDS = 0.5  # between two updates of a notebook, which stores each for a while
+LINE_SECONDS = 15.0  # between two lines in a pipe, a file or a notebook
 
 _quiet: contextvars.ContextVar[bool] = contextvars.ContextVar("quiet", default=False)
 
@@ -156,10 +153,9 @@ def quiet() -> Iterator[None]:
 class Progress:
   """Progress of a block of work: call it with the share done in [0, 1] and a text.
 
-  A terminal shows a bar, of which nothing stays, a notebook one line that changes, anything
-  else a line every `LINE_SECONDS`; nothing is shown before `LEAST_SECONDS`. The remaining time
-  is judged by the work since the first report above 0: before it, programs were compiled or an
-  earlier run did the work.
+  A terminal shows a bar, of which nothing stays, after `LEAST_SECONDS`; a notebook, a pipe or a
+  file get a line every `LINE_SECONDS`. The remaining time is judged by the work since the first
+  report above 0: before it, programs were compiled or an earlier run did the work.
 
   Args:
     console: the console; None is standard error, if that is a terminal or a notebook and the
@@ -168,56 +164,40 @@ class Progress:
 
   def __init__(self, console: rich_console.Console | None = None):
     self._console = console or rich_console.Console(file=sys.stderr)
-    self._lines = not (self._console.is_terminal or self._console.is_jupyter)
-    self._silent = console is None and (_quiet.get() or self._lines)
+    self._silent = console is None and (
+      _quiet.get() or not (self._console.is_terminal or self._console.is_jupyter)
+    )
     self._bar: rich_progress.Progress | None = None
-    if not self._lines and not self._console.is_jupyter:
-      columns = (
-        rich_progress.BarColumn(bar_width=12),
-        rich_progress.TextColumn("{task.fields[left]}", markup=False),
-        # Cut where the terminal is narrow; the remaining time is not.
-        rich_progress.TextColumn(
-          "{task.description}",
-          markup=False,
-          table_column=rich_table.Column(ratio=1, no_wrap=True),
-        ),
-      )
+    if self._console.is_terminal and not self._console.is_jupyter:
+      cut = rich_table.Column(ratio=1, no_wrap=True)  # the remaining time is not
       # Texts that are printed go to where standard output goes, beside the bar or not.
       self._bar = rich_progress.Progress(
-        *columns, console=self._console, transient=True, expand=True, redirect_stdout=False
+        rich_progress.BarColumn(bar_width=12),
+        rich_progress.TextColumn("{task.fields[left]}", markup=False),
+        rich_progress.TextColumn("{task.description}", markup=False, table_column=cut),
+        console=self._console,
+        transient=True,
+        expand=True,
+        redirect_stdout=False,
       )
       self._task = self._bar.add_task("", total=1.0, left="")
-    self._cell: Any = None
-    self._text, self._last = "begun ...", time.monotonic()
+    self._last = time.monotonic()
     self._begun: tuple[float, float] | None = None
     self._steps = self._announced = self._worked = 0
 
   def __enter__(self) -> "Progress":
     self._block = contextlib.ExitStack()
     self._block.enter_context(quiet())
-    if not self._silent:
-      timer = threading.Timer(LEAST_SECONDS, self._start)
+    if self._bar is not None and not self._silent:
+      timer = threading.Timer(LEAST_SECONDS, self._bar.start)
       timer.daemon = True
       timer.start()
-      for end in (self._stop, timer.join, timer.cancel):  # the last one is called first
+      for end in (self._bar.stop, timer.join, timer.cancel):  # the last one is called first
         self._block.callback(end)
     return self
 
   def __exit__(self, *_: object) -> None:
     self._block.close()
-
-  def _start(self) -> None:
-    if self._bar is not None:
-      self._bar.start()
-    elif self._console.is_jupyter:
-      self._cell = importlib.import_module("IPython.display").DisplayHandle()
-      self._cell.display({"text/plain": self._text}, raw=True)
-
-  def _stop(self) -> None:
-    if self._bar is not None:
-      self._bar.stop()
-    elif self._cell is not None:
-      self._cell.update({"text/plain": self._text}, raw=True)
 
   def __call__(self, share: float, text: str) -> None:
     """Reports the share of the work that is done, in [0, 1], and what is being done."""
@@ -226,13 +206,9 @@ class Progress:
     left, now = self._left(share), time.monotonic()
     if self._bar is not None:
       self._bar.update(self._task, completed=share, description=sanitize(text), left=left)
-      return
-    self._text = f"{100 * share:.0f} %, {f'{left}, ' if left else ''}{sanitize(text)}"
-    if self._cell is not None and now - self._last >= NOTEBOOK_SECONDS:
-      self._cell.update({"text/plain": self._text}, raw=True)
-      self._last = now
-    elif self._lines and now - self._last >= LINE_SECONDS and share < 1.0:
-      print_text(self._console, f"  {self._text}", soft_wrap=True)
+    elif now - self._last >= LINE_SECONDS and share < 1.0:
+      text = f"  {100 * share:.0f} %, {f'{left}, ' if left else ''}{sanitize(text)}"
+      print_text(self._console, text, soft_wrap=True)
       self._last = now
 
   def _left(self, share: float) -> str:
@@ -276,7 +252,7 @@ class Progress:
       if not worked:
         self._worked += 1
         worked = self._worked
-        if self._lines and not self._silent:
+        if self._bar is None and not self._silent:
           print_text(self._console, name)
       self((worked - 1 + share) / (steps - number + worked), f"{name}: {text}")
 
@@ -287,9 +263,9 @@ class Progress:
     """Takes the bar off the terminal while the block prints."""
     started = self._bar is not None and self._bar.live.is_started
     if started:
-      self._stop()
+      self._bar.stop()
     try:
       yield
     finally:
       if started:
-        self._start()
+        self._bar.start()

@@ -3,15 +3,11 @@
 New content goes to a temporary file of a name that nobody can guess, which is renamed at the
 end: a kill or a full disk leaves the old file as it was. Only a regular file is replaced (at
 the end of links); devices and pipes are written to, and `-` is standard output.
-
-A lock is a file beside its target, held with `flock`, that names its holder. The system lets go
-of it when the holder dies; where a file system has no `flock`, the named process is looked for.
 """
 
 import contextlib
 import dataclasses
 import errno
-import functools
 import hashlib
 import io
 import json
@@ -44,47 +40,19 @@ _NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # opening a pipe does not wait for its 
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 # What a full disk, a quota or a limit answers in the middle of writing.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-_PROCESS = re.compile(r"([0-9a-f]{8})-(\d+)-(\d+)")  # host, number, start; see `this_process`
-_TEMPORARY = re.compile(rf"\..+\.({_PROCESS.pattern})\.[0-9a-f]{{16}}\.tmp", re.DOTALL)
-# A temporary file of another machine is left over when nobody has written to it for so long.
-_ABANDONED_SECONDS = 3600
-_LONGEST_NAME = 120
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.DOTALL)
+# Nobody has written for so long to a temporary file that a killed process left.
+_ABANDONED_SECONDS = 86_400
 # Names of open files of this process, which are written to and never replaced.
 _DESCRIPTOR = re.compile(r"-|/dev/std(?:out|(err))|(?:/dev|/proc/self)/fd/(\d+)")
 _BEYOND_FLOAT64 = re.compile(r"[0-9][eE]\+?[0-9]{3}|[0-9]{309}")
 
 
+# ---- Locks
+
+
 class LockedError(OSError):
   """Another process writes there; the message names it."""
-
-
-def this_process() -> str:
-  """HOST-NUMBER-START: a digest of the machine's name, the process's number and first tick."""
-  return f"{_host()}-{os.getpid()}-{_start(os.getpid())}"
-
-
-@functools.cache
-def _host() -> str:
-  return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-
-
-def _start(pid: int) -> int:
-  """The tick when a process of this machine started; 0 without one, -1 if that is secret."""
-  try:
-    # The second field is the program's name, in parentheses, and may hold anything.
-    return int(pathlib.Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
-  except FileNotFoundError:  # also where the system has no /proc
-    return 0
-  except (OSError, ValueError, IndexError):
-    return -1
-
-
-def _is_dead(process: str) -> bool | None:
-  """Whether a process has ended; None where this machine cannot tell."""
-  named = _PROCESS.fullmatch(process)
-  if named is None or named[1] != _host() or not int(named[3]) or not _start(os.getpid()):
-    return None
-  return _start(int(named[2])) not in (int(named[3]), -1)
 
 
 class Lock:
@@ -109,6 +77,9 @@ _locks = weakref.WeakValueDictionary()
 def lock(target: str | pathlib.Path) -> Lock:
   """Takes a folder (its `.lock`) or a file (`.NAME.lock` beside it) for this process.
 
+  The lock is `flock`'s, which the system lets go of when its holder dies, on a file that names
+  the holder. Where a file system has none, nothing is locked.
+
   Args:
     target: a folder, or a file that need not exist yet.
 
@@ -121,10 +92,8 @@ def lock(target: str | pathlib.Path) -> Lock:
   made = _locks.get((os.getpid(), path))
   if made is not None and made.release.alive:
     return made
-  since, command = time.strftime("%Y-%m-%d %H:%M:%S"), " ".join(sys.argv)[:200]
-  about = {"process": this_process(), "command": command, "since": since}
   try:
-    made = Lock(path, _acquire(path, target, json.dumps(about).encode()))
+    made = Lock(path, _acquire(path, target))
   except LockedError:
     raise
   except OSError as error:
@@ -136,35 +105,30 @@ def lock(target: str | pathlib.Path) -> Lock:
   return made
 
 
-def _acquire(path: pathlib.Path, target: pathlib.Path, about: bytes) -> int:
+def _acquire(path: pathlib.Path, target: pathlib.Path) -> int:
+  """The descriptor of a locked file."""
+  about = {"process": os.getpid(), "host": platform.node(), "command": " ".join(sys.argv)[:200]}
+  about["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
   while True:
     # A planted link is not followed: the file at its end would be overwritten.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o644)
-    ours = False
-    try:
+    with contextlib.ExitStack() as stack:
+      stack.callback(os.close, descriptor)
       try:
         if fcntl is not None:
           fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError:
-        raise LockedError(_refusal(target, _holder(descriptor))) from None
+        raise LockedError(_refusal(target, os.read(descriptor, 4096))) from None
       except OSError as error:
         if error.errno not in _NO_FLOCK:
           raise
-        holder = _holder(descriptor)
-        if _is_dead(str(holder.get("process"))) is False:
-          raise LockedError(_refusal(target, holder)) from None
       # Its last holder may have removed the file between our opening and locking it.
-      ours = os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.lstat(path))
-      if ours:
+      if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+        stack.callback(os.unlink, path)  # where the disk is full
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, about)
+        os.write(descriptor, json.dumps(about).encode())
+        stack.pop_all()
         return descriptor
-    except BaseException:
-      if ours:  # a full disk
-        os.unlink(path)
-      os.close(descriptor)
-      raise
-    os.close(descriptor)
 
 
 def _release(path: pathlib.Path, descriptor: int, pid: int) -> None:
@@ -176,23 +140,19 @@ def _release(path: pathlib.Path, descriptor: int, pid: int) -> None:
     os.close(descriptor)
 
 
-def _holder(descriptor: int) -> dict[str, Any]:
-  try:
-    value = json.loads(os.read(descriptor, 4096).decode("utf-8", "replace"))
-  except ValueError:
-    return {}
-  return value if isinstance(value, dict) else {}
-
-
-def _refusal(target: pathlib.Path, holder: dict[str, Any]) -> str:
-  named = _PROCESS.fullmatch(str(holder.get("process")))
-  where = "" if named is None or named[1] == _host() else " of another machine"
-  who = "a process that gives no name" if named is None else f"process {named[2]}{where}"
-  command, since = (str(holder.get(name, "?")) for name in ("command", "since"))
+def _refusal(target: pathlib.Path, holder: bytes) -> str:
+  named = parse_line(holder)[0] or {}
+  who = "a process that gives no name"
+  if "process" in named:
+    words = (str(named.get(name, "?")) for name in ("process", "host", "command", "since"))
+    who = "process {} on {} ({!r}, since {})".format(*words)
   return (
-    f"Expected {str(target)!r} to have one writer at a time, got {who} ({command!r}, since"
-    f" {since}) at work on it; wait for it to end, stop it, or choose another place."
+    f"Expected {str(target)!r} to have one writer at a time, got {who} at work on it; wait for"
+    " it to end, stop it, or choose another place."
   )
+
+
+# ---- Writing
 
 
 def write_atomically(path: str | pathlib.Path, content: str | bytes) -> None:
@@ -223,7 +183,7 @@ def replacing(path: str | pathlib.Path) -> Iterator[BinaryIO]:
     with _explaining(path):
       target = destination(path)
       partial = None if target is None else stack.enter_context(temporary(target))
-      file = stack.enter_context(_stream(path) if partial is None else _quiet(partial))
+      file = stack.enter_context(_quiet(_stream(path) if partial is None else partial))
     with _explaining(path, _FULL):
       yield file
       file.flush()
@@ -264,17 +224,15 @@ def append(path: str | pathlib.Path, content: bytes) -> None:
 def temporary(target: pathlib.Path) -> Iterator[pathlib.Path]:
   """A new empty file beside `target`, for `put`; removed at the end if it is still there.
 
-  Temporary files that killed processes left in the folder are removed first.
+  Temporary files that killed processes left in the folder a day ago are removed first.
   """
   with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
-    for entry in entries:
+    for entry in filter(lambda entry: _TEMPORARY.fullmatch(entry.name), entries):
       with contextlib.suppress(OSError):  # another process may have removed it
-        if _is_left_over(entry):
+        seconds = time.time() - entry.stat(follow_symlinks=False).st_mtime
+        if seconds > _ABANDONED_SECONDS and entry.is_file(follow_symlinks=False):
           os.unlink(entry.path)
-  name = target.name
-  if len(os.fsencode(name)) > _LONGEST_NAME:
-    name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
-  partial = target.with_name(f".{name}.{this_process()}.{secrets.token_hex(8)}.tmp")
+  partial = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.tmp")
   # Fails where anything of that name is there, a link included.
   os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
   try:
@@ -282,16 +240,6 @@ def temporary(target: pathlib.Path) -> Iterator[pathlib.Path]:
   finally:
     with contextlib.suppress(OSError):
       partial.unlink()
-
-
-def _is_left_over(entry: os.DirEntry) -> bool:
-  named = _TEMPORARY.fullmatch(entry.name)
-  if named is None or not entry.is_file(follow_symlinks=False):
-    return False
-  dead = _is_dead(named[1])
-  if dead is None:
-    return time.time() - entry.stat(follow_symlinks=False).st_mtime > _ABANDONED_SECONDS
-  return dead
 
 
 def put(partial: pathlib.Path, target: pathlib.Path) -> None:
@@ -337,20 +285,13 @@ def destination(path: str | pathlib.Path) -> pathlib.Path | None:
   return end if stat.S_ISREG(mode) else None
 
 
-@contextlib.contextmanager
-def _stream(path: str | pathlib.Path) -> Iterator[BinaryIO]:
-  """Standard output, a device or a pipe; nothing of it is cut off or replaced."""
+def _stream(path: str | pathlib.Path) -> int:
+  """A descriptor of standard output, a device or a pipe; nothing of it is cut off."""
   sys.stdout.flush()
-  if str(path) == "-":
-    yield sys.stdout.buffer
-    return
   if named := _DESCRIPTOR.fullmatch(str(path)):
     # A descriptor's position in a file is shared with everything else that prints there.
-    descriptor = os.dup(int(named[2] or (2 if named[1] else 1)))
-  else:
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
-  with _quiet(descriptor) as file:
-    yield file
+    return os.dup(int(named[2] or (2 if named[1] else 1)))
+  return os.open(path, os.O_WRONLY | os.O_APPEND)
 
 
 @contextlib.contextmanager
@@ -397,6 +338,9 @@ def refuse_planted_links(paths: Iterable[str | pathlib.Path]) -> None:
         f"Expected {str(path)!r} to be a file, or a name that is free, got a link to a file"
         " that does not exist; take it away."
       )
+
+
+# ---- Reading
 
 
 @contextlib.contextmanager
@@ -482,12 +426,13 @@ class FormatError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-  """One line of a file that holds a JSON object; `offset` is where it begins, in bytes."""
+  """One line of a file that holds a JSON object; it begins `offset` bytes from the start."""
 
   path: pathlib.Path
   number: int
   value: dict[str, Any]
-  offset: int = 0
+  offset: int
+  raw: bytes
 
   def error(self, message: str) -> FormatError:
     """An error that names this line."""
@@ -529,10 +474,9 @@ def read_lines(path: str | pathlib.Path, *, pipes: bool = False) -> Iterator[Lin
     with open(path, "rb") if pipes else opened(path) as file:
       for number, line in enumerate(lines(file, path), 1):
         offset, following = following, following + len(line)
-        raw = line.removesuffix(b"\n")
-        if not raw.strip():
+        if not line.strip():
           continue
-        value, problem = parse_line(raw)
+        value, problem = parse_line(line.removesuffix(b"\n"))
         if value is None:
           way_out = "write the line again"
           if not line.endswith(b"\n"):
@@ -540,7 +484,7 @@ def read_lines(path: str | pathlib.Path, *, pipes: bool = False) -> Iterator[Lin
           raise FormatError(
             f"{path}:{number}: expected a JSON object, got {problem}; {way_out}."
           )
-        yield Line(path, number, value, offset)
+        yield Line(path, number, value, offset, line)
   except OSError as error:
     raise FormatError(
       f"{path}: expected a file that can be read, got: {error.strerror}; check its path and"

@@ -1,17 +1,14 @@
 """The console: sanitized text, tables, progress in terminals, notebooks and pipes."""
 
 import io
-import sys
 import threading
 import time
-import types
 
 import pytest
 from rich import console as rich_console
 
 from calm import console as console_module
 from calm.console import (
-  NOTEBOOK_SECONDS,
   Progress,
   clock,
   print_table,
@@ -106,28 +103,6 @@ def begin(report, share=0.0):
       thread.join(10.0)
 
 
-class Cell:
-  """What a notebook's front end shows of one `display_id`."""
-
-  def __init__(self):
-    self.seen = []
-
-  def display(self, data, *, raw):
-    assert raw
-    self.seen.append(data["text/plain"])
-
-  update = display
-
-
-@pytest.fixture
-def notebook(monkeypatch):
-  """IPython with one cell, and a console that takes itself for a notebook's."""
-  cell = Cell()
-  for name in ("IPython", "IPython.display"):
-    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(DisplayHandle=lambda: cell))
-  return cell, rich_console.Console(file=io.StringIO(), force_jupyter=True)
-
-
 @pytest.mark.parametrize("width", [80, 60])
 def test_a_terminal_has_a_bar_with_the_remaining_time(now, at_once, width):
   console = terminal(width)
@@ -140,13 +115,11 @@ def test_a_terminal_has_a_bar_with_the_remaining_time(now, at_once, width):
   assert shown.endswith("\x1b[2K") and "\x1b[2J" not in shown  # nothing of the bar stays
 
 
-def test_short_work_shows_nothing(notebook):
-  cell, console = notebook
-  for each in (console, terminal(), pipe()):
+def test_short_work_shows_nothing():
+  for each in (terminal(), pipe()):
     with Progress(each) as report:
       report(0.5, "half of it")
     assert each.file.getvalue() == ""
-  assert not cell.seen
 
 
 def test_without_a_console_only_somebody_who_looks_on_sees_progress(
@@ -177,19 +150,6 @@ def test_a_failure_leaves_no_bar(at_once):
     raise RuntimeError
   assert console.file.getvalue().endswith("\x1b[2K")
   assert not [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
-
-
-def test_a_notebook_has_one_line_that_changes(now, at_once, notebook):
-  cell, console = notebook
-  with Progress(console) as report:
-    begin(report)
-    for second in range(1, 41):
-      now[0] = second / 4
-      report(second / 40, f"{second} of 40 prompts")
-  assert cell.seen[0] in ("begun ...", "0 %, begun")
-  assert len(cell.seen) <= 3 + 40 / 4 / NOTEBOOK_SECONDS  # not each report
-  assert "50 %, about 0:05 left, 20 of 40 prompts" in cell.seen
-  assert cell.seen[-1] == "100 %, 40 of 40 prompts"
 
 
 def test_a_pipe_gets_a_line_now_and_then(now):

@@ -85,9 +85,10 @@ def _theirs(folder: pathlib.Path):
 
 def _files(base: pathlib.Path) -> None:
   shutil.copytree(GOLDEN / "codet5", base / "codet5")
-  mark = shards.Mark("infer", shards.Shard(0, 2), 3, "d", (0, 2), {"x": 1}, {"a": "b"})
+  mark = {"schema_version": 1, "kind": "infer", "num_shards": 2, "shard_id": 0}
+  mark |= {"num_prompts": 3, "prompts_digest": "d", "positions": [0, 2]}
   (base / "shard").mkdir()
-  mark.save(base / "shard")
+  shards.write_mark(base / "shard", mark | {"about": {"x": 1}, "checksums": {"a": "b"}})
   _tokenizer(base / "tokenizer.json")
   cache = result_cache.ResultCache(base / "results")
   cache.get(Timing, "timing", {}, lambda: Timing(1.5, 2, ("a",)))

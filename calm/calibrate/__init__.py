@@ -14,10 +14,9 @@ from calm.calibrate import monitor as monitor
 from calm.calibrate import risks
 from calm.calibrate.calibration import Calibration
 from calm.calibrate.certify import calibrate, calibrate_configurations, each_group
-from calm.calibrate.generations.cache import load
+from calm.calibrate.generations.cache import load, open_writer
 from calm.calibrate.generations.procedure import Procedure, Provenance
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
-from calm.calibrate.generations.writer import open_writer
 from calm.calibrate.losses import SequenceLosses, Support, from_texts
 from calm.calibrate.thresholds import NEVER_EXIT, default_grid
 

@@ -82,7 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(more, "start", "X", "tail_mean: where the tail begins, from other prompts", 0.0)
   text = "cost: layers a token over all layers"
   add(more, "at_most", "X", text, 2 / 3, without="%(default).3g")
-  add(more, "unverified", None, "accept a folder without checksums")
   parser.set_defaults(cost_share=risks_lib.Cost.share)  # others only from Python
 
 
@@ -129,7 +128,7 @@ def _read(arguments: argparse.Namespace) -> generations.Generations:
   """The outputs, with the references of --references."""
   elsewhere = arguments.full, arguments.outputs
   if arguments.directory and not any(elsewhere):
-    cached = generations.load(arguments.directory, unverified=arguments.unverified)
+    cached = generations.load(arguments.directory)
   elif all(elsewhere) and not arguments.directory:
     names, _, paths = zip(*(pair.rpartition("=") for pair in arguments.outputs), strict=True)
     knobs: Any = thresholds.parse_knobs(names)

@@ -24,7 +24,7 @@ from calm.calibrate import (
   sequential,
   thresholds,
 )
-from calm.calibrate.generations import writer as writer_lib
+from calm.calibrate.generations import cache, records
 from calm.commands import flags
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _open_writer(arguments, console, folder, predictor, prompts, levels, **options):
-  writer = writer_lib.open_writer(
+  writer = cache.open_writer(
     pathlib.Path(folder),
     prompts=prompts,
     thresholds=levels,
@@ -122,9 +122,10 @@ def _grid(arguments, console, predictor, prompts, levels, writer) -> None:
 
   with Progress(console) as progress:
     advance = grid.as_shares(progress, levels)
-    summary = grid.generate(predictor, prompts, levels, writer, progress=advance)
+    reused = grid.generate(predictor, prompts, levels, writer, progress=advance)
   writer.finish()
-  console.print(f"{len(prompts)} prompts, {len(levels)} thresholds and full depth: {summary}.")
+  told = records.describe_reuse(reused)
+  console.print(f"{len(prompts)} prompts, {len(levels)} thresholds and full depth: {told}.")
 
 
 def _until_certified(arguments, console, predictor, prompts, levels) -> None:

@@ -31,9 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
   """Merges."""
   found = shards.parts(arguments.shards)
-  generated = found[0].mark.kind == "generate"
+  folder, mark = next(iter(found.items()))
+  generated = mark["kind"] == "generate"
   name = "merged" if generated else shards.OUTPUTS
-  output = pathlib.Path(arguments.output or found[0].folder.parent / name)
+  output = pathlib.Path(arguments.output or folder.parent / name)
   count = shards.merge(arguments.shards, output)
   console = rich_console.Console(highlight=False)
   print_text(console, f"{count} prompts of {len(found)} shards: {output}")

@@ -506,8 +506,8 @@ class ShardRun:
     if (there := shards.read_mark(self.folder)) is None:
       self.folder.mkdir(parents=True, exist_ok=True)
       return True
-    mark = shards.mark_of(kind, self._listing, about, self.folder, there.checksums)
-    ours, theirs = ({**vars(each), "about": None, **each.about} for each in (mark, there))
+    mark = self._listing.mark(kind, about, self.folder, there["checksums"])
+    ours, theirs = ({**each, "about": None, **each["about"]} for each in (mark, there))
     if differ := [name for name in ours | theirs if ours.get(name) != theirs.get(name)]:
       got = "; ".join(f"`{n}`: {theirs.get(n)!r:.200} for {ours.get(n)!r:.200}" for n in differ)
       raise GenerationsError(
@@ -519,4 +519,4 @@ class ShardRun:
 
   def finish(self, kind: str, about: Mapping[str, Any], names: Iterable[str]) -> None:
     """Marks the shard as done; its files are whole."""
-    shards.mark_of(kind, self._listing, about, self.folder, tuple(names)).save(self.folder)
+    shards.write_mark(self.folder, self._listing.mark(kind, about, self.folder, names))

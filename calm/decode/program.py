@@ -209,7 +209,7 @@ class Program:
     threshold: Float[Array, "..."],
     resume_at: Int[Array, " batch"],
   ) -> loop.DecodingState:
-    """Decodes again from some token of each row on (`calibrate.reuse` says from which).
+    """Decodes again from some token of each row on (`records.reusable_tokens` says from which).
 
     Args:
       weights: the model.

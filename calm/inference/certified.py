@@ -18,8 +18,7 @@ from calm.calibrate import (
 )
 from calm.calibrate import losses as sequence_losses
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import order
-from calm.calibrate.generations import writer as writer_lib
+from calm.calibrate.generations import cache, order
 from calm.data import prompt_files
 from calm.inference import grid
 from calm.inference.batch_decoder import BatchDecoder
@@ -93,7 +92,7 @@ def certify(
   with contextlib.ExitStack() as stack:
     if folder is None:
       folder = stack.enter_context(tempfile.TemporaryDirectory())
-    writer = writer_lib.open_writer(
+    writer = cache.open_writer(
       folder,
       prompts=prompts,
       thresholds=levels,

@@ -2,9 +2,10 @@
 
 Prompts are encoded once for all thresholds. A sequence whose refused confidences all stay below
 the next threshold is the same there and is not decoded again, any other from the first token
-on where they do not (`calibrate.reuse`).
+on where they do not (`records.reusable_tokens`).
 """
 
+import collections
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,8 @@ import numpy as np
 from calm import exits
 from calm.calibrate import Calibration, Prompt, Record, generations, label_requests, sequential
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import order, reuse
-from calm.calibrate.generations import writer as writer_lib
+from calm.calibrate.generations import cache, order
+from calm.calibrate.generations import records as records_lib
 from calm.data import prompt_batches
 from calm.decode import loop
 from calm.exits import schedules
@@ -77,13 +78,15 @@ class _Batch:
 
   def decode(
     self, missing: Sequence[str], threshold: float, previous: Mapping[str, Record]
-  ) -> tuple[list[Record], reuse.ReuseSummary]:
+  ) -> tuple[list[Record], collections.Counter[str]]:
     """The missing records at one threshold, and how much of `previous` they reuse."""
     values = schedule_values(self._model, threshold)
     made = {
       i: previous[i]
       for i in missing
-      if i in previous and reuse.is_reusable(previous[i], values)
+      if (record := previous.get(i)) is not None
+      and record.tokens is not None
+      and records_lib.reusable_tokens(record, values) == len(record.tokens)
     }
     same = {i: len(record.tokens or ()) for i, record in made.items()}
     if fresh := [i for i in missing if i not in made]:
@@ -91,8 +94,7 @@ class _Batch:
       made.update({i: self._record(generation, i) for i in fresh})
       same.update(begins)
     records = [made[i] for i in missing]
-    lengths = [len(record.tokens or ()) for record in records]
-    return records, reuse.summarize([same.get(i, 0) for i in missing], lengths)
+    return records, records_lib.count_reuse([same.get(i, 0) for i in missing], records)
 
   def _run(
     self, fresh: Sequence[str], threshold: float, values: np.ndarray
@@ -109,7 +111,7 @@ class _Batch:
       before = jax.device_get(self._state.generation)
       for i in fresh:
         record = self._record(before, i)
-        same = reuse.reusable_tokens(record, values)
+        same = records_lib.reusable_tokens(record, values)
         # The last token is decoded again whatever the records say: there is a row to run.
         resume_at[self.ids.index(i)] = max(0, min(same, len(record.tokens or ()) - 1))
     self._state = self._model.resume(self.encoded, self._state, active, threshold, resume_at)
@@ -162,12 +164,12 @@ def generate(
   model: BatchDecoder,
   prompts: Sequence[Prompt],
   thresholds: Sequence[float],
-  writer: writer_lib.Writer,
+  writer: cache.Writer,
   *,
   full: Sequence[Record] | None = None,
   encodings: dict[int, caches.Encoded] | None = None,
   progress: Progress | None = None,
-) -> reuse.ReuseSummary:
+) -> collections.Counter[str]:
   """Decodes every prompt at full depth and at every threshold into `writer`.
 
   What the writer already has is not decoded again, so that a killed run goes on.
@@ -176,7 +178,7 @@ def generate(
     model: the model.
     prompts: the prompts; their ids name the records.
     thresholds: strictly descending, without `NEVER_EXIT`.
-    writer: from `writer.open_writer` with the same prompts and thresholds.
+    writer: from `cache.open_writer` with the same prompts and thresholds.
     full: [num_prompts] full-depth records of `model.reference`, written as they are; None
       decodes them.
     encodings: encoded prompts by batch number, read and filled where several grids are decoded
@@ -184,7 +186,7 @@ def generate(
     progress: told after every batch and threshold.
 
   Returns:
-    How much of the grid was not decoded again.
+    What `records.count_reuse` counts of the grid.
   """
   if full is None:
     check_reference(model)
@@ -193,7 +195,7 @@ def generate(
   apart = bool(known) or model.reference is not model
   # Each device would need its own loop's state; passes over drafts keep none.
   one_loop = model.options.num_devices == 1 and not model.options.rule.speculates
-  summary = reuse.ReuseSummary()
+  summary = collections.Counter()
   batches = model.plan([prompt.input for prompt in prompts])
   for number, batch in enumerate(batches):
     ids = [prompts[row].id for row in batch.rows]
@@ -246,9 +248,7 @@ def on_grid(
   path = folder / f"{procedure.measure}-{result_cache.digest(key)}"
   if (path / generations.MANIFEST).exists() and generations.read_manifest(path)["checksums"]:
     return generations.load(path)
-  writer = writer_lib.open_writer(
-    path, prompts=examples, thresholds=thresholds, procedure=procedure
-  )
+  writer = cache.open_writer(path, prompts=examples, thresholds=thresholds, procedure=procedure)
   advance = as_shares(
     lambda share, text: progress(share, f"{procedure.measure} at {text}"), list(thresholds)
   )
@@ -324,7 +324,7 @@ def sequential_order(
 def generate_until_certified(
   model: BatchDecoder,
   prompts: Sequence[Prompt],
-  writer: writer_lib.Writer,
+  writer: cache.Writer,
   test: sequential.SequentialCalibration,
   *,
   kind: str,

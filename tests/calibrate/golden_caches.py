@@ -95,7 +95,9 @@ def of_stopped(folder: pathlib.Path) -> dict:
     "done": {
       str(level): sorted(writer.completed_ids(level)) for level in (float("inf"), 0.9, 0.5)
     },
-    "records": [r.to_json() for r in writer.completed_records(0.9).values()],
+    "records": [
+      r.to_json() for r in writer.completed_records(0.9, [row.id for row in rows]).values()
+    ],
   }
 
 

@@ -3,14 +3,14 @@
 import pathlib
 
 from calm.calibrate import NEVER_EXIT
-from calm.calibrate.generations import records, writer
+from calm.calibrate.generations import cache, records
 from tests.calibrate import laws
 
 WATCH = dict(tolerance=0.2, alarm_level=0.05, sampling_rate=0.5, seed="s")
 
 
 def write(folder: pathlib.Path) -> pathlib.Path:
-  made = writer.open_writer(
+  made = cache.open_writer(
     folder, prompts=laws.prompts(3), thresholds=[0.5], procedure=laws.procedure()
   )
   for threshold in (NEVER_EXIT, 0.5):

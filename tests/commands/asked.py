@@ -11,7 +11,7 @@ import pathlib
 
 from calm import inference
 from calm.calibrate import NEVER_EXIT, Prompt, Record, generations
-from calm.calibrate.generations import shards, writer
+from calm.calibrate.generations import cache, shards
 from calm.commands import cli
 from tests.spent import Spent
 
@@ -157,10 +157,10 @@ def _write_shards(folder: pathlib.Path) -> None:
   listing = shards.Listing(shards.Shard(0, 1))
   prompts = list(listing.mine([Prompt("a", "text")]))
   at = folder / listing.shard.name
-  made = writer.open_writer(at, prompts=prompts, thresholds=[0.5], procedure=None)
+  made = cache.open_writer(at, prompts=prompts, thresholds=[0.5], procedure=None)
   for threshold in (NEVER_EXIT, 0.5):
     made.append(threshold, [Record("a", "text")])
   made.finish()
   names = [generations.PROMPTS, *map(generations.threshold_file, (NEVER_EXIT, 0.5))]
   about = {"procedure": None, "thresholds": [0.5]}
-  shards.mark_of("generate", listing, about, at, names).save(at)
+  shards.write_mark(at, listing.mark("generate", about, at, names))

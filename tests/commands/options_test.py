@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib", reason="matplotlib (the `report` extra) is not
 
 from calm import calibrate, inference
 from calm.calibrate import NEVER_EXIT
-from calm.calibrate.generations import records, writer
+from calm.calibrate.generations import cache, records
 from calm.commands import cli
 from tests.calibrate import laws
 from tests.commands import asked
@@ -90,7 +90,7 @@ def kind(action):
 def outputs(tmp_path_factory):
   folder = tmp_path_factory.mktemp("outputs")
   prompts = laws.prompts(40)
-  made = writer.open_writer(folder, prompts=prompts, thresholds=[0.5], procedure=None)
+  made = cache.open_writer(folder, prompts=prompts, thresholds=[0.5], procedure=None)
   numbers = dict(tokens=(5, 1), exit_layers=(1, 2))
   for threshold in (NEVER_EXIT, 0.5):
     made.append(threshold, [records.Record(p.id, "text", **numbers) for p in prompts])

@@ -1,6 +1,7 @@
 """What a resumed `calm infer` or `calm generate` reads, in bytes: no more than in proportion to
 the prompts."""
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -9,7 +10,6 @@ import pytest
 
 from calm import inference, storage
 from calm.calibrate import Record
-from calm.calibrate.generations import reuse
 from calm.commands import cli, infer
 from calm.inference import grid, predictor
 
@@ -33,7 +33,7 @@ def no_decoding(model, monkeypatch, cache_in_tmp):
     return dataclasses.replace(made, items=made.items * len(texts))
 
   def decode(self, ids, *_):
-    return [dataclasses.replace(record, id=name) for name in ids], reuse.ReuseSummary()
+    return [dataclasses.replace(record, id=name) for name in ids], collections.Counter()
 
   monkeypatch.setattr(predictor.Predictor, "generate", generate)
   monkeypatch.setattr(grid._Batch, "decode", decode)

@@ -8,7 +8,7 @@ import pytest
 
 from calm import calibrate, exits, inference
 from calm.calibrate import Prompt, generations, metrics, sequential
-from calm.calibrate.generations import writer as writer_lib
+from calm.calibrate.generations import cache
 from calm.commands import cli
 from calm.exits import schedules
 from calm.inference import certified, grid
@@ -60,7 +60,7 @@ def until_decided(model, folder):
   """The records at full depth of a run that stops when it is decided."""
   prompts = grid.sequential_order(model, PROMPTS)
   levels, rates = [0.9, 0.6], {"tolerance": 0.9, "error_rate": 0.3}
-  writer = writer_lib.open_writer(
+  writer = cache.open_writer(
     folder, prompts=prompts, thresholds=levels, procedure=model.procedure, sequential=True
   )
   test = sequential.SequentialCalibration(levels, len(prompts), **rates)

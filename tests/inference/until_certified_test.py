@@ -10,8 +10,7 @@ import pytest
 from calm import inference
 from calm.calibrate import Prompt, generations, sequential
 from calm.calibrate import losses as sequence_losses
-from calm.calibrate.generations import order
-from calm.calibrate.generations import writer as writer_lib
+from calm.calibrate.generations import cache, order
 from calm.exits import schedules
 from calm.inference import grid
 from tests.inference import predictor_test
@@ -53,7 +52,7 @@ def calls(monkeypatch):
 def run(model, folder, *, by_group=False, rates=RATES, **options):
   """(calibration, cached generations) of a run into `folder`."""
   prompts = grid.sequential_order(model, PROMPTS, ungrouped=not by_group)
-  writer = writer_lib.open_writer(
+  writer = cache.open_writer(
     folder,
     prompts=prompts,
     thresholds=THRESHOLDS,

@@ -3,19 +3,16 @@
 from calm.calibrate.generations.cache import (
   MANIFEST,
   PROMPTS,
-  SCHEMA_VERSION,
   Generations,
   load,
   manifest_procedure,
   read_manifest,
-  read_records,
   threshold_file,
 )
 
 __all__ = [
   "MANIFEST",
   "PROMPTS",
-  "SCHEMA_VERSION",
   "Generations",
   "cache",
   "foreign",
@@ -24,10 +21,7 @@ __all__ = [
   "order",
   "procedure",
   "read_manifest",
-  "read_records",
   "records",
-  "reuse",
   "shards",
   "threshold_file",
-  "writer",
 ]

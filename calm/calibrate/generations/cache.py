@@ -7,14 +7,16 @@ A directory holds
     threshold_never.jsonl    the full-depth reference
     threshold_0.9.jsonl ...  one file a threshold, one record a line, in any order
 
-`writer.open_writer` creates or resumes it, `load` reads it.
+`open_writer` creates or resumes it, `load` reads it. A run that is killed loses at most the
+record it was writing.
 """
 
 import dataclasses
+import json
 import math
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, overload
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +24,12 @@ from calm import storage
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import order
 from calm.calibrate.generations import records as records_lib
-from calm.calibrate.generations.procedure import Procedure, Provenance
+from calm.calibrate.generations.procedure import (
+  Procedure,
+  Provenance,
+  describe_differences,
+  unknown_platform,
+)
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 
 SCHEMA_VERSION = 1
@@ -70,12 +77,6 @@ class Generations:
     """[num_examples] accepted references of each prompt."""
     return tuple(prompt.targets for prompt in self.prompts)
 
-  @property
-  def groups(self) -> tuple[str, ...] | None:
-    """[num_examples] cluster of each prompt, or None where any prompt has none."""
-    groups = tuple(prompt.group for prompt in self.prompts)
-    return None if None in groups else groups  # type: ignore[return-value]
-
   def layer_counts(self) -> tuple[np.ndarray, np.ndarray] | None:
     """Decoder layers and tokens per prompt and threshold.
 
@@ -86,25 +87,17 @@ class Generations:
     """
     if any(len(records) != len(self.prompts) for records in self.records):
       return None
-    sums = [layer_sums(records) for records in self.records]
-    if None in [one if one is None else 0 for one in sums]:
+    sums = [found for found in map(layer_sums, self.records) if found is not None]
+    if len(sums) < len(self.records):
       return None
-    layers, tokens = zip(*filter(None, sums), strict=True)
+    layers, tokens = zip(*sums, strict=True)
     return np.stack(layers, axis=1), np.stack(tokens, axis=1)
-
-  def __repr__(self) -> str:
-    return (
-      f"Generations({len(self.prompts)} prompts, {len(self.thresholds)} thresholds"
-      f" {self.thresholds.tolist()}, procedure="
-      f"{None if self.procedure is None else self.procedure.digest()[:12]})"
-    )
 
 
 class Column(Sequence[Record]):
-  """Records of one threshold that stay on the disk, each read when it is asked for.
+  """Records that stay in their file, each read when it is asked for.
 
-  A million records of some twenty tokens take gigabytes as objects; as places in their file,
-  and the layers that each took, they take some ten bytes each.
+  A million records of some twenty tokens take gigabytes as objects, and here 24 bytes each.
 
   Attributes:
     path: the file; it must stay as it was when it was read first.
@@ -118,49 +111,26 @@ class Column(Sequence[Record]):
   def __len__(self) -> int:
     return len(self.table)
 
-  @overload
-  def __getitem__(self, index: int) -> Record: ...
-  @overload
-  def __getitem__(self, index: slice) -> "Column": ...
-  def __getitem__(self, index: int | slice) -> "Record | Column":
+  def __getitem__(self, index: Any) -> Any:
     if isinstance(index, slice):
       return Column(self.path, self.table[index])
-    with open(self.path, "rb") as file:
-      return Record.from_json(_value(file, int(self.table[index, 0])))
+    return next(iter(Column(self.path, self.table[index][None])))
 
   def __iter__(self) -> Iterator[Record]:
-    return map(Record.from_json, self._values())
+    return map(Record.from_json, self.values())
 
-  def texts(self) -> Iterator[str]:
-    """The predictions alone, which are read in half the time."""
-    return (value["prediction"] for value in self._values())
-
-  def __eq__(self, other: object) -> bool:
-    if not isinstance(other, Sequence):
-      return NotImplemented
-    return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
-
-  __hash__ = None  # pyright: ignore[reportAssignmentType]
-
-  def __repr__(self) -> str:
-    return f"Column({len(self)} records of {self.path})"
-
-  def _values(self) -> Iterator[dict[str, Any]]:
+  def values(self) -> Iterator[dict[str, Any]]:
+    """The JSON objects of the lines."""
     with open(self.path, "rb") as file:
       for offset in self.table[:, 0].tolist():
-        yield _value(file, offset)
-
-
-def _value(file: BinaryIO, offset: int) -> dict[str, Any]:
-  if file.tell() != offset:  # a seek throws away what was read ahead
-    file.seek(offset)
-  return storage.parse_json(file.readline())
+        file.seek(offset)
+        yield storage.parse_json(file.readline())
 
 
 def texts(column: Sequence[Record]) -> Iterator[str]:
   """The predictions of a column, wherever it is."""
   if isinstance(column, Column):
-    return column.texts()
+    return (value["prediction"] for value in column.values())
   return (record.prediction for record in column)
 
 
@@ -186,31 +156,61 @@ def file_names(grid: Iterable[float]) -> list[str]:
   return [PROMPTS, *map(threshold_file, [thresholds_lib.NEVER_EXIT, *grid])]
 
 
-_text = lambda value: isinstance(value, str)
-_flag = lambda value: isinstance(value, bool)
-_object = lambda value: value is None or isinstance(value, dict)
-_number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
+# ---- Manifests, and the marks of shards
+
 # Field: (what it is, whether a value is that).
-_FIELDS = {
+Fields = Mapping[str, tuple[str, Callable[[Any], bool]]]
+
+_flag = ("true or false", lambda v: isinstance(v, bool))
+_object = ("an object or null", lambda v: v is None or isinstance(v, dict))
+_names = lambda v: all(isinstance(name, str) for name in v)
+VERSION = ("1, that of this version of the package", lambda v: type(v) is int and v == 1)
+CHECKSUMS = (
+  "an object of texts",
+  lambda v: isinstance(v, dict) and _names(v.values()) and not any("/" in name for name in v),
+)
+_FIELDS: Fields = {
+  "schema_version": VERSION,
   "prompt_ids": (
     "a list of different texts",
-    lambda v: isinstance(v, list) and all(map(_text, v)) and len({*v}) == len(v),
+    lambda v: isinstance(v, list) and _names(v) and len({*v}) == len(v),
   ),
   "thresholds": (
     "a list of numbers",
-    lambda v: isinstance(v, list) and all(map(_number, v)),
+    lambda v: isinstance(v, list) and all(type(one) in (int, float) for one in v),
   ),
-  "checksums": (
-    "an object of texts",
-    lambda v: (
-      isinstance(v, dict) and all(map(_text, v.values())) and not any("/" in n for n in v)
-    ),
-  ),
-  "procedure": ("an object or null", _object),
-  "provenance": ("an object or null", _object),
-  "sequential": ("true or false", _flag),
-  "by_group": ("true or false", _flag),
+  "checksums": CHECKSUMS,
+  "procedure": _object,
+  "provenance": _object,
+  "sequential": _flag,
+  "by_group": _flag,
 }
+
+
+def read_document(
+  path: pathlib.Path, fields: Fields, way_out: str, optional: Collection[str] = ()
+) -> dict[str, Any]:
+  """A JSON object whose `fields` were checked; those in `optional` may be missing.
+
+  Raises:
+    FileNotFoundError: it is missing.
+    GenerationsError: it is no JSON object, or a field is not what it should be.
+  """
+  try:
+    value = storage.parse_json(storage.content(path))
+  except FileNotFoundError:
+    raise
+  except (OSError, ValueError) as error:
+    raise GenerationsError(
+      f"{path}: expected a JSON object, got {error}; {way_out}."
+    ) from error
+  if not isinstance(value, dict):
+    raise GenerationsError(f"{path}: expected a JSON object, got {value!r:.80}; {way_out}.")
+  for name, (kind, holds) in fields.items():
+    if (name in value or name not in optional) and not holds(value.get(name)):
+      got = repr(value[name])[:80] if name in value else "none"
+      raise GenerationsError(f"{path}: expected `{name}` to be {kind}, got {got}; {way_out}.")
+  return value
 
 
 def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
@@ -220,127 +220,21 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
     GenerationsError: it is missing, damaged, or of another schema version.
   """
   path = pathlib.Path(directory) / MANIFEST
+  way_out = "resume the run that wrote it, or generate again"
+  optional = ("checksums", "procedure", "provenance", "sequential", "by_group")
   try:
-    manifest = storage.parse_json(storage.content(path))
+    return read_document(path, _FIELDS, way_out, optional)
   except FileNotFoundError as error:
     raise GenerationsError(
       f"Expected `directory` to be a folder of cached generations, got {str(path.parent)!r},"
       f" which has no {MANIFEST}; give the folder that `calm generate` wrote."
     ) from error
-  except (OSError, ValueError) as error:
-    raise GenerationsError(
-      f"{path}: expected a JSON object, got {error}; resume the run that wrote it, or"
-      " generate again."
-    ) from error
-  version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-  if version != SCHEMA_VERSION or isinstance(version, bool):
-    raise GenerationsError(
-      f"{path}: expected `schema_version` to be {SCHEMA_VERSION}, got {version!r}; use the"
-      " version of this package that wrote it, or generate again."
-    )
-  for name, (kind, holds) in _FIELDS.items():
-    required = name in ("prompt_ids", "thresholds")
-    if (required or name in manifest) and not holds(manifest.get(name)):
-      got = repr(manifest[name])[:80] if name in manifest else "none"
-      raise GenerationsError(f"{path}: expected `{name}` to be {kind}, got {got}.")
-  return manifest
 
 
-def load(
-  directory: str | pathlib.Path, *, unverified: bool = False, in_memory: bool = False
-) -> Generations:
-  """Reads cached generations.
-
-  Args:
-    directory: a folder written by `writer.open_writer`.
-    unverified: take a folder whose manifest lists no checksums, of a run that never finished
-      or of another program: nothing then shows whether a record was changed.
-    in_memory: read all records into memory. By default those of a file of more than
-      `LONG_FILE` bytes are read when they are asked for, so that memory grows with the prompts
-      alone; the folder must then stay as it is.
-
-  Raises:
-    GenerationsError: anything is missing, damaged, duplicated or mixed; the message names the
-      file and the line.
-  """
-  directory = pathlib.Path(directory)
-  manifest = read_manifest(directory)
-  checksums = manifest.get("checksums", {})
-  check_checksums(directory, checksums)
-  by_id = {prompt.id: prompt for prompt in records_lib.read_prompts(directory / PROMPTS)}
-  ids = manifest["prompt_ids"]
-  if set(ids) != set(by_id):
-    odd = sorted(set(ids) ^ set(by_id))[:5]
-    raise GenerationsError(
-      f"{directory / PROMPTS}: expected the ids of {MANIFEST}, got some that are in one"
-      f" only: {odd}; restore the file, or generate again."
-    )
-  prompts = tuple(by_id[name] for name in ids)
-  procedure = manifest_procedure(manifest)
-  provenance = _parsed(manifest, "provenance", Provenance) or Provenance()
-  grid = thresholds_lib.validate_grid(manifest["thresholds"])
-  sequential, by_group = (bool(manifest.get(name)) for name in ("sequential", "by_group"))
-  _check_provenance(directory / MANIFEST, manifest, provenance)
-  if sequential:
-    _check_order(directory / MANIFEST, prompts, procedure, by_group)
-  full, *records = (
-    _read_threshold(directory / name, ids, procedure, sequential, in_memory)
-    for name in file_names(grid)[1:]
-  )
-  # Last, since a missing record says more about a run that was stopped.
-  unlisted = [n for n in file_names(grid) if n not in checksums and (directory / n).exists()]
-  if unlisted and not unverified:
-    raise GenerationsError(
-      f"{directory / MANIFEST}: expected `checksums` to list every file of a run that finished,"
-      f" got none for {unlisted[:3]}; resume the run that wrote it, or pass unverified=True"
-      " (--unverified), which trusts records that may have been changed."
-    )
-  columns = tuple(records)
-  return Generations(prompts, grid, columns, full, procedure, provenance, sequential, by_group)
-
-
-def _check_provenance(
-  path: pathlib.Path, manifest: Mapping[str, Any], story: Provenance
-) -> None:
-  """GenerationsError where a manifest was changed after the run that its provenance tells of.
-
-  A threshold or prompts were dropped, or it was declared a run that stopped early.
-  """
-  notes, flags = story.notes or {}, ("sequential", "by_group")
-  pairs = {
-    "thresholds": (manifest["thresholds"], None if story.grid is None else list(story.grid)),
-    "prompt_ids": (len(manifest["prompt_ids"]), story.num_examples),
-  }
-  pairs = {name: pair for name, pair in pairs.items() if pair[1] is not None}
-  if any(name in notes for name in flags):  # those of earlier versions have neither
-    pairs |= {name: (manifest.get(name, False), notes.get(name)) for name in flags}
-  for name, (there, expected) in pairs.items():
-    if there != expected or type(there) is not type(expected):
-      raise GenerationsError(
-        f"{path}: expected `{name}` as `provenance` tells of the run ({expected!r:.100}), got"
-        f" {there!r:.100}; restore the file, or generate again."
-      )
-
-
-def _check_order(
-  path: pathlib.Path, prompts: Sequence[Prompt], procedure: Procedure | None, by_group: bool
-) -> None:
-  """GenerationsError unless prompts stand in the order of a run that stops early.
-
-  A whole run keeps the user's order: the manifest was changed to say that it stopped early.
-  """
-  ids = [prompt.id for prompt in prompts]
-  groups = order.prompt_clusters(prompts) if by_group else None
-  wanted = order.decoding_order(ids, groups, procedure, order.prompts_digest(prompts)).tolist()
-  if wanted != list(range(len(ids))):
-    place = next(place for place, row in enumerate(wanted) if place != row)
-    raise GenerationsError(
-      f"{path}: expected `prompt_ids` in the order of a test that stops early"
-      f" (`sequential`{' and `by_group`' if by_group else ''}), which has"
-      f" {ids[wanted[place]]!r:.60} at {place}, got {ids[place]!r:.60}: `sequential` or"
-      " `by_group` was changed after the run, or an earlier version ordered the prompts;"
-      " restore the file, or generate again."
-    )
+def write_manifest(directory: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+  """Writes a manifest whole."""
+  text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+  storage.write_atomically(directory / MANIFEST, text)
 
 
 def manifest_procedure(manifest: Mapping[str, Any]) -> Procedure | None:
@@ -356,11 +250,6 @@ def _parsed(manifest: Mapping[str, Any], name: str, kind: Any) -> Any:
     raise GenerationsError(
       f"{MANIFEST}: expected `{name}` to be that of a run, got a field that is none: {error}"
     ) from error
-
-
-def procedure_mark(procedure: Procedure | None) -> str | None:
-  """The short digest that every record line carries, so that mixed files are found."""
-  return None if procedure is None else procedure.digest()[:16]
 
 
 def check_checksums(
@@ -383,31 +272,102 @@ def check_checksums(
       )
 
 
+# ---- Reading
+
+
+def load(directory: str | pathlib.Path, *, in_memory: bool = False) -> Generations:
+  """Reads cached generations.
+
+  Args:
+    directory: a folder written by `open_writer`.
+    in_memory: read all records into memory. By default those of a file of more than
+      `LONG_FILE` bytes are read when they are asked for, so that memory grows with the prompts
+      alone; the folder must then stay as it is.
+
+  Raises:
+    GenerationsError: anything is missing, damaged, duplicated or mixed; the message names the
+      file and the line.
+  """
+  directory = pathlib.Path(directory)
+  manifest = read_manifest(directory)
+  checksums = manifest.get("checksums", {})
+  check_checksums(directory, checksums)
+  by_id = {prompt.id: prompt for prompt in records_lib.read_prompts(directory / PROMPTS)}
+  ids = manifest["prompt_ids"]
+  if odd := sorted(set(ids) ^ set(by_id)):
+    raise GenerationsError(
+      f"{directory / PROMPTS}: expected the ids of {MANIFEST}, got some that are in one"
+      f" only: {odd[:5]}; restore the file, or generate again."
+    )
+  prompts = tuple(by_id[name] for name in ids)
+  procedure = manifest_procedure(manifest)
+  provenance = _parsed(manifest, "provenance", Provenance) or Provenance()
+  grid = thresholds_lib.validate_grid(manifest["thresholds"])
+  sequential, by_group = (bool(manifest.get(name)) for name in ("sequential", "by_group"))
+  _check_story(directory / MANIFEST, manifest, prompts, procedure, provenance)
+  names = file_names(grid)
+  full, *records = (
+    _read_threshold(directory / name, ids, procedure, sequential, in_memory)
+    for name in names[1:]
+  )
+  # Last, since a missing record says more about a run that was stopped.
+  unlisted = [n for n in names if n not in checksums and (directory / n).exists()]
+  if unlisted:
+    raise GenerationsError(
+      f"{directory / MANIFEST}: expected `checksums` to list every file of a run that finished,"
+      f" got none for {unlisted[:3]}; resume the run that wrote it."
+    )
+  columns = tuple(records)
+  return Generations(prompts, grid, columns, full, procedure, provenance, sequential, by_group)
+
+
+def _check_story(
+  path: pathlib.Path,
+  manifest: Mapping[str, Any],
+  prompts: Sequence[Prompt],
+  procedure: Procedure | None,
+  story: Provenance,
+) -> None:
+  """GenerationsError where a manifest was changed after the run that its provenance tells of.
+
+  A threshold or prompts were dropped, or it was declared a run that stopped early: prompts of
+  those stand in an order of its own, and of a whole run in the user's.
+  """
+  notes, flags = story.notes or {}, ("sequential", "by_group")
+  there = {name: manifest.get(name, False) for name in flags}
+  there |= {"thresholds": manifest["thresholds"], "number of prompts": len(prompts)}
+  said: dict[str, Any] = {name: notes.get(name) for name in flags if set(flags) & set(notes)}
+  if story.grid is not None:
+    said["thresholds"] = list(story.grid)
+  if story.num_examples is not None:
+    said["number of prompts"] = story.num_examples
+  differ = [n for n in said if there[n] != said[n] or type(there[n]) is not type(said[n])]
+  if not differ and there["sequential"]:
+    groups = order.prompt_clusters(prompts) if there["by_group"] else None
+    ids, contents = manifest["prompt_ids"], order.prompts_digest(prompts)
+    rows = order.decoding_order(ids, groups, procedure, contents).tolist()
+    said = {"order of prompts": "that of a test that stops early"}
+    there["order of prompts"] = "another"
+    differ = [] if rows == sorted(rows) else list(said)
+  if differ:
+    raise GenerationsError(
+      f"{path}: expected `{differ[0]}` of the run that wrote it ({said[differ[0]]!r:.100}), got"
+      f" {there[differ[0]]!r:.100}; restore the file, or generate again."
+    )
+
+
 def read_records(
   path: str | pathlib.Path, procedure: Procedure | None = None
-) -> dict[str, Record]:
-  """Reads one file of records by id.
+) -> Iterator[tuple[storage.Line, Record]]:
+  """Reads one file of records, each with its line.
 
   Raises:
     GenerationsError: a line is no record, an id occurs twice, or a line belongs to another
       procedure or threshold.
   """
-  return {record.id: record for _, record in _records(path, procedure)}
-
-
-def record_offsets(
-  path: str | pathlib.Path, procedure: Procedure | None = None
-) -> dict[str, int]:
-  """Where the line of each id begins, in bytes; checks what `read_records` checks."""
-  return {record.id: line.offset for line, record in _records(path, procedure)}
-
-
-def _records(
-  path: str | pathlib.Path, procedure: Procedure | None
-) -> Iterator[tuple[storage.Line, Record]]:
   mark = procedure_mark(procedure)
   seen: set[str] = set()
-  path = pathlib.Path(path)
+  name = pathlib.Path(path).name
   for line in storage.read_lines(path):
     try:
       record = Record.from_json(line.value)
@@ -421,20 +381,24 @@ def _records(
         f"expected every id once, got {record.id!r} twice; resume the run that wrote it, which"
         " takes it out."
       )
-    if line.value.get("procedure") != mark:
+    if (theirs := line.value.get("procedure")) != mark:
       raise line.error(
         f"expected a record of the manifest's procedure {mark!r}, got one of procedure"
-        f" {line.value.get('procedure')!r}, so outputs of two procedures are mixed; generate"
-        " again."
+        f" {theirs!r}, so outputs of two procedures are mixed; generate again."
       )
     level = line.value.get("threshold")  # files of earlier versions do not have it
-    if level is not None and path.name != threshold_file(_level(level)):
+    if level is not None and name != threshold_file(_level(level)):
       raise line.error(
         f"expected records of the threshold that the file is named by, got one of {level!r}:"
         " files were swapped; restore them, or generate again."
       )
     seen.add(record.id)
     yield line, record
+
+
+def procedure_mark(procedure: Procedure | None) -> str | None:
+  """The short digest that every record line carries, so that mixed files are found."""
+  return None if procedure is None else procedure.digest()[:16]
 
 
 def _level(value: Any) -> float:
@@ -457,19 +421,15 @@ def _read_threshold(
   long = not in_memory and path.is_file() and path.stat().st_size > LONG_FILE
   by_id: dict[str, Any] = {
     record.id: (line.offset, *_sums(record)) if long else record
-    for line, record in _records(path, procedure)
+    for line, record in read_records(path, procedure)
   }
-  unknown = sorted(set(by_id) - set(ids))
-  if unknown:
-    raise GenerationsError(
-      f"{path}: expected ids of the manifest's prompts, got others: {unknown[:5]}; restore"
-      " the file, or generate again."
-    )
   missing = [name for name in ids if name not in by_id]
-  if missing and not sequential:
+  unknown = sorted(set(by_id) - set(ids)) if len(by_id) + len(missing) > len(ids) else []
+  if unknown or (missing and not sequential):
     raise GenerationsError(
       f"{path}: expected a record of each of the {len(ids)} prompts, got {len(missing)}"
-      f" without one, first {missing[:5]}; resume the run that wrote it."
+      f" without one, first {missing[:5]}, and records of others: {unknown[:5]}; resume the run"
+      " that wrote it, or restore the file."
     )
   if missing != list(ids[len(by_id) :]):
     raise GenerationsError(
@@ -479,3 +439,265 @@ def _read_threshold(
     )
   kept = [by_id[name] for name in ids[: len(by_id)]]
   return Column(path, np.array(kept, np.int64).reshape(-1, 3)) if long else tuple(kept)
+
+
+# ---- Writing
+
+
+class Writer:
+  """Appends records to a directory of cached generations; returned by `open_writer`.
+
+  Attributes:
+    directory: where.
+    procedure: how the records that are there were decoded.
+    reports: what resuming repaired, one sentence each.
+  """
+
+  def __init__(self, directory: pathlib.Path, manifest: dict[str, Any], lock: storage.Lock):
+    self.directory = directory
+    self._lock = lock  # held until `finish`, or as long as this object lives
+    self._manifest = manifest
+    self.procedure = manifest_procedure(manifest)
+    self._ids = frozenset(manifest["prompt_ids"])
+    self.reports: list[str] = []
+    # Where each record begins in its file.
+    self._done: dict[float, dict[str, int]] = {}
+    for threshold in (thresholds_lib.NEVER_EXIT, *manifest["thresholds"]):
+      path = directory / threshold_file(threshold)
+      self._done[threshold] = self._resume(path) if path.exists() else {}
+
+  def _resume(self, path: pathlib.Path) -> dict[str, int]:
+    """Where each record begins, after what killed or concurrent writers left was mended."""
+    self.reports += filter(None, [storage.drop_partial_line(path)])
+    offsets = lambda: {
+      record.id: line.offset for line, record in read_records(path, self.procedure)
+    }
+    try:
+      return offsets()
+    except GenerationsError:
+      if (report := repair(path, self.procedure)) is None:
+        raise
+    self.reports.append(report)
+    return offsets()
+
+  def completed_ids(self, threshold: float) -> frozenset[str]:
+    """Ids that already have a record at `threshold` (`NEVER_EXIT` for the reference)."""
+    return frozenset(self._done[threshold])
+
+  def completed_records(self, threshold: float, ids: Iterable[str]) -> dict[str, Record]:
+    """Those of the records already written at `threshold` that are of `ids`, by id.
+
+    Only the lines that are asked for are read.
+    """
+    done = self._done[threshold]
+    offsets = np.array([done[name] for name in ids if name in done], np.int64)
+    if not len(offsets):
+      return {}
+    column = Column(self.directory / threshold_file(threshold), offsets[:, None])
+    return {record.id: record for record in column}
+
+  def append(self, threshold: float, records: Iterable[Record]) -> None:
+    """Appends whole records and hands them to the operating system before it returns.
+
+    Raises:
+      ValueError: an id is unknown or already written.
+    """
+    done = self._done[threshold]
+    marks = {"threshold": thresholds_lib.threshold_to_json(threshold)}
+    if (mark := procedure_mark(self.procedure)) is not None:
+      marks["procedure"] = mark
+    path = self.directory / threshold_file(threshold)
+    begin = path.stat().st_size if path.exists() else 0
+    lines, begins = [], {}
+    for record in records:
+      if record.id not in self._ids or record.id in done or record.id in begins:
+        raise ValueError(
+          f"Expected `records` to be of prompts that have none at {threshold} yet, got"
+          f" {record.id!r}, which is unknown or already there."
+        )
+      lines.append(storage.dump_line({**record.to_json(), **marks}).encode("utf-8"))
+      begins[record.id] = begin
+      begin += len(lines[-1])
+    storage.append(path, b"".join(lines))
+    done.update(begins)
+
+  def finish(self) -> None:
+    """Writes the checksums of all files into the manifest; call it when nothing is missing.
+
+    Raises:
+      ValueError: a prompt has no record at some threshold (sequential runs excepted).
+    """
+    for threshold, done in self._done.items():
+      missing = len(self._ids - set(done))
+      if missing and not self._manifest["sequential"]:
+        raise ValueError(
+          f"{self.directory}: expected a record of every prompt at threshold"
+          f" {thresholds_lib.format_threshold(threshold)}, got {missing} without one;"
+          " append them before `finish`."
+        )
+    paths = [self.directory / name for name in file_names(self._manifest["thresholds"])]
+    sums = {path.name: storage.checksum(path) for path in paths if path.exists()}
+    self._manifest["checksums"] = sums
+    write_manifest(self.directory, self._manifest)
+    self._lock.release()
+
+
+def open_writer(
+  directory: str | pathlib.Path,
+  *,
+  prompts: Sequence[Prompt],
+  thresholds: Sequence[float] | np.ndarray,
+  procedure: Procedure | None,
+  provenance: Provenance | None = None,
+  sequential: bool = False,
+  by_group: bool = False,
+) -> Writer:
+  """Creates a directory of cached generations, or resumes it.
+
+  Args:
+    directory: where; made if missing.
+    prompts: in the order that losses will be tested in.
+    thresholds: the strictly descending grid, without `NEVER_EXIT` (the reference is always
+      there).
+    procedure: how the outputs are decoded, or None.
+    provenance: the story of the run.
+    sequential: whether the run may stop early, leaving a suffix of prompts out.
+    by_group: whether such a run is tested on clusters; the prompts of one stand together then.
+
+  Returns:
+    A `Writer`; `reports` says what resuming repaired.
+
+  Raises:
+    GenerationsError: the directory holds another procedure, grid or prompts (the message names
+      the field), or is damaged.
+    ValueError: ids occur twice, or `by_group` and a cluster's prompts do not stand together.
+    storage.LockedError: another process writes there.
+    OSError: it cannot be written, or one of its files is a link to nothing.
+  """
+  directory = pathlib.Path(directory)
+  records_lib.check_unique(prompts)
+  if by_group:
+    order.consecutive_units(len(prompts), order.prompt_clusters(prompts))
+  grid = thresholds_lib.validate_grid(thresholds).tolist()
+  flags = {"sequential": sequential, "by_group": by_group}  # held against the manifest's
+  story = provenance or Provenance()
+  changes = {"grid": story.grid or tuple(grid), "num_examples": len(prompts)}
+  story = dataclasses.replace(story, **changes, notes={**(story.notes or {}), **flags})
+  manifest = {
+    "schema_version": SCHEMA_VERSION,
+    "procedure": None if procedure is None else procedure.to_json(),
+    "provenance": story.to_json(),
+    "thresholds": grid,
+    "prompt_ids": [prompt.id for prompt in prompts],
+    **flags,
+    "checksums": {},
+  }
+  lines = [storage.dump_line(prompt.to_json()).encode() for prompt in prompts]
+  lock, there = claim(directory, manifest, lines)
+  if there is not None:
+    # Records that were edited must not be written into new checksums.
+    check_checksums(directory, there.get("checksums") or {})
+    # The story begins with the first run, and records are marked with its procedure.
+    manifest |= {name: there[name] for name in ("provenance", "procedure")}
+  # Resuming reopens a finished run: its checksums are written again by `finish`.
+  write_manifest(directory, manifest)
+  writer = Writer(directory, manifest, lock)
+  old = unknown_platform(writer.procedure)
+  if old and not unknown_platform(procedure):
+    writer.reports.append(f"{directory}: {old}")
+  return writer
+
+
+def claim(
+  directory: pathlib.Path, manifest: Mapping[str, Any], prompts: Sequence[bytes]
+) -> tuple[storage.Lock, dict[str, Any] | None]:
+  """Takes a folder for the run of a manifest, and writes its prompts (lines of prompts.jsonl).
+
+  Returns:
+    The lock, and the manifest that is there: that of the same run, or None.
+
+  Raises:
+    GenerationsError: another run, or other prompts, are there; the message names the field.
+    storage.LockedError: another process writes there.
+    OSError: it cannot be written, or one of its files is a link to nothing.
+  """
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise OSError(
+      f"Expected {str(directory)!r} to be a folder that can be made, got: {error.strerror};"
+      " choose a folder that can be written."
+    ) from error
+  names = (MANIFEST, *file_names(manifest["thresholds"]))
+  storage.refuse_planted_links(directory / name for name in names)
+  lock, path = storage.lock(directory), directory / PROMPTS
+  there = read_manifest(directory) if (directory / MANIFEST).exists() else None
+  if there is not None:
+    _check_same_run(directory / MANIFEST, there, manifest)
+  text = b"".join(prompts)
+  if not path.exists():
+    storage.write_atomically(path, text)
+  elif path.stat().st_size != len(text) or storage.content(path, len(text)) != text:
+    raise GenerationsError(
+      f"{path}: expected the prompts of this run, got others, which would be replaced;"
+      f" {_OTHER_FOLDER}"
+    )
+  return lock, there
+
+
+_OTHER_FOLDER = "choose another folder (--output), or the options of the run that is there."
+
+
+def _check_same_run(
+  path: pathlib.Path, there: Mapping[str, Any], manifest: Mapping[str, Any]
+) -> None:
+  difference = describe_differences(manifest_procedure(there), manifest_procedure(manifest))
+  if difference:
+    raise GenerationsError(
+      f"{path}: expected the procedure of the run that is there, got another: {difference};"
+      f" {_OTHER_FOLDER}"
+    )
+  for name in ("thresholds", "prompt_ids", "sequential", "by_group"):
+    # Older manifests do not name the flags.
+    ours, theirs = (one.get(name, False) for one in (manifest, there))
+    if ours != theirs:
+      raise GenerationsError(
+        f"{path}: expected `{name}` to be {theirs!r:.100}, got {ours!r:.100}; {_OTHER_FOLDER}"
+      )
+
+
+def repair(path: pathlib.Path, procedure: Procedure | None) -> str | None:
+  """Removes doubled and damaged lines of a file; says which, or None for nothing.
+
+  Two writers at once left them, in earlier versions and on file systems without locks. Of equal
+  lines the first is kept; where two of one id differ, none is: the prompt is decoded again. A
+  file with a record of another procedure is left as it is.
+  """
+  mark = procedure_mark(procedure)
+  kept: dict[str, bytes] = {}
+  torn, twice, differ = 0, 0, set[str]()
+  with storage.opened(path) as file:
+    for line in storage.lines(file, path):
+      value = storage.parse_line(line)[0] or {}
+      try:
+        name = Record.from_json(value).id
+      except (TypeError, ValueError, OverflowError):
+        torn += bool(line.strip())
+        continue
+      if value.get("procedure") != mark:
+        return None
+      if name not in kept:
+        kept[name] = line
+      elif kept[name] == line:
+        twice += 1
+      else:
+        differ.add(name)
+  if not (torn or twice or differ):
+    return None
+  storage.write_atomically(
+    path, b"".join(line for name, line in kept.items() if name not in differ)
+  )
+  return (
+    f"{path}: {torn} damaged lines and {twice} doubled ones were removed, and {len(differ)}"
+    " prompts that had two outputs; what is missing is decoded again."
+  )

@@ -5,7 +5,7 @@ Nothing says how such outputs were decoded, so `procedure` is None unless the ca
 
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,11 @@ from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 
 Path = str | pathlib.Path
 
-# T5X names features so; whatever else a line has is ignored.
-_INPUT, _TARGET = "inputs_pretokenized", "targets_pretokenized"
-
 
 def read_predictions(
   path: Path, threshold: float | None = None
 ) -> tuple[tuple[Prompt, ...], tuple[Record, ...]]:
-  """Reads one file of outputs, of either form, line by line.
+  """Reads one file of outputs, of any of these forms, line by line.
 
   {"id": ..., "prediction": ...} is a plain line; `input`, `targets` (or `references`), `group`
   and the fields of `Record` are read where they are there. A line of an OpenAI batch's output
@@ -49,12 +46,9 @@ def read_predictions(
   """
   prompts, records = {}, []
   for line in storage.read_lines(path, pipes=True):
-    if isinstance(decodes := line.value.get("prediction"), list):
-      one = "decode with `return_all_decodes = False`, which keeps the best"
-      raise line.error(_several(len(decodes), one))
     try:
-      prompt, record = _read_line(line)
-      _check_threshold(line, threshold)
+      value = _plain(line, threshold)
+      prompt, record = Prompt.from_json({"input": "", **value}), Record.from_json(value)
     except GenerationsError:
       raise
     except (AttributeError, TypeError, ValueError) as error:
@@ -75,107 +69,113 @@ def read_predictions(
   return tuple(prompts.values()), tuple(records)
 
 
-def _read_line(line: storage.Line) -> tuple[Prompt, Record]:
+def _plain(line: storage.Line, threshold: float | None) -> Mapping[str, Any]:
+  """A line of any form as a plain one: the fields of a prompt and of its record."""
   value = line.value
+  if isinstance(decodes := value.get("prediction"), list):
+    raise _several(line, decodes, "decode with `return_all_decodes = False`")
   if isinstance(value.get("inputs"), Mapping):
-    features = value["inputs"]
-    name = features.get("id", f"line {line.number}")
-    if isinstance(name, bool) or not isinstance(name, str | int):
-      raise ValueError(f"Expected `inputs.id` to be a text or a whole number, got {name!r}")
-    name = str(name)
-    return _t5x_prompt(name, features), Record.from_json(_t5x_record(name, value))
-  if "custom_id" in value or {"request_id", "outputs"} <= set(value):
-    value = _served(line)
-  prompt = Prompt.from_json({"input": "", **value})
-  return prompt, Record.from_json(value)
+    return _of_t5x(line, threshold)
+  if "custom_id" in value:
+    return {"id": value["custom_id"], "prediction": _of_batch(line)}
+  if {"request_id", "outputs"} <= set(value):
+    prompt = value.get("prompt")  # a text, or tokens
+    text = _only(line, value["outputs"], "outputs").get("text")
+    plain = {"id": value["request_id"], "prediction": text}
+    return {**plain, "input": prompt} if isinstance(prompt, str) else plain
+  return value
 
 
-def _served(line: storage.Line) -> dict[str, Any]:
-  """A line of a server's output as {id, prediction}; ValueError where its request failed."""
-  value = line.value
-  if "custom_id" not in value:
-    output = _only(value["outputs"], "outputs", line)
-    plain = {"id": value["request_id"], "prediction": output.get("text")}
-    return plain | ({"input": value["prompt"]} if isinstance(value.get("prompt"), str) else {})
-  response = value.get("response") or {}
-  if value.get("error") or response.get("status_code", 200) != 200:
+def _of_batch(line: storage.Line) -> Any:
+  """The text of a line of a batch's output; ValueError where its request failed."""
+  response, error = line.value.get("response") or {}, line.value.get("error")
+  if error or response.get("status_code", 200) != 200:
     raise ValueError(
       "Expected `response` of a request that succeeded, got one that failed:"
-      f" {value.get('error') or response!r:.200}"
+      f" {error or response!r:.200}"
     )
   body = response.get("body") or {}
   if "choices" in body:
-    choice = _only(body["choices"], "choices", line)
-    text = (choice.get("message") or choice).get("content", choice.get("text"))
-  else:
-    messages = [m for m in body.get("output", ()) if m.get("type") == "message"]
-    parts = _only(messages, "output", line).get("content", ())
-    text = "".join(part.get("text", "") for part in parts)
-  return {"id": value["custom_id"], "prediction": text}
+    choice = _only(line, body["choices"], "choices")
+    return (choice.get("message") or choice).get("content", choice.get("text"))
+  messages = [part for part in body.get("output", ()) if part.get("type") == "message"]
+  parts = _only(line, messages, "output").get("content", ())
+  return "".join(part.get("text", "") for part in parts)
 
 
-def _only(entries: Any, name: str, line: storage.Line) -> Mapping[str, Any]:
+def _only(line: storage.Line, entries: Any, name: str) -> Mapping[str, Any]:
   if not isinstance(entries, list) or not entries or not isinstance(entries[0], Mapping):
     raise ValueError(f"Expected `{name}` to be a list of objects, got {entries!r:.100}")
   if len(entries) > 1:  # which of them is served is not known
-    raise line.error(_several(len(entries), "ask for one, as with `n = 1`"))
+    raise _several(line, entries, "ask for one, as with `n = 1`")
   return entries[0]
 
 
-def _several(count: int, one: str) -> str:
-  """What to say of several decodes of a prompt, and of how to get one."""
-  return (
-    f"expected one `prediction` of a prompt, got a list of {count} decodes; {one}, or write the"
-    " one that is served as `prediction`."
+def _several(line: storage.Line, decodes: Sequence[Any], one: str) -> GenerationsError:
+  return line.error(
+    f"expected one `prediction` of a prompt, got a list of {len(decodes)} decodes; {one}, or"
+    " write the one that is served as `prediction`."
   )
 
 
-def _t5x_prompt(name: str, features: Mapping[str, Any]) -> Prompt:
+def _of_t5x(line: storage.Line, threshold: float | None) -> dict[str, Any]:
+  """A line of T5X's `infer`; whatever else it has is ignored."""
+  value, features = line.value, line.value["inputs"]
+  name = features.get("id", f"line {line.number}")
+  aux, tokens = value.get("aux") or {}, value.get("prediction_tokens")
+  for field, got, kind in (
+    ("inputs.id", name, str | int),
+    ("aux", value.get("aux"), dict | None),
+    ("prediction_tokens", tokens, list | None),
+  ):
+    if not isinstance(got, kind) or isinstance(got, bool):
+      raise ValueError(f"Expected `{field}` to be {_KINDS[field]}, got {got!r:.100}")
   targets = features.get("targets", features.get(_TARGET, ()))
   texts = [targets] if isinstance(targets, str) else list(targets or ())
   if not all(isinstance(text, str) for text in texts):
     # With include_all_inputs `targets` are tokens; the text stands beside.
     texts = [features[_TARGET]] if _TARGET in features else []
-  group = features.get("group", features.get("source"))
-  return Prompt.from_json(
-    {"id": name, "input": features.get(_INPUT, ""), "targets": texts, "group": group}
-  )
-
-
-def _t5x_record(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
-  aux = {} if value.get("aux") is None else value["aux"]
-  if not isinstance(aux, Mapping):
-    raise ValueError(f"Expected `aux` to be an object, got {aux!r:.100}")
-  tokens = value.get("prediction_tokens")
-  if tokens is not None and not isinstance(tokens, list):
-    raise ValueError(f"Expected `prediction_tokens` to be a list, got {tokens!r:.100}")
   names = ("exit_layers", "confidences", "rejected_confidences")
   record = {field: aux[field] for field in names if field in aux}
-  layers = record.get("exit_layers")
-  if layers is not None:
+  if (layers := record.get("exit_layers")) is not None:
     if any(layer < 0 for layer in layers):
       raise ValueError(f"Expected `exit_layers` of at least 0, got {layers!r:.100}")
     # Padding has exit layer 0 and follows the real tokens.
     length = sum(layer > 0 for layer in layers)
     record = {field: values[:length] for field, values in record.items()}
     tokens = tokens if tokens is None or len(tokens) == length else None
-  score = aux.get("scores", aux.get("score"))
-  more = {"tokens": tokens, "score": score}
-  record |= {field: value for field, value in more.items() if value is not None}
-  return {"id": name, "prediction": value.get("prediction"), **record}
+  _check_threshold(line, aux, threshold)
+  return {
+    "id": str(name),
+    "input": features.get("inputs_pretokenized", ""),
+    "targets": texts,
+    "group": features.get("group", features.get("source")),
+    "prediction": value.get("prediction"),
+    "tokens": tokens,
+    "score": aux.get("scores", aux.get("score")),
+    **record,
+  }
 
 
-def _check_threshold(line: storage.Line, expected: float | None) -> None:
+_TARGET = "targets_pretokenized"
+_KINDS = {
+  "inputs.id": "a text or a whole number",
+  "aux": "an object",
+  "prediction_tokens": "a list",
+}
+
+
+def _check_threshold(
+  line: storage.Line, aux: Mapping[str, Any], expected: float | None
+) -> None:
   """Refuses a T5X line whose `aux` names another threshold than the file is given as."""
-  aux = line.value.get("aux")
-  if expected is None or not isinstance(line.value.get("inputs"), Mapping) or not aux:
+  if expected is None or not aux:
     return
   level = aux.get("threshold")
   if level is None:
     # With exits but no confidence nothing was measured: every token ran a fixed depth.
     level = expected if "confidences" in aux or "exit_layers" not in aux else math.inf
-  number = isinstance(level, int | float) and not isinstance(level, bool)
-  if not number or not (0 <= level <= 1 or level == math.inf):
+  if type(level) not in (int, float) or not (0 <= level <= 1 or level == math.inf):
     raise ValueError(f"Expected `aux.threshold` to be a number in [0, 1], got {level!r:.100}")
   if not math.isclose(level, expected, rel_tol=2.0**-23):  # T5X writes a float32's digits
     name = lambda value: "none (the full model)" if value == math.inf else f"{value:.7g}"
@@ -218,15 +218,12 @@ def gather(
     order.sort(reverse=True)
     thresholds_lib.validate_grid([float(knob) for knob in order])
   grid, knobs = thresholds_lib.grid_of_knobs(order)
-  known, full_records = read_predictions(full, math.inf)
-  if prompts is not None:
-    known = records_lib.read_prompts(prompts)
-  by_id = {prompt.id: prompt for prompt in known}
-  columns = [_align(full, known, full_records, by_id, known)]
+  said, full_records = read_predictions(full, math.inf)
+  known = said if prompts is None else records_lib.read_prompts(prompts)
+  columns = [_align(full, known, said, full_records)]
   for knob in order:
     path: Path = by_threshold[knob]  # type: ignore[index]
-    others, records = read_predictions(path, None if knobs else float(knob))
-    columns.append(_align(path, known, records, by_id, others))
+    columns.append(_align(path, known, *read_predictions(path, None if knobs else float(knob))))
   return Generations(
     prompts=known,
     thresholds=np.asarray(grid),
@@ -238,8 +235,11 @@ def gather(
   )
 
 
-def _align(path: Path, known, records, by_id, others) -> tuple[Record, ...]:
+def _align(
+  path: Path, known: Sequence[Prompt], others: Sequence[Prompt], records: Sequence[Record]
+) -> tuple[Record, ...]:
   """The records in the order of `known`; GenerationsError where they are of other prompts."""
+  by_id = {prompt.id: prompt for prompt in known}
   by_name = {record.id: record for record in records}
   missing = [prompt.id for prompt in known if prompt.id not in by_name]
   unknown = [name for name in by_name if name not in by_id]

@@ -1,11 +1,8 @@
 """The order in which a test sees prompts, and clusters of prompts.
 
-A betting test is valid if its order has nothing to do with losses. The order in which prompts
-happen to be stored may have (a file sorted by difficulty, or by loss), and then a permutation
-that names or their number alone decide is one fixed permutation of a sorted list: it certifies
-falsely. So the seed is made of names AND of what the prompts say, and whoever sorted the file
-did not know it. Places come from SHA-256, not from a random generator's stream, which may
-change from one version to the next.
+A betting test is valid if its order has nothing to do with losses. A file may be sorted by
+loss, and a permutation that names alone decide is one fixed permutation of it. So the seed is
+made of names AND of what the prompts say; places come from SHA-256, in every version alike.
 """
 
 import hashlib
@@ -39,14 +36,9 @@ def digest_of_digests(digests: np.ndarray) -> str:
   return hashlib.sha256(np.sort(digests).tobytes()).hexdigest()
 
 
-def contents_digest(contents: Iterable[bytes]) -> str:
-  """SHA-256 (hexadecimal) of several contents, whatever their order."""
-  return digest_of_digests(content_digests(contents))
-
-
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
   """What prompts say, as a digest that depends neither on their order nor on their names."""
-  return contents_digest(prompt.input.encode("utf-8") for prompt in prompts)
+  return digest_of_digests(content_digests(prompt.input.encode() for prompt in prompts))
 
 
 def run_digest(prompts: Sequence[Prompt], predictions: Iterable[str]) -> str:
@@ -59,19 +51,13 @@ def run_digest(prompts: Sequence[Prompt], predictions: Iterable[str]) -> str:
   texts = [f"{p.input}\0{text}" for p, text in zip(prompts, predictions, strict=True)]
   if len(set(texts)) <= FEW_KINDS:
     return ""
-  return contents_digest(text.encode("utf-8") for text in texts)
+  return digest_of_digests(content_digests(text.encode() for text in texts))
 
 
 def order_seed(ids: Sequence[str], procedure: Procedure | None, contents: str = "") -> str:
-  """Hexadecimal seed of sorted ids, procedure and contents: nobody chooses it by its outcome.
+  """Hexadecimal seed (16 digits) of sorted unit names, procedure and contents' digest.
 
-  Args:
-    ids: names of the exchangeable units.
-    procedure: how outputs were decoded, or None.
-    contents: digest of what the prompts say, or of their losses.
-
-  Returns:
-    16 hexadecimal digits of a SHA-256.
+  Nobody can choose it by its outcome.
   """
   digest = hashlib.sha256()
   digest.update(b"null" if procedure is None else procedure.digest().encode("ascii"))
@@ -168,7 +154,7 @@ def decoding_order(
   procedure: Procedure | None,
   contents: str = "",
 ) -> np.ndarray:
-  """Row numbers in the order of a sequential run.
+  """[num_examples] row numbers in the order of a sequential run.
 
   Units are permuted as `calibrate` permutes them; the prompts of a cluster stand together,
   sorted by id, so that a run that stops leaves whole clusters.
@@ -178,9 +164,6 @@ def decoding_order(
     groups: [num_examples] cluster of each, or None where prompts are the units.
     procedure: how outputs are decoded, or None.
     contents: `prompts_digest` of the prompts.
-
-  Returns:
-    [num_examples] row numbers.
   """
   if groups is None:
     return permutation(ids, procedure, contents)
@@ -194,12 +177,8 @@ def decoding_order(
 def consecutive_units(count: int, groups: Sequence[str] | None) -> tuple[slice, ...]:
   """[num_units] slices of rows, where the rows of a cluster stand together.
 
-  Args:
-    count: rows.
-    groups: [count] cluster of each row; None makes every row its own unit.
-
-  Raises:
-    ValueError: a cluster stands in two places.
+  `groups` are the [count] clusters; None makes every row its own unit. ValueError where a
+  cluster stands in two places.
   """
   if groups is None:
     return tuple(slice(row, row + 1) for row in range(count))

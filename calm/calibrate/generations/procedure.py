@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calm import arguments
@@ -24,6 +24,10 @@ _ADDED = (
 _UNKNOWN = ("configuration", "platform", "matmul_precision")
 # Where decoding runs; everything else says what is decoded and how.
 PLATFORM = ("platform", "matmul_precision")
+
+
+def _is_named(value: Any) -> bool:
+  return isinstance(value, dict) and "name" in value
 
 
 def _plain(value: Any, name: str) -> Any:
@@ -58,19 +62,18 @@ class Procedure:
     decode_method: {'name': ..., and its numbers}.
     batch_bucket: rows decoded together where they matter (below float32), else None.
     rule_version: version of the exit rule itself.
-    configuration: every size and choice of the network as decoded (activations, buckets of
-      relative positions, ...), which the parameters alone do not tell; None in files of
-      versions that did not record it, which nothing can be compared with then.
+    configuration: every size and choice of the network as decoded, which the parameters alone
+      do not tell; None in files of versions that did not record it: not compared then.
     platform: what it was decoded on ('cpu', 'gpu', 'tpu'); None likewise.
     matmul_precision: of products of float32 matrices there, as JAX names it ('default',
       'high', 'highest'); None likewise.
-    weights_dtype: what matrices and heads are rounded to and stored in; None: as before there
-      was a choice, matrices in the activation dtype and heads in float32.
+    weights_dtype: what matrices and heads are rounded to and stored in; None: matrices in the
+      activation dtype and heads in float32.
     head_dtype: 'int8' where output heads were read in 8 bits first; None: as they were stored.
     base_digest: digest of the parameters that every full-depth text depends on, where maps of
       the exits were fitted beside them; None: there are no such maps.
-    encoder_dtype: 'int8' where all that is multiplied once a prompt was in 8 bits, whatever
-      `weights_dtype` is; None: as that has it.
+    encoder_dtype: 'int8' where all that is multiplied once a prompt was in 8 bits; None: as
+      `weights_dtype` has it.
     reference_dtype: 'float32' where outputs are compared with the full model's in that dtype;
       None: with those of full depth decoded as they are themselves.
     reference_digest: `parameters_digest` of another model, with whose full-depth outputs they
@@ -104,8 +107,8 @@ class Procedure:
   reference_digest: str | None = None
 
   def __post_init__(self):
-    layers = self.exit_layers
     whole = lambda layer: isinstance(layer, numbers.Integral) and not isinstance(layer, bool)
+    layers = self.exit_layers
     if not isinstance(layers, tuple | list) or not all(map(whole, layers)):
       raise ValueError(
         f"Expected `exit_layers` to be decoder layers, whole numbers from 1, got {layers!r}."
@@ -113,16 +116,11 @@ class Procedure:
     object.__setattr__(self, "exit_layers", tuple(map(int, layers)))
     for name in ("schedule", "shortlist", "decode_method", "configuration"):
       object.__setattr__(self, name, _plain(getattr(self, name), name))
-    for name in ("schedule", "decode_method"):
-      if not isinstance(getattr(self, name), dict) or "name" not in getattr(self, name):
-        raise ValueError(
-          f"Expected `{name}` to be a dict with a 'name', got {getattr(self, name)!r}."
-        )
-    for name in _ADDED[1:]:  # after the configuration
-      if not isinstance(getattr(self, name), str | None):
-        raise ValueError(
-          f"Expected `{name}` to be a text or null, got {getattr(self, name)!r}."
-        )
+    kinds = dict.fromkeys(("schedule", "decode_method"), ("a dict with a 'name'", _is_named))
+    kinds |= dict.fromkeys(_ADDED[1:], ("a text or null", lambda v: isinstance(v, str | None)))
+    for name, (kind, holds) in kinds.items():
+      if not holds(value := getattr(self, name)):
+        raise ValueError(f"Expected `{name}` to be {kind}, got {value!r}.")
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values, without those that are None in files of earlier versions."""
@@ -132,13 +130,8 @@ class Procedure:
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> "Procedure":
-    """The inverse of `to_json`.
-
-    Raises:
-      ValueError: a field is missing or unknown.
-    """
-    _check_fields(cls, value, optional=_ADDED)
-    return cls(**value)
+    """The inverse of `to_json`; ValueError where a field is missing or unknown."""
+    return cls(**_fields(cls, value, optional=_ADDED))
 
   def digest(self) -> str:
     """SHA-256 (hexadecimal) of all fields."""
@@ -151,17 +144,14 @@ class Procedure:
     Of configurations the entries that differ alone.
     """
     ours, theirs = self.to_json(), other.to_json()
-    differences = {}
-    for name in {**ours, **theirs}:
-      known = name not in _UNKNOWN or (name in ours and name in theirs)
-      pair = ours.get(name), theirs.get(name)
-      if known and pair[0] != pair[1]:
-        if name == "configuration":
-          here, there = (dict(one or {}) for one in pair)
-          keys = [key for key in here | there if here.get(key) != there.get(key)]
-          pair = tuple({key: one.get(key) for key in keys} for one in (here, there))
-        differences[name] = pair
-    return differences
+    unknown = {name for name in _UNKNOWN if name not in ours or name not in theirs}
+    differ = lambda a, b: [name for name in a | b if a.get(name) != b.get(name)]
+    found = {n: (ours.get(n), theirs.get(n)) for n in differ(ours, theirs) if n not in unknown}
+    if "configuration" in found:
+      here, there = found["configuration"]
+      names = differ(here, there)
+      found["configuration"] = tuple({n: one.get(n) for n in names} for one in (here, there))
+    return found
 
 
 def unknown_platform(procedure: Procedure | None) -> str:
@@ -181,10 +171,8 @@ def describe_differences(
 ) -> str:
   """One line that names each differing field, or '' when the two procedures are the same.
 
-  Args:
-    expected: one procedure; None is that of outputs from elsewhere.
-    got: the other.
-    allow_platform: leave out where they were decoded.
+  None is the procedure of outputs from elsewhere. `allow_platform` leaves out where they were
+  decoded.
   """
   if expected is None or got is None:
     if expected is got:
@@ -239,24 +227,19 @@ class Provenance:
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> "Provenance":
-    """The inverse of `to_json`; missing fields are None.
-
-    Raises:
-      ValueError: a field is unknown.
-    """
-    _check_fields(cls, value, optional=[field.name for field in dataclasses.fields(cls)])
-    return cls(**value)
+    """The inverse of `to_json`; missing fields are None, unknown ones a ValueError."""
+    return cls(**_fields(cls, value, [field.name for field in dataclasses.fields(cls)]))
 
 
-def _check_fields(cls, value: Any, optional) -> None:
-  kind = cls.__name__.lower()
+def _fields(cls: Any, value: Any, optional: Sequence[str]) -> Mapping[str, Any]:
+  """`value`, a JSON object of the fields of `cls`."""
   if not isinstance(value, Mapping):
-    raise ValueError(f"Expected `{kind}` to be a JSON object, got {value!r}.")
+    raise ValueError(f"Expected `{cls.__name__.lower()}` to be a JSON object, got {value!r}.")
   known = {field.name for field in dataclasses.fields(cls)}
-  unknown = sorted(set(value) - known)
-  missing = sorted(known - set(value) - set(optional))
+  unknown, missing = sorted(set(value) - known), sorted(known - set(value) - set(optional))
   if unknown or missing:
     raise ValueError(
-      f"Expected `{kind}` to have the fields {sorted(known)}, got missing {missing}, unknown"
-      f" {unknown}; read it with the version of this package that wrote it."
+      f"Expected `{cls.__name__.lower()}` to have the fields {sorted(known)}, got missing"
+      f" {missing}, unknown {unknown}; read it with the version of this package that wrote it."
     )
+  return value

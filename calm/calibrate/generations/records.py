@@ -1,12 +1,15 @@
-"""Prompts and outputs as lines of JSON, with errors that name the file and the line."""
+"""Prompts and outputs as lines of JSON, and what an output says about a lower threshold."""
 
+import collections
 import dataclasses
-import functools
 import math
 import numbers
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from calm import arguments, storage
 from calm.calibrate import checks
@@ -35,24 +38,22 @@ class Prompt:
   group: str | None = None
 
   def __post_init__(self):
-    _require_text(vars(self), "id")
-    _require_text(vars(self), "input")
     targets, group = self.targets, self.group
-    listed = arguments.is_listing(targets)
-    texts = () if not listed else (targets,) if isinstance(targets, str) else tuple(targets)
-    if not listed or not all(isinstance(target, str) for target in texts):
+    if isinstance(targets, str):
+      targets = (targets,)
+    texts = tuple(targets) if arguments.is_listing(targets) else (targets,)
+    if not all(isinstance(target, str) for target in texts):
       raise ValueError(f"Expected `targets` to be a list of texts, got {targets!r}")
     if not isinstance(group, str | numbers.Integral | None) or isinstance(group, bool):
       raise ValueError(f"Expected `group` to be a text, a whole number or null, got {group!r}")
-    for target in texts:
-      _require_unicode(target, "targets")
-    _require_unicode(str(group), "group")
+    group = None if group is None else str(group)
+    _require_texts(id=(self.id,), input=(self.input,), targets=texts, group=(group or "",))
     object.__setattr__(self, "targets", texts)
-    object.__setattr__(self, "group", None if group is None else str(group))
+    object.__setattr__(self, "group", group)
 
   def to_json(self) -> dict[str, Any]:
     """All fields as JSON values."""
-    return {**dataclasses.asdict(self), "targets": list(self.targets)}
+    return {**vars(self), "targets": list(self.targets)}
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> "Prompt":
@@ -92,30 +93,19 @@ class Record:
   score: float | None = None
 
   def __post_init__(self):
-    _require_text(vars(self), "id")
-    _require_text(vars(self), "prediction")
+    _require_texts(id=(self.id,), prediction=(self.prediction,))
     lengths = {}
-    for name, (kind, convert) in _SEQUENCES.items():
-      values = getattr(self, name)
-      if values is None:
-        continue
-      if isinstance(values, str) or not arguments.is_listing(values):
-        raise ValueError(f"Expected `{name}` to be a list of {kind}, got {values!r}")
-      try:
-        values = tuple(map(convert, values))
-      except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(
-          f"Expected `{name}` of {self.id!r} to be a list of {kind}, got {error}"
-        ) from None
-      object.__setattr__(self, name, values)
-      lengths[name] = len(values)
+    for name, most in _MOST.items():
+      if (values := getattr(self, name)) is not None:
+        values = _numbers(f"`{name}` of {self.id!r}", values, most)
+        object.__setattr__(self, name, values)
+        lengths[name] = len(values)
     if len(set(lengths.values())) > 1:
       raise ValueError(
         f"Expected the sequences of {self.id!r} to have one length, got {lengths}; give each an"
         " entry for every token"
       )
-    if self.score is not None:
-      score = self.score
+    if (score := self.score) is not None:
       real = isinstance(score, numbers.Real) and not isinstance(score, bool)
       if not real or not math.isfinite(float(score)):
         raise ValueError(f"Expected `score` to be a finite number (nats), got {score!r}")
@@ -123,12 +113,8 @@ class Record:
 
   def to_json(self) -> dict[str, Any]:
     """The fields that are there, as JSON values."""
-    value = {name: getattr(self, name) for name in _RECORD_FIELDS}
-    return {
-      name: list(field) if isinstance(field, tuple) else field
-      for name, field in value.items()
-      if field is not None
-    }
+    plain = lambda value: list(value) if isinstance(value, tuple) else value
+    return {name: plain(value) for name, value in vars(self).items() if value is not None}
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> "Record":
@@ -137,55 +123,52 @@ class Record:
     Raises:
       ValueError: `id` or `prediction` is missing, or sequences disagree in length.
     """
-    _require_text(value, "id")
-    _require_text(value, "prediction")
-    return cls(**{name: value[name] for name in _RECORD_FIELDS if name in value})
+    names = ("id", "prediction", *_MOST, "score")
+    return cls(**{"id": None, "prediction": None} | {n: value[n] for n in names if n in value})
 
 
-def _whole(most: int, value: Any) -> int:
-  whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-  if not whole or not 0 <= int(value) <= most:
-    raise ValueError(repr(value))
-  return int(value)
-
-
-def _confidence(value: Any) -> float:
-  """As written: a numpy float32 keeps its short digits (0.9, not 0.89999998)."""
-  if isinstance(value, bool) or not isinstance(value, numbers.Real):
-    raise ValueError(repr(value))
-  number = float(str(value)) if hasattr(value, "dtype") else float(value)
-  if not -_ROUNDING <= number <= 1 + _ROUNDING:  # NaN and infinities too
-    raise ValueError(repr(value))
-  return number
-
-
-# Float32 cosines and softmax margins pass their bounds by so much.
+# The greatest value of each sequence; confidences are rounded by as much as float32 cosines and
+# softmax margins pass their bounds.
 _ROUNDING = 1e-5
-# Field: what its values are, and a conversion of each that raises ValueError with what was got.
-_SEQUENCES = {
-  "tokens": (f"whole numbers in 0 ... {2**31 - 1}", functools.partial(_whole, 2**31 - 1)),
-  "exit_layers": (f"whole numbers in 0 ... {2**10}", functools.partial(_whole, 2**10)),
-  "confidences": ("numbers in [0, 1]", _confidence),
-  "rejected_confidences": ("numbers in [0, 1]", _confidence),
-}
-_RECORD_FIELDS = ("id", "prediction", *_SEQUENCES, "score")
+_MOST = {"tokens": 2**31 - 1, "exit_layers": 2**10, "confidences": 1, "rejected_confidences": 1}
 
 
-def _require_text(value: Mapping[str, Any], name: str) -> None:
-  if not isinstance(value.get(name), str):
-    raise ValueError(f"Expected `{name}` to be a text, got {value.get(name)!r}")
-  _require_unicode(value[name], name)
+def _numbers(name: str, values: Any, most: int) -> tuple:
+  """A field's numbers: confidences in [0, 1], or whole numbers up to `most`."""
+  kinds, slack = ((int, float), _ROUNDING) if most == 1 else ((int,), 0)
+  kind = "numbers in [0, 1]" if most == 1 else f"whole numbers in 0 ... {most}"
+  if isinstance(values, str) or not arguments.is_listing(values):
+    raise ValueError(f"Expected {name} to be a list of {kind}, got {values!r}")
+  # numpy's scalars too: a float32 keeps its short digits (0.9, not 0.89999998).
+  found = [v if type(v) in (int, float) else _plain(v) for v in values]
+  for value in found:
+    if type(value) not in kinds or not -slack <= value <= most + slack:  # NaN too
+      raise ValueError(f"Expected {name} to be a list of {kind}, got {value!r}")
+  return tuple(map(float, found)) if most == 1 else tuple(found)
 
 
-def _require_unicode(text: str, name: str) -> None:
-  """ValueError for half of a surrogate pair, which JSON can hold and no file in UTF-8."""
-  try:
-    text.encode("utf-8")
-  except UnicodeEncodeError as error:
-    raise ValueError(
-      f"Expected `{name}` to be Unicode, got half of a surrogate pair, {text[error.start]!r},"
-      f" at character {error.start + 1}"
-    ) from None
+def _plain(value: Any) -> Any:
+  if isinstance(value, np.floating):
+    return float(str(value))
+  return int(value) if isinstance(value, np.integer) else value
+
+
+def _require_texts(**fields: Sequence[Any]) -> None:
+  """ValueError where a field is no text, or holds half of a surrogate pair.
+
+  JSON can hold such halves, and no file in UTF-8 can.
+  """
+  for name, texts in fields.items():
+    for text in texts:
+      if not isinstance(text, str):
+        raise ValueError(f"Expected `{name}` to be a text, got {text!r}")
+      try:
+        text.encode("utf-8")
+      except UnicodeEncodeError as error:
+        raise ValueError(
+          f"Expected `{name}` to be Unicode, got half of a surrogate pair,"
+          f" {text[error.start]!r}, at character {error.start + 1}"
+        ) from None
 
 
 def read_prompts(path: str | pathlib.Path) -> tuple[Prompt, ...]:
@@ -202,11 +185,10 @@ def read_prompts(path: str | pathlib.Path) -> tuple[Prompt, ...]:
       raise line.error(
         f"expected a prompt, got none: {error}; give each an `id` and an `input`, both texts."
       ) from error
-    if prompt.id in prompts:
+    if prompts.setdefault(prompt.id, prompt) is not prompt:
       raise line.error(
         f"expected every id once, got {prompt.id!r} twice; give every prompt its own."
       )
-    prompts[prompt.id] = prompt
   if not prompts:
     raise GenerationsError(
       f"{path}: expected a prompt a line, got no prompt; write at least one."
@@ -222,3 +204,56 @@ def check_unique(prompts: Sequence[Prompt]) -> None:
       f"Expected `prompts` to be at least one prompt with unique ids, got {len(prompts)}"
       f" prompts; ids that occur more than once: {twice[:5]}."
     )
+
+
+def reusable_tokens(record: Record, thresholds: npt.ArrayLike) -> int:
+  """Leading tokens of `record` that are the same when decoded with lower thresholds.
+
+  Lowering the threshold changes nothing as long as no earlier layer would now exit. A token's
+  `rejected_confidences` entry is the highest confidence that was refused before its exit, so
+
+      the sequence is the same  iff  rejected_confidences[t] < new threshold, for all t
+
+  Up to the first t where this fails everything is the same, caches included; decoding goes on
+  there. Comparisons are in float32, as in the decoder. A refusal of 0 may also mean that
+  nothing was refused, so at threshold 0 less is kept than could be.
+
+  Args:
+    record: a generation at a higher threshold, `NEVER_EXIT` with measuring included.
+    thresholds: [length] the schedule's value at every generated token of the new setting; each
+      at most the value that `record` was decoded with. More values than tokens are ignored.
+
+  Returns:
+    The number of tokens, `len(record.tokens)` where the whole sequence is the same. The token
+    at that position is where decoding goes on. 0 for records that lack `rejected_confidences`.
+  """
+  refused = np.asarray(record.rejected_confidences or (), np.float32)
+  exits_now = refused >= np.asarray(thresholds, np.float32)[: len(refused)]
+  return int(np.argmax(exits_now)) if exits_now.any() else len(refused)
+
+
+def count_reuse(reused: Sequence[int], made: Sequence[Record]) -> collections.Counter[str]:
+  """Sequences and tokens of some records, and how many of each were not decoded again.
+
+  Args:
+    reused: [num_records] leading tokens taken over for each.
+    made: [num_records] the records.
+  """
+  lengths = [len(record.tokens or ()) for record in made]
+  kept = list(map(min, reused, lengths))
+  whole = sum(part == length for part, length in zip(kept, lengths, strict=True))
+  return collections.Counter(
+    sequences=len(lengths), whole=whole, tokens=sum(lengths), reused_tokens=sum(kept)
+  )
+
+
+def describe_reuse(counts: Mapping[str, int]) -> str:
+  """Summed counts of `count_reuse` as a sentence."""
+  whole, sequences, reused, tokens = (
+    counts[name] for name in ("whole", "sequences", "reused_tokens", "tokens")
+  )
+  share = lambda part, total: f"{part / total:.1%}" if total else "none to reuse"
+  return (
+    f"reused {whole} of {sequences} sequences whole ({share(whole, sequences)}) and {reused} of"
+    f" {tokens} tokens ({share(reused, tokens)})"
+  )

@@ -1,21 +1,42 @@
-"""Cached generations are read as they were written, on the disk or in memory, or refused."""
+"""Cached generations: written, killed, resumed, mixed with nothing, read or refused."""
 
 import dataclasses
 import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 
 from calm import storage
-from calm.calibrate import NEVER_EXIT, generations, losses
-from calm.calibrate.generations import cache, order
-from calm.calibrate.generations import writer as writer_lib
-from calm.calibrate.generations.records import GenerationsError, Record
+from calm.calibrate import NEVER_EXIT, GenerationsError, Prompt, Provenance, Record, losses
+from calm.calibrate.generations import cache, order, records, shards
 from calm.commands import run as run_lib
 from tests.calibrate import laws
 from tests.calibrate.generations import shards_test
 
 GRID = [0.9, 0.5]
+EARLY, LATE, FULL = (cache.threshold_file(level) for level in (0.5, 0.9, NEVER_EXIT))
+IDS = ("id-000", "id-001", "id-002")
+
+
+def start(directory, **changes):
+  options = dict(prompts=laws.prompts(3), thresholds=GRID, procedure=laws.procedure())
+  return cache.open_writer(directory, **{**options, **changes})
+
+
+def write(directory, *, short=(), **changes):
+  """A run that is whole but not finished; `short` maps thresholds to how many records."""
+  writer = start(directory, **changes)
+  rows = changes.get("prompts", laws.prompts(3))
+  for threshold in (NEVER_EXIT, *GRID):
+    kept = rows[: dict(short).get(threshold, len(rows))]
+    writer.append(threshold, [laws.record(p.id, f"{p.id} at {threshold}") for p in kept])
+  return writer
 
 
 def in_test_order(prompts, procedure=None, by_group=False):
@@ -25,50 +46,45 @@ def in_test_order(prompts, procedure=None, by_group=False):
   return [prompts[row] for row in order.decoding_order(ids, groups, procedure, contents)]
 
 
-def write(directory, procedure=None, *, grid=GRID, count=3, sequential=False, short=()):
-  """A finished run; `short` maps thresholds to how many records they get."""
-  rows = in_test_order(laws.prompts(count), procedure) if sequential else laws.prompts(count)
-  writer = writer_lib.open_writer(
-    directory, prompts=rows, thresholds=grid, procedure=procedure, sequential=sequential
-  )
-  for threshold in (NEVER_EXIT, *grid):
-    kept = rows[: dict(short).get(threshold, count)]
-    if kept:
-      writer.append(threshold, [laws.record(p.id, f"{p.id} at {threshold}") for p in kept])
-  return writer
-
-
 def edit(path, change):
   path.write_bytes(change(path.read_bytes()))
 
 
+def edit_manifest(directory, change, seal=True):
+  """Changes fields; with `seal`, new checksums of what stands there, as a forger has them."""
+  manifest = json.loads((directory / cache.MANIFEST).read_text()) | change
+  if seal:
+    sums = {name: storage.checksum(directory / name) for name in manifest["checksums"]}
+    manifest["checksums"] = sums
+  (directory / cache.MANIFEST).write_text(json.dumps(manifest))
+
+
+def predictions(column):
+  return [record.prediction for record in column]
+
+
+# ---- Reading
+
+
 def test_what_is_written_is_read_in_the_recorded_order(tmp_path):
-  procedure = laws.procedure()
-  writer = writer_lib.open_writer(
-    tmp_path, prompts=laws.prompts(3), thresholds=GRID, procedure=procedure
-  )
+  writer = start(tmp_path)
   for threshold in (NEVER_EXIT, *GRID):
-    for name in ("id-002", "id-000", "id-001"):
+    for name in (IDS[2], IDS[0], IDS[1]):
       writer.append(threshold, [Record(name, f"{name} {threshold}", exit_layers=[2, 1])])
   writer.finish()
-  loaded = generations.load(tmp_path)
-  assert loaded.ids == ("id-000", "id-001", "id-002")
-  assert loaded.prompts == laws.prompts(3)
+  loaded = cache.load(tmp_path)
+  assert loaded.prompts == laws.prompts(3) and loaded.ids == IDS
   assert loaded.references == (("word0 same",), ("word1 same",), ("word2 same",))
-  assert loaded.groups == ("group-0", "group-0", "group-1")
-  assert loaded.thresholds.tolist() == GRID and loaded.procedure == procedure
-  assert [r.prediction for r in loaded.records[1]] == [f"{n} 0.5" for n in loaded.ids]
-  assert [r.prediction for r in loaded.full] == [f"{n} inf" for n in loaded.ids]
-  assert "3 prompts, 2 thresholds" in repr(loaded)
+  assert loaded.thresholds.tolist() == GRID and loaded.procedure == laws.procedure()
+  assert predictions(loaded.records[1]) == [f"{n} 0.5" for n in IDS]
+  assert predictions(loaded.full) == [f"{n} inf" for n in IDS]
 
 
 def test_layer_counts_leave_padding_out():
   made = laws.generations(2, grid=(0.9,), texts=[["x", "y"]])
   assert made.layer_counts() is None
   rows = (Record("a", "x", exit_layers=[2, 3, 0]), Record("b", "y", exit_layers=[4]))
-  layers, tokens = generations.Generations(
-    made.prompts, made.thresholds, (rows,), made.full
-  ).layer_counts()
+  layers, tokens = dataclasses.replace(made, records=(rows,)).layer_counts()
   np.testing.assert_array_equal(layers, [[5], [4]])
   np.testing.assert_array_equal(tokens, [[2], [1]])
 
@@ -77,115 +93,52 @@ def test_layer_counts_leave_padding_out():
   ("name", "change", "message"),
   [
     ("manifest.json", lambda b: b"", r"manifest.json: expected a JSON object, got .*; resume"),
+    ("manifest.json", lambda b: b"[]", r"expected a JSON object, got \[\]"),
+    (LATE, lambda b: b[:-9], r"threshold_0.9.jsonl:3: .*cut off"),
+    (LATE, lambda b: b + b.splitlines(True)[0], r":4: expected every id once, got .* twice; r"),
+    (LATE, lambda b: b"".join(b.splitlines(True)[1:]), r"1 without one, first \['id-000'\]"),
+    (LATE, lambda b: b.replace(b"id-001", b"id-777"), r"records of others: \['id-777'\]"),
     (
-      "manifest.json",
-      lambda b: b.replace(b'"schema_version": 1', b'"schema_version": 7'),
-      "got 7",
+      LATE,
+      lambda b: b.replace(b'"prediction"', b'"o"', 1),
+      r":1: expected a record of an outp",
     ),
-    ("manifest.json", lambda b: b"[]", "`schema_version` to be 1, got None"),
-    ("threshold_0.9.jsonl", lambda b: b[:-9], r"threshold_0.9.jsonl:3: .*cut off"),
-    (
-      "threshold_0.9.jsonl",
-      lambda b: b + b.splitlines(True)[0],
-      r":4: expected every id once, got .* twice; resume",
-    ),
-    (
-      "threshold_0.9.jsonl",
-      lambda b: b"".join(b.splitlines(True)[1:]),
-      r"each of the 3 prompts, got 1 without one, first \['id-000'\]",
-    ),
-    (
-      "threshold_0.9.jsonl",
-      lambda b: b.replace(b"id-001", b"id-777"),
-      r"of the manifest's prompts, got .*id-777",
-    ),
-    (
-      "threshold_0.9.jsonl",
-      lambda b: b.replace(b'"prediction"', b'"other"', 1),
-      r":1: expected a record of an output, got none",
-    ),
-    (
-      "prompts.jsonl",
-      lambda b: b.replace(b"id-001", b"id-777"),
-      r"prompts.jsonl: expected the ids of manifest.json, got",
-    ),
+    ("prompts.jsonl", lambda b: b.replace(b"id-001", b"id-777"), "the ids of manifest.json"),
   ],
 )
 def test_damage_is_named_with_file_and_line(tmp_path, name, change, message):
   write(tmp_path)  # not finished: no checksum hides the line
   edit(tmp_path / name, change)
   with pytest.raises(GenerationsError, match=message):
-    generations.load(tmp_path)
+    cache.load(tmp_path)
 
 
-def test_missing_files_are_named(tmp_path):
+def test_missing_and_edited_files_are_named(tmp_path):
   with pytest.raises(GenerationsError, match=r"which has no manifest.json; give"):
-    generations.load(tmp_path)
+    cache.load(tmp_path)
   write(tmp_path).finish()
-  (tmp_path / "threshold_0.5.jsonl").unlink()
-  with pytest.raises(
-    GenerationsError, match=r"threshold_0.5.jsonl: expected a file, .* got none"
-  ):
-    generations.load(tmp_path)
-
-
-def test_checksums_find_a_whole_line_that_was_edited(tmp_path):
-  write(tmp_path).finish()
-  edit(tmp_path / "threshold_0.5.jsonl", lambda b: b.replace(b"at 0.5", b"at 0.6", 1))
+  edit(tmp_path / EARLY, lambda b: b.replace(b"at 0.5", b"at 0.6", 1))
   with pytest.raises(GenerationsError, match=r"threshold_0.5.jsonl: expected the SHA-256"):
-    generations.load(tmp_path)
-  edit(tmp_path / "threshold_0.5.jsonl", lambda b: b[:-5])
+    cache.load(tmp_path)
+  manifest = json.loads((tmp_path / cache.MANIFEST).read_text())
+  for checksums in ({}, {"prompts.jsonl": manifest["checksums"]["prompts.jsonl"]}):
+    # Without them an edited record looks like any other.
+    edit_manifest(tmp_path, {"checksums": checksums}, seal=False)
+    with pytest.raises(GenerationsError, match=r"`checksums` .* none for .*resume the run"):
+      cache.load(tmp_path)
+  (tmp_path / cache.MANIFEST).write_text(json.dumps(manifest))
+  edit(tmp_path / EARLY, lambda b: b[:-5])
   with pytest.raises(GenerationsError, match=r"threshold_0.5.jsonl:3: .*cut off"):
-    generations.load(tmp_path)
-
-
-def test_outputs_of_two_procedures_do_not_mix(tmp_path):
-  write(tmp_path / "one", laws.procedure())
-  write(tmp_path / "two", laws.procedure(measure="state"))
-  other = (tmp_path / "two" / "threshold_0.5.jsonl").read_bytes().splitlines(True)[1]
-  edit(
-    tmp_path / "one" / "threshold_0.5.jsonl",
-    lambda b: b"".join([b.splitlines(True)[0], other, b.splitlines(True)[2]]),
-  )
-  with pytest.raises(
-    GenerationsError, match=r"threshold_0.5.jsonl:2: .* two procedures are mixed"
-  ):
-    generations.load(tmp_path / "one")
-
-
-def test_sequential_runs_may_lack_a_suffix_only(tmp_path):
-  write(tmp_path / "a", sequential=True, short={0.9: 2, 0.5: 0}.items()).finish()
-  loaded = generations.load(tmp_path / "a")
-  assert [len(rows) for rows in loaded.records] == [2, 0]
-  assert loaded.sequential and loaded.layer_counts() is None
-  edit(tmp_path / "a" / "threshold_0.9.jsonl", lambda b: b.splitlines(True)[1])
-  manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
-  manifest["checksums"] = {}
-  storage.write_atomically(tmp_path / "a" / "manifest.json", json.dumps(manifest))
-  with pytest.raises(
-    GenerationsError, match=r"only the last prompts .* missing before prompts"
-  ):
-    generations.load(tmp_path / "a")
-
-
-def test_a_manifest_without_checksums_is_refused_unless_asked(tmp_path):
-  """Without them an edited record looks like any other."""
-  write(tmp_path).finish()
-  manifest = json.loads((tmp_path / "manifest.json").read_text())
-  edit(tmp_path / "threshold_0.5.jsonl", lambda b: b.replace(b"at 0.5", b"at 0.6", 1))
-  for checksums in ({}, {"prompts.jsonl": manifest["checksums"]["prompts.jsonl"]}, None):
-    changed = {**manifest, "checksums": checksums}
-    if checksums is None:
-      del changed["checksums"]
-    storage.write_atomically(tmp_path / "manifest.json", json.dumps(changed))
-    with pytest.raises(GenerationsError, match=r"`checksums` .* none for .*unverified=True"):
-      generations.load(tmp_path)
-    assert generations.load(tmp_path, unverified=True).records[1][0].prediction
+    cache.load(tmp_path)
+  (tmp_path / EARLY).unlink()
+  with pytest.raises(GenerationsError, match=r"0.5.jsonl: expected a file, .* got none"):
+    cache.load(tmp_path)
 
 
 @pytest.mark.parametrize(
   ("change", "message"),
   [
+    ({"schema_version": 7}, "`schema_version` to be 1, .*, got 7"),
     ({"prompt_ids": ["id-000"] * 3}, "`prompt_ids` to be a list of different texts"),
     ({"prompt_ids": None}, "`prompt_ids` to be a list of different texts, got None"),
     ({"thresholds": ["0.9"]}, "`thresholds` to be a list of numbers"),
@@ -193,95 +146,89 @@ def test_a_manifest_without_checksums_is_refused_unless_asked(tmp_path):
     ({"checksums": {"../prompts.jsonl": "x"}}, "`checksums` to be an object of texts"),
     ({"procedure": "mine"}, "`procedure` to be an object or null"),
     ({"procedure": {"temperature": 1}}, "`procedure` to be that of a run, got"),
-    ({"provenance": []}, "`provenance` to be an object or null"),
     ({"provenance": {"metric": 3}}, "`provenance` to be that of a run, got"),
     ({"sequential": 1}, "`sequential` to be true or false"),
     ({"by_group": None}, "`by_group` to be true or false"),
   ],
 )
 def test_a_manifest_of_other_types_is_refused_by_the_field(tmp_path, change, message):
-  write(tmp_path, laws.procedure())
-  manifest = json.loads((tmp_path / "manifest.json").read_text())
-  storage.write_atomically(tmp_path / "manifest.json", json.dumps({**manifest, **change}))
+  write(tmp_path)
+  edit_manifest(tmp_path, change, seal=False)
   with pytest.raises(GenerationsError, match=rf"manifest\.json: expected {message}"):
-    generations.load(tmp_path, unverified=True)
-  (name,) = change
-  if name in ("prompt_ids", "thresholds"):
-    del manifest[name]
-    storage.write_atomically(tmp_path / "manifest.json", json.dumps(manifest))
-    with pytest.raises(GenerationsError, match=f"expected `{name}` to be .*, got none"):
-      generations.load(tmp_path)
-
-
-def sealed(directory):
-  """New checksums for what stands there, as somebody who edits files would write them."""
-  path = directory / cache.MANIFEST
-  manifest = json.loads(path.read_text())
-  names = manifest["checksums"]
-  manifest["checksums"] = {name: storage.checksum(directory / name) for name in names}
-  path.write_text(json.dumps(manifest))
-
-
-def test_files_of_two_thresholds_that_were_swapped_are_refused(tmp_path):
-  write(tmp_path).finish()
-  names = [cache.threshold_file(threshold) for threshold in GRID[:2]]
-  texts = [(tmp_path / name).read_text() for name in names]
-  for name, text in zip(names, reversed(texts), strict=True):
-    (tmp_path / name).write_text(text)
-  sealed(tmp_path)
-  with pytest.raises(GenerationsError, match=r"jsonl:1: expected records of the threshold"):
     cache.load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["thresholds", "sequential", "by_group", "prompt_ids"])
-def test_a_manifest_is_held_against_the_story_of_its_run(tmp_path, name):
+def drop_the_last_prompt(folder):
+  for file in folder.glob("*.jsonl"):
+    rows = file.read_text().splitlines(True)
+    file.write_text("".join(row for row in rows if json.loads(row)["id"] != IDS[2]))
+
+
+def swap_two_files(folder):
+  texts = [(folder / name).read_bytes() for name in (EARLY, LATE)]
+  for name, text in zip((LATE, EARLY), texts, strict=True):
+    (folder / name).write_bytes(text)
+
+
+@pytest.mark.parametrize(
+  ("change", "forge", "message"),
+  [
+    ({"thresholds": [0.5]}, None, "`thresholds` of the run that wrote it"),
+    ({"sequential": True}, None, "`sequential` of the run that wrote it"),
+    ({"by_group": True}, None, "`by_group` of the run that wrote it"),
+    ({"prompt_ids": list(IDS[:2])}, drop_the_last_prompt, "`number of prompts` of the run"),
+    ({}, swap_two_files, "records of the threshold that the file is named by"),
+  ],
+)
+def test_a_forged_run_is_held_against_its_own_story(tmp_path, change, forge, message):
   write(tmp_path).finish()
-  path = tmp_path / cache.MANIFEST
-  manifest = json.loads(path.read_text())
-  if name == "prompt_ids":  # the last prompt is dropped, everywhere
-    gone = manifest[name].pop()
-    for file in tmp_path.glob("*.jsonl"):
-      lines = file.read_text().splitlines(True)
-      file.write_text("".join(one for one in lines if json.loads(one)["id"] != gone))
-  else:
-    manifest[name] = manifest[name][1:] if name == "thresholds" else True
-  path.write_text(json.dumps(manifest))
-  sealed(tmp_path)
-  with pytest.raises(GenerationsError, match=f"expected `{name}` as `provenance` tells"):
+  if forge is not None:
+    forge(tmp_path)
+  edit_manifest(tmp_path, change)
+  with pytest.raises(GenerationsError, match=f"expected {message}"):
     cache.load(tmp_path)
 
 
 @pytest.mark.parametrize("by_group", [False, True])
 def test_sequential_is_not_turned_on_in_a_manifest_of_an_earlier_version(tmp_path, by_group):
   """Its provenance tells nothing of it, but a run that stops early has an order of its own."""
-  write(tmp_path, count=8).finish()
-  path = tmp_path / cache.MANIFEST
-  manifest = {**json.loads(path.read_text()), "provenance": {"notes": {"model": "m"}}}
-  path.write_text(json.dumps({**manifest, "sequential": True, "by_group": by_group}))
-  with pytest.raises(GenerationsError, match="expected `prompt_ids` in the order of a test"):
+  write(tmp_path, procedure=None, prompts=laws.prompts(8)).finish()
+  flags = {"sequential": True, "by_group": by_group}
+  edit_manifest(tmp_path, {"provenance": {"notes": {"model": "m"}}, **flags})
+  with pytest.raises(GenerationsError, match=r"`order of prompts` .* test that stops early"):
     cache.load(tmp_path)
   # An honest run of an earlier version, cut off where it was decided, is read; the unit of its
   # test is not changed either.
   honest = [prompt.id for prompt in in_test_order(laws.prompts(8), None, by_group)]
-  manifest |= {"prompt_ids": honest, "sequential": True, "by_group": by_group}
-  early = tmp_path / cache.threshold_file(0.5)
-  lines = early.read_text().splitlines(True)
-  early.write_text("".join(line for line in lines if json.loads(line)["id"] in honest[:2]))
-  path.write_text(json.dumps(manifest))
-  sealed(tmp_path)
+  rows = (tmp_path / EARLY).read_text().splitlines(True)
+  (tmp_path / EARLY).write_text(
+    "".join(row for row in rows if json.loads(row)["id"] in honest[:2])
+  )
+  edit_manifest(tmp_path, {"prompt_ids": honest})
   assert [len(rows) for rows in cache.load(tmp_path).records] == [8, 2]
-  path.write_text(json.dumps({**json.loads(path.read_text()), "by_group": not by_group}))
-  with pytest.raises(GenerationsError, match="expected `prompt_ids` in the order of a test"):
+  edit_manifest(tmp_path, {"by_group": not by_group})
+  with pytest.raises(GenerationsError, match=r"`order of prompts` .* test that stops early"):
     cache.load(tmp_path)
 
 
-FIELDS = ("values", "thresholds", "ids")
+def test_sequential_runs_may_lack_a_suffix_only(tmp_path):
+  rows = in_test_order(laws.prompts(3), laws.procedure())
+  write(tmp_path, prompts=rows, sequential=True, short={0.9: 2, 0.5: 0}).finish()
+  loaded = cache.load(tmp_path)
+  assert [len(column) for column in loaded.records] == [2, 0]
+  assert loaded.sequential and loaded.layer_counts() is None
+  edit(tmp_path / LATE, lambda b: b.splitlines(True)[1])
+  edit_manifest(tmp_path, {})
+  with pytest.raises(GenerationsError, match=r"lack only the last prompts .* missing before"):
+    cache.load(tmp_path)
+
+
+# ---- Long files stay on the disk
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  root = tmp_path_factory.mktemp("columns")
-  return shards_test.write(root)
+  return shards_test.write(tmp_path_factory.mktemp("columns"))
 
 
 @pytest.fixture
@@ -289,34 +236,23 @@ def on_disk(folder, monkeypatch):
   """As a folder of long files is read, the prompts a few at a time."""
   monkeypatch.setattr(cache, "LONG_FILE", 0)
   monkeypatch.setattr(losses, "PROMPTS", 7)
-  return generations.load(folder)
+  return cache.load(folder)
 
 
 def test_they_are_the_same_records(folder, on_disk):
-  there = generations.load(folder, in_memory=True)
+  there = cache.load(folder, in_memory=True)
   assert isinstance(on_disk.full, cache.Column) and isinstance(there.full, tuple)
-  assert on_disk.full == there.full and on_disk.records == there.records
-  assert there.records[0] == on_disk.records[0]  # whichever side is asked
-  assert on_disk.records[1] != there.records[0] and on_disk.full != 3
-  column, records = on_disk.records[1], there.records[1]
-  assert column[3] == records[3] and column[-1] == records[-1]
-  assert tuple(column[5:8]) == records[5:8] and len(column) == len(records)
-  assert list(cache.texts(column)) == list(cache.texts(records))
-  assert "60 records of" in repr(column)
+  for column, kept in zip(
+    (on_disk.full, *on_disk.records), (there.full, *there.records), strict=True
+  ):
+    assert tuple(column) == kept and tuple(column[5:8]) == kept[5:8]
+    assert column[3] == kept[3] and column[-1] == kept[-1] and len(column) == len(kept)
+    assert list(cache.texts(column)) == list(cache.texts(kept))
   with pytest.raises(IndexError):
-    column[60]
-
-
-def test_layers_are_counted_without_reading_again(folder, on_disk):
-  there = generations.load(folder, in_memory=True)
-  on_disk.records[0].path.rename(on_disk.records[0].path.with_suffix(".away"))
-  try:
-    for ours, theirs in zip(on_disk.layer_counts(), there.layer_counts(), strict=True):
-      np.testing.assert_array_equal(ours, theirs)
-    means = run_lib.mean_layers(on_disk)
-    assert means == run_lib.mean_layers(there) == {0.9: 2.5, 0.5: 2.5}
-  finally:
-    on_disk.records[0].path.with_suffix(".away").rename(on_disk.records[0].path)
+    on_disk.full[60]
+  for ours, theirs in zip(on_disk.layer_counts(), there.layer_counts(), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+  assert run_lib.mean_layers(on_disk) == run_lib.mean_layers(there) == {0.9: 2.5, 0.5: 2.5}
 
 
 @pytest.mark.parametrize("kind", ["textual", "risk_signed", "risk_clipped"])
@@ -324,7 +260,6 @@ def test_losses_do_not_depend_on_how_many_prompts_are_read_at_a_time(folder, on_
   labelled = lambda prompts: tuple(
     dataclasses.replace(prompt, targets=(f"{prompt.input} at inf",)) for prompt in prompts
   )
-  there = generations.load(folder, in_memory=True)
   told: list[tuple[int, int]] = []
   ours, theirs = (
     losses.compute(
@@ -333,22 +268,210 @@ def test_losses_do_not_depend_on_how_many_prompts_are_read_at_a_time(folder, on_
       workers=1,
       progress=lambda *counts: told.append(counts),
     )
-    for one in (on_disk, there)
+    for one in (on_disk, cache.load(folder, in_memory=True))
   )
   np.testing.assert_array_equal(ours.values, theirs.values)
-  assert theirs.values.any()
-  assert all(done <= total for done, total in told)
+  assert theirs.values.any() and all(done <= total for done, total in told)
 
 
-def test_what_is_damaged_is_named_as_ever(folder, on_disk, tmp_path, monkeypatch):
-  monkeypatch.setattr(cache, "LONG_FILE", 0)
-  shards_test.write(tmp_path)
-  path = tmp_path / folder.name / "threshold_0.5.jsonl"
-  lines = path.read_text().splitlines(keepends=True)
-  path.write_text("".join([*lines[:4], lines[0]]))
-  manifest = path.parent / generations.MANIFEST
-  manifest.write_text(manifest.read_text().replace('"checksums"', '"unused"'))
-  with pytest.raises(
-    generations.cache.GenerationsError, match=r":5: expected every id once, got .* twice"
-  ):
-    generations.load(path.parent)
+# ---- Writing and resuming
+
+
+def test_what_two_writers_left_is_taken_out_and_decoded_again(tmp_path):
+  write(tmp_path).finish()
+  edit_manifest(tmp_path, {"checksums": {}})
+  path = tmp_path / LATE
+  first, second, third = path.read_bytes().splitlines(keepends=True)
+  other = second.replace(b"at 0.9", b"at 9.9")
+  no_record = third.replace(b'"prediction"', b'"prophecy"')
+  path.write_bytes(first + second + first + third[:20] + b"\n" + other + no_record)
+  again = start(tmp_path)
+  assert again.completed_ids(0.9) == {"id-000"} and path.read_bytes() == first
+  assert any("2 damaged lines and 1 doubled" in report for report in again.reports)
+  again.append(0.9, [laws.record(name, f"{name} at 0.9") for name in IDS[1:]])
+  again.finish()
+  assert predictions(cache.load(tmp_path).records[0]) == [f"{name} at 0.9" for name in IDS]
+
+
+def test_records_of_another_procedure_are_no_damage_to_mend(tmp_path):
+  write(tmp_path)
+  mark = cache.procedure_mark(laws.procedure()).encode()
+  edit(tmp_path / LATE, lambda b: b[:-1].replace(mark, b"0123456789abcdef", 1) + b"\n")
+  before = (tmp_path / LATE).read_bytes()
+  for read in (start, cache.load):
+    with pytest.raises(GenerationsError, match=r"9.jsonl:1: .* two procedures are mixed"):
+      read(tmp_path)
+  assert (tmp_path / LATE).read_bytes() == before
+
+
+def test_resuming_keeps_what_is_there_and_drops_a_cut_off_line(tmp_path):
+  writer = start(tmp_path, provenance=Provenance(metric="first"))
+  writer.append(0.9, [Record("id-000", "x"), Record("id-001", "y", exit_layers=[1])])
+  edit(tmp_path / LATE, lambda b: b[:-7])
+  again = start(tmp_path, provenance=Provenance(metric="second"))
+  assert again.completed_ids(NEVER_EXIT) == frozenset() == again.completed_ids(0.5)
+  assert again.completed_records(0.9, IDS) == {"id-000": Record("id-000", "x")}
+  assert again.completed_records(0.5, IDS) == {}
+  (report,) = again.reports
+  assert "threshold_0.9.jsonl:2: the last line was cut off" in report
+  again.append(0.9, [Record("id-001", "y")])
+  edit(tmp_path / LATE, lambda b: b[:-1])  # a whole line that lost its newline is kept
+  again = start(tmp_path)
+  assert again.reports == [] and again.completed_ids(0.9) == {"id-000", "id-001"}
+  assert cache.read_manifest(tmp_path)["provenance"]["metric"] == "first"
+  # A run that does not say where it was decoded.
+  again = start(tmp_path, procedure=laws.procedure(platform="cpu", matmul_precision="default"))
+  (report,) = again.reports
+  assert "did not record `platform` and `matmul_precision`" in report
+  assert again.procedure == laws.procedure()
+
+
+@pytest.mark.parametrize("name", [LATE, "prompts.jsonl"])
+def test_resuming_launders_no_tampered_file(tmp_path, name):
+  """New checksums would be those of the edited records."""
+  write(tmp_path).finish()
+  start(tmp_path).finish()  # untouched, it is opened and closed again
+  manifest, before = ((tmp_path / n).read_bytes() for n in ("manifest.json", name))
+  edit(
+    tmp_path / name, lambda b: b.replace(b"at 0.9", b"at 0.8") if name == LATE else b + b"\n"
+  )
+  with pytest.raises(GenerationsError):
+    start(tmp_path)
+  assert (tmp_path / "manifest.json").read_bytes() == manifest
+  (tmp_path / name).write_bytes(before)
+  start(tmp_path)
+
+
+def test_a_second_writer_is_refused_until_the_first_ends(tmp_path):
+  code = (
+    "import sys\nfrom tests.calibrate.generations import cache_test\n"
+    "held = cache_test.start(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+  )
+  first = subprocess.Popen(
+    [sys.executable, "-c", code, str(tmp_path)],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+    cwd=pathlib.Path(__file__).parents[3],
+  )
+  try:
+    assert first.stdout is not None and first.stdout.readline() == "held\n"
+    with pytest.raises(storage.LockedError, match=f"one writer .* process {first.pid}"):
+      start(tmp_path)
+  finally:
+    first.kill()
+    first.communicate()
+  start(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"procedure": laws.procedure(measure="state")}, "`measure`: expected 'softmax', got 'sta"),
+    ({"procedure": None}, r"has none \(null\)"),
+    ({"thresholds": [0.9, 0.4]}, r"expected `thresholds` to be \[0.9, 0.5\], got \[0.9, 0.4\]"),
+    ({"prompts": laws.prompts(2)}, "expected `prompt_ids` to be .*, got .*; choose"),
+    (
+      {"prompts": [dataclasses.replace(p, input="!") for p in laws.prompts(3)]},
+      "the prompts of",
+    ),
+    ({"sequential": True}, "expected `sequential` to be False, got True"),
+    ({"by_group": True}, "expected `by_group` to be False, got True"),
+  ],
+)
+def test_another_run_is_refused_and_the_field_is_named(tmp_path, change, message):
+  start(tmp_path)
+  with pytest.raises(GenerationsError, match=message):
+    start(tmp_path, **change)
+  manifest = json.loads((tmp_path / "manifest.json").read_text())
+  del manifest["by_group"]  # a run from before groups goes on
+  (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+  start(tmp_path)
+
+
+def test_clusters_of_a_run_by_group_stand_together_and_are_recorded(tmp_path):
+  writer = start(tmp_path, sequential=True, by_group=True)
+  writer.append(NEVER_EXIT, [Record("id-000", "x")])
+  writer.finish()
+  assert cache.load(tmp_path).by_group
+  rows = laws.prompts(3)  # of the groups 0, 0, 1
+  with pytest.raises(ValueError, match="2 clusters in 3 places"):
+    start(tmp_path / "other", prompts=(rows[0], rows[2], rows[1]), by_group=True)
+
+
+def test_append_takes_each_prompt_once_and_finish_needs_everything(tmp_path):
+  writer = start(tmp_path)
+  writer.append(0.9, [Record("id-000", "x")])
+  for names in (["id-000"], ["id-001", "id-001"], ["id-009"]):
+    with pytest.raises(ValueError, match=r"`records` to be of prompts that have none at 0.9"):
+      writer.append(0.9, [Record(name, "x") for name in names])
+  assert writer.completed_ids(0.9) == {"id-000"}
+  with pytest.raises(ValueError, match="at threshold never, got 3 without one; append"):
+    writer.finish()
+  writer.append(0.9, [Record(name, "x") for name in IDS[1:]])
+  for threshold in (NEVER_EXIT, 0.5):
+    writer.append(threshold, [Record(name, "x") for name in IDS])
+  writer.finish()
+  assert len(cache.read_manifest(tmp_path)["checksums"]) == 4
+  start(tmp_path)  # reopened
+  assert cache.read_manifest(tmp_path)["checksums"] == {}
+
+
+def test_places_that_cannot_be_written_are_left_as_they_are(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(OSError, match="choose a folder that can be written"):
+    start(tmp_path / "file" / "below")
+  mine = tmp_path / "prompts.jsonl"
+  mine.write_text('{"id": "p0", "input": "x", "note": 1}\n')
+  with pytest.raises(GenerationsError, match=r"prompts\.jsonl: expected the prompts of this r"):
+    start(tmp_path)
+  assert "note" in mine.read_text() and not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "prompts.jsonl", EARLY])
+def test_a_run_makes_no_file_where_a_planted_link_leads(tmp_path, name):
+  (folder := tmp_path / "run").mkdir()
+  (folder / name).symlink_to(tmp_path / "elsewhere")
+  shards_test.write(tmp_path / "shards")
+  for begin in (start, lambda at: shards.merge([tmp_path / "shards"], at)):
+    with pytest.raises(OSError, match=rf"{name}' .* got a link to a file that does not exist"):
+      begin(folder)
+  assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_start_that_was_stopped_goes_on(tmp_path):
+  start(tmp_path)
+  (tmp_path / cache.MANIFEST).unlink()
+  start(tmp_path)
+  assert (tmp_path / cache.MANIFEST).exists()
+
+
+def test_a_run_killed_at_any_moment_goes_on(tmp_path):
+  code = """
+from tests.calibrate import laws
+from tests.calibrate.generations import cache_test as t
+from calm.calibrate import Record
+import sys
+writer = t.start(sys.argv[1], prompts=laws.prompts(400))
+print('ready', flush=True)
+for p in laws.prompts(400):
+  if p.id not in writer.completed_ids(0.9):
+    writer.append(0.9, [Record(p.id, 'text ' * 200)])
+"""
+  command = [sys.executable, "-c", code, str(tmp_path)]
+  environment = {**os.environ, "PYTHONPATH": "."}
+  for delay in (0.002, 0.005):
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as child:
+      child.stdout.readline()
+      time.sleep(delay)
+      child.send_signal(signal.SIGKILL)
+  subprocess.run(command, check=True, capture_output=True, env=environment)
+  found = {record.id for _, record in cache.read_records(tmp_path / LATE, laws.procedure())}
+  assert found == {p.id for p in laws.prompts(400)}
+
+
+def test_prompts_need_unique_ids():
+  one = Prompt("a", "i")
+  for bad in ([], [one, one]):
+    with pytest.raises(ValueError, match="`prompts` to be at least one prompt with unique ids"):
+      records.check_unique(bad)

@@ -45,18 +45,6 @@ def test_the_order_does_not_depend_on_how_the_prompts_are_stored(groups, random)
   assert orders[0] == orders[1]
 
 
-def test_without_groups_every_prompt_is_a_unit():
-  ids = [f"id-{row}" for row in range(9)]
-  np.testing.assert_array_equal(
-    order.decoding_order(ids, None, None), order.permutation(ids, None)
-  )
-  assert order.consecutive_units(2, None) == (slice(0, 1), slice(1, 2))
-  np.testing.assert_array_equal(
-    order.unit_means([0.25, 0.5], order.consecutive_units(2, None)), [0.25, 0.5]
-  )
-  assert order.unit_names(ids, None) == tuple(ids)
-
-
 def test_units_of_a_later_part_have_their_means():
   units = order.consecutive_units(5, ["a", "a", "b", "b", "c"])[1:]
   np.testing.assert_array_equal(order.unit_means([0.25, 0.5, 1.0], units), [0.375, 1.0])

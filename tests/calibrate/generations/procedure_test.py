@@ -80,18 +80,6 @@ def test_files_from_before_platforms_were_recorded_are_still_read():
     laws.procedure(platform=3)
 
 
-def test_files_from_before_encoder_and_reference_had_dtypes_are_equal_to_none():
-  added = {"encoder_dtype": None, "reference_dtype": None}
-  assert set(added).isdisjoint(BASE.to_json())
-  given = procedure.Procedure.from_json({**BASE.to_json(), **added})
-  assert given == BASE == procedure.Procedure.from_json(BASE.to_json())
-  assert given.digest() == BASE.digest() and not given.differences(BASE)
-  other = dataclasses.replace(BASE, encoder_dtype="int8", reference_dtype="float32")
-  told = procedure.describe_differences(BASE, other)
-  assert "`encoder_dtype`: expected None, got 'int8'" in told
-  assert "`reference_dtype`: expected None, got 'float32'" in told
-
-
 def test_where_it_was_decoded_is_one_question_and_how_another():
   other = dataclasses.replace(BASE, platform="tpu", matmul_precision="high")
   both = procedure.describe_differences(BASE, other)

@@ -1,7 +1,17 @@
+"""Prompts and records are read or refused by name, and what a lower threshold keeps of one."""
+
+import collections
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from calm.calibrate import NEVER_EXIT
 from calm.calibrate.generations import records
+from calm.calibrate.generations.records import Record
+
+LAYERS, LENGTH, ALLOWED = 5, 12, (1, 3, 4)
 
 
 def test_float32_confidences_keep_their_short_digits_and_their_value():
@@ -28,46 +38,27 @@ def test_prompts_read_data_set_rows_too():
 
 
 @pytest.mark.parametrize(
-  ("value", "message"),
+  ("change", "message"),
   [
-    ({"prediction": "x"}, "`id` to be a text"),
-    ({"id": "a"}, "`prediction` to be a text"),
-    ({"id": "a", "prediction": 3}, "`prediction` to be a text"),
-    ({"id": "a", "prediction": "x", "tokens": [1], "exit_layers": [1, 2]}, "one length"),
-    (
-      {"id": "a", "prediction": "x", "tokens": "12"},
-      "`tokens` to be a list of whole .* got '12'",
-    ),
-    ({"id": "a", "prediction": "x", "tokens": 3}, "`tokens` to be a list of whole .* got 3"),
-    (
-      {"id": "a", "prediction": "x", "tokens": [0.5]},
-      r"`tokens` of 'a' to be a list of whole .* got 0\.5",
-    ),
-    ({"id": "a", "prediction": "x", "tokens": [True]}, "a list of whole .* got True"),
-    ({"id": "a", "prediction": "x", "tokens": [-1]}, "a list of whole .* got -1"),
-    (
-      {"id": "a", "prediction": "x", "exit_layers": [1025]},
-      r"numbers in 0 \.\.\. 1024, got 1025",
-    ),
-    (
-      {"id": "a", "prediction": "x", "confidences": ["1"]},
-      r"a list of numbers in \[0, 1\], got '1'",
-    ),
-    (
-      {"id": "a", "prediction": "x", "confidences": [True]},
-      r"a list of numbers in \[0, 1\], got True",
-    ),
-    ({"id": "a", "prediction": "x", "score": float("inf")}, "`score` to be a finite number"),
-    ({"id": "a", "prediction": "x", "score": True}, "`score` to be a finite number"),
-    (
-      {"id": "a", "prediction": "x", "confidences": [float("nan")]},
-      r"a list of numbers in \[0, 1\], got nan",
-    ),
+    ({"id": None}, "`id` to be a text"),
+    ({"prediction": 3}, "`prediction` to be a text"),
+    ({"tokens": [1], "exit_layers": [1, 2]}, "one length"),
+    ({"tokens": "12"}, "`tokens` of 'a' to be a list of whole .* got '12'"),
+    ({"tokens": 3}, "`tokens` of 'a' to be a list of whole .* got 3"),
+    ({"tokens": [0.5]}, r"a list of whole .* got 0\.5"),
+    ({"tokens": [True]}, "a list of whole .* got True"),
+    ({"tokens": [-1]}, "a list of whole .* got -1"),
+    ({"exit_layers": [1025]}, r"whole numbers in 0 \.\.\. 1024, got 1025"),
+    ({"confidences": ["1"]}, r"a list of numbers in \[0, 1\], got '1'"),
+    ({"confidences": [True]}, r"a list of numbers in \[0, 1\], got True"),
+    ({"confidences": [0.5, float("nan")]}, r"a list of numbers in \[0, 1\], got nan"),
+    ({"score": float("inf")}, "`score` to be a finite number"),
+    ({"score": True}, "`score` to be a finite number"),
   ],
 )
-def test_bad_records_are_refused(value, message):
+def test_bad_records_are_refused(change, message):
   with pytest.raises(ValueError, match=message):
-    records.Record.from_json(value)
+    records.Record.from_json({"id": "a", "prediction": "x"} | change)
 
 
 @pytest.mark.parametrize(
@@ -111,9 +102,91 @@ def test_last_line_without_newline_is_read_when_it_is_whole(tmp_path):
   assert records.read_prompts(path)[0].input == "\u2028é"
 
 
-def test_prompts_need_unique_ids():
-  one = records.Prompt("a", "i")
-  records.check_unique([one])
-  for bad in ([], [one, one]):
-    with pytest.raises(ValueError, match="`prompts` to be at least one prompt with unique ids"):
-      records.check_unique(bad)
+def schedule(threshold, decaying):
+  """Constant, or Eq. 5 with `NEVER_EXIT` mapped to itself."""
+  steps = np.arange(LENGTH)
+  if not decaying or threshold == NEVER_EXIT:
+    return np.full(LENGTH, threshold, np.float32)
+  values = 0.9 * threshold + 0.1 * np.exp(-4.0 * steps / LENGTH)
+  return np.clip(values, 0, 1).astype(np.float32)
+
+
+def decode(prompt, thresholds, prefix=()):
+  """(token, exit layer, confidence, refused) per step; `prefix` is taken over, not decoded."""
+  steps = list(prefix)
+  while len(steps) < LENGTH and not (steps and steps[-1][0] == 1):
+    position, refused = len(steps), 0.0
+    history = [token * 7 + layer for token, layer, _, _ in steps]
+    for layer in range(1, LAYERS + 1):
+      generator = np.random.default_rng([prompt, position, layer, *history])
+      confidence = np.float32(generator.random())
+      token = int(generator.integers(1, 12))
+      if layer == LAYERS or (layer in ALLOWED and confidence >= thresholds[position]):
+        steps.append((token, layer, 0.0 if layer == LAYERS else confidence, refused))
+        break
+      if layer in ALLOWED:
+        refused = max(refused, confidence)
+  return steps
+
+
+def record(prompt, steps):
+  tokens, layers, confidences, refused = zip(*steps, strict=True)
+  return Record(str(prompt), "text", tokens, layers, confidences, refused)
+
+
+@pytest.mark.parametrize("decaying", [False, True])
+def test_reuse_down_a_grid_equals_plain_decoding(decaying):
+  grid = [NEVER_EXIT, *np.linspace(0.99, 0.0, 12)]
+  summary = collections.Counter()
+  for prompt in range(40):
+    previous = None
+    for threshold in grid:
+      values = schedule(threshold, decaying)
+      plain = decode(prompt, values)
+      if previous is not None:
+        kept = records.reusable_tokens(record(prompt, previous), values)
+        assert previous[:kept] == plain[:kept]
+        # A refusal of 0 may mean none: at threshold 0 the rule keeps less than it could.
+        if kept < len(previous) and threshold > 0.0:
+          assert previous[kept] != plain[kept]  # exact: not one token more could be kept
+        whole = kept == len(previous)
+        assert whole == (previous == plain) or threshold == 0.0
+        resumed = previous if whole else decode(prompt, values, previous[:kept])
+        assert record(prompt, resumed) == record(prompt, plain)
+        summary += records.count_reuse([kept], [record(prompt, plain)])
+      previous = plain
+  assert 0 < summary["reused_tokens"] < summary["tokens"]
+  assert 0 < summary["whole"] < summary["sequences"]
+  counts = dict(sequences=3, whole=2, tokens=12, reused_tokens=9)
+  said = "reused 2 of 3 sequences whole (66.7%) and 9 of 12 tokens (75.0%)"
+  assert records.describe_reuse(counts) == said
+  assert "none to reuse" in records.describe_reuse(records.count_reuse([], []))
+
+
+def test_reuse_by_hand():
+  row = Record("a", "x", [5, 6, 1], [2, 8, 8], [0.8, 0.0, 0.0], [0.1, 0.5, 0.2])
+  for thresholds, kept in (
+    ([0.6, 0.6, 0.6], 3),
+    ([0.6, 0.6, 0.6, 0.0], 3),  # later values belong to no token
+    ([0.5, 0.5, 0.5], 1),  # reaching it is exiting
+    ([0.0, 0.0, 0.0], 0),
+    ([0.6, 0.6, 0.2], 2),
+  ):
+    assert records.reusable_tokens(row, thresholds) == kept
+  assert records.reusable_tokens(Record("a", "x", [1]), [1.0]) == 0
+  # Comparisons are in float32, as in the decoder.
+  confidence = float(np.float32(0.7))
+  row = Record("a", "x", rejected_confidences=[confidence])
+  assert confidence < 0.7 and records.reusable_tokens(row, [0.7]) == 0
+
+
+@given(
+  st.lists(st.floats(0, 1, width=32), min_size=1, max_size=8), st.floats(0, 1), st.floats(0, 1)
+)
+def test_a_lower_threshold_keeps_no_more(refused, first, second):
+  row = Record("a", "x", rejected_confidences=refused)
+  low, high = sorted([first, second])
+  count = len(refused)
+  assert records.reusable_tokens(row, [low] * count) <= records.reusable_tokens(
+    row, [high] * count
+  )

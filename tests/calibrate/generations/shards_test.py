@@ -11,13 +11,7 @@ import tracemalloc
 import pytest
 
 from calm import storage
-from calm.calibrate import (
-  GenerationsError,
-  Prompt,
-  Record,
-  generations,
-  open_writer,
-)
+from calm.calibrate import GenerationsError, Prompt, Record, generations, open_writer
 from calm.calibrate.generations import shards
 from tests.calibrate import laws
 from tests.spent import Spent
@@ -56,7 +50,7 @@ def write(folder, number=0, count=1, *, prompts=PROMPTS, procedure=None, grid=GR
   names = [generations.PROMPTS, *map(generations.threshold_file, (float("inf"), *grid))]
   about = {"procedure": procedure.to_json(), "thresholds": list(grid)}
   at.mkdir(parents=True, exist_ok=True)
-  shards.mark_of("generate", listing, about, at, names if mine else ()).save(at)
+  shards.write_mark(at, listing.mark("generate", about, at, names if mine else ()))
   return at
 
 
@@ -75,20 +69,23 @@ def four(tmp_path):
   return tmp_path
 
 
+def folders(folder):
+  return sorted(folder.glob("shard-*"))
+
+
 def contents(folder) -> dict[str, bytes]:
   return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
 
 
 def test_a_prompt_has_one_shard_everywhere_and_groups_stay_together():
   # Stored shards are gone on with by later versions: these numbers never change.
-  assert [shards.shard_of(Prompt(f"id-{i}", ""), 4) for i in range(8)] == [
-    *(3, 1, 3, 2, 0, 2, 2, 3)
-  ]
-  groups = {}
-  for prompt in PROMPTS:
-    if prompt.group is not None:
-      groups.setdefault(prompt.group, set()).add(shards.shard_of(prompt, 4))
-  assert len(groups) > 4 and all(len(numbers) == 1 for numbers in groups.values())
+  def shard_of(prompt):
+    (number,) = (number for number in range(4) if shards.Shard(number, 4).has(prompt))
+    return number
+
+  assert [shard_of(Prompt(f"id-{i}", "")) for i in range(8)] == [3, 1, 3, 2, 0, 2, 2, 3]
+  groups = {(prompt.group, shard_of(prompt)) for prompt in PROMPTS if prompt.group}
+  assert len(groups) == len({group for group, _ in groups}) > 4
   with pytest.raises(ValueError, match="got 4 of 4; the first shard is 0"):
     shards.Shard(4, 4)
 
@@ -100,7 +97,7 @@ def test_four_shards_are_the_whole_byte_for_byte(four, whole):
   assert loaded.ids == tuple(prompt.id for prompt in PROMPTS)
   assert loaded.records[1] == tuple(record(prompt, 0.5) for prompt in PROMPTS)
   # Again, and in another order of folders, it is the same.
-  shards.merge(shards.folders(four)[::-1], four / "merged")
+  shards.merge(folders(four)[::-1], four / "merged")
   assert contents(four / "merged") == contents(whole)
 
 
@@ -142,7 +139,7 @@ def infer(folder, number, count=2, lines=None):
   at.mkdir(exist_ok=True)
   lines = lines or [json.dumps({"id": p.id, "prediction": p.input}) for p in mine]
   (at / shards.OUTPUTS).write_text("\n".join(lines))
-  shards.mark_of("infer", listing, {"threshold": 0.5}, at, [shards.OUTPUTS]).save(at)
+  shards.write_mark(at, listing.mark("infer", {"threshold": 0.5}, at, [shards.OUTPUTS]))
   return at, lines
 
 
@@ -157,7 +154,7 @@ def test_outputs_of_shards_are_one_file_in_the_order_of_the_list(tmp_path):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (lambda lines, other: lines[1:], r"expected \d+ lines, one a prompt, got \d+"),
+    (lambda lines, other: lines[1:], r"expected \d+ lines, one a prompt, got another"),
     (
       lambda lines, other: [other[0], *lines[1:]],
       r":1: expected every id in one shard, got 'id-\d+' in .*00000",
@@ -240,7 +237,7 @@ def positions(folder):
   """Two shards that claim one prompt, and one that nobody has."""
   path = folder / "shard-00000-of-00004" / shards.MARK
   mark = json.loads(path.read_text())
-  other = shards.read_mark(folder / "shard-00001-of-00004").positions
+  other = shards.read_mark(folder / "shard-00001-of-00004")["positions"]
   mark["positions"] = sorted({*mark["positions"][1:], other[0]})
   path.write_text(json.dumps(mark))
 
@@ -267,6 +264,12 @@ def prompts_in_two(folder):
   prompts_from(folder, 0, lambda mine, other: [mine[1], *mine[1:]])
 
 
+def prompts_changed(folder):
+  prompts_from(
+    folder, 0, lambda mine, other: [mine[0].replace(': "input', ': "put'), *mine[1:]]
+  )
+
+
 def prompts_lost(folder):
   prompts_from(folder, 0, lambda mine, other: mine[1:])
 
@@ -283,19 +286,23 @@ def prompts_from(folder, source, change):
   ("damage", "message"),
   [
     (nobodys, r"got 1 in none: the prompts \d+ of the list"),
-    (unanswered, r"complete\.json: expected a mark that answers for threshold_0\.5\.jsonl"),
-    (prompts_of_another, r"expected prompts of shard-00000-of-00004, got 'id-\d+'"),
+    (
+      unanswered,
+      r"complete\.json: expected a mark that answers for .* threshold_0\.5\.jsonl in one only",
+    ),
+    (prompts_of_another, r"expected every id in one shard, got 'id-\d+'"),
+    (prompts_changed, r"prompts\.jsonl: expected, .* the list of prompts that complete\.json"),
     (prompts_in_two, r":2: expected every id in one shard, got 'id-\d+' in .*00000"),
-    (prompts_lost, r"prompts\.jsonl: expected \d+ lines, one a prompt, got \d+"),
-    (half, r"got 1 without complete\.json: .*shard-00002-of-00004; run them again"),
-    (missing, r"Expected all 4 shards, got none with --shard_id 1; run them"),
-    (divided_otherwise, r"one division, got some of \[3, 4\] shards"),
+    (prompts_lost, r"prompts\.jsonl: expected \d+ lines, one a prompt, got another"),
+    (half, r"that have no complete\.json: .*shard-00002-of-00004; run them again"),
+    (missing, r"of all shards of one run, .* got none with --shard_id 1 of 4; run them"),
+    (divided_otherwise, r"got divisions into \[3, 4\]"),
     (
       another_procedure,
-      r"one run, got two procedures: .* differ: `measure`: expected 'softmax', got 'state'",
+      r"one run, got two: .* differ: `measure`: expected 'softmax', got 'state'",
     ),
     (another_grid, r"differ: `thresholds` \(\[0\.9, 0\.5\], \[0\.9, 0\.4\]\)"),
-    (another_list, r"two lists of prompts: .*differ: `prompts_digest`"),
+    (another_list, r"differ: `prompts_digest`"),
     (edited, r"threshold_0\.5\.jsonl: expected the SHA-256 .* of complete\.json, got another"),
     (doubled, r"expected every id once, got 'id-[0-9]+' twice"),
     (lost, r"expected a record of each of its .* prompts.*'id-[0-9]+'"),
@@ -313,21 +320,21 @@ def test_a_folder_of_another_run_is_not_merged_into(four):
   open_writer(four / "merged", prompts=PROMPTS, thresholds=(0.3,), procedure=None)
   before = contents(four / "merged")
   with pytest.raises(
-    GenerationsError, match="grid of these shards, got others; choose another"
+    GenerationsError, match=r"expected the procedure of the run .*; choose another"
   ):
     shards.merge([four], four / "merged")
   assert contents(four / "merged") == before
 
 
 def test_folders_given_twice_or_of_something_else_are_refused(four, tmp_path):
-  named = shards.folders(four)
+  named = folders(four)
   shutil.copytree(named[0], tmp_path / "copy")
-  with pytest.raises(GenerationsError, match="got shard-00000-of-00004 twice"):
+  with pytest.raises(GenerationsError, match=r"got one twice: .*shard-00000-of-00004"):
     shards.merge([*named, tmp_path / "copy"], four / "merged")
-  with pytest.raises(GenerationsError, match=r"got .*empty without any; `calm generate`"):
+  with pytest.raises(GenerationsError, match=r"got a folder without any, .*empty"):
     (tmp_path / "empty").mkdir()
     shards.merge([tmp_path / "empty"], four / "merged")
-  with pytest.raises(GenerationsError, match="nowhere, which is none"):
+  with pytest.raises(GenerationsError, match=r"no complete.json: .*nowhere"):
     shards.merge([tmp_path / "nowhere"], four / "merged")
   shutil.move(named[0], four / "shard-00001-of-00009")
   with pytest.raises(
@@ -356,14 +363,14 @@ def test_a_damaged_mark_is_no_mark(four, change):
   path = four / "shard-00000-of-00004" / shards.MARK
   path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
   with pytest.raises(
-    GenerationsError, match=r"complete\.json: expected the mark of a finished"
+    GenerationsError, match=r"complete\.json: expected `.*; take the folder away"
   ):
     shards.merge([four], four / "merged")
 
 
 @pytest.mark.parametrize("place", ["", "outputs.jsonl", "../{name}"])
 def test_a_shard_is_not_merged_into(four, place):
-  at = shards.folders(four)[0]
+  at = folders(four)[0]
   before = {path.name: path.read_bytes() for path in at.iterdir()}
   with pytest.raises(GenerationsError, match="whose files it would replace; choose another"):
     shards.merge([four], at / place.format(name=at.name))
@@ -386,7 +393,7 @@ MANY = 10**9
 )
 @pytest.mark.parametrize("kind", ["generate", "infer"])
 def test_what_a_mark_claims_is_not_made_room_for(four, change, kind):
-  for folder in shards.folders(four):
+  for folder in folders(four):
     path = folder / shards.MARK
     path.write_text(json.dumps({**json.loads(path.read_text()), "kind": kind, **change}))
   spent = Spent()
@@ -404,7 +411,7 @@ def test_what_a_mark_claims_is_not_made_room_for(four, change, kind):
 def test_a_mark_that_cannot_be_read_is_named(four, content):
   path = four / "shard-00000-of-00004" / shards.MARK
   path.write_bytes(content)
-  with pytest.raises(GenerationsError, match=r"complete\.json: .* finished shard, got no JSON"):
+  with pytest.raises(GenerationsError, match=r"complete\.json: expected a JSON object"):
     shards.merge([four], four / "merged")
 
 
@@ -415,12 +422,12 @@ def test_shards_are_not_merged_over_another_list(tmp_path):
   write(tmp_path / "other", prompts=others)
   shards.merge([tmp_path / "other"], tmp_path / "out")
   before = contents(tmp_path / "out")
-  with pytest.raises(GenerationsError, match="prompts of these shards, or none, got others"):
+  with pytest.raises(GenerationsError, match="expected `prompt_ids` to be"):
     shards.merge([tmp_path / "shards"], tmp_path / "out")
   assert contents(tmp_path / "out") == before
   (tmp_path / "out" / generations.MANIFEST).unlink()  # prompts of nobody knows which run
   before = contents(tmp_path / "out")
-  with pytest.raises(GenerationsError, match="choose another --output"):
+  with pytest.raises(GenerationsError, match="choose another folder"):
     shards.merge([tmp_path / "shards"], tmp_path / "out")
   assert contents(tmp_path / "out") == before
 
