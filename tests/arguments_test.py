@@ -136,39 +136,6 @@ def test_places_names_and_what_python_says_itself_stay():
   assert every.__name__ == "every"
 
 
-# What a reader would expect to work: the same as the plain form.
-@pytest.mark.parametrize(
-  ("odd", "plain"),
-  [
-    (lambda: (once(LOSSES), once(GRID)), lambda: (LOSSES, GRID)),
-    (lambda: (np.array(LOSSES), np.array(GRID)), lambda: (LOSSES, GRID)),
-    (
-      lambda: (LOSSES, GRID, {"groups": once(LABELS)}),
-      lambda: (LOSSES, GRID, {"groups": LABELS}),
-    ),
-    (
-      lambda: (LOSSES, GRID, {"promise": "quantile"}),
-      lambda: (LOSSES, GRID, {"promise": risks.Quantile()}),
-    ),
-    (lambda: (LOSSES, GRID, {"promise": "mean"}), lambda: (LOSSES, GRID)),
-    (
-      lambda: (LOSSES, GRID, {"promise": risks.EveryGroup(labels=once(LABELS))}),
-      lambda: (LOSSES, GRID, {"promise": risks.EveryGroup(labels=LABELS)}),
-    ),
-    (
-      lambda: (LOSSES, GRID, {"promise": risks.KnownMixture(2.0, once([1.0] * COUNT))}),
-      lambda: (LOSSES, GRID, {"promise": risks.KnownMixture(2, [1] * COUNT)}),
-    ),
-    (lambda: (LOSSES, GRID, {"tolerance": np.float64(0.1)}), lambda: (LOSSES, GRID)),
-  ],
-)
-def test_calibrate_takes_what_stands_for_its_arguments(odd, plain):
-  def made(values, grid, options=None):
-    return calibrate.calibrate(values, grid, seed="0", **{**RATES, **(options or {})}).to_json()
-
-  assert made(*odd()) == made(*plain())
-
-
 def shared_words(prediction, references):
   return max(len({*prediction} & {*text}) / len({*text} | {*prediction}) for text in references)
 

@@ -13,7 +13,6 @@ record it was writing.
 
 import dataclasses
 import json
-import math
 import pathlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -97,12 +96,9 @@ class Generations:
 class Column(Sequence[Record]):
   """Records that stay in their file, each read when it is asked for.
 
-  A million records of some twenty tokens take gigabytes as objects, and here 24 bytes each.
-
-  Attributes:
-    path: the file; it must stay as it was when it was read first.
-    table: [num_records, 3] int64: where each line begins, in bytes; decoder layers run, summed
-      over tokens, -1 where a record says none; tokens without padding.
+  A million records of some twenty tokens take gigabytes as objects, and here 24 bytes each:
+  `table` is [num_records, 3] int64, where each line begins, in bytes; decoder layers run,
+  summed over tokens, -1 where a record says none; tokens without padding.
   """
 
   def __init__(self, path: pathlib.Path, table: np.ndarray):
@@ -264,7 +260,7 @@ def check_checksums(
         " again."
       )
     if storage.checksum(path) != expected:
-      for _ in storage.read_lines(path):  # says more where a line is damaged
+      for _ in storage.read_lines(path):  # says more of a damaged line
         pass
       raise GenerationsError(
         f"{path}: expected the SHA-256 {expected[:12]!r}... of {manifest}, got another: it"
@@ -387,7 +383,7 @@ def read_records(
         f" {theirs!r}, so outputs of two procedures are mixed; generate again."
       )
     level = line.value.get("threshold")  # files of earlier versions do not have it
-    if level is not None and name != threshold_file(_level(level)):
+    if level is not None and name != f"threshold_{level}.jsonl":
       raise line.error(
         f"expected records of the threshold that the file is named by, got one of {level!r}:"
         " files were swapped; restore them, or generate again."
@@ -399,14 +395,6 @@ def read_records(
 def procedure_mark(procedure: Procedure | None) -> str | None:
   """The short digest that every record line carries, so that mixed files are found."""
   return None if procedure is None else procedure.digest()[:16]
-
-
-def _level(value: Any) -> float:
-  """A threshold as a record names it; NaN where it is none."""
-  try:
-    return thresholds_lib.parse_threshold(value)
-  except (TypeError, ValueError):
-    return math.nan
 
 
 def _read_threshold(
@@ -447,10 +435,7 @@ def _read_threshold(
 class Writer:
   """Appends records to a directory of cached generations; returned by `open_writer`.
 
-  Attributes:
-    directory: where.
-    procedure: how the records that are there were decoded.
-    reports: what resuming repaired, one sentence each.
+  `procedure` is how the records that are there were decoded, `reports` what resuming repaired.
   """
 
   def __init__(self, directory: pathlib.Path, manifest: dict[str, Any], lock: storage.Lock):
