@@ -183,7 +183,11 @@ def replacing(path: str | pathlib.Path) -> Iterator[BinaryIO]:
     with _explaining(path):
       target = destination(path)
       partial = None if target is None else stack.enter_context(temporary(target))
-      file = stack.enter_context(_quiet(_stream(path) if partial is None else partial))
+      sys.stdout.flush()
+      if target is None and str(path) == "-":
+        file = sys.stdout.buffer
+      else:
+        file = stack.enter_context(_quiet(partial or _stream(path)))
     with _explaining(path, _FULL):
       yield file
       file.flush()
@@ -286,8 +290,7 @@ def destination(path: str | pathlib.Path) -> pathlib.Path | None:
 
 
 def _stream(path: str | pathlib.Path) -> int:
-  """A descriptor of standard output, a device or a pipe; nothing of it is cut off."""
-  sys.stdout.flush()
+  """A descriptor of an open file, a device or a pipe; nothing of it is cut off."""
   if named := _DESCRIPTOR.fullmatch(str(path)):
     # A descriptor's position in a file is shared with everything else that prints there.
     return os.dup(int(named[2] or (2 if named[1] else 1)))

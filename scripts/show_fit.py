@@ -105,8 +105,7 @@ def save(folder: pathlib.Path, params, config: network.T5Config) -> pathlib.Path
 def draw(data: pathlib.Path, task: str, split: str, count: int) -> list[Prompt]:
   """Rows of a task, drawn by a fixed seed."""
   examples = datasets.read_examples(datasets.DEBIAN[task].path(data, split))
-  chosen = random.Random(0).sample(examples, min(count, len(examples)))
-  return [Prompt(e.id, e.input, e.targets, e.source) for e in chosen]
+  return random.Random(0).sample(examples, min(count, len(examples)))
 
 
 def fit(

@@ -14,24 +14,8 @@ import itertools
 import pathlib
 from collections.abc import Mapping
 
+from calm.calibrate import Prompt
 from calm.data import prompt_files
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-  """One prompt.
-
-  Attributes:
-    id: unique in its file.
-    input: text that goes in, without a task prefix.
-    targets: accepted references, best first; train on the first, score against all.
-    source: what rows are clustered by, or None.
-  """
-
-  id: str
-  input: str
-  targets: tuple[str, ...] = ()
-  source: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +53,7 @@ DEBIAN: Mapping[str, TextTask] = {
 
 def read_examples(
   path: str | pathlib.Path, *, limit: int | None = None, require_target: bool = True
-) -> list[Example]:
+) -> list[Prompt]:
   """Reads one JSON Lines file whole.
 
   Args:
@@ -79,8 +63,8 @@ def read_examples(
       targets).
 
   Returns:
-    Examples in the order of the file, at least one. Blank lines are skipped; a line without
-    `id` is named after the file and its line number.
+    Prompts in the order of the file, at least one; `group` is the row's `source`. Blank lines
+    are skipped; a line without `id` is named after the file and its line number.
 
   Raises:
     FileNotFoundError: if there is no such file.
@@ -96,14 +80,14 @@ def read_examples(
       f"Expected `path` to be a JSON Lines file (.jsonl, .gz), got {str(path)!r}, which {what}."
     )
   rows = prompt_files.PromptFile(path, "jsonl").read("input")
-  examples: list[Example] = []
+  examples: list[Prompt] = []
   for row, prompt in itertools.islice(rows, limit):
     if require_target and not prompt.targets:
       raise row.error(
         "expected a field `target`, a reference for training and scoring, got none, or an"
         f" empty one, in {sorted(row.value)}"
       )
-    examples.append(Example(prompt.id, prompt.input, prompt.targets, prompt.group))
+    examples.append(prompt)
   if not examples:
     raise ValueError(
       f'{path}: expected lines of {{"input": ..., "target": ...}}, got none; write at least'

@@ -126,7 +126,8 @@ def json_array(file: BinaryIO, name: str, stem: str) -> Iterator[Row]:
   if len(content) > storage.LONGEST_LINE:
     raise ValueError(
       f"{name}: expected a JSON array of at most {storage.LONGEST_LINE} bytes, got more; save"
-      " the rows as JSON Lines."
+      ' the rows as JSON Lines: python -c "import json, sys; [print(json.dumps(row)) for row in'
+      f' json.load(sys.stdin)]" < {name} > {stem}.jsonl'
     )
   if isinstance(file, Gzip):  # parsed, empty lists and objects take much more than their bytes
     file.count_rows(content.count(b"[") + content.count(b"{"))

@@ -15,6 +15,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from calm.calibrate import Prompt
 from calm.calibrate import metrics as text_metrics
 from calm.data import datasets
 
@@ -72,7 +73,7 @@ class JsonlSource(seqio.DataSource):
     super().__init__(splits=tuple(paths), caching_permitted=True)
     self.paths = {split: os.fspath(path) for split, path in paths.items()}
     self.prefix = prefix
-    self._examples: dict[str, list[datasets.Example]] = {}
+    self._examples: dict[str, list[Prompt]] = {}
 
   @property
   def supports_arbitrary_sharding(self) -> bool:
@@ -81,7 +82,7 @@ class JsonlSource(seqio.DataSource):
   def list_shards(self, split: str) -> Sequence[str]:
     return [self.paths[split]]
 
-  def examples(self, split: str) -> list[datasets.Example]:
+  def examples(self, split: str) -> list[Prompt]:
     if split not in self._examples:
       if split not in self.paths:
         raise ValueError(f"Expected `split` to be one of {list(self.paths)}, got {split!r}.")
@@ -103,7 +104,7 @@ class JsonlSource(seqio.DataSource):
     rows = self.examples(split)[shard.index :: shard.num_shards]
     columns: Any = {
       "id": [row.id for row in rows],
-      "source": [row.source or "" for row in rows],
+      "source": [row.group or "" for row in rows],
       "inputs": [self.prefix + row.input for row in rows],
       "targets": [row.targets[0] for row in rows],
       "references": tf.ragged.constant([list(row.targets) for row in rows], tf.string),

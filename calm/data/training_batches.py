@@ -102,14 +102,6 @@ class Supervised:
     fits[-1] = True
     return np.argmax(fits, axis=0).astype(np.int64)
 
-  def num_truncated(self) -> int:
-    """How many examples are longer than the last bucket."""
-    last = self.buckets[-1]
-    long = (self.inputs.lengths > last.input_length) | (
-      self.targets.lengths > last.target_length
-    )
-    return int(long.sum())
-
 
 @functools.lru_cache(maxsize=8)
 def _plan(

@@ -78,6 +78,10 @@ class SentencePieceVocabulary:
   extra_ids: int = 100
   padded: bool = True
   model: bytes = dataclasses.field(init=False, repr=False)
+  vocab_size: int = dataclasses.field(init=False, repr=False, compare=False)
+  pad_id: int = dataclasses.field(init=False, repr=False, compare=False)
+  eos_id: int = dataclasses.field(init=False, repr=False, compare=False)
+  unk_id: int = dataclasses.field(init=False, repr=False, compare=False)
   _processor: Any = dataclasses.field(init=False, repr=False, compare=False)
 
   def __post_init__(self):
@@ -89,7 +93,11 @@ class SentencePieceVocabulary:
         " missing; give the path of a `.model` file (T5 calls it `spiece.model`)."
       )
     object.__setattr__(self, "model", storage.content(path))
-    object.__setattr__(self, "_processor", self._load(path))
+    processor = self._load(path)
+    derived = {"_processor": processor, "vocab_size": processor.get_piece_size()}
+    derived |= {name: getattr(processor, name)() for name in ("pad_id", "eos_id", "unk_id")}
+    for name, value in derived.items():
+      object.__setattr__(self, name, value)
 
   def _load(self, path: pathlib.Path) -> Any:
     processor = sentencepiece.SentencePieceProcessor()
@@ -108,23 +116,6 @@ class SentencePieceVocabulary:
         f" with pad_id {processor.pad_id()} and eos_id {processor.eos_id()}; train another."
       )
     return processor
-
-  @property
-  def vocab_size(self) -> int:
-    """Pieces of the model plus extra ids."""
-    return self._processor.get_piece_size()
-
-  @property
-  def pad_id(self) -> int:
-    return self._processor.pad_id()
-
-  @property
-  def eos_id(self) -> int:
-    return self._processor.eos_id()
-
-  @property
-  def unk_id(self) -> int:
-    return self._processor.unk_id()
 
   def encode(self, s: str, /) -> list[int]:
     """Token ids of a text, without EOS."""
@@ -281,13 +272,9 @@ class TokenizerVocabulary:
       if token.get("special") and not SENTINEL.fullmatch(token["content"])
     }
 
-  @property
+  @functools.cached_property
   def vocab_size(self) -> int:
     """Ids, added tokens included."""
-    return self._size
-
-  @functools.cached_property
-  def _size(self) -> int:
     return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
   @property

@@ -88,9 +88,8 @@ def read_prompts(
     return getattr(data, split)[:limit]
   text_task = datasets.TextTask(settings.name, settings.prefix, (settings.metric,))
   examples = datasets.read_examples(text_task.path(data, split))
-  by_source: dict[str, datasets.Example] = {}
+  by_source: dict[str, Prompt] = {}
   for index in np.random.default_rng(seed).permutation(len(examples)):
     example = examples[int(index)]
-    by_source.setdefault(example.source or example.id, example)
-  rows = list(by_source.values())[:limit]
-  return tuple(Prompt(e.id, e.input, e.targets, e.source) for e in rows)
+    by_source.setdefault(example.group or example.id, example)
+  return tuple(list(by_source.values())[:limit])

@@ -175,14 +175,6 @@ def test_missing_paths_and_files(saved, tmp_path):
     checkpoints.load(saved)
 
 
-@pytest.mark.parametrize("keep", [0, 5, 500, -1])
-def test_truncated_parameters(saved, keep):
-  path = saved / "params.safetensors"
-  path.write_bytes(path.read_bytes()[:keep])
-  with pytest.raises(ValueError, match=r"whole safetensors file.*truncated"):
-    checkpoints.load(saved)
-
-
 def test_a_tensor_of_two_places_is_refused(saved):
   """The last one would be read, whatever another reader takes."""
   path = saved / "params.safetensors"
@@ -196,23 +188,6 @@ def test_a_tensor_of_two_places_is_refused(saved):
   header += content[9:end]
   path.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
   with pytest.raises(ValueError, match=rf"every tensor once, got \['{name}'\] twice"):
-    checkpoints.load(saved)
-
-
-@pytest.mark.parametrize(
-  ("text", "message"),
-  [
-    ("{", r"config.json' to be JSON"),
-    ("[]", r"JSON object, got list"),
-    ("{}", r"format 'calm checkpoint 1'.*format None"),
-    ('{"format": "calm checkpoint 1"}', r"fields of T5Config"),
-    ('{"format": "calm checkpoint 1", "vocab_size": 8, "zap": 1}', r"unknown fields \['zap'\]"),
-    ('{"format": "calm checkpoint 2", "vocab_size": 8}', r"newer version"),
-  ],
-)
-def test_damaged_configuration(saved, text, message):
-  (saved / "config.json").write_text(text)
-  with pytest.raises(ValueError, match=message):
     checkpoints.load(saved)
 
 

@@ -115,33 +115,6 @@ def test_the_newest_step_is_taken(unpacked, tmp_path):
   assert t5x.find(tmp_path / "checkpoint_100.orbax-checkpoint-tmp") is None
 
 
-def cut(path):
-  path.write_bytes(path.read_bytes()[:10])
-
-
-@pytest.mark.parametrize(
-  ("name", "damage", "message"),
-  [
-    ("legacy", lambda p: cut(p / "checkpoint"), r"`path`.*msgpack does not open.*truncated"),
-    (
-      "legacy",
-      lambda p: shutil.rmtree(p / "target.decoder.logits_dense.kernel"),
-      r"target.decoder.logits_dense.kernel.*whole folder",
-    ),
-    (
-      "orbax",
-      lambda p: [cut(file) for file in (p / "state" / "d").iterdir()],
-      r"`path`.*Orbax's format.*does not open",
-    ),
-  ],
-)
-def test_damage_is_named(copied, name, damage, message):
-  path = copied(name)
-  damage(path)
-  with pytest.raises(ValueError, match=message):
-    checkpoints.load(path)
-
-
 @pytest.mark.parametrize("options", [{"use_ocdbt": False}, {"use_zarr3": True}])
 def test_orbax_folders_and_its_newer_arrays_are_read(unpacked, tmp_path, options):
   import orbax.checkpoint as ocp

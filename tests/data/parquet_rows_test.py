@@ -104,13 +104,6 @@ def test_rows_are_those_that_were_written(tmp_path, monkeypatch, written, longes
   assert found == pyarrow.table(plain).to_pylist()
 
 
-def test_a_row_longer_than_a_line_may_be_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(storage, "LONGEST_LINE", 64)
-  parquet.write_table(pyarrow.table({"input": ["a", "x" * 65]}), tmp_path / "rows.parquet")
-  with pytest.raises(ValueError, match="rows of at most 64 bytes, got a longer one"):
-    prompt_files.open_prompts(tmp_path / "rows.parquet")
-
-
 def test_columns_of_one_name_are_refused(tmp_path):
   """One of them would be read, and nobody would know which."""
   columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]

@@ -41,7 +41,7 @@ def on_stdin(monkeypatch, content: bytes) -> None:
   monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.ndjson", "rows.json", "rows", "rows.dat"])
+@pytest.mark.parametrize("name", ["rows.ndjson", "rows.json", "rows"])
 @pytest.mark.parametrize("pack", [lambda content: content, gzip.compress])
 def test_json_lines_by_name_or_content(tmp_path, name, pack):
   opened = prompt_files.open_prompts(write(tmp_path, name, pack(b"\n" + lines(ROWS))))
@@ -117,7 +117,6 @@ def test_parquet_leaves_other_columns_alone(tmp_path):
     (gzip.compress(lines(ROWS), mtime=0), "jsonl", ["one, two", "three\u2028four"]),
     (b"{not json}\n", "text", ["{not json}"]),
     (b"[Note] a text\n", "text", ["[Note] a text"]),
-    (b"12\n", "text", ["12"]),
     (lines([{"input": "x" * 2**17}]), "jsonl", ["x" * 2**17]),
   ],
 )
@@ -133,8 +132,6 @@ def test_what_standard_input_is_can_be_said(monkeypatch):
   on_stdin(monkeypatch, lines(ROWS))
   as_text = prompt_files.open_prompts("-", format="text")
   assert [prompt.id for prompt in as_text] == ["stdin/1", "stdin/2"]
-  on_stdin(monkeypatch, b"text\nfirst\n")
-  assert list(prompt_files.open_prompts("-", format="csv")) == [Prompt("stdin/1", "first")]
   with pytest.raises(ValueError, match=r"one of jsonl, json.*got 'xml'"):
     prompt_files.open_prompts("-", format="xml")
 
@@ -176,7 +173,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
 def test_a_file_that_changes_between_its_passes_is_refused(tmp_path, name, change):
   """No row is given out but those that were checked, in their order."""
 
@@ -187,7 +184,6 @@ def test_a_file_that_changes_between_its_passes_is_refused(tmp_path, name, chang
     ]
     content = {
       "rows.jsonl": lines(rows),
-      "rows.json": json.dumps(rows).encode(),
       "rows.csv": "".join(f"{line}\n" for line in table).encode(),
     }[name]
     write(tmp_path, name, content)
@@ -249,34 +245,21 @@ def test_keys_are_the_same_in_every_row(tmp_path):
       lines([{"id": "rows/3", "input": "a"}, {"input": "b"}, {"input": "c"}]),
       r"rows\.jsonl:3: expected every `id` once, got 'rows/3' of an earlier row",
     ),
-    (
-      "rows.csv",
-      b"id,input\n,a\nrows/1,b\n",
-      r"rows\.csv:3: expected every `id` once, got 'rows/1' of an earlier row",
-    ),
     ("a.jsonl", b'{"input": "\xe9"}\n', "0xe9 in line 1 of"),
     ("a.txt", "one\ntwo\n".encode("utf-16-le"), r"the byte 0x00 in line 1 of .*UTF-16"),
-    ("a.txt", "eins\n".encode("utf-16-be"), r"the byte 0x00 in line 1 of"),
-    ("a.txt", "\u4e00\n\u4e01\n".encode("utf-16-le"), r"in line 1 of .*a\.txt"),
     ("a.csv", b"input\na\nb\0c\n", r"the byte 0x00 in line 3 of"),
-    ("a.tsv", b"input\0\na\n", r"the byte 0x00 in line 1 of"),
     ("a.json", b'[{"input": "\xe9"}]', "0xe9 in"),
     ("a.json", b'[{"input": "a"}]\n[{"input": "b"}]', r"a whole JSON array, got .*Extra data"),
     ("a.json", b'[{"input": "a"},', r"a whole JSON array, got .*cut off"),
     ("a.json", b'["a", 3]', r"element 2: expected a JSON object or a text, got int"),
     ("a.jsonl", PACKED[:-12], "expected whole gzip data, got .* damaged"),
-    ("a.jsonl", PACKED[:-8] + bytes(8), "expected whole gzip data, got .* damaged"),
     ("a.jsonl", PACKED[:10] + b"\xff" * 50, "expected whole gzip data, got .* damaged"),
     ("a.jsonl", b'{"input": "half of \\ud83d"}\n', r"a\.jsonl:1: .*surrogate.*character 9"),
     ("a.jsonl", b'{"input": "a", "b": NaN}', r"a\.jsonl:1: .*NaN"),
     ("a.jsonl", b'{"input": "a", "b": 1e400}', r"a\.jsonl:1: .*1e400"),
     ("a.jsonl", b'{"input": ' + b"[" * 50_000, r"a\.jsonl:1: .*too deep"),
-    ("a.json", b'[{"input": ' + b"[" * 50_000, r"a\.json: .*too deep"),
-    ("a.json", b'[{"input": "a", "b": NaN}]', r"a\.json: .*NaN"),
-    ("a.json", b'[{"input": "a", "b": 1e400}]', r"a\.json: .*1e400"),
     ("a.jsonl.gz", gzip.compress(b"a" * 2**20, mtime=0), r"lines of at most 262144"),
     ("a.txt.gz", gzip.compress(b"a\n" * 2**19, mtime=0), r"unpack to at most 200 times"),
-    ("a.json.gz", gzip.compress(b'["' + b"a" * 2**20, mtime=0), r"(un|at most 262144)"),
     ("a.json.gz", gzip.compress(b"[" + b"{}," * 2**13, mtime=0), r"unpack to at most"),
     ("a.csv.gz", gzip.compress(b"input\n" + b"a\n" * 2**19, mtime=0), r"unpack to at most"),
     ("a.txt.gz", gzip.compress(b"\n" * 2**15, mtime=0), r"unpack to at most"),
@@ -284,13 +267,12 @@ def test_keys_are_the_same_in_every_row(tmp_path):
     ("a.json.gz", gzip.compress(b"[" + b'"",' * 2**13 + b"1]", mtime=0), r"unpack to at most"),
     ("a.csv.gz", gzip.compress(b'input\n"' + b"\n" * 2**15, mtime=0), r"unpack to at most"),
     ("a.csv", b'input\n"' + b"a\n" * 2**18, r"rows of at most 262144 bytes, got a longer"),
-    (
-      "a.tsv",
-      b'input\nb\n"' + b"a\n" * 2**18,
-      r"a\.tsv.* to hold rows of at most 262144 bytes",
-    ),
     ("a.txt", b"a" * 300_000, r"lines of at most 262144 bytes"),
-    ("a.json", b'["' + b"a" * 600_000, r"a JSON array of at most 262144 bytes, got more"),
+    (
+      "a.json",
+      b'["' + b"a" * 600_000,
+      r"a JSON array of at most 262144 bytes, got more; .* < .*a.json > a.jsonl",
+    ),
   ],
 )
 def test_damage_is_named_with_its_line(tmp_path, monkeypatch, name, content, message):

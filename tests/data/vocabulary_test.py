@@ -122,13 +122,6 @@ def test_a_file_that_is_no_model_of_t5_is_refused(tmp_path, model, content):
       make(-1)
 
 
-def test_vocabulary_larger_than_the_model(pieces):
-  vocabulary.check_fits(pieces, 144)
-  vocabulary.check_fits(pieces, 256)
-  with pytest.raises(ValueError, match=r"at most 143 ids.*got 144"):
-    vocabulary.check_fits(pieces, 143)
-
-
 @pytest.mark.tf
 @pytest.mark.filterwarnings("ignore")
 def test_ids_and_texts_are_those_of_seqio(model, pieces):

@@ -114,8 +114,7 @@ def test_what_is_written_is_read_by_training(tmp_path):
   request.write(tmp_path, made)
   for name in request.PARTS:
     read = datasets.read_examples(tmp_path / f"{name}.jsonl")
-    got = [Prompt(e.id, e.input, e.targets, e.source) for e in read]
-    assert got == list(getattr(made, name))
+    assert read == list(getattr(made, name))
   line = json.loads((tmp_path / "last.jsonl").read_text().splitlines()[0])
   assert set(line) == {"id", "source", "input", "target"}
 

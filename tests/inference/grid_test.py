@@ -52,7 +52,7 @@ def test_full_depth_that_is_known_is_not_decoded_nor_taken_over(model, tmp_path,
   options = {"full": static, "encodings": encodings}
   summary, made, _ = decode(model, tmp_path / "given", monkeypatch, **options)
   assert made[1:] == records[1:] and made[0] == {record.id: record for record in static}
-  assert summary.sequences == len(PROMPTS) * len(THRESHOLDS) and len(encodings) == 2
+  assert summary["sequences"] == len(PROMPTS) * len(THRESHOLDS) and len(encodings) == 2
   # A second grid of the same batches encodes nothing.
   monkeypatch.setattr(inference.Predictor, "encode", None)
   _, again, _ = decode(model, tmp_path / "again", monkeypatch, **options)

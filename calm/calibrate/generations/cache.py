@@ -469,13 +469,16 @@ class Writer:
     """Ids that already have a record at `threshold` (`NEVER_EXIT` for the reference)."""
     return frozenset(self._done[threshold])
 
-  def completed_records(self, threshold: float, ids: Iterable[str]) -> dict[str, Record]:
-    """Those of the records already written at `threshold` that are of `ids`, by id.
+  def completed_records(
+    self, threshold: float, ids: Iterable[str] | None = None
+  ) -> dict[str, Record]:
+    """The records already written at `threshold`, by id; those of `ids`, or all.
 
     Only the lines that are asked for are read.
     """
     done = self._done[threshold]
-    offsets = np.array([done[name] for name in ids if name in done], np.int64)
+    names = done if ids is None else ids
+    offsets = np.array([done[name] for name in names if name in done], np.int64)
     if not len(offsets):
       return {}
     column = Column(self.directory / threshold_file(threshold), offsets[:, None])

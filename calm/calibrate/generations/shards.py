@@ -7,6 +7,7 @@ is written last and says what the shard is of. Merging copies lines as they are,
 the list; the manifest of a merged folder, or the merged file itself, takes its place last.
 """
 
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -226,10 +227,10 @@ def parts(places: Sequence[str | pathlib.Path]) -> Marks:
     folder: Shard(mark["shard_id"], mark["num_shards"]) for folder, mark in marks.items()
   }
   counts = {shard.count for shard in (*which.values(), *map(named, at)) if shard is not None}
-  numbers = [shard.number for shard in which.values()]
+  numbers = collections.Counter(shard.number for shard in which.values())
   missing = sorted({*range(max(counts, default=0))} - {*numbers})
   half = [folder for folder in at if folder not in marks]
-  twice = [folder for folder in marks if numbers.count(which[folder].number) > 1]
+  twice = [folder for folder in marks if numbers[which[folder].number] > 1]
   for what, odd in (
     (f"a folder without any, as {MARK} ends each: {', '.join(map(str, places))}", not at),
     (f"folders that have no {MARK}: {_names(half)}; run them again, they go on", half),
