@@ -57,7 +57,7 @@ def test_no_function_is_long(folder):
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (180, 1),
-  "calibrate": (8500, 31),
+  "calibrate": (8170, 29),
   "checkpoints": (1280, 5),
   "commands": (2750, 12),
   "console.py": (300, 1),

@@ -265,7 +265,6 @@ def test_losses_do_not_depend_on_how_many_prompts_are_read_at_a_time(folder, on_
     losses.compute(
       dataclasses.replace(one, prompts=labelled(one.prompts)),
       kind,
-      workers=1,
       progress=lambda *counts: told.append(counts),
     )
     for one in (on_disk, cache.load(folder, in_memory=True))
