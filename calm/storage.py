@@ -45,7 +45,6 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.DOTALL)
 _ABANDONED_SECONDS = 86_400
 # Names of open files of this process, which are written to and never replaced.
 _DESCRIPTOR = re.compile(r"-|/dev/std(?:out|(err))|(?:/dev|/proc/self)/fd/(\d+)")
-_BEYOND_FLOAT64 = re.compile(r"[0-9][eE]\+?[0-9]{3}|[0-9]{309}")
 
 
 # ---- Locks
@@ -400,10 +399,8 @@ def parse_json(content: str | bytes) -> Any:
       nested too deep.
   """
   text = content.decode("utf-8") if isinstance(content, bytes) else content
-  # Python reads 1e400 as infinity; checking every number takes long, and is rarely needed.
-  number = _finite if _BEYOND_FLOAT64.search(text) else None
   try:
-    return json.loads(text, parse_constant=_refuse_constant, parse_float=number)
+    return _DECODER.decode(text)
   except RecursionError:
     raise ValueError(
       "expected JSON that can be read, got lists or objects in one another, too deep;"
@@ -421,6 +418,10 @@ def _finite(digits: str) -> float:
       f"expected numbers within float64, got {digits[:40]}; write null or a smaller one"
     )
   return value
+
+
+# Python by itself reads NaN, and 1e400 as infinity.
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
 
 
 class FormatError(ValueError):

@@ -112,21 +112,12 @@ def save(
 
 
 @arguments.checked()
-def load(
-  path: str | pathlib.Path,
-  *,
-  config: network.T5Config | None = None,
-  vocabulary: Vocabulary | None = None,
-  exits: str | pathlib.Path | None = None,
-) -> Checkpoint:
+def load(path: str | pathlib.Path, *, exits: str | pathlib.Path | None = None) -> Checkpoint:
   """Opens a checkpoint of any known format and checks it leaf by leaf.
 
   Args:
     path: a directory of our own format, of Hugging Face, or of T5X (the `checkpoint_N`
       folder, or the folder above it, whose newest is taken).
-    config: replaces the stored configuration; for T5X, which stores none, it defaults to what
-      names and shapes tell (gated GELU or ReLU, 128 as `relpos_max_distance`).
-    vocabulary: replaces the stored vocabulary; T5X stores none.
     exits: a file of exit parts (`save_exits`), or a folder that holds one; None takes the
       folder's own, where there is one. It replaces exit parts that the model brings.
 
@@ -142,17 +133,15 @@ def load(
       f"Expected `path` to be a checkpoint directory, got {str(path)!r}, which is"
       f" {'a file' if path.exists() else 'missing'}; give the folder that holds config.json."
     )
-  stored, flat, read_vocabulary, trained = _read(path)
+  config, flat, vocabulary, trained = _read(path)
   has_exit_parts = any(
-    getattr(stored, part) for part in (*parameters.EXIT_PARTS, "per_layer_heads")
+    getattr(config, part) for part in (*parameters.EXIT_PARTS, "per_layer_heads")
   )
-  config = config or stored
   file = _exits_file(path, exits)
   if file is not None:
     config, flat, trained = *_with_exits(config, flat, file), True
   params = parameters.unflatten(flat)
   parameters.check(params, config)
-  vocabulary = vocabulary or read_vocabulary
   if vocabulary is not None:
     vocabularies.check_fits(vocabulary, config.vocab_size)
   if trained is False and has_exit_parts and not (path / "params.safetensors").is_file():
@@ -333,7 +322,7 @@ def _read_vocabulary(directory: pathlib.Path) -> Vocabulary | None:
   if kind not in _VOCABULARIES:
     raise ValueError(
       f"Expected {_RECORD} to be of a kind of {', '.join(map(repr, _VOCABULARIES))}, got"
-      f" {kind!r} in {str(directory)!r}; give `vocabulary` instead."
+      f" {kind!r} in {str(directory)!r}; save the model again."
     )
   path, extra_ids = directory / (_VOCABULARIES[kind] or ""), record.get("extra_ids")
   renumbered = "base_pad_id" in record

@@ -423,13 +423,7 @@ def _listed_tokens(directory: pathlib.Path) -> Iterator[tuple[str, int, str]]:
     yield name, token_id, token
 
 
-def write(
-  directory: pathlib.Path,
-  params: Mapping[str, Any],
-  config: network.T5Config,
-  *,
-  storage_dtype: str = "float32",
-) -> None:
+def write(directory: pathlib.Path, params: Mapping[str, Any], config: network.T5Config) -> None:
   """Writes a directory that transformers' `T5ForConditionalGeneration` opens.
 
   The exit classifier has no place there and is left out.
@@ -438,7 +432,6 @@ def write(
     directory: made if missing.
     params: the tree of `config`.
     config: one shared head; activations that transformers has.
-    storage_dtype: 'float32' or 'bfloat16'.
 
   Raises:
     ValueError: per-layer heads, which have no place there, another activation, or `params`
@@ -478,7 +471,7 @@ def write(
     "decoder_start_token_id": 0,
   }
   writers = {
-    "model.safetensors": files.safetensors_writer(weights, storage_dtype, format="pt"),
+    "model.safetensors": files.safetensors_writer(weights, format="pt"),
     "config.json": files.json_writer(their_config),
   }
   files.write_together(directory, writers)

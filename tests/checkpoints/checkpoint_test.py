@@ -194,14 +194,8 @@ def test_a_tensor_of_two_places_is_refused(saved):
 def test_vocabulary_larger_than_the_embedding(saved, pieces):
   assert pieces.vocab_size == CONFIG.vocab_size
   larger = dataclasses.replace(pieces, extra_ids=21)
-  for use in (
-    lambda: checkpoints.load(saved, vocabulary=larger),
-    lambda: checkpoints.save(saved, draw(), CONFIG, vocabulary=larger),
-  ):
-    with pytest.raises(ValueError, match=r"at most 64 ids.*got 65"):
-      use()
-  smaller = dataclasses.replace(pieces, extra_ids=0)
-  assert checkpoints.load(saved, vocabulary=smaller).vocabulary == smaller
+  with pytest.raises(ValueError, match=r"at most 64 ids.*got 65"):
+    checkpoints.save(saved, draw(), CONFIG, vocabulary=larger)
 
 
 def test_exchanged_vocabulary(saved):

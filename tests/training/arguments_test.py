@@ -152,7 +152,7 @@ def test_every_argument_is_taken_or_refused_by_name(name, folder):
     (lambda: run.Export(None), "`vocabulary` to be"),
     (lambda: run.Data(train=ROWS), "`train` to be a `Source`"),
     (lambda: training.init_params(CONFIG, 0.5), "`seed` to be a whole number"),
-    (lambda: checkpoints.load("model", vocabulary="bytes"), "`vocabulary` to be"),
+    (lambda: checkpoints.load("model", exits=3), "`exits` to be"),
     (lambda: checkpoints.save("a", PARAMS, CONFIG, exits_trained=1), "`exits_trained` to be"),
     (lambda: stored.needed_parts(exits.StaticExit(), "stage_one"), "`objective` to be"),
   ],

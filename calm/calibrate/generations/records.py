@@ -139,15 +139,20 @@ def _numbers(name: str, values: Any, most: int) -> tuple:
   kind = "numbers in [0, 1]" if most == 1 else f"whole numbers in 0 ... {most}"
   if isinstance(values, str) or not arguments.is_listing(values):
     raise ValueError(f"Expected {name} to be a list of {kind}, got {values!r}")
-  # numpy's scalars too: a float32 keeps its short digits (0.9, not 0.89999998).
-  found = [v if type(v) in (int, float) else _plain(v) for v in values]
-  for value in found:
-    if type(value) not in kinds or not -slack <= value <= most + slack:  # NaN too
-      raise ValueError(f"Expected {name} to be a list of {kind}, got {value!r}")
+  found = list(values)
+  if not set(map(type, found)) <= {int, float}:  # numpy's scalars
+    found = list(map(_plain, found))
+  holds = lambda value: type(value) in kinds and -slack <= value <= most + slack
+  # A million records are read: their numbers are looked at together; a NaN is in the sum.
+  total = sum(found) if set(map(type, found)) <= set(kinds) else math.nan
+  if found and not (total == total and holds(min(found)) and holds(max(found))):
+    odd = next(value for value in found if not holds(value))
+    raise ValueError(f"Expected {name} to be a list of {kind}, got {odd!r}")
   return tuple(map(float, found)) if most == 1 else tuple(found)
 
 
 def _plain(value: Any) -> Any:
+  """A float32 keeps its short digits: 0.9, not 0.89999998."""
   if isinstance(value, np.floating):
     return float(str(value))
   return int(value) if isinstance(value, np.integer) else value

@@ -178,135 +178,107 @@ def test_few_prompts_leave_shards_empty(tmp_path):
   assert generations.load(tmp_path / "merged").ids == ("id-0", "id-1", "id-2")
 
 
-def half(folder):
-  (folder / "shard-00002-of-00004" / shards.MARK).unlink()
+def place(folder, number):
+  return folder / shards.Shard(number, 4).name
 
 
-def missing(folder):
-  shutil.rmtree(folder / "shard-00001-of-00004")
+def mark(folder, change, number=0):
+  """Changes the mark of a shard."""
+  path = place(folder, number) / shards.MARK
+  value = json.loads(path.read_text())
+  path.write_text(json.dumps(value | change(value)))
 
 
-def divided_otherwise(folder):
-  write(folder, 0, 3)
+def lines(folder, name, change, other=0):
+  """Changes lines of the first shard's file before its mark is written."""
+  ours, theirs = (
+    (place(folder, number) / name).read_text().splitlines(True) for number in (0, other)
+  )
+  (place(folder, 0) / name).write_text("".join(change(ours, theirs)))
+  sums = lambda value: {
+    name: storage.checksum(place(folder, 0) / name) for name in value["checksums"]
+  }
+  mark(folder, lambda value: {"checksums": sums(value)})
 
 
-def another_procedure(folder):
-  write_anew(folder, procedure=laws.procedure(measure="state"))
-
-
-def another_grid(folder):
-  write_anew(folder, grid=(0.9, 0.4))
-
-
-def another_list(folder):
-  write_anew(folder, prompts=[*PROMPTS[:-1], Prompt("id-59", "another text")])
-
-
-def write_anew(folder, **changes):
-  shutil.rmtree(folder / "shard-00003-of-00004")
+def anew(folder, **changes):
+  shutil.rmtree(place(folder, 3))
   write(folder, 3, 4, **changes)
 
 
 def edited(folder):
-  path = folder / "shard-00000-of-00004" / "threshold_0.5.jsonl"
+  path = place(folder, 0) / EARLY
   path.write_text(path.read_text().replace("at 0.5", "at 0.4", 1))
 
 
-def doubled(folder):
-  """A shard whose records were doubled before its mark was written."""
-  at = folder / "shard-00000-of-00004"
-  path = at / "threshold_0.5.jsonl"
-  path.write_text(path.read_text() + path.read_text().splitlines(keepends=True)[0])
-  resign(at)
+def swapped_positions(folder):
+  """Two shards claim one prompt, and one prompt is claimed by none."""
+  (other, *_) = shards.read_mark(place(folder, 1))["positions"]
+  mark(folder, lambda value: {"positions": sorted({*value["positions"][1:], other})})
 
 
-def lost(folder):
-  at = folder / "shard-00000-of-00004"
-  path = at / "threshold_0.5.jsonl"
-  path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
-  resign(at)
-
-
-def resign(at):
-  mark = json.loads((at / shards.MARK).read_text())
-  mark["checksums"] = {name: storage.checksum(at / name) for name in mark["checksums"]}
-  (at / shards.MARK).write_text(json.dumps(mark))
-
-
-def positions(folder):
-  """Two shards that claim one prompt, and one that nobody has."""
-  path = folder / "shard-00000-of-00004" / shards.MARK
-  mark = json.loads(path.read_text())
-  other = shards.read_mark(folder / "shard-00001-of-00004")["positions"]
-  mark["positions"] = sorted({*mark["positions"][1:], other[0]})
-  path.write_text(json.dumps(mark))
-
-
-def nobodys(folder):
-  """A prompt that no shard claims."""
-  path = folder / "shard-00000-of-00004" / shards.MARK
-  mark = json.loads(path.read_text())
-  path.write_text(json.dumps({**mark, "positions": mark["positions"][1:]}))
-
-
-def unanswered(folder):
-  path = folder / "shard-00000-of-00004" / shards.MARK
-  mark = json.loads(path.read_text())
-  del mark["checksums"]["threshold_0.5.jsonl"]
-  path.write_text(json.dumps(mark))
-
-
-def prompts_of_another(folder):
-  prompts_from(folder, 1, lambda mine, other: [*mine[1:], other[0]])
-
-
-def prompts_in_two(folder):
-  prompts_from(folder, 0, lambda mine, other: [mine[1], *mine[1:]])
-
-
-def prompts_changed(folder):
-  prompts_from(
-    folder, 0, lambda mine, other: [mine[0].replace(': "input', ': "put'), *mine[1:]]
-  )
-
-
-def prompts_lost(folder):
-  prompts_from(folder, 0, lambda mine, other: mine[1:])
-
-
-def prompts_from(folder, source, change):
-  """Changed before the first shard's mark was written."""
-  at, other = (folder / shards.Shard(number, 4).name for number in (0, source))
-  lines = [(part / generations.PROMPTS).read_text().splitlines(True) for part in (at, other)]
-  (at / generations.PROMPTS).write_text("".join(change(*lines)))
-  resign(at)
+EARLY, OTHER = "threshold_0.5.jsonl", laws.procedure(measure="state")
+ANOTHER_LIST = [*PROMPTS[:-1], Prompt("id-59", "another text")]
+without = lambda value, name: {n: v for n, v in value.items() if n != name}
 
 
 @pytest.mark.parametrize(
   ("damage", "message"),
   [
-    (nobodys, r"got 1 in none: the prompts \d+ of the list"),
     (
-      unanswered,
+      lambda f: mark(f, lambda value: {"positions": value["positions"][1:]}),
+      r"got 1 in none: the prompts \d+ of the list",
+    ),
+    (swapped_positions, r"Expected every prompt in one shard, got 1 in .*first the prompt"),
+    (
+      lambda f: mark(f, lambda value: {"checksums": without(value["checksums"], EARLY)}),
       r"complete\.json: expected a mark that answers for .* threshold_0\.5\.jsonl in one only",
     ),
-    (prompts_of_another, r"expected every id in one shard, got 'id-\d+'"),
-    (prompts_changed, r"prompts\.jsonl: expected, .* the list of prompts that complete\.json"),
-    (prompts_in_two, r":2: expected every id in one shard, got 'id-\d+' in .*00000"),
-    (prompts_lost, r"prompts\.jsonl: expected \d+ lines, one a prompt, got another"),
-    (half, r"that have no complete\.json: .*shard-00002-of-00004; run them again"),
-    (missing, r"of all shards of one run, .* got none with --shard_id 1 of 4; run them"),
-    (divided_otherwise, r"got divisions into \[3, 4\]"),
     (
-      another_procedure,
+      lambda f: lines(f, "prompts.jsonl", lambda ours, theirs: [*ours[1:], theirs[0]], 1),
+      r"expected every id in one shard, got 'id-\d+'",
+    ),
+    (
+      lambda f: lines(f, "prompts.jsonl", lambda ours, _: [ours[1], *ours[1:]]),
+      r":2: expected every id in one shard, got 'id-\d+' in .*00000",
+    ),
+    (
+      lambda f: lines(f, "prompts.jsonl", lambda ours, _: ours[1:]),
+      r"prompts\.jsonl: expected \d+ lines, one a prompt, got another",
+    ),
+    (
+      lambda f: lines(
+        f, "prompts.jsonl", lambda ours, _: [ours[0].replace(': "input', ': "put'), *ours[1:]]
+      ),
+      r"prompts\.jsonl: expected, .* the list of prompts that complete\.json",
+    ),
+    (
+      lambda f: (place(f, 2) / shards.MARK).unlink(),
+      r"that have no complete\.json: .*shard-00002-of-00004; run them again",
+    ),
+    (
+      lambda f: shutil.rmtree(place(f, 1)),
+      r"of all shards of one run, .* got none with --shard_id 1 of 4; run them",
+    ),
+    (lambda f: write(f, 0, 3), r"got divisions into \[3, 4\]"),
+    (
+      lambda f: anew(f, procedure=OTHER),
       r"one run, got two: .* differ: `measure`: expected 'softmax', got 'state'",
     ),
-    (another_grid, r"differ: `thresholds` \(\[0\.9, 0\.5\], \[0\.9, 0\.4\]\)"),
-    (another_list, r"differ: `prompts_digest`"),
+    (
+      lambda f: anew(f, grid=(0.9, 0.4)),
+      r"differ: `thresholds` \(\[0\.9, 0\.5\], \[0\.9, 0\.4\]\)",
+    ),
+    (lambda f: anew(f, prompts=ANOTHER_LIST), r"differ: `prompts_digest`"),
     (edited, r"threshold_0\.5\.jsonl: expected the SHA-256 .* of complete\.json, got another"),
-    (doubled, r"expected every id once, got 'id-[0-9]+' twice"),
-    (lost, r"expected a record of each of its .* prompts.*'id-[0-9]+'"),
-    (positions, r"Expected every prompt in one shard, got 1 in .*first the prompt"),
+    (
+      lambda f: lines(f, EARLY, lambda ours, _: [*ours, ours[0]]),
+      r"expected every id once, got 'id-[0-9]+' twice",
+    ),
+    (
+      lambda f: lines(f, EARLY, lambda ours, _: ours[1:]),
+      r"expected a record of each of its .* prompts.*'id-[0-9]+'",
+    ),
   ],
 )
 def test_what_is_not_one_run_is_refused_and_named(four, damage, message):
