@@ -100,10 +100,7 @@ BORDER = {
       **{"storage_dtype": "float32", "exits_trained": None},
     },
   ),
-  "load": (
-    checkpoints.load,
-    {"path": "model", "config": None, "vocabulary": None, "exits": None},
-  ),
+  "load": (checkpoints.load, {"path": "model", "exits": None}),
   "exits": (
     checkpoints.save_exits,
     {"file": "exits.safetensors", "leaves": {}, "base_digest": "0"},
