@@ -53,17 +53,17 @@ COLUMNS = [
   "left",
 ]
 
-MONITOR = """
-import sys, time
-from calm.calibrate import monitor as monitor_lib
-watch = monitor_lib.Watch(tolerance=0.2, alarm_level=0.01, sampling_rate=0.5, seed="chaos")
-monitor = monitor_lib.open_monitor(sys.argv[1], watch)
-for number in monitor.waiting:
-  monitor.record(number, (number % 7) / 50)
-while monitor.served < 40000:
-  number, sampled = monitor.serve()
-  if sampled:
-    monitor.record(number, (number % 7) / 50)
+ONLINE = """
+import sys
+from calm import calibrate
+options = {"tolerance": 0.2, "share": 0.5, "least_share": 0.5, "seed": "chaos"}
+online = calibrate.Online(sys.argv[1], [0.9, 0.5], **options)
+losses = lambda number: {0.9: (number % 7) / 50, 0.5: (number % 5) / 20}
+if online.missing:
+  online.observe(online.served - 1, losses(online.served - 1))
+for number in range(online.served, 40000):
+  if online.should_check(number):
+    online.observe(number, losses(number))
 """
 
 
@@ -141,8 +141,8 @@ def trials(base: pathlib.Path) -> dict[str, Trial]:
       ("out.jsonl",),
     ),
     "train": train_trial(prompts),
-    "monitor": Trial(
-      lambda at: [sys.executable, "-c", MONITOR, str(at / "monitor.jsonl")], ("monitor.jsonl",)
+    "online": Trial(
+      lambda at: [sys.executable, "-c", ONLINE, str(at / "state.jsonl")], ("state.jsonl",)
     ),
     "fit": fit_trial(base, calibrate),
     "merge": Trial(

@@ -1,13 +1,10 @@
 """Bets for one level side by side: how often they certify, and how often wrongly.
 
     python scripts/compare_bets.py --output=scripts/results/compare_bets.json
-    python scripts/compare_bets.py --early --output=scripts/results/compare_early.json
 
 For each law of losses, sample size and mean: the share of samples that each rule certifies at
 error rate 0.05. Means below the tolerance show power; a mean at the tolerance shows the rate of
-false certificates, which must not exceed 0.05. With `--early` prompts are looked at one by one:
-how often each rule certifies, and after how many prompts it has decided (mean). Needs numpy and
-scipy only.
+false certificates, which must not exceed 0.05. Needs numpy and scipy only.
 """
 
 import argparse
@@ -86,42 +83,6 @@ def row(law: str, tolerance: float, share: float, size: int, draws: int) -> list
   return [law, f"{tolerance:g}", f"{share * tolerance:g}", str(size), *found]
 
 
-EARLY_COLUMNS = (
-  *("law", "tolerance", "mean", "prompts"),
-  *("plug-in", "its prompts", "auto", "its prompts ", "early", "its prompts  "),
-)
-EARLY_CELLS = (
-  ("text", 0.1, 0.3, 300),
-  ("text", 0.1, 0.7, 600),
-  ("text", 0.05, 0.5, 237),
-  ("near binary", 0.1, 0.3, 300),
-  ("near binary", 0.1, 0.7, 600),
-  ("near binary", 0.05, 0.5, 467),
-  ("dense", 0.1, 0.5, 300),
-  ("dense", 0.05, 0.5, 237),
-  ("text", 0.1, 1.5, 300),
-  ("near binary", 0.1, 1.5, 300),
-)
-
-
-def early_row(law: str, tolerance: float, share: float, size: int, draws: int) -> list[str]:
-  """One line of the table of tests that stop when they have decided, as `sequential` does."""
-  generator = np.random.default_rng([size, round(100 * share)])
-  losses = draw(law, generator, share * tolerance, (size, draws))
-  left = size - np.arange(1, size + 1)[:, None]
-  found = []
-  for rule in (betting.PLUG_IN, betting.FIXED_LEVEL, betting.EARLY):
-    design = rule.design(tolerance, ERROR_RATE, size)
-    wealth = betting.log_wealth(losses, design, rule)
-    certified = wealth >= design.target
-    best = left * np.log1p(design.cap * tolerance)
-    decided = certified | (wealth + best < design.target) | (left == 0)
-    used = decided.argmax(axis=0)
-    power = certified[used, np.arange(draws)].mean()
-    found += [f"{power:.4f}", f"{used.mean() + 1:.0f}"]
-  return [law, f"{tolerance:g}", f"{share * tolerance:g}", str(size), *found]
-
-
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -129,7 +90,6 @@ def main() -> None:
   parser.add_argument("--draws", type=int, default=2000, help="samples a row for power")
   parser.add_argument("--boundary", type=int, default=20_000, help="samples a row at the bound")
   parser.add_argument("--output", help="JSON file of the table")
-  parser.add_argument("--early", action="store_true", help="tests that stop when they can")
   arguments = parser.parse_args()
   columns, rows = table(arguments)
   for line in (list(columns), *rows):
@@ -140,8 +100,6 @@ def main() -> None:
 
 def table(arguments: argparse.Namespace) -> tuple[tuple[str, ...], list[list[str]]]:
   """(columns, rows) of the table that is asked for."""
-  if arguments.early:
-    return EARLY_COLUMNS, [early_row(*cell, arguments.draws) for cell in EARLY_CELLS]
   rows = [row(*cell, arguments.draws) for cell in CELLS]
   for law in ("text", "near binary", "dense"):
     for tolerance, size in ((0.05, 100), (0.1, 300)):

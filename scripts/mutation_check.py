@@ -30,7 +30,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 TESTS = {
   "p_values": ("p_values_test", "betting_test", "pitfalls_test"),
   "testing": ("testing_test", "pitfalls_test", "risks_test", "configurations_test"),
-  "betting": ("betting_test", "trials_test", "sequential_test"),
+  "betting": ("betting_test", "trials_test"),
+  "online": ("online_test",),
   "trials": ("trials_test", "edges_test"),
   "generations/order": ("generations/order_test", "order_edges_test"),
   "clusters": ("order_edges_test", "calibration_test", "edges_test"),

@@ -3,12 +3,12 @@
     python scripts/validity.py --output=scripts/results/NAME.json
     python scripts/validity.py --orders --output=scripts/results/NAME.json
 
-Every row draws prompts whose risk is exactly what is promised and asks `calibrate` (or Pareto
-testing, or a sequential run) for a certificate at error rate 0.05: each one is wrong. The share
-of them may be 0.05 and, by chance, three standard errors more; the exit status is 1 if one is
-above. With `--orders` rows are stored sorted, stratified or clustered by their losses, and
-every number of prompts up to 400 is tried; of so many sizes some lie above by chance, and they
-may not be more than that explains. Needs numpy and scipy only.
+Every row draws prompts whose risk is exactly what is promised and asks `calibrate` for a
+certificate at error rate 0.05: each one is wrong. Of all draws 0.05 may be and, by chance,
+three standard errors more; the exit status is 1 if one is above. With `--orders` rows are
+stored sorted, stratified or clustered by their losses, and every number of prompts up to 400 is
+tried; of so many sizes some lie above by chance, and they may not be more than that explains.
+Needs numpy and scipy only.
 """
 
 import argparse
@@ -29,7 +29,6 @@ from calm.calibrate import (
   clusters,
   methods,
   risks,
-  sequential,
 )
 from calm.calibrate.certify import each_group as calibrate_each_group
 
@@ -180,20 +179,6 @@ def one_configuration(generator, count):
   return np.array([found.certified])
 
 
-def sequential_run(lower: float):
-  def wrong(generator, count):
-    law = text_like if lower == 0.0 else signed
-    values = law(generator, TOLERANCE, count)
-    test = sequential.SequentialCalibration(
-      [0.5], count, tolerance=TOLERANCE, error_rate=LEVEL, support=Support(lower=lower)
-    )
-    while (request := test.request(16)) is not None:
-      test.add(values[request.start : request.stop])
-    return np.array([test.calibration().certified])
-
-  return wrong
-
-
 def grid_of_four(generator, count):
   """The whole of `calibrate`: two thresholds within the tolerance, two at it."""
   values = text_like(generator, [0.01, 0.05, TOLERANCE, TOLERANCE], (count, 4))
@@ -209,8 +194,6 @@ CELLS = (
   Cell("mean", "signed", 100, mean(signed, Support(lower=-1.0))),
   Cell("mean, convex_order", "text", 100, mean(text_like, method="convex_order")),
   Cell("mean, betting", "text", 100, mean(text_like, method="betting")),
-  Cell("mean, betting_early", "text", 100, mean(text_like, method="betting_early")),
-  Cell("mean, betting_early", "0 or 1", 100, mean(zero_or_one, method="betting_early")),
   Cell("mean, clusters of 4 copies", "text", 100, cluster_means),
   Cell("quantile", "two values", 100, quantile),
   Cell("every group", "text", 200, every_group),
@@ -222,8 +205,6 @@ CELLS = (
   Cell("cost, the risk", "text", 100, cost(risk=True), LEVEL / 2),
   Cell("cost, the cost", "Beta(2, 2)", 100, cost(risk=False), LEVEL / 2),
   Cell("one of six configurations", "0 or 1", 200, one_configuration, block=1, most=5000),
-  Cell("sequential", "text", 60, sequential_run(0.0), block=1, most=5000),
-  Cell("sequential", "signed", 60, sequential_run(-1.0), block=1, most=5000),
   Cell("mean, a grid of four", "text", 100, grid_of_four, block=1, most=2000),
 )
 

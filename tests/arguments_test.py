@@ -12,15 +12,14 @@ import pytest
 
 from calm import arguments, calibrate
 from calm.calibrate import (
+  Online,
   Prompt,
   SequenceLosses,
   Support,
   each_group,
   metrics,
-  monitor,
   planning,
   risks,
-  sequential,
   trials,
 )
 from tests import odd_arguments
@@ -226,24 +225,6 @@ def test_costs_and_depths_are_finite_and_not_negative(name, value):
     calls[name]()
 
 
-def open_watch(tmp_path, watch=None):
-  watch = watch or monitor.Watch(0.1, 0.05, 1.0, "0")
-  number = len(list(tmp_path.iterdir()))
-  return monitor.open_monitor(tmp_path / f"{number}.jsonl", watch)
-
-
-def test_a_monitor_counts_nothing_that_it_refuses(tmp_path):
-  for odd in ({"predictions": "ab"}, {"names": ["a"]}, {"metric": 1}, {"full_model": ["a"]}):
-    watched = open_watch(tmp_path)
-    given = {"predictions": ["a", "b"], "full_model": lambda rows: ["a"] * len(rows), **odd}
-    with pytest.raises(ValueError, match=f"Expected `{next(iter(odd))}`"):
-      watched.check(**given)
-    assert watched.served == 0
-  assert not open_watch(tmp_path).check(once("ab"), lambda rows: once("ab"))
-  with pytest.raises(ValueError, match="`full_model` to return a text for each"):
-    open_watch(tmp_path).check(["a"], lambda rows: 0.5)
-
-
 TEXTS = {"full": FULL, "early": {"a": FULL, "b": CHEAP}, "references": None, "kind": None}
 POOL = {"losses": losses(), "tolerances": [0.1], "error_rate": 0.05, "method": "auto"}
 PLANNED = {"method": "auto", **RATES, "support": None}
@@ -288,18 +269,11 @@ BORDER = {
   ),
   "split": (trials.split_trials, {**POOL, "layers": None, "groups": None, "trials": 2}),
   "validity": (trials.validity_trials, {**POOL, "calibration_size": 9, "trials": 2, "seed": 0}),
-  "sequential": (
-    sequential.SequentialCalibration,
-    {"thresholds": GRID, "planned_size": 9, **RATES, "support": None, "clusters": False},
-  ),
-  "added": (lambda losses: sequential.SequentialCalibration(GRID, 9, **RATES).add(losses), {
-    "losses": [0.0],
-  }),
-  "watch": (
-    monitor.Watch,
+  "online": (
+    Online,
     {
-      **{"tolerance": 0.1, "alarm_level": 0.05, "sampling_rate": 1.0, "seed": "0"},
-      **{"support": Support(), "kind": "textual", "calibration_digest": None},
+      **{"path": None, "thresholds": GRID, **RATES, "support": None, "share": 1.0, "seed": "0"},
+      **{"least_share": 0.05, "alarm_level": 0.05, "patience": 9, "about": {"metric": "f1"}},
     },
   ),
   "prompt": (Prompt, {"id": "a", "input": "b", "targets": (), "group": None}),

@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(items):
 # numbers with others' or with the paper's, or reads HLO, is compiled as users do.
 QUICK = (
   *("commands/calibrate_command_test.py", "commands/cli_test.py", "commands/gin_test.py"),
-  *("commands/infer_test.py", "commands/monitoring_test.py", "commands/options_test.py"),
+  *("commands/infer_test.py", "commands/options_test.py"),
   *("commands/pipeline_test.py", "commands/reading_test.py", "commands/run_test.py"),
   *("commands/sharding_test.py", "commands/stopped_test.py"),
   *("decode/loop_test.py",),
@@ -71,7 +71,7 @@ QUICK = (
   *("fitting/choose_test.py", "fitting/run_test.py", "fitting/train_test.py"),
   *("inference/calibrating_test.py", "inference/grid_test.py"),
   *("inference/platform_test.py", "inference/seconds_test.py"),
-  *("inference/until_certified_test.py",),
+  *("inference/online_test.py",),
   *("paper/bench_test.py", "scripts/benchmark_test.py"),
   *("scripts/walkthrough_test.py", "t5/costs_test.py", "t5/decoder_test.py"),
   *("t5/growing_test.py", "t5/network_test.py"),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from calm import checkpoints
-from calm.calibrate import Calibration, calibrate, generations, monitor
+from calm.calibrate import Calibration, Online, calibrate, generations
 from calm.calibrate.generations import records
 from calm.data import datasets, vocabulary
 from calm.inference import options
@@ -57,7 +57,7 @@ def _files(base: pathlib.Path) -> None:
   for path, value in (
     (ours / "inference.json", STORED),
     (base / "rows.jsonl", row),
-    (base / "watch.jsonl", monitor.Watch(**small_cache.WATCH).to_json()),
+    (base / "watch.jsonl", Online(None, **small_cache.ONLINE)._settings()),
     (base / "records.jsonl", small_cache.record("id-000").to_json()),
   ):
     path.write_text(json.dumps(value) + "\n")
@@ -83,7 +83,7 @@ def documents(base: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[], 
     "records": (lines, lambda: list(generations.cache.read_records(lines))),
     "manifest": (whole / "manifest.json", lambda: generations.load(whole)),
     "calibration": (told, lambda: Calibration.load(told)),
-    "monitor": (watch, lambda: monitor.open_monitor(watch, monitor.Watch(**small_cache.WATCH))),
+    "online": (watch, lambda: Online(watch, **small_cache.ONLINE)),
   }
 
 
@@ -166,5 +166,5 @@ FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {
     "provenance.notes": _of({}, {"a": 1}, None, GONE),
   },
   "calibration": {},
-  "monitor": {"empty": _anything},  # as one that was never written to
+  "online": {"empty": _anything},  # as one that was never written to
 }

@@ -10,7 +10,6 @@ Cached outputs are in `generations`; `losses` come of them, p-values of these fr
 (`p_values`, `betting`), what is certified of p-values from `testing`, and `certify` does all.
 """
 
-from calm.calibrate import monitor as monitor
 from calm.calibrate import risks
 from calm.calibrate.calibration import Calibration
 from calm.calibrate.certify import calibrate, calibrate_configurations, each_group
@@ -18,12 +17,14 @@ from calm.calibrate.generations.cache import load, open_writer
 from calm.calibrate.generations.procedure import Procedure, Provenance
 from calm.calibrate.generations.records import GenerationsError, Prompt, Record
 from calm.calibrate.losses import SequenceLosses, Support, from_texts
+from calm.calibrate.online import Online
 from calm.calibrate.thresholds import NEVER_EXIT, default_grid
 
 __all__ = [
   "NEVER_EXIT",
   "Calibration",
   "GenerationsError",
+  "Online",
   "Procedure",
   "Prompt",
   "Provenance",

@@ -22,9 +22,6 @@ CAP_SHARE, HEDGE_CAP_SHARE = 0.9, 0.99
 PRIOR_VARIANCE = 0.25
 # How many prompts the variance of a loss of mean `tolerance` counts for in the hedge.
 HEDGE_PRIOR_SIZE = 8.0
-# A hedge slows down as it gets ahead, and ends where the prompts end. Where each prompt costs a
-# decoding, it goes on at this share of the plug-in pace at least.
-EARLY_PACE = 0.7
 # The hedge looks at its wealth again after this share of the prompts that are left.
 _LOOKS = 64
 LEAST_VARIANCE = 1e-12
@@ -44,7 +41,6 @@ class Design:
   upper: float = 1.0  # declared upper bound of losses
   # The largest bet as a share of the largest that keeps wealth nonnegative.
   cap_share: float = CAP_SHARE
-  least_pace: float = 0.0  # the smallest bet of a hedge as a share of the plug-in bet
 
   @property
   def cap(self) -> np.ndarray:
@@ -67,13 +63,12 @@ class Strategy:
   free: Callable[[np.ndarray, Design], np.ndarray]
   cap_share: float = CAP_SHARE  # `Design.cap_share` that the rule is made for
   aims: bool = False  # whether free bets depend on the tolerance
-  least_pace: float = 0.0  # `Design.least_pace` that the rule is made for
 
   def design(
     self, tolerance: npt.ArrayLike, error_rate: float, planned_size: int, upper: float = 1.0
   ) -> Design:
-    """A design with this rule's cap and least pace."""
-    return Design(tolerance, error_rate, planned_size, upper, self.cap_share, self.least_pace)
+    """A design with this rule's cap."""
+    return Design(tolerance, error_rate, planned_size, upper, self.cap_share)
 
   def bets(self, losses: np.ndarray, design: Design) -> np.ndarray:
     """Bets [n, k] in [0, design.cap]."""
@@ -121,7 +116,7 @@ class Hedge:
   `plug_in_bets`, with 8 prompts of variance tolerance (1 - tolerance) before the first. Wealth
   is looked at again after every 64th of the prompts left. Once it has reached the target, or
   has fallen below error_rate, nothing is left to hedge: bets go on at the plug-in pace, for the
-  sake of upper bounds. No bet is below `design.least_pace` of the plug-in one.
+  sake of upper bounds.
 
   After `row` losses `wealth` [num_columns] is log wealth, `highest` the largest so far.
   """
@@ -174,7 +169,7 @@ class Hedge:
     open_ = (self.highest < design.target) & (needed < 2.0 * design.target)
     left = math.sqrt(design.planned_size - self.row)
     aim = np.full(len(needed), _pace(design))
-    aim[open_] = np.maximum(_price_ratio(needed[open_]) / left, design.least_pace * aim[open_])
+    aim[open_] = _price_ratio(needed[open_]) / left
     return aim
 
 
@@ -222,8 +217,6 @@ def _price_ratio(needed: np.ndarray) -> np.ndarray:
 PLUG_IN = Strategy("plug_in", plug_in_bets)
 # More power at that one level, a useless p-value at any other.
 FIXED_LEVEL = Strategy("fixed_level", hedge_bets, HEDGE_CAP_SHARE, aims=True)
-# The same for a test that stops as soon as it can: nearly that power, and half the prompts.
-EARLY = Strategy("early", hedge_bets, HEDGE_CAP_SHARE, aims=True, least_pace=EARLY_PACE)
 
 
 def _check_losses(losses: npt.ArrayLike, upper: float) -> np.ndarray:

@@ -166,7 +166,7 @@ class Calibration:
     Args:
       procedure: how outputs are decoded.
       allow_platform: whether the platform and its matmul precision may be others. The promise
-        is then not of these outputs: whoever says so checks a sample of them.
+        is then not of these outputs.
     """
     if self.procedure is None:
       raise ValueError(
@@ -179,7 +179,7 @@ class Calibration:
     if difference:
       check = ""
       if not describe_differences(self.procedure, procedure, allow_platform=True):
-        check = " have a sample of the prompts checked here (`--allow_platform`),"
+        check = " decode without it (`--allow_platform`),"
       raise ValueError(
         "Expected a calibration for this model and these options, got one for another"
         f" procedure: {difference}; calibrate again under this one,{check} or say that the"

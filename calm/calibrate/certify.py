@@ -58,7 +58,7 @@ def calibrate(
     method: 'auto' (binary support, or a plain array of 0 and 1: 'binomial'; else
       'betting_fixed_level' for fixed sequence testing, 'betting' for all other procedures),
       'paper' (Eq. 11 and the Hoeffding-Bentkus p-value, `p_values.hoeffding_bentkus`),
-      'betting', 'betting_fixed_level', 'betting_early', 'convex_order' or 'binomial'.
+      'betting', 'betting_fixed_level', 'convex_order' or 'binomial'.
     testing_procedure: 'fixed_sequence', 'fallback' or 'holm'.
     groups: [num_examples] cluster of each row; the test is then on cluster means. None takes
       those of a `SequenceLosses`, which has none after `.ungrouped()` (the guarantee says so).

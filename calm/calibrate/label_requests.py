@@ -1,107 +1,30 @@
-"""Requests for references, only where a loss needs them.
+"""Requests for references, only of prompts where a loss needs them.
 
-Where the early text equals the full one the risk difference is 0 whatever the reference, so a
-test that looks at prompts one by one requests references of the others alone, and of none
-beyond the last that it looks at.
+Where the early text equals the full one the risk difference is 0 whatever the reference.
 """
 
-import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-
-import numpy as np
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from calm import storage
-from calm.calibrate import losses, metrics
+from calm.calibrate import losses
 from calm.calibrate.generations.cache import Generations
-from calm.calibrate.generations.records import GenerationsError, Prompt, Record
+from calm.calibrate.generations.records import GenerationsError
+
+_FIELDS = {"id", "input", "full", "early", "targets", "references"}
 
 
-@dataclasses.dataclass(frozen=True)
-class LabelRequest:
-  """A prompt whose references are wanted: what a person, or a judge, has to look at.
-
-  Attributes:
-    id: the prompt's id.
-    input: its text.
-    full: text of the full model.
-    early: different texts of early exits.
-  """
-
-  id: str
-  input: str
-  full: str
-  early: tuple[str, ...]
-
-
-# Answers requests: {id: references} of at least the requested prompts.
-Labeler = Callable[[Sequence[LabelRequest]], Mapping[str, Sequence[str]]]
-
-
-class MissingReferences(ValueError):
-  """References are needed and were not given; `requests` has the prompts."""
-
-  def __init__(self, requests: Sequence[LabelRequest]):
-    self.requests = tuple(requests)
-    super().__init__(
-      f"Expected references of {len(self.requests)} prompts whose text differs from the full"
-      f" model's, got none, first {[request.id for request in self.requests[:5]]}; give them."
-    )
-
-
-def find_requests(generations: Generations) -> tuple[LabelRequest, ...]:
-  """A request for each prompt of `losses.unlabelled`, with its different texts."""
+def find_requests(generations: Generations) -> list[dict[str, Any]]:
+  """{id, input, full, early} of each prompt of `losses.unlabelled`; early: different texts."""
   wanted, requests = set(losses.unlabelled(generations)), []
   for row, prompt in enumerate(generations.prompts):
     if prompt.id in wanted:
       texts = [column[row].prediction for column in generations.records if row < len(column)]
       full = generations.full[row].prediction
-      early = tuple(text for text in dict.fromkeys(texts) if text != full)
-      requests.append(LabelRequest(prompt.id, prompt.input, full, early))
-  return tuple(requests)
-
-
-def batch_losses(
-  prompts: Sequence[Prompt],
-  threshold: float,
-  early: Sequence[Record],
-  full: Sequence[Record],
-  *,
-  kind: str,
-  metric: metrics.MetricLike = "rouge_l",
-  ask: Labeler | None = None,
-) -> np.ndarray:
-  """Losses of some prompts at one threshold, as `SequentialCalibration.add` wants them.
-
-  Args:
-    prompts: [num_prompts] prompts.
-    threshold: at which the early texts were decoded.
-    early: [num_prompts] their records.
-    full: [num_prompts] records of the full model.
-    kind: 'textual', 'risk_signed' or 'risk_clipped'.
-    metric: the text metric.
-    ask: answers requests for references, for a risk; None where every prompt has them. It is
-      called once with what is missing, and not at all where nothing is.
-
-  Returns:
-    [num_prompts] losses.
-
-  Raises:
-    MissingReferences: references are missing, and `ask` has none.
-    ValueError: as `losses.prefix_losses`.
-  """
-  grid = np.array([threshold])
-  pairs = Generations(tuple(prompts), grid, records=(tuple(early),), full=tuple(full))
-  requests = find_requests(pairs) if kind != "textual" and ask is not None else ()
-  if requests and ask is not None:
-    answers = ask(requests)
-    missing = [request for request in requests if not answers.get(request.id)]
-    if missing:
-      raise MissingReferences(missing)
-    labelled = {request.id: tuple(answers[request.id]) for request in requests}
-    rows = (dataclasses.replace(p, targets=labelled.get(p.id, p.targets)) for p in prompts)
-    pairs = dataclasses.replace(pairs, prompts=tuple(rows))
-  return losses.prefix_losses(pairs, kind, metric=metric)[0]
+      early = [text for text in dict.fromkeys(texts) if text != full]
+      requests.append({"id": prompt.id, "input": prompt.input, "full": full, "early": early})
+  return requests
 
 
 def read_references(path: str | pathlib.Path) -> dict[str, tuple[str, ...]]:
@@ -126,7 +49,7 @@ def _answers(path: str | pathlib.Path) -> list[tuple[storage.Line, tuple[str, ..
   return list(answers.values())
 
 
-def write_requests(path: str | pathlib.Path, requests: Sequence[LabelRequest]) -> None:
+def write_requests(path: str | pathlib.Path, requests: Sequence[Mapping[str, Any]]) -> None:
   """Writes requests as JSON Lines with empty `targets`, for `read_references` to read.
 
   Answers that the file has already stay, before the requests.
@@ -135,17 +58,16 @@ def write_requests(path: str | pathlib.Path, requests: Sequence[LabelRequest]) -
     GenerationsError: the file holds something else, which is left alone.
   """
   path, kept = pathlib.Path(path), {}
-  known = {field.name for field in dataclasses.fields(LabelRequest)} | {"targets", "references"}
   if path.exists():
     try:
       for line, texts in _answers(path):
-        if odd := set(line.value) - known:
-          raise line.error(f"expected {sorted(known)}, got {sorted(odd)}; leave the rest out")
+        if odd := set(line.value) - _FIELDS:
+          raise line.error(f"expected {sorted(_FIELDS)}, got {sorted(odd)}")
         kept |= {line.value["id"]: line.value} if texts else {}
     except GenerationsError as error:
       raise GenerationsError(
         f"Expected {path} to be new, or to hold requests and answers, got something else,"
         f" which would be replaced ({error}); choose another file."
       ) from error
-  new = [{**dataclasses.asdict(r), "targets": []} for r in requests if r.id not in kept]
+  new = [{**request, "targets": []} for request in requests if request["id"] not in kept]
   storage.write_atomically(path, "".join(map(storage.dump_line, [*kept.values(), *new])))

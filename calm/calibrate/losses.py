@@ -170,8 +170,8 @@ def compute(
   if short:
     raise ValueError(
       "Expected `generations` to have a record of every prompt at every threshold, got"
-      f" incomplete ones at {short[:5]}; a sequential run is tested prompt by prompt:"
-      " `prefix_losses`."
+      f" incomplete ones at {short[:5]}; generate the rest (a run of an earlier version's"
+      " `--until_certified` is calibrated by the file beside it alone)."
     )
   metric = metrics.get_metric(metric)
   values = np.stack(prefix_losses(generations, kind, metric=metric, progress=progress), axis=1)

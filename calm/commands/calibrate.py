@@ -33,7 +33,6 @@ from calm.calibrate import (
   methods,
   metrics,
   planning,
-  sequential,
   testing,
   thresholds,
 )
@@ -188,13 +187,7 @@ def _plan(arguments, console, cached: generations.Generations) -> None:
   if arguments.testing in testing.PROCEDURES:
     share = testing.first_share(arguments.testing, len(cached.thresholds))
   if arguments.promise == "mean":
-    method = sequential.METHOD if cached.sequential else arguments.method
-    run_lib.refuse_few(arguments, units, support, method, share)
-  if cached.sequential and arguments.promise != "mean":
-    raise ValueError(
-      f"--promise={arguments.promise} needs a complete run: one that stopped early was decided"
-      " for the mean."
-    )
+    run_lib.refuse_few(arguments, units, support, arguments.method, share)
   rates = {"error_rate": arguments.error_rate * share, "method": arguments.method}
   if support.lower < 0.0 and (text := planning.forecast(count, arguments.tolerance, **rates)):
     print_text(console, text, "yellow")
@@ -203,31 +196,12 @@ def _plan(arguments, console, cached: generations.Generations) -> None:
 def _make(
   arguments, console, cached: generations.Generations, seed: str | None = None
 ) -> calibrate_lib.Calibration:
-  """The calibration, tested as the outputs were decoded: whole, or prompt by prompt."""
-  if cached.sequential:
-    return _replay(arguments, cached)
+  """The calibration that the flags ask for."""
   promise = _promise(arguments, cached)  # refused before any text is compared
   with Progress(console) as progress:
     losses = _losses(arguments, cached, progress.count(f"{arguments.metric} losses"))
   rates = _rates(arguments) | {"tolerance": arguments.tolerance}
   return calibrate_lib.calibrate(losses, promise=promise, seed=seed, **rates)
-
-
-def _replay(arguments, cached: generations.Generations) -> calibrate_lib.Calibration:
-  grouped = run_lib.tested_clusters(arguments, cached.prompts) is not None
-  if (cached.by_group and arguments.ungrouped) or (grouped and not cached.by_group):
-    raise ValueError(
-      "Expected `--ungrouped` as the run that stopped early had it (decided"
-      f" {'by cluster' if cached.by_group else 'by prompt'}, in an order made for that), got"
-      f" ungrouped={arguments.ungrouped}; change the flag, or generate again."
-    )
-  return sequential.replay(
-    cached,
-    tolerance=arguments.tolerance,
-    error_rate=arguments.error_rate,
-    kind=arguments.kind,
-    metric=arguments.metric,
-  )
 
 
 def _promise(arguments, cached: generations.Generations) -> risks_lib.Promise:
@@ -313,8 +287,6 @@ def _risks(arguments, cached: generations.Generations) -> list[risks_lib.Risk]:
 
 def _several_risks(arguments, cached: generations.Generations) -> calibrate_lib.Calibration:
   """The lowest threshold that keeps all of --risks."""
-  if cached.sequential:
-    raise ValueError("`--risks` needs a complete run, not one that stopped early.")
   return calibrate_lib.calibrate(risks=_risks(arguments, cached), **_rates(arguments))
 
 
@@ -334,7 +306,7 @@ def _cheapest_configuration(arguments):
       raise ValueError(f"Expected `--configurations` as NAME=DIR, names unique, got {pair!r}.")
     cached = generations.load(folder)
     counts = cached.layer_counts()
-    if counts is None or cached.sequential:
+    if counts is None:
       raise ValueError(f"Expected a complete run with `exit_layers` in {folder}, got none.")
     risks[name] = _risks(arguments, cached)
     costs[name] = counts[0] / np.maximum(counts[1], 1)

@@ -6,7 +6,6 @@ command. Each prompt is encoded once, and the grid compiles once.
 
   calm generate --prompts=prompts.jsonl --output=runs/cache
   calm generate --model=mine --prompts=dev.jsonl.gz --output=runs/cache
-  calm generate --prompts=p.jsonl --output=runs/cache --until_certified
   calm generate --prompts=p.jsonl --output=runs/a --num_shards=4 --shard_id=0
 """
 
@@ -15,15 +14,7 @@ import pathlib
 
 from rich import console as rich_console
 
-from calm.calibrate import (
-  NEVER_EXIT,
-  Provenance,
-  generations,
-  label_requests,
-  losses,
-  sequential,
-  thresholds,
-)
+from calm.calibrate import NEVER_EXIT, Provenance, generations, thresholds
 from calm.calibrate.generations import cache, records
 from calm.commands import flags
 from calm.commands import run as run_lib
@@ -37,16 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(parser, "output", "DIR", "folder to write (resumed if it exists)", required=True)
   text = "descending, like 0.9,0.8"
   add(parser, "thresholds", "LIST", text, without="the model's own grid, or the measure's")
-  add(parser, "until_certified", None, "stop when the calibration is decided, and write it")
-  flags.add_shared(parser, "tolerance", "error_rate")
   flags.add_shared(parser, "num_shards", "shard_id")
   text = "with --measure=verified: ascending in [0, 1), like 0,0.1,0.3"
   add(more, "slacks", "LIST", text)
-  add(more, "kind", "NAME", "with --until_certified: textual or risk_signed", "textual")
-  add(more, "metric", "NAME", f"with --until_certified: {flags.METRICS}", "rouge_l")
-  text = "with --until_certified and a risk: JSON Lines of {id, targets}"
-  add(more, "references", "FILE", text)
-  flags.add_shared(more, "ungrouped")
   flags.add_shared(more, *flags.GIN)
 
 
@@ -55,10 +39,6 @@ def run(arguments: argparse.Namespace) -> int:
   """Generates the whole grid."""
   opened, part = flags.open_prompts(arguments), None
   if which := run_lib.shard(arguments):
-    if arguments.until_certified:
-      raise ValueError(
-        "`--until_certified` needs all prompts, in one order; leave `--num_shards` out."
-      )
     opened = part = run_lib.ShardRun(opened, which, arguments.output)
   prompts = list(opened)
   run_lib.use_compilation_cache()
@@ -74,8 +54,6 @@ def run(arguments: argparse.Namespace) -> int:
     levels = _parse_slacks(arguments.slacks, arguments.thresholds, predictor.options)
   if part is not None:
     _decode_shard(arguments, console, predictor, prompts, levels, part)
-  elif arguments.until_certified:
-    _until_certified(arguments, console, predictor, prompts, levels)
   else:
     writer = _open_writer(arguments, console, arguments.output, predictor, prompts, levels)
     _grid(arguments, console, predictor, prompts, levels, writer)
@@ -84,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
   return 0
 
 
-def _open_writer(arguments, console, folder, predictor, prompts, levels, **options):
+def _open_writer(arguments, console, folder, predictor, prompts, levels):
   writer = cache.open_writer(
     pathlib.Path(folder),
     prompts=prompts,
@@ -93,7 +71,6 @@ def _open_writer(arguments, console, folder, predictor, prompts, levels, **optio
     provenance=Provenance(
       grid=tuple(levels), num_examples=len(prompts), notes={"model": str(arguments.model)}
     ),
-    **options,
   )
   for report in writer.reports:
     print_text(console, report, "yellow")
@@ -126,61 +103,6 @@ def _grid(arguments, console, predictor, prompts, levels, writer) -> None:
   writer.finish()
   told = records.describe_reuse(reused)
   console.print(f"{len(prompts)} prompts, {len(levels)} thresholds and full depth: {told}.")
-
-
-def _until_certified(arguments, console, predictor, prompts, levels) -> None:
-  """Decodes until the calibration is decided, and writes it."""
-  from calm.inference import grid
-
-  groups = run_lib.tested_clusters(arguments, prompts)
-  run_lib.print_clusters(arguments, console, prompts)
-  prompts = grid.sequential_order(predictor, prompts, ungrouped=groups is None)
-  units = groups or [prompt.id for prompt in prompts]
-  support = losses.kind_support(arguments.kind, arguments.metric)
-  run_lib.refuse_few(arguments, units, support, sequential.METHOD)
-  test = sequential.SequentialCalibration(
-    levels,
-    len(set(units)),
-    tolerance=arguments.tolerance,
-    error_rate=arguments.error_rate,
-    support=support,
-    clusters=len(set(units)) < len(units),
-  )
-  folder = pathlib.Path(arguments.output)
-  options = {"sequential": True, "by_group": test.clusters}
-  writer = _open_writer(arguments, console, folder, predictor, prompts, levels, **options)
-  known = label_requests.read_references(arguments.references) if arguments.references else {}
-  with Progress(console) as progress:
-
-    def advance(threshold, done, planned):
-      shown = thresholds.format_threshold(threshold)
-      progress(done / planned, f"prompt {done} of {planned}, threshold {shown}")
-
-    try:
-      calibration = grid.generate_until_certified(
-        predictor,
-        prompts,
-        writer,
-        test,
-        kind=arguments.kind,
-        metric=arguments.metric,
-        ask=lambda requests: known,
-        progress=advance,
-      )
-    except label_requests.MissingReferences as error:
-      wanted = folder / "unlabelled.jsonl"
-      label_requests.write_requests(wanted, error.requests)
-      writer.finish()
-      raise ValueError(
-        "Expected references of every prompt whose text differs from the full model's, got none"
-        f" for {len(error.requests)} in {wanted}; fill in `targets` there and give it as"
-        f" --references={wanted}: what was decoded, and what was answered, is kept."
-      ) from error
-  writer.finish()
-  path = folder / "calibration.json"
-  run_lib.save_calibration(
-    console, calibration, path, prompts, folder=folder, model=arguments.model
-  )
 
 
 def parse_grid(text: str | None, options) -> list[float]:

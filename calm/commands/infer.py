@@ -6,6 +6,7 @@ A calibration for another model or other options is refused. A model folder of
   calm infer --model=mine --prompts=prompts.txt
   calm infer --calibration=runs/cache/calibration.json --prompts=prompts.txt
   calm infer --threshold=0.8 --prompts=rows.csv --input_key=review --output=-
+  calm infer --online=state.jsonl --tolerance=0.1 --prompts=today.jsonl
   echo "a long text" | calm infer --threshold=never --prompts=- --color
 
 --output takes JSON Lines of {id, prediction, tokens, exit_layers, confidences,
@@ -21,21 +22,17 @@ import itertools
 import json
 import os
 import pathlib
-import shutil
 import sys
-import tempfile
 import time
 import warnings
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from rich import console as rich_console
 
 from calm import storage
-from calm.calibrate import NEVER_EXIT, Calibration, Prompt, metrics, risks, seconds, thresholds
-from calm.calibrate import monitor as monitor_lib
-from calm.calibrate.generations import procedure, shards
+from calm.calibrate import NEVER_EXIT, Calibration, Online, Prompt, seconds, thresholds
+from calm.calibrate.generations import order, procedure, shards
 from calm.commands import flags
 from calm.commands import run as run_lib
 from calm.console import Progress, print_text, rate, sanitize
@@ -44,13 +41,8 @@ from calm.inference import exact_rule, outputs
 from calm.t5 import costs as t5_costs
 
 FORMAT = "calm infer 1"
-# Exit status of a run with an alarm, with --fail_on_alarm.
-ALARM_STATUS = 3
-# Share of the prompts that a monitor checks; that of a calibration from another platform; and
-# the probability that it ever raises a false alarm.
-SHARE, TRIAL_SHARE, LEVEL = 0.05, 0.25, 0.05
-# The monitor bets on the mean loss. These promises bound it by `tolerance`.
-_WATCHED = (risks.Mean, risks.Cost)
+# Options of --online, and what holds without them.
+ONLINE = {"tolerance": 0.1, "error_rate": 0.05, "metric": "rouge_l", "online_share": 1.0}
 # With so many prompts, seconds that the calibration does not name are measured.
 MEASURED_PROMPTS = 64
 # Batches a chunk: at first, at most, and at most with --refill; and most seconds a chunk.
@@ -69,7 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(parser, "output", "FILE", "write JSON Lines here; '-': standard output")
   help = "color every token by its exit layer"
   parser.add_argument("--color", "--colour", dest="colour", action="store_true", help=help)
-  add(parser, "monitor", "FILE", "check a share of the prompts; keeps its evidence in FILE")
+  add(parser, "online", "FILE", "calibrate while serving; keeps its state in FILE")
+  for name, metavar, text in (
+    ("tolerance", "RATE", "mean loss that --online allows (delta)"),
+    ("error_rate", "RATE", "probability that its guarantee ever fails (epsilon)"),
+    ("metric", "NAME", flags.METRICS),
+    ("online_share", "SHARE", "share of the prompts that --online checks at first"),
+  ):
+    add(more, name, metavar, text, without=ONLINE[name])
   flags.add_shared(parser, "num_shards", "shard_id")
   add(
     more, "draft_layer", "K", "with --exact: the layer that drafts", without="a quarter of them"
@@ -77,13 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(more, "expect_digest", "HEX", "refuse a calibration of another digest")
   add(more, "void_guarantee", None, "decode although the calibration is for another procedure")
   add(more, "refill", None, "replace rows whose text has ended (one device, float32)")
-  add(more, "allow_platform", None, "serve a calibration of another platform, monitored")
-  without = f"{SHARE}; {TRIAL_SHARE} with --allow_platform"
-  add(more, "monitor_share", "SHARE", "share of prompts that --monitor checks", without=without)
-  text = "probability that --monitor ever raises a false alarm"
-  add(more, "monitor_level", "LEVEL", text, without=LEVEL)
-  add(more, "metric", "NAME", "the calibration's metric again, where it is not built in")
-  add(more, "fail_on_alarm", None, f"end with exit status {ALARM_STATUS} after an alarm")
+  add(more, "allow_platform", None, "serve a calibration of another platform, no guarantee")
   flags.add_shared(more, *flags.GIN)
 
 
@@ -104,6 +97,9 @@ def run(arguments: argparse.Namespace) -> int:
   predictor = _load(arguments, threshold)
   predictor.weights  # noqa: B018 (laid out now, or it would count as decoding)
   threshold = predictor.threshold if threshold is None else threshold
+  online = _open_online(arguments, predictor)
+  if online is not None:
+    threshold = online.threshold
   if threshold is None:
     raise ValueError(
       f"Expected `--threshold` beside options that the calibration of {own.parent} is not for,"
@@ -114,22 +110,21 @@ def run(arguments: argparse.Namespace) -> int:
     print_text(console, f"About the calibration: {old}")
   exact = exact_rule(predictor, arguments.draft_layer) if arguments.exact else None
   startup = time.monotonic() - start
-  serving = Serving(predictor, threshold, exact, console, len(prompts), startup)
+  serving = Serving(predictor, threshold, exact, console, len(prompts), startup, online)
   if part is None:
-    return _serve(arguments, serving, prompts)
+    _serve(arguments, serving, prompts)
+    return 0
   about = {"threshold": serving.about["threshold"], "procedure": predictor.procedure.to_json()}
-  status = 0
   if part.begin("infer", about, console):
     if len(part):  # few prompts leave shards empty
       arguments.output = str(part.folder / shards.OUTPUTS)
-      status = _serve(arguments, serving, prompts)
+      _serve(arguments, serving, prompts)
     part.finish("infer", about, [shards.OUTPUTS] if len(part) else [])
-  return status
+  return 0
 
 
-def _serve(arguments, serving: "Serving", prompts: Iterable[Prompt]) -> int:
-  """Decodes and reports; returns the exit status."""
-  serving.monitored = open_monitored(arguments, serving.predictor, serving.threshold)
+def _serve(arguments, serving: "Serving", prompts: Iterable[Prompt]) -> None:
+  """Decodes and reports."""
   if arguments.output:
     with open_results(arguments.output, serving.about) as results:
       serving.serve(prompts, results)
@@ -138,8 +133,18 @@ def _serve(arguments, serving: "Serving", prompts: Iterable[Prompt]) -> int:
     if arguments.colour:
       print(outputs.legend_terminal(serving.predictor.num_layers), file=sys.stderr)
   serving.report(arguments)
-  alarm = serving.monitored is not None and serving.monitored.monitor.alarm
-  return ALARM_STATUS if alarm and arguments.fail_on_alarm else 0
+
+
+def _open_online(arguments: argparse.Namespace, predictor) -> Online | None:
+  """The state that --online names."""
+  given = {name: getattr(arguments, name) for name in ONLINE}
+  if arguments.online is None:
+    for name, value in given.items():
+      if value is not None:
+        raise ValueError(f"`--{name}` needs `--online`, the file of its state.")
+    return None
+  options = {name: ONLINE[name] if given[name] is None else given[name] for name in ONLINE}
+  return predictor.online(arguments.online, share=options.pop("online_share"), **options)
 
 
 def _check(arguments: argparse.Namespace) -> pathlib.Path:
@@ -147,11 +152,16 @@ def _check(arguments: argparse.Namespace) -> pathlib.Path:
   own = pathlib.Path(arguments.model) / "calibration.json"
   serves_itself = own.is_file() or own.with_name("full_depth.json").is_file()
   named = arguments.calibration is not None or arguments.threshold is not None
-  if not (named or serves_itself or arguments.exact):
+  if not (named or serves_itself or arguments.exact or arguments.online):
     raise ValueError(
-      "Expected `--calibration`, `--threshold` or `--exact`, got none of them, and no"
-      " calibration.json in the folder of `--model`; make one with `calm fit`, or with `calm"
-      " generate` and `calm calibrate`, or decode without a guarantee: --threshold=0.9."
+      "Expected `--calibration`, `--threshold` or `--exact`, or `--online`, got none of them,"
+      " and no calibration.json in the folder of `--model`; make one with `calm fit`, or with"
+      " `calm generate` and `calm calibrate`, or decode without a guarantee: --threshold=0.9."
+    )
+  if arguments.online and (named or arguments.exact or arguments.num_shards is not None):
+    raise ValueError(
+      "`--online` finds the threshold itself, in one process: leave `--calibration`,"
+      " `--threshold`, `--exact` and `--num_shards` out."
     )
   if arguments.exact and named:
     raise ValueError("`--exact` needs neither `--calibration` nor `--threshold`.")
@@ -161,9 +171,9 @@ def _check(arguments: argparse.Namespace) -> pathlib.Path:
     raise ValueError("`--expect_digest` needs `--calibration`, the file of that digest.")
   if arguments.output and arguments.num_shards is None:
     run_lib.check_output(arguments.output, read=(arguments.prompts, arguments.calibration))
-    if os.path.realpath(arguments.output) == os.path.realpath(arguments.monitor or ""):
+    if os.path.realpath(arguments.output) == os.path.realpath(arguments.online or ""):
       raise ValueError(
-        f"Expected `--output` to be another file than `--monitor`, got {arguments.output!r} for"
+        f"Expected `--output` to be another file than `--online`, got {arguments.output!r} for"
         " both; choose another name."
       )
   return own
@@ -196,10 +206,18 @@ def _load(arguments: argparse.Namespace, threshold: float | None):
 class Serving:
   """Decodes `count` prompts chunk after chunk and adds up what the report needs."""
 
-  monitored: "Monitored | None" = None
-
-  def __init__(self, predictor, threshold: float, exact, console, count: int, startup: float):
+  def __init__(
+    self,
+    predictor,
+    threshold: float,
+    exact,
+    console,
+    count: int,
+    startup: float,
+    online: Online | None = None,
+  ):
     self.predictor, self.threshold, self._console = predictor, threshold, console
+    self._online = online
     self._exact, self._count, self._startup = exact, count, startup
     self._sums = collections.Counter[str]()
     self._timing = outputs.Timing(0.0, 0.0, 0)
@@ -211,7 +229,7 @@ class Serving:
   @property
   def about(self) -> dict[str, Any]:
     """What the outputs depend on."""
-    text = thresholds.format_threshold(self.threshold)
+    text = "online" if self._online else thresholds.format_threshold(self.threshold)
     return {"threshold": text, **self.predictor.procedure.to_json()}
 
   def serve(self, prompts: Iterable[Prompt], results: "Results") -> None:
@@ -242,16 +260,21 @@ class Serving:
     while chunk := list(itertools.islice(prompts, batches * batch)):
       with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        texts = [prompt.input for prompt in chunk]
-        made = self.predictor.generate(texts, threshold=self.threshold, rule=self._exact)
+        made = self._generate(chunk)
       self._add(made, caught)
       self._sample = (*self._sample, *chunk)[: 2 * batch]
       yield chunk, made
-      if self.monitored is not None:  # what was served is written by now
-        self.monitored.check(chunk, made)
       progress.count("prompts")(done + self._sums["prompts"], self._count)
       affordable = int(CHUNK_SECONDS / max(made.timing.seconds, 1e-9) * len(chunk) / batch)
       batches = max(1, min(most, 4 * batches, affordable))
+
+  def _generate(self, chunk: Sequence[Prompt]):
+    texts = [prompt.input for prompt in chunk]
+    if self._online is None:
+      return self.predictor.generate(texts, threshold=self.threshold, rule=self._exact)
+    # Prompts of one group, and prompts that say the same, are checked once.
+    names = [str(p.group) if p.group is not None else order.fold_text(p.input) for p in chunk]
+    return self.predictor.generate(texts, online=self._online, ids=names)
 
   def _add(self, made, caught: Sequence[warnings.WarningMessage]) -> None:
     self._sums.update(
@@ -264,7 +287,7 @@ class Serving:
     )
     self._timing += made.timing
     if not self._sums["passes"]:
-      rule = self.predictor.served_rule(self.threshold)
+      rule = self.predictor.served_rule(made.threshold)
       self._costs += self.predictor.total_costs(made, rule)
     self._guarantee = made.guarantee
     for warning in caught:
@@ -313,20 +336,20 @@ class Serving:
     elif sums["tokens"] and not sums["passes"]:
       say(f"Costs by formula, decoder only: {self._costs}.")
     self._report_seconds(say)
-    if self._exact:
+    if self._online is not None:
+      say(self._online.guarantee)
+    elif self._exact:
       say("These are the full model's own texts: every token was verified at full depth.")
     elif self.threshold == NEVER_EXIT and not self._guarantee:
       say("The full model was used; no guarantee is needed.")
     else:
       why = self.predictor.platform_mismatch or _why_no_guarantee(arguments)
       say(self._guarantee or f"No guarantee: {why}.")
-    if self.monitored is not None:
-      say(self.monitored.report())
 
   def _report_seconds(self, say) -> None:
     """The calibrated threshold beside full depth, and a warning where it is not faster."""
     calibration = self.predictor.calibration
-    if calibration is None or not self._guarantee or not calibration.certified:
+    if calibration is None or not self._guarantee or not calibration.certified or self._online:
       return
     if (noted := seconds.of(calibration)) is not None:  # whose warning came with `load`
       say(f"Decoder beside full depth, as measured with the calibration: {noted.told}.")
@@ -527,108 +550,3 @@ def open_results(path: str, about: Mapping[str, Any]) -> Iterator[Results]:
     results = ResumableFile(target, about)
     yield results
     results.finish()
-
-
-class Monitored:
-  """A monitor, and the model that decodes at full depth for it."""
-
-  def __init__(self, predictor: Any, monitor: monitor_lib.Monitor, metric: metrics.Metric):
-    self._predictor, self.monitor, self._metric = predictor, monitor, metric
-    self._before, self._repeated = monitor.wealth.count, monitor.repeated
-    self._lost = monitor.waiting
-    for number in self._lost:
-      # Its run was killed before the loss was known; this makes no false alarm more likely.
-      monitor.record(number, monitor.watch.support.lower)
-
-  def check(self, prompts: Sequence[Prompt], made: Sequence[Any]) -> None:
-    """Counts served outputs, and decodes at full depth those that the coin picks."""
-
-    def full_model(rows: list[int]) -> list[str]:
-      texts = [prompts[row].input for row in rows]
-      return [output.text for output in self._predictor.generate(texts, threshold=NEVER_EXIT)]
-
-    texts, names = [output.text for output in made], [prompt.id for prompt in prompts]
-    self.monitor.check(texts, full_model, self._metric, names=names)
-
-  def report(self) -> str:
-    """What is known by now, in words."""
-    monitor, watch = self.monitor, self.monitor.watch
-    checked = monitor.wealth.count - self._before
-    text = (
-      f"Monitor: {checked} of these prompts were decoded at full depth too,"
-      f" {monitor.wealth.count} of {monitor.served} so far; evidence against the guarantee:"
-      f" p = {monitor.p_value:.3g}."
-    )
-    if repeated := monitor.repeated - self._repeated:
-      text += f" {repeated} were not checked, as their ids had been checked before."
-    if self._lost:
-      text += f" {len(self._lost)} of a run that was killed count as unchanged."
-    if self._predictor.platform_mismatch:
-      evidence = (
-        "What was checked here is below; it can refute the guarantee, not renew it."
-        if checked
-        else "None of these prompts was checked: raise --monitor_share."
-      )
-      text = (
-        "Served on trial, as the calibration was made elsewhere:"
-        f" {self._predictor.platform_mismatch}. {evidence} {text}"
-      )
-    if not monitor.alarm:
-      return f"{text} No alarm."
-    return (
-      f"{text} ALARM: the expected loss of the prompts that are served has been above"
-      f" {watch.tolerance:.10g} (a false alarm, ever, has probability at most"
-      f" {watch.alarm_level:.10g}). Calibrate again on prompts like these."
-    )
-
-
-def open_monitored(
-  arguments: argparse.Namespace, predictor: Any, threshold: float
-) -> Monitored | None:
-  """The monitor that `--monitor` names, or that a calibration from elsewhere needs, or None."""
-  on_trial = bool(predictor.platform_mismatch) and threshold not in (NEVER_EXIT, None)
-  if arguments.monitor is None and not on_trial:
-    for name in ("fail_on_alarm", "monitor_share", "monitor_level", "metric"):
-      if (value := getattr(arguments, name)) is not None and value is not False:
-        raise ValueError(f"`--{name}` needs `--monitor`, the file of the monitor.")
-    return None
-  calibration = _watched(predictor.calibration, threshold)
-  metric = metrics.stored_metric(calibration.metric, arguments.metric)
-  share, level = arguments.monitor_share, arguments.monitor_level
-  text = json.dumps(calibration.to_json(), sort_keys=True, ensure_ascii=False)
-  digest = hashlib.sha256(text.encode()).hexdigest()[:32]
-  watch = monitor_lib.Watch(
-    tolerance=calibration.tolerance,
-    alarm_level=LEVEL if level is None else level,
-    sampling_rate=(TRIAL_SHARE if on_trial else SHARE) if share is None else share,
-    seed=digest,
-    support=calibration.support,
-    calibration_digest=digest,
-  )
-  if arguments.monitor is not None:
-    return Monitored(predictor, monitor_lib.open_monitor(arguments.monitor, watch), metric)
-  folder = tempfile.mkdtemp(prefix="calm-monitor-")  # nobody asked to keep it
-  monitor = monitor_lib.open_monitor(pathlib.Path(folder) / "monitor.jsonl", watch)
-  weakref.finalize(monitor, shutil.rmtree, folder, True)
-  return Monitored(predictor, monitor, metric)
-
-
-def _watched(calibration: Calibration | None, threshold: float) -> Calibration:
-  if calibration is None or calibration.threshold != threshold or threshold == NEVER_EXIT:
-    raise ValueError(
-      "`--monitor` needs a calibration that certified a threshold, and no `--threshold`."
-    )
-  if not isinstance(calibration.promise, _WATCHED):
-    names = " or ".join(repr(promise.name) for promise in _WATCHED)
-    raise ValueError(
-      f"Expected `--monitor` or `--allow_platform` with the promise {names}, whose mean loss is"
-      f" watched, got {calibration.promise.name!r}; leave `--monitor` out, calibrate on this"
-      " platform, or record what it bounds yourself: `calm.calibrate.monitor`."
-    )
-  if calibration.kind != "textual" or calibration.clusters:
-    unit = "clusters of prompts" if calibration.clusters else "prompts"
-    raise ValueError(
-      "Expected `--monitor` with a promise on the textual loss of single prompts, got"
-      f" {calibration.kind!r} over {unit}; record such losses by `calm.calibrate.monitor`."
-    )
-  return calibration

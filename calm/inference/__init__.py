@@ -1,4 +1,4 @@
-"""A model that decodes under a threshold: one prompt, a grid, or until the outcome is clear."""
+"""A model that decodes under a threshold: one prompt, or a grid."""
 
 from calm.checkpoints import PACKED
 from calm.inference import (

@@ -1,13 +1,19 @@
-"""Prompts decoded over a grid, and the threshold certified on them (paper, section 4)."""
+"""Prompts decoded over a grid, and the threshold certified on them (paper, section 4): before
+serving, or while serving."""
 
 import contextlib
+import dataclasses
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from calm.calibrate import (
+  NEVER_EXIT,
   Calibration,
+  Online,
   Prompt,
   Provenance,
   Record,
@@ -20,7 +26,7 @@ from calm.calibrate import losses as sequence_losses
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import cache, order
 from calm.data import prompt_files
-from calm.inference import grid
+from calm.inference import grid, outputs
 from calm.inference.batch_decoder import BatchDecoder
 
 # A user's word, and the kind of loss that it means.
@@ -105,3 +111,71 @@ def certify(
     cached = generations.load(folder, in_memory=temporary)
   losses = sequence_losses.compute(cached, kind, metric=metric)
   return calibrate(losses, tolerance=tolerance, error_rate=error_rate), cached
+
+
+class _Memory:
+  """Records of a grid, as `grid.generate` writes them."""
+
+  def __init__(self):
+    self.columns: dict[float, dict[str, Record]] = {}
+
+  def completed_records(self, threshold: float, ids: Sequence[str]) -> dict[str, Record]:
+    del threshold, ids
+    return {}
+
+  def append(self, threshold: float, records: Sequence[Record]) -> None:
+    self.columns.setdefault(threshold, {}).update({record.id: record for record in records})
+
+
+def open_online(
+  model: BatchDecoder, path, metric: str, thresholds: Sequence[float] | None, **options: Any
+) -> Online:
+  """The state of a model that is calibrated while it serves; as `Predictor.online`."""
+  name = metrics.get_metric(metric).name
+  sequence_losses.kind_support("textual", metric)
+  about = {"metric": name, "procedure": model.procedure.digest()}
+  return Online(path, thresholds or default_grid(model), about=about, **options)
+
+
+def serve_online(
+  model: Any,
+  online: Online,
+  texts: Sequence[str],
+  ids: Sequence[str] | None,
+  progress: Any,
+) -> outputs.Outputs:
+  """Texts at the threshold of a state, which learns from those of them that it draws."""
+  if online.about.get("procedure") != model.procedure.digest():
+    raise ValueError(
+      "Expected `online` to be a state of this model under these options, got another's;"
+      " open it with `Predictor.online`."
+    )
+  names = [order.fold_text(text) for text in texts] if ids is None else ids
+  if len(names) != len(texts):
+    raise ValueError(f"Expected `ids` of {len(texts)} texts, got {len(names)}.")
+  served = online.threshold
+  made = model.generate(texts, threshold=served, progress=progress)
+  drawn: dict[str, int] = {}
+  for row, name in enumerate(names):
+    if online.should_check(name):
+      drawn.setdefault(name, row)
+  if drawn:
+    _observe(model, online, {name: texts[row] for name, row in drawn.items()})
+  held = served != NEVER_EXIT and online.threshold <= served
+  return dataclasses.replace(made, guarantee=online.guarantee if held else None)
+
+
+def _observe(model: BatchDecoder, online: Online, texts: Mapping[str, str]) -> None:
+  """Decodes drawn prompts at full depth and at open thresholds, for their textual losses."""
+  levels = max((online.wanted(name) for name in texts), key=len)
+  prompts = tuple(Prompt(f"{row}", text) for row, text in enumerate(texts.values()))
+  memory = _Memory()
+  grid.generate(model, prompts, levels, memory)
+  full, *early = (
+    tuple(memory.columns[level][prompt.id] for prompt in prompts)
+    for level in (NEVER_EXIT, *levels)
+  )
+  made = generations.Generations(prompts, np.array(levels), tuple(early), full)
+  losses = sequence_losses.prefix_losses(made, "textual", metric=online.about["metric"])
+  for name, row in zip(texts, np.stack(losses, axis=1).tolist(), strict=True):
+    online.observe(name, dict(zip(levels, row, strict=True)))

@@ -1,4 +1,4 @@
-"""Prompts x thresholds -> records: whole grids, single rules, and runs that stop when decided.
+"""Prompts x thresholds -> records: whole grids and single rules.
 
 Prompts are encoded once for all thresholds. A sequence whose refused confidences all stay below
 the next threshold is the same there and is not decoded again, any other from the first token
@@ -9,15 +9,16 @@ import collections
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from calm import exits
-from calm.calibrate import Calibration, Prompt, Record, generations, label_requests, sequential
+from calm.calibrate import Prompt, Record, generations
 from calm.calibrate import thresholds as thresholds_lib
-from calm.calibrate.generations import cache, order
+from calm.calibrate.generations import cache
 from calm.calibrate.generations import records as records_lib
 from calm.data import prompt_batches
 from calm.decode import loop
@@ -31,11 +32,6 @@ from calm.t5 import caches
 Progress = Callable[[float, int, int], None]
 # (share done in [0, 1], what is being done)
 ShareProgress = Callable[[float, str], None]
-# (threshold, units decided on at it, planned units)
-UnitProgress = Callable[[float, int, int], None]
-
-# Encoded prompts are kept for lower thresholds up to so many bytes; others are encoded again.
-KEPT_BYTES = 2**30
 
 
 def silent(share: float, text: str) -> None:
@@ -164,7 +160,7 @@ def generate(
   model: BatchDecoder,
   prompts: Sequence[Prompt],
   thresholds: Sequence[float],
-  writer: cache.Writer,
+  writer: Any,
   *,
   full: Sequence[Record] | None = None,
   encodings: dict[int, caches.Encoded] | None = None,
@@ -178,7 +174,8 @@ def generate(
     model: the model.
     prompts: the prompts; their ids name the records.
     thresholds: strictly descending, without `NEVER_EXIT`.
-    writer: from `cache.open_writer` with the same prompts and thresholds.
+    writer: from `cache.open_writer` with the same prompts and thresholds, or anything else
+      with its `completed_records` and `append`.
     full: [num_prompts] full-depth records of `model.reference`, written as they are; None
       decodes them.
     encodings: encoded prompts by batch number, read and filled where several grids are decoded
@@ -302,127 +299,3 @@ def in_bulk(model: Decoder) -> Decoder:
 def one_shape(model: Decoder) -> Decoder:
   """The same model with every batch padded to one shape: one compiled program a rule."""
   return model.sharing(dataclasses.replace(model, one_shape=True))
-
-
-# ---- Runs that stop as soon as calibration can decide
-
-
-def sequential_order(
-  model: BatchDecoder, prompts: Sequence[Prompt], *, ungrouped: bool = False
-) -> list[Prompt]:
-  """The prompts in the order in which a sequential test sees them, seeded by the procedure.
-
-  The prompts of a cluster (`order.known_groups`) stand together, unless `ungrouped`.
-  """
-  ids = [prompt.id for prompt in prompts]
-  groups = None if ungrouped else order.known_groups(prompts)
-  contents = order.prompts_digest(prompts)
-  rows = order.decoding_order(ids, groups, model.procedure, contents)
-  return [prompts[row] for row in rows]
-
-
-def generate_until_certified(
-  model: BatchDecoder,
-  prompts: Sequence[Prompt],
-  writer: cache.Writer,
-  test: sequential.SequentialCalibration,
-  *,
-  kind: str,
-  metric: str,
-  ask: label_requests.Labeler | None = None,
-  progress: UnitProgress | None = None,
-) -> Calibration:
-  """Decodes what a sequential test asks for, into `writer`, until it has decided.
-
-  Thresholds are taken from the safest down; the first one that can no longer be certified ends
-  the run.
-
-  Args:
-    model: the model.
-    prompts: from `sequential_order`; `ungrouped` unless `test.clusters`.
-    writer: opened with these prompts, the test's thresholds, `sequential=True` and
-      `by_group=test.clusters`.
-    test: decides what is decoded next; planned for all prompts, or for all clusters.
-    kind: 'textual', 'risk_signed' or 'risk_clipped'.
-    metric: name or import path of the text metric.
-    ask: who knows references that a risk needs, of prompts that have none; it is asked batch by
-      batch, where texts differ.
-    progress: told after every batch.
-
-  Returns:
-    The calibration; its p-values and bounds hold although the run stopped when it pleased.
-
-  Raises:
-    label_requests.MissingReferences: references are missing; what was decoded is kept, and the
-      same call goes on there.
-  """
-  groups = order.prompt_clusters(prompts) if test.clusters else None
-  units = order.consecutive_units(len(prompts), groups)
-  check_reference(model)
-  decoder = _SequentialDecoder(model, prompts, writer)
-  reference = decoder
-  if model.reference is not model:
-    reference = _SequentialDecoder(model.reference, prompts, writer, exits.StaticExit())
-  # As many units as fill a batch; the same ones at every threshold.
-  batch_size = max(1, model.options.batch_size * len(units) // len(prompts))
-  while (request := test.request(batch_size)) is not None:
-    wanted = units[request.start : request.stop]
-    rows = slice(wanted[0].start, wanted[-1].stop)
-    full = reference.records(rows, schedules.NEVER_EXIT)
-    early = decoder.records(rows, request.threshold)
-    losses = label_requests.batch_losses(
-      prompts[rows], request.threshold, early, full, kind=kind, metric=metric, ask=ask
-    )
-    test.add(order.unit_means(losses, wanted))
-    if progress is not None:
-      progress(request.threshold, request.stop, len(units))
-  names = order.unit_names([prompt.id for prompt in prompts], groups)
-  return test.calibration(
-    kind=kind,
-    metric=metric,
-    seed=order.order_seed(names, model.procedure, order.prompts_digest(prompts)),
-    procedure=model.procedure,
-    groups_ignored=groups is None and order.known_groups(prompts) is not None,
-  )
-
-
-class _SequentialDecoder:
-  """Records of slices of prompts at thresholds: from the writer (a run that goes on), from the
-  records of higher thresholds, or from the model."""
-
-  def __init__(self, model, prompts: Sequence[Prompt], writer, rule=None):
-    self._model, self._prompts, self._writer, self._rule = model, prompts, writer, rule
-    self._done: dict[float, dict[str, Record]] = {}
-    self._batches: dict[int, list[_Batch]] = {}
-
-  def records(self, rows: slice, threshold: float) -> list[Record]:
-    """The records of some prompts at one threshold; they are in the writer then."""
-    if threshold not in self._done:
-      self._done[threshold] = self._writer.completed_records(threshold)
-    done = self._done[threshold]
-    ids = [prompt.id for prompt in self._prompts[rows]]
-    missing = [i for i in ids if i not in done]
-    made: dict[str, Record] = {}
-    if missing and rows.start not in self._batches:
-      planned = self._model.plan([prompt.input for prompt in self._prompts[rows]])
-      self._batches[rows.start] = [
-        _Batch(self._model, batch, [ids[row] for row in batch.rows], self._rule)
-        for batch in planned
-      ]
-    # The last threshold before this one says most: it has the fewest refusals.
-    before: dict[str, Record] = {}
-    for level in sorted((level for level in self._done if level > threshold), reverse=True):
-      before.update({i: self._done[level][i] for i in missing if i in self._done[level]})
-    for batch in self._batches[rows.start] if missing else ():
-      records, _ = batch.decode([i for i in batch.ids if i in missing], threshold, before)
-      made.update({record.id: record for record in records})
-      # Full depth of a reference is decoded once.
-      if self._rule is not None or self._encoded_bytes() > KEPT_BYTES:
-        batch.encoded = None
-    self._writer.append(threshold, [made[i] for i in missing])
-    done.update(made)
-    return [done[i] for i in ids]
-
-  def _encoded_bytes(self) -> int:
-    batches = [batch.encoded for slices in self._batches.values() for batch in slices]
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(batches))

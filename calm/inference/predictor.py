@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calm import arguments, checkpoints, exits
-from calm.calibrate import NEVER_EXIT, Calibration, Prompt, ledger, metrics
+from calm.calibrate import NEVER_EXIT, Calibration, Online, Prompt, ledger, metrics
 from calm.calibrate import display as calibration_display
 from calm.calibrate import seconds as seconds_lib
 from calm.calibrate import thresholds as thresholds_lib
@@ -167,6 +167,34 @@ class Predictor(BatchDecoder):
         calibration = seconds_lib.noted(calibration, found)
     return self.under(calibration)
 
+  @arguments.checked()
+  def online(
+    self,
+    path: str | pathlib.Path | None,
+    *,
+    tolerance: float,
+    error_rate: float = 0.05,
+    metric: str = "rouge_l",
+    thresholds: Sequence[float] | None = None,
+    **options: Any,
+  ) -> Online:
+    """A state for `generate(online=...)`: the threshold is calibrated while prompts are served.
+
+    Args:
+      path: its file, which a later run goes on with; None keeps it in memory.
+      tolerance: delta, of the mean distance to the full model's text, in (0, 1).
+      error_rate: epsilon, in (0, 1).
+      metric: name or import path of the text metric.
+      thresholds: strictly descending; None takes the model's grid, or the measure's own.
+      **options: of `calibrate.Online`, as `share`.
+
+    Raises:
+      ValueError: an argument has no meaning, or the file is another's.
+    """
+    return certified.open_online(
+      self, path, metric, thresholds, tolerance=tolerance, error_rate=error_rate, **options
+    )
+
   @arguments.checked(threshold=thresholds_lib.parse_threshold)
   def generate(
     self,
@@ -174,6 +202,8 @@ class Predictor(BatchDecoder):
     *,
     threshold: float | None = None,
     rule: exits.Rule | None = None,
+    online: Online | None = None,
+    ids: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
   ) -> outputs.Outputs:
     """Decodes prompts greedily.
@@ -186,6 +216,10 @@ class Predictor(BatchDecoder):
       rule: another way through the layers: `exits.StaticExit(k)`, `exits.OracleExit()`, which
         have no threshold, or `exits.Speculative(k)`, which is the full model's own text (with a
         `threshold` of 1 - lambda below 1: but for drafts that are likely enough).
+      online: a state of `Predictor.online`: its threshold is taken, and the prompts that it
+        draws are decoded at full depth and at its open thresholds too.
+      ids: [num_texts] names by which `online` draws each prompt, or cluster of prompts, once;
+        None takes the texts.
       progress: told how many prompts are done of how many; None shows it where someone looks
         on (a terminal or a notebook) and it takes long.
 
@@ -195,6 +229,10 @@ class Predictor(BatchDecoder):
       TypeError: `texts` is no list of texts.
     """
     texts = prompt_files.check_texts(texts)
+    if online is not None:
+      if threshold is not None or rule is not None:
+        raise ValueError("`online` needs neither `threshold` nor `rule`; leave these out.")
+      return certified.serve_online(self, online, texts, ids, progress)
     if threshold is None and rule is None:
       threshold = self.threshold
       if threshold is None:
@@ -326,9 +364,8 @@ def load(
     void_guarantee: decode under another procedure all the same: the calibrated threshold
       stays, the promise goes.
     allow_platform: decode all the same where the calibration differs in nothing but the
-      platform that it was made on and its matmul precision. Outputs carry no promise until a
-      sample of them was checked: `calm infer --allow_platform` does, where a mean loss is
-      promised, or `calibrate.monitor.Monitor`.
+      platform that it was made on and its matmul precision. Outputs carry no promise; with
+      `generate(online=...)` this platform earns one of its own.
     dtype: activation dtype, 'float32' or 'bfloat16'; None takes the checkpoint's.
     exits: a file of exits that `calm fit` learned beside this model's weights, or the folder
       that it wrote; None takes the model folder's own, where there is one.

@@ -14,7 +14,7 @@ from tests.calibrate import laws
 
 
 @pytest.mark.parametrize(
-  "strategy", [betting.PLUG_IN, betting.FIXED_LEVEL, betting.EARLY], ids=lambda s: s.name
+  "strategy", [betting.PLUG_IN, betting.FIXED_LEVEL], ids=lambda s: s.name
 )
 @pytest.mark.parametrize(
   ("values", "chances", "size"),
@@ -54,7 +54,7 @@ def test_betting_by_hand():
 def test_bets_see_the_past_only():
   generator = np.random.default_rng(5)
   losses = laws.signed(generator, 0.0, (40, 3))
-  for strategy in (betting.PLUG_IN, betting.FIXED_LEVEL, betting.EARLY):
+  for strategy in (betting.PLUG_IN, betting.FIXED_LEVEL):
     design = strategy.design(0.1, 0.05, 40)
     bets = strategy.bets(losses, design)
     for row in (0, 1, 17, 39):
@@ -81,11 +81,11 @@ def test_pairs_beyond_one_block_are_certified_like_alone(monkeypatch):
 def test_wealth_that_just_gets_there_has_got_there():
   """A factor of 2 at an error rate of 1/2, to the last digit."""
   losses, only = np.array([[-0.99]]), np.array([0])
-  for strategy in (betting.FIXED_LEVEL, betting.EARLY):
-    design = strategy.design(0.01, 0.5, 1)
-    assert float(design.cap) == 1.0 < strategy.free(losses.copy(), design)[0, 0]
-    assert betting.log_wealth(losses, design, strategy)[0, 0] == design.target
-    assert betting.certifies(losses, only, design, strategy)
+  strategy = betting.FIXED_LEVEL
+  design = strategy.design(0.01, 0.5, 1)
+  assert float(design.cap) == 1.0 < strategy.free(losses.copy(), design)[0, 0]
+  assert betting.log_wealth(losses, design, strategy)[0, 0] == design.target
+  assert betting.certifies(losses, only, design, strategy)
   design = betting.Design(np.array([0.5]), 0.5, 1, cap_share=1.0)
   assert betting._reaches(np.zeros((1, 1)), np.full((1, 1), 2.0), only, design)
 
@@ -98,7 +98,7 @@ def test_a_huge_need_does_not_underflow():
   assert betting.p_value(losses, 0.5, error_rate=1e-300, strategy=betting.FIXED_LEVEL) == 1.0
 
 
-def hedge_by_hand(losses, tolerance, error_rate, planned, least_pace=0.0):
+def hedge_by_hand(losses, tolerance, error_rate, planned):
   """One column, its wealth looked at before every loss; see `betting.Hedge`."""
   target, pace = math.log(1 / error_rate), math.sqrt(2 * math.log(1 / error_rate) / planned)
   wealth, highest, squares, total = 0.0, 0.0, 8 * tolerance * (1 - tolerance), 0.0
@@ -109,7 +109,6 @@ def hedge_by_hand(losses, tolerance, error_rate, planned, least_pace=0.0):
     if highest < target and chance > error_rate**2:
       z = stats.norm.ppf(chance)
       bet = stats.norm.pdf(z) / (chance * deviation * math.sqrt(planned - row))
-      bet = max(bet, least_pace * pace / deviation)
     else:
       bet = pace / deviation
     bets.append(bet)
@@ -123,12 +122,10 @@ def hedge_by_hand(losses, tolerance, error_rate, planned, least_pace=0.0):
 
 @pytest.mark.parametrize(("mean", "reached"), [(0.01, True), (0.1, False), (0.3, False)])
 @pytest.mark.parametrize("error_rate", [0.05, 0.3])
-@pytest.mark.parametrize(
-  ("strategy", "pace"), [(betting.FIXED_LEVEL, 0.0), (betting.EARLY, 0.7)]
-)
-def test_the_hedge_by_hand(mean, reached, error_rate, strategy, pace):
+def test_the_hedge_by_hand(mean, reached, error_rate):
+  strategy = betting.FIXED_LEVEL
   losses = laws.mostly_zero(np.random.default_rng(8), mean, 90)
-  bets, highest, _ = hedge_by_hand(losses, 0.1, error_rate, 120, pace)
+  bets, highest, _ = hedge_by_hand(losses, 0.1, error_rate, 120)
   design = strategy.design(0.1, error_rate, 120)
   found = strategy.free(losses[:, None], design)[:, 0]
   # Where wealth is nearly there the chance is nearly 1, and its digits cancel.

@@ -10,13 +10,13 @@ from hypothesis.extra import numpy as hnp
 from calm.calibrate import (
   NEVER_EXIT,
   Calibration,
+  Online,
   SequenceLosses,
   Support,
   calibrate,
   clusters,
   methods,
   p_values,
-  sequential,
   testing,
 )
 from tests.calibrate import laws
@@ -203,7 +203,7 @@ def test_an_error_rate_above_a_half_is_warned_of():
   with pytest.warns(UserWarning, match="holds with probability 0.95, give 0.05"):
     calibrate(sample(), tolerance=0.1, error_rate=0.95)
   with pytest.warns(UserWarning, match="holds with probability 0.95, give 0.05"):
-    sequential.SequentialCalibration([0.5], 50, tolerance=0.1, error_rate=0.95)
+    Online(None, [0.5], tolerance=0.1, error_rate=0.95)
 
 
 def test_another_procedure_is_refused_by_field():

@@ -14,7 +14,6 @@ from calm.calibrate import (
 )
 from calm.calibrate.generations import foreign
 from calm.calibrate.risks import Risk
-from calm.calibrate.sequential import SequentialCalibration
 
 RATES = dict(tolerance=0.1, error_rate=0.05)
 VALUES = np.zeros((200, 2))
@@ -26,12 +25,6 @@ PLAIN = ["a b", "é", "日本", "x" * 150]
 
 def losses(**fields):
   return SequenceLosses(VALUES, GRID, **fields)
-
-
-def sequential(**fields):
-  test = SequentialCalibration([0.5], 200, **RATES)
-  test.add(np.zeros(200))
-  return test.calibration(**{"seed": "ab", **fields})
 
 
 def configured(family="a", name="r", seed="ab", **fields):
@@ -59,8 +52,6 @@ MADE = {
   "configured risk": lambda text: configured(name=text),
   "configured kind": lambda text: configured(name="", kind=text),
   "configuration": lambda text: configured(family=text),
-  "sequential kind": lambda text: sequential(kind=text),
-  "sequential metric": lambda text: sequential(metric=text),
 }
 
 
@@ -93,9 +84,6 @@ def test_seeds_that_would_not_be_loaded_are_not_tried(seed):
   for made in (
     lambda: calibrate(VALUES, GRID, **RATES, seed=seed),
     lambda: configured(seed=seed),
-    lambda: sequential(seed=seed),
   ):
     with pytest.raises(ValueError, match=r"Expected `seed` .*64 hexadecimal digits, got "):
       made()
-  with pytest.raises(ValueError, match=r"Expected `order` .* one of .*, got 'sorted'"):
-    sequential(order="sorted")

@@ -1,4 +1,4 @@
-"""A small folder of cached generations, and a monitor's options; made without JAX."""
+"""A small folder of cached generations, and an online state's options; made without JAX."""
 
 import pathlib
 
@@ -6,7 +6,7 @@ from calm.calibrate import NEVER_EXIT
 from calm.calibrate.generations import cache, records
 from tests.calibrate import laws
 
-WATCH = dict(tolerance=0.2, alarm_level=0.05, sampling_rate=0.5, seed="s")
+ONLINE = dict(thresholds=[0.9, 0.5], tolerance=0.2, seed="s", about={"metric": "f1"})
 
 
 def write(folder: pathlib.Path) -> pathlib.Path:

@@ -41,9 +41,9 @@ BESIDE = {
   "--list_unlabelled": ["--kind=risk_signed"],
   "--references": ["--kind=risk_signed"],
 }
-UNTIL = ("--tolerance", "--error_rate", "--kind", "--metric", "--references")
+ONLINE = ("--tolerance", "--error_rate", "--metric", "--online_share", "--online")
 # Options of `calm infer` that a threshold goes ill with.
-SERVES = ("--threshold", "--draft_layer", "--calibration", "--monitor", "--expect_digest")
+SERVES = ("--threshold", "--draft_layer", "--calibration", "--expect_digest")
 
 
 SECONDS = 10.0  # that a refusal may take
@@ -97,17 +97,17 @@ class Asker:
     """The command without the option that is asked about."""
     new = self.folder / f"new{next(self._numbers)}"
     decodes = [f"--model={self.model}", f"--prompts={self.prompts}"]
-    if command == "generate" and option in UNTIL:
-      decodes = [f"--model={self.model}", f"--prompts={self.rows}", "--until_certified"]
     rows = [f"--data={self.folder}" if "tasks" in option else f"--train={self.rows}"]
-    serves = [f"--calibration={self.calibration}"] if option in SERVES[-2:] else []
+    serves = [f"--calibration={self.calibration}"] if option in SERVES[-1:] else []
+    if command == "infer" and option in ONLINE:
+      serves = [f"--online={new}.state"]
     base = {
       "demo": [f"--model={self.model}"],
       "fit": [f"--model={self.model}", f"--train={self.rows}", "--stages=none"],
       "train": [f"--gin_file={self.bindings}"],
       "generate": decodes,
       "calibrate": [str(self.outputs), "--tolerance=0.2"],
-      "infer": [*decodes, *(serves if option in SERVES else ["--threshold=never"])],
+      "infer": [*decodes, *(serves if option in (*SERVES, *ONLINE) else ["--threshold=never"])],
       "merge": [str(self.folder / "shards")],
       "report": [f"--model={self.model}", *([] if option == "--data" else rows)],
     }[command]

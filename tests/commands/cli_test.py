@@ -94,8 +94,6 @@ def test_python_and_the_command_line_have_the_same_defaults():
     ("--gin_file=missing.gin", "`--gin_file`"),
     ("--temperature=-1", "`temperature`"),
     ("--engine=steam", "['compacted', 'deferred', 'eager']"),
-    ("--until-certified --tolerance=0.1", "got 5, which are too few"),
-    ("--until_certified --error_rate=1", "`error_rate`"),
   ],
 )
 def test_bad_options_are_named(model, prompts, tmp_path, calm, option, words):

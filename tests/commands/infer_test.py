@@ -297,7 +297,7 @@ def test_what_is_read_is_never_replaced(model, tmp_path, calm, calm_infer):
   named = [f"--full={full}", f"--outputs=0.5={full}", f"--output={full}"]
   assert "another file than those that are read" in calm("calibrate", *named, code=2)
   assert prompts.read_text() == '{"input": "a text"}\n' and "prediction" in full.read_text()
-  (tmp_path / "monitor").symlink_to(tmp_path / "both")
-  both = [f"--output={tmp_path / 'both'}", f"--monitor={tmp_path / 'monitor'}"]
-  assert "another file than `--monitor`, got" in calm_infer(*both, code=2)
+  (tmp_path / "state").symlink_to(tmp_path / "both")
+  both = [f"--output={tmp_path / 'both'}", f"--online={tmp_path / 'state'}"]
+  assert "another file than `--online`, got" in calm_infer(*both, way=(), code=2)
   assert not (tmp_path / "both").exists()

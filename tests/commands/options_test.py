@@ -52,8 +52,6 @@ FAIR = {
   "train --gin_bindings": _of(""),
   "generate --gin_bindings": _of(""),
   "generate --shard_id": _of("0"),
-  # Where there are none yet, they are asked for.
-  "generate --references": _of("/dev/null"),
   "generate --limit": _of(_much),
   "generate --output": _new,
   "generate --temperature": _of("0", _much),
@@ -67,6 +65,7 @@ FAIR = {
   "infer --output": _of(f"nowhere{ESCAPE}", "/dev/null", STREAM, "{garbage}"),
   "infer --gin_bindings": _of(""),
   "infer --shard_id": _of("0"),
+  "infer --online": lambda value: value == f"nowhere{ESCAPE}",
   "merge --output": _any,
   "report --limit": _of(_much),
   "report --data": lambda value: value != "",

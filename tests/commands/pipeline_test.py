@@ -10,7 +10,6 @@ import sys
 import pytest
 
 from calm.calibrate import Calibration, generations, ledger
-from calm.commands import infer as infer_lib
 from tests.commands import toy
 
 pytestmark = pytest.mark.usefixtures("cache_in_tmp")
@@ -155,17 +154,22 @@ def test_demo_decodes_calibrates_and_compares(model, tmp_path, calm, capsys, mon
   assert "1 prompt, threshold " in text and "no guarantee is needed" not in text
 
 
-def test_a_promise_is_watched_while_it_is_served(served, tmp_path, calm):
-  state = tmp_path / "monitor.jsonl"
-  watched = [*served, f"--monitor={state}", "--monitor_share=1"]
-  printed = calm(*watched, "--fail_on_alarm")
-  assert "Monitor: 5 of these prompts were decoded at full depth too" in printed
-  for line in range(40):  # the promise has been broken since
-    with open(state, "a") as file:
-      file.write(f'{{"served": {5 + line}, "sampled": true}}\n')
-      file.write(f'{{"number": {5 + line}, "loss": 1.0}}\n')
-  assert "ALARM" in calm(*watched, "--fail_on_alarm", code=infer_lib.ALARM_STATUS)
-  calm(*watched)
+def test_a_threshold_is_calibrated_while_it_is_served(model, prompts, tmp_path, calm):
+  state, outputs = tmp_path / "state.jsonl", tmp_path / "out.jsonl"
+  words = ["infer", f"--model={model}", f"--prompts={prompts}", *toy.DECODE]
+  online = [*words, f"--online={state}", "--tolerance=0.1"]
+  said = calm(*online, f"--output={outputs}")
+  assert "5 prompts, threshold online" in said
+  assert "No threshold is certified now" in said and "5 of 5 served prompts" in said
+  assert len(lines_of(outputs)) == 5 and len(lines_of(state)) == 11
+  said = calm(*online)  # prompts that were checked are not checked again
+  assert "5 of 10 served prompts were checked" in said
+  assert len(lines_of(state)) == 11
+  assert "`tolerance` 0.2, got 0.1" in calm(*online[:-1], "--tolerance=0.2", code=2)
+  assert "`--metric` needs `--online`" in calm(
+    *words, "--threshold=0.5", "--metric=chrf", code=2
+  )
+  assert "finds the threshold itself" in calm(*online, "--threshold=0.5", code=2)
 
 
 def test_calibrate_and_merge_need_no_jax(cached, tmp_path):
@@ -179,67 +183,6 @@ def test_calibrate_and_merge_need_no_jax(cached, tmp_path):
   )
   made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
   assert made.returncode == 0, made.stderr
-
-
-def replayed(calm, output, *words) -> bool:
-  """Whether a run that stopped early gives the same calibration again."""
-  again = output / "again.json"
-  calm("calibrate", output, f"--output={again}", *words)
-  return Calibration.load(again) == Calibration.load(output / "calibration.json")
-
-
-def test_until_certified_stops_early_and_replays(model, prompts, tmp_path, calm):
-  output = tmp_path / "sequential"
-  assert toy.generate(model, prompts, output, "--until-certified", *toy.CERTIFIES) == 0
-  decided = Calibration.load(output / "calibration.json")
-  cached = generations.load(output)
-  assert cached.sequential and decided.sequential and decided.threshold == 0.99
-  # Five losses of 0 are needed for the first; two of 1 show that the second is hopeless.
-  assert [len(records) for records in cached.records] == [5, 2]
-  assert replayed(calm, output, *toy.CERTIFIES)
-
-
-def test_until_certified_asks_for_references_as_it_goes(model, prompts, tmp_path, calm):
-  bare, answers = tmp_path / "bare.jsonl", tmp_path / "answers.jsonl"
-  rows = [{"id": row["id"], "input": row["input"]} for row in lines_of(prompts)]
-  bare.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  output = tmp_path / "sequential"
-  answers.write_text("")
-  rates = ["--tolerance=0.9", "--error_rate=0.2", "--kind=risk_clipped"]
-  more = ["--until_certified", *rates, f"--references={answers}"]
-  asked = 0
-  while (status := toy.generate(model, bare, output, "--thresholds=0.9,0.5", *more)) == 2:
-    wanted = lines_of(output / "unlabelled.jsonl")
-    assert wanted and all(row["full"] not in row["early"] for row in wanted)
-    with answers.open("a") as file:
-      file.writelines(json.dumps({**row, "targets": ["a word"]}) + "\n" for row in wanted)
-    asked += len(wanted)
-    assert asked <= len(rows)
-  assert status == 0
-  decided = Calibration.load(output / "calibration.json")
-  assert asked and decided.kind == "risk_clipped" and decided.sequential
-  assert replayed(calm, output, *rates, f"--references={answers}")
-
-
-def test_until_certified_counts_groups_and_replays_so(model, prompts, tmp_path, calm):
-  grouped, output = tmp_path / "grouped.jsonl", tmp_path / "sequential"
-  sources = ["one", "one", "two", "two", "three"]
-  pairs = zip(lines_of(prompts), sources, strict=True)
-  grouped.write_text("".join(json.dumps(row | {"source": s}) + "\n" for row, s in pairs))
-  rates = ["--tolerance=0.9", "--error_rate=0.05"]
-  assert toy.generate(model, grouped, output, "--until-certified", *rates) == 0
-  decided, cached = Calibration.load(output / "calibration.json"), generations.load(output)
-  assert decided.sequential and decided.clusters and cached.by_group
-  assert decided.certified and decided.num_examples == 3
-  assert "decided by cluster" in calm("calibrate", output, *rates, "--ungrouped", code=2)
-  assert replayed(calm, output, *rates)
-  # Prompts taken for independent all the same: the promise says so, and the replay as well.
-  alone, ungrouped = tmp_path / "alone", [*rates, "--ungrouped"]
-  assert toy.generate(model, grouped, alone, "--until-certified", *ungrouped) == 0
-  decided = Calibration.load(alone / "calibration.json")
-  assert decided.groups_ignored and decided.num_examples == 5 and not decided.clusters
-  assert "decided by prompt" in calm("calibrate", alone, *rates, code=2)
-  assert replayed(calm, alone, *ungrouped)
 
 
 def test_gin_files_configure_decoding(model, prompts, tmp_path):

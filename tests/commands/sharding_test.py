@@ -97,5 +97,5 @@ def test_shards_of_generate_and_infer_are_one_run(model, tmp_path, calm, cache_i
   # Another run in the folder of a shard.
   printed = calm("infer", *named, "--threshold=never", *part, code=2)
   assert "`threshold`: '0.5' for 'never'" in printed
-  printed = calm("generate", *named, "--until_certified", *part, code=2)
-  assert "`--until_certified` needs all prompts" in printed
+  printed = calm("infer", *named, f"--online={tmp_path / 'state'}", *part, code=2)
+  assert "in one process: leave" in printed

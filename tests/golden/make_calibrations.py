@@ -16,10 +16,8 @@ from calm.calibrate import (
   SequenceLosses,
   Support,
   ledger,
-  monitor,
   risks,
   seconds,
-  sequential,
 )
 from tests.calibrate import laws
 
@@ -27,8 +25,9 @@ GRID = (0.9, 0.6, 0.3, 0.1)
 RATES = {"tolerance": 0.1, "error_rate": 0.05}
 SHARES = np.array([0.0, 0.03, 0.07, 0.9])
 RETIRED = (
-  *("method_hoeffding", "method_hoeffding_bentkus", "testing_bonferroni"),
-  *("configurations", "configurations_of_clusters", "given_order"),
+  *("method_hoeffding", "method_hoeffding_bentkus", "method_betting_early"),
+  *("configurations", "configurations_of_clusters", "given_order", "testing_bonferroni"),
+  *("sequential", "sequential_of_clusters"),
 )
 
 
@@ -81,15 +80,6 @@ def configured(**fields):
   return calibrate.calibrate_configurations(families, costs, error_rate=0.05)
 
 
-def stopped_early(**fields):
-  losses = clusters().values if not fields else clusters().values.reshape(80, 2, 4).mean(axis=1)
-  test = sequential.SequentialCalibration(GRID, len(losses), **RATES, **fields)
-  while (request := test.request(7)) is not None:
-    column = GRID.index(request.threshold)
-    test.add(losses[request.start : request.stop, column])
-  return test.calibration(kind="textual", metric="rouge_l", seed="5eed")
-
-
 LABELS = [f"task {row % 2}" for row in range(160)]
 KINDS = {
   "mean": lambda: certify(table()),
@@ -139,13 +129,11 @@ KINDS = {
   ),
   "configurations": configured,
   "configurations_of_clusters": lambda: configured(procedure=laws.procedure()),
-  "sequential": stopped_early,
-  "sequential_of_clusters": lambda: stopped_early(clusters=True),
   **{
     f"method_{name}": lambda name=name: certify(table(), method=name)
     for name in (
       *("paper", "hoeffding", "hoeffding_bentkus", "convex_order"),
-      *("betting", "betting_fixed_level", "betting_early"),
+      *("betting", "betting_fixed_level"),
     )
   },
   "method_binomial": lambda: certify(binary(), method="binomial"),
@@ -154,16 +142,6 @@ KINDS = {
     for name in ("fallback", "holm", "bonferroni")
   },
 }
-
-
-def write_monitor(path: pathlib.Path) -> monitor.Monitor:
-  """Some served prompts with losses far above the tolerance."""
-  watched = monitor.open_monitor(path, monitor.Watch(0.1, 0.05, 0.5, "seed"))
-  for served in range(60):
-    number, sampled = watched.serve(f"prompt {served % 50}")
-    if sampled:
-      watched.record(number, 0.75 if served % 2 else 0.25)
-  return watched
 
 
 def write_ledger(folder: pathlib.Path) -> None:
@@ -179,7 +157,6 @@ def main(folder: pathlib.Path) -> None:
       line = {"name": name, "calibration": found.to_json()}
       line["certified"] = [row.threshold for row in found.rows if row.rejected]
       file.write(json.dumps(line) + "\n")
-  write_monitor(folder / "monitor.jsonl")
   write_ledger(folder)
 
 

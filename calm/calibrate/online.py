@@ -1,0 +1,422 @@
+"""A threshold that is calibrated while it is served, with its promise at every time.
+
+A hash of its id decides for each served prompt whether it is checked: then its loss becomes
+known at the thresholds that are still open. Each threshold has gamblers who bet that its risk
+is within the tolerance, and there are gamblers who bet that the risk of what is served is not:
+
+    wealth = sum over bets b of weight_b product over checks i of (1 + b (tolerance - loss_i))
+    alarm  = sum over k of weight_k sum over b of weight_b
+             product over checks i >= k of (1 + b (loss_i - tolerance))
+
+If the risk of a threshold is above the tolerance, its wealth is a nonnegative supermartingale
+that begins at 1: it ever reaches 1 / level with probability at most the level (Ville 1939).
+Thresholds are certified in their order, the safest first, so that the first false one must
+err (fixed sequence testing), whenever one looks. A check has propensity pi, which depends on
+earlier checks alone; in bets pi b on losses that are weighted by 1 / pi it cancels.
+
+After an alarm all evidence counts as old: the safest setting is served at once, and thresholds
+are certified anew, at error_rate times 0.8, 0.2 / 2, 0.2 / 6, ... for the first, second, third
+such life, error_rate in all. Losses count in the order of serving, however late they come: an
+order of arrival could depend on them.
+"""
+
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from calm import arguments, storage
+from calm.calibrate import betting, checks
+from calm.calibrate import thresholds as thresholds_lib
+from calm.calibrate.losses import Support
+
+FORMAT = "calm online 1"
+# Bets as shares of the largest that keeps wealth positive, and the weights of their gamblers.
+SHARES = betting.HEDGE_CAP_SHARE * 2.0 ** -np.arange(6.0)
+WEIGHTS = 0.6 ** np.arange(6.0) / np.sum(0.6 ** np.arange(6.0))
+# Of the error rate, what the first life has; the rest is for lives after an alarm.
+FIRST_LIFE = 0.8
+# Of the weight, what is left for gamblers of the alarm who do not begin at once.
+LATE = 0.75
+# After so many checks without a new certificate the share of prompts that are checked falls.
+STALL = 300
+
+
+class Wealth:
+  """Wealth of gamblers at fixed bets, for any number of columns at once.
+
+  Args:
+    largest: the bet that leaves nothing after the worst outcome.
+    shape: of the columns.
+    restarts: whether gamblers begin at every check, not at the first alone.
+  """
+
+  def __init__(self, largest: float, shape: tuple[int, ...] = (), restarts: bool = False):
+    self._bets, self._restarts, self._count = largest * SHARES, restarts, 0
+    first = -math.inf if restarts else 0.0
+    self._log = np.broadcast_to(np.log(WEIGHTS) + first, (*shape, len(SHARES)))
+    self.highest = np.zeros(shape)
+
+  def bet(self, gains: np.ndarray | float) -> None:
+    """Follows one check; `gains` are tolerance - loss, or the reverse for an alarm."""
+    started = self._log
+    if self._restarts:
+      started = np.logaddexp(started, np.log(WEIGHTS) + _log_start(self._count))
+    self._log = started + np.log1p(self._bets * np.asarray(gains)[..., None])
+    self._count += 1
+    wealth = np.logaddexp.reduce(self._log, axis=-1)
+    if self._restarts:
+      wealth = np.logaddexp(wealth, _log_waiting(self._count))
+    self.highest = np.maximum(self.highest, wealth)
+
+
+def _log_waiting(count: int) -> float:
+  """log of the weight of all gamblers who begin at check `count` or later."""
+  return math.log(LATE * math.log(2.0) / math.log(count + 2.0)) if count else 0.0
+
+
+def _log_start(count: int) -> float:
+  """log of the weight of the gambler who begins at check `count`."""
+  late = LATE * math.log(2.0) * math.log1p(1.0 / (count + 2.0))
+  late /= math.log(count + 2.0) * math.log(count + 3.0)
+  return math.log(late if count else 1.0 - LATE + late)
+
+
+def life_level(error_rate: float, life: int) -> float:
+  """The error rate of one life, 0 is the first; they add up to `error_rate`."""
+  share = (1.0 - FIRST_LIFE) / (life * (life + 1.0)) if life else FIRST_LIFE
+  return error_rate * share
+
+
+@arguments.checked()
+class Online:
+  """Names a threshold for the next prompt, and learns from the prompts that are checked.
+
+  online = Online("state.json", [0.9, 0.5], tolerance=0.1, error_rate=0.05)
+  text = serve(prompt, online.threshold)          # NEVER_EXIT, the safe setting, at first
+  if online.should_check(prompt_id):              # for every served prompt, once
+    online.observe(prompt_id, {0.9: 0.0, 0.5: 0.3})  # now or later
+
+  With probability at least 1 - error_rate over its whole life, every threshold that it names
+  has an expected loss of at most the tolerance, as long as prompts are independent draws of
+  one kind; where that changes, from the next alarm on.
+
+  Attributes:
+    served: prompts that were served, as of the last check in a state that was read.
+    checked: prompts whose losses count, in all lives.
+    life: number of alarms so far.
+    about: what the losses depend on.
+  """
+
+  def __init__(
+    self,
+    path: str | pathlib.Path | None,
+    thresholds: Sequence[float] | np.ndarray,
+    *,
+    tolerance: float,
+    error_rate: float = 0.05,
+    support: Support | None = None,
+    share: float = 1.0,
+    least_share: float = 0.05,
+    alarm_level: float = 0.05,
+    patience: int = 1000,
+    seed: str = "",
+    about: Mapping[str, str] | None = None,
+  ):
+    """Begins, or goes on with what the file holds.
+
+    Args:
+      path: the state, JSON Lines; whole after every call. None keeps it in memory alone.
+      thresholds: strictly descending, the safest first, fixed before any loss was seen.
+      tolerance: delta, in (lower, upper) of the support.
+      error_rate: epsilon, in (0, 1).
+      support: declared range of losses; [0, 1] by default.
+      share: of the prompts that are checked while thresholds are being certified, in (0, 1].
+      least_share: what the share falls to when nothing new is certified, in (0, share].
+      alarm_level: probability of a false alarm in one life, in (0, 1).
+      patience: a loss that is still missing after so many later draws counts as the worst.
+      seed: of the hash that draws prompts.
+      about: what the losses depend on (a metric, a model); must be that of the file.
+
+    Raises:
+      ValueError: an argument leaves its range.
+      storage.FormatError: the file is another's, of other settings, or damaged; nothing of it
+        is changed. The message names it.
+      storage.LockedError: another process has the file.
+    """
+    self._grid, self._support = thresholds_lib.validate_grid(thresholds), support or Support()
+    low, high = self._support.lower, self._support.upper
+    over = math.nextafter(1.0, 2.0)
+    for name, value, least, most in (
+      ("tolerance", tolerance, low, high),
+      ("error_rate", error_rate, 0.0, 1.0),
+      ("share", share, 0.0, over),
+      ("least_share", least_share, 0.0, math.nextafter(share, 2.0)),
+      ("alarm_level", alarm_level, 0.0, 1.0),
+      ("patience", patience, 0, 2**53),
+    ):
+      if not least < value < most:
+        raise ValueError(f"Expected `{name}` to be in ({least:g}, {most:g}), got {value!r}.")
+    checks.warn_of_error_rate(error_rate)
+    self.about = dict(about or {})
+    self._tolerance, self._error_rate, self._seed = tolerance, error_rate, seed
+    self._share, self._least_share = share, least_share
+    self._alarm_level, self._patience = alarm_level, patience
+    self.served = self.checked = 0
+    self.life, self._since = -1, (0, 0)
+    # Drawn and without a loss yet: {mark: (life, first open threshold)}, in order.
+    self._waiting: dict[str, tuple[int, int]] = {}
+    self._labels: dict[str, np.ndarray | None] = {}
+    self._seen: set[str] = set()
+    self._restart()
+    self._path = None if path is None else pathlib.Path(path)
+    self._lock = None
+    if self._path is not None:
+      self._open(self._path)
+
+  @property
+  def threshold(self) -> float:
+    """The lowest threshold that is certified, `NEVER_EXIT` while there is none."""
+    return float(self._grid[self._place]) if self._certified else thresholds_lib.NEVER_EXIT
+
+  @property
+  def share(self) -> float:
+    """The probability that the next new id is drawn."""
+    if self._certified == len(self._grid):
+      return self._least_share
+    idle = self.checked - self._progress
+    return max(self._least_share, self._share * min(1.0, STALL / max(1, idle)))
+
+  @property
+  def missing(self) -> int:
+    """Drawn prompts whose losses are still awaited."""
+    return len(self._waiting) - len(self._labels)
+
+  @arguments.checked()
+  def should_check(self, id: str | int) -> bool:
+    """Counts a served prompt; whether its losses are wanted.
+
+    Args:
+      id: of the prompt, or of its cluster (a source, a user) where prompts of one are alike.
+        Once its losses were observed it is not drawn again.
+    """
+    self.served += 1
+    mark = self._mark(id)
+    if mark in self._waiting:
+      return mark not in self._labels
+    if mark in self._seen or int(mark, 16) >= self.share * 2.0**64:
+      return False
+    self._write({"draw": mark, "served": self.served})
+    self._draw(mark)
+    return True
+
+  def wanted(self, id: str | int) -> tuple[float, ...]:
+    """The thresholds at which `observe` needs losses of a prompt that is awaited; none else."""
+    _, first = self._waiting.get(self._mark(id), (0, len(self._grid)))
+    return tuple(self._grid[first:].tolist())
+
+  @arguments.checked()
+  def observe(self, id: str | int, losses: Mapping[float, float] | None) -> float:
+    """Takes the losses of a prompt that was drawn; a second time nothing changes.
+
+    Args:
+      id: as for `should_check`.
+      losses: at each threshold that is `wanted` of it; others are left aside.
+        None: they will never be known, and count as the worst.
+
+    Returns:
+      `threshold`, which may be another now.
+
+    Raises:
+      ValueError: the prompt was not drawn, or a loss is missing or leaves its range.
+    """
+    mark = self._mark(id)
+    if mark not in self._seen:
+      raise ValueError(f"Expected `id` to be one that was drawn, got {id!r:.60}.")
+    if mark not in self._waiting or mark in self._labels:
+      return self.threshold
+    values = None
+    if losses is not None:
+      _, first = self._waiting[mark]
+      values = [losses.get(level, math.nan) for level in self._grid[first:].tolist()]
+      self._check(values)
+    self._write({"observe": mark, "losses": values})
+    self._label(mark, values)
+    return self.threshold
+
+  @property
+  def guarantee(self) -> str:
+    """What holds and since when, as a sentence."""
+    counts = f"{self.checked} of {self.served} served prompts were checked"
+    if self.missing:
+      counts += f", {self.missing} of them have no loss yet"
+    alarms = ""
+    if self.life:
+      alarms = (
+        f" Alarms so far: {self.life}; nothing is promised of prompts between a change of their"
+        " kind and its alarm."
+      )
+    if not self._certified:
+      return f"No threshold is certified now: the safe setting is served; {counts}.{alarms}"
+    check, served = self._since
+    loss = f" ({self.about['metric']})" if "metric" in self.about else ""
+    return (
+      f"With probability at least {1.0 - self._error_rate:.10g} over the whole life of this"
+      f" state, every threshold that it names has an expected loss{loss} of at most"
+      f" {self._tolerance:.10g} on prompts that are independent draws like those that were"
+      f" checked; it names {self.threshold!r} since check {check} (prompt {served}), and"
+      f" {counts}.{alarms}"
+    )
+
+  def __repr__(self) -> str:
+    return (
+      f"Online(threshold {thresholds_lib.format_threshold(self.threshold)},"
+      f" {self.checked} of {self.served} checked, {self.life} alarms)"
+    )
+
+  @property
+  def _place(self) -> int:
+    """Row of the grid that is served; the first where nothing is."""
+    return max(0, self._certified - 1)
+
+  def _mark(self, id: str | int) -> str:
+    named = f"{self._seed}/{id}".encode("utf-8", "surrogatepass")
+    return hashlib.sha256(named).hexdigest()[:16]
+
+  def _restart(self) -> None:
+    """Begins a life: no evidence, the safe setting."""
+    low, high, tolerance = self._support.lower, self._support.upper, self._tolerance
+    self._wealth = Wealth(1.0 / (high - tolerance), self._grid.shape)
+    self._alarm = Wealth(1.0 / (tolerance - low), restarts=True)
+    self._certified, self._progress = 0, self.checked
+    self.life += 1
+    self._since = (self.checked, self.served)
+
+  def _draw(self, mark: str) -> None:
+    self._seen.add(mark)
+    self._waiting[mark] = (self.life, self._place)
+    self._settle()
+
+  def _label(self, mark: str, values: Sequence[float] | None) -> None:
+    self._labels[mark] = None if values is None else np.array(values, np.float64)
+    self._settle()
+
+  def _settle(self) -> None:
+    """Bets on what is known, in the order of serving."""
+    while self._waiting:
+      mark = next(iter(self._waiting))
+      if mark not in self._labels and len(self._waiting) <= self._patience:
+        return
+      life, first = self._waiting.pop(mark)
+      values = self._labels.pop(mark, None)
+      if life == self.life:
+        self._count(first, values)
+
+  def _count(self, first: int, values: np.ndarray | None) -> None:
+    """One check; a missing loss is the worst for certificates, the best for the alarm."""
+    low, high = self._support.lower, self._support.upper
+    losses = np.full(len(self._grid), self._tolerance)  # neither won nor lost
+    losses[first:] = high if values is None else np.clip(values, low, high)
+    self.checked += 1
+    self._wealth.bet(self._tolerance - losses)
+    if self._certified:
+      now = low if values is None else losses[self._place]
+      self._alarm.bet(now - self._tolerance)
+      if self._alarm.highest >= -math.log(self._alarm_level):
+        self._restart()
+        return
+    target = -math.log(life_level(self._error_rate, self.life))
+    while self._certified < len(losses) and self._wealth.highest[self._certified] >= target:
+      self._certified, self._progress = self._certified + 1, self.checked
+      self._since = (self.checked, self.served)
+
+  def _check(self, values: Sequence[float]) -> None:
+    low, high = self._support.lower - 1e-9, self._support.upper + 1e-9
+    for level, value in zip(self._grid[-len(values) :].tolist(), values, strict=True):
+      if not low <= value <= high:
+        raise ValueError(
+          f"Expected `losses` to be in [{self._support.lower:g}, {self._support.upper:g}] at"
+          f" threshold {level!r}, got {value!r} (NaN: none); give one for each of `wanted`, or"
+          " None in place of them all where they cannot be known."
+        )
+
+  # ---- The file
+
+  def _write(self, value: Mapping[str, Any]) -> None:
+    if self._path is not None:
+      storage.append(self._path, storage.dump_line(value).encode("utf-8"))
+
+  def _settings(self) -> dict[str, Any]:
+    return {
+      "format": FORMAT,
+      "thresholds": self._grid.tolist(),
+      "tolerance": self._tolerance,
+      "error_rate": self._error_rate,
+      "support": [self._support.lower, self._support.upper],
+      "share": self._share,
+      "least_share": self._least_share,
+      "alarm_level": self._alarm_level,
+      "patience": self._patience,
+      "seed": self._seed,
+      "about": self.about,
+    }
+
+  def _open(self, path: pathlib.Path) -> None:
+    """Goes on with a file, or begins it."""
+    if path.exists() and not path.is_file():
+      raise ValueError(f"Expected {str(path)!r} to be a regular file, got one of another kind.")
+    self._lock = storage.lock(path)
+    if not path.exists() or not path.stat().st_size:
+      storage.write_atomically(path, storage.dump_line(self._settings()))
+      return
+    self._compare(path)
+    storage.drop_partial_line(path)
+    lines = storage.read_lines(path)
+    next(lines)
+    for line in lines:
+      self._replay(line)
+
+  def _compare(self, path: pathlib.Path) -> None:
+    """Refuses the file of something else, or of other settings."""
+    with open(path, "rb") as file:
+      raw = file.readline(storage.LONGEST_LINE + 1)
+    stored, expected = storage.parse_line(raw.removesuffix(b"\n"))[0] or {}, self._settings()
+    if stored.get("format") != FORMAT:
+      kind = "the file of another program"
+      if "sampling_rate" in stored:
+        kind = "the monitor of an earlier version, whose checks certify nothing"
+      raise storage.FormatError(
+        f"{path}:1: expected a state of `calibrate.Online`, got {kind}; name another file."
+      )
+    for name, value in expected.items():
+      if json.dumps(stored.get(name), sort_keys=True) != json.dumps(value, sort_keys=True):
+        raise storage.FormatError(
+          f"{path}:1: expected `{name}` {value!r}, got {stored.get(name)!r:.300}; give what the"
+          " state began with, or name another file."
+        )
+
+  def _replay(self, line: storage.Line) -> None:
+    value = line.value
+    mark, served, losses = (value.get(name) for name in ("draw", "served", "losses"))
+    drawn = isinstance(mark, str) and type(served) is int and served > self.served
+    if drawn and mark not in self._seen:
+      self.served = served
+      self._draw(mark)
+      return
+    mark = str(value.get("observe"))
+    if mark in self._waiting and mark not in self._labels:
+      _, first = self._waiting[mark]
+      wanted = len(self._grid) - first
+      numbers = isinstance(losses, list) and all(type(x) in (int, float) for x in losses)
+      if losses is None or (numbers and len(losses) == wanted):
+        try:
+          self._check(losses or ())
+        except ValueError as error:
+          raise line.error(str(error)) from error
+        self._label(mark, losses)
+        return
+    raise line.error("expected a line of this state, got another; restore the file.")
