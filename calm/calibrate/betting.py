@@ -3,13 +3,16 @@
 Under that hypothesis each factor 1 + bet_i (tolerance - loss_i) has expectation at most 1 given
 the past, if bet_i >= 0 was chosen before loss_i was seen. Wealth is then a nonnegative
 supermartingale, and it ever reaches 1 / error_rate with probability at most error_rate,
-whenever one stops (Ville 1939). A strategy gives the bets; they are cut so that wealth stays
-positive. Rows must be in exchangeable order: `calibrate` permutes them.
+whenever one stops (Ville 1939). At the last prompt it may also end at uniform / error_rate, for
+a uniform that was drawn beside the losses: both together have probability error_rate at most
+(Ramdas and Manole 2023). A strategy gives the bets; they are cut so that wealth stays positive.
+Rows must be in exchangeable order: `calibrate` permutes them.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +44,7 @@ class Design:
   upper: float = 1.0  # declared upper bound of losses
   # The largest bet as a share of the largest that keeps wealth nonnegative.
   cap_share: float = CAP_SHARE
+  log_uniform: npt.ArrayLike = 0.0  # of the uniform at the end; 0: none is drawn
 
   @property
   def cap(self) -> np.ndarray:
@@ -51,6 +55,12 @@ class Design:
   def target(self) -> float:
     """log wealth that certifies."""
     return math.log(1.0 / self.error_rate)
+
+  def of_pairs(self, places: Any, tolerance: np.ndarray) -> "Design":
+    """The design of some columns, at these tolerances."""
+    uniform = np.asarray(self.log_uniform)
+    uniform = uniform[places] if uniform.ndim else uniform
+    return dataclasses.replace(self, tolerance=tolerance, log_uniform=uniform)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +291,7 @@ def certifies(
   squares, reached = _squares_before(losses), np.zeros(len(columns), bool)
   for start in range(0, len(columns), _HEDGED_PAIRS):
     part = slice(start, start + _HEDGED_PAIRS)
-    pairs = dataclasses.replace(design, tolerance=tolerance[part])
+    pairs = design.of_pairs(part, tolerance[part])
     reached[part] = _hedge_reaches(losses, squares, columns[part], pairs)
   return reached
 
@@ -300,6 +310,8 @@ def _hedge_reaches(
       reached[going[there]] = True
       going = going[~there]
       hedge.keep(~there)
+  uniform = np.broadcast_to(design.log_uniform, len(columns))
+  reached[going] = hedge.wealth >= design.target + uniform[going]
   return reached
 
 
@@ -320,7 +332,7 @@ def _reaches(
       highest, last = _follow(gains)
       reached[part] = wealth[part] + highest >= design.target
       wealth[part] += last
-  return reached
+  return reached | (wealth >= design.target + np.asarray(design.log_uniform))
 
 
 def p_value(
@@ -331,12 +343,13 @@ def p_value(
   upper: float = 1.0,
   planned_size: int | None = None,
   strategy: Strategy = PLUG_IN,
+  uniform: npt.ArrayLike = 1.0,
   log: bool = False,
 ) -> np.ndarray:
   """The betting p-value (Waudby-Smith and Ramdas 2024; Ville's inequality).
 
       wealth_t = product over i <= t of (1 + bet_i (tolerance - loss_i))
-      p = 1 / max(1, max over t of wealth_t)
+      p = 1 / max(1, max over t of wealth_t, wealth_n / uniform)
 
   Only the upper bound of losses is used: signed differences in [-1, 1] go in as they are. The
   p-value is valid for every level; `error_rate` only tunes the bets.
@@ -349,6 +362,7 @@ def p_value(
     upper: declared upper bound of losses.
     planned_size: prompts that were planned; None takes the number of losses.
     strategy: rule for bets.
+    uniform: in (0, 1], drawn beside the losses; a number, or [num_thresholds]. 1: none.
     log: whether to return log p.
 
   Returns:
@@ -364,7 +378,8 @@ def p_value(
   size = planned_size or len(np.atleast_1d(losses))
   design = strategy.design(tolerance, error_rate, size, upper)
   wealth = log_wealth(losses, design, strategy)
-  log_p = np.minimum(-np.maximum(0.0, wealth.max(axis=0)), 0.0)
+  highest = np.maximum(wealth.max(axis=0), wealth[-1] - np.log(uniform))
+  log_p = np.minimum(-np.maximum(0.0, highest), 0.0)
   return log_p if log else np.exp(log_p)
 
 
@@ -377,6 +392,7 @@ def upper_bound(
   planned_size: int | None = None,
   tolerance: float | None = None,
   strategy: Strategy = PLUG_IN,
+  uniform: npt.ArrayLike = 1.0,
   precision: float = 1e-4,
 ) -> np.ndarray:
   """Upper bound from the betting p-value; it holds whenever one stops.
@@ -399,6 +415,7 @@ def upper_bound(
     planned_size: prompts that were planned; None takes the number of losses.
     tolerance: the tolerance that was tested; bets may aim at it.
     strategy: how bets are chosen.
+    uniform: as for `p_value`.
     precision: how far the bound may lie above that lower end, as a share of `upper - lower`.
 
   Returns:
@@ -417,12 +434,13 @@ def upper_bound(
   count = columns.shape[1]
   tested = lower if tolerance is None else tolerance
   design = strategy.design(tested, error_rate, planned_size or len(losses), upper)
+  design = dataclasses.replace(design, log_uniform=np.log(uniform))
   free = strategy.free(columns, design)
   low, high = np.full(count, float(lower)), np.full(count, float(upper))
   middle = (low + high) / 2.0 if tolerance is None else np.full(count, float(tolerance))
   while np.any(active := high - low > precision * (upper - lower)):
     (at,) = np.nonzero(active)
-    tried = dataclasses.replace(design, tolerance=middle[at])
+    tried = design.of_pairs(at, middle[at])
     rejected = _reaches(columns, free, at, tried)
     high[at] = np.where(rejected, middle[at], high[at])
     low[at] = np.where(rejected, low[at], middle[at])

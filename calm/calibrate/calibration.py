@@ -125,6 +125,11 @@ class Calibration:
     return self.knobs[place] if self.knobs else self.threshold
 
   @property
+  def methods(self) -> tuple[str, ...]:
+    """The p-value method of each part of the promise."""
+    return tuple(part.method for part in self.parts) or (self.method,)
+
+  @property
   def unit(self) -> str:
     """What is drawn: 'prompts', or 'clusters of prompts'."""
     return "clusters of prompts" if self.clusters else "prompts"
@@ -322,6 +327,11 @@ def sentences(calibration: Calibration) -> list[str]:
     )
   if calibration.support.binary and calibration.kind not in _KINDS:
     said.append("Every loss is taken to be 0 or 1 by its nature.")
+  if any(method == "betting_randomized" for method in calibration.methods):
+    said.append(
+      "The test is randomised: a uniform that was drawn beside the losses, with the order of"
+      f" prompts (seed {calibration.seed}), decides what they leave open at the end."
+    )
   if calibration.order == "given":
     said.append(
       "The test saw prompts in the order given by the caller, who answers for its having been"

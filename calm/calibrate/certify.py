@@ -19,6 +19,7 @@ from calm.calibrate import losses as sequence_losses
 from calm.calibrate import risks as risks_lib
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.calibration import Calibration, Row
+from calm.calibrate.generations import order as order_lib
 from calm.calibrate.generations.procedure import Provenance
 from calm.calibrate.losses import UNKNOWN, SequenceLosses, Support
 from calm.calibrate.risks import Configurations, Part, Promise, Risk, SeveralRisks
@@ -39,6 +40,7 @@ def calibrate(
   promise: Promise | None = None,
   risks: Sequence[Risk] | None = None,
   seed: str | None = None,
+  randomized: bool = True,
 ) -> Calibration:
   """Chooses the lowest threshold whose expected loss is certified to be within the tolerance.
 
@@ -56,7 +58,7 @@ def calibrate(
     tolerance: delta, in (0, 1), in the unit of the loss.
     error_rate: epsilon, in (0, 1).
     method: 'auto' (binary support, or a plain array of 0 and 1: 'binomial'; else
-      'betting_fixed_level' for fixed sequence testing, 'betting' for all other procedures),
+      'betting_randomized' for fixed sequence testing, 'betting' for all other procedures),
       'paper' (Eq. 11 and the Hoeffding-Bentkus p-value, `p_values.hoeffding_bentkus`),
       'betting', 'betting_fixed_level', 'convex_order' or 'binomial'.
     testing_procedure: 'fixed_sequence', 'fallback' or 'holm'.
@@ -71,6 +73,9 @@ def calibrate(
       contents and procedure. Where rows are of at most eight kinds and nothing is known of what
       the prompts say, 16 orders are made so and the largest p-value counts. Trying several
       seeds until one certifies breaks the promise.
+    randomized: whether 'auto' may let a uniform, drawn by `seed`, decide what the bets leave
+      open at the end; False takes 'betting_fixed_level' for 'betting_randomized', and so do
+      rows of at most eight kinds of which nothing else is known.
 
   Returns:
     A `Calibration`. Failure is a value: `threshold` is `NEVER_EXIT` and `reason` says why (too
@@ -94,7 +99,8 @@ def calibrate(
     groups = checks.check_groups(groups, len(sample.values))
   sample = dataclasses.replace(sample, groups=groups)
   parts = promise.parts(sample, tolerance)
-  run = Run(method, testing_procedure, error_rate)
+  randomized = randomized and clusters.draws_uniform(sample, seed)
+  run = Run(method, testing_procedure, error_rate, randomized)
   ordered = any(run.method_of(part.losses, groups).ordered for part in parts)
   seeds = (
     clusters.order_seeds(sample, seed) if ordered else (seed or clusters.order_seed(sample),)
@@ -204,6 +210,7 @@ class Run:
   method: str  # name of the p-value method
   procedure: str  # name of the multiple-testing procedure
   error_rate: float  # epsilon
+  randomized: bool = True  # whether a uniform may be drawn beside the losses
 
   def method_of(self, losses: SequenceLosses, groups) -> methods.Method:
     """The p-value method for such losses."""
@@ -214,7 +221,9 @@ class Run:
       )
     several_levels = self.procedure != "fixed_sequence"
     units = clusters.unit_support(losses, groups)
-    chosen = methods.get_method(self.method, units, any_level=several_levels)
+    chosen = methods.get_method(
+      self.method, units, any_level=several_levels, randomized=self.randomized
+    )
     if several_levels and not chosen.any_level:
       raise ValueError(
         f"Expected `testing_procedure` 'fixed_sequence' with `method` {chosen.name!r}, which"
@@ -244,7 +253,9 @@ class Run:
       else:
         order = orders[0]
       level = self.error_rate * test.share
-      rates = methods.Sample(values, some.support, test.tolerance, level, order)
+      uniforms = map(order_lib.seeded_uniform, seeds[: len(orders)])
+      uniform = np.repeat([*uniforms], some.values.shape[1]) if self.randomized else 1.0
+      rates = methods.Sample(values, some.support, test.tolerance, level, order, uniform)
       found = chosen.evidence(rates, np.tile(usable[places], len(orders)))
       log_p[places], bounds[places] = np.reshape(found, (2, len(orders), -1)).max(axis=1)
       means[places], counts[places] = some.values.mean(axis=0), len(some.values)
@@ -469,7 +480,7 @@ def calibrate_configurations(
   grid = np.linspace(1.0, 0.0, values.shape[1])
   whole = SequenceLosses(values, grid, ids=first.ids, contents=first.contents, groups=groups)
   seeds, names = clusters.order_seeds(whole, seed), clusters.names_of_rows(whole)
-  run = Run(method, "fixed_sequence", error_rate)
+  run = Run(method, "fixed_sequence", error_rate, clusters.draws_uniform(whole, seed))
   parts = []
   for number, name in enumerate(several.names):
     found = []

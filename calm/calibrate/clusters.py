@@ -35,7 +35,7 @@ def order_seeds(losses: SequenceLosses, seed: str | None = None) -> tuple[str, .
   own = order_seed(with_contents(losses))
   if seed not in (None, own):
     return (seed,)
-  if losses.contents or not _are_of_few_kinds(losses):
+  if losses.contents or not 1 < _num_kinds(losses) <= order_lib.FEW_KINDS:
     return (own,)
   more = (hashlib.sha256(f"{own}/{number}".encode()) for number in range(1, _ORDERS))
   return (own, *(digest.hexdigest()[:16] for digest in more))
@@ -48,13 +48,21 @@ def _units(losses: SequenceLosses):
   return (row.tobytes() for block in blocks for row in block + 0.0)
 
 
-def _are_of_few_kinds(losses: SequenceLosses) -> bool:
+def draws_uniform(losses: SequenceLosses, seed: str | None) -> bool:
+  """Whether the seed is as good as drawn: rows of few kinds decide what contents give."""
+  if losses.contents or seed not in (None, order_seed(with_contents(losses))):
+    return True
+  return _num_kinds(losses) > order_lib.FEW_KINDS
+
+
+def _num_kinds(losses: SequenceLosses) -> int:
+  """Kinds of rows; of more than `FEW_KINDS` that there are more."""
   kinds: set[bytes] = set()
   for row in _units(losses):
     kinds.add(row)
     if len(kinds) > order_lib.FEW_KINDS:
-      return False
-  return len(kinds) > 1
+      break
+  return len(kinds)
 
 
 def names_of_rows(losses: SequenceLosses) -> tuple[str, ...]:

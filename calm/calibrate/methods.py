@@ -24,6 +24,8 @@ class Sample:
   error_rate: float  # error probability
   # [num_examples] rows in the tested order, for `Method.evidence`.
   order: np.ndarray | None = None
+  # Drawn beside the losses for randomised tests: a number, or one a column (or pair).
+  uniform: npt.ArrayLike = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Method:
   # Whether p-values mean anything at levels other than `error_rate`; if not, only fixed
   # sequence testing, which tests every hypothesis at that level, can use them.
   any_level: bool = True
+  randomized: bool = False  # whether a uniform beside the losses decides at the end
 
   @property
   def ordered(self) -> bool:
@@ -56,6 +59,7 @@ class Method:
       error_rate=sample.error_rate,
       upper=sample.support.upper,
       strategy=self.strategy,
+      uniform=sample.uniform if self.randomized else 1.0,
       log=True,
     )
 
@@ -71,6 +75,7 @@ class Method:
       upper=sample.support.upper,
       tolerance=float(np.asarray(sample.tolerance)),
       strategy=self.strategy,
+      uniform=sample.uniform if self.randomized else 1.0,
     )
 
   def certifies(self, sample: Sample, columns: np.ndarray) -> np.ndarray:
@@ -81,6 +86,8 @@ class Method:
       return self.p_value(sums, len(values), sample.tolerance) <= level
     upper = sample.support.upper
     design = self.strategy.design(sample.tolerance, level, len(values), upper)
+    if self.randomized:
+      design = dataclasses.replace(design, log_uniform=np.log(sample.uniform))
     return betting.certifies(values, columns, design, self.strategy)
 
   def evidence(self, sample: Sample, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -92,6 +99,7 @@ class Method:
     log_p, bound = np.zeros(len(usable)), np.full(len(usable), np.nan)
     (columns,) = np.nonzero(usable)
     step = max(1, _CELLS // len(sample.values))
+    uniform = np.broadcast_to(sample.uniform, len(usable))
     for start in range(0, len(columns), step):
       signals.check()
       part = columns[start : start + step]
@@ -100,7 +108,7 @@ class Method:
         values = values[sample.order]
       # What leaves the range by rounding is put back.
       np.clip(values, sample.support.lower, sample.support.upper, out=values)
-      block = dataclasses.replace(sample, values=values, order=None)
+      block = dataclasses.replace(sample, values=values, order=None, uniform=uniform[part])
       log_p[part] = self.log_p_values(block)
       bound[part] = self.upper_bounds(block)
     # Both are of one test, and p falls as the tolerance grows: they can only disagree by the
@@ -125,6 +133,9 @@ METHODS: Mapping[str, Method] = {
     Method("binomial", p_values.binomial),
     Method("betting"),
     Method("betting_fixed_level", strategy=betting.FIXED_LEVEL, any_level=False),
+    Method(
+      "betting_randomized", strategy=betting.FIXED_LEVEL, any_level=False, randomized=True
+    ),
   )
 }
 NAMES = ("auto", *METHODS)
@@ -137,11 +148,14 @@ SUM_P_VALUES: Mapping[str, p_values.SumPValue | None] = {
 }
 
 
-def get_method(name: str, support: Support, *, any_level: bool = False) -> Method:
+def get_method(
+  name: str, support: Support, *, any_level: bool = False, randomized: bool = True
+) -> Method:
   """The method of a name; ValueError where it is unknown or does not fit the declared support.
 
   'auto' chooses by `support`, never by values, and by whether p-values must mean something at
-  every level (Holm, fallback), not at `error_rate` alone (fixed sequence testing).
+  every level (Holm, fallback), not at `error_rate` alone (fixed sequence testing); there it
+  may be `randomized`.
   """
   if name in SUM_P_VALUES and name not in METHODS:
     raise ValueError(
@@ -152,7 +166,8 @@ def get_method(name: str, support: Support, *, any_level: bool = False) -> Metho
   if name not in NAMES:
     raise ValueError(f"Expected `method` to be one of {sorted(NAMES)}, got {name!r}.")
   if name == "auto":
-    bets = "betting" if any_level else "betting_fixed_level"
+    bets = "betting_randomized" if randomized else "betting_fixed_level"
+    bets = "betting" if any_level else bets
     name = "binomial" if support.binary else bets
   method = METHODS[name]
   needed, way_out = "in [0, 1]", ""

@@ -67,6 +67,8 @@ def method_size(
 ) -> int | None:
   """The fewest prompts with which one method certifies losses that are the lowest throughout.
 
+  Of a randomised method: with which it does so in at least half of all draws.
+
   A method may need more than `min_calibration_size` (bets stop short of the largest one, so
   that one loss of 1 does not ruin them).
 
@@ -93,12 +95,13 @@ def method_size(
 
   def certifies(size: int) -> bool:
     losses = np.full((size, 1), lowest[0, 0])
-    sample = methods.Sample(losses, declared, tolerance, error_rate)
+    sample = methods.Sample(losses, declared, tolerance, error_rate, uniform=0.5)
     return float(chosen.log_p_values(sample)[0]) <= math.log(error_rate * share) + 1e-12
 
-  floor = min_calibration_size(
-    tolerance, error_rate * share, lower=declared.lower, upper=declared.upper
-  )
+  level = error_rate * share
+  if chosen.randomized:
+    level = min(2.0 * level, 0.999)
+  floor = min_calibration_size(tolerance, level, lower=declared.lower, upper=declared.upper)
   if floor > _MOST_PROMPTS:
     return None
   few, enough = floor - 1, floor
@@ -155,6 +158,9 @@ def refusal(
 ) -> str:
   """The reason why so few prompts cannot certify anything, or ''.
 
+  With fewer than `method_size` a randomised method certifies in less than half of all draws,
+  whatever the losses: too few as well.
+
   Args:
     num_examples: prompts there are.
     tolerance: in (lower, upper).
@@ -170,24 +176,17 @@ def refusal(
   """
   _check_share("share", share)
   support = support or Support(lower=lower)
-  # 'paper' counts improvements as 0.
-  least = max(support.lower, 0.0) if method == "paper" else support.lower
-  needed = min_calibration_size(tolerance, error_rate * share, lower=least, upper=support.upper)
-  rates = f"at tolerance {tolerance} and error rate {error_rate * share}"
-  own = None
-  if method is not None:
-    own = method_size(method, tolerance, error_rate, support=support, share=share)
-  if num_examples < needed:
-    wanted = f"at least {needed}"
-    by = f" ({own} by the method {method!r})" if own is not None else ""
-  elif method is None or (own is not None and num_examples >= own):
-    return ""
+  level, by = error_rate * share, "" if method is None else f" for the method {method!r}"
+  if method is None:
+    needed = min_calibration_size(tolerance, level, lower=support.lower, upper=support.upper)
   else:
-    wanted = f"at least {own}" if own else f"more than {_MOST_PROMPTS}"
-    by = f" for the method {method!r}"
+    needed = method_size(method, tolerance, error_rate, support=support, share=share)
+  if needed is not None and num_examples >= needed:
+    return ""
+  wanted = f"at least {needed}" if needed else f"more than {_MOST_PROMPTS}"
   return (
-    f"Expected {wanted} {unit} {rates}{by}, got {num_examples}, which are too few whatever"
-    f" their losses; {_MORE}."
+    f"Expected {wanted} {unit} at tolerance {tolerance} and error rate {level}{by}, got"
+    f" {num_examples}, which are too few whatever their losses; {_MORE}."
   )
 
 
@@ -317,6 +316,6 @@ def power_curve(
   power = []
   for size in sizes:
     sets = generator.integers(len(pool.values), size=(draws, size))
-    lowest = pool.choose(sets, [tolerance], error_rate)
+    lowest = pool.choose(sets, [tolerance], error_rate, generator.random(draws))
     power.append(np.mean(lowest >= columns, axis=0))
   return PowerCurve(tuple(sizes), pool.thresholds, np.stack(power), draws)

@@ -59,7 +59,11 @@ class Draws:
     _, self.unit_of_row = np.unique([str(name) for name in names], return_inverse=True)
 
   def choose(
-    self, draws: npt.ArrayLike, tolerances: Sequence[float], error_rate: float
+    self,
+    draws: npt.ArrayLike,
+    tolerances: Sequence[float],
+    error_rate: float,
+    uniforms: npt.ArrayLike = 1.0,
   ) -> np.ndarray:
     """[num_sets, num_tolerances] lowest columns that fixed sequence testing certifies, or -1.
 
@@ -68,12 +72,15 @@ class Draws:
     """
     draws, levels = np.asarray(draws), np.asarray(tolerances, np.float64)
     chosen = np.full((len(draws), len(levels)), -1)
+    uniforms = np.broadcast_to(uniforms, len(draws))
     for column in range(self.values.shape[1]):
       # Who has certified everything so far goes on.
       sets, positions = np.nonzero(chosen == column - 1)
       going, places = np.unique(sets, return_inverse=True)
       losses = self.values[:, column][draws[going].T]
-      sample = methods.Sample(losses, self.support, levels[positions], error_rate)
+      sample = methods.Sample(
+        losses, self.support, levels[positions], error_rate, uniform=uniforms[sets]
+      )
       passed = self.method.certifies(sample, places)
       chosen[sets[passed], positions[passed]] = column
     return chosen
@@ -166,7 +173,7 @@ def split_trials(
   cut = min(count - 1, max(1, round(0.8 * count)))
   generator = np.random.default_rng(seed)
   splits = np.stack([generator.permutation(count) for _ in range(trials)])
-  chosen = pool.choose(splits[:, :cut], tolerances, error_rate)
+  chosen = pool.choose(splits[:, :cut], tolerances, error_rate, generator.random(trials))
   found = []
   for tolerance, columns in zip(tolerances, chosen.T.tolist(), strict=True):
     pairs = list(zip(columns, splits[:, cut:], strict=True))
@@ -235,7 +242,7 @@ def validity_trials(
   # The last entry is what -1 reads: the full model, whose loss is 0 by definition.
   true_risk = np.append(pool.values.mean(axis=0), 0.0)
   found = []
-  chosen = pool.choose(draws, tolerances, error_rate)
+  chosen = pool.choose(draws, tolerances, error_rate, generator.random(trials))
   for tolerance, columns in zip(tolerances, chosen.T, strict=True):
     violations = int(np.sum((columns >= 0) & (true_risk[columns] > tolerance)))
     interval = stats.binomtest(violations, trials).proportion_ci(0.95)

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from calm.calibrate import checks, methods, testing
+from calm.calibrate.generations import order
 from calm.calibrate.testing import Evidence
 
 # 2: digests, promises. Files of version 1 are read; they have none to compare.
@@ -248,6 +249,8 @@ def _check_part(part: Evidence, calibration: Any) -> None:
   if np.any(((means < low - 1e-6) | (means > high + 1e-6)) & (log_p < 0.0)):
     _edited("means", f"in the declared range [{low:g}, {high:g}]", part.means)
   least = counts * math.log1p(-(tolerance - low) / (high - low))
+  if part.method == "betting_randomized":
+    least = least + math.log(order.seeded_uniform(calibration.seed))
   if np.any(log_p < least - _CLOSE * (1.0 - least)):
     place = int(np.argmin(log_p - least))
     wanted = f"of at least exp({least[place]:.4g}), the least that {int(counts[place])} prompts"

@@ -81,7 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(more, "start", "X", "tail_mean: where the tail begins, from other prompts", 0.0)
   text = "cost: layers a token over all layers"
   add(more, "at_most", "X", text, 2 / 3, without="%(default).3g")
-  parser.set_defaults(cost_share=risks_lib.Cost.share)  # others only from Python
+  # Others come only from Python, and from what is stored.
+  parser.set_defaults(cost_share=risks_lib.Cost.share, randomized=True)
 
 
 @run_lib.user_errors
@@ -176,6 +177,7 @@ def _rates(arguments: argparse.Namespace) -> dict[str, Any]:
     "error_rate": arguments.error_rate,
     "method": arguments.method,
     "testing_procedure": arguments.testing,
+    "randomized": arguments.randomized,
   }
 
 
@@ -370,6 +372,7 @@ def _apply_stored_flags(arguments, stored: calibrate_lib.Calibration) -> None:
   # Only 'auto' gives parts of one promise different methods: each the one that fits its losses.
   several = len({part.method for part in stored.parts}) > 1
   arguments.method = "auto" if several else stored.method
+  arguments.randomized = "betting_fixed_level" not in stored.methods
   arguments.testing, arguments.ungrouped = stored.testing, not stored.clusters
   arguments.promise = promise.name
   for name, value in promise.to_json().items():

@@ -85,7 +85,11 @@ def certify(
   support = sequence_losses.kind_support(kind, metric)
   count = len(set(order.prompt_clusters(prompts)))
   unit = "prompts" if count == len(prompts) else "clusters of prompts"
-  refusal = planning.refusal(count, tolerance, error_rate, lower=support.lower, unit=unit)
+  if count < len(prompts):  # means of several losses of 0 or 1 are neither
+    support = dataclasses.replace(support, binary=False)
+  refusal = planning.refusal(
+    count, tolerance, error_rate, support=support, method="auto", unit=unit
+  )
   if refusal:
     raise ValueError(refusal)
   bare = [prompt.id for prompt in prompts if not prompt.targets]

@@ -1,5 +1,6 @@
 """Bets against the mean and bounds: predictable, fair at the boundary, as counted by hand."""
 
+import dataclasses
 import itertools
 import math
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from calm.calibrate import Support, betting, methods, p_values
+from calm.calibrate.generations import order
 from tests.calibrate import laws
 
 
@@ -268,3 +270,37 @@ def test_bounds_agree_with_decisions(name, seed, size, tolerance, error_rate, la
 def test_what_cannot_be_bet_on_is_refused(call, message):
   with pytest.raises(ValueError, match=message):
     call()
+
+
+@pytest.mark.parametrize("strategy", [betting.PLUG_IN, betting.FIXED_LEVEL], ids=str)
+@pytest.mark.parametrize("tolerance", [0.1, 0.4])
+def test_a_uniform_at_the_end_keeps_the_level_over_all_paths(strategy, tolerance):
+  """Losses of 0 and 1 at the bound: sum over paths of P(reject | path), exactly."""
+  length, level = 11, 0.05
+  paths = ((np.arange(2**length) >> np.arange(length)[:, None]) & 1).astype(float)
+  design = strategy.design(tolerance, level, length)
+  wealth = np.exp(betting.log_wealth(paths, design, strategy))
+  rejects = np.where(wealth.max(axis=0) >= 1 / level, 1.0, np.minimum(1.0, level * wealth[-1]))
+  chance = np.prod(np.where(paths == 1.0, tolerance, 1.0 - tolerance), axis=0)
+  without = np.sum(chance * (wealth.max(axis=0) >= 1 / level))
+  assert without < np.sum(chance * rejects) <= level + 1e-12
+  # p-values, certificates and bounds are of this test, for each uniform.
+  columns = np.random.default_rng(0).integers(paths.shape[1], size=200)
+  uniforms = np.random.default_rng(1).random(200)
+  some = paths[:, columns]
+  options = {"error_rate": level, "strategy": strategy, "uniform": uniforms}
+  p = betting.p_value(some, tolerance, **options)
+  end = wealth[-1, columns] / uniforms
+  expected = np.minimum(1.0, 1.0 / np.maximum(wealth.max(axis=0)[columns], end))
+  np.testing.assert_allclose(p, expected, rtol=1e-9)
+  drawn = dataclasses.replace(design, log_uniform=np.log(uniforms))
+  found = betting.certifies(paths, columns, drawn, strategy)
+  np.testing.assert_array_equal(found, p <= level)
+  bounds = betting.upper_bound(some, **options, tolerance=tolerance)
+  np.testing.assert_array_equal(bounds <= tolerance, p <= level)
+
+
+def test_a_seed_draws_one_uniform():
+  drawn = [order.seeded_uniform(f"{number:04x}") for number in range(4000)]
+  assert len(set(drawn)) == 4000 and stats.kstest(drawn, "uniform").pvalue > 0.01
+  assert order.seeded_uniform("0001") == drawn[1]

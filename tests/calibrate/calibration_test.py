@@ -131,6 +131,31 @@ def test_files_that_are_no_calibration_are_refused(tmp_path):
       Calibration.load(path)
 
 
+def test_a_randomised_test_says_so_repeats_itself_and_is_checked():
+  losses = sample(ids=tuple(f"id-{i}" for i in range(300)))
+  found, plain = calibrate(losses, **RATES), calibrate(losses, **RATES, randomized=False)
+  assert (found.method, plain.method) == ("betting_randomized", "betting_fixed_level")
+  assert "The test is randomised: a uniform that was drawn beside" in found.guarantee
+  assert f"(seed {found.seed})" in found.guarantee and "randomised" not in plain.guarantee
+  assert calibrate(losses, **RATES) == found and found.seed == plain.seed
+  assert np.all(found.column("p_value") <= plain.column("p_value"))
+  assert Calibration.from_json(found.to_json()) == found
+  lucky = [calibrate(np.zeros((40, 4)), GRID, **RATES, seed=f"{n:04x}") for n in range(40)]
+  assert {one.method for one in lucky} == {"betting_randomized"}
+  assert len({one.column("p_value")[0] for one in lucky}) == 40
+
+
+def test_rows_of_few_kinds_draw_no_uniform():
+  """All their contents give is a function of their counts."""
+  for values in (np.zeros((25, 4)), np.round(sample().values)):
+    found = calibrate(values, GRID, **RATES, support=Support())
+    assert found.method == "betting_fixed_level"
+    explicit = calibrate(values, GRID, **RATES, support=Support(), method="betting_randomized")
+    np.testing.assert_array_equal(explicit.column("p_value"), found.column("p_value"))
+    told = calibrate(values, GRID, **RATES, support=Support(), seed="abcd")
+    assert told.method == "betting_randomized"
+
+
 def test_failure_is_a_value_with_a_sentence():
   few = calibrate(np.zeros((20, 4)), GRID, **RATES)
   assert few.threshold == NEVER_EXIT

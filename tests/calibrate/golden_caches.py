@@ -11,7 +11,7 @@ from calm.calibrate import losses as sequence_losses
 from calm.calibrate.generations import foreign, shards
 
 KINDS = {"textual": "rouge_l", "risk_signed": "token_f1", "risk_clipped": "chrf"}
-RATES = {"tolerance": 0.3, "error_rate": 0.1}
+RATES = {"tolerance": 0.3, "error_rate": 0.1, "randomized": False}
 FORMS = ("plain", "chat", "completion", "response", "vllm", "t5x", "t5x_aux")
 
 

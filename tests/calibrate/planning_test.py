@@ -81,7 +81,7 @@ def test_signed_losses_are_forecast_below_the_size_that_no_change_needs():
   assert power[0][2] > power[1][2] > power[3][2]
 
 
-@pytest.mark.parametrize("method", ["auto", "paper", "convex_order", "betting"])
+@pytest.mark.parametrize("method", ["betting_fixed_level", "paper", "convex_order", "betting"])
 @pytest.mark.parametrize("tolerance", [0.02, 0.1, 0.25])
 def test_a_method_needs_what_calibrate_needs(method, tolerance):
   """All-zero prompts, one more or fewer than planned."""
@@ -98,13 +98,29 @@ def test_a_method_needs_what_calibrate_needs(method, tolerance):
 @pytest.mark.parametrize("support", [Support(0.0, 0.5), Support(-1.0, 1.0), Support(-0.5, 2.0)])
 def test_a_range_needs_what_calibrate_needs(support):
   rates = dict(tolerance=0.1, error_rate=0.05)
-  size = planning.method_size("auto", **rates, support=support)
+  method = "betting_fixed_level"
+  size = planning.method_size(method, **rates, support=support)
   ends = dict(lower=support.lower, upper=support.upper)
   assert size >= planning.min_calibration_size(**rates, **ends)
   lowest = np.full((size, 1), support.lower)
-  assert calibrate(lowest, [0.5], **rates, support=support).certified
-  few = calibrate(lowest[1:], [0.5], **rates, support=support)
+  assert calibrate(lowest, [0.5], **rates, support=support, method=method).certified
+  few = calibrate(lowest[1:], [0.5], **rates, support=support, method=method)
   assert not few.certified and str(size) in few.reason
+
+
+def test_a_randomised_method_needs_what_certifies_in_half_of_all_draws():
+  rates = dict(tolerance=0.1, error_rate=0.05)
+  size = planning.method_size("auto", **rates)
+  assert (
+    planning.min_calibration_size(0.1, 0.1)
+    <= size
+    < planning.method_size("betting_fixed_level", **rates)
+  )
+  seeds = [f"{number:04x}" for number in range(400)]
+  share = lambda count: np.mean(
+    [calibrate(np.zeros((count, 1)), [0.5], **rates, seed=seed).certified for seed in seeds]
+  )
+  assert share(size - 1) < 0.5 + 0.08 and share(size) > 0.5 - 0.08
 
 
 def test_no_number_of_prompts_is_enough_for_next_to_nothing():

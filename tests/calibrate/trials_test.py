@@ -14,6 +14,7 @@ from calm.calibrate import (
   testing,
   trials,
 )
+from calm.calibrate.generations import order
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.7, 0.5])
@@ -85,7 +86,7 @@ def test_clusters_never_stand_on_both_sides(monkeypatch):
   seen = []
 
   class Spy(trials.Draws):
-    def choose(self, draws, tolerances, error_rate):
+    def choose(self, draws, tolerances, error_rate, uniforms):
       seen.append(set(draws[0].tolist()))
       return np.zeros((len(draws), len(tolerances)), int)
 
@@ -113,12 +114,13 @@ def losses(law=laws.mostly_zero, count=240, means=(0.0, 0.3), **fields):
   return SequenceLosses(np.stack(columns, axis=1), FINE, **fields)
 
 
-def one_at_a_time(pool, draws, tolerances, error_rate):
+def one_at_a_time(pool, draws, tolerances, error_rate, uniforms):
   """The definition: fixed sequence testing of every set, every p-value computed."""
   chosen = np.empty((len(draws), len(tolerances)), int)
   for i, rows in enumerate(draws):
     for j, tolerance in enumerate(tolerances):
-      sample = methods.Sample(pool.values[rows], pool.support, tolerance, error_rate)
+      values, uniform = pool.values[rows], uniforms[i]
+      sample = methods.Sample(values, pool.support, tolerance, error_rate, uniform=uniform)
       p = np.exp(pool.method.log_p_values(sample))
       chosen[i, j] = testing.fixed_sequence(p, error_rate).rejected.sum() - 1
   return chosen
@@ -132,8 +134,9 @@ def test_lockstep_chooses_what_one_set_at_a_time_chooses(method, error_rate, siz
     made = losses()
   pool = trials.Draws(made, method)
   draws = np.random.default_rng(size).integers(len(pool.values), size=(12, size))
-  found = pool.choose(draws, TOLERANCES, error_rate)
-  expected = one_at_a_time(pool, draws, TOLERANCES, error_rate)
+  uniforms = np.random.default_rng(size).random(12)
+  found = pool.choose(draws, TOLERANCES, error_rate, uniforms)
+  expected = one_at_a_time(pool, draws, TOLERANCES, error_rate, uniforms)
   np.testing.assert_array_equal(found, expected)
   assert size == 1 or len(np.unique(found)) > 4  # it is not all or nothing
 
@@ -141,7 +144,10 @@ def test_lockstep_chooses_what_one_set_at_a_time_chooses(method, error_rate, siz
 def test_a_pool_chooses_what_calibrate_chooses():
   made = losses(count=300, ids=tuple(f"{i:03d}" for i in range(300)), contents="ab")
   tested = clusters.tested_orders(made, clusters.order_seeds(made))
-  (columns,) = trials.Draws(made, "auto", made.ids).choose(np.stack(tested), TOLERANCES, 0.05)
+  (seed,) = clusters.order_seeds(made)
+  uniforms = [order.seeded_uniform(seed)]
+  pool = trials.Draws(made, "auto", made.ids)
+  (columns,) = pool.choose(np.stack(tested), TOLERANCES, 0.05, uniforms)
   for tolerance, column in zip(TOLERANCES, columns, strict=True):
     found = calibrate(made, tolerance=tolerance, error_rate=0.05)
     assert found.threshold == (NEVER_EXIT if column < 0 else FINE[column])

@@ -22,7 +22,7 @@ from calm.calibrate import (
 from tests.calibrate import laws
 
 GRID = (0.9, 0.6, 0.3, 0.1)
-RATES = {"tolerance": 0.1, "error_rate": 0.05}
+RATES = {"tolerance": 0.1, "error_rate": 0.05, "randomized": False}  # as they were made
 SHARES = np.array([0.0, 0.03, 0.07, 0.9])
 RETIRED = (
   *("method_hoeffding", "method_hoeffding_bentkus", "method_betting_early"),
@@ -87,6 +87,7 @@ KINDS = {
     table(procedure=laws.procedure(reference_dtype="float32", reference_digest="r" * 64))
   ),
   "mean_with_notes": noted,
+  "randomized": lambda: certify(table(), randomized=True),
   "plain_losses": lambda: certify(table().values.tolist(), GRID),
   "plain_binary": lambda: certify(binary().values, GRID),
   "plain_of_few_kinds": lambda: certify(np.round(table().values * 2.0) / 2.0, GRID),
@@ -123,7 +124,9 @@ KINDS = {
   "known_mixture": lambda: certify(
     table(), promise=risks.KnownMixture(1.5, weights=[0.5, 1.5] * 80)
   ),
-  "several_risks": lambda: calibrate.calibrate(risks=of_two_risks(), error_rate=0.05),
+  "several_risks": lambda: calibrate.calibrate(
+    risks=of_two_risks(), error_rate=0.05, randomized=False
+  ),
   "cost": lambda: certify(
     table(), promise=risks.Cost(0.8, costs=np.tile([0.9, 0.6, 0.4, 0.2], (160, 1)))
   ),

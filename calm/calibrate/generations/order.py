@@ -87,6 +87,12 @@ def permutation(
   return seeded_order(ids, order_seed(ids, procedure, contents))
 
 
+def seeded_uniform(seed: str) -> float:
+  """A number in (0, 1) that is drawn beside the order of a seed."""
+  digits = hashlib.sha256(f"{seed}/uniform".encode()).hexdigest()[:13]
+  return (int(digits, 16) + 0.5) / 16.0**13
+
+
 def fold_text(text: str) -> str:
   """Text without differences of Unicode form, case, invisible characters and white space.
 
