@@ -107,6 +107,8 @@ class Calibration:
   knobs: tuple[str, ...] = ()
   # Whether prompts come in clusters that the caller took for independent.
   groups_ignored: bool = False
+  # The most prompts that a cluster has, where each prompt counts once; 0: each cluster does.
+  largest_cluster: int = 0
 
   def __post_init__(self):
     verification.check_texts(self)
@@ -308,6 +310,8 @@ def sentences(calibration: Calibration) -> list[str]:
     if calibration.clusters
     else ""
   )
+  if calibration.largest_cluster:
+    over = ", in the average over prompts, of which each counts once whatever its cluster,"
   # A sequential run may stop before it has used them all.
   most = "at most " if calibration.sequential else ""
   said = [
@@ -319,7 +323,11 @@ def sentences(calibration: Calibration) -> list[str]:
     " one kind, and if grid, method, tolerance and error rate were fixed before these losses"
     " were seen.",
   ]
-  if calibration.clusters:
+  if calibration.largest_cluster:
+    said.append(
+      f"No cluster has more than {calibration.largest_cluster} prompts: the caller declared it."
+    )
+  elif calibration.clusters:
     said.append(
       "Within a cluster it is the average over its prompts that the promise is about. Nothing"
       " is said of prompts that are counted one by one: where large clusters lose more than"

@@ -41,6 +41,7 @@ def calibrate(
   risks: Sequence[Risk] | None = None,
   seed: str | None = None,
   randomized: bool = True,
+  largest_cluster: int = 0,
 ) -> Calibration:
   """Chooses the lowest threshold whose expected loss is certified to be within the tolerance.
 
@@ -76,6 +77,9 @@ def calibrate(
     randomized: whether 'auto' may let a uniform, drawn by `seed`, decide what the bets leave
       open at the end; False takes 'betting_fixed_level' for 'betting_randomized', and so do
       rows of at most eight kinds of which nothing else is known.
+    largest_cluster: the most prompts that a cluster has, here and when served, declared before
+      any loss was seen: the promise is then about prompts, of which each counts once. 0: it is
+      about clusters.
 
   Returns:
     A `Calibration`. Failure is a value: `threshold` is `NEVER_EXIT` and `reason` says why (too
@@ -100,7 +104,7 @@ def calibrate(
   sample = dataclasses.replace(sample, groups=groups)
   parts = promise.parts(sample, tolerance)
   randomized = randomized and clusters.draws_uniform(sample, seed)
-  run = Run(method, testing_procedure, error_rate, randomized)
+  run = Run(method, testing_procedure, error_rate, randomized, largest_cluster)
   ordered = any(run.method_of(part.losses, groups).ordered for part in parts)
   seeds = (
     clusters.order_seeds(sample, seed) if ordered else (seed or clusters.order_seed(sample),)
@@ -130,6 +134,7 @@ def calibrate(
     seed=seeds[0],
     losses_digest=_digest(sample),
     knobs=sample.knobs,
+    largest_cluster=0 if groups is None else largest_cluster,
   )
 
 
@@ -211,6 +216,7 @@ class Run:
   procedure: str  # name of the multiple-testing procedure
   error_rate: float  # epsilon
   randomized: bool = True  # whether a uniform may be drawn beside the losses
+  largest_cluster: int = 0  # declared; 0: each cluster counts once
 
   def method_of(self, losses: SequenceLosses, groups) -> methods.Method:
     """The p-value method for such losses."""
@@ -235,30 +241,40 @@ class Run:
   def test(self, part: Part, sample: SequenceLosses, seeds, names) -> Evidence:
     """Tests one part, column by column where other rows count at each threshold."""
     test, groups = part.test, sample.groups
-    losses = dataclasses.replace(part.losses, groups=groups)
+    losses = dataclasses.replace(part.losses, groups=groups, ids=names)
     chosen, usable = self.method_of(losses, groups), np.array([not f for f in _faults(losses)])
     _, declared = chosen.prepare(losses.values[:1], losses.support)
     size = losses.values.shape[1]
     counts, log_p = np.zeros(size, np.int64), np.zeros(size)
     means, bounds = np.full(size, np.nan), np.full(size, np.nan)
-    for some, places in _tables(dataclasses.replace(losses, ids=names), part.rows):
-      prepared, support = chosen.prepare(some.values, some.support)
-      some = dataclasses.replace(some, values=prepared, support=support)
+    all_orders = []
+    if chosen.ordered and groups is None:
+      all_orders = clusters.tested_orders(losses, seeds)
+    for rows, places in _alike(part.rows, size):
+      every = part.rows is None
+      values = losses.values if every else losses.values[np.ix_(rows, places)]
+      units, support = chosen.prepare(values, losses.support)
+      orders = [clusters.order_among(order, rows) for order in all_orders] or [None]
       if groups is not None:
-        some = clusters.cluster_means(some, some.groups)
-      values, order = some.values, None
-      orders = clusters.tested_orders(some, seeds) if chosen.ordered else [None]
+        grid = losses.thresholds[places]
+        some = losses if every else losses.rows(rows)
+        some = dataclasses.replace(some, values=units, support=support, thresholds=grid)
+        fill = float(test.tolerance)
+        some = clusters.cluster_means(some, some.groups, self.largest_cluster, fill)
+        units, support = some.values, some.support
+        orders = clusters.tested_orders(some, seeds) if chosen.ordered else [None]
+      values, order = units, None
       if len(orders) > 1:  # side by side, as columns
         values = np.concatenate([values[rows] for rows in orders], axis=1)
       else:
         order = orders[0]
       level = self.error_rate * test.share
       uniforms = map(order_lib.seeded_uniform, seeds[: len(orders)])
-      uniform = np.repeat([*uniforms], some.values.shape[1]) if self.randomized else 1.0
-      rates = methods.Sample(values, some.support, test.tolerance, level, order, uniform)
+      uniform = np.repeat([*uniforms], units.shape[1]) if self.randomized else 1.0
+      rates = methods.Sample(values, support, test.tolerance, level, order, uniform)
       found = chosen.evidence(rates, np.tile(usable[places], len(orders)))
       log_p[places], bounds[places] = np.reshape(found, (2, len(orders), -1)).max(axis=1)
-      means[places], counts[places] = some.values.mean(axis=0), len(some.values)
+      means[places], counts[places] = units.mean(axis=0), len(units)
     return Evidence(
       name=test.name,
       tolerance=float(test.tolerance),
@@ -273,13 +289,10 @@ class Run:
     )
 
 
-def _tables(
-  losses: SequenceLosses, rows: np.ndarray | None
-) -> Iterator[tuple[SequenceLosses, list[int]]]:
-  """(losses, their places in the grid) of the thresholds at which the same rows count."""
-  size = losses.values.shape[1]
+def _alike(rows: np.ndarray | None, size: int) -> Iterator[tuple[Any, list[int]]]:
+  """(rows that count, places in the grid) of the thresholds at which the same rows count."""
   if rows is None:
-    yield losses, list(range(size))
+    yield slice(None), list(range(size))
     return
   alike: dict[bytes, list[int]] = {}
   for column in range(size):
@@ -287,9 +300,7 @@ def _tables(
   for places in alike.values():
     index = np.flatnonzero(rows[:, places[0]])
     if len(index):  # no rows, no evidence
-      some = losses.rows(index)
-      grid = losses.thresholds[places]
-      yield dataclasses.replace(some, values=some.values[:, places], thresholds=grid), places
+      yield index, places
 
 
 def _promise_and_losses(losses, tolerance, promise, risks):

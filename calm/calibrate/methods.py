@@ -109,14 +109,23 @@ class Method:
       # What leaves the range by rounding is put back.
       np.clip(values, sample.support.lower, sample.support.upper, out=values)
       block = dataclasses.replace(sample, values=values, order=None, uniform=uniform[part])
-      log_p[part] = self.log_p_values(block)
-      bound[part] = self.upper_bounds(block)
+      method = self if self.p_value is not None else self._with_bets(block)
+      log_p[part] = method.log_p_values(block)
+      bound[part] = method.upper_bounds(block)
     # Both are of one test, and p falls as the tolerance grows: they can only disagree by the
     # precision of a search.
     tolerance = float(np.asarray(sample.tolerance))
     above = np.maximum(bound, np.nextafter(tolerance, np.inf))
     rejected = np.exp(log_p) <= sample.error_rate
     return log_p, np.where(rejected, np.minimum(bound, tolerance), above)
+
+  def _with_bets(self, sample: Sample) -> "Method":
+    """This method with its bets on a sample, which p-values and bounds share."""
+    count, upper = len(sample.values), sample.support.upper
+    design = self.strategy.design(sample.tolerance, sample.error_rate, count, upper)
+    bets = self.strategy.free(sample.values, design)
+    strategy = dataclasses.replace(self.strategy, free=lambda losses, design: bets)
+    return dataclasses.replace(self, strategy=strategy)
 
   def prepare(self, values: np.ndarray, support: Support) -> tuple[np.ndarray, Support]:
     """(losses as this method tests them, their support)."""

@@ -24,7 +24,7 @@ from calm.calibrate.testing import Evidence
 SCHEMA_VERSION = 2
 NEW_FIELDS = {"promise", "parts", "losses_digest"}
 # Left out of files where they are empty.
-OPTIONAL = {"knobs", "groups_ignored"}
+OPTIONAL = {"knobs", "groups_ignored", "largest_cluster"}
 # p-values are compared so closely; libraries differ in the last digits.
 _CLOSE = 1e-6
 
@@ -128,6 +128,7 @@ _FIELDS: Mapping[str, Any] = {
   "num_examples": _COUNT,
   "clusters": _FLAG,
   "groups_ignored": _FLAG,
+  "largest_cluster": _COUNT,
   "sequential": _FLAG,
   "losses_digest": _HEX,
   "guarantee": (lambda value: isinstance(value, str), "a text"),

@@ -74,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(more, "method", "NAME", f"p-values: {', '.join(methods.NAMES)}", "auto")
   add(more, "testing", "NAME", ", ".join(testing.PROCEDURES), "fixed_sequence")
   flags.add_shared(more, "ungrouped")
+  text = "most prompts of a cluster, ever: the guarantee is then about prompts"
+  add(more, "largest_cluster", "N", text)
   add(more, "share", "X", "quantile: share of texts within the tolerance", 0.95)
   add(more, "labels", "FILE", "every_group: JSON Lines of {id, label}, one a prompt")
   add(more, "depths", "T,T", "early_exits: mean layers a token, rising, as 3,5")
@@ -178,6 +180,7 @@ def _rates(arguments: argparse.Namespace) -> dict[str, Any]:
     "method": arguments.method,
     "testing_procedure": arguments.testing,
     "randomized": arguments.randomized,
+    "largest_cluster": arguments.largest_cluster or 0,
   }
 
 
@@ -373,6 +376,7 @@ def _apply_stored_flags(arguments, stored: calibrate_lib.Calibration) -> None:
   several = len({part.method for part in stored.parts}) > 1
   arguments.method = "auto" if several else stored.method
   arguments.randomized = "betting_fixed_level" not in stored.methods
+  arguments.largest_cluster = stored.largest_cluster
   arguments.testing, arguments.ungrouped = stored.testing, not stored.clusters
   arguments.promise = promise.name
   for name, value in promise.to_json().items():

@@ -17,8 +17,10 @@ from calm.calibrate import (
   clusters,
   methods,
   p_values,
+  risks,
   testing,
 )
+from calm.calibrate.generations import order
 from tests.calibrate import laws
 
 GRID = np.array([0.9, 0.7, 0.5, 0.3])
@@ -154,6 +156,47 @@ def test_rows_of_few_kinds_draw_no_uniform():
     np.testing.assert_array_equal(explicit.column("p_value"), found.column("p_value"))
     told = calibrate(values, GRID, **RATES, support=Support(), seed="abcd")
     assert told.method == "betting_randomized"
+
+
+def unequal_clusters(generator, count=150, bad=0.61):
+  """One cluster in eight has 8 prompts, all lost; the others have one, which is not."""
+  large = generator.random(count) < 1.0 / 8.0
+  groups = np.repeat([f"g{row}" for row in range(count)], np.where(large, 8, 1))
+  losses = np.repeat(large, np.where(large, 8, 1)) * (generator.random(len(groups)) < bad)
+  return losses[:, None] * np.array([1.0, 0.9]), groups.tolist()
+
+
+def test_a_declared_largest_cluster_makes_the_promise_one_about_prompts():
+  """More than half of all prompts are in large clusters: mean 0.33 a prompt, 0.08 a cluster."""
+  rates, wrong, named = dict(tolerance=0.2, error_rate=0.05), 0, 0
+  for seed in range(40):
+    losses, groups = unequal_clusters(np.random.default_rng(seed))
+    by_cluster = calibrate(losses, [0.9, 0.5], **rates, groups=groups)
+    found = calibrate(losses, [0.9, 0.5], **rates, groups=groups, largest_cluster=8)
+    named, wrong = named + by_cluster.certified, wrong + found.certified
+  assert named == 40 and wrong == 0
+  assert found.largest_cluster == 8 and Calibration.from_json(found.to_json()) == found
+  assert "largest_cluster" not in by_cluster.to_json()
+  mild, groups = unequal_clusters(np.random.default_rng(0), bad=0.05)
+  for promise in (risks.Mean(), risks.Quantile(0.7), risks.EarlyExits((3.0,), depths=mild + 1)):
+    kept = calibrate(
+      mild, [0.9, 0.5], tolerance=0.3, error_rate=0.05, groups=groups, largest_cluster=8,
+      promise=promise,
+    )  # fmt: skip
+    assert kept.certified and "each counts once whatever its cluster" in kept.guarantee
+    assert "No cluster has more than 8 prompts: the caller declared it." in kept.guarantee
+  with pytest.raises(ValueError, match="`largest_cluster` = 7 prompts, got one of 8"):
+    calibrate(mild, [0.9, 0.5], **rates, groups=groups, largest_cluster=7)
+  table = SequenceLosses([[0.2], [0.4], [1.0]], [0.5])
+  filled = clusters.cluster_means(table, ["a", "a", "b"], 4, 0.1)
+  np.testing.assert_allclose(filled.values[:, 0], [(0.6 + 0.2) / 4, (1.0 + 0.3) / 4])
+
+
+def test_some_rows_are_tested_in_the_order_of_all():
+  names, rows = [f"id-{row}" for row in range(50)], np.arange(3, 50, 4)
+  order_of_all = order.seeded_order(names, "ab")
+  expected = order.seeded_order([names[row] for row in rows], "ab")
+  np.testing.assert_array_equal(clusters.order_among(order_of_all, rows), expected)
 
 
 def test_failure_is_a_value_with_a_sentence():
