@@ -5,10 +5,17 @@
 
 Every row draws prompts whose risk is exactly what is promised and asks `calibrate` for a
 certificate at error rate 0.05: each one is wrong. Of all draws 0.05 may be and, by chance,
+<<<<<<< HEAD
 three standard errors more; the exit status is 1 if one is above. With `--orders` rows are
 stored sorted, stratified or clustered by their losses, and every number of prompts up to 400 is
 tried; of so many sizes some lie above by chance, and they may not be more than that explains.
 Needs numpy and scipy only.
+=======
+three standard errors more; the exit status is 1 if one is above. With `--orders` rows are stored
+sorted, stratified or clustered by their losses, and every number of prompts up to 400 is tried;
+of so many sizes some lie above by chance, and they may not be more than that explains. Needs
+numpy and scipy only.
+>>>>>>> 69bbd27 (Simulate the randomised test on more laws and sizes, and beside the bets of others)
 """
 
 import argparse
@@ -33,8 +40,9 @@ from calm.calibrate import (
 from calm.calibrate.certify import each_group as calibrate_each_group
 
 LEVEL, TOLERANCE = 0.05, 0.1
-# Columns that share what belongs to a prompt (labels, weights); blocks of them are independent.
-COLUMNS = 400
+# Columns that share what belongs to a prompt (labels, weights) or to a call (the uniform of a
+# randomised test); blocks of them are independent.
+COLUMNS = 100
 COLUMN_NAMES = ("promise", "losses", "prompts", "level", "wrong", "standard error", "draws")
 ORDERS = ("sorted", "stratified", "clustered")
 
@@ -47,6 +55,22 @@ def text_like(generator: np.random.Generator, mean, shape) -> np.ndarray:
 def zero_or_one(generator: np.random.Generator, mean, shape) -> np.ndarray:
   """Exact match."""
   return (generator.random(shape) < mean) * 1.0
+
+
+def near_binary(generator: np.random.Generator, mean, shape) -> np.ndarray:
+  """F1 of short answers."""
+  changed = generator.random(shape) < np.asarray(mean) / 0.875
+  return changed * np.where(generator.random(shape) < 0.75, 1.0, 0.5)
+
+
+def dense(generator: np.random.Generator, mean, shape) -> np.ndarray:
+  """All texts change a little."""
+  return generator.beta(20.0 * mean, 20.0 * (1.0 - mean), shape)
+
+
+def heavy(generator: np.random.Generator, mean, shape) -> np.ndarray:
+  """One text in fifty is lost whole, the others lose little."""
+  return np.where(generator.random(shape) < 0.02, 1.0, (mean - 0.02) / 0.98)
 
 
 def signed(generator: np.random.Generator, mean, shape) -> np.ndarray:
@@ -95,8 +119,9 @@ def certified(losses, **options) -> np.ndarray:
 def mean(law, support=None, method="auto"):
   def wrong(generator, count):
     values = law(generator, TOLERANCE, (count, COLUMNS))
-    options = {"tolerance": TOLERANCE, "method": method}
-    return certified(table(values, support=support or Support()), **options)
+    declared, uniform = support or Support(), generator.random(COLUMNS)
+    sample = methods.Sample(values, declared, TOLERANCE, LEVEL, uniform=uniform)
+    return methods.get_method(method, declared).log_p_values(sample) <= math.log(LEVEL)
 
   return wrong
 
@@ -167,6 +192,15 @@ def cluster_means(generator, count):
   return certified(table(values, groups=groups), tolerance=TOLERANCE)
 
 
+def prompts_of_clusters(generator, count):
+  """Clusters of 1 or 5 prompts; those of 5 have three times the risk."""
+  sizes = generator.choice([1, 5], count)
+  rates = np.where(sizes == 5, 3.0, 1.0) * TOLERANCE / (16.0 / 6.0)
+  values = text_like(generator, np.repeat(rates, sizes)[:, None], (sizes.sum(), COLUMNS))
+  groups = tuple(f"g{row}" for row in np.repeat(np.arange(count), sizes))
+  return certified(table(values, groups=groups), tolerance=TOLERANCE, largest_cluster=5)
+
+
 def one_configuration(generator, count):
   """All configurations are at the boundary, in two families of three."""
   families, costs = {}, {}
@@ -187,14 +221,18 @@ def grid_of_four(generator, count):
 
 
 CELLS = (
-  Cell("mean", "text", 100, mean(text_like)),
-  Cell("mean", "text", 300, mean(text_like)),
+  *(Cell("mean", "text", size, mean(text_like)) for size in (50, 100, 300, 1000)),
+  *(Cell("mean", "near binary", size, mean(near_binary)) for size in (50, 300)),
+  *(Cell("mean", "dense", size, mean(dense)) for size in (50, 300)),
+  *(Cell("mean", "heavy", size, mean(heavy)) for size in (50, 300)),
+  *(Cell("mean", "signed", size, mean(signed, Support(lower=-1.0))) for size in (50, 100, 300)),
+  *(Cell("mean", "0 or 1, bets", size, mean(zero_or_one)) for size in (50, 100, 300)),
   Cell("mean", "0 or 1, binomial", 100, mean(zero_or_one, Support(binary=True))),
-  Cell("mean", "0 or 1, bets", 100, mean(zero_or_one)),
-  Cell("mean", "signed", 100, mean(signed, Support(lower=-1.0))),
+  Cell("mean, no uniform", "text", 100, mean(text_like, method="betting_fixed_level")),
   Cell("mean, convex_order", "text", 100, mean(text_like, method="convex_order")),
   Cell("mean, betting", "text", 100, mean(text_like, method="betting")),
   Cell("mean, clusters of 4 copies", "text", 100, cluster_means),
+  Cell("mean over prompts of clusters", "text", 100, prompts_of_clusters),
   Cell("quantile", "two values", 100, quantile),
   Cell("every group", "text", 200, every_group),
   Cell("each group", "text", 200, each_group),
@@ -284,6 +322,7 @@ def main() -> int:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--draws", type=int, default=20_000, help="a row (default %(default)s)")
+  parser.add_argument("--cells", default="0:", help="rows of the table, as 0:10")
   parser.add_argument("--orders", action="store_true", help="stored orders at every size")
   parser.add_argument("--order_draws", type=int, default=200, help="a size (default 200)")
   parser.add_argument("--most", type=int, default=400, help="the largest size (default 400)")
@@ -293,7 +332,8 @@ def main() -> int:
     rows, kept = simulate_orders(arguments.order_draws, arguments.most)
   else:
     rows, kept = [], True
-    for number, cell in enumerate(CELLS):
+    first, last = (int(part or len(CELLS)) for part in arguments.cells.split(":"))
+    for number, cell in list(enumerate(CELLS))[first:last]:
       rows.append(simulate(cell, arguments.draws, number))
       *_, level, rate, error, _ = rows[-1]
       kept &= float(rate) <= float(level) + 3.0 * float(error) + 5e-5
