@@ -5,17 +5,10 @@
 
 Every row draws prompts whose risk is exactly what is promised and asks `calibrate` for a
 certificate at error rate 0.05: each one is wrong. Of all draws 0.05 may be and, by chance,
-<<<<<<< HEAD
 three standard errors more; the exit status is 1 if one is above. With `--orders` rows are
 stored sorted, stratified or clustered by their losses, and every number of prompts up to 400 is
 tried; of so many sizes some lie above by chance, and they may not be more than that explains.
 Needs numpy and scipy only.
-=======
-three standard errors more; the exit status is 1 if one is above. With `--orders` rows are stored
-sorted, stratified or clustered by their losses, and every number of prompts up to 400 is tried;
-of so many sizes some lie above by chance, and they may not be more than that explains. Needs
-numpy and scipy only.
->>>>>>> 69bbd27 (Simulate the randomised test on more laws and sizes, and beside the bets of others)
 """
 
 import argparse

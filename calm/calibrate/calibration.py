@@ -318,41 +318,47 @@ def sentences(calibration: Calibration) -> list[str]:
     f"With probability at least {1.0 - calibration.error_rate:.10g} over independent draws of"
     f" the {most}{calibration.num_examples} calibration {calibration.unit}, decoding with"
     f" {served} has{over} {promise.statement(calibration, loss)}.",
-    promise.limits(calibration.unit),
+    promise.limits("prompts" if calibration.largest_cluster else calibration.unit),
     f"It holds if these {calibration.unit} and those that are served are independent draws of"
     " one kind, and if grid, method, tolerance and error rate were fixed before these losses"
     " were seen.",
   ]
-  if calibration.largest_cluster:
-    said.append(
-      f"No cluster has more than {calibration.largest_cluster} prompts: the caller declared it."
-    )
-  elif calibration.clusters:
-    said.append(
+  return said + [text for holds, text in _caveats(calibration) if holds]
+
+
+def _caveats(calibration: Calibration) -> list[tuple[Any, str]]:
+  """(whether it is said, sentence) of what the promise rests on besides."""
+  largest = calibration.largest_cluster
+  return [
+    (largest, f"No cluster has more than {largest} prompts: the caller declared it."),
+    (
+      calibration.clusters and not largest,
       "Within a cluster it is the average over its prompts that the promise is about. Nothing"
       " is said of prompts that are counted one by one: where large clusters lose more than"
-      " small ones, the bound may fail for them."
-    )
-  if calibration.support.binary and calibration.kind not in _KINDS:
-    said.append("Every loss is taken to be 0 or 1 by its nature.")
-  if any(method == "betting_randomized" for method in calibration.methods):
-    said.append(
+      " small ones, the bound may fail for them.",
+    ),
+    (
+      calibration.support.binary and calibration.kind not in _KINDS,
+      "Every loss is taken to be 0 or 1 by its nature.",
+    ),
+    (
+      "betting_randomized" in calibration.methods,
       "The test is randomised: a uniform that was drawn beside the losses, with the order of"
-      f" prompts (seed {calibration.seed}), decides what they leave open at the end."
-    )
-  if calibration.order == "given":
-    said.append(
+      f" prompts (seed {calibration.seed}), decides what they leave open at the end.",
+    ),
+    (
+      calibration.order == "given",
       "The test saw prompts in the order given by the caller, who answers for its having been"
-      " fixed before any loss was seen."
-    )
-  if calibration.groups_ignored:
-    said.append(
+      " fixed before any loss was seen.",
+    ),
+    (
+      calibration.groups_ignored,
       "Some prompts share a group or an input; the caller took each for an independent draw,"
-      " and answers for it."
-    )
-  if procedure is None:
-    said.append(
+      " and answers for it.",
+    ),
+    (
+      calibration.procedure is None,
       "The outputs were decoded elsewhere: the user answers for their being decoded as they"
-      " will be served."
-    )
-  return said
+      " will be served.",
+    ),
+  ]
