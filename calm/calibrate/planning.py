@@ -90,7 +90,7 @@ def method_size(
   """
   _check_share("share", share)
   support = support or Support()
-  chosen = methods.get_method(method, support, any_level=share < 1.0)
+  chosen = _method(method, support, share)
   lowest, declared = chosen.prepare(np.full((1, 1), support.lower), support)
 
   def certifies(size: int) -> bool:
@@ -98,9 +98,7 @@ def method_size(
     sample = methods.Sample(losses, declared, tolerance, error_rate, uniform=0.5)
     return float(chosen.log_p_values(sample)[0]) <= math.log(error_rate * share) + 1e-12
 
-  level = error_rate * share
-  if chosen.randomized:
-    level = min(2.0 * level, 0.999)
+  level = (_half(error_rate) if chosen.randomized else error_rate) * share
   floor = min_calibration_size(tolerance, level, lower=declared.lower, upper=declared.upper)
   if floor > _MOST_PROMPTS:
     return None
@@ -176,18 +174,37 @@ def refusal(
   """
   _check_share("share", share)
   support = support or Support(lower=lower)
-  level, by = error_rate * share, "" if method is None else f" for the method {method!r}"
-  if method is None:
-    needed = min_calibration_size(tolerance, level, lower=support.lower, upper=support.upper)
-  else:
-    needed = method_size(method, tolerance, error_rate, support=support, share=share)
-  if needed is not None and num_examples >= needed:
+  # 'paper' counts improvements as 0.
+  least, level = max(support.lower, 0.0) if method == "paper" else support.lower, error_rate
+  few = ""
+  if method is not None and _method(method, support, share).randomized:
+    level, few = _half(error_rate), " (at most half of all draws would certify)"
+  needed = min_calibration_size(tolerance, level * share, lower=least, upper=support.upper)
+  rates = f"at tolerance {tolerance} and error rate {error_rate * share}"
+  own = None
+  if method is not None:
+    own = method_size(method, tolerance, error_rate, support=support, share=share)
+  if num_examples < needed:
+    wanted = f"at least {needed}"
+    by = f" ({own} by the method {method!r})" if own is not None else ""
+  elif method is None or (own is not None and num_examples >= own):
     return ""
-  wanted = f"at least {needed}" if needed else f"more than {_MOST_PROMPTS}"
+  else:
+    wanted = f"at least {own}" if own else f"more than {_MOST_PROMPTS}"
+    by = f" for the method {method!r}"
   return (
-    f"Expected {wanted} {unit} at tolerance {tolerance} and error rate {level}{by}, got"
-    f" {num_examples}, which are too few whatever their losses; {_MORE}."
+    f"Expected {wanted} {unit} {rates}{by}, got {num_examples}, which are too few whatever"
+    f" their losses{few}; {_MORE}."
   )
+
+
+def _method(name: str, support: Support, share: float) -> methods.Method:
+  return methods.get_method(name, support, any_level=share < 1.0)
+
+
+def _half(error_rate: float) -> float:
+  """The level at which losses of the lowest certify where a uniform of 1/2 is drawn."""
+  return min(2.0 * error_rate, 0.999)
 
 
 @arguments.checked()
@@ -207,7 +224,7 @@ def forecast(
     method: as for `calibrate`.
 
   Returns:
-    '' where unchanged outputs would certify.
+    '' where unchanged outputs would certify in at least half of all draws.
 
   Raises:
     ValueError: an argument leaves its range.
@@ -225,13 +242,13 @@ def forecast(
       pilot, sizes, tolerance=tolerance, error_rate=error_rate, method=method, draws=100
     )
     table[share] = dict(zip(sizes, curve.power[:, 0], strict=True))
-  if table[0.0][num_examples] == 1.0:
+  if table[0.0][num_examples] >= 0.5:
     return ""
   lines = [
     f"{num_examples} prompts certify a signed loss at tolerance {tolerance} and error rate"
-    f" {error_rate} only if outputs get better: where nothing changes, {method!r} cannot"
-    f" with fewer than {unchanged}. Power by prompts, where that share of them changes by 0.5,"
-    " half of those for the worse:"
+    f" {error_rate} mostly if outputs get better: where nothing changes, {method!r} needs"
+    f" {unchanged}. Power by prompts, where that share of them changes by 0.5, half of those"
+    " for the worse:"
   ]
   for share, powers in table.items():
     cells = [f"{size}: {100 * power:.0f}%" for size, power in powers.items()]

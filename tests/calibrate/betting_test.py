@@ -293,7 +293,8 @@ def test_a_uniform_at_the_end_keeps_the_level_over_all_paths(strategy, tolerance
   end = wealth[-1, columns] / uniforms
   expected = np.minimum(1.0, 1.0 / np.maximum(wealth.max(axis=0)[columns], end))
   np.testing.assert_allclose(p, expected, rtol=1e-9)
-  drawn = dataclasses.replace(design, log_uniform=np.log(uniforms))
+  pairs = strategy.design(np.full(200, tolerance), level, length)
+  drawn = dataclasses.replace(pairs, log_uniform=np.log(uniforms))
   found = betting.certifies(paths, columns, drawn, strategy)
   np.testing.assert_array_equal(found, p <= level)
   bounds = betting.upper_bound(some, **options, tolerance=tolerance)

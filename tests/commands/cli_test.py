@@ -125,7 +125,7 @@ def test_too_few_prompts_are_refused_before_the_work(cached, tmp_path, calm, mon
   monkeypatch.setattr(losses, "compute", None)  # any work would fail
   output = f"--output={tmp_path / 'c.json'}"
   printed = calm("calibrate", cached, "--tolerance=0.1", output, code=2)
-  assert "got 5, which are too few" in printed and "at least 23 prompts" in printed
+  assert "got 5, which are too few" in printed and "at least 22 prompts" in printed
   rates = ["--tolerance=0.5", "--testing=holm", output]
   assert "at least 6 prompts" in calm("calibrate", cached, *rates, code=2)
   for option in ("--tolerance=0", "--tolerance=1.2", "--error_rate=0"):

@@ -56,9 +56,9 @@ def test_a_folder_has_a_ledger_that_warns_of_a_second_question(model, tmp_path):
 
 def test_what_cannot_be_certified_is_refused_before_any_decoding(model, monkeypatch):
   monkeypatch.setattr(inference.Predictor, "encode", None)
-  with pytest.raises(ValueError, match="Expected at least 23 prompts"):
+  with pytest.raises(ValueError, match="Expected at least 22 prompts"):
     model.calibrate(TEXTS[:5], tolerance=0.1)
-  with pytest.raises(ValueError, match=r"at least 23 clusters of prompts .*got 20"):
+  with pytest.raises(ValueError, match=r"at least 22 clusters of prompts .*got 20"):
     model.calibrate([text + " " * i for text in TEXTS[:20] for i in range(5)], tolerance=0.1)
   with pytest.raises(ValueError, match=r"references .*40 without"):
     model.calibrate(TEXTS, tolerance=0.9, consistency="risk")
