@@ -14,7 +14,7 @@ import scipy
 
 import calm
 from calm import arguments
-from calm.calibrate import checks, clusters, methods, planning, testing
+from calm.calibrate import checks, clusters, methods, p_values, planning, testing
 from calm.calibrate import losses as sequence_losses
 from calm.calibrate import risks as risks_lib
 from calm.calibrate import thresholds as thresholds_lib
@@ -124,7 +124,8 @@ def calibrate(
     decision,
     threshold=thresholds_lib.NEVER_EXIT if place is None else float(grid[place]),
     thresholds=grid.tolist(),
-    reason=_reason(sample, decision, parts, evidence, run),
+    reason=_reason(sample, decision, parts, evidence, run)
+    + _binary_hint(sample, decision, parts, run),
     tolerance=float(tolerance),
     error_rate=float(error_rate),
     testing=testing_procedure,
@@ -415,6 +416,28 @@ def _reason(
     if few := _too_few(part, run, len(grid), unit):
       return f"Nothing can be certified: {few}"
   return f"Nothing is certified: the first threshold {grid[first]} already fails{why}."
+
+
+def _binary_hint(
+  sample: SequenceLosses, decision: Decision, parts: Sequence[Part], run: Run
+) -> str:
+  """What the exact test of 0-or-1 losses would certify, where it was not asked for and can."""
+  (part, *more), rejected = parts, decision.rejected
+  plain = part.losses.support == Support() and sample.groups is None and part.rows is None
+  if more or not plain or run.procedure != "fixed_sequence" or rejected.all():
+    return ""
+  if _declare_binary(part.losses) is part.losses:
+    return ""
+  sums, count = part.losses.values.sum(axis=0), len(part.losses.values)
+  p = p_values.binomial(sums, count, part.test.tolerance)
+  passed = int(np.argmin(np.append(p <= run.error_rate, False)))
+  if passed <= rejected.sum():
+    return ""
+  grid = sample.knobs or sample.thresholds.tolist()
+  return (
+    f" These losses are 0 and 1 alone: declared so, `Support(binary=True)`, {grid[passed - 1]}"
+    " would be certified."
+  )
 
 
 def _too_few(part: Evidence, run: Run, count: int, unit: str) -> str:

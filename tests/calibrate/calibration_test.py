@@ -199,6 +199,17 @@ def test_some_rows_are_tested_in_the_order_of_all():
   np.testing.assert_array_equal(clusters.order_among(order_of_all, rows), expected)
 
 
+def test_losses_of_0_and_1_that_are_not_declared_are_pointed_out():
+  values = (np.arange(100)[:, None] < [0, 4, 40, 40]) * 1.0
+  found = calibrate(SequenceLosses(values, GRID), **RATES)
+  declared = calibrate(values, GRID, **RATES)
+  assert declared.threshold == 0.7 and declared.method == "binomial"
+  assert found.threshold == 0.9 and found.reason.endswith(
+    " `Support(binary=True)`, 0.7 would be certified."
+  )
+  assert Calibration.from_json(found.to_json()) == found and "binary" not in declared.reason
+
+
 def test_failure_is_a_value_with_a_sentence():
   few = calibrate(np.zeros((20, 4)), GRID, **RATES)
   assert few.threshold == NEVER_EXIT
