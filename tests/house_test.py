@@ -57,15 +57,15 @@ def test_no_function_is_long(folder):
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (180, 1),
-  "calibrate": (8170, 29),
+  "calibrate": (7924, 28),
   "checkpoints": (1260, 5),
-  "commands": (2730, 12),
+  "commands": (2558, 12),
   "console.py": (280, 1),
   "data": (2200, 9),
   "decode": (3250, 13),
   "exits": (1440, 9),
   "fitting": (2570, 8),
-  "inference": (2770, 10),
+  "inference": (2768, 10),
   "paper": (2470, 11),
   "signals.py": (100, 1),
   "storage.py": (530, 1),
