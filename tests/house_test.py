@@ -59,7 +59,7 @@ BUDGETS = {
   "arguments.py": (180, 1),
   "calibrate": (7924, 28),
   "checkpoints": (1260, 5),
-  "commands": (2558, 12),
+  "commands": (2520, 12),
   "console.py": (280, 1),
   "data": (2200, 9),
   "decode": (3250, 13),

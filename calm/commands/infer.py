@@ -38,7 +38,6 @@ from calm.commands import run as run_lib
 from calm.console import Progress, print_text, rate, sanitize
 from calm.data import prompt_batches
 from calm.inference import exact_rule, outputs
-from calm.t5 import costs as t5_costs
 
 FORMAT = "calm infer 1"
 # Options of --online, and what holds without them.
@@ -96,10 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
   print_text(console, f"{prompts.taken}.")
   predictor = _load(arguments, threshold)
   predictor.weights  # noqa: B018 (laid out now, or it would count as decoding)
-  threshold = predictor.threshold if threshold is None else threshold
   online = _open_online(arguments, predictor)
-  if online is not None:
-    threshold = online.threshold
+  if threshold is None:
+    threshold = predictor.threshold if online is None else online.threshold
   if threshold is None:
     raise ValueError(
       f"Expected `--threshold` beside options that the calibration of {own.parent} is not for,"
@@ -108,31 +106,17 @@ def run(arguments: argparse.Namespace) -> int:
   calibration = predictor.calibration
   if old := procedure.unknown_platform(calibration and calibration.procedure):
     print_text(console, f"About the calibration: {old}")
-  exact = exact_rule(predictor, arguments.draft_layer) if arguments.exact else None
   startup = time.monotonic() - start
-  serving = Serving(predictor, threshold, exact, console, len(prompts), startup, online)
+  serving = Serving(arguments, predictor, threshold, online, console, len(prompts), startup)
   if part is None:
-    _serve(arguments, serving, prompts)
+    serving.serve(prompts, arguments.output)
     return 0
   about = {"threshold": serving.about["threshold"], "procedure": predictor.procedure.to_json()}
   if part.begin("infer", about, console):
     if len(part):  # few prompts leave shards empty
-      arguments.output = str(part.folder / shards.OUTPUTS)
-      _serve(arguments, serving, prompts)
+      serving.serve(prompts, str(part.folder / shards.OUTPUTS))
     part.finish("infer", about, [shards.OUTPUTS] if len(part) else [])
   return 0
-
-
-def _serve(arguments, serving: "Serving", prompts: Iterable[Prompt]) -> None:
-  """Decodes and reports."""
-  if arguments.output:
-    with open_results(arguments.output, serving.about) as results:
-      serving.serve(prompts, results)
-  else:
-    serving.serve(prompts, Screen(arguments.colour))
-    if arguments.colour:
-      print(outputs.legend_terminal(serving.predictor.num_layers), file=sys.stderr)
-  serving.report(arguments)
 
 
 def _open_online(arguments: argparse.Namespace, predictor) -> Online | None:
@@ -206,22 +190,12 @@ def _load(arguments: argparse.Namespace, threshold: float | None):
 class Serving:
   """Decodes `count` prompts chunk after chunk and adds up what the report needs."""
 
-  def __init__(
-    self,
-    predictor,
-    threshold: float,
-    exact,
-    console,
-    count: int,
-    startup: float,
-    online: Online | None = None,
-  ):
-    self.predictor, self.threshold, self._console = predictor, threshold, console
-    self._online = online
-    self._exact, self._count, self._startup = exact, count, startup
+  def __init__(self, arguments, predictor, threshold, online, console, count, startup):
+    self._arguments, self.predictor, self.threshold = arguments, predictor, threshold
+    self._online, self._console, self._count, self._startup = online, console, count, startup
+    self._exact = exact_rule(predictor, arguments.draft_layer) if arguments.exact else None
     self._sums = collections.Counter[str]()
     self._timing = outputs.Timing(0.0, 0.0, 0)
-    self._costs = t5_costs.Totals(0, t5_costs.Cost(), t5_costs.Cost())
     self._cut: list[prompt_batches.CutPrompts] = []
     self._guarantee: str | None = None
     self._sample: tuple[Prompt, ...] = ()
@@ -232,22 +206,30 @@ class Serving:
     text = "online" if self._online else thresholds.format_threshold(self.threshold)
     return {"threshold": text, **self.predictor.procedure.to_json()}
 
-  def serve(self, prompts: Iterable[Prompt], results: "Results") -> None:
-    """Decodes the prompts into a file, a stream or onto the screen."""
-    pending = results.pending(prompts)
-    if results.report:
-      print_text(self._console, results.report)
-    try:
-      with Progress(self._console) as progress:
-        for chunk, made in self._decode(pending, progress, results.done):
-          # Texts would be printed into the bar.
-          hides = isinstance(results, Screen) and sys.stdout.isatty()
-          with progress.hidden() if hides else contextlib.nullcontext():
-            results.write(chunk, made)
-    except KeyboardInterrupt:
-      raise run_lib.StoppedError(
-        f"stopped after {results.done} of {self._count} prompts; {results.stopped}"
-      ) from None
+  def serve(self, prompts: Iterable[Prompt], output: str | None) -> None:
+    """Decodes the prompts into a file or a stream, or onto the screen, and reports."""
+    with contextlib.ExitStack() as stack:
+      coloured = self._arguments.colour and not output
+      results: Results = Stream(coloured=coloured)
+      if output:
+        results = stack.enter_context(open_results(output, self.about))
+      pending = results.pending(prompts)
+      if results.report:
+        print_text(self._console, results.report)
+      try:
+        with Progress(self._console) as progress:
+          for chunk, made in self._decode(pending, progress, results.done):
+            # Texts would be printed into the bar.
+            hides = not output and sys.stdout.isatty()
+            with progress.hidden() if hides else contextlib.nullcontext():
+              results.write(chunk, made)
+      except KeyboardInterrupt:
+        raise run_lib.StoppedError(
+          f"stopped after {results.done} of {self._count} prompts; {results.stopped}"
+        ) from None
+    if coloured:
+      print(outputs.legend_terminal(self.predictor.num_layers), file=sys.stderr)
+    self._report()
 
   def _decode(
     self, prompts: Iterator[Prompt], progress: Progress, done: int = 0
@@ -286,9 +268,6 @@ class Serving:
       accepted=sum(sum(output.drafted) for output in made),
     )
     self._timing += made.timing
-    if not self._sums["passes"]:
-      rule = self.predictor.served_rule(made.threshold)
-      self._costs += self.predictor.total_costs(made, rule)
     self._guarantee = made.guarantee
     for warning in caught:
       if isinstance(warning.message, prompt_batches.CutPrompts):
@@ -298,7 +277,7 @@ class Serving:
           warning.message, warning.category, warning.filename, warning.lineno
         )
 
-  def report(self, arguments: argparse.Namespace) -> None:
+  def _report(self) -> None:
     """Prints what it took, and the guarantee."""
     say = lambda text: print_text(self._console, text)
     sums, timing, layers = self._sums, self._timing, self.predictor.num_layers
@@ -333,8 +312,6 @@ class Serving:
         f"No draft was made: in batches of {size} a pass over several positions costs about as"
         " much as so many steps. --batch_size=1 makes drafts where they are worth it."
       )
-    elif sums["tokens"] and not sums["passes"]:
-      say(f"Costs by formula, decoder only: {self._costs}.")
     self._report_seconds(say)
     if self._online is not None:
       say(self._online.guarantee)
@@ -343,7 +320,7 @@ class Serving:
     elif self.threshold == NEVER_EXIT and not self._guarantee:
       say("The full model was used; no guarantee is needed.")
     else:
-      why = self.predictor.platform_mismatch or _why_no_guarantee(arguments)
+      why = self.predictor.platform_mismatch or _why_no_guarantee(self._arguments)
       say(self._guarantee or f"No guarantee: {why}.")
 
   def _report_seconds(self, say) -> None:
@@ -398,45 +375,36 @@ def _lines(prompts: Sequence[Prompt], made: Sequence[Any]) -> bytes:
 
 
 class Stream:
-  """Lines for standard output, a device, a pipe or a socket.
+  """Lines for standard output, a device, a pipe or a socket; texts for the screen.
 
   Attributes:
-    done: prompts whose lines are there.
+    done: prompts whose outputs are there.
     report: what an earlier run left, for the user.
     stopped: what a run that stops now leaves.
   """
 
   report = ""
-  stopped = "what was written is whole lines; the same command starts anew"
 
-  def __init__(self, file: BinaryIO):
-    self.done, self._file = 0, file
+  def __init__(self, file: BinaryIO | None = None, coloured: bool = False):
+    self.done, self._file, self._coloured = 0, file, coloured
+    self.stopped = "what was written is whole lines; the same command starts anew"
+    if file is None:
+      self.stopped = "with --output=FILE the same command would go on"
 
   def pending(self, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
-    """The prompts whose lines are missing."""
+    """The prompts whose outputs are missing."""
     return iter(prompts)
 
   def write(self, prompts: Sequence[Prompt], made: Sequence[Any]) -> None:
     """Writes the outputs of the next prompts."""
-    self._file.write(_lines(prompts, made))
-    self._file.flush()
-    self.done += len(prompts)
-
-
-class Screen(Stream):
-  """Texts on standard output."""
-
-  stopped = "with --output=FILE the same command would go on"
-
-  def __init__(self, coloured: bool):
-    self.done, self._coloured = 0, coloured
-
-  def write(self, prompts: Sequence[Prompt], made: Sequence[Any]) -> None:
-    """Prints the texts of the next prompts."""
-    for output in made:
-      text = sanitize(output.text) if sys.stdout.isatty() else output.text
-      print(output.coloured() if self._coloured else text)
-    sys.stdout.flush()
+    if self._file is not None:
+      self._file.write(_lines(prompts, made))
+      self._file.flush()
+    else:
+      for output in made:
+        text = sanitize(output.text) if sys.stdout.isatty() else output.text
+        print(output.coloured() if self._coloured else text)
+      sys.stdout.flush()
     self.done += len(prompts)
 
 

@@ -330,7 +330,7 @@ class Fit:
     )
     key = {"model": predictor.parameters_digest, "head": predictor.options.head_dtype}
     make = lambda: choosing.run(progress)
-    choice = self.folder.cache.get(choose.Choice, "choice", key, make)
+    choice = self.folder.cache.get(choose.Choice, "chosen", key, make)
     for line in choice.lines():
       self.listener.say(line)
     return choice
