@@ -147,11 +147,12 @@ class Texts:
   number: int = 0
 
   def __call__(self) -> Any:
-    made = self.decode(np.int32(self.number), jax.tree.map(np.float32, self.prior))
+    made = self.decode(np.int32(self.number), tuple(map(np.float32, self.prior)))
     self.number += 1
     if self.learns:
       seen = jax.device_get(made.verification)
-      self.prior = self.prior.after(seen.chance.tolist(), seen.calibration.tolist())
+      known = zip(seen.chance.tolist(), seen.calibration.tolist(), strict=True)
+      self.prior = acceptance.later_prior(self.prior, list(known))
     return made
 
 

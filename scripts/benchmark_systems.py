@@ -88,9 +88,7 @@ class Ours:
   @functools.cached_property
   def weights(self) -> program_lib.ModelWeights:
     """The model's, on every device."""
-    program, weights = self._program(exits.StaticExit()), self.model.weights
-    spread = isinstance(program, sharded.ShardedProgram)
-    return program.replicate(weights) if spread else weights
+    return sharded.replicate(self.model.weights, self.num_devices)
 
   @functools.cached_property
   def encoded(self) -> list[caches.Encoded]:

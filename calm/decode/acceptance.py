@@ -42,49 +42,22 @@ DOUBTFUL = 0.5
 GOOD = 0.9
 # Cost of a draft that is verified alone, in steps of the full model.
 DRAFT_COST = 0.05
-# Most passes without a draft between two with one.
-MOST_BACKOFF = 32
+# Most passes without a draft between two with one, and most batches.
+MOST_BACKOFF, MOST_BATCHES = 32, 64
+# What the steps that an earlier batch saved still weigh after the next one. A batch must save
+# more than `MARGIN` of its steps, as passes take a little more than planned; the last batches
+# may have lost so many where enough drafts of the last one were accepted.
+BATCH_MEMORY, MARGIN, LEAST_SAVED = 0.8, 0.04, -2.0
 # Drafts for eight rows and more must promise more: rows that differ in what is accepted wait
 # for each other. With 8 rows of T5 1.1 small, x1.09 was promised at an acceptance of 0.9; where
 # 0.84 were accepted, x0.93 came, and x0.92 with 32.
 MANY_ROWS, MANY_ROWS_GAIN = 8, 1.1
 
 
-@struct.dataclass
-class Prior:
-  """What is expected of a text's drafts before it has any.
-
-  Attributes:
-    chance: that a draft is accepted, [].
-    calibration: see `AcceptanceEstimate.calibration`, [] above 0.
-    texts: from which this was estimated, [].
-  """
-
-  chance: Float[Array, ""] | float = CHANCE
-  calibration: Float[Array, ""] | float = CALIBRATION
-  texts: Float[Array, ""] | float = 0.0
-
-  def after(self, chances: Sequence[float], calibrations: Sequence[float]) -> "Prior":
-    """The prior of later texts, from the estimate of each text when it had ended."""
-    # Python's own numbers: a call of NumPy between two texts takes longer than these sums.
-    texts = PRIOR_TEXTS + len(chances)
-    chance = (PRIOR_TEXTS * self.chance + sum(chances)) / texts
-    logs = PRIOR_TEXTS * math.log(self.calibration) + sum(map(math.log, calibrations))
-    calibration = min(max(math.exp(logs / texts), LEAST_CALIBRATION), MOST_CALIBRATION)
-    return Prior(chance, calibration, self.texts + len(chances))
-
-
-UNKNOWN = Prior()
-
-
-@dataclasses.dataclass(frozen=True)
-class AcceptanceStats:
-  """Positions of a pass whose draft met the full model's token, where it was accepted, and the
-  drafts' confidences."""
-
-  tried: Bool[Array, "batch positions"]
-  accepted: Bool[Array, "batch positions"]
-  confidences: Float[Array, "batch positions"]
+# What is expected of a text's drafts before it has any, three numbers: the chance that one is
+# accepted; `AcceptanceEstimate.calibration`; and the number of texts that say so.
+Prior = tuple[Any, Any, Any]
+UNKNOWN: Prior = (CHANCE, CALIBRATION, 0.0)
 
 
 @struct.dataclass
@@ -100,25 +73,26 @@ class AcceptanceEstimate:
   sums: Float[Array, "4 batch"]
 
   @classmethod
-  def of(cls, prior: Prior, batch_size: int) -> "AcceptanceEstimate":
-    """Before the first draft."""
-    root = jnp.sqrt(jnp.asarray(prior.calibration, jnp.float32))
-    trials = jnp.minimum(LEAST_TRIALS + jnp.asarray(prior.texts, jnp.float32), MOST_TRIALS)
-    known = (
-      prior.chance * trials,
-      trials,
-      CALIBRATION_TRIALS * root,
-      CALIBRATION_TRIALS / root,
-    )
+  def of(cls, prior: Any, batch_size: int) -> "AcceptanceEstimate":
+    """Before the first draft; `prior` has three numbers, or is an array [3]."""
+    chance, calibration, texts = (jnp.asarray(each, jnp.float32) for each in prior)
+    root, trials = jnp.sqrt(calibration), jnp.minimum(LEAST_TRIALS + texts, MOST_TRIALS)
+    known = chance * trials, trials, CALIBRATION_TRIALS * root, CALIBRATION_TRIALS / root
     return cls(jnp.broadcast_to(jnp.stack(known)[:, None], (4, batch_size)))
 
-  def update(self, stats: AcceptanceStats) -> "AcceptanceEstimate":
-    """With the drafts of one more pass."""
-    confidence = jnp.clip(stats.confidences, LEAST_CONFIDENCE, MOST_CONFIDENCE)
-    accepted, refused = stats.tried & stats.accepted, stats.tried & ~stats.accepted
+  def update(
+    self,
+    tried: Bool[Array, "batch positions"],
+    accepted: Bool[Array, "batch positions"],
+    confidences: Float[Array, "batch positions"],
+  ) -> "AcceptanceEstimate":
+    """With the drafts of one more pass: where one met the full model's token, where it was
+    accepted, and how sure it was."""
+    confidence = jnp.clip(confidences, LEAST_CONFIDENCE, MOST_CONFIDENCE)
+    accepted, refused = tried & accepted, tried & ~accepted
     kinds = (
       accepted.astype(jnp.float32),
-      stats.tried.astype(jnp.float32),
+      tried.astype(jnp.float32),
       jnp.where(accepted, 1.0 - confidence, 0.0),
       jnp.where(refused, confidence, 0.0),
     )
@@ -257,13 +231,6 @@ class History:
       first.
   """
 
-  BATCH_MEMORY = 0.8
-  # A batch must save more than this much of its steps: passes take a little more than planned.
-  MARGIN = 0.04
-  # What the last batches may have lost, where enough drafts of the last one were accepted.
-  LEAST_SAVED = -2.0
-  MOST_BACKOFF = 64
-
   must: bool
   prior: Prior = UNKNOWN
   saved: float = 0.0
@@ -296,20 +263,29 @@ class History:
     known = [
       row[2:4] for row, has_prompt in zip(rows, active.tolist(), strict=True) if has_prompt
     ]
-    if known:
-      self.prior = self.prior.after(*zip(*known, strict=True))
+    self.prior = later_prior(self.prior, known)
     # A batch takes as many steps as its longest row has tokens.
     tokens = max(map(np.count_nonzero, generation.exit_layers))
-    saved = (1.0 - self.MARGIN) * tokens - max(row[4] for row in rows)
-    self.saved = self.BATCH_MEMORY * self.saved + saved
+    saved = (1.0 - MARGIN) * tokens - max(row[4] for row in rows)
+    self.saved = BATCH_MEMORY * self.saved + saved
     plan = self.plans.get(len(active))
     chance = sum(row[0] for row in known) / max(len(known), 1)
     promising = plan is not None and chance >= plan.least_chance
-    missed = self.saved <= (self.LEAST_SAVED if promising else 0.0)
+    missed = self.saved <= (LEAST_SAVED if promising else 0.0)
     self.miss_streak = self.miss_streak + 1 if missed else 0
-    self.saved = max(self.saved, self.LEAST_SAVED)
+    self.saved = max(self.saved, LEAST_SAVED)
     # 1, 4, 16 ...: a text that drafts for nothing runs a program that others leave cold.
-    self.backoff = 0 if self.must else min(4**self.miss_streak // 4, self.MOST_BACKOFF)
+    self.backoff = 0 if self.must else min(4**self.miss_streak // 4, MOST_BATCHES)
+
+
+def later_prior(prior: Prior, known: Sequence[Sequence[float]]) -> Prior:
+  """The prior of later texts, from the (chance, calibration) of each text when it had ended."""
+  chance, calibration, before = prior
+  texts = PRIOR_TEXTS + len(known)
+  chance = (PRIOR_TEXTS * chance + sum(each[0] for each in known)) / texts
+  logs = PRIOR_TEXTS * math.log(calibration) + sum(math.log(each[1]) for each in known)
+  calibration = min(max(math.exp(logs / texts), LEAST_CALIBRATION), MOST_CALIBRATION)
+  return chance, calibration, before + len(known)
 
 
 def plan(

@@ -27,7 +27,8 @@ _lock = threading.Lock()
 
 
 class Method:
-  """A compiled method of a hashable object, which is static; made by `method`."""
+  """A method of a hashable object, which is static, compiled once for every object and shape of
+  its arguments; `options` are `jax.jit`'s."""
 
   def __init__(self, function: Callable[..., Any], **options: Any):
     self._function, self._options = _counted(function), options
@@ -79,11 +80,7 @@ def at_precision(name: str | None) -> contextlib.AbstractContextManager[Any]:
 
 
 def method(**options: Any) -> Callable[[Callable[..., Any]], Method]:
-  """Decorates a method to be compiled once for every object and shape of its arguments.
-
-  Args:
-    **options: of `jax.jit`, `donate_argnames` for example.
-  """
+  """Decorates a method to be a `Method`."""
   return functools.partial(Method, **options)
 
 
@@ -105,11 +102,7 @@ def maps_part() -> float:
 
 
 def num_made(method: str | None = None) -> int:
-  """Programs compiled in this process so far, those that were dropped since included.
-
-  Args:
-    method: counts those of one method only, by its name with its class, 'Program.decode'.
-  """
+  """Programs compiled in this process so far, or those of one method, 'Program.decode'."""
   return _made.total() if method is None else _made[method]
 
 

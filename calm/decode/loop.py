@@ -29,8 +29,12 @@ class Verification:
   Attributes:
     drafted: tokens that were drafted and accepted; the others are the full model's correction
       of a draft, or had none, [batch, length] bool.
-    numbers: `passes`, `drafts`, `chance`, `calibration` and `steps`, [batch, 5] float32. (Every
-      array that comes back costs a short text some microseconds.)
+    numbers: one array, for every one that comes back costs a short text some microseconds,
+      [batch, 5] float32: passes of the full model over each row's text; tokens drafted for it,
+      refused ones too (in a batch as many as for the row that goes on longest);
+      `acceptance.AcceptanceEstimate`'s chance and calibration at the end, 0 where nothing was
+      decoded in passes; and what the batch took, in steps of the full model, as
+      `acceptance.Plan` estimates it.
   """
 
   drafted: Bool[AnyArray, "batch length"]
@@ -38,30 +42,22 @@ class Verification:
 
   @property
   def passes(self) -> Int[AnyArray, " batch"]:
-    """Passes of the full model over each row's text, [batch] int32."""
     return self.numbers[:, 0].astype(np.int32)
 
   @property
   def drafts(self) -> Int[AnyArray, " batch"]:
-    """Tokens that were drafted for each row, refused ones too, [batch] int32; in a batch as
-    many as for the row that goes on longest."""
     return self.numbers[:, 1].astype(np.int32)
 
   @property
   def chance(self) -> Float[AnyArray, " batch"]:
-    """`acceptance.AcceptanceEstimate.chance` at the end, [batch]; 0 where nothing was decoded
-    in passes."""
     return self.numbers[:, 2]
 
   @property
   def calibration(self) -> Float[AnyArray, " batch"]:
-    """`acceptance.AcceptanceEstimate.calibration` at the end, [batch]."""
     return self.numbers[:, 3]
 
   @property
   def steps(self) -> Float[AnyArray, " batch"]:
-    """What the batch took, in steps of the full model, as `acceptance.Plan` estimates it: the
-    same for every row that has a prompt, [batch]."""
     return self.numbers[:, 4]
 
 
@@ -86,16 +82,6 @@ class Generation:
   rejected_confidences: Float[AnyArray, "batch length"]
   scores: Float[AnyArray, " batch"]
   verification: Verification | None = None
-
-  def __repr__(self) -> str:
-    if not isinstance(self.exit_layers, jax.Array | np.ndarray):  # shapes, shardings, axes
-      return f"Generation(tokens={self.tokens!r}, ...)"
-    rows, length = self.exit_layers.shape
-    text = f"{rows} rows of at most {length} tokens"
-    try:
-      return f"Generation({text}, {float(self.mean_layers):.2f} layers a token)"
-    except jax.errors.ConcretizationTypeError:
-      return f"Generation({text}, traced)"
 
   @property
   def num_tokens(self) -> jax.Array:
@@ -238,15 +224,8 @@ def resume(
 def go_on(
   step: Step, state: DecodingState, cache: Any, *, step_limit: Int[Array, ""] | int, eos_id: int
 ) -> DecodingState:
-  """Greedy decoding of the rows that have not ended, from where a lower limit stopped them.
-
-  Args:
-    step: runs one position.
-    state: of `decode` or of this.
-    cache: what that carried, with room for more positions.
-    step_limit: how many, at most those of the generation's arrays.
-    eos_id: the token that ends a row.
-  """
+  """Greedy decoding of the rows that have not ended, from where a lower limit stopped them;
+  `cache` is what `state` carried, with room for more positions."""
   advance = lambda state: _advance(step, state, state.active, eos_id)
   return _loop(advance, dataclasses.replace(state, cache=cache), step_limit)
 

@@ -162,14 +162,13 @@ class Program:
 
     Args:
       weights, encoded, active: as there.
-      known: the threshold, and the three numbers of a `acceptance.Prior` if there is one.
+      known: the threshold, and the three numbers of an `acceptance.Prior` if there is one.
 
     Returns:
       See `loop.unpack`.
     """
     threshold, *prior = known
-    expected = acceptance.Prior(*prior) if prior else None
-    state = self.decode_state(weights, encoded, active, threshold, expected)
+    state = self.decode_state(weights, encoded, active, threshold, tuple(prior) or None)
     return loop.pack(state.generation)
 
   def speculation(
@@ -185,8 +184,9 @@ class Program:
     made = speculative.bind(task, self.rule, self.eos_id)
     return made if prior is None else dataclasses.replace(made, prior=prior)
 
-  def nothing_yet(self, batch_size: int) -> loop.DecodingState:
-    """What `resume` starts from where nothing was decoded yet."""
+  def nothing_yet(self, batch_size: int, room: int | None = None) -> loop.DecodingState:
+    """What `resume` starts from where nothing was decoded yet; `room` are the positions of the
+    caches, None: those of the limit."""
     depth = self.rule.depth(self.config.num_decoder_layers)
     length, row = self.max_decode_length, jnp.zeros((batch_size,), jnp.int32)
     generation = loop.empty_generation(batch_size, length)
@@ -196,7 +196,7 @@ class Program:
       active=row > 0,
       generation=generation,
       log_probabilities=jnp.zeros((batch_size, length), jnp.float32),
-      cache=caches.empty_caches(self.config, batch_size, length, depth),
+      cache=caches.empty_caches(self.config, batch_size, room or length, depth),
     )
 
   @compiled.method()

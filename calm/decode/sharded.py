@@ -26,12 +26,8 @@ ROWS, REPLICATED = sharding.PartitionSpec(AXIS), sharding.PartitionSpec()
 
 
 def make_cpu_devices(count: Any) -> None:
-  """Has JAX divide the CPU into so many devices, where it has not looked for any yet.
-
-  A device is a thread of its own: at many rows attention, which XLA:CPU computes in one, is
-  done side by side. Does nothing on other platforms, where flags ask for a number already, and
-  where JAX has its devices (`mesh` says so if they are too few).
-  """
+  """Has JAX divide the CPU into so many devices (threads), where it has not looked for any yet
+  and no flag asks for a number; `mesh` says so if they are too few."""
   asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
   if not isinstance(count, int) or not 1 < count <= MOST_CPU_DEVICES:
     return  # who uses it refuses it
@@ -58,6 +54,13 @@ def mesh(num_devices: int) -> sharding.Mesh:
   return sharding.Mesh(np.asarray(devices[:num_devices]), (AXIS,))
 
 
+def replicate(weights: program_lib.ModelWeights, num_devices: int) -> program_lib.ModelWeights:
+  """The weights on every device, once for all calls; as they are where there is one."""
+  if num_devices == 1:
+    return weights
+  return jax.device_put(weights, sharding.NamedSharding(mesh(num_devices), REPLICATED))
+
+
 @dataclasses.dataclass(frozen=True)
 class ShardedProgram:
   """A `program.Program` whose batches are split over devices.
@@ -69,10 +72,6 @@ class ShardedProgram:
 
   program: program_lib.Program
   num_devices: int
-
-  def replicate(self, weights: program_lib.ModelWeights) -> program_lib.ModelWeights:
-    """The weights on every device, once for all calls."""
-    return jax.device_put(weights, sharding.NamedSharding(mesh(self.num_devices), REPLICATED))
 
   def encode(
     self, weights: program_lib.ModelWeights, encoder_input_tokens: jax.Array | np.ndarray
@@ -93,7 +92,7 @@ class ShardedProgram:
     rows, threshold = self._rows(len(active)), jnp.asarray(threshold)
     if threshold.ndim:
       threshold = _pad(threshold, rows)
-    known = () if prior is None else (jax.tree.map(jnp.asarray, prior),)
+    known = () if prior is None else (tuple(map(jnp.asarray, prior)),)
     made = self._decode(weights, encoded, _pad(active, rows), threshold, *known)
     return jax.tree.map(lambda leaf: leaf[: len(active)], made)
 

@@ -384,8 +384,7 @@ class Speculation:
     tried = made[None] & free & (np.arange(size)[None] < count[:, None])
     confidences = pending.confidences[:, :size]
     accepted = tried & verdict.accepted
-    stats = acceptance.AcceptanceStats(tried, accepted, confidences)
-    estimate = old.estimate.update(stats)
+    estimate = old.estimate.update(tried, accepted, confidences)
     miss_streak = jnp.where(jnp.any(count > 1), 0, old.miss_streak + 1)
     put = lambda array, columns: write_columns(array, columns, positions, count)
     refused = jnp.where(free, verdict.rejected_confidence, 0.0)

@@ -66,7 +66,7 @@ class Stage:
     if isinstance(self.program.rule, exits.Speculative):
       made = self._speculation(weights, encoded, threshold, prior)
       return made.finish(made.go_on(made.begin(active), self.length))
-    bound = self._cut().bind(weights.decoder, encoded, threshold)
+    bound = self.cut().bind(weights.decoder, encoded, threshold)
     return loop.decode(
       bound.take_step,
       bound.empty,
@@ -90,7 +90,7 @@ class Stage:
       room = speculative.cache_length(made.rule, self.length)
       state = dataclasses.replace(state, cache=engines.grown(state.cache, room))
       return made.finish(made.go_on(state, self.length))
-    bound = self._cut().bind(weights.decoder, encoded, threshold)
+    bound = self.cut().bind(weights.decoder, encoded, threshold)
     return loop.go_on(
       bound.take_step,
       state,
@@ -99,11 +99,12 @@ class Stage:
       eos_id=self.program.eos_id,
     )
 
-  def _cut(self) -> program_lib.Program:
+  def cut(self) -> program_lib.Program:
+    """The program with this stage's limit."""
     return dataclasses.replace(self.program, max_decode_length=self.length)
 
   def _speculation(self, weights, encoded, threshold, prior=None) -> speculative.Speculation:
-    made = self._cut().speculation(weights, encoded, threshold, prior)
+    made = self.cut().speculation(weights, encoded, threshold, prior)
     return dataclasses.replace(made, length=self.program.max_decode_length)
 
 
@@ -136,12 +137,7 @@ class StagedProgram:
 
   def nothing_yet(self, batch_size: int) -> loop.DecodingState:
     """As `Program.nothing_yet`, with the first stage's caches."""
-    limit = self.program.max_decode_length
-    return dataclasses.replace(
-      self._cut(self.stages[0].length).nothing_yet(batch_size),
-      generation=loop.empty_generation(batch_size, limit),
-      log_probabilities=jnp.zeros((batch_size, limit), jnp.float32),
-    )
+    return self.program.nothing_yet(batch_size, self.stages[0].length)
 
   def resume(
     self,
@@ -154,19 +150,16 @@ class StagedProgram:
   ) -> loop.DecodingState:
     """As `Program.resume`, in the stage that `state` has reached and those that rows need."""
     reached = caches.length(state.cache)
-    for stage in (stage.length for stage in self.stages if stage.length >= reached):
-      if stage > caches.length(state.cache):
-        state = dataclasses.replace(state, cache=engines.grown(state.cache, stage))
-      state = self._cut(stage).resume(weights, encoded, state, active, threshold, resume_at)
+    for stage in (stage for stage in self.stages if stage.length >= reached):
+      if stage.length > caches.length(state.cache):
+        state = dataclasses.replace(state, cache=engines.grown(state.cache, stage.length))
+      state = stage.cut().resume(weights, encoded, state, active, threshold, resume_at)
       active = np.asarray(state.active)
       if not active.any():
         break
       # Rows that have not ended go on where the stage did.
-      resume_at = np.maximum(resume_at, stage).astype(np.int32)
+      resume_at = np.maximum(resume_at, stage.length).astype(np.int32)
     return state
-
-  def _cut(self, length: int) -> program_lib.Program:
-    return dataclasses.replace(self.program, max_decode_length=length)
 
   @property
   def stages(self) -> tuple[Stage, ...]:

@@ -1,15 +1,7 @@
 """A model that decodes under a threshold: one prompt, or a grid."""
 
 from calm.checkpoints import PACKED
-from calm.inference import (
-  certified,
-  drawing,
-  grid,
-  options,
-  outputs,
-  result_cache,
-  timing,
-)
+from calm.inference import certified, drawing, grid, options, outputs, result_cache, timing
 from calm.inference.batch_decoder import can_be_exact, exact_rule
 from calm.inference.options import DecodeOptions, options_of
 from calm.inference.predictor import (

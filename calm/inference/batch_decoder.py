@@ -13,16 +13,17 @@ import numpy as np
 from calm import checkpoints, exits, signals
 from calm.calibrate import Procedure
 from calm.data import prompt_batches, prompt_files
-from calm.decode import acceptance, compiled, loop, pool
+from calm.decode import acceptance, compiled, loop, pool, staged
 from calm.decode import program as program_lib
 from calm.decode import sharded as sharded_lib
-from calm.decode import staged as staged_lib
 from calm.exits import schedules
 from calm.inference import options as options_lib
 from calm.inference import outputs
 from calm.t5 import caches, costs, network, parameters, platforms
 
 Decoder = TypeVar("Decoder", bound="BatchDecoder")
+# Options that the layout of the weights depends on.
+_LAYOUT = ("num_devices", "weights_dtype", "encoder_dtype", "head_dtype")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,17 +54,17 @@ class BatchDecoder:
   @functools.cached_property
   def weights(self) -> program_lib.ModelWeights:
     """The parameters laid out for decoding."""
+    options = self.options
     weights = program_lib.model_weights(
       self.params,
       self.config,
       self.vocabulary.vocab_size,
       self._listed,
-      self.options.weights_dtype,
-      self.options.head_dtype,
-      encoder_dtype=self.options.encoder_dtype,
+      options.weights_dtype,
+      options.head_dtype,
+      encoder_dtype=options.encoder_dtype,
     )
-    sharded = self.sharded()
-    return weights if sharded is None else sharded.replicate(weights)
+    return sharded_lib.replicate(weights, options.num_devices)
 
   @property
   def _listed(self) -> tuple[int, ...] | None:
@@ -99,19 +100,11 @@ class BatchDecoder:
   @property
   def procedure(self) -> Procedure:
     """The procedure for which a calibration of this model's outputs is valid."""
-    return options_lib.procedure(
-      self.config,
-      self.options,
-      parameters_digest=self.parameters_digest,
-      tokenizer_digest=self.vocabulary.digest(),
-      eos_id=self.eos_id,
-      base_digest=self.base_digest,
-    )
+    return options_lib.procedure(self)
 
   def with_options(self: Decoder, **options: Any) -> Decoder:
     """The same model under other options."""
-    changed = options_lib.change(self.options, **options)
-    changed = options_lib.with_draft_head(self.config, changed, options)
+    changed = options_lib.change(self.config, self.options, **options)
     return self.sharing(dataclasses.replace(self, options=changed))
 
   def with_exits(self: Decoder, file: str | pathlib.Path) -> Decoder:
@@ -126,17 +119,14 @@ class BatchDecoder:
 
   def sharing(self, other: Decoder) -> Decoder:
     """`other`, a model of the same parameters, with the digests and weights of this one."""
-    options = ("num_devices", "weights_dtype", "encoder_dtype", "head_dtype")
-    layout = lambda model: (
-      [getattr(model.options, name) for name in options],
-      model._listed,
-      model.config,
-    )
-    names = ["parameters_digest", "base_digest"]
-    names += ["weights"] if layout(self) == layout(other) else []
-    other.__dict__.update(
-      {name: self.__dict__[name] for name in names if name in self.__dict__}
-    )
+    layouts = [
+      ([getattr(model.options, name) for name in _LAYOUT], model._listed, model.config)
+      for model in (self, other)
+    ]
+    names = ("parameters_digest", "base_digest", "weights")
+    for name in names if layouts[0] == layouts[1] else names[:2]:
+      if name in self.__dict__:
+        other.__dict__[name] = self.__dict__[name]
     return other
 
   @property
@@ -172,16 +162,14 @@ class BatchDecoder:
       native=not options_lib.decoder_rounds(self.config, self.options),
     )
 
-  def sharded(self, rule: exits.Rule | None = None) -> sharded_lib.ShardedProgram | None:
-    """`program` spread over the options' devices; None where there is one."""
-    count = self.options.num_devices
-    return None if count == 1 else sharded_lib.ShardedProgram(self.program(rule), count)
-
   def runs(self, rule: exits.Rule | None = None) -> Any:
-    """What `decode` runs: `sharded`, or `program`, in stages where last bits decide nothing."""
-    whole = self.sharded(rule) or self.program(rule)
+    """What `decode` runs: `program`, spread over devices, or in stages where last bits decide
+    nothing."""
+    program, count = self.program(rule), self.options.num_devices
+    if count > 1:
+      return sharded_lib.ShardedProgram(program, count)
     rounds = options_lib.decoder_rounds(self.config, self.options)
-    return whole if rounds else staged_lib.staged(whole)
+    return program if rounds else staged.staged(program)
 
   # ---- Batches
 
@@ -225,9 +213,8 @@ class BatchDecoder:
     """Decodes the active rows of an encoded batch; numpy arrays come back."""
     signals.check()
     chosen = rule or self.options.rule
-    if not chosen.speculates:
+    if not isinstance(chosen, exits.Speculative):
       return self._run(rule, encoded, active, threshold)
-    assert isinstance(chosen, exits.Speculative)
     # Drafts decide something, or full depth would round otherwise than passes do.
     must = threshold < 1 or not chosen.adapts or chosen.measures or not can_be_exact(self)
     history = self.expected_drafts.setdefault((chosen, threshold), acceptance.History(must))
@@ -250,22 +237,16 @@ class BatchDecoder:
       history.backoff = 0
 
   def _run(
-    self,
-    rule: exits.Rule | None,
-    encoded: caches.Encoded,
-    active: np.ndarray,
-    threshold: float,
-    prior: Any = None,
+    self, rule, encoded, active, threshold: float, prior: acceptance.Prior | None = None
   ) -> loop.Generation:
     """One batch through the program of a rule, fetched to the host."""
     # Arguments are looked at one by one, 40 microseconds for those of the encoder.
     weights = dataclasses.replace(self.weights, encoder={})
-    # Numpy values go to the device inside the call: a tenth of a millisecond less a batch.
     program = self.runs(rule)
+    # Numpy values go to the device inside the call: a tenth of a millisecond less a batch.
     with compiled.at_precision(self.options.matmul_precision):
       if isinstance(program, program_lib.Program):
-        numbers = () if prior is None else (prior.chance, prior.calibration, prior.texts)
-        known = np.array((threshold, *numbers), np.float32)
+        known = np.array((threshold, *(prior or ())), np.float32)
         generation = np.asarray(program.decode_packed(weights, encoded, active, known))
         return loop.unpack(generation, program.max_decode_length)
       level, expected = jax.tree.map(np.float32, (threshold, prior))
@@ -286,15 +267,10 @@ class BatchDecoder:
   ) -> loop.DecodingState:
     """Decodes the active rows from some token of each on; see `program.Program.resume`.
 
-    Args:
-      encoded: from `encode`, on one device.
-      state: the state that an earlier call returned for the same prompts; None: none.
-      active: rows to decode, [batch]; the others stay as they are.
-      threshold: lambda.
-      resume_at: the first token of each row that may differ from `state`, [batch].
+    On one device; `state` is what an earlier call returned for the same prompts, None at first.
     """
     signals.check()
-    program = self.runs() if self.options.num_devices == 1 else self.program()
+    program = self.runs()
     with compiled.at_precision(self.options.matmul_precision):
       return program.resume(
         self.weights,
@@ -308,14 +284,24 @@ class BatchDecoder:
   def output(
     self, generation: loop.Generation, row: int, input_length: int = 0
   ) -> outputs.Output:
-    """One row of a generation as text with its exits; see `outputs.from_generation`."""
-    return outputs.from_generation(
-      generation,
-      row,
-      self.vocabulary,
+    """One row of a generation (numpy arrays [batch, max_decode_length]) as text."""
+    length = int(np.sum(np.asarray(generation.exit_layers[row]) > 0))
+    columns = lambda array: tuple(array[row][:length].tolist())
+    tokens, passes = columns(generation.tokens), generation.verification
+    return outputs.Output(
+      text=self.vocabulary.decode(list(tokens)),
+      tokens=tokens,
+      pieces=tuple(map(self.vocabulary.piece, tokens)),
+      exit_layers=columns(generation.exit_layers),
+      confidences=columns(generation.confidences),
+      rejected_confidences=columns(generation.rejected_confidences),
+      score=float(generation.scores[row]),
       num_layers=self.num_layers,
       eos_id=self.eos_id,
       input_length=input_length,
+      drafted=() if passes is None else columns(passes.drafted),
+      passes=0 if passes is None else int(passes.passes[row]),
+      drafts=0 if passes is None else int(passes.drafts[row]),
     )
 
   # ---- Costs
@@ -352,8 +338,8 @@ class BatchDecoder:
     """FLOPs and bytes of outputs of `generate`, at full depth and at their exits."""
     # (first token, token after the last, positions of the caches that these read)
     stages: list[tuple[int, int, int | None]] = [(0, self.options.max_decode_length, None)]
-    if not self.options.refill and isinstance(self.runs(rule), staged_lib.StagedProgram):
-      lengths = staged_lib.lengths(self.options.max_decode_length)
+    if not self.options.refill and isinstance(self.runs(rule), staged.StagedProgram):
+      lengths = staged.lengths(self.options.max_decode_length)
       stages = [(first, last, last) for first, last in itertools.pairwise((0, *lengths))]
     total = costs.Totals(0, costs.Cost(), costs.Cost())
     for length in sorted({output.input_length for output in items}):
@@ -373,11 +359,8 @@ def _padded(
 
 
 def can_be_exact(model: BatchDecoder) -> bool:
-  """Whether texts from drafts are those of full depth.
-
-  A pass reads several positions where full depth reads one, and sums of other numbers of rows
-  differ in their last bits: where states are rounded to few, such a bit may change a text.
-  """
+  """Whether texts from drafts are those of full depth: not where states are rounded to few
+  bits, as passes over several positions are then rounded otherwise than single tokens."""
   return not options_lib.batch_size_affects_output(model.config, model.options)
 
 
@@ -397,24 +380,16 @@ def exact_rule(model: BatchDecoder, draft_layer: int | None = None) -> exits.Spe
   """
   config, options = model.config, model.options
   if not can_be_exact(model):
-    in_8_bits = [
-      name
-      for name in ("weights_dtype", "encoder_dtype")
-      if getattr(options, name) == options_lib.IN_8_BITS
-    ]
-    got = (
-      f"`{in_8_bits[0]}` {options_lib.IN_8_BITS!r}"
-      if in_8_bits
-      else f"`dtype` {config.dtype!r}"
-    )
-    way_out = "leave one of the two out" if in_8_bits else "give `dtype` 'float32'"
+    names = ("weights_dtype", "encoder_dtype")
+    narrow = [name for name in names if getattr(options, name) == options_lib.IN_8_BITS]
+    got = f"`{narrow[0]}` 'int8'" if narrow else f"`dtype` {config.dtype!r}"
+    way_out = "leave one of the two out" if narrow else "give `dtype` 'float32'"
     raise ValueError(
       f"Expected states in float32 for exact decoding, got {got}: passes over drafts would be"
       f" rounded otherwise than full depth's tokens; {way_out}."
     )
   layer = max(1, config.num_decoder_layers // 4) if draft_layer is None else draft_layer
-  rule = exits.Speculative(
-    layer, options.num_drafts, options_lib.draft_head(config, options, layer)
-  )
+  head = options_lib.draft_head(config, options, layer)
+  rule = exits.Speculative(layer, options.num_drafts, head)
   rule.depth(config.num_decoder_layers)
   return rule

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -37,7 +36,10 @@ VERIFIED = "verified"
 @arguments.checked(schedule=schedules.schedule, engine=engines.by_name)
 @dataclasses.dataclass(frozen=True)
 class DecodeOptions:
-  """How prompts are decoded; all of it belongs to the `Procedure`, but for the last six.
+  """How prompts are decoded.
+
+  All of it belongs to the `Procedure` but `batch_size` and what follows it, on which no result
+  depends; with 8-bit products or bfloat16 states the batch size does belong to it.
 
   Attributes:
     measure: confidence measure, one of `confidence.MEASURES`; 'verified' is
@@ -50,38 +52,31 @@ class DecodeOptions:
     shortlist: token ids, most likely first, for the measures 'shortlist' and 'probe', and for
       drafts.
     task_prefix: text put before every prompt.
-    max_input_length: tokens of a prompt that are read, EOS included.
-    max_decode_length: most tokens generated, EOS included.
-    matmul_precision: of products of float32 matrices: 'default', 'high' or 'highest', as in
-      `jax.default_matmul_precision`; None takes JAX's configuration. A CPU has one only.
+    max_input_length, max_decode_length: most tokens read and generated, EOS included.
+    matmul_precision: of products of float32 matrices, as in `jax.default_matmul_precision`;
+      None takes JAX's configuration. A CPU has one only.
     weights_dtype: 'float32' or 'bfloat16': the type in which matrices and output heads are
       stored; products, logits and confidences keep their width. 'int8' multiplies the layers of
-      encoder and decoder in 8 bits; texts then depend on the rows that are decoded together, so
-      that the batch size is part of the `Procedure`, and exact decoding from drafts is refused.
-      None stores matrices in the activation dtype and heads in float32.
+      encoder and decoder in 8 bits. None stores matrices in the activation dtype and heads in
+      float32.
     encoder_dtype: 'int8' multiplies the encoder's layers and the decoder's cross-attention keys
-      and values in 8 bits. Texts depend on the batch as with 8-bit `weights_dtype`. None: as
-      `weights_dtype` has it.
+      and values in 8 bits. None: as `weights_dtype` has it.
     reference_dtype: 'float32': the full model, which a promise compares with and which
       `NEVER_EXIT` decodes with, has states and weights in float32 (`Predictor.reference`), so
       that the effect of 8 bits or bfloat16 counts as loss. None: these options' own.
     reference_digest: `Predictor.parameters_digest` of another model, with whose full-depth
-      texts a promise compares: the model that `calm fit --train_all` started from. None: this
-      model.
+      texts a promise compares: the model that `calm fit --train_all` started from.
     head_dtype: 'int8' reads output heads in 8 bits first, and the likely pieces again in full:
-      tokens at a layer are the same, confidences nearly so. None reads heads as they are
-      stored.
-    batch_size: prompts that a device decodes together; results do not depend on it in
-      float32.
-    num_devices: devices that the prompts are spread over; results do not depend on it.
-    engine: how decode steps run, or the name of it; results do not depend on it. None takes the
-      fastest for the rule, the rows and the platform (`engines.default_engine`).
-    refill: whether `generate` puts the next prompt into a row whose text has ended, for lists
-      that are longer than a batch; on one device, in float32, where results do not depend on
-      it.
+      tokens at a layer are the same, confidences nearly so.
+    batch_size: prompts that a device decodes together.
+    num_devices: devices that the prompts are spread over.
+    engine: how decode steps run, or the name of it. None takes the fastest for the rule, the
+      rows and the platform (`engines.default_engine`).
+    refill: whether `generate` puts the next prompt into a row whose text has ended; on one
+      device, in float32.
     grid: thresholds to decode at where none are given, descending, chosen for this measure,
       layers and schedule; None takes the measure's own (`thresholds.default_grid`).
-    num_drafts: of 'verified', most tokens drafted before a pass; results do not depend on it.
+    num_drafts: of 'verified', most tokens drafted before a pass.
   """
 
   measure: str = "softmax"
@@ -120,14 +115,11 @@ class DecodeOptions:
           f"Expected `{name}` to be one of {', '.join(values)}, or None, got"
           f" {getattr(self, name)!r}."
         )
-    if self.refill and self.num_devices > 1:
+    if self.refill and (self.num_devices > 1 or self.weights_dtype == IN_8_BITS):
       raise ValueError(
-        f"Expected `num_devices` of 1 with `refill`, got {self.num_devices}; leave one out."
-      )
-    if self.refill and self.weights_dtype == IN_8_BITS:
-      raise ValueError(
-        "Expected a `weights_dtype` of float32 or bfloat16 with `refill`, got 'int8': results"
-        " would depend on which rows run together; leave one out."
+        "Expected one device and `weights_dtype` other than 'int8' with `refill`, got"
+        f" `num_devices` {self.num_devices} and `weights_dtype` {self.weights_dtype!r}; leave"
+        " one of them out."
       )
 
   def __repr__(self) -> str:
@@ -186,11 +178,12 @@ class DecodeOptions:
 _OF_THE_MEASURE = ("exit_layers", "schedule", "propagation")
 
 
-def change(options: DecodeOptions, **given: Any) -> DecodeOptions:
-  """The options with some of them given.
+def change(config: network.T5Config, options: DecodeOptions, **given: Any) -> DecodeOptions:
+  """The options with some of them given, for a model of these sizes.
 
   Layers, schedule and grid belong together, as a model folder brings them: a named measure
   brings that measure's own defaults, and a grid goes with the fields it was chosen for.
+  'verified' loses a shortlist that is not given where the whole head drafts better.
   """
   base: dict[str, Any] = {}
   if "measure" in given:
@@ -198,7 +191,36 @@ def change(options: DecodeOptions, **given: Any) -> DecodeOptions:
     base = {name: getattr(plain, name) for name in _OF_THE_MEASURE}
   if {"measure", *_OF_THE_MEASURE} & set(given):
     base["grid"] = None
-  return dataclasses.replace(options, **{**base, **given})
+  changed = dataclasses.replace(options, **{**base, **given})
+  drafts = given.get("measure") == VERIFIED and "shortlist" not in given
+  layers = changed.exit_layers or ()
+  if drafts and len(layers) == 1 and draft_head(config, changed, layers[0]) == "full":
+    return dataclasses.replace(changed, shortlist=None)
+  return changed
+
+
+def draft_head(
+  config: network.T5Config, options: DecodeOptions, layer: int
+) -> exits.speculative.DraftHead:
+  """The head that drafts after a layer: the shortlist where the whole head costs more than the
+  layers below it, since every token that the shortlist lacks is a refused draft."""
+  listed = options.shortlist is not None and not config.per_layer_heads
+  cost = costs.decoding_costs(config, input_length=1, cache_length=1)
+  return "shortlist" if listed and cost.head.flops > layer * cost.layer.flops else "full"
+
+
+def batch_size_affects_output(config: network.T5Config, options: DecodeOptions) -> bool:
+  """Whether a text depends on the rows that are decoded together with it.
+
+  Sums of other numbers of rows differ in their last bits. Where states are rounded to few bits,
+  such a bit may decide which of two likely tokens follows.
+  """
+  return decoder_rounds(config, options) or options.encoder_dtype == IN_8_BITS
+
+
+def decoder_rounds(config: network.T5Config, options: DecodeOptions) -> bool:
+  """Whether the decoder's states are rounded to few bits."""
+  return config.dtype != "float32" or options.weights_dtype == IN_8_BITS
 
 
 # ---- The stored form
@@ -258,53 +280,6 @@ def _schedule_record(schedule: schedules.Schedule) -> dict[str, Any]:
 # ---- The procedure
 
 
-def procedure(
-  config: network.T5Config,
-  options: DecodeOptions,
-  *,
-  parameters_digest: str,
-  tokenizer_digest: str,
-  eos_id: int,
-  base_digest: str | None = None,
-) -> Procedure:
-  """The procedure for which a calibration of a model's outputs is valid.
-
-  Args:
-    config: the model's sizes and choices.
-    options: how its prompts are decoded; those that change no result are left out.
-    parameters_digest: of the parameter tree as decoded (`checkpoints.parameters_digest`).
-    tokenizer_digest: of the vocabulary.
-    eos_id: the token that ends a text.
-    base_digest: of the base model (`t5.parameters.base_digest`), where it has exit maps.
-  """
-  shortlist = None
-  if options.uses_shortlist:
-    ids = np.asarray(options.shortlist or (), np.int64)
-    shortlist = {"digest": hashlib.sha256(ids.tobytes()).hexdigest(), "size": len(ids)}
-  together = batch_size_affects_output(config, options)
-  return Procedure(
-    parameters_digest=parameters_digest,
-    tokenizer_digest=tokenizer_digest,
-    eos_id=eos_id,
-    base_digest=base_digest,
-    exit_layers=exits.allowed_layers(options.exit_layers, config.num_decoder_layers),
-    schedule=_schedule_record(options.schedule),
-    shortlist=shortlist,
-    heads="per_layer" if config.per_layer_heads else "shared",
-    activation_dtype=config.dtype,
-    decode_method={"name": "greedy"},
-    batch_bucket=options.batch_size if together else None,
-    configuration={
-      name: value
-      for name, value in dataclasses.asdict(config).items()
-      if name not in _NOT_DECODED
-    },
-    platform=jax.default_backend(),
-    matmul_precision=_precision_name(options),
-    **{name: getattr(options, name) for name in _SAME},
-  )
-
-
 # Fields that have the same name and value in options and in their procedure.
 _SAME = (
   *("task_prefix", "max_input_length", "max_decode_length", "measure", "propagation"),
@@ -317,6 +292,37 @@ _NOT_DECODED = (
   *("exit_classifier", "exit_probes", "relpos_per_layer"),
   *("exit_translators", "exit_propagation", "exit_propagation_rank"),
 )
+
+
+def procedure(model: Any) -> Procedure:
+  """The procedure for which a calibration of a model's outputs is valid.
+
+  Args:
+    model: a `BatchDecoder`; its options that change no result are left out.
+  """
+  config, options, shortlist = model.config, model.options, None
+  if options.uses_shortlist:
+    ids = np.asarray(options.shortlist or (), np.int64)
+    shortlist = {"digest": hashlib.sha256(ids.tobytes()).hexdigest(), "size": len(ids)}
+  together = batch_size_affects_output(config, options)
+  fields = dataclasses.asdict(config)
+  return Procedure(
+    parameters_digest=model.parameters_digest,
+    tokenizer_digest=model.vocabulary.digest(),
+    eos_id=model.eos_id,
+    base_digest=model.base_digest,
+    exit_layers=exits.allowed_layers(options.exit_layers, config.num_decoder_layers),
+    schedule=_schedule_record(options.schedule),
+    shortlist=shortlist,
+    heads="per_layer" if config.per_layer_heads else "shared",
+    activation_dtype=config.dtype,
+    decode_method={"name": "greedy"},
+    batch_bucket=options.batch_size if together else None,
+    configuration={name: fields[name] for name in fields if name not in _NOT_DECODED},
+    platform=jax.default_backend(),
+    matmul_precision=_precision_name(options),
+    **{name: getattr(options, name) for name in _SAME},
+  )
 
 
 def _precision_name(options: DecodeOptions) -> str:
@@ -348,44 +354,3 @@ def options_of(procedure: Procedure, shortlist: tuple[int, ...] | None = None) -
     batch_size=procedure.batch_bucket or DecodeOptions.batch_size,
     **{name: getattr(procedure, name) for name in _SAME},
   )
-
-
-# ---- Rounding, and exact decoding
-
-
-def batch_size_affects_output(config: network.T5Config, options: DecodeOptions) -> bool:
-  """Whether a text depends on the rows that are decoded together with it.
-
-  Sums of other numbers of rows differ in their last bits. Where states are rounded to few bits,
-  such a bit may decide which of two likely tokens follows.
-  """
-  return decoder_rounds(config, options) or options.encoder_dtype == IN_8_BITS
-
-
-def decoder_rounds(config: network.T5Config, options: DecodeOptions) -> bool:
-  """Whether the decoder's states are rounded to few bits."""
-  return config.dtype != "float32" or options.weights_dtype == IN_8_BITS
-
-
-def draft_head(
-  config: network.T5Config, options: DecodeOptions, layer: int
-) -> exits.speculative.DraftHead:
-  """The head that drafts after a layer: the shortlist where the whole head costs more than the
-  layers below it, since every token that the shortlist lacks is a refused draft."""
-  listed = options.shortlist is not None and not config.per_layer_heads
-  cost = costs.decoding_costs(config, input_length=1, cache_length=1)
-  return "shortlist" if listed and cost.head.flops > layer * cost.layer.flops else "full"
-
-
-def with_draft_head(
-  config: network.T5Config, options: DecodeOptions, given: Collection[str]
-) -> DecodeOptions:
-  """The options; of 'verified', without a shortlist where the whole head drafts better.
-
-  `given` are the fields that a user has named; a named shortlist is kept.
-  """
-  layers = options.exit_layers or ()
-  asked = options.measure == VERIFIED and "measure" in given and "shortlist" not in given
-  if not asked or len(layers) != 1 or draft_head(config, options, layers[0]) == "shortlist":
-    return options
-  return dataclasses.replace(options, shortlist=None)

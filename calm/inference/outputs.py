@@ -8,19 +8,17 @@ only sign: HTML has tooltips, and a terminal without colour gets numbers in brac
 import dataclasses
 import html
 import math
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
 from rich import color as rich_color
+from rich import console as rich_console
 from rich import style as rich_style
 
-from calm import checkpoints
 from calm.calibrate.thresholds import format_threshold
 from calm.console import sanitize
-from calm.decode import loop
 
 Mode = Literal["plain", "256", "truecolor"]
 
@@ -67,25 +65,19 @@ class Output:
     return sum(self.exit_layers) / count if count else float("nan")
 
   @property
-  def tokens_per_pass(self) -> float:
-    """Tokens that a verifying pass gave, its own included (NaN without passes)."""
-    return len(self.tokens) / self.passes if self.passes else float("nan")
-
-  @property
-  def visible(self) -> tuple[tuple[str, ...], tuple[int, ...], tuple[float, ...]]:
-    """Pieces, exit layers and confidences, with EOS shown as a mark.
+  def visible(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Pieces with EOS shown as a mark, and exit layers, for `to_html` and `to_terminal`.
 
     The space before the first word, which is no part of the text, is left out.
     """
     pairs = zip(self.tokens, self.pieces, strict=True)
     pieces = ["⏎" if token == self.eos_id else piece for token, piece in pairs]
     pieces[:1] = [piece.lstrip(" ") or piece for piece in pieces[:1]]
-    return tuple(pieces), self.exit_layers, self.confidences
+    return tuple(pieces), self.exit_layers
 
   def coloured(self, mode: Mode | None = None) -> str:
     """The text for a terminal, every token coloured by its exit layer."""
-    pieces, exit_layers, _ = self.visible
-    return to_terminal(pieces, exit_layers, self.num_layers, mode=mode)
+    return to_terminal(*self.visible, self.num_layers, mode=mode)
 
   def __repr__(self) -> str:
     return (
@@ -93,40 +85,9 @@ class Output:
       f" mean_layers={self.mean_layers:.2f}/{self.num_layers})"
     )
 
-  def _repr_html_(self) -> str:
-    pieces, exit_layers, confidences = self.visible
-    return to_html(pieces, exit_layers, self.num_layers, confidences=confidences)
-
-
-def from_generation(
-  generation: loop.Generation,
-  row: int,
-  vocabulary: checkpoints.Vocabulary,
-  *,
-  num_layers: int,
-  eos_id: int,
-  input_length: int = 0,
-) -> Output:
-  """One row of a generation (numpy arrays [batch, max_decode_length]) as an `Output`."""
-  length = int(np.sum(np.asarray(generation.exit_layers[row]) > 0))
-  columns = lambda array: tuple(array[row][:length].tolist())
-  verification = generation.verification
-  tokens = columns(generation.tokens)
-  return Output(
-    text=vocabulary.decode(list(tokens)),
-    tokens=tokens,
-    pieces=tuple(vocabulary.piece(token) for token in tokens),
-    exit_layers=columns(generation.exit_layers),
-    confidences=columns(generation.confidences),
-    rejected_confidences=columns(generation.rejected_confidences),
-    score=float(generation.scores[row]),
-    num_layers=num_layers,
-    eos_id=eos_id,
-    input_length=input_length,
-    drafted=() if verification is None else columns(verification.drafted),
-    passes=0 if verification is None else int(verification.passes[row]),
-    drafts=0 if verification is None else int(verification.drafts[row]),
-  )
+  def _repr_html_(self, legend: bool = True) -> str:
+    given = {"confidences": self.confidences, "legend": legend}
+    return to_html(*self.visible, self.num_layers, **given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,12 +170,7 @@ class Outputs(Sequence[Output]):
     return "\n".join(lines)
 
   def _repr_html_(self) -> str:
-    rows = []
-    for output in self.items[:20]:
-      pieces, layers, confidences = output.visible
-      rows.append(
-        to_html(pieces, layers, self.num_layers, confidences=confidences, legend=False)
-      )
+    rows = [output._repr_html_(legend=False) for output in self.items[:20]]
     if len(self) > 20:
       rows.append(f"<p>… and {len(self) - 20} more</p>")
     note = f"<p>{html.escape(sanitize(self.guarantee))}</p>" if self.guarantee else ""
@@ -232,23 +188,11 @@ _CIVIDIS = (
 
 
 def scale(num_layers: int) -> list[str]:
-  """One background colour a decoder layer, `#rrggbb`, first layer first and brightest.
-
-  Raises:
-    ValueError: if `num_layers` is below 1.
-  """
-  if num_layers < 1:
-    raise ValueError(f"Expected `num_layers` of at least 1, got {num_layers}.")
-  positions = [i * (len(_CIVIDIS) - 1) / max(1, num_layers - 1) for i in range(num_layers)]
-  return [_blend(position) for position in positions][::-1]
-
-
-def _blend(position: float) -> str:
-  """The scale at a real position between its stops."""
-  low = min(int(position), len(_CIVIDIS) - 2)
-  pairs = zip(_rgb(_CIVIDIS[low]), _rgb(_CIVIDIS[low + 1]), strict=True)
-  mixed = [round(a + (b - a) * (position - low)) for a, b in pairs]
-  return "#{:02x}{:02x}{:02x}".format(*mixed)
+  """One background colour a decoder layer, `#rrggbb`, first layer first and brightest."""
+  at = np.arange(num_layers)[::-1] * (len(_CIVIDIS) - 1) / max(1, num_layers - 1)
+  stops = zip(*map(_rgb, _CIVIDIS), strict=True)
+  channels = [np.interp(at, range(len(_CIVIDIS)), stop).round().astype(int) for stop in stops]
+  return ["#{:02x}{:02x}{:02x}".format(*mixed) for mixed in zip(*channels, strict=True)]
 
 
 def _rgb(colour: str) -> list[int]:
@@ -270,30 +214,11 @@ def text_colour(background: str) -> str:
   return "#000000" if luminance(background) > math.sqrt(0.0525) - 0.05 else "#ffffff"
 
 
-def _tokens(
-  pieces: Sequence[str], exit_layers: Sequence[int], num_layers: int
-) -> Iterator[tuple[int, str, int]]:
-  """(position, printable text, exit layer) of the real tokens.
-
-  Raises:
-    ValueError: if the lengths differ or an exit layer is out of range.
-  """
-  if len(pieces) != len(exit_layers):
-    raise ValueError(
-      f"Expected one of `exit_layers` for each of `pieces`, got {len(exit_layers)} for"
-      f" {len(pieces)}; cut both at the same token."
-    )
+def _printable(piece: str) -> str:
+  """A token's text without marks that could steer a terminal or a page."""
   kept = "\n\t\u200c\u200d"  # joiners are letters of Persian, Hindi and others
-  for i, (piece, layer) in enumerate(zip(pieces, exit_layers, strict=True)):
-    if not 0 <= layer <= num_layers:
-      raise ValueError(
-        f"Expected `exit_layers` from 0 (padding) to `num_layers` = {num_layers}, got {layer}"
-        f" at token {i}; pass the decoder layers of the model that wrote it."
-      )
-    if layer:
-      text = piece.replace("\u2581", " ")  # SentencePiece's space
-      text = "".join(c if c.isprintable() or c in kept else "\ufffd" for c in text)
-      yield i, text, int(layer)
+  text = piece.replace("\u2581", " ")  # SentencePiece's space
+  return "".join(c if c.isprintable() or c in kept else "\ufffd" for c in text)
 
 
 def to_html(
@@ -315,34 +240,28 @@ def to_html(
 
   Returns:
     HTML. Each span's `title` reads like `layer 3 of 8, confidence 0.97`.
-
-  Raises:
-    ValueError: if the lengths differ or an exit layer is out of range.
   """
-  if confidences is not None and len(confidences) != len(pieces):
-    raise ValueError(
-      f"Expected one of `confidences` for each of `pieces`, got {len(confidences)} for"
-      f" {len(pieces)}."
-    )
-  colours, spans = scale(num_layers), []
-  for i, text, layer in _tokens(pieces, exit_layers, num_layers):
-    more = "" if confidences is None else f", confidence {confidences[i]:.2f}"
-    spans.append(_span(text, colours[layer - 1], f"layer {layer} of {num_layers}{more}"))
-  body = f'<div style="white-space:pre-wrap;line-height:1.7">{"".join(spans)}</div>'
+  more = [f", confidence {c:.2f}" for c in confidences or ()] or [""] * len(pieces)
+  body = _spans(zip(map(_printable, pieces), exit_layers, more, strict=True), num_layers)
+  body = f'<div style="white-space:pre-wrap;line-height:1.7">{body}</div>'
   return f"<div>{body}{legend_html(num_layers)}</div>" if legend else body
 
 
-def _span(text: str, colour: str, title: str) -> str:
-  style = f"background:{colour};color:{text_colour(colour)};padding:1px 0"
-  return f'<span style="{style}" title="{title}">{html.escape(text)}</span>'
+def _spans(tokens: Iterable[tuple[str, int, str]], num_layers: int) -> str:
+  """Spans of (text, layer, end of the title); layer 0 has none."""
+  colours, spans = scale(num_layers), []
+  for text, layer, more in tokens:
+    if layer:
+      colour = colours[layer - 1]
+      style = f"background:{colour};color:{text_colour(colour)};padding:1px 0"
+      title = f"layer {layer} of {num_layers}{more}"
+      spans.append(f'<span style="{style}" title="{title}">{html.escape(text)}</span>')
+  return "".join(spans)
 
 
 def legend_html(num_layers: int) -> str:
   """The scale with its numbers, as HTML."""
-  swatches = "".join(
-    _span(f" {i} ", colour, f"layer {i} of {num_layers}")
-    for i, colour in enumerate(scale(num_layers), start=1)
-  )
+  swatches = _spans(((f" {i} ", i, "") for i in range(1, num_layers + 1)), num_layers)
   return (
     '<div style="white-space:pre-wrap;font-size:85%;margin-top:4px">'
     f"decoder layers per token: {swatches}</div>"
@@ -350,17 +269,12 @@ def legend_html(num_layers: int) -> str:
 
 
 def terminal_mode(stream: Any = None) -> Mode:
-  """The colours of a terminal: `plain`, `256` or `truecolor`.
-
-  `NO_COLOR` and `TERM=dumb` turn colour off, `COLORTERM=truecolor` (or `24bit`) gives 24-bit
-  colour; a `stream` (None: standard output) that is no terminal has none without `FORCE_COLOR`.
-  """
-  given, target = os.environ.get, sys.stdout if stream is None else stream
-  if given("NO_COLOR") or given("TERM") == "dumb":
+  """The colours of a terminal (None: standard output), as rich reads its environment: `plain`
+  where it has none or NO_COLOR is set, `256` or `truecolor`."""
+  console = rich_console.Console(file=stream or sys.stdout, force_jupyter=False)
+  if console.color_system is None or console.no_color:
     return "plain"
-  if not (given("FORCE_COLOR") or target.isatty()):
-    return "plain"
-  return "truecolor" if given("COLORTERM") in ("truecolor", "24bit") else "256"
+  return "truecolor" if console.color_system == "truecolor" else "256"
 
 
 def to_terminal(
@@ -373,11 +287,14 @@ def to_terminal(
   """The tokens on coloured backgrounds (ANSI), or with `[layers]` before each run of tokens.
 
   Control characters are replaced, so that no generated text can steer the terminal. Arguments
-  and errors as for `to_html`; `mode` None is the one of `terminal_mode`.
+  as for `to_html`; `mode` None is the one of `terminal_mode`.
   """
   mode = mode or terminal_mode()
   colours, painted, previous = scale(num_layers), [], 0
-  for _, text, layer in _tokens(pieces, exit_layers, num_layers):
+  for piece, layer in zip(pieces, exit_layers, strict=True):
+    if not layer:
+      continue
+    text = _printable(piece)
     if mode != "plain":
       text = _paint(text, colours[layer - 1], mode)
     elif layer != previous:

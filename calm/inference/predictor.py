@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import numpy.typing as npt
 
@@ -40,8 +41,6 @@ CALIBRATION = "calibration.json"
 FULL_DEPTH = "full_depth.json"
 # Of the time that it takes to certify and to time, the share that decoding has.
 _DECODING = 0.9
-# Layers that are still listed one by one.
-_FEW = 4
 
 
 class SlowerThanFullDepth(UserWarning):
@@ -276,39 +275,36 @@ class Predictor(BatchDecoder):
       nonlocal begun
       progress(begun, len(texts))  # those before it are done, or nearly in a pool
       begun += len(batch.rows)
-      return clock.run("encode", functools.partial(self.encode, batch))
+      with clock.phase("encode"):
+        return jax.block_until_ready(self.encode(batch))
 
     level = NEVER_EXIT if threshold is None else threshold
     items: dict[int, outputs.Output] = {}
     # Rows of passes over drafts have positions of their own.
     pooled = self.options.refill and not (rule or self.options.rule).speculates
     for batches in prompt_batches.together(self.plan(texts), pooled=pooled):
+      first = batches[0]
       if len(batches) > 1:
         rows = pool.PoolProgram(self.program(rule))
         with clock.phase("decode"), compiled.at_precision(self.options.matmul_precision):
           generation = rows.decode(self.weights, batches, level, encode)
       else:
-        encoded, active = encode(batches[0]), batches[0].active
-        decode = functools.partial(self.decode, encoded, active, level, rule)
-        generation = clock.run("decode", decode)
+        encoded = encode(first)
+        with clock.phase("decode"):
+          generation = self.decode(encoded, first.active, level, rule)
       for i, row in enumerate(np.concatenate([batch.rows for batch in batches])):
-        items[int(row)] = self.output(generation, i, batches[0].tokens.shape[1])
+        items[int(row)] = self.output(generation, i, first.tokens.shape[1])
     progress(len(texts), len(texts))
-    seconds = outputs.Timing(
-      clock.seconds["encode"],
-      clock.seconds["decode"],
-      compiled.num_made() - programs,
-      clock.compile_seconds,
-    )
+    spent = clock.seconds["encode"], clock.seconds["decode"]
+    seconds = outputs.Timing(*spent, compiled.num_made() - programs, clock.compile_seconds)
     in_order = tuple(items[row] for row in range(len(texts)))
     return outputs.Outputs(in_order, self.num_layers, threshold, None, seconds)
 
   def __repr__(self) -> str:
     """Sizes, what it decodes with and, on a line of its own, the promise."""
-    config = self.config
+    config, made = self.config, self.calibration
     layers = f"{config.num_encoder_layers} + {config.num_decoder_layers} layers"
     first = f"{layers}, emb_dim {config.emb_dim}, {config.dtype}; {self._way}"
-    made = self.calibration
     if made is None:
       return f"Predictor({first})"
     promise = "none, no threshold is certified"
@@ -327,16 +323,7 @@ class Predictor(BatchDecoder):
     level, layers = self.threshold, self.options.exit_layers
     if level == NEVER_EXIT:
       return self.exact.description if self.exact else "full depth"
-    if layers is None:
-      where = "every layer"
-    elif len(layers) == 1:
-      where = f"layer {layers[0]}"
-    elif len(layers) > 2 and layers[-1] - layers[0] == len(layers) - 1:
-      where = f"layers {layers[0]} to {layers[-1]}"
-    elif len(layers) <= _FEW:
-      where = f"layers {', '.join(map(str, layers))}"
-    else:
-      where = f"{len(layers)} layers"
+    where = "every layer" if layers is None else f"layers {', '.join(map(str, layers))}"
     at = "" if level is None else f", threshold {thresholds_lib.format_threshold(level)}"
     return f"{self.options.measure} at {where}{at}"
 
@@ -395,48 +382,36 @@ def load(
   config = checkpoint.config
   if dtype is not None:
     config = dataclasses.replace(config, dtype=dtype)
-  changed = options_lib.change(base, **options)
-  predictor = Predictor(
-    config=config,
-    params=checkpoint.params,
-    vocabulary=checkpoint.vocabulary,
-    options=options_lib.with_draft_head(config, changed, options),
-  )
-  if calibration is None:
-    untrained = checkpoint.exits_trained is False and not config.exit_translators
-    given = bool(options) or dtype is not None
-    return _of_a_folder(directory, predictor, given, untrained, void_guarantee, allow_platform)
-  if void_guarantee:
+  changed = options_lib.change(config, base, **options)
+  predictor = Predictor(config, checkpoint.params, checkpoint.vocabulary, changed)
+  if calibration is not None and void_guarantee:
     return dataclasses.replace(predictor, threshold=calibration.threshold)
-  return predictor.under(calibration, allow_platform=allow_platform)
-
-
-def _of_a_folder(
-  directory: pathlib.Path,
-  predictor: Predictor,
-  options_given: bool,
-  untrained: bool,
-  void_guarantee: bool,
-  allow_platform: bool,
-) -> Predictor:
-  """The model as its folder serves it: under a calibration, at full depth, or bare."""
+  if calibration is not None:
+    return predictor.under(calibration, allow_platform=allow_platform)
   own, full_depth = directory / CALIBRATION, directory / FULL_DEPTH
-  if untrained and not own.exists() and not full_depth.exists():
+  given = bool(options) or dtype is not None
+  if own.exists() and not void_guarantee:
+    return _under_own(predictor, own, given, allow_platform)
+  if full_depth.exists():
+    exact = None if given or not can_be_exact(predictor) else stored_rule(full_depth)
+    return dataclasses.replace(predictor, threshold=NEVER_EXIT, exact=exact)
+  if checkpoint.exits_trained is False and not config.exit_translators and not own.exists():
     warnings.warn(
       UntrainedExits(
         f"the exits of {directory} were never trained: only its last decoder layer has learned"
         " to write, so tokens that leave before it are often wrong. Train them (`calm fit`, or"
         " `calm train`), or decode at full depth (the threshold 'never')."
       ),
-      stacklevel=4,
+      stacklevel=3,
     )
-  if not own.exists() or void_guarantee:
-    if not full_depth.exists():
-      return predictor
-    exact = None if options_given else stored_rule(full_depth)
-    exact = exact if can_be_exact(predictor) else None
-    return dataclasses.replace(predictor, threshold=NEVER_EXIT, exact=exact)
-  calibration = Calibration.load(own)
+  return predictor
+
+
+def _under_own(
+  predictor: Predictor, path: pathlib.Path, options_given: bool, allow_platform: bool
+) -> Predictor:
+  """The model under the calibration of its own folder, or bare under options of a user's."""
+  calibration = Calibration.load(path)
   compare = functools.partial(describe_differences, calibration.procedure, predictor.procedure)
   difference = compare(allow_platform=allow_platform)
   if not difference:
@@ -445,7 +420,7 @@ def _of_a_folder(
     calibration.refuse_other(predictor.procedure)
   if not options_given:  # the folder disagrees with itself
     raise ValueError(
-      f"Expected {str(own)!r} to be for the model beside it, got one for another procedure:"
+      f"Expected {str(path)!r} to be for the model beside it, got one for another procedure:"
       f" {difference}; calibrate again, or take the file away to decode without a promise."
     )
   return predictor

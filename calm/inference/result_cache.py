@@ -34,9 +34,7 @@ def to_json(value: Any) -> Any:
     return None if math.isnan(value) else "never" if value == math.inf else value
   if value is None or isinstance(value, bool | int | str):
     return value
-  raise TypeError(
-    f"Expected numbers, texts, tuples and dataclasses, got {value!r}; store one of these."
-  )
+  raise TypeError(f"Expected numbers, texts, tuples and dataclasses, got {value!r}.")
 
 
 def from_json(kind: Any, value: Any) -> Any:
@@ -45,29 +43,23 @@ def from_json(kind: Any, value: Any) -> Any:
   Raises:
     TypeError: a field is missing, unknown or of another type.
   """
-  origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+  origin, inner = typing.get_origin(kind), typing.get_args(kind)
   if origin in (typing.Union, types.UnionType):
-    if value is None and type(None) in arguments:
-      return None
-    return from_json(next(a for a in arguments if a is not type(None)), value)
-  if origin is tuple and type(value) not in (list, tuple):
-    raise TypeError(f"Expected a list in a stored result, got {value!r}; measure again.")
-  if origin is tuple:
-    if len(arguments) == 2 and arguments[1] is ...:
-      return tuple(from_json(arguments[0], entry) for entry in value)
-    return tuple(from_json(a, entry) for a, entry in zip(arguments, value, strict=True))
+    some = next(each for each in inner if each is not type(None))
+    return None if value is None and type(None) in inner else from_json(some, value)
+  if origin is tuple and type(value) in (list, tuple):
+    kinds = inner[:1] * len(value) if inner[1:] == (...,) else inner
+    return tuple(from_json(each, entry) for each, entry in zip(kinds, value, strict=True))
   if isinstance(origin, type) and issubclass(origin, Mapping):
-    return {key: from_json(arguments[1], entry) for key, entry in value.items()}
+    return {key: from_json(inner[1], entry) for key, entry in value.items()}
   if dataclasses.is_dataclass(kind):
     hints, make = typing.get_type_hints(kind), typing.cast(Callable[..., Any], kind)
     return make(**{name: from_json(hints[name], entry) for name, entry in value.items()})
-  if kind is float:
-    if isinstance(value, bool) or (isinstance(value, str) and value != "never"):
-      raise TypeError(f"Expected a number in a stored result, got {value!r}; measure again.")
-    return math.nan if value is None else math.inf if value == "never" else float(value)
-  if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-    return value
-  raise TypeError(f"Expected {kind.__name__} in a stored result, got {value!r}; measure again.")
+  if kind is float and (value is None or value == "never"):
+    return math.nan if value is None else math.inf
+  if type(value) is kind or (kind is float and type(value) is int):
+    return kind(value)
+  raise TypeError(f"Expected {kind} in a stored result, got {value!r}; measure again.")
 
 
 def digest(value: Any) -> str:

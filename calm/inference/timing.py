@@ -46,8 +46,8 @@ class Timed:
     name: of its curve.
     threshold: lambda.
     layers: mean decoder layers a token on the timed prompts.
-    prompt_seconds: [num_prompts] each prompt's decode seconds, `of_rounds` over its rounds.
-    decode_seconds: their mean.
+    prompt_seconds: each prompt's (or batch's) decode seconds, `of_rounds` over its rounds.
+    decode_seconds: their mean over prompts.
     speedup: full depth's decode seconds over these.
     end_to_end: the same with the encoder's seconds on both sides.
   """
@@ -66,11 +66,11 @@ class Timings:
   """All settings on the same prompts.
 
   Attributes:
-    num_prompts: prompts timed, each alone.
+    num_prompts: prompts timed.
     rounds: times that each was decoded under each setting, after one uncounted.
     encode_seconds: mean encoder seconds a prompt.
     full_seconds: mean decode seconds a prompt of the full model (static, no confidence).
-    rows: one entry a setting.
+    rows: one entry a setting; the first is full depth.
   """
 
   num_prompts: int
@@ -89,29 +89,33 @@ def measure(
   prompts: Sequence[Prompt],
   settings: Sequence[Setting],
   *,
+  batch_size: int = 1,
+  full: BatchDecoder | None = None,
   rounds: int = 3,
   of_rounds: Callable[..., np.ndarray] = np.median,
   progress: grid.ShareProgress = grid.silent,
 ) -> Timings:
-  """Times settings against the static full-depth program, one prompt at a time.
+  """Times settings against the static full-depth program.
 
   Args:
     model: a model whose weights serve every setting (a shortlist's measure included).
     prompts: best of one padded length (`of_one_length`), or more is compiled.
     settings: full depth is added.
+    batch_size: prompts decoded together.
+    full: the model that decodes at full depth; None: `model`.
     rounds: repeats.
     of_rounds: what counts of them: `np.median`, or `np.min` where they are few and the machine
       has other work, which only ever adds.
     progress: told of the share done.
   """
-  settings = [Setting(FULL, exits.StaticExit()), *settings]
-  texts = [prompt.input for prompt in prompts]
-  singles = {id(s.model): (s.model or model).with_options(batch_size=1) for s in settings}
-  ways = [(singles[id(s.model)], s.rule, s.threshold) for s in settings]
-  batches = singles[id(None)].plan(texts)
+  settings = [Setting(FULL, exits.StaticExit(), model=full), *settings]
+  models = {id(each): each for each in (model, *(s.model or model for s in settings))}
+  sized = {key: each.with_options(batch_size=batch_size) for key, each in models.items()}
+  ways = [(sized[id(s.model or model)], s.rule, s.threshold) for s in settings]
+  batches = sized[id(model)].plan([prompt.input for prompt in prompts])
+  batches.sort(key=lambda batch: batch.rows[0])
   seconds, encode, layers = _rounds(ways, batches, rounds, progress)
   seconds, encode = of_rounds(seconds, axis=0), of_rounds(encode, axis=0)
-  order = np.argsort([batch.rows[0] for batch in batches])
   totals = seconds.sum(axis=1)
   whole = totals + encode.sum(axis=1)
   rows = tuple(
@@ -119,20 +123,15 @@ def measure(
       name=setting.name,
       threshold=setting.threshold,
       layers=float(np.mean(layers[i])) if layers[i] else float("nan"),
-      prompt_seconds=tuple(seconds[i, order].tolist()),
-      decode_seconds=float(seconds[i].mean()),
+      prompt_seconds=tuple(seconds[i].tolist()),
+      decode_seconds=float(totals[i] / len(prompts)),
       speedup=float(totals[0] / totals[i]),
       end_to_end=float(whole[0] / whole[i]),
     )
     for i, setting in enumerate(settings)
   )
-  return Timings(
-    num_prompts=len(prompts),
-    rounds=rounds,
-    encode_seconds=float(encode[0].mean()),
-    full_seconds=rows[0].decode_seconds,
-    rows=rows,
-  )
+  encode_seconds = float(encode[0].sum() / len(prompts))
+  return Timings(len(prompts), rounds, encode_seconds, rows[0].decode_seconds, rows)
 
 
 def of_one_length(
@@ -140,8 +139,11 @@ def of_one_length(
 ) -> tuple[Prompt, ...]:
   """The first prompts that have the commonest padded length: one compilation times them all."""
   batches = model.with_options(batch_size=1).plan([example.input for example in examples])
-  rows = [int(batch.rows[0]) for batch in _commonest(batches)]
-  return tuple(examples[row] for row in sorted(rows)[:limit])
+  lengths = [batch.tokens.shape[1] for batch in batches]
+  common = np.bincount(lengths).argmax() if lengths else 0
+  pairs = zip(batches, lengths, strict=True)
+  rows = sorted(int(batch.rows[0]) for batch, length in pairs if length == common)
+  return tuple(examples[row] for row in rows[:limit])
 
 
 def beside_full_depth(
@@ -149,13 +151,15 @@ def beside_full_depth(
   texts: Sequence[str],
   threshold: float,
   *,
-  prompts: int | None = None,
-  rounds: int | None = None,
+  prompts: int = PROMPTS,
+  rounds: int = ROUNDS,
   rule: exits.Rule | None = None,
   base: BatchDecoder | None = None,
   progress: grid.ShareProgress = grid.silent,
 ) -> Seconds:
   """Times a rule at a threshold against full depth, one prompt at a time and in batches.
+
+  The fastest round of each batch counts: other work of the machine only ever adds.
 
   Args:
     model: the model under its options.
@@ -167,48 +171,32 @@ def beside_full_depth(
     base: the model that decodes at full depth; None: the `reference` of `model`.
     progress: told of the share done.
   """
-  way = (rule or model.options.rule, threshold)
-  size, base = model.options.batch_size, base or model.reference
-  single = model.with_options(batch_size=1)
-  full = single if base is model else base.with_options(batch_size=1)
-  part = lambda share, text: progress(0.6 * share, f"one at a time, {text}")
-  alone = _pair(full, single, texts, way, prompts or PROMPTS, rounds or ROUNDS, part)
+  setting = Setting("", rule or model.options.rule, threshold)
+  chosen = of_one_length(model, [Prompt(str(i), text) for i, text in enumerate(texts)])
+  size = model.options.batch_size
+
+  def pair(batch_size: int, most: int, start: float, end: float) -> Pair | None:
+    count = min(most, len(chosen)) // batch_size * batch_size
+    if not count:
+      return None
+    how = "one at a time" if batch_size == 1 else f"batches of {batch_size}"
+    found = measure(
+      model,
+      chosen[:count],
+      [setting],
+      batch_size=batch_size,
+      full=base or model.reference,
+      rounds=rounds,
+      of_rounds=np.min,
+      progress=lambda share, text: progress(start + (end - start) * share, f"{how}, {text}"),
+    )
+    row = found.rows[1]
+    spent = 1e3 * found.full_seconds, 1e3 * row.decode_seconds
+    return Pair(batch_size, count, *spent, row.speedup, row.end_to_end)
+
+  alone = pair(1, prompts, 0.0, 0.6)
   assert alone is not None  # one prompt is a whole batch
-  if size == 1:
-    return Seconds(alone)
-  part = lambda share, text: progress(0.6 + 0.4 * share, f"batches of {size}, {text}")
-  return Seconds(alone, _pair(base, model, texts, way, 4 * size, rounds or ROUNDS, part))
-
-
-def _pair(full: BatchDecoder, model: BatchDecoder, texts, way, most: int, rounds, progress):
-  """Full depth of a model beside `way` (rule, threshold) of another, in whole batches."""
-  batches = _commonest([batch for batch in model.plan(texts) if batch.active.all()])
-  if not batches:
-    return None
-  batches = batches[: max(1, most // len(batches[0].active))]
-  ways = [(full, exits.StaticExit(), schedules.NEVER_EXIT), (model, *way)]
-  seconds, encode, _ = _rounds(ways, batches, rounds, progress)
-  # The fastest round of each batch counts: other work of the machine only ever adds.
-  slow, fast = np.min(seconds, axis=0).sum(axis=1)
-  encoders = np.min(encode, axis=0).sum(axis=1)
-  count = len(batches) * len(batches[0].rows)
-  return Pair(
-    batch_size=len(batches[0].active),
-    num_prompts=count,
-    full=1e3 * float(slow) / count,
-    early=1e3 * float(fast) / count,
-    speedup=float(slow / fast),
-    end_to_end=float((slow + encoders[0]) / (fast + encoders[1])),
-  )
-
-
-def _commonest(
-  batches: Sequence[prompt_batches.PromptBatch],
-) -> list[prompt_batches.PromptBatch]:
-  """The batches of the commonest padded length."""
-  lengths = [batch.tokens.shape[1] for batch in batches]
-  common = np.bincount(lengths).argmax() if lengths else 0
-  return [batch for batch, length in zip(batches, lengths, strict=True) if length == common]
+  return Seconds(alone, None if size == 1 else pair(size, 4 * size, 0.6, 1.0))
 
 
 def _rounds(
@@ -305,11 +293,6 @@ class Clock:
   def compile_seconds(self) -> float:
     """Compiling since the clock was made."""
     return compile_seconds() - self._compiled
-
-  def run(self, name: str, work: Callable[[], Any]) -> Any:
-    """The result of `work`, ready, counted in a phase."""
-    with self.phase(name):
-      return jax.block_until_ready(work())
 
   @contextlib.contextmanager
   def phase(self, name: str) -> Iterator[None]:

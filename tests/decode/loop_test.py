@@ -101,21 +101,6 @@ def test_step_limit_is_traced_and_keeps_the_arrays_size():
   assert len(traces) == 1
 
 
-def test_unfinished_rows_are_still_active():
-  state = decode(step_limit=jnp.int32(2))
-  assert state.active.tolist() == [True, True, False]
-  assert state.current.tolist() == [2, 5, 0]
-
-
-def test_jit_changes_nothing():
-  eager, compiled = decoded().generation, jax.jit(decode)().generation
-  with jax.disable_jit():
-    python = decode().generation
-  for other in (compiled, python):
-    for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(other), strict=True):
-      np.testing.assert_allclose(a, b, rtol=1e-6)
-
-
 def test_the_greedy_token_is_the_argmax_with_its_log_probability():
   logits = jnp.log(jnp.array([[0.2, 0.5, 0.3], [0.9, 0.05, 0.05]]))
   said = layers.greedy(logits)
@@ -123,16 +108,3 @@ def test_the_greedy_token_is_the_argmax_with_its_log_probability():
   np.testing.assert_allclose(said.log_probability, np.log([0.5, 0.9]), rtol=1e-5)
   cut = layers.greedy(jnp.array([[-jnp.inf, 0.0, -jnp.inf]]))
   assert cut.token.tolist() == [1] and cut.log_probability.tolist() == [0.0]
-
-
-def test_a_generation_is_shown_by_its_size_and_depth():
-  made = decoded().generation
-  assert repr(made).startswith("Generation(3 rows of at most 4 tokens, ")
-  assert repr(made).endswith(" layers a token)")
-  shown = []
-  jax.jit(lambda value: shown.append(repr(value)) or value.tokens)(made)
-  assert shown == ["Generation(3 rows of at most 4 tokens, traced)"]
-  shapes = object.__new__(loop.Generation)  # as JAX makes one of shardings or of names of axes
-  for name in ("tokens", "exit_layers"):
-    object.__setattr__(shapes, name, ("batch", "length"))
-  assert repr(shapes) == "Generation(tokens=('batch', 'length'), ...)"

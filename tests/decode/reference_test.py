@@ -48,53 +48,6 @@ def assert_same_memory(a, b):
   np.testing.assert_array_equal(np.array(a.values), np.array(b.values))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("measure", reference.MEASURES)
-@pytest.mark.parametrize("sharpness", [4.0, 1000.0])
-def test_never_exit_is_the_full_model(measure, schedule, sharpness):
-  params = toys.params(CONFIG, 3, sharpness=sharpness)
-  listed = toys.shortlist(CONFIG)
-  m = reference.Model(params, CONFIG, CONFIG.num_pieces, shortlist=listed)
-  for prompt in prompts(2):
-    early = dynamic(m, prompt, measure, schedule=SCHEDULES[schedule])
-    assert_same_row(early, static(m, prompt, CONFIG.num_decoder_layers))
-
-
-@pytest.mark.parametrize("allowed", [None, (2, 3), (3,)])
-@pytest.mark.parametrize("measure", reference.MEASURES)
-def test_threshold_zero_exits_at_the_first_allowed_layer(measure, allowed):
-  m = model()
-  for prompt in prompts(2):
-    early = dynamic(m, prompt, measure, 0.0, allowed_layers=allowed)
-    assert set(early.exit_layers) == {allowed[0] if allowed else 1}
-    assert set(early.rejected_confidences) == {0.0}
-
-
-@pytest.mark.parametrize("num_layers", [1, 3])
-def test_static_is_a_model_of_that_many_layers(num_layers):
-  m = model()
-  config = dataclasses.replace(CONFIG, num_decoder_layers=num_layers)
-  shallow = dataclasses.replace(m, config=config)
-  for prompt in prompts(2):
-    rows = static(m, prompt, num_layers), static(shallow, prompt, num_layers)
-    assert rows[0].tokens == rows[1].tokens
-    np.testing.assert_array_equal(rows[0].memory.keys[:num_layers], rows[1].memory.keys)
-    assert not any(rows[0].memory.keys[num_layers:])
-
-
-def test_the_oracle_emits_the_last_layers_token_at_each_step():
-  m = model(toys.Config(num_decoder_layers=6), seed=8)
-  exits = []
-  for prompt in prompts():
-    row = dynamic(m, prompt, "oracle")
-    exits += row.exit_layers
-    for token, layer, states in zip(row.tokens, row.exit_layers, row.states, strict=True):
-      predicted = [int(network.head_logits(m, i, states[i]).argmax()) for i in range(1, 7)]
-      assert token == predicted[-1]
-      assert predicted.index(token) + 1 == layer
-  assert len(set(exits)) > 2
-
-
 def skipped(row):
   return [
     (step, layer)
@@ -156,50 +109,6 @@ def test_confidences_stand_on_their_sides_of_the_threshold(measure, schedule):
   assert len(set(exits)) > 2
 
 
-@pytest.mark.parametrize("measure", reference.MEASURES)
-def test_a_row_stays_while_no_refused_confidence_would_pass(measure):
-  m = model()
-  for prompt in prompts():
-    row = dynamic(m, prompt, measure)
-    lower = np.nextafter(max(row.rejected_confidences), 1.0)
-    assert_same_row(dynamic(m, prompt, measure, float(lower)), row)
-    passing = dynamic(m, prompt, measure, max(row.rejected_confidences))
-    first = row.rejected_confidences.index(max(row.rejected_confidences))
-    assert row.first_difference(passing.tokens, passing.exit_layers) == first
-
-
-def test_padding_changes_nothing():
-  m = model()
-  for prompt in prompts():
-    padded = np.concatenate([prompt, np.zeros(5, np.int32)])
-    assert_same_row(dynamic(m, padded, "softmax", 0.5), dynamic(m, prompt, "softmax", 0.5))
-  gap = network.encode(m, [5, 0, 7, 1])
-  assert not gap[1].any()
-  assert not np.allclose(gap[2], network.encode(m, [5, 7, 1])[1])  # Positions still count.
-
-
-def test_a_row_ends_at_end_of_text_or_at_the_limit():
-  m, rows = model(), prompts(8)
-  lengths = {len(static(m, prompt, 2).tokens) for prompt in rows}
-  assert LENGTH in lengths and min(lengths) < LENGTH
-  for prompt in rows:
-    tokens = static(m, prompt, 2).tokens
-    assert toys.EOS_ID not in tokens[:-1]
-    assert len(tokens) == LENGTH or tokens[-1] == toys.EOS_ID
-
-
-def test_ids_beyond_the_pieces_are_never_emitted_nor_counted():
-  m = model()
-  free = dataclasses.replace(m, num_pieces=None)
-  beyond = [t for p in prompts(8) for t in static(free, p, 2).tokens if t >= CONFIG.num_pieces]
-  assert beyond  # The toy would emit such ids.
-  for prompt in prompts(8):
-    row = static(m, prompt, 2)
-    assert max(row.tokens) < CONFIG.num_pieces
-    for logits in row.logits:
-      assert np.exp(network.log_softmax(logits))[CONFIG.num_pieces :].sum() == 0
-
-
 def test_scores_are_log_probabilities_in_nats():
   row = dynamic(model(), prompts(1)[0], "softmax", 0.5)
   by_hand = [
@@ -207,15 +116,6 @@ def test_scores_are_log_probabilities_in_nats():
     for token, logits in zip(row.tokens, row.logits, strict=True)
   ]
   assert row.score == pytest.approx(sum(by_hand), rel=1e-5)
-
-
-def test_double_precision_agrees_but_for_ties():
-  for prompt in prompts():
-    single = dynamic(model(), prompt, "softmax", 0.5)
-    double = dynamic(model(dtype=np.float64), prompt, "softmax", 0.5)
-    step = double.first_difference(single.tokens, single.exit_layers)
-    assert step is None or double.is_tie(step)
-    assert double.logits[0].dtype == np.float64
 
 
 def test_layer_heads_and_tied_head_are_read():
@@ -260,21 +160,6 @@ def test_predicted_inputs_by_hand():
   np.testing.assert_array_equal(network.predicted_input(m, 3, state, 2), state)
   expected = state + np.concatenate([normed[:5] + 0.5, np.zeros(11)])
   np.testing.assert_allclose(network.predicted_input(m, 4, state, 2), expected, rtol=1e-6)
-
-
-def test_first_difference_reads_padded_rows():
-  row = dynamic(model(), prompts(1)[0], "softmax", 0.5)
-  pad = [0] * 3
-  assert row.first_difference(row.tokens + pad, row.exit_layers + pad) is None
-  assert row.first_difference([*row.tokens[:2], 99], row.exit_layers) == 2
-  assert row.first_difference(row.tokens, [*row.exit_layers, 1]) == len(row.tokens)
-  assert row.first_difference(row.tokens[:-1], row.exit_layers) == len(row.tokens) - 1
-
-
-def test_ties_are_told_by_either_gap():
-  row = dynamic(model(), prompts(1)[0], "softmax", 0.5)
-  close = dataclasses.replace(row, logit_gaps=[1.0, 9e-6, 1.0], threshold_gaps=[1.1e-5, 1, 0])
-  assert [close.is_tie(step) for step in range(3)] == [False, True, True]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ for name, propagated in (("paper", propagation.ExitState()), ("maps", learned)):
   rule = exits.DynamicExits(confidence.Classifier(), propagation=propagated)
   toy = engine.toy_for(rule)
   program = sharded.ShardedProgram(Program(toy.config, rule, 4), 8)
-  weights = program.replicate(toy.weights)
+  weights = sharded.replicate(toy.weights, program.num_devices)
   encoded = program.encode(weights, jnp.ones((11, 6), jnp.int32))
   split = all(leaf.sharding.spec[0] == "prompts" for leaf in jax.tree.leaves(encoded))
   rows = program.decode(weights, encoded, jnp.ones(11, bool), jnp.linspace(0.0, 1.0, 11))

@@ -4,12 +4,11 @@ import dataclasses
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from calm import exits
-from calm.decode import acceptance, compiled, engines, staged
+from calm.decode import engines, staged
 from calm.decode import program as program_lib
 from calm.exits import confidence
 from calm.t5 import caches, platforms
@@ -27,13 +26,8 @@ def short(monkeypatch):
   monkeypatch.setattr(staged, "RATIO", 2)
 
 
-def toy_of(program: program_lib.Program) -> engine.Toy:
-  dynamic = isinstance(program.rule, exits.DynamicExits)
-  return engine.toy_for(program.rule) if dynamic else engine.toy()
-
-
 def decoded(program, active=None, threshold=0.6, prior=None):
-  toy = toy_of(program.program if isinstance(program, staged.StagedProgram) else program)
+  toy = engine.toy()
   active = np.ones(len(engine.PROMPTS), bool) if active is None else active
   level = np.float32(threshold)
   return program.decode(toy.weights, engine.encode(toy), active, level, prior)
@@ -64,12 +58,16 @@ def test_stages_grow_up_to_the_limit_and_none_is_nearly_as_long(limit):
 )
 def test_texts_in_stages_are_those_of_one_program(rule, made, short):
   program = ending(program_lib.Program(engine.toy().config, rule, engine.LENGTH, engine=made))
-  whole, stages = decoded(program), decoded(staged.staged(program))
+  # A threshold a row, and a row that holds no prompt.
+  active = np.arange(len(engine.PROMPTS)) != 1
+  given = active, np.linspace(0.5, 0.7, len(active))
+  whole, stages = (decoded(each, *given) for each in (program, staged.staged(program)))
   # Meta: rows end in a stage before the last, and in the last.
-  ends = set(np.asarray(whole.num_tokens).tolist())
+  ends = set(np.asarray(whole.num_tokens)[active].tolist())
   assert min(ends) <= 4 and max(ends) == engine.LENGTH
   np.testing.assert_array_equal(stages.tokens, whole.tokens)
   np.testing.assert_array_equal(stages.exit_layers, whole.exit_layers)
+  assert not np.any(stages.tokens[1])
   for name in ("confidences", "rejected_confidences", "scores"):
     np.testing.assert_allclose(
       getattr(stages, name), getattr(whole, name), rtol=1e-5, atol=1e-5, err_msg=name
@@ -104,48 +102,17 @@ def test_a_grid_goes_on_in_stages_as_in_one_program(name, short):
   assert lengths[0] == 2 and lengths[-1] == engine.LENGTH and len(lengths) > 3
 
 
-def test_a_grid_of_short_texts_keeps_its_short_caches(short):
-  config, toy = engine.toy().config, engine.toy()
-  first = int(decoded(program_lib.Program(config, STATIC, engine.LENGTH)).tokens[0, 0])
-  program = staged.staged(program_lib.Program(config, STATIC, engine.LENGTH, eos_id=first))
-  state = program.nothing_yet(len(engine.PROMPTS))
-  only = np.arange(len(engine.PROMPTS)) == 0
-  begin = np.zeros(len(only), np.int32)
-  state = program.resume(toy.weights, engine.encode(toy), state, only, np.float32(0), begin)
-  assert caches.length(state.cache) == 2
-  assert state.generation.tokens.shape[1] == engine.LENGTH
-
-
-def test_rows_that_are_not_active_stay_empty(short):
-  program = program_lib.Program(engine.toy().config, STATIC, engine.LENGTH)
-  active = np.arange(len(engine.PROMPTS)) % 2 == 0
-  made = decoded(staged.staged(program), active)
-  assert not made.tokens[~active].any() and not np.asarray(made.scores)[~active].any()
-  np.testing.assert_array_equal(made.tokens[active], decoded(program).tokens[active])
-
-
-def test_a_stage_that_no_text_needs_is_not_even_compiled(short):
-  config = engine.toy().config
-  first = int(decoded(program_lib.Program(config, STATIC, engine.LENGTH)).tokens[0, 0])
-  # The first row says this first, and it ends its text.
-  program = program_lib.Program(config, STATIC, engine.LENGTH, eos_id=first)
-  only = np.arange(len(engine.PROMPTS)) == 0
-  begun, further = compiled.num_made("Stage.begin"), compiled.num_made("Stage.go_on")
-  made = decoded(staged.staged(program), only)
-  assert int(made.num_tokens[0]) == 1 and made.tokens.shape[1] == engine.LENGTH
-  assert compiled.num_made("Stage.begin") == begun + 1
-  assert compiled.num_made("Stage.go_on") == further
-
-
-@pytest.mark.parametrize("threshold", [1.0, 0.3], ids=["exact", "slack"])
-@pytest.mark.parametrize("adapts", [True, False])
-@pytest.mark.parametrize("num_drafts", [1, 5])
+@pytest.mark.parametrize(
+  ("num_drafts", "adapts", "threshold"),
+  [(5, True, 1.0), (5, False, 0.3), (1, False, 1.0)],
+  ids=["exact", "slack", "one"],
+)
 def test_drafts_in_stages_are_those_of_one_program(num_drafts, adapts, threshold, short):
-  """Passes of six positions go beyond stages of two and four."""
+  """Passes of six positions go beyond stages of two and four; the prior reaches the first."""
   rule = exits.Speculative(1, num_drafts, "full", adapts=adapts)
   program = ending(program_lib.Program(engine.toy().config, rule, engine.LENGTH))
-  active = np.arange(len(engine.PROMPTS)) != 1
-  made = [decoded(p, active, threshold) for p in (program, staged.staged(program))]
+  active, hopeful = np.arange(len(engine.PROMPTS)) != 1, (0.99, 50.0, 1.0)
+  made = [decoded(p, active, threshold, hopeful) for p in (program, staged.staged(program))]
   whole, stages = made
   # Meta: rows end in a stage before the last, and in the last.
   ends = set(np.asarray(whole.num_tokens)[active].tolist())
@@ -153,21 +120,6 @@ def test_drafts_in_stages_are_those_of_one_program(num_drafts, adapts, threshold
   for a, b in zip(jax.tree.leaves(stages), jax.tree.leaves(whole), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(stages.tokens, whole.tokens)
-
-
-def test_what_is_expected_of_drafts_reaches_the_first_stage(short):
-  """It says how many are drafted, and no text."""
-  rule = exits.Speculative(1, 5, "full")
-  program = program_lib.Program(engine.toy().config, rule, engine.LENGTH)
-  made = {}
-  for chance in (0.99, 0.01):
-    prior = acceptance.Prior(chance, 50.0, 1.0)
-    whole, stages = (decoded(p, prior=prior) for p in (program, staged.staged(program)))
-    assert stages.verification and whole.verification
-    np.testing.assert_array_equal(stages.verification.drafts, whole.verification.drafts)
-    made[chance] = stages.tokens, stages.verification.drafts
-  np.testing.assert_array_equal(made[0.99][0], made[0.01][0])
-  assert np.all(made[0.99][1] > made[0.01][1])
 
 
 def test_short_limits_and_other_platforms_have_one_program():
@@ -179,15 +131,3 @@ def test_short_limits_and_other_platforms_have_one_program():
   assert staged.staged(long) == staged.StagedProgram(long)
   with platforms.laid_out_for("tpu"):
     assert staged.staged(long) is long
-
-
-def test_a_threshold_a_row_goes_through_all_stages(short):
-  toy, rows = engine.toy(), len(engine.PROMPTS)
-  program = program_lib.Program(toy.config, CLASSIFIER, engine.LENGTH)
-  levels, active = jnp.linspace(0.0, 1.0, rows), np.ones(rows, bool)
-  both = (
-    made.decode(toy.weights, engine.encode(toy), active, levels)
-    for made in (program, staged.staged(program))
-  )
-  whole, stages = both
-  np.testing.assert_array_equal(stages.exit_layers, whole.exit_layers)

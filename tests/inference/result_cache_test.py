@@ -33,47 +33,38 @@ def outer(value: float = 0.5) -> Outer:
   return Outer(inner, (1, math.inf), {"x": inner})
 
 
-def test_a_result_reads_back():
-  stored = json.loads(json.dumps(result_cache.to_json(outer()), allow_nan=False))
-  assert stored["pair"] == [1, "never"]
-  assert result_cache.from_json(Outer, stored) == outer()
-  assert (
-    result_cache.from_json(Outer, result_cache.to_json(Outer(None, (2, 1.0), {}, False))).inner
-    is None
-  )
+RECORD = Record("p", "text", (5, 1), (2, 4), (0.5, 0.25), (0.0, 0.125), -1.5)
+RESULTS = {
+  "nested": (Outer, outer()),
+  "none": (Outer, Outer(None, (2, 1.0), {}, False)),
+  "nan": (Outer, outer(math.nan)),
+  "records": (tuple[Record, ...], (RECORD, RECORD)),
+  **{
+    field.name: (type(value), value)
+    for field in dataclasses.fields(experiments.TaskReport)
+    if dataclasses.is_dataclass(value := getattr(samples.report(), field.name))
+  },
+}
 
 
-def test_nan_reads_back():
-  back = result_cache.from_json(Outer, result_cache.to_json(outer(math.nan)))
-  assert math.isnan(back.inner.value)
-
-
-def test_every_result_of_a_report_reads_back():
-  report = samples.report()
-  for field in dataclasses.fields(experiments.TaskReport):
-    value = getattr(report, field.name)
-    if dataclasses.is_dataclass(value):
-      stored = json.loads(json.dumps(result_cache.to_json(value), allow_nan=False))
-      assert result_cache.to_json(result_cache.from_json(type(value), stored)) == stored
-
-
-def test_records_read_back():
-  record = Record("p", "text", (5, 1), (2, 4), (0.5, 0.25), (0.0, 0.125), -1.5)
-  kind = tuple[Record, ...]
-  assert result_cache.from_json(kind, result_cache.to_json((record, record))) == (
-    record,
-    record,
-  )
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_result_reads_back(name):
+  kind, value = RESULTS[name]
+  stored = json.loads(json.dumps(result_cache.to_json(value), allow_nan=False))
+  back = result_cache.from_json(kind, stored)
+  assert type(back) is type(value) and result_cache.to_json(back) == stored
+  assert repr(back) == repr(value)
 
 
 def test_what_is_no_result_is_refused():
   with pytest.raises(TypeError, match="numbers, texts, tuples and dataclasses"):
     result_cache.to_json({"x": object()})
-  with pytest.raises(TypeError, match=r"Expected str in a stored result, got 3"):
-    result_cache.from_json(tuple[str, ...], [3])
+  for kind, stored in ((tuple[str, ...], [3]), (float, "much"), (int, True), (bool, 1)):
+    with pytest.raises(TypeError, match=r"Expected .* in a stored result, got"):
+      result_cache.from_json(kind, stored)
 
 
-def test_a_result_is_computed_once_per_key(tmp_path):
+def test_a_result_is_computed_once_per_key_and_version(tmp_path, monkeypatch):
   cache = result_cache.ResultCache(tmp_path / "new" / "folder")
   calls = []
 
@@ -86,13 +77,8 @@ def test_a_result_is_computed_once_per_key(tmp_path):
   others = [("thing", {"n": 2}), ("other", {"n": 1})]
   assert [cache.get(Outer, name, key, make).inner.value for name, key in others] == [2, 3]
   assert len(list((tmp_path / "new" / "folder").iterdir())) == 3
-
-
-def test_a_new_version_of_the_numbers_is_computed_anew(tmp_path, monkeypatch):
-  cache = result_cache.ResultCache(tmp_path)
-  cache.get(Outer, "thing", {}, outer)
   monkeypatch.setattr(result_cache, "VERSION", result_cache.VERSION + 1)
-  assert cache.get(Outer, "thing", {}, lambda: outer(9.0)).inner.value == 9.0
+  assert cache.get(Outer, "thing", {"n": 1}, make).inner.value == 4
 
 
 def test_a_damaged_file_is_named(tmp_path):

@@ -9,39 +9,25 @@ from calm.decode import engines
 from calm.exits import confidence, propagation
 
 DYNAMIC = exits.DynamicExits(confidence.Softmax())
-NOTHING_WAITS = (
-  exits.StaticExit(),
-  exits.OracleExit(),
-  exits.DynamicExits(
-    confidence.Softmax(), propagation=propagation.propagation("copy_projections")
-  ),
+COPIES = exits.DynamicExits(
+  confidence.Softmax(), propagation=propagation.propagation("copy_projections")
 )
+DEFERRED, COMPACTED, EAGER = engines.Deferred(), engines.Compacted(), engines.Eager()
 
 
-def chosen(rule, platform) -> list[engines.Engine]:
-  return [engines.default_engine(rule, size, platform) for size in (1, 7, 8, 32)]
-
-
-@pytest.mark.parametrize("platform", ["cpu", "one that nobody has tried"])
-def test_a_cpu_moves_rows_where_there_are_many(platform):
-  few, many = engines.Deferred(), engines.Compacted()
-  assert chosen(DYNAMIC, platform) == [few, few, many, many]
-
-
-def test_a_tpu_fills_late_and_moves_no_rows():
-  assert chosen(DYNAMIC, "tpu") == [engines.Deferred()] * 4
-
-
-@pytest.mark.parametrize("platform", [None, "cpu", "tpu"])
-def test_only_what_can_wait_is_deferred(platform):
-  for rule in NOTHING_WAITS:
-    assert chosen(rule, platform) == [engines.Eager()] * 4
-
-
-def test_the_platform_is_jaxs_default_where_none_is_named(monkeypatch):
-  assert chosen(DYNAMIC, None) == chosen(DYNAMIC, jax.default_backend())
-  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-  assert chosen(DYNAMIC, None) == chosen(DYNAMIC, "tpu") != chosen(DYNAMIC, "cpu")
+@pytest.mark.parametrize(
+  ("rule", "platform", "expected"),
+  [
+    (DYNAMIC, "cpu", [DEFERRED, DEFERRED, COMPACTED, COMPACTED]),
+    (DYNAMIC, "one that nobody has tried", [DEFERRED, DEFERRED, COMPACTED, COMPACTED]),
+    (DYNAMIC, "tpu", [DEFERRED] * 4),
+    *((rule, "cpu", [EAGER] * 4) for rule in (exits.StaticExit(), exits.OracleExit(), COPIES)),
+  ],
+)
+def test_the_fastest_engine_by_rule_rows_and_platform(rule, platform, expected, monkeypatch):
+  assert [engines.default_engine(rule, rows, platform) for rows in (1, 7, 8, 32)] == expected
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
+  assert [engines.default_engine(rule, rows) for rows in (1, 7, 8, 32)] == expected
 
 
 def test_rows_may_be_symbolic():
