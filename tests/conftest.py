@@ -47,7 +47,7 @@ LONGEST = (
   *("training/loop_test.py", "commands/pipeline_test.py", "inference/predictor_test.py"),
   *("checkpoints/huggingface_test.py", "training/objectives_test.py", "training/run_test.py"),
   *("fitting/run_test.py", "decode/program_reference_test.py", "t5/network_golden_test.py"),
-  *("decode/speculative_test.py", "scripts/walkthrough_test.py", "decode/sharded_test.py"),
+  *("decode/speculative_test.py", "decode/sharded_test.py"),
 )
 
 
@@ -73,7 +73,7 @@ QUICK = (
   *("inference/platform_test.py", "inference/seconds_test.py"),
   *("inference/online_test.py",),
   *("paper/bench_test.py", "scripts/benchmark_test.py"),
-  *("scripts/walkthrough_test.py", "t5/costs_test.py", "t5/decoder_test.py"),
+  *("t5/costs_test.py", "t5/decoder_test.py"),
   *("t5/growing_test.py", "t5/network_test.py"),
   *("t5x/loops_test.py", "training/distillation_test.py", "training/loop_test.py"),
   *("training/losses_test.py", "training/objectives_test.py", "training/run_test.py"),
