@@ -123,8 +123,8 @@ def test_a_stopped_run_goes_on_where_it_was(trained, work, name, steps, after):
   before = leaves(stopped)
   # A copy goes on: T5X keeps one checkpoint, and other tests start from this one.
   shutil.copytree(work / name, work / f"{name}_goes_on")
-  after = leaves(train(work, f"{name}_goes_on", work / "none", steps, after))
-  moved = {path for path in before if not np.array_equal(before[path], after[path])}
+  ended = leaves(train(work, f"{name}_goes_on", work / "none", steps, after))
+  moved = {path for path in before if not np.array_equal(before[path], ended[path])}
   classifier = {path for path in before if "exit_classifier" in path}
   assert moved == classifier if after else moved
 
