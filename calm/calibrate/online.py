@@ -344,8 +344,6 @@ class Online:
           " None in place of them all where they cannot be known."
         )
 
-  # ---- The file
-
   def _write(self, value: Mapping[str, Any]) -> None:
     if self._path is not None:
       storage.append(self._path, storage.dump_line(value).encode("utf-8"))
