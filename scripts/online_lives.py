@@ -129,7 +129,8 @@ def certified(law: str, tolerance: float, mean: float, size: int, draws: int) ->
   """Share of batches of so many prompts that the default method certifies."""
   generator = np.random.default_rng([54, size])
   losses = of_law(law)(generator, mean, (size, draws))
-  sample = methods.Sample(losses, Support(), tolerance, ERROR_RATE)
+  uniform = generator.random(draws)
+  sample = methods.Sample(losses, Support(), tolerance, ERROR_RATE, uniform=uniform)
   return float(
     np.mean(methods.get_method("auto", Support()).log_p_values(sample) <= math.log(0.05))
   )

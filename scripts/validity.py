@@ -109,12 +109,17 @@ def certified(losses, **options) -> np.ndarray:
   return found.column("p_value") <= LEVEL
 
 
+def tested(generator, values, support=None, method="auto") -> np.ndarray:
+  """Which columns are certified, each with a uniform of its own."""
+  declared, uniform = support or Support(), generator.random(values.shape[1])
+  sample = methods.Sample(values, declared, TOLERANCE, LEVEL, uniform=uniform)
+  return methods.get_method(method, declared).log_p_values(sample) <= math.log(LEVEL)
+
+
 def mean(law, support=None, method="auto"):
   def wrong(generator, count):
     values = law(generator, TOLERANCE, (count, COLUMNS))
-    declared, uniform = support or Support(), generator.random(COLUMNS)
-    sample = methods.Sample(values, declared, TOLERANCE, LEVEL, uniform=uniform)
-    return methods.get_method(method, declared).log_p_values(sample) <= math.log(LEVEL)
+    return tested(generator, values, support, method)
 
   return wrong
 
@@ -182,7 +187,7 @@ def cost(risk: bool):
 def cluster_means(generator, count):
   values = np.repeat(text_like(generator, TOLERANCE, (count, COLUMNS)), 4, axis=0)
   groups = tuple(f"g{row // 4}" for row in range(len(values)))
-  return certified(table(values, groups=groups), tolerance=TOLERANCE)
+  return tested(generator, clusters.cluster_means(table(values), groups).values)
 
 
 def prompts_of_clusters(generator, count):
@@ -191,7 +196,7 @@ def prompts_of_clusters(generator, count):
   rates = np.where(sizes == 5, 3.0, 1.0) * TOLERANCE / (16.0 / 6.0)
   values = text_like(generator, np.repeat(rates, sizes)[:, None], (sizes.sum(), COLUMNS))
   groups = tuple(f"g{row}" for row in np.repeat(np.arange(count), sizes))
-  return certified(table(values, groups=groups), tolerance=TOLERANCE, largest_cluster=5)
+  return tested(generator, clusters.cluster_means(table(values), groups, 5, TOLERANCE).values)
 
 
 def one_configuration(generator, count):
