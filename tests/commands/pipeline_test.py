@@ -127,7 +127,7 @@ def test_the_power_of_signed_losses_is_printed(cached, tmp_path, calm):
   signed = ["--kind=risk_signed", "--metric=token_f1"]
   assert "at least 6 prompts" in calm(*words, *signed, "--error_rate=0.01", code=2)
   printed = calm(*words, *signed)
-  assert "where nothing changes, 'auto' cannot with fewer than" in printed
+  assert "where nothing changes, 'auto' needs" in printed
   assert "20% changed" in printed
   assert not Calibration.load(tmp_path / "c.json").certified
 
