@@ -27,8 +27,8 @@ from calm.commands import run as run_lib
 from calm.console import Progress, print_table, print_text, sanitize
 from calm.fitting import FitOptions, candidates, choose, train
 from calm.fitting import result as result_lib
-from calm.inference import drawing, outputs
-from calm.paper import page
+from calm.inference import outputs
+from calm.paper import figures, page
 from calm.paper import sections as sections_lib
 from tests.paper import samples
 
@@ -272,7 +272,7 @@ def dangerous(text: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", TEXTS)
 def test_figures_are_drawn_whatever_their_titles_say(kind):
-  made = drawing.draw("f", TEXTS[kind], "", lambda axes: None)
+  made = figures.draw("f", TEXTS[kind], "", ("x", "y"), ())
   ElementTree.fromstring(made.svg)
   assert made.png.startswith(b"\x89PNG")
 

@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
       error_rate=arguments.error_rate,
       thresholds=levels,
       folder=arguments.output,
-      progress=inference.grid.as_shares(progress, levels),
+      progress=progress,
     )
   console.print("\n[bold]2. Calibrate[/bold] the threshold on them.")
   run_lib.print_calibration(console, calibration, cached)

@@ -98,8 +98,7 @@ def _grid(arguments, console, predictor, prompts, levels, writer) -> None:
   from calm.inference import grid
 
   with Progress(console) as progress:
-    advance = grid.as_shares(progress, levels)
-    reused = grid.generate(predictor, prompts, levels, writer, progress=advance)
+    reused = grid.generate(predictor, prompts, levels, writer, progress=progress)
   writer.finish()
   told = records.describe_reuse(reused)
   console.print(f"{len(prompts)} prompts, {len(levels)} thresholds and full depth: {told}.")

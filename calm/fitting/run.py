@@ -353,7 +353,7 @@ class Fit:
       metric=self.options.metric,
       folder=self.folder.work / "calibration",
       full=full,
-      progress=grid.as_shares(progress, predictor.options.grid or ()),
+      progress=progress,
     )
     layers = map(grid.mean_layers, cached.records)
     return calibration, tuple(

@@ -1,7 +1,7 @@
 """A model that decodes under a threshold: one prompt, or a grid."""
 
 from calm.checkpoints import PACKED
-from calm.inference import certified, drawing, grid, options, outputs, result_cache, timing
+from calm.inference import certified, grid, options, outputs, result_cache, timing
 from calm.inference.batch_decoder import can_be_exact, exact_rule
 from calm.inference.options import DecodeOptions, options_of
 from calm.inference.predictor import (
@@ -23,7 +23,6 @@ __all__ = [
   "UntrainedExits",
   "can_be_exact",
   "certified",
-  "drawing",
   "exact_rule",
   "grid",
   "load",

@@ -63,7 +63,7 @@ def certify(
   thresholds: Sequence[float] | None = None,
   folder: str | pathlib.Path | None = None,
   full: Sequence[Record] | None = None,
-  progress: grid.Progress | None = None,
+  progress: grid.Progress = grid.silent,
 ) -> tuple[Calibration, generations.Generations]:
   """Decodes prompts at full depth and over a grid, and calibrates the threshold on them.
 

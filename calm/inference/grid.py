@@ -20,7 +20,7 @@ from calm.calibrate import Prompt, Record, generations
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import cache
 from calm.calibrate.generations import records as records_lib
-from calm.data import prompt_batches
+from calm.data.prompt_batches import PromptBatch
 from calm.decode import loop
 from calm.exits import schedules
 from calm.inference import options as options_lib
@@ -28,28 +28,13 @@ from calm.inference import result_cache
 from calm.inference.batch_decoder import BatchDecoder, Decoder
 from calm.t5 import caches
 
-# (threshold just finished, batch number, number of batches)
-Progress = Callable[[float, int, int], None]
 # (share done in [0, 1], what is being done)
-ShareProgress = Callable[[float, str], None]
+Progress = Callable[[float, str], None]
 
 
 def silent(share: float, text: str) -> None:
-  """A `ShareProgress` that shows nothing."""
+  """A `Progress` that shows nothing."""
   del share, text
-
-
-def as_shares(report: ShareProgress, thresholds: Sequence[float]) -> Progress:
-  """Progress that reports the share of a grid that is done, in [0, 1], and what is done."""
-  count = len(thresholds) + 1
-
-  def advance(threshold: float, number: int, batches: int) -> None:
-    done = 0 if threshold == schedules.NEVER_EXIT else thresholds.index(threshold) + 1
-    share = (number * count + done + 1) / (batches * count)
-    shown = thresholds_lib.format_threshold(threshold)
-    report(share, f"batch {number + 1} of {batches}, threshold {shown}")
-
-  return advance
 
 
 class _Batch:
@@ -62,13 +47,11 @@ class _Batch:
   def __init__(
     self,
     model: BatchDecoder,
-    batch: prompt_batches.PromptBatch,
+    batch: PromptBatch,
     ids: Sequence[str],
-    rule: exits.Rule | None = None,
-    resumes: bool = False,
+    resumes: bool,
   ):
-    self._model, self._batch, self._rule = model, batch, rule
-    self.ids, self._resumes = ids, resumes
+    self._model, self._batch, self._ids, self._resumes = model, batch, ids, resumes
     self._state: loop.DecodingState | None = None
     self.encoded: caches.Encoded | None = None
 
@@ -98,24 +81,25 @@ class _Batch:
     """The rows' generation, and how many of its tokens were not decoded again."""
     if self.encoded is None:
       self.encoded = self._model.encode(self._batch)
+    places = {i: self._ids.index(i) for i in fresh}
     active = np.zeros(len(self._batch.active), bool)
-    active[[self.ids.index(i) for i in fresh]] = True
+    active[[*places.values()]] = True
     if not self._resumes:
-      return self._model.decode(self.encoded, active, threshold, self._rule), {}
+      return self._model.decode(self.encoded, active, threshold), {}
     resume_at = np.zeros(len(active), np.int32)
     if self._state is not None:
       before = jax.device_get(self._state.generation)
-      for i in fresh:
+      for i, place in places.items():
         record = self._record(before, i)
         same = records_lib.reusable_tokens(record, values)
         # The last token is decoded again whatever the records say: there is a row to run.
-        resume_at[self.ids.index(i)] = max(0, min(same, len(record.tokens or ()) - 1))
+        resume_at[place] = max(0, min(same, len(record.tokens or ()) - 1))
     self._state = self._model.resume(self.encoded, self._state, active, threshold, resume_at)
-    begins = {i: int(resume_at[self.ids.index(i)]) for i in fresh}
+    begins = {i: int(resume_at[place]) for i, place in places.items()}
     return jax.device_get(self._state.generation), begins
 
   def _record(self, generation: loop.Generation, prompt_id: str) -> Record:
-    return record(self._model, generation, self.ids.index(prompt_id), prompt_id)
+    return record(self._model, generation, self._ids.index(prompt_id), prompt_id)
 
 
 def schedule_values(model: BatchDecoder, threshold: float) -> np.ndarray:
@@ -128,32 +112,8 @@ def schedule_values(model: BatchDecoder, threshold: float) -> np.ndarray:
 def record(model: BatchDecoder, generation, row: int, prompt_id: str) -> Record:
   """One row of a generation as a record on disk."""
   output = model.output(generation, row)
-  return Record(
-    id=prompt_id,
-    prediction=output.text,
-    tokens=output.tokens,
-    exit_layers=output.exit_layers,
-    confidences=output.confidences,
-    rejected_confidences=output.rejected_confidences,
-    score=output.score,
-  )
-
-
-def check_reference(model: BatchDecoder) -> None:
-  """Refuses a model whose reference texts another model writes, which is not here.
-
-  Raises:
-    ValueError: `reference_digest` is set.
-  """
-  if model.options.reference_digest is not None:
-    raise ValueError(
-      "Expected the full-depth texts of the model that was given, with which this promise"
-      f" compares, got none (parameters {model.options.reference_digest[:12]}); set"
-      " `reference_digest` None for a promise about this model's own full depth."
-    )
-
-
-# ---- A grid, and one rule
+  names = ("tokens", "exit_layers", "confidences", "rejected_confidences", "score")
+  return Record(prompt_id, output.text, **{name: getattr(output, name) for name in names})
 
 
 def generate(
@@ -164,7 +124,7 @@ def generate(
   *,
   full: Sequence[Record] | None = None,
   encodings: dict[int, caches.Encoded] | None = None,
-  progress: Progress | None = None,
+  progress: Progress = silent,
 ) -> collections.Counter[str]:
   """Decodes every prompt at full depth and at every threshold into `writer`.
 
@@ -174,51 +134,71 @@ def generate(
     model: the model.
     prompts: the prompts; their ids name the records.
     thresholds: strictly descending, without `NEVER_EXIT`.
-    writer: from `cache.open_writer` with the same prompts and thresholds, or anything else
-      with its `completed_records` and `append`.
+    writer: from `cache.open_writer` with the same prompts and thresholds, or anything else with
+      its `completed_records` and `append`.
     full: [num_prompts] full-depth records of `model.reference`, written as they are; None
       decodes them.
     encodings: encoded prompts by batch number, read and filled where several grids are decoded
       for the same prompts in the same batches by the same encoder.
-    progress: told after every batch and threshold.
+    progress: told of the share done after every batch and threshold.
 
   Returns:
     What `records.count_reuse` counts of the grid.
+
+  Raises:
+    ValueError: the full-depth texts are another model's (`reference_digest`), not in `full`.
   """
-  if full is None:
-    check_reference(model)
-  known = {} if full is None else {record.id: record for record in full}
+  if full is None and (digest := model.options.reference_digest) is not None:
+    raise ValueError(
+      "Expected the full-depth texts of the model that was given, with which this promise"
+      f" compares, got none (parameters {digest[:12]}); set `reference_digest` None for a"
+      " promise about this model's own full depth."
+    )
+  known = {record.id: record for record in full or ()}
   # Full depth is then a program of its own, which refuses nothing: no record follows from it.
-  apart = bool(known) or model.reference is not model
+  apart = full is not None or model.reference is not model
   # Each device would need its own loop's state; passes over drafts keep none.
   one_loop = model.options.num_devices == 1 and not model.options.rule.speculates
-  summary = collections.Counter()
+  levels = (schedules.NEVER_EXIT, *thresholds)
+  summary = collections.Counter[str]()
   batches = model.plan([prompt.input for prompt in prompts])
   for number, batch in enumerate(batches):
     ids = [prompts[row].id for row in batch.rows]
     work = _Batch(model, batch, ids, resumes=one_loop)
     work.encoded = None if encodings is None else encodings.get(number)
     previous: dict[str, Record] = {}
-    for threshold in (schedules.NEVER_EXIT, *thresholds):
-      never = threshold == schedules.NEVER_EXIT
+    for place, threshold in enumerate(levels):
+      never = place == 0
       records = writer.completed_records(threshold, ids)
       if missing := [i for i in ids if i not in records]:
-        if never and known:
+        if never and full is not None:
           made = [known[i] for i in missing]
         elif never and apart:
-          reference = _Batch(model.reference, batch, ids, exits.StaticExit())
-          made, _ = reference.decode(missing, threshold, {})
+          made = _at_full_depth(model.reference, batch, ids, missing)
         else:
           made, reused = work.decode(missing, threshold, previous)
           summary = summary if never else summary + reused
         writer.append(threshold, made)
         records.update({record.id: record for record in made})
       previous = {} if never and apart else records
-      if progress is not None:
-        progress(threshold, number, len(batches))
+      text = f"batch {number + 1} of {len(batches)}, threshold"
+      share = (number * len(levels) + place + 1) / (len(batches) * len(levels))
+      progress(share, f"{text} {thresholds_lib.format_threshold(threshold)}")
     if encodings is not None and work.encoded is not None:
       encodings[number] = work.encoded
   return summary
+
+
+def _at_full_depth(
+  model: BatchDecoder,
+  batch: PromptBatch,
+  ids: Sequence[str],
+  missing: Sequence[str],
+) -> list[Record]:
+  """The missing records of a batch whose rows are `ids`, by the program of full depth."""
+  given = model.encode(batch), batch.active, schedules.NEVER_EXIT, exits.StaticExit()
+  generation = model.decode(*given)
+  return [record(model, generation, ids.index(i), i) for i in missing]
 
 
 def on_grid(
@@ -229,7 +209,7 @@ def on_grid(
   *,
   full: Sequence[Record] | None = None,
   encodings: dict[int, caches.Encoded] | None = None,
-  progress: ShareProgress = silent,
+  progress: Progress = silent,
 ) -> generations.Generations:
   """`generate` into a folder inside `folder`, named after the procedure, prompts and grid.
 
@@ -246,12 +226,9 @@ def on_grid(
   if (path / generations.MANIFEST).exists() and generations.read_manifest(path)["checksums"]:
     return generations.load(path)
   writer = cache.open_writer(path, prompts=examples, thresholds=thresholds, procedure=procedure)
-  advance = as_shares(
-    lambda share, text: progress(share, f"{procedure.measure} at {text}"), list(thresholds)
-  )
-  generate(
-    model, examples, thresholds, writer, full=full, encodings=encodings, progress=advance
-  )
+  named = lambda share, text: progress(share, f"{procedure.measure} at {text}")
+  given = {"full": full, "encodings": encodings, "progress": named}
+  generate(model, examples, thresholds, writer, **given)
   writer.finish()
   return generations.load(path)
 
@@ -262,7 +239,7 @@ def with_rule(
   rule: exits.Rule | None = None,
   threshold: float = schedules.NEVER_EXIT,
   *,
-  progress: ShareProgress = silent,
+  progress: Progress = silent,
 ) -> tuple[Record, ...]:
   """Decodes prompts under a rule (None: the model's own) at one threshold.
 

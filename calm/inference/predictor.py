@@ -128,17 +128,16 @@ class Predictor(BatchDecoder):
       thresholds: strictly descending; None takes the model's grid, or the measure's own.
       folder: keeps the generations, so that a run that was stopped goes on, and the ledger of
         what its prompts were asked, which warns of a second question; None keeps neither.
-      progress: told after every batch and threshold; None shows it where someone looks on.
+      progress: told of the share that is done, and what is being done; None shows it where
+        someone looks on.
 
     Returns:
       A predictor whose `generate` needs no threshold; the promise is in `calibration`, and the
       seconds that were measured beside full depth in its notes (`calibrate.seconds.of`).
     """
-    prompts, levels = prompt_files.prompts_of(prompts), thresholds
-    levels = levels or certified.default_grid(self)
+    prompts = prompt_files.prompts_of(prompts)
     with contextlib.ExitStack() as stack:
-      shown = stack.enter_context(Progress()) if progress is None else grid.silent
-      decoded = grid.as_shares(lambda share, text: shown(_DECODING * share, text), levels)
+      shown = progress or stack.enter_context(Progress())
       calibration, _ = certified.certify(
         self,
         prompts,
@@ -146,9 +145,9 @@ class Predictor(BatchDecoder):
         error_rate=error_rate,
         consistency=consistency,
         metric=metric,
-        thresholds=levels,
+        thresholds=thresholds,
         folder=folder,
-        progress=progress or decoded,
+        progress=lambda share, text: shown(_DECODING * share, text),
       )
       if folder is not None and (seen := ledger.keep(folder, calibration, prompts)):
         warnings.warn(seen, stacklevel=3)

@@ -93,7 +93,7 @@ def measure(
   full: BatchDecoder | None = None,
   rounds: int = 3,
   of_rounds: Callable[..., np.ndarray] = np.median,
-  progress: grid.ShareProgress = grid.silent,
+  progress: grid.Progress = grid.silent,
 ) -> Timings:
   """Times settings against the static full-depth program.
 
@@ -155,7 +155,7 @@ def beside_full_depth(
   rounds: int = ROUNDS,
   rule: exits.Rule | None = None,
   base: BatchDecoder | None = None,
-  progress: grid.ShareProgress = grid.silent,
+  progress: grid.Progress = grid.silent,
 ) -> Seconds:
   """Times a rule at a threshold against full depth, one prompt at a time and in batches.
 
@@ -203,7 +203,7 @@ def _rounds(
   ways: Sequence[tuple[BatchDecoder, exits.Rule, float]],
   batches: Sequence[prompt_batches.PromptBatch],
   rounds: int,
-  progress: grid.ShareProgress,
+  progress: grid.Progress,
 ) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
   """Seconds of ways of decoding, each a model, a rule and a threshold.
 

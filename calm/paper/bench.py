@@ -18,7 +18,7 @@ from calm.paper import tasks
 MEASURES = ("softmax", "shortlist", "classifier", "state")
 
 # The name of a step -> its progress.
-Announce = Callable[[str], grid.ShareProgress]
+Announce = Callable[[str], grid.Progress]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Bench:
     listed = [name for name in self.measures if self.model(name).options.uses_shortlist]
     return under(self.predictor, (listed or self.measures)[0])
 
-  def step(self, text: str) -> grid.ShareProgress:
+  def step(self, text: str) -> grid.Progress:
     """Announces a step of this task."""
     return self.announce(f"{self.settings.title}: {text}")
 

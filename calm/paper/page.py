@@ -12,8 +12,8 @@ from rich import console as rich_console
 
 from calm import storage
 from calm.console import print_table, print_text, sanitize
-from calm.inference import drawing, outputs, result_cache
-from calm.paper import experiments, findings
+from calm.inference import outputs, result_cache
+from calm.paper import experiments, figures, findings
 from calm.paper.sections import INTERVALS, Section, gains_table
 from calm.paper.tables import number, threshold
 
@@ -48,7 +48,7 @@ def render(page: Page) -> str:
   return environment.get_template("page.html.j2").render(
     page=page,
     palette=[(layer, colour, outputs.text_colour(colour)) for layer, colour in scale],
-    on_dark=drawing.ON_DARK,
+    on_dark=figures.ON_DARK,
     panel_data=panel_data,
     certified_text=certified_text,
   )

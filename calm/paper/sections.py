@@ -5,10 +5,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from calm.exits import schedules
-from calm.inference.drawing import INK, Figure
 from calm.paper import experiments, figures, findings, scores
 from calm.paper.experiments import FULL, ORACLE, TaskReport
-from calm.paper.figures import Series
+from calm.paper.figures import INK, Figure, Series
 from calm.paper.tables import (
   Column,
   Table,

@@ -214,36 +214,6 @@ def test_elsewhere_than_on_a_cpu_updates_wait_for_the_last_layer():
     assert len({id(end) for end in ends}) == different
 
 
-def test_the_parser_reads_loops_and_fusions():
-  text = """
-%fused (p: f32[4,8]) -> f32[4,8] {
-  %p = f32[4,8]{1,0} parameter(0)
-  ROOT %d = f32[4,8]{1,0} dynamic-update-slice(%p, %p, %p)
-}
-%other (p: f32[4,8]) -> f32[4,8] {
-  %q = f32[4,8]{1,0} parameter(0)
-  ROOT %e = f32[4,8]{1,0} exponential(%q)
-}
-%body (t: (f32[4,8], s32[])) -> (f32[4,8], s32[]) {
-  %t = (f32[4,8]{1,0}, s32[]) parameter(0)
-  %a = f32[4,8]{1,0} fusion(%t), kind=kLoop, calls=%fused
-  %b = f32[4,8]{1,0} fusion(%a), kind=kLoop, calls=%other
-  ROOT %c = (f32[4,8]{1,0}, s32[]) tuple(%b, %b)
-}
-%condition (t: (f32[4,8], s32[])) -> pred[] {
-  ROOT %k = pred[] constant(true)
-}
-ENTRY %main (p: f32[4,8]) -> (f32[4,8], s32[]) {
-  %x = f32[4,8]{1,0} copy(%p)
-  ROOT %w = (f32[4,8]{1,0}, s32[]) while(%x), condition=%condition, body=%body
-}
-"""
-  assert [x.calls for x in hlo.large(text, 32)] == [("other",)]
-  assert [x.opcode for x in hlo.large(text, 33)] == []
-  assert {x.opcode for x in hlo.in_loops(text)} == {"parameter", "fusion", "tuple", "constant"}
-  assert dataclasses.asdict(hlo.computations(text)["main"][0])["opcode"] == "copy"
-
-
 def heads_and_branches(rule, made=None) -> tuple[int, int, bool]:
   """(heads, conditionals, whether confidence code is named) in a program's compiled HLO."""
   toy = engine.toy()

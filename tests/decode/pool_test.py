@@ -192,14 +192,6 @@ def test_the_yardstick(rule, made):
   assert compiled.num_made("PoolProgram.advance") == traced + 1
 
 
-@pytest.mark.parametrize(("count", "size"), [(5, 1), (3, 4)])
-def test_one_row_and_more_rows_than_prompts(count, size):
-  toy, rule, tokens = uneven_toy(), exits.DynamicExits(CLASSIFIER), PROMPTS[:count]
-  got = decode(toy, rule, 0.6, engines.Deferred(8), tokens, size)
-  rows = engine.reference_rows(toy, rule, 0.6, tokens)
-  assert engine.compare_generation(rows, got) == list(range(count))
-
-
 @pytest.mark.parametrize(
   "rule", [hlo_test.SHALLOW, exits.StaticExit()], ids=["deferred", "static"]
 )

@@ -85,39 +85,6 @@ def test_skipped_layers_remember_what_the_propagation_says(measure):
   assert count > 30
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("measure", reference.MEASURES)
-def test_confidences_stand_on_their_sides_of_the_threshold(measure, schedule):
-  m, last = model(), CONFIG.num_decoder_layers
-  threshold = 0.8 if measure == "state" else 0.5
-  exits = []
-  for prompt in prompts():
-    row = dynamic(m, prompt, measure, threshold, schedule=SCHEDULES[schedule])
-    exits += row.exit_layers
-    for step, exit_layer in enumerate(row.exit_layers):
-      limit = SCHEDULES[schedule](threshold, step)
-      seen = [
-        reference.MEASURES[measure](m, row.states[step], layer)
-        for layer in range(1, exit_layer + 1)
-      ]
-      assert row.confidences[step] == seen[-1]
-      assert row.rejected_confidences[step] == max([0.0, *seen[:-1]])
-      assert row.rejected_confidences[step] < limit
-      assert exit_layer == last or seen[-1] >= limit
-      compared = seen if exit_layer < last else seen[:-1]
-      assert row.threshold_gaps[step] == min(abs(c - limit) for c in compared)
-  assert len(set(exits)) > 2
-
-
-def test_scores_are_log_probabilities_in_nats():
-  row = dynamic(model(), prompts(1)[0], "softmax", 0.5)
-  by_hand = [
-    math.log(math.exp(logits[token]) / sum(math.exp(x) for x in logits))
-    for token, logits in zip(row.tokens, row.logits, strict=True)
-  ]
-  assert row.score == pytest.approx(sum(by_hand), rel=1e-5)
-
-
 def test_layer_heads_and_tied_head_are_read():
   per_layer = model(toys.Config(per_layer_heads=True))
   state = network.embed(per_layer, 3)

@@ -74,19 +74,3 @@ def test_a_descending_grid_from_where_each_row_changes(name):
     np.testing.assert_array_equal(state.generation.tokens, tokens)
   # Meta: something was taken over, and rows waited for one another.
   assert saved > 5 and waits
-
-
-def test_a_kept_prefix_is_not_looked_at_again():
-  """Meta: from the wrong token on, the result is another."""
-  rule, made = CASES["deferred"]
-  toy = engine.toy()
-  program = program_lib.Program(toy.config, rule, engine.LENGTH, engine=made)
-  state = engine.run(toy, rule, schedules.NEVER_EXIT, engine=made)
-  active, late = (
-    jnp.ones(len(engine.PROMPTS), bool),
-    jnp.full(len(engine.PROMPTS), 1, jnp.int32),
-  )
-  args = toy.weights, engine.encode(toy), state, active, jnp.float32(0.0), late
-  got = _resume(program, *args).generation
-  assert (np.asarray(got.exit_layers)[:, 0] == 4).all()
-  assert set(np.asarray(got.exit_layers)[:, 1:].ravel().tolist()) == {0, 1}

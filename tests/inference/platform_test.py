@@ -229,7 +229,6 @@ def test_a_folder_whose_states_are_rounded_forgets_that_drafts_were_faster(direc
   [
     {"measure": "softmax"},
     {"measure": "classifier", "engine": engines.Compacted()},
-    {"measure": "state"},
   ],
 )
 def test_exits_of_layers_in_8_bits_end_at_full_depth_where_none_leaves(directory, given):
@@ -242,8 +241,7 @@ def test_exits_of_layers_in_8_bits_end_at_full_depth_where_none_leaves(directory
       assert item.tokens[:deep] == whole.tokens[:deep]
 
 
-@pytest.mark.parametrize("measure", ["softmax", "classifier"])
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize(("measure", "batch_size"), [("softmax", 1), ("classifier", 4)])
 def test_heads_in_8_bits_emit_the_same_tokens(directory, measure, batch_size):
   given = {**OPTIONS, "measure": measure, "batch_size": batch_size}
   plain = inference.load(directory, **given)

@@ -181,7 +181,6 @@ def test_seconds_leave_compiling_out(model):
     {},
     {"measure": "state", "schedule": schedules.Decaying(4.0, 6), "task_prefix": "say: "},
     {"exit_layers": (2,), "propagation": "first_state", "max_decode_length": 9},
-    {"measure": "classifier", "schedule": schedules.Decaying(0.0, 3), "max_input_length": 7},
   ],
 )
 def test_a_procedure_gives_the_options_it_was_made_with(model, options):

@@ -20,7 +20,6 @@ NEVER = schedules.NEVER_EXIT
 # What is decoded in fewer bits: layers, the encoder alone, states.
 NARROW = (
   {"weights_dtype": "int8"},
-  {"encoder_dtype": "int8"},
   {"dtype": "bfloat16"},
   {"weights_dtype": "bfloat16", "encoder_dtype": "int8"},
 )
@@ -122,24 +121,6 @@ def test_both_precisions_are_in_refusals_and_guarantees(full):
   assert "so the full model in float32 is used (never)" in none.guarantee
   with pytest.raises(ValueError, match="`reference_dtype` to be one of float32, or None"):
     full.with_options(reference_dtype="int8")
-
-
-def test_a_folder_brings_both_precisions_along(tmp_path, directory, full_tokens):
-  folder = save(tmp_path / "toy")
-  given = {"encoder_dtype": "int8", "reference_dtype": "float32", **OPTIONS}
-  (folder / "inference.json").write_text(json.dumps(given))
-  model = inference.load(folder)
-  assert model.procedure == load(directory, {"encoder_dtype": "int8"}).procedure
-  assert tokens(model.generate(TEXTS, threshold=NEVER)) == full_tokens
-
-
-def test_an_encoder_in_8_bits_leaves_the_decoder_as_it_is(full):
-  """Its steps run in stages, by calls and with prompts refilled; texts do not depend on it."""
-  model = full.with_options(encoder_dtype="int8")
-  assert type(model.runs()) is type(full.runs()) and model.program().native
-  expected = model.generate(TEXTS, threshold=0.6)
-  refilled = model.with_options(refill=True).generate(TEXTS, threshold=0.6)
-  assert tokens(refilled) == tokens(expected)
 
 
 def test_seconds_of_full_depth_are_those_of_the_reference(directory, full_tokens, monkeypatch):

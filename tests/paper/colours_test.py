@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs the extra 'report'")
 pytest.importorskip("jax", reason="needs the extra 'decode'")
 
-from calm.inference import drawing
 from calm.paper import bench, figures
 from tests.inference import outputs_test
 
@@ -65,7 +64,7 @@ def drawn() -> dict[str, figures.Style]:
 
 def seen(colour: str, paper: str) -> str:
   """A series' colour on a page."""
-  return drawing.ON_DARK.get(colour, colour) if paper == PAGES[1] else colour
+  return figures.ON_DARK.get(colour, colour) if paper == PAGES[1] else colour
 
 
 @pytest.mark.parametrize("paper", PAGES)

@@ -15,8 +15,7 @@ pytest.importorskip("jax", reason="needs the extra 'decode'")
 
 import rich.console
 
-from calm.inference import drawing
-from calm.paper import page
+from calm.paper import figures, page
 from calm.paper import sections as sections_lib
 from tests.paper import samples
 
@@ -117,7 +116,7 @@ def test_figures_take_the_pages_ink(sections):
     for figure in section.figures:
       ElementTree.fromstring(figure.svg)
       assert figure.png.startswith(b"\x89PNG")
-      assert drawing.INK in figure.svg and drawing.INK not in figure.inline
+      assert figures.INK in figure.svg and figures.INK not in figure.inline
       assert "currentColor" in figure.inline and "<?xml" not in figure.inline
       head = figure.inline[: figure.inline.index(">")]
       assert "viewBox" in head and "height=" not in head and "width=" not in head
