@@ -174,10 +174,6 @@ def valid(**options):
   return trials.validity_trials(losses(), [0.1], **{"error_rate": 0.05, **options})
 
 
-def power(*sizes, **options):
-  return planning.power_curve(losses(), sizes, **{**RATES, **options})
-
-
 @pytest.mark.parametrize(
   ("call", "message"),
   [
@@ -190,10 +186,7 @@ def power(*sizes, **options):
     (lambda: calibrate.from_texts(FULL, {math.inf: FULL, 0.5: CHEAP}), "`knobs` to be finite"),
     (lambda: losses().rows([0.5]), "`index`"),
     (lambda: each_group(losses(), LABELS, error_rate=1.5), "`error_rate`"),
-    (lambda: planning.min_calibration_size(0.1, 0.05, upper=math.inf), "`tolerance`"),
-    (lambda: power(5, tolerance=2), "`tolerance`"),
-    (lambda: power(5, error_rate=2), "`error_rate`"),
-    (lambda: power(10**9), "`draws` sets of"),
+    (lambda: planning.min_calibration_size(0.1, 0.05, upper=math.inf), "`upper`"),
     (lambda: planning.method_size("auto", **RATES, share=1.5), "`share`"),
     (lambda: planning.method_size("auto", **RATES, share=math.nan), "`share`"),
     (lambda: planning.refusal(9, **RATES, share=-0.5), "`share`"),
@@ -263,10 +256,6 @@ BORDER = {
   "method_size": (planning.method_size, {**PLANNED, "share": 1.0}),
   "promise_size": (planning.promise_size, {**PLANNED, "promise": risks.Mean()}),
   "refusal": (planning.refusal, {**PLANNED, "num_examples": 9, "lower": 0.0, "share": 1.0}),
-  "power": (
-    planning.power_curve,
-    {"pilot": losses(), "sizes": [5], **RATES, "method": "auto", "groups": None, "draws": 2},
-  ),
   "split": (trials.split_trials, {**POOL, "layers": None, "groups": None, "trials": 2}),
   "validity": (trials.validity_trials, {**POOL, "calibration_size": 9, "trials": 2, "seed": 0}),
   "online": (

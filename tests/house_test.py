@@ -57,7 +57,7 @@ def test_no_function_is_long(folder):
 # line in the change log that says what left for it; a room that shrinks takes its number down.
 BUDGETS = {
   "arguments.py": (180, 1),
-  "calibrate": (7924, 28),
+  "calibrate": (7770, 28),
   "checkpoints": (1260, 5),
   "commands": (2520, 12),
   "console.py": (280, 1),

@@ -93,7 +93,7 @@ def calibrate(
   sample = _as_losses(losses, thresholds, support)
   if sample is not losses and support is None and method == "auto":
     sample = _declare_binary(sample)
-  risks_lib.in_range("tolerance", tolerance, 0.0, 1.0)
+  checks.in_range("tolerance", tolerance, 0.0, 1.0)
   _check_error_rate(error_rate)
   checks.check_seed(seed)
   tables = [sample, *(risk.losses for risk in risks or ())]
@@ -201,7 +201,7 @@ def each_group(
   Raises:
     ValueError: as `calibrate`.
   """
-  risks_lib.in_range("error_rate", error_rate, 0.0, 1.0)
+  checks.in_range("error_rate", error_rate, 0.0, 1.0)
   names = risks_lib.EveryGroup(labels=labels).groups
   column = risks_lib.rows_of(np.asarray(labels), losses, "labels", table=False)
   rows = {name: losses.rows(np.flatnonzero(column == name)) for name in names}
@@ -329,7 +329,7 @@ def _digest(sample: SequenceLosses) -> str:
 
 
 def _check_error_rate(error_rate: float) -> None:
-  risks_lib.in_range("error_rate", error_rate, 0.0, 1.0)
+  checks.in_range("error_rate", error_rate, 0.0, 1.0)
   checks.warn_of_error_rate(error_rate)
 
 

@@ -47,6 +47,14 @@ def as_amounts(values: Any, name: str) -> np.ndarray:
   return array
 
 
+def in_range(name: str, value: Any, low: float, high: float) -> float:
+  """A number strictly between two others; raises ValueError if it is not."""
+  plain = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+  if not plain or not low < value < high:
+    raise ValueError(f"Expected `{name}` to be in ({low:g}, {high:g}), got {value!r}.")
+  return float(value)
+
+
 def check_ids(ids: Sequence[Any], count: int) -> tuple[str, ...]:
   """Ids of `count` prompts; ValueError unless they are as many different texts."""
   names = tuple(ids)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from calm import arguments, signals
+from calm import arguments
 from calm.calibrate import checks, metrics
 from calm.calibrate import thresholds as thresholds_lib
 from calm.calibrate.generations import cache
@@ -25,7 +25,7 @@ UNKNOWN = "unknown"
 # Kind: the least loss that it can have.
 KINDS = {"textual": 0.0, "risk_signed": -1.0, "risk_clipped": 0.0}
 # Texts of so many prompts are in memory at a time, at all thresholds.
-PROMPTS = 256
+PROMPTS = 64
 
 
 @arguments.checked()
@@ -229,7 +229,6 @@ def prefix_losses(
   columns = [cache.texts(records) for records in (generations.full, *generations.records)]
   pieces = []
   for first in range(0, max(1, count), PROMPTS):
-    signals.check()
     full, *early = (list(itertools.islice(texts, PROMPTS)) for texts in columns)
     prompts = generations.prompts[first : first + PROMPTS]
     known = [(text,) for text in full] if kind == "textual" else [p.targets for p in prompts]

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from calm import arguments
+from calm import arguments, signals
 from calm.calibrate import checks
 
 MetricFn = Callable[[str, Sequence[str]], float]
@@ -371,5 +371,8 @@ def corpus_scores(
 
 def compute(metric: Metric, pairs: Sequence[Pair]) -> np.ndarray:
   """[num_pairs] similarity in [0, 1] of (prediction, references), equal pairs once."""
-  found = {pair: metric(*pair) for pair in dict.fromkeys(pairs)}
+  found: dict[Pair, float] = {}
+  for pair in dict.fromkeys(pairs):
+    signals.check()
+    found[pair] = metric(*pair)
   return np.array([found[pair] for pair in pairs], np.float64)

@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import optimize, special
 
+from calm.calibrate import checks
+
 SumPValue = Callable[..., np.ndarray]
 
 # A sum of floats that stands for an integer may be off by rounding, by this share at most.
@@ -212,8 +214,7 @@ def invert(
   Returns:
     [num_thresholds] in (0, 1], rounded up by at most 1e-9.
   """
-  if not 0.0 < error_rate < 1.0:
-    raise ValueError(f"Expected `error_rate` to be in (0, 1), got {error_rate!r}.")
+  checks.in_range("error_rate", error_rate, 0.0, 1.0)
   totals = np.atleast_1d(np.asarray(sums, np.float64))
   level = np.log(error_rate)
   found = {

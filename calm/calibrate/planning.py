@@ -1,16 +1,12 @@
 """How many calibration prompts are needed, before any is decoded."""
 
-import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from calm import arguments
-from calm.calibrate import methods, risks
-from calm.calibrate.losses import SequenceLosses, Support
-from calm.calibrate.trials import Draws, check_size
+from calm.calibrate import checks, methods, risks
+from calm.calibrate.losses import Support
 
 # Where a method's own size is sought no further: nobody calibrates on more prompts.
 _MOST_PROMPTS = 10**6
@@ -43,13 +39,10 @@ def min_calibration_size(
   >>> [min_calibration_size(tolerance, 0.05) for tolerance in (0.02, 0.05, 0.1, 0.25)]
   [149, 59, 29, 11]
   """
-  if not -math.inf < lower < tolerance < upper < math.inf:
-    raise ValueError(
-      f"Expected `tolerance` to be in (`lower`, {upper:g}) = ({lower}, {upper}), got"
-      f" {tolerance!r}."
-    )
-  if not 0.0 < error_rate < 1.0:
-    raise ValueError(f"Expected `error_rate` to be in (0, 1), got {error_rate!r}.")
+  checks.in_range("lower", lower, -math.inf, upper)
+  checks.in_range("upper", upper, lower, math.inf)
+  checks.in_range("tolerance", tolerance, lower, upper)
+  checks.in_range("error_rate", error_rate, 0.0, 1.0)
   size = math.log(error_rate) / math.log1p(-(tolerance - lower) / (upper - lower))
   # A whole number must not be rounded up by the last digit of two logarithms.
   nearest = round(size)
@@ -82,13 +75,10 @@ def method_size(
   Returns:
     Prompts, or None where a million are not enough.
 
-  Raises:
-    ValueError: an argument leaves its range, or the method does not fit the support.
-
   >>> method_size("convex_order", 0.1, 0.05)
   29
   """
-  _check_share("share", share)
+  _check_share(share)
   support = support or Support()
   chosen = _method(method, support, share)
   lowest, declared = chosen.prepare(np.full((1, 1), support.lower), support)
@@ -124,15 +114,7 @@ def promise_size(
 ) -> dict[str, int | None]:
   """{name of each test of a promise: the fewest prompts with which it certifies}.
 
-  Args:
-    promise: a promise, or its name; its data may be missing.
-    tolerance: delta, in (0, 1).
-    error_rate: epsilon, in (0, 1).
-    support: declared range of losses; [0, 1] by default.
-    method: as for `calibrate`.
-
-  Raises:
-    ValueError: as `method_size`.
+  Arguments are those of `method_size`; `promise` may be a name, and lack its data.
   """
   return {
     test.name: method_size(
@@ -168,11 +150,8 @@ def refusal(
     method: as for `calibrate`; None asks for `min_calibration_size`.
     share: of the error rate at which the first hypothesis is tested, in (0, 1].
     unit: prompts, or clusters of them.
-
-  Raises:
-    ValueError: `tolerance` or `error_rate` leaves its range, or the method does not fit.
   """
-  _check_share("share", share)
+  _check_share(share)
   support = support or Support(lower=lower)
   # 'paper' counts improvements as 0.
   least, level = max(support.lower, 0.0) if method == "paper" else support.lower, error_rate
@@ -207,132 +186,6 @@ def _half(error_rate: float) -> float:
   return min(2.0 * error_rate, 0.999)
 
 
-@arguments.checked()
-def forecast(
-  num_examples: int, tolerance: float, error_rate: float, *, method: str = "auto"
-) -> str:
-  """The power of so few signed losses as a sentence with a table, or ''.
-
-  Signed losses have a floor far below that of losses in [0, 1], but outputs that are never
-  better certify no earlier. The curve is of losses made up for it: the exit changes no prompt,
-  or a share of them, as often for the better as for the worse.
-
-  Args:
-    num_examples: prompts there are.
-    tolerance: in (0, 1).
-    error_rate: level of the first hypothesis that is tested.
-    method: as for `calibrate`.
-
-  Returns:
-    '' where unchanged outputs would certify in at least half of all draws.
-
-  Raises:
-    ValueError: an argument leaves its range.
-  """
-  # Outputs that never change lose 0 throughout, whatever they might have gained.
-  floor = method_size(method, tolerance, error_rate)
-  unchanged = floor or min_calibration_size(tolerance, error_rate)
-  sizes = tuple(sorted({num_examples, unchanged, 2 * unchanged, 4 * unchanged}))
-  table = {}
-  for share in (0.0, 0.1, 0.2, 0.4):
-    values = np.zeros((200, 1))
-    values[: round(100 * share)], values[100 : 100 + round(100 * share)] = 0.5, -0.5
-    pilot = SequenceLosses(values, np.array([0.5]), Support(lower=-1.0))
-    curve = power_curve(
-      pilot, sizes, tolerance=tolerance, error_rate=error_rate, method=method, draws=100
-    )
-    table[share] = dict(zip(sizes, curve.power[:, 0], strict=True))
-  if table[0.0][num_examples] >= 0.5:
-    return ""
-  lines = [
-    f"{num_examples} prompts certify a signed loss at tolerance {tolerance} and error rate"
-    f" {error_rate} mostly if outputs get better: where nothing changes, {method!r} needs"
-    f" {unchanged}. Power by prompts, where that share of them changes by 0.5, half of those"
-    " for the worse:"
-  ]
-  for share, powers in table.items():
-    cells = [f"{size}: {100 * power:.0f}%" for size, power in powers.items()]
-    lines.append(f"  {100 * share:>3.0f}% changed   " + "   ".join(cells))
-  return "\n".join(lines)
-
-
-def _check_share(name: str, share: float) -> None:
+def _check_share(share: float) -> None:
   if not 0.0 < share <= 1.0:
-    raise ValueError(f"Expected `{name}` to be in (0, 1], got {share!r}; give a share, as 0.8.")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PowerCurve:
-  """How likely a calibration set of some size certifies a threshold, judged by pilot losses.
-
-  Attributes:
-    sizes: [num_sizes] calibration sizes.
-    thresholds: [num_thresholds] grid.
-    power: [num_sizes, num_thresholds] share of draws that certified the threshold.
-    draws: calibration sets drawn per size.
-  """
-
-  sizes: tuple[int, ...]
-  thresholds: np.ndarray
-  power: np.ndarray
-  draws: int
-
-  def __str__(self) -> str:
-    head = "prompts " + " ".join(f"{threshold:>7.4g}" for threshold in self.thresholds)
-    lines = [
-      f"{size:>7} " + " ".join(f"{100 * share:>6.0f}%" for share in row)
-      for size, row in zip(self.sizes, self.power, strict=True)
-    ]
-    return "\n".join([head, *lines])
-
-
-@arguments.checked()
-def power_curve(
-  pilot: SequenceLosses,
-  sizes: Sequence[int],
-  *,
-  tolerance: float,
-  error_rate: float,
-  method: str = "auto",
-  groups: Sequence[Any] | None = None,
-  draws: int = 200,
-  seed: int = 0,
-) -> PowerCurve:
-  """Power of fixed sequence testing at several calibration sizes, from pilot losses.
-
-  Calibration sets are drawn with replacement from the pilot's rows or clusters. It is a
-  forecast, not a guarantee; pilot prompts (validation) must not be calibration prompts.
-
-  Args:
-    pilot: losses of pilot prompts on the grid that will be tested.
-    sizes: calibration sizes to try.
-    tolerance: delta, in (0, 1).
-    error_rate: epsilon, in (0, 1).
-    method: as for `calibrate`.
-    groups: [num_examples] cluster of each pilot row (None: those of `pilot`, if any); sizes are
-      then numbers of clusters.
-    draws: calibration sets per size.
-    seed: of the draws.
-
-  Returns:
-    A `PowerCurve`.
-
-  Raises:
-    ValueError: a size is below 1, losses leave their range, or `method` does not fit them.
-  """
-  if not sizes or min(sizes) < 1 or draws < 1:
-    raise ValueError(
-      f"Expected `sizes` to be at least 1 each and `draws` at least 1, got {sizes} and {draws}."
-    )
-  for name, rate in (("tolerance", tolerance), ("error_rate", error_rate)):
-    risks.in_range(name, rate, 0.0, 1.0)
-  check_size("draws", draws, max(sizes), seed)
-  pool = Draws(pilot, method, groups)
-  generator = np.random.default_rng(seed)
-  columns = np.arange(pool.values.shape[1])
-  power = []
-  for size in sizes:
-    sets = generator.integers(len(pool.values), size=(draws, size))
-    lowest = pool.choose(sets, [tolerance], error_rate, generator.random(draws))
-    power.append(np.mean(lowest >= columns, axis=0))
-  return PowerCurve(tuple(sizes), pool.thresholds, np.stack(power), draws)
+    raise ValueError(f"Expected `share` to be in (0, 1], got {share!r}; give a share, as 0.8.")

@@ -130,14 +130,6 @@ def rows_of(values: Any, losses: SequenceLosses, name: str, *, table: bool) -> n
   return array
 
 
-def in_range(name: str, value: Any, low: float, high: float) -> float:
-  """A number strictly between two others; raises ValueError if it is not."""
-  plain = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-  if not plain or not low < value < high:
-    raise ValueError(f"Expected `{name}` to be in ({low:g}, {high:g}), got {value!r}.")
-  return float(value)
-
-
 @dataclasses.dataclass(frozen=True)
 class Mean(Promise):
   """E[loss] <= tolerance, over all prompts (paper, Definitions 1 and 2)."""
@@ -163,7 +155,7 @@ class Quantile(Promise):
   )
 
   def __post_init__(self):
-    self._set(share=in_range("share", self.share, 0.0, 1.0))
+    self._set(share=checks.in_range("share", self.share, 0.0, 1.0))
 
   def tests(self, tolerance, support):
     # 1 - 0.9 is 0.09999999999999998, which would ask for one prompt more.
@@ -306,8 +298,8 @@ class TailMean(Promise):
   )
 
   def __post_init__(self):
-    self._set(beta=in_range("beta", self.beta, 0.0, 1.0))
-    self._set(start=in_range("start", self.start, -2.0, 1.0))
+    self._set(beta=checks.in_range("beta", self.beta, 0.0, 1.0))
+    self._set(start=checks.in_range("start", self.start, -2.0, 1.0))
 
   def tests(self, tolerance, support):
     if not max(self.start, support.lower) < tolerance:
@@ -487,8 +479,8 @@ class Cost(Promise):
   )
 
   def __post_init__(self):
-    self._set(at_most=in_range("at_most", self.at_most, 0.0, 1.0))
-    self._set(share=in_range("share", self.share, 0.0, 1.0))
+    self._set(at_most=checks.in_range("at_most", self.at_most, 0.0, 1.0))
+    self._set(share=checks.in_range("share", self.share, 0.0, 1.0))
 
   def tests(self, tolerance, support):
     risk = Test("risk", tolerance, support, 1.0 - self.share)

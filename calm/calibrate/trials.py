@@ -7,6 +7,7 @@ is compared with the error rate.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,22 +16,11 @@ import numpy.typing as npt
 from scipy import stats
 
 from calm import arguments
-from calm.calibrate import clusters, methods
+from calm.calibrate import checks, clusters, methods
 from calm.calibrate.losses import SequenceLosses
 
 # Units of all sets together that are drawn at once: 2 GB of numbers.
 MOST_DRAWN = 2**28
-
-
-def check_size(name: str, count: int, size: int, seed: int) -> None:
-  """Refuses draws that memory would not hold, and a seed below 0."""
-  if count * size > MOST_DRAWN:
-    raise ValueError(
-      f"Expected `{name}` sets of {size} units to have at most {MOST_DRAWN} units together,"
-      f" got {count} sets; draw fewer or smaller ones."
-    )
-  if seed < 0:
-    raise ValueError(f"Expected `seed` to be at least 0, got {seed}.")
 
 
 class Draws:
@@ -125,14 +115,19 @@ class LayerCounts:
 def _check(
   name: str, tolerances: Sequence[float], error_rate: float, trials: int, size: int, seed: int
 ) -> None:
-  for kind, values in (("tolerances", tuple(tolerances)), ("error_rate", (error_rate,))):
-    odd = [value for value in values if not 0.0 < value < 1.0]
-    if odd or not values:
-      raise ValueError(f"Expected `{kind}` to be in (0, 1), got {odd[0] if odd else 'none'}.")
+  checks.in_range("error_rate", error_rate, 0.0, 1.0)
+  for tolerance in tolerances or (math.nan,):
+    checks.in_range("tolerances", tolerance, 0.0, 1.0)
   for kind, count in (("trials", trials), (name, size)):
     if count < 1:
       raise ValueError(f"Expected `{kind}` to be at least 1, got {count!r}.")
-  check_size("trials", trials, size, seed)
+  if trials * size > MOST_DRAWN:
+    raise ValueError(
+      f"Expected `trials` sets of {size} units to have at most {MOST_DRAWN} units together, got"
+      f" {trials} sets; draw fewer or smaller ones."
+    )
+  if seed < 0:
+    raise ValueError(f"Expected `seed` to be at least 0, got {seed}.")
 
 
 @arguments.checked()

@@ -188,13 +188,16 @@ def _plan(arguments, console, cached: generations.Generations) -> None:
   """Refuses, before any work, where nothing could be certified; warns where little could."""
   support = sequence_losses.kind_support(arguments.kind, arguments.metric)
   units = run_lib.tested_clusters(arguments, cached.prompts) or cached.ids
-  share, count = 1.0, len(set(units))
+  share = 1.0
   if arguments.testing in testing.PROCEDURES:
     share = testing.first_share(arguments.testing, len(cached.thresholds))
   if arguments.promise == "mean":
     run_lib.refuse_few(arguments, units, support, arguments.method, share)
-  rates = {"error_rate": arguments.error_rate * share, "method": arguments.method}
-  if support.lower < 0.0 and (text := planning.forecast(count, arguments.tolerance, **rates)):
+  # Of signed losses few prompts may certify, if they gain: without change they need as many.
+  rate = arguments.error_rate * share
+  needed = planning.method_size(arguments.method, arguments.tolerance, rate)
+  if support.lower < 0.0 and needed is not None and len(set(units)) < needed:
+    text = f"So few prompts certify outputs that get better; unchanged ones need {needed}."
     print_text(console, text, "yellow")
 
 

@@ -19,8 +19,8 @@ RATES = dict(tolerance=0.1, error_rate=0.05)
 VALUES = np.zeros((200, 2))
 GRID = [0.9, 0.5]
 FULL = [f"answer {row}" for row in range(100)]
-ODD = ["a\u00a0b", "a\tb", "a\nb", "\x1b[31m", "\u202eb", "\ud800", "x" * 5000]
-PLAIN = ["a b", "é", "日本", "x" * 150]
+ODD = ["a\u00a0b", "a\nb", "\x1b[31m", "\ud800", "x" * 5000]
+PLAIN = ["a b", "日本"]
 
 
 def losses(**fields):

@@ -53,9 +53,9 @@ def compute(name, losses, tolerance):
 @pytest.mark.parametrize(
   ("law", "name"), list(cases()), ids=lambda v: getattr(v, "__name__", v)
 )
-@pytest.mark.parametrize("size", [1, 10, 100, 1000])
+@pytest.mark.parametrize("size", [10, 100])
 def test_super_uniform_at_the_boundary_by_simulation(law, name, size):
-  draws = {1: 4000, 10: 4000, 100: 2000, 1000: 600}[size]
+  draws = {10: 4000, 100: 2000}[size]
   for tolerance in (0.05, 0.25):
     generator = np.random.default_rng([size, int(100 * tolerance)])
     losses = law(generator, tolerance, (size, draws))

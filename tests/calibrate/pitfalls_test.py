@@ -97,7 +97,7 @@ def test_19_choosing_among_measures_is_part_of_one_family():
   with pytest.raises(ValueError, match="drop duplicates"):
     calibrate(np.zeros((100, 2)), [0.5, 0.5], **RATES)
   generator = np.random.default_rng(3)
-  wrong, naive, draws = 0, 0, 200
+  wrong, naive, draws = 0, 0, 100
   for _ in range(draws):
     values = laws.bernoulli(generator, 0.3, (120, 12))  # twelve measures, all just too risky
     families, costs = {}, {}

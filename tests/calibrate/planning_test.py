@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm.calibrate import SequenceLosses, Support, calibrate, p_values, planning
-from tests.calibrate import laws
+from calm.calibrate import Support, calibrate, p_values, planning
 
 
 @given(st.floats(0.01, 0.9), st.floats(0.001, 0.5))
@@ -30,54 +29,6 @@ def test_refusals_say_how_many_would_do():
   assert planning.refusal(29, 0.1, 0.05) == ""
   assert "Expected at least 29 prompts" in planning.refusal(28, 0.1, 0.05)
   assert planning.refusal(28, 0.1, 0.05, lower=-1.0) == ""
-
-
-def pilot(means=(0.02, 0.05, 0.3), **fields):
-  generator = np.random.default_rng(0)
-  values = np.stack([laws.mostly_zero(generator, mean, 400) for mean in means], axis=1)
-  return SequenceLosses(values, np.array([0.9, 0.6, 0.3]), **fields)
-
-
-def test_power_grows_with_the_size_and_falls_along_the_grid():
-  curve = planning.power_curve(
-    pilot(), [20, 100, 400], tolerance=0.1, error_rate=0.05, draws=60
-  )
-  assert curve.power.shape == (3, 3)
-  assert np.all(np.diff(curve.power, axis=1) <= 0.0)  # fixed sequence: a prefix each time
-  assert curve.power[0, 0] < 0.5 < 0.9 < curve.power[2, 0] and np.all(curve.power[:, 2] == 0.0)
-  assert str(curve).splitlines()[0].split() == ["prompts", "0.9", "0.6", "0.3"]
-  assert len(str(curve).splitlines()) == 4
-  again = planning.power_curve(
-    pilot(), [20, 100, 400], tolerance=0.1, error_rate=0.05, draws=60
-  )
-  np.testing.assert_array_equal(again.power, curve.power)
-
-
-def test_power_of_clusters_counts_copies_once():
-  one = pilot()
-  values, groups = np.repeat(one.values, 5, axis=0), [str(row // 5) for row in range(2000)]
-  copied = SequenceLosses(values, one.thresholds)
-  options = dict(tolerance=0.1, error_rate=0.05, draws=60)
-  curve = planning.power_curve(copied, [20, 100], groups=groups, **options)
-  plain = planning.power_curve(one, [20, 100], **options)
-  np.testing.assert_allclose(curve.power, plain.power, atol=0.25)
-  assert curve.power[0, 0] < 0.5
-  with pytest.raises(ValueError, match="declared range"):
-    planning.power_curve(SequenceLosses(values - 1.0, one.thresholds), [20], **options)
-
-
-def test_signed_losses_are_forecast_below_the_size_that_no_change_needs():
-  assert planning.forecast(58, 0.1, 0.05) == ""
-  text = planning.forecast(10, 0.1, 0.05)
-  assert text.startswith("10 prompts certify a signed loss")
-  assert f"'auto' needs {planning.method_size('auto', 0.1, 0.05)}." in text
-  rows = [line.split("changed")[1] for line in text.splitlines()[1:]]
-  power = [[int(cell.split(":")[1]) for cell in row.split("%")[:-1]] for row in rows]
-  # Change, even as often for the better, costs power; prompts buy it back.
-  assert len(power) == 4 and power[0][0] < 20 < 50 <= power[0][1] + 13 and power[0][3] == 100
-  for few, more, many, most in power:
-    assert few <= more <= many <= most
-  assert power[0][2] > power[1][2] > power[3][2]
 
 
 @pytest.mark.parametrize("method", ["betting_fixed_level", "paper", "convex_order", "betting"])
