@@ -56,6 +56,7 @@ FAIR = {
   "generate --output": _new,
   "generate --temperature": _of("0", _much),
   "calibrate --start": _of("-1", "0"),
+  "calibrate --largest_cluster": _of(_much),
   "calibrate --references": _of("/dev/null"),
   "calibrate --list_unlabelled": _of(f"nowhere{ESCAPE}", "/dev/null", STREAM, "{garbage}"),
   "calibrate --output": _of(f"nowhere{ESCAPE}", "/dev/null", "{garbage}"),
