@@ -4,11 +4,10 @@ The text of a row is in `input`, `inputs`, `prompt` or `text`, or in a named fie
 `target` (or `targets`, `reference`, `references`) and `source` (or `group`) are optional.
 
 A file is read twice, so that its texts do not fill the memory: once to check and count it, and
-once for the work. Each later pass compares every prompt with the first pass, by its hash, and
-refuses a file that has changed. A stream is kept on the disk meanwhile.
+once for the work, which refuses a file that was written to meanwhile. A stream is kept on the
+disk.
 """
 
-import array
 import contextlib
 import gzip
 import itertools
@@ -76,8 +75,7 @@ class PromptFile:
     self.format = format or self._detect_format()
     self.input_key: str | None = None
     self._limit: int | None = None
-    # Eight bytes a prompt, the running hash; the texts of a long file would fill the memory.
-    self._hashes = array.array("q")
+    self._count = 0
 
   @property
   def taken(self) -> str:
@@ -90,35 +88,39 @@ class PromptFile:
     return f"{self.name}: {', '.join(parts)}"
 
   def __len__(self) -> int:
-    return len(self._hashes)
+    return self._count
 
   def __iter__(self) -> Iterator[Prompt]:
-    number = running = 0
+    self._check_unchanged()
     for row in itertools.islice(self._rows(), self._limit):
-      prompt = prompt_of(row, self.input_key)
-      running = hash((running, prompt))
-      if number == len(self) or running != self._hashes[number]:
-        break
-      yield prompt
-      number += 1
-    else:
-      if number == len(self):
-        return
-    raise ValueError(
-      f"Expected {self.name} to have the {len(self)} rows that were counted at first, got"
-      f" another row {number + 1}, or none: it was changed while it was in use; start again."
-    )
+      self._check_unchanged()
+      yield prompt_of(row, self.input_key)
+    self._check_unchanged()
+
+  def _written(self) -> tuple[int, ...] | None:
+    """When the file was written to, and its size; None for a stream or where it is gone."""
+    try:
+      status = None if self._kept else os.stat(self._path)
+    except OSError:
+      status = None
+    return status and (status.st_ino, status.st_size, status.st_mtime_ns)
+
+  def _check_unchanged(self) -> None:
+    if self._written() != self._first:
+      raise ValueError(
+        f"Expected {self.name} to stay as it was when its {len(self)} rows were counted, got"
+        " another file: it was changed while it was in use; start again."
+      )
 
   def check(self, input_key: str | None, limit: int | None = None) -> None:
     """The first pass: checks and counts the prompts; errors as of `open_prompts`."""
     self._limit = None if limit is None else min(limit, sys.maxsize)
-    running = 0
-    for row, prompt in itertools.islice(self.read(input_key), self._limit):
-      if not self._hashes:
+    self._first = self._written()
+    for row, _ in itertools.islice(self.read(input_key), self._limit):
+      if not self._count:
         self.input_key = key_of(row, input_key)
-      running = hash((running, prompt))
-      self._hashes.append(running)
-    if not self._hashes:
+      self._count += 1
+    if not self._count:
       raise ValueError(
         f"Expected {self.name} to hold prompts, got no examples: no line with text, or no row,"
         f" read as {row_formats.FORMATS[self.format]}; write one, or name the format."
