@@ -261,11 +261,11 @@ class Progress:
   @contextlib.contextmanager
   def hidden(self) -> Iterator[None]:
     """Takes the bar off the terminal while the block prints."""
-    started = self._bar is not None and self._bar.live.is_started
-    if started:
-      self._bar.stop()
+    bar = self._bar if self._bar is not None and self._bar.live.is_started else None
+    if bar is not None:
+      bar.stop()
     try:
       yield
     finally:
-      if started:
-        self._bar.start()
+      if bar is not None:
+        bar.start()
