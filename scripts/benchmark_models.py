@@ -139,8 +139,8 @@ def _read(model: Model, name: str) -> Model:
     )
     return dataclasses.replace(model, weights=weights)
   decoder = model.weights.decoder
-  stored = [head for head in decoder.heads if isinstance(head, jax.Array)]
-  decoder = dataclasses.replace(decoder, heads=tuple(map(eight_bits.quantize_head, stored)))
+  assert isinstance(decoder.head, jax.Array)
+  decoder = dataclasses.replace(decoder, head=eight_bits.quantize_head(decoder.head))
   return dataclasses.replace(model, weights=dataclasses.replace(model.weights, decoder=decoder))
 
 

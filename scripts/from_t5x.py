@@ -43,7 +43,7 @@ def main() -> None:
   stored = checkpoints.load(arguments.checkpoint)
   options = stored_lib.stored_options(arguments.like)
   # `to_t5x.py` and training add exit parts: the checkpoint has those that it has.
-  parts = (*parameters.EXIT_PARTS, "exit_propagation_rank", "per_layer_heads")
+  parts = (*parameters.EXIT_PARTS, "exit_propagation_rank")
   held = {part: getattr(stored.config, part) for part in parts}
   config = dataclasses.replace(like.config, **held)
   stored = dataclasses.replace(stored, config=config, vocabulary=like.vocabulary)
@@ -113,7 +113,7 @@ def fitted(
     [record.tokens or () for record in found.full],
     layers,
     rank=rank,
-    listed=None if stored.config.per_layer_heads else listed,
+    listed=listed,
     progress=lambda share, text: print(f"\r{share:4.0%} {text:40}", end="", file=sys.stderr),
   )
   print(file=sys.stderr)

@@ -69,8 +69,8 @@ def toy_for(rule: exits.DynamicExits, **changes) -> Toy:
 
 def of_params(params: dict[str, Any], sizes: toys.Config, dtype: str = "float32") -> Toy:
   config = network.T5Config(dtype=dtype, **toys.network_fields(sizes))
-  listed = () if sizes.per_layer_heads else toys.shortlist(sizes)
-  weights = program_lib.model_weights(params, config, sizes.num_pieces, listed or None)
+  listed = toys.shortlist(sizes)
+  weights = program_lib.model_weights(params, config, sizes.num_pieces, listed)
   model = reference.Model(params, sizes, sizes.num_pieces, shortlist=listed)
   return Toy(sizes, params, config, weights, model)
 

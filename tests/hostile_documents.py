@@ -105,7 +105,7 @@ _anything = lambda value: True
 FAIR: dict[str, dict[str, Callable[[Any], bool]]] = {
   "our configuration": {
     # Older files lack them. What the parameters do not tell is part of every procedure.
-    "dtype logits_via_embedding one_hot_embedding per_layer_heads": _gone,
+    "dtype logits_via_embedding one_hot_embedding": _gone,
     "exit_classifier exit_probes relpos_buckets relpos_max_distance relpos_per_layer": _gone,
     "exit_translators exit_propagation exit_propagation_rank": _gone,
     "dropout_rate": _of(0, GONE),

@@ -282,12 +282,9 @@ def predicted_input(model: Model, layer: int, state: np.ndarray, exit_layer: int
 
 
 def head_logits(model: Model, layer: int, state: np.ndarray) -> np.ndarray:
-  """Logits of d^layer: shared final norm, the layer's head, -inf beyond the pieces."""
+  """Logits of d^layer: shared final norm and head, -inf beyond the pieces."""
   normed = head_input(model, layer, state)
-  own_head = f"logits_dense_{layer - 1}"
-  if own_head in model.params["decoder"]:
-    logits = normed @ model.leaf("decoder", own_head, "kernel")
-  elif model.config.logits_via_embedding:
+  if model.config.logits_via_embedding:
     table = model.leaf("token_embedder", "embedding")
     logits = (table @ normed) / model.dtype(math.sqrt(model.config.emb_dim))
   else:

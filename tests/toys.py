@@ -42,7 +42,6 @@ class Config:
   mlp_dim: int = 24
   mlp_activations: Sequence[str] = ("gelu", "linear")
   logits_via_embedding: bool = False
-  per_layer_heads: bool = False
   exit_classifier: bool = True
   exit_probes: bool = False
   exit_translators: Sequence[int] = ()
@@ -127,8 +126,7 @@ def params(config: Any, seed: int, *, sharpness: float = 4.0) -> dict[str, Any]:
       saturates them (margin exactly 1 in float32).
 
   Returns:
-    Nested dictionary: `token_embedder`, `encoder`, `decoder` (with exit parts and
-    `logits_dense_{i}` where configured).
+    Nested dictionary: `token_embedder`, `encoder`, `decoder` with its exit parts.
   """
   draw = _Draw(config, seed)
   tied = config.logits_via_embedding
@@ -167,9 +165,6 @@ def _decoder(draw: _Draw, sharpness: float, block_gain: float) -> dict[str, Any]
     }
   if not cfg.logits_via_embedding:
     tree["logits_dense"] = draw.head(sharpness)
-  if cfg.per_layer_heads:
-    for i in range(cfg.num_decoder_layers - 1):
-      tree[f"logits_dense_{i}"] = draw.head(sharpness)
   if cfg.exit_classifier:
     tree["exit_classifier"] = {
       **draw.kernel(cfg.emb_dim, 1, gain=3.0),

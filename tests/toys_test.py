@@ -10,7 +10,6 @@ from tests import reference, toys
 CONFIGS = {
   "gated": toys.Config(num_decoder_layers=6),
   "tied": toys.Config(logits_via_embedding=True, mlp_activations=("relu",)),
-  "layer_heads": toys.Config(per_layer_heads=True),
 }
 
 
@@ -50,10 +49,6 @@ def test_shapes_are_those_of_the_t5_network():
   assert shapes["decoder/exit_classifier/kernel"] == (10, 1)
   assert shapes["decoder/exit_classifier/bias"] == (1,)
   assert "decoder/logits_dense/kernel" not in dict(leaves(toys.params(CONFIGS["tied"], 0)))
-  per_layer = dict(leaves(toys.params(CONFIGS["layer_heads"], 0)))
-  assert {p for p in per_layer if "logits_dense_" in p} == {
-    f"decoder/logits_dense_{i}/kernel" for i in range(3)
-  }
 
 
 @pytest.mark.parametrize("name", CONFIGS)

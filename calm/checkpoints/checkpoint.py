@@ -134,9 +134,7 @@ def load(path: str | pathlib.Path, *, exits: str | pathlib.Path | None = None) -
       f" {'a file' if path.exists() else 'missing'}; give the folder that holds config.json."
     )
   config, flat, vocabulary, trained = _read(path)
-  has_exit_parts = any(
-    getattr(config, part) for part in (*parameters.EXIT_PARTS, "per_layer_heads")
-  )
+  has_exit_parts = any(getattr(config, part) for part in parameters.EXIT_PARTS)
   file = _exits_file(path, exits)
   if file is not None:
     config, flat, trained = *_with_exits(config, flat, file), True
@@ -286,6 +284,12 @@ def _read(
 def _config_of(fields: dict[str, Any], path: pathlib.Path) -> network.T5Config:
   known = {field.name for field in dataclasses.fields(network.T5Config)}
   stored_format = fields.pop("format", None)
+  heads = fields.pop("per_layer_heads", False)
+  if heads is not False:
+    raise ValueError(
+      f"{path / 'config.json'}: Expected `per_layer_heads` to be false, for all layers share"
+      f" one head, got {heads!r:.60}; open it with the version of calm that wrote it."
+    )
   unknown = sorted(set(fields) - known)
   if stored_format != FORMAT or unknown or "vocab_size" not in fields:
     raise ValueError(

@@ -431,11 +431,10 @@ def write(directory: pathlib.Path, params: Mapping[str, Any], config: network.T5
   Args:
     directory: made if missing.
     params: the tree of `config`.
-    config: one shared head; activations that transformers has.
+    config: with activations that transformers has.
 
   Raises:
-    ValueError: per-layer heads, which have no place there, another activation, or `params`
-      that are not the tree of `config`.
+    ValueError: another activation, or `params` that are not the tree of `config`.
     OSError: `directory` cannot be written.
   """
   gated = len(config.mlp_activations) == 2
@@ -445,11 +444,6 @@ def write(directory: pathlib.Path, params: Mapping[str, Any], config: network.T5
     raise ValueError(
       f"Expected `config.mlp_activations` to be one of {sorted(known)}, alone or before"
       f" 'linear', got {config.mlp_activations}; save in this project's own format instead."
-    )
-  if config.per_layer_heads:
-    raise ValueError(
-      "Expected `config` with one head for all layers: Hugging Face's T5 has no place for more,"
-      " got `per_layer_heads`; save in this project's own format instead."
     )
   parameters.check(params, config)
   flat = parameters.flatten(params)

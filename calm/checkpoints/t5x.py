@@ -82,7 +82,6 @@ def infer_config(flat: Mapping[str, np.ndarray]) -> network.T5Config:
     mlp_dim=mlp_dim,
     mlp_activations=("gelu", "linear") if gated else ("relu",),
     logits_via_embedding="decoder/logits_dense/kernel" not in flat,
-    per_layer_heads="decoder/logits_dense_0/kernel" in flat,
     **parameters.exit_fields(flat),
     relpos_buckets=relpos_buckets,
   )

@@ -37,7 +37,7 @@ CHOICES = [
   @losses.layer_weights, @losses.equal_weights,
   @losses.last_layer_weights, @losses.classifier_loss, @losses.geometric_classifier_loss,
   @training.adafactor, @training.adam, @training.Schedule,
-  @sources.supervised, @sources.denoising, @sources.seqio_pairs, @sources.frequent_tokens,
+  @sources.supervised, @sources.denoising, @sources.frequent_tokens,
   @sources.stored_shortlist,
 ]
 """

@@ -299,7 +299,7 @@ def plan(
   `is_native` as `engines.Task.native`."""
   count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
   numbers = count(dataclasses.replace(weights.layers[0], cross_key_value=()))  # once a prompt
-  matrix, head = weights.layers[0].mlp_out, weights.heads[0]
+  matrix, head = weights.layers[0].mlp_out, weights.head
   single = is_native and kernels.single_threaded(matrix, 1)
   rows = lambda n: _single_threaded(batch, n) if single else _rows(batch * n)
   layer = lambda n: (rows(n) if single else _layer(matrix, batch * n)) * numbers

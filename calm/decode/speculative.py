@@ -453,7 +453,7 @@ class Passes:
   def read(self, cache, token: jax.Array, positions: jax.Array) -> tuple[Read, Any]:
     """Layers 1 ... k on `token` [batch], and the caches after it."""
     k = self.rule.draft_layer
-    past = attention_lib.past_biases(self.table, positions, self.task.native)
+    past = self.table.before_each(positions, self.task.native)
     hidden, rows = self._one(1, self.task.embed(token), cache[:k], past)
     lower = self._written(cache[:k], rows, positions, hidden)
     return Read(hidden, past), (*lower, *cache[k:])
@@ -465,10 +465,10 @@ class Passes:
     if self.rule.draft_head == "shortlist":
       logits = decoder.shortlist_logits(seen)
       return rules.draft(logits, weights.shortlist_ids)
-    best = decoder.greedy(layer, seen)
+    best = decoder.greedy(seen)
     if best is not None:
       return rules.Draft(best.token, jnp.exp(best.log_probability))
-    return rules.draft(decoder.logits(layer, seen), None)
+    return rules.draft(decoder.logits(seen), None)
 
   def verify(
     self, cache, positions: jax.Array, pending: Pending
@@ -503,12 +503,12 @@ class Passes:
     its logit is above that of the likeliest."""
     decoder, last = self._decoder(), self.task.config.num_decoder_layers
     read = decoder.read(last, hidden)
-    if isinstance(self.task.weights.heads[-1], eight_bits.QuantizedHead):
-      best = decoder.greedy(last, read)
+    if isinstance(self.task.weights.head, eight_bits.QuantizedHead):
+      best = decoder.greedy(read)
       assert best is not None  # so says the head
-      score = lambda token: decoder.score(last, read, token)
+      score = lambda token: decoder.score(read, token)
     else:
-      logits = decoder.logits(last, read)
+      logits = decoder.logits(read)
       best = greedy(logits)
       score = lambda token: jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return best, lambda token: score(token) - score(best.token)
@@ -525,7 +525,7 @@ class Passes:
     """Layers k + 1 ... L over positions beside each other, [batch, positions, emb]:
     [rows, emb], and their caches."""
     task, decoder = self.task, self._decoder()
-    biases = attention_lib.window_biases(self.table, positions, states.shape[1], task.native)
+    biases = self.table.of_windows(positions, states.shape[1], task.native)
     hidden, written = states.reshape(-1, states.shape[-1]), []
     for layer, cache in enumerate(caches, start=self.rule.draft_layer + 1):
       row = decoder.project(layer, hidden)
@@ -533,12 +533,10 @@ class Passes:
       written.append(attention_lib.write_window(cache, window, positions))
       attention = attention_lib.WindowAttention(
         written[-1],
-        biases[min(layer, len(biases)) - 1],
+        attention_lib.of_layer(biases, layer),
         task.encoded.cross[layer - 1],
         task.encoded.bias,
         task.config.float32_attention_logits,
-        task.native,
-        decoder.single_threaded(hidden),
       )
       hidden = decoder.run_projected(layer, hidden, row, attention)
     return hidden, tuple(written)

@@ -21,8 +21,6 @@ from calm.exits.rules import (
 )
 from calm.exits.speculative import Rule, Speculative
 
-Verified = Speculative  # its earlier name
-
 __all__ = [
   "DynamicExits",
   "OracleExit",
@@ -31,7 +29,6 @@ __all__ = [
   "StaticExit",
   "StepRule",
   "TokenExit",
-  "Verified",
   "allowed_layers",
   "confidence",
   "evidence",

@@ -113,15 +113,21 @@ def cosine_similarity(
   return jnp.clip(dot * jax.lax.rsqrt(jnp.maximum(squares, 1e-30)), 0.0, 1.0)
 
 
+class _Measure:
+  """What most measures do not need."""
+
+  uses_head: ClassVar[bool] = False
+  uses_shortlist: ClassVar[bool] = False
+  part: ClassVar[str | None] = None
+  bound = None
+
+
 @dataclasses.dataclass(frozen=True)
-class Softmax:
+class Softmax(_Measure):
   """`softmax_margin` of the full head at every allowed layer."""
 
   name: ClassVar[str] = "softmax"
   uses_head: ClassVar[bool] = True
-  uses_shortlist: ClassVar[bool] = False
-  part: ClassVar[str | None] = None
-  bound = None
 
   def __call__(self, view: LayerView) -> jax.Array:
     return softmax_margin(view.logits())
@@ -150,14 +156,10 @@ class Shortlist:
 
 
 @dataclasses.dataclass(frozen=True)
-class State:
+class State(_Measure):
   """`cosine_similarity` of a layer's residual with the layer before; 0 at layer 1."""
 
   name: ClassVar[str] = "state"
-  uses_head: ClassVar[bool] = False
-  uses_shortlist: ClassVar[bool] = False
-  part: ClassVar[str | None] = None
-  bound = None
 
   def __call__(self, view: LayerView) -> jax.Array:
     if view.layer == 1:  # d^0 is the embedding: there is no layer before to agree with
@@ -166,21 +168,18 @@ class State:
 
 
 @dataclasses.dataclass(frozen=True)
-class Classifier:
+class Classifier(_Measure):
   """sigmoid of the exit classifier, one linear map shared by all layers."""
 
   name: ClassVar[str] = "classifier"
-  uses_head: ClassVar[bool] = False
-  uses_shortlist: ClassVar[bool] = False
   part: ClassVar[str | None] = "exit_classifier"
-  bound = None
 
   def __call__(self, view: LayerView) -> jax.Array:
     return jax.nn.sigmoid(view.exit_logit())
 
 
 @dataclasses.dataclass(frozen=True)
-class Probe:
+class Probe(_Measure):
   """sigmoid of each layer's own linear probe of its state and of what a shortlist says of it.
 
   See `evidence.Probes`. It is trained to be the probability that the layer's token is the last
@@ -188,10 +187,8 @@ class Probe:
   """
 
   name: ClassVar[str] = "probe"
-  uses_head: ClassVar[bool] = False
   uses_shortlist: ClassVar[bool] = True
   part: ClassVar[str | None] = "exit_probes"
-  bound = None
 
   def __call__(self, view: LayerView) -> jax.Array:
     return jax.nn.sigmoid(view.probe_logit())
@@ -200,8 +197,6 @@ class Probe:
 MEASURES: Mapping[str, Measure] = {
   m.name: m for m in (Softmax(), Shortlist(), State(), Classifier(), Probe())
 }
-# Measures of earlier versions, which files of theirs may name.
-_REMOVED = ("entropy", "patience")
 
 
 def lacking(measure: Measure, parts: Collection[str], shortlist: bool) -> str | None:
@@ -220,11 +215,10 @@ def lacking(measure: Measure, parts: Collection[str], shortlist: bool) -> str | 
 @arguments.checked()
 def measure(name: str) -> Measure:
   """The measure of this name; ValueError names the choices."""
-  if name in _REMOVED:
-    raise ValueError(
-      f"Expected `measure` to be one of {sorted(MEASURES)}, got {name!r}, which earlier"
-      " versions had; calibrate again with 'softmax' or 'probe'."
-    )
   if name not in MEASURES:
-    raise ValueError(f"Expected `measure` to be one of {sorted(MEASURES)}, got {name!r}.")
+    # Earlier versions had 'entropy' and 'patience', which their files may name.
+    raise ValueError(
+      f"Expected `measure` to be one of {sorted(MEASURES)}, got {name!r}; calibrate with one of"
+      " these."
+    )
   return MEASURES[name]

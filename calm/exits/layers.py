@@ -73,14 +73,13 @@ class Layers:
     num_layers: L.
     run: (i, d^{i-1}) -> (d^i, this position's `KeyValue` at layer i).
     project: (i, d) -> `KeyValue` that layer i makes of input state d.
-    logits: (i, x^i) -> float32 logits [batch, vocab] of layer i's full head.
+    logits: x^i -> float32 logits [batch, vocab] of the full head.
     exit_logit: x^i -> pre-sigmoid exit confidence [batch].
     read: (i, d^i) -> x^i, what heads and confidences read of it, [batch, emb_dim]: the normed
       state, through layer i's translator where it has one.
     translated: layers that have a translator.
-    greedy: (i, x^i) -> what the argmax of these logits is, where the head knows without all of
+    greedy: x^i -> what the argmax of these logits is, where the head knows without all of
       them; None: ask the logits.
-    shared_head: whether `logits` is one and the same head for every layer.
     shortlist_logits: x^i -> float32 logits [batch, shortlist] of likely tokens only.
     probe_logit: (i, x^i, d^i, d^{i-1}) -> pre-sigmoid confidence [batch] of layer i's own
       probe.
@@ -92,14 +91,13 @@ class Layers:
   num_layers: int
   run: Callable[[int, jax.Array], tuple[jax.Array, KeyValue]]
   project: Callable[[int, jax.Array], KeyValue]
-  logits: Callable[[int, jax.Array], jax.Array]
+  logits: Callable[[jax.Array], jax.Array]
   exit_logit: Callable[[jax.Array], jax.Array]
   read: Callable[[int, jax.Array], jax.Array] = lambda layer, hidden: hidden
   translated: tuple[int, ...] = ()
-  shared_head: bool = True
   shortlist_logits: Callable[[jax.Array], jax.Array] = no_shortlist
   probe_logit: Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array] = no_probes
-  greedy: Callable[[int, jax.Array], Greedy | None] = lambda layer, read: None
+  greedy: Callable[[jax.Array], Greedy | None] = lambda read: None
   code: Callable[[int, jax.Array], jax.Array] = no_code
   predict: Callable[[int, jax.Array], jax.Array] = no_code
 

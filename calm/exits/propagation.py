@@ -106,7 +106,7 @@ class Learned(_ProjectsState):
 
 
 @dataclasses.dataclass(frozen=True)
-class CopyProjections:
+class CopyProjections(_ProjectsState):
   """Section 3.3.1's ablation: the exit layer's own K^j, V^j are copied upward (it fails)."""
 
   name: ClassVar[str] = "copy_projections"
@@ -114,12 +114,6 @@ class CopyProjections:
 
   def remember(self, memory, layer, hidden, row, done, layers):
     return row if memory is None else select_rows(done, memory, row)
-
-  def state(self, hidden, memory):
-    return hidden
-
-  def layer_input(self, layer, state, layers):
-    return state
 
   def skipped(self, layer, hidden, memory, layers):
     return memory

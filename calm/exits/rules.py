@@ -74,7 +74,7 @@ class StepRule(Protocol):
 
   def depth(self, num_layers: int) -> int:
     """Decoder layers in the program, each with a cache."""
-    ...
+    return num_layers
 
   def __call__(
     self,
@@ -123,14 +123,9 @@ class DynamicExits(StepRule):
     """See `StepRule`."""
     return True
 
-  def depth(self, num_layers: int) -> int:
-    """Decoder layers that keep a cache."""
-    return num_layers
-
   def __call__(
     self, layers: layers_lib.Layers, hidden, active, threshold, generated
   ) -> TokenExit:
-    """Runs one token of every active row. See `StepRule`."""
     walk = self.walk(layers, threshold, generated)
     state, rows = _walk_from(walk, 1, walk_lib.start(hidden, active))
     return token_exit(walk, state, active, rows)
@@ -186,7 +181,6 @@ class StaticExit(StepRule):
   def __call__(
     self, layers: layers_lib.Layers, hidden, active, threshold, generated
   ) -> TokenExit:
-    """Runs one token of every active row. See `StepRule`."""
     del threshold, generated
     depth = self.depth(layers.num_layers)
     rows = []
@@ -196,7 +190,7 @@ class StaticExit(StepRule):
     zeros = jnp.zeros(active.shape, jnp.float32)
     exit_layer = jnp.where(active, depth, 0).astype(jnp.int32)
     read = layers.read(depth, hidden)
-    logits, greedy = layers.logits(depth, read), layers.greedy(depth, read)
+    logits, greedy = layers.logits(read), layers.greedy(read)
     return TokenExit(logits, exit_layer, zeros, zeros, tuple(rows), greedy)
 
 
@@ -216,57 +210,34 @@ class OracleExit(StepRule):
   allowed: tuple[int, ...] | None = None
   propagation: propagation_lib.Propagation = propagation_lib.ExitState()
 
-  def depth(self, num_layers: int) -> int:
-    """Decoder layers that keep a cache."""
-    return num_layers
-
   def __call__(
     self, layers: layers_lib.Layers, hidden, active, threshold, generated
   ) -> TokenExit:
-    """Runs one token of every active row. See `StepRule`."""
     del threshold, generated
     allowed = allowed_layers(self.allowed, layers.num_layers)
     ran = []
     for layer in range(1, layers.num_layers + 1):
       hidden, row = layers.run(layer, hidden)
-      ran.append(_Ran(layer, hidden, row, layers.logits(layer, layers.read(layer, hidden))))
-    last = ran[-1]
-    answer = jnp.argmax(last.logits, axis=-1)
-    exit_layer = jnp.full(active.shape, last.layer, jnp.int32)
-    exit_logits, exit_hidden = last.logits, last.hidden
-    for one in reversed([one for one in ran[:-1] if one.layer in allowed]):
-      agrees = jnp.argmax(one.logits, axis=-1) == answer
-      exit_layer = jnp.where(agrees, one.layer, exit_layer)
-      exit_logits = jnp.where(agrees[:, None], one.logits, exit_logits)
-      exit_hidden = jnp.where(agrees[:, None], one.hidden, exit_hidden)
-    rows = self._stored(layers, ran, exit_layer, exit_hidden)
+      ran.append((layer, hidden, row, layers.logits(layers.read(layer, hidden))))
+    last, exit_hidden, _, exit_logits = ran[-1]
+    answer = jnp.argmax(exit_logits, axis=-1)
+    exit_layer = jnp.full(active.shape, last, jnp.int32)
+    for layer, hidden, _, logits in reversed([one for one in ran[:-1] if one[0] in allowed]):
+      agrees = jnp.argmax(logits, axis=-1) == answer
+      exit_layer = jnp.where(agrees, layer, exit_layer)
+      exit_logits = jnp.where(agrees[:, None], logits, exit_logits)
+      exit_hidden = jnp.where(agrees[:, None], hidden, exit_hidden)
+    memory, rows = None, []
+    for layer, hidden, row, _ in ran:  # above the exit the propagated row
+      left = layer > exit_layer
+      if layer > 1:
+        skipped = self.propagation.skipped(layer, exit_hidden, memory, layers)
+        row = layers_lib.select_rows(left, skipped, row)
+      memory = self.propagation.remember(memory, layer, hidden, row, left, layers)
+      rows.append(row)
     ones = active.astype(jnp.float32)
     exit_layer = jnp.where(active, exit_layer, 0)
-    return TokenExit(exit_logits, exit_layer, ones, jnp.zeros_like(ones), rows)
-
-  def _stored(
-    self, layers: layers_lib.Layers, ran: "list[_Ran]", exit_layer, exit_hidden
-  ) -> tuple[layers_lib.KeyValue, ...]:
-    """Each layer's row, above the exit the propagated one."""
-    memory, stored = None, []
-    for one in ran:
-      left, row = one.layer > exit_layer, one.row
-      if one.layer > 1:
-        skipped = self.propagation.skipped(one.layer, exit_hidden, memory, layers)
-        row = layers_lib.select_rows(left, skipped, row)
-      memory = self.propagation.remember(memory, one.layer, one.hidden, row, left, layers)
-      stored.append(row)
-    return tuple(stored)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ran:
-  """One layer that the oracle ran."""
-
-  layer: int
-  hidden: jax.Array
-  row: layers_lib.KeyValue
-  logits: jax.Array
+    return TokenExit(exit_logits, exit_layer, ones, jnp.zeros_like(ones), tuple(rows))
 
 
 @arguments.checked()
@@ -282,9 +253,8 @@ def allowed_layers(allowed: Sequence[int] | None, num_layers: int) -> tuple[int,
   """
   if allowed is None:
     return tuple(range(1, num_layers))
-  if any(not 1 <= layer <= num_layers for layer in allowed) or list(allowed) != sorted(
-    set(allowed)
-  ):
+  ascending = list(allowed) == sorted(set(allowed))
+  if not ascending or any(not 1 <= layer <= num_layers for layer in allowed):
     raise ValueError(
       f"Expected `allowed` exit layers to be ascending within 1 ... {num_layers},"
       f" got {list(allowed)}."

@@ -49,17 +49,9 @@ def start(hidden: jax.Array, active: jax.Array) -> WalkState:
   return WalkState(hidden, ~active, zeros.astype(jnp.int32), zeros, zeros, None, None)
 
 
-@struct.dataclass
-class Measured:
-  """What a layer was found to say.
-
-  Attributes:
-    confidence: of every row, [batch].
-    logits: of the full head, [batch, vocab]; None where one head after the chain will do.
-  """
-
-  confidence: jax.Array
-  logits: jax.Array | None
+# What a layer was found to say: confidence of every row, [batch], and logits of the full head,
+# [batch, vocab], None where one head after the chain will do.
+Measured = tuple[jax.Array, jax.Array | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +75,7 @@ class Walk:
   @property
   def heads_inside(self) -> bool:
     """Whether logits are chosen layer by layer rather than by one head after the chain."""
-    return self.measure.uses_head or not self.layers.shared_head
+    return self.measure.uses_head
 
   @property
   def carries_read(self) -> bool:
@@ -126,13 +118,13 @@ class Walk:
     """Logits at every row's exit, after the last layer that ran."""
     if state.logits is not None:
       return state.logits
-    return self.layers.logits(self.layers.num_layers, self._read(state))
+    return self.layers.logits(self._read(state))
 
   def greedy(self, state: WalkState) -> layers_lib.Greedy | None:
     """What these logits say, where the head knows without all of them."""
     if state.logits is not None:
       return None
-    return self.layers.greedy(self.layers.num_layers, self._read(state))
+    return self.layers.greedy(self._read(state))
 
   def _read(self, state: WalkState) -> jax.Array:
     """What one head after the chain reads."""
@@ -141,19 +133,18 @@ class Walk:
 
   def _decide(self, layer: int, state: WalkState, previous: jax.Array, last: bool) -> WalkState:
     here = ~state.done
-    measured = self._measure(layer, state, previous, last)
-    leaves = here if last else here & (measured.confidence >= self.threshold)
+    confidence, logits = self._measure(layer, state, previous, last)
+    leaves = here if last else here & (confidence >= self.threshold)
     refused = here & ~leaves
-    worse = jnp.maximum(state.rejected_confidence, measured.confidence)
-    logits = _chosen(leaves, measured.logits, state.logits)
+    worse = jnp.maximum(state.rejected_confidence, confidence)
     read = self.layers.read(layer, state.hidden) if self.carries_read else None
     return dataclasses.replace(
       state,
       done=state.done | leaves,
       exit_layer=jnp.where(leaves, layer, state.exit_layer),
-      confidence=jnp.where(leaves, measured.confidence, state.confidence),
+      confidence=jnp.where(leaves, confidence, state.confidence),
       rejected_confidence=jnp.where(refused, worse, state.rejected_confidence),
-      logits=logits,
+      logits=_chosen(leaves, logits, state.logits),
       read=_chosen(leaves, read, state.read),
     )
 
@@ -165,19 +156,19 @@ class Walk:
       layer,
       hidden,
       previous,
-      logits=lambda: layers.logits(layer, read()),
+      logits=lambda: layers.logits(read()),
       exit_logit=lambda: layers.exit_logit(read()),
       shortlist_logits=lambda: layers.shortlist_logits(read()),
       probe_logit=lambda: layers.probe_logit(layer, read(), hidden, previous),
     )
     if not last and self.measure.bound is not None:
       return self._verify(view, state, self.measure.bound(view))
-    return self._with_logits(view) if self.heads_inside else Measured(self.measure(view), None)
+    return self._with_logits(view) if self.heads_inside else (self.measure(view), None)
 
   def _with_logits(self, view: confidence_lib.LayerView) -> Measured:
     """One product of the head for the measure and for the token."""
     logits = view.logits()
-    return Measured(self.measure(dataclasses.replace(view, logits=lambda: logits)), logits)
+    return self.measure(dataclasses.replace(view, logits=lambda: logits)), logits
 
   def _verify(
     self, view: confidence_lib.LayerView, state: WalkState, bound: jax.Array
@@ -191,10 +182,10 @@ class Walk:
 
     def verify(kept):
       del kept
-      made = self._with_logits(view)
-      return dataclasses.replace(made, confidence=jnp.where(passes, made.confidence, bound))
+      confidence, logits = self._with_logits(view)
+      return jnp.where(passes, confidence, bound), logits
 
-    return lax.cond(jnp.any(passes), verify, lambda kept: Measured(bound, kept), kept)
+    return lax.cond(jnp.any(passes), verify, lambda kept: (bound, kept), kept)
 
 
 def _chosen(

@@ -195,11 +195,10 @@ def _read(predictor: inference.Predictor, names: Sequence[str], params, inputs, 
   config, num_pieces = predictor.config, predictor.vocabulary.vocab_size
   shortlist = np.asarray(predictor.options.shortlist or (), int)
   hidden, _, normed = exit_maps.full_states(config, params, inputs, targets)
-  heads = parameters.head_kernels(params, config)
+  head = parameters.head_kernel(params, config)
   probes: Any = parameters.probes(params)
 
   def logits_of(layer, columns: Any = slice(num_pieces)):
-    head = heads[layer] if config.per_layer_heads else heads[0]
     return normed[layer].astype(jnp.float32) @ head[:, columns]
 
   def exit_logit(layer):

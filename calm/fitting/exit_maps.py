@@ -127,15 +127,13 @@ def fit(
   report = lambda done, of: progress(0.3 * done / of, f"states of text {done} of {of}")
   sums, sample = _read_all(predictor, layers, texts, tokens, seed, report)
   penalty, starts = _ridge(sums, sample)
-  heads = parameters.head_kernels(predictor.params, config)
-  heads = [np.asarray(head[:, : predictor.vocabulary.vocab_size]) for head in heads]
-  by_layer = [heads[layer - 1] if config.per_layer_heads else heads[0] for layer in layers]
+  head = parameters.head_kernel(predictor.params, config)
+  head = np.asarray(head[:, : predictor.vocabulary.vocab_size])
+  by_layer = [head] * len(layers)
   report = lambda share, text: progress(0.3 + 0.6 * share, text)
-  translators = _train_translators(sample, by_layer, heads[-1], starts, seed, report)
+  translators = _train_translators(sample, by_layer, head, starts, seed, report)
   progress(0.9, "classifier and probes")
-  read, agrees, agreement, features = _held_out(
-    sample, translators, by_layer, heads[-1], listed
-  )
+  read, agrees, agreement, features = _held_out(sample, translators, by_layer, head, listed)
   flat: dict[str, np.ndarray] = {}
   for layer, translator, each in zip(layers, translators, sums, strict=True):
     place = f"layers_{layer - 1}"

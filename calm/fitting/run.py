@@ -294,7 +294,7 @@ class Fit:
     tokens = [record.tokens or () for record in texts]
     progress = self.listener.step("Learn exits beside the frozen weights")
     file, source = self.folder.work / checkpoints.EXITS, self.source
-    if source.options.shortlist is None and not source.config.per_layer_heads:
+    if source.options.shortlist is None:
       listed = exit_maps.shortlist(tokens, source.vocabulary.vocab_size)
       source = source.with_options(shortlist=listed)
     base = parameters.base_digest(source.params)

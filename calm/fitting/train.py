@@ -214,8 +214,6 @@ class Stage:
   def _objective(self, shortlist: Sequence[int]) -> objectives.Objective:
     """What the stage minimises; probes read `shortlist`."""
     if self.name == "two":
-      if self.model.config.per_layer_heads:  # no single head to read a shortlist with
-        return objectives.ExitClassifier()
       return objectives.ExitProbes(tuple(shortlist), classifier=True)
     sampled = 2 if self.model.num_layers > 2 else None
     if self.name == "one":

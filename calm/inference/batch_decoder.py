@@ -59,18 +59,12 @@ class BatchDecoder:
       self.params,
       self.config,
       self.vocabulary.vocab_size,
-      self._listed,
+      self.options.shortlist,
       options.weights_dtype,
       options.head_dtype,
       encoder_dtype=options.encoder_dtype,
     )
     return sharded_lib.replicate(weights, options.num_devices)
-
-  @property
-  def _listed(self) -> tuple[int, ...] | None:
-    """The tokens of `weights`' shortlist, which drafts come from whatever the measure."""
-    wanted = self.options.uses_shortlist or not self.config.per_layer_heads
-    return self.options.shortlist if wanted else None
 
   @functools.cached_property
   def parameters_digest(self) -> str:
@@ -120,7 +114,11 @@ class BatchDecoder:
   def sharing(self, other: Decoder) -> Decoder:
     """`other`, a model of the same parameters, with the digests and weights of this one."""
     layouts = [
-      ([getattr(model.options, name) for name in _LAYOUT], model._listed, model.config)
+      (
+        [getattr(model.options, name) for name in _LAYOUT],
+        model.options.shortlist,
+        model.config,
+      )
       for model in (self, other)
     ]
     names = ("parameters_digest", "base_digest", "weights")

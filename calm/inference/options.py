@@ -204,7 +204,7 @@ def draft_head(
 ) -> exits.speculative.DraftHead:
   """The head that drafts after a layer: the shortlist where the whole head costs more than the
   layers below it, since every token that the shortlist lacks is a refused draft."""
-  listed = options.shortlist is not None and not config.per_layer_heads
+  listed = options.shortlist is not None
   cost = costs.decoding_costs(config, input_length=1, cache_length=1)
   return "shortlist" if listed and cost.head.flops > layer * cost.layer.flops else "full"
 
@@ -305,7 +305,8 @@ def procedure(model: Any) -> Procedure:
     ids = np.asarray(options.shortlist or (), np.int64)
     shortlist = {"digest": hashlib.sha256(ids.tobytes()).hexdigest(), "size": len(ids)}
   together = batch_size_affects_output(config, options)
-  fields = dataclasses.asdict(config)
+  # `per_layer_heads` is in every record so far: models might have a head a layer once.
+  fields = dataclasses.asdict(config) | {"per_layer_heads": False}
   return Procedure(
     parameters_digest=model.parameters_digest,
     tokenizer_digest=model.vocabulary.digest(),
@@ -314,7 +315,7 @@ def procedure(model: Any) -> Procedure:
     exit_layers=exits.allowed_layers(options.exit_layers, config.num_decoder_layers),
     schedule=_schedule_record(options.schedule),
     shortlist=shortlist,
-    heads="per_layer" if config.per_layer_heads else "shared",
+    heads="shared",
     activation_dtype=config.dtype,
     decode_method={"name": "greedy"},
     batch_bucket=options.batch_size if together else None,

@@ -34,8 +34,8 @@ class PerturbedRule(exits.StepRule):
       hidden, row = layers.run(layer, hidden)
       rows.append(row)
       if layer == self.layer:
-        other = layers.logits(layer, layers.read(layer, hidden))
-    logits = layers.logits(layers.num_layers, layers.read(layers.num_layers, hidden))
+        other = layers.logits(layers.read(layer, hidden))
+    logits = layers.logits(layers.read(layers.num_layers, hidden))
     other = self._ranked(logits) if other is None else other
     here = jnp.asarray(generated, jnp.float32) == jnp.asarray(threshold, jnp.float32)
     here = jnp.broadcast_to(here, active.shape)

@@ -1,19 +1,5 @@
 """The T5 network: for training as T5X writes it, and one position at a time for decoding."""
 
-from calm.t5 import (
-  attention,
-  caches,
-  costs,
-  decoder,
-  decoder_weights,
-  eight_bits,
-  kernels,
-  layers,
-  limits,
-  network,
-  parameters,
-  platforms,
-)
 from calm.t5.network import T5Config, Transformer
 
 __all__ = [

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from calm.exits.layers import KeyValue
-from calm.t5 import kernels, layers, network, platforms
+from calm.t5 import layers, network, platforms
 from calm.t5.caches import Cache
 from calm.t5.decoder_weights import DecoderWeights
 
@@ -62,6 +62,45 @@ class BiasTable:
     masked = jnp.asarray(layers.MASK_BIAS, biases[0].dtype)
     return tuple(jnp.where(other, masked, bias) for bias in biases)
 
+  def before_each(
+    self, positions: Int[Array, " batch"], native: bool = False
+  ) -> tuple[jax.Array, ...]:
+    """As `at`, for rows that are not in step: [batch, heads, length].
+
+    Args:
+      positions: the rows'.
+      native: see `engines.Task`.
+    """
+    first = self.length - 1 - positions
+    return tuple(_slices(each, first, self.length, native) for each in self.extended)
+
+  def of_windows(
+    self, positions: Int[Array, " batch"], window: int, native: bool = False
+  ) -> tuple[jax.Array, ...]:
+    """Causal biases of windows, their own keys among the cache's: [batch, heads, window,
+    length].
+
+    Args:
+      positions: of the first token of each window; the caches have room for a whole one.
+      window: positions.
+      native: see `engines.Task`.
+    """
+    length, biases = self.length, []
+    for extended, current in zip(self.extended, self.current, strict=True):
+      own = np.arange(extended.shape[1]) == length - 1
+      with_itself = jnp.where(own[None, :], current[:, None], extended)
+      # The slice of the window's last position is the widest, the others lie in it.
+      first = length - positions - window
+      rows = _slices(with_itself, first, length + window - 1, native)
+      shifted = [rows[:, :, window - 1 - i : window - 1 - i + length] for i in range(window)]
+      biases.append(jnp.stack(shifted, axis=2))
+    return tuple(biases)
+
+
+def of_layer(biases: tuple[jax.Array, ...], layer: int) -> jax.Array:
+  """A 1-based layer's part of a `BiasTable`'s tuples."""
+  return biases[min(layer, len(biases)) - 1]
+
 
 def bias_table(weights: DecoderWeights, config: network.T5Config, length: int) -> BiasTable:
   """Lays the relative-position biases out by distance."""
@@ -78,48 +117,6 @@ def bias_table(weights: DecoderWeights, config: network.T5Config, length: int) -
     tuple(bias[:, 0] for bias in by_distance),
     length,
   )
-
-
-def past_biases(
-  table: BiasTable, positions: Int[Array, " batch"], native: bool
-) -> tuple[jax.Array, ...]:
-  """Biases of the keys before each row's position, as `BiasTable.at`, for rows that are not in
-  step: [batch, heads, length]; one for all layers, or one a layer.
-
-  Args:
-    table: of the caches.
-    positions: the rows'.
-    native: see `engines.Task`.
-  """
-  length = table.length
-  first = length - 1 - positions
-  return tuple(_slices(extended, first, length, native) for extended in table.extended)
-
-
-def window_biases(
-  table: BiasTable, positions: Int[Array, " batch"], window: int, native: bool
-) -> tuple[jax.Array, ...]:
-  """Causal biases of windows, their own keys among the cache's.
-
-  Args:
-    table: of caches with room for a window from any position on.
-    positions: of the first token of each window.
-    window: positions.
-    native: see `engines.Task`.
-
-  Returns:
-    [batch, heads, window, length]; one for all layers, or one a layer.
-  """
-  length, biases = table.length, []
-  for extended, current in zip(table.extended, table.current, strict=True):
-    own = np.arange(extended.shape[1]) == length - 1
-    with_itself = jnp.where(own[None, :], current[:, None], extended)
-    # The slice of the window's last position is the widest, the others lie in it.
-    first = length - positions - window
-    rows = _slices(with_itself, first, length + window - 1, native)
-    shifted = [rows[:, :, window - 1 - i : window - 1 - i + length] for i in range(window)]
-    biases.append(jnp.stack(shifted, axis=2))
-  return tuple(biases)
 
 
 def _slices(extended: jax.Array, first: jax.Array, width: int, native: bool) -> jax.Array:
@@ -145,14 +142,13 @@ class Attends(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-  """What one layer's attention reads, of a batch or of some of its rows.
+  """What one layer's attention reads, of a batch or of some of its rows: keys and values of
+  the positions before this one and of the prompts, with their biases.
 
   Attributes:
-    cache: keys and values of the positions before this one; read only.
-    past_bias: of those keys, [heads, length] or [batch, heads, length].
+    past_bias: [heads, length] or [batch, heads, length].
     current_bias: of the current token with itself, [heads].
-    cross: keys and values of the prompts.
-    cross_bias: of those keys, [batch, 1, input_length].
+    cross_bias: [batch, 1, input_length].
     float32: whether scores are float32 whatever the activation dtype.
   """
 
@@ -188,47 +184,6 @@ class Attention:
     return x.astype(jnp.float32) if self.float32 else x
 
 
-@dataclasses.dataclass(frozen=True)
-class KernelAttention:
-  """`Attention` by `kernels.attend`, for float32 caches on a CPU.
-
-  Attributes:
-    whole: the batch's.
-    single_threaded, rows: see there.
-  """
-
-  whole: Attention
-  single_threaded: bool = False
-  rows: Int[Array, " queries"] | None = None
-
-  def to_past(self, query: jax.Array, row: KeyValue) -> jax.Array:
-    """As `Attention.to_past`."""
-    bias = self.whole.past_bias
-    now = row.key, row.value, self.whole.current_bias
-    return self._attend(query, self.whole.cache, bias if bias.ndim == 3 else bias[None], now)
-
-  def to_prompt(self, query: jax.Array) -> jax.Array:
-    """As `Attention.to_prompt`."""
-    return self._attend(query, self.whole.cross, self.whole.cross_bias, None)
-
-  def _attend(self, query, cache: Cache, bias: jax.Array, now) -> jax.Array:
-    keys, values, alone = cache.keys, cache.values, self.single_threaded
-    return kernels.attend(self.rows, query, keys, values, bias, now, alone)
-
-
-def by_kernel(
-  whole: Attention, single_threaded: bool, rows: Int[Array, " queries"] | None = None
-) -> KernelAttention | None:
-  """The attention of a batch or of some of its rows; None where XLA has to compute it.
-
-  Args:
-    whole: the batch's.
-    single_threaded, rows: see `kernels.attend`.
-  """
-  reads = all(kernels.reads(each.keys, each.values) for each in (whole.cross, whole.cache))
-  return KernelAttention(whole, single_threaded, rows) if reads else None
-
-
 def _scores(query: jax.Array, keys: jax.Array) -> jax.Array:
   """[batch, heads, length] of queries [batch, heads, head_dim]."""
   if keys.ndim == 4:
@@ -254,18 +209,13 @@ def _own_head(x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class WindowAttention:
-  """What positions of a window attend to, at one layer: `attention.Attends`.
+  """What positions of a window attend to, at one layer; the window is in the cache.
 
   Rows of queries are batch times positions, the positions of a row beside each other.
 
   Attributes:
-    cache: keys and values, those of the window among them.
-    bias: of those keys, [batch, heads, positions, length].
-    cross: keys and values of the prompts.
-    cross_bias: of those keys, [batch, 1, input_length].
-    float32: whether scores are float32 whatever the activation dtype.
-    native: see `engines.Task`.
-    single_threaded: see `kernels.attend`.
+    bias: [batch, heads, positions, length].
+    cross_bias, float32: as of `Attention`.
   """
 
   cache: Cache
@@ -273,35 +223,26 @@ class WindowAttention:
   cross: Cache
   cross_bias: jax.Array
   float32: bool
-  native: bool = False
-  single_threaded: bool = False
 
   def to_past(self, query: jax.Array, row: KeyValue) -> jax.Array:
     """Mixed values [rows, heads * head_dim] of the past and of the window."""
     del row  # it is in the cache
-    heads = query.shape[1]
-    cache = Cache(_apart(self.cache.keys, heads), _apart(self.cache.values, heads))
-    return self._attend(query, cache, self.bias)
+    return self._attend(query, self.cache, self.bias)
 
   def to_prompt(self, query: jax.Array) -> jax.Array:
     """Mixed values [rows, heads * head_dim] of the prompt."""
     return self._attend(query, self.cross, self.cross_bias[:, :, None])
 
   def _attend(self, query: jax.Array, cache: Cache, bias: jax.Array) -> jax.Array:
-    batch = len(self.cross_bias)
-    if self.native and kernels.reads(cache.keys, cache.values):
-      wide = jnp.broadcast_to(bias, (batch, bias.shape[1], len(query) // batch, bias.shape[3]))
-      by_query = jnp.swapaxes(wide, 1, 2).reshape(len(query), *wide.shape[1::2])
-      keys, values, alone = cache.keys, cache.values, self.single_threaded
-      return kernels.attend(None, query, keys, values, by_query, None, alone)
     scored = lambda x: x.astype(jnp.float32) if self.float32 else x
+    keys, values = (_apart(x, query.shape[1]) for x in (cache.keys, cache.values))
     rows = by_window(query, self.cross_bias.shape[0])
     # Of "bhwd,bhld->bhwl" XLA:CPU transposes the second factor: all keys, not a few queries.
     queries = jnp.swapaxes(scored(rows), 2, 3)
-    scores = jnp.einsum("bhld,bhdw->bhlw", scored(cache.keys), queries).swapaxes(2, 3)
+    scores = jnp.einsum("bhld,bhdw->bhlw", scored(keys), queries).swapaxes(2, 3)
     weights = jax.nn.softmax(scores + bias.astype(scores.dtype)).astype(query.dtype)
     # The heads' own order, then moved: XLA:CPU multiplies "bhwl,bhld->bwhd" number by number.
-    mixed = jnp.moveaxis(jnp.einsum("bhwl,bhld->bhwd", weights, cache.values), 1, 2)
+    mixed = jnp.moveaxis(jnp.einsum("bhwl,bhld->bhwd", weights, values), 1, 2)
     return mixed.reshape(len(query), -1)
 
 

@@ -9,8 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from calm.exits.layers import KeyValue
-from calm.t5 import layers as layers_lib
-from calm.t5 import network, platforms
+from calm.t5 import layers, network, platforms
 from calm.t5.decoder_weights import DecoderWeights
 from calm.t5.eight_bits import EightBits
 
@@ -55,23 +54,19 @@ def cross_attention_inputs(
   cross = []
   for layer in weights.layers:
     matrix = layer.cross_key_value
-    in_8_bits = isinstance(matrix, EightBits)
-    made = matrix.product(encoded) if in_8_bits else encoded @ matrix.astype(encoded.dtype)
-    cross.append(_prompt_cache(made, config))
-  bias = jnp.where(encoder_input_tokens > 0, 0.0, layers_lib.MASK_BIAS)[:, None, :]
+    if isinstance(matrix, EightBits):
+      made = matrix.product(encoded)
+    else:
+      made = encoded @ matrix.astype(encoded.dtype)
+    if platforms.merged_heads():
+      # Branches of a conditional read what they are given: XLA:TPU lays a prompt's keys out as
+      # it likes them only where nothing but straight code reads them.
+      cross.append(Cache(*jnp.split(made, 2, axis=-1)))
+      continue
+    shape = (*made.shape[:2], 2, config.num_heads, config.head_dim)
+    cross.append(Cache(*jnp.transpose(made.reshape(shape), (2, 0, 3, 1, 4))))
+  bias = jnp.where(encoder_input_tokens > 0, 0.0, layers.MASK_BIAS)[:, None, :]
   return Encoded(tuple(cross), bias.astype(config.dtype))
-
-
-def _prompt_cache(
-  projected: Float[Array, "batch input_length both"], config: network.T5Config
-) -> Cache:
-  """A prompt's keys and values, projected side by side, as `platforms.merged_heads` says."""
-  if platforms.merged_heads():
-    # Branches of a conditional read what they are given: XLA:TPU lays a prompt's keys out as
-    # it likes them only where nothing but straight code reads them.
-    return Cache(*jnp.split(projected, 2, axis=-1))
-  shape = (*projected.shape[:2], 2, config.num_heads, config.head_dim)
-  return Cache(*jnp.transpose(projected.reshape(shape), (2, 0, 3, 1, 4)))
 
 
 def empty_caches(

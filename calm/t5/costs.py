@@ -1,13 +1,9 @@
 """Analytic FLOPs and bytes of decoding: what a token costs at full depth and at its exit.
 
 Counted are matrix products (a multiplication and an addition are two FLOPs), the weights they
-read and the keys and values they read and write. Norms, softmaxes, gelu and the token's own
-few vectors are left out: under 3 % of a T5 1.1 small step. XLA counts a loop's body once and
-the larger branch of a conditional, so that its own figure for a decode loop is no cost; here
-the cost of a step is composed with the exits that were recorded.
-
-    costs = decoding_costs(config, input_length=128, cache_length=64)
-    report = totals(costs, generation.exit_layers)
+read and the keys and values they read and write; not norms, softmaxes and gelu, under 3 % of a
+T5 1.1 small step. XLA counts a loop's body once and the larger branch of a conditional, so that
+its own figure for a decode loop is no cost.
 """
 
 import dataclasses
@@ -23,13 +19,8 @@ from calm.t5 import network
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """What one piece of a decode step costs.
-
-  Attributes:
-    flops: floating-point operations a row.
-    weight_bytes: weights read, once a step whatever the number of rows.
-    row_bytes: keys and values read and written, a row.
-  """
+  """What one piece of a decode step costs: floating-point operations a row, weights that are
+  read once a step whatever the number of rows, keys and values read and written a row."""
 
   flops: float = 0.0
   weight_bytes: float = 0.0
@@ -86,7 +77,6 @@ class DecodingCosts:
 
   @property
   def layer(self) -> Cost:
-    """One decoder layer."""
     return self.self_attention + self.cross_attention + self.mlp
 
   def static(self, layers: int) -> Cost:
@@ -129,12 +119,11 @@ class Totals:
 
   @property
   def flops_ratio(self) -> float:
-    """FLOPs of full depth over those of the exits taken (NaN without tokens)."""
+    """Full depth's over those of the exits taken (NaN without tokens)."""
     return self.full.flops / self.early.flops if self.tokens else float("nan")
 
   @property
   def bytes_ratio(self) -> float:
-    """The same for bytes."""
     return self.full.bytes / self.early.bytes if self.tokens else float("nan")
 
   def __str__(self) -> str:
@@ -230,8 +219,7 @@ def totals(costs: DecodingCosts, exit_layers: Iterable[Sequence[int] | np.ndarra
 
   Args:
     costs: from `decoding_costs`.
-    exit_layers: decoder layers run for each token, one sequence a row; 0 is padding. The
-      `exit_layers` of a `Generation`, or those of the items of `Outputs`.
+    exit_layers: decoder layers run for each token, one sequence a row; 0 is padding.
   """
   rows = [np.asarray(row, int).ravel() for row in exit_layers]
   layers = np.concatenate(rows) if rows else np.zeros(0, int)
@@ -241,23 +229,3 @@ def totals(costs: DecodingCosts, exit_layers: Iterable[Sequence[int] | np.ndarra
     early += costs.early(int(layer)) * int(counts[layer])
   tokens = int(counts.sum())
   return Totals(tokens, costs.full * tokens, early)
-
-
-def batch_bytes(costs: DecodingCosts, exit_layers: np.ndarray) -> float:
-  """Bytes that a batch decoded in step must move: a layer's weights once for all its rows.
-
-  Args:
-    costs: from `decoding_costs`; the measure is left out.
-    exit_layers: [batch, length], 0 at padding.
-  """
-  total = 0.0
-  for column in np.asarray(exit_layers).T:
-    real = column[column > 0]
-    if len(real):
-      # A skipped layer's projection is read with the whole layer where another row runs it.
-      deepest, run = int(real.max()), int(real.sum())
-      skipped = costs.num_layers * len(real) - run
-      total += costs.static(deepest).weight_bytes
-      total += costs.propagation.weight_bytes * (costs.num_layers - deepest)
-      total += costs.layer.row_bytes * run + costs.propagation.row_bytes * skipped
-  return total

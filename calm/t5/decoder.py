@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from calm.exits.evidence import CERTAIN, evidence
 from calm.exits.layers import Greedy, KeyValue, Layers, no_code, no_probes, no_shortlist
 from calm.t5 import kernels, network, platforms
-from calm.t5.attention import Attends, Attention, by_kernel
+from calm.t5.attention import Attends, Attention, of_layer
 from calm.t5.caches import Cache, Encoded
 from calm.t5.decoder_weights import DecoderWeights, Matrix
 from calm.t5.eight_bits import EightBits, QuantizedHead
@@ -59,18 +59,16 @@ class DecoderStep:
       translated=tuple(self.weights.translators),
       code=self.code,
       predict=self.predict,
-      shared_head=len(self.weights.heads) == 1,
       shortlist_logits=self.shortlist_logits,
       probe_logit=self.probe_logit,
     )
 
   def attention(self, layer: int, cache: Cache) -> Attention:
-    """What a layer attends to, `cache` being its own, as XLA computes it."""
-    own = layer - 1 if len(self.past_bias) > 1 else 0
+    """What a layer attends to, `cache` being its own."""
     return Attention(
       cache,
-      self.past_bias[own],
-      self.current_bias[own],
+      of_layer(self.past_bias, layer),
+      of_layer(self.current_bias, layer),
       self.encoded.cross[layer - 1],
       self.encoded.bias,
       self.config.float32_attention_logits,
@@ -78,21 +76,8 @@ class DecoderStep:
 
   def run(self, layer: int, hidden: jax.Array, cache: Cache) -> tuple[jax.Array, KeyValue]:
     """One decoder layer (Eq. 3): d^{i-1} [batch, emb_dim] -> d^i and its key and value."""
-    row, attention = self.project(layer, hidden), self.attention(layer, cache)
-    attends = self.kernel_attention(attention, hidden) or attention
-    return self.run_projected(layer, hidden, row, attends), row
-
-  def kernel_attention(
-    self, attention: Attention, states: jax.Array, rows: jax.Array | None = None
-  ) -> Attends | None:
-    """`attention.by_kernel` for the queries of these states, where that may be."""
-    if not self.native:
-      return None  # before the states are counted: their number may be a symbol
-    return by_kernel(attention, self.single_threaded(states), rows)
-
-  def single_threaded(self, states: jax.Array) -> bool:
-    """Whether a kernel makes products of so many rows in one thread."""
-    return self.native and kernels.single_threaded(self.weights.layers[0].mlp_out, len(states))
+    row = self.project(layer, hidden)
+    return self.run_projected(layer, hidden, row, self.attention(layer, cache)), row
 
   def run_projected(
     self, layer: int, hidden: jax.Array, row: KeyValue, attention: Attends
@@ -149,26 +134,21 @@ class DecoderStep:
     codes = state[:, width : width + len(up)]
     return hidden + self._times(codes, up) if len(up) else hidden
 
-  def logits(self, layer: int, read: jax.Array) -> jax.Array:
-    """float32 logits [batch, num_pieces] of the layer's full head."""
-    head = self._head(layer)
+  def logits(self, read: jax.Array) -> jax.Array:
+    """float32 logits [batch, num_pieces] of the full head."""
+    head = self.weights.head
     return head.logits(read) if isinstance(head, QuantizedHead) else self._times(read, head)
 
-  def greedy(self, layer: int, read: jax.Array) -> Greedy | None:
+  def greedy(self, read: jax.Array) -> Greedy | None:
     """The argmax of these logits; None where they have to be asked."""
-    head = self._head(layer)
-    return head.greedy(read, self.native) if isinstance(head, QuantizedHead) else None
+    head = self.weights.head
+    return head.greedy(read) if isinstance(head, QuantizedHead) else None
 
-  def score(self, layer: int, read: jax.Array, token: jax.Array) -> jax.Array:
+  def score(self, read: jax.Array, token: jax.Array) -> jax.Array:
     """The logit of one token of every row, [batch], where `greedy` knows without them."""
-    head = self._head(layer)
+    head = self.weights.head
     assert isinstance(head, QuantizedHead)
     return head.score(read, token)
-
-  def _head(self, layer: int) -> jax.Array | QuantizedHead:
-    """The layer's full head."""
-    heads = self.weights.heads
-    return heads[0] if len(heads) == 1 else heads[layer - 1]
 
   def shortlist_logits(self, read: jax.Array) -> jax.Array:
     """float32 logits [batch, shortlist] of the shortlist only."""
@@ -205,8 +185,12 @@ class DecoderStep:
     """x @ matrix in the dtype of `x`, whatever the matrix is stored in."""
     if isinstance(matrix, EightBits):
       return matrix.product(x)
-    made = kernels.product(x, matrix) if self.single_threaded(x) else None
-    return platforms.product(x, matrix.astype(x.dtype)) if made is None else made
+    # Asked of a native program alone: elsewhere the number of rows may be a symbol.
+    if self.native and kernels.single_threaded(self.weights.layers[0].mlp_out, len(x)):
+      made = kernels.product(x, matrix)
+      if made is not None:
+        return made
+    return platforms.product(x, matrix.astype(x.dtype))
 
   def _heads(self, projected: jax.Array, count: int) -> list[jax.Array]:
     shape = (projected.shape[0], count, self.config.num_heads, self.config.head_dim)

@@ -24,16 +24,14 @@ class LayerWeights:
 
   Attributes:
     self_norm, cross_norm, mlp_norm: scales [emb_dim].
-    query: [emb_dim, heads * head_dim].
-    key_value: one matrix [emb_dim, 2 * heads * head_dim], or key and value apart where the
-      platform likes them so (`platforms.key_value_apart`); apart from the query, because
-      filling a skipped layer reads them alone and XLA would copy them out of a wider matrix
-      every time.
+    query, cross_query: [emb_dim, heads * head_dim].
+    key_value: one matrix [emb_dim, 2 * heads * head_dim], or two (`platforms.key_value_apart`);
+      apart from the query, because filling a skipped layer reads them alone and XLA would copy
+      them out of a wider matrix every time.
     self_out, cross_out: [heads * head_dim, emb_dim].
-    cross_query: [emb_dim, heads * head_dim].
     cross_key_value: [emb_dim, 2 * heads * head_dim].
-    mlp_in: the MLP's input projections, one an activation, [emb_dim, mlp_dim]; apart: XLA:CPU
-      takes a twelfth more time for more rows than one where they are fused.
+    mlp_in: one matrix [emb_dim, mlp_dim] an activation; apart: XLA:CPU takes a twelfth more
+      time for more rows than one where they are fused.
     mlp_out: [mlp_dim, emb_dim].
   """
 
@@ -110,11 +108,11 @@ class DecoderWeights:
     relpos: relative-position embeddings [heads, buckets]: one for all layers, or one a layer.
     layers: one `LayerWeights` a decoder layer.
     decoder_norm: [emb_dim].
-    heads: output heads [emb_dim, num_pieces], float32 unless another dtype was asked for, or
-      `QuantizedHead`s: one for all layers, or one a layer.
+    head: of all layers, [emb_dim, num_pieces], float32 unless another dtype was asked for, or
+      a `QuantizedHead`.
     exit_kernel: [emb_dim], or None without a classifier.
     exit_bias: [], or None.
-    shortlist: columns of the shared head for likely tokens, [emb_dim, shortlist], or None.
+    shortlist: columns of the head for likely tokens, [emb_dim, shortlist], or None.
     probes: every layer's own exit probe, or None.
     shortlist_ids: those tokens, [shortlist] int32, or None.
     translators: by 1-based exit layer, of those that have one.
@@ -125,7 +123,7 @@ class DecoderWeights:
   relpos: tuple[jax.Array, ...]
   layers: tuple[LayerWeights, ...]
   decoder_norm: jax.Array
-  heads: tuple[jax.Array | eight_bits.QuantizedHead, ...]
+  head: jax.Array | eight_bits.QuantizedHead
   exit_kernel: jax.Array | None
   exit_bias: jax.Array | None
   shortlist: jax.Array | None = None
@@ -176,50 +174,41 @@ def decoder_weights(
   """
   decoder, dtype = params["decoder"], jnp.dtype(config.dtype)
   in_8_bits = weights_dtype == "int8"
-  weights_dtype = None if in_8_bits else weights_dtype
-  matrices = dtype if weights_dtype is None else jnp.dtype(weights_dtype)
+  matrices = jnp.dtype(dtype if in_8_bits or weights_dtype is None else weights_dtype)
   num_pieces = config.vocab_size if num_pieces is None else num_pieces
   if not 0 < num_pieces <= config.vocab_size:
     raise ValueError(
       f"Expected a vocabulary of at most {config.vocab_size} pieces, the rows of the model's"
       f" embedding, got {num_pieces}; this vocabulary belongs to another model."
     )
+  head = parameters.head_kernel(params, config)[:, :num_pieces]
+  if weights_dtype is not None and not in_8_bits:
+    head = head.astype(matrices)
   classifier = decoder.get("exit_classifier")
-  heads = tuple(head[:, :num_pieces] for head in parameters.head_kernels(params, config))
-  if weights_dtype is not None:
-    heads = tuple(head.astype(matrices) for head in heads)
-  read = tuple(map(eight_bits.quantize_head, heads)) if head_dtype == "int8" else heads
-  layers = tuple(
-    _layer_weights(decoder[f"layers_{i}"], config, dtype, matrices)
-    for i in range(config.num_decoder_layers)
-  )
-  if in_8_bits:
-    layers = tuple(map(rounded, layers))
-  if in_8_bits or encoder_dtype == "int8":
-    layers = tuple(map(_with_prompts_in_8_bits, layers))
+  layers = [decoder[f"layers_{i}"] for i in range(config.num_decoder_layers)]
+  translators = parameters.by_layer(decoder.get("exit_translators", {}))
   return DecoderWeights(
     embedding=jnp.asarray(params["token_embedder"]["embedding"], matrices),
     relpos=tuple(
       jnp.asarray(part["relpos_bias"]["rel_embedding"], dtype)
-      for part in (
-        [decoder[f"layers_{i}"] for i in range(config.num_decoder_layers)]
-        if config.relpos_per_layer
-        else [decoder]
-      )
+      for part in (layers if config.relpos_per_layer else [decoder])
     ),
-    layers=layers,
+    layers=tuple(
+      _layer_weights(layer, config, matrices, in_8_bits, in_8_bits or encoder_dtype == "int8")
+      for layer in layers
+    ),
     decoder_norm=jnp.asarray(decoder["decoder_norm"]["scale"], dtype),
-    heads=read,
+    head=eight_bits.quantize_head(head) if head_dtype == "int8" else head,
     exit_kernel=None if classifier is None else jnp.asarray(classifier["kernel"])[:, 0],
     exit_bias=None if classifier is None else jnp.asarray(classifier["bias"])[0],
-    shortlist=None if shortlist is None else _shortlist_head(heads, shortlist),
+    shortlist=None if shortlist is None else _shortlist_head(head, shortlist),
     probes=parameters.probes(params),
     shortlist_ids=None if shortlist is None else jnp.asarray(shortlist, jnp.int32),
     translators={
       layer: Translator(
-        jnp.asarray(part["kernel"], heads[0].dtype), jnp.asarray(part["bias"], jnp.float32)
+        jnp.asarray(part["kernel"], head.dtype), jnp.asarray(part["bias"], jnp.float32)
       )
-      for layer, part in parameters.by_layer(decoder.get("exit_translators", {})).items()
+      for layer, part in translators.items()
     },
     propagation=_learned_propagation(decoder.get("exit_propagation", {}), config, matrices),
   )
@@ -245,56 +234,46 @@ def _learned_propagation(
   )
 
 
-def _layer_weights(layer: Params, config: network.T5Config, dtype, matrices) -> LayerWeights:
+def _layer_weights(
+  layer: Params,
+  config: network.T5Config,
+  matrices: Any,
+  in_8_bits: bool,
+  prompts_in_8_bits: bool,
+) -> LayerWeights:
   kernel = lambda block, name: jnp.asarray(layer[block][name]["kernel"], matrices)
   beside = lambda block, names: jnp.concatenate([kernel(block, n) for n in names], axis=1)
-  scale = lambda name: jnp.asarray(layer[name]["scale"], dtype)
+  stored = eight_bits.quantize if in_8_bits else lambda matrix: matrix
+  scale = lambda name: jnp.asarray(layer[name]["scale"], config.dtype)
   names = ["key", "value"]
   apart = [[name] for name in names] if platforms.key_value_apart(matrices) else [names]
   count = len(config.mlp_activations)
   mlp_names = ["wi"] if count == 1 else [f"wi_{i}" for i in range(count)]
+  # Multiplied with the prompt's states, which are many rows.
+  cross: Matrix = beside("encoder_decoder_attention", names)
+  if prompts_in_8_bits:
+    cross = eight_bits.quantize(cross).for_many_rows()
   return LayerWeights(
     self_norm=scale("pre_self_attention_layer_norm"),
-    query=kernel("self_attention", "query"),
-    key_value=tuple(beside("self_attention", part) for part in apart),
-    self_out=kernel("self_attention", "out"),
+    query=stored(kernel("self_attention", "query")),
+    key_value=tuple(stored(beside("self_attention", part)) for part in apart),
+    self_out=stored(kernel("self_attention", "out")),
     cross_norm=scale("pre_cross_attention_layer_norm"),
-    cross_query=kernel("encoder_decoder_attention", "query"),
-    cross_key_value=beside("encoder_decoder_attention", ["key", "value"]),
-    cross_out=kernel("encoder_decoder_attention", "out"),
+    cross_query=stored(kernel("encoder_decoder_attention", "query")),
+    cross_key_value=cross,
+    cross_out=stored(kernel("encoder_decoder_attention", "out")),
     mlp_norm=scale("pre_mlp_layer_norm"),
-    mlp_in=tuple(kernel("mlp", name) for name in mlp_names),
-    mlp_out=kernel("mlp", "wo"),
+    mlp_in=tuple(stored(kernel("mlp", name)) for name in mlp_names),
+    mlp_out=stored(kernel("mlp", "wo")),
   )
 
 
-def rounded(layer: LayerWeights) -> LayerWeights:
-  """The layer with its matrices in 8 bits."""
-  every = lambda matrices: tuple(map(eight_bits.quantize, matrices))
-  one = ("query", "self_out", "cross_query", "cross_key_value", "cross_out", "mlp_out")
-  return dataclasses.replace(
-    layer,
-    **{name: eight_bits.quantize(getattr(layer, name)) for name in one},
-    **{name: every(getattr(layer, name)) for name in ("key_value", "mlp_in")},
-  )
-
-
-def _with_prompts_in_8_bits(layer: LayerWeights) -> LayerWeights:
-  """The layer that makes keys and values of the prompt's states, which are many rows, so."""
-  matrix = layer.cross_key_value
-  if isinstance(matrix, jax.Array):
-    matrix = eight_bits.quantize(matrix)
-  return dataclasses.replace(layer, cross_key_value=matrix.for_many_rows())
-
-
-def _shortlist_head(heads: Sequence[jax.Array], shortlist: Sequence[int]) -> jax.Array:
-  ids, num_pieces = np.asarray(shortlist, np.int64), heads[0].shape[1]
-  if len(heads) > 1:
-    raise ValueError("Expected one output head for a `shortlist`, got one head a layer.")
+def _shortlist_head(head: jax.Array, shortlist: Sequence[int]) -> jax.Array:
+  ids, num_pieces = np.asarray(shortlist, np.int64), head.shape[1]
   distinct = len(np.unique(ids)) == len(ids)
   if len(ids) < 2 or not distinct or ids.min() < 0 or ids.max() >= num_pieces:
     raise ValueError(
       f"Expected `shortlist` to be two or more different token ids below {num_pieces},"
       f" got {len(ids)} ids, {ids[:5].tolist()} ...; make it from this vocabulary."
     )
-  return heads[0][:, ids]
+  return head[:, ids]

@@ -91,13 +91,6 @@ class EightBits:
 
   def sums_of(self, codes: Float[Array, "rows inputs"]) -> Int32[Array, "rows outputs"]:
     """Sums of products of codes, which 32 bits hold."""
-    sums, offset = self.raw_sums(codes)
-    return sums - offset * self.sums[None, :] if offset else sums
-
-  def raw_sums(
-    self, codes: Float[Array, "rows inputs"]
-  ) -> tuple[Int32[Array, "rows outputs"], int]:
-    """As `sums_of`, and what is still to be taken away: so many times `sums`."""
     count = len(codes)
     codes = jnp.pad(codes, ((0, max(0, least_rows() - count)), (0, 0)))
     shift = _SHIFT if platforms.multiplies_unsigned() else 0  # (c + 128) w = c w + 128 w
@@ -109,27 +102,16 @@ class EightBits:
       # Without an algorithm JAX makes 32-bit numbers of 8-bit ones of which one has a sign.
       precision=lax.DotAlgorithmPreset.DEFAULT,
       preferred_element_type=jnp.int32,
-    )
-    return sums[:count], shift
-
-  @property
-  def dequantized(self) -> Float[Array, "outputs inputs"]:
-    """The matrix that the codes stand for, transposed."""
-    return self.codes.astype(jnp.float32) * self.scales[:, None]
-
-
-def of_rows(rows: Shaped[Array, "outputs inputs"]) -> EightBits:
-  """A transposed matrix, rounded."""
-  wide = rows.astype(jnp.float32)
-  scales = step(wide)
-  codes = jnp.round(wide / scales).astype(jnp.int8)
-  sums = jnp.sum(codes, axis=1, dtype=jnp.int32)
-  return EightBits(codes, sums, scales[:, 0])
+    )[:count]
+    return sums - shift * self.sums[None, :] if shift else sums
 
 
 def quantize(matrix: Shaped[Array, "inputs outputs"]) -> EightBits:
   """A matrix, rounded."""
-  return of_rows(jnp.asarray(matrix).T)
+  wide = jnp.asarray(matrix).T.astype(jnp.float32)
+  scales = step(wide)
+  codes = jnp.round(wide / scales).astype(jnp.int8)
+  return EightBits(codes, jnp.sum(codes, axis=1, dtype=jnp.int32), scales[:, 0])
 
 
 @struct.dataclass
@@ -137,10 +119,9 @@ class QuantizedHead:
   """One output head.
 
   Attributes:
-    rows: the head, transposed, in the dtype of the matrices.
-    coded: the head in 8 bits.
-    left: norms of what the codes leave of the pieces.
-    norms: norms of what they do not leave.
+    rows: transposed, in the dtype of the matrices.
+    coded: in 8 bits.
+    left, norms: norms of what the codes leave of the pieces, and of what they keep.
   """
 
   rows: Float[Array, "pieces emb"]
@@ -149,11 +130,7 @@ class QuantizedHead:
   norms: Float[Array, " pieces"]
 
   def logits(self, states: Float[Array, "batch emb"]) -> Float[Array, "batch pieces"]:
-    """float32 logits, the largest of each row that of the float32 head.
-
-    Args:
-      states: decoder_norm(d^i), float32.
-    """
+    """float32 logits of decoder_norm(d^i), the largest of each row that of the float32 head."""
     if len(self.rows) <= CANDIDATES:
       return self.whole(states)
     logits, places, scored, certain = self._candidates(states)
@@ -162,15 +139,8 @@ class QuantizedHead:
       certain, lambda: logits.at[batch, places].set(scored), lambda: self.whole(states)
     )
 
-  def greedy(self, states: Float[Array, "batch emb"], native: bool = False) -> layers.Greedy:
-    """The argmax of these logits and its log-probability, without writing them all.
-
-    Args:
-      states: as of `logits`.
-      native: whether a kernel may find it.
-    """
-    if native and kernels.scans(states, self.rows):
-      return self._by_kernel(states)
+  def greedy(self, states: Float[Array, "batch emb"]) -> layers.Greedy:
+    """The argmax of these logits and its log-probability, without writing them all."""
     if len(self.rows) <= CANDIDATES:
       return layers.greedy(self.whole(states))
     logits, places, scored, certain = self._candidates(states)
@@ -179,14 +149,6 @@ class QuantizedHead:
       lambda: _greedy(logits, places, scored),
       lambda: layers.greedy(self.whole(states)),
     )
-
-  def _by_kernel(self, states: jax.Array) -> layers.Greedy:
-    codes, steps = _codes(states)
-    sums, offset = self.coded.raw_sums(jnp.concatenate(codes))
-    sums = sums.reshape(len(codes), len(states), -1)
-    rows = jnp.concatenate([*_slack_factors(states, codes, steps), *steps], axis=1)
-    head = self.coded.sums, self.coded.scales, self.left, self.norms
-    return kernels.greedy(sums, offset, *head, rows, states, self.rows)
 
   def score(
     self, states: Float[Array, "batch emb"], pieces: Int[Array, "batch *places"]
@@ -217,7 +179,10 @@ class QuantizedHead:
     count = len(states)
     sums = self.coded.sums_of(jnp.concatenate(codes)).astype(jnp.float32)
     logits = sum(sums[i * count : (i + 1) * count] * one for i, one in enumerate(steps))
-    of_left, of_norms = _slack_factors(states, codes, steps)
+    norm = lambda x: jnp.linalg.norm(x, axis=1, keepdims=True)
+    coded_as = functools.reduce(jnp.add, map(jnp.multiply, codes, steps))
+    of_left = norm(states)
+    of_norms = norm(states - coded_as) + _ROUNDING * of_left
     slack = of_left * self.left[None, :] + of_norms * self.norms[None, :]
     return logits * self.coded.scales[None, :], slack
 
@@ -255,16 +220,6 @@ def _padded(values: Float[Array, "batch pieces"]) -> Float[Array, "batch more"]:
   )
 
 
-def _slack_factors(
-  states: jax.Array, codes: list[jax.Array], steps: list[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-  """What a head's `left` and `norms` are multiplied with, [batch, 1]; the sum is the slack."""
-  norm = lambda x: jnp.linalg.norm(x, axis=1, keepdims=True)
-  coded_as = functools.reduce(jnp.add, map(jnp.multiply, codes, steps))
-  of_left = norm(states)
-  return of_left, norm(states - coded_as) + _ROUNDING * of_left
-
-
 def _codes(states: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
   """Codes of states, and what they are multiplied with: their sum is nearly the states."""
   one = step(states)
@@ -297,12 +252,8 @@ def largest(
 
 
 def quantize_head(head: Float[Array, "emb pieces"]) -> QuantizedHead:
-  """A head, rounded.
-
-  Args:
-    head: float32 or narrower; it is the head that `QuantizedHead` is exact for.
-  """
-  rows = head.T
-  coded = of_rows(rows)
-  left = jnp.linalg.norm(rows.astype(jnp.float32) - coded.dequantized, axis=1)
-  return QuantizedHead(rows, coded, left, jnp.linalg.norm(coded.dequantized, axis=1))
+  """A head, float32 or narrower, rounded; it is the one that `QuantizedHead` is exact for."""
+  rows, coded = head.T, quantize(head)
+  decoded = coded.codes.astype(jnp.float32) * coded.scales[:, None]
+  left = jnp.linalg.norm(rows.astype(jnp.float32) - decoded, axis=1)
+  return QuantizedHead(rows, coded, left, jnp.linalg.norm(decoded, axis=1))

@@ -4,6 +4,7 @@ Every module here is used by `network.Transformer`; nothing here knows of exits.
 two-dimensional as in T5X ([emb_dim, heads * head_dim]), so its checkpoints restore unchanged.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,13 +28,9 @@ relpos_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 
 
 class Dense(nn.Module):
-  """A linear map without bias, `inputs @ kernel`.
+  """A linear map without bias, `inputs @ kernel`, computed in `dtype` of a float32 kernel.
 
-  Attributes:
-    features: width of the output.
-    axes: logical axis names of the kernel's two dimensions.
-    dtype: dtype of the computation; the kernel itself is float32.
-    init: initializer of the kernel.
+  `axes` are the logical names of the kernel's two dimensions.
   """
 
   features: int
@@ -50,10 +47,9 @@ class Dense(nn.Module):
 
 
 class LayerNorm(nn.Module):
-  """T5 layer norm: `x / sqrt(mean(x^2) + epsilon) * scale`, no mean subtracted, no bias."""
+  """T5 layer norm: `x / sqrt(mean(x^2) + 1e-6) * scale`, no mean subtracted, no bias."""
 
   dtype: Dtype = jnp.float32
-  epsilon: float = 1e-6
 
   @nn.compact
   def __call__(self, x: Float[Array, "*batch emb"]) -> Float[Array, "*batch emb"]:
@@ -61,13 +57,9 @@ class LayerNorm(nn.Module):
       "scale", nn.initializers.ones, (x.shape[-1],), jnp.float32, axes=("embed",)
     )
     x = jnp.asarray(x, jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-    return scale_by_vector(jnp.asarray(x, self.dtype), jnp.asarray(scale, self.dtype))
-
-
-def scale_by_vector(x: Float[Array, "*batch emb"], scale: Float[Array, " emb"]) -> jax.Array:
-  """Multiplies the last axis by a vector, with the ranks spelled out."""
-  return x * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+    scale = jnp.asarray(scale, self.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
+    return jnp.asarray(x, self.dtype) * scale
 
 
 class Embed(nn.Module):
@@ -101,7 +93,7 @@ class Embed(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Feed-forward block: one projection per activation, multiplied, then projected back."""
+  """Feed-forward block: one projection an activation, multiplied, then projected back."""
 
   mlp_dim: int
   activations: Sequence[str]
@@ -110,13 +102,12 @@ class Mlp(nn.Module):
 
   @nn.compact
   def __call__(self, inputs: Float[Array, "batch length emb"], *, deterministic: bool):
-    hidden = None
+    parts = []
     for index, activation in enumerate(self.activations):
       name = "wi" if len(self.activations) == 1 else f"wi_{index}"
       x = Dense(self.mlp_dim, ("embed", "mlp"), self.dtype, name=name)(inputs)
-      x = activation_fn(activation)(x)
-      hidden = x if hidden is None else hidden * x
-    assert hidden is not None, "Expected `activations` to name at least one activation"
+      parts.append(activation_fn(activation)(x))
+    hidden = functools.reduce(jnp.multiply, parts)
     hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
       hidden, deterministic=deterministic
     )
@@ -174,10 +165,6 @@ class Attention(nn.Module):
 
   def mix(self, query, key, value, mask, bias, deterministic) -> jax.Array:
     """Values by their weights, [batch, query_length, heads, head_dim]."""
-    weights = self._weights(query, key, mask, bias, deterministic)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-
-  def _weights(self, query, key, mask, bias, deterministic) -> jax.Array:
     if self.float32_logits:
       query, key = query.astype(jnp.float32), key.astype(jnp.float32)
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key)
@@ -187,9 +174,8 @@ class Attention(nn.Module):
     if bias is not None:
       logits = logits + bias.astype(logits.dtype)
     weights = jax.nn.softmax(logits).astype(self.dtype)
-    return nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
-      weights, deterministic=deterministic
-    )
+    drop = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))
+    return jnp.einsum("bhqk,bkhd->bqhd", drop(weights, deterministic=deterministic), value)
 
   def _through_cache(self, key, value, mask, bias):
     """Writes this position into the cache; returns what the query may attend to."""

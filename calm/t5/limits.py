@@ -7,7 +7,7 @@ that was published (T5-11B: emb_dim 1024, mlp_dim 65536, 24 layers, 128 heads).
 
 import dataclasses
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,26 +24,15 @@ SIZES: Mapping[str, tuple[int, int]] = {
   "relpos_buckets": (4, 2**12),
   "relpos_max_distance": (3, 2**20),
 }
-# Rank of learned propagation; more than `emb_dim` says nothing more.
-RANKS: Mapping[str, tuple[int, int]] = {"exit_propagation_rank": (0, 2**16)}
 # Exit layers that have linear maps of their own.
 EXIT_LAYERS = ("exit_translators", "exit_propagation")
-FLAGS = (
-  "logits_via_embedding",
-  "float32_attention_logits",
-  "one_hot_embedding",
-  "per_layer_heads",
-  "exit_classifier",
-  "relpos_per_layer",
-  "exit_probes",
-)
 ACTIVATIONS = (
   *("celu", "elu", "gelu", "hard_sigmoid", "hard_silu", "hard_swish", "hard_tanh"),
   *("leaky_relu", "linear", "log_sigmoid", "relu", "relu6", "selu", "sigmoid", "silu"),
   *("soft_sign", "softplus", "swish", "tanh"),
 )
-# Activations; the bias of masked attention (`layers.MASK_BIAS`) is -inf in float16, and a row
-# with nothing to attend to NaN.
+# The bias of masked attention (`layers.MASK_BIAS`) is -inf in float16, and a row with nothing
+# to attend to NaN.
 DTYPES = ("float32", "bfloat16")
 # Numbers of a model in all: a quarter of a terabyte in float32.
 _MOST_PARAMETERS = 2**36
@@ -70,7 +59,6 @@ class T5Config:
     mlp_activations: ('gelu', 'linear') is T5 1.1's gated GELU, ('relu',) is T5 1.0.
     logits_via_embedding: tie the output head to the embedding (T5 1.0).
     one_hot_embedding: embed by a one-hot product (partitioned training) or by a gather.
-    per_layer_heads: one output head a decoder layer instead of one for all.
     exit_classifier: whether the tree holds the early-exit classifier (emb_dim + 1 numbers).
     exit_probes: whether it holds every layer's own exit probe (see `evidence.Probes`).
     exit_translators: 1-based layers below the last whose states heads read through a linear map
@@ -95,7 +83,6 @@ class T5Config:
   logits_via_embedding: bool = False
   float32_attention_logits: bool = False
   one_hot_embedding: bool = True
-  per_layer_heads: bool = False
   exit_classifier: bool = True
   relpos_buckets: int = 32
   relpos_max_distance: int = 128
@@ -122,11 +109,82 @@ class T5Config:
         f" {list(self.exit_propagation)} and the rank {self.exit_propagation_rank}; give both,"
         " or neither."
       )
-    if self.per_layer_heads and self.logits_via_embedding:
-      raise ValueError(
-        "Expected `per_layer_heads` without `logits_via_embedding`: a tied head is shared by"
-        " all layers, got both; turn one off."
-      )
+
+
+def whole(name: str, value: Any, least: int, most: int, way_out: str = _DAMAGED) -> int:
+  """A whole number in bounds.
+
+  Raises:
+    ValueError: another type, or out of bounds.
+  """
+  if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    raise ValueError(
+      f"Expected `{name}` to be a whole number, got {value!r:.60} ({type(value).__name__});"
+      " write it without quotes or fraction."
+    )
+  if not least <= int(value) <= most:
+    raise ValueError(
+      f"Expected `{name}` to be in {least} ... {most}, got {value!r:.60}; {way_out}."
+    )
+  return int(value)
+
+
+def _rate(value: Any) -> float | None:
+  real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  return float(value) if real and 0 <= float(value) < 1 else None
+
+
+def _flag(value: Any) -> bool | None:
+  return bool(value) if type(value).__name__ in ("bool", "bool_") else None
+
+
+def _activations(value: Any) -> tuple[str, ...] | None:
+  listed = isinstance(value, list | tuple) and 1 <= len(value) <= 4
+  known = listed and all(isinstance(word, str) and word in ACTIVATIONS for word in value)
+  return tuple(value) if known else None
+
+
+def _dtype(value: Any) -> str | None:
+  try:
+    found = jnp.dtype(value).name
+  except (TypeError, ValueError):
+    return None
+  return found if found in DTYPES and value is not None else None
+
+
+def _layers(value: Any) -> tuple[int, ...] | None:
+  most = SIZES["num_decoder_layers"][1]
+  whole = lambda each: isinstance(each, numbers.Integral) and not isinstance(each, bool)
+  listed = isinstance(value, list | tuple) and all(whole(n) and 1 <= n <= most for n in value)
+  return tuple(map(int, value)) if listed and list(value) == sorted(set(value)) else None
+
+
+# What makes a field's one form of a value, or None; what it should be; the way out.
+_Field = tuple[Callable[[Any], Any], str, str]
+_LAYERS: _Field = (
+  *(_layers, "a list of decoder layers, ascending from 1"),
+  f"give each once, of at most {SIZES['num_decoder_layers'][1]}",
+)
+_FLAG: _Field = (_flag, "true or false", "write one")
+_FIELDS: Mapping[str, _Field] = {
+  "dropout_rate": (_rate, "a number in [0, 1)", "T5 trains with 0.1"),
+  "mlp_activations": (
+    *(_activations, f"a list of one to four of {', '.join(ACTIVATIONS)}"),
+    "T5 1.1 has ['gelu', 'linear'], T5 1.0 has ['relu']",
+  ),
+  "dtype": (
+    *(_dtype, f"the type of activations, one of {', '.join(DTYPES)}"),
+    "take 'float32', or 'bfloat16' for less memory",
+  ),
+  **dict.fromkeys(EXIT_LAYERS, _LAYERS),
+  **dict.fromkeys(
+    (
+      *("logits_via_embedding", "float32_attention_logits", "one_hot_embedding"),
+      *("exit_classifier", "relpos_per_layer", "exit_probes"),
+    ),
+    _FLAG,
+  ),
+}
 
 
 def check(fields: Mapping[str, Any], names: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -140,7 +198,20 @@ def check(fields: Mapping[str, Any], names: Mapping[str, str] | None = None) -> 
     ValueError: the first field that is of another type or out of its bounds.
   """
   called = {name: name for name in fields} | dict(names or {})
-  made = {name: _checked(name, called[name], value) for name, value in fields.items()}
+  # More than `emb_dim` of a rank says nothing more.
+  bounds, made = {**SIZES, "exit_propagation_rank": (0, 2**16)}, {}
+  for field, value in fields.items():
+    if field in bounds:
+      made[field] = whole(called[field], value, *bounds[field])
+    elif field in _FIELDS:
+      form, expected, way_out = _FIELDS[field]
+      made[field] = form(value)
+      if made[field] is None:
+        raise ValueError(
+          f"Expected `{called[field]}` to be {expected}, got {value!r:.60}; {way_out}."
+        )
+    else:
+      made[field] = value
   if {"relpos_buckets", "relpos_max_distance"} <= set(made):
     buckets, distance = made["relpos_buckets"], made["relpos_max_distance"]
     if distance <= buckets // 2:
@@ -154,82 +225,6 @@ def check(fields: Mapping[str, Any], names: Mapping[str, str] | None = None) -> 
   return made
 
 
-def _checked(field: str, name: str, value: Any) -> Any:
-  if bounds := SIZES.get(field) or RANKS.get(field):
-    return whole(name, value, *bounds)
-  kinds = dict.fromkeys(EXIT_LAYERS, _layers) | dict.fromkeys(FLAGS, _flag)
-  kinds |= {"dropout_rate": _rate, "mlp_activations": _activations, "dtype": _dtype}
-  return kinds[field](name, value) if field in kinds else value
-
-
-def whole(name: str, value: Any, least: int, most: int, way_out: str = _DAMAGED) -> int:
-  """A whole number in bounds.
-
-  Raises:
-    ValueError: another type, or out of bounds.
-  """
-  if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-    raise ValueError(
-      f"Expected `{name}` to be a whole number, got {_shown(value)}"
-      f" ({type(value).__name__}); write it without quotes or fraction."
-    )
-  if not least <= int(value) <= most:
-    raise ValueError(
-      f"Expected `{name}` to be in {least} ... {most}, got {_shown(value)}; {way_out}."
-    )
-  return int(value)
-
-
-def _flag(name: str, value: Any) -> bool:
-  if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
-    raise ValueError(f"Expected `{name}` to be true or false, got {_shown(value)}; write one.")
-  return bool(value)
-
-
-def _layers(name: str, value: Any) -> tuple[int, ...]:
-  most = SIZES["num_decoder_layers"][1]
-  listed = value if isinstance(value, list | tuple) else [0]
-  layers = tuple(whole(name, layer, 0, most) for layer in listed)
-  if list(layers) != sorted(set(layers)) or 0 in layers:
-    raise ValueError(
-      f"Expected `{name}` to be a list of decoder layers, ascending from 1, got"
-      f" {_shown(value)}; give each once."
-    )
-  return layers
-
-
-def _rate(name: str, value: Any) -> float:
-  real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-  if not real or not 0 <= float(value) < 1:
-    raise ValueError(
-      f"Expected `{name}` to be a number in [0, 1), got {_shown(value)}; T5 trains with 0.1."
-    )
-  return float(value)
-
-
-def _activations(name: str, value: Any) -> tuple[str, ...]:
-  listed = isinstance(value, list | tuple) and 1 <= len(value) <= 4
-  if not listed or not all(isinstance(word, str) and word in ACTIVATIONS for word in value):
-    raise ValueError(
-      f"Expected `{name}` to be a list of one to four of {', '.join(ACTIVATIONS)}, got"
-      f" {_shown(value)}; T5 1.1 has ['gelu', 'linear'], T5 1.0 has ['relu']."
-    )
-  return tuple(value)
-
-
-def _dtype(name: str, value: Any) -> str:
-  try:
-    found = jnp.dtype(value).name
-  except (TypeError, ValueError):
-    found = None
-  if found not in DTYPES or value is None:
-    raise ValueError(
-      f"Expected `{name}` to be the type of activations, one of {', '.join(DTYPES)}, got"
-      f" {_shown(value)}; take 'float32', or 'bfloat16' for less memory."
-    )
-  return found
-
-
 def _check_total(fields: Mapping[str, Any]) -> None:
   attention = 4 * fields["emb_dim"] * fields["num_heads"] * fields["head_dim"]
   mlp = 2 * fields["emb_dim"] * fields["mlp_dim"]
@@ -241,8 +236,3 @@ def _check_total(fields: Mapping[str, Any]) -> None:
       f" {total:.1e} by its `vocab_size`, `emb_dim`, `mlp_dim`, heads and layers; one of them"
       " is damaged."
     )
-
-
-def _shown(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= 60 else text[:57] + "..."

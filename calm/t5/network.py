@@ -1,13 +1,13 @@
 """T5 encoder-decoder whose every decoder layer is an exit (Flax linen).
 
 The parameter tree and the call signatures are those of T5X's own T5 1.1 network; the exit
-parts of the decoder (`parameters.EXIT_PARTS`, and with per-layer heads `logits_dense_{i}`) are
-the only additions. As T5X's `network`, this module has the configuration and the `Transformer`,
-for gin. It serves training and T5X; `decoder` decodes from the same parameters.
+parts of the decoder (`parameters.EXIT_PARTS`) are the only additions. As T5X's `network`, this
+module has the configuration and the `Transformer`, for gin. It serves training and T5X;
+`decoder` decodes from the same parameters.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -122,25 +122,11 @@ class Transformer(nn.Module):
     )
 
   def normed_states(
-    self,
-    encoder_input_tokens,
-    decoder_input_tokens,
-    decoder_target_tokens,
-    encoder_segment_ids=None,
-    decoder_segment_ids=None,
-    *,
-    enable_dropout: bool = False,
+    self, *tokens, enable_dropout: bool = False, **segments
   ) -> Float[Array, "layers batch length emb"]:
     """decoder_norm(d^i) of every layer, teacher-forced, through the layer's translator where it
-    has one: what the layer losses read."""
-    hidden = self.hidden_states(
-      encoder_input_tokens,
-      decoder_input_tokens,
-      decoder_target_tokens,
-      encoder_segment_ids,
-      decoder_segment_ids,
-      enable_dropout=enable_dropout,
-    )
+    has one: what the layer losses read. The arguments are those of `hidden_states`."""
+    hidden = self.hidden_states(*tokens, enable_dropout=enable_dropout, **segments)
     return self.decoder.read(hidden, not enable_dropout)
 
   def hidden_states(
@@ -245,8 +231,7 @@ def decoder_masks(
     return None, attention_mask(jnp.ones_like(decoder_target_tokens, bool), source)
   target = jnp.asarray(decoder_target_tokens) > 0
   length = target.shape[-1]
-  causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
-  mask = causal & attention_mask(target, target)
+  mask = jnp.tril(jnp.ones((1, 1, length, length), bool)) & attention_mask(target, target)
   cross_mask = attention_mask(target, source)
   if decoder_segment_ids is not None:
     mask &= segment_mask(decoder_segment_ids, decoder_segment_ids)
@@ -337,20 +322,10 @@ class Decoder(nn.Module):
     self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
     if not cfg.logits_via_embedding:
       # float32 whatever the activation dtype: confidences are compared with a threshold.
-      self.logits_dense = output_head(cfg)
-    if cfg.per_layer_heads:
-      # Names matter to checkpoints: logits_dense_0 ... logits_dense_{L-2}.
-      self.layer_heads = [
-        output_head(cfg, name=f"logits_dense_{i}") for i in range(cfg.num_decoder_layers - 1)
-      ]
-    if cfg.exit_classifier:
-      self.exit_classifier = ExitHead()
-    if cfg.exit_probes:
-      self.exit_probes = ExitParts(_probes(cfg))
-    if cfg.exit_translators:
-      self.exit_translators = ExitParts(_translators(cfg))
-    if cfg.exit_propagation:
-      self.exit_propagation = ExitParts(_propagation(cfg))
+      self.logits_dense = layers.Dense(cfg.vocab_size, ("embed", "vocab"), jnp.float32)
+    for name, tree in EXIT_TREES.items():
+      if getattr(cfg, name):
+        setattr(self, name, ExitParts(tree(cfg)))
 
   def __call__(
     self, encoded, tokens, mask, cross_mask, *, deterministic, decode=False, length=None
@@ -358,8 +333,10 @@ class Decoder(nn.Module):
     hidden = self.hidden_states(
       encoded, tokens, mask, cross_mask, deterministic, decode, length
     )
-    if self.is_initializing():
-      self._touch_exit_parts(hidden[-1])
+    if self.is_initializing():  # the full-depth call never uses them
+      for name in EXIT_TREES:
+        if getattr(self.config, name):
+          getattr(self, name)()
     return self.logits(hidden[-1], self.config.num_decoder_layers, deterministic=deterministic)
 
   def hidden_states(
@@ -398,28 +375,16 @@ class Decoder(nn.Module):
     return jnp.stack([self.translated(x, layer) for layer, x in enumerate(wide, start=1)])
 
   def logits(self, hidden: jax.Array, layer: int, deterministic: bool = True) -> jax.Array:
-    """float32 logits [batch, length, vocab] of the head of 1-based `layer`."""
+    """float32 logits [batch, length, vocab] of 1-based `layer`."""
     x = self.translated(self.normed(hidden, deterministic), layer)
     if self.config.logits_via_embedding:
       return self.shared_embedding.attend(x) / jnp.sqrt(x.shape[-1])
-    if self.config.per_layer_heads and layer < self.config.num_decoder_layers:
-      return self.layer_heads[layer - 1](x)
     return self.logits_dense(x)
 
   def exit_logits(self, hidden: jax.Array, layer: int) -> jax.Array:
     """Pre-sigmoid confidence [batch, length] of the exit classifier for d^i."""
-    return self.exit_classifier(self.translated(self.normed(hidden), layer))
-
-  def _touch_exit_parts(self, hidden: jax.Array) -> None:
-    """Creates the parameters that the full-depth call never uses."""
-    if self.config.exit_classifier:
-      self.exit_logits(hidden, self.config.num_decoder_layers)
-    for name in ("exit_probes", "exit_translators", "exit_propagation"):
-      if getattr(self.config, name):
-        getattr(self, name)()
-    if self.config.per_layer_heads:
-      for head in self.layer_heads:
-        head(hidden)
+    x, part = self.translated(self.normed(hidden), layer), self.exit_classifier()
+    return (x.astype(jnp.float32) @ part["kernel"])[..., 0] + part["bias"][0]
 
 
 class ExitParts(nn.Module):
@@ -440,8 +405,16 @@ class ExitParts(nn.Module):
     }
 
 
-# T5X's own axis names, of axes that it replicates, as of `ExitHead`. Along its "layers" its
-# Adafactor would not average.
+# T5X's own axis names, of axes that it replicates: a new one would be unknown to its Adafactor,
+# and along its "layers" that would not average.
+def _classifier(cfg: T5Config) -> Mapping[str, Any]:
+  """One linear map emb_dim -> 1, shared by all layers (paper section 3.5)."""
+  return {
+    "kernel": ((cfg.emb_dim, 1), ("embed", "mlp_activations")),
+    "bias": ((1,), ("mlp_activations",)),
+  }
+
+
 def _probes(cfg: T5Config) -> Mapping[str, Any]:
   """Parameters of `evidence.Probes`, one column a layer below the last."""
   count = cfg.num_decoder_layers - 1
@@ -476,23 +449,12 @@ def _propagation(cfg: T5Config) -> Mapping[str, Any]:
   }
 
 
-class ExitHead(nn.Module):
-  """One linear map emb_dim -> 1, shared by all layers (paper section 3.5)."""
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "*batch emb"]) -> Float[Array, "*batch"]:
-    # T5X's own axis names: a new one would be unknown to its Adafactor.
-    kernel = partitioning.param_with_axes(
-      "kernel",
-      nn.initializers.zeros,
-      (x.shape[-1], 1),
-      jnp.float32,
-      axes=("embed", "mlp_activations"),
-    )
-    bias = partitioning.param_with_axes(
-      "bias", nn.initializers.zeros, (1,), jnp.float32, axes=("mlp_activations",)
-    )
-    return (x.astype(jnp.float32) @ kernel)[..., 0] + bias[0]
+EXIT_TREES: Mapping[str, Callable[[T5Config], Mapping[str, Any]]] = {
+  "exit_classifier": _classifier,
+  "exit_probes": _probes,
+  "exit_translators": _translators,
+  "exit_propagation": _propagation,
+}
 
 
 def attention(cfg: T5Config, name: str) -> layers.Attention:
@@ -514,7 +476,3 @@ def relpos(cfg: T5Config, name: str | None = "relpos_bias") -> layers.RelativePo
   return layers.RelativePositionBiases(
     cfg.num_heads, cfg.relpos_buckets, cfg.relpos_max_distance, cfg.dtype, name=name
   )
-
-
-def output_head(cfg: T5Config, name: str | None = None) -> layers.Dense:
-  return layers.Dense(cfg.vocab_size, ("embed", "vocab"), jnp.float32, name=name)

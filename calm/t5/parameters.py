@@ -17,6 +17,7 @@ from calm.t5 import network
 
 # Parts of the decoder that no full-depth text depends on.
 EXIT_PARTS = ("exit_classifier", "exit_probes", "exit_translators", "exit_propagation")
+_EXIT_PATHS = tuple(f"decoder/{part}/" for part in EXIT_PARTS)
 # More than any published model has: looked for before they are traced.
 _MANY_LAYERS = 48
 
@@ -56,10 +57,10 @@ def digest(params: Mapping[str, Any]) -> str:
 
 def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
   """(the base model, the tree of the `EXIT_PARTS` that lie beside it)."""
-  is_exit = lambda path: path.startswith(tuple(f"decoder/{part}/" for part in EXIT_PARTS))
   flat = flatten(params)
-  base = {path: leaf for path, leaf in flat.items() if not is_exit(path)}
-  return unflatten(base), unflatten({path: flat[path] for path in flat.keys() - base.keys()})
+  beside = {path: leaf for path, leaf in flat.items() if path.startswith(_EXIT_PATHS)}
+  base = {path: leaf for path, leaf in flat.items() if path not in beside}
+  return unflatten(base), unflatten(beside)
 
 
 def base_digest(params: Mapping[str, Any]) -> str:
@@ -81,7 +82,15 @@ def check(params: Mapping[str, Any], config: network.T5Config) -> None:
       or holds NaN or infinity.
   """
   got = flatten(params)
-  _check_last_layers(got, config)
+  # Before the shapes of hundreds of layers are computed that a damaged number asks for.
+  for side in ("encoder", "decoder"):
+    count = getattr(config, f"num_{side}_layers")
+    last = f"{side}/layers_{count - 1}/"
+    if count > _MANY_LAYERS and not any(path.startswith(last) for path in got):
+      raise ValueError(
+        f"Expected `params` to hold leaves of {last!r}, the last of `num_{side}_layers`, got"
+        f" none; {_way_out(last)}."
+      )
   expected = expected_shapes(config)
   for path, shape in expected.items():
     if path not in got:
@@ -94,8 +103,7 @@ def check(params: Mapping[str, Any], config: network.T5Config) -> None:
         f"Expected the leaf {path!r} of `params` to have shape {shape}, got"
         f" {np.shape(got[path])}; give the `config` that it was trained with."
       )
-  unknown = sorted(set(got) - set(expected))
-  if unknown:
+  if unknown := sorted(set(got) - set(expected)):
     raise ValueError(
       f"Expected `params` to hold the {len(expected)} leaves of `config`, got also"
       f" {unknown[0]!r} ({len(unknown)} such); {_way_out(unknown[0])}."
@@ -110,18 +118,13 @@ def check(params: Mapping[str, Any], config: network.T5Config) -> None:
       )
 
 
-def _check_last_layers(flat: Mapping[str, Any], config: network.T5Config) -> None:
-  """Before the shapes of hundreds of layers are computed that a damaged number asks for."""
-  for side, count in (
-    ("encoder", config.num_encoder_layers),
-    ("decoder", config.num_decoder_layers),
-  ):
-    last = f"{side}/layers_{count - 1}/"
-    if count > _MANY_LAYERS and not any(path.startswith(last) for path in flat):
-      raise ValueError(
-        f"Expected `params` to hold leaves of {last!r}, the last of `num_{side}_layers`, got"
-        " none; the configuration is of another model, or the file of another kind."
-      )
+def _way_out(path: str) -> str:
+  for part, begins in zip(EXIT_PARTS, _EXIT_PATHS, strict=True):
+    if path.startswith(begins):
+      return f"set `{part}` of the config accordingly, or call `add_exit_parts`"
+  if path.startswith("decoder/logits_dense_"):
+    return "all layers share one head; open it with the version of calm that wrote it"
+  return "the configuration is of another model, or the file of another kind"
 
 
 @functools.lru_cache(maxsize=8)
@@ -132,8 +135,7 @@ def expected_shapes(config: network.T5Config) -> Mapping[str, tuple[int, ...]]:
     lambda: model.init(jax.random.key(0), tokens, tokens, tokens, enable_dropout=False)
   )
   shapes = {path: leaf.shape for path, leaf in flatten(made["params"]).items()}
-  # Read-only, because every caller gets the same one.
-  return types.MappingProxyType(shapes)
+  return types.MappingProxyType(shapes)  # every caller gets the same one
 
 
 def add_exit_parts(params: Mapping[str, Any], config: network.T5Config) -> dict[str, Any]:
@@ -141,29 +143,20 @@ def add_exit_parts(params: Mapping[str, Any], config: network.T5Config) -> dict[
 
   Exit parts start at zero, as the network initialises them: classifier and probes with a
   confidence of 0.5 everywhere, maps that change nothing (of learned propagation one factor is
-  drawn, so that the other one learns). Per-layer heads start as copies of the
-  shared head, so that nothing changes at first either.
+  drawn, so that the other one learns).
   """
   flat = flatten(params)
   for path, shape in expected_shapes(config).items():
-    if path in flat:
-      continue
-    if path.startswith(tuple(f"decoder/{part}/" for part in EXIT_PARTS)):
-      flat[path] = np.zeros(shape, np.float32)
+    if path not in flat and path.startswith(_EXIT_PATHS):
+      drawn = np.zeros(shape)
       if path.endswith("/down/kernel"):
         drawn = np.random.default_rng(0).standard_normal(shape) / np.sqrt(shape[0])
-        flat[path] = drawn.astype(np.float32)
-    elif path.startswith("decoder/logits_dense_") and "decoder/logits_dense/kernel" in flat:
-      flat[path] = np.array(flat["decoder/logits_dense/kernel"])
+      flat[path] = drawn.astype(np.float32)
   return unflatten(flat)
 
 
 def exit_fields(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """Fields of `T5Config` that say which exit parts a flat tree holds.
-
-  Args:
-    flat: {path: leaf}.
-  """
+  """Fields of `T5Config` that say which exit parts a tree of {path: leaf} holds."""
   layers = {"exit_translators": set(), "exit_propagation": set()}
   rank = 0
   for path, leaf in flat.items():
@@ -214,12 +207,6 @@ def wider(
   New units read what random ones would (matrices drawn with the spread of those that are
   there) and write nothing (rows of zeros), so that the first update decides what they are for.
 
-  Args:
-    params: the tree of `config`.
-    config: sizes.
-    mlp_dim: units of every MLP, encoder and decoder, as T5 has it; at least `config.mlp_dim`.
-    seed: of the draws.
-
   Raises:
     ValueError: `mlp_dim` is less than the model has.
   """
@@ -241,15 +228,6 @@ def wider(
   return unflatten(flat), dataclasses.replace(config, mlp_dim=mlp_dim)
 
 
-def _way_out(path: str) -> str:
-  for part in EXIT_PARTS:
-    if path.startswith(f"decoder/{part}/"):
-      return f"set `{part}` of the config accordingly, or call `add_exit_parts`"
-  if path.startswith("decoder/logits_dense_"):
-    return "set `per_layer_heads` of the config accordingly, or call `add_exit_parts`"
-  return "the configuration is of another model, or the file of another kind"
-
-
 def probes(params: Mapping[str, Any]) -> Probes | None:
   """The exit probes of a tree, or None."""
   found = params["decoder"].get("exit_probes")
@@ -258,16 +236,12 @@ def probes(params: Mapping[str, Any]) -> Probes | None:
   return Probes(*(jnp.asarray(found[name]) for name in ("kernel", "features", "bias")))
 
 
-def head_kernels(params: Mapping[str, Any], config: network.T5Config) -> tuple[jax.Array, ...]:
-  """The output heads, float32 [emb_dim, vocab]: one for all layers (tied or not), or L of them.
+def head_kernel(params: Mapping[str, Any], config: network.T5Config) -> jax.Array:
+  """The output head of all layers, float32 [emb_dim, vocab].
 
-  Tied: embedding.T / sqrt(emb_dim), as T5X scales it. `network.Decoder.logits` applies the same
-  heads inside flax.
+  Tied: embedding.T / sqrt(emb_dim), as T5X scales it.
   """
   if config.logits_via_embedding:
     table = jnp.asarray(params["token_embedder"]["embedding"], jnp.float32)
-    return (table.T / np.sqrt(config.emb_dim).astype(np.float32),)
-  names = ["logits_dense"]
-  if config.per_layer_heads:
-    names = [f"logits_dense_{i}" for i in range(config.num_decoder_layers - 1)] + names
-  return tuple(jnp.asarray(params["decoder"][name]["kernel"], jnp.float32) for name in names)
+    return table.T / np.sqrt(config.emb_dim).astype(np.float32)
+  return jnp.asarray(params["decoder"]["logits_dense"]["kernel"], jnp.float32)

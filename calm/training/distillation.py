@@ -3,6 +3,7 @@ distribution and not a token."""
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,27 +21,22 @@ class SelfDistilled:
   """Stage one where a promise is closeness to the full model's own text.
 
   NLL_L + share / (L - 1) sum_{i < L} KL(p_L || p_i): the last layer learns the targets, layers
-  before it the last one's probabilities, which teach it nothing in turn. A target says one
-  token of many that may follow; the last layer's probabilities say all of them, so that fewer
-  steps bring an early layer to the last one's token.
+  before it the last one's probabilities, which teach it nothing in turn.
 
   Attributes:
     share: of the layers before the last, over the last layer's 1.
     z_loss: T5X's penalty on log(Z)^2, of the last layer.
     sampled_layers: early layers drawn a step, all alike; None computes every layer's head.
+    parts: see `Objective`.
   """
 
   share: float = 3.0
   z_loss: float = 1e-4
   sampled_layers: int | None = None
+  parts: ClassVar[tuple[str, ...]] = ()
 
   def __post_init__(self):
     objectives.check_terms(self.sampled_layers, z_loss=self.z_loss, share=self.share)
-
-  @property
-  def parts(self) -> tuple[str, ...]:
-    """None: no exit part is trained."""
-    return ()
 
   def loss(self, module, params, batch, rng):
     normed = objectives.normed_states(module, params, batch, rng)
@@ -49,19 +45,14 @@ class SelfDistilled:
     if rng is not None and self.sampled_layers is not None:
       draw = jax.random.fold_in(rng, 1)
       chosen = jax.random.choice(draw, early, (self.sampled_layers,))
-    kernel = objectives.heads(params, module.config)
+    kernel = parameters.head_kernel(params, module.config)
     targets, token_weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
-    last = kernel if kernel.ndim == 2 else kernel[-1:]
     loss, metrics = losses.layer_cross_entropy(
-      normed[-1:], last, targets, token_weights, jnp.ones(1), self.z_loss
+      normed[-1:], kernel, targets, token_weights, jnp.ones(1), self.z_loss
     )
-    teacher = jax.lax.stop_gradient(_logits(normed[-1], last if last.ndim == 2 else last[0]))
+    teacher = jax.lax.stop_gradient(_logits(normed[-1], kernel))
     apart, entropies, hits = _divergences(
-      normed[chosen],
-      kernel if kernel.ndim == 2 else kernel[chosen],
-      teacher,
-      targets,
-      token_weights,
+      normed[chosen], kernel, teacher, targets, token_weights
     )
     penalty = loss - jnp.sum(metrics.cross_entropy)
     loss += self.share * jnp.mean(apart) if early else 0.0
@@ -105,7 +96,6 @@ class ExitMaps:
 
   @property
   def parts(self) -> tuple[str, ...]:
-    """The classifier; a configuration has to name the layers of the others itself."""
     return ("exit_classifier",) if self.classifier else ()
 
   def loss(self, module, params, batch, rng):
@@ -119,12 +109,11 @@ class ExitMaps:
     base, beside = (parameters.flatten(tree) for tree in parameters.split(params))
     params = parameters.unflatten(jax.lax.stop_gradient(base) | beside)
     hidden, normed, read = objectives.applied(module, params, batch, method=_states)
-    kernel, weights = objectives.heads(params, config), batch["decoder_loss_weights"]
+    kernel, weights = parameters.head_kernel(params, config), batch["decoder_loss_weights"]
     chosen = np.asarray(config.exit_translators) - 1
-    shared = kernel.ndim == 2
-    teacher = _logits(read[-1], kernel if shared else kernel[-1])
-    by_exit, best = kernel if shared else kernel[chosen], jnp.argmax(teacher, axis=-1)
-    apart, _, hits = _divergences(read[chosen], by_exit, teacher, best, weights)
+    teacher = _logits(read[-1], kernel)
+    best = jnp.argmax(teacher, axis=-1)
+    apart, _, hits = _divergences(read[chosen], kernel, teacher, best, weights)
     wanted = jax.nn.log_softmax(teacher)
     entropy = -jnp.sum(jnp.exp(wanted) * wanted * weights[..., None])
     loss = (
@@ -183,7 +172,7 @@ def _logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _divergences(
   normed: Float[Array, "chosen batch length emb"],
-  kernel: Float[Array, "emb vocab"] | Float[Array, "chosen emb vocab"],
+  kernel: Float[Array, "emb vocab"],
   teacher: Float[Array, "batch length vocab"],
   targets: Int[Array, "batch length"],
   token_weights: Float[Array, "batch length"],
@@ -193,13 +182,11 @@ def _divergences(
 
   # One layer's logits live at a time: the way back multiplies a head out again.
   @jax.checkpoint
-  def one(x, head):
-    found = jax.nn.log_softmax(_logits(x, head))
+  def one(x, kernel):
+    found = jax.nn.log_softmax(_logits(x, kernel))
     apart = jnp.sum(jnp.exp(wanted) * (wanted - found), axis=-1)
     label = jnp.take_along_axis(found, targets[..., None], axis=-1)[..., 0]
     hits = (jnp.argmax(found, axis=-1) == targets).astype(jnp.float32)
     return tuple(jnp.sum(value * token_weights) for value in (apart, -label, hits))
 
-  if kernel.ndim == 2:
-    return jax.lax.map(functools.partial(one, head=kernel), normed)
-  return jax.lax.map(lambda pair: one(*pair), (normed, kernel))
+  return jax.lax.map(functools.partial(one, kernel=kernel), normed)

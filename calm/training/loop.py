@@ -11,7 +11,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -62,9 +62,7 @@ class History:
   @arguments.checked()
   def __init__(self, path: pathlib.Path, metric: str, patience: int | None):
     self._path, self._metric, self._patience = path, metric, patience
-    self.entries: list[dict[str, float]] = []
-    if path.exists():
-      self.entries = read_history(path)
+    self.entries = read_history(path) if path.exists() else []
 
   def update(self, step: int, scalars: dict[str, float]) -> bool:
     """Records a validation; True where it is the best so far."""
@@ -140,15 +138,20 @@ def fit(
   listener = listener or Listener()
   check_writable(output_dir)
   identity = identity_of(config, source)
-  latest_checkpoints = _checkpointer(output_dir, "checkpoints", 1)
-  with latest_checkpoints as latest, _checkpointer(output_dir, "best", 2) as bests:
-    keeper = _Keeper(latest, bests, evaluate, config, output_dir, listener)
-    state = keeper.resume(state)
-    check_identity(output_dir / IDENTITY_FILE, identity, int(state.step))
+  history = History(output_dir / "validation.json", config.stop_metric, config.patience)
+  newest = _checkpointer(output_dir, "checkpoints", 1)
+  with newest as newest, _checkpointer(output_dir, "best", 2) as bests:
+    if (latest := newest.latest_step()) is not None:
+      state = _restore(newest, latest, state)
     step, running = int(state.step), None
+    history.truncate(step)
+    # Killed between the best checkpoint and the newest: the best will be made again.
+    for ahead in [saved for saved in bests.all_steps() if saved > step]:
+      bests.delete(ahead)
+    check_identity(output_dir / IDENTITY_FILE, identity, step)
     listener.on_start(step, config.num_steps)
     begun, late = time.monotonic(), False
-    while step < config.num_steps and not late and not keeper.history.should_stop():
+    while step < config.num_steps and not late and not history.should_stop():
       signals.check()
       state, metrics = train_step(state, source.batch(step))
       step += 1
@@ -157,66 +160,31 @@ def fit(
       at_validation = step % config.eval_every == 0 or step == config.num_steps or late
       # A window never crosses a checkpoint: a resumed run reports the same windows.
       if step % config.log_every == 0 or at_validation:
-        keeper.report(step, running.scalars())
+        listener.on_step(step, _finite("training", running.scalars(), step, output_dir))
         running = None
       if at_validation:
-        keeper.validate_and_save(step, state)
-    return keeper.best(state)
-
-
-@dataclasses.dataclass
-class _Keeper:
-  """What a run writes: checkpoints (the newest and the best) and its validations."""
-
-  latest: Any
-  bests: Any
-  evaluate: Callable[[Params], dict[str, float]]
-  config: TrainConfig
-  output_dir: pathlib.Path
-  listener: Listener
-
-  def __post_init__(self):
-    path = self.output_dir / "validation.json"
-    self.history = History(path, self.config.stop_metric, self.config.patience)
-
-  def resume(self, state: TrainState) -> TrainState:
-    step = self.latest.latest_step()
-    if step is not None:
-      state = _restore(self.latest, step, state)
-    reached = int(state.step)
-    self.history.truncate(reached)
-    # Killed between the best checkpoint and the newest: the best will be made again.
-    for ahead in [step for step in self.bests.all_steps() if step > reached]:
-      self.bests.delete(ahead)
-    return state
-
-  def report(self, step: int, scalars: dict[str, float]) -> None:
-    self._check_finite("training", scalars, step)
-    self.listener.on_step(step, scalars)
-
-  def validate_and_save(self, step: int, state: TrainState) -> None:
-    scalars = self.evaluate(state.params)
-    self._check_finite("validation", scalars, step)
-    self.listener.on_eval(step, scalars)
-    if scalars and self.history.update(step, scalars):
-      _save(self.bests, step, {"params": state.params})
-    _save(self.latest, step, state)
-
-  def best(self, state: TrainState) -> TrainState:
-    step = self.bests.latest_step()
-    if step is None:
+        scalars = _finite("validation", evaluate(state.params), step, output_dir)
+        listener.on_eval(step, scalars)
+        if scalars and history.update(step, scalars):
+          _save(bests, step, {"params": state.params})
+        _save(newest, step, state)
+    if (best := bests.latest_step()) is None:
       return state
-    restored = _restore(self.bests, step, {"params": state.params})
-    return TrainState(state.step, restored["params"], state.opt_state)
+    restored = _restore(bests, best, {"params": state.params})
+    return dataclasses.replace(state, params=restored["params"])
 
-  def _check_finite(self, which: str, scalars: dict[str, float], step: int) -> None:
-    loss = scalars.get("loss", 0.0)
-    if not np.isfinite(loss):
-      raise FloatingPointError(
-        f"Expected a finite {which} loss, got {loss} by step {step}; lower the learning rate"
-        f" (`training.Schedule.peak`) and run again: training resumes from the last checkpoint"
-        f" in {self.output_dir}."
-      )
+
+def _finite(
+  which: str, scalars: dict[str, float], step: int, output_dir: pathlib.Path
+) -> dict[str, float]:
+  loss = scalars.get("loss", 0.0)
+  if not np.isfinite(loss):
+    raise FloatingPointError(
+      f"Expected a finite {which} loss, got {loss} by step {step}; lower the learning rate"
+      " (`training.Schedule.peak`) and run again: training resumes from the last checkpoint"
+      f" in {output_dir}."
+    )
+  return scalars
 
 
 @arguments.checked()
@@ -283,34 +251,24 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   return {named(path): tuple(leaf.shape) for path, leaf in leaves}
 
 
-@dataclasses.dataclass(frozen=True)
-class Identity:
+def identity_of(config: TrainConfig, source: training_batches.Source) -> dict[str, Any]:
   """What the steps of a run depend on, so that another run does not go on from them.
 
-  Learning rates and batches are pure functions of the step: they are recorded at a few steps
-  and compared at those that the run has made. A run that is only to become longer goes on where
-  its learning rate does not depend on the length.
-
-  Attributes:
-    seed: of dropout and sampled layers.
-    learning_rates: step -> learning rate.
-    batches: step -> digest of its batch.
+  Learning rates and batches are pure functions of the step: they are recorded at steps 0, 1, 2,
+  4, 8, ... and compared at those that the run has made. A run that is only to become longer
+  goes on where its learning rate does not depend on the length.
   """
-
-  seed: int
-  learning_rates: Mapping[int, float]
-  batches: Mapping[int, str]
-
-
-def identity_of(config: TrainConfig, source: training_batches.Source) -> Identity:
-  """That of a run, recorded at steps 0, 1, 2, 4, 8, ..."""
   steps = [s for s in _steps(config.num_steps.bit_length() + 1) if s < config.num_steps]
   schedule = config.schedule(config.num_steps)
-  return Identity(
-    seed=int(config.seed),
-    learning_rates={step: float(np.asarray(schedule(step))) for step in steps},
-    batches={step: _digest(source.batch(step)) for step in steps},
-  )
+  rates = [float(np.asarray(schedule(step))) for step in steps]
+  return {
+    "seed": int(config.seed),
+    "learning_rates": [
+      [step, rate if math.isfinite(rate) else None]
+      for step, rate in zip(steps, rates, strict=True)
+    ],
+    "batches": [[step, _digest(source.batch(step))] for step in steps],
+  }
 
 
 def _steps(count: int) -> list[int]:
@@ -326,7 +284,7 @@ def _digest(batch: training_batches.Batch) -> str:
   return digest.hexdigest()[:16]
 
 
-def check_identity(path: pathlib.Path, identity: Identity, reached: int) -> None:
+def check_identity(path: pathlib.Path, identity: dict[str, Any], reached: int) -> None:
   """Compares a run with the one whose steps it goes on from; then it is the one recorded.
 
   Args:
@@ -337,59 +295,48 @@ def check_identity(path: pathlib.Path, identity: Identity, reached: int) -> None
   Raises:
     ValueError: steps were made under another learning rate or seed, or on other data.
   """
-  differing = _differences(_read_identity(path), identity, reached) if reached else []
+  differing = ""
+  if reached and path.exists():  # a run of an earlier version recorded none
+    differing = _differences(_read_identity(path), identity, reached)
   if differing:
     raise ValueError(
       f"Expected `output_dir` to be a new folder, or one of the same run, got"
-      f" {str(path.parent)!r}, whose {reached} steps were made with {'; '.join(differing)};"
+      f" {str(path.parent)!r}, whose {reached} steps were made with {differing};"
       " give another folder, or the configuration and data that it was started with."
     )
-  stored = {
-    "seed": identity.seed,
-    "learning_rates": [
-      [step, rate if math.isfinite(rate) else None]
-      for step, rate in identity.learning_rates.items()
-    ],
-    "batches": [list(pair) for pair in identity.batches.items()],
-  }
-  storage.write_atomically(path, json.dumps(stored, indent=1) + "\n")
+  storage.write_atomically(path, json.dumps(identity, indent=1) + "\n")
 
 
-def _read_identity(path: pathlib.Path) -> Identity | None:
-  """What was recorded; None of runs of earlier versions."""
-  if not path.exists():
-    return None
+def _read_identity(path: pathlib.Path) -> dict[str, Any]:
   try:
     stored = storage.parse_json(storage.content(path))
-    rates = {s: math.nan if r is None else float(r) for s, r in stored["learning_rates"]}
-    batches = {s: str(d) for s, d in stored["batches"]}
-    # Steps that are not there would not be compared.
-    for steps in (rates, batches):
-      if list(steps) != _steps(len(steps)) or any(type(s) is not int for s in steps):
-        raise ValueError(f"Expected `steps` to be 0, 1, 2, 4, 8, ..., got {list(steps)[:8]}")
+    for name, kinds in (("learning_rates", (float, int, type(None))), ("batches", (str,))):
+      # Steps that are not there would not be compared.
+      steps = [step for step, _ in stored[name]]
+      typed = all(type(s) is int and type(v) in kinds for s, v in stored[name])
+      if steps != _steps(len(steps)) or not typed:
+        raise ValueError(f"Expected `{name}` of steps 0, 1, 2, 4, 8, ..., got {steps[:8]}")
     if type(stored["seed"]) is not int:
       raise ValueError(f"Expected `seed` to be a whole number, got {stored['seed']!r}")
-    return Identity(stored["seed"], rates, batches)
-  except (KeyError, TypeError, ValueError, OverflowError) as error:
+    return stored
+  except (KeyError, TypeError, ValueError) as error:
     raise ValueError(
       f"Expected {str(path)!r} to say what a run was made with, got something else ({error});"
       " restore it, or take the folder away to begin anew."
     ) from error
 
 
-def _differences(before: Identity | None, now: Identity, reached: int) -> list[str]:
+def _differences(before: dict[str, Any], now: dict[str, Any], reached: int) -> str:
   """What the steps that were made depend on and would be otherwise now, in words."""
-  if before is None:
-    return []
   found = []
-  if before.seed != now.seed:
-    found.append(f"seed {before.seed}, now {now.seed}")
-  for step in sorted(set(before.learning_rates) & set(now.learning_rates)):
-    old, new = before.learning_rates[step], now.learning_rates[step]
-    if step < reached and not math.isclose(old, new, rel_tol=1e-4) and old == old:
-      found.append(f"learning rate {old:g} at step {step}, now {new:g}")
+  if before["seed"] != now["seed"]:
+    found.append(f"seed {before['seed']}, now {now['seed']}")
+  pairs = lambda name: zip(before[name], now[name], strict=False)  # both 0, 1, 2, 4, ...
+  for (step, old), (_, new) in pairs("learning_rates"):
+    rates = old, math.nan if new is None else new
+    if step < reached and old is not None and not math.isclose(*rates, rel_tol=1e-4):
+      found.append(f"learning rate {old:g} at step {step}, now {rates[1]:g}")
       break
-  steps = [s for s in set(before.batches) & set(now.batches) if s < reached]
-  if any(before.batches[step] != now.batches[step] for step in steps):
+  if any(step < reached and old != new for (step, old), (_, new) in pairs("batches")):
     found.append("other data (or their seed, prefix, lengths or batch size)")
-  return found
+  return "; ".join(found)

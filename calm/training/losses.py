@@ -1,8 +1,7 @@
 """Training losses: layer-weighted cross entropy (Eq. 6) and exit-classifier objectives.
 
-Everything here reads decoder_norm(d^i), [layers, batch, length, emb_dim], and a head kernel,
-one for all layers or one a layer; one layer's logits live at a time. Padding carries weight 0
-in every loss.
+Everything here reads decoder_norm(d^i), [layers, batch, length, emb_dim], and the head's
+kernel; one layer's logits live at a time. Padding carries weight 0 in every loss.
 """
 
 import functools
@@ -71,7 +70,7 @@ def _layer_terms(x, kernel, targets, weights, z_loss):
 
 def layer_cross_entropy(
   normed: Float[Array, "layers batch length emb"],
-  kernel: Float[Array, "emb vocab"] | Float[Array, "layers emb vocab"],
+  kernel: Float[Array, "emb vocab"],
   targets: Int[Array, "batch length"],
   token_weights: Float[Array, "batch length"],
   weights: Float[Array, " layers"],
@@ -84,7 +83,7 @@ def layer_cross_entropy(
 
   Args:
     normed: decoder_norm(d^i) of each layer.
-    kernel: the output head that all layers share, or each layer's own.
+    kernel: the output head that all layers share.
     targets: target tokens.
     token_weights: 1 for real tokens, 0 for padding.
     weights: Eq. 6's w_i (see `layer_weights`), or any others.
@@ -108,37 +107,26 @@ def _layer_scan(normed, kernel, targets, token_weights, weights, z_loss, with_gr
   flat = normed.reshape(num_layers, -1, emb_dim)
   flat_targets, flat_weights = targets.reshape(-1), token_weights.reshape(-1)
   kernel = kernel.astype(jnp.float32)
-  shared = kernel.ndim == 2
 
   def one_layer(carry, inputs):
-    loss, shared_grad = carry
-    x, weight, own_kernel = inputs
-    head = kernel if shared else own_kernel
+    loss, kernel_grad = carry
+    x, weight = inputs
     grad, layer_loss, cross_entropy, correct = _layer_terms(
-      x, head, flat_targets, flat_weights, z_loss
+      x, kernel, flat_targets, flat_weights, z_loss
     )
-    loss = loss + weight * layer_loss
-    x_grad, own_grad = None, None
+    loss, x_grad = loss + weight * layer_loss, None
     if with_gradients:
       grad = grad * weight
-      head_grad = x.astype(jnp.float32).T @ grad
-      x_grad = (grad @ head.T).astype(x.dtype)
-      if shared:
-        shared_grad = shared_grad + head_grad
-      else:
-        own_grad = head_grad
-    return (loss, shared_grad), (cross_entropy, correct, x_grad, own_grad)
+      kernel_grad = kernel_grad + x.astype(jnp.float32).T @ grad
+      x_grad = (grad @ kernel.T).astype(x.dtype)
+    return (loss, kernel_grad), (cross_entropy, correct, x_grad)
 
-  start = (jnp.zeros(()), jnp.zeros_like(kernel) if with_gradients and shared else None)
-  rows = (flat, weights.astype(jnp.float32), None if shared else kernel)
-  (loss, shared_grad), (cross_entropy, correct, x_grads, own_grads) = lax.scan(
-    one_layer, start, rows
+  start = (jnp.zeros(()), jnp.zeros_like(kernel) if with_gradients else None)
+  (loss, kernel_grad), (cross_entropy, correct, x_grads) = lax.scan(
+    one_layer, start, (flat, weights.astype(jnp.float32))
   )
-  metrics = LayerMetrics(cross_entropy, correct)
-  kernel_grad = shared_grad if shared else own_grads
-  if x_grads is None:
-    return loss, metrics, None
-  return loss, metrics, (x_grads.reshape(normed.shape), kernel_grad)
+  gradients = None if x_grads is None else (x_grads.reshape(normed.shape), kernel_grad)
+  return loss, LayerMetrics(cross_entropy, correct), gradients
 
 
 def _cross_entropy_forward(normed, kernel, targets, token_weights, weights, z_loss):
@@ -162,13 +150,10 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 def layer_predictions(
   normed: Float[Array, "layers batch length emb"],
-  kernel: Float[Array, "emb vocab"] | Float[Array, "layers emb vocab"],
+  kernel: Float[Array, "emb vocab"],
 ) -> Int[Array, "layers batch length"]:
   """Every layer's argmax token, one layer's logits at a time."""
-  argmax = lambda x, head: jnp.argmax(x.astype(jnp.float32) @ head, axis=-1)
-  if kernel.ndim == 2:
-    return lax.map(lambda x: argmax(x, kernel), normed)
-  return lax.map(lambda pair: argmax(*pair), (normed, kernel))
+  return lax.map(lambda x: jnp.argmax(x.astype(jnp.float32) @ kernel, axis=-1), normed)
 
 
 def classifier_loss(

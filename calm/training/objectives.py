@@ -5,7 +5,7 @@ An objective is a small frozen class with `loss` and `trains`; `training` knows 
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -108,19 +108,16 @@ class LayerWeighted:
     sampled_layers: None computes every layer's head. k draws k layers a step with
       probabilities w_i instead: an unbiased estimate of Eq. 6 at k heads' cost, for machines
       where the vocabulary head outweighs the layers.
+    parts: see `Objective`.
   """
 
   weights: Callable[[int], np.ndarray] = losses.layer_weights
   z_loss: float = 1e-4
   sampled_layers: int | None = None
+  parts: ClassVar[tuple[str, ...]] = ()
 
   def __post_init__(self):
     check_terms(self.sampled_layers, z_loss=self.z_loss)
-
-  @property
-  def parts(self) -> tuple[str, ...]:
-    """None: no exit part is trained."""
-    return ()
 
   def loss(self, module, params, batch, rng):
     normed = normed_states(module, params, batch, rng)
@@ -133,10 +130,9 @@ class LayerWeighted:
       chosen = jax.random.choice(jax.random.fold_in(rng, 1), num_layers, (k,), p=weights)
       chosen_weights = jnp.full((k,), 1.0 / k)
     token_weights = batch["decoder_loss_weights"]
-    kernel = heads(params, module.config)
     loss, metrics = losses.layer_cross_entropy(
       normed[chosen],
-      kernel if kernel.ndim == 2 else kernel[chosen],
+      parameters.head_kernel(params, module.config),
       batch["decoder_target_tokens"],
       token_weights,
       chosen_weights,
@@ -161,20 +157,18 @@ class ExitClassifier:
 
   Attributes:
     objective: `losses.classifier_loss` or `losses.geometric_classifier_loss`.
+    parts: see `Objective`.
   """
 
   objective: Callable[..., jax.Array] = losses.classifier_loss
-
-  @property
-  def parts(self) -> tuple[str, ...]:
-    """The classifier."""
-    return ("exit_classifier",)
+  parts: ClassVar[tuple[str, ...]] = ("exit_classifier",)
 
   def loss(self, module, params, batch, rng):
     del rng  # the features must be those of inference: no dropout
     normed = jax.lax.stop_gradient(normed_states(module, params, batch, None))
     logits = classified(params, normed)
-    predictions = losses.layer_predictions(normed, heads(params, module.config))
+    kernel = parameters.head_kernel(params, module.config)
+    predictions = losses.layer_predictions(normed, kernel)
     return _stage_two(self.objective, logits, predictions, batch["decoder_loss_weights"])
 
   def trains(self, path):
@@ -211,18 +205,12 @@ class ExitProbes:
 
   @property
   def parts(self) -> tuple[str, ...]:
-    """Exit parts that it trains."""
     return ("exit_probes", "exit_classifier") if self.classifier else ("exit_probes",)
 
   def loss(self, module, params, batch, rng):
     del rng  # as of the classifier
     hidden, normed = applied(module, params, batch, method=_states)
-    kernel = heads(params, module.config)
-    if kernel.ndim > 2:
-      raise ValueError(
-        "Expected one output head for exit probes, got one head a layer; train another"
-        " objective."
-      )
+    kernel = parameters.head_kernel(params, module.config)
     listed = normed[:-1].astype(jnp.float32) @ kernel[:, np.asarray(self.shortlist)]
     previous = jnp.concatenate([jnp.zeros_like(hidden[:1]), hidden[:-2]])
     known = jax.lax.stop_gradient(evidence.evidence(hidden[:-1], previous, listed))
@@ -246,7 +234,7 @@ class ExitProbes:
 
 
 def check_terms(sampled_layers: int | None, **weights: float) -> None:
-  """Raises ValueError for layers that cannot be drawn and weights of terms that are none."""
+  """ValueError for layers that cannot be drawn and weights of terms that are none."""
   if sampled_layers is not None:
     bounds = limits.SIZES["num_decoder_layers"]
     limits.whole("sampled_layers", sampled_layers, *bounds, "draw layers, or leave it out")
@@ -290,21 +278,10 @@ def is_exit_part(path: tuple[str, ...]) -> bool:
   return bool({*parameters.EXIT_PARTS} & set(path))
 
 
-def heads(params: Params, config: network.T5Config) -> jax.Array:
-  """[emb_dim, vocab], or [layers, emb_dim, vocab] where every layer has a head of its own."""
-  kernels = parameters.head_kernels(params, config)
-  return kernels[0] if len(kernels) == 1 else jnp.stack(kernels)
-
-
 def normed_states(module, params, batch, rng):
-  return applied(
-    module,
-    params,
-    batch,
-    enable_dropout=rng is not None,
-    rngs=None if rng is None else {"dropout": rng},
-    method="normed_states",
-  )
+  """What the layers' losses read of a batch, with dropout by `rng`."""
+  drawn = {} if rng is None else {"enable_dropout": True, "rngs": {"dropout": rng}}
+  return applied(module, params, batch, method="normed_states", **drawn)
 
 
 def applied(module, params, batch, **options) -> Any:

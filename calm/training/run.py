@@ -1,15 +1,14 @@
 """A training run from its parts, as gin files give them: data, model, objective, export.
 
-`calm train` calls `train`. Nothing here needs TensorFlow but `seqio_pairs`, which imports it
-when it is called.
+`calm train` calls `train`.
 """
 
 import dataclasses
 import json
 import logging
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +113,7 @@ def train(
     objective: the training stage.
     config: steps, learning rate, seed, validation and early stopping.
     export: vocabulary and decoding limits that go with the parameters.
-    output_dir: checkpoints, validations, and the exported model in `model/`.
+    output_dir: of checkpoints, validations, and the exported model in `model/`.
     model: sizes; None takes those of `initial`. MLPs wider than those of `initial` begin as
       the same function (`parameters.wider`).
     initial: a checkpoint to start from (ours, Hugging Face's or T5X's), or the `output_dir`
@@ -135,7 +134,7 @@ def train(
   folder = pathlib.Path(output_dir)
   loop.check_writable(folder)
   start = starting_point(model, initial, config.seed, fresh, objective.parts)
-  model, params = start.model, start.params
+  model, params, exits_trained = start
   vocabulary.check_fits(export.vocabulary, model.vocab_size)
   module = network.Transformer(model)
   with storage.lock(folder):
@@ -149,24 +148,17 @@ def train(
       listener=listener,
     )
     target = folder / MODEL_FOLDER
-    trained = objective.teaches_layers(model.num_decoder_layers) or start.exits_trained
+    trained = objective.teaches_layers(model.num_decoder_layers) or exits_trained
     export.write(target, jax.tree.map(np.asarray, state.params), model, trained)
   return target
 
 
-@dataclasses.dataclass(frozen=True)
-class Start:
-  """Step 0 of a run.
-
-  Attributes:
-    model: sizes.
-    params: the parameter tree.
-    exits_trained: as in `checkpoints.Checkpoint`; False where it starts from nothing.
-  """
+class Start(NamedTuple):
+  """Sizes and parameters at step 0; `exits_trained` as in `checkpoints.Checkpoint`."""
 
   model: network.T5Config
-  params: Any = dataclasses.field(repr=False)
-  exits_trained: bool | None = None
+  params: Any
+  exits_trained: bool | None
 
 
 @arguments.checked()
@@ -228,10 +220,10 @@ def find_checkpoint(initial: str) -> pathlib.Path:
 
 def evaluator(module: network.Transformer, objective: objectives.Objective, data: Data):
   """Parameters -> the validation scalars of every source of `data`."""
-  functions = {}
-  for number, (name, source) in enumerate(data.validation.items()):
+  functions: dict[str, Callable[[Any], dict[str, float]]] = {}
+  for name, source in data.validation.items():
     rows = [source.batch(step) for step in range(data.num_validation_batches.get(name, 8))]
-    functions[f"{name}/" if number else ""] = updates.make_eval_fn(module, objective, rows)
+    functions[f"{name}/" if functions else ""] = updates.make_eval_fn(module, objective, rows)
   return lambda params: {
     prefix + key: value
     for prefix, function in functions.items()

@@ -1,4 +1,4 @@
-"""Where batches come from: rows of files, texts to denoise, seqio tasks; the shortlist."""
+"""Where batches come from: rows of files, texts to denoise; the shortlist."""
 
 import collections
 import functools
@@ -52,8 +52,7 @@ def supervised(
     )
   file = pathlib.Path(root) / path
   examples = datasets.read_examples(file, require_target=not outputs)[::every]
-  eos_id = vocabulary.eos_id
-  encode = vocabulary.encode
+  encode, eos_id = vocabulary.encode, vocabulary.eos_id
   if outputs:
     own = _tokens_of(pathlib.Path(outputs))
     examples = [e for e in examples if e.id in own]
@@ -98,8 +97,8 @@ def frequent_tokens(
 ) -> tuple[int, ...]:
   """A shortlist from training targets: the `size` tokens seen most often, EOS included.
 
-  Of texts that hold no two kinds of tokens (a model that writes nothing yet) it has one more,
-  the first piece of the vocabulary: what a list is asked is how far its first two are apart.
+  Of texts without two kinds of tokens (a model that writes nothing yet) it has one more, the
+  first piece of the vocabulary: what a list is asked is how far its first two are apart.
 
   Args:
     paths: JSON Lines files, below `root`; the first target of each example is read. Each file
@@ -194,53 +193,3 @@ def denoising(
       f" span of a text of {length} tokens, got {vocabulary.extra_ids}; shorten `length`."
     )
   return source
-
-
-@arguments.checked()
-def seqio_pairs(
-  mixture_or_task_name: str,
-  buckets: Sequence[tuple[int, int]],
-  batch_size: int,
-  *,
-  split: str = "train",
-  seed: int = 0,
-  num_examples: int | None = None,
-) -> training_batches.Supervised:
-  """Length-bucketed batches of a registered seqio task or mixture, read whole once.
-
-  Args:
-    mixture_or_task_name: as `calm.data.seqio_tasks` and other modules register them.
-    buckets: (input_length, target_length) in tokens with EOS, ascending.
-    batch_size: rows of a batch.
-    split: of the task.
-    seed: seeds the order, and a mixture's draws.
-    num_examples: how many to read; needed for a mixture, which has no end.
-
-  Raises:
-    ValueError: a mixture without `num_examples`.
-  """
-  import seqio  # Brings TensorFlow: only those who train from seqio wait for it.
-
-  source = seqio.get_mixture_or_task(mixture_or_task_name)
-  is_mixture = isinstance(source, seqio.Mixture)
-  if is_mixture and num_examples is None:
-    raise ValueError(
-      f"Expected `num_examples` for the mixture {mixture_or_task_name!r}, which repeats its"
-      " tasks without end, got None; bind `sources.seqio_pairs.num_examples`."
-    )
-  inputs_length, targets_length = buckets[-1]
-  dataset = source.get_dataset(
-    sequence_length={"inputs": inputs_length, "targets": targets_length},
-    split=split,
-    shuffle=is_mixture,
-    seed=seed,
-    num_epochs=None if is_mixture else 1,
-  )
-  rows = list(dataset.take(-1 if num_examples is None else num_examples).as_numpy_iterator())
-  return training_batches.Supervised(
-    training_batches.Ragged(row["inputs"] for row in rows),
-    training_batches.Ragged(row["targets"] for row in rows),
-    tuple(training_batches.Bucket(*bucket) for bucket in buckets),
-    batch_size,
-    seed,
-  )

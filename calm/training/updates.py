@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -120,14 +121,9 @@ class TrainConfig:
 @arguments.checked()
 def init_params(config: network.T5Config, seed: int) -> Params:
   """Fresh parameters of a model."""
-  return _init(config, jax.random.key(seed))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _init(config: network.T5Config, key: jax.Array) -> Params:
-  tokens = jnp.ones((1, 2), jnp.int32)
-  made = network.Transformer(config).init(key, tokens, tokens, tokens, enable_dropout=False)
-  return made["params"]
+  tokens, module = jnp.ones((1, 2), jnp.int32), network.Transformer(config)
+  init = jax.jit(lambda key: module.init(key, *[tokens] * 3, enable_dropout=False)["params"])
+  return init(jax.random.key(seed))
 
 
 @arguments.checked()
@@ -146,12 +142,11 @@ def make_optimizer(
   """
   transform = config.optimizer(config.schedule(config.num_steps))
   paths = traverse_util.flatten_dict(params)
-  for path, leaf in paths.items():
-    if not hasattr(leaf, "shape"):
-      raise ValueError(
-        f"Expected `params` to be a tree of arrays, got {leaf!r:.60} at {path!r:.100}; take the"
-        " tree of `init_params` or of a checkpoint."
-      )
+  if odd := [path for path, leaf in paths.items() if not hasattr(leaf, "shape")]:
+    raise ValueError(
+      f"Expected `params` to be a tree of arrays, got another leaf at {odd[0]!r:.100}; take the"
+      " tree of `init_params` or of a checkpoint."
+    )
   labels = traverse_util.unflatten_dict(
     {path: "train" if objective.trains(path) else "freeze" for path in paths}
   )
@@ -162,10 +157,10 @@ def make_optimizer(
 def init_state(
   params: Mapping[str, Any], config: TrainConfig, objective: objectives.Objective
 ) -> TrainState:
-  """Step 0 of a run.
+  """Step 0 of a run from `params`.
 
   Args:
-    params: where it starts from.
+    params: the tree.
     config: schedule and optimizer.
     objective: says which parameters it trains.
   """
@@ -248,10 +243,7 @@ def make_eval_fn(
   one = jax.jit(lambda params, batch: objective.loss(module, params, batch, None)[1])
 
   def evaluate(params):
-    total = None
-    for batch in eval_batches:
-      metrics = one(params, batch)
-      total = metrics if total is None else total + metrics
-    return {} if total is None else total.scalars()
+    metrics = [one(params, batch) for batch in eval_batches]
+    return functools.reduce(operator.add, metrics).scalars() if metrics else {}
 
   return evaluate

@@ -76,7 +76,7 @@ def test_loading_gives_back_what_was_saved(saved, pieces):
 @pytest.mark.parametrize(
   "changes",
   [
-    {"per_layer_heads": True, "exit_classifier": False},
+    {"exit_classifier": False},
     {"logits_via_embedding": True, "mlp_activations": ("relu",), "dtype": jnp.bfloat16},
     {"relpos_buckets": 16, "relpos_max_distance": 64, "one_hot_embedding": False},
     {"exit_translators": (1,), "exit_propagation": (1,), "exit_propagation_rank": 3},
@@ -146,7 +146,7 @@ WRONG_LEAVES = [
     r"2 of 8 values NaN or infinite.*'encoder/encoder_norm/scale'",
   ),
   ("decoder/exit_classifier/bias", None, r"exit_classifier/bias.*add_exit_parts"),
-  ("decoder/logits_dense_0/kernel", np.zeros((8, 64), np.float32), r"`per_layer_heads`"),
+  ("decoder/logits_dense_0/kernel", np.zeros((8, 64), np.float32), r"share one head"),
 ]
 
 
@@ -231,15 +231,11 @@ def test_digest_tells_paths_shapes_dtypes_and_values_apart():
 
 def test_exit_parts_are_added_where_missing_only():
   plain = dataclasses.replace(CONFIG, exit_classifier=False)
-  full = dataclasses.replace(CONFIG, per_layer_heads=True)
-  params = draw(plain)
-  grown = parameters.add_exit_parts(params, full)
-  parameters.check(grown, full)
+  grown = parameters.add_exit_parts(draw(plain), CONFIG)
+  parameters.check(grown, CONFIG)
   assert not grown["decoder"]["exit_classifier"]["kernel"].any()
-  head = params["decoder"]["logits_dense"]["kernel"]
-  np.testing.assert_array_equal(grown["decoder"]["logits_dense_0"]["kernel"], head)
-  again = parameters.add_exit_parts(draw(full), full)
-  assert parameters.digest(again) == parameters.digest(draw(full))
+  again = parameters.add_exit_parts(draw(CONFIG), CONFIG)
+  assert parameters.digest(again) == parameters.digest(draw(CONFIG))
 
 
 def test_the_base_is_the_same_whatever_exits_lie_beside_it():

@@ -73,7 +73,7 @@ def test_parameters_are_read_bit_for_bit_and_give_the_logits_of_t5x(unpacked, na
   [
     {},
     {"exit_classifier": True},
-    {"per_layer_heads": True, "num_decoder_layers": 11},
+    {"num_decoder_layers": 11},
     {"logits_via_embedding": True, "mlp_activations": ("relu",), "relpos_buckets": 16},
     {"num_encoder_layers": 12},
     {

@@ -17,21 +17,20 @@ EXIT, FIRST, COPY = (
 )
 TIED = {"logits_via_embedding": True}
 RELU = {"mlp_activations": ("relu",)}
-HEADS = {"per_layer_heads": True}
 # Every measure meets every schedule and propagation, each propagation some subset of exits,
 # and every head and MLP occurs. Not every combination: each is a program to compile.
 DYNAMIC = [
   (SOFTMAX, CONSTANT, None, EXIT, {}),
   (SOFTMAX, DECAYING, (2, 3), FIRST, {}),
   (SOFTMAX, DECAYING, (1, 3), COPY, RELU),
-  (SOFTMAX, CONSTANT, (2,), COPY, HEADS),
+  (SOFTMAX, CONSTANT, (2,), COPY, TIED),
   (STATE, DECAYING, None, EXIT, {}),
   (STATE, CONSTANT, None, COPY, TIED),
   (STATE, CONSTANT, (1, 3), EXIT, {}),
   (STATE, DECAYING, (2, 3), FIRST, RELU),
   (CLASSIFIER, CONSTANT, None, EXIT, {}),
   (CLASSIFIER, DECAYING, None, FIRST, TIED),
-  (CLASSIFIER, CONSTANT, (1, 3), FIRST, HEADS),
+  (CLASSIFIER, CONSTANT, (1, 3), FIRST, RELU),
   (CLASSIFIER, DECAYING, (2,), COPY, {}),
   (PROBE, DECAYING, None, FIRST, TIED),
   (PROBE, CONSTANT, None, EXIT, {}),
@@ -58,7 +57,7 @@ def test_dynamic_exits(measure, schedule, allowed, propagated, changes):
   assert set(layers[-1].tolist()) == {4}
 
 
-@pytest.mark.parametrize("changes", [{}, TIED, RELU, HEADS], ids=name_of)
+@pytest.mark.parametrize("changes", [{}, TIED, RELU], ids=name_of)
 @pytest.mark.parametrize("depth", [2, None])
 def test_static_exits(depth, changes):
   assert set(engine.compare(engine.toy(**changes), exits.StaticExit(depth), 0.0)) == {

@@ -246,7 +246,7 @@ def test_cached_decoding_is_teacher_forced_decoding(depth):
 def test_bfloat16_runs_with_float32_logits_and_confidences():
   toy, narrow = engine.toy(), engine.toy(dtype="bfloat16")
   assert narrow.weights.decoder.embedding.dtype == jnp.bfloat16
-  assert {head.dtype for head in narrow.weights.decoder.heads} == {jnp.dtype("float32")}
+  assert narrow.weights.decoder.head.dtype == jnp.float32
   state = engine.run(narrow, SOFTMAX, 0.6)
   for field in ("confidences", "rejected_confidences", "scores"):
     assert getattr(state.generation, field).dtype == jnp.float32

@@ -135,7 +135,7 @@ def test_narrow_weights_are_a_model_of_rounded_weights(directory, tmp_path, dtyp
     np.testing.assert_allclose(ours.confidences, theirs.confidences, atol=1e-5)
   matrices = [leaf for leaf in jax.tree.leaves(narrow.weights) if leaf.ndim > 1]
   assert sum(leaf.dtype != jnp.bfloat16 for leaf in matrices) <= 2  # the position biases
-  assert narrow.weights.decoder.heads[0].dtype == jnp.bfloat16
+  assert narrow.weights.decoder.head.dtype == jnp.bfloat16
   batch = narrow.plan(["a"])[0]
   generation = narrow.decode(narrow.encode(batch), batch.active, 0.5)
   assert generation.confidences.dtype == generation.scores.dtype == np.float32
@@ -246,7 +246,7 @@ def test_heads_in_8_bits_emit_the_same_tokens(directory, measure, batch_size):
   given = {**OPTIONS, "measure": measure, "batch_size": batch_size}
   plain = inference.load(directory, **given)
   quantized = inference.load(directory, head_dtype="int8", **given)
-  (head,) = quantized.weights.decoder.heads
+  head = quantized.weights.decoder.head
   assert isinstance(head, eight_bits.QuantizedHead)
   assert head.coded.codes.dtype == jnp.int8
   for threshold in (schedules.NEVER_EXIT, 0.6):

@@ -369,7 +369,7 @@ def test_a_model_is_a_line_or_two_that_say_what_it_promises(model, calibration):
 OTHER_NETWORK = {
   **{"vocab_size": 64, "emb_dim": 8, "num_heads": 2, "num_encoder_layers": 1, "head_dim": 4},
   **{"num_decoder_layers": 1, "mlp_dim": 8, "mlp_activations": ("relu", "linear")},
-  **{"logits_via_embedding": True, "float32_attention_logits": True, "per_layer_heads": True},
+  **{"logits_via_embedding": True, "float32_attention_logits": True},
   **{"relpos_buckets": 16, "relpos_max_distance": 20},
 }
 

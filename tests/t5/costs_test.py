@@ -84,20 +84,17 @@ def static(depth: int):
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_flops_of_the_static_step_are_xlas(batch):
+def test_the_static_step_is_xlas(batch):
   two, three = xla_step(static(2), batch), xla_step(static(3), batch)
   assert three.flops == pytest.approx(COSTS.full.flops * batch, rel=0.02)
   assert three.flops - two.flops == pytest.approx(COSTS.layer.flops * batch, rel=0.02)
-
-
-def test_bytes_of_the_static_step_are_xlas():
-  two, three = xla_step(static(2), 1), xla_step(static(3), 1)
-  assert three.bytes == pytest.approx(COSTS.full.bytes, rel=0.05)
-  assert three.bytes - two.bytes == pytest.approx(COSTS.layer.bytes, rel=0.05)
+  if batch == 1:
+    assert three.bytes == pytest.approx(COSTS.full.bytes, rel=0.05)
+    assert three.bytes - two.bytes == pytest.approx(COSTS.layer.bytes, rel=0.05)
 
 
 PIECES = {
-  "head": lambda layers, hidden: layers.logits(3, layers.read(3, hidden)),
+  "head": lambda layers, hidden: layers.logits(layers.read(3, hidden)),
   "propagation": lambda layers, hidden: layers.project(2, hidden),
   "measured": lambda layers, hidden: layers.shortlist_logits(layers.read(1, hidden)),
 }
@@ -146,6 +143,14 @@ def test_what_each_measure_adds_at_an_exit():
   listed = 2 * 192 * 64
   assert flops(confidence.Probe(), shortlist=64) == head + 2 * (listed + 10 * 192)
   assert flops(confidence.State()) == head + 2 * (6 * 192)
+  # The last layer costs one head of its own, and a static model propagates nothing.
+  full = COSTS.full.flops
+  assert by_hand(confidence.Softmax()).early(3).flops == full + 2 * head
+  assert by_hand(confidence.Classifier(), allowed=()).early(3).flops == full
+  one = costs.decoding_costs(
+    CONFIG, input_length=INPUT, cache_length=CACHE, rule=exits.StaticExit(1)
+  )
+  assert one.early(1) == one.static(1) == COSTS.layer + COSTS.head
 
 
 def test_maps_cost_what_is_read_through_them():
@@ -165,18 +170,6 @@ def test_maps_cost_what_is_read_through_them():
   assert codes == [rank * (1 + 2), rank * (2 + 1), rank * 2]
   assert of(config, exits.StaticExit(2)).static(2).flops == COSTS.static(2).flops + square
   assert of(config, None).full == COSTS.full
-
-
-def test_the_last_layer_always_costs_one_head_of_its_own():
-  full = COSTS.full.flops
-  assert by_hand(confidence.Softmax()).early(3).flops == full + 2 * COSTS.head.flops
-  assert by_hand(confidence.Classifier(), allowed=()).early(3).flops == full
-
-
-def test_a_static_model_propagates_nothing():
-  rule = exits.StaticExit(1)
-  one = costs.decoding_costs(CONFIG, input_length=INPUT, cache_length=CACHE, rule=rule)
-  assert one.early(1) == one.static(1) == COSTS.layer + COSTS.head
 
 
 def test_bfloat16_halves_everything_but_the_head():
@@ -216,7 +209,7 @@ def test_weights_are_read_as_they_are_stored(dtypes):
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(layer) if leaf.ndim == 2)
   assert items == {matrix} and narrow.layer.weight_bytes == size
   assert narrow.propagation.weight_bytes == COSTS.propagation.weight_bytes * matrix / 4
-  read = getattr(made.heads[0], "coded", made.heads[0])
+  read = getattr(made.head, "coded", made.head)
   assert narrow.head.weight_bytes == max(leaf.nbytes for leaf in jax.tree.leaves(read))
   assert narrow.head.weight_bytes == COSTS.head.weight_bytes * head / 4
   assert narrow.full.flops == COSTS.full.flops
@@ -240,18 +233,6 @@ def test_no_tokens_have_no_ratio():
   none = costs.totals(COSTS, [])
   assert none.tokens == 0 and np.isnan(none.flops_ratio) and np.isnan(none.bytes_ratio)
   assert str(none) == "no tokens"
-
-
-def test_a_batch_reads_a_layer_once_for_all_its_rows():
-  plain = by_hand(confidence.Classifier())
-  one = costs.batch_bytes(plain, np.array([[2, 0], [0, 0]]))
-  two = costs.batch_bytes(plain, np.array([[2, 0], [1, 0]]))
-  matrices = plain.static(2).weight_bytes + plain.propagation.weight_bytes
-  rows = lambda run, skipped: (
-    plain.layer.row_bytes * run + plain.propagation.row_bytes * skipped
-  )
-  assert one == matrices + rows(2, 1)
-  assert two == matrices + rows(3, 3)
 
 
 @pytest.mark.parametrize("layer", [0, 4])

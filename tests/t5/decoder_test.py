@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from calm import exits
-from calm.exits import confidence, propagation
+from calm.exits import confidence, layers, propagation
 from calm.t5 import attention as attention_lib
 from calm.t5 import caches as caches_lib
 from calm.t5 import decoder as decoder_lib
@@ -24,7 +24,6 @@ VARIANTS = {
   "untied": {},
   "tied": {"logits_via_embedding": True},
   "relu": {"mlp_activations": ("relu",)},
-  "per_layer_heads": {"per_layer_heads": True},
   "translated": {"exit_translators": (1, 3), "logits_via_embedding": True},
 }
 FIRST_MAP = {"exit_propagation": (1,), "exit_propagation_rank": 2}
@@ -45,7 +44,7 @@ def one_position(config, weights, encoded, caches, tokens, position):
     projected = decoder.project(i, hidden)
     hidden, row = decoder.run(i, hidden, caches[i - 1])
     read = decoder.read(i, hidden)
-    column.append((hidden, decoder.logits(i, read), decoder.exit_logit(read), row, projected))
+    column.append((hidden, decoder.logits(read), decoder.exit_logit(read), row, projected))
   return column, caches_lib.write_rows(
     caches, tuple(part[3] for part in column), [position] * len(caches)
   )
@@ -205,14 +204,6 @@ def test_keys_and_values_are_the_same_numbers_of_one_matrix_or_two(stored, on_tp
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), *rows)
 
 
-def test_logits_of_each_layer_are_its_own_heads_where_there_are_heads():
-  states = jnp.asarray(np.random.default_rng(1).normal(size=(3, 16)), jnp.float32)
-  shared, own = decoder_step(engine.toy()), decoder_step(engine.toy(per_layer_heads=True))
-  assert shared.layers(()).shared_head and not own.layers(()).shared_head
-  np.testing.assert_array_equal(shared.logits(1, states), shared.logits(4, states))
-  assert not np.allclose(own.logits(1, states), own.logits(4, states))
-
-
 def test_biases_by_distance_with_the_future_masked():
   toy, length = engine.toy(), 200  # beyond the distance where buckets end
   table = attention_lib.bias_table(toy.weights.decoder, toy.config, length)
@@ -236,30 +227,19 @@ def test_keys_before_a_rows_start_are_masked_too():
       assert (row[:, :start] == layers_lib.MASK_BIAS).all()
 
 
-def test_padding_of_the_prompt_is_masked_and_nothing_else():
-  toy = engine.toy()
-  encoded = engine.encode(toy, PROMPTS)
-  expected = np.where(PROMPTS > 0, 0.0, layers_lib.MASK_BIAS).astype(np.float32)
-  np.testing.assert_array_equal(encoded.bias[:, 0], expected)
-  assert (expected < 0).any()
-  shapes = {(cache.keys.shape, cache.values.shape) for cache in encoded.cross}
-  assert shapes == {((3, 2, 12, 8), (3, 2, 12, 8))} and len(encoded.cross) == 4
-
-
 def test_heads_end_at_the_pieces_of_the_vocabulary():
   toy = engine.toy()
   kernel = toy.params["decoder"]["logits_dense"]["kernel"]
-  (head,) = toy.weights.decoder.heads
-  np.testing.assert_array_equal(head, kernel[:, :40])
+  np.testing.assert_array_equal(toy.weights.decoder.head, kernel[:, :40])
   whole = decoder_weights.decoder_weights(toy.params, toy.config)
-  assert whole.heads[0].shape == (16, 48)
+  assert whole.head.shape == (16, 48)
 
 
-@pytest.mark.parametrize("pieces", [0, 49])
-def test_a_vocabulary_larger_than_the_model_is_refused(pieces):
+def test_a_vocabulary_larger_than_the_model_is_refused():
   toy = engine.toy()
-  with pytest.raises(ValueError, match=rf"at most 48 pieces.*got {pieces}; this vocabulary"):
-    decoder_weights.decoder_weights(toy.params, toy.config, pieces)
+  for pieces in (0, 49):
+    with pytest.raises(ValueError, match=rf"at most 48 pieces.*got {pieces}; this vocabulary"):
+      decoder_weights.decoder_weights(toy.params, toy.config, pieces)
 
 
 def test_a_model_without_classifier_says_so():
@@ -270,15 +250,17 @@ def test_a_model_without_classifier_says_so():
     decoder.probe_logit(2, *[jnp.ones((3, 16))] * 3)
 
 
-def test_float32_attention_in_a_bfloat16_model():
-  toy = engine.toy(dtype="bfloat16")
-  states = jnp.ones((3, 16), jnp.bfloat16)
-  decoder = decoder_step(toy)
-  read = decoder.read(2, states)
-  assert decoder.logits(2, read).dtype == decoder.exit_logit(read).dtype == jnp.float32
-  cache, *_ = caches_lib.empty_caches(toy.config, 3, LENGTH)
-  hidden, row = decoder.run(1, states, cache)
-  assert hidden.dtype == row.key.dtype == row.value.dtype == jnp.bfloat16
+def test_windows_read_caches_and_prompts_however_their_heads_lie():
+  normal = lambda *shape: jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+  apart, query = caches_lib.Cache(normal(2, 2, 5, 8), normal(2, 2, 5, 8)), normal(6, 2, 8)
+  merged = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2).reshape(2, 5, 16), apart)
+  made = []
+  for cache in (apart, merged):
+    biases = normal(2, 2, 3, 5), normal(2, 1, 5)
+    window = attention_lib.WindowAttention(cache, biases[0], cache, biases[1], False)
+    row = layers.KeyValue(query, query)
+    made.append((window.to_past(query, row), window.to_prompt(query)))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *made)
 
 
 def test_the_number_of_rows_may_be_a_symbol():
@@ -292,7 +274,7 @@ def test_the_number_of_rows_may_be_a_symbol():
     )
     hidden = step.predict(3, jnp.concatenate([hidden, step.code(2, hidden)], axis=1))
     hidden, _ = step.run(1, hidden, cache)
-    return step.logits(1, step.read(1, hidden))
+    return step.logits(step.read(1, hidden))
 
   def given(rows: int):
     encoded = jax.tree.map(lambda x: x[:rows], engine.encode(toy))

@@ -79,6 +79,18 @@ def test_rounding_moves_a_product_by_half_a_step_a_number(seed, outlier, rows):
   assert np.all(np.abs(made - exact) <= 1.001 * bound + 1e-6)
 
 
+@pytest.mark.usefixtures("unsigned")
+def test_zeros_have_no_nan_and_rows_keep_their_dtype():
+  nothing = eight_bits.quantize(jnp.zeros((INPUTS, OUTPUTS)))
+  assert not np.any(nothing.product(jnp.ones((2, INPUTS))))
+  coded = eight_bits.quantize(jnp.ones((INPUTS, OUTPUTS), jnp.bfloat16))
+  assert not np.any(coded.product(jnp.zeros((2, INPUTS))))
+  made = coded.product(jnp.ones((2, INPUTS), jnp.bfloat16))
+  assert made.dtype == jnp.bfloat16 and np.all(np.asarray(made, np.float32) == INPUTS)
+  head = eight_bits.quantize_head(jnp.zeros((EMB, PIECES)))
+  assert not np.asarray(head.logits(jnp.zeros((2, EMB)))).any()
+
+
 def test_8_bits_reach_the_product(unsigned):
   matrix, x = matrix_and_rows(2, 5)
   coded = eight_bits.quantize(jnp.asarray(matrix))
@@ -86,19 +98,6 @@ def test_8_bits_reach_the_product(unsigned):
   side = "ui8" if unsigned else "i8"
   sides = rf"<5x{INPUTS}x{side}>, tensor<{OUTPUTS}x{INPUTS}xi8>"
   assert re.search(rf"dot_general.*{sides}\) -> tensor<5x{OUTPUTS}xi32>", text)
-
-
-def test_zeros_have_no_nan():
-  coded = eight_bits.quantize(jnp.zeros((INPUTS, OUTPUTS)))
-  assert not np.any(coded.product(jnp.ones((2, INPUTS))))
-  coded = eight_bits.quantize(jnp.ones((INPUTS, OUTPUTS)))
-  assert not np.any(coded.product(jnp.zeros((2, INPUTS))))
-
-
-def test_rows_keep_their_dtype():
-  coded = eight_bits.quantize(jnp.ones((INPUTS, OUTPUTS), jnp.bfloat16))
-  made = coded.product(jnp.ones((2, INPUTS), jnp.bfloat16))
-  assert made.dtype == jnp.bfloat16 and np.all(np.asarray(made, np.float32) == INPUTS)
 
 
 EMB, PIECES = 24, 200
@@ -114,17 +113,7 @@ def head_and_states(seed: int, batch: int, outlier: float = 1.0):
   return head, states
 
 
-def test_products_without_a_sign_are_the_same_numbers(monkeypatch):
-  head, states = head_and_states(0, 5, 100.0)
-  made = eight_bits.quantize_head(jnp.asarray(head))
-  found = []
-  for unsigned in (False, True):
-    monkeypatch.setattr(platforms, "multiplies_unsigned", lambda unsigned=unsigned: unsigned)
-    found.append(np.asarray(made.rounded(jnp.asarray(states))[0]))
-  np.testing.assert_array_equal(*found)
-
-
-@pytest.mark.parametrize("batch", [1, 3, 8, 17])
+@pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("outlier", [1.0, 100.0])
 @pytest.mark.usefixtures("unsigned")
 def test_the_largest_logit_is_the_full_heads(batch, outlier):
@@ -137,7 +126,7 @@ def test_the_largest_logit_is_the_full_heads(batch, outlier):
     np.testing.assert_allclose(got.max(-1), expected.max(-1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("pieces", [24, PIECES, 1040])
 @pytest.mark.usefixtures("unsigned")
 def test_the_most_likely_piece_is_known_without_all_logits(batch, pieces):
@@ -198,17 +187,6 @@ def test_one_row_is_multiplied_as_two_and_more_as_they_are(rows, multiplied):
   assert int(product) == multiplied
 
 
-def test_few_pieces_are_in_question_at_random():
-  """Of a random head, where the first piece leads by little, 32 scores settle most rows."""
-  random = np.random.default_rng(0)
-  head = random.normal(size=(256, 20_000)).astype(np.float32)
-  states = random.normal(size=(64, 256)).astype(np.float32)
-  made = eight_bits.quantize_head(jnp.asarray(head)).rounded(jnp.asarray(states))
-  logits, slack = map(np.asarray, made)
-  best = np.max(logits - slack, axis=1, keepdims=True)
-  assert np.mean(np.sum(logits + slack >= best, axis=1) < eight_bits.CANDIDATES) > 0.9
-
-
 def test_where_more_pieces_are_in_question_the_full_head_is_asked():
   """Sixty pieces a hair apart: thirty-two scores do not settle which is first."""
   head, states = head_and_states(0, 2)
@@ -234,14 +212,3 @@ def test_equal_pieces_stay_equal():
   # The first of equals, as `argmax` has it.
   said = eight_bits.quantize_head(jnp.asarray(head)).greedy(jnp.asarray(states))
   assert said.token.tolist() == [50]
-
-
-def test_a_vocabulary_of_few_pieces_is_scored_whole():
-  head, states = head_and_states(2, 3)
-  made = eight_bits.quantize_head(jnp.asarray(head[:, :32]))
-  np.testing.assert_allclose(made.logits(jnp.asarray(states)), states @ head[:, :32], rtol=1e-5)
-
-
-def test_a_head_of_zeros_has_no_nan():
-  made = eight_bits.quantize_head(jnp.zeros((EMB, PIECES)))
-  assert not np.asarray(made.logits(jnp.zeros((2, EMB)))).any()

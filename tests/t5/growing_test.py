@@ -10,62 +10,37 @@ import pytest
 from calm import checkpoints, training
 from calm.t5 import network, parameters
 from calm.training import objectives, run
-from tests import toys
-
-TOY = toys.Config(num_decoder_layers=2, num_encoder_layers=1)
+from tests.training import samples
 
 
-def model_of():
-  config = network.T5Config(**toys.network_fields(TOY), one_hot_embedding=False)
-  return config, toys.params(TOY, seed=1, sharpness=1.0)
-
-
-def states(config, params, batch):
-  return network.Transformer(config).apply(
-    {"params": jax.tree.map(jnp.asarray, params)},
-    batch["encoder_input_tokens"],
-    batch["decoder_input_tokens"],
-    batch["decoder_target_tokens"],
-    method="normed_states",
-  )
-
-
-def batch_of():
-  rows = lambda seed: jnp.asarray(
-    toys.prompts(seed, batch=4, length=6, num_pieces=TOY.num_pieces)
-  )
-  return {
-    "encoder_input_tokens": rows(2),
-    "decoder_input_tokens": jnp.pad(rows(3)[:, :-1], ((0, 0), (1, 0))),
-    "decoder_target_tokens": rows(3),
-    "decoder_loss_weights": jnp.ones((4, 6)),
-  }
+def states(module, params, batch):
+  return objectives.normed_states(module, params, batch, None)
 
 
 def test_every_layers_states_are_those_of_the_narrower_model():
-  config, params = model_of()
+  module, params = samples.model_of()
+  config, batch = module.config, samples.batch_of()
   grown, wider = parameters.wider(params, config, 3 * config.mlp_dim)
   parameters.check(grown, wider)
   assert dataclasses.replace(wider, mlp_dim=config.mlp_dim) == config
-  np.testing.assert_allclose(
-    states(wider, grown, batch_of()), states(config, params, batch_of()), rtol=1e-5, atol=1e-5
-  )
+  made = states(network.Transformer(wider), grown, batch)
+  np.testing.assert_allclose(made, states(module, params, batch), rtol=1e-5, atol=1e-5)
   with pytest.raises(ValueError, match="never dropped"):
     parameters.wider(params, config, config.mlp_dim - 1)
 
 
 def test_new_units_learn_from_the_first_update_on():
-  config, params = model_of()
-  grown, wider = parameters.wider(params, config, config.mlp_dim + 5)
+  module, params = samples.model_of()
+  grown, wider = parameters.wider(params, module.config, module.config.mlp_dim + 5)
   grown = jax.tree.map(jnp.asarray, grown)
   options = training.TrainConfig(num_steps=1, schedule=training.Schedule(1e-2, 0))
   objective = objectives.LayerWeighted()
   step = training.make_train_step(network.Transformer(wider), options, objective, grown)
   state = training.init_state(jax.tree.map(jnp.copy, grown), options, objective)
   with jax.numpy_dtype_promotion("standard"):  # optax's own code promotes
-    after = parameters.flatten(step(state, batch_of())[0].params)
+    after = parameters.flatten(step(state, samples.batch_of())[0].params)
   written = [leaf[-5:] for path, leaf in after.items() if "/mlp/wo" in path]
-  assert len(written) == 3
+  assert len(written) == 4
   assert all(np.all(np.any(np.asarray(rows) != 0.0, axis=1)) for rows in written)
 
 

@@ -14,12 +14,6 @@ from calm.t5 import limits, network, parameters
 from tests.spent import Spent
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "huggingface"
-# Every published size, T5-11B and UL2 included, is far within.
-PUBLISHED = [
-  dict(vocab_size=32128, emb_dim=1024, num_heads=128, head_dim=128, mlp_dim=65536),
-  dict(vocab_size=250112, emb_dim=4096, num_heads=64, head_dim=64, mlp_dim=10240),
-  dict(vocab_size=32128, emb_dim=4096, num_heads=16, head_dim=256, mlp_dim=16384),
-]
 WRONG = {
   "vocab_size": [0, -1, 10**9, 1.5, "8", None, True, [8]],
   "emb_dim": [0, 10**7],
@@ -38,13 +32,29 @@ WRONG = {
   "exit_propagation_rank": [-1, 10**7, None, 2.5],
 }
 CASES = [(name, value) for name, values in WRONG.items() for value in values]
+# One of each field: that files go through the table.
+SAID = [(name, values[0]) for name, values in WRONG.items()]
+THEIRS = {
+  "model_type": "t5",
+  **dict(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2),
+}
 
 
-@pytest.mark.parametrize("sizes", PUBLISHED)
+def write(path, value) -> None:
+  path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    dict(vocab_size=32128, emb_dim=1024, num_heads=128, head_dim=128, mlp_dim=65536),  # 11B
+    dict(vocab_size=250112, emb_dim=4096, num_heads=64, head_dim=64, mlp_dim=10240),
+    dict(vocab_size=32128, emb_dim=4096, num_heads=16, head_dim=256, mlp_dim=16384),  # UL2
+  ],
+)
 def test_published_models_are_within(sizes):
   layers = dict(num_encoder_layers=32, num_decoder_layers=32)
-  config = network.T5Config(**sizes, **layers, mlp_activations=("gelu", "linear"))
-  assert config.emb_dim == sizes["emb_dim"]
+  network.T5Config(**sizes, **layers, mlp_activations=("gelu", "linear"))
 
 
 def test_what_gin_and_numpy_give_takes_one_form():
@@ -56,17 +66,15 @@ def test_what_gin_and_numpy_give_takes_one_form():
     vocab_size=8, dropout_rate=0.0, mlp_activations=("relu",), dtype="float32"
   )
   assert type(made["vocab_size"]) is int
+  ours, theirs = (network.T5Config(8, dtype=dtype) for dtype in (np.float32, "float32"))
+  assert ours == theirs and hash(ours) == hash(theirs)
 
 
 def test_maps_are_of_layers_below_the_last_and_have_a_rank():
   made = lambda **given: network.T5Config(vocab_size=8, num_decoder_layers=3, **given)
   assert made(exit_translators=[1, 2]).exit_translators == (1, 2)
-  for name, more in (
-    ("exit_translators", {}),
-    ("exit_propagation", {"exit_propagation_rank": 2}),
-  ):
-    with pytest.raises(ValueError, match=rf"`{name}` to be layers below the last of 3.*\[3\]"):
-      made(**{name: (3,)}, **more)
+  with pytest.raises(ValueError, match=r"`exit_translators` to be layers below the last of 3"):
+    made(exit_translators=(3,))
   for given in ({"exit_propagation": (1,)}, {"exit_propagation_rank": 2}):
     with pytest.raises(ValueError, match="`exit_propagation` with `exit_propagation_rank`"):
       made(**given)
@@ -74,15 +82,8 @@ def test_maps_are_of_layers_below_the_last_and_have_a_rank():
 
 @pytest.mark.parametrize(("name", "value"), CASES)
 def test_out_of_bounds(name, value):
-  message = rf"^Expected `{name}` .*got .*; "
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=rf"^Expected `{name}` .*got .*; "):
     limits.check({"relpos_buckets": 32, "relpos_max_distance": 128, name: value})
-
-
-@pytest.mark.parametrize(("name", "value"), [("emb_dim", 10**7), ("dropout_rate", 1.0)])
-def test_a_configuration_cannot_be_made_otherwise(name, value):
-  with pytest.raises(ValueError, match=f"^Expected `{name}`"):
-    network.T5Config(**{"vocab_size": 8, name: value})
 
 
 def test_all_of_it_is_bounded_too():
@@ -91,19 +92,10 @@ def test_all_of_it_is_bounded_too():
     network.T5Config(**most)
 
 
-def test_activations_in_float16_are_refused_with_the_way_out():
-  """Its masked logits would be -inf, and every prompt shorter than its bucket NaN."""
-  message = (
-    r"^Expected `dtype` .*float32, bfloat16, got 'float16'; take 'float32', or 'bfloat16'"
-  )
-  with pytest.raises(ValueError, match=message):
-    network.T5Config(vocab_size=8, dtype="float16")
-
-
 @pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize("kind", ["t5_lm_adapt", "codet5"])
 def test_weights_that_are_stored_in_float16_open_and_compute_in_float32(tmp_path, kind, field):
-  """Their `dtype` is that of storage."""
+  """Their `dtype` is that of storage; activations in it would be NaN."""
   folder = shutil.copytree(GOLDEN / kind, tmp_path / "model")
   theirs = json.loads((folder / "config.json").read_text())
   assert theirs.pop("dtype") == "float16"
@@ -113,36 +105,25 @@ def test_weights_that_are_stored_in_float16_open_and_compute_in_float32(tmp_path
   assert {leaf.dtype for leaf in params.values()} == {np.dtype(np.float32)}
 
 
-# One of each field: that files go through the table.
-SAID = [(name, values[0]) for name, values in WRONG.items()]
-
-
-def write(path, value) -> None:
-  path.write_text(json.dumps(value))
-
-
 @pytest.mark.parametrize(("name", "value"), SAID)
-def test_our_files_have_these_limits_before_weights_are_read(tmp_path, name, value):
+def test_files_have_these_limits_before_weights_are_read(tmp_path, name, value):
   fields = dataclasses.asdict(network.T5Config(vocab_size=8)) | {name: value}
   write(tmp_path / "config.json", {"format": checkpoints.FORMAT, **fields})
   with pytest.raises(ValueError, match=rf"config.json: Expected `{name}`"):
     checkpoints.load(tmp_path)
+  if theirs := huggingface.FIELDS.get(name):
+    write(tmp_path / "config.json", {**THEIRS, theirs: value})
+    with pytest.raises(ValueError, match=rf"config.json: Expected `{theirs}`"):
+      checkpoints.load(tmp_path)
 
 
-THEIRS = {
-  "model_type": "t5",
-  **dict(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2),
-}
-
-
-@pytest.mark.parametrize(
-  ("name", "value"),
-  [(name, value) for name, value in SAID if name in huggingface.FIELDS],
-)
-def test_their_files_have_these_limits_before_weights_are_read(tmp_path, name, value):
-  theirs = huggingface.FIELDS[name]
-  write(tmp_path / "config.json", {**THEIRS, theirs: value})
-  with pytest.raises(ValueError, match=rf"config.json: Expected `{theirs}`"):
+def test_configurations_of_versions_with_a_head_a_layer(tmp_path):
+  fields = {"format": checkpoints.FORMAT, "vocab_size": 8, "per_layer_heads": True}
+  write(tmp_path / "config.json", fields)
+  with pytest.raises(ValueError, match=r"`per_layer_heads` to be false.*got True; open it"):
+    checkpoints.load(tmp_path)
+  write(tmp_path / "config.json", fields | {"per_layer_heads": False})
+  with pytest.raises((ValueError, FileNotFoundError), match=r"params\.safetensors"):
     checkpoints.load(tmp_path)
 
 
@@ -163,7 +144,7 @@ def test_shapes_of_t5x_have_these_limits():
     t5x.infer_config(flat)
 
 
-def test_a_layer_count_that_the_file_does_not_hold_is_found_at_once(tmp_path):
+def test_a_layer_count_that_the_file_does_not_hold_is_found_at_once():
   config = network.T5Config(vocab_size=8, num_decoder_layers=256)
   spent = Spent()
   with pytest.raises(ValueError, match=r"'decoder/layers_255/'.*num_decoder_layers"):
@@ -182,7 +163,6 @@ def test_a_leaf_below_a_leaf_is_refused():
     ("[" * 100_000, "too deep"),
     ('{"vocab_size": 1e400}', "expected numbers within float64, got 1e400"),
     ('{"vocab_size": NaN}', "expected JSON, got NaN"),
-    ('{"vocab_size": ' + "9" * 400 + ".0}", "expected numbers within float64, got 9"),
     ('{"vocab_size": ' + "9" * 5000 + "}", "integer string conversion"),
     ("\\udc80", "config.json' to be JSON"),
   ],

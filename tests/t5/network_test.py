@@ -100,9 +100,8 @@ def test_prompts_are_encoded_as_the_network_encodes_them(monkeypatch, per_layer)
   assert len(laid_out) == sizes.num_encoder_layers
 
 
-@pytest.mark.parametrize("heads", [False, True])
-def test_the_last_layers_states_through_its_head_are_the_logits(heads):
-  toy = engine.toy(per_layer_heads=heads)
+def test_the_last_layers_states_through_its_head_are_the_logits():
+  toy = engine.toy()
   args, options = (INPUTS, TOKENS, ALL_REAL), {"params": toy.params, "config": toy.config}
   model, variables = network.Transformer(toy.config), {"params": toy.params}
   hidden = model.apply(variables, *args, method="hidden_states")
@@ -112,8 +111,7 @@ def test_the_last_layers_states_through_its_head_are_the_logits(heads):
   )
   np.testing.assert_allclose(logits(4), apply(*args, **options), atol=1e-5)
   assert hidden.shape == normed.shape == (4, 1, 5, 16)
-  name = "logits_dense_1" if heads else "logits_dense"
-  expected = normed[1] @ toy.params["decoder"][name]["kernel"]
+  expected = normed[1] @ toy.params["decoder"]["logits_dense"]["kernel"]
   np.testing.assert_allclose(logits(2), expected, atol=1e-5)
 
 
@@ -157,7 +155,7 @@ def test_dropout_is_drawn_only_where_asked():
 
 
 def test_toys_have_the_networks_tree():
-  for changes in ({}, {"per_layer_heads": True}, {"logits_via_embedding": True}):
+  for changes in ({}, {"logits_via_embedding": True}):
     toy = engine.toy(**changes)
     model = network.Transformer(toy.config)
     made = jax.eval_shape(
@@ -167,20 +165,6 @@ def test_toys_have_the_networks_tree():
     )
     shapes = jax.tree.map(lambda leaf: leaf.shape, made["params"])
     assert shapes == jax.tree.map(lambda leaf: leaf.shape, toy.params)
-
-
-def test_configurations_are_hashable_and_of_one_form():
-  fields = toys.network_fields(toys.Config())
-  ours = network.T5Config(
-    **fields | {"mlp_activations": ["gelu", "linear"]}, dtype=jnp.bfloat16
-  )
-  theirs = network.T5Config(**fields, dtype="bfloat16")
-  assert ours == theirs and hash(ours) == hash(theirs) and ours.dtype == "bfloat16"
-
-
-def test_a_tied_head_cannot_be_one_a_layer():
-  with pytest.raises(ValueError, match="`per_layer_heads` without `logits_via_embedding`"):
-    network.T5Config(vocab_size=8, per_layer_heads=True, logits_via_embedding=True)
 
 
 def test_bad_shapes_and_packed_decoding_are_refused():

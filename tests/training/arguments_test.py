@@ -132,31 +132,17 @@ def test_every_argument_is_taken_or_refused_by_name(name, folder):
   assert list(odd_arguments.unclear(call, given)) == []
 
 
-@pytest.mark.parametrize(
-  ("call", "message"),
-  [
-    (lambda: training.TrainConfig(1, optimizer="adam"), "`optimizer` to be a function"),
-    (lambda: training.TrainConfig(1, schedule=0.1), "`schedule` to be a function"),
-    (lambda: training.TrainConfig(1, seed="0"), "`seed` to be a whole number"),
-    (lambda: training.TrainConfig(1, stop_metric=None), "`stop_metric` to be a text"),
-    (lambda: objectives.LayerWeighted(weights=(1, 2)), "`weights` to be a function"),
-    (lambda: objectives.LayerWeighted(z_loss=math.nan), "`z_loss` to be finite"),
-    (lambda: objectives.LayerWeighted(sampled_layers=0), "`sampled_layers`"),
-    (lambda: distillation.SelfDistilled(share=-1.0), "`share` to be finite and at least 0"),
-    (lambda: objectives.ExitClassifier(objective="geometric"), "`objective` to be a function"),
-    (lambda: run.Export(BYTES, storage_dtype="float16"), "`storage_dtype` to be one of"),
-    (lambda: distillation.ExitMaps(classifier="no"), "`classifier` to be True or False"),
-    (lambda: run.Export(None), "`vocabulary` to be"),
-    (lambda: run.Data(train=ROWS), "`train` to be a `Source`"),
-    (lambda: training.init_params(CONFIG, 0.5), "`seed` to be a whole number"),
-    (lambda: checkpoints.load("model", exits=3), "`exits` to be"),
-    (lambda: checkpoints.save("a", PARAMS, CONFIG, exits_trained=1), "`exits_trained` to be"),
-    (lambda: stored.needed_parts(exits.StaticExit(), "stage_one"), "`objective` to be"),
-  ],
-)
-def test_what_would_be_noticed_late_or_never_is_named_at_once(call, message):
-  with pytest.raises(ValueError, match=f"Expected {message}"):
-    call()
+def test_terms_of_no_weight_are_refused():
+  for made in (
+    lambda: objectives.LayerWeighted(z_loss=math.nan),
+    lambda: objectives.LayerWeighted(sampled_layers=0),
+    lambda: distillation.SelfDistilled(share=-1.0),
+    lambda: run.Export(BYTES, storage_dtype="float16"),
+  ):
+    with pytest.raises(
+      ValueError, match=r"Expected `(z_loss|sampled_layers|share|storage_dtype)`"
+    ):
+      made()
 
 
 def test_a_text_is_a_path_and_a_list_a_tuple():

@@ -33,9 +33,7 @@ def plain_loss(module, params, batch, share):
   return -jnp.sum(label * weights) + share * jnp.sum(jnp.mean(apart, axis=0) * weights)
 
 
-@pytest.mark.parametrize(
-  "options", [{}, {"logits_via_embedding": True}, {"per_layer_heads": True}]
-)
+@pytest.mark.parametrize("options", [{}, {"logits_via_embedding": True}])
 def test_loss_and_gradients_are_those_of_the_equation(options):
   module, params = model_of(dataclasses.replace(TOY, **options))
   batch = batch_of()
@@ -136,9 +134,8 @@ def plain_maps_losses(module, params, batch):
   return jnp.sum(jnp.mean(apart, axis=0) * weights), sum(errors) / 2 * jnp.sum(weights)
 
 
-@pytest.mark.parametrize("options", [{}, {"per_layer_heads": True}])
-def test_maps_minimise_the_equation_and_no_gradient_reaches_the_base(options):
-  module, params = model_of(dataclasses.replace(MAPPED, **options), dropout_rate=0.5)
+def test_maps_minimise_the_equation_and_no_gradient_reaches_the_base():
+  module, params = model_of(MAPPED, dropout_rate=0.5)
   batch = batch_of()
   objective = distillation.ExitMaps(classifier=False)
   plain = lambda p: sum(plain_maps_losses(module, p, batch))

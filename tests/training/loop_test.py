@@ -216,10 +216,6 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
   config = dataclasses.replace(CONFIG, schedule=lambda steps: lambda step: jnp.nan)
   with pytest.raises(FloatingPointError, match=r"finite .* loss, got nan by step 3; lower the"):
     Toy(config).fit(tmp_path)
-  assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
-
-
-def test_a_validation_that_is_not_finite_is_not_saved(tmp_path):
   with pytest.raises(FloatingPointError, match="finite validation loss"):
     Toy(CONFIG).fit(tmp_path, evaluate=lambda params: {"loss": float("inf")})
   assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
@@ -245,3 +241,63 @@ def test_schedule_warms_up_and_decays():
   np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(100)], [0, 0.05, 0.1, 0.01])
   short = training.Schedule(peak=0.1, warmup_steps=10)(1)
   assert np.isfinite(float(short(0)))
+
+
+CONSTANT = training.Schedule(peak=0.01, warmup_steps=1, final_fraction=1.0)
+IDENTIFIED = training.TrainConfig(num_steps=20, schedule=CONSTANT)
+
+
+def counting(seed=0, first=3):
+  sequences = training_batches.Ragged([[first, n, 1] for n in range(3, 20)])
+  return training_batches.Supervised(
+    sequences, sequences, (training_batches.Bucket(4, 4),), 4, seed
+  )
+
+
+@pytest.mark.parametrize(
+  ("change", "rows", "words"),
+  [
+    ({"seed": 7}, {}, "seed 0, now 7"),
+    ({"schedule": training.Schedule(0.02, 1, 1.0)}, {}, r"learning rate 0\.01 at step"),
+    # A longer run decays more slowly: the steps that were made had other rates.
+    ({"schedule": training.Schedule(0.01, 1), "num_steps": 40}, {}, "learning rate"),
+    ({}, {"first": 4}, "other data"),
+    ({}, {"seed": 1}, "other data"),
+  ],
+)
+def test_another_rate_seed_or_data_is_refused(tmp_path, change, rows, words):
+  path = tmp_path / "run.json"
+  loop.check_identity(path, loop.identity_of(IDENTIFIED, counting()), 0)
+  before = path.read_text()
+  other = loop.identity_of(dataclasses.replace(IDENTIFIED, **change), counting(**rows))
+  with pytest.raises(ValueError, match=words):
+    loop.check_identity(path, other, 10)
+  assert path.read_text() == before
+  loop.check_identity(path, other, 0)  # nothing was made yet: it begins
+
+
+def test_the_same_run_and_a_longer_one_at_a_constant_rate_go_on(tmp_path):
+  path = tmp_path / "run.json"
+  for config in (IDENTIFIED, IDENTIFIED, dataclasses.replace(IDENTIFIED, num_steps=64)):
+    loop.check_identity(path, loop.identity_of(config, counting()), 10)
+  path.unlink()  # a run of an earlier version
+  loop.check_identity(path, loop.identity_of(IDENTIFIED, counting(seed=3)), 10)
+  path.write_text("{}")
+  with pytest.raises(ValueError, match="to say what a run was made with"):
+    loop.check_identity(path, loop.identity_of(IDENTIFIED, counting()), 10)
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("num_steps", -3),
+    ("num_steps", 0),
+    ("patience", -1),
+    ("eval_every", 0),
+    ("log_every", 2.5),
+  ],
+)
+def test_numbers_without_meaning_are_refused(name, value):
+  with pytest.raises(ValueError, match=f"`{name}`"):
+    training.TrainConfig(**{"num_steps": 3, name: value})
+  assert training.TrainConfig(num_steps=np.int64(3), patience=1).patience == 1

@@ -13,15 +13,14 @@ LAYERS, BATCH, LENGTH, EMB, VOCAB = 3, 2, 5, 7, 11
 Z_LOSS = 0.01
 
 
-def draw(seed=0, per_layer=False):
+def draw(seed=0):
   rng = np.random.default_rng(seed)
   normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
   token_weights = np.ones((BATCH, LENGTH), np.float32)
   token_weights[1, 3:] = 0.0
-  kernel = normal(LAYERS, EMB, VOCAB) if per_layer else normal(EMB, VOCAB)
   return {
     "normed": normal(LAYERS, BATCH, LENGTH, EMB),
-    "kernel": kernel,
+    "kernel": normal(EMB, VOCAB),
     "targets": jnp.asarray(rng.integers(0, VOCAB, (BATCH, LENGTH)), jnp.int32),
     "token_weights": jnp.asarray(token_weights),
     "weights": jnp.asarray(losses.layer_weights(LAYERS)),
@@ -30,8 +29,7 @@ def draw(seed=0, per_layer=False):
 
 def naive(normed, kernel, targets, token_weights, weights, z_loss):
   """The same loss with all logits at once and JAX's own gradients."""
-  kernels = kernel if kernel.ndim == 3 else jnp.stack([kernel] * normed.shape[0])
-  logits = jnp.einsum("lbte,lev->lbtv", normed, kernels)
+  logits = normed @ kernel
   log_z = jax.nn.logsumexp(logits, axis=-1)
   terms = log_z - labels_of(logits, targets) + z_loss * log_z**2
   return jnp.sum(weights[:, None, None] * terms * token_weights[None])
@@ -61,15 +59,20 @@ def gradients_of(function, data):
   return jax.jit(jax.grad(function, argnums=(0, 1)))(data["normed"], data["kernel"])
 
 
-@pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("z_loss", [0.0, Z_LOSS])
-def test_layer_cross_entropy_is_the_naive_one_in_value_and_gradients(per_layer, z_loss):
-  data = draw(per_layer=per_layer)
-  value, _ = ours(data["normed"], data["kernel"], data, z_loss)
+def test_layer_cross_entropy_is_the_naive_one_in_value_and_gradients(z_loss):
+  data = draw()
+  value, metrics = ours(data["normed"], data["kernel"], data, z_loss)
   expected = lambda n, k: naive(
     n, k, data["targets"], data["token_weights"], data["weights"], z_loss
   )
   np.testing.assert_allclose(value, expected(data["normed"], data["kernel"]), rtol=1e-5)
+  log_probabilities = jax.nn.log_softmax(data["normed"] @ data["kernel"])
+  label = np.asarray(labels_of(log_probabilities, data["targets"]))
+  real, targets = np.asarray(data["token_weights"]), np.asarray(data["targets"])
+  np.testing.assert_allclose(metrics.cross_entropy, -(label * real).sum((1, 2)), rtol=1e-5)
+  hits = np.asarray(log_probabilities).argmax(-1) == targets
+  np.testing.assert_array_equal(metrics.correct, (hits * real).sum((1, 2)))
   got = gradients_of(lambda n, k: 3.0 * ours(n, k, data, z_loss)[0], data)
   for left, right in zip(got, gradients_of(expected, data), strict=True):
     np.testing.assert_allclose(left, 3.0 * right, rtol=2e-4, atol=1e-5)
@@ -161,34 +164,10 @@ def test_z_loss_by_hand():
   np.testing.assert_array_equal(metrics.correct, [0, 0])  # ties go to piece 0
 
 
-def test_metrics_are_sums_over_real_tokens():
-  data = draw(4)
-  _, metrics = ours(data["normed"], data["kernel"], data)
-  log_probabilities = jax.nn.log_softmax(data["normed"] @ data["kernel"])
-  label = np.asarray(labels_of(log_probabilities, data["targets"]))
-  real = np.asarray(data["token_weights"])
-  np.testing.assert_allclose(metrics.cross_entropy, -(label * real).sum((1, 2)), rtol=1e-5)
-  hits = np.asarray(log_probabilities).argmax(-1) == np.asarray(data["targets"])
-  np.testing.assert_array_equal(metrics.correct, (hits * real).sum((1, 2)))
-
-
-@pytest.mark.parametrize("per_layer", [False, True])
-def test_predictions_are_the_argmax_of_each_layer(per_layer):
-  data = draw(5, per_layer)
-  kernels = data["kernel"] if per_layer else [data["kernel"]] * LAYERS
-  for layer, kernel in enumerate(kernels):
-    expected = (data["normed"][layer] @ kernel).argmax(-1)
-    got = losses.layer_predictions(data["normed"], data["kernel"])[layer]
-    np.testing.assert_array_equal(got, expected)
-
-
-def test_classifier_loss_averages_over_the_layers_below_the_last():
-  # Layer 1 agrees with the last, layer 2 does not; probabilities 0.8 and 0.6.
-  predictions = jnp.array([[[5]], [[4]], [[5]]])
-  logit = lambda p: np.log(p / (1 - p))
-  exit_logits = jnp.array([[[logit(0.8)]], [[logit(0.6)]], [[123.0]]], jnp.float32)
-  value = losses.classifier_loss(exit_logits, predictions, jnp.ones((1, 1)))
-  np.testing.assert_allclose(value, -(np.log(0.8) + np.log(0.4)) / 2, rtol=1e-5)
+def test_predictions_are_the_argmax_of_each_layer():
+  data = draw(5)
+  got = losses.layer_predictions(data["normed"], data["kernel"])
+  np.testing.assert_array_equal(got, (data["normed"] @ data["kernel"]).argmax(-1))
 
 
 def naive_geometric(exit_logits, predictions, token_weights):
@@ -234,14 +213,3 @@ def test_classifier_losses_are_those_of_naive_loops_and_ignore_padding(function,
   exit_logits[:, padded] = 50.0
   predictions[:, padded] = 9
   np.testing.assert_allclose(call(), value, rtol=1e-6)
-
-
-def test_geometric_loss_by_hand():
-  # The first of two layers agrees with the last: it should exit there, with probability 0.25.
-  exit_logits = jnp.array([[[np.log(0.25 / 0.75)]], [[0.0]]], jnp.float32)
-  agree, differ = jnp.array([[[7]], [[7]]]), jnp.array([[[6]], [[7]]])
-  one = jnp.ones((1, 1))
-  value = losses.geometric_classifier_loss(exit_logits, agree, one)
-  np.testing.assert_allclose(value, -np.log(0.25), rtol=1e-5)
-  value = losses.geometric_classifier_loss(exit_logits, differ, one)
-  np.testing.assert_allclose(value, -np.log(0.75), rtol=1e-5)

@@ -42,9 +42,7 @@ def layer_losses(module, params, batch):
   return np.array(values)
 
 
-@pytest.mark.parametrize(
-  "options", [{}, {"logits_via_embedding": True}, {"per_layer_heads": True}]
-)
+@pytest.mark.parametrize("options", [{}, {"logits_via_embedding": True}])
 def test_stage_one_is_equation_6_over_the_networks_own_heads(options):
   toy = toys.Config(num_decoder_layers=3, num_encoder_layers=1, **options)
   module, params = model_of(toy)
@@ -88,28 +86,14 @@ def test_layers_are_drawn_with_the_weights_of_equation_6():
   np.testing.assert_allclose(counts / counts.sum(), losses.layer_weights(3), atol=0.08)
 
 
-@pytest.mark.parametrize("sampled_layers", [None, 2])
-def test_stage_one_with_per_layer_heads_trains_every_sampled_head(sampled_layers):
-  toy = toys.Config(num_decoder_layers=3, num_encoder_layers=1, per_layer_heads=True)
-  module, params = model_of(toy)
-  objective = objectives.LayerWeighted(sampled_layers=sampled_layers)
-  loss = lambda p, key: objective.loss(module, p, batch_of(), key)
-  gradients, metrics = jax.jit(jax.grad(loss, has_aux=True))(params, jax.random.key(1))
-  names = ["logits_dense_0", "logits_dense_1", "logits_dense"]
-  moved = [bool(jnp.any(gradients["decoder"][name]["kernel"] != 0)) for name in names]
-  assert moved == (np.asarray(metrics.layer_weight) > 0).tolist()
-
-
 def gradients_by_path(objective, module, params, batch):
   loss = lambda p: objective.loss(module, p, batch, jax.random.key(0))[0]
   return traverse_util.flatten_dict(jax.jit(jax.grad(loss))(params))
 
 
 @pytest.mark.parametrize("loss", [losses.classifier_loss, losses.geometric_classifier_loss])
-@pytest.mark.parametrize("per_layer_heads", [False, True])
-def test_gradients_of_stage_two_are_exactly_zero_outside_the_classifier(loss, per_layer_heads):
-  toy = toys.Config(num_decoder_layers=3, num_encoder_layers=1, per_layer_heads=per_layer_heads)
-  module, params = model_of(toy, dropout_rate=0.5)
+def test_gradients_of_stage_two_are_exactly_zero_outside_the_classifier(loss):
+  module, params = model_of(dropout_rate=0.5)
   objective = objectives.ExitClassifier(loss)
   for path, gradient in gradients_by_path(objective, module, params, batch_of()).items():
     assert bool(jnp.any(gradient != 0)) == ("exit_classifier" in path), path
@@ -140,7 +124,7 @@ def test_probes_read_what_inference_reads():
   flat = [np.asarray(d).reshape(-1, PROBED.emb_dim) for d in hidden]
   flat = [jnp.asarray(d) for d in flat]
   read = [step.read(layer, d) for layer, d in enumerate(flat, start=1)]
-  tokens = np.stack([np.asarray(step.logits(3, x)).argmax(-1) for x in read])
+  tokens = np.stack([np.asarray(step.logits(x)).argmax(-1) for x in read])
   sure = [
     np.asarray(step.probe_logit(i + 1, x, flat[i], flat[i - 1])) for i, x in enumerate(read)
   ]
@@ -155,13 +139,6 @@ def test_probes_read_what_inference_reads():
     rtol=1e-4,
     atol=1e-4,
   )
-
-
-def test_probes_want_one_head():
-  toy = dataclasses.replace(PROBED, per_layer_heads=True)
-  module, params = model_of(toy)
-  with pytest.raises(ValueError, match="one output head"):
-    PROBES.loss(module, params, batch_of(), None)
 
 
 def train(objective, module, params, steps=3):

@@ -105,22 +105,6 @@ def test_the_last_line_is_a_command_that_works(stage_one, files, capsys, monkeyp
   assert checkpoints.load(stage_one / "model").exits_trained
 
 
-def test_another_seed_is_refused_in_the_same_folder(stage_one, files, capsys):
-  more = "training.TrainConfig.seed = 5"
-  args = arguments(CONFIGS / "local_tiny.gin", stage_one, *bindings(files), more)
-  assert train.run(args) == 2
-  assert "12 steps were made with seed 0, now 5" in capsys.readouterr().err
-
-
-def test_a_macro_that_nothing_reads_is_refused(files, tmp_path, capsys):
-  args = arguments(
-    CONFIGS / "local_tiny.gin", tmp_path / "out", *bindings(files), "INITIAL = 'model'"
-  )
-  assert train.run(args) == 2
-  assert "got INITIAL, which nothing reads" in capsys.readouterr().err
-  assert not (tmp_path / "out").exists()
-
-
 def test_a_finished_run_is_only_exported_again(stage_one, files, capsys):
   before = (stage_one / "model" / "params.safetensors").read_bytes()
   args = arguments(CONFIGS / "local_tiny.gin", stage_one, *bindings(files))
@@ -166,6 +150,7 @@ def test_mistakes_are_one_message_and_code_2(files, tmp_path, capsys):
     "does not exist": ("TRAIN = 'missing.jsonl'", f"VOCABULARY_PATH = '{files[1]}'"),
     "SentencePiece": (f"TRAIN = '{files[0]}'", "VOCABULARY_PATH = 'missing.model'"),
     "TRAIN = '...'": (f"VOCABULARY_PATH = '{files[1]}'", "TRAIN = %gin.REQUIRED"),
+    "got INITIAL, which nothing reads": (*bindings(files), "INITIAL = 'model'"),
   }
   for message, given in cases.items():
     gin.clear_config()
@@ -211,11 +196,6 @@ def test_bindings_may_name_every_choice(files, tmp_path):
   assert (tmp_path / "model" / "config.json").exists()
 
 
-def test_neither_sizes_nor_checkpoint_is_refused():
-  with pytest.raises(ValueError, match="`model` or `initial`"):
-    run.starting_point(None, None, 0)
-
-
 def test_exit_parts_are_added_to_a_checkpoint_without(tmp_path):
   config = network.T5Config(
     vocab_size=8, emb_dim=4, num_heads=1, head_dim=4, mlp_dim=4, num_encoder_layers=1,
@@ -245,11 +225,10 @@ def test_named_parts_start_anew_and_the_rest_stays(stage_one):
   assert not np.any(made["decoder"]["exit_classifier"]["kernel"])
   again = run.starting_point(None, str(trained), 0, "decoder/exit_classifier").params
   assert parameters.digest(again) == parameters.digest(made)
-
-
-def test_a_part_to_start_anew_that_is_not_there_is_named(stage_one):
   with pytest.raises(ValueError, match=r"`fresh`.*exit_classifier.*got 'classifier'"):
     run.starting_point(None, str(stage_one), 0, ("classifier",))
+  with pytest.raises(ValueError, match="`model` or `initial`"):
+    run.starting_point(None, None, 0)
 
 
 def test_denoising_reads_what_follows_the_marker_and_each_text_once(files, tmp_path):
@@ -352,33 +331,3 @@ def test_probes_learn_from_the_models_own_texts(stage_one, files, tmp_path):
   assert early.generate(inputs[:1], threshold=0.0).mean_layers == 1.0
   with pytest.raises(ValueError, match=r"'probe'.*calm train --gin_file"):
     inference.load(initial, measure="probe").generate(inputs[:1], threshold=0.5)
-
-
-def test_validation_names(files):
-  vocab = vocabulary.SentencePieceVocabulary(files[1])
-  source = sources.supervised(str(files[0]), vocab, ((64, 16),), 4)
-  config = network.T5Config(
-    vocab_size=160, emb_dim=4, num_heads=1, head_dim=4, mlp_dim=4, num_encoder_layers=1,
-    num_decoder_layers=2, one_hot_embedding=False,
-  )  # fmt: skip
-  data = run.Data(source, {"rows": source, "again": source}, {"rows": 1, "again": 1})
-  evaluate = run.evaluator(network.Transformer(config), objectives.LayerWeighted(), data)
-  scalars = evaluate(training.init_params(config, 0))
-  assert scalars["loss"] == scalars["again/loss"]
-  assert scalars["accuracy/layer_2"] == scalars["again/accuracy/layer_2"]
-
-
-@pytest.mark.tf
-def test_seqio_tasks_give_the_batches_of_their_files(files):
-  seqio = pytest.importorskip("seqio")
-  from calm.data import seqio_tasks
-
-  vocab = vocabulary.SentencePieceVocabulary(files[1])
-  name = seqio_tasks.jsonl("runs_test_rows", {"train": str(files[0])}, str(files[1]))
-  try:
-    ours = sources.supervised(str(files[0]), vocab, ((64, 16),), 4, seed=3)
-    theirs = sources.seqio_pairs(name, ((64, 16),), 4, seed=3)
-    for key, value in ours.batch(5).items():
-      np.testing.assert_array_equal(theirs.batch(5)[key], value, err_msg=key)
-  finally:
-    seqio.TaskRegistry.remove(name)

@@ -78,11 +78,6 @@ class Bucket:
     """The bucket of the first `size` rows of this one."""
     return Bucket(self.order[:size], self.rank)
 
-  def present(self, count: jax.Array) -> jax.Array:
-    """Its rows, [bucket], of which the first `count` are there, and -1 for the others."""
-    there = jnp.arange(len(self.order), dtype=jnp.int32) < count
-    return jnp.where(there, self.order, -1)
-
   def take(self, tree: Any) -> Any:
     """The bucket's rows of arrays [batch, ...]."""
     return jax.tree.map(lambda x: _rows(x, self.order), tree)
@@ -257,8 +252,7 @@ class _BoundCompacted:
       row = decoder.project(layer, walk.layer_input(layer, state))
       kept, part_row = walk.stored(layer, state, row), rows.take(row)
       whole = decoder.attention(layer, step.cache)
-      by_kernel = decoder.kernel_attention(whole, part.hidden, rows.present(count))
-      attention = by_kernel or self._attention(whole, rows, count)
+      attention = self._attention(whole, rows, count)
       hidden = decoder.run_projected(layer, part.hidden, part_row, attention)
       part = inside.after(layer, part, hidden, part_row)
       hidden = layers_lib.select_rows(stays, rows.spread(part.hidden), state.hidden)
@@ -270,7 +264,6 @@ class _BoundCompacted:
   def _attention(
     self, whole: attention_lib.Attention, rows: Bucket, count: jax.Array
   ) -> attention_lib.Attends:
-    """The bucket's attention as XLA computes it."""
     part = len(rows.order) / len(rows.rank)
     if platforms.attends_by_row() and part <= self.part_by_row:
       return _ByRow(whole, rows, count)
@@ -296,7 +289,7 @@ def _complete(walk: walk_lib.Walk, state: walk_lib.WalkState) -> walk_lib.WalkSt
     row = layers.project(1, hidden)
     memory = walk.propagation.remember(None, 1, hidden, row, state.done, layers)
     read = layers.read(1, hidden)
-    logits = layers.logits(1, read) if walk.heads_inside else None
+    logits = layers.logits(read) if walk.heads_inside else None
     return logits, memory, read if walk.carries_read else None
 
   shapes = jax.eval_shape(made, state.hidden)
