@@ -62,7 +62,7 @@ BUDGETS = {
   "commands": (2520, 12),
   "console.py": (280, 1),
   "data": (2200, 9),
-  "decode": (3190, 13),
+  "decode": (3175, 13),
   "exits": (1390, 9),
   "fitting": (2570, 8),
   "inference": (2430, 9),
