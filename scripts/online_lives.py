@@ -193,7 +193,7 @@ def share_table(lives: int) -> tuple[list[str], list[list[str]]]:
         named.append(state.threshold)
   cells = [f"{counts[block - 1] / lives:.0f}" for block in blocks]
   share = lambda at: f"{np.mean([level == 0.5 for level in named[at::2]]):.2f}"
-  names = [f"in the {block}th" for block in blocks]
+  names = [f"thousand {block}" for block in blocks]
   return [*names, "names 0.5 after 1,000", "after 5,000", "states"], [
     [*cells, share(0), share(1), str(lives)]
   ]
