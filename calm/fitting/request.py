@@ -329,6 +329,9 @@ def held_out(
 ) -> tuple[Splits, dict[str, Any]]:
   """Rows split as `fit` does where it trains, and their `length_limits`.
 
+  Args:
+    predictor: whose tokens are counted; `train` and `options` are those of `fit`.
+
   Raises:
     ValueError: invalid rows, or too few of them (says how many are needed).
   """
