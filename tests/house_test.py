@@ -64,7 +64,7 @@ BUDGETS = {
   "data": (2200, 9),
   "decode": (3175, 13),
   "exits": (1390, 9),
-  "fitting": (2570, 8),
+  "fitting": (2555, 8),
   "inference": (2430, 9),
   "paper": (2560, 11),
   "signals.py": (100, 1),

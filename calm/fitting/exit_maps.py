@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,12 +129,12 @@ def fit(
   penalty, starts = _ridge(sums, sample)
   head = parameters.head_kernel(predictor.params, config)
   head = np.asarray(head[:, : predictor.vocabulary.vocab_size])
-  by_layer = [head] * len(layers)
   report = lambda share, text: progress(0.3 + 0.6 * share, text)
-  translators = _train_translators(sample, by_layer, head, starts, seed, report)
+  translators = _train_translators(sample, head, starts, seed, report)
   progress(0.9, "classifier and probes")
-  read, agrees, agreement, features = _held_out(sample, translators, by_layer, head, listed)
-  flat: dict[str, np.ndarray] = {}
+  flat, agreement = _confidence_heads(
+    sample, layers, translators, head, listed, config.num_decoder_layers
+  )
   for layer, translator, each in zip(layers, translators, sums, strict=True):
     place = f"layers_{layer - 1}"
     path = f"decoder/exit_translators/{place}"
@@ -143,13 +143,6 @@ def fit(
     flat[f"{path}/down/kernel"], flat[f"{path}/down/bias"], flat[f"{path}/up/kernel"] = (
       _low_rank(each, penalty, rank, config.num_decoder_layers - layer)
     )
-  weights, bias = _logistic(np.concatenate(read), np.concatenate(agrees))
-  flat["decoder/exit_classifier/kernel"] = weights[:, None]
-  flat["decoder/exit_classifier/bias"] = np.array([bias])
-  if features:
-    probes = _probes(read, agrees, features, layers, config.num_decoder_layers)
-    for name, leaf in zip(("kernel", "features", "bias"), probes, strict=True):
-      flat[f"decoder/exit_probes/{name}"] = leaf
   before, after = zip(*agreement, strict=True)
   learned = LearnedExits(
     layers,
@@ -192,8 +185,7 @@ def padded_targets(rows: Sequence[Sequence[int]], num_rows: int, longest: int) -
   return targets
 
 
-@dataclasses.dataclass
-class _Sums:
+class _Sums(NamedTuple):
   """Normal equations of one exit layer with X = [x; 1] of every token: X^T X, X^T x of the last
   layer, X^T (d^{k-1} - d^j) [emb + 1, skipped, emb] and sums of squares of d^{k-1} [skipped]
   for the skipped layers k = j + 2 ... L."""
@@ -254,7 +246,7 @@ def _read_all(predictor, layers, texts, tokens, seed, progress) -> tuple[list[_S
       "Expected a model with finite states, got NaN or infinity on its own texts; the"
       " checkpoint is damaged, or its numbers are too large for float32."
     )
-  return [_Sums(**each) for each in sums or ()], sample
+  return sums or [], sample
 
 
 def _read_batch(config: network.T5Config, layers, params, inputs, targets, weights):
@@ -272,14 +264,9 @@ def _read_batch(config: network.T5Config, layers, params, inputs, targets, weigh
     x = jnp.concatenate([flat(normed[layer - 1]), weight], axis=1)
     later = hidden[layer:-1].reshape(-1, targets.size, config.emb_dim)
     moved = (later - raw.reshape(1, targets.size, config.emb_dim)) * weight[None]
-    sums.append(
-      {
-        "gram": x.T @ x,
-        "last": x.T @ flat(normed[-1]),
-        "inputs": jnp.einsum("te,ktf->ekf", x, moved),
-        "squares": jnp.sum(jnp.square(later * weight[None]), axis=(1, 2)),
-      }
-    )
+    skipped = jnp.einsum("te,ktf->ekf", x, moved)
+    squares = jnp.sum(jnp.square(later * weight[None]), axis=(1, 2))
+    sums.append(_Sums(x.T @ x, x.T @ flat(normed[-1]), skipped, squares))
   return sums, normed[jnp.asarray(layers) - 1], normed[-1:], jnp.stack(scalars)
 
 
@@ -333,7 +320,7 @@ def _low_rank(sums: _Sums, penalty: float, rank: int, skipped: int):
 # ---- Translators by cross entropy
 
 
-def _train_translators(sample: _Sample, heads, last_head, starts: _Maps, seed, progress):
+def _train_translators(sample: _Sample, head, starts: _Maps, seed, progress):
   """(A_j, b_j) of every exit layer, at the evaluation with the least held-out loss."""
   import optax
 
@@ -343,32 +330,30 @@ def _train_translators(sample: _Sample, heads, last_head, starts: _Maps, seed, p
   optimizer = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, _STEPS, 0.05))
   state = optimizer.init(maps)
   rng = np.random.default_rng(seed)
-  columns = _columns(sample, last_head)
-  # Rows of a transposed head are gathered faster than columns; equal heads are stored once.
-  stored = {id(head): jnp.asarray(head.T) for head in (*heads, last_head)}
-  by_layer, last = [stored[id(head)] for head in heads], stored[id(last_head)]
+  columns = _columns(sample, head)
+  rows_of_head = jnp.asarray(head.T)  # gathered faster than columns
   loss = functools.partial(cross_entropy, columns=jnp.asarray(columns))
 
   @jax.jit
-  def steps(maps, state, exits, final, drawn, by_layer, last):
+  def steps(maps, state, exits, final, drawn, head):
     def one(carry, batch):
       maps, state = carry
-      updates, state = optimizer.update(jax.grad(loss)(maps, *batch, by_layer, last), state)
+      updates, state = optimizer.update(jax.grad(loss)(maps, *batch, head), state)
       return (optax.apply_updates(maps, updates), state), None
 
     return jax.lax.scan(one, (maps, state), (exits, final, drawn))[0]
 
   held = sample.held_out[: 4 * _STEP_TOKENS]
-  shown = sample.exits[:, held], sample.last[held], _drawn(rng, columns, last_head, 1)[0]
+  shown = sample.exits[:, held], sample.last[held], _drawn(rng, columns, head, 1)[0]
   evaluate = jax.jit(loss)
-  best, least, worse = maps, float(evaluate(maps, *shown, by_layer, last)), 0
+  best, least, worse = maps, float(evaluate(maps, *shown, rows_of_head)), 0
   size = min(_STEP_TOKENS, len(sample.trains))
   for step in range(_EVALUATE, _STEPS + 1, _EVALUATE):
     rows = np.stack([rng.choice(sample.trains, size, replace=False) for _ in range(_EVALUATE)])
     batches = sample.exits[:, rows].transpose(1, 0, 2, 3), sample.last[rows]
-    drawn = _drawn(rng, columns, last_head, _EVALUATE)
-    maps, state = steps(maps, state, *batches, drawn, by_layer, last)
-    found = float(evaluate(maps, *shown, by_layer, last))
+    drawn = _drawn(rng, columns, head, _EVALUATE)
+    maps, state = steps(maps, state, *batches, drawn, rows_of_head)
+    found = float(evaluate(maps, *shown, rows_of_head))
     progress(step / _STEPS, f"translators, step {step} of {_STEPS}, loss {found:.3f}")
     best, least, worse = (maps, found, 0) if found < least else (best, least, worse + 1)
     if worse == _PATIENCE:
@@ -376,7 +361,7 @@ def _train_translators(sample: _Sample, heads, last_head, starts: _Maps, seed, p
   return list(zip(*map(np.asarray, best), strict=True))
 
 
-def cross_entropy(maps, exits, last, drawn, heads, last_head, *, columns):
+def cross_entropy(maps, exits, last, drawn, head, *, columns):
   """Mean over tokens and layers of -sum_v p_v log q_v, in nats.
 
   Over a large vocabulary the sum runs over `columns` and, for all others, over `drawn` ones,
@@ -384,34 +369,33 @@ def cross_entropy(maps, exits, last, drawn, heads, last_head, *, columns):
   """
   kernels, biases = maps
   pieces = jnp.concatenate([columns, drawn])
-  others = last_head.shape[0] - columns.shape[0]
+  others = head.shape[0] - columns.shape[0]
   stands_for = np.zeros(pieces.shape[0], np.float32)
   if drawn.shape[0]:
     stands_for[columns.shape[0] :] = np.log(others / drawn.shape[0])
-  read = lambda x, head: jax.nn.log_softmax(x @ head[pieces].T + stands_for[None], axis=-1)
-  target = jnp.exp(read(last, last_head))
-  total = 0.0
-  for number, head in enumerate(heads):
+  read = lambda x: jax.nn.log_softmax(x @ head[pieces].T + stands_for[None], axis=-1)
+  target, total = jnp.exp(read(last)), 0.0
+  for number in range(exits.shape[0]):
     x = exits[number] + exits[number] @ kernels[number] + biases[number][None]
-    total -= jnp.mean(jnp.sum(target * read(x, head), axis=-1))
-  return total / len(heads)
+    total -= jnp.mean(jnp.sum(target * read(x), axis=-1))
+  return total / exits.shape[0]
 
 
-def _columns(sample: _Sample, last_head: np.ndarray) -> np.ndarray:
+def _columns(sample: _Sample, head: np.ndarray) -> np.ndarray:
   """Pieces that every step compares."""
-  count = last_head.shape[1]
+  count = head.shape[1]
   if count <= _MOST_COLUMNS:
     return np.arange(count)
   seen = np.zeros(count)
   for start in range(0, len(sample.last), 1024):
-    logits = sample.last[start : start + 1024] @ last_head
+    logits = sample.last[start : start + 1024] @ head
     np.add.at(seen, np.argpartition(-logits, _TOP, axis=1)[:, :_TOP].ravel(), 1)
   return np.sort(np.argsort(-seen, kind="stable")[: _MOST_COLUMNS // 2])
 
 
-def _drawn(rng, columns: np.ndarray, last_head: np.ndarray, num_steps: int) -> np.ndarray:
+def _drawn(rng, columns: np.ndarray, head: np.ndarray, num_steps: int) -> np.ndarray:
   """Other pieces that a step compares, [num_steps, pieces]."""
-  others = np.setdiff1d(np.arange(last_head.shape[1]), columns)
+  others = np.setdiff1d(np.arange(head.shape[1]), columns)
   size = min(_DRAWN_COLUMNS, len(others))
   return np.stack([rng.choice(others, size, replace=False) for _ in range(num_steps)])
 
@@ -419,13 +403,14 @@ def _drawn(rng, columns: np.ndarray, last_head: np.ndarray, num_steps: int) -> n
 # ---- Classifier and probes on held-out tokens
 
 
-def _held_out(sample: _Sample, maps: _Maps, heads, last_head, listed):
-  """By exit layer, of held-out tokens: x through the translator, whether its argmax is the full
-  model's, the shares that agree (without the translator, with it), `evidence` features."""
-  held = sample.held_out
-  best = np.argmax(sample.last[held] @ last_head, axis=1)
-  read, agrees, agreement, features = [], [], [], []
-  for number, (head, (kernel, bias)) in enumerate(zip(heads, maps, strict=True)):
+def _confidence_heads(sample: _Sample, layers, maps: _Maps, head, listed, count):
+  """Leaves of the exit classifier and, with a shortlist, of the probes of `count` layers; and
+  the shares of tokens that agree with the full model, (without the translator, with it)."""
+  held, emb_dim = sample.held_out, sample.last.shape[1]
+  best = np.argmax(sample.last[held] @ head, axis=1)
+  read, agrees, agreement = [], [], []
+  probes = np.zeros((emb_dim + evidence.NUM_FEATURES + 1, count - 1))
+  for number, (layer, (kernel, bias)) in enumerate(zip(layers, maps, strict=True)):
     x = sample.exits[number, held]
     read.append(x + x @ kernel + bias)
     agrees.append(np.argmax(read[-1] @ head, axis=1) == best)
@@ -436,17 +421,16 @@ def _held_out(sample: _Sample, maps: _Maps, heads, last_head, listed):
       top, second = confidence.top_two(logits)
       sure = confidence.softmax_margin(logits), confidence.certainty(logits)
       of_head = np.stack([jnp.log1p(top - second), *sure], axis=-1)
-      features.append(np.concatenate([of_head, sample.scalars[number, held]], axis=-1))
-  return read, agrees, agreement, features
-
-
-def _probes(read, agrees, features, layers: Sequence[int], num_layers: int):
-  """Kernels [emb, L - 1], weights of features and biases of `evidence.Probes`."""
-  emb_dim = read[0].shape[-1]
-  made = np.zeros((emb_dim + evidence.NUM_FEATURES + 1, num_layers - 1))
-  for layer, x, known, right in zip(layers, read, features, agrees, strict=True):
-    made[:-1, layer - 1], made[-1, layer - 1] = _logistic(np.concatenate([x, known], 1), right)
-  return made[:emb_dim], made[emb_dim:-1], made[-1]
+      features = [read[-1], of_head, sample.scalars[number, held]]
+      fitted = _logistic(np.concatenate(features, axis=-1), agrees[-1])
+      probes[:-1, layer - 1], probes[-1, layer - 1] = fitted
+  weights, offset = _logistic(np.concatenate(read), np.concatenate(agrees))
+  flat = {"exit_classifier/kernel": weights[:, None], "exit_classifier/bias": [offset]}
+  if listed is not None:
+    parts = probes[:emb_dim], probes[emb_dim:-1], probes[-1]
+    names = ("exit_probes/kernel", "exit_probes/features", "exit_probes/bias")
+    flat |= dict(zip(names, parts, strict=True))
+  return {f"decoder/{path}": np.asarray(leaf) for path, leaf in flat.items()}, agreement
 
 
 def _logistic(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:

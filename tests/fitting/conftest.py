@@ -1,6 +1,7 @@
 """A toy that fits share; the files skip where what a fit needs is not installed."""
 
 import dataclasses
+import functools
 
 import pytest
 
@@ -51,8 +52,8 @@ def few_rounds():
   for name, value in {"FIRST": (1, 1), "LAST": (2, 1), "FINALISTS": 1}.items():
     patch.setattr(choose, name, value)
   patch.setattr(candidates, "measures", lambda predictor: ("softmax",))
-  patch.setattr(inference.timing, "PROMPTS", 2)
-  patch.setattr(inference.timing, "ROUNDS", 1)
+  few = functools.partial(inference.timing.beside_full_depth, prompts=2, rounds=1)
+  patch.setattr(inference.timing, "beside_full_depth", few)
   yield
   patch.undo()
 

@@ -94,7 +94,7 @@ def test_a_vocabulary_that_is_drawn_from_estimates_the_whole_loss():
   exits_, last = rng.normal(size=(2, 64, 8)), rng.normal(size=(64, 8))
   maps = 0.1 * rng.normal(size=(2, 8, 8)), np.zeros((2, 8))
   loss = lambda columns, drawn: float(
-    exit_maps.cross_entropy(maps, exits_, last, drawn, [head, head], head, columns=columns)
+    exit_maps.cross_entropy(maps, exits_, last, drawn, head, columns=columns)
   )
   whole = loss(np.arange(300), np.zeros(0, int))
   columns, others = np.arange(100), np.arange(100, 300)
