@@ -53,7 +53,8 @@ def main() -> None:
     stored = fitted(stored, arguments.fit, layers, arguments.rank, options.shortlist)
   if stored.config.exit_propagation and options.propagation != "learned":
     layers = stored.config.exit_propagation
-    options = inference.options.change(options, propagation="learned", exit_layers=layers)
+    learned = {"propagation": "learned", "exit_layers": layers}
+    options = inference.options.change(stored.config, options, **learned)
   checkpoints.save(
     arguments.output,
     stored.params,

@@ -261,7 +261,7 @@ class Run:
         some = losses if every else losses.rows(rows)
         some = dataclasses.replace(some, values=units, support=support, thresholds=grid)
         fill = float(test.tolerance)
-        some = clusters.cluster_means(some, some.groups, self.largest_cluster, fill)
+        some = clusters.cluster_means(some, some.groups or (), self.largest_cluster, fill)
         units, support = some.values, some.support
         orders = clusters.tested_orders(some, seeds) if chosen.ordered else [None]
       values, order = units, None

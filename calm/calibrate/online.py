@@ -398,7 +398,7 @@ class Online:
         )
 
   def _replay(self, line: storage.Line) -> None:
-    value = line.value
+    value: Any = line.value
     mark, served, losses = (value.get(name) for name in ("draw", "served", "losses"))
     drawn = isinstance(mark, str) and type(served) is int and served > self.served
     if drawn and mark not in self._seen:

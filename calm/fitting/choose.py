@@ -343,8 +343,11 @@ def faster_exact(
   if predictor.num_layers == 1 or not inference.can_be_exact(predictor):
     return None
   rule, texts = inference.exact_rule(predictor), [prompt.input for prompt in prompts]
-  key = {"procedure": predictor.procedure.to_json(), "rule": dataclasses.asdict(rule)}
-  key["head"] = predictor.options.head_dtype
+  key = {
+    "procedure": predictor.procedure.to_json(),
+    "rule": dataclasses.asdict(rule),
+    "head": predictor.options.head_dtype,
+  }
   measure = lambda: timing.beside_full_depth(predictor, texts, 1.0, rule=rule, base=predictor)
   found = cache.get(Seconds, "exact", key, measure)
   return None if found.slower else found

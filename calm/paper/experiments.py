@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -285,7 +285,9 @@ class Gains:
   rows: tuple[Row, ...]
 
 
-def gains(of: bench.Bench) -> Gains:
+def gains(
+  of: bench.Bench, targets: Sequence[Target] = TARGETS, methods: Sequence[Method] = METHODS
+) -> Gains:
   """Table 2: what calibrated thresholds save on unseen prompts.
 
   Four fifths of the test prompts, the paper's share, are calibrated on; each cell has its own
@@ -324,8 +326,8 @@ def gains(of: bench.Bench) -> Gains:
 
   def make() -> Gains:
     rows = tuple(
-      Row(target, measure, tuple(gain(measure, target, method) for method in METHODS))
-      for target in TARGETS
+      Row(target, measure, tuple(gain(measure, target, method) for method in methods))
+      for target in targets
       for measure in of.measures
     )
     return Gains(rate, cut, len(of.test) - cut, 0, rows)
@@ -336,8 +338,8 @@ def gains(of: bench.Bench) -> Gains:
     make,
     prompts=of.test,
     grids={measure: of.grid(measure) for measure in of.measures},
-    targets=[dataclasses.asdict(target) for target in TARGETS],
-    methods=[method.name for method in METHODS],
+    targets=[dataclasses.asdict(target) for target in targets],
+    methods=[method.name for method in methods],
     error_rate=rate,
     intervals=scores.LEVEL,
   )

@@ -158,9 +158,9 @@ def over_rows(
     return function
 
   def local(shared, rows, rng):
-    apart = rng is not None and not one_draw
-    own = jax.random.fold_in(rng, jax.lax.axis_index(axes)) if apart else rng
-    return function(shared, rows, own)
+    if rng is not None and not one_draw:
+      rng = jax.random.fold_in(rng, jax.lax.axis_index(axes))
+    return function(shared, rows, rng)
 
   whole, split = sharding.PartitionSpec(), sharding.PartitionSpec(axes)
   # Loops of different lengths on different devices are what this is for: nothing is checked to

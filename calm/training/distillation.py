@@ -3,7 +3,6 @@ distribution and not a token."""
 
 import dataclasses
 import functools
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +32,10 @@ class SelfDistilled:
   share: float = 3.0
   z_loss: float = 1e-4
   sampled_layers: int | None = None
-  parts: ClassVar[tuple[str, ...]] = ()
+
+  @property
+  def parts(self) -> tuple[str, ...]:
+    return ()
 
   def __post_init__(self):
     objectives.check_terms(self.sampled_layers, z_loss=self.z_loss, share=self.share)

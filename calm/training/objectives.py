@@ -5,7 +5,7 @@ An objective is a small frozen class with `loss` and `trains`; `training` knows 
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +114,10 @@ class LayerWeighted:
   weights: Callable[[int], np.ndarray] = losses.layer_weights
   z_loss: float = 1e-4
   sampled_layers: int | None = None
-  parts: ClassVar[tuple[str, ...]] = ()
+
+  @property
+  def parts(self) -> tuple[str, ...]:
+    return ()
 
   def __post_init__(self):
     check_terms(self.sampled_layers, z_loss=self.z_loss)
@@ -161,7 +164,10 @@ class ExitClassifier:
   """
 
   objective: Callable[..., jax.Array] = losses.classifier_loss
-  parts: ClassVar[tuple[str, ...]] = ("exit_classifier",)
+
+  @property
+  def parts(self) -> tuple[str, ...]:
+    return ("exit_classifier",)
 
   def loss(self, module, params, batch, rng):
     del rng  # the features must be those of inference: no dropout

@@ -148,9 +148,10 @@ class Procedure:
     differ = lambda a, b: [name for name in a | b if a.get(name) != b.get(name)]
     found = {n: (ours.get(n), theirs.get(n)) for n in differ(ours, theirs) if n not in unknown}
     if "configuration" in found:
-      here, there = found["configuration"]
+      here, there = (dict(one or {}) for one in found["configuration"])
       names = differ(here, there)
-      found["configuration"] = tuple({n: one.get(n) for n in names} for one in (here, there))
+      pick = lambda one: {n: one.get(n) for n in names}
+      found["configuration"] = pick(here), pick(there)
     return found
 
 

@@ -124,7 +124,8 @@ class Record:
       ValueError: `id` or `prediction` is missing, or sequences disagree in length.
     """
     names = ("id", "prediction", *_MOST, "score")
-    return cls(**{"id": None, "prediction": None} | {n: value[n] for n in names if n in value})
+    given: dict[str, Any] = {"id": None, "prediction": None}
+    return cls(**given | {n: value[n] for n in names if n in value})
 
 
 # The greatest value of each sequence; confidences are rounded by as much as float32 cosines and

@@ -379,7 +379,7 @@ def _records(marks: Marks, name: str, ids: Sequence[str]) -> dict[str, bytes]:
     procedure = mark["about"].get("procedure")
     procedure = None if procedure is None else Procedure.from_json(procedure)
     mine = {r.id: _end(line) for line, r in cache.read_records(folder / name, procedure)}
-    wanted = [ids[at] for at in mark["positions"]]
+    wanted = [str(ids[at]) for at in mark["positions"]]
     if odd := set(wanted) ^ set(mine):
       raise GenerationsError(
         f"{folder / name}: expected a record of each of its {len(wanted)} prompts, got"
