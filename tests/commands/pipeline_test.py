@@ -103,17 +103,6 @@ def test_killed_generate_goes_on(model, prompts, cached, tmp_path):
   assert by_id(cut) == by_id(cached)
 
 
-def test_engines_give_identical_caches(model, prompts, cached, tmp_path):
-  """Engines up to the rounding of confidences: texts, tokens and exits."""
-  of = lambda folder: [
-    [(r.id, r.prediction, r.tokens, r.exit_layers) for r in column]
-    for column in generations.load(folder).records
-  ]
-  for engine in ("eager", "compacted"):
-    assert toy.generate(model, prompts, tmp_path / engine, f"--engine={engine}") == 0
-    assert of(tmp_path / engine) == of(cached)
-
-
 def test_one_prompt_and_standard_input(model, calm, monkeypatch):
   monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one prompt\n")))
   words = ["--prompts=-", "--threshold=never", "--colour", *toy.DECODE]
